@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-PACKAGES := kernels
+PACKAGES := engine kernels loaders quantizers server
 
 .PHONY: install test lint clean
 

@@ -16,19 +16,175 @@ NF4, FP4            the 16-entry codebook   absent; scale is absmax
 
 Stored column ``k`` multiplies input feature ``perm[k]``: act-order checkpoints (GPTQ's ``g_idx``)
 are stored with their columns sorted by group, so groups are always contiguous.
+
+The same weight can be laid out for different back ends (:mod:`nybble.kernels.layout`); the layout
+moves codes, scales and zeros about and never changes a value.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
+from nybble.kernels.layout import Layout, from_rows, padded_shape, to_rows
 from torch import Tensor
 
 INTEGER_LEVELS = torch.arange(16, dtype=torch.float32)
 SYMMETRIC_LEVELS = INTEGER_LEVELS - 8
 
 _SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@dataclass(frozen=True)
+class DenseWeight:
+    """A linear layer kept in 16 bits: ``weight (out_features, in_features)``, optional ``bias``."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+    @property
+    def out_features(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        return self.weight.shape[1]
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """An immutable 4-bit weight matrix of logical shape ``(out_features, in_features)``.
+
+    In the ``rows`` layout (see :mod:`nybble.kernels.layout` for the others):
+
+    qweight: uint8 ``(out_features, ceil(in_features / 2))``; the even column is the low nibble.
+    scales: float16, bfloat16 or float32 ``(out_features, groups)``.
+    zeros: ``(out_features, groups)`` in the dtype of ``scales``, or None where every zero is 0.
+
+    In every layout:
+
+    levels: float32 ``(16,)``, the value of each code before zero and scale.
+    perm: int32 ``(in_features,)``, the input feature of each stored column, or None for identity.
+    bias: ``(out_features,)`` or None.
+    """
+
+    qweight: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    levels: Tensor
+    out_features: int
+    in_features: int
+    group_size: int
+    perm: Tensor | None = None
+    bias: Tensor | None = None
+    layout: Layout = "rows"
+
+    def __post_init__(self) -> None:
+        def check(name: str, found: object, expected: object) -> None:
+            if found != expected:
+                raise ValueError(f"packed weight: {name} is {found}, expected {expected}")
+
+        if min(self.out_features, self.in_features, self.group_size) < 1:
+            raise ValueError(
+                f"packed weight: out_features {self.out_features}, in_features {self.in_features} "
+                f"and group_size {self.group_size} must be positive"
+            )
+        codes, groups = padded_shape(self.layout, self.out_features, self.in_features, self.groups)
+        check("qweight dtype", self.qweight.dtype, torch.uint8)
+        check("qweight shape", tuple(self.qweight.shape), codes)
+        if self.scales.dtype not in _SCALE_DTYPES:
+            raise ValueError(f"packed weight: scales dtype {self.scales.dtype} is not floating")
+        check("scales shape", tuple(self.scales.shape), groups)
+        check("levels shape", tuple(self.levels.shape), (16,))
+        if self.zeros is not None:
+            check("zeros shape", tuple(self.zeros.shape), groups)
+            check("zeros dtype", self.zeros.dtype, self.scales.dtype)
+        if self.perm is not None:
+            check("perm shape", tuple(self.perm.shape), (self.in_features,))
+        if self.bias is not None:
+            check("bias shape", tuple(self.bias.shape), (self.out_features,))
+
+    @property
+    def groups(self) -> int:
+        """Groups in a row; the last one is short where group_size does not divide in_features."""
+        return -(-self.in_features // self.group_size)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by all tensors of the weight."""
+        tensors = (self.qweight, self.scales, self.zeros, self.levels, self.perm, self.bias)
+        return sum(t.nbytes for t in tensors if t is not None)
+
+    def to_layout(self, layout: Layout) -> PackedWeight:
+        """The same weight laid out for another back end; every value is kept exactly."""
+        if layout == self.layout:
+            return self
+        out, columns, groups = self.out_features, self.in_features, self.groups
+        qweight, scales, zeros = to_rows(
+            self.layout, self.qweight, self.scales, self.zeros, out, columns, groups
+        )
+        qweight, scales, zeros = from_rows(layout, qweight, scales, zeros)
+        return replace(self, qweight=qweight, scales=scales, zeros=zeros, layout=layout)
+
+    def codes(self) -> Tensor:
+        """The 4-bit codes, uint8 ``(out_features, in_features)``, in stored column order."""
+        return unpack_nibbles(self.to_layout("rows").qweight, self.in_features)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight ``(out_features, in_features)`` in input order: the format's definition.
+
+        The product is taken in float32 and rounded once to ``dtype``. With float16 scales the
+        float32 product is exact, so float16 output equals GPTQ's and AWQ's own.
+        """
+        rows = self.to_layout("rows")
+        columns = torch.arange(self.in_features, device=self.qweight.device) // self.group_size
+        weight = self.levels[rows.codes().int()]
+        if rows.zeros is not None:
+            weight -= rows.zeros.float()[:, columns]
+        weight *= rows.scales.float()[:, columns]
+        if self.perm is not None:
+            restored = torch.empty_like(weight)
+            restored[:, self.perm.long()] = weight
+            weight = restored
+        return weight.to(dtype)
+
+
+def stack_outputs(weights: Sequence[PackedWeight]) -> PackedWeight | None:
+    """One weight computing the concatenated outputs of several that share an input.
+
+    All must be in the ``rows`` layout. Returns None where they cannot be one: levels, group_size,
+    perm, scale dtype, or the presence of zeros or of a bias differ.
+    """
+    first = weights[0]
+
+    def same(a: Tensor | None, b: Tensor | None) -> bool:
+        return (a is None and b is None) or (a is not None and b is not None and torch.equal(a, b))
+
+    for other in weights[1:]:
+        if not (
+            other.in_features == first.in_features
+            and other.group_size == first.group_size
+            and other.scales.dtype == first.scales.dtype
+            and (other.zeros is None) == (first.zeros is None)
+            and (other.bias is None) == (first.bias is None)
+            and same(other.levels, first.levels)
+            and same(other.perm, first.perm)
+        ):
+            return None
+    return replace(
+        first,
+        qweight=torch.cat([w.qweight for w in weights]),
+        scales=torch.cat([w.scales for w in weights]),
+        zeros=_cat([w.zeros for w in weights]),
+        bias=_cat([w.bias for w in weights]),
+        out_features=sum(w.out_features for w in weights),
+    )
+
+
+def _cat(tensors: Sequence[Tensor | None]) -> Tensor | None:
+    present = [t for t in tensors if t is not None]
+    return torch.cat(present) if present else None
 
 
 def pack_nibbles(codes: Tensor) -> Tensor:
@@ -45,86 +201,3 @@ def unpack_nibbles(packed: Tensor, columns: int) -> Tensor:
     """Invert :func:`pack_nibbles`: uint8 ``(rows, columns)`` with values 0–15."""
     codes = torch.stack((packed & 0xF, packed >> 4), dim=-1)
     return codes.flatten(1)[:, :columns]
-
-
-@dataclass(frozen=True)
-class PackedWeight:
-    """An immutable 4-bit weight matrix of logical shape ``(out_features, in_features)``.
-
-    qweight: uint8 ``(out_features, ceil(in_features / 2))``, see :func:`pack_nibbles`.
-    scales: float16, bfloat16 or float32 ``(out_features, groups)``.
-    zeros: ``(out_features, groups)`` in the dtype of ``scales``, or None where every zero is 0.
-    levels: float32 ``(16,)``, the value of each code before zero and scale.
-    perm: int32 ``(in_features,)``, the input feature of each stored column, or None for identity.
-    bias: ``(out_features,)`` or None.
-    """
-
-    qweight: Tensor
-    scales: Tensor
-    zeros: Tensor | None
-    levels: Tensor
-    in_features: int
-    group_size: int
-    perm: Tensor | None = None
-    bias: Tensor | None = None
-
-    def __post_init__(self) -> None:
-        def check(name: str, found: object, expected: object) -> None:
-            if found != expected:
-                raise ValueError(f"packed weight: {name} is {found}, expected {expected}")
-
-        if self.in_features < 1 or self.group_size < 1:
-            raise ValueError(
-                f"packed weight: in_features {self.in_features} and group_size {self.group_size} "
-                "must be positive"
-            )
-        out, groups = self.out_features, self.groups
-        check("qweight dtype", self.qweight.dtype, torch.uint8)
-        check("qweight shape", tuple(self.qweight.shape), (out, (self.in_features + 1) // 2))
-        if self.scales.dtype not in _SCALE_DTYPES:
-            raise ValueError(f"packed weight: scales dtype {self.scales.dtype} is not floating")
-        check("scales shape", tuple(self.scales.shape), (out, groups))
-        check("levels shape", tuple(self.levels.shape), (16,))
-        if self.zeros is not None:
-            check("zeros shape", tuple(self.zeros.shape), (out, groups))
-            check("zeros dtype", self.zeros.dtype, self.scales.dtype)
-        if self.perm is not None:
-            check("perm shape", tuple(self.perm.shape), (self.in_features,))
-        if self.bias is not None:
-            check("bias shape", tuple(self.bias.shape), (out,))
-
-    @property
-    def out_features(self) -> int:
-        return self.qweight.shape[0]
-
-    @property
-    def groups(self) -> int:
-        """Groups in a row; the last one is short where group_size does not divide in_features."""
-        return -(-self.in_features // self.group_size)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held by all tensors of the weight."""
-        tensors = (self.qweight, self.scales, self.zeros, self.levels, self.perm, self.bias)
-        return sum(t.nbytes for t in tensors if t is not None)
-
-    def codes(self) -> Tensor:
-        """The 4-bit codes, uint8 ``(out_features, in_features)``, in stored column order."""
-        return unpack_nibbles(self.qweight, self.in_features)
-
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight ``(out_features, in_features)`` in input order: the format's definition.
-
-        The product is taken in float32 and rounded once to ``dtype``. With float16 scales the
-        float32 product is exact, so float16 output equals GPTQ's and AWQ's own.
-        """
-        columns = torch.arange(self.in_features, device=self.qweight.device) // self.group_size
-        weight = self.levels[self.codes().int()]
-        if self.zeros is not None:
-            weight -= self.zeros.float()[:, columns]
-        weight *= self.scales.float()[:, columns]
-        if self.perm is not None:
-            restored = torch.empty_like(weight)
-            restored[:, self.perm.long()] = weight
-            weight = restored
-        return weight.to(dtype)

@@ -1,5 +1,7 @@
 """The packed format means exactly what its definition says."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -9,6 +11,7 @@ from nybble.kernels.packed import (
     INTEGER_LEVELS,
     SYMMETRIC_LEVELS,
     pack_nibbles,
+    stack_outputs,
     unpack_nibbles,
 )
 from nybble.kernels.reference import packed_matmul
@@ -20,6 +23,7 @@ def test_a_hand_computed_weight() -> None:
         scales=torch.tensor([[0.5, 2.0]], dtype=torch.float16),
         zeros=torch.tensor([[1.0, 8.5]], dtype=torch.float16),
         levels=INTEGER_LEVELS,
+        out_features=1,
         in_features=3,
         group_size=2,
     )
@@ -32,6 +36,7 @@ def test_stored_columns_multiply_the_permuted_inputs() -> None:
         scales=torch.ones(1, 1),
         zeros=None,
         levels=SYMMETRIC_LEVELS,
+        out_features=1,
         in_features=3,
         group_size=3,
         perm=torch.tensor([2, 0, 1], dtype=torch.int32),
@@ -55,6 +60,61 @@ def test_a_wrong_shape_is_refused_by_name() -> None:
             scales=torch.ones(2, 3),
             zeros=None,
             levels=SYMMETRIC_LEVELS,
+            out_features=2,
             in_features=8,
             group_size=4,
         )
+
+
+def random_weight(
+    out: int, columns: int, group_size: int, *, zeros: bool, seed: int = 0
+) -> PackedWeight:
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 16, (out, columns), generator=generator).to(torch.uint8)
+    groups = -(-columns // group_size)
+    return PackedWeight(
+        qweight=pack_nibbles(codes),
+        scales=torch.rand(out, groups, generator=generator).half(),
+        zeros=torch.randint(0, 16, (out, groups), generator=generator).half() if zeros else None,
+        levels=INTEGER_LEVELS if zeros else SYMMETRIC_LEVELS,
+        out_features=out,
+        in_features=columns,
+        group_size=group_size,
+    )
+
+
+@given(
+    out=st.integers(1, 40),
+    columns=st.integers(1, 70),
+    group=st.integers(1, 70),
+    zeros=st.booleans(),
+)
+def test_every_layout_holds_the_same_weight(
+    out: int, columns: int, group: int, zeros: bool
+) -> None:
+    weight = random_weight(out, columns, group, zeros=zeros)
+    tiled = weight.to_layout("cpu_tiles")
+    assert torch.equal(tiled.dequantize(), weight.dequantize())
+    assert torch.equal(tiled.to_layout("rows").qweight, weight.qweight)
+
+
+def test_a_cpu_tile_lane_holds_neighbouring_columns_in_its_two_halves() -> None:
+    codes = torch.zeros(16, 8, dtype=torch.uint8)
+    codes[3] = torch.arange(8)
+    weight = random_weight(16, 8, 8, zeros=False)
+    weight = replace(weight, qweight=pack_nibbles(codes)).to_layout("cpu_tiles")
+    lane = weight.qweight.view(torch.int32)[0, 0, 3].item()
+    assert [(lane >> 4 * s & 0xF, lane >> (16 + 4 * s) & 0xF) for s in range(4)] == [
+        (0, 1),
+        (2, 3),
+        (4, 5),
+        (6, 7),
+    ]
+
+
+def test_outputs_sharing_an_input_become_one_weight() -> None:
+    q, k = random_weight(5, 16, 8, zeros=True), random_weight(3, 16, 8, zeros=True, seed=1)
+    both = stack_outputs([q, k])
+    assert both is not None
+    assert torch.equal(both.dequantize(), torch.cat([q.dequantize(), k.dequantize()]))
+    assert stack_outputs([q, random_weight(3, 16, 4, zeros=True)]) is None

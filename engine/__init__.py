@@ -1,0 +1,1 @@
+"""Sequences, paged KV cache, scheduler, models and sampling: continuous batching."""

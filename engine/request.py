@@ -1,0 +1,130 @@
+"""What a caller asks of the engine and what it gets back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+FinishReason = Literal["stop", "length"]
+
+MAX_LOGPROBS = 20
+
+
+class ParameterError(ValueError):
+    """A request the engine cannot honour; ``parameter`` names the offending field."""
+
+    def __init__(self, parameter: str, message: str) -> None:
+        super().__init__(message)
+        self.parameter = parameter
+
+
+class EngineOverloadedError(RuntimeError):
+    """The waiting queue is full; try again in ``retry_after`` seconds."""
+
+    def __init__(self, message: str, retry_after: int) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class EngineStoppedError(RuntimeError):
+    """The engine is shutting down, or its thread has failed."""
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are chosen and when a sequence ends. Raises :class:`ParameterError`.
+
+    max_tokens: tokens to generate at most; None for as many as the context length allows.
+    temperature: 0 is greedy.
+    top_k: 0 is off. top_p, min_p: nucleus and minimum probability relative to the likeliest token.
+    repetition_penalty: divides positive and multiplies negative logits of every token in the
+        prompt or output (CTRL, Keskar et al. 2019). presence_penalty and frequency_penalty are
+        subtracted from the logits of generated tokens, once and per occurrence (OpenAI).
+    logit_bias: added to the logits by token id.
+    seed: the same seed gives the same text, whatever else is in the batch. None draws one.
+    stop: strings that end the sequence; they are not part of the output text.
+    logprobs: how many alternatives to report per token (0–20), None for no logprobs at all.
+    """
+
+    max_tokens: int | None = None
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        def require(condition: bool, parameter: str, expected: str) -> None:
+            if not condition:
+                found = getattr(self, parameter)
+                raise ParameterError(parameter, f"{parameter} is {found}, expected {expected}")
+
+        require(self.max_tokens is None or self.max_tokens >= 1, "max_tokens", "at least 1")
+        require(0 <= self.temperature <= 100, "temperature", "between 0 and 100")
+        require(0 < self.top_p <= 1, "top_p", "above 0 and at most 1")
+        require(self.top_k >= 0, "top_k", "0 (off) or more")
+        require(0 <= self.min_p <= 1, "min_p", "between 0 and 1")
+        require(0 < self.repetition_penalty <= 100, "repetition_penalty", "above 0 and at most 100")
+        require(-2 <= self.presence_penalty <= 2, "presence_penalty", "between -2 and 2")
+        require(-2 <= self.frequency_penalty <= 2, "frequency_penalty", "between -2 and 2")
+        require(
+            all(-100 <= bias <= 100 for bias in self.logit_bias.values()),
+            "logit_bias",
+            "values between -100 and 100",
+        )
+        require(all(self.stop), "stop", "non-empty strings")
+        require(
+            self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS,
+            "logprobs",
+            f"between 0 and {MAX_LOGPROBS}",
+        )
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt to continue. ``request_id`` must be unique among those in flight."""
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    params: SamplingParams
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """Natural-log probability of a token before temperature, truncation and penalties.
+
+    top: the likeliest alternatives, likeliest first, as (token id, log probability).
+    """
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class RequestOutput:
+    """What one engine step added to a request; the last one carries ``finish_reason``.
+
+    text: new text, whole UTF-8 characters only; text that may turn out to be the beginning of a
+        stop string is held back until that is settled.
+    token_ids: the new tokens (an output may carry tokens and no text).
+    logprobs: one per new token if asked for, else empty.
+    completion_tokens: generated so far. cached_tokens: prompt tokens found in the prefix cache.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...]
+    finish_reason: FinishReason | None
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
