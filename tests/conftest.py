@@ -1,0 +1,34 @@
+"""Fixtures that every folder of tests may use."""
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+# Loaded by path: with `tests/` on sys.path, `tests/kernels` would answer `import kernels`,
+# which transformers and bitsandbytes probe for.
+_spec = importlib.util.spec_from_file_location(
+    "nybble_tests_tiny", Path(__file__).with_name("tiny.py")
+)
+assert _spec is not None
+assert _spec.loader is not None
+_tiny = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(_tiny)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """``tiny_model(**options)`` is the folder of a tiny model; see ``write_tiny_model``.
+
+    Folders are built once per set of options and shared: do not write to them.
+    """
+    built: dict[tuple[tuple[str, object], ...], Path] = {}
+
+    def build(**options: object) -> Path:
+        key = tuple(sorted(options.items()))
+        if key not in built:
+            built[key] = _tiny.write_tiny_model(tmp_path_factory.mktemp("tiny"), **options)
+        return built[key]
+
+    return build

@@ -1,0 +1,108 @@
+"""A complete model folder small enough to build in a test: random weights, a real tokenizer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Literal
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+BOS, USER_TURN, EOS = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] not in ['system', 'user', 'assistant'] %}"
+    "{{ raise_exception('unknown role ' + message['role']) }}"
+    "{% endif %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+# Enough text for some merges: tokens of several characters, and characters of several tokens.
+CORPUS = (
+    "the quick brown fox jumps over the lazy dog and then the other dog barks at the moon",
+    "def add(first, second):\n    return first + second\n\nfor item in items:\n    print(item)",
+    "naïve café, größer, Ελληνικά, русский, 日本語, emoji 🙂🚀",
+)
+
+
+def write_tokenizer(folder: Path, *, vocab_size: int, max_length: int) -> int:
+    """Write a byte-level BPE tokenizer with a chat template; returns how many tokens it has.
+
+    Every byte is a token, so any text survives encoding and decoding.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[BOS, USER_TURN, EOS],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": BOS,
+        "eos_token": EOS,
+        "pad_token": BOS,
+        "chat_template": CHAT_TEMPLATE,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": max_length,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
+    return tokenizer.get_vocab_size()
+
+
+def write_tiny_model(
+    folder: Path,
+    *,
+    family: Literal["llama", "qwen2"] = "qwen2",
+    vocab_size: int = 320,
+    hidden_size: int = 128,
+    layers: int = 2,
+    max_length: int = 512,
+    tie_word_embeddings: bool = False,
+    seed: int = 0,
+) -> Path:
+    """Write config.json, model.safetensors (bfloat16) and a tokenizer to ``folder``; returns it.
+
+    Four query heads share two key/value heads; ``qwen2`` has biases on q, k and v. The weights are
+    scaled so that logits spread over several units: greedy choices are not decided by rounding.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tokens = write_tokenizer(folder, vocab_size=vocab_size, max_length=max_length)
+    config_class = {"llama": LlamaConfig, "qwen2": Qwen2Config}[family]
+    model_class = {"llama": LlamaForCausalLM, "qwen2": Qwen2ForCausalLM}[family]
+    config = config_class(
+        vocab_size=tokens,
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=max_length,
+        tie_word_embeddings=tie_word_embeddings,
+        bos_token_id=0,
+        eos_token_id=2,
+        dtype="bfloat16",
+    )
+    model = model_class(config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.fill_(1.0)
+            elif name.endswith("bias"):
+                parameter.normal_(std=0.1, generator=generator)
+            elif "embed_tokens" in name or "lm_head" in name:
+                parameter.normal_(std=0.3, generator=generator)
+            else:
+                parameter.normal_(std=parameter.shape[1] ** -0.5, generator=generator)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    return folder
