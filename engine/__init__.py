@@ -1,1 +1,26 @@
 """Sequences, paged KV cache, scheduler, models and sampling: continuous batching."""
+
+from nybble.engine.config import EngineConfig
+from nybble.engine.engine import Engine, EngineStats
+from nybble.engine.request import (
+    EngineOverloadedError,
+    EngineStoppedError,
+    ParameterError,
+    Request,
+    RequestOutput,
+    SamplingParams,
+    TokenLogprob,
+)
+
+__all__ = [
+    "Engine",
+    "EngineConfig",
+    "EngineOverloadedError",
+    "EngineStats",
+    "EngineStoppedError",
+    "ParameterError",
+    "Request",
+    "RequestOutput",
+    "SamplingParams",
+    "TokenLogprob",
+]

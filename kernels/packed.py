@@ -27,7 +27,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from nybble.kernels.layout import Layout, from_rows, padded_shape, to_rows
+from nybble.kernels.layout import TILE_OUT, Layout, from_rows, padded_shape, to_rows
 from torch import Tensor
 
 INTEGER_LEVELS = torch.arange(16, dtype=torch.float32)
@@ -126,6 +126,43 @@ class PackedWeight:
         )
         qweight, scales, zeros = from_rows(layout, qweight, scales, zeros)
         return replace(self, qweight=qweight, scales=scales, zeros=zeros, layout=layout)
+
+    def to(self, device: torch.device) -> PackedWeight:
+        """The same weight with its tensors on ``device``."""
+        if self.qweight.device == device:
+            return self
+
+        def move(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(device)
+
+        return replace(
+            self,
+            qweight=self.qweight.to(device),
+            scales=self.scales.to(device),
+            zeros=move(self.zeros),
+            levels=self.levels.to(device),
+            perm=move(self.perm),
+            bias=move(self.bias),
+        )
+
+    def rows(self, start: int, stop: int) -> PackedWeight:
+        """Outputs ``start``…``stop``−1 as a weight of their own, without copying codes.
+
+        In a tiled layout ``start`` must be at the beginning of a tile.
+        """
+        stop = min(stop, self.out_features)
+        tile = 1 if self.layout == "rows" else TILE_OUT
+        if start % tile:
+            raise ValueError(f"rows from {start}: {self.layout} is cut at multiples of {tile}")
+        tiles = slice(start // tile, -(-stop // tile))
+        return replace(
+            self,
+            qweight=self.qweight[tiles],
+            scales=self.scales[tiles],
+            zeros=None if self.zeros is None else self.zeros[tiles],
+            bias=None if self.bias is None else self.bias[start:stop],
+            out_features=stop - start,
+        )
 
     def codes(self) -> Tensor:
         """The 4-bit codes, uint8 ``(out_features, in_features)``, in stored column order."""

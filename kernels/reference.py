@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from nybble.kernels.attention_batch import AttentionBatch
 from nybble.kernels.packed import PackedWeight
 from torch import Tensor
 
@@ -16,3 +17,88 @@ def packed_matmul(x: Tensor, weight: PackedWeight) -> Tensor:
     if weight.bias is not None:
         out += weight.bias.float()
     return out.to(x.dtype)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Root-mean-square norm of the last dimension (Zhang and Sennrich 2019).
+
+    Computed in float32 and rounded to the dtype of ``x`` before the multiplication by ``weight``,
+    as the Llama family does it.
+    """
+    wide = x.float()
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return weight * normed.to(x.dtype)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """``(rms_norm(x + residual), x + residual)``."""
+    total = x + residual
+    return rms_norm(total, weight, eps), total
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """``silu(gate) · up`` for ``gate_up (tokens, 2 · inter)``, gate first."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return torch.nn.functional.silu(gate) * up
+
+
+def rotary_store(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+) -> None:
+    """Rotate ``q`` in place; write rotated ``k`` and ``v`` into the caches.
+
+    q ``(tokens, q_heads, head_dim)``, k and v ``(tokens, kv_heads, head_dim)``; cos and sin
+    float32 ``(tokens, head_dim)``; caches ``(blocks, kv_heads, block_size, head_dim)``;
+    slot_mapping int64 ``(tokens,)``: block · block_size + offset, or −1 to write nothing.
+    """
+    block_size = k_cache.shape[2]
+    kept = slot_mapping >= 0
+    blocks, offsets = slot_mapping[kept] // block_size, slot_mapping[kept] % block_size
+    k_cache[blocks, :, offsets] = _rotate(k, cos, sin)[kept].to(k_cache.dtype)
+    v_cache[blocks, :, offsets] = v[kept].to(v_cache.dtype)
+    q.copy_(_rotate(q, cos, sin))
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    wide = x.float()
+    low, high = wide.chunk(2, dim=-1)
+    turned = torch.cat((-high, low), dim=-1)
+    return (wide * cos[:, None] + turned * sin[:, None]).to(x.dtype)
+
+
+def paged_attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: AttentionBatch, scale: float
+) -> Tensor:
+    """Causal attention of every sequence's new tokens over its cached keys and values.
+
+    q ``(tokens, q_heads, head_dim)``; caches as in :func:`rotary_store`. Query head h reads
+    KV head h // (q_heads / kv_heads). Returns ``(tokens, q_heads · head_dim)``.
+    """
+    out = torch.empty_like(q)
+    starts = batch.query_start.tolist()
+    for index, context in enumerate(batch.context_lens.tolist()):
+        queries = q[starts[index] : starts[index + 1]]
+        blocks = -(-context // k_cache.shape[2])
+        table = batch.block_tables[index, :blocks].long()
+
+        def gather(cache: Tensor, table: Tensor = table, context: int = context) -> Tensor:
+            return (
+                cache[table].transpose(1, 2).flatten(0, 1)[:context].float()
+            )  # (context, heads, d)
+
+        keys, values = gather(k_cache), gather(v_cache)
+        repeats = q.shape[1] // keys.shape[1]
+        keys, values = (t.repeat_interleave(repeats, dim=1) for t in (keys, values))
+        scores = torch.einsum("qhd,khd->hqk", queries.float(), keys) * scale
+        positions = torch.arange(context, device=q.device)
+        visible = positions <= positions[context - queries.shape[0] :, None]
+        weights = scores.masked_fill(~visible, float("-inf")).softmax(-1)
+        out[starts[index] : starts[index + 1]] = torch.einsum("hqk,khd->qhd", weights, values)
+    return out.flatten(1)

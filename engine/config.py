@@ -1,0 +1,41 @@
+"""The engine's settings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Settings fixed for the life of an engine.
+
+    block_size: tokens in one KV block. kv_cache_bytes: memory for the keys and values of all
+    sequences together. max_num_seqs: sequences computed in one step. max_batched_tokens: the token
+    budget of a step; longer prompts are prefilled in chunks. max_model_len: longest prompt plus
+    output; None for what the model was made for. max_waiting: requests queued beyond
+    max_num_seqs before new ones are turned away.
+    """
+
+    device: str = "cpu"
+    dtype: torch.dtype = torch.bfloat16
+    block_size: int = 16
+    kv_cache_bytes: int = 1 << 30
+    max_num_seqs: int = 64
+    max_batched_tokens: int = 512
+    max_model_len: int | None = None
+    max_waiting: int = 256
+    prefix_caching: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("block_size", "kv_cache_bytes", "max_num_seqs", "max_batched_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+        if self.max_batched_tokens < self.max_num_seqs:
+            raise ValueError(
+                f"max_batched_tokens {self.max_batched_tokens} is below max_num_seqs "
+                f"{self.max_num_seqs}: every running sequence needs one token of the budget"
+            )
+        if self.max_waiting < 0:
+            raise ValueError(f"max_waiting is {self.max_waiting}, expected 0 or more")

@@ -1,0 +1,390 @@
+"""The engine: one thread that owns all mutable state, and asynchronous streams out of it.
+
+Callers on any event loop put requests into one queue; the thread schedules, computes, samples, and
+hands each loop its outputs once per step. Nothing but the queue and the outputs crosses threads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections import defaultdict
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING
+
+import torch
+from nybble.engine.block_manager import BlockManager
+from nybble.engine.config import EngineConfig
+from nybble.engine.decoder import Decoder, DecoderShape
+from nybble.engine.detokenizer import Detokenizer
+from nybble.engine.request import (
+    EngineOverloadedError,
+    EngineStoppedError,
+    FinishReason,
+    ParameterError,
+    Request,
+    RequestOutput,
+)
+from nybble.engine.runner import ModelRunner, kv_bytes_per_block
+from nybble.engine.sampler import SequenceSampler
+from nybble.engine.scheduler import Scheduler
+from nybble.engine.sequence import Sequence
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+
+if TYPE_CHECKING:
+    from nybble.loaders import Checkpoint
+
+logger = logging.getLogger(__name__)
+
+_RETRY_AFTER_SECONDS = 5
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """A snapshot after the last step. Token, preemption and step figures count since the start."""
+
+    running: int = 0
+    waiting: int = 0
+    kv_blocks_total: int = 0
+    kv_blocks_free: int = 0
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    prefix_query_tokens: int = 0
+    prefix_hit_tokens: int = 0
+    preemptions: int = 0
+    steps: int = 0
+
+
+@dataclass(frozen=True)
+class _Stream:
+    """Where a request's outputs go."""
+
+    loop: asyncio.AbstractEventLoop
+    queue: asyncio.Queue[RequestOutput | Exception]
+
+
+_Outputs = dict[asyncio.AbstractEventLoop, list[tuple[_Stream, RequestOutput]]]
+
+
+@dataclass(frozen=True)
+class _Add:
+    sequence: Sequence
+    stream: _Stream
+
+
+@dataclass(frozen=True)
+class _Cancel:
+    request_id: str
+
+
+class _Stop:
+    pass
+
+
+class Engine:
+    """Continuous batching over one model. See the module's docstring for who owns what."""
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        scheduler: Scheduler,
+        tokenizer: PreTrainedTokenizerBase,
+        eos_token_ids: frozenset[int],
+        config: EngineConfig,
+        max_model_len: int,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.max_model_len = max_model_len
+        self._runner = runner
+        self._scheduler = scheduler
+        self._eos_token_ids = eos_token_ids
+        self._max_in_flight = config.max_num_seqs + config.max_waiting
+        self._inbox: SimpleQueue[_Add | _Cancel | _Stop] = SimpleQueue()
+        self._in_flight: set[str] = set()
+        self._streams: dict[str, tuple[Sequence, _Stream]] = {}
+        self._thread = threading.Thread(target=self._run, name="nybble-engine", daemon=True)
+        self._failure: BaseException | None = None
+        self._stopping = False
+        self._prompt_tokens = 0
+        self._generation_tokens = 0
+        self._steps = 0
+        self._stats = self._snapshot()
+
+    @classmethod
+    def load(cls, checkpoint: Checkpoint, config: EngineConfig, progress: bool = True) -> Engine:
+        """Build an engine from a checkpoint.
+
+        Raises UnsupportedModelError for an architecture the decoder does not compute, and
+        ValueError where the KV cache cannot hold a single block or the settings contradict.
+        """
+        from tqdm import tqdm
+
+        shape = DecoderShape.from_config(checkpoint.config)
+        max_model_len = config.max_model_len or shape.max_model_len
+        if max_model_len > shape.max_model_len:
+            raise ValueError(
+                f"max_model_len is {max_model_len}, but the model goes up to {shape.max_model_len}"
+            )
+        per_block = kv_bytes_per_block(shape, config)
+        # More blocks than every sequence at full length could fill would only waste memory.
+        most = config.max_num_seqs * -(-max_model_len // config.block_size)
+        num_blocks = min(config.kv_cache_bytes // per_block, most)
+        if num_blocks < 1:
+            raise ValueError(
+                f"the KV cache of {config.kv_cache_bytes} bytes holds no block of "
+                f"{config.block_size} tokens, which takes {per_block} bytes"
+            )
+        max_model_len = min(max_model_len, num_blocks * config.block_size)
+        weights = tqdm(
+            checkpoint.weights(), desc="Loading weights", unit=" tensors", disable=not progress
+        )
+        decoder = Decoder(
+            checkpoint.config,
+            weights,
+            device=torch.device(config.device),
+            dtype=config.dtype,
+            max_model_len=max_model_len,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, local_files_only=True)
+        if not tokenizer.is_fast:
+            raise ValueError(f"{checkpoint.folder} has no tokenizer.json: streaming needs one")
+        blocks = BlockManager(num_blocks, config.block_size, prefix_caching=config.prefix_caching)
+        return cls(
+            runner=ModelRunner(decoder, config, num_blocks),
+            scheduler=Scheduler(blocks, config.max_num_seqs, config.max_batched_tokens),
+            tokenizer=tokenizer,
+            eos_token_ids=_eos_token_ids(checkpoint, tokenizer),
+            config=config,
+            max_model_len=max_model_len,
+        )
+
+    def start(self) -> None:
+        """Start the engine thread."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Stop the thread; requests in flight raise EngineStoppedError."""
+        self._stopping = True
+        self._inbox.put(_Stop())
+        if self._thread.is_alive():
+            self._thread.join()
+
+    @property
+    def healthy(self) -> bool:
+        """Whether the thread runs and requests are taken."""
+        return self._thread.is_alive() and self._failure is None and not self._stopping
+
+    def stats(self) -> EngineStats:
+        """Figures of the last step; safe from any thread."""
+        return self._stats
+
+    async def generate(self, request: Request) -> AsyncIterator[RequestOutput]:
+        """Stream what the engine adds to a request; closing the stream cancels it.
+
+        Raises ParameterError for a request that can never be served, EngineOverloadedError when
+        the queue is full, EngineStoppedError when the engine stops or has failed.
+        """
+        sequence = self._new_sequence(request)
+        stream = _Stream(asyncio.get_running_loop(), asyncio.Queue())
+        if request.request_id in self._in_flight:
+            raise ValueError(f"request id {request.request_id!r} is already in flight")
+        if len(self._in_flight) >= self._max_in_flight:
+            raise EngineOverloadedError(
+                f"{len(self._in_flight)} requests are in flight, the most this server takes",
+                _RETRY_AFTER_SECONDS,
+            )
+        if not self.healthy:
+            raise EngineStoppedError("the engine is not running")
+        self._in_flight.add(request.request_id)
+        self._inbox.put(_Add(sequence, stream))
+        finished = False
+        try:
+            while not finished:
+                output = await stream.queue.get()
+                if isinstance(output, Exception):
+                    finished = True
+                    raise output
+                finished = output.finish_reason is not None
+                yield output
+        finally:
+            self._in_flight.discard(request.request_id)
+            if not finished:
+                self._inbox.put(_Cancel(request.request_id))
+
+    def _new_sequence(self, request: Request) -> Sequence:
+        prompt, params = request.prompt_token_ids, request.params
+        vocab = self._runner.decoder.shape.vocab
+        if not prompt:
+            raise ParameterError("prompt", "the prompt is empty")
+        for parameter, ids in (("prompt", prompt), ("logit_bias", params.logit_bias)):
+            for token in ids:
+                if not 0 <= token < vocab:
+                    raise ParameterError(
+                        parameter, f"token id {token} is outside the vocabulary of {vocab}"
+                    )
+        room = self.max_model_len - len(prompt)
+        if room < 1:
+            raise ParameterError(
+                "prompt",
+                f"the prompt has {len(prompt)} tokens, but prompt and output together are limited "
+                f"to {self.max_model_len}",
+            )
+        if params.max_tokens is not None and params.max_tokens > room:
+            raise ParameterError(
+                "max_tokens",
+                f"max_tokens is {params.max_tokens} and the prompt has {len(prompt)} tokens, but "
+                f"together they are limited to {self.max_model_len}",
+            )
+        return Sequence(
+            request,
+            max_tokens=params.max_tokens or room,
+            detokenizer=Detokenizer(self.tokenizer.backend_tokenizer, prompt, params.stop),
+            sampler=SequenceSampler(params, prompt),
+        )
+
+    def _run(self) -> None:
+        try:
+            while self._take_messages():
+                outputs = self._step()
+                # Before the outputs, so that a caller who has its last one sees its blocks free.
+                self._stats = self._snapshot()
+                for loop, delivered in outputs.items():
+                    _call(loop, _deliver, delivered)
+            error = EngineStoppedError("the engine was stopped")
+        except BaseException as failure:  # whatever it is, callers must not wait for ever
+            logger.exception("the engine thread failed")
+            self._failure = failure
+            error = EngineStoppedError(f"the engine failed: {failure!r}")
+        self._stopping = True
+        self._fail_all(error)
+
+    def _take_messages(self) -> bool:
+        """Apply everything in the inbox, waiting if there is nothing to compute.
+
+        Returns False when told to stop.
+        """
+        idle = not (self._scheduler.running or self._scheduler.waiting)
+        while True:
+            try:
+                message = self._inbox.get(block=idle)
+            except Empty:
+                return True
+            idle = False
+            if isinstance(message, _Stop):
+                return False
+            if isinstance(message, _Add):
+                self._streams[message.sequence.request_id] = (message.sequence, message.stream)
+                self._scheduler.add(message.sequence)
+            elif message.request_id in self._streams:
+                sequence, _ = self._streams.pop(message.request_id)
+                self._scheduler.finish(sequence)
+
+    @torch.inference_mode()
+    def _step(self) -> _Outputs:
+        batch = self._scheduler.schedule()
+        outputs: _Outputs = defaultdict(list)
+        if not batch:
+            return outputs
+        logits = self._runner.run(batch)
+        completing = [item.completes for item in batch]
+        row = 0
+        for item, completes in zip(batch, completing, strict=True):
+            sequence = item.sequence
+            if sequence.num_output_tokens == 0:
+                self._prompt_tokens += item.num_tokens
+            self._scheduler.computed(item)
+            if completes:
+                output = self._advance(sequence, logits[row])
+                row += 1
+                stream = self._streams[sequence.request_id][1]
+                outputs[stream.loop].append((stream, output))
+                if output.finish_reason is not None:
+                    del self._streams[sequence.request_id]
+                    self._scheduler.finish(sequence)
+        self._steps += 1
+        return outputs
+
+    def _advance(self, sequence: Sequence, logits: torch.Tensor) -> RequestOutput:
+        """Sample the next token of a sequence and say what it added."""
+        params = sequence.request.params
+        token, logprob = sequence.sampler.sample(logits)
+        sequence.token_ids.append(token)
+        self._generation_tokens += 1
+        reason: FinishReason | None = None
+        text = ""
+        if token in params.stop_token_ids or (
+            token in self._eos_token_ids and not params.ignore_eos
+        ):
+            reason = "stop"
+        else:
+            text = sequence.detokenizer.add(token)
+            if sequence.detokenizer.stopped:
+                reason = "stop"
+            elif sequence.num_output_tokens >= sequence.max_tokens:
+                reason = "length"
+        if reason is not None:
+            text += sequence.detokenizer.flush()
+        return RequestOutput(
+            text=text,
+            token_ids=(token,),
+            logprobs=() if logprob is None else (logprob,),
+            finish_reason=reason,
+            prompt_tokens=sequence.num_prompt_tokens,
+            completion_tokens=sequence.num_output_tokens,
+            cached_tokens=sequence.num_cached_tokens or 0,
+        )
+
+    def _fail_all(self, error: Exception) -> None:
+        while not self._inbox.empty():
+            message = self._inbox.get()
+            if isinstance(message, _Add):
+                self._streams[message.sequence.request_id] = (message.sequence, message.stream)
+        for _, stream in self._streams.values():
+            _call(stream.loop, stream.queue.put_nowait, error)
+        self._streams.clear()
+
+    def _snapshot(self) -> EngineStats:
+        scheduler = self._scheduler
+        return EngineStats(
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            kv_blocks_total=scheduler.blocks.num_blocks,
+            kv_blocks_free=scheduler.blocks.num_free_blocks,
+            prompt_tokens=self._prompt_tokens,
+            generation_tokens=self._generation_tokens,
+            prefix_query_tokens=scheduler.prefix_query_tokens,
+            prefix_hit_tokens=scheduler.prefix_hit_tokens,
+            preemptions=scheduler.preemptions,
+            steps=self._steps,
+        )
+
+
+def _deliver(delivered: list[tuple[_Stream, RequestOutput]]) -> None:
+    for stream, output in delivered:
+        stream.queue.put_nowait(output)
+
+
+def _call(loop: asyncio.AbstractEventLoop, function: object, argument: object) -> None:
+    """Run on another thread's loop; a loop that has closed has nobody left to tell."""
+    try:
+        loop.call_soon_threadsafe(function, argument)  # type: ignore[arg-type]
+    except RuntimeError:
+        if not loop.is_closed():
+            raise
+
+
+def _eos_token_ids(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """End tokens of the tokenizer, the model config and the generation config together."""
+    found: set[int] = set()
+    sources = [tokenizer.eos_token_id, getattr(checkpoint.config, "eos_token_id", None)]
+    if (checkpoint.folder / "generation_config.json").is_file():
+        sources.append(GenerationConfig.from_pretrained(checkpoint.folder).eos_token_id)
+    for source in sources:
+        if isinstance(source, int):
+            found.add(source)
+        elif source is not None:
+            found.update(source)
+    return frozenset(found)

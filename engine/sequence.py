@@ -1,0 +1,52 @@
+"""A request being computed: its tokens, how far they are computed, and the KV blocks it holds."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+from nybble.engine.detokenizer import Detokenizer
+from nybble.engine.request import Request
+from nybble.engine.sampler import SequenceSampler
+
+
+class SequenceStatus(Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+class Sequence:
+    """Mutable state of one request; owned by the engine thread.
+
+    num_computed_tokens: leading tokens whose keys and values are in the cache.
+    blocks: ids of the KV blocks holding them, in order.
+    block_hashes: the prefix-cache keys of the leading full blocks, as far as they are known.
+    """
+
+    def __init__(
+        self, request: Request, max_tokens: int, detokenizer: Detokenizer, sampler: SequenceSampler
+    ) -> None:
+        self.request = request
+        self.max_tokens = max_tokens
+        self.detokenizer = detokenizer
+        self.sampler = sampler
+        self.status = SequenceStatus.WAITING
+        self.token_ids: list[int] = list(request.prompt_token_ids)
+        self.num_prompt_tokens = len(request.prompt_token_ids)
+        self.num_computed_tokens = 0
+        self.num_cached_tokens: int | None = None
+        self.blocks: list[int] = []
+        self.block_hashes: list[bytes] = []
+
+    @property
+    def request_id(self) -> str:
+        return self.request.request_id
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        """1 while decoding; more while the prompt (or a preempted sequence) is prefilled."""
+        return len(self.token_ids) - self.num_computed_tokens

@@ -1,0 +1,41 @@
+"""Linear layers, packed or not: picks the kernel for the device, layout and dtype."""
+
+from __future__ import annotations
+
+import torch
+from nybble.kernels.layout import Layout
+from nybble.kernels.packed import DenseWeight, PackedWeight
+from torch import Tensor
+
+# Rows dequantized at a time where no packed kernel applies: 16 MiB of float32 at 4096 columns.
+_ROWS_AT_A_TIME = 1024
+
+
+def preferred_layout(device: torch.device) -> Layout:
+    """The layout the fastest kernel on ``device`` reads."""
+    return "rows"
+
+
+def linear(x: Tensor, weight: PackedWeight | DenseWeight) -> Tensor:
+    """``x @ W.T + bias`` for ``x (..., in_features)``, in the dtype of ``x``."""
+    if isinstance(weight, PackedWeight):
+        return packed_matmul(x, weight)
+    return torch.nn.functional.linear(x, weight.weight, weight.bias)
+
+
+def packed_matmul(x: Tensor, weight: PackedWeight) -> Tensor:
+    """``x @ weight.dequantize().T + bias``: ``(..., in_features)`` to ``(..., out_features)``."""
+    return _dequantized_by_rows(x, weight)
+
+
+def _dequantized_by_rows(x: Tensor, weight: PackedWeight) -> Tensor:
+    """A few output rows at a time, so that no full-precision copy of the weight ever exists."""
+    wide = x.float()
+    parts = [
+        wide @ weight.rows(start, start + _ROWS_AT_A_TIME).dequantize().T
+        for start in range(0, weight.out_features, _ROWS_AT_A_TIME)
+    ]
+    out = torch.cat(parts, dim=-1)
+    if weight.bias is not None:
+        out += weight.bias.float()
+    return out.to(x.dtype)
