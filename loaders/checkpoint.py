@@ -1,0 +1,178 @@
+"""A checkpoint folder as a stream of weights, whatever its format."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from nybble.kernels import DenseWeight, PackedWeight
+from nybble.kernels.packed import stack_outputs
+from nybble.loaders.awq import AwqReader
+from nybble.loaders.bnb import BnbReader
+from nybble.loaders.errors import CheckpointError
+from nybble.loaders.gptq import GptqReader
+from nybble.loaders.shards import Shards
+from torch import Tensor
+from transformers import AutoConfig, PretrainedConfig
+
+Weight = PackedWeight | DenseWeight | Tensor
+
+# Projections that read the same input and can be computed as one.
+_FUSED = {
+    "self_attn.q_proj": ("self_attn.qkv_proj", ("q_proj", "k_proj", "v_proj")),
+    "mlp.gate_proj": ("mlp.gate_up_proj", ("gate_proj", "up_proj")),
+}
+_QUANT_METHODS = ("gptq", "awq", "bitsandbytes")
+
+
+class Checkpoint(Protocol):
+    """What an engine loads."""
+
+    folder: Path
+    config: PretrainedConfig
+    format: str
+
+    def weights(self) -> Iterator[tuple[str, Weight]]:
+        """Weights one at a time, by the module names transformers uses.
+
+        Linear layers are PackedWeight or DenseWeight under the module's name, with q, k, v fused
+        as ``qkv_proj`` and gate, up as ``gate_up_proj`` where they can be one weight; norms and
+        embeddings are tensors under ``<module>.weight``.
+        """
+        ...
+
+
+class _Reader(Protocol):
+    @property
+    def name(self) -> str: ...
+
+    def read(self, shards: Shards, module: str) -> PackedWeight | None: ...
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Open a folder with config.json and safetensors files in any supported format.
+
+    Raises CheckpointError where something is missing, corrupt or unsupported.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{folder} has no config.json: not a model folder")
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (ValueError, KeyError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    return _FolderCheckpoint(folder, config, _reader(folder))
+
+
+def _settings(folder: Path) -> Mapping[str, Any] | None:
+    config = json.loads((folder / "config.json").read_text())
+    settings: Mapping[str, Any] | None = config.get("quantization_config")
+    if settings is None and (folder / "quantize_config.json").is_file():
+        found = json.loads((folder / "quantize_config.json").read_text())
+        settings = {"quant_method": "gptq", **found}
+    return settings
+
+
+def _reader(folder: Path) -> _Reader | None:
+    settings = _settings(folder)
+    if settings is None:
+        return None
+    method = settings.get("quant_method")
+    if method == "gptq":
+        return GptqReader.from_settings(settings)
+    if method == "awq":
+        return AwqReader.from_settings(settings)
+    if method == "bitsandbytes":
+        return BnbReader.from_settings(settings)
+    raise CheckpointError(
+        f"{folder / 'config.json'}: quant_method {method!r} is not supported; "
+        f"supported are {', '.join(_QUANT_METHODS)}"
+    )
+
+
+class _FolderCheckpoint:
+    def __init__(self, folder: Path, config: PretrainedConfig, reader: _Reader | None) -> None:
+        self.folder = folder
+        self.config = config
+        self.format = reader.name if reader else "none"
+        self._reader = reader
+
+    def weights(self) -> Iterator[tuple[str, Weight]]:
+        shards = Shards(self.folder)
+        modules = _modules(shards)
+        done: set[str] = set()
+        for module in modules:
+            if module in done:
+                continue
+            for suffix, (fused, parts) in _FUSED.items():
+                if module.endswith(suffix):
+                    prefix = module.removesuffix(suffix)
+                    siblings = [module.rsplit(".", 1)[0] + "." + part for part in parts]
+                    if all(sibling in modules for sibling in siblings):
+                        done.update(siblings)
+                        yield from self._fuse(shards, prefix + fused, siblings)
+                    break
+            if module not in done:
+                yield self._read(shards, module)
+
+    def _fuse(
+        self, shards: Shards, name: str, modules: Sequence[str]
+    ) -> Iterator[tuple[str, Weight]]:
+        read = [self._read(shards, module) for module in modules]
+        packed = [weight for _, weight in read if isinstance(weight, PackedWeight)]
+        dense = [weight for _, weight in read if isinstance(weight, DenseWeight)]
+        if len(packed) == len(read):
+            whole = stack_outputs(packed)
+            if whole is not None:
+                yield name, whole
+                return
+        elif len(dense) == len(read) and len({weight.bias is None for weight in dense}) == 1:
+            biases = [weight.bias for weight in dense if weight.bias is not None]
+            yield (
+                name,
+                DenseWeight(
+                    torch.cat([weight.weight for weight in dense]),
+                    torch.cat(biases) if biases else None,
+                ),
+            )
+            return
+        yield from read
+
+    def _read(self, shards: Shards, module: str) -> tuple[str, Weight]:
+        packed = self._reader.read(shards, module) if self._reader else None
+        if packed is not None:
+            return module, packed
+        name = module + ".weight"
+        if name not in shards:
+            raise CheckpointError(
+                f"{self.folder}: {module} has no weight in the checkpoint's format "
+                f"({self.format}); is it a mixture of formats?"
+            )
+        weight = shards.read(name)
+        if not weight.is_floating_point():
+            raise CheckpointError(
+                f"{self.folder}: {name} is {weight.dtype}, expected a floating-point tensor; "
+                f"the checkpoint's format is {self.format}"
+            )
+        if weight.ndim != 2 or module.endswith("embed_tokens"):
+            return name, weight
+        bias = module + ".bias"
+        return module, DenseWeight(
+            weight, shards.read(bias, (weight.shape[0],)) if bias in shards else None
+        )
+
+
+def _modules(shards: Shards) -> dict[str, None]:
+    """Modules that own tensors, in the order of the files."""
+    modules: dict[str, None] = {}
+    for name in shards.names():
+        module, _, leaf = name.rpartition(".")
+        if ".weight." in name:  # bitsandbytes hangs its state below the weight
+            module = name.split(".weight.")[0]
+        elif leaf == "inv_freq":  # a buffer old checkpoints carry; computed here
+            continue
+        modules[module] = None
+    return modules

@@ -1,0 +1,82 @@
+"""The safetensors files of a checkpoint folder, read one tensor at a time."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from nybble.loaders.errors import CheckpointError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+
+
+class Shards:
+    """Tensors by name over one file or several; memory-mapped, never unpickled."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises CheckpointError where files are missing, truncated or not safetensors."""
+        self.folder = folder
+        self._file_of: dict[str, Path] = {}
+        for path in self._files():
+            try:
+                with safe_open(path, framework="pt") as file:
+                    names = file.keys()
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"{path} is truncated or not safetensors: {error}") from error
+            self._file_of.update(dict.fromkeys(names, path))
+        self._check_index()
+
+    def _files(self) -> list[Path]:
+        if (self.folder / _INDEX).is_file():
+            files = sorted({self.folder / name for name in self._index().values()})
+            for path in files:
+                if not path.is_file():
+                    raise CheckpointError(f"{self.folder / _INDEX} names {path.name}: not there")
+            return files
+        if (self.folder / _SINGLE).is_file():
+            return [self.folder / _SINGLE]
+        if files := sorted(self.folder.glob("*.safetensors")):
+            return files
+        if any(self.folder.glob("*.bin")):
+            raise CheckpointError(
+                f"{self.folder} has only pickled .bin weights, which can run code when loaded; "
+                "convert them to safetensors"
+            )
+        raise CheckpointError(f"{self.folder} has no .safetensors file")
+
+    def _index(self) -> dict[str, str]:
+        path = self.folder / _INDEX
+        try:
+            weight_map: dict[str, str] = json.loads(path.read_text())["weight_map"]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{path} is not a safetensors index: {error!r}") from error
+        return weight_map
+
+    def _check_index(self) -> None:
+        if (self.folder / _INDEX).is_file():
+            for name, file in self._index().items():
+                if name not in self._file_of:
+                    raise CheckpointError(f"{self.folder / file} has no tensor {name}")
+
+    def names(self) -> list[str]:
+        return list(self._file_of)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._file_of
+
+    def read(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
+        """The tensor called ``name``; CheckpointError if it is missing or not of ``shape``."""
+        path = self._file_of.get(name)
+        if path is None:
+            raise CheckpointError(f"{self.folder} has no tensor {name}")
+        # Opened anew each time: closing drops the mapping, so what was read does not stay resident.
+        with safe_open(path, framework="pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+        if shape is not None and tuple(tensor.shape) != shape:
+            raise CheckpointError(
+                f"{path}: {name} has shape {tuple(tensor.shape)}, expected {shape}"
+            )
+        return tensor

@@ -1,0 +1,1 @@
+"""Full-precision models in, 4-bit checkpoints in the public layouts out."""

@@ -1,0 +1,227 @@
+"""Every format's weights equal what its published layout, or its own library, says they are."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from nybble.kernels import DenseWeight, PackedWeight
+from nybble.loaders import CheckpointError, open_checkpoint
+from nybble.loaders.awq import AwqReader
+from nybble.loaders.gptq import GptqReader
+from nybble.loaders.shards import Shards
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+
+def one_module(folder: Path, **tensors: Tensor) -> Shards:
+    save_file({f"layer.{name}": t for name, t in tensors.items()}, folder / "model.safetensors")
+    return Shards(folder)
+
+
+def as_int32(value: int) -> int:
+    return value - (1 << 32) if value >= 1 << 31 else value
+
+
+def test_a_gptq_weight_computed_by_hand(tmp_path: Path) -> None:
+    """Eight inputs, eight outputs. Output 0 has codes 0…7; stored zeros are 15, 0, 1, …, 6."""
+    qweight = [as_int32(0x76543210)] + [0] * 7
+    shards = one_module(
+        tmp_path,
+        qweight=torch.tensor([qweight], dtype=torch.int32),
+        qzeros=torch.tensor([[as_int32(0x6543210F)]], dtype=torch.int32),
+        scales=torch.full((1, 8), 0.5, dtype=torch.float16),
+    )
+    v1 = GptqReader(group_size=-1, zeros_are_one_less=True).read(shards, "layer")
+    v2 = GptqReader(group_size=-1, zeros_are_one_less=False).read(shards, "layer")
+    assert v1 is not None
+    assert v2 is not None
+    # v1: the stored 15 is a zero of 0, so output 0 is its codes times the scale.
+    assert v1.dequantize()[0].tolist() == [0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5]
+    assert v1.dequantize()[1].tolist() == [-0.5] * 8
+    # v2: the stored 15 is a zero of 15.
+    assert v2.dequantize()[0].tolist() == [-7.5, -7.0, -6.5, -6.0, -5.5, -5.0, -4.5, -4.0]
+    assert v2.dequantize()[1].tolist() == [0.0] * 8
+
+
+def test_an_awq_weight_computed_by_hand(tmp_path: Path) -> None:
+    """One input, eight outputs: nibbles from the low one up are outputs 0, 2, 4, 6, 1, 3, 5, 7."""
+    shards = one_module(
+        tmp_path,
+        qweight=torch.tensor([[as_int32(0x75316420)]], dtype=torch.int32),
+        qzeros=torch.tensor([[as_int32(0x00000008)]], dtype=torch.int32),
+        scales=torch.ones(1, 8, dtype=torch.float16),
+    )
+    weight = AwqReader(group_size=-1, zero_point=True).read(shards, "layer")
+    assert weight is not None
+    assert weight.dequantize().flatten().tolist() == [-8.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]
+
+
+def unpacked(packed: Tensor, order: list[int]) -> Tensor:
+    """int32 ``(rows, n)`` to codes ``(rows, 8 n)``, nibble i being column ``order[i]``."""
+    codes = torch.zeros(packed.shape[0], packed.shape[1] * 8, dtype=torch.int64)
+    wide = packed.long() & 0xFFFFFFFF
+    for nibble, column in enumerate(order):
+        codes[:, column::8] = wide >> 4 * nibble & 0xF
+    return codes
+
+
+def random_int32(*shape: int) -> Tensor:
+    return torch.randint(-(1 << 31), 1 << 31, shape, dtype=torch.int64).int()
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 128, -1])
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("v1", [False, True])
+def test_gptq_equals_the_published_formula(
+    tmp_path: Path, group_size: int, act_order: bool, v1: bool
+) -> None:
+    torch.manual_seed(group_size)
+    columns, out = 256, 24
+    size = columns if group_size == -1 else group_size
+    groups = columns // size
+    g_idx = torch.arange(columns) // size
+    if act_order:
+        g_idx = g_idx[torch.randperm(columns)]
+    qweight, qzeros = random_int32(columns // 8, out), random_int32(groups, out // 8)
+    scales = torch.rand(groups, out).half()
+    shards = one_module(tmp_path, qweight=qweight, qzeros=qzeros, scales=scales, g_idx=g_idx.int())
+    codes = unpacked(qweight.T.contiguous(), list(range(8))).T
+    zeros = unpacked(qzeros, list(range(8)))
+    zeros = (zeros + 1) % 16 if v1 else zeros
+    expected = scales[g_idx] * (codes - zeros[g_idx]).half()  # (in, out), as AutoGPTQ computes it
+
+    weight = GptqReader(group_size, zeros_are_one_less=v1).read(shards, "layer")
+    assert weight is not None
+    assert (weight.perm is not None) == (act_order and groups > 1)
+    assert torch.equal(weight.dequantize(torch.float16), expected.T)
+
+
+@pytest.mark.parametrize("group_size", [32, 128, -1])
+def test_awq_equals_the_published_formula(tmp_path: Path, group_size: int) -> None:
+    columns, out = 128, 40
+    size = columns if group_size == -1 else group_size
+    qweight, qzeros = random_int32(columns, out // 8), random_int32(columns // size, out // 8)
+    scales = torch.rand(columns // size, out).half()
+    order = [0, 2, 4, 6, 1, 3, 5, 7]
+    group = torch.arange(columns) // size
+    expected = scales[group] * (unpacked(qweight, order) - unpacked(qzeros, order)[group]).half()
+
+    shards = one_module(tmp_path, qweight=qweight, qzeros=qzeros, scales=scales)
+    weight = AwqReader(group_size, zero_point=True).read(shards, "layer")
+    assert weight is not None
+    assert torch.equal(weight.dequantize(torch.float16), expected.T)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_bitsandbytes_checkpoints_equal_its_own_dequantization(
+    tmp_path: Path, tiny_model: Callable[..., Path], kind: str, nested: bool
+) -> None:
+    from bitsandbytes.functional import dequantize_4bit
+
+    model = AutoModelForCausalLM.from_pretrained(
+        tiny_model(),
+        dtype=torch.float32,
+        device_map="cpu",
+        quantization_config=BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_use_double_quant=nested
+        ),
+    )
+    model.save_pretrained(tmp_path)
+    checkpoint = open_checkpoint(tmp_path)
+    weights = dict(checkpoint.weights())
+    assert checkpoint.format == kind
+    layer = model.model.layers[1]
+    for name, owners in (
+        ("self_attn.o_proj", [layer.self_attn.o_proj]),
+        ("mlp.gate_up_proj", [layer.mlp.gate_proj, layer.mlp.up_proj]),
+    ):
+        found = weights["model.layers.1." + name]
+        assert isinstance(found, PackedWeight)
+        expected = [dequantize_4bit(owner.weight, owner.weight.quant_state) for owner in owners]
+        assert torch.equal(found.dequantize(), torch.cat(expected).float())
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_a_plain_checkpoint_streams_fused_projections_with_their_biases(
+    tiny_model: Callable[..., Path], family: str
+) -> None:
+    folder = tiny_model(family=family)
+    tensors = load_file(folder / "model.safetensors")
+    weights = dict(open_checkpoint(folder).weights())
+    prefix = "model.layers.0.self_attn."
+    qkv = weights[prefix + "qkv_proj"]
+    assert isinstance(qkv, DenseWeight)
+    assert torch.equal(qkv.weight, torch.cat([tensors[f"{prefix}{p}_proj.weight"] for p in "qkv"]))
+    assert (qkv.bias is not None) == (family == "qwen2")
+    assert isinstance(weights["model.embed_tokens.weight"], Tensor)
+
+
+def copied(source: Path, target: Path) -> Path:
+    return Path(shutil.copytree(source, target / "model"))
+
+
+def test_a_truncated_file_is_named(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
+    folder = copied(tiny_model(), tmp_path)
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is truncated"):
+        dict(open_checkpoint(folder).weights())
+
+
+def test_pickled_weights_are_refused(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
+    folder = copied(tiny_model(), tmp_path)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="convert them to safetensors"):
+        dict(open_checkpoint(folder).weights())
+
+
+def test_a_wrong_shape_names_tensor_expected_and_found(tmp_path: Path) -> None:
+    shards = one_module(
+        tmp_path,
+        qweight=random_int32(8, 16),
+        qzeros=random_int32(1, 2),
+        scales=torch.ones(3, 16).half(),
+    )
+    message = r"layer\.scales has shape \(3, 16\), expected \(1, 16\)"
+    with pytest.raises(CheckpointError, match=message):
+        GptqReader(64, zeros_are_one_less=True).read(shards, "layer")
+
+
+def test_uneven_groups_are_refused(tmp_path: Path) -> None:
+    shards = one_module(
+        tmp_path,
+        qweight=random_int32(8, 16),
+        qzeros=random_int32(2, 2),
+        scales=torch.ones(2, 16).half(),
+        g_idx=torch.tensor([0] * 10 + [1] * 54, dtype=torch.int32),
+    )
+    with pytest.raises(CheckpointError, match=r"layer\.g_idx does not put 32 features into each"):
+        GptqReader(32, zeros_are_one_less=True).read(shards, "layer")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"quant_method": "gptq", "bits": 3}, "3-bit weights are not supported; supported: 4"),
+        ({"quant_method": "hqq"}, "quant_method 'hqq' is not supported; supported are gptq"),
+        ({"quant_method": "awq", "version": "marlin"}, "AWQ version 'marlin' is not supported"),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "8-bit bitsandbytes weights"),
+        ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "checkpoint_format"),
+    ],
+)
+def test_what_is_not_supported_is_refused_by_name(
+    tmp_path: Path, tiny_model: Callable[..., Path], settings: dict[str, object], message: str
+) -> None:
+    folder = copied(tiny_model(), tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = settings
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(folder)
