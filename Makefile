@@ -16,6 +16,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/pip install --progress-bar on -c constraints.txt -e '.[dev]'
 	mkdir -p $(VENV)/src/nybble
 	for package in $(PACKAGES); do ln -sfn ../../../$$package $(VENV)/src/nybble/$$package; done
+	$(BIN)/python -m nybble.kernels.cpu.build
 	touch $@
 
 lint: install

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from nybble.kernels.cpu.library import library
 from nybble.kernels.layout import Layout
 from nybble.kernels.packed import DenseWeight, PackedWeight
 from torch import Tensor
@@ -13,7 +14,7 @@ _ROWS_AT_A_TIME = 1024
 
 def preferred_layout(device: torch.device) -> Layout:
     """The layout the fastest kernel on ``device`` reads."""
-    return "rows"
+    return "cpu_tiles" if device.type == "cpu" and library() is not None else "rows"
 
 
 def linear(x: Tensor, weight: PackedWeight | DenseWeight) -> Tensor:
@@ -25,6 +26,10 @@ def linear(x: Tensor, weight: PackedWeight | DenseWeight) -> Tensor:
 
 def packed_matmul(x: Tensor, weight: PackedWeight) -> Tensor:
     """``x @ weight.dequantize().T + bias``: ``(..., in_features)`` to ``(..., out_features)``."""
+    if x.dtype == torch.bfloat16 and x.device.type == "cpu":
+        cpu = library()
+        if cpu is not None and cpu.takes(weight):
+            return cpu.packed_matmul(x, weight)
     return _dequantized_by_rows(x, weight)
 
 

@@ -1,18 +1,16 @@
 """The operations between the matmuls: each picks the fastest kernel its inputs allow.
 
-They compute what :mod:`nybble.kernels.reference` defines.
+They compute what :mod:`nybble.kernels.reference` defines. The CPU kernels take bfloat16 with sizes
+that are multiples of their vectors; anything else goes to the reference.
 """
 
 from __future__ import annotations
 
+import torch
+from nybble.kernels import reference
 from nybble.kernels.attention_batch import AttentionBatch
-from nybble.kernels.reference import (
-    add_rms_norm,
-    paged_attention,
-    rms_norm,
-    rotary_store,
-    silu_mul,
-)
+from nybble.kernels.cpu.library import CpuLibrary, library
+from torch import Tensor
 
 __all__ = [
     "AttentionBatch",
@@ -22,3 +20,53 @@ __all__ = [
     "rotary_store",
     "silu_mul",
 ]
+
+
+def _cpu(x: Tensor, width: int, multiple: int) -> CpuLibrary | None:
+    if x.dtype == torch.bfloat16 and x.device.type == "cpu" and width % multiple == 0:
+        return library()
+    return None
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """See :func:`nybble.kernels.reference.rms_norm`."""
+    cpu = _cpu(x, x.shape[-1], 16)
+    return cpu.rms_norm(x, weight, eps) if cpu else reference.rms_norm(x, weight, eps)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """See :func:`nybble.kernels.reference.add_rms_norm`."""
+    cpu = _cpu(x, x.shape[-1], 16)
+    kernel = cpu.add_rms_norm if cpu else reference.add_rms_norm
+    return kernel(x, residual, weight, eps)
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """See :func:`nybble.kernels.reference.silu_mul`."""
+    cpu = _cpu(gate_up, gate_up.shape[-1], 32)
+    return cpu.silu_mul(gate_up) if cpu else reference.silu_mul(gate_up)
+
+
+def rotary_store(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+) -> None:
+    """See :func:`nybble.kernels.reference.rotary_store`. Heads of a row must be contiguous."""
+    cpu = _cpu(q, q.shape[-1], 32)
+    kernel = cpu.rotary_store if cpu else reference.rotary_store
+    kernel(q, k, v, cos, sin, k_cache, v_cache, slot_mapping)
+
+
+def paged_attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: AttentionBatch, scale: float
+) -> Tensor:
+    """See :func:`nybble.kernels.reference.paged_attention`. Heads of a row must be contiguous."""
+    cpu = _cpu(q, q.shape[-1], 32)
+    kernel = cpu.paged_attention if cpu else reference.paged_attention
+    return kernel(q, k_cache, v_cache, batch, scale)

@@ -1,0 +1,173 @@
+"""The compiled kernels as Python functions on bfloat16 tensors.
+
+Called through ctypes with plain addresses: a call costs a few microseconds, and a decode step makes
+hundreds.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from ctypes import c_float, c_int, c_int64, c_void_p
+from functools import cache
+from typing import Any
+
+import torch
+from nybble.kernels.attention_batch import AttentionBatch
+from nybble.kernels.cpu.build import CpuKernelsUnavailableError, build
+from nybble.kernels.packed import PackedWeight
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+_SCALE_TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
+
+
+@cache
+def library() -> CpuLibrary | None:
+    """The kernels, or None (said once, with the reason) where they cannot run."""
+    try:
+        return CpuLibrary(ctypes.CDLL(str(build())))
+    except (CpuKernelsUnavailableError, OSError) as error:
+        logger.warning("CPU kernels unavailable, using slower PyTorch operations: %s", error)
+        return None
+
+
+class CpuLibrary:
+    """See kernels/reference.py for what each function computes."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        pointer, size = c_void_p, c_int64
+
+        def function(name: str, *arguments: type) -> Any:
+            found = getattr(library, "nybble_" + name)
+            found.argtypes, found.restype = arguments, None
+            return found
+
+        self._matmul = function("packed_matmul", *[pointer] * 7, *[size] * 5, c_int, c_int)
+        self._rms_norm = function("rms_norm", *[pointer] * 4, size, size, c_float)
+        self._silu_mul = function("silu_mul", pointer, pointer, size, size, c_int)
+        self._rotary = function("rotary_store", *[pointer] * 8, *[size] * 8)
+        self._attention = function("paged_attention", *[pointer] * 7, *[size] * 7, c_float, c_int)
+
+    def takes(self, weight: PackedWeight) -> bool:
+        """Whether the matmul kernel reads this weight: tiled, and groups end with an octet."""
+        return weight.layout == "cpu_tiles" and (weight.group_size % 8 == 0 or weight.groups == 1)
+
+    def packed_matmul(self, x: Tensor, weight: PackedWeight) -> Tensor:
+        """Levels are rounded to bfloat16, which integer levels survive exactly."""
+        rows = x.reshape(-1, weight.in_features)
+        if weight.perm is not None:
+            rows = rows[:, weight.perm]
+        if weight.in_features % 8:
+            rows = torch.nn.functional.pad(rows, (0, -weight.in_features % 8))
+        rows = rows.contiguous()
+        out = torch.empty(rows.shape[0], weight.out_features, dtype=torch.bfloat16)
+        bias = None if weight.bias is None else weight.bias.float().contiguous()
+        self._matmul(
+            rows.data_ptr(),
+            weight.qweight.data_ptr(),
+            weight.scales.data_ptr(),
+            None if weight.zeros is None else weight.zeros.data_ptr(),
+            weight.levels.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            out.data_ptr(),
+            rows.shape[0],
+            weight.out_features,
+            rows.shape[1],
+            weight.groups,
+            -(-weight.group_size // 8),
+            _SCALE_TYPES[weight.scales.dtype],
+            torch.get_num_threads(),
+        )
+        return out.view(*x.shape[:-1], weight.out_features)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        x = x.contiguous()
+        out = torch.empty_like(x)
+        width = x.shape[-1]
+        self._rms_norm(
+            x.data_ptr(), None, weight.data_ptr(), out.data_ptr(), x.numel() // width, width, eps
+        )
+        return out
+
+    def add_rms_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        x, total = x.contiguous(), residual.clone(memory_format=torch.contiguous_format)
+        out = torch.empty_like(x)
+        width = x.shape[-1]
+        self._rms_norm(
+            x.data_ptr(),
+            total.data_ptr(),
+            weight.data_ptr(),
+            out.data_ptr(),
+            x.numel() // width,
+            width,
+            eps,
+        )
+        return out, total
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        gate_up = gate_up.contiguous()
+        rows, width = gate_up.shape[0], gate_up.shape[1] // 2
+        out = torch.empty(rows, width, dtype=gate_up.dtype)
+        self._silu_mul(gate_up.data_ptr(), out.data_ptr(), rows, width, torch.get_num_threads())
+        return out
+
+    def rotary_store(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        slot_mapping: Tensor,
+    ) -> None:
+        tokens, q_heads, dim = q.shape
+        cos, sin = cos.contiguous(), sin.contiguous()
+        self._rotary(
+            q.data_ptr(),
+            k.data_ptr(),
+            v.data_ptr(),
+            cos.data_ptr(),
+            sin.data_ptr(),
+            k_cache.data_ptr(),
+            v_cache.data_ptr(),
+            slot_mapping.data_ptr(),
+            tokens,
+            q_heads,
+            k.shape[1],
+            dim,
+            k_cache.shape[2],
+            q.stride(0),
+            k.stride(0),
+            v.stride(0),
+        )
+
+    def paged_attention(
+        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: AttentionBatch, scale: float
+    ) -> Tensor:
+        tokens, q_heads, dim = q.shape
+        out = torch.empty(tokens, q_heads * dim, dtype=q.dtype)
+        self._attention(
+            q.data_ptr(),
+            k_cache.data_ptr(),
+            v_cache.data_ptr(),
+            batch.query_start.data_ptr(),
+            batch.context_lens.data_ptr(),
+            batch.block_tables.data_ptr(),
+            out.data_ptr(),
+            batch.context_lens.shape[0],
+            batch.block_tables.shape[1],
+            q_heads,
+            k_cache.shape[1],
+            dim,
+            k_cache.shape[2],
+            q.stride(0),
+            scale,
+            torch.get_num_threads(),
+        )
+        return out

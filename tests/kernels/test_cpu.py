@@ -1,0 +1,203 @@
+"""The CPU kernels compute what the references do, whatever the shape."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from nybble.kernels import PackedWeight, reference
+from nybble.kernels.attention_batch import AttentionBatch
+from nybble.kernels.cpu.build import CpuKernelsUnavailableError, build, missing_cpu_features
+from nybble.kernels.cpu.library import CpuLibrary, library
+from nybble.kernels.matmul import packed_matmul
+from nybble.kernels.packed import INTEGER_LEVELS, SYMMETRIC_LEVELS, pack_nibbles
+from torch import Tensor
+
+CODEBOOK = torch.linspace(-1, 1, 16).bfloat16().float()
+
+
+@pytest.fixture(scope="module")
+def cpu() -> CpuLibrary:
+    if missing := missing_cpu_features():
+        pytest.fail(f"the CPU kernels cannot be tested here: this CPU lacks {missing}")
+    found = library()
+    assert found is not None
+    return found
+
+
+def random_weight(
+    out: int,
+    columns: int,
+    group: int,
+    kind: str,
+    dtype: torch.dtype,
+    *,
+    act_order: bool,
+    bias: bool,
+) -> PackedWeight:
+    groups = -(-columns // group)
+    zeros = torch.randint(0, 16, (out, groups)).to(dtype) if kind == "asym" else None
+    levels = {"asym": INTEGER_LEVELS, "sym": SYMMETRIC_LEVELS, "codebook": CODEBOOK}[kind]
+    return PackedWeight(
+        qweight=pack_nibbles(torch.randint(0, 16, (out, columns), dtype=torch.uint8)),
+        scales=torch.rand(out, groups).to(dtype),
+        zeros=zeros,
+        levels=levels,
+        out_features=out,
+        in_features=columns,
+        group_size=group,
+        perm=torch.randperm(columns).int() if act_order else None,
+        bias=torch.randn(out).bfloat16() if bias else None,
+    )
+
+
+def assert_close(found: Tensor, exact: Tensor, magnitude: Tensor) -> None:
+    """One rounding to bfloat16 (2⁻⁸ of the result) and float32 sums (2⁻²⁰ of their terms)."""
+    error = (found.double() - exact).abs()
+    bound = exact.abs() * 2**-8 + magnitude * 2**-20
+    assert (error <= bound).all(), f"worst error {(error / bound).max():.2f} × the bound"
+
+
+@given(
+    rows=st.sampled_from([1, 2, 3, 5, 8, 9, 10, 11, 23]),
+    out=st.integers(1, 150),
+    groups=st.integers(1, 4),
+    group=st.sampled_from([8, 16, 32, 64, 128]),
+    short=st.integers(0, 7),
+    kind=st.sampled_from(["asym", "sym", "codebook"]),
+    dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32]),
+    act_order=st.booleans(),
+    bias=st.booleans(),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=150, deadline=None)
+def test_matmul(
+    cpu: CpuLibrary,
+    rows: int,
+    out: int,
+    groups: int,
+    group: int,
+    short: int,
+    kind: str,
+    dtype: torch.dtype,
+    act_order: bool,
+    bias: bool,
+    seed: int,
+) -> None:
+    torch.manual_seed(seed)
+    columns = groups * group - short
+    weight = random_weight(out, columns, group, kind, dtype, act_order=act_order, bias=bias)
+    x = torch.randn(rows, columns).bfloat16()
+    found = cpu.packed_matmul(x, weight.to_layout("cpu_tiles"))
+    dense = weight.dequantize().double()
+    exact = x.double() @ dense.T
+    # The terms actually added: a code's and its zero's separately, before they cancel.
+    spread = 32 * weight.scales.double().max() if kind == "asym" else dense.abs().max()
+    magnitude = (x.double().abs().sum(1, keepdim=True) * spread).expand_as(exact)
+    if weight.bias is not None:
+        exact += weight.bias.double()
+    assert_close(found, exact, magnitude)
+
+
+def test_a_row_does_not_depend_on_its_batch(cpu: CpuLibrary) -> None:
+    weight = random_weight(
+        200, 256, 64, "asym", torch.float16, act_order=False, bias=True
+    ).to_layout("cpu_tiles")
+    x = torch.randn(37, 256).bfloat16()
+    together = cpu.packed_matmul(x, weight)
+    for row in range(37):
+        assert torch.equal(cpu.packed_matmul(x[row : row + 1], weight)[0], together[row])
+
+
+def test_other_dtypes_and_layouts_are_computed_without_the_kernel() -> None:
+    torch.manual_seed(0)
+    weight = random_weight(40, 30, 6, "asym", torch.float16, act_order=True, bias=True)
+    x = torch.randn(3, 30)
+    expected = x.double() @ weight.dequantize().double().T + weight.bias.double()  # type: ignore[union-attr]
+    for layout in ("rows", "cpu_tiles"):
+        found = packed_matmul(x, weight.to_layout(layout))  # type: ignore[arg-type]
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-4)
+
+
+def test_norms_and_activation(cpu: CpuLibrary) -> None:
+    torch.manual_seed(0)
+    x, residual = torch.randn(2, 7, 96).bfloat16()
+    weight = torch.rand(96).bfloat16()
+    torch.testing.assert_close(
+        cpu.rms_norm(x, weight, 1e-6), reference.rms_norm(x, weight, 1e-6), rtol=2**-7, atol=0
+    )
+    before = residual.clone()
+    found, total = cpu.add_rms_norm(x, residual, weight, 1e-6)
+    expected, expected_total = reference.add_rms_norm(x, residual, weight, 1e-6)
+    assert torch.equal(total, expected_total)
+    assert torch.equal(residual, before)
+    torch.testing.assert_close(found, expected, rtol=2**-7, atol=0)
+    extremes = torch.tensor([[-100.0, -20, -1, 0, 1, 20, 90, 300] * 8]).bfloat16()
+    both = torch.cat((extremes, torch.randn(1, 64).bfloat16()), dim=1)
+    torch.testing.assert_close(cpu.silu_mul(both), reference.silu_mul(both), rtol=2**-6, atol=1e-30)
+
+
+@given(
+    lengths=st.lists(st.tuples(st.integers(1, 40), st.integers(0, 70)), min_size=1, max_size=5),
+    kv_heads=st.sampled_from([1, 2, 3]),
+    share=st.sampled_from([1, 4, 7]),
+    dim=st.sampled_from([32, 64, 128]),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=40, deadline=None)
+def test_rotary_and_paged_attention(
+    cpu: CpuLibrary,
+    lengths: list[tuple[int, int]],
+    kv_heads: int,
+    share: int,
+    dim: int,
+    seed: int,
+) -> None:
+    """Sequences of (new tokens, tokens already cached) over blocks in random order."""
+    torch.manual_seed(seed)
+    block_size = 16
+    needed = [-(-(new + old) // block_size) for new, old in lengths]
+    order = torch.randperm(sum(needed) + 3).int()
+    tables = torch.zeros(len(lengths), max(needed), dtype=torch.int32)
+    slots = []
+    for row, (new, old) in enumerate(lengths):
+        start = sum(needed[:row])
+        tables[row, : needed[row]] = order[start : start + needed[row]]
+        positions = torch.arange(old, old + new)
+        slots.append(tables[row, positions // block_size].long() * block_size + positions % 16)
+    batch = AttentionBatch(
+        query_start=torch.tensor([0] + [new for new, _ in lengths]).cumsum(0).int(),
+        context_lens=torch.tensor([new + old for new, old in lengths]).int(),
+        block_tables=tables,
+        slot_mapping=torch.cat(slots),
+        max_query=max(new for new, _ in lengths),
+    )
+    tokens = int(batch.query_start[-1])
+    qkv = torch.randn(tokens, (share + 2) * kv_heads, dim).bfloat16()
+    angles = torch.rand(tokens, dim // 2).repeat(1, 2) * 6
+    caches = torch.randn(2, len(order), kv_heads, block_size, dim).bfloat16()
+    results = []
+    for kernels in (cpu, reference):
+        q, k, v = qkv.clone().split((share * kv_heads, kv_heads, kv_heads), dim=1)  # type: ignore[no-untyped-call]
+        k_cache, v_cache = caches.clone()
+        kernels.rotary_store(
+            q, k, v, angles.cos(), angles.sin(), k_cache, v_cache, batch.slot_mapping
+        )
+        results.append((q, k_cache, v_cache))
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=2**-7, atol=2**-7)
+    q, k_cache, v_cache = results[1]
+    found = cpu.paged_attention(q, k_cache, v_cache, batch, dim**-0.5)
+    expected = reference.paged_attention(q.double(), k_cache, v_cache, batch, dim**-0.5)
+    torch.testing.assert_close(found.double(), expected, rtol=2**-7, atol=2**-7)
+
+
+def test_a_missing_compiler_and_a_missing_instruction_set_are_named(tmp_path: Path) -> None:
+    with pytest.raises(CpuKernelsUnavailableError, match="no C\\+\\+ compiler: no-such-compiler"):
+        build("no-such-compiler", tmp_path)
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text("flags\t: fpu sse avx2 avx512f\n")
+    assert missing_cpu_features(cpuinfo) == ["avx512bw", "avx512vl", "avx512dq", "avx512_bf16"]
