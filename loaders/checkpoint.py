@@ -22,9 +22,10 @@ Weight = PackedWeight | DenseWeight | Tensor
 
 # Projections that read the same input and can be computed as one.
 _FUSED = {
-    "self_attn.q_proj": ("self_attn.qkv_proj", ("q_proj", "k_proj", "v_proj")),
-    "mlp.gate_proj": ("mlp.gate_up_proj", ("gate_proj", "up_proj")),
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
 }
+_FUSED_OF = {part: fused for fused, parts in _FUSED.items() for part in parts}
 _QUANT_METHODS = ("gptq", "awq", "bitsandbytes")
 
 
@@ -58,6 +59,11 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     Raises CheckpointError where something is missing, corrupt or unsupported.
     """
     path = folder / "config.json"
+    if (folder / "nybble.json").is_file():
+        # Imported here because the packed form is itself written from checkpoints.
+        from nybble.loaders.packed_file import PackedCheckpoint
+
+        return PackedCheckpoint(folder)
     if not path.is_file():
         raise CheckpointError(f"{folder} has no config.json: not a model folder")
     try:
@@ -107,15 +113,13 @@ class _FolderCheckpoint:
         for module in modules:
             if module in done:
                 continue
-            for suffix, (fused, parts) in _FUSED.items():
-                if module.endswith(suffix):
-                    prefix = module.removesuffix(suffix)
-                    siblings = [module.rsplit(".", 1)[0] + "." + part for part in parts]
-                    if all(sibling in modules for sibling in siblings):
-                        done.update(siblings)
-                        yield from self._fuse(shards, prefix + fused, siblings)
-                    break
-            if module not in done:
+            parent, _, leaf = module.rpartition(".")
+            fused = _FUSED_OF.get(leaf, "")
+            siblings = [f"{parent}.{part}" for part in _FUSED.get(fused, ())]
+            if siblings and all(sibling in modules for sibling in siblings):
+                done.update(siblings)
+                yield from self._fuse(shards, f"{parent}.{fused}", siblings)
+            else:
                 yield self._read(shards, module)
 
     def _fuse(

@@ -225,3 +225,14 @@ def test_what_is_not_supported_is_refused_by_name(
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=message):
         open_checkpoint(folder)
+
+
+def test_projections_fuse_whatever_their_order_in_the_file(
+    tmp_path: Path, tiny_model: Callable[..., Path]
+) -> None:
+    folder = copied(tiny_model(), tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    save_file(dict(sorted(tensors.items())), folder / "model.safetensors")
+    names = {name for name, _ in open_checkpoint(folder).weights()}
+    assert "model.layers.0.self_attn.qkv_proj" in names
+    assert not {name for name in names if name.endswith((".q_proj", ".k_proj", ".v_proj"))}

