@@ -23,6 +23,7 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy $(addprefix -p nybble.,$(PACKAGES))
+	$(BIN)/mypy load_tests/*.py
 
 test: lint
 	$(BIN)/pytest
