@@ -55,7 +55,7 @@ class CpuLibrary:
         return weight.layout == "cpu_tiles" and (weight.group_size % 8 == 0 or weight.groups == 1)
 
     def packed_matmul(self, x: Tensor, weight: PackedWeight) -> Tensor:
-        """Levels are rounded to bfloat16, which integer levels survive exactly."""
+        """On AVX-512 levels are rounded to bfloat16, which integer levels survive exactly."""
         rows = x.reshape(-1, weight.in_features)
         if weight.perm is not None:
             rows = rows[:, weight.perm]
