@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 MAX_BODY_BYTES = 16 << 20
 
 _REQUEST_ID = "X-Request-Id"
+_request_id = web.RequestKey("request_id", str)
 _ACCEPTABLE_ID = re.compile(r"[\x21-\x7e]{1,128}")
 # What load balancers and Prometheus ask without a key.
 _OPEN_PATHS = ("/health", "/metrics", "/version")
@@ -61,7 +62,7 @@ def _observe(metrics: Metrics) -> Middleware:
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         given = request.headers.get(_REQUEST_ID, "")
-        request[_REQUEST_ID] = given if _ACCEPTABLE_ID.fullmatch(given) else uuid4().hex
+        request[_request_id] = given if _ACCEPTABLE_ID.fullmatch(given) else uuid4().hex
         started = time.monotonic()
         status = "499"  # what is left if the client goes away
         try:
@@ -78,15 +79,15 @@ def _observe(metrics: Metrics) -> Middleware:
                 route,
                 status,
                 time.monotonic() - started,
-                request[_REQUEST_ID],
+                request[_request_id],
             )
 
     return middleware
 
 
 async def _send_request_id(request: web.Request, response: web.StreamResponse) -> None:
-    if _REQUEST_ID in request:
-        response.headers[_REQUEST_ID] = request[_REQUEST_ID]
+    if _request_id in request:
+        response.headers[_REQUEST_ID] = request[_request_id]
 
 
 @web.middleware

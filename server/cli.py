@@ -159,7 +159,7 @@ def serve(
     )
     kv_cache_bytes = parse_bytes(kv_cache_memory)
     with expected_errors(), _interruptible():
-        from nybble.server.serve import bind
+        from nybble.server.listen import bind
 
         # Before the model is loaded: a taken port is found out at once.
         sock = bind(host, port)
@@ -211,6 +211,7 @@ def _run_server(
         model, device=torch.device(config.device), aliases=aliases, quantize=quantize
     )
     engine = Engine.load(checkpoint, config)
+    engine.start()
 
     def announce() -> None:
         host, port = sock.getsockname()[:2]

@@ -16,6 +16,8 @@ _TYPES = {
     429: "rate_limit_error",
 }
 _RETRY_AFTER_STOPPED = 10
+_MAX_MESSAGE = 500
+_MAX_PARAM = 100
 
 
 class ApiError(Exception):
@@ -33,10 +35,12 @@ class ApiError(Exception):
         code: str | None = None,
         retry_after: int | None = None,
     ) -> None:
+        # One line of bounded length, whatever of the request it quotes.
+        message = " ".join(message.split())[:_MAX_MESSAGE]
         super().__init__(message)
         self.status = status
         self.message = message
-        self.param = param
+        self.param = None if param is None else param[:_MAX_PARAM]
         self.code = code
         self.retry_after = retry_after
 

@@ -21,26 +21,6 @@ _BACKLOG = 1024
 _FLUSH_SECONDS = 5
 
 
-def bind(host: str, port: int) -> socket.socket:
-    """A socket bound to the address, not listening yet. Raises OSError naming what was refused."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-    except socket.gaierror as error:
-        raise OSError(f"--host {host!r} is not an address of this machine: {error}") from error
-    sock = socket.socket(family, kind, protocol)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        sock.bind(address)
-    except OSError as error:
-        sock.close()
-        raise OSError(
-            f"cannot listen on {host}:{port}: {error.strerror}; choose another --port"
-        ) from error
-    return sock
-
-
 async def serve(
     engine: Engine,
     sock: socket.socket,
@@ -51,7 +31,7 @@ async def serve(
     shutdown_timeout: float = 30,
     ready: Callable[[], None] = lambda: None,
 ) -> None:
-    """Serve until SIGINT or SIGTERM, then let requests in flight finish.
+    """Serve a started engine until SIGINT or SIGTERM, then let requests in flight finish.
 
     While they do, new ones get 503. Those not finished after ``shutdown_timeout`` seconds end with
     an error. A second signal ends the process at once. ``ready`` is called when requests are taken.
@@ -67,7 +47,6 @@ async def serve(
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, _on_signal, stopping, number)
-    engine.start()
     try:
         await web.SockSite(runner, sock, backlog=_BACKLOG).start()
         ready()

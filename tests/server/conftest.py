@@ -43,8 +43,10 @@ class ServerProcess:
 def running_server(folder: Path, *options: str) -> Iterator[ServerProcess]:
     """``nybble serve`` on a free port, as its own process."""
     process = subprocess.Popen(
-        [*COMMAND, "serve", "--model", str(folder), "--served-model-name", MODEL, "--port", "0"]
-        + [*options, "--kv-cache-memory", "16MiB"],
+        [
+            *(*COMMAND, "serve", "--model", str(folder), "--served-model-name", MODEL),
+            *("--port", "0", "--kv-cache-memory", "16MiB", *options),
+        ],
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},

@@ -213,8 +213,8 @@ def test_keys_are_required_where_set_but_not_for_probes(engine: Engine) -> None:
 
 def test_a_request_id_is_taken_over_or_made(engine: Engine) -> None:
     async def scenario(client: Client) -> None:
-        for given, expected in [("abc-1", "abc-1"), ("x" * 200, None), ("a b", None), ("", None)]:
-            async with client.get("/v1/models", headers={"X-Request-Id": given}) as response:
+        for sent, expected in [("abc-1", "abc-1"), ("x" * 200, None), ("a b", None), ("", None)]:
+            async with client.get("/v1/models", headers={"X-Request-Id": sent}) as response:
                 answered = response.headers["X-Request-Id"]
                 assert answered == expected if expected else len(answered) == 32
         stream = {"model": "tiny", "prompt": "x", "stream": True}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import socket
 import subprocess
 import time
@@ -14,6 +16,8 @@ import aiohttp
 import openai
 import pytest
 from nybble.engine import Engine
+from nybble.server.listen import bind
+from nybble.server.serve import serve
 from openai import OpenAI
 
 from .conftest import COMMAND, running_server
@@ -94,23 +98,36 @@ def test_on_sigterm_requests_finish_new_ones_get_503_and_the_exit_code_is_0(
         assert server.process.wait(20) == 0
 
 
-def test_requests_that_take_too_long_end_with_an_error_and_a_second_signal_ends_all(
-    tiny_model: Callable[..., Path],
+def test_requests_that_take_too_long_are_told_so(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with running_server(tiny_model(max_length=4096), "--shutdown-timeout", "0.5") as server:
+    compute = engine._runner.run
+    monkeypatch.setattr(engine._runner, "run", lambda batch: (time.sleep(0.02), compute(batch))[1])
+    ready = asyncio.Event()
 
-        async def scenario() -> None:
-            body = {**LONG, "max_tokens": 4000, "stream": True, "n": 4}
-            async with (
-                aiohttp.ClientSession() as session,
-                session.post(server.url + COMPLETIONS, json=body) as response,
-            ):
-                await response.content.readline()
-                server.terminate()
-                assert b"engine_unavailable" in (await response.read()).split(b"\n\n")[-2]
+    async def scenario(session: aiohttp.ClientSession, url: str) -> None:
+        await ready.wait()
+        body = {**LONG, "stream": True}
+        async with session.post(url + COMPLETIONS, json=body) as response:
+            await response.content.readline()
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert b"engine_unavailable" in (await response.read()).split(b"\n\n")[-2]
 
-        asyncio.run(scenario())
-        assert server.process.wait(20) == 0
+    async def main() -> None:
+        sock = bind("127.0.0.1", 0)
+        url = f"http://127.0.0.1:{sock.getsockname()[1]}"
+        serving = serve(
+            engine,
+            sock,
+            models=("tiny",),
+            max_sequences=4,
+            shutdown_timeout=0.3,
+            ready=ready.set,
+        )
+        async with aiohttp.ClientSession() as session:
+            await asyncio.gather(serving, scenario(session, url))
+
+    asyncio.run(main())
 
 
 def test_a_second_signal_ends_the_process_at_once(tiny_model: Callable[..., Path]) -> None:
