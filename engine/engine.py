@@ -10,7 +10,7 @@ import asyncio
 import logging
 import threading
 from collections import defaultdict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING
@@ -173,6 +173,11 @@ class Engine:
             self._thread.join()
 
     @property
+    def eos_token_ids(self) -> frozenset[int]:
+        """Tokens that end a sequence unless its parameters say otherwise."""
+        return self._eos_token_ids
+
+    @property
     def healthy(self) -> bool:
         """Whether the thread runs and requests are taken."""
         return self._thread.is_alive() and self._failure is None and not self._stopping
@@ -181,7 +186,7 @@ class Engine:
         """Figures of the last step; safe from any thread."""
         return self._stats
 
-    async def generate(self, request: Request) -> AsyncIterator[RequestOutput]:
+    async def generate(self, request: Request) -> AsyncGenerator[RequestOutput]:
         """Stream what the engine adds to a request; closing the stream cancels it.
 
         Raises ParameterError for a request that can never be served, EngineOverloadedError when
@@ -335,6 +340,7 @@ class Engine:
             prompt_tokens=sequence.num_prompt_tokens,
             completion_tokens=sequence.num_output_tokens,
             cached_tokens=sequence.num_cached_tokens or 0,
+            queue_seconds=sequence.queue_seconds,
         )
 
     def _fail_all(self, error: Exception) -> None:

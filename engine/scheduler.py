@@ -9,6 +9,7 @@ prefix cache.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from dataclasses import dataclass
 
@@ -85,6 +86,7 @@ class Scheduler:
             sequence.num_computed_tokens = cached
             if sequence.num_cached_tokens is None:
                 sequence.num_cached_tokens = cached
+                sequence.queue_seconds = time.monotonic() - sequence.arrived
                 self.prefix_query_tokens += sequence.num_prompt_tokens
                 self.prefix_hit_tokens += cached
             sequence.status = SequenceStatus.RUNNING
