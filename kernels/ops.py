@@ -1,7 +1,8 @@
 """The operations between the matmuls: each picks the fastest kernel its inputs allow.
 
-They compute what :mod:`nybble.kernels.reference` defines. The CPU kernels take bfloat16 with sizes
-that are multiples of their vectors; anything else goes to the reference.
+They compute what :mod:`nybble.kernels.reference` defines. On a GPU the Triton kernels take float16
+and bfloat16 of any size; the CPU kernels take bfloat16 with sizes that are multiples of their
+vectors; anything else goes to the reference.
 """
 
 from __future__ import annotations
@@ -28,14 +29,27 @@ def _cpu(x: Tensor, width: int, multiple: int) -> CpuLibrary | None:
     return None
 
 
+def _on_gpu(x: Tensor) -> bool:
+    """Triton is imported behind this: only machines with a GPU need it."""
+    return x.is_cuda and x.dtype in (torch.float16, torch.bfloat16)
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """See :func:`nybble.kernels.reference.rms_norm`."""
+    if _on_gpu(x):
+        from nybble.kernels.triton import norm
+
+        return norm.rms_norm(x, weight, eps)
     cpu = _cpu(x, x.shape[-1], 16)
     return cpu.rms_norm(x, weight, eps) if cpu else reference.rms_norm(x, weight, eps)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """See :func:`nybble.kernels.reference.add_rms_norm`."""
+    if _on_gpu(x):
+        from nybble.kernels.triton import norm
+
+        return norm.add_rms_norm(x, residual, weight, eps)
     cpu = _cpu(x, x.shape[-1], 16)
     kernel = cpu.add_rms_norm if cpu else reference.add_rms_norm
     return kernel(x, residual, weight, eps)
@@ -43,6 +57,10 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
 
 def silu_mul(gate_up: Tensor) -> Tensor:
     """See :func:`nybble.kernels.reference.silu_mul`."""
+    if _on_gpu(gate_up):
+        from nybble.kernels.triton import norm
+
+        return norm.silu_mul(gate_up)
     cpu = _cpu(gate_up, gate_up.shape[-1], 32)
     return cpu.silu_mul(gate_up) if cpu else reference.silu_mul(gate_up)
 
@@ -58,6 +76,10 @@ def rotary_store(
     slot_mapping: Tensor,
 ) -> None:
     """See :func:`nybble.kernels.reference.rotary_store`. Heads of a row must be contiguous."""
+    if _on_gpu(q):
+        from nybble.kernels.triton import rotary
+
+        return rotary.rotary_store(q, k, v, cos, sin, k_cache, v_cache, slot_mapping)
     cpu = _cpu(q, q.shape[-1], 32)
     kernel = cpu.rotary_store if cpu else reference.rotary_store
     kernel(q, k, v, cos, sin, k_cache, v_cache, slot_mapping)

@@ -1,10 +1,16 @@
 """Fixtures that every folder of tests may use."""
 
 import importlib.util
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+
+# Before anything imports Triton, whose own functions are decorated one way or the other by then.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Loaded by path: with `tests/` on sys.path, `tests/kernels` would answer `import kernels`,
 # which transformers and bitsandbytes probe for.

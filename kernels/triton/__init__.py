@@ -1,0 +1,1 @@
+"""GPU kernels in Triton. Imported only when a tensor lies on a GPU; see kernels/ops.py."""
