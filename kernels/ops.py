@@ -86,9 +86,19 @@ def rotary_store(
 
 
 def paged_attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: AttentionBatch, scale: float
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    batch: AttentionBatch,
+    scale: float,
+    window: int = 0,
 ) -> Tensor:
     """See :func:`nybble.kernels.reference.paged_attention`. Heads of a row must be contiguous."""
+    if _on_gpu(q):
+        from nybble.kernels.triton import attention
+
+        return attention.paged_attention(q, k_cache, v_cache, batch, scale, window)
     cpu = _cpu(q, q.shape[-1], 32)
-    kernel = cpu.paged_attention if cpu else reference.paged_attention
-    return kernel(q, k_cache, v_cache, batch, scale)
+    if cpu and not window:
+        return cpu.paged_attention(q, k_cache, v_cache, batch, scale)
+    return reference.paged_attention(q, k_cache, v_cache, batch, scale, window)

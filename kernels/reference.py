@@ -74,12 +74,18 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def paged_attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: AttentionBatch, scale: float
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    batch: AttentionBatch,
+    scale: float,
+    window: int = 0,
 ) -> Tensor:
     """Causal attention of every sequence's new tokens over its cached keys and values.
 
     q ``(tokens, q_heads, head_dim)``; caches as in :func:`rotary_store`. Query head h reads
-    KV head h // (q_heads / kv_heads). Returns ``(tokens, q_heads · head_dim)``.
+    KV head h // (q_heads / kv_heads). window: each token sees itself and the ``window − 1`` tokens
+    before it (0: all of them). Returns ``(tokens, q_heads · head_dim)``.
     """
     out = torch.empty_like(q)
     starts = batch.query_start.tolist()
@@ -98,7 +104,10 @@ def paged_attention(
         keys, values = (t.repeat_interleave(repeats, dim=1) for t in (keys, values))
         scores = torch.einsum("qhd,khd->hqk", queries.float(), keys) * scale
         positions = torch.arange(context, device=q.device)
-        visible = positions <= positions[context - queries.shape[0] :, None]
+        own = positions[context - queries.shape[0] :, None]
+        visible = positions <= own
+        if window:
+            visible &= positions > own - window
         weights = scores.masked_fill(~visible, float("-inf")).softmax(-1)
         out[starts[index] : starts[index + 1]] = torch.einsum("hqk,khd->qhd", weights, values)
     return out.flatten(1)

@@ -15,8 +15,8 @@ _TILE = 2048
 _SILU_TILE = 1024
 
 
-@triton.jit
-def _rms_norm(  # type: ignore[no-untyped-def]
+@triton.jit(do_not_specialize=["rows"])
+def rms_norm_kernel(  # type: ignore[no-untyped-def]
     x,
     residual,
     weight,
@@ -47,7 +47,7 @@ def _rms_norm(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _silu_mul(gate_up, out, width, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
+def silu_mul_kernel(gate_up, out, width, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * TILE + tl.arange(0, TILE)
     mask = column < width
@@ -78,8 +78,8 @@ def _launch(
     out = torch.empty_like(x)
     total = x if residual is None else torch.empty_like(x)
     wide = triton.next_power_of_2(width)
-    per_program = max(1, min(_TILE // wide, triton.next_power_of_2(rows)))
-    _rms_norm[(triton.cdiv(rows, per_program),)](
+    per_program = max(1, _TILE // wide)
+    rms_norm_kernel[(triton.cdiv(rows, per_program),)](
         x,
         x if residual is None else residual,
         weight,
@@ -101,7 +101,7 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     gate_up = gate_up.contiguous()
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty(rows, width, dtype=gate_up.dtype, device=gate_up.device)
-    _silu_mul[(rows, triton.cdiv(width, _SILU_TILE))](
+    silu_mul_kernel[(rows, triton.cdiv(width, _SILU_TILE))](
         gate_up, out, width, TILE=_SILU_TILE, num_warps=4
     )
     return out

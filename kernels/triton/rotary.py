@@ -32,7 +32,7 @@ def _turn(x, at, cos, sin, mask, half, HALF: tl.constexpr):  # type: ignore[no-u
 
 
 @triton.jit
-def _rotary_store(  # type: ignore[no-untyped-def]
+def rotary_store_kernel(  # type: ignore[no-untyped-def]
     q,
     k,
     v,
@@ -95,7 +95,7 @@ def rotary_store(
     tokens, q_heads, dim = q.shape
     kv_heads = k.shape[1]
     grid = (tokens, triton.cdiv(q_heads, _HEADS) + triton.cdiv(kv_heads, _HEADS))
-    _rotary_store[grid](
+    rotary_store_kernel[grid](
         q,
         k,
         v,
