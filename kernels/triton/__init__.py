@@ -1,1 +1,1 @@
-"""GPU kernels in Triton. Imported only when a tensor lies on a GPU; see kernels/ops.py."""
+"""Triton kernels for NVIDIA GPUs. Nothing else imports this package before a GPU tensor is seen."""
