@@ -99,6 +99,10 @@ def lora_add(
     makes them. ranks: how many ranks of each slot are not padding, 0 for a slot whose adapter
     leaves this projection alone.
     """
+    if x.is_cuda and x.dtype in (torch.float16, torch.bfloat16):
+        from nybble.kernels.triton import lora
+
+        return lora.lora_add(out, x, a, b, ranks, offsets, batch)
     lora_add_reference(out, x, a, b, ranks, offsets, batch)
 
 

@@ -31,26 +31,24 @@ from torch import Tensor
 MIN_SPLIT = 256
 DECODE_TILE = 64  # keys per step of the inner loop
 PREFILL_ROWS = 128
-PREFILL_TILE = 64
 LOG2_E = 1.4426950408889634
-_PROGRAMS_PER_SM = 2
-_INTERPRETED_PROGRAMS = 3  # few enough that a program takes several items
+_PROGRAMS_PER_SM = 3  # that fit on an H100 by registers and shared memory
 
 
 @triton.jit
-def _splits(visible, MAX_SPLITS: tl.constexpr, MIN_SPLIT: tl.constexpr):  # type: ignore[no-untyped-def]
+def _splits(visible, MAX_SPLITS: tl.constexpr, MIN_SPLIT: tl.constexpr):
     """How many splits ``visible`` keys are cut into: 0 for none."""
     return tl.minimum((visible + MIN_SPLIT - 1) // MIN_SPLIT, MAX_SPLITS)
 
 
 @triton.jit
-def _visible(context, window):  # type: ignore[no-untyped-def]
+def _visible(context, window):
     """Keys the last token sees: all, or the last ``window`` of them (0 is no window)."""
     return tl.where(window > 0, tl.minimum(context, window), context)
 
 
 @triton.jit
-def _attend(  # type: ignore[no-untyped-def]
+def _attend(
     query,
     accumulator,
     peak,
@@ -102,7 +100,7 @@ def _attend(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=["seqs", "window"])
-def decode_kernel(  # type: ignore[no-untyped-def]
+def decode_kernel(
     q,
     k_cache,
     v_cache,
@@ -196,7 +194,7 @@ def decode_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=["window"])
-def reduce_kernel(  # type: ignore[no-untyped-def]
+def reduce_kernel(
     query_start,
     context_lens,
     out,
@@ -208,6 +206,7 @@ def reduce_kernel(  # type: ignore[no-untyped-def]
     DIM: tl.constexpr,
     DIM_PADDED: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
+    SPLITS_PADDED: tl.constexpr,
     MIN_SPLIT: tl.constexpr,
 ):
     seq = tl.program_id(0)
@@ -219,7 +218,7 @@ def reduce_kernel(  # type: ignore[no-untyped-def]
     if count > 1:
         # Rounding splits up to whole tiles can leave the last ones without keys; they have stored
         # a peak of −∞ and weigh nothing.
-        split = tl.arange(0, MAX_SPLITS)
+        split = tl.arange(0, SPLITS_PADDED)
         lane = tl.arange(0, DIM_PADDED)
         row = (seq.to(tl.int64) * q_heads + q_head) * MAX_SPLITS + split
         peak = tl.load(partial_peak + row, split < count, float("-inf"))
@@ -236,7 +235,7 @@ def reduce_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=["seqs", "window"])
-def prefill_kernel(  # type: ignore[no-untyped-def]
+def prefill_kernel(
     q,
     k_cache,
     v_cache,
@@ -342,19 +341,20 @@ def prefill_kernel(  # type: ignore[no-untyped-def]
 
 
 @cache
-def _multiprocessors(device: torch.device) -> int | None:
+def _device(device: torch.device) -> tuple[int, int]:
+    """(multiprocessors, ten times the compute capability); arbitrary for the interpreter."""
     if device.type != "cuda":
-        return None
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+        return 1, 90
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, 10 * properties.major + properties.minor
 
 
-def max_splits(kv_heads: int, multiprocessors: int | None) -> int:
-    """Splits of the longest context: two programs per multiprocessor for one sequence alone.
+def max_splits(kv_heads: int, multiprocessors: int) -> int:
+    """Splits of a long context: one sequence alone keeps every program busy.
 
     Depends on the model and the device, never on the batch.
     """
-    programs = _PROGRAMS_PER_SM * (multiprocessors or 4)
-    return max(8, min(64, triton.next_power_of_2(programs // kv_heads)))
+    return max(8, min(64, _PROGRAMS_PER_SM * multiprocessors // kv_heads))
 
 
 def paged_attention(
@@ -386,13 +386,12 @@ def _decode(
 ) -> None:
     q_heads, dim = q.shape[1:]
     seqs, kv_heads = batch.context_lens.shape[0], k_cache.shape[1]
-    multiprocessors = _multiprocessors(q.device)
+    multiprocessors, _ = _device(q.device)
     splits = max_splits(kv_heads, multiprocessors)
     partial_out = q.new_empty((seqs, q_heads, splits, dim), dtype=torch.float32)
     partial_peak = q.new_empty((seqs, q_heads, splits), dtype=torch.float32)
     partial_total = torch.empty_like(partial_peak)
-    programs = _PROGRAMS_PER_SM * multiprocessors if multiprocessors else _INTERPRETED_PROGRAMS
-    decode_kernel[(min(programs, seqs * kv_heads * splits),)](
+    decode_kernel[(min(_PROGRAMS_PER_SM * multiprocessors, seqs * kv_heads * splits),)](
         q,
         k_cache,
         v_cache,
@@ -425,6 +424,7 @@ def _decode(
         DIM=dim,
         DIM_PADDED=triton.next_power_of_2(dim),
         MAX_SPLITS=splits,
+        SPLITS_PADDED=triton.next_power_of_2(splits),
         MIN_SPLIT=MIN_SPLIT,
         num_warps=4,
     )
@@ -441,7 +441,7 @@ def _prefill(
 ) -> None:
     tokens, q_heads, dim = q.shape
     seqs, kv_heads = batch.context_lens.shape[0], k_cache.shape[1]
-    constants = prefill_constants(q_heads // kv_heads, dim, k_cache.shape[2])
+    constants = prefill_constants(q_heads // kv_heads, dim, k_cache.shape[2], _device(q.device)[1])
     # Each sequence may leave one piece part filled.
     pieces = tokens // constants["TOKENS"] + seqs
     prefill_kernel[(pieces, kv_heads)](
@@ -479,14 +479,15 @@ def decode_constants(group: int, dim: int, block_size: int) -> dict[str, int]:
         "BLOCK_SIZE": block_size,
         "TILE": DECODE_TILE,
         "MIN_SPLIT": MIN_SPLIT,
-        # Three tiles of keys and values in flight: 96 KiB of 16-bit heads of 128.
-        "STAGES": 3 if padded <= 128 else 2,
+        # The block table is loaded ahead of what it points to, so five stages keep two tiles of
+        # keys and values in flight: 64 KiB a program for 16-bit heads of 128.
+        "STAGES": 5 if padded <= 128 else 3,
         "num_warps": 4,
     }
 
 
-def prefill_constants(group: int, dim: int, block_size: int) -> dict[str, int]:
-    """Likewise for ``prefill_kernel``."""
+def prefill_constants(group: int, dim: int, block_size: int, capability: int) -> dict[str, int]:
+    """Likewise for ``prefill_kernel``, on a device of compute capability ``capability / 10``."""
     padded = int(triton.next_power_of_2(dim))
     rows = max(PREFILL_ROWS, int(triton.next_power_of_2(group)))
     return {
@@ -496,7 +497,8 @@ def prefill_constants(group: int, dim: int, block_size: int) -> dict[str, int]:
         "BLOCK_SIZE": block_size,
         "ROWS": rows,
         "TOKENS": rows // group,
-        "TILE": PREFILL_TILE,
-        "STAGES": 3 if padded <= 128 else 2,
+        # Before Hopper the operands of a product pass through registers, which 64 keys overfill.
+        "TILE": 64 if capability >= 90 else 32,
+        "STAGES": 3 if capability >= 90 else 5,
         "num_warps": 8,
     }

@@ -16,7 +16,7 @@ _SILU_TILE = 1024
 
 
 @triton.jit(do_not_specialize=["rows"])
-def rms_norm_kernel(  # type: ignore[no-untyped-def]
+def rms_norm_kernel(
     x,
     residual,
     weight,
@@ -47,7 +47,7 @@ def rms_norm_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def silu_mul_kernel(gate_up, out, width, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
+def silu_mul_kernel(gate_up, out, width, TILE: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * TILE + tl.arange(0, TILE)
     mask = column < width

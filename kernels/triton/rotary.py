@@ -10,7 +10,7 @@ _HEADS = 8  # heads of one token that a program takes
 
 
 @triton.jit
-def _turn(x, at, cos, sin, mask, half, HALF: tl.constexpr):  # type: ignore[no-untyped-def]
+def _turn(x, at, cos, sin, mask, half, HALF: tl.constexpr):
     """Both halves of some heads, rotated: values at ``x + at`` and ``x + at + half``."""
     low = tl.load(x + at, mask, 0.0)
     high = tl.load(x + at + half, mask, 0.0)
@@ -32,7 +32,7 @@ def _turn(x, at, cos, sin, mask, half, HALF: tl.constexpr):  # type: ignore[no-u
 
 
 @triton.jit
-def rotary_store_kernel(  # type: ignore[no-untyped-def]
+def rotary_store_kernel(
     q,
     k,
     v,
