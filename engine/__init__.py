@@ -1,6 +1,6 @@
 """Sequences, paged KV cache, scheduler, models and sampling: continuous batching."""
 
-from nybble.engine.config import EngineConfig
+from nybble.engine.config import EngineConfig, resolve_device
 from nybble.engine.engine import Engine, EngineStats
 from nybble.engine.request import (
     EngineOverloadedError,
@@ -23,4 +23,5 @@ __all__ = [
     "RequestOutput",
     "SamplingParams",
     "TokenLogprob",
+    "resolve_device",
 ]

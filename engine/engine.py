@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from nybble.engine.block_manager import BlockManager
-from nybble.engine.config import EngineConfig
+from nybble.engine.config import EngineConfig, resolve_device
 from nybble.engine.decoder import Decoder, DecoderShape
 from nybble.engine.detokenizer import Detokenizer
 from nybble.engine.request import (
@@ -118,7 +118,8 @@ class Engine:
         """Build an engine from a checkpoint.
 
         Raises UnsupportedModelError for an architecture the decoder does not compute, and
-        ValueError where the KV cache cannot hold a single block or the settings contradict.
+        ValueError where the KV cache cannot hold a single block, the device cannot be used or the
+        settings contradict.
         """
         from tqdm import tqdm
 
@@ -144,7 +145,7 @@ class Engine:
         decoder = Decoder(
             checkpoint.config,
             weights,
-            device=torch.device(config.device),
+            device=resolve_device(config.device),
             dtype=config.dtype,
             max_model_len=max_model_len,
         )
@@ -152,8 +153,10 @@ class Engine:
         if not tokenizer.is_fast:
             raise ValueError(f"{checkpoint.folder} has no tokenizer.json: streaming needs one")
         blocks = BlockManager(num_blocks, config.block_size, prefix_caching=config.prefix_caching)
+        runner = ModelRunner(decoder, config, num_blocks)
+        runner.warm_up(progress)
         return cls(
-            runner=ModelRunner(decoder, config, num_blocks),
+            runner=runner,
             scheduler=Scheduler(blocks, config.max_num_seqs, config.max_batched_tokens),
             tokenizer=tokenizer,
             eos_token_ids=_eos_token_ids(checkpoint, tokenizer),

@@ -85,11 +85,14 @@ def paged_attention(
 
     q ``(tokens, q_heads, head_dim)``; caches as in :func:`rotary_store`. Query head h reads
     KV head h // (q_heads / kv_heads). window: each token sees itself and the ``window − 1`` tokens
-    before it (0: all of them). Returns ``(tokens, q_heads · head_dim)``.
+    before it (0: all of them). Returns ``(tokens, q_heads · head_dim)``; the row of a sequence
+    without context, which only pads the batch, is undefined.
     """
     out = torch.empty_like(q)
     starts = batch.query_start.tolist()
     for index, context in enumerate(batch.context_lens.tolist()):
+        if context == 0:
+            continue
         queries = q[starts[index] : starts[index + 1]]
         blocks = -(-context // k_cache.shape[2])
         table = batch.block_tables[index, :blocks].long()
