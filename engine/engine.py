@@ -27,9 +27,10 @@ from nybble.engine.request import (
     ParameterError,
     Request,
     RequestOutput,
+    TokenLogprob,
 )
 from nybble.engine.runner import ModelRunner, kv_bytes_per_block
-from nybble.engine.sampler import SequenceSampler
+from nybble.engine.sampler import SequenceSampler, sample
 from nybble.engine.scheduler import Scheduler
 from nybble.engine.sequence import Sequence
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
@@ -293,15 +294,15 @@ class Engine:
             return outputs
         logits = self._runner.run(batch)
         completing = [item.completes for item in batch]
-        row = 0
+        samplers = [i.sequence.sampler for i, done in zip(batch, completing, strict=True) if done]
+        sampled = iter(sample(logits, samplers) if samplers else [])
         for item, completes in zip(batch, completing, strict=True):
             sequence = item.sequence
             if sequence.num_output_tokens == 0:
                 self._prompt_tokens += item.num_tokens
             self._scheduler.computed(item)
             if completes:
-                output = self._advance(sequence, logits[row])
-                row += 1
+                output = self._advance(sequence, *next(sampled))
                 stream = self._streams[sequence.request_id][1]
                 outputs[stream.loop].append((stream, output))
                 if output.finish_reason is not None:
@@ -310,10 +311,11 @@ class Engine:
         self._steps += 1
         return outputs
 
-    def _advance(self, sequence: Sequence, logits: torch.Tensor) -> RequestOutput:
-        """Sample the next token of a sequence and say what it added."""
+    def _advance(
+        self, sequence: Sequence, token: int, logprob: TokenLogprob | None
+    ) -> RequestOutput:
+        """Give a sequence its next token and say what it added."""
         params = sequence.request.params
-        token, logprob = sequence.sampler.sample(logits)
         sequence.token_ids.append(token)
         self._generation_tokens += 1
         reason: FinishReason | None = None

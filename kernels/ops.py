@@ -7,18 +7,23 @@ vectors; anything else goes to the reference.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from nybble.kernels import reference
 from nybble.kernels.attention_batch import AttentionBatch
 from nybble.kernels.cpu.library import CpuLibrary, library
+from nybble.kernels.reference import TokenChoice
 from torch import Tensor
 
 __all__ = [
     "AttentionBatch",
+    "TokenChoice",
     "add_rms_norm",
     "paged_attention",
     "rms_norm",
     "rotary_store",
+    "sample_tokens",
     "silu_mul",
 ]
 
@@ -102,3 +107,14 @@ def paged_attention(
     if cpu and not window:
         return cpu.paged_attention(q, k_cache, v_cache, batch, scale)
     return reference.paged_attention(q, k_cache, v_cache, batch, scale, window)
+
+
+def sample_tokens(logits: Tensor, choices: Sequence[TokenChoice]) -> Tensor:
+    """See :func:`nybble.kernels.reference.sample_tokens`."""
+    if all(choice.temperature == 0 for choice in choices):
+        return logits.argmax(-1)
+    if logits.is_cuda:
+        from nybble.kernels.triton import sampling
+
+        return sampling.sample_tokens(logits, choices)
+    return reference.sample_tokens(logits, choices)
