@@ -18,6 +18,7 @@ from nybble.kernels.reference import TokenChoice
 from torch import Tensor
 
 TILE = 2048
+WARPS = 16
 _PASSES = 11  # 8^11 > 2^32
 
 
@@ -65,7 +66,7 @@ def _threshold(
     return low
 
 
-@triton.jit(do_not_specialize=["stride"])
+@triton.jit
 def sample_kernel(logits, choices, tokens, vocab, stride, TILE: tl.constexpr, PASSES: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
@@ -150,6 +151,6 @@ def sample_tokens(logits: Tensor, choices: Sequence[TokenChoice]) -> Tensor:
         packed = packed.pin_memory().to(logits.device, non_blocking=True)
     tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
     sample_kernel[(rows,)](
-        logits, packed, tokens, vocab, logits.stride(0), TILE=TILE, PASSES=_PASSES, num_warps=8
+        logits, packed, tokens, vocab, logits.stride(0), TILE=TILE, PASSES=_PASSES, num_warps=WARPS
     )
     return tokens
