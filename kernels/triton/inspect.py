@@ -2,8 +2,8 @@
 
     python -m nybble.kernels.triton.inspect [--all] [--json]
 
-Needs no GPU. ``spill`` is bytes of local memory a thread takes, ``16B`` the 16-byte copies to shared
-memory a step makes, and the rest are instructions in the inner loop, which covers 128 columns:
+Needs no GPU. ``spill`` is bytes of local memory a thread takes, ``16B`` the 16-byte copies to
+shared memory a step makes, and the rest are instructions in the inner loop, which covers 128 columns:
 tensor-core products, int-to-float conversions, stores to shared memory (none: nothing is moved
 between lanes), bit operations, 16-bit float operations, and all of them; ``/weight`` is all of them
 for each weight a thread unpacks.
@@ -28,7 +28,7 @@ CODEBOOK = tuple(float(x) for x in torch.linspace(-1, 1, 16) ** 3)
 
 @dataclass(frozen=True)
 class Case:
-    """One compilation: what of a weight and of the activations selects code, and a configuration."""
+    """One compilation: what of a weight and of the activations selects code, and a shape."""
 
     capability: int
     dtype: str

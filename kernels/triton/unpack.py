@@ -1,8 +1,9 @@
 """Four matrix operands out of one tile of packed words, without an int-to-float conversion.
 
 A tile ``q`` is int16 ``(BLOCK_N, 32)`` of the ``gpu_tiles`` layout (:mod:`nybble.kernels.layout`);
-the operands are ``(BLOCK_N, 32)`` each, one for every slice of 32 columns. The PTX handles two neighbouring words, one 32-bit register, at a time, and yields one
-register of two 16-bit floats per operand. Nothing moves between lanes.
+the operands are ``(BLOCK_N, 32)`` each, one for every slice of 32 columns. The PTX handles two
+neighbouring words, one 32-bit register, at a time, and yields one register of two 16-bit floats per
+operand. Nothing moves between lanes.
 
 *Affine.* A nibble placed in the mantissa of 1024.0 (float16, low bits), of 64.0 (float16, bits
 4–7) or of 128.0 (bfloat16, low bits) adds its value to that number; subtracting the number plus 8
