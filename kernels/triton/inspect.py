@@ -3,7 +3,7 @@
     python -m nybble.kernels.triton.inspect [--all] [--json]
 
 Needs no GPU. ``spill`` is bytes of local memory a thread takes, ``16B`` the 16-byte copies to
-shared memory a step makes, and the rest are instructions in the inner loop, which covers 128 columns:
+shared memory a step makes, and the rest are instructions in the inner loop, of 128 columns:
 tensor-core products, int-to-float conversions, stores to shared memory (none: nothing is moved
 between lanes), bit operations, 16-bit float operations, and all of them; ``/weight`` is all of them
 for each weight a thread unpacks.
@@ -16,14 +16,9 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 
-import torch
 from nybble.kernels.triton import cubin
 from nybble.kernels.triton.configs import Config, default_config, tuned
 from nybble.kernels.triton.matmul import matmul_kernel
-from nybble.kernels.triton.unpack import codebook_asm
-
-# Sixteen numbers of no particular relation, so that no table entry is a special case.
-CODEBOOK = tuple(float(x) for x in torch.linspace(-1, 1, 16) ** 3)
 
 
 @dataclass(frozen=True)
@@ -82,7 +77,6 @@ def shipped(everything: bool) -> Iterator[Case]:
 def compiled(case: Case) -> cubin.Report:
     """The machine code of one case, for sizes that are multiples of 128."""
     c = case.config
-    half = torch.float16 if case.dtype == "fp16" else torch.bfloat16
     types = {
         "x": "*" + case.dtype,
         "qweight": "*i16",
@@ -96,7 +90,7 @@ def compiled(case: Case) -> cubin.Report:
     }
     numbers = ("rows", "out_features", "columns", "groups", "splits", "steps_each")
     constants = {
-        "CODEBOOK": codebook_asm(CODEBOOK, half) if case.codebook else "",
+        "CODEBOOK": case.codebook,
         "HAS_ZEROS": case.zeros,
         "HAS_BIAS": True,
         "GROUP": case.group,

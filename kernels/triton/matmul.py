@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from nybble.kernels.packed import PackedWeight
 from nybble.kernels.triton.configs import Config, default_config
-from nybble.kernels.triton.unpack import INTERPRETED, codebook_asm, unpack_affine, unpack_codebook
+from nybble.kernels.triton.unpack import INTERPRETED, codebook_table, unpack_affine, unpack_codebook
 from torch import Tensor
 
 SLICE = tl.constexpr(32)
@@ -114,7 +114,7 @@ def matmul_kernel(
     GROUP_M: tl.constexpr,
 ):
     dtype: tl.constexpr = x.dtype.element_ty
-    CENTRE: tl.constexpr = 8 if CODEBOOK == "" else 0
+    CENTRE: tl.constexpr = 0 if CODEBOOK else 8
     steps = tl.cdiv(columns, STEP)
     blocks_n = tl.cdiv(out_features, BLOCK_N)
     blocks_m = tl.cdiv(rows, BLOCK_M)
@@ -131,6 +131,7 @@ def matmul_kernel(
     x_at = x + m[None, :] * columns + k[:, None]
     valid_m = m[None, :] < rows
 
+    table = codebook_table(levels, dtype) if CODEBOOK and not INTERPRETED else 0
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     nothing = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     start = split * steps_each
@@ -147,10 +148,10 @@ def matmul_kernel(
             x1 = tl.load(x_at + step * STEP + 32, mask=valid_m & (left > 32), other=0.0)
             x2 = tl.load(x_at + step * STEP + 64, mask=valid_m & (left > 64), other=0.0)
             x3 = tl.load(x_at + step * STEP + 96, mask=valid_m & (left > 96), other=0.0)
-        if CODEBOOK == "":
+        if not CODEBOOK:
             w0, w1, w2, w3 = unpack_affine(q, dtype)
         else:
-            w0, w1, w2, w3 = unpack_codebook(q, levels, CODEBOOK, BLOCK_N, dtype)
+            w0, w1, w2, w3 = unpack_codebook(q, levels, table, BLOCK_N, dtype)
 
         # Slice i belongs to part i·SETS/4; slices of one part share scale and zero.
         g0 = scale_at + group_of(step, 0, SETS, GROUP, groups) * TILE_N
@@ -279,7 +280,6 @@ def packed_matmul(x: Tensor, weight: PackedWeight, config: Config | None = None)
         raise ValueError(f"{blocks} blocks cannot be split: at most {_ARRIVALS}")
     size = blocks * splits * c.block_n * c.block_m if c.splits > 1 else 1
     parts = torch.empty(size, dtype=torch.float32, device=x.device)
-    levels = "" if weight.is_affine else codebook_asm(weight.level_values, x.dtype)
     matmul_kernel[(blocks * splits,)](
         flat,
         weight.qweight.view(torch.int16),
@@ -296,7 +296,7 @@ def packed_matmul(x: Tensor, weight: PackedWeight, config: Config | None = None)
         weight.groups,
         splits,
         steps_each,
-        CODEBOOK=levels,
+        CODEBOOK=not weight.is_affine,
         HAS_ZEROS=weight.zeros is not None,
         HAS_BIAS=weight.bias is not None,
         GROUP=0 if weight.groups == 1 else weight.group_size,

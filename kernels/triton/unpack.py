@@ -16,9 +16,6 @@ The interpreter cannot run PTX, so each has a twin in plain Triton; tests/kernel
 PTX itself on the CPU over every input.
 """
 
-from functools import lru_cache
-
-import torch
 import triton
 import triton.language as tl
 
@@ -59,44 +56,32 @@ fma.rn.bf16x2 $2, $2, one, bias;
 fma.rn.bf16x2 $3, $3, one, bias;
 }""")
 
-_CODEBOOK = """{
+# $5…$12 low bytes and $13…$20 high bytes of levels 0–3, 4–7, 8–11, 12–15, each given twice.
+CODEBOOK = tl.constexpr("""{
 .reg .b32 index, index_b, shifted, top, top_b, below, above, low, high;
-.reg .b32 l0, l1, l2, l3, h0, h1, h2, h3;
-TABLES
 and.b32 index, $4, 0x77777777;
 shr.u32 index_b, index, 16;
 shl.b32 shifted, $4, 4;
 prmt.b32 top, shifted, $4, 0xd9c8;
 prmt.b32 top_b, shifted, $4, 0xfbea;
-prmt.b32 below, l0, l1, index;
-prmt.b32 above, l2, l3, index;
+prmt.b32 below, $5, $7, index;
+prmt.b32 above, $9, $11, index;
 lop3.b32 low, top, above, below, 0xca;
-prmt.b32 below, h0, h1, index;
-prmt.b32 above, h2, h3, index;
+prmt.b32 below, $13, $15, index;
+prmt.b32 above, $17, $19, index;
 lop3.b32 high, top, above, below, 0xca;
 prmt.b32 $0, low, high, 0x5140;
 prmt.b32 $1, low, high, 0x7362;
-prmt.b32 below, l0, l1, index_b;
-prmt.b32 above, l2, l3, index_b;
+prmt.b32 below, $5, $7, index_b;
+prmt.b32 above, $9, $11, index_b;
 lop3.b32 low, top_b, above, below, 0xca;
-prmt.b32 below, h0, h1, index_b;
-prmt.b32 above, h2, h3, index_b;
+prmt.b32 below, $13, $15, index_b;
+prmt.b32 above, $17, $19, index_b;
 lop3.b32 high, top_b, above, below, 0xca;
 prmt.b32 $2, low, high, 0x5140;
 prmt.b32 $3, low, high, 0x7362;
-}"""
-
-
-@lru_cache
-def codebook_asm(levels: tuple[float, ...], dtype: torch.dtype) -> str:
-    """The PTX of a lookup in 16 ``levels`` rounded to ``dtype``; the table is in the code."""
-    table = torch.tensor(levels).to(dtype).view(torch.uint8).view(4, 4, 2).tolist()
-    moves = [
-        f"mov.b32 {name}{i}, 0x{bytes(pair[byte] for pair in reversed(four)).hex()};"
-        for byte, name in enumerate("lh")
-        for i, four in enumerate(table)
-    ]
-    return _CODEBOOK.replace("TABLES", "\n".join(moves))
+}""")
+CODEBOOK_REGISTERS = tl.constexpr("=&r,=&r,=&r,=&r" + ",r" * 17)
 
 
 @triton.jit
@@ -119,13 +104,43 @@ def unpack_affine(q, dtype: tl.constexpr):
 
 
 @triton.jit
+def _bits(levels, index: tl.constexpr, dtype: tl.constexpr):
+    # A 1 × 1 tensor, not a scalar: the compiler keeps unpacking in the matrix operand's layout only
+    # where every input of it is loaded.
+    value = tl.load(levels + index + tl.zeros((1, 1), tl.int32)).to(dtype)
+    return value.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+
+
+@triton.jit
+def _four(levels, first: tl.constexpr, dtype: tl.constexpr):
+    """Bytes of levels first…first+3: the four low ones and the four high ones."""
+    a = _bits(levels, first, dtype)
+    b = _bits(levels, first + 1, dtype)
+    c = _bits(levels, first + 2, dtype)
+    d = _bits(levels, first + 3, dtype)
+    low = (a & 255) | ((b & 255) << 8) | ((c & 255) << 16) | ((d & 255) << 24)
+    high = (a >> 8) | ((b >> 8) << 8) | ((c >> 8) << 16) | ((d >> 8) << 24)
+    return low, high
+
+
+@triton.jit
+def codebook_table(levels, dtype: tl.constexpr):
+    """The 16 levels, rounded to ``dtype``, as the eight registers a lookup permutes."""
+    l0, h0 = _four(levels, 0, dtype)
+    l1, h1 = _four(levels, 4, dtype)
+    l2, h2 = _four(levels, 8, dtype)
+    l3, h3 = _four(levels, 12, dtype)
+    return l0, l1, l2, l3, h0, h1, h2, h3
+
+
+@triton.jit
 def _look_up(levels, even, odd, shape: tl.constexpr, dtype: tl.constexpr):
     pair = tl.join(tl.load(levels + (even & 15)), tl.load(levels + (odd & 15)))
     return pair.reshape(shape).to(dtype)
 
 
 @triton.jit
-def unpack_codebook(q, levels, ASM: tl.constexpr, BLOCK_N: tl.constexpr, dtype: tl.constexpr):
+def unpack_codebook(q, levels, table, BLOCK_N: tl.constexpr, dtype: tl.constexpr):
     """``levels[code]``, rounded to ``dtype``, of each slice."""
     if INTERPRETED:
         first, second = tl.split(q.reshape((BLOCK_N, 16, 2)))
@@ -134,12 +149,15 @@ def unpack_codebook(q, levels, ASM: tl.constexpr, BLOCK_N: tl.constexpr, dtype: 
         w1 = _look_up(levels, first >> 8, first >> 12, shape, dtype)
         w2 = _look_up(levels, second, second >> 4, shape, dtype)
         w3 = _look_up(levels, second >> 8, second >> 12, shape, dtype)
-    elif dtype == tl.float16:
-        w0, w1, w2, w3 = tl.inline_asm_elementwise(
-            ASM, "=&r,=&r,=&r,=&r,r", [q], dtype=HALVES, is_pure=True, pack=2
-        )
     else:
-        w0, w1, w2, w3 = tl.inline_asm_elementwise(
-            ASM, "=&r,=&r,=&r,=&r,r", [q], dtype=BFLOATS, is_pure=True, pack=2
-        )
+        l0, l1, l2, l3, h0, h1, h2, h3 = table
+        words = [q, l0, l1, l2, l3, h0, h1, h2, h3]
+        if dtype == tl.float16:
+            w0, w1, w2, w3 = tl.inline_asm_elementwise(
+                CODEBOOK, CODEBOOK_REGISTERS, words, dtype=HALVES, is_pure=True, pack=2
+            )
+        else:
+            w0, w1, w2, w3 = tl.inline_asm_elementwise(
+                CODEBOOK, CODEBOOK_REGISTERS, words, dtype=BFLOATS, is_pure=True, pack=2
+            )
     return w0, w1, w2, w3

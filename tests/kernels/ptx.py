@@ -8,14 +8,15 @@ import torch
 Register = np.ndarray
 
 
-def run(text: str, operand: Register, outputs: int) -> list[Register]:
-    """``$0``…``$(outputs−1)`` after running ``text`` with ``operand`` in ``$outputs``."""
-    registers = {f"${outputs}": operand.astype(np.uint32)}
+def run(text: str, outputs: int, *operands: Register) -> list[Register]:
+    """``$0``…``$(outputs−1)`` after running ``text`` with the operands in the registers after."""
+    shape = operands[0].shape
+    registers = {f"${outputs + i}": np.broadcast_to(v, shape) for i, v in enumerate(operands)}
 
     def value(name: str) -> Register:
         if name in registers:
             return registers[name]
-        return np.full_like(operand, int(name, 0), dtype=np.uint32)
+        return np.full(shape, int(name, 0), dtype=np.uint32)
 
     for line in text.strip("{} \n").split(";"):
         if line.strip() and not line.strip().startswith(".reg"):
