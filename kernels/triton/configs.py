@@ -1,17 +1,19 @@
 """Which block shapes a matmul runs with: a table of measured choices, and a rule for the rest.
 
-The table is data, ``tuned.json`` beside this file, written by ``python -m
-nybble.kernels.triton.tune`` on the device it names. Nothing is measured while serving.
+The table is data: ``tuned.json`` beside this file, and a cache file of the user's that ``python -m
+nybble.kernels.triton.tune`` writes on the device it names. Nothing is measured while serving.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import os
+import re
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 
-TUNED = Path(__file__).with_name("tuned.json")
+SHIPPED = Path(__file__).with_name("tuned.json")
 BUCKETS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 TILE_N = 64
 STEP = 128
@@ -57,26 +59,78 @@ def balanced_splits(blocks: int, steps: int, processors: int) -> int:
 
 
 def default_config(rows: int, out_features: int, columns: int, processors: int = 132) -> Config:
-    """A choice from the roofline: under about 300 operations a byte, fill the memory pipe; over
-    it, the largest block whose accumulators fit in registers."""
+    """A choice from the roofline, not from measurement.
+
+    Under about 300 rows time is bytes over bandwidth: fill the memory pipe. Over it, time is
+    arithmetic: the largest block whose accumulators fit in registers. From 4096 rows up, writing
+    the weight out in 16 bits costs under a tenth of the product.
+    """
     bucket = bucket_of(rows)
     steps = -(-columns // STEP)
-    if bucket <= 32:
-        splits = balanced_splits(-(-out_features // TILE_N), steps, processors)
-        return Config(TILE_N, bucket, splits, num_warps=4, num_stages=4, scale_first=False)
-    if bucket <= 128:
-        splits = balanced_splits(-(-out_features // TILE_N), steps, processors)
-        return Config(TILE_N, bucket, splits, num_warps=4, num_stages=3, scale_first=True)
-    blocks = -(-out_features // 128) * -(-bucket // 128)
+    if bucket <= 64:
+        block_n = 128 if out_features >= 2048 else 64
+        splits = balanced_splits(-(-out_features // block_n), steps, processors)
+        return Config(block_n, bucket, splits, 4, 4 if bucket <= 32 else 3, bucket > 32)
+    block_m = 64 if bucket == 128 else 128
+    blocks = -(-out_features // 128) * -(-bucket // block_m)
     splits = balanced_splits(blocks, steps, processors) if blocks < processors else 1
-    return Config(
-        128, 128, splits, num_warps=8, num_stages=3, scale_first=True, dense=bucket >= 4096
-    )
+    return Config(128, block_m, splits, 8, 3, scale_first=True, dense=bucket >= 4096)
 
 
 @lru_cache
-def tuned(path: Path = TUNED) -> dict[str, Config]:
-    """The measured table: ``"capability/kind/group/out×columns/bucket"`` to a configuration."""
+def tuned(device: str) -> dict[str, Config]:
+    """Measured choices for the device of this name: the shipped ones, and those tuned here."""
+    return {**read(SHIPPED).get(device, {}), **read(cache_path(device)).get(device, {})}
+
+
+def read(path: Path) -> dict[str, dict[str, Config]]:
+    """A file's choices by device and key; none where there is no file."""
     if not path.exists():
         return {}
-    return {key: Config(**value) for key, value in json.loads(path.read_text()).items()}
+    devices = json.loads(path.read_text())
+    return {
+        device: {key: Config(**choice) for key, choice in entries.items()}
+        for device, entries in devices.items()
+    }
+
+
+def write(path: Path, device: str, choices: dict[str, Config]) -> None:
+    """Add ``choices`` to a file, replacing earlier ones of the same key."""
+    entries = read(path)
+    entries[device] = {**entries.get(device, {}), **choices}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(
+        {d: {k: asdict(c) for k, c in sorted(e.items())} for d, e in entries.items()}, indent=1
+    )
+    partial = path.with_suffix(".tmp")
+    partial.write_text(text + "\n")
+    partial.replace(path)
+    tuned.cache_clear()
+    choose.cache_clear()
+
+
+def cache_path(device: str) -> Path:
+    """Where choices tuned on this machine are kept."""
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return root / "nybble" / f"matmul-{re.sub(r'[^A-Za-z0-9]+', '-', device)}.json"
+
+
+def key_of(affine: bool, group: int, out_features: int, columns: int, bucket: int) -> str:
+    """The name of a choice in the table: what decides how much work there is and of what kind."""
+    kind = "affine" if affine else "codebook"
+    return f"{kind} g{group} {out_features}x{columns} m{bucket}"
+
+
+@lru_cache(maxsize=4096)
+def choose(
+    device: str,
+    processors: int,
+    affine: bool,
+    group: int,
+    out_features: int,
+    columns: int,
+    bucket: int,
+) -> Config:
+    """The measured choice, or else the rule's."""
+    found = tuned(device).get(key_of(affine, group, out_features, columns, bucket))
+    return found or default_config(bucket, out_features, columns, processors)

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 
 from nybble.kernels.triton import cubin
-from nybble.kernels.triton.configs import Config, default_config, tuned
+from nybble.kernels.triton.configs import SHIPPED, Config, default_config, read
 from nybble.kernels.triton.matmul import matmul_kernel
 
 
@@ -55,7 +55,8 @@ def shipped(everything: bool) -> Iterator[Case]:
     buckets = (8, 16, 32, 64, 128, 256) if everything else (16, 256)
     configs = [replace(default_config(b, 4096, 4096), splits=2) for b in buckets]
     if everything:
-        configs += dict.fromkeys(c for c in tuned().values() if not c.dense and c not in configs)
+        measured = (c for entries in read(SHIPPED).values() for c in entries.values())
+        configs += dict.fromkeys(c for c in measured if not c.dense and c not in configs)
     for config in configs:
         yield Case(90, "bf16", False, False, 128, config)
         yield Case(90, "bf16", True, False, 64, config)

@@ -17,7 +17,8 @@ import torch
 import triton
 import triton.language as tl
 from nybble.kernels.packed import PackedWeight
-from nybble.kernels.triton.configs import Config, default_config
+from nybble.kernels.triton.configs import Config, bucket_of, choose
+from nybble.kernels.triton.dequantize import dense_matmul, stored_columns
 from nybble.kernels.triton.unpack import INTERPRETED, codebook_table, unpack_affine, unpack_codebook
 from torch import Tensor
 
@@ -234,10 +235,20 @@ def _arrivals(device: torch.device) -> Tensor:
 
 
 @lru_cache
-def _processors(device: torch.device) -> int:
+def _name_and_processors(device: torch.device) -> tuple[str, int]:
     if device.type != "cuda":
-        return 132
-    return torch.cuda.get_device_properties(device).multi_processor_count
+        return "interpreter", 132
+    properties = torch.cuda.get_device_properties(device)
+    return properties.name, properties.multi_processor_count
+
+
+def chosen(weight: PackedWeight, rows: int, device: torch.device) -> Config:
+    """The configuration ``rows`` rows are computed with."""
+    name, processors = _name_and_processors(device)
+    group = 0 if weight.groups == 1 else weight.group_size
+    columns = stored_columns(weight)
+    bucket = bucket_of(rows)
+    return choose(name, processors, weight.is_affine, group, weight.out_features, columns, bucket)
 
 
 def takes(weight: PackedWeight, dtype: torch.dtype) -> bool:
@@ -267,11 +278,13 @@ def packed_matmul(x: Tensor, weight: PackedWeight, config: Config | None = None)
     if weight.perm is not None:
         flat = flat.index_select(1, weight.perm)
     flat = flat.contiguous()
-    out = torch.empty(*x.shape[:-1], weight.out_features, dtype=x.dtype, device=x.device)
     rows, columns = flat.shape
+    c = config or chosen(weight, rows, x.device)
+    if c.dense:
+        return dense_matmul(flat, weight).view(*x.shape[:-1], weight.out_features)
+    out = torch.empty(*x.shape[:-1], weight.out_features, dtype=x.dtype, device=x.device)
     if rows == 0:
         return out
-    c = config or default_config(rows, weight.out_features, columns, _processors(x.device))
     blocks = triton.cdiv(weight.out_features, c.block_n) * triton.cdiv(rows, c.block_m)
     steps = triton.cdiv(columns, 128)
     steps_each = triton.cdiv(steps, c.splits)

@@ -5,6 +5,7 @@ import torch
 from nybble.kernels import PackedWeight
 from nybble.kernels.packed import INTEGER_LEVELS, SYMMETRIC_LEVELS, pack_nibbles
 from nybble.kernels.triton.configs import Config
+from nybble.kernels.triton.dequantize import dense_matmul, dequantize
 from nybble.kernels.triton.matmul import packed_matmul
 
 CODEBOOK = torch.tensor(
@@ -12,6 +13,7 @@ CODEBOOK = torch.tensor(
 )
 SMALL = Config(64, 16, 1, num_warps=4, num_stages=3, scale_first=False)
 LARGE = Config(64, 32, 1, num_warps=4, num_stages=3, scale_first=True)
+DENSE = Config(64, 16, 1, num_warps=4, num_stages=3, scale_first=True, dense=True)
 SPLIT = Config(64, 16, 3, num_warps=4, num_stages=3, scale_first=False)
 
 
@@ -108,3 +110,24 @@ def test_leading_dimensions_and_empty_batches_keep_their_shape() -> None:
     weight = random_weight("symmetric", 64, 128, 128)
     assert packed_matmul(torch.randn(2, 3, 128).half(), weight).shape == (2, 3, 64)
     assert packed_matmul(torch.randn(0, 128).half(), weight).shape == (0, 64)
+
+
+@pytest.mark.parametrize("kind", ["symmetric", "fractional", "codebook"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_dequantized_weight_is_the_format_rounded_once(kind: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(6)
+    weight = random_weight(kind, 130, 200, 64)
+    found = dequantize(weight, dtype, 64).double()
+    expected = weight.dequantize()[64:].double()
+    assert (found - expected).norm() / expected.norm() < TOLERANCE[dtype] / 2
+
+
+def test_many_rows_multiply_a_dequantized_weight_a_part_at_a_time() -> None:
+    torch.manual_seed(7)
+    x, weight = torch.randn(9, 200).half(), random_weight("zeros", 200, 200, 32, bias=True)
+    assert weight.bias is not None
+    expected = x.double() @ weight.dequantize().double().T + weight.bias.double()
+    for workspace in (1, 1 << 20):
+        found = dense_matmul(x, weight, workspace).double()
+        assert (found - expected).norm() / expected.norm() < 1e-3
+    assert torch.equal(packed_matmul(x, weight, DENSE), dense_matmul(x, weight))
