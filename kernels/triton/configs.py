@@ -70,7 +70,8 @@ def default_config(rows: int, out_features: int, columns: int, processors: int =
     if bucket <= 64:
         block_n = 128 if out_features >= 2048 else 64
         splits = balanced_splits(-(-out_features // block_n), steps, processors)
-        return Config(block_n, bucket, splits, 4, 4 if bucket <= 32 else 3, bucket > 32)
+        small = bucket <= 32
+        return Config(block_n, bucket, splits, 4 if small else 8, 4 if small else 3, not small)
     block_m = 64 if bucket == 128 else 128
     blocks = -(-out_features // 128) * -(-bucket // block_m)
     splits = balanced_splits(blocks, steps, processors) if blocks < processors else 1
