@@ -12,6 +12,10 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# Triton reads this when it is first imported, so it is set before any test imports torch: kernels
+# in the test process run in the interpreter, on the CPU. The proof on a GPU is `make gpu`.
+os.environ["TRITON_INTERPRET"] = "1"
+
 # Loaded by path: with `tests/` on sys.path, `tests/kernels` would answer `import kernels`,
 # which transformers and bitsandbytes probe for.
 _spec = importlib.util.spec_from_file_location(
