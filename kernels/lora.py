@@ -1,0 +1,125 @@
+"""Low-rank additions to a projection's output, another adapter for every row.
+
+Adapters lie in *slots* of one device buffer per projection. A projection may be several fused into
+one (q, k, v; gate, up): part ``p`` owns the outputs ``offsets[p]`` to ``offsets[p + 1]`` and a
+section of the shrinking matrix. For row ``t`` with slot ``s`` and each part ``p``
+
+    h      = a[s, p·max_rank : (p+1)·max_rank] · x[t]        rounded to the dtype of x, as PEFT does
+    out[t, offsets[p] : offsets[p+1]] += b[s, offsets[p] : offsets[p+1]] · h
+
+(LoRA, Hu et al. 2021; batched over adapters as in Punica, Chen et al. 2023, and S-LoRA, Sheng et
+al. 2023). The factor α/r is part of ``b``. Sums are float32; a row's result does not depend on the
+other rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby, pairwise
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LoRABatch:
+    """Which adapter slot each row of a step uses.
+
+    slots: int32 ``(tokens,)``, −1 for the base model.
+    order: int32 ``(adapted,)``, the rows that have an adapter, those of one slot together.
+    segment_starts: int32 ``(segments + 1,)``, where each slot's rows begin in ``order``, and its
+        length.
+    segment_slots: int32 ``(segments,)``, the slot of each segment, all different.
+    max_segment: the most rows any segment has.
+    """
+
+    slots: Tensor
+    order: Tensor
+    segment_starts: Tensor
+    segment_slots: Tensor
+    max_segment: int
+
+    @classmethod
+    def of(cls, slots: Sequence[int], device: torch.device | str) -> LoRABatch | None:
+        """The batch of rows with these slots; None where none has an adapter."""
+        order = [row for row, slot in enumerate(slots) if slot >= 0]
+        if not order:
+            return None
+        order.sort(key=lambda row: slots[row])
+        starts, used = [0], []
+        for slot, rows in groupby(order, key=lambda row: slots[row]):
+            used.append(slot)
+            starts.append(starts[-1] + sum(1 for _ in rows))
+
+        def tensor(values: Sequence[int]) -> Tensor:
+            return torch.tensor(values, dtype=torch.int32).to(device)
+
+        return cls(
+            slots=tensor(slots),
+            order=tensor(order),
+            segment_starts=tensor(starts),
+            segment_slots=tensor(used),
+            max_segment=max(end - start for start, end in pairwise(starts)),
+        )
+
+
+def slot_buffers(
+    slots: int,
+    max_rank: int,
+    in_features: int,
+    offsets: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Zeroed ``(a, b, ranks)`` for :func:`lora_add`, in the memory order its kernels read fastest.
+
+    a ``(slots, parts · max_rank, in_features)``; b ``(slots, offsets[-1], max_rank)``, a view of
+    memory in which the outputs of one rank are contiguous, so that padded ranks are never read;
+    ranks int32 ``(slots,)``.
+    """
+    parts = len(offsets) - 1
+    a = torch.zeros(slots, parts * max_rank, in_features, dtype=dtype, device=device)
+    b = torch.zeros(slots, max_rank, offsets[-1], dtype=dtype, device=device)
+    return a, b.transpose(1, 2), torch.zeros(slots, dtype=torch.int32, device=device)
+
+
+def lora_add(
+    out: Tensor,
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    ranks: Tensor,
+    offsets: tuple[int, ...],
+    batch: LoRABatch,
+) -> None:
+    """Add every row's adapter to ``out (tokens, offsets[-1])`` in place.
+
+    x ``(tokens, in_features)``, contiguous as ``out`` is; a, b and ranks as :func:`slot_buffers`
+    makes them. ranks: how many ranks of each slot are not padding, 0 for a slot whose adapter
+    leaves this projection alone.
+    """
+    lora_add_reference(out, x, a, b, ranks, offsets, batch)
+
+
+def lora_add_reference(
+    out: Tensor,
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    ranks: Tensor,
+    offsets: tuple[int, ...],
+    batch: LoRABatch,
+) -> None:
+    """:func:`lora_add` in plain PyTorch, on any device and dtype."""
+    max_rank = b.shape[2]
+    starts = batch.segment_starts.tolist()
+    for index, slot in enumerate(batch.segment_slots.tolist()):
+        rank = int(ranks[slot])
+        rows = batch.order[starts[index] : starts[index + 1]].long()
+        wide = x[rows].float()
+        for part, (start, end) in enumerate(pairwise(offsets)):
+            shrink = a[slot, part * max_rank : part * max_rank + rank]
+            h = (wide @ shrink.float().T).to(x.dtype).float()
+            total = out[rows, start:end].float() + h @ b[slot, start:end, :rank].float().T
+            out[rows, start:end] = total.to(out.dtype)
