@@ -32,3 +32,24 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return built[key]
 
     return build
+
+
+@pytest.fixture(scope="session")
+def tiny_adapter(
+    tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
+    """``tiny_adapter(family, **options)`` is the folder of a LoRA trained on that tiny model.
+
+    See ``write_tiny_adapter``. Folders are shared: do not write to them.
+    """
+    built: dict[str, Path] = {}
+
+    def build(family: str = "qwen2", **options: object) -> Path:
+        key = repr((family, sorted(options.items())))
+        if key not in built:
+            built[key] = _tiny.write_tiny_adapter(
+                tmp_path_factory.mktemp("adapter"), tiny_model(family=family), **options
+            )
+        return built[key]
+
+    return build
