@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from nybble.engine.adapter_slots import AdapterSlots
 from nybble.engine.config import EngineConfig
 from nybble.engine.decoder import Decoder, DecoderShape
 from nybble.engine.scheduler import ScheduledBatch
@@ -19,8 +20,15 @@ def kv_bytes_per_block(shape: DecoderShape, config: EngineConfig) -> int:
 class ModelRunner:
     """Owns the KV cache tensors and turns scheduled sequences into model inputs."""
 
-    def __init__(self, decoder: Decoder, config: EngineConfig, num_blocks: int) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        config: EngineConfig,
+        num_blocks: int,
+        adapters: AdapterSlots | None = None,
+    ) -> None:
         shape = decoder.shape
+        self.adapters = adapters
         self.decoder = decoder
         self.block_size = config.block_size
         self.device = torch.device(config.device)
@@ -66,11 +74,17 @@ class ModelRunner:
             slot_mapping=torch.cat(slots).to(self.device),
             max_query=max(item.num_tokens for item in batch),
         )
+        adapters = None
+        if self.adapters is not None:
+            adapters = self.adapters.step(
+                [item.sequence.adapter_slot for item in batch for _ in range(item.num_tokens)]
+            )
         hidden = self.decoder.forward(
             torch.tensor(token_ids).to(self.device),
             torch.cat(positions).to(self.device),
             self.caches,
             attention,
+            adapters,
         )
         if not last_rows:
             return torch.empty(0, self.decoder.shape.vocab)

@@ -71,17 +71,16 @@ def slot_buffers(
     offsets: tuple[int, ...],
     dtype: torch.dtype,
     device: torch.device | str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Zeroed ``(a, b, ranks)`` for :func:`lora_add`, in the memory order its kernels read fastest.
+) -> tuple[Tensor, Tensor]:
+    """Zeroed ``(a, b)`` for :func:`lora_add`, in the memory order its kernels read fastest.
 
     a ``(slots, parts · max_rank, in_features)``; b ``(slots, offsets[-1], max_rank)``, a view of
-    memory in which the outputs of one rank are contiguous, so that padded ranks are never read;
-    ranks int32 ``(slots,)``.
+    memory in which the outputs of one rank are contiguous, so that padded ranks are never read.
     """
     parts = len(offsets) - 1
     a = torch.zeros(slots, parts * max_rank, in_features, dtype=dtype, device=device)
     b = torch.zeros(slots, max_rank, offsets[-1], dtype=dtype, device=device)
-    return a, b.transpose(1, 2), torch.zeros(slots, dtype=torch.int32, device=device)
+    return a, b.transpose(1, 2)
 
 
 def lora_add(
@@ -95,9 +94,9 @@ def lora_add(
 ) -> None:
     """Add every row's adapter to ``out (tokens, offsets[-1])`` in place.
 
-    x ``(tokens, in_features)``, contiguous as ``out`` is; a, b and ranks as :func:`slot_buffers`
-    makes them. ranks: how many ranks of each slot are not padding, 0 for a slot whose adapter
-    leaves this projection alone.
+    x ``(tokens, in_features)``, contiguous as ``out`` is; a and b as :func:`slot_buffers` makes
+    them, zero beyond each slot's rank. ranks: int32 ``(slots,)``, 0 for a slot whose adapter leaves
+    this projection alone.
     """
     lora_add_reference(out, x, a, b, ranks, offsets, batch)
 

@@ -14,7 +14,8 @@ def random_slots(
     count: int, max_rank: int, inputs: int, offsets: tuple[int, ...], dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Slots of different ranks, the first of rank 0; padding is zero."""
-    a, b, ranks = slot_buffers(count, max_rank, inputs, offsets, dtype, "cpu")
+    a, b = slot_buffers(count, max_rank, inputs, offsets, dtype, "cpu")
+    ranks = torch.zeros(count, dtype=torch.int32)
     for slot in range(count):
         rank = int(torch.randint(1, max_rank + 1, ())) if slot else 0
         ranks[slot] = rank
