@@ -1,4 +1,4 @@
-"""Compiles the C++ kernels once per source, compiler and flags, into the user's cache.
+"""Compiles the C++ kernels once for their sources, compiler and flags, into the user's cache.
 
 ``python -m nybble.kernels.cpu.build`` does it ahead of time.
 """
@@ -12,7 +12,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-SOURCE = Path(__file__).with_name("kernels.cpp")
+SOURCES = sorted(Path(__file__).parent.glob("*.cpp"))
 # What the kernels use, as /proc/cpuinfo names it.
 CPU_FEATURES = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16")
 _FLAGS = (
@@ -49,7 +49,9 @@ def build(compiler: str = "g++", cache: Path | None = None) -> Path:
     if found is None:
         raise CpuKernelsUnavailableError(f"no C++ compiler: {compiler} is not on the PATH")
     version = subprocess.run([found, "--version"], capture_output=True, text=True).stdout
-    key = hashlib.sha256(SOURCE.read_bytes() + repr((version, _FLAGS, _cpu_model())).encode())
+    key = hashlib.sha256(repr((version, _FLAGS, _cpu_model())).encode())
+    for source in SOURCES:
+        key.update(source.read_bytes())
     folder = cache or _user_cache() / "kernels"
     library = folder / f"cpu-{key.hexdigest()[:16]}.so"
     if library.is_file():
@@ -59,7 +61,7 @@ def build(compiler: str = "g++", cache: Path | None = None) -> Path:
         output = Path(scratch) / "kernels.so"
         # OpenMP's symbols resolve to the runtime torch has loaded: a second one would start a
         # second pool of threads on the same cores. -nodefaultlibs keeps the driver from adding it.
-        command = [found, *_FLAGS, str(SOURCE), "-o", str(output), "-nodefaultlibs"]
+        command = [found, *_FLAGS, *map(str, SOURCES), "-o", str(output), "-nodefaultlibs"]
         command += ["-lstdc++", "-lm", "-lc", "-lgcc"]
         result = subprocess.run(command, capture_output=True, text=True)
         if result.returncode:
