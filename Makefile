@@ -2,9 +2,11 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+MODEL  ?= demo
+PORT   ?= 8000
 PACKAGES := engine kernels loaders quantizers server
 
-.PHONY: install test lint clean
+.PHONY: install serve test lint clean
 
 install: $(VENV)/.installed
 
@@ -18,6 +20,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	for package in $(PACKAGES); do ln -sfn ../../../$$package $(VENV)/src/nybble/$$package; done
 	$(BIN)/python -m nybble.kernels.cpu.build
 	touch $@
+
+# Anything else for the server: make serve MODEL=org/name ARGS="--max-num-seqs 8"
+serve: install
+	$(BIN)/serve --model $(MODEL) --port $(PORT) $(ARGS)
 
 lint: install
 	$(BIN)/ruff format --check .

@@ -159,7 +159,7 @@ def main(
     gguf = demo_gguf(cache_folder() / "models" / "demo.gguf")
     llama = LlamaCpp(gguf, threads)
     serve = Path(sys.executable).with_name("serve")
-    command: list[str | Path] = [serve, "--model", model, "--port", str(PORT), "--head", "int8"]
+    command: list[str | Path] = [serve, "--model", model, "--port", str(PORT)]
     server = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": str(threads)})
     url = f"http://127.0.0.1:{PORT}"
     try:

@@ -107,6 +107,10 @@ def serve(
         Literal["nf4"] | None,
         typer.Option(help="Round a 16-bit model to 4 bits while loading.", rich_help_panel=_MODEL),
     ] = None,
+    head: Annotated[
+        Literal["int8"] | None,
+        typer.Option(help="Round the output layer to 8 bits.", rich_help_panel=_MODEL),
+    ] = None,
     device: Annotated[Device, typer.Option(rich_help_panel=_MODEL)] = "auto",
     dtype: Annotated[
         Dtype, typer.Option(help="Of activations and KV cache.", rich_help_panel=_MODEL)
@@ -184,6 +188,7 @@ def serve(
             names,
             aliases=aliases,
             quantize=quantize,
+            head=head,
             api_keys=tuple(api_key or ()),
             shutdown_timeout=shutdown_timeout,
         )
@@ -197,6 +202,7 @@ def _run_server(
     *,
     aliases: Path | None,
     quantize: Any,
+    head: Any,
     api_keys: tuple[str, ...],
     shutdown_timeout: float,
 ) -> None:
@@ -208,7 +214,11 @@ def _run_server(
     from nybble.server.serve import serve as serve_engine
 
     checkpoint = prepare_checkpoint(
-        model, device=torch.device(config.device), aliases=aliases, quantize=quantize
+        model,
+        device=torch.device(config.device),
+        aliases=aliases,
+        quantize=quantize,
+        head=head,
     )
     engine = Engine.load(checkpoint, config)
     engine.start()

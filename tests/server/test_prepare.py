@@ -70,12 +70,24 @@ def test_the_demo_is_quantized_first_and_the_intermediate_files_removed(
 ) -> None:
     shutil.copytree(tiny_model(), cache / "models" / "demo")
     checkpoint = opened("demo")
-    weights = packed_weights(checkpoint)
-    assert {weight.group_size for weight in weights} == {64}
-    assert all(weight.zeros is not None for weight in weights)
+    *layers, head = packed_weights(checkpoint)
+    assert {weight.group_size for weight in layers} == {64}
+    assert all(weight.zeros is not None for weight in layers)
+    assert head.columns == 2 * head.in_features  # 8 bits
     assert [path.name for path in (cache / "packed").iterdir() if path.is_dir()] == [
         checkpoint.folder.name
     ]
+
+
+def test_a_16_bit_model_can_be_rounded_on_the_way(tiny_model: Callable[..., Path]) -> None:
+    checkpoint = prepare_checkpoint(
+        str(tiny_model()), device=CPU, quantize="nf4", head="int8", progress=False
+    )
+    *layers, head = packed_weights(checkpoint)
+    assert {weight.group_size for weight in layers} == {64}
+    assert head.columns == 2 * head.in_features
+    with pytest.raises(ValueError, match="is packed already"):
+        prepare_checkpoint(str(checkpoint.folder), device=CPU, head="int8")
 
 
 def test_packing_that_fails_leaves_nothing_that_looks_packed(
