@@ -10,7 +10,7 @@ import asyncio
 import logging
 import threading
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING
@@ -199,6 +199,11 @@ class Engine:
             self._adapters.close()
 
     @property
+    def eos_token_ids(self) -> frozenset[int]:
+        """Tokens that end a sequence unless its parameters say otherwise."""
+        return self._eos_token_ids
+
+    @property
     def healthy(self) -> bool:
         """Whether the thread runs and requests are taken."""
         return self._thread.is_alive() and self._failure is None and not self._stopping
@@ -229,7 +234,7 @@ class Engine:
             raise ParameterError("adapter", "this server was started without room for adapters")
         return self._adapters
 
-    async def generate(self, request: Request) -> AsyncIterator[RequestOutput]:
+    async def generate(self, request: Request) -> AsyncGenerator[RequestOutput]:
         """Stream what the engine adds to a request; closing the stream cancels it.
 
         Raises ParameterError for a request that can never be served, EngineOverloadedError when
@@ -400,6 +405,7 @@ class Engine:
             prompt_tokens=sequence.num_prompt_tokens,
             completion_tokens=sequence.num_output_tokens,
             cached_tokens=sequence.num_cached_tokens or 0,
+            queue_seconds=sequence.queue_seconds,
         )
 
     def _fail_adapter(self, version: AdapterVersion, error: AdapterError) -> None:

@@ -135,6 +135,7 @@ class RequestOutput:
     token_ids: the new tokens (an output may carry tokens and no text).
     logprobs: one per new token if asked for, else empty.
     completion_tokens: generated so far. cached_tokens: prompt tokens found in the prefix cache.
+    queue_seconds: how long the request waited before it was first computed.
     """
 
     text: str
@@ -144,3 +145,4 @@ class RequestOutput:
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
+    queue_seconds: float = 0.0

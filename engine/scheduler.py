@@ -14,6 +14,7 @@ everyone's; with one tenant all this is first come, first served.
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -174,6 +175,7 @@ class Scheduler:
         sequence.num_computed_tokens = cached
         if sequence.num_cached_tokens is None:
             sequence.num_cached_tokens = cached
+            sequence.queue_seconds = time.monotonic() - sequence.arrived
             self.prefix_query_tokens += sequence.num_prompt_tokens
             self.prefix_hit_tokens += cached
             # Only once: a tenant does not pay for being preempted.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from enum import Enum
 
 from nybble.engine.adapters import AdapterVersion
@@ -38,6 +39,8 @@ class Sequence:
         self.num_prompt_tokens = len(request.prompt_token_ids)
         self.num_computed_tokens = 0
         self.num_cached_tokens: int | None = None
+        self.arrived = time.monotonic()
+        self.queue_seconds = 0.0
         self.blocks: list[int] = []
         self.block_hashes: list[bytes] = []
         self.adapter: AdapterVersion | None = None

@@ -57,12 +57,12 @@ class CpuLibrary:
         return weight.layout == "cpu_tiles" and (weight.group_size % 8 == 0 or weight.groups == 1)
 
     def packed_matmul(self, x: Tensor, weight: PackedWeight) -> Tensor:
-        """Levels are rounded to bfloat16, which integer levels survive exactly."""
+        """On AVX-512 levels are rounded to bfloat16, which integer levels survive exactly."""
         rows = x.reshape(-1, weight.in_features)
         if weight.perm is not None:
             rows = rows[:, weight.perm]
-        if weight.in_features % 8:
-            rows = torch.nn.functional.pad(rows, (0, -weight.in_features % 8))
+        if weight.columns % 8:
+            rows = torch.nn.functional.pad(rows, (0, -weight.columns % 8))
         rows = rows.contiguous()
         out = torch.empty(rows.shape[0], weight.out_features, dtype=torch.bfloat16)
         bias = None if weight.bias is None else weight.bias.float().contiguous()

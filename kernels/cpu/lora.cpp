@@ -1,31 +1,63 @@
-// Low-rank additions for AVX-512 with BF16: see kernels/lora.py for what is computed and the shapes.
+// Low-rank additions; kernels/lora.py defines them and the shapes.
 //
 // Two passes over the adapted rows, those of one adapter together: h = a · x, then out += b · h. The
 // order of the additions for one value does not depend on how many rows or outputs are computed at
 // once, so a row's result does not depend on its batch.
 
-#include <immintrin.h>
-
 #include <algorithm>
-#include <cstdint>
-#include <cstring>
 #include <vector>
+
+#include "simd.h"
+
+using namespace nybble;
 
 namespace {
 
-using bf16 = uint16_t;
+inline float rounded(float value) { return to_float(to_bf16(value)); }
 
-inline __m512 widen(__m256i halves) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+#if defined(__AVX512BF16__)
+
+constexpr int kVectors = 8;  // accumulators beside the operands
+
+using Columns = __m512bh;  // 32 columns
+inline Columns load_columns(const bf16* source, int64_t count) {
+    const __mmask32 mask = count >= 32 ? ~0u : (1u << count) - 1;
+    return reinterpret_cast<Columns>(_mm512_maskz_loadu_epi16(mask, source));
+}
+inline Floats dot_add(Columns a, Columns b, Floats c) { return {_mm512_dpbf16_ps(c.v, a, b)}; }
+
+inline Floats load_bf16_first(const bf16* source, int64_t count) {
+    const __m256i halves = _mm256_maskz_loadu_epi16(first_lanes(count), source);
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16))};
 }
 
-inline float rounded(float value) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, sizeof bits);
-    bits = (bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000u;  // to bf16, nearest even
-    std::memcpy(&value, &bits, sizeof bits);
-    return value;
+#else
+
+constexpr int kVectors = 4;
+
+struct Columns {
+    Floats low, high;
+};
+inline Columns load_columns(const bf16* source, int64_t count) {
+    bf16 padded[32] = {};
+    if (count < 32) {
+        std::memcpy(padded, source, count * sizeof(bf16));
+        source = padded;
+    }
+    return {load_bf16(source), load_bf16(source + 16)};
 }
+inline Floats dot_add(Columns a, Columns b, Floats c) {
+    return fma(a.high, b.high, fma(a.low, b.low, c));
+}
+
+inline Floats load_bf16_first(const bf16* source, int64_t count) {
+    if (count >= 16) return load_bf16(source);
+    bf16 padded[16] = {};
+    std::memcpy(padded, source, count * sizeof(bf16));
+    return load_bf16(padded);
+}
+
+#endif
 
 constexpr int kRows = 4;       // rows of x computed together
 constexpr int kRanks = 8;      // ranks of one shrinking item
@@ -51,28 +83,25 @@ template <int R, int N>
 void shrink(const Args& p, const Block& block, const bf16* const* ranks, const int64_t* at) {
     const bf16* x[R];
     for (int r = 0; r < R; ++r) x[r] = p.x + p.order[block.first + r] * p.inputs;
-    __m512 sum[R][N];
-    for (auto& row : sum)
-        for (auto& value : row) value = _mm512_setzero_ps();
+    Floats total[R][N];
+    for (auto& row : total)
+        for (auto& value : row) value = zero();
     for (int64_t k = 0; k < p.inputs; k += 32) {
-        const __mmask32 mask =
-            p.inputs - k >= 32 ? ~0u : (1u << (p.inputs - k)) - 1;
-        __m512bh v[R];
-        for (int r = 0; r < R; ++r)
-            v[r] = reinterpret_cast<__m512bh>(_mm512_maskz_loadu_epi16(mask, x[r] + k));
+        Columns v[R];
+        for (int r = 0; r < R; ++r) v[r] = load_columns(x[r] + k, p.inputs - k);
         for (int n = 0; n < N; ++n) {
-            const __m512bh w = reinterpret_cast<__m512bh>(_mm512_maskz_loadu_epi16(mask, ranks[n] + k));
-            for (int r = 0; r < R; ++r) sum[r][n] = _mm512_dpbf16_ps(sum[r][n], v[r], w);
+            const Columns w = load_columns(ranks[n] + k, p.inputs - k);
+            for (int r = 0; r < R; ++r) total[r][n] = dot_add(v[r], w, total[r][n]);
         }
     }
     for (int r = 0; r < R; ++r)
         for (int n = 0; n < N; ++n)
-            p.h[(block.first + r) * p.parts * p.max_rank + at[n]] = rounded(_mm512_reduce_add_ps(sum[r][n]));
+            p.h[(block.first + r) * p.parts * p.max_rank + at[n]] = rounded(sum(total[r][n]));
 }
 
 template <int R>
 void shrink_ranks(const Args& p, const Block& block, int64_t first, int64_t last) {
-    constexpr int N = R == 1 ? kRanks : kRanks / 2;
+    constexpr int N = R == 1 ? kVectors : kVectors / 2;
     const bf16* slot = p.a + block.slot * p.parts * p.max_rank * p.inputs;
     const bf16* ranks[N];
     int64_t at[N];
@@ -90,47 +119,36 @@ void shrink_ranks(const Args& p, const Block& block, int64_t first, int64_t last
     }
 }
 
-// out of R rows for the 16 · T outputs from `first` on, the last of them masked.
+// out of R rows for the 16 · T outputs from `first` on, of the last 16 only `count`.
 template <int R, int T>
-void expand(const Args& p, const Block& block, int64_t part, int64_t first, __mmask16 mask) {
+void expand(const Args& p, const Block& block, int64_t part, int64_t first, int64_t count) {
     const bf16* b = p.b + block.slot * p.max_rank * p.outputs + first;
     const float* h = p.h + (block.first * p.parts + part) * p.max_rank;
-    __m512 sum[R][T];
-    for (auto& row : sum)
-        for (auto& value : row) value = _mm512_setzero_ps();
+    Floats total[R][T];
+    for (auto& row : total)
+        for (auto& value : row) value = zero();
     for (int64_t rank = 0; rank < block.rank; ++rank, b += p.outputs) {
         for (int t = 0; t < T; ++t) {
-            const __m256i halves =
-                t + 1 < T ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b + 16 * t))
-                          : _mm256_maskz_loadu_epi16(mask, b + 16 * t);
-            const __m512 w = widen(halves);
-            for (int r = 0; r < R; ++r) {
-                const __m512 scale = _mm512_set1_ps(h[r * p.parts * p.max_rank + rank]);
-                sum[r][t] = _mm512_fmadd_ps(w, scale, sum[r][t]);
-            }
+            const Floats w = t + 1 < T ? load_bf16(b + 16 * t) : load_bf16_first(b + 16 * t, count);
+            for (int r = 0; r < R; ++r)
+                total[r][t] = fma(w, broadcast(h[r * p.parts * p.max_rank + rank]), total[r][t]);
         }
     }
     for (int r = 0; r < R; ++r) {
         bf16* out = p.out + p.order[block.first + r] * p.outputs + first;
-        for (int t = 0; t < T; ++t) {
-            const __mmask16 valid = t + 1 < T ? static_cast<__mmask16>(0xFFFF) : mask;
-            const __m512 before = widen(_mm256_maskz_loadu_epi16(valid, out + 16 * t));
-            _mm256_mask_storeu_epi16(
-                out + 16 * t, valid,
-                reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(_mm512_add_ps(before, sum[r][t]))));
-        }
+        for (int t = 0; t + 1 < T; ++t)
+            store_bf16(out + 16 * t, load_bf16(out + 16 * t) + total[r][t]);
+        bf16* last = out + 16 * (T - 1);
+        store_bf16_first(last, load_bf16_first(last, count) + total[r][T - 1], count);
     }
 }
 
 template <int R>
 void expand_outputs(const Args& p, const Block& block, int64_t part, int64_t first, int64_t last) {
-    constexpr int T = R == 1 ? 8 : 4;
-    for (; first + 16 * T <= last; first += 16 * T) expand<R, T>(p, block, part, first, 0xFFFF);
-    for (; first < last; first += 16) {
-        const int64_t left = last - first;
-        expand<R, 1>(p, block, part, first,
-                     static_cast<__mmask16>(left >= 16 ? 0xFFFF : (1u << left) - 1));
-    }
+    constexpr int T = R == 1 ? kVectors : kVectors / 2;
+    for (; first + 16 * T <= last; first += 16 * T) expand<R, T>(p, block, part, first, 16);
+    for (; first < last; first += 16)
+        expand<R, 1>(p, block, part, first, std::min<int64_t>(16, last - first));
 }
 
 struct Item {
