@@ -49,6 +49,13 @@ def grid(low: Tensor, high: Tensor, *, sym: bool) -> tuple[Tensor, Tensor]:
     return scales, (-low / scales.float()).round().clamp(0, _LARGEST_CODE).to(torch.uint8)
 
 
+def round_trip(grouped: Tensor, *, sym: bool) -> Tensor:
+    """``grouped (…, group_size)`` float32, each group as its own grid's nearest values."""
+    scales, zeros = grid(grouped.amin(-1, keepdim=True), grouped.amax(-1, keepdim=True), sym=sym)
+    codes = nearest_codes(grouped, scales, zeros)
+    return codes.sub_(zeros.float()).mul_(scales.float())
+
+
 def nearest_codes(values: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
     """The nearest codes, as floats; the arguments broadcast."""
     return ((values / scales.float()).round_() + zeros.float()).clamp_(0, _LARGEST_CODE)

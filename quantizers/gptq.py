@@ -37,8 +37,8 @@ class GptqSettings:
             )
 
 
-# Columns whose errors are gathered before they reach the rest of the matrix in one product.
-_BLOCK_COLUMNS = 128
+# Below this, products of matrices are too small to pay.
+_COLUMNS_ONE_BY_ONE = 16
 
 
 def gptq(
@@ -60,15 +60,16 @@ def gptq(
     out, columns = weight.shape
     # Transposed: every column is then contiguous.
     remaining = weight.float().T.contiguous()
-    hessian = hessian.double()
-    diagonal = hessian.diagonal()
+    hessian = hessian.to(torch.float64, copy=True)
+    diagonal = hessian.diagonal().clone()
     dead = diagonal <= 0  # inputs that were never other than zero
     remaining[dead] = 0
-    hessian = hessian + torch.diag(dead.double() + settings.damp * diagonal.mean())
+    hessian.diagonal().add_(dead.double() + settings.damp * diagonal.mean())
     natural_groups = torch.arange(columns, device=weight.device) // group_size
     order = torch.arange(columns, device=weight.device)
     if settings.desc_act:
         order = diagonal.argsort(descending=True, stable=True)
+        hessian = hessian[order][:, order]
     g_idx = natural_groups.clone()
     if not settings.static_groups:
         g_idx[order] = natural_groups
@@ -78,12 +79,25 @@ def gptq(
         grouped = remaining.view(-1, group_size, out)
         scales, zeros = grid(grouped.amin(1), grouped.amax(1), sym=sym)
     remaining, groups = remaining[order], g_idx[order].tolist()
-    factor = inverse_factor(hessian[order][:, order]).float()
+    factor = inverse_factor(hessian).float()
     codes = torch.empty_like(remaining, dtype=torch.uint8)
-    block = _block_columns(group_size)
-    for start in range(0, columns, block):
-        stop = min(start + block, columns)
-        errors = torch.empty_like(remaining[start:stop])
+    errors = torch.empty_like(remaining)
+
+    def solve(start: int, stop: int) -> None:
+        """Quantize columns ``start``…``stop``−1, to which all errors before have been spread.
+
+        The errors of a half reach the other half in one product, at every scale. Halves are cut
+        between groups where they can be: a group's scale has to see every error made before it.
+        """
+        if stop - start > _COLUMNS_ONE_BY_ONE:
+            middle = (start + stop) // 2
+            if stop - start > group_size:
+                middle = -(-middle // group_size) * group_size
+            solve(start, middle)
+            spread = factor[start:middle, middle:stop].T
+            remaining[middle:stop].addmm_(spread, errors[start:middle], alpha=-1)
+            solve(middle, stop)
+            return
         for column in range(start, stop):
             if not settings.static_groups and column % group_size == 0:
                 group = remaining[column : column + group_size]
@@ -94,9 +108,10 @@ def gptq(
             code = nearest_codes(remaining[column], scale, zero)
             codes[column] = code.to(torch.uint8)
             error = (remaining[column] - (code - zero) * scale) / factor[column, column]
-            errors[column - start] = error
+            errors[column] = error
             remaining[column + 1 : stop].addr_(factor[column, column + 1 : stop], error, alpha=-1)
-        remaining[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
+
+    solve(0, columns)
     restored = torch.empty_like(codes)
     restored[order] = codes
     return AffineWeight(restored.T.contiguous(), scales.T.contiguous(), zeros.T.contiguous(), g_idx)
@@ -118,10 +133,3 @@ def inverse_factor(hessian: Tensor) -> Tensor:
     identity = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
     inverse: Tensor = torch.linalg.solve_triangular(upper, identity, upper=True)
     return inverse
-
-
-def _block_columns(group_size: int) -> int:
-    """Blocks that groups do not straddle: a group's scale then sees every error made before it."""
-    if group_size % _BLOCK_COLUMNS == 0:
-        return _BLOCK_COLUMNS
-    return group_size * max(1, _BLOCK_COLUMNS // group_size)
