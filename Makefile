@@ -2,9 +2,11 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+MODEL  ?= demo
+PORT   ?= 8000
 PACKAGES := engine kernels loaders quantizers server
 
-.PHONY: install test lint gpu clean
+.PHONY: install serve test lint gpu clean
 
 install: $(VENV)/.installed
 
@@ -19,10 +21,15 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m nybble.kernels.cpu.build
 	touch $@
 
+# Anything else for the server: make serve MODEL=org/name ARGS="--max-num-seqs 8"
+serve: install
+	$(BIN)/serve --model $(MODEL) --port $(PORT) $(ARGS)
+
 lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy $(addprefix -p nybble.,$(PACKAGES))
+	$(BIN)/mypy load_tests/*.py
 
 test: lint
 	$(BIN)/pytest

@@ -5,6 +5,28 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from nybble.loaders.adapter import MAX_RANK
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """Memory for LoRA adapters.
+
+    slots: adapters that one step can mix. max_rank: the highest rank an adapter may have; a slot
+    takes memory for it, whatever it holds. host_bytes: memory for adapters beside the slots, ready
+    to be copied into one.
+    """
+
+    slots: int = 8
+    max_rank: int = 64
+    host_bytes: int = 4 << 30
+
+    def __post_init__(self) -> None:
+        for name in ("slots", "max_rank", "host_bytes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+        if self.max_rank > MAX_RANK:
+            raise ValueError(f"max_rank is {self.max_rank}, expected at most {MAX_RANK}")
 
 
 @dataclass(frozen=True)
@@ -16,7 +38,7 @@ class EngineConfig:
     sequences together. max_num_seqs: sequences computed in one step. max_batched_tokens: the token
     budget of a step; longer prompts are prefilled in chunks. max_model_len: longest prompt plus
     output; None for what the model was made for. max_waiting: requests queued beyond
-    max_num_seqs before new ones are turned away.
+    max_num_seqs before new ones are turned away. adapters: None for a server without.
     """
 
     device: str = "cpu"
@@ -28,6 +50,7 @@ class EngineConfig:
     max_model_len: int | None = None
     max_waiting: int = 256
     prefix_caching: bool = True
+    adapters: AdapterConfig | None = None
 
     def __post_init__(self) -> None:
         for name in ("block_size", "kv_cache_bytes", "max_num_seqs", "max_batched_tokens"):

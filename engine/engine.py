@@ -10,17 +10,20 @@ import asyncio
 import logging
 import threading
 from collections import defaultdict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING
 
 import torch
+from nybble.engine.adapter_slots import AdapterSlots
+from nybble.engine.adapters import AdapterInfo, AdapterRegistry, AdapterVersion
 from nybble.engine.block_manager import BlockManager
 from nybble.engine.config import EngineConfig, resolve_device
 from nybble.engine.decoder import Decoder, DecoderShape
 from nybble.engine.detokenizer import Detokenizer
 from nybble.engine.request import (
+    AdapterUnavailableError,
     EngineOverloadedError,
     EngineStoppedError,
     FinishReason,
@@ -33,6 +36,7 @@ from nybble.engine.runner import ModelRunner, kv_bytes_per_block
 from nybble.engine.sampler import SequenceSampler, sample
 from nybble.engine.scheduler import Scheduler
 from nybble.engine.sequence import Sequence
+from nybble.loaders import AdapterError
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 if TYPE_CHECKING:
@@ -103,7 +107,18 @@ class Engine:
         self._scheduler = scheduler
         self._eos_token_ids = eos_token_ids
         self._max_in_flight = config.max_num_seqs + config.max_waiting
-        self._inbox: SimpleQueue[_Add | _Cancel | _Stop] = SimpleQueue()
+        # A function is run on the engine thread.
+        self._inbox: SimpleQueue[_Add | _Cancel | _Stop | Callable[[], None]] = SimpleQueue()
+        self._adapters: AdapterRegistry | None = None
+        if config.adapters is not None and runner.adapters is not None:
+            self._adapters = AdapterRegistry(
+                runner.adapters,
+                config.adapters.host_bytes,
+                post=self._inbox.put,
+                on_failure=self._fail_adapter,
+            )
+            scheduler.adapters = self._adapters.cache
+        self._idle = True
         self._in_flight: set[str] = set()
         self._streams: dict[str, tuple[Sequence, _Stream]] = {}
         self._thread = threading.Thread(target=self._run, name="nybble-engine", daemon=True)
@@ -153,8 +168,17 @@ class Engine:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, local_files_only=True)
         if not tokenizer.is_fast:
             raise ValueError(f"{checkpoint.folder} has no tokenizer.json: streaming needs one")
+        adapters = None
+        if config.adapters is not None:
+            adapters = AdapterSlots(
+                checkpoint.config,
+                count=config.adapters.slots,
+                max_rank=config.adapters.max_rank,
+                device=resolve_device(config.device),
+                dtype=config.dtype,
+            )
         blocks = BlockManager(num_blocks, config.block_size, prefix_caching=config.prefix_caching)
-        runner = ModelRunner(decoder, config, num_blocks)
+        runner = ModelRunner(decoder, config, num_blocks, adapters)
         runner.warm_up(progress)
         return cls(
             runner=runner,
@@ -175,6 +199,13 @@ class Engine:
         self._inbox.put(_Stop())
         if self._thread.is_alive():
             self._thread.join()
+        if self._adapters is not None:
+            self._adapters.close()
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        """Tokens that end a sequence unless its parameters say otherwise."""
+        return self._eos_token_ids
 
     @property
     def healthy(self) -> bool:
@@ -185,11 +216,34 @@ class Engine:
         """Figures of the last step; safe from any thread."""
         return self._stats
 
-    async def generate(self, request: Request) -> AsyncIterator[RequestOutput]:
+    def load_adapter(self, name: str, path: str) -> AdapterInfo:
+        """Read an adapter (a folder or hub name) and serve it as ``name``; blocks while reading.
+
+        A name that is taken changes hands at once, and requests that have begun keep the version
+        they began with. Raises AdapterError, which changes nothing, and ParameterError where
+        adapters are off.
+        """
+        return self._require_adapters().load(name, path)
+
+    def unload_adapter(self, name: str) -> None:
+        """Take an adapter away from new requests. Raises ParameterError for an unknown name."""
+        self._require_adapters().unload(name)
+
+    def adapters(self) -> list[AdapterInfo]:
+        """Every loaded adapter, by name; safe from any thread."""
+        return [] if self._adapters is None else self._adapters.infos()
+
+    def _require_adapters(self) -> AdapterRegistry:
+        if self._adapters is None:
+            raise ParameterError("adapter", "this server was started without room for adapters")
+        return self._adapters
+
+    async def generate(self, request: Request) -> AsyncGenerator[RequestOutput]:
         """Stream what the engine adds to a request; closing the stream cancels it.
 
         Raises ParameterError for a request that can never be served, EngineOverloadedError when
-        the queue is full, EngineStoppedError when the engine stops or has failed.
+        the queue is full, EngineStoppedError when the engine stops or has failed,
+        AdapterUnavailableError when the request's adapter can no longer be read.
         """
         sequence = self._new_sequence(request)
         stream = _Stream(asyncio.get_running_loop(), asyncio.Queue())
@@ -202,8 +256,8 @@ class Engine:
             )
         if not self.healthy:
             raise EngineStoppedError("the engine is not running")
+        self._submit(sequence, stream)
         self._in_flight.add(request.request_id)
-        self._inbox.put(_Add(sequence, stream))
         finished = False
         try:
             while not finished:
@@ -217,6 +271,18 @@ class Engine:
             self._in_flight.discard(request.request_id)
             if not finished:
                 self._inbox.put(_Cancel(request.request_id))
+
+    def _submit(self, sequence: Sequence, stream: _Stream) -> None:
+        adapter = sequence.request.adapter
+        if adapter is None:
+            self._inbox.put(_Add(sequence, stream))
+            return
+
+        def send(version: AdapterVersion) -> None:
+            sequence.adapter = version
+            self._inbox.put(_Add(sequence, stream))
+
+        self._require_adapters().submit(adapter, send)
 
     def _new_sequence(self, request: Request) -> Sequence:
         prompt, params = request.prompt_token_ids, request.params
@@ -270,7 +336,7 @@ class Engine:
 
         Returns False when told to stop.
         """
-        idle = not (self._scheduler.running or self._scheduler.waiting)
+        idle = self._idle
         while True:
             try:
                 message = self._inbox.get(block=idle)
@@ -282,6 +348,8 @@ class Engine:
             if isinstance(message, _Add):
                 self._streams[message.sequence.request_id] = (message.sequence, message.stream)
                 self._scheduler.add(message.sequence)
+            elif not isinstance(message, _Cancel):
+                message()
             elif message.request_id in self._streams:
                 sequence, _ = self._streams.pop(message.request_id)
                 self._scheduler.finish(sequence)
@@ -289,6 +357,8 @@ class Engine:
     @torch.inference_mode()
     def _step(self) -> _Outputs:
         batch = self._scheduler.schedule()
+        # Only a message can change what an empty schedule waits for: an adapter that is being read.
+        self._idle = not batch
         outputs: _Outputs = defaultdict(list)
         if not batch:
             return outputs
@@ -340,7 +410,16 @@ class Engine:
             prompt_tokens=sequence.num_prompt_tokens,
             completion_tokens=sequence.num_output_tokens,
             cached_tokens=sequence.num_cached_tokens or 0,
+            queue_seconds=sequence.queue_seconds,
         )
+
+    def _fail_adapter(self, version: AdapterVersion, error: AdapterError) -> None:
+        """End the requests that wait for an adapter that cannot be read."""
+        failure = AdapterUnavailableError(str(error))
+        for sequence in [s for s in self._scheduler.waiting if s.adapter is version]:
+            _, stream = self._streams.pop(sequence.request_id)
+            self._scheduler.finish(sequence)
+            _call(stream.loop, stream.queue.put_nowait, failure)
 
     def _fail_all(self, error: Exception) -> None:
         while not self._inbox.empty():

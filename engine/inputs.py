@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from nybble.engine.scheduler import ScheduledBatch
 from nybble.engine.sequence import Sequence
 from nybble.kernels.attention_batch import AttentionBatch
-from nybble.kernels.lora import LoRABatch
+from nybble.kernels.lora_batch import LoRABatch
 from torch import Tensor
 
 _ALIGNMENT = 16  # of each array, which kernels are compiled for

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
+from nybble.engine.adapter_slots import AdapterSlots, StepAdapters
 from nybble.engine.config import EngineConfig, resolve_device
 from nybble.engine.decoder import Decoder, DecoderShape
 from nybble.engine.graphs import Capture, DecodeGraphs, bucket_sizes, cuda_capture
@@ -23,8 +22,15 @@ def kv_bytes_per_block(shape: DecoderShape, config: EngineConfig) -> int:
 class ModelRunner:
     """Owns the KV cache tensors and turns scheduled sequences into model inputs."""
 
-    def __init__(self, decoder: Decoder, config: EngineConfig, num_blocks: int) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        config: EngineConfig,
+        num_blocks: int,
+        adapters: AdapterSlots | None = None,
+    ) -> None:
         shape = decoder.shape
+        self.adapters = adapters
         self.decoder = decoder
         self.device = resolve_device(config.device)
         self._max_num_seqs = config.max_num_seqs
@@ -45,14 +51,14 @@ class ModelRunner:
         )
         self._graphs: DecodeGraphs | None = None
 
-    def run(self, batch: ScheduledBatch, lora_slots: Sequence[int] | None = None) -> Tensor:
+    def run(self, batch: ScheduledBatch) -> Tensor:
         """Compute every scheduled token.
 
-        lora_slots: the adapter slot of each scheduled sequence, −1 for none. Returns float32 logits
-        ``(completing, vocab)``, one row for each scheduled sequence that completes, in the order of
-        the batch; they are overwritten by the next run.
+        Returns float32 logits ``(completing, vocab)``, one row for each scheduled sequence that
+        completes, in the order of the batch; they are overwritten by the next run.
         """
-        adapted = lora_slots is not None and any(slot >= 0 for slot in lora_slots)
+        lora_slots = [item.sequence.adapter_slot for item in batch]
+        adapted = any(slot >= 0 for slot in lora_slots)
         if self._graphs is not None and all(i.num_tokens == 1 and i.completes for i in batch):
             size = self._graphs.size_for(len(batch), adapted)
             if size is not None:
@@ -61,8 +67,11 @@ class ModelRunner:
         return self._compute(self._inputs.build(batch, lora_slots if adapted else None))
 
     def _compute(self, inputs: StepInputs) -> Tensor:
+        adapters = None
+        if self.adapters is not None and inputs.lora is not None:
+            adapters = StepAdapters(self.adapters.layers, inputs.lora)
         hidden = self.decoder.forward(
-            inputs.token_ids, inputs.positions, self.caches, inputs.attention
+            inputs.token_ids, inputs.positions, self.caches, inputs.attention, adapters
         )
         if not len(inputs.last_rows):
             return torch.empty(0, self.decoder.shape.vocab, device=self.device)
@@ -92,7 +101,7 @@ class ModelRunner:
             bucket_sizes(self._max_num_seqs),
             lambda size, adapted: self._inputs.build([], [] if adapted else None, pad_to=size),
             self._compute,
-            adapters=False,
+            adapters=self.adapters is not None,
             progress=progress,
         )
 

@@ -14,54 +14,14 @@ other rows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import groupby, pairwise
+from itertools import pairwise
 
 import torch
+from nybble.kernels.cpu.library import library
+from nybble.kernels.lora_batch import LoRABatch
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class LoRABatch:
-    """Which adapter slot each row of a step uses.
-
-    slots: int32 ``(tokens,)``, −1 for the base model.
-    order: int32 ``(adapted,)``, the rows that have an adapter, those of one slot together.
-    segment_starts: int32 ``(segments + 1,)``, where each slot's rows begin in ``order``, and its
-        length.
-    segment_slots: int32 ``(segments,)``, the slot of each segment, all different.
-    max_segment: the most rows any segment has.
-    """
-
-    slots: Tensor
-    order: Tensor
-    segment_starts: Tensor
-    segment_slots: Tensor
-    max_segment: int
-
-    @classmethod
-    def of(cls, slots: Sequence[int], device: torch.device | str) -> LoRABatch | None:
-        """The batch of rows with these slots; None where none has an adapter."""
-        order = [row for row, slot in enumerate(slots) if slot >= 0]
-        if not order:
-            return None
-        order.sort(key=lambda row: slots[row])
-        starts, used = [0], []
-        for slot, rows in groupby(order, key=lambda row: slots[row]):
-            used.append(slot)
-            starts.append(starts[-1] + sum(1 for _ in rows))
-
-        def tensor(values: Sequence[int]) -> Tensor:
-            return torch.tensor(values, dtype=torch.int32).to(device)
-
-        return cls(
-            slots=tensor(slots),
-            order=tensor(order),
-            segment_starts=tensor(starts),
-            segment_slots=tensor(used),
-            max_segment=max(end - start for start, end in pairwise(starts)),
-        )
+__all__ = ["LoRABatch", "lora_add", "lora_add_reference", "slot_buffers"]
 
 
 def slot_buffers(
@@ -71,17 +31,16 @@ def slot_buffers(
     offsets: tuple[int, ...],
     dtype: torch.dtype,
     device: torch.device | str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Zeroed ``(a, b, ranks)`` for :func:`lora_add`, in the memory order its kernels read fastest.
+) -> tuple[Tensor, Tensor]:
+    """Zeroed ``(a, b)`` for :func:`lora_add`, in the memory order its kernels read fastest.
 
     a ``(slots, parts · max_rank, in_features)``; b ``(slots, offsets[-1], max_rank)``, a view of
-    memory in which the outputs of one rank are contiguous, so that padded ranks are never read;
-    ranks int32 ``(slots,)``.
+    memory in which the outputs of one rank are contiguous, so that padded ranks are never read.
     """
     parts = len(offsets) - 1
     a = torch.zeros(slots, parts * max_rank, in_features, dtype=dtype, device=device)
     b = torch.zeros(slots, max_rank, offsets[-1], dtype=dtype, device=device)
-    return a, b.transpose(1, 2), torch.zeros(slots, dtype=torch.int32, device=device)
+    return a, b.transpose(1, 2)
 
 
 def lora_add(
@@ -95,15 +54,17 @@ def lora_add(
 ) -> None:
     """Add every row's adapter to ``out (tokens, offsets[-1])`` in place.
 
-    x ``(tokens, in_features)``, contiguous as ``out`` is; a, b and ranks as :func:`slot_buffers`
-    makes them. ranks: how many ranks of each slot are not padding, 0 for a slot whose adapter
-    leaves this projection alone.
+    x ``(tokens, in_features)``, contiguous as ``out`` is; a and b as :func:`slot_buffers` makes
+    them, zero beyond each slot's rank. ranks: int32 ``(slots,)``, 0 for a slot whose adapter leaves
+    this projection alone.
     """
     if x.is_cuda and x.dtype in (torch.float16, torch.bfloat16):
         from nybble.kernels.triton import lora
 
         return lora.lora_add(out, x, a, b, ranks, offsets, batch)
-    lora_add_reference(out, x, a, b, ranks, offsets, batch)
+    cpu = library() if x.device.type == "cpu" and x.dtype == torch.bfloat16 else None
+    kernel = cpu.lora_add if cpu is not None else lora_add_reference
+    kernel(out, x, a, b, ranks, offsets, batch)
 
 
 def lora_add_reference(

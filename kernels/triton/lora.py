@@ -14,7 +14,7 @@ from itertools import pairwise
 import torch
 import triton
 import triton.language as tl
-from nybble.kernels.lora import LoRABatch
+from nybble.kernels.lora_batch import LoRABatch
 from torch import Tensor
 
 SHRINK_CHUNK = 1024  # inner columns of one program

@@ -24,11 +24,11 @@ def problem(
     """Random (out, x, a, b, ranks); padded ranks hold NaN, which reading would spread."""
     torch.manual_seed(seed)
     offsets = tuple(sum(outputs[:part]) for part in range(len(outputs) + 1))
-    a, b, used = slot_buffers(len(ranks), max_rank, inputs, offsets, torch.float16, "cpu")
+    a, b = slot_buffers(len(ranks), max_rank, inputs, offsets, torch.float16, "cpu")
+    used = torch.tensor(ranks, dtype=torch.int32)
     a.view(len(ranks), len(outputs), max_rank, inputs).fill_(float("nan"))
     b.fill_(float("nan"))
     for slot, rank in enumerate(ranks):
-        used[slot] = rank
         for part in range(len(outputs)):
             section = a[slot, part * max_rank : part * max_rank + rank]
             section.copy_(torch.randn(section.shape) * inputs**-0.5)

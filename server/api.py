@@ -1,0 +1,221 @@
+"""The HTTP API's handlers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
+from typing import Any
+from uuid import uuid4
+
+from aiohttp import web
+from nybble.engine import Engine, ParameterError, SamplingParams
+from nybble.server.chat import ChatShape
+from nybble.server.completions import CompletionShape
+from nybble.server.errors import ApiError
+from nybble.server.gate import Gate
+from nybble.server.generation import Generation, Job
+from nybble.server.logprobs import Logprobs
+from nybble.server.metrics import Metrics
+from nybble.server.parse import read_body
+from nybble.server.prompts import Prompts
+from nybble.server.respond import json_response, respond
+from nybble.server.schema import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    Sampling,
+    TokenizeRequest,
+)
+from nybble.server.token_bytes import TokenBytes
+
+# OpenAI's default for completions; chat goes on to the end of the context.
+_COMPLETION_MAX_TOKENS = 16
+
+
+class Api:
+    """Handlers over one engine, which answers to every name in ``models``."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        metrics: Metrics,
+        models: tuple[str, ...],
+        max_sequences: int,
+        gate: Gate,
+    ) -> None:
+        self._gate = gate
+        self._engine = engine
+        self._metrics = metrics
+        self._models = models
+        self._created = int(time.time())
+        self._generation = Generation(engine, metrics, max_sequences)
+        self._prompts = Prompts(engine.tokenizer, models[0])
+        self._tokens = TokenBytes(engine.tokenizer)
+
+    def routes(self) -> list[web.RouteDef]:
+        return [
+            web.get("/health", self.health),
+            web.get("/metrics", self.metrics),
+            web.get("/version", self.version),
+            web.get("/v1/models", self.list_models),
+            # Hub names have a slash in them.
+            web.get("/v1/models/{model:.+}", self.get_model),
+            web.post("/v1/chat/completions", self.chat_completions),
+            web.post("/v1/completions", self.completions),
+            web.post("/tokenize", self.tokenize),
+            web.post("/detokenize", self.detokenize),
+        ]
+
+    async def health(self, _: web.Request) -> web.Response:
+        reason = None
+        if self._gate.closed:
+            reason = "the server is shutting down"
+        elif not self._engine.healthy:
+            reason = "the engine is not running"
+        if reason is not None:
+            raise ApiError(503, reason, code="unhealthy")
+        return json_response({"status": "ok"})
+
+    async def metrics(self, _: web.Request) -> web.Response:
+        return web.Response(
+            body=self._metrics.render(),
+            headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"},
+        )
+
+    async def version(self, _: web.Request) -> web.Response:
+        return json_response({"version": version("nybble")})
+
+    async def list_models(self, _: web.Request) -> web.Response:
+        return json_response({"object": "list", "data": [self._model(m) for m in self._models]})
+
+    async def get_model(self, request: web.Request) -> web.Response:
+        name = request.match_info["model"]
+        self._require_model(name)
+        return json_response(self._model(name))
+
+    async def chat_completions(self, request: web.Request) -> web.StreamResponse:
+        body = await read_body(request, ChatRequest)
+        self._require_model(body.model)
+        limit = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
+        names = {"prompt": "messages", "max_tokens": limit, "logprobs": "top_logprobs"}
+        with _parameters_called(names):
+            params = body.sampling_params(
+                max_tokens=getattr(body, limit),
+                logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+            )
+            prompt = await self._prompts.chat(
+                body.messages, template_kwargs=body.chat_template_kwargs
+            )
+            self._require_room(prompt, params, names)
+            job = Job(f"chatcmpl-{uuid4().hex}", (prompt,), params, body.sequences)
+            shape = ChatShape(job.id, body.model, int(time.time()), self._logprobs(params))
+            return await self._respond(request, job, shape, body)
+
+    async def completions(self, request: web.Request) -> web.StreamResponse:
+        body = await read_body(request, CompletionRequest)
+        self._require_model(body.model)
+        max_tokens = _COMPLETION_MAX_TOKENS if body.max_tokens is None else body.max_tokens
+        params = body.sampling_params(max_tokens, body.logprobs)
+        prompts = []
+        for prompt in body.prompts:
+            encoded = await self._prompts.encode(prompt) if isinstance(prompt, str) else prompt
+            self._require_room(encoded, params, {})
+            prompts.append(tuple(encoded))
+        echoes = None
+        if body.echo:
+            texts = [
+                prompt if isinstance(prompt, str) else await self._prompts.decode(prompt)
+                for prompt in body.prompts
+            ]
+            echoes = [text for text in texts for _ in range(body.sequences)]
+        job = Job(f"cmpl-{uuid4().hex}", tuple(prompts), params, body.sequences)
+        shape = CompletionShape(
+            job.id, body.model, int(time.time()), self._logprobs(params), echoes
+        )
+        return await self._respond(request, job, shape, body)
+
+    async def tokenize(self, request: web.Request) -> web.Response:
+        body = await read_body(request, TokenizeRequest)
+        if body.model is not None:
+            self._require_model(body.model)
+        if body.messages is not None:
+            tokens = await self._prompts.chat(
+                body.messages, template_kwargs=body.chat_template_kwargs
+            )
+        else:
+            special = body.add_special_tokens is not False
+            tokens = await self._prompts.encode(body.prompt or "", special_tokens=special)
+        return json_response(
+            {"count": len(tokens), "max_model_len": self._engine.max_model_len, "tokens": tokens}
+        )
+
+    async def detokenize(self, request: web.Request) -> web.Response:
+        body = await read_body(request, DetokenizeRequest)
+        if body.model is not None:
+            self._require_model(body.model)
+        size = len(self._engine.tokenizer)
+        for token in body.tokens:
+            if not 0 <= token < size:
+                raise ParameterError("tokens", f"token id {token} is outside the {size} known")
+        return json_response({"prompt": await self._prompts.decode(body.tokens)})
+
+    async def _respond(
+        self, request: web.Request, job: Job, shape: ChatShape | CompletionShape, body: Sampling
+    ) -> web.StreamResponse:
+        return await respond(
+            request,
+            self._generation,
+            job,
+            shape,
+            stream=bool(body.stream),
+            include_usage=body.include_usage,
+        )
+
+    def _logprobs(self, params: SamplingParams) -> Logprobs | None:
+        if params.logprobs is None:
+            return None
+        return Logprobs(self._tokens, self._engine.eos_token_ids | set(params.stop_token_ids))
+
+    def _model(self, name: str) -> dict[str, Any]:
+        return {
+            "id": name,
+            "object": "model",
+            "created": self._created,
+            "owned_by": "nybble",
+            "max_model_len": self._engine.max_model_len,
+        }
+
+    def _require_model(self, name: str) -> None:
+        if name not in self._models:
+            raise ApiError(
+                404,
+                f"the model {name!r} does not exist; this server has {', '.join(self._models)}",
+                param="model",
+                code="model_not_found",
+            )
+
+    def _require_room(
+        self, prompt: tuple[int, ...] | list[int], params: SamplingParams, names: Mapping[str, str]
+    ) -> None:
+        limit = self._engine.max_model_len
+        if len(prompt) + (params.max_tokens or 1) > limit:
+            parameter = "prompt" if len(prompt) >= limit else "max_tokens"
+            raise ApiError(
+                400,
+                f"the prompt has {len(prompt)} tokens and asks for {params.max_tokens or 1} more "
+                f"at least, but together they are limited to {limit}",
+                param=names.get(parameter, parameter),
+                code="context_length_exceeded",
+            )
+
+
+@contextmanager
+def _parameters_called(names: Mapping[str, str]) -> Iterator[None]:
+    """Errors about the engine's parameters speak of the endpoint's names for them."""
+    try:
+        yield
+    except ParameterError as error:
+        name = names.get(error.parameter, error.parameter)
+        raise ParameterError(name, str(error).replace(error.parameter, name, 1)) from None

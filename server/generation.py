@@ -1,0 +1,166 @@
+"""Runs the sequences of API requests on the engine: n per prompt, admission, measurement."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from nybble.engine import Engine, Request, RequestOutput, SamplingParams
+from nybble.server.errors import ApiError
+from nybble.server.metrics import Metrics
+
+_RETRY_AFTER_SECONDS = 5
+
+
+@dataclass(frozen=True)
+class Job:
+    """Every prompt ``n`` times; sequence ``i`` continues prompt ``i // n``.
+
+    Sequences that share a prompt and have a seed get seeds of their own, counted up from it.
+    """
+
+    id: str
+    prompts: tuple[tuple[int, ...], ...]
+    params: SamplingParams
+    n: int = 1
+
+    @property
+    def size(self) -> int:
+        return len(self.prompts) * self.n
+
+    def request(self, index: int) -> Request:
+        params = self.params
+        if params.seed is not None and self.n > 1:
+            params = replace(params, seed=params.seed + index % self.n)
+        return Request(f"{self.id}-{index}", self.prompts[index // self.n], params)
+
+
+@dataclass
+class Usage:
+    """Tokens of a job. A prompt counts once however many sequences continue it."""
+
+    job: Job
+    _latest: dict[int, RequestOutput] = field(default_factory=dict)
+
+    def add(self, index: int, output: RequestOutput) -> None:
+        self._latest[index] = output
+
+    def body(self) -> dict[str, Any]:
+        prompt = sum(len(tokens) for tokens in self.job.prompts)
+        completion = sum(output.completion_tokens for output in self._latest.values())
+        # Only the first sequence of a prompt tells what was cached before this request.
+        cached = sum(
+            output.cached_tokens
+            for index, output in self._latest.items()
+            if index % self.job.n == 0
+        )
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+            "prompt_tokens_details": {"cached_tokens": cached},
+        }
+
+
+class Generation:
+    """The engine as the API's handlers use it; takes ``max_sequences`` at once."""
+
+    def __init__(self, engine: Engine, metrics: Metrics, max_sequences: int) -> None:
+        self.engine = engine
+        self._metrics = metrics
+        self._max_sequences = max_sequences
+        self._admitted = 0
+
+    async def run(self, job: Job) -> AsyncGenerator[tuple[int, RequestOutput]]:
+        """Yield (index of the sequence, output) as they come; closing cancels all of them.
+
+        Raises ApiError 429 where the server is full, and what Engine.generate raises.
+        """
+        if job.size > self._max_sequences:
+            raise ApiError(
+                400,
+                f"the request asks for {job.size} sequences, this server takes at most "
+                f"{self._max_sequences} at once",
+                param="n",
+                code="invalid_value",
+            )
+        if self._admitted + job.size > self._max_sequences:
+            raise ApiError(
+                429,
+                f"{self._admitted} sequences are in flight of {self._max_sequences} at most",
+                code="overloaded",
+                retry_after=_RETRY_AFTER_SECONDS,
+            )
+        self._admitted += job.size
+        try:
+            if job.size == 1:
+                async with aclosing(self._sequence(job.request(0))) as outputs:
+                    async for output in outputs:
+                        yield 0, output
+            else:
+                async with aclosing(self._merged(job)) as merged:
+                    async for item in merged:
+                        yield item
+        finally:
+            self._admitted -= job.size
+
+    async def _merged(self, job: Job) -> AsyncGenerator[tuple[int, RequestOutput]]:
+        # Bounded, so that a slow reader's outputs are not stored twice.
+        queue: asyncio.Queue[tuple[int, RequestOutput] | Exception] = asyncio.Queue(job.size)
+        # The prompt of the others is in the prefix cache once the first has a token.
+        prefilled = [asyncio.Event() for _ in job.prompts]
+
+        async def pump(index: int) -> None:
+            event = prefilled[index // job.n]
+            if index % job.n:
+                await event.wait()
+            try:
+                async with aclosing(self._sequence(job.request(index))) as outputs:
+                    async for output in outputs:
+                        event.set()
+                        await queue.put((index, output))
+            except Exception as error:
+                await queue.put(error)
+
+        tasks = [asyncio.create_task(pump(index)) for index in range(job.size)]
+        try:
+            unfinished = job.size
+            while unfinished:
+                item = await queue.get()
+                if isinstance(item, Exception):
+                    raise item
+                unfinished -= item[1].finish_reason is not None
+                yield item
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _sequence(self, request: Request) -> AsyncGenerator[RequestOutput]:
+        metrics = self._metrics
+        arrived = previous = time.monotonic()
+        first, reason = True, "cancelled"
+        try:
+            async with aclosing(self.engine.generate(request)) as outputs:
+                async for output in outputs:
+                    now = time.monotonic()
+                    if first:
+                        first = False
+                        metrics.time_to_first_token.observe(now - arrived)
+                        metrics.queue_time.observe(output.queue_seconds)
+                    else:
+                        metrics.inter_token_latency.observe(now - previous)
+                    previous = now
+                    if output.finish_reason is not None:
+                        reason = output.finish_reason
+                        metrics.e2e_latency.observe(now - arrived)
+                    yield output
+        except Exception:
+            reason = "error"
+            raise
+        finally:
+            metrics.finished.labels(reason).inc()

@@ -1,0 +1,95 @@
+"""Prometheus metrics: what the engine counts, and how long requests took."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from nybble.engine import Engine
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+_TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
+
+
+class Metrics:
+    """The metrics of one server, in a registry of their own."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._registry = CollectorRegistry()
+        self._registry.register(_EngineCollector(engine))
+
+        def histogram(name: str, about: str, buckets: tuple[float, ...] = _SECONDS) -> Histogram:
+            return Histogram(name, about, buckets=buckets, registry=self._registry)
+
+        self.time_to_first_token = histogram(
+            "nybble_time_to_first_token_seconds", "From a sequence's arrival to its first token."
+        )
+        self.inter_token_latency = histogram(
+            "nybble_inter_token_latency_seconds",
+            "Between two tokens of a sequence.",
+            _TOKEN_SECONDS,
+        )
+        self.e2e_latency = histogram(
+            "nybble_e2e_request_latency_seconds", "From a sequence's arrival to its last token."
+        )
+        self.queue_time = histogram(
+            "nybble_request_queue_seconds", "From a sequence's arrival to its first computation."
+        )
+        self.finished = Counter(
+            "nybble_sequences_finished",
+            "Sequences ended, by reason: stop, length, cancelled or error.",
+            ["reason"],
+            registry=self._registry,
+        )
+        self.http_requests = Counter(
+            "nybble_http_requests",
+            "HTTP requests answered, by route and status.",
+            ["method", "route", "status"],
+            registry=self._registry,
+        )
+
+    def render(self) -> bytes:
+        """The exposition in Prometheus' text format."""
+        return generate_latest(self._registry)
+
+
+class _EngineCollector(Collector):
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def collect(self) -> Iterator[Metric]:
+        stats = self._engine.stats()
+        used = stats.kv_blocks_total - stats.kv_blocks_free
+        gauges = {
+            "nybble_sequences_running": ("Sequences being computed.", stats.running),
+            "nybble_sequences_waiting": ("Sequences waiting to be computed.", stats.waiting),
+            "nybble_kv_cache_blocks": ("Blocks in the KV cache.", stats.kv_blocks_total),
+            "nybble_kv_cache_usage_ratio": (
+                "Part of the KV cache's blocks held by sequences, 0 to 1.",
+                used / stats.kv_blocks_total,
+            ),
+            "nybble_engine_healthy": ("1 while the engine takes requests.", self._engine.healthy),
+        }
+        counters = {
+            "nybble_prompt_tokens": ("Prompt tokens computed.", stats.prompt_tokens),
+            "nybble_generation_tokens": ("Tokens generated.", stats.generation_tokens),
+            "nybble_prefix_cache_query_tokens": (
+                "Prompt tokens looked up in the prefix cache.",
+                stats.prefix_query_tokens,
+            ),
+            "nybble_prefix_cache_hit_tokens": (
+                "Prompt tokens found in the prefix cache.",
+                stats.prefix_hit_tokens,
+            ),
+            "nybble_preemptions": (
+                "Sequences sent back to wait for KV blocks.",
+                stats.preemptions,
+            ),
+            "nybble_engine_steps": ("Steps of the engine.", stats.steps),
+        }
+        for name, (about, value) in gauges.items():
+            yield GaugeMetricFamily(name, about, value=float(value))
+        for name, (about, value) in counters.items():
+            yield CounterMetricFamily(name, about, value=float(value))

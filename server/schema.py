@@ -1,0 +1,309 @@
+"""The bodies of requests. A field that would change the meaning and is not supported is refused.
+
+Every optional field may be null, as OpenAI's may. Ranges of sampling parameters are checked by
+:class:`nybble.engine.SamplingParams`, which names the parameter itself.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from nybble.engine import SamplingParams
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+_MAX_N = 128
+_MAX_STOPS = 16
+_MAX_STOP_LENGTH = 256
+_MAX_BIASES = 1024
+
+
+class Body(BaseModel):
+    """Strict: no coercion, no unknown fields, no infinities."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
+
+    # Fields known from OpenAI's API that this server refuses: name → why.
+    refused: ClassVar[dict[str, str]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse(cls, data: Any) -> Any:
+        """Fields that ask for what the server cannot do; null, false and [] ask for nothing."""
+        if not isinstance(data, dict):
+            return data
+        for name, why in cls.refused.items():
+            if data.get(name):
+                raise PydanticCustomError(
+                    "unsupported_parameter", "{why}", {"why": why, "param": name}
+                )
+        return {name: value for name, value in data.items() if name not in cls.refused}
+
+
+def _stops(value: Any) -> Any:
+    stops = [value] if isinstance(value, str) else value
+    if isinstance(stops, list):
+        if len(stops) > _MAX_STOPS:
+            raise PydanticCustomError("too_many", f"at most {_MAX_STOPS} stop strings are allowed")
+        for stop in stops:
+            if isinstance(stop, str) and len(stop) > _MAX_STOP_LENGTH:
+                raise PydanticCustomError(
+                    "too_long", f"a stop string may have at most {_MAX_STOP_LENGTH} characters"
+                )
+    return stops
+
+
+def _biases(value: Any) -> Any:
+    """JSON has token ids as strings."""
+    if not isinstance(value, dict):
+        return value
+    if len(value) > _MAX_BIASES:
+        raise PydanticCustomError("too_many", f"at most {_MAX_BIASES} biases are allowed")
+    if not all(key.isascii() and key.isdigit() and len(key) < 10 for key in value):
+        raise PydanticCustomError("bad_key", "the keys of logit_bias are token ids")
+    return {int(key): bias for key, bias in value.items()}
+
+
+class StreamOptions(Body):
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None  # padding against traffic analysis; never added here
+
+
+class Sampling(Body):
+    """What chat completions and completions share. The last group extends OpenAI's API."""
+
+    model: str
+    frequency_penalty: float | None = None
+    logit_bias: Annotated[dict[int, float] | None, BeforeValidator(_biases)] = None
+    max_tokens: int | None = None
+    n: Annotated[int, Field(ge=1, le=_MAX_N)] | None = None
+    presence_penalty: float | None = None
+    seed: int | None = None
+    stop: Annotated[list[str] | None, BeforeValidator(_stops)] = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+
+    # Accepted because they do not change what is generated.
+    user: str | None = None
+    metadata: dict[str, Any] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    ignore_eos: bool | None = None
+    stop_token_ids: Annotated[list[int], Field(max_length=_MAX_STOPS)] | None = None
+
+    @model_validator(mode="after")
+    def _options_need_stream(self) -> Sampling:
+        if self.stream_options is not None and not self.stream:
+            raise PydanticCustomError(
+                "invalid_value",
+                "stream_options is allowed only when stream is true",
+                {"param": "stream_options"},
+            )
+        return self
+
+    @property
+    def sequences(self) -> int:
+        """How many continuations of each prompt."""
+        return self.n or 1
+
+    @property
+    def include_usage(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    def sampling_params(self, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
+        """Raises ParameterError for values out of range."""
+        given: dict[str, Any] = {
+            name: getattr(self, name)
+            for name in (
+                "frequency_penalty",
+                "logit_bias",
+                "presence_penalty",
+                "seed",
+                "temperature",
+                "top_p",
+                "min_p",
+                "repetition_penalty",
+                "ignore_eos",
+            )
+            if getattr(self, name) is not None
+        }
+        # −1 is how other servers spell "off".
+        top_k = 0 if self.top_k in (None, -1) else self.top_k
+        return SamplingParams(
+            max_tokens=max_tokens,
+            logprobs=logprobs,
+            top_k=top_k or 0,
+            stop=tuple(self.stop or ()),
+            stop_token_ids=tuple(self.stop_token_ids or ()),
+            **given,
+        )
+
+
+class ContentPart(Body):
+    """Text, the only kind of content a language model here reads."""
+
+    type: Literal["text"]
+    text: str
+
+
+class FunctionCall(Body):
+    name: str
+    arguments: str
+
+
+class ToolCall(Body):
+    id: str
+    type: Literal["function"]
+    function: FunctionCall
+    index: int | None = None  # clients that join streamed deltas leave it in
+
+
+class Message(Body):
+    """One turn. Fields unknown here are handed to the model's chat template as they are."""
+
+    model_config = ConfigDict(extra="allow")
+
+    refused = {
+        "audio": "audio is not supported: models here read and write text",
+        "function_call": "function_call is deprecated and not supported: use tool_calls",
+    }
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[ContentPart] | None = None
+    name: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+
+    @model_validator(mode="after")
+    def _has_content(self) -> Message:
+        if self.content is None and not (self.role == "assistant" and self.tool_calls):
+            raise PydanticCustomError(
+                "invalid_value",
+                f"a message of role {self.role} needs content",
+                {"param": "content"},
+            )
+        return self
+
+
+class TextFormat(Body):
+    type: Literal["text"]
+
+
+class ChatRequest(Sampling):
+    refused = {
+        "tools": "tools are not supported",
+        "tool_choice": "tools are not supported",
+        "functions": "functions is deprecated and not supported",
+        "function_call": "function_call is deprecated and not supported",
+        "audio": "audio is not supported: models here write text",
+        "web_search_options": "web search is not supported",
+        "reasoning_effort": "reasoning_effort is not supported",
+        "verbosity": "verbosity is not supported",
+    }
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    max_completion_tokens: int | None = None
+    modalities: list[Literal["text"]] | None = None
+    parallel_tool_calls: bool | None = None
+    prediction: dict[str, Any] | None = None  # a hint for speed
+    response_format: TextFormat | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _logprobs_first(self) -> ChatRequest:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise PydanticCustomError(
+                "invalid_value",
+                "top_logprobs is allowed only when logprobs is true",
+                {"param": "top_logprobs"},
+            )
+        return self
+
+
+Prompt = str | list[int]
+
+
+def _prompts(value: Any) -> Any:
+    """OpenAI's four shapes as a list of prompts, each text or token ids."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, list) and value:
+        if all(type(item) is int for item in value):
+            return [value]
+        if all(isinstance(item, str) for item in value):
+            return value
+        if all(
+            isinstance(item, list) and item and all(type(token) is int for token in item)
+            for item in value
+        ):
+            return value
+    raise PydanticCustomError(
+        "prompt_shape",
+        "expected a string, a list of strings, a list of token ids, or a list of such lists, "
+        "none of them empty",
+    )
+
+
+class CompletionRequest(Sampling):
+    refused = {"suffix": "suffix is not supported: put the text into the prompt"}
+
+    # Validated whole by _prompts: a union would try every shape on a long list of token ids.
+    prompt: Annotated[Any, BeforeValidator(_prompts)]
+    best_of: int | None = None
+    echo: bool | None = None
+    logprobs: int | None = None
+
+    @model_validator(mode="after")
+    def _supported(self) -> CompletionRequest:
+        if self.best_of is not None and self.best_of != self.sequences:
+            raise PydanticCustomError(
+                "unsupported_parameter",
+                "best_of other than n is not supported",
+                {"param": "best_of"},
+            )
+        if self.echo and self.logprobs is not None:
+            raise PydanticCustomError(
+                "unsupported_parameter",
+                "echo with logprobs is not supported: the prompt's logprobs are not computed",
+                {"param": "echo"},
+            )
+        return self
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        prompts: list[Prompt] = self.prompt
+        return prompts
+
+
+class TokenizeRequest(Body):
+    """Either a prompt or messages."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    add_special_tokens: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _one_of(self) -> TokenizeRequest:
+        if (self.prompt is None) == (self.messages is None):
+            raise PydanticCustomError(
+                "invalid_value", "give either prompt or messages", {"param": "prompt"}
+            )
+        return self
+
+
+class DetokenizeRequest(Body):
+    model: str | None = None
+    tokens: list[int]
