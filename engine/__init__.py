@@ -1,8 +1,10 @@
 """Sequences, paged KV cache, scheduler, models and sampling: continuous batching."""
 
-from nybble.engine.config import EngineConfig
+from nybble.engine.adapters import AdapterInfo
+from nybble.engine.config import AdapterConfig, EngineConfig, resolve_device
 from nybble.engine.engine import Engine, EngineStats
 from nybble.engine.request import (
+    AdapterUnavailableError,
     EngineOverloadedError,
     EngineStoppedError,
     ParameterError,
@@ -13,6 +15,9 @@ from nybble.engine.request import (
 )
 
 __all__ = [
+    "AdapterConfig",
+    "AdapterInfo",
+    "AdapterUnavailableError",
     "Engine",
     "EngineConfig",
     "EngineOverloadedError",
@@ -23,4 +28,5 @@ __all__ = [
     "RequestOutput",
     "SamplingParams",
     "TokenLogprob",
+    "resolve_device",
 ]

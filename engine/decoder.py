@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from nybble.engine.rotary import longest_exact_length, rotary_table
@@ -19,6 +20,10 @@ from nybble.kernels.ops import (
 )
 from torch import Tensor
 from transformers import PretrainedConfig
+
+if TYPE_CHECKING:
+    from nybble.engine.adapter_slots import LayerSlots, ProjectionSlots, StepAdapters
+    from nybble.kernels.lora import LoRABatch
 
 Weight = PackedWeight | DenseWeight
 
@@ -108,6 +113,7 @@ class Decoder:
             raise ValueError("the checkpoint has no lm_head and its embeddings are not tied")
         self.head = head or DenseWeight(self.embedding)
         store.finish()
+        self.max_model_len = max_model_len
         self._rotary = rotary_table(config, max_model_len, device)
 
     def forward(
@@ -116,20 +122,25 @@ class Decoder:
         positions: Tensor,
         caches: list[tuple[Tensor, Tensor]],
         batch: AttentionBatch,
+        adapters: StepAdapters | None = None,
     ) -> Tensor:
         """Hidden states ``(tokens, hidden)`` after the last layer, before the final norm.
 
         token_ids, positions: int64 ``(tokens,)``, the scheduled tokens of all sequences in a row.
         caches: (keys, values) per layer, each ``(blocks, kv_heads, block_size, head_dim)``.
+        adapters: which tokens use which adapter; None where none does.
         """
         shape = self.shape
         cos, sin = self._rotary[:, positions]
         residual = self.embedding[token_ids]
         x = rms_norm(residual, self.layers[0].input_norm, shape.eps)
+        lora = adapters.batch if adapters else None
         for index, layer in enumerate(self.layers):
-            x = self._attention(layer, x, cos, sin, caches[index], batch)
+            slots = adapters.layers[index] if adapters else None
+            x = self._attention(layer, x, cos, sin, caches[index], batch, slots, lora)
             x, residual = add_rms_norm(x, residual, layer.post_norm, shape.eps)
-            x = linear(silu_mul(_project(x, layer.gate_up)), layer.down_proj)
+            x = silu_mul(_project(x, layer.gate_up, slots.gate_up if slots else None, lora))
+            x = _project(x, (layer.down_proj,), slots.down_proj if slots else None, lora)
             if index + 1 < len(self.layers):
                 norm = self.layers[index + 1].input_norm
                 x, residual = add_rms_norm(x, residual, norm, shape.eps)
@@ -147,23 +158,36 @@ class Decoder:
         sin: Tensor,
         cache: tuple[Tensor, Tensor],
         batch: AttentionBatch,
+        slots: LayerSlots | None,
+        lora: LoRABatch | None,
     ) -> Tensor:
         shape = self.shape
         tokens = x.shape[0]
-        qkv = _project(x, layer.qkv).view(tokens, -1, shape.head_dim)
+        qkv = _project(x, layer.qkv, slots.qkv if slots else None, lora).view(
+            tokens, -1, shape.head_dim
+        )
         q, k, v = torch.split(qkv, [shape.heads, shape.kv_heads, shape.kv_heads], dim=1)
         if layer.q_norm is not None and layer.k_norm is not None:
             q = rms_norm(q.reshape(-1, shape.head_dim), layer.q_norm, shape.eps).view(q.shape)
             k = rms_norm(k.reshape(-1, shape.head_dim), layer.k_norm, shape.eps).view(k.shape)
         rotary_store(q, k, v, cos, sin, cache[0], cache[1], batch.slot_mapping)
         attended = paged_attention(q, cache[0], cache[1], batch, shape.head_dim**-0.5)
-        return linear(attended, layer.o_proj)
+        return _project(attended, (layer.o_proj,), slots.o_proj if slots else None, lora)
 
 
-def _project(x: Tensor, weights: tuple[Weight, ...]) -> Tensor:
+def _project(
+    x: Tensor,
+    weights: tuple[Weight, ...],
+    slots: ProjectionSlots | None,
+    lora: LoRABatch | None,
+) -> Tensor:
     if len(weights) == 1:
-        return linear(x, weights[0])
-    return torch.cat([linear(x, weight) for weight in weights], dim=-1)
+        out = linear(x, weights[0])
+    else:
+        out = torch.cat([linear(x, weight) for weight in weights], dim=-1)
+    if slots is not None and lora is not None:
+        slots.add(out, x, lora)
+    return out
 
 
 def _layer(store: _WeightStore, prefix: str, shape: DecoderShape) -> DecoderLayer:

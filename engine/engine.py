@@ -10,28 +10,33 @@ import asyncio
 import logging
 import threading
 from collections import defaultdict
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING
 
 import torch
+from nybble.engine.adapter_slots import AdapterSlots
+from nybble.engine.adapters import AdapterInfo, AdapterRegistry, AdapterVersion
 from nybble.engine.block_manager import BlockManager
-from nybble.engine.config import EngineConfig
+from nybble.engine.config import EngineConfig, resolve_device
 from nybble.engine.decoder import Decoder, DecoderShape
 from nybble.engine.detokenizer import Detokenizer
 from nybble.engine.request import (
+    AdapterUnavailableError,
     EngineOverloadedError,
     EngineStoppedError,
     FinishReason,
     ParameterError,
     Request,
     RequestOutput,
+    TokenLogprob,
 )
 from nybble.engine.runner import ModelRunner, kv_bytes_per_block
-from nybble.engine.sampler import SequenceSampler
+from nybble.engine.sampler import SequenceSampler, sample
 from nybble.engine.scheduler import Scheduler
 from nybble.engine.sequence import Sequence
+from nybble.loaders import AdapterError
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 if TYPE_CHECKING:
@@ -102,7 +107,18 @@ class Engine:
         self._scheduler = scheduler
         self._eos_token_ids = eos_token_ids
         self._max_in_flight = config.max_num_seqs + config.max_waiting
-        self._inbox: SimpleQueue[_Add | _Cancel | _Stop] = SimpleQueue()
+        # A function is run on the engine thread.
+        self._inbox: SimpleQueue[_Add | _Cancel | _Stop | Callable[[], None]] = SimpleQueue()
+        self._adapters: AdapterRegistry | None = None
+        if config.adapters is not None and runner.adapters is not None:
+            self._adapters = AdapterRegistry(
+                runner.adapters,
+                config.adapters.host_bytes,
+                post=self._inbox.put,
+                on_failure=self._fail_adapter,
+            )
+            scheduler.adapters = self._adapters.cache
+        self._idle = True
         self._in_flight: set[str] = set()
         self._streams: dict[str, tuple[Sequence, _Stream]] = {}
         self._thread = threading.Thread(target=self._run, name="nybble-engine", daemon=True)
@@ -118,7 +134,8 @@ class Engine:
         """Build an engine from a checkpoint.
 
         Raises UnsupportedModelError for an architecture the decoder does not compute, and
-        ValueError where the KV cache cannot hold a single block or the settings contradict.
+        ValueError where the KV cache cannot hold a single block, the device cannot be used or the
+        settings contradict.
         """
         from tqdm import tqdm
 
@@ -144,16 +161,27 @@ class Engine:
         decoder = Decoder(
             checkpoint.config,
             weights,
-            device=torch.device(config.device),
+            device=resolve_device(config.device),
             dtype=config.dtype,
             max_model_len=max_model_len,
         )
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, local_files_only=True)
         if not tokenizer.is_fast:
             raise ValueError(f"{checkpoint.folder} has no tokenizer.json: streaming needs one")
+        adapters = None
+        if config.adapters is not None:
+            adapters = AdapterSlots(
+                checkpoint.config,
+                count=config.adapters.slots,
+                max_rank=config.adapters.max_rank,
+                device=resolve_device(config.device),
+                dtype=config.dtype,
+            )
         blocks = BlockManager(num_blocks, config.block_size, prefix_caching=config.prefix_caching)
+        runner = ModelRunner(decoder, config, num_blocks, adapters)
+        runner.warm_up(progress)
         return cls(
-            runner=ModelRunner(decoder, config, num_blocks),
+            runner=runner,
             scheduler=Scheduler(blocks, config.max_num_seqs, config.max_batched_tokens),
             tokenizer=tokenizer,
             eos_token_ids=_eos_token_ids(checkpoint, tokenizer),
@@ -171,6 +199,8 @@ class Engine:
         self._inbox.put(_Stop())
         if self._thread.is_alive():
             self._thread.join()
+        if self._adapters is not None:
+            self._adapters.close()
 
     @property
     def eos_token_ids(self) -> frozenset[int]:
@@ -186,11 +216,34 @@ class Engine:
         """Figures of the last step; safe from any thread."""
         return self._stats
 
+    def load_adapter(self, name: str, path: str) -> AdapterInfo:
+        """Read an adapter (a folder or hub name) and serve it as ``name``; blocks while reading.
+
+        A name that is taken changes hands at once, and requests that have begun keep the version
+        they began with. Raises AdapterError, which changes nothing, and ParameterError where
+        adapters are off.
+        """
+        return self._require_adapters().load(name, path)
+
+    def unload_adapter(self, name: str) -> None:
+        """Take an adapter away from new requests. Raises ParameterError for an unknown name."""
+        self._require_adapters().unload(name)
+
+    def adapters(self) -> list[AdapterInfo]:
+        """Every loaded adapter, by name; safe from any thread."""
+        return [] if self._adapters is None else self._adapters.infos()
+
+    def _require_adapters(self) -> AdapterRegistry:
+        if self._adapters is None:
+            raise ParameterError("adapter", "this server was started without room for adapters")
+        return self._adapters
+
     async def generate(self, request: Request) -> AsyncGenerator[RequestOutput]:
         """Stream what the engine adds to a request; closing the stream cancels it.
 
         Raises ParameterError for a request that can never be served, EngineOverloadedError when
-        the queue is full, EngineStoppedError when the engine stops or has failed.
+        the queue is full, EngineStoppedError when the engine stops or has failed,
+        AdapterUnavailableError when the request's adapter can no longer be read.
         """
         sequence = self._new_sequence(request)
         stream = _Stream(asyncio.get_running_loop(), asyncio.Queue())
@@ -203,8 +256,8 @@ class Engine:
             )
         if not self.healthy:
             raise EngineStoppedError("the engine is not running")
+        self._submit(sequence, stream)
         self._in_flight.add(request.request_id)
-        self._inbox.put(_Add(sequence, stream))
         finished = False
         try:
             while not finished:
@@ -218,6 +271,18 @@ class Engine:
             self._in_flight.discard(request.request_id)
             if not finished:
                 self._inbox.put(_Cancel(request.request_id))
+
+    def _submit(self, sequence: Sequence, stream: _Stream) -> None:
+        adapter = sequence.request.adapter
+        if adapter is None:
+            self._inbox.put(_Add(sequence, stream))
+            return
+
+        def send(version: AdapterVersion) -> None:
+            sequence.adapter = version
+            self._inbox.put(_Add(sequence, stream))
+
+        self._require_adapters().submit(adapter, send)
 
     def _new_sequence(self, request: Request) -> Sequence:
         prompt, params = request.prompt_token_ids, request.params
@@ -271,7 +336,7 @@ class Engine:
 
         Returns False when told to stop.
         """
-        idle = not (self._scheduler.running or self._scheduler.waiting)
+        idle = self._idle
         while True:
             try:
                 message = self._inbox.get(block=idle)
@@ -283,6 +348,8 @@ class Engine:
             if isinstance(message, _Add):
                 self._streams[message.sequence.request_id] = (message.sequence, message.stream)
                 self._scheduler.add(message.sequence)
+            elif not isinstance(message, _Cancel):
+                message()
             elif message.request_id in self._streams:
                 sequence, _ = self._streams.pop(message.request_id)
                 self._scheduler.finish(sequence)
@@ -290,20 +357,22 @@ class Engine:
     @torch.inference_mode()
     def _step(self) -> _Outputs:
         batch = self._scheduler.schedule()
+        # Only a message can change what an empty schedule waits for: an adapter that is being read.
+        self._idle = not batch
         outputs: _Outputs = defaultdict(list)
         if not batch:
             return outputs
         logits = self._runner.run(batch)
         completing = [item.completes for item in batch]
-        row = 0
+        samplers = [i.sequence.sampler for i, done in zip(batch, completing, strict=True) if done]
+        sampled = iter(sample(logits, samplers) if samplers else [])
         for item, completes in zip(batch, completing, strict=True):
             sequence = item.sequence
             if sequence.num_output_tokens == 0:
                 self._prompt_tokens += item.num_tokens
             self._scheduler.computed(item)
             if completes:
-                output = self._advance(sequence, logits[row])
-                row += 1
+                output = self._advance(sequence, *next(sampled))
                 stream = self._streams[sequence.request_id][1]
                 outputs[stream.loop].append((stream, output))
                 if output.finish_reason is not None:
@@ -312,10 +381,11 @@ class Engine:
         self._steps += 1
         return outputs
 
-    def _advance(self, sequence: Sequence, logits: torch.Tensor) -> RequestOutput:
-        """Sample the next token of a sequence and say what it added."""
+    def _advance(
+        self, sequence: Sequence, token: int, logprob: TokenLogprob | None
+    ) -> RequestOutput:
+        """Give a sequence its next token and say what it added."""
         params = sequence.request.params
-        token, logprob = sequence.sampler.sample(logits)
         sequence.token_ids.append(token)
         self._generation_tokens += 1
         reason: FinishReason | None = None
@@ -342,6 +412,14 @@ class Engine:
             cached_tokens=sequence.num_cached_tokens or 0,
             queue_seconds=sequence.queue_seconds,
         )
+
+    def _fail_adapter(self, version: AdapterVersion, error: AdapterError) -> None:
+        """End the requests that wait for an adapter that cannot be read."""
+        failure = AdapterUnavailableError(str(error))
+        for sequence in [s for s in self._scheduler.waiting if s.adapter is version]:
+            _, stream = self._streams.pop(sequence.request_id)
+            self._scheduler.finish(sequence)
+            _call(stream.loop, stream.queue.put_nowait, failure)
 
     def _fail_all(self, error: Exception) -> None:
         while not self._inbox.empty():

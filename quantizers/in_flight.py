@@ -13,7 +13,7 @@ from nybble.kernels.packed import INT8_MAX, pack_int8, pack_nibbles
 from nybble.loaders import Checkpoint, CheckpointError
 from nybble.loaders.bnb import pack_blocks
 from nybble.loaders.checkpoint import Weight
-from nybble.quantizers.rtn import NF4_LEVELS, quantize_nf4
+from nybble.quantizers.codebook import BLOCKSIZE, LEVELS, quantize_codebook
 from torch import Tensor
 from transformers import PretrainedConfig
 
@@ -75,10 +75,11 @@ class InFlight:
 
 
 def _nf4(weight: DenseWeight) -> PackedWeight:
-    codes, absmax = quantize_nf4(weight.weight)
-    out, columns = weight.weight.shape
-    rows = pack_nibbles(codes.view(out, columns))
-    return pack_blocks(rows, absmax, NF4_LEVELS, columns, codes.shape[1], weight.bias)
+    rounded = quantize_codebook(weight.weight, "nf4")
+    assert isinstance(rounded.absmax, Tensor)
+    columns = weight.in_features
+    rows = pack_nibbles(rounded.codes.view(rounded.shape))
+    return pack_blocks(rows, rounded.absmax, LEVELS["nf4"], columns, BLOCKSIZE, weight.bias)
 
 
 def _int8(weight: DenseWeight, folder: Path) -> PackedWeight:
