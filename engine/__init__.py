@@ -2,9 +2,12 @@
 
 from nybble.engine.config import EngineConfig
 from nybble.engine.engine import Engine, EngineStats
+from nybble.engine.guide import GrammarCompiler, GrammarGuide
 from nybble.engine.request import (
     EngineOverloadedError,
     EngineStoppedError,
+    Guide,
+    GuideError,
     ParameterError,
     Request,
     RequestOutput,
@@ -18,6 +21,10 @@ __all__ = [
     "EngineOverloadedError",
     "EngineStats",
     "EngineStoppedError",
+    "GrammarCompiler",
+    "GrammarGuide",
+    "Guide",
+    "GuideError",
     "ParameterError",
     "Request",
     "RequestOutput",

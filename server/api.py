@@ -10,12 +10,13 @@ from typing import Any
 from uuid import uuid4
 
 from aiohttp import web
-from nybble.engine import Engine, ParameterError, SamplingParams
+from nybble.engine import Engine, GrammarCompiler, ParameterError, SamplingParams
 from nybble.server.chat import ChatShape
 from nybble.server.completions import CompletionShape
 from nybble.server.errors import ApiError
 from nybble.server.gate import Gate
 from nybble.server.generation import Generation, Job
+from nybble.server.guiding import guide_of
 from nybble.server.logprobs import Logprobs
 from nybble.server.metrics import Metrics
 from nybble.server.parse import read_body
@@ -53,6 +54,7 @@ class Api:
         self._generation = Generation(engine, metrics, max_sequences)
         self._prompts = Prompts(engine.tokenizer, models[0])
         self._tokens = TokenBytes(engine.tokenizer)
+        self._grammars = GrammarCompiler(engine.tokenizer, engine.vocab_size, engine.eos_token_ids)
 
     def routes(self) -> list[web.RouteDef]:
         return [
@@ -109,7 +111,8 @@ class Api:
                 body.messages, template_kwargs=body.chat_template_kwargs
             )
             self._require_room(prompt, params, names)
-            job = Job(f"chatcmpl-{uuid4().hex}", (prompt,), params, body.sequences)
+            guide = await guide_of(self._grammars, body, body.response_format)
+            job = Job(f"chatcmpl-{uuid4().hex}", (prompt,), params, body.sequences, guide)
             shape = ChatShape(job.id, body.model, int(time.time()), self._logprobs(params))
             return await self._respond(request, job, shape, body)
 
@@ -130,7 +133,8 @@ class Api:
                 for prompt in body.prompts
             ]
             echoes = [text for text in texts for _ in range(body.sequences)]
-        job = Job(f"cmpl-{uuid4().hex}", tuple(prompts), params, body.sequences)
+        guide = await guide_of(self._grammars, body)
+        job = Job(f"cmpl-{uuid4().hex}", tuple(prompts), params, body.sequences, guide)
         shape = CompletionShape(
             job.id, body.model, int(time.time()), self._logprobs(params), echoes
         )

@@ -16,6 +16,7 @@ _MAX_N = 128
 _MAX_STOPS = 16
 _MAX_STOP_LENGTH = 256
 _MAX_BIASES = 1024
+_MAX_CHOICES = 1024
 
 
 class Body(BaseModel):
@@ -99,6 +100,10 @@ class Sampling(Body):
     repetition_penalty: float | None = None
     ignore_eos: bool | None = None
     stop_token_ids: Annotated[list[int], Field(max_length=_MAX_STOPS)] | None = None
+    guided_json: dict[str, Any] | None = None
+    guided_regex: str | None = None
+    guided_choice: Annotated[list[str], Field(min_length=1, max_length=_MAX_CHOICES)] | None = None
+    guided_grammar: str | None = None
 
     @model_validator(mode="after")
     def _options_need_stream(self) -> Sampling:
@@ -194,8 +199,27 @@ class Message(Body):
         return self
 
 
-class TextFormat(Body):
-    type: Literal["text"]
+class JsonSchema(Body):
+    name: str
+    description: str | None = None
+    # Always enforced; the name is OpenAI's, and `schema` is taken by pydantic.
+    strict: bool | None = None
+    definition: dict[str, Any] | None = Field(default=None, alias="schema")
+
+
+class ResponseFormat(Body):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _schema_where_it_belongs(self) -> ResponseFormat:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise PydanticCustomError(
+                "invalid_value",
+                "json_schema is required with type json_schema, and only with it",
+                {"param": "json_schema"},
+            )
+        return self
 
 
 class ChatRequest(Sampling):
@@ -217,7 +241,7 @@ class ChatRequest(Sampling):
     modalities: list[Literal["text"]] | None = None
     parallel_tool_calls: bool | None = None
     prediction: dict[str, Any] | None = None  # a hint for speed
-    response_format: TextFormat | None = None
+    response_format: ResponseFormat | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
     @model_validator(mode="after")
