@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 # Enough for a line break and its indentation; without a limit a model may write spaces for ever.
-_JSON_OPTIONS: Any = {"whitespace_pattern": r"[ \n\t]{1,40}"}
+JSON_OPTIONS: Any = {"whitespace_pattern": r"[ \n\t]{1,40}"}
 
 
 class GrammarGuide:
@@ -57,7 +57,7 @@ class GrammarCompiler:
     def json_schema(self, schema: dict[str, Any]) -> GrammarGuide:
         """JSON that is valid under ``schema``. Raises ValueError for what is not supported."""
         return self._guide(
-            LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=_JSON_OPTIONS)
+            LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=JSON_OPTIONS)
         )
 
     def regex(self, pattern: str) -> GrammarGuide:

@@ -7,25 +7,34 @@ from collections.abc import Callable
 from typing import Any
 
 from nybble.engine import GrammarCompiler, GrammarGuide
+from nybble.server.chat_schema import ResponseFormat
 from nybble.server.errors import ApiError
-from nybble.server.schema import ResponseFormat, Sampling
+from nybble.server.schema import Sampling
+from nybble.server.tools import Tools
 
 _ANY_OBJECT: dict[str, Any] = {"type": "object"}
 
 
 async def guide_of(
-    compiler: GrammarCompiler, body: Sampling, response_format: ResponseFormat | None = None
+    compiler: GrammarCompiler,
+    body: Sampling,
+    response_format: ResponseFormat | None = None,
+    tools: Tools | None = None,
 ) -> GrammarGuide | None:
     """The guide a request asks for, or None. Compiled in another thread, before it is admitted.
 
     Raises ApiError 400 naming the parameter for more than one, or one that cannot be compiled.
     """
     asked = _asked(compiler, body, response_format)
+    if tools is not None:
+        asked["tools"] = lambda: tools.guide(compiler)
     if not asked:
         return None
     if len(asked) > 1:
         names = " and ".join(asked)
-        raise ApiError(400, f"{names} exclude each other", param=list(asked)[1])
+        raise ApiError(
+            400, f"{names} exclude each other", param=list(asked)[1], code="invalid_value"
+        )
     ((param, compile),) = asked.items()
     try:
         return await asyncio.to_thread(compile)
@@ -37,8 +46,8 @@ async def guide_of(
 
 def _asked(
     compiler: GrammarCompiler, body: Sampling, response_format: ResponseFormat | None
-) -> dict[str, Callable[[], GrammarGuide]]:
-    asked: dict[str, Callable[[], GrammarGuide]] = {}
+) -> dict[str, Callable[[], GrammarGuide | None]]:
+    asked: dict[str, Callable[[], GrammarGuide | None]] = {}
     if response_format is not None and response_format.type != "text":
         wanted = response_format.json_schema
         schema = _ANY_OBJECT if wanted is None or wanted.definition is None else wanted.definition
