@@ -27,6 +27,7 @@ from nybble.engine.request import (
     EngineOverloadedError,
     EngineStoppedError,
     FinishReason,
+    GuideError,
     ParameterError,
     Request,
     RequestOutput,
@@ -70,7 +71,7 @@ class _Stream:
     queue: asyncio.Queue[RequestOutput | Exception]
 
 
-_Outputs = dict[asyncio.AbstractEventLoop, list[tuple[_Stream, RequestOutput]]]
+_Outputs = dict[asyncio.AbstractEventLoop, list[tuple[_Stream, RequestOutput | GuideError]]]
 
 
 @dataclass(frozen=True)
@@ -202,6 +203,11 @@ class Engine:
     def eos_token_ids(self) -> frozenset[int]:
         """Tokens that end a sequence unless its parameters say otherwise."""
         return self._eos_token_ids
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the logits; a tokenizer may know fewer tokens."""
+        return self._runner.decoder.shape.vocab
 
     @property
     def healthy(self) -> bool:
@@ -359,6 +365,9 @@ class Engine:
         if not batch:
             return outputs
         logits = self._runner.run(batch)
+        for item in batch:
+            if item.completes and item.sequence.request.guide is not None:
+                item.sequence.sampler.allowed = item.sequence.request.guide.allowed()
         completing = [item.completes for item in batch]
         row = 0
         for item, completes in zip(batch, completing, strict=True):
@@ -367,11 +376,15 @@ class Engine:
                 self._prompt_tokens += item.num_tokens
             self._scheduler.computed(item)
             if completes:
-                output = self._advance(sequence, logits[row])
+                output: RequestOutput | GuideError
+                try:
+                    output = self._advance(sequence, logits[row])
+                except GuideError as error:
+                    output = error
                 row += 1
                 stream = self._streams[sequence.request_id][1]
                 outputs[stream.loop].append((stream, output))
-                if output.finish_reason is not None:
+                if isinstance(output, GuideError) or output.finish_reason is not None:
                     del self._streams[sequence.request_id]
                     self._scheduler.finish(sequence)
         self._steps += 1
@@ -383,6 +396,8 @@ class Engine:
         token, logprob = sequence.sampler.sample(logits)
         sequence.token_ids.append(token)
         self._generation_tokens += 1
+        guide = sequence.request.guide
+        complete = guide is not None and guide.accept(token)
         reason: FinishReason | None = None
         text = ""
         if token in params.stop_token_ids or (
@@ -391,7 +406,7 @@ class Engine:
             reason = "stop"
         else:
             text = sequence.detokenizer.add(token)
-            if sequence.detokenizer.stopped:
+            if sequence.detokenizer.stopped or complete:
                 reason = "stop"
             elif sequence.num_output_tokens >= sequence.max_tokens:
                 reason = "length"
@@ -441,7 +456,7 @@ class Engine:
         )
 
 
-def _deliver(delivered: list[tuple[_Stream, RequestOutput]]) -> None:
+def _deliver(delivered: list[tuple[_Stream, RequestOutput | GuideError]]) -> None:
     for stream, output in delivered:
         stream.queue.put_nowait(output)
 

@@ -19,10 +19,15 @@ _NUCLEUS_CANDIDATES = 1024
 
 
 class SequenceSampler:
-    """The sampling state of one sequence: its random generator and the tokens it has seen."""
+    """The sampling state of one sequence: its random generator and the tokens it has seen.
+
+    allowed: bool ``(vocab,)``, the tokens the next one may be, on any device; None for all. Whoever
+    guides a sequence sets it before each step; it comes after biases and penalties.
+    """
 
     def __init__(self, params: SamplingParams, prompt_token_ids: tuple[int, ...]) -> None:
         self.params = params
+        self.allowed: Tensor | None = None
         seed = params.seed if params.seed is not None else secrets.randbits(63)
         self._random = np.random.Generator(np.random.PCG64(seed & (1 << 64) - 1))
         self._prompt_token_ids = prompt_token_ids
@@ -34,6 +39,8 @@ class SequenceSampler:
         params = self.params
         logprobs = torch.log_softmax(logits, dim=-1) if params.logprobs is not None else None
         self._penalize(logits)
+        if self.allowed is not None:
+            logits.masked_fill_(~self.allowed.to(logits.device), float("-inf"))
         if params.temperature == 0:
             token = int(logits.argmax())
         else:
