@@ -10,25 +10,22 @@ from typing import Any
 from uuid import uuid4
 
 from aiohttp import web
-from nybble.engine import Engine, ParameterError, SamplingParams
+from nybble.engine import Engine, GrammarCompiler, ParameterError, SamplingParams
 from nybble.server.chat import ChatShape
+from nybble.server.chat_schema import ChatRequest, DetokenizeRequest, TokenizeRequest
 from nybble.server.completions import CompletionShape
 from nybble.server.errors import ApiError
 from nybble.server.gate import Gate
 from nybble.server.generation import Generation, Job
+from nybble.server.guiding import guide_of
 from nybble.server.logprobs import Logprobs
 from nybble.server.metrics import Metrics
 from nybble.server.parse import read_body
 from nybble.server.prompts import Prompts
 from nybble.server.respond import json_response, respond
-from nybble.server.schema import (
-    ChatRequest,
-    CompletionRequest,
-    DetokenizeRequest,
-    Sampling,
-    TokenizeRequest,
-)
+from nybble.server.schema import CompletionRequest, Sampling
 from nybble.server.token_bytes import TokenBytes
+from nybble.server.tools import tools_of
 
 # OpenAI's default for completions; chat goes on to the end of the context.
 _COMPLETION_MAX_TOKENS = 16
@@ -53,6 +50,7 @@ class Api:
         self._generation = Generation(engine, metrics, max_sequences)
         self._prompts = Prompts(engine.tokenizer, models[0])
         self._tokens = TokenBytes(engine.tokenizer)
+        self._grammars = GrammarCompiler(engine.tokenizer, engine.vocab_size, engine.eos_token_ids)
 
     def routes(self) -> list[web.RouteDef]:
         return [
@@ -105,12 +103,17 @@ class Api:
                 max_tokens=getattr(body, limit),
                 logprobs=(body.top_logprobs or 0) if body.logprobs else None,
             )
+            tools = tools_of(body, self._engine.tokenizer, body.model)
             prompt = await self._prompts.chat(
-                body.messages, template_kwargs=body.chat_template_kwargs
+                body.messages,
+                tools=None if tools is None else tools.shown(),
+                template_kwargs=body.chat_template_kwargs,
             )
             self._require_room(prompt, params, names)
-            job = Job(f"chatcmpl-{uuid4().hex}", (prompt,), params, body.sequences)
-            shape = ChatShape(job.id, body.model, int(time.time()), self._logprobs(params))
+            guide = await guide_of(self._grammars, body, body.response_format, tools)
+            job = Job(f"chatcmpl-{uuid4().hex}", (prompt,), params, body.sequences, guide)
+            created = int(time.time())
+            shape = ChatShape(job.id, body.model, created, self._logprobs(params), tools)
             return await self._respond(request, job, shape, body)
 
     async def completions(self, request: web.Request) -> web.StreamResponse:
@@ -130,7 +133,8 @@ class Api:
                 for prompt in body.prompts
             ]
             echoes = [text for text in texts for _ in range(body.sequences)]
-        job = Job(f"cmpl-{uuid4().hex}", tuple(prompts), params, body.sequences)
+        guide = await guide_of(self._grammars, body)
+        job = Job(f"cmpl-{uuid4().hex}", tuple(prompts), params, body.sequences, guide)
         shape = CompletionShape(
             job.id, body.model, int(time.time()), self._logprobs(params), echoes
         )

@@ -9,7 +9,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from nybble.engine import Engine, Request, RequestOutput, SamplingParams
+from nybble.engine import Engine, GrammarGuide, Request, RequestOutput, SamplingParams
 from nybble.server.errors import ApiError
 from nybble.server.metrics import Metrics
 
@@ -27,6 +27,7 @@ class Job:
     prompts: tuple[tuple[int, ...], ...]
     params: SamplingParams
     n: int = 1
+    guide: GrammarGuide | None = None
 
     @property
     def size(self) -> int:
@@ -36,7 +37,8 @@ class Job:
         params = self.params
         if params.seed is not None and self.n > 1:
             params = replace(params, seed=params.seed + index % self.n)
-        return Request(f"{self.id}-{index}", self.prompts[index // self.n], params)
+        guide = None if self.guide is None else self.guide.fork()
+        return Request(f"{self.id}-{index}", self.prompts[index // self.n], params, guide)
 
 
 @dataclass
