@@ -89,7 +89,7 @@ def test_folding_leaves_the_block_as_it_was_in_full_precision(
     for name, (weight, _) in scale_block(block, statistics, 32).items():
         linear_layer(block, name).weight.data = weight
     changed = linear_layer(block, "mlp.down_proj").weight / original
-    assert changed.max() > 1.2  # it did scale
+    assert (changed - 1).abs().max() > 0.01  # it did scale
     torch.testing.assert_close(blocks.outputs(block, hidden), before, rtol=1e-4, atol=1e-4)
 
 
