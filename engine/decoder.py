@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -145,6 +145,15 @@ class Decoder:
                 norm = self.layers[index + 1].input_norm
                 x, residual = add_rms_norm(x, residual, norm, shape.eps)
         return x + residual
+
+    def packed_weights(self) -> Iterator[PackedWeight]:
+        """Every 4-bit weight of the model."""
+        for layer in self.layers:
+            for weight in (*layer.qkv, layer.o_proj, *layer.gate_up, layer.down_proj):
+                if isinstance(weight, PackedWeight):
+                    yield weight
+        if isinstance(self.head, PackedWeight):
+            yield self.head
 
     def logits(self, hidden: Tensor) -> Tensor:
         """float32 ``(rows, vocab)`` for hidden states ``(rows, hidden)``."""

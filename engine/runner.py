@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import torch
 from nybble.engine.adapter_slots import AdapterSlots, StepAdapters
 from nybble.engine.config import EngineConfig, resolve_device
@@ -9,8 +12,11 @@ from nybble.engine.decoder import Decoder, DecoderShape
 from nybble.engine.graphs import Capture, DecodeGraphs, bucket_sizes, cuda_capture
 from nybble.engine.inputs import InputBuffers, StepInputs
 from nybble.engine.scheduler import ScheduledBatch
-from nybble.kernels.ops import AttentionBatch
+from nybble.kernels.lora_batch import LoRABatch
+from nybble.kernels.ops import AttentionBatch, TokenChoice, sample_tokens
 from torch import Tensor
+
+_ANY_CHOICE = TokenChoice(temperature=1.0, top_k=1, top_p=0.5, min_p=0.1, uniform=0.5)
 
 
 def kv_bytes_per_block(shape: DecoderShape, config: EngineConfig) -> int:
@@ -84,21 +90,38 @@ class ModelRunner:
         """
         if self.device.type != "cuda":
             return
+        from nybble.kernels.triton.warmup import warmup
         from tqdm import tqdm
 
         with torch.inference_mode():
+            warmup(
+                self.decoder.packed_weights(),
+                self.caches[0][0].dtype,
+                self._max_batched_tokens,
+                progress=progress,
+            )
             for tokens, seqs in tqdm(
                 self._warm_up_sizes(), desc="Compiling kernels", disable=not progress
             ):
-                self._compute(self._idle_prefill(tokens, seqs))
+                inputs = self._idle_prefill(tokens, seqs)
+                self._compute(inputs)
+                if self.adapters is not None:
+                    # Slots that are still empty: every kernel runs and adds nothing.
+                    slots = [row * seqs // tokens % self.adapters.count for row in range(tokens)]
+                    lora = LoRABatch.of(slots, self.device)
+                    self._compute(replace(inputs, lora=lora))
+            vocab = self.decoder.shape.vocab
+            sample_tokens(torch.zeros(1, vocab, device=self.device), [_ANY_CHOICE])
         self.capture(cuda_capture(self.device), progress)
 
     @torch.inference_mode()
-    def capture(self, capture: Capture, progress: bool = True) -> None:
-        """Decode from graphs made by ``capture`` from now on."""
+    def capture(
+        self, capture: Capture, progress: bool = True, sizes: Sequence[int] | None = None
+    ) -> None:
+        """Decode from graphs made by ``capture`` from now on, of the usual batch sizes or these."""
         self._graphs = DecodeGraphs(
             capture,
-            bucket_sizes(self._max_num_seqs),
+            bucket_sizes(self._max_num_seqs) if sizes is None else sizes,
             lambda size, adapted: self._inputs.build([], [] if adapted else None, pad_to=size),
             self._compute,
             adapters=self.adapters is not None,
