@@ -3,10 +3,13 @@
 from nybble.engine.adapters import AdapterInfo
 from nybble.engine.config import AdapterConfig, EngineConfig, resolve_device
 from nybble.engine.engine import Engine, EngineStats
+from nybble.engine.guide import GrammarCompiler, GrammarGuide
 from nybble.engine.request import (
     AdapterUnavailableError,
     EngineOverloadedError,
     EngineStoppedError,
+    Guide,
+    GuideError,
     ParameterError,
     Request,
     RequestOutput,
@@ -23,6 +26,10 @@ __all__ = [
     "EngineOverloadedError",
     "EngineStats",
     "EngineStoppedError",
+    "GrammarCompiler",
+    "GrammarGuide",
+    "Guide",
+    "GuideError",
     "ParameterError",
     "Request",
     "RequestOutput",

@@ -27,6 +27,7 @@ from nybble.engine.request import (
     EngineOverloadedError,
     EngineStoppedError,
     FinishReason,
+    GuideError,
     ParameterError,
     Request,
     RequestOutput,
@@ -71,7 +72,7 @@ class _Stream:
     queue: asyncio.Queue[RequestOutput | Exception]
 
 
-_Outputs = dict[asyncio.AbstractEventLoop, list[tuple[_Stream, RequestOutput]]]
+_Outputs = dict[asyncio.AbstractEventLoop, list[tuple[_Stream, RequestOutput | GuideError]]]
 
 
 @dataclass(frozen=True)
@@ -206,6 +207,11 @@ class Engine:
     def eos_token_ids(self) -> frozenset[int]:
         """Tokens that end a sequence unless its parameters say otherwise."""
         return self._eos_token_ids
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the logits; a tokenizer may know fewer tokens."""
+        return self._runner.decoder.shape.vocab
 
     @property
     def healthy(self) -> bool:
@@ -363,6 +369,9 @@ class Engine:
         if not batch:
             return outputs
         logits = self._runner.run(batch)
+        for item in batch:
+            if item.completes and item.sequence.request.guide is not None:
+                item.sequence.sampler.allowed = item.sequence.request.guide.allowed()
         completing = [item.completes for item in batch]
         samplers = [i.sequence.sampler for i, done in zip(batch, completing, strict=True) if done]
         sampled = iter(sample(logits, samplers) if samplers else [])
@@ -372,10 +381,14 @@ class Engine:
                 self._prompt_tokens += item.num_tokens
             self._scheduler.computed(item)
             if completes:
-                output = self._advance(sequence, *next(sampled))
+                output: RequestOutput | GuideError
+                try:
+                    output = self._advance(sequence, *next(sampled))
+                except GuideError as error:
+                    output = error
                 stream = self._streams[sequence.request_id][1]
                 outputs[stream.loop].append((stream, output))
-                if output.finish_reason is not None:
+                if isinstance(output, GuideError) or output.finish_reason is not None:
                     del self._streams[sequence.request_id]
                     self._scheduler.finish(sequence)
         self._steps += 1
@@ -388,6 +401,8 @@ class Engine:
         params = sequence.request.params
         sequence.token_ids.append(token)
         self._generation_tokens += 1
+        guide = sequence.request.guide
+        complete = guide is not None and guide.accept(token)
         reason: FinishReason | None = None
         text = ""
         if token in params.stop_token_ids or (
@@ -396,7 +411,7 @@ class Engine:
             reason = "stop"
         else:
             text = sequence.detokenizer.add(token)
-            if sequence.detokenizer.stopped:
+            if sequence.detokenizer.stopped or complete:
                 reason = "stop"
             elif sequence.num_output_tokens >= sequence.max_tokens:
                 reason = "length"
@@ -446,7 +461,7 @@ class Engine:
         )
 
 
-def _deliver(delivered: list[tuple[_Stream, RequestOutput]]) -> None:
+def _deliver(delivered: list[tuple[_Stream, RequestOutput | GuideError]]) -> None:
     for stream, output in delivered:
         stream.queue.put_nowait(output)
 

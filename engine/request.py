@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
+
+from torch import Tensor
 
 FinishReason = Literal["stop", "length"]
 
@@ -93,6 +95,22 @@ class SamplingParams:
         )
 
 
+class GuideError(RuntimeError):
+    """A guide cannot go on; its sequence ends with this error."""
+
+
+class Guide(Protocol):
+    """Restricts what one sequence says. Used by the engine thread alone."""
+
+    def allowed(self) -> Tensor:
+        """The tokens that may come next, bool ``(vocab,)`` on the CPU. Never raises."""
+        ...
+
+    def accept(self, token: int) -> bool:
+        """Go on by a token; True where nothing may follow it. Raises GuideError."""
+        ...
+
+
 @dataclass(frozen=True)
 class Request:
     """One prompt to continue. ``request_id`` must be unique among those in flight.
@@ -105,6 +123,7 @@ class Request:
     request_id: str
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams
+    guide: Guide | None = None
     adapter: str | None = None
     tenant: str = ""
     weight: float = 1.0

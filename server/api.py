@@ -3,32 +3,31 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any
 from uuid import uuid4
 
 from aiohttp import web
-from nybble.engine import Engine, ParameterError, SamplingParams
+from nybble.engine import Engine, GrammarCompiler, ParameterError, SamplingParams
 from nybble.server.chat import ChatShape
+from nybble.server.chat_schema import ChatRequest, DetokenizeRequest, TokenizeRequest
 from nybble.server.completions import CompletionShape
 from nybble.server.errors import ApiError
 from nybble.server.gate import Gate
 from nybble.server.generation import Generation, Job
+from nybble.server.guiding import guide_of
 from nybble.server.logprobs import Logprobs
 from nybble.server.metrics import Metrics
 from nybble.server.parse import read_body
 from nybble.server.prompts import Prompts
 from nybble.server.respond import json_response, respond
-from nybble.server.schema import (
-    ChatRequest,
-    CompletionRequest,
-    DetokenizeRequest,
-    Sampling,
-    TokenizeRequest,
-)
+from nybble.server.responses import ResponsesShape
+from nybble.server.responses_schema import ResponsesRequest
+from nybble.server.schema import CompletionRequest
 from nybble.server.token_bytes import TokenBytes
+from nybble.server.tools import Tools, tools_of
 
 # OpenAI's default for completions; chat goes on to the end of the context.
 _COMPLETION_MAX_TOKENS = 16
@@ -53,6 +52,7 @@ class Api:
         self._generation = Generation(engine, metrics, max_sequences)
         self._prompts = Prompts(engine.tokenizer, models[0])
         self._tokens = TokenBytes(engine.tokenizer)
+        self._grammars = GrammarCompiler(engine.tokenizer, engine.vocab_size, engine.eos_token_ids)
 
     def routes(self) -> list[web.RouteDef]:
         return [
@@ -64,6 +64,7 @@ class Api:
             web.get("/v1/models/{model:.+}", self.get_model),
             web.post("/v1/chat/completions", self.chat_completions),
             web.post("/v1/completions", self.completions),
+            web.post("/v1/responses", self.responses),
             web.post("/tokenize", self.tokenize),
             web.post("/detokenize", self.detokenize),
         ]
@@ -101,17 +102,41 @@ class Api:
         limit = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
         names = {"prompt": "messages", "max_tokens": limit, "logprobs": "top_logprobs"}
         with _parameters_called(names):
-            params = body.sampling_params(
-                max_tokens=getattr(body, limit),
-                logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-            )
-            prompt = await self._prompts.chat(
-                body.messages, template_kwargs=body.chat_template_kwargs
-            )
-            self._require_room(prompt, params, names)
-            job = Job(f"chatcmpl-{uuid4().hex}", (prompt,), params, body.sequences)
-            shape = ChatShape(job.id, body.model, int(time.time()), self._logprobs(params))
-            return await self._respond(request, job, shape, body)
+            job, tools = await self._chat_job("chatcmpl-", body)
+        shape = ChatShape(
+            job.id,
+            body.model,
+            int(time.time()),
+            self._logprobs(job.params),
+            tools,
+            include_usage=body.include_usage,
+        )
+        return await respond(request, self._generation, job, shape, stream=bool(body.stream))
+
+    async def responses(self, request: web.Request) -> web.StreamResponse:
+        body = await read_body(request, ResponsesRequest)
+        self._require_model(body.model)
+        names = {"prompt": "input", "messages": "input", "max_tokens": "max_output_tokens"}
+        with _parameters_called(names | {"response_format": "text.format"}):
+            job, tools = await self._chat_job("resp_", body.chat())
+        shape = ResponsesShape(job.id, body, int(time.time()), tools)
+        return await respond(request, self._generation, job, shape, stream=bool(body.stream))
+
+    async def _chat_job(self, prefix: str, body: ChatRequest) -> tuple[Job, Tools | None]:
+        limits = (body.max_completion_tokens, body.max_tokens)
+        params = body.sampling_params(
+            max_tokens=next((limit for limit in limits if limit is not None), None),
+            logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        )
+        tools = tools_of(body, self._engine.tokenizer, body.model)
+        prompt = await self._prompts.chat(
+            body.messages,
+            tools=None if tools is None else tools.shown(),
+            template_kwargs=body.chat_template_kwargs,
+        )
+        self._require_room(prompt, params)
+        guide = await guide_of(self._grammars, body, body.response_format, tools)
+        return Job(f"{prefix}{uuid4().hex}", (prompt,), params, body.sequences, guide), tools
 
     async def completions(self, request: web.Request) -> web.StreamResponse:
         body = await read_body(request, CompletionRequest)
@@ -121,7 +146,7 @@ class Api:
         prompts = []
         for prompt in body.prompts:
             encoded = await self._prompts.encode(prompt) if isinstance(prompt, str) else prompt
-            self._require_room(encoded, params, {})
+            self._require_room(encoded, params)
             prompts.append(tuple(encoded))
         echoes = None
         if body.echo:
@@ -130,11 +155,17 @@ class Api:
                 for prompt in body.prompts
             ]
             echoes = [text for text in texts for _ in range(body.sequences)]
-        job = Job(f"cmpl-{uuid4().hex}", tuple(prompts), params, body.sequences)
+        guide = await guide_of(self._grammars, body)
+        job = Job(f"cmpl-{uuid4().hex}", tuple(prompts), params, body.sequences, guide)
         shape = CompletionShape(
-            job.id, body.model, int(time.time()), self._logprobs(params), echoes
+            job.id,
+            body.model,
+            int(time.time()),
+            self._logprobs(params),
+            echoes,
+            include_usage=body.include_usage,
         )
-        return await self._respond(request, job, shape, body)
+        return await respond(request, self._generation, job, shape, stream=bool(body.stream))
 
     async def tokenize(self, request: web.Request) -> web.Response:
         body = await read_body(request, TokenizeRequest)
@@ -161,18 +192,6 @@ class Api:
                 raise ParameterError("tokens", f"token id {token} is outside the {size} known")
         return json_response({"prompt": await self._prompts.decode(body.tokens)})
 
-    async def _respond(
-        self, request: web.Request, job: Job, shape: ChatShape | CompletionShape, body: Sampling
-    ) -> web.StreamResponse:
-        return await respond(
-            request,
-            self._generation,
-            job,
-            shape,
-            stream=bool(body.stream),
-            include_usage=body.include_usage,
-        )
-
     def _logprobs(self, params: SamplingParams) -> Logprobs | None:
         if params.logprobs is None:
             return None
@@ -196,17 +215,14 @@ class Api:
                 code="model_not_found",
             )
 
-    def _require_room(
-        self, prompt: tuple[int, ...] | list[int], params: SamplingParams, names: Mapping[str, str]
-    ) -> None:
+    def _require_room(self, prompt: Sequence[int], params: SamplingParams) -> None:
         limit = self._engine.max_model_len
         if len(prompt) + (params.max_tokens or 1) > limit:
-            parameter = "prompt" if len(prompt) >= limit else "max_tokens"
             raise ApiError(
                 400,
                 f"the prompt has {len(prompt)} tokens and asks for {params.max_tokens or 1} more "
                 f"at least, but together they are limited to {limit}",
-                param=names.get(parameter, parameter),
+                param="prompt" if len(prompt) >= limit else "max_tokens",
                 code="context_length_exceeded",
             )
 
@@ -219,3 +235,6 @@ def _parameters_called(names: Mapping[str, str]) -> Iterator[None]:
     except ParameterError as error:
         name = names.get(error.parameter, error.parameter)
         raise ParameterError(name, str(error).replace(error.parameter, name, 1)) from None
+    except ApiError as error:
+        error.param = names.get(error.param or "", error.param)
+        raise

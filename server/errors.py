@@ -6,7 +6,7 @@ import logging
 from typing import Any
 
 from aiohttp import web
-from nybble.engine import EngineOverloadedError, EngineStoppedError, ParameterError
+from nybble.engine import EngineOverloadedError, EngineStoppedError, GuideError, ParameterError
 from pydantic_core import to_json
 
 logger = logging.getLogger(__name__)
@@ -75,6 +75,8 @@ def as_api_error(error: Exception) -> ApiError:
         return error
     if isinstance(error, ParameterError):
         return ApiError(400, str(error), param=error.parameter, code="invalid_value")
+    if isinstance(error, GuideError):
+        return ApiError(500, str(error), code="guide_failed")
     if isinstance(error, EngineOverloadedError):
         return ApiError(429, str(error), code="overloaded", retry_after=error.retry_after)
     if isinstance(error, EngineStoppedError):

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from jinja2 import TemplateError
+from nybble.server.chat_schema import Message
 from nybble.server.errors import ApiError
-from nybble.server.schema import Message
 from transformers import PreTrainedTokenizerBase
 
 T = TypeVar("T")

@@ -1,4 +1,6 @@
-"""The bodies of requests. A field that would change the meaning and is not supported is refused.
+"""What the bodies of requests have in common, and the bodies of completions.
+
+A field that would change the meaning and is not supported is refused.
 
 Every optional field may be null, as OpenAI's may. Ranges of sampling parameters are checked by
 :class:`nybble.engine.SamplingParams`, which names the parameter itself.
@@ -6,7 +8,7 @@ Every optional field may be null, as OpenAI's may. Ranges of sampling parameters
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
 from nybble.engine import SamplingParams
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -16,6 +18,7 @@ _MAX_N = 128
 _MAX_STOPS = 16
 _MAX_STOP_LENGTH = 256
 _MAX_BIASES = 1024
+_MAX_CHOICES = 1024
 
 
 class Body(BaseModel):
@@ -99,6 +102,10 @@ class Sampling(Body):
     repetition_penalty: float | None = None
     ignore_eos: bool | None = None
     stop_token_ids: Annotated[list[int], Field(max_length=_MAX_STOPS)] | None = None
+    guided_json: dict[str, Any] | None = None
+    guided_regex: str | None = None
+    guided_choice: Annotated[list[str], Field(min_length=1, max_length=_MAX_CHOICES)] | None = None
+    guided_grammar: str | None = None
 
     @model_validator(mode="after")
     def _options_need_stream(self) -> Sampling:
@@ -117,6 +124,7 @@ class Sampling(Body):
 
     @property
     def include_usage(self) -> bool:
+        """Whether a stream ends with the tokens used."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
     def sampling_params(self, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
@@ -146,89 +154,6 @@ class Sampling(Body):
             stop_token_ids=tuple(self.stop_token_ids or ()),
             **given,
         )
-
-
-class ContentPart(Body):
-    """Text, the only kind of content a language model here reads."""
-
-    type: Literal["text"]
-    text: str
-
-
-class FunctionCall(Body):
-    name: str
-    arguments: str
-
-
-class ToolCall(Body):
-    id: str
-    type: Literal["function"]
-    function: FunctionCall
-    index: int | None = None  # clients that join streamed deltas leave it in
-
-
-class Message(Body):
-    """One turn. Fields unknown here are handed to the model's chat template as they are."""
-
-    model_config = ConfigDict(extra="allow")
-
-    refused = {
-        "audio": "audio is not supported: models here read and write text",
-        "function_call": "function_call is deprecated and not supported: use tool_calls",
-    }
-
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[ContentPart] | None = None
-    name: str | None = None
-    tool_calls: list[ToolCall] | None = None
-    tool_call_id: str | None = None
-
-    @model_validator(mode="after")
-    def _has_content(self) -> Message:
-        if self.content is None and not (self.role == "assistant" and self.tool_calls):
-            raise PydanticCustomError(
-                "invalid_value",
-                f"a message of role {self.role} needs content",
-                {"param": "content"},
-            )
-        return self
-
-
-class TextFormat(Body):
-    type: Literal["text"]
-
-
-class ChatRequest(Sampling):
-    refused = {
-        "tools": "tools are not supported",
-        "tool_choice": "tools are not supported",
-        "functions": "functions is deprecated and not supported",
-        "function_call": "function_call is deprecated and not supported",
-        "audio": "audio is not supported: models here write text",
-        "web_search_options": "web search is not supported",
-        "reasoning_effort": "reasoning_effort is not supported",
-        "verbosity": "verbosity is not supported",
-    }
-
-    messages: Annotated[list[Message], Field(min_length=1)]
-    logprobs: bool | None = None
-    top_logprobs: int | None = None
-    max_completion_tokens: int | None = None
-    modalities: list[Literal["text"]] | None = None
-    parallel_tool_calls: bool | None = None
-    prediction: dict[str, Any] | None = None  # a hint for speed
-    response_format: TextFormat | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-
-    @model_validator(mode="after")
-    def _logprobs_first(self) -> ChatRequest:
-        if self.top_logprobs is not None and not self.logprobs:
-            raise PydanticCustomError(
-                "invalid_value",
-                "top_logprobs is allowed only when logprobs is true",
-                {"param": "top_logprobs"},
-            )
-        return self
 
 
 Prompt = str | list[int]
@@ -284,26 +209,3 @@ class CompletionRequest(Sampling):
     def prompts(self) -> list[Prompt]:
         prompts: list[Prompt] = self.prompt
         return prompts
-
-
-class TokenizeRequest(Body):
-    """Either a prompt or messages."""
-
-    model: str | None = None
-    prompt: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1)] | None = None
-    add_special_tokens: bool | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-
-    @model_validator(mode="after")
-    def _one_of(self) -> TokenizeRequest:
-        if (self.prompt is None) == (self.messages is None):
-            raise PydanticCustomError(
-                "invalid_value", "give either prompt or messages", {"param": "prompt"}
-            )
-        return self
-
-
-class DetokenizeRequest(Body):
-    model: str | None = None
-    tokens: list[int]

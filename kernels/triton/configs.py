@@ -47,13 +47,13 @@ def balanced_splits(blocks: int, steps: int, processors: int) -> int:
     """How many programs should share a block's columns.
 
     At small batches time is bytes over bandwidth, and bandwidth needs every processor reading, two
-    or more blocks each. Take the split with the least work for the busiest processor, counting half
-    a step for each further part that must be written and added, with no part under four steps.
+    or more blocks each. Take the split with the least work for the busiest processor, counting a
+    step and a half to begin a part and half a step to add it, with no part under four steps.
     """
 
     def cost(splits: int) -> float:
         busiest = -(-blocks * splits // processors)
-        return max(busiest, 2) * -(-steps // splits) + splits / 2
+        return max(busiest, 2) * (-(-steps // splits) + 1.5) + splits / 2
 
     return min(range(1, min(32, max(1, steps // 4)) + 1), key=cost)
 
@@ -74,7 +74,8 @@ def default_config(rows: int, out_features: int, columns: int, processors: int =
         return Config(block_n, bucket, splits, 4 if small else 8, 4 if small else 3, not small)
     block_m = 64 if bucket == 128 else 128
     blocks = -(-out_features // 128) * -(-bucket // block_m)
-    splits = balanced_splits(blocks, steps, processors) if blocks < processors else 1
+    # Here parts are large beside the weight: split only where half the processors would idle.
+    splits = min(processors // blocks, max(1, steps // 4)) if 2 * blocks <= processors else 1
     return Config(128, block_m, splits, 8, 3, scale_first=True, dense=bucket >= 4096)
 
 

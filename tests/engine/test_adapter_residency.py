@@ -67,7 +67,7 @@ async def ask(engine: Engine, name: str, adapter: str | None, count: int, stop: 
     ids = tuple(range(3, 12))
     params = SamplingParams(max_tokens=count, temperature=0, ignore_eos=True)
     found: list[int] = []
-    stream = engine.generate(Request(name, ids, params, adapter))
+    stream = engine.generate(Request(name, ids, params, adapter=adapter))
     async for output in stream:
         found += output.token_ids
         if len(found) >= stop:

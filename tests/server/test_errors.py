@@ -14,10 +14,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from nybble.engine import Engine
 from nybble.server.app import MAX_BODY_BYTES, make_app
+from nybble.server.chat_schema import ChatRequest, DetokenizeRequest, TokenizeRequest
 from nybble.server.errors import ApiError
 from nybble.server.gate import Gate
 from nybble.server.parse import parse_body
-from nybble.server.schema import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from nybble.server.schema import CompletionRequest
 
 Client = TestClient[web.Request, web.Application]
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"

@@ -40,6 +40,11 @@ def packed_weights(checkpoint: Checkpoint) -> list[PackedWeight]:
     return [weight for _, weight in checkpoint.weights() if isinstance(weight, PackedWeight)]
 
 
+def head_and_layers(checkpoint: Checkpoint) -> list[PackedWeight]:
+    weights = sorted(checkpoint.weights(), key=lambda item: item[0] != "lm_head")
+    return [weight for _, weight in weights if isinstance(weight, PackedWeight)]
+
+
 def test_a_quantized_model_is_packed_once_for_this_machine(
     gptq: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -70,7 +75,7 @@ def test_the_demo_is_quantized_first_and_the_intermediate_files_removed(
 ) -> None:
     shutil.copytree(tiny_model(), cache / "models" / "demo")
     checkpoint = opened("demo")
-    *layers, head = packed_weights(checkpoint)
+    head, *layers = head_and_layers(checkpoint)
     assert {weight.group_size for weight in layers} == {64}
     assert all(weight.zeros is not None for weight in layers)
     assert head.columns == 2 * head.in_features  # 8 bits
@@ -83,7 +88,7 @@ def test_a_16_bit_model_can_be_rounded_on_the_way(tiny_model: Callable[..., Path
     checkpoint = prepare_checkpoint(
         str(tiny_model()), device=CPU, quantize="nf4", head="int8", progress=False
     )
-    *layers, head = packed_weights(checkpoint)
+    head, *layers = head_and_layers(checkpoint)
     assert {weight.group_size for weight in layers} == {64}
     assert head.columns == 2 * head.in_features
     with pytest.raises(ValueError, match="is packed already"):
