@@ -33,7 +33,7 @@ from nybble.engine.request import (
     RequestOutput,
     TokenLogprob,
 )
-from nybble.engine.runner import ModelRunner, kv_bytes_per_block
+from nybble.engine.runner import ModelRunner, free_kv_bytes, kv_blocks
 from nybble.engine.sampler import SequenceSampler, sample
 from nybble.engine.scheduler import Scheduler
 from nybble.engine.sequence import Sequence
@@ -146,23 +146,16 @@ class Engine:
             raise ValueError(
                 f"max_model_len is {max_model_len}, but the model goes up to {shape.max_model_len}"
             )
-        per_block = kv_bytes_per_block(shape, config)
-        # More blocks than every sequence at full length could fill would only waste memory.
-        most = config.max_num_seqs * -(-max_model_len // config.block_size)
-        num_blocks = min(config.kv_cache_bytes // per_block, most)
-        if num_blocks < 1:
-            raise ValueError(
-                f"the KV cache of {config.kv_cache_bytes} bytes holds no block of "
-                f"{config.block_size} tokens, which takes {per_block} bytes"
-            )
-        max_model_len = min(max_model_len, num_blocks * config.block_size)
+        device = resolve_device(config.device)
+        if config.kv_cache_bytes is not None:
+            kv_blocks(config.kv_cache_bytes, shape, config)
         weights = tqdm(
             checkpoint.weights(), desc="Loading weights", unit=" tensors", disable=not progress
         )
         decoder = Decoder(
             checkpoint.config,
             weights,
-            device=resolve_device(config.device),
+            device=device,
             dtype=config.dtype,
             max_model_len=max_model_len,
         )
@@ -175,9 +168,14 @@ class Engine:
                 checkpoint.config,
                 count=config.adapters.slots,
                 max_rank=config.adapters.max_rank,
-                device=resolve_device(config.device),
+                device=device,
                 dtype=config.dtype,
             )
+        # More blocks than every sequence at full length could fill would only waste memory.
+        most = config.max_num_seqs * -(-max_model_len // config.block_size)
+        kv_bytes = config.kv_cache_bytes or free_kv_bytes(device)
+        num_blocks = min(kv_blocks(kv_bytes, shape, config), most)
+        max_model_len = min(max_model_len, num_blocks * config.block_size)
         blocks = BlockManager(num_blocks, config.block_size, prefix_caching=config.prefix_caching)
         runner = ModelRunner(decoder, config, num_blocks, adapters)
         runner.warm_up(progress)

@@ -25,6 +25,27 @@ def kv_bytes_per_block(shape: DecoderShape, config: EngineConfig) -> int:
     return 2 * shape.layers * values * config.dtype.itemsize
 
 
+def kv_blocks(nbytes: int, shape: DecoderShape, config: EngineConfig) -> int:
+    """Blocks that ``nbytes`` hold. Raises ValueError where that is none."""
+    per_block = kv_bytes_per_block(shape, config)
+    if nbytes < per_block:
+        raise ValueError(
+            f"the KV cache of {nbytes} bytes holds no block of {config.block_size} tokens, which "
+            f"takes {per_block} bytes"
+        )
+    return nbytes // per_block
+
+
+def free_kv_bytes(device: torch.device) -> int:
+    """Memory for the KV cache where none is named, once the weights are on the device."""
+    if device.type != "cuda":
+        return 1 << 30
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    # A tenth is for activations, captured graphs, and whoever else uses the device.
+    return max(0, free - total // 10)
+
+
 class ModelRunner:
     """Owns the KV cache tensors and turns scheduled sequences into model inputs."""
 
