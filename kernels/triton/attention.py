@@ -55,6 +55,8 @@ def _attend(
     total,
     k_cache,
     v_cache,
+    k_scales,
+    v_scales,
     table,
     head,
     kv_heads,
@@ -67,6 +69,7 @@ def _attend(
     DIM_PADDED: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
+    QUANTIZED: tl.constexpr,
     CAUSAL: tl.constexpr,
 ):
     """One step of the online softmax: keys ``first`` … ``first + TILE − 1`` below ``key_end``.
@@ -82,7 +85,12 @@ def _attend(
     mask = inside[:, None] if DIM == DIM_PADDED else inside[:, None] & (lane < DIM)[None, :]
     keys = tl.load(k_cache + at, mask, 0.0)
     values = tl.load(v_cache + at, mask, 0.0)
+    if QUANTIZED:
+        keys = keys.to(query.dtype)
+        values = values.to(query.dtype)
     scores = tl.dot(query, tl.trans(keys)) * scale
+    if QUANTIZED:
+        scores *= tl.load(k_scales + row, inside, 0.0)[None, :]
     seen = inside[None, :]
     if CAUSAL:
         seen = seen & (key[None, :] <= position[:, None])
@@ -95,6 +103,8 @@ def _attend(
     shrink = tl.exp2(peak - base)
     total = total * shrink + tl.sum(weights, 1)
     accumulator = accumulator * shrink[:, None]
+    if QUANTIZED:
+        weights *= tl.load(v_scales + row, inside, 0.0)[None, :]
     accumulator = tl.dot(weights.to(values.dtype), values, accumulator)
     return accumulator, new_peak, total
 
@@ -104,6 +114,8 @@ def decode_kernel(
     q,
     k_cache,
     v_cache,
+    k_scales,
+    v_scales,
     query_start,
     context_lens,
     block_tables,
@@ -123,6 +135,7 @@ def decode_kernel(
     DIM_PADDED: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
+    QUANTIZED: tl.constexpr,
     SEQS_PADDED: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
     MIN_SPLIT: tl.constexpr,
@@ -169,6 +182,8 @@ def decode_kernel(
                 total,
                 k_cache,
                 v_cache,
+                k_scales,
+                v_scales,
                 table,
                 head,
                 kv_heads,
@@ -181,6 +196,7 @@ def decode_kernel(
                 DIM_PADDED,
                 BLOCK_SIZE,
                 TILE,
+                QUANTIZED,
                 False,
             )
         if count == 1:
@@ -239,6 +255,8 @@ def prefill_kernel(
     q,
     k_cache,
     v_cache,
+    k_scales,
+    v_scales,
     query_start,
     context_lens,
     block_tables,
@@ -256,6 +274,7 @@ def prefill_kernel(
     ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
     TILE: tl.constexpr,
+    QUANTIZED: tl.constexpr,
     SEQS_PADDED: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -299,6 +318,8 @@ def prefill_kernel(
                 total,
                 k_cache,
                 v_cache,
+                k_scales,
+                v_scales,
                 table,
                 head,
                 kv_heads,
@@ -311,6 +332,7 @@ def prefill_kernel(
                 DIM_PADDED,
                 BLOCK_SIZE,
                 TILE,
+                QUANTIZED,
                 False,
             )
         for first in tl.range(open_end, key_end, TILE, num_stages=STAGES):
@@ -321,6 +343,8 @@ def prefill_kernel(
                 total,
                 k_cache,
                 v_cache,
+                k_scales,
+                v_scales,
                 table,
                 head,
                 kv_heads,
@@ -333,6 +357,7 @@ def prefill_kernel(
                 DIM_PADDED,
                 BLOCK_SIZE,
                 TILE,
+                QUANTIZED,
                 True,
             )
         to = (token * kv_heads * GROUP + q_head)[:, None] * DIM + lane[None, :]
@@ -364,14 +389,17 @@ def paged_attention(
     batch: AttentionBatch,
     scale: float,
     window: int = 0,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
 ) -> Tensor:
     """See :func:`nybble.kernels.reference.paged_attention`. Heads of a row must be contiguous."""
     tokens, q_heads, dim = q.shape
     out = torch.empty(tokens, q_heads * dim, dtype=q.dtype, device=q.device)
+    scales = None if k_scales is None or v_scales is None else (k_scales, v_scales)
     if batch.max_query > 1:
-        _prefill(q, k_cache, v_cache, batch, scale, window, out)
+        _prefill(q, k_cache, v_cache, scales, batch, scale, window, out)
     if batch.max_query == 1 or batch.context_lens.shape[0] > 1:
-        _decode(q, k_cache, v_cache, batch, scale, window, out)
+        _decode(q, k_cache, v_cache, scales, batch, scale, window, out)
     return out
 
 
@@ -379,6 +407,7 @@ def _decode(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
+    scales: tuple[Tensor, Tensor] | None,
     batch: AttentionBatch,
     scale: float,
     window: int,
@@ -395,6 +424,7 @@ def _decode(
         q,
         k_cache,
         v_cache,
+        *(scales or (k_cache, v_cache)),  # never read where there are none
         batch.query_start,
         batch.context_lens,
         batch.block_tables,
@@ -409,6 +439,7 @@ def _decode(
         scale * LOG2_E,
         window,
         **decode_constants(q_heads // kv_heads, dim, k_cache.shape[2]),
+        QUANTIZED=scales is not None,
         SEQS_PADDED=_padded(seqs),
         MAX_SPLITS=splits,
     )
@@ -434,6 +465,7 @@ def _prefill(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
+    scales: tuple[Tensor, Tensor] | None,
     batch: AttentionBatch,
     scale: float,
     window: int,
@@ -448,6 +480,7 @@ def _prefill(
         q,
         k_cache,
         v_cache,
+        *(scales or (k_cache, v_cache)),  # never read where there are none
         batch.query_start,
         batch.context_lens,
         batch.block_tables,
@@ -459,6 +492,7 @@ def _prefill(
         scale * LOG2_E,
         window,
         **constants,
+        QUANTIZED=scales is not None,
         SEQS_PADDED=_padded(seqs),
     )
 
