@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from nybble.loaders.adapter import MAX_RANK
@@ -36,16 +37,19 @@ class EngineConfig:
     device: ``cpu``, ``cuda``, ``cuda:N``, or ``auto`` for a GPU where there is one. block_size:
     tokens in one KV block. kv_cache_bytes: memory for the keys and values of all sequences
     together; None for 1 GiB on the CPU, and on a GPU for what the weights leave free less a tenth
-    of the whole. max_num_seqs: sequences computed in one step. max_batched_tokens: the token budget
-    of a step; longer prompts are prefilled in chunks. max_model_len: longest prompt plus output;
-    None for what the model was made for. max_waiting: requests queued beyond max_num_seqs before
-    new ones are turned away. adapters: None for a server without.
+    of the whole. kv_dtype: auto keeps keys and values in dtype; int8 (on a GPU) takes half the
+    memory, with a scale for each head of each token. max_num_seqs: sequences computed in one step.
+    max_batched_tokens: the token budget of a step; longer prompts are prefilled in chunks.
+    max_model_len: longest prompt plus output; None for what the model was made for. max_waiting:
+    requests queued beyond max_num_seqs before new ones are turned away. adapters: None for a server
+    without.
     """
 
     device: str = "cpu"
     dtype: torch.dtype = torch.bfloat16
     block_size: int = 16
     kv_cache_bytes: int | None = None
+    kv_dtype: Literal["auto", "int8"] = "auto"
     max_num_seqs: int = 64
     max_batched_tokens: int = 512
     max_model_len: int | None = None

@@ -147,6 +147,10 @@ class Engine:
                 f"max_model_len is {max_model_len}, but the model goes up to {shape.max_model_len}"
             )
         device = resolve_device(config.device)
+        if config.kv_dtype == "int8" and device.type == "cpu":
+            raise ValueError("kv_dtype is 'int8', which needs a GPU; expected 'auto' on the CPU")
+        if device.type == "cuda" and config.dtype not in (torch.float16, torch.bfloat16):
+            raise ValueError(f"dtype is {config.dtype}; expected float16 or bfloat16 on a GPU")
         if config.kv_cache_bytes is not None:
             kv_blocks(config.kv_cache_bytes, shape, config)
         weights = tqdm(

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from nybble.engine.adapter_slots import AdapterSlots, StepAdapters
 from nybble.engine.config import EngineConfig, resolve_device
-from nybble.engine.decoder import Decoder, DecoderShape
+from nybble.engine.decoder import Decoder, DecoderShape, KVCache
 from nybble.engine.graphs import Capture, DecodeGraphs, bucket_sizes, cuda_capture
 from nybble.engine.inputs import InputBuffers, StepInputs
 from nybble.engine.scheduler import ScheduledBatch
@@ -21,8 +21,10 @@ _ANY_CHOICE = TokenChoice(temperature=1.0, top_k=1, top_p=0.5, min_p=0.1, unifor
 
 def kv_bytes_per_block(shape: DecoderShape, config: EngineConfig) -> int:
     """Bytes one block takes for the keys and values of all layers."""
-    values = shape.kv_heads * config.block_size * shape.head_dim
-    return 2 * shape.layers * values * config.dtype.itemsize
+    heads = shape.kv_heads * config.block_size
+    if config.kv_dtype == "int8":
+        return 2 * shape.layers * heads * (shape.head_dim + 4)
+    return 2 * shape.layers * heads * shape.head_dim * config.dtype.itemsize
 
 
 def kv_blocks(nbytes: int, shape: DecoderShape, config: EngineConfig) -> int:
@@ -65,10 +67,18 @@ class ModelRunner:
         self._max_blocks = min(num_blocks, -(-decoder.max_model_len // config.block_size))
         cache_shape = (num_blocks, shape.kv_heads, config.block_size, shape.head_dim)
 
-        def cache() -> Tensor:
-            return torch.zeros(cache_shape, dtype=config.dtype, device=self.device)
+        def zeros(dtype: torch.dtype, *shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=self.device)
 
-        self.caches = [(cache(), cache()) for _ in range(shape.layers)]
+        def layer() -> KVCache:
+            if config.kv_dtype == "auto":
+                return zeros(config.dtype, *cache_shape), zeros(config.dtype, *cache_shape)
+            keys, values = zeros(torch.int8, *cache_shape), zeros(torch.int8, *cache_shape)
+            scales = cache_shape[:3]
+            return keys, values, zeros(torch.float32, *scales), zeros(torch.float32, *scales)
+
+        self.caches = [layer() for _ in range(shape.layers)]
+        self._dtype = config.dtype
         self._inputs = InputBuffers(
             max_seqs=config.max_num_seqs,
             max_tokens=config.max_batched_tokens,
@@ -117,7 +127,7 @@ class ModelRunner:
         with torch.inference_mode():
             warmup(
                 self.decoder.packed_weights(),
-                self.caches[0][0].dtype,
+                self._dtype,
                 self._max_batched_tokens,
                 progress=progress,
             )

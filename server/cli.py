@@ -43,6 +43,7 @@ def _root(
 Format = Literal["gptq", "awq", "nf4"]
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+KVCacheDtype = Literal["auto", "int8"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 LayoutChoice = Literal["auto", "rows", "cpu_tiles"]
 
@@ -143,6 +144,10 @@ def serve(
             rich_help_panel=_MEMORY,
         ),
     ] = "auto",
+    kv_cache_dtype: Annotated[
+        KVCacheDtype,
+        typer.Option(help="int8 halves the KV cache's memory (GPU).", rich_help_panel=_MEMORY),
+    ] = "auto",
     max_num_seqs: Annotated[
         int, typer.Option(help="Sequences computed in one step.", rich_help_panel=_MEMORY, min=1)
     ] = 64,
@@ -179,6 +184,7 @@ def serve(
             device=chosen,
             dtype=torch.bfloat16 if dtype == "auto" else getattr(torch, dtype),
             kv_cache_bytes=kv_cache_bytes,
+            kv_dtype=kv_cache_dtype,
             max_num_seqs=max_num_seqs,
             max_batched_tokens=max_batched_tokens,
             max_model_len=max_model_len,
