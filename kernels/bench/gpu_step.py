@@ -161,8 +161,39 @@ def check_kernels(checks: Checks, device: torch.device, dry: bool) -> None:
                 checks.close(label, found, expected)
                 again = attention.paged_attention(q, keys, values, batch, dim**-0.5, window)
                 checks.holds(f"{label}: twice the same", torch.equal(found, again))
+        check_int8(checks, dtype, device)
         check_lora(checks, dtype, device, dry)
     check_sampling(checks, device, dry)
+
+
+def int8_caches(keys: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Random integers and scales in place of 16-bit caches of this shape."""
+    made = [
+        torch.randint(-127, 128, keys.shape, dtype=torch.int8, device=keys.device) for _ in range(2)
+    ]
+    scales = [torch.rand(keys.shape[:3], device=keys.device) / 60 for _ in range(2)]
+    return made[0], made[1], scales[0], scales[1]
+
+
+def check_int8(checks: Checks, dtype: torch.dtype, device: torch.device) -> None:
+    lengths = [(300, 1), (70, 40), (1, 1)]
+    batch, shaped, _ = paged(lengths, 2, 64, dtype, device)
+    keys, values, *scales = int8_caches(shaped)
+    q = torch.randn(42, 8, 64, dtype=dtype, device=device)
+    found = attention.paged_attention(q, keys, values, batch, 0.1, 0, *scales)
+    expected = reference.paged_attention(q.double(), keys, values, batch, 0.1, 0, *scales)
+    checks.close(f"{str(dtype)[6:]} attention over int8 caches", found, expected)
+    fused = torch.randn(9, 8 + 4, 64, dtype=dtype, device=device)
+    angle = torch.randn(9, 64, device=device)
+    slots = torch.randperm(40)[:9].to(device)
+    stored = []
+    for function in (reference.rotary_store, rotary.rotary_store):
+        q, k, v = torch.split(fused.clone(), [8, 2, 2], dim=1)
+        caches = torch.zeros(2, 4, 2, BLOCK, 64, dtype=torch.int8, device=device)
+        scale = torch.zeros(2, 4, 2, BLOCK, device=device)
+        function(q, k, v, angle.cos(), angle.sin(), caches[0], caches[1], slots, scale[0], scale[1])
+        stored.append((caches.float() * scale[..., None]).bfloat16())
+    checks.close(f"{str(dtype)[6:]} rotary_store to int8", stored[1], stored[0])
 
 
 def check_lora(checks: Checks, dtype: torch.dtype, device: torch.device, dry: bool) -> None:
@@ -222,21 +253,25 @@ def time_attention(
     device: torch.device, read: float, deadline: float, dry: bool
 ) -> list[dict[str, Any]]:
     """Decode attention: bytes of keys and values over the time of one layer."""
-    models = {"Llama-3-8B 32/8×128": (32, 8, 128), "Llama-2-13B 40/40×128": (40, 40, 128)}
+    models = {
+        "Llama-3-8B 32/8×128, bf16": (32, 8, 128, False),
+        "Llama-2-13B 40/40×128, bf16": (40, 40, 128, False),
+        "Llama-3-8B 32/8×128, int8": (32, 8, 128, True),
+    }
     contexts: tuple[int, ...] = (1024, 2048, 4096, 8192, 16384, 32768)
     batches: tuple[int, ...] = (1, 8, 32, 64)
-    most, cached = 6 << 30, 200 << 20
+    most, cached = 9 << 30, 200 << 20
     if dry:
-        models, contexts, batches = {"tiny 4/2×64": (4, 2, 64)}, (300,), (1, 3)
+        models, contexts, batches = {"tiny 4/2×64": (4, 2, 64, False)}, (300,), (1, 3)
         most, cached = 6 << 20, 1
     results = []
-    for label, (q_heads, kv_heads, dim) in models.items():
-        print(f"decode attention, {label}, bf16: µs (share of the copy bandwidth)")
+    for label, (q_heads, kv_heads, dim, quantized) in models.items():
+        print(f"decode attention, {label}: µs (share of the copy bandwidth)")
         print(f"{'batch':>7}", *(f"{context:>14}" for context in contexts))
         for size in batches:
             cells = []
             for context in contexts:
-                nbytes = 2 * 2 * size * context * kv_heads * dim
+                nbytes = 2 * size * context * kv_heads * (dim + 4 if quantized else 2 * dim)
                 if nbytes > most or time.monotonic() > deadline:
                     cells.append(f"{'–':>14}")
                     continue
@@ -244,10 +279,12 @@ def time_attention(
                 for _ in range(min(24, max(1, -(-cached // nbytes)))):
                     dtype = torch.float16 if dry else torch.bfloat16
                     batch, keys, values = paged([(context, 1)] * size, kv_heads, dim, dtype, device)
+                    scales: list[Tensor] = []
+                    if quantized:
+                        keys, values, *scales = int8_caches(keys)
                     q = torch.randn(size, q_heads, dim, dtype=dtype, device=device)
-                    calls.append(
-                        partial(attention.paged_attention, q, keys, values, batch, dim**-0.5)
-                    )
+                    arguments = (q, keys, values, batch, dim**-0.5, 0, *scales)
+                    calls.append(partial(attention.paged_attention, *arguments))
                 taken = timing.milliseconds(calls) / 1e3
                 share = nbytes / read / taken
                 cells.append(f"{1e6 * taken:>8.1f} ({share:>3.0%})")

@@ -218,6 +218,35 @@ def test_decoding_from_captured_batch_sizes_gives_the_same_tokens(
     assert sum(graph.replays > 0 for graph in captured) >= 2
 
 
+def test_text_written_while_the_next_step_computes_is_the_same_text(
+    plain_checkpoint: Callable[..., object],
+) -> None:
+    options = [{}, {"stop": ("e",)}, {"logprobs": 1}, {"logit_bias": {5: 3.0}}]
+
+    async def crowd(engine: Engine) -> list[list[RequestOutput]]:
+        requests = (
+            Request(f"{i}", prompt(i, 3 + i), greedy(5 + 3 * i, **options[i % 4])) for i in range(8)
+        )
+        return list(await asyncio.gather(*(collect(engine, request) for request in requests)))
+
+    found = []
+    for overlap in (False, True):
+        engine = Engine.load(plain_checkpoint(), CONFIG, progress=False)  # type: ignore[arg-type]
+        engine._overlap = overlap
+        engine.start()
+        outputs = asyncio.run(crowd(engine))
+        stats = engine.stats()
+        assert stats.kv_blocks_free == stats.kv_blocks_total
+        engine.stop()
+        found.append(
+            [
+                [(o.text, o.token_ids, o.finish_reason, o.completion_tokens) for o in each]
+                for each in outputs
+            ]
+        )
+    assert found[0] == found[1]
+
+
 def test_a_stop_string_ends_the_text_before_it(engine: Engine) -> None:
     ids = prompt(2, 5)
     whole = asyncio.run(collect(engine, Request("a", ids, greedy(30))))
