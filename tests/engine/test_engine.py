@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -184,22 +185,12 @@ def test_a_seeded_request_draws_the_same_tokens_in_any_company(engine: Engine) -
 
 
 def test_decoding_from_captured_batch_sizes_gives_the_same_tokens(
-    plain_checkpoint: Callable[..., object],
+    plain_checkpoint: Callable[..., object], recomputed: type
 ) -> None:
-    class Recomputed:
-        """Stands in for a CUDA graph: computes again what was captured, from the same memory."""
+    captured: list[Any] = []
 
-        def __init__(self, function: Callable[[], torch.Tensor]) -> None:
-            self.function, self.out, self.replays = function, function(), 0
-
-        def replay(self) -> None:
-            self.out.copy_(self.function())
-            self.replays += 1
-
-    captured: list[Recomputed] = []
-
-    def capture(function: Callable[[], torch.Tensor]) -> tuple[Recomputed, torch.Tensor]:
-        captured.append(Recomputed(function))
+    def capture(function: Callable[[], torch.Tensor]) -> tuple[object, torch.Tensor]:
+        captured.append(recomputed(function))
         return captured[-1], captured[-1].out
 
     async def crowd(engine: Engine) -> list[list[int]]:
