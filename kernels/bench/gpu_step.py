@@ -26,7 +26,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -296,6 +296,40 @@ def time_attention(
     return results
 
 
+def sweep_decode(device: torch.device, read: float, dry: bool) -> list[dict[str, Any]]:
+    """Other tiles, stages and programs for decode attention: the share of the copy bandwidth."""
+    sizes = ((4, 2, 64, 1, 300),) if dry else ((32, 8, 128, 1, 16384), (32, 8, 128, 32, 4096))
+    chosen = (attention.DECODE_TILE, attention.DECODE_STAGES, attention.PROGRAMS_PER_SM)
+    options = [chosen, (32, 3, 2)] if dry else list(product((32, 64, 128), (3, 5), (2, 3, 4)))
+    dtype = torch.float16 if dry else torch.bfloat16
+    results = []
+    for q_heads, kv_heads, dim, size, context in sizes:
+        nbytes = 4 * size * context * kv_heads * dim
+        calls: list[timing.Call] = []
+        for _ in range(1 if dry else max(1, -(-(200 << 20) // nbytes))):
+            batch, keys, values = paged([(context, 1)] * size, kv_heads, dim, dtype, device)
+            q = torch.randn(size, q_heads, dim, dtype=dtype, device=device)
+            calls.append(partial(attention.paged_attention, q, keys, values, batch, dim**-0.5))
+        found = []
+        for option in options:
+            attention.DECODE_TILE, attention.DECODE_STAGES, attention.PROGRAMS_PER_SM = option
+            try:
+                taken = timing.milliseconds(calls) / 1e3
+            except triton.runtime.errors.OutOfResources:
+                continue
+            found.append((nbytes / read / taken, option))
+        attention.DECODE_TILE, attention.DECODE_STAGES, attention.PROGRAMS_PER_SM = chosen
+        best = ", ".join(f"{option} {share:.0%}" for share, option in sorted(found)[::-1][:4])
+        used = next((share for share, option in found if option == chosen), float("nan"))
+        print(
+            f"decode attention, batch {size}, context {context}, "
+            f"(tile, stages, programs per multiprocessor): {best}; in use {chosen} {used:.0%}",
+            flush=True,
+        )
+        results += [{"batch": size, "context": context, "option": o, "share": s} for s, o in found]
+    return results
+
+
 def time_prefill(device: torch.device, rate: float, dry: bool) -> list[dict[str, Any]]:
     """Causal attention of one prompt: operations a second over the matrix rate."""
     q_heads, kv_heads, dim = (4, 2, 64) if dry else (32, 8, 128)
@@ -554,6 +588,7 @@ def main() -> int:
         torch.cuda.empty_cache()
     results["lora"] = time_lora(device, read, dry)
     results["prefill"] = time_prefill(device, rate, dry)
+    results["sweep"] = sweep_decode(device, read, dry)
     results["attention"] = time_attention(device, read, deadline, dry)
     results["failed"] = checks.failed
     for failure in checks.failed:

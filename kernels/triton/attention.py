@@ -30,9 +30,12 @@ from torch import Tensor
 # A split has at least this many keys: below it, the second stage costs more than it spreads.
 MIN_SPLIT = 256
 DECODE_TILE = 64  # keys per step of the inner loop
+# The block table is loaded ahead of what it points to, so five stages keep two tiles of keys and
+# values in flight: 64 KiB a program for 16-bit heads of 128.
+DECODE_STAGES = 5
 PREFILL_ROWS = 128
 LOG2_E = 1.4426950408889634
-_PROGRAMS_PER_SM = 3  # that fit on an H100 by registers and shared memory
+PROGRAMS_PER_SM = 3  # that fit on an H100 by registers and shared memory
 
 
 @triton.jit
@@ -379,7 +382,7 @@ def max_splits(kv_heads: int, multiprocessors: int) -> int:
 
     Depends on the model and the device, never on the batch.
     """
-    return max(8, min(64, _PROGRAMS_PER_SM * multiprocessors // kv_heads))
+    return max(8, min(64, PROGRAMS_PER_SM * multiprocessors // kv_heads))
 
 
 def paged_attention(
@@ -420,7 +423,7 @@ def _decode(
     partial_out = q.new_empty((seqs, q_heads, splits, dim), dtype=torch.float32)
     partial_peak = q.new_empty((seqs, q_heads, splits), dtype=torch.float32)
     partial_total = torch.empty_like(partial_peak)
-    decode_kernel[(min(_PROGRAMS_PER_SM * multiprocessors, seqs * kv_heads * splits),)](
+    decode_kernel[(min(PROGRAMS_PER_SM * multiprocessors, seqs * kv_heads * splits),)](
         q,
         k_cache,
         v_cache,
@@ -513,9 +516,7 @@ def decode_constants(group: int, dim: int, block_size: int) -> dict[str, int]:
         "BLOCK_SIZE": block_size,
         "TILE": DECODE_TILE,
         "MIN_SPLIT": MIN_SPLIT,
-        # The block table is loaded ahead of what it points to, so five stages keep two tiles of
-        # keys and values in flight: 64 KiB a program for 16-bit heads of 128.
-        "STAGES": 5 if padded <= 128 else 3,
+        "STAGES": DECODE_STAGES if padded <= 128 else 3,
         "num_warps": 4,
     }
 
