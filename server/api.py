@@ -10,7 +10,7 @@ from typing import Any
 from uuid import uuid4
 
 from aiohttp import web
-from nybble.engine import Engine, GrammarCompiler, ParameterError, SamplingParams
+from nybble.engine import AdapterInfo, Engine, GrammarCompiler, ParameterError, SamplingParams
 from nybble.server.chat import ChatShape
 from nybble.server.chat_schema import ChatRequest, DetokenizeRequest, TokenizeRequest
 from nybble.server.completions import CompletionShape
@@ -29,6 +29,8 @@ from nybble.server.tools import tools_of
 
 # OpenAI's default for completions; chat goes on to the end of the context.
 _COMPLETION_MAX_TOKENS = 16
+ADAPTER_HEADER = "X-LoRA-Adapter"
+_NAMES_IN_ERRORS = 20
 
 
 class Api:
@@ -86,16 +88,19 @@ class Api:
         return json_response({"version": version("nybble")})
 
     async def list_models(self, _: web.Request) -> web.Response:
-        return json_response({"object": "list", "data": [self._model(m) for m in self._models]})
+        models = [self._model(name) for name in self._models]
+        models += [self._adapter(info) for info in self._engine.adapters()]
+        return json_response({"object": "list", "data": models})
 
     async def get_model(self, request: web.Request) -> web.Response:
         name = request.match_info["model"]
         self._require_model(name)
-        return json_response(self._model(name))
+        info = self._engine.adapter(name)
+        return json_response(self._model(name) if info is None else self._adapter(info))
 
     async def chat_completions(self, request: web.Request) -> web.StreamResponse:
         body = await read_body(request, ChatRequest)
-        self._require_model(body.model)
+        adapter = self._chosen_adapter(request, body)
         limit = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
         names = {"prompt": "messages", "max_tokens": limit, "logprobs": "top_logprobs"}
         with _parameters_called(names):
@@ -111,14 +116,14 @@ class Api:
             )
             self._require_room(prompt, params, names)
             guide = await guide_of(self._grammars, body, body.response_format, tools)
-            job = Job(f"chatcmpl-{uuid4().hex}", (prompt,), params, body.sequences, guide)
+            job = Job(f"chatcmpl-{uuid4().hex}", (prompt,), params, body.sequences, guide, adapter)
             created = int(time.time())
             shape = ChatShape(job.id, body.model, created, self._logprobs(params), tools)
             return await self._respond(request, job, shape, body)
 
     async def completions(self, request: web.Request) -> web.StreamResponse:
         body = await read_body(request, CompletionRequest)
-        self._require_model(body.model)
+        adapter = self._chosen_adapter(request, body)
         max_tokens = _COMPLETION_MAX_TOKENS if body.max_tokens is None else body.max_tokens
         params = body.sampling_params(max_tokens, body.logprobs)
         prompts = []
@@ -134,7 +139,7 @@ class Api:
             ]
             echoes = [text for text in texts for _ in range(body.sequences)]
         guide = await guide_of(self._grammars, body)
-        job = Job(f"cmpl-{uuid4().hex}", tuple(prompts), params, body.sequences, guide)
+        job = Job(f"cmpl-{uuid4().hex}", tuple(prompts), params, body.sequences, guide, adapter)
         shape = CompletionShape(
             job.id, body.model, int(time.time()), self._logprobs(params), echoes
         )
@@ -191,14 +196,49 @@ class Api:
             "max_model_len": self._engine.max_model_len,
         }
 
+    def _adapter(self, info: AdapterInfo) -> dict[str, Any]:
+        return self._model(info.name) | {"created": info.loaded, "parent": self._models[0]}
+
     def _require_model(self, name: str) -> None:
-        if name not in self._models:
+        if name not in self._models and self._engine.adapter(name) is None:
+            raise self._unknown(name, "model")
+
+    def _unknown(self, name: str, param: str) -> ApiError:
+        adapters = [info.name for info in self._engine.adapters()]
+        known = adapters if param != "model" else [*self._models, *adapters]
+        more = f" and {len(known) - _NAMES_IN_ERRORS} more" if len(known) > _NAMES_IN_ERRORS else ""
+        return ApiError(
+            404,
+            f"the {'model' if param == 'model' else 'adapter'} {name!r} does not exist; this "
+            f"server has {', '.join(known[:_NAMES_IN_ERRORS]) or 'none'}{more}",
+            param=param,
+            code="model_not_found",
+        )
+
+    def _chosen_adapter(self, request: web.Request, body: Sampling) -> str | None:
+        """The adapter named by the model, the field ``adapter`` or the header; None for the base.
+
+        Raises ApiError where a name leads nowhere or they name different ones.
+        """
+        self._require_model(body.model)
+        named = {
+            "model": None if body.model in self._models else body.model,
+            "adapter": body.adapter,
+            ADAPTER_HEADER: request.headers.get(ADAPTER_HEADER),
+        }
+        chosen = {param: name for param, name in named.items() if name is not None}
+        for param, name in chosen.items():
+            if self._engine.adapter(name) is None:
+                raise self._unknown(name, param)
+        if len(set(chosen.values())) > 1:
             raise ApiError(
-                404,
-                f"the model {name!r} does not exist; this server has {', '.join(self._models)}",
-                param="model",
-                code="model_not_found",
+                400,
+                "different adapters are named: "
+                + ", ".join(f"{param} {name!r}" for param, name in chosen.items()),
+                param=list(chosen)[-1],
+                code="invalid_value",
             )
+        return next(iter(chosen.values()), None)
 
     def _require_room(
         self, prompt: tuple[int, ...] | list[int], params: SamplingParams, names: Mapping[str, str]

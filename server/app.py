@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import logging
 import re
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
 from uuid import uuid4
 
 from aiohttp import web
 from aiohttp.typedefs import Middleware
 from nybble.engine import Engine
+from nybble.server.adapters import ADMIN_PATHS, AdapterAdmin
 from nybble.server.api import Api
-from nybble.server.errors import ApiError, as_api_error
+from nybble.server.errors import as_api_error
 from nybble.server.gate import Gate
+from nybble.server.keys import Keys
 from nybble.server.metrics import Metrics
 
 logger = logging.getLogger(__name__)
@@ -38,20 +39,26 @@ def make_app(
     max_sequences: int,
     gate: Gate,
     api_keys: Sequence[str] = (),
+    admin_keys: Sequence[str] = (),
+    adapter_roots: Sequence[Path] = (),
 ) -> web.Application:
     """The application over a started engine.
 
     models: the names it answers to, the first being its own. max_sequences: how many may be
     waiting and running at once. api_keys: with any, requests must carry one of them.
+    admin_keys: the same for administration, which needs one. adapter_roots: folders that adapters
+    may be loaded from.
     """
     metrics = Metrics(engine)
     api = Api(engine, metrics, models, max_sequences, gate)
     middlewares: list[Middleware] = [_observe(metrics), _report_errors]
     if api_keys:
-        middlewares.append(_authenticate(api_keys))
+        middlewares.append(_authenticate(Keys(api_keys, kind="API key")))
     middlewares.append(_enter(gate))
     app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=middlewares)
     app.add_routes(api.routes())
+    admin = AdapterAdmin(engine, models, Keys(admin_keys, kind="admin key"), adapter_roots)
+    app.add_routes(admin.routes())
     app.on_response_prepare.append(_send_request_id)
     return app
 
@@ -100,22 +107,14 @@ async def _report_errors(request: web.Request, handler: Handler) -> web.StreamRe
         return as_api_error(error).response()
 
 
-def _authenticate(api_keys: Sequence[str]) -> Middleware:
-    # Hashes of equal length, all compared: the time taken tells nothing about any key.
-    digests = [hashlib.sha256(key.encode()).digest() for key in api_keys]
-
+def _authenticate(keys: Keys) -> Middleware:
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
-        if request.path not in _OPEN_PATHS:
-            scheme, _, key = request.headers.get("Authorization", "").partition(" ")
-            found = hashlib.sha256(key.strip().encode(errors="surrogateescape")).digest()
-            matches = [hmac.compare_digest(found, digest) for digest in digests]
-            if scheme.lower() != "bearer" or not any(matches):
-                raise ApiError(
-                    401,
-                    "a valid API key is required: Authorization: Bearer KEY",
-                    code="invalid_api_key",
-                )
+        resource = request.match_info.route.resource
+        # Administration asks for a key of its own.
+        administration = resource is not None and resource.canonical in ADMIN_PATHS
+        if request.path not in _OPEN_PATHS and not administration:
+            keys.require(request)
         return await handler(request)
 
     return middleware

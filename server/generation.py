@@ -28,6 +28,7 @@ class Job:
     params: SamplingParams
     n: int = 1
     guide: GrammarGuide | None = None
+    adapter: str | None = None
 
     @property
     def size(self) -> int:
@@ -38,7 +39,8 @@ class Job:
         if params.seed is not None and self.n > 1:
             params = replace(params, seed=params.seed + index % self.n)
         guide = None if self.guide is None else self.guide.fork()
-        return Request(f"{self.id}-{index}", self.prompts[index // self.n], params, guide)
+        prompt = self.prompts[index // self.n]
+        return Request(f"{self.id}-{index}", prompt, params, guide, self.adapter)
 
 
 @dataclass
@@ -144,11 +146,16 @@ class Generation:
 
     async def _sequence(self, request: Request) -> AsyncGenerator[RequestOutput]:
         metrics = self._metrics
+        label = metrics.adapter_label(request.adapter)
+        if label is not None:
+            metrics.adapter_sequences.labels(label).inc()
         arrived = previous = time.monotonic()
         first, reason = True, "cancelled"
         try:
             async with aclosing(self.engine.generate(request)) as outputs:
                 async for output in outputs:
+                    if label is not None:
+                        metrics.adapter_tokens.labels(label).inc(len(output.token_ids))
                     now = time.monotonic()
                     if first:
                         first = False

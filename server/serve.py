@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from aiohttp import web
 from nybble.engine import Engine
@@ -28,6 +29,8 @@ async def serve(
     models: tuple[str, ...],
     max_sequences: int,
     api_keys: Sequence[str] = (),
+    admin_keys: Sequence[str] = (),
+    adapter_roots: Sequence[Path] = (),
     shutdown_timeout: float = 30,
     ready: Callable[[], None] = lambda: None,
 ) -> None:
@@ -37,7 +40,15 @@ async def serve(
     an error. A second signal ends the process at once. ``ready`` is called when requests are taken.
     """
     gate = Gate()
-    app = make_app(engine, models=models, max_sequences=max_sequences, gate=gate, api_keys=api_keys)
+    app = make_app(
+        engine,
+        models=models,
+        max_sequences=max_sequences,
+        gate=gate,
+        api_keys=api_keys,
+        admin_keys=admin_keys,
+        adapter_roots=adapter_roots,
+    )
     # Cancelling handlers of clients that have gone is what cancels their sequences.
     runner = web.AppRunner(
         app, handler_cancellation=True, access_log=None, shutdown_timeout=_FLUSH_SECONDS
