@@ -6,7 +6,7 @@ MODEL  ?= demo
 PORT   ?= 8000
 PACKAGES := engine kernels loaders quantizers server
 
-.PHONY: install serve test lint clean
+.PHONY: install serve test lint gpu clean
 
 install: $(VENV)/.installed
 
@@ -33,6 +33,19 @@ lint: install
 
 test: lint
 	$(BIN)/pytest
+
+# On a machine with a GPU and a torch of its own: checks first, then the tables, each script in its
+# own time budget (--minutes).
+GPU_PYTHON ?= python3
+GPU_ARGS ?=
+GPU_ENV := PYTHONUNBUFFERED=1 PYTHONPATH=build/gpu
+gpu:
+	mkdir -p build/gpu/nybble
+	for package in $(PACKAGES); do ln -sfn ../../../$$package build/gpu/nybble/$$package; done
+	$(GPU_ENV) $(GPU_PYTHON) kernels/bench/gpu_matmul.py $(GPU_ARGS)
+	if [ -f kernels/bench/gpu_step.py ]; then \
+		$(GPU_ENV) $(GPU_PYTHON) kernels/bench/gpu_step.py $(GPU_ARGS); \
+	fi
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -1,7 +1,7 @@
 """Sequences, paged KV cache, scheduler, models and sampling: continuous batching."""
 
 from nybble.engine.adapters import AdapterInfo
-from nybble.engine.config import AdapterConfig, EngineConfig
+from nybble.engine.config import AdapterConfig, EngineConfig, resolve_device
 from nybble.engine.engine import Engine, EngineStats
 from nybble.engine.guide import GrammarCompiler, GrammarGuide
 from nybble.engine.request import (
@@ -37,4 +37,5 @@ __all__ = [
     "RequestOutput",
     "SamplingParams",
     "TokenLogprob",
+    "resolve_device",
 ]

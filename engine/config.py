@@ -33,6 +33,7 @@ class AdapterConfig:
 class EngineConfig:
     """Settings fixed for the life of an engine.
 
+    device: ``cpu``, ``cuda``, ``cuda:N``, or ``auto`` for a GPU where there is one.
     block_size: tokens in one KV block. kv_cache_bytes: memory for the keys and values of all
     sequences together. max_num_seqs: sequences computed in one step. max_batched_tokens: the token
     budget of a step; longer prompts are prefilled in chunks. max_model_len: longest prompt plus
@@ -62,3 +63,37 @@ class EngineConfig:
             )
         if self.max_waiting < 0:
             raise ValueError(f"max_waiting is {self.max_waiting}, expected 0 or more")
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device that ``cpu``, ``cuda``, ``cuda:N`` or ``auto`` names.
+
+    Raises ValueError saying what is missing where it cannot be used.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    kind, colon, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or (colon and not (kind == "cuda" and index.isdecimal())):
+        raise ValueError(f"device is {name!r}, expected auto, cpu, cuda or cuda:N")
+    if kind == "cpu":
+        return torch.device("cpu")
+    if torch.version.cuda is None:
+        raise ValueError(
+            f"device is {name!r}, but this build of PyTorch ({torch.__version__}) is for the CPU; "
+            "install a CUDA build or choose cpu"
+        )
+    if not torch.cuda.is_available():
+        raise ValueError(
+            f"device is {name!r}, but PyTorch finds no usable NVIDIA GPU (see nvidia-smi); "
+            "choose cpu"
+        )
+    count = torch.cuda.device_count()
+    if index and int(index) >= count:
+        raise ValueError(f"device is {name!r}, but this machine has {count} GPU(s)")
+    major, minor = torch.cuda.get_device_capability(int(index or 0))
+    if major < 8:
+        raise ValueError(
+            f"device is {name!r}, a GPU of compute capability {major}.{minor}; "
+            "8.0 (Ampere) or newer is needed"
+        )
+    return torch.device("cuda", int(index or 0))

@@ -113,6 +113,7 @@ class Decoder:
             raise ValueError("the checkpoint has no lm_head and its embeddings are not tied")
         self.head = head or DenseWeight(self.embedding)
         store.finish()
+        self.max_model_len = max_model_len
         self._rotary = rotary_table(config, max_model_len, device)
 
     def forward(

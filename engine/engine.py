@@ -19,7 +19,7 @@ import torch
 from nybble.engine.adapter_slots import AdapterSlots
 from nybble.engine.adapters import AdapterInfo, AdapterRegistry, AdapterVersion
 from nybble.engine.block_manager import BlockManager
-from nybble.engine.config import EngineConfig
+from nybble.engine.config import EngineConfig, resolve_device
 from nybble.engine.decoder import Decoder, DecoderShape
 from nybble.engine.detokenizer import Detokenizer
 from nybble.engine.request import (
@@ -31,9 +31,10 @@ from nybble.engine.request import (
     ParameterError,
     Request,
     RequestOutput,
+    TokenLogprob,
 )
 from nybble.engine.runner import ModelRunner, kv_bytes_per_block
-from nybble.engine.sampler import SequenceSampler
+from nybble.engine.sampler import SequenceSampler, sample
 from nybble.engine.scheduler import Scheduler
 from nybble.engine.sequence import Sequence
 from nybble.loaders import AdapterError
@@ -134,7 +135,8 @@ class Engine:
         """Build an engine from a checkpoint.
 
         Raises UnsupportedModelError for an architecture the decoder does not compute, and
-        ValueError where the KV cache cannot hold a single block or the settings contradict.
+        ValueError where the KV cache cannot hold a single block, the device cannot be used or the
+        settings contradict.
         """
         from tqdm import tqdm
 
@@ -160,7 +162,7 @@ class Engine:
         decoder = Decoder(
             checkpoint.config,
             weights,
-            device=torch.device(config.device),
+            device=resolve_device(config.device),
             dtype=config.dtype,
             max_model_len=max_model_len,
         )
@@ -173,12 +175,14 @@ class Engine:
                 checkpoint.config,
                 count=config.adapters.slots,
                 max_rank=config.adapters.max_rank,
-                device=torch.device(config.device),
+                device=resolve_device(config.device),
                 dtype=config.dtype,
             )
         blocks = BlockManager(num_blocks, config.block_size, prefix_caching=config.prefix_caching)
+        runner = ModelRunner(decoder, config, num_blocks, adapters)
+        runner.warm_up(progress)
         return cls(
-            runner=ModelRunner(decoder, config, num_blocks, adapters),
+            runner=runner,
             scheduler=Scheduler(blocks, config.max_num_seqs, config.max_batched_tokens),
             tokenizer=tokenizer,
             eos_token_ids=_eos_token_ids(checkpoint, tokenizer),
@@ -373,7 +377,8 @@ class Engine:
             if item.completes and item.sequence.request.guide is not None:
                 item.sequence.sampler.allowed = item.sequence.request.guide.allowed()
         completing = [item.completes for item in batch]
-        row = 0
+        samplers = [i.sequence.sampler for i, done in zip(batch, completing, strict=True) if done]
+        sampled = iter(sample(logits, samplers) if samplers else [])
         for item, completes in zip(batch, completing, strict=True):
             sequence = item.sequence
             if sequence.num_output_tokens == 0:
@@ -382,10 +387,9 @@ class Engine:
             if completes:
                 output: RequestOutput | GuideError
                 try:
-                    output = self._advance(sequence, logits[row])
+                    output = self._advance(sequence, *next(sampled))
                 except GuideError as error:
                     output = error
-                row += 1
                 stream = self._streams[sequence.request_id][1]
                 outputs[stream.loop].append((stream, output))
                 if isinstance(output, GuideError) or output.finish_reason is not None:
@@ -394,10 +398,11 @@ class Engine:
         self._steps += 1
         return outputs
 
-    def _advance(self, sequence: Sequence, logits: torch.Tensor) -> RequestOutput:
-        """Sample the next token of a sequence and say what it added."""
+    def _advance(
+        self, sequence: Sequence, token: int, logprob: TokenLogprob | None
+    ) -> RequestOutput:
+        """Give a sequence its next token and say what it added."""
         params = sequence.request.params
-        token, logprob = sequence.sampler.sample(logits)
         sequence.token_ids.append(token)
         self._generation_tokens += 1
         guide = sequence.request.guide

@@ -58,6 +58,10 @@ def lora_add(
     them, zero beyond each slot's rank. ranks: int32 ``(slots,)``, 0 for a slot whose adapter leaves
     this projection alone.
     """
+    if x.is_cuda and x.dtype in (torch.float16, torch.bfloat16):
+        from nybble.kernels.triton import lora
+
+        return lora.lora_add(out, x, a, b, ranks, offsets, batch)
     cpu = library() if x.device.type == "cpu" and x.dtype == torch.bfloat16 else None
     kernel = cpu.lora_add if cpu is not None else lora_add_reference
     kernel(out, x, a, b, ranks, offsets, batch)

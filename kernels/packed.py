@@ -30,9 +30,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
-from nybble.kernels.layout import TILE_OUT, Layout, from_rows, padded_shape, to_rows
+from nybble.kernels.layout import Layout, from_rows, padded_shape, tile_rows, to_rows
 from torch import Tensor
 
 INTEGER_LEVELS = torch.arange(16, dtype=torch.float32)
@@ -124,6 +125,17 @@ class PackedWeight:
         """Groups in a row; the last one is short where group_size does not divide ``columns``."""
         return -(-self.columns // self.group_size)
 
+    @cached_property
+    def level_values(self) -> tuple[float, ...]:
+        """``levels`` on the host. The first reading waits for the device: ask while loading."""
+        return tuple(self.levels.tolist())
+
+    @cached_property
+    def is_affine(self) -> bool:
+        """Whether the codes are plain integers: 0…15 with zeros, or −8…7 without."""
+        first = -8 if self.zeros is None else 0
+        return self.level_values == tuple(range(first, first + 16))
+
     @property
     def nbytes(self) -> int:
         """Bytes held by all tensors of the weight."""
@@ -136,9 +148,9 @@ class PackedWeight:
             return self
         out, columns, groups = self.out_features, self.columns, self.groups
         qweight, scales, zeros = to_rows(
-            self.layout, self.qweight, self.scales, self.zeros, out, columns, groups
+            self.layout, self.qweight, self.scales, self.zeros, out, columns, groups, self.is_affine
         )
-        qweight, scales, zeros = from_rows(layout, qweight, scales, zeros)
+        qweight, scales, zeros = from_rows(layout, qweight, scales, zeros, self.is_affine)
         return replace(self, qweight=qweight, scales=scales, zeros=zeros, layout=layout)
 
     def to(self, device: torch.device) -> PackedWeight:
@@ -165,7 +177,7 @@ class PackedWeight:
         In a tiled layout ``start`` must be at the beginning of a tile.
         """
         stop = min(stop, self.out_features)
-        tile = 1 if self.layout == "rows" else TILE_OUT
+        tile = tile_rows(self.layout)
         if start % tile:
             raise ValueError(f"rows from {start}: {self.layout} is cut at multiples of {tile}")
         tiles = slice(start // tile, -(-stop // tile))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from nybble.kernels.attention_batch import AttentionBatch
 from nybble.kernels.packed import PackedWeight
@@ -74,16 +77,25 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def paged_attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: AttentionBatch, scale: float
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    batch: AttentionBatch,
+    scale: float,
+    window: int = 0,
 ) -> Tensor:
     """Causal attention of every sequence's new tokens over its cached keys and values.
 
     q ``(tokens, q_heads, head_dim)``; caches as in :func:`rotary_store`. Query head h reads
-    KV head h // (q_heads / kv_heads). Returns ``(tokens, q_heads · head_dim)``.
+    KV head h // (q_heads / kv_heads). window: each token sees itself and the ``window − 1`` tokens
+    before it (0: all of them). Returns ``(tokens, q_heads · head_dim)``; the row of a sequence
+    without context, which only pads the batch, is undefined.
     """
     out = torch.empty_like(q)
     starts = batch.query_start.tolist()
     for index, context in enumerate(batch.context_lens.tolist()):
+        if context == 0:
+            continue
         queries = q[starts[index] : starts[index + 1]]
         blocks = -(-context // k_cache.shape[2])
         table = batch.block_tables[index, :blocks].long()
@@ -98,7 +110,81 @@ def paged_attention(
         keys, values = (t.repeat_interleave(repeats, dim=1) for t in (keys, values))
         scores = torch.einsum("qhd,khd->hqk", queries.float(), keys) * scale
         positions = torch.arange(context, device=q.device)
-        visible = positions <= positions[context - queries.shape[0] :, None]
+        own = positions[context - queries.shape[0] :, None]
+        visible = positions <= own
+        if window:
+            visible &= positions > own - window
         weights = scores.masked_fill(~visible, float("-inf")).softmax(-1)
         out[starts[index] : starts[index + 1]] = torch.einsum("hqk,khd->qhd", weights, values)
     return out.flatten(1)
+
+
+class TokenChoice(NamedTuple):
+    """How a row's token is chosen: see :func:`sample_tokens`. uniform: a number in [0, 1)."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    uniform: float
+
+
+def sample_tokens(logits: Tensor, choices: Sequence[TokenChoice]) -> Tensor:
+    """A token for every row of ``logits`` (float32 ``(rows, vocab)``): int64 ``(rows,)``.
+
+    Temperature 0 takes the largest. Otherwise what is left after top_k (0 is off), then top_p of
+    that, then min_p (relative to the likeliest) is drawn from by inverting its cumulative
+    distribution, in vocabulary order, at ``uniform``. Entries equal to the last one kept are kept.
+    """
+    tokens = [_sample(row, choice) for row, choice in zip(logits, choices, strict=True)]
+    return torch.stack(tokens)
+
+
+# Nucleus sampling looks at this many candidates first, then at eight times as many, and so on.
+_NUCLEUS_CANDIDATES = 1024
+
+
+def _sample(logits: Tensor, choice: TokenChoice) -> Tensor:
+    if choice.temperature == 0:
+        return logits.argmax()
+    probs = torch.softmax(logits / choice.temperature, dim=-1)
+    ids: Tensor | None = None
+    if 0 < choice.top_k < len(probs):
+        top = probs.topk(choice.top_k + 1)
+        ids = _at_least(probs, top.values[-2], top.values, top.indices)
+        probs = probs[ids]
+    if choice.top_p < 1:
+        kept = _nucleus(probs, choice.top_p)
+        probs, ids = probs[kept], kept if ids is None else ids[kept]
+    if choice.min_p > 0:
+        kept = (probs >= choice.min_p * probs.max()).nonzero()[:, 0]
+        probs, ids = probs[kept], kept if ids is None else ids[kept]
+    # float64, because a float32 sum over a large vocabulary misplaces its tail.
+    cumulative = probs.double().cumsum(0)
+    # `right` finds the first entry above the target, so that none of probability 0 is chosen.
+    target = choice.uniform * cumulative[-1:]
+    index = torch.searchsorted(cumulative, target, right=True)[0]
+    if index == len(probs):  # the product rounded up to the total
+        index = probs.nonzero()[-1, 0]
+    return index if ids is None else ids[index]
+
+
+def _nucleus(probs: Tensor, top_p: float) -> Tensor:
+    """The fewest likeliest entries that hold ``top_p`` of all, in their order."""
+    needed = top_p * probs.sum()
+    count = min(_NUCLEUS_CANDIDATES, len(probs))
+    while True:
+        values, ids = probs.topk(count)
+        cumulative = values.cumsum(0)
+        if count == len(probs) or cumulative[-1] >= needed:
+            # An entry stays if what precedes it does not hold top_p yet.
+            kept = int((cumulative - values < needed).sum())
+            return _at_least(probs, values[max(kept, 1) - 1], values, ids)
+        count = min(8 * count, len(probs))
+
+
+def _at_least(probs: Tensor, least: Tensor, top: Tensor, top_ids: Tensor) -> Tensor:
+    """Where ``probs`` is at least ``least``, in order; ``top`` are the largest of ``probs``."""
+    if len(top) == len(probs) or top[-1] < least:  # all of them are among the largest
+        return top_ids[top >= least].sort().values
+    return (probs >= least).nonzero()[:, 0]

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
-from typing import Any
 from uuid import uuid4
 
 from aiohttp import web
-from nybble.engine import AdapterInfo, Engine, GrammarCompiler, ParameterError, SamplingParams
+from nybble.engine import Engine, GrammarCompiler, ParameterError, SamplingParams
 from nybble.server.chat import ChatShape
 from nybble.server.chat_schema import ChatRequest, DetokenizeRequest, TokenizeRequest
 from nybble.server.completions import CompletionShape
@@ -20,17 +19,18 @@ from nybble.server.generation import Generation, Job
 from nybble.server.guiding import guide_of
 from nybble.server.logprobs import Logprobs
 from nybble.server.metrics import Metrics
+from nybble.server.model_names import ModelNames
 from nybble.server.parse import read_body
 from nybble.server.prompts import Prompts
 from nybble.server.respond import json_response, respond
-from nybble.server.schema import CompletionRequest, Sampling
+from nybble.server.responses import ResponsesShape
+from nybble.server.responses_schema import ResponsesRequest
+from nybble.server.schema import CompletionRequest
 from nybble.server.token_bytes import TokenBytes
-from nybble.server.tools import tools_of
+from nybble.server.tools import Tools, tools_of
 
 # OpenAI's default for completions; chat goes on to the end of the context.
 _COMPLETION_MAX_TOKENS = 16
-ADAPTER_HEADER = "X-LoRA-Adapter"
-_NAMES_IN_ERRORS = 20
 
 
 class Api:
@@ -47,8 +47,7 @@ class Api:
         self._gate = gate
         self._engine = engine
         self._metrics = metrics
-        self._models = models
-        self._created = int(time.time())
+        self._names = ModelNames(engine, models)
         self._generation = Generation(engine, metrics, max_sequences)
         self._prompts = Prompts(engine.tokenizer, models[0])
         self._tokens = TokenBytes(engine.tokenizer)
@@ -64,6 +63,7 @@ class Api:
             web.get("/v1/models/{model:.+}", self.get_model),
             web.post("/v1/chat/completions", self.chat_completions),
             web.post("/v1/completions", self.completions),
+            web.post("/v1/responses", self.responses),
             web.post("/tokenize", self.tokenize),
             web.post("/detokenize", self.detokenize),
         ]
@@ -88,48 +88,65 @@ class Api:
         return json_response({"version": version("nybble")})
 
     async def list_models(self, _: web.Request) -> web.Response:
-        models = [self._model(name) for name in self._models]
-        models += [self._adapter(info) for info in self._engine.adapters()]
-        return json_response({"object": "list", "data": models})
+        return json_response({"object": "list", "data": self._names.bodies()})
 
     async def get_model(self, request: web.Request) -> web.Response:
-        name = request.match_info["model"]
-        self._require_model(name)
-        info = self._engine.adapter(name)
-        return json_response(self._model(name) if info is None else self._adapter(info))
+        return json_response(self._names.body(request.match_info["model"]))
 
     async def chat_completions(self, request: web.Request) -> web.StreamResponse:
         body = await read_body(request, ChatRequest)
-        adapter = self._chosen_adapter(request, body)
+        adapter = self._names.adapter(body.model, body.adapter, request.headers)
         limit = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
         names = {"prompt": "messages", "max_tokens": limit, "logprobs": "top_logprobs"}
         with _parameters_called(names):
-            params = body.sampling_params(
-                max_tokens=getattr(body, limit),
-                logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-            )
-            tools = tools_of(body, self._engine.tokenizer, body.model)
-            prompt = await self._prompts.chat(
-                body.messages,
-                tools=None if tools is None else tools.shown(),
-                template_kwargs=body.chat_template_kwargs,
-            )
-            self._require_room(prompt, params, names)
-            guide = await guide_of(self._grammars, body, body.response_format, tools)
-            job = Job(f"chatcmpl-{uuid4().hex}", (prompt,), params, body.sequences, guide, adapter)
-            created = int(time.time())
-            shape = ChatShape(job.id, body.model, created, self._logprobs(params), tools)
-            return await self._respond(request, job, shape, body)
+            job, tools = await self._chat_job("chatcmpl-", body, adapter)
+        shape = ChatShape(
+            job.id,
+            body.model,
+            int(time.time()),
+            self._logprobs(job.params),
+            tools,
+            include_usage=body.include_usage,
+        )
+        return await respond(request, self._generation, job, shape, stream=bool(body.stream))
+
+    async def responses(self, request: web.Request) -> web.StreamResponse:
+        body = await read_body(request, ResponsesRequest)
+        adapter = self._names.adapter(body.model, None, request.headers)
+        names = {"prompt": "input", "messages": "input", "max_tokens": "max_output_tokens"}
+        with _parameters_called(names | {"response_format": "text.format"}):
+            job, tools = await self._chat_job("resp_", body.chat(), adapter)
+        shape = ResponsesShape(job.id, body, int(time.time()), tools)
+        return await respond(request, self._generation, job, shape, stream=bool(body.stream))
+
+    async def _chat_job(
+        self, prefix: str, body: ChatRequest, adapter: str | None
+    ) -> tuple[Job, Tools | None]:
+        limits = (body.max_completion_tokens, body.max_tokens)
+        params = body.sampling_params(
+            max_tokens=next((limit for limit in limits if limit is not None), None),
+            logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        )
+        tools = tools_of(body, self._engine.tokenizer, body.model)
+        prompt = await self._prompts.chat(
+            body.messages,
+            tools=None if tools is None else tools.shown(),
+            template_kwargs=body.chat_template_kwargs,
+        )
+        self._require_room(prompt, params)
+        guide = await guide_of(self._grammars, body, body.response_format, tools)
+        name = f"{prefix}{uuid4().hex}"
+        return Job(name, (prompt,), params, body.sequences, guide, adapter), tools
 
     async def completions(self, request: web.Request) -> web.StreamResponse:
         body = await read_body(request, CompletionRequest)
-        adapter = self._chosen_adapter(request, body)
+        adapter = self._names.adapter(body.model, body.adapter, request.headers)
         max_tokens = _COMPLETION_MAX_TOKENS if body.max_tokens is None else body.max_tokens
         params = body.sampling_params(max_tokens, body.logprobs)
         prompts = []
         for prompt in body.prompts:
             encoded = await self._prompts.encode(prompt) if isinstance(prompt, str) else prompt
-            self._require_room(encoded, params, {})
+            self._require_room(encoded, params)
             prompts.append(tuple(encoded))
         echoes = None
         if body.echo:
@@ -141,14 +158,19 @@ class Api:
         guide = await guide_of(self._grammars, body)
         job = Job(f"cmpl-{uuid4().hex}", tuple(prompts), params, body.sequences, guide, adapter)
         shape = CompletionShape(
-            job.id, body.model, int(time.time()), self._logprobs(params), echoes
+            job.id,
+            body.model,
+            int(time.time()),
+            self._logprobs(params),
+            echoes,
+            include_usage=body.include_usage,
         )
-        return await self._respond(request, job, shape, body)
+        return await respond(request, self._generation, job, shape, stream=bool(body.stream))
 
     async def tokenize(self, request: web.Request) -> web.Response:
         body = await read_body(request, TokenizeRequest)
         if body.model is not None:
-            self._require_model(body.model)
+            self._names.require(body.model)
         if body.messages is not None:
             tokens = await self._prompts.chat(
                 body.messages, template_kwargs=body.chat_template_kwargs
@@ -163,94 +185,26 @@ class Api:
     async def detokenize(self, request: web.Request) -> web.Response:
         body = await read_body(request, DetokenizeRequest)
         if body.model is not None:
-            self._require_model(body.model)
+            self._names.require(body.model)
         size = len(self._engine.tokenizer)
         for token in body.tokens:
             if not 0 <= token < size:
                 raise ParameterError("tokens", f"token id {token} is outside the {size} known")
         return json_response({"prompt": await self._prompts.decode(body.tokens)})
 
-    async def _respond(
-        self, request: web.Request, job: Job, shape: ChatShape | CompletionShape, body: Sampling
-    ) -> web.StreamResponse:
-        return await respond(
-            request,
-            self._generation,
-            job,
-            shape,
-            stream=bool(body.stream),
-            include_usage=body.include_usage,
-        )
-
     def _logprobs(self, params: SamplingParams) -> Logprobs | None:
         if params.logprobs is None:
             return None
         return Logprobs(self._tokens, self._engine.eos_token_ids | set(params.stop_token_ids))
 
-    def _model(self, name: str) -> dict[str, Any]:
-        return {
-            "id": name,
-            "object": "model",
-            "created": self._created,
-            "owned_by": "nybble",
-            "max_model_len": self._engine.max_model_len,
-        }
-
-    def _adapter(self, info: AdapterInfo) -> dict[str, Any]:
-        return self._model(info.name) | {"created": info.loaded, "parent": self._models[0]}
-
-    def _require_model(self, name: str) -> None:
-        if name not in self._models and self._engine.adapter(name) is None:
-            raise self._unknown(name, "model")
-
-    def _unknown(self, name: str, param: str) -> ApiError:
-        adapters = [info.name for info in self._engine.adapters()]
-        known = adapters if param != "model" else [*self._models, *adapters]
-        more = f" and {len(known) - _NAMES_IN_ERRORS} more" if len(known) > _NAMES_IN_ERRORS else ""
-        return ApiError(
-            404,
-            f"the {'model' if param == 'model' else 'adapter'} {name!r} does not exist; this "
-            f"server has {', '.join(known[:_NAMES_IN_ERRORS]) or 'none'}{more}",
-            param=param,
-            code="model_not_found",
-        )
-
-    def _chosen_adapter(self, request: web.Request, body: Sampling) -> str | None:
-        """The adapter named by the model, the field ``adapter`` or the header; None for the base.
-
-        Raises ApiError where a name leads nowhere or they name different ones.
-        """
-        self._require_model(body.model)
-        named = {
-            "model": None if body.model in self._models else body.model,
-            "adapter": body.adapter,
-            ADAPTER_HEADER: request.headers.get(ADAPTER_HEADER),
-        }
-        chosen = {param: name for param, name in named.items() if name is not None}
-        for param, name in chosen.items():
-            if self._engine.adapter(name) is None:
-                raise self._unknown(name, param)
-        if len(set(chosen.values())) > 1:
-            raise ApiError(
-                400,
-                "different adapters are named: "
-                + ", ".join(f"{param} {name!r}" for param, name in chosen.items()),
-                param=list(chosen)[-1],
-                code="invalid_value",
-            )
-        return next(iter(chosen.values()), None)
-
-    def _require_room(
-        self, prompt: tuple[int, ...] | list[int], params: SamplingParams, names: Mapping[str, str]
-    ) -> None:
+    def _require_room(self, prompt: Sequence[int], params: SamplingParams) -> None:
         limit = self._engine.max_model_len
         if len(prompt) + (params.max_tokens or 1) > limit:
-            parameter = "prompt" if len(prompt) >= limit else "max_tokens"
             raise ApiError(
                 400,
                 f"the prompt has {len(prompt)} tokens and asks for {params.max_tokens or 1} more "
                 f"at least, but together they are limited to {limit}",
-                param=names.get(parameter, parameter),
+                param="prompt" if len(prompt) >= limit else "max_tokens",
                 code="context_length_exceeded",
             )
 
@@ -263,3 +217,6 @@ def _parameters_called(names: Mapping[str, str]) -> Iterator[None]:
     except ParameterError as error:
         name = names.get(error.parameter, error.parameter)
         raise ParameterError(name, str(error).replace(error.parameter, name, 1)) from None
+    except ApiError as error:
+        error.param = names.get(error.param or "", error.param)
+        raise

@@ -7,17 +7,26 @@ from typing import Any
 from uuid import uuid4
 
 from nybble.engine import RequestOutput
+from nybble.server.choices import ChoicesShape
 from nybble.server.logprobs import Logprobs
 from nybble.server.tool_parser import Arguments, Call, Event, Text, ToolParser
 from nybble.server.tools import Tools
 
 
-class ChatShape:
+class ChatShape(ChoicesShape):
     """``chat.completion`` and ``chat.completion.chunk``. With tools, text is read for calls."""
 
     def __init__(
-        self, id: str, model: str, created: int, logprobs: Logprobs | None, tools: Tools | None
+        self,
+        id: str,
+        model: str,
+        created: int,
+        logprobs: Logprobs | None,
+        tools: Tools | None,
+        *,
+        include_usage: bool,
     ) -> None:
+        super().__init__(include_usage=include_usage)
         self._head = {"id": id, "created": created, "model": model}
         self._logprobs = logprobs
         self._tools = tools

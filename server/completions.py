@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from nybble.engine import RequestOutput
+from nybble.server.choices import ChoicesShape
 from nybble.server.logprobs import Logprobs
 
 
-class CompletionShape:
+class CompletionShape(ChoicesShape):
     """``text_completion``; echoes: a text for each sequence to begin with, or none."""
 
     def __init__(
@@ -19,7 +20,10 @@ class CompletionShape:
         created: int,
         logprobs: Logprobs | None,
         echoes: Sequence[str] | None,
+        *,
+        include_usage: bool,
     ) -> None:
+        super().__init__(include_usage=include_usage)
         self._head = {"id": id, "object": "text_completion", "created": created, "model": model}
         self._logprobs = logprobs
         self._echoes = echoes

@@ -7,7 +7,6 @@ import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from nybble.engine import Engine, GrammarGuide, Request, RequestOutput, SamplingParams
 from nybble.server.errors import ApiError
@@ -53,21 +52,23 @@ class Usage:
     def add(self, index: int, output: RequestOutput) -> None:
         self._latest[index] = output
 
-    def body(self) -> dict[str, Any]:
-        prompt = sum(len(tokens) for tokens in self.job.prompts)
-        completion = sum(output.completion_tokens for output in self._latest.values())
-        # Only the first sequence of a prompt tells what was cached before this request.
-        cached = sum(
+    @property
+    def prompt_tokens(self) -> int:
+        return sum(len(tokens) for tokens in self.job.prompts)
+
+    @property
+    def completion_tokens(self) -> int:
+        return sum(output.completion_tokens for output in self._latest.values())
+
+    @property
+    def cached_tokens(self) -> int:
+        """Prompt tokens found in the prefix cache before this job."""
+        return sum(
             output.cached_tokens
             for index, output in self._latest.items()
+            # A prompt's other sequences find what its first has put there.
             if index % self.job.n == 0
         )
-        return {
-            "prompt_tokens": prompt,
-            "completion_tokens": completion,
-            "total_tokens": prompt + completion,
-            "prompt_tokens_details": {"cached_tokens": cached},
-        }
 
 
 class Generation:

@@ -46,9 +46,12 @@ def parse_body(data: bytes, kind: type[BodyT]) -> BodyT:
 
 
 def _api_error(invalid: ValidationError, body: dict[str, Any]) -> ApiError:
-    """The error that lies deepest: of a union's branches, the one the value was meant for."""
+    """The error that lies deepest: of a union's branches, the one the value was meant for.
+
+    A wrong value goes before a missing one, which may be missing because of it.
+    """
     errors = invalid.errors(include_url=False, include_input=False)
-    error = max(errors, key=lambda error: len(_path(error, body)))
+    error = max(errors, key=lambda error: (len(_path(error, body)), error["type"] != "missing"))
     kind, path = error["type"], _path(error, body)
     param = _join(path)
     if kind == "missing":

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from aiohttp import web
 from nybble.engine import RequestOutput
-from nybble.server.errors import as_api_error
+from nybble.server.errors import ApiError, as_api_error
 from nybble.server.generation import Generation, Job, Usage
 from pydantic_core import to_json
 
@@ -17,74 +17,76 @@ from pydantic_core import to_json
 _STALL_SECONDS = 60
 
 
+Event = tuple[str | None, dict[str, Any]]  # a server-sent event's name, if it has one, and data
+
+
 class Shape(Protocol):
-    """How an endpoint writes sequences."""
+    """How an endpoint writes a job's outputs."""
 
-    def envelope(self, choices: Sequence[dict[str, Any]], *, chunk: bool) -> dict[str, Any]:
-        """The body around choices: of a whole response, or of one event."""
+    # The data that ends a stream, after the last event.
+    terminator: bytes | None
+
+    def whole(self, outputs: Sequence[Sequence[RequestOutput]], usage: Usage) -> dict[str, Any]:
+        """The body, from all outputs of every sequence."""
         ...
 
-    def choice(self, index: int, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
-        """A finished sequence."""
-        ...
-
-    def chunks(self, index: int, output: RequestOutput) -> Sequence[dict[str, Any]]:
+    def events(self, index: int, output: RequestOutput) -> Sequence[Event]:
         """What one output of a sequence adds to a stream; called for its outputs in order."""
+        ...
+
+    def last_events(self, usage: Usage) -> Sequence[Event]:
+        """What follows when all sequences are finished."""
+        ...
+
+    def failure(self, error: ApiError) -> Event:
+        """What ends a stream that cannot go on."""
         ...
 
 
 async def respond(
-    request: web.Request,
-    generation: Generation,
-    job: Job,
-    shape: Shape,
-    *,
-    stream: bool,
-    include_usage: bool,
+    request: web.Request, generation: Generation, job: Job, shape: Shape, *, stream: bool
 ) -> web.StreamResponse:
     """Run ``job``. Whatever ends the response early ends its sequences too."""
     if stream:
-        return await _stream(request, generation, job, shape, include_usage)
+        return await _stream(request, generation, job, shape)
     usage = Usage(job)
     outputs: list[list[RequestOutput]] = [[] for _ in range(job.size)]
     async with aclosing(generation.run(job)) as results:
         async for index, output in results:
             usage.add(index, output)
             outputs[index].append(output)
-    choices = [shape.choice(index, sequence) for index, sequence in enumerate(outputs)]
-    return json_response(shape.envelope(choices, chunk=False) | {"usage": usage.body()})
+    return json_response(shape.whole(outputs, usage))
 
 
 async def _stream(
-    request: web.Request, generation: Generation, job: Job, shape: Shape, include_usage: bool
+    request: web.Request, generation: Generation, job: Job, shape: Shape
 ) -> web.StreamResponse:
     usage = Usage(job)
-    # OpenAI sends a null usage with every event before the one that carries it.
-    extra: dict[str, Any] = {"usage": None} if include_usage else {}
     async with aclosing(generation.run(job)) as results:
         # Before the headers, so that what cannot be served gets a status of its own.
         index, output = await anext(results)
-        events = EventStream(request)
-        await events.open()
+        stream = EventStream(request)
+        await stream.open()
         try:
             while True:
                 usage.add(index, output)
-                for choice in shape.chunks(index, output):
-                    await events.send(shape.envelope([choice], chunk=True) | extra)
+                for event in shape.events(index, output):
+                    await stream.send(event)
                 try:
                     index, output = await anext(results)
                 except StopAsyncIteration:
                     break
-            if include_usage:
-                await events.send(shape.envelope([], chunk=True) | {"usage": usage.body()})
-            await events.done()
+            for event in shape.last_events(usage):
+                await stream.send(event)
+            if shape.terminator is not None:
+                await stream.write(b"data: " + shape.terminator + b"\n\n")
         except ConnectionError:
             raise
         except Exception as error:
             # The status is sent already: an event says that the stream is not whole.
-            await events.send(as_api_error(error).body())
-            await events.close()
-    return events.response
+            await stream.send(shape.failure(as_api_error(error)))
+        await stream.response.write_eof()
+    return stream.response
 
 
 class EventStream:
@@ -103,19 +105,13 @@ class EventStream:
     async def open(self) -> None:
         await self.response.prepare(self._request)
 
-    async def send(self, data: dict[str, Any], event: str | None = None) -> None:
+    async def send(self, event: Event) -> None:
+        name, data = event
+        head = b"" if name is None else b"event: " + name.encode() + b"\n"
+        await self.write(head + b"data: " + to_json(data) + b"\n\n")
+
+    async def write(self, data: bytes) -> None:
         """Raises ConnectionError where the client is gone or has stalled."""
-        name = b"" if event is None else b"event: " + event.encode() + b"\n"
-        await self._write(name + b"data: " + to_json(data) + b"\n\n")
-
-    async def done(self) -> None:
-        await self._write(b"data: [DONE]\n\n")
-        await self.close()
-
-    async def close(self) -> None:
-        await self.response.write_eof()
-
-    async def _write(self, data: bytes) -> None:
         try:
             async with asyncio.timeout(_STALL_SECONDS):
                 await self.response.write(data)

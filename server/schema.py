@@ -126,6 +126,7 @@ class Sampling(Body):
 
     @property
     def include_usage(self) -> bool:
+        """Whether a stream ends with the tokens used."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
     def sampling_params(self, max_tokens: int | None, logprobs: int | None) -> SamplingParams:

@@ -1,10 +1,15 @@
 """Fixtures that every folder of tests may use."""
 
 import importlib.util
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+# Triton reads this when it is first imported, so it is set before any test imports torch: kernels
+# in the test process run in the interpreter, on the CPU. The proof on a GPU is `make gpu`.
+os.environ["TRITON_INTERPRET"] = "1"
 
 # Loaded by path: with `tests/` on sys.path, `tests/kernels` would answer `import kernels`,
 # which transformers and bitsandbytes probe for.

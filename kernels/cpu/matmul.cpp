@@ -28,7 +28,8 @@ static std::vector<float> sums_of_groups(const PackedArgs& a) {
     return sums;
 }
 
-// Work is shared out in chunks of 4 tiles (64 outputs).
+// Work is handed out in chunks of 4 tiles (64 outputs) to whichever thread is free: the event loop
+// runs on the same cores, and equal shares would wait for the thread it interrupts.
 extern "C" void nybble_packed_matmul(const bf16* x, const uint8_t* codes, const void* scales,
                                      const void* zeros, const float* levels, const float* bias,
                                      bf16* out, int64_t rows, int64_t outputs, int64_t columns,
@@ -49,7 +50,7 @@ extern "C" void nybble_packed_matmul(const bf16* x, const uint8_t* codes, const 
     const int64_t tiles = (outputs + 15) / 16;
     constexpr int64_t kChunk = 4;
     const int64_t chunks = (tiles + kChunk - 1) / kChunk;
-#pragma omp parallel for schedule(static) num_threads(threads)
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
     for (int64_t chunk = 0; chunk < chunks; ++chunk)
         packed_tiles(a, chunk * kChunk, std::min(kChunk, tiles - chunk * kChunk));
 }

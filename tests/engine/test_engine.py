@@ -183,6 +183,41 @@ def test_a_seeded_request_draws_the_same_tokens_in_any_company(engine: Engine) -
     assert asyncio.run(with_company(0)) == asyncio.run(with_company(4))
 
 
+def test_decoding_from_captured_batch_sizes_gives_the_same_tokens(
+    plain_checkpoint: Callable[..., object],
+) -> None:
+    class Recomputed:
+        """Stands in for a CUDA graph: computes again what was captured, from the same memory."""
+
+        def __init__(self, function: Callable[[], torch.Tensor]) -> None:
+            self.function, self.out, self.replays = function, function(), 0
+
+        def replay(self) -> None:
+            self.out.copy_(self.function())
+            self.replays += 1
+
+    captured: list[Recomputed] = []
+
+    def capture(function: Callable[[], torch.Tensor]) -> tuple[Recomputed, torch.Tensor]:
+        captured.append(Recomputed(function))
+        return captured[-1], captured[-1].out
+
+    async def crowd(engine: Engine) -> list[list[int]]:
+        requests = (Request(f"{i}", prompt(i, 3 + i), greedy(4 + 5 * i)) for i in range(5))
+        return [tokens(r) for r in await asyncio.gather(*(collect(engine, q) for q in requests))]
+
+    found = []
+    for use_graphs in (False, True):
+        engine = Engine.load(plain_checkpoint(), CONFIG, progress=False)  # type: ignore[arg-type]
+        if use_graphs:
+            engine._runner.capture(capture, progress=False)
+        engine.start()
+        found.append(asyncio.run(crowd(engine)))
+        engine.stop()
+    assert found[0] == found[1]
+    assert sum(graph.replays > 0 for graph in captured) >= 2
+
+
 def test_a_stop_string_ends_the_text_before_it(engine: Engine) -> None:
     ids = prompt(2, 5)
     whole = asyncio.run(collect(engine, Request("a", ids, greedy(30))))

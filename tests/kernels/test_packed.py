@@ -90,14 +90,18 @@ def random_weight(
     columns=st.integers(1, 70),
     group=st.integers(1, 70),
     zeros=st.booleans(),
+    codebook=st.booleans(),
 )
 def test_every_layout_holds_the_same_weight(
-    out: int, columns: int, group: int, zeros: bool
+    out: int, columns: int, group: int, zeros: bool, codebook: bool
 ) -> None:
     weight = random_weight(out, columns, group, zeros=zeros)
-    tiled = weight.to_layout("cpu_tiles")
-    assert torch.equal(tiled.dequantize(), weight.dequantize())
-    assert torch.equal(tiled.to_layout("rows").qweight, weight.qweight)
+    if codebook:
+        weight = replace(weight, levels=torch.rand(16))
+    for layout in ("cpu_tiles", "gpu_tiles"):
+        tiled = weight.to_layout(layout)  # type: ignore[arg-type]
+        assert torch.equal(tiled.dequantize(), weight.dequantize())
+        assert torch.equal(tiled.to_layout("rows").qweight, weight.qweight)
 
 
 def test_a_cpu_tile_lane_holds_neighbouring_columns_in_its_two_halves() -> None:
