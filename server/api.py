@@ -17,6 +17,7 @@ from nybble.server.errors import ApiError
 from nybble.server.gate import Gate
 from nybble.server.generation import Generation, Job
 from nybble.server.guiding import guide_of
+from nybble.server.limits import Limiter
 from nybble.server.logprobs import Logprobs
 from nybble.server.metrics import Metrics
 from nybble.server.model_names import ModelNames
@@ -26,6 +27,7 @@ from nybble.server.respond import json_response, respond
 from nybble.server.responses import ResponsesShape
 from nybble.server.responses_schema import ResponsesRequest
 from nybble.server.schema import CompletionRequest
+from nybble.server.tenants import TENANT, Tenant
 from nybble.server.token_bytes import TokenBytes
 from nybble.server.tools import Tools, tools_of
 
@@ -43,12 +45,13 @@ class Api:
         models: tuple[str, ...],
         max_sequences: int,
         gate: Gate,
+        limiter: Limiter,
     ) -> None:
         self._gate = gate
         self._engine = engine
         self._metrics = metrics
         self._names = ModelNames(engine, models)
-        self._generation = Generation(engine, metrics, max_sequences)
+        self._generation = Generation(engine, metrics, max_sequences, limiter)
         self._prompts = Prompts(engine.tokenizer, models[0])
         self._tokens = TokenBytes(engine.tokenizer)
         self._grammars = GrammarCompiler(engine.tokenizer, engine.vocab_size, engine.eos_token_ids)
@@ -87,19 +90,19 @@ class Api:
     async def version(self, _: web.Request) -> web.Response:
         return json_response({"version": version("nybble")})
 
-    async def list_models(self, _: web.Request) -> web.Response:
-        return json_response({"object": "list", "data": self._names.bodies()})
+    async def list_models(self, request: web.Request) -> web.Response:
+        return json_response({"object": "list", "data": self._names.bodies(request.get(TENANT))})
 
     async def get_model(self, request: web.Request) -> web.Response:
-        return json_response(self._names.body(request.match_info["model"]))
+        return json_response(self._names.body(request.match_info["model"], request.get(TENANT)))
 
     async def chat_completions(self, request: web.Request) -> web.StreamResponse:
         body = await read_body(request, ChatRequest)
-        adapter = self._names.adapter(body.model, body.adapter, request.headers)
+        adapter = self._adapter_of(request, body.model, body.adapter)
         limit = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
         names = {"prompt": "messages", "max_tokens": limit, "logprobs": "top_logprobs"}
         with _parameters_called(names):
-            job, tools = await self._chat_job("chatcmpl-", body, adapter)
+            job, tools = await self._chat_job("chatcmpl-", body, adapter, request.get(TENANT))
         shape = ChatShape(
             job.id,
             body.model,
@@ -112,15 +115,15 @@ class Api:
 
     async def responses(self, request: web.Request) -> web.StreamResponse:
         body = await read_body(request, ResponsesRequest)
-        adapter = self._names.adapter(body.model, None, request.headers)
+        adapter = self._adapter_of(request, body.model, None)
         names = {"prompt": "input", "messages": "input", "max_tokens": "max_output_tokens"}
         with _parameters_called(names | {"response_format": "text.format"}):
-            job, tools = await self._chat_job("resp_", body.chat(), adapter)
+            job, tools = await self._chat_job("resp_", body.chat(), adapter, request.get(TENANT))
         shape = ResponsesShape(job.id, body, int(time.time()), tools)
         return await respond(request, self._generation, job, shape, stream=bool(body.stream))
 
     async def _chat_job(
-        self, prefix: str, body: ChatRequest, adapter: str | None
+        self, prefix: str, body: ChatRequest, adapter: str | None, tenant: Tenant | None
     ) -> tuple[Job, Tools | None]:
         limits = (body.max_completion_tokens, body.max_tokens)
         params = body.sampling_params(
@@ -136,11 +139,12 @@ class Api:
         self._require_room(prompt, params)
         guide = await guide_of(self._grammars, body, body.response_format, tools)
         name = f"{prefix}{uuid4().hex}"
-        return Job(name, (prompt,), params, body.sequences, guide, adapter), tools
+        job = Job(name, (prompt,), params, body.sequences, guide, adapter, tenant)
+        return job, tools
 
     async def completions(self, request: web.Request) -> web.StreamResponse:
         body = await read_body(request, CompletionRequest)
-        adapter = self._names.adapter(body.model, body.adapter, request.headers)
+        adapter = self._adapter_of(request, body.model, body.adapter)
         max_tokens = _COMPLETION_MAX_TOKENS if body.max_tokens is None else body.max_tokens
         params = body.sampling_params(max_tokens, body.logprobs)
         prompts = []
@@ -156,7 +160,8 @@ class Api:
             ]
             echoes = [text for text in texts for _ in range(body.sequences)]
         guide = await guide_of(self._grammars, body)
-        job = Job(f"cmpl-{uuid4().hex}", tuple(prompts), params, body.sequences, guide, adapter)
+        name, tenant = f"cmpl-{uuid4().hex}", request.get(TENANT)
+        job = Job(name, tuple(prompts), params, body.sequences, guide, adapter, tenant)
         shape = CompletionShape(
             job.id,
             body.model,
@@ -170,7 +175,7 @@ class Api:
     async def tokenize(self, request: web.Request) -> web.Response:
         body = await read_body(request, TokenizeRequest)
         if body.model is not None:
-            self._names.require(body.model)
+            self._names.require(body.model, request.get(TENANT))
         if body.messages is not None:
             tokens = await self._prompts.chat(
                 body.messages, template_kwargs=body.chat_template_kwargs
@@ -185,7 +190,7 @@ class Api:
     async def detokenize(self, request: web.Request) -> web.Response:
         body = await read_body(request, DetokenizeRequest)
         if body.model is not None:
-            self._names.require(body.model)
+            self._names.require(body.model, request.get(TENANT))
         size = len(self._engine.tokenizer)
         for token in body.tokens:
             if not 0 <= token < size:
@@ -196,6 +201,9 @@ class Api:
         if params.logprobs is None:
             return None
         return Logprobs(self._tokens, self._engine.eos_token_ids | set(params.stop_token_ids))
+
+    def _adapter_of(self, request: web.Request, model: str, field: str | None) -> str | None:
+        return self._names.adapter(model, field, request.headers, request.get(TENANT))
 
     def _require_room(self, prompt: Sequence[int], params: SamplingParams) -> None:
         limit = self._engine.max_model_len

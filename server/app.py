@@ -16,8 +16,10 @@ from nybble.server.adapters import ADMIN_PATHS, AdapterAdmin
 from nybble.server.api import Api
 from nybble.server.errors import as_api_error
 from nybble.server.gate import Gate
-from nybble.server.keys import Keys
+from nybble.server.keys import Keys, bearer
+from nybble.server.limits import Limiter
 from nybble.server.metrics import Metrics
+from nybble.server.tenants import TENANT, Tenants
 
 logger = logging.getLogger(__name__)
 
@@ -41,25 +43,28 @@ def make_app(
     api_keys: Sequence[str] = (),
     admin_keys: Sequence[str] = (),
     adapter_roots: Sequence[Path] = (),
+    tenants: Tenants | None = None,
 ) -> web.Application:
     """The application over a started engine.
 
     models: the names it answers to, the first being its own. max_sequences: how many may be
     waiting and running at once. api_keys: with any, requests must carry one of them.
     admin_keys: the same for administration, which needs one. adapter_roots: folders that adapters
-    may be loaded from.
+    may be loaded from. tenants: whose keys are taken too, each with what it allows.
     """
     metrics = Metrics(engine)
-    api = Api(engine, metrics, models, max_sequences, gate)
+    limiter = Limiter()
+    api = Api(engine, metrics, models, max_sequences, gate, limiter)
     middlewares: list[Middleware] = [_observe(metrics), _report_errors]
-    if api_keys:
-        middlewares.append(_authenticate(Keys(api_keys, kind="API key")))
+    if api_keys or tenants is not None:
+        middlewares.append(_authenticate(Keys(api_keys, kind="API key"), tenants))
     middlewares.append(_enter(gate))
     app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=middlewares)
     app.add_routes(api.routes())
     admin = AdapterAdmin(engine, models, Keys(admin_keys, kind="admin key"), adapter_roots)
     app.add_routes(admin.routes())
     app.on_response_prepare.append(_send_request_id)
+    app.on_response_prepare.append(_send_limits(limiter))
     return app
 
 
@@ -97,6 +102,14 @@ async def _send_request_id(request: web.Request, response: web.StreamResponse) -
         response.headers[_REQUEST_ID] = request[_request_id]
 
 
+def _send_limits(limiter: Limiter) -> Callable[[web.Request, web.StreamResponse], Awaitable[None]]:
+    async def send(request: web.Request, response: web.StreamResponse) -> None:
+        if TENANT in request:
+            response.headers.update(limiter.headers(request[TENANT]))
+
+    return send
+
+
 @web.middleware
 async def _report_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
     try:
@@ -107,14 +120,19 @@ async def _report_errors(request: web.Request, handler: Handler) -> web.StreamRe
         return as_api_error(error).response()
 
 
-def _authenticate(keys: Keys) -> Middleware:
+def _authenticate(keys: Keys, tenants: Tenants | None) -> Middleware:
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         resource = request.match_info.route.resource
         # Administration asks for a key of its own.
         administration = resource is not None and resource.canonical in ADMIN_PATHS
         if request.path not in _OPEN_PATHS and not administration:
-            keys.require(request)
+            key = bearer(request)
+            tenant = tenants.find(key) if tenants is not None and key is not None else None
+            if tenant is not None:
+                request[TENANT] = tenant
+            elif key is None or not keys.hold(key):
+                raise keys.refusal()
         return await handler(request)
 
     return middleware

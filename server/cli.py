@@ -131,6 +131,15 @@ def serve(
             rich_help_panel=_NETWORK,
         ),
     ] = None,
+    tenants: Annotated[
+        Path | None,
+        typer.Option(
+            help="TOML file of tenants: keys, limits, weights. SIGHUP reads it again.",
+            exists=True,
+            dir_okay=False,
+            rich_help_panel=_NETWORK,
+        ),
+    ] = None,
     shutdown_timeout: Annotated[
         float,
         typer.Option(
@@ -244,6 +253,7 @@ def serve(
             adapters=named_adapters,
             admin_keys=tuple(admin_key or ()),
             adapter_roots=tuple(lora_root or ()),
+            tenants=tenants,
             shutdown_timeout=shutdown_timeout,
         )
 
@@ -274,6 +284,7 @@ def _run_server(
     adapters: dict[str, str],
     admin_keys: tuple[str, ...],
     adapter_roots: tuple[Path, ...],
+    tenants: Path | None,
     shutdown_timeout: float,
 ) -> None:
     import asyncio
@@ -282,7 +293,9 @@ def _run_server(
     from nybble.engine import Engine
     from nybble.server.prepare import prepare_checkpoint
     from nybble.server.serve import serve as serve_engine
+    from nybble.server.tenants import Tenants
 
+    known_tenants = None if tenants is None else Tenants(tenants)
     checkpoint = prepare_checkpoint(
         model,
         device=torch.device(config.device),
@@ -318,6 +331,7 @@ def _run_server(
             api_keys=api_keys,
             admin_keys=admin_keys,
             adapter_roots=adapter_roots,
+            tenants=known_tenants,
             shutdown_timeout=shutdown_timeout,
             ready=announce,
         )
@@ -460,6 +474,15 @@ def merge(
             text=text,
             aliases=aliases,
         )
+
+
+@app.command()
+def new_key() -> None:
+    """Make an API key, and the line that a tenants file has for it."""
+    from nybble.server.tenants import new_key as make
+
+    key, stored = make()
+    print(f'key (give it to the tenant): {key}\nin the file: keys = ["{stored}"]')
 
 
 def main() -> None:

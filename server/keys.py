@@ -24,12 +24,23 @@ class Keys:
 
     def require(self, request: web.Request) -> None:
         """Raises ApiError 401 for a request that carries none of them."""
-        scheme, _, key = request.headers.get("Authorization", "").partition(" ")
-        found = hashlib.sha256(key.strip().encode(errors="surrogateescape")).digest()
-        matches = [hmac.compare_digest(found, digest) for digest in self._digests]
-        if scheme.lower() != "bearer" or not any(matches):
-            raise ApiError(
-                401,
-                f"a valid {self._kind} is required: Authorization: Bearer KEY",
-                code="invalid_api_key",
-            )
+        key = bearer(request)
+        if key is None or not self.hold(key):
+            raise self.refusal()
+
+    def hold(self, key: str) -> bool:
+        found = hashlib.sha256(key.encode(errors="surrogateescape")).digest()
+        return any([hmac.compare_digest(found, digest) for digest in self._digests])  # noqa: C419
+
+    def refusal(self) -> ApiError:
+        return ApiError(
+            401,
+            f"a valid {self._kind} is required: Authorization: Bearer KEY",
+            code="invalid_api_key",
+        )
+
+
+def bearer(request: web.Request) -> str | None:
+    """The key a request carries."""
+    scheme, _, key = request.headers.get("Authorization", "").partition(" ")
+    return key.strip() if scheme.lower() == "bearer" else None

@@ -8,6 +8,7 @@ from typing import Any
 
 from nybble.engine import AdapterInfo, Engine
 from nybble.server.errors import ApiError
+from nybble.server.tenants import Tenant
 
 ADAPTER_HEADER = "X-LoRA-Adapter"
 _NAMES_IN_ERRORS = 20
@@ -21,28 +22,34 @@ class ModelNames:
         self._base = base
         self._created = int(time.time())
 
-    def bodies(self) -> list[dict[str, Any]]:
-        """Every name as OpenAI's model object."""
-        adapters = [self._adapter(info) for info in self._engine.adapters()]
-        return [self._model(name) for name in self._base] + adapters
+    def bodies(self, tenant: Tenant | None) -> list[dict[str, Any]]:
+        """Every name the tenant may use as OpenAI's model object."""
+        adapters = [self._adapter(info) for info in self._adapters(tenant)]
+        return [self._model(name) for name in self._models(tenant)] + adapters
 
-    def body(self, name: str) -> dict[str, Any]:
+    def body(self, name: str, tenant: Tenant | None) -> dict[str, Any]:
         """Raises ApiError 404."""
-        self.require(name)
+        self.require(name, tenant)
         info = None if name in self._base else self._engine.adapter(name)
         return self._model(name) if info is None else self._adapter(info)
 
-    def require(self, name: str) -> None:
-        """Raises ApiError 404 for a name that leads nowhere."""
-        if name not in self._base and self._engine.adapter(name) is None:
-            raise self._unknown(name, "model")
+    def require(self, name: str, tenant: Tenant | None) -> None:
+        """Raises ApiError 404 for a name that leads nowhere, or nowhere the tenant may go."""
+        if name in self._base:
+            known = tenant is None or tenant.may_use_model(name)
+        else:
+            known = self._has_adapter(name, tenant)
+        if not known:
+            raise self._unknown(name, "model", tenant)
 
-    def adapter(self, model: str, field: str | None, headers: Mapping[str, str]) -> str | None:
+    def adapter(
+        self, model: str, field: str | None, headers: Mapping[str, str], tenant: Tenant | None
+    ) -> str | None:
         """The adapter that the model's name, the field or the header asks for; None for the base.
 
         Raises ApiError where a name leads nowhere or they ask for different ones.
         """
-        self.require(model)
+        self.require(model, tenant)
         asked = {
             "model": None if model in self._base else model,
             "adapter": field,
@@ -50,8 +57,8 @@ class ModelNames:
         }
         chosen = {param: name for param, name in asked.items() if name is not None}
         for param, name in chosen.items():
-            if self._engine.adapter(name) is None:
-                raise self._unknown(name, param)
+            if not self._has_adapter(name, tenant):
+                raise self._unknown(name, param, tenant)
         if len(set(chosen.values())) > 1:
             raise ApiError(
                 400,
@@ -61,6 +68,17 @@ class ModelNames:
                 code="invalid_value",
             )
         return next(iter(chosen.values()), None)
+
+    def _has_adapter(self, name: str, tenant: Tenant | None) -> bool:
+        allowed = tenant is None or tenant.may_use_adapter(name)
+        return allowed and self._engine.adapter(name) is not None
+
+    def _models(self, tenant: Tenant | None) -> list[str]:
+        return [name for name in self._base if tenant is None or tenant.may_use_model(name)]
+
+    def _adapters(self, tenant: Tenant | None) -> list[AdapterInfo]:
+        every = self._engine.adapters()
+        return [info for info in every if tenant is None or tenant.may_use_adapter(info.name)]
 
     def _model(self, name: str) -> dict[str, Any]:
         return {
@@ -74,11 +92,10 @@ class ModelNames:
     def _adapter(self, info: AdapterInfo) -> dict[str, Any]:
         return self._model(info.name) | {"created": info.loaded, "parent": self._base[0]}
 
-    def _unknown(self, name: str, param: str) -> ApiError:
-        adapters = [info.name for info in self._engine.adapters()]
-        kind, known = "adapter", adapters
+    def _unknown(self, name: str, param: str, tenant: Tenant | None) -> ApiError:
+        kind, known = "adapter", [info.name for info in self._adapters(tenant)]
         if param == "model":
-            kind, known = "model", [*self._base, *adapters]
+            kind, known = "model", [*self._models(tenant), *known]
         names = ", ".join(known[:_NAMES_IN_ERRORS]) or "none"
         if len(known) > _NAMES_IN_ERRORS:
             names += f" and {len(known) - _NAMES_IN_ERRORS} more"
