@@ -179,6 +179,13 @@ def serve(
             rich_help_panel=_ADAPTERS,
         ),
     ] = None,
+    merge_adapter: Annotated[
+        str | None,
+        typer.Option(
+            help="Adapter (folder or hub name) to merge into the model: it then costs nothing.",
+            rich_help_panel=_ADAPTERS,
+        ),
+    ] = None,
     lora_root: Annotated[
         list[Path] | None,
         typer.Option(
@@ -249,6 +256,7 @@ def serve(
             aliases=aliases,
             quantize=quantize,
             head=head,
+            merge_adapter=merge_adapter,
             api_keys=tuple(api_key or ()),
             adapters=named_adapters,
             admin_keys=tuple(admin_key or ()),
@@ -280,6 +288,7 @@ def _run_server(
     aliases: Path | None,
     quantize: Any,
     head: Any,
+    merge_adapter: str | None,
     api_keys: tuple[str, ...],
     adapters: dict[str, str],
     admin_keys: tuple[str, ...],
@@ -302,6 +311,7 @@ def _run_server(
         aliases=aliases,
         quantize=quantize,
         head=head,
+        adapter=merge_adapter,
     )
     if taken := [name for name in adapters if name in names]:
         raise ValueError(f"--lora-modules: {taken[0]!r} is the name of the base model")
