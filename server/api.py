@@ -136,7 +136,8 @@ class Api:
         )
         self._require_room(prompt, params)
         guide = await guide_of(self._grammars, body, body.response_format, tools)
-        return Job(f"{prefix}{uuid4().hex}", (prompt,), params, body.sequences, guide), tools
+        id, n = f"{prefix}{uuid4().hex}", body.sequences
+        return Job(id, (prompt,), params, n, guide, body.timeout), tools
 
     async def completions(self, request: web.Request) -> web.StreamResponse:
         body = await read_body(request, CompletionRequest)
@@ -156,7 +157,8 @@ class Api:
             ]
             echoes = [text for text in texts for _ in range(body.sequences)]
         guide = await guide_of(self._grammars, body)
-        job = Job(f"cmpl-{uuid4().hex}", tuple(prompts), params, body.sequences, guide)
+        id, n = f"cmpl-{uuid4().hex}", body.sequences
+        job = Job(id, tuple(prompts), params, n, guide, body.timeout)
         shape = CompletionShape(
             job.id,
             body.model,

@@ -279,6 +279,7 @@ def pack(
             target,
             layout=preferred_layout(torch.device(_device("auto"))) if layout == "auto" else layout,
         )
+        print(f"Wrote {target}", file=sys.stderr)
 
 
 @app.command()
@@ -326,6 +327,7 @@ def quantize(
             group_size=group_size,
             sym=sym,
         )
+        print(f"Wrote {target}", file=sys.stderr)
 
 
 def main() -> None:

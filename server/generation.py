@@ -20,6 +20,7 @@ class Job:
     """Every prompt ``n`` times; sequence ``i`` continues prompt ``i // n``.
 
     Sequences that share a prompt and have a seed get seeds of their own, counted up from it.
+    timeout: seconds it may take.
     """
 
     id: str
@@ -27,6 +28,7 @@ class Job:
     params: SamplingParams
     n: int = 1
     guide: GrammarGuide | None = None
+    timeout: float | None = None
 
     @property
     def size(self) -> int:

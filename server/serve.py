@@ -17,6 +17,7 @@ from nybble.server.gate import Gate
 logger = logging.getLogger(__name__)
 
 _BACKLOG = 1024
+_KEEPALIVE_SECONDS = 75
 # For responses whose last bytes are on the way when everything has been computed.
 _FLUSH_SECONDS = 5
 
@@ -40,7 +41,11 @@ async def serve(
     app = make_app(engine, models=models, max_sequences=max_sequences, gate=gate, api_keys=api_keys)
     # Cancelling handlers of clients that have gone is what cancels their sequences.
     runner = web.AppRunner(
-        app, handler_cancellation=True, access_log=None, shutdown_timeout=_FLUSH_SECONDS
+        app,
+        handler_cancellation=True,
+        access_log=None,
+        keepalive_timeout=_KEEPALIVE_SECONDS,
+        shutdown_timeout=_FLUSH_SECONDS,
     )
     await runner.setup()
     stopping = asyncio.Event()
