@@ -390,6 +390,7 @@ def pack(
             target,
             layout=preferred_layout(resolve_device("auto")) if layout == "auto" else layout,
         )
+        print(f"Wrote {target}", file=sys.stderr)
 
 
 @app.command()
@@ -437,6 +438,7 @@ def quantize(
             group_size=group_size,
             sym=sym,
         )
+        print(f"Wrote {target}", file=sys.stderr)
 
 
 @app.command()
