@@ -235,20 +235,23 @@ def _arrivals(device: torch.device) -> Tensor:
 
 
 @lru_cache
-def _name_and_processors(device: torch.device) -> tuple[str, int]:
+def device_traits(device: torch.device) -> tuple[str, int, int]:
+    """Name, multiprocessors and compute capability (90 for 9.0); an H100's for the interpreter."""
     if device.type != "cuda":
-        return "interpreter", 132
+        return "interpreter", 132, 90
     properties = torch.cuda.get_device_properties(device)
-    return properties.name, properties.multi_processor_count
+    return (
+        properties.name,
+        properties.multi_processor_count,
+        10 * properties.major + properties.minor,
+    )
 
 
 def chosen(weight: PackedWeight, rows: int, device: torch.device) -> Config:
     """The configuration ``rows`` rows are computed with."""
-    name, processors = _name_and_processors(device)
     group = 0 if weight.groups == 1 else weight.group_size
-    columns = stored_columns(weight)
-    bucket = bucket_of(rows)
-    return choose(name, processors, weight.is_affine, group, weight.out_features, columns, bucket)
+    size = (weight.out_features, stored_columns(weight))
+    return choose(*device_traits(device), weight.is_affine, group, *size, bucket_of(rows))
 
 
 def takes(weight: PackedWeight, dtype: torch.dtype) -> bool:

@@ -35,12 +35,12 @@ def test_measured_choices_override_the_rule(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     shape = (True, 128, 4096, 4096, 8)
-    assert configs.choose("GPU 9", 100, *shape) == default_config(8, 4096, 4096, 100)
+    assert configs.choose("GPU 9", 100, 90, *shape) == default_config(8, 4096, 4096, 100)
     path = configs.cache_path("GPU 9")
     configs.write(path, "GPU 9", {configs.key_of(*shape): MEASURED})
     configs.write(path, "GPU 9", {"another": MEASURED})
-    assert configs.choose("GPU 9", 100, *shape) == MEASURED
-    assert configs.choose("GPU 8", 100, *shape) == default_config(8, 4096, 4096, 100)
+    assert configs.choose("GPU 9", 100, 90, *shape) == MEASURED
+    assert configs.choose("GPU 8", 100, 90, *shape) == default_config(8, 4096, 4096, 100)
     assert set(configs.tuned("GPU 9")) == {configs.key_of(*shape), "another"}
 
 
