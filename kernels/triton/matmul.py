@@ -85,7 +85,7 @@ def product(w, x, acc):
     return tl.dot(w.to(tl.float32), x.to(tl.float32), acc) if INTERPRETED else tl.dot(w, x, acc)
 
 
-@triton.jit(do_not_specialize=["rows", "splits", "steps_each"])
+@triton.jit(do_not_specialize=["rows", "groups", "splits", "steps_each"])
 def matmul_kernel(
     x,  # (rows, columns)
     qweight,  # int16 (out / 64, columns / 128, 64, 32)

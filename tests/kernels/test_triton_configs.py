@@ -4,12 +4,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton", reason="Triton is for Linux")
 
-from nybble.kernels.triton import configs
+from nybble.kernels.triton import configs, tune
 from nybble.kernels.triton.configs import Config, balanced_splits, bucket_of, default_config
 from nybble.kernels.triton.tune import search
+from nybble.kernels.triton.warmup import warmup
 
 MEASURED = Config(64, 8, 7, num_warps=4, num_stages=5, scale_first=False)
 
@@ -55,3 +57,16 @@ def test_the_search_keeps_what_is_faster_and_passes_over_what_does_not_run() -> 
     best = search(start, measure)
     assert (best.num_stages, best.splits, best.dense) == (4, 8, False)
     assert search(start, lambda config: 1.0) == start
+
+
+def test_tuning_times_real_products_and_names_its_choices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune, "CACHE_BYTES", 0)
+    monkeypatch.setattr(tune, "neighbours", lambda config: [replace(config, num_stages=2)])
+    weights = list(tune.random_weights(256, 64, torch.device("cpu")))
+    best = tune.tune(weights, torch.float16, 8, progress=False)
+    assert set(best) == {"affine g128 64x256 m8", "affine g32 64x256 m8", "codebook g64 64x256 m8"}
+
+
+def test_warming_up_runs_each_kind_of_weight_once_for_each_bucket() -> None:
+    weights = list(tune.random_weights(256, 64, torch.device("cpu")))
+    assert warmup([*weights, *weights], torch.float16, 9, progress=False) == 3 * 2
