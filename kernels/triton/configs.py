@@ -26,7 +26,8 @@ class Config:
     block_n, block_m: outputs and rows of a block. splits: programs sharing a block's columns.
     scale_first: whether weights are scaled before the product (cheaper from 64 rows up) or each
     group's product after it (exact weights, cheaper below). dense: dequantize to 16 bits and leave
-    the product to the vendor's library; the other fields then do not matter.
+    the product to the vendor's library, whatever the other fields. overlap: begin while the
+    kernel before is finishing (programmatic dependent launch, sm_90 on; ignored elsewhere).
     """
 
     block_n: int
@@ -36,6 +37,7 @@ class Config:
     num_stages: int
     scale_first: bool
     dense: bool = False
+    overlap: bool = False
 
 
 def bucket_of(rows: int) -> int:

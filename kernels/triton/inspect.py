@@ -93,6 +93,7 @@ def compiled(case: Case) -> cubin.Report:
         "SETS": max(1, 128 // case.group),
         "SCALE_FIRST": c.scale_first,
         "SPLIT": c.splits > 1,
+        "OVERLAP": c.overlap and case.capability >= 90,
         "WHOLE_STEPS": True,
         "BLOCK_N": c.block_n,
         "BLOCK_M": c.block_m,

@@ -85,6 +85,19 @@ def product(w, x, acc):
     return tl.dot(w.to(tl.float32), x.to(tl.float32), acc) if INTERPRETED else tl.dot(w, x, acc)
 
 
+@triton.jit
+def fetch(pointers):
+    """Bring what ``pointers`` point at into the L2 cache."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+        "=r,l",
+        [pointers],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
 @triton.jit(do_not_specialize=["rows", "groups", "splits", "steps_each"])
 def matmul_kernel(
     x,  # (rows, columns)
@@ -109,6 +122,7 @@ def matmul_kernel(
     SETS: tl.constexpr,
     SCALE_FIRST: tl.constexpr,
     SPLIT: tl.constexpr,
+    OVERLAP: tl.constexpr,
     WHOLE_STEPS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -132,11 +146,19 @@ def matmul_kernel(
     x_at = x + m[None, :] * columns + k[:, None]
     valid_m = m[None, :] < rows
 
+    start = split * steps_each
+    stop = tl.minimum(start + steps_each, steps)
+    if OVERLAP:
+        # Weights do not depend on the kernel before: fetch the first ones while it finishes. All
+        # else is touched only after it.
+        row_at = qweight + (tile * steps * TILE_N + n % TILE_N) * SLICE
+        for ahead in tl.static_range(4):
+            fetch(row_at + tl.minimum(start + ahead, steps - 1) * (TILE_N * SLICE))
+        tl.extra.cuda.gdc_wait()
     table = codebook_table(levels, dtype) if CODEBOOK and not INTERPRETED else 0
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     nothing = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    start = split * steps_each
-    for step in range(start, tl.minimum(start + steps_each, steps)):
+    for step in range(start, stop):
         q = tl.load(q_at + step * (TILE_N * SLICE))
         if WHOLE_STEPS:
             x0 = tl.load(x_at + step * STEP, mask=valid_m, other=0.0)
@@ -204,6 +226,8 @@ def matmul_kernel(
                 part = product(w3, x3, part)
             acc += s3.to(tl.float32)[:, None] * part
 
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
     valid = valid_m & (n[:, None] < out_features)
     last = True
     if SPLIT:
@@ -294,6 +318,7 @@ def packed_matmul(x: Tensor, weight: PackedWeight, config: Config | None = None)
     splits = triton.cdiv(steps, steps_each)
     if splits > 1 and blocks > _ARRIVALS:
         raise ValueError(f"{blocks} blocks cannot be split: at most {_ARRIVALS}")
+    overlap = c.overlap and x.is_cuda and device_traits(x.device)[2] >= 90
     size = blocks * splits * c.block_n * c.block_m if c.splits > 1 else 1
     parts = torch.empty(size, dtype=torch.float32, device=x.device)
     matmul_kernel[(blocks * splits,)](
@@ -319,11 +344,13 @@ def packed_matmul(x: Tensor, weight: PackedWeight, config: Config | None = None)
         SETS=scale_sets(weight),
         SCALE_FIRST=c.scale_first,
         SPLIT=c.splits > 1,
+        OVERLAP=overlap,
         WHOLE_STEPS=columns % 128 == 0,
         BLOCK_N=c.block_n,
         BLOCK_M=c.block_m,
         GROUP_M=8,
         num_warps=c.num_warps,
         num_stages=c.num_stages,
+        **({"launch_pdl": True} if overlap else {}),
     )
     return out

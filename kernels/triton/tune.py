@@ -42,6 +42,7 @@ CACHE_BYTES = 200 << 20  # weights rotated through, several times any L2 cache
 def neighbours(config: Config) -> Iterator[Config]:
     """Configurations that differ in one field."""
     yield replace(config, dense=not config.dense)
+    yield replace(config, overlap=not config.overlap)
     for splits in (config.splits * 2, config.splits // 2, config.splits + 1, config.splits - 1):
         if 1 <= splits <= 32:
             yield replace(config, splits=splits)
