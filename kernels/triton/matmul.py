@@ -48,6 +48,21 @@ def group_of(step, part: tl.constexpr, SETS: tl.constexpr, GROUP: tl.constexpr, 
 
 
 @triton.jit
+def of_slices(values, step, SETS: tl.constexpr, GROUP: tl.constexpr, groups):
+    """Scale or zero of each of a step's four slices; slice i is in part ``i · SETS / 4``."""
+    v0 = tl.load(values + group_of(step, 0, SETS, GROUP, groups) * TILE_N)
+    v1, v2, v3 = v0, v0, v0
+    if SETS == 2:
+        v2 = tl.load(values + group_of(step, 1, SETS, GROUP, groups) * TILE_N)
+        v3 = v2
+    if SETS == 4:
+        v1 = tl.load(values + group_of(step, 1, SETS, GROUP, groups) * TILE_N)
+        v2 = tl.load(values + group_of(step, 2, SETS, GROUP, groups) * TILE_N)
+        v3 = tl.load(values + group_of(step, 3, SETS, GROUP, groups) * TILE_N)
+    return v0, v1, v2, v3
+
+
+@triton.jit
 def times_plus(w, factor, addend, HAS_ADDEND: tl.constexpr):
     """``w · factor + addend`` by row, in the dtype of ``w``: the interpreter has no bfloat16."""
     dtype: tl.constexpr = w.dtype
@@ -152,12 +167,13 @@ def matmul_kernel(
         # Weights do not depend on the kernel before: fetch the first ones while it finishes. All
         # else is touched only after it.
         row_at = qweight + (tile * steps * TILE_N + n % TILE_N) * SLICE
-        for ahead in tl.static_range(4):
-            fetch(row_at + tl.minimum(start + ahead, steps - 1) * (TILE_N * SLICE))
+        for soon in tl.static_range(4):
+            fetch(row_at + tl.minimum(start + soon, steps - 1) * (TILE_N * SLICE))
         tl.extra.cuda.gdc_wait()
     table = codebook_table(levels, dtype) if CODEBOOK and not INTERPRETED else 0
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     nothing = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    ahead = of_slices(scales + scale_at, start, SETS, GROUP, groups)
     for step in range(start, stop):
         q = tl.load(q_at + step * (TILE_N * SLICE))
         if WHOLE_STEPS:
@@ -176,33 +192,19 @@ def matmul_kernel(
         else:
             w0, w1, w2, w3 = unpack_codebook(q, levels, table, BLOCK_N, dtype)
 
-        # Slice i belongs to part i·SETS/4; slices of one part share scale and zero.
-        g0 = scale_at + group_of(step, 0, SETS, GROUP, groups) * TILE_N
-        s0 = tl.load(scales + g0)
-        z0 = tl.load(zeros + g0) if HAS_ZEROS else 0.0
-        s1, z1, s2, z2, s3, z3 = s0, z0, s0, z0, s0, z0
-        if SETS == 2:
-            g2 = scale_at + group_of(step, 1, SETS, GROUP, groups) * TILE_N
-            s2 = tl.load(scales + g2)
-            z2 = tl.load(zeros + g2) if HAS_ZEROS else 0.0
-            s3, z3 = s2, z2
-        if SETS == 4:
-            g1 = scale_at + group_of(step, 1, SETS, GROUP, groups) * TILE_N
-            g2 = scale_at + group_of(step, 2, SETS, GROUP, groups) * TILE_N
-            g3 = scale_at + group_of(step, 3, SETS, GROUP, groups) * TILE_N
-            s1 = tl.load(scales + g1)
-            s2 = tl.load(scales + g2)
-            s3 = tl.load(scales + g3)
-            z1 = tl.load(zeros + g1) if HAS_ZEROS else 0.0
-            z2 = tl.load(zeros + g2) if HAS_ZEROS else 0.0
-            z3 = tl.load(zeros + g3) if HAS_ZEROS else 0.0
-
+        z0, z1, z2, z3 = 0.0, 0.0, 0.0, 0.0
+        if HAS_ZEROS:
+            z0, z1, z2, z3 = of_slices(zeros + scale_at, step, SETS, GROUP, groups)
         if SCALE_FIRST:
+            # Loaded in this step: see kernels/README.md on what keeps operands in their layout.
+            s0, s1, s2, s3 = of_slices(scales + scale_at, step, SETS, GROUP, groups)
             acc = product(scaled(w0, s0, z0, HAS_ZEROS, CENTRE), x0, acc)
             acc = product(scaled(w1, s1, z1, HAS_ZEROS, CENTRE), x1, acc)
             acc = product(scaled(w2, s2, z2, HAS_ZEROS, CENTRE), x2, acc)
             acc = product(scaled(w3, s3, z3, HAS_ZEROS, CENTRE), x3, acc)
         else:
+            s0, s1, s2, s3 = ahead
+            ahead = of_slices(scales + scale_at, step + 1, SETS, GROUP, groups)
             w0 = shifted(w0, z0, HAS_ZEROS, CENTRE)
             w1 = shifted(w1, z1, HAS_ZEROS, CENTRE)
             w2 = shifted(w2, z2, HAS_ZEROS, CENTRE)
