@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-PACKAGES := engine kernels loaders quantizers server
+PACKAGES := engine finetune kernels loaders quantizers server
 
 .PHONY: install test lint clean
 
