@@ -241,7 +241,7 @@ class _Run:
         targets = sum(batch.targets for batch in batches)
         total = 0.0
         for batch in batches:
-            loss = _loss(self._model, batch, self._device) / targets
+            loss = batch_loss(self._model, batch, self._device) / targets
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.item()
         if not math.isfinite(total):
@@ -258,7 +258,7 @@ class _Run:
     @torch.no_grad()
     def _evaluate(self) -> float:
         self._model.train(False)
-        total = sum(_loss(self._model, batch, self._device).item() for batch in self._held_out)
+        total = sum(batch_loss(self._model, batch, self._device).item() for batch in self._held_out)
         return total / sum(batch.targets for batch in self._held_out)
 
     def _last_measured(self) -> float:
@@ -306,7 +306,7 @@ class _Run:
         self._history = [Point(**point) for point in state["history"]]
 
 
-def _loss(model: PreTrainedModel, batch: Batch, device: torch.device) -> Tensor:
+def batch_loss(model: PreTrainedModel, batch: Batch, device: torch.device) -> Tensor:
     """Sum of −log p over the batch's labelled tokens; logits exist for those only, in parts."""
     hidden = model.base_model(
         batch.input_ids.to(device), position_ids=batch.position_ids.to(device), use_cache=False

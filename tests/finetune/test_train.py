@@ -20,7 +20,7 @@ from nybble.finetune.lora import (
     optimizer_groups,
     save_adapter,
 )
-from nybble.finetune.train import _loss
+from nybble.finetune.train import batch_loss
 from nybble.loaders import open_checkpoint
 from nybble.quantizers import quantize_checkpoint
 from nybble.quantizers.packed_model import PackedLinear, load_packed_model
@@ -118,7 +118,7 @@ def test_gradients_equal_autograd_on_the_dequantized_weights(
     if checkpointing:
         packed.gradient_checkpointing_enable({"use_reentrant": False})
     batch = to_batch([[Example(list(range(20, 60)), list(range(20, 60)))]])
-    loss = _loss(packed, batch, CPU)
+    loss = batch_loss(packed, batch, CPU)
     loss.backward()
     expected = dense(batch.input_ids, labels=batch.input_ids).loss * batch.targets
     expected.backward()
@@ -136,9 +136,9 @@ def test_examples_in_one_row_do_not_see_each_other(bases: dict[str, Path]) -> No
     model = model_of(bases["16-bit"])
     first = Example(list(range(20, 50)), list(range(20, 50)))
     second = Example(list(range(90, 130)), list(range(90, 130)))
-    together = _loss(model, to_batch([[first, second]]), CPU)
-    apart = sum(_loss(model, to_batch([[one]]), CPU) for one in (first, second))
-    padded = _loss(model, to_batch([[first], [second]]), CPU)
+    together = batch_loss(model, to_batch([[first, second]]), CPU)
+    apart = sum(batch_loss(model, to_batch([[one]]), CPU) for one in (first, second))
+    padded = batch_loss(model, to_batch([[first], [second]]), CPU)
     assert together.item() == pytest.approx(float(apart), rel=1e-4)
     assert padded.item() == pytest.approx(float(apart), rel=1e-4)
 
