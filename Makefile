@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 MODEL  ?= demo
 PORT   ?= 8000
-PACKAGES := engine kernels loaders quantizers server
+PACKAGES := engine finetune kernels loaders quantizers server
 
 .PHONY: install serve test lint gpu clean
 
