@@ -118,7 +118,7 @@ def test_an_unknown_name_is_refused_with_those_there_are(engine: Engine, root: P
 def test_loading_replacing_and_unloading(engine: Engine, root: Path) -> None:
     async def scenario(client: Client) -> None:
         info = await load(client, "a", "one")
-        assert (info["name"], info["rank"], info["residency"]) == ("a", 4, "disk")
+        assert (info["name"], info["rank"]) == ("a", 4)
         first = await text(client, model="a")
         again = {"lora_name": "a", "lora_path": "two"}
         error = await admin(client, LOAD, again, 400)
