@@ -148,6 +148,7 @@ class Api:
         for prompt in body.prompts:
             encoded = await self._prompts.encode(prompt) if isinstance(prompt, str) else prompt
             self._require_room(encoded, params)
+            self._require_known("prompt", encoded, self._engine.vocab_size)
             prompts.append(tuple(encoded))
         echoes = None
         if body.echo:
@@ -188,10 +189,7 @@ class Api:
         body = await read_body(request, DetokenizeRequest)
         if body.model is not None:
             self._require_model(body.model)
-        size = len(self._engine.tokenizer)
-        for token in body.tokens:
-            if not 0 <= token < size:
-                raise ParameterError("tokens", f"token id {token} is outside the {size} known")
+        self._require_known("tokens", body.tokens, len(self._engine.tokenizer))
         return json_response({"prompt": await self._prompts.decode(body.tokens)})
 
     def _logprobs(self, params: SamplingParams) -> Logprobs | None:
@@ -216,6 +214,12 @@ class Api:
                 param="model",
                 code="model_not_found",
             )
+
+    def _require_known(self, parameter: str, tokens: Sequence[int], size: int) -> None:
+        for token in tokens:
+            if not 0 <= token < size:
+                message = f"token id {token} is outside the vocabulary of {size}"
+                raise ParameterError(parameter, message)
 
     def _require_room(self, prompt: Sequence[int], params: SamplingParams) -> None:
         limit = self._engine.max_model_len
