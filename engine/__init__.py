@@ -1,9 +1,11 @@
 """Sequences, paged KV cache, scheduler, models and sampling: continuous batching."""
 
-from nybble.engine.config import EngineConfig
+from nybble.engine.adapters import AdapterInfo
+from nybble.engine.config import AdapterConfig, EngineConfig, resolve_device
 from nybble.engine.engine import Engine, EngineStats
 from nybble.engine.guide import GrammarCompiler, GrammarGuide
 from nybble.engine.request import (
+    AdapterUnavailableError,
     EngineOverloadedError,
     EngineStoppedError,
     Guide,
@@ -14,8 +16,13 @@ from nybble.engine.request import (
     SamplingParams,
     TokenLogprob,
 )
+from nybble.loaders import AdapterError
 
 __all__ = [
+    "AdapterConfig",
+    "AdapterError",
+    "AdapterInfo",
+    "AdapterUnavailableError",
     "Engine",
     "EngineConfig",
     "EngineOverloadedError",
@@ -30,4 +37,5 @@ __all__ = [
     "RequestOutput",
     "SamplingParams",
     "TokenLogprob",
+    "resolve_device",
 ]

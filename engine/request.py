@@ -29,6 +29,10 @@ class EngineOverloadedError(RuntimeError):
         self.retry_after = retry_after
 
 
+class AdapterUnavailableError(RuntimeError):
+    """The request's adapter was loaded but can no longer be read; the message says why."""
+
+
 class EngineStoppedError(RuntimeError):
     """The engine is shutting down, or its thread has failed."""
 
@@ -109,12 +113,24 @@ class Guide(Protocol):
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt to continue. ``request_id`` must be unique among those in flight."""
+    """One prompt to continue. ``request_id`` must be unique among those in flight.
+
+    adapter: the name of a loaded adapter; None for the base model.
+    tenant: whom the tokens are served to; tenants share the engine in proportion to ``weight``.
+    Raises :class:`ParameterError` for a weight that is not positive.
+    """
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams
     guide: Guide | None = None
+    adapter: str | None = None
+    tenant: str = ""
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.weight < float("inf"):
+            raise ParameterError("weight", f"weight is {self.weight}, expected above 0 and finite")
 
 
 @dataclass(frozen=True)

@@ -3,18 +3,45 @@
 from __future__ import annotations
 
 import json
-import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from nybble.loaders import CheckpointError
-from nybble.loaders.packed_file import copy_model_files
 from nybble.loaders.shards import Shards
-from nybble.quantizers.formats import Format, module_tensors, quantization_config
-from safetensors.torch import save_file
-from torch import Tensor
+from nybble.quantizers.affine import AffineWeight
+from nybble.quantizers.awq import awq_block
+from nybble.quantizers.blocks import (
+    STAGES,
+    DecoderBlocks,
+    InputStatistics,
+    linear_layer,
+    output_error,
+)
+from nybble.quantizers.codebook import quantize_codebook
+from nybble.quantizers.formats import (
+    Format,
+    awq_tensors,
+    bnb_tensors,
+    gptq_tensors,
+    quantization_config,
+)
+from nybble.quantizers.gptq import GptqSettings, gptq
+from nybble.quantizers.rtn import quantize_affine
+from nybble.quantizers.writer import FolderWriter
+from torch import Tensor, nn
 from tqdm import tqdm
 
-_SHARD_BYTES = 1 << 30
+_WORD = 8  # codes in an int32
+
+
+@dataclass(frozen=True)
+class LayerError:
+    """‖(Ŵ − W)x‖² over ‖Wx‖², means over the calibration tokens, for linear layer ``name``."""
+
+    name: str
+    relative: float
 
 
 def quantize_checkpoint(
@@ -24,54 +51,167 @@ def quantize_checkpoint(
     format: Format,
     group_size: int = 128,
     sym: bool = False,
+    double_quant: bool = False,
+    calibration: Tensor | None = None,
+    settings: GptqSettings | None = None,
+    device: torch.device | None = None,
     progress: bool = True,
-) -> None:
-    """Round every linear layer of the decoder to 4 bits; embeddings, norms and head stay as are.
+) -> list[LayerError]:
+    """Quantize every linear layer of the decoder to 4 bits; embeddings and head stay as they are.
 
-    group_size: inputs that share a scale, −1 for all of them; NF4 has blocks of 64 whatever it is.
-    sym: for GPTQ, a fixed zero of 8. Raises CheckpointError where the source is quantized already
-    or a layer's sizes do not fit, FileExistsError where the target has content.
+    group_size: inputs that share a scale, −1 for all of them; NF4 and FP4 have blocks of 64.
+    sym: for GPTQ, a fixed zero of 8.
+    double_quant: for NF4 and FP4, their absmax in 8 bits.
+    calibration: token ids int64 ``(samples, length)``, for GPTQ and AWQ. Without, both layouts
+        are filled by rounding to the nearest.
+    settings: for GPTQ with calibration.
+    device: where the calibrated methods compute; the CPU if None.
+
+    One decoder block at a time is in memory. Returns the error of every layer that calibration
+    measured. Raises CheckpointError where the source is quantized already or a layer's sizes do
+    not fit, FileExistsError where the target has content, ValueError for an option that the
+    format does not take.
     """
+    _check_options(format, sym, double_quant, calibration, settings)
     config = json.loads((source / "config.json").read_text())
     if "quantization_config" in config:
         raise CheckpointError(f"{source} is quantized already; give the 16-bit checkpoint")
-    if target.exists() and any(target.iterdir()):
-        raise FileExistsError(f"{target} is not empty")
-    scratch = target.with_name(target.name + ".partial")
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
+    settings = settings or GptqSettings()
+    config["quantization_config"] = quantization_config(
+        format,
+        group_size,
+        sym=sym,
+        desc_act=calibration is not None and settings.desc_act,
+        double_quant=double_quant,
+    )
     shards = Shards(source)
-    weight_map: dict[str, str] = {}
-    shard: dict[str, Tensor] = {}
-    files: list[Path] = []
+    for name in filter(_is_linear, shards.names()):
+        try:
+            _check_sizes(format, shards.read(name), group_size)
+        except ValueError as misfit:
+            module = name.removesuffix(".weight")
+            raise CheckpointError(f"{source}: {module}: {misfit}") from misfit
+    with FolderWriter(target, source, config) as writer:
+        if calibration is None:
+            names = tqdm(shards.names(), "Quantizing", unit=" tensors", disable=not progress)
+            for name in names:
+                tensor = shards.read(name)
+                if _is_linear(name):
+                    module = name.removesuffix(".weight")
+                    writer.add(_rounded(format, module, tensor, group_size, sym, double_quant))
+                else:
+                    writer.add({name: tensor})
+            return []
+        writer.add({name: shards.read(name) for name in shards.names() if ".layers." not in name})
+        errors: list[LayerError] = []
+        blocks = DecoderBlocks(source, device or torch.device("cpu"), calibration.shape[1])
+        hidden = blocks.embed(calibration)
+        bar = tqdm(range(len(blocks)), "Quantizing", unit=" blocks", disable=not progress)
+        for index in bar:
+            block = blocks.load(index)
+            if format == "gptq":
+                quantized = _gptq_block(blocks, block, hidden, group_size, sym, settings)
+                hidden = blocks.outputs(block, hidden)
+            else:
+                statistics = blocks.statistics(block, hidden, [stage[0] for stage in STAGES])
+                # The next block reads what the full-precision model gives it, as in the paper.
+                hidden = blocks.outputs(block, hidden)
+                quantized = awq_block(block, statistics, group_size)
+            prefix = f"model.layers.{index}."
+            for name, (weight, error) in quantized.items():
+                to_tensors = gptq_tensors if format == "gptq" else awq_tensors
+                writer.add(to_tensors(prefix + name, weight))
+                errors.append(LayerError(prefix + name, error))
+                if progress:
+                    bar.write(f"{prefix}{name}: relative output error {error:.2e}")
+            others = block.state_dict()
+            for name in quantized:
+                del others[name + ".weight"]
+            writer.add({prefix + name: tensor for name, tensor in others.items()})
+            blocks.unload(index)
+        return errors
 
-    def flush() -> None:
-        path = scratch / f"model-{len(files) + 1:05}.safetensors"
-        save_file(shard, path, {"format": "pt"})
-        weight_map.update(dict.fromkeys(shard, path.name))
-        files.append(path)
-        shard.clear()
 
-    for name in tqdm(shards.names(), desc="Quantizing", unit=" tensors", disable=not progress):
-        tensor = shards.read(name)
-        module, _, leaf = name.rpartition(".")
-        if tensor.ndim == 2 and leaf == "weight" and ".layers." in name:
-            try:
-                shard.update(module_tensors(format, module, tensor, group_size, sym=sym))
-            except ValueError as error:
-                raise CheckpointError(f"{source}: {error}") from error
-        else:
-            shard[name] = tensor
-        if sum(tensor.nbytes for tensor in shard.values()) >= _SHARD_BYTES:
-            flush()
-    flush()
-    if len(files) == 1:
-        files[0].rename(scratch / "model.safetensors")
-    else:
-        index = {"metadata": {}, "weight_map": weight_map}
-        (scratch / "model.safetensors.index.json").write_text(json.dumps(index))
-    copy_model_files(source, scratch)
-    config["quantization_config"] = quantization_config(format, group_size, sym=sym)
-    (scratch / "config.json").write_text(json.dumps(config, indent=2))
-    shutil.rmtree(target, ignore_errors=True)
-    scratch.rename(target)
+def _gptq_block(
+    blocks: DecoderBlocks,
+    block: nn.Module,
+    hidden: Tensor,
+    group_size: int,
+    sym: bool,
+    settings: GptqSettings,
+) -> dict[str, tuple[AffineWeight, float]]:
+    """Quantize the layers of ``block`` in place, those that share an input as one matrix.
+
+    Returns the quantized weights and their relative errors by name.
+    """
+    result: dict[str, tuple[AffineWeight, float]] = {}
+    statistics: dict[str, InputStatistics] = {}
+    if not settings.true_sequential:
+        statistics = blocks.statistics(block, hidden, [stage[0] for stage in STAGES])
+    for stage in STAGES:
+        if settings.true_sequential:
+            statistics = blocks.statistics(block, hidden, stage[:1])
+        moment = statistics[stage[0]].second_moment
+        layers = [linear_layer(block, name) for name in stage]
+        weights = [layer.weight.detach().float() for layer in layers]
+        whole = gptq(
+            torch.cat(weights), moment, _size(weights[0], group_size), sym=sym, settings=settings
+        )
+        start = 0
+        for name, layer, weight in zip(stage, layers, weights, strict=True):
+            part = whole.rows(start, start + len(weight))
+            start += len(weight)
+            rounded = part.dequantize()
+            error = output_error(rounded - weight, moment) / output_error(weight, moment)
+            layer.weight.data = rounded.to(layer.weight.dtype)
+            result[name] = (part, error)
+    return result
+
+
+def _rounded(
+    format: Format, module: str, weight: Tensor, group_size: int, sym: bool, nested: bool
+) -> Mapping[str, Tensor]:
+    if format == "nf4" or format == "fp4":
+        return bnb_tensors(module, quantize_codebook(weight, format, double_quant=nested))
+    rounded = quantize_affine(weight, _size(weight, group_size), sym=sym)
+    return gptq_tensors(module, rounded) if format == "gptq" else awq_tensors(module, rounded)
+
+
+def _size(weight: Tensor, group_size: int) -> int:
+    return weight.shape[1] if group_size == -1 else group_size
+
+
+def _is_linear(name: str) -> bool:
+    return ".layers." in name and name.endswith("_proj.weight")
+
+
+def _check_sizes(format: Format, weight: Tensor, group_size: int) -> None:
+    out, columns = weight.shape
+    if format in ("nf4", "fp4"):
+        if weight.numel() % 64:
+            raise ValueError(f"{out}×{columns} is not a multiple of 64")
+        return
+    size = _size(weight, group_size)
+    if size < 1 or columns % size or columns % _WORD or out % _WORD:
+        raise ValueError(
+            f"{out} outputs and {columns} inputs do not divide into groups of {size} "
+            f"inputs and words of {_WORD}"
+        )
+
+
+def _check_options(
+    format: Format,
+    sym: bool,
+    double_quant: bool,
+    calibration: Tensor | None,
+    settings: GptqSettings | None,
+) -> None:
+    codebook = format in ("nf4", "fp4")
+    if double_quant and not codebook:
+        raise ValueError(f"double_quant is for nf4 and fp4, not {format}")
+    if calibration is not None and codebook:
+        raise ValueError(f"{format} takes no calibration text: its levels are fixed")
+    if settings is not None and (format != "gptq" or calibration is None):
+        raise ValueError("GPTQ's settings need the format gptq and calibration text")
+    if sym and format == "awq":
+        raise ValueError("sym is for gptq: AWQ's layout has zero points")

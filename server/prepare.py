@@ -2,17 +2,18 @@
 
 A model folder in a 4-bit format is packed once, for the device's layout, into the cache; from then
 on the packed form is memory-mapped. The key of the cache is the folder's path, the size and time of
-its files, how it was quantized, and the packed form's layout and version. A 16-bit model is
-memory-mapped as it is, except for the demo, which is first rounded to 4 bits (GPTQ layout, groups
-of 64, with zeros).
+its files, how it was rounded, and the packed form's layout and version. A 16-bit model that is not
+to be rounded is memory-mapped as it is. The demo is rounded to 4 bits (GPTQ layout, groups of 64,
+with zeros) and its output layer to 8.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -20,12 +21,23 @@ import torch
 from filelock import FileLock
 from nybble.kernels.layout import Layout
 from nybble.kernels.matmul import preferred_layout
-from nybble.loaders import Checkpoint, open_checkpoint, resolve_model, save_packed
+from nybble.loaders import (
+    Checkpoint,
+    LoRAAdapter,
+    load_adapter,
+    open_checkpoint,
+    resolve_adapter,
+    resolve_model,
+    save_packed,
+)
+from nybble.loaders.adapter import projection_shapes
 from nybble.loaders.cache import cache_folder
 from nybble.loaders.packed_file import VERSION
+from nybble.quantizers import InFlight, merge_adapter, quantize_checkpoint
+
+logger = logging.getLogger(__name__)
 
 DEMO = "demo"
-_DEMO_RECIPE = "gptq-64-asym"
 _MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt")
 
 
@@ -35,46 +47,73 @@ def prepare_checkpoint(
     device: torch.device,
     aliases: Path | None = None,
     quantize: Literal["nf4"] | None = None,
+    head: Literal["int8"] | None = None,
+    adapter: str | None = None,
     progress: bool = True,
 ) -> Checkpoint:
     """Resolve ``name``, pack it into the cache unless it is there, and open it.
 
-    quantize: round a 16-bit checkpoint to this format while it is read. Raises what
-    resolve_model, open_checkpoint and save_packed do.
+    quantize and head: what to round while reading, see :class:`nybble.quantizers.InFlight`.
+    adapter: a folder or hub name of what to merge first, in the model's own format. Raises what
+    resolve_model, open_checkpoint, load_adapter, merge_adapter and save_packed do, and ValueError
+    where a packed model is to be changed.
     """
     folder = resolve_model(name, aliases=aliases)
-    layout = preferred_layout(device)
-    if quantize is not None:
-        with _packed(folder, layout, quantize) as (packed, missing):
-            if missing:
-                source = open_checkpoint(folder, quantize=quantize)  # type: ignore[call-arg, unused-ignore]
-                save_packed(source, packed, layout=layout, progress=progress)
-        return open_checkpoint(packed)
     source = open_checkpoint(folder)
     if source.format == "packed":
+        if quantize or head or adapter:
+            raise ValueError(f"{folder} is packed already: give the model it was packed from")
         return source
-    if source.format == "none" and name != DEMO:
+    lora = None
+    if adapter is not None:
+        lora = load_adapter(resolve_adapter(adapter), projection_shapes(source.config))
+    demo = name == DEMO and source.format == "none" and quantize is None
+    if demo:
+        head = "int8"
+    if source.format == "none" and not (quantize or head or lora):
         return source
-    recipe = _DEMO_RECIPE if source.format == "none" else ""
-    with _packed(folder, layout, recipe) as (packed, missing):
-        if missing and recipe:
-            _pack_demo(folder, packed, layout, progress)
-        elif missing:
+    layout = preferred_layout(device)
+    recipe = f"layers={'demo' if demo else quantize}, head={head}"
+    if lora is not None:
+        recipe += f", adapter={lora.digest.hex()}"
+    with _packed(folder, layout, recipe) as (packed, missing), ExitStack() as stack:
+        if missing:
+            if lora is not None:
+                folder = stack.enter_context(_merged(folder, lora, packed, progress))
+                source = open_checkpoint(folder)
+            if demo:
+                source = stack.enter_context(_demo_in_gptq(folder, packed, progress))
+            if quantize or head:
+                source = InFlight(source, layers=quantize, head=head)
             save_packed(source, packed, layout=layout, progress=progress)
     return open_checkpoint(packed)
 
 
-def _pack_demo(folder: Path, packed: Path, layout: Layout, progress: bool) -> None:
-    # Imported here: only this model is quantized on the way to being served.
-    from nybble.quantizers import quantize_checkpoint
+@contextmanager
+def _merged(folder: Path, lora: LoRAAdapter, packed: Path, progress: bool) -> Iterator[Path]:
+    scratch = packed.with_name(packed.name + ".merged")
+    shutil.rmtree(scratch, ignore_errors=True)
+    try:
+        layers = merge_adapter(folder, lora, scratch, progress=progress)
+        logger.info(
+            "merged %d layers; rounding them again added %.2e of their norm on average",
+            len(layers),
+            sum(layer.error for layer in layers) / len(layers),
+        )
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
+
+@contextmanager
+def _demo_in_gptq(folder: Path, packed: Path, progress: bool) -> Iterator[Checkpoint]:
     scratch = packed.with_name(packed.name + ".gptq")
     shutil.rmtree(scratch, ignore_errors=True)
     try:
         quantize_checkpoint(
             folder, scratch, format="gptq", group_size=64, sym=False, progress=progress
         )
-        save_packed(open_checkpoint(scratch), packed, layout=layout, progress=progress)
+        yield open_checkpoint(scratch)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

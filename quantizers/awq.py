@@ -1,0 +1,159 @@
+"""AWQ: inputs that are large get finer weights, by scales folded into the operation before.
+
+Lin et al. 2023, "AWQ: Activation-aware Weight Quantization for LLM Compression and Acceleration".
+Errors are those of the layers' outputs over the calibration inputs X, computed from XᵀX:
+‖X(Ŵ − W)ᵀ‖² = tr((Ŵ − W) XᵀX (Ŵ − W)ᵀ).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from nybble.quantizers.affine import AffineWeight, round_trip
+from nybble.quantizers.blocks import DOWN, GATE_UP, OUTPUT, QKV, InputStatistics, output_error
+from nybble.quantizers.rtn import quantize_affine
+from torch import Tensor, nn
+
+_STEPS = 20
+_SEARCHED_OUTPUTS = 512
+_CLIP_STEPS = 10  # down to 0.55 of the largest weight
+_NOT_CLIPPED = ("q_proj", "k_proj")  # their outputs meet in a product; clipping them does harm
+_ROWS_AT_A_TIME = 1024
+
+
+def search_scale(weight: Tensor, statistics: InputStatistics, group_size: int) -> Tensor:
+    """The scale s (in,) = mean|x|^α, α on a grid, for which Q(W·s)/s errs least on the outputs."""
+    best, best_error = None, float("inf")
+    # The error is a sum over outputs; a sample of them finds the same scale.
+    weight = weight[:: -(-len(weight) // _SEARCHED_OUTPUTS)]
+    size = weight.shape[1] if group_size == -1 else group_size
+    for step in range(_STEPS):
+        scale = _normalised(statistics.mean_abs.clamp(min=1e-4) ** (step / _STEPS))
+        grouped = (weight * scale).view(len(weight), -1, size)
+        rounded = round_trip(grouped, sym=False).view_as(weight) / scale
+        error = output_error(rounded - weight, statistics.second_moment)
+        if error < best_error:
+            best, best_error = scale, error
+    if best is None:
+        raise ValueError("the calibration inputs or the weights are not finite")
+    return best
+
+
+def search_clip(weight: Tensor, second_moment: Tensor, group_size: int) -> Tensor:
+    """``weight (out, in)`` with each group clipped where that lowers the group's output error."""
+    columns = weight.shape[1]
+    groups = columns // group_size
+    index = torch.arange(groups)
+    # (groups, group_size, group_size): inputs of different groups are taken as uncorrelated.
+    moments = second_moment.view(groups, group_size, groups, group_size)[index, :, index]
+    return torch.cat(
+        [_clip_rows(rows, moments, group_size) for rows in torch.split(weight, _ROWS_AT_A_TIME)]
+    )
+
+
+def _clip_rows(weight: Tensor, moments: Tensor, group_size: int) -> Tensor:
+    grouped = weight.view(len(weight), -1, group_size)
+    largest = grouped.abs().amax(-1, keepdim=True)
+    best = weight.clone().view_as(grouped)
+    lowest = torch.full_like(largest, float("inf"))
+    for step in range(_CLIP_STEPS):
+        limit = largest * (1 - step / _STEPS)
+        clipped = grouped.clamp(-limit, limit)
+        difference = (round_trip(clipped, sym=False) - grouped).transpose(0, 1)
+        errors = ((difference @ moments) * difference).sum(-1).T[..., None]
+        better = errors < lowest
+        lowest = torch.where(better, errors, lowest)
+        best = torch.where(better, clipped, best)
+    return best.reshape(weight.shape)
+
+
+def awq_block(
+    block: nn.Module, statistics: dict[str, InputStatistics], group_size: int
+) -> dict[str, tuple[AffineWeight, float]]:
+    """Scale, clip and round the linear layers of a decoder block.
+
+    Returns the quantized weights and their relative output errors by name in the block.
+
+    statistics: of the inputs of ``q_proj``, ``o_proj``, ``gate_proj`` and ``down_proj`` by their
+    names in the block. Norms and biases of ``block`` are changed to those the checkpoint needs;
+    the linear layers' weights are left scaled and not rounded.
+    """
+    result = {}
+    for name, (weight, moment) in scale_block(block, statistics, group_size).items():
+        size = weight.shape[1] if group_size == -1 else group_size
+        clipped = weight
+        if not name.endswith(_NOT_CLIPPED):
+            clipped = search_clip(weight, moment, size)
+        rounded = quantize_affine(clipped, size, sym=False)
+        error = output_error(rounded.dequantize() - weight, moment) / output_error(weight, moment)
+        result[name] = (rounded, error)
+    return result
+
+
+def scale_block(
+    block: nn.Module, statistics: dict[str, InputStatistics], group_size: int
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Fold searched scales into norms and linear layers: the block computes what it did before.
+
+    Returns float32 weights ``(out, in)`` by name, with XᵀX of their new inputs.
+    """
+    weights = {
+        name: module.weight.detach().to(torch.float32, copy=True)
+        for name, module in block.named_modules()
+        if isinstance(module, nn.Linear)
+    }
+    moments: dict[str, Tensor] = {}
+
+    def multiply_inputs(scale: Tensor, names: Sequence[str]) -> None:
+        moment = statistics[names[0]].second_moment / torch.outer(scale, scale)
+        for name in names:
+            weights[name] *= scale
+            moments[name] = moment
+
+    def divide_outputs(scale: Tensor, name: str) -> None:
+        weights[name] /= scale[:, None]
+        bias = block.get_submodule(name).bias
+        if isinstance(bias, Tensor):
+            bias.data = (bias.data.float() / scale).to(bias.dtype)
+
+    for norm, names in (("input_layernorm", QKV), ("post_attention_layernorm", GATE_UP)):
+        stacked = torch.cat([weights[name] for name in names])
+        scale = search_scale(stacked, statistics[names[0]], group_size)
+        multiply_inputs(_fold_into_norm(block.get_submodule(norm), scale), names)
+
+    (output,), value = OUTPUT, QKV[-1]
+    # Query heads that read the same value head must share its scale.
+    inputs = statistics[output]
+    head_dim = int(block.get_submodule("self_attn").head_dim)  # type: ignore[arg-type]
+    repeats = len(inputs.mean_abs) // len(weights[value])
+    by_head = inputs.mean_abs.view(-1, repeats, head_dim)
+    shared = by_head.mean(1, keepdim=True).expand_as(by_head).flatten()
+    scale = search_scale(weights[output], replace(inputs, mean_abs=shared), group_size)
+    multiply_inputs(scale, OUTPUT)
+    divide_outputs(scale.view_as(by_head)[:, 0].flatten(), value)
+
+    (down,) = DOWN
+    scale = search_scale(weights[down], statistics[down], group_size)
+    multiply_inputs(scale, DOWN)
+    divide_outputs(scale, GATE_UP[-1])
+    return {name: (weight, moments[name]) for name, weight in weights.items()}
+
+
+def _fold_into_norm(norm: nn.Module, scale: Tensor) -> Tensor:
+    """Divide a norm's weight by ``scale``; returns the scale that division has had.
+
+    The norm is stored in 16 bits. Its rounding is made up for by the scale of the weights after
+    it, which are not rounded yet: folding is exact in the stored precision too.
+    """
+    weight = norm.weight
+    assert isinstance(weight, nn.Parameter)
+    folded = (weight.data.float() / scale).to(weight.dtype)
+    exact = torch.where(folded == 0, scale, weight.data.float() / folded.float())
+    weight.data = folded
+    return exact
+
+
+def _normalised(scale: Tensor) -> Tensor:
+    return scale / (scale.max() * scale.min()).sqrt()

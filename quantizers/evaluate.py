@@ -1,0 +1,216 @@
+"""What quantization costs: perplexity, divergence from the full-precision model, and size."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from nybble.loaders import open_checkpoint
+from nybble.loaders.shards import Shards
+from nybble.quantizers.packed_model import PackedLinear, load_packed_model
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, kl_div, log_softmax
+from tqdm import tqdm
+
+_ROWS_AT_A_TIME = 256  # the logits of so many tokens are in memory at once
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How one checkpoint does on a text.
+
+    kl_divergence: mean over the scored tokens of KL(full precision ‖ this model), in nats.
+    size: bytes of the checkpoint's weights.
+    bits_per_weight: of the decoder's linear layers on disk, scales and zeros included.
+    tokens_per_second: through the decoder's layers, whole windows at once.
+    """
+
+    name: str
+    perplexity: float
+    kl_divergence: float
+    size: int
+    bits_per_weight: float
+    tokens_per_second: float
+    scored_tokens: int
+
+
+@dataclass(frozen=True)
+class Window:
+    """Tokens ``start``…``stop``−1 are read; those from ``scored`` on are predicted and counted."""
+
+    start: int
+    scored: int
+    stop: int
+
+
+def windows(tokens: int, length: int, stride: int) -> list[Window]:
+    """Windows of ``length`` every ``stride`` tokens, each scoring what none before it has.
+
+    With ``stride == length`` they do not overlap, which is how the GPTQ and AWQ papers measure.
+    The first token of a window has nothing to be predicted from.
+    """
+    if not 0 < stride <= length:
+        raise ValueError(f"stride {stride} must be between 1 and the window's length {length}")
+    result: list[Window] = []
+    for start in range(0, tokens, stride):
+        stop = min(start + length, tokens)
+        scored = max(start + 1, result[-1].stop if result else 0)
+        if scored < stop:
+            result.append(Window(start, scored, stop))
+        if stop == tokens:
+            break
+    if not result:
+        raise ValueError(f"a text of {tokens} tokens in windows of {length} predicts nothing")
+    return result
+
+
+def evaluate(
+    reference: Path,
+    others: Mapping[str, Path],
+    token_ids: Tensor,
+    *,
+    length: int = 2048,
+    stride: int | None = None,
+    device: torch.device | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    progress: bool = True,
+) -> list[Evaluation]:
+    """Measure ``reference`` (full precision) and ``others``, by name, on ``token_ids (tokens,)``.
+
+    length, stride: of the sliding window; ``stride`` is ``length`` if None.
+
+    One model is in memory at a time. Of the reference its head and last hidden states are kept:
+    its logits would be vocab / hidden times as large. Raises CheckpointError for a folder that
+    cannot be loaded, ValueError where a vocabulary is not the reference's.
+    """
+    places = windows(len(token_ids), length, stride or length)
+    device = device or torch.device("cpu")
+    expected: list[Tensor] = []
+    expected_head: nn.Module | None = None
+    results = []
+    for name, folder in {"full precision": reference, **others}.items():
+        model = load_packed_model(open_checkpoint(folder), device=device, dtype=dtype)
+        head = model.get_submodule("lm_head")
+        if expected_head is None:
+            expected_head = head
+        elif head.out_features != expected_head.out_features:
+            raise ValueError(
+                f"{folder} has a vocabulary of {head.out_features}, the full-precision model one "
+                f"of {expected_head.out_features}: they cannot be compared"
+            )
+        loss = divergence = seconds = 0.0
+        for index, window in enumerate(
+            tqdm(places, f"Evaluating {name}", unit=" windows", disable=not progress)
+        ):
+            begin = time.perf_counter()
+            ids = token_ids[window.start : window.stop].to(device)
+            with torch.no_grad():
+                hidden = model.base_model(ids[None], use_cache=False).last_hidden_state[0]
+            first = window.scored - window.start
+            predicting, labels = hidden[first - 1 : -1], ids[first:]
+            seconds += time.perf_counter() - begin
+            if len(expected) == index:
+                expected.append(predicting)
+            sums = _losses(head, predicting, expected_head, expected[index], labels)
+            loss, divergence = loss + sums[0], divergence + sums[1]
+        scored = sum(window.stop - window.scored for window in places)
+        read = sum(window.stop - window.start for window in places)
+        size, bits = _sizes(folder, model)
+        results.append(
+            Evaluation(
+                name=name,
+                perplexity=math.exp(loss / scored),
+                kl_divergence=divergence / scored,
+                size=size,
+                bits_per_weight=bits,
+                tokens_per_second=read / seconds,
+                scored_tokens=scored,
+            )
+        )
+    return results
+
+
+@torch.no_grad()
+def _losses(
+    head: nn.Module, hidden: Tensor, expected_head: nn.Module, expected: Tensor, labels: Tensor
+) -> tuple[float, float]:
+    """Sums over rows of −log p(label) and of KL(expected ‖ found), from hidden states."""
+    loss = divergence = 0.0
+    for start in range(0, len(labels), _ROWS_AT_A_TIME):
+        rows = slice(start, start + _ROWS_AT_A_TIME)
+        found = log_softmax(head(hidden[rows]).float(), dim=-1)
+        loss += float(cross_entropy(found, labels[rows], reduction="sum"))
+        if hidden is not expected:
+            target = log_softmax(expected_head(expected[rows]).float(), dim=-1)
+            divergence += float(kl_div(found, target, reduction="sum", log_target=True))
+    return loss, divergence
+
+
+def _sizes(folder: Path, model: nn.Module) -> tuple[int, float]:
+    """Bytes of all weights, and bits per weight of the linear layers within the decoder."""
+    shards = Shards(folder)
+    weights = sum(
+        module.in_features * module.out_features
+        for name, module in model.named_modules()
+        if isinstance(module, PackedLinear | nn.Linear) and ".layers." in name
+    )
+    total = linear = 0
+    for name in shards.names():
+        size = shards.read(name).nbytes
+        total += size
+        if ".layers." in name and "_proj" in name and not name.endswith("bias"):
+            linear += size
+    return total, 8 * linear / weights
+
+
+def table(evaluations: Sequence[Evaluation]) -> str:
+    """As a Markdown table."""
+    rows = [
+        ("model", "perplexity", "KL divergence", "size, MB", "bits per weight", "tokens/s"),
+        ("---", "---:", "---:", "---:", "---:", "---:"),
+        *(
+            (
+                found.name,
+                f"{found.perplexity:.3f}",
+                f"{found.kl_divergence:.4f}",
+                f"{found.size / 1e6:.0f}",
+                f"{found.bits_per_weight:.3f}",
+                f"{found.tokens_per_second:.0f}",
+            )
+            for found in evaluations
+        ),
+    ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def plot(evaluations: Sequence[Evaluation], path: Path) -> None:
+    """Perplexity and divergence over bits per weight, as an image in the format of its suffix.
+
+    Raises ModuleNotFoundError where matplotlib is not installed.
+    """
+    from matplotlib.figure import Figure
+
+    reference, *others = evaluations
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.axhline(reference.perplexity, color="grey", linestyle="--", label=reference.name)
+    left.set_ylabel("perplexity")
+    left.legend()
+    right.set_ylabel("KL divergence, nats per token")
+    for axes, value in ((left, "perplexity"), (right, "kl_divergence")):
+        axes.set_xlabel("bits per weight on disk")
+        for found in others:
+            point = (found.bits_per_weight, getattr(found, value))
+            axes.scatter(*point)
+            axes.annotate(found.name, point, xytext=(5, 5), textcoords="offset points")
+        axes.margins(0.2)
+    figure.savefig(path, dpi=150)

@@ -1,0 +1,138 @@
+"""A checkpoint as transformers' model whose linear layers compute with packed 4-bit weights.
+
+For measuring and for training: gradients flow through the weights and never to them, and no
+full-precision copy of a weight exists. Serving has its own decoder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from nybble.kernels import DenseWeight, PackedWeight
+from nybble.kernels.matmul import packed_matmul, preferred_layout
+from nybble.loaders import Checkpoint, CheckpointError
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+_PARTS = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+}
+# Rows dequantized at a time in the backward pass; a multiple of every layout's tile.
+_ROWS_AT_A_TIME = 1024
+
+
+class _PackedMatmul(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: PackedWeight) -> Tensor:
+        ctx.weight = weight
+        return packed_matmul(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None]:
+        (grad,) = grads
+        weight: PackedWeight = ctx.weight
+        total = grad.new_zeros(*grad.shape[:-1], weight.in_features, dtype=torch.float32)
+        for start in range(0, weight.out_features, _ROWS_AT_A_TIME):
+            rows = weight.rows(start, start + _ROWS_AT_A_TIME)
+            part = grad[..., start : start + rows.out_features]
+            total += part @ rows.dequantize(grad.dtype)
+        return total.to(grad.dtype), None
+
+
+def packed_linear(x: Tensor, weight: PackedWeight) -> Tensor:
+    """:func:`nybble.kernels.matmul.packed_matmul` with a gradient for ``x``, dX = dY · W.
+
+    The weight is dequantized a few rows at a time; it and its bias get no gradient.
+    """
+    result: Tensor = _PackedMatmul.apply(x, weight)  # type: ignore[no-untyped-call]
+    return result
+
+
+class PackedLinear(nn.Module):
+    """A linear layer with a packed weight: no parameters, nothing to train."""
+
+    def __init__(self, weight: PackedWeight) -> None:
+        super().__init__()
+        self.packed = weight
+        self.in_features = weight.in_features
+        self.out_features = weight.out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        return packed_linear(x, self.packed)
+
+
+def load_packed_model(
+    checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype
+) -> PreTrainedModel:
+    """transformers' model for ``checkpoint``, every parameter frozen; 16-bit layers stay 16-bit.
+
+    Raises CheckpointError where the checkpoint and the architecture do not match.
+    """
+    config = type(checkpoint.config).from_dict(
+        {**checkpoint.config.to_dict(), "quantization_config": None}
+    )
+    config.dtype = dtype
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    layout = preferred_layout(device)
+    for name, weight in checkpoint.weights():
+        if isinstance(weight, Tensor):
+            _set_parameter(model, name, weight.to(device, dtype))
+            continue
+        for module, part in _unfused(model, name, weight):
+            if isinstance(part, PackedWeight):
+                bias = None if part.bias is None else part.bias.to(dtype)
+                packed = replace(part, bias=bias).to_layout(layout).to(device)
+                model.set_submodule(module, PackedLinear(packed))
+            else:
+                _set_parameter(model, module + ".weight", part.weight.to(device, dtype))
+                if part.bias is not None:
+                    _set_parameter(model, module + ".bias", part.bias.to(device, dtype))
+    model.tie_weights()
+    # Its frequencies are computed, not loaded.
+    rotary = model.model.rotary_emb
+    model.model.rotary_emb = type(rotary)(config).to(device)
+    missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if missing:
+        raise CheckpointError(f"{checkpoint.folder} has no {missing[0]}")
+    model.requires_grad_(False)
+    model.train(False)
+    return model
+
+
+def _unfused(
+    model: PreTrainedModel, name: str, weight: PackedWeight | DenseWeight
+) -> list[tuple[str, PackedWeight | DenseWeight]]:
+    parent, _, leaf = name.rpartition(".")
+    if leaf not in _PARTS:
+        return [(name, weight)]
+    modules = [f"{parent}.{part}" for part in _PARTS[leaf]]
+    sizes = [int(model.get_submodule(module).out_features) for module in modules]  # type: ignore[arg-type]
+    if isinstance(weight, DenseWeight):
+        biases: Sequence[Tensor | None] = (
+            [None] * len(sizes) if weight.bias is None else torch.split(weight.bias, sizes)
+        )
+        parts = torch.split(weight.weight, sizes)
+        return list(zip(modules, map(DenseWeight, parts, biases), strict=True))
+    rows, start = weight.to_layout("rows"), 0
+    result: list[tuple[str, PackedWeight | DenseWeight]] = []
+    for module, size in zip(modules, sizes, strict=True):
+        result.append((module, rows.rows(start, start + size)))
+        start += size
+    return result
+
+
+def _set_parameter(model: PreTrainedModel, name: str, value: Tensor) -> None:
+    module, _, leaf = name.rpartition(".")
+    try:
+        owner = model.get_submodule(module)
+        expected = owner.get_parameter(leaf).shape
+    except AttributeError as error:
+        raise CheckpointError(f"{name} is not part of a {model.config.model_type} model") from error
+    if value.shape != expected:
+        raise CheckpointError(f"{name} has shape {tuple(value.shape)}, expected {tuple(expected)}")
+    setattr(owner, leaf, nn.Parameter(value, requires_grad=False))

@@ -1,0 +1,73 @@
+"""A model folder written shard by shard, complete or not at all."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from nybble.loaders.packed_file import copy_model_files
+from safetensors.torch import save_file
+from torch import Tensor
+
+_SHARD_BYTES = 1 << 30
+
+
+class FolderWriter:
+    """Tensors go to ``target`` once the ``with`` block ends without an exception."""
+
+    def __init__(self, target: Path, source: Path, config: Mapping[str, Any]) -> None:
+        """``config`` becomes config.json; tokenizer and the like are copied from ``source``.
+
+        Raises FileExistsError where the target has content.
+        """
+        if target.exists() and any(target.iterdir()):
+            raise FileExistsError(f"{target} is not empty")
+        self._target, self._source, self._config = target, source, config
+        self._scratch = target.with_name(target.name + ".partial")
+        self._shard: dict[str, Tensor] = {}
+        self._bytes = 0
+        self._weight_map: dict[str, str] = {}
+        self._files: list[Path] = []
+
+    def __enter__(self) -> FolderWriter:
+        shutil.rmtree(self._scratch, ignore_errors=True)
+        self._scratch.mkdir(parents=True)
+        return self
+
+    def add(self, tensors: Mapping[str, Tensor]) -> None:
+        self._shard.update({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
+        self._bytes += sum(tensor.nbytes for tensor in tensors.values())
+        if self._bytes >= _SHARD_BYTES:
+            self._flush()
+
+    def _flush(self) -> None:
+        path = self._scratch / f"model-{len(self._files) + 1:05}.safetensors"
+        save_file(self._shard, path, {"format": "pt"})
+        self._weight_map.update(dict.fromkeys(self._shard, path.name))
+        self._files.append(path)
+        self._shard, self._bytes = {}, 0
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if kind is not None:
+            shutil.rmtree(self._scratch, ignore_errors=True)
+            return
+        if self._shard:
+            self._flush()
+        if len(self._files) == 1:
+            self._files[0].rename(self._scratch / "model.safetensors")
+        else:
+            index = {"metadata": {}, "weight_map": self._weight_map}
+            (self._scratch / "model.safetensors.index.json").write_text(json.dumps(index))
+        copy_model_files(self._source, self._scratch)
+        (self._scratch / "config.json").write_text(json.dumps(self._config, indent=2))
+        shutil.rmtree(self._target, ignore_errors=True)
+        self._scratch.rename(self._target)

@@ -1,0 +1,163 @@
+"""AWQ's scales leave the model as it was, its search lowers the error, its layout is standard."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from nybble.kernels import PackedWeight
+from nybble.loaders import open_checkpoint
+from nybble.loaders.shards import Shards
+from nybble.quantizers import quantize_checkpoint
+from nybble.quantizers.awq import scale_block, search_clip, search_scale
+from nybble.quantizers.blocks import (
+    STAGES,
+    DecoderBlocks,
+    InputStatistics,
+    linear_layer,
+    output_error,
+)
+from nybble.quantizers.rtn import quantize_affine
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+
+def outlier_inputs(tokens: int, columns: int) -> Tensor:
+    x = torch.randn(tokens, columns)
+    x[:, ::16] *= 20  # a few channels carry most of the power, as in language models
+    return x
+
+
+def statistics_of(x: Tensor) -> InputStatistics:
+    return InputStatistics(x.T @ x / len(x), x.abs().mean(0))
+
+
+def rounding_error(weight: Tensor, scale: Tensor, x: Tensor) -> float:
+    rounded = quantize_affine(weight * scale, 32, sym=False).dequantize() / scale
+    return float(((rounded - weight) @ x.T).square().sum())
+
+
+def test_the_searched_scale_is_the_best_of_the_grid_on_the_outputs() -> None:
+    torch.manual_seed(0)
+    x, weight = outlier_inputs(256, 64), torch.randn(48, 64)
+    found = search_scale(weight, statistics_of(x), 32)
+    candidates = [x.abs().mean(0) ** (step / 20) for step in range(20)]
+    candidates = [scale / (scale.max() * scale.min()).sqrt() for scale in candidates]
+    errors = [rounding_error(weight, scale, x) for scale in candidates]
+    assert rounding_error(weight, found, x) == pytest.approx(min(errors), rel=1e-3)
+    assert min(errors) < 0.7 * errors[0]  # the first scales nothing
+
+
+def test_clipping_never_makes_a_group_worse() -> None:
+    torch.manual_seed(1)
+    x, weight = outlier_inputs(256, 64), torch.randn(40, 64)
+    weight[:, 5] *= 6
+    moment = x.T @ x / len(x)
+    clipped = search_clip(weight, moment, 32)
+    rounded = quantize_affine(clipped, 32, sym=False).dequantize()
+    plain = quantize_affine(weight, 32, sym=False).dequantize()
+    for start in (0, 32):
+        group = slice(start, start + 32)
+        block = moment[group, group]
+
+        def errors(approximate: Tensor, group: slice = group, block: Tensor = block) -> Tensor:
+            difference = (approximate - weight)[:, group]
+            return ((difference @ block) * difference).sum(1)
+
+        assert (errors(rounded) <= errors(plain) * 1.0001).all()
+        assert errors(rounded).sum() < 0.99 * errors(plain).sum()
+
+
+def calibration() -> Tensor:
+    return torch.randint(0, 300, (16, 64), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_folding_leaves_the_block_as_it_was_in_full_precision(
+    tiny_model: Callable[..., Path], family: str
+) -> None:
+    blocks = DecoderBlocks(tiny_model(family=family), torch.device("cpu"), 64)
+    # Outlier channels, so that the scales are far from 1.
+    torch.manual_seed(0)
+    hidden = blocks.embed(calibration()).float() * torch.rand(128).mul(3).exp()
+    block = blocks.load(0).float()
+    before = blocks.outputs(block, hidden)
+    statistics = blocks.statistics(block, hidden, [stage[0] for stage in STAGES])
+    original = linear_layer(block, "mlp.down_proj").weight.clone()
+    for name, (weight, _) in scale_block(block, statistics, 32).items():
+        linear_layer(block, name).weight.data = weight
+    changed = linear_layer(block, "mlp.down_proj").weight / original
+    assert (changed - 1).abs().max() > 0.01  # it did scale
+    torch.testing.assert_close(blocks.outputs(block, hidden), before, rtol=1e-4, atol=1e-4)
+
+
+def test_rounding_the_folded_norm_to_16_bits_is_made_up_for(
+    tiny_model: Callable[..., Path],
+) -> None:
+    """norm · weight is the same product as before, though the norm's weight is bfloat16."""
+    blocks = DecoderBlocks(tiny_model(), torch.device("cpu"), 64)
+    hidden = blocks.embed(calibration())
+    block = blocks.load(0)
+    norm, layer = block.get_submodule("input_layernorm"), linear_layer(block, "self_attn.q_proj")
+    before = layer.weight.float() * norm.weight.float()
+    statistics = blocks.statistics(block, hidden, [stage[0] for stage in STAGES])
+    scaled = scale_block(block, statistics, 32)
+    assert norm.weight.dtype == torch.bfloat16
+    after = scaled["self_attn.q_proj"][0] * norm.weight.float()
+    torch.testing.assert_close(after, before, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_the_checkpoint_is_a_standard_one_that_differs_less_than_by_rounding(
+    tmp_path: Path, tiny_model: Callable[..., Path], family: str
+) -> None:
+    """Logits of the whole model, its dequantized weights in transformers' own module."""
+    source, tokens = tiny_model(family=family), calibration()
+
+    def logits(folder: Path) -> Tensor:
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+        shards, weights = Shards(folder), dict(open_checkpoint(folder).weights())
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name in shards:
+                    parameter.copy_(shards.read(name))
+            for index, layer in enumerate(model.model.layers):
+                prefix = f"model.layers.{index}."
+                attention, mlp = layer.self_attn, layer.mlp
+                for fused, owners in (
+                    ("self_attn.qkv_proj", (attention.q_proj, attention.k_proj, attention.v_proj)),
+                    ("self_attn.o_proj", (attention.o_proj,)),
+                    ("mlp.gate_up_proj", (mlp.gate_proj, mlp.up_proj)),
+                    ("mlp.down_proj", (mlp.down_proj,)),
+                ):
+                    packed = weights[prefix + fused]
+                    assert isinstance(packed, PackedWeight)
+                    sizes = [owner.out_features for owner in owners]
+                    for owner, part in zip(owners, packed.dequantize().split(sizes), strict=True):
+                        owner.weight.copy_(part)
+            result: Tensor = model(tokens[:4]).logits
+        return result
+
+    quantize_checkpoint(
+        source,
+        tmp_path / "awq",
+        format="awq",
+        group_size=32,
+        calibration=tokens,
+        progress=False,
+    )
+    quantize_checkpoint(source, tmp_path / "rtn", format="awq", group_size=32, progress=False)
+    with torch.no_grad():
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+        exact = model(tokens[:4]).logits
+    ours = (logits(tmp_path / "awq") - exact).square().mean()
+    assert ours < (logits(tmp_path / "rtn") - exact).square().mean()
+    assert set(Shards(tmp_path / "awq").names()) == set(Shards(tmp_path / "rtn").names())
+
+
+def test_output_error_is_that_of_the_outputs() -> None:
+    x, difference = torch.randn(100, 16), torch.randn(8, 16)
+    expected = (difference @ x.T).square().sum(0).mean()
+    assert output_error(difference, x.T @ x / 100) == pytest.approx(float(expected), rel=1e-4)

@@ -1,0 +1,130 @@
+"""Figures that compare models are those a reader would compute by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from nybble.loaders import open_checkpoint, save_packed
+from nybble.quantizers import quantize_checkpoint
+from nybble.quantizers.corpus import standard_library_text, token_ids, token_windows
+from nybble.quantizers.evaluate import Evaluation, Window, evaluate, plot, table, windows
+from nybble.quantizers.packed_model import PackedLinear, load_packed_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+def tokens(count: int) -> torch.Tensor:
+    return torch.randint(0, 300, (count,), generator=torch.Generator().manual_seed(5))
+
+
+def test_windows_without_overlap_do_not_predict_their_first_token() -> None:
+    assert windows(10, 4, 4) == [Window(0, 1, 4), Window(4, 5, 8), Window(8, 9, 10)]
+    assert windows(9, 4, 4) == [Window(0, 1, 4), Window(4, 5, 8)]  # the ninth stands alone
+
+
+def test_sliding_windows_score_every_token_once() -> None:
+    found = windows(23, 8, 3)
+    scored = [token for window in found for token in range(window.scored, window.stop)]
+    assert scored == list(range(1, 23))
+    assert all(window.stop - window.start <= 8 for window in found)
+    # After the first window every scored token has at least length − stride tokens before it.
+    assert all(window.scored - window.start >= 5 for window in found[1:])
+
+
+@pytest.mark.parametrize(("count", "length", "stride"), [(1, 4, 4), (10, 4, 5), (10, 4, 0)])
+def test_windows_that_make_no_sense_are_refused(count: int, length: int, stride: int) -> None:
+    with pytest.raises(ValueError, match=r"predicts nothing|must be between 1"):
+        windows(count, length, stride)
+
+
+def test_figures_equal_those_from_transformers_own_model(
+    tmp_path: Path, tiny_model: Callable[..., Path]
+) -> None:
+    source, ids = tiny_model(), tokens(300)
+    quantize_checkpoint(source, tmp_path / "q", format="nf4", double_quant=True, progress=False)
+    exact, found = evaluate(
+        source, {"nf4": tmp_path / "q"}, ids, length=64, dtype=torch.float32, progress=False
+    )
+
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+
+    @torch.no_grad()
+    def log_probabilities() -> torch.Tensor:
+        logits = [model(part[None]).logits[0, :-1] for part in ids.split(64)]
+        return torch.cat(logits).log_softmax(-1)
+
+    labels = torch.cat([part[1:] for part in ids.split(64)])
+    ours = log_probabilities()
+    packed = load_packed_model(
+        open_checkpoint(tmp_path / "q"), device=torch.device("cpu"), dtype=torch.float32
+    )
+    for name, module in packed.named_modules():
+        if isinstance(module, PackedLinear):
+            model.get_submodule(name).weight.data = module.packed.dequantize()
+    theirs = log_probabilities()
+    for evaluation, values in ((exact, ours), (found, theirs)):
+        loss = -values.gather(1, labels[:, None]).mean()
+        assert evaluation.perplexity == pytest.approx(float(loss.exp()), rel=1e-3)
+    divergence = (ours.exp() * (ours - theirs)).sum(-1).mean()
+    assert found.kl_divergence == pytest.approx(float(divergence), rel=0.02)
+    assert exact.kl_divergence == 0
+    assert exact.scored_tokens == len(labels)
+
+
+def test_sizes_are_those_on_disk(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
+    source = tiny_model()
+    quantize_checkpoint(source, tmp_path / "q", format="awq", group_size=64, progress=False)
+    save_packed(open_checkpoint(tmp_path / "q"), tmp_path / "p", layout="rows", progress=False)
+    exact, found, packed = evaluate(
+        source,
+        {"awq": tmp_path / "q", "packed": tmp_path / "p"},
+        tokens(40),
+        length=32,
+        progress=False,
+    )
+    assert exact.bits_per_weight == 16
+    assert found.bits_per_weight == 4 + (16 + 4) / 64
+    assert packed.bits_per_weight == 4 + (16 + 16) / 64  # zeros as real numbers
+    assert packed.perplexity == found.perplexity
+    assert 0 < (tmp_path / "q" / "model.safetensors").stat().st_size - found.size < 20_000
+
+
+def test_models_with_another_vocabulary_are_refused(tiny_model: Callable[..., Path]) -> None:
+    with pytest.raises(ValueError, match="has a vocabulary of 300, the full-precision model one"):
+        evaluate(
+            tiny_model(),
+            {"other": tiny_model(vocab_size=300)},
+            tokens(40) % 256,
+            length=32,
+            progress=False,
+        )
+
+
+def test_the_table_and_the_plot_hold_every_model(tmp_path: Path) -> None:
+    found = [
+        Evaluation("full precision", 8.0, 0.0, 1_000_000, 16.0, 100.0, 50),
+        Evaluation("awq", 8.5, 0.05, 300_000, 4.3125, 150.0, 50),
+    ]
+    lines = table(found).splitlines()
+    assert len({len(line) for line in lines}) == 1
+    assert [cell.strip() for cell in lines[3].split("|")[1:-1]] == [
+        *("awq", "8.500", "0.0500", "0", "4.312", "150")
+    ]
+    plot(found, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_calibration_and_held_out_text_share_no_document(tiny_model: Callable[..., Path]) -> None:
+    halves = [standard_library_text(half) for half in ("calibration", "held-out")]
+    lines = [{line for line in half.splitlines() if len(line) > 75} for half in halves]
+    assert min(map(len, halves)) > 1_000_000
+    assert len(lines[0] & lines[1]) < 0.02 * min(map(len, lines))
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model())
+    found = token_windows(tokenizer, halves[0][:20_000], samples=5, length=64)
+    assert found.shape == (5, 64)
+    every = token_ids(tokenizer, halves[0][:20_000]).unfold(0, 64, 64)
+    assert all((row == every).all(-1).any() for row in found)
+    with pytest.raises(ValueError, match="5000 samples of 64 were asked for"):
+        token_windows(tokenizer, halves[0][:20_000], samples=5000, length=64)

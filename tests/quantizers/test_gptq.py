@@ -1,0 +1,264 @@
+"""GPTQ solves what it says: checked against the dense solution it is a fast form of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from nybble.kernels import PackedWeight
+from nybble.loaders import CheckpointError, open_checkpoint
+from nybble.quantizers import GptqSettings, quantize_checkpoint
+from nybble.quantizers.affine import AffineWeight, grid
+from nybble.quantizers.blocks import STAGES, DecoderBlocks, linear_layer, output_error
+from nybble.quantizers.gptq import gptq, inverse_factor
+from nybble.quantizers.rtn import quantize_affine
+from torch import Tensor
+
+
+def correlated_inputs(tokens: int, columns: int) -> Tensor:
+    mixing = torch.randn(columns, columns) / columns**0.5 + torch.eye(columns)
+    return (torch.randn(tokens, columns) @ mixing) * torch.rand(columns).exp()
+
+
+def dense_obs(weight: Tensor, hessian: Tensor, size: int, *, sym: bool, order: Tensor) -> Tensor:
+    """Optimal Brain Surgeon, literally: one column at a time, H⁻¹ of the columns left over.
+
+    After fixing column q to its rounded value, the best change of the others is
+    −(w_q − ŵ_q) / [H_F⁻¹]_qq · [H_F⁻¹]_q, H_F being H without the columns already fixed. Returns
+    the dequantized weight.
+    """
+    left = weight.double().clone()
+    done = torch.empty_like(left)
+    scales, zeros = torch.empty(0), torch.empty(0)
+    for step in range(len(order)):
+        free = order[step:]
+        inverse = torch.linalg.inv(hessian[free][:, free])
+        if step % size == 0:
+            group = left[:, order[step : step + size]].float()
+            scales, zeros = grid(group.amin(1), group.amax(1), sym=sym)
+        column, scale, zero = left[:, order[step]], scales.double(), zeros.double()
+        code = ((column / scale).round() + zero).clamp(0, 15)
+        done[:, order[step]] = scale * (code - zero)
+        error = (column - done[:, order[step]]) / inverse[0, 0]
+        left[:, free] -= torch.outer(error, inverse[0])
+    return done
+
+
+@pytest.mark.parametrize("sym", [False, True])
+@pytest.mark.parametrize("desc_act", [False, True])
+@pytest.mark.parametrize(("columns", "size"), [(32, 8), (48, 48), (192, 96), (256, 128)])
+def test_it_is_the_dense_optimal_brain_surgeon(
+    columns: int, size: int, sym: bool, desc_act: bool
+) -> None:
+    torch.manual_seed(columns + size)
+    x, weight = correlated_inputs(4 * columns, columns), torch.randn(24, columns)
+    hessian = (x.T @ x).double()
+    damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(columns)
+    order = torch.arange(columns)
+    if desc_act:
+        order = hessian.diagonal().argsort(descending=True, stable=True)
+    expected = dense_obs(weight, damped, size, sym=sym, order=order)
+    found = gptq(weight, hessian, size, sym=sym, settings=GptqSettings(desc_act=desc_act))
+    # A value half-way between two codes may fall to either side: few do, and not systematically.
+    same = torch.isclose(found.dequantize().double(), expected, atol=1e-6)
+    assert same.all(dim=1).double().mean() > 0.8
+    moment = hessian.float()
+    assert output_error(found.dequantize() - weight, moment) == pytest.approx(
+        output_error(expected.float() - weight, moment), rel=0.02
+    )
+
+
+def test_the_inverse_factor_needs_no_inverse() -> None:
+    x = correlated_inputs(200, 50).double()
+    upper = inverse_factor(x.T @ x)
+    assert torch.equal(upper, upper.triu())
+    torch.testing.assert_close(upper, torch.linalg.cholesky(torch.linalg.inv(x.T @ x), upper=True))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        GptqSettings(),
+        GptqSettings(desc_act=True),
+        GptqSettings(static_groups=True),
+        GptqSettings(desc_act=True, static_groups=True),
+    ],
+)
+@pytest.mark.parametrize("sym", [False, True])
+def test_outputs_err_less_than_by_rounding(settings: GptqSettings, sym: bool) -> None:
+    torch.manual_seed(1)
+    x, weight = correlated_inputs(512, 128), torch.randn(64, 128)
+    moment = x.T @ x
+    ours = gptq(weight, moment, 32, sym=sym, settings=settings)
+    plain = quantize_affine(weight, 32, sym=sym)
+    assert output_error(ours.dequantize() - weight, moment) < 0.9 * output_error(
+        plain.dequantize() - weight, moment
+    )
+
+
+def test_static_groups_keep_the_columns_in_order() -> None:
+    torch.manual_seed(2)
+    x, weight = correlated_inputs(256, 64), torch.randn(16, 64)
+    settings = GptqSettings(desc_act=True, static_groups=True)
+    found = gptq(weight, x.T @ x, 16, settings=settings)
+    plain = quantize_affine(weight, 16, sym=False)
+    assert torch.equal(found.g_idx, torch.arange(64) // 16)
+    assert torch.equal(found.scales, plain.scales)
+    assert torch.equal(found.zeros, plain.zeros)
+    assert not torch.equal(found.codes, plain.codes)
+
+
+def test_act_order_puts_the_strongest_inputs_into_the_first_group() -> None:
+    torch.manual_seed(3)
+    x = torch.randn(256, 64)
+    x[:, 40:56] *= 10
+    found = gptq(torch.randn(16, 64), x.T @ x, 16, settings=GptqSettings(desc_act=True))
+    assert (found.g_idx == 0).nonzero().flatten().tolist() == list(range(40, 56))
+
+
+def test_an_input_that_is_always_zero_takes_no_part() -> None:
+    torch.manual_seed(4)
+    x, weight = correlated_inputs(256, 32), torch.randn(8, 32)
+    x[:, [3, 17]] = 0
+    weight[:, 3] = 1e4  # would ruin the scale of its group
+    found = gptq(weight, x.T @ x, 32)
+    assert (found.dequantize()[:, [3, 17]] == 0).all()
+    without = torch.ones(32, dtype=torch.bool)
+    without[[3, 17]] = False
+    error = (found.dequantize() - weight)[:, without].abs().max()
+    assert error < 3
+
+
+def test_weights_of_all_zero_columns_and_hessians_of_zero_survive() -> None:
+    found = gptq(torch.randn(8, 16), torch.zeros(16, 16), 16)
+    assert (found.dequantize() == 0).all()
+
+
+def test_a_damping_that_makes_no_sense_is_refused() -> None:
+    with pytest.raises(ValueError, match="damp is 0, expected a fraction"):
+        GptqSettings(damp=0)
+
+
+def calibration(samples: int = 24, length: int = 64) -> Tensor:
+    return torch.randint(0, 300, (samples, length), generator=torch.Generator().manual_seed(0))
+
+
+def layer_errors_by_rounding(source: Path, tokens: Tensor, group_size: int) -> dict[str, float]:
+    """Of every layer, on the inputs the full-precision model gives it."""
+    blocks = DecoderBlocks(source, torch.device("cpu"), tokens.shape[1])
+    hidden = blocks.embed(tokens)
+    errors = {}
+    for index in range(len(blocks)):
+        block = blocks.load(index)
+        statistics = blocks.statistics(block, hidden, [stage[0] for stage in STAGES])
+        hidden = blocks.outputs(block, hidden)
+        for stage in STAGES:
+            moment = statistics[stage[0]].second_moment
+            for name in stage:
+                weight = linear_layer(block, name).weight.float()
+                rounded = quantize_affine(weight, group_size, sym=False).dequantize()
+                errors[f"model.layers.{index}.{name}"] = output_error(
+                    rounded - weight, moment
+                ) / output_error(weight, moment)
+        blocks.unload(index)
+    return errors
+
+
+@pytest.mark.parametrize("desc_act", [False, True])
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_every_layer_errs_less_than_by_rounding(
+    tmp_path: Path, tiny_model: Callable[..., Path], family: str, desc_act: bool
+) -> None:
+    source, tokens = tiny_model(family=family), calibration()
+    settings = GptqSettings(desc_act=desc_act)
+    reports = quantize_checkpoint(
+        source,
+        tmp_path / "q",
+        format="gptq",
+        group_size=32,
+        calibration=tokens,
+        settings=settings,
+        progress=False,
+    )
+    by_rounding = layer_errors_by_rounding(source, tokens, 32)
+    assert {report.name for report in reports} == set(by_rounding)
+    for report in reports:
+        assert report.relative < by_rounding[report.name], report.name
+
+
+@pytest.mark.parametrize("sym", [False, True])
+@pytest.mark.parametrize("desc_act", [False, True])
+def test_the_checkpoint_loads_back_as_it_was_computed(
+    tmp_path: Path, tiny_model: Callable[..., Path], sym: bool, desc_act: bool
+) -> None:
+    """The first layers read the embeddings' norm: their GPTQ is redone here from the start."""
+    source, tokens = tiny_model(), calibration()
+    settings = GptqSettings(desc_act=desc_act)
+    quantize_checkpoint(
+        source,
+        tmp_path / "q",
+        format="gptq",
+        group_size=32,
+        sym=sym,
+        calibration=tokens,
+        settings=settings,
+        progress=False,
+    )
+    blocks = DecoderBlocks(source, torch.device("cpu"), tokens.shape[1])
+    block, name = blocks.load(0), "self_attn.q_proj"
+    moment = blocks.statistics(block, blocks.embed(tokens), [name])[name].second_moment
+    parts = [linear_layer(block, f"self_attn.{part}_proj").weight.float() for part in "qkv"]
+    expected = gptq(torch.cat(parts), moment, 32, sym=sym, settings=settings)
+    loaded = dict(open_checkpoint(tmp_path / "q").weights())["model.layers.0.self_attn.qkv_proj"]
+    assert isinstance(loaded, PackedWeight)
+    assert (loaded.perm is not None) == desc_act
+    assert torch.equal(loaded.dequantize(), expected.dequantize())
+
+
+def test_true_sequential_changes_what_later_layers_see(
+    tmp_path: Path, tiny_model: Callable[..., Path]
+) -> None:
+    errors = {}
+    for sequential in (False, True):
+        reports = quantize_checkpoint(
+            tiny_model(),
+            tmp_path / str(sequential),
+            format="gptq",
+            group_size=32,
+            calibration=calibration(),
+            settings=GptqSettings(true_sequential=sequential),
+            progress=False,
+        )
+        errors[sequential] = {report.name: report.relative for report in reports}
+    first, later = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"
+    assert errors[True][first] == errors[False][first]
+    assert errors[True][later] != errors[False][later]
+
+
+def test_what_does_not_fit_is_refused_by_name(
+    tmp_path: Path, tiny_model: Callable[..., Path]
+) -> None:
+    def quantize(**options: object) -> None:
+        quantize_checkpoint(tiny_model(), tmp_path / "q", progress=False, **options)  # type: ignore[arg-type]
+
+    with pytest.raises(CheckpointError, match="do not divide into groups of 48"):
+        quantize(format="gptq", group_size=48)
+    with pytest.raises(CheckpointError, match=r"calibration texts of 1024 tokens: .* takes 512"):
+        quantize(format="gptq", group_size=32, calibration=calibration(1, 1024))
+    with pytest.raises(ValueError, match="nf4 takes no calibration text"):
+        quantize(format="nf4", calibration=calibration())
+    with pytest.raises(ValueError, match="settings need the format gptq and calibration text"):
+        quantize(format="gptq", settings=GptqSettings())
+    with pytest.raises(ValueError, match="double_quant is for nf4 and fp4, not awq"):
+        quantize(format="awq", double_quant=True)
+    assert not (tmp_path / "q").exists()
+    assert not (tmp_path / "q.partial").exists()
+
+
+def test_an_affine_weight_is_cut_by_outputs() -> None:
+    whole = quantize_affine(torch.randn(16, 32), 8, sym=False)
+    part = whole.rows(4, 9)
+    assert isinstance(part, AffineWeight)
+    assert torch.equal(part.dequantize(), whole.dequantize()[4:9])
