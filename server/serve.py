@@ -13,6 +13,7 @@ from pathlib import Path
 from aiohttp import web
 from nybble.engine import Engine
 from nybble.server.app import make_app
+from nybble.server.connections import ConnectionGuard
 from nybble.server.gate import Gate
 from nybble.server.tenants import Tenants
 
@@ -54,6 +55,8 @@ async def serve(
         adapter_roots=adapter_roots,
         tenants=tenants,
     )
+    guard = ConnectionGuard(_KEEPALIVE_SECONDS)
+    app.middlewares.insert(0, guard.middleware())
     # Cancelling handlers of clients that have gone is what cancels their sequences.
     runner = web.AppRunner(
         app,
@@ -70,6 +73,8 @@ async def serve(
     if tenants is not None:
         loop.add_signal_handler(signal.SIGHUP, tenants.reload)
     try:
+        assert runner.server is not None
+        watch = asyncio.create_task(guard.watch(runner.server))
         await web.SockSite(runner, sock, backlog=_BACKLOG).start()
         ready()
         await stopping.wait()
@@ -77,6 +82,7 @@ async def serve(
         left = await gate.close(shutdown_timeout)
         if left:
             logger.warning("%d requests did not finish in time and end with an error", left)
+        watch.cancel()
     finally:
         # First the engine, so that what is still streaming is told; then the connections.
         await asyncio.to_thread(engine.stop)
