@@ -13,13 +13,13 @@ from pathlib import Path
 from aiohttp import web
 from nybble.engine import Engine
 from nybble.server.app import make_app
-from nybble.server.connections import ConnectionGuard
 from nybble.server.gate import Gate
 from nybble.server.tenants import Tenants
 
 logger = logging.getLogger(__name__)
 
 _BACKLOG = 1024
+# Without a request, or with one whose headers do not end.
 _KEEPALIVE_SECONDS = 75
 # For responses whose last bytes are on the way when everything has been computed.
 _FLUSH_SECONDS = 5
@@ -55,8 +55,6 @@ async def serve(
         adapter_roots=adapter_roots,
         tenants=tenants,
     )
-    guard = ConnectionGuard(_KEEPALIVE_SECONDS)
-    app.middlewares.insert(0, guard.middleware())
     # Cancelling handlers of clients that have gone is what cancels their sequences.
     runner = web.AppRunner(
         app,
@@ -73,8 +71,6 @@ async def serve(
     if tenants is not None:
         loop.add_signal_handler(signal.SIGHUP, tenants.reload)
     try:
-        assert runner.server is not None
-        watch = asyncio.create_task(guard.watch(runner.server))
         await web.SockSite(runner, sock, backlog=_BACKLOG).start()
         ready()
         await stopping.wait()
@@ -82,7 +78,6 @@ async def serve(
         left = await gate.close(shutdown_timeout)
         if left:
             logger.warning("%d requests did not finish in time and end with an error", left)
-        watch.cancel()
     finally:
         # First the engine, so that what is still streaming is told; then the connections.
         await asyncio.to_thread(engine.stop)
