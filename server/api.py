@@ -150,6 +150,7 @@ class Api:
         for prompt in body.prompts:
             encoded = await self._prompts.encode(prompt) if isinstance(prompt, str) else prompt
             self._require_room(encoded, params)
+            self._require_known("prompt", encoded, self._engine.vocab_size)
             prompts.append(tuple(encoded))
         echoes = None
         if body.echo:
@@ -190,10 +191,7 @@ class Api:
         body = await read_body(request, DetokenizeRequest)
         if body.model is not None:
             self._names.require(body.model, request.get(TENANT))
-        size = len(self._engine.tokenizer)
-        for token in body.tokens:
-            if not 0 <= token < size:
-                raise ParameterError("tokens", f"token id {token} is outside the {size} known")
+        self._require_known("tokens", body.tokens, len(self._engine.tokenizer))
         return json_response({"prompt": await self._prompts.decode(body.tokens)})
 
     def _logprobs(self, params: SamplingParams) -> Logprobs | None:
@@ -203,6 +201,12 @@ class Api:
 
     def _adapter_of(self, request: web.Request, model: str, field: str | None) -> str | None:
         return self._names.adapter(model, field, request.headers, request.get(TENANT))
+
+    def _require_known(self, parameter: str, tokens: Sequence[int], size: int) -> None:
+        for token in tokens:
+            if not 0 <= token < size:
+                message = f"token id {token} is outside the vocabulary of {size}"
+                raise ParameterError(parameter, message)
 
     def _require_room(self, prompt: Sequence[int], params: SamplingParams) -> None:
         limit = self._engine.max_model_len

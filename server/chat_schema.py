@@ -8,7 +8,7 @@ from nybble.server.schema import Body, Sampling
 from pydantic import ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-_MAX_TOOLS = 128
+MAX_TOOLS = 128
 
 
 class ContentPart(Body):
@@ -116,7 +116,7 @@ class ChatRequest(Sampling):
     top_logprobs: int | None = None
     max_completion_tokens: int | None = None
     modalities: list[Literal["text"]] | None = None
-    tools: Annotated[list[Tool], Field(max_length=_MAX_TOOLS)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
     parallel_tool_calls: bool | None = None
     prediction: dict[str, Any] | None = None  # a hint for speed

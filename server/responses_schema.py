@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from nybble.server.chat_schema import ChatRequest, Function
+from nybble.server.chat_schema import MAX_TOOLS, ChatRequest, Function
 from nybble.server.schema import Body
 from pydantic import ConfigDict, Field
 
@@ -95,7 +95,7 @@ class ResponsesRequest(Body):
     temperature: float | None = None
     text: TextOptions | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedFunction | None = None
-    tools: list[FunctionTool] | None = None
+    tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS)] | None = None
     top_p: float | None = None
     truncation: Literal["disabled"] | None = None
 

@@ -19,6 +19,7 @@ from nybble.server.tenants import Tenants
 logger = logging.getLogger(__name__)
 
 _BACKLOG = 1024
+# Without a request, or with one whose headers do not end.
 _KEEPALIVE_SECONDS = 75
 # For responses whose last bytes are on the way when everything has been computed.
 _FLUSH_SECONDS = 5

@@ -13,9 +13,8 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
-from .test_errors import CHAT, COMPLETIONS, HELLO
+from .test_errors import CHAT, COMPLETIONS, HELLO, RESPONSES
 
-RESPONSES = "/v1/responses"
 CHAT_BODY = {"model": "tiny", "messages": HELLO, "max_tokens": 6, "logprobs": True, "n": 2}
 COMPLETION_BODY = {"model": "tiny", "prompt": ["a", "b"], "max_tokens": 6, "logprobs": 2}
 RESPONSES_BODY = {"model": "tiny", "input": "hello", "max_output_tokens": 6}

@@ -18,10 +18,12 @@ from nybble.server.chat_schema import ChatRequest, DetokenizeRequest, TokenizeRe
 from nybble.server.errors import ApiError
 from nybble.server.gate import Gate
 from nybble.server.parse import parse_body
+from nybble.server.responses_schema import ResponsesRequest
 from nybble.server.schema import CompletionRequest
 
 Client = TestClient[web.Request, web.Application]
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+RESPONSES = "/v1/responses"
 HELLO = [{"role": "user", "content": "hello"}]
 
 
@@ -109,7 +111,8 @@ def test_a_bad_chat_parameter_is_named(engine: Engine, extra: dict[str, Any], pa
         ({"prompt": [[1], "x"]}, "prompt"),
         ({"prompt": [True]}, "prompt"),
         ({"prompt": ""}, "prompt"),
-        ({"prompt": [-1]}, "prompt"),
+        ({"prompt": [-1], "echo": True}, "prompt"),
+        ({"prompt": [10**30], "echo": True}, "prompt"),
         ({"prompt": [10**9]}, "prompt"),
         ({"prompt": [1] * 10**6}, "prompt"),
         ({"suffix": "x"}, "suffix"),
@@ -294,7 +297,8 @@ JSON = st.recursive(
 
 
 @pytest.mark.parametrize(
-    "kind", [ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest]
+    "kind",
+    [ChatRequest, CompletionRequest, ResponsesRequest, TokenizeRequest, DetokenizeRequest],
 )
 @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
@@ -312,14 +316,21 @@ def test_any_json_is_a_request_or_a_400(kind: Any, data: st.DataObject) -> None:
 @settings(deadline=None, max_examples=40, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_no_body_makes_the_server_fail(engine: Engine, data: st.DataObject) -> None:
-    path, kind = data.draw(st.sampled_from([(CHAT, ChatRequest), (COMPLETIONS, CompletionRequest)]))
-    base: dict[str, Any] = {"model": "tiny", "max_tokens": 2}
-    base |= {"messages": HELLO} if path == CHAT else {"prompt": "x"}
-    names = st.sampled_from(sorted(kind.model_fields.keys() - {"model", "max_tokens"}))
+    path, kind, base = data.draw(
+        st.sampled_from(
+            [
+                (CHAT, ChatRequest, {"messages": HELLO, "max_tokens": 2}),
+                (COMPLETIONS, CompletionRequest, {"prompt": "x", "max_tokens": 2}),
+                (RESPONSES, ResponsesRequest, {"input": "x", "max_output_tokens": 2}),
+            ]
+        )
+    )
+    limits = {"model", "max_tokens", "max_output_tokens"}
+    names = st.sampled_from(sorted(kind.model_fields.keys() - limits))
     extra = data.draw(st.dictionaries(names, JSON | st.booleans(), max_size=2))
 
     async def scenario(client: Client) -> None:
-        async with client.post(path, json={**base, **extra}) as response:
+        async with client.post(path, json={"model": "tiny", **base, **extra}) as response:
             await response.read()
             assert response.status in (200, 400), await response.text()
 

@@ -10,7 +10,8 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,9 @@ import aiohttp
 import openai
 import pytest
 from nybble.engine import Engine
-from nybble.server import respond
+from nybble.server import respond, serve
 from nybble.server.listen import bind
 from nybble.server.prompts import Prompts
-from nybble.server.serve import serve
 from openai import OpenAI
 
 from .conftest import COMMAND, running_server
@@ -164,13 +164,13 @@ def test_on_sigterm_requests_finish_new_ones_get_503_and_the_exit_code_is_0(
         stream = client.completions.create(
             model="tiny",
             prompt="x",
-            max_tokens=3000,
+            max_tokens=2000,
             stream=True,
             extra_body={"ignore_eos": True},
         )
         next(stream)
         server.terminate()
-        time.sleep(0.3)
+        time.sleep(0.2)
         with pytest.raises(openai.InternalServerError) as refused:
             client.completions.create(model="tiny", prompt="x")
         assert refused.value.status_code == 503
@@ -179,36 +179,63 @@ def test_on_sigterm_requests_finish_new_ones_get_503_and_the_exit_code_is_0(
         assert server.process.wait(20) == 0
 
 
+def serving(engine: Engine, scenario: Callable[[str], Awaitable[None]], **options: Any) -> None:
+    """Run ``serve`` in this process beside a scenario, which has to end it by a signal."""
+    ready = asyncio.Event()
+
+    async def main() -> None:
+        sock = bind("127.0.0.1", 0)
+        url = f"http://127.0.0.1:{sock.getsockname()[1]}"
+        options.update(models=("tiny",), max_sequences=4, ready=ready.set)
+
+        async def begin() -> None:
+            await ready.wait()
+            await scenario(url)
+
+        await asyncio.gather(serve.serve(engine, sock, **options), begin())
+
+    asyncio.run(main())
+
+
 def test_requests_that_take_too_long_are_told_so(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compute = engine._runner.run
     monkeypatch.setattr(engine._runner, "run", lambda batch: (time.sleep(0.02), compute(batch))[1])
-    ready = asyncio.Event()
 
-    async def scenario(session: aiohttp.ClientSession, url: str) -> None:
-        await ready.wait()
-        body = {**LONG, "stream": True}
-        async with session.post(url + COMPLETIONS, json=body) as response:
+    async def scenario(url: str) -> None:
+        async with (
+            aiohttp.ClientSession() as session,
+            session.post(url + COMPLETIONS, json={**LONG, "stream": True}) as response,
+        ):
             await response.content.readline()
             os.kill(os.getpid(), signal.SIGTERM)
             assert b"engine_unavailable" in (await response.read()).split(b"\n\n")[-2]
 
-    async def main() -> None:
-        sock = bind("127.0.0.1", 0)
-        url = f"http://127.0.0.1:{sock.getsockname()[1]}"
-        serving = serve(
-            engine,
-            sock,
-            models=("tiny",),
-            max_sequences=4,
-            shutdown_timeout=0.3,
-            ready=ready.set,
-        )
-        async with aiohttp.ClientSession() as session:
-            await asyncio.gather(serving, scenario(session, url))
+    serving(engine, scenario, shutdown_timeout=0.3)
 
-    asyncio.run(main())
+
+def test_a_client_that_never_finishes_its_headers_is_cut_off_and_a_slow_answer_is_not(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serve, "_KEEPALIVE_SECONDS", 0.4)
+    compute = engine._runner.run
+    monkeypatch.setattr(engine._runner, "run", lambda batch: (time.sleep(0.02), compute(batch))[1])
+
+    async def scenario(url: str) -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", int(url.rpartition(":")[2]))
+        writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nX-Slow")
+        async with (
+            aiohttp.ClientSession() as session,
+            session.post(url + COMPLETIONS, json={**LONG, "max_tokens": 60}) as response,
+        ):
+            assert (await response.json())["usage"]["completion_tokens"] == 60
+        async with asyncio.timeout(5):
+            with suppress(ConnectionError):
+                assert await reader.read() == b""
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    serving(engine, scenario)
 
 
 def test_a_second_signal_ends_the_process_at_once(tiny_model: Callable[..., Path]) -> None:

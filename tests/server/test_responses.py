@@ -14,10 +14,8 @@ from pydantic import BaseModel
 
 from .conftest import started_engine
 from .test_chat import chat
-from .test_errors import Client, refused, run
+from .test_errors import RESPONSES, Client, refused, run
 from .test_tools import CLOCK, HERMES
-
-PATH = "/v1/responses"
 
 
 def respond(client: OpenAI, **options: Any) -> Any:
@@ -126,7 +124,7 @@ def test_function_calls_are_items_with_events_of_their_own(engine: Engine) -> No
     }
 
     async def scenario(client: Client) -> None:
-        text = await (await client.post(PATH, json={**body, "stream": True})).text()
+        text = await (await client.post(RESPONSES, json={**body, "stream": True})).text()
         events = [json.loads(part.split("data: ")[1]) for part in text.strip().split("\n\n")]
         final = events[-1]["response"]
         assert final["status"] == "completed"
@@ -143,7 +141,7 @@ def test_function_calls_are_items_with_events_of_their_own(engine: Engine) -> No
         result = {"type": "function_call_output", "call_id": item["call_id"], "output": "12:00"}
         again = [{"role": "user", "content": "what time is it"}, item, result]
         follow = {**body, "input": again, "tool_choice": "none", "max_output_tokens": 5}
-        answer = await (await client.post(PATH, json=follow)).json()
+        answer = await (await client.post(RESPONSES, json=follow)).json()
         assert answer["output"][0]["type"] == "message"
 
     run(engine, scenario)
@@ -154,7 +152,7 @@ def test_an_engine_that_fails_ends_the_events_with_a_failed_response(
 ) -> None:
     async def scenario(client: Client) -> None:
         body = {"model": "tiny", "input": "x", "stream": True}
-        async with client.post(PATH, json=body) as response:
+        async with client.post(RESPONSES, json=body) as response:
             await response.content.readline()
 
             def fail(*_: object) -> None:
@@ -165,6 +163,6 @@ def test_an_engine_that_fails_ends_the_events_with_a_failed_response(
         event = json.loads(last.split("data: ")[1])
         assert event["type"] == "response.failed"
         assert event["response"]["error"]["message"]
-        await refused(client, PATH, body, 503)
+        await refused(client, RESPONSES, body, 503)
 
     run(engine, scenario)
