@@ -514,19 +514,14 @@ def time_decode(
         values.normal_()
     if not dry:
         warmup(decoder.packed_weights(), dtype, largest)
-    eager = sequences(3, context, room, shape["vocab_size"])
-    expected = [step(runner, eager) for _ in range(3)]
-    capture = dry_capture if dry else cuda_capture(device)
-    runner.capture(capture, progress=False, sizes=sorted({*sizes, 4}))
-    captured = sequences(3, context, room, shape["vocab_size"])
-    for ours, theirs in zip(captured, eager, strict=True):
-        ours.token_ids[:] = theirs.token_ids[:context]
-    found = [step(runner, captured) for _ in range(3)]
-    # Padding may pick another matmul, so tokens can differ where two are nearly as likely.
-    same = sum(
-        a == b for f, e in zip(found, expected, strict=True) for a, b in zip(f, e, strict=True)
-    )
-    checks.holds(f"captured decode step: {same} of 9 tokens as without capture", same >= 8)
+    three = [ScheduledSequence(one, 1) for one in sequences(3, context, room, shape["vocab_size"])]
+    expected = runner.run(three).clone()
+    runner.capture(dry_capture if dry else cuda_capture(device), False, sorted({*sizes, 4}))
+    found = runner.run(three).clone()
+    # Four rows instead of three may be split otherwise, and 40 layers carry that on.
+    measured = error(found, expected)
+    checks.holds(f"captured decode step, padded to 4: error {measured:.1e}", measured <= 0.05)
+    checks.holds("captured twice the same", torch.equal(found, runner.run(three)))
     print(f"model made and captured in {time.monotonic() - start:.0f} s", flush=True)
     print(f"decode, {'tiny' if dry else 'Llama-2-13B, 4 bits, group 128'}, context {context}:")
     print(f"{'batch':>7}{'ms a step':>12}{'tokens/s':>12}{'floor ms':>12}{'share':>8}")
