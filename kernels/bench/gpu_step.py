@@ -299,8 +299,17 @@ def time_attention(
 def sweep_decode(device: torch.device, read: float, dry: bool) -> list[dict[str, Any]]:
     """Other tiles, stages and programs for decode attention: the share of the copy bandwidth."""
     sizes = ((4, 2, 64, 1, 300),) if dry else ((32, 8, 128, 1, 16384), (32, 8, 128, 32, 4096))
-    chosen = (attention.DECODE_TILE, attention.DECODE_STAGES, attention.PROGRAMS_PER_SM)
-    options = [chosen, (32, 3, 2)] if dry else list(product((32, 64, 128), (3, 5), (2, 3, 4)))
+    names = ("DECODE_TILE", "DECODE_STAGES", "PROGRAMS_PER_SM", "MIN_SPLIT")
+    chosen = tuple(getattr(attention, name) for name in names)
+    options = [chosen, (32, 3, 2, 128)]
+    if not dry:
+        options = [*product((32, 64, 128), (3, 5), (2, 3, 4), chosen[3:])]
+        options += [(*chosen[:3], least) for least in (128, 512)]
+
+    def use(option: tuple[int, ...]) -> None:
+        for name, value in zip(names, option, strict=True):
+            setattr(attention, name, value)
+
     dtype = torch.float16 if dry else torch.bfloat16
     results = []
     for q_heads, kv_heads, dim, size, context in sizes:
@@ -312,18 +321,19 @@ def sweep_decode(device: torch.device, read: float, dry: bool) -> list[dict[str,
             calls.append(partial(attention.paged_attention, q, keys, values, batch, dim**-0.5))
         found = []
         for option in options:
-            attention.DECODE_TILE, attention.DECODE_STAGES, attention.PROGRAMS_PER_SM = option
+            use(option)
             try:
                 taken = timing.milliseconds(calls) / 1e3
             except triton.runtime.errors.OutOfResources:
                 continue
             found.append((nbytes / read / taken, option))
-        attention.DECODE_TILE, attention.DECODE_STAGES, attention.PROGRAMS_PER_SM = chosen
+        use(chosen)
         best = ", ".join(f"{option} {share:.0%}" for share, option in sorted(found)[::-1][:4])
         used = next((share for share, option in found if option == chosen), float("nan"))
         print(
             f"decode attention, batch {size}, context {context}, "
-            f"(tile, stages, programs per multiprocessor): {best}; in use {chosen} {used:.0%}",
+            f"(tile, stages, programs per multiprocessor, least split): {best}; "
+            f"in use {chosen} {used:.0%}",
             flush=True,
         )
         results += [{"batch": size, "context": context, "option": o, "share": s} for s, o in found]
