@@ -16,9 +16,11 @@ from nybble.engine.request import (
     SamplingParams,
     TokenLogprob,
 )
+from nybble.loaders import AdapterError
 
 __all__ = [
     "AdapterConfig",
+    "AdapterError",
     "AdapterInfo",
     "AdapterUnavailableError",
     "Engine",

@@ -164,8 +164,3 @@ class AdapterSlots:
             self._rank_of[index][slot] = rank
             ranks.append(rank)
         self._ranks[:, slot] = torch.tensor(ranks, dtype=torch.int32).to(self.device)
-
-    def step(self, slots: Sequence[int]) -> StepAdapters | None:
-        """For a step whose rows use these slots (−1: none); None if no row uses any."""
-        batch = LoRABatch.of(slots, self.device)
-        return None if batch is None else StepAdapters(self.layers, batch)

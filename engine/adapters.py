@@ -9,6 +9,7 @@ request queues; the engine thread only copies a staged adapter into a slot, one 
 from __future__ import annotations
 
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -37,6 +38,7 @@ class AdapterVersion:
     digest: bytes
     rank: int
     nbytes: int
+    loaded: int = field(default_factory=lambda: int(time.time()))
     hits: int = 0
     waiting: int = 0
     running: int = 0
@@ -53,8 +55,8 @@ class AdapterVersion:
 class AdapterInfo:
     """A loaded adapter as an administrator sees it.
 
-    version: digest of its files' content. nbytes: what it takes in host memory. hits: requests so
-    far. running, waiting: requests now.
+    version: digest of its files' content. nbytes: what it takes in host memory. loaded: when, in
+    seconds since 1970. hits: requests so far. running, waiting: requests now.
     """
 
     name: str
@@ -63,6 +65,7 @@ class AdapterInfo:
     rank: int
     nbytes: int
     residency: Residency
+    loaded: int
     hits: int
     running: int
     waiting: int
@@ -76,6 +79,7 @@ class AdapterInfo:
             rank=version.rank,
             nbytes=version.nbytes,
             residency=version.residency,
+            loaded=version.loaded,
             hits=version.hits,
             running=version.running,
             waiting=version.waiting,
@@ -264,17 +268,22 @@ class AdapterRegistry:
         self.cache = AdapterCache(self.slots, self.host_bytes, self._load_later)
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="nybble-adapters")
 
-    def load(self, name: str, path: str) -> AdapterInfo:
+    def load(self, name: str, path: str, *, replace: bool) -> AdapterInfo:
         """Read and check an adapter and put it behind ``name``, replacing what was there at once.
 
         path: a folder or hub name. Requests that have begun keep the version they began with.
-        Raises AdapterError and changes nothing where the adapter does not fit.
+        Raises AdapterError and changes nothing where the adapter does not fit, and where the name
+        is taken and not to be replaced.
         """
         if not name:
             raise AdapterError("an adapter needs a name")
+        if not replace:
+            self._refuse_taken(name)  # before reading, and again after it
         folder = resolve_adapter(path)
         version, staged = self._read(name, folder)
         with self._lock:
+            if not replace:
+                self._refuse_taken(name)
             before = self._versions.get(name)
             if before is not None:
                 version.hits = before.hits
@@ -289,6 +298,11 @@ class AdapterRegistry:
             version = self._find(name)
             del self._versions[name]
             self.post(lambda: self.cache.retire(version))
+
+    def info(self, name: str) -> AdapterInfo | None:
+        """The adapter behind a name."""
+        version = self._versions.get(name)
+        return None if version is None else AdapterInfo.of(version)
 
     def infos(self) -> list[AdapterInfo]:
         """Every loaded adapter, by name."""
@@ -307,6 +321,10 @@ class AdapterRegistry:
 
     def close(self) -> None:
         self._reader.shutdown(wait=False, cancel_futures=True)
+
+    def _refuse_taken(self, name: str) -> None:
+        if name in self._versions:
+            raise AdapterError(f"adapter {name!r} is loaded already: replace it or unload it first")
 
     def _find(self, name: str) -> AdapterVersion:
         version = self._versions.get(name)

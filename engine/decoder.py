@@ -241,7 +241,7 @@ class _WeightStore:
         self._weights: dict[str, PackedWeight | DenseWeight | Tensor] = {}
         for name, weight in weights:
             if isinstance(weight, PackedWeight):
-                self._weights[name] = weight.to_layout(layout).to(device)
+                self._weights[name] = weight.to(device).to_layout(layout)
             elif isinstance(weight, DenseWeight):
                 bias = None if weight.bias is None else weight.bias.to(device, dtype)
                 self._weights[name] = DenseWeight(weight.weight.to(device, dtype), bias)

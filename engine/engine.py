@@ -227,18 +227,22 @@ class Engine:
         """Figures of the last step; safe from any thread."""
         return self._stats
 
-    def load_adapter(self, name: str, path: str) -> AdapterInfo:
+    def load_adapter(self, name: str, path: str, *, replace: bool = True) -> AdapterInfo:
         """Read an adapter (a folder or hub name) and serve it as ``name``; blocks while reading.
 
         A name that is taken changes hands at once, and requests that have begun keep the version
-        they began with. Raises AdapterError, which changes nothing, and ParameterError where
-        adapters are off.
+        they began with; unless ``replace``, it is refused. Raises AdapterError, which changes
+        nothing, and ParameterError where adapters are off.
         """
-        return self._require_adapters().load(name, path)
+        return self._require_adapters().load(name, path, replace=replace)
 
     def unload_adapter(self, name: str) -> None:
         """Take an adapter away from new requests. Raises ParameterError for an unknown name."""
         self._require_adapters().unload(name)
+
+    def adapter(self, name: str) -> AdapterInfo | None:
+        """The loaded adapter of this name; safe from any thread."""
+        return None if self._adapters is None else self._adapters.info(name)
 
     def adapters(self) -> list[AdapterInfo]:
         """Every loaded adapter, by name; safe from any thread."""

@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
-from typing import Any
 from uuid import uuid4
 
 from aiohttp import web
@@ -18,14 +17,17 @@ from nybble.server.errors import ApiError
 from nybble.server.gate import Gate
 from nybble.server.generation import Generation, Job
 from nybble.server.guiding import guide_of
+from nybble.server.limits import Limiter
 from nybble.server.logprobs import Logprobs
 from nybble.server.metrics import Metrics
+from nybble.server.model_names import ModelNames
 from nybble.server.parse import read_body
 from nybble.server.prompts import Prompts
 from nybble.server.respond import json_response, respond
 from nybble.server.responses import ResponsesShape
 from nybble.server.responses_schema import ResponsesRequest
 from nybble.server.schema import CompletionRequest
+from nybble.server.tenants import TENANT, Tenant
 from nybble.server.token_bytes import TokenBytes
 from nybble.server.tools import Tools, tools_of
 
@@ -43,13 +45,13 @@ class Api:
         models: tuple[str, ...],
         max_sequences: int,
         gate: Gate,
+        limiter: Limiter,
     ) -> None:
         self._gate = gate
         self._engine = engine
         self._metrics = metrics
-        self._models = models
-        self._created = int(time.time())
-        self._generation = Generation(engine, metrics, max_sequences)
+        self._names = ModelNames(engine, models)
+        self._generation = Generation(engine, metrics, max_sequences, limiter)
         self._prompts = Prompts(engine.tokenizer, models[0])
         self._tokens = TokenBytes(engine.tokenizer)
         self._grammars = GrammarCompiler(engine.tokenizer, engine.vocab_size, engine.eos_token_ids)
@@ -88,21 +90,19 @@ class Api:
     async def version(self, _: web.Request) -> web.Response:
         return json_response({"version": version("nybble")})
 
-    async def list_models(self, _: web.Request) -> web.Response:
-        return json_response({"object": "list", "data": [self._model(m) for m in self._models]})
+    async def list_models(self, request: web.Request) -> web.Response:
+        return json_response({"object": "list", "data": self._names.bodies(request.get(TENANT))})
 
     async def get_model(self, request: web.Request) -> web.Response:
-        name = request.match_info["model"]
-        self._require_model(name)
-        return json_response(self._model(name))
+        return json_response(self._names.body(request.match_info["model"], request.get(TENANT)))
 
     async def chat_completions(self, request: web.Request) -> web.StreamResponse:
         body = await read_body(request, ChatRequest)
-        self._require_model(body.model)
+        adapter = self._adapter_of(request, body.model, body.adapter)
         limit = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
         names = {"prompt": "messages", "max_tokens": limit, "logprobs": "top_logprobs"}
         with _parameters_called(names):
-            job, tools = await self._chat_job("chatcmpl-", body)
+            job, tools = await self._chat_job("chatcmpl-", body, adapter, request.get(TENANT))
         shape = ChatShape(
             job.id,
             body.model,
@@ -115,14 +115,16 @@ class Api:
 
     async def responses(self, request: web.Request) -> web.StreamResponse:
         body = await read_body(request, ResponsesRequest)
-        self._require_model(body.model)
+        adapter = self._adapter_of(request, body.model, None)
         names = {"prompt": "input", "messages": "input", "max_tokens": "max_output_tokens"}
         with _parameters_called(names | {"response_format": "text.format"}):
-            job, tools = await self._chat_job("resp_", body.chat())
+            job, tools = await self._chat_job("resp_", body.chat(), adapter, request.get(TENANT))
         shape = ResponsesShape(job.id, body, int(time.time()), tools)
         return await respond(request, self._generation, job, shape, stream=bool(body.stream))
 
-    async def _chat_job(self, prefix: str, body: ChatRequest) -> tuple[Job, Tools | None]:
+    async def _chat_job(
+        self, prefix: str, body: ChatRequest, adapter: str | None, tenant: Tenant | None
+    ) -> tuple[Job, Tools | None]:
         limits = (body.max_completion_tokens, body.max_tokens)
         params = body.sampling_params(
             max_tokens=next((limit for limit in limits if limit is not None), None),
@@ -136,11 +138,12 @@ class Api:
         )
         self._require_room(prompt, params)
         guide = await guide_of(self._grammars, body, body.response_format, tools)
-        return Job(f"{prefix}{uuid4().hex}", (prompt,), params, body.sequences, guide), tools
+        id, n = f"{prefix}{uuid4().hex}", body.sequences
+        return Job(id, (prompt,), params, n, guide, adapter, tenant, body.timeout), tools
 
     async def completions(self, request: web.Request) -> web.StreamResponse:
         body = await read_body(request, CompletionRequest)
-        self._require_model(body.model)
+        adapter = self._adapter_of(request, body.model, body.adapter)
         max_tokens = _COMPLETION_MAX_TOKENS if body.max_tokens is None else body.max_tokens
         params = body.sampling_params(max_tokens, body.logprobs)
         prompts = []
@@ -156,7 +159,8 @@ class Api:
             ]
             echoes = [text for text in texts for _ in range(body.sequences)]
         guide = await guide_of(self._grammars, body)
-        job = Job(f"cmpl-{uuid4().hex}", tuple(prompts), params, body.sequences, guide)
+        id, n, tenant = f"cmpl-{uuid4().hex}", body.sequences, request.get(TENANT)
+        job = Job(id, tuple(prompts), params, n, guide, adapter, tenant, body.timeout)
         shape = CompletionShape(
             job.id,
             body.model,
@@ -170,7 +174,7 @@ class Api:
     async def tokenize(self, request: web.Request) -> web.Response:
         body = await read_body(request, TokenizeRequest)
         if body.model is not None:
-            self._require_model(body.model)
+            self._names.require(body.model, request.get(TENANT))
         if body.messages is not None:
             tokens = await self._prompts.chat(
                 body.messages, template_kwargs=body.chat_template_kwargs
@@ -185,7 +189,7 @@ class Api:
     async def detokenize(self, request: web.Request) -> web.Response:
         body = await read_body(request, DetokenizeRequest)
         if body.model is not None:
-            self._require_model(body.model)
+            self._names.require(body.model, request.get(TENANT))
         size = len(self._engine.tokenizer)
         for token in body.tokens:
             if not 0 <= token < size:
@@ -197,23 +201,8 @@ class Api:
             return None
         return Logprobs(self._tokens, self._engine.eos_token_ids | set(params.stop_token_ids))
 
-    def _model(self, name: str) -> dict[str, Any]:
-        return {
-            "id": name,
-            "object": "model",
-            "created": self._created,
-            "owned_by": "nybble",
-            "max_model_len": self._engine.max_model_len,
-        }
-
-    def _require_model(self, name: str) -> None:
-        if name not in self._models:
-            raise ApiError(
-                404,
-                f"the model {name!r} does not exist; this server has {', '.join(self._models)}",
-                param="model",
-                code="model_not_found",
-            )
+    def _adapter_of(self, request: web.Request, model: str, field: str | None) -> str | None:
+        return self._names.adapter(model, field, request.headers, request.get(TENANT))
 
     def _require_room(self, prompt: Sequence[int], params: SamplingParams) -> None:
         limit = self._engine.max_model_len

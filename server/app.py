@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import logging
 import re
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
 from uuid import uuid4
 
 from aiohttp import web
 from aiohttp.typedefs import Middleware
 from nybble.engine import Engine
+from nybble.server.adapters import ADMIN_PATHS, AdapterAdmin
 from nybble.server.api import Api
-from nybble.server.errors import ApiError, as_api_error
+from nybble.server.errors import as_api_error
 from nybble.server.gate import Gate
+from nybble.server.keys import Keys, bearer
+from nybble.server.limits import Limiter
 from nybble.server.metrics import Metrics
+from nybble.server.tenants import TENANT, Tenants
 
 logger = logging.getLogger(__name__)
 
@@ -38,21 +41,30 @@ def make_app(
     max_sequences: int,
     gate: Gate,
     api_keys: Sequence[str] = (),
+    admin_keys: Sequence[str] = (),
+    adapter_roots: Sequence[Path] = (),
+    tenants: Tenants | None = None,
 ) -> web.Application:
     """The application over a started engine.
 
     models: the names it answers to, the first being its own. max_sequences: how many may be
     waiting and running at once. api_keys: with any, requests must carry one of them.
+    admin_keys: the same for administration, which needs one. adapter_roots: folders that adapters
+    may be loaded from. tenants: whose keys are taken too, each with what it allows.
     """
     metrics = Metrics(engine)
-    api = Api(engine, metrics, models, max_sequences, gate)
+    limiter = Limiter()
+    api = Api(engine, metrics, models, max_sequences, gate, limiter)
     middlewares: list[Middleware] = [_observe(metrics), _report_errors]
-    if api_keys:
-        middlewares.append(_authenticate(api_keys))
+    if api_keys or tenants is not None:
+        middlewares.append(_authenticate(Keys(api_keys, kind="API key"), tenants))
     middlewares.append(_enter(gate))
     app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=middlewares)
     app.add_routes(api.routes())
+    admin = AdapterAdmin(engine, models, Keys(admin_keys, kind="admin key"), adapter_roots)
+    app.add_routes(admin.routes())
     app.on_response_prepare.append(_send_request_id)
+    app.on_response_prepare.append(_send_limits(limiter))
     return app
 
 
@@ -90,6 +102,14 @@ async def _send_request_id(request: web.Request, response: web.StreamResponse) -
         response.headers[_REQUEST_ID] = request[_request_id]
 
 
+def _send_limits(limiter: Limiter) -> Callable[[web.Request, web.StreamResponse], Awaitable[None]]:
+    async def send(request: web.Request, response: web.StreamResponse) -> None:
+        if TENANT in request:
+            response.headers.update(limiter.headers(request[TENANT]))
+
+    return send
+
+
 @web.middleware
 async def _report_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
     try:
@@ -100,22 +120,19 @@ async def _report_errors(request: web.Request, handler: Handler) -> web.StreamRe
         return as_api_error(error).response()
 
 
-def _authenticate(api_keys: Sequence[str]) -> Middleware:
-    # Hashes of equal length, all compared: the time taken tells nothing about any key.
-    digests = [hashlib.sha256(key.encode()).digest() for key in api_keys]
-
+def _authenticate(keys: Keys, tenants: Tenants | None) -> Middleware:
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
-        if request.path not in _OPEN_PATHS:
-            scheme, _, key = request.headers.get("Authorization", "").partition(" ")
-            found = hashlib.sha256(key.strip().encode(errors="surrogateescape")).digest()
-            matches = [hmac.compare_digest(found, digest) for digest in digests]
-            if scheme.lower() != "bearer" or not any(matches):
-                raise ApiError(
-                    401,
-                    "a valid API key is required: Authorization: Bearer KEY",
-                    code="invalid_api_key",
-                )
+        resource = request.match_info.route.resource
+        # Administration asks for a key of its own.
+        administration = resource is not None and resource.canonical in ADMIN_PATHS
+        if request.path not in _OPEN_PATHS and not administration:
+            key = bearer(request)
+            tenant = tenants.find(key) if tenants is not None and key is not None else None
+            if tenant is not None:
+                request[TENANT] = tenant
+            elif key is None or not keys.hold(key):
+                raise keys.refusal()
         return await handler(request)
 
     return middleware

@@ -1,4 +1,4 @@
-"""The command line: ``nybble serve|pack|inspect|quantize``, and ``serve`` by itself."""
+"""The command line: ``nybble serve|pack|inspect|quantize|merge``, and ``serve`` by itself."""
 
 from __future__ import annotations
 
@@ -79,6 +79,7 @@ _AliasesOption = Annotated[
     typer.Option(help="TOML file of alias = 'folder or hub name'.", dir_okay=False, exists=True),
 ]
 _MODEL, _NETWORK, _MEMORY, _LOGS = "Model", "Network", "Memory and batching", "Logging"
+_ADAPTERS = "Adapters"
 
 
 @app.command()
@@ -131,6 +132,15 @@ def serve(
             rich_help_panel=_NETWORK,
         ),
     ] = None,
+    tenants: Annotated[
+        Path | None,
+        typer.Option(
+            help="TOML file of tenants: keys, limits, weights. SIGHUP reads it again.",
+            exists=True,
+            dir_okay=False,
+            rich_help_panel=_NETWORK,
+        ),
+    ] = None,
     shutdown_timeout: Annotated[
         float,
         typer.Option(
@@ -162,6 +172,58 @@ def serve(
             min=0,
         ),
     ] = 256,
+    enable_lora: Annotated[
+        bool,
+        typer.Option(
+            "--enable-lora",
+            help="Make room for adapters; the other adapter options imply it.",
+            rich_help_panel=_ADAPTERS,
+        ),
+    ] = False,
+    lora_modules: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=PATH",
+            help="Adapter to load at the start (folder or hub name), repeatable.",
+            rich_help_panel=_ADAPTERS,
+        ),
+    ] = None,
+    merge_adapter: Annotated[
+        str | None,
+        typer.Option(
+            help="Adapter (folder or hub name) to merge into the model: it then costs nothing.",
+            rich_help_panel=_ADAPTERS,
+        ),
+    ] = None,
+    lora_root: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Folder the API may load adapters from, repeatable.",
+            exists=True,
+            file_okay=False,
+            rich_help_panel=_ADAPTERS,
+        ),
+    ] = None,
+    max_loras: Annotated[
+        int, typer.Option(help="Adapters one step can mix.", rich_help_panel=_ADAPTERS, min=1)
+    ] = 8,
+    max_lora_rank: Annotated[
+        int,
+        typer.Option(
+            help="Highest rank; memory is taken for it.", rich_help_panel=_ADAPTERS, min=1, max=256
+        ),
+    ] = 64,
+    lora_host_memory: Annotated[
+        str,
+        typer.Option(help="For adapters that wait beside the slots.", rich_help_panel=_ADAPTERS),
+    ] = "4GiB",
+    admin_key: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Key that opens administration, repeatable (default: closed).",
+            rich_help_panel=_ADAPTERS,
+        ),
+    ] = None,
     log_level: Annotated[LogLevel, typer.Option(rich_help_panel=_LOGS)] = "info",
 ) -> None:
     """Serve a model on http://HOST:PORT/v1."""
@@ -177,8 +239,12 @@ def serve(
         # Before the model is loaded: a taken port is found out at once.
         sock = bind(host, port)
         import torch
-        from nybble.engine import EngineConfig, resolve_device
+        from nybble.engine import AdapterConfig, EngineConfig, resolve_device
 
+        named_adapters = _named_adapters(lora_modules or [])
+        adapters = None
+        if enable_lora or named_adapters or lora_root:
+            adapters = AdapterConfig(max_loras, max_lora_rank, parse_bytes(lora_host_memory))
         chosen = str(resolve_device(device))
         config = EngineConfig(
             device=chosen,
@@ -189,6 +255,7 @@ def serve(
             max_batched_tokens=max_batched_tokens,
             max_model_len=max_model_len,
             max_waiting=max_waiting,
+            adapters=adapters,
         )
         names = tuple(served_model_name or [model])
         _run_server(
@@ -199,9 +266,27 @@ def serve(
             aliases=aliases,
             quantize=quantize,
             head=head,
+            merge_adapter=merge_adapter,
             api_keys=tuple(api_key or ()),
+            adapters=named_adapters,
+            admin_keys=tuple(admin_key or ()),
+            adapter_roots=tuple(lora_root or ()),
+            tenants=tenants,
             shutdown_timeout=shutdown_timeout,
         )
+
+
+def _named_adapters(options: list[str]) -> dict[str, str]:
+    """Adapters' paths by name, of ``name=path`` options."""
+    adapters: dict[str, str] = {}
+    for option in options:
+        name, separator, path = option.partition("=")
+        if not (name and separator and path):
+            raise ValueError(f"--lora-modules {option!r}: expected NAME=PATH")
+        if name in adapters:
+            raise ValueError(f"--lora-modules: two adapters are called {name!r}")
+        adapters[name] = path
+    return adapters
 
 
 def _run_server(
@@ -213,7 +298,12 @@ def _run_server(
     aliases: Path | None,
     quantize: Any,
     head: Any,
+    merge_adapter: str | None,
     api_keys: tuple[str, ...],
+    adapters: dict[str, str],
+    admin_keys: tuple[str, ...],
+    adapter_roots: tuple[Path, ...],
+    tenants: Path | None,
     shutdown_timeout: float,
 ) -> None:
     import asyncio
@@ -222,15 +312,22 @@ def _run_server(
     from nybble.engine import Engine
     from nybble.server.prepare import prepare_checkpoint
     from nybble.server.serve import serve as serve_engine
+    from nybble.server.tenants import Tenants
 
+    known_tenants = None if tenants is None else Tenants(tenants)
     checkpoint = prepare_checkpoint(
         model,
         device=torch.device(config.device),
         aliases=aliases,
         quantize=quantize,
         head=head,
+        adapter=merge_adapter,
     )
+    if taken := [name for name in adapters if name in names]:
+        raise ValueError(f"--lora-modules: {taken[0]!r} is the name of the base model")
     engine = Engine.load(checkpoint, config)
+    for name, path in adapters.items():
+        engine.load_adapter(name, path)
     engine.start()
 
     def announce() -> None:
@@ -239,7 +336,8 @@ def _run_server(
         print(
             f"Serving {', '.join(names)} ({checkpoint.config.model_type}) on {config.device}\n"
             f"  URL       http://{f'[{host}]' if ':' in host else host}:{port}/v1\n"
-            f"  KV cache  {tokens:,} tokens; a sequence may have {engine.max_model_len:,}",
+            f"  KV cache  {tokens:,} tokens; a sequence may have {engine.max_model_len:,}"
+            + (f"\n  Adapters  {', '.join(adapters)}" if adapters else ""),
             file=sys.stderr,
             flush=True,
         )
@@ -251,6 +349,9 @@ def _run_server(
             models=names,
             max_sequences=config.max_num_seqs + config.max_waiting,
             api_keys=api_keys,
+            admin_keys=admin_keys,
+            adapter_roots=adapter_roots,
+            tenants=known_tenants,
             shutdown_timeout=shutdown_timeout,
             ready=announce,
         )
@@ -289,6 +390,7 @@ def pack(
             target,
             layout=preferred_layout(resolve_device("auto")) if layout == "auto" else layout,
         )
+        print(f"Wrote {target}", file=sys.stderr)
 
 
 @app.command()
@@ -336,6 +438,63 @@ def quantize(
             group_size=group_size,
             sym=sym,
         )
+        print(f"Wrote {target}", file=sys.stderr)
+
+
+@app.command()
+def merge(
+    base: Annotated[str, typer.Argument(help="Model folder, hub name or alias.")],
+    adapters: Annotated[
+        list[str], typer.Argument(metavar="ADAPTER...", help="Adapter folders or hub names.")
+    ],
+    target: Annotated[Path, typer.Argument(metavar="DST", help="Folder to write.")],
+    out: Annotated[
+        Literal["gptq", "awq", "nf4", "fp4", "bf16"] | None,
+        typer.Option(help="Layout to write (default: the base's)."),
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="One number for each adapter, such as 0.7,0.3 (default: 1).")
+    ] = None,
+    combination: Annotated[
+        Literal["cat", "linear"], typer.Option(help="How several adapters become one, as in PEFT.")
+    ] = "cat",
+    keep_16_bits: Annotated[
+        bool, typer.Option("--keep-16-bits", help="Leave merged layers of a 4-bit base in 16 bits.")
+    ] = False,
+    text: Annotated[
+        Path | None,
+        typer.Option(
+            help="Text to measure the divergence from the unmerged model on.",
+            exists=True,
+            dir_okay=False,
+        ),
+    ] = None,
+    aliases: _AliasesOption = None,
+) -> None:
+    """Merge adapters into a model, and say what rounding the result cost."""
+    with expected_errors(), _interruptible():
+        from nybble.server.merging import merge_and_report
+
+        merge_and_report(
+            base,
+            adapters,
+            target,
+            format=out,
+            weights=None if weights is None else [float(weight) for weight in weights.split(",")],
+            combination=combination,
+            keep_16_bits=keep_16_bits,
+            text=text,
+            aliases=aliases,
+        )
+
+
+@app.command()
+def new_key() -> None:
+    """Make an API key, and the line that a tenants file has for it."""
+    from nybble.server.tenants import new_key as make
+
+    key, stored = make()
+    print(f'key (give it to the tenant): {key}\nin the file: keys = ["{stored}"]')
 
 
 def main() -> None:

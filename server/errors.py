@@ -6,13 +6,21 @@ import logging
 from typing import Any
 
 from aiohttp import web
-from nybble.engine import EngineOverloadedError, EngineStoppedError, GuideError, ParameterError
+from nybble.engine import (
+    AdapterError,
+    AdapterUnavailableError,
+    EngineOverloadedError,
+    EngineStoppedError,
+    GuideError,
+    ParameterError,
+)
 from pydantic_core import to_json
 
 logger = logging.getLogger(__name__)
 
 _TYPES = {
     401: "authentication_error",
+    403: "permission_error",
     429: "rate_limit_error",
 }
 _RETRY_AFTER_STOPPED = 10
@@ -77,6 +85,10 @@ def as_api_error(error: Exception) -> ApiError:
         return ApiError(400, str(error), param=error.parameter, code="invalid_value")
     if isinstance(error, GuideError):
         return ApiError(500, str(error), code="guide_failed")
+    if isinstance(error, AdapterError):
+        return ApiError(400, str(error), param="lora_path", code="invalid_adapter")
+    if isinstance(error, AdapterUnavailableError):
+        return ApiError(503, str(error), code="adapter_unavailable")
     if isinstance(error, EngineOverloadedError):
         return ApiError(429, str(error), code="overloaded", retry_after=error.retry_after)
     if isinstance(error, EngineStoppedError):

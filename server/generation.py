@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections import Counter
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import ExitStack, aclosing, contextmanager
 from dataclasses import dataclass, field, replace
 
 from nybble.engine import Engine, GrammarGuide, Request, RequestOutput, SamplingParams
 from nybble.server.errors import ApiError
+from nybble.server.limits import Limiter
 from nybble.server.metrics import Metrics
+from nybble.server.tenants import Tenant
 
 _RETRY_AFTER_SECONDS = 5
 
@@ -20,6 +23,7 @@ class Job:
     """Every prompt ``n`` times; sequence ``i`` continues prompt ``i // n``.
 
     Sequences that share a prompt and have a seed get seeds of their own, counted up from it.
+    timeout: seconds it may take.
     """
 
     id: str
@@ -27,6 +31,9 @@ class Job:
     params: SamplingParams
     n: int = 1
     guide: GrammarGuide | None = None
+    adapter: str | None = None
+    tenant: Tenant | None = None
+    timeout: float | None = None
 
     @property
     def size(self) -> int:
@@ -37,7 +44,11 @@ class Job:
         if params.seed is not None and self.n > 1:
             params = replace(params, seed=params.seed + index % self.n)
         guide = None if self.guide is None else self.guide.fork()
-        return Request(f"{self.id}-{index}", self.prompts[index // self.n], params, guide)
+        prompt = self.prompts[index // self.n]
+        request = Request(f"{self.id}-{index}", prompt, params, guide, self.adapter)
+        if self.tenant is None:
+            return request
+        return replace(request, tenant=self.tenant.name, weight=self.tenant.weight)
 
 
 @dataclass
@@ -72,8 +83,12 @@ class Usage:
 class Generation:
     """The engine as the API's handlers use it; takes ``max_sequences`` at once."""
 
-    def __init__(self, engine: Engine, metrics: Metrics, max_sequences: int) -> None:
+    def __init__(
+        self, engine: Engine, metrics: Metrics, max_sequences: int, limiter: Limiter
+    ) -> None:
         self.engine = engine
+        self._limiter = limiter
+        self._admitted_of: Counter[str] = Counter()
         self._metrics = metrics
         self._max_sequences = max_sequences
         self._admitted = 0
@@ -91,25 +106,48 @@ class Generation:
                 param="n",
                 code="invalid_value",
             )
-        if self._admitted + job.size > self._max_sequences:
-            raise ApiError(
-                429,
-                f"{self._admitted} sequences are in flight of {self._max_sequences} at most",
-                code="overloaded",
-                retry_after=_RETRY_AFTER_SECONDS,
-            )
-        self._admitted += job.size
-        try:
+        with self._admission(job):
             if job.size == 1:
-                async with aclosing(self._sequence(job.request(0))) as outputs:
+                async with aclosing(self._sequence(job.request(0), job.tenant)) as outputs:
                     async for output in outputs:
                         yield 0, output
             else:
                 async with aclosing(self._merged(job)) as merged:
                     async for item in merged:
                         yield item
-        finally:
-            self._admitted -= job.size
+
+    @contextmanager
+    def _admission(self, job: Job) -> Iterator[None]:
+        free = self._max_sequences - self._admitted
+        if job.size > free:
+            raise ApiError(
+                429,
+                f"{self._admitted} sequences are in flight of {self._max_sequences} at most",
+                code="overloaded",
+                retry_after=_RETRY_AFTER_SECONDS,
+            )
+        with ExitStack() as limits:
+            if (tenant := job.tenant) is not None:
+                # A tenant may hold as many as are free, so however many it sends there is room for
+                # another (dynamic thresholds, Choudhury and Hahne 1998).
+                mine = self._admitted_of[tenant.name]
+                if mine + job.size > max(free, 1):
+                    raise ApiError(
+                        429,
+                        f"{mine} sequences of yours are in flight, and {free} more are kept for "
+                        "others",
+                        code="overloaded",
+                        retry_after=_RETRY_AFTER_SECONDS,
+                    )
+                limits.enter_context(self._limiter.admit(tenant, sum(map(len, job.prompts))))
+                self._admitted_of[tenant.name] += job.size
+            self._admitted += job.size
+            try:
+                yield
+            finally:
+                self._admitted -= job.size
+                if tenant is not None:
+                    self._admitted_of[tenant.name] -= job.size
 
     async def _merged(self, job: Job) -> AsyncGenerator[tuple[int, RequestOutput]]:
         # Bounded, so that a slow reader's outputs are not stored twice.
@@ -122,7 +160,7 @@ class Generation:
             if index % job.n:
                 await event.wait()
             try:
-                async with aclosing(self._sequence(job.request(index))) as outputs:
+                async with aclosing(self._sequence(job.request(index), job.tenant)) as outputs:
                     async for output in outputs:
                         event.set()
                         await queue.put((index, output))
@@ -143,13 +181,19 @@ class Generation:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _sequence(self, request: Request) -> AsyncGenerator[RequestOutput]:
+    async def _sequence(
+        self, request: Request, tenant: Tenant | None
+    ) -> AsyncGenerator[RequestOutput]:
         metrics = self._metrics
+        metrics.begin(request)
         arrived = previous = time.monotonic()
         first, reason = True, "cancelled"
         try:
             async with aclosing(self.engine.generate(request)) as outputs:
                 async for output in outputs:
+                    metrics.generated(request, len(output.token_ids))
+                    if tenant is not None:
+                        self._limiter.spend(tenant, len(output.token_ids))
                     now = time.monotonic()
                     if first:
                         first = False

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Iterator
 
-from nybble.engine import Engine
+from nybble.engine import Engine, Request
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+# Values of a label that get a time series of their own; each more would be one more for ever.
+_LABELS = 50
+_OTHER = "other"
 _TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 
 
@@ -50,9 +54,53 @@ class Metrics:
             registry=self._registry,
         )
 
+        self._by_adapter = _Shares("adapter", self._registry)
+        self._by_tenant = _Shares("tenant", self._registry)
+
+    def begin(self, request: Request) -> None:
+        """Count a sequence to its adapter and tenant."""
+        self._by_adapter.begin(request.adapter)
+        self._by_tenant.begin(request.tenant)
+
+    def generated(self, request: Request, tokens: int) -> None:
+        """Count generated tokens to a sequence's adapter and tenant."""
+        self._by_adapter.generated(request.adapter, tokens)
+        self._by_tenant.generated(request.tenant, tokens)
+
     def render(self) -> bytes:
         """The exposition in Prometheus' text format."""
         return generate_latest(self._registry)
+
+
+class _Shares:
+    """Sequences and tokens by a label whose values are not known beforehand, but bounded."""
+
+    def __init__(self, kind: str, registry: CollectorRegistry) -> None:
+        def counter(what: str, about: str) -> Counter:
+            return Counter(
+                f"nybble_{kind}_{what}",
+                f"{about} by {kind}: the first {_LABELS} seen, and '{_OTHER}'.",
+                [kind],
+                registry=registry,
+            )
+
+        self._sequences = counter("sequences", "Sequences")
+        self._tokens = counter("generation_tokens", "Tokens generated")
+        self._labels: set[str] = set()
+
+    def begin(self, name: str | None) -> None:
+        if name:
+            self._sequences.labels(self._label(name)).inc()
+
+    def generated(self, name: str | None, tokens: int) -> None:
+        if name:
+            self._tokens.labels(self._label(name)).inc(tokens)
+
+    def _label(self, name: str) -> str:
+        if name not in self._labels and len(self._labels) >= _LABELS:
+            return _OTHER
+        self._labels.add(name)
+        return name
 
 
 class _EngineCollector(Collector):
@@ -89,6 +137,13 @@ class _EngineCollector(Collector):
             ),
             "nybble_engine_steps": ("Steps of the engine.", stats.steps),
         }
+        adapters = collections.Counter(info.residency for info in self._engine.adapters())
+        residency = GaugeMetricFamily(
+            "nybble_adapters", "Loaded adapters by the fastest memory they are in.", labels=["in"]
+        )
+        for place in ("device", "host", "disk"):
+            residency.add_metric([place], adapters[place])
+        yield residency
         for name, (about, value) in gauges.items():
             yield GaugeMetricFamily(name, about, value=float(value))
         for name, (about, value) in counters.items():

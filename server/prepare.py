@@ -10,6 +10,7 @@ with zeros) and its output layer to 8.
 from __future__ import annotations
 
 import hashlib
+import logging
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -20,10 +21,21 @@ import torch
 from filelock import FileLock
 from nybble.kernels.layout import Layout
 from nybble.kernels.matmul import preferred_layout
-from nybble.loaders import Checkpoint, open_checkpoint, resolve_model, save_packed
+from nybble.loaders import (
+    Checkpoint,
+    LoRAAdapter,
+    load_adapter,
+    open_checkpoint,
+    resolve_adapter,
+    resolve_model,
+    save_packed,
+)
+from nybble.loaders.adapter import projection_shapes
 from nybble.loaders.cache import cache_folder
 from nybble.loaders.packed_file import VERSION
-from nybble.quantizers import InFlight, quantize_checkpoint
+from nybble.quantizers import InFlight, merge_adapter, quantize_checkpoint
+
+logger = logging.getLogger(__name__)
 
 DEMO = "demo"
 _MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt")
@@ -36,35 +48,61 @@ def prepare_checkpoint(
     aliases: Path | None = None,
     quantize: Literal["nf4"] | None = None,
     head: Literal["int8"] | None = None,
+    adapter: str | None = None,
     progress: bool = True,
 ) -> Checkpoint:
     """Resolve ``name``, pack it into the cache unless it is there, and open it.
 
-    quantize and head: what to round while reading, see :class:`nybble.quantizers.InFlight`. Raises
-    what resolve_model, open_checkpoint and save_packed do, and ValueError where a packed model is
-    to be rounded.
+    quantize and head: what to round while reading, see :class:`nybble.quantizers.InFlight`.
+    adapter: a folder or hub name of what to merge first, in the model's own format. Raises what
+    resolve_model, open_checkpoint, load_adapter, merge_adapter and save_packed do, and ValueError
+    where a packed model is to be changed.
     """
     folder = resolve_model(name, aliases=aliases)
     source = open_checkpoint(folder)
     if source.format == "packed":
-        if quantize or head:
+        if quantize or head or adapter:
             raise ValueError(f"{folder} is packed already: give the model it was packed from")
         return source
+    lora = None
+    if adapter is not None:
+        lora = load_adapter(resolve_adapter(adapter), projection_shapes(source.config))
     demo = name == DEMO and source.format == "none" and quantize is None
     if demo:
         head = "int8"
-    if source.format == "none" and not (quantize or head):
+    if source.format == "none" and not (quantize or head or lora):
         return source
     layout = preferred_layout(device)
     recipe = f"layers={'demo' if demo else quantize}, head={head}"
+    if lora is not None:
+        recipe += f", adapter={lora.digest.hex()}"
     with _packed(folder, layout, recipe) as (packed, missing), ExitStack() as stack:
         if missing:
+            if lora is not None:
+                folder = stack.enter_context(_merged(folder, lora, packed, progress))
+                source = open_checkpoint(folder)
             if demo:
                 source = stack.enter_context(_demo_in_gptq(folder, packed, progress))
             if quantize or head:
                 source = InFlight(source, layers=quantize, head=head)
             save_packed(source, packed, layout=layout, progress=progress)
     return open_checkpoint(packed)
+
+
+@contextmanager
+def _merged(folder: Path, lora: LoRAAdapter, packed: Path, progress: bool) -> Iterator[Path]:
+    scratch = packed.with_name(packed.name + ".merged")
+    shutil.rmtree(scratch, ignore_errors=True)
+    try:
+        layers = merge_adapter(folder, lora, scratch, progress=progress)
+        logger.info(
+            "merged %d layers; rounding them again added %.2e of their norm on average",
+            len(layers),
+            sum(layer.error for layer in layers) / len(layers),
+        )
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 @contextmanager

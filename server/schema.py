@@ -18,6 +18,7 @@ _MAX_N = 128
 _MAX_STOPS = 16
 _MAX_STOP_LENGTH = 256
 _MAX_BIASES = 1024
+_MAX_ADAPTER_NAME = 256
 _MAX_CHOICES = 1024
 
 
@@ -97,6 +98,7 @@ class Sampling(Body):
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
 
+    adapter: str | None = None  # a loaded LoRA adapter, for clients whose model name is fixed
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
@@ -106,6 +108,7 @@ class Sampling(Body):
     guided_regex: str | None = None
     guided_choice: Annotated[list[str], Field(min_length=1, max_length=_MAX_CHOICES)] | None = None
     guided_grammar: str | None = None
+    timeout: Annotated[float, Field(gt=0)] | None = None
 
     @model_validator(mode="after")
     def _options_need_stream(self) -> Sampling:
@@ -209,3 +212,17 @@ class CompletionRequest(Sampling):
     def prompts(self) -> list[Prompt]:
         prompts: list[Prompt] = self.prompt
         return prompts
+
+
+class LoadAdapterRequest(Body):
+    """lora_path: a folder below an allowed root. load_inplace: replace an adapter of that name."""
+
+    lora_name: Annotated[str, Field(min_length=1, max_length=_MAX_ADAPTER_NAME)]
+    lora_path: Annotated[str, Field(min_length=1)]
+    load_inplace: bool | None = None
+    base_model_name: str | None = None  # vLLM's clients may send it; tensors decide what fits
+
+
+class UnloadAdapterRequest(Body):
+    lora_name: str
+    lora_int_id: int | None = None  # vLLM's own numbering

@@ -8,15 +8,18 @@ import os
 import signal
 import socket
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from aiohttp import web
 from nybble.engine import Engine
 from nybble.server.app import make_app
 from nybble.server.gate import Gate
+from nybble.server.tenants import Tenants
 
 logger = logging.getLogger(__name__)
 
 _BACKLOG = 1024
+_KEEPALIVE_SECONDS = 75
 # For responses whose last bytes are on the way when everything has been computed.
 _FLUSH_SECONDS = 5
 
@@ -28,6 +31,9 @@ async def serve(
     models: tuple[str, ...],
     max_sequences: int,
     api_keys: Sequence[str] = (),
+    admin_keys: Sequence[str] = (),
+    adapter_roots: Sequence[Path] = (),
+    tenants: Tenants | None = None,
     shutdown_timeout: float = 30,
     ready: Callable[[], None] = lambda: None,
 ) -> None:
@@ -35,18 +41,34 @@ async def serve(
 
     While they do, new ones get 503. Those not finished after ``shutdown_timeout`` seconds end with
     an error. A second signal ends the process at once. ``ready`` is called when requests are taken.
+    SIGHUP has the tenants read again.
     """
     gate = Gate()
-    app = make_app(engine, models=models, max_sequences=max_sequences, gate=gate, api_keys=api_keys)
+    app = make_app(
+        engine,
+        models=models,
+        max_sequences=max_sequences,
+        gate=gate,
+        api_keys=api_keys,
+        admin_keys=admin_keys,
+        adapter_roots=adapter_roots,
+        tenants=tenants,
+    )
     # Cancelling handlers of clients that have gone is what cancels their sequences.
     runner = web.AppRunner(
-        app, handler_cancellation=True, access_log=None, shutdown_timeout=_FLUSH_SECONDS
+        app,
+        handler_cancellation=True,
+        access_log=None,
+        keepalive_timeout=_KEEPALIVE_SECONDS,
+        shutdown_timeout=_FLUSH_SECONDS,
     )
     await runner.setup()
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, _on_signal, stopping, number)
+    if tenants is not None:
+        loop.add_signal_handler(signal.SIGHUP, tenants.reload)
     try:
         await web.SockSite(runner, sock, backlog=_BACKLOG).start()
         ready()

@@ -14,9 +14,10 @@ import time
 from collections.abc import Callable, Iterator
 
 import torch
-from nybble.engine.adapter_slots import AdapterSlots
+from nybble.engine.adapter_slots import AdapterSlots, StepAdapters
 from nybble.engine.decoder import Decoder
 from nybble.kernels import PackedWeight
+from nybble.kernels.lora import LoRABatch
 from nybble.kernels.ops import AttentionBatch
 from nybble.kernels.packed import SYMMETRIC_LEVELS
 from nybble.loaders import LoRAAdapter
@@ -120,16 +121,18 @@ def main() -> None:
                 slot_mapping=tables[:, -1].long() * BLOCK + BLOCK - 1,
                 max_query=1,
             )
-            adapters = slots.step(list(range(rows)))
+            lora = LoRABatch.of(list(range(rows)), cpu)
+            assert lora is not None
+            adapters = StepAdapters(slots.layers, lora)
 
             def step(
                 with_adapters: bool,
                 arguments: tuple[Tensor, Tensor] = (ids, positions),
                 batch: AttentionBatch = batch,
-                adapters: object = adapters,
+                adapters: StepAdapters = adapters,
             ) -> Tensor:
                 active = adapters if with_adapters else None
-                return decoder.logits(decoder.forward(*arguments, caches, batch, active))  # type: ignore[arg-type]
+                return decoder.logits(decoder.forward(*arguments, caches, batch, active))
 
             times = medians({"base": lambda: step(False), "lora": lambda: step(True)}, 25)
             over = times["lora"] / times["base"] - 1

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from nybble.kernels import PackedWeight
+from nybble.kernels import DenseWeight, PackedWeight
 from nybble.kernels.matmul import preferred_layout
-from nybble.loaders import Checkpoint
+from nybble.loaders import Checkpoint, load_adapter, open_checkpoint
+from nybble.loaders.adapter import projection_shapes
 from nybble.quantizers import quantize_checkpoint
 from nybble.server import prepare
 from nybble.server.prepare import prepare_checkpoint
@@ -103,3 +104,28 @@ def test_packing_that_fails_leaves_nothing_that_looks_packed(
     with pytest.raises(ValueError, match="truncated"):
         opened(gptq)
     assert not [path for path in (cache / "packed").glob("*") if (path / "nybble.json").exists()]
+
+
+def test_an_adapter_is_merged_before_packing(
+    cache: Path, tiny_model: Callable[..., Path], tiny_adapter: Callable[..., Path]
+) -> None:
+    folder, adapter = tiny_model(), str(tiny_adapter(seed=1))
+
+    def merged(**options: object) -> Checkpoint:
+        return prepare_checkpoint(  # type: ignore[arg-type]
+            str(folder), device=CPU, adapter=adapter, progress=False, **options
+        )
+
+    plain = dict(open_checkpoint(folder).weights())["model.layers.0.mlp.down_proj"]
+    change = load_adapter(Path(adapter), projection_shapes(open_checkpoint(folder).config))
+    module = change.modules["model.layers.0.mlp.down_proj"]
+    found = dict(merged().weights())["model.layers.0.mlp.down_proj"]
+    assert isinstance(plain, DenseWeight)
+    assert isinstance(found, DenseWeight)
+    expected = (plain.weight.float() + module.scale * module.b @ module.a).bfloat16()
+    assert torch.equal(found.weight, expected)
+    assert merged().folder == merged().folder
+    assert merged(quantize="nf4").folder != merged().folder
+    assert not list((cache / "packed").glob("*.merged"))
+    with pytest.raises(ValueError, match="is packed already"):
+        prepare_checkpoint(str(merged().folder), device=CPU, adapter=adapter)
