@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from nybble.engine.scheduler import ScheduledBatch
 from nybble.engine.sequence import Sequence
+from nybble.engine.transfer import send
 from nybble.kernels.attention_batch import AttentionBatch
 from nybble.kernels.lora_batch import LoRABatch
 from torch import Tensor
@@ -81,6 +82,8 @@ class InputBuffers:
         self._host = torch.zeros(size, dtype=torch.uint8, pin_memory=on_gpu)
         self._bytes: NDArray[np.uint8] = self._host.numpy()
         self._device = self._host if not on_gpu else torch.zeros_like(self._host, device=device)
+        # When the last copy has left the host's memory, which may be long after it was asked for.
+        self._sent = torch.cuda.Event() if on_gpu else None  # type: ignore[no-untyped-call]
         tables = torch.zeros(max_seqs, max_blocks, dtype=torch.int32)
         self._tables: NDArray[np.int32] = tables.numpy()
         self._device_tables = tables if not on_gpu else tables.to(device)
@@ -96,6 +99,8 @@ class InputBuffers:
         pad_to: for a batch of one token each that all complete, the rows to pad it to, with rows
         that have no context and write nothing. Logits are then wanted of every row.
         """
+        if self._sent is not None:
+            self._sent.synchronize()
         self._update_tables(batch)
         seqs = max(len(batch), pad_to)
         counts = np.ones(seqs, np.int64)
@@ -144,8 +149,9 @@ class InputBuffers:
             of_sequence = np.full(seqs, -1, np.int32)
             of_sequence[: len(batch)] = lora_slots
             groups = _group(of_sequence[rows], array, padded=pad_to > 0)
-        if self._device is not self._host:
+        if self._sent is not None:
             self._device[:used].copy_(self._host[:used], non_blocking=True)
+            self._sent.record()
 
         def tensor(name: str, length: int | None = None) -> Tensor:
             offset, full, dtype = places[name]
@@ -206,7 +212,7 @@ class InputBuffers:
                 at += range(first, first + len(gained))
                 values += gained
         if at:
-            update = torch.tensor([at, values], dtype=torch.int64).to(self._device.device)
+            update = send([at, values], torch.int64, self._device.device)
             self._device_tables.view(-1).index_copy_(0, update[0], update[1].int())
 
 

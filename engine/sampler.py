@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from nybble.engine.request import SamplingParams, TokenLogprob
+from nybble.engine.transfer import send
 from nybble.kernels.ops import TokenChoice, sample_tokens
 from torch import Tensor
 
@@ -55,8 +56,7 @@ class SequenceSampler:
         if self._counts is None or self._in_prompt is None:
             self._counts = torch.zeros(vocab, device=device)
             self._in_prompt = torch.zeros(vocab, dtype=torch.bool, device=device)
-            prompt = torch.tensor(self._prompt_token_ids, dtype=torch.int64, device=device)
-            self._in_prompt[prompt] = True
+            self._in_prompt[send(self._prompt_token_ids, torch.int64, device)] = True
         return self._in_prompt, self._counts
 
     def record(self, token: int) -> None:
@@ -77,7 +77,9 @@ class PendingSample:
         _penalize(logits, samplers)
         for row, each in enumerate(samplers):
             if each.allowed is not None:
-                logits[row].masked_fill_(~each.allowed.to(logits.device), float("-inf"))
+                allowed = each.allowed.pin_memory() if logits.is_cuda else each.allowed
+                allowed = allowed.to(logits.device, non_blocking=True)
+                logits[row].masked_fill_(~allowed, float("-inf"))
         chosen = sample_tokens(logits, [each.choice() for each in samplers])
         self._found = [chosen]
         if logprobs is not None:
@@ -108,7 +110,7 @@ def sample(logits: Tensor, samplers: Sequence[SequenceSampler]) -> list[Sampled]
 def _rows(tensor: Tensor, rows: list[int]) -> Tensor:
     if len(rows) == len(tensor):
         return tensor
-    return tensor[torch.tensor(rows, device=tensor.device)]
+    return tensor[send(rows, torch.int64, tensor.device)]
 
 
 def _bias(logits: Tensor, samplers: Sequence[SequenceSampler]) -> None:
@@ -119,8 +121,8 @@ def _bias(logits: Tensor, samplers: Sequence[SequenceSampler]) -> None:
     ]
     if entries:
         rows, ids, biases = zip(*entries, strict=True)
-        at = torch.tensor([rows, ids], device=logits.device)
-        logits[at[0], at[1]] += torch.tensor(biases, dtype=logits.dtype, device=logits.device)
+        at = send([rows, ids], torch.int64, logits.device)
+        logits[at[0], at[1]] += send(biases, logits.dtype, logits.device)
 
 
 def _penalize(logits: Tensor, samplers: Sequence[SequenceSampler]) -> None:
@@ -136,7 +138,7 @@ def _penalize(logits: Tensor, samplers: Sequence[SequenceSampler]) -> None:
         values = [getattr(samplers[row].params, name) for row in rows]
         if all(value == off for value in values):
             return None
-        return torch.tensor(values, dtype=logits.dtype, device=logits.device)[:, None]
+        return send(values, logits.dtype, logits.device)[:, None]
 
     if (repetition := column("repetition_penalty", 1)) is not None:
         scaled = torch.where(penalized > 0, penalized / repetition, penalized * repetition)
@@ -148,7 +150,7 @@ def _penalize(logits: Tensor, samplers: Sequence[SequenceSampler]) -> None:
     if len(rows) == len(logits):
         logits.copy_(penalized)
     else:
-        logits[torch.tensor(rows, device=logits.device)] = penalized
+        logits[send(rows, torch.int64, logits.device)] = penalized
 
 
 def _stack(tensors: list[Tensor]) -> Tensor:

@@ -57,10 +57,11 @@ def rows(capability: int, quick: bool = False) -> Iterator[Row]:
             if not quick or (variant, dtype) == ("llama-3-8b", "bf16"):
                 yield from _attention(f"{variant} {dtype}", group, dim, f"*{dtype}", capability)
     half = "*bf16"
-    yield from _attention("llama-3-8b bf16, int8 KV", 4, 128, half, capability, quantized=True)
+    if not quick or capability == 90:
+        yield from _attention("llama-3-8b bf16, int8 KV", 4, 128, half, capability, quantized=True)
     for max_rank in (16, 64):
         for rows_ in (16, 32):
-            if not quick or (max_rank, rows_) == (64, 32):
+            if not quick or ((max_rank, rows_) == (64, 32) and capability in (80, 90)):
                 yield from _lora(half, max_rank, rows_, capability)
     if not quick or capability == 90:
         yield from _elementwise(half, capability)

@@ -43,7 +43,8 @@ def problem(
     [
         ([1], (40,), 64),
         ([2, -1, 0, 1, 1, -1, 3], (130, 20, 20), 1100),  # three parts, two chunks of the inside
-        ([1] * 40 + [3] * 17 + [-1] + [2], (33, 150), 50),  # several tiles of one adapter
+        ([1] * 250 + [3] * 17 + [-1] + [2], (33, 150), 50),  # several tall tiles of one adapter
+        ([1] * 20 + [3], (24,), 40),  # several tiles of 16
         ([0, 0], (16,), 16),  # an adapter without ranks here
     ],
 )
