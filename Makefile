@@ -4,17 +4,20 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 MODEL  ?= demo
 PORT   ?= 8000
-PACKAGES := engine kernels loaders quantizers server
+PACKAGES := engine finetune kernels loaders quantizers server
 
 .PHONY: install serve test lint gpu clean
 
 install: $(VENV)/.installed
 
-# Constraints pin every dependency; torch is named first so that pip settles
-# which build of it is used before anything else asks for one.
+# Constraints pin every dependency; torch is named first so that pip settles which build of it is
+# used before anything else asks for one. TORCH_INDEX_URL may name PyTorch's index of CPU builds,
+# which spares a Linux machine without a GPU several gigabytes.
+TORCH_INDEX_URL ?=
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --progress-bar on -c constraints.txt torch
+	$(BIN)/pip install --progress-bar on -c constraints.txt \
+		$(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) torch
 	$(BIN)/pip install --progress-bar on -c constraints.txt -e '.[dev]'
 	mkdir -p $(VENV)/src/nybble
 	for package in $(PACKAGES); do ln -sfn ../../../$$package $(VENV)/src/nybble/$$package; done

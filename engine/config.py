@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from nybble.loaders.adapter import MAX_RANK
@@ -33,18 +34,22 @@ class AdapterConfig:
 class EngineConfig:
     """Settings fixed for the life of an engine.
 
-    device: ``cpu``, ``cuda``, ``cuda:N``, or ``auto`` for a GPU where there is one.
-    block_size: tokens in one KV block. kv_cache_bytes: memory for the keys and values of all
-    sequences together. max_num_seqs: sequences computed in one step. max_batched_tokens: the token
-    budget of a step; longer prompts are prefilled in chunks. max_model_len: longest prompt plus
-    output; None for what the model was made for. max_waiting: requests queued beyond
-    max_num_seqs before new ones are turned away. adapters: None for a server without.
+    device: ``cpu``, ``cuda``, ``cuda:N``, or ``auto`` for a GPU where there is one. block_size:
+    tokens in one KV block. kv_cache_bytes: memory for the keys and values of all sequences
+    together; None for 1 GiB on the CPU, and on a GPU for what the weights leave free less a tenth
+    of the whole. kv_dtype: auto keeps keys and values in dtype; int8 (on a GPU) takes half the
+    memory, with a scale for each head of each token. max_num_seqs: sequences computed in one step.
+    max_batched_tokens: the token budget of a step; longer prompts are prefilled in chunks.
+    max_model_len: longest prompt plus output; None for what the model was made for. max_waiting:
+    requests queued beyond max_num_seqs before new ones are turned away. adapters: None for a server
+    without.
     """
 
     device: str = "cpu"
     dtype: torch.dtype = torch.bfloat16
     block_size: int = 16
-    kv_cache_bytes: int = 1 << 30
+    kv_cache_bytes: int | None = None
+    kv_dtype: Literal["auto", "int8"] = "auto"
     max_num_seqs: int = 64
     max_batched_tokens: int = 512
     max_model_len: int | None = None
@@ -54,8 +59,9 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         for name in ("block_size", "kv_cache_bytes", "max_num_seqs", "max_batched_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}, expected at least 1")
         if self.max_batched_tokens < self.max_num_seqs:
             raise ValueError(
                 f"max_batched_tokens {self.max_batched_tokens} is below max_num_seqs "

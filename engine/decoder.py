@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from nybble.kernels.lora import LoRABatch
 
 Weight = PackedWeight | DenseWeight
+
+# Keys and values ``(blocks, kv_heads, block_size, head_dim)`` of a layer; where they are int8, the
+# scales of both follow: see :func:`nybble.kernels.reference.rotary_store`.
+KVCache = tuple[Tensor, ...]
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -120,14 +124,14 @@ class Decoder:
         self,
         token_ids: Tensor,
         positions: Tensor,
-        caches: list[tuple[Tensor, Tensor]],
+        caches: Sequence[KVCache],
         batch: AttentionBatch,
         adapters: StepAdapters | None = None,
     ) -> Tensor:
         """Hidden states ``(tokens, hidden)`` after the last layer, before the final norm.
 
         token_ids, positions: int64 ``(tokens,)``, the scheduled tokens of all sequences in a row.
-        caches: (keys, values) per layer, each ``(blocks, kv_heads, block_size, head_dim)``.
+        caches: one per layer.
         adapters: which tokens use which adapter; None where none does.
         """
         shape = self.shape
@@ -146,6 +150,15 @@ class Decoder:
                 x, residual = add_rms_norm(x, residual, norm, shape.eps)
         return x + residual
 
+    def packed_weights(self) -> Iterator[PackedWeight]:
+        """Every 4-bit weight of the model."""
+        for layer in self.layers:
+            for weight in (*layer.qkv, layer.o_proj, *layer.gate_up, layer.down_proj):
+                if isinstance(weight, PackedWeight):
+                    yield weight
+        if isinstance(self.head, PackedWeight):
+            yield self.head
+
     def logits(self, hidden: Tensor) -> Tensor:
         """float32 ``(rows, vocab)`` for hidden states ``(rows, hidden)``."""
         return linear(rms_norm(hidden, self.norm, self.shape.eps), self.head).float()
@@ -156,7 +169,7 @@ class Decoder:
         x: Tensor,
         cos: Tensor,
         sin: Tensor,
-        cache: tuple[Tensor, Tensor],
+        cache: KVCache,
         batch: AttentionBatch,
         slots: LayerSlots | None,
         lora: LoRABatch | None,
@@ -170,8 +183,10 @@ class Decoder:
         if layer.q_norm is not None and layer.k_norm is not None:
             q = rms_norm(q.reshape(-1, shape.head_dim), layer.q_norm, shape.eps).view(q.shape)
             k = rms_norm(k.reshape(-1, shape.head_dim), layer.k_norm, shape.eps).view(k.shape)
-        rotary_store(q, k, v, cos, sin, cache[0], cache[1], batch.slot_mapping)
-        attended = paged_attention(q, cache[0], cache[1], batch, shape.head_dim**-0.5)
+        keys, values, *kv_scales = cache
+        rotary_store(q, k, v, cos, sin, keys, values, batch.slot_mapping, *kv_scales)
+        scale = shape.head_dim**-0.5
+        attended = paged_attention(q, keys, values, batch, scale, 0, *kv_scales)
         return _project(attended, (layer.o_proj,), slots.o_proj if slots else None, lora)
 
 
@@ -226,7 +241,7 @@ class _WeightStore:
         self._weights: dict[str, PackedWeight | DenseWeight | Tensor] = {}
         for name, weight in weights:
             if isinstance(weight, PackedWeight):
-                self._weights[name] = weight.to_layout(layout).to(device)
+                self._weights[name] = weight.to(device).to_layout(layout)
             elif isinstance(weight, DenseWeight):
                 bias = None if weight.bias is None else weight.bias.to(device, dtype)
                 self._weights[name] = DenseWeight(weight.weight.to(device, dtype), bias)

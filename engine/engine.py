@@ -33,8 +33,8 @@ from nybble.engine.request import (
     RequestOutput,
     TokenLogprob,
 )
-from nybble.engine.runner import ModelRunner, kv_bytes_per_block
-from nybble.engine.sampler import SequenceSampler, sample
+from nybble.engine.runner import ModelRunner, free_kv_bytes, kv_blocks
+from nybble.engine.sampler import PendingSample, Sampled, SequenceSampler
 from nybble.engine.scheduler import Scheduler
 from nybble.engine.sequence import Sequence
 from nybble.loaders import AdapterError
@@ -120,6 +120,9 @@ class Engine:
             )
             scheduler.adapters = self._adapters.cache
         self._idle = True
+        # A GPU computes while its last tokens become text; a CPU has nothing to gain from waiting.
+        self._overlap = runner.device.type == "cuda"
+        self._deferred: list[tuple[Sequence, Sampled]] = []
         self._in_flight: set[str] = set()
         self._streams: dict[str, tuple[Sequence, _Stream]] = {}
         self._thread = threading.Thread(target=self._run, name="nybble-engine", daemon=True)
@@ -146,23 +149,20 @@ class Engine:
             raise ValueError(
                 f"max_model_len is {max_model_len}, but the model goes up to {shape.max_model_len}"
             )
-        per_block = kv_bytes_per_block(shape, config)
-        # More blocks than every sequence at full length could fill would only waste memory.
-        most = config.max_num_seqs * -(-max_model_len // config.block_size)
-        num_blocks = min(config.kv_cache_bytes // per_block, most)
-        if num_blocks < 1:
-            raise ValueError(
-                f"the KV cache of {config.kv_cache_bytes} bytes holds no block of "
-                f"{config.block_size} tokens, which takes {per_block} bytes"
-            )
-        max_model_len = min(max_model_len, num_blocks * config.block_size)
+        device = resolve_device(config.device)
+        if config.kv_dtype == "int8" and device.type == "cpu":
+            raise ValueError("kv_dtype is 'int8', which needs a GPU; expected 'auto' on the CPU")
+        if device.type == "cuda" and config.dtype not in (torch.float16, torch.bfloat16):
+            raise ValueError(f"dtype is {config.dtype}; expected float16 or bfloat16 on a GPU")
+        if config.kv_cache_bytes is not None:
+            kv_blocks(config.kv_cache_bytes, shape, config)
         weights = tqdm(
             checkpoint.weights(), desc="Loading weights", unit=" tensors", disable=not progress
         )
         decoder = Decoder(
             checkpoint.config,
             weights,
-            device=resolve_device(config.device),
+            device=device,
             dtype=config.dtype,
             max_model_len=max_model_len,
         )
@@ -175,9 +175,14 @@ class Engine:
                 checkpoint.config,
                 count=config.adapters.slots,
                 max_rank=config.adapters.max_rank,
-                device=resolve_device(config.device),
+                device=device,
                 dtype=config.dtype,
             )
+        # More blocks than every sequence at full length could fill would only waste memory.
+        most = config.max_num_seqs * -(-max_model_len // config.block_size)
+        kv_bytes = config.kv_cache_bytes or free_kv_bytes(device)
+        num_blocks = min(kv_blocks(kv_bytes, shape, config), most)
+        max_model_len = min(max_model_len, num_blocks * config.block_size)
         blocks = BlockManager(num_blocks, config.block_size, prefix_caching=config.prefix_caching)
         runner = ModelRunner(decoder, config, num_blocks, adapters)
         runner.warm_up(progress)
@@ -371,6 +376,7 @@ class Engine:
         self._idle = not batch
         outputs: _Outputs = defaultdict(list)
         if not batch:
+            self._write_deferred()
             return outputs
         logits = self._runner.run(batch)
         for item in batch:
@@ -378,16 +384,23 @@ class Engine:
                 item.sequence.sampler.allowed = item.sequence.request.guide.allowed()
         completing = [item.completes for item in batch]
         samplers = [i.sequence.sampler for i, done in zip(batch, completing, strict=True) if done]
-        sampled = iter(sample(logits, samplers) if samplers else [])
+        pending = PendingSample(logits, samplers) if samplers else None
+        self._write_deferred()
+        sampled = iter(pending.result() if pending else [])
         for item, completes in zip(batch, completing, strict=True):
             sequence = item.sequence
             if sequence.num_output_tokens == 0:
                 self._prompt_tokens += item.num_tokens
             self._scheduler.computed(item)
             if completes:
+                token, logprob = next(sampled)
+                if self._overlap and self._goes_on(sequence, token):
+                    self._append(sequence, token)
+                    self._deferred.append((sequence, (token, logprob)))
+                    continue
                 output: RequestOutput | GuideError
                 try:
-                    output = self._advance(sequence, *next(sampled))
+                    output = self._advance(sequence, token, logprob)
                 except GuideError as error:
                     output = error
                 stream = self._streams[sequence.request_id][1]
@@ -403,8 +416,7 @@ class Engine:
     ) -> RequestOutput:
         """Give a sequence its next token and say what it added."""
         params = sequence.request.params
-        sequence.token_ids.append(token)
-        self._generation_tokens += 1
+        self._append(sequence, token)
         guide = sequence.request.guide
         complete = guide is not None and guide.accept(token)
         reason: FinishReason | None = None
@@ -421,16 +433,34 @@ class Engine:
                 reason = "length"
         if reason is not None:
             text += sequence.detokenizer.flush()
-        return RequestOutput(
-            text=text,
-            token_ids=(token,),
-            logprobs=() if logprob is None else (logprob,),
-            finish_reason=reason,
-            prompt_tokens=sequence.num_prompt_tokens,
-            completion_tokens=sequence.num_output_tokens,
-            cached_tokens=sequence.num_cached_tokens or 0,
-            queue_seconds=sequence.queue_seconds,
+        return _output(sequence, (token, logprob), text, reason)
+
+    def _append(self, sequence: Sequence, token: int) -> None:
+        sequence.token_ids.append(token)
+        self._generation_tokens += 1
+
+    def _goes_on(self, sequence: Sequence, token: int) -> bool:
+        """Whether a sequence continues after ``token`` whatever its text says."""
+        params = sequence.request.params
+        return (
+            not params.stop
+            and sequence.request.guide is None
+            and sequence.num_output_tokens + 1 < sequence.max_tokens
+            and token not in params.stop_token_ids
+            and (params.ignore_eos or token not in self._eos_token_ids)
         )
+
+    def _write_deferred(self) -> None:
+        """Turn the last step's tokens into text and send it, while the device computes the next."""
+        outputs: _Outputs = defaultdict(list)
+        for sequence, sampled in self._deferred:
+            entry = self._streams.get(sequence.request_id)
+            if entry is not None and entry[0] is sequence:  # else its caller has gone
+                text = sequence.detokenizer.add(sampled[0])
+                outputs[entry[1].loop].append((entry[1], _output(sequence, sampled, text, None)))
+        self._deferred.clear()
+        for loop, delivered in outputs.items():
+            _call(loop, _deliver, delivered)
 
     def _fail_adapter(self, version: AdapterVersion, error: AdapterError) -> None:
         """End the requests that wait for an adapter that cannot be read."""
@@ -463,6 +493,22 @@ class Engine:
             preemptions=scheduler.preemptions,
             steps=self._steps,
         )
+
+
+def _output(
+    sequence: Sequence, sampled: Sampled, text: str, reason: FinishReason | None
+) -> RequestOutput:
+    token, logprob = sampled
+    return RequestOutput(
+        text=text,
+        token_ids=(token,),
+        logprobs=() if logprob is None else (logprob,),
+        finish_reason=reason,
+        prompt_tokens=sequence.num_prompt_tokens,
+        completion_tokens=sequence.num_output_tokens,
+        cached_tokens=sequence.num_cached_tokens or 0,
+        queue_seconds=sequence.queue_seconds,
+    )
 
 
 def _deliver(delivered: list[tuple[_Stream, RequestOutput | GuideError]]) -> None:

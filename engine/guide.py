@@ -9,14 +9,17 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from llguidance import LLMatcher, LLTokenizer
 from nybble.engine.request import GuideError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+
+# Imported where a guide is built: the engine runs on machines that have torch and little else.
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
 
 # Enough for a line break and its indentation; without a limit a model may write spaces for ever.
 JSON_OPTIONS: Any = {"whitespace_pattern": r"[ \n\t]{1,40}"}
@@ -56,12 +59,16 @@ class GrammarCompiler:
 
     def json_schema(self, schema: dict[str, Any]) -> GrammarGuide:
         """JSON that is valid under ``schema``. Raises ValueError for what is not supported."""
+        from llguidance import LLMatcher
+
         return self._guide(
             LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=JSON_OPTIONS)
         )
 
     def regex(self, pattern: str) -> GrammarGuide:
         """Text that matches all of ``pattern`` (Rust's syntax). Raises ValueError."""
+        from llguidance import LLMatcher
+
         return self._guide(LLMatcher.grammar_from_regex(pattern))
 
     def choice(self, choices: Sequence[str]) -> GrammarGuide:
@@ -71,9 +78,13 @@ class GrammarCompiler:
 
     def grammar(self, lark: str) -> GrammarGuide:
         """Text of a Lark grammar, as llguidance reads them. Raises ValueError."""
+        from llguidance import LLMatcher
+
         return self._guide(LLMatcher.grammar_from_lark(lark))
 
     def _guide(self, grammar: str) -> GrammarGuide:
+        from llguidance import LLMatcher, LLTokenizer
+
         with self._lock:
             if self._tokenizer is None:  # takes seconds, so only if somebody asks
                 self._tokenizer = LLTokenizer(

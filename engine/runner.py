@@ -2,21 +2,50 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import torch
 from nybble.engine.adapter_slots import AdapterSlots, StepAdapters
 from nybble.engine.config import EngineConfig, resolve_device
-from nybble.engine.decoder import Decoder, DecoderShape
+from nybble.engine.decoder import Decoder, DecoderShape, KVCache
 from nybble.engine.graphs import Capture, DecodeGraphs, bucket_sizes, cuda_capture
 from nybble.engine.inputs import InputBuffers, StepInputs
 from nybble.engine.scheduler import ScheduledBatch
-from nybble.kernels.ops import AttentionBatch
+from nybble.kernels.lora_batch import LoRABatch
+from nybble.kernels.ops import AttentionBatch, TokenChoice, sample_tokens
 from torch import Tensor
+
+_ANY_CHOICE = TokenChoice(temperature=1.0, top_k=1, top_p=0.5, min_p=0.1, uniform=0.5)
 
 
 def kv_bytes_per_block(shape: DecoderShape, config: EngineConfig) -> int:
     """Bytes one block takes for the keys and values of all layers."""
-    values = shape.kv_heads * config.block_size * shape.head_dim
-    return 2 * shape.layers * values * config.dtype.itemsize
+    heads = shape.kv_heads * config.block_size
+    if config.kv_dtype == "int8":
+        return 2 * shape.layers * heads * (shape.head_dim + 4)
+    return 2 * shape.layers * heads * shape.head_dim * config.dtype.itemsize
+
+
+def kv_blocks(nbytes: int, shape: DecoderShape, config: EngineConfig) -> int:
+    """Blocks that ``nbytes`` hold. Raises ValueError where that is none."""
+    per_block = kv_bytes_per_block(shape, config)
+    if nbytes < per_block:
+        raise ValueError(
+            f"the KV cache of {nbytes} bytes holds no block of {config.block_size} tokens, which "
+            f"takes {per_block} bytes"
+        )
+    return nbytes // per_block
+
+
+def free_kv_bytes(device: torch.device) -> int:
+    """Memory for the KV cache where none is named, once the weights are on the device."""
+    if device.type != "cuda":
+        return 1 << 30
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    # A tenth is for activations, captured graphs, and whoever else uses the device.
+    return max(0, free - total // 10)
 
 
 class ModelRunner:
@@ -38,10 +67,18 @@ class ModelRunner:
         self._max_blocks = min(num_blocks, -(-decoder.max_model_len // config.block_size))
         cache_shape = (num_blocks, shape.kv_heads, config.block_size, shape.head_dim)
 
-        def cache() -> Tensor:
-            return torch.zeros(cache_shape, dtype=config.dtype, device=self.device)
+        def zeros(dtype: torch.dtype, *shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=self.device)
 
-        self.caches = [(cache(), cache()) for _ in range(shape.layers)]
+        def layer() -> KVCache:
+            if config.kv_dtype == "auto":
+                return zeros(config.dtype, *cache_shape), zeros(config.dtype, *cache_shape)
+            keys, values = zeros(torch.int8, *cache_shape), zeros(torch.int8, *cache_shape)
+            scales = cache_shape[:3]
+            return keys, values, zeros(torch.float32, *scales), zeros(torch.float32, *scales)
+
+        self.caches = [layer() for _ in range(shape.layers)]
+        self._dtype = config.dtype
         self._inputs = InputBuffers(
             max_seqs=config.max_num_seqs,
             max_tokens=config.max_batched_tokens,
@@ -84,21 +121,38 @@ class ModelRunner:
         """
         if self.device.type != "cuda":
             return
+        from nybble.kernels.triton.warmup import warmup
         from tqdm import tqdm
 
         with torch.inference_mode():
+            warmup(
+                self.decoder.packed_weights(),
+                self._dtype,
+                self._max_batched_tokens,
+                progress=progress,
+            )
             for tokens, seqs in tqdm(
                 self._warm_up_sizes(), desc="Compiling kernels", disable=not progress
             ):
-                self._compute(self._idle_prefill(tokens, seqs))
+                inputs = self._idle_prefill(tokens, seqs)
+                self._compute(inputs)
+                if self.adapters is not None:
+                    # Slots that are still empty: every kernel runs and adds nothing.
+                    slots = [row * seqs // tokens % self.adapters.count for row in range(tokens)]
+                    lora = LoRABatch.of(slots, self.device)
+                    self._compute(replace(inputs, lora=lora))
+            vocab = self.decoder.shape.vocab
+            sample_tokens(torch.zeros(1, vocab, device=self.device), [_ANY_CHOICE])
         self.capture(cuda_capture(self.device), progress)
 
     @torch.inference_mode()
-    def capture(self, capture: Capture, progress: bool = True) -> None:
-        """Decode from graphs made by ``capture`` from now on."""
+    def capture(
+        self, capture: Capture, progress: bool = True, sizes: Sequence[int] | None = None
+    ) -> None:
+        """Decode from graphs made by ``capture`` from now on, of the usual batch sizes or these."""
         self._graphs = DecodeGraphs(
             capture,
-            bucket_sizes(self._max_num_seqs),
+            bucket_sizes(self._max_num_seqs) if sizes is None else sizes,
             lambda size, adapted: self._inputs.build([], [] if adapted else None, pad_to=size),
             self._compute,
             adapters=self.adapters is not None,

@@ -65,32 +65,44 @@ class SequenceSampler:
             self._counts[token] += 1
 
 
+class PendingSample:
+    """Tokens that the device may still be computing."""
+
+    def __init__(self, logits: Tensor, samplers: Sequence[SequenceSampler]) -> None:
+        """Start on float32 logits ``(rows, vocab)``, which it overwrites, a sampler for each."""
+        self._samplers = samplers
+        self._asked = [row for row, each in enumerate(samplers) if each.params.logprobs is not None]
+        logprobs = torch.log_softmax(_rows(logits, self._asked), dim=-1) if self._asked else None
+        _bias(logits, samplers)
+        _penalize(logits, samplers)
+        for row, each in enumerate(samplers):
+            if each.allowed is not None:
+                logits[row].masked_fill_(~each.allowed.to(logits.device), float("-inf"))
+        chosen = sample_tokens(logits, [each.choice() for each in samplers])
+        self._found = [chosen]
+        if logprobs is not None:
+            most = max(samplers[row].params.logprobs or 0 for row in self._asked)
+            top = logprobs.topk(min(most, logprobs.shape[1]))
+            own = logprobs.gather(1, _rows(chosen, self._asked)[:, None])
+            self._found += [own, top.values, top.indices]
+
+    def result(self) -> list[Sampled]:
+        """The next token of each sequence, once the device has it."""
+        tokens, *reports = _to_host(self._found)
+        sampled: list[Sampled] = []
+        for row, (each, token) in enumerate(zip(self._samplers, tokens.tolist(), strict=True)):
+            each.record(token)
+            report = None
+            if each.params.logprobs is not None:
+                place = self._asked.index(row)
+                report = _report(reports, place, token, each.params.logprobs)
+            sampled.append((token, report))
+        return sampled
+
+
 def sample(logits: Tensor, samplers: Sequence[SequenceSampler]) -> list[Sampled]:
     """The next token of each sequence from float32 logits ``(rows, vocab)``; overwrites them."""
-    asked = [row for row, each in enumerate(samplers) if each.params.logprobs is not None]
-    logprobs = torch.log_softmax(_rows(logits, asked), dim=-1) if asked else None
-    _bias(logits, samplers)
-    _penalize(logits, samplers)
-    for row, each in enumerate(samplers):
-        if each.allowed is not None:
-            logits[row].masked_fill_(~each.allowed.to(logits.device), float("-inf"))
-    chosen = sample_tokens(logits, [each.choice() for each in samplers])
-    if logprobs is None:
-        tokens, reports = _to_host([chosen])[0].tolist(), []
-    else:
-        most = max(samplers[row].params.logprobs or 0 for row in asked)
-        top = logprobs.topk(min(most, logprobs.shape[1]))
-        own = logprobs.gather(1, _rows(chosen, asked)[:, None])
-        reports = _to_host([chosen, own, top.values, top.indices])
-        tokens = reports[0].tolist()
-    sampled: list[Sampled] = []
-    for row, (each, token) in enumerate(zip(samplers, tokens, strict=True)):
-        each.record(token)
-        report = None
-        if each.params.logprobs is not None:
-            report = _report(reports, asked.index(row), token, each.params.logprobs)
-        sampled.append((token, report))
-    return sampled
+    return PendingSample(logits, samplers).result()
 
 
 def _rows(tensor: Tensor, rows: list[int]) -> Tensor:
@@ -156,6 +168,6 @@ def _to_host(tensors: list[Tensor]) -> list[Tensor]:
 
 
 def _report(reports: list[Tensor], row: int, token: int, alternatives: int) -> TokenLogprob:
-    _, own, values, ids = reports
+    own, values, ids = reports
     pairs = zip(ids[row].tolist(), values[row].tolist(), strict=True)
     return TokenLogprob(token, float(own[row, 0]), tuple(pairs)[:alternatives])

@@ -79,15 +79,20 @@ def rotary_store(
     k_cache: Tensor,
     v_cache: Tensor,
     slot_mapping: Tensor,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
 ) -> None:
     """See :func:`nybble.kernels.reference.rotary_store`. Heads of a row must be contiguous."""
     if _on_gpu(q):
         from nybble.kernels.triton import rotary
 
-        return rotary.rotary_store(q, k, v, cos, sin, k_cache, v_cache, slot_mapping)
-    cpu = _cpu(q, q.shape[-1], 32)
-    kernel = cpu.rotary_store if cpu else reference.rotary_store
-    kernel(q, k, v, cos, sin, k_cache, v_cache, slot_mapping)
+        kernel = rotary.rotary_store
+    else:
+        cpu = _cpu(q, q.shape[-1], 32)
+        if cpu and k_scales is None:
+            return cpu.rotary_store(q, k, v, cos, sin, k_cache, v_cache, slot_mapping)
+        kernel = reference.rotary_store
+    kernel(q, k, v, cos, sin, k_cache, v_cache, slot_mapping, k_scales, v_scales)
 
 
 def paged_attention(
@@ -97,16 +102,20 @@ def paged_attention(
     batch: AttentionBatch,
     scale: float,
     window: int = 0,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
 ) -> Tensor:
     """See :func:`nybble.kernels.reference.paged_attention`. Heads of a row must be contiguous."""
     if _on_gpu(q):
         from nybble.kernels.triton import attention
 
-        return attention.paged_attention(q, k_cache, v_cache, batch, scale, window)
-    cpu = _cpu(q, q.shape[-1], 32)
-    if cpu and not window:
-        return cpu.paged_attention(q, k_cache, v_cache, batch, scale)
-    return reference.paged_attention(q, k_cache, v_cache, batch, scale, window)
+        kernel = attention.paged_attention
+    else:
+        cpu = _cpu(q, q.shape[-1], 32)
+        if cpu and not window and k_scales is None:
+            return cpu.paged_attention(q, k_cache, v_cache, batch, scale)
+        kernel = reference.paged_attention
+    return kernel(q, k_cache, v_cache, batch, scale, window, k_scales, v_scales)
 
 
 def sample_tokens(logits: Tensor, choices: Sequence[TokenChoice]) -> Tensor:

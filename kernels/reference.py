@@ -54,19 +54,34 @@ def rotary_store(
     k_cache: Tensor,
     v_cache: Tensor,
     slot_mapping: Tensor,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
 ) -> None:
     """Rotate ``q`` in place; write rotated ``k`` and ``v`` into the caches.
 
     q ``(tokens, q_heads, head_dim)``, k and v ``(tokens, kv_heads, head_dim)``; cos and sin
     float32 ``(tokens, head_dim)``; caches ``(blocks, kv_heads, block_size, head_dim)``;
     slot_mapping int64 ``(tokens,)``: block · block_size + offset, or −1 to write nothing.
+
+    int8 caches come with k_scales and v_scales, float32 ``(blocks, kv_heads, block_size)``: each
+    head of each token is scaled so that its largest magnitude becomes 127.
     """
     block_size = k_cache.shape[2]
     kept = slot_mapping >= 0
     blocks, offsets = slot_mapping[kept] // block_size, slot_mapping[kept] % block_size
-    k_cache[blocks, :, offsets] = _rotate(k, cos, sin)[kept].to(k_cache.dtype)
-    v_cache[blocks, :, offsets] = v[kept].to(v_cache.dtype)
+    stored = (_rotate(k, cos, sin)[kept], k_cache, k_scales), (v[kept], v_cache, v_scales)
+    for values, cache, scales in stored:
+        if scales is not None:
+            values, scales[blocks, :, offsets] = _to_int8(values)
+        cache[blocks, :, offsets] = values.to(cache.dtype)
     q.copy_(_rotate(q, cos, sin))
+
+
+def _to_int8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Integers and their scale, one for each row of the last dimension."""
+    peak = x.float().abs().amax(-1)
+    inverse = torch.where(peak > 0, 127 / peak, 0.0)
+    return torch.floor(x.float() * inverse[..., None] + 0.5), peak / 127
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -83,13 +98,15 @@ def paged_attention(
     batch: AttentionBatch,
     scale: float,
     window: int = 0,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of every sequence's new tokens over its cached keys and values.
 
-    q ``(tokens, q_heads, head_dim)``; caches as in :func:`rotary_store`. Query head h reads
-    KV head h // (q_heads / kv_heads). window: each token sees itself and the ``window − 1`` tokens
-    before it (0: all of them). Returns ``(tokens, q_heads · head_dim)``; the row of a sequence
-    without context, which only pads the batch, is undefined.
+    q ``(tokens, q_heads, head_dim)``; caches and scales as in :func:`rotary_store`. Query head h
+    reads KV head h // (q_heads / kv_heads). window: each token sees itself and the ``window − 1``
+    tokens before it (0: all of them). Returns ``(tokens, q_heads · head_dim)``; the row of a
+    sequence without context, which only pads the batch, is undefined.
     """
     out = torch.empty_like(q)
     starts = batch.query_start.tolist()
@@ -100,12 +117,15 @@ def paged_attention(
         blocks = -(-context // k_cache.shape[2])
         table = batch.block_tables[index, :blocks].long()
 
-        def gather(cache: Tensor, table: Tensor = table, context: int = context) -> Tensor:
-            return (
-                cache[table].transpose(1, 2).flatten(0, 1)[:context].float()
-            )  # (context, heads, d)
+        def gather(
+            cache: Tensor, scales: Tensor | None, table: Tensor = table, context: int = context
+        ) -> Tensor:
+            wide = cache[table].float()
+            if scales is not None:
+                wide *= scales[table][..., None]
+            return wide.transpose(1, 2).flatten(0, 1)[:context]  # (context, heads, d)
 
-        keys, values = gather(k_cache), gather(v_cache)
+        keys, values = gather(k_cache, k_scales), gather(v_cache, v_scales)
         repeats = q.shape[1] // keys.shape[1]
         keys, values = (t.repeat_interleave(repeats, dim=1) for t in (keys, values))
         scores = torch.einsum("qhd,khd->hqk", queries.float(), keys) * scale

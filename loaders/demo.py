@@ -11,7 +11,6 @@ import zipfile
 from pathlib import Path
 
 from nybble.loaders.errors import CheckpointError
-from nybble.loaders.gguf import convert_gguf
 from tqdm import tqdm
 
 HUB_NAME = "Qwen/Qwen2.5-Coder-0.5B-Instruct"
@@ -28,6 +27,9 @@ def demo_from_packages(folder: Path) -> None:
     scratch = folder.with_name(folder.name + ".partial")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
+    # Only here: reading GGUF needs a package that serving other models does not.
+    from nybble.loaders.gguf import convert_gguf
+
     gguf = demo_gguf(scratch / "model.gguf")
     converted = scratch / "converted"
     convert_gguf(gguf, converted, tied=True)

@@ -138,9 +138,8 @@ class Api:
         )
         self._require_room(prompt, params)
         guide = await guide_of(self._grammars, body, body.response_format, tools)
-        name = f"{prefix}{uuid4().hex}"
-        job = Job(name, (prompt,), params, body.sequences, guide, adapter, tenant)
-        return job, tools
+        id, n = f"{prefix}{uuid4().hex}", body.sequences
+        return Job(id, (prompt,), params, n, guide, adapter, tenant, body.timeout), tools
 
     async def completions(self, request: web.Request) -> web.StreamResponse:
         body = await read_body(request, CompletionRequest)
@@ -160,8 +159,8 @@ class Api:
             ]
             echoes = [text for text in texts for _ in range(body.sequences)]
         guide = await guide_of(self._grammars, body)
-        name, tenant = f"cmpl-{uuid4().hex}", request.get(TENANT)
-        job = Job(name, tuple(prompts), params, body.sequences, guide, adapter, tenant)
+        id, n, tenant = f"cmpl-{uuid4().hex}", body.sequences, request.get(TENANT)
+        job = Job(id, tuple(prompts), params, n, guide, adapter, tenant, body.timeout)
         shape = CompletionShape(
             job.id,
             body.model,

@@ -43,6 +43,7 @@ def _root(
 Format = Literal["gptq", "awq", "nf4"]
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+KVCacheDtype = Literal["auto", "int8"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 LayoutChoice = Literal["auto", "rows", "cpu_tiles"]
 
@@ -147,8 +148,16 @@ def serve(
         ),
     ] = 30,
     kv_cache_memory: Annotated[
-        str, typer.Option(help="For example 2GiB.", rich_help_panel=_MEMORY)
-    ] = "1GiB",
+        str,
+        typer.Option(
+            help="For example 2GiB; auto is 1GiB on the CPU, what is free on a GPU.",
+            rich_help_panel=_MEMORY,
+        ),
+    ] = "auto",
+    kv_cache_dtype: Annotated[
+        KVCacheDtype,
+        typer.Option(help="int8 halves the KV cache's memory (GPU).", rich_help_panel=_MEMORY),
+    ] = "auto",
     max_num_seqs: Annotated[
         int, typer.Option(help="Sequences computed in one step.", rich_help_panel=_MEMORY, min=1)
     ] = 64,
@@ -232,24 +241,25 @@ def serve(
     logging.basicConfig(
         level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
-    kv_cache_bytes = parse_bytes(kv_cache_memory)
+    kv_cache_bytes = None if kv_cache_memory == "auto" else parse_bytes(kv_cache_memory)
     with expected_errors(), _interruptible():
         from nybble.server.listen import bind
 
         # Before the model is loaded: a taken port is found out at once.
         sock = bind(host, port)
         import torch
-        from nybble.engine import AdapterConfig, EngineConfig
+        from nybble.engine import AdapterConfig, EngineConfig, resolve_device
 
         named_adapters = _named_adapters(lora_modules or [])
         adapters = None
         if enable_lora or named_adapters or lora_root or lora_watch:
             adapters = AdapterConfig(max_loras, max_lora_rank, parse_bytes(lora_host_memory))
-        chosen = _device(device)
+        chosen = str(resolve_device(device))
         config = EngineConfig(
             device=chosen,
             dtype=torch.bfloat16 if dtype == "auto" else getattr(torch, dtype),
             kv_cache_bytes=kv_cache_bytes,
+            kv_dtype=kv_cache_dtype,
             max_num_seqs=max_num_seqs,
             max_batched_tokens=max_batched_tokens,
             max_model_len=max_model_len,
@@ -360,16 +370,6 @@ def _run_server(
     )
 
 
-def _device(device: Device) -> str:
-    import torch
-
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch finds no CUDA device; use --device cpu")
-    return device
-
-
 @contextmanager
 def _interruptible() -> Iterator[None]:
     """Ctrl-C while loading ends without a traceback."""
@@ -393,15 +393,16 @@ def pack(
     with expected_errors(), _interruptible():
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise FileExistsError(f"{target} exists and is not an empty folder")
-        import torch
+        from nybble.engine import resolve_device
         from nybble.kernels.matmul import preferred_layout
         from nybble.loaders import open_checkpoint, resolve_model, save_packed
 
         save_packed(
             open_checkpoint(resolve_model(source, aliases=aliases)),
             target,
-            layout=preferred_layout(torch.device(_device("auto"))) if layout == "auto" else layout,
+            layout=preferred_layout(resolve_device("auto")) if layout == "auto" else layout,
         )
+        print(f"Wrote {target}", file=sys.stderr)
 
 
 @app.command()
@@ -449,6 +450,7 @@ def quantize(
             group_size=group_size,
             sym=sym,
         )
+        print(f"Wrote {target}", file=sys.stderr)
 
 
 @app.command()

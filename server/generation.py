@@ -23,6 +23,7 @@ class Job:
     """Every prompt ``n`` times; sequence ``i`` continues prompt ``i // n``.
 
     Sequences that share a prompt and have a seed get seeds of their own, counted up from it.
+    timeout: seconds it may take.
     """
 
     id: str
@@ -32,6 +33,7 @@ class Job:
     guide: GrammarGuide | None = None
     adapter: str | None = None
     tenant: Tenant | None = None
+    timeout: float | None = None
 
     @property
     def size(self) -> int:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing, asynccontextmanager
 from typing import Any, Protocol
 
 from aiohttp import web
@@ -17,6 +17,7 @@ from pydantic_core import to_json
 _STALL_SECONDS = 60
 
 
+Results = AsyncGenerator[tuple[int, RequestOutput]]
 Event = tuple[str | None, dict[str, Any]]  # a server-sent event's name, if it has one, and data
 
 
@@ -46,47 +47,64 @@ class Shape(Protocol):
 async def respond(
     request: web.Request, generation: Generation, job: Job, shape: Shape, *, stream: bool
 ) -> web.StreamResponse:
-    """Run ``job``. Whatever ends the response early ends its sequences too."""
-    if stream:
-        return await _stream(request, generation, job, shape)
+    """Run ``job``. Whatever ends the response early ends its sequences too.
+
+    Raises ApiError 504 where its time runs out before the first byte is sent, and what
+    Generation.run raises.
+    """
+    deadline = None if job.timeout is None else asyncio.get_running_loop().time() + job.timeout
     usage = Usage(job)
-    outputs: list[list[RequestOutput]] = [[] for _ in range(job.size)]
     async with aclosing(generation.run(job)) as results:
-        async for index, output in results:
-            usage.add(index, output)
-            outputs[index].append(output)
-    return json_response(shape.whole(outputs, usage))
+        if stream:
+            return await _stream(request, results, usage, shape, deadline)
+        outputs: list[list[RequestOutput]] = [[] for _ in range(job.size)]
+        async with _until(deadline):
+            async for index, output in results:
+                usage.add(index, output)
+                outputs[index].append(output)
+        return json_response(shape.whole(outputs, usage))
 
 
 async def _stream(
-    request: web.Request, generation: Generation, job: Job, shape: Shape
+    request: web.Request, results: Results, usage: Usage, shape: Shape, deadline: float | None
 ) -> web.StreamResponse:
-    usage = Usage(job)
-    async with aclosing(generation.run(job)) as results:
-        # Before the headers, so that what cannot be served gets a status of its own.
-        index, output = await anext(results)
-        stream = EventStream(request)
-        await stream.open()
-        try:
-            while True:
-                usage.add(index, output)
-                for event in shape.events(index, output):
-                    await stream.send(event)
-                try:
-                    index, output = await anext(results)
-                except StopAsyncIteration:
-                    break
-            for event in shape.last_events(usage):
-                await stream.send(event)
-            if shape.terminator is not None:
-                await stream.write(b"data: " + shape.terminator + b"\n\n")
-        except ConnectionError:
-            raise
-        except Exception as error:
-            # The status is sent already: an event says that the stream is not whole.
-            await stream.send(shape.failure(as_api_error(error)))
-        await stream.response.write_eof()
+    # Before the headers, so that what cannot be served gets a status of its own.
+    async with _until(deadline):
+        first = await anext(results)
+    stream = EventStream(request)
+    await stream.open()
+
+    async def tell(index: int, output: RequestOutput) -> None:
+        usage.add(index, output)
+        for event in shape.events(index, output):
+            await stream.send(event)
+
+    try:
+        async with _until(deadline):
+            await tell(*first)
+            async for index, output in results:
+                await tell(index, output)
+        for event in shape.last_events(usage):
+            await stream.send(event)
+        if shape.terminator is not None:
+            await stream.write(b"data: " + shape.terminator + b"\n\n")
+    except ConnectionError:
+        raise
+    except Exception as error:
+        # The status is sent already: an event says that the stream is not whole.
+        await stream.send(shape.failure(as_api_error(error)))
+    await stream.response.write_eof()
     return stream.response
+
+
+@asynccontextmanager
+async def _until(deadline: float | None) -> AsyncGenerator[None]:
+    """Raises ApiError 504 at ``deadline``, in the loop's time."""
+    try:
+        async with asyncio.timeout_at(deadline):
+            yield
+    except TimeoutError:
+        raise ApiError(504, "the request's timeout has passed", code="timeout") from None
 
 
 class EventStream:

@@ -108,6 +108,7 @@ class Sampling(Body):
     guided_regex: str | None = None
     guided_choice: Annotated[list[str], Field(min_length=1, max_length=_MAX_CHOICES)] | None = None
     guided_grammar: str | None = None
+    timeout: Annotated[float, Field(gt=0)] | None = None
 
     @model_validator(mode="after")
     def _options_need_stream(self) -> Sampling:

@@ -20,6 +20,7 @@ from nybble.server.tenants import Tenants
 logger = logging.getLogger(__name__)
 
 _BACKLOG = 1024
+_KEEPALIVE_SECONDS = 75
 # For responses whose last bytes are on the way when everything has been computed.
 _FLUSH_SECONDS = 5
 
@@ -57,7 +58,11 @@ async def serve(
     )
     # Cancelling handlers of clients that have gone is what cancels their sequences.
     runner = web.AppRunner(
-        app, handler_cancellation=True, access_log=None, shutdown_timeout=_FLUSH_SECONDS
+        app,
+        handler_cancellation=True,
+        access_log=None,
+        keepalive_timeout=_KEEPALIVE_SECONDS,
+        shutdown_timeout=_FLUSH_SECONDS,
     )
     await runner.setup()
     stopping = asyncio.Event()

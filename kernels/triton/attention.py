@@ -30,9 +30,12 @@ from torch import Tensor
 # A split has at least this many keys: below it, the second stage costs more than it spreads.
 MIN_SPLIT = 256
 DECODE_TILE = 64  # keys per step of the inner loop
+# The block table is loaded ahead of what it points to, so five stages keep two tiles of keys and
+# values in flight: 64 KiB a program for 16-bit heads of 128.
+DECODE_STAGES = 5
 PREFILL_ROWS = 128
 LOG2_E = 1.4426950408889634
-_PROGRAMS_PER_SM = 3  # that fit on an H100 by registers and shared memory
+PROGRAMS_PER_SM = 3  # that fit on an H100 by registers and shared memory
 
 
 @triton.jit
@@ -55,6 +58,8 @@ def _attend(
     total,
     k_cache,
     v_cache,
+    k_scales,
+    v_scales,
     table,
     head,
     kv_heads,
@@ -67,6 +72,7 @@ def _attend(
     DIM_PADDED: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
+    QUANTIZED: tl.constexpr,
     CAUSAL: tl.constexpr,
 ):
     """One step of the online softmax: keys ``first`` … ``first + TILE − 1`` below ``key_end``.
@@ -82,7 +88,12 @@ def _attend(
     mask = inside[:, None] if DIM == DIM_PADDED else inside[:, None] & (lane < DIM)[None, :]
     keys = tl.load(k_cache + at, mask, 0.0)
     values = tl.load(v_cache + at, mask, 0.0)
+    if QUANTIZED:
+        keys = keys.to(query.dtype)
+        values = values.to(query.dtype)
     scores = tl.dot(query, tl.trans(keys)) * scale
+    if QUANTIZED:
+        scores *= tl.load(k_scales + row, inside, 0.0)[None, :]
     seen = inside[None, :]
     if CAUSAL:
         seen = seen & (key[None, :] <= position[:, None])
@@ -95,6 +106,8 @@ def _attend(
     shrink = tl.exp2(peak - base)
     total = total * shrink + tl.sum(weights, 1)
     accumulator = accumulator * shrink[:, None]
+    if QUANTIZED:
+        weights *= tl.load(v_scales + row, inside, 0.0)[None, :]
     accumulator = tl.dot(weights.to(values.dtype), values, accumulator)
     return accumulator, new_peak, total
 
@@ -104,6 +117,8 @@ def decode_kernel(
     q,
     k_cache,
     v_cache,
+    k_scales,
+    v_scales,
     query_start,
     context_lens,
     block_tables,
@@ -123,6 +138,7 @@ def decode_kernel(
     DIM_PADDED: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
+    QUANTIZED: tl.constexpr,
     SEQS_PADDED: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
     MIN_SPLIT: tl.constexpr,
@@ -169,6 +185,8 @@ def decode_kernel(
                 total,
                 k_cache,
                 v_cache,
+                k_scales,
+                v_scales,
                 table,
                 head,
                 kv_heads,
@@ -181,6 +199,7 @@ def decode_kernel(
                 DIM_PADDED,
                 BLOCK_SIZE,
                 TILE,
+                QUANTIZED,
                 False,
             )
         if count == 1:
@@ -239,6 +258,8 @@ def prefill_kernel(
     q,
     k_cache,
     v_cache,
+    k_scales,
+    v_scales,
     query_start,
     context_lens,
     block_tables,
@@ -256,6 +277,7 @@ def prefill_kernel(
     ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
     TILE: tl.constexpr,
+    QUANTIZED: tl.constexpr,
     SEQS_PADDED: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -299,6 +321,8 @@ def prefill_kernel(
                 total,
                 k_cache,
                 v_cache,
+                k_scales,
+                v_scales,
                 table,
                 head,
                 kv_heads,
@@ -311,6 +335,7 @@ def prefill_kernel(
                 DIM_PADDED,
                 BLOCK_SIZE,
                 TILE,
+                QUANTIZED,
                 False,
             )
         for first in tl.range(open_end, key_end, TILE, num_stages=STAGES):
@@ -321,6 +346,8 @@ def prefill_kernel(
                 total,
                 k_cache,
                 v_cache,
+                k_scales,
+                v_scales,
                 table,
                 head,
                 kv_heads,
@@ -333,6 +360,7 @@ def prefill_kernel(
                 DIM_PADDED,
                 BLOCK_SIZE,
                 TILE,
+                QUANTIZED,
                 True,
             )
         to = (token * kv_heads * GROUP + q_head)[:, None] * DIM + lane[None, :]
@@ -354,7 +382,7 @@ def max_splits(kv_heads: int, multiprocessors: int) -> int:
 
     Depends on the model and the device, never on the batch.
     """
-    return max(8, min(64, _PROGRAMS_PER_SM * multiprocessors // kv_heads))
+    return max(8, min(64, PROGRAMS_PER_SM * multiprocessors // kv_heads))
 
 
 def paged_attention(
@@ -364,14 +392,17 @@ def paged_attention(
     batch: AttentionBatch,
     scale: float,
     window: int = 0,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
 ) -> Tensor:
     """See :func:`nybble.kernels.reference.paged_attention`. Heads of a row must be contiguous."""
     tokens, q_heads, dim = q.shape
     out = torch.empty(tokens, q_heads * dim, dtype=q.dtype, device=q.device)
+    scales = None if k_scales is None or v_scales is None else (k_scales, v_scales)
     if batch.max_query > 1:
-        _prefill(q, k_cache, v_cache, batch, scale, window, out)
+        _prefill(q, k_cache, v_cache, scales, batch, scale, window, out)
     if batch.max_query == 1 or batch.context_lens.shape[0] > 1:
-        _decode(q, k_cache, v_cache, batch, scale, window, out)
+        _decode(q, k_cache, v_cache, scales, batch, scale, window, out)
     return out
 
 
@@ -379,6 +410,7 @@ def _decode(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
+    scales: tuple[Tensor, Tensor] | None,
     batch: AttentionBatch,
     scale: float,
     window: int,
@@ -391,10 +423,11 @@ def _decode(
     partial_out = q.new_empty((seqs, q_heads, splits, dim), dtype=torch.float32)
     partial_peak = q.new_empty((seqs, q_heads, splits), dtype=torch.float32)
     partial_total = torch.empty_like(partial_peak)
-    decode_kernel[(min(_PROGRAMS_PER_SM * multiprocessors, seqs * kv_heads * splits),)](
+    decode_kernel[(min(PROGRAMS_PER_SM * multiprocessors, seqs * kv_heads * splits),)](
         q,
         k_cache,
         v_cache,
+        *(scales or (k_cache, v_cache)),  # never read where there are none
         batch.query_start,
         batch.context_lens,
         batch.block_tables,
@@ -409,6 +442,7 @@ def _decode(
         scale * LOG2_E,
         window,
         **decode_constants(q_heads // kv_heads, dim, k_cache.shape[2]),
+        QUANTIZED=scales is not None,
         SEQS_PADDED=_padded(seqs),
         MAX_SPLITS=splits,
     )
@@ -434,6 +468,7 @@ def _prefill(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
+    scales: tuple[Tensor, Tensor] | None,
     batch: AttentionBatch,
     scale: float,
     window: int,
@@ -448,6 +483,7 @@ def _prefill(
         q,
         k_cache,
         v_cache,
+        *(scales or (k_cache, v_cache)),  # never read where there are none
         batch.query_start,
         batch.context_lens,
         batch.block_tables,
@@ -459,6 +495,7 @@ def _prefill(
         scale * LOG2_E,
         window,
         **constants,
+        QUANTIZED=scales is not None,
         SEQS_PADDED=_padded(seqs),
     )
 
@@ -479,9 +516,7 @@ def decode_constants(group: int, dim: int, block_size: int) -> dict[str, int]:
         "BLOCK_SIZE": block_size,
         "TILE": DECODE_TILE,
         "MIN_SPLIT": MIN_SPLIT,
-        # The block table is loaded ahead of what it points to, so five stages keep two tiles of
-        # keys and values in flight: 64 KiB a program for 16-bit heads of 128.
-        "STAGES": 5 if padded <= 128 else 3,
+        "STAGES": DECODE_STAGES if padded <= 128 else 3,
         "num_warps": 4,
     }
 

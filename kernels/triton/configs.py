@@ -26,7 +26,8 @@ class Config:
     block_n, block_m: outputs and rows of a block. splits: programs sharing a block's columns.
     scale_first: whether weights are scaled before the product (cheaper from 64 rows up) or each
     group's product after it (exact weights, cheaper below). dense: dequantize to 16 bits and leave
-    the product to the vendor's library; the other fields then do not matter.
+    the product to the vendor's library, whatever the other fields. overlap: begin while the
+    kernel before is finishing (programmatic dependent launch, sm_90 on; ignored elsewhere).
     """
 
     block_n: int
@@ -36,6 +37,7 @@ class Config:
     num_stages: int
     scale_first: bool
     dense: bool = False
+    overlap: bool = False
 
 
 def bucket_of(rows: int) -> int:
@@ -58,12 +60,15 @@ def balanced_splits(blocks: int, steps: int, processors: int) -> int:
     return min(range(1, min(32, max(1, steps // 4)) + 1), key=cost)
 
 
-def default_config(rows: int, out_features: int, columns: int, processors: int = 132) -> Config:
+def default_config(
+    rows: int, out_features: int, columns: int, processors: int = 132, capability: int = 90
+) -> Config:
     """A choice from the roofline, not from measurement.
 
     Under about 300 rows time is bytes over bandwidth: fill the memory pipe. Over it, time is
-    arithmetic: the largest block whose accumulators fit in registers. From 4096 rows up, writing
-    the weight out in 16 bits costs under a tenth of the product.
+    arithmetic: the largest block whose accumulators fit in registers and whose stages fit in shared
+    memory, wide ones only on Hopper. From 2048 rows up, writing the weight out in 16 bits costs
+    less than unpacking it beside the products.
     """
     bucket = bucket_of(rows)
     steps = -(-columns // STEP)
@@ -72,11 +77,15 @@ def default_config(rows: int, out_features: int, columns: int, processors: int =
         splits = balanced_splits(-(-out_features // block_n), steps, processors)
         small = bucket <= 32
         return Config(block_n, bucket, splits, 4 if small else 8, 4 if small else 3, not small)
-    block_m = 64 if bucket == 128 else 128
-    blocks = -(-out_features // 128) * -(-bucket // block_m)
+    blocks_n = -(-out_features // 128)
+    wide = (
+        90 <= capability < 100 and bucket >= 256 and 10 * blocks_n * bucket // 256 >= 9 * processors
+    )
+    block_m = 64 if bucket == 128 else 256 if wide else 128
+    blocks = blocks_n * -(-bucket // block_m)
     # Here parts are large beside the weight: split only where half the processors would idle.
     splits = min(processors // blocks, max(1, steps // 4)) if 2 * blocks <= processors else 1
-    return Config(128, block_m, splits, 8, 3, scale_first=True, dense=bucket >= 4096)
+    return Config(128, block_m, splits, 8, 3, scale_first=True, dense=bucket >= 2048)
 
 
 @lru_cache
@@ -127,6 +136,7 @@ def key_of(affine: bool, group: int, out_features: int, columns: int, bucket: in
 def choose(
     device: str,
     processors: int,
+    capability: int,
     affine: bool,
     group: int,
     out_features: int,
@@ -135,4 +145,4 @@ def choose(
 ) -> Config:
     """The measured choice, or else the rule's."""
     found = tuned(device).get(key_of(affine, group, out_features, columns, bucket))
-    return found or default_config(bucket, out_features, columns, processors)
+    return found or default_config(bucket, out_features, columns, processors, capability)

@@ -51,28 +51,23 @@ class Row:
 
 
 def shipped(everything: bool) -> Iterator[Case]:
-    """The configurations that are shipped; all of them, or those that differ in kind."""
-    buckets = (8, 16, 32, 64, 128, 256) if everything else (16, 256)
-    configs = [replace(default_config(b, 4096, 4096), splits=2) for b in buckets]
-    if everything:
-        measured = (c for entries in read(SHIPPED).values() for c in entries.values())
-        configs += dict.fromkeys(c for c in measured if not c.dense and c not in configs)
-    for config in configs:
-        yield Case(90, "bf16", False, False, 128, config)
-        yield Case(90, "bf16", True, False, 64, config)
-        if everything:
-            for dtype in ("fp16", "bf16"):
-                yield Case(90, dtype, False, True, 128, config)
-                yield Case(90, dtype, False, True, 32, config)
-                yield Case(90, dtype, True, False, 64, config)
-            for capability in (80, 89, 100):
+    """The configurations that are shipped: the rule's for each bucket and those measured.
+
+    All of them, in every kind of weight; or some of each kind, for a quick look.
+    """
+    measured = [c for entries in read(SHIPPED).values() for c in entries.values()]
+    for capability in (90, 80, 89, 100):
+        ruled = [
+            replace(default_config(bucket, 22016, 4096, capability=capability), splits=2)
+            for bucket in (8, 16, 32, 64, 128, 256, 1024)
+        ]
+        configs = dict.fromkeys(ruled + (measured if capability == 90 else []))
+        for config in configs if everything else (ruled[1], ruled[5]):
+            if everything or capability == 90:
                 yield Case(capability, "bf16", False, False, 128, config)
-                yield Case(capability, "fp16", False, True, 128, config)
                 yield Case(capability, "bf16", True, False, 64, config)
-    if not everything:
-        yield Case(90, "fp16", False, True, 32, configs[0])
-        yield Case(80, "fp16", False, True, 128, configs[0])
-        yield Case(89, "bf16", False, False, 128, configs[0])
+            if everything or (capability < 100 and config == ruled[1]):
+                yield Case(capability, "fp16", False, True, 32, config)
 
 
 def compiled(case: Case) -> cubin.Report:
@@ -98,6 +93,7 @@ def compiled(case: Case) -> cubin.Report:
         "SETS": max(1, 128 // case.group),
         "SCALE_FIRST": c.scale_first,
         "SPLIT": c.splits > 1,
+        "OVERLAP": c.overlap and case.capability >= 90,
         "WHOLE_STEPS": True,
         "BLOCK_N": c.block_n,
         "BLOCK_M": c.block_m,

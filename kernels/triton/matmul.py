@@ -48,6 +48,21 @@ def group_of(step, part: tl.constexpr, SETS: tl.constexpr, GROUP: tl.constexpr, 
 
 
 @triton.jit
+def of_slices(values, step, SETS: tl.constexpr, GROUP: tl.constexpr, groups):
+    """Scale or zero of each of a step's four slices; slice i is in part ``i · SETS / 4``."""
+    v0 = tl.load(values + group_of(step, 0, SETS, GROUP, groups) * TILE_N)
+    v1, v2, v3 = v0, v0, v0
+    if SETS == 2:
+        v2 = tl.load(values + group_of(step, 1, SETS, GROUP, groups) * TILE_N)
+        v3 = v2
+    if SETS == 4:
+        v1 = tl.load(values + group_of(step, 1, SETS, GROUP, groups) * TILE_N)
+        v2 = tl.load(values + group_of(step, 2, SETS, GROUP, groups) * TILE_N)
+        v3 = tl.load(values + group_of(step, 3, SETS, GROUP, groups) * TILE_N)
+    return v0, v1, v2, v3
+
+
+@triton.jit
 def times_plus(w, factor, addend, HAS_ADDEND: tl.constexpr):
     """``w · factor + addend`` by row, in the dtype of ``w``: the interpreter has no bfloat16."""
     dtype: tl.constexpr = w.dtype
@@ -85,7 +100,20 @@ def product(w, x, acc):
     return tl.dot(w.to(tl.float32), x.to(tl.float32), acc) if INTERPRETED else tl.dot(w, x, acc)
 
 
-@triton.jit(do_not_specialize=["rows", "splits", "steps_each"])
+@triton.jit
+def fetch(pointers):
+    """Bring what ``pointers`` point at into the L2 cache."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+        "=r,l",
+        [pointers],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit(do_not_specialize=["rows", "groups", "splits", "steps_each"])
 def matmul_kernel(
     x,  # (rows, columns)
     qweight,  # int16 (out / 64, columns / 128, 64, 32)
@@ -109,6 +137,7 @@ def matmul_kernel(
     SETS: tl.constexpr,
     SCALE_FIRST: tl.constexpr,
     SPLIT: tl.constexpr,
+    OVERLAP: tl.constexpr,
     WHOLE_STEPS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -132,11 +161,20 @@ def matmul_kernel(
     x_at = x + m[None, :] * columns + k[:, None]
     valid_m = m[None, :] < rows
 
+    start = split * steps_each
+    stop = tl.minimum(start + steps_each, steps)
+    if OVERLAP:
+        # Weights do not depend on the kernel before: fetch the first ones while it finishes. All
+        # else is touched only after it.
+        row_at = qweight + (tile * steps * TILE_N + n % TILE_N) * SLICE
+        for soon in tl.static_range(4):
+            fetch(row_at + tl.minimum(start + soon, steps - 1) * (TILE_N * SLICE))
+        tl.extra.cuda.gdc_wait()
     table = codebook_table(levels, dtype) if CODEBOOK and not INTERPRETED else 0
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     nothing = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    start = split * steps_each
-    for step in range(start, tl.minimum(start + steps_each, steps)):
+    ahead = of_slices(scales + scale_at, start, SETS, GROUP, groups)
+    for step in range(start, stop):
         q = tl.load(q_at + step * (TILE_N * SLICE))
         if WHOLE_STEPS:
             x0 = tl.load(x_at + step * STEP, mask=valid_m, other=0.0)
@@ -154,33 +192,19 @@ def matmul_kernel(
         else:
             w0, w1, w2, w3 = unpack_codebook(q, levels, table, BLOCK_N, dtype)
 
-        # Slice i belongs to part i·SETS/4; slices of one part share scale and zero.
-        g0 = scale_at + group_of(step, 0, SETS, GROUP, groups) * TILE_N
-        s0 = tl.load(scales + g0)
-        z0 = tl.load(zeros + g0) if HAS_ZEROS else 0.0
-        s1, z1, s2, z2, s3, z3 = s0, z0, s0, z0, s0, z0
-        if SETS == 2:
-            g2 = scale_at + group_of(step, 1, SETS, GROUP, groups) * TILE_N
-            s2 = tl.load(scales + g2)
-            z2 = tl.load(zeros + g2) if HAS_ZEROS else 0.0
-            s3, z3 = s2, z2
-        if SETS == 4:
-            g1 = scale_at + group_of(step, 1, SETS, GROUP, groups) * TILE_N
-            g2 = scale_at + group_of(step, 2, SETS, GROUP, groups) * TILE_N
-            g3 = scale_at + group_of(step, 3, SETS, GROUP, groups) * TILE_N
-            s1 = tl.load(scales + g1)
-            s2 = tl.load(scales + g2)
-            s3 = tl.load(scales + g3)
-            z1 = tl.load(zeros + g1) if HAS_ZEROS else 0.0
-            z2 = tl.load(zeros + g2) if HAS_ZEROS else 0.0
-            z3 = tl.load(zeros + g3) if HAS_ZEROS else 0.0
-
+        z0, z1, z2, z3 = 0.0, 0.0, 0.0, 0.0
+        if HAS_ZEROS:
+            z0, z1, z2, z3 = of_slices(zeros + scale_at, step, SETS, GROUP, groups)
         if SCALE_FIRST:
+            # Loaded in this step: see kernels/README.md on what keeps operands in their layout.
+            s0, s1, s2, s3 = of_slices(scales + scale_at, step, SETS, GROUP, groups)
             acc = product(scaled(w0, s0, z0, HAS_ZEROS, CENTRE), x0, acc)
             acc = product(scaled(w1, s1, z1, HAS_ZEROS, CENTRE), x1, acc)
             acc = product(scaled(w2, s2, z2, HAS_ZEROS, CENTRE), x2, acc)
             acc = product(scaled(w3, s3, z3, HAS_ZEROS, CENTRE), x3, acc)
         else:
+            s0, s1, s2, s3 = ahead
+            ahead = of_slices(scales + scale_at, step + 1, SETS, GROUP, groups)
             w0 = shifted(w0, z0, HAS_ZEROS, CENTRE)
             w1 = shifted(w1, z1, HAS_ZEROS, CENTRE)
             w2 = shifted(w2, z2, HAS_ZEROS, CENTRE)
@@ -204,6 +228,8 @@ def matmul_kernel(
                 part = product(w3, x3, part)
             acc += s3.to(tl.float32)[:, None] * part
 
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
     valid = valid_m & (n[:, None] < out_features)
     last = True
     if SPLIT:
@@ -235,20 +261,23 @@ def _arrivals(device: torch.device) -> Tensor:
 
 
 @lru_cache
-def _name_and_processors(device: torch.device) -> tuple[str, int]:
+def device_traits(device: torch.device) -> tuple[str, int, int]:
+    """Name, multiprocessors and compute capability (90 for 9.0); an H100's for the interpreter."""
     if device.type != "cuda":
-        return "interpreter", 132
+        return "interpreter", 132, 90
     properties = torch.cuda.get_device_properties(device)
-    return properties.name, properties.multi_processor_count
+    return (
+        properties.name,
+        properties.multi_processor_count,
+        10 * properties.major + properties.minor,
+    )
 
 
 def chosen(weight: PackedWeight, rows: int, device: torch.device) -> Config:
     """The configuration ``rows`` rows are computed with."""
-    name, processors = _name_and_processors(device)
     group = 0 if weight.groups == 1 else weight.group_size
-    columns = stored_columns(weight)
-    bucket = bucket_of(rows)
-    return choose(name, processors, weight.is_affine, group, weight.out_features, columns, bucket)
+    size = (weight.out_features, stored_columns(weight))
+    return choose(*device_traits(device), weight.is_affine, group, *size, bucket_of(rows))
 
 
 def takes(weight: PackedWeight, dtype: torch.dtype) -> bool:
@@ -291,6 +320,7 @@ def packed_matmul(x: Tensor, weight: PackedWeight, config: Config | None = None)
     splits = triton.cdiv(steps, steps_each)
     if splits > 1 and blocks > _ARRIVALS:
         raise ValueError(f"{blocks} blocks cannot be split: at most {_ARRIVALS}")
+    overlap = c.overlap and x.is_cuda and device_traits(x.device)[2] >= 90
     size = blocks * splits * c.block_n * c.block_m if c.splits > 1 else 1
     parts = torch.empty(size, dtype=torch.float32, device=x.device)
     matmul_kernel[(blocks * splits,)](
@@ -316,11 +346,13 @@ def packed_matmul(x: Tensor, weight: PackedWeight, config: Config | None = None)
         SETS=scale_sets(weight),
         SCALE_FIRST=c.scale_first,
         SPLIT=c.splits > 1,
+        OVERLAP=overlap,
         WHOLE_STEPS=columns % 128 == 0,
         BLOCK_N=c.block_n,
         BLOCK_M=c.block_m,
         GROUP_M=8,
         num_warps=c.num_warps,
         num_stages=c.num_stages,
+        **({"launch_pdl": True} if overlap else {}),
     )
     return out

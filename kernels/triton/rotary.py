@@ -32,6 +32,21 @@ def _turn(x, at, cos, sin, mask, half, HALF: tl.constexpr):
 
 
 @triton.jit
+def _store(cache, scales, to, row, low, high, half, mask, heads, QUANTIZED: tl.constexpr):
+    """Both halves of some heads, as they are or as integers with a scale for each head."""
+    if QUANTIZED:
+        a, b = low.to(tl.float32), high.to(tl.float32)
+        peak = tl.maximum(tl.max(tl.abs(a), 1), tl.max(tl.abs(b), 1))
+        inverse = tl.where(peak > 0, 127.0 / peak, 0.0)[:, None]
+        tl.store(scales + row, peak / 127.0, heads)
+        tl.store(cache + to, tl.floor(a * inverse + 0.5).to(tl.int8), mask)
+        tl.store(cache + to + half, tl.floor(b * inverse + 0.5).to(tl.int8), mask)
+    else:
+        tl.store(cache + to, low, mask)
+        tl.store(cache + to + half, high, mask)
+
+
+@triton.jit
 def rotary_store_kernel(
     q,
     k,
@@ -40,6 +55,8 @@ def rotary_store_kernel(
     sin,
     k_cache,
     v_cache,
+    k_scales,
+    v_scales,
     slot_mapping,
     q_stride,
     k_stride,
@@ -50,6 +67,7 @@ def rotary_store_kernel(
     BLOCK_SIZE: tl.constexpr,
     HEADS: tl.constexpr,
     HALF: tl.constexpr,
+    QUANTIZED: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
@@ -74,11 +92,12 @@ def rotary_store_kernel(
             low, high = _turn(k, token * k_stride + inner, cos, sin, mask, half, HALF)
             row = (slot // BLOCK_SIZE * kv_heads + head) * BLOCK_SIZE + slot % BLOCK_SIZE
             to = row[:, None] * DIM + lane[None, :]
-            tl.store(k_cache + to, low, mask)
-            tl.store(k_cache + to + half, high, mask)
+            heads = head < kv_heads
+            _store(k_cache, k_scales, to, row, low, high, half, mask, heads, QUANTIZED)
             at = token * v_stride + inner
-            tl.store(v_cache + to, tl.load(v + at, mask), mask)
-            tl.store(v_cache + to + half, tl.load(v + at + half, mask), mask)
+            low = tl.load(v + at, mask, 0.0)
+            high = tl.load(v + at + half, mask, 0.0)
+            _store(v_cache, v_scales, to, row, low, high, half, mask, heads, QUANTIZED)
 
 
 def rotary_store(
@@ -90,6 +109,8 @@ def rotary_store(
     k_cache: Tensor,
     v_cache: Tensor,
     slot_mapping: Tensor,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
 ) -> None:
     """See :func:`nybble.kernels.reference.rotary_store`. Heads of a row must be contiguous."""
     tokens, q_heads, dim = q.shape
@@ -103,6 +124,8 @@ def rotary_store(
         sin.contiguous(),
         k_cache,
         v_cache,
+        k_cache if k_scales is None else k_scales,
+        v_cache if v_scales is None else v_scales,
         slot_mapping,
         q.stride(0),
         k.stride(0),
@@ -113,5 +136,6 @@ def rotary_store(
         BLOCK_SIZE=k_cache.shape[2],
         HEADS=_HEADS,
         HALF=triton.next_power_of_2(dim // 2),
+        QUANTIZED=k_scales is not None,
         num_warps=4,
     )

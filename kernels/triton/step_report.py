@@ -57,6 +57,7 @@ def rows(capability: int, quick: bool = False) -> Iterator[Row]:
             if not quick or (variant, dtype) == ("llama-3-8b", "bf16"):
                 yield from _attention(f"{variant} {dtype}", group, dim, f"*{dtype}", capability)
     half = "*bf16"
+    yield from _attention("llama-3-8b bf16, int8 KV", 4, 128, half, capability, quantized=True)
     for max_rank in (16, 64):
         for rows_ in (16, 32):
             if not quick or (max_rank, rows_) == (64, 32):
@@ -65,12 +66,16 @@ def rows(capability: int, quick: bool = False) -> Iterator[Row]:
         yield from _elementwise(half, capability)
 
 
-def _attention(variant: str, group: int, dim: int, half: str, capability: int) -> Iterator[Row]:
+def _attention(
+    variant: str, group: int, dim: int, half: str, capability: int, quantized: bool = False
+) -> Iterator[Row]:
     int32, fp32 = "*i32", "*fp32"
     shared = {
         "q": half,
-        "k_cache": half,
-        "v_cache": half,
+        "k_cache": "*i8" if quantized else half,
+        "v_cache": "*i8" if quantized else half,
+        "k_scales": fp32 if quantized else half,
+        "v_scales": fp32 if quantized else half,
         "query_start": int32,
         "context_lens": int32,
         "block_tables": int32,
@@ -89,7 +94,7 @@ def _attention(variant: str, group: int, dim: int, half: str, capability: int) -
     report = compile_kernel(
         attention.decode_kernel,
         shared | partial,
-        constants | {"SEQS_PADDED": 64, "MAX_SPLITS": 49},
+        constants | {"SEQS_PADDED": 64, "MAX_SPLITS": 49, "QUANTIZED": quantized},
         capability=capability,
         num_warps=warps,
         aligned=aligned,
@@ -100,7 +105,7 @@ def _attention(variant: str, group: int, dim: int, half: str, capability: int) -
     report = compile_kernel(
         attention.prefill_kernel,
         shared,
-        constants | {"SEQS_PADDED": 64},
+        constants | {"SEQS_PADDED": 64, "QUANTIZED": quantized},
         capability=capability,
         num_warps=warps,
         aligned=aligned,
@@ -169,9 +174,10 @@ def _elementwise(half: str, capability: int) -> Iterator[Row]:
     report = compile_kernel(
         rotary.rotary_store_kernel,
         arrays
+        | dict.fromkeys(("k_scales", "v_scales"), half)
         | {"cos": "*fp32", "sin": "*fp32", "slot_mapping": "*i64"}
         | dict.fromkeys((*strides, "q_heads", "kv_heads"), "i32"),
-        {"DIM": 128, "BLOCK_SIZE": 16, "HEADS": 8, "HALF": 64},
+        {"DIM": 128, "BLOCK_SIZE": 16, "HEADS": 8, "HALF": 64, "QUANTIZED": False},
         capability=capability,
         aligned=strides,
     )

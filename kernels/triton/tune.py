@@ -30,7 +30,7 @@ from nybble.kernels.triton.configs import (
     write,
 )
 from nybble.kernels.triton.dequantize import stored_columns
-from nybble.kernels.triton.matmul import packed_matmul, takes
+from nybble.kernels.triton.matmul import device_traits, packed_matmul, takes
 from torch import Tensor
 from tqdm import tqdm
 from triton.runtime.errors import OutOfResources
@@ -42,6 +42,7 @@ CACHE_BYTES = 200 << 20  # weights rotated through, several times any L2 cache
 def neighbours(config: Config) -> Iterator[Config]:
     """Configurations that differ in one field."""
     yield replace(config, dense=not config.dense)
+    yield replace(config, overlap=not config.overlap)
     for splits in (config.splits * 2, config.splits // 2, config.splits + 1, config.splits - 1):
         if 1 <= splits <= 32:
             yield replace(config, splits=splits)
@@ -119,12 +120,8 @@ def tune(
         if time.monotonic() > deadline:
             break
         x = torch.randn(bucket, weight.in_features, device=weight.qweight.device).to(dtype)
-        start = default_config(
-            bucket,
-            weight.out_features,
-            stored_columns(weight),
-            torch.cuda.get_device_properties(x.device).multi_processor_count,
-        )
+        size = (weight.out_features, stored_columns(weight))
+        start = default_config(bucket, *size, *device_traits(x.device)[1:])
         expected = packed_matmul(x, weight, start)
         best[key] = search(start, partial(measured, rotated(weight), x, expected))
     return best

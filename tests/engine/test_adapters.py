@@ -234,6 +234,36 @@ def test_the_same_holds_in_bfloat16_on_a_quantized_base(
         engine.stop()
 
 
+def test_captured_decode_steps_mix_adapters_alike(
+    tiny_model: Callable[..., Path], tiny_adapter: Callable[..., Path], recomputed: type
+) -> None:
+    captured: list[Any] = []
+
+    def capture(function: Callable[[], torch.Tensor]) -> tuple[object, torch.Tensor]:
+        captured.append(recomputed(function))
+        return captured[-1], captured[-1].out
+
+    async def crowd(engine: Engine) -> list[list[int]]:
+        requests = [
+            Request(f"{i}", prompt(i, 5 + i), greedy(6 + 4 * i), adapter=name)
+            for i, name in enumerate([*ADAPTERS, None])
+        ]
+        return [tokens(r) for r in await asyncio.gather(*(collect(engine, q) for q in requests))]
+
+    found = []
+    for use_graphs in (False, True):
+        engine = Engine.load(open_checkpoint(tiny_model()), CONFIG, progress=False)
+        if use_graphs:
+            engine._runner.capture(capture, progress=False)
+        engine.start()
+        for name, options in ADAPTERS.items():
+            engine.load_adapter(name, str(tiny_adapter(**options)))
+        found.append(asyncio.run(crowd(engine)))
+        engine.stop()
+    assert found[0] == found[1]
+    assert sum(graph.replays > 0 for graph in captured) >= 2
+
+
 def test_cached_prefixes_are_shared_only_within_an_adapter(engine: Engine) -> None:
     ids = prompt(77, 17)
 

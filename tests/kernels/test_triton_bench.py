@@ -17,3 +17,11 @@ def test_the_matmul_benchmark_runs_through_the_interpreter(tmp_path: Path) -> No
     assert done.returncode == 0, done.stdout + done.stderr
     assert "FAILED" not in done.stdout
     assert (tmp_path / "gpu_matmul.json").exists()
+
+
+def test_the_step_benchmark_runs_through_the_interpreter(tmp_path: Path) -> None:
+    command = [sys.executable, "kernels/bench/gpu_step.py", "--dry-run", "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "FAILED" not in done.stdout
+    assert (tmp_path / "gpu_step.json").exists()

@@ -30,6 +30,12 @@ def test_no_register_is_spilled() -> None:
     assert {entry["row"]["spill"] for entry in table()} == {0}
 
 
+def test_shared_memory_fits_the_device() -> None:
+    limit = {80: 163, 89: 99, 90: 227}  # KiB a block may take, CUDA programming guide
+    for entry in table():
+        assert entry["row"]["shared"] <= limit[entry["case"]["capability"]] << 10
+
+
 def test_products_run_on_tensor_cores() -> None:
     assert min(entry["row"]["tensor_core"] for entry in table()) >= 8
 

@@ -4,12 +4,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton", reason="Triton is for Linux")
 
-from nybble.kernels.triton import configs
+from nybble.kernels.triton import configs, tune
 from nybble.kernels.triton.configs import Config, balanced_splits, bucket_of, default_config
 from nybble.kernels.triton.tune import search
+from nybble.kernels.triton.warmup import warmup
 
 MEASURED = Config(64, 8, 7, num_warps=4, num_stages=5, scale_first=False)
 
@@ -35,12 +37,12 @@ def test_measured_choices_override_the_rule(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     shape = (True, 128, 4096, 4096, 8)
-    assert configs.choose("GPU 9", 100, *shape) == default_config(8, 4096, 4096, 100)
+    assert configs.choose("GPU 9", 100, 90, *shape) == default_config(8, 4096, 4096, 100)
     path = configs.cache_path("GPU 9")
     configs.write(path, "GPU 9", {configs.key_of(*shape): MEASURED})
     configs.write(path, "GPU 9", {"another": MEASURED})
-    assert configs.choose("GPU 9", 100, *shape) == MEASURED
-    assert configs.choose("GPU 8", 100, *shape) == default_config(8, 4096, 4096, 100)
+    assert configs.choose("GPU 9", 100, 90, *shape) == MEASURED
+    assert configs.choose("GPU 8", 100, 90, *shape) == default_config(8, 4096, 4096, 100)
     assert set(configs.tuned("GPU 9")) == {configs.key_of(*shape), "another"}
 
 
@@ -55,3 +57,16 @@ def test_the_search_keeps_what_is_faster_and_passes_over_what_does_not_run() -> 
     best = search(start, measure)
     assert (best.num_stages, best.splits, best.dense) == (4, 8, False)
     assert search(start, lambda config: 1.0) == start
+
+
+def test_tuning_times_real_products_and_names_its_choices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune, "CACHE_BYTES", 0)
+    monkeypatch.setattr(tune, "neighbours", lambda config: [replace(config, num_stages=2)])
+    weights = list(tune.random_weights(256, 64, torch.device("cpu")))
+    best = tune.tune(weights, torch.float16, 8, progress=False)
+    assert set(best) == {"affine g128 64x256 m8", "affine g32 64x256 m8", "codebook g64 64x256 m8"}
+
+
+def test_warming_up_runs_each_kind_of_weight_once_for_each_bucket() -> None:
+    weights = list(tune.random_weights(256, 64, torch.device("cpu")))
+    assert warmup([*weights, *weights], torch.float16, 9, progress=False) == 3 * 2

@@ -138,6 +138,36 @@ def test_paged_attention_equals_the_reference(
     close(attention.paged_attention(q, keys, values, batch, dim**-0.5, window), expected)
 
 
+def test_int8_caches_hold_each_head_to_a_127th_and_are_attended_as_they_stand() -> None:
+    lengths, kv_heads, dim, block_size = [(300, 1), (70, 40)], 2, 48, 16
+    batch, _, _ = paged(lengths, kv_heads, dim, block_size, torch.float16)
+    blocks = int(batch.block_tables.max()) + 1
+    slots = torch.randperm(blocks * block_size)[:100].to(DEVICE)
+    fused = random(100, 4 + 2 * kv_heads, dim, dtype=torch.float16)
+    fused[3, 4:] = 0  # a head of zeros has no scale
+    angle = random(100, dim)
+    results = []
+    for function in (reference.rotary_store, rotary.rotary_store):
+        q, k, v = fused.clone().split([4, kv_heads, kv_heads], dim=1)
+        caches = torch.zeros(2, blocks, kv_heads, block_size, dim, dtype=torch.int8, device=DEVICE)
+        scales = torch.zeros(2, blocks, kv_heads, block_size, device=DEVICE)
+        function(q, k, v, angle.cos(), angle.sin(), *caches, slots, *scales)
+        results.append((caches, scales))
+    (caches, scales), (found, found_scales) = results
+    torch.testing.assert_close(found_scales, scales)
+    assert (found.int() - caches.int()).abs().max() <= 1  # a half may round either way
+    stored = found[1, slots // block_size, :, slots % block_size].float()
+    stored *= found_scales[1, slots // block_size, :, slots % block_size][..., None]
+    bound = fused[:, -kv_heads:].float().abs().amax(-1, keepdim=True) / 127 * 0.502
+    assert ((stored - fused[:, -kv_heads:].float()).abs() <= bound).all()
+
+    caches = torch.randint(-127, 128, caches.shape, dtype=torch.int8).to(DEVICE)
+    scales = random(2, blocks, kv_heads, block_size).abs()
+    q = random(41, 4, dim, dtype=torch.float16)
+    expected = reference.paged_attention(q.double(), *caches, batch, 0.02, 0, *scales)
+    close(attention.paged_attention(q, *caches, batch, 0.02, 0, *scales), expected, 1e-3)
+
+
 def test_a_sequence_is_attended_alike_in_any_company() -> None:
     lengths = [(700, 1), (20, 9), (300, 1), (33, 1), (64, 64)]
     batch, keys, values = paged(lengths, 2, 32, 16, torch.float16)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,12 +18,14 @@ import aiohttp
 import openai
 import pytest
 from nybble.engine import Engine
+from nybble.server import respond
 from nybble.server.listen import bind
+from nybble.server.prompts import Prompts
 from nybble.server.serve import serve
 from openai import OpenAI
 
 from .conftest import COMMAND, running_server
-from .test_errors import COMPLETIONS, Client, run
+from .test_errors import CHAT, COMPLETIONS, Client, run
 
 LONG: dict[str, Any] = {"model": "tiny", "prompt": "x", "max_tokens": 450, "ignore_eos": True}
 
@@ -71,6 +75,83 @@ def test_a_reader_that_stalls_holds_up_nobody_else(engine: Engine) -> None:
                 usage = (await other.json())["usage"]
             assert usage["completion_tokens"] == LONG["max_tokens"]
             assert (await stalled.read()).endswith(b"data: [DONE]\n\n")
+
+    run(engine, scenario)
+
+
+def test_a_reader_that_takes_nothing_for_long_is_given_up(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(respond, "_STALL_SECONDS", 0.2)
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "stream": True}
+    body |= {"max_tokens": 450, "ignore_eos": True, "n": 8, "logprobs": True, "top_logprobs": 20}
+    data = json.dumps(body).encode()
+
+    async def scenario(client: Client) -> None:
+        # Megabytes come back, more than the buffers of both sockets take.
+        sock = socket.socket()
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sock.connect((client.host, client.port))
+        head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n"
+        sock.sendall(head.encode() + data)
+        async with asyncio.timeout(20):
+            while 'reason="cancelled"' not in await (await client.get("/metrics")).text():
+                await asyncio.sleep(0.05)
+        await settled(engine)
+        sock.close()
+
+    run(engine, scenario)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_request_that_takes_longer_than_its_timeout_ends(
+    engine: Engine, stream: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compute = engine._runner.run
+    monkeypatch.setattr(engine._runner, "run", lambda batch: (time.sleep(0.02), compute(batch))[1])
+
+    async def scenario(client: Client) -> None:
+        body = {**LONG, "timeout": 0.2, "stream": stream}
+        async with client.post(COMPLETIONS, json=body) as response:
+            text = await response.text()
+            assert response.status == (200 if stream else 504)
+        error = json.loads(text.strip().split("\n\n")[-1].removeprefix("data: "))["error"]
+        assert error["code"] == "timeout"
+        await settled(engine)
+
+    run(engine, scenario)
+
+
+def test_sequences_of_one_request_share_the_prompts_blocks(engine: Engine) -> None:
+    async def scenario(client: Client) -> None:
+        body = {"model": "tiny", "prompt": [7] * 40, "max_tokens": 2, "n": 3}
+        async with client.post(COMPLETIONS, json=body) as response:
+            usage = (await response.json())["usage"]
+        # The first computes the prompt; the two others find its two full blocks of 16.
+        assert engine.stats().prefix_hit_tokens == 2 * 32
+        assert usage["prompt_tokens_details"]["cached_tokens"] == 0
+
+    run(engine, scenario)
+
+
+def test_long_prompts_are_tokenized_beside_the_event_loop(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads = []
+    encode = Prompts._encode
+
+    def spy(self: Prompts, text: str, special_tokens: bool) -> tuple[int, ...]:
+        threads.append(threading.current_thread())
+        return encode(self, text, special_tokens)
+
+    monkeypatch.setattr(Prompts, "_encode", spy)
+
+    async def scenario(client: Client) -> None:
+        for prompt in ("x", "x " * 4000):
+            await client.post("/tokenize", json={"prompt": prompt})
+        short, long = threads
+        assert short is threading.main_thread()
+        assert long is not threading.main_thread()
 
     run(engine, scenario)
 

@@ -1,0 +1,141 @@
+"""Low-rank adapters on the linear layers of a frozen model, and their PEFT files.
+
+Hu et al. 2021, "LoRA"; Kalajdzievski 2023, "A Rank Stabilization Scaling Factor for Fine-Tuning
+with LoRA"; Dettmers et al. 2023, "QLoRA", where the frozen layers are 4-bit ones.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from nybble.quantizers.packed_model import PackedLinear
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """target_modules: names of linear layers, as the last part of their path.
+
+    use_rslora: scale by alpha / √rank in place of alpha / rank.
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    use_rslora: bool = False
+    target_modules: tuple[str, ...] = ALL_LINEAR
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"rank is {self.rank}, expected at least 1")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout}, expected 0 ≤ dropout < 1")
+
+    @property
+    def scaling(self) -> float:
+        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
+
+
+class LoraLinear(nn.Module):
+    """h = W₀x + scaling · B A dropout(x), W₀ frozen; A and B are float32 and cast to x's dtype."""
+
+    def __init__(self, base: PackedLinear | nn.Linear, settings: LoraSettings) -> None:
+        super().__init__()
+        device = (
+            base.packed.qweight.device if isinstance(base, PackedLinear) else base.weight.device
+        )
+        self.base = base
+        self.scaling = settings.scaling
+        self.dropout = nn.Dropout(settings.dropout)
+        # Variance 1/in keeps A x as large as x; B starts at zero, so training starts at W₀.
+        start = torch.randn(settings.rank, base.in_features, device=device)
+        self.lora_A = nn.Parameter(start / math.sqrt(base.in_features))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, settings.rank, device=device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        low = nn.functional.linear(self.dropout(x), self.lora_A.to(x.dtype))
+        added = nn.functional.linear(low, self.lora_B.to(x.dtype))
+        result: Tensor = self.base(x) + added * self.scaling
+        return result
+
+
+def add_lora(model: nn.Module, settings: LoraSettings) -> dict[str, LoraLinear]:
+    """Wrap the target layers of ``model`` in place; returns the new layers by name.
+
+    Raises ValueError where a target name matches no linear layer.
+    """
+    targets = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, PackedLinear | nn.Linear)
+        and name.rpartition(".")[2] in settings.target_modules
+    }
+    for wanted in settings.target_modules:
+        if not any(name.endswith(wanted) for name in targets):
+            raise ValueError(f"target module {wanted!r} is no linear layer of the model")
+    layers = {}
+    for name, base in targets.items():
+        layers[name] = LoraLinear(base, settings)
+        model.set_submodule(name, layers[name])
+    return layers
+
+
+def optimizer_groups(
+    layers: Mapping[str, LoraLinear], learning_rate: float, ratio: float
+) -> list[dict[str, object]]:
+    """Parameter groups with B learning ``ratio`` times as fast as A.
+
+    Hayou, Ghosh, Yu 2024, "LoRA+: Efficient Low Rank Adaptation of Large Models". 1 is plain LoRA.
+    """
+    return [
+        {"params": [layer.lora_A for layer in layers.values()], "lr": learning_rate},
+        {"params": [layer.lora_B for layer in layers.values()], "lr": learning_rate * ratio},
+    ]
+
+
+def adapter_tensors(layers: Mapping[str, LoraLinear]) -> dict[str, Tensor]:
+    """The adapter's float32 tensors under PEFT's names."""
+    return {
+        f"{_PREFIX}{name}.{part}.weight": getattr(layer, part).detach().cpu().clone()
+        for name, layer in layers.items()
+        for part in ("lora_A", "lora_B")
+    }
+
+
+def restore_adapter(layers: Mapping[str, LoraLinear], tensors: Mapping[str, Tensor]) -> None:
+    """Copy tensors named as by :func:`adapter_tensors` into ``layers``."""
+    with torch.no_grad():
+        for name, layer in layers.items():
+            layer.lora_A.copy_(tensors[f"{_PREFIX}{name}.lora_A.weight"])
+            layer.lora_B.copy_(tensors[f"{_PREFIX}{name}.lora_B.weight"])
+
+
+def save_adapter(
+    folder: Path, tensors: Mapping[str, Tensor], settings: LoraSettings, base: str
+) -> None:
+    """Write ``adapter_config.json`` and ``adapter_model.safetensors`` as PEFT does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": settings.rank,
+        "lora_alpha": settings.alpha,
+        "lora_dropout": settings.dropout,
+        "use_rslora": settings.use_rslora,
+        "target_modules": sorted(settings.target_modules),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2))
+    save_file(dict(tensors), folder / "adapter_model.safetensors", {"format": "pt"})

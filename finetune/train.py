@@ -1,0 +1,344 @@
+"""QLoRA: trains adapters on a frozen base, packed in 4 bits or in 16."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from nybble.finetune.data import IGNORED, Batch, Example, pack, read_examples, to_batch
+from nybble.finetune.lora import (
+    LoraLinear,
+    LoraSettings,
+    adapter_tensors,
+    add_lora,
+    optimizer_groups,
+    restore_adapter,
+    save_adapter,
+)
+from nybble.loaders import open_checkpoint
+from nybble.quantizers.packed_model import load_packed_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+from transformers import AutoTokenizer, PreTrainedModel, get_cosine_schedule_with_warmup
+
+_ROWS_AT_A_TIME = 256  # the logits of so many tokens are in memory at once
+_CHECKPOINT = "checkpoint"
+
+
+@dataclass(frozen=True)
+class FinetuneSettings:
+    """How training goes.
+
+    learning_rate: at the end of the warm-up, for A; B's is ``lora_plus`` times that.
+    lora_plus: λ of LoRA+; 1 is plain LoRA.
+    batch_size, accumulation: rows in a forward pass, and such passes in a step. The loss of a step
+        is the mean over all its tokens, however they fall on the passes.
+    max_length: tokens in a row. With ``packing`` rows hold as many examples as fit.
+    max_steps: 0 for as many as ``epochs`` takes.
+    warmup: the fraction of the steps in which the rate rises; it then falls along a cosine.
+    eval_fraction: of the examples, held out where no evaluation file is given.
+    patience: evaluations without a better held-out loss before training stops; 0 for never.
+    """
+
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    learning_rate: float = 5e-5
+    lora_plus: float = 16.0
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    epochs: int = 3
+    max_steps: int = 0
+    batch_size: int = 1
+    accumulation: int = 8
+    max_length: int = 1024
+    packing: bool = True
+    warmup: float = 0.05
+    eval_every: int = 25
+    eval_fraction: float = 0.05
+    patience: int = 3
+    gradient_checkpointing: bool = True
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Point:
+    """Losses per token: of step ``step``, and after it the held-out one where it was measured."""
+
+    step: int
+    train_loss: float | None
+    eval_loss: float | None
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """The losses of a run; the adapter saved is the one at ``best_step``."""
+
+    history: tuple[Point, ...]
+    best_step: int
+    best_eval_loss: float
+    trained_parameters: int
+
+
+def finetune(
+    base: Path,
+    data: Path,
+    out: Path,
+    *,
+    settings: FinetuneSettings | None = None,
+    eval_data: Path | None = None,
+    resume: bool = False,
+    device: torch.device | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    progress: bool = True,
+) -> FinetuneResult:
+    """Train an adapter for the checkpoint ``base`` on JSON lines and save it to ``out``.
+
+    out: gets the adapter with the lowest held-out loss in PEFT's format, ``history.json``, and
+        while training runs a ``checkpoint`` that ``resume`` goes on from.
+    dtype: of the activations; adapters and optimizer states are float32.
+
+    Raises DataError for data that cannot be used, CheckpointError for a base that cannot be
+    loaded, FileExistsError where ``out`` has content, FileNotFoundError for a resume from nothing.
+    """
+    settings = settings or FinetuneSettings()
+    saved = out / _CHECKPOINT
+    if resume and not saved.is_dir():
+        raise FileNotFoundError(f"{saved} is not there: there is no training run to resume")
+    if not resume and out.exists() and any(out.iterdir()):
+        raise FileExistsError(f"{out} is not empty; resume, or give another folder")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    examples = read_examples(data, tokenizer, max_length=settings.max_length)
+    if eval_data is None:
+        examples, held_out = _split(examples, settings)
+    else:
+        held_out = read_examples(eval_data, tokenizer, max_length=settings.max_length)
+    torch.manual_seed(settings.seed)
+    device = device or torch.device("cpu")
+    model = load_packed_model(open_checkpoint(base), device=device, dtype=dtype)
+    layers = add_lora(model, settings.lora)
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[no-untyped-call]
+    run = _Run(model, layers, examples, held_out, settings, device)
+    if resume:
+        run.load(saved)
+    return run.train(out, str(base), progress=progress)
+
+
+def _split(
+    examples: list[Example], settings: FinetuneSettings
+) -> tuple[list[Example], list[Example]]:
+    shuffled = random.Random(settings.seed).sample(examples, len(examples))
+    held_out = max(1, round(len(examples) * settings.eval_fraction))
+    if len(examples) < 2:
+        # One example can be learned by heart and not be judged by.
+        return examples, examples
+    return shuffled[held_out:], shuffled[:held_out]
+
+
+class _Run:
+    """A training run: everything that a checkpoint has to bring back."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        layers: Mapping[str, LoraLinear],
+        examples: Sequence[Example],
+        held_out: Sequence[Example],
+        settings: FinetuneSettings,
+        device: torch.device,
+    ) -> None:
+        self._model, self._layers, self._settings, self._device = model, layers, settings, device
+        self._examples = examples
+        self._held_out = [to_batch([row]) for row in self._rows(held_out)]
+        rows = len(self._rows(examples))
+        self._steps_per_epoch = -(-rows // (settings.batch_size * settings.accumulation))
+        self.steps = settings.max_steps or settings.epochs * self._steps_per_epoch
+        groups = optimizer_groups(layers, settings.learning_rate, settings.lora_plus)
+        self._optimizer = torch.optim.AdamW(groups, weight_decay=settings.weight_decay)
+        self._schedule = get_cosine_schedule_with_warmup(
+            self._optimizer, math.ceil(settings.warmup * self.steps), self.steps
+        )
+        self._step = 0
+        self._history: list[Point] = []
+        self._best: dict[str, Tensor] = adapter_tensors(layers)
+        self._best_step, self._best_loss = 0, math.inf
+
+    def train(self, out: Path, base: str, *, progress: bool) -> FinetuneResult:
+        settings = self._settings
+        if not self._history:
+            self._best_loss = self._evaluate()
+            self._history.append(Point(0, None, self._best_loss))
+        bar = tqdm(
+            total=self.steps,
+            initial=self._step,
+            desc="Training",
+            unit=" steps",
+            disable=not progress,
+        )
+        for batches in self._batches():
+            loss = self._update(batches)
+            self._step += 1
+            measured = None
+            if self._step % settings.eval_every == 0 or self._step == self.steps:
+                measured = self._evaluate()
+                if measured < self._best_loss:
+                    self._best, self._best_step = adapter_tensors(self._layers), self._step
+                    self._best_loss = measured
+            self._history.append(Point(self._step, loss, measured))
+            bar.set_postfix(loss=f"{loss:.3f}", held_out=f"{self._last_measured():.3f}")
+            bar.update()
+            if measured is not None:
+                self.save(out / _CHECKPOINT)
+                if self._out_of_patience():
+                    break
+        bar.close()
+        save_adapter(out, self._best, settings.lora, base)
+        history = [asdict(point) for point in self._history]
+        (out / "history.json").write_text(json.dumps(history, indent=1))
+        shutil.rmtree(out / _CHECKPOINT, ignore_errors=True)
+        return FinetuneResult(
+            tuple(self._history),
+            self._best_step,
+            self._best_loss,
+            sum(layer.lora_A.numel() + layer.lora_B.numel() for layer in self._layers.values()),
+        )
+
+    def _rows(self, examples: Sequence[Example]) -> list[list[Example]]:
+        if self._settings.packing:
+            return pack(examples, self._settings.max_length)
+        return [[example] for example in examples]
+
+    def _batches(self) -> Iterator[list[Batch]]:
+        """The passes of every step still to come; an epoch's order depends on its number only."""
+        settings = self._settings
+        while self._step < self.steps:
+            epoch, done = divmod(self._step, self._steps_per_epoch)
+            order = random.Random(f"{settings.seed} {epoch}")
+            rows = self._rows(order.sample(self._examples, len(self._examples)))
+            passes = [
+                to_batch(rows[start : start + settings.batch_size])
+                for start in range(0, len(rows), settings.batch_size)
+            ]
+            steps = [
+                passes[start : start + settings.accumulation]
+                for start in range(0, len(passes), settings.accumulation)
+            ]
+            # Packing may make a row more or less of another order.
+            steps = steps[: self._steps_per_epoch]
+            steps += steps[:1] * (self._steps_per_epoch - len(steps))
+            yield from steps[done : done + self.steps - self._step]
+
+    def _update(self, batches: Sequence[Batch]) -> float:
+        self._model.train()
+        targets = sum(batch.targets for batch in batches)
+        total = 0.0
+        for batch in batches:
+            loss = batch_loss(self._model, batch, self._device) / targets
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += loss.item()
+        if not math.isfinite(total):
+            raise FloatingPointError(
+                f"the loss is {total} at step {self._step + 1}: lower the learning rate"
+            )
+        parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
+        nn.utils.clip_grad_norm_(parameters, self._settings.max_grad_norm)
+        self._optimizer.step()
+        self._schedule.step()
+        self._optimizer.zero_grad()
+        return total
+
+    @torch.no_grad()
+    def _evaluate(self) -> float:
+        self._model.train(False)
+        total = sum(batch_loss(self._model, batch, self._device).item() for batch in self._held_out)
+        return total / sum(batch.targets for batch in self._held_out)
+
+    def _last_measured(self) -> float:
+        return next(p.eval_loss for p in reversed(self._history) if p.eval_loss is not None)
+
+    def _out_of_patience(self) -> bool:
+        since = [p for p in self._history if p.eval_loss is not None and p.step > self._best_step]
+        return 0 < self._settings.patience <= len(since)
+
+    def save(self, folder: Path) -> None:
+        """Write what :meth:`load` goes on from, complete or not at all."""
+        scratch = folder.with_name(folder.name + ".partial")
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(parents=True)
+        save_file(adapter_tensors(self._layers), scratch / "adapter.safetensors")
+        save_file(self._best, scratch / "best.safetensors")
+        state = {
+            "optimizer": self._optimizer.state_dict(),
+            "schedule": self._schedule.state_dict(),
+            "random": torch.get_rng_state(),
+            "step": self._step,
+            "steps": self.steps,
+            "best_step": self._best_step,
+            "best_loss": self._best_loss,
+            "history": [asdict(point) for point in self._history],
+        }
+        torch.save(state, scratch / "state.pt")
+        shutil.rmtree(folder, ignore_errors=True)
+        scratch.rename(folder)
+
+    def load(self, folder: Path) -> None:
+        state = torch.load(folder / "state.pt", weights_only=True)
+        if state["steps"] != self.steps:
+            raise ValueError(
+                f"{folder} is of a run of {state['steps']} steps, this one has {self.steps}: "
+                "resume with the data and the settings it was started with"
+            )
+        restore_adapter(self._layers, load_file(folder / "adapter.safetensors"))
+        self._best = load_file(folder / "best.safetensors")
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._schedule.load_state_dict(state["schedule"])
+        torch.set_rng_state(state["random"])
+        self._step, self._best_step = state["step"], state["best_step"]
+        self._best_loss = state["best_loss"]
+        self._history = [Point(**point) for point in state["history"]]
+
+
+def batch_loss(model: PreTrainedModel, batch: Batch, device: torch.device) -> Tensor:
+    """Sum of −log p over the batch's labelled tokens; logits exist for those only, in parts."""
+    hidden = model.base_model(
+        batch.input_ids.to(device), position_ids=batch.position_ids.to(device), use_cache=False
+    ).last_hidden_state
+    labels = batch.labels[:, 1:].to(device)
+    learned = labels != IGNORED
+    predicting, labels = hidden[:, :-1][learned], labels[learned]
+    head = model.get_submodule("lm_head")
+
+    def part(rows: Tensor, wanted: Tensor) -> Tensor:
+        loss: Tensor = cross_entropy(head(rows).float(), wanted, reduction="sum")
+        return loss
+
+    total: Tensor = hidden.new_zeros((), dtype=torch.float32)
+    for start in range(0, len(labels), _ROWS_AT_A_TIME):
+        rows = slice(start, start + _ROWS_AT_A_TIME)
+        total = total + checkpoint(part, predicting[rows], labels[rows], use_reentrant=False)
+    return total
+
+
+def plot_losses(runs: Mapping[str, Sequence[Point]], path: Path) -> None:
+    """Training and held-out losses of runs by name, as an image in the format of its suffix."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    for index, (name, points) in enumerate(runs.items()):
+        trained = [(p.step, p.train_loss) for p in points if p.train_loss is not None]
+        axes.plot(*zip(*trained, strict=True), color=f"C{index}", alpha=0.3)
+        measured = [(p.step, p.eval_loss) for p in points if p.eval_loss is not None]
+        axes.plot(*zip(*measured, strict=True), color=f"C{index}", marker="o", label=name)
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss per token (points: held out)")
+    axes.legend()
+    figure.savefig(path, dpi=150)
