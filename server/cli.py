@@ -204,6 +204,15 @@ def serve(
             rich_help_panel=_ADAPTERS,
         ),
     ] = None,
+    lora_watch: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder whose subfolders are adapters, loaded and unloaded as they come and go.",
+            exists=True,
+            file_okay=False,
+            rich_help_panel=_ADAPTERS,
+        ),
+    ] = None,
     max_loras: Annotated[
         int, typer.Option(help="Adapters one step can mix.", rich_help_panel=_ADAPTERS, min=1)
     ] = 8,
@@ -243,7 +252,7 @@ def serve(
 
         named_adapters = _named_adapters(lora_modules or [])
         adapters = None
-        if enable_lora or named_adapters or lora_root:
+        if enable_lora or named_adapters or lora_root or lora_watch:
             adapters = AdapterConfig(max_loras, max_lora_rank, parse_bytes(lora_host_memory))
         chosen = str(resolve_device(device))
         config = EngineConfig(
@@ -272,6 +281,7 @@ def serve(
             admin_keys=tuple(admin_key or ()),
             adapter_roots=tuple(lora_root or ()),
             tenants=tenants,
+            adapter_watch=lora_watch,
             shutdown_timeout=shutdown_timeout,
         )
 
@@ -304,6 +314,7 @@ def _run_server(
     admin_keys: tuple[str, ...],
     adapter_roots: tuple[Path, ...],
     tenants: Path | None,
+    adapter_watch: Path | None,
     shutdown_timeout: float,
 ) -> None:
     import asyncio
@@ -352,6 +363,7 @@ def _run_server(
             admin_keys=admin_keys,
             adapter_roots=adapter_roots,
             tenants=known_tenants,
+            adapter_watch=adapter_watch,
             shutdown_timeout=shutdown_timeout,
             ready=announce,
         )

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from aiohttp import web
 from nybble.engine import Engine
+from nybble.server.adapter_watch import AdapterWatch
 from nybble.server.app import make_app
 from nybble.server.gate import Gate
 from nybble.server.tenants import Tenants
@@ -35,6 +36,7 @@ async def serve(
     admin_keys: Sequence[str] = (),
     adapter_roots: Sequence[Path] = (),
     tenants: Tenants | None = None,
+    adapter_watch: Path | None = None,
     shutdown_timeout: float = 30,
     ready: Callable[[], None] = lambda: None,
 ) -> None:
@@ -42,7 +44,7 @@ async def serve(
 
     While they do, new ones get 503. Those not finished after ``shutdown_timeout`` seconds end with
     an error. A second signal ends the process at once. ``ready`` is called when requests are taken.
-    SIGHUP has the tenants read again.
+    SIGHUP has the tenants read again. adapter_watch: a folder whose adapters come and go.
     """
     gate = Gate()
     app = make_app(
@@ -70,6 +72,9 @@ async def serve(
         loop.add_signal_handler(number, _on_signal, stopping, number)
     if tenants is not None:
         loop.add_signal_handler(signal.SIGHUP, tenants.reload)
+    watch = None
+    if adapter_watch is not None:
+        watch = asyncio.create_task(AdapterWatch(engine, adapter_watch, models).run())
     try:
         await web.SockSite(runner, sock, backlog=_BACKLOG).start()
         ready()
@@ -79,6 +84,8 @@ async def serve(
         if left:
             logger.warning("%d requests did not finish in time and end with an error", left)
     finally:
+        if watch is not None:
+            watch.cancel()
         # First the engine, so that what is still streaming is told; then the connections.
         await asyncio.to_thread(engine.stop)
         await runner.cleanup()

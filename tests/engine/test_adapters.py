@@ -227,6 +227,9 @@ def test_the_same_holds_in_bfloat16_on_a_quantized_base(
         for index, outputs in enumerate(asyncio.run(together())):
             alone = asyncio.run(collect(engine, request(index)))
             assert tokens(outputs) == tokens(alone)
+            assert [o.logprobs[0].logprob for o in outputs] == [
+                o.logprobs[0].logprob for o in alone
+            ]
     finally:
         engine.stop()
 
