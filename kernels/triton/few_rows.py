@@ -71,8 +71,8 @@ def few_rows_kernel(
         # else is touched only after it.
         row_at = (qweight + q_row * SLICE)[None, :]
         for soon in tl.static_range(2):
-            step = tl.minimum(soon * PARTS + part, steps - 1)
-            fetch(row_at + step[:, None] * (TILE_N * SLICE))
+            begin = tl.minimum(soon * PARTS + part, steps - 1)
+            fetch(row_at + begin[:, None] * (TILE_N * SLICE))
         tl.extra.cuda.gdc_wait()
     table = codebook_table(levels, dtype) if CODEBOOK and not INTERPRETED else 0
     acc = tl.zeros((PARTS, BLOCK_N, BLOCK_M), tl.float32)

@@ -62,10 +62,15 @@ def shipped(everything: bool) -> Iterator[Case]:
             replace(default_config(bucket, 22016, 4096, capability=capability), splits=2)
             for bucket in (2, 8, 16, 32, 64, 128, 256, 1024)
         ]
+        if capability == 90:
+            ruled += [replace(config, overlap=True) for config in ruled[1:3]]
         configs = dict.fromkeys(ruled + (measured if capability == 90 else []))
-        for config in configs if everything else (ruled[1], ruled[2], ruled[6]):
+        for config in (
+            configs if everything else (ruled[1], ruled[2], ruled[6], ruled[-1], ruled[-2])
+        ):
             if everything or capability == 90:
                 yield Case(capability, "bf16", False, False, 128, config)
+            if everything or (capability == 90 and not config.overlap):
                 yield Case(capability, "bf16", True, False, 64, config)
             if everything or (capability < 100 and config == ruled[2]):
                 yield Case(capability, "fp16", False, True, 32, config)
