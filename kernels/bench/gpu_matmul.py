@@ -126,7 +126,7 @@ def checks(device: torch.device, dry: bool) -> list[str]:
     for dtype in (torch.float16, torch.bfloat16):
         rows_of = [1, 17] if dry else [1, 13, 250]
         if dtype == torch.bfloat16 and not dry:
-            rows_of += [29, 61, 127, 1000, 4100]
+            rows_of += [3, 7, 29, 61, 127, 1000, 4100]
         for kind, group in (("symmetric", 128), ("zeros", 32), ("nf4", 64), ("zeros", columns)):
             worst, where = 0.0, 0
             for rows in rows_of:

@@ -14,7 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 
 SHIPPED = Path(__file__).with_name("tuned.json")
-BUCKETS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+BUCKETS = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 TILE_N = 64
 STEP = 128
 
@@ -28,6 +28,8 @@ class Config:
     group's product after it (exact weights, cheaper below). dense: dequantize to 16 bits and leave
     the product to the vendor's library, whatever the other fields. overlap: begin while the
     kernel before is finishing (programmatic dependent launch, sm_90 on; ignored elsewhere).
+    parts: where over 1, the kernel for few rows, whose ``parts`` warps share a block's columns; it
+    heeds neither splits nor num_warps nor scale_first.
     """
 
     block_n: int
@@ -38,6 +40,7 @@ class Config:
     scale_first: bool
     dense: bool = False
     overlap: bool = False
+    parts: int = 1
 
 
 def bucket_of(rows: int) -> int:
@@ -72,6 +75,11 @@ def default_config(
     """
     bucket = bucket_of(rows)
     steps = -(-columns // STEP)
+    if bucket <= 8:
+        # Every block reads all of x, 4 · rows / block_n of the weight's bytes: from L2, which has
+        # about twice the bandwidth of memory.
+        block_n = 32 if bucket > 4 or out_features >= 64 * processors else 16
+        return Config(block_n, 8, 1, 8, 3, scale_first=False, parts=8)
     if bucket <= 64:
         block_n = 128 if out_features >= 2048 else 64
         splits = balanced_splits(-(-out_features // block_n), steps, processors)

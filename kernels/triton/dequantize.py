@@ -73,7 +73,7 @@ def dequantize_kernel(
     q = tl.load(qweight + words)
     if CODEBOOK:
         table = 0 if INTERPRETED else codebook_table(levels, dtype)
-        w0, w1, w2, w3 = unpack_codebook(q, levels, table, 64, dtype)
+        w0, w1, w2, w3 = unpack_codebook(q, levels, table, dtype)
     else:
         w0, w1, w2, w3 = unpack_affine(q, dtype)
     n = tile * 64 + row

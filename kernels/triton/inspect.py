@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, replace
 
 from nybble.kernels.triton import cubin
 from nybble.kernels.triton.configs import SHIPPED, Config, default_config, read
+from nybble.kernels.triton.few_rows import few_rows_kernel
 from nybble.kernels.triton.matmul import matmul_kernel
 
 
@@ -59,14 +60,19 @@ def shipped(everything: bool) -> Iterator[Case]:
     for capability in (90, 80, 89, 100):
         ruled = [
             replace(default_config(bucket, 22016, 4096, capability=capability), splits=2)
-            for bucket in (8, 16, 32, 64, 128, 256, 1024)
+            for bucket in (2, 8, 16, 32, 64, 128, 256, 1024)
         ]
+        if capability == 90:
+            ruled += [replace(config, overlap=True) for config in ruled[1:3]]
         configs = dict.fromkeys(ruled + (measured if capability == 90 else []))
-        for config in configs if everything else (ruled[1], ruled[5]):
+        for config in (
+            configs if everything else (ruled[1], ruled[2], ruled[6], ruled[-1], ruled[-2])
+        ):
             if everything or capability == 90:
                 yield Case(capability, "bf16", False, False, 128, config)
+            if everything or (capability == 90 and not config.overlap):
                 yield Case(capability, "bf16", True, False, 64, config)
-            if everything or (capability < 100 and config == ruled[1]):
+            if everything or (capability < 100 and config == ruled[2]):
                 yield Case(capability, "fp16", False, True, 32, config)
 
 
@@ -98,13 +104,16 @@ def compiled(case: Case) -> cubin.Report:
         "BLOCK_N": c.block_n,
         "BLOCK_M": c.block_m,
         "GROUP_M": 8,
+        "PARTS": c.parts,
     }
+    kernel = few_rows_kernel if c.parts > 1 else matmul_kernel
+    arguments = {**types, **dict.fromkeys(numbers, "i32")}
     return cubin.compile_kernel(
-        matmul_kernel,
-        types | dict.fromkeys(numbers, "i32"),
-        constants,
+        kernel,
+        {name: type_ for name, type_ in arguments.items() if name in kernel.arg_names},
+        {name: value for name, value in constants.items() if name in kernel.arg_names},
         capability=case.capability,
-        num_warps=c.num_warps,
+        num_warps=c.parts if c.parts > 1 else c.num_warps,
         num_stages=c.num_stages,
         aligned=("out_features", "columns"),
     )
@@ -115,7 +124,8 @@ def row(case: Case) -> Row:
     report = compiled(case)
     loop = report.tensor_core_loop()
     counts = cubin.opcodes(loop)
-    weights = case.config.block_n * 128 / (32 * case.config.num_warps)
+    c = case.config
+    weights = c.block_n * 128 / (32 * (1 if c.parts > 1 else c.num_warps))
     return Row(
         registers=report.registers,
         shared=report.shared,
@@ -147,10 +157,11 @@ def main() -> None:
         if arguments.json:
             print(json.dumps({"case": asdict(case), "row": asdict(r)}), flush=True)
             continue
+        shape = f"{c.block_n}×{c.block_m}" + (f"×{c.parts}" if c.parts > 1 else "")
         kind = "codebook" if case.codebook else "affine+z" if case.zeros else "affine"
         print(
             f"{case.capability:>4}{case.dtype:>5}  {kind + ' g' + str(case.group):<14}"
-            f"{f'{c.block_n}×{c.block_m}':>10}{c.num_warps:>6}{r.registers:>6}{r.shared:>8}"
+            f"{shape:>10}{max(c.num_warps, c.parts):>6}{r.registers:>6}{r.shared:>8}"
             f"{r.spill:>6}{r.wide_copies:>4}{r.tensor_core:>5}{r.int_to_float:>4}"
             f"{r.shared_stores:>4}{r.bit_ops:>5}{r.half_ops:>5}{r.loop:>5}{r.per_weight:>8}",
             flush=True,

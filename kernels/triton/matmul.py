@@ -19,12 +19,20 @@ import triton.language as tl
 from nybble.kernels.packed import PackedWeight
 from nybble.kernels.triton.configs import Config, bucket_of, choose
 from nybble.kernels.triton.dequantize import dense_matmul, stored_columns
+from nybble.kernels.triton.few_rows import few_rows_matmul
+from nybble.kernels.triton.step import (
+    SLICE,
+    STEP,
+    TILE_N,
+    fetch,
+    group_constants,
+    of_slices,
+    product,
+    scaled,
+    shifted,
+)
 from nybble.kernels.triton.unpack import INTERPRETED, codebook_table, unpack_affine, unpack_codebook
 from torch import Tensor
-
-SLICE = tl.constexpr(32)
-STEP = tl.constexpr(128)
-TILE_N = tl.constexpr(64)
 
 
 @triton.jit
@@ -35,82 +43,6 @@ def block_of(program, blocks_n, blocks_m, GROUP_M: tl.constexpr):
     size = tl.minimum(blocks_m - first, GROUP_M)
     within = program % (GROUP_M * blocks_n)
     return within // size, first + within % size
-
-
-@triton.jit
-def group_of(step, part: tl.constexpr, SETS: tl.constexpr, GROUP: tl.constexpr, groups):
-    """The group of part ``part`` of SETS of step ``step``. GROUP 0 is one group for all columns."""
-    if GROUP == 0:
-        group = 0
-    else:
-        group = tl.minimum((step * STEP + part * (STEP // SETS)) // GROUP, groups - 1)
-    return group
-
-
-@triton.jit
-def of_slices(values, step, SETS: tl.constexpr, GROUP: tl.constexpr, groups):
-    """Scale or zero of each of a step's four slices; slice i is in part ``i · SETS / 4``."""
-    v0 = tl.load(values + group_of(step, 0, SETS, GROUP, groups) * TILE_N)
-    v1, v2, v3 = v0, v0, v0
-    if SETS == 2:
-        v2 = tl.load(values + group_of(step, 1, SETS, GROUP, groups) * TILE_N)
-        v3 = v2
-    if SETS == 4:
-        v1 = tl.load(values + group_of(step, 1, SETS, GROUP, groups) * TILE_N)
-        v2 = tl.load(values + group_of(step, 2, SETS, GROUP, groups) * TILE_N)
-        v3 = tl.load(values + group_of(step, 3, SETS, GROUP, groups) * TILE_N)
-    return v0, v1, v2, v3
-
-
-@triton.jit
-def times_plus(w, factor, addend, HAS_ADDEND: tl.constexpr):
-    """``w · factor + addend`` by row, in the dtype of ``w``: the interpreter has no bfloat16."""
-    dtype: tl.constexpr = w.dtype
-    if INTERPRETED:
-        wide = w.to(tl.float32) * factor.to(dtype).to(tl.float32)[:, None]
-        if HAS_ADDEND:
-            wide += addend.to(dtype).to(tl.float32)[:, None]
-        w = wide.to(dtype)
-    else:
-        w = w * factor.to(dtype)[:, None]
-        if HAS_ADDEND:
-            w = w + addend.to(dtype)[:, None]
-    return w
-
-
-@triton.jit
-def scaled(w, scale, zero, HAS_ZEROS: tl.constexpr, CENTRE: tl.constexpr):
-    """``(w + CENTRE − zero) · scale``, for an operand of ``code − CENTRE``."""
-    s = scale.to(tl.float32)
-    return times_plus(w, s, (CENTRE - zero.to(tl.float32)) * s if HAS_ZEROS else s, HAS_ZEROS)
-
-
-@triton.jit
-def shifted(w, zero, HAS_ZEROS: tl.constexpr, CENTRE: tl.constexpr):
-    """``w + CENTRE − zero``: exact where zero is an integer."""
-    if HAS_ZEROS:
-        addend = (CENTRE - zero.to(tl.float32)).to(w.dtype)[:, None]
-        w = (w.to(tl.float32) + addend.to(tl.float32)).to(w.dtype) if INTERPRETED else w + addend
-    return w
-
-
-@triton.jit
-def product(w, x, acc):
-    """``acc + w @ x``, summed in float32."""
-    return tl.dot(w.to(tl.float32), x.to(tl.float32), acc) if INTERPRETED else tl.dot(w, x, acc)
-
-
-@triton.jit
-def fetch(pointers):
-    """Bring what ``pointers`` point at into the L2 cache."""
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
-        "=r,l",
-        [pointers],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
 
 
 @triton.jit(do_not_specialize=["rows", "groups", "splits", "steps_each"])
@@ -190,7 +122,7 @@ def matmul_kernel(
         if not CODEBOOK:
             w0, w1, w2, w3 = unpack_affine(q, dtype)
         else:
-            w0, w1, w2, w3 = unpack_codebook(q, levels, table, BLOCK_N, dtype)
+            w0, w1, w2, w3 = unpack_codebook(q, levels, table, dtype)
 
         z0, z1, z2, z3 = 0.0, 0.0, 0.0, 0.0
         if HAS_ZEROS:
@@ -289,13 +221,6 @@ def takes(weight: PackedWeight, dtype: torch.dtype) -> bool:
     )
 
 
-def scale_sets(weight: PackedWeight) -> int:
-    """How many different scales a step of 128 columns can meet: 1, 2 or 4."""
-    if weight.groups == 1 or weight.group_size % 128 == 0:
-        return 1
-    return 2 if weight.group_size == 64 else 4
-
-
 def packed_matmul(x: Tensor, weight: PackedWeight, config: Config | None = None) -> Tensor:
     """``x @ weight.dequantize().T + bias``: ``(..., in_features)`` to ``(..., out_features)``.
 
@@ -314,13 +239,16 @@ def packed_matmul(x: Tensor, weight: PackedWeight, config: Config | None = None)
     out = torch.empty(*x.shape[:-1], weight.out_features, dtype=x.dtype, device=x.device)
     if rows == 0:
         return out
+    overlap = c.overlap and x.is_cuda and device_traits(x.device)[2] >= 90
+    if c.parts > 1:
+        few_rows_matmul(flat, weight, out, c, overlap)
+        return out
     blocks = triton.cdiv(weight.out_features, c.block_n) * triton.cdiv(rows, c.block_m)
     steps = triton.cdiv(columns, 128)
     steps_each = triton.cdiv(steps, c.splits)
     splits = triton.cdiv(steps, steps_each)
     if splits > 1 and blocks > _ARRIVALS:
         raise ValueError(f"{blocks} blocks cannot be split: at most {_ARRIVALS}")
-    overlap = c.overlap and x.is_cuda and device_traits(x.device)[2] >= 90
     size = blocks * splits * c.block_n * c.block_m if c.splits > 1 else 1
     parts = torch.empty(size, dtype=torch.float32, device=x.device)
     matmul_kernel[(blocks * splits,)](
@@ -342,8 +270,7 @@ def packed_matmul(x: Tensor, weight: PackedWeight, config: Config | None = None)
         CODEBOOK=not weight.is_affine,
         HAS_ZEROS=weight.zeros is not None,
         HAS_BIAS=weight.bias is not None,
-        GROUP=0 if weight.groups == 1 else weight.group_size,
-        SETS=scale_sets(weight),
+        **group_constants(weight),
         SCALE_FIRST=c.scale_first,
         SPLIT=c.splits > 1,
         OVERLAP=overlap,

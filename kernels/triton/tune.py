@@ -40,7 +40,20 @@ CACHE_BYTES = 200 << 20  # weights rotated through, several times any L2 cache
 
 
 def neighbours(config: Config) -> Iterator[Config]:
-    """Configurations that differ in one field."""
+    """Configurations that differ in one field, or in which kernel they are for."""
+    if config.parts > 1:
+        yield replace(config, overlap=not config.overlap)
+        for block_n in (16, 32, 64):
+            yield replace(config, block_n=block_n)
+        for parts in (4, 8, 16):
+            yield replace(config, parts=parts)
+        for num_stages in (2, 3, 4, 5):
+            yield replace(config, num_stages=num_stages)
+        for splits in (2, 4, 8):
+            yield replace(config, parts=1, block_n=128, splits=splits, num_warps=4)
+        return
+    if config.block_m <= 16:
+        yield replace(config, parts=8, block_n=32)
     yield replace(config, dense=not config.dense)
     yield replace(config, overlap=not config.overlap)
     for splits in (config.splits * 2, config.splits // 2, config.splits + 1, config.splits - 1):

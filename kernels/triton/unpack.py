@@ -1,9 +1,9 @@
 """Four matrix operands out of one tile of packed words, without an int-to-float conversion.
 
-A tile ``q`` is int16 ``(BLOCK_N, 32)`` of the ``gpu_tiles`` layout (:mod:`nybble.kernels.layout`);
-the operands are ``(BLOCK_N, 32)`` each, one for every slice of 32 columns. The PTX handles two
-neighbouring words, one 32-bit register, at a time, and yields one register of two 16-bit floats per
-operand. Nothing moves between lanes.
+A tile ``q`` is int16 ``(…, 32)`` of the ``gpu_tiles`` layout (:mod:`nybble.kernels.layout`); the
+operands have its shape, one for every slice of 32 columns. The PTX handles two neighbouring words,
+one 32-bit register, at a time, and yields one register of two 16-bit floats per operand. Nothing
+moves between lanes.
 
 *Affine.* A nibble placed in the mantissa of 1024.0 (float16, low bits), of 64.0 (float16, bits
 4–7) or of 128.0 (bfloat16, low bits) adds its value to that number; subtracting the number plus 8
@@ -134,21 +134,20 @@ def codebook_table(levels, dtype: tl.constexpr):
 
 
 @triton.jit
-def _look_up(levels, even, odd, shape: tl.constexpr, dtype: tl.constexpr):
+def _look_up(levels, even, odd, like, dtype: tl.constexpr):
     pair = tl.join(tl.load(levels + (even & 15)), tl.load(levels + (odd & 15)))
-    return pair.reshape(shape).to(dtype)
+    return pair.reshape(like.shape).to(dtype)
 
 
 @triton.jit
-def unpack_codebook(q, levels, table, BLOCK_N: tl.constexpr, dtype: tl.constexpr):
+def unpack_codebook(q, levels, table, dtype: tl.constexpr):
     """``levels[code]``, rounded to ``dtype``, of each slice."""
     if INTERPRETED:
-        first, second = tl.split(q.reshape((BLOCK_N, 16, 2)))
-        shape: tl.constexpr = (BLOCK_N, 32)
-        w0 = _look_up(levels, first, first >> 4, shape, dtype)
-        w1 = _look_up(levels, first >> 8, first >> 12, shape, dtype)
-        w2 = _look_up(levels, second, second >> 4, shape, dtype)
-        w3 = _look_up(levels, second >> 8, second >> 12, shape, dtype)
+        first, second = tl.split(q.reshape((q.numel // 32, 16, 2)))
+        w0 = _look_up(levels, first, first >> 4, q, dtype)
+        w1 = _look_up(levels, first >> 8, first >> 12, q, dtype)
+        w2 = _look_up(levels, second, second >> 4, q, dtype)
+        w3 = _look_up(levels, second >> 8, second >> 12, q, dtype)
     else:
         l0, l1, l2, l3, h0, h1, h2, h3 = table
         words = [q, l0, l1, l2, l3, h0, h1, h2, h3]

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -56,3 +57,11 @@ def test_weights_arrive_in_sixteen_byte_copies() -> None:
         config = entry["case"]["config"]
         bytes_each_lane = config["block_n"] * 64 // (32 * config["num_warps"])
         assert entry["row"]["wide_copies"] >= bytes_each_lane // 16
+
+
+def test_the_launcher_compiles_once_for_all_row_counts_of_a_bucket() -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, str(Path(__file__).with_name("jit_without_gpu.py"))]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["matmul_kernel 1"] * 3 + ["few_rows_kernel 1"] * 2

@@ -14,6 +14,7 @@ CODEBOOK = torch.tensor(
 SMALL = Config(64, 16, 1, num_warps=4, num_stages=3, scale_first=False)
 LARGE = Config(64, 32, 1, num_warps=4, num_stages=3, scale_first=True)
 DENSE = Config(64, 16, 1, num_warps=4, num_stages=3, scale_first=True, dense=True)
+PARTS = Config(16, 8, 1, num_warps=4, num_stages=3, scale_first=False, parts=4)
 SPLIT = Config(64, 16, 3, num_warps=4, num_stages=3, scale_first=False)
 
 
@@ -65,7 +66,7 @@ TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 1.2e-2}
 @pytest.mark.parametrize("kind", ["symmetric", "zeros", "fractional", "codebook"])
 @pytest.mark.parametrize("group", [32, 64, 128, 256])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("config", [SMALL, LARGE])
+@pytest.mark.parametrize("config", [SMALL, LARGE, PARTS])
 def test_every_format_matches_its_dequantized_weight(
     kind: str, group: int, dtype: torch.dtype, config: Config
 ) -> None:
@@ -76,7 +77,7 @@ def test_every_format_matches_its_dequantized_weight(
 
 @pytest.mark.parametrize(("rows", "out", "columns"), [(1, 1, 32), (17, 65, 129), (5, 130, 200)])
 @pytest.mark.parametrize("kind", ["zeros", "codebook"])
-@pytest.mark.parametrize("config", [SMALL, LARGE, SPLIT])
+@pytest.mark.parametrize("config", [SMALL, LARGE, SPLIT, PARTS])
 def test_odd_sizes_are_masked(rows: int, out: int, columns: int, kind: str, config: Config) -> None:
     torch.manual_seed(1)
     x = torch.randn(rows, columns).half()
@@ -88,7 +89,7 @@ def test_odd_sizes_are_masked(rows: int, out: int, columns: int, kind: str, conf
 def test_scales_may_be_wider_or_coarser_than_the_activations(scale: torch.dtype) -> None:
     torch.manual_seed(2)
     weight = random_weight("zeros", 64, 256, 64, scale=scale, bias=True)
-    for config in (SMALL, LARGE):
+    for config in (SMALL, LARGE, PARTS):
         assert error(torch.randn(2, 256).half(), weight, config) < 1e-3
 
 

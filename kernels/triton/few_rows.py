@@ -1,0 +1,168 @@
+"""The 4-bit matmul for a few rows: a block's warps share its columns, and no two blocks do.
+
+Where there are few outputs to a multiprocessor, bandwidth needs the columns worked on side by side.
+Here each warp of a block takes every PARTS-th step of the same outputs, as one entry of a batched
+product, and the block adds its warps' sums at the end, in order. Nothing is left for another block
+to add, so there is no workspace, no counter, and no wait at the end.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from nybble.kernels.packed import PackedWeight
+from nybble.kernels.triton.configs import Config
+from nybble.kernels.triton.step import (
+    SLICE,
+    STEP,
+    TILE_N,
+    by_row,
+    fetch,
+    group_constants,
+    of_slices,
+    product,
+    shifted,
+)
+from nybble.kernels.triton.unpack import INTERPRETED, codebook_table, unpack_affine, unpack_codebook
+from torch import Tensor
+
+
+@triton.jit(do_not_specialize=["rows", "groups"])
+def few_rows_kernel(
+    x,  # (rows, columns)
+    qweight,  # int16 (out / 64, columns / 128, 64, 32)
+    scales,  # (out / 64, groups, 64)
+    zeros,
+    levels,
+    bias,
+    out,  # (rows, out_features)
+    rows,
+    out_features,
+    columns,
+    groups,
+    CODEBOOK: tl.constexpr,
+    HAS_ZEROS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    GROUP: tl.constexpr,
+    SETS: tl.constexpr,
+    OVERLAP: tl.constexpr,
+    WHOLE_STEPS: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    dtype: tl.constexpr = x.dtype.element_ty
+    CENTRE: tl.constexpr = 0 if CODEBOOK else 8
+    steps = tl.cdiv(columns, STEP)
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    k = tl.arange(0, SLICE)
+    part = tl.arange(0, PARTS)
+    q_row = n // TILE_N * steps * TILE_N + n % TILE_N
+    q_at = q_row[None, :, None] * SLICE + k[None, None, :]
+    q_at = qweight + q_at + part[:, None, None] * (TILE_N * SLICE)
+    x_at = m[None, None, :] * columns + k[None, :, None]
+    x_at = x + x_at + part[:, None, None] * STEP
+    scale_at = (n // TILE_N * groups * TILE_N + n % TILE_N)[None, :]
+    valid_m = m[None, None, :] < rows
+    if OVERLAP:
+        # Weights do not depend on the kernel before: fetch the first ones while it finishes. All
+        # else is touched only after it.
+        row_at = (qweight + q_row * SLICE)[None, :]
+        for soon in tl.static_range(2):
+            begin = tl.minimum(soon * PARTS + part, steps - 1)
+            fetch(row_at + begin[:, None] * (TILE_N * SLICE))
+        tl.extra.cuda.gdc_wait()
+    table = codebook_table(levels, dtype) if CODEBOOK and not INTERPRETED else 0
+    acc = tl.zeros((PARTS, BLOCK_N, BLOCK_M), tl.float32)
+    nothing = tl.zeros((PARTS, BLOCK_N, BLOCK_M), tl.float32)
+    ahead = of_slices(scales + scale_at, part[:, None], SETS, GROUP, groups)
+    for first in range(0, steps, PARTS):
+        live = first + part[:, None, None] < steps
+        valid = valid_m & live
+        q = tl.load(q_at + first * (TILE_N * SLICE), mask=live, other=0)
+        if WHOLE_STEPS:
+            x0 = tl.load(x_at + first * STEP, mask=valid, other=0.0)
+            x1 = tl.load(x_at + first * STEP + SLICE, mask=valid, other=0.0)
+            x2 = tl.load(x_at + first * STEP + 2 * SLICE, mask=valid, other=0.0)
+            x3 = tl.load(x_at + first * STEP + 3 * SLICE, mask=valid, other=0.0)
+        else:
+            left = columns - (first + part[:, None, None]) * STEP - k[None, :, None]
+            x0 = tl.load(x_at + first * STEP, mask=valid & (left > 0), other=0.0)
+            x1 = tl.load(x_at + first * STEP + 32, mask=valid & (left > 32), other=0.0)
+            x2 = tl.load(x_at + first * STEP + 64, mask=valid & (left > 64), other=0.0)
+            x3 = tl.load(x_at + first * STEP + 96, mask=valid & (left > 96), other=0.0)
+        step = first + part[:, None]
+        s0, s1, s2, s3 = ahead
+        ahead = of_slices(scales + scale_at, step + PARTS, SETS, GROUP, groups)
+        z0, z1, z2, z3 = 0.0, 0.0, 0.0, 0.0
+        if HAS_ZEROS:
+            z0, z1, z2, z3 = of_slices(zeros + scale_at, step, SETS, GROUP, groups)
+        if CODEBOOK:
+            w0, w1, w2, w3 = unpack_codebook(q, levels, table, dtype)
+        else:
+            w0, w1, w2, w3 = unpack_affine(q, dtype)
+        w0 = shifted(w0, z0, HAS_ZEROS, CENTRE)
+        w1 = shifted(w1, z1, HAS_ZEROS, CENTRE)
+        w2 = shifted(w2, z2, HAS_ZEROS, CENTRE)
+        w3 = shifted(w3, z3, HAS_ZEROS, CENTRE)
+        total = product(w0, x0, nothing)
+        if SETS == 4:
+            acc += by_row(s0.to(tl.float32)) * total
+            total = product(w1, x1, nothing)
+            acc += by_row(s1.to(tl.float32)) * total
+            total = product(w2, x2, nothing)
+            acc += by_row(s2.to(tl.float32)) * total
+            total = product(w3, x3, nothing)
+        elif SETS == 2:
+            total = product(w1, x1, total)
+            acc += by_row(s0.to(tl.float32)) * total
+            total = product(w2, x2, nothing)
+            total = product(w3, x3, total)
+        else:
+            total = product(w1, x1, total)
+            total = product(w2, x2, total)
+            total = product(w3, x3, total)
+        acc += by_row(s3.to(tl.float32)) * total
+
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+    y = tl.sum(acc, axis=0)
+    if HAS_BIAS:
+        y += tl.load(bias + n, mask=n < out_features, other=0.0).to(tl.float32)[:, None]
+    inside = (m[None, :] < rows) & (n[:, None] < out_features)
+    tl.store(out + m[None, :] * out_features + n[:, None], y.to(dtype), mask=inside)
+
+
+def few_rows_matmul(
+    x: Tensor, weight: PackedWeight, out: Tensor, config: Config, overlap: bool
+) -> None:
+    """``x (rows, stored columns)``, contiguous, times the weight, into ``out``."""
+    rows, columns = x.shape
+    blocks = triton.cdiv(weight.out_features, config.block_n), triton.cdiv(rows, config.block_m)
+    few_rows_kernel[blocks](
+        x,
+        weight.qweight.view(torch.int16),
+        weight.scales,
+        weight.zeros,
+        weight.levels,
+        weight.bias,
+        out,
+        rows,
+        weight.out_features,
+        columns,
+        weight.groups,
+        CODEBOOK=not weight.is_affine,
+        HAS_ZEROS=weight.zeros is not None,
+        HAS_BIAS=weight.bias is not None,
+        **group_constants(weight),
+        OVERLAP=overlap,
+        WHOLE_STEPS=columns % 128 == 0,
+        PARTS=config.parts,
+        BLOCK_N=config.block_n,
+        BLOCK_M=config.block_m,
+        num_warps=config.parts,
+        num_stages=config.num_stages,
+        **({"launch_pdl": True} if overlap else {}),
+    )
