@@ -2,9 +2,11 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+MODEL  ?= demo
+PORT   ?= 8000
 PACKAGES := engine finetune kernels loaders quantizers server
 
-.PHONY: install test lint clean
+.PHONY: install serve test lint gpu clean
 
 install: $(VENV)/.installed
 
@@ -19,13 +21,31 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m nybble.kernels.cpu.build
 	touch $@
 
+# Anything else for the server: make serve MODEL=org/name ARGS="--max-num-seqs 8"
+serve: install
+	$(BIN)/serve --model $(MODEL) --port $(PORT) $(ARGS)
+
 lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy $(addprefix -p nybble.,$(PACKAGES))
+	$(BIN)/mypy load_tests/*.py
 
 test: lint
 	$(BIN)/pytest
+
+# On a machine with a GPU and a torch of its own: checks first, then the tables, each script in its
+# own time budget (--minutes).
+GPU_PYTHON ?= python3
+GPU_ARGS ?=
+GPU_ENV := PYTHONUNBUFFERED=1 PYTHONPATH=build/gpu
+gpu:
+	mkdir -p build/gpu/nybble
+	for package in $(PACKAGES); do ln -sfn ../../../$$package build/gpu/nybble/$$package; done
+	$(GPU_ENV) $(GPU_PYTHON) kernels/bench/gpu_matmul.py $(GPU_ARGS)
+	if [ -f kernels/bench/gpu_step.py ]; then \
+		$(GPU_ENV) $(GPU_PYTHON) kernels/bench/gpu_step.py $(GPU_ARGS); \
+	fi
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -1,26 +1,41 @@
 """Sequences, paged KV cache, scheduler, models and sampling: continuous batching."""
 
-from nybble.engine.config import EngineConfig
+from nybble.engine.adapters import AdapterInfo
+from nybble.engine.config import AdapterConfig, EngineConfig, resolve_device
 from nybble.engine.engine import Engine, EngineStats
+from nybble.engine.guide import GrammarCompiler, GrammarGuide
 from nybble.engine.request import (
+    AdapterUnavailableError,
     EngineOverloadedError,
     EngineStoppedError,
+    Guide,
+    GuideError,
     ParameterError,
     Request,
     RequestOutput,
     SamplingParams,
     TokenLogprob,
 )
+from nybble.loaders import AdapterError
 
 __all__ = [
+    "AdapterConfig",
+    "AdapterError",
+    "AdapterInfo",
+    "AdapterUnavailableError",
     "Engine",
     "EngineConfig",
     "EngineOverloadedError",
     "EngineStats",
     "EngineStoppedError",
+    "GrammarCompiler",
+    "GrammarGuide",
+    "Guide",
+    "GuideError",
     "ParameterError",
     "Request",
     "RequestOutput",
     "SamplingParams",
     "TokenLogprob",
+    "resolve_device",
 ]

@@ -1,9 +1,9 @@
 """Which sequence holds which KV block, and which blocks can be shared by prefix.
 
 Every full block has a key: the digest of its tokens chained to the digest of the block before it,
-so equal keys mean equal tokens from the start of the sequence. A block whose reference count falls
-to zero keeps its content and can be found again by key until it is handed out for other tokens;
-the least recently freed goes first.
+so equal keys mean equal tokens, and the same adapter, from the start of the sequence. A block whose
+reference count falls to zero keeps its content and can be found again by key until it is handed out
+for other tokens; the least recently freed goes first.
 """
 
 from __future__ import annotations
@@ -95,6 +95,6 @@ class BlockManager:
         while len(hashes) <= index:
             start = len(hashes) * self.block_size
             tokens = array("q", sequence.token_ids[start : start + self.block_size])
-            parent = hashes[-1] if hashes else b""
+            parent = hashes[-1] if hashes else sequence.prefix_root
             hashes.append(blake2b(parent + tokens.tobytes(), digest_size=16).digest())
         return hashes[index]

@@ -3,35 +3,65 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
+from nybble.loaders.adapter import MAX_RANK
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """Memory for LoRA adapters.
+
+    slots: adapters that one step can mix. max_rank: the highest rank an adapter may have; a slot
+    takes memory for it, whatever it holds. host_bytes: memory for adapters beside the slots, ready
+    to be copied into one.
+    """
+
+    slots: int = 8
+    max_rank: int = 64
+    host_bytes: int = 4 << 30
+
+    def __post_init__(self) -> None:
+        for name in ("slots", "max_rank", "host_bytes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+        if self.max_rank > MAX_RANK:
+            raise ValueError(f"max_rank is {self.max_rank}, expected at most {MAX_RANK}")
 
 
 @dataclass(frozen=True)
 class EngineConfig:
     """Settings fixed for the life of an engine.
 
-    block_size: tokens in one KV block. kv_cache_bytes: memory for the keys and values of all
-    sequences together. max_num_seqs: sequences computed in one step. max_batched_tokens: the token
-    budget of a step; longer prompts are prefilled in chunks. max_model_len: longest prompt plus
-    output; None for what the model was made for. max_waiting: requests queued beyond
-    max_num_seqs before new ones are turned away.
+    device: ``cpu``, ``cuda``, ``cuda:N``, or ``auto`` for a GPU where there is one. block_size:
+    tokens in one KV block. kv_cache_bytes: memory for the keys and values of all sequences
+    together; None for 1 GiB on the CPU, and on a GPU for what the weights leave free less a tenth
+    of the whole. kv_dtype: auto keeps keys and values in dtype; int8 (on a GPU) takes half the
+    memory, with a scale for each head of each token. max_num_seqs: sequences computed in one step.
+    max_batched_tokens: the token budget of a step; longer prompts are prefilled in chunks.
+    max_model_len: longest prompt plus output; None for what the model was made for. max_waiting:
+    requests queued beyond max_num_seqs before new ones are turned away. adapters: None for a server
+    without.
     """
 
     device: str = "cpu"
     dtype: torch.dtype = torch.bfloat16
     block_size: int = 16
-    kv_cache_bytes: int = 1 << 30
+    kv_cache_bytes: int | None = None
+    kv_dtype: Literal["auto", "int8"] = "auto"
     max_num_seqs: int = 64
     max_batched_tokens: int = 512
     max_model_len: int | None = None
     max_waiting: int = 256
     prefix_caching: bool = True
+    adapters: AdapterConfig | None = None
 
     def __post_init__(self) -> None:
         for name in ("block_size", "kv_cache_bytes", "max_num_seqs", "max_batched_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}, expected at least 1")
         if self.max_batched_tokens < self.max_num_seqs:
             raise ValueError(
                 f"max_batched_tokens {self.max_batched_tokens} is below max_num_seqs "
@@ -39,3 +69,37 @@ class EngineConfig:
             )
         if self.max_waiting < 0:
             raise ValueError(f"max_waiting is {self.max_waiting}, expected 0 or more")
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device that ``cpu``, ``cuda``, ``cuda:N`` or ``auto`` names.
+
+    Raises ValueError saying what is missing where it cannot be used.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    kind, colon, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or (colon and not (kind == "cuda" and index.isdecimal())):
+        raise ValueError(f"device is {name!r}, expected auto, cpu, cuda or cuda:N")
+    if kind == "cpu":
+        return torch.device("cpu")
+    if torch.version.cuda is None:
+        raise ValueError(
+            f"device is {name!r}, but this build of PyTorch ({torch.__version__}) is for the CPU; "
+            "install a CUDA build or choose cpu"
+        )
+    if not torch.cuda.is_available():
+        raise ValueError(
+            f"device is {name!r}, but PyTorch finds no usable NVIDIA GPU (see nvidia-smi); "
+            "choose cpu"
+        )
+    count = torch.cuda.device_count()
+    if index and int(index) >= count:
+        raise ValueError(f"device is {name!r}, but this machine has {count} GPU(s)")
+    major, minor = torch.cuda.get_device_capability(int(index or 0))
+    if major < 8:
+        raise ValueError(
+            f"device is {name!r}, a GPU of compute capability {major}.{minor}; "
+            "8.0 (Ampere) or newer is needed"
+        )
+    return torch.device("cuda", int(index or 0))

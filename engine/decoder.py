@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from nybble.engine.rotary import longest_exact_length, rotary_table
@@ -20,7 +21,15 @@ from nybble.kernels.ops import (
 from torch import Tensor
 from transformers import PretrainedConfig
 
+if TYPE_CHECKING:
+    from nybble.engine.adapter_slots import LayerSlots, ProjectionSlots, StepAdapters
+    from nybble.kernels.lora import LoRABatch
+
 Weight = PackedWeight | DenseWeight
+
+# Keys and values ``(blocks, kv_heads, block_size, head_dim)`` of a layer; where they are int8, the
+# scales of both follow: see :func:`nybble.kernels.reference.rotary_store`.
+KVCache = tuple[Tensor, ...]
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -108,32 +117,47 @@ class Decoder:
             raise ValueError("the checkpoint has no lm_head and its embeddings are not tied")
         self.head = head or DenseWeight(self.embedding)
         store.finish()
+        self.max_model_len = max_model_len
         self._rotary = rotary_table(config, max_model_len, device)
 
     def forward(
         self,
         token_ids: Tensor,
         positions: Tensor,
-        caches: list[tuple[Tensor, Tensor]],
+        caches: Sequence[KVCache],
         batch: AttentionBatch,
+        adapters: StepAdapters | None = None,
     ) -> Tensor:
         """Hidden states ``(tokens, hidden)`` after the last layer, before the final norm.
 
         token_ids, positions: int64 ``(tokens,)``, the scheduled tokens of all sequences in a row.
-        caches: (keys, values) per layer, each ``(blocks, kv_heads, block_size, head_dim)``.
+        caches: one per layer.
+        adapters: which tokens use which adapter; None where none does.
         """
         shape = self.shape
         cos, sin = self._rotary[:, positions]
         residual = self.embedding[token_ids]
         x = rms_norm(residual, self.layers[0].input_norm, shape.eps)
+        lora = adapters.batch if adapters else None
         for index, layer in enumerate(self.layers):
-            x = self._attention(layer, x, cos, sin, caches[index], batch)
+            slots = adapters.layers[index] if adapters else None
+            x = self._attention(layer, x, cos, sin, caches[index], batch, slots, lora)
             x, residual = add_rms_norm(x, residual, layer.post_norm, shape.eps)
-            x = linear(silu_mul(_project(x, layer.gate_up)), layer.down_proj)
+            x = silu_mul(_project(x, layer.gate_up, slots.gate_up if slots else None, lora))
+            x = _project(x, (layer.down_proj,), slots.down_proj if slots else None, lora)
             if index + 1 < len(self.layers):
                 norm = self.layers[index + 1].input_norm
                 x, residual = add_rms_norm(x, residual, norm, shape.eps)
         return x + residual
+
+    def packed_weights(self) -> Iterator[PackedWeight]:
+        """Every 4-bit weight of the model."""
+        for layer in self.layers:
+            for weight in (*layer.qkv, layer.o_proj, *layer.gate_up, layer.down_proj):
+                if isinstance(weight, PackedWeight):
+                    yield weight
+        if isinstance(self.head, PackedWeight):
+            yield self.head
 
     def logits(self, hidden: Tensor) -> Tensor:
         """float32 ``(rows, vocab)`` for hidden states ``(rows, hidden)``."""
@@ -145,25 +169,40 @@ class Decoder:
         x: Tensor,
         cos: Tensor,
         sin: Tensor,
-        cache: tuple[Tensor, Tensor],
+        cache: KVCache,
         batch: AttentionBatch,
+        slots: LayerSlots | None,
+        lora: LoRABatch | None,
     ) -> Tensor:
         shape = self.shape
         tokens = x.shape[0]
-        qkv = _project(x, layer.qkv).view(tokens, -1, shape.head_dim)
+        qkv = _project(x, layer.qkv, slots.qkv if slots else None, lora).view(
+            tokens, -1, shape.head_dim
+        )
         q, k, v = torch.split(qkv, [shape.heads, shape.kv_heads, shape.kv_heads], dim=1)
         if layer.q_norm is not None and layer.k_norm is not None:
             q = rms_norm(q.reshape(-1, shape.head_dim), layer.q_norm, shape.eps).view(q.shape)
             k = rms_norm(k.reshape(-1, shape.head_dim), layer.k_norm, shape.eps).view(k.shape)
-        rotary_store(q, k, v, cos, sin, cache[0], cache[1], batch.slot_mapping)
-        attended = paged_attention(q, cache[0], cache[1], batch, shape.head_dim**-0.5)
-        return linear(attended, layer.o_proj)
+        keys, values, *kv_scales = cache
+        rotary_store(q, k, v, cos, sin, keys, values, batch.slot_mapping, *kv_scales)
+        scale = shape.head_dim**-0.5
+        attended = paged_attention(q, keys, values, batch, scale, 0, *kv_scales)
+        return _project(attended, (layer.o_proj,), slots.o_proj if slots else None, lora)
 
 
-def _project(x: Tensor, weights: tuple[Weight, ...]) -> Tensor:
+def _project(
+    x: Tensor,
+    weights: tuple[Weight, ...],
+    slots: ProjectionSlots | None,
+    lora: LoRABatch | None,
+) -> Tensor:
     if len(weights) == 1:
-        return linear(x, weights[0])
-    return torch.cat([linear(x, weight) for weight in weights], dim=-1)
+        out = linear(x, weights[0])
+    else:
+        out = torch.cat([linear(x, weight) for weight in weights], dim=-1)
+    if slots is not None and lora is not None:
+        slots.add(out, x, lora)
+    return out
 
 
 def _layer(store: _WeightStore, prefix: str, shape: DecoderShape) -> DecoderLayer:

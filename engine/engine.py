@@ -10,28 +10,34 @@ import asyncio
 import logging
 import threading
 from collections import defaultdict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING
 
 import torch
+from nybble.engine.adapter_slots import AdapterSlots
+from nybble.engine.adapters import AdapterInfo, AdapterRegistry, AdapterVersion
 from nybble.engine.block_manager import BlockManager
-from nybble.engine.config import EngineConfig
+from nybble.engine.config import EngineConfig, resolve_device
 from nybble.engine.decoder import Decoder, DecoderShape
 from nybble.engine.detokenizer import Detokenizer
 from nybble.engine.request import (
+    AdapterUnavailableError,
     EngineOverloadedError,
     EngineStoppedError,
     FinishReason,
+    GuideError,
     ParameterError,
     Request,
     RequestOutput,
+    TokenLogprob,
 )
-from nybble.engine.runner import ModelRunner, kv_bytes_per_block
-from nybble.engine.sampler import SequenceSampler
+from nybble.engine.runner import ModelRunner, free_kv_bytes, kv_blocks
+from nybble.engine.sampler import PendingSample, Sampled, SequenceSampler
 from nybble.engine.scheduler import Scheduler
 from nybble.engine.sequence import Sequence
+from nybble.loaders import AdapterError
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 if TYPE_CHECKING:
@@ -66,7 +72,7 @@ class _Stream:
     queue: asyncio.Queue[RequestOutput | Exception]
 
 
-_Outputs = dict[asyncio.AbstractEventLoop, list[tuple[_Stream, RequestOutput]]]
+_Outputs = dict[asyncio.AbstractEventLoop, list[tuple[_Stream, RequestOutput | GuideError]]]
 
 
 @dataclass(frozen=True)
@@ -102,7 +108,21 @@ class Engine:
         self._scheduler = scheduler
         self._eos_token_ids = eos_token_ids
         self._max_in_flight = config.max_num_seqs + config.max_waiting
-        self._inbox: SimpleQueue[_Add | _Cancel | _Stop] = SimpleQueue()
+        # A function is run on the engine thread.
+        self._inbox: SimpleQueue[_Add | _Cancel | _Stop | Callable[[], None]] = SimpleQueue()
+        self._adapters: AdapterRegistry | None = None
+        if config.adapters is not None and runner.adapters is not None:
+            self._adapters = AdapterRegistry(
+                runner.adapters,
+                config.adapters.host_bytes,
+                post=self._inbox.put,
+                on_failure=self._fail_adapter,
+            )
+            scheduler.adapters = self._adapters.cache
+        self._idle = True
+        # A GPU computes while its last tokens become text; a CPU has nothing to gain from waiting.
+        self._overlap = runner.device.type == "cuda"
+        self._deferred: list[tuple[Sequence, Sampled]] = []
         self._in_flight: set[str] = set()
         self._streams: dict[str, tuple[Sequence, _Stream]] = {}
         self._thread = threading.Thread(target=self._run, name="nybble-engine", daemon=True)
@@ -118,7 +138,8 @@ class Engine:
         """Build an engine from a checkpoint.
 
         Raises UnsupportedModelError for an architecture the decoder does not compute, and
-        ValueError where the KV cache cannot hold a single block or the settings contradict.
+        ValueError where the KV cache cannot hold a single block, the device cannot be used or the
+        settings contradict.
         """
         from tqdm import tqdm
 
@@ -128,32 +149,45 @@ class Engine:
             raise ValueError(
                 f"max_model_len is {max_model_len}, but the model goes up to {shape.max_model_len}"
             )
-        per_block = kv_bytes_per_block(shape, config)
-        # More blocks than every sequence at full length could fill would only waste memory.
-        most = config.max_num_seqs * -(-max_model_len // config.block_size)
-        num_blocks = min(config.kv_cache_bytes // per_block, most)
-        if num_blocks < 1:
-            raise ValueError(
-                f"the KV cache of {config.kv_cache_bytes} bytes holds no block of "
-                f"{config.block_size} tokens, which takes {per_block} bytes"
-            )
-        max_model_len = min(max_model_len, num_blocks * config.block_size)
+        device = resolve_device(config.device)
+        if config.kv_dtype == "int8" and device.type == "cpu":
+            raise ValueError("kv_dtype is 'int8', which needs a GPU; expected 'auto' on the CPU")
+        if device.type == "cuda" and config.dtype not in (torch.float16, torch.bfloat16):
+            raise ValueError(f"dtype is {config.dtype}; expected float16 or bfloat16 on a GPU")
+        if config.kv_cache_bytes is not None:
+            kv_blocks(config.kv_cache_bytes, shape, config)
         weights = tqdm(
             checkpoint.weights(), desc="Loading weights", unit=" tensors", disable=not progress
         )
         decoder = Decoder(
             checkpoint.config,
             weights,
-            device=torch.device(config.device),
+            device=device,
             dtype=config.dtype,
             max_model_len=max_model_len,
         )
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, local_files_only=True)
         if not tokenizer.is_fast:
             raise ValueError(f"{checkpoint.folder} has no tokenizer.json: streaming needs one")
+        adapters = None
+        if config.adapters is not None:
+            adapters = AdapterSlots(
+                checkpoint.config,
+                count=config.adapters.slots,
+                max_rank=config.adapters.max_rank,
+                device=device,
+                dtype=config.dtype,
+            )
+        # More blocks than every sequence at full length could fill would only waste memory.
+        most = config.max_num_seqs * -(-max_model_len // config.block_size)
+        kv_bytes = config.kv_cache_bytes or free_kv_bytes(device)
+        num_blocks = min(kv_blocks(kv_bytes, shape, config), most)
+        max_model_len = min(max_model_len, num_blocks * config.block_size)
         blocks = BlockManager(num_blocks, config.block_size, prefix_caching=config.prefix_caching)
+        runner = ModelRunner(decoder, config, num_blocks, adapters)
+        runner.warm_up(progress)
         return cls(
-            runner=ModelRunner(decoder, config, num_blocks),
+            runner=runner,
             scheduler=Scheduler(blocks, config.max_num_seqs, config.max_batched_tokens),
             tokenizer=tokenizer,
             eos_token_ids=_eos_token_ids(checkpoint, tokenizer),
@@ -171,6 +205,18 @@ class Engine:
         self._inbox.put(_Stop())
         if self._thread.is_alive():
             self._thread.join()
+        if self._adapters is not None:
+            self._adapters.close()
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        """Tokens that end a sequence unless its parameters say otherwise."""
+        return self._eos_token_ids
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the logits; a tokenizer may know fewer tokens."""
+        return self._runner.decoder.shape.vocab
 
     @property
     def healthy(self) -> bool:
@@ -181,11 +227,38 @@ class Engine:
         """Figures of the last step; safe from any thread."""
         return self._stats
 
-    async def generate(self, request: Request) -> AsyncIterator[RequestOutput]:
+    def load_adapter(self, name: str, path: str, *, replace: bool = True) -> AdapterInfo:
+        """Read an adapter (a folder or hub name) and serve it as ``name``; blocks while reading.
+
+        A name that is taken changes hands at once, and requests that have begun keep the version
+        they began with; unless ``replace``, it is refused. Raises AdapterError, which changes
+        nothing, and ParameterError where adapters are off.
+        """
+        return self._require_adapters().load(name, path, replace=replace)
+
+    def unload_adapter(self, name: str) -> None:
+        """Take an adapter away from new requests. Raises ParameterError for an unknown name."""
+        self._require_adapters().unload(name)
+
+    def adapter(self, name: str) -> AdapterInfo | None:
+        """The loaded adapter of this name; safe from any thread."""
+        return None if self._adapters is None else self._adapters.info(name)
+
+    def adapters(self) -> list[AdapterInfo]:
+        """Every loaded adapter, by name; safe from any thread."""
+        return [] if self._adapters is None else self._adapters.infos()
+
+    def _require_adapters(self) -> AdapterRegistry:
+        if self._adapters is None:
+            raise ParameterError("adapter", "this server was started without room for adapters")
+        return self._adapters
+
+    async def generate(self, request: Request) -> AsyncGenerator[RequestOutput]:
         """Stream what the engine adds to a request; closing the stream cancels it.
 
         Raises ParameterError for a request that can never be served, EngineOverloadedError when
-        the queue is full, EngineStoppedError when the engine stops or has failed.
+        the queue is full, EngineStoppedError when the engine stops or has failed,
+        AdapterUnavailableError when the request's adapter can no longer be read.
         """
         sequence = self._new_sequence(request)
         stream = _Stream(asyncio.get_running_loop(), asyncio.Queue())
@@ -198,8 +271,8 @@ class Engine:
             )
         if not self.healthy:
             raise EngineStoppedError("the engine is not running")
+        self._submit(sequence, stream)
         self._in_flight.add(request.request_id)
-        self._inbox.put(_Add(sequence, stream))
         finished = False
         try:
             while not finished:
@@ -213,6 +286,18 @@ class Engine:
             self._in_flight.discard(request.request_id)
             if not finished:
                 self._inbox.put(_Cancel(request.request_id))
+
+    def _submit(self, sequence: Sequence, stream: _Stream) -> None:
+        adapter = sequence.request.adapter
+        if adapter is None:
+            self._inbox.put(_Add(sequence, stream))
+            return
+
+        def send(version: AdapterVersion) -> None:
+            sequence.adapter = version
+            self._inbox.put(_Add(sequence, stream))
+
+        self._require_adapters().submit(adapter, send)
 
     def _new_sequence(self, request: Request) -> Sequence:
         prompt, params = request.prompt_token_ids, request.params
@@ -266,7 +351,7 @@ class Engine:
 
         Returns False when told to stop.
         """
-        idle = not (self._scheduler.running or self._scheduler.waiting)
+        idle = self._idle
         while True:
             try:
                 message = self._inbox.get(block=idle)
@@ -278,6 +363,8 @@ class Engine:
             if isinstance(message, _Add):
                 self._streams[message.sequence.request_id] = (message.sequence, message.stream)
                 self._scheduler.add(message.sequence)
+            elif not isinstance(message, _Cancel):
+                message()
             elif message.request_id in self._streams:
                 sequence, _ = self._streams.pop(message.request_id)
                 self._scheduler.finish(sequence)
@@ -285,34 +372,53 @@ class Engine:
     @torch.inference_mode()
     def _step(self) -> _Outputs:
         batch = self._scheduler.schedule()
+        # Only a message can change what an empty schedule waits for: an adapter that is being read.
+        self._idle = not batch
         outputs: _Outputs = defaultdict(list)
         if not batch:
+            self._write_deferred()
             return outputs
         logits = self._runner.run(batch)
+        for item in batch:
+            if item.completes and item.sequence.request.guide is not None:
+                item.sequence.sampler.allowed = item.sequence.request.guide.allowed()
         completing = [item.completes for item in batch]
-        row = 0
+        samplers = [i.sequence.sampler for i, done in zip(batch, completing, strict=True) if done]
+        pending = PendingSample(logits, samplers) if samplers else None
+        self._write_deferred()
+        sampled = iter(pending.result() if pending else [])
         for item, completes in zip(batch, completing, strict=True):
             sequence = item.sequence
             if sequence.num_output_tokens == 0:
                 self._prompt_tokens += item.num_tokens
             self._scheduler.computed(item)
             if completes:
-                output = self._advance(sequence, logits[row])
-                row += 1
+                token, logprob = next(sampled)
+                if self._overlap and self._goes_on(sequence, token):
+                    self._append(sequence, token)
+                    self._deferred.append((sequence, (token, logprob)))
+                    continue
+                output: RequestOutput | GuideError
+                try:
+                    output = self._advance(sequence, token, logprob)
+                except GuideError as error:
+                    output = error
                 stream = self._streams[sequence.request_id][1]
                 outputs[stream.loop].append((stream, output))
-                if output.finish_reason is not None:
+                if isinstance(output, GuideError) or output.finish_reason is not None:
                     del self._streams[sequence.request_id]
                     self._scheduler.finish(sequence)
         self._steps += 1
         return outputs
 
-    def _advance(self, sequence: Sequence, logits: torch.Tensor) -> RequestOutput:
-        """Sample the next token of a sequence and say what it added."""
+    def _advance(
+        self, sequence: Sequence, token: int, logprob: TokenLogprob | None
+    ) -> RequestOutput:
+        """Give a sequence its next token and say what it added."""
         params = sequence.request.params
-        token, logprob = sequence.sampler.sample(logits)
-        sequence.token_ids.append(token)
-        self._generation_tokens += 1
+        self._append(sequence, token)
+        guide = sequence.request.guide
+        complete = guide is not None and guide.accept(token)
         reason: FinishReason | None = None
         text = ""
         if token in params.stop_token_ids or (
@@ -321,21 +427,48 @@ class Engine:
             reason = "stop"
         else:
             text = sequence.detokenizer.add(token)
-            if sequence.detokenizer.stopped:
+            if sequence.detokenizer.stopped or complete:
                 reason = "stop"
             elif sequence.num_output_tokens >= sequence.max_tokens:
                 reason = "length"
         if reason is not None:
             text += sequence.detokenizer.flush()
-        return RequestOutput(
-            text=text,
-            token_ids=(token,),
-            logprobs=() if logprob is None else (logprob,),
-            finish_reason=reason,
-            prompt_tokens=sequence.num_prompt_tokens,
-            completion_tokens=sequence.num_output_tokens,
-            cached_tokens=sequence.num_cached_tokens or 0,
+        return _output(sequence, (token, logprob), text, reason)
+
+    def _append(self, sequence: Sequence, token: int) -> None:
+        sequence.token_ids.append(token)
+        self._generation_tokens += 1
+
+    def _goes_on(self, sequence: Sequence, token: int) -> bool:
+        """Whether a sequence continues after ``token`` whatever its text says."""
+        params = sequence.request.params
+        return (
+            not params.stop
+            and sequence.request.guide is None
+            and sequence.num_output_tokens + 1 < sequence.max_tokens
+            and token not in params.stop_token_ids
+            and (params.ignore_eos or token not in self._eos_token_ids)
         )
+
+    def _write_deferred(self) -> None:
+        """Turn the last step's tokens into text and send it, while the device computes the next."""
+        outputs: _Outputs = defaultdict(list)
+        for sequence, sampled in self._deferred:
+            entry = self._streams.get(sequence.request_id)
+            if entry is not None and entry[0] is sequence:  # else its caller has gone
+                text = sequence.detokenizer.add(sampled[0])
+                outputs[entry[1].loop].append((entry[1], _output(sequence, sampled, text, None)))
+        self._deferred.clear()
+        for loop, delivered in outputs.items():
+            _call(loop, _deliver, delivered)
+
+    def _fail_adapter(self, version: AdapterVersion, error: AdapterError) -> None:
+        """End the requests that wait for an adapter that cannot be read."""
+        failure = AdapterUnavailableError(str(error))
+        for sequence in [s for s in self._scheduler.waiting if s.adapter is version]:
+            _, stream = self._streams.pop(sequence.request_id)
+            self._scheduler.finish(sequence)
+            _call(stream.loop, stream.queue.put_nowait, failure)
 
     def _fail_all(self, error: Exception) -> None:
         while not self._inbox.empty():
@@ -362,7 +495,23 @@ class Engine:
         )
 
 
-def _deliver(delivered: list[tuple[_Stream, RequestOutput]]) -> None:
+def _output(
+    sequence: Sequence, sampled: Sampled, text: str, reason: FinishReason | None
+) -> RequestOutput:
+    token, logprob = sampled
+    return RequestOutput(
+        text=text,
+        token_ids=(token,),
+        logprobs=() if logprob is None else (logprob,),
+        finish_reason=reason,
+        prompt_tokens=sequence.num_prompt_tokens,
+        completion_tokens=sequence.num_output_tokens,
+        cached_tokens=sequence.num_cached_tokens or 0,
+        queue_seconds=sequence.queue_seconds,
+    )
+
+
+def _deliver(delivered: list[tuple[_Stream, RequestOutput | GuideError]]) -> None:
     for stream, output in delivered:
         stream.queue.put_nowait(output)
 

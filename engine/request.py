@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
+
+from torch import Tensor
 
 FinishReason = Literal["stop", "length"]
 
@@ -25,6 +27,10 @@ class EngineOverloadedError(RuntimeError):
     def __init__(self, message: str, retry_after: int) -> None:
         super().__init__(message)
         self.retry_after = retry_after
+
+
+class AdapterUnavailableError(RuntimeError):
+    """The request's adapter was loaded but can no longer be read; the message says why."""
 
 
 class EngineStoppedError(RuntimeError):
@@ -89,13 +95,42 @@ class SamplingParams:
         )
 
 
+class GuideError(RuntimeError):
+    """A guide cannot go on; its sequence ends with this error."""
+
+
+class Guide(Protocol):
+    """Restricts what one sequence says. Used by the engine thread alone."""
+
+    def allowed(self) -> Tensor:
+        """The tokens that may come next, bool ``(vocab,)`` on the CPU. Never raises."""
+        ...
+
+    def accept(self, token: int) -> bool:
+        """Go on by a token; True where nothing may follow it. Raises GuideError."""
+        ...
+
+
 @dataclass(frozen=True)
 class Request:
-    """One prompt to continue. ``request_id`` must be unique among those in flight."""
+    """One prompt to continue. ``request_id`` must be unique among those in flight.
+
+    adapter: the name of a loaded adapter; None for the base model.
+    tenant: whom the tokens are served to; tenants share the engine in proportion to ``weight``.
+    Raises :class:`ParameterError` for a weight that is not positive.
+    """
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams
+    guide: Guide | None = None
+    adapter: str | None = None
+    tenant: str = ""
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.weight < float("inf"):
+            raise ParameterError("weight", f"weight is {self.weight}, expected above 0 and finite")
 
 
 @dataclass(frozen=True)
@@ -119,6 +154,7 @@ class RequestOutput:
     token_ids: the new tokens (an output may carry tokens and no text).
     logprobs: one per new token if asked for, else empty.
     completion_tokens: generated so far. cached_tokens: prompt tokens found in the prefix cache.
+    queue_seconds: how long the request waited before it was first computed.
     """
 
     text: str
@@ -128,3 +164,4 @@ class RequestOutput:
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
+    queue_seconds: float = 0.0

@@ -2,76 +2,183 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import torch
-from nybble.engine.config import EngineConfig
-from nybble.engine.decoder import Decoder, DecoderShape
+from nybble.engine.adapter_slots import AdapterSlots, StepAdapters
+from nybble.engine.config import EngineConfig, resolve_device
+from nybble.engine.decoder import Decoder, DecoderShape, KVCache
+from nybble.engine.graphs import Capture, DecodeGraphs, bucket_sizes, cuda_capture
+from nybble.engine.inputs import InputBuffers, StepInputs
 from nybble.engine.scheduler import ScheduledBatch
-from nybble.kernels.ops import AttentionBatch
+from nybble.kernels.lora_batch import LoRABatch
+from nybble.kernels.ops import AttentionBatch, TokenChoice, sample_tokens
 from torch import Tensor
+
+_ANY_CHOICE = TokenChoice(temperature=1.0, top_k=1, top_p=0.5, min_p=0.1, uniform=0.5)
 
 
 def kv_bytes_per_block(shape: DecoderShape, config: EngineConfig) -> int:
     """Bytes one block takes for the keys and values of all layers."""
-    values = shape.kv_heads * config.block_size * shape.head_dim
-    return 2 * shape.layers * values * config.dtype.itemsize
+    heads = shape.kv_heads * config.block_size
+    if config.kv_dtype == "int8":
+        return 2 * shape.layers * heads * (shape.head_dim + 4)
+    return 2 * shape.layers * heads * shape.head_dim * config.dtype.itemsize
+
+
+def kv_blocks(nbytes: int, shape: DecoderShape, config: EngineConfig) -> int:
+    """Blocks that ``nbytes`` hold. Raises ValueError where that is none."""
+    per_block = kv_bytes_per_block(shape, config)
+    if nbytes < per_block:
+        raise ValueError(
+            f"the KV cache of {nbytes} bytes holds no block of {config.block_size} tokens, which "
+            f"takes {per_block} bytes"
+        )
+    return nbytes // per_block
+
+
+def free_kv_bytes(device: torch.device) -> int:
+    """Memory for the KV cache where none is named, once the weights are on the device."""
+    if device.type != "cuda":
+        return 1 << 30
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    # A tenth is for activations, captured graphs, and whoever else uses the device.
+    return max(0, free - total // 10)
 
 
 class ModelRunner:
     """Owns the KV cache tensors and turns scheduled sequences into model inputs."""
 
-    def __init__(self, decoder: Decoder, config: EngineConfig, num_blocks: int) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        config: EngineConfig,
+        num_blocks: int,
+        adapters: AdapterSlots | None = None,
+    ) -> None:
         shape = decoder.shape
+        self.adapters = adapters
         self.decoder = decoder
-        self.block_size = config.block_size
-        self.device = torch.device(config.device)
+        self.device = resolve_device(config.device)
+        self._max_num_seqs = config.max_num_seqs
+        self._max_batched_tokens = config.max_batched_tokens
+        self._max_blocks = min(num_blocks, -(-decoder.max_model_len // config.block_size))
         cache_shape = (num_blocks, shape.kv_heads, config.block_size, shape.head_dim)
 
-        def cache() -> Tensor:
-            return torch.zeros(cache_shape, dtype=config.dtype, device=self.device)
+        def zeros(dtype: torch.dtype, *shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=self.device)
 
-        self.caches = [(cache(), cache()) for _ in range(shape.layers)]
+        def layer() -> KVCache:
+            if config.kv_dtype == "auto":
+                return zeros(config.dtype, *cache_shape), zeros(config.dtype, *cache_shape)
+            keys, values = zeros(torch.int8, *cache_shape), zeros(torch.int8, *cache_shape)
+            scales = cache_shape[:3]
+            return keys, values, zeros(torch.float32, *scales), zeros(torch.float32, *scales)
+
+        self.caches = [layer() for _ in range(shape.layers)]
+        self._dtype = config.dtype
+        self._inputs = InputBuffers(
+            max_seqs=config.max_num_seqs,
+            max_tokens=config.max_batched_tokens,
+            max_blocks=self._max_blocks,
+            block_size=config.block_size,
+            device=self.device,
+        )
+        self._graphs: DecodeGraphs | None = None
 
     def run(self, batch: ScheduledBatch) -> Tensor:
         """Compute every scheduled token.
 
         Returns float32 logits ``(completing, vocab)``, one row for each scheduled sequence that
-        completes, in the order of the batch.
+        completes, in the order of the batch; they are overwritten by the next run.
         """
-        token_ids: list[int] = []
-        positions: list[Tensor] = []
-        slots: list[Tensor] = []
-        query_start, context_lens, last_rows = [0], [], []
-        block_tables = torch.zeros(
-            (len(batch), max(len(item.sequence.blocks) for item in batch)), dtype=torch.int32
-        )
-        for row, item in enumerate(batch):
-            sequence, start = item.sequence, item.sequence.num_computed_tokens
-            end = start + item.num_tokens
-            token_ids += sequence.token_ids[start:end]
-            block_tables[row, : len(sequence.blocks)] = torch.tensor(
-                sequence.blocks, dtype=torch.int32
-            )
-            position = torch.arange(start, end)
-            positions.append(position)
-            block = block_tables[row, position // self.block_size].long()
-            slots.append(block * self.block_size + position % self.block_size)
-            query_start.append(query_start[-1] + item.num_tokens)
-            context_lens.append(end)
-            if item.completes:
-                last_rows.append(query_start[-1] - 1)
-        attention = AttentionBatch(
-            query_start=torch.tensor(query_start, dtype=torch.int32).to(self.device),
-            context_lens=torch.tensor(context_lens, dtype=torch.int32).to(self.device),
-            block_tables=block_tables.to(self.device),
-            slot_mapping=torch.cat(slots).to(self.device),
-            max_query=max(item.num_tokens for item in batch),
-        )
+        lora_slots = [item.sequence.adapter_slot for item in batch]
+        adapted = any(slot >= 0 for slot in lora_slots)
+        if self._graphs is not None and all(i.num_tokens == 1 and i.completes for i in batch):
+            size = self._graphs.size_for(len(batch), adapted)
+            if size is not None:
+                self._inputs.build(batch, lora_slots if adapted else None, pad_to=size)
+                return self._graphs.run(size, adapted)[: len(batch)]
+        return self._compute(self._inputs.build(batch, lora_slots if adapted else None))
+
+    def _compute(self, inputs: StepInputs) -> Tensor:
+        adapters = None
+        if self.adapters is not None and inputs.lora is not None:
+            adapters = StepAdapters(self.adapters.layers, inputs.lora)
         hidden = self.decoder.forward(
-            torch.tensor(token_ids).to(self.device),
-            torch.cat(positions).to(self.device),
-            self.caches,
-            attention,
+            inputs.token_ids, inputs.positions, self.caches, inputs.attention, adapters
         )
-        if not last_rows:
-            return torch.empty(0, self.decoder.shape.vocab)
-        return self.decoder.logits(hidden[torch.tensor(last_rows).to(self.device)])
+        if not len(inputs.last_rows):
+            return torch.empty(0, self.decoder.shape.vocab, device=self.device)
+        return self.decoder.logits(hidden[inputs.last_rows])
+
+    def warm_up(self, progress: bool = True) -> None:
+        """Compile every kernel variant that serving will use, then capture the decode step.
+
+        Does nothing on the CPU, whose kernels are compiled ahead of time.
+        """
+        if self.device.type != "cuda":
+            return
+        from nybble.kernels.triton.warmup import warmup
+        from tqdm import tqdm
+
+        with torch.inference_mode():
+            warmup(
+                self.decoder.packed_weights(),
+                self._dtype,
+                self._max_batched_tokens,
+                progress=progress,
+            )
+            for tokens, seqs in tqdm(
+                self._warm_up_sizes(), desc="Compiling kernels", disable=not progress
+            ):
+                inputs = self._idle_prefill(tokens, seqs)
+                self._compute(inputs)
+                if self.adapters is not None:
+                    # Slots that are still empty: every kernel runs and adds nothing.
+                    slots = [row * seqs // tokens % self.adapters.count for row in range(tokens)]
+                    lora = LoRABatch.of(slots, self.device)
+                    self._compute(replace(inputs, lora=lora))
+            vocab = self.decoder.shape.vocab
+            sample_tokens(torch.zeros(1, vocab, device=self.device), [_ANY_CHOICE])
+        self.capture(cuda_capture(self.device), progress)
+
+    @torch.inference_mode()
+    def capture(
+        self, capture: Capture, progress: bool = True, sizes: Sequence[int] | None = None
+    ) -> None:
+        """Decode from graphs made by ``capture`` from now on, of the usual batch sizes or these."""
+        self._graphs = DecodeGraphs(
+            capture,
+            bucket_sizes(self._max_num_seqs) if sizes is None else sizes,
+            lambda size, adapted: self._inputs.build([], [] if adapted else None, pad_to=size),
+            self._compute,
+            adapters=self.adapters is not None,
+            progress=progress,
+        )
+
+    def _warm_up_sizes(self) -> list[tuple[int, int]]:
+        """(tokens, sequences): each size of matmul for one prompt, each size of batch for many."""
+        most = self._max_batched_tokens
+        tokens = [*(1 << power for power in range(1, most.bit_length()) if 1 << power < most), most]
+        seqs = [1 << power for power in range(4, self._max_num_seqs.bit_length() + 1)]
+        return [(count, 1) for count in tokens] + [(2 * n, n) for n in seqs if 2 * n <= most]
+
+    def _idle_prefill(self, tokens: int, seqs: int) -> StepInputs:
+        """Prompts of equal length that write nothing to the cache."""
+
+        def full(count: int, value: int, dtype: torch.dtype = torch.int64) -> Tensor:
+            return torch.full((count,), value, dtype=dtype, device=self.device)
+
+        length = tokens // seqs
+        starts = torch.arange(seqs + 1, dtype=torch.int32, device=self.device) * length
+        attention = AttentionBatch(
+            query_start=starts,
+            context_lens=full(seqs, length, torch.int32),
+            block_tables=full(seqs * self._max_blocks, 0, torch.int32).view(seqs, -1),
+            slot_mapping=full(tokens, -1),
+            max_query=max(length, 2),
+        )
+        return StepInputs(full(tokens, 0), full(tokens, 0), attention, starts[1:].long() - 1, None)

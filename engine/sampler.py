@@ -1,109 +1,173 @@
-"""From logits to the next token, one sequence at a time.
+"""From logits to the next tokens of a batch.
 
 Randomness is one uniform number per token from a generator of the sequence's own, turned into a
 token by inverting the cumulative distribution: a seeded request draws the same tokens whatever
-shares its batch.
+shares its batch. On a GPU everything but that number stays on the device until one transfer brings
+the tokens back.
 """
 
 from __future__ import annotations
 
 import secrets
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from nybble.engine.request import SamplingParams, TokenLogprob
+from nybble.kernels.ops import TokenChoice, sample_tokens
 from torch import Tensor
 
-# Nucleus sampling looks at this many candidates before it sorts the whole vocabulary.
-_NUCLEUS_CANDIDATES = 1024
+Sampled = tuple[int, TokenLogprob | None]
 
 
 class SequenceSampler:
-    """The sampling state of one sequence: its random generator and the tokens it has seen."""
+    """The sampling state of one sequence: its random generator and the tokens it has seen.
+
+    allowed: bool ``(vocab,)``, the tokens the next one may be, on any device; None for all. Whoever
+    guides a sequence sets it before each step; it comes after biases and penalties.
+    """
 
     def __init__(self, params: SamplingParams, prompt_token_ids: tuple[int, ...]) -> None:
         self.params = params
+        self.allowed: Tensor | None = None
         seed = params.seed if params.seed is not None else secrets.randbits(63)
         self._random = np.random.Generator(np.random.PCG64(seed & (1 << 64) - 1))
         self._prompt_token_ids = prompt_token_ids
-        self._seen: Tensor | None = None
+        self._in_prompt: Tensor | None = None
         self._counts: Tensor | None = None
 
-    def sample(self, logits: Tensor) -> tuple[int, TokenLogprob | None]:
-        """Choose a token from float32 logits ``(vocab,)``, which may be overwritten."""
+    @property
+    def penalizes(self) -> bool:
+        """Whether tokens seen before change the logits."""
         params = self.params
-        logprobs = torch.log_softmax(logits, dim=-1) if params.logprobs is not None else None
-        self._penalize(logits)
-        if params.temperature == 0:
-            token = int(logits.argmax())
-        else:
-            token = self._draw(logits.div_(params.temperature))
+        return bool(
+            params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty
+        )
+
+    def choice(self) -> TokenChoice:
+        """How the next token is chosen; takes a number from the generator unless it is greedy."""
+        params = self.params
+        uniform = self._random.random() if params.temperature else 0.0
+        return TokenChoice(params.temperature, params.top_k, params.top_p, params.min_p, uniform)
+
+    def seen(self, vocab: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Which tokens the prompt has, bool ``(vocab,)``, and how often each was generated."""
+        if self._counts is None or self._in_prompt is None:
+            self._counts = torch.zeros(vocab, device=device)
+            self._in_prompt = torch.zeros(vocab, dtype=torch.bool, device=device)
+            prompt = torch.tensor(self._prompt_token_ids, dtype=torch.int64, device=device)
+            self._in_prompt[prompt] = True
+        return self._in_prompt, self._counts
+
+    def record(self, token: int) -> None:
+        """Count a generated token."""
         if self._counts is not None:
             self._counts[token] += 1
-        return token, None if logprobs is None else _report(logprobs, token, params.logprobs or 0)
-
-    def _penalize(self, logits: Tensor) -> None:
-        params = self.params
-        if params.logit_bias:
-            ids = torch.tensor(list(params.logit_bias), device=logits.device)
-            logits[ids] += torch.tensor(list(params.logit_bias.values()), device=logits.device)
-        if not (
-            params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty
-        ):
-            return
-        if self._counts is None:
-            self._counts = torch.zeros_like(logits)
-            self._seen = torch.zeros_like(logits, dtype=torch.bool)
-            self._seen[list(self._prompt_token_ids)] = True
-        assert self._seen is not None
-        generated = self._counts > 0
-        penalty = params.repetition_penalty
-        if penalty != 1:
-            seen = self._seen | generated
-            penalized = torch.where(logits > 0, logits / penalty, logits * penalty)
-            logits.copy_(torch.where(seen, penalized, logits))
-        logits -= params.presence_penalty * generated + params.frequency_penalty * self._counts
-
-    def _draw(self, logits: Tensor) -> int:
-        """Truncate by top_k, then top_p, then min_p, and draw from what is left."""
-        params = self.params
-        probs = torch.softmax(logits, dim=-1)
-        ids: Tensor | None = None
-        if params.top_k and params.top_k < len(probs):
-            probs, ids = probs.topk(params.top_k)
-            probs = probs / probs.sum()
-        if params.top_p < 1:
-            probs, order = _nucleus(probs, params.top_p)
-            ids = order if ids is None else ids[order]
-        if params.min_p > 0:
-            probs = torch.where(probs >= params.min_p * probs.max(), probs, 0.0)
-        # float64, because a float32 sum over a large vocabulary misplaces its tail.
-        cumulative = probs.double().cumsum(0)
-        threshold = self._random.random() * float(cumulative[-1])
-        # `right` finds the first entry above the threshold, so a token of probability 0 is never
-        # chosen; the clamp covers a product that rounded up to the total.
-        index = int(torch.searchsorted(cumulative, threshold, right=True))
-        index = min(index, int(probs.nonzero()[-1]))
-        return index if ids is None else int(ids[index])
 
 
-def _nucleus(probs: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
-    """The fewest likeliest entries that sum to at least ``top_p``: (probabilities, indices)."""
-    count = min(_NUCLEUS_CANDIDATES, len(probs))
-    while True:
-        top, ids = probs.topk(count)
-        cumulative = top.cumsum(0)
-        if float(cumulative[-1]) >= top_p or count == len(probs):
-            # An entry stays if what precedes it has not yet reached top_p.
-            keep = int((cumulative - top < top_p).sum())
-            return top[:keep], ids[:keep]
-        count = len(probs)
+class PendingSample:
+    """Tokens that the device may still be computing."""
+
+    def __init__(self, logits: Tensor, samplers: Sequence[SequenceSampler]) -> None:
+        """Start on float32 logits ``(rows, vocab)``, which it overwrites, a sampler for each."""
+        self._samplers = samplers
+        self._asked = [row for row, each in enumerate(samplers) if each.params.logprobs is not None]
+        logprobs = torch.log_softmax(_rows(logits, self._asked), dim=-1) if self._asked else None
+        _bias(logits, samplers)
+        _penalize(logits, samplers)
+        for row, each in enumerate(samplers):
+            if each.allowed is not None:
+                logits[row].masked_fill_(~each.allowed.to(logits.device), float("-inf"))
+        chosen = sample_tokens(logits, [each.choice() for each in samplers])
+        self._found = [chosen]
+        if logprobs is not None:
+            most = max(samplers[row].params.logprobs or 0 for row in self._asked)
+            top = logprobs.topk(min(most, logprobs.shape[1]))
+            own = logprobs.gather(1, _rows(chosen, self._asked)[:, None])
+            self._found += [own, top.values, top.indices]
+
+    def result(self) -> list[Sampled]:
+        """The next token of each sequence, once the device has it."""
+        tokens, *reports = _to_host(self._found)
+        sampled: list[Sampled] = []
+        for row, (each, token) in enumerate(zip(self._samplers, tokens.tolist(), strict=True)):
+            each.record(token)
+            report = None
+            if each.params.logprobs is not None:
+                place = self._asked.index(row)
+                report = _report(reports, place, token, each.params.logprobs)
+            sampled.append((token, report))
+        return sampled
 
 
-def _report(logprobs: Tensor, token: int, alternatives: int) -> TokenLogprob:
-    values, ids = logprobs.topk(min(alternatives, len(logprobs)))
-    return TokenLogprob(
-        token_id=token,
-        logprob=float(logprobs[token]),
-        top=tuple(zip(ids.tolist(), values.tolist(), strict=True)),
-    )
+def sample(logits: Tensor, samplers: Sequence[SequenceSampler]) -> list[Sampled]:
+    """The next token of each sequence from float32 logits ``(rows, vocab)``; overwrites them."""
+    return PendingSample(logits, samplers).result()
+
+
+def _rows(tensor: Tensor, rows: list[int]) -> Tensor:
+    if len(rows) == len(tensor):
+        return tensor
+    return tensor[torch.tensor(rows, device=tensor.device)]
+
+
+def _bias(logits: Tensor, samplers: Sequence[SequenceSampler]) -> None:
+    entries = [
+        (row, token, bias)
+        for row, each in enumerate(samplers)
+        for token, bias in each.params.logit_bias.items()
+    ]
+    if entries:
+        rows, ids, biases = zip(*entries, strict=True)
+        at = torch.tensor([rows, ids], device=logits.device)
+        logits[at[0], at[1]] += torch.tensor(biases, dtype=logits.dtype, device=logits.device)
+
+
+def _penalize(logits: Tensor, samplers: Sequence[SequenceSampler]) -> None:
+    rows = [row for row, each in enumerate(samplers) if each.penalizes]
+    if not rows:
+        return
+    states = [samplers[row].seen(logits.shape[1], logits.device) for row in rows]
+    in_prompt, counts = (_stack([state[part] for state in states]) for part in (0, 1))
+    generated = counts > 0
+    penalized = _rows(logits, rows)
+
+    def column(name: str, off: float) -> Tensor | None:
+        values = [getattr(samplers[row].params, name) for row in rows]
+        if all(value == off for value in values):
+            return None
+        return torch.tensor(values, dtype=logits.dtype, device=logits.device)[:, None]
+
+    if (repetition := column("repetition_penalty", 1)) is not None:
+        scaled = torch.where(penalized > 0, penalized / repetition, penalized * repetition)
+        penalized = torch.where(in_prompt.logical_or(generated), scaled, penalized)
+    if (presence := column("presence_penalty", 0)) is not None:
+        penalized = penalized - presence * generated
+    if (frequency := column("frequency_penalty", 0)) is not None:
+        penalized = penalized - frequency * counts
+    if len(rows) == len(logits):
+        logits.copy_(penalized)
+    else:
+        logits[torch.tensor(rows, device=logits.device)] = penalized
+
+
+def _stack(tensors: list[Tensor]) -> Tensor:
+    return tensors[0][None] if len(tensors) == 1 else torch.stack(tensors)
+
+
+def _to_host(tensors: list[Tensor]) -> list[Tensor]:
+    """The tensors on the host, waiting for the device once."""
+    if not tensors[0].is_cuda:
+        return tensors
+    copies = [
+        torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True)
+        for t in tensors
+    ]
+    torch.cuda.current_stream(tensors[0].device).synchronize()
+    return copies
+
+
+def _report(reports: list[Tensor], row: int, token: int, alternatives: int) -> TokenLogprob:
+    own, values, ids = reports
+    pairs = zip(ids[row].tolist(), values[row].tolist(), strict=True)
+    return TokenLogprob(token, float(own[row, 0]), tuple(pairs)[:alternatives])

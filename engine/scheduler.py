@@ -1,19 +1,32 @@
 """Which tokens of which sequences the next step computes.
 
-A step has a token budget. Running sequences come first, oldest first: one token each while
-decoding, a chunk of the prompt while prefilling. What is left of the budget admits waiting
-sequences. When blocks run out, the youngest running sequence gives its blocks back and waits at the
-head of the queue; it is recomputed later from its tokens (prompt and output), mostly from the
-prefix cache.
+A step has a token budget. Decoding sequences come first, one token each; what is left of the budget
+prefills prompts in chunks, those already running before those that wait. When blocks run out, a
+running sequence gives its blocks back and waits at the head of its queue; it is recomputed later
+from its tokens (prompt and output), mostly from the prefix cache.
+
+Tenants share the engine by weight. Who is admitted next is decided by tokens served
+(:mod:`nybble.engine.fair_queue`). So that a tenant's crowd delays nobody else's first token, each
+tenant with prompts to prefill has its share of a step's budget before anyone has more, and a tenant
+below its share of sequences or blocks takes them from one above its own. A share nobody claims is
+everyone's; with one tenant all this is first come, first served.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from dataclasses import dataclass
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
+from nybble.engine.adapters import AdapterCache
 from nybble.engine.block_manager import BlockManager
+from nybble.engine.fair_queue import OUTPUT_COST, PROMPT_COST, FairQueue
 from nybble.engine.sequence import Sequence, SequenceStatus
+
+# Admissions that may pass a sequence whose adapter finds no slot, before those that would keep the
+# slots taken have to wait behind it.
+_MAX_OVERTAKEN = 32
 
 
 @dataclass(frozen=True)
@@ -32,87 +45,231 @@ class ScheduledSequence:
 ScheduledBatch = list[ScheduledSequence]
 
 
+@dataclass
+class _Plan:
+    """A step in the making: tokens per sequence, what is left, who found no adapter slot."""
+
+    budget: int
+    tokens: Counter[Sequence] = field(default_factory=Counter)
+    preempted: bool = False
+    slotless: list[Sequence] = field(default_factory=list)
+
+
 class Scheduler:
     """Owns the queues; every sequence it knows is either waiting or running."""
 
-    def __init__(self, blocks: BlockManager, max_num_seqs: int, max_batched_tokens: int) -> None:
+    def __init__(
+        self,
+        blocks: BlockManager,
+        max_num_seqs: int,
+        max_batched_tokens: int,
+        adapters: AdapterCache | None = None,
+    ) -> None:
         self.blocks = blocks
         self.max_num_seqs = max_num_seqs
         self.max_batched_tokens = max_batched_tokens
-        self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []
+        self.adapters = adapters
+        self.waiting = FairQueue()
+        self.running: list[Sequence] = []  # the longest running first
         self.preemptions = 0
         self.prefix_query_tokens = 0
         self.prefix_hit_tokens = 0
 
     def add(self, sequence: Sequence) -> None:
-        self.waiting.append(sequence)
+        self.waiting.push(sequence)
+        if sequence.adapter is not None:
+            self._adapters.queue(sequence.adapter)
 
     def schedule(self) -> ScheduledBatch:
-        """The next step's batch; empty only when nothing is waiting or running."""
-        batch: ScheduledBatch = []
-        budget = self.max_batched_tokens
-        preempted = False
-        index = 0
-        while index < len(self.running) and budget:
-            sequence = self.running[index]
-            count = min(sequence.num_uncomputed_tokens, budget)
-            while not self.blocks.grow(sequence, sequence.num_computed_tokens + count):
-                preempted = True
-                if self._preempt_youngest() is sequence:
-                    break
-            else:
-                batch.append(ScheduledSequence(sequence, count))
-                budget -= count
-                index += 1
-        if not preempted:
-            self._admit(batch, budget)
-        return batch
+        """The next step's batch; empty where nothing waits or runs, or adapters are being read."""
+        plan = _Plan(self.max_batched_tokens)
+        if self.adapters is not None:
+            self.adapters.begin_step()
+        for sequence in list(self.running):
+            if sequence.num_uncomputed_tokens == 1:
+                self._extend(plan, sequence, 1)
+        weights = self._weights_of_prefills()
+        if len(weights) > 1:
+            total, budget = sum(weights.values()), plan.budget
+            self._prefill(plan, {t: max(1, int(budget * w / total)) for t, w in weights.items()})
+        self._prefill(plan, dict.fromkeys(weights, plan.budget))
+        return [
+            ScheduledSequence(sequence, plan.tokens[sequence])
+            for sequence in self.running
+            if plan.tokens[sequence]
+        ]
 
-    def _admit(self, batch: ScheduledBatch, budget: int) -> None:
-        while self.waiting and budget and len(self.running) < self.max_num_seqs:
-            sequence = self.waiting[0]
+    def _weights_of_prefills(self) -> dict[str, float]:
+        """The tenants with prompts to prefill."""
+        weights = {tenant: self.waiting.of(tenant)[0].weight for tenant in self.waiting.tenants()}
+        for sequence in self.running:
+            if sequence.num_uncomputed_tokens > 1:
+                weights[sequence.tenant] = sequence.weight
+        return weights
+
+    def _prefill(self, plan: _Plan, rations: dict[str, int]) -> None:
+        """Spend at most ``rations`` tokens of each tenant on running and then on new prompts."""
+        for sequence in list(self.running):
+            if sequence.num_uncomputed_tokens > 1:
+                limit = rations.get(sequence.tenant, 0)
+                rations[sequence.tenant] = limit - self._extend(plan, sequence, limit)
+        blocked: set[str] = set()
+        while plan.budget and not plan.preempted:
+            tenant = next(
+                (t for t in self.waiting.tenants() if t not in blocked and rations.get(t)), None
+            )
+            if tenant is None:
+                return
+            admitted = self._admit_one(plan, tenant, min(rations[tenant], plan.budget))
+            rations[tenant] -= admitted
+            if not admitted:
+                blocked.add(tenant)
+
+    def _extend(self, plan: _Plan, sequence: Sequence, limit: int) -> int:
+        """Plan up to ``limit`` more tokens of a running sequence; returns how many."""
+        planned = plan.tokens[sequence]
+        count = min(sequence.num_uncomputed_tokens - planned, limit, plan.budget)
+        if count <= 0 or sequence.status is not SequenceStatus.RUNNING:
+            return 0
+        while not self.blocks.grow(sequence, sequence.num_computed_tokens + planned + count):
+            plan.preempted = True
+            victim = self._victim()
+            self._preempt(plan, victim)
+            if victim is sequence:
+                return 0
+        plan.tokens[sequence] += count
+        plan.budget -= count
+        return count
+
+    def _admit_one(self, plan: _Plan, tenant: str, limit: int) -> int:
+        """Let the first of a tenant's sequences that can run begin; returns its planned tokens."""
+        for sequence in self.waiting.of(tenant):
+            if sequence in plan.slotless or not self._may_run(plan, sequence):
+                continue
             cached = self.blocks.share_prefix(sequence)
-            count = min(len(sequence.token_ids) - cached, budget)
             # The whole of it must fit now, else a long prompt and a short one could preempt each
             # other for ever.
-            if self.blocks.blocks_for(len(sequence.token_ids)) - len(
-                sequence.blocks
-            ) > self.blocks.num_free_blocks or not self.blocks.grow(sequence, cached + count):
+            needed = self.blocks.blocks_for(len(sequence.token_ids))
+            if not self._make_room(plan, sequence, needed):
                 self.blocks.release(sequence)
-                return
-            self.waiting.popleft()
-            sequence.num_computed_tokens = cached
-            if sequence.num_cached_tokens is None:
-                sequence.num_cached_tokens = cached
-                self.prefix_query_tokens += sequence.num_prompt_tokens
-                self.prefix_hit_tokens += cached
-            sequence.status = SequenceStatus.RUNNING
-            self.running.append(sequence)
-            batch.append(ScheduledSequence(sequence, count))
-            budget -= count
+                return 0
+            if sequence.adapter is not None and not self._adapters.acquire(sequence.adapter):
+                self.blocks.release(sequence)
+                plan.slotless.append(sequence)
+                continue
+            for passed in plan.slotless:
+                passed.overtaken += sequence.adapter is not None
+            self._begin(plan, sequence, cached)
+            return self._extend(plan, sequence, limit)
+        return 0
 
-    def _preempt_youngest(self) -> Sequence:
-        sequence = self.running.pop()
+    def _may_run(self, plan: _Plan, sequence: Sequence) -> bool:
+        if sequence.adapter is None:
+            return True
+        if not self._adapters.ready(sequence.adapter):
+            return False
+        return all(passed.overtaken < _MAX_OVERTAKEN for passed in plan.slotless)
+
+    def _begin(self, plan: _Plan, sequence: Sequence, cached: int) -> None:
+        self.waiting.remove(sequence)
+        sequence.num_computed_tokens = cached
+        if sequence.num_cached_tokens is None:
+            sequence.num_cached_tokens = cached
+            sequence.queue_seconds = time.monotonic() - sequence.arrived
+            self.prefix_query_tokens += sequence.num_prompt_tokens
+            self.prefix_hit_tokens += cached
+            # Only once: a tenant does not pay for being preempted.
+            self.waiting.charge(sequence, PROMPT_COST * (sequence.num_prompt_tokens - cached))
+        sequence.status = SequenceStatus.RUNNING
+        self.running.append(sequence)
+
+    def _make_room(self, plan: _Plan, sequence: Sequence, needed: int) -> bool:
+        """Find a seat and ``needed`` blocks in all, others' beyond their share if need be.
+
+        Nobody above its share gets anything in this way, and the longest running sequence of a
+        tenant is never taken, so everyone comes to an end.
+        """
+        while len(self.running) >= self.max_num_seqs:
+            victim = self._above_share(sequence, self.max_num_seqs, lambda _: 1, 1)
+            if victim is None:
+                return False
+            self._preempt(plan, victim)
+        while needed - len(sequence.blocks) > self.blocks.num_free_blocks:
+            victim = self._above_share(
+                sequence, self.blocks.num_blocks, lambda running: len(running.blocks), needed
+            )
+            if victim is None:
+                return False
+            self._preempt(plan, victim)
+        return True
+
+    def _above_share(
+        self, newcomer: Sequence, capacity: int, usage: Callable[[Sequence], int], needed: int
+    ) -> Sequence | None:
+        """The youngest sequence of the tenant that uses most above its share of ``capacity``.
+
+        None where the newcomer itself would go above its tenant's share.
+        """
+        weights = {tenant: self.waiting.of(tenant)[0].weight for tenant in self.waiting.tenants()}
+        used: Counter[str] = Counter()
+        sequences: Counter[str] = Counter()
+        for sequence in self.running:
+            weights[sequence.tenant] = sequence.weight
+            used[sequence.tenant] += usage(sequence)
+            sequences[sequence.tenant] += 1
+        unit = capacity / sum(weights.values())
+        if used[newcomer.tenant] + needed > weights[newcomer.tenant] * unit:
+            return None
+        above = {
+            tenant: used[tenant] / weights[tenant]
+            for tenant in used
+            if sequences[tenant] > 1 and used[tenant] > weights[tenant] * unit
+        }
+        return self._youngest(max(above, key=above.__getitem__)) if above else None
+
+    def _victim(self) -> Sequence:
+        """The youngest of the tenant with most sequences for its weight, so never the oldest."""
+        counts: Counter[str] = Counter(sequence.tenant for sequence in self.running)
+        per_weight = {s.tenant: counts[s.tenant] / s.weight for s in self.running}
+        most = max(per_weight.values())
+        return next(s for s in reversed(self.running) if per_weight[s.tenant] == most)
+
+    def _youngest(self, tenant: str) -> Sequence:
+        return next(s for s in reversed(self.running) if s.tenant == tenant)
+
+    def _preempt(self, plan: _Plan, sequence: Sequence) -> None:
+        plan.budget += plan.tokens.pop(sequence, 0)
+        self.running.remove(sequence)
         self.blocks.release(sequence)
         sequence.num_computed_tokens = 0
         sequence.status = SequenceStatus.WAITING
-        self.waiting.appendleft(sequence)
+        self.waiting.push(sequence, front=True)
+        if sequence.adapter is not None:
+            self._adapters.preempt(sequence.adapter)
         self.preemptions += 1
-        return sequence
 
     def computed(self, item: ScheduledSequence) -> None:
         """Record that a scheduled item's keys and values are in the cache."""
         sequence = item.sequence
+        if item.completes:
+            self.waiting.charge(sequence, OUTPUT_COST)
         before = sequence.num_computed_tokens
         sequence.num_computed_tokens += item.num_tokens
         self.blocks.publish(sequence, before)
 
     def finish(self, sequence: Sequence) -> None:
         """Forget a sequence, wherever it is, and take its blocks back."""
-        if sequence.status is SequenceStatus.RUNNING:
+        running = sequence.status is SequenceStatus.RUNNING
+        if running:
             self.running.remove(sequence)
-        elif sequence.status is SequenceStatus.WAITING:
+        else:
             self.waiting.remove(sequence)
+        if sequence.adapter is not None:
+            self._adapters.release(sequence.adapter, running=running)
         self.blocks.release(sequence)
         sequence.status = SequenceStatus.FINISHED
+
+    @property
+    def _adapters(self) -> AdapterCache:
+        assert self.adapters is not None, "a sequence has an adapter, but adapters are off"
+        return self.adapters

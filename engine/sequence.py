@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from enum import Enum
 
+from nybble.engine.adapters import AdapterVersion
 from nybble.engine.detokenizer import Detokenizer
 from nybble.engine.request import Request
 from nybble.engine.sampler import SequenceSampler
@@ -21,6 +23,8 @@ class Sequence:
     num_computed_tokens: leading tokens whose keys and values are in the cache.
     blocks: ids of the KV blocks holding them, in order.
     block_hashes: the prefix-cache keys of the leading full blocks, as far as they are known.
+    adapter: the version of the request's adapter, settled when the request is taken.
+    overtaken: others admitted while this one's adapter found no slot.
     """
 
     def __init__(
@@ -35,12 +39,34 @@ class Sequence:
         self.num_prompt_tokens = len(request.prompt_token_ids)
         self.num_computed_tokens = 0
         self.num_cached_tokens: int | None = None
+        self.arrived = time.monotonic()
+        self.queue_seconds = 0.0
         self.blocks: list[int] = []
         self.block_hashes: list[bytes] = []
+        self.adapter: AdapterVersion | None = None
+        self.overtaken = 0
 
     @property
     def request_id(self) -> str:
         return self.request.request_id
+
+    @property
+    def tenant(self) -> str:
+        return self.request.tenant
+
+    @property
+    def weight(self) -> float:
+        return self.request.weight
+
+    @property
+    def prefix_root(self) -> bytes:
+        """What the keys of the prefix cache begin with: an adapter changes every key and value."""
+        return self.adapter.digest if self.adapter is not None else b""
+
+    @property
+    def adapter_slot(self) -> int:
+        """The device slot of the adapter while running, −1 for the base model."""
+        return -1 if self.adapter is None or self.adapter.slot is None else self.adapter.slot
 
     @property
     def num_output_tokens(self) -> int:

@@ -10,6 +10,16 @@
     shift by 4s brings two neighbouring columns to the low bits of the lane's two halves, which is
     the pair a bf16 dot-product instruction wants. Scales and zeros are
     ``(ceil(out / 16), groups, 16)``. Padding has code 0, scale 0 and zero 0.
+
+``gpu_tiles``
+    For tensor cores: tiles of 64 outputs by 128 columns, 4 KiB each, read in one contiguous piece.
+    qweight is uint8 ``(ceil(out / 64), ceil(in / 128), 64, 64)``. Each row of a tile is 32 16-bit
+    words and its columns are four slices of 32, one for each nibble of a word, so that unpacking a
+    word gives one element of each of four matrix operands (drawn in kernels/README.md). Where the
+    codes are plain integers (:attr:`PackedWeight.is_affine`), nibble ``s`` of word ``j`` is column
+    ``32s + j``. For a codebook, two neighbouring words make 32 bits whose byte ``s`` is columns
+    ``32s + j`` (low nibble) and ``32s + j + 1``, the order a byte-permute lookup wants. Scales and
+    zeros are ``(ceil(out / 64), groups, 64)``. Padding has code 0, scale 0 and zero 0.
 """
 
 from __future__ import annotations
@@ -20,14 +30,22 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-Layout = Literal["rows", "cpu_tiles"]
+Layout = Literal["rows", "cpu_tiles", "gpu_tiles"]
 
 TILE_OUT = 16
 TILE_IN = 8
 # The columns in the order of their nibbles within a lane, lowest first.
 _NIBBLE_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
+GPU_TILE_OUT = 64
+GPU_TILE_IN = 128
+
 Arrays = tuple[Tensor, Tensor, Tensor | None]
+
+
+def tile_rows(layout: Layout) -> int:
+    """Outputs in a tile: a weight can be cut between outputs at multiples of this."""
+    return {"rows": 1, "cpu_tiles": TILE_OUT}.get(layout, GPU_TILE_OUT)
 
 
 def padded_shape(
@@ -36,28 +54,33 @@ def padded_shape(
     """The shapes of qweight and of scales (and zeros) in ``layout``."""
     if layout == "rows":
         return (out_features, -(-in_features // 2)), (out_features, groups)
-    tiles = -(-out_features // TILE_OUT)
-    return (tiles, -(-in_features // TILE_IN), 64), (tiles, groups, TILE_OUT)
+    rows = tile_rows(layout)
+    tiles = -(-out_features // rows)
+    if layout == "cpu_tiles":
+        return (tiles, -(-in_features // TILE_IN), 64), (tiles, groups, rows)
+    codes = (tiles, -(-in_features // GPU_TILE_IN), rows, GPU_TILE_IN // 2)
+    return codes, (tiles, groups, rows)
 
 
-def from_rows(layout: Layout, qweight: Tensor, scales: Tensor, zeros: Tensor | None) -> Arrays:
-    """Re-lay ``rows`` arrays as ``layout``."""
+def from_rows(
+    layout: Layout, qweight: Tensor, scales: Tensor, zeros: Tensor | None, affine: bool
+) -> Arrays:
+    """Re-lay ``rows`` arrays as ``layout``; ``affine`` says that codes are plain integers."""
     if layout == "rows":
         return qweight, scales, zeros
-    out = qweight.shape[0]
-    extra_out = -out % TILE_OUT
-    extra_bytes = -qweight.shape[1] % (TILE_IN // 2)
+    rows = tile_rows(layout)
+    extra_out = -qweight.shape[0] % rows
+    columns = TILE_IN if layout == "cpu_tiles" else GPU_TILE_IN
+    extra_bytes = -qweight.shape[1] % (columns // 2)
     bytes_ = pad(qweight, (0, extra_bytes, 0, extra_out))
-    codes = torch.stack((bytes_ & 0xF, bytes_ >> 4), dim=-1)
-    codes = codes.view(-1, TILE_OUT, bytes_.shape[1] * 2 // TILE_IN, TILE_IN)
-    codes = codes[..., list(_NIBBLE_ORDER)].transpose(1, 2)
-    lanes = codes[..., 0::2] | (codes[..., 1::2] << 4)
+    codes = torch.stack((bytes_ & 0xF, bytes_ >> 4), dim=-1).view(-1, rows, bytes_.shape[1] * 2)
+    tiled = _to_cpu_tiles(codes) if layout == "cpu_tiles" else _to_gpu_tiles(codes, affine)
 
     def tile(values: Tensor) -> Tensor:
         padded = pad(values, (0, 0, 0, extra_out))
-        return padded.view(-1, TILE_OUT, values.shape[1]).transpose(1, 2).contiguous()
+        return padded.view(-1, rows, values.shape[1]).transpose(1, 2).contiguous()
 
-    return lanes.flatten(2).contiguous(), tile(scales), None if zeros is None else tile(zeros)
+    return tiled, tile(scales), None if zeros is None else tile(zeros)
 
 
 def to_rows(
@@ -68,14 +91,12 @@ def to_rows(
     out_features: int,
     in_features: int,
     groups: int,
+    affine: bool,
 ) -> Arrays:
     """Invert :func:`from_rows` exactly."""
     if layout == "rows":
         return qweight, scales, zeros
-    lanes = qweight.view(qweight.shape[0], qweight.shape[1], TILE_OUT, TILE_IN // 2)
-    nibbles = torch.stack((lanes & 0xF, lanes >> 4), dim=-1).flatten(3)
-    inverse = [_NIBBLE_ORDER.index(column) for column in range(TILE_IN)]
-    codes = nibbles[..., inverse].transpose(1, 2).flatten(2).flatten(0, 1)
+    codes = _from_cpu_tiles(qweight) if layout == "cpu_tiles" else _from_gpu_tiles(qweight, affine)
     packed = codes[:, 0::2] | (codes[:, 1::2] << 4)
 
     def untile(values: Tensor) -> Tensor:
@@ -86,3 +107,38 @@ def to_rows(
         untile(scales),
         None if zeros is None else untile(zeros),
     )
+
+
+def _to_cpu_tiles(codes: Tensor) -> Tensor:
+    """``(tiles, 16, columns)`` codes to ``(tiles, columns / 8, 64)`` bytes."""
+    codes = codes.view(-1, TILE_OUT, codes.shape[2] // TILE_IN, TILE_IN)
+    codes = codes[..., list(_NIBBLE_ORDER)].transpose(1, 2)
+    return (codes[..., 0::2] | (codes[..., 1::2] << 4)).flatten(2).contiguous()
+
+
+def _from_cpu_tiles(qweight: Tensor) -> Tensor:
+    lanes = qweight.view(qweight.shape[0], qweight.shape[1], TILE_OUT, TILE_IN // 2)
+    nibbles = torch.stack((lanes & 0xF, lanes >> 4), dim=-1).flatten(3)
+    inverse = [_NIBBLE_ORDER.index(column) for column in range(TILE_IN)]
+    return nibbles[..., inverse].transpose(1, 2).flatten(2).flatten(0, 1)
+
+
+def _to_gpu_tiles(codes: Tensor, affine: bool) -> Tensor:
+    """``(tiles, 64, columns)`` codes to ``(tiles, columns / 128, 64, 64)`` bytes."""
+    tiles, rows, columns = codes.shape
+    # The last three are the slice, the pair of words, and the word within the pair.
+    split = codes.view(tiles, rows, columns // GPU_TILE_IN, 4, 16, 2).transpose(1, 2)
+    # Words of four slices, or pairs of four slices of two columns.
+    nibbles = split.permute(0, 1, 2, 4, 5, 3) if affine else split.permute(0, 1, 2, 4, 3, 5)
+    flat = nibbles.flatten(3)
+    return (flat[..., 0::2] | (flat[..., 1::2] << 4)).contiguous()
+
+
+def _from_gpu_tiles(qweight: Tensor, affine: bool) -> Tensor:
+    tiles, steps, rows, _ = qweight.shape
+    nibbles = torch.stack((qweight & 0xF, qweight >> 4), dim=-1)
+    if affine:
+        split = nibbles.view(tiles, steps, rows, 16, 2, 4).permute(0, 1, 2, 5, 3, 4)
+    else:
+        split = nibbles.view(tiles, steps, rows, 16, 4, 2).permute(0, 1, 2, 4, 3, 5)
+    return split.transpose(1, 2).reshape(tiles * rows, steps * GPU_TILE_IN)

@@ -14,6 +14,8 @@ _ROWS_AT_A_TIME = 1024
 
 def preferred_layout(device: torch.device) -> Layout:
     """The layout the fastest kernel on ``device`` reads."""
+    if device.type == "cuda":
+        return "gpu_tiles"
     return "cpu_tiles" if device.type == "cpu" and library() is not None else "rows"
 
 
@@ -30,6 +32,11 @@ def packed_matmul(x: Tensor, weight: PackedWeight) -> Tensor:
         cpu = library()
         if cpu is not None and cpu.takes(weight):
             return cpu.packed_matmul(x, weight)
+    if x.device.type == "cuda":
+        from nybble.kernels.triton import matmul as gpu  # only here: Triton is for Linux
+
+        if gpu.takes(weight, x.dtype):
+            return gpu.packed_matmul(x, weight)
     return _dequantized_by_rows(x, weight)
 
 

@@ -1,23 +1,29 @@
 """The operations between the matmuls: each picks the fastest kernel its inputs allow.
 
-They compute what :mod:`nybble.kernels.reference` defines. The CPU kernels take bfloat16 with sizes
-that are multiples of their vectors; anything else goes to the reference.
+They compute what :mod:`nybble.kernels.reference` defines. On a GPU the Triton kernels take float16
+and bfloat16 of any size; the CPU kernels take bfloat16 with sizes that are multiples of their
+vectors; anything else goes to the reference.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from nybble.kernels import reference
 from nybble.kernels.attention_batch import AttentionBatch
 from nybble.kernels.cpu.library import CpuLibrary, library
+from nybble.kernels.reference import TokenChoice
 from torch import Tensor
 
 __all__ = [
     "AttentionBatch",
+    "TokenChoice",
     "add_rms_norm",
     "paged_attention",
     "rms_norm",
     "rotary_store",
+    "sample_tokens",
     "silu_mul",
 ]
 
@@ -28,14 +34,27 @@ def _cpu(x: Tensor, width: int, multiple: int) -> CpuLibrary | None:
     return None
 
 
+def _on_gpu(x: Tensor) -> bool:
+    """Triton is imported behind this: only machines with a GPU need it."""
+    return x.is_cuda and x.dtype in (torch.float16, torch.bfloat16)
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """See :func:`nybble.kernels.reference.rms_norm`."""
+    if _on_gpu(x):
+        from nybble.kernels.triton import norm
+
+        return norm.rms_norm(x, weight, eps)
     cpu = _cpu(x, x.shape[-1], 16)
     return cpu.rms_norm(x, weight, eps) if cpu else reference.rms_norm(x, weight, eps)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """See :func:`nybble.kernels.reference.add_rms_norm`."""
+    if _on_gpu(x):
+        from nybble.kernels.triton import norm
+
+        return norm.add_rms_norm(x, residual, weight, eps)
     cpu = _cpu(x, x.shape[-1], 16)
     kernel = cpu.add_rms_norm if cpu else reference.add_rms_norm
     return kernel(x, residual, weight, eps)
@@ -43,6 +62,10 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
 
 def silu_mul(gate_up: Tensor) -> Tensor:
     """See :func:`nybble.kernels.reference.silu_mul`."""
+    if _on_gpu(gate_up):
+        from nybble.kernels.triton import norm
+
+        return norm.silu_mul(gate_up)
     cpu = _cpu(gate_up, gate_up.shape[-1], 32)
     return cpu.silu_mul(gate_up) if cpu else reference.silu_mul(gate_up)
 
@@ -56,17 +79,51 @@ def rotary_store(
     k_cache: Tensor,
     v_cache: Tensor,
     slot_mapping: Tensor,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
 ) -> None:
     """See :func:`nybble.kernels.reference.rotary_store`. Heads of a row must be contiguous."""
-    cpu = _cpu(q, q.shape[-1], 32)
-    kernel = cpu.rotary_store if cpu else reference.rotary_store
-    kernel(q, k, v, cos, sin, k_cache, v_cache, slot_mapping)
+    if _on_gpu(q):
+        from nybble.kernels.triton import rotary
+
+        kernel = rotary.rotary_store
+    else:
+        cpu = _cpu(q, q.shape[-1], 32)
+        if cpu and k_scales is None:
+            return cpu.rotary_store(q, k, v, cos, sin, k_cache, v_cache, slot_mapping)
+        kernel = reference.rotary_store
+    kernel(q, k, v, cos, sin, k_cache, v_cache, slot_mapping, k_scales, v_scales)
 
 
 def paged_attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: AttentionBatch, scale: float
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    batch: AttentionBatch,
+    scale: float,
+    window: int = 0,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
 ) -> Tensor:
     """See :func:`nybble.kernels.reference.paged_attention`. Heads of a row must be contiguous."""
-    cpu = _cpu(q, q.shape[-1], 32)
-    kernel = cpu.paged_attention if cpu else reference.paged_attention
-    return kernel(q, k_cache, v_cache, batch, scale)
+    if _on_gpu(q):
+        from nybble.kernels.triton import attention
+
+        kernel = attention.paged_attention
+    else:
+        cpu = _cpu(q, q.shape[-1], 32)
+        if cpu and not window and k_scales is None:
+            return cpu.paged_attention(q, k_cache, v_cache, batch, scale)
+        kernel = reference.paged_attention
+    return kernel(q, k_cache, v_cache, batch, scale, window, k_scales, v_scales)
+
+
+def sample_tokens(logits: Tensor, choices: Sequence[TokenChoice]) -> Tensor:
+    """See :func:`nybble.kernels.reference.sample_tokens`."""
+    if all(choice.temperature == 0 for choice in choices):
+        return logits.argmax(-1)
+    if logits.is_cuda:
+        from nybble.kernels.triton import sampling
+
+        return sampling.sample_tokens(logits, choices)
+    return reference.sample_tokens(logits, choices)

@@ -15,7 +15,12 @@ NF4, FP4            the 16-entry codebook   absent; scale is absmax
 ==================  ======================  =========================
 
 Stored column ``k`` multiplies input feature ``perm[k]``: act-order checkpoints (GPTQ's ``g_idx``)
-are stored with their columns sorted by group, so groups are always contiguous.
+are stored with their columns sorted by group, so groups are always contiguous. A feature may be
+stored more than once, its weight being the sum: an 8-bit weight is two planes of 4-bit digits,
+
+    s · (16 · (high − 8) + (low − 8)),    the high digits' scale being 16 · s,
+
+side by side along the columns (:func:`pack_int8`), and needs no kernel of its own.
 
 The same weight can be laid out for different back ends (:mod:`nybble.kernels.layout`); the layout
 moves codes, scales and zeros about and never changes a value.
@@ -25,9 +30,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
-from nybble.kernels.layout import TILE_OUT, Layout, from_rows, padded_shape, to_rows
+from nybble.kernels.layout import Layout, from_rows, padded_shape, tile_rows, to_rows
 from torch import Tensor
 
 INTEGER_LEVELS = torch.arange(16, dtype=torch.float32)
@@ -58,14 +64,15 @@ class PackedWeight:
 
     In the ``rows`` layout (see :mod:`nybble.kernels.layout` for the others):
 
-    qweight: uint8 ``(out_features, ceil(in_features / 2))``; the even column is the low nibble.
+    qweight: uint8 ``(out_features, ceil(columns / 2))``; the even column is the low nibble.
     scales: float16, bfloat16 or float32 ``(out_features, groups)``.
     zeros: ``(out_features, groups)`` in the dtype of ``scales``, or None where every zero is 0.
 
     In every layout:
 
     levels: float32 ``(16,)``, the value of each code before zero and scale.
-    perm: int32 ``(in_features,)``, the input feature of each stored column, or None for identity.
+    perm: int32 ``(columns,)``, the input feature of each stored column, or None where column k is
+        feature k; each feature occurs at least once.
     bias: ``(out_features,)`` or None.
     """
 
@@ -90,7 +97,7 @@ class PackedWeight:
                 f"packed weight: out_features {self.out_features}, in_features {self.in_features} "
                 f"and group_size {self.group_size} must be positive"
             )
-        codes, groups = padded_shape(self.layout, self.out_features, self.in_features, self.groups)
+        codes, groups = padded_shape(self.layout, self.out_features, self.columns, self.groups)
         check("qweight dtype", self.qweight.dtype, torch.uint8)
         check("qweight shape", tuple(self.qweight.shape), codes)
         if self.scales.dtype not in _SCALE_DTYPES:
@@ -100,15 +107,34 @@ class PackedWeight:
         if self.zeros is not None:
             check("zeros shape", tuple(self.zeros.shape), groups)
             check("zeros dtype", self.zeros.dtype, self.scales.dtype)
-        if self.perm is not None:
-            check("perm shape", tuple(self.perm.shape), (self.in_features,))
+        if self.perm is not None and (self.perm.ndim != 1 or self.perm.shape[0] < self.in_features):
+            raise ValueError(
+                f"packed weight: perm shape is {tuple(self.perm.shape)}, "
+                f"expected ({self.in_features},) or more"
+            )
         if self.bias is not None:
             check("bias shape", tuple(self.bias.shape), (self.out_features,))
 
     @property
+    def columns(self) -> int:
+        """Stored columns of a row: ``in_features``, unless some features are stored repeatedly."""
+        return self.in_features if self.perm is None else self.perm.shape[0]
+
+    @property
     def groups(self) -> int:
-        """Groups in a row; the last one is short where group_size does not divide in_features."""
-        return -(-self.in_features // self.group_size)
+        """Groups in a row; the last one is short where group_size does not divide ``columns``."""
+        return -(-self.columns // self.group_size)
+
+    @cached_property
+    def level_values(self) -> tuple[float, ...]:
+        """``levels`` on the host. The first reading waits for the device: ask while loading."""
+        return tuple(self.levels.tolist())
+
+    @cached_property
+    def is_affine(self) -> bool:
+        """Whether the codes are plain integers: 0…15 with zeros, or −8…7 without."""
+        first = -8 if self.zeros is None else 0
+        return self.level_values == tuple(range(first, first + 16))
 
     @property
     def nbytes(self) -> int:
@@ -120,11 +146,11 @@ class PackedWeight:
         """The same weight laid out for another back end; every value is kept exactly."""
         if layout == self.layout:
             return self
-        out, columns, groups = self.out_features, self.in_features, self.groups
+        out, columns, groups = self.out_features, self.columns, self.groups
         qweight, scales, zeros = to_rows(
-            self.layout, self.qweight, self.scales, self.zeros, out, columns, groups
+            self.layout, self.qweight, self.scales, self.zeros, out, columns, groups, self.is_affine
         )
-        qweight, scales, zeros = from_rows(layout, qweight, scales, zeros)
+        qweight, scales, zeros = from_rows(layout, qweight, scales, zeros, self.is_affine)
         return replace(self, qweight=qweight, scales=scales, zeros=zeros, layout=layout)
 
     def to(self, device: torch.device) -> PackedWeight:
@@ -151,7 +177,7 @@ class PackedWeight:
         In a tiled layout ``start`` must be at the beginning of a tile.
         """
         stop = min(stop, self.out_features)
-        tile = 1 if self.layout == "rows" else TILE_OUT
+        tile = tile_rows(self.layout)
         if start % tile:
             raise ValueError(f"rows from {start}: {self.layout} is cut at multiples of {tile}")
         tiles = slice(start // tile, -(-stop // tile))
@@ -165,26 +191,53 @@ class PackedWeight:
         )
 
     def codes(self) -> Tensor:
-        """The 4-bit codes, uint8 ``(out_features, in_features)``, in stored column order."""
-        return unpack_nibbles(self.to_layout("rows").qweight, self.in_features)
+        """The 4-bit codes, uint8 ``(out_features, columns)``, in stored column order."""
+        return unpack_nibbles(self.to_layout("rows").qweight, self.columns)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight ``(out_features, in_features)`` in input order: the format's definition.
 
         The product is taken in float32 and rounded once to ``dtype``. With float16 scales the
-        float32 product is exact, so float16 output equals GPTQ's and AWQ's own.
+        float32 product is exact, so float16 output equals GPTQ's and AWQ's own. (So is the sum of
+        an 8-bit weight's two digits.)
         """
         rows = self.to_layout("rows")
-        columns = torch.arange(self.in_features, device=self.qweight.device) // self.group_size
+        group = torch.arange(self.columns, device=self.qweight.device) // self.group_size
         weight = self.levels[rows.codes().int()]
         if rows.zeros is not None:
-            weight -= rows.zeros.float()[:, columns]
-        weight *= rows.scales.float()[:, columns]
+            weight -= rows.zeros.float()[:, group]
+        weight *= rows.scales.float()[:, group]
         if self.perm is not None:
-            restored = torch.empty_like(weight)
-            restored[:, self.perm.long()] = weight
-            weight = restored
+            by_feature = weight.new_zeros(self.out_features, self.in_features)
+            weight = by_feature.index_add_(1, self.perm, weight)
         return weight.to(dtype)
+
+
+# The digits reach from 16 · −8 − 8 to 16 · 7 + 7; codes are chosen symmetric.
+INT8_MAX = 119
+
+
+def pack_int8(codes: Tensor, scales: Tensor, group_size: int) -> PackedWeight:
+    """An 8-bit weight ``scale · code`` as two planes of 4-bit digits.
+
+    codes: int16 ``(out, in)`` within ±INT8_MAX; scales: floating ``(out, in / group_size)``,
+    16 times which must be finite.
+    """
+    out, columns = codes.shape
+    if columns % group_size:
+        raise ValueError(f"{columns} columns are not a multiple of group_size {group_size}")
+    shifted = codes + 136
+    planes = torch.cat((shifted >> 4, shifted & 0xF), dim=1).to(torch.uint8)
+    return PackedWeight(
+        qweight=pack_nibbles(planes),
+        scales=torch.cat((scales * 16, scales), dim=1),
+        zeros=None,
+        levels=SYMMETRIC_LEVELS,
+        out_features=out,
+        in_features=columns,
+        group_size=group_size,
+        perm=torch.arange(columns, dtype=torch.int32).repeat(2),
+    )
 
 
 def stack_outputs(weights: Sequence[PackedWeight]) -> PackedWeight | None:

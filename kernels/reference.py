@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from nybble.kernels.attention_batch import AttentionBatch
 from nybble.kernels.packed import PackedWeight
@@ -51,19 +54,34 @@ def rotary_store(
     k_cache: Tensor,
     v_cache: Tensor,
     slot_mapping: Tensor,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
 ) -> None:
     """Rotate ``q`` in place; write rotated ``k`` and ``v`` into the caches.
 
     q ``(tokens, q_heads, head_dim)``, k and v ``(tokens, kv_heads, head_dim)``; cos and sin
     float32 ``(tokens, head_dim)``; caches ``(blocks, kv_heads, block_size, head_dim)``;
     slot_mapping int64 ``(tokens,)``: block · block_size + offset, or −1 to write nothing.
+
+    int8 caches come with k_scales and v_scales, float32 ``(blocks, kv_heads, block_size)``: each
+    head of each token is scaled so that its largest magnitude becomes 127.
     """
     block_size = k_cache.shape[2]
     kept = slot_mapping >= 0
     blocks, offsets = slot_mapping[kept] // block_size, slot_mapping[kept] % block_size
-    k_cache[blocks, :, offsets] = _rotate(k, cos, sin)[kept].to(k_cache.dtype)
-    v_cache[blocks, :, offsets] = v[kept].to(v_cache.dtype)
+    stored = (_rotate(k, cos, sin)[kept], k_cache, k_scales), (v[kept], v_cache, v_scales)
+    for values, cache, scales in stored:
+        if scales is not None:
+            values, scales[blocks, :, offsets] = _to_int8(values)
+        cache[blocks, :, offsets] = values.to(cache.dtype)
     q.copy_(_rotate(q, cos, sin))
+
+
+def _to_int8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Integers and their scale, one for each row of the last dimension."""
+    peak = x.float().abs().amax(-1)
+    inverse = torch.where(peak > 0, 127 / peak, 0.0)
+    return torch.floor(x.float() * inverse[..., None] + 0.5), peak / 127
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -74,31 +92,119 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def paged_attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: AttentionBatch, scale: float
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    batch: AttentionBatch,
+    scale: float,
+    window: int = 0,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of every sequence's new tokens over its cached keys and values.
 
-    q ``(tokens, q_heads, head_dim)``; caches as in :func:`rotary_store`. Query head h reads
-    KV head h // (q_heads / kv_heads). Returns ``(tokens, q_heads · head_dim)``.
+    q ``(tokens, q_heads, head_dim)``; caches and scales as in :func:`rotary_store`. Query head h
+    reads KV head h // (q_heads / kv_heads). window: each token sees itself and the ``window − 1``
+    tokens before it (0: all of them). Returns ``(tokens, q_heads · head_dim)``; the row of a
+    sequence without context, which only pads the batch, is undefined.
     """
     out = torch.empty_like(q)
     starts = batch.query_start.tolist()
     for index, context in enumerate(batch.context_lens.tolist()):
+        if context == 0:
+            continue
         queries = q[starts[index] : starts[index + 1]]
         blocks = -(-context // k_cache.shape[2])
         table = batch.block_tables[index, :blocks].long()
 
-        def gather(cache: Tensor, table: Tensor = table, context: int = context) -> Tensor:
-            return (
-                cache[table].transpose(1, 2).flatten(0, 1)[:context].float()
-            )  # (context, heads, d)
+        def gather(
+            cache: Tensor, scales: Tensor | None, table: Tensor = table, context: int = context
+        ) -> Tensor:
+            wide = cache[table].float()
+            if scales is not None:
+                wide *= scales[table][..., None]
+            return wide.transpose(1, 2).flatten(0, 1)[:context]  # (context, heads, d)
 
-        keys, values = gather(k_cache), gather(v_cache)
+        keys, values = gather(k_cache, k_scales), gather(v_cache, v_scales)
         repeats = q.shape[1] // keys.shape[1]
         keys, values = (t.repeat_interleave(repeats, dim=1) for t in (keys, values))
         scores = torch.einsum("qhd,khd->hqk", queries.float(), keys) * scale
         positions = torch.arange(context, device=q.device)
-        visible = positions <= positions[context - queries.shape[0] :, None]
+        own = positions[context - queries.shape[0] :, None]
+        visible = positions <= own
+        if window:
+            visible &= positions > own - window
         weights = scores.masked_fill(~visible, float("-inf")).softmax(-1)
         out[starts[index] : starts[index + 1]] = torch.einsum("hqk,khd->qhd", weights, values)
     return out.flatten(1)
+
+
+class TokenChoice(NamedTuple):
+    """How a row's token is chosen: see :func:`sample_tokens`. uniform: a number in [0, 1)."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    uniform: float
+
+
+def sample_tokens(logits: Tensor, choices: Sequence[TokenChoice]) -> Tensor:
+    """A token for every row of ``logits`` (float32 ``(rows, vocab)``): int64 ``(rows,)``.
+
+    Temperature 0 takes the largest. Otherwise what is left after top_k (0 is off), then top_p of
+    that, then min_p (relative to the likeliest) is drawn from by inverting its cumulative
+    distribution, in vocabulary order, at ``uniform``. Entries equal to the last one kept are kept.
+    """
+    tokens = [_sample(row, choice) for row, choice in zip(logits, choices, strict=True)]
+    return torch.stack(tokens)
+
+
+# Nucleus sampling looks at this many candidates first, then at eight times as many, and so on.
+_NUCLEUS_CANDIDATES = 1024
+
+
+def _sample(logits: Tensor, choice: TokenChoice) -> Tensor:
+    if choice.temperature == 0:
+        return logits.argmax()
+    probs = torch.softmax(logits / choice.temperature, dim=-1)
+    ids: Tensor | None = None
+    if 0 < choice.top_k < len(probs):
+        top = probs.topk(choice.top_k + 1)
+        ids = _at_least(probs, top.values[-2], top.values, top.indices)
+        probs = probs[ids]
+    if choice.top_p < 1:
+        kept = _nucleus(probs, choice.top_p)
+        probs, ids = probs[kept], kept if ids is None else ids[kept]
+    if choice.min_p > 0:
+        kept = (probs >= choice.min_p * probs.max()).nonzero()[:, 0]
+        probs, ids = probs[kept], kept if ids is None else ids[kept]
+    # float64, because a float32 sum over a large vocabulary misplaces its tail.
+    cumulative = probs.double().cumsum(0)
+    # `right` finds the first entry above the target, so that none of probability 0 is chosen.
+    target = choice.uniform * cumulative[-1:]
+    index = torch.searchsorted(cumulative, target, right=True)[0]
+    if index == len(probs):  # the product rounded up to the total
+        index = probs.nonzero()[-1, 0]
+    return index if ids is None else ids[index]
+
+
+def _nucleus(probs: Tensor, top_p: float) -> Tensor:
+    """The fewest likeliest entries that hold ``top_p`` of all, in their order."""
+    needed = top_p * probs.sum()
+    count = min(_NUCLEUS_CANDIDATES, len(probs))
+    while True:
+        values, ids = probs.topk(count)
+        cumulative = values.cumsum(0)
+        if count == len(probs) or cumulative[-1] >= needed:
+            # An entry stays if what precedes it does not hold top_p yet.
+            kept = int((cumulative - values < needed).sum())
+            return _at_least(probs, values[max(kept, 1) - 1], values, ids)
+        count = min(8 * count, len(probs))
+
+
+def _at_least(probs: Tensor, least: Tensor, top: Tensor, top_ids: Tensor) -> Tensor:
+    """Where ``probs`` is at least ``least``, in order; ``top`` are the largest of ``probs``."""
+    if len(top) == len(probs) or top[-1] < least:  # all of them are among the largest
+        return top_ids[top >= least].sort().values
+    return (probs >= least).nonzero()[:, 0]

@@ -52,25 +52,52 @@ class BnbReader:
         if in_features % 2:
             raise CheckpointError(f"{weight} has an odd number of inputs, {in_features}")
         absmax = _absmax(shards, weight, state)
-        group_size = math.gcd(in_features, blocksize)
-        if group_size < min(_SMALLEST_GROUP, blocksize):
-            raise CheckpointError(
-                f"{weight}: {in_features} inputs and blocks of {blocksize} would need groups of "
-                f"{group_size}; the smallest supported is {_SMALLEST_GROUP}"
-            )
-        # Blocks run over row ends; a group never does, and lies within one block.
-        block_of_group = torch.arange(out * in_features // group_size) * group_size // blocksize
         bias = module + ".bias"
-        return PackedWeight(
-            qweight=((flat >> 4) | (flat << 4)).view(out, in_features // 2),
-            scales=absmax[block_of_group].view(out, in_features // group_size),
-            zeros=None,
-            levels=shards.read(weight + ".quant_map", (16,)).float(),
-            out_features=out,
-            in_features=in_features,
-            group_size=group_size,
-            bias=shards.read(bias, (out,)) if bias in shards else None,
+        try:
+            return pack_blocks(
+                ((flat >> 4) | (flat << 4)).view(out, in_features // 2),
+                absmax,
+                shards.read(weight + ".quant_map", (16,)).float(),
+                in_features,
+                blocksize,
+                shards.read(bias, (out,)) if bias in shards else None,
+            )
+        except ValueError as error:
+            raise CheckpointError(f"{weight}: {error}") from error
+
+
+def pack_blocks(
+    rows: Tensor,
+    absmax: Tensor,
+    levels: Tensor,
+    in_features: int,
+    blocksize: int,
+    bias: Tensor | None,
+) -> PackedWeight:
+    """A codebook weight quantized in blocks of the flattened matrix.
+
+    rows: codes uint8 ``(out, in / 2)``, low nibble first; absmax float32 ``(blocks,)``. Blocks run
+    over row ends; a group never does, and lies within one block. Raises ValueError where that would
+    need groups below 16.
+    """
+    out = rows.shape[0]
+    group_size = math.gcd(in_features, blocksize)
+    if group_size < min(_SMALLEST_GROUP, blocksize):
+        raise ValueError(
+            f"{in_features} inputs and blocks of {blocksize} would need groups of "
+            f"{group_size}; the smallest supported is {_SMALLEST_GROUP}"
         )
+    block_of_group = torch.arange(out * in_features // group_size) * group_size // blocksize
+    return PackedWeight(
+        qweight=rows,
+        scales=absmax[block_of_group].view(out, in_features // group_size),
+        zeros=None,
+        levels=levels,
+        out_features=out,
+        in_features=in_features,
+        group_size=group_size,
+        bias=bias,
+    )
 
 
 def _absmax(shards: Shards, weight: str, state: Mapping[str, Any]) -> Tensor:

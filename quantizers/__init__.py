@@ -2,5 +2,15 @@
 
 from nybble.quantizers.checkpoint import LayerError, quantize_checkpoint
 from nybble.quantizers.gptq import GptqSettings
+from nybble.quantizers.in_flight import InFlight
+from nybble.quantizers.merge import MergedLayer, merge_adapter, merge_divergence
 
-__all__ = ["GptqSettings", "LayerError", "quantize_checkpoint"]
+__all__ = [
+    "GptqSettings",
+    "InFlight",
+    "LayerError",
+    "MergedLayer",
+    "merge_adapter",
+    "merge_divergence",
+    "quantize_checkpoint",
+]

@@ -1,10 +1,15 @@
 """Fixtures that every folder of tests may use."""
 
 import importlib.util
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+# Triton reads this when it is first imported, so it is set before any test imports torch: kernels
+# in the test process run in the interpreter, on the CPU. The proof on a GPU is `make gpu`.
+os.environ["TRITON_INTERPRET"] = "1"
 
 # Loaded by path: with `tests/` on sys.path, `tests/kernels` would answer `import kernels`,
 # which transformers and bitsandbytes probe for.
@@ -29,6 +34,27 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         key = tuple(sorted(options.items()))
         if key not in built:
             built[key] = _tiny.write_tiny_model(tmp_path_factory.mktemp("tiny"), **options)
+        return built[key]
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def tiny_adapter(
+    tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
+    """``tiny_adapter(family, **options)`` is the folder of a LoRA trained on that tiny model.
+
+    See ``write_tiny_adapter``. Folders are shared: do not write to them.
+    """
+    built: dict[str, Path] = {}
+
+    def build(family: str = "qwen2", **options: object) -> Path:
+        key = repr((family, sorted(options.items())))
+        if key not in built:
+            built[key] = _tiny.write_tiny_adapter(
+                tmp_path_factory.mktemp("adapter"), tiny_model(family=family), **options
+            )
         return built[key]
 
     return build

@@ -106,3 +106,32 @@ def write_tiny_model(
                 parameter.normal_(std=parameter.shape[1] ** -0.5, generator=generator)
     model.to(torch.bfloat16).save_pretrained(folder)
     return folder
+
+
+ALL_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def write_tiny_adapter(
+    folder: Path, model: Path, *, seed: int = 0, steps: int = 3, **options: object
+) -> Path:
+    """Train a LoRA on the tiny model ``model`` with peft and save it to ``folder``; returns it.
+
+    A few steps at a high rate towards random text, so that it visibly changes what the model says.
+    ``options`` are LoraConfig's; by default rank 4, alpha 8, on all projections.
+    """
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": list(ALL_PROJECTIONS)} | options
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    adapted = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **settings))
+    trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.Adam(trained, lr=0.03)
+    text = torch.randint(3, base.config.vocab_size, (2, 24))
+    for _ in range(steps):
+        adapted(input_ids=text, labels=text).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    adapted.save_pretrained(folder)
+    return folder

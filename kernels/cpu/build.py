@@ -1,4 +1,4 @@
-"""Compiles the C++ kernels once per source, compiler and flags, into the user's cache.
+"""Compiles the C++ kernels once per source, compiler and target, into the user's cache.
 
 ``python -m nybble.kernels.cpu.build`` does it ahead of time.
 """
@@ -10,16 +10,37 @@ import os
 import shutil
 import subprocess
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
-SOURCE = Path(__file__).with_name("kernels.cpp")
-# What the kernels use, as /proc/cpuinfo names it.
-CPU_FEATURES = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16")
 _FLAGS = (
-    *("-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-march=native"),
+    *("-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp"),
     # Without this GCC may split one loop's additions differently from another's and a row's result
     # would depend on its batch.
     "-ffp-contract=off",
+)
+
+
+@dataclass(frozen=True)
+class Target:
+    """Instruction sets the kernels are compiled for.
+
+    features: what the CPU must have, as /proc/cpuinfo names it. flags: the compiler's.
+    """
+
+    name: str
+    features: tuple[str, ...]
+    flags: tuple[str, ...]
+
+
+_AVX512 = ("avx512f", "avx512bw", "avx512vl", "avx512dq")
+TARGETS = (  # the fastest first
+    Target(
+        "avx512",
+        (*_AVX512, "avx512_bf16"),
+        ("-march=haswell", *(f"-m{feature}" for feature in _AVX512), "-mavx512bf16"),
+    ),
+    Target("avx2", ("avx2", "fma", "f16c"), ("-march=haswell",)),
 )
 
 
@@ -27,31 +48,41 @@ class CpuKernelsUnavailableError(RuntimeError):
     """The kernels cannot be built or run here; the message says what is missing."""
 
 
-def missing_cpu_features(cpuinfo: Path = Path("/proc/cpuinfo")) -> list[str]:
-    """The needed instruction sets this CPU lacks."""
-    if not cpuinfo.is_file():
-        return list(CPU_FEATURES)
-    for line in cpuinfo.read_text().splitlines():
-        if line.startswith("flags"):
-            present = set(line.split())
-            return [feature for feature in CPU_FEATURES if feature not in present]
-    return list(CPU_FEATURES)
+def missing_cpu_features(target: Target, cpuinfo: Path = Path("/proc/cpuinfo")) -> list[str]:
+    """The instruction sets of ``target`` this CPU lacks."""
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    flags = next((line.split() for line in lines if line.startswith("flags")), [])
+    return [feature for feature in target.features if feature not in flags]
 
 
-def build(compiler: str = "g++", cache: Path | None = None) -> Path:
-    """The path of the compiled library, compiling it if it is not in the cache.
+def best_target(cpuinfo: Path = Path("/proc/cpuinfo")) -> Target:
+    """The fastest target this CPU runs. Raises CpuKernelsUnavailableError naming what it lacks."""
+    for target in TARGETS:
+        missing = missing_cpu_features(target, cpuinfo)
+        if not missing:
+            return target
+    raise CpuKernelsUnavailableError(f"this CPU lacks {', '.join(missing)}")
+
+
+def build(
+    target: Target | None = None, *, compiler: str = "g++", cache: Path | None = None
+) -> Path:
+    """The path of the library for ``target`` (the best one), compiling it if it is not cached.
 
     Raises CpuKernelsUnavailableError naming what is missing.
     """
-    if missing := missing_cpu_features():
-        raise CpuKernelsUnavailableError(f"this CPU lacks {', '.join(missing)}")
+    target = target or best_target()
     found = shutil.which(compiler)
     if found is None:
         raise CpuKernelsUnavailableError(f"no C++ compiler: {compiler} is not on the PATH")
     version = subprocess.run([found, "--version"], capture_output=True, text=True).stdout
-    key = hashlib.sha256(SOURCE.read_bytes() + repr((version, _FLAGS, _cpu_model())).encode())
+    folder_here = Path(__file__).parent
+    sources = sorted(folder_here.glob("*.cpp"))
+    key = hashlib.sha256(repr((version, _FLAGS, target)).encode())
+    for source in (*sources, *sorted(folder_here.glob("*.h"))):
+        key.update(source.read_bytes())
     folder = cache or _user_cache() / "kernels"
-    library = folder / f"cpu-{key.hexdigest()[:16]}.so"
+    library = folder / f"cpu-{target.name}-{key.hexdigest()[:16]}.so"
     if library.is_file():
         return library
     folder.mkdir(parents=True, exist_ok=True)
@@ -59,19 +90,13 @@ def build(compiler: str = "g++", cache: Path | None = None) -> Path:
         output = Path(scratch) / "kernels.so"
         # OpenMP's symbols resolve to the runtime torch has loaded: a second one would start a
         # second pool of threads on the same cores. -nodefaultlibs keeps the driver from adding it.
-        command = [found, *_FLAGS, str(SOURCE), "-o", str(output), "-nodefaultlibs"]
-        command += ["-lstdc++", "-lm", "-lc", "-lgcc"]
+        command = [found, *_FLAGS, *target.flags, *map(str, sources), "-o", str(output)]
+        command += ["-nodefaultlibs", "-lstdc++", "-lm", "-lc", "-lgcc"]
         result = subprocess.run(command, capture_output=True, text=True)
         if result.returncode:
             raise CpuKernelsUnavailableError(f"{compiler} failed:\n{result.stderr.strip()}")
         os.replace(output, library)  # whole or not at all, whoever else builds it
     return library
-
-
-def _cpu_model() -> str:
-    """-march=native makes the library specific to the CPU; caches may be shared by machines."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line for line in lines if line.startswith("flags")), "")
 
 
 def _user_cache() -> Path:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from nybble.kernels.attention_batch import AttentionBatch
 from nybble.kernels.cpu.build import CpuKernelsUnavailableError, build
+from nybble.kernels.lora_batch import LoRABatch
 from nybble.kernels.packed import PackedWeight
 from torch import Tensor
 
@@ -49,18 +50,19 @@ class CpuLibrary:
         self._silu_mul = function("silu_mul", pointer, pointer, size, size, c_int)
         self._rotary = function("rotary_store", *[pointer] * 8, *[size] * 8)
         self._attention = function("paged_attention", *[pointer] * 7, *[size] * 7, c_float, c_int)
+        self._lora_add = function("lora_add", *[pointer] * 9, *[size] * 4, c_int)
 
     def takes(self, weight: PackedWeight) -> bool:
         """Whether the matmul kernel reads this weight: tiled, and groups end with an octet."""
         return weight.layout == "cpu_tiles" and (weight.group_size % 8 == 0 or weight.groups == 1)
 
     def packed_matmul(self, x: Tensor, weight: PackedWeight) -> Tensor:
-        """Levels are rounded to bfloat16, which integer levels survive exactly."""
+        """On AVX-512 levels are rounded to bfloat16, which integer levels survive exactly."""
         rows = x.reshape(-1, weight.in_features)
         if weight.perm is not None:
             rows = rows[:, weight.perm]
-        if weight.in_features % 8:
-            rows = torch.nn.functional.pad(rows, (0, -weight.in_features % 8))
+        if weight.columns % 8:
+            rows = torch.nn.functional.pad(rows, (0, -weight.columns % 8))
         rows = rows.contiguous()
         out = torch.empty(rows.shape[0], weight.out_features, dtype=torch.bfloat16)
         bias = None if weight.bias is None else weight.bias.float().contiguous()
@@ -171,3 +173,34 @@ class CpuLibrary:
             torch.get_num_threads(),
         )
         return out
+
+    def lora_add(
+        self,
+        out: Tensor,
+        x: Tensor,
+        a: Tensor,
+        b: Tensor,
+        ranks: Tensor,
+        offsets: tuple[int, ...],
+        batch: LoRABatch,
+    ) -> None:
+        """In ``b`` the outputs of one rank must be contiguous, as ``slot_buffers`` makes them."""
+        assert b.stride() == (b.shape[1] * b.shape[2], 1, b.shape[1])
+        assert x.is_contiguous()
+        assert out.is_contiguous()
+        self._lora_add(
+            out.data_ptr(),
+            x.data_ptr(),
+            a.data_ptr(),
+            b.data_ptr(),
+            ranks.data_ptr(),
+            batch.order.data_ptr(),
+            batch.segment_starts.data_ptr(),
+            batch.segment_slots.data_ptr(),
+            (c_int64 * len(offsets))(*offsets),
+            batch.segment_slots.shape[0],
+            len(offsets) - 1,
+            b.shape[2],
+            x.shape[-1],
+            torch.get_num_threads(),
+        )

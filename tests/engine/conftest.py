@@ -45,6 +45,22 @@ def plain_checkpoint(tiny_model: Callable[..., Path]) -> Callable[..., PlainChec
     return build
 
 
+class Recomputed:
+    """Stands in for a CUDA graph: computes again what was captured, from the same memory."""
+
+    def __init__(self, function: Callable[[], Tensor]) -> None:
+        self.function, self.out, self.replays = function, function(), 0
+
+    def replay(self) -> None:
+        self.out.copy_(self.function())
+        self.replays += 1
+
+
+@pytest.fixture(scope="session")
+def recomputed() -> type[Recomputed]:
+    return Recomputed
+
+
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -181,6 +182,60 @@ def test_a_seeded_request_draws_the_same_tokens_in_any_company(engine: Engine) -
         return tokens(results[0])
 
     assert asyncio.run(with_company(0)) == asyncio.run(with_company(4))
+
+
+def test_decoding_from_captured_batch_sizes_gives_the_same_tokens(
+    plain_checkpoint: Callable[..., object], recomputed: type
+) -> None:
+    captured: list[Any] = []
+
+    def capture(function: Callable[[], torch.Tensor]) -> tuple[object, torch.Tensor]:
+        captured.append(recomputed(function))
+        return captured[-1], captured[-1].out
+
+    async def crowd(engine: Engine) -> list[list[int]]:
+        requests = (Request(f"{i}", prompt(i, 3 + i), greedy(4 + 5 * i)) for i in range(5))
+        return [tokens(r) for r in await asyncio.gather(*(collect(engine, q) for q in requests))]
+
+    found = []
+    for use_graphs in (False, True):
+        engine = Engine.load(plain_checkpoint(), CONFIG, progress=False)  # type: ignore[arg-type]
+        if use_graphs:
+            engine._runner.capture(capture, progress=False)
+        engine.start()
+        found.append(asyncio.run(crowd(engine)))
+        engine.stop()
+    assert found[0] == found[1]
+    assert sum(graph.replays > 0 for graph in captured) >= 2
+
+
+def test_text_written_while_the_next_step_computes_is_the_same_text(
+    plain_checkpoint: Callable[..., object],
+) -> None:
+    options = [{}, {"stop": ("e",)}, {"logprobs": 1}, {"logit_bias": {5: 3.0}}]
+
+    async def crowd(engine: Engine) -> list[list[RequestOutput]]:
+        requests = (
+            Request(f"{i}", prompt(i, 3 + i), greedy(5 + 3 * i, **options[i % 4])) for i in range(8)
+        )
+        return list(await asyncio.gather(*(collect(engine, request) for request in requests)))
+
+    found = []
+    for overlap in (False, True):
+        engine = Engine.load(plain_checkpoint(), CONFIG, progress=False)  # type: ignore[arg-type]
+        engine._overlap = overlap
+        engine.start()
+        outputs = asyncio.run(crowd(engine))
+        stats = engine.stats()
+        assert stats.kv_blocks_free == stats.kv_blocks_total
+        engine.stop()
+        found.append(
+            [
+                [(o.text, o.token_ids, o.finish_reason, o.completion_tokens) for o in each]
+                for each in outputs
+            ]
+        )
+    assert found[0] == found[1]
 
 
 def test_a_stop_string_ends_the_text_before_it(engine: Engine) -> None:

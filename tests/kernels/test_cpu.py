@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nybble.kernels import PackedWeight, reference
 from nybble.kernels.attention_batch import AttentionBatch
-from nybble.kernels.cpu.build import CpuKernelsUnavailableError, build, missing_cpu_features
-from nybble.kernels.cpu.library import CpuLibrary, library
+from nybble.kernels.cpu.build import (
+    TARGETS,
+    CpuKernelsUnavailableError,
+    best_target,
+    build,
+    missing_cpu_features,
+)
+from nybble.kernels.cpu.library import CpuLibrary
 from nybble.kernels.matmul import packed_matmul
 from nybble.kernels.packed import INTEGER_LEVELS, SYMMETRIC_LEVELS, pack_nibbles
 from torch import Tensor
@@ -19,13 +26,13 @@ from torch import Tensor
 CODEBOOK = torch.linspace(-1, 1, 16).bfloat16().float()
 
 
-@pytest.fixture(scope="module")
-def cpu() -> CpuLibrary:
-    if missing := missing_cpu_features():
-        pytest.fail(f"the CPU kernels cannot be tested here: this CPU lacks {missing}")
-    found = library()
-    assert found is not None
-    return found
+@pytest.fixture(scope="module", params=TARGETS, ids=lambda target: target.name)
+def cpu(request: pytest.FixtureRequest) -> CpuLibrary:
+    """The kernels compiled for each target this machine runs, which must be one at least."""
+    best_target()
+    if missing := missing_cpu_features(request.param):
+        pytest.skip(f"this CPU lacks {', '.join(missing)}")
+    return CpuLibrary(ctypes.CDLL(str(build(request.param))))
 
 
 def random_weight(
@@ -73,7 +80,7 @@ def assert_close(found: Tensor, exact: Tensor, magnitude: Tensor) -> None:
     bias=st.booleans(),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_matmul(
     cpu: CpuLibrary,
     rows: int,
@@ -197,7 +204,16 @@ def test_rotary_and_paged_attention(
 
 def test_a_missing_compiler_and_a_missing_instruction_set_are_named(tmp_path: Path) -> None:
     with pytest.raises(CpuKernelsUnavailableError, match="no C\\+\\+ compiler: no-such-compiler"):
-        build("no-such-compiler", tmp_path)
+        build(compiler="no-such-compiler", cache=tmp_path)
     cpuinfo = tmp_path / "cpuinfo"
-    cpuinfo.write_text("flags\t: fpu sse avx2 avx512f\n")
-    assert missing_cpu_features(cpuinfo) == ["avx512bw", "avx512vl", "avx512dq", "avx512_bf16"]
+    cpuinfo.write_text("flags\t: fpu sse avx2 fma\n")
+    with pytest.raises(CpuKernelsUnavailableError, match="this CPU lacks f16c"):
+        best_target(cpuinfo)
+
+
+def test_the_best_target_is_chosen_by_the_flags_of_the_cpu(tmp_path: Path) -> None:
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text("flags\t: avx2 fma f16c avx512f avx512bw avx512vl avx512dq\n")
+    assert best_target(cpuinfo).name == "avx2"  # without BF16 the AVX-512 kernels do not run
+    cpuinfo.write_text(cpuinfo.read_text().rstrip() + " avx512_bf16\n")
+    assert best_target(cpuinfo).name == "avx512"

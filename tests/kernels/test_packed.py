@@ -8,8 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from nybble.kernels import PackedWeight
 from nybble.kernels.packed import (
+    INT8_MAX,
     INTEGER_LEVELS,
     SYMMETRIC_LEVELS,
+    pack_int8,
     pack_nibbles,
     stack_outputs,
     unpack_nibbles,
@@ -88,14 +90,18 @@ def random_weight(
     columns=st.integers(1, 70),
     group=st.integers(1, 70),
     zeros=st.booleans(),
+    codebook=st.booleans(),
 )
 def test_every_layout_holds_the_same_weight(
-    out: int, columns: int, group: int, zeros: bool
+    out: int, columns: int, group: int, zeros: bool, codebook: bool
 ) -> None:
     weight = random_weight(out, columns, group, zeros=zeros)
-    tiled = weight.to_layout("cpu_tiles")
-    assert torch.equal(tiled.dequantize(), weight.dequantize())
-    assert torch.equal(tiled.to_layout("rows").qweight, weight.qweight)
+    if codebook:
+        weight = replace(weight, levels=torch.rand(16))
+    for layout in ("cpu_tiles", "gpu_tiles"):
+        tiled = weight.to_layout(layout)  # type: ignore[arg-type]
+        assert torch.equal(tiled.dequantize(), weight.dequantize())
+        assert torch.equal(tiled.to_layout("rows").qweight, weight.qweight)
 
 
 def test_a_cpu_tile_lane_holds_neighbouring_columns_in_its_two_halves() -> None:
@@ -118,3 +124,16 @@ def test_outputs_sharing_an_input_become_one_weight() -> None:
     assert both is not None
     assert torch.equal(both.dequantize(), torch.cat([q.dequantize(), k.dequantize()]))
     assert stack_outputs([q, random_weight(3, 16, 4, zeros=True)]) is None
+
+
+def test_an_8_bit_weight_is_two_planes_of_4_bit_digits() -> None:
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(-INT8_MAX, INT8_MAX + 1, (5, 24), generator=generator)
+    scales = torch.rand(5, 3, generator=generator).half()
+    weight = pack_int8(codes.short(), scales, group_size=8)
+    exact = codes.double() * scales.double().repeat_interleave(8, dim=1)
+    assert torch.equal(weight.dequantize().double(), exact)
+    assert weight.columns == 48
+    x = torch.randn(2, 24, generator=generator)
+    torch.testing.assert_close(packed_matmul(x, weight), (x.double() @ exact.T).float())
+    assert torch.equal(weight.to_layout("cpu_tiles").dequantize(), weight.dequantize())

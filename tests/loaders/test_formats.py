@@ -118,6 +118,35 @@ def test_awq_equals_the_published_formula(tmp_path: Path, group_size: int) -> No
     assert torch.equal(weight.dequantize(torch.float16), expected.T)
 
 
+def test_an_awq_gemv_weight_computed_by_hand(tmp_path: Path) -> None:
+    """Eight inputs, one output: nibbles from the low one up are inputs 0, 1, …, 7."""
+    shards = one_module(
+        tmp_path,
+        qweight=torch.tensor([[as_int32(0x76543210)]], dtype=torch.int32),
+        qzeros=torch.tensor([[as_int32(0x77777772)]], dtype=torch.int32),
+        scales=torch.tensor([[0.5] + [float("nan")] * 7], dtype=torch.float16),
+    )
+    weight = AwqReader(group_size=-1, zero_point=True, gemv=True).read(shards, "layer")
+    assert weight is not None
+    assert weight.dequantize().flatten().tolist() == [-1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0, 2.5]
+
+
+@pytest.mark.parametrize(("group_size", "width"), [(32, 4), (64, 2), (128, 1)])
+def test_awq_gemv_equals_the_published_formula(tmp_path: Path, group_size: int, width: int) -> None:
+    columns, out = 256, 24
+    qweight, qzeros = random_int32(out, columns // 8), random_int32(out, width)
+    scales = torch.rand(out, width * 8).half()
+    order = list(range(8))
+    group = torch.arange(columns) // group_size
+    centred = unpacked(qweight, order) - unpacked(qzeros, order)[:, group]
+    expected = scales[:, group] * centred.half()
+
+    shards = one_module(tmp_path, qweight=qweight, qzeros=qzeros, scales=scales)
+    weight = AwqReader(group_size, zero_point=True, gemv=True).read(shards, "layer")
+    assert weight is not None
+    assert torch.equal(weight.dequantize(torch.float16), expected)
+
+
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 @pytest.mark.parametrize("nested", [False, True])
 def test_bitsandbytes_checkpoints_equal_its_own_dequantization(

@@ -80,6 +80,7 @@ def test_folding_leaves_the_block_as_it_was_in_full_precision(
 ) -> None:
     blocks = DecoderBlocks(tiny_model(family=family), torch.device("cpu"), 64)
     # Outlier channels, so that the scales are far from 1.
+    torch.manual_seed(0)
     hidden = blocks.embed(calibration()).float() * torch.rand(128).mul(3).exp()
     block = blocks.load(0).float()
     before = blocks.outputs(block, hidden)
@@ -88,7 +89,7 @@ def test_folding_leaves_the_block_as_it_was_in_full_precision(
     for name, (weight, _) in scale_block(block, statistics, 32).items():
         linear_layer(block, name).weight.data = weight
     changed = linear_layer(block, "mlp.down_proj").weight / original
-    assert changed.max() > 1.2  # it did scale
+    assert (changed - 1).abs().max() > 0.01  # it did scale
     torch.testing.assert_close(blocks.outputs(block, hidden), before, rtol=1e-4, atol=1e-4)
 
 

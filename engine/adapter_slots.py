@@ -1,0 +1,166 @@
+"""Adapters where the kernels read them: a fixed number of slots on the device.
+
+Every projection of every layer has one buffer over all slots, zero where an adapter has nothing. An
+adapter is *staged* in host memory in the same arrangement, so that filling a slot is only copying.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from nybble.kernels.lora import LoRABatch, lora_add, slot_buffers
+from nybble.loaders import LoRAAdapter
+from nybble.loaders.adapter import projection_shapes
+from torch import Tensor
+from transformers import PretrainedConfig
+
+# The projections of a layer that are computed as one, in the order of LayerSlots' fields.
+_PARTS = (
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("self_attn.o_proj",),
+    ("mlp.gate_proj", "mlp.up_proj"),
+    ("mlp.down_proj",),
+)
+
+
+@dataclass(frozen=True)
+class ProjectionSlots:
+    """The buffers of one (fused) projection; see :mod:`nybble.kernels.lora` for their shapes."""
+
+    modules: tuple[str, ...]
+    a: Tensor
+    b: Tensor
+    ranks: Tensor
+    offsets: tuple[int, ...]
+
+    def add(self, out: Tensor, x: Tensor, batch: LoRABatch) -> None:
+        lora_add(out, x, self.a, self.b, self.ranks, self.offsets, batch)
+
+
+@dataclass(frozen=True)
+class LayerSlots:
+    """The buffers of one decoder layer."""
+
+    qkv: ProjectionSlots
+    o_proj: ProjectionSlots
+    gate_up: ProjectionSlots
+    down_proj: ProjectionSlots
+
+
+@dataclass(frozen=True)
+class StepAdapters:
+    """What one step needs to apply adapters: the buffers, and which slot each row uses."""
+
+    layers: Sequence[LayerSlots]
+    batch: LoRABatch
+
+
+@dataclass(frozen=True)
+class StagedAdapter:
+    """An adapter in host memory, ready to be copied into a slot.
+
+    projections: for each projection in the order of the layers (a ``(parts, rank, in)``,
+    b ``(rank, out)`` with the factor α/r), or None where the adapter leaves it alone.
+    """
+
+    projections: Sequence[tuple[Tensor, Tensor] | None]
+    nbytes: int
+
+
+class AdapterSlots:
+    """``count`` slots for adapters of rank up to ``max_rank``.
+
+    shapes: what an adapter must fit, as :func:`nybble.loaders.adapter.projection_shapes` gives it.
+    """
+
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        *,
+        count: int,
+        max_rank: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.shapes = shapes = projection_shapes(config)
+        self.count = count
+        self.max_rank = max_rank
+        self.device = device
+        self.dtype = dtype
+        layers = int(config.num_hidden_layers)
+        # One tensor for all ranks, so that filling a slot writes them at once.
+        self._ranks = torch.zeros(layers * len(_PARTS), count, dtype=torch.int32, device=device)
+        self._rank_of = [[0] * count for _ in range(layers * len(_PARTS))]
+        self._projections: list[ProjectionSlots] = []
+        for layer in range(layers):
+            for parts in _PARTS:
+                modules = tuple(f"model.layers.{layer}.{part}" for part in parts)
+                offsets = [0]
+                for module in modules:
+                    offsets.append(offsets[-1] + shapes[module][0])
+                inputs = shapes[modules[0]][1]
+                a, b = slot_buffers(count, max_rank, inputs, tuple(offsets), dtype, device)
+                ranks = self._ranks[len(self._projections)]
+                self._projections.append(ProjectionSlots(modules, a, b, ranks, tuple(offsets)))
+        size = len(_PARTS)
+        self.layers = [
+            LayerSlots(*self._projections[layer * size : (layer + 1) * size])
+            for layer in range(layers)
+        ]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all slots together."""
+        return sum(each.a.nbytes + each.b.nbytes for each in self._projections)
+
+    def stage(self, adapter: LoRAAdapter) -> StagedAdapter:
+        """Arrange an adapter in host memory as the slots hold it; pinned for a GPU."""
+        plans: list[tuple[ProjectionSlots, int, int] | None] = []
+        total = 0
+        for slots in self._projections:
+            present = [adapter.modules[m] for m in slots.modules if m in adapter.modules]
+            rank = max((module.rank for module in present), default=0)
+            plans.append((slots, rank, total) if present else None)
+            total += rank * (len(slots.modules) * slots.a.shape[2] + slots.offsets[-1])
+        memory = torch.zeros(total, dtype=self.dtype, pin_memory=self.device.type == "cuda")
+        staged: list[tuple[Tensor, Tensor] | None] = []
+        for plan in plans:
+            if plan is None:
+                staged.append(None)
+                continue
+            slots, rank, at = plan
+            parts, inputs, outputs = len(slots.modules), slots.a.shape[2], slots.offsets[-1]
+            middle, end = at + parts * rank * inputs, at + rank * (parts * inputs + outputs)
+            a = memory[at:middle].view(parts, rank, inputs)
+            b = memory[middle:end].view(rank, outputs)
+            for part, name in enumerate(slots.modules):
+                module = adapter.modules.get(name)
+                if module is not None:
+                    a[part, : module.rank] = module.a
+                    scaled = (module.b.float() * module.scale).T
+                    b[: module.rank, slots.offsets[part] : slots.offsets[part + 1]] = scaled
+            staged.append((a, b))
+        return StagedAdapter(staged, memory.nbytes)
+
+    def fill(self, slot: int, staged: StagedAdapter) -> None:
+        """Copy an adapter into a slot; what the slot held is gone. Ordered with later kernels."""
+        ranks: list[int] = []
+        for index, (slots, pair) in enumerate(
+            zip(self._projections, staged.projections, strict=True)
+        ):
+            a = slots.a[slot].view(len(slots.modules), self.max_rank, -1)
+            b = slots.b[slot].T
+            rank = 0
+            if pair is not None:
+                rank = pair[1].shape[0]
+                a[:, :rank].copy_(pair[0], non_blocking=True)
+                b[:rank].copy_(pair[1], non_blocking=True)
+            before = self._rank_of[index][slot]
+            if before > rank:
+                a[:, rank:before].zero_()
+                b[rank:before].zero_()
+            self._rank_of[index][slot] = rank
+            ranks.append(rank)
+        self._ranks[:, slot] = torch.tensor(ranks, dtype=torch.int32).to(self.device)

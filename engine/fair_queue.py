@@ -1,0 +1,66 @@
+"""Waiting sequences of several tenants, in the order that serves them fairly.
+
+Each tenant has a virtual token counter: the tokens it was served, divided by its weight. The tenant
+with the lowest counter goes first, and its own requests in the order of arrival. A tenant that had
+nothing queued comes back with at least the lowest counter of those that have, so that nobody saves
+up service by staying away (Sheng et al. 2024, Fairness in Serving Large Language Models).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+
+from nybble.engine.sequence import Sequence
+
+# An output token costs about two of the prompt (the weights of the paper's evaluation).
+PROMPT_COST, OUTPUT_COST = 1.0, 2.0
+
+
+class FairQueue:
+    """First come, first served where there is one tenant."""
+
+    def __init__(self) -> None:
+        self._queues: dict[str, deque[Sequence]] = {}
+        self._counters: dict[str, float] = {}
+        self._last: str | None = None  # the last tenant whose queue became empty
+
+    def __len__(self) -> int:
+        return sum(map(len, self._queues.values()))
+
+    def __iter__(self) -> Iterator[Sequence]:
+        for queue in self._queues.values():
+            yield from queue
+
+    def tenants(self) -> list[str]:
+        """Those with something queued, the next to be served first."""
+        return sorted(self._queues, key=self._counters.__getitem__)
+
+    def of(self, tenant: str) -> deque[Sequence]:
+        """A tenant's sequences, the next first; not to be changed."""
+        return self._queues[tenant]
+
+    def push(self, sequence: Sequence, *, front: bool = False) -> None:
+        """Queue a sequence, at the front if it was served before."""
+        tenant = sequence.tenant
+        if tenant not in self._queues:
+            # With nobody queued, newcomers begin level with the last who was.
+            others = self._queues or ([self._last] if self._last is not None else [])
+            lowest = min((self._counters[other] for other in others), default=0.0)
+            self._counters[tenant] = max(self._counters.get(tenant, 0.0), lowest)
+            self._queues[tenant] = deque()
+        if front:
+            self._queues[tenant].appendleft(sequence)
+        else:
+            self._queues[tenant].append(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        tenant = sequence.tenant
+        self._queues[tenant].remove(sequence)
+        if not self._queues[tenant]:
+            del self._queues[tenant]
+            self._last = tenant
+
+    def charge(self, sequence: Sequence, cost: float) -> None:
+        """Count service to the sequence's tenant."""
+        self._counters[sequence.tenant] += cost / sequence.weight

@@ -1,0 +1,88 @@
+"""CUDA graphs of the decode step: one launch instead of hundreds, for a few batch sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Protocol
+
+import torch
+from nybble.engine.inputs import StepInputs
+from torch import Tensor
+
+
+class Replay(Protocol):
+    """A captured computation: computes again from what now lies in its inputs."""
+
+    def replay(self) -> None: ...
+
+
+Capture = Callable[[Callable[[], Tensor]], tuple[Replay, Tensor]]
+
+
+def bucket_sizes(max_num_seqs: int) -> list[int]:
+    """Batch sizes to capture: 1, 2, 4, 8, 16, 24, …, and the largest batch itself."""
+    sizes = [1, 2, 4, 8, *range(16, 129, 8), *range(144, 513, 16)]
+    return [*(size for size in sizes if size < max_num_seqs), max_num_seqs]
+
+
+def cuda_capture(device: torch.device) -> Capture:
+    """Captures on ``device``; all graphs share one pool of memory, since one runs at a time."""
+    pool = torch.cuda.graph_pool_handle()
+
+    def capture(function: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
+        # Once outside: kernels are compiled and libraries allocate what they keep.
+        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            function()
+        torch.cuda.current_stream(device).wait_stream(stream)
+        torch.cuda.synchronize(device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            out = function()
+        return graph, out
+
+    return capture
+
+
+class DecodeGraphs:
+    """Graphs by batch size, with and without adapters.
+
+    ``inputs_for(size, adapted)`` builds padded inputs; they lie at the same place whenever they are
+    built for the same size. ``compute`` turns them into logits ``(size, vocab)``.
+    """
+
+    def __init__(
+        self,
+        capture: Capture,
+        sizes: Iterable[int],
+        inputs_for: Callable[[int, bool], StepInputs],
+        compute: Callable[[StepInputs], Tensor],
+        *,
+        adapters: bool,
+        progress: bool = True,
+    ) -> None:
+        from tqdm import tqdm
+
+        self._graphs: dict[tuple[int, bool], tuple[Replay, Tensor]] = {}
+        kinds = (False, True) if adapters else (False,)
+        # The largest first: the others find room in the memory it leaves.
+        todo = [(size, kind) for size in sorted(sizes, reverse=True) for kind in kinds]
+        for size, adapted in tqdm(todo, desc="Capturing CUDA graphs", disable=not progress):
+            inputs = inputs_for(size, adapted)
+            self._graphs[size, adapted] = capture(partial(compute, inputs))
+
+    def size_for(self, rows: int, adapted: bool) -> int | None:
+        """The smallest captured batch that ``rows`` fit in, None where they fit in none."""
+        sizes = (size for size, kind in self._graphs if kind == adapted and size >= rows)
+        return min(sizes, default=None)
+
+    def run(self, size: int, adapted: bool) -> Tensor:
+        """Logits ``(size, vocab)`` of the inputs that were just built for this size.
+
+        They are overwritten by the next run.
+        """
+        graph, out = self._graphs[size, adapted]
+        graph.replay()
+        return out

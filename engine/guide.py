@@ -1,0 +1,103 @@
+"""Guided decoding: a grammar decides which tokens may come next.
+
+The automaton is llguidance's: built in about a millisecond, it walks the vocabulary at every step
+instead of enumerating states ahead, so a mask costs tens to hundreds of microseconds.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from nybble.engine.request import GuideError
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+# Imported where a guide is built: the engine runs on machines that have torch and little else.
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+
+# Enough for a line break and its indentation; without a limit a model may write spaces for ever.
+JSON_OPTIONS: Any = {"whitespace_pattern": r"[ \n\t]{1,40}"}
+
+
+class GrammarGuide:
+    """One sequence's place in a grammar (see :class:`nybble.engine.request.Guide`)."""
+
+    def __init__(self, matcher: LLMatcher) -> None:
+        self._matcher = matcher
+
+    def fork(self) -> GrammarGuide:
+        return GrammarGuide(self._matcher.deep_copy())
+
+    def allowed(self) -> Tensor:
+        # One byte per token: 0 or 200. In an error state the mask means nothing; accept() says so.
+        weights = np.frombuffer(self._matcher.compute_logit_bias(), dtype=np.uint8)
+        return torch.from_numpy(weights != 0)
+
+    def accept(self, token: int) -> bool:
+        if not self._matcher.consume_token(token):
+            raise GuideError(f"guided decoding failed: {_first_line(self._matcher.get_error())}")
+        return bool(self._matcher.is_stopped())
+
+
+class GrammarCompiler:
+    """Builds guides for one vocabulary; may be used from any thread."""
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, vocab: int, eos_token_ids: frozenset[int]
+    ) -> None:
+        self._backend = tokenizer.backend_tokenizer
+        self._vocab = vocab
+        self._eos_token_ids = sorted(eos_token_ids)
+        self._lock = threading.Lock()
+        self._tokenizer: LLTokenizer | None = None
+
+    def json_schema(self, schema: dict[str, Any]) -> GrammarGuide:
+        """JSON that is valid under ``schema``. Raises ValueError for what is not supported."""
+        from llguidance import LLMatcher
+
+        return self._guide(
+            LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=JSON_OPTIONS)
+        )
+
+    def regex(self, pattern: str) -> GrammarGuide:
+        """Text that matches all of ``pattern`` (Rust's syntax). Raises ValueError."""
+        from llguidance import LLMatcher
+
+        return self._guide(LLMatcher.grammar_from_regex(pattern))
+
+    def choice(self, choices: Sequence[str]) -> GrammarGuide:
+        """One of ``choices``."""
+        rules = " | ".join(json.dumps(choice, ensure_ascii=False) for choice in choices)
+        return self.grammar(f"start: {rules}")
+
+    def grammar(self, lark: str) -> GrammarGuide:
+        """Text of a Lark grammar, as llguidance reads them. Raises ValueError."""
+        from llguidance import LLMatcher
+
+        return self._guide(LLMatcher.grammar_from_lark(lark))
+
+    def _guide(self, grammar: str) -> GrammarGuide:
+        from llguidance import LLMatcher, LLTokenizer
+
+        with self._lock:
+            if self._tokenizer is None:  # takes seconds, so only if somebody asks
+                self._tokenizer = LLTokenizer(
+                    self._backend.to_str(), n_vocab=self._vocab, eos_token=self._eos_token_ids
+                )
+        matcher = LLMatcher(self._tokenizer, grammar, log_level=0)
+        if matcher.is_error():
+            raise ValueError(_first_line(matcher.get_error()))
+        return GrammarGuide(matcher)
+
+
+def _first_line(error: str) -> str:
+    lines = [line.strip() for line in error.splitlines() if line.strip()]
+    # A regex's error shows the pattern first and says what is wrong in its last "error:" line.
+    named = [line for line in lines if line.startswith("error:")]
+    return (named or lines or ["no reason given"])[0]

@@ -1,0 +1,233 @@
+"""A step's inputs: built on the host with numpy, sent to the device in one copy.
+
+The work of a step is proportional to its new tokens and new blocks. Block tables stay where they
+are between steps, on the host and on the device: while the same sequences follow each other in the
+batch, only blocks that a sequence has gained are written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Several
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from nybble.engine.scheduler import ScheduledBatch
+from nybble.engine.sequence import Sequence
+from nybble.kernels.attention_batch import AttentionBatch
+from nybble.kernels.lora_batch import LoRABatch
+from torch import Tensor
+
+_ALIGNMENT = 16  # of each array, which kernels are compiled for
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """What the decoder computes in one step, on its device.
+
+    token_ids, positions: int64 ``(tokens,)``. last_rows: int64 ``(completing,)``, the rows whose
+    logits are wanted. lora: the adapters of the rows, None where no row has one.
+    """
+
+    token_ids: Tensor
+    positions: Tensor
+    attention: AttentionBatch
+    last_rows: Tensor
+    lora: LoRABatch | None
+
+
+@lru_cache(maxsize=4096)
+def _layout(tokens: int, seqs: int) -> tuple[dict[str, tuple[int, int, Any]], int]:
+    """Where each array lies, as (offset, length, dtype), and the bytes of all. Fixed for a size, so
+    that a captured graph finds its inputs where they were."""
+    sizes = {
+        "token_ids": (tokens, np.int64),
+        "positions": (tokens, np.int64),
+        "slot_mapping": (tokens, np.int64),
+        "last_rows": (seqs, np.int64),
+        "query_start": (seqs + 1, np.int32),
+        "context_lens": (seqs, np.int32),
+        "lora_slots": (tokens, np.int32),
+        "lora_order": (tokens, np.int32),
+        "lora_starts": (seqs + 1, np.int32),
+        "lora_segments": (seqs, np.int32),
+    }
+    places, offset = {}, 0
+    for name, (length, dtype) in sizes.items():
+        places[name] = (offset, length, dtype)
+        offset += -(-length * np.dtype(dtype).itemsize // _ALIGNMENT) * _ALIGNMENT
+    return places, offset
+
+
+class InputBuffers:
+    """The memory that inputs are built in. Inputs are valid until the next are built."""
+
+    def __init__(
+        self,
+        *,
+        max_seqs: int,
+        max_tokens: int,
+        max_blocks: int,
+        block_size: int,
+        device: torch.device,
+    ) -> None:
+        on_gpu = device.type == "cuda"
+        self.block_size = block_size
+        self.max_blocks = max_blocks
+        _, size = _layout(max(max_tokens, max_seqs), max_seqs)
+        self._host = torch.zeros(size, dtype=torch.uint8, pin_memory=on_gpu)
+        self._bytes: NDArray[np.uint8] = self._host.numpy()
+        self._device = self._host if not on_gpu else torch.zeros_like(self._host, device=device)
+        tables = torch.zeros(max_seqs, max_blocks, dtype=torch.int32)
+        self._tables: NDArray[np.int32] = tables.numpy()
+        self._device_tables = tables if not on_gpu else tables.to(device)
+        # Whose blocks each row of the tables holds, and how many of them.
+        self._owners: list[tuple[Sequence, int]] = []
+
+    def build(
+        self, batch: ScheduledBatch, lora_slots: Several[int] | None = None, pad_to: int = 0
+    ) -> StepInputs:
+        """The inputs of a scheduled batch.
+
+        lora_slots: the adapter slot of each scheduled sequence, −1 for none; None for none at all.
+        pad_to: for a batch of one token each that all complete, the rows to pad it to, with rows
+        that have no context and write nothing. Logits are then wanted of every row.
+        """
+        self._update_tables(batch)
+        seqs = max(len(batch), pad_to)
+        counts = np.ones(seqs, np.int64)
+        starts = np.zeros(seqs, np.int64)
+        token_ids: list[int] = []
+        for row, item in enumerate(batch):
+            start = item.sequence.num_computed_tokens
+            starts[row] = start
+            if item.num_tokens == 1:
+                token_ids.append(item.sequence.token_ids[start])
+            else:
+                counts[row] = item.num_tokens
+                token_ids += item.sequence.token_ids[start : start + item.num_tokens]
+        tokens = int(counts.sum())
+        places, used = _layout(tokens, seqs)
+
+        def array(name: str) -> NDArray[Any]:
+            offset, length, dtype = places[name]
+            end = offset + length * np.dtype(dtype).itemsize
+            return self._bytes[offset:end].view(dtype)
+
+        real = len(token_ids)
+        array("token_ids")[:real] = token_ids
+        array("token_ids")[real:] = 0
+        query_start = array("query_start")
+        query_start[0] = 0
+        np.cumsum(counts, out=query_start[1:])
+        context_lens = array("context_lens")
+        context_lens[:] = starts + counts
+        context_lens[len(batch) :] = 0
+        if tokens == seqs:
+            rows, positions = np.arange(seqs), starts
+        else:
+            rows = np.repeat(np.arange(seqs), counts)
+            positions = np.arange(tokens) - query_start[rows] + starts[rows]
+        array("positions")[:] = positions
+        slots = array("slot_mapping")
+        blocks = self._tables[rows, positions // self.block_size].astype(np.int64)
+        slots[:] = blocks * self.block_size + positions % self.block_size
+        slots[real:] = -1
+        completing = np.fromiter((item.completes for item in batch), bool, len(batch))
+        last = rows if pad_to else query_start[1 : len(batch) + 1][completing] - 1
+        array("last_rows")[: len(last)] = last
+        groups = None
+        if lora_slots is not None:
+            of_sequence = np.full(seqs, -1, np.int32)
+            of_sequence[: len(batch)] = lora_slots
+            groups = _group(of_sequence[rows], array, padded=pad_to > 0)
+        if self._device is not self._host:
+            self._device[:used].copy_(self._host[:used], non_blocking=True)
+
+        def tensor(name: str, length: int | None = None) -> Tensor:
+            offset, full, dtype = places[name]
+            length = full if length is None else length
+            kind = torch.int64 if dtype is np.int64 else torch.int32
+            return self._device[offset : offset + length * kind.itemsize].view(kind)
+
+        attention = AttentionBatch(
+            query_start=tensor("query_start"),
+            context_lens=tensor("context_lens"),
+            block_tables=self._device_tables[:seqs],
+            slot_mapping=tensor("slot_mapping"),
+            max_query=int(counts.max()),
+        )
+        lora = None
+        if groups is not None:
+            adapted, segments, longest = groups
+            lora = LoRABatch(
+                slots=tensor("lora_slots"),
+                order=tensor("lora_order", adapted),
+                segment_starts=tensor("lora_starts", segments + 1),
+                segment_slots=tensor("lora_segments", segments),
+                max_segment=longest,
+            )
+        return StepInputs(
+            token_ids=tensor("token_ids"),
+            positions=tensor("positions"),
+            attention=attention,
+            last_rows=tensor("last_rows", len(last)),
+            lora=lora,
+        )
+
+    def _update_tables(self, batch: ScheduledBatch) -> None:
+        """Write the blocks each row's sequence has gained, or all where the row changed hands.
+
+        A sequence that lost its blocks has missed a step, and its row went to another or none.
+        """
+        at: list[int] = []
+        values: list[int] = []
+        del self._owners[len(batch) :]
+        for row, item in enumerate(batch):
+            sequence = item.sequence
+            blocks = sequence.blocks
+            written = 0
+            if row == len(self._owners):
+                self._owners.append((sequence, len(blocks)))
+            else:
+                owner, known = self._owners[row]
+                if owner is sequence:
+                    written = known
+                if owner is sequence and known == len(blocks):
+                    continue
+                self._owners[row] = (sequence, len(blocks))
+            gained = blocks[written:]
+            self._tables[row, written : len(blocks)] = gained
+            if self._device is not self._host:
+                first = row * self.max_blocks + written
+                at += range(first, first + len(gained))
+                values += gained
+        if at:
+            update = torch.tensor([at, values], dtype=torch.int64).to(self._device.device)
+            self._device_tables.view(-1).index_copy_(0, update[0], update[1].int())
+
+
+def _group(slots: NDArray[np.int32], array: Any, padded: bool) -> tuple[int, int, int]:
+    """Write the arrays of a LoRABatch; returns (rows adapted, segments, rows of the longest).
+
+    Padded, every array has its full length: the segments after the last are empty.
+    """
+    array("lora_slots")[:] = slots
+    adapted = np.flatnonzero(slots >= 0)
+    order = adapted[np.argsort(slots[adapted], kind="stable")]
+    used, lengths = np.unique(slots[order], return_counts=True)
+    array("lora_order")[: len(order)] = order
+    starts = array("lora_starts")
+    starts[0] = 0
+    np.cumsum(lengths, out=starts[1 : len(used) + 1])
+    segments = array("lora_segments")
+    segments[: len(used)] = used
+    if not padded:
+        return len(order), len(used), int(lengths.max())
+    array("lora_order")[len(order) :] = 0
+    starts[len(used) + 1 :] = len(order)
+    segments[len(used) :] = -1
+    return len(slots), len(segments), len(slots)

@@ -1,0 +1,52 @@
+"""Which rows of a step use which adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby, pairwise
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LoRABatch:
+    """Which adapter slot each row of a step uses.
+
+    slots: int32 ``(tokens,)``, −1 for the base model.
+    order: int32 ``(adapted,)``, the rows that have an adapter, those of one slot together.
+    segment_starts: int32 ``(segments + 1,)``, where each slot's rows begin in ``order``, and its
+        length.
+    segment_slots: int32 ``(segments,)``, the slot of each segment, all different.
+    max_segment: the most rows any segment has.
+    """
+
+    slots: Tensor
+    order: Tensor
+    segment_starts: Tensor
+    segment_slots: Tensor
+    max_segment: int
+
+    @classmethod
+    def of(cls, slots: Sequence[int], device: torch.device | str) -> LoRABatch | None:
+        """The batch of rows with these slots; None where none has an adapter."""
+        order = [row for row, slot in enumerate(slots) if slot >= 0]
+        if not order:
+            return None
+        order.sort(key=lambda row: slots[row])
+        starts, used = [0], []
+        for slot, rows in groupby(order, key=lambda row: slots[row]):
+            used.append(slot)
+            starts.append(starts[-1] + sum(1 for _ in rows))
+
+        def tensor(values: Sequence[int]) -> Tensor:
+            return torch.tensor(values, dtype=torch.int32).to(device)
+
+        return cls(
+            slots=tensor(slots),
+            order=tensor(order),
+            segment_starts=tensor(starts),
+            segment_slots=tensor(used),
+            max_segment=max(end - start for start, end in pairwise(starts)),
+        )

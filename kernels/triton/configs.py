@@ -1,0 +1,138 @@
+"""Which block shapes a matmul runs with: a table of measured choices, and a rule for the rest.
+
+The table is data: ``tuned.json`` beside this file, and a cache file of the user's that ``python -m
+nybble.kernels.triton.tune`` writes on the device it names. Nothing is measured while serving.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+
+SHIPPED = Path(__file__).with_name("tuned.json")
+BUCKETS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+TILE_N = 64
+STEP = 128
+
+
+@dataclass(frozen=True)
+class Config:
+    """How one bucket of rows is computed.
+
+    block_n, block_m: outputs and rows of a block. splits: programs sharing a block's columns.
+    scale_first: whether weights are scaled before the product (cheaper from 64 rows up) or each
+    group's product after it (exact weights, cheaper below). dense: dequantize to 16 bits and leave
+    the product to the vendor's library; the other fields then do not matter.
+    """
+
+    block_n: int
+    block_m: int
+    splits: int
+    num_warps: int
+    num_stages: int
+    scale_first: bool
+    dense: bool = False
+
+
+def bucket_of(rows: int) -> int:
+    """The smallest bucket that holds ``rows``, so that a new batch size needs no new kernel."""
+    return next((b for b in BUCKETS if rows <= b), BUCKETS[-1])
+
+
+def balanced_splits(blocks: int, steps: int, processors: int) -> int:
+    """How many programs should share a block's columns.
+
+    At small batches time is bytes over bandwidth, and bandwidth needs every processor reading, two
+    or more blocks each. Take the split with the least work for the busiest processor, counting a
+    step and a half to begin a part and half a step to add it, with no part under four steps.
+    """
+
+    def cost(splits: int) -> float:
+        busiest = -(-blocks * splits // processors)
+        return max(busiest, 2) * (-(-steps // splits) + 1.5) + splits / 2
+
+    return min(range(1, min(32, max(1, steps // 4)) + 1), key=cost)
+
+
+def default_config(rows: int, out_features: int, columns: int, processors: int = 132) -> Config:
+    """A choice from the roofline, not from measurement.
+
+    Under about 300 rows time is bytes over bandwidth: fill the memory pipe. Over it, time is
+    arithmetic: the largest block whose accumulators fit in registers. From 4096 rows up, writing
+    the weight out in 16 bits costs under a tenth of the product.
+    """
+    bucket = bucket_of(rows)
+    steps = -(-columns // STEP)
+    if bucket <= 64:
+        block_n = 128 if out_features >= 2048 else 64
+        splits = balanced_splits(-(-out_features // block_n), steps, processors)
+        small = bucket <= 32
+        return Config(block_n, bucket, splits, 4 if small else 8, 4 if small else 3, not small)
+    block_m = 64 if bucket == 128 else 128
+    blocks = -(-out_features // 128) * -(-bucket // block_m)
+    # Here parts are large beside the weight: split only where half the processors would idle.
+    splits = min(processors // blocks, max(1, steps // 4)) if 2 * blocks <= processors else 1
+    return Config(128, block_m, splits, 8, 3, scale_first=True, dense=bucket >= 4096)
+
+
+@lru_cache
+def tuned(device: str) -> dict[str, Config]:
+    """Measured choices for the device of this name: the shipped ones, and those tuned here."""
+    return {**read(SHIPPED).get(device, {}), **read(cache_path(device)).get(device, {})}
+
+
+def read(path: Path) -> dict[str, dict[str, Config]]:
+    """A file's choices by device and key; none where there is no file."""
+    if not path.exists():
+        return {}
+    devices = json.loads(path.read_text())
+    return {
+        device: {key: Config(**choice) for key, choice in entries.items()}
+        for device, entries in devices.items()
+    }
+
+
+def write(path: Path, device: str, choices: dict[str, Config]) -> None:
+    """Add ``choices`` to a file, replacing earlier ones of the same key."""
+    entries = read(path)
+    entries[device] = {**entries.get(device, {}), **choices}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(
+        {d: {k: asdict(c) for k, c in sorted(e.items())} for d, e in entries.items()}, indent=1
+    )
+    partial = path.with_suffix(".tmp")
+    partial.write_text(text + "\n")
+    partial.replace(path)
+    tuned.cache_clear()
+    choose.cache_clear()
+
+
+def cache_path(device: str) -> Path:
+    """Where choices tuned on this machine are kept."""
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return root / "nybble" / f"matmul-{re.sub(r'[^A-Za-z0-9]+', '-', device)}.json"
+
+
+def key_of(affine: bool, group: int, out_features: int, columns: int, bucket: int) -> str:
+    """The name of a choice in the table: what decides how much work there is and of what kind."""
+    kind = "affine" if affine else "codebook"
+    return f"{kind} g{group} {out_features}x{columns} m{bucket}"
+
+
+@lru_cache(maxsize=4096)
+def choose(
+    device: str,
+    processors: int,
+    affine: bool,
+    group: int,
+    out_features: int,
+    columns: int,
+    bucket: int,
+) -> Config:
+    """The measured choice, or else the rule's."""
+    found = tuned(device).get(key_of(affine, group, out_features, columns, bucket))
+    return found or default_config(bucket, out_features, columns, processors)

@@ -1,0 +1,165 @@
+"""What the assembler makes of the matmul: registers, shared memory and instructions of each shape.
+
+    python -m nybble.kernels.triton.inspect [--all] [--json]
+
+Needs no GPU. ``spill`` is bytes of local memory a thread takes, ``16B`` the 16-byte copies to
+shared memory a step makes, and the rest are instructions in the inner loop, of 128 columns:
+tensor-core products, int-to-float conversions, stores to shared memory (none: nothing is moved
+between lanes), bit operations, 16-bit float operations, and all of them; ``/weight`` is all of them
+for each weight a thread unpacks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+
+from nybble.kernels.triton import cubin
+from nybble.kernels.triton.configs import SHIPPED, Config, default_config, read
+from nybble.kernels.triton.matmul import matmul_kernel
+
+
+@dataclass(frozen=True)
+class Case:
+    """One compilation: what of a weight and of the activations selects code, and a shape."""
+
+    capability: int
+    dtype: str
+    codebook: bool
+    zeros: bool
+    group: int
+    config: Config
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table; see the module's description."""
+
+    registers: int
+    shared: int
+    spill: int
+    wide_copies: int
+    tensor_core: int
+    int_to_float: int
+    shared_stores: int
+    bit_ops: int
+    half_ops: int
+    loop: int
+    per_weight: float
+
+
+def shipped(everything: bool) -> Iterator[Case]:
+    """The configurations that are shipped; all of them, or those that differ in kind."""
+    buckets = (8, 16, 32, 64, 128, 256) if everything else (16, 256)
+    configs = [replace(default_config(b, 4096, 4096), splits=2) for b in buckets]
+    if everything:
+        measured = (c for entries in read(SHIPPED).values() for c in entries.values())
+        configs += dict.fromkeys(c for c in measured if not c.dense and c not in configs)
+    for config in configs:
+        yield Case(90, "bf16", False, False, 128, config)
+        yield Case(90, "bf16", True, False, 64, config)
+        if everything:
+            for dtype in ("fp16", "bf16"):
+                yield Case(90, dtype, False, True, 128, config)
+                yield Case(90, dtype, False, True, 32, config)
+                yield Case(90, dtype, True, False, 64, config)
+            for capability in (80, 89, 100):
+                yield Case(capability, "bf16", False, False, 128, config)
+                yield Case(capability, "fp16", False, True, 128, config)
+                yield Case(capability, "bf16", True, False, 64, config)
+    if not everything:
+        yield Case(90, "fp16", False, True, 32, configs[0])
+        yield Case(80, "fp16", False, True, 128, configs[0])
+        yield Case(89, "bf16", False, False, 128, configs[0])
+
+
+def compiled(case: Case) -> cubin.Report:
+    """The machine code of one case, for sizes that are multiples of 128."""
+    c = case.config
+    types = {
+        "x": "*" + case.dtype,
+        "qweight": "*i16",
+        "scales": "*fp16",
+        "zeros": "*fp16",
+        "levels": "*fp32",
+        "bias": "*fp16",
+        "out": "*" + case.dtype,
+        "parts": "*fp32",
+        "arrivals": "*i32",
+    }
+    numbers = ("rows", "out_features", "columns", "groups", "splits", "steps_each")
+    constants = {
+        "CODEBOOK": case.codebook,
+        "HAS_ZEROS": case.zeros,
+        "HAS_BIAS": True,
+        "GROUP": case.group,
+        "SETS": max(1, 128 // case.group),
+        "SCALE_FIRST": c.scale_first,
+        "SPLIT": c.splits > 1,
+        "WHOLE_STEPS": True,
+        "BLOCK_N": c.block_n,
+        "BLOCK_M": c.block_m,
+        "GROUP_M": 8,
+    }
+    return cubin.compile_kernel(
+        matmul_kernel,
+        types | dict.fromkeys(numbers, "i32"),
+        constants,
+        capability=case.capability,
+        num_warps=c.num_warps,
+        num_stages=c.num_stages,
+        aligned=("out_features", "columns"),
+    )
+
+
+def row(case: Case) -> Row:
+    """Compile a case and count."""
+    report = compiled(case)
+    loop = report.tensor_core_loop()
+    counts = cubin.opcodes(loop)
+    weights = case.config.block_n * 128 / (32 * case.config.num_warps)
+    return Row(
+        registers=report.registers,
+        shared=report.shared,
+        spill=report.local,
+        wide_copies=sum(i.opcode.startswith("LDGSTS") and ".128" in i.opcode for i in loop),
+        tensor_core=sum(n for code, n in counts.items() if code in cubin.TENSOR_CORE),
+        int_to_float=counts["I2F"] + counts["I2FP"],
+        shared_stores=counts["STS"] + counts["STSM"],
+        bit_ops=sum(counts[code] for code in ("LOP3", "PRMT", "SHF")),
+        half_ops=sum(counts[code] for code in ("HADD2", "HMUL2", "HFMA2")),
+        loop=len(loop),
+        per_weight=round(len(loop) / weights, 2),
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--all", action="store_true", help="every shipped configuration")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    arguments = parser.parse_args()
+    if not arguments.json:
+        print(
+            f"{'sm':>4}{'x':>5}  {'weights':<14}{'n × m':>10}{'warps':>6}{'regs':>6}{'shared':>8}"
+            f"{'spill':>6}{'16B':>4}{'mma':>5}{'i2f':>4}{'sts':>4}{'bits':>5}{'half':>5}{'all':>5}"
+            f"{'/weight':>8}"
+        )
+    for case in shipped(arguments.all):
+        r, c = row(case), case.config
+        if arguments.json:
+            print(json.dumps({"case": asdict(case), "row": asdict(r)}), flush=True)
+            continue
+        kind = "codebook" if case.codebook else "affine+z" if case.zeros else "affine"
+        print(
+            f"{case.capability:>4}{case.dtype:>5}  {kind + ' g' + str(case.group):<14}"
+            f"{f'{c.block_n}×{c.block_m}':>10}{c.num_warps:>6}{r.registers:>6}{r.shared:>8}"
+            f"{r.spill:>6}{r.wide_copies:>4}{r.tensor_core:>5}{r.int_to_float:>4}"
+            f"{r.shared_stores:>4}{r.bit_ops:>5}{r.half_ops:>5}{r.loop:>5}{r.per_weight:>8}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

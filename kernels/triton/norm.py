@@ -1,0 +1,107 @@
+"""RMSNorm with an optional residual, and the gated activation: one read and one write each.
+
+What they compute is defined in kernels/reference.py, roundings included.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Elements of one program; narrow rows (the heads of a QK norm) share one.
+_TILE = 2048
+_SILU_TILE = 1024
+
+
+@triton.jit(do_not_specialize=["rows"])
+def rms_norm_kernel(
+    x,
+    residual,
+    weight,
+    out,
+    total,
+    rows,
+    width,
+    eps,
+    HAS_RESIDUAL: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, WIDTH)
+    mask = (row < rows)[:, None] & (column < width)[None, :]
+    at = row.to(tl.int64)[:, None] * width + column[None, :]
+    value = tl.load(x + at, mask, 0.0)
+    if HAS_RESIDUAL:
+        value = (value.to(tl.float32) + tl.load(residual + at, mask, 0.0).to(tl.float32)).to(
+            value.dtype
+        )
+        tl.store(total + at, value, mask)
+    wide = value.to(tl.float32)
+    inverse = 1.0 / tl.sqrt(tl.sum(wide * wide, 1) / width + eps)
+    normed = (wide * inverse[:, None]).to(value.dtype).to(tl.float32)
+    scale = tl.load(weight + column, column < width, 0.0).to(tl.float32)
+    tl.store(out + at, (normed * scale[None, :]).to(value.dtype), mask)
+
+
+@triton.jit
+def silu_mul_kernel(gate_up, out, width, TILE: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    mask = column < width
+    gate = tl.load(gate_up + row * 2 * width + column, mask, 0.0)
+    up = tl.load(gate_up + row * 2 * width + width + column, mask, 0.0)
+    wide = gate.to(tl.float32)
+    # The activation is rounded before the product, as two separate operations would.
+    activated = (wide / (1.0 + tl.exp(-wide))).to(gate.dtype)
+    product = activated.to(tl.float32) * up.to(tl.float32)
+    tl.store(out + row * width + column, product.to(gate.dtype), mask)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """See :func:`nybble.kernels.reference.rms_norm`; float16, bfloat16 or float32."""
+    return _launch(x.contiguous(), None, weight, eps)[0]
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """See :func:`nybble.kernels.reference.add_rms_norm`."""
+    return _launch(x.contiguous(), residual.contiguous(), weight, eps)
+
+
+def _launch(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    width = x.shape[-1]
+    rows = x.numel() // width
+    out = torch.empty_like(x)
+    total = x if residual is None else torch.empty_like(x)
+    wide = triton.next_power_of_2(width)
+    per_program = max(1, _TILE // wide)
+    rms_norm_kernel[(triton.cdiv(rows, per_program),)](
+        x,
+        x if residual is None else residual,
+        weight,
+        out,
+        total,
+        rows,
+        width,
+        eps,
+        HAS_RESIDUAL=residual is not None,
+        ROWS=per_program,
+        WIDTH=wide,
+        num_warps=max(4, min(16, wide * per_program // 512)),
+    )
+    return out, total
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """See :func:`nybble.kernels.reference.silu_mul`."""
+    gate_up = gate_up.contiguous()
+    rows, width = gate_up.shape[0], gate_up.shape[1] // 2
+    out = torch.empty(rows, width, dtype=gate_up.dtype, device=gate_up.device)
+    silu_mul_kernel[(rows, triton.cdiv(width, _SILU_TILE))](
+        gate_up, out, width, TILE=_SILU_TILE, num_warps=4
+    )
+    return out

@@ -1,0 +1,156 @@
+"""Drawing the next token of every row in one launch, without sorting the vocabulary.
+
+A program takes a row. Truncations are thresholds on the logits: the k-th largest value, and the
+largest value whose tail holds top_p of the probability, are found by bisecting the float's ordered
+bit pattern with seven probes a pass, eleven passes for all 32 bits. The token then comes from
+inverting the cumulative distribution over what is left, in vocabulary order and in float64. No
+row's result depends on another's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from nybble.kernels.reference import TokenChoice
+from torch import Tensor
+
+TILE = 2048
+WARPS = 16
+_PASSES = 11  # 8^11 > 2^32
+
+
+@triton.jit
+def _key(x):
+    """int32 that order as the floats do."""
+    bits = x.to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def _threshold(
+    logits,
+    vocab,
+    lowest,
+    highest,
+    needed,
+    peak,
+    rate,
+    BY_MASS: tl.constexpr,
+    TILE: tl.constexpr,
+    PASSES: tl.constexpr,
+):
+    """The largest key at or above which there are ``needed`` entries, or that much exp2-mass.
+
+    Entries below ``lowest`` do not count. ``highest`` is above every entry.
+    """
+    low = lowest
+    high = highest
+    probe = tl.arange(0, 8) + 1
+    for _ in range(PASSES):
+        middle = low + (((high - low) * probe) >> 3)
+        narrow = middle.to(tl.int32)
+        found = tl.zeros([8, TILE], tl.float32)
+        for first in range(0, vocab, TILE):
+            column = first + tl.arange(0, TILE)
+            x = tl.load(logits + column, column < vocab, float("-inf"))
+            key = _key(x)
+            weight = tl.exp2((x - peak) * rate) if BY_MASS else tl.where(column < vocab, 1.0, 0.0)
+            weight = tl.where(key >= lowest, weight, 0.0)
+            found += tl.where(key[None, :] >= narrow[:, None], weight[None, :], 0.0)
+        enough = tl.sum(found, 1) >= needed
+        low = tl.maximum(low, tl.max(tl.where(enough, middle, low), 0))
+        high = tl.minimum(high, tl.min(tl.where(enough, high, middle), 0))
+    return low
+
+
+@triton.jit
+def sample_kernel(logits, choices, tokens, vocab, stride, TILE: tl.constexpr, PASSES: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * stride
+    temperature = tl.load(choices + row * 5)
+    top_k = tl.load(choices + row * 5 + 1)
+    top_p = tl.load(choices + row * 5 + 2).to(tl.float32)
+    min_p = tl.load(choices + row * 5 + 3).to(tl.float32)
+    uniform = tl.load(choices + row * 5 + 4)
+
+    peaks = tl.full([TILE], float("-inf"), tl.float32)
+    places = tl.zeros([TILE], tl.int32)
+    for first in range(0, vocab, TILE):
+        column = first + tl.arange(0, TILE)
+        x = tl.load(logits + column, column < vocab, float("-inf"))
+        places = tl.where(x > peaks, column, places)
+        peaks = tl.maximum(peaks, x)
+    peak = tl.max(peaks, 0)
+    token = tl.min(tl.where(peaks == peak, places, vocab), 0)
+
+    if temperature > 0:
+        rate = (1.4426950408889634 / temperature).to(tl.float32)
+        lowest = tl.full([], -(1 << 31), tl.int64)
+        highest = _key(peak).to(tl.int64) + 1
+        if (top_k > 0) & (top_k < vocab):
+            lowest = _threshold(
+                logits,
+                vocab,
+                lowest,
+                highest,
+                top_k.to(tl.float32),
+                peak,
+                rate,
+                False,
+                TILE,
+                PASSES,
+            )
+        if top_p < 1:
+            sums = tl.zeros([TILE], tl.float32)
+            for first in range(0, vocab, TILE):
+                column = first + tl.arange(0, TILE)
+                x = tl.load(logits + column, column < vocab, float("-inf"))
+                sums += tl.where(_key(x) >= lowest, tl.exp2((x - peak) * rate), 0.0)
+            needed = tl.sum(sums, 0) * top_p
+            lowest = _threshold(
+                logits, vocab, lowest, highest, needed, peak, rate, True, TILE, PASSES
+            )
+        total = tl.full([], 0.0, tl.float64)
+        for first in range(0, vocab, TILE):
+            column = first + tl.arange(0, TILE)
+            x = tl.load(logits + column, column < vocab, float("-inf"))
+            p = tl.exp2((x - peak) * rate)
+            p = tl.where((_key(x) >= lowest) & (p >= min_p), p, 0.0)
+            total += tl.sum(p.to(tl.float64), 0)
+        target = uniform * total
+        below = tl.full([], 0.0, tl.float64)
+        found = False
+        for first in range(0, vocab, TILE):
+            if not found:
+                column = first + tl.arange(0, TILE)
+                x = tl.load(logits + column, column < vocab, float("-inf"))
+                p = tl.exp2((x - peak) * rate)
+                p = tl.where((_key(x) >= lowest) & (p >= min_p), p, 0.0)
+                wide = p.to(tl.float64)
+                here = tl.sum(wide, 0)
+                # The last entry that can be drawn, should rounding have put the target at the end.
+                last = tl.max(tl.where(p > 0, column, -1), 0)
+                if last >= 0:
+                    token = last
+                if below + here > target:
+                    passed = tl.sum((below + tl.cumsum(wide, 0) <= target).to(tl.int32), 0)
+                    token = tl.minimum(first + passed, last)
+                    found = True
+                below += here
+    tl.store(tokens + row, token.to(tl.int64))
+
+
+def sample_tokens(logits: Tensor, choices: Sequence[TokenChoice]) -> Tensor:
+    """See :func:`nybble.kernels.reference.sample_tokens`."""
+    rows, vocab = logits.shape
+    packed = torch.tensor(choices, dtype=torch.float64)
+    if logits.is_cuda:
+        packed = packed.pin_memory().to(logits.device, non_blocking=True)
+    tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
+    sample_kernel[(rows,)](
+        logits, packed, tokens, vocab, logits.stride(0), TILE=TILE, PASSES=_PASSES, num_warps=WARPS
+    )
+    return tokens

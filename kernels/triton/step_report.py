@@ -1,0 +1,216 @@
+"""What the compiler makes of the kernels between the matmuls, for GPUs that need not be present.
+
+``python -m nybble.kernels.triton.step_report [--capability 90 …] [--json]`` compiles every kernel
+at the sizes of a model family and prints registers, shared memory, spills and the instructions that
+matter. ``--quick`` leaves out sizes that compile alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+from nybble.kernels.triton import attention, lora, norm, rotary, sampling
+from nybble.kernels.triton.cubin import TENSOR_CORE, Report, compile_kernel
+
+CAPABILITIES = (80, 89, 90, 100)
+# Query heads per KV head, and head_dim: Llama-2, Llama-3, Qwen2.5-0.5B.
+_HEADS = {"llama-2-13b": (1, 128), "llama-3-8b": (4, 128), "qwen2.5-0.5b": (7, 64)}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One compiled variant; wide_loads: 16-byte loads from global memory, asynchronous or not."""
+
+    kernel: str
+    variant: str
+    capability: int
+    registers: int
+    shared: int
+    spilled: int
+    tensor_core: int
+    wide_loads: int
+    loads: int
+
+    @classmethod
+    def of(cls, kernel: str, variant: str, capability: int, report: Report) -> Row:
+        loads = [i for i in report.instructions if i.opcode.startswith(("LDG", "LDGSTS"))]
+        return cls(
+            kernel,
+            variant,
+            capability,
+            report.registers,
+            report.shared,
+            report.local,
+            report.count(*TENSOR_CORE),
+            sum(".128" in i.opcode for i in loads),
+            len(loads),
+        )
+
+
+def rows(capability: int, quick: bool = False) -> Iterator[Row]:
+    """Every kernel at every size, compiled for one compute capability."""
+    for variant, (group, dim) in _HEADS.items():
+        for dtype in ("fp16", "bf16"):
+            if not quick or (variant, dtype) == ("llama-3-8b", "bf16"):
+                yield from _attention(f"{variant} {dtype}", group, dim, f"*{dtype}", capability)
+    half = "*bf16"
+    yield from _attention("llama-3-8b bf16, int8 KV", 4, 128, half, capability, quantized=True)
+    for max_rank in (16, 64):
+        for rows_ in (16, 32):
+            if not quick or (max_rank, rows_) == (64, 32):
+                yield from _lora(half, max_rank, rows_, capability)
+    if not quick or capability == 90:
+        yield from _elementwise(half, capability)
+
+
+def _attention(
+    variant: str, group: int, dim: int, half: str, capability: int, quantized: bool = False
+) -> Iterator[Row]:
+    int32, fp32 = "*i32", "*fp32"
+    shared = {
+        "q": half,
+        "k_cache": "*i8" if quantized else half,
+        "v_cache": "*i8" if quantized else half,
+        "k_scales": fp32 if quantized else half,
+        "v_scales": fp32 if quantized else half,
+        "query_start": int32,
+        "context_lens": int32,
+        "block_tables": int32,
+        "out": half,
+        "seqs": "i32",
+        "table_stride": "i32",
+        "q_stride": "i32",
+        "kv_heads": "i32",
+        "scale": "fp32",
+        "window": "i32",
+    }
+    partial = {"partial_out": fp32, "partial_peak": fp32, "partial_total": fp32}
+    aligned = ("table_stride", "q_stride")
+    constants = attention.decode_constants(group, dim, 16)
+    warps = constants.pop("num_warps")
+    report = compile_kernel(
+        attention.decode_kernel,
+        shared | partial,
+        constants | {"SEQS_PADDED": 64, "MAX_SPLITS": 49, "QUANTIZED": quantized},
+        capability=capability,
+        num_warps=warps,
+        aligned=aligned,
+    )
+    yield Row.of("decode", variant, capability, report)
+    constants = attention.prefill_constants(group, dim, 16, capability)
+    warps = constants.pop("num_warps")
+    report = compile_kernel(
+        attention.prefill_kernel,
+        shared,
+        constants | {"SEQS_PADDED": 64, "QUANTIZED": quantized},
+        capability=capability,
+        num_warps=warps,
+        aligned=aligned,
+    )
+    yield Row.of("prefill", variant, capability, report)
+
+
+def _lora(half: str, max_rank: int, rows_: int, capability: int) -> Iterator[Row]:
+    places = {"order": "*i32", "segment_starts": "*i32", "segment_slots": "*i32"}
+    counts = {"segments": "i32", "places": "i32"}
+    sizes = {
+        "PARTS": 3,
+        "MAX_RANK": max_rank,
+        "RANK_PADDED": max_rank,
+        "SEGMENTS": 64,
+        "ROWS": rows_,
+    }
+    variant = f"rank {max_rank}, {rows_} rows"
+    report = compile_kernel(
+        lora.shrink_kernel,
+        {"x": half, "a": half, "ranks": "*i32", **places, "partial": "*fp32"}
+        | counts
+        | {"width": "i32"},
+        sizes | {"CHUNK": lora.SHRINK_CHUNK, "TILE": lora.SHRINK_TILE},
+        capability=capability,
+        aligned=("width",),
+    )
+    yield Row.of("lora shrink", variant, capability, report)
+    strides = ("b_slot", "b_rank", "out_stride", "begin_1", "begin_2", "end")
+    report = compile_kernel(
+        lora.expand_kernel,
+        {"partial": "*fp32", "b": half, "ranks": "*i32", "out": half}
+        | places
+        | counts
+        | dict.fromkeys(strides, "i32"),
+        # Outputs are contiguous, which the launcher finds: their stride is a constant.
+        sizes | {"CHUNKS": 5, "TILE": lora.EXPAND_TILE, "b_out": 1},
+        capability=capability,
+        aligned=strides,
+    )
+    yield Row.of("lora expand", variant, capability, report)
+
+
+def _elementwise(half: str, capability: int) -> Iterator[Row]:
+    for width, per_program in ((5120, 1), (128, 16)):
+        report = compile_kernel(
+            norm.rms_norm_kernel,
+            dict.fromkeys(("x", "residual", "weight", "out", "total"), half)
+            | {"rows": "i32", "width": "i32", "eps": "fp32"},
+            {"HAS_RESIDUAL": True, "ROWS": per_program, "WIDTH": 8192 if per_program == 1 else 128},
+            capability=capability,
+            num_warps=16 if per_program == 1 else 4,
+            aligned=("width",),
+        )
+        yield Row.of("add_rms_norm", f"width {width}", capability, report)
+    report = compile_kernel(
+        norm.silu_mul_kernel,
+        {"gate_up": half, "out": half, "width": "i32"},
+        {"TILE": 1024},
+        capability=capability,
+        aligned=("width",),
+    )
+    yield Row.of("silu_mul", "", capability, report)
+    arrays = dict.fromkeys(("q", "k", "v", "k_cache", "v_cache"), half)
+    strides = ("q_stride", "k_stride", "v_stride")
+    report = compile_kernel(
+        rotary.rotary_store_kernel,
+        arrays
+        | dict.fromkeys(("k_scales", "v_scales"), half)
+        | {"cos": "*fp32", "sin": "*fp32", "slot_mapping": "*i64"}
+        | dict.fromkeys((*strides, "q_heads", "kv_heads"), "i32"),
+        {"DIM": 128, "BLOCK_SIZE": 16, "HEADS": 8, "HALF": 64, "QUANTIZED": False},
+        capability=capability,
+        aligned=strides,
+    )
+    yield Row.of("rotary_store", "head_dim 128", capability, report)
+    report = compile_kernel(
+        sampling.sample_kernel,
+        {"logits": "*fp32", "choices": "*fp64", "tokens": "*i64", "vocab": "i32", "stride": "i32"},
+        {"TILE": sampling.TILE, "PASSES": 11},
+        capability=capability,
+        num_warps=sampling.WARPS,
+        aligned=("vocab", "stride"),
+    )
+    yield Row.of("sample", "", capability, report)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--capability", type=int, nargs="*", default=CAPABILITIES)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--quick", action="store_true")
+    arguments = parser.parse_args()
+    found = [
+        row for capability in arguments.capability for row in rows(capability, arguments.quick)
+    ]
+    if arguments.json:
+        print(json.dumps([asdict(row) for row in found]))
+        return
+    columns = list(asdict(found[0]))
+    table = [columns, *([str(value) for value in asdict(row).values()] for row in found)]
+    widths = [max(len(line[i]) for line in table) for i in range(len(columns))]
+    for line in table:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""Compiles every matmul a set of weights will need before the first request."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from nybble.kernels.packed import PackedWeight
+from nybble.kernels.triton.configs import BUCKETS
+from nybble.kernels.triton.dequantize import stored_columns
+from nybble.kernels.triton.matmul import packed_matmul, takes
+from tqdm import tqdm
+
+
+def signature(weight: PackedWeight) -> tuple[object, ...]:
+    """What two weights must share to run the same machine code for every number of rows."""
+    return (
+        weight.out_features,
+        stored_columns(weight),
+        weight.groups,
+        weight.group_size,
+        weight.scales.dtype,
+        weight.is_affine,
+        weight.zeros is not None,
+        None if weight.bias is None else weight.bias.dtype,
+    )
+
+
+def warmup(
+    weights: Iterable[PackedWeight], dtype: torch.dtype, max_rows: int, *, progress: bool = True
+) -> int:
+    """Run every matmul of ``weights`` once for each bucket up to ``max_rows`` rows of ``dtype``.
+
+    Compiles, sets up the counters CUDA graphs need, and reads each weight's levels, so that nothing
+    later waits for the device. Returns how many products were run.
+    """
+    distinct = {}
+    for weight in weights:
+        assert weight.is_affine in (True, False)  # reads the levels of every weight
+        if takes(weight, dtype):
+            distinct[signature(weight)] = weight
+    largest = next((b for b in BUCKETS if b >= max_rows), BUCKETS[-1])
+    work = [(w, rows) for w in distinct.values() for rows in BUCKETS if rows <= largest]
+    for weight, rows in tqdm(work, desc="compiling matmuls", disable=not progress):
+        packed_matmul(
+            torch.zeros(rows, weight.in_features, dtype=dtype, device=weight.qweight.device), weight
+        )
+    return len(work)

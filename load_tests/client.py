@@ -1,0 +1,79 @@
+"""One streamed completion against an OpenAI-compatible server, timed token by token."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import aiohttp
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One request. Times are in seconds from the moment it was sent.
+
+    arrivals: when each event with text arrived. tokens: generated, as the server counts them.
+    error: what went wrong, or None.
+    """
+
+    arrivals: Sequence[float]
+    prompt_tokens: int = 0
+    tokens: int = 0
+    error: str | None = None
+
+    @property
+    def first(self) -> float:
+        """Time to first token."""
+        return self.arrivals[0]
+
+    @property
+    def gaps(self) -> list[float]:
+        """Inter-token latencies."""
+        return [b - a for a, b in zip(self.arrivals, self.arrivals[1:], strict=False)]
+
+
+@dataclass(frozen=True)
+class Client:
+    """Sends completions to ``url`` (…/v1) for ``model``."""
+
+    session: aiohttp.ClientSession
+    url: str
+    model: str
+    headers: dict[str, str] = field(default_factory=dict)
+
+    async def complete(self, prompt: str | list[int], max_tokens: int) -> Timing:
+        """Generate exactly ``max_tokens`` greedy tokens; failures come back as ``error``."""
+        body = {
+            "model": self.model,
+            "prompt": prompt,
+            "max_tokens": max_tokens,
+            "temperature": 0,
+            "ignore_eos": True,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        start = time.perf_counter()
+        arrivals: list[float] = []
+        usage: dict[str, int] = {}
+        try:
+            async with self.session.post(
+                f"{self.url}/completions", json=body, headers=self.headers
+            ) as response:
+                if response.status != 200:
+                    return Timing((), error=f"{response.status}: {await response.text()}")
+                async for line in response.content:
+                    if not line.startswith(b"data: {"):
+                        continue
+                    event = json.loads(line[6:])
+                    if "error" in event:
+                        return Timing(arrivals, error=str(event["error"]))
+                    if event.get("choices"):
+                        arrivals.append(time.perf_counter() - start)
+                    usage = event.get("usage") or usage
+        except (TimeoutError, aiohttp.ClientError) as error:
+            return Timing(arrivals, error=repr(error))
+        if not usage:
+            return Timing(arrivals, error="the stream ended without a usage event")
+        return Timing(arrivals, usage["prompt_tokens"], usage["completion_tokens"])

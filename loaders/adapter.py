@@ -1,0 +1,220 @@
+"""LoRA adapters in PEFT's layout: a folder with adapter_config.json and adapter_model.safetensors.
+
+Per module: ``base_model.model.<module>.lora_A.weight`` ``(rank, in)`` and ``lora_B.weight``
+``(out, rank)``. Some versions put the adapter's name before ``weight``, leave ``base_model.model``
+out, or, trained on a model without its head, the ``model.`` of the base.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from nybble.loaders.adapter_config import CONFIG_FILE, MAX_RANK, AdapterSettings
+from nybble.loaders.errors import AdapterError
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
+from torch import Tensor
+from transformers import PretrainedConfig
+
+__all__ = [
+    "MAX_RANK",
+    "LoRAAdapter",
+    "LoRAModule",
+    "load_adapter",
+    "projection_shapes",
+    "resolve_adapter",
+]
+
+_SAFETENSORS, _PICKLED = "adapter_model.safetensors", "adapter_model.bin"
+_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(\.(?P<name>[^.]+))?\.weight")
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_PREFIXES = ("base_model.model.", "_orig_mod.")
+
+
+@dataclass(frozen=True)
+class LoRAModule:
+    """One projection's change, ``scale · b @ a``: a ``(rank, in)``, b ``(out, rank)``."""
+
+    a: Tensor
+    b: Tensor
+    scale: float
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0]
+
+
+@dataclass(frozen=True)
+class LoRAAdapter:
+    """An adapter that fits its base.
+
+    modules: by the names transformers gives the base's linear layers.
+    digest: 16 bytes that differ where the files' content does.
+    """
+
+    modules: Mapping[str, LoRAModule]
+    digest: bytes
+
+    @property
+    def rank(self) -> int:
+        """The highest of any module."""
+        return max(module.rank for module in self.modules.values())
+
+
+def projection_shapes(config: PretrainedConfig) -> dict[str, tuple[int, int]]:
+    """``(out_features, in_features)`` of every projection an adapter can change, by module name."""
+    hidden, heads = int(config.hidden_size), int(config.num_attention_heads)
+    dim = int(getattr(config, "head_dim", None) or hidden // heads)
+    inner, kv = int(config.intermediate_size), int(config.num_key_value_heads) * dim
+    shapes = {
+        "self_attn.q_proj": (heads * dim, hidden),
+        "self_attn.k_proj": (kv, hidden),
+        "self_attn.v_proj": (kv, hidden),
+        "self_attn.o_proj": (hidden, heads * dim),
+        "mlp.gate_proj": (inner, hidden),
+        "mlp.up_proj": (inner, hidden),
+        "mlp.down_proj": (hidden, inner),
+    }
+    return {
+        f"model.layers.{layer}.{name}": shape
+        for layer in range(int(config.num_hidden_layers))
+        for name, shape in shapes.items()
+    }
+
+
+def resolve_adapter(name: str) -> Path:
+    """The folder of an adapter given as a folder or a hub name ``org/name``.
+
+    Raises AdapterError saying what was tried.
+    """
+    folder = Path(name).expanduser()
+    if (folder / CONFIG_FILE).is_file():
+        return folder
+    reason = f"the folder {folder} has no {CONFIG_FILE}" if folder.is_dir() else "no such folder"
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        files = [CONFIG_FILE, _SAFETENSORS, _PICKLED]
+        try:
+            return Path(snapshot_download(name, allow_patterns=files))
+        except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
+            reason += f"; not had from the hub: {str(error).splitlines()[0]}"
+    raise AdapterError(
+        f"adapter {name!r} was not found ({reason}); a folder written by PEFT or a hub name "
+        "org/name would work"
+    )
+
+
+def load_adapter(folder: Path, shapes: Mapping[str, tuple[int, int]]) -> LoRAAdapter:
+    """Read an adapter for a base whose projections have ``shapes`` (:func:`projection_shapes`).
+
+    Raises AdapterError naming the first setting or tensor that is unsupported, missing, or does not
+    fit the base.
+    """
+    settings = AdapterSettings.read(folder)
+    path, content, tensors = _read(folder)
+    digest = blake2b((folder / CONFIG_FILE).read_bytes(), digest_size=16)
+    digest.update(content)
+    sides: dict[str, dict[str, Tensor]] = {}
+    for key in sorted(tensors, key=_natural):
+        module, side = _parse(path, key, shapes)
+        _check(path, key, tensors[key], side, settings.rank(module), shapes[module])
+        if side in sides.setdefault(module, {}):
+            raise AdapterError(f"{path} has more than one lora_{side} for {module}, e.g. {key}")
+        sides[module][side] = tensors[key]
+    for module in sides:
+        if not settings.selects(module):
+            raise AdapterError(f"{path} has tensors for {module}, not one of its target_modules")
+    for module in shapes:
+        missing = {"A", "B"} - sides.get(module, {}).keys()
+        if missing and (settings.selects(module) or module in sides):
+            raise AdapterError(
+                f"{path} has no lora_{min(missing)} for {module}, which its target_modules select; "
+                "is it for another base model?"
+            )
+    if not sides:
+        raise AdapterError(f"{path}: its target_modules select nothing of the base model")
+    modules = {
+        module: LoRAModule(pair["A"], pair["B"], settings.scale(module))
+        for module, pair in sides.items()
+    }
+    return LoRAAdapter(modules, digest.digest())
+
+
+def _read(folder: Path) -> tuple[Path, bytes, dict[str, Tensor]]:
+    path = folder / _SAFETENSORS
+    if path.is_file():
+        content = path.read_bytes()
+        try:
+            return path, content, load_safetensors(content)
+        except SafetensorError as error:
+            raise AdapterError(f"{path} is truncated or not safetensors: {error}") from error
+    path = folder / _PICKLED
+    if not path.is_file():
+        raise AdapterError(f"{folder} has neither {_SAFETENSORS} nor {_PICKLED}")
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise AdapterError(
+            f"{path} cannot be read as tensors alone: {str(error).splitlines()[0]}"
+        ) from error
+    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
+        raise AdapterError(f"{path} is not a dictionary of tensors")
+    return path, path.read_bytes(), tensors
+
+
+def _natural(key: str) -> list[tuple[int, str]]:
+    """Sorts layer 2 before layer 10, so that the first offending tensor is the first layer's."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in key.split(".")]
+
+
+def _parse(path: Path, key: str, shapes: Mapping[str, tuple[int, int]]) -> tuple[str, str]:
+    """The base's module and the side, A or B, of a tensor."""
+    match = _KEY.fullmatch(key)
+    if match is None:
+        raise AdapterError(
+            f"{path}: {key} is not supported; supported are lora_A.weight and lora_B.weight of "
+            "attention and MLP projections"
+        )
+    module = match["module"]
+    while module.startswith(_PREFIXES):
+        module = module.removeprefix("base_model.model.").removeprefix("_orig_mod.")
+    if module not in shapes and "model." + module in shapes:
+        module = "model." + module
+    if module not in shapes:
+        raise AdapterError(f"{path}: {key} is for {module}, {_unknown(module, shapes)}")
+    return module, match["side"]
+
+
+def _unknown(module: str, shapes: Mapping[str, tuple[int, int]]) -> str:
+    known = {name.rpartition(".")[2] for name in shapes}
+    layer = re.search(r"\blayers\.(\d+)\.", module)
+    layers = len({name.split(".layers.")[-1].split(".")[0] for name in shapes})
+    if module.rpartition(".")[2] not in known:
+        return f"which cannot have an adapter here; {', '.join(sorted(known))} can"
+    if layer and int(layer[1]) >= layers:
+        return f"but the base model has {layers} layers"
+    return f"which the base model does not have; it has e.g. {next(iter(shapes))}"
+
+
+def _check(
+    path: Path, key: str, tensor: Tensor, side: str, rank: int, shape: tuple[int, int]
+) -> None:
+    expected = (rank, shape[1]) if side == "A" else (shape[0], rank)
+    if tuple(tensor.shape) != expected:
+        raise AdapterError(
+            f"{path}: {key} has shape {tuple(tensor.shape)}, expected {expected} for this base "
+            f"model and rank {rank}"
+        )
+    if tensor.dtype not in _DTYPES:
+        raise AdapterError(
+            f"{path}: {key} is {tensor.dtype}, expected float32, float16 or bfloat16"
+        )
+    if not tensor.isfinite().all():
+        raise AdapterError(f"{path}: {key} has values that are not finite")

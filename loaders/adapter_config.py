@@ -1,0 +1,184 @@
+"""PEFT's ``adapter_config.json``: which modules an adapter changes, by what rank and scale.
+
+Settings that would change the result and are not computed here are refused by name. What each one
+means is defined by peft (``LoraConfig``, ``check_target_module_exists``, ``get_pattern_key``).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from nybble.loaders.errors import AdapterError
+
+_Number = TypeVar("_Number", int, float)
+
+CONFIG_FILE = "adapter_config.json"
+MAX_RANK = 256
+
+# Settings of training, of where things were, or only of how peft itself computes.
+_NO_EFFECT = {
+    *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path"),
+    *("revision", "inference_mode", "lora_dropout", "megatron_core", "qalora_group_size"),
+    *("runtime_config", "eva_config", "loftq_config", "corda_config", "lora_ga_config"),
+    *("ensure_weight_tying", "init_lora_weights", "bias"),
+}
+_READ = {
+    *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules"),
+    *("exclude_modules", "layers_to_transform", "layers_pattern"),
+}
+# Initial values that leave the base weights as they are; the others (PiSSA, OLoRA, …) subtract the
+# initial product from them, so that the adapter belongs to a base nobody else has.
+_INIT_KEEPS_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
+_EXPLANATIONS = {
+    "use_dora": "DoRA rescales the columns of the merged weight; train without it or merge first",
+    "modules_to_save": "whole trained modules; train without them or merge first",
+    "trainable_token_indices": "trained embeddings; train without them or merge first",
+    "target_parameters": "adapters on parameters that are not linear layers",
+    "lora_bias": "biases beside the low-rank matrices; train without them or merge first",
+    "fan_in_fan_out": "transposed layers, which the supported models do not have",
+}
+
+
+@dataclass(frozen=True)
+class AdapterSettings:
+    """What of ``adapter_config.json`` decides the result."""
+
+    r: int
+    alpha: float
+    rslora: bool
+    rank_pattern: Mapping[str, int]
+    alpha_pattern: Mapping[str, float]
+    target_modules: str | tuple[str, ...]
+    exclude_modules: str | tuple[str, ...]
+    layers: tuple[int, ...] | None
+    layers_pattern: tuple[str, ...]
+
+    @classmethod
+    def read(cls, folder: Path) -> AdapterSettings:
+        """Raises AdapterError for a file that is missing, broken, or asks for the unsupported."""
+        path = folder / CONFIG_FILE
+        if not path.is_file():
+            raise AdapterError(f"{folder} has no {CONFIG_FILE}: not a PEFT adapter folder")
+        try:
+            config = json.loads(path.read_text())
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise AdapterError(f"{path} is not JSON: {error}") from error
+        if not isinstance(config, dict):
+            raise AdapterError(f"{path} is not a JSON object")
+        _refuse_unsupported(path, config)
+        layers = config.get("layers_to_transform")
+        try:
+            settings = cls(
+                r=int(config.get("r", 8)),
+                alpha=float(config.get("lora_alpha", 8)),
+                rslora=bool(config.get("use_rslora", False)),
+                rank_pattern={k: int(v) for k, v in (config.get("rank_pattern") or {}).items()},
+                alpha_pattern={k: float(v) for k, v in (config.get("alpha_pattern") or {}).items()},
+                target_modules=_names(config.get("target_modules")),
+                exclude_modules=_names(config.get("exclude_modules")),
+                layers=None
+                if layers is None or layers == []
+                else tuple(layers if isinstance(layers, list) else [int(layers)]),
+                layers_pattern=_listed(config.get("layers_pattern")),
+            )
+            settings.check_patterns()
+        except (TypeError, ValueError, AttributeError, re.error) as error:
+            raise AdapterError(f"{path} has a setting of the wrong type: {error}") from error
+        for rank in (settings.r, *settings.rank_pattern.values()):
+            if not 1 <= rank <= MAX_RANK:
+                raise AdapterError(
+                    f"{path}: rank {rank} is not supported, expected 1 to {MAX_RANK}"
+                )
+        if not settings.target_modules:
+            raise AdapterError(f"{path} names no target_modules")
+        return settings
+
+    def check_patterns(self) -> None:
+        """Raises re.error where a pattern is not a regular expression."""
+        for pattern in (*self.rank_pattern, *self.alpha_pattern, *self.layers_pattern):
+            re.compile(pattern)
+        for names in (self.target_modules, self.exclude_modules):
+            if isinstance(names, str):
+                re.compile(names)
+
+    def selects(self, module: str) -> bool:
+        """Whether PEFT would put an adapter on this linear layer of the decoder."""
+        if self.exclude_modules and _matches(self.exclude_modules, module):
+            return False
+        if self.target_modules == "all-linear":
+            return True
+        if not _matches(self.target_modules, module):
+            return False
+        if self.layers is None or isinstance(self.target_modules, str):
+            return True
+        patterns = self.layers_pattern or ("[^.]*",)
+        found = (re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", module) for pattern in patterns)
+        index = next((int(match[1]) for match in found if match), None)
+        return index in self.layers
+
+    def rank(self, module: str) -> int:
+        return _by_pattern(self.rank_pattern, module, self.r)
+
+    def scale(self, module: str) -> float:
+        """α/r, or α/√r with rsLoRA (Kalajdzievski 2023)."""
+        rank = self.rank(module)
+        alpha = _by_pattern(self.alpha_pattern, module, self.alpha)
+        return alpha / (math.sqrt(rank) if self.rslora else rank)
+
+
+def _refuse_unsupported(path: Path, config: Mapping[str, Any]) -> None:
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise AdapterError(f"{path}: peft_type {kind!r} is not supported; supported is LORA")
+    if config.get("bias", "none") != "none":
+        raise AdapterError(
+            f"{path}: bias {config['bias']!r} trains the base's biases, which is not supported; "
+            "expected 'none'"
+        )
+    init = config.get("init_lora_weights")
+    if init not in _INIT_KEEPS_BASE:
+        raise AdapterError(
+            f"{path}: init_lora_weights {init!r} changed the base weights too; save the adapter "
+            "with path_initial_model_for_weight_conversion to make it a plain LoRA"
+        )
+    for name, value in config.items():
+        if name in _READ or name in _NO_EFFECT or not value:
+            continue
+        why = _EXPLANATIONS.get(name)
+        raise AdapterError(
+            f"{path}: {name} is {value!r}, which is not supported" + (f" ({why})" if why else "")
+        )
+
+
+def _names(value: object) -> str | tuple[str, ...]:
+    return value if isinstance(value, str) else _listed(value)
+
+
+def _listed(value: object) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    if isinstance(value, str):
+        return (value,)
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        return tuple(value)
+    raise TypeError(f"{value!r} is not a list of names")
+
+
+def _matches(names: str | tuple[str, ...], module: str) -> bool:
+    """A string is a regular expression for the whole name; a list holds names or their ends."""
+    if isinstance(names, str):
+        return re.fullmatch(names, module) is not None
+    return any(module == name or module.endswith("." + name) for name in names)
+
+
+def _by_pattern(patterns: Mapping[str, _Number], module: str, default: _Number) -> _Number:
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return default

@@ -1,0 +1,102 @@
+"""Quantizes a 16-bit checkpoint while it streams in, without writing a quantized one first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from nybble.kernels import DenseWeight, PackedWeight
+from nybble.kernels.packed import INT8_MAX, pack_int8, pack_nibbles
+from nybble.loaders import Checkpoint, CheckpointError
+from nybble.loaders.bnb import pack_blocks
+from nybble.loaders.checkpoint import Weight
+from nybble.quantizers.codebook import BLOCKSIZE, LEVELS, quantize_codebook
+from torch import Tensor
+from transformers import PretrainedConfig
+
+_EMBEDDING = "model.embed_tokens.weight"
+_HEAD = "lm_head"
+_HEAD_GROUP_SIZE = 128
+_ROWS_AT_A_TIME = 4096
+
+
+@dataclass(frozen=True)
+class InFlight:
+    """A checkpoint whose 16-bit weights are rounded as they are read; quantized ones pass through.
+
+    layers: ``nf4`` rounds the decoder's linear layers as bitsandbytes does (blocks of 64).
+    head: ``int8`` keeps the output layer in 8 bits (scales for 128 inputs); it stays separate from
+    the embeddings, which keep 16 bits, where the model ties the two.
+    """
+
+    source: Checkpoint
+    layers: Literal["nf4"] | None = None
+    head: Literal["int8"] | None = None
+
+    @property
+    def folder(self) -> Path:
+        return self.source.folder
+
+    @property
+    def config(self) -> PretrainedConfig:
+        return self.source.config
+
+    @property
+    def format(self) -> str:
+        return self.layers or self.source.format
+
+    def weights(self) -> Iterator[tuple[str, Weight]]:
+        """Raises CheckpointError where ``layers`` is given and the source is quantized already."""
+        embedding: Tensor | None = None
+        has_head = False
+        for name, weight in self.source.weights():
+            if isinstance(weight, PackedWeight) and self.layers and name != _HEAD:
+                raise CheckpointError(
+                    f"{self.folder}: {name} is quantized already ({self.source.format}); "
+                    f"only 16-bit checkpoints can be quantized to {self.layers}"
+                )
+            has_head |= name == _HEAD
+            if isinstance(weight, DenseWeight) and name == _HEAD:
+                yield name, self._head(weight)
+            elif isinstance(weight, DenseWeight) and self.layers == "nf4":
+                yield name, _nf4(weight)
+            else:
+                yield name, weight
+            if name == _EMBEDDING and isinstance(weight, Tensor):
+                embedding = weight
+        if self.head and not has_head and embedding is not None:
+            yield _HEAD, self._head(DenseWeight(embedding))
+
+    def _head(self, weight: DenseWeight) -> PackedWeight | DenseWeight:
+        return _int8(weight, self.folder) if self.head == "int8" else weight
+
+
+def _nf4(weight: DenseWeight) -> PackedWeight:
+    rounded = quantize_codebook(weight.weight, "nf4")
+    assert isinstance(rounded.absmax, Tensor)
+    columns = weight.in_features
+    rows = pack_nibbles(rounded.codes.view(rounded.shape))
+    return pack_blocks(rows, rounded.absmax, LEVELS["nf4"], columns, BLOCKSIZE, weight.bias)
+
+
+def _int8(weight: DenseWeight, folder: Path) -> PackedWeight:
+    out, columns = weight.weight.shape
+    if columns % _HEAD_GROUP_SIZE:
+        raise CheckpointError(
+            f"{folder}: {_HEAD} has {columns} inputs, not a multiple of {_HEAD_GROUP_SIZE}: "
+            "it cannot be kept in 8 bits"
+        )
+    codes = torch.empty(out, columns, dtype=torch.int16)
+    # bfloat16 keeps the range of float32: rows of rare tokens can be very small.
+    scales = torch.empty(out, columns // _HEAD_GROUP_SIZE, dtype=torch.bfloat16)
+    smallest = torch.finfo(torch.bfloat16).tiny
+    for start in range(0, out, _ROWS_AT_A_TIME):  # float32 copies of a part only
+        part = slice(start, start + _ROWS_AT_A_TIME)
+        groups = weight.weight[part].float().view(-1, columns // _HEAD_GROUP_SIZE, _HEAD_GROUP_SIZE)
+        scales[part] = (groups.abs().amax(-1) / INT8_MAX).clamp(min=smallest)
+        nearest = (groups / scales[part].float()[..., None]).round().clamp(-INT8_MAX, INT8_MAX)
+        codes[part] = nearest.flatten(1).short()
+    return replace(pack_int8(codes, scales, _HEAD_GROUP_SIZE), bias=weight.bias)

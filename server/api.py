@@ -1,0 +1,230 @@
+"""The HTTP API's handlers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from uuid import uuid4
+
+from aiohttp import web
+from nybble.engine import Engine, GrammarCompiler, ParameterError, SamplingParams
+from nybble.server.chat import ChatShape
+from nybble.server.chat_schema import ChatRequest, DetokenizeRequest, TokenizeRequest
+from nybble.server.completions import CompletionShape
+from nybble.server.errors import ApiError
+from nybble.server.gate import Gate
+from nybble.server.generation import Generation, Job
+from nybble.server.guiding import guide_of
+from nybble.server.limits import Limiter
+from nybble.server.logprobs import Logprobs
+from nybble.server.metrics import Metrics
+from nybble.server.model_names import ModelNames
+from nybble.server.parse import read_body
+from nybble.server.prompts import Prompts
+from nybble.server.respond import json_response, respond
+from nybble.server.responses import ResponsesShape
+from nybble.server.responses_schema import ResponsesRequest
+from nybble.server.schema import CompletionRequest
+from nybble.server.tenants import TENANT, Tenant
+from nybble.server.token_bytes import TokenBytes
+from nybble.server.tools import Tools, tools_of
+
+# OpenAI's default for completions; chat goes on to the end of the context.
+_COMPLETION_MAX_TOKENS = 16
+
+
+class Api:
+    """Handlers over one engine, which answers to every name in ``models``."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        metrics: Metrics,
+        models: tuple[str, ...],
+        max_sequences: int,
+        gate: Gate,
+        limiter: Limiter,
+    ) -> None:
+        self._gate = gate
+        self._engine = engine
+        self._metrics = metrics
+        self._names = ModelNames(engine, models)
+        self._generation = Generation(engine, metrics, max_sequences, limiter)
+        self._prompts = Prompts(engine.tokenizer, models[0])
+        self._tokens = TokenBytes(engine.tokenizer)
+        self._grammars = GrammarCompiler(engine.tokenizer, engine.vocab_size, engine.eos_token_ids)
+
+    def routes(self) -> list[web.RouteDef]:
+        return [
+            web.get("/health", self.health),
+            web.get("/metrics", self.metrics),
+            web.get("/version", self.version),
+            web.get("/v1/models", self.list_models),
+            # Hub names have a slash in them.
+            web.get("/v1/models/{model:.+}", self.get_model),
+            web.post("/v1/chat/completions", self.chat_completions),
+            web.post("/v1/completions", self.completions),
+            web.post("/v1/responses", self.responses),
+            web.post("/tokenize", self.tokenize),
+            web.post("/detokenize", self.detokenize),
+        ]
+
+    async def health(self, _: web.Request) -> web.Response:
+        reason = None
+        if self._gate.closed:
+            reason = "the server is shutting down"
+        elif not self._engine.healthy:
+            reason = "the engine is not running"
+        if reason is not None:
+            raise ApiError(503, reason, code="unhealthy")
+        return json_response({"status": "ok"})
+
+    async def metrics(self, _: web.Request) -> web.Response:
+        return web.Response(
+            body=self._metrics.render(),
+            headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"},
+        )
+
+    async def version(self, _: web.Request) -> web.Response:
+        return json_response({"version": version("nybble")})
+
+    async def list_models(self, request: web.Request) -> web.Response:
+        return json_response({"object": "list", "data": self._names.bodies(request.get(TENANT))})
+
+    async def get_model(self, request: web.Request) -> web.Response:
+        return json_response(self._names.body(request.match_info["model"], request.get(TENANT)))
+
+    async def chat_completions(self, request: web.Request) -> web.StreamResponse:
+        body = await read_body(request, ChatRequest)
+        adapter = self._adapter_of(request, body.model, body.adapter)
+        limit = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
+        names = {"prompt": "messages", "max_tokens": limit, "logprobs": "top_logprobs"}
+        with _parameters_called(names):
+            job, tools = await self._chat_job("chatcmpl-", body, adapter, request.get(TENANT))
+        shape = ChatShape(
+            job.id,
+            body.model,
+            int(time.time()),
+            self._logprobs(job.params),
+            tools,
+            include_usage=body.include_usage,
+        )
+        return await respond(request, self._generation, job, shape, stream=bool(body.stream))
+
+    async def responses(self, request: web.Request) -> web.StreamResponse:
+        body = await read_body(request, ResponsesRequest)
+        adapter = self._adapter_of(request, body.model, None)
+        names = {"prompt": "input", "messages": "input", "max_tokens": "max_output_tokens"}
+        with _parameters_called(names | {"response_format": "text.format"}):
+            job, tools = await self._chat_job("resp_", body.chat(), adapter, request.get(TENANT))
+        shape = ResponsesShape(job.id, body, int(time.time()), tools)
+        return await respond(request, self._generation, job, shape, stream=bool(body.stream))
+
+    async def _chat_job(
+        self, prefix: str, body: ChatRequest, adapter: str | None, tenant: Tenant | None
+    ) -> tuple[Job, Tools | None]:
+        limits = (body.max_completion_tokens, body.max_tokens)
+        params = body.sampling_params(
+            max_tokens=next((limit for limit in limits if limit is not None), None),
+            logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        )
+        tools = tools_of(body, self._engine.tokenizer, body.model)
+        prompt = await self._prompts.chat(
+            body.messages,
+            tools=None if tools is None else tools.shown(),
+            template_kwargs=body.chat_template_kwargs,
+        )
+        self._require_room(prompt, params)
+        guide = await guide_of(self._grammars, body, body.response_format, tools)
+        name = f"{prefix}{uuid4().hex}"
+        job = Job(name, (prompt,), params, body.sequences, guide, adapter, tenant)
+        return job, tools
+
+    async def completions(self, request: web.Request) -> web.StreamResponse:
+        body = await read_body(request, CompletionRequest)
+        adapter = self._adapter_of(request, body.model, body.adapter)
+        max_tokens = _COMPLETION_MAX_TOKENS if body.max_tokens is None else body.max_tokens
+        params = body.sampling_params(max_tokens, body.logprobs)
+        prompts = []
+        for prompt in body.prompts:
+            encoded = await self._prompts.encode(prompt) if isinstance(prompt, str) else prompt
+            self._require_room(encoded, params)
+            prompts.append(tuple(encoded))
+        echoes = None
+        if body.echo:
+            texts = [
+                prompt if isinstance(prompt, str) else await self._prompts.decode(prompt)
+                for prompt in body.prompts
+            ]
+            echoes = [text for text in texts for _ in range(body.sequences)]
+        guide = await guide_of(self._grammars, body)
+        name, tenant = f"cmpl-{uuid4().hex}", request.get(TENANT)
+        job = Job(name, tuple(prompts), params, body.sequences, guide, adapter, tenant)
+        shape = CompletionShape(
+            job.id,
+            body.model,
+            int(time.time()),
+            self._logprobs(params),
+            echoes,
+            include_usage=body.include_usage,
+        )
+        return await respond(request, self._generation, job, shape, stream=bool(body.stream))
+
+    async def tokenize(self, request: web.Request) -> web.Response:
+        body = await read_body(request, TokenizeRequest)
+        if body.model is not None:
+            self._names.require(body.model, request.get(TENANT))
+        if body.messages is not None:
+            tokens = await self._prompts.chat(
+                body.messages, template_kwargs=body.chat_template_kwargs
+            )
+        else:
+            special = body.add_special_tokens is not False
+            tokens = await self._prompts.encode(body.prompt or "", special_tokens=special)
+        return json_response(
+            {"count": len(tokens), "max_model_len": self._engine.max_model_len, "tokens": tokens}
+        )
+
+    async def detokenize(self, request: web.Request) -> web.Response:
+        body = await read_body(request, DetokenizeRequest)
+        if body.model is not None:
+            self._names.require(body.model, request.get(TENANT))
+        size = len(self._engine.tokenizer)
+        for token in body.tokens:
+            if not 0 <= token < size:
+                raise ParameterError("tokens", f"token id {token} is outside the {size} known")
+        return json_response({"prompt": await self._prompts.decode(body.tokens)})
+
+    def _logprobs(self, params: SamplingParams) -> Logprobs | None:
+        if params.logprobs is None:
+            return None
+        return Logprobs(self._tokens, self._engine.eos_token_ids | set(params.stop_token_ids))
+
+    def _adapter_of(self, request: web.Request, model: str, field: str | None) -> str | None:
+        return self._names.adapter(model, field, request.headers, request.get(TENANT))
+
+    def _require_room(self, prompt: Sequence[int], params: SamplingParams) -> None:
+        limit = self._engine.max_model_len
+        if len(prompt) + (params.max_tokens or 1) > limit:
+            raise ApiError(
+                400,
+                f"the prompt has {len(prompt)} tokens and asks for {params.max_tokens or 1} more "
+                f"at least, but together they are limited to {limit}",
+                param="prompt" if len(prompt) >= limit else "max_tokens",
+                code="context_length_exceeded",
+            )
+
+
+@contextmanager
+def _parameters_called(names: Mapping[str, str]) -> Iterator[None]:
+    """Errors about the engine's parameters speak of the endpoint's names for them."""
+    try:
+        yield
+    except ParameterError as error:
+        name = names.get(error.parameter, error.parameter)
+        raise ParameterError(name, str(error).replace(error.parameter, name, 1)) from None
+    except ApiError as error:
+        error.param = names.get(error.param or "", error.param)
+        raise

@@ -1,0 +1,149 @@
+"""The aiohttp application: routes behind request ids, error bodies, keys and the gate."""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from uuid import uuid4
+
+from aiohttp import web
+from aiohttp.typedefs import Middleware
+from nybble.engine import Engine
+from nybble.server.adapters import ADMIN_PATHS, AdapterAdmin
+from nybble.server.api import Api
+from nybble.server.errors import as_api_error
+from nybble.server.gate import Gate
+from nybble.server.keys import Keys, bearer
+from nybble.server.limits import Limiter
+from nybble.server.metrics import Metrics
+from nybble.server.tenants import TENANT, Tenants
+
+logger = logging.getLogger(__name__)
+
+MAX_BODY_BYTES = 16 << 20
+
+_REQUEST_ID = "X-Request-Id"
+_request_id = web.RequestKey("request_id", str)
+_ACCEPTABLE_ID = re.compile(r"[\x21-\x7e]{1,128}")
+# What load balancers and Prometheus ask without a key.
+_OPEN_PATHS = ("/health", "/metrics", "/version")
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+def make_app(
+    engine: Engine,
+    *,
+    models: tuple[str, ...],
+    max_sequences: int,
+    gate: Gate,
+    api_keys: Sequence[str] = (),
+    admin_keys: Sequence[str] = (),
+    adapter_roots: Sequence[Path] = (),
+    tenants: Tenants | None = None,
+) -> web.Application:
+    """The application over a started engine.
+
+    models: the names it answers to, the first being its own. max_sequences: how many may be
+    waiting and running at once. api_keys: with any, requests must carry one of them.
+    admin_keys: the same for administration, which needs one. adapter_roots: folders that adapters
+    may be loaded from. tenants: whose keys are taken too, each with what it allows.
+    """
+    metrics = Metrics(engine)
+    limiter = Limiter()
+    api = Api(engine, metrics, models, max_sequences, gate, limiter)
+    middlewares: list[Middleware] = [_observe(metrics), _report_errors]
+    if api_keys or tenants is not None:
+        middlewares.append(_authenticate(Keys(api_keys, kind="API key"), tenants))
+    middlewares.append(_enter(gate))
+    app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=middlewares)
+    app.add_routes(api.routes())
+    admin = AdapterAdmin(engine, models, Keys(admin_keys, kind="admin key"), adapter_roots)
+    app.add_routes(admin.routes())
+    app.on_response_prepare.append(_send_request_id)
+    app.on_response_prepare.append(_send_limits(limiter))
+    return app
+
+
+def _observe(metrics: Metrics) -> Middleware:
+    """Gives each request its id, counts it, and logs it without its content."""
+
+    @web.middleware
+    async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+        given = request.headers.get(_REQUEST_ID, "")
+        request[_request_id] = given if _ACCEPTABLE_ID.fullmatch(given) else uuid4().hex
+        started = time.monotonic()
+        status = "499"  # what is left if the client goes away
+        try:
+            response = await handler(request)
+            status = str(response.status)
+            return response
+        finally:
+            resource = request.match_info.route.resource
+            route = resource.canonical if resource is not None else "unknown"
+            metrics.http_requests.labels(request.method, route, status).inc()
+            logger.info(
+                "%s %s %s %.3fs id=%s",
+                request.method,
+                route,
+                status,
+                time.monotonic() - started,
+                request[_request_id],
+            )
+
+    return middleware
+
+
+async def _send_request_id(request: web.Request, response: web.StreamResponse) -> None:
+    if _request_id in request:
+        response.headers[_REQUEST_ID] = request[_request_id]
+
+
+def _send_limits(limiter: Limiter) -> Callable[[web.Request, web.StreamResponse], Awaitable[None]]:
+    async def send(request: web.Request, response: web.StreamResponse) -> None:
+        if TENANT in request:
+            response.headers.update(limiter.headers(request[TENANT]))
+
+    return send
+
+
+@web.middleware
+async def _report_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
+    try:
+        return await handler(request)
+    except ConnectionError:
+        raise
+    except Exception as error:
+        return as_api_error(error).response()
+
+
+def _authenticate(keys: Keys, tenants: Tenants | None) -> Middleware:
+    @web.middleware
+    async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+        resource = request.match_info.route.resource
+        # Administration asks for a key of its own.
+        administration = resource is not None and resource.canonical in ADMIN_PATHS
+        if request.path not in _OPEN_PATHS and not administration:
+            key = bearer(request)
+            tenant = tenants.find(key) if tenants is not None and key is not None else None
+            if tenant is not None:
+                request[TENANT] = tenant
+            elif key is None or not keys.hold(key):
+                raise keys.refusal()
+        return await handler(request)
+
+    return middleware
+
+
+def _enter(gate: Gate) -> Middleware:
+    @web.middleware
+    async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+        if request.method != "POST":
+            return await handler(request)
+        with gate.passed():
+            return await handler(request)
+
+    return middleware

@@ -1,0 +1,118 @@
+"""Chat completions as OpenAI writes them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+from uuid import uuid4
+
+from nybble.engine import RequestOutput
+from nybble.server.choices import ChoicesShape
+from nybble.server.logprobs import Logprobs
+from nybble.server.tool_parser import Arguments, Call, Event, Text, ToolParser
+from nybble.server.tools import Tools
+
+
+class ChatShape(ChoicesShape):
+    """``chat.completion`` and ``chat.completion.chunk``. With tools, text is read for calls."""
+
+    def __init__(
+        self,
+        id: str,
+        model: str,
+        created: int,
+        logprobs: Logprobs | None,
+        tools: Tools | None,
+        *,
+        include_usage: bool,
+    ) -> None:
+        super().__init__(include_usage=include_usage)
+        self._head = {"id": id, "created": created, "model": model}
+        self._logprobs = logprobs
+        self._tools = tools
+        self._parsers: dict[int, ToolParser | None] = {}
+
+    def envelope(self, choices: Sequence[dict[str, Any]], *, chunk: bool) -> dict[str, Any]:
+        name = "chat.completion.chunk" if chunk else "chat.completion"
+        return {**self._head, "object": name, "choices": choices}
+
+    def choice(self, index: int, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
+        parser = self._new_parser()
+        text = "".join(output.text for output in outputs)
+        message: dict[str, Any] = {"role": "assistant", "content": "", "refusal": None}
+        calls: list[dict[str, Any]] = []
+        for event in _events(parser, text, last=True):
+            if isinstance(event, Text):
+                message["content"] += event.text
+            elif isinstance(event, Call):
+                calls.append(_call(event.name))
+            else:
+                calls[-1]["function"]["arguments"] += event.text
+        if calls:
+            message["tool_calls"] = calls
+            message["content"] = message["content"] or None
+        return {
+            "index": index,
+            "message": message,
+            "logprobs": self._content_logprobs(outputs),
+            "finish_reason": self._finish_reason(outputs[-1], parser),
+        }
+
+    def chunks(self, index: int, output: RequestOutput) -> Sequence[dict[str, Any]]:
+        deltas: list[dict[str, Any]] = []
+        if index not in self._parsers:
+            self._parsers[index] = self._new_parser()
+            deltas.append({"role": "assistant", "content": ""})
+        parser = self._parsers[index]
+        last = output.finish_reason is not None
+        deltas += [_delta(event) for event in _events(parser, output.text, last=last)]
+        logprobs = self._content_logprobs([output])
+        if not deltas and (last or (logprobs and logprobs["content"])):
+            deltas.append({})
+        chunks = [_chunk(index, delta) for delta in deltas]
+        if chunks:
+            chunks[-1]["logprobs"] = logprobs
+            chunks[-1]["finish_reason"] = self._finish_reason(output, parser)
+        return chunks
+
+    def _new_parser(self) -> ToolParser | None:
+        return None if self._tools is None else self._tools.parser()
+
+    def _finish_reason(self, output: RequestOutput, parser: ToolParser | None) -> str | None:
+        called = parser is not None and parser.calls > 0
+        if output.finish_reason == "stop" and called and self._tools and not self._tools.named:
+            return "tool_calls"
+        return output.finish_reason
+
+    def _content_logprobs(self, outputs: Sequence[RequestOutput]) -> dict[str, Any] | None:
+        if self._logprobs is None:
+            return None
+        return {"content": self._logprobs.chat(outputs), "refusal": None}
+
+
+def _events(parser: ToolParser | None, text: str, *, last: bool) -> list[Event]:
+    if parser is None:
+        return [Text(text)] if text else []
+    events = parser.feed(text)
+    return events + parser.finish() if last else events
+
+
+def _delta(event: Event) -> dict[str, Any]:
+    if isinstance(event, Text):
+        return {"content": event.text}
+    if isinstance(event, Arguments):
+        function = {"arguments": event.text}
+        return {"tool_calls": [{"index": event.index, "function": function}]}
+    return {"tool_calls": [{"index": event.index, **_call(event.name)}]}
+
+
+def _call(name: str) -> dict[str, Any]:
+    return {
+        "id": f"call_{uuid4().hex[:24]}",
+        "type": "function",
+        "function": {"name": name, "arguments": ""},
+    }
+
+
+def _chunk(index: int, delta: dict[str, Any]) -> dict[str, Any]:
+    return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}

@@ -1,0 +1,108 @@
+"""Every failure as OpenAI's clients expect it: ``{"error": {message, type, param, code}}``."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from aiohttp import web
+from nybble.engine import (
+    AdapterError,
+    AdapterUnavailableError,
+    EngineOverloadedError,
+    EngineStoppedError,
+    GuideError,
+    ParameterError,
+)
+from pydantic_core import to_json
+
+logger = logging.getLogger(__name__)
+
+_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    429: "rate_limit_error",
+}
+_RETRY_AFTER_STOPPED = 10
+_MAX_MESSAGE = 500
+_MAX_PARAM = 100
+
+
+class ApiError(Exception):
+    """A response other than the one asked for.
+
+    param: the request's parameter at fault. code: a stable name for programs. retry_after: seconds.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: int | None = None,
+    ) -> None:
+        # One line of bounded length, whatever of the request it quotes.
+        message = " ".join(message.split())[:_MAX_MESSAGE]
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.param = None if param is None else param[:_MAX_PARAM]
+        self.code = code
+        self.retry_after = retry_after
+
+    def body(self) -> dict[str, Any]:
+        fallback = "server_error" if self.status >= 500 else "invalid_request_error"
+        return {
+            "error": {
+                "message": self.message,
+                "type": _TYPES.get(self.status, fallback),
+                "param": self.param,
+                "code": self.code,
+            }
+        }
+
+    def response(self) -> web.Response:
+        headers = {}
+        if self.retry_after is not None:
+            headers["Retry-After"] = str(self.retry_after)
+        if self.status == 401:
+            headers["WWW-Authenticate"] = "Bearer"
+        return web.Response(
+            status=self.status,
+            body=to_json(self.body()),
+            content_type="application/json",
+            headers=headers,
+        )
+
+
+def as_api_error(error: Exception) -> ApiError:
+    """What a client is told about ``error``; what nobody foresaw is logged and told as 500."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, ParameterError):
+        return ApiError(400, str(error), param=error.parameter, code="invalid_value")
+    if isinstance(error, GuideError):
+        return ApiError(500, str(error), code="guide_failed")
+    if isinstance(error, AdapterError):
+        return ApiError(400, str(error), param="lora_path", code="invalid_adapter")
+    if isinstance(error, AdapterUnavailableError):
+        return ApiError(503, str(error), code="adapter_unavailable")
+    if isinstance(error, EngineOverloadedError):
+        return ApiError(429, str(error), code="overloaded", retry_after=error.retry_after)
+    if isinstance(error, EngineStoppedError):
+        return ApiError(
+            503, str(error), code="engine_unavailable", retry_after=_RETRY_AFTER_STOPPED
+        )
+    if isinstance(error, web.HTTPRequestEntityTooLarge):
+        return ApiError(413, "the request body is too large", code="request_too_large")
+    if isinstance(error, web.HTTPMethodNotAllowed):
+        allowed = ", ".join(sorted(error.allowed_methods))
+        return ApiError(405, f"{error.method} is not allowed here, only {allowed}")
+    if isinstance(error, web.HTTPNotFound):
+        return ApiError(404, "there is nothing at this path", code="not_found")
+    if isinstance(error, web.HTTPException):
+        return ApiError(error.status, error.reason)
+    logger.error("a request failed", exc_info=error)
+    return ApiError(500, "internal error: the server's log has the details", code="internal_error")

@@ -1,0 +1,211 @@
+"""Runs the sequences of API requests on the engine: n per prompt, admission, measurement."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import ExitStack, aclosing, contextmanager
+from dataclasses import dataclass, field, replace
+
+from nybble.engine import Engine, GrammarGuide, Request, RequestOutput, SamplingParams
+from nybble.server.errors import ApiError
+from nybble.server.limits import Limiter
+from nybble.server.metrics import Metrics
+from nybble.server.tenants import Tenant
+
+_RETRY_AFTER_SECONDS = 5
+
+
+@dataclass(frozen=True)
+class Job:
+    """Every prompt ``n`` times; sequence ``i`` continues prompt ``i // n``.
+
+    Sequences that share a prompt and have a seed get seeds of their own, counted up from it.
+    """
+
+    id: str
+    prompts: tuple[tuple[int, ...], ...]
+    params: SamplingParams
+    n: int = 1
+    guide: GrammarGuide | None = None
+    adapter: str | None = None
+    tenant: Tenant | None = None
+
+    @property
+    def size(self) -> int:
+        return len(self.prompts) * self.n
+
+    def request(self, index: int) -> Request:
+        params = self.params
+        if params.seed is not None and self.n > 1:
+            params = replace(params, seed=params.seed + index % self.n)
+        guide = None if self.guide is None else self.guide.fork()
+        prompt = self.prompts[index // self.n]
+        request = Request(f"{self.id}-{index}", prompt, params, guide, self.adapter)
+        if self.tenant is None:
+            return request
+        return replace(request, tenant=self.tenant.name, weight=self.tenant.weight)
+
+
+@dataclass
+class Usage:
+    """Tokens of a job. A prompt counts once however many sequences continue it."""
+
+    job: Job
+    _latest: dict[int, RequestOutput] = field(default_factory=dict)
+
+    def add(self, index: int, output: RequestOutput) -> None:
+        self._latest[index] = output
+
+    @property
+    def prompt_tokens(self) -> int:
+        return sum(len(tokens) for tokens in self.job.prompts)
+
+    @property
+    def completion_tokens(self) -> int:
+        return sum(output.completion_tokens for output in self._latest.values())
+
+    @property
+    def cached_tokens(self) -> int:
+        """Prompt tokens found in the prefix cache before this job."""
+        return sum(
+            output.cached_tokens
+            for index, output in self._latest.items()
+            # A prompt's other sequences find what its first has put there.
+            if index % self.job.n == 0
+        )
+
+
+class Generation:
+    """The engine as the API's handlers use it; takes ``max_sequences`` at once."""
+
+    def __init__(
+        self, engine: Engine, metrics: Metrics, max_sequences: int, limiter: Limiter
+    ) -> None:
+        self.engine = engine
+        self._limiter = limiter
+        self._admitted_of: Counter[str] = Counter()
+        self._metrics = metrics
+        self._max_sequences = max_sequences
+        self._admitted = 0
+
+    async def run(self, job: Job) -> AsyncGenerator[tuple[int, RequestOutput]]:
+        """Yield (index of the sequence, output) as they come; closing cancels all of them.
+
+        Raises ApiError 429 where the server is full, and what Engine.generate raises.
+        """
+        if job.size > self._max_sequences:
+            raise ApiError(
+                400,
+                f"the request asks for {job.size} sequences, this server takes at most "
+                f"{self._max_sequences} at once",
+                param="n",
+                code="invalid_value",
+            )
+        with self._admission(job):
+            if job.size == 1:
+                async with aclosing(self._sequence(job.request(0), job.tenant)) as outputs:
+                    async for output in outputs:
+                        yield 0, output
+            else:
+                async with aclosing(self._merged(job)) as merged:
+                    async for item in merged:
+                        yield item
+
+    @contextmanager
+    def _admission(self, job: Job) -> Iterator[None]:
+        free = self._max_sequences - self._admitted
+        if job.size > free:
+            raise ApiError(
+                429,
+                f"{self._admitted} sequences are in flight of {self._max_sequences} at most",
+                code="overloaded",
+                retry_after=_RETRY_AFTER_SECONDS,
+            )
+        with ExitStack() as limits:
+            if (tenant := job.tenant) is not None:
+                # A tenant may hold as many as are free, so however many it sends there is room for
+                # another (dynamic thresholds, Choudhury and Hahne 1998).
+                mine = self._admitted_of[tenant.name]
+                if mine + job.size > max(free, 1):
+                    raise ApiError(
+                        429,
+                        f"{mine} sequences of yours are in flight, and {free} more are kept for "
+                        "others",
+                        code="overloaded",
+                        retry_after=_RETRY_AFTER_SECONDS,
+                    )
+                limits.enter_context(self._limiter.admit(tenant, sum(map(len, job.prompts))))
+                self._admitted_of[tenant.name] += job.size
+            self._admitted += job.size
+            try:
+                yield
+            finally:
+                self._admitted -= job.size
+                if tenant is not None:
+                    self._admitted_of[tenant.name] -= job.size
+
+    async def _merged(self, job: Job) -> AsyncGenerator[tuple[int, RequestOutput]]:
+        # Bounded, so that a slow reader's outputs are not stored twice.
+        queue: asyncio.Queue[tuple[int, RequestOutput] | Exception] = asyncio.Queue(job.size)
+        # The prompt of the others is in the prefix cache once the first has a token.
+        prefilled = [asyncio.Event() for _ in job.prompts]
+
+        async def pump(index: int) -> None:
+            event = prefilled[index // job.n]
+            if index % job.n:
+                await event.wait()
+            try:
+                async with aclosing(self._sequence(job.request(index), job.tenant)) as outputs:
+                    async for output in outputs:
+                        event.set()
+                        await queue.put((index, output))
+            except Exception as error:
+                await queue.put(error)
+
+        tasks = [asyncio.create_task(pump(index)) for index in range(job.size)]
+        try:
+            unfinished = job.size
+            while unfinished:
+                item = await queue.get()
+                if isinstance(item, Exception):
+                    raise item
+                unfinished -= item[1].finish_reason is not None
+                yield item
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _sequence(
+        self, request: Request, tenant: Tenant | None
+    ) -> AsyncGenerator[RequestOutput]:
+        metrics = self._metrics
+        metrics.begin(request)
+        arrived = previous = time.monotonic()
+        first, reason = True, "cancelled"
+        try:
+            async with aclosing(self.engine.generate(request)) as outputs:
+                async for output in outputs:
+                    metrics.generated(request, len(output.token_ids))
+                    if tenant is not None:
+                        self._limiter.spend(tenant, len(output.token_ids))
+                    now = time.monotonic()
+                    if first:
+                        first = False
+                        metrics.time_to_first_token.observe(now - arrived)
+                        metrics.queue_time.observe(output.queue_seconds)
+                    else:
+                        metrics.inter_token_latency.observe(now - previous)
+                    previous = now
+                    if output.finish_reason is not None:
+                        reason = output.finish_reason
+                        metrics.e2e_latency.observe(now - arrived)
+                    yield output
+        except Exception:
+            reason = "error"
+            raise
+        finally:
+            metrics.finished.labels(reason).inc()

@@ -1,0 +1,63 @@
+"""What a request says about the form of its answer, as a guide for the engine."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+from nybble.engine import GrammarCompiler, GrammarGuide
+from nybble.server.chat_schema import ResponseFormat
+from nybble.server.errors import ApiError
+from nybble.server.schema import Sampling
+from nybble.server.tools import Tools
+
+_ANY_OBJECT: dict[str, Any] = {"type": "object"}
+
+
+async def guide_of(
+    compiler: GrammarCompiler,
+    body: Sampling,
+    response_format: ResponseFormat | None = None,
+    tools: Tools | None = None,
+) -> GrammarGuide | None:
+    """The guide a request asks for, or None. Compiled in another thread, before it is admitted.
+
+    Raises ApiError 400 naming the parameter for more than one, or one that cannot be compiled.
+    """
+    asked = _asked(compiler, body, response_format)
+    if tools is not None:
+        asked["tools"] = lambda: tools.guide(compiler)
+    if not asked:
+        return None
+    if len(asked) > 1:
+        names = " and ".join(asked)
+        raise ApiError(
+            400, f"{names} exclude each other", param=list(asked)[1], code="invalid_value"
+        )
+    ((param, compile),) = asked.items()
+    try:
+        return await asyncio.to_thread(compile)
+    except ValueError as error:
+        raise ApiError(
+            400, f"{param} cannot be compiled: {error}", param=param, code="invalid_value"
+        ) from None
+
+
+def _asked(
+    compiler: GrammarCompiler, body: Sampling, response_format: ResponseFormat | None
+) -> dict[str, Callable[[], GrammarGuide | None]]:
+    asked: dict[str, Callable[[], GrammarGuide | None]] = {}
+    if response_format is not None and response_format.type != "text":
+        wanted = response_format.json_schema
+        schema = _ANY_OBJECT if wanted is None or wanted.definition is None else wanted.definition
+        asked["response_format"] = lambda: compiler.json_schema(schema)
+    if (guided_json := body.guided_json) is not None:
+        asked["guided_json"] = lambda: compiler.json_schema(guided_json)
+    if (guided_regex := body.guided_regex) is not None:
+        asked["guided_regex"] = lambda: compiler.regex(guided_regex)
+    if (guided_choice := body.guided_choice) is not None:
+        asked["guided_choice"] = lambda: compiler.choice(guided_choice)
+    if (guided_grammar := body.guided_grammar) is not None:
+        asked["guided_grammar"] = lambda: compiler.grammar(guided_grammar)
+    return asked

@@ -1,0 +1,150 @@
+"""Prometheus metrics: what the engine counts, and how long requests took."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Iterator
+
+from nybble.engine import Engine, Request
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+# Values of a label that get a time series of their own; each more would be one more for ever.
+_LABELS = 50
+_OTHER = "other"
+_TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
+
+
+class Metrics:
+    """The metrics of one server, in a registry of their own."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._registry = CollectorRegistry()
+        self._registry.register(_EngineCollector(engine))
+
+        def histogram(name: str, about: str, buckets: tuple[float, ...] = _SECONDS) -> Histogram:
+            return Histogram(name, about, buckets=buckets, registry=self._registry)
+
+        self.time_to_first_token = histogram(
+            "nybble_time_to_first_token_seconds", "From a sequence's arrival to its first token."
+        )
+        self.inter_token_latency = histogram(
+            "nybble_inter_token_latency_seconds",
+            "Between two tokens of a sequence.",
+            _TOKEN_SECONDS,
+        )
+        self.e2e_latency = histogram(
+            "nybble_e2e_request_latency_seconds", "From a sequence's arrival to its last token."
+        )
+        self.queue_time = histogram(
+            "nybble_request_queue_seconds", "From a sequence's arrival to its first computation."
+        )
+        self.finished = Counter(
+            "nybble_sequences_finished",
+            "Sequences ended, by reason: stop, length, cancelled or error.",
+            ["reason"],
+            registry=self._registry,
+        )
+        self.http_requests = Counter(
+            "nybble_http_requests",
+            "HTTP requests answered, by route and status.",
+            ["method", "route", "status"],
+            registry=self._registry,
+        )
+
+        self._by_adapter = _Shares("adapter", self._registry)
+        self._by_tenant = _Shares("tenant", self._registry)
+
+    def begin(self, request: Request) -> None:
+        """Count a sequence to its adapter and tenant."""
+        self._by_adapter.begin(request.adapter)
+        self._by_tenant.begin(request.tenant)
+
+    def generated(self, request: Request, tokens: int) -> None:
+        """Count generated tokens to a sequence's adapter and tenant."""
+        self._by_adapter.generated(request.adapter, tokens)
+        self._by_tenant.generated(request.tenant, tokens)
+
+    def render(self) -> bytes:
+        """The exposition in Prometheus' text format."""
+        return generate_latest(self._registry)
+
+
+class _Shares:
+    """Sequences and tokens by a label whose values are not known beforehand, but bounded."""
+
+    def __init__(self, kind: str, registry: CollectorRegistry) -> None:
+        def counter(what: str, about: str) -> Counter:
+            return Counter(
+                f"nybble_{kind}_{what}",
+                f"{about} by {kind}: the first {_LABELS} seen, and '{_OTHER}'.",
+                [kind],
+                registry=registry,
+            )
+
+        self._sequences = counter("sequences", "Sequences")
+        self._tokens = counter("generation_tokens", "Tokens generated")
+        self._labels: set[str] = set()
+
+    def begin(self, name: str | None) -> None:
+        if name:
+            self._sequences.labels(self._label(name)).inc()
+
+    def generated(self, name: str | None, tokens: int) -> None:
+        if name:
+            self._tokens.labels(self._label(name)).inc(tokens)
+
+    def _label(self, name: str) -> str:
+        if name not in self._labels and len(self._labels) >= _LABELS:
+            return _OTHER
+        self._labels.add(name)
+        return name
+
+
+class _EngineCollector(Collector):
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def collect(self) -> Iterator[Metric]:
+        stats = self._engine.stats()
+        used = stats.kv_blocks_total - stats.kv_blocks_free
+        gauges = {
+            "nybble_sequences_running": ("Sequences being computed.", stats.running),
+            "nybble_sequences_waiting": ("Sequences waiting to be computed.", stats.waiting),
+            "nybble_kv_cache_blocks": ("Blocks in the KV cache.", stats.kv_blocks_total),
+            "nybble_kv_cache_usage_ratio": (
+                "Part of the KV cache's blocks held by sequences, 0 to 1.",
+                used / stats.kv_blocks_total,
+            ),
+            "nybble_engine_healthy": ("1 while the engine takes requests.", self._engine.healthy),
+        }
+        counters = {
+            "nybble_prompt_tokens": ("Prompt tokens computed.", stats.prompt_tokens),
+            "nybble_generation_tokens": ("Tokens generated.", stats.generation_tokens),
+            "nybble_prefix_cache_query_tokens": (
+                "Prompt tokens looked up in the prefix cache.",
+                stats.prefix_query_tokens,
+            ),
+            "nybble_prefix_cache_hit_tokens": (
+                "Prompt tokens found in the prefix cache.",
+                stats.prefix_hit_tokens,
+            ),
+            "nybble_preemptions": (
+                "Sequences sent back to wait for KV blocks.",
+                stats.preemptions,
+            ),
+            "nybble_engine_steps": ("Steps of the engine.", stats.steps),
+        }
+        adapters = collections.Counter(info.residency for info in self._engine.adapters())
+        residency = GaugeMetricFamily(
+            "nybble_adapters", "Loaded adapters by the fastest memory they are in.", labels=["in"]
+        )
+        for place in ("device", "host", "disk"):
+            residency.add_metric([place], adapters[place])
+        yield residency
+        for name, (about, value) in gauges.items():
+            yield GaugeMetricFamily(name, about, value=float(value))
+        for name, (about, value) in counters.items():
+            yield CounterMetricFamily(name, about, value=float(value))

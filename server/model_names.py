@@ -1,0 +1,107 @@
+"""What a request may call a model: the base's names, and those of loaded adapters."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from nybble.engine import AdapterInfo, Engine
+from nybble.server.errors import ApiError
+from nybble.server.tenants import Tenant
+
+ADAPTER_HEADER = "X-LoRA-Adapter"
+_NAMES_IN_ERRORS = 20
+
+
+class ModelNames:
+    """The base answers to every name in ``base``; each adapter to its own."""
+
+    def __init__(self, engine: Engine, base: tuple[str, ...]) -> None:
+        self._engine = engine
+        self._base = base
+        self._created = int(time.time())
+
+    def bodies(self, tenant: Tenant | None) -> list[dict[str, Any]]:
+        """Every name the tenant may use as OpenAI's model object."""
+        adapters = [self._adapter(info) for info in self._adapters(tenant)]
+        return [self._model(name) for name in self._models(tenant)] + adapters
+
+    def body(self, name: str, tenant: Tenant | None) -> dict[str, Any]:
+        """Raises ApiError 404."""
+        self.require(name, tenant)
+        info = None if name in self._base else self._engine.adapter(name)
+        return self._model(name) if info is None else self._adapter(info)
+
+    def require(self, name: str, tenant: Tenant | None) -> None:
+        """Raises ApiError 404 for a name that leads nowhere, or nowhere the tenant may go."""
+        if name in self._base:
+            known = tenant is None or tenant.may_use_model(name)
+        else:
+            known = self._has_adapter(name, tenant)
+        if not known:
+            raise self._unknown(name, "model", tenant)
+
+    def adapter(
+        self, model: str, field: str | None, headers: Mapping[str, str], tenant: Tenant | None
+    ) -> str | None:
+        """The adapter that the model's name, the field or the header asks for; None for the base.
+
+        Raises ApiError where a name leads nowhere or they ask for different ones.
+        """
+        self.require(model, tenant)
+        asked = {
+            "model": None if model in self._base else model,
+            "adapter": field,
+            ADAPTER_HEADER: headers.get(ADAPTER_HEADER),
+        }
+        chosen = {param: name for param, name in asked.items() if name is not None}
+        for param, name in chosen.items():
+            if not self._has_adapter(name, tenant):
+                raise self._unknown(name, param, tenant)
+        if len(set(chosen.values())) > 1:
+            raise ApiError(
+                400,
+                "different adapters are named: "
+                + ", ".join(f"{param} {name!r}" for param, name in chosen.items()),
+                param=list(chosen)[-1],
+                code="invalid_value",
+            )
+        return next(iter(chosen.values()), None)
+
+    def _has_adapter(self, name: str, tenant: Tenant | None) -> bool:
+        allowed = tenant is None or tenant.may_use_adapter(name)
+        return allowed and self._engine.adapter(name) is not None
+
+    def _models(self, tenant: Tenant | None) -> list[str]:
+        return [name for name in self._base if tenant is None or tenant.may_use_model(name)]
+
+    def _adapters(self, tenant: Tenant | None) -> list[AdapterInfo]:
+        every = self._engine.adapters()
+        return [info for info in every if tenant is None or tenant.may_use_adapter(info.name)]
+
+    def _model(self, name: str) -> dict[str, Any]:
+        return {
+            "id": name,
+            "object": "model",
+            "created": self._created,
+            "owned_by": "nybble",
+            "max_model_len": self._engine.max_model_len,
+        }
+
+    def _adapter(self, info: AdapterInfo) -> dict[str, Any]:
+        return self._model(info.name) | {"created": info.loaded, "parent": self._base[0]}
+
+    def _unknown(self, name: str, param: str, tenant: Tenant | None) -> ApiError:
+        kind, known = "adapter", [info.name for info in self._adapters(tenant)]
+        if param == "model":
+            kind, known = "model", [*self._models(tenant), *known]
+        names = ", ".join(known[:_NAMES_IN_ERRORS]) or "none"
+        if len(known) > _NAMES_IN_ERRORS:
+            names += f" and {len(known) - _NAMES_IN_ERRORS} more"
+        return ApiError(
+            404,
+            f"the {kind} {name!r} does not exist; this server has {names}",
+            param=param,
+            code="model_not_found",
+        )

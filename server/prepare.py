@@ -1,0 +1,134 @@
+"""From a model's name to a checkpoint that opens in seconds.
+
+A model folder in a 4-bit format is packed once, for the device's layout, into the cache; from then
+on the packed form is memory-mapped. The key of the cache is the folder's path, the size and time of
+its files, how it was rounded, and the packed form's layout and version. A 16-bit model that is not
+to be rounded is memory-mapped as it is. The demo is rounded to 4 bits (GPTQ layout, groups of 64,
+with zeros) and its output layer to 8.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Literal
+
+import torch
+from filelock import FileLock
+from nybble.kernels.layout import Layout
+from nybble.kernels.matmul import preferred_layout
+from nybble.loaders import (
+    Checkpoint,
+    LoRAAdapter,
+    load_adapter,
+    open_checkpoint,
+    resolve_adapter,
+    resolve_model,
+    save_packed,
+)
+from nybble.loaders.adapter import projection_shapes
+from nybble.loaders.cache import cache_folder
+from nybble.loaders.packed_file import VERSION
+from nybble.quantizers import InFlight, merge_adapter, quantize_checkpoint
+
+logger = logging.getLogger(__name__)
+
+DEMO = "demo"
+_MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt")
+
+
+def prepare_checkpoint(
+    name: str,
+    *,
+    device: torch.device,
+    aliases: Path | None = None,
+    quantize: Literal["nf4"] | None = None,
+    head: Literal["int8"] | None = None,
+    adapter: str | None = None,
+    progress: bool = True,
+) -> Checkpoint:
+    """Resolve ``name``, pack it into the cache unless it is there, and open it.
+
+    quantize and head: what to round while reading, see :class:`nybble.quantizers.InFlight`.
+    adapter: a folder or hub name of what to merge first, in the model's own format. Raises what
+    resolve_model, open_checkpoint, load_adapter, merge_adapter and save_packed do, and ValueError
+    where a packed model is to be changed.
+    """
+    folder = resolve_model(name, aliases=aliases)
+    source = open_checkpoint(folder)
+    if source.format == "packed":
+        if quantize or head or adapter:
+            raise ValueError(f"{folder} is packed already: give the model it was packed from")
+        return source
+    lora = None
+    if adapter is not None:
+        lora = load_adapter(resolve_adapter(adapter), projection_shapes(source.config))
+    demo = name == DEMO and source.format == "none" and quantize is None
+    if demo:
+        head = "int8"
+    if source.format == "none" and not (quantize or head or lora):
+        return source
+    layout = preferred_layout(device)
+    recipe = f"layers={'demo' if demo else quantize}, head={head}"
+    if lora is not None:
+        recipe += f", adapter={lora.digest.hex()}"
+    with _packed(folder, layout, recipe) as (packed, missing), ExitStack() as stack:
+        if missing:
+            if lora is not None:
+                folder = stack.enter_context(_merged(folder, lora, packed, progress))
+                source = open_checkpoint(folder)
+            if demo:
+                source = stack.enter_context(_demo_in_gptq(folder, packed, progress))
+            if quantize or head:
+                source = InFlight(source, layers=quantize, head=head)
+            save_packed(source, packed, layout=layout, progress=progress)
+    return open_checkpoint(packed)
+
+
+@contextmanager
+def _merged(folder: Path, lora: LoRAAdapter, packed: Path, progress: bool) -> Iterator[Path]:
+    scratch = packed.with_name(packed.name + ".merged")
+    shutil.rmtree(scratch, ignore_errors=True)
+    try:
+        layers = merge_adapter(folder, lora, scratch, progress=progress)
+        logger.info(
+            "merged %d layers; rounding them again added %.2e of their norm on average",
+            len(layers),
+            sum(layer.error for layer in layers) / len(layers),
+        )
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextmanager
+def _demo_in_gptq(folder: Path, packed: Path, progress: bool) -> Iterator[Checkpoint]:
+    scratch = packed.with_name(packed.name + ".gptq")
+    shutil.rmtree(scratch, ignore_errors=True)
+    try:
+        quantize_checkpoint(
+            folder, scratch, format="gptq", group_size=64, sym=False, progress=progress
+        )
+        yield open_checkpoint(scratch)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextmanager
+def _packed(folder: Path, layout: Layout, recipe: str) -> Iterator[tuple[Path, bool]]:
+    """Where the packed form belongs, and whether it is not there; one process at a time."""
+    packed = cache_folder() / "packed" / f"{folder.name}-{_fingerprint(folder, layout, recipe)}"
+    packed.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(packed.with_name(packed.name + ".lock")):
+        yield packed, not packed.is_dir()
+
+
+def _fingerprint(folder: Path, layout: Layout, recipe: str) -> str:
+    files = sorted({file for pattern in _MODEL_FILES for file in folder.glob(pattern)})
+    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    parts = (str(folder.resolve()), stats, layout, recipe, VERSION)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]

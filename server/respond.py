@@ -1,0 +1,125 @@
+"""Writes a job's outputs as one JSON body or as server-sent events."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from contextlib import aclosing
+from typing import Any, Protocol
+
+from aiohttp import web
+from nybble.engine import RequestOutput
+from nybble.server.errors import ApiError, as_api_error
+from nybble.server.generation import Generation, Job, Usage
+from pydantic_core import to_json
+
+# A client that takes nothing for this long while its buffers are full is given up.
+_STALL_SECONDS = 60
+
+
+Event = tuple[str | None, dict[str, Any]]  # a server-sent event's name, if it has one, and data
+
+
+class Shape(Protocol):
+    """How an endpoint writes a job's outputs."""
+
+    # The data that ends a stream, after the last event.
+    terminator: bytes | None
+
+    def whole(self, outputs: Sequence[Sequence[RequestOutput]], usage: Usage) -> dict[str, Any]:
+        """The body, from all outputs of every sequence."""
+        ...
+
+    def events(self, index: int, output: RequestOutput) -> Sequence[Event]:
+        """What one output of a sequence adds to a stream; called for its outputs in order."""
+        ...
+
+    def last_events(self, usage: Usage) -> Sequence[Event]:
+        """What follows when all sequences are finished."""
+        ...
+
+    def failure(self, error: ApiError) -> Event:
+        """What ends a stream that cannot go on."""
+        ...
+
+
+async def respond(
+    request: web.Request, generation: Generation, job: Job, shape: Shape, *, stream: bool
+) -> web.StreamResponse:
+    """Run ``job``. Whatever ends the response early ends its sequences too."""
+    if stream:
+        return await _stream(request, generation, job, shape)
+    usage = Usage(job)
+    outputs: list[list[RequestOutput]] = [[] for _ in range(job.size)]
+    async with aclosing(generation.run(job)) as results:
+        async for index, output in results:
+            usage.add(index, output)
+            outputs[index].append(output)
+    return json_response(shape.whole(outputs, usage))
+
+
+async def _stream(
+    request: web.Request, generation: Generation, job: Job, shape: Shape
+) -> web.StreamResponse:
+    usage = Usage(job)
+    async with aclosing(generation.run(job)) as results:
+        # Before the headers, so that what cannot be served gets a status of its own.
+        index, output = await anext(results)
+        stream = EventStream(request)
+        await stream.open()
+        try:
+            while True:
+                usage.add(index, output)
+                for event in shape.events(index, output):
+                    await stream.send(event)
+                try:
+                    index, output = await anext(results)
+                except StopAsyncIteration:
+                    break
+            for event in shape.last_events(usage):
+                await stream.send(event)
+            if shape.terminator is not None:
+                await stream.write(b"data: " + shape.terminator + b"\n\n")
+        except ConnectionError:
+            raise
+        except Exception as error:
+            # The status is sent already: an event says that the stream is not whole.
+            await stream.send(shape.failure(as_api_error(error)))
+        await stream.response.write_eof()
+    return stream.response
+
+
+class EventStream:
+    """Server-sent events to one client, no faster than it reads."""
+
+    def __init__(self, request: web.Request) -> None:
+        self._request = request
+        self.response = web.StreamResponse(
+            headers={
+                "Content-Type": "text/event-stream; charset=utf-8",
+                "Cache-Control": "no-cache",
+                "X-Accel-Buffering": "no",
+            }
+        )
+
+    async def open(self) -> None:
+        await self.response.prepare(self._request)
+
+    async def send(self, event: Event) -> None:
+        name, data = event
+        head = b"" if name is None else b"event: " + name.encode() + b"\n"
+        await self.write(head + b"data: " + to_json(data) + b"\n\n")
+
+    async def write(self, data: bytes) -> None:
+        """Raises ConnectionError where the client is gone or has stalled."""
+        try:
+            async with asyncio.timeout(_STALL_SECONDS):
+                await self.response.write(data)
+        except TimeoutError:
+            if self._request.transport is not None:
+                self._request.transport.abort()
+            raise ConnectionResetError("the client stopped reading") from None
+
+
+def json_response(body: dict[str, Any]) -> web.Response:
+    return web.Response(body=to_json(body), content_type="application/json")

@@ -1,0 +1,183 @@
+"""/v1/responses as OpenAI writes it: output items, and the events they arrive in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+from uuid import uuid4
+
+from nybble.engine import RequestOutput
+from nybble.server.errors import ApiError
+from nybble.server.generation import Usage
+from nybble.server.respond import Event
+from nybble.server.responses_schema import ResponsesRequest
+from nybble.server.tool_parser import Arguments, Call, Text, ToolParser
+from nybble.server.tools import Tools
+
+
+class ResponsesShape:
+    """See :class:`nybble.server.respond.Shape`. Nothing is stored; there is one sequence."""
+
+    terminator: bytes | None = None
+
+    def __init__(self, id: str, body: ResponsesRequest, created: int, tools: Tools | None) -> None:
+        self._parser: ToolParser | None = None if tools is None else tools.parser()
+        self._events: list[Event] = []
+        self._sequence = 0
+        self._begun = False
+        self._item: dict[str, Any] | None = None  # the one being written
+        text = {"format": {"type": "text"}}
+        if body.text is not None and body.text.format is not None:
+            text["format"] = body.text.format.model_dump(by_alias=True, exclude_none=True)
+        self._response: dict[str, Any] = {
+            "id": id,
+            "object": "response",
+            "created_at": created,
+            "status": "in_progress",
+            "error": None,
+            "incomplete_details": None,
+            "instructions": body.instructions,
+            "max_output_tokens": body.max_output_tokens,
+            "metadata": body.metadata or {},
+            "model": body.model,
+            "output": [],
+            "parallel_tool_calls": body.parallel_tool_calls is not False,
+            "previous_response_id": None,
+            "reasoning": {"effort": None, "summary": None},
+            "temperature": 1.0 if body.temperature is None else body.temperature,
+            "text": text,
+            "tool_choice": _plain(body.tool_choice) or "auto",
+            "tools": [
+                {"parameters": None, "strict": None, **tool.model_dump(exclude_none=True)}
+                for tool in body.tools or ()
+            ],
+            "top_p": 1.0 if body.top_p is None else body.top_p,
+            "truncation": "disabled",
+            "usage": None,
+        }
+
+    def whole(self, outputs: Sequence[Sequence[RequestOutput]], usage: Usage) -> dict[str, Any]:
+        for output in outputs[0]:
+            self.events(0, output)
+        self.last_events(usage)
+        return self._response
+
+    def events(self, index: int, output: RequestOutput) -> Sequence[Event]:
+        if not self._begun:
+            self._begun = True
+            self._tell("response.created", response=self._response | {"output": []})
+            self._tell("response.in_progress", response=self._response | {"output": []})
+        if self._parser is None:
+            self._text(output.text)
+        else:
+            last = output.finish_reason is not None
+            read = self._parser.feed(output.text) + (self._parser.finish() if last else [])
+            for event in read:
+                if isinstance(event, Text):
+                    self._text(event.text)
+                elif isinstance(event, Call):
+                    self._open_call(event.name)
+                else:
+                    self._arguments(event)
+        if output.finish_reason is not None:
+            complete = output.finish_reason == "stop"
+            if not self._response["output"]:  # the model had nothing to say
+                self._open_message()
+            self._close_item("completed" if complete else "incomplete")
+            self._response["status"] = "completed" if complete else "incomplete"
+            if not complete:
+                self._response["incomplete_details"] = {"reason": "max_output_tokens"}
+        return self._take()
+
+    def last_events(self, usage: Usage) -> Sequence[Event]:
+        self._response["usage"] = {
+            "input_tokens": usage.prompt_tokens,
+            "input_tokens_details": {
+                "cached_tokens": usage.cached_tokens,
+                # What is computed stays findable until its blocks are needed for other tokens.
+                "cache_write_tokens": usage.prompt_tokens - usage.cached_tokens,
+            },
+            "output_tokens": usage.completion_tokens,
+            "output_tokens_details": {"reasoning_tokens": 0},
+            "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        }
+        self._tell(f"response.{self._response['status']}", response=self._response)
+        return self._take()
+
+    def failure(self, error: ApiError) -> Event:
+        self._response["status"] = "failed"
+        self._response["error"] = {"code": "server_error", "message": error.message}
+        self._tell("response.failed", response=self._response)
+        return self._take()[-1]
+
+    def _text(self, text: str) -> None:
+        if not text:
+            return
+        if self._item is None or self._item["type"] != "message":
+            self._open_message()
+        assert self._item is not None
+        self._item["content"][0]["text"] += text
+        self._tell_part("response.output_text.delta", delta=text, logprobs=[])
+
+    def _open_message(self) -> None:
+        self._close_item("completed")
+        part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
+        self._open_item("msg", type="message", role="assistant", content=[])
+        self._tell_part("response.content_part.added", part=dict(part))
+        assert self._item is not None
+        self._item["content"] = [part]
+
+    def _open_call(self, name: str) -> None:
+        self._close_item("completed")
+        call = {"call_id": f"call_{uuid4().hex[:24]}", "name": name, "arguments": ""}
+        self._open_item("fc", type="function_call", **call)
+
+    def _arguments(self, event: Arguments) -> None:
+        assert self._item is not None
+        self._item["arguments"] += event.text
+        self._tell_item("response.function_call_arguments.delta", delta=event.text)
+
+    def _open_item(self, prefix: str, **fields: Any) -> None:
+        self._item = {"id": f"{prefix}_{uuid4().hex}", "status": "in_progress", **fields}
+        self._response["output"].append(self._item)
+        self._tell("response.output_item.added", output_index=self._index(), item=dict(self._item))
+
+    def _close_item(self, status: str) -> None:
+        if self._item is None:
+            return
+        self._item["status"] = status
+        if self._item["type"] == "message":
+            (part,) = self._item["content"]
+            self._tell_part("response.output_text.done", text=part["text"], logprobs=[])
+            self._tell_part("response.content_part.done", part=part)
+        else:
+            self._tell_item(
+                "response.function_call_arguments.done",
+                name=self._item["name"],
+                arguments=self._item["arguments"],
+            )
+        self._tell("response.output_item.done", output_index=self._index(), item=self._item)
+        self._item = None
+
+    def _index(self) -> int:
+        return len(self._response["output"]) - 1
+
+    def _tell_part(self, kind: str, /, **fields: Any) -> None:
+        self._tell_item(kind, content_index=0, **fields)
+
+    def _tell_item(self, kind: str, /, **fields: Any) -> None:
+        assert self._item is not None
+        self._tell(kind, item_id=self._item["id"], output_index=self._index(), **fields)
+
+    def _tell(self, kind: str, /, **fields: Any) -> None:
+        event = {"type": kind, "sequence_number": self._sequence, **fields}
+        self._events.append((kind, event))
+        self._sequence += 1
+
+    def _take(self) -> Sequence[Event]:
+        taken, self._events = self._events, []
+        return taken
+
+
+def _plain(tool_choice: Any) -> Any:
+    return tool_choice.model_dump() if hasattr(tool_choice, "model_dump") else tool_choice

@@ -1,0 +1,227 @@
+"""What the bodies of requests have in common, and the bodies of completions.
+
+A field that would change the meaning and is not supported is refused.
+
+Every optional field may be null, as OpenAI's may. Ranges of sampling parameters are checked by
+:class:`nybble.engine.SamplingParams`, which names the parameter itself.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar
+
+from nybble.engine import SamplingParams
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+_MAX_N = 128
+_MAX_STOPS = 16
+_MAX_STOP_LENGTH = 256
+_MAX_BIASES = 1024
+_MAX_ADAPTER_NAME = 256
+_MAX_CHOICES = 1024
+
+
+class Body(BaseModel):
+    """Strict: no coercion, no unknown fields, no infinities."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
+
+    # Fields known from OpenAI's API that this server refuses: name → why.
+    refused: ClassVar[dict[str, str]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse(cls, data: Any) -> Any:
+        """Fields that ask for what the server cannot do; null, false and [] ask for nothing."""
+        if not isinstance(data, dict):
+            return data
+        for name, why in cls.refused.items():
+            if data.get(name):
+                raise PydanticCustomError(
+                    "unsupported_parameter", "{why}", {"why": why, "param": name}
+                )
+        return {name: value for name, value in data.items() if name not in cls.refused}
+
+
+def _stops(value: Any) -> Any:
+    stops = [value] if isinstance(value, str) else value
+    if isinstance(stops, list):
+        if len(stops) > _MAX_STOPS:
+            raise PydanticCustomError("too_many", f"at most {_MAX_STOPS} stop strings are allowed")
+        for stop in stops:
+            if isinstance(stop, str) and len(stop) > _MAX_STOP_LENGTH:
+                raise PydanticCustomError(
+                    "too_long", f"a stop string may have at most {_MAX_STOP_LENGTH} characters"
+                )
+    return stops
+
+
+def _biases(value: Any) -> Any:
+    """JSON has token ids as strings."""
+    if not isinstance(value, dict):
+        return value
+    if len(value) > _MAX_BIASES:
+        raise PydanticCustomError("too_many", f"at most {_MAX_BIASES} biases are allowed")
+    if not all(key.isascii() and key.isdigit() and len(key) < 10 for key in value):
+        raise PydanticCustomError("bad_key", "the keys of logit_bias are token ids")
+    return {int(key): bias for key, bias in value.items()}
+
+
+class StreamOptions(Body):
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None  # padding against traffic analysis; never added here
+
+
+class Sampling(Body):
+    """What chat completions and completions share. The last group extends OpenAI's API."""
+
+    model: str
+    frequency_penalty: float | None = None
+    logit_bias: Annotated[dict[int, float] | None, BeforeValidator(_biases)] = None
+    max_tokens: int | None = None
+    n: Annotated[int, Field(ge=1, le=_MAX_N)] | None = None
+    presence_penalty: float | None = None
+    seed: int | None = None
+    stop: Annotated[list[str] | None, BeforeValidator(_stops)] = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+
+    # Accepted because they do not change what is generated.
+    user: str | None = None
+    metadata: dict[str, Any] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+
+    adapter: str | None = None  # a loaded LoRA adapter, for clients whose model name is fixed
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    ignore_eos: bool | None = None
+    stop_token_ids: Annotated[list[int], Field(max_length=_MAX_STOPS)] | None = None
+    guided_json: dict[str, Any] | None = None
+    guided_regex: str | None = None
+    guided_choice: Annotated[list[str], Field(min_length=1, max_length=_MAX_CHOICES)] | None = None
+    guided_grammar: str | None = None
+
+    @model_validator(mode="after")
+    def _options_need_stream(self) -> Sampling:
+        if self.stream_options is not None and not self.stream:
+            raise PydanticCustomError(
+                "invalid_value",
+                "stream_options is allowed only when stream is true",
+                {"param": "stream_options"},
+            )
+        return self
+
+    @property
+    def sequences(self) -> int:
+        """How many continuations of each prompt."""
+        return self.n or 1
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether a stream ends with the tokens used."""
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    def sampling_params(self, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
+        """Raises ParameterError for values out of range."""
+        given: dict[str, Any] = {
+            name: getattr(self, name)
+            for name in (
+                "frequency_penalty",
+                "logit_bias",
+                "presence_penalty",
+                "seed",
+                "temperature",
+                "top_p",
+                "min_p",
+                "repetition_penalty",
+                "ignore_eos",
+            )
+            if getattr(self, name) is not None
+        }
+        # −1 is how other servers spell "off".
+        top_k = 0 if self.top_k in (None, -1) else self.top_k
+        return SamplingParams(
+            max_tokens=max_tokens,
+            logprobs=logprobs,
+            top_k=top_k or 0,
+            stop=tuple(self.stop or ()),
+            stop_token_ids=tuple(self.stop_token_ids or ()),
+            **given,
+        )
+
+
+Prompt = str | list[int]
+
+
+def _prompts(value: Any) -> Any:
+    """OpenAI's four shapes as a list of prompts, each text or token ids."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, list) and value:
+        if all(type(item) is int for item in value):
+            return [value]
+        if all(isinstance(item, str) for item in value):
+            return value
+        if all(
+            isinstance(item, list) and item and all(type(token) is int for token in item)
+            for item in value
+        ):
+            return value
+    raise PydanticCustomError(
+        "prompt_shape",
+        "expected a string, a list of strings, a list of token ids, or a list of such lists, "
+        "none of them empty",
+    )
+
+
+class CompletionRequest(Sampling):
+    refused = {"suffix": "suffix is not supported: put the text into the prompt"}
+
+    # Validated whole by _prompts: a union would try every shape on a long list of token ids.
+    prompt: Annotated[Any, BeforeValidator(_prompts)]
+    best_of: int | None = None
+    echo: bool | None = None
+    logprobs: int | None = None
+
+    @model_validator(mode="after")
+    def _supported(self) -> CompletionRequest:
+        if self.best_of is not None and self.best_of != self.sequences:
+            raise PydanticCustomError(
+                "unsupported_parameter",
+                "best_of other than n is not supported",
+                {"param": "best_of"},
+            )
+        if self.echo and self.logprobs is not None:
+            raise PydanticCustomError(
+                "unsupported_parameter",
+                "echo with logprobs is not supported: the prompt's logprobs are not computed",
+                {"param": "echo"},
+            )
+        return self
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        prompts: list[Prompt] = self.prompt
+        return prompts
+
+
+class LoadAdapterRequest(Body):
+    """lora_path: a folder below an allowed root. load_inplace: replace an adapter of that name."""
+
+    lora_name: Annotated[str, Field(min_length=1, max_length=_MAX_ADAPTER_NAME)]
+    lora_path: Annotated[str, Field(min_length=1)]
+    load_inplace: bool | None = None
+    base_model_name: str | None = None  # vLLM's clients may send it; tensors decide what fits
+
+
+class UnloadAdapterRequest(Body):
+    lora_name: str
+    lora_int_id: int | None = None  # vLLM's own numbering

@@ -1,0 +1,140 @@
+"""Who may ask for what, and how much: a TOML file of tenants, read again on demand.
+
+    [tenants.acme]
+    keys = ["sha256:2c26b46b68ffc68ff99b453c1d30413413422d706483bfa0f98a5e886266e7ae"]
+    models = ["*"]
+    adapters = ["acme-*"]
+    weight = 2
+    requests_per_minute = 600
+    tokens_per_minute = 100_000
+    max_concurrency = 16
+
+Everything but ``keys`` may be left out: all models and adapters, weight 1, no limit. A key is
+stored as the SHA-256 of its text (``nybble new-key`` makes both), which is enough for keys drawn at
+random. Patterns are those of the shell.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import logging
+import secrets
+import tomllib
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Annotated, Self
+
+from aiohttp import web
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+logger = logging.getLogger(__name__)
+
+_HASH = r"^sha256:[0-9a-f]{64}$"
+
+
+class TenantsError(ValueError):
+    """The tenants file cannot be used; the message names the entry at fault."""
+
+
+class Tenant(BaseModel):
+    """One entry of the file. Limits are per tenant, whichever of its keys is used."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    name: Annotated[str, Field(min_length=1)]
+    keys: tuple[Annotated[str, Field(pattern=_HASH)], ...] = Field(min_length=1)
+    models: tuple[str, ...] = ("*",)
+    adapters: tuple[str, ...] = ("*",)
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    requests_per_minute: Annotated[int, Field(ge=1)] | None = None
+    tokens_per_minute: Annotated[int, Field(ge=1)] | None = None
+    max_concurrency: Annotated[int, Field(ge=1)] | None = None
+
+    def may_use_model(self, name: str) -> bool:
+        return any(fnmatchcase(name, pattern) for pattern in self.models)
+
+    def may_use_adapter(self, name: str) -> bool:
+        return any(fnmatchcase(name, pattern) for pattern in self.adapters)
+
+
+TENANT = web.RequestKey("tenant", Tenant)  # of a request that came with a tenant's key
+
+
+class _File(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    tenants: Mapping[str, Tenant]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name(cls, data: object) -> object:
+        tenants = data.get("tenants") if isinstance(data, dict) else None
+        if not isinstance(tenants, dict):
+            return data
+        named = {
+            name: {**entry, "name": name} if isinstance(entry, dict) else entry
+            for name, entry in tenants.items()
+        }
+        assert isinstance(data, dict)
+        return {**data, "tenants": named}
+
+    @model_validator(mode="after")
+    def _keys_differ(self) -> Self:
+        owner: dict[str, str] = {}
+        for tenant in self.tenants.values():
+            for key in tenant.keys:
+                if owner.setdefault(key, tenant.name) != tenant.name:
+                    raise ValueError(f"{owner[key]} and {tenant.name} have a key in common")
+        return self
+
+
+class Tenants:
+    """The tenants of a file, found by their keys."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises TenantsError."""
+        self._path = path
+        self._digests = self._read()
+
+    def reload(self) -> None:
+        """Read the file again; one that cannot be used leaves everything as it was."""
+        try:
+            self._digests = self._read()
+        except TenantsError as error:
+            logger.error("the tenants stay as they were: %s", error)
+        else:
+            logger.info("%s was read again", self._path)
+
+    def find(self, key: str) -> Tenant | None:
+        """The tenant of a key. Every hash is compared, so the time taken tells nothing."""
+        found = hashlib.sha256(key.encode(errors="surrogateescape")).digest()
+        tenant = None
+        for digest, owner in self._digests:
+            if hmac.compare_digest(found, digest):
+                tenant = owner
+        return tenant
+
+    def _read(self) -> Sequence[tuple[bytes, Tenant]]:
+        try:
+            file = _File.model_validate(tomllib.loads(self._path.read_text()))
+        except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise TenantsError(f"{self._path} cannot be read: {error}") from error
+        except ValidationError as invalid:
+            first = invalid.errors(include_url=False, include_input=False)[0]
+            place = ".".join(str(part) for part in first["loc"])
+            raise TenantsError(
+                f"{self._path}: {place}: {first['msg']}".replace(": :", ":")
+            ) from None
+        return [
+            (bytes.fromhex(key.removeprefix("sha256:")), tenant)
+            for tenant in file.tenants.values()
+            for key in tenant.keys
+        ]
+
+
+def new_key() -> tuple[str, str]:
+    """A random key, and what the file has in its place."""
+    key = "nyb-" + secrets.token_urlsafe(32)
+    return key, "sha256:" + hashlib.sha256(key.encode()).hexdigest()

@@ -1,0 +1,144 @@
+"""Tenants share the engine by weight, whatever one of them does."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from dataclasses import dataclass, field
+
+import pytest
+from nybble.engine import ParameterError, Request, SamplingParams
+from nybble.engine.block_manager import BlockManager
+from nybble.engine.scheduler import Scheduler
+from nybble.engine.sequence import Sequence
+
+SEATS, BUDGET, BLOCKS, BLOCK = 16, 256, 1024, 16
+
+
+@dataclass
+class Simulation:
+    """A scheduler driven by a clock: a step takes 1, and up to 4 more with its budget's use.
+
+    Half the seats, budget and blocks make an engine of half the speed: a tenant's equal share.
+    """
+
+    seats: int = SEATS
+    budget: int = BUDGET
+    blocks: int = BLOCKS
+    now: float = 0.0
+    started: dict[str, float] = field(default_factory=dict)
+    first_token: dict[str, float] = field(default_factory=dict)
+    served: Counter[str] = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        manager = BlockManager(self.blocks, BLOCK, prefix_caching=False)
+        self.scheduler = Scheduler(manager, self.seats, self.budget)
+
+    def run(self, arrivals: list[tuple[float, str, int, int, float]], until: float) -> None:
+        """arrivals: (time, tenant, prompt tokens, output tokens, weight), in the order of time."""
+        pending = list(reversed(arrivals))
+        while self.now < until:
+            while pending and pending[-1][0] <= self.now:
+                time, tenant, length, output, weight = pending.pop()
+                name = f"{tenant} {len(self.started)}"
+                self.started[name] = time
+                request = Request(
+                    name,
+                    tuple(range(length)),
+                    SamplingParams(max_tokens=output),
+                    tenant=tenant,
+                    weight=weight,
+                )
+                self.scheduler.add(Sequence(request, output, None, None))  # type: ignore[arg-type]
+            batch = self.scheduler.schedule()
+            tokens = sum(item.num_tokens for item in batch)
+            assert tokens <= self.budget
+            assert len(self.scheduler.running) <= self.seats
+            self.now += 1.0 + 4.0 * tokens / self.budget
+            for item in batch:
+                sequence, completes = item.sequence, item.completes
+                self.scheduler.computed(item)
+                self.served[sequence.tenant] += item.num_tokens
+                if completes:
+                    name = sequence.request_id
+                    self.first_token.setdefault(name, self.now - self.started[name])
+                    sequence.token_ids.append(0)
+                    if sequence.num_output_tokens >= sequence.max_tokens:
+                        self.scheduler.finish(sequence)
+
+    def p95(self, tenant: str) -> float:
+        times = sorted(t for name, t in self.first_token.items() if name.startswith(tenant + " "))
+        assert len(times) > 50
+        return times[int(0.95 * len(times))]
+
+
+def polite(seed: int, weight: float = 1.0) -> list[tuple[float, str, int, int, float]]:
+    """A tenant well within half of the engine."""
+    rng = random.Random(seed)
+    time, arrivals = 0.0, []
+    for _ in range(150):
+        time += rng.expovariate(1 / 30)
+        arrivals.append((time, "polite", rng.randint(20, 200), rng.randint(5, 40), weight))
+    return arrivals
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    ("prompt", "output"), [(40, 200), (900, 20), (200, 60)], ids=["decodes", "prompts", "both"]
+)
+def test_a_flood_at_most_doubles_the_time_to_first_token_at_equal_share(
+    seed: int, prompt: int, output: int
+) -> None:
+    arrivals = polite(seed)
+    end = arrivals[-1][0]
+    alone = Simulation(seats=SEATS // 2, budget=BUDGET // 2, blocks=BLOCKS // 2)
+    alone.run(arrivals, end)
+    flood = [(i * 0.5, "flood", prompt, output, 1.0) for i in range(int(end))]
+    shared = Simulation()
+    shared.run(sorted(arrivals + flood), end)
+    assert shared.scheduler.waiting.tenants() == ["flood"] or len(shared.scheduler.waiting) > 50
+    assert shared.p95("polite") <= 2 * alone.p95("polite")
+    # What the polite tenant leaves is not wasted.
+    assert shared.served["flood"] > shared.served["polite"]
+
+
+def test_backlogged_tenants_are_served_in_proportion_to_their_weights() -> None:
+    simulation = Simulation()
+    arrivals = [
+        (0.0, tenant, 100, 50, weight)
+        for _ in range(400)
+        for tenant, weight in (("a", 1.0), ("b", 3.0))
+    ]
+    simulation.run(arrivals, 3000)
+    assert len(simulation.scheduler.waiting) > 100, "both must still be backlogged"
+    assert simulation.served["b"] / simulation.served["a"] == pytest.approx(3, rel=0.1)
+
+
+def test_a_tenant_alone_has_the_whole_engine() -> None:
+    simulation = Simulation()
+    simulation.run([(0.0, "a", 30, 20, 1.0)] * 40, 20)
+    assert len(simulation.scheduler.running) == SEATS
+
+
+def test_staying_away_saves_up_nothing() -> None:
+    """After a long absence a tenant shares equally; it does not push the other out."""
+    simulation = Simulation()
+    simulation.run([(0.0, "busy", 100, 30, 1.0)] * 2000, 2000)
+    before = simulation.served.copy()
+    simulation.run([(2000.0, "back", 100, 30, 1.0)] * 600, 3500)
+    gained = {tenant: simulation.served[tenant] - before[tenant] for tenant in ("busy", "back")}
+    assert len(simulation.scheduler.waiting) > 100
+    assert gained["back"] / gained["busy"] == pytest.approx(1, rel=0.15)
+
+
+def test_requests_of_one_tenant_start_in_the_order_of_arrival() -> None:
+    simulation = Simulation(seats=2)
+    simulation.run([(float(i), "a", 50, 5, 1.0) for i in range(20)], 2000)
+    order = list(simulation.first_token)
+    assert order == [f"a {i}" for i in range(20)]
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0, float("inf"), float("nan")])
+def test_a_weight_that_is_not_positive_is_refused(weight: float) -> None:
+    with pytest.raises(ParameterError, match="expected above 0 and finite"):
+        Request("r", (1,), SamplingParams(), weight=weight)

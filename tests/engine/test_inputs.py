@@ -1,0 +1,136 @@
+"""Step inputs follow the batch, whatever happened to its sequences before, and pad cleanly."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from nybble.engine.graphs import bucket_sizes
+from nybble.engine.inputs import InputBuffers, StepInputs
+from nybble.engine.request import Request, SamplingParams
+from nybble.engine.scheduler import ScheduledBatch, ScheduledSequence
+from nybble.engine.sequence import Sequence
+from nybble.kernels.lora import LoRABatch
+from torch import Tensor
+
+BLOCK = 4
+
+
+def buffers(max_seqs: int = 8) -> InputBuffers:
+    return InputBuffers(
+        max_seqs=max_seqs,
+        max_tokens=64,
+        max_blocks=10,
+        block_size=BLOCK,
+        device=torch.device("cpu"),
+    )
+
+
+def sequence(length: int, computed: int, blocks: list[int]) -> Sequence:
+    request = Request("r", tuple(range(100, 100 + length)), SamplingParams())
+    made = Sequence(request, 1, detokenizer=None, sampler=None)  # type: ignore[arg-type]
+    made.num_computed_tokens = computed
+    made.blocks = blocks
+    return made
+
+
+def check(inputs: StepInputs, batch: ScheduledBatch) -> None:
+    """Every array says what the batch says."""
+    attention, row = inputs.attention, 0
+    for index, item in enumerate(batch):
+        owner, start = item.sequence, item.sequence.num_computed_tokens
+        assert attention.query_start[index] == row
+        assert attention.context_lens[index] == start + item.num_tokens
+        table = attention.block_tables[index, : len(owner.blocks)]
+        assert table.tolist() == owner.blocks
+        for position in range(start, start + item.num_tokens):
+            assert inputs.token_ids[row] == owner.token_ids[position]
+            assert inputs.positions[row] == position
+            slot = owner.blocks[position // BLOCK] * BLOCK + position % BLOCK
+            assert attention.slot_mapping[row] == slot
+            row += 1
+    assert attention.query_start[len(batch)] == row
+    assert attention.max_query == max(item.num_tokens for item in batch)
+    ends = [int(attention.query_start[i + 1]) - 1 for i, item in enumerate(batch) if item.completes]
+    assert inputs.last_rows.tolist() == ends
+
+
+def test_inputs_follow_sequences_that_come_grow_lose_their_blocks_and_return() -> None:
+    chance = random.Random(0)
+    built = buffers()
+    everyone = [sequence(40, 0, []) for _ in range(8)]
+    free = list(range(200))
+    for _ in range(300):
+        batch: ScheduledBatch = []
+        for one in everyone:
+            fate = chance.random()
+            left = len(one.token_ids) - one.num_computed_tokens
+            if fate < 0.1 or left == 0:  # preempted, or finished: its blocks come back as others
+                one.num_computed_tokens = 0
+                free += one.blocks
+                one.blocks.clear()
+                chance.shuffle(free)
+            elif fate < 0.85:
+                count = 1 if fate < 0.6 else chance.randint(1, min(left, 7))
+                while len(one.blocks) * BLOCK < one.num_computed_tokens + count:
+                    one.blocks.append(free.pop())
+                batch.append(ScheduledSequence(one, count))
+        if chance.random() < 0.1:
+            chance.shuffle(batch)
+        if not batch:
+            continue
+        check(built.build(batch), batch)
+        for item in batch:
+            item.sequence.num_computed_tokens += item.num_tokens
+
+
+def test_padding_rows_have_no_context_and_write_nothing() -> None:
+    batch = [
+        ScheduledSequence(sequence(6, 5, [7, 3]), 1),
+        ScheduledSequence(sequence(3, 2, [1]), 1),
+    ]
+    inputs = buffers().build(batch, pad_to=4)
+    assert inputs.token_ids.tolist() == [105, 102, 0, 0]
+    assert inputs.attention.query_start.tolist() == [0, 1, 2, 3, 4]
+    assert inputs.attention.context_lens.tolist() == [6, 3, 0, 0]
+    assert inputs.attention.slot_mapping.tolist() == [3 * BLOCK + 1, BLOCK + 2, -1, -1]
+    assert inputs.last_rows.tolist() == [0, 1, 2, 3]
+
+
+def test_padded_inputs_of_a_size_lie_where_they_lay_before() -> None:
+    built = buffers()
+
+    def places(count: int) -> list[int]:
+        batch = [ScheduledSequence(sequence(5, 4, [row, 8]), 1) for row in range(count)]
+        inputs = built.build(batch, [row % 2 for row in range(count)], pad_to=6)
+        assert inputs.lora is not None
+        arrays = (inputs.token_ids, inputs.positions, *vars(inputs.attention).values())
+        lora = tuple(vars(inputs.lora).values())
+        return [array.data_ptr() for array in (*arrays, *lora) if isinstance(array, Tensor)]
+
+    assert places(2) == places(6)
+
+
+@pytest.mark.parametrize("pad_to", [0, 5])
+def test_rows_are_grouped_by_adapter(pad_to: int) -> None:
+    counts = [1, 1, 1] if pad_to else [3, 1, 2]
+    batch = [ScheduledSequence(sequence(9, 0, [row, 9, 8]), n) for row, n in enumerate(counts)]
+    lora = buffers().build(batch, [4, -1, 2], pad_to=pad_to).lora
+    rows = [slot for slot, n in zip([4, -1, 2], counts, strict=True) for _ in range(n)]
+    expected = LoRABatch.of(rows, "cpu")
+    assert lora is not None
+    assert expected is not None
+    assert lora.slots.tolist() == rows + [-1] * (len(lora.slots) - len(rows))
+    adapted, segments = len(expected.order), len(expected.segment_slots)
+    assert lora.order[:adapted].tolist() == expected.order.tolist()
+    starts = expected.segment_starts.tolist()
+    assert lora.segment_starts.tolist() == starts + [adapted] * (len(lora.segment_slots) - segments)
+    assert lora.segment_slots[:segments].tolist() == expected.segment_slots.tolist()
+    assert lora.max_segment >= expected.max_segment
+
+
+def test_captured_batch_sizes_end_with_the_largest_batch() -> None:
+    assert bucket_sizes(1) == [1]
+    assert bucket_sizes(6) == [1, 2, 4, 6]
+    assert bucket_sizes(64)[-2:] == [56, 64]

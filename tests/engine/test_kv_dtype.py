@@ -1,0 +1,60 @@
+"""Keys and values in int8 take half the memory and change the logits little."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from nybble.engine import Engine, EngineConfig
+from nybble.engine.decoder import Decoder, DecoderShape
+from nybble.engine.request import Request, SamplingParams
+from nybble.engine.runner import ModelRunner, kv_bytes_per_block
+from nybble.engine.scheduler import ScheduledSequence
+from nybble.engine.sequence import Sequence
+from torch import Tensor
+
+CONFIG = EngineConfig(dtype=torch.float32, block_size=4, max_num_seqs=2, max_batched_tokens=32)
+
+
+def logits(checkpoint: object, config: EngineConfig) -> Tensor:
+    """After a prompt in two chunks, and a decode step."""
+    decoder = Decoder(
+        checkpoint.config,  # type: ignore[attr-defined]
+        checkpoint.weights(),  # type: ignore[attr-defined]
+        device=torch.device("cpu"),
+        dtype=config.dtype,
+        max_model_len=64,
+    )
+    runner = ModelRunner(decoder, config, 16)
+    prompt = tuple(range(40, 70))
+    one = Sequence(Request("r", prompt, SamplingParams()), 1, None, None)  # type: ignore[arg-type]
+    one.blocks = [7, 2, 9, 4, 1, 15, 3, 8]
+    found = []
+    with torch.inference_mode():
+        for count in (20, 9, 1):
+            found.append(runner.run([ScheduledSequence(one, count)]).clone())
+            one.num_computed_tokens += count
+    return torch.cat(found)
+
+
+def test_int8_changes_the_logits_little(plain_checkpoint: Callable[..., object]) -> None:
+    exact = logits(plain_checkpoint(), CONFIG)
+    found = logits(plain_checkpoint(), replace(CONFIG, kv_dtype="int8"))
+    error = (found - exact).norm() / exact.norm()
+    assert 0 < error < 0.02
+
+
+def test_int8_takes_half_the_memory_of_16_bits(plain_checkpoint: Callable[..., object]) -> None:
+    shape = DecoderShape.from_config(plain_checkpoint().config)  # type: ignore[attr-defined]
+    half = replace(CONFIG, dtype=torch.bfloat16)
+    share = kv_bytes_per_block(shape, replace(half, kv_dtype="int8")) / kv_bytes_per_block(
+        shape, half
+    )
+    assert share == (shape.head_dim + 4) / (2 * shape.head_dim)
+
+
+def test_int8_is_refused_on_the_cpu(plain_checkpoint: Callable[..., object]) -> None:
+    with pytest.raises(ValueError, match="needs a GPU"):
+        Engine.load(plain_checkpoint(), replace(CONFIG, kv_dtype="int8"))  # type: ignore[arg-type]

@@ -1,0 +1,76 @@
+"""Biases, penalties, masks and log probabilities, for each sequence of a batch its own."""
+
+from __future__ import annotations
+
+import torch
+from nybble.engine.request import SamplingParams
+from nybble.engine.sampler import SequenceSampler, sample
+
+
+def greedy(prompt: tuple[int, ...] = (), **options: object) -> SequenceSampler:
+    return SequenceSampler(SamplingParams(temperature=0, **options), prompt)  # type: ignore[arg-type]
+
+
+def tokens(logits: list[list[float]], samplers: list[SequenceSampler]) -> list[int]:
+    return [token for token, _ in sample(torch.tensor(logits), samplers)]
+
+
+def test_each_row_has_its_own_bias_and_mask() -> None:
+    masked = greedy()
+    masked.allowed = torch.tensor([True, False, True])
+    rows = [[1.0, 3.0, 2.0]] * 3
+    assert tokens(rows, [greedy(), greedy(logit_bias={0: 5.0, 2: -1.0}), masked]) == [1, 0, 2]
+
+
+def test_a_mask_overrules_a_bias() -> None:
+    guided = greedy(logit_bias={1: 100.0})
+    guided.allowed = torch.tensor([True, False])
+    assert tokens([[0.0, 0.0]], [guided]) == [0]
+
+
+def test_repetition_counts_the_prompt_and_presence_does_not() -> None:
+    rows = [[1.0, 1.1], [1.0, 1.1], [-1.1, -1.0]]
+    repeated = [
+        greedy((1,), repetition_penalty=2.0),
+        greedy((1,), presence_penalty=1.0),
+        greedy((1,), repetition_penalty=2.0),
+    ]
+    assert tokens(rows, repeated) == [0, 1, 0]
+
+
+def test_frequency_grows_with_every_occurrence_and_presence_does_not() -> None:
+    frequent, present = greedy(frequency_penalty=0.4), greedy(presence_penalty=0.4)
+    drawn = [tokens([[1.0, 0.0], [1.0, 0.0]], [frequent, present]) for _ in range(4)]
+    assert [row[0] for row in drawn] == [0, 0, 0, 1]
+    assert [row[1] for row in drawn] == [0, 0, 0, 0]
+
+
+def test_logprobs_come_before_penalties_and_only_where_asked() -> None:
+    logits = torch.tensor([[0.0, 2.0, 1.0], [0.0, 2.0, 1.0], [5.0, 2.0, 1.0]])
+    expected = logits.log_softmax(-1)
+    asked = [greedy(logprobs=2, logit_bias={0: 9.0}), greedy(), greedy(logprobs=0)]
+    (first, report), (_, none), (_, bare) = sample(logits, asked)
+    assert first == 0
+    assert none is None
+    assert report is not None
+    assert report.token_id == 0
+    assert report.logprob == float(expected[0, 0])
+    assert report.top == ((1, float(expected[0, 1])), (2, float(expected[0, 2])))
+    assert bare is not None
+    assert bare.top == ()
+
+
+def test_a_seed_draws_the_same_in_any_company() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(20, 400)
+
+    def drawn(company: int) -> list[int]:
+        seeded = SequenceSampler(SamplingParams(temperature=1.2, top_p=0.9, seed=5), ())
+        others = [SequenceSampler(SamplingParams(), ()) for _ in range(company)]
+        found = []
+        for step in logits:
+            rows = torch.stack([torch.randn(400) for _ in others] + [step])
+            found.append(sample(rows, [*others, seeded])[-1][0])
+        return found
+
+    assert drawn(0) == drawn(3)

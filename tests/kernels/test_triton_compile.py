@@ -1,0 +1,52 @@
+"""What the GPU's machine code must look like, read from cubins compiled without a GPU."""
+
+import json
+import os
+import subprocess
+import sys
+from functools import lru_cache
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is for Linux")
+
+
+@lru_cache
+def table() -> list[dict[str, Any]]:
+    """One row for each representative configuration; the compiler needs a process of its own."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "nybble.kernels.triton.inspect", "--json"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_the_matmul_compiles_for_ampere_ada_and_hopper() -> None:
+    assert {entry["case"]["capability"] for entry in table()} == {80, 89, 90}
+
+
+def test_no_register_is_spilled() -> None:
+    assert {entry["row"]["spill"] for entry in table()} == {0}
+
+
+def test_products_run_on_tensor_cores() -> None:
+    assert min(entry["row"]["tensor_core"] for entry in table()) >= 8
+
+
+def test_the_inner_loop_converts_no_integer_to_float() -> None:
+    assert {entry["row"]["int_to_float"] for entry in table()} == {0}
+
+
+def test_unpacked_weights_never_pass_through_shared_memory() -> None:
+    for entry in table():
+        # Scales and zeros may: a vector of each for every group in 128 columns.
+        vectors = max(1, 128 // entry["case"]["group"]) * (1 + entry["case"]["zeros"])
+        assert entry["row"]["shared_stores"] <= vectors
+
+
+def test_weights_arrive_in_sixteen_byte_copies() -> None:
+    for entry in table():
+        config = entry["case"]["config"]
+        bytes_each_lane = config["block_n"] * 64 // (32 * config["num_warps"])
+        assert entry["row"]["wide_copies"] >= bytes_each_lane // 16

@@ -1,0 +1,99 @@
+"""The Triton LoRA kernels compute what their reference does, row by row.
+
+On a machine without a GPU they run through Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from nybble.kernels.lora import LoRABatch, lora_add_reference, slot_buffers
+from torch import Tensor
+
+pytest.importorskip("triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+from nybble.kernels.triton import lora  # noqa: E402
+
+Problem = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def problem(
+    rows: int, ranks: list[int], max_rank: int, inputs: int, outputs: tuple[int, ...], seed: int = 0
+) -> tuple[Problem, tuple[int, ...]]:
+    """Random (out, x, a, b, ranks); padded ranks hold NaN, which reading would spread."""
+    torch.manual_seed(seed)
+    offsets = tuple(sum(outputs[:part]) for part in range(len(outputs) + 1))
+    a, b = slot_buffers(len(ranks), max_rank, inputs, offsets, torch.float16, "cpu")
+    used = torch.tensor(ranks, dtype=torch.int32)
+    a.view(len(ranks), len(outputs), max_rank, inputs).fill_(float("nan"))
+    b.fill_(float("nan"))
+    for slot, rank in enumerate(ranks):
+        for part in range(len(outputs)):
+            section = a[slot, part * max_rank : part * max_rank + rank]
+            section.copy_(torch.randn(section.shape) * inputs**-0.5)
+        b[slot, :, :rank] = torch.randn(offsets[-1], rank).half()
+    x, out = torch.randn(rows, inputs).half(), torch.randn(rows, offsets[-1]).half()
+    tensors = tuple(t.to(DEVICE) for t in (out, x, a, b, used))
+    return tensors, offsets  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize(
+    ("slots", "outputs", "inputs"),
+    [
+        ([1], (40,), 64),
+        ([2, -1, 0, 1, 1, -1, 3], (130, 20, 20), 1100),  # three parts, two chunks of the inside
+        ([1] * 40 + [3] * 17 + [-1] + [2], (33, 150), 50),  # several tiles of one adapter
+        ([0, 0], (16,), 16),  # an adapter without ranks here
+    ],
+)
+def test_every_row_gets_its_adapter(
+    slots: list[int], outputs: tuple[int, ...], inputs: int
+) -> None:
+    (out, x, a, b, ranks), offsets = problem(len(slots), [0, 5, 16, 20], 20, inputs, outputs)
+    batch = LoRABatch.of(slots, DEVICE)
+    assert batch is not None
+    expected = out.clone()
+    lora_add_reference(expected, x, a, b, ranks, offsets, batch)
+    found = out.clone()
+    lora.lora_add(found, x, a, b, ranks, offsets, batch)
+    untouched = [row for row, slot in enumerate(slots) if slot <= 0]
+    assert torch.equal(found[untouched], out[untouched])
+    error = (found.double() - expected.double()).norm() / expected.double().norm()
+    assert error < 1e-3
+
+
+def test_a_row_does_not_depend_on_its_batch() -> None:
+    slots = [row % 4 for row in range(23)]
+    (out, x, a, b, ranks), offsets = problem(23, [8, 1, 16, 3], 16, 96, (40, 24))
+    together = out.clone()
+    batch = LoRABatch.of(slots, DEVICE)
+    assert batch is not None
+    lora.lora_add(together, x, a, b, ranks, offsets, batch)
+    for row in (0, 7, 22):
+        one = LoRABatch.of([slots[row]], DEVICE)
+        assert one is not None
+        alone = out[row : row + 1].clone()
+        lora.lora_add(alone, x[row : row + 1], a, b, ranks, offsets, one)
+        assert torch.equal(alone[0], together[row])
+
+
+def test_empty_segments_that_pad_a_captured_batch_add_nothing() -> None:
+    (out, x, a, b, ranks), offsets = problem(4, [4, 4], 8, 32, (24,))
+    real = LoRABatch.of([1, -1, -1, -1], DEVICE)
+    assert real is not None
+
+    def tensor(values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=DEVICE)
+
+    padded = LoRABatch(
+        slots=real.slots,
+        order=tensor([0, 0, 0, 0]),
+        segment_starts=tensor([0, 1, 1, 1, 1]),
+        segment_slots=tensor([1, -1, -1, -1]),
+        max_segment=4,
+    )
+    expected, found = out.clone(), out.clone()
+    lora.lora_add(expected, x, a, b, ranks, offsets, real)
+    lora.lora_add(found, x, a, b, ranks, offsets, padded)
+    assert torch.equal(found, expected)

@@ -1,0 +1,133 @@
+"""The Triton matmul computes the packed format's definition (interpreted, on the CPU)."""
+
+import pytest
+import torch
+from nybble.kernels import PackedWeight
+from nybble.kernels.packed import INTEGER_LEVELS, SYMMETRIC_LEVELS, pack_nibbles
+from nybble.kernels.triton.configs import Config
+from nybble.kernels.triton.dequantize import dense_matmul, dequantize
+from nybble.kernels.triton.matmul import packed_matmul
+
+CODEBOOK = torch.tensor(
+    [-1, -0.7, -0.53, -0.39, -0.28, -0.18, -0.09, 0, 0.08, 0.16, 0.25, 0.34, 0.44, 0.56, 0.72, 1]
+)
+SMALL = Config(64, 16, 1, num_warps=4, num_stages=3, scale_first=False)
+LARGE = Config(64, 32, 1, num_warps=4, num_stages=3, scale_first=True)
+DENSE = Config(64, 16, 1, num_warps=4, num_stages=3, scale_first=True, dense=True)
+SPLIT = Config(64, 16, 3, num_warps=4, num_stages=3, scale_first=False)
+
+
+def random_weight(
+    kind: str,
+    out: int,
+    columns: int,
+    group: int,
+    *,
+    scale: torch.dtype = torch.float16,
+    perm: bool = False,
+    bias: bool = False,
+) -> PackedWeight:
+    """``kind``: symmetric, zeros (integers), fractional (negative ones too) or codebook."""
+    groups = -(-columns // group)
+    zeros = None
+    if kind == "zeros":
+        zeros = torch.randint(0, 16, (out, groups)).to(scale)
+    if kind == "fractional":
+        zeros = (torch.rand(out, groups) * 24 - 4).to(scale)
+    levels = {"symmetric": SYMMETRIC_LEVELS, "codebook": CODEBOOK}.get(kind, INTEGER_LEVELS)
+    weight = PackedWeight(
+        qweight=pack_nibbles(torch.randint(0, 16, (out, columns)).to(torch.uint8)),
+        scales=(torch.rand(out, groups) / 16 + 0.01).to(scale),
+        zeros=zeros,
+        levels=levels,
+        out_features=out,
+        in_features=columns,
+        group_size=group,
+        perm=torch.randperm(columns).int() if perm else None,
+        bias=torch.randn(out).to(scale) if bias else None,
+    )
+    return weight.to_layout("gpu_tiles")
+
+
+def error(x: torch.Tensor, weight: PackedWeight, config: Config | None) -> float:
+    """Relative to the float64 product of what ``dequantize`` says the weight is."""
+    expected = x.double() @ weight.dequantize().double().T
+    if weight.bias is not None:
+        expected += weight.bias.double()
+    found = packed_matmul(x, weight, config).double()
+    return float((found - expected).norm() / expected.norm())
+
+
+# The interpreter truncates to bfloat16 where a GPU rounds to nearest.
+TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 1.2e-2}
+
+
+@pytest.mark.parametrize("kind", ["symmetric", "zeros", "fractional", "codebook"])
+@pytest.mark.parametrize("group", [32, 64, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("config", [SMALL, LARGE])
+def test_every_format_matches_its_dequantized_weight(
+    kind: str, group: int, dtype: torch.dtype, config: Config
+) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, 256).to(dtype)
+    assert error(x, random_weight(kind, 64, 256, group), config) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize(("rows", "out", "columns"), [(1, 1, 32), (17, 65, 129), (5, 130, 200)])
+@pytest.mark.parametrize("kind", ["zeros", "codebook"])
+@pytest.mark.parametrize("config", [SMALL, LARGE, SPLIT])
+def test_odd_sizes_are_masked(rows: int, out: int, columns: int, kind: str, config: Config) -> None:
+    torch.manual_seed(1)
+    x = torch.randn(rows, columns).half()
+    weight = random_weight(kind, out, columns, 32, perm=True, bias=True)
+    assert error(x, weight, config) < 1e-3
+
+
+@pytest.mark.parametrize("scale", [torch.bfloat16, torch.float32])
+def test_scales_may_be_wider_or_coarser_than_the_activations(scale: torch.dtype) -> None:
+    torch.manual_seed(2)
+    weight = random_weight("zeros", 64, 256, 64, scale=scale, bias=True)
+    for config in (SMALL, LARGE):
+        assert error(torch.randn(2, 256).half(), weight, config) < 1e-3
+
+
+def test_one_scale_for_a_whole_row_may_cover_any_number_of_columns() -> None:
+    torch.manual_seed(3)
+    assert error(torch.randn(2, 200).half(), random_weight("symmetric", 64, 200, 200), SMALL) < 1e-3
+
+
+def test_split_columns_repeat_bit_for_bit_and_leave_the_counters_clean() -> None:
+    torch.manual_seed(4)
+    x, weight = torch.randn(20, 900).half(), random_weight("symmetric", 128, 900, 64)
+    once = packed_matmul(x, weight, SPLIT)
+    assert torch.equal(packed_matmul(x, weight, SPLIT), once)
+    assert error(x, weight, SPLIT) < 1e-3
+
+
+def test_leading_dimensions_and_empty_batches_keep_their_shape() -> None:
+    torch.manual_seed(5)
+    weight = random_weight("symmetric", 64, 128, 128)
+    assert packed_matmul(torch.randn(2, 3, 128).half(), weight).shape == (2, 3, 64)
+    assert packed_matmul(torch.randn(0, 128).half(), weight).shape == (0, 64)
+
+
+@pytest.mark.parametrize("kind", ["symmetric", "fractional", "codebook"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_dequantized_weight_is_the_format_rounded_once(kind: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(6)
+    weight = random_weight(kind, 130, 200, 64)
+    found = dequantize(weight, dtype, 64).double()
+    expected = weight.dequantize()[64:].double()
+    assert (found - expected).norm() / expected.norm() < TOLERANCE[dtype] / 2
+
+
+def test_many_rows_multiply_a_dequantized_weight_a_part_at_a_time() -> None:
+    torch.manual_seed(7)
+    x, weight = torch.randn(9, 200).half(), random_weight("zeros", 200, 200, 32, bias=True)
+    assert weight.bias is not None
+    expected = x.double() @ weight.dequantize().double().T + weight.bias.double()
+    for workspace in (1, 1 << 20):
+        found = dense_matmul(x, weight, workspace).double()
+        assert (found - expected).norm() / expected.norm() < 1e-3
+    assert torch.equal(packed_matmul(x, weight, DENSE), dense_matmul(x, weight))

@@ -1,0 +1,195 @@
+"""The Triton norms, activation, rotary and attention compute what their references do.
+
+On a machine without a GPU they run through Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from nybble.kernels import reference
+from nybble.kernels.attention_batch import AttentionBatch
+from torch import Tensor
+
+pytest.importorskip("triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+from nybble.kernels.triton import attention, norm, rotary  # noqa: E402
+
+dtypes = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(*shape, generator=generator).to(DEVICE, dtype)
+
+
+def close(found: Tensor, expected: Tensor, tolerance: float | None = None) -> None:
+    """Relative error of the whole and no stray element; NaN never passes."""
+    if tolerance is None:
+        # The interpreter truncates to bfloat16 where the GPU rounds.
+        tolerance = 1e-2 if found.dtype == torch.bfloat16 else 5e-4
+    assert found.shape == expected.shape
+    error = (found.double() - expected.double()).norm() / expected.double().norm()
+    assert error < tolerance, f"relative error {error}"
+
+
+@dtypes
+@pytest.mark.parametrize(("rows", "width"), [(1, 5120), (3, 96), (7, 128), (33, 64), (2, 1000)])
+def test_rms_norm_equals_the_reference(dtype: torch.dtype, rows: int, width: int) -> None:
+    x, weight = random(rows, width, dtype=dtype), random(width, dtype=dtype)
+    close(norm.rms_norm(x, weight, 1e-5), reference.rms_norm(x, weight, 1e-5))
+
+
+@dtypes
+def test_adding_the_residual_rounds_as_the_reference_does(dtype: torch.dtype) -> None:
+    x, residual = random(5, 200, dtype=dtype), random(5, 200, dtype=dtype, seed=1)
+    weight = random(200, dtype=dtype)
+    normed, total = norm.add_rms_norm(x, residual, weight, 1e-6)
+    expected, expected_total = reference.add_rms_norm(x, residual, weight, 1e-6)
+    if dtype == torch.float16 or DEVICE == "cuda":
+        assert torch.equal(total, expected_total)
+    close(total, expected_total)
+    close(normed, expected)
+
+
+@dtypes
+@pytest.mark.parametrize(("rows", "width"), [(1, 1024), (3, 1500), (2, 33)])
+def test_silu_mul_equals_the_reference(dtype: torch.dtype, rows: int, width: int) -> None:
+    gate_up = 4 * random(rows, 2 * width, dtype=dtype)
+    close(norm.silu_mul(gate_up), reference.silu_mul(gate_up))
+
+
+@dtypes
+@pytest.mark.parametrize(("q_heads", "kv_heads", "dim"), [(4, 2, 64), (9, 9, 128), (3, 1, 80)])
+def test_rotary_store_equals_the_reference_and_touches_nothing_else(
+    dtype: torch.dtype, q_heads: int, kv_heads: int, dim: int
+) -> None:
+    tokens, block_size = 5, 4
+    fused = random(tokens, q_heads + 2 * kv_heads, dim, dtype=dtype)
+    angle = random(tokens, dim)
+    slots = torch.tensor([9, -1, 0, 15, 2], device=DEVICE)
+    results = []
+    for function in (reference.rotary_store, rotary.rotary_store):
+        q, k, v = fused.clone().split([q_heads, kv_heads, kv_heads], dim=1)
+        caches = torch.full((2, 4, kv_heads, block_size, dim), 7.0, dtype=dtype, device=DEVICE)
+        function(q, k, v, angle.cos(), angle.sin(), caches[0], caches[1], slots)
+        results.append((q, k, v, caches))
+    for expected, found in zip(*results, strict=True):
+        close(found, expected)
+    assert torch.equal(results[0][3] == 7, results[1][3] == 7)
+
+
+def paged(
+    lengths: list[tuple[int, int]], kv_heads: int, dim: int, block_size: int, dtype: torch.dtype
+) -> tuple[AttentionBatch, Tensor, Tensor]:
+    """A batch of (context, new tokens) whose blocks are scattered, and caches full of noise."""
+    counts = [-(-context // block_size) for context, _ in lengths]
+    order = torch.randperm(sum(counts), generator=torch.Generator().manual_seed(0))
+    tables = torch.full((len(lengths), max(counts) + 1), -(10**6), dtype=torch.int32)
+    for row, blocks in enumerate(order.split(counts)):
+        tables[row, : len(blocks)] = blocks
+    queries = [new for _, new in lengths]
+    batch = AttentionBatch(
+        query_start=torch.tensor([0, *queries]).cumsum(0).int().to(DEVICE),
+        context_lens=torch.tensor([c for c, _ in lengths], dtype=torch.int32, device=DEVICE),
+        block_tables=tables.to(DEVICE),
+        slot_mapping=torch.empty(0, dtype=torch.int64, device=DEVICE),
+        max_query=max(queries),
+    )
+    shape = (max(sum(counts), 1), kv_heads, block_size, dim)
+    return batch, random(*shape, dtype=dtype), random(*shape, dtype=dtype, seed=1)
+
+
+@pytest.mark.parametrize("window", [0, 40])
+@pytest.mark.parametrize(
+    ("q_heads", "kv_heads", "dim", "block_size", "dtype"),
+    [
+        (4, 2, 64, 16, torch.float16),
+        (3, 3, 32, 8, torch.bfloat16),
+        (7, 1, 80, 4, torch.bfloat16),
+        (32, 1, 16, 32, torch.float16),
+    ],
+)
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        [(1, 1), (700, 1), (300, 1)],  # decodes: one key, three splits, two splits
+        [(5, 5), (130, 2)],  # prefills: a whole prompt, the end of a longer one
+        [(90, 1), (150, 70), (257, 1)],  # both
+    ],
+    ids=["decode", "prefill", "mixed"],
+)
+def test_paged_attention_equals_the_reference(
+    lengths: list[tuple[int, int]],
+    q_heads: int,
+    kv_heads: int,
+    dim: int,
+    block_size: int,
+    dtype: torch.dtype,
+    window: int,
+) -> None:
+    batch, keys, values = paged(lengths, kv_heads, dim, block_size, dtype)
+    fused = random(sum(new for _, new in lengths), q_heads + 2, dim, dtype=dtype)
+    q = fused[:, :q_heads]
+    expected = reference.paged_attention(
+        q.double(), keys.double(), values.double(), batch, dim**-0.5, window
+    )
+    close(attention.paged_attention(q, keys, values, batch, dim**-0.5, window), expected)
+
+
+def test_int8_caches_hold_each_head_to_a_127th_and_are_attended_as_they_stand() -> None:
+    lengths, kv_heads, dim, block_size = [(300, 1), (70, 40)], 2, 48, 16
+    batch, _, _ = paged(lengths, kv_heads, dim, block_size, torch.float16)
+    blocks = int(batch.block_tables.max()) + 1
+    slots = torch.randperm(blocks * block_size)[:100].to(DEVICE)
+    fused = random(100, 4 + 2 * kv_heads, dim, dtype=torch.float16)
+    fused[3, 4:] = 0  # a head of zeros has no scale
+    angle = random(100, dim)
+    results = []
+    for function in (reference.rotary_store, rotary.rotary_store):
+        q, k, v = fused.clone().split([4, kv_heads, kv_heads], dim=1)
+        caches = torch.zeros(2, blocks, kv_heads, block_size, dim, dtype=torch.int8, device=DEVICE)
+        scales = torch.zeros(2, blocks, kv_heads, block_size, device=DEVICE)
+        function(q, k, v, angle.cos(), angle.sin(), *caches, slots, *scales)
+        results.append((caches, scales))
+    (caches, scales), (found, found_scales) = results
+    torch.testing.assert_close(found_scales, scales)
+    assert (found.int() - caches.int()).abs().max() <= 1  # a half may round either way
+    stored = found[1, slots // block_size, :, slots % block_size].float()
+    stored *= found_scales[1, slots // block_size, :, slots % block_size][..., None]
+    bound = fused[:, -kv_heads:].float().abs().amax(-1, keepdim=True) / 127 * 0.502
+    assert ((stored - fused[:, -kv_heads:].float()).abs() <= bound).all()
+
+    caches = torch.randint(-127, 128, caches.shape, dtype=torch.int8).to(DEVICE)
+    scales = random(2, blocks, kv_heads, block_size).abs()
+    q = random(41, 4, dim, dtype=torch.float16)
+    expected = reference.paged_attention(q.double(), *caches, batch, 0.02, 0, *scales)
+    close(attention.paged_attention(q, *caches, batch, 0.02, 0, *scales), expected, 1e-3)
+
+
+def test_a_sequence_is_attended_alike_in_any_company() -> None:
+    lengths = [(700, 1), (20, 9), (300, 1), (33, 1), (64, 64)]
+    batch, keys, values = paged(lengths, 2, 32, 16, torch.float16)
+    q = random(sum(new for _, new in lengths), 4, 32, dtype=torch.float16)
+    together = attention.paged_attention(q, keys, values, batch, 0.2)
+    starts = batch.query_start.tolist()
+    for row, (_, new) in enumerate(lengths):
+        rows = slice(starts[row], starts[row + 1])
+        alone = AttentionBatch(
+            query_start=torch.tensor([0, new], dtype=torch.int32, device=DEVICE),
+            context_lens=batch.context_lens[row : row + 1],
+            block_tables=batch.block_tables[row : row + 1],
+            slot_mapping=batch.slot_mapping,
+            max_query=new,
+        )
+        found = attention.paged_attention(q[rows].contiguous(), keys, values, alone, 0.2)
+        assert torch.equal(found, together[rows])
+
+
+def test_rows_that_pad_a_captured_batch_are_left_out() -> None:
+    batch, keys, values = paged([(70, 1), (0, 1), (0, 1)], 1, 32, 16, torch.float16)
+    q = random(3, 2, 32, dtype=torch.float16)
+    found = attention.paged_attention(q, keys, values, batch, 0.2)
+    alone, _, _ = paged([(70, 1)], 1, 32, 16, torch.float16)
+    close(found[:1], reference.paged_attention(q[:1], keys, values, alone, 0.2))

@@ -1,0 +1,55 @@
+"""What the machine code of the kernels between the matmuls must look like, on an absent GPU."""
+
+import json
+import os
+import subprocess
+import sys
+from functools import lru_cache
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is for Linux")
+
+
+@lru_cache
+def table() -> list[dict[str, Any]]:
+    """One row per compiled kernel; the compiler needs a process without the interpreter."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "nybble.kernels.triton.step_report", "--json", "--quick"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)  # type: ignore[no-any-return]
+
+
+def of(*kernels: str) -> list[dict[str, Any]]:
+    found = [row for row in table() if row["kernel"] in kernels]
+    assert found
+    return found
+
+
+def test_attention_and_adapters_compile_from_ampere_to_blackwell() -> None:
+    assert {row["capability"] for row in of("decode", "prefill")} == {80, 89, 90, 100}
+
+
+def test_no_register_is_spilled() -> None:
+    assert [row for row in table() if row["spilled"]] == []
+
+
+def test_a_block_fits_the_shared_memory_of_its_gpu() -> None:
+    limits = {80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448}
+    assert [row for row in table() if row["shared"] > limits[row["capability"]]] == []
+
+
+def test_products_run_on_tensor_cores() -> None:
+    for row in of("decode", "prefill", "lora shrink", "lora expand"):
+        assert row["tensor_core"] >= 2, row
+
+
+def test_keys_values_and_adapters_are_loaded_sixteen_bytes_at_a_time() -> None:
+    # A tile of keys and one of values at each of its places (before the loop and in it), and the
+    # queries; what is loaded in less are block tables, lengths and offsets.
+    for row in of("decode", "prefill"):
+        assert row["wide_loads"] >= 32, row
+    for row in of("lora shrink", "rotary_store", "silu_mul", "add_rms_norm", "sample"):
+        assert row["wide_loads"] >= 2, row

@@ -1,0 +1,219 @@
+"""Adapters mean what peft says they mean, and what is not supported is refused by name."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from nybble.loaders import AdapterError, load_adapter, resolve_adapter
+from nybble.loaders.adapter import projection_shapes
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+DOWN = "model.layers.0.mlp.down_proj"
+WEIGHTS = "adapter_model.safetensors"
+
+
+@pytest.fixture
+def shapes(tiny_model: Callable[..., Path]) -> dict[str, tuple[int, int]]:
+    return projection_shapes(AutoConfig.from_pretrained(tiny_model()))
+
+
+@pytest.fixture
+def editable(tiny_adapter: Callable[..., Path], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_adapter(), tmp_path / "adapter"))
+
+
+def configure(folder: Path, **changes: object) -> None:
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def rename(folder: Path, change: Callable[[str], str | None]) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    renamed = {change(key): tensor for key, tensor in tensors.items()}
+    save_file({k: v for k, v in renamed.items() if k is not None}, folder / WEIGHTS)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"target_modules": ["q_proj", "down_proj"], "r": 3, "lora_alpha": 5},
+        {"target_modules": r".*\.1\.mlp\.(up|gate)_proj"},
+        {"target_modules": "all-linear", "use_rslora": True},
+        {
+            "rank_pattern": {"q_proj": 7, r"layers\.1\.mlp\.up_proj": 2},
+            "alpha_pattern": {"o_proj": 3},
+        },
+        {"layers_to_transform": [1], "target_modules": ["v_proj"]},
+        {"layers_to_transform": 0, "layers_pattern": "layers", "exclude_modules": ["k_proj"]},
+    ],
+    ids=["all", "some", "regex", "all-linear rslora", "patterns", "one layer", "excluded"],
+)
+def test_every_module_changes_by_what_peft_adds(
+    tiny_model: Callable[..., Path],
+    tiny_adapter: Callable[..., Path],
+    family: str,
+    options: dict[str, Any],
+) -> None:
+    from peft import PeftModel
+
+    base = AutoModelForCausalLM.from_pretrained(tiny_model(family=family), dtype=torch.float32)
+    folder = tiny_adapter(family, **options)
+    adapted = PeftModel.from_pretrained(base, folder)
+    expected = {
+        name.removeprefix("base_model.model."): module.get_delta_weight("default")
+        for name, module in adapted.named_modules()
+        if hasattr(module, "get_delta_weight") and "default" in module.lora_A
+    }
+    adapter = load_adapter(folder, projection_shapes(base.config))
+    assert adapter.modules.keys() == expected.keys()
+    for name, module in adapter.modules.items():
+        torch.testing.assert_close(module.scale * module.b @ module.a, expected[name])
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        lambda key: key.replace(".weight", ".default.weight"),
+        lambda key: key.removeprefix("base_model.model."),
+        lambda key: key.replace("base_model.model.model.", "base_model.model."),
+        lambda key: key.replace("base_model.model.", "base_model.model._orig_mod."),
+    ],
+    ids=["named", "no prefix", "headless base", "compiled"],
+)
+def test_the_names_of_other_peft_versions_are_read(
+    editable: Path, shapes: dict[str, tuple[int, int]], spelling: Callable[[str], str]
+) -> None:
+    expected = load_adapter(editable, shapes)
+    rename(editable, spelling)
+    found = load_adapter(editable, shapes)
+    assert found.modules.keys() == expected.modules.keys()
+    for name, module in found.modules.items():
+        assert torch.equal(module.a, expected.modules[name].a)
+        assert torch.equal(module.b, expected.modules[name].b)
+    assert found.digest != expected.digest
+
+
+def test_a_pickled_file_is_read_only_as_tensors(
+    editable: Path, shapes: dict[str, tuple[int, int]]
+) -> None:
+    tensors = load_file(editable / WEIGHTS)
+    (editable / WEIGHTS).unlink()
+    torch.save(tensors, editable / "adapter_model.bin")
+    assert load_adapter(editable, shapes).rank == 4
+    torch.save({"code": print}, editable / "adapter_model.bin")
+    with pytest.raises(AdapterError, match=r"adapter_model\.bin cannot be read as tensors alone"):
+        load_adapter(editable, shapes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"peft_type": "LOHA"}, "peft_type 'LOHA' is not supported; supported is LORA"),
+        ({"use_dora": True}, "use_dora is True, which is not supported (DoRA"),
+        ({"bias": "all"}, "bias 'all' trains the base's biases"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save is ['lm_head'], which is not"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa' changed the base weights"),
+        ({"lora_bias": True}, "lora_bias is True"),
+        ({"layer_replication": [[0, 2]]}, "layer_replication is [[0, 2]]"),
+        ({"from_the_future": 1}, "from_the_future is 1, which is not supported"),
+        ({"r": 257}, "rank 257 is not supported, expected 1 to 256"),
+        ({"r": "many"}, "has a setting of the wrong type"),
+        ({"target_modules": "(q_proj"}, "has a setting of the wrong type"),
+        ({"r": 8}, f"{DOWN}.lora_A.weight has shape (4, 256), expected (8, 256)"),
+        ({"target_modules": ["q_proj"]}, f"has tensors for {DOWN}, not one of its"),
+        ({"layers_to_transform": [1]}, f"has tensors for {DOWN}, not one of its"),
+    ],
+)
+def test_settings_that_cannot_be_honoured_are_refused_by_name(
+    editable: Path, shapes: dict[str, tuple[int, int]], changes: dict[str, object], message: str
+) -> None:
+    rename(editable, lambda key: key)
+    configure(editable, **changes)
+    with pytest.raises(AdapterError, match=re.escape(message)):
+        load_adapter(editable, shapes)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda key: key.replace("layers.1.", "layers.7."),
+            "is for model.layers.7.mlp.down_proj, but the base model has 2 layers",
+        ),
+        (
+            lambda key: key.replace("up_proj", "w1"),
+            "mlp.w1, which cannot have an adapter here; down_proj, gate_proj",
+        ),
+        (
+            lambda key: key.replace("self_attn.q_proj", "attention.q_proj"),
+            "which the base model does not have; it has e.g. model.layers.0.self_attn.q_proj",
+        ),
+        (
+            lambda key: None if "layers.1.mlp.up_proj.lora_B" in key else key,
+            "has no lora_B for model.layers.1.mlp.up_proj",
+        ),
+        (
+            lambda key: None if "layers.1." in key else key,
+            "has no lora_A for model.layers.1.self_attn.q_proj, which its target_modules select",
+        ),
+        (
+            lambda key: key.replace("q_proj.lora_A.weight", "q_proj.lora_magnitude_vector"),
+            "q_proj.lora_magnitude_vector is not supported",
+        ),
+    ],
+)
+def test_tensors_that_do_not_fit_the_base_are_named(
+    editable: Path,
+    shapes: dict[str, tuple[int, int]],
+    change: Callable[[str], str | None],
+    message: str,
+) -> None:
+    rename(editable, change)
+    with pytest.raises(AdapterError, match=re.escape(message)):
+        load_adapter(editable, shapes)
+
+
+def test_the_first_tensor_of_a_wrong_shape_is_named_with_both_shapes(
+    editable: Path, tiny_model: Callable[..., Path]
+) -> None:
+    wide = projection_shapes(AutoConfig.from_pretrained(tiny_model(hidden_size=192)))
+    message = r"layers\.0\.mlp\.down_proj\.lora_A\.weight has shape \(4, 256\), expected \(4, 384\)"
+    with pytest.raises(AdapterError, match=message):
+        load_adapter(editable, wide)
+
+
+def test_values_that_are_not_finite_are_refused(
+    editable: Path, shapes: dict[str, tuple[int, int]]
+) -> None:
+    tensors: dict[str, Tensor] = load_file(editable / WEIGHTS)
+    key = next(iter(tensors))
+    tensors[key][0, 0] = float("nan")
+    save_file(tensors, editable / WEIGHTS)
+    with pytest.raises(AdapterError, match=re.escape(f"{key} has values that are not finite")):
+        load_adapter(editable, shapes)
+
+
+def test_a_truncated_file_is_named(editable: Path, shapes: dict[str, tuple[int, int]]) -> None:
+    file = editable / WEIGHTS
+    file.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(AdapterError, match=r"adapter_model\.safetensors is truncated"):
+        load_adapter(editable, shapes)
+
+
+def test_an_adapter_is_found_by_its_folder_only(tmp_path: Path, editable: Path) -> None:
+    assert resolve_adapter(str(editable)) == editable
+    with pytest.raises(AdapterError, match="no such folder"):
+        resolve_adapter(str(tmp_path / "nothing"))
+    with pytest.raises(AdapterError, match=r"has no adapter_config\.json"):
+        resolve_adapter(str(tmp_path))

@@ -1,0 +1,214 @@
+"""A merged checkpoint is the base with the adapter, up to the rounding it reports."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from nybble.kernels import DenseWeight, PackedWeight
+from nybble.kernels.layout import Layout
+from nybble.loaders import (
+    AdapterError,
+    CheckpointError,
+    LoRAAdapter,
+    combine_adapters,
+    load_adapter,
+    open_checkpoint,
+    save_packed,
+)
+from nybble.loaders.adapter import LoRAModule, projection_shapes
+from nybble.quantizers import merge_adapter, merge_divergence, quantize_checkpoint
+from nybble.quantizers.merge import _projections
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+FORMATS = ["gptq", "awq", "nf4", "fp4"]
+
+
+@pytest.fixture
+def adapter(tiny_model: Callable[..., Path], tiny_adapter: Callable[..., Path]) -> LoRAAdapter:
+    return loaded(tiny_model, tiny_adapter(target_modules=["q_proj", "up_proj"], seed=5))
+
+
+def loaded(tiny_model: Callable[..., Path], folder: Path) -> LoRAAdapter:
+    return load_adapter(folder, projection_shapes(AutoConfig.from_pretrained(tiny_model())))
+
+
+def quantized(source: Path, folder: Path, format: str, *, shuffled: bool = False) -> Path:
+    quantize_checkpoint(source, folder, format=format, group_size=32, progress=False)  # type: ignore[arg-type]
+    if shuffled:
+        tensors = load_file(folder / "model.safetensors")
+        for name in [name for name in tensors if name.endswith("g_idx")]:
+            torch.manual_seed(len(tensors[name]))
+            tensors[name] = tensors[name][torch.randperm(len(tensors[name]))]
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        config = json.loads((folder / "config.json").read_text())
+        config["quantization_config"]["desc_act"] = True
+        (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def projections(folder: Path) -> dict[str, PackedWeight | DenseWeight]:
+    checkpoint = open_checkpoint(folder)
+    return dict(_projections(checkpoint, projection_shapes(checkpoint.config)))
+
+
+def dense(weight: PackedWeight | DenseWeight) -> Tensor:
+    return weight.dequantize() if isinstance(weight, PackedWeight) else weight.weight.float()
+
+
+def test_a_merged_16_bit_model_equals_peft_s(
+    tiny_model: Callable[..., Path], tiny_adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    """peft merges in float32 here; both are rounded to bfloat16 once."""
+    from peft import PeftModel
+
+    folder = tiny_adapter(rank_pattern={"q_proj": 2}, use_rslora=True)
+    base = AutoModelForCausalLM.from_pretrained(tiny_model(), dtype=torch.float32)
+    expected = PeftModel.from_pretrained(base, folder).merge_and_unload().state_dict()
+    merge_adapter(tiny_model(), loaded(tiny_model, folder), tmp_path / "merged", progress=False)
+    found = load_file(tmp_path / "merged" / "model.safetensors")
+    assert found.keys() == load_file(tiny_model() / "model.safetensors").keys()
+    for name, tensor in found.items():
+        assert tensor.dtype == torch.bfloat16
+        torch.testing.assert_close(tensor.float(), expected[name], rtol=2**-8, atol=1e-6)
+    # The folder is a complete model for anyone.
+    AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+
+
+@pytest.mark.parametrize("shuffled", [False, True], ids=["", "desc_act"])
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_4_bit_base_keeps_its_format_and_the_layers_without_an_adapter(
+    tiny_model: Callable[..., Path],
+    adapter: LoRAAdapter,
+    tmp_path: Path,
+    format: str,
+    shuffled: bool,
+) -> None:
+    if shuffled and format != "gptq":
+        pytest.skip("only GPTQ reorders columns")
+    base = quantized(tiny_model(), tmp_path / "base", format, shuffled=shuffled)
+    report = merge_adapter(base, adapter, tmp_path / "merged", progress=False)
+    before, after = projections(base), projections(tmp_path / "merged")
+    assert open_checkpoint(tmp_path / "merged").format == format
+    assert {layer.name for layer in report} == adapter.modules.keys()
+    errors = {layer.name: layer.error for layer in report}
+    for name, weight in after.items():
+        assert isinstance(weight, PackedWeight)
+        module = adapter.modules.get(name)
+        if module is None:
+            assert torch.equal(dense(weight), dense(before[name]))
+            continue
+        exact = dense(before[name]) + module.scale * module.b @ module.a
+        error = float((dense(weight) - exact).norm() / exact.norm())
+        assert error == pytest.approx(errors[name], rel=1e-3)
+        assert 0.01 < error < 0.15
+        assert not torch.equal(dense(weight), dense(before[name]))
+    biases = load_file(tiny_model() / "model.safetensors")
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    name = "model.layers.0.self_attn.q_proj.bias"
+    assert torch.equal(merged[name], biases[name])
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_merged_layers_can_stay_in_16_bits(
+    tiny_model: Callable[..., Path], adapter: LoRAAdapter, tmp_path: Path, format: str
+) -> None:
+    base = quantized(tiny_model(), tmp_path / "base", format)
+    target = tmp_path / "merged"
+    report = merge_adapter(base, adapter, target, keep_16_bits=True, progress=False)
+    assert max(layer.error for layer in report) < 2**-8
+    before, after = projections(base), projections(target)
+    for name, weight in after.items():
+        assert isinstance(weight, DenseWeight) == (name in adapter.modules)
+        if name not in adapter.modules:
+            assert torch.equal(dense(weight), dense(before[name]))
+    settings = json.loads((target / "config.json").read_text())["quantization_config"]
+    assert "model.layers.0.mlp.up_proj" in json.dumps(settings).replace("\\\\", "")
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("merged_format", [None, "bf16"])
+def test_the_merged_model_says_what_base_and_adapter_say(
+    tiny_model: Callable[..., Path],
+    adapter: LoRAAdapter,
+    tmp_path: Path,
+    format: str,
+    merged_format: Any,
+) -> None:
+    """In 4 bits the divergence is well below the adapter's own effect, in 16 bits it is nothing."""
+    base = quantized(tiny_model(), tmp_path / "base", format)
+    merge_adapter(base, adapter, tmp_path / "merged", format=merged_format, progress=False)
+    torch.manual_seed(0)
+    text = torch.randint(3, 300, (90,))
+
+    def divergence(merged: Path) -> float:
+        return merge_divergence(base, adapter, merged, text, length=40, dtype=torch.float32)
+
+    effect = divergence(base)
+    assert effect > 0.1
+    assert divergence(tmp_path / "merged") < effect * (0.002 if merged_format else 0.4)
+    expected = "none" if merged_format else format
+    assert open_checkpoint(tmp_path / "merged").format == expected
+
+
+@pytest.mark.parametrize("combination", ["cat", "linear"])
+def test_several_adapters_combine_as_in_peft(
+    tiny_model: Callable[..., Path], tiny_adapter: Callable[..., Path], combination: Any
+) -> None:
+    from peft import PeftModel
+
+    folders = [
+        tiny_adapter(seed=1),
+        tiny_adapter(seed=6, lora_alpha=3),
+        tiny_adapter(target_modules=["q_proj", "up_proj"], seed=7),
+    ]
+    weights = [0.7, -0.4, 1.5]
+    base = AutoModelForCausalLM.from_pretrained(tiny_model(), dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, folders[0], adapter_name="0")
+    for index, folder in enumerate(folders[1:], 1):
+        model.load_adapter(folder, adapter_name=str(index))
+    model.add_weighted_adapter(["0", "1", "2"], weights, "both", combination_type=combination)
+    adapters = [loaded(tiny_model, folder) for folder in folders]
+    combined = combine_adapters(adapters, weights, combination=combination)
+    for name, module in combined.modules.items():
+        expected = model.base_model.model.get_submodule(name).get_delta_weight("both")
+        torch.testing.assert_close(module.scale * module.b @ module.a, expected)
+    assert combined.digest != combine_adapters(adapters, [1, 1, 1]).digest
+
+
+def test_linear_combination_of_different_ranks_is_refused(
+    tiny_model: Callable[..., Path], tiny_adapter: Callable[..., Path]
+) -> None:
+    adapters = [loaded(tiny_model, tiny_adapter(seed=1)), loaded(tiny_model, tiny_adapter(r=2))]
+    with pytest.raises(AdapterError, match="has ranks 2, 4: linear combination needs equal"):
+        combine_adapters(adapters, [1, 1], combination="linear")
+    with pytest.raises(AdapterError, match="2 adapters and 1 weights"):
+        combine_adapters(adapters, [1])
+
+
+def test_what_cannot_be_merged_is_refused(
+    tiny_model: Callable[..., Path], adapter: LoRAAdapter, tmp_path: Path
+) -> None:
+    layout: Layout = "rows"
+    save_packed(open_checkpoint(tiny_model()), tmp_path / "packed", layout=layout, progress=False)
+    with pytest.raises(CheckpointError, match="is the packed form: give the checkpoint"):
+        merge_adapter(tmp_path / "packed", adapter, tmp_path / "out", progress=False)
+    with pytest.raises(ValueError, match="only in the source's own 4-bit format"):
+        merge_adapter(tiny_model(), adapter, tmp_path / "out", keep_16_bits=True, progress=False)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    with pytest.raises(FileExistsError, match=re.escape(f"{tmp_path / 'full'} is not empty")):
+        merge_adapter(tiny_model(), adapter, tmp_path / "full", progress=False)
+    module = LoRAModule(torch.zeros(1, 192), torch.zeros(192, 1), 1.0)
+    unaligned = LoRAAdapter({"model.layers.0.self_attn.q_proj": module}, b"")
+    small = tiny_model(hidden_size=192)
+    with pytest.raises(CheckpointError, match="do not divide into groups of 128"):
+        merge_adapter(small, unaligned, tmp_path / "out", format="gptq", progress=False)
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,308 @@
+"""Adapters over HTTP: chosen by name, administered with a key of their own, from allowed roots."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from nybble.engine import AdapterConfig, Engine, Request, SamplingParams
+from nybble.loaders import open_checkpoint
+from nybble.server.metrics import Metrics
+from openai import OpenAI
+
+from .conftest import COMMAND, CONFIG, running_server
+from .test_errors import COMPLETIONS, Client, refused, run
+
+ADMIN = {"Authorization": "Bearer admin-secret"}
+LOAD, UNLOAD, LIST = "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/lora_adapters"
+ASK: dict[str, Any] = {
+    "prompt": "the quick brown",
+    "max_tokens": 12,
+    "temperature": 0,
+    "ignore_eos": True,
+}
+
+
+@pytest.fixture
+def root(tiny_adapter: Callable[..., Path], tmp_path: Path) -> Path:
+    """A root with two adapters that fit and one that does not."""
+    shutil.copytree(tiny_adapter(seed=1), tmp_path / "root" / "one")
+    shutil.copytree(tiny_adapter(seed=2), tmp_path / "root" / "two")
+    shutil.copytree(tiny_adapter(r=16), tmp_path / "root" / "wide")
+    return tmp_path / "root"
+
+
+@pytest.fixture
+def engine(tiny_model: Callable[..., Path]) -> Iterator[Engine]:
+    config = replace(CONFIG, adapters=AdapterConfig(slots=2, max_rank=8))
+    engine = Engine.load(open_checkpoint(tiny_model()), config, progress=False)
+    engine.start()
+    yield engine
+    engine.stop()
+
+
+def serve(engine: Engine, root: Path, scenario: Callable[[Client], Any], **options: Any) -> None:
+    run(engine, scenario, **{"admin_keys": ["admin-secret"], "adapter_roots": [root], **options})
+
+
+async def admin(client: Client, path: str, body: Any, status: int = 200) -> dict[str, Any]:
+    async with client.post(path, json=body, headers=ADMIN) as response:
+        answer = await response.json()
+        assert response.status == status, answer
+        return dict(answer if status == 200 else answer["error"])
+
+
+async def load(client: Client, name: str, path: str, **more: Any) -> dict[str, Any]:
+    return await admin(client, LOAD, {"lora_name": name, "lora_path": path, **more})
+
+
+async def text(client: Client, headers: dict[str, str] | None = None, **more: Any) -> str:
+    async with client.post(COMPLETIONS, json={**ASK, **more}, headers=headers) as response:
+        answer = await response.json()
+        assert response.status == 200, answer
+        return str(answer["choices"][0]["text"])
+
+
+def test_an_adapter_is_chosen_by_model_field_or_header(engine: Engine, root: Path) -> None:
+    async def scenario(client: Client) -> None:
+        base = await text(client, model="tiny")
+        await load(client, "one", "one")
+        await load(client, "two", str(root / "two"))
+        one, two = await text(client, model="one"), await text(client, model="two")
+        assert len({base, one, two}) == 3
+        assert await text(client, model="tiny") == base
+        assert await text(client, model="tiny", adapter="one") == one
+        assert await text(client, {"X-LoRA-Adapter": "two"}, model="tiny") == two
+        assert await text(client, {"X-LoRA-Adapter": "one"}, model="one", adapter="one") == one
+        error = await refused(client, COMPLETIONS, {**ASK, "model": "one", "adapter": "two"})
+        assert error["param"] == "adapter"
+        assert "model 'one', adapter 'two'" in error["message"]
+
+    serve(engine, root, scenario)
+
+
+def test_adapters_are_listed_as_models_with_their_parent(engine: Engine, root: Path) -> None:
+    async def scenario(client: Client) -> None:
+        await load(client, "one", "one")
+        models = (await (await client.get("/v1/models")).json())["data"]
+        assert [(model["id"], model.get("parent")) for model in models] == [
+            ("tiny", None),
+            ("one", "tiny"),
+        ]
+        one = await (await client.get("/v1/models/one")).json()
+        assert one == models[1]
+
+    serve(engine, root, scenario)
+
+
+def test_an_unknown_name_is_refused_with_those_there_are(engine: Engine, root: Path) -> None:
+    async def scenario(client: Client) -> None:
+        await load(client, "one", "one")
+        error = await refused(client, COMPLETIONS, {**ASK, "model": "three"}, 404)
+        assert error["code"] == "model_not_found"
+        assert "this server has tiny, one" in error["message"]
+        body = {**ASK, "model": "tiny", "adapter": "three"}
+        error = await refused(client, COMPLETIONS, body, 404)
+        assert (error["param"], error["code"]) == ("adapter", "model_not_found")
+        assert "this server has one" in error["message"]
+
+    serve(engine, root, scenario)
+
+
+def test_loading_replacing_and_unloading(engine: Engine, root: Path) -> None:
+    async def scenario(client: Client) -> None:
+        info = await load(client, "a", "one")
+        assert (info["name"], info["rank"], info["residency"]) == ("a", 4, "disk")
+        first = await text(client, model="a")
+        again = {"lora_name": "a", "lora_path": "two"}
+        error = await admin(client, LOAD, again, 400)
+        assert (error["param"], error["code"]) == ("lora_name", "adapter_exists")
+        replaced = await load(client, "a", "two", load_inplace=True)
+        assert replaced["version"] != info["version"]
+        assert await text(client, model="a") != first
+        listed = await (await client.get(LIST, headers=ADMIN)).json()
+        assert [(one["name"], one["hits"]) for one in listed["data"]] == [("a", 2)]
+        one = await (await client.get(LIST + "/a", headers=ADMIN)).json()
+        assert one["residency"] == "device"
+        await admin(client, UNLOAD, {"lora_name": "a"})
+        assert (await admin(client, UNLOAD, {"lora_name": "a"}, 404))["code"] == "not_found"
+        assert (await client.get(LIST + "/a", headers=ADMIN)).status == 404
+        await refused(client, COMPLETIONS, {**ASK, "model": "a"}, 404)
+        metrics = await (await client.get("/metrics")).text()
+        assert 'nybble_adapter_sequences_total{adapter="a"} 2.0' in metrics
+        assert 'nybble_adapter_generation_tokens_total{adapter="a"} 24.0' in metrics
+
+    serve(engine, root, scenario)
+
+
+def test_an_adapter_that_does_not_fit_is_a_client_s_error(engine: Engine, root: Path) -> None:
+    async def scenario(client: Client) -> None:
+        body = {"lora_name": "wide", "lora_path": "wide"}
+        error = await admin(client, LOAD, body, 400)
+        assert error["code"] == "invalid_adapter"
+        assert "has rank 16, but this server holds adapters up to rank 8" in error["message"]
+        error = await admin(client, LOAD, {"lora_name": "tiny", "lora_path": "one"}, 400)
+        assert "is the name of the base model" in error["message"]
+
+    serve(engine, root, scenario)
+
+
+def test_only_folders_below_a_root_can_be_loaded(
+    engine: Engine, root: Path, tiny_adapter: Callable[..., Path]
+) -> None:
+    outside = Path(shutil.copytree(tiny_adapter(seed=1), root.parent / "outside"))
+    (root / "link").symlink_to(outside)
+    (root / "inside").symlink_to(root / "one")
+    (root / "loop").symlink_to(root / "loop")
+    shutil.copytree(outside, root / "file link")
+    (root / "file link" / "adapter_model.safetensors").unlink()
+    (root / "file link" / "adapter_model.safetensors").symlink_to(
+        outside / "adapter_model.safetensors"
+    )
+    (root.parent / "root-sibling").mkdir()
+    paths = [
+        *("../outside", str(outside), "link", "file link", "one/../../outside", "nothing"),
+        *("loop", "one\0", "x" * 5000, "../root-sibling", "/etc", "~", "one/adapter_config.json"),
+    ]
+
+    async def scenario(client: Client) -> None:
+        for path in paths:
+            error = await admin(client, LOAD, {"lora_name": "a", "lora_path": path}, 400)
+            assert "is not a folder below an allowed root" in error["message"], path
+            assert error["param"] == "lora_path"
+        await load(client, "a", "inside")
+
+    serve(engine, root, scenario)
+
+
+def test_administration_needs_its_own_key(engine: Engine, root: Path) -> None:
+    body = {"lora_name": "one", "lora_path": "one"}
+    user = {"Authorization": "Bearer user-secret"}
+
+    async def scenario(client: Client) -> None:
+        for headers in ({}, user, {"Authorization": "Bearer admin-secre"}):
+            for method, path in (("POST", LOAD), ("POST", UNLOAD), ("GET", LIST)):
+                response = await client.request(method, path, json=body, headers=headers)
+                assert response.status == 401, (method, path)
+        # However the path is spelled.
+        assert (await client.post("/v1/load%5Flora_adapter", json=body, headers=user)).status == 401
+        await load(client, "one", "one")
+        assert (await client.post(COMPLETIONS, json={**ASK, "model": "one"})).status == 401
+        assert (await client.get("/v1/models", headers=ADMIN)).status == 401
+        assert await text(client, user, model="one")
+
+    serve(engine, root, scenario, api_keys=["user-secret"])
+
+
+def test_without_an_admin_key_or_a_root_administration_is_closed(
+    engine: Engine, root: Path
+) -> None:
+    async def no_key(client: Client) -> None:
+        for method, path in (("POST", LOAD), ("POST", UNLOAD), ("GET", LIST)):
+            response = await client.request(method, path, json={}, headers=ADMIN)
+            assert response.status == 403
+            assert "without --admin-key" in (await response.json())["error"]["message"]
+
+    async def no_root(client: Client) -> None:
+        error = await admin(client, LOAD, {"lora_name": "a", "lora_path": str(root / "one")}, 403)
+        assert "without --lora-root" in error["message"]
+
+    serve(engine, root, no_key, admin_keys=[])
+    serve(engine, root, no_root, adapter_roots=[])
+
+
+def test_adapters_change_under_traffic_without_a_failed_request(engine: Engine, root: Path) -> None:
+    async def scenario(client: Client) -> None:
+        await load(client, "one", "one")
+        base, one = await text(client, model="tiny"), await text(client, model="one")
+        done = asyncio.Event()
+
+        async def traffic(model: str, expected: str) -> int:
+            turns = 0
+            while not done.is_set():
+                assert await text(client, model=model) == expected
+                turns += 1
+            return turns
+
+        tasks = [asyncio.create_task(traffic(m, e)) for m, e in (("tiny", base), ("one", one))]
+        for _ in range(10):
+            await load(client, "two", "two")
+            await text(client, model="two")
+            await admin(client, UNLOAD, {"lora_name": "two"})
+        done.set()
+        assert min(await asyncio.gather(*tasks)) > 3
+
+    serve(engine, root, scenario)
+
+
+def test_many_adapters_have_a_bounded_number_of_metric_labels(engine: Engine) -> None:
+    metrics = Metrics(engine)
+    for index in range(200):
+        metrics.begin(Request("r", (1,), SamplingParams(), adapter=f"a{index}"))
+        metrics.generated(Request("r", (1,), SamplingParams(), adapter=f"a{index}"), 3)
+    lines = metrics.render().decode().splitlines()
+    counted = [line for line in lines if line.startswith("nybble_adapter_sequences_total{")]
+    assert len(counted) == 51
+    assert 'nybble_adapter_sequences_total{adapter="other"} 150.0' in counted
+    assert 'nybble_adapter_generation_tokens_total{adapter="a3"} 3.0' in lines
+
+
+def test_the_command_serves_adapters_named_at_the_start(
+    tiny_model: Callable[..., Path], tiny_adapter: Callable[..., Path]
+) -> None:
+    adapter = f"poet={tiny_adapter(seed=1)}"
+    options = ("--lora-modules", adapter, "--max-lora-rank", "8", "--max-loras", "2")
+    with running_server(tiny_model(), *options) as server:
+        client = OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0)
+        assert [model.id for model in client.models.list()] == ["tiny", "poet"]
+
+        def answer(model: str) -> str:
+            completion = client.completions.create(
+                model=model, prompt="the quick", max_tokens=8, temperature=0
+            )
+            return completion.choices[0].text
+
+        assert answer("tiny") != answer("poet")
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=120)
+
+
+def test_the_command_refuses_adapters_in_one_line(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = str(tiny_model())
+    for option, message in (
+        ("poet", "--lora-modules 'poet': expected NAME=PATH"),
+        (f"poet={tmp_path}", "has no adapter_config.json"),
+    ):
+        done = command("serve", "--model", folder, "--port", "0", "--lora-modules", option)
+        assert done.returncode == 1
+        assert message in done.stderr.splitlines()[-1]
+
+
+def test_the_merge_command_reports_what_rounding_cost(
+    tiny_model: Callable[..., Path], tiny_adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    sample = tmp_path / "sample.txt"
+    sample.write_text("the quick brown fox jumps over the lazy dog")
+    target = tmp_path / "merged"
+    adapters = [str(tiny_adapter(seed=1)), str(tiny_adapter(seed=2))]
+    done = command(
+        *("merge", str(tiny_model()), *adapters, str(target)),
+        *("--out", "nf4", "--weights", "0.5,0.5", "--text", str(sample)),
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"{target}: 14 layers merged" in done.stdout
+    assert "KL(unmerged ‖ merged) on" in done.stdout
+    assert open_checkpoint(target).format == "nf4"
+    done = command("merge", str(tiny_model()), *adapters, str(target))
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == f"error: {target} is not empty"

@@ -1,0 +1,99 @@
+"""The command line: what it prints, and one line for everything expected to go wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import typer
+from nybble.loaders import open_checkpoint
+from nybble.server.cli import app, parse_bytes
+from typer.testing import CliRunner, Result
+
+
+def nybble(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_quantize_pack_and_inspect_follow_each_other(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    gptq, packed = tmp_path / "gptq", tmp_path / "packed"
+    options = ("--format", "gptq", "--group-size", 32)
+    assert nybble("quantize", *options, tiny_model(), gptq).exit_code == 0
+    assert open_checkpoint(gptq).format == "gptq"
+    assert nybble("pack", gptq, packed).exit_code == 0
+    assert open_checkpoint(packed).format == "packed"
+    for folder in (gptq, packed):
+        table = nybble("inspect", folder).stdout
+        (row,) = (line for line in table.splitlines() if "qkv_proj" in line)
+        # 2 layers; 4 bits and, per 32 inputs, a 16-bit scale and zero, and a bias per output.
+        assert [cell.strip() for cell in row.strip("│ ").split("│")][:6] == [
+            "model.layers.*.self_attn.qkv_proj",
+            "2",
+            "uint4 with zeros",
+            "256×128",
+            "32",
+            row.split("│")[6].strip(),
+        ]
+        assert 5 <= float(row.split("│")[6]) < 5.3
+        assert "total" in table
+    assert "model.layers.1.self_attn.qkv_proj" in nybble("inspect", "--all", gptq).stdout
+
+
+@pytest.mark.parametrize("format", ["awq", "nf4"])
+def test_quantize_writes_the_other_formats(
+    tiny_model: Callable[..., Path], tmp_path: Path, format: str
+) -> None:
+    target = tmp_path / format
+    options = ("--format", format, "--group-size", 64)
+    assert nybble("quantize", *options, tiny_model(), target).exit_code == 0
+    assert open_checkpoint(target).format == format
+
+
+def test_expected_errors_are_one_line_and_exit_code_1(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "precious").write_text("x")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    model = tiny_model()
+    cases = [
+        (("inspect", "no-such-model"), "no-such-model"),
+        (("inspect", empty), "no config.json"),
+        (("pack", model, full), "not an empty folder"),
+        (("quantize", "--format", "gptq", model, full), "not empty"),
+        (("quantize", "--format", "gptq", "--group-size", 48, model, tmp_path / "x"), "groups of"),
+        (("quantize", "--format", "awq", "--sym", model, tmp_path / "x"), "--sym"),
+        (("quantize", "--format", "gptq", "--group-size", 0, model, tmp_path / "x"), "group-size"),
+        (("serve", "--model", "no-such-model", "--port", 0), "no-such-model"),
+        (("serve", "--model", model, "--port", 0, "--max-model-len", 10**6), "max_model_len"),
+        (("serve", "--model", model, "--port", 0, "--kv-cache-memory", "1KiB"), "KV cache"),
+        (("serve", "--model", model, "--port", 0, "--max-batched-tokens", 2), "max_num_seqs"),
+        (("serve", "--model", model, "--host", "no.such.host.invalid"), "no.such.host"),
+    ]
+    for arguments, expected in cases:
+        result = nybble(*arguments)
+        lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+        assert (result.exit_code, len(lines)) == (1, 1), (arguments, result.output)
+        assert expected in lines[0]
+        assert "Traceback" not in result.output
+    assert (full / "precious").read_text() == "x"
+
+
+def test_wrong_usage_is_exit_code_2() -> None:
+    assert nybble("serve").exit_code == 2
+    assert nybble("serve", "--model", "x", "--port", 70000).exit_code == 2
+    assert nybble("serve", "--model", "x", "--kv-cache-memory", "lots").exit_code == 2
+
+
+def test_sizes_are_binary_or_decimal() -> None:
+    assert parse_bytes("2GiB") == 2 << 30
+    assert parse_bytes("500MB") == 500_000_000
+    assert parse_bytes("1.5KiB") == 1536
+    assert parse_bytes("4096") == 4096
+    with pytest.raises(typer.BadParameter):
+        parse_bytes("2 gigs")

@@ -1,0 +1,115 @@
+"""Text completions, models and tokens through the official client, against a server process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx2 as httpx
+import openai
+import pytest
+from openai import OpenAI
+
+PROMPT = "the lazy dog"
+
+
+def complete(client: OpenAI, prompt: Any = PROMPT, **options: Any) -> Any:
+    defaults = {"model": "tiny", "max_tokens": 8, "temperature": 0}
+    return client.completions.create(prompt=prompt, **{**defaults, **options})
+
+
+def tokens(server: Any, text: str) -> list[int]:
+    body = httpx.post(server.url + "/tokenize", json={"prompt": text}).json()
+    assert body["count"] == len(body["tokens"])
+    return list(body["tokens"])
+
+
+def test_text_and_its_token_ids_are_the_same_prompt(client: OpenAI, server: Any) -> None:
+    by_text = complete(client).choices[0].text
+    assert complete(client, tokens(server, PROMPT)).choices[0].text == by_text
+
+
+def test_prompts_come_in_batches_of_both_kinds(client: OpenAI, server: Any) -> None:
+    prompts = [PROMPT, "def add(first", "moon"]
+    alone = [complete(client, prompt).choices[0].text for prompt in prompts]
+    for batch in (prompts, [tokens(server, prompt) for prompt in prompts]):
+        answer = complete(client, batch)
+        assert [choice.text for choice in answer.choices] == alone
+        assert [choice.index for choice in answer.choices] == [0, 1, 2]
+    assert answer.usage.prompt_tokens == sum(len(tokens(server, prompt)) for prompt in prompts)
+
+
+def test_n_continuations_of_every_prompt_are_numbered_prompt_by_prompt(client: OpenAI) -> None:
+    answer = complete(client, [PROMPT, "moon"], n=2, temperature=1, seed=3)
+    again = complete(client, "moon", n=2, temperature=1, seed=3)
+    assert len(answer.choices) == 4
+    assert [c.text for c in answer.choices[2:]] == [c.text for c in again.choices]
+
+
+def test_sixteen_tokens_are_the_default(client: OpenAI) -> None:
+    answer = complete(client, max_tokens=None, extra_body={"ignore_eos": True})
+    assert answer.usage.completion_tokens == 16
+    assert answer.choices[0].finish_reason == "length"
+
+
+def test_echo_begins_with_the_prompt_streaming_or_not(client: OpenAI, server: Any) -> None:
+    plain = complete(client).choices[0].text
+    for prompt in (PROMPT, tokens(server, PROMPT)):
+        assert complete(client, prompt, echo=True).choices[0].text == PROMPT + plain
+    chunks = complete(client, echo=True, stream=True)
+    assert "".join(chunk.choices[0].text for chunk in chunks) == PROMPT + plain
+
+
+def test_logprobs_have_an_offset_for_every_token(client: OpenAI) -> None:
+    logprobs = complete(client, logprobs=2, max_tokens=12).choices[0].logprobs
+    offset = 0
+    for token, at, value, top in zip(
+        logprobs.tokens,
+        logprobs.text_offset,
+        logprobs.token_logprobs,
+        logprobs.top_logprobs,
+        strict=True,
+    ):
+        assert at == offset
+        assert top[token] == value == max(top.values())
+        offset += len(token)
+
+
+def test_logprobs_stream_with_the_same_offsets(client: OpenAI) -> None:
+    whole = complete(client, logprobs=1).choices[0].logprobs
+    chunks = [chunk.choices[0].logprobs for chunk in complete(client, logprobs=1, stream=True)]
+    assert [at for chunk in chunks for at in chunk.text_offset] == whole.text_offset
+    assert [token for chunk in chunks for token in chunk.tokens] == whole.tokens
+
+
+def test_a_stop_token_ends_the_text(client: OpenAI, server: Any) -> None:
+    logprobs = complete(client, logprobs=0, max_tokens=6).choices[0].logprobs
+    stop = logprobs.tokens[2]
+    (token_id,) = tokens(server, stop) if not stop.startswith("bytes:") else (None,)
+    if token_id is not None:
+        answer = complete(client, extra_body={"stop_token_ids": [token_id]}).choices[0]
+        assert answer.finish_reason == "stop"
+
+
+def test_tokens_and_text_are_each_others_inverse(server: Any) -> None:
+    text = "naïve café 🙂 def add(first):\n  x"
+    ids = tokens(server, text)
+    response = httpx.post(server.url + "/detokenize", json={"tokens": ids})
+    assert response.json() == {"prompt": text}
+
+
+def test_a_chat_can_be_tokenized(server: Any) -> None:
+    body = {"messages": [{"role": "user", "content": "hi"}]}
+    ids = httpx.post(server.url + "/tokenize", json=body).json()["tokens"]
+    text = httpx.post(server.url + "/detokenize", json={"tokens": ids}).json()["prompt"]
+    assert text == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_models_are_listed_and_found_by_name(client: OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == ["tiny"]
+    assert client.models.retrieve("tiny").owned_by == "nybble"
+    with pytest.raises(openai.NotFoundError, match="does not exist"):
+        client.models.retrieve("org/other")
+
+
+def test_the_version_is_told(server: Any) -> None:
+    assert httpx.get(server.url + "/version").json()["version"].count(".") == 2

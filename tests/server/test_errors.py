@@ -1,0 +1,326 @@
+"""What is refused is refused quickly, in OpenAI's shape, and names the parameter."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestClient, TestServer
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from nybble.engine import Engine
+from nybble.server.app import MAX_BODY_BYTES, make_app
+from nybble.server.chat_schema import ChatRequest, DetokenizeRequest, TokenizeRequest
+from nybble.server.errors import ApiError
+from nybble.server.gate import Gate
+from nybble.server.parse import parse_body
+from nybble.server.schema import CompletionRequest
+
+Client = TestClient[web.Request, web.Application]
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+HELLO = [{"role": "user", "content": "hello"}]
+
+
+def run(engine: Engine, scenario: Callable[[Client], Awaitable[None]], **options: Any) -> None:
+    """Run a scenario against the application in this process."""
+
+    async def main() -> None:
+        gate = options.pop("gate", None) or Gate()
+        app = make_app(engine, **{"models": ("tiny",), "max_sequences": 16, **options}, gate=gate)
+        async with TestClient(TestServer(app)) as client:
+            await scenario(client)
+
+    asyncio.run(main())
+
+
+async def refused(client: Client, path: str, body: Any, status: int = 400) -> dict[str, Any]:
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    async with client.post(path, data=data) as response:
+        error = (await response.json())["error"]
+        assert (response.status, set(error)) == (status, {"message", "type", "param", "code"}), (
+            error
+        )
+        assert "\n" not in error["message"]
+        return dict(error)
+
+
+@pytest.mark.parametrize(
+    ("extra", "param"),
+    [
+        ({"temperature": -1}, "temperature"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"min_p": 2}, "min_p"),
+        ({"n": 0}, "n"),
+        ({"n": 1000}, "n"),
+        ({"n": 17}, "n"),  # more than the server takes at once
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": 10**30}, "max_tokens"),
+        ({"max_completion_tokens": 100_000}, "max_completion_tokens"),
+        ({"max_completion_tokens": -1}, "max_completion_tokens"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"stop": [""]}, "stop"),
+        ({"stop": ["x"] * 17}, "stop"),
+        ({"stop": "x" * 1000}, "stop"),
+        ({"stop": 5}, "stop"),
+        ({"logit_bias": {"x": 1}}, "logit_bias"),
+        ({"logit_bias": {"5": 101}}, "logit_bias"),
+        ({"logit_bias": {"100000": 1}}, "logit_bias"),
+        ({"frequency_penalty": 3}, "frequency_penalty"),
+        ({"frequency_penalty": 1e999}, "frequency_penalty"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"stream": True, "stream_options": {"other": 1}}, "stream_options.other"),
+        ({"reasoning_effort": "high"}, "reasoning_effort"),
+        ({"functions": [{}]}, "functions"),
+        ({"tempratur": 1}, "tempratur"),
+        ({"modalities": ["audio"]}, "modalities[0]"),
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content"),
+        ({"messages": [{"role": "pirate", "content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+            "messages[0].content[0].type",
+        ),
+        ({"messages": [{"role": "user", "content": "x " * 2000}]}, "messages"),
+        ({"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs"),
+    ],
+)
+def test_a_bad_chat_parameter_is_named(engine: Engine, extra: dict[str, Any], param: str) -> None:
+    async def scenario(client: Client) -> None:
+        body = {"model": "tiny", "messages": HELLO, **extra}
+        text = json.dumps(body).replace("Infinity", "1e999").encode()
+        assert (await refused(client, CHAT, text))["param"] == param
+
+    run(engine, scenario)
+
+
+@pytest.mark.parametrize(
+    ("extra", "param"),
+    [
+        ({"prompt": []}, "prompt"),
+        ({"prompt": [[]]}, "prompt"),
+        ({"prompt": ["x", 1]}, "prompt"),
+        ({"prompt": [[1], "x"]}, "prompt"),
+        ({"prompt": [True]}, "prompt"),
+        ({"prompt": ""}, "prompt"),
+        ({"prompt": [-1]}, "prompt"),
+        ({"prompt": [10**9]}, "prompt"),
+        ({"prompt": [1] * 10**6}, "prompt"),
+        ({"suffix": "x"}, "suffix"),
+        ({"best_of": 2}, "best_of"),
+        ({"echo": True, "logprobs": 1}, "echo"),
+        ({"logprobs": 21}, "logprobs"),
+        ({"max_tokens": 512}, "max_tokens"),
+    ],
+)
+def test_a_bad_completion_parameter_is_named(
+    engine: Engine, extra: dict[str, Any], param: str
+) -> None:
+    async def scenario(client: Client) -> None:
+        body = {"model": "tiny", "prompt": "x", **extra}
+        assert (await refused(client, COMPLETIONS, body))["param"] == param
+
+    run(engine, scenario)
+
+
+def test_missing_unknown_and_too_much_have_codes_of_their_own(engine: Engine) -> None:
+    async def scenario(client: Client) -> None:
+        cases = [
+            ({"messages": HELLO}, 400, "missing_required_parameter"),
+            ({"model": "tiny"}, 400, "missing_required_parameter"),
+            ({"model": "tiny", "messages": HELLO, "x": 1}, 400, "unknown_parameter"),
+            ({"model": "other", "messages": HELLO}, 404, "model_not_found"),
+            (
+                {"model": "tiny", "messages": HELLO, "max_tokens": 600},
+                400,
+                "context_length_exceeded",
+            ),
+        ]
+        for body, status, code in cases:
+            assert (await refused(client, CHAT, body, status))["code"] == code
+
+    run(engine, scenario)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"not json",
+        b"[]",
+        b"null",
+        b'{"a": NaN}',
+        b'{"a": "\xff"}',
+        b'{"a": "\\ud800"}',
+        b"[" * 100_000,
+        b'{"a":' * 100_000,
+        b'{"seed": ' + b"9" * 1_000_000 + b"}",
+    ],
+)
+def test_what_is_not_json_is_refused(engine: Engine, data: bytes) -> None:
+    async def scenario(client: Client) -> None:
+        assert (await refused(client, CHAT, data))["code"] == "invalid_json"
+
+    run(engine, scenario)
+
+
+def test_an_oversize_body_is_refused(engine: Engine) -> None:
+    async def scenario(client: Client) -> None:
+        error = await refused(client, CHAT, b" " * (MAX_BODY_BYTES + 1), 413)
+        assert error["code"] == "request_too_large"
+
+    run(engine, scenario)
+
+
+def test_unknown_paths_and_methods_answer_in_the_same_shape(engine: Engine) -> None:
+    async def scenario(client: Client) -> None:
+        for method, path, status in [
+            ("GET", "/v1/nothing", 404),
+            ("GET", CHAT, 405),
+            ("DELETE", "/v1/models", 405),
+        ]:
+            async with client.request(method, path) as response:
+                assert response.status == status
+                assert set((await response.json())["error"]) >= {"message", "type"}
+
+    run(engine, scenario)
+
+
+def test_keys_are_required_where_set_but_not_for_probes(engine: Engine) -> None:
+    async def scenario(client: Client) -> None:
+        for header in (None, "Bearer wrong", "Bearer", "Basic one", "one", "Bearer \udcff"):
+            headers = {} if header is None else {"Authorization": header}
+            async with client.get("/v1/models", headers=headers) as response:
+                assert response.status == 401
+                assert response.headers["WWW-Authenticate"] == "Bearer"
+                assert (await response.json())["error"]["code"] == "invalid_api_key"
+        for key in ("one", "two"):
+            async with client.get(
+                "/v1/models", headers={"Authorization": f"Bearer {key}"}
+            ) as response:
+                assert response.status == 200
+        for path in ("/health", "/metrics", "/version"):
+            async with client.get(path) as response:
+                assert response.status == 200
+
+    run(engine, scenario, api_keys=("one", "two"))
+
+
+def test_a_request_id_is_taken_over_or_made(engine: Engine) -> None:
+    async def scenario(client: Client) -> None:
+        for sent, expected in [("abc-1", "abc-1"), ("x" * 200, None), ("a b", None), ("", None)]:
+            async with client.get("/v1/models", headers={"X-Request-Id": sent}) as response:
+                answered = response.headers["X-Request-Id"]
+                assert answered == expected if expected else len(answered) == 32
+        stream = {"model": "tiny", "prompt": "x", "stream": True}
+        async with client.post(COMPLETIONS, json=stream, headers={"X-Request-Id": "s"}) as response:
+            assert response.headers["X-Request-Id"] == "s"
+
+    run(engine, scenario)
+
+
+def test_a_full_server_says_when_to_come_back(engine: Engine) -> None:
+    async def scenario(client: Client) -> None:
+        long = {"model": "tiny", "prompt": "x", "max_tokens": 400, "ignore_eos": True, "n": 2}
+        async with client.post(COMPLETIONS, json={**long, "stream": True}) as response:
+            await response.content.readline()
+            async with client.post(COMPLETIONS, json=long) as second:
+                assert second.status == 429
+                assert int(second.headers["Retry-After"]) > 0
+                assert (await second.json())["error"]["type"] == "rate_limit_error"
+
+    run(engine, scenario, max_sequences=3)
+
+
+def test_an_engine_that_fails_ends_a_stream_with_an_error_event(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(client: Client) -> None:
+        body = {"model": "tiny", "prompt": "x", "max_tokens": 400, "ignore_eos": True}
+        async with client.post(COMPLETIONS, json={**body, "stream": True}) as response:
+            assert response.status == 200
+            await response.content.readline()
+
+            def fail(*_: object) -> None:
+                raise RuntimeError("the device is gone")
+
+            monkeypatch.setattr(engine._runner, "run", fail)
+            events = (await response.read()).decode().strip().split("\n\n")
+        error = json.loads(events[-1].removeprefix("data: "))["error"]
+        assert error["code"] == "engine_unavailable"
+        assert "data: [DONE]" not in events
+        error = await refused(client, COMPLETIONS, body, 503)
+        async with client.get("/health") as response:
+            assert response.status == 503
+            assert "engine" in (await response.json())["error"]["message"]
+
+    run(engine, scenario)
+
+
+def test_a_model_without_a_chat_template_is_named(engine: Engine) -> None:
+    engine.tokenizer.chat_template = None
+
+    async def scenario(client: Client) -> None:
+        error = await refused(client, CHAT, {"model": "tiny", "messages": HELLO})
+        assert error["code"] == "no_chat_template"
+        assert "'tiny'" in error["message"]
+
+    run(engine, scenario)
+
+
+def test_a_hostile_chat_template_cannot_reach_python(engine: Engine) -> None:
+    engine.tokenizer.chat_template = (
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}{{ messages.append(1) }}"
+    )
+
+    async def scenario(client: Client) -> None:
+        error = await refused(client, CHAT, {"model": "tiny", "messages": HELLO})
+        assert "unsafe" in error["message"]
+
+    run(engine, scenario)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@pytest.mark.parametrize(
+    "kind", [ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest]
+)
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(data=st.data())
+def test_any_json_is_a_request_or_a_400(kind: Any, data: st.DataObject) -> None:
+    names = st.sampled_from(sorted(kind.model_fields))
+    body = data.draw(st.dictionaries(names | st.text(max_size=3), JSON, max_size=6))
+    refusal = None
+    try:
+        parse_body(json.dumps(body).encode(), kind)
+    except ApiError as error:
+        refusal = error
+    assert refusal is None or (refusal.status == 400 and "\n" not in refusal.message)
+
+
+@settings(deadline=None, max_examples=40, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_no_body_makes_the_server_fail(engine: Engine, data: st.DataObject) -> None:
+    path, kind = data.draw(st.sampled_from([(CHAT, ChatRequest), (COMPLETIONS, CompletionRequest)]))
+    base: dict[str, Any] = {"model": "tiny", "max_tokens": 2}
+    base |= {"messages": HELLO} if path == CHAT else {"prompt": "x"}
+    names = st.sampled_from(sorted(kind.model_fields.keys() - {"model", "max_tokens"}))
+    extra = data.draw(st.dictionaries(names, JSON | st.booleans(), max_size=2))
+
+    async def scenario(client: Client) -> None:
+        async with client.post(path, json={**base, **extra}) as response:
+            await response.read()
+            assert response.status in (200, 400), await response.text()
+
+    run(engine, scenario)

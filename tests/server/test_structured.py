@@ -1,0 +1,163 @@
+"""Answers in the form that was asked for, from a model that would say anything."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from typing import Any
+
+import openai
+import pytest
+from nybble.engine import Engine, GrammarCompiler, GuideError, Request, SamplingParams
+from openai import OpenAI
+from pydantic import BaseModel
+
+from .test_chat import chat, streamed, text
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 8},
+        "ages": {"type": "array", "items": {"type": "integer"}, "maxItems": 2},
+        "kind": {"enum": ["fox", "dog"]},
+    },
+    "required": ["name", "ages", "kind"],
+    "additionalProperties": False,
+}
+
+
+def json_schema(schema: Any) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": True}}
+
+
+# Digits are bounded so that random weights cannot go on counting.
+BOUNDED = json.loads(json.dumps(SCHEMA).replace('"integer"', '"integer", "maximum": 99'))
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_a_json_schema_is_kept_streaming_or_not(client: OpenAI, temperature: float) -> None:
+    options: Any = {
+        "response_format": json_schema(BOUNDED),
+        "max_tokens": 300,
+        "temperature": temperature,
+        "seed": 1,
+    }
+    choice = chat(client, **options).choices[0]
+    assert choice.finish_reason == "stop"
+    answer = json.loads(choice.message.content)
+    assert set(answer) == {"name", "ages", "kind"}
+    assert answer["kind"] in ("fox", "dog")
+    assert text(streamed(client, **options)) == choice.message.content
+
+
+def test_the_clients_helper_parses_into_a_model(client: OpenAI) -> None:
+    class Flag(BaseModel):
+        on: bool
+
+    messages: Any = [{"role": "user", "content": "x"}]
+    parsed = client.chat.completions.parse(
+        model="tiny", messages=messages, response_format=Flag, max_tokens=100
+    )
+    assert isinstance(parsed.choices[0].message.parsed, Flag)
+
+
+def test_a_json_object_begins_as_one(client: OpenAI) -> None:
+    answer = chat(client, response_format={"type": "json_object"}, max_tokens=5)
+    assert answer.choices[0].message.content.lstrip().startswith("{")
+
+
+@pytest.mark.parametrize(
+    ("guided", "pattern"),
+    [
+        ({"guided_regex": r"[a-c]{3}-\d{2}"}, r"[a-c]{3}-\d{2}"),
+        ({"guided_choice": ["yes", 'no "quoted"', "größer\n"]}, 'yes|no "quoted"|größer\n'),
+        ({"guided_grammar": 'start: "a" b\nb: "b" | "c" b'}, r"ac*b"),
+        ({"guided_json": {"const": "moon"}}, '"moon"'),
+    ],
+)
+def test_guided_answers_match(client: OpenAI, guided: dict[str, Any], pattern: str) -> None:
+    answers = chat(client, n=3, temperature=1.5, extra_body=guided, max_tokens=60).choices
+    for choice in answers:
+        assert choice.finish_reason == "stop"
+        assert re.fullmatch(pattern, choice.message.content)
+    completion = client.completions.create(
+        model="tiny", prompt="x", max_tokens=60, extra_body={**guided, "ignore_eos": True}
+    )
+    assert re.fullmatch(pattern, completion.choices[0].text)
+
+
+def test_an_answer_cut_short_says_so(client: OpenAI) -> None:
+    choice = chat(client, max_tokens=2, extra_body={"guided_regex": "a{50}"}).choices[0]
+    assert choice.finish_reason == "length"
+
+
+@pytest.mark.parametrize(
+    ("options", "param"),
+    [
+        ({"extra_body": {"guided_regex": "("}}, "guided_regex"),
+        ({"extra_body": {"guided_grammar": "start: missing"}}, "guided_grammar"),
+        ({"extra_body": {"guided_choice": []}}, "guided_choice"),
+        ({"extra_body": {"guided_json": {"type": "nope"}}}, "guided_json"),
+        ({"extra_body": {"guided_json": {"$ref": "http://x.test/y"}}}, "guided_json"),
+        ({"response_format": json_schema({"not": {}})}, "response_format"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+        ({"response_format": {"type": "xml"}}, "response_format.type"),
+        (
+            {"response_format": {"type": "json_object"}, "extra_body": {"guided_regex": "a"}},
+            "guided_regex",
+        ),
+    ],
+)
+def test_what_cannot_be_compiled_is_refused(
+    client: OpenAI, options: dict[str, Any], param: str
+) -> None:
+    with pytest.raises(openai.BadRequestError) as refused:
+        chat(client, **options)
+    assert refused.value.param == param
+
+
+def test_a_guided_sequence_leaves_its_neighbours_alone(engine: Engine) -> None:
+    compiler = GrammarCompiler(engine.tokenizer, engine.vocab_size, engine.eos_token_ids)
+    guide = compiler.regex("[ab]{12}")
+    params = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
+
+    async def say(name: str, guided: bool) -> str:
+        request = Request(name, (70, 80, 90), params, guide.fork() if guided else None)
+        return "".join([output.text async for output in engine.generate(request)])
+
+    async def scenario() -> None:
+        alone = await say("alone", False)
+        together = await asyncio.gather(*(say(str(n), n % 2 == 0) for n in range(6)))
+        assert [together[n] for n in (1, 3, 5)] == [alone] * 3
+        assert all(re.fullmatch("[ab]{1,12}", together[n]) for n in (0, 2, 4))
+
+    asyncio.run(scenario())
+
+
+def test_a_guide_that_fails_ends_its_own_sequence_only(engine: Engine) -> None:
+    import torch
+
+    class Broken:
+        def allowed(self) -> torch.Tensor:
+            return torch.ones(engine.vocab_size, dtype=torch.bool)
+
+        def accept(self, token: int) -> bool:
+            raise GuideError("too complex")
+
+    params = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
+
+    async def say(name: str, guide: Any) -> int:
+        request = Request(name, (70, 80, 90), params, guide)
+        return len([output async for output in engine.generate(request)])
+
+    async def scenario() -> None:
+        good = asyncio.create_task(say("good", None))
+        with pytest.raises(GuideError, match="too complex"):
+            await say("bad", Broken())
+        assert await good == 8
+        stats = engine.stats()
+        assert (stats.running, stats.kv_blocks_free) == (0, stats.kv_blocks_total)
+        assert engine.healthy
+
+    asyncio.run(scenario())

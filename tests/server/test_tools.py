@@ -1,0 +1,281 @@
+"""Tool calls: found in text however it is cut, forced where asked for, streamed as deltas."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from nybble.engine import Engine, GrammarCompiler
+from nybble.server.chat_schema import ChatRequest
+from nybble.server.tool_parser import Arguments, Call, Event, Text, ToolParser
+from nybble.server.tools import Tools
+from transformers import AutoTokenizer
+
+from .conftest import started_engine
+from .test_errors import CHAT, HELLO, Client, refused, run
+
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "Weather in a city",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string", "maxLength": 6}},
+            "required": ["city"],
+            "additionalProperties": False,
+        },
+    },
+}
+CLOCK = {
+    "type": "function",
+    "function": {
+        "name": "clock",
+        "parameters": {
+            "type": "object",
+            "properties": {"zone": {"enum": ["utc", "cet"]}},
+            "required": ["zone"],
+            "additionalProperties": False,
+        },
+    },
+}
+HERMES = (
+    "{% for tool in tools or [] %}{{ tool | tojson }}{% endfor %}<tool_call>"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}{{ c.function.arguments.city }}{% endfor %}"
+    "<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
+)
+LLAMA = HERMES.replace("<tool_call>", "<|python_tag|>")
+
+
+def summary(events: list[Event]) -> tuple[str, list[tuple[str, str]]]:
+    """Text, and the name and arguments of each call."""
+    text, calls = "", []
+    for event in events:
+        if isinstance(event, Text):
+            text += event.text
+        elif isinstance(event, Call):
+            assert event.index == len(calls)
+            calls.append((event.name, ""))
+        else:
+            assert isinstance(event, Arguments)
+            name, arguments = calls[event.index]
+            calls[event.index] = (name, arguments + event.text)
+    return text, calls
+
+
+def parse(convention: Any, pieces: list[str]) -> tuple[str, list[tuple[str, str]]]:
+    parser = ToolParser(convention, {"f", "g"})
+    events = [event for piece in pieces for event in parser.feed(piece)]
+    return summary(events + parser.finish())
+
+
+CASES: list[tuple[str, str, str, list[tuple[str, str]]]] = [
+    ("hermes", "just <text> with a < b", "just <text> with a < b", []),
+    (
+        "hermes",
+        'Let me see.\n<tool_call>\n{"name": "f", "arguments": {"a": [1, "}"]}}\n</tool_call>',
+        "Let me see.",
+        [("f", '{"a": [1, "}"]}')],
+    ),
+    (
+        "hermes",
+        '<tool_call>{"name": "f", "arguments": {}}</tool_call>\n'
+        '<tool_call>\n{"arguments": {"x": "\\"{"}, "name": "other"}\n</tool_call>\n',
+        "",
+        [("f", "{}"), ("other", '{"x": "\\"{"}')],
+    ),
+    ("hermes", '<tool_call>{"name": "f"}</tool_call> then', "then", [("f", "{}")]),
+    ("hermes", "<tool_call>nonsense</tool_call>", "<tool_call>nonsense</tool_call>", []),
+    ("hermes", '<tool_call>{"x": 1}', '<tool_call>{"x": 1}', []),
+    ("hermes", '<tool_call>{"name": "f", "arguments": {"a": 1', "", [("f", '{"a": 1')]),
+    ("hermes", 'a <tool_call>{"na', 'a<tool_call>{"na', []),
+    ("hermes", "ends in <tool_", "ends in <tool_", []),
+    ("llama3", ' {"name": "f", "parameters": {"a": 1}}', "", [("f", '{"a": 1}')]),
+    (
+        "llama3",
+        '{"name": "f", "parameters": {}}; {"name": "g", "parameters": {"b": null}}',
+        "",
+        [("f", "{}"), ("g", '{"b": null}')],
+    ),
+    ("llama3", '{"name": "Bob", "age": 5}', '{"name": "Bob", "age": 5}', []),
+    ("llama3", '{"age": 5}', '{"age": 5}', []),
+    ("llama3", "no, {is it}", "no, {is it}", []),
+]
+
+
+@pytest.mark.parametrize(("convention", "text", "content", "calls"), CASES)
+@given(data=st.data())
+def test_calls_are_found_however_the_text_is_cut(
+    convention: str, text: str, content: str, calls: list[tuple[str, str]], data: st.DataObject
+) -> None:
+    cuts = sorted(data.draw(st.sets(st.integers(0, len(text)))))
+    pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+    found, found_calls = parse(convention, pieces)
+    assert found_calls == calls
+    assert found.split() == content.split() or found == content
+
+
+@given(
+    text=st.text(alphabet='<tool_cal>/{}":,\\nf 1'),
+    convention=st.sampled_from(["hermes", "llama3"]),
+)
+def test_no_text_is_too_strange_to_read(text: str, convention: str) -> None:
+    whole = parse(convention, [text])
+    assert parse(convention, list(text)) == whole
+
+
+@pytest.fixture
+def engine(tiny_model: Any) -> Iterator[Engine]:
+    """With room for the tools in the prompt."""
+    with started_engine(tiny_model(max_length=2048)) as engine:
+        yield engine
+
+
+def request(**options: Any) -> dict[str, Any]:
+    return {
+        "model": "tiny",
+        "messages": HELLO,
+        "tools": [WEATHER, CLOCK],
+        "max_tokens": 200,
+        "temperature": 1,
+        "seed": 3,
+        **options,
+    }
+
+
+@pytest.mark.parametrize("template", [HERMES, LLAMA])
+def test_required_and_named_calls_are_valid_streaming_or_not(engine: Engine, template: str) -> None:
+    engine.tokenizer.chat_template = template
+    named = {"type": "function", "function": {"name": "clock"}}
+
+    async def scenario(client: Client) -> None:
+        for choice, reason in (("required", "tool_calls"), (named, "stop")):
+            body = request(tool_choice=choice, parallel_tool_calls=False, max_tokens=800)
+            answer = await (await client.post(CHAT, json=body)).json()
+            (call,) = answer["choices"][0]["message"]["tool_calls"]
+            assert answer["choices"][0]["finish_reason"] == reason
+            assert answer["choices"][0]["message"]["content"] is None
+            arguments = json.loads(call["function"]["arguments"])
+            if choice == named or call["function"]["name"] == "clock":
+                assert arguments["zone"] in ("utc", "cet")
+            else:
+                assert set(arguments) == {"city"}
+
+            streamed = await (await client.post(CHAT, json={**body, "stream": True})).text()
+            events = [json.loads(e[6:]) for e in streamed.strip().split("\n\n")[:-1]]
+            deltas = [c["delta"] for e in events for c in e["choices"]]
+            pieces = [d["tool_calls"][0] for d in deltas if "tool_calls" in d]
+            assert pieces[0]["id"].startswith("call_")
+            assert pieces[0]["function"]["name"] == call["function"]["name"]
+            text = "".join(piece["function"]["arguments"] for piece in pieces)
+            assert text == call["function"]["arguments"]
+            assert events[-1]["choices"][0]["finish_reason"] == reason
+
+    run(engine, scenario)
+
+
+def test_offered_tools_leave_the_model_free(engine: Engine) -> None:
+    engine.tokenizer.chat_template = HERMES
+
+    async def scenario(client: Client) -> None:
+        answers = []
+        for choice in ("auto", None, "none"):
+            body = request(tool_choice=choice, max_tokens=10, ignore_eos=True)
+            answers.append(await (await client.post(CHAT, json=body)).json())
+        for answer in answers:
+            assert answer["choices"][0]["message"]["content"]
+            assert "tool_calls" not in answer["choices"][0]["message"]
+        # With "none" the model is not even shown them.
+        assert answers[0]["usage"]["prompt_tokens"] > answers[2]["usage"]["prompt_tokens"] + 50
+
+    run(engine, scenario)
+
+
+def test_results_of_calls_reach_the_template_with_arguments_as_objects(engine: Engine) -> None:
+    engine.tokenizer.chat_template = HERMES
+    function = {"name": "get_weather", "arguments": '{"city": "Rome"}'}
+    call = {"id": "c1", "type": "function", "function": function}
+
+    async def scenario(client: Client) -> None:
+        messages = [
+            *HELLO,
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+            {"role": "tool", "content": "sunny", "tool_call_id": "c1"},
+        ]
+        tokens = await (await client.post("/tokenize", json={"messages": messages})).json()
+        text = engine.tokenizer.decode(tokens["tokens"])
+        assert "assistant\nRome<|im_end|>" in text
+        assert "tool\nsunny" in text
+        function["arguments"] = "{"
+        await refused(client, CHAT, request(messages=messages))
+
+    run(engine, scenario)
+
+
+@pytest.mark.parametrize(
+    ("options", "param"),
+    [
+        ({"tools": None, "tool_choice": "required"}, "tool_choice"),
+        ({"tool_choice": {"type": "function", "function": {"name": "nope"}}}, "tool_choice"),
+        ({"tool_choice": "sometimes"}, "tool_choice"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name"),
+        ({"tools": [{"type": "search"}]}, "tools[0].type"),
+        ({"response_format": {"type": "json_object"}}, "tools"),
+        (
+            {
+                "tools": [
+                    {"type": "function", "function": {"name": "f", "parameters": {"type": "nope"}}}
+                ],
+                "tool_choice": "required",
+            },
+            "tools",
+        ),
+    ],
+)
+def test_what_cannot_be_called_is_refused(
+    engine: Engine, options: dict[str, Any], param: str
+) -> None:
+    engine.tokenizer.chat_template = HERMES
+
+    async def scenario(client: Client) -> None:
+        assert (await refused(client, CHAT, request(**options)))["param"] == param
+
+    run(engine, scenario)
+
+
+def test_a_model_whose_template_knows_no_tools_refuses_them(engine: Engine) -> None:
+    async def scenario(client: Client) -> None:
+        assert (await refused(client, CHAT, request()))["param"] == "tools"
+
+    run(engine, scenario)
+
+
+def test_where_markers_are_tokens_a_voluntary_call_is_held_to_its_schema(tiny_model: Any) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model())
+    tokenizer.add_tokens(["<tool_call>", "</tool_call>"])
+    opening, closing = tokenizer.convert_tokens_to_ids(["<tool_call>", "</tool_call>"])
+    compiler = GrammarCompiler(tokenizer, len(tokenizer), frozenset({tokenizer.eos_token_id}))
+    body = ChatRequest.model_validate(request())
+    guide = Tools("hermes", body, marked=True).guide(compiler)
+    assert guide is not None
+
+    def say(text: str) -> None:
+        for token in tokenizer.encode(text, add_special_tokens=False):
+            assert guide.allowed()[token], tokenizer.decode([token])
+            guide.accept(token)
+
+    assert guide.allowed()[tokenizer.eos_token_id]
+    say("free <text> {\n")
+    assert not guide.allowed()[closing]
+    say('<tool_call>\n{"name": "clock", "arguments": {"zone": "')
+    letters = [tokenizer.convert_tokens_to_ids(letter) for letter in "ucx"]
+    assert guide.allowed()[letters].tolist() == [True, True, False]
+    say('utc"}}\n')
+    assert not guide.allowed()[opening]
+    say("</tool_call>")
+    assert guide.allowed()[tokenizer.eos_token_id]
