@@ -209,7 +209,8 @@ class PackedWeight:
         short = self.groups * self.group_size - weight.shape[1]
         if short > 0:
             weight = torch.nn.functional.pad(weight, (0, short))
-        grouped = weight[:, : self.groups * self.group_size].unflatten(1, (self.groups, -1))
+        shape = (self.out_features, self.groups, self.group_size)
+        grouped = weight[:, : self.groups * self.group_size].view(shape)
         if rows.zeros is not None:
             grouped -= rows.zeros.float()[..., None]
         grouped *= rows.scales.float()[..., None]
