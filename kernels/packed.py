@@ -202,11 +202,19 @@ class PackedWeight:
         an 8-bit weight's two digits.)
         """
         rows = self.to_layout("rows")
-        group = torch.arange(self.columns, device=self.qweight.device) // self.group_size
-        weight = self.levels[rows.codes().int()]
+        # Both weights of a byte are looked up at once: several times faster than nibble by nibble.
+        pairs = torch.stack((self.levels.repeat(16), self.levels.repeat_interleave(16)), dim=1)
+        weight = torch.nn.functional.embedding(rows.qweight.int(), pairs).flatten(1)
+        # Whole groups, so that what a group shares is broadcast; the last may be short.
+        short = self.groups * self.group_size - weight.shape[1]
+        if short > 0:
+            weight = torch.nn.functional.pad(weight, (0, short))
+        shape = (self.out_features, self.groups, self.group_size)
+        grouped = weight[:, : self.groups * self.group_size].view(shape)
         if rows.zeros is not None:
-            weight -= rows.zeros.float()[:, group]
-        weight *= rows.scales.float()[:, group]
+            grouped -= rows.zeros.float()[..., None]
+        grouped *= rows.scales.float()[..., None]
+        weight = weight[:, : self.columns]
         if self.perm is not None:
             by_feature = weight.new_zeros(self.out_features, self.in_features)
             weight = by_feature.index_add_(1, self.perm, weight)

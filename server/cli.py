@@ -1,15 +1,15 @@
-"""The command line: ``nybble serve|pack|inspect|quantize|merge``, and ``serve`` by itself."""
+"""The command line: ``nybble serve|pack|inspect|merge|…``, and ``serve`` by itself."""
 
 from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+from nybble.server.cli_errors import expected_errors, interruptible
+from nybble.server.cli_training import commands
 
 # Nothing heavy is imported at the top: `--help` answers at once.
 
@@ -31,6 +31,9 @@ app = typer.Typer(
 )
 
 
+app.add_typer(commands)
+
+
 @app.callback()
 def _root(
     version: Annotated[
@@ -40,7 +43,6 @@ def _root(
     pass
 
 
-Format = Literal["gptq", "awq", "nf4"]
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 KVCacheDtype = Literal["auto", "int8"]
@@ -58,20 +60,6 @@ def parse_bytes(text: str) -> int:
     if match is None or match[2] not in _UNITS:
         raise typer.BadParameter(f"{text!r} is not a size such as 2GiB, 500MB or 1073741824")
     return int(float(match[1]) * _UNITS[match[2]])
-
-
-@contextmanager
-def expected_errors() -> Iterator[None]:
-    """What can go wrong without a bug is one line on stderr and exit code 1."""
-    try:
-        yield
-    except (LookupError, ValueError, OSError) as error:
-        # CheckpointError, UnsupportedModelError and the settings' errors are ValueErrors,
-        # ModelNotFoundError is a LookupError; a KeyError or IndexError is a bug.
-        if isinstance(error, KeyError | IndexError):
-            raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise typer.Exit(1) from None
 
 
 _AliasesOption = Annotated[
@@ -242,7 +230,7 @@ def serve(
         level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
     kv_cache_bytes = None if kv_cache_memory == "auto" else parse_bytes(kv_cache_memory)
-    with expected_errors(), _interruptible():
+    with expected_errors(), interruptible():
         from nybble.server.listen import bind
 
         # Before the model is loaded: a taken port is found out at once.
@@ -370,16 +358,6 @@ def _run_server(
     )
 
 
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """Ctrl-C while loading ends without a traceback."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        raise typer.Exit(130) from None
-
-
 @app.command()
 def pack(
     source: Annotated[str, typer.Argument(metavar="SRC", help="Model folder, hub name or alias.")],
@@ -390,7 +368,7 @@ def pack(
     aliases: _AliasesOption = None,
 ) -> None:
     """Write a model's packed form, which loads by memory-mapping."""
-    with expected_errors(), _interruptible():
+    with expected_errors(), interruptible():
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise FileExistsError(f"{target} exists and is not an empty folder")
         from nybble.engine import resolve_device
@@ -414,43 +392,13 @@ def inspect(
     aliases: _AliasesOption = None,
 ) -> None:
     """Show what a model's weights are made of."""
-    with expected_errors(), _interruptible():
+    with expected_errors(), interruptible():
         from nybble.loaders import open_checkpoint, resolve_model
         from nybble.loaders.inspect import inspect_checkpoint
         from nybble.server.inspect_table import print_table
 
         checkpoint = open_checkpoint(resolve_model(model, aliases=aliases))
         print_table(inspect_checkpoint(checkpoint), every=every)
-
-
-@app.command()
-def quantize(
-    source: Annotated[str, typer.Argument(metavar="SRC", help="16-bit model.")],
-    target: Annotated[Path, typer.Argument(metavar="DST", help="Folder to write.")],
-    format: Annotated[Format, typer.Option(help="Public layout to write.")],
-    group_size: Annotated[
-        int, typer.Option(help="Inputs that share a scale; -1 for all (gptq, awq).", min=-1)
-    ] = 128,
-    sym: Annotated[bool, typer.Option("--sym", help="A fixed zero of 8 (gptq).")] = False,
-    aliases: _AliasesOption = None,
-) -> None:
-    """Round a 16-bit model to 4 bits in a public checkpoint layout."""
-    with expected_errors(), _interruptible():
-        if group_size == 0:
-            raise ValueError("--group-size is 0, expected a positive number or -1")
-        if sym and format != "gptq":
-            raise ValueError(f"--sym goes with --format gptq, not with {format}")
-        from nybble.loaders import resolve_model
-        from nybble.quantizers import quantize_checkpoint
-
-        quantize_checkpoint(
-            resolve_model(source, aliases=aliases),
-            target,
-            format=format,
-            group_size=group_size,
-            sym=sym,
-        )
-        print(f"Wrote {target}", file=sys.stderr)
 
 
 @app.command()
@@ -484,7 +432,7 @@ def merge(
     aliases: _AliasesOption = None,
 ) -> None:
     """Merge adapters into a model, and say what rounding the result cost."""
-    with expected_errors(), _interruptible():
+    with expected_errors(), interruptible():
         from nybble.server.merging import merge_and_report
 
         merge_and_report(

@@ -20,7 +20,7 @@ def test_quantize_pack_and_inspect_follow_each_other(
     tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:
     gptq, packed = tmp_path / "gptq", tmp_path / "packed"
-    options = ("--format", "gptq", "--group-size", 32)
+    options = ("--format", "gptq", "--group-size", 32, "--round")
     assert nybble("quantize", *options, tiny_model(), gptq).exit_code == 0
     assert open_checkpoint(gptq).format == "gptq"
     assert nybble("pack", gptq, packed).exit_code == 0
@@ -42,12 +42,12 @@ def test_quantize_pack_and_inspect_follow_each_other(
     assert "model.layers.1.self_attn.qkv_proj" in nybble("inspect", "--all", gptq).stdout
 
 
-@pytest.mark.parametrize("format", ["awq", "nf4"])
+@pytest.mark.parametrize("format", ["awq", "nf4", "fp4"])
 def test_quantize_writes_the_other_formats(
     tiny_model: Callable[..., Path], tmp_path: Path, format: str
 ) -> None:
     target = tmp_path / format
-    options = ("--format", format, "--group-size", 64)
+    options = ("--format", format, "--group-size", 64, *(["--round"] if format == "awq" else []))
     assert nybble("quantize", *options, tiny_model(), target).exit_code == 0
     assert open_checkpoint(target).format == format
 
@@ -65,8 +65,14 @@ def test_expected_errors_are_one_line_and_exit_code_1(
         (("inspect", "no-such-model"), "no-such-model"),
         (("inspect", empty), "no config.json"),
         (("pack", model, full), "not an empty folder"),
-        (("quantize", "--format", "gptq", model, full), "not empty"),
-        (("quantize", "--format", "gptq", "--group-size", 48, model, tmp_path / "x"), "groups of"),
+        (("quantize", "--format", "nf4", model, full), "not empty"),
+        (
+            ("quantize", "--format", "gptq", "--round", "--group-size", 48, model, tmp_path / "x"),
+            "groups of",
+        ),
+        (("quantize", "--format", "nf4", "--desc-act", model, tmp_path / "x"), "--desc-act"),
+        (("quantize", "--format", "awq", "--round", "--text", __file__, model, empty), "--text"),
+        (("finetune", model, tmp_path / "absent.jsonl", tmp_path / "x"), "cannot be read"),
         (("quantize", "--format", "awq", "--sym", model, tmp_path / "x"), "--sym"),
         (("quantize", "--format", "gptq", "--group-size", 0, model, tmp_path / "x"), "group-size"),
         (("serve", "--model", "no-such-model", "--port", 0), "no-such-model"),

@@ -1,0 +1,33 @@
+"""How commands end when something expected goes wrong."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import typer
+
+
+@contextmanager
+def expected_errors() -> Iterator[None]:
+    """What can go wrong without a bug is one line on stderr and exit code 1."""
+    try:
+        yield
+    except (LookupError, ValueError, OSError) as error:
+        # CheckpointError, UnsupportedModelError and the settings' errors are ValueErrors,
+        # ModelNotFoundError is a LookupError; a KeyError or IndexError is a bug.
+        if isinstance(error, KeyError | IndexError):
+            raise
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise typer.Exit(1) from None
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Ctrl-C while loading ends without a traceback."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise typer.Exit(130) from None

@@ -1,0 +1,64 @@
+"""A full-precision model becomes a calibrated checkpoint, is measured and fine-tuned."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from nybble.loaders import open_checkpoint
+from nybble.server.cli import app
+from typer.testing import CliRunner, Result
+
+TEXT = "the quick brown fox jumps over the lazy dog; " * 80
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Layers as small as these lose more to waiting for another thread than they gain."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def nybble(*arguments: object) -> Result:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def test_calibrated_quantization_then_evaluation(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    shared = ("--group-size", 32, "--text", text, "--samples", 4, "--length", 64)
+    for format, *options in (("gptq", "--desc-act"), ("awq",)):
+        out = tmp_path / format
+        nybble("quantize", "--format", format, *options, *shared, tiny_model(), out)
+        assert open_checkpoint(out).format == format
+    gptq = json.loads((tmp_path / "gptq" / "config.json").read_text())["quantization_config"]
+    assert gptq["desc_act"] is True
+    plot = tmp_path / "plot.png"
+    measured = ("--text", text, "--tokens", 128, "--length", 64, "--plot", plot)
+    models = [tmp_path / "gptq", tmp_path / "awq"]
+    table = nybble("eval", tiny_model(), *models, *measured).stdout.splitlines()
+    assert [line.split("|")[1].strip() for line in table[2:]] == [
+        "full precision",
+        *map(str, models),
+    ]
+    assert plot.is_file()
+
+
+def test_fine_tuning_writes_an_adapter(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(json.dumps({"text": TEXT[i : i + 80]}) for i in range(8)))
+    options = ("--max-steps", 2, "--rank", 2, "--target-modules", "q_proj,v_proj")
+    nybble("finetune", tiny_model(), data, tmp_path / "adapter", *options)
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert (config["r"], config["target_modules"]) == (2, ["q_proj", "v_proj"])
+    nybble("qat", tiny_model(), data, tmp_path / "qat", "--steps", 2, "--group-size", 32)
+    assert open_checkpoint(tmp_path / "qat").format == "gptq"
