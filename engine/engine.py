@@ -9,9 +9,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import time
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING
 
@@ -37,6 +38,7 @@ from nybble.engine.runner import ModelRunner, free_kv_bytes, kv_blocks
 from nybble.engine.sampler import PendingSample, Sampled, SequenceSampler
 from nybble.engine.scheduler import Scheduler
 from nybble.engine.sequence import Sequence
+from nybble.engine.size_counts import SizeCounts
 from nybble.loaders import AdapterError
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
@@ -50,7 +52,10 @@ _RETRY_AFTER_SECONDS = 5
 
 @dataclass(frozen=True)
 class EngineStats:
-    """A snapshot after the last step. Token, preemption and step figures count since the start."""
+    """A snapshot after the last step. Token, preemption and step figures count since the start.
+
+    step_seconds: time spent in steps. step_sequences, step_tokens: how many each step computed.
+    """
 
     running: int = 0
     waiting: int = 0
@@ -62,6 +67,9 @@ class EngineStats:
     prefix_hit_tokens: int = 0
     preemptions: int = 0
     steps: int = 0
+    step_seconds: float = 0.0
+    step_sequences: SizeCounts = field(default_factory=SizeCounts)
+    step_tokens: SizeCounts = field(default_factory=SizeCounts)
 
 
 @dataclass(frozen=True)
@@ -131,6 +139,8 @@ class Engine:
         self._prompt_tokens = 0
         self._generation_tokens = 0
         self._steps = 0
+        self._step_seconds = 0.0
+        self._step_sequences = self._step_tokens = SizeCounts()
         self._stats = self._snapshot()
 
     @classmethod
@@ -371,6 +381,7 @@ class Engine:
 
     @torch.inference_mode()
     def _step(self) -> _Outputs:
+        started = time.monotonic()
         batch = self._scheduler.schedule()
         # Only a message can change what an empty schedule waits for: an adapter that is being read.
         self._idle = not batch
@@ -409,6 +420,9 @@ class Engine:
                     del self._streams[sequence.request_id]
                     self._scheduler.finish(sequence)
         self._steps += 1
+        self._step_seconds += time.monotonic() - started
+        self._step_sequences = self._step_sequences.plus(len(batch))
+        self._step_tokens = self._step_tokens.plus(sum(item.num_tokens for item in batch))
         return outputs
 
     def _advance(
@@ -492,6 +506,9 @@ class Engine:
             prefix_hit_tokens=scheduler.prefix_hit_tokens,
             preemptions=scheduler.preemptions,
             steps=self._steps,
+            step_seconds=self._step_seconds,
+            step_sequences=self._step_sequences,
+            step_tokens=self._step_tokens,
         )
 
 

@@ -19,6 +19,7 @@ from nybble.server.gate import Gate
 from nybble.server.keys import Keys, bearer
 from nybble.server.limits import Limiter
 from nybble.server.metrics import Metrics
+from nybble.server.request_record import RECORD, RequestRecord
 from nybble.server.tenants import TENANT, Tenants
 
 logger = logging.getLogger(__name__)
@@ -26,8 +27,9 @@ logger = logging.getLogger(__name__)
 MAX_BODY_BYTES = 16 << 20
 
 _REQUEST_ID = "X-Request-Id"
-_request_id = web.RequestKey("request_id", str)
 _ACCEPTABLE_ID = re.compile(r"[\x21-\x7e]{1,128}")
+# nginx's status for a client that went away before its answer.
+_CLIENT_CLOSED = 499
 # What load balancers and Prometheus ask without a key.
 _OPEN_PATHS = ("/health", "/metrics", "/version")
 
@@ -52,7 +54,7 @@ def make_app(
     admin_keys: the same for administration, which needs one. adapter_roots: folders that adapters
     may be loaded from. tenants: whose keys are taken too, each with what it allows.
     """
-    metrics = Metrics(engine)
+    metrics = Metrics(engine, max_sequences)
     limiter = Limiter()
     api = Api(engine, metrics, models, max_sequences, gate, limiter)
     middlewares: list[Middleware] = [_observe(metrics), _report_errors]
@@ -74,32 +76,29 @@ def _observe(metrics: Metrics) -> Middleware:
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         given = request.headers.get(_REQUEST_ID, "")
-        request[_request_id] = given if _ACCEPTABLE_ID.fullmatch(given) else uuid4().hex
+        record = RequestRecord(given if _ACCEPTABLE_ID.fullmatch(given) else uuid4().hex)
+        request[RECORD] = record
         started = time.monotonic()
-        status = "499"  # what is left if the client goes away
+        status = _CLIENT_CLOSED
         try:
             response = await handler(request)
-            status = str(response.status)
+            status = response.status
             return response
         finally:
             resource = request.match_info.route.resource
             route = resource.canonical if resource is not None else "unknown"
-            metrics.http_requests.labels(request.method, route, status).inc()
-            logger.info(
-                "%s %s %s %.3fs id=%s",
-                request.method,
-                route,
-                status,
-                time.monotonic() - started,
-                request[_request_id],
-            )
+            if status == _CLIENT_CLOSED:
+                record.cause = "client_closed"
+            seconds = time.monotonic() - started
+            metrics.answered(request.method, route, status, seconds, record.cause)
+            logger.info("%s %s %s %.3fs id=%s", request.method, route, status, seconds, record.id)
 
     return middleware
 
 
 async def _send_request_id(request: web.Request, response: web.StreamResponse) -> None:
-    if _request_id in request:
-        response.headers[_REQUEST_ID] = request[_request_id]
+    if RECORD in request:
+        response.headers[_REQUEST_ID] = request[RECORD].id
 
 
 def _send_limits(limiter: Limiter) -> Callable[[web.Request, web.StreamResponse], Awaitable[None]]:
@@ -117,7 +116,9 @@ async def _report_errors(request: web.Request, handler: Handler) -> web.StreamRe
     except ConnectionError:
         raise
     except Exception as error:
-        return as_api_error(error).response()
+        failure = as_api_error(error)
+        request[RECORD].cause = failure.cause
+        return failure.response()
 
 
 def _authenticate(keys: Keys, tenants: Tenants | None) -> Middleware:

@@ -52,6 +52,11 @@ class ApiError(Exception):
         self.code = code
         self.retry_after = retry_after
 
+    @property
+    def cause(self) -> str:
+        """What metrics count it as: one of few."""
+        return self.code or f"http_{self.status}"
+
     def body(self) -> dict[str, Any]:
         fallback = "server_error" if self.status >= 500 else "invalid_request_error"
         return {

@@ -186,8 +186,8 @@ class Generation:
     ) -> AsyncGenerator[RequestOutput]:
         metrics = self._metrics
         metrics.begin(request)
-        arrived = previous = time.monotonic()
-        first, reason = True, "cancelled"
+        arrived = started = first = previous = time.monotonic()
+        tokens, reason = 0, "cancelled"
         try:
             async with aclosing(self.engine.generate(request)) as outputs:
                 async for output in outputs:
@@ -195,16 +195,23 @@ class Generation:
                     if tenant is not None:
                         self._limiter.spend(tenant, len(output.token_ids))
                     now = time.monotonic()
-                    if first:
-                        first = False
+                    if not tokens:
+                        first, started = now, arrived + output.queue_seconds
                         metrics.time_to_first_token.observe(now - arrived)
                         metrics.queue_time.observe(output.queue_seconds)
+                        metrics.prefill_time.observe(now - started)
                     else:
                         metrics.inter_token_latency.observe(now - previous)
                     previous = now
+                    tokens += len(output.token_ids)
                     if output.finish_reason is not None:
                         reason = output.finish_reason
                         metrics.e2e_latency.observe(now - arrived)
+                        metrics.decode_time.observe(now - first)
+                        metrics.inference_time.observe(now - started)
+                        metrics.output_tokens.observe(tokens)
+                        if tokens > 1:
+                            metrics.time_per_output_token.observe((now - first) / (tokens - 1))
                     yield output
         except Exception:
             reason = "error"

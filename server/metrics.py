@@ -3,11 +3,27 @@
 from __future__ import annotations
 
 import collections
+import itertools
 from collections.abc import Iterator
+from importlib.metadata import version
 
 from nybble.engine import Engine, Request
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+from nybble.engine.size_counts import SizeCounts
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    generate_latest,
+)
+from prometheus_client.metrics_core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    InfoMetricFamily,
+    Metric,
+)
 from prometheus_client.registry import Collector
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
@@ -15,14 +31,26 @@ _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 _LABELS = 50
 _OTHER = "other"
 _TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
+_TOKENS = tuple(1 << i for i in range(18))  # up to contexts of 131,072
+# Buckets of a step's sizes, as powers of two: 1,024 sequences and 16,384 tokens.
+_STEP_SEQUENCES, _STEP_TOKENS = 11, 15
 
 
 class Metrics:
-    """The metrics of one server, in a registry of their own."""
+    """The metrics of one server, in a registry of their own.
 
-    def __init__(self, engine: Engine) -> None:
+    max_sequences: how many the server takes at once, waiting and running.
+    """
+
+    def __init__(self, engine: Engine, max_sequences: int) -> None:
         self._registry = CollectorRegistry()
         self._registry.register(_EngineCollector(engine))
+        ProcessCollector(registry=self._registry)
+        Gauge(
+            "nybble_sequences_limit",
+            "Sequences that may be running and waiting at once; more are refused.",
+            registry=self._registry,
+        ).set(max_sequences)
 
         def histogram(name: str, about: str, buckets: tuple[float, ...] = _SECONDS) -> Histogram:
             return Histogram(name, about, buckets=buckets, registry=self._registry)
@@ -41,24 +69,80 @@ class Metrics:
         self.queue_time = histogram(
             "nybble_request_queue_seconds", "From a sequence's arrival to its first computation."
         )
+        self.prefill_time = histogram(
+            "nybble_request_prefill_seconds",
+            "From a sequence's first computation to its first token.",
+        )
+        self.decode_time = histogram(
+            "nybble_request_decode_seconds", "From a sequence's first token to its last."
+        )
+        self.inference_time = histogram(
+            "nybble_request_inference_seconds",
+            "From a sequence's first computation to its last token.",
+        )
+        self.time_per_output_token = histogram(
+            "nybble_request_time_per_output_token_seconds",
+            "Mean time between two tokens, one value per sequence.",
+            _TOKEN_SECONDS,
+        )
+        self._prompt_tokens = histogram(
+            "nybble_request_prompt_tokens", "Prompt tokens of a sequence.", _TOKENS
+        )
+        self._max_tokens = histogram(
+            "nybble_request_max_tokens",
+            "Tokens a sequence may generate, where the request says so.",
+            _TOKENS,
+        )
+        self.output_tokens = histogram(
+            "nybble_request_generation_tokens", "Tokens a finished sequence generated.", _TOKENS
+        )
         self.finished = Counter(
             "nybble_sequences_finished",
             "Sequences ended, by reason: stop, length, cancelled or error.",
             ["reason"],
             registry=self._registry,
         )
-        self.http_requests = Counter(
+        # A counter that begins at its first increment hides it from rate().
+        for reason in ("stop", "length", "cancelled", "error"):
+            self.finished.labels(reason)
+        self._http_requests = Counter(
             "nybble_http_requests",
-            "HTTP requests answered, by route and status.",
+            "HTTP requests answered, by route and status (499: the client went away).",
             ["method", "route", "status"],
             registry=self._registry,
         )
-
+        self._http_seconds = Histogram(
+            "nybble_http_request_duration_seconds",
+            "From an HTTP request's headers to the end of its answer.",
+            ["route"],
+            buckets=_SECONDS,
+            registry=self._registry,
+        )
+        self._errors = Counter(
+            "nybble_request_errors",
+            "Requests that ended with an error, by its code, streams cut short among them.",
+            ["cause"],
+            registry=self._registry,
+        )
+        for cause in ("overloaded", "internal_error", "engine_unavailable", "timeout"):
+            self._errors.labels(cause)
         self._by_adapter = _Shares("adapter", self._registry)
         self._by_tenant = _Shares("tenant", self._registry)
 
+    def answered(
+        self, method: str, route: str, status: int, seconds: float, cause: str | None
+    ) -> None:
+        """Count an HTTP request. route: its pattern. cause: of the error it ended with, if any."""
+        self._http_requests.labels(method, route, str(status)).inc()
+        self._http_seconds.labels(route).observe(seconds)
+        if cause is not None:
+            self._errors.labels(cause).inc()
+
     def begin(self, request: Request) -> None:
-        """Count a sequence to its adapter and tenant."""
+        """Count a sequence, to its adapter and tenant too."""
+        self._prompt_tokens.observe(len(request.prompt_token_ids))
+        if request.params.max_tokens is not None:
+            self._max_tokens.observe(request.params.max_tokens)
         self._by_adapter.begin(request.adapter)
         self._by_tenant.begin(request.tenant)
 
@@ -136,6 +220,10 @@ class _EngineCollector(Collector):
                 stats.preemptions,
             ),
             "nybble_engine_steps": ("Steps of the engine.", stats.steps),
+            "nybble_engine_step_seconds": (
+                "Time spent in steps: its rate is the part of the time the engine is busy.",
+                stats.step_seconds,
+            ),
         }
         adapters = collections.Counter(info.residency for info in self._engine.adapters())
         residency = GaugeMetricFamily(
@@ -144,7 +232,33 @@ class _EngineCollector(Collector):
         for place in ("device", "host", "disk"):
             residency.add_metric([place], adapters[place])
         yield residency
+        yield InfoMetricFamily(
+            "nybble_build", "The server's version.", value={"version": version("nybble")}
+        )
+        yield _sizes(
+            "nybble_engine_step_sequences",
+            "Sequences computed in a step: the batch's size.",
+            stats.step_sequences,
+            _STEP_SEQUENCES,
+        )
+        yield _sizes(
+            "nybble_engine_step_tokens",
+            "Tokens computed in a step, of prompts and outputs.",
+            stats.step_tokens,
+            _STEP_TOKENS,
+        )
         for name, (about, value) in gauges.items():
             yield GaugeMetricFamily(name, about, value=float(value))
         for name, (about, value) in counters.items():
             yield CounterMetricFamily(name, about, value=float(value))
+
+
+def _sizes(name: str, about: str, sizes: SizeCounts, buckets: int) -> HistogramMetricFamily:
+    """A histogram with ``buckets`` buckets and the one that has no end."""
+    cumulative = list(itertools.accumulate(sizes.counts)) or [0]
+    shown = [
+        (str(float(1 << i)), float(cumulative[min(i, len(cumulative) - 1)])) for i in range(buckets)
+    ]
+    return HistogramMetricFamily(
+        name, about, buckets=[*shown, ("+Inf", float(cumulative[-1]))], sum_value=float(sizes.total)
+    )

@@ -11,6 +11,7 @@ from aiohttp import web
 from nybble.engine import RequestOutput
 from nybble.server.errors import ApiError, as_api_error
 from nybble.server.generation import Generation, Job, Usage
+from nybble.server.request_record import RECORD
 from pydantic_core import to_json
 
 # A client that takes nothing for this long while its buffers are full is given up.
@@ -53,7 +54,7 @@ async def respond(
     Generation.run raises.
     """
     deadline = None if job.timeout is None else asyncio.get_running_loop().time() + job.timeout
-    usage = Usage(job)
+    usage = request[RECORD].usage = Usage(job)
     async with aclosing(generation.run(job)) as results:
         if stream:
             return await _stream(request, results, usage, shape, deadline)
@@ -92,7 +93,9 @@ async def _stream(
         raise
     except Exception as error:
         # The status is sent already: an event says that the stream is not whole.
-        await stream.send(shape.failure(as_api_error(error)))
+        failure = as_api_error(error)
+        request[RECORD].cause = failure.cause
+        await stream.send(shape.failure(failure))
     await stream.response.write_eof()
     return stream.response
 

@@ -242,7 +242,7 @@ def test_adapters_change_under_traffic_without_a_failed_request(engine: Engine, 
 
 
 def test_many_adapters_have_a_bounded_number_of_metric_labels(engine: Engine) -> None:
-    metrics = Metrics(engine)
+    metrics = Metrics(engine, 16)
     for index in range(200):
         metrics.begin(Request("r", (1,), SamplingParams(), adapter=f"a{index}"))
         metrics.generated(Request("r", (1,), SamplingParams(), adapter=f"a{index}"), 3)

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
+import math
+
 from nybble.engine import Engine
 from prometheus_client.parser import text_string_to_metric_families
 
-from .test_errors import COMPLETIONS, Client, run
+from .test_errors import CHAT, COMPLETIONS, HELLO, Client, refused, run
+
+
+async def scrape(client: Client) -> dict[tuple[str, ...], float]:
+    text = await (await client.get("/metrics")).text()
+    return {
+        (sample.name, *sample.labels.values()): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
 
 
 def test_metrics_count_sequences_tokens_and_times(engine: Engine) -> None:
@@ -13,12 +25,7 @@ def test_metrics_count_sequences_tokens_and_times(engine: Engine) -> None:
         body = {"model": "tiny", "prompt": "the fox", "max_tokens": 5, "ignore_eos": True, "n": 2}
         async with client.post(COMPLETIONS, json=body) as response:
             prompt = (await response.json())["usage"]["prompt_tokens"]
-        text = await (await client.get("/metrics")).text()
-        samples = {
-            (sample.name, *sample.labels.values()): sample.value
-            for family in text_string_to_metric_families(text)
-            for sample in family.samples
-        }
+        samples = await scrape(client)
         assert samples["nybble_sequences_finished_total", "length"] == 2
         assert samples["nybble_generation_tokens_total",] == 10
         assert samples["nybble_prefix_cache_query_tokens_total",] == 2 * prompt
@@ -27,6 +34,11 @@ def test_metrics_count_sequences_tokens_and_times(engine: Engine) -> None:
         assert samples["nybble_inter_token_latency_seconds_count",] == 8
         assert samples["nybble_e2e_request_latency_seconds_count",] == 2
         assert samples["nybble_http_requests_total", "POST", COMPLETIONS, "200"] == 1
+        assert samples["nybble_request_prompt_tokens_sum",] == 2 * prompt
+        assert samples["nybble_request_generation_tokens_sum",] == 10
+        assert samples["nybble_request_max_tokens_sum",] == 10
+        assert samples["nybble_request_time_per_output_token_seconds_count",] == 2
+        assert samples["nybble_sequences_limit",] == 16
         assert samples["nybble_kv_cache_usage_ratio",] == 0
         assert samples["nybble_engine_healthy",] == 1
 
@@ -37,7 +49,86 @@ def test_every_metric_is_documented_and_prefixed(engine: Engine) -> None:
     async def scenario(client: Client) -> None:
         text = await (await client.get("/metrics")).text()
         for family in text_string_to_metric_families(text):
-            assert family.name.startswith("nybble_")
-            assert family.documentation.endswith((".", "error"))
+            assert family.name.startswith(("nybble_", "process_"))
+            assert family.documentation.endswith(".")
+
+    run(engine, scenario)
+
+
+def test_the_time_of_a_sequence_is_its_queueing_its_prefill_and_its_decoding(
+    engine: Engine,
+) -> None:
+    async def scenario(client: Client) -> None:
+        body = {"model": "tiny", "prompt": "the fox", "max_tokens": 5, "ignore_eos": True}
+        await client.post(COMPLETIONS, json=body)
+        samples = await scrape(client)
+        names = ("queue", "prefill", "decode", "inference")
+        queue, prefill, decode, inference = (
+            samples[f"nybble_request_{name}_seconds_sum",] for name in names
+        )
+        total = samples["nybble_e2e_request_latency_seconds_sum",]
+        assert math.isclose(queue + prefill, samples["nybble_time_to_first_token_seconds_sum",])
+        assert math.isclose(queue + prefill + decode, total)
+        assert math.isclose(prefill + decode, inference)
+        per_token = samples["nybble_request_time_per_output_token_seconds_sum",]
+        assert math.isclose(per_token, decode / 4)
+
+    run(engine, scenario)
+
+
+def test_steps_are_counted_by_their_sequences_and_tokens(engine: Engine) -> None:
+    async def scenario(client: Client) -> None:
+        body = {"model": "tiny", "prompt": [7] * 21, "max_tokens": 5, "ignore_eos": True}
+        await client.post(COMPLETIONS, json=body)
+        samples = await scrape(client)
+        assert samples["nybble_engine_steps_total",] == 5
+        assert 0 < samples["nybble_engine_step_seconds_total",] < 60
+        assert samples["nybble_engine_step_sequences_sum",] == 5
+        assert samples["nybble_engine_step_sequences_bucket", "1.0"] == 5
+        assert samples["nybble_engine_step_tokens_sum",] == 21 + 4
+        assert samples["nybble_engine_step_tokens_bucket", "1.0"] == 4
+        assert samples["nybble_engine_step_tokens_bucket", "16.0"] == 4
+        assert samples["nybble_engine_step_tokens_bucket", "32.0"] == 5
+        assert samples["nybble_engine_step_tokens_count",] == 5
+
+    run(engine, scenario)
+
+
+def test_errors_are_counted_by_their_cause(engine: Engine) -> None:
+    async def scenario(client: Client) -> None:
+        await refused(client, COMPLETIONS, {"model": "tiny", "prompt": "a", "temperature": -1})
+        await refused(client, COMPLETIONS, b"{")
+        await refused(client, CHAT, {"model": "other", "messages": HELLO}, status=404)
+        await client.get("/nothing")
+        await client.delete("/health")
+        samples = await scrape(client)
+        for cause in ("invalid_value", "invalid_json", "model_not_found", "not_found", "http_405"):
+            assert samples["nybble_request_errors_total", cause] == 1, cause
+        assert samples["nybble_http_requests_total", "DELETE", "unknown", "405"] == 1
+
+    run(engine, scenario)
+
+
+def test_streams_cut_short_count_as_errors_though_their_status_was_200(engine: Engine) -> None:
+    async def scenario(client: Client) -> None:
+        body = {"model": "tiny", "prompt": "a", "max_tokens": 200, "ignore_eos": True}
+        stream = {**body, "stream": True}
+        gone = await client.post(COMPLETIONS, json=stream)
+        gone.close()
+        async with asyncio.timeout(10):
+            while True:
+                samples = await scrape(client)
+                if ("nybble_request_errors_total", "client_closed") in samples:
+                    break
+                await asyncio.sleep(0.01)
+        assert samples["nybble_sequences_finished_total", "cancelled"] == 1
+        async with client.post(COMPLETIONS, json=stream) as response:
+            assert await response.content.readline()
+            await asyncio.to_thread(engine.stop)
+            assert b"engine_unavailable" in await response.read()
+        samples = await scrape(client)
+        assert samples["nybble_request_errors_total", "engine_unavailable"] == 1
+        assert samples["nybble_http_requests_total", "POST", COMPLETIONS, "200"] == 1
+        assert samples["nybble_http_requests_total", "POST", COMPLETIONS, "499"] == 1
 
     run(engine, scenario)
