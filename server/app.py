@@ -18,6 +18,7 @@ from nybble.server.errors import as_api_error
 from nybble.server.gate import Gate
 from nybble.server.keys import Keys, bearer
 from nybble.server.limits import Limiter
+from nybble.server.logs import Event
 from nybble.server.metrics import Metrics
 from nybble.server.request_record import RECORD, RequestRecord
 from nybble.server.tenants import TENANT, Tenants
@@ -91,7 +92,18 @@ def _observe(metrics: Metrics) -> Middleware:
                 record.cause = "client_closed"
             seconds = time.monotonic() - started
             metrics.answered(request.method, route, status, seconds, record.cause)
-            logger.info("%s %s %s %.3fs id=%s", request.method, route, status, seconds, record.id)
+            tenant = request.get(TENANT)
+            fields = {
+                "request_id": record.id,
+                "method": request.method,
+                "route": route,
+                "status": status,
+                "seconds": round(seconds, 6),
+                "error": record.cause,
+                "tenant": None if tenant is None else tenant.name,
+                **record.usage_fields(),
+            }
+            logger.info(Event("request", fields))
 
     return middleware
 

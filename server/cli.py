@@ -47,6 +47,7 @@ Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 KVCacheDtype = Literal["auto", "int8"]
 LogLevel = Literal["debug", "info", "warning", "error"]
+LogFormat = Literal["text", "json"]
 LayoutChoice = Literal["auto", "rows", "cpu_tiles"]
 
 _UNITS = {"": 1, "B": 1}
@@ -222,13 +223,15 @@ def serve(
         ),
     ] = None,
     log_level: Annotated[LogLevel, typer.Option(rich_help_panel=_LOGS)] = "info",
+    log_format: Annotated[
+        LogFormat,
+        typer.Option(help="json: an object a line, without progress bars.", rich_help_panel=_LOGS),
+    ] = "text",
 ) -> None:
     """Serve a model on http://HOST:PORT/v1."""
-    import logging
+    from nybble.server import logs
 
-    logging.basicConfig(
-        level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+    logs.configure(log_level, log_format)
     kv_cache_bytes = None if kv_cache_memory == "auto" else parse_bytes(kv_cache_memory)
     with expected_errors(), interruptible():
         from nybble.server.listen import bind
@@ -271,6 +274,7 @@ def serve(
             tenants=tenants,
             adapter_watch=lora_watch,
             shutdown_timeout=shutdown_timeout,
+            log_format=log_format,
         )
 
 
@@ -304,15 +308,19 @@ def _run_server(
     tenants: Path | None,
     adapter_watch: Path | None,
     shutdown_timeout: float,
+    log_format: LogFormat,
 ) -> None:
     import asyncio
+    import logging
 
     import torch
     from nybble.engine import Engine
+    from nybble.server.logs import Event
     from nybble.server.prepare import prepare_checkpoint
     from nybble.server.serve import serve as serve_engine
     from nybble.server.tenants import Tenants
 
+    progress = log_format == "text"
     known_tenants = None if tenants is None else Tenants(tenants)
     checkpoint = prepare_checkpoint(
         model,
@@ -321,20 +329,26 @@ def _run_server(
         quantize=quantize,
         head=head,
         adapter=merge_adapter,
+        progress=progress,
     )
     if taken := [name for name in adapters if name in names]:
         raise ValueError(f"--lora-modules: {taken[0]!r} is the name of the base model")
-    engine = Engine.load(checkpoint, config)
+    engine = Engine.load(checkpoint, config, progress)
     for name, path in adapters.items():
         engine.load_adapter(name, path)
     engine.start()
 
     def announce() -> None:
         host, port = sock.getsockname()[:2]
+        url = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
         tokens = engine.stats().kv_blocks_total * config.block_size
+        if log_format == "json":
+            fields = {"url": url, "models": names, "device": config.device, "kv_tokens": tokens}
+            logging.getLogger(__name__).info(Event("serving", fields))
+            return
         print(
             f"Serving {', '.join(names)} ({checkpoint.config.model_type}) on {config.device}\n"
-            f"  URL       http://{f'[{host}]' if ':' in host else host}:{port}/v1\n"
+            f"  URL       {url}\n"
             f"  KV cache  {tokens:,} tokens; a sequence may have {engine.max_model_len:,}"
             + (f"\n  Adapters  {', '.join(adapters)}" if adapters else ""),
             file=sys.stderr,

@@ -19,5 +19,17 @@ class RequestRecord:
     cause: str | None = None
     usage: Usage | None = None
 
+    def usage_fields(self) -> dict[str, str | int | None]:
+        """What the job came to, as far as it came; nothing where there was none."""
+        if self.usage is None:
+            return {}
+        return {
+            "adapter": self.usage.job.adapter,
+            "sequences": self.usage.job.size,
+            "prompt_tokens": self.usage.prompt_tokens,
+            "cached_tokens": self.usage.cached_tokens,
+            "completion_tokens": self.usage.completion_tokens,
+        }
+
 
 RECORD = web.RequestKey("record", RequestRecord)
