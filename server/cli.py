@@ -416,6 +416,46 @@ def inspect(
 
 
 @app.command()
+def doctor(
+    model: Annotated[
+        str | None,
+        typer.Option(help="See whether this model fits: folder, hub name, alias, or 'demo'."),
+    ] = None,
+    device: Device = "auto",
+    dtype: Annotated[Dtype, typer.Option(help="Of activations and KV cache.")] = "auto",
+    kv_cache_dtype: KVCacheDtype = "auto",
+    quantize: Annotated[Literal["nf4"] | None, typer.Option(help="As for serve.")] = None,
+    head: Annotated[Literal["int8"] | None, typer.Option(help="As for serve.")] = None,
+    max_model_len: Annotated[
+        int | None,
+        typer.Option(help="Tokens a sequence may have (default: 8192, or the model's).", min=1),
+    ] = None,
+    max_num_seqs: Annotated[
+        int, typer.Option(help="Sequences of that length at once.", min=1)
+    ] = 16,
+    aliases: _AliasesOption = None,
+) -> None:
+    """Check this machine, and whether a model fits it; downloads and loads nothing."""
+    with expected_errors(), interruptible():
+        import torch
+        from nybble.engine import EngineConfig
+        from nybble.server.doctor import Plan, examine, print_findings
+
+        plan = None
+        if model is not None:
+            config = EngineConfig(
+                dtype=torch.bfloat16 if dtype == "auto" else getattr(torch, dtype),
+                kv_dtype=kv_cache_dtype,
+                max_num_seqs=max_num_seqs,
+                max_batched_tokens=max(512, max_num_seqs),
+                max_model_len=max_model_len,
+            )
+            plan = Plan(model, config, aliases, quantize, head)
+        if not print_findings(examine(device, plan)):
+            raise typer.Exit(1)
+
+
+@app.command()
 def merge(
     base: Annotated[str, typer.Argument(help="Model folder, hub name or alias.")],
     adapters: Annotated[

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable
 
 from nybble.loaders.inspect import WeightSummary
+from nybble.server.sizes import gib
 from rich.console import Console
 from rich.table import Table
 
@@ -31,7 +32,7 @@ def print_table(weights: Iterable[WeightSummary], *, every: bool) -> None:
     table.add_column("shape", justify="right", footer=f"{elements:,} elements")
     table.add_column("group", justify="right")
     table.add_column("bits/weight", justify="right", footer=f"{8 * total / max(elements, 1):.3f}")
-    table.add_column("size", justify="right", footer=_size(total))
+    table.add_column("size", justify="right", footer=gib(total))
     for (name, kind, shape, group), sizes in rows.items():
         bits = 8 * sum(sizes) / (_elements(shape) * len(sizes))
         table.add_row(
@@ -41,7 +42,7 @@ def print_table(weights: Iterable[WeightSummary], *, every: bool) -> None:
             "×".join(map(str, shape)),
             "" if group is None else str(group),
             f"{bits:.3f}",
-            _size(sum(sizes)),
+            gib(sum(sizes)),
         )
     console = Console()
     (console if console.is_terminal else Console(width=_PIPE_WIDTH)).print(table)
@@ -52,7 +53,3 @@ def _elements(shape: tuple[int, ...]) -> int:
     for size in shape:
         elements *= size
     return elements
-
-
-def _size(nbytes: int) -> str:
-    return f"{nbytes / 2**20:,.1f} MiB" if nbytes < 2**30 else f"{nbytes / 2**30:,.2f} GiB"

@@ -1,0 +1,266 @@
+"""What ``nybble doctor`` looks at: the software, the device, the kernels, and whether a model fits.
+
+A finding is broken where serving would fail, a warning where it would be slower than it could be.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Literal
+
+import torch
+from nybble.engine import EngineConfig, resolve_device
+from nybble.engine.decoder import DecoderShape
+from nybble.engine.runner import free_kv_bytes, kv_bytes_per_block
+from nybble.kernels.cpu.build import CpuKernelsUnavailableError, best_target, build
+from nybble.loaders import Checkpoint, open_checkpoint, resolve_model
+from nybble.loaders.cache import cache_folder
+from nybble.loaders.footprint import weight_bytes
+from nybble.server.prepare import DEMO
+from nybble.server.sizes import gib
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+State = Literal["ok", "warning", "broken"]
+_PACKAGES = ("nybble", "torch", "transformers", "safetensors", "triton", "aiohttp", "llguidance")
+_DEFAULT_LEN = 8192
+_MIN_CACHE_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class Finding:
+    """``subject`` is what was looked at, ``text`` what was found and, if not ok, what to do."""
+
+    subject: str
+    text: str
+    state: State = "ok"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The model to be served, and how; as the options of ``nybble serve``.
+
+    config: max_model_len None stands for 8,192 tokens or the model's own limit, if that is less.
+    """
+
+    model: str
+    config: EngineConfig
+    aliases: Path | None = None
+    quantize: Literal["nf4"] | None = None
+    head: Literal["int8"] | None = None
+
+
+def examine(
+    device: str, plan: Plan | None, memory: Callable[[torch.device], int] | None = None
+) -> Iterator[Finding]:
+    """Findings as they come. memory: bytes a device has free, measured where None."""
+    yield Finding("versions", _versions())
+    yield Finding("CPU", f"{_cpu_name()}; {torch.get_num_threads()} threads")
+    yield _gpu()
+    try:
+        chosen = resolve_device(device)
+    except ValueError as error:
+        yield Finding("device", str(error), "broken")
+        return
+    yield Finding("device", str(chosen))
+    yield _cpu_kernels(chosen)
+    if chosen.type == "cuda":
+        yield _gpu_kernels()
+    yield _cache()
+    if plan is not None:
+        yield from _model(replace(plan, config=replace(plan.config, device=str(chosen))), memory)
+
+
+def print_findings(findings: Iterator[Finding]) -> bool:
+    """Print the findings as a table; returns whether none is broken."""
+    table = Table(show_header=False)
+    signs = {"ok": "ok", "warning": "slow", "broken": "BROKEN"}
+    sound = True
+    for finding in findings:
+        table.add_row(finding.subject, signs[finding.state], Text(finding.text))
+        sound &= finding.state != "broken"
+    console = Console()
+    (console if console.is_terminal else Console(width=160)).print(table)
+    return sound
+
+
+def _versions() -> str:
+    found = [f"Python {platform.python_version()}"]
+    for package in _PACKAGES:
+        try:
+            found.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            found.append(f"no {package}")
+    return ", ".join(found)
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def _gpu() -> Finding:
+    if torch.version.cuda is None:
+        return Finding("GPU", f"not looked for: PyTorch {torch.__version__} is for the CPU")
+    if not torch.cuda.is_available():
+        return Finding("GPU", f"none that PyTorch {torch.__version__} can use")
+    found = []
+    for index in range(torch.cuda.device_count()):
+        about = torch.cuda.get_device_properties(index)
+        capability = f"{about.major}.{about.minor}"
+        found.append(f"{about.name}, {gib(about.total_memory)}, compute capability {capability}")
+    return Finding("GPU", f"{'; '.join(found)}; CUDA {torch.version.cuda}")
+
+
+def _cpu_kernels(device: torch.device) -> Finding:
+    """Compiles them where they are not in the cache: nothing less tells whether that works."""
+    try:
+        target = best_target()
+        library = build(target)
+    except (CpuKernelsUnavailableError, OSError) as error:
+        reason = " ".join(str(error).split())[:300]
+        text = f"none ({reason}): the CPU will use PyTorch's slower operations"
+        return Finding("CPU kernels", text, "warning" if device.type == "cpu" else "ok")
+    return Finding("CPU kernels", f"{target.name}, {library}; compiler: {_compiler('g++')}")
+
+
+def _gpu_kernels() -> Finding:
+    """Triton compiles its launchers with a C compiler."""
+    try:
+        triton = version("triton")
+    except PackageNotFoundError:
+        return Finding("GPU kernels", "Triton is not installed: install triton", "broken")
+    name = next((n for n in (os.environ.get("CC"), "gcc", "clang") if n and shutil.which(n)), None)
+    if name is None:
+        return Finding(
+            "GPU kernels", "Triton needs a C compiler: install gcc, or set CC to one", "broken"
+        )
+    return Finding("GPU kernels", f"Triton {triton}; compiler: {_compiler(name)}")
+
+
+def _compiler(name: str) -> str:
+    path = shutil.which(name)
+    if path is None:
+        return f"no {name} on the PATH"
+    told = subprocess.run([path, "--version"], capture_output=True, text=True).stdout
+    return told.partition("\n")[0] or path
+
+
+def _cache() -> Finding:
+    folder = cache_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        text = f"{folder} cannot be written ({error.strerror}): set XDG_CACHE_HOME to one that can"
+        return Finding("cache", text, "broken")
+    free = shutil.disk_usage(folder).free
+    text = f"{folder}, {gib(free)} free on its disk"
+    if free < _MIN_CACHE_BYTES:
+        return Finding("cache", f"{text}: packed models need room", "broken")
+    return Finding("cache", text)
+
+
+def _model(plan: Plan, memory: Callable[[torch.device], int] | None) -> Iterator[Finding]:
+    try:
+        folder = resolve_model(plan.model, aliases=plan.aliases, download=False)
+        checkpoint = open_checkpoint(folder)
+        shape = DecoderShape.from_config(checkpoint.config)
+        if not (folder / "tokenizer.json").is_file():
+            raise ValueError(f"{folder} has no tokenizer.json: streaming needs one")
+        _require_unrounded(plan, checkpoint)
+        if plan.config.kv_dtype == "int8" and plan.config.device == "cpu":
+            raise ValueError("--kv-cache-dtype int8 needs a GPU; expected auto on the CPU")
+        demo = plan.model == DEMO and checkpoint.format == "none" and plan.quantize is None
+        weights = weight_bytes(
+            folder,
+            plan.config.dtype,
+            layers="4bit" if demo or plan.quantize else None,
+            head="int8" if demo else plan.head,
+        )
+    except (LookupError, ValueError, OSError) as error:
+        yield Finding("model", " ".join(str(error).split()), "broken")
+        return
+    kind = "16 bits" if checkpoint.format == "none" else checkpoint.format
+    text = f"{folder}: {checkpoint.config.model_type}, {kind}, up to {shape.max_model_len:,} tokens"
+    wanted = plan.config.max_model_len
+    if wanted is not None and wanted > shape.max_model_len:
+        yield Finding("model", f"{text}, but --max-model-len is {wanted:,}", "broken")
+        return
+    yield Finding("model", text)
+    yield _fit(plan.config, shape, weights, memory or available_bytes)
+
+
+def _require_unrounded(plan: Plan, checkpoint: Checkpoint) -> None:
+    if plan.quantize and checkpoint.format != "none":
+        raise ValueError(
+            f"{checkpoint.folder} is quantized already ({checkpoint.format}): leave --quantize out"
+        )
+    if plan.head and checkpoint.format == "packed":
+        raise ValueError(f"{checkpoint.folder} is packed already: leave --head out")
+
+
+def _fit(
+    config: EngineConfig,
+    shape: DecoderShape,
+    weights: int,
+    memory: Callable[[torch.device], int],
+) -> Finding:
+    tokens = config.max_model_len or min(_DEFAULT_LEN, shape.max_model_len)
+    blocks = config.max_num_seqs * -(-tokens // config.block_size)
+    kv = blocks * kv_bytes_per_block(shape, config)
+    free = memory(torch.device(config.device))
+    text = (
+        f"weights {gib(weights)}, KV at {tokens:,} tokens × {config.max_num_seqs} sequences "
+        f"{gib(kv)}, free {gib(free)}: "
+    )
+    if weights + kv <= free:
+        return Finding("memory", text + "fits")
+    per_sequence = kv // config.max_num_seqs
+    most = max(0, free - weights) // per_sequence
+    if weights >= free:
+        text += "does not fit, not even the weights"
+    else:
+        text += f"does not fit; {most} sequences of that length would"
+    return Finding("memory", text, "broken")
+
+
+def available_bytes(device: torch.device) -> int:
+    """Memory a server may take: on a GPU less what is kept for activations, else of the host."""
+    if device.type == "cuda":
+        return free_kv_bytes(device)
+    return min(_host_bytes(), container_bytes())
+
+
+def _host_bytes() -> int:
+    info = Path("/proc/meminfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) << 10
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+
+
+def container_bytes(group: Path = Path("/sys/fs/cgroup")) -> int:
+    """What a container's limit (control groups, version 2) leaves; files' pages can be dropped."""
+    try:
+        limit = (group / "memory.max").read_text().strip()
+        used = int((group / "memory.current").read_text())
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return 1 << 62
+    if limit == "max":
+        return 1 << 62
+    return max(0, int(limit) - used + int(stat.get("inactive_file", 0)))
