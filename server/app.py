@@ -128,8 +128,9 @@ async def _report_errors(request: web.Request, handler: Handler) -> web.StreamRe
     except ConnectionError:
         raise
     except Exception as error:
-        failure = as_api_error(error)
-        request[RECORD].cause = failure.cause
+        record = request[RECORD]
+        failure = as_api_error(error, record.id)
+        record.cause = failure.cause
         return failure.response()
 
 

@@ -14,6 +14,7 @@ from nybble.engine import (
     GuideError,
     ParameterError,
 )
+from nybble.server.logs import Event
 from pydantic_core import to_json
 
 logger = logging.getLogger(__name__)
@@ -82,7 +83,7 @@ class ApiError(Exception):
         )
 
 
-def as_api_error(error: Exception) -> ApiError:
+def as_api_error(error: Exception, request_id: str) -> ApiError:
     """What a client is told about ``error``; what nobody foresaw is logged and told as 500."""
     if isinstance(error, ApiError):
         return error
@@ -109,5 +110,5 @@ def as_api_error(error: Exception) -> ApiError:
         return ApiError(404, "there is nothing at this path", code="not_found")
     if isinstance(error, web.HTTPException):
         return ApiError(error.status, error.reason)
-    logger.error("a request failed", exc_info=error)
+    logger.error(Event("a request failed", {"request_id": request_id}), exc_info=error)
     return ApiError(500, "internal error: the server's log has the details", code="internal_error")

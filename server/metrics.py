@@ -26,11 +26,11 @@ from prometheus_client.metrics_core import (
 )
 from prometheus_client.registry import Collector
 
-_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+_TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
+_SECONDS = (*_TOKEN_SECONDS, 5, 10, 30, 60, 120, 300)
 # Values of a label that get a time series of their own; each more would be one more for ever.
 _LABELS = 50
 _OTHER = "other"
-_TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 _TOKENS = tuple(1 << i for i in range(18))  # up to contexts of 131,072
 # Buckets of a step's sizes, as powers of two: 1,024 sequences and 16,384 tokens.
 _STEP_SEQUENCES, _STEP_TOKENS = 11, 15

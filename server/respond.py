@@ -93,8 +93,9 @@ async def _stream(
         raise
     except Exception as error:
         # The status is sent already: an event says that the stream is not whole.
-        failure = as_api_error(error)
-        request[RECORD].cause = failure.cause
+        record = request[RECORD]
+        failure = as_api_error(error, record.id)
+        record.cause = failure.cause
         await stream.send(shape.failure(failure))
     await stream.response.write_eof()
     return stream.response

@@ -94,14 +94,25 @@ def test_a_failure_has_its_cause_and_what_was_generated_until_then(
     assert 1 <= broken["completion_tokens"] < 200
 
 
-def test_a_bug_is_one_line_with_its_traceback(log: io.StringIO) -> None:
-    try:
+def test_a_bug_is_one_line_with_its_traceback_and_the_requests_id(
+    engine: Engine, log: io.StringIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: object) -> None:
         raise RuntimeError("two\nlines")
-    except RuntimeError:
-        logging.getLogger("nybble.x").exception("it failed: %d", 3)
-    (entry,) = entries(log)
-    assert (entry["level"], entry["message"]) == ("error", "it failed: 3")
-    assert "RuntimeError: two\nlines" in entry["exception"]
+
+    monkeypatch.setattr(engine, "generate", fail)
+
+    async def scenario(client: Client) -> None:
+        headers = {"X-Request-Id": "abc-2"}
+        body = {"model": "tiny", "prompt": "x"}
+        async with client.post(COMPLETIONS, json=body, headers=headers) as response:
+            assert response.status == 500
+
+    run(engine, scenario)
+    bug, request = entries(log)
+    assert (bug["level"], bug["request_id"]) == ("error", "abc-2")
+    assert "RuntimeError: two\nlines" in bug["exception"]
+    assert (request["status"], request["error"]) == (500, "internal_error")
 
 
 def test_events_are_readable_as_text() -> None:
