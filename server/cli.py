@@ -233,7 +233,8 @@ def serve(
 
     logs.configure(log_level, log_format)
     kv_cache_bytes = None if kv_cache_memory == "auto" else parse_bytes(kv_cache_memory)
-    with expected_errors(), interruptible():
+    failures = expected_errors(logs.error) if log_format == "json" else expected_errors()
+    with failures, interruptible():
         from nybble.server.listen import bind
 
         # Before the model is loaded: a taken port is found out at once.

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import typer
 
 
+def _on_stderr(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr)
+
+
 @contextmanager
-def expected_errors() -> Iterator[None]:
-    """What can go wrong without a bug is one line on stderr and exit code 1."""
+def expected_errors(report: Callable[[str], None] = _on_stderr) -> Iterator[None]:
+    """What can go wrong without a bug is one line and exit code 1. report: takes the line."""
     try:
         yield
     except (LookupError, ValueError, OSError) as error:
@@ -19,7 +23,7 @@ def expected_errors() -> Iterator[None]:
         # ModelNotFoundError is a LookupError; a KeyError or IndexError is a bug.
         if isinstance(error, KeyError | IndexError):
             raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        report(" ".join(str(error).split()))
         raise typer.Exit(1) from None
 
 

@@ -58,3 +58,8 @@ def configure(level: str, format: Literal["text", "json"]) -> None:
     handler.setFormatter(JsonFormatter() if format == "json" else logging.Formatter(_TEXT))
     logging.basicConfig(level=level.upper(), handlers=[handler])
     logging.captureWarnings(format == "json")
+
+
+def error(message: str) -> None:
+    """Log what ends the process."""
+    logging.getLogger(__package__).error(message)

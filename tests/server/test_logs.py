@@ -168,3 +168,12 @@ def test_neither_prompts_nor_outputs_nor_keys_are_logged(
     if format == "json":
         logged = [json.loads(line) for line in lines]  # progress and the banner among them
         assert {entry["tenant"] for entry in logged if "tenant" in entry} == {"acme"}
+
+
+def test_what_keeps_the_server_from_starting_is_an_object_too(tmp_path: Path) -> None:
+    options = ("--model", str(tmp_path / "nothing"), "--port", "0", "--log-format", "json")
+    done = subprocess.run([*COMMAND, "serve", *options], capture_output=True, text=True)
+    assert done.returncode == 1
+    entry = json.loads(done.stderr)
+    assert entry["level"] == "error"
+    assert "was not found" in entry["message"]
