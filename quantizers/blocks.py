@@ -29,7 +29,7 @@ _TOKENS_AT_A_TIME = 2048
 
 @dataclass(frozen=True)
 class InputStatistics:
-    """Of a layer's inputs X over all calibration tokens.
+    """Of a layer's inputs X over the calibration tokens.
 
     second_moment: float32 ``(in, in)``, XᵀX divided by the number of tokens.
     mean_abs: float32 ``(in,)``, the mean of |x|.
@@ -112,11 +112,17 @@ class DecoderBlocks:
     def statistics(
         self, block: nn.Module, hidden: Tensor, layers: Sequence[str]
     ) -> dict[str, InputStatistics]:
-        """Of the inputs that ``layers`` read when the block reads ``hidden``."""
+        """Of the inputs that ``layers`` read when the block reads ``hidden``.
+
+        The first token of a sequence is left out. Many models use it as an attention sink, with
+        activations orders of magnitude above all others (Sun et al. 2024, "Massive Activations in
+        Large Language Models"): alone it would decide XᵀX, and the damping taken from its diagonal
+        would drown every other token.
+        """
         sums: dict[str, tuple[Tensor, Tensor]] = {}
 
         def gather(name: str, x: Tensor) -> None:
-            x = x.flatten(0, -2).float()
+            x = x[:, 1:].flatten(0, -2).float()
             if name not in sums:
                 sums[name] = (x.new_zeros(x.shape[1], x.shape[1]), x.new_zeros(x.shape[1]))
             sums[name][0].addmm_(x.T, x)
@@ -139,7 +145,7 @@ class DecoderBlocks:
         finally:
             for handle in handles:
                 handle.remove()
-        tokens = hidden.shape[0] * hidden.shape[1]
+        tokens = hidden.shape[0] * (hidden.shape[1] - 1)
         return {
             name: InputStatistics(moment.div_(tokens), total.div_(tokens))
             for name, (moment, total) in sums.items()

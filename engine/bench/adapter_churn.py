@@ -25,8 +25,8 @@ from nybble.loaders import Checkpoint, open_checkpoint
 from nybble.loaders.adapter import projection_shapes
 from safetensors.torch import save_file
 
-RANK, ADAPTERS, SLOTS, IN_HOST = 16, 40, 4, 6
-STREAMS, SECONDS = 4, 20
+RANK, ADAPTERS, SLOTS, IN_HOST = 16, 24, 4, 6
+STREAMS, SECONDS = 4, 12
 
 
 def write_adapters(folder: Path, checkpoint: Checkpoint) -> Iterator[Path]:

@@ -64,9 +64,8 @@ def test_tuning_times_real_products_and_names_its_choices(monkeypatch: pytest.Mo
     monkeypatch.setattr(tune, "CACHE_BYTES", 0)
     monkeypatch.setattr(tune, "neighbours", lambda config: [replace(config, num_stages=2)])
     weights = list(tune.random_weights(256, 64, torch.device("cpu")))
-    best = tune.tune(weights, torch.float16, 8, progress=False)
-    kinds = ("affine g128", "affine g32", "codebook g64")
-    assert set(best) == {f"{kind} 64x256 m{bucket}" for kind in kinds for bucket in (2, 4, 8)}
+    best = tune.tune(weights, torch.float16, 2, progress=False)
+    assert set(best) == {"affine g128 64x256 m2", "affine g32 64x256 m2", "codebook g64 64x256 m2"}
 
 
 def test_warming_up_runs_each_kind_of_weight_once_for_each_bucket() -> None:

@@ -262,3 +262,16 @@ def test_an_affine_weight_is_cut_by_outputs() -> None:
     part = whole.rows(4, 9)
     assert isinstance(part, AffineWeight)
     assert torch.equal(part.dequantize(), whole.dequantize()[4:9])
+
+
+def test_the_first_token_of_a_sequence_does_not_count(tiny_model: Callable[..., Path]) -> None:
+    blocks = DecoderBlocks(tiny_model(), torch.device("cpu"), 64)
+    block, hidden = blocks.load(0), blocks.embed(calibration())
+    name = "self_attn.q_proj"
+    before = blocks.statistics(block, hidden, [name])[name]
+    hidden[:, 0] = torch.randn(hidden.shape[-1]).bfloat16()
+    after = blocks.statistics(block, hidden, [name])[name]
+    assert torch.equal(after.second_moment, before.second_moment)
+    hidden[:, 1] = torch.randn(hidden.shape[-1]).bfloat16()
+    changed = blocks.statistics(block, hidden, [name])[name]
+    assert not torch.allclose(changed.second_moment, before.second_moment)
