@@ -1,0 +1,171 @@
+"""Checkpoint folders as they are found: in shards, with either config file, partly quantized."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from nybble.kernels import DenseWeight, PackedWeight
+from nybble.loaders import Checkpoint, CheckpointError, open_checkpoint
+from nybble.quantizers import quantize_checkpoint
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+
+@pytest.fixture
+def gptq(tmp_path: Path, tiny_model: Callable[..., Path]) -> Path:
+    folder = tmp_path / "gptq"
+    quantize_checkpoint(tiny_model(), folder, format="gptq", group_size=64, progress=False)
+    return folder
+
+
+def values(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    found = {}
+    for name, weight in checkpoint.weights():
+        if isinstance(weight, PackedWeight):
+            found[name] = weight.dequantize()
+        else:
+            found[name] = weight.weight if isinstance(weight, DenseWeight) else weight
+    return found
+
+
+def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def edit_tensors(folder: Path, edit: Callable[[dict[str, Tensor]], None]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def in_shards(folder: Path) -> dict[str, str]:
+    """Spread a folder's tensors over three files, neighbours apart; returns the weight map."""
+    tensors = load_file(folder / "model.safetensors")
+    weight_map = {n: f"part-{i % 3}.safetensors" for i, n in enumerate(sorted(tensors))}
+    for file in sorted(set(weight_map.values())):
+        save_file({n: tensors[n] for n, f in weight_map.items() if f == file}, folder / file)
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return weight_map
+
+
+def test_a_sharded_checkpoint_is_the_same_model(gptq: Path) -> None:
+    whole = values(open_checkpoint(gptq))
+    in_shards(gptq)
+    assert_same(values(open_checkpoint(gptq)), whole)
+
+
+def test_a_shard_that_is_not_there_is_named(gptq: Path) -> None:
+    in_shards(gptq)
+    (gptq / "part-1.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"index\.json names part-1\.safetensors: not there"):
+        values(open_checkpoint(gptq))
+
+
+def test_a_tensor_missing_from_its_shard_is_named(gptq: Path) -> None:
+    name, file = next(iter(in_shards(gptq).items()))
+    save_file({"other": torch.zeros(1)}, gptq / file)
+    with pytest.raises(CheckpointError, match=f"{file} has no tensor {name}"):
+        values(open_checkpoint(gptq))
+
+
+def test_settings_may_be_in_quantize_config_json(gptq: Path) -> None:
+    """As AutoGPTQ wrote them, without quant_method."""
+    whole = values(open_checkpoint(gptq))
+    config = json.loads((gptq / "config.json").read_text())
+    settings = config.pop("quantization_config")
+    del settings["quant_method"]
+    (gptq / "config.json").write_text(json.dumps(config))
+    (gptq / "quantize_config.json").write_text(json.dumps(settings))
+    assert_same(values(open_checkpoint(gptq)), whole)
+
+
+def test_layers_left_in_16_bits_are_read_as_they_are(
+    gptq: Path, tiny_model: Callable[..., Path]
+) -> None:
+    """modules_to_not_convert, in AWQ's words; the tensors say it themselves."""
+    module = "model.layers.1.mlp.down_proj"
+    dense = load_file(tiny_model() / "model.safetensors")[module + ".weight"]
+
+    def leave_out(tensors: dict[str, Tensor]) -> None:
+        for part in ("qweight", "qzeros", "scales", "g_idx"):
+            del tensors[f"{module}.{part}"]
+        tensors[module + ".weight"] = dense
+
+    edit_tensors(gptq, leave_out)
+    assert torch.equal(values(open_checkpoint(gptq))[module], dense)
+
+
+def test_one_projection_of_three_in_16_bits_is_not_fused(
+    gptq: Path, tiny_model: Callable[..., Path]
+) -> None:
+    attention = "model.layers.0.self_attn."
+    dense = load_file(tiny_model() / "model.safetensors")[attention + "k_proj.weight"]
+
+    def leave_out(tensors: dict[str, Tensor]) -> None:
+        for part in ("qweight", "qzeros", "scales", "g_idx"):
+            del tensors[f"{attention}k_proj.{part}"]
+        tensors[attention + "k_proj.weight"] = dense
+
+    edit_tensors(gptq, leave_out)
+    found = dict(open_checkpoint(gptq).weights())
+    assert isinstance(found[attention + "q_proj"], PackedWeight)
+    assert isinstance(found[attention + "k_proj"], DenseWeight)
+
+
+def test_a_quantized_output_layer_is_packed(tmp_path: Path, gptq: Path) -> None:
+    def quantized_head(tensors: dict[str, Tensor]) -> None:
+        del tensors["lm_head.weight"]
+        prefix = "model.layers.0.mlp.gate_proj."
+        for name in [name for name in tensors if name.startswith(prefix)]:
+            tensors[name.replace(prefix, "lm_head.")] = tensors[name].clone()
+
+    edit_tensors(gptq, quantized_head)
+    assert isinstance(dict(open_checkpoint(gptq).weights())["lm_head"], PackedWeight)
+
+
+def test_a_missing_part_of_a_quantized_layer_is_named(gptq: Path) -> None:
+    name = "model.layers.0.mlp.up_proj.scales"
+
+    def leave_out(tensors: dict[str, Tensor]) -> None:
+        del tensors[name]
+
+    edit_tensors(gptq, leave_out)
+    with pytest.raises(CheckpointError, match=f"has no tensor {name}"):
+        values(open_checkpoint(gptq))
+
+
+def test_tensors_of_another_format_are_refused(gptq: Path, tmp_path: Path) -> None:
+    config = json.loads((gptq / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (gptq / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="is it a mixture of formats"):
+        values(open_checkpoint(gptq))
+
+
+def test_codes_that_are_not_int32_are_refused(gptq: Path) -> None:
+    name = "model.layers.0.mlp.up_proj.qweight"
+
+    def widen(tensors: dict[str, Tensor]) -> None:
+        tensors[name] = tensors[name].long()
+
+    edit_tensors(gptq, widen)
+    with pytest.raises(CheckpointError, match=f"{name} is torch.int64"):
+        values(open_checkpoint(gptq))
+
+
+def test_a_folder_without_config_and_one_that_is_no_json_are_named(
+    tmp_path: Path, tiny_model: Callable[..., Path]
+) -> None:
+    with pytest.raises(CheckpointError, match=r"has no config\.json"):
+        open_checkpoint(tmp_path)
+    folder = Path(shutil.copytree(tiny_model(), tmp_path / "m"))
+    (folder / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"config\.json cannot be read"):
+        open_checkpoint(folder)
