@@ -70,9 +70,13 @@ def _clip_rows(weight: Tensor, moments: Tensor, group_size: int) -> Tensor:
 
 
 def awq_block(
-    block: nn.Module, statistics: dict[str, InputStatistics], group_size: int
+    block: nn.Module,
+    statistics: dict[str, InputStatistics],
+    group_size: int,
+    *,
+    clip: bool = False,
 ) -> dict[str, tuple[AffineWeight, float]]:
-    """Scale, clip and round the linear layers of a decoder block.
+    """Scale, clip if asked, and round the linear layers of a decoder block.
 
     Returns the quantized weights and their relative output errors by name in the block.
 
@@ -84,7 +88,7 @@ def awq_block(
     for name, (weight, moment) in scale_block(block, statistics, group_size).items():
         size = weight.shape[1] if group_size == -1 else group_size
         clipped = weight
-        if not name.endswith(_NOT_CLIPPED):
+        if clip and not name.endswith(_NOT_CLIPPED):
             clipped = search_clip(weight, moment, size)
         rounded = quantize_affine(clipped, size, sym=False)
         error = output_error(rounded.dequantize() - weight, moment) / output_error(weight, moment)

@@ -54,6 +54,7 @@ def quantize_checkpoint(
     double_quant: bool = False,
     calibration: Tensor | None = None,
     settings: GptqSettings | None = None,
+    clip: bool = False,
     device: torch.device | None = None,
     progress: bool = True,
 ) -> list[LayerError]:
@@ -65,6 +66,7 @@ def quantize_checkpoint(
     calibration: token ids int64 ``(samples, length)``, for GPTQ and AWQ. Without, both layouts
         are filled by rounding to the nearest.
     settings: for GPTQ with calibration.
+    clip: for AWQ with calibration, search how far to clip each group's weights, as the paper does.
     device: where the calibrated methods compute; the CPU if None.
 
     One decoder block at a time is in memory. Returns the error of every layer that calibration
@@ -72,7 +74,7 @@ def quantize_checkpoint(
     not fit, FileExistsError where the target has content, ValueError for an option that the
     format does not take.
     """
-    _check_options(format, sym, double_quant, calibration, settings)
+    _check_options(format, sym, double_quant, calibration, settings, clip)
     config = json.loads((source / "config.json").read_text())
     if "quantization_config" in config:
         raise CheckpointError(f"{source} is quantized already; give the 16-bit checkpoint")
@@ -116,7 +118,7 @@ def quantize_checkpoint(
                 statistics = blocks.statistics(block, hidden, [stage[0] for stage in STAGES])
                 # The next block reads what the full-precision model gives it, as in the paper.
                 hidden = blocks.outputs(block, hidden)
-                quantized = awq_block(block, statistics, group_size)
+                quantized = awq_block(block, statistics, group_size, clip=clip)
             prefix = f"model.layers.{index}."
             for name, (weight, error) in quantized.items():
                 to_tensors = gptq_tensors if format == "gptq" else awq_tensors
@@ -205,6 +207,7 @@ def _check_options(
     double_quant: bool,
     calibration: Tensor | None,
     settings: GptqSettings | None,
+    clip: bool,
 ) -> None:
     codebook = format in ("nf4", "fp4")
     if double_quant and not codebook:
@@ -213,5 +216,9 @@ def _check_options(
         raise ValueError(f"{format} takes no calibration text: its levels are fixed")
     if settings is not None and (format != "gptq" or calibration is None):
         raise ValueError("GPTQ's settings need the format gptq and calibration text")
+    if clip and (format != "awq" or calibration is None):
+        raise ValueError("clipping needs the format awq and calibration text")
+    if calibration is not None and calibration.shape[1] < 2:
+        raise ValueError("calibration texts of one token say nothing: the first is left out")
     if sym and format == "awq":
         raise ValueError("sym is for gptq: AWQ's layout has zero points")

@@ -81,12 +81,16 @@ def quantize(
     damp: Annotated[
         float, typer.Option(help="Of the Hessian's mean diagonal.", rich_help_panel=_METHOD)
     ] = 0.01,
+    clip: Annotated[
+        bool,
+        typer.Option("--clip", help="Search for clipped weights (awq).", rich_help_panel=_METHOD),
+    ] = False,
     text: _TextOption = None,
     samples: Annotated[
         int, typer.Option(help="Calibration texts.", min=1, rich_help_panel=_METHOD)
     ] = 128,
     length: Annotated[
-        int, typer.Option(help="Tokens in each of them.", min=1, rich_help_panel=_METHOD)
+        int, typer.Option(help="Tokens in each of them.", min=2, rich_help_panel=_METHOD)
     ] = 512,
     device: Annotated[Device, typer.Option()] = "auto",
     aliases: _AliasesOption = None,
@@ -103,6 +107,8 @@ def quantize(
         calibrated = format in ("gptq", "awq") and not rounding
         if (desc_act or static_groups) and not (calibrated and format == "gptq"):
             raise ValueError("--desc-act and --static-groups go with --format gptq and calibration")
+        if clip and not (calibrated and format == "awq"):
+            raise ValueError("--clip goes with --format awq and calibration")
         if text is not None and not calibrated:
             raise ValueError("--text goes with the calibrated formats, gptq and awq")
         from nybble.engine import resolve_device
@@ -125,6 +131,7 @@ def quantize(
                 if calibrated and format == "gptq"
                 else None
             ),
+            clip=clip,
             device=resolve_device(device),
         )
         print(f"Wrote {target}", file=sys.stderr)

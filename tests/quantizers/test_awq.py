@@ -157,6 +157,30 @@ def test_the_checkpoint_is_a_standard_one_that_differs_less_than_by_rounding(
     assert set(Shards(tmp_path / "awq").names()) == set(Shards(tmp_path / "rtn").names())
 
 
+def test_clipping_is_searched_only_where_it_is_asked_for(
+    tmp_path: Path, tiny_model: Callable[..., Path]
+) -> None:
+    for name, clip in (("plain", False), ("clipped", True)):
+        quantize_checkpoint(
+            tiny_model(),
+            tmp_path / name,
+            format="awq",
+            group_size=32,
+            calibration=calibration(),
+            clip=clip,
+            progress=False,
+        )
+    plain, clipped = (Shards(tmp_path / name) for name in ("plain", "clipped"))
+    attention = "model.layers.0.self_attn."
+    assert torch.equal(
+        plain.read(attention + "q_proj.scales"), clipped.read(attention + "q_proj.scales")
+    )
+    up = "model.layers.0.mlp.up_proj.scales"
+    assert not torch.equal(plain.read(up), clipped.read(up))
+    with pytest.raises(ValueError, match="clipping needs the format awq"):
+        quantize_checkpoint(tiny_model(), tmp_path / "x", format="gptq", clip=True, progress=False)
+
+
 def test_output_error_is_that_of_the_outputs() -> None:
     x, difference = torch.randn(100, 16), torch.randn(8, 16)
     expected = (difference @ x.T).square().sum(0).mean()
