@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections import defaultdict
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING
@@ -23,6 +23,11 @@ from nybble.engine.block_manager import BlockManager
 from nybble.engine.config import EngineConfig, resolve_device
 from nybble.engine.decoder import Decoder, DecoderShape
 from nybble.engine.detokenizer import Detokenizer
+from nybble.engine.generation_config import (
+    eos_token_ids,
+    read_generation_config,
+    sampling_defaults,
+)
 from nybble.engine.request import (
     AdapterUnavailableError,
     EngineOverloadedError,
@@ -40,7 +45,7 @@ from nybble.engine.scheduler import Scheduler
 from nybble.engine.sequence import Sequence
 from nybble.engine.size_counts import SizeCounts
 from nybble.loaders import AdapterError
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 if TYPE_CHECKING:
     from nybble.loaders import Checkpoint
@@ -99,7 +104,10 @@ class _Stop:
 
 
 class Engine:
-    """Continuous batching over one model. See the module's docstring for who owns what."""
+    """Continuous batching over one model. See the module's docstring for who owns what.
+
+    sampling_defaults: what the model's makers recommend for requests that name no value.
+    """
 
     def __init__(
         self,
@@ -107,6 +115,7 @@ class Engine:
         scheduler: Scheduler,
         tokenizer: PreTrainedTokenizerBase,
         eos_token_ids: frozenset[int],
+        sampling_defaults: Mapping[str, float],
         config: EngineConfig,
         max_model_len: int,
     ) -> None:
@@ -115,6 +124,7 @@ class Engine:
         self._runner = runner
         self._scheduler = scheduler
         self._eos_token_ids = eos_token_ids
+        self.sampling_defaults = sampling_defaults
         self._max_in_flight = config.max_num_seqs + config.max_waiting
         # A function is run on the engine thread.
         self._inbox: SimpleQueue[_Add | _Cancel | _Stop | Callable[[], None]] = SimpleQueue()
@@ -194,13 +204,15 @@ class Engine:
         num_blocks = min(kv_blocks(kv_bytes, shape, config), most)
         max_model_len = min(max_model_len, num_blocks * config.block_size)
         blocks = BlockManager(num_blocks, config.block_size, prefix_caching=config.prefix_caching)
+        settings = read_generation_config(checkpoint.folder)
         runner = ModelRunner(decoder, config, num_blocks, adapters)
         runner.warm_up(progress)
         return cls(
             runner=runner,
             scheduler=Scheduler(blocks, config.max_num_seqs, config.max_batched_tokens),
             tokenizer=tokenizer,
-            eos_token_ids=_eos_token_ids(checkpoint, tokenizer),
+            eos_token_ids=eos_token_ids(settings, checkpoint.config, tokenizer),
+            sampling_defaults=sampling_defaults(settings),
             config=config,
             max_model_len=max_model_len,
         )
@@ -540,17 +552,3 @@ def _call(loop: asyncio.AbstractEventLoop, function: object, argument: object) -
     except RuntimeError:
         if not loop.is_closed():
             raise
-
-
-def _eos_token_ids(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """End tokens of the tokenizer, the model config and the generation config together."""
-    found: set[int] = set()
-    sources = [tokenizer.eos_token_id, getattr(checkpoint.config, "eos_token_id", None)]
-    if (checkpoint.folder / "generation_config.json").is_file():
-        sources.append(GenerationConfig.from_pretrained(checkpoint.folder).eos_token_id)
-    for source in sources:
-        if isinstance(source, int):
-            found.add(source)
-        elif source is not None:
-            found.update(source)
-    return frozenset(found)

@@ -33,6 +33,9 @@ _LAYER = {
     "ffn_down": "mlp.down_proj",
 }
 
+# GGUF files do not hold them; these are what the makers of Qwen2.5 recommend.
+_SAMPLING = {"temperature": 0.7, "top_p": 0.8, "top_k": 20}
+
 
 def convert_gguf(file: Path, folder: Path, *, tied: bool) -> None:
     """Write config, tokenizer and dequantized weights of ``file`` to ``folder``.
@@ -63,7 +66,8 @@ def convert_gguf(file: Path, folder: Path, *, tied: bool) -> None:
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     tokenizer.save_pretrained(folder)
     ids = [tokenizer.convert_tokens_to_ids(end) for end in ("<|im_end|>", "<|endoftext|>")]
-    generation = {"eos_token_id": [end for end in ids if end is not None]}
+    ends = [end for end in ids if end is not None]
+    generation = {"eos_token_id": ends, "do_sample": True, **_SAMPLING}
     (folder / "generation_config.json").write_text(json.dumps(generation))
 
 

@@ -129,6 +129,7 @@ class Api:
         params = body.sampling_params(
             max_tokens=next((limit for limit in limits if limit is not None), None),
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+            defaults=self._engine.sampling_defaults,
         )
         tools = tools_of(body, self._engine.tokenizer, body.model)
         prompt = await self._prompts.chat(
@@ -145,7 +146,8 @@ class Api:
         body = await read_body(request, CompletionRequest)
         adapter = self._adapter_of(request, body.model, body.adapter)
         max_tokens = _COMPLETION_MAX_TOKENS if body.max_tokens is None else body.max_tokens
-        params = body.sampling_params(max_tokens, body.logprobs)
+        defaults = self._engine.sampling_defaults
+        params = body.sampling_params(max_tokens, body.logprobs, defaults)
         prompts = []
         for prompt in body.prompts:
             encoded = await self._prompts.encode(prompt) if isinstance(prompt, str) else prompt

@@ -8,6 +8,7 @@ Every optional field may be null, as OpenAI's may. Ranges of sampling parameters
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
 from nybble.engine import SamplingParams
@@ -130,8 +131,10 @@ class Sampling(Body):
         """Whether a stream ends with the tokens used."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
-    def sampling_params(self, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
-        """Raises ParameterError for values out of range."""
+    def sampling_params(
+        self, max_tokens: int | None, logprobs: int | None, defaults: Mapping[str, float]
+    ) -> SamplingParams:
+        """``defaults`` are for what the request leaves out. Raises ParameterError."""
         given: dict[str, Any] = {
             name: getattr(self, name)
             for name in (
@@ -147,15 +150,15 @@ class Sampling(Body):
             )
             if getattr(self, name) is not None
         }
-        # −1 is how other servers spell "off".
-        top_k = 0 if self.top_k in (None, -1) else self.top_k
+        if self.top_k is not None:
+            # −1 is how other servers spell "off".
+            given["top_k"] = 0 if self.top_k == -1 else self.top_k
         return SamplingParams(
             max_tokens=max_tokens,
             logprobs=logprobs,
-            top_k=top_k or 0,
             stop=tuple(self.stop or ()),
             stop_token_ids=tuple(self.stop_token_ids or ()),
-            **given,
+            **{**defaults, **given},
         )
 
 

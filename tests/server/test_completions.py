@@ -7,6 +7,7 @@ from typing import Any
 import httpx2 as httpx
 import openai
 import pytest
+from nybble.server.schema import CompletionRequest
 from openai import OpenAI
 
 PROMPT = "the lazy dog"
@@ -113,3 +114,15 @@ def test_models_are_listed_and_found_by_name(client: OpenAI) -> None:
 
 def test_the_version_is_told(server: Any) -> None:
     assert httpx.get(server.url + "/version").json()["version"].count(".") == 2
+
+
+def test_what_a_request_leaves_out_is_the_models_default_and_what_it_says_wins() -> None:
+    defaults = {"temperature": 0.7, "top_k": 20, "repetition_penalty": 1.1}
+    silent = CompletionRequest.model_validate({"model": "m", "prompt": "a"})
+    params = silent.sampling_params(5, None, defaults)
+    assert (params.temperature, params.top_k, params.repetition_penalty) == (0.7, 20, 1.1)
+    outspoken = CompletionRequest.model_validate(
+        {"model": "m", "prompt": "a", "temperature": 0, "top_k": -1, "repetition_penalty": 1}
+    )
+    params = outspoken.sampling_params(5, None, defaults)
+    assert (params.temperature, params.top_k, params.repetition_penalty) == (0, 0, 1)
