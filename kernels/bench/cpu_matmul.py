@@ -8,12 +8,15 @@ read bandwidth and the multiplications over the dense bf16 rate, both measured i
 
 from __future__ import annotations
 
+import ctypes
 import statistics
 import time
 from collections.abc import Callable
 
 import torch
 from nybble.kernels import PackedWeight
+from nybble.kernels.cpu.build import TARGETS, build
+from nybble.kernels.cpu.library import CpuLibrary
 from nybble.kernels.matmul import packed_matmul
 from nybble.kernels.packed import SYMMETRIC_LEVELS
 
@@ -67,8 +70,10 @@ def contenders(columns: int, out: int, x: torch.Tensor) -> dict[str, Callable[[]
         torch.randint(0, 16, (out, columns), dtype=torch.int32), 1
     )
     scales = torch.rand(columns // GROUP, out, 2).bfloat16()
+    avx2 = CpuLibrary(ctypes.CDLL(str(build(TARGETS[-1]))))
     return {
         "affine g128": lambda: packed_matmul(x, affine),
+        "on AVX2": lambda: avx2.packed_matmul(x, affine),
         "codebook g64": lambda: packed_matmul(x, codebook),
         "aten int4": lambda: torch.ops.aten._weight_int4pack_mm_for_cpu(x, int4, GROUP, scales),
         "dense bf16": lambda: torch.nn.functional.linear(x, dense),
