@@ -85,11 +85,13 @@ def test_folding_leaves_the_block_as_it_was_in_full_precision(
     block = blocks.load(0).float()
     before = blocks.outputs(block, hidden)
     statistics = blocks.statistics(block, hidden, [stage[0] for stage in STAGES])
-    original = linear_layer(block, "mlp.down_proj").weight.clone()
-    for name, (weight, _) in scale_block(block, statistics, 32).items():
-        linear_layer(block, name).weight.data = weight
-    changed = linear_layer(block, "mlp.down_proj").weight / original
-    assert (changed - 1).abs().max() > 0.01  # it did scale
+    scaled = scale_block(block, statistics, 32)
+    changes = []
+    for name, (weight, _) in scaled.items():
+        layer = linear_layer(block, name)
+        changes.append((weight / layer.weight).max())
+        layer.weight.data = weight
+    assert max(changes) > 1.2  # it did scale
     torch.testing.assert_close(blocks.outputs(block, hidden), before, rtol=1e-4, atol=1e-4)
 
 
