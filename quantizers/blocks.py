@@ -115,9 +115,9 @@ class DecoderBlocks:
         """Of the inputs that ``layers`` read when the block reads ``hidden``.
 
         The first token of a sequence is left out. Many models use it as an attention sink, with
-        activations orders of magnitude above all others (Sun et al. 2024, "Massive Activations in
-        Large Language Models"): alone it would decide XᵀX, and the damping taken from its diagonal
-        would drown every other token.
+        activations far above all others in a few layers (Sun et al. 2024, "Massive Activations in
+        Large Language Models"): in Qwen2.5-Coder-0.5B, over texts of 256 tokens, it holds 47 % of
+        the power of the third block's ``down_proj`` inputs, and the damping is taken from that.
         """
         sums: dict[str, tuple[Tensor, Tensor]] = {}
 

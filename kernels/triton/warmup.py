@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 
 import torch
@@ -10,6 +11,8 @@ from nybble.kernels.triton.configs import BUCKETS
 from nybble.kernels.triton.dequantize import stored_columns
 from nybble.kernels.triton.matmul import packed_matmul, takes
 from tqdm import tqdm
+
+logger = logging.getLogger(__name__)
 
 
 def signature(weight: PackedWeight) -> tuple[object, ...]:
@@ -35,10 +38,17 @@ def warmup(
     later waits for the device. Returns how many products were run.
     """
     distinct = {}
+    slow: set[int] = set()
     for weight in weights:
         assert weight.is_affine in (True, False)  # reads the levels of every weight
         if takes(weight, dtype):
             distinct[signature(weight)] = weight
+        elif weight.group_size not in slow:
+            slow.add(weight.group_size)
+            logger.warning(
+                "weights in groups of %d have no GPU kernel: they are dequantized at every call",
+                weight.group_size,
+            )
     largest = next((b for b in BUCKETS if b >= max_rows), BUCKETS[-1])
     work = [(w, rows) for w in distinct.values() for rows in BUCKETS if rows <= largest]
     for weight, rows in tqdm(work, desc="compiling matmuls", disable=not progress):
