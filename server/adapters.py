@@ -10,11 +10,11 @@ from typing import Any
 
 from aiohttp import web
 from nybble.engine import AdapterInfo, Engine
+from nybble.server.api.parse import read_body
+from nybble.server.api.respond import json_response
+from nybble.server.api.schema import LoadAdapterRequest, UnloadAdapterRequest
 from nybble.server.errors import ApiError
 from nybble.server.keys import Keys
-from nybble.server.parse import read_body
-from nybble.server.respond import json_response
-from nybble.server.schema import LoadAdapterRequest, UnloadAdapterRequest
 
 ADMIN_PATHS = (
     "/v1/load_lora_adapter",

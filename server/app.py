@@ -13,7 +13,7 @@ from aiohttp import web
 from aiohttp.typedefs import Middleware
 from nybble.engine import Engine
 from nybble.server.adapters import ADMIN_PATHS, AdapterAdmin
-from nybble.server.api import Api
+from nybble.server.api.routes import Api
 from nybble.server.errors import as_api_error
 from nybble.server.gate import Gate
 from nybble.server.keys import Keys, bearer

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from aiohttp import web
-from nybble.server.generation import Usage
+from nybble.server.api.generation import Usage
 
 
 @dataclass

@@ -11,11 +11,11 @@ import pytest
 import typer
 import yaml
 from nybble.engine import Engine
-from nybble.server.cli import app
+from nybble.server.cli.main import app
 from nybble.server.tenants import Tenants
 from typer.core import TyperGroup
 
-from .test_errors import Client, run
+from .client import Client, run
 
 ROOT = Path(__file__).parents[2]
 OBJECTS: dict[str, dict[str, Any]] = {

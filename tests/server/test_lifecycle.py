@@ -19,13 +19,14 @@ import aiohttp
 import openai
 import pytest
 from nybble.engine import Engine
-from nybble.server import respond, serve
+from nybble.server import serve
+from nybble.server.api import respond
+from nybble.server.api.prompts import Prompts
 from nybble.server.listen import bind
-from nybble.server.prompts import Prompts
 from openai import OpenAI
 
+from .client import CHAT, COMPLETIONS, Client, run
 from .conftest import COMMAND, running_server
-from .test_errors import CHAT, COMPLETIONS, Client, run
 
 LONG: dict[str, Any] = {"model": "tiny", "prompt": "x", "max_tokens": 450, "ignore_eos": True}
 

@@ -20,8 +20,8 @@ from nybble.engine import Engine
 from nybble.server.logs import Event, JsonFormatter
 from nybble.server.tenants import new_key
 
+from .client import COMPLETIONS, Client, run
 from .conftest import COMMAND, MODEL
-from .test_errors import COMPLETIONS, Client, run
 
 SECRET = "swordfish"
 

@@ -8,7 +8,7 @@ import math
 from nybble.engine import Engine
 from prometheus_client.parser import text_string_to_metric_families
 
-from .test_errors import CHAT, COMPLETIONS, HELLO, Client, refused, run
+from .client import CHAT, COMPLETIONS, HELLO, Client, refused, run
 
 
 async def scrape(client: Client) -> dict[tuple[str, ...], float]:

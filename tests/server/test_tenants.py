@@ -20,8 +20,8 @@ from nybble.server.errors import ApiError
 from nybble.server.limits import Limiter
 from nybble.server.tenants import Tenant, Tenants, TenantsError, new_key
 
+from .client import COMPLETIONS, Client, run
 from .conftest import CONFIG, running_server
-from .test_errors import COMPLETIONS, Client, run
 
 KEY, STORED = new_key()
 OTHER_KEY, OTHER_STORED = new_key()

@@ -7,7 +7,7 @@ from typing import Any
 import httpx2 as httpx
 import openai
 import pytest
-from nybble.server.schema import CompletionRequest
+from nybble.server.api.schema import CompletionRequest
 from openai import OpenAI
 
 PROMPT = "the lazy dog"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from nybble.server.chat_schema import MAX_TOOLS, ChatRequest, Function
-from nybble.server.schema import Body
+from nybble.server.api.chat_schema import MAX_TOOLS, ChatRequest, Function
+from nybble.server.api.schema import Body
 from pydantic import ConfigDict, Field
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from nybble.server.schema import Body, Sampling
+from nybble.server.api.schema import Body, Sampling
 from pydantic import ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 

@@ -2,52 +2,21 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
-from aiohttp import web
-from aiohttp.test_utils import TestClient, TestServer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from nybble.engine import Engine
-from nybble.server.app import MAX_BODY_BYTES, make_app
-from nybble.server.chat_schema import ChatRequest, DetokenizeRequest, TokenizeRequest
+from nybble.server.api.chat_schema import ChatRequest, DetokenizeRequest, TokenizeRequest
+from nybble.server.api.parse import parse_body
+from nybble.server.api.responses_schema import ResponsesRequest
+from nybble.server.api.schema import CompletionRequest
+from nybble.server.app import MAX_BODY_BYTES
 from nybble.server.errors import ApiError
-from nybble.server.gate import Gate
-from nybble.server.parse import parse_body
-from nybble.server.responses_schema import ResponsesRequest
-from nybble.server.schema import CompletionRequest
 
-Client = TestClient[web.Request, web.Application]
-CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
-RESPONSES = "/v1/responses"
-HELLO = [{"role": "user", "content": "hello"}]
-
-
-def run(engine: Engine, scenario: Callable[[Client], Awaitable[None]], **options: Any) -> None:
-    """Run a scenario against the application in this process."""
-
-    async def main() -> None:
-        gate = options.pop("gate", None) or Gate()
-        app = make_app(engine, **{"models": ("tiny",), "max_sequences": 16, **options}, gate=gate)
-        async with TestClient(TestServer(app)) as client:
-            await scenario(client)
-
-    asyncio.run(main())
-
-
-async def refused(client: Client, path: str, body: Any, status: int = 400) -> dict[str, Any]:
-    data = body if isinstance(body, bytes) else json.dumps(body).encode()
-    async with client.post(path, data=data) as response:
-        error = (await response.json())["error"]
-        assert (response.status, set(error)) == (status, {"message", "type", "param", "code"}), (
-            error
-        )
-        assert "\n" not in error["message"]
-        return dict(error)
+from ..client import CHAT, COMPLETIONS, HELLO, RESPONSES, Client, refused, run
 
 
 @pytest.mark.parametrize(

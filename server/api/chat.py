@@ -7,10 +7,10 @@ from typing import Any
 from uuid import uuid4
 
 from nybble.engine import RequestOutput
-from nybble.server.choices import ChoicesShape
-from nybble.server.logprobs import Logprobs
-from nybble.server.tool_parser import Arguments, Call, Event, Text, ToolParser
-from nybble.server.tools import Tools
+from nybble.server.api.choices import ChoicesShape
+from nybble.server.api.logprobs import Logprobs
+from nybble.server.api.tool_parser import Arguments, Call, Event, Text, ToolParser
+from nybble.server.api.tools import Tools
 
 
 class ChatShape(ChoicesShape):

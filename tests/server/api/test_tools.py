@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from nybble.engine import Engine, GrammarCompiler
-from nybble.server.chat_schema import ChatRequest
-from nybble.server.tool_parser import Arguments, Call, Event, Text, ToolParser
-from nybble.server.tools import Tools
+from nybble.server.api.chat_schema import ChatRequest
+from nybble.server.api.tool_parser import Arguments, Call, Event, Text, ToolParser
+from nybble.server.api.tools import Tools
 from transformers import AutoTokenizer
 
-from .conftest import started_engine
-from .test_errors import CHAT, HELLO, Client, refused, run
+from ..client import CHAT, HELLO, Client, refused, run
+from ..conftest import started_engine
 
 WEATHER = {
     "type": "function",

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 
 from nybble.loaders.inspect import WeightSummary
-from nybble.server.sizes import gib
+from nybble.server.cli.sizes import gib
 from rich.console import Console
 from rich.table import Table
 

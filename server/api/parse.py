@@ -6,8 +6,8 @@ import asyncio
 from typing import Any, TypeVar
 
 from aiohttp import web
+from nybble.server.api.schema import Body
 from nybble.server.errors import ApiError
-from nybble.server.schema import Body
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails, from_json
 

@@ -9,8 +9,8 @@ from typing import Any, Protocol
 
 from aiohttp import web
 from nybble.engine import RequestOutput
+from nybble.server.api.generation import Generation, Job, Usage
 from nybble.server.errors import ApiError, as_api_error
-from nybble.server.generation import Generation, Job, Usage
 from nybble.server.request_record import RECORD
 from pydantic_core import to_json
 

@@ -12,9 +12,9 @@ from nybble.engine import Engine
 from openai import OpenAI
 from pydantic import BaseModel
 
-from .conftest import started_engine
+from ..client import RESPONSES, Client, refused, run
+from ..conftest import started_engine
 from .test_chat import chat
-from .test_errors import RESPONSES, Client, refused, run
 from .test_tools import CLOCK, HERMES
 
 

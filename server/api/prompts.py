@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from jinja2 import TemplateError
-from nybble.server.chat_schema import Message
+from nybble.server.api.chat_schema import Message
 from nybble.server.errors import ApiError
 from transformers import PreTrainedTokenizerBase
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from nybble.engine import RequestOutput
-from nybble.server.choices import ChoicesShape
-from nybble.server.logprobs import Logprobs
+from nybble.server.api.choices import ChoicesShape
+from nybble.server.api.logprobs import Logprobs
 
 
 class CompletionShape(ChoicesShape):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from nybble.server.cli_errors import expected_errors, interruptible
+from nybble.server.cli.errors import expected_errors, interruptible
 
 if TYPE_CHECKING:
     from torch import Tensor

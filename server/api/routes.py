@@ -10,26 +10,26 @@ from uuid import uuid4
 
 from aiohttp import web
 from nybble.engine import Engine, GrammarCompiler, ParameterError, SamplingParams
-from nybble.server.chat import ChatShape
-from nybble.server.chat_schema import ChatRequest, DetokenizeRequest, TokenizeRequest
-from nybble.server.completions import CompletionShape
+from nybble.server.api.chat import ChatShape
+from nybble.server.api.chat_schema import ChatRequest, DetokenizeRequest, TokenizeRequest
+from nybble.server.api.completions import CompletionShape
+from nybble.server.api.generation import Generation, Job
+from nybble.server.api.guiding import guide_of
+from nybble.server.api.logprobs import Logprobs
+from nybble.server.api.model_names import ModelNames
+from nybble.server.api.parse import read_body
+from nybble.server.api.prompts import Prompts
+from nybble.server.api.respond import json_response, respond
+from nybble.server.api.responses import ResponsesShape
+from nybble.server.api.responses_schema import ResponsesRequest
+from nybble.server.api.schema import CompletionRequest
+from nybble.server.api.token_bytes import TokenBytes
+from nybble.server.api.tools import Tools, tools_of
 from nybble.server.errors import ApiError
 from nybble.server.gate import Gate
-from nybble.server.generation import Generation, Job
-from nybble.server.guiding import guide_of
 from nybble.server.limits import Limiter
-from nybble.server.logprobs import Logprobs
 from nybble.server.metrics import Metrics
-from nybble.server.model_names import ModelNames
-from nybble.server.parse import read_body
-from nybble.server.prompts import Prompts
-from nybble.server.respond import json_response, respond
-from nybble.server.responses import ResponsesShape
-from nybble.server.responses_schema import ResponsesRequest
-from nybble.server.schema import CompletionRequest
 from nybble.server.tenants import TENANT, Tenant
-from nybble.server.token_bytes import TokenBytes
-from nybble.server.tools import Tools, tools_of
 
 # OpenAI's default for completions; chat goes on to the end of the context.
 _COMPLETION_MAX_TOKENS = 16

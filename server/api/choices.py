@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from nybble.engine import RequestOutput
+from nybble.server.api.generation import Usage
+from nybble.server.api.respond import Event
 from nybble.server.errors import ApiError
-from nybble.server.generation import Usage
-from nybble.server.respond import Event
 
 
 class ChoicesShape(ABC):
-    """See :class:`nybble.server.respond.Shape`."""
+    """See :class:`nybble.server.api.respond.Shape`."""
 
     terminator: bytes | None = b"[DONE]"
 

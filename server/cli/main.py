@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from nybble.server.cli_errors import expected_errors, interruptible
-from nybble.server.cli_training import commands
+from nybble.server.cli.errors import expected_errors, interruptible
+from nybble.server.cli.training import commands
 
 # Nothing heavy is imported at the top: `--help` answers at once.
 
@@ -316,8 +316,8 @@ def _run_server(
 
     import torch
     from nybble.engine import Engine
+    from nybble.server.cli.prepare import prepare_checkpoint
     from nybble.server.logs import Event
-    from nybble.server.prepare import prepare_checkpoint
     from nybble.server.serve import serve as serve_engine
     from nybble.server.tenants import Tenants
 
@@ -410,7 +410,7 @@ def inspect(
     with expected_errors(), interruptible():
         from nybble.loaders import open_checkpoint, resolve_model
         from nybble.loaders.inspect import inspect_checkpoint
-        from nybble.server.inspect_table import print_table
+        from nybble.server.cli.inspect_table import print_table
 
         checkpoint = open_checkpoint(resolve_model(model, aliases=aliases))
         print_table(inspect_checkpoint(checkpoint), every=every)
@@ -440,7 +440,7 @@ def doctor(
     with expected_errors(), interruptible():
         import torch
         from nybble.engine import EngineConfig
-        from nybble.server.doctor import Plan, examine, print_findings
+        from nybble.server.cli.doctor import Plan, examine, print_findings
 
         plan = None
         if model is not None:
@@ -488,7 +488,7 @@ def merge(
 ) -> None:
     """Merge adapters into a model, and say what rounding the result cost."""
     with expected_errors(), interruptible():
-        from nybble.server.merging import merge_and_report
+        from nybble.server.cli.merging import merge_and_report
 
         merge_and_report(
             base,

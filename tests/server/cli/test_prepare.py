@@ -14,8 +14,8 @@ from nybble.kernels.matmul import preferred_layout
 from nybble.loaders import Checkpoint, load_adapter, open_checkpoint
 from nybble.loaders.adapter import projection_shapes
 from nybble.quantizers import quantize_checkpoint
-from nybble.server import prepare
-from nybble.server.prepare import prepare_checkpoint
+from nybble.server.cli import prepare
+from nybble.server.cli.prepare import prepare_checkpoint
 
 CPU = torch.device("cpu")
 

@@ -8,7 +8,7 @@ from unicodedata import normalize
 
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from nybble.server.token_bytes import TokenBytes
+from nybble.server.api.token_bytes import TokenBytes
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 

@@ -24,8 +24,8 @@ from nybble.kernels.cpu.build import CpuKernelsUnavailableError, best_target, bu
 from nybble.loaders import Checkpoint, open_checkpoint, resolve_model
 from nybble.loaders.cache import cache_folder
 from nybble.loaders.footprint import weight_bytes
-from nybble.server.prepare import DEMO
-from nybble.server.sizes import gib
+from nybble.server.cli.prepare import DEMO
+from nybble.server.cli.sizes import gib
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text

@@ -13,7 +13,7 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
-from .test_errors import CHAT, COMPLETIONS, HELLO, RESPONSES
+from ..client import CHAT, COMPLETIONS, HELLO, RESPONSES
 
 CHAT_BODY = {"model": "tiny", "messages": HELLO, "max_tokens": 6, "logprobs": True, "n": 2}
 COMPLETION_BODY = {"model": "tiny", "prompt": ["a", "b"], "max_tokens": 6, "logprobs": 2}

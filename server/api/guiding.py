@@ -7,10 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 from nybble.engine import GrammarCompiler, GrammarGuide
-from nybble.server.chat_schema import ResponseFormat
+from nybble.server.api.chat_schema import ResponseFormat
+from nybble.server.api.schema import Sampling
+from nybble.server.api.tools import Tools
 from nybble.server.errors import ApiError
-from nybble.server.schema import Sampling
-from nybble.server.tools import Tools
 
 _ANY_OBJECT: dict[str, Any] = {"type": "object"}
 

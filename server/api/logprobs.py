@@ -6,7 +6,7 @@ from collections.abc import Container, Iterator, Sequence
 from typing import Any
 
 from nybble.engine import RequestOutput, TokenLogprob
-from nybble.server.token_bytes import TokenBytes
+from nybble.server.api.token_bytes import TokenBytes
 
 # What OpenAI reports for "practically impossible"; JSON has no infinity.
 _LOWEST = -9999.0

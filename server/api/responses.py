@@ -7,16 +7,16 @@ from typing import Any
 from uuid import uuid4
 
 from nybble.engine import RequestOutput
+from nybble.server.api.generation import Usage
+from nybble.server.api.respond import Event
+from nybble.server.api.responses_schema import ResponsesRequest
+from nybble.server.api.tool_parser import Arguments, Call, Text, ToolParser
+from nybble.server.api.tools import Tools
 from nybble.server.errors import ApiError
-from nybble.server.generation import Usage
-from nybble.server.respond import Event
-from nybble.server.responses_schema import ResponsesRequest
-from nybble.server.tool_parser import Arguments, Call, Text, ToolParser
-from nybble.server.tools import Tools
 
 
 class ResponsesShape:
-    """See :class:`nybble.server.respond.Shape`. Nothing is stored; there is one sequence."""
+    """See :class:`nybble.server.api.respond.Shape`. Nothing is stored; there is one sequence."""
 
     terminator: bytes | None = None
 

@@ -13,8 +13,8 @@ import torch
 from nybble.engine import Engine, EngineConfig
 from nybble.loaders import open_checkpoint
 from nybble.loaders.footprint import weight_bytes
-from nybble.server.cli import app
-from nybble.server.doctor import Finding, Plan, container_bytes, examine
+from nybble.server.cli.doctor import Finding, Plan, container_bytes, examine
+from nybble.server.cli.main import app
 from typer.testing import CliRunner, Result
 
 CONFIG = EngineConfig(device="cpu", max_num_seqs=4, max_model_len=100)

@@ -1,0 +1,1 @@
+"""OpenAI's API: requests read, prompts built, events and bodies written."""

@@ -1,0 +1,42 @@
+"""A client of the application in this process, and what most tests send through it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from aiohttp import web
+from aiohttp.test_utils import TestClient, TestServer
+from nybble.engine import Engine
+from nybble.server.app import make_app
+from nybble.server.gate import Gate
+
+Client = TestClient[web.Request, web.Application]
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+RESPONSES = "/v1/responses"
+HELLO = [{"role": "user", "content": "hello"}]
+
+
+def run(engine: Engine, scenario: Callable[[Client], Awaitable[None]], **options: Any) -> None:
+    """Run a scenario against the application in this process."""
+
+    async def main() -> None:
+        gate = options.pop("gate", None) or Gate()
+        app = make_app(engine, **{"models": ("tiny",), "max_sequences": 16, **options}, gate=gate)
+        async with TestClient(TestServer(app)) as client:
+            await scenario(client)
+
+    asyncio.run(main())
+
+
+async def refused(client: Client, path: str, body: Any, status: int = 400) -> dict[str, Any]:
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    async with client.post(path, data=data) as response:
+        error = (await response.json())["error"]
+        assert (response.status, set(error)) == (status, {"message", "type", "param", "code"}), (
+            error
+        )
+        assert "\n" not in error["message"]
+        return dict(error)
