@@ -43,6 +43,8 @@ class Job:
         params = self.params
         if params.seed is not None and self.n > 1:
             params = replace(params, seed=params.seed + index % self.n)
+        if params.prompt_logprobs is not None and index % self.n:
+            params = replace(params, prompt_logprobs=None)  # the first has them
         guide = None if self.guide is None else self.guide.fork()
         prompt = self.prompts[index // self.n]
         request = Request(f"{self.id}-{index}", prompt, params, guide, self.adapter)

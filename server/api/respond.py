@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from aiohttp import web
 from nybble.engine import RequestOutput
@@ -17,6 +17,7 @@ from pydantic_core import to_json
 # A client that takes nothing for this long while its buffers are full is given up.
 _STALL_SECONDS = 60
 
+T = TypeVar("T")
 
 Results = AsyncGenerator[tuple[int, RequestOutput]]
 Event = tuple[str | None, dict[str, Any]]  # a server-sent event's name, if it has one, and data
@@ -63,7 +64,8 @@ async def respond(
             async for index, output in results:
                 usage.add(index, output)
                 outputs[index].append(output)
-        return json_response(shape.whole(outputs, usage))
+        body = await _written(outputs[0][0], lambda: to_json(shape.whole(outputs, usage)))
+        return web.Response(body=body, content_type="application/json")
 
 
 async def _stream(
@@ -77,7 +79,7 @@ async def _stream(
 
     async def tell(index: int, output: RequestOutput) -> None:
         usage.add(index, output)
-        for event in shape.events(index, output):
+        for event in await _written(output, lambda: shape.events(index, output)):
             await stream.send(event)
 
     try:
@@ -99,6 +101,11 @@ async def _stream(
         await stream.send(shape.failure(failure))
     await stream.response.write_eof()
     return stream.response
+
+
+async def _written(output: RequestOutput, write: Callable[[], T]) -> T:
+    """In another thread where there is much to write: a long prompt's logprobs."""
+    return write() if output.prompt_logprobs is None else await asyncio.to_thread(write)
 
 
 @asynccontextmanager

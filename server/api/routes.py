@@ -103,14 +103,7 @@ class Api:
         names = {"prompt": "messages", "max_tokens": limit, "logprobs": "top_logprobs"}
         with _parameters_called(names):
             job, tools = await self._chat_job("chatcmpl-", body, adapter, request.get(TENANT))
-        shape = ChatShape(
-            job.id,
-            body.model,
-            int(time.time()),
-            self._logprobs(job.params),
-            tools,
-            include_usage=body.include_usage,
-        )
+        shape = ChatShape(job.id, body, int(time.time()), self._logprobs(job.params), tools)
         return await respond(request, self._generation, job, shape, stream=bool(body.stream))
 
     async def responses(self, request: web.Request) -> web.StreamResponse:
@@ -156,22 +149,14 @@ class Api:
             prompts.append(tuple(encoded))
         echoes = None
         if body.echo:
-            texts = [
+            echoes = [
                 prompt if isinstance(prompt, str) else await self._prompts.decode(prompt)
                 for prompt in body.prompts
             ]
-            echoes = [text for text in texts for _ in range(body.sequences)]
         guide = await guide_of(self._grammars, body)
         id, n, tenant = f"cmpl-{uuid4().hex}", body.sequences, request.get(TENANT)
         job = Job(id, tuple(prompts), params, n, guide, adapter, tenant, body.timeout)
-        shape = CompletionShape(
-            job.id,
-            body.model,
-            int(time.time()),
-            self._logprobs(params),
-            echoes,
-            include_usage=body.include_usage,
-        )
+        shape = CompletionShape(job.id, body, int(time.time()), self._logprobs(params), echoes)
         return await respond(request, self._generation, job, shape, stream=bool(body.stream))
 
     async def tokenize(self, request: web.Request) -> web.Response:
@@ -197,7 +182,7 @@ class Api:
         return json_response({"prompt": await self._prompts.decode(body.tokens)})
 
     def _logprobs(self, params: SamplingParams) -> Logprobs | None:
-        if params.logprobs is None:
+        if params.logprobs is None and params.prompt_logprobs is None:
             return None
         return Logprobs(self._tokens, self._engine.eos_token_ids | set(params.stop_token_ids))
 
@@ -212,10 +197,11 @@ class Api:
 
     def _require_room(self, prompt: Sequence[int], params: SamplingParams) -> None:
         limit = self._engine.max_model_len
-        if len(prompt) + (params.max_tokens or 1) > limit:
+        asked = 1 if params.max_tokens is None else params.max_tokens
+        if len(prompt) + asked > limit:
             raise ApiError(
                 400,
-                f"the prompt has {len(prompt)} tokens and asks for {params.max_tokens or 1} more "
+                f"the prompt has {len(prompt)} tokens and asks for {asked} more "
                 f"at least, but together they are limited to {limit}",
                 param="prompt" if len(prompt) >= limit else "max_tokens",
                 code="context_length_exceeded",
