@@ -257,7 +257,9 @@ def finetune(
         print(
             f"Wrote {out}: held-out loss {result.history[0].eval_loss:.3f} → "
             f"{result.best_eval_loss:.3f} at step {result.best_step}, "
-            f"{result.trained_parameters:,} parameters",
+            f"{result.trained_parameters:,} parameters; peak memory "
+            f"{result.peak_bytes / 2**20:,.0f} MiB, of which the base's weights "
+            f"{result.base_bytes / 2**20:,.0f}",
             file=sys.stderr,
         )
         if plot is not None:
