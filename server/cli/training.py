@@ -10,6 +10,7 @@ import typer
 from nybble.server.cli.errors import expected_errors, interruptible
 
 if TYPE_CHECKING:
+    from nybble.quantizers.corpus import Part
     from torch import Tensor
 
 commands = typer.Typer()
@@ -34,16 +35,12 @@ _BaseArgument = Annotated[str, typer.Argument(help="Model folder, hub name or al
 _METHOD, _TRAINING, _LORA = "Method", "Training", "Adapter"
 
 
-def _tokens(model: Path, text: Path | None, half: str, samples: int, length: int) -> Tensor:
-    """int64 ``(samples, length)`` of the file, or of a half of the standard library."""
+def _tokens(model: Path, text: Path | None, part: Part, samples: int, length: int) -> Tensor:
+    """int64 ``(samples, length)`` of the file, or of a part of the standard library."""
     from nybble.quantizers.corpus import standard_library_text, token_windows
     from transformers import AutoTokenizer
 
-    content = (
-        standard_library_text("calibration" if half == "calibration" else "held-out")
-        if text is None
-        else text.read_text(encoding="utf-8")
-    )
+    content = standard_library_text(part) if text is None else text.read_text(encoding="utf-8")
     tokenizer = AutoTokenizer.from_pretrained(model)
     return token_windows(tokenizer, content, samples=samples, length=length)
 
