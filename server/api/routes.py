@@ -13,13 +13,14 @@ from nybble.engine import Engine, GrammarCompiler, ParameterError, SamplingParam
 from nybble.server.api.chat import ChatShape
 from nybble.server.api.chat_schema import ChatRequest, DetokenizeRequest, TokenizeRequest
 from nybble.server.api.completions import CompletionShape
+from nybble.server.api.embeddings import EmbeddingRequest, EmbeddingsShape
 from nybble.server.api.generation import Generation, Job
 from nybble.server.api.guiding import guide_of
 from nybble.server.api.logprobs import Logprobs
 from nybble.server.api.model_names import ModelNames
 from nybble.server.api.parse import read_body
 from nybble.server.api.prompts import Prompts
-from nybble.server.api.respond import json_response, respond
+from nybble.server.api.respond import json_response, respond, respond_whole
 from nybble.server.api.responses import ResponsesShape
 from nybble.server.api.responses_schema import ResponsesRequest
 from nybble.server.api.schema import CompletionRequest
@@ -67,6 +68,7 @@ class Api:
             web.post("/v1/chat/completions", self.chat_completions),
             web.post("/v1/completions", self.completions),
             web.post("/v1/responses", self.responses),
+            web.post("/v1/embeddings", self.embeddings),
             web.post("/tokenize", self.tokenize),
             web.post("/detokenize", self.detokenize),
         ]
@@ -159,6 +161,45 @@ class Api:
         shape = CompletionShape(job.id, body, int(time.time()), self._logprobs(params), echoes)
         return await respond(request, self._generation, job, shape, stream=bool(body.stream))
 
+    async def embeddings(self, request: web.Request) -> web.Response:
+        body = await read_body(request, EmbeddingRequest)
+        adapter = self._adapter_of(request, body.model, body.adapter)
+        if self._engine.pooling is None:
+            raise ApiError(
+                400,
+                f"the model {body.model!r} makes embeddings in a way that is not supported: "
+                "expected the last token's or the mean in its 1_Pooling/config.json",
+                param="model",
+                code="unsupported_parameter",
+            )
+        size = self._engine.hidden_size
+        if body.dimensions not in (None, size):
+            raise ApiError(
+                400,
+                f"dimensions is {body.dimensions}, but this model's embeddings have {size} and "
+                "were not trained to be cut short",
+                param="dimensions",
+                code="unsupported_parameter",
+            )
+        params = SamplingParams(max_tokens=0)
+        with _parameters_called({"prompt": "input"}):
+            texts = [prompt for prompt in body.prompts if isinstance(prompt, str)]
+            given = [tuple(prompt) for prompt in body.prompts if not isinstance(prompt, str)]
+            prompts = given or await self._prompts.encode_all(texts)
+            for prompt in prompts:
+                self._require_room(prompt, params)
+                self._require_known("prompt", prompt, self._engine.vocab_size)
+        job = Job(
+            f"embd-{uuid4().hex}",
+            tuple(prompts),
+            params,
+            adapter=adapter,
+            tenant=request.get(TENANT),
+            timeout=body.timeout,
+            pooling=self._engine.pooling,
+        )
+        return await respond_whole(request, self._generation, job, EmbeddingsShape(body))
+
     async def tokenize(self, request: web.Request) -> web.Response:
         body = await read_body(request, TokenizeRequest)
         if body.model is not None:
@@ -196,6 +237,8 @@ class Api:
                 raise ParameterError(parameter, message)
 
     def _require_room(self, prompt: Sequence[int], params: SamplingParams) -> None:
+        if not prompt:
+            raise ParameterError("prompt", "the prompt is empty")
         limit = self._engine.max_model_len
         asked = 1 if params.max_tokens is None else params.max_tokens
         if len(prompt) + asked > limit:

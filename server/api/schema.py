@@ -174,7 +174,7 @@ class Sampling(Body):
 Prompt = str | list[int]
 
 
-def _prompts(value: Any) -> Any:
+def prompts_of(value: Any) -> Any:
     """OpenAI's four shapes as a list of prompts, each text or token ids."""
     if isinstance(value, str):
         return [value]
@@ -198,8 +198,8 @@ def _prompts(value: Any) -> Any:
 class CompletionRequest(Sampling):
     refused = {"suffix": "suffix is not supported: put the text into the prompt"}
 
-    # Validated whole by _prompts: a union would try every shape on a long list of token ids.
-    prompt: Annotated[Any, BeforeValidator(_prompts)]
+    # Validated whole by prompts_of: a union would try every shape on a long list of token ids.
+    prompt: Annotated[Any, BeforeValidator(prompts_of)]
     best_of: int | None = None
     echo: bool | None = None
     logprobs: int | None = None
