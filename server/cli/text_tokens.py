@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from torch import Tensor
 
+# Samples and their length, for rounding merged weights.
+MERGE_CALIBRATION = (16, 512)
+
 
 def text_tokens(
     model: Path,
