@@ -11,6 +11,7 @@ from nybble.server.cli.options import (
     MEMORY,
     MODEL,
     AliasesOption,
+    ConfigOption,
     DeviceOption,
     DtypeOption,
     HeadOption,
@@ -20,7 +21,7 @@ from nybble.server.cli.options import (
     parse_bytes,
 )
 
-_NETWORK, _ADAPTERS, _LOGS = "Network", "Adapters", "Logging"
+_NETWORK, _KEYS, _ADAPTERS, _LOGS = "Network", "Keys", "Adapters", "Logging"
 
 
 def serve(
@@ -43,7 +44,9 @@ def serve(
         int | None,
         typer.Option(help="Tokens of prompt and output together.", rich_help_panel=MODEL, min=1),
     ] = None,
-    host: Annotated[str, typer.Option(rich_help_panel=_NETWORK)] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; 0.0.0.0: all.", rich_help_panel=_NETWORK)
+    ] = "127.0.0.1",
     port: Annotated[
         int, typer.Option(help="0 takes any free one.", rich_help_panel=_NETWORK, min=0, max=65535)
     ] = 8000,
@@ -51,7 +54,7 @@ def serve(
         list[str] | None,
         typer.Option(
             help="Key that requests must carry, repeatable (default: none needed).",
-            rich_help_panel=_NETWORK,
+            rich_help_panel=_KEYS,
         ),
     ] = None,
     tenants: Annotated[
@@ -60,7 +63,7 @@ def serve(
             help="TOML file of tenants: keys, limits, weights. SIGHUP reads it again.",
             exists=True,
             dir_okay=False,
-            rich_help_panel=_NETWORK,
+            rich_help_panel=_KEYS,
         ),
     ] = None,
     shutdown_timeout: Annotated[
@@ -149,9 +152,10 @@ def serve(
         list[str] | None,
         typer.Option(
             help="Key that opens administration, repeatable (default: closed).",
-            rich_help_panel=_ADAPTERS,
+            rich_help_panel=_KEYS,
         ),
     ] = None,
+    config: ConfigOption = None,
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"], typer.Option(rich_help_panel=_LOGS)
     ] = "info",
@@ -160,7 +164,10 @@ def serve(
         typer.Option(help="json: an object a line, without progress bars.", rich_help_panel=_LOGS),
     ] = "text",
 ) -> None:
-    """Serve a model on http://HOST:PORT/v1."""
+    """Serve a model on http://HOST:PORT/v1.
+
+    nybble serve --model demo --api-key secret
+    """
     from nybble.server import logs
 
     logs.configure(log_level, log_format)
@@ -181,7 +188,7 @@ def serve(
         adapters = None
         if enable_lora or named_adapters or lora_root or lora_watch:
             adapters = AdapterConfig(max_loras, max_lora_rank, parse_bytes(lora_host_memory))
-        config = EngineConfig(
+        engine_config = EngineConfig(
             device=str(resolve_device(device)),
             dtype=torch.bfloat16 if dtype == "auto" else getattr(torch, dtype),
             kv_cache_bytes=kv_cache_bytes,
@@ -203,7 +210,7 @@ def serve(
             shutdown_timeout=shutdown_timeout,
         )
         source = ModelSource(model, aliases, quantize, head, merge_adapter, named_adapters)
-        launch(source, config, sock, settings, log_format=log_format)
+        launch(source, engine_config, sock, settings, log_format=log_format)
 
 
 def _named_adapters(options: list[str]) -> dict[str, str]:
