@@ -6,10 +6,12 @@ from nybble.engine.engine import Engine, EngineStats
 from nybble.engine.guide import GrammarCompiler, GrammarGuide
 from nybble.engine.request import (
     AdapterUnavailableError,
+    EngineFailedError,
     EngineOverloadedError,
     EngineStoppedError,
     Guide,
     GuideError,
+    OutOfMemoryError,
     ParameterError,
     Request,
     RequestOutput,
@@ -25,6 +27,7 @@ __all__ = [
     "AdapterUnavailableError",
     "Engine",
     "EngineConfig",
+    "EngineFailedError",
     "EngineOverloadedError",
     "EngineStats",
     "EngineStoppedError",
@@ -32,6 +35,7 @@ __all__ = [
     "GrammarGuide",
     "Guide",
     "GuideError",
+    "OutOfMemoryError",
     "ParameterError",
     "Request",
     "RequestOutput",

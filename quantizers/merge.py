@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from nybble.kernels import DenseWeight, PackedWeight
 from nybble.kernels.packed import INTEGER_LEVELS, SYMMETRIC_LEVELS
+from nybble.kernels.progress import Progress, track
 from nybble.loaders import Checkpoint, CheckpointError, LoRAAdapter, open_checkpoint
 from nybble.loaders.adapter import LoRAModule, projection_shapes
 from nybble.loaders.shards import Shards
@@ -33,7 +34,6 @@ from nybble.quantizers.rtn import quantize_affine
 from nybble.quantizers.writer import FolderWriter
 from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax
-from tqdm import tqdm
 
 _CODEBOOKS = ("nf4", "fp4")
 _DEFAULT_GROUP = 128
@@ -74,7 +74,7 @@ def merge_adapter(
     *,
     format: Format | Literal["bf16"] | None = None,
     keep_16_bits: bool = False,
-    progress: bool = True,
+    progress: Progress = True,
 ) -> list[MergedLayer]:
     """Write ``source`` with ``adapter`` merged into it to ``target``, in a public layout.
 
@@ -104,8 +104,9 @@ def merge_adapter(
         for name in shards.names():
             if _owner(name, shapes) is None:
                 writer.add({name: shards.read(name)})
-        bar = tqdm(total=len(shapes), desc="Merging", unit=" layers", disable=not progress)
-        for name, weight in _projections(checkpoint, shapes):
+        projections = _projections(checkpoint, shapes)
+        total = len(shapes)
+        for name, weight in track(projections, "Merging", progress, unit="layers", total=total):
             module = adapter.modules.get(name)
             if name + ".bias" in shards:
                 writer.add({name + ".bias": shards.read(name + ".bias")})
@@ -116,8 +117,6 @@ def merge_adapter(
                 tensors, layer = _merged(name, weight, module, plan, keep)
                 writer.add(tensors)
                 report += [layer] if layer is not None else []
-            bar.update()
-        bar.close()
     return report
 
 

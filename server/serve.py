@@ -8,18 +8,19 @@ import os
 import signal
 import socket
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from aiohttp import web
-from nybble.engine import Engine
+from nybble.engine import Engine, EngineFailedError
 from nybble.server.adapter_watch import AdapterWatch
 from nybble.server.app import make_app
 from nybble.server.gate import Gate
+from nybble.server.listen import BACKLOG
 from nybble.server.tenants import Tenants
 
 logger = logging.getLogger(__name__)
 
-_BACKLOG = 1024
 # Without a request, or with one whose headers do not end.
 _KEEPALIVE_SECONDS = 75
 # For responses whose last bytes are on the way when everything has been computed.
@@ -45,6 +46,8 @@ async def serve(
     While they do, new ones get 503. Those not finished after ``shutdown_timeout`` seconds end with
     an error. A second signal ends the process at once. ``ready`` is called when requests are taken.
     SIGHUP has the tenants read again. adapter_watch: a folder whose adapters come and go.
+
+    Raises EngineFailedError once every client is told, where the engine has failed for good.
     """
     gate = Gate()
     app = make_app(
@@ -68,6 +71,7 @@ async def serve(
     await runner.setup()
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
+    engine.when_dead(partial(loop.call_soon_threadsafe, stopping.set))
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, _on_signal, stopping, number)
     if tenants is not None:
@@ -76,11 +80,12 @@ async def serve(
     if adapter_watch is not None:
         watch = asyncio.create_task(AdapterWatch(engine, adapter_watch, models).run())
     try:
-        await web.SockSite(runner, sock, backlog=_BACKLOG).start()
+        await web.SockSite(runner, sock, backlog=BACKLOG).start()
         ready()
         await stopping.wait()
-        logger.info("shutting down: finishing requests for at most %g s", shutdown_timeout)
-        left = await gate.close(shutdown_timeout)
+        seconds = shutdown_timeout if engine.failure is None else _FLUSH_SECONDS
+        logger.info("shutting down: finishing requests for at most %g s", seconds)
+        left = await gate.close(seconds)
         if left:
             logger.warning("%d requests did not finish in time and end with an error", left)
     finally:
@@ -89,6 +94,8 @@ async def serve(
         # First the engine, so that what is still streaming is told; then the connections.
         await asyncio.to_thread(engine.stop)
         await runner.cleanup()
+    if engine.failure is not None:
+        raise EngineFailedError(f"the engine has failed: {engine.failure}")
 
 
 def _on_signal(stopping: asyncio.Event, number: int) -> None:
