@@ -21,6 +21,7 @@ import torch
 from filelock import FileLock
 from nybble.kernels.layout import Layout
 from nybble.kernels.matmul import preferred_layout
+from nybble.kernels.progress import Progress
 from nybble.loaders import (
     Checkpoint,
     LoRAAdapter,
@@ -49,7 +50,7 @@ def prepare_checkpoint(
     quantize: Literal["nf4"] | None = None,
     head: Literal["int8"] | None = None,
     adapter: str | None = None,
-    progress: bool = True,
+    progress: Progress = True,
 ) -> Checkpoint:
     """Resolve ``name``, pack it into the cache unless it is there, and open it.
 
@@ -90,7 +91,7 @@ def prepare_checkpoint(
 
 
 @contextmanager
-def _merged(folder: Path, lora: LoRAAdapter, packed: Path, progress: bool) -> Iterator[Path]:
+def _merged(folder: Path, lora: LoRAAdapter, packed: Path, progress: Progress) -> Iterator[Path]:
     scratch = packed.with_name(packed.name + ".merged")
     shutil.rmtree(scratch, ignore_errors=True)
     try:
@@ -106,7 +107,7 @@ def _merged(folder: Path, lora: LoRAAdapter, packed: Path, progress: bool) -> It
 
 
 @contextmanager
-def _demo_in_gptq(folder: Path, packed: Path, progress: bool) -> Iterator[Checkpoint]:
+def _demo_in_gptq(folder: Path, packed: Path, progress: Progress) -> Iterator[Checkpoint]:
     scratch = packed.with_name(packed.name + ".gptq")
     shutil.rmtree(scratch, ignore_errors=True)
     try:
