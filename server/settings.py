@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from nybble.server.fine_tuning.settings import FineTuningSettings
 from nybble.server.tenants import Tenants
 
 
@@ -16,7 +17,8 @@ class ServerSettings:
     admin_keys: the same for administration, which needs one. adapter_roots: folders that adapters
     may be loaded from. tenants: whose keys are taken too, each with what it allows.
     adapter_watch: a folder whose adapters come and go. shutdown_timeout: seconds for requests in
-    flight to finish.
+    flight to finish. model_folder: of the model that is served, for jobs to train on.
+    fine_tuning: None for a server without.
     """
 
     models: tuple[str, ...]
@@ -27,3 +29,5 @@ class ServerSettings:
     tenants: Tenants | None = None
     adapter_watch: Path | None = None
     shutdown_timeout: float = 30
+    model_folder: Path | None = None
+    fine_tuning: FineTuningSettings | None = None

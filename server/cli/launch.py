@@ -6,7 +6,7 @@ import asyncio
 import logging
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from socket import socket
 from typing import Literal
@@ -60,6 +60,7 @@ def launch(
     if taken := [name for name in source.adapters if name in settings.models]:
         raise ValueError(f"--lora-modules: {taken[0]!r} is the name of the base model")
     engine = Engine.load(checkpoint, config, progress)
+    settings = replace(settings, model_folder=checkpoint.folder)
     for name, path in source.adapters.items():
         engine.load_adapter(name, path)
     engine.start()

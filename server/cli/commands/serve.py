@@ -21,6 +21,7 @@ from nybble.server.cli.options import (
 )
 
 _NETWORK, _ADAPTERS, _LOGS = "Network", "Adapters", "Logging"
+_FINE_TUNING = "Fine-tuning"
 
 
 def serve(
@@ -152,6 +153,37 @@ def serve(
             rich_help_panel=_ADAPTERS,
         ),
     ] = None,
+    fine_tuning: Annotated[
+        bool,
+        typer.Option(
+            "--fine-tuning",
+            help="Take training files and jobs over the API.",
+            rich_help_panel=_FINE_TUNING,
+        ),
+    ] = False,
+    state_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of files, jobs and trained adapters (default: ~/.local/state/nybble); "
+            "implies --fine-tuning.",
+            file_okay=False,
+            rich_help_panel=_FINE_TUNING,
+        ),
+    ] = None,
+    max_file_size: Annotated[
+        str, typer.Option(help="Of an uploaded file.", rich_help_panel=_FINE_TUNING)
+    ] = "512MiB",
+    file_quota: Annotated[
+        str, typer.Option(help="Of one tenant's files together.", rich_help_panel=_FINE_TUNING)
+    ] = "4GiB",
+    fine_tuning_threads: Annotated[
+        int | None,
+        typer.Option(
+            help="Of a job on the CPU (default: half of the processors).",
+            min=1,
+            rich_help_panel=_FINE_TUNING,
+        ),
+    ] = None,
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"], typer.Option(rich_help_panel=_LOGS)
     ] = "info",
@@ -174,12 +206,18 @@ def serve(
         import torch
         from nybble.engine import AdapterConfig, EngineConfig, resolve_device
         from nybble.server.cli.launch import ModelSource, launch
+        from nybble.server.fine_tuning.settings import (
+            FineTuningSettings,
+            default_state,
+            default_threads,
+        )
         from nybble.server.settings import ServerSettings
         from nybble.server.tenants import Tenants
 
         named_adapters = _named_adapters(lora_modules or [])
         adapters = None
-        if enable_lora or named_adapters or lora_root or lora_watch:
+        tunes = fine_tuning or state_dir is not None
+        if enable_lora or named_adapters or lora_root or lora_watch or tunes:
             adapters = AdapterConfig(max_loras, max_lora_rank, parse_bytes(lora_host_memory))
         config = EngineConfig(
             device=str(resolve_device(device)),
@@ -192,6 +230,16 @@ def serve(
             max_waiting=max_waiting,
             adapters=adapters,
         )
+        tuning = None
+        if tunes:
+            tuning = FineTuningSettings(
+                state=state_dir or default_state(),
+                device=config.device,
+                max_rank=max_lora_rank,
+                max_file_bytes=parse_bytes(max_file_size),
+                quota_bytes=parse_bytes(file_quota),
+                threads=fine_tuning_threads or default_threads(),
+            )
         settings = ServerSettings(
             models=tuple(served_model_name or [model]),
             max_sequences=max_num_seqs + max_waiting,
@@ -201,6 +249,7 @@ def serve(
             tenants=None if tenants is None else Tenants(tenants),
             adapter_watch=lora_watch,
             shutdown_timeout=shutdown_timeout,
+            fine_tuning=tuning,
         )
         source = ModelSource(model, aliases, quantize, head, merge_adapter, named_adapters)
         launch(source, config, sock, settings, log_format=log_format)
