@@ -6,7 +6,7 @@ import asyncio
 import logging
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from socket import socket
 from typing import Literal
@@ -65,7 +65,10 @@ async def _load_and_serve(
 ) -> None:
     startup = Startup(bars=log_format == "text")
     logger.info(Event("starting", {"health": f"{_origin(sock, settings)}/health"}))
-    engine = await load_behind(sock, settings.tls, startup, lambda: _load(source, config, startup))
+    engine, folder = await load_behind(
+        sock, settings.tls, startup, lambda: _load(source, config, startup)
+    )
+    settings = replace(settings, model_folder=folder)
 
     def announce() -> None:
         url = f"{_origin(sock, settings)}/v1"
@@ -87,7 +90,7 @@ async def _load_and_serve(
     await serve(engine, sock, settings, ready=announce)
 
 
-def _load(source: ModelSource, config: EngineConfig, startup: Startup) -> Engine:
+def _load(source: ModelSource, config: EngineConfig, startup: Startup) -> tuple[Engine, Path]:
     startup.report("Preparing kernels", 0, None)  # the first start on a machine compiles them
     checkpoint = prepare_checkpoint(
         source.model,
@@ -105,7 +108,7 @@ def _load(source: ModelSource, config: EngineConfig, startup: Startup) -> Engine
     for name, path in source.adapters.items():
         engine.load_adapter(name, path)
     engine.start()
-    return engine
+    return engine, checkpoint.folder
 
 
 def _origin(sock: socket, settings: ServerSettings) -> str:
