@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from nybble.server.cli.errors import expected_errors, interruptible
+from nybble.server.cli.errors import expected_errors, interruptible, on_stderr
 from nybble.server.cli.options import (
     MEMORY,
     MODEL,
     AliasesOption,
+    ConfigOption,
     DeviceOption,
     DtypeOption,
     HeadOption,
@@ -20,7 +21,10 @@ from nybble.server.cli.options import (
     parse_bytes,
 )
 
-_NETWORK, _ADAPTERS, _LOGS = "Network", "Adapters", "Logging"
+_NETWORK, _KEYS, _ADAPTERS, _LOGS = "Network", "Keys", "Adapters", "Logging"
+_FAILURES, _FINE_TUNING = "Failures", "Fine-tuning"
+_RESTARTS = 3
+_ENGINE_FAILED = 70  # EX_SOFTWARE, where 1 is for what was asked for in vain
 
 
 def serve(
@@ -43,7 +47,9 @@ def serve(
         int | None,
         typer.Option(help="Tokens of prompt and output together.", rich_help_panel=MODEL, min=1),
     ] = None,
-    host: Annotated[str, typer.Option(rich_help_panel=_NETWORK)] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; 0.0.0.0: all.", rich_help_panel=_NETWORK)
+    ] = "127.0.0.1",
     port: Annotated[
         int, typer.Option(help="0 takes any free one.", rich_help_panel=_NETWORK, min=0, max=65535)
     ] = 8000,
@@ -51,7 +57,7 @@ def serve(
         list[str] | None,
         typer.Option(
             help="Key that requests must carry, repeatable (default: none needed).",
-            rich_help_panel=_NETWORK,
+            rich_help_panel=_KEYS,
         ),
     ] = None,
     tenants: Annotated[
@@ -60,9 +66,37 @@ def serve(
             help="TOML file of tenants: keys, limits, weights. SIGHUP reads it again.",
             exists=True,
             dir_okay=False,
+            rich_help_panel=_KEYS,
+        ),
+    ] = None,
+    ssl_certfile: Annotated[
+        Path | None,
+        typer.Option(
+            help="Certificate with its chain (PEM), for https.",
+            exists=True,
+            dir_okay=False,
             rich_help_panel=_NETWORK,
         ),
     ] = None,
+    ssl_keyfile: Annotated[
+        Path | None,
+        typer.Option(
+            help="Its key (PEM), unless that is in the same file.",
+            exists=True,
+            dir_okay=False,
+            rich_help_panel=_NETWORK,
+        ),
+    ] = None,
+    allowed_origins: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Origin whose pages may call the API, or '*', repeatable (default: none).",
+            rich_help_panel=_NETWORK,
+        ),
+    ] = None,
+    no_console: Annotated[
+        bool, typer.Option("--no-console", help="No page at /.", rich_help_panel=_NETWORK)
+    ] = False,
     shutdown_timeout: Annotated[
         float,
         typer.Option(
@@ -149,9 +183,57 @@ def serve(
         list[str] | None,
         typer.Option(
             help="Key that opens administration, repeatable (default: closed).",
-            rich_help_panel=_ADAPTERS,
+            rich_help_panel=_KEYS,
         ),
     ] = None,
+    fine_tuning: Annotated[
+        bool,
+        typer.Option(
+            "--fine-tuning",
+            help="Take training files and jobs over the API.",
+            rich_help_panel=_FINE_TUNING,
+        ),
+    ] = False,
+    state_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of files, jobs and trained adapters (default: ~/.local/state/nybble); "
+            "implies --fine-tuning.",
+            file_okay=False,
+            rich_help_panel=_FINE_TUNING,
+        ),
+    ] = None,
+    max_file_size: Annotated[
+        str, typer.Option(help="Of an uploaded file.", rich_help_panel=_FINE_TUNING)
+    ] = "512MiB",
+    file_quota: Annotated[
+        str, typer.Option(help="Of one tenant's files together.", rich_help_panel=_FINE_TUNING)
+    ] = "4GiB",
+    fine_tuning_threads: Annotated[
+        int | None,
+        typer.Option(
+            help="Of a job on the CPU (default: half of the processors).",
+            min=1,
+            rich_help_panel=_FINE_TUNING,
+        ),
+    ] = None,
+    tune: Annotated[
+        bool,
+        typer.Option(
+            help="Measure at the start, for minutes, GPU kernels whose best configuration is not "
+            "known; kept for later starts.",
+            rich_help_panel=MODEL,
+        ),
+    ] = True,
+    on_engine_failure: Annotated[
+        Literal["exit", "restart"],
+        typer.Option(
+            help="Once clients are told: exit (code 70) for a supervisor, or begin again with the "
+            "same weights, three times in ten minutes at most.",
+            rich_help_panel=_FAILURES,
+        ),
+    ] = "exit",
+    config: ConfigOption = None,
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"], typer.Option(rich_help_panel=_LOGS)
     ] = "info",
@@ -160,28 +242,41 @@ def serve(
         typer.Option(help="json: an object a line, without progress bars.", rich_help_panel=_LOGS),
     ] = "text",
 ) -> None:
-    """Serve a model on http://HOST:PORT/v1."""
+    """Serve a model on http://HOST:PORT/v1.
+
+    nybble serve --model demo --api-key secret
+    """
     from nybble.server import logs
 
     logs.configure(log_level, log_format)
     kv_cache_bytes = None if kv_cache_memory == "auto" else parse_bytes(kv_cache_memory)
-    failures = expected_errors(logs.error) if log_format == "json" else expected_errors()
-    with failures, interruptible():
+    report = logs.error if log_format == "json" else on_stderr
+    with expected_errors(report), interruptible():
         from nybble.server.listen import bind
 
         # Before the model is loaded: a taken port is found out at once.
         sock = bind(host, port)
         import torch
-        from nybble.engine import AdapterConfig, EngineConfig, resolve_device
+        from nybble.engine import AdapterConfig, EngineConfig, EngineFailedError, resolve_device
         from nybble.server.cli.launch import ModelSource, launch
+        from nybble.server.cors import Cors
+        from nybble.server.fine_tuning.settings import (
+            FineTuningSettings,
+            default_state,
+            default_threads,
+        )
         from nybble.server.settings import ServerSettings
         from nybble.server.tenants import Tenants
+        from nybble.server.tls import tls_context
 
+        if ssl_keyfile is not None and ssl_certfile is None:
+            raise ValueError("--ssl-keyfile goes with --ssl-certfile")
         named_adapters = _named_adapters(lora_modules or [])
         adapters = None
-        if enable_lora or named_adapters or lora_root or lora_watch:
+        tunes = fine_tuning or state_dir is not None
+        if enable_lora or named_adapters or lora_root or lora_watch or tunes:
             adapters = AdapterConfig(max_loras, max_lora_rank, parse_bytes(lora_host_memory))
-        config = EngineConfig(
+        engine_config = EngineConfig(
             device=str(resolve_device(device)),
             dtype=torch.bfloat16 if dtype == "auto" else getattr(torch, dtype),
             kv_cache_bytes=kv_cache_bytes,
@@ -191,7 +286,19 @@ def serve(
             max_model_len=max_model_len,
             max_waiting=max_waiting,
             adapters=adapters,
+            tune=tune,
+            restarts=_RESTARTS if on_engine_failure == "restart" else 0,
         )
+        tuning = None
+        if tunes:
+            tuning = FineTuningSettings(
+                state=state_dir or default_state(),
+                device=engine_config.device,
+                max_rank=max_lora_rank,
+                max_file_bytes=parse_bytes(max_file_size),
+                quota_bytes=parse_bytes(file_quota),
+                threads=fine_tuning_threads or default_threads(),
+            )
         settings = ServerSettings(
             models=tuple(served_model_name or [model]),
             max_sequences=max_num_seqs + max_waiting,
@@ -201,9 +308,17 @@ def serve(
             tenants=None if tenants is None else Tenants(tenants),
             adapter_watch=lora_watch,
             shutdown_timeout=shutdown_timeout,
+            tls=None if ssl_certfile is None else tls_context(ssl_certfile, ssl_keyfile),
+            cors=Cors(allowed_origins) if allowed_origins else None,
+            console=not no_console,
+            fine_tuning=tuning,
         )
         source = ModelSource(model, aliases, quantize, head, merge_adapter, named_adapters)
-        launch(source, config, sock, settings, log_format=log_format)
+        try:
+            launch(source, engine_config, sock, settings, log_format=log_format)
+        except EngineFailedError as error:
+            report(str(error))
+            raise typer.Exit(_ENGINE_FAILED) from None
 
 
 def _named_adapters(options: list[str]) -> dict[str, str]:
