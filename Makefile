@@ -6,7 +6,7 @@ MODEL  ?= demo
 PORT   ?= 8000
 PACKAGES := engine finetune kernels loaders quantizers server
 
-.PHONY: install serve test lint gpu clean
+.PHONY: install serve test test-clients lint gpu clean
 
 install: $(VENV)/.installed
 
@@ -36,6 +36,17 @@ lint: install
 
 test: lint
 	$(BIN)/pytest
+
+# OpenAI's client, LangChain, LlamaIndex, LiteLLM and lm-evaluation-harness against a live server:
+# make test-clients, or only one: make test-clients CLIENTS=tests/clients/test_litellm.py
+CLIENTS ?= tests/clients
+build/clients/.installed: tests/clients/requirements.txt
+	$(PYTHON) -m venv build/clients
+	build/clients/bin/pip install --progress-bar on -r $<
+	touch $@
+test-clients: install build/clients/.installed
+	build/clients/bin/pytest -q -c /dev/null --rootdir=. --confcutdir=tests/clients \
+		--import-mode=importlib -p no:cacheprovider -W ignore $(CLIENTS)
 
 # On a machine with a GPU and a torch of its own: checks first, then the tables, each script in its
 # own time budget (--minutes).
