@@ -1,12 +1,13 @@
 # `make serve` and `make test` are all a fresh machine needs.
 PYTHON ?= python3
 VENV   := .venv
+SHELL  := bash
 BIN    := $(VENV)/bin
 MODEL  ?= demo
 PORT   ?= 8000
 PACKAGES := engine finetune kernels loaders quantizers server
 
-.PHONY: install serve test lint gpu clean
+.PHONY: install serve test test-browser audit lint gpu clean
 
 install: $(VENV)/.installed
 
@@ -35,7 +36,26 @@ lint: install
 	$(BIN)/mypy load_tests/*.py
 
 test: lint
+	@command -v chromium chromedriver >/dev/null || \
+		echo "*** no chromium: the page at / is NOT tested in a browser; see make test-browser ***"
 	$(BIN)/pytest
+
+# The page in a headless Chromium, which root has installed where apt is.
+test-browser: install
+	command -v chromium chromedriver >/dev/null || \
+		{ apt-get update -q && apt-get install -yq --no-install-recommends chromium chromium-driver; }
+	$(BIN)/pytest tests/server/console
+
+# The pinned packages against the database of known vulnerabilities, which has to be reachable.
+audit:
+	$(PYTHON) -m venv build/audit
+	build/audit/bin/pip install -q pip-audit
+	@build/audit/bin/pip-audit -r constraints.txt --no-deps --disable-pip 2>&1 | tee build/audit.txt; \
+	status=$${PIPESTATUS[0]}; \
+	if grep -qE "ConnectionError|Failed to (connect|upgrade)|Max retries|timed out|ServiceError|HTTPError" \
+		build/audit.txt; then \
+		echo "*** NOT audited: the vulnerability service cannot be reached from here ***"; exit 2; \
+	fi; exit $$status
 
 # On a machine with a GPU and a torch of its own: checks first, then the tables, each script in its
 # own time budget (--minutes).

@@ -13,6 +13,7 @@ from aiohttp.typedefs import Middleware
 from nybble.engine import Engine
 from nybble.server.adapters import ADMIN_PATHS, AdapterAdmin
 from nybble.server.api.routes import Api
+from nybble.server.console.page import Console
 from nybble.server.errors import as_api_error
 from nybble.server.gate import Gate
 from nybble.server.keys import Keys, bearer
@@ -34,6 +35,8 @@ _ACCEPTABLE_ID = re.compile(r"[\x21-\x7e]{1,128}")
 _CLIENT_CLOSED = 499
 # What load balancers and Prometheus ask without a key.
 _OPEN_PATHS = ("/health", "/metrics", "/version")
+# And the page, which asks for one itself.
+_OPEN_ROUTES = ("/", "/console/{name}")
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -59,6 +62,8 @@ def make_app(
     admin_keys = Keys(settings.admin_keys, kind="admin key")
     admin = AdapterAdmin(engine, models, admin_keys, settings.adapter_roots)
     app.add_routes(admin.routes())
+    if settings.console:
+        app.add_routes(Console().routes())
     app.on_response_prepare.append(_send_request_id)
     if cors is not None:
         app.on_response_prepare.append(cors.send)
@@ -135,7 +140,8 @@ def _authenticate(keys: Keys, tenants: Tenants | None) -> Middleware:
         resource = request.match_info.route.resource
         # Administration asks for a key of its own.
         administration = resource is not None and resource.canonical in ADMIN_PATHS
-        if request.path not in _OPEN_PATHS and not administration:
+        page = resource is not None and resource.canonical in _OPEN_ROUTES
+        if request.path not in _OPEN_PATHS and not page and not administration:
             key = bearer(request)
             tenant = tenants.find(key) if tenants is not None and key is not None else None
             if tenant is not None:
