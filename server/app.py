@@ -11,6 +11,7 @@ from uuid import uuid4
 from aiohttp import web
 from aiohttp.typedefs import Middleware
 from nybble.engine import Engine
+from nybble.server.adapter_state import AdapterState
 from nybble.server.adapters import ADMIN_PATHS, AdapterAdmin
 from nybble.server.api.routes import Api
 from nybble.server.errors import as_api_error
@@ -51,7 +52,8 @@ def make_app(engine: Engine, settings: ServerSettings, gate: Gate) -> web.Applic
     app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=middlewares)
     app.add_routes(api.routes())
     admin_keys = Keys(settings.admin_keys, kind="admin key")
-    admin = AdapterAdmin(engine, models, admin_keys, settings.adapter_roots)
+    state = None if settings.adapter_state is None else AdapterState(settings.adapter_state)
+    admin = AdapterAdmin(engine, models, admin_keys, settings.adapter_roots, state)
     app.add_routes(admin.routes())
     app.on_response_prepare.append(_send_request_id)
     app.on_response_prepare.append(_send_limits(limiter))

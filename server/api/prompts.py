@@ -33,6 +33,13 @@ class Prompts:
         """Token ids of ``text``; special_tokens: with those the model's inputs begin with."""
         return await _off_loop(len(text), lambda: self._encode(text, special_tokens))
 
+    async def encode_all(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
+        """Token ids of each text, with those the model's inputs begin or end with."""
+        return await _off_loop(
+            sum(map(len, texts)),
+            lambda: [tuple(encoding.ids) for encoding in self._backend.encode_batch(list(texts))],
+        )
+
     async def decode(self, token_ids: Sequence[int]) -> str:
         """The text of ``token_ids``, special tokens included."""
         return await _off_loop(

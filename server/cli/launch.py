@@ -13,6 +13,7 @@ from typing import Literal
 
 import torch
 from nybble.engine import Engine, EngineConfig
+from nybble.server.adapters import restore
 from nybble.server.cli.fit import memory_explained
 from nybble.server.cli.options import LogFormat
 from nybble.server.cli.prepare import prepare_checkpoint
@@ -65,7 +66,7 @@ async def _load_and_serve(
 ) -> None:
     startup = Startup(bars=log_format == "text")
     logger.info(Event("starting", {"health": f"{_origin(sock)}/health"}))
-    engine = await load_behind(sock, startup, lambda: _load(source, config, startup))
+    engine = await load_behind(sock, startup, lambda: _load(source, config, settings, startup))
 
     def announce() -> None:
         url = f"{_origin(sock)}/v1"
@@ -87,7 +88,9 @@ async def _load_and_serve(
     await serve(engine, sock, settings, ready=announce)
 
 
-def _load(source: ModelSource, config: EngineConfig, startup: Startup) -> Engine:
+def _load(
+    source: ModelSource, config: EngineConfig, settings: ServerSettings, startup: Startup
+) -> Engine:
     startup.report("Preparing kernels", 0, None)  # the first start on a machine compiles them
     checkpoint = prepare_checkpoint(
         source.model,
@@ -104,6 +107,7 @@ def _load(source: ModelSource, config: EngineConfig, startup: Startup) -> Engine
         engine.warm_up(startup.report)
     for name, path in source.adapters.items():
         engine.load_adapter(name, path)
+    restore(engine, settings)
     engine.start()
     return engine
 

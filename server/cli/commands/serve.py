@@ -11,6 +11,7 @@ from nybble.server.cli.options import (
     MEMORY,
     MODEL,
     AliasesOption,
+    ConfigOption,
     DeviceOption,
     DtypeOption,
     HeadOption,
@@ -20,7 +21,7 @@ from nybble.server.cli.options import (
     parse_bytes,
 )
 
-_NETWORK, _ADAPTERS, _LOGS = "Network", "Adapters", "Logging"
+_NETWORK, _KEYS, _ADAPTERS, _LOGS = "Network", "Keys", "Adapters", "Logging"
 _FAILURES = "Failures"
 _RESTARTS = 3
 _ENGINE_FAILED = 70  # EX_SOFTWARE, where 1 is for what was asked for in vain
@@ -46,7 +47,9 @@ def serve(
         int | None,
         typer.Option(help="Tokens of prompt and output together.", rich_help_panel=MODEL, min=1),
     ] = None,
-    host: Annotated[str, typer.Option(rich_help_panel=_NETWORK)] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; 0.0.0.0: all.", rich_help_panel=_NETWORK)
+    ] = "127.0.0.1",
     port: Annotated[
         int, typer.Option(help="0 takes any free one.", rich_help_panel=_NETWORK, min=0, max=65535)
     ] = 8000,
@@ -54,7 +57,7 @@ def serve(
         list[str] | None,
         typer.Option(
             help="Key that requests must carry, repeatable (default: none needed).",
-            rich_help_panel=_NETWORK,
+            rich_help_panel=_KEYS,
         ),
     ] = None,
     tenants: Annotated[
@@ -63,7 +66,7 @@ def serve(
             help="TOML file of tenants: keys, limits, weights. SIGHUP reads it again.",
             exists=True,
             dir_okay=False,
-            rich_help_panel=_NETWORK,
+            rich_help_panel=_KEYS,
         ),
     ] = None,
     shutdown_timeout: Annotated[
@@ -126,6 +129,15 @@ def serve(
             rich_help_panel=_ADAPTERS,
         ),
     ] = None,
+    lora_state: Annotated[
+        Path | None,
+        typer.Option(
+            help="File that keeps what the API has loaded for the next start (default: in the "
+            "cache, for this model, port and --lora-root).",
+            dir_okay=False,
+            rich_help_panel=_ADAPTERS,
+        ),
+    ] = None,
     lora_watch: Annotated[
         Path | None,
         typer.Option(
@@ -152,7 +164,7 @@ def serve(
         list[str] | None,
         typer.Option(
             help="Key that opens administration, repeatable (default: closed).",
-            rich_help_panel=_ADAPTERS,
+            rich_help_panel=_KEYS,
         ),
     ] = None,
     tune: Annotated[
@@ -171,6 +183,7 @@ def serve(
             rich_help_panel=_FAILURES,
         ),
     ] = "exit",
+    config: ConfigOption = None,
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"], typer.Option(rich_help_panel=_LOGS)
     ] = "info",
@@ -179,7 +192,10 @@ def serve(
         typer.Option(help="json: an object a line, without progress bars.", rich_help_panel=_LOGS),
     ] = "text",
 ) -> None:
-    """Serve a model on http://HOST:PORT/v1."""
+    """Serve a model on http://HOST:PORT/v1.
+
+    nybble serve --model demo --api-key secret
+    """
     from nybble.server import logs
 
     logs.configure(log_level, log_format)
@@ -192,6 +208,7 @@ def serve(
         sock = bind(host, port)
         import torch
         from nybble.engine import AdapterConfig, EngineConfig, EngineFailedError, resolve_device
+        from nybble.server.adapter_state import default_path
         from nybble.server.cli.launch import ModelSource, launch
         from nybble.server.settings import ServerSettings
         from nybble.server.tenants import Tenants
@@ -200,7 +217,7 @@ def serve(
         adapters = None
         if enable_lora or named_adapters or lora_root or lora_watch:
             adapters = AdapterConfig(max_loras, max_lora_rank, parse_bytes(lora_host_memory))
-        config = EngineConfig(
+        engine_config = EngineConfig(
             device=str(resolve_device(device)),
             dtype=torch.bfloat16 if dtype == "auto" else getattr(torch, dtype),
             kv_cache_bytes=kv_cache_bytes,
@@ -219,13 +236,14 @@ def serve(
             api_keys=tuple(api_key or ()),
             admin_keys=tuple(admin_key or ()),
             adapter_roots=tuple(lora_root or ()),
+            adapter_state=lora_state or default_path(model, port, lora_root or ()),
             tenants=None if tenants is None else Tenants(tenants),
             adapter_watch=lora_watch,
             shutdown_timeout=shutdown_timeout,
         )
         source = ModelSource(model, aliases, quantize, head, merge_adapter, named_adapters)
         try:
-            launch(source, config, sock, settings, log_format=log_format)
+            launch(source, engine_config, sock, settings, log_format=log_format)
         except EngineFailedError as error:
             report(str(error))
             raise typer.Exit(_ENGINE_FAILED) from None
