@@ -22,6 +22,7 @@ from nybble.server.logs import Event
 from nybble.server.metrics import Metrics
 from nybble.server.request_record import RECORD, RequestRecord
 from nybble.server.settings import ServerSettings
+from nybble.server.templates import TemplateRenderer
 from nybble.server.tenants import TENANT, Tenants
 
 logger = logging.getLogger(__name__)
@@ -38,13 +39,18 @@ _OPEN_PATHS = ("/health", "/metrics", "/version")
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
-def make_app(engine: Engine, settings: ServerSettings, gate: Gate) -> web.Application:
+def make_app(
+    engine: Engine, settings: ServerSettings, gate: Gate, templates: TemplateRenderer
+) -> web.Application:
     """The application over a started engine."""
     models, tenants = settings.models, settings.tenants
     metrics = Metrics(engine, settings.max_sequences)
     limiter = Limiter()
-    api = Api(engine, metrics, models, settings.max_sequences, gate, limiter)
+    api = Api(engine, metrics, models, settings.max_sequences, gate, limiter, templates)
+    cors = settings.cors
     middlewares: list[Middleware] = [_observe(metrics), _report_errors]
+    if cors is not None:
+        middlewares.append(cors.middleware())
     if settings.api_keys or tenants is not None:
         keys = Keys(settings.api_keys, kind="API key")
         middlewares.append(_authenticate(keys, tenants))
@@ -56,6 +62,8 @@ def make_app(engine: Engine, settings: ServerSettings, gate: Gate) -> web.Applic
     admin = AdapterAdmin(engine, models, admin_keys, settings.adapter_roots, state)
     app.add_routes(admin.routes())
     app.on_response_prepare.append(_send_request_id)
+    if cors is not None:
+        app.on_response_prepare.append(cors.send)
     app.on_response_prepare.append(_send_limits(limiter))
     return app
 

@@ -16,6 +16,7 @@ from nybble.server.app import make_app
 from nybble.server.gate import Gate
 from nybble.server.listen import BACKLOG
 from nybble.server.settings import ServerSettings
+from nybble.server.templates import TemplateRenderer
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +42,9 @@ async def serve(
     Raises EngineFailedError once every client is told, where the engine has failed for good.
     """
     gate = Gate()
-    app = make_app(engine, settings, gate)
+    templates = TemplateRenderer()
+    app = make_app(engine, settings, gate, templates)
+    templates.start()
     # Cancelling handlers of clients that have gone is what cancels their sequences.
     runner = web.AppRunner(
         app,
@@ -63,7 +66,7 @@ async def serve(
         adapters = AdapterWatch(engine, settings.adapter_watch, settings.models)
         watch = asyncio.create_task(adapters.run())
     try:
-        await web.SockSite(runner, sock, backlog=BACKLOG).start()
+        await web.SockSite(runner, sock, backlog=BACKLOG, ssl_context=settings.tls).start()
         ready()
         await stopping.wait()
         timeout = settings.shutdown_timeout if engine.failure is None else _FLUSH_SECONDS
@@ -77,6 +80,7 @@ async def serve(
         # First the engine, so that what is still streaming is told; then the connections.
         await asyncio.to_thread(engine.stop)
         await runner.cleanup()
+        templates.close()
     if engine.failure is not None:
         raise EngineFailedError(f"the engine has failed: {engine.failure}")
 

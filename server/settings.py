@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from ssl import SSLContext
 
+from nybble.server.cors import Cors
 from nybble.server.tenants import Tenants
 
 
@@ -14,9 +16,11 @@ class ServerSettings:
     """models: the names it answers to, the first being its own. max_sequences: how many may be
     waiting and running at once. api_keys: with any, requests must carry one of them.
     admin_keys: the same for administration, which needs one. adapter_roots: folders that adapters
-    may be loaded from. adapter_state: the file that keeps them for the next start. tenants: whose keys are taken too, each with what it allows.
+    may be loaded from. adapter_state: the file that keeps them for the next start.
+    tenants: whose keys are taken too, each with what it allows.
     adapter_watch: a folder whose adapters come and go. shutdown_timeout: seconds for requests in
-    flight to finish.
+    flight to finish. tls: the certificate, for https. cors: pages elsewhere that may
+    call the API. console: whether there is a page at ``/``.
     """
 
     models: tuple[str, ...]
@@ -28,3 +32,6 @@ class ServerSettings:
     tenants: Tenants | None = None
     adapter_watch: Path | None = None
     shutdown_timeout: float = 30
+    tls: SSLContext | None = None
+    cors: Cors | None = None
+    console: bool = True

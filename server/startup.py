@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import socket
+import ssl
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -81,7 +82,13 @@ class Startup:
         return body
 
 
-async def load_behind(sock: socket.socket, startup: Startup, load: Callable[[], T]) -> T:
+async def load_behind(
+    sock: socket.socket,
+    startup: Startup,
+    load: Callable[[], T],
+    *,
+    tls: ssl.SSLContext | None = None,
+) -> T:
     """Run ``load`` in a thread, and meanwhile answer on ``sock`` that the server is starting.
 
     ``sock`` is bound; it listens from now on, so that a request that comes between this server and
@@ -93,7 +100,7 @@ async def load_behind(sock: socket.socket, startup: Startup, load: Callable[[], 
     runner = web.AppRunner(_app(startup), access_log=None, shutdown_timeout=1)
     await runner.setup()
     try:
-        await web.SockSite(runner, sock.dup(), backlog=BACKLOG).start()
+        await web.SockSite(runner, sock.dup(), backlog=BACKLOG, ssl_context=tls).start()
         # A thread of its own: those that libraries add to it end with it.
         with ThreadPoolExecutor(1, thread_name_prefix="nybble-load") as pool:
             return await loop.run_in_executor(pool, load)

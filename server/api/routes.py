@@ -30,6 +30,7 @@ from nybble.server.errors import ApiError
 from nybble.server.gate import Gate
 from nybble.server.limits import Limiter
 from nybble.server.metrics import Metrics
+from nybble.server.templates import TemplateRenderer
 from nybble.server.tenants import TENANT, Tenant
 
 # OpenAI's default for completions; chat goes on to the end of the context.
@@ -47,13 +48,14 @@ class Api:
         max_sequences: int,
         gate: Gate,
         limiter: Limiter,
+        templates: TemplateRenderer,
     ) -> None:
         self._gate = gate
         self._engine = engine
         self._metrics = metrics
         self._names = ModelNames(engine, models)
         self._generation = Generation(engine, metrics, max_sequences, limiter)
-        self._prompts = Prompts(engine.tokenizer, models[0])
+        self._prompts = Prompts(engine.tokenizer, models[0], templates)
         self._tokens = TokenBytes(engine.tokenizer)
         self._grammars = GrammarCompiler(engine.tokenizer, engine.vocab_size, engine.eos_token_ids)
 

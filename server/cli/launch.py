@@ -65,11 +65,13 @@ async def _load_and_serve(
     log_format: LogFormat,
 ) -> None:
     startup = Startup(bars=log_format == "text")
-    logger.info(Event("starting", {"health": f"{_origin(sock)}/health"}))
-    engine = await load_behind(sock, startup, lambda: _load(source, config, settings, startup))
+    logger.info(Event("starting", {"health": f"{_origin(sock, settings)}/health"}))
+    engine = await load_behind(
+        sock, startup, lambda: _load(source, config, settings, startup), tls=settings.tls
+    )
 
     def announce() -> None:
-        url = f"{_origin(sock)}/v1"
+        url = f"{_origin(sock, settings)}/v1"
         tokens = engine.stats().kv_blocks_total * config.block_size
         models = settings.models
         if log_format == "json":
@@ -112,6 +114,7 @@ def _load(
     return engine
 
 
-def _origin(sock: socket) -> str:
+def _origin(sock: socket, settings: ServerSettings) -> str:
     host, port = sock.getsockname()[:2]
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    scheme = "http" if settings.tls is None else "https"
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"

@@ -69,6 +69,34 @@ def serve(
             rich_help_panel=_KEYS,
         ),
     ] = None,
+    ssl_certfile: Annotated[
+        Path | None,
+        typer.Option(
+            help="Certificate with its chain (PEM), for https.",
+            exists=True,
+            dir_okay=False,
+            rich_help_panel=_NETWORK,
+        ),
+    ] = None,
+    ssl_keyfile: Annotated[
+        Path | None,
+        typer.Option(
+            help="Its key (PEM), unless that is in the same file.",
+            exists=True,
+            dir_okay=False,
+            rich_help_panel=_NETWORK,
+        ),
+    ] = None,
+    allowed_origins: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Origin whose pages may call the API, or '*', repeatable (default: none).",
+            rich_help_panel=_NETWORK,
+        ),
+    ] = None,
+    no_console: Annotated[
+        bool, typer.Option("--no-console", help="No page at /.", rich_help_panel=_NETWORK)
+    ] = False,
     shutdown_timeout: Annotated[
         float,
         typer.Option(
@@ -210,9 +238,13 @@ def serve(
         from nybble.engine import AdapterConfig, EngineConfig, EngineFailedError, resolve_device
         from nybble.server.adapter_state import default_path
         from nybble.server.cli.launch import ModelSource, launch
+        from nybble.server.cors import Cors
         from nybble.server.settings import ServerSettings
         from nybble.server.tenants import Tenants
+        from nybble.server.tls import tls_context
 
+        if ssl_keyfile is not None and ssl_certfile is None:
+            raise ValueError("--ssl-keyfile goes with --ssl-certfile")
         named_adapters = _named_adapters(lora_modules or [])
         adapters = None
         if enable_lora or named_adapters or lora_root or lora_watch:
@@ -240,6 +272,9 @@ def serve(
             tenants=None if tenants is None else Tenants(tenants),
             adapter_watch=lora_watch,
             shutdown_timeout=shutdown_timeout,
+            tls=None if ssl_certfile is None else tls_context(ssl_certfile, ssl_keyfile),
+            cors=Cors(allowed_origins) if allowed_origins else None,
+            console=not no_console,
         )
         source = ModelSource(model, aliases, quantize, head, merge_adapter, named_adapters)
         try:
