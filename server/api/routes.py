@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -87,6 +88,7 @@ class Api:
         return json_response({"status": "ok"})
 
     async def metrics(self, _: web.Request) -> web.Response:
+        self._metrics.event_loop_tasks.set(len(asyncio.all_tasks()))
         return web.Response(
             body=self._metrics.render(),
             headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"},
