@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import time
@@ -82,6 +83,9 @@ def _observe(metrics: Metrics) -> Middleware:
             response = await handler(request)
             status = response.status
             return response
+        except ConnectionError:
+            # The client is gone: as where it is found out by cancelling, nobody can be answered.
+            raise asyncio.CancelledError from None
         finally:
             resource = request.match_info.route.resource
             route = resource.canonical if resource is not None else "unknown"

@@ -65,8 +65,8 @@ def test_a_changed_model_is_packed_anew_and_the_old_form_removed(gptq: Path) -> 
     (packed / "busy.partial").mkdir()
     file = gptq / "model.safetensors"
     os.utime(file, ns=(0, file.stat().st_mtime_ns + 1))
-    other = prepare_checkpoint(str(gptq), device=CPU, head="int8", progress=False)
     with FileLock(packed / "busy.lock"):
+        other = prepare_checkpoint(str(gptq), device=CPU, head="int8", progress=False)
         second = opened(gptq)
     assert second.folder != first.folder
     folders = {path for path in packed.iterdir() if path.is_dir()}
