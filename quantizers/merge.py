@@ -112,16 +112,15 @@ def merge_adapter(
     if calibration is not None and plan.format is not None and not keep_16_bits:
         calibrator = _Calibrator(merge, calibration, device or torch.device("cpu"))
     report: list[MergedLayer] = []
+    names = track(shapes, "Merging", progress, unit="layers")
     with FolderWriter(target, source, config) as writer:
         for name in merge.shards.names():
             if _owner(name, shapes) is None:
                 writer.add({name: merge.shards.read(name)})
-        layers = track(shapes, "Merging", progress, unit="layers")
-        for _, block in groupby(layers, lambda name: name.split(".")[2]):
-            names = list(block)
+        for _, block in groupby(names, lambda name: name.split(".")[2]):
             moments = calibrator.moments() if calibrator else {}
             values: dict[str, Tensor] = {}
-            for name in names:
+            for name in block:
                 if name + ".bias" in merge.shards:
                     writer.add({name + ".bias": merge.shards.read(name + ".bias")})
                 tensors, values[name], layer = merge.layer(name, moments.get(name))

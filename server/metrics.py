@@ -157,6 +157,10 @@ class Metrics:
         self._by_adapter.generated(request.adapter, tokens)
         self._by_tenant.generated(request.tenant, tokens)
 
+    def register(self, collector: Collector) -> None:
+        """Show another part's metrics too."""
+        self._registry.register(collector)
+
     def render(self) -> bytes:
         """The exposition in Prometheus' text format."""
         return generate_latest(self._registry)

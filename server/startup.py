@@ -7,11 +7,11 @@ import logging
 import os
 import signal
 import socket
-import ssl
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from ssl import SSLContext
 from typing import Any, Literal, TypeVar
 
 from aiohttp import web
@@ -83,11 +83,7 @@ class Startup:
 
 
 async def load_behind(
-    sock: socket.socket,
-    startup: Startup,
-    load: Callable[[], T],
-    *,
-    tls: ssl.SSLContext | None = None,
+    sock: socket.socket, tls: SSLContext | None, startup: Startup, load: Callable[[], T]
 ) -> T:
     """Run ``load`` in a thread, and meanwhile answer on ``sock`` that the server is starting.
 

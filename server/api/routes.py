@@ -39,13 +39,13 @@ _COMPLETION_MAX_TOKENS = 16
 
 
 class Api:
-    """Handlers over one engine, which answers to every name in ``models``."""
+    """Handlers over one engine."""
 
     def __init__(
         self,
         engine: Engine,
         metrics: Metrics,
-        models: tuple[str, ...],
+        names: ModelNames,
         max_sequences: int,
         gate: Gate,
         limiter: Limiter,
@@ -54,9 +54,9 @@ class Api:
         self._gate = gate
         self._engine = engine
         self._metrics = metrics
-        self._names = ModelNames(engine, models)
+        self._names = names
         self._generation = Generation(engine, metrics, max_sequences, limiter)
-        self._prompts = Prompts(engine.tokenizer, models[0], templates)
+        self._prompts = Prompts(engine.tokenizer, names.first, templates)
         self._tokens = TokenBytes(engine.tokenizer)
         self._grammars = GrammarCompiler(engine.tokenizer, engine.vocab_size, engine.eos_token_ids)
 

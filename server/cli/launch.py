@@ -6,7 +6,7 @@ import asyncio
 import logging
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from socket import socket
 from typing import Literal
@@ -66,9 +66,10 @@ async def _load_and_serve(
 ) -> None:
     startup = Startup(bars=log_format == "text")
     logger.info(Event("starting", {"health": f"{_origin(sock, settings)}/health"}))
-    engine = await load_behind(
-        sock, startup, lambda: _load(source, config, settings, startup), tls=settings.tls
+    engine, folder = await load_behind(
+        sock, settings.tls, startup, lambda: _load(source, config, settings, startup)
     )
+    settings = replace(settings, model_folder=folder)
 
     def announce() -> None:
         url = f"{_origin(sock, settings)}/v1"
@@ -92,7 +93,7 @@ async def _load_and_serve(
 
 def _load(
     source: ModelSource, config: EngineConfig, settings: ServerSettings, startup: Startup
-) -> Engine:
+) -> tuple[Engine, Path]:
     startup.report("Preparing kernels", 0, None)  # the first start on a machine compiles them
     checkpoint = prepare_checkpoint(
         source.model,
@@ -111,7 +112,7 @@ def _load(
         engine.load_adapter(name, path)
     restore(engine, settings)
     engine.start()
-    return engine
+    return engine, checkpoint.folder
 
 
 def _origin(sock: socket, settings: ServerSettings) -> str:
