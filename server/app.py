@@ -25,6 +25,7 @@ from nybble.server.logs import Event
 from nybble.server.metrics import Metrics
 from nybble.server.request_record import RECORD, RequestRecord
 from nybble.server.settings import ServerSettings
+from nybble.server.templates import TemplateRenderer
 from nybble.server.tenants import TENANT, Tenants
 
 logger = logging.getLogger(__name__)
@@ -41,16 +42,21 @@ _OPEN_PATHS = ("/health", "/metrics", "/version")
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
-def make_app(engine: Engine, settings: ServerSettings, gate: Gate) -> web.Application:
+def make_app(
+    engine: Engine, settings: ServerSettings, gate: Gate, templates: TemplateRenderer
+) -> web.Application:
     """The application over a started engine."""
     models, tenants = settings.models, settings.tenants
     metrics = Metrics(engine, settings.max_sequences)
     limiter = Limiter()
     owners = AdapterOwners()
     names = ModelNames(engine, models, owners)
-    api = Api(engine, metrics, names, settings.max_sequences, gate, limiter)
+    api = Api(engine, metrics, names, settings.max_sequences, gate, limiter, templates)
     admin_keys = Keys(settings.admin_keys, kind="admin key")
+    cors = settings.cors
     middlewares: list[Middleware] = [_observe(metrics), _report_errors]
+    if cors is not None:
+        middlewares.append(cors.middleware())
     if settings.api_keys or tenants is not None:
         keys = Keys(settings.api_keys, kind="API key")
         middlewares.append(_authenticate(keys, tenants, admin_keys))
@@ -73,6 +79,8 @@ def make_app(engine: Engine, settings: ServerSettings, gate: Gate) -> web.Applic
         app.add_routes(tuning.routes())
         app.cleanup_ctx.append(tuning.lifespan)
     app.on_response_prepare.append(_send_request_id)
+    if cors is not None:
+        app.on_response_prepare.append(cors.send)
     app.on_response_prepare.append(_send_limits(limiter))
     return app
 

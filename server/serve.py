@@ -15,6 +15,7 @@ from nybble.server.adapter_watch import AdapterWatch
 from nybble.server.app import make_app
 from nybble.server.gate import Gate
 from nybble.server.settings import ServerSettings
+from nybble.server.templates import TemplateRenderer
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +40,9 @@ async def serve(
     read again.
     """
     gate = Gate()
-    app = make_app(engine, settings, gate)
+    templates = TemplateRenderer()
+    app = make_app(engine, settings, gate, templates)
+    templates.start()
     # Cancelling handlers of clients that have gone is what cancels their sequences.
     runner = web.AppRunner(
         app,
@@ -60,7 +63,7 @@ async def serve(
         adapters = AdapterWatch(engine, settings.adapter_watch, settings.models)
         watch = asyncio.create_task(adapters.run())
     try:
-        await web.SockSite(runner, sock, backlog=_BACKLOG).start()
+        await web.SockSite(runner, sock, backlog=_BACKLOG, ssl_context=settings.tls).start()
         ready()
         await stopping.wait()
         timeout = settings.shutdown_timeout
@@ -74,6 +77,7 @@ async def serve(
         # First the engine, so that what is still streaming is told; then the connections.
         await asyncio.to_thread(engine.stop)
         await runner.cleanup()
+        templates.close()
 
 
 def _on_signal(stopping: asyncio.Event, number: int) -> None:

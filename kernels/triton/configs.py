@@ -23,13 +23,14 @@ STEP = 128
 class Config:
     """How one bucket of rows is computed.
 
-    block_n, block_m: outputs and rows of a block. splits: programs sharing a block's columns.
-    scale_first: whether weights are scaled before the product (cheaper from 64 rows up) or each
-    group's product after it (exact weights, cheaper below). dense: dequantize to 16 bits and leave
-    the product to the vendor's library, whatever the other fields. overlap: begin while the
-    kernel before is finishing (programmatic dependent launch, sm_90 on; ignored elsewhere).
-    parts: where over 1, the kernel for few rows, whose ``parts`` warps share a block's columns; it
-    heeds neither splits nor num_warps nor scale_first.
+    block_n, block_m: outputs and rows of a block. splits: programs sharing a block's columns; where
+    ``tail`` is over 0, only in the last ``tail`` blocks of outputs. scale_first: whether weights
+    are scaled before the product (cheaper from 64 rows up) or each group's product after it (exact
+    weights, cheaper below). dense: dequantize to 16 bits and leave the product to the vendor's
+    library, whatever the other fields. overlap: begin while the kernel before is finishing
+    (programmatic dependent launch, sm_90 on; ignored elsewhere). parts: where over 1, the kernel
+    for few rows, whose ``parts`` warps share a block's columns; it heeds neither splits nor
+    num_warps nor scale_first.
     """
 
     block_n: int
@@ -41,6 +42,7 @@ class Config:
     dense: bool = False
     overlap: bool = False
     parts: int = 1
+    tail: int = 0
 
 
 def bucket_of(rows: int) -> int:
@@ -91,9 +93,14 @@ def default_config(
     )
     block_m = 64 if bucket == 128 else 256 if wide else 128
     blocks = blocks_n * -(-bucket // block_m)
-    # Here parts are large beside the weight: split only where half the processors would idle.
-    splits = min(processors // blocks, max(1, steps // 4)) if 2 * blocks <= processors else 1
-    return Config(128, block_m, splits, 8, 3, scale_first=True, dense=bucket >= 2048)
+    # Here parts are large beside the weight: split only where half the processors would idle, all
+    # the time or while the last wave of blocks runs.
+    tail = blocks_n % max(1, processors // (blocks // blocks_n)) if blocks > processors else 0
+    split_blocks = tail * blocks // blocks_n if blocks > processors else blocks
+    splits = min(processors // split_blocks, max(1, steps // 4)) if split_blocks else 1
+    if splits < 2:
+        splits, tail = 1, 0
+    return Config(128, block_m, splits, 8, 3, scale_first=True, dense=bucket >= 2048, tail=tail)
 
 
 @lru_cache

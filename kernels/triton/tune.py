@@ -59,6 +59,8 @@ def neighbours(config: Config) -> Iterator[Config]:
     for splits in (config.splits * 2, config.splits // 2, config.splits + 1, config.splits - 1):
         if 1 <= splits <= 32:
             yield replace(config, splits=splits)
+    if config.tail:
+        yield replace(config, splits=1, tail=0)
     for block_n in (64, 128, 256):
         yield replace(config, block_n=block_n, splits=max(1, config.splits * block_n // 128))
     for block_m in (config.block_m // 2, config.block_m * 2):

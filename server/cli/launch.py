@@ -67,7 +67,8 @@ def launch(
 
     def announce() -> None:
         host, port = sock.getsockname()[:2]
-        url = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
+        scheme = "http" if settings.tls is None else "https"
+        url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}/v1"
         tokens = engine.stats().kv_blocks_total * config.block_size
         models = settings.models
         if log_format == "json":

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+from nybble.server.cli.config_file import read_config
 
 # The panels that `--help` shows them in.
 MODEL, MEMORY = "Model", "Memory and batching"
@@ -31,7 +32,20 @@ AliasesOption = Annotated[
         rich_help_panel=MODEL,
     ),
 ]
-DeviceOption = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(rich_help_panel=MODEL)]
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="TOML file of these options by name: port = 8080. Flags win over it.",
+        callback=read_config,
+        dir_okay=False,
+        exists=True,
+        is_eager=True,
+    ),
+]
+DeviceOption = Annotated[
+    Literal["auto", "cpu", "cuda"],
+    typer.Option(help="auto: the GPU, if there is one.", rich_help_panel=MODEL),
+]
 DtypeOption = Annotated[
     Dtype, typer.Option(help="Of activations and KV cache.", rich_help_panel=MODEL)
 ]

@@ -9,6 +9,9 @@ if TYPE_CHECKING:
     from nybble.quantizers.corpus import Part
     from torch import Tensor
 
+# Samples and their length, for rounding merged weights.
+MERGE_CALIBRATION = (16, 512)
+
 
 def text_tokens(
     model: Path,

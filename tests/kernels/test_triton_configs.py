@@ -29,6 +29,17 @@ def test_few_rows_are_split_until_most_of_132_processors_read() -> None:
     assert balanced_splits(blocks=1000, steps=32, processors=132) == 1
 
 
+def test_a_last_wave_that_would_leave_processors_idle_is_split_among_them() -> None:
+    for rows, out in ((512, 12288), (1024, 6144), (1024, 22016)):
+        config = default_config(rows, out, 4096)
+        assert config.tail > 0
+        assert config.splits > 1
+        blocks_n, blocks_m = -(-out // config.block_n), -(-rows // config.block_m)
+        assert (blocks_n - config.tail) * blocks_m % 132 == 0
+        assert config.tail * blocks_m * config.splits <= 132
+    assert default_config(1024, 132 * 128, 4096).tail == 0  # whole waves
+
+
 def test_a_part_is_never_shorter_than_four_steps() -> None:
     assert balanced_splits(blocks=1, steps=7, processors=132) == 1
 

@@ -11,6 +11,7 @@ from nybble.server.cli.options import (
     MEMORY,
     MODEL,
     AliasesOption,
+    ConfigOption,
     DeviceOption,
     DtypeOption,
     HeadOption,
@@ -20,7 +21,7 @@ from nybble.server.cli.options import (
     parse_bytes,
 )
 
-_NETWORK, _ADAPTERS, _LOGS = "Network", "Adapters", "Logging"
+_NETWORK, _KEYS, _ADAPTERS, _LOGS = "Network", "Keys", "Adapters", "Logging"
 _FINE_TUNING = "Fine-tuning"
 
 
@@ -44,7 +45,9 @@ def serve(
         int | None,
         typer.Option(help="Tokens of prompt and output together.", rich_help_panel=MODEL, min=1),
     ] = None,
-    host: Annotated[str, typer.Option(rich_help_panel=_NETWORK)] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; 0.0.0.0: all.", rich_help_panel=_NETWORK)
+    ] = "127.0.0.1",
     port: Annotated[
         int, typer.Option(help="0 takes any free one.", rich_help_panel=_NETWORK, min=0, max=65535)
     ] = 8000,
@@ -52,7 +55,7 @@ def serve(
         list[str] | None,
         typer.Option(
             help="Key that requests must carry, repeatable (default: none needed).",
-            rich_help_panel=_NETWORK,
+            rich_help_panel=_KEYS,
         ),
     ] = None,
     tenants: Annotated[
@@ -61,9 +64,37 @@ def serve(
             help="TOML file of tenants: keys, limits, weights. SIGHUP reads it again.",
             exists=True,
             dir_okay=False,
+            rich_help_panel=_KEYS,
+        ),
+    ] = None,
+    ssl_certfile: Annotated[
+        Path | None,
+        typer.Option(
+            help="Certificate with its chain (PEM), for https.",
+            exists=True,
+            dir_okay=False,
             rich_help_panel=_NETWORK,
         ),
     ] = None,
+    ssl_keyfile: Annotated[
+        Path | None,
+        typer.Option(
+            help="Its key (PEM), unless that is in the same file.",
+            exists=True,
+            dir_okay=False,
+            rich_help_panel=_NETWORK,
+        ),
+    ] = None,
+    allowed_origins: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Origin whose pages may call the API, or '*', repeatable (default: none).",
+            rich_help_panel=_NETWORK,
+        ),
+    ] = None,
+    no_console: Annotated[
+        bool, typer.Option("--no-console", help="No page at /.", rich_help_panel=_NETWORK)
+    ] = False,
     shutdown_timeout: Annotated[
         float,
         typer.Option(
@@ -150,7 +181,7 @@ def serve(
         list[str] | None,
         typer.Option(
             help="Key that opens administration, repeatable (default: closed).",
-            rich_help_panel=_ADAPTERS,
+            rich_help_panel=_KEYS,
         ),
     ] = None,
     fine_tuning: Annotated[
@@ -184,6 +215,7 @@ def serve(
             rich_help_panel=_FINE_TUNING,
         ),
     ] = None,
+    config: ConfigOption = None,
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"], typer.Option(rich_help_panel=_LOGS)
     ] = "info",
@@ -192,7 +224,10 @@ def serve(
         typer.Option(help="json: an object a line, without progress bars.", rich_help_panel=_LOGS),
     ] = "text",
 ) -> None:
-    """Serve a model on http://HOST:PORT/v1."""
+    """Serve a model on http://HOST:PORT/v1.
+
+    nybble serve --model demo --api-key secret
+    """
     from nybble.server import logs
 
     logs.configure(log_level, log_format)
@@ -206,6 +241,7 @@ def serve(
         import torch
         from nybble.engine import AdapterConfig, EngineConfig, resolve_device
         from nybble.server.cli.launch import ModelSource, launch
+        from nybble.server.cors import Cors
         from nybble.server.fine_tuning.settings import (
             FineTuningSettings,
             default_state,
@@ -213,13 +249,16 @@ def serve(
         )
         from nybble.server.settings import ServerSettings
         from nybble.server.tenants import Tenants
+        from nybble.server.tls import tls_context
 
+        if ssl_keyfile is not None and ssl_certfile is None:
+            raise ValueError("--ssl-keyfile goes with --ssl-certfile")
         named_adapters = _named_adapters(lora_modules or [])
         adapters = None
         tunes = fine_tuning or state_dir is not None
         if enable_lora or named_adapters or lora_root or lora_watch or tunes:
             adapters = AdapterConfig(max_loras, max_lora_rank, parse_bytes(lora_host_memory))
-        config = EngineConfig(
+        engine_config = EngineConfig(
             device=str(resolve_device(device)),
             dtype=torch.bfloat16 if dtype == "auto" else getattr(torch, dtype),
             kv_cache_bytes=kv_cache_bytes,
@@ -234,7 +273,7 @@ def serve(
         if tunes:
             tuning = FineTuningSettings(
                 state=state_dir or default_state(),
-                device=config.device,
+                device=engine_config.device,
                 max_rank=max_lora_rank,
                 max_file_bytes=parse_bytes(max_file_size),
                 quota_bytes=parse_bytes(file_quota),
@@ -250,9 +289,12 @@ def serve(
             adapter_watch=lora_watch,
             shutdown_timeout=shutdown_timeout,
             fine_tuning=tuning,
+            tls=None if ssl_certfile is None else tls_context(ssl_certfile, ssl_keyfile),
+            cors=Cors(allowed_origins) if allowed_origins else None,
+            console=not no_console,
         )
         source = ModelSource(model, aliases, quantize, head, merge_adapter, named_adapters)
-        launch(source, config, sock, settings, log_format=log_format)
+        launch(source, engine_config, sock, settings, log_format=log_format)
 
 
 def _named_adapters(options: list[str]) -> dict[str, str]:
