@@ -7,8 +7,8 @@ library (PSF licence); whole modules are held out, and no docstring is in both p
 compared is how many steps each takes to the held-out loss that LoRA ends with at its best rate.
 Writes OUT/lora_plus.json and OUT/lora_plus.png; runs that OUT/runs has are not made again.
 
-Hayou, Ghosh, Yu 2024 recommend B's rate at 16 times A's; here LoRA+'s rates for A are LoRA's over 4 by default, so that the geometric means of
-A's and B's rates agree with LoRA's and neither has the larger range.
+Hayou, Ghosh, Yu 2024 recommend B's rate at 16 times A's; here LoRA+'s rates for A are LoRA's over
+4 by default, so that the geometric means of A's and B's rates are LoRA's rates.
 """
 
 from __future__ import annotations
