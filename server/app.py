@@ -49,11 +49,11 @@ def make_app(
     models, tenants = settings.models, settings.tenants
     metrics = Metrics(engine, settings.max_sequences)
     limiter = Limiter()
+    cors = settings.cors
     owners = AdapterOwners()
     names = ModelNames(engine, models, owners)
     api = Api(engine, metrics, names, settings.max_sequences, gate, limiter, templates)
     admin_keys = Keys(settings.admin_keys, kind="admin key")
-    cors = settings.cors
     middlewares: list[Middleware] = [_observe(metrics), _report_errors]
     if cors is not None:
         middlewares.append(cors.middleware())

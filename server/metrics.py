@@ -223,6 +223,8 @@ class _EngineCollector(Collector):
                 "Sequences sent back to wait for KV blocks.",
                 stats.preemptions,
             ),
+            "nybble_engine_failures": ("Failures of the engine.", stats.failures),
+            "nybble_engine_restarts": ("Times the engine began again.", stats.restarts),
             "nybble_engine_steps": ("Steps of the engine.", stats.steps),
             "nybble_engine_step_seconds": (
                 "Time spent in steps: its rate is the part of the time the engine is busy.",

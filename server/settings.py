@@ -20,8 +20,8 @@ class ServerSettings:
     may be loaded from. tenants: whose keys are taken too, each with what it allows.
     adapter_watch: a folder whose adapters come and go. shutdown_timeout: seconds for requests in
     flight to finish. tls: the certificate, for https. cors: pages elsewhere that may
-    call the API. console: whether there is a page at ``/``. model_folder: of the model that is
-    served, for jobs to train on. fine_tuning: None for a server without.
+    call the API. console: whether there is a page at ``/``. model_folder: of
+    the model that is served, for jobs to train on. fine_tuning: None for a server without.
     """
 
     models: tuple[str, ...]

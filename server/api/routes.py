@@ -80,7 +80,8 @@ class Api:
         if self._gate.closed:
             reason = "the server is shutting down"
         elif not self._engine.healthy:
-            reason = "the engine is not running"
+            failure = self._engine.failure
+            reason = f"the engine has failed: {failure}" if failure else "the engine is not running"
         if reason is not None:
             raise ApiError(503, reason, code="unhealthy")
         return json_response({"status": "ok"})

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from nybble.server.cli.errors import expected_errors, interruptible
+from nybble.server.cli.errors import expected_errors, interruptible, on_stderr
 from nybble.server.cli.options import (
     MEMORY,
     MODEL,
@@ -22,7 +22,9 @@ from nybble.server.cli.options import (
 )
 
 _NETWORK, _KEYS, _ADAPTERS, _LOGS = "Network", "Keys", "Adapters", "Logging"
-_FINE_TUNING = "Fine-tuning"
+_FAILURES, _FINE_TUNING = "Failures", "Fine-tuning"
+_RESTARTS = 3
+_ENGINE_FAILED = 70  # EX_SOFTWARE, where 1 is for what was asked for in vain
 
 
 def serve(
@@ -215,6 +217,22 @@ def serve(
             rich_help_panel=_FINE_TUNING,
         ),
     ] = None,
+    tune: Annotated[
+        bool,
+        typer.Option(
+            help="Measure at the start, for minutes, GPU kernels whose best configuration is not "
+            "known; kept for later starts.",
+            rich_help_panel=MODEL,
+        ),
+    ] = True,
+    on_engine_failure: Annotated[
+        Literal["exit", "restart"],
+        typer.Option(
+            help="Once clients are told: exit (code 70) for a supervisor, or begin again with the "
+            "same weights, three times in ten minutes at most.",
+            rich_help_panel=_FAILURES,
+        ),
+    ] = "exit",
     config: ConfigOption = None,
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"], typer.Option(rich_help_panel=_LOGS)
@@ -232,14 +250,14 @@ def serve(
 
     logs.configure(log_level, log_format)
     kv_cache_bytes = None if kv_cache_memory == "auto" else parse_bytes(kv_cache_memory)
-    failures = expected_errors(logs.error) if log_format == "json" else expected_errors()
-    with failures, interruptible():
+    report = logs.error if log_format == "json" else on_stderr
+    with expected_errors(report), interruptible():
         from nybble.server.listen import bind
 
         # Before the model is loaded: a taken port is found out at once.
         sock = bind(host, port)
         import torch
-        from nybble.engine import AdapterConfig, EngineConfig, resolve_device
+        from nybble.engine import AdapterConfig, EngineConfig, EngineFailedError, resolve_device
         from nybble.server.cli.launch import ModelSource, launch
         from nybble.server.cors import Cors
         from nybble.server.fine_tuning.settings import (
@@ -268,6 +286,8 @@ def serve(
             max_model_len=max_model_len,
             max_waiting=max_waiting,
             adapters=adapters,
+            tune=tune,
+            restarts=_RESTARTS if on_engine_failure == "restart" else 0,
         )
         tuning = None
         if tunes:
@@ -288,13 +308,17 @@ def serve(
             tenants=None if tenants is None else Tenants(tenants),
             adapter_watch=lora_watch,
             shutdown_timeout=shutdown_timeout,
-            fine_tuning=tuning,
             tls=None if ssl_certfile is None else tls_context(ssl_certfile, ssl_keyfile),
             cors=Cors(allowed_origins) if allowed_origins else None,
             console=not no_console,
+            fine_tuning=tuning,
         )
         source = ModelSource(model, aliases, quantize, head, merge_adapter, named_adapters)
-        launch(source, engine_config, sock, settings, log_format=log_format)
+        try:
+            launch(source, engine_config, sock, settings, log_format=log_format)
+        except EngineFailedError as error:
+            report(str(error))
+            raise typer.Exit(_ENGINE_FAILED) from None
 
 
 def _named_adapters(options: list[str]) -> dict[str, str]:
