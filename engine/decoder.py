@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from nybble.engine.rotary import longest_exact_length, rotary_table
 from nybble.kernels import DenseWeight, PackedWeight
-from nybble.kernels.matmul import linear, preferred_layout
+from nybble.kernels.matmul import gated_layout, gated_linear, linear, preferred_layout
 from nybble.kernels.ops import (
     AttentionBatch,
     add_rms_norm,
@@ -143,7 +143,10 @@ class Decoder:
             slots = adapters.layers[index] if adapters else None
             x = self._attention(layer, x, cos, sin, caches[index], batch, slots, lora)
             x, residual = add_rms_norm(x, residual, layer.post_norm, shape.eps)
-            x = silu_mul(_project(x, layer.gate_up, slots.gate_up if slots else None, lora))
+            if slots is None and len(layer.gate_up) == 1:
+                x = gated_linear(x, layer.gate_up[0])
+            else:
+                x = silu_mul(_project(x, layer.gate_up, slots.gate_up if slots else None, lora))
             x = _project(x, (layer.down_proj,), slots.down_proj if slots else None, lora)
             if index + 1 < len(self.layers):
                 norm = self.layers[index + 1].input_norm
@@ -241,7 +244,9 @@ class _WeightStore:
         self._weights: dict[str, PackedWeight | DenseWeight | Tensor] = {}
         for name, weight in weights:
             if isinstance(weight, PackedWeight):
-                self._weights[name] = weight.to(device).to_layout(layout)
+                gated = name.endswith(".gate_up_proj")
+                to = gated_layout(weight, device) if gated else layout
+                self._weights[name] = weight.to(device).to_layout(to)
             elif isinstance(weight, DenseWeight):
                 bias = None if weight.bias is None else weight.bias.to(device, dtype)
                 self._weights[name] = DenseWeight(weight.weight.to(device, dtype), bias)

@@ -33,6 +33,7 @@ class Case:
     zeros: bool
     group: int
     config: Config
+    gated: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,8 @@ def shipped(everything: bool) -> Iterator[Case]:
         ):
             if everything or capability == 90:
                 yield Case(capability, "bf16", False, False, 128, config)
+                if config in (ruled[1], ruled[2], ruled[-1]):
+                    yield Case(capability, "bf16", False, False, 128, config, gated=True)
             if everything or (capability == 90 and not config.overlap):
                 yield Case(capability, "bf16", True, False, 64, config)
             if everything or (capability < 100 and config == ruled[2]):
@@ -97,6 +100,8 @@ def compiled(case: Case) -> cubin.Report:
         "CODEBOOK": case.codebook,
         "HAS_ZEROS": case.zeros,
         "HAS_BIAS": True,
+        "GATED": case.gated,
+        "SILU_MUL": case.gated,
         "GROUP": case.group,
         "SETS": max(1, 128 // case.group),
         "SCALE_FIRST": c.scale_first,
