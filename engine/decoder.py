@@ -164,7 +164,11 @@ class Decoder:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """float32 ``(rows, vocab)`` for hidden states ``(rows, hidden)``."""
-        return linear(rms_norm(hidden, self.norm, self.shape.eps), self.head).float()
+        return linear(self.final_norm(hidden), self.head).float()
+
+    def final_norm(self, hidden: Tensor) -> Tensor:
+        """Hidden states ``(rows, hidden)`` as the head takes them."""
+        return rms_norm(hidden, self.norm, self.shape.eps)
 
     def _attention(
         self,

@@ -28,6 +28,7 @@ from nybble.engine.generation_config import (
     read_generation_config,
     sampling_defaults,
 )
+from nybble.engine.prompt_reader import EmbeddingReader, LogprobReader, read_pooling
 from nybble.engine.request import (
     AdapterUnavailableError,
     EngineOverloadedError,
@@ -35,9 +36,9 @@ from nybble.engine.request import (
     FinishReason,
     GuideError,
     ParameterError,
+    Pooling,
     Request,
     RequestOutput,
-    TokenLogprob,
 )
 from nybble.engine.runner import ModelRunner, free_kv_bytes, kv_blocks
 from nybble.engine.sampler import PendingSample, Sampled, SequenceSampler
@@ -107,6 +108,7 @@ class Engine:
     """Continuous batching over one model. See the module's docstring for who owns what.
 
     sampling_defaults: what the model's makers recommend for requests that name no value.
+    pooling: how they make an embedding of a prompt; None for a way the engine does not know.
     """
 
     def __init__(
@@ -118,8 +120,10 @@ class Engine:
         sampling_defaults: Mapping[str, float],
         config: EngineConfig,
         max_model_len: int,
+        pooling: Pooling | None = "last",
     ) -> None:
         self.tokenizer = tokenizer
+        self.pooling = pooling
         self.max_model_len = max_model_len
         self._runner = runner
         self._scheduler = scheduler
@@ -215,6 +219,7 @@ class Engine:
             sampling_defaults=sampling_defaults(settings),
             config=config,
             max_model_len=max_model_len,
+            pooling=read_pooling(checkpoint.folder),
         )
 
     def start(self) -> None:
@@ -239,6 +244,11 @@ class Engine:
     def vocab_size(self) -> int:
         """Rows of the logits; a tokenizer may know fewer tokens."""
         return self._runner.decoder.shape.vocab
+
+    @property
+    def hidden_size(self) -> int:
+        """Numbers in an embedding."""
+        return self._runner.decoder.shape.hidden
 
     @property
     def healthy(self) -> bool:
@@ -333,21 +343,22 @@ class Engine:
                         parameter, f"token id {token} is outside the vocabulary of {vocab}"
                     )
         room = self.max_model_len - len(prompt)
-        if room < 1:
+        max_tokens = 0 if request.pooling is not None else params.max_tokens
+        if room < 0 or (room == 0 and max_tokens != 0):
             raise ParameterError(
                 "prompt",
                 f"the prompt has {len(prompt)} tokens, but prompt and output together are limited "
                 f"to {self.max_model_len}",
             )
-        if params.max_tokens is not None and params.max_tokens > room:
+        if max_tokens is not None and max_tokens > room:
             raise ParameterError(
                 "max_tokens",
-                f"max_tokens is {params.max_tokens} and the prompt has {len(prompt)} tokens, but "
+                f"max_tokens is {max_tokens} and the prompt has {len(prompt)} tokens, but "
                 f"together they are limited to {self.max_model_len}",
             )
         return Sequence(
             request,
-            max_tokens=params.max_tokens or room,
+            max_tokens=room if max_tokens is None else max_tokens,
             detokenizer=Detokenizer(self.tokenizer.backend_tokenizer, prompt, params.stop),
             sampler=SequenceSampler(params, prompt),
         )
@@ -403,10 +414,10 @@ class Engine:
             return outputs
         logits = self._runner.run(batch)
         for item in batch:
-            if item.completes and item.sequence.request.guide is not None:
+            if item.samples and item.sequence.request.guide is not None:
                 item.sequence.sampler.allowed = item.sequence.request.guide.allowed()
         completing = [item.completes for item in batch]
-        samplers = [i.sequence.sampler for i, done in zip(batch, completing, strict=True) if done]
+        samplers = [item.sequence.sampler for item in batch if item.samples]
         pending = PendingSample(logits, samplers) if samplers else None
         self._write_deferred()
         sampled = iter(pending.result() if pending else [])
@@ -416,16 +427,19 @@ class Engine:
                 self._prompt_tokens += item.num_tokens
             self._scheduler.computed(item)
             if completes:
-                token, logprob = next(sampled)
-                if self._overlap and self._goes_on(sequence, token):
-                    self._append(sequence, token)
-                    self._deferred.append((sequence, (token, logprob)))
-                    continue
                 output: RequestOutput | GuideError
-                try:
-                    output = self._advance(sequence, token, logprob)
-                except GuideError as error:
-                    output = error
+                if sequence.max_tokens == 0:
+                    output = _output(sequence, None, "", "length")
+                else:
+                    token, logprob = next(sampled)
+                    if self._overlap and self._goes_on(sequence, token):
+                        self._append(sequence, token)
+                        self._deferred.append((sequence, (token, logprob)))
+                        continue
+                    try:
+                        output = self._advance(sequence, (token, logprob))
+                    except GuideError as error:
+                        output = error
                 stream = self._streams[sequence.request_id][1]
                 outputs[stream.loop].append((stream, output))
                 if isinstance(output, GuideError) or output.finish_reason is not None:
@@ -437,11 +451,10 @@ class Engine:
         self._step_tokens = self._step_tokens.plus(sum(item.num_tokens for item in batch))
         return outputs
 
-    def _advance(
-        self, sequence: Sequence, token: int, logprob: TokenLogprob | None
-    ) -> RequestOutput:
+    def _advance(self, sequence: Sequence, sampled: Sampled) -> RequestOutput:
         """Give a sequence its next token and say what it added."""
         params = sequence.request.params
+        token = sampled[0]
         self._append(sequence, token)
         guide = sequence.request.guide
         complete = guide is not None and guide.accept(token)
@@ -459,7 +472,7 @@ class Engine:
                 reason = "length"
         if reason is not None:
             text += sequence.detokenizer.flush()
-        return _output(sequence, (token, logprob), text, reason)
+        return _output(sequence, sampled, text, reason)
 
     def _append(self, sequence: Sequence, token: int) -> None:
         sequence.token_ids.append(token)
@@ -525,18 +538,21 @@ class Engine:
 
 
 def _output(
-    sequence: Sequence, sampled: Sampled, text: str, reason: FinishReason | None
+    sequence: Sequence, sampled: Sampled | None, text: str, reason: FinishReason | None
 ) -> RequestOutput:
-    token, logprob = sampled
+    reader, sequence.reader = sequence.reader, None
+    logprob = None if sampled is None else sampled[1]
     return RequestOutput(
         text=text,
-        token_ids=(token,),
+        token_ids=() if sampled is None else sampled[:1],
         logprobs=() if logprob is None else (logprob,),
         finish_reason=reason,
         prompt_tokens=sequence.num_prompt_tokens,
         completion_tokens=sequence.num_output_tokens,
         cached_tokens=sequence.num_cached_tokens or 0,
         queue_seconds=sequence.queue_seconds,
+        prompt_logprobs=reader.result() if isinstance(reader, LogprobReader) else None,
+        embedding=reader.result() if isinstance(reader, EmbeddingReader) else None,
     )
 
 

@@ -91,25 +91,41 @@ class ModelRunner:
     def run(self, batch: ScheduledBatch) -> Tensor:
         """Compute every scheduled token.
 
-        Returns float32 logits ``(completing, vocab)``, one row for each scheduled sequence that
-        completes, in the order of the batch; they are overwritten by the next run.
+        Returns float32 logits ``(sampling, vocab)``, one row for each scheduled sequence that
+        samples, in the order of the batch; they are overwritten by the next run. Prompts that are
+        read are handed to their readers.
         """
         lora_slots = [item.sequence.adapter_slot for item in batch]
         adapted = any(slot >= 0 for slot in lora_slots)
-        if self._graphs is not None and all(i.num_tokens == 1 and i.completes for i in batch):
+        readers = [item.sequence.reading for item in batch]
+        decoding = all(i.num_tokens == 1 and i.samples for i in batch) and not any(readers)
+        if self._graphs is not None and decoding:
             size = self._graphs.size_for(len(batch), adapted)
             if size is not None:
                 self._inputs.build(batch, lora_slots if adapted else None, pad_to=size)
                 return self._graphs.run(size, adapted)[: len(batch)]
-        return self._compute(self._inputs.build(batch, lora_slots if adapted else None))
+        inputs = self._inputs.build(batch, lora_slots if adapted else None)
+        hidden = self._forward(inputs)
+        row = 0
+        for item, reader in zip(batch, readers, strict=True):
+            if reader is not None:
+                states = hidden[row : row + item.num_tokens]
+                reader.read(self.decoder, states, item.sequence.num_computed_tokens)
+            row += item.num_tokens
+        return self._logits(hidden, inputs)
 
     def _compute(self, inputs: StepInputs) -> Tensor:
+        return self._logits(self._forward(inputs), inputs)
+
+    def _forward(self, inputs: StepInputs) -> Tensor:
         adapters = None
         if self.adapters is not None and inputs.lora is not None:
             adapters = StepAdapters(self.adapters.layers, inputs.lora)
-        hidden = self.decoder.forward(
+        return self.decoder.forward(
             inputs.token_ids, inputs.positions, self.caches, inputs.attention, adapters
         )
+
+    def _logits(self, hidden: Tensor, inputs: StepInputs) -> Tensor:
         if not len(inputs.last_rows):
             return torch.empty(0, self.decoder.shape.vocab, device=self.device)
         return self.decoder.logits(hidden[inputs.last_rows])

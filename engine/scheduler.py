@@ -38,8 +38,13 @@ class ScheduledSequence:
 
     @property
     def completes(self) -> bool:
-        """Whether the step reaches the last known token, so that a new one can be sampled."""
+        """Whether the step reaches the last known token."""
         return self.num_tokens == self.sequence.num_uncomputed_tokens
+
+    @property
+    def samples(self) -> bool:
+        """Whether a new token is sampled: not where the prompt alone is asked for."""
+        return self.completes and self.sequence.max_tokens > 0
 
 
 ScheduledBatch = list[ScheduledSequence]
@@ -146,7 +151,7 @@ class Scheduler:
         for sequence in self.waiting.of(tenant):
             if sequence in plan.slotless or not self._may_run(plan, sequence):
                 continue
-            cached = self.blocks.share_prefix(sequence)
+            cached = self.blocks.share_prefix(sequence) if sequence.may_share_prefix else 0
             # The whole of it must fit now, else a long prompt and a short one could preempt each
             # other for ever.
             needed = self.blocks.blocks_for(len(sequence.token_ids))
@@ -251,7 +256,7 @@ class Scheduler:
     def computed(self, item: ScheduledSequence) -> None:
         """Record that a scheduled item's keys and values are in the cache."""
         sequence = item.sequence
-        if item.completes:
+        if item.samples:
             self.waiting.charge(sequence, OUTPUT_COST)
         before = sequence.num_computed_tokens
         sequence.num_computed_tokens += item.num_tokens

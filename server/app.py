@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from pathlib import Path
+from collections.abc import Awaitable, Callable
 from uuid import uuid4
 
 from aiohttp import web
@@ -21,6 +20,8 @@ from nybble.server.limits import Limiter
 from nybble.server.logs import Event
 from nybble.server.metrics import Metrics
 from nybble.server.request_record import RECORD, RequestRecord
+from nybble.server.settings import ServerSettings
+from nybble.server.templates import TemplateRenderer
 from nybble.server.tenants import TENANT, Tenants
 
 logger = logging.getLogger(__name__)
@@ -38,35 +39,29 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 def make_app(
-    engine: Engine,
-    *,
-    models: tuple[str, ...],
-    max_sequences: int,
-    gate: Gate,
-    api_keys: Sequence[str] = (),
-    admin_keys: Sequence[str] = (),
-    adapter_roots: Sequence[Path] = (),
-    tenants: Tenants | None = None,
+    engine: Engine, settings: ServerSettings, gate: Gate, templates: TemplateRenderer
 ) -> web.Application:
-    """The application over a started engine.
-
-    models: the names it answers to, the first being its own. max_sequences: how many may be
-    waiting and running at once. api_keys: with any, requests must carry one of them.
-    admin_keys: the same for administration, which needs one. adapter_roots: folders that adapters
-    may be loaded from. tenants: whose keys are taken too, each with what it allows.
-    """
-    metrics = Metrics(engine, max_sequences)
+    """The application over a started engine."""
+    models, tenants = settings.models, settings.tenants
+    metrics = Metrics(engine, settings.max_sequences)
     limiter = Limiter()
-    api = Api(engine, metrics, models, max_sequences, gate, limiter)
+    api = Api(engine, metrics, models, settings.max_sequences, gate, limiter, templates)
+    cors = settings.cors
     middlewares: list[Middleware] = [_observe(metrics), _report_errors]
-    if api_keys or tenants is not None:
-        middlewares.append(_authenticate(Keys(api_keys, kind="API key"), tenants))
+    if cors is not None:
+        middlewares.append(cors.middleware())
+    if settings.api_keys or tenants is not None:
+        keys = Keys(settings.api_keys, kind="API key")
+        middlewares.append(_authenticate(keys, tenants))
     middlewares.append(_enter(gate))
     app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=middlewares)
     app.add_routes(api.routes())
-    admin = AdapterAdmin(engine, models, Keys(admin_keys, kind="admin key"), adapter_roots)
+    admin_keys = Keys(settings.admin_keys, kind="admin key")
+    admin = AdapterAdmin(engine, models, admin_keys, settings.adapter_roots)
     app.add_routes(admin.routes())
     app.on_response_prepare.append(_send_request_id)
+    if cors is not None:
+        app.on_response_prepare.append(cors.send)
     app.on_response_prepare.append(_send_limits(limiter))
     return app
 

@@ -89,7 +89,7 @@ class ResponsesRequest(Body):
     model: str
     input: str | Annotated[list[InputMessage | InputCall | InputCallOutput], Field(min_length=1)]
     instructions: str | None = None
-    max_output_tokens: int | None = None
+    max_output_tokens: Annotated[int, Field(ge=1)] | None = None
     parallel_tool_calls: bool | None = None
     stream: bool | None = None
     temperature: float | None = None

@@ -13,13 +13,14 @@ from nybble.engine import Engine, GrammarCompiler, ParameterError, SamplingParam
 from nybble.server.api.chat import ChatShape
 from nybble.server.api.chat_schema import ChatRequest, DetokenizeRequest, TokenizeRequest
 from nybble.server.api.completions import CompletionShape
+from nybble.server.api.embeddings import EmbeddingRequest, EmbeddingsShape
 from nybble.server.api.generation import Generation, Job
 from nybble.server.api.guiding import guide_of
 from nybble.server.api.logprobs import Logprobs
 from nybble.server.api.model_names import ModelNames
 from nybble.server.api.parse import read_body
 from nybble.server.api.prompts import Prompts
-from nybble.server.api.respond import json_response, respond
+from nybble.server.api.respond import json_response, respond, respond_whole
 from nybble.server.api.responses import ResponsesShape
 from nybble.server.api.responses_schema import ResponsesRequest
 from nybble.server.api.schema import CompletionRequest
@@ -29,6 +30,7 @@ from nybble.server.errors import ApiError
 from nybble.server.gate import Gate
 from nybble.server.limits import Limiter
 from nybble.server.metrics import Metrics
+from nybble.server.templates import TemplateRenderer
 from nybble.server.tenants import TENANT, Tenant
 
 # OpenAI's default for completions; chat goes on to the end of the context.
@@ -46,13 +48,14 @@ class Api:
         max_sequences: int,
         gate: Gate,
         limiter: Limiter,
+        templates: TemplateRenderer,
     ) -> None:
         self._gate = gate
         self._engine = engine
         self._metrics = metrics
         self._names = ModelNames(engine, models)
         self._generation = Generation(engine, metrics, max_sequences, limiter)
-        self._prompts = Prompts(engine.tokenizer, models[0])
+        self._prompts = Prompts(engine.tokenizer, models[0], templates)
         self._tokens = TokenBytes(engine.tokenizer)
         self._grammars = GrammarCompiler(engine.tokenizer, engine.vocab_size, engine.eos_token_ids)
 
@@ -67,6 +70,7 @@ class Api:
             web.post("/v1/chat/completions", self.chat_completions),
             web.post("/v1/completions", self.completions),
             web.post("/v1/responses", self.responses),
+            web.post("/v1/embeddings", self.embeddings),
             web.post("/tokenize", self.tokenize),
             web.post("/detokenize", self.detokenize),
         ]
@@ -103,14 +107,7 @@ class Api:
         names = {"prompt": "messages", "max_tokens": limit, "logprobs": "top_logprobs"}
         with _parameters_called(names):
             job, tools = await self._chat_job("chatcmpl-", body, adapter, request.get(TENANT))
-        shape = ChatShape(
-            job.id,
-            body.model,
-            int(time.time()),
-            self._logprobs(job.params),
-            tools,
-            include_usage=body.include_usage,
-        )
+        shape = ChatShape(job.id, body, int(time.time()), self._logprobs(job.params), tools)
         return await respond(request, self._generation, job, shape, stream=bool(body.stream))
 
     async def responses(self, request: web.Request) -> web.StreamResponse:
@@ -156,23 +153,54 @@ class Api:
             prompts.append(tuple(encoded))
         echoes = None
         if body.echo:
-            texts = [
+            echoes = [
                 prompt if isinstance(prompt, str) else await self._prompts.decode(prompt)
                 for prompt in body.prompts
             ]
-            echoes = [text for text in texts for _ in range(body.sequences)]
         guide = await guide_of(self._grammars, body)
         id, n, tenant = f"cmpl-{uuid4().hex}", body.sequences, request.get(TENANT)
         job = Job(id, tuple(prompts), params, n, guide, adapter, tenant, body.timeout)
-        shape = CompletionShape(
-            job.id,
-            body.model,
-            int(time.time()),
-            self._logprobs(params),
-            echoes,
-            include_usage=body.include_usage,
-        )
+        shape = CompletionShape(job.id, body, int(time.time()), self._logprobs(params), echoes)
         return await respond(request, self._generation, job, shape, stream=bool(body.stream))
+
+    async def embeddings(self, request: web.Request) -> web.Response:
+        body = await read_body(request, EmbeddingRequest)
+        adapter = self._adapter_of(request, body.model, body.adapter)
+        if self._engine.pooling is None:
+            raise ApiError(
+                400,
+                f"the model {body.model!r} makes embeddings in a way that is not supported: "
+                "expected the last token's or the mean in its 1_Pooling/config.json",
+                param="model",
+                code="unsupported_parameter",
+            )
+        size = self._engine.hidden_size
+        if body.dimensions not in (None, size):
+            raise ApiError(
+                400,
+                f"dimensions is {body.dimensions}, but this model's embeddings have {size} and "
+                "were not trained to be cut short",
+                param="dimensions",
+                code="unsupported_parameter",
+            )
+        params = SamplingParams(max_tokens=0)
+        with _parameters_called({"prompt": "input"}):
+            texts = [prompt for prompt in body.prompts if isinstance(prompt, str)]
+            given = [tuple(prompt) for prompt in body.prompts if not isinstance(prompt, str)]
+            prompts = given or await self._prompts.encode_all(texts)
+            for prompt in prompts:
+                self._require_room(prompt, params)
+                self._require_known("prompt", prompt, self._engine.vocab_size)
+        job = Job(
+            f"embd-{uuid4().hex}",
+            tuple(prompts),
+            params,
+            adapter=adapter,
+            tenant=request.get(TENANT),
+            timeout=body.timeout,
+            pooling=self._engine.pooling,
+        )
+        return await respond_whole(request, self._generation, job, EmbeddingsShape(body))
 
     async def tokenize(self, request: web.Request) -> web.Response:
         body = await read_body(request, TokenizeRequest)
@@ -197,7 +225,7 @@ class Api:
         return json_response({"prompt": await self._prompts.decode(body.tokens)})
 
     def _logprobs(self, params: SamplingParams) -> Logprobs | None:
-        if params.logprobs is None:
+        if params.logprobs is None and params.prompt_logprobs is None:
             return None
         return Logprobs(self._tokens, self._engine.eos_token_ids | set(params.stop_token_ids))
 
@@ -211,11 +239,14 @@ class Api:
                 raise ParameterError(parameter, message)
 
     def _require_room(self, prompt: Sequence[int], params: SamplingParams) -> None:
+        if not prompt:
+            raise ParameterError("prompt", "the prompt is empty")
         limit = self._engine.max_model_len
-        if len(prompt) + (params.max_tokens or 1) > limit:
+        asked = 1 if params.max_tokens is None else params.max_tokens
+        if len(prompt) + asked > limit:
             raise ApiError(
                 400,
-                f"the prompt has {len(prompt)} tokens and asks for {params.max_tokens or 1} more "
+                f"the prompt has {len(prompt)} tokens and asks for {asked} more "
                 f"at least, but together they are limited to {limit}",
                 param="prompt" if len(prompt) >= limit else "max_tokens",
                 code="context_length_exceeded",

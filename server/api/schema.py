@@ -9,6 +9,7 @@ Every optional field may be null, as OpenAI's may. Ranges of sampling parameters
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Annotated, Any, ClassVar
 
 from nybble.engine import SamplingParams
@@ -110,9 +111,16 @@ class Sampling(Body):
     guided_choice: Annotated[list[str], Field(min_length=1, max_length=_MAX_CHOICES)] | None = None
     guided_grammar: str | None = None
     timeout: Annotated[float, Field(gt=0)] | None = None
+    prompt_logprobs: int | None = None
 
     @model_validator(mode="after")
     def _options_need_stream(self) -> Sampling:
+        if self.prompt_logprobs is not None and self.stream:
+            raise PydanticCustomError(
+                "invalid_value",
+                "prompt_logprobs is allowed only when stream is false",
+                {"param": "prompt_logprobs"},
+            )
         if self.stream_options is not None and not self.stream:
             raise PydanticCustomError(
                 "invalid_value",
@@ -156,6 +164,7 @@ class Sampling(Body):
         return SamplingParams(
             max_tokens=max_tokens,
             logprobs=logprobs,
+            prompt_logprobs=self.prompt_logprobs,
             stop=tuple(self.stop or ()),
             stop_token_ids=tuple(self.stop_token_ids or ()),
             **{**defaults, **given},
@@ -165,7 +174,7 @@ class Sampling(Body):
 Prompt = str | list[int]
 
 
-def _prompts(value: Any) -> Any:
+def prompts_of(value: Any) -> Any:
     """OpenAI's four shapes as a list of prompts, each text or token ids."""
     if isinstance(value, str):
         return [value]
@@ -189,8 +198,8 @@ def _prompts(value: Any) -> Any:
 class CompletionRequest(Sampling):
     refused = {"suffix": "suffix is not supported: put the text into the prompt"}
 
-    # Validated whole by _prompts: a union would try every shape on a long list of token ids.
-    prompt: Annotated[Any, BeforeValidator(_prompts)]
+    # Validated whole by prompts_of: a union would try every shape on a long list of token ids.
+    prompt: Annotated[Any, BeforeValidator(prompts_of)]
     best_of: int | None = None
     echo: bool | None = None
     logprobs: int | None = None
@@ -203,18 +212,20 @@ class CompletionRequest(Sampling):
                 "best_of other than n is not supported",
                 {"param": "best_of"},
             )
-        if self.echo and self.logprobs is not None:
-            raise PydanticCustomError(
-                "unsupported_parameter",
-                "echo with logprobs is not supported: the prompt's logprobs are not computed",
-                {"param": "echo"},
-            )
         return self
 
     @property
     def prompts(self) -> list[Prompt]:
         prompts: list[Prompt] = self.prompt
         return prompts
+
+    def sampling_params(
+        self, max_tokens: int | None, logprobs: int | None, defaults: Mapping[str, float]
+    ) -> SamplingParams:
+        params = super().sampling_params(max_tokens, logprobs, defaults)
+        if self.echo and logprobs is not None:
+            return replace(params, prompt_logprobs=max(logprobs, self.prompt_logprobs or 0))
+        return params
 
 
 class LoadAdapterRequest(Body):

@@ -34,6 +34,7 @@ from nybble.loaders.adapter import projection_shapes
 from nybble.loaders.cache import cache_folder
 from nybble.loaders.packed_file import VERSION
 from nybble.quantizers import InFlight, merge_adapter, quantize_checkpoint
+from nybble.server.cli.text_tokens import MERGE_CALIBRATION, text_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +55,8 @@ def prepare_checkpoint(
     """Resolve ``name``, pack it into the cache unless it is there, and open it.
 
     quantize and head: what to round while reading, see :class:`nybble.quantizers.InFlight`.
-    adapter: a folder or hub name of what to merge first, in the model's own format. Raises what
+    adapter: a folder or hub name of what to merge first, in the model's own format, a 4-bit one
+        calibrated on Python's sources. Raises what
     resolve_model, open_checkpoint, load_adapter, merge_adapter and save_packed do, and ValueError
     where a packed model is to be changed.
     """
@@ -75,11 +77,13 @@ def prepare_checkpoint(
     layout = preferred_layout(device)
     recipe = f"layers={'demo' if demo else quantize}, head={head}"
     if lora is not None:
-        recipe += f", adapter={lora.digest.hex()}"
+        rounding = "" if source.format == "none" else ", calibrated"
+        recipe += f", adapter={lora.digest.hex()}{rounding}"
     with _packed(folder, layout, recipe) as (packed, missing), ExitStack() as stack:
         if missing:
             if lora is not None:
-                folder = stack.enter_context(_merged(folder, lora, packed, progress))
+                merged = _merged(folder, lora, packed, device, progress, source.format != "none")
+                folder = stack.enter_context(merged)
                 source = open_checkpoint(folder)
             if demo:
                 source = stack.enter_context(_demo_in_gptq(folder, packed, progress))
@@ -90,15 +94,32 @@ def prepare_checkpoint(
 
 
 @contextmanager
-def _merged(folder: Path, lora: LoRAAdapter, packed: Path, progress: bool) -> Iterator[Path]:
+def _merged(
+    folder: Path,
+    lora: LoRAAdapter,
+    packed: Path,
+    device: torch.device,
+    progress: bool,
+    calibrated: bool,
+) -> Iterator[Path]:
     scratch = packed.with_name(packed.name + ".merged")
     shutil.rmtree(scratch, ignore_errors=True)
+    calibration = None
+    if calibrated:
+        calibration = text_tokens(folder, None, "calibration", *MERGE_CALIBRATION)
     try:
-        layers = merge_adapter(folder, lora, scratch, progress=progress)
+        layers = merge_adapter(
+            folder,
+            lora,
+            scratch,
+            calibration=calibration,
+            device=device,
+            progress=progress,
+        )
         logger.info(
-            "merged %d layers; rounding them again added %.2e of their norm on average",
+            "merged %d layers; rounding them moved them %.2g times as far as the adapter does",
             len(layers),
-            sum(layer.error for layer in layers) / len(layers),
+            sum(layer.relative_to_change for layer in layers) / len(layers),
         )
         yield scratch
     finally:

@@ -10,7 +10,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from nybble.finetune import FinetuneSettings, LoraSettings, finetune, plot_losses
+from nybble.finetune import FinetuneSettings, LoraSettings, Progress, finetune, plot_losses
 from nybble.finetune.data import Example, to_batch
 from nybble.finetune.lora import (
     ALL_LINEAR,
@@ -200,7 +200,7 @@ def test_the_held_out_loss_falls_and_the_answer_is_learned(
     assert result.best_eval_loss == min(p.eval_loss for p in result.history if p.eval_loss)
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["peft_type"]) == (4, 8, "LORA")
-    assert not (tmp_path / "out" / "checkpoint").exists()
+    assert not (tmp_path / "out" / "checkpoint.pt").exists()
     plot_losses({base: result.history}, tmp_path / "loss.png")
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 
@@ -242,8 +242,33 @@ def test_a_resumed_run_ends_as_one_that_was_never_stopped(
 def test_resuming_what_was_never_begun_or_another_run_is_refused(
     tmp_path: Path, bases: dict[str, Path]
 ) -> None:
+    path, out = data(tmp_path), tmp_path / "out"
+
+    def train(seed: int, on_step: Callable[[Progress], None], *, resume: bool) -> None:
+        settings = replace(QUICK, seed=seed)
+        finetune(
+            *(bases["nf4"], path, out),
+            settings=settings,
+            resume=resume,
+            progress=False,
+            on_step=on_step,
+        )
+
+    def stop(progress: Progress) -> None:
+        if progress.point.step == 5:
+            raise Interrupted
+
     with pytest.raises(FileNotFoundError, match="there is no training run to resume"):
-        finetune(bases["nf4"], data(tmp_path), tmp_path / "out", resume=True, progress=False)
+        train(1, stop, resume=True)
+    with pytest.raises(Interrupted):
+        train(1, stop, resume=False)
+    with pytest.raises(ValueError, match="is of another run: resume with the data and the sett"):
+        train(2, stop, resume=True)
+    steps: list[Progress] = []
+    train(1, steps.append, resume=True)
+    assert [one.point.step for one in steps] == list(range(5, 13))
+    assert steps[-1].steps == 12
+    assert steps[-1].tokens > steps[0].tokens > 0
 
 
 def test_training_stops_when_the_held_out_loss_no_longer_falls(

@@ -9,7 +9,7 @@ import pytest
 import torch
 from nybble.loaders import open_checkpoint, save_packed
 from nybble.quantizers import quantize_checkpoint
-from nybble.quantizers.corpus import standard_library_text, token_ids, token_windows
+from nybble.quantizers.corpus import Part, standard_library_text, token_ids, token_windows
 from nybble.quantizers.evaluate import Evaluation, Window, evaluate, plot, table, windows
 from nybble.quantizers.packed_model import PackedLinear, load_packed_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -116,15 +116,23 @@ def test_the_table_and_the_plot_hold_every_model(tmp_path: Path) -> None:
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_calibration_and_held_out_text_share_no_document(tiny_model: Callable[..., Path]) -> None:
-    halves = [standard_library_text(half) for half in ("calibration", "held-out")]
-    lines = [{line for line in half.splitlines() if len(line) > 75} for half in halves]
-    assert min(map(len, halves)) > 1_000_000
-    assert len(lines[0] & lines[1]) < 0.02 * min(map(len, lines))
+def test_texts_to_calibrate_choose_and_report_on_share_no_long_line() -> None:
+    parts: tuple[Part, ...] = ("calibration", "validation", "held-out")
+    texts = [standard_library_text(part) for part in parts]
+    assert min(map(len, texts)) > 1_000_000
+    lines = [[line.strip() for line in text.splitlines()] for text in texts]
+    every = [line for part in lines for line in part if len(line) > 30]
+    assert len(every) > 50_000
+    assert len(set(every)) == len(every)
+    assert standard_library_text("held-out") == texts[2]
+
+
+def test_windows_of_tokens_are_taken_from_the_text(tiny_model: Callable[..., Path]) -> None:
+    text = standard_library_text("calibration")[:20_000]
     tokenizer = AutoTokenizer.from_pretrained(tiny_model())
-    found = token_windows(tokenizer, halves[0][:20_000], samples=5, length=64)
+    found = token_windows(tokenizer, text, samples=5, length=64)
     assert found.shape == (5, 64)
-    every = token_ids(tokenizer, halves[0][:20_000]).unfold(0, 64, 64)
+    every = token_ids(tokenizer, text).unfold(0, 64, 64)
     assert all((row == every).all(-1).any() for row in found)
     with pytest.raises(ValueError, match="5000 samples of 64 were asked for"):
-        token_windows(tokenizer, halves[0][:20_000], samples=5000, length=64)
+        token_windows(tokenizer, text, samples=5000, length=64)

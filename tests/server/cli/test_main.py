@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import typer
 from nybble.loaders import open_checkpoint
-from nybble.server.cli.main import app, parse_bytes
+from nybble.server.cli.main import app
+from nybble.server.cli.options import parse_bytes
 from typer.testing import CliRunner, Result
 
 

@@ -129,3 +129,16 @@ def test_an_adapter_is_merged_before_packing(
     assert not list((cache / "packed").glob("*.merged"))
     with pytest.raises(ValueError, match="is packed already"):
         prepare_checkpoint(str(merged().folder), device=CPU, adapter=adapter)
+
+
+def test_merging_into_a_4_bit_model_keeps_its_scales(
+    gptq: Path, cache: Path, tiny_adapter: Callable[..., Path]
+) -> None:
+    adapter = str(tiny_adapter(target_modules=["q_proj"]))
+    merged = prepare_checkpoint(str(gptq), device=CPU, adapter=adapter, progress=False)
+    name = "model.layers.1.self_attn.qkv_proj"
+    before, after = (dict(folder.weights())[name] for folder in (opened(gptq), merged))
+    assert isinstance(before, PackedWeight)
+    assert isinstance(after, PackedWeight)
+    assert torch.equal(before.scales, after.scales)
+    assert not torch.equal(before.codes(), after.codes())
