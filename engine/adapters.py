@@ -8,6 +8,7 @@ request queues; the engine thread only copies a staged adapter into a slot, one 
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import OrderedDict
@@ -20,6 +21,8 @@ from typing import Literal
 from nybble.engine.adapter_slots import AdapterSlots, StagedAdapter
 from nybble.engine.request import ParameterError
 from nybble.loaders import AdapterError, load_adapter, resolve_adapter
+
+logger = logging.getLogger(__name__)
 
 Residency = Literal["device", "host", "disk"]
 _NAMES_IN_ERRORS = 10
@@ -243,7 +246,8 @@ class AdapterCache:
             return
         if version in self._host:
             self._drop(version)
-        if version.slot is not None:
+        # After a restart a version that had lost its name may still believe in its slot.
+        if version.slot is not None and self._in_slot[version.slot] is version:
             self._in_slot[version.slot] = None
             self._in_slot.move_to_end(version.slot, last=False)
             version.slot = None
@@ -265,7 +269,7 @@ class AdapterRegistry:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
-        self.cache = AdapterCache(self.slots, self.host_bytes, self._load_later)
+        self.cache = self._empty_cache()
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="nybble-adapters")
 
     def load(self, name: str, path: str, *, replace: bool) -> AdapterInfo:
@@ -322,6 +326,19 @@ class AdapterRegistry:
     def close(self) -> None:
         self._reader.shutdown(wait=False, cancel_futures=True)
 
+    def restart(self) -> None:
+        """Keep every name and forget what is resident: the engine begins again without requests."""
+        with self._lock:
+            for version in self._versions.values():
+                version.waiting = version.running = 0
+                version.slot, version.in_host = None, False
+            self.cache = self._empty_cache()
+
+    def _empty_cache(self) -> AdapterCache:
+        cache: AdapterCache
+        cache = AdapterCache(self.slots, self.host_bytes, lambda v: self._load_later(v, cache))
+        return cache
+
     def _refuse_taken(self, name: str) -> None:
         if name in self._versions:
             raise AdapterError(f"adapter {name!r} is loaded already: replace it or unload it first")
@@ -352,7 +369,11 @@ class AdapterRegistry:
         version = AdapterVersion(name, folder, adapter.digest, adapter.rank, staged.nbytes)
         return version, staged
 
-    def _load_later(self, version: AdapterVersion) -> None:
+    def _load_later(self, version: AdapterVersion, cache: AdapterCache) -> None:
+        def answer(function: Callable[[], None]) -> None:
+            # A cache from before a restart awaits nothing any more.
+            self.post(lambda: function() if cache is self.cache else None)
+
         def read() -> None:
             try:
                 again, staged = self._read(version.name, version.folder)
@@ -361,11 +382,13 @@ class AdapterRegistry:
                         f"{version.folder} has changed since adapter {version.name!r} was loaded "
                         "from it: load it again"
                     )
-            except (AdapterError, OSError) as error:
+            except Exception as error:  # whatever it is, requests must not wait for ever
+                if not isinstance(error, AdapterError | OSError):
+                    logger.exception("reading adapter %s failed", version.name)
                 failure = error if isinstance(error, AdapterError) else AdapterError(str(error))
-                self.post(lambda: self._failed(version, failure))
+                answer(lambda: self._failed(version, failure))
             else:
-                self.post(lambda: self.cache.staged(version, staged))
+                answer(lambda: cache.staged(version, staged))
 
         self._reader.submit(read)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from ssl import SSLContext
 
 from nybble.server.cors import Cors
+from nybble.server.fine_tuning.settings import FineTuningSettings
 from nybble.server.tenants import Tenants
 
 
@@ -19,7 +20,8 @@ class ServerSettings:
     may be loaded from. tenants: whose keys are taken too, each with what it allows.
     adapter_watch: a folder whose adapters come and go. shutdown_timeout: seconds for requests in
     flight to finish. tls: the certificate, for https. cors: pages elsewhere that may
-    call the API. console: whether there is a page at ``/``.
+    call the API. console: whether there is a page at ``/``. model_folder: of
+    the model that is served, for jobs to train on. fine_tuning: None for a server without.
     """
 
     models: tuple[str, ...]
@@ -33,3 +35,5 @@ class ServerSettings:
     tls: SSLContext | None = None
     cors: Cors | None = None
     console: bool = True
+    model_folder: Path | None = None
+    fine_tuning: FineTuningSettings | None = None
