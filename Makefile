@@ -37,18 +37,14 @@ lint: install
 test: lint
 	$(BIN)/pytest
 
-# On a machine with a GPU and a torch of its own: checks first, then the tables, each script in its
-# own time budget (--minutes).
+# On a machine with a GPU and a torch of its own: checks first, then the tables, each section in a
+# process and a time budget of its own. GPU_ARGS="--only checks,decode" picks, --dry-run needs no GPU.
 GPU_PYTHON ?= python3
 GPU_ARGS ?=
-GPU_ENV := PYTHONUNBUFFERED=1 PYTHONPATH=build/gpu
 gpu:
 	mkdir -p build/gpu/nybble
 	for package in $(PACKAGES); do ln -sfn ../../../$$package build/gpu/nybble/$$package; done
-	$(GPU_ENV) $(GPU_PYTHON) kernels/bench/gpu_matmul.py $(GPU_ARGS)
-	if [ -f kernels/bench/gpu_step.py ]; then \
-		$(GPU_ENV) $(GPU_PYTHON) kernels/bench/gpu_step.py $(GPU_ARGS); \
-	fi
+	PYTHONUNBUFFERED=1 PYTHONPATH=build/gpu $(GPU_PYTHON) kernels/bench/gpu.py $(GPU_ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info
