@@ -252,7 +252,8 @@ class AdapterCache:
             return
         if version in self._host:
             self._drop(version)
-        if version.slot is not None:
+        # After a restart a version that had lost its name may still believe in its slot.
+        if version.slot is not None and self._in_slot[version.slot] is version:
             self._in_slot[version.slot] = None
             self._in_slot.move_to_end(version.slot, last=False)
             version.slot = None

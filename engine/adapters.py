@@ -6,6 +6,7 @@ Reading from disk happens on a thread of its own; where a version then is, see
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,8 @@ from nybble.engine.adapter_cache import AdapterCache, AdapterVersion, Residency
 from nybble.engine.adapter_slots import AdapterSlots, StagedAdapter
 from nybble.engine.request import ParameterError
 from nybble.loaders import AdapterError, load_adapter, resolve_adapter
+
+logger = logging.getLogger(__name__)
 
 _NAMES_IN_ERRORS = 10
 
@@ -71,7 +74,7 @@ class AdapterRegistry:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
-        self.cache = AdapterCache(self.slots, self.host_bytes, self._load_later)
+        self.cache = self._empty_cache()
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="nybble-adapters")
 
     def load(self, name: str, path: str, *, replace: bool) -> AdapterInfo:
@@ -128,6 +131,19 @@ class AdapterRegistry:
     def close(self) -> None:
         self._reader.shutdown(wait=False, cancel_futures=True)
 
+    def restart(self) -> None:
+        """Keep every name and forget what is resident: the engine begins again without requests."""
+        with self._lock:
+            for version in self._versions.values():
+                version.waiting = version.running = 0
+                version.slot, version.in_host = None, False
+            self.cache = self._empty_cache()
+
+    def _empty_cache(self) -> AdapterCache:
+        cache: AdapterCache
+        cache = AdapterCache(self.slots, self.host_bytes, lambda v: self._load_later(v, cache))
+        return cache
+
     def _refuse_taken(self, name: str) -> None:
         if name in self._versions:
             raise AdapterError(f"adapter {name!r} is loaded already: replace it or unload it first")
@@ -158,7 +174,11 @@ class AdapterRegistry:
         version = AdapterVersion(name, folder, adapter.digest, adapter.rank, staged.nbytes)
         return version, staged
 
-    def _load_later(self, version: AdapterVersion) -> None:
+    def _load_later(self, version: AdapterVersion, cache: AdapterCache) -> None:
+        def answer(function: Callable[[], None]) -> None:
+            # A cache from before a restart awaits nothing any more.
+            self.post(lambda: function() if cache is self.cache else None)
+
         def read() -> None:
             try:
                 again, staged = self._read(version.name, version.folder)
@@ -167,11 +187,13 @@ class AdapterRegistry:
                         f"{version.folder} has changed since adapter {version.name!r} was loaded "
                         "from it: load it again"
                     )
-            except (AdapterError, OSError) as error:
+            except Exception as error:  # whatever it is, requests must not wait for ever
+                if not isinstance(error, AdapterError | OSError):
+                    logger.exception("reading adapter %s failed", version.name)
                 failure = error if isinstance(error, AdapterError) else AdapterError(str(error))
-                self.post(lambda: self._failed(version, failure))
+                answer(lambda: self._failed(version, failure))
             else:
-                self.post(lambda: self.cache.staged(version, staged))
+                answer(lambda: cache.staged(version, staged))
 
         self._reader.submit(read)
 

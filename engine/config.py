@@ -42,7 +42,9 @@ class EngineConfig:
     max_batched_tokens: the token budget of a step; longer prompts are prefilled in chunks.
     max_model_len: longest prompt plus output; None for what the model was made for. max_waiting:
     requests queued beyond max_num_seqs before new ones are turned away. adapters: None for a server
-    without.
+    without. tune: measure, at the start, GPU matmuls of which no configuration is known.
+    restarts: how often within ten minutes an engine that has failed begins again with the same
+    weights.
     """
 
     device: str = "cpu"
@@ -56,6 +58,8 @@ class EngineConfig:
     max_waiting: int = 256
     prefix_caching: bool = True
     adapters: AdapterConfig | None = None
+    tune: bool = True
+    restarts: int = 0
 
     def __post_init__(self) -> None:
         for name in ("block_size", "kv_cache_bytes", "max_num_seqs", "max_batched_tokens"):
@@ -67,8 +71,9 @@ class EngineConfig:
                 f"max_batched_tokens {self.max_batched_tokens} is below max_num_seqs "
                 f"{self.max_num_seqs}: every running sequence needs one token of the budget"
             )
-        if self.max_waiting < 0:
-            raise ValueError(f"max_waiting is {self.max_waiting}, expected 0 or more")
+        for name in ("max_waiting", "restarts"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected 0 or more")
 
 
 def resolve_device(name: str) -> torch.device:

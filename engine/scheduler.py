@@ -282,6 +282,10 @@ class Scheduler:
 
     def _preempt(self, plan: _Plan, sequence: Sequence) -> None:
         plan.budget += plan.tokens.pop(sequence, 0)
+        self.preempt(sequence)
+
+    def preempt(self, sequence: Sequence) -> None:
+        """Take a running sequence's blocks back and let it wait at the head of its queue."""
         self.running.remove(sequence)
         self.blocks.release(sequence)
         sequence.num_computed_tokens = 0

@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from nybble.kernels import DenseWeight, PackedWeight
 from nybble.kernels.layout import Layout
+from nybble.kernels.progress import Progress, track
 from nybble.loaders.checkpoint import Checkpoint, Weight
 from nybble.loaders.errors import CheckpointError
 from nybble.loaders.shards import Shards
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 from transformers import AutoConfig
 
 HEADER = "nybble.json"
@@ -43,7 +43,7 @@ _COPIED = (
 
 
 def save_packed(
-    checkpoint: Checkpoint, folder: Path, *, layout: Layout, progress: bool = True
+    checkpoint: Checkpoint, folder: Path, *, layout: Layout, progress: Progress = True
 ) -> None:
     """Write a checkpoint's packed form to ``folder``, complete or not at all."""
     scratch = folder.with_name(folder.name + ".partial")
@@ -60,9 +60,7 @@ def save_packed(
         save_file(shard, scratch / f"packed-{written:05}.safetensors")
         written, shard = written + 1, {}
 
-    for name, weight in tqdm(
-        checkpoint.weights(), desc="Packing", unit=" tensors", disable=not progress
-    ):
+    for name, weight in track(checkpoint.weights(), "Packing", progress, unit="tensors"):
         if isinstance(weight, PackedWeight):
             weight = weight.to_layout(layout)
         modules[name], tensors = _describe(weight)

@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 from nybble.kernels import DenseWeight, PackedWeight
 from nybble.kernels.packed import INTEGER_LEVELS, SYMMETRIC_LEVELS
+from nybble.kernels.progress import Progress, track
 from nybble.loaders import CheckpointError, LoRAAdapter, open_checkpoint
 from nybble.loaders.adapter import LoRAModule, projection_shapes
 from nybble.loaders.checkpoint import FolderCheckpoint
@@ -38,7 +39,6 @@ from nybble.quantizers.on_grid import Compensation, Grid
 from nybble.quantizers.rtn import quantize_affine
 from nybble.quantizers.writer import FolderWriter
 from torch import Tensor
-from tqdm import tqdm
 
 _CODEBOOKS = ("nf4", "fp4")
 _DEFAULT_GROUP = 128
@@ -80,7 +80,7 @@ def merge_adapter(
     keep_16_bits: bool = False,
     calibration: Tensor | None = None,
     device: torch.device | None = None,
-    progress: bool = True,
+    progress: Progress = True,
 ) -> list[MergedLayer]:
     """Write ``source`` with ``adapter`` merged into it to ``target``, in a public layout.
 
@@ -112,22 +112,20 @@ def merge_adapter(
     if calibration is not None and plan.format is not None and not keep_16_bits:
         calibrator = _Calibrator(merge, calibration, device or torch.device("cpu"))
     report: list[MergedLayer] = []
-    bar = tqdm(total=len(shapes), desc="Merging", unit=" layers", disable=not progress)
-    with FolderWriter(target, source, config) as writer, bar:
+    names = track(shapes, "Merging", progress, unit="layers")
+    with FolderWriter(target, source, config) as writer:
         for name in merge.shards.names():
             if _owner(name, shapes) is None:
                 writer.add({name: merge.shards.read(name)})
-        for _, block in groupby(shapes, lambda name: name.split(".")[2]):
-            names = list(block)
+        for _, block in groupby(names, lambda name: name.split(".")[2]):
             moments = calibrator.moments() if calibrator else {}
             values: dict[str, Tensor] = {}
-            for name in names:
+            for name in block:
                 if name + ".bias" in merge.shards:
                     writer.add({name + ".bias": merge.shards.read(name + ".bias")})
                 tensors, values[name], layer = merge.layer(name, moments.get(name))
                 writer.add(tensors)
                 report += [layer] if layer is not None else []
-                bar.update()
             if calibrator:
                 calibrator.advance(values)
     return report

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from ssl import SSLContext
 
+from nybble.server.cors import Cors
+from nybble.server.fine_tuning.settings import FineTuningSettings
 from nybble.server.tenants import Tenants
 
 
@@ -16,7 +19,9 @@ class ServerSettings:
     admin_keys: the same for administration, which needs one. adapter_roots: folders that adapters
     may be loaded from. tenants: whose keys are taken too, each with what it allows.
     adapter_watch: a folder whose adapters come and go. shutdown_timeout: seconds for requests in
-    flight to finish.
+    flight to finish. tls: the certificate, for https. cors: pages elsewhere that may
+    call the API. console: whether there is a page at ``/``. model_folder: of
+    the model that is served, for jobs to train on. fine_tuning: None for a server without.
     """
 
     models: tuple[str, ...]
@@ -27,3 +32,8 @@ class ServerSettings:
     tenants: Tenants | None = None
     adapter_watch: Path | None = None
     shutdown_timeout: float = 30
+    tls: SSLContext | None = None
+    cors: Cors | None = None
+    console: bool = True
+    model_folder: Path | None = None
+    fine_tuning: FineTuningSettings | None = None

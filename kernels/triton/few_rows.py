@@ -17,14 +17,15 @@ from nybble.kernels.triton.step import (
     SLICE,
     STEP,
     TILE_N,
-    by_row,
+    add_scaled_products,
     fetch,
     group_constants,
     of_slices,
-    product,
+    rows_of_slices,
     shifted,
+    unpacked,
 )
-from nybble.kernels.triton.unpack import INTERPRETED, codebook_table, unpack_affine, unpack_codebook
+from nybble.kernels.triton.unpack import INTERPRETED, codebook_table
 from torch import Tensor
 
 
@@ -76,55 +77,25 @@ def few_rows_kernel(
         tl.extra.cuda.gdc_wait()
     table = codebook_table(levels, dtype) if CODEBOOK and not INTERPRETED else 0
     acc = tl.zeros((PARTS, BLOCK_N, BLOCK_M), tl.float32)
-    nothing = tl.zeros((PARTS, BLOCK_N, BLOCK_M), tl.float32)
     ahead = of_slices(scales + scale_at, part[:, None], SETS, GROUP, groups)
     for first in range(0, steps, PARTS):
         live = first + part[:, None, None] < steps
         valid = valid_m & live
         q = tl.load(q_at + first * (TILE_N * SLICE), mask=live, other=0)
-        if WHOLE_STEPS:
-            x0 = tl.load(x_at + first * STEP, mask=valid, other=0.0)
-            x1 = tl.load(x_at + first * STEP + SLICE, mask=valid, other=0.0)
-            x2 = tl.load(x_at + first * STEP + 2 * SLICE, mask=valid, other=0.0)
-            x3 = tl.load(x_at + first * STEP + 3 * SLICE, mask=valid, other=0.0)
-        else:
-            left = columns - (first + part[:, None, None]) * STEP - k[None, :, None]
-            x0 = tl.load(x_at + first * STEP, mask=valid & (left > 0), other=0.0)
-            x1 = tl.load(x_at + first * STEP + 32, mask=valid & (left > 32), other=0.0)
-            x2 = tl.load(x_at + first * STEP + 64, mask=valid & (left > 64), other=0.0)
-            x3 = tl.load(x_at + first * STEP + 96, mask=valid & (left > 96), other=0.0)
+        left = columns - (first + part[:, None, None]) * STEP - k[None, :, None]
+        xs = rows_of_slices(x_at + first * STEP, valid, left, WHOLE_STEPS)
         step = first + part[:, None]
-        s0, s1, s2, s3 = ahead
+        now = ahead
         ahead = of_slices(scales + scale_at, step + PARTS, SETS, GROUP, groups)
         z0, z1, z2, z3 = 0.0, 0.0, 0.0, 0.0
         if HAS_ZEROS:
             z0, z1, z2, z3 = of_slices(zeros + scale_at, step, SETS, GROUP, groups)
-        if CODEBOOK:
-            w0, w1, w2, w3 = unpack_codebook(q, levels, table, dtype)
-        else:
-            w0, w1, w2, w3 = unpack_affine(q, dtype)
+        w0, w1, w2, w3 = unpacked(q, levels, table, dtype, CODEBOOK)
         w0 = shifted(w0, z0, HAS_ZEROS, CENTRE)
         w1 = shifted(w1, z1, HAS_ZEROS, CENTRE)
         w2 = shifted(w2, z2, HAS_ZEROS, CENTRE)
         w3 = shifted(w3, z3, HAS_ZEROS, CENTRE)
-        total = product(w0, x0, nothing)
-        if SETS == 4:
-            acc += by_row(s0.to(tl.float32)) * total
-            total = product(w1, x1, nothing)
-            acc += by_row(s1.to(tl.float32)) * total
-            total = product(w2, x2, nothing)
-            acc += by_row(s2.to(tl.float32)) * total
-            total = product(w3, x3, nothing)
-        elif SETS == 2:
-            total = product(w1, x1, total)
-            acc += by_row(s0.to(tl.float32)) * total
-            total = product(w2, x2, nothing)
-            total = product(w3, x3, total)
-        else:
-            total = product(w1, x1, total)
-            total = product(w2, x2, total)
-            total = product(w3, x3, total)
-        acc += by_row(s3.to(tl.float32)) * total
+        acc = add_scaled_products(acc, (w0, w1, w2, w3), xs, now, SETS)
 
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()

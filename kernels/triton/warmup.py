@@ -7,10 +7,10 @@ from collections.abc import Iterable
 
 import torch
 from nybble.kernels.packed import PackedWeight
+from nybble.kernels.progress import Progress, track
 from nybble.kernels.triton.configs import BUCKETS
 from nybble.kernels.triton.dequantize import stored_columns
 from nybble.kernels.triton.matmul import packed_matmul, takes
-from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ def signature(weight: PackedWeight) -> tuple[object, ...]:
 
 
 def warmup(
-    weights: Iterable[PackedWeight], dtype: torch.dtype, max_rows: int, *, progress: bool = True
+    weights: Iterable[PackedWeight], dtype: torch.dtype, max_rows: int, *, progress: Progress = True
 ) -> int:
     """Run every matmul of ``weights`` once for each bucket up to ``max_rows`` rows of ``dtype``.
 
@@ -51,7 +51,7 @@ def warmup(
             )
     largest = next((b for b in BUCKETS if b >= max_rows), BUCKETS[-1])
     work = [(w, rows) for w in distinct.values() for rows in BUCKETS if rows <= largest]
-    for weight, rows in tqdm(work, desc="compiling matmuls", disable=not progress):
+    for weight, rows in track(work, "Compiling matmuls", progress):
         packed_matmul(
             torch.zeros(rows, weight.in_features, dtype=dtype, device=weight.qweight.device), weight
         )

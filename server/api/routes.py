@@ -30,6 +30,7 @@ from nybble.server.errors import ApiError
 from nybble.server.gate import Gate
 from nybble.server.limits import Limiter
 from nybble.server.metrics import Metrics
+from nybble.server.templates import TemplateRenderer
 from nybble.server.tenants import TENANT, Tenant
 
 # OpenAI's default for completions; chat goes on to the end of the context.
@@ -37,23 +38,24 @@ _COMPLETION_MAX_TOKENS = 16
 
 
 class Api:
-    """Handlers over one engine, which answers to every name in ``models``."""
+    """Handlers over one engine."""
 
     def __init__(
         self,
         engine: Engine,
         metrics: Metrics,
-        models: tuple[str, ...],
+        names: ModelNames,
         max_sequences: int,
         gate: Gate,
         limiter: Limiter,
+        templates: TemplateRenderer,
     ) -> None:
         self._gate = gate
         self._engine = engine
         self._metrics = metrics
-        self._names = ModelNames(engine, models)
+        self._names = names
         self._generation = Generation(engine, metrics, max_sequences, limiter)
-        self._prompts = Prompts(engine.tokenizer, models[0])
+        self._prompts = Prompts(engine.tokenizer, names.first, templates)
         self._tokens = TokenBytes(engine.tokenizer)
         self._grammars = GrammarCompiler(engine.tokenizer, engine.vocab_size, engine.eos_token_ids)
 
@@ -78,7 +80,8 @@ class Api:
         if self._gate.closed:
             reason = "the server is shutting down"
         elif not self._engine.healthy:
-            reason = "the engine is not running"
+            failure = self._engine.failure
+            reason = f"the engine has failed: {failure}" if failure else "the engine is not running"
         if reason is not None:
             raise ApiError(503, reason, code="unhealthy")
         return json_response({"status": "ok"})

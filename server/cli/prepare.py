@@ -21,6 +21,7 @@ import torch
 from filelock import FileLock
 from nybble.kernels.layout import Layout
 from nybble.kernels.matmul import preferred_layout
+from nybble.kernels.progress import Progress
 from nybble.loaders import (
     Checkpoint,
     LoRAAdapter,
@@ -50,7 +51,7 @@ def prepare_checkpoint(
     quantize: Literal["nf4"] | None = None,
     head: Literal["int8"] | None = None,
     adapter: str | None = None,
-    progress: bool = True,
+    progress: Progress = True,
 ) -> Checkpoint:
     """Resolve ``name``, pack it into the cache unless it is there, and open it.
 
@@ -99,7 +100,7 @@ def _merged(
     lora: LoRAAdapter,
     packed: Path,
     device: torch.device,
-    progress: bool,
+    progress: Progress,
     calibrated: bool,
 ) -> Iterator[Path]:
     scratch = packed.with_name(packed.name + ".merged")
@@ -127,7 +128,7 @@ def _merged(
 
 
 @contextmanager
-def _demo_in_gptq(folder: Path, packed: Path, progress: bool) -> Iterator[Checkpoint]:
+def _demo_in_gptq(folder: Path, packed: Path, progress: Progress) -> Iterator[Checkpoint]:
     scratch = packed.with_name(packed.name + ".gptq")
     shutil.rmtree(scratch, ignore_errors=True)
     try:

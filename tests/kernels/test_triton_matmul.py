@@ -1,9 +1,12 @@
 """The Triton matmul computes the packed format's definition (interpreted, on the CPU)."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from nybble.kernels import PackedWeight
 from nybble.kernels.packed import INTEGER_LEVELS, SYMMETRIC_LEVELS, pack_nibbles
+from nybble.kernels.triton import matmul
 from nybble.kernels.triton.configs import Config
 from nybble.kernels.triton.dequantize import dense_matmul, dequantize
 from nybble.kernels.triton.matmul import packed_matmul
@@ -16,6 +19,7 @@ LARGE = Config(64, 32, 1, num_warps=4, num_stages=3, scale_first=True)
 DENSE = Config(64, 16, 1, num_warps=4, num_stages=3, scale_first=True, dense=True)
 PARTS = Config(16, 8, 1, num_warps=4, num_stages=3, scale_first=False, parts=4)
 SPLIT = Config(64, 16, 3, num_warps=4, num_stages=3, scale_first=False)
+TAIL = Config(64, 16, 2, num_warps=4, num_stages=3, scale_first=True, tail=1)
 
 
 def random_weight(
@@ -77,7 +81,7 @@ def test_every_format_matches_its_dequantized_weight(
 
 @pytest.mark.parametrize(("rows", "out", "columns"), [(1, 1, 32), (17, 65, 129), (5, 130, 200)])
 @pytest.mark.parametrize("kind", ["zeros", "codebook"])
-@pytest.mark.parametrize("config", [SMALL, LARGE, SPLIT, PARTS])
+@pytest.mark.parametrize("config", [SMALL, LARGE, SPLIT, TAIL, PARTS])
 def test_odd_sizes_are_masked(rows: int, out: int, columns: int, kind: str, config: Config) -> None:
     torch.manual_seed(1)
     x = torch.randn(rows, columns).half()
@@ -104,6 +108,31 @@ def test_split_columns_repeat_bit_for_bit_and_leave_the_counters_clean() -> None
     once = packed_matmul(x, weight, SPLIT)
     assert torch.equal(packed_matmul(x, weight, SPLIT), once)
     assert error(x, weight, SPLIT) < 1e-3
+
+
+@pytest.mark.parametrize("kind", ["fractional", "codebook"])
+def test_elsewhere_than_on_hopper_a_step_is_four_products(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(9)
+    x, weight = torch.randn(17, 200).half(), random_weight(kind, 130, 200, 32)
+    on_hopper = packed_matmul(x, weight, LARGE)
+    monkeypatch.setattr(matmul, "device_traits", lambda device: ("A GPU", 108, 80))
+    assert error(x, weight, LARGE) < 1e-3
+    torch.testing.assert_close(packed_matmul(x, weight, LARGE), on_hopper, rtol=1e-3, atol=1e-2)
+
+
+def test_only_the_last_blocks_of_outputs_are_split_where_a_tail_is() -> None:
+    torch.manual_seed(8)
+    x, weight = torch.randn(40, 1100).half(), random_weight("zeros", 200, 1100, 64, bias=True)
+    assert error(x, weight, TAIL) < 1e-3
+    whole = packed_matmul(x, weight, replace(TAIL, splits=1, tail=0))
+    everywhere = packed_matmul(x, weight, replace(TAIL, tail=0))
+    found = packed_matmul(x, weight, TAIL)
+    assert torch.equal(found[:, :192], whole[:, :192])
+    assert torch.equal(found[:, 192:], everywhere[:, 192:])
+    # Alone in its batch, a row is split as it was in company.
+    assert torch.equal(packed_matmul(x[33:34], weight, TAIL)[0], found[33])
 
 
 def test_leading_dimensions_and_empty_batches_keep_their_shape() -> None:

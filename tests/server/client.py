@@ -13,10 +13,13 @@ from nybble.engine import Engine
 from nybble.server.app import make_app
 from nybble.server.gate import Gate
 from nybble.server.settings import ServerSettings
+from nybble.server.templates import TemplateRenderer
 
 Client = TestClient[web.Request, web.Application]
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 RESPONSES = "/v1/responses"
+# One process for all tests of this one; it ends with it.
+TEMPLATES = TemplateRenderer()
 HELLO = [{"role": "user", "content": "hello"}]
 
 
@@ -26,7 +29,7 @@ def run(engine: Engine, scenario: Callable[[Client], Awaitable[None]], **options
     async def main() -> None:
         gate = options.pop("gate", None) or Gate()
         settings = ServerSettings(**{"models": ("tiny",), "max_sequences": 16, **options})
-        app = make_app(engine, settings, gate)
+        app = make_app(engine, settings, gate, TEMPLATES)
         async with TestClient(TestServer(app)) as client:
             await scenario(client)
 
