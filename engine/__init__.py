@@ -6,10 +6,12 @@ from nybble.engine.engine import Engine, EngineStats
 from nybble.engine.guide import GrammarCompiler, GrammarGuide
 from nybble.engine.request import (
     AdapterUnavailableError,
+    EngineFailedError,
     EngineOverloadedError,
     EngineStoppedError,
     Guide,
     GuideError,
+    OutOfMemoryError,
     ParameterError,
     Pooling,
     PromptLogprobs,
@@ -27,6 +29,7 @@ __all__ = [
     "AdapterUnavailableError",
     "Engine",
     "EngineConfig",
+    "EngineFailedError",
     "EngineOverloadedError",
     "EngineStats",
     "EngineStoppedError",
@@ -34,6 +37,7 @@ __all__ = [
     "GrammarGuide",
     "Guide",
     "GuideError",
+    "OutOfMemoryError",
     "ParameterError",
     "Pooling",
     "PromptLogprobs",

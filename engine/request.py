@@ -39,7 +39,15 @@ class AdapterUnavailableError(RuntimeError):
 
 
 class EngineStoppedError(RuntimeError):
-    """The engine is shutting down, or its thread has failed."""
+    """The engine is not running: it is shutting down, or has failed and takes no requests."""
+
+
+class EngineFailedError(EngineStoppedError):
+    """The engine failed while it had the request; the message names the cause."""
+
+
+class OutOfMemoryError(RuntimeError):
+    """There was no memory left to compute the request; the engine goes on with others."""
 
 
 @dataclass(frozen=True)

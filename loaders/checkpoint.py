@@ -75,7 +75,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
-    return _FolderCheckpoint(folder, config, _reader(folder))
+    return FolderCheckpoint(folder, config, _reader(folder))
 
 
 def quantization_settings(folder: Path) -> Mapping[str, Any] | None:
@@ -105,12 +105,21 @@ def _reader(folder: Path) -> _Reader | None:
     )
 
 
-class _FolderCheckpoint:
+class FolderCheckpoint:
+    """A folder in a public layout."""
+
     def __init__(self, folder: Path, config: PretrainedConfig, reader: _Reader | None) -> None:
         self.folder = folder
         self.config = config
         self.format = reader.name if reader else "none"
         self._reader = reader
+
+    def projection(self, shards: Shards, module: str) -> PackedWeight | DenseWeight:
+        """The linear layer ``module`` by itself, from this folder's ``shards``."""
+        _, weight = self._read(shards, module)
+        if isinstance(weight, Tensor):
+            raise CheckpointError(f"{self.folder}: {module} is not a linear layer")
+        return weight
 
     def weights(self) -> Iterator[tuple[str, Weight]]:
         shards = Shards(self.folder)

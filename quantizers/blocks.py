@@ -5,9 +5,11 @@ Blocks are transformers' own modules; weights come straight from the safetensors
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from nybble.loaders import CheckpointError
@@ -58,10 +60,21 @@ class _Enough(Exception):
 class DecoderBlocks:
     """Embeds token ids and runs blocks; activations stay on the CPU, a block on ``device``."""
 
-    def __init__(self, source: Path, device: torch.device, length: int) -> None:
-        """Raises CheckpointError where blocks or sequences of ``length`` are not supported."""
+    def __init__(
+        self,
+        source: Path,
+        device: torch.device,
+        length: int,
+        read: Callable[[str], Tensor] | None = None,
+    ) -> None:
+        """read: a block's parameter by name, where it is not the 16-bit tensor of that name.
+
+        Raises CheckpointError where blocks or sequences of ``length`` are not supported.
+        """
         self._shards = Shards(source)
+        self._read = read or self._shards.read
         config = AutoConfig.from_pretrained(source, local_files_only=True)
+        config.quantization_config = None  # the blocks are dense, whatever is read into them
         if config.model_type not in MODEL_TYPES:
             raise CheckpointError(
                 f"{source}: model_type {config.model_type!r} is not supported; "
@@ -94,7 +107,7 @@ class DecoderBlocks:
         block: nn.Module = self._skeleton.layers[index]
         names = [name for name, _ in block.named_parameters()]
         prefix = f"model.layers.{index}."
-        state = {name: self._shards.read(prefix + name).to(self._device) for name in names}
+        state = {name: self._read(prefix + name).to(self._device) for name in names}
         block.load_state_dict(state, assign=True)
         return block.eval().requires_grad_(False)
 
@@ -150,6 +163,36 @@ class DecoderBlocks:
             name: InputStatistics(moment.div_(tokens), total.div_(tokens))
             for name, (moment, total) in sums.items()
         }
+
+    def module_outputs(
+        self, block: nn.Module, hidden: Tensor, names: Sequence[str]
+    ) -> dict[str, Callable[[], Tensor]]:
+        """Functions that compute what modules of ``block`` give when the block reads ``hidden``.
+
+        Inputs are those the modules have now; weights, those they have when a function is called.
+        """
+        calls: dict[str, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {n: [] for n in names}
+
+        def keep(name: str) -> torch.utils.hooks.RemovableHandle:
+            return block.get_submodule(name).register_forward_pre_hook(
+                lambda module, args, options: calls[name].append((args, options)), with_kwargs=True
+            )
+
+        @torch.no_grad()
+        def compute(name: str) -> Tensor:
+            module = block.get_submodule(name)
+            results = [module(*args, **options) for args, options in calls[name]]
+            # Attention gives its weights too.
+            return torch.cat([one[0] if isinstance(one, tuple) else one for one in results])
+
+        handles = [keep(name) for name in names]
+        try:
+            for part in self._parts(hidden):
+                self._forward(block, part)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return {name: partial(compute, name) for name in names}
 
     def _run(self, block: nn.Module, hidden: Tensor) -> Iterator[Tensor]:
         for part in self._parts(hidden):

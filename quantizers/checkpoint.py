@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from nybble.kernels.progress import Progress, track
 from nybble.loaders import CheckpointError
 from nybble.loaders.shards import Shards
 from nybble.quantizers.affine import AffineWeight
@@ -34,6 +35,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 _WORD = 8  # codes in an int32
+_SEARCHED_TOKENS = 2048  # on which AWQ tries scales; statistics are of all calibration tokens
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ def quantize_checkpoint(
     settings: GptqSettings | None = None,
     clip: bool = False,
     device: torch.device | None = None,
-    progress: bool = True,
+    progress: Progress = True,
 ) -> list[LayerError]:
     """Quantize every linear layer of the decoder to 4 bits; embeddings and head stay as they are.
 
@@ -95,8 +97,7 @@ def quantize_checkpoint(
             raise CheckpointError(f"{source}: {module}: {misfit}") from misfit
     with FolderWriter(target, source, config) as writer:
         if calibration is None:
-            names = tqdm(shards.names(), "Quantizing", unit=" tensors", disable=not progress)
-            for name in names:
+            for name in track(shards.names(), "Quantizing", progress, unit="tensors"):
                 tensor = shards.read(name)
                 if _is_linear(name):
                     module = name.removesuffix(".weight")
@@ -108,24 +109,25 @@ def quantize_checkpoint(
         errors: list[LayerError] = []
         blocks = DecoderBlocks(source, device or torch.device("cpu"), calibration.shape[1])
         hidden = blocks.embed(calibration)
-        bar = tqdm(range(len(blocks)), "Quantizing", unit=" blocks", disable=not progress)
-        for index in bar:
+        for index in track(range(len(blocks)), "Quantizing", progress, unit="blocks"):
             block = blocks.load(index)
             if format == "gptq":
                 quantized = _gptq_block(blocks, block, hidden, group_size, sym, settings)
                 hidden = blocks.outputs(block, hidden)
             else:
                 statistics = blocks.statistics(block, hidden, [stage[0] for stage in STAGES])
+                searched = hidden[: max(1, _SEARCHED_TOKENS // hidden.shape[1])]
+                outputs = blocks.module_outputs(block, searched, ("self_attn", "mlp"))
                 # The next block reads what the full-precision model gives it, as in the paper.
                 hidden = blocks.outputs(block, hidden)
-                quantized = awq_block(block, statistics, group_size, clip=clip)
+                quantized = awq_block(block, statistics, outputs, group_size, clip=clip)
             prefix = f"model.layers.{index}."
             for name, (weight, error) in quantized.items():
                 to_tensors = gptq_tensors if format == "gptq" else awq_tensors
                 writer.add(to_tensors(prefix + name, weight))
                 errors.append(LayerError(prefix + name, error))
-                if progress:
-                    bar.write(f"{prefix}{name}: relative output error {error:.2e}")
+                if progress is True:
+                    tqdm.write(f"{prefix}{name}: relative output error {error:.2e}")
             others = block.state_dict()
             for name in quantized:
                 del others[name + ".weight"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import time
@@ -11,10 +12,15 @@ from uuid import uuid4
 from aiohttp import web
 from aiohttp.typedefs import Middleware
 from nybble.engine import Engine
+from nybble.server.adapter_owners import AdapterOwners
+from nybble.server.adapter_state import AdapterState
 from nybble.server.adapters import ADMIN_PATHS, AdapterAdmin
+from nybble.server.api.model_names import ModelNames
 from nybble.server.api.routes import Api
 from nybble.server.console.page import Console
 from nybble.server.errors import as_api_error
+from nybble.server.fine_tuning import FineTuning
+from nybble.server.fine_tuning.access import needs_right
 from nybble.server.gate import Gate
 from nybble.server.keys import Keys, bearer
 from nybble.server.limits import Limiter
@@ -48,22 +54,38 @@ def make_app(
     models, tenants = settings.models, settings.tenants
     metrics = Metrics(engine, settings.max_sequences)
     limiter = Limiter()
-    api = Api(engine, metrics, models, settings.max_sequences, gate, limiter, templates)
     cors = settings.cors
+    owners = AdapterOwners()
+    names = ModelNames(engine, models, owners)
+    api = Api(engine, metrics, names, settings.max_sequences, gate, limiter, templates)
+    admin_keys = Keys(settings.admin_keys, kind="admin key")
     middlewares: list[Middleware] = [_observe(metrics), _report_errors]
     if cors is not None:
         middlewares.append(cors.middleware())
     if settings.api_keys or tenants is not None:
         keys = Keys(settings.api_keys, kind="API key")
-        middlewares.append(_authenticate(keys, tenants))
+        middlewares.append(_authenticate(keys, tenants, admin_keys))
     middlewares.append(_enter(gate))
     app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=middlewares)
     app.add_routes(api.routes())
-    admin_keys = Keys(settings.admin_keys, kind="admin key")
-    admin = AdapterAdmin(engine, models, admin_keys, settings.adapter_roots)
+    state = None if settings.adapter_state is None else AdapterState(settings.adapter_state)
+    admin = AdapterAdmin(engine, models, admin_keys, settings.adapter_roots, state)
     app.add_routes(admin.routes())
     if settings.console:
         app.add_routes(Console().routes())
+    if settings.fine_tuning is not None:
+        assert settings.model_folder is not None
+        tuning = FineTuning(
+            engine,
+            settings.fine_tuning,
+            base=settings.model_folder,
+            models=models,
+            owners=owners,
+            admin_keys=admin_keys,
+        )
+        metrics.register(tuning.collector)
+        app.add_routes(tuning.routes())
+        app.cleanup_ctx.append(tuning.lifespan)
     app.on_response_prepare.append(_send_request_id)
     if cors is not None:
         app.on_response_prepare.append(cors.send)
@@ -85,6 +107,9 @@ def _observe(metrics: Metrics) -> Middleware:
             response = await handler(request)
             status = response.status
             return response
+        except ConnectionError:
+            # The client is gone: as where it is found out by cancelling, nobody can be answered.
+            raise asyncio.CancelledError from None
         finally:
             resource = request.match_info.route.resource
             route = resource.canonical if resource is not None else "unknown"
@@ -134,7 +159,7 @@ async def _report_errors(request: web.Request, handler: Handler) -> web.StreamRe
         return failure.response()
 
 
-def _authenticate(keys: Keys, tenants: Tenants | None) -> Middleware:
+def _authenticate(keys: Keys, tenants: Tenants | None, admin_keys: Keys) -> Middleware:
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         resource = request.match_info.route.resource
@@ -146,7 +171,9 @@ def _authenticate(keys: Keys, tenants: Tenants | None) -> Middleware:
             tenant = tenants.find(key) if tenants is not None and key is not None else None
             if tenant is not None:
                 request[TENANT] = tenant
-            elif key is None or not keys.hold(key):
+            elif key is None or not (
+                keys.hold(key) or (needs_right(request) and admin_keys.hold(key))
+            ):
                 raise keys.refusal()
         return await handler(request)
 

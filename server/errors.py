@@ -9,9 +9,11 @@ from aiohttp import web
 from nybble.engine import (
     AdapterError,
     AdapterUnavailableError,
+    EngineFailedError,
     EngineOverloadedError,
     EngineStoppedError,
     GuideError,
+    OutOfMemoryError,
     ParameterError,
 )
 from nybble.server.logs import Event
@@ -25,6 +27,7 @@ _TYPES = {
     429: "rate_limit_error",
 }
 _RETRY_AFTER_STOPPED = 10
+_RETRY_AFTER_OUT_OF_MEMORY = 5
 _MAX_MESSAGE = 500
 _MAX_PARAM = 100
 
@@ -97,6 +100,12 @@ def as_api_error(error: Exception, request_id: str) -> ApiError:
         return ApiError(503, str(error), code="adapter_unavailable")
     if isinstance(error, EngineOverloadedError):
         return ApiError(429, str(error), code="overloaded", retry_after=error.retry_after)
+    if isinstance(error, OutOfMemoryError):
+        return ApiError(
+            503, str(error), code="out_of_memory", retry_after=_RETRY_AFTER_OUT_OF_MEMORY
+        )
+    if isinstance(error, EngineFailedError):
+        return ApiError(500, str(error), code="engine_failed")
     if isinstance(error, EngineStoppedError):
         return ApiError(
             503, str(error), code="engine_unavailable", retry_after=_RETRY_AFTER_STOPPED

@@ -10,16 +10,16 @@ import socket
 from collections.abc import Callable
 
 from aiohttp import web
-from nybble.engine import Engine
+from nybble.engine import Engine, EngineFailedError
 from nybble.server.adapter_watch import AdapterWatch
 from nybble.server.app import make_app
 from nybble.server.gate import Gate
+from nybble.server.listen import BACKLOG
 from nybble.server.settings import ServerSettings
 from nybble.server.templates import TemplateRenderer
 
 logger = logging.getLogger(__name__)
 
-_BACKLOG = 1024
 # Without a request, or with one whose headers do not end.
 _KEEPALIVE_SECONDS = 75
 # For responses whose last bytes are on the way when everything has been computed.
@@ -38,6 +38,8 @@ async def serve(
     While they do, new ones get 503. Those not finished in time end with an error. A second signal
     ends the process at once. ``ready`` is called when requests are taken. SIGHUP has the tenants
     read again.
+
+    Raises EngineFailedError once every client is told, where the engine has failed for good.
     """
     gate = Gate()
     templates = TemplateRenderer()
@@ -54,6 +56,7 @@ async def serve(
     await runner.setup()
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
+    engine.when_dead(lambda: _tell(loop, stopping))
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, _on_signal, stopping, number)
     if settings.tenants is not None:
@@ -63,10 +66,10 @@ async def serve(
         adapters = AdapterWatch(engine, settings.adapter_watch, settings.models)
         watch = asyncio.create_task(adapters.run())
     try:
-        await web.SockSite(runner, sock, backlog=_BACKLOG, ssl_context=settings.tls).start()
+        await web.SockSite(runner, sock, backlog=BACKLOG, ssl_context=settings.tls).start()
         ready()
         await stopping.wait()
-        timeout = settings.shutdown_timeout
+        timeout = settings.shutdown_timeout if engine.failure is None else _FLUSH_SECONDS
         logger.info("shutting down: finishing requests for at most %g s", timeout)
         left = await gate.close(timeout)
         if left:
@@ -78,6 +81,12 @@ async def serve(
         await asyncio.to_thread(engine.stop)
         await runner.cleanup()
         templates.close()
+    if engine.failure is not None:
+        raise EngineFailedError(f"the engine has failed: {engine.failure}")
+
+
+def _tell(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:
+    loop.call_soon_threadsafe(event.set)
 
 
 def _on_signal(stopping: asyncio.Event, number: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -38,13 +39,13 @@ _COMPLETION_MAX_TOKENS = 16
 
 
 class Api:
-    """Handlers over one engine, which answers to every name in ``models``."""
+    """Handlers over one engine."""
 
     def __init__(
         self,
         engine: Engine,
         metrics: Metrics,
-        models: tuple[str, ...],
+        names: ModelNames,
         max_sequences: int,
         gate: Gate,
         limiter: Limiter,
@@ -53,9 +54,9 @@ class Api:
         self._gate = gate
         self._engine = engine
         self._metrics = metrics
-        self._names = ModelNames(engine, models)
+        self._names = names
         self._generation = Generation(engine, metrics, max_sequences, limiter)
-        self._prompts = Prompts(engine.tokenizer, models[0], templates)
+        self._prompts = Prompts(engine.tokenizer, names.first, templates)
         self._tokens = TokenBytes(engine.tokenizer)
         self._grammars = GrammarCompiler(engine.tokenizer, engine.vocab_size, engine.eos_token_ids)
 
@@ -80,12 +81,14 @@ class Api:
         if self._gate.closed:
             reason = "the server is shutting down"
         elif not self._engine.healthy:
-            reason = "the engine is not running"
+            failure = self._engine.failure
+            reason = f"the engine has failed: {failure}" if failure else "the engine is not running"
         if reason is not None:
             raise ApiError(503, reason, code="unhealthy")
         return json_response({"status": "ok"})
 
     async def metrics(self, _: web.Request) -> web.Response:
+        self._metrics.event_loop_tasks.set(len(asyncio.all_tasks()))
         return web.Response(
             body=self._metrics.render(),
             headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"},

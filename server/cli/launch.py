@@ -6,18 +6,21 @@ import asyncio
 import logging
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from socket import socket
 from typing import Literal
 
 import torch
 from nybble.engine import Engine, EngineConfig
+from nybble.server.adapters import restore
+from nybble.server.cli.fit import memory_explained
 from nybble.server.cli.options import LogFormat
 from nybble.server.cli.prepare import prepare_checkpoint
 from nybble.server.logs import Event
 from nybble.server.serve import serve
 from nybble.server.settings import ServerSettings
+from nybble.server.startup import Startup, load_behind
 
 logger = logging.getLogger(__name__)
 
@@ -45,29 +48,31 @@ def launch(
 ) -> None:
     """Load the model and its adapters and serve them on the socket until a signal comes.
 
-    Raises what loading does; ValueError where an adapter has the base model's name.
+    The socket answers at once, with 503 until everything is loaded. Raises what loading does;
+    ValueError where an adapter has the base model's name; EngineFailedError where the engine does
+    not recover from a failure.
     """
-    progress = log_format == "text"
-    checkpoint = prepare_checkpoint(
-        source.model,
-        device=torch.device(config.device),
-        aliases=source.aliases,
-        quantize=source.quantize,
-        head=source.head,
-        adapter=source.merged,
-        progress=progress,
-    )
     if taken := [name for name in source.adapters if name in settings.models]:
         raise ValueError(f"--lora-modules: {taken[0]!r} is the name of the base model")
-    engine = Engine.load(checkpoint, config, progress)
-    for name, path in source.adapters.items():
-        engine.load_adapter(name, path)
-    engine.start()
+    asyncio.run(_load_and_serve(source, config, sock, settings, log_format))
+
+
+async def _load_and_serve(
+    source: ModelSource,
+    config: EngineConfig,
+    sock: socket,
+    settings: ServerSettings,
+    log_format: LogFormat,
+) -> None:
+    startup = Startup(bars=log_format == "text")
+    logger.info(Event("starting", {"health": f"{_origin(sock, settings)}/health"}))
+    engine, folder = await load_behind(
+        sock, settings.tls, startup, lambda: _load(source, config, settings, startup)
+    )
+    settings = replace(settings, model_folder=folder)
 
     def announce() -> None:
-        host, port = sock.getsockname()[:2]
-        scheme = "http" if settings.tls is None else "https"
-        url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}/v1"
+        url = f"{_origin(sock, settings)}/v1"
         tokens = engine.stats().kv_blocks_total * config.block_size
         models = settings.models
         if log_format == "json":
@@ -75,7 +80,7 @@ def launch(
             logger.info(Event("serving", fields))
             return
         print(
-            f"Serving {', '.join(models)} ({checkpoint.config.model_type}) on {config.device}\n"
+            f"Serving {', '.join(models)} ({engine.model_type}) on {config.device}\n"
             f"  URL       {url}\n"
             + (f"  Page      {url.removesuffix('v1')}\n" if settings.console else "")
             + f"  KV cache  {tokens:,} tokens; a sequence may have {engine.max_model_len:,}"
@@ -84,4 +89,34 @@ def launch(
             flush=True,
         )
 
-    asyncio.run(serve(engine, sock, settings, ready=announce))
+    await serve(engine, sock, settings, ready=announce)
+
+
+def _load(
+    source: ModelSource, config: EngineConfig, settings: ServerSettings, startup: Startup
+) -> tuple[Engine, Path]:
+    startup.report("Preparing kernels", 0, None)  # the first start on a machine compiles them
+    checkpoint = prepare_checkpoint(
+        source.model,
+        device=torch.device(config.device),
+        aliases=source.aliases,
+        quantize=source.quantize,
+        head=source.head,
+        adapter=source.merged,
+        progress=startup.report,
+    )
+    with memory_explained(checkpoint, config):
+        engine = Engine.load(checkpoint, config, startup.report)
+        startup.status = "warming"
+        engine.warm_up(startup.report)
+    for name, path in source.adapters.items():
+        engine.load_adapter(name, path)
+    restore(engine, settings)
+    engine.start()
+    return engine, checkpoint.folder
+
+
+def _origin(sock: socket, settings: ServerSettings) -> str:
+    host, port = sock.getsockname()[:2]
+    scheme = "http" if settings.tls is None else "https"
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"

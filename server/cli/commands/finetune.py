@@ -50,6 +50,19 @@ def finetune(
     packing: Annotated[
         bool, typer.Option(help="Several examples to a row.", rich_help_panel=_TRAINING)
     ] = True,
+    warmup: Annotated[
+        float,
+        typer.Option(
+            help="Part of the steps in which the rate rises.",
+            min=0,
+            max=1,
+            rich_help_panel=_TRAINING,
+        ),
+    ] = 0.05,
+    gradient_checkpointing: Annotated[
+        bool,
+        typer.Option(help="Compute activations twice, keep few.", rich_help_panel=_TRAINING),
+    ] = True,
     eval_every: Annotated[int, typer.Option(min=1, rich_help_panel=_TRAINING)] = 25,
     patience: Annotated[
         int,
@@ -90,6 +103,8 @@ def finetune(
             accumulation=accumulation,
             max_length=max_length,
             packing=packing,
+            warmup=warmup,
+            gradient_checkpointing=gradient_checkpointing,
             eval_every=eval_every,
             patience=patience,
             seed=seed,

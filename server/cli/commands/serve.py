@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from nybble.server.cli.errors import expected_errors, interruptible
+from nybble.server.cli.errors import expected_errors, interruptible, on_stderr
 from nybble.server.cli.options import (
     MEMORY,
     MODEL,
@@ -22,6 +22,9 @@ from nybble.server.cli.options import (
 )
 
 _NETWORK, _KEYS, _ADAPTERS, _LOGS = "Network", "Keys", "Adapters", "Logging"
+_FAILURES, _FINE_TUNING = "Failures", "Fine-tuning"
+_RESTARTS = 3
+_ENGINE_FAILED = 70  # EX_SOFTWARE, where 1 is for what was asked for in vain
 
 
 def serve(
@@ -154,6 +157,15 @@ def serve(
             rich_help_panel=_ADAPTERS,
         ),
     ] = None,
+    lora_state: Annotated[
+        Path | None,
+        typer.Option(
+            help="File that keeps what the API has loaded for the next start (default: in the "
+            "cache, for this model, port and --lora-root).",
+            dir_okay=False,
+            rich_help_panel=_ADAPTERS,
+        ),
+    ] = None,
     lora_watch: Annotated[
         Path | None,
         typer.Option(
@@ -183,6 +195,53 @@ def serve(
             rich_help_panel=_KEYS,
         ),
     ] = None,
+    fine_tuning: Annotated[
+        bool,
+        typer.Option(
+            "--fine-tuning",
+            help="Take training files and jobs over the API.",
+            rich_help_panel=_FINE_TUNING,
+        ),
+    ] = False,
+    state_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of files, jobs and trained adapters (default: ~/.local/state/nybble); "
+            "implies --fine-tuning.",
+            file_okay=False,
+            rich_help_panel=_FINE_TUNING,
+        ),
+    ] = None,
+    max_file_size: Annotated[
+        str, typer.Option(help="Of an uploaded file.", rich_help_panel=_FINE_TUNING)
+    ] = "512MiB",
+    file_quota: Annotated[
+        str, typer.Option(help="Of one tenant's files together.", rich_help_panel=_FINE_TUNING)
+    ] = "4GiB",
+    fine_tuning_threads: Annotated[
+        int | None,
+        typer.Option(
+            help="Of a job on the CPU (default: half of the processors).",
+            min=1,
+            rich_help_panel=_FINE_TUNING,
+        ),
+    ] = None,
+    tune: Annotated[
+        bool,
+        typer.Option(
+            help="Measure at the start, for minutes, GPU kernels whose best configuration is not "
+            "known; kept for later starts.",
+            rich_help_panel=MODEL,
+        ),
+    ] = True,
+    on_engine_failure: Annotated[
+        Literal["exit", "restart"],
+        typer.Option(
+            help="Once clients are told: exit (code 70) for a supervisor, or begin again with the "
+            "same weights, three times in ten minutes at most.",
+            rich_help_panel=_FAILURES,
+        ),
+    ] = "exit",
     config: ConfigOption = None,
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"], typer.Option(rich_help_panel=_LOGS)
@@ -200,16 +259,22 @@ def serve(
 
     logs.configure(log_level, log_format)
     kv_cache_bytes = None if kv_cache_memory == "auto" else parse_bytes(kv_cache_memory)
-    failures = expected_errors(logs.error) if log_format == "json" else expected_errors()
-    with failures, interruptible():
+    report = logs.error if log_format == "json" else on_stderr
+    with expected_errors(report), interruptible():
         from nybble.server.listen import bind
 
         # Before the model is loaded: a taken port is found out at once.
         sock = bind(host, port)
         import torch
-        from nybble.engine import AdapterConfig, EngineConfig, resolve_device
+        from nybble.engine import AdapterConfig, EngineConfig, EngineFailedError, resolve_device
+        from nybble.server.adapter_state import default_path
         from nybble.server.cli.launch import ModelSource, launch
         from nybble.server.cors import Cors
+        from nybble.server.fine_tuning.settings import (
+            FineTuningSettings,
+            default_state,
+            default_threads,
+        )
         from nybble.server.settings import ServerSettings
         from nybble.server.tenants import Tenants
         from nybble.server.tls import tls_context
@@ -218,7 +283,8 @@ def serve(
             raise ValueError("--ssl-keyfile goes with --ssl-certfile")
         named_adapters = _named_adapters(lora_modules or [])
         adapters = None
-        if enable_lora or named_adapters or lora_root or lora_watch:
+        tunes = fine_tuning or state_dir is not None
+        if enable_lora or named_adapters or lora_root or lora_watch or tunes:
             adapters = AdapterConfig(max_loras, max_lora_rank, parse_bytes(lora_host_memory))
         engine_config = EngineConfig(
             device=str(resolve_device(device)),
@@ -230,22 +296,40 @@ def serve(
             max_model_len=max_model_len,
             max_waiting=max_waiting,
             adapters=adapters,
+            tune=tune,
+            restarts=_RESTARTS if on_engine_failure == "restart" else 0,
         )
+        tuning = None
+        if tunes:
+            tuning = FineTuningSettings(
+                state=state_dir or default_state(),
+                device=engine_config.device,
+                max_rank=max_lora_rank,
+                max_file_bytes=parse_bytes(max_file_size),
+                quota_bytes=parse_bytes(file_quota),
+                threads=fine_tuning_threads or default_threads(),
+            )
         settings = ServerSettings(
             models=tuple(served_model_name or [model]),
             max_sequences=max_num_seqs + max_waiting,
             api_keys=tuple(api_key or ()),
             admin_keys=tuple(admin_key or ()),
             adapter_roots=tuple(lora_root or ()),
+            adapter_state=lora_state or default_path(model, port, lora_root or ()),
             tenants=None if tenants is None else Tenants(tenants),
             adapter_watch=lora_watch,
             shutdown_timeout=shutdown_timeout,
             tls=None if ssl_certfile is None else tls_context(ssl_certfile, ssl_keyfile),
             cors=Cors(allowed_origins) if allowed_origins else None,
             console=not no_console,
+            fine_tuning=tuning,
         )
         source = ModelSource(model, aliases, quantize, head, merge_adapter, named_adapters)
-        launch(source, engine_config, sock, settings, log_format=log_format)
+        try:
+            launch(source, engine_config, sock, settings, log_format=log_format)
+        except EngineFailedError as error:
+            report(str(error))
+            raise typer.Exit(_ENGINE_FAILED) from None
 
 
 def _named_adapters(options: list[str]) -> dict[str, str]:

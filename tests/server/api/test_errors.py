@@ -228,7 +228,7 @@ def test_an_engine_that_fails_ends_a_stream_with_an_error_event(
             monkeypatch.setattr(engine._runner, "run", fail)
             events = (await response.read()).decode().strip().split("\n\n")
         error = json.loads(events[-1].removeprefix("data: "))["error"]
-        assert error["code"] == "engine_unavailable"
+        assert error["code"] == "engine_failed"
         assert "data: [DONE]" not in events
         error = await refused(client, COMPLETIONS, body, 503)
         async with client.get("/health") as response:
