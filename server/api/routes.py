@@ -20,6 +20,7 @@ from nybble.server.api.generation import Generation, Job
 from nybble.server.api.guiding import guide_of
 from nybble.server.api.logprobs import Logprobs
 from nybble.server.api.model_names import ModelNames
+from nybble.server.api.openapi import openapi_document
 from nybble.server.api.parse import read_body
 from nybble.server.api.prompts import Prompts
 from nybble.server.api.respond import json_response, respond, respond_whole
@@ -56,6 +57,7 @@ class Api:
         self._engine = engine
         self._metrics = metrics
         self._names = names
+        self._openapi = openapi_document()
         self._generation = Generation(engine, metrics, max_sequences, limiter)
         self._prompts = Prompts(engine.tokenizer, names.first, templates)
         self._tokens = TokenBytes(engine.tokenizer)
@@ -67,6 +69,7 @@ class Api:
             web.get("/health", self.health),
             web.get("/metrics", self.metrics),
             web.get("/version", self.version),
+            web.get("/openapi.json", self.openapi),
             web.get("/v1/models", self.list_models),
             # Hub names have a slash in them.
             web.get("/v1/models/{model:.+}", self.get_model),
@@ -98,6 +101,9 @@ class Api:
 
     async def version(self, _: web.Request) -> web.Response:
         return json_response({"version": version("nybble")})
+
+    async def openapi(self, _: web.Request) -> web.Response:
+        return json_response(self._openapi)
 
     async def list_models(self, request: web.Request) -> web.Response:
         return json_response({"object": "list", "data": self._names.bodies(request.get(TENANT))})
