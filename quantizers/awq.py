@@ -1,18 +1,27 @@
 """AWQ: inputs that are large get finer weights, by scales folded into the operation before.
 
 Lin et al. 2023, "AWQ: Activation-aware Weight Quantization for LLM Compression and Acceleration".
-Errors are those of the layers' outputs over the calibration inputs X, computed from XᵀX:
-‖X(Ŵ − W)ᵀ‖² = tr((Ŵ − W) XᵀX (Ŵ − W)ᵀ).
+Layers that share a norm are scaled together, by the error of what they lead to: the attention's
+output for q, k and v, the MLP's for gate and up. For a layer by itself the error of its outputs is
+computed from XᵀX, X being the calibration inputs: ‖X(Ŵ − W)ᵀ‖² = tr((Ŵ − W) XᵀX (Ŵ − W)ᵀ).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
 from nybble.quantizers.affine import AffineWeight, round_trip
-from nybble.quantizers.blocks import DOWN, GATE_UP, OUTPUT, QKV, InputStatistics, output_error
+from nybble.quantizers.blocks import (
+    DOWN,
+    GATE_UP,
+    OUTPUT,
+    QKV,
+    InputStatistics,
+    linear_layer,
+    output_error,
+)
 from nybble.quantizers.rtn import quantize_affine
 from torch import Tensor, nn
 
@@ -25,20 +34,59 @@ _ROWS_AT_A_TIME = 1024
 
 def search_scale(weight: Tensor, statistics: InputStatistics, group_size: int) -> Tensor:
     """The scale s (in,) = mean|x|^α, α on a grid, for which Q(W·s)/s errs least on the outputs."""
-    best, best_error = None, float("inf")
     # The error is a sum over outputs; a sample of them finds the same scale.
     weight = weight[:: -(-len(weight) // _SEARCHED_OUTPUTS)]
-    size = weight.shape[1] if group_size == -1 else group_size
+
+    def error(scale: Tensor) -> float:
+        difference = _rounded_with(scale, weight, group_size) - weight
+        return output_error(difference, statistics.second_moment)
+
+    return _best_scale(statistics.mean_abs, error)
+
+
+def search_common_scale(
+    layers: Sequence[nn.Linear],
+    mean_abs: Tensor,
+    group_size: int,
+    outputs: Callable[[], Tensor],
+) -> Tensor:
+    """As :func:`search_scale` for layers that share an input, by the error of what they lead to.
+
+    outputs: computes it ``(samples, length, …)`` with the weights the layers have at that time;
+        the first token of a sequence is left out.
+    """
+    originals = [layer.weight.data for layer in layers]
+    expected = outputs()[:, 1:].float()
+
+    def error(scale: Tensor) -> float:
+        for layer, weight in zip(layers, originals, strict=True):
+            rounded = _rounded_with(scale, weight.float(), group_size)
+            layer.weight.data = rounded.to(weight.dtype)
+        return float((outputs()[:, 1:].float() - expected).square().mean())
+
+    try:
+        return _best_scale(mean_abs, error)
+    finally:
+        for layer, weight in zip(layers, originals, strict=True):
+            layer.weight.data = weight
+
+
+def _best_scale(mean_abs: Tensor, error: Callable[[Tensor], float]) -> Tensor:
+    best, lowest = None, float("inf")
     for step in range(_STEPS):
-        scale = _normalised(statistics.mean_abs.clamp(min=1e-4) ** (step / _STEPS))
-        grouped = (weight * scale).view(len(weight), -1, size)
-        rounded = round_trip(grouped, sym=False).view_as(weight) / scale
-        error = output_error(rounded - weight, statistics.second_moment)
-        if error < best_error:
-            best, best_error = scale, error
+        scale = _normalised(mean_abs.clamp(min=1e-4) ** (step / _STEPS))
+        found = error(scale)
+        if found < lowest:
+            best, lowest = scale, found
     if best is None:
         raise ValueError("the calibration inputs or the weights are not finite")
     return best
+
+
+def _rounded_with(scale: Tensor, weight: Tensor, group_size: int) -> Tensor:
+    size = weight.shape[1] if group_size == -1 else group_size
+    grouped = (weight * scale).view(len(weight), -1, size)
+    return round_trip(grouped, sym=False).view_as(weight) / scale
 
 
 def search_clip(weight: Tensor, second_moment: Tensor, group_size: int) -> Tensor:
@@ -72,6 +120,7 @@ def _clip_rows(weight: Tensor, moments: Tensor, group_size: int) -> Tensor:
 def awq_block(
     block: nn.Module,
     statistics: dict[str, InputStatistics],
+    outputs: dict[str, Callable[[], Tensor]],
     group_size: int,
     *,
     clip: bool = False,
@@ -85,7 +134,7 @@ def awq_block(
     the linear layers' weights are left scaled and not rounded.
     """
     result = {}
-    for name, (weight, moment) in scale_block(block, statistics, group_size).items():
+    for name, (weight, moment) in scale_block(block, statistics, outputs, group_size).items():
         size = weight.shape[1] if group_size == -1 else group_size
         clipped = weight
         if clip and not name.endswith(_NOT_CLIPPED):
@@ -97,7 +146,10 @@ def awq_block(
 
 
 def scale_block(
-    block: nn.Module, statistics: dict[str, InputStatistics], group_size: int
+    block: nn.Module,
+    statistics: dict[str, InputStatistics],
+    outputs: dict[str, Callable[[], Tensor]],
+    group_size: int,
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Fold searched scales into norms and linear layers: the block computes what it did before.
 
@@ -122,9 +174,18 @@ def scale_block(
         if isinstance(bias, Tensor):
             bias.data = (bias.data.float() / scale).to(bias.dtype)
 
-    for norm, names in (("input_layernorm", QKV), ("post_attention_layernorm", GATE_UP)):
-        stacked = torch.cat([weights[name] for name in names])
-        scale = search_scale(stacked, statistics[names[0]], group_size)
+    # Both searches run the block's own modules: nothing may have been folded into them before.
+    common = [
+        search_common_scale(
+            [linear_layer(block, name) for name in names],
+            statistics[names[0]].mean_abs,
+            group_size,
+            outputs[module],
+        )
+        for names, module in ((QKV, "self_attn"), (GATE_UP, "mlp"))
+    ]
+    norms = ("input_layernorm", "post_attention_layernorm")
+    for norm, names, scale in zip(norms, (QKV, GATE_UP), common, strict=True):
         multiply_inputs(_fold_into_norm(block.get_submodule(norm), scale), names)
 
     (output,), value = OUTPUT, QKV[-1]

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from nybble.loaders import CheckpointError
@@ -161,6 +163,36 @@ class DecoderBlocks:
             name: InputStatistics(moment.div_(tokens), total.div_(tokens))
             for name, (moment, total) in sums.items()
         }
+
+    def module_outputs(
+        self, block: nn.Module, hidden: Tensor, names: Sequence[str]
+    ) -> dict[str, Callable[[], Tensor]]:
+        """Functions that compute what modules of ``block`` give when the block reads ``hidden``.
+
+        Inputs are those the modules have now; weights, those they have when a function is called.
+        """
+        calls: dict[str, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {n: [] for n in names}
+
+        def keep(name: str) -> torch.utils.hooks.RemovableHandle:
+            return block.get_submodule(name).register_forward_pre_hook(
+                lambda module, args, options: calls[name].append((args, options)), with_kwargs=True
+            )
+
+        @torch.no_grad()
+        def compute(name: str) -> Tensor:
+            module = block.get_submodule(name)
+            results = [module(*args, **options) for args, options in calls[name]]
+            # Attention gives its weights too.
+            return torch.cat([one[0] if isinstance(one, tuple) else one for one in results])
+
+        handles = [keep(name) for name in names]
+        try:
+            for part in self._parts(hidden):
+                self._forward(block, part)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return {name: partial(compute, name) for name in names}
 
     def _run(self, block: nn.Module, hidden: Tensor) -> Iterator[Tensor]:
         for part in self._parts(hidden):

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 _WORD = 8  # codes in an int32
+_SEARCHED_TOKENS = 2048  # on which AWQ tries scales; statistics are of all calibration tokens
 
 
 @dataclass(frozen=True)
@@ -115,9 +116,11 @@ def quantize_checkpoint(
                 hidden = blocks.outputs(block, hidden)
             else:
                 statistics = blocks.statistics(block, hidden, [stage[0] for stage in STAGES])
+                searched = hidden[: max(1, _SEARCHED_TOKENS // hidden.shape[1])]
+                outputs = blocks.module_outputs(block, searched, ("self_attn", "mlp"))
                 # The next block reads what the full-precision model gives it, as in the paper.
                 hidden = blocks.outputs(block, hidden)
-                quantized = awq_block(block, statistics, group_size, clip=clip)
+                quantized = awq_block(block, statistics, outputs, group_size, clip=clip)
             prefix = f"model.layers.{index}."
             for name, (weight, error) in quantized.items():
                 to_tensors = gptq_tensors if format == "gptq" else awq_tensors

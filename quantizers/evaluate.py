@@ -20,22 +20,67 @@ _ROWS_AT_A_TIME = 256  # the logits of so many tokens are in memory at once
 
 
 @dataclass(frozen=True)
+class Measured:
+    """A figure and its standard error, from the spread of the windows it is a mean of."""
+
+    value: float
+    error: float
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """How one checkpoint does on a text.
 
-    kl_divergence: mean over the scored tokens of KL(full precision ‖ this model), in nats.
+    counts, losses, divergences: float64 ``(windows,)``: scored tokens of every window, and sums
+        over them of −log p(token) and of KL(full precision ‖ this model), in nats.
     size: bytes of the checkpoint's weights.
     bits_per_weight: of the decoder's linear layers on disk, scales and zeros included.
     tokens_per_second: through the decoder's layers, whole windows at once.
     """
 
     name: str
-    perplexity: float
-    kl_divergence: float
+    counts: Tensor
+    losses: Tensor
+    divergences: Tensor
     size: int
     bits_per_weight: float
     tokens_per_second: float
-    scored_tokens: int
+
+    @property
+    def scored_tokens(self) -> int:
+        return int(self.counts.sum())
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(_mean(self.losses, self.counts).value)
+
+    @property
+    def kl_divergence(self) -> Measured:
+        """Mean over the scored tokens."""
+        return _mean(self.divergences, self.counts)
+
+    def perplexity_ratio(self, baseline: Evaluation) -> Measured:
+        """This model's perplexity over the baseline's, on the same windows.
+
+        Its error is that of the difference token by token, which is far smaller than that of
+        either perplexity: what is hard to predict is so for both.
+        """
+        change = _mean(self.losses - baseline.losses, self.counts)
+        ratio = math.exp(change.value)
+        return Measured(ratio, ratio * change.error)
+
+    def divergence_difference(self, baseline: Evaluation) -> Measured:
+        """This model's divergence less the baseline's, on the same windows."""
+        return _mean(self.divergences - baseline.divergences, self.counts)
+
+
+def _mean(sums: Tensor, counts: Tensor) -> Measured:
+    """Mean per token from sums over windows; tokens of one window are not independent."""
+    mean, windows = float(sums.sum() / counts.sum()), len(counts)
+    if windows == 1:
+        return Measured(mean, math.nan)
+    residuals = (sums - mean * counts).square().sum() * windows / (windows - 1)
+    return Measured(mean, float(residuals.sqrt() / counts.sum()))
 
 
 @dataclass(frozen=True)
@@ -102,7 +147,7 @@ def evaluate(
                 f"{folder} has a vocabulary of {head.out_features}, the full-precision model one "
                 f"of {expected_head.out_features}: they cannot be compared"
             )
-        loss = divergence = seconds = 0.0
+        losses, divergences, seconds = [], [], 0.0
         for index, window in enumerate(
             tqdm(places, f"Evaluating {name}", unit=" windows", disable=not progress)
         ):
@@ -116,19 +161,19 @@ def evaluate(
             if len(expected) == index:
                 expected.append(predicting)
             sums = _losses(head, predicting, expected_head, expected[index], labels)
-            loss, divergence = loss + sums[0], divergence + sums[1]
-        scored = sum(window.stop - window.scored for window in places)
+            losses.append(sums[0])
+            divergences.append(sums[1])
         read = sum(window.stop - window.start for window in places)
         size, bits = _sizes(folder, model)
         results.append(
             Evaluation(
                 name=name,
-                perplexity=math.exp(loss / scored),
-                kl_divergence=divergence / scored,
+                counts=torch.tensor([w.stop - w.scored for w in places], dtype=torch.float64),
+                losses=torch.tensor(losses, dtype=torch.float64),
+                divergences=torch.tensor(divergences, dtype=torch.float64),
                 size=size,
                 bits_per_weight=bits,
                 tokens_per_second=read / seconds,
-                scored_tokens=scored,
             )
         )
     return results
@@ -167,35 +212,51 @@ def _sizes(folder: Path, model: nn.Module) -> tuple[int, float]:
     return total, 8 * linear / weights
 
 
-def table(evaluations: Sequence[Evaluation]) -> str:
-    """As a Markdown table."""
+def table(evaluations: Sequence[Evaluation], baseline: Evaluation | None = None) -> str:
+    """As a Markdown table; ± is one standard error.
+
+    baseline: the model that the others' perplexities are divided by, and whose divergence is
+    subtracted from theirs; the first if None.
+    """
+    reference = evaluations[0]
+    baseline = baseline or reference
+    against = baseline is not reference
     rows = [
-        ("model", "perplexity", "KL divergence", "size, MB", "bits per weight", "tokens/s"),
-        ("---", "---:", "---:", "---:", "---:", "---:"),
-        *(
-            (
-                found.name,
-                f"{found.perplexity:.3f}",
-                f"{found.kl_divergence:.4f}",
-                f"{found.size / 1e6:.0f}",
-                f"{found.bits_per_weight:.3f}",
-                f"{found.tokens_per_second:.0f}",
-            )
-            for found in evaluations
-        ),
+        (
+            *("model", "perplexity", f"÷ {baseline.name}", "KL divergence"),
+            *([f"− {baseline.name}"] if against else []),
+            *("size, MB", "bits per weight", "tokens/s"),
+        )
     ]
+    rows.append(("---", *["---:"] * (len(rows[0]) - 1)))
+    for found in evaluations:
+        row = [found.name, f"{found.perplexity:.3f}"]
+        same = found is baseline
+        row.append("" if same else _with_error(found.perplexity_ratio(baseline)))
+        row.append("" if found is reference else _with_error(found.kl_divergence))
+        if against:
+            of_interest = not same and found is not reference
+            row.append(_with_error(found.divergence_difference(baseline)) if of_interest else "")
+        row.append(f"{found.size / 1e6:.0f}")
+        row += [f"{found.bits_per_weight:.3f}", f"{found.tokens_per_second:.0f}"]
+        rows.append(tuple(row))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
-    for row in rows:
-        cells = [row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]
+    for entries in rows:
+        cells = [entries[0].ljust(widths[0]), *map(str.rjust, entries[1:], widths[1:])]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _with_error(measured: Measured) -> str:
+    return f"{measured.value:.4f} ± {measured.error:.4f}"
 
 
 def plot(evaluations: Sequence[Evaluation], path: Path) -> None:
     """Perplexity and divergence over bits per weight, as an image in the format of its suffix.
 
-    Raises ModuleNotFoundError where matplotlib is not installed.
+    Bars are two standard errors to either side. Raises ModuleNotFoundError where matplotlib is not
+    installed.
     """
     from matplotlib.figure import Figure
 
@@ -206,11 +267,16 @@ def plot(evaluations: Sequence[Evaluation], path: Path) -> None:
     left.set_ylabel("perplexity")
     left.legend()
     right.set_ylabel("KL divergence, nats per token")
-    for axes, value in ((left, "perplexity"), (right, "kl_divergence")):
-        axes.set_xlabel("bits per weight on disk")
-        for found in others:
-            point = (found.bits_per_weight, getattr(found, value))
-            axes.scatter(*point)
+    for found in others:
+        ratio, divergence = found.perplexity_ratio(reference), found.kl_divergence
+        for axes, value, error in (
+            (left, found.perplexity, reference.perplexity * ratio.error),
+            (right, divergence.value, divergence.error),
+        ):
+            axes.errorbar(found.bits_per_weight, value, yerr=2 * error, fmt="o", capsize=3)
+            point = (found.bits_per_weight, value)
             axes.annotate(found.name, point, xytext=(5, 5), textcoords="offset points")
+    for axes in (left, right):
+        axes.set_xlabel("bits per weight on disk")
         axes.margins(0.2)
     figure.savefig(path, dpi=150)

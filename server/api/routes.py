@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from aiohttp import web
 from nybble.engine import Engine, GrammarCompiler, ParameterError, SamplingParams
 from nybble.server.api.chat import ChatShape
 from nybble.server.api.chat_schema import ChatRequest, DetokenizeRequest, TokenizeRequest
+from nybble.server.api.compile_pool import CompilePool
 from nybble.server.api.completions import CompletionShape
 from nybble.server.api.embeddings import EmbeddingRequest, EmbeddingsShape
 from nybble.server.api.generation import Generation, Job
@@ -59,6 +61,7 @@ class Api:
         self._generation = Generation(engine, metrics, max_sequences, limiter)
         self._prompts = Prompts(engine.tokenizer, names.first, templates)
         self._tokens = TokenBytes(engine.tokenizer)
+        self._compiling = CompilePool()
         self._grammars = GrammarCompiler(engine.tokenizer, engine.vocab_size, engine.eos_token_ids)
 
     def routes(self) -> list[web.RouteDef]:
@@ -90,6 +93,7 @@ class Api:
         return json_response({"status": "ok"})
 
     async def metrics(self, _: web.Request) -> web.Response:
+        self._metrics.event_loop_tasks.set(len(asyncio.all_tasks()))
         return web.Response(
             body=self._metrics.render(),
             headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"},
@@ -142,7 +146,7 @@ class Api:
             template_kwargs=body.chat_template_kwargs,
         )
         self._require_room(prompt, params)
-        guide = await guide_of(self._grammars, body, body.response_format, tools)
+        guide = await guide_of(self._grammars, self._compiling, body, body.response_format, tools)
         id, n = f"{prefix}{uuid4().hex}", body.sequences
         return Job(id, (prompt,), params, n, guide, adapter, tenant, body.timeout), tools
 
@@ -164,7 +168,7 @@ class Api:
                 prompt if isinstance(prompt, str) else await self._prompts.decode(prompt)
                 for prompt in body.prompts
             ]
-        guide = await guide_of(self._grammars, body)
+        guide = await guide_of(self._grammars, self._compiling, body)
         id, n, tenant = f"cmpl-{uuid4().hex}", body.sequences, request.get(TENANT)
         job = Job(id, tuple(prompts), params, n, guide, adapter, tenant, body.timeout)
         shape = CompletionShape(job.id, body, int(time.time()), self._logprobs(params), echoes)

@@ -11,7 +11,7 @@ from nybble.kernels import PackedWeight
 from nybble.loaders import open_checkpoint
 from nybble.loaders.shards import Shards
 from nybble.quantizers import quantize_checkpoint
-from nybble.quantizers.awq import scale_block, search_clip, search_scale
+from nybble.quantizers.awq import scale_block, search_clip, search_common_scale, search_scale
 from nybble.quantizers.blocks import (
     STAGES,
     DecoderBlocks,
@@ -50,6 +50,36 @@ def test_the_searched_scale_is_the_best_of_the_grid_on_the_outputs() -> None:
     assert min(errors) < 0.7 * errors[0]  # the first scales nothing
 
 
+def test_layers_that_share_an_input_are_scaled_by_what_they_lead_to(
+    tiny_model: Callable[..., Path],
+) -> None:
+    """The best of the grid by the MLP's output, as the block itself computes it."""
+    blocks = DecoderBlocks(tiny_model(), torch.device("cpu"), 64)
+    torch.manual_seed(0)
+    hidden = blocks.embed(calibration()).float() * torch.rand(128).mul(3).exp()
+    block = blocks.load(0).float()
+    names = ("mlp.gate_proj", "mlp.up_proj")
+    layers = [linear_layer(block, name) for name in names]
+    originals = [layer.weight.data.clone() for layer in layers]
+    mean_abs = blocks.statistics(block, hidden, names[:1])[names[0]].mean_abs
+    compute = blocks.module_outputs(block, hidden, ("mlp",))["mlp"]
+    found = search_common_scale(layers, mean_abs, 32, compute)
+    assert all(torch.equal(a.weight, b) for a, b in zip(layers, originals, strict=True))
+
+    before = blocks.outputs(block, hidden)
+
+    def error(scale: Tensor) -> float:
+        for layer, weight in zip(layers, originals, strict=True):
+            layer.weight.data = quantize_affine(weight * scale, 32, sym=False).dequantize() / scale
+        return float((blocks.outputs(block, hidden) - before)[:, 1:].square().mean())
+
+    candidates = [mean_abs ** (step / 20) for step in range(20)]
+    candidates = [scale / (scale.max() * scale.min()).sqrt() for scale in candidates]
+    errors = [error(scale) for scale in candidates]
+    assert error(found) == pytest.approx(min(errors), rel=1e-3)
+    assert min(errors) < 0.9 * errors[0]
+
+
 def test_clipping_never_makes_a_group_worse() -> None:
     torch.manual_seed(1)
     x, weight = outlier_inputs(256, 64), torch.randn(40, 64)
@@ -85,7 +115,8 @@ def test_folding_leaves_the_block_as_it_was_in_full_precision(
     block = blocks.load(0).float()
     before = blocks.outputs(block, hidden)
     statistics = blocks.statistics(block, hidden, [stage[0] for stage in STAGES])
-    scaled = scale_block(block, statistics, 32)
+    outputs = blocks.module_outputs(block, hidden, ("self_attn", "mlp"))
+    scaled = scale_block(block, statistics, outputs, 32)
     changes = []
     for name, (weight, _) in scaled.items():
         layer = linear_layer(block, name)
@@ -105,7 +136,8 @@ def test_rounding_the_folded_norm_to_16_bits_is_made_up_for(
     norm, layer = block.get_submodule("input_layernorm"), linear_layer(block, "self_attn.q_proj")
     before = layer.weight.float() * norm.weight.float()
     statistics = blocks.statistics(block, hidden, [stage[0] for stage in STAGES])
-    scaled = scale_block(block, statistics, 32)
+    outputs = blocks.module_outputs(block, hidden, ("self_attn", "mlp"))
+    scaled = scale_block(block, statistics, outputs, 32)
     assert norm.weight.dtype == torch.bfloat16
     after = scaled["self_attn.q_proj"][0] * norm.weight.float()
     torch.testing.assert_close(after, before, rtol=1e-6, atol=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 from nybble.loaders import open_checkpoint, save_packed
 from nybble.quantizers import quantize_checkpoint
 from nybble.quantizers.corpus import Part, standard_library_text, token_ids, token_windows
-from nybble.quantizers.evaluate import Evaluation, Window, evaluate, plot, table, windows
+from nybble.quantizers.evaluate import Evaluation, Measured, Window, evaluate, plot, table, windows
 from nybble.quantizers.packed_model import PackedLinear, load_packed_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -68,8 +69,8 @@ def test_figures_equal_those_from_transformers_own_model(
         loss = -values.gather(1, labels[:, None]).mean()
         assert evaluation.perplexity == pytest.approx(float(loss.exp()), rel=1e-3)
     divergence = (ours.exp() * (ours - theirs)).sum(-1).mean()
-    assert found.kl_divergence == pytest.approx(float(divergence), rel=0.02)
-    assert exact.kl_divergence == 0
+    assert found.kl_divergence.value == pytest.approx(float(divergence), rel=0.02)
+    assert exact.kl_divergence.value == 0
     assert exact.scored_tokens == len(labels)
 
 
@@ -102,16 +103,62 @@ def test_models_with_another_vocabulary_are_refused(tiny_model: Callable[..., Pa
         )
 
 
+def evaluation(name: str, losses: torch.Tensor, divergences: torch.Tensor) -> Evaluation:
+    counts = torch.full((len(losses),), 10.0, dtype=torch.float64)
+    return Evaluation(name, counts, losses, divergences, 300_000, 4.3125, 150.0)
+
+
+def test_errors_are_the_spread_over_many_such_texts() -> None:
+    """Windows share a difficulty; the models differ by little. 400 texts of 64 windows each."""
+    torch.manual_seed(0)
+    ratios, divergences, claimed = [], [], []
+    for _ in range(400):
+        difficulty = 20 + 8 * torch.randn(64, dtype=torch.float64)
+        change = 0.3 + 0.2 * torch.randn(64, dtype=torch.float64)
+        exact = evaluation("exact", difficulty, torch.zeros(64, dtype=torch.float64))
+        rounded = evaluation("rounded", difficulty + change, change.square())
+        ratio, divergence = rounded.perplexity_ratio(exact), rounded.kl_divergence
+        ratios.append(ratio.value)
+        divergences.append(divergence.value)
+        claimed.append([ratio.error, divergence.error])
+    spread = torch.tensor([ratios, divergences]).std(1)
+    torch.testing.assert_close(torch.tensor(claimed).mean(0), spread, rtol=0.1, atol=0)
+    assert spread[0] < 0.01  # of perplexity alone it would be 0.75
+    assert sum(ratios) / 400 == pytest.approx(2.718281828**0.03, rel=1e-3)
+
+
+def test_windows_of_different_lengths_count_by_their_tokens() -> None:
+    counts = torch.tensor([10.0, 30.0], dtype=torch.float64)
+    found = Evaluation("a", counts, counts * 0.5, counts * 0.25, 1, 4.0, 1.0)
+    assert found.kl_divergence == Measured(0.25, 0.0)
+    assert found.scored_tokens == 40
+
+
+def test_a_single_window_has_no_error_to_state() -> None:
+    one = torch.ones(1, dtype=torch.float64)
+    assert math.isnan(evaluation("a", one, one).kl_divergence.error)
+
+
 def test_the_table_and_the_plot_hold_every_model(tmp_path: Path) -> None:
+    base = torch.tensor([20.0, 22.0], dtype=torch.float64)
     found = [
-        Evaluation("full precision", 8.0, 0.0, 1_000_000, 16.0, 100.0, 50),
-        Evaluation("awq", 8.5, 0.05, 300_000, 4.3125, 150.0, 50),
+        evaluation("full precision", base, torch.zeros(2, dtype=torch.float64)),
+        evaluation("rtn", base + 0.5, torch.tensor([0.5, 0.7], dtype=torch.float64)),
+        evaluation("awq", base + 0.4, torch.tensor([0.4, 0.6], dtype=torch.float64)),
     ]
+
+    def cells(row: str) -> list[str]:
+        return [cell.strip() for cell in row.split("|")[1:-1]]
+
     lines = table(found).splitlines()
     assert len({len(line) for line in lines}) == 1
-    assert [cell.strip() for cell in lines[3].split("|")[1:-1]] == [
-        *("awq", "8.500", "0.0500", "0", "4.312", "150")
+    assert cells(lines[4]) == [
+        *("awq", "8.499", "1.0408 ± 0.0000", "0.0500 ± 0.0100", "0", "4.312", "150")
     ]
+    lines = table(found, baseline=found[1]).splitlines()
+    assert cells(lines[0])[2:5] == ["÷ rtn", "KL divergence", "− rtn"]
+    assert cells(lines[3])[2:5] == ["", "0.0600 ± 0.0100", ""]
+    assert cells(lines[4])[2:5] == ["0.9900 ± 0.0000", "0.0500 ± 0.0100", "-0.0100 ± 0.0000"]
     plot(found, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 

@@ -43,14 +43,16 @@ def test_calibrated_quantization_then_evaluation(
     gptq = json.loads((tmp_path / "gptq" / "config.json").read_text())["quantization_config"]
     assert gptq["desc_act"] is True
     plot = tmp_path / "plot.png"
-    measured = ("--text", text, "--tokens", 128, "--length", 64, "--plot", plot)
+    measured = ("--text", text, "--tokens", 128, "--length", 64)
     models = [tmp_path / "gptq", tmp_path / "awq"]
-    table = nybble("eval", tiny_model(), *models, *measured).stdout.splitlines()
-    assert [line.split("|")[1].strip() for line in table[2:]] == [
-        "full precision",
-        *map(str, models),
-    ]
+    table = nybble("eval", tiny_model(), *models, *measured, "--plot", plot).stdout.splitlines()
+    assert [line.split("|")[1].strip() for line in table[2:]] == ["full precision", "gptq", "awq"]
     assert plot.is_file()
+    sliding = ("--stride", 16, "--baseline", models[0])
+    table = nybble("eval", tiny_model(), *models, *measured, *sliding).stdout.splitlines()
+    assert "÷ gptq" in table[0]
+    refused = CliRunner().invoke(app, ["eval", "a", "b", "--baseline", "c"])
+    assert "--baseline c is not one of the models to compare" in refused.output
 
 
 def test_fine_tuning_writes_an_adapter(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
