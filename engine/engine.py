@@ -17,8 +17,9 @@ from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING
 
 import torch
+from nybble.engine.adapter_cache import AdapterVersion
 from nybble.engine.adapter_slots import AdapterSlots
-from nybble.engine.adapters import AdapterInfo, AdapterRegistry, AdapterVersion
+from nybble.engine.adapters import AdapterInfo, AdapterRegistry
 from nybble.engine.block_manager import BlockManager
 from nybble.engine.config import EngineConfig, resolve_device
 from nybble.engine.decoder import Decoder, DecoderShape

@@ -13,6 +13,7 @@ from typing import Literal
 
 import torch
 from nybble.engine import Engine, EngineConfig
+from nybble.server.adapters import restore
 from nybble.server.cli.fit import memory_explained
 from nybble.server.cli.options import LogFormat
 from nybble.server.cli.prepare import prepare_checkpoint
@@ -66,7 +67,7 @@ async def _load_and_serve(
     startup = Startup(bars=log_format == "text")
     logger.info(Event("starting", {"health": f"{_origin(sock, settings)}/health"}))
     engine, folder = await load_behind(
-        sock, settings.tls, startup, lambda: _load(source, config, startup)
+        sock, settings.tls, startup, lambda: _load(source, config, settings, startup)
     )
     settings = replace(settings, model_folder=folder)
 
@@ -81,7 +82,8 @@ async def _load_and_serve(
         print(
             f"Serving {', '.join(models)} ({engine.model_type}) on {config.device}\n"
             f"  URL       {url}\n"
-            f"  KV cache  {tokens:,} tokens; a sequence may have {engine.max_model_len:,}"
+            + (f"  Page      {url.removesuffix('v1')}\n" if settings.console else "")
+            + f"  KV cache  {tokens:,} tokens; a sequence may have {engine.max_model_len:,}"
             + (f"\n  Adapters  {', '.join(source.adapters)}" if source.adapters else ""),
             file=sys.stderr,
             flush=True,
@@ -90,7 +92,9 @@ async def _load_and_serve(
     await serve(engine, sock, settings, ready=announce)
 
 
-def _load(source: ModelSource, config: EngineConfig, startup: Startup) -> tuple[Engine, Path]:
+def _load(
+    source: ModelSource, config: EngineConfig, settings: ServerSettings, startup: Startup
+) -> tuple[Engine, Path]:
     startup.report("Preparing kernels", 0, None)  # the first start on a machine compiles them
     checkpoint = prepare_checkpoint(
         source.model,
@@ -107,6 +111,7 @@ def _load(source: ModelSource, config: EngineConfig, startup: Startup) -> tuple[
         engine.warm_up(startup.report)
     for name, path in source.adapters.items():
         engine.load_adapter(name, path)
+    restore(engine, settings)
     engine.start()
     return engine, checkpoint.folder
 

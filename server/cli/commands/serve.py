@@ -157,6 +157,15 @@ def serve(
             rich_help_panel=_ADAPTERS,
         ),
     ] = None,
+    lora_state: Annotated[
+        Path | None,
+        typer.Option(
+            help="File that keeps what the API has loaded for the next start (default: in the "
+            "cache, for this model, port and --lora-root).",
+            dir_okay=False,
+            rich_help_panel=_ADAPTERS,
+        ),
+    ] = None,
     lora_watch: Annotated[
         Path | None,
         typer.Option(
@@ -258,6 +267,7 @@ def serve(
         sock = bind(host, port)
         import torch
         from nybble.engine import AdapterConfig, EngineConfig, EngineFailedError, resolve_device
+        from nybble.server.adapter_state import default_path
         from nybble.server.cli.launch import ModelSource, launch
         from nybble.server.cors import Cors
         from nybble.server.fine_tuning.settings import (
@@ -305,6 +315,7 @@ def serve(
             api_keys=tuple(api_key or ()),
             admin_keys=tuple(admin_key or ()),
             adapter_roots=tuple(lora_root or ()),
+            adapter_state=lora_state or default_path(model, port, lora_root or ()),
             tenants=None if tenants is None else Tenants(tenants),
             adapter_watch=lora_watch,
             shutdown_timeout=shutdown_timeout,
