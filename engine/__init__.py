@@ -2,7 +2,7 @@
 
 from nybble.engine.adapters import AdapterInfo
 from nybble.engine.config import AdapterConfig, EngineConfig, resolve_device
-from nybble.engine.engine import Engine, EngineStats
+from nybble.engine.engine import Engine
 from nybble.engine.guide import GrammarCompiler, GrammarGuide
 from nybble.engine.request import (
     AdapterUnavailableError,
@@ -20,6 +20,7 @@ from nybble.engine.request import (
     SamplingParams,
     TokenLogprob,
 )
+from nybble.engine.stats import EngineStats
 from nybble.loaders import AdapterError
 
 __all__ = [

@@ -223,7 +223,7 @@ def test_text_written_while_the_next_step_computes_is_the_same_text(
     found = []
     for overlap in (False, True):
         engine = Engine.load(plain_checkpoint(), CONFIG, progress=False)  # type: ignore[arg-type]
-        engine._overlap = overlap
+        engine._thread._overlap = overlap
         engine.start()
         outputs = asyncio.run(crowd(engine))
         stats = engine.stats()

@@ -52,7 +52,7 @@ def engine(
             return graph, graph.out
 
         engine._runner.capture(capture, progress=False)
-        engine._overlap = True
+        engine._thread._overlap = True
     engine.start()
     yield engine
     engine.stop()

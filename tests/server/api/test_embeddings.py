@@ -73,14 +73,14 @@ def test_a_batch_beyond_the_queue_is_taken_a_few_at_a_time(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     most = 0
-    submit = engine._submit
+    submit = engine._thread.submit
 
     def counted(*args: Any) -> None:
         nonlocal most
         most = max(most, len(engine._in_flight) + 1)
         submit(*args)
 
-    monkeypatch.setattr(engine, "_submit", counted)
+    monkeypatch.setattr(engine._thread, "submit", counted)
 
     async def scenario(client: Client) -> None:
         texts = [f"question {number}" for number in range(300)]

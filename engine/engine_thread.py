@@ -1,0 +1,327 @@
+"""The thread that owns all mutable state: sequences, blocks, adapter slots.
+
+A step is schedule → compute → sample → emit. Messages come in through one queue.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from queue import Empty, SimpleQueue
+
+import torch
+from nybble.engine.adapter_cache import AdapterVersion
+from nybble.engine.adapters import AdapterRegistry
+from nybble.engine.config import EngineConfig
+from nybble.engine.failure import Restarts, describe, is_out_of_memory
+from nybble.engine.outputs import advance, goes_on, output_of
+from nybble.engine.request import (
+    AdapterUnavailableError,
+    EngineFailedError,
+    EngineStoppedError,
+    GuideError,
+    OutOfMemoryError,
+    RequestOutput,
+)
+from nybble.engine.runner import ModelRunner
+from nybble.engine.sampler import PendingSample, Sampled
+from nybble.engine.scheduler import ScheduledBatch, Scheduler
+from nybble.engine.sequence import Sequence
+from nybble.engine.stats import Counters, EngineStats
+from nybble.engine.streams import Outbox, Stream
+from nybble.loaders import AdapterError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Add:
+    sequence: Sequence
+    stream: Stream
+
+
+@dataclass(frozen=True)
+class _Cancel:
+    request_id: str
+
+
+class _Stop:
+    pass
+
+
+class EngineThread(threading.Thread):
+    """Computes steps until it is told to stop; its public methods are for any thread.
+
+    A failure ends every request in flight with EngineFailedError. The thread then begins again,
+    with the same weights and adapters and an empty KV cache, as often as the settings allow.
+
+    adapters: the loaded adapters; None for an engine without.
+    stats: figures of the last step.
+    failure: why requests are refused, where the engine has failed and not begun again.
+    """
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        new_scheduler: Callable[[], Scheduler],
+        eos_token_ids: frozenset[int],
+        config: EngineConfig,
+    ) -> None:
+        super().__init__(name="nybble-engine", daemon=True)
+        self._runner = runner
+        self._new_scheduler = new_scheduler
+        self._scheduler = new_scheduler()
+        self._eos_token_ids = eos_token_ids
+        # A function is run on the thread.
+        self._inbox: SimpleQueue[_Add | _Cancel | _Stop | Callable[[], None]] = SimpleQueue()
+        self.adapters: AdapterRegistry | None = None
+        if config.adapters is not None and runner.adapters is not None:
+            self.adapters = AdapterRegistry(
+                runner.adapters,
+                config.adapters.host_bytes,
+                post=self._inbox.put,
+                on_failure=self._fail_adapter,
+            )
+            self._scheduler.adapters = self.adapters.cache
+        self._idle = True
+        # A GPU computes while its last tokens become text; a CPU has nothing to gain from waiting.
+        self._overlap = runner.device.type == "cuda"
+        self._deferred: list[tuple[Sequence, Sampled]] = []
+        self._streams: dict[str, tuple[Sequence, Stream]] = {}
+        self._batch: ScheduledBatch = []  # what is being computed
+        self._restarts = Restarts(config.restarts)
+        self._counters = Counters()
+        self.stats: EngineStats = self._counters.snapshot(self._scheduler, 0)
+        self.failure: str | None = None
+        self._when_dead: Callable[[], None] = lambda: None
+        self._stopping = False
+        # Held while a request is let in, so that none comes in behind the news of a failure.
+        self._entrance = threading.Lock()
+
+    @property
+    def healthy(self) -> bool:
+        """Whether the thread runs and requests are taken."""
+        return self.is_alive() and self.failure is None and not self._stopping
+
+    def stop(self) -> None:
+        """End the thread and wait for it; requests in flight raise EngineStoppedError."""
+        self._stopping = True
+        self._inbox.put(_Stop())
+        if self.is_alive():
+            self.join()
+        if self.adapters is not None:
+            self.adapters.close()
+
+    def when_dead(self, function: Callable[[], None]) -> None:
+        """Have ``function`` called, on any thread, when the engine has failed for good."""
+        self._when_dead = function
+        if self.failure is not None and not self.is_alive():
+            function()
+
+    def submit(self, sequence: Sequence, stream: Stream) -> None:
+        """Have a sequence computed; raises EngineStoppedError where none is taken.
+
+        A sequence with an adapter is for an engine that has adapters.
+        """
+        with self._entrance:
+            if not self.healthy:
+                raise EngineStoppedError(
+                    "the engine is not running"
+                    if self.failure is None
+                    else f"the engine has failed: {self.failure}"
+                )
+            name = sequence.request.adapter
+            if name is None:
+                self._inbox.put(_Add(sequence, stream))
+                return
+
+            def send(version: AdapterVersion) -> None:
+                sequence.adapter = version
+                self._inbox.put(_Add(sequence, stream))
+
+            assert self.adapters is not None
+            self.adapters.submit(name, send)
+
+    def cancel(self, request_id: str) -> None:
+        """Forget a request at the next step."""
+        self._inbox.put(_Cancel(request_id))
+
+    def run(self) -> None:
+        if self._runner.device.type == "cuda":
+            torch.cuda.set_device(self._runner.device)  # of this thread, as where it was loaded
+        while True:
+            try:
+                if self.failure is not None:
+                    self._begin_again()
+                self._serve()
+                failure = None
+            except BaseException as error:  # whatever it is, callers must not wait for ever
+                logger.exception("the engine thread failed")
+                failure = describe(error)
+            with self._entrance:
+                self._stopping |= failure is None
+                self.failure = failure
+            if failure is None:
+                self._fail_all(EngineStoppedError("the engine was stopped"))
+                return
+            self._counters.failures += 1
+            self.stats = replace(
+                self.stats,
+                running=0,
+                waiting=0,
+                failures=self._counters.failures,
+                restarts=self._restarts.taken,
+            )
+            self._fail_all(EngineFailedError(f"the engine has failed: {failure}"))
+            if self._stopping or not self._restarts.take():
+                self._when_dead()
+                return
+            logger.warning("the engine begins again, with an empty KV cache")
+
+    def _serve(self) -> None:
+        """Take messages and compute steps until told to stop."""
+        while self._take_messages():
+            try:
+                outputs = self._step()
+            except Exception as error:
+                if not (is_out_of_memory(error) and self._batch):
+                    raise
+                self._give_up_one(error)
+                continue
+            # Before the outputs, so that a caller who has its last one sees its blocks free.
+            self.stats = self._counters.snapshot(self._scheduler, self._restarts.taken)
+            outputs.deliver()
+
+    def _begin_again(self) -> None:
+        self._batch = []
+        self._deferred.clear()
+        self._idle = True
+        self._runner.reset()
+        self._scheduler = self._new_scheduler()
+        if self.adapters is not None:
+            self.adapters.restart()
+            self._scheduler.adapters = self.adapters.cache
+        self.stats = self._counters.snapshot(self._scheduler, self._restarts.taken)
+        self.failure = None
+
+    def _give_up_one(self, error: Exception) -> None:
+        """End what takes most of a step there was no memory for; the next is without it."""
+        logger.error("out of memory in a step of %d sequences: %s", len(self._batch), error)
+        # The youngest of several.
+        sequence = max(reversed(self._batch), key=lambda item: item.num_tokens).sequence
+        for item in self._batch:
+            # What a reader has seen of this step it would count twice: let it begin anew.
+            if item.sequence is not sequence and item.sequence.reading is not None:
+                self._scheduler.preempt(item.sequence)
+        _, stream = self._streams.pop(sequence.request_id)
+        self._scheduler.finish(sequence)
+        failure = OutOfMemoryError(
+            "the server has no memory left to compute this request: send a shorter one, or fewer "
+            "at once"
+        )
+        stream.send(failure)
+        if self._overlap:
+            torch.cuda.empty_cache()
+
+    def _take_messages(self) -> bool:
+        """Apply everything in the inbox, waiting if there is nothing to compute.
+
+        Returns False when told to stop.
+        """
+        idle = self._idle
+        while True:
+            try:
+                message = self._inbox.get(block=idle)
+            except Empty:
+                return True
+            idle = False
+            if isinstance(message, _Stop):
+                return False
+            if isinstance(message, _Add):
+                self._streams[message.sequence.request_id] = (message.sequence, message.stream)
+                self._scheduler.add(message.sequence)
+            elif not isinstance(message, _Cancel):
+                message()
+            elif message.request_id in self._streams:
+                sequence, _ = self._streams.pop(message.request_id)
+                self._scheduler.finish(sequence)
+
+    @torch.inference_mode()
+    def _step(self) -> Outbox:
+        started = time.monotonic()
+        self._batch = []
+        batch = self._batch = self._scheduler.schedule()
+        # Only a message can change what an empty schedule waits for: an adapter that is being read.
+        self._idle = not batch
+        outputs = Outbox()
+        if not batch:
+            self._write_deferred()
+            return outputs
+        logits = self._runner.run(batch)
+        for item in batch:
+            if item.samples and item.sequence.request.guide is not None:
+                item.sequence.sampler.allowed = item.sequence.request.guide.allowed()
+        completing = [item.completes for item in batch]
+        samplers = [item.sequence.sampler for item in batch if item.samples]
+        pending = PendingSample(logits, samplers) if samplers else None
+        self._write_deferred()
+        sampled = iter(pending.result() if pending else [])
+        self._batch = []  # from here on the step is no longer as if it had not been
+        for item, completes in zip(batch, completing, strict=True):
+            sequence = item.sequence
+            if sequence.num_output_tokens == 0:
+                self._counters.prompt_tokens += item.num_tokens
+            self._scheduler.computed(item)
+            if completes:
+                output: RequestOutput | GuideError
+                if sequence.max_tokens == 0:
+                    output = output_of(sequence, None, "", "length")
+                else:
+                    token = next(sampled)
+                    sequence.token_ids.append(token[0])
+                    self._counters.generation_tokens += 1
+                    if self._overlap and goes_on(sequence, self._eos_token_ids):
+                        self._deferred.append((sequence, token))
+                        continue
+                    try:
+                        output = advance(sequence, token, self._eos_token_ids)
+                    except GuideError as error:
+                        output = error
+                stream = self._streams[sequence.request_id][1]
+                outputs.add(stream, output)
+                if isinstance(output, GuideError) or output.finish_reason is not None:
+                    del self._streams[sequence.request_id]
+                    self._scheduler.finish(sequence)
+        self._counters.add_step(batch, time.monotonic() - started)
+        return outputs
+
+    def _write_deferred(self) -> None:
+        """Turn the last step's tokens into text and send it, while the device computes the next."""
+        outputs = Outbox()
+        for sequence, sampled in self._deferred:
+            entry = self._streams.get(sequence.request_id)
+            if entry is not None and entry[0] is sequence:  # else its caller has gone
+                text = sequence.detokenizer.add(sampled[0])
+                outputs.add(entry[1], output_of(sequence, sampled, text, None))
+        self._deferred.clear()
+        outputs.deliver()
+
+    def _fail_adapter(self, version: AdapterVersion, error: AdapterError) -> None:
+        """End the requests that wait for an adapter that cannot be read."""
+        failure = AdapterUnavailableError(str(error))
+        for sequence in [s for s in self._scheduler.waiting if s.adapter is version]:
+            _, stream = self._streams.pop(sequence.request_id)
+            self._scheduler.finish(sequence)
+            stream.send(failure)
+
+    def _fail_all(self, error: Exception) -> None:
+        while not self._inbox.empty():
+            message = self._inbox.get()
+            if isinstance(message, _Add):
+                self._streams[message.sequence.request_id] = (message.sequence, message.stream)
+        for _, stream in self._streams.values():
+            stream.send(error)
+        self._streams.clear()

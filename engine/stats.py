@@ -1,0 +1,72 @@
+"""What the engine tells of itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from nybble.engine.scheduler import ScheduledBatch, Scheduler
+from nybble.engine.size_counts import SizeCounts
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """A snapshot after the last step. Token, preemption and step figures count since the start.
+
+    step_seconds: time spent in steps. step_sequences, step_tokens: how many each step computed.
+    failures: of the engine thread. restarts: after them.
+    """
+
+    running: int = 0
+    waiting: int = 0
+    kv_blocks_total: int = 0
+    kv_blocks_free: int = 0
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    prefix_query_tokens: int = 0
+    prefix_hit_tokens: int = 0
+    preemptions: int = 0
+    steps: int = 0
+    step_seconds: float = 0.0
+    step_sequences: SizeCounts = field(default_factory=SizeCounts)
+    step_tokens: SizeCounts = field(default_factory=SizeCounts)
+    failures: int = 0
+    restarts: int = 0
+
+
+@dataclass
+class Counters:
+    """What the engine thread counts, from its first start on; see :class:`EngineStats`."""
+
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    steps: int = 0
+    step_seconds: float = 0.0
+    step_sequences: SizeCounts = field(default_factory=SizeCounts)
+    step_tokens: SizeCounts = field(default_factory=SizeCounts)
+    failures: int = 0
+
+    def add_step(self, batch: ScheduledBatch, seconds: float) -> None:
+        """Count a step that has been computed."""
+        self.steps += 1
+        self.step_seconds += seconds
+        self.step_sequences = self.step_sequences.plus(len(batch))
+        self.step_tokens = self.step_tokens.plus(sum(item.num_tokens for item in batch))
+
+    def snapshot(self, scheduler: Scheduler, restarts: int) -> EngineStats:
+        return EngineStats(
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            kv_blocks_total=scheduler.blocks.num_blocks,
+            kv_blocks_free=scheduler.blocks.num_free_blocks,
+            prompt_tokens=self.prompt_tokens,
+            generation_tokens=self.generation_tokens,
+            prefix_query_tokens=scheduler.prefix_query_tokens,
+            prefix_hit_tokens=scheduler.prefix_hit_tokens,
+            preemptions=scheduler.preemptions,
+            steps=self.steps,
+            step_seconds=self.step_seconds,
+            step_sequences=self.step_sequences,
+            step_tokens=self.step_tokens,
+            failures=self.failures,
+            restarts=restarts,
+        )

@@ -1,0 +1,51 @@
+"""Where a request's outputs go: from the engine thread to the event loop that waits for them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from dataclasses import dataclass
+
+from nybble.engine.request import RequestOutput
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A request's outputs in order; an exception is the last."""
+
+    loop: asyncio.AbstractEventLoop
+    queue: asyncio.Queue[RequestOutput | Exception]
+
+    def send(self, item: RequestOutput | Exception) -> None:
+        """Put an item in from any thread."""
+        _call(self.loop, self.queue.put_nowait, item)
+
+
+class Outbox:
+    """Outputs to many streams, handed to each event loop in one call."""
+
+    def __init__(self) -> None:
+        self._items: defaultdict[
+            asyncio.AbstractEventLoop, list[tuple[Stream, RequestOutput | Exception]]
+        ] = defaultdict(list)
+
+    def add(self, stream: Stream, item: RequestOutput | Exception) -> None:
+        self._items[stream.loop].append((stream, item))
+
+    def deliver(self) -> None:
+        for loop, items in self._items.items():
+            _call(loop, _put, items)
+
+
+def _put(items: list[tuple[Stream, RequestOutput | Exception]]) -> None:
+    for stream, item in items:
+        stream.queue.put_nowait(item)
+
+
+def _call(loop: asyncio.AbstractEventLoop, function: object, argument: object) -> None:
+    """Run on another thread's loop; a loop that has closed has nobody left to tell."""
+    try:
+        loop.call_soon_threadsafe(function, argument)  # type: ignore[arg-type]
+    except RuntimeError:
+        if not loop.is_closed():
+            raise
