@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from enum import Enum
 
-from nybble.engine.adapters import AdapterVersion
+from nybble.engine.adapter_cache import AdapterVersion
 from nybble.engine.detokenizer import Detokenizer
 from nybble.engine.prompt_reader import EmbeddingReader, LogprobReader, PromptReader
 from nybble.engine.request import Request

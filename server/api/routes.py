@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from uuid import uuid4
@@ -16,10 +16,11 @@ from nybble.server.api.chat_schema import ChatRequest, DetokenizeRequest, Tokeni
 from nybble.server.api.compile_pool import CompilePool
 from nybble.server.api.completions import CompletionShape
 from nybble.server.api.embeddings import EmbeddingRequest, EmbeddingsShape
-from nybble.server.api.generation import Generation, Job
+from nybble.server.api.generation import Generation, Job, SequenceTimes
 from nybble.server.api.guiding import guide_of
 from nybble.server.api.logprobs import Logprobs
 from nybble.server.api.model_names import ModelNames
+from nybble.server.api.openapi import openapi_document
 from nybble.server.api.parse import read_body
 from nybble.server.api.prompts import Prompts
 from nybble.server.api.respond import json_response, respond, respond_whole
@@ -51,12 +52,14 @@ class Api:
         gate: Gate,
         limiter: Limiter,
         templates: TemplateRenderer,
+        ended: Callable[[SequenceTimes], None] | None = None,
     ) -> None:
         self._gate = gate
         self._engine = engine
         self._metrics = metrics
         self._names = names
-        self._generation = Generation(engine, metrics, max_sequences, limiter)
+        self._openapi = openapi_document()
+        self._generation = Generation(engine, metrics, max_sequences, limiter, ended)
         self._prompts = Prompts(engine.tokenizer, names.first, templates)
         self._tokens = TokenBytes(engine.tokenizer)
         self._compiling = CompilePool()
@@ -67,6 +70,7 @@ class Api:
             web.get("/health", self.health),
             web.get("/metrics", self.metrics),
             web.get("/version", self.version),
+            web.get("/openapi.json", self.openapi),
             web.get("/v1/models", self.list_models),
             # Hub names have a slash in them.
             web.get("/v1/models/{model:.+}", self.get_model),
@@ -98,6 +102,9 @@ class Api:
 
     async def version(self, _: web.Request) -> web.Response:
         return json_response({"version": version("nybble")})
+
+    async def openapi(self, _: web.Request) -> web.Response:
+        return json_response(self._openapi)
 
     async def list_models(self, request: web.Request) -> web.Response:
         return json_response({"object": "list", "data": self._names.bodies(request.get(TENANT))})

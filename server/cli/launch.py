@@ -84,7 +84,8 @@ async def _load_and_serve(
         print(
             f"Serving {', '.join(models)} ({engine.model_type}) on {config.device}\n"
             f"  URL       {url}\n"
-            f"  KV cache  {tokens:,} tokens; a sequence may have {engine.max_model_len:,}"
+            + (f"  Page      {url.removesuffix('v1')}\n" if settings.console else "")
+            + f"  KV cache  {tokens:,} tokens; a sequence may have {engine.max_model_len:,}"
             + (f"\n  Adapters  {', '.join(source.adapters)}" if source.adapters else ""),
             file=sys.stderr,
             flush=True,
