@@ -28,6 +28,7 @@ Status = Literal["loading", "warming"]
 
 _RETRY_AFTER_SECONDS = 10
 _LOG_SECONDS = 10
+_LAST_ANSWERS_SECONDS = 0.25
 
 
 class Startup:
@@ -96,10 +97,15 @@ async def load_behind(
     runner = web.AppRunner(_app(startup), access_log=None, shutdown_timeout=1)
     await runner.setup()
     try:
-        await web.SockSite(runner, sock.dup(), backlog=BACKLOG, ssl_context=tls).start()
+        site = web.SockSite(runner, sock.dup(), backlog=BACKLOG, ssl_context=tls)
+        await site.start()
         # A thread of its own: those that libraries add to it end with it.
         with ThreadPoolExecutor(1, thread_name_prefix="nybble-load") as pool:
-            return await loop.run_in_executor(pool, load)
+            loaded = await loop.run_in_executor(pool, load)
+        # Who is connected already has its answer before the connections are closed.
+        await site.stop()
+        await asyncio.sleep(_LAST_ANSWERS_SECONDS)
+        return loaded
     finally:
         startup.close()
         await runner.cleanup()
