@@ -57,9 +57,14 @@ def make_app(
     cors = settings.cors
     owners = AdapterOwners()
     names = ModelNames(engine, models, owners)
-    api = Api(engine, metrics, names, settings.max_sequences, gate, limiter, templates)
+    tracing = settings.tracing
+    ended = None if tracing is None else tracing.sequence
+    api = Api(engine, metrics, names, settings.max_sequences, gate, limiter, templates, ended)
     admin_keys = Keys(settings.admin_keys, kind="admin key")
-    middlewares: list[Middleware] = [_observe(metrics), _report_errors]
+    middlewares: list[Middleware] = [_observe(metrics)]
+    if tracing is not None:
+        middlewares.append(tracing.middleware())
+    middlewares.append(_report_errors)
     if cors is not None:
         middlewares.append(cors.middleware())
     if settings.api_keys or tenants is not None:
@@ -125,6 +130,7 @@ def _observe(metrics: Metrics) -> Middleware:
                 "status": status,
                 "seconds": round(seconds, 6),
                 "error": record.cause,
+                "trace_id": record.trace_id,
                 "tenant": None if tenant is None else tenant.name,
                 **record.usage_fields(),
             }

@@ -6,10 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from ssl import SSLContext
+from typing import TYPE_CHECKING
 
 from nybble.server.cors import Cors
 from nybble.server.fine_tuning.settings import FineTuningSettings
 from nybble.server.tenants import Tenants
+
+if TYPE_CHECKING:  # it needs packages of its own
+    from nybble.server.tracing import Tracing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,5 +41,6 @@ class ServerSettings:
     tls: SSLContext | None = None
     cors: Cors | None = None
     console: bool = True
+    tracing: Tracing | None = None
     model_folder: Path | None = None
     fine_tuning: FineTuningSettings | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from uuid import uuid4
@@ -16,7 +16,7 @@ from nybble.server.api.chat_schema import ChatRequest, DetokenizeRequest, Tokeni
 from nybble.server.api.compile_pool import CompilePool
 from nybble.server.api.completions import CompletionShape
 from nybble.server.api.embeddings import EmbeddingRequest, EmbeddingsShape
-from nybble.server.api.generation import Generation, Job
+from nybble.server.api.generation import Generation, Job, SequenceTimes
 from nybble.server.api.guiding import guide_of
 from nybble.server.api.logprobs import Logprobs
 from nybble.server.api.model_names import ModelNames
@@ -52,13 +52,14 @@ class Api:
         gate: Gate,
         limiter: Limiter,
         templates: TemplateRenderer,
+        ended: Callable[[SequenceTimes], None] | None = None,
     ) -> None:
         self._gate = gate
         self._engine = engine
         self._metrics = metrics
         self._names = names
         self._openapi = openapi_document()
-        self._generation = Generation(engine, metrics, max_sequences, limiter)
+        self._generation = Generation(engine, metrics, max_sequences, limiter, ended)
         self._prompts = Prompts(engine.tokenizer, names.first, templates)
         self._tokens = TokenBytes(engine.tokenizer)
         self._compiling = CompilePool()
