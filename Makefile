@@ -7,7 +7,7 @@ MODEL  ?= demo
 PORT   ?= 8000
 PACKAGES := engine finetune kernels loaders quantizers server
 
-.PHONY: install serve test test-browser test-clients audit lint gpu clean
+.PHONY: install serve test test-browser test-clients audit fuzz lint gpu clean
 
 install: $(VENV)/.installed
 
@@ -74,6 +74,22 @@ build/clients/.installed: tests/clients/requirements.txt
 test-clients: install build/clients/.installed
 	build/clients/bin/pytest -q -c /dev/null --rootdir=. --confcutdir=tests/clients \
 		--import-mode=importlib -p no:cacheprovider -W ignore $(CLIENTS)
+
+# atheris over request bodies, checkpoints and adapters, FUZZ_SECONDS each (five minutes in all);
+# the same targets run for a moment in the tests. Its corpus stays in build/fuzz.
+FUZZ_SECONDS ?= 100
+FUZZ := request_body checkpoint adapter
+build/fuzz/.installed: tests/fuzz/requirements.txt | install
+	$(PYTHON) -m venv build/fuzz/venv
+	build/fuzz/venv/bin/pip install --progress-bar on -r $<
+	touch $@
+fuzz: build/fuzz/.installed
+	packages=$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])'); \
+	for target in $(FUZZ); do \
+		mkdir -p build/fuzz/corpus/$$target && PYTHONPATH=$(VENV)/src:$$packages \
+		build/fuzz/venv/bin/python tests/fuzz/fuzz.py $$target build/fuzz/corpus/$$target \
+			-max_total_time=$(FUZZ_SECONDS) -max_len=64 -artifact_prefix=build/fuzz/ -print_final_stats=1 || exit 1; \
+	done
 
 # On a machine with a GPU and a torch of its own: checks first, then the tables, each section in a
 # process and a time budget of its own. GPU_ARGS="--only checks,decode" picks, --dry-run needs no GPU.

@@ -31,6 +31,14 @@ Weight = PackedWeight | DenseWeight
 # fp8, the scales of both follow: see :func:`nybble.kernels.reference.rotary_store`.
 KVCache = tuple[Tensor, ...]
 
+_SIZES = (
+    "num_hidden_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+    "max_position_embeddings",
+)
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
 
@@ -64,6 +72,10 @@ class DecoderShape:
             )
         if config.hidden_act != "silu":
             raise UnsupportedModelError(f"hidden_act {config.hidden_act!r}: only silu is supported")
+        for name in _SIZES:
+            size = getattr(config, name)
+            if not isinstance(size, int) or size < 1:
+                raise UnsupportedModelError(f"{name} is {size!r}, expected 1 or more")
         heads = int(config.num_attention_heads)
         return cls(
             layers=int(config.num_hidden_layers),

@@ -195,6 +195,8 @@ class Engine:
                 f"max_model_len is {max_model_len}, but the model goes up to {shape.max_model_len}"
             )
         device = resolve_device(config.device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # Triton launches on the thread's current device
         if config.kv_dtype != "auto" and device.type == "cpu":
             raise ValueError(
                 f"kv_dtype is {config.kv_dtype!r}, which needs a GPU; expected 'auto' on the CPU"
@@ -421,6 +423,8 @@ class Engine:
         )
 
     def _run(self) -> None:
+        if self._runner.device.type == "cuda":
+            torch.cuda.set_device(self._runner.device)  # of this thread, as where it was loaded
         while True:
             try:
                 if self._failure is not None:

@@ -172,11 +172,15 @@ class ModelRunner:
         self, capture: Capture, progress: Progress = True, sizes: Sequence[int] | None = None
     ) -> None:
         """Decode from graphs made by ``capture`` from now on, of the usual batch sizes or these."""
+        sizes = bucket_sizes(self._max_num_seqs) if sizes is None else sizes
+        # One place for the logits of all graphs: each would keep its own, gigabytes where the
+        # vocabulary is large.
+        logits = torch.empty(max(sizes), self.decoder.shape.vocab, device=self.device)
         self._graphs = DecodeGraphs(
             capture,
-            bucket_sizes(self._max_num_seqs) if sizes is None else sizes,
+            sizes,
             lambda size, adapted: self._inputs.build([], [] if adapted else None, pad_to=size),
-            self._compute,
+            lambda inputs: logits[: len(inputs.last_rows)].copy_(self._compute(inputs)),
             adapters=self.adapters is not None,
             progress=progress,
         )

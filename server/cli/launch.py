@@ -17,6 +17,7 @@ from nybble.server.adapters import restore
 from nybble.server.cli.fit import memory_explained
 from nybble.server.cli.options import LogFormat
 from nybble.server.cli.prepare import prepare_checkpoint
+from nybble.server.listen import BACKLOG
 from nybble.server.logs import Event
 from nybble.server.serve import serve
 from nybble.server.settings import ServerSettings
@@ -65,6 +66,7 @@ async def _load_and_serve(
     log_format: LogFormat,
 ) -> None:
     startup = Startup(bars=log_format == "text")
+    sock.listen(BACKLOG)  # before it is told where it listens
     logger.info(Event("starting", {"health": f"{_origin(sock, settings)}/health"}))
     engine, folder = await load_behind(
         sock, settings.tls, startup, lambda: _load(source, config, settings, startup)

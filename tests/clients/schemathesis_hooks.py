@@ -11,7 +11,10 @@ import schemathesis
 def map_body(context: Any, body: Any) -> Any:
     if isinstance(body, dict) and isinstance(body.get("model"), str):
         body["model"] = "tiny"
-        body.pop("adapter", None)  # there is none
+        if isinstance(body.get("adapter"), str):
+            del body["adapter"]  # there is none
+        if isinstance(body.get("timeout"), int | float):
+            body["timeout"] = 1000  # else it may pass, which is answered 504
     return body
 
 
