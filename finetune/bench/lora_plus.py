@@ -1,6 +1,6 @@
 """LoRA+ against LoRA: the same base, data, seed and steps, each at the best of several rates.
 
-    python finetune/bench/lora_plus.py BASE OUT [--steps 8] [--rates 4e-4,1.6e-3,6.4e-3] …
+    python finetune/bench/lora_plus.py BASE OUT [--steps 8] [--rates 1e-4,4e-4,1.6e-3] …
 
 The task: from a function's signature to the first line of its docstring, on Python's standard
 library (PSF licence); whole modules are held out, and no docstring is in both parts. What is
@@ -185,7 +185,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("base", help="model folder, hub name or alias")
     parser.add_argument("out", type=Path)
-    parser.add_argument("--rates", type=rates, default=[4e-4, 1.6e-3, 6.4e-3], help="LoRA's")
+    parser.add_argument("--rates", type=rates, default=[1e-4, 4e-4, 1.6e-3], help="LoRA's")
     parser.add_argument("--plus-rates", type=rates, help="LoRA+'s for A (default: LoRA's over 4)")
     parser.add_argument("--ratio", type=float, default=16.0)
     parser.add_argument("--rank", type=int, default=8)
