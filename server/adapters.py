@@ -1,4 +1,8 @@
-"""The administration of adapters: load, unload, list. Bodies are as vLLM's clients send them."""
+"""The administration of adapters: load, unload, upload, list.
+
+Bodies are as vLLM's clients send them. Uploads are forms with ``lora_name``, ``load_inplace`` and
+the files: adapter_config.json and adapter_model.safetensors, or an archive with both.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,9 @@ from typing import Any
 
 from aiohttp import web
 from nybble.engine import AdapterInfo, Engine
+from nybble.server.adapter_archive import ArchiveError
+from nybble.server.adapter_form import AdapterForm, read_adapter_form
+from nybble.server.adapter_uploads import NAME, AdapterUploads
 from nybble.server.api.parse import read_body
 from nybble.server.api.respond import json_response
 from nybble.server.api.schema import LoadAdapterRequest, UnloadAdapterRequest
@@ -30,11 +37,15 @@ class AdapterAdmin:
     def __init__(
         self, engine: Engine, models: tuple[str, ...], keys: Keys, roots: Sequence[Path]
     ) -> None:
-        """models: names that no adapter may take. Without keys or roots, their use gets 403."""
+        """models: names that no adapter may take. Without keys or roots, their use gets 403.
+
+        Uploads are kept below the first root.
+        """
         self._engine = engine
         self._models = models
         self._keys = keys
         self._roots = [root.resolve() for root in roots]
+        self._uploads = AdapterUploads(uploads_folder(roots)) if roots else None
 
     def routes(self) -> list[web.RouteDef]:
         load, unload, every, one = ADMIN_PATHS
@@ -42,26 +53,15 @@ class AdapterAdmin:
             web.post(load, self.load),
             web.post(unload, self.unload),
             web.get(every, self.list),
+            web.post(every, self.upload),
             web.get(one, self.get),
+            web.delete(one, self.delete),
         ]
 
     async def load(self, request: web.Request) -> web.Response:
         self._require_admin(request)
         body = await read_body(request, LoadAdapterRequest)
-        if body.lora_name in self._models:
-            raise ApiError(
-                400,
-                f"{body.lora_name!r} is the name of the base model",
-                param="lora_name",
-                code="invalid_value",
-            )
-        if not body.load_inplace and self._engine.adapter(body.lora_name) is not None:
-            raise ApiError(
-                400,
-                f"adapter {body.lora_name!r} is loaded already; load_inplace replaces it",
-                param="lora_name",
-                code="adapter_exists",
-            )
+        self._require_free(body.lora_name, replace=bool(body.load_inplace))
         info = await asyncio.to_thread(self._load, body)
         return json_response(_body(info))
 
@@ -77,6 +77,43 @@ class AdapterAdmin:
         self._engine.unload_adapter(body.lora_name)
         return json_response(_body(info))
 
+    async def upload(self, request: web.Request) -> web.Response:
+        self._require_admin(request)
+        uploads = self._uploads
+        if uploads is None:
+            raise self._no_roots()
+        if request.content_type != "multipart/form-data":
+            raise ApiError(400, "expected multipart/form-data with lora_name and files")
+        with uploads.scratch() as scratch:
+            try:
+                form = await read_adapter_form(await request.multipart(), scratch)
+            except ArchiveError as error:
+                raise ApiError(400, str(error), param="file", code="invalid_adapter") from None
+            except ValueError as error:  # aiohttp's, about the form's syntax
+                raise ApiError(400, f"the form cannot be read: {error}") from None
+            self._require_free(form.name, replace=form.replace)
+            info = await asyncio.to_thread(self._publish, uploads, form, scratch)
+        return json_response(_body(info))
+
+    def _publish(self, uploads: AdapterUploads, form: AdapterForm, scratch: Path) -> AdapterInfo:
+        version = uploads.publish(form.name, scratch)
+        try:
+            info = self._engine.load_adapter(form.name, str(version), replace=form.replace)
+        except BaseException:
+            uploads.discard(version)
+            raise
+        uploads.retire(form.name, but=version)
+        return info
+
+    async def delete(self, request: web.Request) -> web.Response:
+        """Unload an adapter, and remove its files if they were uploaded."""
+        self._require_admin(request)
+        info = self._find(request.match_info["name"])
+        self._engine.unload_adapter(info.name)
+        if self._uploads is not None and NAME.fullmatch(info.name):
+            await asyncio.to_thread(self._uploads.retire, info.name)
+        return json_response({"object": "lora_adapter", "name": info.name, "deleted": True})
+
     async def list(self, request: web.Request) -> web.Response:
         self._require_admin(request)
         return json_response(
@@ -86,6 +123,22 @@ class AdapterAdmin:
     async def get(self, request: web.Request) -> web.Response:
         self._require_admin(request)
         return json_response(_body(self._find(request.match_info["name"])))
+
+    def _require_free(self, name: str, *, replace: bool) -> None:
+        if name in self._models:
+            raise ApiError(
+                400,
+                f"{name!r} is the name of the base model",
+                param="lora_name",
+                code="invalid_value",
+            )
+        if not replace and self._engine.adapter(name) is not None:
+            raise ApiError(
+                400,
+                f"adapter {name!r} is loaded already; load_inplace replaces it",
+                param="lora_name",
+                code="adapter_exists",
+            )
 
     def _find(self, name: str) -> AdapterInfo:
         info = self._engine.adapter(name)
@@ -102,6 +155,9 @@ class AdapterAdmin:
             )
         self._keys.require(request)
 
+    def _no_roots(self) -> ApiError:
+        return ApiError(403, "this server was started without --lora-root", code="admin_disabled")
+
     def _allowed(self, path: str) -> Path:
         """The adapter's folder, if it and its files really lie below a root, links followed.
 
@@ -109,9 +165,7 @@ class AdapterAdmin:
         answer, so that nobody learns what exists.
         """
         if not self._roots:
-            raise ApiError(
-                403, "this server was started without --lora-root", code="admin_disabled"
-            )
+            raise self._no_roots()
         for root in self._roots:
             try:
                 # Joining an absolute path replaces the root; where it leads is checked as well.
@@ -128,6 +182,11 @@ class AdapterAdmin:
             param="lora_path",
             code="invalid_value",
         )
+
+
+def uploads_folder(roots: Sequence[Path]) -> Path:
+    """Where uploads are kept, of the folders that adapters may be loaded from."""
+    return roots[0].resolve() / "uploads"
 
 
 def _body(info: AdapterInfo) -> dict[str, Any]:

@@ -13,6 +13,9 @@ from typing import Literal
 
 import torch
 from nybble.engine import Engine, EngineConfig
+from nybble.loaders import AdapterError
+from nybble.server.adapter_uploads import AdapterUploads
+from nybble.server.adapters import uploads_folder
 from nybble.server.cli.fit import memory_explained
 from nybble.server.cli.options import LogFormat
 from nybble.server.cli.prepare import prepare_checkpoint
@@ -66,7 +69,7 @@ async def _load_and_serve(
     startup = Startup(bars=log_format == "text")
     logger.info(Event("starting", {"health": f"{_origin(sock, settings)}/health"}))
     engine, folder = await load_behind(
-        sock, settings.tls, startup, lambda: _load(source, config, startup)
+        sock, settings.tls, startup, lambda: _load(source, config, settings, startup)
     )
     settings = replace(settings, model_folder=folder)
 
@@ -90,7 +93,9 @@ async def _load_and_serve(
     await serve(engine, sock, settings, ready=announce)
 
 
-def _load(source: ModelSource, config: EngineConfig, startup: Startup) -> tuple[Engine, Path]:
+def _load(
+    source: ModelSource, config: EngineConfig, settings: ServerSettings, startup: Startup
+) -> tuple[Engine, Path]:
     startup.report("Preparing kernels", 0, None)  # the first start on a machine compiles them
     checkpoint = prepare_checkpoint(
         source.model,
@@ -107,8 +112,23 @@ def _load(source: ModelSource, config: EngineConfig, startup: Startup) -> tuple[
         engine.warm_up(startup.report)
     for name, path in source.adapters.items():
         engine.load_adapter(name, path)
+    _load_uploads(engine, settings)
     engine.start()
     return engine, checkpoint.folder
+
+
+def _load_uploads(engine: Engine, settings: ServerSettings) -> None:
+    """What was uploaded before, unless its name is taken or it no longer fits."""
+    if not settings.adapter_roots:
+        return
+    uploads = AdapterUploads(uploads_folder(settings.adapter_roots))
+    for name, folder in uploads.recover().items():
+        try:
+            if name in settings.models:
+                raise AdapterError("the base model has that name")
+            engine.load_adapter(name, str(folder), replace=False)
+        except (AdapterError, OSError) as error:
+            logger.error("uploaded adapter %s cannot be loaded: %s", name, error)
 
 
 def _origin(sock: socket, settings: ServerSettings) -> str:
