@@ -37,8 +37,9 @@ class EngineConfig:
     device: ``cpu``, ``cuda``, ``cuda:N``, or ``auto`` for a GPU where there is one. block_size:
     tokens in one KV block. kv_cache_bytes: memory for the keys and values of all sequences
     together; None for 1 GiB on the CPU, and on a GPU for what the weights leave free less a tenth
-    of the whole. kv_dtype: auto keeps keys and values in dtype; int8 (on a GPU) takes half the
-    memory, with a scale for each head of each token. max_num_seqs: sequences computed in one step.
+    of the whole. kv_dtype: auto keeps keys and values in dtype; int8 and fp8 (e4m3) take half
+    the memory, on a GPU, with a scale for each head of each token; int8 is closer, fp8 needs an Ada
+    or Hopper GPU. max_num_seqs: sequences computed in one step.
     max_batched_tokens: the token budget of a step; longer prompts are prefilled in chunks.
     max_model_len: longest prompt plus output; None for what the model was made for. max_waiting:
     requests queued beyond max_num_seqs before new ones are turned away. adapters: None for a server
@@ -51,7 +52,7 @@ class EngineConfig:
     dtype: torch.dtype = torch.bfloat16
     block_size: int = 16
     kv_cache_bytes: int | None = None
-    kv_dtype: Literal["auto", "int8"] = "auto"
+    kv_dtype: Literal["auto", "int8", "fp8"] = "auto"
     max_num_seqs: int = 64
     max_batched_tokens: int = 512
     max_model_len: int | None = None

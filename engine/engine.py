@@ -195,10 +195,25 @@ class Engine:
                 f"max_model_len is {max_model_len}, but the model goes up to {shape.max_model_len}"
             )
         device = resolve_device(config.device)
-        if config.kv_dtype == "int8" and device.type == "cpu":
-            raise ValueError("kv_dtype is 'int8', which needs a GPU; expected 'auto' on the CPU")
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # Triton launches on the thread's current device
+        if config.kv_dtype != "auto" and device.type == "cpu":
+            raise ValueError(
+                f"kv_dtype is {config.kv_dtype!r}, which needs a GPU; expected 'auto' on the CPU"
+            )
+        if config.kv_dtype == "fp8" and torch.cuda.get_device_capability(device) < (8, 9):
+            raise ValueError(
+                "kv_dtype is 'fp8', which needs a GPU of compute capability 8.9 (Ada) or newer; "
+                "expected 'int8' or 'auto'"
+            )
         if device.type == "cuda" and config.dtype not in (torch.float16, torch.bfloat16):
             raise ValueError(f"dtype is {config.dtype}; expected float16 or bfloat16 on a GPU")
+        if device.type == "cpu" and config.dtype != torch.bfloat16 and checkpoint.format != "none":
+            logger.warning(
+                "dtype is %s: the CPU kernels compute in bfloat16; 4-bit weights are dequantized "
+                "at every step, many times slower",
+                str(config.dtype).removeprefix("torch."),
+            )
         if config.kv_cache_bytes is not None:
             kv_blocks(config.kv_cache_bytes, shape, config)
         weights = track(checkpoint.weights(), "Loading weights", progress, unit="tensors")
@@ -408,6 +423,8 @@ class Engine:
         )
 
     def _run(self) -> None:
+        if self._runner.device.type == "cuda":
+            torch.cuda.set_device(self._runner.device)  # of this thread, as where it was loaded
         while True:
             try:
                 if self._failure is not None:

@@ -28,7 +28,11 @@ def bucket_sizes(max_num_seqs: int) -> list[int]:
 
 
 def cuda_capture(device: torch.device) -> Capture:
-    """Captures on ``device``; all graphs share one pool of memory, since one runs at a time."""
+    """Captures on ``device``, which must be the current one.
+
+    All graphs share one pool of memory, since one runs at a time. Nothing else may use the device
+    while one is captured.
+    """
     pool = torch.cuda.graph_pool_handle()
 
     def capture(function: Callable[[], Tensor]) -> tuple[Replay, Tensor]:

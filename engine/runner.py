@@ -23,7 +23,7 @@ _ANY_CHOICE = TokenChoice(temperature=1.0, top_k=1, top_p=0.5, min_p=0.1, unifor
 def kv_bytes_per_block(shape: DecoderShape, config: EngineConfig) -> int:
     """Bytes one block takes for the keys and values of all layers."""
     heads = shape.kv_heads * config.block_size
-    if config.kv_dtype == "int8":
+    if config.kv_dtype != "auto":
         return 2 * shape.layers * heads * (shape.head_dim + 4)
     return 2 * shape.layers * heads * shape.head_dim * config.dtype.itemsize
 
@@ -75,7 +75,8 @@ class ModelRunner:
         def layer() -> KVCache:
             if config.kv_dtype == "auto":
                 return zeros(config.dtype, *cache_shape), zeros(config.dtype, *cache_shape)
-            keys, values = zeros(torch.int8, *cache_shape), zeros(torch.int8, *cache_shape)
+            kind = torch.int8 if config.kv_dtype == "int8" else torch.float8_e4m3fn
+            keys, values = zeros(kind, *cache_shape), zeros(kind, *cache_shape)
             scales = cache_shape[:3]
             return keys, values, zeros(torch.float32, *scales), zeros(torch.float32, *scales)
 
@@ -171,11 +172,15 @@ class ModelRunner:
         self, capture: Capture, progress: Progress = True, sizes: Sequence[int] | None = None
     ) -> None:
         """Decode from graphs made by ``capture`` from now on, of the usual batch sizes or these."""
+        sizes = bucket_sizes(self._max_num_seqs) if sizes is None else sizes
+        # One place for the logits of all graphs: each would keep its own, gigabytes where the
+        # vocabulary is large.
+        logits = torch.empty(max(sizes), self.decoder.shape.vocab, device=self.device)
         self._graphs = DecodeGraphs(
             capture,
-            bucket_sizes(self._max_num_seqs) if sizes is None else sizes,
+            sizes,
             lambda size, adapted: self._inputs.build([], [] if adapted else None, pad_to=size),
-            self._compute,
+            lambda inputs: logits[: len(inputs.last_rows)].copy_(self._compute(inputs)),
             adapters=self.adapters is not None,
             progress=progress,
         )

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import aiohttp
 import numpy as np
-from client import Client, Timing
+from nybble.server.bench.client import Client, Timing
 from server_process import running_server, write_adapters
 
 STREAMS, BESIDE, PROMPT, OUTPUT = 2, 8, 16, 4

@@ -29,7 +29,7 @@ from pathlib import Path
 
 import aiohttp
 import numpy as np
-from client import Client, Timing
+from nybble.server.bench.client import Client, Timing
 from nybble.server.tenants import new_key
 from server_process import running_server, write_adapters
 

@@ -44,6 +44,10 @@ class AdapterUploads:
             names = sorted(p.name for p in self._folder.iterdir() if NAME.fullmatch(p.name))
             return {name: versions[-1] for name in names if (versions := self._versions(name))}
 
+    def holds(self, folder: Path) -> bool:
+        """Whether a folder, its links followed, is a version that was uploaded."""
+        return folder.is_relative_to(self._folder)
+
     @contextmanager
     def scratch(self) -> Iterator[Path]:
         """A folder to receive files in, gone afterwards unless :meth:`publish` took it."""
@@ -81,6 +85,8 @@ class AdapterUploads:
             self._remove_retired(older_than=_KEEP_SECONDS)
 
     def _versions(self, name: str) -> list[Path]:
+        if not NAME.fullmatch(name):
+            return []
         folder = self._folder / name
         found = folder.iterdir() if folder.is_dir() else ()
         return sorted(version for version in found if not (version / _RETIRED).exists())

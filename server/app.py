@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import time
@@ -12,9 +13,11 @@ from aiohttp import web
 from aiohttp.typedefs import Middleware
 from nybble.engine import Engine
 from nybble.server.adapter_owners import AdapterOwners
+from nybble.server.adapter_state import AdapterState
 from nybble.server.adapters import ADMIN_PATHS, AdapterAdmin
 from nybble.server.api.model_names import ModelNames
 from nybble.server.api.routes import Api
+from nybble.server.console.page import Console
 from nybble.server.errors import as_api_error
 from nybble.server.fine_tuning import FineTuning
 from nybble.server.fine_tuning.access import needs_right
@@ -38,6 +41,8 @@ _ACCEPTABLE_ID = re.compile(r"[\x21-\x7e]{1,128}")
 _CLIENT_CLOSED = 499
 # What load balancers and Prometheus ask without a key.
 _OPEN_PATHS = ("/health", "/metrics", "/version")
+# And the page, which asks for one itself.
+_OPEN_ROUTES = ("/", "/console/{name}")
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -52,9 +57,14 @@ def make_app(
     cors = settings.cors
     owners = AdapterOwners()
     names = ModelNames(engine, models, owners)
-    api = Api(engine, metrics, names, settings.max_sequences, gate, limiter, templates)
+    tracing = settings.tracing
+    ended = None if tracing is None else tracing.sequence
+    api = Api(engine, metrics, names, settings.max_sequences, gate, limiter, templates, ended)
     admin_keys = Keys(settings.admin_keys, kind="admin key")
-    middlewares: list[Middleware] = [_observe(metrics), _report_errors]
+    middlewares: list[Middleware] = [_observe(metrics)]
+    if tracing is not None:
+        middlewares.append(tracing.middleware())
+    middlewares.append(_report_errors)
     if cors is not None:
         middlewares.append(cors.middleware())
     if settings.api_keys or tenants is not None:
@@ -63,8 +73,11 @@ def make_app(
     middlewares.append(_enter(gate))
     app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=middlewares)
     app.add_routes(api.routes())
-    admin = AdapterAdmin(engine, models, admin_keys, settings.adapter_roots)
+    state = None if settings.adapter_state is None else AdapterState(settings.adapter_state)
+    admin = AdapterAdmin(engine, models, admin_keys, settings.adapter_roots, state)
     app.add_routes(admin.routes())
+    if settings.console:
+        app.add_routes(Console().routes())
     if settings.fine_tuning is not None:
         assert settings.model_folder is not None
         tuning = FineTuning(
@@ -99,6 +112,9 @@ def _observe(metrics: Metrics) -> Middleware:
             response = await handler(request)
             status = response.status
             return response
+        except ConnectionError:
+            # The client is gone: as where it is found out by cancelling, nobody can be answered.
+            raise asyncio.CancelledError from None
         finally:
             resource = request.match_info.route.resource
             route = resource.canonical if resource is not None else "unknown"
@@ -114,6 +130,7 @@ def _observe(metrics: Metrics) -> Middleware:
                 "status": status,
                 "seconds": round(seconds, 6),
                 "error": record.cause,
+                "trace_id": record.trace_id,
                 "tenant": None if tenant is None else tenant.name,
                 **record.usage_fields(),
             }
@@ -154,7 +171,8 @@ def _authenticate(keys: Keys, tenants: Tenants | None, admin_keys: Keys) -> Midd
         resource = request.match_info.route.resource
         # Administration asks for a key of its own.
         administration = resource is not None and resource.canonical in ADMIN_PATHS
-        if request.path not in _OPEN_PATHS and not administration:
+        page = resource is not None and resource.canonical in _OPEN_ROUTES
+        if request.path not in _OPEN_PATHS and not page and not administration:
             key = bearer(request)
             tenant = tenants.find(key) if tenants is not None and key is not None else None
             if tenant is not None:

@@ -36,6 +36,7 @@ class ApiError(Exception):
     """A response other than the one asked for.
 
     param: the request's parameter at fault. code: a stable name for programs. retry_after: seconds.
+    allow: the methods that are allowed, of a 405.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class ApiError(Exception):
         param: str | None = None,
         code: str | None = None,
         retry_after: int | None = None,
+        allow: str | None = None,
     ) -> None:
         # One line of bounded length, whatever of the request it quotes.
         message = " ".join(message.split())[:_MAX_MESSAGE]
@@ -55,6 +57,7 @@ class ApiError(Exception):
         self.param = None if param is None else param[:_MAX_PARAM]
         self.code = code
         self.retry_after = retry_after
+        self.allow = allow
 
     @property
     def cause(self) -> str:
@@ -76,6 +79,8 @@ class ApiError(Exception):
         headers = {}
         if self.retry_after is not None:
             headers["Retry-After"] = str(self.retry_after)
+        if self.allow is not None:
+            headers["Allow"] = self.allow
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
         return web.Response(
@@ -114,7 +119,7 @@ def as_api_error(error: Exception, request_id: str) -> ApiError:
         return ApiError(413, "the request body is too large", code="request_too_large")
     if isinstance(error, web.HTTPMethodNotAllowed):
         allowed = ", ".join(sorted(error.allowed_methods))
-        return ApiError(405, f"{error.method} is not allowed here, only {allowed}")
+        return ApiError(405, f"{error.method} is not allowed here, only {allowed}", allow=allowed)
     if isinstance(error, web.HTTPNotFound):
         return ApiError(404, "there is nothing at this path", code="not_found")
     if isinstance(error, web.HTTPException):

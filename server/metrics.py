@@ -52,6 +52,12 @@ class Metrics:
             registry=self._registry,
         ).set(max_sequences)
 
+        self.event_loop_tasks = Gauge(
+            "nybble_event_loop_tasks",
+            "Tasks of the server's event loop: a few for each connection and request.",
+            registry=self._registry,
+        )
+
         def histogram(name: str, about: str, buckets: tuple[float, ...] = _SECONDS) -> Histogram:
             return Histogram(name, about, buckets=buckets, registry=self._registry)
 

@@ -81,6 +81,8 @@ async def serve(
         await asyncio.to_thread(engine.stop)
         await runner.cleanup()
         templates.close()
+        if settings.tracing is not None:
+            await asyncio.to_thread(settings.tracing.close)
     if engine.failure is not None:
         raise EngineFailedError(f"the engine has failed: {engine.failure}")
 

@@ -87,8 +87,8 @@ async def load_behind(
 ) -> T:
     """Run ``load`` in a thread, and meanwhile answer on ``sock`` that the server is starting.
 
-    ``sock`` is bound; it listens from now on, so that a request that comes between this server and
-    the next waits for it. SIGINT and SIGTERM end the process. Raises what ``load`` raises.
+    ``sock`` listens all the time, so that a request that comes between this server and the next
+    waits for it. SIGINT and SIGTERM end the process. Raises what ``load`` raises.
     """
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -1,19 +1,21 @@
 """LoRA+ against LoRA: the same base, data, seed and steps, each at the best of several rates.
 
-    python finetune/bench/lora_plus.py BASE OUT [--steps 10] [--rates 4e-4,1.6e-3,6.4e-3] …
+    python finetune/bench/lora_plus.py BASE OUT [--steps 8] [--rates 4e-4,1.6e-3,6.4e-3] …
 
 The task: from a function's signature to the first line of its docstring, on Python's standard
 library (PSF licence); whole modules are held out, and no docstring is in both parts. What is
 compared is how many steps each takes to the held-out loss that LoRA ends with at its best rate.
-Writes OUT/lora_plus.json and OUT/lora_plus.png. Hayou, Ghosh, Yu 2024 recommend B's rate at 16
-times A's; here LoRA+'s rates for A are LoRA's over 4 by default, so that the geometric means of
-A's and B's rates agree with LoRA's and neither has the larger range.
+Writes OUT/lora_plus.json and OUT/lora_plus.png; runs that OUT/runs has are not made again.
+
+Hayou, Ghosh, Yu 2024 recommend B's rate at 16 times A's; here LoRA+'s rates for A are LoRA's over
+4 by default, so that the geometric means of A's and B's rates are LoRA's rates.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import hashlib
 import json
 import random
 import shutil
@@ -122,10 +124,22 @@ def run(
         gradient_checkpointing=False,
         seed=args.seed,
     )
-    shutil.rmtree(out, ignore_errors=True)
-    started = time.monotonic()
-    result = finetune(base, data[0], out, settings=settings, eval_data=data[1])
-    return Run(method, rate, ratio, result.history, time.monotonic() - started)
+    content = repr((str(base), [path.read_text() for path in data], settings))
+    saved = out / "runs" / f"{hashlib.sha256(content.encode()).hexdigest()[:16]}.json"
+    if not saved.exists():
+        print(f"{method}, A's rate {rate:.1e}", file=sys.stderr)
+        shutil.rmtree(out / "adapter", ignore_errors=True)
+        started = time.monotonic()
+        result = finetune(base, data[0], out / "adapter", settings=settings, eval_data=data[1])
+        found = {
+            "seconds": time.monotonic() - started,
+            "history": list(map(asdict, result.history)),
+        }
+        saved.parent.mkdir(exist_ok=True)
+        saved.write_text(json.dumps(found))
+    found = json.loads(saved.read_text())
+    history = tuple(Point(**point) for point in found["history"])
+    return Run(method, rate, ratio, history, found["seconds"])
 
 
 def rates(text: str) -> list[float]:
@@ -175,9 +189,9 @@ def main() -> None:
     parser.add_argument("--plus-rates", type=rates, help="LoRA+'s for A (default: LoRA's over 4)")
     parser.add_argument("--ratio", type=float, default=16.0)
     parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--held-out", type=int, default=16, help="examples")
+    parser.add_argument("--held-out", type=int, default=12, help="examples")
     parser.add_argument("--eval-every", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -189,8 +203,7 @@ def main() -> None:
     runs = []
     for method, every in (("LoRA", args.rates), ("LoRA+", args.plus_rates)):
         for rate in every:
-            print(f"{method}, A's rate {rate:.1e}", file=sys.stderr)
-            runs.append(run(base, data, args.out / "adapter", method, rate, args))
+            runs.append(run(base, data, args.out, method, rate, args))
     shutil.rmtree(args.out / "adapter", ignore_errors=True)
     report(runs, args, args.out)
 

@@ -23,6 +23,7 @@ from nybble.kernels.triton.step import (
     of_slices,
     rows_of_slices,
     shifted,
+    store_outputs,
     unpacked,
 )
 from nybble.kernels.triton.unpack import INTERPRETED, codebook_table
@@ -45,6 +46,8 @@ def few_rows_kernel(
     CODEBOOK: tl.constexpr,
     HAS_ZEROS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    GATED: tl.constexpr,
+    SILU_MUL: tl.constexpr,
     GROUP: tl.constexpr,
     SETS: tl.constexpr,
     OVERLAP: tl.constexpr,
@@ -100,16 +103,25 @@ def few_rows_kernel(
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
     y = tl.sum(acc, axis=0)
-    if HAS_BIAS:
-        y += tl.load(bias + n, mask=n < out_features, other=0.0).to(tl.float32)[:, None]
-    inside = (m[None, :] < rows) & (n[:, None] < out_features)
-    tl.store(out + m[None, :] * out_features + n[:, None], y.to(dtype), mask=inside)
+    store_outputs(
+        y,
+        bias,
+        out,
+        tl.program_id(0) * BLOCK_N,
+        m,
+        rows,
+        out_features,
+        dtype,
+        HAS_BIAS,
+        GATED,
+        SILU_MUL,
+    )
 
 
 def few_rows_matmul(
-    x: Tensor, weight: PackedWeight, out: Tensor, config: Config, overlap: bool
+    x: Tensor, weight: PackedWeight, out: Tensor, config: Config, overlap: bool, silu_mul: bool
 ) -> None:
-    """``x (rows, stored columns)``, contiguous, times the weight, into ``out``."""
+    """``x (rows, stored columns)``, contiguous, times the weight, into ``out``: see matmul.py."""
     rows, columns = x.shape
     blocks = triton.cdiv(weight.out_features, config.block_n), triton.cdiv(rows, config.block_m)
     few_rows_kernel[blocks](
@@ -127,6 +139,8 @@ def few_rows_matmul(
         CODEBOOK=not weight.is_affine,
         HAS_ZEROS=weight.zeros is not None,
         HAS_BIAS=weight.bias is not None,
+        GATED=weight.layout == "gpu_gated_tiles",
+        SILU_MUL=silu_mul,
         **group_constants(weight),
         OVERLAP=overlap,
         WHOLE_STEPS=columns % 128 == 0,

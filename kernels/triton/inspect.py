@@ -33,6 +33,7 @@ class Case:
     zeros: bool
     group: int
     config: Config
+    gated: bool = False
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,11 @@ def shipped(everything: bool) -> Iterator[Case]:
     measured = [c for entries in read(SHIPPED).values() for c in entries.values()]
     for capability in (90, 80, 89, 100):
         ruled = [
-            replace(default_config(bucket, 22016, 4096, capability=capability), splits=2)
+            default_config(bucket, 22016, 4096, capability=capability)
             for bucket in (2, 8, 16, 32, 64, 128, 256, 1024)
         ]
+        # How many parts and blocks are split is not compiled in, only whether.
+        ruled = [replace(config, splits=2, tail=min(config.tail, 1)) for config in ruled]
         if capability == 90:
             ruled += [replace(config, overlap=True) for config in ruled[1:3]]
         configs = dict.fromkeys(ruled + (measured if capability == 90 else []))
@@ -72,6 +75,8 @@ def shipped(everything: bool) -> Iterator[Case]:
         ):
             if everything or capability == 90:
                 yield Case(capability, "bf16", False, False, 128, config)
+                if config in (ruled[1], ruled[2], ruled[-1]):
+                    yield Case(capability, "bf16", False, False, 128, config, gated=True)
             if everything or (capability == 90 and not config.overlap):
                 yield Case(capability, "bf16", True, False, 64, config)
             if everything or (capability < 100 and config == ruled[2]):
@@ -97,6 +102,8 @@ def compiled(case: Case) -> cubin.Report:
         "CODEBOOK": case.codebook,
         "HAS_ZEROS": case.zeros,
         "HAS_BIAS": True,
+        "GATED": case.gated,
+        "SILU_MUL": case.gated,
         "GROUP": case.group,
         "SETS": max(1, 128 // case.group),
         "SCALE_FIRST": c.scale_first,

@@ -20,6 +20,7 @@ import torch
 import triton
 import triton.language as tl
 from nybble.kernels.packed import PackedWeight
+from nybble.kernels.triton import norm
 from nybble.kernels.triton.configs import Config, bucket_of, choose
 from nybble.kernels.triton.dequantize import dense_matmul, stored_columns
 from nybble.kernels.triton.few_rows import few_rows_matmul
@@ -36,6 +37,7 @@ from nybble.kernels.triton.step import (
     scaled,
     shifted,
     side_by_side,
+    store_outputs,
     unpacked,
 )
 from nybble.kernels.triton.unpack import INTERPRETED, codebook_table
@@ -73,6 +75,8 @@ def matmul_kernel(
     CODEBOOK: tl.constexpr,
     HAS_ZEROS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    GATED: tl.constexpr,
+    SILU_MUL: tl.constexpr,
     GROUP: tl.constexpr,
     SETS: tl.constexpr,
     SCALE_FIRST: tl.constexpr,
@@ -108,7 +112,8 @@ def matmul_kernel(
         start = split * steps_each
         stop = tl.minimum(start + steps_each, steps)
 
-    n = (first + block_n) * BLOCK_N + tl.arange(0, BLOCK_N)
+    first_n = (first + block_n) * BLOCK_N
+    n = first_n + tl.arange(0, BLOCK_N)
     m = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
     k = tl.arange(0, SLICE)
     tile = tl.minimum(n // TILE_N, tl.cdiv(out_features, TILE_N) - 1)
@@ -186,10 +191,9 @@ def matmul_kernel(
                     piece = part_at + other * (BLOCK_N * BLOCK_M)
                     acc += tl.load(piece, mask=valid, other=0.0, cache_modifier=".cg")
     if last:
-        if HAS_BIAS:
-            b = tl.load(bias + n, mask=n < out_features, other=0.0)
-            acc += b.to(tl.float32)[:, None]
-        tl.store(out + m[None, :] * out_features + n[:, None], acc.to(dtype), mask=valid)
+        store_outputs(
+            acc, bias, out, first_n, m, rows, out_features, dtype, HAS_BIAS, GATED, SILU_MUL
+        )
 
 
 _ARRIVALS = 1 << 14
@@ -229,33 +233,42 @@ def joined(config: Config, capability: int) -> bool:
 def takes(weight: PackedWeight, dtype: torch.dtype) -> bool:
     """Whether the kernel computes with this weight: groups must be whole slices of 32 columns."""
     return (
-        weight.layout == "gpu_tiles"
+        weight.layout in ("gpu_tiles", "gpu_gated_tiles")
         and dtype in (torch.float16, torch.bfloat16)
         and (weight.groups == 1 or weight.group_size % 32 == 0)
     )
 
 
-def packed_matmul(x: Tensor, weight: PackedWeight, config: Config | None = None) -> Tensor:
+def packed_matmul(
+    x: Tensor, weight: PackedWeight, config: Config | None = None, silu_mul: bool = False
+) -> Tensor:
     """``x @ weight.dequantize().T + bias``: ``(..., in_features)`` to ``(..., out_features)``.
 
     x: float16 or bfloat16. The weight must pass :func:`takes`. Products are summed in float32.
+    silu_mul: of a weight in ``gpu_gated_tiles``, ``silu(gate) · up`` of the product's two halves,
+    ``(..., out_features / 2)``, as :func:`nybble.kernels.reference.silu_mul` rounds it.
     """
     if x.shape[-1] != weight.in_features:
         raise ValueError(f"x has {x.shape[-1]} features, the weight takes {weight.in_features}")
+    gated = weight.layout == "gpu_gated_tiles"
+    if silu_mul and not gated:
+        raise ValueError(f"silu_mul of a weight in {weight.layout}, expected gpu_gated_tiles")
     flat = x.reshape(-1, weight.in_features)
     if weight.perm is not None:
         flat = flat.index_select(1, weight.perm)
     flat = flat.contiguous()
     rows, columns = flat.shape
+    width = weight.out_features // 2 if silu_mul else weight.out_features
     c = config or chosen(weight, rows, x.device)
     if c.dense:
-        return dense_matmul(flat, weight).view(*x.shape[:-1], weight.out_features)
-    out = torch.empty(*x.shape[:-1], weight.out_features, dtype=x.dtype, device=x.device)
+        product = dense_matmul(flat, weight)
+        return (norm.silu_mul(product) if silu_mul else product).view(*x.shape[:-1], width)
+    out = torch.empty(*x.shape[:-1], width, dtype=x.dtype, device=x.device)
     if rows == 0:
         return out
     overlap = c.overlap and x.is_cuda and device_traits(x.device)[2] >= 90
     if c.parts > 1:
-        few_rows_matmul(flat, weight, out, c, overlap)
+        few_rows_matmul(flat, weight, out, c, overlap, silu_mul)
         return out
     blocks_n = triton.cdiv(weight.out_features, c.block_n)
     blocks_m = triton.cdiv(rows, c.block_m)
@@ -289,6 +302,8 @@ def packed_matmul(x: Tensor, weight: PackedWeight, config: Config | None = None)
         CODEBOOK=not weight.is_affine,
         HAS_ZEROS=weight.zeros is not None,
         HAS_BIAS=weight.bias is not None,
+        GATED=gated,
+        SILU_MUL=silu_mul,
         **group_constants(weight),
         SCALE_FIRST=c.scale_first,
         JOINED=joined(c, device_traits(x.device)[2]),

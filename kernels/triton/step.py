@@ -8,6 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from nybble.kernels.packed import PackedWeight
+from nybble.kernels.triton.norm import gated
 from nybble.kernels.triton.unpack import INTERPRETED, unpack_affine, unpack_codebook
 
 SLICE = tl.constexpr(32)
@@ -151,6 +152,49 @@ def add_scaled_products(acc, w, x, scales, SETS: tl.constexpr):
         part = product(w2, x2, part)
         part = product(w3, x3, part)
     return acc + by_row(s3.to(tl.float32)) * part
+
+
+@triton.jit
+def output_of(n, out_features, GATED: tl.constexpr):
+    """The output that stored row ``n`` computes."""
+    if GATED:
+        n = n // 16 * 8 + n % 8 + tl.where(n % 16 < 8, 0, out_features // 2)
+    return n
+
+
+@triton.jit
+def store_outputs(
+    y,
+    bias,
+    out,
+    first,
+    m,
+    rows,
+    out_features,
+    dtype: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    GATED: tl.constexpr,
+    SILU_MUL: tl.constexpr,
+):
+    """Add the bias to ``y``, stored outputs from ``first`` on × rows ``m``; store it, or gated."""
+    BLOCK_N: tl.constexpr = y.shape[0]
+    BLOCK_M: tl.constexpr = y.shape[1]
+    n = first + tl.arange(0, BLOCK_N)
+    if HAS_BIAS:
+        at = output_of(n, out_features, GATED)
+        y += tl.load(bias + at, mask=n < out_features, other=0.0).to(tl.float32)[:, None]
+    y = y.to(dtype)
+    if SILU_MUL:
+        half = out_features // 2
+        gate, up = tl.split(y.reshape(BLOCK_N // 16, 2, 8, BLOCK_M).permute(0, 2, 3, 1))
+        at = first // 2 + tl.arange(0, BLOCK_N // 2)
+        inside = (m[None, :] < rows) & (at[:, None] < half)
+        value = gated(gate, up).reshape(BLOCK_N // 2, BLOCK_M)
+        tl.store(out + m[None, :] * half + at[:, None], value, mask=inside)
+    else:
+        at = output_of(n, out_features, GATED)
+        inside = (m[None, :] < rows) & (n[:, None] < out_features)
+        tl.store(out + m[None, :] * out_features + at[:, None], y, mask=inside)
 
 
 @triton.jit

@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 def signature(weight: PackedWeight) -> tuple[object, ...]:
     """What two weights must share to run the same machine code for every number of rows."""
     return (
+        weight.layout,
         weight.out_features,
         stored_columns(weight),
         weight.groups,
@@ -35,7 +36,7 @@ def warmup(
     """Run every matmul of ``weights`` once for each bucket up to ``max_rows`` rows of ``dtype``.
 
     Compiles, sets up the counters CUDA graphs need, and reads each weight's levels, so that nothing
-    later waits for the device. Returns how many products were run.
+    later waits for the device. Returns how many sizes of product there are.
     """
     distinct = {}
     slow: set[int] = set()
@@ -52,7 +53,8 @@ def warmup(
     largest = next((b for b in BUCKETS if b >= max_rows), BUCKETS[-1])
     work = [(w, rows) for w in distinct.values() for rows in BUCKETS if rows <= largest]
     for weight, rows in track(work, "Compiling matmuls", progress):
-        packed_matmul(
-            torch.zeros(rows, weight.in_features, dtype=dtype, device=weight.qweight.device), weight
-        )
+        x = torch.zeros(rows, weight.in_features, dtype=dtype, device=weight.qweight.device)
+        packed_matmul(x, weight)
+        if weight.layout == "gpu_gated_tiles":  # without adapters the decoder asks for this one
+            packed_matmul(x, weight, silu_mul=True)
     return len(work)

@@ -8,23 +8,32 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from nybble.engine import RequestOutput
 from nybble.server.api.generation import Usage
-from nybble.server.api.schema import Body, Prompt, prompts_of
+from nybble.server.api.schema import OF_THE_SERVICE, Body, Prompt, PromptShapes, prompts_of
 from pydantic import BeforeValidator, Field
+from pydantic_core import PydanticCustomError
 
 _MAX_INPUTS = 2048  # OpenAI's limit
 
 
+def _inputs(value: Any) -> Any:
+    prompts = prompts_of(value)
+    if len(prompts) > _MAX_INPUTS:
+        raise PydanticCustomError("too_many", f"at most {_MAX_INPUTS} inputs are allowed")
+    return prompts
+
+
 class EmbeddingRequest(Body):
+    ignored: ClassVar[dict[str, str]] = {"user": OF_THE_SERVICE["user"]}
     refused: ClassVar[dict[str, str]] = {
         "truncate_prompt_tokens": "truncate_prompt_tokens is not supported: shorten the input",
     }
 
     model: str
-    input: Annotated[Any, BeforeValidator(prompts_of), Field(max_length=_MAX_INPUTS)]
+    input: Annotated[Any, BeforeValidator(_inputs, json_schema_input_type=PromptShapes)]
     dimensions: Annotated[int, Field(ge=1)] | None = None
     encoding_format: Literal["float", "base64"] | None = None
 
-    user: str | None = None  # changes nothing
+    user: str | None = None
 
     adapter: str | None = None
     timeout: Annotated[float, Field(gt=0)] | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import ExitStack, aclosing, contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -94,14 +94,40 @@ class Usage:
         )
 
 
+@dataclass(frozen=True)
+class SequenceTimes:
+    """When a sequence that has ended did what, in seconds of the monotonic clock.
+
+    started, first, last: first computation, first and latest token, if there are tokens.
+    """
+
+    id: str
+    adapter: str | None
+    prompt_tokens: int
+    tokens: int
+    reason: str
+    arrived: float
+    started: float
+    first: float
+    last: float
+    ended: float
+
+
 class Generation:
     """The engine as the API's handlers use it; takes ``max_sequences`` at once."""
 
     def __init__(
-        self, engine: Engine, metrics: Metrics, max_sequences: int, limiter: Limiter
+        self,
+        engine: Engine,
+        metrics: Metrics,
+        max_sequences: int,
+        limiter: Limiter,
+        ended: Callable[[SequenceTimes], None] | None = None,
     ) -> None:
+        """ended: told of every sequence, in the context of its request."""
         self.engine = engine
         self._limiter = limiter
+        self._ended = ended
         self._admitted_of: Counter[str] = Counter()
         self._metrics = metrics
         self._max_sequences = max_sequences
@@ -247,3 +273,18 @@ class Generation:
             raise
         finally:
             metrics.finished.labels(reason).inc()
+            if self._ended is not None:
+                self._ended(
+                    SequenceTimes(
+                        request.request_id,
+                        request.adapter,
+                        len(request.prompt_token_ids),
+                        tokens,
+                        reason,
+                        arrived,
+                        started,
+                        first,
+                        previous,
+                        time.monotonic(),
+                    )
+                )

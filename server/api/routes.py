@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from uuid import uuid4
@@ -12,12 +13,14 @@ from aiohttp import web
 from nybble.engine import Engine, GrammarCompiler, ParameterError, SamplingParams
 from nybble.server.api.chat import ChatShape
 from nybble.server.api.chat_schema import ChatRequest, DetokenizeRequest, TokenizeRequest
+from nybble.server.api.compile_pool import CompilePool
 from nybble.server.api.completions import CompletionShape
 from nybble.server.api.embeddings import EmbeddingRequest, EmbeddingsShape
-from nybble.server.api.generation import Generation, Job
+from nybble.server.api.generation import Generation, Job, SequenceTimes
 from nybble.server.api.guiding import guide_of
 from nybble.server.api.logprobs import Logprobs
 from nybble.server.api.model_names import ModelNames
+from nybble.server.api.openapi import openapi_document
 from nybble.server.api.parse import read_body
 from nybble.server.api.prompts import Prompts
 from nybble.server.api.respond import json_response, respond, respond_whole
@@ -49,14 +52,17 @@ class Api:
         gate: Gate,
         limiter: Limiter,
         templates: TemplateRenderer,
+        ended: Callable[[SequenceTimes], None] | None = None,
     ) -> None:
         self._gate = gate
         self._engine = engine
         self._metrics = metrics
         self._names = names
-        self._generation = Generation(engine, metrics, max_sequences, limiter)
+        self._openapi = openapi_document()
+        self._generation = Generation(engine, metrics, max_sequences, limiter, ended)
         self._prompts = Prompts(engine.tokenizer, names.first, templates)
         self._tokens = TokenBytes(engine.tokenizer)
+        self._compiling = CompilePool()
         self._grammars = GrammarCompiler(engine.tokenizer, engine.vocab_size, engine.eos_token_ids)
 
     def routes(self) -> list[web.RouteDef]:
@@ -64,6 +70,7 @@ class Api:
             web.get("/health", self.health),
             web.get("/metrics", self.metrics),
             web.get("/version", self.version),
+            web.get("/openapi.json", self.openapi),
             web.get("/v1/models", self.list_models),
             # Hub names have a slash in them.
             web.get("/v1/models/{model:.+}", self.get_model),
@@ -87,6 +94,7 @@ class Api:
         return json_response({"status": "ok"})
 
     async def metrics(self, _: web.Request) -> web.Response:
+        self._metrics.event_loop_tasks.set(len(asyncio.all_tasks()))
         return web.Response(
             body=self._metrics.render(),
             headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"},
@@ -94,6 +102,9 @@ class Api:
 
     async def version(self, _: web.Request) -> web.Response:
         return json_response({"version": version("nybble")})
+
+    async def openapi(self, _: web.Request) -> web.Response:
+        return json_response(self._openapi)
 
     async def list_models(self, request: web.Request) -> web.Response:
         return json_response({"object": "list", "data": self._names.bodies(request.get(TENANT))})
@@ -136,7 +147,7 @@ class Api:
             template_kwargs=body.chat_template_kwargs,
         )
         self._require_room(prompt, params)
-        guide = await guide_of(self._grammars, body, body.response_format, tools)
+        guide = await guide_of(self._grammars, self._compiling, body, body.response_format, tools)
         id, n = f"{prefix}{uuid4().hex}", body.sequences
         return Job(id, (prompt,), params, n, guide, adapter, tenant, body.timeout), tools
 
@@ -158,7 +169,7 @@ class Api:
                 prompt if isinstance(prompt, str) else await self._prompts.decode(prompt)
                 for prompt in body.prompts
             ]
-        guide = await guide_of(self._grammars, body)
+        guide = await guide_of(self._grammars, self._compiling, body)
         id, n, tenant = f"cmpl-{uuid4().hex}", body.sequences, request.get(TENANT)
         job = Job(id, tuple(prompts), params, n, guide, adapter, tenant, body.timeout)
         shape = CompletionShape(job.id, body, int(time.time()), self._logprobs(params), echoes)

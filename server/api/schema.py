@@ -31,6 +31,8 @@ class Body(BaseModel):
 
     # Fields known from OpenAI's API that this server refuses: name → why.
     refused: ClassVar[dict[str, str]] = {}
+    # Fields it takes and makes nothing of: name → why that changes nothing that is generated.
+    ignored: ClassVar[dict[str, str]] = {}
 
     @model_validator(mode="before")
     @classmethod
@@ -75,29 +77,50 @@ class StreamOptions(Body):
     include_obfuscation: bool | None = None  # padding against traffic analysis; never added here
 
 
+# OpenAI's fields that are about its own service.
+OF_THE_SERVICE = {
+    "user": "there is no abuse detection",
+    "metadata": "nothing is stored",
+    "store": "nothing is stored",
+    "service_tier": "there is one",
+    "safety_identifier": "there is no abuse detection",
+    "prompt_cache_key": "prefixes are found by their tokens",
+    "prompt_cache_options": "prefixes are found by their tokens",
+    "prompt_cache_retention": "prefixes are kept while there is room",
+}
+
+
 class Sampling(Body):
     """What chat completions and completions share. The last group extends OpenAI's API."""
 
+    ignored: ClassVar[dict[str, str]] = OF_THE_SERVICE
+
     model: str
     frequency_penalty: float | None = None
-    logit_bias: Annotated[dict[int, float] | None, BeforeValidator(_biases)] = None
+    logit_bias: Annotated[
+        dict[int, float] | None,
+        BeforeValidator(_biases, json_schema_input_type=dict[str, float] | None),
+    ] = None
     max_tokens: int | None = None
     n: Annotated[int, Field(ge=1, le=_MAX_N)] | None = None
     presence_penalty: float | None = None
     seed: int | None = None
-    stop: Annotated[list[str] | None, BeforeValidator(_stops)] = None
+    stop: Annotated[
+        list[str] | None, BeforeValidator(_stops, json_schema_input_type=str | list[str] | None)
+    ] = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     temperature: float | None = None
     top_p: float | None = None
 
-    # Accepted because they do not change what is generated.
+    # Ignored.
     user: str | None = None
     metadata: dict[str, Any] | None = None
     store: bool | None = None
     service_tier: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+    prompt_cache_options: dict[str, Any] | None = None
     prompt_cache_retention: str | None = None
 
     adapter: str | None = None  # a loaded LoRA adapter, for clients whose model name is fixed
@@ -174,6 +197,10 @@ class Sampling(Body):
 Prompt = str | list[int]
 
 
+# For documents; to validate by it would try each shape on a long list of token ids.
+PromptShapes = str | list[str] | list[int] | list[list[int]]
+
+
 def prompts_of(value: Any) -> Any:
     """OpenAI's four shapes as a list of prompts, each text or token ids."""
     if isinstance(value, str):
@@ -198,8 +225,7 @@ def prompts_of(value: Any) -> Any:
 class CompletionRequest(Sampling):
     refused = {"suffix": "suffix is not supported: put the text into the prompt"}
 
-    # Validated whole by prompts_of: a union would try every shape on a long list of token ids.
-    prompt: Annotated[Any, BeforeValidator(prompts_of)]
+    prompt: Annotated[Any, BeforeValidator(prompts_of, json_schema_input_type=PromptShapes)]
     best_of: int | None = None
     echo: bool | None = None
     logprobs: int | None = None

@@ -13,12 +13,11 @@ from typing import Literal
 
 import torch
 from nybble.engine import Engine, EngineConfig
-from nybble.loaders import AdapterError
-from nybble.server.adapter_uploads import AdapterUploads
-from nybble.server.adapters import uploads_folder
+from nybble.server.adapters import restore, restore_uploads
 from nybble.server.cli.fit import memory_explained
 from nybble.server.cli.options import LogFormat
 from nybble.server.cli.prepare import prepare_checkpoint
+from nybble.server.listen import BACKLOG
 from nybble.server.logs import Event
 from nybble.server.serve import serve
 from nybble.server.settings import ServerSettings
@@ -67,6 +66,7 @@ async def _load_and_serve(
     log_format: LogFormat,
 ) -> None:
     startup = Startup(bars=log_format == "text")
+    sock.listen(BACKLOG)  # before it is told where it listens
     logger.info(Event("starting", {"health": f"{_origin(sock, settings)}/health"}))
     engine, folder = await load_behind(
         sock, settings.tls, startup, lambda: _load(source, config, settings, startup)
@@ -84,7 +84,8 @@ async def _load_and_serve(
         print(
             f"Serving {', '.join(models)} ({engine.model_type}) on {config.device}\n"
             f"  URL       {url}\n"
-            f"  KV cache  {tokens:,} tokens; a sequence may have {engine.max_model_len:,}"
+            + (f"  Page      {url.removesuffix('v1')}\n" if settings.console else "")
+            + f"  KV cache  {tokens:,} tokens; a sequence may have {engine.max_model_len:,}"
             + (f"\n  Adapters  {', '.join(source.adapters)}" if source.adapters else ""),
             file=sys.stderr,
             flush=True,
@@ -112,23 +113,10 @@ def _load(
         engine.warm_up(startup.report)
     for name, path in source.adapters.items():
         engine.load_adapter(name, path)
-    _load_uploads(engine, settings)
+    restore(engine, settings)
+    restore_uploads(engine, settings)
     engine.start()
     return engine, checkpoint.folder
-
-
-def _load_uploads(engine: Engine, settings: ServerSettings) -> None:
-    """What was uploaded before, unless its name is taken or it no longer fits."""
-    if not settings.adapter_roots:
-        return
-    uploads = AdapterUploads(uploads_folder(settings.adapter_roots))
-    for name, folder in uploads.recover().items():
-        try:
-            if name in settings.models:
-                raise AdapterError("the base model has that name")
-            engine.load_adapter(name, str(folder), replace=False)
-        except (AdapterError, OSError) as error:
-            logger.error("uploaded adapter %s cannot be loaded: %s", name, error)
 
 
 def _origin(sock: socket, settings: ServerSettings) -> str:

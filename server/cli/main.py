@@ -6,6 +6,7 @@ import sys
 from typing import Annotated
 
 import typer
+from nybble.server.cli.commands.bench import bench
 from nybble.server.cli.commands.doctor import doctor
 from nybble.server.cli.commands.evaluate import evaluate
 from nybble.server.cli.commands.finetune import finetune
@@ -23,7 +24,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (serve, pack, inspect, doctor, merge, new_key, quantize, finetune, qat):
+for command in (serve, bench, pack, inspect, doctor, merge, new_key, quantize, finetune, qat):
     app.command()(command)
 app.command("eval")(evaluate)
 

@@ -58,8 +58,8 @@ HeadOption = Annotated[
     typer.Option(help="Round the output layer to 8 bits.", rich_help_panel=MODEL),
 ]
 KVCacheDtypeOption = Annotated[
-    Literal["auto", "int8"],
-    typer.Option(help="int8 halves the KV cache's memory (GPU).", rich_help_panel=MEMORY),
+    Literal["auto", "int8", "fp8"],
+    typer.Option(help="int8 or fp8 halve the KV cache's memory (GPU).", rich_help_panel=MEMORY),
 ]
 TextOption = Annotated[
     Path | None,

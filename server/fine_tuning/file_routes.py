@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable
 from pathlib import PurePath
+from typing import TypeVar
 
 from aiohttp import BodyPartReader, MultipartReader, web
 from nybble.server.api.respond import json_response
@@ -12,6 +14,8 @@ from nybble.server.fine_tuning.access import Access, owner_of, visible_to
 from nybble.server.fine_tuning.files import Files, StoredFile, Upload
 from nybble.server.fine_tuning.jobs import UNFINISHED, Jobs
 from nybble.server.fine_tuning.paging import Page
+
+T = TypeVar("T")
 
 FILES = "/v1/files"
 _CHUNK_BYTES = 1 << 20
@@ -99,8 +103,7 @@ async def _read_form(form: MultipartReader, upload: Upload) -> tuple[str | None,
     """The purpose and the file's name, each None if it is not there; its bytes go to ``upload``."""
     purpose = filename = None
     while True:
-        async with asyncio.timeout(_STALL_SECONDS):
-            part = await form.next()
+        part = await _in_time(form.next())
         if part is None:
             return purpose, filename
         if not isinstance(part, BodyPartReader) or part.name not in ("file", "purpose"):
@@ -109,21 +112,21 @@ async def _read_form(form: MultipartReader, upload: Upload) -> tuple[str | None,
                 400, f"unknown parameter: {name}", param=str(name), code="unknown_parameter"
             )
         if part.name == "purpose":
-            purpose = (await _chunk(part, _MAX_FIELD_BYTES)).decode(errors="replace")
+            purpose = (await _in_time(part.read_chunk(_MAX_FIELD_BYTES))).decode(errors="replace")
         elif filename is not None:
             raise ApiError(400, "expected one file", param="file", code="invalid_value")
         else:
             # The name is only shown, never a path here; some clients send theirs whole.
             filename = PurePath((part.filename or "file").replace("\\", "/")).name[-_MAX_NAME:]
-            while chunk := await _chunk(part, _CHUNK_BYTES):
+            while chunk := await _in_time(part.read_chunk(_CHUNK_BYTES)):
                 await asyncio.to_thread(upload.write, chunk)
 
 
-async def _chunk(part: BodyPartReader, size: int) -> bytes:
+async def _in_time(arriving: Awaitable[T]) -> T:
     """Raises ApiError 408 where nothing comes for long."""
     try:
         async with asyncio.timeout(_STALL_SECONDS):
-            return await part.read_chunk(size)
+            return await arriving
     except TimeoutError:
         raise ApiError(408, f"nothing arrived for {_STALL_SECONDS} seconds") from None
 

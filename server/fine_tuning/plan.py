@@ -16,6 +16,7 @@ _FEW_EXAMPLES, _MANY_EXAMPLES = 100, 25_000  # to be seen in all epochs together
 _MIN_STEPS = 60
 _MAX_BATCH = 16
 _EVALUATIONS = 10
+_PASS_TOKENS = 4096  # in one forward pass at most, as long as that is one example
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,9 @@ def plan_of(body: CreateJob, examples: int) -> Plan:
     multiplier = chosen.learning_rate_multiplier
     if multiplier is None or multiplier == "auto":
         multiplier = 1.0
+    # Every pass reads all of the base's weights, so few large ones are faster.
+    room = max(1, _PASS_TOKENS // options.max_length)
+    rows = max(rows for rows in range(1, min(batch, room) + 1) if batch % rows == 0)
     seed = secrets.randbelow(1 << 31) if body.seed is None else body.seed
     steps = options.max_steps or epochs * math.ceil(examples / batch)
     settings = FinetuneSettings(
@@ -70,8 +74,8 @@ def plan_of(body: CreateJob, examples: int) -> Plan:
         lora_plus=options.lora_plus,
         epochs=epochs,
         max_steps=options.max_steps,
-        batch_size=1,
-        accumulation=batch,
+        batch_size=rows,
+        accumulation=batch // rows,
         max_length=options.max_length,
         packing=options.packing,
         eval_every=options.eval_every or math.ceil(steps / _EVALUATIONS),

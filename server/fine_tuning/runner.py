@@ -45,6 +45,7 @@ class Runner:
         settings: FineTuningSettings,
         base: Path,
         *,
+        models: tuple[str, ...],
         publish: Callable[[Job, str], None],
         withdraw: Callable[[str], None],
         has_template: bool,
@@ -53,6 +54,7 @@ class Runner:
         self._files = files
         self._settings = settings
         self._base = base
+        self._models = models
         self._publish = publish
         self._withdraw = withdraw
         self._has_template = has_template
@@ -64,6 +66,10 @@ class Runner:
 
     def adapter_folder(self, job: Job) -> Path:
         return self.folder(job) / "adapter"
+
+    def serves_base_of(self, job: Job) -> bool:
+        """The folder of jobs may have been another model's server's."""
+        return job.request["model"] in self._models
 
     def wake(self) -> None:
         """There is a new job."""
@@ -110,6 +116,9 @@ class Runner:
                 self._jobs.move(job, "queued", "Files validated, moving job to queued state")
 
     def _unfit(self, job: Job) -> dict[str, Any] | None:
+        if not self.serves_base_of(job):
+            message = f"this server no longer serves {job.request['model']!r}"
+            return _error("model_not_found", message, "model")
         for param in ("training_file", "validation_file"):
             id = job.request.get(param)
             if id is None:
@@ -123,9 +132,14 @@ class Runner:
         return None
 
     def _requeue(self) -> None:
-        """Jobs that were running when a server ended."""
+        """Jobs that were running when a server ended, and those that waited."""
+        for job in self._jobs.with_status("queued"):
+            if error := self._unfit(job):
+                self._fail(job, error)
         for job in self._jobs.with_status("running"):
-            if job.attempts >= _MAX_ATTEMPTS:
+            if error := self._unfit(job):
+                self._fail(job, error)
+            elif job.attempts >= _MAX_ATTEMPTS:
                 message = f"the server ended {job.attempts} times while the job was running"
                 self._fail(job, _error("server_error", message))
             else:
@@ -160,7 +174,8 @@ class Runner:
         }
         with (folder / "log.txt").open("ab") as log:
             process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", _WORKER, str(spec)),
+                # -P: what the server's working directory has is no module.
+                *(sys.executable, "-P", "-m", _WORKER, str(spec)),
                 stdin=PIPE,
                 stdout=PIPE,
                 stderr=log,
@@ -169,6 +184,7 @@ class Runner:
             )
         self._running = job.id, process
         last: dict[str, Any] = {}
+        code = 0
         try:
             # Cancelled while the process was being started.
             current = await asyncio.to_thread(self._jobs.get, job.id, None)
@@ -178,11 +194,12 @@ class Runner:
                     last = json.loads(line)
                     if "step" in last:
                         await asyncio.to_thread(self._jobs.advance, job, _progress(last["step"]))
+                code = await process.wait()
         finally:
             self._running = None
-            with suppress(ProcessLookupError):
+            if process.returncode is None:
                 process.kill()
-            code = await process.wait()
+                await process.wait()
         current = await asyncio.to_thread(self._jobs.get, job.id, None)
         if current.status != "running":
             shutil.rmtree(folder, ignore_errors=True)

@@ -59,6 +59,7 @@ class FineTuning:
             self._files,
             settings,
             base,
+            models=models,
             publish=self._publish,
             withdraw=self._withdraw,
             has_template=bool(engine.tokenizer.chat_template),
@@ -117,6 +118,10 @@ class FineTuning:
     def _publish_all(self) -> None:
         for job in self._jobs.with_status("succeeded"):
             if job.model is None:
+                continue
+            if not self._runner.serves_base_of(job):
+                base = job.request["model"]
+                logger.warning("%s is not served: it needs the base %s", job.model, base)
                 continue
             try:
                 self._publish(job, job.model)

@@ -22,7 +22,7 @@ from nybble.loaders.cache import cache_folder
 
 SERVER = [sys.executable, "-c", "from nybble.server.cli.main import main; main()"]
 FAULTY = [sys.executable, str(Path(__file__).with_name("faulty_server.py"))]
-PATIENCE = 60.0  # seconds for what takes one on a quiet machine
+PATIENCE = 180.0  # seconds for what takes a few on a quiet machine
 
 
 @dataclass

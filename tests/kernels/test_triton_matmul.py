@@ -6,7 +6,7 @@ import pytest
 import torch
 from nybble.kernels import PackedWeight
 from nybble.kernels.packed import INTEGER_LEVELS, SYMMETRIC_LEVELS, pack_nibbles
-from nybble.kernels.triton import matmul
+from nybble.kernels.triton import matmul, norm
 from nybble.kernels.triton.configs import Config
 from nybble.kernels.triton.dequantize import dense_matmul, dequantize
 from nybble.kernels.triton.matmul import packed_matmul
@@ -161,3 +161,30 @@ def test_many_rows_multiply_a_dequantized_weight_a_part_at_a_time() -> None:
         found = dense_matmul(x, weight, workspace).double()
         assert (found - expected).norm() / expected.norm() < 1e-3
     assert torch.equal(packed_matmul(x, weight, DENSE), dense_matmul(x, weight))
+
+
+@pytest.mark.parametrize("kind", ["symmetric", "zeros", "codebook"])
+@pytest.mark.parametrize("config", [SMALL, LARGE, SPLIT, TAIL, PARTS, DENSE])
+def test_a_gate_and_what_it_multiplies_are_one_product_in_either_layout(
+    kind: str, config: Config
+) -> None:
+    torch.manual_seed(10)
+    x, plain = torch.randn(19, 200).half(), random_weight(kind, 208, 200, 32, perm=True, bias=True)
+    weight = plain.to_layout("gpu_gated_tiles")
+    assert torch.equal(weight.dequantize(), plain.dequantize())
+    both = packed_matmul(x, plain, config)
+    assert torch.equal(packed_matmul(x, weight, config), both)
+    # Not a bit differs from two launches: a row with an adapter takes two.
+    assert torch.equal(packed_matmul(x, weight, config, silu_mul=True), norm.silu_mul(both))
+
+
+def test_a_gated_weight_is_dequantized_a_part_at_a_time_in_the_order_of_its_outputs() -> None:
+    torch.manual_seed(11)
+    x, plain = torch.randn(5, 128).half(), random_weight("zeros", 208, 128, 64, bias=True)
+    weight = plain.to_layout("gpu_gated_tiles")
+    torch.testing.assert_close(dense_matmul(x, weight, 1), dense_matmul(x, plain))
+
+
+def test_silu_mul_of_a_weight_that_is_not_gated_is_refused() -> None:
+    with pytest.raises(ValueError, match="silu_mul of a weight in gpu_tiles"):
+        packed_matmul(torch.randn(1, 64).half(), random_weight("zeros", 32, 64, 32), silu_mul=True)

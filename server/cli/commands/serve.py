@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from nybble.server.cli.errors import expected_errors, interruptible, on_stderr
@@ -20,6 +20,9 @@ from nybble.server.cli.options import (
     QuantizeOption,
     parse_bytes,
 )
+
+if TYPE_CHECKING:
+    from nybble.server.tracing import Tracing
 
 _NETWORK, _KEYS, _ADAPTERS, _LOGS = "Network", "Keys", "Adapters", "Logging"
 _FAILURES, _FINE_TUNING = "Failures", "Fine-tuning"
@@ -163,6 +166,15 @@ def serve(
             rich_help_panel=_ADAPTERS,
         ),
     ] = None,
+    lora_state: Annotated[
+        Path | None,
+        typer.Option(
+            help="File that keeps what the API has loaded for the next start (default: in the "
+            "cache, for this model, port and --lora-root).",
+            dir_okay=False,
+            rich_help_panel=_ADAPTERS,
+        ),
+    ] = None,
     lora_watch: Annotated[
         Path | None,
         typer.Option(
@@ -239,6 +251,13 @@ def serve(
             rich_help_panel=_FAILURES,
         ),
     ] = "exit",
+    otlp_endpoint: Annotated[
+        str | None,
+        typer.Option(
+            help="Send OpenTelemetry traces there: http://HOST:4318/v1/traces.",
+            rich_help_panel=_LOGS,
+        ),
+    ] = None,
     config: ConfigOption = None,
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"], typer.Option(rich_help_panel=_LOGS)
@@ -264,6 +283,7 @@ def serve(
         sock = bind(host, port)
         import torch
         from nybble.engine import AdapterConfig, EngineConfig, EngineFailedError, resolve_device
+        from nybble.server.adapter_state import default_path
         from nybble.server.cli.launch import ModelSource, launch
         from nybble.server.cors import Cors
         from nybble.server.fine_tuning.settings import (
@@ -313,12 +333,14 @@ def serve(
             api_keys=tuple(api_key or ()),
             admin_keys=tuple(admin_key or ()),
             adapter_roots=tuple(lora_root or ()),
+            adapter_state=lora_state or default_path(model, port, lora_root or ()),
             tenants=None if tenants is None else Tenants(tenants),
             adapter_watch=lora_watch,
             shutdown_timeout=shutdown_timeout,
             tls=None if ssl_certfile is None else tls_context(ssl_certfile, ssl_keyfile),
             cors=Cors(allowed_origins) if allowed_origins else None,
             console=not no_console,
+            tracing=None if otlp_endpoint is None else _tracing(otlp_endpoint),
             fine_tuning=tuning,
         )
         source = ModelSource(model, aliases, quantize, head, merge_adapter, named_adapters)
@@ -340,3 +362,14 @@ def _named_adapters(options: list[str]) -> dict[str, str]:
             raise ValueError(f"--lora-modules: two adapters are called {name!r}")
         adapters[name] = path
     return adapters
+
+
+def _tracing(endpoint: str) -> Tracing:
+    try:
+        from nybble.server.tracing import Tracing
+    except ImportError as error:
+        raise ValueError(
+            f"--otlp-endpoint needs OpenTelemetry ({error.name} is missing): "
+            "pip install 'nybble[otel]'"
+        ) from None
+    return Tracing.to(endpoint)

@@ -37,7 +37,7 @@ def submit(client: OpenAI, *, content: bytes | None = None, **body: Any) -> Fine
 
 
 def until(client: OpenAI, job: FineTuningJob, *statuses: str, step: int = 0) -> FineTuningJob:
-    for _ in range(600):
+    for _ in range(3000):  # a job has the lowest priority: a busy machine starves it
         found = client.fine_tuning.jobs.retrieve(job.id)
         if found.status in statuses and len(metrics(client, job)) >= step:
             return found

@@ -16,6 +16,13 @@ import yaml
 
 SOURCE = "https://github.com/openai/openai-openapi"
 COMMIT = "f85dbe223d40e1a31cba812ab2d755c7e98a92a3"
+# Requests of which the names of the fields are kept, to check that each is known to the server.
+REQUESTS = [
+    "CreateChatCompletionRequest",
+    "CreateCompletionRequest",
+    "CreateEmbeddingRequest",
+    "CreateResponse",
+]
 ROOTS = [
     "CreateChatCompletionResponse",
     "CreateChatCompletionStreamResponse",
@@ -70,10 +77,18 @@ def plain(node: Any, named: bool = False) -> Any:
     }
 
 
+def fields(schemas: dict[str, Any], node: dict[str, Any]) -> set[str]:
+    if "$ref" in node:
+        return fields(schemas, schemas[node["$ref"].rsplit("/", 1)[1]])
+    parts = [fields(schemas, part) for part in node.get("allOf", ())]
+    return set(node.get("properties", ())).union(*parts)
+
+
 def main() -> None:
     with open(sys.argv[1]) as file:
         document = yaml.load(file, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     every = document["components"]["schemas"]
+    requests = {name: sorted(fields(every, every[name])) for name in REQUESTS}
     for name, members in UNIONS.items():
         (union,) = {"anyOf", "oneOf"} & every[name].keys()
         refs = [{"$ref": f"#/components/schemas/{member}"} for member in members]
@@ -90,7 +105,12 @@ def main() -> None:
             todo += re.findall(r'"#/components/schemas/([^"]+)"', json.dumps(plain(every[name])))
     info = {"version": document["info"]["version"], "source": SOURCE, "commit": COMMIT}
     schemas = {name: plain(every[name]) for name in sorted(needed)}
-    document = {"info": info, "license": "MIT, see LICENSE", "components": {"schemas": schemas}}
+    document = {
+        "info": info,
+        "license": "MIT, see LICENSE",
+        "request_fields": requests,
+        "components": {"schemas": schemas},
+    }
     json.dump(document, sys.stdout, indent=1)
     print()
 
