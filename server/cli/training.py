@@ -65,6 +65,9 @@ def quantize(
         int, typer.Option(help="Inputs that share a scale; -1 for all (gptq, awq).", min=-1)
     ] = 128,
     sym: Annotated[bool, typer.Option("--sym", help="A fixed zero of 8 (gptq).")] = False,
+    levels: Annotated[
+        int, typer.Option(help="Of the 16 codes to use; 8: a 3-bit grid (gptq).", min=2, max=16)
+    ] = 16,
     double_quant: Annotated[
         bool, typer.Option("--double-quant", help="absmax in 8 bits (nf4, fp4).")
     ] = False,
@@ -130,6 +133,7 @@ def quantize(
             format=format,
             group_size=group_size,
             sym=sym,
+            levels=levels,
             double_quant=double_quant,
             calibration=(
                 _tokens(folder, text, "calibration", samples, length) if calibrated else None
@@ -311,6 +315,15 @@ def qat(
     out: _OutArgument,
     group_size: Annotated[int, typer.Option(min=-1)] = 128,
     sym: Annotated[bool, typer.Option("--sym", help="A fixed zero of 8.")] = False,
+    levels: Annotated[
+        int, typer.Option(help="Of the 16 codes to use; 8: a 3-bit grid.", min=2, max=16)
+    ] = 16,
+    distil: Annotated[
+        bool,
+        typer.Option(
+            "--distil", help="Learn the 16-bit model's predictions on DATA, not DATA itself."
+        ),
+    ] = False,
     learning_rate: Annotated[float, typer.Option()] = 1e-5,
     steps: Annotated[int, typer.Option(min=1)] = 100,
     batch_size: Annotated[int, typer.Option(min=1)] = 1,
@@ -318,7 +331,7 @@ def qat(
     device: Annotated[Device, typer.Option()] = "auto",
     aliases: _AliasesOption = None,
 ) -> None:
-    """Train a 16-bit model on its 4-bit grid and write it in GPTQ's layout."""
+    """Train a 16-bit model on the grid of 4 bits or less it will have, and write GPTQ's layout."""
     with expected_errors(), interruptible():
         from nybble.engine import resolve_device
         from nybble.finetune.qat import QatSettings, quantization_aware_train
@@ -331,6 +344,8 @@ def qat(
             settings=QatSettings(
                 group_size=group_size,
                 sym=sym,
+                levels=levels,
+                distil=distil,
                 learning_rate=learning_rate,
                 steps=steps,
                 batch_size=batch_size,
