@@ -18,7 +18,7 @@ COPY kernels kernels
 COPY loaders loaders
 COPY quantizers quantizers
 COPY server server
-RUN pip install --no-cache-dir -c constraints.txt .
+RUN pip install --no-cache-dir -c constraints.txt '.[otel]'
 
 FROM python:3.12-slim-bookworm
 # The CPU kernels, and Triton's launchers on a GPU, are compiled for the machine they run on, at the

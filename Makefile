@@ -1,12 +1,13 @@
 # `make serve` and `make test` are all a fresh machine needs.
 PYTHON ?= python3
 VENV   := .venv
+SHELL  := bash
 BIN    := $(VENV)/bin
 MODEL  ?= demo
 PORT   ?= 8000
 PACKAGES := engine finetune kernels loaders quantizers server
 
-.PHONY: install serve test lint gpu clean
+.PHONY: install serve test test-browser test-clients audit fuzz lint gpu clean
 
 install: $(VENV)/.installed
 
@@ -35,20 +36,61 @@ lint: install
 	$(BIN)/mypy load_tests/*.py
 
 test: lint
+	@command -v chromium chromedriver >/dev/null || \
+		echo "*** no chromium: the page at / is NOT tested in a browser; see make test-browser ***"
 	$(BIN)/pytest
 
-# On a machine with a GPU and a torch of its own: checks first, then the tables, each script in its
-# own time budget (--minutes).
+# The page in a headless Chromium, which root has installed where apt is.
+test-browser: install
+	command -v chromium chromedriver >/dev/null || \
+		{ apt-get update -q && apt-get install -yq --no-install-recommends chromium chromium-driver; }
+	$(BIN)/pytest tests/server/console
+
+# The pinned packages against the database of known vulnerabilities, which has to be reachable.
+audit:
+	$(PYTHON) -m venv build/audit
+	build/audit/bin/pip install -q pip-audit
+	build/audit/bin/pip-audit -r constraints.txt --no-deps --disable-pip > build/audit.txt 2>&1; \
+	status=$$?; tail -n 40 build/audit.txt; \
+	if grep -qE "could not be audited|ConnectionError|Max retries|timed out|HTTPError" build/audit.txt; \
+	then echo "*** NOT audited: the database of vulnerabilities cannot be reached from here ***"; \
+		exit 2; fi; exit $$status
+
+# OpenAI's client, LangChain, LlamaIndex, LiteLLM and lm-evaluation-harness against a live server:
+# make test-clients, or only one: make test-clients CLIENTS=tests/clients/test_litellm.py
+CLIENTS ?= tests/clients
+build/clients/.installed: tests/clients/requirements.txt
+	$(PYTHON) -m venv build/clients
+	build/clients/bin/pip install --progress-bar on -r $<
+	touch $@
+test-clients: install build/clients/.installed
+	build/clients/bin/pytest -q -c /dev/null --rootdir=. --confcutdir=tests/clients \
+		--import-mode=importlib -p no:cacheprovider -W ignore $(CLIENTS)
+
+# atheris over request bodies, checkpoints and adapters, FUZZ_SECONDS each (five minutes in all);
+# the same targets run for a moment in the tests. Its corpus stays in build/fuzz.
+FUZZ_SECONDS ?= 100
+FUZZ := request_body checkpoint adapter
+build/fuzz/.installed: tests/fuzz/requirements.txt | install
+	$(PYTHON) -m venv build/fuzz/venv
+	build/fuzz/venv/bin/pip install --progress-bar on -r $<
+	touch $@
+fuzz: build/fuzz/.installed
+	packages=$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])'); \
+	for target in $(FUZZ); do \
+		mkdir -p build/fuzz/corpus/$$target && PYTHONPATH=$(VENV)/src:$$packages \
+		build/fuzz/venv/bin/python tests/fuzz/fuzz.py $$target build/fuzz/corpus/$$target \
+			-max_total_time=$(FUZZ_SECONDS) -max_len=64 -artifact_prefix=build/fuzz/ -print_final_stats=1 || exit 1; \
+	done
+
+# On a machine with a GPU and a torch of its own: checks first, then the tables, each section in a
+# process and a time budget of its own. GPU_ARGS="--only checks,decode" picks, --dry-run needs no GPU.
 GPU_PYTHON ?= python3
 GPU_ARGS ?=
-GPU_ENV := PYTHONUNBUFFERED=1 PYTHONPATH=build/gpu
 gpu:
 	mkdir -p build/gpu/nybble
 	for package in $(PACKAGES); do ln -sfn ../../../$$package build/gpu/nybble/$$package; done
-	$(GPU_ENV) $(GPU_PYTHON) kernels/bench/gpu_matmul.py $(GPU_ARGS)
-	if [ -f kernels/bench/gpu_step.py ]; then \
-		$(GPU_ENV) $(GPU_PYTHON) kernels/bench/gpu_step.py $(GPU_ARGS); \
-	fi
+	PYTHONUNBUFFERED=1 PYTHONPATH=build/gpu $(GPU_PYTHON) kernels/bench/gpu.py $(GPU_ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -1,54 +1,26 @@
-"""Adapters by name, and which of them are in host memory and in device slots.
+"""Adapters by name, loaded and unloaded from any thread.
 
-Three tiers: the adapter's folder on disk, a staged copy in host memory, a slot on the device. Each
-upper tier keeps what was used last. Names may be loaded and unloaded from any thread; residency is
-the engine thread's alone. Reading from disk happens on a thread of its own, beginning when a
-request queues; the engine thread only copies a staged adapter into a slot, one in a step at most.
+Reading from disk happens on a thread of its own; where a version then is, see
+:mod:`nybble.engine.adapter_cache`.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
-import time
-from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
+from nybble.engine.adapter_cache import AdapterCache, AdapterVersion, Residency
 from nybble.engine.adapter_slots import AdapterSlots, StagedAdapter
 from nybble.engine.request import ParameterError
 from nybble.loaders import AdapterError, load_adapter, resolve_adapter
 
-Residency = Literal["device", "host", "disk"]
+logger = logging.getLogger(__name__)
+
 _NAMES_IN_ERRORS = 10
-
-
-@dataclass(eq=False)
-class AdapterVersion:
-    """What a name stood for when it was loaded; a request keeps the version it began with.
-
-    waiting, running: the requests that use it. slot: where it is on the device, None if nowhere.
-    retired: no longer behind a name; forgotten when the last request is done.
-    """
-
-    name: str
-    folder: Path
-    digest: bytes
-    rank: int
-    nbytes: int
-    loaded: int = field(default_factory=lambda: int(time.time()))
-    hits: int = 0
-    waiting: int = 0
-    running: int = 0
-    slot: int | None = None
-    in_host: bool = False
-    retired: bool = False
-
-    @property
-    def residency(self) -> Residency:
-        return "device" if self.slot is not None else "host" if self.in_host else "disk"
 
 
 @dataclass(frozen=True)
@@ -86,169 +58,6 @@ class AdapterInfo:
         )
 
 
-class AdapterCache:
-    """Host copies and device slots; for the engine thread alone."""
-
-    def __init__(
-        self, slots: AdapterSlots, host_bytes: int, load: Callable[[AdapterVersion], None]
-    ) -> None:
-        """load: begins to read a version from disk; ``staged`` or ``failed`` is its answer."""
-        self._slots = slots
-        self._free_bytes = host_bytes
-        self._load = load
-        self._host: OrderedDict[AdapterVersion, StagedAdapter] = OrderedDict()
-        self._loading: set[AdapterVersion] = set()
-        self._wanted: OrderedDict[AdapterVersion, None] = OrderedDict()
-        # Least recently used first.
-        self._in_slot: OrderedDict[int, AdapterVersion | None] = OrderedDict.fromkeys(
-            range(slots.count)
-        )
-        self._filled_in_step = False
-
-    def begin_step(self) -> None:
-        self._filled_in_step = False
-
-    def queue(self, version: AdapterVersion) -> None:
-        """A request for the version waits: fetch it."""
-        version.waiting += 1
-        self._want(version)
-
-    def ready(self, version: AdapterVersion) -> bool:
-        """Whether nothing but a free slot is needed to run it."""
-        return version.slot is not None or version in self._host
-
-    def acquire(self, version: AdapterVersion) -> bool:
-        """Pin the version in a slot for a request that stops waiting; False if it cannot be now."""
-        if version.slot is None and not self._fill(version):
-            return False
-        assert version.slot is not None
-        self._in_slot.move_to_end(version.slot)
-        version.waiting -= 1
-        version.running += 1
-        self._start_loading()
-        return True
-
-    def preempt(self, version: AdapterVersion) -> None:
-        """A running request waits again."""
-        version.running -= 1
-        self.queue(version)
-
-    def release(self, version: AdapterVersion, *, running: bool) -> None:
-        """A request is done with the version."""
-        if running:
-            version.running -= 1
-        else:
-            version.waiting -= 1
-        self._forget_if_unused(version)
-        self._start_loading()
-
-    def retire(self, version: AdapterVersion) -> None:
-        """The version has lost its name; requests that have it keep it."""
-        version.retired = True
-        self._forget_if_unused(version)
-
-    def offer(self, version: AdapterVersion, staged: StagedAdapter) -> None:
-        """A copy that exists anyway: kept if there is room without taking anyone's."""
-        if self._free_bytes >= staged.nbytes and not self.ready(version):
-            self._free_bytes -= staged.nbytes
-            self._keep(version, staged)
-
-    def staged(self, version: AdapterVersion, staged: StagedAdapter) -> None:
-        """The answer to ``load``."""
-        self._loading.remove(version)
-        self._keep(version, staged)
-        self._forget_if_unused(version)
-        self._start_loading()
-
-    def failed(self, version: AdapterVersion) -> None:
-        """The other answer to ``load``."""
-        self._loading.remove(version)
-        self._free_bytes += version.nbytes
-        self._start_loading()
-
-    def _keep(self, version: AdapterVersion, staged: StagedAdapter) -> None:
-        self._host[version] = staged
-        version.in_host = True
-
-    def _want(self, version: AdapterVersion) -> None:
-        if not self.ready(version) and version not in self._loading:
-            self._wanted[version] = None
-            self._start_loading()
-
-    def _start_loading(self) -> None:
-        """Begin to read what is wanted, in order, as far as host memory goes."""
-        while self._wanted:
-            version = next(iter(self._wanted))
-            if version.waiting and not self.ready(version) and version not in self._loading:
-                if not self._make_room(version.nbytes):
-                    return
-                self._free_bytes -= version.nbytes
-                self._loading.add(version)
-                self._load(version)
-            del self._wanted[version]
-
-    def _make_room(self, nbytes: int) -> bool:
-        """Drop host copies no queued request needs until ``nbytes`` are free, or none at all."""
-        free, dropped = self._free_bytes, []
-        for version in self._host:
-            if free >= nbytes:
-                break
-            if version.slot is not None or not version.waiting:
-                free += version.nbytes
-                dropped.append(version)
-        if free < nbytes:
-            return False
-        for version in dropped:
-            self._drop(version)
-        return True
-
-    def _drop(self, version: AdapterVersion) -> None:
-        del self._host[version]
-        version.in_host = False
-        self._free_bytes += version.nbytes
-
-    def _fill(self, version: AdapterVersion) -> bool:
-        staged = self._host.get(version)
-        if staged is None:
-            self._want(version)
-            return False
-        if self._filled_in_step:
-            return False
-        slot = self._least_useful_slot()
-        if slot is None:
-            return False
-        evicted = self._in_slot[slot]
-        if evicted is not None:
-            evicted.slot = None
-            if evicted.waiting:
-                self._want(evicted)
-        self._slots.fill(slot, staged)
-        self._filled_in_step = True
-        self._host.move_to_end(version)
-        self._in_slot[slot] = version
-        version.slot = slot
-        return True
-
-    def _least_useful_slot(self) -> int | None:
-        """An empty slot, else the least recently used that nobody runs, best that nobody awaits."""
-        idle = [slot for slot, held in self._in_slot.items() if held is None or not held.running]
-        for slot in idle:
-            held = self._in_slot[slot]
-            if held is None or not held.waiting:
-                return slot
-        return idle[0] if idle else None
-
-    def _forget_if_unused(self, version: AdapterVersion) -> None:
-        if not version.retired or version.waiting or version.running:
-            return
-        if version in self._host:
-            self._drop(version)
-        if version.slot is not None:
-            self._in_slot[version.slot] = None
-            self._in_slot.move_to_end(version.slot, last=False)
-            version.slot = None
-
-
 @dataclass
 class AdapterRegistry:
     """Names to versions, from any thread.
@@ -265,7 +74,7 @@ class AdapterRegistry:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
-        self.cache = AdapterCache(self.slots, self.host_bytes, self._load_later)
+        self.cache = self._empty_cache()
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="nybble-adapters")
 
     def load(self, name: str, path: str, *, replace: bool) -> AdapterInfo:
@@ -322,6 +131,19 @@ class AdapterRegistry:
     def close(self) -> None:
         self._reader.shutdown(wait=False, cancel_futures=True)
 
+    def restart(self) -> None:
+        """Keep every name and forget what is resident: the engine begins again without requests."""
+        with self._lock:
+            for version in self._versions.values():
+                version.waiting = version.running = 0
+                version.slot, version.in_host = None, False
+            self.cache = self._empty_cache()
+
+    def _empty_cache(self) -> AdapterCache:
+        cache: AdapterCache
+        cache = AdapterCache(self.slots, self.host_bytes, lambda v: self._load_later(v, cache))
+        return cache
+
     def _refuse_taken(self, name: str) -> None:
         if name in self._versions:
             raise AdapterError(f"adapter {name!r} is loaded already: replace it or unload it first")
@@ -352,7 +174,11 @@ class AdapterRegistry:
         version = AdapterVersion(name, folder, adapter.digest, adapter.rank, staged.nbytes)
         return version, staged
 
-    def _load_later(self, version: AdapterVersion) -> None:
+    def _load_later(self, version: AdapterVersion, cache: AdapterCache) -> None:
+        def answer(function: Callable[[], None]) -> None:
+            # A cache from before a restart awaits nothing any more.
+            self.post(lambda: function() if cache is self.cache else None)
+
         def read() -> None:
             try:
                 again, staged = self._read(version.name, version.folder)
@@ -361,11 +187,13 @@ class AdapterRegistry:
                         f"{version.folder} has changed since adapter {version.name!r} was loaded "
                         "from it: load it again"
                     )
-            except (AdapterError, OSError) as error:
+            except Exception as error:  # whatever it is, requests must not wait for ever
+                if not isinstance(error, AdapterError | OSError):
+                    logger.exception("reading adapter %s failed", version.name)
                 failure = error if isinstance(error, AdapterError) else AdapterError(str(error))
-                self.post(lambda: self._failed(version, failure))
+                answer(lambda: self._failed(version, failure))
             else:
-                self.post(lambda: self.cache.staged(version, staged))
+                answer(lambda: cache.staged(version, staged))
 
         self._reader.submit(read)
 

@@ -37,25 +37,30 @@ class EngineConfig:
     device: ``cpu``, ``cuda``, ``cuda:N``, or ``auto`` for a GPU where there is one. block_size:
     tokens in one KV block. kv_cache_bytes: memory for the keys and values of all sequences
     together; None for 1 GiB on the CPU, and on a GPU for what the weights leave free less a tenth
-    of the whole. kv_dtype: auto keeps keys and values in dtype; int8 (on a GPU) takes half the
-    memory, with a scale for each head of each token. max_num_seqs: sequences computed in one step.
+    of the whole. kv_dtype: auto keeps keys and values in dtype; int8 and fp8 (e4m3) take half
+    the memory, on a GPU, with a scale for each head of each token; int8 is closer, fp8 needs an Ada
+    or Hopper GPU. max_num_seqs: sequences computed in one step.
     max_batched_tokens: the token budget of a step; longer prompts are prefilled in chunks.
     max_model_len: longest prompt plus output; None for what the model was made for. max_waiting:
     requests queued beyond max_num_seqs before new ones are turned away. adapters: None for a server
-    without.
+    without. tune: measure, at the start, GPU matmuls of which no configuration is known.
+    restarts: how often within ten minutes an engine that has failed begins again with the same
+    weights.
     """
 
     device: str = "cpu"
     dtype: torch.dtype = torch.bfloat16
     block_size: int = 16
     kv_cache_bytes: int | None = None
-    kv_dtype: Literal["auto", "int8"] = "auto"
+    kv_dtype: Literal["auto", "int8", "fp8"] = "auto"
     max_num_seqs: int = 64
     max_batched_tokens: int = 512
     max_model_len: int | None = None
     max_waiting: int = 256
     prefix_caching: bool = True
     adapters: AdapterConfig | None = None
+    tune: bool = True
+    restarts: int = 0
 
     def __post_init__(self) -> None:
         for name in ("block_size", "kv_cache_bytes", "max_num_seqs", "max_batched_tokens"):
@@ -67,8 +72,9 @@ class EngineConfig:
                 f"max_batched_tokens {self.max_batched_tokens} is below max_num_seqs "
                 f"{self.max_num_seqs}: every running sequence needs one token of the budget"
             )
-        if self.max_waiting < 0:
-            raise ValueError(f"max_waiting is {self.max_waiting}, expected 0 or more")
+        for name in ("max_waiting", "restarts"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected 0 or more")
 
 
 def resolve_device(name: str) -> torch.device:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from nybble.engine.rotary import longest_exact_length, rotary_table
 from nybble.kernels import DenseWeight, PackedWeight
-from nybble.kernels.matmul import linear, preferred_layout
+from nybble.kernels.matmul import gated_layout, gated_linear, linear, preferred_layout
 from nybble.kernels.ops import (
     AttentionBatch,
     add_rms_norm,
@@ -27,10 +27,18 @@ if TYPE_CHECKING:
 
 Weight = PackedWeight | DenseWeight
 
-# Keys and values ``(blocks, kv_heads, block_size, head_dim)`` of a layer; where they are int8, the
-# scales of both follow: see :func:`nybble.kernels.reference.rotary_store`.
+# Keys and values ``(blocks, kv_heads, block_size, head_dim)`` of a layer; where they are int8 or
+# fp8, the scales of both follow: see :func:`nybble.kernels.reference.rotary_store`.
 KVCache = tuple[Tensor, ...]
 
+_SIZES = (
+    "num_hidden_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+    "max_position_embeddings",
+)
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
 
@@ -40,7 +48,10 @@ class UnsupportedModelError(ValueError):
 
 @dataclass(frozen=True)
 class DecoderShape:
-    """The sizes a decoder is made of. Raises :class:`UnsupportedModelError`."""
+    """The sizes a decoder is made of. Raises :class:`UnsupportedModelError`.
+
+    windows: for each layer, how many tokens one sees, itself included; 0 for all before it.
+    """
 
     layers: int
     hidden: int
@@ -50,6 +61,7 @@ class DecoderShape:
     vocab: int
     eps: float
     max_model_len: int
+    windows: tuple[int, ...]
 
     @classmethod
     def from_config(cls, config: PretrainedConfig) -> DecoderShape:
@@ -60,11 +72,10 @@ class DecoderShape:
             )
         if config.hidden_act != "silu":
             raise UnsupportedModelError(f"hidden_act {config.hidden_act!r}: only silu is supported")
-        max_model_len = longest_exact_length(config)
-        window = getattr(config, "sliding_window", None)
-        if window is not None:
-            # Up to the window's length, windowed and full attention are the same.
-            max_model_len = min(max_model_len, int(window))
+        for name in _SIZES:
+            size = getattr(config, name)
+            if not isinstance(size, int) or size < 1:
+                raise UnsupportedModelError(f"{name} is {size!r}, expected 1 or more")
         heads = int(config.num_attention_heads)
         return cls(
             layers=int(config.num_hidden_layers),
@@ -74,8 +85,23 @@ class DecoderShape:
             head_dim=int(getattr(config, "head_dim", None) or config.hidden_size // heads),
             vocab=int(config.vocab_size),
             eps=float(config.rms_norm_eps),
-            max_model_len=max_model_len,
+            max_model_len=longest_exact_length(config),
+            windows=_windows(config),
         )
+
+
+def _windows(config: PretrainedConfig) -> tuple[int, ...]:
+    """Mistral's layers all have one or none. Qwen2's and Qwen3's may differ, by what transformers
+    makes of ``use_sliding_window`` and ``max_window_layers``: ``layer_types``."""
+    layers = int(config.num_hidden_layers)
+    window = int(getattr(config, "sliding_window", None) or 0)
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * layers
+    for kind in kinds:
+        if kind not in ("sliding_attention", "full_attention"):
+            raise UnsupportedModelError(
+                f"layer_types has {kind!r}; supported are sliding_attention and full_attention"
+            )
+    return tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
 
 
 @dataclass(frozen=True)
@@ -141,9 +167,13 @@ class Decoder:
         lora = adapters.batch if adapters else None
         for index, layer in enumerate(self.layers):
             slots = adapters.layers[index] if adapters else None
-            x = self._attention(layer, x, cos, sin, caches[index], batch, slots, lora)
+            window = shape.windows[index]
+            x = self._attention(layer, x, cos, sin, caches[index], batch, window, slots, lora)
             x, residual = add_rms_norm(x, residual, layer.post_norm, shape.eps)
-            x = silu_mul(_project(x, layer.gate_up, slots.gate_up if slots else None, lora))
+            if slots is None and len(layer.gate_up) == 1:
+                x = gated_linear(x, layer.gate_up[0])
+            else:
+                x = silu_mul(_project(x, layer.gate_up, slots.gate_up if slots else None, lora))
             x = _project(x, (layer.down_proj,), slots.down_proj if slots else None, lora)
             if index + 1 < len(self.layers):
                 norm = self.layers[index + 1].input_norm
@@ -161,7 +191,11 @@ class Decoder:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """float32 ``(rows, vocab)`` for hidden states ``(rows, hidden)``."""
-        return linear(rms_norm(hidden, self.norm, self.shape.eps), self.head).float()
+        return linear(self.final_norm(hidden), self.head).float()
+
+    def final_norm(self, hidden: Tensor) -> Tensor:
+        """Hidden states ``(rows, hidden)`` as the head takes them."""
+        return rms_norm(hidden, self.norm, self.shape.eps)
 
     def _attention(
         self,
@@ -171,6 +205,7 @@ class Decoder:
         sin: Tensor,
         cache: KVCache,
         batch: AttentionBatch,
+        window: int,
         slots: LayerSlots | None,
         lora: LoRABatch | None,
     ) -> Tensor:
@@ -186,7 +221,7 @@ class Decoder:
         keys, values, *kv_scales = cache
         rotary_store(q, k, v, cos, sin, keys, values, batch.slot_mapping, *kv_scales)
         scale = shape.head_dim**-0.5
-        attended = paged_attention(q, keys, values, batch, scale, 0, *kv_scales)
+        attended = paged_attention(q, keys, values, batch, scale, window, *kv_scales)
         return _project(attended, (layer.o_proj,), slots.o_proj if slots else None, lora)
 
 
@@ -241,7 +276,9 @@ class _WeightStore:
         self._weights: dict[str, PackedWeight | DenseWeight | Tensor] = {}
         for name, weight in weights:
             if isinstance(weight, PackedWeight):
-                self._weights[name] = weight.to(device).to_layout(layout)
+                gated = name.endswith(".gate_up_proj")
+                to = gated_layout(weight, device) if gated else layout
+                self._weights[name] = weight.to(device).to_layout(to)
             elif isinstance(weight, DenseWeight):
                 bias = None if weight.bias is None else weight.bias.to(device, dtype)
                 self._weights[name] = DenseWeight(weight.weight.to(device, dtype), bias)

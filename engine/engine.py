@@ -12,38 +12,44 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING
 
 import torch
+from nybble.engine.adapter_cache import AdapterVersion
 from nybble.engine.adapter_slots import AdapterSlots
-from nybble.engine.adapters import AdapterInfo, AdapterRegistry, AdapterVersion
+from nybble.engine.adapters import AdapterInfo, AdapterRegistry
 from nybble.engine.block_manager import BlockManager
 from nybble.engine.config import EngineConfig, resolve_device
 from nybble.engine.decoder import Decoder, DecoderShape
 from nybble.engine.detokenizer import Detokenizer
+from nybble.engine.failure import Restarts, describe, is_out_of_memory
 from nybble.engine.generation_config import (
     eos_token_ids,
     read_generation_config,
     sampling_defaults,
 )
+from nybble.engine.prompt_reader import EmbeddingReader, LogprobReader, read_pooling
 from nybble.engine.request import (
     AdapterUnavailableError,
+    EngineFailedError,
     EngineOverloadedError,
     EngineStoppedError,
     FinishReason,
     GuideError,
+    OutOfMemoryError,
     ParameterError,
+    Pooling,
     Request,
     RequestOutput,
-    TokenLogprob,
 )
 from nybble.engine.runner import ModelRunner, free_kv_bytes, kv_blocks
 from nybble.engine.sampler import PendingSample, Sampled, SequenceSampler
-from nybble.engine.scheduler import Scheduler
+from nybble.engine.scheduler import ScheduledBatch, Scheduler
 from nybble.engine.sequence import Sequence
 from nybble.engine.size_counts import SizeCounts
+from nybble.kernels.progress import Progress, track
 from nybble.loaders import AdapterError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -60,6 +66,7 @@ class EngineStats:
     """A snapshot after the last step. Token, preemption and step figures count since the start.
 
     step_seconds: time spent in steps. step_sequences, step_tokens: how many each step computed.
+    failures: of the engine thread. restarts: after them.
     """
 
     running: int = 0
@@ -75,6 +82,8 @@ class EngineStats:
     step_seconds: float = 0.0
     step_sequences: SizeCounts = field(default_factory=SizeCounts)
     step_tokens: SizeCounts = field(default_factory=SizeCounts)
+    failures: int = 0
+    restarts: int = 0
 
 
 @dataclass(frozen=True)
@@ -107,22 +116,32 @@ class Engine:
     """Continuous batching over one model. See the module's docstring for who owns what.
 
     sampling_defaults: what the model's makers recommend for requests that name no value.
+    pooling: how they make an embedding of a prompt; None for a way the engine does not know.
+    model_type: the architecture's name.
+
+    An engine that fails ends every request in flight with EngineFailedError. It then begins again,
+    with the same weights and adapters and an empty KV cache, as often as the settings allow.
     """
 
     def __init__(
         self,
         runner: ModelRunner,
-        scheduler: Scheduler,
+        new_scheduler: Callable[[], Scheduler],
         tokenizer: PreTrainedTokenizerBase,
         eos_token_ids: frozenset[int],
         sampling_defaults: Mapping[str, float],
         config: EngineConfig,
         max_model_len: int,
+        model_type: str,
+        pooling: Pooling | None = "last",
     ) -> None:
         self.tokenizer = tokenizer
+        self.model_type = model_type
+        self.pooling = pooling
         self.max_model_len = max_model_len
         self._runner = runner
-        self._scheduler = scheduler
+        self._new_scheduler = new_scheduler
+        self._scheduler = new_scheduler()
         self._eos_token_ids = eos_token_ids
         self.sampling_defaults = sampling_defaults
         self._max_in_flight = config.max_num_seqs + config.max_waiting
@@ -136,7 +155,7 @@ class Engine:
                 post=self._inbox.put,
                 on_failure=self._fail_adapter,
             )
-            scheduler.adapters = self._adapters.cache
+            self._scheduler.adapters = self._adapters.cache
         self._idle = True
         # A GPU computes while its last tokens become text; a CPU has nothing to gain from waiting.
         self._overlap = runner.device.type == "cuda"
@@ -144,8 +163,14 @@ class Engine:
         self._in_flight: set[str] = set()
         self._streams: dict[str, tuple[Sequence, _Stream]] = {}
         self._thread = threading.Thread(target=self._run, name="nybble-engine", daemon=True)
-        self._failure: BaseException | None = None
+        self._restarts = Restarts(config.restarts)
+        self._failures = 0
+        self._failure: str | None = None
+        self._when_dead: Callable[[], None] = lambda: None
         self._stopping = False
+        # Held while a request is let in, so that none comes in behind the news of a failure.
+        self._entrance = threading.Lock()
+        self._batch: ScheduledBatch = []  # what is being computed
         self._prompt_tokens = 0
         self._generation_tokens = 0
         self._steps = 0
@@ -154,15 +179,15 @@ class Engine:
         self._stats = self._snapshot()
 
     @classmethod
-    def load(cls, checkpoint: Checkpoint, config: EngineConfig, progress: bool = True) -> Engine:
-        """Build an engine from a checkpoint.
+    def load(
+        cls, checkpoint: Checkpoint, config: EngineConfig, progress: Progress = True
+    ) -> Engine:
+        """Build an engine from a checkpoint; ``warm_up`` and ``start`` come next.
 
         Raises UnsupportedModelError for an architecture the decoder does not compute, and
         ValueError where the KV cache cannot hold a single block, the device cannot be used or the
         settings contradict.
         """
-        from tqdm import tqdm
-
         shape = DecoderShape.from_config(checkpoint.config)
         max_model_len = config.max_model_len or shape.max_model_len
         if max_model_len > shape.max_model_len:
@@ -170,15 +195,28 @@ class Engine:
                 f"max_model_len is {max_model_len}, but the model goes up to {shape.max_model_len}"
             )
         device = resolve_device(config.device)
-        if config.kv_dtype == "int8" and device.type == "cpu":
-            raise ValueError("kv_dtype is 'int8', which needs a GPU; expected 'auto' on the CPU")
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # Triton launches on the thread's current device
+        if config.kv_dtype != "auto" and device.type == "cpu":
+            raise ValueError(
+                f"kv_dtype is {config.kv_dtype!r}, which needs a GPU; expected 'auto' on the CPU"
+            )
+        if config.kv_dtype == "fp8" and torch.cuda.get_device_capability(device) < (8, 9):
+            raise ValueError(
+                "kv_dtype is 'fp8', which needs a GPU of compute capability 8.9 (Ada) or newer; "
+                "expected 'int8' or 'auto'"
+            )
         if device.type == "cuda" and config.dtype not in (torch.float16, torch.bfloat16):
             raise ValueError(f"dtype is {config.dtype}; expected float16 or bfloat16 on a GPU")
+        if device.type == "cpu" and config.dtype != torch.bfloat16 and checkpoint.format != "none":
+            logger.warning(
+                "dtype is %s: the CPU kernels compute in bfloat16; 4-bit weights are dequantized "
+                "at every step, many times slower",
+                str(config.dtype).removeprefix("torch."),
+            )
         if config.kv_cache_bytes is not None:
             kv_blocks(config.kv_cache_bytes, shape, config)
-        weights = tqdm(
-            checkpoint.weights(), desc="Loading weights", unit=" tensors", disable=not progress
-        )
+        weights = track(checkpoint.weights(), "Loading weights", progress, unit="tensors")
         decoder = Decoder(
             checkpoint.config,
             weights,
@@ -203,19 +241,29 @@ class Engine:
         kv_bytes = config.kv_cache_bytes or free_kv_bytes(device)
         num_blocks = min(kv_blocks(kv_bytes, shape, config), most)
         max_model_len = min(max_model_len, num_blocks * config.block_size)
-        blocks = BlockManager(num_blocks, config.block_size, prefix_caching=config.prefix_caching)
         settings = read_generation_config(checkpoint.folder)
-        runner = ModelRunner(decoder, config, num_blocks, adapters)
-        runner.warm_up(progress)
+
+        def new_scheduler() -> Scheduler:
+            blocks = BlockManager(
+                num_blocks, config.block_size, prefix_caching=config.prefix_caching
+            )
+            return Scheduler(blocks, config.max_num_seqs, config.max_batched_tokens)
+
         return cls(
-            runner=runner,
-            scheduler=Scheduler(blocks, config.max_num_seqs, config.max_batched_tokens),
+            runner=ModelRunner(decoder, config, num_blocks, adapters),
+            new_scheduler=new_scheduler,
             tokenizer=tokenizer,
             eos_token_ids=eos_token_ids(settings, checkpoint.config, tokenizer),
             sampling_defaults=sampling_defaults(settings),
             config=config,
             max_model_len=max_model_len,
+            model_type=str(checkpoint.config.model_type),
+            pooling=read_pooling(checkpoint.folder),
         )
+
+    def warm_up(self, progress: Progress = True) -> None:
+        """Compile and measure what a GPU needs before its first request; nothing on the CPU."""
+        self._runner.warm_up(progress)
 
     def start(self) -> None:
         """Start the engine thread."""
@@ -241,9 +289,25 @@ class Engine:
         return self._runner.decoder.shape.vocab
 
     @property
+    def hidden_size(self) -> int:
+        """Numbers in an embedding."""
+        return self._runner.decoder.shape.hidden
+
+    @property
     def healthy(self) -> bool:
         """Whether the thread runs and requests are taken."""
         return self._thread.is_alive() and self._failure is None and not self._stopping
+
+    @property
+    def failure(self) -> str | None:
+        """Why the engine takes no requests, where it has failed and not begun again."""
+        return self._failure
+
+    def when_dead(self, function: Callable[[], None]) -> None:
+        """Have ``function`` called, on any thread, when the engine has failed for good."""
+        self._when_dead = function
+        if self._failure is not None and not self._thread.is_alive():
+            function()
 
     def stats(self) -> EngineStats:
         """Figures of the last step; safe from any thread."""
@@ -291,9 +355,14 @@ class Engine:
                 f"{len(self._in_flight)} requests are in flight, the most this server takes",
                 _RETRY_AFTER_SECONDS,
             )
-        if not self.healthy:
-            raise EngineStoppedError("the engine is not running")
-        self._submit(sequence, stream)
+        with self._entrance:
+            if not self.healthy:
+                raise EngineStoppedError(
+                    "the engine is not running"
+                    if self._failure is None
+                    else f"the engine has failed: {self._failure}"
+                )
+            self._submit(sequence, stream)
         self._in_flight.add(request.request_id)
         finished = False
         try:
@@ -333,40 +402,103 @@ class Engine:
                         parameter, f"token id {token} is outside the vocabulary of {vocab}"
                     )
         room = self.max_model_len - len(prompt)
-        if room < 1:
+        max_tokens = 0 if request.pooling is not None else params.max_tokens
+        if room < 0 or (room == 0 and max_tokens != 0):
             raise ParameterError(
                 "prompt",
                 f"the prompt has {len(prompt)} tokens, but prompt and output together are limited "
                 f"to {self.max_model_len}",
             )
-        if params.max_tokens is not None and params.max_tokens > room:
+        if max_tokens is not None and max_tokens > room:
             raise ParameterError(
                 "max_tokens",
-                f"max_tokens is {params.max_tokens} and the prompt has {len(prompt)} tokens, but "
+                f"max_tokens is {max_tokens} and the prompt has {len(prompt)} tokens, but "
                 f"together they are limited to {self.max_model_len}",
             )
         return Sequence(
             request,
-            max_tokens=params.max_tokens or room,
+            max_tokens=room if max_tokens is None else max_tokens,
             detokenizer=Detokenizer(self.tokenizer.backend_tokenizer, prompt, params.stop),
             sampler=SequenceSampler(params, prompt),
         )
 
     def _run(self) -> None:
-        try:
-            while self._take_messages():
+        if self._runner.device.type == "cuda":
+            torch.cuda.set_device(self._runner.device)  # of this thread, as where it was loaded
+        while True:
+            try:
+                if self._failure is not None:
+                    self._begin_again()
+                self._serve()
+                failure = None
+            except BaseException as error:  # whatever it is, callers must not wait for ever
+                logger.exception("the engine thread failed")
+                failure = describe(error)
+            with self._entrance:
+                self._stopping |= failure is None
+                self._failure = failure
+            if failure is None:
+                self._fail_all(EngineStoppedError("the engine was stopped"))
+                return
+            self._failures += 1
+            self._stats = replace(
+                self._stats,
+                running=0,
+                waiting=0,
+                failures=self._failures,
+                restarts=self._restarts.taken,
+            )
+            self._fail_all(EngineFailedError(f"the engine has failed: {failure}"))
+            if self._stopping or not self._restarts.take():
+                self._when_dead()
+                return
+            logger.warning("the engine begins again, with an empty KV cache")
+
+    def _serve(self) -> None:
+        """Take messages and compute steps until told to stop."""
+        while self._take_messages():
+            try:
                 outputs = self._step()
-                # Before the outputs, so that a caller who has its last one sees its blocks free.
-                self._stats = self._snapshot()
-                for loop, delivered in outputs.items():
-                    _call(loop, _deliver, delivered)
-            error = EngineStoppedError("the engine was stopped")
-        except BaseException as failure:  # whatever it is, callers must not wait for ever
-            logger.exception("the engine thread failed")
-            self._failure = failure
-            error = EngineStoppedError(f"the engine failed: {failure!r}")
-        self._stopping = True
-        self._fail_all(error)
+            except Exception as error:
+                if not (is_out_of_memory(error) and self._batch):
+                    raise
+                self._give_up_one(error)
+                continue
+            # Before the outputs, so that a caller who has its last one sees its blocks free.
+            self._stats = self._snapshot()
+            for loop, delivered in outputs.items():
+                _call(loop, _deliver, delivered)
+
+    def _begin_again(self) -> None:
+        self._batch = []
+        self._deferred.clear()
+        self._idle = True
+        self._runner.reset()
+        self._scheduler = self._new_scheduler()
+        if self._adapters is not None:
+            self._adapters.restart()
+            self._scheduler.adapters = self._adapters.cache
+        self._stats = self._snapshot()
+        self._failure = None
+
+    def _give_up_one(self, error: Exception) -> None:
+        """End what takes most of a step there was no memory for; the next is without it."""
+        logger.error("out of memory in a step of %d sequences: %s", len(self._batch), error)
+        # The youngest of several.
+        sequence = max(reversed(self._batch), key=lambda item: item.num_tokens).sequence
+        for item in self._batch:
+            # What a reader has seen of this step it would count twice: let it begin anew.
+            if item.sequence is not sequence and item.sequence.reading is not None:
+                self._scheduler.preempt(item.sequence)
+        _, stream = self._streams.pop(sequence.request_id)
+        self._scheduler.finish(sequence)
+        failure = OutOfMemoryError(
+            "the server has no memory left to compute this request: send a shorter one, or fewer "
+            "at once"
+        )
+        _call(stream.loop, stream.queue.put_nowait, failure)
+        if self._overlap:
+            torch.cuda.empty_cache()
 
     def _take_messages(self) -> bool:
         """Apply everything in the inbox, waiting if there is nothing to compute.
@@ -394,7 +526,8 @@ class Engine:
     @torch.inference_mode()
     def _step(self) -> _Outputs:
         started = time.monotonic()
-        batch = self._scheduler.schedule()
+        self._batch = []
+        batch = self._batch = self._scheduler.schedule()
         # Only a message can change what an empty schedule waits for: an adapter that is being read.
         self._idle = not batch
         outputs: _Outputs = defaultdict(list)
@@ -403,29 +536,33 @@ class Engine:
             return outputs
         logits = self._runner.run(batch)
         for item in batch:
-            if item.completes and item.sequence.request.guide is not None:
+            if item.samples and item.sequence.request.guide is not None:
                 item.sequence.sampler.allowed = item.sequence.request.guide.allowed()
         completing = [item.completes for item in batch]
-        samplers = [i.sequence.sampler for i, done in zip(batch, completing, strict=True) if done]
+        samplers = [item.sequence.sampler for item in batch if item.samples]
         pending = PendingSample(logits, samplers) if samplers else None
         self._write_deferred()
         sampled = iter(pending.result() if pending else [])
+        self._batch = []  # from here on the step is no longer as if it had not been
         for item, completes in zip(batch, completing, strict=True):
             sequence = item.sequence
             if sequence.num_output_tokens == 0:
                 self._prompt_tokens += item.num_tokens
             self._scheduler.computed(item)
             if completes:
-                token, logprob = next(sampled)
-                if self._overlap and self._goes_on(sequence, token):
-                    self._append(sequence, token)
-                    self._deferred.append((sequence, (token, logprob)))
-                    continue
                 output: RequestOutput | GuideError
-                try:
-                    output = self._advance(sequence, token, logprob)
-                except GuideError as error:
-                    output = error
+                if sequence.max_tokens == 0:
+                    output = _output(sequence, None, "", "length")
+                else:
+                    token, logprob = next(sampled)
+                    if self._overlap and self._goes_on(sequence, token):
+                        self._append(sequence, token)
+                        self._deferred.append((sequence, (token, logprob)))
+                        continue
+                    try:
+                        output = self._advance(sequence, (token, logprob))
+                    except GuideError as error:
+                        output = error
                 stream = self._streams[sequence.request_id][1]
                 outputs[stream.loop].append((stream, output))
                 if isinstance(output, GuideError) or output.finish_reason is not None:
@@ -437,11 +574,10 @@ class Engine:
         self._step_tokens = self._step_tokens.plus(sum(item.num_tokens for item in batch))
         return outputs
 
-    def _advance(
-        self, sequence: Sequence, token: int, logprob: TokenLogprob | None
-    ) -> RequestOutput:
+    def _advance(self, sequence: Sequence, sampled: Sampled) -> RequestOutput:
         """Give a sequence its next token and say what it added."""
         params = sequence.request.params
+        token = sampled[0]
         self._append(sequence, token)
         guide = sequence.request.guide
         complete = guide is not None and guide.accept(token)
@@ -459,7 +595,7 @@ class Engine:
                 reason = "length"
         if reason is not None:
             text += sequence.detokenizer.flush()
-        return _output(sequence, (token, logprob), text, reason)
+        return _output(sequence, sampled, text, reason)
 
     def _append(self, sequence: Sequence, token: int) -> None:
         sequence.token_ids.append(token)
@@ -521,22 +657,27 @@ class Engine:
             step_seconds=self._step_seconds,
             step_sequences=self._step_sequences,
             step_tokens=self._step_tokens,
+            failures=self._failures,
+            restarts=self._restarts.taken,
         )
 
 
 def _output(
-    sequence: Sequence, sampled: Sampled, text: str, reason: FinishReason | None
+    sequence: Sequence, sampled: Sampled | None, text: str, reason: FinishReason | None
 ) -> RequestOutput:
-    token, logprob = sampled
+    reader, sequence.reader = sequence.reader, None
+    logprob = None if sampled is None else sampled[1]
     return RequestOutput(
         text=text,
-        token_ids=(token,),
+        token_ids=() if sampled is None else sampled[:1],
         logprobs=() if logprob is None else (logprob,),
         finish_reason=reason,
         prompt_tokens=sequence.num_prompt_tokens,
         completion_tokens=sequence.num_output_tokens,
         cached_tokens=sequence.num_cached_tokens or 0,
         queue_seconds=sequence.queue_seconds,
+        prompt_logprobs=reader.result() if isinstance(reader, LogprobReader) else None,
+        embedding=reader.result() if isinstance(reader, EmbeddingReader) else None,
     )
 
 

@@ -8,6 +8,7 @@ from typing import Protocol
 
 import torch
 from nybble.engine.inputs import StepInputs
+from nybble.kernels.progress import Progress, track
 from torch import Tensor
 
 
@@ -27,7 +28,11 @@ def bucket_sizes(max_num_seqs: int) -> list[int]:
 
 
 def cuda_capture(device: torch.device) -> Capture:
-    """Captures on ``device``; all graphs share one pool of memory, since one runs at a time."""
+    """Captures on ``device``, which must be the current one.
+
+    All graphs share one pool of memory, since one runs at a time. Nothing else may use the device
+    while one is captured.
+    """
     pool = torch.cuda.graph_pool_handle()
 
     def capture(function: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
@@ -61,15 +66,13 @@ class DecodeGraphs:
         compute: Callable[[StepInputs], Tensor],
         *,
         adapters: bool,
-        progress: bool = True,
+        progress: Progress = True,
     ) -> None:
-        from tqdm import tqdm
-
         self._graphs: dict[tuple[int, bool], tuple[Replay, Tensor]] = {}
         kinds = (False, True) if adapters else (False,)
         # The largest first: the others find room in the memory it leaves.
         todo = [(size, kind) for size in sorted(sizes, reverse=True) for kind in kinds]
-        for size, adapted in tqdm(todo, desc="Capturing CUDA graphs", disable=not progress):
+        for size, adapted in track(todo, "Capturing CUDA graphs", progress):
             inputs = inputs_for(size, adapted)
             self._graphs[size, adapted] = capture(partial(compute, inputs))
 

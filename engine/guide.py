@@ -21,6 +21,8 @@ from transformers import PreTrainedTokenizerBase
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
+# Characters of a grammar, as the library is given it.
+MAX_GRAMMAR = 256 << 10
 # Enough for a line break and its indentation; without a limit a model may write spaces for ever.
 JSON_OPTIONS: Any = {"whitespace_pattern": r"[ \n\t]{1,40}"}
 
@@ -85,6 +87,8 @@ class GrammarCompiler:
     def _guide(self, grammar: str) -> GrammarGuide:
         from llguidance import LLMatcher, LLTokenizer
 
+        if len(grammar) > MAX_GRAMMAR:
+            raise ValueError(f"it has {len(grammar)} characters, more than {MAX_GRAMMAR}")
         with self._lock:
             if self._tokenizer is None:  # takes seconds, so only if somebody asks
                 self._tokenizer = LLTokenizer(

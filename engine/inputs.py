@@ -29,7 +29,7 @@ _ALIGNMENT = 16  # of each array, which kernels are compiled for
 class StepInputs:
     """What the decoder computes in one step, on its device.
 
-    token_ids, positions: int64 ``(tokens,)``. last_rows: int64 ``(completing,)``, the rows whose
+    token_ids, positions: int64 ``(tokens,)``. last_rows: int64 ``(sampling,)``, the rows whose
     logits are wanted. lora: the adapters of the rows, None where no row has one.
     """
 
@@ -96,7 +96,7 @@ class InputBuffers:
         """The inputs of a scheduled batch.
 
         lora_slots: the adapter slot of each scheduled sequence, −1 for none; None for none at all.
-        pad_to: for a batch of one token each that all complete, the rows to pad it to, with rows
+        pad_to: for a batch of one token each that all sample, the rows to pad it to, with rows
         that have no context and write nothing. Logits are then wanted of every row.
         """
         if self._sent is not None:
@@ -141,8 +141,8 @@ class InputBuffers:
         blocks = self._tables[rows, positions // self.block_size].astype(np.int64)
         slots[:] = blocks * self.block_size + positions % self.block_size
         slots[real:] = -1
-        completing = np.fromiter((item.completes for item in batch), bool, len(batch))
-        last = rows if pad_to else query_start[1 : len(batch) + 1][completing] - 1
+        samples = np.fromiter((item.samples for item in batch), bool, len(batch))
+        last = rows if pad_to else query_start[1 : len(batch) + 1][samples] - 1
         array("last_rows")[: len(last)] = last
         groups = None
         if lora_slots is not None:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
+
+Embedding = NDArray[np.float32]
+Pooling = Literal["last", "mean"]
 
 FinishReason = Literal["stop", "length"]
 
@@ -34,14 +39,23 @@ class AdapterUnavailableError(RuntimeError):
 
 
 class EngineStoppedError(RuntimeError):
-    """The engine is shutting down, or its thread has failed."""
+    """The engine is not running: it is shutting down, or has failed and takes no requests."""
+
+
+class EngineFailedError(EngineStoppedError):
+    """The engine failed while it had the request; the message names the cause."""
+
+
+class OutOfMemoryError(RuntimeError):
+    """There was no memory left to compute the request; the engine goes on with others."""
 
 
 @dataclass(frozen=True)
 class SamplingParams:
     """How tokens are chosen and when a sequence ends. Raises :class:`ParameterError`.
 
-    max_tokens: tokens to generate at most; None for as many as the context length allows.
+    max_tokens: tokens to generate at most; None for as many as the context length allows, 0 to
+        compute the prompt alone.
     temperature: 0 is greedy.
     top_k: 0 is off. top_p, min_p: nucleus and minimum probability relative to the likeliest token.
     repetition_penalty: divides positive and multiplies negative logits of every token in the
@@ -51,6 +65,8 @@ class SamplingParams:
     seed: the same seed gives the same text, whatever else is in the batch. None draws one.
     stop: strings that end the sequence; they are not part of the output text.
     logprobs: how many alternatives to report per token (0–20), None for no logprobs at all.
+    prompt_logprobs: the same for the tokens of the prompt. All of them are then computed, whatever
+        the prefix cache holds.
     """
 
     max_tokens: int | None = None
@@ -67,6 +83,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
         def require(condition: bool, parameter: str, expected: str) -> None:
@@ -74,7 +91,7 @@ class SamplingParams:
                 found = getattr(self, parameter)
                 raise ParameterError(parameter, f"{parameter} is {found}, expected {expected}")
 
-        require(self.max_tokens is None or self.max_tokens >= 1, "max_tokens", "at least 1")
+        require(self.max_tokens is None or self.max_tokens >= 0, "max_tokens", "0 or more")
         require(0 <= self.temperature <= 100, "temperature", "between 0 and 100")
         require(0 < self.top_p <= 1, "top_p", "above 0 and at most 1")
         require(self.top_k >= 0, "top_k", "0 (off) or more")
@@ -88,11 +105,13 @@ class SamplingParams:
             "values between -100 and 100",
         )
         require(all(self.stop), "stop", "non-empty strings")
-        require(
-            self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS,
-            "logprobs",
-            f"between 0 and {MAX_LOGPROBS}",
-        )
+        for name in ("logprobs", "prompt_logprobs"):
+            wanted = getattr(self, name)
+            require(
+                wanted is None or 0 <= wanted <= MAX_LOGPROBS,
+                name,
+                f"between 0 and {MAX_LOGPROBS}",
+            )
 
 
 class GuideError(RuntimeError):
@@ -117,6 +136,7 @@ class Request:
 
     adapter: the name of a loaded adapter; None for the base model.
     tenant: whom the tokens are served to; tenants share the engine in proportion to ``weight``.
+    pooling: asks for the prompt's embedding in place of a continuation.
     Raises :class:`ParameterError` for a weight that is not positive.
     """
 
@@ -127,6 +147,7 @@ class Request:
     adapter: str | None = None
     tenant: str = ""
     weight: float = 1.0
+    pooling: Pooling | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.weight < float("inf"):
@@ -146,15 +167,41 @@ class TokenLogprob:
 
 
 @dataclass(frozen=True)
+class PromptLogprobs:
+    """Log probabilities of a prompt's tokens, one row for each but the first, which has none.
+
+    logprobs: float32 ``(n - 1,)``. ranks: int32 ``(n - 1,)``, 1 for the likeliest token.
+    top_logprobs, top_ids: float32 and int32 ``(n - 1, alternatives)``, likeliest first.
+    """
+
+    token_ids: tuple[int, ...]
+    logprobs: NDArray[np.float32]
+    ranks: NDArray[np.int32]
+    top_logprobs: NDArray[np.float32]
+    top_ids: NDArray[np.int32]
+
+    def tokens(self) -> Iterator[TokenLogprob]:
+        """The tokens from the second on."""
+        tops = zip(self.top_ids.tolist(), self.top_logprobs.tolist(), strict=True)
+        for token, logprob, (ids, values) in zip(
+            self.token_ids[1:], self.logprobs.tolist(), tops, strict=True
+        ):
+            yield TokenLogprob(token, logprob, tuple(zip(ids, values, strict=True)))
+
+
+@dataclass(frozen=True)
 class RequestOutput:
     """What one engine step added to a request; the last one carries ``finish_reason``.
 
     text: new text, whole UTF-8 characters only; text that may turn out to be the beginning of a
         stop string is held back until that is settled.
-    token_ids: the new tokens (an output may carry tokens and no text).
+    token_ids: the new tokens (an output may carry tokens and no text); none where the request asks
+        for none, which has one output.
     logprobs: one per new token if asked for, else empty.
     completion_tokens: generated so far. cached_tokens: prompt tokens found in the prefix cache.
     queue_seconds: how long the request waited before it was first computed.
+    prompt_logprobs: of the whole prompt, with the first output, if asked for.
+    embedding: float32 ``(hidden,)`` of unit length, if asked for.
     """
 
     text: str
@@ -165,3 +212,5 @@ class RequestOutput:
     completion_tokens: int
     cached_tokens: int
     queue_seconds: float = 0.0
+    prompt_logprobs: PromptLogprobs | None = None
+    embedding: Embedding | None = None

@@ -14,6 +14,7 @@ from nybble.engine.inputs import InputBuffers, StepInputs
 from nybble.engine.scheduler import ScheduledBatch
 from nybble.kernels.lora_batch import LoRABatch
 from nybble.kernels.ops import AttentionBatch, TokenChoice, sample_tokens
+from nybble.kernels.progress import Progress, track
 from torch import Tensor
 
 _ANY_CHOICE = TokenChoice(temperature=1.0, top_k=1, top_p=0.5, min_p=0.1, uniform=0.5)
@@ -22,7 +23,7 @@ _ANY_CHOICE = TokenChoice(temperature=1.0, top_k=1, top_p=0.5, min_p=0.1, unifor
 def kv_bytes_per_block(shape: DecoderShape, config: EngineConfig) -> int:
     """Bytes one block takes for the keys and values of all layers."""
     heads = shape.kv_heads * config.block_size
-    if config.kv_dtype == "int8":
+    if config.kv_dtype != "auto":
         return 2 * shape.layers * heads * (shape.head_dim + 4)
     return 2 * shape.layers * heads * shape.head_dim * config.dtype.itemsize
 
@@ -64,6 +65,7 @@ class ModelRunner:
         self.device = resolve_device(config.device)
         self._max_num_seqs = config.max_num_seqs
         self._max_batched_tokens = config.max_batched_tokens
+        self._tune = config.tune
         self._max_blocks = min(num_blocks, -(-decoder.max_model_len // config.block_size))
         cache_shape = (num_blocks, shape.kv_heads, config.block_size, shape.head_dim)
 
@@ -73,7 +75,8 @@ class ModelRunner:
         def layer() -> KVCache:
             if config.kv_dtype == "auto":
                 return zeros(config.dtype, *cache_shape), zeros(config.dtype, *cache_shape)
-            keys, values = zeros(torch.int8, *cache_shape), zeros(torch.int8, *cache_shape)
+            kind = torch.int8 if config.kv_dtype == "int8" else torch.float8_e4m3fn
+            keys, values = zeros(kind, *cache_shape), zeros(kind, *cache_shape)
             scales = cache_shape[:3]
             return keys, values, zeros(torch.float32, *scales), zeros(torch.float32, *scales)
 
@@ -91,49 +94,68 @@ class ModelRunner:
     def run(self, batch: ScheduledBatch) -> Tensor:
         """Compute every scheduled token.
 
-        Returns float32 logits ``(completing, vocab)``, one row for each scheduled sequence that
-        completes, in the order of the batch; they are overwritten by the next run.
+        Returns float32 logits ``(sampling, vocab)``, one row for each scheduled sequence that
+        samples, in the order of the batch; they are overwritten by the next run. Prompts that are
+        read are handed to their readers.
         """
         lora_slots = [item.sequence.adapter_slot for item in batch]
         adapted = any(slot >= 0 for slot in lora_slots)
-        if self._graphs is not None and all(i.num_tokens == 1 and i.completes for i in batch):
+        readers = [item.sequence.reading for item in batch]
+        decoding = all(i.num_tokens == 1 and i.samples for i in batch) and not any(readers)
+        if self._graphs is not None and decoding:
             size = self._graphs.size_for(len(batch), adapted)
             if size is not None:
                 self._inputs.build(batch, lora_slots if adapted else None, pad_to=size)
                 return self._graphs.run(size, adapted)[: len(batch)]
-        return self._compute(self._inputs.build(batch, lora_slots if adapted else None))
+        inputs = self._inputs.build(batch, lora_slots if adapted else None)
+        hidden = self._forward(inputs)
+        row = 0
+        for item, reader in zip(batch, readers, strict=True):
+            if reader is not None:
+                states = hidden[row : row + item.num_tokens]
+                reader.read(self.decoder, states, item.sequence.num_computed_tokens)
+            row += item.num_tokens
+        return self._logits(hidden, inputs)
 
     def _compute(self, inputs: StepInputs) -> Tensor:
+        return self._logits(self._forward(inputs), inputs)
+
+    def _forward(self, inputs: StepInputs) -> Tensor:
         adapters = None
         if self.adapters is not None and inputs.lora is not None:
             adapters = StepAdapters(self.adapters.layers, inputs.lora)
-        hidden = self.decoder.forward(
+        return self.decoder.forward(
             inputs.token_ids, inputs.positions, self.caches, inputs.attention, adapters
         )
+
+    def _logits(self, hidden: Tensor, inputs: StepInputs) -> Tensor:
         if not len(inputs.last_rows):
             return torch.empty(0, self.decoder.shape.vocab, device=self.device)
         return self.decoder.logits(hidden[inputs.last_rows])
 
-    def warm_up(self, progress: bool = True) -> None:
+    def reset(self) -> None:
+        """Empty the KV cache in place: graphs that were captured go on reading it."""
+        for cache in self.caches:
+            for tensor in cache:
+                tensor.zero_()
+
+    def warm_up(self, progress: Progress = True) -> None:
         """Compile every kernel variant that serving will use, then capture the decode step.
 
-        Does nothing on the CPU, whose kernels are compiled ahead of time.
+        Matmuls of which nobody has measured the configuration are tuned first, if the settings
+        say so. Does nothing on the CPU, whose kernels are compiled ahead of time.
         """
         if self.device.type != "cuda":
             return
+        from nybble.kernels.triton.tune import tune_unknown
         from nybble.kernels.triton.warmup import warmup
-        from tqdm import tqdm
 
         with torch.inference_mode():
-            warmup(
-                self.decoder.packed_weights(),
-                self._dtype,
-                self._max_batched_tokens,
-                progress=progress,
-            )
-            for tokens, seqs in tqdm(
-                self._warm_up_sizes(), desc="Compiling kernels", disable=not progress
-            ):
+            weights = list(self.decoder.packed_weights())
+            if self._tune:
+                tune_unknown(weights, self._dtype, self._max_batched_tokens, progress=progress)
+            warmup(weights, self._dtype, self._max_batched_tokens, progress=progress)
+            for tokens, seqs in track(self._warm_up_sizes(), "Compiling kernels", progress):
                 inputs = self._idle_prefill(tokens, seqs)
                 self._compute(inputs)
                 if self.adapters is not None:
@@ -147,14 +169,18 @@ class ModelRunner:
 
     @torch.inference_mode()
     def capture(
-        self, capture: Capture, progress: bool = True, sizes: Sequence[int] | None = None
+        self, capture: Capture, progress: Progress = True, sizes: Sequence[int] | None = None
     ) -> None:
         """Decode from graphs made by ``capture`` from now on, of the usual batch sizes or these."""
+        sizes = bucket_sizes(self._max_num_seqs) if sizes is None else sizes
+        # One place for the logits of all graphs: each would keep its own, gigabytes where the
+        # vocabulary is large.
+        logits = torch.empty(max(sizes), self.decoder.shape.vocab, device=self.device)
         self._graphs = DecodeGraphs(
             capture,
-            bucket_sizes(self._max_num_seqs) if sizes is None else sizes,
+            sizes,
             lambda size, adapted: self._inputs.build([], [] if adapted else None, pad_to=size),
-            self._compute,
+            lambda inputs: logits[: len(inputs.last_rows)].copy_(self._compute(inputs)),
             adapters=self.adapters is not None,
             progress=progress,
         )

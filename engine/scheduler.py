@@ -8,18 +8,18 @@ from its tokens (prompt and output), mostly from the prefix cache.
 Tenants share the engine by weight. Who is admitted next is decided by tokens served
 (:mod:`nybble.engine.fair_queue`). So that a tenant's crowd delays nobody else's first token, each
 tenant with prompts to prefill has its share of a step's budget before anyone has more, and a tenant
-below its share of sequences or blocks takes them from one above its own. A share nobody claims is
-everyone's; with one tenant all this is first come, first served.
+below its share of sequences, blocks or adapter slots takes them from one above its own. A share
+nobody claims is everyone's; with one tenant all this is first come, first served.
 """
 
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from nybble.engine.adapters import AdapterCache
+from nybble.engine.adapter_cache import AdapterCache, AdapterVersion
 from nybble.engine.block_manager import BlockManager
 from nybble.engine.fair_queue import OUTPUT_COST, PROMPT_COST, FairQueue
 from nybble.engine.sequence import Sequence, SequenceStatus
@@ -27,6 +27,7 @@ from nybble.engine.sequence import Sequence, SequenceStatus
 # Admissions that may pass a sequence whose adapter finds no slot, before those that would keep the
 # slots taken have to wait behind it.
 _MAX_OVERTAKEN = 32
+_ROUNDING = 1e-6  # shares of a slot add up to one only nearly
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,13 @@ class ScheduledSequence:
 
     @property
     def completes(self) -> bool:
-        """Whether the step reaches the last known token, so that a new one can be sampled."""
+        """Whether the step reaches the last known token."""
         return self.num_tokens == self.sequence.num_uncomputed_tokens
+
+    @property
+    def samples(self) -> bool:
+        """Whether a new token is sampled: not where the prompt alone is asked for."""
+        return self.completes and self.sequence.max_tokens > 0
 
 
 ScheduledBatch = list[ScheduledSequence]
@@ -78,7 +84,7 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         self.waiting.push(sequence)
         if sequence.adapter is not None:
-            self._adapters.queue(sequence.adapter)
+            self._adapters.queue(sequence.adapter, sequence.tenant)
 
     def schedule(self) -> ScheduledBatch:
         """The next step's batch; empty where nothing waits or runs, or adapters are being read."""
@@ -146,14 +152,14 @@ class Scheduler:
         for sequence in self.waiting.of(tenant):
             if sequence in plan.slotless or not self._may_run(plan, sequence):
                 continue
-            cached = self.blocks.share_prefix(sequence)
+            cached = self.blocks.share_prefix(sequence) if sequence.may_share_prefix else 0
             # The whole of it must fit now, else a long prompt and a short one could preempt each
             # other for ever.
             needed = self.blocks.blocks_for(len(sequence.token_ids))
             if not self._make_room(plan, sequence, needed):
                 self.blocks.release(sequence)
                 return 0
-            if sequence.adapter is not None and not self._adapters.acquire(sequence.adapter):
+            if sequence.adapter is not None and not self._take_slot(plan, sequence):
                 self.blocks.release(sequence)
                 plan.slotless.append(sequence)
                 continue
@@ -203,29 +209,66 @@ class Scheduler:
             self._preempt(plan, victim)
         return True
 
+    def _take_slot(self, plan: _Plan, sequence: Sequence) -> bool:
+        """Pin the sequence's adapter, in a slot of a tenant beyond its share if need be."""
+        adapter = sequence.adapter
+        assert adapter is not None
+        if self._adapters.acquire(adapter):
+            return True
+        if not self._adapters.all_pinned:
+            return False  # this step has filled a slot already
+
+        def slots(running: Sequence) -> float:
+            """A slot belongs in equal parts to the sequences that use it."""
+            return 1 / running.adapter.running if running.adapter is not None else 0
+
+        tenant = self._tenant_above_share(sequence, self._adapters.slots, slots, 1)
+        if tenant is None:
+            return False
+        victim = self._slot_of(tenant)
+        if victim is None:
+            return False
+        for running in [s for s in reversed(self.running) if s.adapter is victim]:
+            self._preempt(plan, running)
+        return self._adapters.acquire(adapter)
+
+    def _slot_of(self, tenant: str) -> AdapterVersion | None:
+        """The youngest of the adapters only this tenant runs, but never its oldest."""
+        shared = {s.adapter for s in self.running if s.tenant != tenant}
+        own = [s.adapter for s in self.running if s.tenant == tenant and s.adapter is not None]
+        candidates = (a for a in reversed(own) if a not in shared and a is not own[0])
+        return next(candidates, None)
+
     def _above_share(
         self, newcomer: Sequence, capacity: int, usage: Callable[[Sequence], int], needed: int
     ) -> Sequence | None:
-        """The youngest sequence of the tenant that uses most above its share of ``capacity``.
+        """The youngest sequence of the tenant that uses most above its share of ``capacity``."""
+        tenant = self._tenant_above_share(newcomer, capacity, usage, needed)
+        return None if tenant is None else self._youngest(tenant)
+
+    def _tenant_above_share(
+        self, newcomer: Sequence, capacity: int, usage: Callable[[Sequence], float], needed: int
+    ) -> str | None:
+        """The tenant of several sequences that uses most above its share of ``capacity``.
 
         None where the newcomer itself would go above its tenant's share.
         """
         weights = {tenant: self.waiting.of(tenant)[0].weight for tenant in self.waiting.tenants()}
-        used: Counter[str] = Counter()
+        used: dict[str, float] = defaultdict(float)
         sequences: Counter[str] = Counter()
         for sequence in self.running:
             weights[sequence.tenant] = sequence.weight
             used[sequence.tenant] += usage(sequence)
             sequences[sequence.tenant] += 1
         unit = capacity / sum(weights.values())
-        if used[newcomer.tenant] + needed > weights[newcomer.tenant] * unit:
+        if used[newcomer.tenant] + needed > weights[newcomer.tenant] * unit + _ROUNDING:
             return None
         above = {
             tenant: used[tenant] / weights[tenant]
             for tenant in used
-            if sequences[tenant] > 1 and used[tenant] > weights[tenant] * unit
+            if sequences[tenant] > 1 and used[tenant] > weights[tenant] * unit + _ROUNDING
         }
-        return self._youngest(max(above, key=above.__getitem__)) if above else None
+        return max(above, key=above.__getitem__) if above else None
 
     def _victim(self) -> Sequence:
         """The youngest of the tenant with most sequences for its weight, so never the oldest."""
@@ -239,19 +282,23 @@ class Scheduler:
 
     def _preempt(self, plan: _Plan, sequence: Sequence) -> None:
         plan.budget += plan.tokens.pop(sequence, 0)
+        self.preempt(sequence)
+
+    def preempt(self, sequence: Sequence) -> None:
+        """Take a running sequence's blocks back and let it wait at the head of its queue."""
         self.running.remove(sequence)
         self.blocks.release(sequence)
         sequence.num_computed_tokens = 0
         sequence.status = SequenceStatus.WAITING
         self.waiting.push(sequence, front=True)
         if sequence.adapter is not None:
-            self._adapters.preempt(sequence.adapter)
+            self._adapters.preempt(sequence.adapter, sequence.tenant)
         self.preemptions += 1
 
     def computed(self, item: ScheduledSequence) -> None:
         """Record that a scheduled item's keys and values are in the cache."""
         sequence = item.sequence
-        if item.completes:
+        if item.samples:
             self.waiting.charge(sequence, OUTPUT_COST)
         before = sequence.num_computed_tokens
         sequence.num_computed_tokens += item.num_tokens

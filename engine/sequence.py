@@ -5,8 +5,9 @@ from __future__ import annotations
 import time
 from enum import Enum
 
-from nybble.engine.adapters import AdapterVersion
+from nybble.engine.adapter_cache import AdapterVersion
 from nybble.engine.detokenizer import Detokenizer
+from nybble.engine.prompt_reader import EmbeddingReader, LogprobReader, PromptReader
 from nybble.engine.request import Request
 from nybble.engine.sampler import SequenceSampler
 
@@ -25,6 +26,7 @@ class Sequence:
     block_hashes: the prefix-cache keys of the leading full blocks, as far as they are known.
     adapter: the version of the request's adapter, settled when the request is taken.
     overtaken: others admitted while this one's adapter found no slot.
+    reader: what is still to be read of the prompt, until its result is taken.
     """
 
     def __init__(
@@ -45,6 +47,11 @@ class Sequence:
         self.block_hashes: list[bytes] = []
         self.adapter: AdapterVersion | None = None
         self.overtaken = 0
+        self.reader: LogprobReader | EmbeddingReader | None = None
+        if request.pooling is not None:
+            self.reader = EmbeddingReader(request.prompt_token_ids, request.pooling)
+        elif (alternatives := request.params.prompt_logprobs) is not None:
+            self.reader = LogprobReader(request.prompt_token_ids, alternatives)
 
     @property
     def request_id(self) -> str:
@@ -67,6 +74,16 @@ class Sequence:
     def adapter_slot(self) -> int:
         """The device slot of the adapter while running, −1 for the base model."""
         return -1 if self.adapter is None or self.adapter.slot is None else self.adapter.slot
+
+    @property
+    def reading(self) -> PromptReader | None:
+        """Who reads the hidden states of the next tokens computed."""
+        return self.reader if self.num_computed_tokens < self.num_prompt_tokens else None
+
+    @property
+    def may_share_prefix(self) -> bool:
+        """Whether its first tokens may be taken from the prefix cache."""
+        return self.reader is None or not self.reader.whole
 
     @property
     def num_output_tokens(self) -> int:

@@ -1,14 +1,21 @@
 """Adapters trained on a packed 4-bit base."""
 
-from nybble.finetune.data import DataError
 from nybble.finetune.lora import LoraSettings
-from nybble.finetune.train import FinetuneResult, FinetuneSettings, finetune, plot_losses
+from nybble.finetune.rows import DataError
+from nybble.finetune.train import (
+    FinetuneResult,
+    FinetuneSettings,
+    Progress,
+    finetune,
+    plot_losses,
+)
 
 __all__ = [
     "DataError",
     "FinetuneResult",
     "FinetuneSettings",
     "LoraSettings",
+    "Progress",
     "finetune",
     "plot_losses",
 ]

@@ -9,14 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
+from nybble.finetune.rows import DataError, is_learned, read_rows, row_kind
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100  # the label of a token that no loss is taken on
-
-
-class DataError(ValueError):
-    """A data file cannot be used: the message names file and line, and what was expected."""
 
 
 @dataclass(frozen=True)
@@ -32,12 +30,13 @@ class Batch:
     """Rows of one or more examples each; int64 ``(rows, length)``.
 
     labels[t] is the token at t or IGNORED; position_ids start anew with every example, by which
-    transformers keeps examples in one row from attending to each other.
+    transformers keeps examples in one row from attending to each other. tokens: without padding.
     """
 
     input_ids: Tensor
     labels: Tensor
     position_ids: Tensor
+    tokens: int
 
     @property
     def targets(self) -> int:
@@ -48,25 +47,20 @@ class Batch:
 def read_examples(
     path: Path, tokenizer: PreTrainedTokenizerBase, *, max_length: int
 ) -> list[Example]:
-    """One example per line: ``{"messages": […]}``, ``{"prompt": …, "completion": …}`` or
-    ``{"text": …}``; the last has a loss on every token. Longer ones are cut at ``max_length``.
+    """One example per line, see :mod:`nybble.finetune.rows`; a text has a loss on every token.
 
-    Raises DataError.
+    Longer ones are cut at ``max_length``. Raises DataError.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
     examples = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    # What the server puts before a prompt; a chat template has its own.
+    beginning = tokenizer("")["input_ids"]
+    for number, row in read_rows(path):
         try:
-            segments = _segments(json.loads(line), tokenizer)
-        except (ValueError, TypeError, KeyError) as error:
-            raise DataError(f"{path} line {number}: {error}") from error
-        ids: list[int] = []
-        labels: list[int] = []
+            segments = _segments(row, tokenizer)
+        except (ValueError, TypeError, KeyError, TemplateError) as error:
+            raise DataError(path, number, str(error)) from error
+        ids = [] if row_kind(row) == "messages" else list(beginning)
+        labels = [IGNORED] * len(ids)
         for text, learned in segments:
             part = tokenizer(text, add_special_tokens=False)["input_ids"]
             ids += part
@@ -74,38 +68,37 @@ def read_examples(
         ids, labels = ids[:max_length], labels[:max_length]
         if all(label == IGNORED for label in labels[1:]):
             raise DataError(
-                f"{path} line {number}: no assistant token within the first {max_length} tokens"
+                path, number, f"no assistant token within the first {max_length} tokens"
             )
         examples.append(Example(ids, labels))
     if not examples:
-        raise DataError(f"{path} has no examples")
+        raise DataError(path, None, "has no examples")
     return examples
 
 
-def _segments(row: Any, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:
+def _segments(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:
     """The example's text in pieces, each with whether it is to be learned."""
     end = str(tokenizer.eos_token or "")
-    if isinstance(row, dict):
-        if isinstance(row.get("messages"), list):
-            return _chat_segments(row["messages"], tokenizer)
-        if isinstance(row.get("prompt"), str) and isinstance(row.get("completion"), str):
-            return [(row["prompt"], False), (row["completion"] + end, True)]
-        if isinstance(row.get("text"), str):
-            return [(row["text"] + end, True)]
-    raise ValueError(
-        "expected an object with 'messages', with 'prompt' and 'completion', or 'text'"
-    )
+    kind = row_kind(row)
+    if kind == "messages":
+        return _chat_segments(row["messages"], row.get("tools"), tokenizer)
+    if kind == "completion":
+        return [(row["prompt"], False), (row["completion"] + end, True)]
+    return [(row["text"] + end, True)]
 
 
 def _chat_segments(
-    messages: list[Any], tokenizer: PreTrainedTokenizerBase
+    messages: list[dict[str, Any]],
+    tools: list[Any] | None,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> list[tuple[str, bool]]:
     if not tokenizer.chat_template:
         raise ValueError("the model has no chat template; use 'prompt' and 'completion'")
+    turns = [_turn(message) for message in messages]
 
     def render(count: int, *, prompt: bool) -> str:
         text = tokenizer.apply_chat_template(
-            messages[:count], tokenize=False, add_generation_prompt=prompt
+            turns[:count], tools=tools or None, tokenize=False, add_generation_prompt=prompt
         )
         assert isinstance(text, str)
         return text
@@ -113,9 +106,7 @@ def _chat_segments(
     segments: list[tuple[str, bool]] = []
     done = ""
     for index, message in enumerate(messages):
-        if not isinstance(message, dict) or "role" not in message or "content" not in message:
-            raise ValueError(f"message {index} has no role and content")
-        if message["role"] != "assistant":
+        if not is_learned(message):
             continue
         # The prompt as the model will see it when it has to answer, then the answer.
         before, after = render(index, prompt=True), render(index + 1, prompt=False)
@@ -126,9 +117,27 @@ def _chat_segments(
             )
         segments += [(before[len(done) :], False), (after[len(before) :], True)]
         done = after
-    if not segments:
-        raise ValueError("there is no assistant message to learn from")
     return segments
+
+
+def _turn(message: dict[str, Any]) -> dict[str, Any]:
+    """A message as templates expect it: plain text, arguments of tool calls as objects."""
+    turn = {name: value for name, value in message.items() if name != "weight"}
+    if turn["role"] == "developer":  # the newer name of the system's role
+        turn["role"] = "system"
+    content = turn.get("content")
+    if isinstance(content, list):
+        content = "\n".join(part["text"] for part in content)
+    turn["content"] = content or ""
+    if turn.get("tool_calls"):
+        turn["tool_calls"] = [_call(call) for call in turn["tool_calls"]]
+    return turn
+
+
+def _call(call: dict[str, Any]) -> dict[str, Any]:
+    function = call["function"]
+    arguments = json.loads(function.get("arguments") or "{}")
+    return {**call, "function": {**function, "arguments": arguments}}
 
 
 def pack(examples: Iterable[Example], length: int) -> list[list[Example]]:
@@ -160,4 +169,5 @@ def to_batch(rows: Sequence[Sequence[Example]]) -> Batch:
             positions[index, start:stop] = torch.arange(stop - start)
             start = stop
         positions[index, start:] = torch.arange(length - start)
-    return Batch(ids, labels, positions)
+    tokens = sum(len(example.ids) for row in rows for example in row)
+    return Batch(ids, labels, positions, tokens)

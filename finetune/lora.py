@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from nybble.loaders.safetensors_file import write_safetensors
 from nybble.quantizers.packed_model import PackedLinear
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -138,4 +138,4 @@ def save_adapter(
         "inference_mode": True,
     }
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2))
-    save_file(dict(tensors), folder / "adapter_model.safetensors", {"format": "pt"})
+    write_safetensors(tensors, folder / "adapter_model.safetensors", {"format": "pt"})

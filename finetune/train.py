@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import os
 import random
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
+import resource
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -22,8 +25,7 @@ from nybble.finetune.lora import (
     save_adapter,
 )
 from nybble.loaders import open_checkpoint
-from nybble.quantizers.packed_model import load_packed_model
-from safetensors.torch import load_file, save_file
+from nybble.quantizers.packed_model import PackedLinear, load_packed_model
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
@@ -31,7 +33,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedModel, get_cosine_schedule_with_warmup
 
 _ROWS_AT_A_TIME = 256  # the logits of so many tokens are in memory at once
-_CHECKPOINT = "checkpoint"
+CHECKPOINT = "checkpoint.pt"
 
 
 @dataclass(frozen=True)
@@ -78,13 +80,34 @@ class Point:
 
 
 @dataclass(frozen=True)
+class Progress:
+    """A step that has been made: ``point.step`` of ``steps``.
+
+    learning_rate: A's in that step. tokens: read for training so far, epochs counted each.
+    """
+
+    point: Point
+    steps: int
+    epoch: float
+    learning_rate: float
+    tokens: int
+
+
+@dataclass(frozen=True)
 class FinetuneResult:
-    """The losses of a run; the adapter saved is the one at ``best_step``."""
+    """The losses of a run; the adapter saved is the one at ``best_step``.
+
+    tokens: read for training, epochs counted each. base_bytes: of the frozen model. peak_bytes: the
+    most memory this process has taken: the GPU's where it trains on one, else its resident set.
+    """
 
     history: tuple[Point, ...]
     best_step: int
     best_eval_loss: float
     trained_parameters: int
+    tokens: int
+    base_bytes: int = field(compare=False)
+    peak_bytes: int = field(compare=False)
 
 
 def finetune(
@@ -98,19 +121,21 @@ def finetune(
     device: torch.device | None = None,
     dtype: torch.dtype = torch.bfloat16,
     progress: bool = True,
+    on_step: Callable[[Progress], None] = lambda _: None,
 ) -> FinetuneResult:
     """Train an adapter for the checkpoint ``base`` on JSON lines and save it to ``out``.
 
     out: gets the adapter with the lowest held-out loss in PEFT's format, ``history.json``, and
-        while training runs a ``checkpoint`` that ``resume`` goes on from.
+        while training runs a ``checkpoint.pt`` that ``resume`` goes on from, to the same end.
     dtype: of the activations; adapters and optimizer states are float32.
+    on_step: called after every step; the first after resuming follows the checkpoint's.
 
     Raises DataError for data that cannot be used, CheckpointError for a base that cannot be
     loaded, FileExistsError where ``out`` has content, FileNotFoundError for a resume from nothing.
     """
     settings = settings or FinetuneSettings()
-    saved = out / _CHECKPOINT
-    if resume and not saved.is_dir():
+    saved = out / CHECKPOINT
+    if resume and not saved.is_file():
         raise FileNotFoundError(f"{saved} is not there: there is no training run to resume")
     if not resume and out.exists() and any(out.iterdir()):
         raise FileExistsError(f"{out} is not empty; resume, or give another folder")
@@ -129,7 +154,7 @@ def finetune(
     run = _Run(model, layers, examples, held_out, settings, device)
     if resume:
         run.load(saved)
-    return run.train(out, str(base), progress=progress)
+    return run.train(out, str(base), progress=progress, on_step=on_step)
 
 
 def _split(
@@ -156,9 +181,13 @@ class _Run:
         device: torch.device,
     ) -> None:
         self._model, self._layers, self._settings, self._device = model, layers, settings, device
+        self._base_bytes = _frozen_bytes(model)
         self._examples = examples
         self._held_out = [to_batch([row]) for row in self._rows(held_out)]
         rows = len(self._rows(examples))
+        # What has to be the same for a run to be resumed.
+        content = repr((settings, [(one.ids, one.labels) for one in (*examples, *held_out)]))
+        self._identity = hashlib.sha256(content.encode()).hexdigest()
         self._steps_per_epoch = -(-rows // (settings.batch_size * settings.accumulation))
         self.steps = settings.max_steps or settings.epochs * self._steps_per_epoch
         groups = optimizer_groups(layers, settings.learning_rate, settings.lora_plus)
@@ -166,12 +195,14 @@ class _Run:
         self._schedule = get_cosine_schedule_with_warmup(
             self._optimizer, math.ceil(settings.warmup * self.steps), self.steps
         )
-        self._step = 0
+        self._step = self._tokens = 0
         self._history: list[Point] = []
         self._best: dict[str, Tensor] = adapter_tensors(layers)
         self._best_step, self._best_loss = 0, math.inf
 
-    def train(self, out: Path, base: str, *, progress: bool) -> FinetuneResult:
+    def train(
+        self, out: Path, base: str, *, progress: bool, on_step: Callable[[Progress], None]
+    ) -> FinetuneResult:
         settings = self._settings
         if not self._history:
             self._best_loss = self._evaluate()
@@ -184,31 +215,41 @@ class _Run:
             disable=not progress,
         )
         for batches in self._batches():
+            if self._out_of_patience():
+                break
+            rate = self._schedule.get_last_lr()[0]
             loss = self._update(batches)
             self._step += 1
+            self._tokens += sum(batch.tokens for batch in batches)
             measured = None
             if self._step % settings.eval_every == 0 or self._step == self.steps:
                 measured = self._evaluate()
                 if measured < self._best_loss:
                     self._best, self._best_step = adapter_tensors(self._layers), self._step
                     self._best_loss = measured
-            self._history.append(Point(self._step, loss, measured))
+            point = Point(self._step, loss, measured)
+            self._history.append(point)
             bar.set_postfix(loss=f"{loss:.3f}", held_out=f"{self._last_measured():.3f}")
             bar.update()
             if measured is not None:
-                self.save(out / _CHECKPOINT)
-                if self._out_of_patience():
-                    break
+                self.save(out / CHECKPOINT)
+            epoch = self._step / self._steps_per_epoch
+            on_step(Progress(point, self.steps, epoch, rate, self._tokens))
         bar.close()
         save_adapter(out, self._best, settings.lora, base)
         history = [asdict(point) for point in self._history]
         (out / "history.json").write_text(json.dumps(history, indent=1))
-        shutil.rmtree(out / _CHECKPOINT, ignore_errors=True)
+        (out / CHECKPOINT).unlink(missing_ok=True)
         return FinetuneResult(
-            tuple(self._history),
-            self._best_step,
-            self._best_loss,
-            sum(layer.lora_A.numel() + layer.lora_B.numel() for layer in self._layers.values()),
+            history=tuple(self._history),
+            best_step=self._best_step,
+            best_eval_loss=self._best_loss,
+            trained_parameters=sum(
+                layer.lora_A.numel() + layer.lora_B.numel() for layer in self._layers.values()
+            ),
+            tokens=self._tokens,
+            base_bytes=self._base_bytes,
+            peak_bytes=_peak_bytes(self._device),
         )
 
     def _rows(self, examples: Sequence[Example]) -> list[list[Example]]:
@@ -268,42 +309,63 @@ class _Run:
         since = [p for p in self._history if p.eval_loss is not None and p.step > self._best_step]
         return 0 < self._settings.patience <= len(since)
 
-    def save(self, folder: Path) -> None:
-        """Write what :meth:`load` goes on from, complete or not at all."""
-        scratch = folder.with_name(folder.name + ".partial")
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir(parents=True)
-        save_file(adapter_tensors(self._layers), scratch / "adapter.safetensors")
-        save_file(self._best, scratch / "best.safetensors")
+    def save(self, path: Path) -> None:
+        """Write what :meth:`load` goes on from; whenever it is cut short, the file is whole."""
+        cuda = self._device.type == "cuda"
         state = {
+            "identity": self._identity,
+            "adapter": adapter_tensors(self._layers),
+            "best": self._best,
             "optimizer": self._optimizer.state_dict(),
             "schedule": self._schedule.state_dict(),
             "random": torch.get_rng_state(),
+            "cuda_random": torch.cuda.get_rng_state(self._device) if cuda else None,
             "step": self._step,
-            "steps": self.steps,
+            "tokens": self._tokens,
             "best_step": self._best_step,
             "best_loss": self._best_loss,
             "history": [asdict(point) for point in self._history],
         }
-        torch.save(state, scratch / "state.pt")
-        shutil.rmtree(folder, ignore_errors=True)
-        scratch.rename(folder)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = path.with_name(path.name + ".partial")
+        with scratch.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        scratch.replace(path)
 
-    def load(self, folder: Path) -> None:
-        state = torch.load(folder / "state.pt", weights_only=True)
-        if state["steps"] != self.steps:
+    def load(self, path: Path) -> None:
+        """Raises ValueError for the checkpoint of another run."""
+        state = torch.load(path, weights_only=True, map_location="cpu")
+        if state["identity"] != self._identity:
             raise ValueError(
-                f"{folder} is of a run of {state['steps']} steps, this one has {self.steps}: "
-                "resume with the data and the settings it was started with"
+                f"{path} is of another run: resume with the data and the settings it was "
+                "started with"
             )
-        restore_adapter(self._layers, load_file(folder / "adapter.safetensors"))
-        self._best = load_file(folder / "best.safetensors")
+        restore_adapter(self._layers, state["adapter"])
+        self._best = state["best"]
         self._optimizer.load_state_dict(state["optimizer"])
         self._schedule.load_state_dict(state["schedule"])
         torch.set_rng_state(state["random"])
-        self._step, self._best_step = state["step"], state["best_step"]
-        self._best_loss = state["best_loss"]
+        if state["cuda_random"] is not None:
+            torch.cuda.set_rng_state(state["cuda_random"], self._device)
+        self._step, self._tokens = state["step"], state["tokens"]
+        self._best_step, self._best_loss = state["best_step"], state["best_loss"]
         self._history = [Point(**point) for point in state["history"]]
+
+
+def _frozen_bytes(model: nn.Module) -> int:
+    """What the base takes, tied tensors once and the adapters not at all."""
+    frozen = {id(p): p.nbytes for p in model.parameters() if not p.requires_grad}
+    packed = {id(m.packed): m.packed.nbytes for m in model.modules() if isinstance(m, PackedLinear)}
+    return sum(frozen.values()) + sum(packed.values())
+
+
+def _peak_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def batch_loss(model: PreTrainedModel, batch: Batch, device: torch.device) -> Tensor:

@@ -20,6 +20,11 @@
     ``32s + j``. For a codebook, two neighbouring words make 32 bits whose byte ``s`` is columns
     ``32s + j`` (low nibble) and ``32s + j + 1``, the order a byte-permute lookup wants. Scales and
     zeros are ``(ceil(out / 64), groups, 64)``. Padding has code 0, scale 0 and zero 0.
+
+``gpu_gated_tiles``
+    ``gpu_tiles`` of a weight whose outputs are two halves, a gate's and what it multiplies: eight
+    outputs of one half, then the same eight of the other, so that a tile holds both and the lane
+    that has a gate has what it multiplies. The outputs must be a multiple of 16.
 """
 
 from __future__ import annotations
@@ -30,7 +35,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-Layout = Literal["rows", "cpu_tiles", "gpu_tiles"]
+Layout = Literal["rows", "cpu_tiles", "gpu_tiles", "gpu_gated_tiles"]
 
 TILE_OUT = 16
 TILE_IN = 8
@@ -68,6 +73,11 @@ def from_rows(
     """Re-lay ``rows`` arrays as ``layout``; ``affine`` says that codes are plain integers."""
     if layout == "rows":
         return qweight, scales, zeros
+    if layout == "gpu_gated_tiles":
+        if qweight.shape[0] % 16:
+            raise ValueError(f"{layout}: {qweight.shape[0]} outputs are not a multiple of 16")
+        qweight, scales = _interleave(qweight), _interleave(scales)
+        zeros = None if zeros is None else _interleave(zeros)
     rows = tile_rows(layout)
     extra_out = -qweight.shape[0] % rows
     columns = TILE_IN if layout == "cpu_tiles" else GPU_TILE_IN
@@ -99,14 +109,28 @@ def to_rows(
     codes = _from_cpu_tiles(qweight) if layout == "cpu_tiles" else _from_gpu_tiles(qweight, affine)
     packed = codes[:, 0::2] | (codes[:, 1::2] << 4)
 
+    def ordered(values: Tensor) -> Tensor:
+        values = values[:out_features]
+        return _separate(values) if layout == "gpu_gated_tiles" else values.contiguous()
+
     def untile(values: Tensor) -> Tensor:
-        return values.transpose(1, 2).reshape(-1, groups)[:out_features].contiguous()
+        return ordered(values.transpose(1, 2).reshape(-1, groups))
 
     return (
-        packed[:out_features, : -(-in_features // 2)].contiguous(),
+        ordered(packed[:, : -(-in_features // 2)]),
         untile(scales),
         None if zeros is None else untile(zeros),
     )
+
+
+def _interleave(rows: Tensor) -> Tensor:
+    """Eight rows of the first half, eight of the second, and so on."""
+    return rows.view(2, -1, 8, rows.shape[1]).transpose(0, 1).flatten(0, 2)
+
+
+def _separate(rows: Tensor) -> Tensor:
+    """Invert :func:`_interleave`."""
+    return rows.reshape(-1, 2, 8, rows.shape[1]).transpose(0, 1).flatten(0, 2)
 
 
 def _to_cpu_tiles(codes: Tensor) -> Tensor:

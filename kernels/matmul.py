@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from nybble.kernels.cpu.library import library
 from nybble.kernels.layout import Layout
+from nybble.kernels.ops import silu_mul
 from nybble.kernels.packed import DenseWeight, PackedWeight
 from torch import Tensor
 
@@ -19,11 +20,33 @@ def preferred_layout(device: torch.device) -> Layout:
     return "cpu_tiles" if device.type == "cpu" and library() is not None else "rows"
 
 
+def gated_layout(weight: PackedWeight, device: torch.device) -> Layout:
+    """Likewise for a weight whose outputs are a gate's and those it multiplies: gate_up_proj."""
+    from_tiles = weight.groups == 1 or weight.group_size % 32 == 0
+    if device.type == "cuda" and from_tiles and weight.out_features % 16 == 0:
+        return "gpu_gated_tiles"
+    return preferred_layout(device)
+
+
 def linear(x: Tensor, weight: PackedWeight | DenseWeight) -> Tensor:
     """``x @ W.T + bias`` for ``x (..., in_features)``, in the dtype of ``x``."""
     if isinstance(weight, PackedWeight):
         return packed_matmul(x, weight)
     return torch.nn.functional.linear(x, weight.weight, weight.bias)
+
+
+def gated_linear(x: Tensor, weight: PackedWeight | DenseWeight) -> Tensor:
+    """``silu(gate) · up`` of the halves of ``linear(x, weight)``: ``(..., out_features / 2)``."""
+    if (
+        isinstance(weight, PackedWeight)
+        and weight.layout == "gpu_gated_tiles"
+        and x.device.type == "cuda"
+    ):
+        from nybble.kernels.triton import matmul as gpu
+
+        if gpu.takes(weight, x.dtype):
+            return gpu.packed_matmul(x, weight, silu_mul=True)
+    return silu_mul(linear(x, weight))
 
 
 def packed_matmul(x: Tensor, weight: PackedWeight) -> Tensor:

@@ -112,8 +112,8 @@ def paged_attention(
         kernel = attention.paged_attention
     else:
         cpu = _cpu(q, q.shape[-1], 32)
-        if cpu and not window and k_scales is None:
-            return cpu.paged_attention(q, k_cache, v_cache, batch, scale)
+        if cpu and k_scales is None:
+            return cpu.paged_attention(q, k_cache, v_cache, batch, scale, window)
         kernel = reference.paged_attention
     return kernel(q, k_cache, v_cache, batch, scale, window, k_scales, v_scales)
 

@@ -174,8 +174,11 @@ class PackedWeight:
     def rows(self, start: int, stop: int) -> PackedWeight:
         """Outputs ``start``…``stop``−1 as a weight of their own, without copying codes.
 
-        In a tiled layout ``start`` must be at the beginning of a tile.
+        In a tiled layout ``start`` must be at the beginning of a tile; one whose halves are
+        interleaved is laid out as ``rows`` first.
         """
+        if self.layout == "gpu_gated_tiles":
+            return self.to_layout("rows").rows(start, stop)
         stop = min(stop, self.out_features)
         tile = tile_rows(self.layout)
         if start % tile:

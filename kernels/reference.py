@@ -63,8 +63,9 @@ def rotary_store(
     float32 ``(tokens, head_dim)``; caches ``(blocks, kv_heads, block_size, head_dim)``;
     slot_mapping int64 ``(tokens,)``: block · block_size + offset, or −1 to write nothing.
 
-    int8 caches come with k_scales and v_scales, float32 ``(blocks, kv_heads, block_size)``: each
-    head of each token is scaled so that its largest magnitude becomes 127.
+    Caches of int8 or float8_e4m3fn come with k_scales and v_scales, float32 ``(blocks, kv_heads,
+    block_size)``: each head of each token is scaled so that its largest magnitude becomes the
+    dtype's, 127 or 448.
     """
     block_size = k_cache.shape[2]
     kept = slot_mapping >= 0
@@ -72,16 +73,17 @@ def rotary_store(
     stored = (_rotate(k, cos, sin)[kept], k_cache, k_scales), (v[kept], v_cache, v_scales)
     for values, cache, scales in stored:
         if scales is not None:
-            values, scales[blocks, :, offsets] = _to_int8(values)
+            values, scales[blocks, :, offsets] = _scaled(values, cache.dtype)
         cache[blocks, :, offsets] = values.to(cache.dtype)
     q.copy_(_rotate(q, cos, sin))
 
 
-def _to_int8(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Integers and their scale, one for each row of the last dimension."""
+def _scaled(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Values of ``dtype`` and their scale, one for each row of the last dimension."""
+    most = 127 if dtype == torch.int8 else 448
     peak = x.float().abs().amax(-1)
-    inverse = torch.where(peak > 0, 127 / peak, 0.0)
-    return torch.floor(x.float() * inverse[..., None] + 0.5), peak / 127
+    wide = x.float() * torch.where(peak > 0, most / peak, 0.0)[..., None]
+    return torch.floor(wide + 0.5) if dtype == torch.int8 else wide, peak / most
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

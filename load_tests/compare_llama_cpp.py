@@ -21,11 +21,11 @@ from typing import Annotated
 
 import aiohttp
 import typer
-from client import Client, Timing
-from drive import prompt
 from nybble.loaders import resolve_model
 from nybble.loaders.cache import cache_folder
 from nybble.loaders.demo import demo_gguf
+from nybble.server.bench.client import Client, Timing
+from nybble.server.bench.workload import random_prompt as prompt
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 

@@ -19,14 +19,9 @@ from typing import Annotated
 
 import aiohttp
 import typer
-from client import Client, Timing
+from nybble.server.bench.client import Client, Timing
+from nybble.server.bench.workload import random_prompt as prompt
 from tqdm import tqdm
-
-_WORDS = (
-    *("function", "returns", "value", "list", "index", "error", "while", "reading", "file"),
-    *("buffer", "parse", "tree", "token", "stream", "client", "server", "request", "response"),
-    *("cache", "block", "memory", "thread", "queue", "lock", "write", "test", "simple", "fast"),
-)
 
 
 @dataclass(frozen=True)
@@ -39,11 +34,6 @@ class Row:
     token_rate: float
     first: tuple[float, float, float]
     gap: tuple[float, float, float]
-
-
-def prompt(words: int, seed: int) -> str:
-    generator = random.Random(seed)
-    return " ".join([str(seed), *(generator.choice(_WORDS) for _ in range(words))])
 
 
 def percentiles(values: list[float]) -> tuple[float, float, float]:

@@ -88,7 +88,7 @@ class AdapterSettings:
                 layers_pattern=_listed(config.get("layers_pattern")),
             )
             settings.check_patterns()
-        except (TypeError, ValueError, AttributeError, re.error) as error:
+        except (TypeError, ValueError, OverflowError, AttributeError, re.error) as error:
             raise AdapterError(f"{path} has a setting of the wrong type: {error}") from error
         for rank in (settings.r, *settings.rank_pattern.values()):
             if not 1 <= rank <= MAX_RANK:

@@ -18,7 +18,7 @@ import torch
 from nybble.kernels import PackedWeight
 from nybble.kernels.packed import INTEGER_LEVELS, SYMMETRIC_LEVELS, pack_nibbles, unpack_nibbles
 from nybble.loaders.errors import CheckpointError
-from nybble.loaders.gptq import require_four_bits
+from nybble.loaders.gptq import checked_group_size, require_four_bits
 from nybble.loaders.shards import Shards
 from torch import Tensor
 
@@ -44,7 +44,8 @@ class AwqReader:
                 f"AWQ version {version!r} is not supported; supported: gemm, gemv"
             )
         group_size = settings.get("group_size", settings.get("q_group_size", 128))
-        return cls(int(group_size), bool(settings.get("zero_point", True)), version == "gemv")
+        size = checked_group_size(group_size)
+        return cls(size, bool(settings.get("zero_point", True)), version == "gemv")
 
     def read(self, shards: Shards, module: str) -> PackedWeight | None:
         """The module's weight, or None if it is not an AWQ one."""

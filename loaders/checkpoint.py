@@ -73,9 +73,9 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         raise CheckpointError(f"{folder} has no config.json: not a model folder")
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    return _FolderCheckpoint(folder, config, _reader(folder))
+    except Exception as error:  # each model's validators raise what they like
+        raise CheckpointError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+    return FolderCheckpoint(folder, config, _reader(folder))
 
 
 def quantization_settings(folder: Path) -> Mapping[str, Any] | None:
@@ -93,24 +93,40 @@ def _reader(folder: Path) -> _Reader | None:
     if settings is None:
         return None
     method = settings.get("quant_method")
-    if method == "gptq":
-        return GptqReader.from_settings(settings)
-    if method == "awq":
-        return AwqReader.from_settings(settings)
-    if method == "bitsandbytes":
-        return BnbReader.from_settings(settings)
+    try:
+        if method == "gptq":
+            return GptqReader.from_settings(settings)
+        if method == "awq":
+            return AwqReader.from_settings(settings)
+        if method == "bitsandbytes":
+            return BnbReader.from_settings(settings)
+    except (TypeError, OverflowError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(
+            f"{folder / 'config.json'}: a setting of the wrong type in quantization_config: {error}"
+        ) from error
     raise CheckpointError(
         f"{folder / 'config.json'}: quant_method {method!r} is not supported; "
         f"supported are {', '.join(_QUANT_METHODS)}"
     )
 
 
-class _FolderCheckpoint:
+class FolderCheckpoint:
+    """A folder in a public layout."""
+
     def __init__(self, folder: Path, config: PretrainedConfig, reader: _Reader | None) -> None:
         self.folder = folder
         self.config = config
         self.format = reader.name if reader else "none"
         self._reader = reader
+
+    def projection(self, shards: Shards, module: str) -> PackedWeight | DenseWeight:
+        """The linear layer ``module`` by itself, from this folder's ``shards``."""
+        _, weight = self._read(shards, module)
+        if isinstance(weight, Tensor):
+            raise CheckpointError(f"{self.folder}: {module} is not a linear layer")
+        return weight
 
     def weights(self) -> Iterator[tuple[str, Weight]]:
         shards = Shards(self.folder)

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from gguf import GGUFReader, dequantize
 from nybble.loaders.errors import CheckpointError
-from safetensors.torch import save_file
+from nybble.loaders.safetensors_file import write_safetensors
 from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer
@@ -57,7 +57,7 @@ def convert_gguf(file: Path, folder: Path, *, tied: bool) -> None:
         tensors["model.embed_tokens.weight"] = tensors.pop(
             "lm_head.weight", tensors["model.embed_tokens.weight"]
         )
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    write_safetensors(tensors, folder / "model.safetensors", {"format": "pt"})
     config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
     config.tie_word_embeddings = tied
     config.dtype = "bfloat16"

@@ -30,6 +30,14 @@ def require_four_bits(settings: Mapping[str, Any], key: str = "bits") -> None:
         raise CheckpointError(f"{settings[key]}-bit weights are not supported; supported: 4 bits")
 
 
+def checked_group_size(value: Any) -> int:
+    """Rows of a group, −1 for all of them. Raises CheckpointError."""
+    size = int(value)
+    if size != -1 and not 1 <= size < 2**31:
+        raise CheckpointError(f"group_size {size} is not supported; expected -1 or above 0")
+    return size
+
+
 @dataclass(frozen=True)
 class GptqReader:
     """``group_size`` −1 means one group per output."""
@@ -47,7 +55,7 @@ class GptqReader:
             raise CheckpointError(
                 f"checkpoint_format {layout!r} is not supported; supported: gptq, gptq_v2"
             )
-        return cls(int(settings.get("group_size", 128)), layout == "gptq")
+        return cls(checked_group_size(settings.get("group_size", 128)), layout == "gptq")
 
     def read(self, shards: Shards, module: str) -> PackedWeight | None:
         """The module's weight, or None if it is not a GPTQ one."""

@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from nybble.kernels import DenseWeight, PackedWeight
 from nybble.kernels.layout import Layout
+from nybble.kernels.progress import Progress, track
 from nybble.loaders.checkpoint import Checkpoint, Weight
 from nybble.loaders.errors import CheckpointError
+from nybble.loaders.safetensors_file import write_safetensors
 from nybble.loaders.shards import Shards
-from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 from transformers import AutoConfig
 
 HEADER = "nybble.json"
@@ -43,12 +43,26 @@ _COPIED = (
 
 
 def save_packed(
-    checkpoint: Checkpoint, folder: Path, *, layout: Layout, progress: bool = True
+    checkpoint: Checkpoint, folder: Path, *, layout: Layout, progress: Progress = True
 ) -> None:
-    """Write a checkpoint's packed form to ``folder``, complete or not at all."""
+    """Write a checkpoint's packed form to ``folder``, complete or not at all.
+
+    Raises OSError where it cannot be written.
+    """
     scratch = folder.with_name(folder.name + ".partial")
     shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
+    try:
+        scratch.mkdir(parents=True)
+        _write(checkpoint, scratch, layout, progress)
+        shutil.rmtree(folder, ignore_errors=True)
+        scratch.rename(folder)
+    except OSError as error:
+        raise OSError(f"cannot write the packed model to {folder}: {error}") from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _write(checkpoint: Checkpoint, folder: Path, layout: Layout, progress: Progress) -> None:
     modules: dict[str, Any] = {}
     shard: dict[str, Tensor] = {}
     written = 0
@@ -57,12 +71,10 @@ def save_packed(
         nonlocal written, shard
         if not shard:
             return
-        save_file(shard, scratch / f"packed-{written:05}.safetensors")
+        write_safetensors(shard, folder / f"packed-{written:05}.safetensors")
         written, shard = written + 1, {}
 
-    for name, weight in tqdm(
-        checkpoint.weights(), desc="Packing", unit=" tensors", disable=not progress
-    ):
+    for name, weight in track(checkpoint.weights(), "Packing", progress, unit="tensors"):
         if isinstance(weight, PackedWeight):
             weight = weight.to_layout(layout)
         modules[name], tensors = _describe(weight)
@@ -71,10 +83,8 @@ def save_packed(
             flush()
     flush()
     header = {"version": VERSION, "format": checkpoint.format, "modules": modules}
-    (scratch / HEADER).write_text(json.dumps(header, indent=1))
-    copy_model_files(checkpoint.folder, scratch)
-    shutil.rmtree(folder, ignore_errors=True)
-    scratch.rename(folder)
+    (folder / HEADER).write_text(json.dumps(header, indent=1))
+    copy_model_files(checkpoint.folder, folder)
 
 
 def copy_model_files(source: Path, target: Path) -> None:
@@ -121,6 +131,14 @@ class PackedCheckpoint:
         self.folder = folder
         self.config = AutoConfig.from_pretrained(folder, local_files_only=True)
         self.format = "packed"
+
+    def check(self) -> None:
+        """Look at every file's header. Raises CheckpointError for what is truncated or missing."""
+        shards = Shards(self.folder)
+        for name, module in self._modules.items():
+            field = {"tensor": "value", "dense": "weight", "packed": "qweight"}[module["kind"]]
+            if f"{name}|{field}" not in shards:
+                raise CheckpointError(f"{self.folder} has no tensor {name}|{field}")
 
     def weights(self) -> Iterator[tuple[str, Weight]]:
         shards = Shards(self.folder)

@@ -3,7 +3,8 @@
 from nybble.quantizers.checkpoint import LayerError, quantize_checkpoint
 from nybble.quantizers.gptq import GptqSettings
 from nybble.quantizers.in_flight import InFlight
-from nybble.quantizers.merge import MergedLayer, merge_adapter, merge_divergence
+from nybble.quantizers.merge import MergedLayer, merge_adapter
+from nybble.quantizers.merge_divergence import merge_divergence
 
 __all__ = [
     "GptqSettings",

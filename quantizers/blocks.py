@@ -60,10 +60,21 @@ class _Enough(Exception):
 class DecoderBlocks:
     """Embeds token ids and runs blocks; activations stay on the CPU, a block on ``device``."""
 
-    def __init__(self, source: Path, device: torch.device, length: int) -> None:
-        """Raises CheckpointError where blocks or sequences of ``length`` are not supported."""
+    def __init__(
+        self,
+        source: Path,
+        device: torch.device,
+        length: int,
+        read: Callable[[str], Tensor] | None = None,
+    ) -> None:
+        """read: a block's parameter by name, where it is not the 16-bit tensor of that name.
+
+        Raises CheckpointError where blocks or sequences of ``length`` are not supported.
+        """
         self._shards = Shards(source)
+        self._read = read or self._shards.read
         config = AutoConfig.from_pretrained(source, local_files_only=True)
+        config.quantization_config = None  # the blocks are dense, whatever is read into them
         if config.model_type not in MODEL_TYPES:
             raise CheckpointError(
                 f"{source}: model_type {config.model_type!r} is not supported; "
@@ -96,7 +107,7 @@ class DecoderBlocks:
         block: nn.Module = self._skeleton.layers[index]
         names = [name for name, _ in block.named_parameters()]
         prefix = f"model.layers.{index}."
-        state = {name: self._shards.read(prefix + name).to(self._device) for name in names}
+        state = {name: self._read(prefix + name).to(self._device) for name in names}
         block.load_state_dict(state, assign=True)
         return block.eval().requires_grad_(False)
 

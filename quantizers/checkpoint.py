@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from nybble.kernels.progress import Progress, track
 from nybble.loaders import CheckpointError
 from nybble.loaders.shards import Shards
 from nybble.quantizers.affine import LEVELS, AffineWeight
@@ -58,7 +59,7 @@ def quantize_checkpoint(
     settings: GptqSettings | None = None,
     clip: bool = False,
     device: torch.device | None = None,
-    progress: bool = True,
+    progress: Progress = True,
 ) -> list[LayerError]:
     """Quantize every linear layer of the decoder to 4 bits; embeddings and head stay as they are.
 
@@ -98,8 +99,7 @@ def quantize_checkpoint(
             raise CheckpointError(f"{source}: {module}: {misfit}") from misfit
     with FolderWriter(target, source, config) as writer:
         if calibration is None:
-            names = tqdm(shards.names(), "Quantizing", unit=" tensors", disable=not progress)
-            for name in names:
+            for name in track(shards.names(), "Quantizing", progress, unit="tensors"):
                 tensor = shards.read(name)
                 if _is_linear(name):
                     module = name.removesuffix(".weight")
@@ -113,8 +113,7 @@ def quantize_checkpoint(
         errors: list[LayerError] = []
         blocks = DecoderBlocks(source, device or torch.device("cpu"), calibration.shape[1])
         hidden = blocks.embed(calibration)
-        bar = tqdm(range(len(blocks)), "Quantizing", unit=" blocks", disable=not progress)
-        for index in bar:
+        for index in track(range(len(blocks)), "Quantizing", progress, unit="blocks"):
             block = blocks.load(index)
             if format == "gptq":
                 quantized = _gptq_block(blocks, block, hidden, group_size, sym, levels, settings)
@@ -131,8 +130,8 @@ def quantize_checkpoint(
                 to_tensors = gptq_tensors if format == "gptq" else awq_tensors
                 writer.add(to_tensors(prefix + name, weight))
                 errors.append(LayerError(prefix + name, error))
-                if progress:
-                    bar.write(f"{prefix}{name}: relative output error {error:.2e}")
+                if progress is True:
+                    tqdm.write(f"{prefix}{name}: relative output error {error:.2e}")
             others = block.state_dict()
             for name in quantized:
                 del others[name + ".weight"]

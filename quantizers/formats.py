@@ -75,7 +75,6 @@ def awq_tensors(name: str, weight: AffineWeight) -> Mapping[str, Tensor]:
 
 def bnb_tensors(name: str, weight: CodebookWeight) -> Mapping[str, Tensor]:
     """bitsandbytes' layout of linear layer ``name``, as transformers saves it."""
-    pairs = weight.codes.view(-1, 2)
     state: dict[str, Any] = {
         "quant_type": weight.quant_type,
         "blocksize": BLOCKSIZE,
@@ -84,7 +83,7 @@ def bnb_tensors(name: str, weight: CodebookWeight) -> Mapping[str, Tensor]:
     }
     name += ".weight"
     tensors = {
-        name: (pairs[:, :1] << 4) | pairs[:, 1:],
+        name: codebook_words(weight.codes),
         f"{name}.quant_map": LEVELS[weight.quant_type].clone(),
     }
     absmax = weight.absmax
@@ -103,6 +102,12 @@ def bnb_tensors(name: str, weight: CodebookWeight) -> Mapping[str, Tensor]:
         tensors[f"{name}.absmax"] = absmax
     encoded = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
     return tensors | {f"{name}.quant_state.bitsandbytes__{weight.quant_type}": encoded}
+
+
+def codebook_words(codes: Tensor) -> Tensor:
+    """bitsandbytes' ``weight`` of uint8 codes in row-major order: uint8 ``(codes / 2, 1)``."""
+    pairs = codes.view(-1, 2)
+    return (pairs[:, :1] << 4) | pairs[:, 1:]
 
 
 def _pack(codes: Tensor, order: tuple[int, ...] | range) -> Tensor:

@@ -1,54 +1,57 @@
 """A base model and an adapter as one checkpoint: W + (α/r)·B·A, exact in float32, then rounded.
 
-On a 4-bit base the sum lies on no 4-bit grid: rounding it adds an error, which is reported for each
-layer and can be measured on text. Layers the adapter leaves alone keep their codes.
+On a 4-bit base the sum lies on no 4-bit grid, and an adapter's change can be smaller than a step of
+the grid: rounding to the nearest then loses most of it. Calibrated, the base's grid is kept where
+there is one, and each column's rounding error is made up for by those still to come
+(:mod:`nybble.quantizers.on_grid`). Layers the adapter leaves alone keep their codes.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from nybble.kernels import DenseWeight, PackedWeight
 from nybble.kernels.packed import INTEGER_LEVELS, SYMMETRIC_LEVELS
-from nybble.loaders import Checkpoint, CheckpointError, LoRAAdapter, open_checkpoint
+from nybble.kernels.progress import Progress, track
+from nybble.loaders import CheckpointError, LoRAAdapter, open_checkpoint
 from nybble.loaders.adapter import LoRAModule, projection_shapes
+from nybble.loaders.checkpoint import FolderCheckpoint
 from nybble.loaders.shards import Shards
 from nybble.quantizers.affine import AffineWeight
+from nybble.quantizers.blocks import STAGES, DecoderBlocks, linear_layer
 from nybble.quantizers.codebook import quantize_codebook
 from nybble.quantizers.formats import (
     Format,
     awq_tensors,
     bnb_tensors,
+    codebook_words,
     gptq_tensors,
     quantization_config,
 )
-from nybble.quantizers.packed_model import load_packed_model
+from nybble.quantizers.on_grid import Compensation, Grid
 from nybble.quantizers.rtn import quantize_affine
 from nybble.quantizers.writer import FolderWriter
-from torch import Tensor, nn
-from torch.nn.functional import kl_div, log_softmax
-from tqdm import tqdm
+from torch import Tensor
 
 _CODEBOOKS = ("nf4", "fp4")
 _DEFAULT_GROUP = 128
-_FUSED = {
-    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
-    "gate_up_proj": ("gate_proj", "up_proj"),
-}
 
 
 @dataclass(frozen=True)
 class MergedLayer:
-    """What rounding the merged weight W of one layer cost, in Frobenius norms.
+    """What rounding the merged weight W of one layer cost.
 
     error: ‖Ŵ − W‖ / ‖W‖. relative_to_change: ‖Ŵ − W‖ / ‖(α/r)·B·A‖; above 1, rounding moved the
     layer further than the adapter did. It is infinite for an adapter that changes nothing.
+    Calibrated, ‖D‖ is the root mean square of Dx over the calibration inputs x, otherwise
+    Frobenius' norm.
     """
 
     name: str
@@ -67,6 +70,7 @@ class _Target:
     dtype: torch.dtype
 
 
+@torch.no_grad()
 def merge_adapter(
     source: Path,
     adapter: LoRAAdapter,
@@ -74,20 +78,25 @@ def merge_adapter(
     *,
     format: Format | Literal["bf16"] | None = None,
     keep_16_bits: bool = False,
-    progress: bool = True,
+    calibration: Tensor | None = None,
+    device: torch.device | None = None,
+    progress: Progress = True,
 ) -> list[MergedLayer]:
     """Write ``source`` with ``adapter`` merged into it to ``target``, in a public layout.
 
     format: ``bf16``, or a 4-bit format; None for the source's own. In the source's own format,
         layers without an adapter are kept exactly; in another, every layer is rounded.
     keep_16_bits: leave the layers that have an adapter in 16 bits, where the others stay 4-bit.
+    calibration: token ids int64 ``(samples, length)`` the rounding error is made small on. Without,
+        layers are rounded to the nearest on scales fitted anew.
+    device: where calibration computes; the CPU if None.
 
     Returns the cost of each layer the adapter changes. Raises CheckpointError where the source is
     in the packed form or a layer does not fit the format, FileExistsError where the target has
     content, ValueError where keep_16_bits has nothing to keep 4-bit.
     """
     checkpoint = open_checkpoint(source)
-    if checkpoint.format == "packed":
+    if not isinstance(checkpoint, FolderCheckpoint):
         raise CheckpointError(
             f"{source} is the packed form: give the checkpoint it was packed from"
         )
@@ -97,74 +106,181 @@ def merge_adapter(
     if keep_16_bits and (not same or plan.format is None):
         raise ValueError("layers can be kept in 16 bits only in the source's own 4-bit format")
     _configure(config, plan, sorted(adapter.modules) if keep_16_bits else [], same)
-    shards = Shards(source)
     shapes = projection_shapes(checkpoint.config)
+    merge = _Merge(checkpoint, Shards(source), adapter, plan, same, keep_16_bits)
+    calibrator = None
+    if calibration is not None and plan.format is not None and not keep_16_bits:
+        calibrator = _Calibrator(merge, calibration, device or torch.device("cpu"))
     report: list[MergedLayer] = []
+    names = track(shapes, "Merging", progress, unit="layers")
     with FolderWriter(target, source, config) as writer:
-        for name in shards.names():
+        for name in merge.shards.names():
             if _owner(name, shapes) is None:
-                writer.add({name: shards.read(name)})
-        bar = tqdm(total=len(shapes), desc="Merging", unit=" layers", disable=not progress)
-        for name, weight in _projections(checkpoint, shapes):
-            module = adapter.modules.get(name)
-            if name + ".bias" in shards:
-                writer.add({name + ".bias": shards.read(name + ".bias")})
-            if module is None and same:
-                writer.add(_unchanged(shards, name, weight, plan))
-            else:
-                keep = keep_16_bits and module is not None
-                tensors, layer = _merged(name, weight, module, plan, keep)
+                writer.add({name: merge.shards.read(name)})
+        for _, block in groupby(names, lambda name: name.split(".")[2]):
+            moments = calibrator.moments() if calibrator else {}
+            values: dict[str, Tensor] = {}
+            for name in block:
+                if name + ".bias" in merge.shards:
+                    writer.add({name + ".bias": merge.shards.read(name + ".bias")})
+                tensors, values[name], layer = merge.layer(name, moments.get(name))
                 writer.add(tensors)
                 report += [layer] if layer is not None else []
-            bar.update()
-        bar.close()
+            if calibrator:
+                calibrator.advance(values)
     return report
 
 
-@torch.no_grad()
-def merge_divergence(
-    source: Path,
-    adapter: LoRAAdapter,
-    merged: Path,
-    token_ids: Tensor,
-    *,
-    length: int = 512,
-    device: torch.device | None = None,
-    dtype: torch.dtype = torch.bfloat16,
-) -> float:
-    """Mean over tokens of KL(source with the adapter ‖ merged), in nats.
+@dataclass(frozen=True)
+class _Merge:
+    """same: the layers without an adapter stay as they are."""
 
-    token_ids: int64 ``(tokens,)``, read in windows of ``length``. One model is in memory at a time.
-    """
-    device = device or torch.device("cpu")
-    windows = list(torch.split(token_ids.to(device), length))
+    checkpoint: FolderCheckpoint
+    shards: Shards
+    adapter: LoRAAdapter
+    plan: _Target
+    same: bool
+    keep_16_bits: bool
 
-    def hidden_states(folder: Path, lora: LoRAAdapter | None) -> tuple[nn.Module, list[Tensor]]:
-        model = load_packed_model(open_checkpoint(folder), device=device, dtype=dtype)
-        for name, module in lora.modules.items() if lora is not None else ():
-            _add_lora(model.get_submodule(name), module, device, dtype)
-        states = [model.base_model(ids[None], use_cache=False)[0][0] for ids in windows]
-        return model.get_submodule("lm_head"), states
+    def exact(self, name: str) -> Tensor:
+        """The merged weight, float32 ``(out, in)``."""
+        weight = _dense(self.checkpoint.projection(self.shards, name))
+        module = self.adapter.modules.get(name)
+        return weight if module is None else weight + _change(module)
 
-    expected_head, expected = hidden_states(source, adapter)
-    head, found = hidden_states(merged, None)
-    total = 0.0
-    for before, after in zip(expected, found, strict=True):
-        wanted = log_softmax(expected_head(before).float(), dim=-1)
-        total += float(
-            kl_div(log_softmax(head(after).float(), -1), wanted, reduction="sum", log_target=True)
-        )
-    return total / len(token_ids)
+    def changes(self, name: str) -> bool:
+        return not self.same or name in self.adapter.modules
+
+    def layer(
+        self, name: str, compensation: Compensation | None
+    ) -> tuple[Mapping[str, Tensor], Tensor, MergedLayer | None]:
+        """The layer's tensors, the weight they stand for, and its cost if an adapter is in it."""
+        weight = self.checkpoint.projection(self.shards, name)
+        if not self.changes(name):
+            return self._unchanged(name, weight), _dense(weight), None
+        exact, plan = self.exact(name), self.plan
+        if plan.format is None or self.keep_16_bits:
+            rounded = exact.to(plan.dtype)
+            tensors: Mapping[str, Tensor] = {name + ".weight": rounded}
+        elif plan.format == "nf4" or plan.format == "fp4":
+            tensors, rounded = self._on_codebook(name, weight, exact, compensation)
+        else:
+            affine = self._on_affine(name, weight, exact, compensation)
+            tensors, rounded = self._affine_tensors(name, affine), affine.dequantize()
+        module = self.adapter.modules.get(name)
+        if module is None:
+            return tensors, rounded, None
+        norm = Tensor.norm if compensation is None else compensation.output_norm
+        moved, change = float(norm(rounded.float() - exact)), float(norm(_change(module)))
+        relative = moved / change if change else float("inf")
+        return tensors, rounded, MergedLayer(name, moved / float(norm(exact)), relative)
+
+    def _unchanged(self, name: str, weight: PackedWeight | DenseWeight) -> Mapping[str, Tensor]:
+        """Affine codes written anew, everything else copied."""
+        if isinstance(weight, DenseWeight) or self.plan.format in (None, *_CODEBOOKS):
+            return self._stored(name)
+        return self._affine_tensors(name, _affine(name, weight))
+
+    def _stored(self, name: str) -> dict[str, Tensor]:
+        names = [n for n in self.shards.names() if n.startswith(name + ".")]
+        return {n: self.shards.read(n) for n in names if n != name + ".bias"}
+
+    def _affine_tensors(self, name: str, weight: AffineWeight) -> Mapping[str, Tensor]:
+        return (gptq_tensors if self.plan.format == "gptq" else awq_tensors)(name, weight)
+
+    def _on_affine(
+        self,
+        name: str,
+        weight: PackedWeight | DenseWeight,
+        exact: Tensor,
+        compensation: Compensation | None,
+    ) -> AffineWeight:
+        """Calibrated, on the base's own grid if it has one, otherwise on scales fitted anew."""
+        if compensation is None:
+            return _rounded(name, weight, exact, self.plan)
+        if self.same and isinstance(weight, PackedWeight):
+            base = _affine(name, weight)
+        else:
+            base = _rounded(name, weight, exact, self.plan)
+        return replace(base, codes=compensation.codes(exact, Grid.of_affine(base)))
+
+    def _on_codebook(
+        self,
+        name: str,
+        weight: PackedWeight | DenseWeight,
+        exact: Tensor,
+        compensation: Compensation | None,
+    ) -> tuple[Mapping[str, Tensor], Tensor]:
+        """As :meth:`_on_affine`; returns the tensors and the weight they stand for."""
+        plan = self.plan
+        assert plan.format == "nf4" or plan.format == "fp4"
+        if compensation is not None and self.same and isinstance(weight, PackedWeight):
+            grid = Grid.of_packed(weight)
+            codes = compensation.codes(exact, grid)
+            tensors = self._stored(name)
+            before = tensors[name + ".weight"]
+            words = codebook_words(codes).view(before.dtype).view(before.shape)
+            return tensors | {name + ".weight": words}, grid.values(codes)
+        try:
+            codebook = quantize_codebook(
+                exact.to(plan.dtype), plan.format, double_quant=plan.double_quant
+            )
+        except ValueError as misfit:
+            raise CheckpointError(f"{name}: {misfit}") from misfit
+        if compensation is not None:
+            codes = compensation.codes(exact, Grid.of_blocks(codebook))
+            codebook = replace(codebook, codes=codes.view(codebook.codes.shape))
+        return bnb_tensors(name, codebook), codebook.dequantize()
 
 
-def _add_lora(layer: nn.Module, lora: LoRAModule, device: torch.device, dtype: torch.dtype) -> None:
-    a = lora.a.to(device, dtype)
-    b = (lora.b.float() * lora.scale).to(device, dtype)
+class _Calibrator:
+    """What the layers of the merged model read, block by block, earlier blocks being rounded."""
 
-    def add(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return output + (inputs[0] @ a.T) @ b.T
+    def __init__(self, merge: _Merge, token_ids: Tensor, device: torch.device) -> None:
+        self._merge = merge
+        source = merge.checkpoint.folder
+        self._blocks = DecoderBlocks(source, device, token_ids.shape[1], self._parameter)
+        self._hidden = self._blocks.embed(token_ids)
+        self._index = 0
 
-    layer.register_forward_hook(add)
+    def moments(self) -> dict[str, Compensation]:
+        """For the next block's layers that are to be rounded, those with one input sharing one."""
+        self._block = self._blocks.load(self._index)
+        prefix = f"model.layers.{self._index}."
+        stages = [s for s in STAGES if any(self._merge.changes(prefix + name) for name in s)]
+        if not stages:
+            return {}
+        found = self._blocks.statistics(self._block, self._hidden, [stage[0] for stage in stages])
+        result: dict[str, Compensation] = {}
+        for stage in stages:
+            result |= dict.fromkeys(
+                (prefix + name for name in stage), Compensation(found[stage[0]].second_moment)
+            )
+        return result
+
+    def advance(self, values: Mapping[str, Tensor]) -> None:
+        """Go on to the block after, with the block's weights as they were rounded."""
+        for name, value in values.items():
+            layer = linear_layer(self._block, name.split(".", 3)[3])
+            layer.weight.data = value.to(layer.weight)
+        self._hidden = self._blocks.outputs(self._block, self._hidden)
+        self._blocks.unload(self._index)
+        self._index += 1
+
+    def _parameter(self, name: str) -> Tensor:
+        stored, shards = self._hidden.dtype, self._merge.shards
+        module = name.removesuffix(".weight")
+        if name.endswith("_proj.weight"):
+            return self._merge.exact(module).to(stored)
+        return shards.read(name).to(stored)
+
+
+def _dense(weight: PackedWeight | DenseWeight) -> Tensor:
+    return weight.dequantize() if isinstance(weight, PackedWeight) else weight.weight.float()
+
+
+def _change(module: LoRAModule) -> Tensor:
+    return module.scale * (module.b.float() @ module.a.float())
 
 
 def _plan(source: Path, config: Mapping[str, Any], format: str) -> _Target:
@@ -219,36 +335,6 @@ def _owner(tensor: str, shapes: Mapping[str, object]) -> str | None:
     return next((name for name in names if name in shapes), None)
 
 
-def _projections(
-    checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, int]]
-) -> Iterator[tuple[str, PackedWeight | DenseWeight]]:
-    """Every projection by itself, without its bias."""
-    for name, weight in checkpoint.weights():
-        parent, _, leaf = name.rpartition(".")
-        names = [f"{parent}.{part}" for part in _FUSED.get(leaf, (leaf,))]
-        if isinstance(weight, Tensor) or names[0] not in shapes:
-            continue
-        start = 0
-        for part in names:
-            stop = start + shapes[part][0]
-            if isinstance(weight, PackedWeight):
-                yield part, weight.to_layout("rows").rows(start, stop)
-            else:
-                yield part, DenseWeight(weight.weight[start:stop])
-            start = stop
-
-
-def _unchanged(
-    shards: Shards, name: str, weight: PackedWeight | DenseWeight, plan: _Target
-) -> Mapping[str, Tensor]:
-    """A layer in its own format: affine codes written anew, everything else copied."""
-    if isinstance(weight, DenseWeight) or plan.format in (None, *_CODEBOOKS):
-        names = [n for n in shards.names() if n.startswith(name + ".") and n != name + ".bias"]
-        return {n: shards.read(n) for n in names}
-    write = gptq_tensors if plan.format == "gptq" else awq_tensors
-    return write(name, _affine(name, weight))
-
-
 def _affine(name: str, weight: PackedWeight) -> AffineWeight:
     """The codes of a packed weight in the order of the inputs."""
     codes, groups = weight.codes(), torch.arange(weight.in_features) // weight.group_size
@@ -263,42 +349,6 @@ def _affine(name: str, weight: PackedWeight) -> AffineWeight:
         order = weight.perm.long().argsort()
         codes, groups = codes[:, order], groups[order]
     return AffineWeight(codes, weight.scales, zeros, groups)
-
-
-def _merged(
-    name: str,
-    weight: PackedWeight | DenseWeight,
-    module: LoRAModule | None,
-    plan: _Target,
-    keep_16_bits: bool,
-) -> tuple[Mapping[str, Tensor], MergedLayer | None]:
-    exact = weight.dequantize() if isinstance(weight, PackedWeight) else weight.weight.float()
-    change = None
-    if module is not None:
-        change = module.scale * (module.b.float() @ module.a.float())
-        exact = exact + change
-    if plan.format is None or keep_16_bits:
-        rounded = exact.to(plan.dtype)
-        tensors: Mapping[str, Tensor] = {name + ".weight": rounded}
-    elif plan.format == "nf4" or plan.format == "fp4":
-        try:
-            codebook = quantize_codebook(
-                exact.to(plan.dtype), plan.format, double_quant=plan.double_quant
-            )
-        except ValueError as misfit:
-            raise CheckpointError(f"{name}: {misfit}") from misfit
-        rounded, tensors = codebook.dequantize(), bnb_tensors(name, codebook)
-    else:
-        affine = _rounded(name, weight, exact, plan)
-        rounded = affine.dequantize()
-        write = gptq_tensors if plan.format == "gptq" else awq_tensors
-        tensors = write(name, affine)
-    if change is None:
-        return tensors, None
-    moved = float((rounded.float() - exact).norm())
-    changed = float(change.norm())
-    relative = moved / changed if changed else float("inf")
-    return tensors, MergedLayer(name, moved / float(exact.norm()), relative)
 
 
 def _rounded(

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any
 
 from nybble.loaders.packed_file import copy_model_files
-from safetensors.torch import save_file
+from nybble.loaders.safetensors_file import write_safetensors
 from torch import Tensor
 
 _SHARD_BYTES = 1 << 30
@@ -46,7 +46,7 @@ class FolderWriter:
 
     def _flush(self) -> None:
         path = self._scratch / f"model-{len(self._files) + 1:05}.safetensors"
-        save_file(self._shard, path, {"format": "pt"})
+        write_safetensors(self._shard, path, {"format": "pt"})
         self._weight_map.update(dict.fromkeys(self._shard, path.name))
         self._files.append(path)
         self._shard, self._bytes = {}, 0

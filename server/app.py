@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from pathlib import Path
+from collections.abc import Awaitable, Callable
 from uuid import uuid4
 
 from aiohttp import web
 from aiohttp.typedefs import Middleware
 from nybble.engine import Engine
+from nybble.server.adapter_owners import AdapterOwners
+from nybble.server.adapter_state import AdapterState
 from nybble.server.adapters import ADMIN_PATHS, AdapterAdmin
+from nybble.server.api.model_names import ModelNames
 from nybble.server.api.routes import Api
+from nybble.server.console.page import Console
 from nybble.server.errors import as_api_error
+from nybble.server.fine_tuning import FineTuning
+from nybble.server.fine_tuning.access import needs_right
 from nybble.server.gate import Gate
 from nybble.server.keys import Keys, bearer
 from nybble.server.limits import Limiter
 from nybble.server.logs import Event
 from nybble.server.metrics import Metrics
 from nybble.server.request_record import RECORD, RequestRecord
+from nybble.server.settings import ServerSettings
+from nybble.server.templates import TemplateRenderer
 from nybble.server.tenants import TENANT, Tenants
 
 logger = logging.getLogger(__name__)
@@ -33,40 +41,59 @@ _ACCEPTABLE_ID = re.compile(r"[\x21-\x7e]{1,128}")
 _CLIENT_CLOSED = 499
 # What load balancers and Prometheus ask without a key.
 _OPEN_PATHS = ("/health", "/metrics", "/version")
+# And the page, which asks for one itself.
+_OPEN_ROUTES = ("/", "/console/{name}")
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 def make_app(
-    engine: Engine,
-    *,
-    models: tuple[str, ...],
-    max_sequences: int,
-    gate: Gate,
-    api_keys: Sequence[str] = (),
-    admin_keys: Sequence[str] = (),
-    adapter_roots: Sequence[Path] = (),
-    tenants: Tenants | None = None,
+    engine: Engine, settings: ServerSettings, gate: Gate, templates: TemplateRenderer
 ) -> web.Application:
-    """The application over a started engine.
-
-    models: the names it answers to, the first being its own. max_sequences: how many may be
-    waiting and running at once. api_keys: with any, requests must carry one of them.
-    admin_keys: the same for administration, which needs one. adapter_roots: folders that adapters
-    may be loaded from. tenants: whose keys are taken too, each with what it allows.
-    """
-    metrics = Metrics(engine, max_sequences)
+    """The application over a started engine."""
+    models, tenants = settings.models, settings.tenants
+    metrics = Metrics(engine, settings.max_sequences)
     limiter = Limiter()
-    api = Api(engine, metrics, models, max_sequences, gate, limiter)
-    middlewares: list[Middleware] = [_observe(metrics), _report_errors]
-    if api_keys or tenants is not None:
-        middlewares.append(_authenticate(Keys(api_keys, kind="API key"), tenants))
+    cors = settings.cors
+    owners = AdapterOwners()
+    names = ModelNames(engine, models, owners)
+    tracing = settings.tracing
+    ended = None if tracing is None else tracing.sequence
+    api = Api(engine, metrics, names, settings.max_sequences, gate, limiter, templates, ended)
+    admin_keys = Keys(settings.admin_keys, kind="admin key")
+    middlewares: list[Middleware] = [_observe(metrics)]
+    if tracing is not None:
+        middlewares.append(tracing.middleware())
+    middlewares.append(_report_errors)
+    if cors is not None:
+        middlewares.append(cors.middleware())
+    if settings.api_keys or tenants is not None:
+        keys = Keys(settings.api_keys, kind="API key")
+        middlewares.append(_authenticate(keys, tenants, admin_keys))
     middlewares.append(_enter(gate))
     app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=middlewares)
     app.add_routes(api.routes())
-    admin = AdapterAdmin(engine, models, Keys(admin_keys, kind="admin key"), adapter_roots)
+    state = None if settings.adapter_state is None else AdapterState(settings.adapter_state)
+    admin = AdapterAdmin(engine, models, admin_keys, settings.adapter_roots, state)
     app.add_routes(admin.routes())
+    if settings.console:
+        app.add_routes(Console().routes())
+    if settings.fine_tuning is not None:
+        assert settings.model_folder is not None
+        tuning = FineTuning(
+            engine,
+            settings.fine_tuning,
+            base=settings.model_folder,
+            models=models,
+            owners=owners,
+            admin_keys=admin_keys,
+        )
+        metrics.register(tuning.collector)
+        app.add_routes(tuning.routes())
+        app.cleanup_ctx.append(tuning.lifespan)
     app.on_response_prepare.append(_send_request_id)
+    if cors is not None:
+        app.on_response_prepare.append(cors.send)
     app.on_response_prepare.append(_send_limits(limiter))
     return app
 
@@ -85,6 +112,9 @@ def _observe(metrics: Metrics) -> Middleware:
             response = await handler(request)
             status = response.status
             return response
+        except ConnectionError:
+            # The client is gone: as where it is found out by cancelling, nobody can be answered.
+            raise asyncio.CancelledError from None
         finally:
             resource = request.match_info.route.resource
             route = resource.canonical if resource is not None else "unknown"
@@ -100,6 +130,7 @@ def _observe(metrics: Metrics) -> Middleware:
                 "status": status,
                 "seconds": round(seconds, 6),
                 "error": record.cause,
+                "trace_id": record.trace_id,
                 "tenant": None if tenant is None else tenant.name,
                 **record.usage_fields(),
             }
@@ -134,18 +165,21 @@ async def _report_errors(request: web.Request, handler: Handler) -> web.StreamRe
         return failure.response()
 
 
-def _authenticate(keys: Keys, tenants: Tenants | None) -> Middleware:
+def _authenticate(keys: Keys, tenants: Tenants | None, admin_keys: Keys) -> Middleware:
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         resource = request.match_info.route.resource
         # Administration asks for a key of its own.
         administration = resource is not None and resource.canonical in ADMIN_PATHS
-        if request.path not in _OPEN_PATHS and not administration:
+        page = resource is not None and resource.canonical in _OPEN_ROUTES
+        if request.path not in _OPEN_PATHS and not page and not administration:
             key = bearer(request)
             tenant = tenants.find(key) if tenants is not None and key is not None else None
             if tenant is not None:
                 request[TENANT] = tenant
-            elif key is None or not keys.hold(key):
+            elif key is None or not (
+                keys.hold(key) or (needs_right(request) and admin_keys.hold(key))
+            ):
                 raise keys.refusal()
         return await handler(request)
 

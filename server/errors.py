@@ -9,9 +9,11 @@ from aiohttp import web
 from nybble.engine import (
     AdapterError,
     AdapterUnavailableError,
+    EngineFailedError,
     EngineOverloadedError,
     EngineStoppedError,
     GuideError,
+    OutOfMemoryError,
     ParameterError,
 )
 from nybble.server.logs import Event
@@ -25,6 +27,7 @@ _TYPES = {
     429: "rate_limit_error",
 }
 _RETRY_AFTER_STOPPED = 10
+_RETRY_AFTER_OUT_OF_MEMORY = 5
 _MAX_MESSAGE = 500
 _MAX_PARAM = 100
 
@@ -33,6 +36,7 @@ class ApiError(Exception):
     """A response other than the one asked for.
 
     param: the request's parameter at fault. code: a stable name for programs. retry_after: seconds.
+    allow: the methods that are allowed, of a 405.
     """
 
     def __init__(
@@ -43,6 +47,7 @@ class ApiError(Exception):
         param: str | None = None,
         code: str | None = None,
         retry_after: int | None = None,
+        allow: str | None = None,
     ) -> None:
         # One line of bounded length, whatever of the request it quotes.
         message = " ".join(message.split())[:_MAX_MESSAGE]
@@ -52,6 +57,7 @@ class ApiError(Exception):
         self.param = None if param is None else param[:_MAX_PARAM]
         self.code = code
         self.retry_after = retry_after
+        self.allow = allow
 
     @property
     def cause(self) -> str:
@@ -73,6 +79,8 @@ class ApiError(Exception):
         headers = {}
         if self.retry_after is not None:
             headers["Retry-After"] = str(self.retry_after)
+        if self.allow is not None:
+            headers["Allow"] = self.allow
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
         return web.Response(
@@ -97,6 +105,12 @@ def as_api_error(error: Exception, request_id: str) -> ApiError:
         return ApiError(503, str(error), code="adapter_unavailable")
     if isinstance(error, EngineOverloadedError):
         return ApiError(429, str(error), code="overloaded", retry_after=error.retry_after)
+    if isinstance(error, OutOfMemoryError):
+        return ApiError(
+            503, str(error), code="out_of_memory", retry_after=_RETRY_AFTER_OUT_OF_MEMORY
+        )
+    if isinstance(error, EngineFailedError):
+        return ApiError(500, str(error), code="engine_failed")
     if isinstance(error, EngineStoppedError):
         return ApiError(
             503, str(error), code="engine_unavailable", retry_after=_RETRY_AFTER_STOPPED
@@ -105,7 +119,7 @@ def as_api_error(error: Exception, request_id: str) -> ApiError:
         return ApiError(413, "the request body is too large", code="request_too_large")
     if isinstance(error, web.HTTPMethodNotAllowed):
         allowed = ", ".join(sorted(error.allowed_methods))
-        return ApiError(405, f"{error.method} is not allowed here, only {allowed}")
+        return ApiError(405, f"{error.method} is not allowed here, only {allowed}", allow=allowed)
     if isinstance(error, web.HTTPNotFound):
         return ApiError(404, "there is nothing at this path", code="not_found")
     if isinstance(error, web.HTTPException):

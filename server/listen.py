@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import socket
 
+BACKLOG = 1024  # connections that wait to be accepted
+
 
 def bind(host: str, port: int) -> socket.socket:
     """A socket bound to the address, not listening yet. Raises OSError naming what was refused."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal
 
+from aiohttp.http_exceptions import HttpProcessingError
 from pydantic_core import to_json
 
 _TEXT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
@@ -58,6 +59,16 @@ def configure(level: str, format: Literal["text", "json"]) -> None:
     handler.setFormatter(JsonFormatter() if format == "json" else logging.Formatter(_TEXT))
     logging.basicConfig(level=level.upper(), handlers=[handler])
     logging.captureWarnings(format == "json")
+    logging.getLogger("aiohttp.server").addFilter(_without_its_bytes)
+
+
+def _without_its_bytes(record: logging.LogRecord) -> bool:
+    """aiohttp quotes the line of a malformed request, and a key may be in it."""
+    if record.exc_info and isinstance(record.exc_info[1], HttpProcessingError):
+        record.exc_info = None
+        record.msg, record.args = "a request was no HTTP and got 400", ()
+        record.levelno, record.levelname = logging.INFO, "INFO"
+    return True
 
 
 def error(message: str) -> None:

@@ -52,6 +52,12 @@ class Metrics:
             registry=self._registry,
         ).set(max_sequences)
 
+        self.event_loop_tasks = Gauge(
+            "nybble_event_loop_tasks",
+            "Tasks of the server's event loop: a few for each connection and request.",
+            registry=self._registry,
+        )
+
         def histogram(name: str, about: str, buckets: tuple[float, ...] = _SECONDS) -> Histogram:
             return Histogram(name, about, buckets=buckets, registry=self._registry)
 
@@ -151,6 +157,10 @@ class Metrics:
         self._by_adapter.generated(request.adapter, tokens)
         self._by_tenant.generated(request.tenant, tokens)
 
+    def register(self, collector: Collector) -> None:
+        """Show another part's metrics too."""
+        self._registry.register(collector)
+
     def render(self) -> bytes:
         """The exposition in Prometheus' text format."""
         return generate_latest(self._registry)
@@ -219,6 +229,8 @@ class _EngineCollector(Collector):
                 "Sequences sent back to wait for KV blocks.",
                 stats.preemptions,
             ),
+            "nybble_engine_failures": ("Failures of the engine.", stats.failures),
+            "nybble_engine_restarts": ("Times the engine began again.", stats.restarts),
             "nybble_engine_steps": ("Steps of the engine.", stats.steps),
             "nybble_engine_step_seconds": (
                 "Time spent in steps: its rate is the part of the time the engine is busy.",

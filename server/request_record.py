@@ -12,11 +12,13 @@ from nybble.server.api.generation import Usage
 class RequestRecord:
     """Filled in while the request is answered.
 
-    cause: code of the error it ended with. usage: of the job it started, with its adapter.
+    cause: code of the error it ended with. trace_id: of OpenTelemetry, where it is
+    traced. usage: of the job it started, with its adapter.
     """
 
     id: str
     cause: str | None = None
+    trace_id: str | None = None
     usage: Usage | None = None
 
     def usage_fields(self) -> dict[str, str | int | None]:

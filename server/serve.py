@@ -7,19 +7,19 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 
 from aiohttp import web
-from nybble.engine import Engine
+from nybble.engine import Engine, EngineFailedError
 from nybble.server.adapter_watch import AdapterWatch
 from nybble.server.app import make_app
 from nybble.server.gate import Gate
-from nybble.server.tenants import Tenants
+from nybble.server.listen import BACKLOG
+from nybble.server.settings import ServerSettings
+from nybble.server.templates import TemplateRenderer
 
 logger = logging.getLogger(__name__)
 
-_BACKLOG = 1024
 # Without a request, or with one whose headers do not end.
 _KEEPALIVE_SECONDS = 75
 # For responses whose last bytes are on the way when everything has been computed.
@@ -29,34 +29,22 @@ _FLUSH_SECONDS = 5
 async def serve(
     engine: Engine,
     sock: socket.socket,
+    settings: ServerSettings,
     *,
-    models: tuple[str, ...],
-    max_sequences: int,
-    api_keys: Sequence[str] = (),
-    admin_keys: Sequence[str] = (),
-    adapter_roots: Sequence[Path] = (),
-    tenants: Tenants | None = None,
-    adapter_watch: Path | None = None,
-    shutdown_timeout: float = 30,
     ready: Callable[[], None] = lambda: None,
 ) -> None:
     """Serve a started engine until SIGINT or SIGTERM, then let requests in flight finish.
 
-    While they do, new ones get 503. Those not finished after ``shutdown_timeout`` seconds end with
-    an error. A second signal ends the process at once. ``ready`` is called when requests are taken.
-    SIGHUP has the tenants read again. adapter_watch: a folder whose adapters come and go.
+    While they do, new ones get 503. Those not finished in time end with an error. A second signal
+    ends the process at once. ``ready`` is called when requests are taken. SIGHUP has the tenants
+    read again.
+
+    Raises EngineFailedError once every client is told, where the engine has failed for good.
     """
     gate = Gate()
-    app = make_app(
-        engine,
-        models=models,
-        max_sequences=max_sequences,
-        gate=gate,
-        api_keys=api_keys,
-        admin_keys=admin_keys,
-        adapter_roots=adapter_roots,
-        tenants=tenants,
-    )
+    templates = TemplateRenderer()
+    app = make_app(engine, settings, gate, templates)
+    templates.start()
     # Cancelling handlers of clients that have gone is what cancels their sequences.
     runner = web.AppRunner(
         app,
@@ -68,19 +56,22 @@ async def serve(
     await runner.setup()
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
+    engine.when_dead(lambda: _tell(loop, stopping))
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, _on_signal, stopping, number)
-    if tenants is not None:
-        loop.add_signal_handler(signal.SIGHUP, tenants.reload)
+    if settings.tenants is not None:
+        loop.add_signal_handler(signal.SIGHUP, settings.tenants.reload)
     watch = None
-    if adapter_watch is not None:
-        watch = asyncio.create_task(AdapterWatch(engine, adapter_watch, models).run())
+    if settings.adapter_watch is not None:
+        adapters = AdapterWatch(engine, settings.adapter_watch, settings.models)
+        watch = asyncio.create_task(adapters.run())
     try:
-        await web.SockSite(runner, sock, backlog=_BACKLOG).start()
+        await web.SockSite(runner, sock, backlog=BACKLOG, ssl_context=settings.tls).start()
         ready()
         await stopping.wait()
-        logger.info("shutting down: finishing requests for at most %g s", shutdown_timeout)
-        left = await gate.close(shutdown_timeout)
+        timeout = settings.shutdown_timeout if engine.failure is None else _FLUSH_SECONDS
+        logger.info("shutting down: finishing requests for at most %g s", timeout)
+        left = await gate.close(timeout)
         if left:
             logger.warning("%d requests did not finish in time and end with an error", left)
     finally:
@@ -89,6 +80,15 @@ async def serve(
         # First the engine, so that what is still streaming is told; then the connections.
         await asyncio.to_thread(engine.stop)
         await runner.cleanup()
+        templates.close()
+        if settings.tracing is not None:
+            await asyncio.to_thread(settings.tracing.close)
+    if engine.failure is not None:
+        raise EngineFailedError(f"the engine has failed: {engine.failure}")
+
+
+def _tell(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:
+    loop.call_soon_threadsafe(event.set)
 
 
 def _on_signal(stopping: asyncio.Event, number: int) -> None:

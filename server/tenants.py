@@ -8,10 +8,11 @@
     requests_per_minute = 600
     tokens_per_minute = 100_000
     max_concurrency = 16
+    fine_tuning = true
 
-Everything but ``keys`` may be left out: all models and adapters, weight 1, no limit. A key is
-stored as the SHA-256 of its text (``nybble new-key`` makes both), which is enough for keys drawn at
-random. Patterns are those of the shell.
+Everything but ``keys`` may be left out: all models and adapters, weight 1, no limit, no
+fine-tuning. A key is stored as the SHA-256 of its text (``nybble new-key`` makes both), which is
+enough for keys drawn at random. Patterns are those of the shell.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ class Tenant(BaseModel):
     requests_per_minute: Annotated[int, Field(ge=1)] | None = None
     tokens_per_minute: Annotated[int, Field(ge=1)] | None = None
     max_concurrency: Annotated[int, Field(ge=1)] | None = None
+    fine_tuning: bool = False
 
     def may_use_model(self, name: str) -> bool:
         return any(fnmatchcase(name, pattern) for pattern in self.models)

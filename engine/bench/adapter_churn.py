@@ -93,6 +93,7 @@ def main() -> None:
             adapters=AdapterConfig(SLOTS, RANK, host_bytes=IN_HOST * size * 5 // 4),
         )
         engine = Engine.load(checkpoint, config)
+        engine.warm_up()
         for path in paths:
             engine.load_adapter(path.name, str(path))
         engine.start()

@@ -1,38 +1,29 @@
-"""The 4-bit matmul on a GPU: checked against float64, then timed against its peers, in one run.
+"""The 4-bit matmul on a GPU: timed against its peers and its floor, each result checked.
 
-    python kernels/bench/gpu_matmul.py [--minutes 5] [--out DIR] [--dry-run]
-
-Checks come first and a failed one ends the run with exit code 1. The table's columns are
-microseconds (median of CUDA graph replays, on weights rotated so that the L2 cache does not
-flatter). `overlap` is `affine g128` launched while the product before is finishing. `floor` is the
-larger of the packed bytes over the copy bandwidth and the operations over the bf16 matrix rate,
-both measured in the same run; `%` is floor over `affine g128`. `err` is the largest relative error
-of our columns against float64, on the data that was timed. A peer that is not installed shows –.
-`--dry-run` takes tiny sizes through Triton's interpreter on the CPU: every line of this file but
-no meaningful time.
+The table's columns are microseconds (median of CUDA graph replays, on weights rotated so that the
+L2 cache does not flatter). `overlap` is `affine g128` launched while the product before is
+finishing, `silu·mul` has the activation of a gated weight in the product. `floor` is the larger of
+the packed bytes over the copy bandwidth and the operations over the bf16 matrix rate, both measured
+in the same run; `%` is floor over `affine g128`. `err` is the largest relative error of our columns
+against float64, on the data that was timed. A peer that is not installed or fails shows –.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-if "--dry-run" in sys.argv:
-    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
+from nybble.kernels.bench import gpu_section
+from nybble.kernels.bench.gpu_section import Section
 
+# isort: split
 import torch
-import triton
 from nybble.kernels import PackedWeight
 from nybble.kernels.packed import INTEGER_LEVELS, SYMMETRIC_LEVELS, pack_nibbles
-from nybble.kernels.triton import matmul, timing
+from nybble.kernels.triton import matmul, norm, timing
 from nybble.kernels.triton.configs import Config
 from torch import Tensor
 
@@ -119,31 +110,49 @@ def poisoned(x: Tensor, weight: PackedWeight, config: Config | None = None) -> T
     return matmul.packed_matmul(x, weight, config)
 
 
-def checks(device: torch.device, dry: bool) -> list[str]:
-    """Every format and bucket on odd sizes; what failed."""
-    failed = []
-    columns, out = (200, 72) if dry else (1160, 2120)
+def random_packed(inputs: int, outputs: int, device: torch.device) -> PackedWeight:
+    """Random symmetric 4-bit codes in groups of 128, with the variance of a trained layer."""
+    groups = -(-inputs // 128)
+    codes = torch.randint(0, 256, (outputs, inputs // 2), dtype=torch.uint8, device=device)
+    scales = torch.rand(outputs, groups, device=device) * 0.1 + 0.17
+    return PackedWeight(
+        qweight=codes,
+        scales=(scales * inputs**-0.5).half(),
+        zeros=None,
+        levels=SYMMETRIC_LEVELS.to(device),
+        out_features=outputs,
+        in_features=inputs,
+        group_size=128,
+    )
+
+
+def check_matmul(section: Section) -> None:
+    """Every format and bucket on odd sizes, with bias and act-order."""
+    device, dry = section.device, section.dry
+    columns, out = (200, 80) if dry else (1160, 2128)
     for dtype in (torch.float16, torch.bfloat16):
         rows_of = [17] if dry else [1, 13, 250]
         if dtype == torch.bfloat16:
             rows_of += [3] if dry else [3, 7, 29, 61, 127, 1000, 4100]
+        limit = LIMIT[dtype] * (2 if dry else 1)  # the interpreter truncates to bfloat16
         for kind, group in (("symmetric", 128), ("zeros", 32), ("nf4", 64), ("zeros", columns)):
-            worst, where = 0.0, 0
+            worst = 0.0
             for rows in rows_of:
                 weight = random_weight(kind, columns, out, group, device, extras=True)
                 x = torch.randn(rows, columns, device=device).to(dtype)
                 once = poisoned(x, weight)
+                name = f"{kind} g{group} {str(dtype)[6:]} m{rows}"
                 if not torch.equal(once, poisoned(x, weight)):
-                    failed.append(f"{kind} g{group} {dtype} m{rows}: two runs differ")
-                error = relative_error(x, weight, once)
-                if not error <= worst:
-                    worst, where = error, rows
-            limit = LIMIT[dtype] * (2 if dry else 1)  # the interpreter truncates to bfloat16
-            verdict = "ok" if worst <= limit else "WRONG"
-            print(f"  {kind:>9} g{group:<5}{str(dtype)[6:]:>9}: error {worst:.1e} {verdict}")
-            if not worst <= limit:
-                failed.append(f"{kind} g{group} {dtype}: error {worst:.1e} at {where} rows")
-    return failed
+                    section.holds(f"{name}: twice the same", False)
+                gated = weight.to_layout("gpu_gated_tiles")
+                fused = matmul.packed_matmul(x, gated, silu_mul=True)
+                if not torch.equal(fused, norm.silu_mul(once)):
+                    section.holds(f"{name}: SiLU·mul in the product as after it", False)
+                found = relative_error(x, weight, once)
+                if not found <= limit:
+                    section.holds(f"{name}: error {found:.1e}", False)
+                worst = max(worst, found)
+            print(f"  {kind:>9} g{group:<5}{str(dtype)[6:]:>9}: error {worst:.1e}", flush=True)
 
 
 def copies(nbytes: int, total: int) -> int:
@@ -162,17 +171,22 @@ class Peers:
                 OURS, ("symmetric", "zeros", "nf4"), (128, 32, 64), strict=True
             )
         }
+        halves = out % 16 == 0
+        self.gated = [w.to_layout("gpu_gated_tiles") for w in self.ours[OURS[0]] if halves]
         dense = range(copies(2 * columns * out, total))
         self.dense = [torch.randn(out, columns, device=device).bfloat16() for _ in dense]
-        self.tinygemm = list(_tinygemm_weights(columns, out, device, count))
-        self.bitsandbytes = list(_bitsandbytes_weights(self.dense))
-        self.gemlite = list(_gemlite_layers(columns, out, device, count))
+        self.tinygemm = optional(_tinygemm_weights(columns, out, device, count))
+        self.bitsandbytes = optional(_bitsandbytes_weights(self.dense))
+        self.gemlite = optional(_gemlite_layers(columns, out, device, count))
 
     def calls(self, x: Tensor) -> Iterator[tuple[str, list[timing.Call]]]:
         """Name and calls of each contender on ``x``."""
         for name, weights in self.ours.items():
             yield name, [partial(matmul.packed_matmul, x, w) for w in weights]
         yield "overlap", [partial(overlapped, x, w) for w in self.ours["affine g128"]]
+        if self.gated:
+            fused = partial(matmul.packed_matmul, silu_mul=True)
+            yield "silu·mul", [partial(fused, x, w) for w in self.gated]
         yield "cublas", [partial(torch.nn.functional.linear, x, w) for w in self.dense]
         if self.tinygemm:
             mm = torch.ops.aten._weight_int4pack_mm
@@ -184,6 +198,15 @@ class Peers:
             yield "bnb nf4", [partial(nf4, x, w.t(), state) for w, state in self.bitsandbytes]
         if self.gemlite:
             yield "gemlite", [partial(layer, x) for layer in self.gemlite]
+
+
+def optional(weights: Iterator[Any]) -> list[Any]:
+    """A peer's weights; none where it cannot make them, whatever the reason."""
+    try:
+        return list(weights)
+    except Exception as failure:
+        print(f"  a peer is left out: {type(failure).__name__}: {failure}")
+        return []
 
 
 def overlapped(x: Tensor, weight: PackedWeight) -> Tensor:
@@ -239,97 +262,61 @@ def _gemlite_layers(columns: int, out: int, device: torch.device, count: int) ->
         yield layer
 
 
-def table(
-    device: torch.device, deadline: float, read: float, rate: float, dry: bool
-) -> list[dict[str, object]]:
-    """Time every shape and number of rows until ``deadline`` (of ``time.monotonic``)."""
-    shapes = (("tiny", 256, 64), ("odd", 200, 72)) if dry else SHAPES
-    rows_of = (1, 20) if dry else ROWS
-    total = 1 if dry else 200 << 20  # four times the L2 cache of an H100
-    names = (*OURS, "overlap", "cublas", "tinygemm", "bnb nf4", "gemlite")
+def run(section: Section) -> None:
+    """Time every shape and number of rows while there is time."""
+    dry = section.dry
     results: list[dict[str, object]] = []
-    for label, columns, out in shapes:
-        if time.monotonic() > deadline:
+    for label, columns, out in (("tiny", 256, 64), ("odd", 200, 80)) if dry else SHAPES:
+        if section.out_of_time:
             print(f"out of time: {label} and later shapes were not measured")
             break
-        peers = Peers(columns, out, device, total)
-        print(f"{label}, {columns} → {out}  (µs)")
-        print(f"{'M':>6}", *(f"{n:>12}" for n in (*names, "floor")), f"{'%':>5}{'err':>9}")
-        for rows in rows_of:
-            if time.monotonic() > deadline:
-                break
-            x = torch.randn(rows, columns, device=device).bfloat16()
-            errors = [
-                relative_error(x, weights[0], poisoned(x, weights[0]))
-                for weights in peers.ours.values()
-            ]
-            first = peers.ours["affine g128"][0]
-            for _ in range(
-                2 if dry else 8
-            ):  # back to back, each beginning while the one before ends
-                again = overlapped(x, first)
-            if not torch.equal(again, matmul.packed_matmul(x, first)):
-                print("  WRONG: the overlapped launch (off by default) gave another result")
-            taken: dict[str, float] = {}
-            for name, calls in peers.calls(x):
-                few = calls[:2] if rows > 512 or dry else calls
-                try:
-                    taken[name] = 1e3 * timing.milliseconds(few, 5 if rows > 512 else 9)
-                except Exception as error:
-                    if name in OURS:
-                        raise
-                    print(f"  {name} did not run: {type(error).__name__}: {error}")
-            moved = peers.ours["affine g128"][0].nbytes + 2 * rows * (columns + out)
-            floor = 1e6 * max(moved / read, 2 * rows * columns * out / rate)
-            worst = max(errors, key=lambda e: (e != e, e))  # NaN above all
-            cells = (f"{taken[n]:>12.1f}" if n in taken else f"{'–':>12}" for n in names)
-            share = 100 * floor / taken["affine g128"]
-            print(f"{rows:>6}", *cells, f"{floor:>12.1f}{share:>6.0f}{worst:>9.1e}", flush=True)
-            entry = {"in": columns, "out": out, "rows": rows, "floor": floor, "error": worst}
-            results.append({"shape": label, **entry, **taken})
-    return results
+        section.attempt(label, partial(time_shape, section, label, columns, out, results))
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--minutes", type=float, default=5.0, help="stop starting rows after this")
-    parser.add_argument("--out", type=Path, help="folder for results as JSON")
-    parser.add_argument(
-        "--dry-run", action="store_true", help="tiny sizes, interpreted, on the CPU"
-    )
-    arguments = parser.parse_args()
-    start = time.monotonic()
-    dry = arguments.dry_run
-    if not dry and not torch.cuda.is_available():
-        print("no GPU: this measures one (try --dry-run)", file=sys.stderr)
-        return 2
-    device = torch.device("cpu" if dry else "cuda")
-    name = "dry run" if dry else torch.cuda.get_device_name()
-    print(f"{name}, torch {torch.__version__}, triton {triton.__version__}", flush=True)
-    torch.manual_seed(time.time_ns())
-
-    print("checks, on odd sizes with bias and act-order:", flush=True)
-    failed = checks(device, dry)
-    for failure in failed:
-        print(f"FAILED {failure}")
-    read = timing.bandwidth(device, 1 if dry else 2048)
-    rate = timing.matrix_rate(device, 256 if dry else 8192)
-    print(
-        f"checks took {time.monotonic() - start:.0f} s; copy {read / 1e12:.2f} TB/s, "
-        f"bf16 {rate / 1e12:.0f} TFLOP/s",
-        flush=True,
-    )
-    results = table(device, start + 60 * arguments.minutes, read, rate, dry)
-    wrong = [r for r in results if not float(str(r["error"])) <= 2 * LIMIT[torch.bfloat16]]
-    for result in wrong:
-        print(f"FAILED {result['shape']} m{result['rows']}: error {result['error']}")
-    if arguments.out:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        report = {"device": name, "copy": read, "bf16": rate, "failed": failed, "rows": results}
-        (arguments.out / "gpu_matmul.json").write_text(json.dumps(report, indent=1))
-    print(f"took {time.monotonic() - start:.0f} s")
-    return 1 if failed or wrong else 0
+def time_shape(
+    section: Section, label: str, columns: int, out: int, results: list[dict[str, object]]
+) -> None:
+    dry, device = section.dry, section.device
+    read, rate = section.read, section.rate
+    names = (*OURS, "overlap", "silu·mul", "cublas", "tinygemm", "bnb nf4", "gemlite")
+    # Four times the L2 cache of an H100.
+    peers = Peers(columns, out, device, 1 if dry else 200 << 20)
+    print(f"{label}, {columns} → {out}  (µs)")
+    print(f"{'M':>6}", *(f"{n:>12}" for n in (*names, "floor")), f"{'%':>5}{'err':>9}")
+    first = peers.ours["affine g128"][0]
+    for rows in (1, 20) if dry else ROWS:
+        if section.out_of_time:
+            break
+        x = torch.randn(rows, columns, device=device).bfloat16()
+        errors = [
+            relative_error(x, weights[0], poisoned(x, weights[0]))
+            for weights in peers.ours.values()
+        ]
+        for _ in range(2 if dry else 8):  # back to back, each beginning while the one before ends
+            again = overlapped(x, first)
+        if not torch.equal(again, matmul.packed_matmul(x, first)):
+            section.holds(f"{label} m{rows}: an overlapped launch (off by default)", False)
+        taken: dict[str, float] = {}
+        for name, calls in peers.calls(x):
+            few = calls[:2] if rows > 512 or dry else calls
+            try:
+                taken[name] = 1e3 * timing.milliseconds(few, 5 if rows > 512 else 9)
+            except Exception as failure:
+                if name in OURS or "CUDA error" in str(failure):
+                    raise
+                print(f"  {name} did not run: {type(failure).__name__}: {failure}")
+        moved = first.nbytes + 2 * rows * (columns + out)
+        floor = 1e6 * max(moved / read, 2 * rows * columns * out / rate)
+        worst = max(errors, key=lambda e: (e != e, e))  # NaN above all
+        cells = (f"{taken[n]:>12.1f}" if n in taken else f"{'–':>12}" for n in names)
+        share = 100 * floor / taken["affine g128"]
+        print(f"{rows:>6}", *cells, f"{floor:>12.1f}{share:>6.0f}{worst:>9.1e}", flush=True)
+        if not worst <= 2 * LIMIT[torch.bfloat16]:
+            section.holds(f"{label} m{rows}: error {worst:.1e}", False)
+        entry = {"in": columns, "out": out, "rows": rows, "floor": floor, "error": worst}
+        results.append({"shape": label, **entry, **taken})
+        section.keep("rows", results)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(gpu_section.main("matmul", run, minutes=6))

@@ -49,7 +49,9 @@ class CpuLibrary:
         self._rms_norm = function("rms_norm", *[pointer] * 4, size, size, c_float)
         self._silu_mul = function("silu_mul", pointer, pointer, size, size, c_int)
         self._rotary = function("rotary_store", *[pointer] * 8, *[size] * 8)
-        self._attention = function("paged_attention", *[pointer] * 7, *[size] * 7, c_float, c_int)
+        self._attention = function(
+            "paged_attention", *[pointer] * 7, *[size] * 7, c_float, size, c_int
+        )
         self._lora_add = function("lora_add", *[pointer] * 9, *[size] * 4, c_int)
 
     def takes(self, weight: PackedWeight) -> bool:
@@ -150,7 +152,13 @@ class CpuLibrary:
         )
 
     def paged_attention(
-        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: AttentionBatch, scale: float
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        batch: AttentionBatch,
+        scale: float,
+        window: int = 0,
     ) -> Tensor:
         tokens, q_heads, dim = q.shape
         out = torch.empty(tokens, q_heads * dim, dtype=q.dtype)
@@ -170,6 +178,7 @@ class CpuLibrary:
             k_cache.shape[2],
             q.stride(0),
             scale,
+            window,
             torch.get_num_threads(),
         )
         return out

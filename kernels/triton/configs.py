@@ -1,21 +1,28 @@
 """Which block shapes a matmul runs with: a table of measured choices, and a rule for the rest.
 
-The table is data: ``tuned.json`` beside this file, and a cache file of the user's that ``python -m
-nybble.kernels.triton.tune`` writes on the device it names. Nothing is measured while serving.
+The table is data: ``tuned.json`` beside this file, and a cache file of the user's with what was
+measured on this machine, at a server's start or by ``python -m nybble.kernels.triton.tune``. The
+cache is for one device, one state of the kernels' sources and one version of Triton; any other has
+a file of its own. Nothing is measured while serving.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import os
 import re
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 
+logger = logging.getLogger(__name__)
+
 SHIPPED = Path(__file__).with_name("tuned.json")
 BUCKETS = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 TILE_N = 64
+_MEASURED_SOURCES = ("matmul.py", "few_rows.py", "step.py", "unpack.py", "dequantize.py")
 STEP = 128
 
 
@@ -23,13 +30,14 @@ STEP = 128
 class Config:
     """How one bucket of rows is computed.
 
-    block_n, block_m: outputs and rows of a block. splits: programs sharing a block's columns.
-    scale_first: whether weights are scaled before the product (cheaper from 64 rows up) or each
-    group's product after it (exact weights, cheaper below). dense: dequantize to 16 bits and leave
-    the product to the vendor's library, whatever the other fields. overlap: begin while the
-    kernel before is finishing (programmatic dependent launch, sm_90 on; ignored elsewhere).
-    parts: where over 1, the kernel for few rows, whose ``parts`` warps share a block's columns; it
-    heeds neither splits nor num_warps nor scale_first.
+    block_n, block_m: outputs and rows of a block. splits: programs sharing a block's columns; where
+    ``tail`` is over 0, only in the last ``tail`` blocks of outputs. scale_first: whether weights
+    are scaled before the product (cheaper from 64 rows up) or each group's product after it (exact
+    weights, cheaper below). dense: dequantize to 16 bits and leave the product to the vendor's
+    library, whatever the other fields. overlap: begin while the kernel before is finishing
+    (programmatic dependent launch, sm_90 on; ignored elsewhere). parts: where over 1, the kernel
+    for few rows, whose ``parts`` warps share a block's columns; it heeds neither splits nor
+    num_warps nor scale_first.
     """
 
     block_n: int
@@ -41,6 +49,7 @@ class Config:
     dense: bool = False
     overlap: bool = False
     parts: int = 1
+    tail: int = 0
 
 
 def bucket_of(rows: int) -> int:
@@ -91,15 +100,20 @@ def default_config(
     )
     block_m = 64 if bucket == 128 else 256 if wide else 128
     blocks = blocks_n * -(-bucket // block_m)
-    # Here parts are large beside the weight: split only where half the processors would idle.
-    splits = min(processors // blocks, max(1, steps // 4)) if 2 * blocks <= processors else 1
-    return Config(128, block_m, splits, 8, 3, scale_first=True, dense=bucket >= 2048)
+    # Here parts are large beside the weight: split only where half the processors would idle, all
+    # the time or while the last wave of blocks runs.
+    tail = blocks_n % max(1, processors // (blocks // blocks_n)) if blocks > processors else 0
+    split_blocks = tail * blocks // blocks_n if blocks > processors else blocks
+    splits = min(processors // split_blocks, max(1, steps // 4)) if split_blocks else 1
+    if splits < 2:
+        splits, tail = 1, 0
+    return Config(128, block_m, splits, 8, 3, scale_first=True, dense=bucket >= 2048, tail=tail)
 
 
 @lru_cache
 def tuned(device: str) -> dict[str, Config]:
     """Measured choices for the device of this name: the shipped ones, and those tuned here."""
-    return {**read(SHIPPED).get(device, {}), **read(cache_path(device)).get(device, {})}
+    return {**read(SHIPPED).get(device, {}), **read_cache(device)}
 
 
 def read(path: Path) -> dict[str, dict[str, Config]]:
@@ -113,10 +127,29 @@ def read(path: Path) -> dict[str, dict[str, Config]]:
     }
 
 
+def read_cache(device: str) -> dict[str, Config]:
+    """What was measured on this machine; nothing, and a warning, where the file is broken."""
+    path = cache_path(device)
+    try:
+        return read(path).get(device, {})
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        logger.warning("%s is not a table of configurations and is not used: %s", path, error)
+        return {}
+
+
 def write(path: Path, device: str, choices: dict[str, Config]) -> None:
     """Add ``choices`` to a file, replacing earlier ones of the same key."""
     entries = read(path)
     entries[device] = {**entries.get(device, {}), **choices}
+    _store(path, entries)
+
+
+def write_cache(device: str, choices: dict[str, Config]) -> None:
+    """Make ``choices`` all that the cache has, whatever it had."""
+    _store(cache_path(device), {device: choices})
+
+
+def _store(path: Path, entries: dict[str, dict[str, Config]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(
         {d: {k: asdict(c) for k, c in sorted(e.items())} for d, e in entries.items()}, indent=1
@@ -129,9 +162,21 @@ def write(path: Path, device: str, choices: dict[str, Config]) -> None:
 
 
 def cache_path(device: str) -> Path:
-    """Where choices tuned on this machine are kept."""
+    """Where choices tuned on this machine, for these kernels, are kept."""
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return root / "nybble" / f"matmul-{re.sub(r'[^A-Za-z0-9]+', '-', device)}.json"
+    name = re.sub(r"[^A-Za-z0-9]+", "-", device)
+    return root / "nybble" / f"matmul-{name}-{kernels_digest()}.json"
+
+
+@lru_cache
+def kernels_digest() -> str:
+    """Changes with the sources a configuration was measured on, and with Triton's version."""
+    import triton
+
+    digest = hashlib.sha256(triton.__version__.encode())
+    for name in _MEASURED_SOURCES:
+        digest.update(Path(__file__).with_name(name).read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def key_of(affine: bool, group: int, out_features: int, columns: int, bucket: int) -> str:

@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from nybble.kernels.packed import PackedWeight
+from nybble.kernels.triton.step import output_of
 from nybble.kernels.triton.unpack import (
     INTERPRETED,
     codebook_table,
@@ -62,6 +63,7 @@ def dequantize_kernel(
     CODEBOOK: tl.constexpr,
     HAS_ZEROS: tl.constexpr,
     GROUP: tl.constexpr,
+    GATED: tl.constexpr,
 ):
     dtype: tl.constexpr = out.dtype.element_ty
     CENTRE: tl.constexpr = 0 if CODEBOOK else 8
@@ -78,7 +80,7 @@ def dequantize_kernel(
         w0, w1, w2, w3 = unpack_affine(q, dtype)
     n = tile * 64 + row
     valid = n < out_features
-    out_row = out + n.to(tl.int64) * columns
+    out_row = out + output_of(n, out_features, GATED).to(tl.int64) * columns
     at = tile * groups * 64 + row
     first = step * 128
     _store_slice(
@@ -106,7 +108,8 @@ def dequantize(
     """Outputs ``start``…``stop``−1 as ``(stop − start, stored columns)``, columns in stored order.
 
     ``start`` is a multiple of 64. Levels of a codebook are rounded to ``dtype`` before they are
-    scaled, as in the matmul.
+    scaled, as in the matmul. In ``gpu_gated_tiles`` outputs are counted as stored, and what comes
+    of them is the halves' parts one after the other.
     """
     stop = weight.out_features if stop is None else min(stop, weight.out_features)
     columns = stored_columns(weight)
@@ -125,6 +128,7 @@ def dequantize(
         CODEBOOK=not weight.is_affine,
         HAS_ZEROS=weight.zeros is not None,
         GROUP=0 if weight.groups == 1 else weight.group_size,
+        GATED=weight.layout == "gpu_gated_tiles",
         num_warps=4,
     )
     return out
@@ -136,9 +140,13 @@ def dense_matmul(x: Tensor, weight: PackedWeight, workspace: int = WORKSPACE) ->
     bias = None if weight.bias is None else weight.bias.to(x.dtype)
     if each >= weight.out_features:
         return torch.nn.functional.linear(x, dequantize(weight, x.dtype), bias)
+    halves = 2 if weight.layout == "gpu_gated_tiles" else 1
     out = torch.empty(x.shape[0], weight.out_features, dtype=x.dtype, device=x.device)
     for start in range(0, weight.out_features, each):
-        part = slice(start, start + each)
-        dense = dequantize(weight, x.dtype, start, start + each)
-        out[:, part] = torch.nn.functional.linear(x, dense, None if bias is None else bias[part])
+        stop = min(start + each, weight.out_features)
+        part = slice(start // halves, stop // halves)
+        dense = dequantize(weight, x.dtype, start, stop)
+        own = None if bias is None else bias.view(halves, -1)[:, part].flatten()
+        product = torch.nn.functional.linear(x, dense, own)
+        out.view(len(x), halves, -1)[:, :, part] = product.view(len(x), halves, -1)
     return out

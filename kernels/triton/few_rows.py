@@ -17,14 +17,16 @@ from nybble.kernels.triton.step import (
     SLICE,
     STEP,
     TILE_N,
-    by_row,
+    add_scaled_products,
     fetch,
     group_constants,
     of_slices,
-    product,
+    rows_of_slices,
     shifted,
+    store_outputs,
+    unpacked,
 )
-from nybble.kernels.triton.unpack import INTERPRETED, codebook_table, unpack_affine, unpack_codebook
+from nybble.kernels.triton.unpack import INTERPRETED, codebook_table
 from torch import Tensor
 
 
@@ -44,6 +46,8 @@ def few_rows_kernel(
     CODEBOOK: tl.constexpr,
     HAS_ZEROS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    GATED: tl.constexpr,
+    SILU_MUL: tl.constexpr,
     GROUP: tl.constexpr,
     SETS: tl.constexpr,
     OVERLAP: tl.constexpr,
@@ -76,69 +80,48 @@ def few_rows_kernel(
         tl.extra.cuda.gdc_wait()
     table = codebook_table(levels, dtype) if CODEBOOK and not INTERPRETED else 0
     acc = tl.zeros((PARTS, BLOCK_N, BLOCK_M), tl.float32)
-    nothing = tl.zeros((PARTS, BLOCK_N, BLOCK_M), tl.float32)
     ahead = of_slices(scales + scale_at, part[:, None], SETS, GROUP, groups)
     for first in range(0, steps, PARTS):
         live = first + part[:, None, None] < steps
         valid = valid_m & live
         q = tl.load(q_at + first * (TILE_N * SLICE), mask=live, other=0)
-        if WHOLE_STEPS:
-            x0 = tl.load(x_at + first * STEP, mask=valid, other=0.0)
-            x1 = tl.load(x_at + first * STEP + SLICE, mask=valid, other=0.0)
-            x2 = tl.load(x_at + first * STEP + 2 * SLICE, mask=valid, other=0.0)
-            x3 = tl.load(x_at + first * STEP + 3 * SLICE, mask=valid, other=0.0)
-        else:
-            left = columns - (first + part[:, None, None]) * STEP - k[None, :, None]
-            x0 = tl.load(x_at + first * STEP, mask=valid & (left > 0), other=0.0)
-            x1 = tl.load(x_at + first * STEP + 32, mask=valid & (left > 32), other=0.0)
-            x2 = tl.load(x_at + first * STEP + 64, mask=valid & (left > 64), other=0.0)
-            x3 = tl.load(x_at + first * STEP + 96, mask=valid & (left > 96), other=0.0)
+        left = columns - (first + part[:, None, None]) * STEP - k[None, :, None]
+        xs = rows_of_slices(x_at + first * STEP, valid, left, WHOLE_STEPS)
         step = first + part[:, None]
-        s0, s1, s2, s3 = ahead
+        now = ahead
         ahead = of_slices(scales + scale_at, step + PARTS, SETS, GROUP, groups)
         z0, z1, z2, z3 = 0.0, 0.0, 0.0, 0.0
         if HAS_ZEROS:
             z0, z1, z2, z3 = of_slices(zeros + scale_at, step, SETS, GROUP, groups)
-        if CODEBOOK:
-            w0, w1, w2, w3 = unpack_codebook(q, levels, table, dtype)
-        else:
-            w0, w1, w2, w3 = unpack_affine(q, dtype)
+        w0, w1, w2, w3 = unpacked(q, levels, table, dtype, CODEBOOK)
         w0 = shifted(w0, z0, HAS_ZEROS, CENTRE)
         w1 = shifted(w1, z1, HAS_ZEROS, CENTRE)
         w2 = shifted(w2, z2, HAS_ZEROS, CENTRE)
         w3 = shifted(w3, z3, HAS_ZEROS, CENTRE)
-        total = product(w0, x0, nothing)
-        if SETS == 4:
-            acc += by_row(s0.to(tl.float32)) * total
-            total = product(w1, x1, nothing)
-            acc += by_row(s1.to(tl.float32)) * total
-            total = product(w2, x2, nothing)
-            acc += by_row(s2.to(tl.float32)) * total
-            total = product(w3, x3, nothing)
-        elif SETS == 2:
-            total = product(w1, x1, total)
-            acc += by_row(s0.to(tl.float32)) * total
-            total = product(w2, x2, nothing)
-            total = product(w3, x3, total)
-        else:
-            total = product(w1, x1, total)
-            total = product(w2, x2, total)
-            total = product(w3, x3, total)
-        acc += by_row(s3.to(tl.float32)) * total
+        acc = add_scaled_products(acc, (w0, w1, w2, w3), xs, now, SETS)
 
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
     y = tl.sum(acc, axis=0)
-    if HAS_BIAS:
-        y += tl.load(bias + n, mask=n < out_features, other=0.0).to(tl.float32)[:, None]
-    inside = (m[None, :] < rows) & (n[:, None] < out_features)
-    tl.store(out + m[None, :] * out_features + n[:, None], y.to(dtype), mask=inside)
+    store_outputs(
+        y,
+        bias,
+        out,
+        tl.program_id(0) * BLOCK_N,
+        m,
+        rows,
+        out_features,
+        dtype,
+        HAS_BIAS,
+        GATED,
+        SILU_MUL,
+    )
 
 
 def few_rows_matmul(
-    x: Tensor, weight: PackedWeight, out: Tensor, config: Config, overlap: bool
+    x: Tensor, weight: PackedWeight, out: Tensor, config: Config, overlap: bool, silu_mul: bool
 ) -> None:
-    """``x (rows, stored columns)``, contiguous, times the weight, into ``out``."""
+    """``x (rows, stored columns)``, contiguous, times the weight, into ``out``: see matmul.py."""
     rows, columns = x.shape
     blocks = triton.cdiv(weight.out_features, config.block_n), triton.cdiv(rows, config.block_m)
     few_rows_kernel[blocks](
@@ -156,6 +139,8 @@ def few_rows_matmul(
         CODEBOOK=not weight.is_affine,
         HAS_ZEROS=weight.zeros is not None,
         HAS_BIAS=weight.bias is not None,
+        GATED=weight.layout == "gpu_gated_tiles",
+        SILU_MUL=silu_mul,
         **group_constants(weight),
         OVERLAP=overlap,
         WHOLE_STEPS=columns % 128 == 0,

@@ -2,11 +2,12 @@
 
     python -m nybble.kernels.triton.inspect [--all] [--json]
 
-Needs no GPU. ``spill`` is bytes of local memory a thread takes, ``16B`` the 16-byte copies to
-shared memory a step makes, and the rest are instructions in the inner loop, of 128 columns:
-tensor-core products, int-to-float conversions, stores to shared memory (none: nothing is moved
-between lanes), bit operations, 16-bit float operations, and all of them; ``/weight`` is all of them
-for each weight a thread unpacks.
+Needs no GPU. ``local`` is bytes of local memory a thread takes (what it parks there before the loop
+and takes back after it costs nothing). The rest are instructions in the inner loop, of 128 columns:
+those that reach local memory (``spill``), 16-byte copies to shared memory, tensor-core products,
+int-to-float conversions, stores to shared memory (none of weights: nothing is moved between lanes),
+bit operations, 16-bit float operations, and all of them; ``/weight`` is all of them for each weight
+a thread unpacks.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from nybble.kernels.triton import cubin
 from nybble.kernels.triton.configs import SHIPPED, Config, default_config, read
 from nybble.kernels.triton.few_rows import few_rows_kernel
-from nybble.kernels.triton.matmul import matmul_kernel
+from nybble.kernels.triton.matmul import joined, matmul_kernel
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Case:
     zeros: bool
     group: int
     config: Config
+    gated: bool = False
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class Row:
 
     registers: int
     shared: int
+    local: int
     spill: int
     wide_copies: int
     tensor_core: int
@@ -59,9 +62,11 @@ def shipped(everything: bool) -> Iterator[Case]:
     measured = [c for entries in read(SHIPPED).values() for c in entries.values()]
     for capability in (90, 80, 89, 100):
         ruled = [
-            replace(default_config(bucket, 22016, 4096, capability=capability), splits=2)
+            default_config(bucket, 22016, 4096, capability=capability)
             for bucket in (2, 8, 16, 32, 64, 128, 256, 1024)
         ]
+        # How many parts and blocks are split is not compiled in, only whether.
+        ruled = [replace(config, splits=2, tail=min(config.tail, 1)) for config in ruled]
         if capability == 90:
             ruled += [replace(config, overlap=True) for config in ruled[1:3]]
         configs = dict.fromkeys(ruled + (measured if capability == 90 else []))
@@ -70,6 +75,8 @@ def shipped(everything: bool) -> Iterator[Case]:
         ):
             if everything or capability == 90:
                 yield Case(capability, "bf16", False, False, 128, config)
+                if config in (ruled[1], ruled[2], ruled[-1]):
+                    yield Case(capability, "bf16", False, False, 128, config, gated=True)
             if everything or (capability == 90 and not config.overlap):
                 yield Case(capability, "bf16", True, False, 64, config)
             if everything or (capability < 100 and config == ruled[2]):
@@ -90,15 +97,19 @@ def compiled(case: Case) -> cubin.Report:
         "parts": "*fp32",
         "arrivals": "*i32",
     }
-    numbers = ("rows", "out_features", "columns", "groups", "splits", "steps_each")
+    numbers = ("rows", "out_features", "columns", "groups", "whole", "splits", "steps_each")
     constants = {
         "CODEBOOK": case.codebook,
         "HAS_ZEROS": case.zeros,
         "HAS_BIAS": True,
+        "GATED": case.gated,
+        "SILU_MUL": case.gated,
         "GROUP": case.group,
         "SETS": max(1, 128 // case.group),
         "SCALE_FIRST": c.scale_first,
+        "JOINED": joined(c, case.capability),
         "SPLIT": c.splits > 1,
+        "TAIL": c.tail > 0,
         "OVERLAP": c.overlap and case.capability >= 90,
         "WHOLE_STEPS": True,
         "BLOCK_N": c.block_n,
@@ -129,7 +140,8 @@ def row(case: Case) -> Row:
     return Row(
         registers=report.registers,
         shared=report.shared,
-        spill=report.local,
+        local=report.local,
+        spill=counts["LDL"] + counts["STL"],
         wide_copies=sum(i.opcode.startswith("LDGSTS") and ".128" in i.opcode for i in loop),
         tensor_core=sum(n for code, n in counts.items() if code in cubin.TENSOR_CORE),
         int_to_float=counts["I2F"] + counts["I2FP"],
@@ -149,8 +161,8 @@ def main() -> None:
     if not arguments.json:
         print(
             f"{'sm':>4}{'x':>5}  {'weights':<14}{'n × m':>10}{'warps':>6}{'regs':>6}{'shared':>8}"
-            f"{'spill':>6}{'16B':>4}{'mma':>5}{'i2f':>4}{'sts':>4}{'bits':>5}{'half':>5}{'all':>5}"
-            f"{'/weight':>8}"
+            f"{'local':>6}{'spill':>6}{'16B':>4}{'mma':>5}{'i2f':>4}{'sts':>4}{'bits':>5}{'half':>5}"
+            f"{'all':>5}{'/weight':>8}"
         )
     for case in shipped(arguments.all):
         r, c = row(case), case.config
@@ -162,7 +174,7 @@ def main() -> None:
         print(
             f"{case.capability:>4}{case.dtype:>5}  {kind + ' g' + str(case.group):<14}"
             f"{shape:>10}{max(c.num_warps, c.parts):>6}{r.registers:>6}{r.shared:>8}"
-            f"{r.spill:>6}{r.wide_copies:>4}{r.tensor_core:>5}{r.int_to_float:>4}"
+            f"{r.local:>6}{r.spill:>6}{r.wide_copies:>4}{r.tensor_core:>5}{r.int_to_float:>4}"
             f"{r.shared_stores:>4}{r.bit_ops:>5}{r.half_ops:>5}{r.loop:>5}{r.per_weight:>8}",
             flush=True,
         )

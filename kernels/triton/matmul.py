@@ -2,11 +2,14 @@
 
 A program computes a block of ``W @ x.T``, transposed so that the weight is the operand tensor cores
 take from registers: a word goes from device memory through asynchronous copies to the lane that
-multiplies with it, and is unpacked there. Each step covers 128 columns as four products of 32.
+multiplies with it, and is unpacked there. Each step covers 128 columns as four products of 32; or,
+where Hopper scales weights before the product, as one, so that its tensor cores run while the next
+weights are unpacked.
 
 Few rows leave too few blocks to fill the GPU, so the columns are also split between programs. Each
 leaves its float32 part in a workspace, and the last to finish a block adds the parts in order of
-column, whatever order they finished in: results repeat bit for bit.
+column, whatever order they finished in: results repeat bit for bit. Where blocks fill the GPU
+several times but the last time only in part, it is the blocks of that last wave that are split.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import torch
 import triton
 import triton.language as tl
 from nybble.kernels.packed import PackedWeight
+from nybble.kernels.triton import norm
 from nybble.kernels.triton.configs import Config, bucket_of, choose
 from nybble.kernels.triton.dequantize import dense_matmul, stored_columns
 from nybble.kernels.triton.few_rows import few_rows_matmul
@@ -24,14 +28,19 @@ from nybble.kernels.triton.step import (
     SLICE,
     STEP,
     TILE_N,
+    add_scaled_products,
     fetch,
     group_constants,
     of_slices,
     product,
+    rows_of_slices,
     scaled,
     shifted,
+    side_by_side,
+    store_outputs,
+    unpacked,
 )
-from nybble.kernels.triton.unpack import INTERPRETED, codebook_table, unpack_affine, unpack_codebook
+from nybble.kernels.triton.unpack import INTERPRETED, codebook_table
 from torch import Tensor
 
 
@@ -45,7 +54,7 @@ def block_of(program, blocks_n, blocks_m, GROUP_M: tl.constexpr):
     return within // size, first + within % size
 
 
-@triton.jit(do_not_specialize=["rows", "groups", "splits", "steps_each"])
+@triton.jit(do_not_specialize=["rows", "groups", "whole", "splits", "steps_each"])
 def matmul_kernel(
     x,  # (rows, columns)
     qweight,  # int16 (out / 64, columns / 128, 64, 32)
@@ -60,15 +69,20 @@ def matmul_kernel(
     out_features,
     columns,
     groups,
+    whole,  # blocks of outputs that are not split, the first ones
     splits,
     steps_each,
     CODEBOOK: tl.constexpr,
     HAS_ZEROS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    GATED: tl.constexpr,
+    SILU_MUL: tl.constexpr,
     GROUP: tl.constexpr,
     SETS: tl.constexpr,
     SCALE_FIRST: tl.constexpr,
+    JOINED: tl.constexpr,
     SPLIT: tl.constexpr,
+    TAIL: tl.constexpr,
     OVERLAP: tl.constexpr,
     WHOLE_STEPS: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -80,21 +94,38 @@ def matmul_kernel(
     steps = tl.cdiv(columns, STEP)
     blocks_n = tl.cdiv(out_features, BLOCK_N)
     blocks_m = tl.cdiv(rows, BLOCK_M)
-    block = tl.program_id(0) // splits
-    split = tl.program_id(0) % splits
-    block_n, block_m = block_of(block, blocks_n, blocks_m, GROUP_M)
+    block, split, first, wide = tl.program_id(0), 0, 0, blocks_n
+    if SPLIT:
+        is_part = True
+        if TAIL:
+            # Whether a block is split follows from its outputs alone, never from its rows.
+            is_part = block >= whole * blocks_m
+            first = tl.where(is_part, whole, 0)
+            wide = tl.where(is_part, blocks_n - whole, whole)
+            splits = tl.where(is_part, splits, 1)
+            steps_each = tl.where(is_part, steps_each, steps)
+        split = (block - first * blocks_m) % splits
+        block = (block - first * blocks_m) // splits
+    block_n, block_m = block_of(block, wide, blocks_m, GROUP_M)
+    start, stop = 0, steps
+    if SPLIT:
+        start = split * steps_each
+        stop = tl.minimum(start + steps_each, steps)
 
-    n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    first_n = (first + block_n) * BLOCK_N
+    n = first_n + tl.arange(0, BLOCK_N)
     m = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
     k = tl.arange(0, SLICE)
     tile = tl.minimum(n // TILE_N, tl.cdiv(out_features, TILE_N) - 1)
     q_at = qweight + (tile[:, None] * steps * TILE_N + n[:, None] % TILE_N) * SLICE + k[None, :]
     scale_at = tile * groups * TILE_N + n % TILE_N
-    x_at = x + m[None, :] * columns + k[:, None]
+    # A product's columns: those of a whole step, or of its first slice.
+    x_k = tl.arange(0, 128 if JOINED else 32)
     valid_m = m[None, :] < rows
+    # Joined, rows past the last read the last: they are not stored, and a mask costs.
+    x_row = tl.minimum(m, rows - 1) if JOINED else m
+    x_at = x + x_row[None, :] * columns + x_k[:, None]
 
-    start = split * steps_each
-    stop = tl.minimum(start + steps_each, steps)
     if OVERLAP:
         # Weights do not depend on the kernel before: fetch the first ones while it finishes. All
         # else is touched only after it.
@@ -104,83 +135,65 @@ def matmul_kernel(
         tl.extra.cuda.gdc_wait()
     table = codebook_table(levels, dtype) if CODEBOOK and not INTERPRETED else 0
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    nothing = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     ahead = of_slices(scales + scale_at, start, SETS, GROUP, groups)
     for step in range(start, stop):
         q = tl.load(q_at + step * (TILE_N * SLICE))
-        if WHOLE_STEPS:
-            x0 = tl.load(x_at + step * STEP, mask=valid_m, other=0.0)
-            x1 = tl.load(x_at + step * STEP + SLICE, mask=valid_m, other=0.0)
-            x2 = tl.load(x_at + step * STEP + 2 * SLICE, mask=valid_m, other=0.0)
-            x3 = tl.load(x_at + step * STEP + 3 * SLICE, mask=valid_m, other=0.0)
+        left = columns - step * STEP - x_k[:, None]
+        if JOINED and WHOLE_STEPS:
+            xs = tl.load(x_at + step * STEP)
+        elif JOINED:
+            xs = tl.load(x_at + step * STEP, mask=valid_m & (left > 0), other=0.0)
         else:
-            left = columns - step * STEP - k[:, None]
-            x0 = tl.load(x_at + step * STEP, mask=valid_m & (left > 0), other=0.0)
-            x1 = tl.load(x_at + step * STEP + 32, mask=valid_m & (left > 32), other=0.0)
-            x2 = tl.load(x_at + step * STEP + 64, mask=valid_m & (left > 64), other=0.0)
-            x3 = tl.load(x_at + step * STEP + 96, mask=valid_m & (left > 96), other=0.0)
-        if not CODEBOOK:
-            w0, w1, w2, w3 = unpack_affine(q, dtype)
-        else:
-            w0, w1, w2, w3 = unpack_codebook(q, levels, table, dtype)
-
+            xs = rows_of_slices(x_at + step * STEP, valid_m, left, WHOLE_STEPS)
+        w0, w1, w2, w3 = unpacked(q, levels, table, dtype, CODEBOOK)
         z0, z1, z2, z3 = 0.0, 0.0, 0.0, 0.0
         if HAS_ZEROS:
             z0, z1, z2, z3 = of_slices(zeros + scale_at, step, SETS, GROUP, groups)
         if SCALE_FIRST:
             # Loaded in this step: see kernels/README.md on what keeps operands in their layout.
             s0, s1, s2, s3 = of_slices(scales + scale_at, step, SETS, GROUP, groups)
-            acc = product(scaled(w0, s0, z0, HAS_ZEROS, CENTRE), x0, acc)
-            acc = product(scaled(w1, s1, z1, HAS_ZEROS, CENTRE), x1, acc)
-            acc = product(scaled(w2, s2, z2, HAS_ZEROS, CENTRE), x2, acc)
-            acc = product(scaled(w3, s3, z3, HAS_ZEROS, CENTRE), x3, acc)
+            w0 = scaled(w0, s0, z0, HAS_ZEROS, CENTRE)
+            w1 = scaled(w1, s1, z1, HAS_ZEROS, CENTRE)
+            w2 = scaled(w2, s2, z2, HAS_ZEROS, CENTRE)
+            w3 = scaled(w3, s3, z3, HAS_ZEROS, CENTRE)
+            if JOINED:
+                acc = product(side_by_side((w0, w1, w2, w3)), xs, acc)
+            else:
+                x0, x1, x2, x3 = xs
+                acc = product(w0, x0, acc)
+                acc = product(w1, x1, acc)
+                acc = product(w2, x2, acc)
+                acc = product(w3, x3, acc)
         else:
-            s0, s1, s2, s3 = ahead
+            now = ahead
             ahead = of_slices(scales + scale_at, step + 1, SETS, GROUP, groups)
             w0 = shifted(w0, z0, HAS_ZEROS, CENTRE)
             w1 = shifted(w1, z1, HAS_ZEROS, CENTRE)
             w2 = shifted(w2, z2, HAS_ZEROS, CENTRE)
             w3 = shifted(w3, z3, HAS_ZEROS, CENTRE)
-            part = product(w0, x0, nothing)
-            if SETS == 4:
-                acc += s0.to(tl.float32)[:, None] * part
-                part = product(w1, x1, nothing)
-                acc += s1.to(tl.float32)[:, None] * part
-                part = product(w2, x2, nothing)
-                acc += s2.to(tl.float32)[:, None] * part
-                part = product(w3, x3, nothing)
-            elif SETS == 2:
-                part = product(w1, x1, part)
-                acc += s0.to(tl.float32)[:, None] * part
-                part = product(w2, x2, nothing)
-                part = product(w3, x3, part)
-            else:
-                part = product(w1, x1, part)
-                part = product(w2, x2, part)
-                part = product(w3, x3, part)
-            acc += s3.to(tl.float32)[:, None] * part
+            acc = add_scaled_products(acc, (w0, w1, w2, w3), xs, now, SETS)
 
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
     valid = valid_m & (n[:, None] < out_features)
     last = True
-    if SPLIT:
-        at = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
-        part_at = parts + block * splits * (BLOCK_N * BLOCK_M) + at
-        tl.store(part_at + split * (BLOCK_N * BLOCK_M), acc, mask=valid)
-        tl.debug_barrier()  # every lane's part is written before this program is counted
-        last = tl.atomic_add(arrivals + block, 1, sem="acq_rel") == splits - 1
-        if last:
-            tl.store(arrivals + block, 0)  # as the next launch expects
-            acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-            for other in range(splits):
-                piece = part_at + other * (BLOCK_N * BLOCK_M)
-                acc += tl.load(piece, mask=valid, other=0.0, cache_modifier=".cg")
+    if SPLIT:  # noqa: SIM102 (this is known when compiling, the next is not)
+        if is_part:
+            at = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
+            part_at = parts + block * splits * (BLOCK_N * BLOCK_M) + at
+            tl.store(part_at + split * (BLOCK_N * BLOCK_M), acc, mask=valid)
+            tl.debug_barrier()  # every lane's part is written before this program is counted
+            last = tl.atomic_add(arrivals + block, 1, sem="acq_rel") == splits - 1
+            if last:
+                tl.store(arrivals + block, 0)  # as the next launch expects
+                acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+                for other in range(splits):
+                    piece = part_at + other * (BLOCK_N * BLOCK_M)
+                    acc += tl.load(piece, mask=valid, other=0.0, cache_modifier=".cg")
     if last:
-        if HAS_BIAS:
-            b = tl.load(bias + n, mask=n < out_features, other=0.0)
-            acc += b.to(tl.float32)[:, None]
-        tl.store(out + m[None, :] * out_features + n[:, None], acc.to(dtype), mask=valid)
+        store_outputs(
+            acc, bias, out, first_n, m, rows, out_features, dtype, HAS_BIAS, GATED, SILU_MUL
+        )
 
 
 _ARRIVALS = 1 << 14
@@ -212,46 +225,64 @@ def chosen(weight: PackedWeight, rows: int, device: torch.device) -> Config:
     return choose(*device_traits(device), weight.is_affine, group, *size, bucket_of(rows))
 
 
+def joined(config: Config, capability: int) -> bool:
+    """Whether a step is one product. Elsewhere than on Hopper, joining moves weights about."""
+    return config.scale_first and 90 <= capability < 100
+
+
 def takes(weight: PackedWeight, dtype: torch.dtype) -> bool:
     """Whether the kernel computes with this weight: groups must be whole slices of 32 columns."""
     return (
-        weight.layout == "gpu_tiles"
+        weight.layout in ("gpu_tiles", "gpu_gated_tiles")
         and dtype in (torch.float16, torch.bfloat16)
         and (weight.groups == 1 or weight.group_size % 32 == 0)
     )
 
 
-def packed_matmul(x: Tensor, weight: PackedWeight, config: Config | None = None) -> Tensor:
+def packed_matmul(
+    x: Tensor, weight: PackedWeight, config: Config | None = None, silu_mul: bool = False
+) -> Tensor:
     """``x @ weight.dequantize().T + bias``: ``(..., in_features)`` to ``(..., out_features)``.
 
     x: float16 or bfloat16. The weight must pass :func:`takes`. Products are summed in float32.
+    silu_mul: of a weight in ``gpu_gated_tiles``, ``silu(gate) · up`` of the product's two halves,
+    ``(..., out_features / 2)``, as :func:`nybble.kernels.reference.silu_mul` rounds it.
     """
     if x.shape[-1] != weight.in_features:
         raise ValueError(f"x has {x.shape[-1]} features, the weight takes {weight.in_features}")
+    gated = weight.layout == "gpu_gated_tiles"
+    if silu_mul and not gated:
+        raise ValueError(f"silu_mul of a weight in {weight.layout}, expected gpu_gated_tiles")
     flat = x.reshape(-1, weight.in_features)
     if weight.perm is not None:
         flat = flat.index_select(1, weight.perm)
     flat = flat.contiguous()
     rows, columns = flat.shape
+    width = weight.out_features // 2 if silu_mul else weight.out_features
     c = config or chosen(weight, rows, x.device)
     if c.dense:
-        return dense_matmul(flat, weight).view(*x.shape[:-1], weight.out_features)
-    out = torch.empty(*x.shape[:-1], weight.out_features, dtype=x.dtype, device=x.device)
+        product = dense_matmul(flat, weight)
+        return (norm.silu_mul(product) if silu_mul else product).view(*x.shape[:-1], width)
+    out = torch.empty(*x.shape[:-1], width, dtype=x.dtype, device=x.device)
     if rows == 0:
         return out
     overlap = c.overlap and x.is_cuda and device_traits(x.device)[2] >= 90
     if c.parts > 1:
-        few_rows_matmul(flat, weight, out, c, overlap)
+        few_rows_matmul(flat, weight, out, c, overlap, silu_mul)
         return out
-    blocks = triton.cdiv(weight.out_features, c.block_n) * triton.cdiv(rows, c.block_m)
+    blocks_n = triton.cdiv(weight.out_features, c.block_n)
+    blocks_m = triton.cdiv(rows, c.block_m)
     steps = triton.cdiv(columns, 128)
     steps_each = triton.cdiv(steps, c.splits)
     splits = triton.cdiv(steps, steps_each)
-    if splits > 1 and blocks > _ARRIVALS:
-        raise ValueError(f"{blocks} blocks cannot be split: at most {_ARRIVALS}")
-    size = blocks * splits * c.block_n * c.block_m if c.splits > 1 else 1
+    whole = max(0, blocks_n - c.tail) if c.tail else 0
+    split = (blocks_n - whole) * blocks_m if c.splits > 1 else 0
+    if split > _ARRIVALS:
+        raise ValueError(f"{split} blocks cannot be split: at most {_ARRIVALS}")
+    size = max(1, split * splits * c.block_n * c.block_m)
     parts = torch.empty(size, dtype=torch.float32, device=x.device)
-    matmul_kernel[(blocks * splits,)](
+    programs = blocks_n * blocks_m + split * (splits - 1)
+    matmul_kernel[(programs,)](
         flat,
         weight.qweight.view(torch.int16),
         weight.scales,
@@ -265,14 +296,19 @@ def packed_matmul(x: Tensor, weight: PackedWeight, config: Config | None = None)
         weight.out_features,
         columns,
         weight.groups,
+        whole,
         splits,
         steps_each,
         CODEBOOK=not weight.is_affine,
         HAS_ZEROS=weight.zeros is not None,
         HAS_BIAS=weight.bias is not None,
+        GATED=gated,
+        SILU_MUL=silu_mul,
         **group_constants(weight),
         SCALE_FIRST=c.scale_first,
+        JOINED=joined(c, device_traits(x.device)[2]),
         SPLIT=c.splits > 1,
+        TAIL=c.splits > 1 and whole > 0,
         OVERLAP=overlap,
         WHOLE_STEPS=columns % 128 == 0,
         BLOCK_N=c.block_n,

@@ -47,17 +47,21 @@ def rms_norm_kernel(
 
 
 @triton.jit
+def gated(gate, up):
+    """``silu(gate) · up``, rounded between the two as separate operations would."""
+    wide = gate.to(tl.float32)
+    activated = (wide / (1.0 + tl.exp(-wide))).to(gate.dtype)
+    return (activated.to(tl.float32) * up.to(tl.float32)).to(gate.dtype)
+
+
+@triton.jit
 def silu_mul_kernel(gate_up, out, width, TILE: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * TILE + tl.arange(0, TILE)
     mask = column < width
     gate = tl.load(gate_up + row * 2 * width + column, mask, 0.0)
     up = tl.load(gate_up + row * 2 * width + width + column, mask, 0.0)
-    wide = gate.to(tl.float32)
-    # The activation is rounded before the product, as two separate operations would.
-    activated = (wide / (1.0 + tl.exp(-wide))).to(gate.dtype)
-    product = activated.to(tl.float32) * up.to(tl.float32)
-    tl.store(out + row * width + column, product.to(gate.dtype), mask)
+    tl.store(out + row * width + column, gated(gate, up), mask)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -33,14 +33,19 @@ def _turn(x, at, cos, sin, mask, half, HALF: tl.constexpr):
 
 @triton.jit
 def _store(cache, scales, to, row, low, high, half, mask, heads, QUANTIZED: tl.constexpr):
-    """Both halves of some heads, as they are or as integers with a scale for each head."""
+    """Both halves of some heads, as they are or in 8 bits with a scale for each head."""
     if QUANTIZED:
+        dtype: tl.constexpr = cache.dtype.element_ty
+        MOST: tl.constexpr = 127.0 if dtype == tl.int8 else 448.0
         a, b = low.to(tl.float32), high.to(tl.float32)
         peak = tl.maximum(tl.max(tl.abs(a), 1), tl.max(tl.abs(b), 1))
-        inverse = tl.where(peak > 0, 127.0 / peak, 0.0)[:, None]
-        tl.store(scales + row, peak / 127.0, heads)
-        tl.store(cache + to, tl.floor(a * inverse + 0.5).to(tl.int8), mask)
-        tl.store(cache + to + half, tl.floor(b * inverse + 0.5).to(tl.int8), mask)
+        inverse = tl.where(peak > 0, MOST / peak, 0.0)[:, None]
+        tl.store(scales + row, peak / MOST, heads)
+        a, b = a * inverse, b * inverse
+        if dtype == tl.int8:
+            a, b = tl.floor(a + 0.5), tl.floor(b + 0.5)
+        tl.store(cache + to, a.to(dtype), mask)
+        tl.store(cache + to + half, b.to(dtype), mask)
     else:
         tl.store(cache + to, low, mask)
         tl.store(cache + to + half, high, mask)

@@ -8,7 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from nybble.kernels.packed import PackedWeight
-from nybble.kernels.triton.unpack import INTERPRETED
+from nybble.kernels.triton.norm import gated
+from nybble.kernels.triton.unpack import INTERPRETED, unpack_affine, unpack_codebook
 
 SLICE = tl.constexpr(32)
 STEP = tl.constexpr(128)
@@ -87,9 +88,113 @@ def shifted(w, zero, HAS_ZEROS: tl.constexpr, CENTRE: tl.constexpr):
 
 
 @triton.jit
+def unpacked(q, levels, table, dtype: tl.constexpr, CODEBOOK: tl.constexpr):
+    """The four slices of a tile of words: levels, or codes minus 8."""
+    if CODEBOOK:
+        w0, w1, w2, w3 = unpack_codebook(q, levels, table, dtype)
+    else:
+        w0, w1, w2, w3 = unpack_affine(q, dtype)
+    return w0, w1, w2, w3
+
+
+@triton.jit
+def rows_of_slices(x_at, valid, left, WHOLE_STEPS: tl.constexpr):
+    """Four slices of ``x``; ``left`` columns remain from each one of the first slice on."""
+    if WHOLE_STEPS:
+        x0 = tl.load(x_at, mask=valid, other=0.0)
+        x1 = tl.load(x_at + SLICE, mask=valid, other=0.0)
+        x2 = tl.load(x_at + 2 * SLICE, mask=valid, other=0.0)
+        x3 = tl.load(x_at + 3 * SLICE, mask=valid, other=0.0)
+    else:
+        x0 = tl.load(x_at, mask=valid & (left > 0), other=0.0)
+        x1 = tl.load(x_at + 32, mask=valid & (left > 32), other=0.0)
+        x2 = tl.load(x_at + 64, mask=valid & (left > 64), other=0.0)
+        x3 = tl.load(x_at + 96, mask=valid & (left > 96), other=0.0)
+    return x0, x1, x2, x3
+
+
+@triton.jit
+def side_by_side(w):
+    """Four slices ``(rows, 32)`` as one operand ``(rows, 128)``: no element changes its lane."""
+    w0, w1, w2, w3 = w
+    joined = tl.join(tl.join(w0, w2), tl.join(w1, w3))
+    return joined.permute(0, 2, 3, 1).reshape(w0.shape[0], 128)
+
+
+@triton.jit
 def product(w, x, acc):
     """``acc + w @ x``, summed in float32."""
     return tl.dot(w.to(tl.float32), x.to(tl.float32), acc) if INTERPRETED else tl.dot(w, x, acc)
+
+
+@triton.jit
+def add_scaled_products(acc, w, x, scales, SETS: tl.constexpr):
+    """``acc`` plus a step's products, each group's sum scaled in float32."""
+    w0, w1, w2, w3 = w
+    x0, x1, x2, x3 = x
+    s0, s1, s2, s3 = scales
+    nothing = tl.zeros(acc.shape, tl.float32)
+    part = product(w0, x0, nothing)
+    if SETS == 4:
+        acc += by_row(s0.to(tl.float32)) * part
+        part = product(w1, x1, nothing)
+        acc += by_row(s1.to(tl.float32)) * part
+        part = product(w2, x2, nothing)
+        acc += by_row(s2.to(tl.float32)) * part
+        part = product(w3, x3, nothing)
+    elif SETS == 2:
+        part = product(w1, x1, part)
+        acc += by_row(s0.to(tl.float32)) * part
+        part = product(w2, x2, nothing)
+        part = product(w3, x3, part)
+    else:
+        part = product(w1, x1, part)
+        part = product(w2, x2, part)
+        part = product(w3, x3, part)
+    return acc + by_row(s3.to(tl.float32)) * part
+
+
+@triton.jit
+def output_of(n, out_features, GATED: tl.constexpr):
+    """The output that stored row ``n`` computes."""
+    if GATED:
+        n = n // 16 * 8 + n % 8 + tl.where(n % 16 < 8, 0, out_features // 2)
+    return n
+
+
+@triton.jit
+def store_outputs(
+    y,
+    bias,
+    out,
+    first,
+    m,
+    rows,
+    out_features,
+    dtype: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    GATED: tl.constexpr,
+    SILU_MUL: tl.constexpr,
+):
+    """Add the bias to ``y``, stored outputs from ``first`` on × rows ``m``; store it, or gated."""
+    BLOCK_N: tl.constexpr = y.shape[0]
+    BLOCK_M: tl.constexpr = y.shape[1]
+    n = first + tl.arange(0, BLOCK_N)
+    if HAS_BIAS:
+        at = output_of(n, out_features, GATED)
+        y += tl.load(bias + at, mask=n < out_features, other=0.0).to(tl.float32)[:, None]
+    y = y.to(dtype)
+    if SILU_MUL:
+        half = out_features // 2
+        gate, up = tl.split(y.reshape(BLOCK_N // 16, 2, 8, BLOCK_M).permute(0, 2, 3, 1))
+        at = first // 2 + tl.arange(0, BLOCK_N // 2)
+        inside = (m[None, :] < rows) & (at[:, None] < half)
+        value = gated(gate, up).reshape(BLOCK_N // 2, BLOCK_M)
+        tl.store(out + m[None, :] * half + at[:, None], value, mask=inside)
+    else:
+        at = output_of(n, out_features, GATED)
+        inside = (m[None, :] < rows) & (n[:, None] < out_features)
+        tl.store(out + m[None, :] * out_features + at[:, None], y, mask=inside)
 
 
 @triton.jit

@@ -58,7 +58,9 @@ def rows(capability: int, quick: bool = False) -> Iterator[Row]:
                 yield from _attention(f"{variant} {dtype}", group, dim, f"*{dtype}", capability)
     half = "*bf16"
     if not quick or capability == 90:
-        yield from _attention("llama-3-8b bf16, int8 KV", 4, 128, half, capability, quantized=True)
+        yield from _attention("llama-3-8b bf16, int8 KV", 4, 128, half, capability, kv="*i8")
+    if capability >= 89 and (not quick or capability == 90):
+        yield from _attention("llama-3-8b bf16, fp8 KV", 4, 128, half, capability, kv="*fp8e4nv")
     for max_rank in (16, 64):
         for rows_ in (16, 32):
             if not quick or ((max_rank, rows_) == (64, 32) and capability in (80, 90)):
@@ -68,13 +70,14 @@ def rows(capability: int, quick: bool = False) -> Iterator[Row]:
 
 
 def _attention(
-    variant: str, group: int, dim: int, half: str, capability: int, quantized: bool = False
+    variant: str, group: int, dim: int, half: str, capability: int, kv: str | None = None
 ) -> Iterator[Row]:
     int32, fp32 = "*i32", "*fp32"
+    quantized = kv is not None
     shared = {
         "q": half,
-        "k_cache": "*i8" if quantized else half,
-        "v_cache": "*i8" if quantized else half,
+        "k_cache": kv or half,
+        "v_cache": kv or half,
         "k_scales": fp32 if quantized else half,
         "v_scales": fp32 if quantized else half,
         "query_start": int32,

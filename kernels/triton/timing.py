@@ -45,6 +45,18 @@ def milliseconds(calls: Sequence[Call], repeats: int = 7) -> float:
     return statistics.median(taken[1:])
 
 
+def by_clock(call: Call, repeats: int) -> float:
+    """The median time of one call in milliseconds, waiting for the device after each."""
+    taken = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        call()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        taken.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(taken)
+
+
 def bandwidth(device: torch.device, megabytes: int = 2048) -> float:
     """Bytes a second of a device-to-device copy, read and written bytes both counted."""
     source = torch.randint(0, 256, (megabytes << 20,), dtype=torch.uint8, device=device)

@@ -11,14 +11,17 @@ that does not fit the device, or whose result differs from the rule's, is passed
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from nybble.kernels.packed import INTEGER_LEVELS, SYMMETRIC_LEVELS, PackedWeight
+from nybble.kernels.progress import Progress, track
 from nybble.kernels.triton import timing
 from nybble.kernels.triton.configs import (
     BUCKETS,
@@ -27,16 +30,24 @@ from nybble.kernels.triton.configs import (
     cache_path,
     default_config,
     key_of,
+    read_cache,
+    tuned,
     write,
+    write_cache,
 )
 from nybble.kernels.triton.dequantize import stored_columns
 from nybble.kernels.triton.matmul import device_traits, packed_matmul, takes
 from torch import Tensor
-from tqdm import tqdm
 from triton.runtime.errors import OutOfResources
+
+logger = logging.getLogger(__name__)
 
 SHAPES = "4096x4096,4096x6144,4096x12288,4096x22016,4096x28672,11008x4096,14336x4096,5120x15360"
 CACHE_BYTES = 200 << 20  # weights rotated through, several times any L2 cache
+START_MINUTES = 5.0  # that a server's start may take; the next start goes on where it ended
+
+# Milliseconds of a product (weights, input, expected result, configuration), inf for unusable.
+Measure = Callable[[list[PackedWeight], Tensor, Tensor, Config], float]
 
 
 def neighbours(config: Config) -> Iterator[Config]:
@@ -59,6 +70,8 @@ def neighbours(config: Config) -> Iterator[Config]:
     for splits in (config.splits * 2, config.splits // 2, config.splits + 1, config.splits - 1):
         if 1 <= splits <= 32:
             yield replace(config, splits=splits)
+    if config.tail:
+        yield replace(config, splits=1, tail=0)
     for block_n in (64, 128, 256):
         yield replace(config, block_n=block_n, splits=max(1, config.splits * block_n // 128))
     for block_m in (config.block_m // 2, config.block_m * 2):
@@ -112,32 +125,89 @@ def tune(
     max_rows: int,
     *,
     minutes: float = float("inf"),
-    progress: bool = True,
+    known: Container[str] = (),
+    keep: Callable[[str, Config], None] = lambda key, config: None,
+    measure: Measure = measured,
+    progress: Progress = True,
 ) -> dict[str, Config]:
     """The best configuration of each distinct weight and bucket, by its key in the table.
 
-    weights: on the device, in ``gpu_tiles``. Stops beginning searches after ``minutes``.
+    weights: on the device, in ``gpu_tiles``. minutes: a search that they end is given up, and no
+    other is begun. known: keys to leave out. keep: told of each result at once. The small batches
+    of decoding come first.
     """
     deadline = time.monotonic() + 60 * minutes
     work: dict[str, tuple[PackedWeight, int]] = {}
-    for weight in weights:
-        if takes(weight, dtype):
+    taken = [weight for weight in weights if takes(weight, dtype)]
+    for bucket in (bucket for bucket in BUCKETS if bucket < 2 * max_rows):
+        for weight in taken:
             group = 0 if weight.groups == 1 else weight.group_size
-            for bucket in BUCKETS:
-                if bucket < 2 * max_rows:
-                    size = (weight.out_features, stored_columns(weight))
-                    key = key_of(weight.is_affine, group, *size, bucket)
-                    work.setdefault(key, (weight, bucket))
+            size = (weight.out_features, stored_columns(weight))
+            key = key_of(weight.is_affine, group, *size, bucket)
+            if key not in known:
+                work.setdefault(key, (weight, bucket))
     best: dict[str, Config] = {}
-    for key, (weight, bucket) in tqdm(work.items(), desc="tuning", disable=not progress):
+
+    def in_time(*product: Any) -> float:
+        return measure(*product) if time.monotonic() < deadline else float("inf")
+
+    for key, (weight, bucket) in track(work.items(), "Tuning matmuls", progress):
         if time.monotonic() > deadline:
             break
         x = torch.randn(bucket, weight.in_features, device=weight.qweight.device).to(dtype)
         size = (weight.out_features, stored_columns(weight))
         start = default_config(bucket, *size, *device_traits(x.device)[1:])
         expected = packed_matmul(x, weight, start)
-        best[key] = search(start, partial(measured, rotated(weight), x, expected))
+        found = search(start, partial(in_time, rotated(weight), x, expected))
+        if time.monotonic() < deadline:
+            best[key] = found
+            keep(key, found)
+    if len(best) < len(work):
+        logger.info(
+            "%d of %d matmuls keep the rule's configuration", len(work) - len(best), len(work)
+        )
     return best
+
+
+def tune_unknown(
+    weights: Iterable[PackedWeight],
+    dtype: torch.dtype,
+    max_rows: int,
+    *,
+    minutes: float = START_MINUTES,
+    measure: Measure = measured,
+    progress: Progress = True,
+) -> int:
+    """Tune what neither the table nor the cache knows of these weights' device; returns how much.
+
+    Every result is in the cache at once, so that an end, even a violent one, loses one search.
+    """
+    weights = list(weights)
+    if not weights:
+        return 0
+    device = device_traits(weights[0].qweight.device)[0]
+    choices = read_cache(device)
+
+    def keep(key: str, config: Config) -> None:
+        choices[key] = config
+        write_cache(device, choices)
+
+    try:
+        return len(
+            tune(
+                weights,
+                dtype,
+                max_rows,
+                minutes=minutes,
+                known=tuned(device).keys(),
+                keep=keep,
+                measure=measure,
+                progress=progress,
+            )
+        )
+    except (torch.OutOfMemoryError, OSError) as error:
+        logger.warning("tuning ends early, the rule's configurations stay: %s", error)
+        return 0
 
 
 def random_weights(columns: int, out: int, device: torch.device) -> Iterator[PackedWeight]:

@@ -7,10 +7,10 @@ from collections.abc import Iterable
 
 import torch
 from nybble.kernels.packed import PackedWeight
+from nybble.kernels.progress import Progress, track
 from nybble.kernels.triton.configs import BUCKETS
 from nybble.kernels.triton.dequantize import stored_columns
 from nybble.kernels.triton.matmul import packed_matmul, takes
-from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
 
@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 def signature(weight: PackedWeight) -> tuple[object, ...]:
     """What two weights must share to run the same machine code for every number of rows."""
     return (
+        weight.layout,
         weight.out_features,
         stored_columns(weight),
         weight.groups,
@@ -30,12 +31,12 @@ def signature(weight: PackedWeight) -> tuple[object, ...]:
 
 
 def warmup(
-    weights: Iterable[PackedWeight], dtype: torch.dtype, max_rows: int, *, progress: bool = True
+    weights: Iterable[PackedWeight], dtype: torch.dtype, max_rows: int, *, progress: Progress = True
 ) -> int:
     """Run every matmul of ``weights`` once for each bucket up to ``max_rows`` rows of ``dtype``.
 
     Compiles, sets up the counters CUDA graphs need, and reads each weight's levels, so that nothing
-    later waits for the device. Returns how many products were run.
+    later waits for the device. Returns how many sizes of product there are.
     """
     distinct = {}
     slow: set[int] = set()
@@ -51,8 +52,9 @@ def warmup(
             )
     largest = next((b for b in BUCKETS if b >= max_rows), BUCKETS[-1])
     work = [(w, rows) for w in distinct.values() for rows in BUCKETS if rows <= largest]
-    for weight, rows in tqdm(work, desc="compiling matmuls", disable=not progress):
-        packed_matmul(
-            torch.zeros(rows, weight.in_features, dtype=dtype, device=weight.qweight.device), weight
-        )
+    for weight, rows in track(work, "Compiling matmuls", progress):
+        x = torch.zeros(rows, weight.in_features, dtype=dtype, device=weight.qweight.device)
+        packed_matmul(x, weight)
+        if weight.layout == "gpu_gated_tiles":  # without adapters the decoder asks for this one
+            packed_matmul(x, weight, silu_mul=True)
     return len(work)

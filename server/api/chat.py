@@ -7,7 +7,9 @@ from typing import Any
 from uuid import uuid4
 
 from nybble.engine import RequestOutput
+from nybble.server.api.chat_schema import ChatRequest
 from nybble.server.api.choices import ChoicesShape
+from nybble.server.api.generation import Usage
 from nybble.server.api.logprobs import Logprobs
 from nybble.server.api.tool_parser import Arguments, Call, Event, Text, ToolParser
 from nybble.server.api.tools import Tools
@@ -19,22 +21,29 @@ class ChatShape(ChoicesShape):
     def __init__(
         self,
         id: str,
-        model: str,
+        body: ChatRequest,
         created: int,
         logprobs: Logprobs | None,
         tools: Tools | None,
-        *,
-        include_usage: bool,
     ) -> None:
-        super().__init__(include_usage=include_usage)
-        self._head = {"id": id, "created": created, "model": model}
-        self._logprobs = logprobs
+        super().__init__(include_usage=body.include_usage)
+        self._head = {"id": id, "created": created, "model": body.model}
+        self._logprobs = logprobs if body.logprobs else None
+        self._of_prompt = logprobs if body.prompt_logprobs is not None else None
+        self._prompt_alternatives = body.prompt_logprobs or 0
         self._tools = tools
         self._parsers: dict[int, ToolParser | None] = {}
 
     def envelope(self, choices: Sequence[dict[str, Any]], *, chunk: bool) -> dict[str, Any]:
         name = "chat.completion.chunk" if chunk else "chat.completion"
         return {**self._head, "object": name, "choices": choices}
+
+    def whole(self, outputs: Sequence[Sequence[RequestOutput]], usage: Usage) -> dict[str, Any]:
+        body = super().whole(outputs, usage)
+        prompt = outputs[0][0].prompt_logprobs
+        if self._of_prompt is not None and prompt is not None:
+            body["prompt_logprobs"] = self._of_prompt.by_id(prompt, self._prompt_alternatives)
+        return body
 
     def choice(self, index: int, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
         parser = self._new_parser()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from nybble.server.api.schema import Body, Sampling
+from nybble.server.api.schema import OF_THE_SERVICE, Body, Sampling
 from pydantic import ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
@@ -102,6 +102,7 @@ class NamedToolChoice(Body):
 
 
 class ChatRequest(Sampling):
+    ignored: ClassVar[dict[str, str]] = OF_THE_SERVICE | {"prediction": "a hint for speed"}
     refused: ClassVar[dict[str, str]] = {
         "functions": "functions is deprecated and not supported",
         "function_call": "function_call is deprecated and not supported",
@@ -109,17 +110,19 @@ class ChatRequest(Sampling):
         "web_search_options": "web search is not supported",
         "reasoning_effort": "reasoning_effort is not supported",
         "verbosity": "verbosity is not supported",
+        "moderation": "moderation is not supported: there is no moderation model",
     }
 
     messages: Annotated[list[Message], Field(min_length=1)]
     logprobs: bool | None = None
     top_logprobs: int | None = None
-    max_completion_tokens: int | None = None
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     modalities: list[Literal["text"]] | None = None
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
     parallel_tool_calls: bool | None = None
-    prediction: dict[str, Any] | None = None  # a hint for speed
+    prediction: dict[str, Any] | None = None
     response_format: ResponseFormat | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 

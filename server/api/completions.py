@@ -5,61 +5,97 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from nybble.engine import RequestOutput
+from nybble.engine import PromptLogprobs, RequestOutput
 from nybble.server.api.choices import ChoicesShape
 from nybble.server.api.logprobs import Logprobs
+from nybble.server.api.schema import CompletionRequest
 
 
 class CompletionShape(ChoicesShape):
-    """``text_completion``; echoes: a text for each sequence to begin with, or none."""
+    """``text_completion``.
+
+    logprobs: writes those asked for, None for none. echoes: the text of each prompt, with which its
+    sequences begin, or None.
+    """
 
     def __init__(
         self,
         id: str,
-        model: str,
+        body: CompletionRequest,
         created: int,
         logprobs: Logprobs | None,
         echoes: Sequence[str] | None,
-        *,
-        include_usage: bool,
     ) -> None:
-        super().__init__(include_usage=include_usage)
-        self._head = {"id": id, "object": "text_completion", "created": created, "model": model}
+        super().__init__(include_usage=body.include_usage)
+        self._head = {
+            "id": id,
+            "object": "text_completion",
+            "created": created,
+            "model": body.model,
+        }
+        self._n = body.sequences
+        self._alternatives = body.logprobs
+        self._prompt_alternatives = body.prompt_logprobs
         self._logprobs = logprobs
         self._echoes = echoes
         self._begun: set[int] = set()
+        self._of_prompts: dict[int, PromptLogprobs] = {}
         self._offsets: dict[int, int] = {}
 
     def envelope(self, choices: Sequence[dict[str, Any]], *, chunk: bool) -> dict[str, Any]:
         return {**self._head, "choices": choices}
 
     def choice(self, index: int, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
-        text = self._echo(index) + "".join(output.text for output in outputs)
-        return self._choice(index, text, outputs)
+        choice = self._choice(index, outputs)
+        if self._prompt_alternatives is not None and self._logprobs is not None:
+            of_prompt = self._of_prompts[index // self._n]
+            choice["prompt_logprobs"] = self._logprobs.by_id(of_prompt, self._prompt_alternatives)
+        return choice
 
     def chunks(self, index: int, output: RequestOutput) -> Sequence[dict[str, Any]]:
-        text = output.text
-        if index not in self._begun:
-            self._begun.add(index)
-            text = self._echo(index) + text
-        choice = self._choice(index, text, [output])
+        choice = self._choice(index, [output])
         logprobs = choice["logprobs"]
-        wanted = text or output.finish_reason or (logprobs and logprobs["tokens"])
+        wanted = choice["text"] or output.finish_reason or (logprobs and logprobs["tokens"])
         return [choice] if wanted else []
 
-    def _echo(self, index: int) -> str:
-        return self._echoes[index] if self._echoes is not None else ""
-
-    def _choice(self, index: int, text: str, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
+    def _choice(self, index: int, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
+        text = "".join(output.text for output in outputs)
         logprobs = None
-        if self._logprobs is not None:
-            logprobs = self._logprobs.completion(outputs, self._offsets.get(index, 0))
-            self._offsets[index] = self._offsets.get(index, 0) + sum(
-                len(token) for token in logprobs["tokens"]
-            )
+        if self._logprobs is not None and self._alternatives is not None:
+            logprobs = self._logprobs.completion(outputs)
+        if index not in self._begun:
+            self._begun.add(index)
+            prompt = index // self._n
+            # Only a prompt's first sequence reads it, and it is the first to be heard of.
+            if (found := outputs[0].prompt_logprobs) is not None:
+                self._of_prompts[prompt] = found
+            if self._echoes is not None:
+                text = self._echoes[prompt] + text
+                if logprobs is not None:
+                    self._prepend(logprobs, index)
+        if logprobs is not None:
+            lengths = logprobs.pop("lengths")
+            offset = self._offsets.get(index, 0)
+            logprobs["text_offset"] = []
+            for length in lengths:
+                logprobs["text_offset"].append(max(0, offset))
+                offset += length
+            self._offsets[index] = offset
         return {
             "index": index,
             "text": text,
             "logprobs": logprobs,
             "finish_reason": outputs[-1].finish_reason,
         }
+
+    def _prepend(self, logprobs: dict[str, Any], index: int) -> None:
+        """Put the prompt's tokens before those of the output."""
+        assert self._logprobs is not None
+        assert self._alternatives is not None
+        assert self._echoes is not None
+        prompt = index // self._n
+        echoed = self._logprobs.prompt(self._of_prompts[prompt], self._alternatives)
+        # Tokens put before the text, as BOS is, are no part of it: offsets count from its end.
+        self._offsets[index] = len(self._echoes[prompt]) - sum(echoed["lengths"])
+        for key, values in logprobs.items():
+            values[:0] = echoed[key]

@@ -5,17 +5,26 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import ExitStack, aclosing, contextmanager
 from dataclasses import dataclass, field, replace
 
-from nybble.engine import Engine, GrammarGuide, Request, RequestOutput, SamplingParams
+from nybble.engine import (
+    Engine,
+    GrammarGuide,
+    Pooling,
+    Request,
+    RequestOutput,
+    SamplingParams,
+)
 from nybble.server.errors import ApiError
 from nybble.server.limits import Limiter
 from nybble.server.metrics import Metrics
 from nybble.server.tenants import Tenant
 
 _RETRY_AFTER_SECONDS = 5
+# Enough to fill a step's token budget with short texts, and of a small server a quarter at most.
+_EMBEDDINGS_IN_FLIGHT = 16
 
 
 @dataclass(frozen=True)
@@ -23,7 +32,8 @@ class Job:
     """Every prompt ``n`` times; sequence ``i`` continues prompt ``i // n``.
 
     Sequences that share a prompt and have a seed get seeds of their own, counted up from it.
-    timeout: seconds it may take.
+    timeout: seconds it may take. pooling: asks for the prompts' embeddings, of which only a few are
+    in flight at a time.
     """
 
     id: str
@@ -34,6 +44,7 @@ class Job:
     adapter: str | None = None
     tenant: Tenant | None = None
     timeout: float | None = None
+    pooling: Pooling | None = None
 
     @property
     def size(self) -> int:
@@ -43,9 +54,12 @@ class Job:
         params = self.params
         if params.seed is not None and self.n > 1:
             params = replace(params, seed=params.seed + index % self.n)
+        if params.prompt_logprobs is not None and index % self.n:
+            params = replace(params, prompt_logprobs=None)  # the first has them
         guide = None if self.guide is None else self.guide.fork()
         prompt = self.prompts[index // self.n]
-        request = Request(f"{self.id}-{index}", prompt, params, guide, self.adapter)
+        id = f"{self.id}-{index}"
+        request = Request(id, prompt, params, guide, self.adapter, pooling=self.pooling)
         if self.tenant is None:
             return request
         return replace(request, tenant=self.tenant.name, weight=self.tenant.weight)
@@ -80,14 +94,40 @@ class Usage:
         )
 
 
+@dataclass(frozen=True)
+class SequenceTimes:
+    """When a sequence that has ended did what, in seconds of the monotonic clock.
+
+    started, first, last: first computation, first and latest token, if there are tokens.
+    """
+
+    id: str
+    adapter: str | None
+    prompt_tokens: int
+    tokens: int
+    reason: str
+    arrived: float
+    started: float
+    first: float
+    last: float
+    ended: float
+
+
 class Generation:
     """The engine as the API's handlers use it; takes ``max_sequences`` at once."""
 
     def __init__(
-        self, engine: Engine, metrics: Metrics, max_sequences: int, limiter: Limiter
+        self,
+        engine: Engine,
+        metrics: Metrics,
+        max_sequences: int,
+        limiter: Limiter,
+        ended: Callable[[SequenceTimes], None] | None = None,
     ) -> None:
+        """ended: told of every sequence, in the context of its request."""
         self.engine = engine
         self._limiter = limiter
+        self._ended = ended
         self._admitted_of: Counter[str] = Counter()
         self._metrics = metrics
         self._max_sequences = max_sequences
@@ -98,7 +138,7 @@ class Generation:
 
         Raises ApiError 429 where the server is full, and what Engine.generate raises.
         """
-        if job.size > self._max_sequences:
+        if self._in_flight(job) > self._max_sequences:
             raise ApiError(
                 400,
                 f"the request asks for {job.size} sequences, this server takes at most "
@@ -116,10 +156,16 @@ class Generation:
                     async for item in merged:
                         yield item
 
+    def _in_flight(self, job: Job) -> int:
+        """Sequences of a job in flight at most."""
+        if job.pooling is None:
+            return job.size
+        return min(job.size, _EMBEDDINGS_IN_FLIGHT, max(1, self._max_sequences // 4))
+
     @contextmanager
     def _admission(self, job: Job) -> Iterator[None]:
-        free = self._max_sequences - self._admitted
-        if job.size > free:
+        free, held = self._max_sequences - self._admitted, self._in_flight(job)
+        if held > free:
             raise ApiError(
                 429,
                 f"{self._admitted} sequences are in flight of {self._max_sequences} at most",
@@ -131,7 +177,7 @@ class Generation:
                 # A tenant may hold as many as are free, so however many it sends there is room for
                 # another (dynamic thresholds, Choudhury and Hahne 1998).
                 mine = self._admitted_of[tenant.name]
-                if mine + job.size > max(free, 1):
+                if mine + held > max(free, 1):
                     raise ApiError(
                         429,
                         f"{mine} sequences of yours are in flight, and {free} more are kept for "
@@ -140,27 +186,31 @@ class Generation:
                         retry_after=_RETRY_AFTER_SECONDS,
                     )
                 limits.enter_context(self._limiter.admit(tenant, sum(map(len, job.prompts))))
-                self._admitted_of[tenant.name] += job.size
-            self._admitted += job.size
+                self._admitted_of[tenant.name] += held
+            self._admitted += held
             try:
                 yield
             finally:
-                self._admitted -= job.size
+                self._admitted -= held
                 if tenant is not None:
-                    self._admitted_of[tenant.name] -= job.size
+                    self._admitted_of[tenant.name] -= held
 
     async def _merged(self, job: Job) -> AsyncGenerator[tuple[int, RequestOutput]]:
         # Bounded, so that a slow reader's outputs are not stored twice.
         queue: asyncio.Queue[tuple[int, RequestOutput] | Exception] = asyncio.Queue(job.size)
         # The prompt of the others is in the prefix cache once the first has a token.
         prefilled = [asyncio.Event() for _ in job.prompts]
+        places = asyncio.Semaphore(self._in_flight(job))
 
         async def pump(index: int) -> None:
             event = prefilled[index // job.n]
             if index % job.n:
                 await event.wait()
             try:
-                async with aclosing(self._sequence(job.request(index), job.tenant)) as outputs:
+                async with (
+                    places,
+                    aclosing(self._sequence(job.request(index), job.tenant)) as outputs,
+                ):
                     async for output in outputs:
                         event.set()
                         await queue.put((index, output))
@@ -195,6 +245,11 @@ class Generation:
                     if tenant is not None:
                         self._limiter.spend(tenant, len(output.token_ids))
                     now = time.monotonic()
+                    if request.pooling is not None:
+                        metrics.queue_time.observe(output.queue_seconds)
+                        reason = "stop"
+                        yield output
+                        return
                     if not tokens:
                         first, started = now, arrived + output.queue_seconds
                         metrics.time_to_first_token.observe(now - arrived)
@@ -218,3 +273,18 @@ class Generation:
             raise
         finally:
             metrics.finished.labels(reason).inc()
+            if self._ended is not None:
+                self._ended(
+                    SequenceTimes(
+                        request.request_id,
+                        request.adapter,
+                        len(request.prompt_token_ids),
+                        tokens,
+                        reason,
+                        arrived,
+                        started,
+                        first,
+                        previous,
+                        time.monotonic(),
+                    )
+                )

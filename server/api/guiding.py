@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from typing import Any
 
 from nybble.engine import GrammarCompiler, GrammarGuide
 from nybble.server.api.chat_schema import ResponseFormat
+from nybble.server.api.compile_pool import CompilePool
 from nybble.server.api.schema import Sampling
 from nybble.server.api.tools import Tools
 from nybble.server.errors import ApiError
@@ -17,13 +17,15 @@ _ANY_OBJECT: dict[str, Any] = {"type": "object"}
 
 async def guide_of(
     compiler: GrammarCompiler,
+    pool: CompilePool,
     body: Sampling,
     response_format: ResponseFormat | None = None,
     tools: Tools | None = None,
 ) -> GrammarGuide | None:
-    """The guide a request asks for, or None. Compiled in another thread, before it is admitted.
+    """The guide a request asks for, or None. Compiled in ``pool``, before it is admitted.
 
-    Raises ApiError 400 naming the parameter for more than one, or one that cannot be compiled.
+    Raises ApiError 400 naming the parameter for more than one, or one that cannot be compiled or
+    not in time; 503 where the pool is busy.
     """
     asked = _asked(compiler, body, response_format)
     if tools is not None:
@@ -37,7 +39,7 @@ async def guide_of(
         )
     ((param, compile),) = asked.items()
     try:
-        return await asyncio.to_thread(compile)
+        return await pool.run(compile, param)
     except ValueError as error:
         raise ApiError(
             400, f"{param} cannot be compiled: {error}", param=param, code="invalid_value"

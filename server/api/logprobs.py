@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Container, Iterator, Sequence
 from typing import Any
 
-from nybble.engine import RequestOutput, TokenLogprob
+from nybble.engine import PromptLogprobs, RequestOutput, TokenLogprob
 from nybble.server.api.token_bytes import TokenBytes
 
 # What OpenAI reports for "practically impossible"; JSON has no infinity.
@@ -29,24 +29,59 @@ class Logprobs:
             for token in self._reported(outputs)
         ]
 
-    def completion(self, outputs: Sequence[RequestOutput], offset: int) -> dict[str, Any]:
-        """``choices[].logprobs``; ``offset``: characters of the tokens that came before."""
+    def completion(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
+        """``choices[].logprobs``, with ``lengths`` in characters in place of ``text_offset``."""
         body: dict[str, Any] = {
             "tokens": [],
             "token_logprobs": [],
             "top_logprobs": [],
-            "text_offset": [],
+            "lengths": [],
         }
         for token in self._reported(outputs):
-            text = self._tokens.text(token.token_id)
-            body["tokens"].append(text)
-            body["token_logprobs"].append(_finite(token.logprob))
-            # The chosen token is among them even where it is not one of the likeliest.
-            top = {self._tokens.text(other): _finite(logprob) for other, logprob in token.top}
-            body["top_logprobs"].append(top | {text: _finite(token.logprob)})
-            body["text_offset"].append(offset)
-            offset += len(text)
+            self._append(body, token, token.top)
         return body
+
+    def prompt(self, prompt: PromptLogprobs, alternatives: int) -> dict[str, Any]:
+        """The same for a prompt that is echoed; its first token follows nothing."""
+        first = prompt.token_ids[0]
+        body: dict[str, Any] = {
+            "tokens": [self._tokens.text(first)],
+            "token_logprobs": [None],
+            "top_logprobs": [None],
+            "lengths": [_characters(self._tokens.of(first))],
+        }
+        for token in prompt.tokens():
+            self._append(body, token, token.top[:alternatives])
+        return body
+
+    def by_id(self, prompt: PromptLogprobs, alternatives: int) -> list[dict[str, Any] | None]:
+        """A prompt's logprobs as vLLM writes them: by token id, with the rank of each."""
+
+        def entry(token_id: int, logprob: float, rank: int) -> dict[str, Any]:
+            return {
+                "logprob": _finite(logprob),
+                "rank": rank,
+                "decoded_token": self._tokens.text(token_id),
+            }
+
+        found: list[dict[str, Any] | None] = [None]
+        for token, rank in zip(prompt.tokens(), prompt.ranks.tolist(), strict=True):
+            top = enumerate(token.top[:alternatives], 1)
+            entries = {str(other): entry(other, value, at) for at, (other, value) in top}
+            own = {str(token.token_id): entry(token.token_id, token.logprob, rank)}
+            found.append(own | entries)
+        return found
+
+    def _append(
+        self, body: dict[str, Any], token: TokenLogprob, top: Sequence[tuple[int, float]]
+    ) -> None:
+        text = self._tokens.text(token.token_id)
+        body["tokens"].append(text)
+        body["token_logprobs"].append(_finite(token.logprob))
+        # The chosen token is among them even where it is not one of the likeliest.
+        others = {self._tokens.text(other): _finite(logprob) for other, logprob in top}
+        body["top_logprobs"].append(others | {text: _finite(token.logprob)})
+        body["lengths"].append(_characters(self._tokens.of(token.token_id)))
 
     def _reported(self, outputs: Sequence[RequestOutput]) -> Iterator[TokenLogprob]:
         for output in outputs:
@@ -60,6 +95,11 @@ class Logprobs:
             "logprob": _finite(logprob),
             "bytes": list(self._tokens.of(token_id)),
         }
+
+
+def _characters(data: bytes) -> int:
+    """Those that begin in ``data``: a token may be a part of one."""
+    return sum(byte & 0xC0 != 0x80 for byte in data)
 
 
 def _finite(logprob: float) -> float:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nybble.engine import AdapterInfo, Engine
+from nybble.server.adapter_owners import AdapterOwners
 from nybble.server.errors import ApiError
 from nybble.server.tenants import Tenant
 
@@ -17,10 +18,16 @@ _NAMES_IN_ERRORS = 20
 class ModelNames:
     """The base answers to every name in ``base``; each adapter to its own."""
 
-    def __init__(self, engine: Engine, base: tuple[str, ...]) -> None:
+    def __init__(self, engine: Engine, base: tuple[str, ...], owners: AdapterOwners) -> None:
         self._engine = engine
+        self._owners = owners
         self._base = base
         self._created = int(time.time())
+
+    @property
+    def first(self) -> str:
+        """The base's own name."""
+        return self._base[0]
 
     def bodies(self, tenant: Tenant | None) -> list[dict[str, Any]]:
         """Every name the tenant may use as OpenAI's model object."""
@@ -70,15 +77,14 @@ class ModelNames:
         return next(iter(chosen.values()), None)
 
     def _has_adapter(self, name: str, tenant: Tenant | None) -> bool:
-        allowed = tenant is None or tenant.may_use_adapter(name)
-        return allowed and self._engine.adapter(name) is not None
+        return self._owners.may_use(tenant, name) and self._engine.adapter(name) is not None
 
     def _models(self, tenant: Tenant | None) -> list[str]:
         return [name for name in self._base if tenant is None or tenant.may_use_model(name)]
 
     def _adapters(self, tenant: Tenant | None) -> list[AdapterInfo]:
         every = self._engine.adapters()
-        return [info for info in every if tenant is None or tenant.may_use_adapter(info.name)]
+        return [info for info in every if self._owners.may_use(tenant, info.name)]
 
     def _model(self, name: str) -> dict[str, Any]:
         return {

@@ -7,9 +7,9 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from jinja2 import TemplateError
 from nybble.server.api.chat_schema import Message
 from nybble.server.errors import ApiError
+from nybble.server.templates import TemplateFailedError, TemplateRefusedError, TemplateRenderer
 from transformers import PreTrainedTokenizerBase
 
 T = TypeVar("T")
@@ -21,17 +21,27 @@ _LONG_TEXT = 4096
 class Prompts:
     """The tokenizer and chat template of one model."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, model: str) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, model: str, templates: TemplateRenderer
+    ) -> None:
         self._tokenizer = tokenizer
         self._backend = tokenizer.backend_tokenizer
         # A tokenizer.json may ask for either; both would change prompts silently.
         self._backend.no_truncation()
         self._backend.no_padding()
         self._model = model
+        self._templates = templates
 
     async def encode(self, text: str, *, special_tokens: bool = True) -> tuple[int, ...]:
         """Token ids of ``text``; special_tokens: with those the model's inputs begin with."""
         return await _off_loop(len(text), lambda: self._encode(text, special_tokens))
+
+    async def encode_all(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
+        """Token ids of each text, with those the model's inputs begin or end with."""
+        return await _off_loop(
+            sum(map(len, texts)),
+            lambda: [tuple(encoding.ids) for encoding in self._backend.encode_batch(list(texts))],
+        )
 
     async def decode(self, token_ids: Sequence[int]) -> str:
         """The text of ``token_ids``, special tokens included."""
@@ -49,7 +59,8 @@ class Prompts:
     ) -> tuple[int, ...]:
         """Token ids of a conversation in the model's own template, up to the assistant's turn.
 
-        Raises ApiError 400 where the model has no template or the template refuses.
+        Raises ApiError 400 where the model has no template or the template refuses, 500 where it
+        takes too much time or memory.
         """
         if not self._tokenizer.chat_template:
             raise ApiError(
@@ -60,29 +71,25 @@ class Prompts:
                 code="no_chat_template",
             )
         turns = [_turn(message) for message in messages]
-        length = sum(len(str(turn.get("content") or "")) for turn in turns) + len(str(tools or ""))
-
-        def render() -> tuple[int, ...]:
-            try:
-                # Rendered by transformers in jinja2's immutable sandbox.
-                text = self._tokenizer.apply_chat_template(
-                    turns,
-                    tools=list(tools) if tools else None,
-                    add_generation_prompt=True,
-                    tokenize=False,
-                    **_checked(template_kwargs or {}),
-                )
-            except (TemplateError, TypeError, ValueError, KeyError, IndexError) as error:
-                raise ApiError(
-                    400,
-                    f"the chat template of {self._model!r} refuses these messages: {error}",
-                    param="messages",
-                    code="invalid_value",
-                ) from None
-            assert isinstance(text, str)
-            return self._encode(text, special_tokens=False)
-
-        return await _off_loop(length, render)
+        template = self._tokenizer.get_chat_template(tools=list(tools) if tools else None)
+        variables = {**self._tokenizer.special_tokens_map, **_checked(template_kwargs or {})}
+        render = self._templates.render
+        try:
+            text = await asyncio.to_thread(render, template, turns, tools, variables)
+        except TemplateRefusedError as error:
+            raise ApiError(
+                400,
+                f"the chat template of {self._model!r} refuses these messages: {error}",
+                param="messages",
+                code="invalid_value",
+            ) from None
+        except TemplateFailedError as error:
+            raise ApiError(
+                500,
+                f"the chat template of {self._model!r} cannot be used: {error}",
+                code="chat_template_failed",
+            ) from None
+        return await self.encode(text, special_tokens=False)
 
     def _encode(self, text: str, special_tokens: bool) -> tuple[int, ...]:
         # The batch form lets other threads run meanwhile; the single one does not.

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from aiohttp import web
 from nybble.engine import RequestOutput
@@ -17,20 +17,25 @@ from pydantic_core import to_json
 # A client that takes nothing for this long while its buffers are full is given up.
 _STALL_SECONDS = 60
 
+T = TypeVar("T")
 
 Results = AsyncGenerator[tuple[int, RequestOutput]]
 Event = tuple[str | None, dict[str, Any]]  # a server-sent event's name, if it has one, and data
 
 
-class Shape(Protocol):
-    """How an endpoint writes a job's outputs."""
-
-    # The data that ends a stream, after the last event.
-    terminator: bytes | None
+class WholeShape(Protocol):
+    """How an endpoint writes a job's outputs as one body."""
 
     def whole(self, outputs: Sequence[Sequence[RequestOutput]], usage: Usage) -> dict[str, Any]:
         """The body, from all outputs of every sequence."""
         ...
+
+
+class Shape(WholeShape, Protocol):
+    """How an endpoint writes a job's outputs, as they come too."""
+
+    # The data that ends a stream, after the last event.
+    terminator: bytes | None
 
     def events(self, index: int, output: RequestOutput) -> Sequence[Event]:
         """What one output of a sequence adds to a stream; called for its outputs in order."""
@@ -53,17 +58,26 @@ async def respond(
     Raises ApiError 504 where its time runs out before the first byte is sent, and what
     Generation.run raises.
     """
-    deadline = None if job.timeout is None else asyncio.get_running_loop().time() + job.timeout
+    if not stream:
+        return await respond_whole(request, generation, job, shape)
     usage = request[RECORD].usage = Usage(job)
     async with aclosing(generation.run(job)) as results:
-        if stream:
-            return await _stream(request, results, usage, shape, deadline)
+        return await _stream(request, results, usage, shape, _deadline(job))
+
+
+async def respond_whole(
+    request: web.Request, generation: Generation, job: Job, shape: WholeShape
+) -> web.Response:
+    """Run ``job`` to its end. Raises as :func:`respond` does."""
+    usage = request[RECORD].usage = Usage(job)
+    async with aclosing(generation.run(job)) as results:
         outputs: list[list[RequestOutput]] = [[] for _ in range(job.size)]
-        async with _until(deadline):
+        async with _until(_deadline(job)):
             async for index, output in results:
                 usage.add(index, output)
                 outputs[index].append(output)
-        return json_response(shape.whole(outputs, usage))
+        body = await _written(outputs[0][0], lambda: to_json(shape.whole(outputs, usage)))
+        return web.Response(body=body, content_type="application/json")
 
 
 async def _stream(
@@ -77,7 +91,7 @@ async def _stream(
 
     async def tell(index: int, output: RequestOutput) -> None:
         usage.add(index, output)
-        for event in shape.events(index, output):
+        for event in await _written(output, lambda: shape.events(index, output)):
             await stream.send(event)
 
     try:
@@ -99,6 +113,16 @@ async def _stream(
         await stream.send(shape.failure(failure))
     await stream.response.write_eof()
     return stream.response
+
+
+async def _written(output: RequestOutput, write: Callable[[], T]) -> T:
+    """In another thread where there may be much to write."""
+    much = output.prompt_logprobs is not None or output.embedding is not None
+    return await asyncio.to_thread(write) if much else write()
+
+
+def _deadline(job: Job) -> float | None:
+    return None if job.timeout is None else asyncio.get_running_loop().time() + job.timeout
 
 
 @asynccontextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, ClassVar, Literal
 
 from nybble.server.api.chat_schema import MAX_TOOLS, ChatRequest, Function
-from nybble.server.api.schema import Body
+from nybble.server.api.schema import OF_THE_SERVICE, Body
 from pydantic import ConfigDict, Field
 
 
@@ -75,6 +75,10 @@ class NamedFunction(Body):
 
 
 class ResponsesRequest(Body):
+    ignored: ClassVar[dict[str, str]] = OF_THE_SERVICE | {
+        "metadata": "nothing is stored; it comes back with the response",
+        "stream_options": "events carry no padding",
+    }
     refused: ClassVar[dict[str, str]] = {
         "previous_response_id": "responses are not stored: send the conversation as input",
         "conversation": "conversations are not stored: send the conversation as input",
@@ -83,13 +87,15 @@ class ResponsesRequest(Body):
         "reasoning": "reasoning is not supported",
         "max_tool_calls": "max_tool_calls is not supported: there are no built-in tools",
         "include": "include is not supported",
+        "moderation": "moderation is not supported: there is no moderation model",
+        "context_management": "context_management is not supported: send what is to be read",
         "top_logprobs": "logprobs are not supported here: use /v1/chat/completions",
     }
 
     model: str
     input: str | Annotated[list[InputMessage | InputCall | InputCallOutput], Field(min_length=1)]
     instructions: str | None = None
-    max_output_tokens: int | None = None
+    max_output_tokens: Annotated[int, Field(ge=1)] | None = None
     parallel_tool_calls: bool | None = None
     stream: bool | None = None
     temperature: float | None = None
@@ -99,12 +105,13 @@ class ResponsesRequest(Body):
     top_p: float | None = None
     truncation: Literal["disabled"] | None = None
 
-    # Accepted because they do not change what is generated.
+    # Ignored.
     metadata: dict[str, Any] | None = None
     store: bool | None = None
     service_tier: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+    prompt_cache_options: dict[str, Any] | None = None
     prompt_cache_retention: str | None = None
     stream_options: dict[str, Any] | None = None
     user: str | None = None

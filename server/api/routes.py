@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from uuid import uuid4
@@ -12,14 +13,17 @@ from aiohttp import web
 from nybble.engine import Engine, GrammarCompiler, ParameterError, SamplingParams
 from nybble.server.api.chat import ChatShape
 from nybble.server.api.chat_schema import ChatRequest, DetokenizeRequest, TokenizeRequest
+from nybble.server.api.compile_pool import CompilePool
 from nybble.server.api.completions import CompletionShape
-from nybble.server.api.generation import Generation, Job
+from nybble.server.api.embeddings import EmbeddingRequest, EmbeddingsShape
+from nybble.server.api.generation import Generation, Job, SequenceTimes
 from nybble.server.api.guiding import guide_of
 from nybble.server.api.logprobs import Logprobs
 from nybble.server.api.model_names import ModelNames
+from nybble.server.api.openapi import openapi_document
 from nybble.server.api.parse import read_body
 from nybble.server.api.prompts import Prompts
-from nybble.server.api.respond import json_response, respond
+from nybble.server.api.respond import json_response, respond, respond_whole
 from nybble.server.api.responses import ResponsesShape
 from nybble.server.api.responses_schema import ResponsesRequest
 from nybble.server.api.schema import CompletionRequest
@@ -29,6 +33,7 @@ from nybble.server.errors import ApiError
 from nybble.server.gate import Gate
 from nybble.server.limits import Limiter
 from nybble.server.metrics import Metrics
+from nybble.server.templates import TemplateRenderer
 from nybble.server.tenants import TENANT, Tenant
 
 # OpenAI's default for completions; chat goes on to the end of the context.
@@ -36,24 +41,28 @@ _COMPLETION_MAX_TOKENS = 16
 
 
 class Api:
-    """Handlers over one engine, which answers to every name in ``models``."""
+    """Handlers over one engine."""
 
     def __init__(
         self,
         engine: Engine,
         metrics: Metrics,
-        models: tuple[str, ...],
+        names: ModelNames,
         max_sequences: int,
         gate: Gate,
         limiter: Limiter,
+        templates: TemplateRenderer,
+        ended: Callable[[SequenceTimes], None] | None = None,
     ) -> None:
         self._gate = gate
         self._engine = engine
         self._metrics = metrics
-        self._names = ModelNames(engine, models)
-        self._generation = Generation(engine, metrics, max_sequences, limiter)
-        self._prompts = Prompts(engine.tokenizer, models[0])
+        self._names = names
+        self._openapi = openapi_document()
+        self._generation = Generation(engine, metrics, max_sequences, limiter, ended)
+        self._prompts = Prompts(engine.tokenizer, names.first, templates)
         self._tokens = TokenBytes(engine.tokenizer)
+        self._compiling = CompilePool()
         self._grammars = GrammarCompiler(engine.tokenizer, engine.vocab_size, engine.eos_token_ids)
 
     def routes(self) -> list[web.RouteDef]:
@@ -61,12 +70,14 @@ class Api:
             web.get("/health", self.health),
             web.get("/metrics", self.metrics),
             web.get("/version", self.version),
+            web.get("/openapi.json", self.openapi),
             web.get("/v1/models", self.list_models),
             # Hub names have a slash in them.
             web.get("/v1/models/{model:.+}", self.get_model),
             web.post("/v1/chat/completions", self.chat_completions),
             web.post("/v1/completions", self.completions),
             web.post("/v1/responses", self.responses),
+            web.post("/v1/embeddings", self.embeddings),
             web.post("/tokenize", self.tokenize),
             web.post("/detokenize", self.detokenize),
         ]
@@ -76,12 +87,14 @@ class Api:
         if self._gate.closed:
             reason = "the server is shutting down"
         elif not self._engine.healthy:
-            reason = "the engine is not running"
+            failure = self._engine.failure
+            reason = f"the engine has failed: {failure}" if failure else "the engine is not running"
         if reason is not None:
             raise ApiError(503, reason, code="unhealthy")
         return json_response({"status": "ok"})
 
     async def metrics(self, _: web.Request) -> web.Response:
+        self._metrics.event_loop_tasks.set(len(asyncio.all_tasks()))
         return web.Response(
             body=self._metrics.render(),
             headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"},
@@ -89,6 +102,9 @@ class Api:
 
     async def version(self, _: web.Request) -> web.Response:
         return json_response({"version": version("nybble")})
+
+    async def openapi(self, _: web.Request) -> web.Response:
+        return json_response(self._openapi)
 
     async def list_models(self, request: web.Request) -> web.Response:
         return json_response({"object": "list", "data": self._names.bodies(request.get(TENANT))})
@@ -103,14 +119,7 @@ class Api:
         names = {"prompt": "messages", "max_tokens": limit, "logprobs": "top_logprobs"}
         with _parameters_called(names):
             job, tools = await self._chat_job("chatcmpl-", body, adapter, request.get(TENANT))
-        shape = ChatShape(
-            job.id,
-            body.model,
-            int(time.time()),
-            self._logprobs(job.params),
-            tools,
-            include_usage=body.include_usage,
-        )
+        shape = ChatShape(job.id, body, int(time.time()), self._logprobs(job.params), tools)
         return await respond(request, self._generation, job, shape, stream=bool(body.stream))
 
     async def responses(self, request: web.Request) -> web.StreamResponse:
@@ -138,7 +147,7 @@ class Api:
             template_kwargs=body.chat_template_kwargs,
         )
         self._require_room(prompt, params)
-        guide = await guide_of(self._grammars, body, body.response_format, tools)
+        guide = await guide_of(self._grammars, self._compiling, body, body.response_format, tools)
         id, n = f"{prefix}{uuid4().hex}", body.sequences
         return Job(id, (prompt,), params, n, guide, adapter, tenant, body.timeout), tools
 
@@ -156,23 +165,54 @@ class Api:
             prompts.append(tuple(encoded))
         echoes = None
         if body.echo:
-            texts = [
+            echoes = [
                 prompt if isinstance(prompt, str) else await self._prompts.decode(prompt)
                 for prompt in body.prompts
             ]
-            echoes = [text for text in texts for _ in range(body.sequences)]
-        guide = await guide_of(self._grammars, body)
+        guide = await guide_of(self._grammars, self._compiling, body)
         id, n, tenant = f"cmpl-{uuid4().hex}", body.sequences, request.get(TENANT)
         job = Job(id, tuple(prompts), params, n, guide, adapter, tenant, body.timeout)
-        shape = CompletionShape(
-            job.id,
-            body.model,
-            int(time.time()),
-            self._logprobs(params),
-            echoes,
-            include_usage=body.include_usage,
-        )
+        shape = CompletionShape(job.id, body, int(time.time()), self._logprobs(params), echoes)
         return await respond(request, self._generation, job, shape, stream=bool(body.stream))
+
+    async def embeddings(self, request: web.Request) -> web.Response:
+        body = await read_body(request, EmbeddingRequest)
+        adapter = self._adapter_of(request, body.model, body.adapter)
+        if self._engine.pooling is None:
+            raise ApiError(
+                400,
+                f"the model {body.model!r} makes embeddings in a way that is not supported: "
+                "expected the last token's or the mean in its 1_Pooling/config.json",
+                param="model",
+                code="unsupported_parameter",
+            )
+        size = self._engine.hidden_size
+        if body.dimensions not in (None, size):
+            raise ApiError(
+                400,
+                f"dimensions is {body.dimensions}, but this model's embeddings have {size} and "
+                "were not trained to be cut short",
+                param="dimensions",
+                code="unsupported_parameter",
+            )
+        params = SamplingParams(max_tokens=0)
+        with _parameters_called({"prompt": "input"}):
+            texts = [prompt for prompt in body.prompts if isinstance(prompt, str)]
+            given = [tuple(prompt) for prompt in body.prompts if not isinstance(prompt, str)]
+            prompts = given or await self._prompts.encode_all(texts)
+            for prompt in prompts:
+                self._require_room(prompt, params)
+                self._require_known("prompt", prompt, self._engine.vocab_size)
+        job = Job(
+            f"embd-{uuid4().hex}",
+            tuple(prompts),
+            params,
+            adapter=adapter,
+            tenant=request.get(TENANT),
+            timeout=body.timeout,
+            pooling=self._engine.pooling,
+        )
+        return await respond_whole(request, self._generation, job, EmbeddingsShape(body))
 
     async def tokenize(self, request: web.Request) -> web.Response:
         body = await read_body(request, TokenizeRequest)
@@ -197,7 +237,7 @@ class Api:
         return json_response({"prompt": await self._prompts.decode(body.tokens)})
 
     def _logprobs(self, params: SamplingParams) -> Logprobs | None:
-        if params.logprobs is None:
+        if params.logprobs is None and params.prompt_logprobs is None:
             return None
         return Logprobs(self._tokens, self._engine.eos_token_ids | set(params.stop_token_ids))
 
@@ -211,11 +251,14 @@ class Api:
                 raise ParameterError(parameter, message)
 
     def _require_room(self, prompt: Sequence[int], params: SamplingParams) -> None:
+        if not prompt:
+            raise ParameterError("prompt", "the prompt is empty")
         limit = self._engine.max_model_len
-        if len(prompt) + (params.max_tokens or 1) > limit:
+        asked = 1 if params.max_tokens is None else params.max_tokens
+        if len(prompt) + asked > limit:
             raise ApiError(
                 400,
-                f"the prompt has {len(prompt)} tokens and asks for {params.max_tokens or 1} more "
+                f"the prompt has {len(prompt)} tokens and asks for {asked} more "
                 f"at least, but together they are limited to {limit}",
                 param="prompt" if len(prompt) >= limit else "max_tokens",
                 code="context_length_exceeded",

@@ -9,6 +9,7 @@ Every optional field may be null, as OpenAI's may. Ranges of sampling parameters
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Annotated, Any, ClassVar
 
 from nybble.engine import SamplingParams
@@ -30,6 +31,8 @@ class Body(BaseModel):
 
     # Fields known from OpenAI's API that this server refuses: name → why.
     refused: ClassVar[dict[str, str]] = {}
+    # Fields it takes and makes nothing of: name → why that changes nothing that is generated.
+    ignored: ClassVar[dict[str, str]] = {}
 
     @model_validator(mode="before")
     @classmethod
@@ -74,29 +77,50 @@ class StreamOptions(Body):
     include_obfuscation: bool | None = None  # padding against traffic analysis; never added here
 
 
+# OpenAI's fields that are about its own service.
+OF_THE_SERVICE = {
+    "user": "there is no abuse detection",
+    "metadata": "nothing is stored",
+    "store": "nothing is stored",
+    "service_tier": "there is one",
+    "safety_identifier": "there is no abuse detection",
+    "prompt_cache_key": "prefixes are found by their tokens",
+    "prompt_cache_options": "prefixes are found by their tokens",
+    "prompt_cache_retention": "prefixes are kept while there is room",
+}
+
+
 class Sampling(Body):
     """What chat completions and completions share. The last group extends OpenAI's API."""
 
+    ignored: ClassVar[dict[str, str]] = OF_THE_SERVICE
+
     model: str
     frequency_penalty: float | None = None
-    logit_bias: Annotated[dict[int, float] | None, BeforeValidator(_biases)] = None
+    logit_bias: Annotated[
+        dict[int, float] | None,
+        BeforeValidator(_biases, json_schema_input_type=dict[str, float] | None),
+    ] = None
     max_tokens: int | None = None
     n: Annotated[int, Field(ge=1, le=_MAX_N)] | None = None
     presence_penalty: float | None = None
     seed: int | None = None
-    stop: Annotated[list[str] | None, BeforeValidator(_stops)] = None
+    stop: Annotated[
+        list[str] | None, BeforeValidator(_stops, json_schema_input_type=str | list[str] | None)
+    ] = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     temperature: float | None = None
     top_p: float | None = None
 
-    # Accepted because they do not change what is generated.
+    # Ignored.
     user: str | None = None
     metadata: dict[str, Any] | None = None
     store: bool | None = None
     service_tier: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+    prompt_cache_options: dict[str, Any] | None = None
     prompt_cache_retention: str | None = None
 
     adapter: str | None = None  # a loaded LoRA adapter, for clients whose model name is fixed
@@ -110,9 +134,16 @@ class Sampling(Body):
     guided_choice: Annotated[list[str], Field(min_length=1, max_length=_MAX_CHOICES)] | None = None
     guided_grammar: str | None = None
     timeout: Annotated[float, Field(gt=0)] | None = None
+    prompt_logprobs: int | None = None
 
     @model_validator(mode="after")
     def _options_need_stream(self) -> Sampling:
+        if self.prompt_logprobs is not None and self.stream:
+            raise PydanticCustomError(
+                "invalid_value",
+                "prompt_logprobs is allowed only when stream is false",
+                {"param": "prompt_logprobs"},
+            )
         if self.stream_options is not None and not self.stream:
             raise PydanticCustomError(
                 "invalid_value",
@@ -156,6 +187,7 @@ class Sampling(Body):
         return SamplingParams(
             max_tokens=max_tokens,
             logprobs=logprobs,
+            prompt_logprobs=self.prompt_logprobs,
             stop=tuple(self.stop or ()),
             stop_token_ids=tuple(self.stop_token_ids or ()),
             **{**defaults, **given},
@@ -165,7 +197,11 @@ class Sampling(Body):
 Prompt = str | list[int]
 
 
-def _prompts(value: Any) -> Any:
+# For documents; to validate by it would try each shape on a long list of token ids.
+PromptShapes = str | list[str] | list[int] | list[list[int]]
+
+
+def prompts_of(value: Any) -> Any:
     """OpenAI's four shapes as a list of prompts, each text or token ids."""
     if isinstance(value, str):
         return [value]
@@ -189,8 +225,7 @@ def _prompts(value: Any) -> Any:
 class CompletionRequest(Sampling):
     refused = {"suffix": "suffix is not supported: put the text into the prompt"}
 
-    # Validated whole by _prompts: a union would try every shape on a long list of token ids.
-    prompt: Annotated[Any, BeforeValidator(_prompts)]
+    prompt: Annotated[Any, BeforeValidator(prompts_of, json_schema_input_type=PromptShapes)]
     best_of: int | None = None
     echo: bool | None = None
     logprobs: int | None = None
@@ -203,18 +238,20 @@ class CompletionRequest(Sampling):
                 "best_of other than n is not supported",
                 {"param": "best_of"},
             )
-        if self.echo and self.logprobs is not None:
-            raise PydanticCustomError(
-                "unsupported_parameter",
-                "echo with logprobs is not supported: the prompt's logprobs are not computed",
-                {"param": "echo"},
-            )
         return self
 
     @property
     def prompts(self) -> list[Prompt]:
         prompts: list[Prompt] = self.prompt
         return prompts
+
+    def sampling_params(
+        self, max_tokens: int | None, logprobs: int | None, defaults: Mapping[str, float]
+    ) -> SamplingParams:
+        params = super().sampling_params(max_tokens, logprobs, defaults)
+        if self.echo and logprobs is not None:
+            return replace(params, prompt_logprobs=max(logprobs, self.prompt_logprobs or 0))
+        return params
 
 
 class LoadAdapterRequest(Body):

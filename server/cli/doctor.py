@@ -181,8 +181,9 @@ def _model(plan: Plan, memory: Callable[[torch.device], int] | None) -> Iterator
         if not (folder / "tokenizer.json").is_file():
             raise ValueError(f"{folder} has no tokenizer.json: streaming needs one")
         _require_unrounded(plan, checkpoint)
-        if plan.config.kv_dtype == "int8" and plan.config.device == "cpu":
-            raise ValueError("--kv-cache-dtype int8 needs a GPU; expected auto on the CPU")
+        kv_dtype = plan.config.kv_dtype
+        if kv_dtype != "auto" and plan.config.device == "cpu":
+            raise ValueError(f"--kv-cache-dtype {kv_dtype} needs a GPU; expected auto on the CPU")
         demo = plan.model == DEMO and checkpoint.format == "none" and plan.quantize is None
         weights = weight_bytes(
             folder,

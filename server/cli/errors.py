@@ -9,12 +9,13 @@ from contextlib import contextmanager
 import typer
 
 
-def _on_stderr(message: str) -> None:
+def on_stderr(message: str) -> None:
+    """Say what ends the command."""
     print(f"error: {message}", file=sys.stderr)
 
 
 @contextmanager
-def expected_errors(report: Callable[[str], None] = _on_stderr) -> Iterator[None]:
+def expected_errors(report: Callable[[str], None] = on_stderr) -> Iterator[None]:
     """What can go wrong without a bug is one line and exit code 1. report: takes the line."""
     try:
         yield

@@ -142,8 +142,13 @@ def test_rope_variants(tmp_path: Path, tiny_model: Callable[..., Path], rope: st
     [
         ("llama", {"attention_bias": True}),
         ("mistral", {"sliding_window": 128}),
+        ("mistral", {"sliding_window": 24}),
+        ("mistral", {"sliding_window": None}),
         ("qwen2", {}),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1}),
+        ("qwen2", {"use_sliding_window": False, "sliding_window": 24}),
         ("qwen3", {}),
+        ("qwen3", {"use_sliding_window": True, "sliding_window": 17, "max_window_layers": 0}),
     ],
 )
 def test_families(

@@ -1,9 +1,10 @@
-"""Keys and values in int8 take half the memory and change the logits little."""
+"""Keys and values in 8 bits take half the memory and change the logits little."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Literal
 
 import pytest
 import torch
@@ -39,22 +40,34 @@ def logits(checkpoint: object, config: EngineConfig) -> Tensor:
     return torch.cat(found)
 
 
-def test_int8_changes_the_logits_little(plain_checkpoint: Callable[..., object]) -> None:
+both = pytest.mark.parametrize("kv_dtype", ["int8", "fp8"])
+
+
+@both
+def test_8_bits_change_the_logits_little(
+    plain_checkpoint: Callable[..., object], kv_dtype: Literal["int8", "fp8"]
+) -> None:
     exact = logits(plain_checkpoint(), CONFIG)
-    found = logits(plain_checkpoint(), replace(CONFIG, kv_dtype="int8"))
+    found = logits(plain_checkpoint(), replace(CONFIG, kv_dtype=kv_dtype))
     error = (found - exact).norm() / exact.norm()
-    assert 0 < error < 0.02
+    assert 0 < error < {"int8": 0.02, "fp8": 0.06}[kv_dtype]
 
 
-def test_int8_takes_half_the_memory_of_16_bits(plain_checkpoint: Callable[..., object]) -> None:
+@both
+def test_8_bits_take_half_the_memory_of_16(
+    plain_checkpoint: Callable[..., object], kv_dtype: Literal["int8", "fp8"]
+) -> None:
     shape = DecoderShape.from_config(plain_checkpoint().config)  # type: ignore[attr-defined]
     half = replace(CONFIG, dtype=torch.bfloat16)
-    share = kv_bytes_per_block(shape, replace(half, kv_dtype="int8")) / kv_bytes_per_block(
+    share = kv_bytes_per_block(shape, replace(half, kv_dtype=kv_dtype)) / kv_bytes_per_block(
         shape, half
     )
     assert share == (shape.head_dim + 4) / (2 * shape.head_dim)
 
 
-def test_int8_is_refused_on_the_cpu(plain_checkpoint: Callable[..., object]) -> None:
-    with pytest.raises(ValueError, match="needs a GPU"):
-        Engine.load(plain_checkpoint(), replace(CONFIG, kv_dtype="int8"))  # type: ignore[arg-type]
+@both
+def test_8_bits_are_refused_on_the_cpu(
+    plain_checkpoint: Callable[..., object], kv_dtype: Literal["int8", "fp8"]
+) -> None:
+    with pytest.raises(ValueError, match=f"kv_dtype is '{kv_dtype}', which needs a GPU"):
+        Engine.load(plain_checkpoint(), replace(CONFIG, kv_dtype=kv_dtype))  # type: ignore[arg-type]

@@ -16,6 +16,7 @@ from nybble.finetune.data import (
     read_examples,
     to_batch,
 )
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 
@@ -69,6 +70,12 @@ def test_a_prompt_is_read_and_its_completion_learned_up_to_the_end(
         ({"prompt": "a"}, "line 1: expected an object with 'messages'"),
         ({"messages": CHAT[:2]}, "line 1: there is no assistant message to learn from"),
         ({"messages": [{"role": "assistant"}]}, "message 0 has no role and content"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "message 0 has the role 'robot'"),
+        ({"messages": [{"role": "user", "content": 5}]}, "content of message 0 is neither text"),
+        ({"messages": [{**CHAT[2], "weight": 0.5}]}, "weight of message 0 is neither 0 nor 1"),
+        ({"messages": [{**CHAT[2], "weight": 0}]}, "there is no assistant message to learn from"),
+        ({"messages": [{"role": "assistant", "tool_calls": [1]}]}, "no list of function calls"),
+        ({"messages": CHAT, "tools": "x"}, "'tools' is no list of objects"),
         ({"prompt": "the dog " * 60, "completion": "x"}, "no assistant token within the first 100"),
     ],
 )
@@ -77,6 +84,62 @@ def test_a_line_that_cannot_be_used_is_named(
 ) -> None:
     with pytest.raises(DataError, match=message):
         read_examples(written(tmp_path, row), tokenizer, max_length=100)
+
+
+def test_an_answer_of_weight_0_is_read_and_not_learned(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    messages = [dict(message) for message in CHAT]
+    messages[2]["weight"] = 0  # type: ignore[assignment]
+    (example,) = read_examples(written(tmp_path, {"messages": messages}), tokenizer, max_length=500)
+    assert tokenizer.decode(example.ids) == tokenizer.apply_chat_template(CHAT, tokenize=False)
+    learned = [label for label in example.labels if label != IGNORED]
+    assert tokenizer.decode(learned) == "it barks<|im_end|>\n"
+
+
+def test_tools_and_their_calls_reach_the_template_as_objects(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    tokenizer.chat_template = (
+        "{{ tools[0].function.name }}: {% for m in messages %}{{ m.role }} {{ m.content }}"
+        "{% for c in m.tool_calls or [] %}{{ c.function.arguments.item }}{% endfor %};{% endfor %}"
+        "{% if add_generation_prompt %}assistant {% endif %}"
+    )
+    call = {"id": "1", "type": "function", "function": {"name": "look", "arguments": '{"item": 7}'}}
+    row = {
+        "messages": [
+            {"role": "developer", "content": [{"type": "text", "text": "the moon"}]},
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+        ],
+        "tools": [{"type": "function", "function": {"name": "look"}}],
+    }
+    (example,) = read_examples(written(tmp_path, row), tokenizer, max_length=500)
+    assert tokenizer.decode(example.ids) == "look: system the moon;assistant 7;"
+    learned = [label for label in example.labels if label != IGNORED]
+    assert tokenizer.decode(learned) == "7;"
+
+
+def test_what_python_calls_a_line_break_inside_a_string_ends_no_line(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"text": "one\u2028two\x85three"}\n{"text": "four"}', encoding="utf-8")
+    assert len(read_examples(path, tokenizer, max_length=100)) == 2
+
+
+def test_a_prompt_begins_as_the_server_begins_it(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """A tokenizer that puts a token before every text, as Llama's does."""
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
+    )
+    rows = ({"prompt": "the dog ", "completion": "barks"}, {"messages": CHAT})
+    plain, chat = read_examples(written(tmp_path, *rows), tokenizer, max_length=500)
+    learned = [label for label in plain.labels if label != IGNORED]
+    assert plain.ids == tokenizer("the dog ")["input_ids"] + learned
+    assert plain.ids.count(0) == 1
+    assert 0 not in chat.ids
 
 
 def test_broken_json_and_empty_files_are_named(

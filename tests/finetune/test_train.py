@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
 import torch
-from nybble.finetune import FinetuneSettings, LoraSettings, finetune, plot_losses
+from nybble.finetune import FinetuneSettings, LoraSettings, Progress, finetune, plot_losses
 from nybble.finetune.data import Example, to_batch
 from nybble.finetune.lora import (
     ALL_LINEAR,
@@ -22,7 +24,7 @@ from nybble.finetune.lora import (
 )
 from nybble.finetune.train import batch_loss
 from nybble.loaders import open_checkpoint
-from nybble.quantizers import quantize_checkpoint
+from nybble.quantizers import GptqSettings, quantize_checkpoint
 from nybble.quantizers.packed_model import PackedLinear, load_packed_model
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -36,15 +38,24 @@ def bases(
     tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..., Path]
 ) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("bases")
-    for format in ("gptq", "awq", "nf4"):
-        quantize_checkpoint(
-            tiny_model(),
-            folder / format,
-            format=format,  # type: ignore[arg-type]
-            group_size=32,
-            progress=False,
-        )
-    return {"16-bit": tiny_model(), **{name: folder / name for name in ("gptq", "awq", "nf4")}}
+    calibration = torch.randint(3, 300, (4, 64), generator=torch.Generator().manual_seed(0))
+    options: dict[str, dict[str, Any]] = {
+        "gptq": {"format": "gptq"},
+        "gptq act-order": {
+            "format": "gptq",
+            "calibration": calibration,
+            "settings": GptqSettings(desc_act=True),
+        },
+        "awq": {"format": "awq"},
+        "nf4": {"format": "nf4"},
+        "nf4 double": {"format": "nf4", "double_quant": True},
+    }
+    for name, more in options.items():
+        quantize_checkpoint(tiny_model(), folder / name, group_size=32, progress=False, **more)
+    return {"16-bit": tiny_model(), **{name: folder / name for name in options}}
+
+
+BASES = ("16-bit", "gptq", "gptq act-order", "awq", "nf4", "nf4 double")
 
 
 def data(folder: Path, count: int = 24) -> Path:
@@ -103,7 +114,7 @@ def randomised(layers: dict[str, LoraLinear]) -> dict[str, LoraLinear]:
     return layers
 
 
-@pytest.mark.parametrize("base", ["16-bit", "gptq", "awq", "nf4"])
+@pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_gradients_equal_autograd_on_the_dequantized_weights(
     bases: dict[str, Path], base: str, checkpointing: bool
@@ -143,19 +154,21 @@ def test_examples_in_one_row_do_not_see_each_other(bases: dict[str, Path]) -> No
     assert padded.item() == pytest.approx(float(apart), rel=1e-4)
 
 
-@pytest.mark.parametrize("use_rslora", [False, True])
+@pytest.mark.parametrize(
+    ("base", "use_rslora"), [("16-bit", False), ("16-bit", True), ("nf4", False)]
+)
 def test_peft_loads_the_adapter_and_computes_the_same(
-    tmp_path: Path, bases: dict[str, Path], use_rslora: bool
+    tmp_path: Path, bases: dict[str, Path], base: str, use_rslora: bool
 ) -> None:
     settings = LoraSettings(
         rank=4, alpha=6, use_rslora=use_rslora, target_modules=("q_proj", "down_proj")
     )
     assert settings.scaling == (3 if use_rslora else 1.5)
-    model = model_of(bases["16-bit"])
+    model = model_of(bases[base])
+    dense = dense_twin(model, bases["16-bit"])
     layers = randomised(add_lora(model, settings))
-    save_adapter(tmp_path / "a", adapter_tensors(layers), settings, str(bases["16-bit"]))
-    base = AutoModelForCausalLM.from_pretrained(bases["16-bit"], dtype=torch.float32)
-    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "a")
+    save_adapter(tmp_path / "a", adapter_tensors(layers), settings, str(bases[base]))
+    theirs = peft.PeftModel.from_pretrained(dense, tmp_path / "a")
     tokens = torch.arange(20, 60)[None]
     with torch.no_grad():
         found, expected = model(tokens).logits, theirs(tokens).logits
@@ -174,6 +187,7 @@ def test_a_new_adapter_changes_nothing(bases: dict[str, Path]) -> None:
 
 def test_lora_plus_gives_b_its_own_rate(bases: dict[str, Path]) -> None:
     layers = add_lora(model_of(bases["nf4"]), LORA)
+    assert FinetuneSettings().lora_plus == 16  # the paper's
     a, b = optimizer_groups(layers, 1e-4, 16)
     assert (a["lr"], b["lr"]) == (1e-4, pytest.approx(1.6e-3))
     assert {id(p) for p in a["params"]} == {id(l.lora_A) for l in layers.values()}  # type: ignore[attr-defined]  # noqa: E741
@@ -190,19 +204,47 @@ def test_the_held_out_loss_falls_and_the_answer_is_learned(
     tmp_path: Path, bases: dict[str, Path], base: str
 ) -> None:
     settings = replace(QUICK, max_steps=20, eval_every=10)
+    steps: list[Progress] = []
     result = finetune(
-        bases[base], data(tmp_path), tmp_path / "out", settings=settings, progress=False
+        bases[base],
+        data(tmp_path),
+        tmp_path / "out",
+        settings=settings,
+        progress=False,
+        on_step=steps.append,
     )
     first, last = result.history[0].eval_loss, result.history[-1].eval_loss
     assert first is not None
     assert last is not None
-    assert last < 0.5 * first
+    assert last < 0.01 * first
     assert result.best_eval_loss == min(p.eval_loss for p in result.history if p.eval_loss)
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["peft_type"]) == (4, 8, "LORA")
-    assert not (tmp_path / "out" / "checkpoint").exists()
+    assert not (tmp_path / "out" / "checkpoint.pt").exists()
+    # All the linear layers' weights in 4 bits or in 16, embeddings and output layer in 16.
+    assert result.base_bytes == pytest.approx(800e3 if base == "16-bit" else 400e3, rel=0.3)
+    assert result.peak_bytes > result.base_bytes
+    assert [step.point for step in steps] == list(result.history[1:])
     plot_losses({base: result.history}, tmp_path / "loss.png")
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_rate_rises_to_its_height_and_falls_along_a_cosine(
+    tmp_path: Path, bases: dict[str, Path]
+) -> None:
+    steps: list[Progress] = []
+    settings = replace(QUICK, warmup=0.25, eval_every=100)
+    finetune(
+        *(bases["nf4"], data(tmp_path), tmp_path / "out"),
+        settings=settings,
+        progress=False,
+        on_step=steps.append,
+    )
+    expected = [
+        step / 3 if step < 3 else (1 + math.cos(math.pi * (step - 3) / 9)) / 2 for step in range(12)
+    ]
+    found = [step.learning_rate / settings.learning_rate for step in steps]
+    assert found == pytest.approx(expected)
 
 
 class Interrupted(Exception):
@@ -242,8 +284,33 @@ def test_a_resumed_run_ends_as_one_that_was_never_stopped(
 def test_resuming_what_was_never_begun_or_another_run_is_refused(
     tmp_path: Path, bases: dict[str, Path]
 ) -> None:
+    path, out = data(tmp_path), tmp_path / "out"
+
+    def train(seed: int, on_step: Callable[[Progress], None], *, resume: bool) -> None:
+        settings = replace(QUICK, seed=seed)
+        finetune(
+            *(bases["nf4"], path, out),
+            settings=settings,
+            resume=resume,
+            progress=False,
+            on_step=on_step,
+        )
+
+    def stop(progress: Progress) -> None:
+        if progress.point.step == 5:
+            raise Interrupted
+
     with pytest.raises(FileNotFoundError, match="there is no training run to resume"):
-        finetune(bases["nf4"], data(tmp_path), tmp_path / "out", resume=True, progress=False)
+        train(1, stop, resume=True)
+    with pytest.raises(Interrupted):
+        train(1, stop, resume=False)
+    with pytest.raises(ValueError, match="is of another run: resume with the data and the sett"):
+        train(2, stop, resume=True)
+    steps: list[Progress] = []
+    train(1, steps.append, resume=True)
+    assert [one.point.step for one in steps] == list(range(5, 13))
+    assert steps[-1].steps == 12
+    assert steps[-1].tokens > steps[0].tokens > 0
 
 
 def test_training_stops_when_the_held_out_loss_no_longer_falls(

@@ -152,6 +152,7 @@ def test_norms_and_activation(cpu: CpuLibrary) -> None:
     kv_heads=st.sampled_from([1, 2, 3]),
     share=st.sampled_from([1, 4, 7]),
     dim=st.sampled_from([32, 64, 128]),
+    window=st.sampled_from([0, 1, 13, 16, 40, 200]),
     seed=st.integers(0, 99),
 )
 @settings(max_examples=40, deadline=None)
@@ -161,6 +162,7 @@ def test_rotary_and_paged_attention(
     kv_heads: int,
     share: int,
     dim: int,
+    window: int,
     seed: int,
 ) -> None:
     """Sequences of (new tokens, tokens already cached) over blocks in random order."""
@@ -197,8 +199,8 @@ def test_rotary_and_paged_attention(
     for found, expected in zip(*results, strict=True):
         torch.testing.assert_close(found, expected, rtol=2**-7, atol=2**-7)
     q, k_cache, v_cache = results[1]
-    found = cpu.paged_attention(q, k_cache, v_cache, batch, dim**-0.5)
-    expected = reference.paged_attention(q.double(), k_cache, v_cache, batch, dim**-0.5)
+    found = cpu.paged_attention(q, k_cache, v_cache, batch, dim**-0.5, window)
+    expected = reference.paged_attention(q.double(), k_cache, v_cache, batch, dim**-0.5, window)
     torch.testing.assert_close(found.double(), expected, rtol=2**-7, atol=2**-7)
 
 

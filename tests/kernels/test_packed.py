@@ -104,6 +104,25 @@ def test_every_layout_holds_the_same_weight(
         assert torch.equal(tiled.to_layout("rows").qweight, weight.qweight)
 
 
+@given(eighths=st.integers(1, 9), columns=st.integers(1, 70), group=st.integers(1, 70))
+def test_two_halves_take_turns_in_a_gated_tile_and_are_told_apart_again(
+    eighths: int, columns: int, group: int
+) -> None:
+    weight = random_weight(16 * eighths, columns, group, zeros=True)
+    tiled = weight.to_layout("gpu_gated_tiles")
+    assert torch.equal(tiled.dequantize(), weight.dequantize())
+    assert torch.equal(tiled.to_layout("cpu_tiles").dequantize(), weight.dequantize())
+    assert torch.equal(tiled.rows(3, 11).dequantize(), weight.dequantize()[3:11])
+    stored = weight.to_layout("gpu_tiles").scales.transpose(1, 2).flatten(0, 1)
+    found = tiled.scales.transpose(1, 2).flatten(0, 1)
+    assert torch.equal(found[8:16], stored[8 * eighths : 8 * eighths + 8])
+
+
+def test_halves_of_an_odd_size_are_not_interleaved() -> None:
+    with pytest.raises(ValueError, match="24 outputs are not a multiple of 16"):
+        random_weight(24, 16, 8, zeros=False).to_layout("gpu_gated_tiles")
+
+
 def test_a_cpu_tile_lane_holds_neighbouring_columns_in_its_two_halves() -> None:
     codes = torch.zeros(16, 8, dtype=torch.uint8)
     codes[3] = torch.arange(8)

@@ -1,5 +1,6 @@
 """The one command that measures on a GPU has run every line it can before it meets one."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -11,17 +12,23 @@ pytest.importorskip("triton", reason="Triton is for Linux")
 ROOT = Path(__file__).parents[2]
 
 
-def test_the_matmul_benchmark_runs_through_the_interpreter(tmp_path: Path) -> None:
-    command = [sys.executable, "kernels/bench/gpu_matmul.py", "--dry-run", "--out", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "FAILED" not in done.stdout
-    assert (tmp_path / "gpu_matmul.json").exists()
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "kernels/bench/gpu.py", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
-def test_the_step_benchmark_runs_through_the_interpreter(tmp_path: Path) -> None:
-    command = [sys.executable, "kernels/bench/gpu_step.py", "--dry-run", "--out", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+def test_every_section_runs_through_the_interpreter_and_leaves_its_results(tmp_path: Path) -> None:
+    done = run("--dry-run", "--out", str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "FAILED" not in done.stdout
-    assert (tmp_path / "gpu_step.json").exists()
+    found = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
+    assert set(found) == {"checks", "decode", "matmul", "attention", "lora", "step"}
+    assert all(result["failed"] == [] for result in found.values())
+    assert {row["graphs"] for row in found["decode"]["decode"]} == {True, False}
+
+
+def test_a_section_that_fails_is_named_and_the_next_one_runs() -> None:
+    done = run("--only", "lora,step")  # without --dry-run they need a GPU
+    assert done.returncode == 1
+    assert "lora: FAILED with exit code 2" in done.stdout
+    assert "step: FAILED with exit code 2" in done.stdout

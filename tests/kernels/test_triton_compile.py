@@ -27,8 +27,10 @@ def test_the_matmul_compiles_for_ampere_ada_and_hopper() -> None:
     assert {entry["case"]["capability"] for entry in table()} == {80, 89, 90}
 
 
-def test_no_register_is_spilled() -> None:
+def test_the_inner_loop_spills_no_register() -> None:
     assert {entry["row"]["spill"] for entry in table()} == {0}
+    # What is parked before the inner loop and taken back after it is no more than a few numbers.
+    assert max(entry["row"]["local"] for entry in table()) <= 96
 
 
 def test_shared_memory_fits_the_device() -> None:

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ pytest.importorskip("triton", reason="Triton is for Linux")
 
 from nybble.kernels.triton import configs, tune
 from nybble.kernels.triton.configs import Config, balanced_splits, bucket_of, default_config
+from nybble.kernels.triton.matmul import chosen
 from nybble.kernels.triton.tune import search
 from nybble.kernels.triton.warmup import warmup
 
@@ -27,6 +29,17 @@ def test_few_rows_are_split_until_most_of_132_processors_read() -> None:
             config = default_config(rows, out, columns)
             assert -(-out // config.block_n) * config.splits * config.parts >= 110
     assert balanced_splits(blocks=1000, steps=32, processors=132) == 1
+
+
+def test_a_last_wave_that_would_leave_processors_idle_is_split_among_them() -> None:
+    for rows, out in ((512, 12288), (1024, 6144), (1024, 22016)):
+        config = default_config(rows, out, 4096)
+        assert config.tail > 0
+        assert config.splits > 1
+        blocks_n, blocks_m = -(-out // config.block_n), -(-rows // config.block_m)
+        assert (blocks_n - config.tail) * blocks_m % 132 == 0
+        assert config.tail * blocks_m * config.splits <= 132
+    assert default_config(1024, 132 * 128, 4096).tail == 0  # whole waves
 
 
 def test_a_part_is_never_shorter_than_four_steps() -> None:
@@ -66,6 +79,107 @@ def test_tuning_times_real_products_and_names_its_choices(monkeypatch: pytest.Mo
     weights = list(tune.random_weights(256, 64, torch.device("cpu")))
     best = tune.tune(weights, torch.float16, 2, progress=False)
     assert set(best) == {"affine g128 64x256 m2", "affine g32 64x256 m2", "codebook g64 64x256 m2"}
+
+
+WEIGHTS = 3  # of tune.random_weights, each of another kind
+
+
+def two_at_a_time(config: Config) -> list[Config]:
+    return [replace(config, num_stages=2)]
+
+
+@pytest.fixture
+def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is really timed, and the cache is this test's own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(tune, "CACHE_BYTES", 0)
+    monkeypatch.setattr(tune, "neighbours", two_at_a_time)
+    configs.tuned.cache_clear()
+    configs.choose.cache_clear()
+
+
+def favours_two_stages(_weights: object, _x: object, _expected: object, config: Config) -> float:
+    return float(config.num_stages)
+
+
+@pytest.mark.usefixtures("quick")
+def test_what_a_start_tunes_is_used_and_not_tuned_again(caplog: pytest.LogCaptureFixture) -> None:
+    weights = list(tune.random_weights(256, 64, torch.device("cpu")))
+    told: list[tuple[str, int, int | None]] = []
+
+    def start(**options: Any) -> int:
+        return tune.tune_unknown(
+            weights,
+            torch.float16,
+            2,
+            **{"measure": favours_two_stages, "progress": False} | options,
+        )
+
+    assert start(progress=lambda *report: told.append(report)) == WEIGHTS
+    assert told == [("Tuning matmuls", done, WEIGHTS) for done in range(WEIGHTS + 1)]
+    assert chosen(weights[0], 1, torch.device("cpu")).num_stages == 2
+    assert start(measure=None) == 0  # or it would have been called
+
+    # Other sources, or another Triton, have a file of their own.
+    path = configs.cache_path("interpreter")
+    for changed, value in (("triton.__version__", "99"), ("_MEASURED_SOURCES", ("matmul.py",))):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(changed if "." in changed else f"{configs.__name__}.{changed}", value)
+            configs.kernels_digest.cache_clear()
+            assert configs.cache_path("interpreter") != path
+        configs.kernels_digest.cache_clear()
+    assert configs.cache_path("interpreter") == path
+
+    # A file that is broken is said to be, and replaced.
+    for content in ("{", "[]", '{"interpreter": {"x": {"no": 1}}}', '{"interpreter": 5}'):
+        path.write_text(content)
+        configs.tuned.cache_clear()
+        configs.choose.cache_clear()
+        caplog.clear()
+        assert chosen(weights[0], 1, torch.device("cpu")).num_stages == 3
+        assert "is not used" in caplog.text
+        assert start() == WEIGHTS
+        assert set(configs.read(path)["interpreter"]) == set(configs.tuned("interpreter"))
+
+
+@pytest.mark.usefixtures("quick")
+def test_tuning_ends_in_time_and_the_next_start_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = list(tune.random_weights(256, 64, torch.device("cpu")))
+    clock = [0.0]
+    monkeypatch.setattr(tune.time, "monotonic", lambda: clock[0])
+
+    def takes_half_a_minute(*product: Any) -> float:
+        clock[0] += 30
+        return favours_two_stages(*product)
+
+    def start() -> int:
+        return tune.tune_unknown(
+            weights,
+            torch.float16,
+            2,
+            minutes=2,
+            measure=takes_half_a_minute,
+            progress=False,
+        )
+
+    # Two measurements a search: the second one ends with the two minutes, and counts for nothing.
+    assert start() == 1
+    assert len(configs.tuned("interpreter")) == 1
+    assert [start(), start(), start()] == [1, 1, 0]
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_cache_that_cannot_be_written_ends_tuning_and_not_the_start(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tune, "write_cache", full)
+    weights = tune.random_weights(256, 64, torch.device("cpu"))
+    found = tune.tune_unknown(weights, torch.float16, 2, measure=favours_two_stages, progress=False)
+    assert found == 0
+    assert "No space left" in caplog.text
 
 
 def test_warming_up_runs_each_kind_of_weight_once_for_each_bucket() -> None:

@@ -1,9 +1,12 @@
 """The Triton matmul computes the packed format's definition (interpreted, on the CPU)."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from nybble.kernels import PackedWeight
 from nybble.kernels.packed import INTEGER_LEVELS, SYMMETRIC_LEVELS, pack_nibbles
+from nybble.kernels.triton import matmul, norm
 from nybble.kernels.triton.configs import Config
 from nybble.kernels.triton.dequantize import dense_matmul, dequantize
 from nybble.kernels.triton.matmul import packed_matmul
@@ -16,6 +19,7 @@ LARGE = Config(64, 32, 1, num_warps=4, num_stages=3, scale_first=True)
 DENSE = Config(64, 16, 1, num_warps=4, num_stages=3, scale_first=True, dense=True)
 PARTS = Config(16, 8, 1, num_warps=4, num_stages=3, scale_first=False, parts=4)
 SPLIT = Config(64, 16, 3, num_warps=4, num_stages=3, scale_first=False)
+TAIL = Config(64, 16, 2, num_warps=4, num_stages=3, scale_first=True, tail=1)
 
 
 def random_weight(
@@ -77,7 +81,7 @@ def test_every_format_matches_its_dequantized_weight(
 
 @pytest.mark.parametrize(("rows", "out", "columns"), [(1, 1, 32), (17, 65, 129), (5, 130, 200)])
 @pytest.mark.parametrize("kind", ["zeros", "codebook"])
-@pytest.mark.parametrize("config", [SMALL, LARGE, SPLIT, PARTS])
+@pytest.mark.parametrize("config", [SMALL, LARGE, SPLIT, TAIL, PARTS])
 def test_odd_sizes_are_masked(rows: int, out: int, columns: int, kind: str, config: Config) -> None:
     torch.manual_seed(1)
     x = torch.randn(rows, columns).half()
@@ -106,6 +110,31 @@ def test_split_columns_repeat_bit_for_bit_and_leave_the_counters_clean() -> None
     assert error(x, weight, SPLIT) < 1e-3
 
 
+@pytest.mark.parametrize("kind", ["fractional", "codebook"])
+def test_elsewhere_than_on_hopper_a_step_is_four_products(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(9)
+    x, weight = torch.randn(17, 200).half(), random_weight(kind, 130, 200, 32)
+    on_hopper = packed_matmul(x, weight, LARGE)
+    monkeypatch.setattr(matmul, "device_traits", lambda device: ("A GPU", 108, 80))
+    assert error(x, weight, LARGE) < 1e-3
+    torch.testing.assert_close(packed_matmul(x, weight, LARGE), on_hopper, rtol=1e-3, atol=1e-2)
+
+
+def test_only_the_last_blocks_of_outputs_are_split_where_a_tail_is() -> None:
+    torch.manual_seed(8)
+    x, weight = torch.randn(40, 1100).half(), random_weight("zeros", 200, 1100, 64, bias=True)
+    assert error(x, weight, TAIL) < 1e-3
+    whole = packed_matmul(x, weight, replace(TAIL, splits=1, tail=0))
+    everywhere = packed_matmul(x, weight, replace(TAIL, tail=0))
+    found = packed_matmul(x, weight, TAIL)
+    assert torch.equal(found[:, :192], whole[:, :192])
+    assert torch.equal(found[:, 192:], everywhere[:, 192:])
+    # Alone in its batch, a row is split as it was in company.
+    assert torch.equal(packed_matmul(x[33:34], weight, TAIL)[0], found[33])
+
+
 def test_leading_dimensions_and_empty_batches_keep_their_shape() -> None:
     torch.manual_seed(5)
     weight = random_weight("symmetric", 64, 128, 128)
@@ -132,3 +161,30 @@ def test_many_rows_multiply_a_dequantized_weight_a_part_at_a_time() -> None:
         found = dense_matmul(x, weight, workspace).double()
         assert (found - expected).norm() / expected.norm() < 1e-3
     assert torch.equal(packed_matmul(x, weight, DENSE), dense_matmul(x, weight))
+
+
+@pytest.mark.parametrize("kind", ["symmetric", "zeros", "codebook"])
+@pytest.mark.parametrize("config", [SMALL, LARGE, SPLIT, TAIL, PARTS, DENSE])
+def test_a_gate_and_what_it_multiplies_are_one_product_in_either_layout(
+    kind: str, config: Config
+) -> None:
+    torch.manual_seed(10)
+    x, plain = torch.randn(19, 200).half(), random_weight(kind, 208, 200, 32, perm=True, bias=True)
+    weight = plain.to_layout("gpu_gated_tiles")
+    assert torch.equal(weight.dequantize(), plain.dequantize())
+    both = packed_matmul(x, plain, config)
+    assert torch.equal(packed_matmul(x, weight, config), both)
+    # Not a bit differs from two launches: a row with an adapter takes two.
+    assert torch.equal(packed_matmul(x, weight, config, silu_mul=True), norm.silu_mul(both))
+
+
+def test_a_gated_weight_is_dequantized_a_part_at_a_time_in_the_order_of_its_outputs() -> None:
+    torch.manual_seed(11)
+    x, plain = torch.randn(5, 128).half(), random_weight("zeros", 208, 128, 64, bias=True)
+    weight = plain.to_layout("gpu_gated_tiles")
+    torch.testing.assert_close(dense_matmul(x, weight, 1), dense_matmul(x, plain))
+
+
+def test_silu_mul_of_a_weight_that_is_not_gated_is_refused() -> None:
+    with pytest.raises(ValueError, match="silu_mul of a weight in gpu_tiles"):
+        packed_matmul(torch.randn(1, 64).half(), random_weight("zeros", 32, 64, 32), silu_mul=True)

@@ -26,7 +26,7 @@ def values(weight: PackedWeight | DenseWeight | Tensor) -> list[Tensor | None]:
 
 
 @pytest.mark.parametrize("format", ["gptq", "awq", "nf4"])
-@pytest.mark.parametrize("layout", ["rows", "cpu_tiles", "gpu_tiles"])
+@pytest.mark.parametrize("layout", ["rows", "cpu_tiles", "gpu_tiles", "gpu_gated_tiles"])
 def test_packing_keeps_every_value(
     tmp_path: Path, tiny_model: Callable[..., Path], format: str, layout: str
 ) -> None:

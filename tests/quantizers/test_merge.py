@@ -22,8 +22,9 @@ from nybble.loaders import (
     save_packed,
 )
 from nybble.loaders.adapter import LoRAModule, projection_shapes
+from nybble.loaders.checkpoint import FolderCheckpoint
+from nybble.loaders.shards import Shards
 from nybble.quantizers import merge_adapter, merge_divergence, quantize_checkpoint
-from nybble.quantizers.merge import _projections
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -58,7 +59,10 @@ def quantized(source: Path, folder: Path, format: str, variant: str = "") -> Pat
 
 def projections(folder: Path) -> dict[str, PackedWeight | DenseWeight]:
     checkpoint = open_checkpoint(folder)
-    return dict(_projections(checkpoint, projection_shapes(checkpoint.config)))
+    assert isinstance(checkpoint, FolderCheckpoint)
+    shards = Shards(folder)
+    names = projection_shapes(checkpoint.config)
+    return {name: checkpoint.projection(shards, name) for name in names}
 
 
 def dense(weight: PackedWeight | DenseWeight) -> Tensor:
@@ -158,6 +162,67 @@ def test_the_merged_model_says_what_base_and_adapter_say(
     assert divergence(tmp_path / "merged") < effect * (0.002 if merged_format else 0.4)
     expected = "none" if merged_format else format
     assert open_checkpoint(tmp_path / "merged").format == expected
+
+
+@pytest.mark.parametrize(
+    ("format", "variant"), [*((format, "") for format in FORMATS), ("gptq", "desc_act")]
+)
+def test_calibrated_rounding_keeps_the_grid_and_more_of_the_adapter(
+    tiny_model: Callable[..., Path], tmp_path: Path, format: str, variant: str
+) -> None:
+    """The change is well below a step of the grid: nearest codes on that grid would lose it all."""
+    base = quantized(tiny_model(), tmp_path / "base", format, variant)
+    generator = torch.Generator().manual_seed(3)
+    shapes = projection_shapes(open_checkpoint(base).config)
+    small = LoRAAdapter(
+        {
+            name: LoRAModule(
+                torch.randn(4, columns, generator=generator) * columns**-0.5,
+                torch.randn(out, 4, generator=generator) * 0.1,
+                0.3,
+            )
+            for name, (out, columns) in shapes.items()
+            if "o_proj" not in name
+        },
+        b"",
+    )
+    # Few different tokens: inputs are alike, as real ones are, so errors can make up for others.
+    calibration, text = torch.randint(3, 30, (25, 40), generator=generator).split([20, 5])
+    rounded = merge_adapter(base, small, tmp_path / "nearest", progress=False)
+    calibrated = merge_adapter(
+        base, small, tmp_path / "calibrated", calibration=calibration, progress=False
+    )
+    assert [layer.name for layer in calibrated] == [layer.name for layer in rounded]
+    before, after = projections(base), projections(tmp_path / "calibrated")
+    for name, weight in after.items():
+        was = before[name]
+        assert isinstance(weight, PackedWeight)
+        assert isinstance(was, PackedWeight)
+        assert torch.equal(weight.scales, was.scales)
+        assert torch.equal(weight.codes(), was.codes()) == (name not in small.modules)
+
+    def divergence(merged: Path) -> float:
+        return merge_divergence(base, small, merged, text.flatten(), length=40, dtype=torch.float32)
+
+    found = divergence(tmp_path / "calibrated")
+    assert found < 0.75 * divergence(tmp_path / "nearest")
+    assert found < 0.75 * divergence(base)
+
+
+def test_calibrated_rounding_into_another_format_is_better_than_the_nearest(
+    tiny_model: Callable[..., Path], adapter: LoRAAdapter, tmp_path: Path
+) -> None:
+    calibration = torch.randint(3, 300, (20, 40), generator=torch.Generator().manual_seed(0))
+    text = torch.randint(3, 300, (200,), generator=torch.Generator().manual_seed(1))
+    for format in FORMATS:
+        found = []
+        for tokens in (calibration, None):
+            target = tmp_path / f"{format}{tokens is None}"
+            options: Any = {"format": format, "calibration": tokens, "progress": False}
+            merge_adapter(tiny_model(), adapter, target, **options)
+            assert open_checkpoint(target).format == format
+            found.append(merge_divergence(tiny_model(), adapter, target, text, length=40))
+        assert found[0] < 0.9 * found[1]
 
 
 @pytest.mark.parametrize("combination", ["cat", "linear"])

@@ -12,10 +12,14 @@ from aiohttp.test_utils import TestClient, TestServer
 from nybble.engine import Engine
 from nybble.server.app import make_app
 from nybble.server.gate import Gate
+from nybble.server.settings import ServerSettings
+from nybble.server.templates import TemplateRenderer
 
 Client = TestClient[web.Request, web.Application]
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 RESPONSES = "/v1/responses"
+# One process for all tests of this one; it ends with it.
+TEMPLATES = TemplateRenderer()
 HELLO = [{"role": "user", "content": "hello"}]
 
 
@@ -24,7 +28,8 @@ def run(engine: Engine, scenario: Callable[[Client], Awaitable[None]], **options
 
     async def main() -> None:
         gate = options.pop("gate", None) or Gate()
-        app = make_app(engine, **{"models": ("tiny",), "max_sequences": 16, **options}, gate=gate)
+        settings = ServerSettings(**{"models": ("tiny",), "max_sequences": 16, **options})
+        app = make_app(engine, settings, gate, TEMPLATES)
         async with TestClient(TestServer(app)) as client:
             await scenario(client)
 

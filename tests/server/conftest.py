@@ -34,9 +34,17 @@ CONFIG = EngineConfig(
 class ServerProcess:
     process: subprocess.Popen[str]
     url: str
+    lines: list[str]
+    reader: threading.Thread
 
     def terminate(self) -> None:
         self.process.send_signal(signal.SIGTERM)
+
+    def log(self) -> str:
+        """All it wrote, once it has ended."""
+        self.process.wait(20)
+        self.reader.join()
+        return "".join(self.lines)
 
 
 @contextmanager
@@ -56,13 +64,14 @@ def running_server(folder: Path, *options: str) -> Iterator[ServerProcess]:
     try:
         for line in process.stderr:
             lines.append(line)
-            if match := re.search(r"http://\S+(?=/v1)", line):
+            if match := re.search(r"https?://\S+(?=/v1)", line):
                 break
         else:
             raise AssertionError("the server did not start:\n" + "".join(lines))
         # Something must read on, or the server would block on a full pipe.
-        threading.Thread(target=process.stderr.read, daemon=True).start()
-        yield ServerProcess(process, match[0])
+        reader = threading.Thread(target=lines.extend, args=(process.stderr,), daemon=True)
+        reader.start()
+        yield ServerProcess(process, match[0], lines, reader)
     finally:
         process.kill()
         process.wait()

@@ -308,3 +308,24 @@ def test_the_merge_command_reports_what_rounding_cost(
     done = command("merge", str(tiny_model()), *adapters, str(target))
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == f"error: {target} is not empty"
+
+
+def test_an_adapter_changes_embeddings_too(engine: Engine, root: Path) -> None:
+    async def scenario(client: Client) -> None:
+        body = {"lora_name": "one", "lora_path": str(root / "one")}
+        async with client.post(LOAD, json=body, headers=ADMIN) as response:
+            assert response.status == 200
+
+        async def vector(**fields: Any) -> list[float]:
+            body = {"model": "tiny", "input": "the quick brown", **fields}
+            async with client.post("/v1/embeddings", json=body) as response:
+                answer = await response.json()
+                assert response.status == 200, answer
+                return list(answer["data"][0]["embedding"])
+
+        plain, adapted = await vector(), await vector(model="one")
+        assert await vector(adapter="one") == pytest.approx(adapted, abs=1e-6)
+        cosine = sum(a * b for a, b in zip(plain, adapted, strict=True))
+        assert cosine < 0.99
+
+    serve(engine, root, scenario)

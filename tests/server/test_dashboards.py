@@ -53,7 +53,8 @@ def exported(
     tenants = tmp_path_factory.mktemp("tenants") / "tenants.toml"
     tenants.write_text(f'[tenants.acme]\nkeys = ["{stored}"]\n')
     adapter = ("--lora-modules", f"poet={tiny_adapter(seed=1)}", "--max-lora-rank", "8")
-    with running_server(tiny_model(), "--tenants", str(tenants), *adapter) as server:
+    state = ("--state-dir", str(tmp_path_factory.mktemp("state")))
+    with running_server(tiny_model(), "--tenants", str(tenants), *adapter, *state) as server:
         body = {"model": "poet", "prompt": "the fox", "max_tokens": 3, "ignore_eos": True}
         url, headers = f"{server.url}/v1/completions", {"Authorization": f"Bearer {key}"}
         assert httpx.post(url, json=body, headers=headers).status_code == 200

@@ -23,6 +23,7 @@ from nybble.server import serve
 from nybble.server.api import respond
 from nybble.server.api.prompts import Prompts
 from nybble.server.listen import bind
+from nybble.server.settings import ServerSettings
 from openai import OpenAI
 
 from .client import CHAT, COMPLETIONS, Client, run
@@ -187,13 +188,13 @@ def serving(engine: Engine, scenario: Callable[[str], Awaitable[None]], **option
     async def main() -> None:
         sock = bind("127.0.0.1", 0)
         url = f"http://127.0.0.1:{sock.getsockname()[1]}"
-        options.update(models=("tiny",), max_sequences=4, ready=ready.set)
+        settings = ServerSettings(models=("tiny",), max_sequences=4, **options)
 
         async def begin() -> None:
             await ready.wait()
             await scenario(url)
 
-        await asyncio.gather(serve.serve(engine, sock, **options), begin())
+        await asyncio.gather(serve.serve(engine, sock, settings, ready=ready.set), begin())
 
     asyncio.run(main())
 

@@ -7,8 +7,10 @@ from typing import Any
 import httpx2 as httpx
 import openai
 import pytest
+import torch
 from nybble.server.api.schema import CompletionRequest
 from openai import OpenAI
+from transformers import AutoModelForCausalLM
 
 PROMPT = "the lazy dog"
 
@@ -61,18 +63,113 @@ def test_echo_begins_with_the_prompt_streaming_or_not(client: OpenAI, server: An
 
 
 def test_logprobs_have_an_offset_for_every_token(client: OpenAI) -> None:
-    logprobs = complete(client, logprobs=2, max_tokens=12).choices[0].logprobs
-    offset = 0
-    for token, at, value, top in zip(
-        logprobs.tokens,
-        logprobs.text_offset,
-        logprobs.token_logprobs,
-        logprobs.top_logprobs,
+    words = {"guided_regex": "[a-z ]{40}"}
+    choice = complete(client, logprobs=2, max_tokens=12, extra_body=words).choices[0]
+    check_offsets(choice.logprobs, choice.text)
+    for token, value, top in zip(
+        choice.logprobs.tokens,
+        choice.logprobs.token_logprobs,
+        choice.logprobs.top_logprobs,
         strict=True,
     ):
-        assert at == offset
-        assert top[token] == value == max(top.values())
-        offset += len(token)
+        assert top[token] == value
+
+
+def check_offsets(logprobs: Any, text: str) -> None:
+    """Each token that is whole characters is found where its offset says."""
+    whole = [
+        (token, at)
+        for token, at in zip(logprobs.tokens, logprobs.text_offset, strict=True)
+        if not token.startswith(("bytes:", "<|"))
+    ]
+    assert len(whole) > 5
+    for token, at in whole:
+        assert text[at : at + len(token)] == token
+
+
+@pytest.fixture(scope="module")
+def expected_logprobs(tiny_model: Any) -> Any:
+    """``(token ids) → float64 (n - 1, vocab)`` from transformers' model."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model(), dtype=torch.float32)
+
+    def compute(ids: list[int]) -> Any:
+        with torch.inference_mode():
+            return torch.log_softmax(model(torch.tensor([ids])).logits[0, :-1].double(), -1)
+
+    return compute
+
+
+ECHOED = "naïve café 🙂 and then the other dog barks"
+
+
+@pytest.mark.parametrize("max_tokens", [0, 1, 4])
+def test_an_echoed_prompt_has_logprobs_as_transformers_computes_them(
+    client: OpenAI, server: Any, expected_logprobs: Any, max_tokens: int
+) -> None:
+    ids = tokens(server, ECHOED)
+    expected = expected_logprobs(ids)
+    for prompt in (ECHOED, ids):
+        answer = complete(client, [prompt, prompt], echo=True, logprobs=3, max_tokens=max_tokens)
+        assert answer.usage.completion_tokens == 2 * max_tokens
+        for choice in answer.choices:
+            found = choice.logprobs
+            assert choice.text.startswith(ECHOED)
+            # What a random model goes on with is no UTF-8.
+            found.tokens, after = found.tokens[: len(ids)], found.tokens[len(ids) :]
+            found.text_offset = found.text_offset[: len(ids)]
+            check_offsets(found, ECHOED)
+            assert len(after) == max_tokens
+            assert found.token_logprobs[0] is None
+            assert found.top_logprobs[0] is None
+            own = expected.gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+            # The server computes in bfloat16.
+            torch.testing.assert_close(
+                torch.tensor(found.token_logprobs[1 : len(ids)]).double(), own, atol=0.2, rtol=0
+            )
+            for top, row in zip(found.top_logprobs[1 : len(ids)], expected, strict=True):
+                assert max(top.values()) == pytest.approx(float(row.max()), abs=0.2)
+
+
+def test_an_echoed_prompts_logprobs_stream_before_the_output(client: OpenAI) -> None:
+    options: dict[str, Any] = {"echo": True, "logprobs": 1, "n": 2, "temperature": 1, "seed": 1}
+    whole = complete(client, **options)
+    found: dict[int, Any] = {0: ("", [], []), 1: ("", [], [])}
+    for chunk in complete(client, stream=True, **options):
+        (choice,) = chunk.choices
+        text, of_tokens, offsets = found[choice.index]
+        of_tokens += choice.logprobs.tokens
+        offsets += choice.logprobs.text_offset
+        found[choice.index] = (text + choice.text, of_tokens, offsets)
+    for choice in whole.choices:
+        expected = (choice.text, choice.logprobs.tokens, choice.logprobs.text_offset)
+        assert found[choice.index] == expected
+
+
+def test_nothing_but_the_prompt_may_be_asked_for(client: OpenAI) -> None:
+    (chunk,) = complete(client, max_tokens=0, echo=True, stream=True)
+    assert (chunk.choices[0].text, chunk.choices[0].finish_reason) == (PROMPT, "length")
+    assert complete(client, max_tokens=0).choices[0].text == ""
+
+
+def test_prompt_logprobs_come_in_vllms_form(
+    client: OpenAI, server: Any, expected_logprobs: Any
+) -> None:
+    ids = tokens(server, PROMPT)
+    answer = complete(client, [PROMPT], n=2, extra_body={"prompt_logprobs": 2})
+    expected = expected_logprobs(ids)
+    for choice in answer.choices:
+        assert choice.logprobs is None
+        first, *found = choice.prompt_logprobs
+        assert first is None
+        for token, row, entries in zip(ids[1:], expected, found, strict=True):
+            own = entries[str(token)]
+            assert own["logprob"] == pytest.approx(float(row[token]), abs=0.2)
+            assert {1, 2} <= {entry["rank"] for entry in entries.values()}
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}
+    url = server.url + "/v1/chat/completions"
+    chat = httpx.post(url, json=body | {"prompt_logprobs": 0}).json()
+    assert len(chat["prompt_logprobs"]) == chat["usage"]["prompt_tokens"]
+    assert chat["choices"][0]["logprobs"] is None
 
 
 def test_logprobs_stream_with_the_same_offsets(client: OpenAI) -> None:

@@ -86,7 +86,10 @@ def test_a_bad_chat_parameter_is_named(engine: Engine, extra: dict[str, Any], pa
         ({"prompt": [1] * 10**6}, "prompt"),
         ({"suffix": "x"}, "suffix"),
         ({"best_of": 2}, "best_of"),
-        ({"echo": True, "logprobs": 1}, "echo"),
+        ({"echo": True, "logprobs": 21}, "logprobs"),
+        ({"prompt_logprobs": -1}, "prompt_logprobs"),
+        ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs"),
+        ({"max_tokens": -1}, "max_tokens"),
         ({"logprobs": 21}, "logprobs"),
         ({"max_tokens": 512}, "max_tokens"),
     ],
@@ -225,7 +228,7 @@ def test_an_engine_that_fails_ends_a_stream_with_an_error_event(
             monkeypatch.setattr(engine._runner, "run", fail)
             events = (await response.read()).decode().strip().split("\n\n")
         error = json.loads(events[-1].removeprefix("data: "))["error"]
-        assert error["code"] == "engine_unavailable"
+        assert error["code"] == "engine_failed"
         assert "data: [DONE]" not in events
         error = await refused(client, COMPLETIONS, body, 503)
         async with client.get("/health") as response:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import typer
 from nybble.loaders import open_checkpoint
-from nybble.server.cli.main import app, parse_bytes
+from nybble.server.cli.main import app
+from nybble.server.cli.options import parse_bytes
 from typer.testing import CliRunner, Result
 
 
@@ -61,6 +62,9 @@ def test_expected_errors_are_one_line_and_exit_code_1(
     empty = tmp_path / "empty"
     empty.mkdir()
     model = tiny_model()
+    too_many_sequences = ("--kv-cache-memory", "9TiB", "--max-num-seqs", 10**7)
+    too_many_sequences += ("--max-batched-tokens", 10**7)
+    too_many_slots = ("--enable-lora", "--max-loras", 10**9, "--max-lora-rank", 256)
     cases = [
         (("inspect", "no-such-model"), "no-such-model"),
         (("inspect", empty), "no config.json"),
@@ -79,6 +83,8 @@ def test_expected_errors_are_one_line_and_exit_code_1(
         (("serve", "--model", model, "--port", 0, "--max-model-len", 10**6), "max_model_len"),
         (("serve", "--model", model, "--port", 0, "--kv-cache-memory", "1KiB"), "KV cache"),
         (("serve", "--model", model, "--port", 0, "--max-batched-tokens", 2), "max_num_seqs"),
+        (("serve", "--model", model, "--port", 0, *too_many_sequences), "would fit"),
+        (("serve", "--model", model, "--port", 0, *too_many_slots), "memory of cpu ran out"),
         (("serve", "--model", model, "--host", "no.such.host.invalid"), "no.such.host"),
     ]
     for arguments, expected in cases:

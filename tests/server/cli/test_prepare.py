@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from nybble.kernels import DenseWeight, PackedWeight
 from nybble.kernels.matmul import preferred_layout
 from nybble.loaders import Checkpoint, load_adapter, open_checkpoint
@@ -16,6 +17,7 @@ from nybble.loaders.adapter import projection_shapes
 from nybble.quantizers import quantize_checkpoint
 from nybble.server.cli import prepare
 from nybble.server.cli.prepare import prepare_checkpoint
+from safetensors.torch import save_file
 
 CPU = torch.device("cpu")
 
@@ -56,11 +58,46 @@ def test_a_quantized_model_is_packed_once_for_this_machine(
     assert opened(gptq).folder == first.folder
 
 
-def test_a_changed_model_is_packed_anew(gptq: Path) -> None:
+def test_a_changed_model_is_packed_anew_and_the_old_form_removed(gptq: Path) -> None:
     first = opened(gptq)
+    packed = first.folder.parent
+    (packed / "killed.gptq").mkdir()
+    (packed / "busy.partial").mkdir()
     file = gptq / "model.safetensors"
     os.utime(file, ns=(0, file.stat().st_mtime_ns + 1))
-    assert opened(gptq).folder != first.folder
+    with FileLock(packed / "busy.lock"):
+        other = prepare_checkpoint(str(gptq), device=CPU, head="int8", progress=False)
+        second = opened(gptq)
+    assert second.folder != first.folder
+    folders = {path for path in packed.iterdir() if path.is_dir()}
+    assert folders == {second.folder, other.folder, packed / "busy.partial"}
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing", "header", "tensor"])
+def test_a_damaged_packed_form_is_packed_again(
+    gptq: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = opened(gptq).folder
+    (shard,) = folder.glob("*.safetensors")
+    if damage == "truncated":
+        shard.write_bytes(shard.read_bytes()[:-1000])
+    elif damage == "missing":
+        shard.unlink()
+    elif damage == "header":
+        (folder / "nybble.json").write_text("{")
+    else:
+        save_file({"other": torch.zeros(1)}, shard)
+    assert len(packed_weights(opened(gptq))) == 8  # of two layers
+    assert "is damaged and is packed again" in caplog.text
+    caplog.clear()
+    opened(gptq)
+    assert not caplog.text
+
+
+def test_files_have_the_permissions_of_any_other(gptq: Path, tmp_path: Path) -> None:
+    (tmp_path / "any").touch()
+    files = [*gptq.glob("*.safetensors"), *opened(gptq).folder.glob("*.safetensors")]
+    assert {path.stat().st_mode for path in files} == {(tmp_path / "any").stat().st_mode}
 
 
 def test_a_packed_and_a_16_bit_model_are_opened_where_they_are(
@@ -129,3 +166,16 @@ def test_an_adapter_is_merged_before_packing(
     assert not list((cache / "packed").glob("*.merged"))
     with pytest.raises(ValueError, match="is packed already"):
         prepare_checkpoint(str(merged().folder), device=CPU, adapter=adapter)
+
+
+def test_merging_into_a_4_bit_model_keeps_its_scales(
+    gptq: Path, cache: Path, tiny_adapter: Callable[..., Path]
+) -> None:
+    adapter = str(tiny_adapter(target_modules=["q_proj"]))
+    merged = prepare_checkpoint(str(gptq), device=CPU, adapter=adapter, progress=False)
+    name = "model.layers.1.self_attn.qkv_proj"
+    before, after = (dict(folder.weights())[name] for folder in (opened(gptq), merged))
+    assert isinstance(before, PackedWeight)
+    assert isinstance(after, PackedWeight)
+    assert torch.equal(before.scales, after.scales)
+    assert not torch.equal(before.codes(), after.codes())

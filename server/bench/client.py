@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import aiohttp
 
@@ -42,18 +43,21 @@ class Client:
     url: str
     model: str
     headers: dict[str, str] = field(default_factory=dict)
+    ignore_eos: bool = True
 
     async def complete(self, prompt: str | list[int], max_tokens: int) -> Timing:
-        """Generate exactly ``max_tokens`` greedy tokens; failures come back as ``error``."""
-        body = {
+        """Generate ``max_tokens`` greedy tokens, exactly with ignore_eos, which not every server
+        knows. Failures come back as ``error``."""
+        body: dict[str, Any] = {
             "model": self.model,
             "prompt": prompt,
             "max_tokens": max_tokens,
             "temperature": 0,
-            "ignore_eos": True,
             "stream": True,
             "stream_options": {"include_usage": True},
         }
+        if self.ignore_eos:
+            body["ignore_eos"] = True
         start = time.perf_counter()
         arrivals: list[float] = []
         usage: dict[str, int] = {}

@@ -1,0 +1,128 @@
+"""What a request wants of its prompt itself: log probabilities of its tokens, or an embedding.
+
+A reader is handed the hidden states of a prompt chunk by chunk as it is prefilled. A preempted
+prompt is read again from where it is computed again, which gives the same result.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from nybble.engine.request import Embedding, Pooling, PromptLogprobs
+from nybble.engine.transfer import send
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from nybble.engine.decoder import Decoder
+
+# Logits of a prompt in memory at once: a chunk of 512 tokens would have 300 MB for a vocabulary of
+# 150,000.
+_MAX_LOGITS_BYTES = 64 << 20
+
+
+class PromptReader(Protocol):
+    """whole: it must see every position, so that none may come from the prefix cache."""
+
+    whole: bool
+
+    def read(self, decoder: Decoder, hidden: Tensor, start: int) -> None:
+        """Take hidden states ``(tokens, hidden)`` of the prompt's positions from ``start`` on."""
+        ...
+
+
+class LogprobReader:
+    """Log probabilities of a prompt's tokens, a bounded number of rows of logits at a time."""
+
+    whole = True
+
+    def __init__(self, prompt: Sequence[int], alternatives: int) -> None:
+        self._prompt = prompt
+        self._alternatives = alternatives
+        self._found: tuple[Tensor, ...] | None = None  # one row per token but the first
+
+    def read(self, decoder: Decoder, hidden: Tensor, start: int) -> None:
+        vocab = decoder.shape.vocab
+        if self._found is None:
+            rows, top = len(self._prompt) - 1, min(self._alternatives, vocab)
+            kinds = ((rows,), torch.float32), ((rows,), torch.int32)
+            tops = ((rows, top), torch.float32), ((rows, top), torch.int32)
+            self._found = tuple(
+                torch.empty(shape, dtype=dtype, device=hidden.device)
+                for shape, dtype in (*kinds, *tops)
+            )
+        # The state at a position tells the token at the next; the last one's is the output's.
+        targets = send(
+            self._prompt[start + 1 : start + 1 + len(hidden)], torch.int64, hidden.device
+        )
+        step = max(1, _MAX_LOGITS_BYTES // (4 * vocab))
+        for first in range(0, len(targets), step):
+            wanted = targets[first : first + step]
+            logits = decoder.logits(hidden[first : first + len(wanted)])
+            at = slice(start + first, start + first + len(wanted))
+            self._write(at, logits, wanted)
+
+    def _write(self, at: slice, logits: Tensor, targets: Tensor) -> None:
+        assert self._found is not None
+        logprobs, ranks, top_logprobs, top_ids = self._found
+        total = logits.logsumexp(-1)
+        own = logits.gather(1, targets[:, None])
+        logprobs[at] = own[:, 0] - total
+        ranks[at] = (logits > own).sum(-1, dtype=torch.int32) + 1
+        top = logits.topk(top_ids.shape[1])
+        top_logprobs[at] = top.values - total[:, None]
+        top_ids[at] = top.indices.int()
+
+    def result(self) -> PromptLogprobs:
+        """Once the whole prompt was read; waits for the device."""
+        assert self._found is not None
+        return PromptLogprobs(tuple(self._prompt), *(part.cpu().numpy() for part in self._found))
+
+
+class EmbeddingReader:
+    """The final hidden states as transformers' ``last_hidden_state``, pooled, of unit length."""
+
+    def __init__(self, prompt: Sequence[int], pooling: Pooling) -> None:
+        self._length = len(prompt)
+        self._pooling = pooling
+        self.whole = pooling == "mean"
+        self._sum: Tensor | None = None
+
+    def read(self, decoder: Decoder, hidden: Tensor, start: int) -> None:
+        if self._pooling == "mean":
+            part = decoder.final_norm(hidden).float().sum(0)
+            self._sum = part if self._sum is None or start == 0 else self._sum + part
+        elif start + len(hidden) == self._length:
+            self._sum = decoder.final_norm(hidden[-1:]).float()[0]
+
+    def result(self) -> Embedding:
+        """Once the whole prompt was read; waits for the device."""
+        assert self._sum is not None
+        # A mean and a sum have the same direction.
+        vector: Embedding = torch.nn.functional.normalize(self._sum, dim=0).cpu().numpy()
+        return vector
+
+
+def read_pooling(folder: Path) -> Pooling | None:
+    """How the checkpoint's makers pool, in sentence-transformers' ``1_Pooling/config.json``.
+
+    ``last`` where they say nothing: of a causal model, only the last token has seen all others.
+    None where they pool in another way.
+    """
+    path = folder / "1_Pooling" / "config.json"
+    if not path.is_file():
+        return "last"
+    config = json.loads(path.read_text())
+    mode = config.get("pooling_mode")
+    modes = [mode] if isinstance(mode, str) else []
+    modes += [k.removeprefix("pooling_mode_") for k, on in config.items() if on is True]
+    known: dict[str, Pooling] = {
+        "lasttoken": "last",
+        "mean": "mean",
+        "mean_tokens": "mean",
+    }
+    modes = [each for each in modes if each != "include_prompt"]
+    return known.get(modes[0]) if len(modes) == 1 else None

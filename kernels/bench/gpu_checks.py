@@ -1,0 +1,136 @@
+"""Every kernel against float64 on the device, odd sizes and ends of ranges included."""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from itertools import pairwise
+
+from nybble.kernels.bench import gpu_section
+from nybble.kernels.bench.gpu_section import BLOCK, Section, in_8_bits, kv_dtypes, paged
+
+# isort: split
+import torch
+from nybble.kernels import reference
+from nybble.kernels.bench.gpu_lora import adapters
+from nybble.kernels.bench.gpu_matmul import check_matmul
+from nybble.kernels.lora_batch import LoRABatch
+from nybble.kernels.reference import TokenChoice
+from nybble.kernels.triton import attention, lora, norm, rotary, sampling
+
+
+def run(section: Section) -> None:
+    section.attempt("matmul", lambda: check_matmul(section))
+    for dtype in (torch.float16,) if section.dry else (torch.float16, torch.bfloat16):
+        section.attempt(f"{dtype} kernels", partial(check_kernels, section, dtype))
+        for kept in kv_dtypes(section):
+            section.attempt(f"{dtype} {kept} caches", partial(check_8_bits, section, dtype, kept))
+        section.attempt(f"{dtype} LoRA", partial(check_lora, section, dtype))
+    section.attempt("sampling", lambda: check_sampling(section))
+
+
+def check_kernels(section: Section, dtype: torch.dtype) -> None:
+    device, dry = section.device, section.dry
+    random = partial(torch.randn, dtype=dtype, device=device)
+    name = str(dtype)[6:]
+    x, residual, weight = random(7, 1000), random(7, 1000), random(1000)
+    wide = reference.rms_norm((x + residual).double(), weight.double(), 1e-5)
+    section.close(f"{name} add_rms_norm", norm.add_rms_norm(x, residual, weight, 1e-5)[0], wide)
+    section.close(f"{name} silu_mul", norm.silu_mul(x), reference.silu_mul(x.double()))
+    for q_heads, kv_heads, dim in ((4, 2, 64),) if dry else ((40, 40, 128), (14, 2, 64)):
+        fused = random(9, q_heads + 2 * kv_heads, dim)
+        angle = torch.randn(9, dim, device=device)
+        slots = torch.tensor([5, -1, 40, 41, 0, 7, 8, 63, 20], device=device)
+        results = []
+        for function in (reference.rotary_store, rotary.rotary_store):
+            q, k, v = torch.split(fused.clone(), [q_heads, kv_heads, kv_heads], dim=1)
+            caches = torch.zeros(2, 4, kv_heads, BLOCK, dim, dtype=dtype, device=device)
+            function(q, k, v, angle.cos(), angle.sin(), caches[0], caches[1], slots)
+            results.append(torch.cat((q.flatten(), caches.flatten())))
+        section.close(f"{name} rotary_store {q_heads}/{kv_heads}×{dim}", results[1], results[0])
+        lengths = [(1, 1), (300, 1), (270, 40), (33, 33)]
+        if not dry:
+            lengths += [(5000, 1), (4097, 1), (2500, 700), (9, 2)]
+        batch, keys, values = paged(lengths, kv_heads, dim, dtype, device)
+        q = random(sum(n for _, n in lengths), q_heads, dim)
+        for window in (0, 100):
+            expected = reference.paged_attention(
+                q.double(), keys.double(), values.double(), batch, dim**-0.5, window
+            )
+            # The allocator hands the same block to the next tensor of this size.
+            poison = torch.full((len(q), q_heads * dim), float("nan"), dtype=dtype, device=device)
+            del poison
+            found = attention.paged_attention(q, keys, values, batch, dim**-0.5, window)
+            label = f"{name} attention {q_heads}/{kv_heads}×{dim} window {window}"
+            section.close(label, found, expected)
+            again = attention.paged_attention(q, keys, values, batch, dim**-0.5, window)
+            section.holds(f"{label}: twice the same", torch.equal(found, again))
+
+
+def check_8_bits(section: Section, dtype: torch.dtype, kept: torch.dtype) -> None:
+    device, name = section.device, f"{str(dtype)[6:]} {str(kept)[6:]}"
+    # The interpreter drops the carry of a mantissa that rounds up.
+    limit = 1.0 if section.dry and kept != torch.int8 else None
+    lengths = [(300, 1), (70, 40), (1, 1)]
+    batch, shaped, _ = paged(lengths, 2, 64, dtype, device)
+    keys, values, *scales = in_8_bits(shaped, kept)
+    q = torch.randn(42, 8, 64, dtype=dtype, device=device)
+    found = attention.paged_attention(q, keys, values, batch, 0.1, 0, *scales)
+    expected = reference.paged_attention(q.double(), keys, values, batch, 0.1, 0, *scales)
+    section.close(f"{name} caches: attention", found, expected)
+    fused = torch.randn(9, 8 + 4, 64, dtype=dtype, device=device)
+    angle = torch.randn(9, 64, device=device)
+    slots = torch.randperm(40)[:9].to(device)
+    stored = []
+    for function in (reference.rotary_store, rotary.rotary_store):
+        q, k, v = torch.split(fused.clone(), [8, 2, 2], dim=1)
+        caches = torch.zeros(2, 4, 2, BLOCK, 64, dtype=kept, device=device)
+        scale = torch.zeros(2, 4, 2, BLOCK, device=device)
+        function(q, k, v, angle.cos(), angle.sin(), caches[0], caches[1], slots, scale[0], scale[1])
+        stored.append((caches.float() * scale[..., None]).bfloat16())
+    section.close(f"{name} caches: rotary_store", stored[1], stored[0], limit)
+
+
+def check_lora(section: Section, dtype: torch.dtype) -> None:
+    device, dry = section.device, section.dry
+    inputs, outputs = (70, (40, 24, 24)) if dry else (5120, (5120, 1024, 1024))
+    offsets = (0, outputs[0], sum(outputs[:2]), sum(outputs))
+    a, b, ranks = adapters(5, 20, inputs, offsets, dtype, device)
+    ranks[0], ranks[3] = 0, 7
+    slots = [row % 6 - 1 for row in range(20 if dry else 70)]
+    batch = LoRABatch.of(slots, device)
+    assert batch is not None
+    x = torch.randn(len(slots), inputs, dtype=dtype, device=device)
+    out = torch.randn(len(slots), offsets[-1], dtype=dtype, device=device)
+    found, expected = out.clone(), out.double()
+    lora.lora_add(found, x, a, b, ranks, offsets, batch)
+    for row, slot in enumerate(slots):
+        rank = int(ranks[slot]) if slot >= 0 else 0
+        for part, (start, end) in enumerate(pairwise(offsets)):
+            h = a[slot, part * 20 : part * 20 + rank].double() @ x[row].double()
+            expected[row, start:end] += b[slot, start:end, :rank].double() @ h
+    section.close(f"{str(dtype)[6:]} lora_add", found, expected)
+    together = found[2:3].clone()
+    alone, one = out[2:3].clone(), LoRABatch.of([slots[2]], device)
+    assert one is not None
+    lora.lora_add(alone, x[2:3], a, b, ranks, offsets, one)
+    section.holds("lora_add: a row alone as in its batch", torch.equal(alone, together))
+
+
+def check_sampling(section: Section) -> None:
+    device, dry = section.device, section.dry
+    rows, vocab = (6, 700) if dry else (256, 151936)
+    logits = 4 * torch.randn(rows, vocab, device=device).bfloat16().float()
+    options = [(0.0, 0, 1.0, 0.0), (1.0, 0, 1.0, 0.0), (0.8, 50, 0.9, 0.0), (1.2, 0, 0.95, 0.05)]
+    choices = [TokenChoice(*options[row % 4], (row + 0.5) / rows) for row in range(rows)]
+    found = sampling.sample_tokens(logits, choices).cpu()
+    expected = reference.sample_tokens(logits.cpu(), choices)
+    # A number at the border of two tokens may fall either way by rounding.
+    share = float((found != expected).float().mean())
+    section.holds(f"sampling: {share:.1%} of tokens differ from the reference", share <= 0.02)
+    again = sampling.sample_tokens(logits[5:6], choices[5:6]).cpu()
+    section.holds("sampling: a row alone as in its batch", torch.equal(again, found[5:6]))
+
+
+if __name__ == "__main__":
+    sys.exit(gpu_section.main("checks", run, minutes=4))

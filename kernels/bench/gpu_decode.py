@@ -1,0 +1,219 @@
+"""Decode of a Llama-2-13B-shaped 4-bit model, through the engine's runner and sampler.
+
+Eager and from CUDA graphs, over 16- and 8-bit caches: tokens a second by the clock, and the share
+of (weight + KV bytes) / bandwidth. What is captured is checked against the eager step first.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any, Literal
+
+from nybble.kernels.bench import gpu_section
+from nybble.kernels.bench.gpu_section import BLOCK, LLAMA_2_13B, TINY, Section
+
+# isort: split
+import torch
+from nybble.engine.config import EngineConfig
+from nybble.engine.decoder import Decoder
+from nybble.engine.graphs import cuda_capture
+from nybble.engine.request import Request, SamplingParams
+from nybble.engine.runner import ModelRunner, kv_bytes_per_block
+from nybble.engine.sampler import SequenceSampler, sample
+from nybble.engine.scheduler import ScheduledSequence
+from nybble.engine.sequence import Sequence
+from nybble.kernels import DenseWeight, PackedWeight
+from nybble.kernels.bench.gpu_matmul import random_packed
+from nybble.kernels.triton.warmup import warmup
+from torch import Tensor
+from transformers import LlamaConfig
+
+
+def random_decoder(
+    shape: dict[str, Any], dtype: torch.dtype, device: torch.device
+) -> tuple[Decoder, int]:
+    """A 4-bit decoder of random weights, made where it stays; and the bytes a step reads of it."""
+    config = LlamaConfig(**shape)
+    hidden, inter = config.hidden_size, config.intermediate_size
+    kv = hidden * shape["num_key_value_heads"] // shape["num_attention_heads"]
+    dense = partial(torch.randn, dtype=dtype, device=device)
+    total = 0
+
+    def weights() -> Iterator[tuple[str, PackedWeight | DenseWeight | Tensor]]:
+        nonlocal total
+        yield "model.embed_tokens.weight", dense(config.vocab_size, hidden)
+        yield "model.norm.weight", torch.ones(hidden, dtype=dtype, device=device)
+        head = DenseWeight(dense(config.vocab_size, hidden) * hidden**-0.5)
+        total += head.weight.nbytes
+        yield "lm_head", head
+        for layer in range(config.num_hidden_layers):
+            prefix = f"model.layers.{layer}."
+            ones = torch.ones(hidden, dtype=dtype, device=device)
+            yield prefix + "input_layernorm.weight", ones
+            yield prefix + "post_attention_layernorm.weight", ones.clone()
+            for name, inputs, outputs in (
+                ("self_attn.qkv_proj", hidden, hidden + 2 * kv),
+                ("self_attn.o_proj", hidden, hidden),
+                ("mlp.gate_up_proj", hidden, 2 * inter),
+                ("mlp.down_proj", inter, hidden),
+            ):
+                packed = random_packed(inputs, outputs, device)
+                total += packed.nbytes
+                yield prefix + name, packed
+
+    length = int(config.max_position_embeddings)
+    decoder = Decoder(config, weights(), device=device, dtype=dtype, max_model_len=length)
+    return decoder, total
+
+
+class Recomputed:
+    """Stands in for a CUDA graph in the dry run."""
+
+    def __init__(self, function: Callable[[], Tensor]) -> None:
+        self.function, self.out = function, function()
+
+    def replay(self) -> None:
+        self.out.copy_(self.function())
+
+
+def dry_capture(function: Callable[[], Tensor]) -> tuple[Recomputed, Tensor]:
+    captured = Recomputed(function)
+    return captured, captured.out
+
+
+def sequences(count: int, context: int, room: int, vocab: int) -> list[Sequence]:
+    """Greedy sequences in mid-decode: the cache holds all but the last token."""
+    found, params = [], SamplingParams(temperature=0, ignore_eos=True)
+    for index in range(count):
+        prompt = tuple(torch.randint(0, vocab, (context,)).tolist())
+        sampler = SequenceSampler(params, prompt)
+        made = Sequence(Request(str(index), prompt, params), room, None, sampler)  # type: ignore[arg-type]
+        made.num_computed_tokens = context - 1
+        per = -(-(context + room) // BLOCK)
+        made.blocks = list(range(index * per, (index + 1) * per))
+        found.append(made)
+    return found
+
+
+def step(runner: ModelRunner, running: list[Sequence]) -> list[int]:
+    """One decode step as the engine does it, without its streams."""
+    batch = [ScheduledSequence(sequence, 1) for sequence in running]
+    logits = runner.run(batch)
+    tokens = [token for token, _ in sample(logits, [sequence.sampler for sequence in running])]
+    for sequence, token in zip(running, tokens, strict=True):
+        sequence.num_computed_tokens += 1
+        sequence.token_ids.append(token)
+    return tokens
+
+
+def run(section: Section) -> None:
+    dry, device = section.dry, section.device
+    shape, sizes = (TINY, (1, 4)) if dry else (LLAMA_2_13B, (1, 8, 32, 64))
+    context, steps = (40, 3) if dry else (512, 40)
+    dtype = torch.float32 if dry else torch.bfloat16
+    start = time.monotonic()
+    decoder, weight_bytes = random_decoder(shape, dtype, device)
+    largest, room = max(sizes), 4 * steps + 16
+    config = EngineConfig(
+        device=device.type, dtype=dtype, max_num_seqs=largest, max_batched_tokens=max(64, largest)
+    )
+    blocks = largest * -(-(context + room) // BLOCK)
+    if not dry:
+        warmup(decoder.packed_weights(), dtype, largest)
+    print(f"model made in {time.monotonic() - start:.0f} s", flush=True)
+    results: list[dict[str, Any]] = []
+    kinds: tuple[Literal["auto", "int8", "fp8"], ...] = ("auto", "int8", "fp8")
+    for kv_dtype in kinds:
+        if kv_dtype == "fp8" and not dry and torch.cuda.get_device_capability() < (8, 9):
+            continue
+        one = replace(config, kv_dtype=kv_dtype)
+        runner = ModelRunner(decoder, one, blocks)
+        for caches in runner.caches:
+            for cache in caches:
+                # Every byte is a number: values of any kind, and scales.
+                cache.copy_(torch.randn(cache.shape, device=device).abs().clamp(max=3))
+
+        def measure(captured: bool, runner: ModelRunner = runner, one: EngineConfig = one) -> None:
+            measure_steps(
+                section, runner, one, captured, weight_bytes, sizes, context, steps, room, results
+            )
+
+        # Eager steps first: should capturing fail, there are these.
+        if kv_dtype == "auto":
+            section.attempt("eager decode", partial(measure, False))
+        section.attempt(
+            f"capture, {kv_dtype}", partial(capture, section, runner, sizes, context, room)
+        )
+        section.attempt(f"captured decode, {kv_dtype}", partial(measure, True))
+        del runner, measure
+        if not dry:
+            torch.cuda.empty_cache()
+
+
+def capture(
+    section: Section, runner: ModelRunner, sizes: tuple[int, ...], context: int, room: int
+) -> None:
+    """Capture the decode step and check it against the eager one."""
+    vocab = runner.decoder.shape.vocab
+    three = [ScheduledSequence(one, 1) for one in sequences(3, context, room, vocab)]
+    expected = runner.run(three).clone()
+    capture = dry_capture if section.dry else cuda_capture(section.device)
+    runner.capture(capture, False, sorted({*sizes, 4}))
+    found = runner.run(three).clone()
+    # Four rows instead of three may be split otherwise, and 40 layers carry that on.
+    section.close("captured decode step, padded to 4", found, expected, 0.05)
+    section.holds("captured twice the same", torch.equal(found, runner.run(three)))
+    # Another sequence through the same graphs, in blocks of its own: nothing of it stays behind.
+    (other,) = sequences(1, context // 3, room, vocab)
+    other.blocks = sequences(4, context, room, vocab)[3].blocks
+    again = runner.run([ScheduledSequence(other, 1)]).clone()
+    section.holds("another sequence, other logits", not torch.equal(again, found[:1]))
+    section.holds("and the first ones again", torch.equal(found, runner.run(three)))
+
+
+def measure_steps(
+    section: Section,
+    runner: ModelRunner,
+    config: EngineConfig,
+    captured: bool,
+    weight_bytes: int,
+    sizes: tuple[int, ...],
+    context: int,
+    steps: int,
+    room: int,
+    results: list[dict[str, Any]],
+) -> None:
+    how = "CUDA graphs" if captured else "eager"
+    shape = runner.decoder.shape
+    print(f"decode, {how}, {config.kv_dtype} KV, {shape.layers} layers, context {context}:")
+    print(f"{'batch':>7}{'ms a step':>12}{'tokens/s':>12}{'floor ms':>12}{'share':>8}")
+    per_token = kv_bytes_per_block(shape, config) // config.block_size
+    for size in sizes:
+        if section.out_of_time:
+            print("out of time")
+            break
+        running = sequences(size, context, room, shape.vocab)
+        taken = []
+        for _ in range(steps):
+            begin = time.perf_counter()
+            step(runner, running)
+            taken.append(time.perf_counter() - begin)
+        median = statistics.median(taken[len(taken) // 4 :])
+        floor = (weight_bytes + size * (context + steps / 2) * per_token) / section.read
+        print(
+            f"{size:>7}{1e3 * median:>12.3f}{size / median:>12.0f}{1e3 * floor:>12.3f}"
+            f"{floor / median:>8.0%}",
+            flush=True,
+        )
+        entry = {"batch": size, "s": median, "floor": floor, "tokens/s": size / median}
+        results.append({"graphs": captured, "kv": config.kv_dtype, **entry})
+        section.keep("decode", results)
+
+
+if __name__ == "__main__":
+    sys.exit(gpu_section.main("decode", run, minutes=4))

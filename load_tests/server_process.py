@@ -1,0 +1,80 @@
+"""``nybble serve`` as a process of its own, and adapters made up for it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from nybble.loaders import open_checkpoint, resolve_model
+from nybble.loaders.adapter import projection_shapes
+from safetensors.torch import save_file
+
+_SERVE = [sys.executable, "-c", "from nybble.server.cli.main import serve_main; serve_main()"]
+
+
+@contextmanager
+def running_server(model: str, *options: str, cores: int | None = None) -> Iterator[str]:
+    """Yields the URL (…/v1) once requests are taken. cores: how many it may use, None for all."""
+    available = sorted(os.sched_getaffinity(0))
+    chosen = available[: cores or len(available)]
+    command = ["taskset", "-c", ",".join(map(str, chosen)), *_SERVE, "--model", model]
+    process = subprocess.Popen(
+        [
+            *command,
+            "--served-model-name",
+            "base",
+            "--port",
+            "0",
+            "--log-level",
+            "warning",
+            *options,
+        ],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": str(len(chosen))},
+    )
+    assert process.stderr is not None
+    said = []
+    try:
+        for line in process.stderr:
+            said.append(line)
+            if match := re.search(r"http://\S+/v1", line):
+                # Something must read on, or the server would block on a full pipe.
+                threading.Thread(target=process.stderr.read, daemon=True).start()
+                yield match[0]
+                return
+        raise RuntimeError("the server did not start:\n" + "".join(said))
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def write_adapters(folder: Path, model: str, count: int, targets: tuple[str, ...]) -> list[str]:
+    """Random adapters of ranks 8 and 16 in PEFT's layout, one folder each; returns their names."""
+    shapes = projection_shapes(open_checkpoint(resolve_model(model)).config)
+    generator = torch.Generator().manual_seed(0)
+    names = []
+    for index in range(count):
+        rank = 8 if index % 2 else 16
+        path = folder / f"adapter-{index:04}"
+        path.mkdir(parents=True)
+        config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": targets}
+        (path / "adapter_config.json").write_text(json.dumps(config))
+        tensors = {}
+        for name, (out, columns) in shapes.items():
+            if name.rpartition(".")[2] in targets:
+                prefix = f"base_model.model.{name}.lora_"
+                a = torch.randn(rank, columns, generator=generator)
+                b = torch.randn(out, rank, generator=generator) * 1e-3
+                tensors[prefix + "A.weight"], tensors[prefix + "B.weight"] = a.half(), b.half()
+        save_file(tensors, path / "adapter_model.safetensors")
+        names.append(path.name)
+    return names

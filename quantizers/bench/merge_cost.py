@@ -1,0 +1,65 @@
+"""What merging an adapter into a 4-bit base keeps of it, every way of rounding in one run.
+
+python quantizers/bench/merge_cost.py BASE ADAPTER [--tokens 4096] [--samples 16] [--text FILE]
+
+Prints the KL divergence from the base with the adapter unmerged, on Python's own sources unless a
+text is given: of the base without it, and merged, in 16 bits, rounded to the nearest, calibrated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from nybble.loaders import load_adapter, open_checkpoint, resolve_adapter, resolve_model
+from nybble.loaders.adapter import projection_shapes
+from nybble.quantizers import merge_adapter, merge_divergence
+from nybble.quantizers.corpus import standard_library_text, token_windows
+from nybble.quantizers.merge import MergedLayer
+from transformers import AutoTokenizer
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("base")
+    parser.add_argument("adapter")
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--text", type=Path)
+    args = parser.parse_args()
+    base = resolve_model(args.base)
+    adapter = load_adapter(
+        resolve_adapter(args.adapter), projection_shapes(open_checkpoint(base).config)
+    )
+    tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
+    held_out = standard_library_text("held-out") if args.text is None else args.text.read_text()
+    text = token_windows(tokenizer, held_out, samples=args.tokens // 512, length=512).flatten()
+    calibration = token_windows(
+        tokenizer, standard_library_text("calibration"), samples=args.samples, length=512
+    )
+    ways: dict[str, Callable[[Path], list[MergedLayer]]] = {
+        "16 bits": lambda folder: merge_adapter(base, adapter, folder, format="bf16"),
+        "nearest": lambda folder: merge_adapter(base, adapter, folder),
+        "calibrated": lambda folder: merge_adapter(base, adapter, folder, calibration=calibration),
+    }
+    dropped = merge_divergence(base, adapter, base, text)
+    print(f"{'without':>10s}  KL {dropped:.5f} nats a token", flush=True)
+    for name, merge in ways.items():
+        with tempfile.TemporaryDirectory() as scratch:
+            begin = time.monotonic()
+            layers = merge(Path(scratch) / "merged")
+            seconds = time.monotonic() - begin
+            found = merge_divergence(base, adapter, Path(scratch) / "merged", text)
+        mean = sum(layer.relative_to_change for layer in layers) / len(layers)
+        print(
+            f"{name:>10s}  KL {found:.5f}, {found / dropped:5.1%} of that; "
+            f"error {mean:.2f} × the change; {seconds:.0f} s",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""How far a merged checkpoint is from its base with the adapter beside it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from nybble.loaders import LoRAAdapter, open_checkpoint
+from nybble.loaders.adapter import LoRAModule
+from nybble.quantizers.packed_model import load_packed_model
+from torch import Tensor, nn
+from torch.nn.functional import kl_div, log_softmax
+
+
+@torch.no_grad()
+def merge_divergence(
+    source: Path,
+    adapter: LoRAAdapter,
+    merged: Path,
+    token_ids: Tensor,
+    *,
+    length: int = 512,
+    device: torch.device | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> float:
+    """Mean over tokens of KL(source with the adapter ‖ merged), in nats.
+
+    token_ids: int64 ``(tokens,)``, read in windows of ``length``. One model is in memory at a time.
+    """
+    device = device or torch.device("cpu")
+    windows = list(torch.split(token_ids.to(device), length))
+
+    def hidden_states(folder: Path, lora: LoRAAdapter | None) -> tuple[nn.Module, list[Tensor]]:
+        model = load_packed_model(open_checkpoint(folder), device=device, dtype=dtype)
+        for name, module in lora.modules.items() if lora is not None else ():
+            _add_lora(model.get_submodule(name), module, device, dtype)
+        states = [model.base_model(ids[None], use_cache=False)[0][0] for ids in windows]
+        return model.get_submodule("lm_head"), states
+
+    expected_head, expected = hidden_states(source, adapter)
+    head, found = hidden_states(merged, None)
+    total = 0.0
+    for before, after in zip(expected, found, strict=True):
+        wanted = log_softmax(expected_head(before).float(), dim=-1)
+        total += float(
+            kl_div(log_softmax(head(after).float(), -1), wanted, reduction="sum", log_target=True)
+        )
+    return total / len(token_ids)
+
+
+def _add_lora(layer: nn.Module, lora: LoRAModule, device: torch.device, dtype: torch.dtype) -> None:
+    a = lora.a.to(device, dtype)
+    b = (lora.b.float() * lora.scale).to(device, dtype)
+
+    def add(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return output + (inputs[0] @ a.T) @ b.T
+
+    layer.register_forward_hook(add)

@@ -1,0 +1,121 @@
+"""Rounding to a 4-bit grid that is given: scales and zeros stay, only the codes are chosen.
+
+GPTQ's error compensation (Frantar et al. 2022, see :mod:`nybble.quantizers.gptq`), columns in the
+order of falling input power. As the groups are fixed, that order costs nothing at run time.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from nybble.kernels import PackedWeight
+from nybble.kernels.packed import INTEGER_LEVELS
+from nybble.quantizers.affine import AffineWeight
+from nybble.quantizers.codebook import BLOCKSIZE, LEVELS, CodebookWeight, NestedAbsmax
+from nybble.quantizers.gptq import inverse_factor
+from torch import Tensor
+
+_DAMP = 0.01
+_COLUMNS_ONE_BY_ONE = 16
+
+
+@dataclass(frozen=True)
+class Grid:
+    """w[n, k] ∈ scales[n, g] · (levels − zeros[n, g]) with g = g_idx[k].
+
+    levels float32 ``(16,)`` by code; scales and zeros ``(out, groups)``, no zeros where all are 0;
+    g_idx int64 ``(in,)``.
+    """
+
+    levels: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    g_idx: Tensor
+
+    @classmethod
+    def of_affine(cls, weight: AffineWeight) -> Grid:
+        return cls(INTEGER_LEVELS, weight.scales, weight.zeros, weight.g_idx)
+
+    @classmethod
+    def of_packed(cls, weight: PackedWeight) -> Grid:
+        """Of a codebook weight as it was read."""
+        groups = torch.arange(weight.in_features) // weight.group_size
+        return cls(weight.levels, weight.scales, None, groups)
+
+    @classmethod
+    def of_blocks(cls, weight: CodebookWeight) -> Grid:
+        """Of a codebook weight as it is written; blocks that cross rows become narrower groups."""
+        absmax = weight.absmax
+        if isinstance(absmax, NestedAbsmax):
+            absmax = absmax.dequantize()
+        out, columns = weight.shape
+        width = math.gcd(columns, BLOCKSIZE)
+        scales = absmax.repeat_interleave(BLOCKSIZE // width).view(out, columns // width)
+        return cls(LEVELS[weight.quant_type], scales, None, torch.arange(columns) // width)
+
+    def values(self, codes: Tensor) -> Tensor:
+        """float32 ``(out, in)`` of ``codes (out, in)``; for grids without zeros."""
+        assert self.zeros is None
+        return self.levels[codes.int()] * self.scales.float()[:, self.g_idx]
+
+
+class Compensation:
+    """How the rounding error of an input is made up for by the inputs still to be rounded."""
+
+    def __init__(self, second_moment: Tensor) -> None:
+        """second_moment: ``(in, in)`` of the calibration inputs, in any scaling."""
+        self._second_moment = second_moment
+        hessian = second_moment.double()
+        diagonal = hessian.diagonal().clone()
+        hessian.diagonal().add_((diagonal <= 0).double() + _DAMP * diagonal.mean())
+        self._order = diagonal.argsort(descending=True, stable=True)
+        self._factor = inverse_factor(hessian[self._order][:, self._order]).float()
+
+    def output_norm(self, difference: Tensor) -> Tensor:
+        """√mean‖Dx‖² over the calibration inputs, of ``difference`` D ``(out, in)``."""
+        difference = difference.to(self._second_moment)
+        return ((difference @ self._second_moment) * difference).sum().sqrt()
+
+    def codes(self, weight: Tensor, grid: Grid) -> Tensor:
+        """uint8 ``(out, in)`` for ``weight (out, in)``, so that its outputs change least."""
+        device = self._factor.device
+        # Transposed: every column is then contiguous.
+        remaining = weight.to(device).float().T[self._order].contiguous()
+        groups = grid.g_idx[self._order.to(grid.g_idx.device)].tolist()
+        scales = grid.scales.to(device).float().T.contiguous()
+        zeros = (
+            torch.zeros_like(scales)
+            if grid.zeros is None
+            else grid.zeros.to(device).float().T.contiguous()
+        )
+        by_value = grid.levels.argsort().to(device)
+        levels = grid.levels.to(device)[by_value]
+        midpoints = (levels[1:] + levels[:-1]) / 2
+        divisors = scales.clamp(min=torch.finfo(torch.float32).tiny)
+        places = torch.empty(remaining.shape, dtype=torch.uint8, device=device)
+        errors = torch.empty_like(remaining)
+
+        def solve(start: int, stop: int) -> None:
+            """Round columns ``start``…``stop``−1, to which all errors before have been spread."""
+            if stop - start > _COLUMNS_ONE_BY_ONE:
+                middle = (start + stop) // 2
+                solve(start, middle)
+                spread = self._factor[start:middle, middle:stop].T
+                remaining[middle:stop].addmm_(spread, errors[start:middle], alpha=-1)
+                solve(middle, stop)
+                return
+            for column in range(start, stop):
+                group, row = groups[column], self._factor[column]
+                exact = remaining[column]
+                place = torch.bucketize(exact / divisors[group] + zeros[group], midpoints)
+                places[column] = place
+                rounded = (levels[place] - zeros[group]) * scales[group]
+                errors[column] = (exact - rounded) / row[column]
+                remaining[column + 1 : stop].addr_(row[column + 1 : stop], errors[column], alpha=-1)
+
+        solve(0, len(remaining))
+        codes = torch.empty_like(places)
+        codes[self._order] = by_value.to(torch.uint8)[places.int()]
+        return codes.T.contiguous().to(weight.device)

@@ -1,0 +1,26 @@
+"""Which adapters belong to one tenant; the others are anybody's whose entry names them."""
+
+from __future__ import annotations
+
+from nybble.server.tenants import Tenant
+
+
+class AdapterOwners:
+    """Owners by adapter name. Changed and read from any thread, one entry at a time."""
+
+    def __init__(self) -> None:
+        self._owners: dict[str, str] = {}
+
+    def set(self, name: str, owner: str) -> None:
+        """owner: the tenant's name."""
+        self._owners[name] = owner
+
+    def forget(self, name: str) -> None:
+        self._owners.pop(name, None)
+
+    def may_use(self, tenant: Tenant | None, name: str) -> bool:
+        """An owned adapter is its owner's alone, whatever a tenant's patterns say."""
+        if tenant is None:
+            return True
+        owner = self._owners.get(name)
+        return tenant.may_use_adapter(name) if owner is None else owner == tenant.name

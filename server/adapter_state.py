@@ -1,0 +1,83 @@
+"""Which adapters were loaded through the API, kept in a file so that a restart loads them again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from nybble.loaders.cache import cache_folder
+
+logger = logging.getLogger(__name__)
+
+
+def default_path(model: str, port: int, roots: Iterable[Path]) -> Path:
+    """A file in the cache: another for each model, port and set of allowed roots."""
+    parts = (model, port, sorted(str(root.resolve()) for root in roots))
+    digest = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+    return cache_folder() / "state" / f"adapters-{digest}.json"
+
+
+class AdapterState:
+    """Paths by name. Each change is on the disk, whole, before it returns; any thread may make one.
+
+    A file that cannot be read is put aside, one that cannot be written is logged: neither keeps a
+    server from serving.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._lock = threading.Lock()
+        self._paths = self._read()
+
+    def paths(self) -> dict[str, str]:
+        """What a start loads again."""
+        with self._lock:
+            return dict(self._paths)
+
+    def keep(self, name: str, path: str) -> None:
+        """An adapter was loaded, or replaced."""
+        self._change(lambda paths: paths.__setitem__(name, path))
+
+    def forget(self, name: str) -> None:
+        """An adapter was unloaded; nothing where the name is not kept."""
+        self._change(lambda paths: paths.pop(name, None))
+
+    def _change(self, change: Callable[[dict[str, str]], object]) -> None:
+        with self._lock:
+            before = dict(self._paths)
+            change(self._paths)
+            if self._paths == before:
+                return
+            partial = self._path.with_name(f"{self._path.name}.{os.getpid()}.partial")
+            try:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                with partial.open("w") as file:
+                    json.dump({"adapters": self._paths}, file, indent=1)
+                    file.flush()
+                    os.fsync(file.fileno())
+                partial.replace(self._path)
+            except OSError as error:
+                partial.unlink(missing_ok=True)
+                logger.error("the next start will not know this change of adapters: %s", error)
+
+    def _read(self) -> dict[str, str]:
+        try:
+            paths = json.loads(self._path.read_text())["adapters"]
+            if all(isinstance(part, str) for pair in paths.items() for part in pair):
+                return dict(paths)
+            raise ValueError("a name or path is not a string")
+        except FileNotFoundError:
+            return {}
+        except OSError as error:
+            logger.error("adapters of earlier are not loaded: %s", error)
+            return {}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            aside = self._path.with_name(self._path.name + ".broken")
+            logger.error("%s is not a list of adapters, put aside: %r", self._path, error)
+            self._path.replace(aside)
+            return {}

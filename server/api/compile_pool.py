@@ -1,0 +1,65 @@
+"""Where grammars are compiled: beside the event loop, with a stack for deep ones, for so long."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from nybble.server.errors import ApiError
+
+T = TypeVar("T")
+
+# The compiler recurses: thousands of rules, each naming the next, overflow a thread's usual 8 MiB,
+# which would end the process. What is not used of a stack takes no memory.
+_STACK_BYTES = 512 << 20
+_RETRY_AFTER_SECONDS = 5
+
+
+class CompilePool:
+    """A few threads that compile; ``seconds`` is what one grammar may take."""
+
+    def __init__(self, workers: int = 2, seconds: float = 20) -> None:
+        self._seconds = seconds
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="nybble-compile")
+        before = threading.stack_size(_STACK_BYTES)
+        try:
+            started = threading.Barrier(workers + 1)
+            for _ in range(workers):  # now, while threads get the large stack
+                self._pool.submit(started.wait)
+            started.wait()
+        finally:
+            threading.stack_size(before)
+
+    async def run(self, compile: Callable[[], T], param: str) -> T:
+        """Raises what ``compile`` does; ApiError 400 where it takes too long, 503 where others do.
+
+        A compilation that takes too long goes on in its thread, which takes no other meanwhile.
+        """
+        begun = threading.Event()
+
+        def work() -> T:
+            begun.set()
+            return compile()
+
+        future = self._pool.submit(work)
+        try:
+            async with asyncio.timeout(self._seconds):
+                return await asyncio.wrap_future(future)
+        except TimeoutError:
+            future.cancel()
+            if begun.is_set():
+                raise ApiError(
+                    400,
+                    f"{param} takes more than {self._seconds:g} s to compile: make it simpler",
+                    param=param,
+                    code="invalid_value",
+                ) from None
+            raise ApiError(
+                503,
+                "other requests' grammars are being compiled",
+                code="overloaded",
+                retry_after=_RETRY_AFTER_SECONDS,
+            ) from None

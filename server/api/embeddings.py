@@ -1,0 +1,70 @@
+"""/v1/embeddings: its body, and vectors as OpenAI writes them."""
+
+from __future__ import annotations
+
+from base64 import b64encode
+from collections.abc import Sequence
+from typing import Annotated, Any, ClassVar, Literal
+
+from nybble.engine import RequestOutput
+from nybble.server.api.generation import Usage
+from nybble.server.api.schema import OF_THE_SERVICE, Body, Prompt, PromptShapes, prompts_of
+from pydantic import BeforeValidator, Field
+from pydantic_core import PydanticCustomError
+
+_MAX_INPUTS = 2048  # OpenAI's limit
+
+
+def _inputs(value: Any) -> Any:
+    prompts = prompts_of(value)
+    if len(prompts) > _MAX_INPUTS:
+        raise PydanticCustomError("too_many", f"at most {_MAX_INPUTS} inputs are allowed")
+    return prompts
+
+
+class EmbeddingRequest(Body):
+    ignored: ClassVar[dict[str, str]] = {"user": OF_THE_SERVICE["user"]}
+    refused: ClassVar[dict[str, str]] = {
+        "truncate_prompt_tokens": "truncate_prompt_tokens is not supported: shorten the input",
+    }
+
+    model: str
+    input: Annotated[Any, BeforeValidator(_inputs, json_schema_input_type=PromptShapes)]
+    dimensions: Annotated[int, Field(ge=1)] | None = None
+    encoding_format: Literal["float", "base64"] | None = None
+
+    user: str | None = None
+
+    adapter: str | None = None
+    timeout: Annotated[float, Field(gt=0)] | None = None
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        prompts: list[Prompt] = self.input
+        return prompts
+
+
+class EmbeddingsShape:
+    """See :class:`nybble.server.api.respond.WholeShape`."""
+
+    def __init__(self, body: EmbeddingRequest) -> None:
+        self._model = body.model
+        self._base64 = body.encoding_format == "base64"
+
+    def whole(self, outputs: Sequence[Sequence[RequestOutput]], usage: Usage) -> dict[str, Any]:
+        return {
+            "object": "list",
+            "data": [
+                {"object": "embedding", "index": index, "embedding": self._vector(output)}
+                for index, (output,) in enumerate(outputs)
+            ],
+            "model": self._model,
+            "usage": {"prompt_tokens": usage.prompt_tokens, "total_tokens": usage.prompt_tokens},
+        }
+
+    def _vector(self, output: RequestOutput) -> str | list[float]:
+        assert output.embedding is not None
+        if self._base64:  # of float32, least significant byte first
+            return b64encode(output.embedding.astype("<f4").tobytes()).decode()
+        numbers: list[float] = output.embedding.tolist()
+        return numbers

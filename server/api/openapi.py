@@ -1,0 +1,88 @@
+"""The server's own OpenAPI document, from the models that requests are validated with."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import Any
+
+from nybble.server.api.chat_schema import ChatRequest, DetokenizeRequest, TokenizeRequest
+from nybble.server.api.embeddings import EmbeddingRequest
+from nybble.server.api.responses_schema import ResponsesRequest
+from nybble.server.api.schema import Body, CompletionRequest
+from pydantic.json_schema import models_json_schema
+
+BODIES: dict[str, type[Body]] = {
+    "/v1/chat/completions": ChatRequest,
+    "/v1/completions": CompletionRequest,
+    "/v1/responses": ResponsesRequest,
+    "/v1/embeddings": EmbeddingRequest,
+    "/tokenize": TokenizeRequest,
+    "/detokenize": DetokenizeRequest,
+}
+_STREAMED = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
+_JSON, _EVENTS, _TEXT = "application/json", "text/event-stream", "text/plain"
+_REF = "#/components/schemas/{model}"
+
+_ERROR = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"]},
+                "code": {"type": ["string", "null"]},
+            },
+        }
+    },
+}
+
+
+def openapi_document() -> dict[str, Any]:
+    """OpenAPI 3.1, of the endpoints in :mod:`nybble.server.api.routes`."""
+    _, definitions = models_json_schema(
+        [(body, "validation") for body in BODIES.values()], ref_template=_REF
+    )
+    paths: dict[str, Any] = {}
+    for path, body in BODIES.items():
+        answers = {_JSON: {"type": "object"}}
+        if path in _STREAMED:
+            answers[_EVENTS] = {"type": "string"}
+        paths[path] = {
+            "post": {
+                "requestBody": {
+                    "required": True,
+                    "content": {_JSON: {"schema": {"$ref": _REF.format(model=body.__name__)}}},
+                },
+                "responses": _responses(answers),
+            }
+        }
+    for path in ("/health", "/version", "/v1/models", "/openapi.json"):
+        paths[path] = {"get": {"responses": _responses({_JSON: {"type": "object"}})}}
+    paths["/metrics"] = {"get": {"responses": _responses({_TEXT: {"type": "string"}})}}
+    name = {"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}
+    found = {"responses": _responses({_JSON: {"type": "object"}}), "parameters": [name]}
+    paths["/v1/models/{model}"] = {"get": found}
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "nybble", "version": version("nybble")},
+        "paths": paths,
+        "components": {
+            "schemas": {**definitions["$defs"], "ErrorResponse": _ERROR},
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+        },
+        # Keys are asked for only where the server was given any.
+        "security": [{}, {"key": []}],
+    }
+
+
+def _responses(answers: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    def response(about: str, content: dict[str, dict[str, Any]]) -> dict[str, Any]:
+        schemas = {kind: {"schema": schema} for kind, schema in content.items()}
+        return {"description": about, "content": schemas}
+
+    error = {"$ref": _REF.format(model="ErrorResponse")}
+    return {"200": response("OK", answers), "default": response("An error", {_JSON: error})}

@@ -1,0 +1,1 @@
+"""``nybble bench``: load on any OpenAI-compatible server, and what came of it."""

@@ -1,0 +1,55 @@
+"""``nybble doctor``: checks the machine, and whether a model fits it."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from nybble.server.cli.errors import expected_errors, interruptible
+from nybble.server.cli.options import (
+    AliasesOption,
+    DeviceOption,
+    DtypeOption,
+    HeadOption,
+    KVCacheDtypeOption,
+    QuantizeOption,
+)
+
+
+def doctor(
+    model: Annotated[
+        str | None,
+        typer.Option(help="See whether this model fits: folder, hub name, alias, or 'demo'."),
+    ] = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    kv_cache_dtype: KVCacheDtypeOption = "auto",
+    quantize: QuantizeOption = None,
+    head: HeadOption = None,
+    max_model_len: Annotated[
+        int | None,
+        typer.Option(help="Tokens a sequence may have (default: 8192, or the model's).", min=1),
+    ] = None,
+    max_num_seqs: Annotated[
+        int, typer.Option(help="Sequences of that length at once.", min=1)
+    ] = 16,
+    aliases: AliasesOption = None,
+) -> None:
+    """Check this machine, and whether a model fits it; downloads and loads nothing."""
+    with expected_errors(), interruptible():
+        import torch
+        from nybble.engine import EngineConfig
+        from nybble.server.cli.doctor import Plan, examine, print_findings
+
+        plan = None
+        if model is not None:
+            config = EngineConfig(
+                dtype=torch.bfloat16 if dtype == "auto" else getattr(torch, dtype),
+                kv_dtype=kv_cache_dtype,
+                max_num_seqs=max_num_seqs,
+                max_batched_tokens=max(512, max_num_seqs),
+                max_model_len=max_model_len,
+            )
+            plan = Plan(model, config, aliases, quantize, head)
+        if not print_findings(examine(device, plan)):
+            raise typer.Exit(1)

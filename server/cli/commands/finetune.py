@@ -1,0 +1,134 @@
+"""``nybble finetune``: trains an adapter on a frozen base."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from nybble.server.cli.errors import expected_errors, interruptible
+from nybble.server.cli.options import (
+    AliasesOption,
+    DataArgument,
+    DeviceOption,
+    ModelArgument,
+    OutArgument,
+)
+
+_TRAINING, _LORA = "Training", "Adapter"
+
+
+def finetune(
+    base: ModelArgument,
+    data: DataArgument,
+    out: OutArgument,
+    eval_data: Annotated[
+        Path | None, typer.Option(help="Held-out lines (default: some of DATA).", dir_okay=False)
+    ] = None,
+    rank: Annotated[int, typer.Option(min=1, rich_help_panel=_LORA)] = 16,
+    alpha: Annotated[float, typer.Option(rich_help_panel=_LORA)] = 32.0,
+    dropout: Annotated[float, typer.Option(rich_help_panel=_LORA)] = 0.0,
+    rslora: Annotated[
+        bool, typer.Option("--rslora", help="Scale by alpha/√rank.", rich_help_panel=_LORA)
+    ] = False,
+    target_modules: Annotated[
+        str | None,
+        typer.Option(help="Such as q_proj,v_proj (default: all).", rich_help_panel=_LORA),
+    ] = None,
+    learning_rate: Annotated[float, typer.Option(rich_help_panel=_TRAINING)] = 5e-5,
+    lora_plus: Annotated[
+        float, typer.Option(help="B's rate over A's; 1: plain LoRA.", rich_help_panel=_TRAINING)
+    ] = 16.0,
+    epochs: Annotated[int, typer.Option(min=1, rich_help_panel=_TRAINING)] = 3,
+    max_steps: Annotated[
+        int, typer.Option(help="0: by epochs.", min=0, rich_help_panel=_TRAINING)
+    ] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, rich_help_panel=_TRAINING)] = 1,
+    accumulation: Annotated[int, typer.Option(min=1, rich_help_panel=_TRAINING)] = 8,
+    max_length: Annotated[int, typer.Option(min=2, rich_help_panel=_TRAINING)] = 1024,
+    packing: Annotated[
+        bool, typer.Option(help="Several examples to a row.", rich_help_panel=_TRAINING)
+    ] = True,
+    warmup: Annotated[
+        float,
+        typer.Option(
+            help="Part of the steps in which the rate rises.",
+            min=0,
+            max=1,
+            rich_help_panel=_TRAINING,
+        ),
+    ] = 0.05,
+    gradient_checkpointing: Annotated[
+        bool,
+        typer.Option(help="Compute activations twice, keep few.", rich_help_panel=_TRAINING),
+    ] = True,
+    eval_every: Annotated[int, typer.Option(min=1, rich_help_panel=_TRAINING)] = 25,
+    patience: Annotated[
+        int,
+        typer.Option(
+            help="Evaluations without gain before stopping; 0: never.",
+            min=0,
+            rich_help_panel=_TRAINING,
+        ),
+    ] = 3,
+    seed: Annotated[int, typer.Option(rich_help_panel=_TRAINING)] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from OUT's checkpoint.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Image of losses.", dir_okay=False)] = None,
+    device: DeviceOption = "auto",
+    aliases: AliasesOption = None,
+) -> None:
+    """Train a LoRA adapter on a frozen base, 4-bit or 16-bit, and save it in PEFT's format."""
+    with expected_errors(), interruptible():
+        from nybble.engine import resolve_device
+        from nybble.finetune import FinetuneSettings, LoraSettings, plot_losses
+        from nybble.finetune import finetune as train
+        from nybble.finetune.lora import ALL_LINEAR
+        from nybble.loaders import resolve_model
+
+        lora = LoraSettings(
+            rank=rank,
+            alpha=alpha,
+            dropout=dropout,
+            use_rslora=rslora,
+            target_modules=ALL_LINEAR if target_modules is None else _names(target_modules),
+        )
+        settings = FinetuneSettings(
+            lora=lora,
+            learning_rate=learning_rate,
+            lora_plus=lora_plus,
+            epochs=epochs,
+            max_steps=max_steps,
+            batch_size=batch_size,
+            accumulation=accumulation,
+            max_length=max_length,
+            packing=packing,
+            warmup=warmup,
+            gradient_checkpointing=gradient_checkpointing,
+            eval_every=eval_every,
+            patience=patience,
+            seed=seed,
+        )
+        result = train(
+            resolve_model(base, aliases=aliases),
+            data,
+            out,
+            settings=settings,
+            eval_data=eval_data,
+            resume=resume,
+            device=resolve_device(device),
+        )
+        print(
+            f"Wrote {out}: held-out loss {result.history[0].eval_loss:.3f} → "
+            f"{result.best_eval_loss:.3f} at step {result.best_step}, "
+            f"{result.trained_parameters:,} parameters; peak memory "
+            f"{result.peak_bytes / 2**20:,.0f} MiB, of which the base's weights "
+            f"{result.base_bytes / 2**20:,.0f}",
+            file=sys.stderr,
+        )
+        if plot is not None:
+            plot_losses({out.name: result.history}, plot)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())

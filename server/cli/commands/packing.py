@@ -1,0 +1,52 @@
+"""``nybble pack`` and ``nybble inspect``: a model's packed form."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Literal
+
+import typer
+from nybble.server.cli.errors import expected_errors, interruptible
+from nybble.server.cli.options import AliasesOption, ModelArgument, TargetArgument
+
+
+def pack(
+    source: ModelArgument,
+    target: TargetArgument,
+    layout: Annotated[
+        Literal["auto", "rows", "cpu_tiles"],
+        typer.Option(help="Layout of the codes (auto: for this machine)."),
+    ] = "auto",
+    aliases: AliasesOption = None,
+) -> None:
+    """Write a model's packed form, which loads by memory-mapping."""
+    with expected_errors(), interruptible():
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise FileExistsError(f"{target} exists and is not an empty folder")
+        from nybble.engine import resolve_device
+        from nybble.kernels.matmul import preferred_layout
+        from nybble.loaders import open_checkpoint, resolve_model, save_packed
+
+        save_packed(
+            open_checkpoint(resolve_model(source, aliases=aliases)),
+            target,
+            layout=preferred_layout(resolve_device("auto")) if layout == "auto" else layout,
+        )
+        print(f"Wrote {target}", file=sys.stderr)
+
+
+def inspect(
+    model: ModelArgument,
+    every: Annotated[
+        bool, typer.Option("--all", help="Every layer, not one line for alike layers.")
+    ] = False,
+    aliases: AliasesOption = None,
+) -> None:
+    """Show what a model's weights are made of."""
+    with expected_errors(), interruptible():
+        from nybble.loaders import open_checkpoint, resolve_model
+        from nybble.loaders.inspect import inspect_checkpoint
+        from nybble.server.cli.inspect_table import print_table
+
+        checkpoint = open_checkpoint(resolve_model(model, aliases=aliases))
+        print_table(inspect_checkpoint(checkpoint), every=every)

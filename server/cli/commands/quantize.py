@@ -1,0 +1,107 @@
+"""``nybble quantize``: a 16-bit model becomes a 4-bit checkpoint."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Literal
+
+import typer
+from nybble.server.cli.errors import expected_errors, interruptible
+from nybble.server.cli.options import AliasesOption, DeviceOption, TargetArgument, TextOption
+from nybble.server.cli.text_tokens import text_tokens
+
+_METHOD = "Method"
+
+
+def quantize(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="16-bit model.")],
+    target: TargetArgument,
+    format: Annotated[
+        Literal["gptq", "awq", "nf4", "fp4"], typer.Option(help="Public layout to write.")
+    ],
+    group_size: Annotated[
+        int, typer.Option(help="Inputs that share a scale; -1 for all (gptq, awq).", min=-1)
+    ] = 128,
+    sym: Annotated[bool, typer.Option("--sym", help="A fixed zero of 8 (gptq).")] = False,
+    levels: Annotated[
+        int, typer.Option(help="Of the 16 codes to use; 8: a 3-bit grid (gptq).", min=2, max=16)
+    ] = 16,
+    double_quant: Annotated[
+        bool, typer.Option("--double-quant", help="absmax in 8 bits (nf4, fp4).")
+    ] = False,
+    rounding: Annotated[
+        bool,
+        typer.Option(
+            "--round", help="To the nearest, without calibration.", rich_help_panel=_METHOD
+        ),
+    ] = False,
+    desc_act: Annotated[
+        bool,
+        typer.Option("--desc-act", help="Strongest inputs first (gptq).", rich_help_panel=_METHOD),
+    ] = False,
+    static_groups: Annotated[
+        bool,
+        typer.Option(
+            "--static-groups",
+            help="Scales of the original weights (gptq).",
+            rich_help_panel=_METHOD,
+        ),
+    ] = False,
+    damp: Annotated[
+        float, typer.Option(help="Of the Hessian's mean diagonal.", rich_help_panel=_METHOD)
+    ] = 0.01,
+    clip: Annotated[
+        bool,
+        typer.Option("--clip", help="Search for clipped weights (awq).", rich_help_panel=_METHOD),
+    ] = False,
+    text: TextOption = None,
+    samples: Annotated[
+        int, typer.Option(help="Calibration texts.", min=1, rich_help_panel=_METHOD)
+    ] = 128,
+    length: Annotated[
+        int, typer.Option(help="Tokens in each of them.", min=2, rich_help_panel=_METHOD)
+    ] = 512,
+    device: DeviceOption = "auto",
+    aliases: AliasesOption = None,
+) -> None:
+    """Quantize a 16-bit model to 4 bits in a public checkpoint layout.
+
+    GPTQ and AWQ are calibrated on text, unless --round is given; NF4 and FP4 need none.
+    """
+    with expected_errors(), interruptible():
+        if group_size == 0:
+            raise ValueError("--group-size is 0, expected a positive number or -1")
+        if sym and format != "gptq":
+            raise ValueError(f"--sym goes with --format gptq, not with {format}")
+        calibrated = format in ("gptq", "awq") and not rounding
+        if (desc_act or static_groups) and not (calibrated and format == "gptq"):
+            raise ValueError("--desc-act and --static-groups go with --format gptq and calibration")
+        if clip and not (calibrated and format == "awq"):
+            raise ValueError("--clip goes with --format awq and calibration")
+        if text is not None and not calibrated:
+            raise ValueError("--text goes with the calibrated formats, gptq and awq")
+        from nybble.engine import resolve_device
+        from nybble.loaders import resolve_model
+        from nybble.quantizers import GptqSettings, quantize_checkpoint
+
+        folder = resolve_model(source, aliases=aliases)
+        quantize_checkpoint(
+            folder,
+            target,
+            format=format,
+            group_size=group_size,
+            sym=sym,
+            levels=levels,
+            double_quant=double_quant,
+            calibration=(
+                text_tokens(folder, text, "calibration", samples, length) if calibrated else None
+            ),
+            settings=(
+                GptqSettings(desc_act=desc_act, static_groups=static_groups, damp=damp)
+                if calibrated and format == "gptq"
+                else None
+            ),
+            clip=clip,
+            device=resolve_device(device),
+        )
+        print(f"Wrote {target}", file=sys.stderr)

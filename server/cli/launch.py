@@ -1,0 +1,124 @@
+"""Loads what ``nybble serve`` was asked for, and serves it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from socket import socket
+from typing import Literal
+
+import torch
+from nybble.engine import Engine, EngineConfig
+from nybble.server.adapters import restore
+from nybble.server.cli.fit import memory_explained
+from nybble.server.cli.options import LogFormat
+from nybble.server.cli.prepare import prepare_checkpoint
+from nybble.server.listen import BACKLOG
+from nybble.server.logs import Event
+from nybble.server.serve import serve
+from nybble.server.settings import ServerSettings
+from nybble.server.startup import Startup, load_behind
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Names and options as they were given. merged: the adapter to merge into the model;
+    adapters: paths of those to load, by name."""
+
+    model: str
+    aliases: Path | None
+    quantize: Literal["nf4"] | None
+    head: Literal["int8"] | None
+    merged: str | None
+    adapters: Mapping[str, str]
+
+
+def launch(
+    source: ModelSource,
+    config: EngineConfig,
+    sock: socket,
+    settings: ServerSettings,
+    *,
+    log_format: LogFormat,
+) -> None:
+    """Load the model and its adapters and serve them on the socket until a signal comes.
+
+    The socket answers at once, with 503 until everything is loaded. Raises what loading does;
+    ValueError where an adapter has the base model's name; EngineFailedError where the engine does
+    not recover from a failure.
+    """
+    if taken := [name for name in source.adapters if name in settings.models]:
+        raise ValueError(f"--lora-modules: {taken[0]!r} is the name of the base model")
+    asyncio.run(_load_and_serve(source, config, sock, settings, log_format))
+
+
+async def _load_and_serve(
+    source: ModelSource,
+    config: EngineConfig,
+    sock: socket,
+    settings: ServerSettings,
+    log_format: LogFormat,
+) -> None:
+    startup = Startup(bars=log_format == "text")
+    sock.listen(BACKLOG)  # before it is told where it listens
+    logger.info(Event("starting", {"health": f"{_origin(sock, settings)}/health"}))
+    engine, folder = await load_behind(
+        sock, settings.tls, startup, lambda: _load(source, config, settings, startup)
+    )
+    settings = replace(settings, model_folder=folder)
+
+    def announce() -> None:
+        url = f"{_origin(sock, settings)}/v1"
+        tokens = engine.stats().kv_blocks_total * config.block_size
+        models = settings.models
+        if log_format == "json":
+            fields = {"url": url, "models": models, "device": config.device, "kv_tokens": tokens}
+            logger.info(Event("serving", fields))
+            return
+        print(
+            f"Serving {', '.join(models)} ({engine.model_type}) on {config.device}\n"
+            f"  URL       {url}\n"
+            + (f"  Page      {url.removesuffix('v1')}\n" if settings.console else "")
+            + f"  KV cache  {tokens:,} tokens; a sequence may have {engine.max_model_len:,}"
+            + (f"\n  Adapters  {', '.join(source.adapters)}" if source.adapters else ""),
+            file=sys.stderr,
+            flush=True,
+        )
+
+    await serve(engine, sock, settings, ready=announce)
+
+
+def _load(
+    source: ModelSource, config: EngineConfig, settings: ServerSettings, startup: Startup
+) -> tuple[Engine, Path]:
+    startup.report("Preparing kernels", 0, None)  # the first start on a machine compiles them
+    checkpoint = prepare_checkpoint(
+        source.model,
+        device=torch.device(config.device),
+        aliases=source.aliases,
+        quantize=source.quantize,
+        head=source.head,
+        adapter=source.merged,
+        progress=startup.report,
+    )
+    with memory_explained(checkpoint, config):
+        engine = Engine.load(checkpoint, config, startup.report)
+        startup.status = "warming"
+        engine.warm_up(startup.report)
+    for name, path in source.adapters.items():
+        engine.load_adapter(name, path)
+    restore(engine, settings)
+    engine.start()
+    return engine, checkpoint.folder
+
+
+def _origin(sock: socket, settings: ServerSettings) -> str:
+    host, port = sock.getsockname()[:2]
+    scheme = "http" if settings.tls is None else "https"
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"

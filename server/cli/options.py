@@ -1,0 +1,79 @@
+"""Options and arguments that several commands share, and how their values are read."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from nybble.server.cli.config_file import read_config
+
+# The panels that `--help` shows them in.
+MODEL, MEMORY = "Model", "Memory and batching"
+
+Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+LogFormat = Literal["text", "json"]
+
+ModelArgument = Annotated[str, typer.Argument(help="Model folder, hub name or alias.")]
+TargetArgument = Annotated[Path, typer.Argument(metavar="DST", help="Folder to write.")]
+OutArgument = Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")]
+DataArgument = Annotated[
+    Path,
+    typer.Argument(help="JSON lines: messages, prompt and completion, or text.", dir_okay=False),
+]
+
+AliasesOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="TOML file of alias = 'folder or hub name'.",
+        dir_okay=False,
+        exists=True,
+        rich_help_panel=MODEL,
+    ),
+]
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="TOML file of these options by name: port = 8080. Flags win over it.",
+        callback=read_config,
+        dir_okay=False,
+        exists=True,
+        is_eager=True,
+    ),
+]
+DeviceOption = Annotated[
+    Literal["auto", "cpu", "cuda"],
+    typer.Option(help="auto: the GPU, if there is one.", rich_help_panel=MODEL),
+]
+DtypeOption = Annotated[
+    Dtype, typer.Option(help="Of activations and KV cache.", rich_help_panel=MODEL)
+]
+QuantizeOption = Annotated[
+    Literal["nf4"] | None,
+    typer.Option(help="Round a 16-bit model to 4 bits while loading.", rich_help_panel=MODEL),
+]
+HeadOption = Annotated[
+    Literal["int8"] | None,
+    typer.Option(help="Round the output layer to 8 bits.", rich_help_panel=MODEL),
+]
+KVCacheDtypeOption = Annotated[
+    Literal["auto", "int8", "fp8"],
+    typer.Option(help="int8 or fp8 halve the KV cache's memory (GPU).", rich_help_panel=MEMORY),
+]
+TextOption = Annotated[
+    Path | None,
+    typer.Option(help="Plain text (default: Python's own sources).", dir_okay=False, exists=True),
+]
+
+_UNITS = {"": 1, "B": 1}
+_UNITS |= {f"{unit}iB": 1 << 10 * (i + 1) for i, unit in enumerate("KMGT")}
+_UNITS |= {f"{unit}B": 1000 ** (i + 1) for i, unit in enumerate("KMGT")}
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of ``2GiB``, ``500MB``, ``1073741824``. Raises typer.BadParameter."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?i?B|)", text.strip())
+    if match is None or match[2] not in _UNITS:
+        raise typer.BadParameter(f"{text!r} is not a size such as 2GiB, 500MB or 1073741824")
+    return int(float(match[1]) * _UNITS[match[2]])

@@ -1,0 +1,90 @@
+"""The SQLite file that files, jobs and events are recorded in."""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+_VERSION = 1
+# `number` orders what was created within the same second, and pages.
+_SCHEMA = """
+CREATE TABLE files (
+    number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT UNIQUE NOT NULL, owner TEXT NOT NULL,
+    created INTEGER NOT NULL, filename TEXT NOT NULL, purpose TEXT NOT NULL,
+    bytes INTEGER NOT NULL, examples INTEGER NOT NULL, chats INTEGER NOT NULL
+);
+CREATE TABLE jobs (
+    number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT UNIQUE NOT NULL, owner TEXT NOT NULL,
+    created INTEGER NOT NULL, status TEXT NOT NULL, request TEXT NOT NULL, plan TEXT NOT NULL,
+    attempts INTEGER NOT NULL DEFAULT 0, started INTEGER, finished INTEGER,
+    step INTEGER NOT NULL DEFAULT 0, steps INTEGER NOT NULL DEFAULT 0, tokens INTEGER,
+    model TEXT, result_file TEXT, best TEXT, error TEXT
+);
+CREATE INDEX jobs_by_status ON jobs (status);
+CREATE TABLE events (
+    number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT UNIQUE NOT NULL,
+    job TEXT NOT NULL REFERENCES jobs (id), created INTEGER NOT NULL, level TEXT NOT NULL,
+    type TEXT NOT NULL, message TEXT NOT NULL, data TEXT
+);
+CREATE INDEX events_by_job ON events (job, number);
+"""
+
+
+class Database:
+    """One connection for all threads; each use of it is a transaction of its own."""
+
+    def __init__(self, state: Path) -> None:
+        """Open or create ``state.db`` in the folder, which is locked while the object lives.
+
+        Raises OSError where another server has the folder, ValueError for a newer format.
+        """
+        state.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._lock_file = FileLock(state / "lock")
+        try:
+            self._lock_file.acquire(timeout=0)
+        except Timeout:
+            raise OSError(
+                f"{state} is in use by another server: give another --state-dir"
+            ) from None
+        self._mutex = threading.Lock()
+        self._connection = sqlite3.connect(
+            state / "state.db", isolation_level=None, check_same_thread=False
+        )
+        self._connection.row_factory = sqlite3.Row
+        # A write-ahead log: readers see whole transactions, and a killed process loses none.
+        self._connection.execute("PRAGMA journal_mode = WAL")
+        self._connection.execute("PRAGMA synchronous = FULL")
+        (version,) = self._connection.execute("PRAGMA user_version").fetchone()
+        if version > _VERSION:
+            raise ValueError(f"{state}/state.db has format {version}, this server knows {_VERSION}")
+        if version == 0:
+            self._connection.executescript(
+                f"BEGIN; {_SCHEMA} PRAGMA user_version = {_VERSION}; COMMIT;"
+            )
+
+    @contextmanager
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        """All that is done on the connection, or nothing where it raises."""
+        with self._mutex:
+            self._connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._connection
+            except BaseException:
+                self._connection.execute("ROLLBACK")
+                raise
+            self._connection.execute("COMMIT")
+
+    def rows(self, query: str, *values: Any) -> list[sqlite3.Row]:
+        with self._mutex:
+            return self._connection.execute(query, values).fetchall()
+
+    def close(self) -> None:
+        with self._mutex:
+            self._connection.close()
+        self._lock_file.release()

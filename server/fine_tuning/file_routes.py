@@ -1,0 +1,136 @@
+"""``/v1/files``: upload, list, retrieve, download, delete."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable
+from pathlib import PurePath
+from typing import TypeVar
+
+from aiohttp import BodyPartReader, MultipartReader, web
+from nybble.server.api.respond import json_response
+from nybble.server.errors import ApiError
+from nybble.server.fine_tuning.access import Access, owner_of, visible_to
+from nybble.server.fine_tuning.files import Files, StoredFile, Upload
+from nybble.server.fine_tuning.jobs import UNFINISHED, Jobs
+from nybble.server.fine_tuning.paging import Page
+
+T = TypeVar("T")
+
+FILES = "/v1/files"
+_CHUNK_BYTES = 1 << 20
+_STALL_SECONDS = 60
+_MAX_FIELD_BYTES = 1024
+_MAX_NAME = 255
+
+
+class FileRoutes:
+    def __init__(self, files: Files, jobs: Jobs, access: Access) -> None:
+        self._files = files
+        self._jobs = jobs
+        self._access = access
+
+    def routes(self) -> list[web.RouteDef]:
+        return [
+            web.post(FILES, self.upload),
+            web.get(FILES, self.list),
+            web.get(FILES + "/{id}", self.retrieve),
+            web.get(FILES + "/{id}/content", self.content),
+            web.delete(FILES + "/{id}", self.delete),
+        ]
+
+    async def upload(self, request: web.Request) -> web.Response:
+        owner = owner_of(self._access.tenant(request))
+        if request.content_type != "multipart/form-data":
+            raise ApiError(400, "expected multipart/form-data with purpose and file")
+        with self._files.upload(owner) as upload:
+            try:
+                purpose, filename = await _read_form(await request.multipart(), upload)
+            except ValueError as error:  # aiohttp's, about the form's syntax
+                raise ApiError(400, f"the form cannot be read: {error}") from None
+            if filename is None:
+                raise _missing("file")
+            if purpose is None:
+                raise _missing("purpose")
+            if purpose != "fine-tune":
+                raise ApiError(
+                    400,
+                    f"purpose is {purpose!r}, expected 'fine-tune'",
+                    param="purpose",
+                    code="invalid_value",
+                )
+            file = await asyncio.to_thread(
+                self._files.add, upload, filename=filename, purpose=purpose, owner=owner
+            )
+        return json_response(file.body())
+
+    async def list(self, request: web.Request) -> web.Response:
+        owner = visible_to(self._access.tenant(request))
+        page = Page.of(request, default=10_000, most=10_000, others=("purpose", "order"))
+        purpose = request.query.get("purpose")
+        files = await asyncio.to_thread(self._files.page, owner, purpose, page)
+        return json_response(page.body(files, StoredFile.body))
+
+    async def retrieve(self, request: web.Request) -> web.Response:
+        return json_response((await self._file(request)).body())
+
+    async def content(self, request: web.Request) -> web.FileResponse:
+        file = await self._file(request)
+        return web.FileResponse(
+            self._files.path(file.id), headers={"Content-Type": "application/octet-stream"}
+        )
+
+    async def delete(self, request: web.Request) -> web.Response:
+        file = await self._file(request)
+        for job in await asyncio.to_thread(self._jobs.with_status, *UNFINISHED):
+            if file.id in job.files:
+                raise ApiError(
+                    409,
+                    f"the file is used by fine-tuning job {job.id}, which is {job.status}: "
+                    "cancel it first",
+                    param="file_id",
+                    code="file_in_use",
+                )
+        await asyncio.to_thread(self._files.delete, file)
+        return json_response({"id": file.id, "object": "file", "deleted": True})
+
+    async def _file(self, request: web.Request) -> StoredFile:
+        owner = visible_to(self._access.tenant(request))
+        return await asyncio.to_thread(self._files.get, request.match_info["id"], owner)
+
+
+async def _read_form(form: MultipartReader, upload: Upload) -> tuple[str | None, str | None]:
+    """The purpose and the file's name, each None if it is not there; its bytes go to ``upload``."""
+    purpose = filename = None
+    while True:
+        part = await _in_time(form.next())
+        if part is None:
+            return purpose, filename
+        if not isinstance(part, BodyPartReader) or part.name not in ("file", "purpose"):
+            name = getattr(part, "name", None) or "a part without a name"
+            raise ApiError(
+                400, f"unknown parameter: {name}", param=str(name), code="unknown_parameter"
+            )
+        if part.name == "purpose":
+            purpose = (await _in_time(part.read_chunk(_MAX_FIELD_BYTES))).decode(errors="replace")
+        elif filename is not None:
+            raise ApiError(400, "expected one file", param="file", code="invalid_value")
+        else:
+            # The name is only shown, never a path here; some clients send theirs whole.
+            filename = PurePath((part.filename or "file").replace("\\", "/")).name[-_MAX_NAME:]
+            while chunk := await _in_time(part.read_chunk(_CHUNK_BYTES)):
+                await asyncio.to_thread(upload.write, chunk)
+
+
+async def _in_time(arriving: Awaitable[T]) -> T:
+    """Raises ApiError 408 where nothing comes for long."""
+    try:
+        async with asyncio.timeout(_STALL_SECONDS):
+            return await arriving
+    except TimeoutError:
+        raise ApiError(408, f"nothing arrived for {_STALL_SECONDS} seconds") from None
+
+
+def _missing(param: str) -> ApiError:
+    message = f"missing required parameter: {param}"
+    return ApiError(400, message, param=param, code="missing_required_parameter")

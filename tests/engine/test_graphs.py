@@ -1,0 +1,149 @@
+"""A decode step is a fixed list of operations on fixed memory, as a CUDA graph needs it.
+
+The stand-in for a graph records every operation the step makes, and replays exactly those, on the
+tensors it saw: a number that the host has read, or a tensor that lies elsewhere the next time,
+gives the wrong logits here as it would on a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from nybble.engine import EngineConfig, decoder
+from nybble.engine.decoder import Decoder
+from nybble.engine.request import Request, SamplingParams
+from nybble.engine.runner import ModelRunner
+from nybble.engine.scheduler import ScheduledSequence
+from nybble.engine.sequence import Sequence
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+SYNCHRONIZING = ("_local_scalar_dense", "nonzero", "item", "is_nonzero")
+CONFIG = EngineConfig(dtype=torch.float32, block_size=4, max_num_seqs=4, max_batched_tokens=32)
+
+
+class Recording(TorchDispatchMode):
+    """Keeps every operation with its arguments and what it returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(name in str(func) for name in SYNCHRONIZING):
+            raise AssertionError(f"{func} waits for the device")
+        return self.call(func, args, kwargs or {})
+
+    def call(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        with _disable_current_modes():
+            result = func(*args, **kwargs)
+        self.calls.append((func, args, kwargs, result))
+        return result
+
+
+RECORDING: list[Recording] = []
+
+
+class Graph:
+    def __init__(self, function: Callable[[], Tensor]) -> None:
+        function()
+        with Recording() as recording:
+            RECORDING.append(recording)
+            self.out = function()
+            RECORDING.pop()
+        self.calls = recording.calls
+        self.replays = 0
+
+    def replay(self) -> None:
+        self.replays += 1
+        for func, args, kwargs, before in self.calls:
+            now = func(*args, **kwargs)
+            for old, new in zip(_tensors(before), _tensors(now), strict=True):
+                if old.data_ptr() != new.data_ptr():  # not a view, nor computed in place
+                    old.copy_(new)
+
+
+def _tensors(result: Any) -> list[Tensor]:
+    if isinstance(result, Tensor):
+        return [result]
+    return [t for t in result if isinstance(t, Tensor)] if isinstance(result, tuple | list) else []
+
+
+@pytest.fixture(autouse=True)
+def _kernels_are_single_operations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """References read what kernels leave on the device, so each is recorded as one operation."""
+    for name in ("paged_attention", "rotary_store", "linear", "gated_linear"):
+        original = getattr(decoder, name)
+
+        def wrapped(*args: Any, original: Any = original, **kwargs: Any) -> Any:
+            if RECORDING:
+                return RECORDING[-1].call(original, args, kwargs)
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(decoder, name, wrapped)
+
+
+def sequence(name: str, prompt: list[int], blocks: list[int]) -> Sequence:
+    made = Sequence(Request(name, tuple(prompt), SamplingParams()), 1, None, None)  # type: ignore[arg-type]
+    made.blocks = blocks
+    return made
+
+
+def run(runner: ModelRunner, steps: int) -> list[Tensor]:
+    """Logits of sequences that come, grow, go and change places."""
+    one, two = sequence("1", [*range(40, 53)], [5, 2, 9, 0]), sequence("2", [60, 61], [7, 1, 4])
+    found = []
+
+    def step(*batch: tuple[Sequence, int]) -> None:
+        scheduled = [ScheduledSequence(each, count) for each, count in batch]
+        logits = runner.run(scheduled).clone()
+        found.append(logits)
+        completing = [item.sequence for item in scheduled if item.completes]
+        for item in scheduled:
+            item.sequence.num_computed_tokens += item.num_tokens
+        for each, row in zip(completing, logits, strict=True):
+            each.token_ids.append(int(row.argmax()))
+
+    with torch.inference_mode():
+        step((one, 13))
+        step((one, 1))
+        step((one, 1), (two, 2))
+        for _ in range(steps):
+            step((one, 1), (two, 1))
+        step((two, 1))
+        three = sequence("3", [90, 91, 92, 93, 94], [3, 8, 6])
+        step((two, 1), (three, 3))
+        step((three, 2), (two, 1))
+        step((three, 1), (two, 1))
+    return found
+
+
+def test_replayed_operations_give_the_logits_of_every_later_step(
+    plain_checkpoint: Callable[..., Any],
+) -> None:
+    checkpoint = plain_checkpoint()
+    results, graphs = [], []
+
+    def capture(function: Callable[[], Tensor]) -> tuple[Graph, Tensor]:
+        graphs.append(Graph(function))
+        return graphs[-1], graphs[-1].out
+
+    for captured in (False, True):
+        model = Decoder(
+            checkpoint.config,
+            checkpoint.weights(),
+            device=torch.device("cpu"),
+            dtype=torch.float32,
+            max_model_len=64,
+        )
+        runner = ModelRunner(model, CONFIG, 16)
+        if captured:
+            runner.capture(capture, progress=False)
+        results.append(run(runner, 3))
+    assert sum(graph.replays for graph in graphs) >= 5
+    assert sum(graph.replays > 0 for graph in graphs) >= 2
+    for eager, replayed in zip(*results, strict=True):
+        torch.testing.assert_close(replayed, eager, rtol=1e-4, atol=1e-4)

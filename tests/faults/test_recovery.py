@@ -1,0 +1,125 @@
+"""What survives a kill, a full disk and damaged files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import resource
+import shutil
+import signal
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from nybble.quantizers import quantize_checkpoint
+
+from .conftest import Process, ask
+
+COMPLETIONS = "/v1/completions"
+ADMIN = "admin-secret"
+HELLO = {"model": "tiny", "prompt": "x", "max_tokens": 8, "temperature": 0, "ignore_eos": True}
+TENANT_KEY = "nyb-tenant"
+
+
+def test_a_server_that_was_killed_comes_back_with_its_adapters_and_tenants(
+    launch: Callable[..., Process],
+    tiny_model: Callable[..., Path],
+    tiny_adapter: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    root, tenants = tmp_path / "root", tmp_path / "tenants.toml"
+    for seed, name in enumerate(("one", "two", "three")):
+        shutil.copytree(tiny_adapter(seed=seed), root / name)
+    tenants.write_text(f'[tenants.acme]\nkeys = ["{hashed(TENANT_KEY)}"]\n')
+    options = ("--admin-key", ADMIN, "--lora-root", str(root), "--tenants", str(tenants))
+
+    def answers(server: Process) -> dict[str, str]:
+        return {
+            name: ask(server.ready() + COMPLETIONS, HELLO | {"model": name}, TENANT_KEY)[1][
+                "choices"
+            ][0]["text"]
+            for name in ("tiny", "one", "two")
+        }
+
+    server = launch(tiny_model(), *options)
+    for name in ("one", "two", "three"):
+        body = {"lora_name": name, "lora_path": name}
+        assert ask(server.ready() + "/v1/load_lora_adapter", body, ADMIN)[0] == 200
+    assert ask(server.origin + "/v1/unload_lora_adapter", {"lora_name": "three"}, ADMIN)[0] == 200
+    before = answers(server)
+    assert len(set(before.values())) == 3
+    server.signal(signal.SIGKILL)
+    server.exit_code()
+
+    again = launch(tiny_model(), *options)
+    assert answers(again) == before
+    assert ask(again.origin + "/v1/models", key="wrong")[0] == 401
+    names = [entry["id"] for entry in ask(again.origin + "/v1/models", key=TENANT_KEY)[1]["data"]]
+    assert names == ["tiny", "one", "two"]
+    again.signal(signal.SIGKILL)
+    again.exit_code()
+
+    # One that is gone is said to be, and is neither forgotten nor in the way of the others.
+    (root / "two").rename(tmp_path / "elsewhere")
+    third = launch(tiny_model(), *options)
+    assert ask(third.ready() + COMPLETIONS, HELLO | {"model": "one"}, TENANT_KEY)[0] == 200
+    assert ask(third.origin + COMPLETIONS, HELLO | {"model": "two"}, TENANT_KEY)[0] == 404
+    assert "adapter two cannot be loaded again" in third.log
+    (state,) = (tmp_path / "c/nybble/state").iterdir()
+    assert set(json.loads(state.read_text())["adapters"]) == {"one", "two"}
+    assert ask(third.origin + "/v1/unload_lora_adapter", {"lora_name": "two"}, ADMIN)[0] == 404
+    assert set(json.loads(state.read_text())["adapters"]) == {"one"}
+
+
+def hashed(key: str) -> str:
+    return "sha256:" + hashlib.sha256(key.encode()).hexdigest()
+
+
+def limit_files(nbytes: int) -> None:
+    """In a child: writing beyond so much of a file fails, as on a disk that is full."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, nbytes))
+
+
+def test_a_disk_that_fills_while_packing_is_named_and_left_clean(
+    launch: Callable[..., Process], tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = tmp_path / "gptq"
+    quantize_checkpoint(tiny_model(), source, format="gptq", group_size=32, progress=False)
+    server = launch(source, preexec_fn=partial(limit_files, 100_000))
+    assert server.exit_code() == 1
+    assert "Traceback" not in server.log
+    server.find(r"cannot write the packed model to .*packed.*XDG_CACHE_HOME")
+    assert not [path for path in (tmp_path / "c/nybble/packed").iterdir() if path.is_dir()]
+
+
+def test_a_log_that_can_grow_no_more_stops_nobody(
+    launch: Callable[..., Process], tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    log = tmp_path / "log"
+    with log.open("w") as stream:
+        server = launch(tiny_model(), stderr=stream, preexec_fn=partial(limit_files, 2_000))
+    while '/v1"' not in log.read_text():
+        assert server.process.poll() is None
+    server.lines.append(log.read_text())
+    for _ in range(12):
+        assert ask(server.origin + COMPLETIONS, HELLO)[0] == 200
+    assert log.stat().st_size == 2_000
+    server.signal(signal.SIGTERM)
+    assert server.exit_code() == 0
+
+
+def test_a_damaged_packed_model_is_packed_again(
+    launch: Callable[..., Process], tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = tmp_path / "gptq"
+    quantize_checkpoint(tiny_model(), source, format="gptq", group_size=32, progress=False)
+    server = launch(source)
+    expected = ask(server.ready() + COMPLETIONS, HELLO)[1]["choices"]
+    server.signal(signal.SIGKILL)
+    server.exit_code()
+    (packed,) = (path for path in (tmp_path / "c/nybble/packed").iterdir() if path.is_dir())
+    (shard,) = packed.glob("*.safetensors")
+    shard.write_bytes(shard.read_bytes()[:-1000])
+    again = launch(source)
+    assert ask(again.ready() + COMPLETIONS, HELLO)[1]["choices"] == expected
+    assert "is damaged and is packed again" in again.log
