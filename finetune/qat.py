@@ -1,9 +1,9 @@
 """Quantization-aware training: weights learn on the grid they will be stored on.
 
-The forward pass uses weights rounded to a fixed 4-bit grid; the backward pass treats rounding as
-the identity within the grid's range and as a constant beyond it (the straight-through estimator,
-Bengio, Léonard, Courville 2013; Jacob et al. 2018). What is exported is what was trained: rounding
-again changes nothing.
+The forward pass uses weights rounded to a fixed grid of 4 bits or less; the backward pass treats
+rounding as the identity within the grid's range and as a constant beyond it (the straight-through
+estimator, Bengio, Léonard, Courville 2013; Jacob et al. 2018). What is exported is what was
+trained: rounding again changes nothing.
 """
 
 from __future__ import annotations
@@ -16,34 +16,36 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from nybble.finetune.data import Example, pack, read_examples, to_batch
+from nybble.finetune.data import IGNORED, Batch, Example, pack, read_examples, to_batch
 from nybble.finetune.train import batch_loss
 from nybble.loaders import CheckpointError, open_checkpoint
 from nybble.loaders.shards import Shards
-from nybble.quantizers.affine import AffineWeight, grid, nearest_codes
+from nybble.quantizers.affine import LEVELS, AffineWeight, grid, nearest_codes
 from nybble.quantizers.formats import gptq_tensors, quantization_config
 from nybble.quantizers.packed_model import load_packed_model
 from nybble.quantizers.writer import FolderWriter
 from torch import Tensor, nn
+from torch.nn.functional import kl_div, log_softmax
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoTokenizer, get_cosine_schedule_with_warmup
+from transformers import AutoTokenizer, PreTrainedModel, get_cosine_schedule_with_warmup
 
-_LARGEST_CODE = 15
+_ROWS_AT_A_TIME = 256  # the logits of so many tokens are in memory at once
 
 
 class _RoundToGrid(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, grouped: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
+    def forward(ctx: Any, grouped: Tensor, scales: Tensor, zeros: Tensor, levels: int) -> Tensor:
         low = -zeros * scales
-        high = (_LARGEST_CODE - zeros) * scales
+        high = (levels - 1 - zeros) * scales
         # Half a step beyond the ends still rounds to them.
         ctx.save_for_backward((grouped >= low - scales / 2) & (grouped <= high + scales / 2))
-        return (nearest_codes(grouped, scales, zeros) - zeros) * scales
+        return (nearest_codes(grouped, scales, zeros, levels=levels) - zeros) * scales
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None, None]:
         (inside,) = ctx.saved_tensors
-        return grads[0] * inside, None, None
+        return grads[0] * inside, None, None, None
 
 
 class FakeQuantLinear(nn.Module):
@@ -55,15 +57,18 @@ class FakeQuantLinear(nn.Module):
     scales: Tensor
     zeros: Tensor
 
-    def __init__(self, linear: nn.Linear, group_size: int, *, sym: bool) -> None:
+    def __init__(
+        self, linear: nn.Linear, group_size: int, *, sym: bool, levels: int = LEVELS
+    ) -> None:
         super().__init__()
+        self.levels = levels
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.group_size = linear.in_features if group_size == -1 else group_size
         self.weight = nn.Parameter(linear.weight.detach().float().clone())
         self.bias = linear.bias
         grouped = self._grouped().detach()
         scales, zeros = grid(
-            grouped.amin(-1, keepdim=True), grouped.amax(-1, keepdim=True), sym=sym
+            grouped.amin(-1, keepdim=True), grouped.amax(-1, keepdim=True), sym=sym, levels=levels
         )
         self.register_buffer("scales", scales.float())
         self.register_buffer("zeros", zeros.float())
@@ -72,14 +77,14 @@ class FakeQuantLinear(nn.Module):
         return self.weight.view(self.out_features, -1, self.group_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        rounded: Tensor = _RoundToGrid.apply(self._grouped(), self.scales, self.zeros)  # type: ignore[no-untyped-call]
+        rounded: Tensor = _RoundToGrid.apply(self._grouped(), self.scales, self.zeros, self.levels)  # type: ignore[no-untyped-call]
         weight = rounded.view_as(self.weight).to(x.dtype)
         return nn.functional.linear(x, weight, self.bias)
 
     def export(self) -> AffineWeight:
         """The codes, scales and zeros the forward pass has been using."""
         with torch.no_grad():
-            codes = nearest_codes(self._grouped(), self.scales, self.zeros)
+            codes = nearest_codes(self._grouped(), self.scales, self.zeros, levels=self.levels)
         return AffineWeight(
             codes=codes.to(torch.uint8).view_as(self.weight),
             scales=self.scales[..., 0].half(),
@@ -89,7 +94,7 @@ class FakeQuantLinear(nn.Module):
 
 
 def fake_quantize_model(
-    model: nn.Module, group_size: int, *, sym: bool = False
+    model: nn.Module, group_size: int, *, sym: bool = False, levels: int = LEVELS
 ) -> dict[str, FakeQuantLinear]:
     """Replace the linear layers within the decoder in place; returns the new ones by name."""
     linears = {
@@ -105,17 +110,26 @@ def fake_quantize_model(
                 f"{name}: {linear.out_features} outputs and {linear.in_features} inputs do not "
                 f"divide into groups of {size} inputs and words of 8"
             )
-        layers[name] = FakeQuantLinear(linear, group_size, sym=sym)
+        layers[name] = FakeQuantLinear(linear, group_size, sym=sym, levels=levels)
         model.set_submodule(name, layers[name])
     return layers
 
 
 @dataclass(frozen=True)
 class QatSettings:
-    """warmup: the fraction of the steps in which the rate rises; it then falls along a cosine."""
+    """How training goes.
+
+    levels: how many of the 16 codes are used: 8 make a 3-bit grid in a 4-bit container.
+    distil: learn the full-precision model's distribution over the next token (the loss is
+        KL(full precision ‖ trained)) instead of the text itself: the grid is trained and the
+        model stays what it is.
+    warmup: the fraction of the steps in which the rate rises; it then falls along a cosine.
+    """
 
     group_size: int = 128
     sym: bool = False
+    levels: int = LEVELS
+    distil: bool = False
     learning_rate: float = 1e-5
     steps: int = 100
     batch_size: int = 1
@@ -140,12 +154,14 @@ def quantization_aware_train(
 
     ``out`` becomes a GPTQ-layout checkpoint with the very weights the last forward pass used.
     Returns the loss per token of every step. Memory: 16 bytes a weight, for the float32 weight,
-    its gradient and Adam's two moments.
+    its gradient and Adam's two moments; with ``distil`` 2 more for the full-precision model.
 
     Raises CheckpointError where the base is quantized already, DataError for data that cannot be
     used, FileExistsError where ``out`` has content, ValueError where sizes do not fit.
     """
     settings = settings or QatSettings()
+    if not 2 <= settings.levels <= LEVELS or (settings.sym and settings.levels != LEVELS):
+        raise ValueError(f"levels is {settings.levels}, expected 2 to {LEVELS}, with sym {LEVELS}")
     config = json.loads((base / "config.json").read_text())
     if "quantization_config" in config:
         raise CheckpointError(f"{base} is quantized already; give the 16-bit checkpoint")
@@ -157,7 +173,12 @@ def quantization_aware_train(
         examples = read_examples(data, tokenizer, max_length=settings.max_length)
         device = device or torch.device("cpu")
         model = load_packed_model(open_checkpoint(base), device=device, dtype=dtype)
-        layers = fake_quantize_model(model, settings.group_size, sym=settings.sym)
+        layers = fake_quantize_model(
+            model, settings.group_size, sym=settings.sym, levels=settings.levels
+        )
+        teacher = None
+        if settings.distil:
+            teacher = load_packed_model(open_checkpoint(base), device=device, dtype=dtype)
         if settings.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[no-untyped-call]
         model.train()
@@ -174,7 +195,10 @@ def quantization_aware_train(
             if len(rows) < settings.batch_size:
                 rows += pack(order.sample(examples, len(examples)), settings.max_length)
             batch = to_batch([rows.pop(0) for _ in range(min(settings.batch_size, len(rows)))])
-            loss = batch_loss(model, batch, device) / batch.targets
+            if teacher is None:
+                loss = batch_loss(model, batch, device) / batch.targets
+            else:
+                loss = batch_divergence(model, teacher, batch, device) / batch.targets
             loss.backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
             optimizer.step()
@@ -189,3 +213,33 @@ def quantization_aware_train(
         for name, layer in layers.items():
             writer.add(gptq_tensors(name, layer.export()))
     return losses
+
+
+def batch_divergence(
+    model: PreTrainedModel, teacher: PreTrainedModel, batch: Batch, device: torch.device
+) -> Tensor:
+    """Sum of KL(teacher ‖ model) over the batch's labelled tokens; logits exist in parts only."""
+    ids, positions = batch.input_ids.to(device), batch.position_ids.to(device)
+    learned = batch.labels[:, 1:].to(device) != IGNORED
+
+    def predicting(source: PreTrainedModel) -> Tensor:
+        hidden = source.base_model(ids, position_ids=positions, use_cache=False).last_hidden_state
+        rows: Tensor = hidden[:, :-1][learned]
+        return rows
+
+    with torch.no_grad():
+        expected = predicting(teacher)
+    found = predicting(model)
+    head, expected_head = model.get_submodule("lm_head"), teacher.get_submodule("lm_head")
+
+    def part(rows: Tensor, wanted: Tensor) -> Tensor:
+        target = log_softmax(expected_head(wanted).float(), dim=-1)
+        return kl_div(
+            log_softmax(head(rows).float(), dim=-1), target, reduction="sum", log_target=True
+        )
+
+    total: Tensor = found.new_zeros((), dtype=torch.float32)
+    for start in range(0, len(found), _ROWS_AT_A_TIME):
+        rows = slice(start, start + _ROWS_AT_A_TIME)
+        total = total + checkpoint(part, found[rows], expected[rows], use_reentrant=False)
+    return total

@@ -35,7 +35,7 @@ from server_process import running_server, write_adapters
 
 PROMPT, OUTPUT = 96, 8
 FLOOD, FLOOD_PROMPT, FLOOD_OUTPUT = 24, 256, 32
-SEATS, BUDGET, KV_MIB = 16, 256, 512
+SEATS, BUDGET, KV_MIB = 16, 128, 512
 SECONDS, RATE = 24, 1.0
 ALLOWED = 2.0
 

@@ -1,4 +1,4 @@
-"""The affine 4-bit grid: a scale and a zero per group of inputs, 16 integer codes."""
+"""The affine grid: a scale and a zero per group of inputs, integer codes from 0 on."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_LARGEST_CODE = 15
+LEVELS = 16  # of 4 bits; fewer, in the same container, where an argument says so
 _SYMMETRIC_ZERO = 8
 
 
@@ -35,7 +35,7 @@ class AffineWeight:
         return AffineWeight(self.codes[part], self.scales[part], self.zeros[part], self.g_idx)
 
 
-def grid(low: Tensor, high: Tensor, *, sym: bool) -> tuple[Tensor, Tensor]:
+def grid(low: Tensor, high: Tensor, *, sym: bool, levels: int = LEVELS) -> tuple[Tensor, Tensor]:
     """Scale float16 and zero uint8 that span ``low``…``high`` (elementwise) and hold 0 exactly."""
     high, low = high.clamp(min=0), low.clamp(max=0)
     if sym:
@@ -43,10 +43,10 @@ def grid(low: Tensor, high: Tensor, *, sym: bool) -> tuple[Tensor, Tensor]:
         low = -high
     # Rounded first, so that codes are nearest for the scale that is stored; a group of zeros, or
     # one whose scale float16 cannot hold, gets the smallest scale it can.
-    scales = ((high - low) / _LARGEST_CODE).half().clamp(min=torch.finfo(torch.float16).tiny)
+    scales = ((high - low) / (levels - 1)).half().clamp(min=torch.finfo(torch.float16).tiny)
     if sym:
         return scales, torch.full_like(scales, _SYMMETRIC_ZERO, dtype=torch.uint8)
-    return scales, (-low / scales.float()).round().clamp(0, _LARGEST_CODE).to(torch.uint8)
+    return scales, (-low / scales.float()).round().clamp(0, levels - 1).to(torch.uint8)
 
 
 def round_trip(grouped: Tensor, *, sym: bool) -> Tensor:
@@ -56,6 +56,6 @@ def round_trip(grouped: Tensor, *, sym: bool) -> Tensor:
     return codes.sub_(zeros.float()).mul_(scales.float())
 
 
-def nearest_codes(values: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
+def nearest_codes(values: Tensor, scales: Tensor, zeros: Tensor, *, levels: int = LEVELS) -> Tensor:
     """The nearest codes, as floats; the arguments broadcast."""
-    return ((values / scales.float()).round_() + zeros.float()).clamp_(0, _LARGEST_CODE)
+    return ((values / scales.float()).round_() + zeros.float()).clamp_(0, levels - 1)

@@ -11,7 +11,7 @@ import torch
 from nybble.kernels.progress import Progress, track
 from nybble.loaders import CheckpointError
 from nybble.loaders.shards import Shards
-from nybble.quantizers.affine import AffineWeight
+from nybble.quantizers.affine import LEVELS, AffineWeight
 from nybble.quantizers.awq import awq_block
 from nybble.quantizers.blocks import (
     STAGES,
@@ -53,6 +53,7 @@ def quantize_checkpoint(
     format: Format,
     group_size: int = 128,
     sym: bool = False,
+    levels: int = LEVELS,
     double_quant: bool = False,
     calibration: Tensor | None = None,
     settings: GptqSettings | None = None,
@@ -64,6 +65,7 @@ def quantize_checkpoint(
 
     group_size: inputs that share a scale, −1 for all of them; NF4 and FP4 have blocks of 64.
     sym: for GPTQ, a fixed zero of 8.
+    levels: for GPTQ, how many of the 16 codes are used: 8 make a 3-bit grid in a 4-bit container.
     double_quant: for NF4 and FP4, their absmax in 8 bits.
     calibration: token ids int64 ``(samples, length)``, for GPTQ and AWQ. Without, both layouts
         are filled by rounding to the nearest.
@@ -76,7 +78,7 @@ def quantize_checkpoint(
     not fit, FileExistsError where the target has content, ValueError for an option that the
     format does not take.
     """
-    _check_options(format, sym, double_quant, calibration, settings, clip)
+    _check_options(format, sym, levels, double_quant, calibration, settings, clip)
     config = json.loads((source / "config.json").read_text())
     if "quantization_config" in config:
         raise CheckpointError(f"{source} is quantized already; give the 16-bit checkpoint")
@@ -101,7 +103,9 @@ def quantize_checkpoint(
                 tensor = shards.read(name)
                 if _is_linear(name):
                     module = name.removesuffix(".weight")
-                    writer.add(_rounded(format, module, tensor, group_size, sym, double_quant))
+                    writer.add(
+                        _rounded(format, module, tensor, group_size, sym, levels, double_quant)
+                    )
                 else:
                     writer.add({name: tensor})
             return []
@@ -112,7 +116,7 @@ def quantize_checkpoint(
         for index in track(range(len(blocks)), "Quantizing", progress, unit="blocks"):
             block = blocks.load(index)
             if format == "gptq":
-                quantized = _gptq_block(blocks, block, hidden, group_size, sym, settings)
+                quantized = _gptq_block(blocks, block, hidden, group_size, sym, levels, settings)
                 hidden = blocks.outputs(block, hidden)
             else:
                 statistics = blocks.statistics(block, hidden, [stage[0] for stage in STAGES])
@@ -142,6 +146,7 @@ def _gptq_block(
     hidden: Tensor,
     group_size: int,
     sym: bool,
+    levels: int,
     settings: GptqSettings,
 ) -> dict[str, tuple[AffineWeight, float]]:
     """Quantize the layers of ``block`` in place, those that share an input as one matrix.
@@ -159,7 +164,12 @@ def _gptq_block(
         layers = [linear_layer(block, name) for name in stage]
         weights = [layer.weight.detach().float() for layer in layers]
         whole = gptq(
-            torch.cat(weights), moment, _size(weights[0], group_size), sym=sym, settings=settings
+            torch.cat(weights),
+            moment,
+            _size(weights[0], group_size),
+            sym=sym,
+            levels=levels,
+            settings=settings,
         )
         start = 0
         for name, layer, weight in zip(stage, layers, weights, strict=True):
@@ -173,11 +183,17 @@ def _gptq_block(
 
 
 def _rounded(
-    format: Format, module: str, weight: Tensor, group_size: int, sym: bool, nested: bool
+    format: Format,
+    module: str,
+    weight: Tensor,
+    group_size: int,
+    sym: bool,
+    levels: int,
+    nested: bool,
 ) -> Mapping[str, Tensor]:
     if format == "nf4" or format == "fp4":
         return bnb_tensors(module, quantize_codebook(weight, format, double_quant=nested))
-    rounded = quantize_affine(weight, _size(weight, group_size), sym=sym)
+    rounded = quantize_affine(weight, _size(weight, group_size), sym=sym, levels=levels)
     return gptq_tensors(module, rounded) if format == "gptq" else awq_tensors(module, rounded)
 
 
@@ -206,6 +222,7 @@ def _check_sizes(format: Format, weight: Tensor, group_size: int) -> None:
 def _check_options(
     format: Format,
     sym: bool,
+    levels: int,
     double_quant: bool,
     calibration: Tensor | None,
     settings: GptqSettings | None,
@@ -222,5 +239,9 @@ def _check_options(
         raise ValueError("clipping needs the format awq and calibration text")
     if calibration is not None and calibration.shape[1] < 2:
         raise ValueError("calibration texts of one token say nothing: the first is left out")
+    if not 2 <= levels <= LEVELS:
+        raise ValueError(f"levels is {levels}, expected 2 to {LEVELS}")
+    if levels != LEVELS and (format != "gptq" or sym):
+        raise ValueError("levels is for gptq without sym, whose zero is that of 16 levels")
     if sym and format == "awq":
         raise ValueError("sym is for gptq: AWQ's layout has zero points")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from nybble.quantizers.affine import AffineWeight, grid, nearest_codes
+from nybble.quantizers.affine import LEVELS, AffineWeight, grid, nearest_codes
 from torch import Tensor
 
 
@@ -47,6 +47,7 @@ def gptq(
     group_size: int,
     *,
     sym: bool = False,
+    levels: int = LEVELS,
     settings: GptqSettings | None = None,
 ) -> AffineWeight:
     """Quantize ``weight (out, in)`` so that its outputs change least.
@@ -77,7 +78,7 @@ def gptq(
     zeros = torch.empty_like(scales, dtype=torch.uint8)
     if settings.static_groups:
         grouped = remaining.view(-1, group_size, out)
-        scales, zeros = grid(grouped.amin(1), grouped.amax(1), sym=sym)
+        scales, zeros = grid(grouped.amin(1), grouped.amax(1), sym=sym, levels=levels)
     remaining, groups = remaining[order], g_idx[order].tolist()
     factor = inverse_factor(hessian).float()
     codes = torch.empty_like(remaining, dtype=torch.uint8)
@@ -102,10 +103,10 @@ def gptq(
             if not settings.static_groups and column % group_size == 0:
                 group = remaining[column : column + group_size]
                 scales[groups[column]], zeros[groups[column]] = grid(
-                    group.amin(0), group.amax(0), sym=sym
+                    group.amin(0), group.amax(0), sym=sym, levels=levels
                 )
             scale, zero = scales[groups[column]].float(), zeros[groups[column]].float()
-            code = nearest_codes(remaining[column], scale, zero)
+            code = nearest_codes(remaining[column], scale, zero, levels=levels)
             codes[column] = code.to(torch.uint8)
             error = (remaining[column] - (code - zero) * scale) / factor[column, column]
             errors[column] = error

@@ -1,4 +1,8 @@
-"""The administration of adapters: load, unload, list. Bodies are as vLLM's clients send them."""
+"""The administration of adapters: load, unload, upload, list.
+
+Bodies are as vLLM's clients send them. Uploads are forms with ``lora_name``, ``load_inplace`` and
+the files: adapter_config.json and adapter_model.safetensors, or an archive with both.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,10 @@ from typing import Any
 
 from aiohttp import web
 from nybble.engine import AdapterError, AdapterInfo, Engine
+from nybble.server.adapter_archive import ArchiveError
+from nybble.server.adapter_form import AdapterForm, read_adapter_form
 from nybble.server.adapter_state import AdapterState
+from nybble.server.adapter_uploads import AdapterUploads
 from nybble.server.api.parse import read_body
 from nybble.server.api.respond import json_response
 from nybble.server.api.schema import LoadAdapterRequest, UnloadAdapterRequest
@@ -40,12 +47,16 @@ class AdapterAdmin:
         roots: Sequence[Path],
         state: AdapterState | None,
     ) -> None:
-        """models: names that no adapter may take. Without keys or roots, their use gets 403."""
+        """models: names that no adapter may take. Without keys or roots, their use gets 403.
+
+        Uploads are kept below the first root.
+        """
         self._state = state
         self._engine = engine
         self._models = models
         self._keys = keys
         self._roots = [root.resolve() for root in roots]
+        self._uploads = AdapterUploads(uploads_folder(roots)) if roots else None
 
     def routes(self) -> list[web.RouteDef]:
         load, unload, every, one = ADMIN_PATHS
@@ -53,26 +64,15 @@ class AdapterAdmin:
             web.post(load, self.load),
             web.post(unload, self.unload),
             web.get(every, self.list),
+            web.post(every, self.upload),
             web.get(one, self.get),
+            web.delete(one, self.delete),
         ]
 
     async def load(self, request: web.Request) -> web.Response:
         self._require_admin(request)
         body = await read_body(request, LoadAdapterRequest)
-        if body.lora_name in self._models:
-            raise ApiError(
-                400,
-                f"{body.lora_name!r} is the name of the base model",
-                param="lora_name",
-                code="invalid_value",
-            )
-        if not body.load_inplace and self._engine.adapter(body.lora_name) is not None:
-            raise ApiError(
-                400,
-                f"adapter {body.lora_name!r} is loaded already; load_inplace replaces it",
-                param="lora_name",
-                code="adapter_exists",
-            )
+        self._require_free(body.lora_name, replace=bool(body.load_inplace))
         info = await asyncio.to_thread(self._load, body)
         return json_response(_body(info))
 
@@ -82,6 +82,8 @@ class AdapterAdmin:
         info = self._engine.load_adapter(body.lora_name, str(folder), replace=replace)
         if self._state is not None:
             self._state.keep(body.lora_name, str(folder))
+        if self._uploads is not None and not self._uploads.holds(folder):
+            self._uploads.retire(body.lora_name)  # or a restart would find two of the name
         return info
 
     async def unload(self, request: web.Request) -> web.Response:
@@ -96,6 +98,47 @@ class AdapterAdmin:
             await asyncio.to_thread(self._state.forget, body.lora_name)
         return json_response(_body(info))
 
+    async def upload(self, request: web.Request) -> web.Response:
+        self._require_admin(request)
+        uploads = self._uploads
+        if uploads is None:
+            raise self._no_roots()
+        if request.content_type != "multipart/form-data":
+            raise ApiError(400, "expected multipart/form-data with lora_name and files")
+        with uploads.scratch() as scratch:
+            try:
+                form = await read_adapter_form(await request.multipart(), scratch)
+            except ArchiveError as error:
+                raise ApiError(400, str(error), param="file", code="invalid_adapter") from None
+            except ValueError as error:  # aiohttp's, about the form's syntax
+                raise ApiError(400, f"the form cannot be read: {error}") from None
+            self._require_free(form.name, replace=form.replace)
+            info = await asyncio.to_thread(self._publish, uploads, form, scratch)
+        return json_response(_body(info))
+
+    def _publish(self, uploads: AdapterUploads, form: AdapterForm, scratch: Path) -> AdapterInfo:
+        version = uploads.publish(form.name, scratch)
+        try:
+            info = self._engine.load_adapter(form.name, str(version), replace=form.replace)
+        except BaseException:
+            uploads.discard(version)
+            raise
+        uploads.retire(form.name, but=version)
+        if self._state is not None:
+            self._state.forget(form.name)  # a restart finds it among the uploads
+        return info
+
+    async def delete(self, request: web.Request) -> web.Response:
+        """Unload an adapter, and remove its files if they were uploaded."""
+        self._require_admin(request)
+        info = self._find(request.match_info["name"])
+        self._engine.unload_adapter(info.name)
+        if self._state is not None:
+            await asyncio.to_thread(self._state.forget, info.name)
+        if self._uploads is not None:
+            await asyncio.to_thread(self._uploads.retire, info.name)
+        return json_response({"object": "lora_adapter", "name": info.name, "deleted": True})
+
     async def list(self, request: web.Request) -> web.Response:
         self._require_admin(request)
         return json_response(
@@ -105,6 +148,22 @@ class AdapterAdmin:
     async def get(self, request: web.Request) -> web.Response:
         self._require_admin(request)
         return json_response(_body(self._find(request.match_info["name"])))
+
+    def _require_free(self, name: str, *, replace: bool) -> None:
+        if name in self._models:
+            raise ApiError(
+                400,
+                f"{name!r} is the name of the base model",
+                param="lora_name",
+                code="invalid_value",
+            )
+        if not replace and self._engine.adapter(name) is not None:
+            raise ApiError(
+                400,
+                f"adapter {name!r} is loaded already; load_inplace replaces it",
+                param="lora_name",
+                code="adapter_exists",
+            )
 
     def _find(self, name: str) -> AdapterInfo:
         info = self._engine.adapter(name)
@@ -120,6 +179,9 @@ class AdapterAdmin:
                 403, "this server was started without --admin-key", code="admin_disabled"
             )
         self._keys.require(request)
+
+    def _no_roots(self) -> ApiError:
+        return ApiError(403, "this server was started without --lora-root", code="admin_disabled")
 
 
 def restore(engine: Engine, settings: ServerSettings) -> None:
@@ -138,6 +200,21 @@ def restore(engine: Engine, settings: ServerSettings) -> None:
             logger.info("adapter %s is loaded again", name)
         except (ApiError, AdapterError, OSError) as error:
             logger.error("adapter %s cannot be loaded again: %s", name, error)
+
+
+def restore_uploads(engine: Engine, settings: ServerSettings) -> None:
+    """Load what was uploaded before, as far as names are free and it still fits; blocks."""
+    if not settings.adapter_roots:
+        return
+    uploads = AdapterUploads(uploads_folder(settings.adapter_roots))
+    for name, folder in uploads.recover().items():
+        if name in settings.models or engine.adapter(name) is not None:
+            logger.error("uploaded adapter %s is not loaded: the name is taken", name)
+            continue
+        try:
+            engine.load_adapter(name, str(folder))
+        except (AdapterError, OSError) as error:
+            logger.error("uploaded adapter %s cannot be loaded: %s", name, error)
 
 
 def _allowed(path: str, roots: Sequence[Path]) -> Path:
@@ -164,6 +241,11 @@ def _allowed(path: str, roots: Sequence[Path]) -> Path:
         param="lora_path",
         code="invalid_value",
     )
+
+
+def uploads_folder(roots: Sequence[Path]) -> Path:
+    """Where uploads are kept, of the folders that adapters may be loaded from."""
+    return roots[0].resolve() / "uploads"
 
 
 def _body(info: AdapterInfo) -> dict[str, Any]:

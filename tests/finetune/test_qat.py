@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,17 +17,18 @@ from nybble.finetune.qat import (
 )
 from nybble.loaders import CheckpointError, open_checkpoint
 from nybble.quantizers import quantize_checkpoint
+from nybble.quantizers.corpus import standard_library_text, token_windows
 from nybble.quantizers.evaluate import evaluate
 from nybble.quantizers.packed_model import load_packed_model
 from nybble.quantizers.rtn import quantize_affine
 from torch import nn
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 CPU = torch.device("cpu")
 TEXT = "the quick brown fox jumps over the lazy dog and then the other dog barks at the moon"
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -100,6 +102,95 @@ def test_the_exported_model_is_the_trained_one_and_beats_rounding(
     )
     assert ours.perplexity < 0.5 * rounded.perplexity
     assert ours.bits_per_weight == rounded.bits_per_weight
+
+
+@pytest.fixture(scope="module")
+def trained_model(
+    tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A tiny model that has learned something of Python's sources."""
+    folder = tmp_path_factory.mktemp("trained") / "model"
+    shutil.copytree(tiny_model(), folder)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    ids = token_windows(
+        AutoTokenizer.from_pretrained(folder), calibration_text(), samples=480, length=64
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    for batch in ids.split(8):
+        model(input_ids=batch, labels=batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def calibration_text() -> str:
+    return standard_library_text("calibration")[:400_000]
+
+
+def test_training_on_the_grid_beats_gptq_and_rounding_on_text_it_has_not_seen(
+    tmp_path: Path, trained_model: Path
+) -> None:
+    """At 2 bits, taught by the full-precision model: no gain can be the text's."""
+    tokenizer = AutoTokenizer.from_pretrained(trained_model)
+    text = calibration_text()
+    data = tmp_path / "data.jsonl"
+    parts = [text[start : start + 250] for start in range(0, len(text), 250)]
+    data.write_text("\n".join(json.dumps({"text": part}) for part in parts))
+    grid = {"format": "gptq", "group_size": 32, "levels": 4, "progress": False}
+    quantize_checkpoint(trained_model, tmp_path / "rtn", **grid)  # type: ignore[arg-type]
+    quantize_checkpoint(
+        trained_model,
+        tmp_path / "gptq",
+        calibration=token_windows(tokenizer, text, samples=64, length=64),
+        **grid,  # type: ignore[arg-type]
+    )
+    quantization_aware_train(
+        trained_model,
+        data,
+        tmp_path / "qat",
+        settings=QatSettings(
+            group_size=32,
+            levels=4,
+            distil=True,
+            learning_rate=1e-3,
+            steps=80,
+            batch_size=4,
+            max_length=128,
+        ),
+        progress=False,
+    )
+    unseen = token_windows(
+        tokenizer, standard_library_text("held-out")[:400_000], samples=48, length=64
+    )
+    _, rounded, gptq, ours = evaluate(
+        trained_model,
+        {name: tmp_path / name for name in ("rtn", "gptq", "qat")},
+        unseen.flatten(),
+        length=64,
+        progress=False,
+    )
+    for other in (rounded, gptq):
+        ratio, less = ours.perplexity_ratio(other), ours.divergence_difference(other)
+        assert ratio.value + 4 * ratio.error < 1
+        assert less.value + 4 * less.error < 0
+    assert ours.bits_per_weight == gptq.bits_per_weight
+
+
+def test_fewer_levels_use_fewer_codes(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
+    model = load_packed_model(open_checkpoint(tiny_model()), device=CPU, dtype=torch.float32)
+    for layer in fake_quantize_model(model, 32, levels=8).values():
+        exported = layer.export()
+        assert int(exported.codes.max()) == 7
+        assert torch.equal(
+            exported.dequantize(),
+            quantize_affine(layer.weight.detach(), 32, sym=False, levels=8).dequantize(),
+        )
+    with pytest.raises(ValueError, match="levels is 17, expected 2 to 16"):
+        quantization_aware_train(
+            tiny_model(), tmp_path / "d", tmp_path / "out", settings=QatSettings(levels=17)
+        )
 
 
 def test_a_quantized_base_is_refused(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from nybble.loaders import AdapterError, load_adapter, resolve_adapter
+from huggingface_hub.errors import LocalEntryNotFoundError
+from nybble.loaders import AdapterError, adapter, load_adapter, resolve_adapter
 from nybble.loaders.adapter import projection_shapes
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -217,3 +218,23 @@ def test_an_adapter_is_found_by_its_folder_only(tmp_path: Path, editable: Path) 
         resolve_adapter(str(tmp_path / "nothing"))
     with pytest.raises(AdapterError, match=r"has no adapter_config\.json"):
         resolve_adapter(str(tmp_path))
+
+
+def test_a_hub_name_is_downloaded_without_what_an_adapter_does_not_need(
+    tmp_path: Path, editable: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def snapshot_download(name: str, *, allow_patterns: list[str]) -> str:
+        if name != "org/poet":
+            raise LocalEntryNotFoundError("cannot find it")
+        assert sorted(allow_patterns) == [
+            "adapter_config.json",
+            "adapter_model.bin",
+            "adapter_model.safetensors",
+        ]
+        return str(editable)
+
+    monkeypatch.setattr(adapter, "snapshot_download", snapshot_download)
+    monkeypatch.chdir(tmp_path)
+    assert resolve_adapter("org/poet") == editable
+    with pytest.raises(AdapterError, match="not had from the hub: cannot find it"):
+        resolve_adapter("org/nobody")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -15,6 +17,8 @@ from nybble.quantizers.blocks import STAGES, DecoderBlocks, linear_layer, output
 from nybble.quantizers.gptq import gptq, inverse_factor
 from nybble.quantizers.rtn import quantize_affine
 from torch import Tensor
+from transformers import AwqConfig, BitsAndBytesConfig, GPTQConfig
+from transformers.quantizers.auto import AutoQuantizationConfig
 
 
 def correlated_inputs(tokens: int, columns: int) -> Tensor:
@@ -96,6 +100,22 @@ def test_outputs_err_less_than_by_rounding(settings: GptqSettings, sym: bool) ->
     assert output_error(ours.dequantize() - weight, moment) < 0.9 * output_error(
         plain.dequantize() - weight, moment
     )
+
+
+@pytest.mark.parametrize("levels", [4, 8])
+def test_a_grid_of_fewer_levels_is_solved_as_well(levels: int) -> None:
+    torch.manual_seed(1)
+    x, weight = correlated_inputs(512, 128), torch.randn(64, 128)
+    moment = x.T @ x
+    ours, plain = (
+        gptq(weight, moment, 32, levels=levels),
+        quantize_affine(weight, 32, sym=False, levels=levels),
+    )
+    assert int(ours.codes.max()) == int(plain.codes.max()) == levels - 1
+    errors = [output_error(one.dequantize() - weight, moment) for one in (ours, plain)]
+    assert errors[0] < 0.9 * errors[1]
+    finer = quantize_affine(weight, 32, sym=False)
+    assert errors[1] > 2 * output_error(finer.dequantize() - weight, moment)
 
 
 def test_static_groups_keep_the_columns_in_order() -> None:
@@ -217,6 +237,30 @@ def test_the_checkpoint_loads_back_as_it_was_computed(
     assert torch.equal(loaded.dequantize(), expected.dequantize())
 
 
+@pytest.mark.parametrize(
+    ("format", "kind", "expected"),
+    [
+        ("gptq", GPTQConfig, {"bits": 4, "group_size": 32, "sym": False, "desc_act": False}),
+        ("awq", AwqConfig, {"bits": 4, "group_size": 32, "zero_point": True}),
+        ("nf4", BitsAndBytesConfig, {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}),
+    ],
+)
+def test_transformers_understands_the_quantization_config(
+    tmp_path: Path,
+    tiny_model: Callable[..., Path],
+    format: Literal["gptq", "awq", "nf4"],
+    kind: type,
+    expected: dict[str, object],
+) -> None:
+    quantize_checkpoint(tiny_model(), tmp_path / "q", format=format, group_size=32, progress=False)
+    settings = json.loads((tmp_path / "q" / "config.json").read_text())["quantization_config"]
+    read = AutoQuantizationConfig.from_dict(settings)
+    assert isinstance(read, kind)
+    assert {name: getattr(read, name) for name in expected} == expected
+    unknown = set(settings) - set(read.to_dict())
+    assert not unknown
+
+
 def test_true_sequential_changes_what_later_layers_see(
     tmp_path: Path, tiny_model: Callable[..., Path]
 ) -> None:
@@ -251,6 +295,10 @@ def test_what_does_not_fit_is_refused_by_name(
         quantize(format="nf4", calibration=calibration())
     with pytest.raises(ValueError, match="settings need the format gptq and calibration text"):
         quantize(format="gptq", settings=GptqSettings())
+    with pytest.raises(ValueError, match="levels is 32, expected 2 to 16"):
+        quantize(format="gptq", levels=32)
+    with pytest.raises(ValueError, match="levels is for gptq without sym"):
+        quantize(format="awq", levels=8)
     with pytest.raises(ValueError, match="double_quant is for nf4 and fp4, not awq"):
         quantize(format="awq", double_quant=True)
     assert not (tmp_path / "q").exists()

@@ -1,4 +1,4 @@
-"""``nybble qat``: trains a model on its 4-bit grid."""
+"""``nybble qat``: trains a model on its grid of 4 bits or less."""
 
 from __future__ import annotations
 
@@ -22,6 +22,15 @@ def qat(
     out: OutArgument,
     group_size: Annotated[int, typer.Option(min=-1)] = 128,
     sym: Annotated[bool, typer.Option("--sym", help="A fixed zero of 8.")] = False,
+    levels: Annotated[
+        int, typer.Option(help="Of the 16 codes to use; 8: a 3-bit grid.", min=2, max=16)
+    ] = 16,
+    distil: Annotated[
+        bool,
+        typer.Option(
+            "--distil", help="Learn the 16-bit model's predictions on DATA, not DATA itself."
+        ),
+    ] = False,
     learning_rate: Annotated[float, typer.Option()] = 1e-5,
     steps: Annotated[int, typer.Option(min=1)] = 100,
     batch_size: Annotated[int, typer.Option(min=1)] = 1,
@@ -29,7 +38,7 @@ def qat(
     device: DeviceOption = "auto",
     aliases: AliasesOption = None,
 ) -> None:
-    """Train a 16-bit model on its 4-bit grid and write it in GPTQ's layout."""
+    """Train a 16-bit model on the grid of 4 bits or less it will have; write GPTQ's layout."""
     with expected_errors(), interruptible():
         from nybble.engine import resolve_device
         from nybble.finetune.qat import QatSettings, quantization_aware_train
@@ -42,6 +51,8 @@ def qat(
             settings=QatSettings(
                 group_size=group_size,
                 sym=sym,
+                levels=levels,
+                distil=distil,
                 learning_rate=learning_rate,
                 steps=steps,
                 batch_size=batch_size,

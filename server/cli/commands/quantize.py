@@ -23,6 +23,9 @@ def quantize(
         int, typer.Option(help="Inputs that share a scale; -1 for all (gptq, awq).", min=-1)
     ] = 128,
     sym: Annotated[bool, typer.Option("--sym", help="A fixed zero of 8 (gptq).")] = False,
+    levels: Annotated[
+        int, typer.Option(help="Of the 16 codes to use; 8: a 3-bit grid (gptq).", min=2, max=16)
+    ] = 16,
     double_quant: Annotated[
         bool, typer.Option("--double-quant", help="absmax in 8 bits (nf4, fp4).")
     ] = False,
@@ -88,6 +91,7 @@ def quantize(
             format=format,
             group_size=group_size,
             sym=sym,
+            levels=levels,
             double_quant=double_quant,
             calibration=(
                 text_tokens(folder, text, "calibration", samples, length) if calibrated else None

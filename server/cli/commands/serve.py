@@ -118,8 +118,14 @@ def serve(
         int, typer.Option(help="Sequences computed in one step.", rich_help_panel=MEMORY, min=1)
     ] = 64,
     max_batched_tokens: Annotated[
-        int, typer.Option(help="Tokens computed in one step.", rich_help_panel=MEMORY, min=1)
-    ] = 512,
+        int | None,
+        typer.Option(
+            help="Tokens computed in one step (default: 512 on a GPU, 128 on the CPU, where a step "
+            "of many takes long and others wait).",
+            rich_help_panel=MEMORY,
+            min=1,
+        ),
+    ] = None,
     max_waiting: Annotated[
         int,
         typer.Option(
@@ -296,13 +302,15 @@ def serve(
         tunes = fine_tuning or state_dir is not None
         if enable_lora or named_adapters or lora_root or lora_watch or tunes:
             adapters = AdapterConfig(max_loras, max_lora_rank, parse_bytes(lora_host_memory))
+        chosen = resolve_device(device)
+        default_tokens = 128 if chosen.type == "cpu" else 512
         engine_config = EngineConfig(
-            device=str(resolve_device(device)),
+            device=str(chosen),
             dtype=torch.bfloat16 if dtype == "auto" else getattr(torch, dtype),
             kv_cache_bytes=kv_cache_bytes,
             kv_dtype=kv_cache_dtype,
             max_num_seqs=max_num_seqs,
-            max_batched_tokens=max_batched_tokens,
+            max_batched_tokens=max_batched_tokens or max(default_tokens, max_num_seqs),
             max_model_len=max_model_len,
             max_waiting=max_waiting,
             adapters=adapters,

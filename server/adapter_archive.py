@@ -1,0 +1,128 @@
+"""An uploaded archive's adapter: the two files PEFT loads are taken out, nothing else is written.
+
+What could hurt is refused rather than skipped: absolute and climbing paths, links and devices, more
+than a bounded number of members or of bytes, however well they were compressed.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import IO, cast
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+MAX_BYTES = {CONFIG: 1 << 20, WEIGHTS: 2 << 30}
+_MAX_MEMBERS = 1000
+_MAX_UNPACKED = 4 << 30
+# No single header or name is this long; tarfile would hold it in memory.
+_MAX_READ = 8 << 20
+_CHUNK = 1 << 20
+
+
+class ArchiveError(ValueError):
+    """The archive is refused; the message says why."""
+
+
+def extract_adapter(archive: Path, folder: Path) -> None:
+    """Write the adapter's files of a zip or tar (also gzip) to ``folder``. Raises ArchiveError."""
+    taken: dict[str, PurePosixPath] = {}
+    try:
+        with archive.open("rb") as file:
+            zipped = file.read(2) == b"PK"
+        members = _zip(archive) if zipped else _tar(archive)
+        for count, (path, stream) in enumerate(members):
+            if count >= _MAX_MEMBERS:
+                raise ArchiveError(f"the archive has more than {_MAX_MEMBERS} members")
+            if stream is None or path.name not in MAX_BYTES:
+                continue
+            if path.name in taken:
+                raise ArchiveError(
+                    f"the archive has two {path.name}: {taken[path.name]} and {path}"
+                )
+            taken[path.name] = path
+            with stream, (folder / path.name).open("xb") as target:
+                copy_bounded(stream, target, path.name)
+    except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, RuntimeError) as error:
+        raise ArchiveError(f"the archive cannot be read: {error}") from error
+    except (gzip.BadGzipFile, NotImplementedError, UnicodeDecodeError) as error:
+        raise ArchiveError(f"the archive cannot be read: {error}") from error
+    if len({path.parent for path in taken.values()}) > 1:
+        raise ArchiveError("the adapter's files are in different folders of the archive")
+
+
+def copy_bounded(source: IO[bytes], target: IO[bytes], name: str) -> None:
+    """Raises ArchiveError where a file of this name is larger than it may be."""
+    left = MAX_BYTES[name]
+    while chunk := source.read(_CHUNK):
+        left -= len(chunk)
+        if left < 0:
+            raise ArchiveError(f"{name} is larger than {MAX_BYTES[name]} bytes")
+        target.write(chunk)
+
+
+def _zip(archive: Path) -> Iterator[tuple[PurePosixPath, IO[bytes] | None]]:
+    with zipfile.ZipFile(archive) as file:
+        for info in file.infolist():
+            # Of a member written on Unix, the file type.
+            kind = info.external_attr >> 28 if info.create_system == 3 else 0
+            if kind not in (0, 0o4, 0o10):  # unknown, folder, regular file
+                raise ArchiveError(f"{info.filename!r} is a link or a device")
+            path = _safe(info.filename)
+            wanted = path.name in MAX_BYTES and not info.is_dir()
+            yield path, file.open(info) if wanted else None
+
+
+def _tar(archive: Path) -> Iterator[tuple[PurePosixPath, IO[bytes] | None]]:
+    with _unpacked(archive) as stream, tarfile.open(fileobj=stream, mode="r:") as file:
+        for member in file:
+            if not (member.isreg() or member.isdir()):
+                raise ArchiveError(f"{member.name!r} is a link or a device")
+            yield _safe(member.name), file.extractfile(member)
+
+
+@contextmanager
+def _unpacked(archive: Path) -> Iterator[IO[bytes]]:
+    with archive.open("rb") as raw:
+        zipped = raw.read(2) == b"\x1f\x8b"
+        raw.seek(0)
+        stream: IO[bytes] | gzip.GzipFile = gzip.GzipFile(fileobj=raw) if zipped else raw
+        yield cast(IO[bytes], _Bounded(stream))
+
+
+class _Bounded(io.RawIOBase):
+    """No position beyond ``_MAX_UNPACKED`` bytes, no read of more than ``_MAX_READ`` at once."""
+
+    def __init__(self, stream: IO[bytes] | gzip.GzipFile) -> None:
+        self._stream = stream
+
+    def read(self, size: int = -1) -> bytes:
+        if not 0 <= size <= _MAX_READ:
+            raise ArchiveError("the archive has a header too large to be true")
+        chunk = self._stream.read(size)
+        self._check(self._stream.tell())
+        return chunk
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        assert whence == io.SEEK_SET
+        self._check(offset)
+        return self._stream.seek(offset)
+
+    def tell(self) -> int:
+        return self._stream.tell()
+
+    def _check(self, position: int) -> None:
+        if position > _MAX_UNPACKED:
+            raise ArchiveError(f"the archive unpacks to more than {_MAX_UNPACKED} bytes")
+
+
+def _safe(name: str) -> PurePosixPath:
+    path = PurePosixPath(name.replace("\\", "/"))
+    if path.is_absolute() or ".." in path.parts or "\0" in name or ":" in name:
+        raise ArchiveError(f"{name!r} leads out of the archive")
+    return path

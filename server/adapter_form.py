@@ -1,0 +1,125 @@
+"""The form of an upload, read part by part to disk."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from aiohttp import BodyPartReader, MultipartReader
+from nybble.server.adapter_archive import (
+    CONFIG,
+    MAX_BYTES,
+    WEIGHTS,
+    ArchiveError,
+    extract_adapter,
+)
+from nybble.server.adapter_uploads import NAME
+from nybble.server.errors import ApiError
+
+_CHUNK = 1 << 20
+_MAX_FIELD = 1024
+_STALL_SECONDS = 60
+_ARCHIVE = "archive"
+_FIELDS = ("lora_name", "load_inplace")
+
+
+@dataclass(frozen=True)
+class AdapterForm:
+    name: str
+    replace: bool
+
+
+async def read_adapter_form(form: MultipartReader, folder: Path) -> AdapterForm:
+    """Write the adapter's two files to ``folder``, which holds nothing else afterwards.
+
+    Raises ArchiveError and ApiError for what is missing, unknown, unsafe or too large.
+    """
+    fields: dict[str, str] = {}
+    while True:
+        async with asyncio.timeout(_STALL_SECONDS):
+            part = await form.next()
+        if part is None:
+            break
+        name = getattr(part, "name", None) or "a part without a name"
+        if not isinstance(part, BodyPartReader) or name not in (*_FIELDS, "file"):
+            raise ApiError(400, f"unknown parameter: {name}", param=name, code="unknown_parameter")
+        if name != "file":
+            value = await _chunk(part, _MAX_FIELD)
+            fields[name] = value.decode(errors="replace")
+            continue
+        await _receive(part, folder)
+    adapter = _checked(fields)
+    archive = folder / _ARCHIVE
+    if archive.exists():
+        if (folder / CONFIG).exists() or (folder / WEIGHTS).exists():
+            raise ArchiveError("expected an archive or the two files, not both")
+        await asyncio.to_thread(extract_adapter, archive, folder)
+        archive.unlink()
+    for file in (CONFIG, WEIGHTS):
+        if not (folder / file).exists():
+            raise ApiError(400, f"{file} is missing", param="file", code="missing_file")
+    return adapter
+
+
+def _checked(fields: dict[str, str]) -> AdapterForm:
+    name = fields.get("lora_name")
+    if name is None:
+        message = "missing required parameter: lora_name"
+        raise ApiError(400, message, param="lora_name", code="missing_required_parameter")
+    if not NAME.fullmatch(name):
+        raise ApiError(
+            400,
+            f"lora_name is {name!r}, expected letters, digits, '.', '_' and '-', at most 128",
+            param="lora_name",
+            code="invalid_value",
+        )
+    inplace = fields.get("load_inplace", "false").lower()
+    if inplace not in ("true", "false"):
+        raise ApiError(
+            400,
+            f"load_inplace is {inplace!r}, expected true or false",
+            param="load_inplace",
+            code="invalid_value",
+        )
+    return AdapterForm(name, inplace == "true")
+
+
+async def _receive(part: BodyPartReader, folder: Path) -> None:
+    given = PurePosixPath((part.filename or "").replace("\\", "/")).name
+    if given in MAX_BYTES:
+        name = given
+    elif given.endswith((".zip", ".tar", ".tar.gz", ".tgz")):
+        name = _ARCHIVE
+    else:
+        raise ApiError(
+            400,
+            f"file {given!r}: expected {CONFIG}, {WEIGHTS}, or a .zip, .tar or .tar.gz with both",
+            param="file",
+            code="invalid_value",
+        )
+    left = most = MAX_BYTES.get(name, sum(MAX_BYTES.values()))
+    try:
+        with (folder / name).open("xb") as target:
+            while chunk := await _chunk(part, _CHUNK):
+                left -= len(chunk)
+                if left < 0:
+                    raise ApiError(
+                        413, f"{given} is larger than {most} bytes", code="request_too_large"
+                    )
+                await asyncio.to_thread(target.write, chunk)
+    except FileExistsError:
+        raise ArchiveError(f"{given} was sent twice") from None
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise ApiError(507, "the disk for uploads is full", code="disk_full") from None
+
+
+async def _chunk(part: BodyPartReader, size: int) -> bytes:
+    try:
+        async with asyncio.timeout(_STALL_SECONDS):
+            return await part.read_chunk(size)
+    except TimeoutError:
+        raise ApiError(408, f"nothing arrived for {_STALL_SECONDS} seconds") from None

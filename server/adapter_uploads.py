@@ -1,0 +1,102 @@
+"""Uploaded adapters on disk: ``FOLDER/NAME/VERSION/``, the greatest version being the current one.
+
+A version appears complete, by renaming, or not at all. One that was replaced or deleted is marked
+first and removed later, as requests that have begun may still have to read it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from uuid import uuid4
+
+logger = logging.getLogger(__name__)
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_RETIRED = ".retired"
+_PARTIAL = ".partial-"
+_KEEP_SECONDS = 600
+
+
+class AdapterUploads:
+    """Safe from any thread; one server per folder."""
+
+    def __init__(self, folder: Path) -> None:
+        """The folder is made with the first upload."""
+        self._folder = folder
+        self._lock = threading.Lock()
+
+    def recover(self) -> dict[str, Path]:
+        """Current versions by name, once what was left unfinished or retired is removed."""
+        if not self._folder.is_dir():
+            return {}
+        with self._lock:
+            for left in self._folder.glob(_PARTIAL + "*"):
+                shutil.rmtree(left, ignore_errors=True)
+            self._remove_retired(older_than=0)
+            names = sorted(p.name for p in self._folder.iterdir() if NAME.fullmatch(p.name))
+            return {name: versions[-1] for name in names if (versions := self._versions(name))}
+
+    def holds(self, folder: Path) -> bool:
+        """Whether a folder, its links followed, is a version that was uploaded."""
+        return folder.is_relative_to(self._folder)
+
+    @contextmanager
+    def scratch(self) -> Iterator[Path]:
+        """A folder to receive files in, gone afterwards unless :meth:`publish` took it."""
+        folder = self._folder / f"{_PARTIAL}{uuid4().hex}"
+        folder.mkdir(parents=True)
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def publish(self, name: str, scratch: Path) -> Path:
+        """Make the files in ``scratch`` a version of ``name``; returns its folder."""
+        for path in scratch.iterdir():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        with self._lock:
+            versions = self._folder / name
+            versions.mkdir(exist_ok=True)
+            version = versions / f"{time.time_ns():020}"
+            scratch.rename(version)
+            return version
+
+    def discard(self, version: Path) -> None:
+        """Remove a version that nobody has used."""
+        with self._lock:
+            shutil.rmtree(version, ignore_errors=True)
+            self._remove_if_empty(version.parent)
+
+    def retire(self, name: str, *, but: Path | None = None) -> None:
+        """Mark the versions of ``name`` before ``but``, or all; later calls remove them."""
+        with self._lock:
+            for version in self._versions(name):
+                if but is None or version.name < but.name:
+                    (version / _RETIRED).touch()
+            self._remove_retired(older_than=_KEEP_SECONDS)
+
+    def _versions(self, name: str) -> list[Path]:
+        if not NAME.fullmatch(name):
+            return []
+        folder = self._folder / name
+        found = folder.iterdir() if folder.is_dir() else ()
+        return sorted(version for version in found if not (version / _RETIRED).exists())
+
+    def _remove_retired(self, older_than: float) -> None:
+        for mark in list(self._folder.glob(f"*/*/{_RETIRED}")):
+            if time.time() - mark.stat().st_mtime >= older_than:
+                shutil.rmtree(mark.parent, ignore_errors=True)
+                self._remove_if_empty(mark.parent.parent)
+
+    def _remove_if_empty(self, folder: Path) -> None:
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
