@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -111,10 +110,6 @@ async def _receive(part: BodyPartReader, folder: Path) -> None:
                 await asyncio.to_thread(target.write, chunk)
     except FileExistsError:
         raise ArchiveError(f"{given} was sent twice") from None
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        raise ApiError(507, "the disk for uploads is full", code="disk_full") from None
 
 
 async def _chunk(part: BodyPartReader, size: int) -> bytes:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import sqlite3
 from typing import Any
 
 from aiohttp import web
@@ -29,6 +31,8 @@ _TYPES = {
 _RETRY_AFTER_STOPPED = 10
 _RETRY_AFTER_OUT_OF_MEMORY = 5
 _MAX_MESSAGE = 500
+# The last is what a limit on the size of files gives, of the process or of the file system.
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _MAX_PARAM = 100
 
 
@@ -124,5 +128,14 @@ def as_api_error(error: Exception, request_id: str) -> ApiError:
         return ApiError(404, "there is nothing at this path", code="not_found")
     if isinstance(error, web.HTTPException):
         return ApiError(error.status, error.reason)
+    if _is_full_disk(error):
+        logger.error(Event(f"the disk is full: {error}", {"request_id": request_id}))
+        return ApiError(507, "the server's disk is full", code="disk_full")
     logger.error(Event("a request failed", {"request_id": request_id}), exc_info=error)
     return ApiError(500, "internal error: the server's log has the details", code="internal_error")
+
+
+def _is_full_disk(error: Exception) -> bool:
+    if isinstance(error, sqlite3.Error):
+        return getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
+    return isinstance(error, OSError) and error.errno in _DISK_FULL

@@ -23,7 +23,11 @@ class Prompts:
     """The tokenizer and chat template of one model."""
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, model: str, templates: TemplateRenderer
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        model: str,
+        max_model_len: int,
+        templates: TemplateRenderer,
     ) -> None:
         self._tokenizer = tokenizer
         self._backend = tokenizer.backend_tokenizer
@@ -31,17 +35,32 @@ class Prompts:
         self._backend.no_truncation()
         self._backend.no_padding()
         self._model = model
+        self._max_model_len = max_model_len
+        self._max_characters = max_model_len * max(map(len, self._backend.get_vocab()))
         self._templates = templates
         # Encoding takes some hundred times the text's memory, which each thread's allocator keeps
         # for its next: one thread is as fast, since the encoder has threads of its own.
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="nybble-tokenize")
 
-    async def encode(self, text: str, *, special_tokens: bool = True) -> tuple[int, ...]:
-        """Token ids of ``text``; special_tokens: with those the model's inputs begin with."""
+    async def encode(
+        self, text: str, *, special_tokens: bool = True, any_length: bool = False
+    ) -> tuple[int, ...]:
+        """Token ids of ``text``; special_tokens: with those the model's inputs begin with.
+
+        Raises ApiError 400, unless ``any_length``, for text that is beyond the context whatever its
+        tokens are.
+        """
+        if not any_length:
+            self._require_room(text)
         return await self._off_loop(len(text), lambda: self._encode(text, special_tokens))
 
     async def encode_all(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
-        """Token ids of each text, with those the model's inputs begin or end with."""
+        """Token ids of each text, with those the model's inputs begin or end with.
+
+        Raises ApiError 400 as :meth:`encode` does.
+        """
+        for text in texts:
+            self._require_room(text)
         return await self._off_loop(
             sum(map(len, texts)),
             lambda: [tuple(each.ids) for each in self._backend.encode_batch_fast(list(texts))],
@@ -94,6 +113,16 @@ class Prompts:
                 code="chat_template_failed",
             ) from None
         return await self.encode(text, special_tokens=False)
+
+    def _require_room(self, text: str) -> None:
+        if len(text) > self._max_characters:
+            raise ApiError(
+                400,
+                f"the text has {len(text)} characters, more than the {self._max_model_len} tokens "
+                f"of the context can stand for: expected at most {self._max_characters}",
+                param="prompt",
+                code="context_length_exceeded",
+            )
 
     def _encode(self, text: str, special_tokens: bool) -> tuple[int, ...]:
         # The batch form lets other threads run meanwhile; the single one does not. The fast one

@@ -60,7 +60,7 @@ class Api:
         self._names = names
         self._openapi = openapi_document()
         self._generation = Generation(engine, metrics, max_sequences, limiter, ended)
-        self._prompts = Prompts(engine.tokenizer, names.first, templates)
+        self._prompts = Prompts(engine.tokenizer, names.first, engine.max_model_len, templates)
         self._tokens = TokenBytes(engine.tokenizer)
         self._compiling = CompilePool()
         self._grammars = GrammarCompiler(engine.tokenizer, engine.vocab_size, engine.eos_token_ids)
@@ -224,7 +224,9 @@ class Api:
             )
         else:
             special = body.add_special_tokens is not False
-            tokens = await self._prompts.encode(body.prompt or "", special_tokens=special)
+            tokens = await self._prompts.encode(
+                body.prompt or "", special_tokens=special, any_length=True
+            )
         return json_response(
             {"count": len(tokens), "max_model_len": self._engine.max_model_len, "tokens": tokens}
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import secrets
 import time
@@ -61,20 +60,14 @@ class Upload:
         self.bytes = 0
 
     def write(self, chunk: bytes) -> None:
-        """Raises ApiError 413 beyond a limit, 507 where the disk is full."""
+        """Raises ApiError 413 beyond a limit, OSError where the disk is full."""
         self.bytes += len(chunk)
         self._files.require_room(self._owner, self.bytes)
-        try:
-            self._file.write(chunk)
-        except OSError as error:
-            raise _disk_error(error) from error
+        self._file.write(chunk)
 
     def finish(self) -> None:
-        try:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        except OSError as error:
-            raise _disk_error(error) from error
+        self._file.flush()
+        os.fsync(self._file.fileno())
 
 
 class Files:
@@ -152,12 +145,16 @@ class Files:
         id = "file-" + secrets.token_hex(12)
         # In place before it is listed: a server killed between the two leaves a file to clear away.
         path.replace(self.path(id))
-        with self._database.transaction() as connection:
-            connection.execute(
-                "INSERT INTO files (id, owner, created, filename, purpose, bytes, examples, chats) "
-                "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-                (id, owner, int(time.time()), name, purpose, size, *n),
-            )
+        try:
+            with self._database.transaction() as connection:
+                connection.execute(
+                    "INSERT INTO files (id, owner, created, filename, purpose, bytes, examples, "
+                    "chats) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                    (id, owner, int(time.time()), name, purpose, size, *n),
+                )
+        except BaseException:
+            self.path(id).unlink(missing_ok=True)
+            raise
         return self.get(id, owner)
 
     def path(self, id: str) -> Path:
@@ -219,9 +216,3 @@ def _examples(path: Path) -> tuple[int, int]:
     if not examples:
         raise ApiError(400, "the file has no examples", param="file", code="invalid_file")
     return examples, chats
-
-
-def _disk_error(error: OSError) -> Exception:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return ApiError(507, "the server's disk is full", param="file", code="disk_full")
-    return error

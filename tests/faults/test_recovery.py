@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import resource
 import shutil
 import signal
+import zipfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import httpx2 as httpx
 from nybble.quantizers import quantize_checkpoint
+from nybble.server.adapter_archive import CONFIG, WEIGHTS
 
-from .conftest import Process, ask
+from .conftest import PATIENCE, Process, ask
 
 COMPLETIONS = "/v1/completions"
 ADMIN = "admin-secret"
@@ -90,6 +95,55 @@ def test_a_disk_that_fills_while_packing_is_named_and_left_clean(
     assert "Traceback" not in server.log
     server.find(r"cannot write the packed model to .*packed.*XDG_CACHE_HOME")
     assert not [path for path in (tmp_path / "c/nybble/packed").iterdir() if path.is_dir()]
+
+
+def test_an_upload_that_fills_the_disk_is_told_so_and_leaves_nothing(
+    launch: Callable[..., Process],
+    tiny_model: Callable[..., Path],
+    tiny_adapter: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    root, state, tenants = tmp_path / "root", tmp_path / "state", tmp_path / "tenants.toml"
+    root.mkdir()
+    tenants.write_text(f'[tenants.acme]\nkeys = ["{hashed(TENANT_KEY)}"]\nfine_tuning = true\n')
+    options = ("--admin-key", ADMIN, "--lora-root", str(root), "--tenants", str(tenants))
+    server = launch(
+        tiny_model(), *options, "--state-dir", str(state), preexec_fn=partial(limit_files, 200_000)
+    )
+    origin, large = server.ready(), bytes(300_000)
+    adapter = tiny_adapter(seed=1)
+    parts = {name: (adapter / name).read_bytes() for name in (CONFIG, WEIGHTS)}
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:  # small, but not unpacked
+        for name, content in {**parts, WEIGHTS: large}.items():
+            file.writestr(name, content)
+
+    def send(path: str, key: str, data: dict[str, str], files: dict[str, bytes]) -> tuple[int, Any]:
+        response = httpx.post(
+            origin + path,
+            headers={"Authorization": f"Bearer {key}"},
+            data=data,
+            files=[("file", (name, content)) for name, content in files.items()],
+            timeout=PATIENCE,
+        )
+        return response.status_code, response.json()
+
+    name, purpose = {"lora_name": "mine"}, {"purpose": "fine-tune"}
+    lines = b'{"text": "the dog barks"}\n'
+    for path, key, data, files in (
+        ("/v1/lora_adapters", ADMIN, name, {**parts, WEIGHTS: large}),
+        ("/v1/lora_adapters", ADMIN, name, {"mine.zip": archive.getvalue()}),
+        ("/v1/files", TENANT_KEY, purpose, {"data.jsonl": lines * 10_000}),
+    ):
+        status, body = send(path, key, data, files)
+        assert (status, body["error"]["code"]) == (507, "disk_full"), body
+    assert not list((root / "uploads").iterdir())
+    assert not list((state / "files").iterdir())
+    assert "Traceback" not in server.log
+    # What fits is taken still.
+    assert send("/v1/lora_adapters", ADMIN, name, parts)[0] == 200
+    assert send("/v1/files", TENANT_KEY, purpose, {"data.jsonl": lines})[0] == 200
+    assert ask(origin + COMPLETIONS, HELLO | {"model": "mine"}, TENANT_KEY)[0] == 200
 
 
 def test_a_log_that_can_grow_no_more_stops_nobody(

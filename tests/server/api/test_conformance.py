@@ -118,6 +118,26 @@ def test_what_is_not_http_is_turned_away(server: Any, data: bytes) -> None:
     asyncio.run(scenario())
 
 
+def test_who_pipelines_without_end_and_reads_nothing_is_left_waiting(server: Any) -> None:
+    get = b"GET /version HTTP/1.1\r\nHost: x\r\n\r\n"
+
+    async def scenario() -> None:
+        host, port = server.url.removeprefix("http://").split(":")
+        # The reader is kept: without one, whatever comes would be taken.
+        _reader, writer = await asyncio.open_connection(host, int(port), limit=1024)
+        flood = get * 200_000  # 7.6 MB: the answers would be five times as much
+        writer.write(flood)
+        for _ in range(5):  # others are answered meanwhile
+            assert (
+                await raw(server, get.replace(b"Host", b"Connection: close\r\nHost"))
+            ).startswith(b"HTTP/1.1 200")
+        # Neither requests nor answers are stored up: what was not read is still on this side.
+        assert writer.transport.get_write_buffer_size() > len(flood) // 4
+        writer.transport.abort()
+
+    asyncio.run(scenario())
+
+
 def test_pipelined_requests_are_answered_in_order(server: Any) -> None:
     get = b"GET /%b HTTP/1.1\r\nHost: x\r\n\r\n"
     close = b"GET /version HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from nybble.engine import Engine
 from nybble.server.api.chat_schema import ChatRequest, DetokenizeRequest, TokenizeRequest
 from nybble.server.api.parse import parse_body
+from nybble.server.api.prompts import Prompts
 from nybble.server.api.responses_schema import ResponsesRequest
 from nybble.server.api.schema import CompletionRequest
 from nybble.server.app import MAX_BODY_BYTES
@@ -149,6 +150,46 @@ def test_an_oversize_body_is_refused(engine: Engine) -> None:
     async def scenario(client: Client) -> None:
         error = await refused(client, CHAT, b" " * (MAX_BODY_BYTES + 1), 413)
         assert error["code"] == "request_too_large"
+
+    run(engine, scenario)
+
+
+def test_text_beyond_any_context_is_refused_unread_but_counted_where_asked(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = "x " * 2_000_000
+    seen: list[int] = []
+    encode = Prompts._encode
+    monkeypatch.setattr(
+        Prompts,
+        "_encode",
+        lambda self, text, special: (seen.append(1), encode(self, text, special))[1],
+    )
+
+    async def scenario(client: Client) -> None:
+        for path, body, param in (
+            (COMPLETIONS, {"prompt": ["x", long]}, "prompt"),
+            (CHAT, {"messages": [{"role": "user", "content": long}]}, "messages"),
+            (RESPONSES, {"input": long}, "input"),
+            ("/v1/embeddings", {"input": [long]}, "input"),
+        ):
+            error = await refused(client, path, {"model": "tiny", **body})
+            assert (error["code"], error["param"]) == ("context_length_exceeded", param)
+        assert len(seen) == 1  # the "x" before it
+        async with client.post("/tokenize", json={"prompt": "x " * 10_000}) as response:
+            assert (await response.json())["count"] >= 10_000
+
+    run(engine, scenario)
+
+
+def test_stop_strings_that_nearly_match_all_the_time_cost_little(engine: Engine) -> None:
+    async def scenario(client: Client) -> None:
+        stops = ["a" * length + "b" for length in range(240, 256)]
+        body = {"model": "tiny", "prompt": "x", "max_tokens": 400, "guided_regex": "a{2000}"}
+        async with client.post(COMPLETIONS, json=body | {"stop": stops}) as response:
+            choice = (await response.json())["choices"][0]
+        assert choice["finish_reason"] == "length"
+        assert set(choice["text"]) == {"a"}  # what was held back comes out at the end
 
     run(engine, scenario)
 
