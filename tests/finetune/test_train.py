@@ -22,7 +22,7 @@ from nybble.finetune.lora import (
     optimizer_groups,
     save_adapter,
 )
-from nybble.finetune.train import batch_loss
+from nybble.finetune.train import batch_loss, checkpoint_activations
 from nybble.loaders import open_checkpoint
 from nybble.quantizers import GptqSettings, quantize_checkpoint
 from nybble.quantizers.packed_model import PackedLinear, load_packed_model
@@ -127,7 +127,7 @@ def test_gradients_equal_autograd_on_the_dequantized_weights(
     theirs = randomised(add_lora(dense, LORA))
     packed.train()
     if checkpointing:
-        packed.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(packed)
     batch = to_batch([[Example(list(range(20, 60)), list(range(20, 60)))]])
     loss = batch_loss(packed, batch, CPU)
     loss.backward()
