@@ -170,11 +170,12 @@ def memory(pid: int) -> tuple[int, int]:
 class Soak:
     """Clients that ask and pause together."""
 
-    def __init__(self, origin: str, pid: int, seed: int) -> None:
+    def __init__(self, origin: str, pid: int, seed: int, rate: float | None) -> None:
         self._origin = origin
         self._pid = pid
         self._random = random.Random(seed)
-        self._began = time.monotonic()
+        self._apart = 1 / rate if rate else 0.0
+        self._next = self._began = time.monotonic()
         self.run = Run()
 
     async def during(self, seconds: float, clients: int, every: float) -> None:
@@ -201,7 +202,7 @@ class Soak:
 
     async def _client(self, target: Target, rng: random.Random, end: float) -> None:
         kinds, weights = list(KINDS), list(KINDS.values())
-        while time.monotonic() < end:
+        while await self._turn() < end:
             (kind,) = rng.choices(kinds, weights)
             try:
                 outcome = await asyncio.wait_for(kind(target, rng), 120)
@@ -209,6 +210,12 @@ class Soak:
                 outcome = "unexpected"
                 self.run.unexpected.append(f"{kind.__name__}: {error!r}")
             self.run.counts[f"{kind.__name__} {outcome}"] += 1
+
+    async def _turn(self) -> float:
+        """Wait until one more request may be sent, and return the time."""
+        self._next = max(self._next + self._apart, time.monotonic())
+        await asyncio.sleep(self._next - time.monotonic())
+        return time.monotonic()
 
     async def _sample(self) -> Sample:
         async with aiohttp.ClientSession() as session:
@@ -301,17 +308,18 @@ def main(
     clients: int = 12,
     every: Annotated[float, typer.Option(help="seconds of traffic between pauses")] = 15,
     seed: int = 0,
+    rate: Annotated[float | None, typer.Option(help="requests a second at most")] = None,
     out: Path = Path("soak.json"),
     plot_to: Path | None = None,
 ) -> None:
     with tempfile.TemporaryDirectory() as work:
         log = out.with_suffix(".log")
         with server(model, Path(work), log) as (pid, origin):
-            soak = Soak(origin, pid, seed)
+            soak = Soak(origin, pid, seed, rate)
             asyncio.run(soak.during(60 * minutes, clients, every))
     run = soak.run
     run.broken = judge(run)
-    report: dict[str, Any] = {"minutes": minutes, "model": model, "clients": clients}
+    report: dict[str, Any] = {"minutes": minutes, "model": model, "clients": clients, "rate": rate}
     report |= {"broken": run.broken, "counts": dict(sorted(run.counts.items()))}
     report |= {"unexpected": run.unexpected, "samples": [asdict(s) for s in run.samples]}
     out.write_text(json.dumps(report, indent=1))

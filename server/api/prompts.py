@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from nybble.server.api.chat_schema import Message
@@ -31,21 +32,24 @@ class Prompts:
         self._backend.no_padding()
         self._model = model
         self._templates = templates
+        # Encoding takes some hundred times the text's memory, which each thread's allocator keeps
+        # for its next: one thread is as fast, since the encoder has threads of its own.
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="nybble-tokenize")
 
     async def encode(self, text: str, *, special_tokens: bool = True) -> tuple[int, ...]:
         """Token ids of ``text``; special_tokens: with those the model's inputs begin with."""
-        return await _off_loop(len(text), lambda: self._encode(text, special_tokens))
+        return await self._off_loop(len(text), lambda: self._encode(text, special_tokens))
 
     async def encode_all(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
         """Token ids of each text, with those the model's inputs begin or end with."""
-        return await _off_loop(
+        return await self._off_loop(
             sum(map(len, texts)),
-            lambda: [tuple(encoding.ids) for encoding in self._backend.encode_batch(list(texts))],
+            lambda: [tuple(each.ids) for each in self._backend.encode_batch_fast(list(texts))],
         )
 
     async def decode(self, token_ids: Sequence[int]) -> str:
         """The text of ``token_ids``, special tokens included."""
-        return await _off_loop(
+        return await self._off_loop(
             len(token_ids),
             lambda: self._backend.decode(list(token_ids), skip_special_tokens=False),
         )
@@ -92,13 +96,15 @@ class Prompts:
         return await self.encode(text, special_tokens=False)
 
     def _encode(self, text: str, special_tokens: bool) -> tuple[int, ...]:
-        # The batch form lets other threads run meanwhile; the single one does not.
-        (encoding,) = self._backend.encode_batch([text], add_special_tokens=special_tokens)
+        # The batch form lets other threads run meanwhile; the single one does not. The fast one
+        # leaves out where in the text each token stands.
+        (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=special_tokens)
         return tuple(encoding.ids)
 
-
-async def _off_loop(length: int, function: Callable[[], T]) -> T:
-    return await asyncio.to_thread(function) if length > _LONG_TEXT else function()
+    async def _off_loop(self, length: int, function: Callable[[], T]) -> T:
+        if length <= _LONG_TEXT:
+            return function()
+        return await asyncio.get_running_loop().run_in_executor(self._pool, function)
 
 
 def _checked(template_kwargs: dict[str, Any]) -> dict[str, Any]:
