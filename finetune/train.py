@@ -48,6 +48,7 @@ class FinetuneSettings:
     max_length: tokens in a row. With ``packing`` rows hold as many examples as fit.
     max_steps: 0 for as many as ``epochs`` takes.
     warmup: the fraction of the steps in which the rate rises; it then falls along a cosine.
+    eval_every: steps between evaluations; 0 for ten in a run, in long ones every 25 steps.
     eval_fraction: of the examples, held out where no evaluation file is given.
     patience: evaluations without a better held-out loss before training stops; 0 for never.
     """
@@ -64,7 +65,7 @@ class FinetuneSettings:
     max_length: int = 1024
     packing: bool = True
     warmup: float = 0.05
-    eval_every: int = 25
+    eval_every: int = 0
     eval_fraction: float = 0.05
     patience: int = 3
     gradient_checkpointing: bool = True
@@ -191,6 +192,7 @@ class _Run:
         self._identity = hashlib.sha256(content.encode()).hexdigest()
         self._steps_per_epoch = -(-rows // (settings.batch_size * settings.accumulation))
         self.steps = settings.max_steps or settings.epochs * self._steps_per_epoch
+        self._eval_every = settings.eval_every or min(25, math.ceil(self.steps / 10))
         groups = optimizer_groups(layers, settings.learning_rate, settings.lora_plus)
         self._optimizer = torch.optim.AdamW(groups, weight_decay=settings.weight_decay)
         self._schedule = warm_cosine(self._optimizer, settings.warmup, self.steps)
@@ -221,7 +223,7 @@ class _Run:
             self._step += 1
             self._tokens += sum(batch.tokens for batch in batches)
             measured = None
-            if self._step % settings.eval_every == 0 or self._step == self.steps:
+            if self._step % self._eval_every == 0 or self._step == self.steps:
                 measured = self._evaluate()
                 if measured < self._best_loss:
                     self._best, self._best_step = adapter_tensors(self._layers), self._step

@@ -329,6 +329,19 @@ def test_training_stops_when_the_held_out_loss_no_longer_falls(
     assert result.history[-1].step == result.best_step + 3
 
 
+@pytest.mark.parametrize(("steps", "expected"), [(7, 8), (20, 11)])
+def test_a_run_is_measured_ten_times_unless_told_otherwise(
+    tmp_path: Path, bases: dict[str, Path], steps: int, expected: int
+) -> None:
+    settings = replace(QUICK, max_steps=steps, eval_every=0)
+    result = finetune(
+        bases["nf4"], data(tmp_path), tmp_path / "out", settings=settings, progress=False
+    )
+    measured = [point.step for point in result.history if point.eval_loss is not None]
+    assert len(measured) == expected  # the one before training among them
+    assert measured[-1] == steps
+
+
 def test_accumulation_weighs_every_token_alike(tmp_path: Path, bases: dict[str, Path]) -> None:
     """Two passes of unequal rows make the step that one pass of both makes."""
     losses = {}
