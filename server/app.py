@@ -12,9 +12,9 @@ from uuid import uuid4
 from aiohttp import web
 from aiohttp.typedefs import Middleware
 from nybble.engine import Engine
-from nybble.server.adapter_owners import AdapterOwners
-from nybble.server.adapter_state import AdapterState
-from nybble.server.adapters import ADMIN_PATHS, AdapterAdmin
+from nybble.server.adapters.admin import ADMIN_PATHS, AdapterAdmin
+from nybble.server.adapters.owners import AdapterOwners
+from nybble.server.adapters.state import AdapterState
 from nybble.server.api.model_names import ModelNames
 from nybble.server.api.routes import Api
 from nybble.server.console.page import Console
