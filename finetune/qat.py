@@ -9,7 +9,6 @@ trained: rounding again changes nothing.
 from __future__ import annotations
 
 import json
-import math
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 
 import torch
 from nybble.finetune.data import IGNORED, Batch, Example, pack, read_examples, to_batch
-from nybble.finetune.train import batch_loss
+from nybble.finetune.train import batch_loss, checkpoint_activations, warm_cosine
 from nybble.loaders import CheckpointError, open_checkpoint
 from nybble.loaders.shards import Shards
 from nybble.quantizers.affine import LEVELS, AffineWeight, grid, nearest_codes
@@ -28,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoTokenizer, PreTrainedModel, get_cosine_schedule_with_warmup
+from transformers import AutoTokenizer, PreTrainedModel
 
 _ROWS_AT_A_TIME = 256  # the logits of so many tokens are in memory at once
 
@@ -180,13 +179,11 @@ def quantization_aware_train(
         if settings.distil:
             teacher = load_packed_model(open_checkpoint(base), device=device, dtype=dtype)
         if settings.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[no-untyped-call]
+            checkpoint_activations(model)
         model.train()
         parameters = [layer.weight for layer in layers.values()]
         optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.0)
-        schedule = get_cosine_schedule_with_warmup(
-            optimizer, math.ceil(settings.warmup * settings.steps), settings.steps
-        )
+        schedule = warm_cosine(optimizer, settings.warmup, settings.steps)
         order = random.Random(settings.seed)
         rows: list[list[Example]] = []
         losses: list[float] = []

@@ -28,9 +28,10 @@ from nybble.loaders import open_checkpoint
 from nybble.quantizers.packed_model import PackedLinear, load_packed_model
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoTokenizer, PreTrainedModel, get_cosine_schedule_with_warmup
+from transformers import AutoTokenizer, PreTrainedModel
 
 _ROWS_AT_A_TIME = 256  # the logits of so many tokens are in memory at once
 CHECKPOINT = "checkpoint.pt"
@@ -47,6 +48,7 @@ class FinetuneSettings:
     max_length: tokens in a row. With ``packing`` rows hold as many examples as fit.
     max_steps: 0 for as many as ``epochs`` takes.
     warmup: the fraction of the steps in which the rate rises; it then falls along a cosine.
+    eval_every: steps between evaluations; 0 for ten in a run, in long ones every 25 steps.
     eval_fraction: of the examples, held out where no evaluation file is given.
     patience: evaluations without a better held-out loss before training stops; 0 for never.
     """
@@ -63,7 +65,7 @@ class FinetuneSettings:
     max_length: int = 1024
     packing: bool = True
     warmup: float = 0.05
-    eval_every: int = 25
+    eval_every: int = 0
     eval_fraction: float = 0.05
     patience: int = 3
     gradient_checkpointing: bool = True
@@ -150,7 +152,7 @@ def finetune(
     model = load_packed_model(open_checkpoint(base), device=device, dtype=dtype)
     layers = add_lora(model, settings.lora)
     if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[no-untyped-call]
+        checkpoint_activations(model)
     run = _Run(model, layers, examples, held_out, settings, device)
     if resume:
         run.load(saved)
@@ -190,11 +192,10 @@ class _Run:
         self._identity = hashlib.sha256(content.encode()).hexdigest()
         self._steps_per_epoch = -(-rows // (settings.batch_size * settings.accumulation))
         self.steps = settings.max_steps or settings.epochs * self._steps_per_epoch
+        self._eval_every = settings.eval_every or min(25, math.ceil(self.steps / 10))
         groups = optimizer_groups(layers, settings.learning_rate, settings.lora_plus)
         self._optimizer = torch.optim.AdamW(groups, weight_decay=settings.weight_decay)
-        self._schedule = get_cosine_schedule_with_warmup(
-            self._optimizer, math.ceil(settings.warmup * self.steps), self.steps
-        )
+        self._schedule = warm_cosine(self._optimizer, settings.warmup, self.steps)
         self._step = self._tokens = 0
         self._history: list[Point] = []
         self._best: dict[str, Tensor] = adapter_tensors(layers)
@@ -217,12 +218,12 @@ class _Run:
         for batches in self._batches():
             if self._out_of_patience():
                 break
-            rate = self._schedule.get_last_lr()[0]
+            rate = float(self._schedule.get_last_lr()[0])
             loss = self._update(batches)
             self._step += 1
             self._tokens += sum(batch.tokens for batch in batches)
             measured = None
-            if self._step % settings.eval_every == 0 or self._step == self.steps:
+            if self._step % self._eval_every == 0 or self._step == self.steps:
                 measured = self._evaluate()
                 if measured < self._best_loss:
                     self._best, self._best_step = adapter_tensors(self._layers), self._step
@@ -352,6 +353,25 @@ class _Run:
         self._step, self._tokens = state["step"], state["tokens"]
         self._best_step, self._best_loss = state["best_step"], state["best_loss"]
         self._history = [Point(**point) for point in state["history"]]
+
+
+def warm_cosine(optimizer: torch.optim.Optimizer, warmup: float, steps: int) -> LambdaLR:
+    """The learning rate rises along a line for ``warmup`` of the steps, then falls by a cosine."""
+    rising = math.ceil(warmup * steps)
+
+    def factor(step: int) -> float:
+        if step < rising:
+            return step / rising
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - rising) / max(1, steps - rising))))
+
+    return LambdaLR(optimizer, factor)
+
+
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Let the backward pass compute each block's activations again rather than keep them."""
+    # The name in later transformers, where the older one warns.
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
 def _frozen_bytes(model: nn.Module) -> int:

@@ -63,11 +63,20 @@ def packed_matmul(x: Tensor, weight: PackedWeight) -> Tensor:
     return _dequantized_by_rows(x, weight)
 
 
+def dequantize(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
+    """:meth:`PackedWeight.dequantize` by the CPU's kernel where it takes the weight."""
+    if weight.qweight.device.type == "cpu":
+        cpu = library()
+        if cpu is not None and cpu.takes(weight):
+            return cpu.dequantize(weight, dtype)
+    return weight.dequantize(dtype)
+
+
 def _dequantized_by_rows(x: Tensor, weight: PackedWeight) -> Tensor:
     """A few output rows at a time, so that no full-precision copy of the weight ever exists."""
     wide = x.float()
     parts = [
-        wide @ weight.rows(start, start + _ROWS_AT_A_TIME).dequantize().T
+        wide @ dequantize(weight.rows(start, start + _ROWS_AT_A_TIME), torch.float32).T
         for start in range(0, weight.out_features, _ROWS_AT_A_TIME)
     ]
     out = torch.cat(parts, dim=-1)

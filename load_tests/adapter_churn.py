@@ -18,7 +18,6 @@ import random
 import sys
 import tempfile
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,9 +39,9 @@ async def register(session: aiohttp.ClientSession, url: str, names: Sequence[str
                 raise RuntimeError(f"{name} was not loaded: {await response.text()}")
 
 
-async def steady(client: Client, timings: list[Timing]) -> None:
-    """A base stream after another until cancelled."""
-    while True:
+async def steady(client: Client, timings: list[Timing], done: asyncio.Event) -> None:
+    """A base stream after another until ``done``."""
+    while not done.is_set():
         prompt = [random.randrange(1000, 100_000) for _ in range(PROMPT)]
         timings.append(await client.complete(prompt, 64))
 
@@ -50,7 +49,8 @@ async def steady(client: Client, timings: list[Timing]) -> None:
 async def phase(client: Client, names: Sequence[str]) -> tuple[list[float], list[Timing]]:
     """Gaps of the base streams in milliseconds, and the requests, one for each name."""
     base: list[Timing] = []
-    streams = [asyncio.create_task(steady(client, base)) for _ in range(STREAMS)]
+    done = asyncio.Event()
+    streams = [asyncio.create_task(steady(client, base, done)) for _ in range(STREAMS)]
     left = iter(names)
     found: list[Timing] = []
 
@@ -60,10 +60,8 @@ async def phase(client: Client, names: Sequence[str]) -> tuple[list[float], list
             found.append(await replace(client, model=name).complete(prompt, OUTPUT))
 
     await asyncio.gather(*(worker() for _ in range(BESIDE)))
-    for stream in streams:
-        stream.cancel()
-        with suppress(asyncio.CancelledError):
-            await stream
+    done.set()
+    await asyncio.gather(*streams)
     return [1e3 * gap for timing in base for gap in timing.gaps], found + base
 
 

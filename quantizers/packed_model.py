@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from nybble.kernels import DenseWeight, PackedWeight
-from nybble.kernels.matmul import packed_matmul, preferred_layout
+from nybble.kernels.matmul import dequantize, packed_matmul, preferred_layout
 from nybble.loaders import Checkpoint, CheckpointError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -39,7 +39,7 @@ class _PackedMatmul(torch.autograd.Function):
         for start in range(0, weight.out_features, _ROWS_AT_A_TIME):
             rows = weight.rows(start, start + _ROWS_AT_A_TIME)
             part = grad[..., start : start + rows.out_features]
-            total += part @ rows.dequantize(grad.dtype)
+            total += part @ dequantize(rows, grad.dtype)
         return total.to(grad.dtype), None
 
 

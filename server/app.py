@@ -12,14 +12,13 @@ from uuid import uuid4
 from aiohttp import web
 from aiohttp.typedefs import Middleware
 from nybble.engine import Engine
-from nybble.server.adapter_owners import AdapterOwners
-from nybble.server.adapter_state import AdapterState
-from nybble.server.adapters import ADMIN_PATHS, AdapterAdmin
+from nybble.server.adapters.admin import ADMIN_PATHS, AdapterAdmin
+from nybble.server.adapters.owners import AdapterOwners
+from nybble.server.adapters.state import AdapterState
 from nybble.server.api.model_names import ModelNames
 from nybble.server.api.routes import Api
 from nybble.server.console.page import Console
 from nybble.server.errors import as_api_error
-from nybble.server.fine_tuning import FineTuning
 from nybble.server.fine_tuning.access import needs_right
 from nybble.server.gate import Gate
 from nybble.server.keys import Keys, bearer
@@ -79,6 +78,9 @@ def make_app(
     if settings.console:
         app.add_routes(Console().routes())
     if settings.fine_tuning is not None:
+        # What trains takes seconds and memory to import, which a server without need not spend.
+        from nybble.server.fine_tuning.service import FineTuning
+
         assert settings.model_folder is not None
         tuning = FineTuning(
             engine,

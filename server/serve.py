@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from aiohttp import web
 from nybble.engine import Engine, EngineFailedError
-from nybble.server.adapter_watch import AdapterWatch
+from nybble.server.adapters.watch import AdapterWatch
 from nybble.server.app import make_app
 from nybble.server.gate import Gate
 from nybble.server.listen import BACKLOG

@@ -1,11 +1,11 @@
 """Everything there is to measure on a GPU, section by section.
 
-    python kernels/bench/gpu.py [--only checks,decode] [--scale 1] [--out DIR] [--dry-run]
+    python kernels/bench/gpu.py [--only checks,decode] [--minutes 8.5] [--out DIR] [--dry-run]
 
-Each section is a process with a time budget of its own: what begins nothing new after it, and is
-stopped after twice as long. One that crashes or hangs loses its own remaining tables only, and the
-next one runs. Results are written as JSON as they come, a file a section. The exit code is 1 where
-a check failed or a section did not end well.
+The sections share the minutes; what one leaves is for the next ones. Each is a process that begins
+nothing new after its time and is stopped well over it. One that crashes or hangs loses its own
+remaining tables only, and the next one runs. Results are written as JSON as they come, a file a
+section. The exit code is 1 where a check failed or a section did not end well.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ import sys
 import time
 from pathlib import Path
 
-# Minutes, in the order of worth: are the kernels right, what do they add up to, and why.
-SECTIONS = {"checks": 4.0, "decode": 4.0, "matmul": 6.0, "attention": 4.0, "lora": 2.0, "step": 2.0}
+# Shares of the time, in the order of worth: are the kernels right, what do they add up to, and why.
+SECTIONS = {"checks": 4, "decode": 4, "matmul": 6, "attention": 4, "lora": 2, "step": 2}
+_GRACE_SECONDS = 30  # for the process to start, and what it has begun to end
 
 
-def run(name: str, minutes: float, out: Path, dry: bool) -> str:
-    """Run one section and say how it ended."""
+def run(name: str, seconds: float, limit: float, out: Path, dry: bool) -> str:
+    """Run one section and say how it ended; it is killed after ``limit`` seconds."""
     script = Path(__file__).with_name(f"gpu_{name}.py")
-    command = [sys.executable, str(script), "--minutes", f"{minutes:.2f}", "--out", str(out)]
+    command = [sys.executable, str(script), "--minutes", f"{seconds / 60:.2f}", "--out", str(out)]
     if dry:
         command.append("--dry-run")
-    print(f"\n=== {name}: up to {minutes:.1f} minutes ===", flush=True)
+    print(f"\n=== {name}: up to {seconds:.0f} s ===", flush=True)
     start = time.monotonic()
     try:
-        # Twice its time, and two minutes for the first compilation.
-        code = subprocess.run(command, timeout=120 * minutes + 120, check=False).returncode
+        code = subprocess.run(command, timeout=limit, check=False).returncode
     except subprocess.TimeoutExpired:
         return "FAILED: stopped, far over its time"
     taken = f"{time.monotonic() - start:.0f} s"
@@ -40,22 +40,28 @@ def run(name: str, minutes: float, out: Path, dry: bool) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", default=",".join(SECTIONS), help="sections, comma-separated")
-    parser.add_argument("--scale", type=float, default=1.0, help="of every section's minutes")
+    parser.add_argument("--minutes", type=float, default=8.5, help="of all sections together")
     parser.add_argument("--out", type=Path, default=Path("build/gpu/results"))
     parser.add_argument("--dry-run", action="store_true", help="tiny, interpreted, on the CPU")
     arguments = parser.parse_args()
     names = arguments.only.split(",")
     if unknown := [name for name in names if name not in SECTIONS]:
         parser.error(f"no section {unknown[0]!r}; there are {', '.join(SECTIONS)}")
-    ends = {
-        name: run(name, arguments.scale * SECTIONS[name], arguments.out, arguments.dry_run)
-        for name in names
-    }
+    end = time.monotonic() + 60 * arguments.minutes
+    ends: dict[str, str] = {}
+    for i, name in enumerate(names):
+        left = end - time.monotonic()
+        seconds = left * SECTIONS[name] / sum(SECTIONS[later] for later in names[i:])
+        if seconds < _GRACE_SECONDS and not arguments.dry_run:
+            ends[name] = "FAILED: no time was left"
+            continue
+        limit = min(1.5 * seconds + _GRACE_SECONDS, left + _GRACE_SECONDS)
+        ends[name] = run(name, seconds, limit, arguments.out, arguments.dry_run)
     print()
-    for name, end in ends.items():
-        print(f"{name}: {end}")
+    for name, how in ends.items():
+        print(f"{name}: {how}")
     print(f"results: {arguments.out}")
-    return 1 if any(end.startswith("FAILED") for end in ends.values()) else 0
+    return 1 if any(how.startswith("FAILED") for how in ends.values()) else 0
 
 
 if __name__ == "__main__":

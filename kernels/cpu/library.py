@@ -46,6 +46,7 @@ class CpuLibrary:
             return found
 
         self._matmul = function("packed_matmul", *[pointer] * 7, *[size] * 5, c_int, c_int)
+        self._dequantize = function("dequantize", *[pointer] * 6, *[size] * 5, c_int, c_int, c_int)
         self._rms_norm = function("rms_norm", *[pointer] * 4, size, size, c_float)
         self._silu_mul = function("silu_mul", pointer, pointer, size, size, c_int)
         self._rotary = function("rotary_store", *[pointer] * 8, *[size] * 8)
@@ -55,7 +56,7 @@ class CpuLibrary:
         self._lora_add = function("lora_add", *[pointer] * 9, *[size] * 4, c_int)
 
     def takes(self, weight: PackedWeight) -> bool:
-        """Whether the matmul kernel reads this weight: tiled, and groups end with an octet."""
+        """Whether the kernels read this weight: tiled, and groups end with an octet."""
         return weight.layout == "cpu_tiles" and (weight.group_size % 8 == 0 or weight.groups == 1)
 
     def packed_matmul(self, x: Tensor, weight: PackedWeight) -> Tensor:
@@ -85,6 +86,29 @@ class CpuLibrary:
             torch.get_num_threads(),
         )
         return out.view(*x.shape[:-1], weight.out_features)
+
+    def dequantize(self, weight: PackedWeight, dtype: torch.dtype) -> Tensor:
+        """:meth:`PackedWeight.dequantize` of a weight this library takes, the same to the bit."""
+        # Every other type is rounded from float32, as by the definition.
+        made = dtype if dtype == torch.bfloat16 else torch.float32
+        out = torch.empty(weight.out_features, weight.in_features, dtype=made)
+        self._dequantize(
+            weight.qweight.data_ptr(),
+            weight.scales.data_ptr(),
+            None if weight.zeros is None else weight.zeros.data_ptr(),
+            weight.levels.data_ptr(),
+            None if weight.perm is None else weight.perm.data_ptr(),
+            out.data_ptr(),
+            weight.out_features,
+            weight.in_features,
+            weight.columns,
+            weight.groups,
+            -(-weight.group_size // 8),
+            _SCALE_TYPES[weight.scales.dtype],
+            made == torch.bfloat16,
+            torch.get_num_threads(),
+        )
+        return out.to(dtype)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         x = x.contiguous()

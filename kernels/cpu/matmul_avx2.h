@@ -7,26 +7,12 @@
 #include <algorithm>
 #include <vector>
 
+#include "levels.h"
 #include "packed_args.h"
 
 namespace nybble {
 
 constexpr bool kWantsWideX = true;
-
-struct Levels {
-    __m256 low, high;  // levels 0–7 and 8–15
-
-    // Lane i's level for the code in bits [4n, 4n + 4) of lane i, given shifted down by 4n.
-    __m256 of(__m256i codes) const {
-        // The permute reads the lowest three bits, the blend the sign.
-        const __m256 fourth = _mm256_castsi256_ps(_mm256_slli_epi32(codes, 28));
-        return _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, codes),
-                                _mm256_permutevar8x32_ps(high, codes), fourth);
-    }
-};
-
-// Bit at which column c of an octet lies in its lane.
-constexpr int shift_of(int column) { return 4 * (column / 2) + 16 * (column % 2); }
 
 // One column of a tile's octet as sixteen floats.
 template <int Column>
@@ -120,7 +106,7 @@ inline void buffered_tile(const PackedArgs& a, const Levels& levels, int64_t til
 }
 
 inline void packed_tiles(const PackedArgs& a, int64_t tile, int64_t tiles) {
-    const Levels levels{_mm256_loadu_ps(a.levels), _mm256_loadu_ps(a.levels + 8)};
+    const Levels levels(a.levels);
     for (int64_t t = tile; t < tile + tiles; ++t) switch (a.rows) {
             case 1: packed_block<1>(a, levels, 0, t); break;
             case 2: packed_block<2>(a, levels, 0, t); break;

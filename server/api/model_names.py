@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nybble.engine import AdapterInfo, Engine
-from nybble.server.adapter_owners import AdapterOwners
+from nybble.server.adapters.owners import AdapterOwners
 from nybble.server.errors import ApiError
 from nybble.server.tenants import Tenant
 

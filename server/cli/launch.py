@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 from nybble.engine import Engine, EngineConfig
-from nybble.server.adapters import restore, restore_uploads
+from nybble.server.adapters.admin import restore, restore_uploads
 from nybble.server.cli.fit import memory_explained
 from nybble.server.cli.options import LogFormat
 from nybble.server.cli.prepare import prepare_checkpoint

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from aiohttp import web
 from nybble.engine import AdapterError, Engine, ParameterError
-from nybble.server.adapter_owners import AdapterOwners
+from nybble.server.adapters.owners import AdapterOwners
 from nybble.server.api.respond import json_response
 from nybble.server.errors import ApiError
 from nybble.server.fine_tuning.access import OPERATOR, Access, visible_to

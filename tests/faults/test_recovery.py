@@ -16,7 +16,7 @@ from typing import Any
 
 import httpx2 as httpx
 from nybble.quantizers import quantize_checkpoint
-from nybble.server.adapter_archive import CONFIG, WEIGHTS
+from nybble.server.adapters.archive import CONFIG, WEIGHTS
 
 from .conftest import PATIENCE, Process, ask
 

@@ -22,7 +22,7 @@ from nybble.finetune.lora import (
     optimizer_groups,
     save_adapter,
 )
-from nybble.finetune.train import batch_loss
+from nybble.finetune.train import batch_loss, checkpoint_activations
 from nybble.loaders import open_checkpoint
 from nybble.quantizers import GptqSettings, quantize_checkpoint
 from nybble.quantizers.packed_model import PackedLinear, load_packed_model
@@ -127,7 +127,7 @@ def test_gradients_equal_autograd_on_the_dequantized_weights(
     theirs = randomised(add_lora(dense, LORA))
     packed.train()
     if checkpointing:
-        packed.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(packed)
     batch = to_batch([[Example(list(range(20, 60)), list(range(20, 60)))]])
     loss = batch_loss(packed, batch, CPU)
     loss.backward()
@@ -327,6 +327,19 @@ def test_training_stops_when_the_held_out_loss_no_longer_falls(
     assert len(measured) < 60
     assert result.best_eval_loss == min(measured)
     assert result.history[-1].step == result.best_step + 3
+
+
+@pytest.mark.parametrize(("steps", "expected"), [(7, 8), (20, 11)])
+def test_a_run_is_measured_ten_times_unless_told_otherwise(
+    tmp_path: Path, bases: dict[str, Path], steps: int, expected: int
+) -> None:
+    settings = replace(QUICK, max_steps=steps, eval_every=0)
+    result = finetune(
+        bases["nf4"], data(tmp_path), tmp_path / "out", settings=settings, progress=False
+    )
+    measured = [point.step for point in result.history if point.eval_loss is not None]
+    assert len(measured) == expected  # the one before training among them
+    assert measured[-1] == steps
 
 
 def test_accumulation_weighs_every_token_alike(tmp_path: Path, bases: dict[str, Path]) -> None:

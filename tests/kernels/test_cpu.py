@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,13 @@ from nybble.kernels.cpu.build import (
 )
 from nybble.kernels.cpu.library import CpuLibrary
 from nybble.kernels.matmul import packed_matmul
-from nybble.kernels.packed import INTEGER_LEVELS, SYMMETRIC_LEVELS, pack_nibbles
+from nybble.kernels.packed import (
+    INT8_MAX,
+    INTEGER_LEVELS,
+    SYMMETRIC_LEVELS,
+    pack_int8,
+    pack_nibbles,
+)
 from torch import Tensor
 
 CODEBOOK = torch.linspace(-1, 1, 16).bfloat16().float()
@@ -107,6 +114,67 @@ def test_matmul(
     if weight.bias is not None:
         exact += weight.bias.double()
     assert_close(found, exact, magnitude)
+
+
+@given(
+    out=st.integers(1, 70),
+    groups=st.integers(1, 5),
+    group=st.sampled_from([8, 16, 24, 64, 128]),
+    short=st.integers(0, 7),
+    kind=st.sampled_from(["asym", "sym", "codebook"]),
+    scales=st.sampled_from([torch.float16, torch.bfloat16, torch.float32]),
+    act_order=st.booleans(),
+    dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=200, deadline=None)
+def test_dequantizing_is_the_definition_to_the_bit(
+    cpu: CpuLibrary,
+    out: int,
+    groups: int,
+    group: int,
+    short: int,
+    kind: str,
+    scales: torch.dtype,
+    act_order: bool,
+    dtype: torch.dtype,
+    seed: int,
+) -> None:
+    torch.manual_seed(seed)
+    columns = groups * group - short
+    weight = random_weight(out, columns, group, kind, scales, act_order=act_order, bias=False)
+    # Of either sign, and from 1 down to subnormal numbers in bfloat16 and float32.
+    wide = weight.scales.float() - 0.5
+    tiny = wide * 2.0 ** torch.randint(-125, 1, wide.shape)
+    weight = replace(weight, scales=(wide if scales == torch.float16 else tiny).to(scales))
+    assert_same_bits(cpu.dequantize(weight.to_layout("cpu_tiles"), dtype), weight.dequantize(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_dequantizing_adds_the_planes_of_an_8_bit_weight(
+    cpu: CpuLibrary, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    codes = torch.randint(-INT8_MAX, INT8_MAX + 1, (37, 72), dtype=torch.int16)
+    weight = pack_int8(codes, torch.rand(37, 3).half(), 24)
+    assert_same_bits(cpu.dequantize(weight.to_layout("cpu_tiles"), dtype), weight.dequantize(dtype))
+
+
+def test_a_part_of_the_rows_is_dequantized_alone(cpu: CpuLibrary) -> None:
+    torch.manual_seed(0)
+    weight = random_weight(
+        150, 100, 32, "asym", torch.float16, act_order=True, bias=True
+    ).to_layout("cpu_tiles")
+    for start, stop in ((0, 32), (48, 99), (144, 200)):
+        part = cpu.dequantize(weight.rows(start, stop), torch.bfloat16)
+        assert_same_bits(part, weight.dequantize(torch.bfloat16)[start:stop])
+
+
+def assert_same_bits(found: Tensor, expected: Tensor) -> None:
+    """Equal, and zeros of the same sign."""
+    assert found.dtype == expected.dtype
+    bits = torch.int32 if found.dtype == torch.float32 else torch.int16
+    assert torch.equal(found.view(bits), expected.contiguous().view(bits))
 
 
 def test_a_row_does_not_depend_on_its_batch(cpu: CpuLibrary) -> None:

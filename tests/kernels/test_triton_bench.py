@@ -18,7 +18,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_every_section_runs_through_the_interpreter_and_leaves_its_results(tmp_path: Path) -> None:
-    done = run("--dry-run", "--out", str(tmp_path))
+    done = run("--dry-run", "--minutes", "30", "--out", str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "FAILED" not in done.stdout
     found = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}

@@ -174,6 +174,7 @@ def test_what_keeps_the_server_from_starting_is_an_object_too(tmp_path: Path) ->
     options = ("--model", str(tmp_path / "nothing"), "--port", "0", "--log-format", "json")
     done = subprocess.run([*COMMAND, "serve", *options], capture_output=True, text=True)
     assert done.returncode == 1
-    entry = json.loads(done.stderr)
+    *before, entry = [json.loads(line) for line in done.stderr.splitlines()]
+    assert {line["level"] for line in before} == {"info"}
     assert entry["level"] == "error"
     assert "was not found" in entry["message"]

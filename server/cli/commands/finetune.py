@@ -63,7 +63,14 @@ def finetune(
         bool,
         typer.Option(help="Compute activations twice, keep few.", rich_help_panel=_TRAINING),
     ] = True,
-    eval_every: Annotated[int, typer.Option(min=1, rich_help_panel=_TRAINING)] = 25,
+    eval_every: Annotated[
+        int,
+        typer.Option(
+            help="Steps between evaluations; 0: ten in a run, in long ones every 25.",
+            min=0,
+            rich_help_panel=_TRAINING,
+        ),
+    ] = 0,
     patience: Annotated[
         int,
         typer.Option(

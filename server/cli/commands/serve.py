@@ -283,7 +283,7 @@ def serve(
         sock = bind(host, port)
         import torch
         from nybble.engine import AdapterConfig, EngineConfig, EngineFailedError, resolve_device
-        from nybble.server.adapter_state import default_path
+        from nybble.server.adapters.state import default_path
         from nybble.server.cli.launch import ModelSource, launch
         from nybble.server.cors import Cors
         from nybble.server.fine_tuning.settings import (

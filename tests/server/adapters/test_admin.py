@@ -16,8 +16,8 @@ from nybble.loaders import open_checkpoint
 from nybble.server.metrics import Metrics
 from openai import OpenAI
 
-from .client import COMPLETIONS, Client, refused, run
-from .conftest import COMMAND, CONFIG, running_server
+from ..client import COMPLETIONS, Client, refused, run
+from ..conftest import COMMAND, CONFIG, running_server
 
 ADMIN = {"Authorization": "Bearer admin-secret"}
 LOAD, UNLOAD, LIST = "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/lora_adapters"

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from nybble.engine import AdapterConfig, Engine
 from nybble.loaders import open_checkpoint
-from nybble.server.adapter_watch import AdapterWatch
+from nybble.server.adapters.watch import AdapterWatch
 
-from .conftest import CONFIG
+from ..conftest import CONFIG
 
 
 @pytest.fixture

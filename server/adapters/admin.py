@@ -15,10 +15,10 @@ from typing import Any
 
 from aiohttp import web
 from nybble.engine import AdapterError, AdapterInfo, Engine
-from nybble.server.adapter_archive import ArchiveError
-from nybble.server.adapter_form import AdapterForm, read_adapter_form
-from nybble.server.adapter_state import AdapterState
-from nybble.server.adapter_uploads import AdapterUploads
+from nybble.server.adapters.archive import ArchiveError
+from nybble.server.adapters.form import AdapterForm, read_adapter_form
+from nybble.server.adapters.state import AdapterState
+from nybble.server.adapters.uploads import AdapterUploads
 from nybble.server.api.parse import read_body
 from nybble.server.api.respond import json_response
 from nybble.server.api.schema import LoadAdapterRequest, UnloadAdapterRequest

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from aiohttp import BodyPartReader, MultipartReader
-from nybble.server.adapter_archive import (
+from nybble.server.adapters.archive import (
     CONFIG,
     MAX_BYTES,
     WEIGHTS,
     ArchiveError,
     extract_adapter,
 )
-from nybble.server.adapter_uploads import NAME
+from nybble.server.adapters.uploads import NAME
 from nybble.server.errors import ApiError
 
 _CHUNK = 1 << 20

@@ -17,13 +17,13 @@ import aiohttp
 import pytest
 from nybble.engine import AdapterConfig, Engine
 from nybble.loaders import open_checkpoint
-from nybble.server import adapter_archive
-from nybble.server.adapter_archive import CONFIG, MAX_BYTES, WEIGHTS, ArchiveError, extract_adapter
-from nybble.server.adapter_uploads import AdapterUploads
+from nybble.server.adapters import archive
+from nybble.server.adapters.archive import CONFIG, MAX_BYTES, WEIGHTS, ArchiveError, extract_adapter
+from nybble.server.adapters.uploads import AdapterUploads
 
-from .client import COMPLETIONS, Client, run
-from .conftest import CONFIG as ENGINE_CONFIG
-from .conftest import running_server
+from ..client import COMPLETIONS, Client, run
+from ..conftest import CONFIG as ENGINE_CONFIG
+from ..conftest import running_server
 
 PATH = "/v1/lora_adapters"
 ADMIN = {"Authorization": "Bearer root"}
@@ -183,7 +183,7 @@ def test_links_bombs_and_doubles_are_refused(
     with zipfile.ZipFile(buffer, "w") as file:
         file.writestr(link, "/etc/passwd")
     monkeypatch.setitem(MAX_BYTES, WEIGHTS, 1 << 20)
-    monkeypatch.setattr(adapter_archive, "_MAX_UNPACKED", 2 << 20)
+    monkeypatch.setattr(archive, "_MAX_UNPACKED", 2 << 20)
     zeros = bytes(3 << 20)
     header = tarfile.TarInfo("x")
     header.size = 1 << 32

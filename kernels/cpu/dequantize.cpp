@@ -1,0 +1,85 @@
+// A packed weight as a dense matrix; PackedWeight.dequantize in kernels/packed.py defines it, and
+// the results are the same to the bit.
+
+#include <algorithm>
+#include <vector>
+
+#include "levels.h"
+#include "packed_args.h"
+
+using namespace nybble;
+
+namespace {
+
+struct Packed {
+    const uint8_t* codes;  // (tiles, octets, 64)
+    int64_t octets, groups, octets_per_group;
+};
+
+// One output, row `lane` of a tile, in stored column order. scales and zeros are the tile's,
+// (groups, 16); `target` has room for an octet more than there are.
+void decode(const Packed& w, const Levels& levels, int64_t tile, int64_t lane, const float* scales,
+            const float* zeros, float* target) {
+    const uint8_t* codes = w.codes + tile * w.octets * 64 + lane * 4;
+    auto load_lane = [&](int64_t octet) {
+        uint32_t bits;
+        std::memcpy(&bits, codes + octet * 64, sizeof bits);
+        return bits;
+    };
+    for (int64_t group = 0; group < w.groups; ++group) {
+        const Floats scale = broadcast(scales[group * 16 + lane]);
+        const Floats zero_point = broadcast(zeros[group * 16 + lane]);
+        const int64_t first = group * w.octets_per_group;
+        const int64_t last = std::min(w.octets, first + w.octets_per_group);
+        // Of an odd number the last is decoded with the next group's first, which comes again.
+        for (int64_t octet = first; octet < last; octet += 2) {
+            const Floats level = levels.of_octets(load_lane(octet),
+                                                  load_lane(std::min(octet + 1, w.octets - 1)));
+            store(target + octet * 8, (level - zero_point) * scale);
+        }
+    }
+}
+
+}  // namespace
+
+// out is (outputs, inputs), float or bf16. perm may be null; columns of the same feature are added.
+extern "C" void nybble_dequantize(const uint8_t* codes, const void* scales, const void* zeros,
+                                  const float* levels, const int32_t* perm, void* out,
+                                  int64_t outputs, int64_t inputs, int64_t columns, int64_t groups,
+                                  int64_t octets_per_group, int scale_type, int as_bf16,
+                                  int threads) {
+    const Packed w{codes, (columns + 7) / 8, groups, octets_per_group};
+    const Levels table(levels);
+    const int64_t tiles = (outputs + 15) / 16;
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<float> tile_scales(groups * 16), tile_zeros(groups * 16);
+        std::vector<float> stored(w.octets * 8 + 8), features(perm ? inputs : 0);
+#pragma omp for schedule(dynamic)
+        for (int64_t tile = 0; tile < tiles; ++tile) {
+            for (int64_t group = 0; group < groups; ++group) {
+                const int64_t at = (tile * groups + group) * 16;
+                store(tile_scales.data() + group * 16, load_scales(scales, at, scale_type));
+                if (zeros) store(tile_zeros.data() + group * 16, load_scales(zeros, at, scale_type));
+            }
+            const int64_t lanes = std::min<int64_t>(16, outputs - tile * 16);
+            for (int64_t lane = 0; lane < lanes; ++lane) {
+                decode(w, table, tile, lane, tile_scales.data(), tile_zeros.data(), stored.data());
+                const float* row = stored.data();
+                if (perm) {
+                    std::fill(features.begin(), features.end(), 0.0f);
+                    for (int64_t k = 0; k < columns; ++k) features[perm[k]] += stored[k];
+                    row = features.data();
+                }
+                const int64_t at = (tile * 16 + lane) * inputs;
+                if (as_bf16) {
+                    // Not the instruction, which makes zeros of subnormal numbers.
+                    bf16* target = static_cast<bf16*>(out) + at;
+                    for (int64_t k = 0; k < inputs; ++k) target[k] = to_bf16(row[k]);
+                } else {
+                    std::memcpy(static_cast<float*>(out) + at, row, inputs * sizeof(float));
+                }
+            }
+        }
+    }
+}
