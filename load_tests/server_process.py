@@ -17,7 +17,7 @@ from nybble.loaders import open_checkpoint, resolve_model
 from nybble.loaders.adapter import projection_shapes
 from safetensors.torch import save_file
 
-_SERVE = [sys.executable, "-c", "from nybble.server.cli.main import serve_main; serve_main()"]
+_SERVE = [sys.executable, "-P", "-c", "from nybble.server.cli.main import serve_main; serve_main()"]
 
 
 @contextmanager

@@ -43,6 +43,7 @@ ROOT = Path(__file__).parents[1]
 ADAPTERS = tuple(f"adapter-{index}" for index in range(6))
 KEYS = {"plain": "soak-plain", "acme": "soak-acme"}
 ADMIN = "soak-admin"
+SERVE = "from nybble.server.cli.main import main; main()"
 WARM_UP = 1 / 3  # of the run
 MEMORY_BYTES, MEMORY_PART = 8 << 20, 0.02
 SPARE = 2  # files, threads or tasks that may have come
@@ -131,7 +132,7 @@ def server(model: str, work: Path, log: Path) -> Iterator[tuple[int, str]]:
     options += ["--lora-root", str(work / "adapters"), "--lora-state", str(work / "state.json")]
     options += ["--tenants", str(work / "tenants.toml")]
     name = str(folder) if model == "tiny" else model
-    command = [sys.executable, "-c", "from nybble.server.cli.main import main; main()", "serve"]
+    command = [sys.executable, "-P", "-c", SERVE, "serve"]
     with log.open("w") as stream:
         process = subprocess.Popen([*command, "--model", name, *options], stderr=stream)
     try:

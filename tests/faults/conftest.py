@@ -20,7 +20,7 @@ from typing import IO, Any
 import pytest
 from nybble.loaders.cache import cache_folder
 
-SERVER = [sys.executable, "-c", "from nybble.server.cli.main import main; main()"]
+SERVER = [sys.executable, "-P", "-c", "from nybble.server.cli.main import main; main()"]
 FAULTY = [sys.executable, str(Path(__file__).with_name("faulty_server.py"))]
 PATIENCE = 180.0  # seconds for what takes a few on a quiet machine
 

@@ -19,7 +19,7 @@ from nybble.engine import Engine, EngineConfig
 from nybble.loaders import open_checkpoint
 from openai import OpenAI
 
-COMMAND = [sys.executable, "-c", "from nybble.server.cli.main import main; main()"]
+COMMAND = [sys.executable, "-P", "-c", "from nybble.server.cli.main import main; main()"]
 MODEL = "tiny"
 CONFIG = EngineConfig(
     dtype=torch.float32,

@@ -10,8 +10,8 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -69,14 +69,42 @@ def test_a_client_that_leaves_takes_its_sequences_along(
     run(engine, scenario)
 
 
-def test_a_reader_that_stalls_holds_up_nobody_else(engine: Engine) -> None:
+@contextmanager
+def stalling_reader(client: Client) -> Iterator[socket.socket]:
+    """Asks for megabytes, more than the buffers of both sockets take, and reads nothing."""
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "stream": True}
+    body |= {"max_tokens": 450, "ignore_eos": True, "n": 8, "logprobs": True, "top_logprobs": 20}
+    data = json.dumps(body).encode()
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sock.connect((client.host, client.port))
+        head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n"
+        sock.sendall(head.encode() + data)
+        yield sock
+
+
+async def finished(client: Client, reason: str) -> float:
+    text = await (await client.get("/metrics")).text()
+    return float(text.partition(f'finished_total{{reason="{reason}"}} ')[2].split()[0])
+
+
+def test_a_reader_that_stalls_holds_up_nobody_else_and_loses_nothing(engine: Engine) -> None:
     async def scenario(client: Client) -> None:
-        async with client.post(COMPLETIONS, json={**LONG, "stream": True}) as stalled:
-            # Nothing of it is read while another request is answered in full.
+        with stalling_reader(client) as sock:
+            while engine.stats().generation_tokens < 8 * 450:
+                await asyncio.sleep(0.01)
             async with client.post(COMPLETIONS, json=LONG) as other:
                 usage = (await other.json())["usage"]
             assert usage["completion_tokens"] == LONG["max_tokens"]
-            assert (await stalled.read()).endswith(b"data: [DONE]\n\n")
+            # All is computed, but not written into buffers without end.
+            assert await finished(client, "length") == 1
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
+            sock.setblocking(False)
+            answer = b""
+            while not answer.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n"):
+                answer += await asyncio.get_running_loop().sock_recv(sock, 1 << 20)
+            assert answer.count(b'"finish_reason":"length"') == 8
+            assert await finished(client, "length") == 9
 
     run(engine, scenario)
 
@@ -85,22 +113,13 @@ def test_a_reader_that_takes_nothing_for_long_is_given_up(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(respond, "_STALL_SECONDS", 0.2)
-    body = {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "stream": True}
-    body |= {"max_tokens": 450, "ignore_eos": True, "n": 8, "logprobs": True, "top_logprobs": 20}
-    data = json.dumps(body).encode()
 
     async def scenario(client: Client) -> None:
-        # Megabytes come back, more than the buffers of both sockets take.
-        sock = socket.socket()
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        sock.connect((client.host, client.port))
-        head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n"
-        sock.sendall(head.encode() + data)
-        async with asyncio.timeout(20):
-            while 'reason="cancelled"' not in await (await client.get("/metrics")).text():
-                await asyncio.sleep(0.05)
-        await settled(engine)
-        sock.close()
+        with stalling_reader(client):
+            async with asyncio.timeout(30):
+                while not await finished(client, "cancelled"):
+                    await asyncio.sleep(0.05)
+            await settled(engine)
 
     run(engine, scenario)
 

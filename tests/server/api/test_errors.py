@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Any
 
@@ -252,6 +253,28 @@ def test_a_full_server_says_when_to_come_back(engine: Engine) -> None:
                 assert (await second.json())["error"]["type"] == "rate_limit_error"
 
     run(engine, scenario, max_sequences=3)
+
+
+def test_a_flood_is_shed_and_nothing_admitted_is_lost(engine: Engine) -> None:
+    async def ask(client: Client, index: int) -> tuple[int, Any, str | None]:
+        body = {"model": "tiny", "prompt": f"{index} " * 20, "max_tokens": 60, "temperature": 0}
+        async with client.post(COMPLETIONS, json=body | {"ignore_eos": True}) as response:
+            return response.status, await response.json(), response.headers.get("Retry-After")
+
+    async def scenario(client: Client) -> None:
+        answers = await asyncio.gather(*(ask(client, index) for index in range(200)))
+        admitted = [index for index, (status, _, _) in enumerate(answers) if status == 200]
+        assert len(admitted) >= 16
+        for status, body, retry_after in answers:
+            if status != 200:
+                assert (status, body["error"]["code"]) == (429, "overloaded")
+                assert int(retry_after or 0) > 0
+        for index in admitted[:3] + admitted[-3:]:
+            _, alone, _ = await ask(client, index)
+            assert alone["choices"] == answers[index][1]["choices"]
+        assert engine.stats().kv_blocks_free == engine.stats().kv_blocks_total
+
+    run(engine, scenario, max_sequences=16)
 
 
 def test_an_engine_that_fails_ends_a_stream_with_an_error_event(
