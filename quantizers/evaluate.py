@@ -265,7 +265,6 @@ def plot(evaluations: Sequence[Evaluation], path: Path) -> None:
     left, right = figure.subplots(1, 2)
     left.axhline(reference.perplexity, color="grey", linestyle="--", label=reference.name)
     left.set_ylabel("perplexity")
-    left.legend()
     right.set_ylabel("KL divergence, nats per token")
     for found in others:
         ratio, divergence = found.perplexity_ratio(reference), found.kl_divergence
@@ -273,10 +272,11 @@ def plot(evaluations: Sequence[Evaluation], path: Path) -> None:
             (left, found.perplexity, reference.perplexity * ratio.error),
             (right, divergence.value, divergence.error),
         ):
-            axes.errorbar(found.bits_per_weight, value, yerr=2 * error, fmt="o", capsize=3)
-            point = (found.bits_per_weight, value)
-            axes.annotate(found.name, point, xytext=(5, 5), textcoords="offset points")
+            width, bar = found.bits_per_weight, 2 * error
+            axes.errorbar(width, value, yerr=bar, fmt="o", capsize=3, label=found.name)
     for axes in (left, right):
         axes.set_xlabel("bits per weight on disk")
         axes.margins(0.2)
+    # Beside the points names would lie on each other: models of 4 bits are near by.
+    figure.legend(*left.get_legend_handles_labels(), loc="outside right upper")
     figure.savefig(path, dpi=150)

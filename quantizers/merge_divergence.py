@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from nybble.kernels.progress import track
 from nybble.loaders import LoRAAdapter, open_checkpoint
 from nybble.loaders.adapter import LoRAModule
 from nybble.quantizers.packed_model import load_packed_model
@@ -22,6 +23,7 @@ def merge_divergence(
     length: int = 512,
     device: torch.device | None = None,
     dtype: torch.dtype = torch.bfloat16,
+    progress: bool = False,
 ) -> float:
     """Mean over tokens of KL(source with the adapter ‖ merged), in nats.
 
@@ -34,7 +36,8 @@ def merge_divergence(
         model = load_packed_model(open_checkpoint(folder), device=device, dtype=dtype)
         for name, module in lora.modules.items() if lora is not None else ():
             _add_lora(model.get_submodule(name), module, device, dtype)
-        states = [model.base_model(ids[None], use_cache=False)[0][0] for ids in windows]
+        reading = track(windows, "Measuring", progress, unit="windows")
+        states = [model.base_model(ids[None], use_cache=False)[0][0] for ids in reading]
         return model.get_submodule("lm_head"), states
 
     expected_head, expected = hidden_states(source, adapter)

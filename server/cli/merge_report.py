@@ -77,8 +77,8 @@ def merge_and_report(
     )
     print(f"{target}: {len(layers)} layers merged")
     _print_layers(layers)
-    divergence = merge_divergence(source, adapter, target, measured, device=device)
-    effect = merge_divergence(source, adapter, source, measured, device=device)
+    divergence = merge_divergence(source, adapter, target, measured, device=device, progress=True)
+    effect = merge_divergence(source, adapter, source, measured, device=device, progress=True)
     where = text or "Python's own sources"
     print(
         f"KL(unmerged ‖ merged) on {len(measured)} tokens of {where}: {divergence:.5f} nats a "
