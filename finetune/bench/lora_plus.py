@@ -177,7 +177,7 @@ def report(runs: Sequence[Run], args: argparse.Namespace, out: Path) -> None:
         ],
     }
     (out / "lora_plus.json").write_text(json.dumps(found, indent=1, default=str))
-    curves = {f"{m}, A at {one.rate:.0e}": one.history for m, one in best.items()}
+    curves = {f"{m}, A at {one.rate:g}": one.history for m, one in best.items()}
     plot_losses(curves, out / "lora_plus.png")
 
 
