@@ -130,7 +130,8 @@ def finetune(
     out: gets the adapter with the lowest held-out loss in PEFT's format, ``history.json``, and
         while training runs a ``checkpoint.pt`` that ``resume`` goes on from, to the same end.
     dtype: of the activations; adapters and optimizer states are float32.
-    on_step: called after every step; the first after resuming follows the checkpoint's.
+    on_step: called after every step; a resumed run first tells again those before its checkpoint,
+        which whoever listened may have missed.
 
     Raises DataError for data that cannot be used, CheckpointError for a base that cannot be
     loaded, FileExistsError where ``out`` has content, FileNotFoundError for a resume from nothing.
@@ -198,6 +199,7 @@ class _Run:
         self._schedule = warm_cosine(self._optimizer, settings.warmup, self.steps)
         self._step = self._tokens = 0
         self._history: list[Point] = []
+        self._told: list[Progress] = []
         self._best: dict[str, Tensor] = adapter_tensors(layers)
         self._best_step, self._best_loss = 0, math.inf
 
@@ -215,6 +217,9 @@ class _Run:
             unit=" steps",
             disable=not progress,
         )
+        # Whoever listened to the run that was cut short need not have heard all of it.
+        for made in self._told:
+            on_step(made)
         for batches in self._batches():
             if self._out_of_patience():
                 break
@@ -230,12 +235,13 @@ class _Run:
                     self._best_loss = measured
             point = Point(self._step, loss, measured)
             self._history.append(point)
+            epoch = self._step / self._steps_per_epoch
+            self._told.append(Progress(point, self.steps, epoch, rate, self._tokens))
             bar.set_postfix(loss=f"{loss:.3f}", held_out=f"{self._last_measured():.3f}")
             bar.update()
             if measured is not None:
                 self.save(out / CHECKPOINT)
-            epoch = self._step / self._steps_per_epoch
-            on_step(Progress(point, self.steps, epoch, rate, self._tokens))
+            on_step(self._told[-1])
         bar.close()
         save_adapter(out, self._best, settings.lora, base)
         history = [asdict(point) for point in self._history]
@@ -326,6 +332,7 @@ class _Run:
             "best_step": self._best_step,
             "best_loss": self._best_loss,
             "history": [asdict(point) for point in self._history],
+            "told": [asdict(progress) for progress in self._told],
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         scratch = path.with_name(path.name + ".partial")
@@ -353,6 +360,10 @@ class _Run:
         self._step, self._tokens = state["step"], state["tokens"]
         self._best_step, self._best_loss = state["best_step"], state["best_loss"]
         self._history = [Point(**point) for point in state["history"]]
+        self._told = [
+            Progress(**{**progress, "point": Point(**progress["point"])})
+            for progress in state["told"]
+        ]
 
 
 def warm_cosine(optimizer: torch.optim.Optimizer, warmup: float, steps: int) -> LambdaLR:

@@ -28,7 +28,7 @@ Status = Literal["loading", "warming"]
 
 _RETRY_AFTER_SECONDS = 10
 _LOG_SECONDS = 10
-_LAST_ANSWERS_SECONDS = 0.25
+_LAST_ANSWERS_SECONDS = 3
 
 
 class Startup:
@@ -102,9 +102,13 @@ async def load_behind(
         # A thread of its own: those that libraries add to it end with it.
         with ThreadPoolExecutor(1, thread_name_prefix="nybble-load") as pool:
             loaded = await loop.run_in_executor(pool, load)
-        # Who is connected already has its answer before the connections are closed.
+        # Who is connected already has its answer, which ends the connection, before the rest are
+        # closed: those that have asked nothing.
         await site.stop()
-        await asyncio.sleep(_LAST_ANSWERS_SECONDS)
+        assert runner.server is not None
+        end = time.monotonic() + _LAST_ANSWERS_SECONDS
+        while runner.server.connections and time.monotonic() < end:
+            await asyncio.sleep(0.01)
         return loaded
     finally:
         startup.close()
