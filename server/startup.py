@@ -8,9 +8,9 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import asynccontextmanager, suppress
 from ssl import SSLContext
 from typing import Any, Literal, TypeVar
 
@@ -28,7 +28,6 @@ Status = Literal["loading", "warming"]
 
 _RETRY_AFTER_SECONDS = 10
 _LOG_SECONDS = 10
-_LAST_ANSWERS_SECONDS = 3
 
 
 class Startup:
@@ -83,35 +82,39 @@ class Startup:
         return body
 
 
+@asynccontextmanager
 async def load_behind(
     sock: socket.socket, tls: SSLContext | None, startup: Startup, load: Callable[[], T]
-) -> T:
+) -> AsyncIterator[T]:
     """Run ``load`` in a thread, and meanwhile answer on ``sock`` that the server is starting.
 
-    ``sock`` listens all the time, so that a request that comes between this server and the next
-    waits for it. SIGINT and SIGTERM end the process. Raises what ``load`` raises.
+    The context's value is what ``load`` returns. ``sock`` listens all the time, so that who comes
+    between this server and the next waits for it. Who came before is still answered here, while the
+    context lasts. SIGINT and SIGTERM end the process. Raises what ``load`` raises.
     """
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, _leave, number)
-    runner = web.AppRunner(_app(startup), access_log=None, shutdown_timeout=1)
+    runner = web.AppRunner(
+        _app(startup), access_log=None, keepalive_timeout=_RETRY_AFTER_SECONDS, shutdown_timeout=1
+    )
     await runner.setup()
     try:
-        site = web.SockSite(runner, sock.dup(), backlog=BACKLOG, ssl_context=tls)
+        listener = sock.dup()
+        site = web.SockSite(runner, listener, backlog=BACKLOG, ssl_context=tls)
         await site.start()
-        # A thread of its own: those that libraries add to it end with it.
-        with ThreadPoolExecutor(1, thread_name_prefix="nybble-load") as pool:
-            loaded = await loop.run_in_executor(pool, load)
-        # Who is connected already has its answer, which ends the connection, before the rest are
-        # closed: those that have asked nothing.
+        try:
+            # A thread of its own: those that libraries add to it end with it.
+            with ThreadPoolExecutor(1, thread_name_prefix="nybble-load") as pool:
+                loaded = await loop.run_in_executor(pool, load)
+        finally:
+            startup.close()
+        # Closing the site would drop a connection that is accepted and not yet set up.
+        loop.remove_reader(listener)
+        await asyncio.sleep(0)
         await site.stop()
-        assert runner.server is not None
-        end = time.monotonic() + _LAST_ANSWERS_SECONDS
-        while runner.server.connections and time.monotonic() < end:
-            await asyncio.sleep(0.01)
-        return loaded
+        yield loaded
     finally:
-        startup.close()
         await runner.cleanup()
 
 

@@ -68,30 +68,46 @@ async def _load_and_serve(
     startup = Startup(bars=log_format == "text")
     sock.listen(BACKLOG)  # before it is told where it listens
     logger.info(Event("starting", {"health": f"{_origin(sock, settings)}/health"}))
-    engine, folder = await load_behind(
-        sock, settings.tls, startup, lambda: _load(source, config, settings, startup)
-    )
-    settings = replace(settings, model_folder=folder)
 
-    def announce() -> None:
-        url = f"{_origin(sock, settings)}/v1"
-        tokens = engine.stats().kv_blocks_total * config.block_size
-        models = settings.models
-        if log_format == "json":
-            fields = {"url": url, "models": models, "device": config.device, "kv_tokens": tokens}
-            logger.info(Event("serving", fields))
-            return
-        print(
-            f"Serving {', '.join(models)} ({engine.model_type}) on {config.device}\n"
-            f"  URL       {url}\n"
-            + (f"  Page      {url.removesuffix('v1')}\n" if settings.console else "")
-            + f"  KV cache  {tokens:,} tokens; a sequence may have {engine.max_model_len:,}"
-            + (f"\n  Adapters  {', '.join(source.adapters)}" if source.adapters else ""),
-            file=sys.stderr,
-            flush=True,
+    def load() -> tuple[Engine, Path]:
+        return _load(source, config, settings, startup)
+
+    async with load_behind(sock, settings.tls, startup, load) as (engine, folder):
+        settings = replace(settings, model_folder=folder)
+        origin = _origin(sock, settings)
+        await serve(
+            engine,
+            sock,
+            settings,
+            ready=lambda: _announce(
+                origin, engine, config, settings, list(source.adapters), log_format
+            ),
         )
 
-    await serve(engine, sock, settings, ready=announce)
+
+def _announce(
+    origin: str,
+    engine: Engine,
+    config: EngineConfig,
+    settings: ServerSettings,
+    adapters: list[str],
+    log_format: LogFormat,
+) -> None:
+    tokens = engine.stats().kv_blocks_total * config.block_size
+    models = settings.models
+    if log_format == "json":
+        fields = {"url": f"{origin}/v1", "models": models, "device": config.device}
+        logger.info(Event("serving", fields | {"kv_tokens": tokens}))
+        return
+    print(
+        f"Serving {', '.join(models)} ({engine.model_type}) on {config.device}\n"
+        f"  URL       {origin}/v1\n"
+        + (f"  Page      {origin}/\n" if settings.console else "")
+        + f"  KV cache  {tokens:,} tokens; a sequence may have {engine.max_model_len:,}"
+        + (f"\n  Adapters  {', '.join(adapters)}" if adapters else ""),
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def _load(

@@ -1,0 +1,89 @@
+"""The hand-over from the application that answers while a model loads to the server."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+from collections.abc import Callable
+
+from aiohttp import ClientSession, web
+from nybble.server.listen import BACKLOG, bind
+from nybble.server.startup import Startup, load_behind
+
+HAND_OVERS = 10
+CLIENTS = 16
+
+
+def listening() -> socket.socket:
+    sock = bind("127.0.0.1", 0)
+    sock.listen(BACKLOG)
+    return sock
+
+
+async def ask_until_served(url: str, note: Callable[[int], None]) -> None:
+    async with ClientSession() as session:
+        status = 0
+        while status != 200:
+            async with session.get(url) as response:
+                status = response.status
+                note(status)
+
+
+async def hand_over() -> set[int]:
+    """The statuses that clients see who ask all the time. Raises where one gets no answer."""
+    sock = listening()
+    url = f"http://127.0.0.1:{sock.getsockname()[1]}/health"
+    statuses: list[int] = []
+    busy = threading.Event()
+
+    def note(status: int) -> None:
+        statuses.append(status)
+        if len(statuses) == 4 * CLIENTS:
+            busy.set()
+
+    async def served(_: web.Request) -> web.Response:
+        return web.Response()
+
+    clients = asyncio.gather(*(ask_until_served(url, note) for _ in range(CLIENTS)))
+    async with load_behind(sock, None, Startup(bars=False), lambda: busy.wait(60)):
+        app = web.Application()
+        app.router.add_get("/health", served)
+        runner = web.AppRunner(app)
+        await runner.setup()
+        await web.SockSite(runner, sock).start()
+        await clients
+        await runner.cleanup()
+    return set(statuses)
+
+
+def test_whoever_asks_during_the_hand_over_is_answered_by_one_or_the_other() -> None:
+    for _ in range(HAND_OVERS):
+        assert asyncio.run(hand_over()) == {503, 200}
+
+
+async def ask_late() -> bytes:
+    sock = listening()
+    connected = threading.Event()
+
+    async def connect() -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        streams = await asyncio.open_connection(*sock.getsockname())
+        await asyncio.sleep(0.1)  # until it is accepted
+        connected.set()
+        return streams
+
+    connecting = asyncio.create_task(connect())
+    async with load_behind(sock, None, Startup(bars=False), lambda: connected.wait(60)):
+        reader, writer = await connecting
+        await asyncio.sleep(0.1)  # well after the hand-over
+        writer.write(b"GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n")
+        answer = await asyncio.wait_for(reader.read(), 60)  # to the end: it closes the connection
+        writer.close()
+    sock.close()
+    return answer
+
+
+def test_who_connected_before_the_hand_over_is_answered_after_it() -> None:
+    answer = asyncio.run(ask_late())
+    assert answer.startswith(b"HTTP/1.1 503 ")
+    assert b"Retry-After: " in answer
