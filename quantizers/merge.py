@@ -329,7 +329,8 @@ def _configure(config: dict[str, Any], plan: _Target, in_16_bits: list[str], sam
         settings["dynamic"] = {f"-:{re.escape(name)}": {} for name in in_16_bits}
     elif in_16_bits:
         key = "modules_to_not_convert" if plan.format == "awq" else "llm_int8_skip_modules"
-        settings[key] = [*(settings.get(key) or []), *in_16_bits]
+        # Where the list is empty, transformers leaves out the head by itself.
+        settings[key] = [*(settings.get(key) or ["lm_head"]), *in_16_bits]
 
 
 def _owner(tensor: str, shapes: Mapping[str, object]) -> str | None:
