@@ -128,6 +128,12 @@ class AdapterRegistry:
             version.hits += 1
             send(version)
 
+    def successor(self, version: AdapterVersion) -> AdapterVersion | None:
+        """What is behind a version's name now, if it is another."""
+        with self._lock:
+            found = self._versions.get(version.name)
+        return None if found is version else found
+
     def close(self) -> None:
         self._reader.shutdown(wait=False, cancel_futures=True)
 

@@ -310,9 +310,18 @@ class EngineThread(threading.Thread):
         outputs.deliver()
 
     def _fail_adapter(self, version: AdapterVersion, error: AdapterError) -> None:
-        """End the requests that wait for an adapter that cannot be read."""
+        """End the requests that wait for an adapter that cannot be read.
+
+        Those that have not begun take what has replaced it, where something has: its files may have
+        been written over.
+        """
+        assert self.adapters is not None
         failure = AdapterUnavailableError(str(error))
+        successor = self.adapters.successor(version)
         for sequence in [s for s in self._scheduler.waiting if s.adapter is version]:
+            if successor is not None and sequence.num_cached_tokens is None:
+                self._scheduler.change_adapter(sequence, successor)
+                continue
             _, stream = self._streams.pop(sequence.request_id)
             self._scheduler.finish(sequence)
             stream.send(failure)

@@ -316,6 +316,14 @@ class Scheduler:
         self.blocks.release(sequence)
         sequence.status = SequenceStatus.FINISHED
 
+    def change_adapter(self, sequence: Sequence, version: AdapterVersion) -> None:
+        """Have a sequence that has not begun use another version."""
+        assert sequence.adapter is not None
+        self._adapters.release(sequence.adapter, running=False)
+        sequence.adapter = version
+        sequence.block_hashes.clear()
+        self._adapters.queue(version, sequence.tenant)
+
     @property
     def _adapters(self) -> AdapterCache:
         assert self.adapters is not None, "a sequence has an adapter, but adapters are off"

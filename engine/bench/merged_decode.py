@@ -3,7 +3,7 @@
     python engine/bench/merged_decode.py BASE MERGED ADAPTER [ROUNDS]
 
 BASE and MERGED are folders in one 4-bit format (``nybble merge BASE ADAPTER MERGED``). Prints the
-median time of a step at 1 and 8 sequences, and the median over the rounds of its ratio to the
+median time of a step at 1 and 8 sequences, and the median, least and greatest of its ratio to the
 base's of the same round.
 """
 
@@ -62,13 +62,14 @@ def main() -> None:
                 found = asyncio.run(step_seconds(engine, count, using))
                 if turn:  # the first round warms up
                     seconds.setdefault((name, count), []).append(found)
-    print(f"{'':<16}" + "".join(f"{f'{n} seq, ms':>14}{'ratio':>8}" for n in BATCHES))
+    print(f"{'':<16}" + "".join(f"{f'{n} seq, ms':>14}{'ratio':>8}{'':13}" for n in BATCHES))
     for name in ways:
         line = f"{name:<16}"
         for count in BATCHES:
             mine, theirs = seconds[name, count], seconds["base", count]
-            ratio = statistics.median(a / b for a, b in zip(mine, theirs, strict=True))
-            line += f"{1e3 * statistics.median(mine):14.2f}{ratio:8.3f}"
+            ratios = [a / b for a, b in zip(mine, theirs, strict=True)]
+            line += f"{1e3 * statistics.median(mine):14.2f}{statistics.median(ratios):8.3f}"
+            line += f" ({min(ratios):.2f}–{max(ratios):.2f})"
         print(line)
     for engine, _ in ways.values():
         engine.stop()

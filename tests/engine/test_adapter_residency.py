@@ -198,3 +198,46 @@ def test_popular_adapters_do_not_keep_another_out_for_ever(
         asyncio.run(asyncio.wait_for(scenario(), 60))
     finally:
         engine.stop()
+
+
+def test_a_request_whose_version_is_written_over_before_it_begins_gets_the_new_one(
+    tiny_model: Callable[..., Path],
+    folders: list[Path],
+    expected: dict[str | None, list[int]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = start(tiny_model(), slots=1)
+    nbytes = engine.load_adapter("0", str(folders[0])).nbytes
+    engine.stop()
+    folder = Path(shutil.copytree(folders[0], tmp_path / "a"))
+    engine = start(tiny_model(), slots=2, host_bytes=nbytes)
+    engine.load_adapter("a", str(folder))
+    engine.load_adapter("1", str(folders[1]))
+    disk = threading.Event()
+    read = adapters.load_adapter
+
+    def slow(*arguments: object) -> object:
+        if threading.current_thread().name.startswith("nybble-adapters"):
+            assert disk.wait(30)
+        return read(*arguments)  # type: ignore[arg-type]
+
+    async def scenario() -> None:
+        # Memory has room for one copy, which is the other's now.
+        assert await ask(engine, "other", "1", 12, 12) == expected["1"]
+        monkeypatch.setattr(adapters, "load_adapter", slow)
+        early = asyncio.create_task(ask(engine, "early", "a", 12, 12))
+        await asyncio.sleep(0.05)
+        shutil.copytree(folders[2], folder, dirs_exist_ok=True)
+        await asyncio.to_thread(engine.load_adapter, "a", str(folder))
+        disk.set()
+        assert await early == expected["2"]
+
+    assert expected["0"] != expected["2"]
+    try:
+        asyncio.run(asyncio.wait_for(scenario(), 60))
+        (info,) = (each for each in engine.adapters() if each.name == "a")
+        assert (info.waiting, info.running) == (0, 0)
+    finally:
+        disk.set()
+        engine.stop()
