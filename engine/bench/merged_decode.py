@@ -2,9 +2,9 @@
 
     python engine/bench/merged_decode.py BASE MERGED ADAPTER [ROUNDS]
 
-BASE and MERGED are folders in one 4-bit format (``nybble merge BASE ADAPTER MERGED``). Prints the
-median time of a step at 1 and 8 sequences, and the median, least and greatest of its ratio to the
-base's of the same round.
+BASE and MERGED are in one 4-bit format (``nybble merge BASE ADAPTER MERGED``), packed or not.
+Prints the median time of a step at 1 and 8 sequences, and the median, least and greatest of its
+ratio to the base's of the same round.
 """
 
 from __future__ import annotations
