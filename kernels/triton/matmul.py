@@ -3,8 +3,8 @@
 A program computes a block of ``W @ x.T``, transposed so that the weight is the operand tensor cores
 take from registers: a word goes from device memory through asynchronous copies to the lane that
 multiplies with it, and is unpacked there. Each step covers 128 columns as four products of 32; or,
-where Hopper scales weights before the product, as one, so that its tensor cores run while the next
-weights are unpacked.
+where weights are scaled before the product, from Hopper on, as one, so that tensor cores run while
+the next weights are unpacked.
 
 Few rows leave too few blocks to fill the GPU, so the columns are also split between programs. Each
 leaves its float32 part in a workspace, and the last to finish a block adds the parts in order of
@@ -226,8 +226,11 @@ def chosen(weight: PackedWeight, rows: int, device: torch.device) -> Config:
 
 
 def joined(config: Config, capability: int) -> bool:
-    """Whether a step is one product. Elsewhere than on Hopper, joining moves weights about."""
-    return config.scale_first and 90 <= capability < 100
+    """Whether a step is one product. Before Hopper, joining moves weights about.
+
+    On Blackwell Triton 3.6 makes nothing but a trap of four wide products.
+    """
+    return config.scale_first and capability >= 90
 
 
 def takes(weight: PackedWeight, dtype: torch.dtype) -> bool:
