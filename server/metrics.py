@@ -12,6 +12,7 @@ from importlib.metadata import version
 from aiohttp import hdrs
 from nybble.engine import Engine, Request
 from nybble.engine.size_counts import SizeCounts
+from nybble.server.admission import Admission
 from prometheus_client import (
     CollectorRegistry,
     Counter,
@@ -38,6 +39,11 @@ _OTHER = "other"
 _WINDOW_SECONDS = 600.0
 _BUSIER = 2
 _METHODS = frozenset(hdrs.METH_ALL)
+# Why requests are turned away, and what else has to be seen at once.
+_CAUSES = (
+    *("overloaded", "tenant_overloaded", "queue_too_long", "rate_limit_exceeded"),
+    *("internal_error", "engine_unavailable", "timeout"),
+)
 _TOKENS = tuple(1 << i for i in range(18))  # up to contexts of 131,072
 # Buckets of a step's sizes, as powers of two: 1,024 sequences and 16,384 tokens.
 _STEP_SEQUENCES, _STEP_TOKENS = 11, 15
@@ -46,10 +52,10 @@ _STEP_SEQUENCES, _STEP_TOKENS = 11, 15
 class Metrics:
     """The metrics of one server, in a registry of their own.
 
-    max_sequences: how many the server takes at once, waiting and running.
+    admission: what lets requests in.
     """
 
-    def __init__(self, engine: Engine, max_sequences: int) -> None:
+    def __init__(self, engine: Engine, admission: Admission) -> None:
         self._registry = CollectorRegistry()
         self._registry.register(_EngineCollector(engine))
         ProcessCollector(registry=self._registry)
@@ -57,7 +63,12 @@ class Metrics:
             "nybble_sequences_limit",
             "Sequences that may be running and waiting at once; more are refused.",
             registry=self._registry,
-        ).set(max_sequences)
+        ).set(admission.capacity.sequences)
+        Gauge(
+            "nybble_predicted_wait_seconds",
+            "Until what is in flight could all be computed at once, at the rate observed.",
+            registry=self._registry,
+        ).set_function(lambda: admission.predicted_wait)
 
         self.event_loop_tasks = Gauge(
             "nybble_event_loop_tasks",
@@ -137,7 +148,7 @@ class Metrics:
             ["cause"],
             registry=self._registry,
         )
-        for cause in ("overloaded", "internal_error", "engine_unavailable", "timeout"):
+        for cause in _CAUSES:
             self._errors.labels(cause)
         self._by_adapter = _Shares("adapter", self._registry)
         self._by_tenant = _Shares("tenant", self._registry)
