@@ -162,7 +162,8 @@ def serve(
     merge_adapter: Annotated[
         str | None,
         typer.Option(
-            help="Adapter (folder or hub name) to merge into the model: it then costs nothing.",
+            help="Adapter (folder or hub name) to merge into the model: it then costs nothing. On "
+            "a 4-bit base the first start calibrates, for minutes.",
             rich_help_panel=_ADAPTERS,
         ),
     ] = None,
