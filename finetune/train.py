@@ -186,7 +186,7 @@ class _Run:
         self._model, self._layers, self._settings, self._device = model, layers, settings, device
         self._base_bytes = _frozen_bytes(model)
         self._examples = examples
-        self._held_out = [to_batch([row]) for row in self._rows(held_out)]
+        self._held_out = self._passes(self._rows(held_out))
         rows = len(self._rows(examples))
         # What has to be the same for a run to be resumed.
         content = repr((settings, [(one.ids, one.labels) for one in (*examples, *held_out)]))
@@ -264,6 +264,10 @@ class _Run:
             return pack(examples, self._settings.max_length)
         return [[example] for example in examples]
 
+    def _passes(self, rows: Sequence[list[Example]]) -> list[Batch]:
+        size = self._settings.batch_size
+        return [to_batch(rows[start : start + size]) for start in range(0, len(rows), size)]
+
     def _batches(self) -> Iterator[list[Batch]]:
         """The passes of every step still to come; an epoch's order depends on its number only."""
         settings = self._settings
@@ -271,10 +275,7 @@ class _Run:
             epoch, done = divmod(self._step, self._steps_per_epoch)
             order = random.Random(f"{settings.seed} {epoch}")
             rows = self._rows(order.sample(self._examples, len(self._examples)))
-            passes = [
-                to_batch(rows[start : start + settings.batch_size])
-                for start in range(0, len(rows), settings.batch_size)
-            ]
+            passes = self._passes(rows)
             steps = [
                 passes[start : start + settings.accumulation]
                 for start in range(0, len(passes), settings.accumulation)

@@ -122,11 +122,15 @@ def evaluate(
     stride: int | None = None,
     device: torch.device | None = None,
     dtype: torch.dtype = torch.bfloat16,
+    reference_dtype: torch.dtype | None = None,
     progress: bool = True,
 ) -> list[Evaluation]:
     """Measure ``reference`` (full precision) and ``others``, by name, on ``token_ids (tokens,)``.
 
     length, stride: of the sliding window; ``stride`` is ``length`` if None.
+    dtype: what models compute in.
+    reference_dtype: what the reference computes in; where it is another than ``dtype`` the
+        reference comes second too, in ``dtype``, and both are named by theirs.
 
     One model is in memory at a time. Of the reference its head and last hidden states are kept:
     its logits would be vocab / hidden times as large. Raises CheckpointError for a folder that
@@ -134,11 +138,17 @@ def evaluate(
     """
     places = windows(len(token_ids), length, stride or length)
     device = device or torch.device("cpu")
+    models = [("full precision", reference, dtype)]
+    if reference_dtype is not None and reference_dtype != dtype:
+        models = [
+            (str(of).removeprefix("torch."), reference, of) for of in (reference_dtype, dtype)
+        ]
+    models += [(name, folder, dtype) for name, folder in others.items()]
     expected: list[Tensor] = []
     expected_head: nn.Module | None = None
     results = []
-    for name, folder in {"full precision": reference, **others}.items():
-        model = load_packed_model(open_checkpoint(folder), device=device, dtype=dtype)
+    for name, folder, computing in models:
+        model = load_packed_model(open_checkpoint(folder), device=device, dtype=computing)
         head = model.get_submodule("lm_head")
         if expected_head is None:
             expected_head = head

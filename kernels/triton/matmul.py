@@ -23,6 +23,7 @@ from nybble.kernels.packed import PackedWeight
 from nybble.kernels.triton import norm
 from nybble.kernels.triton.configs import Config, bucket_of, choose
 from nybble.kernels.triton.dequantize import dense_matmul, stored_columns
+from nybble.kernels.triton.device import device_traits
 from nybble.kernels.triton.few_rows import few_rows_matmul
 from nybble.kernels.triton.step import (
     SLICE,
@@ -203,19 +204,6 @@ _ARRIVALS = 1 << 14
 def _arrivals(device: torch.device) -> Tensor:
     """Counters of finished parts, zero between launches. One stream of a device uses them."""
     return torch.zeros(_ARRIVALS, dtype=torch.int32, device=device)
-
-
-@lru_cache
-def device_traits(device: torch.device) -> tuple[str, int, int]:
-    """Name, multiprocessors and compute capability (90 for 9.0); an H100's for the interpreter."""
-    if device.type != "cuda":
-        return "interpreter", 132, 90
-    properties = torch.cuda.get_device_properties(device)
-    return (
-        properties.name,
-        properties.multi_processor_count,
-        10 * properties.major + properties.minor,
-    )
 
 
 def chosen(weight: PackedWeight, rows: int, device: torch.device) -> Config:

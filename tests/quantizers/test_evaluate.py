@@ -74,6 +74,34 @@ def test_figures_equal_those_from_transformers_own_model(
     assert exact.scored_tokens == len(labels)
 
 
+def test_a_reference_in_higher_precision_shows_what_the_lower_one_costs(
+    tmp_path: Path, tiny_model: Callable[..., Path]
+) -> None:
+    source, ids = tiny_model(), tokens(300)
+    quantize_checkpoint(source, tmp_path / "q", format="nf4", progress=False)
+    exact, lower, found = evaluate(
+        source,
+        {"nf4": tmp_path / "q"},
+        ids,
+        length=64,
+        reference_dtype=torch.float32,
+        progress=False,
+    )
+    assert [exact.name, lower.name, found.name] == ["float32", "bfloat16", "nf4"]
+
+    def log_probabilities(dtype: torch.dtype) -> torch.Tensor:
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+        with torch.no_grad():
+            logits = [model(part[None]).logits[0, :-1] for part in ids.split(64)]
+        return torch.cat(logits).float().log_softmax(-1)
+
+    best, rounded = map(log_probabilities, (torch.float32, torch.bfloat16))
+    divergence = (best.exp() * (best - rounded)).sum(-1).mean()
+    assert exact.kl_divergence.value == 0
+    assert lower.kl_divergence.value == pytest.approx(float(divergence), rel=0.1)
+    assert found.kl_divergence.value > 10 * lower.kl_divergence.value
+
+
 def test_sizes_are_those_on_disk(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
     source = tiny_model()
     quantize_checkpoint(source, tmp_path / "q", format="awq", group_size=64, progress=False)

@@ -34,6 +34,12 @@ def evaluate(
     part: Annotated[
         EvaluationPart, typer.Option(help="Of Python's sources: to choose by, or to report.")
     ] = "held-out",
+    float32: Annotated[
+        bool,
+        typer.Option(
+            "--float32", help="The full-precision model in float32, and then in bfloat16 too."
+        ),
+    ] = False,
     plot: Annotated[Path | None, typer.Option(help="Image to write.", dir_okay=False)] = None,
     device: DeviceOption = "auto",
     aliases: AliasesOption = None,
@@ -43,6 +49,7 @@ def evaluate(
     Standard errors are of the differences between models on the same windows of text.
     """
     with expected_errors(), interruptible():
+        import torch
         from nybble.engine import resolve_device
         from nybble.loaders import resolve_model
         from nybble.quantizers import evaluate as measure
@@ -61,6 +68,7 @@ def evaluate(
             length=length,
             stride=stride,
             device=resolve_device(device),
+            reference_dtype=torch.float32 if float32 else None,
         )
         against = None
         if baseline is not None:
