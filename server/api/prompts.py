@@ -135,9 +135,9 @@ class Prompts:
         turns = [_turn(message) for message in messages]
         template = self._tokenizer.get_chat_template(tools=list(tools) if tools else None)
         variables = {**self._tokenizer.special_tokens_map, **_checked(template_kwargs or {})}
-        render = self._templates.render
         try:
-            text = await asyncio.to_thread(render, template, turns, tools, variables)
+            future = self._templates.submit(template, turns, tools, variables)
+            text = await asyncio.wrap_future(future)
         except TemplateRefusedError as error:
             raise ApiError(
                 400,
