@@ -40,7 +40,7 @@ class StepInputs:
     lora: LoRABatch | None
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=512)
 def _layout(tokens: int, seqs: int) -> tuple[dict[str, tuple[int, int, Any]], int]:
     """Where each array lies, as (offset, length, dtype), and the bytes of all. Fixed for a size, so
     that a captured graph finds its inputs where they were."""

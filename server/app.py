@@ -17,6 +17,7 @@ from nybble.server.adapters.owners import AdapterOwners
 from nybble.server.adapters.state import AdapterState
 from nybble.server.admission import Admission, Capacity
 from nybble.server.api.model_names import ModelNames
+from nybble.server.api.parse import LARGE_BODIES, LargeBodies
 from nybble.server.api.routes import Api
 from nybble.server.console.page import Console
 from nybble.server.errors import as_api_error
@@ -79,6 +80,7 @@ def make_app(
         middlewares.append(_authenticate(keys, tenants, admin_keys))
     middlewares.append(_enter(gate))
     app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=middlewares)
+    app[LARGE_BODIES] = LargeBodies()
     app.add_routes(api.routes())
     state = None if settings.adapter_state is None else AdapterState(settings.adapter_state)
     admin = AdapterAdmin(engine, models, admin_keys, settings.adapter_roots, state)

@@ -9,6 +9,7 @@ from pydantic import ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 MAX_TOOLS = 128
+MAX_MESSAGES = 1 << 14
 
 
 class ContentPart(Body):
@@ -113,7 +114,7 @@ class ChatRequest(Sampling):
         "moderation": "moderation is not supported: there is no moderation model",
     }
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
     logprobs: bool | None = None
     top_logprobs: int | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -142,7 +143,7 @@ class TokenizeRequest(Body):
 
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
     add_special_tokens: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 

@@ -10,16 +10,6 @@ from nybble.engine import RequestOutput
 from nybble.server.api.generation import Usage
 from nybble.server.api.schema import OF_THE_SERVICE, Body, Prompt, PromptShapes, prompts_of
 from pydantic import BeforeValidator, Field
-from pydantic_core import PydanticCustomError
-
-_MAX_INPUTS = 2048  # OpenAI's limit
-
-
-def _inputs(value: Any) -> Any:
-    prompts = prompts_of(value)
-    if len(prompts) > _MAX_INPUTS:
-        raise PydanticCustomError("too_many", f"at most {_MAX_INPUTS} inputs are allowed")
-    return prompts
 
 
 class EmbeddingRequest(Body):
@@ -29,7 +19,7 @@ class EmbeddingRequest(Body):
     }
 
     model: str
-    input: Annotated[Any, BeforeValidator(_inputs, json_schema_input_type=PromptShapes)]
+    input: Annotated[Any, BeforeValidator(prompts_of, json_schema_input_type=PromptShapes)]
     dimensions: Annotated[int, Field(ge=1)] | None = None
     encoding_format: Literal["float", "base64"] | None = None
 

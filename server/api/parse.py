@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from aiohttp import web
@@ -16,18 +17,50 @@ BodyT = TypeVar("BodyT", bound=Body)
 # How long a client may take to send a body.
 _READ_SECONDS = 60
 _LARGE_BODY = 64 << 10
+_LARGE_PLACES = 16
+_RETRY_AFTER_SECONDS = 5
+
+
+class LargeBodies:
+    """So many are read at a time, and one parsed: a small list takes 30 times its text's memory."""
+
+    def __init__(self) -> None:
+        self.taken = 0
+        self.parser = ThreadPoolExecutor(1, thread_name_prefix="nybble-parse")
+
+
+LARGE_BODIES = web.AppKey("large_bodies", LargeBodies)
 
 
 async def read_body(request: web.Request, kind: type[BodyT]) -> BodyT:
-    """Raises ApiError: 400 for what is not JSON or not valid, 408 for a body that does not come."""
+    """Raises ApiError: 400 for what is not JSON or not valid, 408 for a body that does not come,
+    503 where many large ones are being read."""
+    size = request.content_length
+    if size is not None and size <= _LARGE_BODY:
+        return parse_body(await _read(request), kind)
+    large = request.app[LARGE_BODIES]
+    if large.taken >= _LARGE_PLACES:
+        raise ApiError(
+            503,
+            "many large requests are being read",
+            code="overloaded",
+            retry_after=_RETRY_AFTER_SECONDS,
+        )
+    large.taken += 1
+    try:
+        data = await _read(request)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(large.parser, parse_body, data, kind)
+    finally:
+        large.taken -= 1
+
+
+async def _read(request: web.Request) -> bytes:
     try:
         async with asyncio.timeout(_READ_SECONDS):
-            data = await request.read()
+            return await request.read()
     except TimeoutError:
         raise ApiError(408, f"the body did not arrive within {_READ_SECONDS} seconds") from None
-    if len(data) > _LARGE_BODY:
-        return await asyncio.to_thread(parse_body, data, kind)
-    return parse_body(data, kind)
 
 
 def parse_body(data: bytes, kind: type[BodyT]) -> BodyT:

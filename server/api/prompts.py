@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from nybble.server.api.chat_schema import Message
+from nybble.server.api.schema import Prompt
 from nybble.server.errors import ApiError
 from nybble.server.templates import TemplateFailedError, TemplateRefusedError, TemplateRenderer
 from transformers import PreTrainedTokenizerBase
@@ -17,6 +18,12 @@ T = TypeVar("T")
 
 # Text longer than this many characters is worked on in another thread.
 _LONG_TEXT = 4096
+# Encoding takes some 200 bytes for each token, and a token may be a byte: so much at a time.
+_AT_A_TIME = 1 << 16
+# What /tokenize and /detokenize take. A context's text is bounded by the context.
+MAX_TEXT_BYTES, MAX_TOKENS = 1 << 20, 1 << 20
+# Of the inputs of one request together: OpenAI's limit for embeddings.
+_MAX_TOGETHER = 300_000
 
 
 class Prompts:
@@ -36,10 +43,12 @@ class Prompts:
         self._backend.no_padding()
         self._model = model
         self._max_model_len = max_model_len
-        self._max_characters = max_model_len * max(map(len, self._backend.get_vocab()))
+        self._longest = max(map(len, self._backend.get_vocab()))
+        self._max_characters = max_model_len * self._longest
+        self._max_together = max(_MAX_TOGETHER, max_model_len)
         self._templates = templates
-        # Encoding takes some hundred times the text's memory, which each thread's allocator keeps
-        # for its next: one thread is as fast, since the encoder has threads of its own.
+        # One at a time, whatever many ask for: it takes much memory, which each thread's allocator
+        # keeps for its next. The encoder has threads of its own.
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="nybble-tokenize")
 
     async def encode(
@@ -47,27 +56,55 @@ class Prompts:
     ) -> tuple[int, ...]:
         """Token ids of ``text``; special_tokens: with those the model's inputs begin with.
 
-        Raises ApiError 400, unless ``any_length``, for text that is beyond the context whatever its
-        tokens are.
+        Raises ApiError 400 for text that is far beyond the context, without encoding all of it;
+        with ``any_length``, for text beyond 1 MiB.
         """
-        if not any_length:
+        if any_length:
+            _require_size("prompt", len(text.encode()), MAX_TEXT_BYTES, "bytes")
+        else:
             self._require_room(text)
-        return await self._off_loop(len(text), lambda: self._encode(text, special_tokens))
 
-    async def encode_all(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
-        """Token ids of each text, with those the model's inputs begin or end with.
+        def work() -> tuple[int, ...]:
+            if not any_length:
+                self._require_few_tokens(text)
+            return self._encode(text, special_tokens)
 
-        Raises ApiError 400 as :meth:`encode` does.
+        return await self._off_loop(len(text), work)
+
+    async def encode_all(self, prompts: Sequence[Prompt]) -> list[tuple[int, ...]]:
+        """Token ids of prompts of one kind, texts with those that inputs begin or end with.
+
+        Raises ApiError 400 as :meth:`encode` does, and where they are too many together.
         """
+        texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+        given = [prompt for prompt in prompts if not isinstance(prompt, str)]
+        self._require_few_together(given)
         for text in texts:
             self._require_room(text)
-        return await self._off_loop(
-            sum(map(len, texts)),
-            lambda: [tuple(each.ids) for each in self._backend.encode_batch_fast(list(texts))],
-        )
+        length = sum(map(len, texts))
+        encoded = await self._off_loop(length, lambda: self._encode_batches(texts))
+        return [*map(tuple, given), *encoded]
+
+    def _encode_batches(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
+        encoded: list[tuple[int, ...]] = []
+        batch: list[str] = []
+        size = 0
+        for index, text in enumerate(texts):
+            self._require_few_tokens(text)
+            batch.append(text)
+            size += len(text)
+            if size >= _AT_A_TIME or index == len(texts) - 1:
+                encoded += [tuple(each.ids) for each in self._backend.encode_batch_fast(batch)]
+                batch, size = [], 0
+                self._require_few_together(encoded)
+        return encoded
 
     async def decode(self, token_ids: Sequence[int]) -> str:
-        """The text of ``token_ids``, special tokens included."""
+        """The text of ``token_ids``, special tokens included.
+
+        Raises ApiError 400 for more than 1,048,576 of them.
+        """
+        _require_size("tokens", len(token_ids), MAX_TOKENS, "tokens")
         return await self._off_loop(
             len(token_ids),
             lambda: self._backend.decode(list(token_ids), skip_special_tokens=False),
@@ -93,12 +130,14 @@ class Prompts:
                 param="messages",
                 code="no_chat_template",
             )
+        if len(messages) > self._max_model_len:  # a message is a token at least
+            raise self._too_long(f"{len(messages)} messages")
         turns = [_turn(message) for message in messages]
         template = self._tokenizer.get_chat_template(tools=list(tools) if tools else None)
         variables = {**self._tokenizer.special_tokens_map, **_checked(template_kwargs or {})}
-        render = self._templates.render
         try:
-            text = await asyncio.to_thread(render, template, turns, tools, variables)
+            future = self._templates.submit(template, turns, tools, variables)
+            text = await asyncio.wrap_future(future)
         except TemplateRefusedError as error:
             raise ApiError(
                 400,
@@ -116,13 +155,41 @@ class Prompts:
 
     def _require_room(self, text: str) -> None:
         if len(text) > self._max_characters:
+            raise self._too_long(
+                f"{len(text)} characters, beyond the {self._max_characters} of the longest tokens"
+            )
+
+    def _require_few_tokens(self, text: str) -> None:
+        """Raises ApiError 400 for a text whose parts have far more tokens than the context."""
+        if len(text) <= _AT_A_TIME:
+            return
+        least = 0
+        for start in range(0, len(text), _AT_A_TIME):
+            part = text[start : start + _AT_A_TIME]
+            (encoding,) = self._backend.encode_batch_fast([part], add_special_tokens=False)
+            # Cutting may cut a token into as many as it has characters.
+            least += max(0, len(encoding) - self._longest)
+            if least > self._max_model_len:
+                raise self._too_long(f"{least} tokens at least")
+
+    def _require_few_together(self, encoded: Sequence[Sequence[int]]) -> None:
+        if (tokens := sum(map(len, encoded))) > self._max_together:
             raise ApiError(
                 400,
-                f"the text has {len(text)} characters, more than the {self._max_model_len} tokens "
-                f"of the context can stand for: expected at most {self._max_characters}",
+                f"the prompts have {tokens} tokens or more together, expected at most "
+                f"{self._max_together}: send several requests",
                 param="prompt",
-                code="context_length_exceeded",
+                code="too_many_tokens",
             )
+
+    def _too_long(self, found: str) -> ApiError:
+        return ApiError(
+            400,
+            f"the text has {found}, but prompt and output together are limited to "
+            f"{self._max_model_len} tokens",
+            param="prompt",
+            code="context_length_exceeded",
+        )
 
     def _encode(self, text: str, special_tokens: bool) -> tuple[int, ...]:
         # The batch form lets other threads run meanwhile; the single one does not. The fast one
@@ -134,6 +201,16 @@ class Prompts:
         if length <= _LONG_TEXT:
             return function()
         return await asyncio.get_running_loop().run_in_executor(self._pool, function)
+
+
+def _require_size(param: str, found: int, most: int, unit: str) -> None:
+    if found > most:
+        raise ApiError(
+            400,
+            f"{param} has {found} {unit}, expected at most {most} at a time",
+            param=param,
+            code="invalid_value",
+        )
 
 
 def _checked(template_kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from nybble.server.api.chat_schema import MAX_TOOLS, ChatRequest, Function
+from nybble.server.api.chat_schema import MAX_MESSAGES, MAX_TOOLS, ChatRequest, Function
 from nybble.server.api.schema import OF_THE_SERVICE, Body
 from pydantic import ConfigDict, Field
 
@@ -93,7 +93,13 @@ class ResponsesRequest(Body):
     }
 
     model: str
-    input: str | Annotated[list[InputMessage | InputCall | InputCallOutput], Field(min_length=1)]
+    input: (
+        str
+        | Annotated[
+            list[InputMessage | InputCall | InputCallOutput],
+            Field(min_length=1, max_length=MAX_MESSAGES),
+        ]
+    )
     instructions: str | None = None
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
     parallel_tool_calls: bool | None = None

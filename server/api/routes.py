@@ -27,7 +27,7 @@ from nybble.server.api.prompts import Prompts
 from nybble.server.api.respond import json_response, respond, respond_whole
 from nybble.server.api.responses import ResponsesShape
 from nybble.server.api.responses_schema import ResponsesRequest
-from nybble.server.api.schema import CompletionRequest
+from nybble.server.api.schema import CompletionRequest, Prompt
 from nybble.server.api.token_bytes import TokenBytes
 from nybble.server.api.tools import Tools, tools_of
 from nybble.server.errors import ApiError
@@ -158,12 +158,7 @@ class Api:
         max_tokens = _COMPLETION_MAX_TOKENS if body.max_tokens is None else body.max_tokens
         defaults = self._engine.sampling_defaults
         params = body.sampling_params(max_tokens, body.logprobs, defaults)
-        prompts = []
-        for prompt in body.prompts:
-            encoded = await self._prompts.encode(prompt) if isinstance(prompt, str) else prompt
-            self._require_room(encoded, params)
-            self._require_known("prompt", encoded, self._engine.vocab_size)
-            prompts.append(tuple(encoded))
+        prompts = await self._encoded(body.prompts, params)
         echoes = None
         if body.echo:
             echoes = [
@@ -198,12 +193,7 @@ class Api:
             )
         params = SamplingParams(max_tokens=0)
         with _parameters_called({"prompt": "input"}):
-            texts = [prompt for prompt in body.prompts if isinstance(prompt, str)]
-            given = [tuple(prompt) for prompt in body.prompts if not isinstance(prompt, str)]
-            prompts = given or await self._prompts.encode_all(texts)
-            for prompt in prompts:
-                self._require_room(prompt, params)
-                self._require_known("prompt", prompt, self._engine.vocab_size)
+            prompts = await self._encoded(body.prompts, params)
         job = Job(
             f"embd-{uuid4().hex}",
             tuple(prompts),
@@ -246,6 +236,15 @@ class Api:
 
     def _adapter_of(self, request: web.Request, model: str, field: str | None) -> str | None:
         return self._names.adapter(model, field, request.headers, request.get(TENANT))
+
+    async def _encoded(
+        self, prompts: Sequence[Prompt], params: SamplingParams
+    ) -> list[tuple[int, ...]]:
+        encoded = await self._prompts.encode_all(prompts)
+        for prompt in encoded:
+            self._require_room(prompt, params)
+            self._require_known("prompt", prompt, self._engine.vocab_size)
+        return encoded
 
     def _require_known(self, parameter: str, tokens: Sequence[int], size: int) -> None:
         for token in tokens:

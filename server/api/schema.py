@@ -16,6 +16,7 @@ from nybble.engine import SamplingParams
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+_MAX_PROMPTS = 2048  # the limit of OpenAI's embeddings
 _MAX_N = 128
 _MAX_STOPS = 16
 _MAX_STOP_LENGTH = 256
@@ -208,6 +209,8 @@ def prompts_of(value: Any) -> Any:
     if isinstance(value, list) and value:
         if all(type(item) is int for item in value):
             return [value]
+        if len(value) > _MAX_PROMPTS:
+            raise PydanticCustomError("too_many", f"at most {_MAX_PROMPTS} are allowed")
         if all(isinstance(item, str) for item in value):
             return value
         if all(

@@ -133,11 +133,14 @@ class Files:
     def add_result(self, content: bytes, *, filename: str, owner: str) -> StoredFile:
         """A file that the server made; it takes no part in the quota's check."""
         path = self._folder / (secrets.token_hex(12) + _PARTIAL)
-        with path.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        return self._list(path, len(content), filename, "fine-tune-results", owner, 0, 0)
+        try:
+            with path.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            return self._list(path, len(content), filename, "fine-tune-results", owner, 0, 0)
+        finally:
+            path.unlink(missing_ok=True)
 
     def _list(
         self, path: Path, size: int, name: str, purpose: str, owner: str, *n: int

@@ -1,4 +1,4 @@
-"""The server's side of the process that renders chat templates."""
+"""The server's side of the processes that render chat templates."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import logging
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 logger = logging.getLogger(__name__)
 
 _WORKER = "nybble.server.templates.worker"
+_LONG = 1 << 16  # characters: rendered in about a hundredth of a second
 
 
 class TemplateRefusedError(Exception):
@@ -25,23 +26,19 @@ class TemplateFailedError(Exception):
 
 
 class TemplateRenderer:
-    """Renders one conversation at a time, from any thread; starts its process when it needs one."""
+    """Renders from any thread, long conversations apart, so that short ones never wait for them."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._process: subprocess.Popen[str] | None = None
+        self._short, self._long = _Lane("short"), _Lane("long")
 
     def start(self) -> None:
-        """Start the process, so that the first rendering finds it ready."""
-        with self._lock:
-            self._running()
+        """Start the process for short ones, so that the first rendering finds it ready."""
+        self._short.start()
 
     def close(self) -> None:
-        """End the process."""
-        with self._lock:
-            if self._process is not None:
-                self._process.kill()
-                self._reap(self._process)
+        """End the processes."""
+        self._short.close()
+        self._long.close()
 
     def render(
         self,
@@ -50,15 +47,50 @@ class TemplateRenderer:
         tools: Sequence[dict[str, Any]] | None,
         variables: dict[str, Any],
     ) -> str:
+        """The conversation as text, up to the assistant's turn; waits for :meth:`submit`."""
+        return self.submit(template, messages, tools, variables).result()
+
+    def submit(
+        self,
+        template: str,
+        messages: Sequence[dict[str, Any]],
+        tools: Sequence[dict[str, Any]] | None,
+        variables: dict[str, Any],
+    ) -> Future[str]:
         """The conversation as text, up to the assistant's turn.
 
-        Raises TemplateRefusedError and TemplateFailedError.
+        The future raises TemplateRefusedError and TemplateFailedError.
         """
-        request = json.dumps(
-            {"template": template, "messages": messages, "tools": tools, "variables": variables}
-        )
-        with self._lock:
-            answer = self._ask(request)
+        length = sum(len(message["content"]) for message in messages)
+        lane = self._long if length > _LONG else self._short
+        request = {"template": template, "messages": messages, "tools": tools}
+        return lane.submit(request | {"variables": variables})
+
+
+class _Lane:
+    """A process, started when it is needed, that renders one conversation after another."""
+
+    def __init__(self, name: str) -> None:
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix=f"nybble-template-{name}")
+        self._process: subprocess.Popen[str] | None = None
+
+    def start(self) -> None:
+        self._pool.submit(self._running).result()
+
+    def close(self) -> None:
+        """Renderings that wait are still made; the lane may be used again."""
+        self._pool.submit(self._end).result()
+
+    def submit(self, request: dict[str, Any]) -> Future[str]:
+        return self._pool.submit(self._render, request)
+
+    def _end(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._reap(self._process)
+
+    def _render(self, request: dict[str, Any]) -> str:
+        answer = self._ask(json.dumps(request))
         if "refused" in answer:
             raise TemplateRefusedError(answer["refused"])
         if "failed" in answer:

@@ -79,7 +79,7 @@ def running_server(folder: Path, *options: str) -> Iterator[ServerProcess]:
 
 @pytest.fixture(scope="session")
 def server(tiny_model: Callable[..., Path]) -> Iterator[ServerProcess]:
-    with running_server(tiny_model()) as process:
+    with running_server(tiny_model(), "--max-waiting", "1000") as process:
         yield process
 
 

@@ -130,7 +130,7 @@ def test_no_template_hangs_or_fills_the_memory_and_the_next_one_works(
 def test_a_process_that_was_killed_is_replaced() -> None:
     renderer = TemplateRenderer()
     renderer.start()
-    first = renderer._process
+    first = renderer._short._process
     assert first is not None
     first.kill()
     while first.poll() is None:
@@ -140,6 +140,18 @@ def test_a_process_that_was_killed_is_replaced() -> None:
     renderer.close()
     assert render(renderer, "again") == "again"
     renderer.close()
+
+
+def test_a_long_conversation_holds_up_no_short_one(renderer: TemplateRenderer) -> None:
+    template = "{% if messages[0].content | length > 10 ** 5 %}" + LOOP + "{% endif %}fine"
+    long = [{"role": "user", "content": "x" * 200_000}]
+    renderer.submit("fine", long, None, {}).result()  # its process runs
+    waited = renderer.submit(template, long, None, {})
+    others = [renderer.submit(template, MESSAGES, None, {}) for _ in range(64)]
+    assert [other.result() for other in others] == ["fine"] * 64
+    assert not waited.done()  # it goes on until its time is over
+    with pytest.raises(TemplateFailedError, match="too long"):
+        waited.result()
 
 
 def test_many_threads_get_their_own_answers(renderer: TemplateRenderer) -> None:

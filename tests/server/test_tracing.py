@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import ClassVar
+from urllib.request import Request, urlopen
 
 import pytest
 from nybble.engine import Engine
 from nybble.server.tracing import Tracing
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from opentelemetry.proto.trace.v1.trace_pb2 import Span
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import StatusCode
 
 from .client import CHAT, COMPLETIONS, HELLO, Client, run
+from .conftest import running_server
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 SECRET = "swordfish"
@@ -108,3 +118,50 @@ def test_without_an_endpoint_nothing_of_opentelemetry_is_imported() -> None:
         "assert not [name for name in sys.modules if name.startswith('opentelemetry')]\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+class Collector(BaseHTTPRequestHandler):
+    """What OTLP over HTTP asks of a collector; keeps the spans it is sent."""
+
+    spans: ClassVar[list[Span]] = []
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        assert self.path == "/v1/traces"
+        assert self.headers["Content-Type"] == "application/x-protobuf"
+        sent = ExportTraceServiceRequest.FromString(body)
+        for resource in sent.resource_spans:
+            names = {each.key: each.value.string_value for each in resource.resource.attributes}
+            assert names["service.name"] == "nybble"
+            for scope in resource.scope_spans:
+                self.spans.extend(scope.spans)
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_a_collector_gets_the_spans_of_a_server_by_the_time_it_has_ended(
+    tiny_model: Callable[..., Path],
+) -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Collector) as collector:
+        threading.Thread(target=collector.serve_forever, daemon=True).start()
+        endpoint = f"http://127.0.0.1:{collector.server_port}/v1/traces"
+        with running_server(tiny_model(), "--otlp-endpoint", endpoint) as server:
+            body = json.dumps({"model": "tiny", "prompt": SECRET, "max_tokens": 3})
+            headers = {"traceparent": f"00-{TRACE}-{PARENT}-01"}
+            request = Request(server.url + COMPLETIONS, body.encode(), headers)
+            with urlopen(request) as response:
+                assert response.status == 200
+            server.terminate()
+            assert server.process.wait(30) == 0
+        collector.shutdown()
+    named = {span.name: span for span in Collector.spans}
+    assert set(named) == {f"POST {COMPLETIONS}", "sequence", "queue", "prefill", "decode"}
+    assert {span.trace_id.hex() for span in Collector.spans} == {TRACE}
+    assert named[f"POST {COMPLETIONS}"].parent_span_id.hex() == PARENT
+    assert named["decode"].parent_span_id == named["sequence"].span_id
+    for span in Collector.spans:
+        assert 0 < span.start_time_unix_nano <= span.end_time_unix_nano
+        assert SECRET not in str(span)
