@@ -190,7 +190,9 @@ class AdapterCache:
             if version.waiting and version.slot is None:
                 held[version.tenant] += version.nbytes
         mine = held[newcomer.tenant] + newcomer.nbytes
-        by_use = sorted(self._host, key=self._needed_beside_slot)
+        # What has lost its name may not be on disk any more.
+        replaceable = (v for v in self._host if not (v.retired and (v.waiting or v.running)))
+        by_use = sorted(replaceable, key=self._needed_beside_slot)
         for version in by_use:
             if free >= newcomer.nbytes:
                 break

@@ -56,6 +56,7 @@ class Engine:
     pooling: how they make an embedding of a prompt; None for a way the engine does not know.
     model_type: the architecture's name.
     eos_token_ids: tokens that end a sequence unless its parameters say otherwise.
+    max_num_seqs: sequences computed in one step.
     """
 
     def __init__(
@@ -79,6 +80,8 @@ class Engine:
         self._runner = runner
         self._thread = EngineThread(runner, new_scheduler, eos_token_ids, config)
         self._adapters = self._thread.adapters
+        self.max_num_seqs = config.max_num_seqs
+        self._block_size = config.block_size
         self._max_in_flight = config.max_num_seqs + config.max_waiting
         self._in_flight: set[str] = set()
 
@@ -186,6 +189,11 @@ class Engine:
     def hidden_size(self) -> int:
         """Numbers in an embedding."""
         return self._runner.decoder.shape.hidden
+
+    @property
+    def kv_cache_tokens(self) -> int:
+        """Tokens whose keys and values the cache holds."""
+        return self.stats().kv_blocks_total * self._block_size
 
     @property
     def healthy(self) -> bool:

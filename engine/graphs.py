@@ -30,8 +30,8 @@ def bucket_sizes(max_num_seqs: int) -> list[int]:
 def cuda_capture(device: torch.device) -> Capture:
     """Captures on ``device``, which must be the current one.
 
-    All graphs share one pool of memory, since one runs at a time. Nothing else may use the device
-    while one is captured.
+    All graphs share one pool of memory, since one runs at a time. Other threads may use the device
+    while one is captured, on streams of their own.
     """
     pool = torch.cuda.graph_pool_handle()
 
@@ -44,7 +44,7 @@ def cuda_capture(device: torch.device) -> Capture:
         torch.cuda.current_stream(device).wait_stream(stream)
         torch.cuda.synchronize(device)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             out = function()
         return graph, out
 

@@ -32,6 +32,11 @@ class EngineStats:
     failures: int = 0
     restarts: int = 0
 
+    @property
+    def computed_tokens(self) -> int:
+        """Of prompts and outputs."""
+        return self.prompt_tokens + self.generation_tokens
+
 
 @dataclass
 class Counters:

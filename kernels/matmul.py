@@ -32,7 +32,31 @@ def linear(x: Tensor, weight: PackedWeight | DenseWeight) -> Tensor:
     """``x @ W.T + bias`` for ``x (..., in_features)``, in the dtype of ``x``."""
     if isinstance(weight, PackedWeight):
         return packed_matmul(x, weight)
+    if x.device.type == "cpu" and x.dtype == torch.bfloat16:
+        return _linear_of_few_sizes(x, weight)
     return torch.nn.functional.linear(x, weight.weight, weight.bias)
+
+
+def _linear_of_few_sizes(x: Tensor, weight: DenseWeight) -> Tensor:
+    """Computes up to half as many rows again, of zeros, so that few numbers of rows occur.
+
+    For each that does, oneDNN compiles a kernel for each weight's shape, takes milliseconds for it
+    and keeps it, in more than half a MiB.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    count = rows.shape[0]
+    if (added := rows_computed(count) - count) > 0:
+        rows = torch.nn.functional.pad(rows, (0, 0, 0, added))
+    out = torch.nn.functional.linear(rows, weight.weight, weight.bias)[:count]
+    return out.reshape(*x.shape[:-1], weight.weight.shape[0])
+
+
+def rows_computed(rows: int) -> int:
+    """The next power of two or three quarters of one; multiples of 64 above 128."""
+    if rows > 128:
+        return -(-rows // 64) * 64
+    power = 1 << max(0, rows - 1).bit_length()
+    return 3 * power // 4 if rows <= 3 * power // 4 else power
 
 
 def gated_linear(x: Tensor, weight: PackedWeight | DenseWeight) -> Tensor:

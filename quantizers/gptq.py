@@ -120,6 +120,10 @@ def gptq(
     )
 
 
+# Below this, the inverse of a triangle is LAPACK's affair.
+_TRIANGLE = 64
+
+
 def inverse_factor(hessian: Tensor) -> Tensor:
     """The upper triangular U with UᵀU = H⁻¹, from one Cholesky factorization of H.
 
@@ -132,7 +136,20 @@ def inverse_factor(hessian: Tensor) -> Tensor:
             "the Hessian of the calibration inputs is singular; give more calibration text or "
             "a larger damp"
         )
-    upper = lower.flip(0, 1)
-    identity = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
-    inverse: Tensor = torch.linalg.solve_triangular(upper, identity, upper=True)
-    return inverse
+    upper: Tensor = lower.flip(0, 1)
+    _invert_upper(upper)
+    return upper
+
+
+def _invert_upper(upper: Tensor) -> None:
+    """In place; by halves, as a solver would compute with the zeros of the identity too."""
+    size = len(upper)
+    if size <= _TRIANGLE:
+        identity = torch.eye(size, dtype=upper.dtype, device=upper.device)
+        upper.copy_(torch.linalg.solve_triangular(upper, identity, upper=True))
+        return
+    middle = size // 2
+    first, last, corner = upper[:middle, :middle], upper[middle:, middle:], upper[:middle, middle:]
+    _invert_upper(first)
+    _invert_upper(last)
+    corner.copy_(first @ corner @ last).neg_()

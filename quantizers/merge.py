@@ -170,10 +170,14 @@ class _Merge:
         module = self.adapter.modules.get(name)
         if module is None:
             return tensors, rounded, None
-        norm = Tensor.norm if compensation is None else compensation.output_norm
-        moved, change = float(norm(rounded.float() - exact)), float(norm(_change(module)))
+        difference = rounded.float() - exact
+        if compensation is None:
+            moved, whole, change = (float(d.norm()) for d in (difference, exact, _change(module)))
+        else:
+            moved, whole = (compensation.output_norm(d) for d in (difference, exact))
+            change = module.scale * compensation.output_norm(module.a, module.b)
         relative = moved / change if change else float("inf")
-        return tensors, rounded, MergedLayer(name, moved / float(norm(exact)), relative)
+        return tensors, rounded, MergedLayer(name, moved / whole, relative)
 
     def _unchanged(self, name: str, weight: PackedWeight | DenseWeight) -> Mapping[str, Tensor]:
         """Affine codes written anew, everything else copied."""
@@ -330,7 +334,8 @@ def _configure(config: dict[str, Any], plan: _Target, in_16_bits: list[str], sam
         settings["dynamic"] = {f"-:{re.escape(name)}": {} for name in in_16_bits}
     elif in_16_bits:
         key = "modules_to_not_convert" if plan.format == "awq" else "llm_int8_skip_modules"
-        settings[key] = [*(settings.get(key) or []), *in_16_bits]
+        # Where the list is empty, transformers leaves out the head by itself.
+        settings[key] = [*(settings.get(key) or ["lm_head"]), *in_16_bits]
 
 
 def _owner(tensor: str, shapes: Mapping[str, object]) -> str | None:

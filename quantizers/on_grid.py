@@ -67,16 +67,27 @@ class Compensation:
     def __init__(self, second_moment: Tensor) -> None:
         """second_moment: ``(in, in)`` of the calibration inputs, in any scaling."""
         self._second_moment = second_moment
-        hessian = second_moment.double()
-        diagonal = hessian.diagonal().clone()
-        hessian.diagonal().add_((diagonal <= 0).double() + _DAMP * diagonal.mean())
+        diagonal = second_moment.diagonal()
         self._order = diagonal.argsort(descending=True, stable=True)
-        self._factor = inverse_factor(hessian[self._order][:, self._order]).float()
+        hessian = second_moment[self._order][:, self._order]
+        hessian.diagonal().add_((hessian.diagonal() <= 0).float() + _DAMP * diagonal.mean())
+        # The damping bounds the condition by 100 · in, which float32 can take.
+        try:
+            self._factor = inverse_factor(hessian)
+        except ValueError:
+            self._factor = inverse_factor(hessian.double()).float()
 
-    def output_norm(self, difference: Tensor) -> Tensor:
-        """√mean‖Dx‖² over the calibration inputs, of ``difference`` D ``(out, in)``."""
-        difference = difference.to(self._second_moment)
-        return ((difference @ self._second_moment) * difference).sum().sqrt()
+    def output_norm(self, right: Tensor, left: Tensor | None = None) -> float:
+        """√mean‖Dx‖² over the calibration inputs, of D = ``left @ right``, or ``right`` alone.
+
+        right ``(rank, in)``, left ``(out, rank)``: a product of low rank is never formed.
+        """
+        right = right.to(self._second_moment)
+        moved = right @ self._second_moment
+        if left is None:
+            return float((moved * right).sum().clamp(min=0).sqrt())
+        left = left.to(right)
+        return float(((left.T @ left) * (moved @ right.T)).sum().clamp(min=0).sqrt())
 
     def codes(self, weight: Tensor, grid: Grid) -> Tensor:
         """uint8 ``(out, in)`` for ``weight (out, in)``, so that its outputs change least."""

@@ -15,6 +15,7 @@ from nybble.engine import Engine
 from nybble.server.adapters.admin import ADMIN_PATHS, AdapterAdmin
 from nybble.server.adapters.owners import AdapterOwners
 from nybble.server.adapters.state import AdapterState
+from nybble.server.admission import Admission, Capacity
 from nybble.server.api.model_names import ModelNames
 from nybble.server.api.routes import Api
 from nybble.server.console.page import Console
@@ -51,14 +52,21 @@ def make_app(
 ) -> web.Application:
     """The application over a started engine."""
     models, tenants = settings.models, settings.tenants
-    metrics = Metrics(engine, settings.max_sequences)
+    capacity = Capacity(
+        settings.max_sequences,
+        engine.max_num_seqs,
+        engine.kv_cache_tokens,
+        settings.max_queue_seconds,
+    )
+    admission = Admission(capacity, lambda: engine.stats().computed_tokens)
+    metrics = Metrics(engine, admission)
     limiter = Limiter()
     cors = settings.cors
     owners = AdapterOwners()
     names = ModelNames(engine, models, owners)
     tracing = settings.tracing
     ended = None if tracing is None else tracing.sequence
-    api = Api(engine, metrics, names, settings.max_sequences, gate, limiter, templates, ended)
+    api = Api(engine, metrics, names, admission, gate, limiter, templates, ended)
     admin_keys = Keys(settings.admin_keys, kind="admin key")
     middlewares: list[Middleware] = [_observe(metrics)]
     if tracing is not None:

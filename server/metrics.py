@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import collections
 import itertools
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from importlib.metadata import version
 
+from aiohttp import hdrs
 from nybble.engine import Engine, Request
 from nybble.engine.size_counts import SizeCounts
+from nybble.server.admission import Admission
 from prometheus_client import (
     CollectorRegistry,
     Counter,
@@ -28,9 +32,18 @@ from prometheus_client.registry import Collector
 
 _TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 _SECONDS = (*_TOKEN_SECONDS, 5, 10, 30, 60, 120, 300)
-# Values of a label that get a time series of their own; each more would be one more for ever.
+# Values of a label that have a time series of their own at a time.
 _LABELS = 50
 _OTHER = "other"
+# How often those are chosen anew, and how much busier than one of them another must have been.
+_WINDOW_SECONDS = 600.0
+_BUSIER = 2
+_METHODS = frozenset(hdrs.METH_ALL)
+# Why requests are turned away, and what else has to be seen at once.
+_CAUSES = (
+    *("overloaded", "tenant_overloaded", "queue_too_long", "rate_limit_exceeded"),
+    *("internal_error", "engine_unavailable", "timeout"),
+)
 _TOKENS = tuple(1 << i for i in range(18))  # up to contexts of 131,072
 # Buckets of a step's sizes, as powers of two: 1,024 sequences and 16,384 tokens.
 _STEP_SEQUENCES, _STEP_TOKENS = 11, 15
@@ -39,10 +52,10 @@ _STEP_SEQUENCES, _STEP_TOKENS = 11, 15
 class Metrics:
     """The metrics of one server, in a registry of their own.
 
-    max_sequences: how many the server takes at once, waiting and running.
+    admission: what lets requests in.
     """
 
-    def __init__(self, engine: Engine, max_sequences: int) -> None:
+    def __init__(self, engine: Engine, admission: Admission) -> None:
         self._registry = CollectorRegistry()
         self._registry.register(_EngineCollector(engine))
         ProcessCollector(registry=self._registry)
@@ -50,7 +63,12 @@ class Metrics:
             "nybble_sequences_limit",
             "Sequences that may be running and waiting at once; more are refused.",
             registry=self._registry,
-        ).set(max_sequences)
+        ).set(admission.capacity.sequences)
+        Gauge(
+            "nybble_predicted_wait_seconds",
+            "Until what is in flight could all be computed at once, at the rate observed.",
+            registry=self._registry,
+        ).set_function(lambda: admission.predicted_wait)
 
         self.event_loop_tasks = Gauge(
             "nybble_event_loop_tasks",
@@ -130,7 +148,7 @@ class Metrics:
             ["cause"],
             registry=self._registry,
         )
-        for cause in ("overloaded", "internal_error", "engine_unavailable", "timeout"):
+        for cause in _CAUSES:
             self._errors.labels(cause)
         self._by_adapter = _Shares("adapter", self._registry)
         self._by_tenant = _Shares("tenant", self._registry)
@@ -139,7 +157,8 @@ class Metrics:
         self, method: str, route: str, status: int, seconds: float, cause: str | None
     ) -> None:
         """Count an HTTP request. route: its pattern. cause: of the error it ended with, if any."""
-        self._http_requests.labels(method, route, str(status)).inc()
+        known = method if method in _METHODS else _OTHER  # a client may send any word
+        self._http_requests.labels(known, route, str(status)).inc()
         self._http_seconds.labels(route).observe(seconds)
         if cause is not None:
             self._errors.labels(cause).inc()
@@ -167,13 +186,20 @@ class Metrics:
 
 
 class _Shares:
-    """Sequences and tokens by a label whose values are not known beforehand, but bounded."""
+    """Sequences and tokens by a label whose values are not known beforehand, but bounded.
 
-    def __init__(self, kind: str, registry: CollectorRegistry) -> None:
+    The first ``_LABELS`` names have series of their own, the others share one. After every window
+    names that were busier in it take the places of those that were least busy; a series that ends
+    may begin again from 0, which to Prometheus is a counter that was reset.
+    """
+
+    def __init__(
+        self, kind: str, registry: CollectorRegistry, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         def counter(what: str, about: str) -> Counter:
             return Counter(
                 f"nybble_{kind}_{what}",
-                f"{about} by {kind}: the first {_LABELS} seen, and '{_OTHER}'.",
+                f"{about} by {kind}: the {_LABELS} busiest, and '{_OTHER}'.",
                 [kind],
                 registry=registry,
             )
@@ -181,20 +207,41 @@ class _Shares:
         self._sequences = counter("sequences", "Sequences")
         self._tokens = counter("generation_tokens", "Tokens generated")
         self._labels: set[str] = set()
+        self._clock = clock
+        self._window_ends = clock() + _WINDOW_SECONDS
+        self._sequences_in_window: collections.Counter[str] = collections.Counter()
 
     def begin(self, name: str | None) -> None:
-        if name:
-            self._sequences.labels(self._label(name)).inc()
+        if not name:
+            return
+        if self._clock() >= self._window_ends:
+            self._choose()
+        self._sequences_in_window[name] += 1
+        if len(self._labels) < _LABELS:
+            self._labels.add(name)
+        self._sequences.labels(self._label(name)).inc()
 
     def generated(self, name: str | None, tokens: int) -> None:
         if name:
             self._tokens.labels(self._label(name)).inc(tokens)
 
     def _label(self, name: str) -> str:
-        if name not in self._labels and len(self._labels) >= _LABELS:
-            return _OTHER
-        self._labels.add(name)
-        return name
+        return name if name in self._labels else _OTHER
+
+    def _choose(self) -> None:
+        """Give the labels of the least busy to those that were busier, and begin a new window."""
+        busy = self._sequences_in_window
+        newcomers = [name for name, _ in busy.most_common() if name not in self._labels]
+        for name, least in zip(newcomers, sorted(self._labels, key=busy.__getitem__), strict=False):
+            if busy[name] <= _BUSIER * busy[least]:
+                break
+            self._labels.remove(least)
+            self._labels.add(name)
+            for counter in (self._sequences, self._tokens):
+                with suppress(KeyError):  # it has generated nothing
+                    counter.remove(least)
+        self._sequences_in_window = collections.Counter()
+        self._window_ends = self._clock() + _WINDOW_SECONDS
 
 
 class _EngineCollector(Collector):

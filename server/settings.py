@@ -19,7 +19,8 @@ if TYPE_CHECKING:  # it needs packages of its own
 @dataclass(frozen=True, kw_only=True)
 class ServerSettings:
     """models: the names it answers to, the first being its own. max_sequences: how many may be
-    waiting and running at once. api_keys: with any, requests must carry one of them.
+    waiting and running at once. max_queue_seconds: how long a request may have to wait.
+    api_keys: with any, requests must carry one of them.
     admin_keys: the same for administration, which needs one. adapter_roots: folders that adapters
     may be loaded from. adapter_state: the file that keeps them for the next start.
     tenants: whose keys are taken too, each with what it allows.
@@ -31,6 +32,7 @@ class ServerSettings:
 
     models: tuple[str, ...]
     max_sequences: int
+    max_queue_seconds: float = 120
     api_keys: Sequence[str] = ()
     admin_keys: Sequence[str] = ()
     adapter_roots: Sequence[Path] = ()

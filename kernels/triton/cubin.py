@@ -105,6 +105,11 @@ def compile_kernel(
         target=GPUTarget("cuda", capability, 32),
         options={"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True},
     )
+    if "\ttrap;" in compiled.asm["ptx"]:
+        raise RuntimeError(
+            f"{kernel.__name__} with {dict(constants)} for sm_{capability}: Triton "
+            f"{triton.__version__} compiled it to a trap"
+        )
     sass, resources = _disassemble(compiled.asm["cubin"])
     registers, stack, local = (int(x) for x in _RESOURCES.findall(resources)[0])
     instructions = tuple(

@@ -3,8 +3,8 @@
 A program computes a block of ``W @ x.T``, transposed so that the weight is the operand tensor cores
 take from registers: a word goes from device memory through asynchronous copies to the lane that
 multiplies with it, and is unpacked there. Each step covers 128 columns as four products of 32; or,
-where Hopper scales weights before the product, as one, so that its tensor cores run while the next
-weights are unpacked.
+where weights are scaled before the product, from Hopper on, as one, so that tensor cores run while
+the next weights are unpacked.
 
 Few rows leave too few blocks to fill the GPU, so the columns are also split between programs. Each
 leaves its float32 part in a workspace, and the last to finish a block adds the parts in order of
@@ -23,6 +23,7 @@ from nybble.kernels.packed import PackedWeight
 from nybble.kernels.triton import norm
 from nybble.kernels.triton.configs import Config, bucket_of, choose
 from nybble.kernels.triton.dequantize import dense_matmul, stored_columns
+from nybble.kernels.triton.device import device_traits
 from nybble.kernels.triton.few_rows import few_rows_matmul
 from nybble.kernels.triton.step import (
     SLICE,
@@ -205,19 +206,6 @@ def _arrivals(device: torch.device) -> Tensor:
     return torch.zeros(_ARRIVALS, dtype=torch.int32, device=device)
 
 
-@lru_cache
-def device_traits(device: torch.device) -> tuple[str, int, int]:
-    """Name, multiprocessors and compute capability (90 for 9.0); an H100's for the interpreter."""
-    if device.type != "cuda":
-        return "interpreter", 132, 90
-    properties = torch.cuda.get_device_properties(device)
-    return (
-        properties.name,
-        properties.multi_processor_count,
-        10 * properties.major + properties.minor,
-    )
-
-
 def chosen(weight: PackedWeight, rows: int, device: torch.device) -> Config:
     """The configuration ``rows`` rows are computed with."""
     group = 0 if weight.groups == 1 else weight.group_size
@@ -226,8 +214,11 @@ def chosen(weight: PackedWeight, rows: int, device: torch.device) -> Config:
 
 
 def joined(config: Config, capability: int) -> bool:
-    """Whether a step is one product. Elsewhere than on Hopper, joining moves weights about."""
-    return config.scale_first and 90 <= capability < 100
+    """Whether a step is one product. Before Hopper, joining moves weights about.
+
+    On Blackwell Triton 3.6 makes nothing but a trap of four wide products.
+    """
+    return config.scale_first and capability >= 90
 
 
 def takes(weight: PackedWeight, dtype: torch.dtype) -> bool:

@@ -12,7 +12,14 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
-from nybble.kernels.triton import attention, lora, norm, rotary, sampling
+from nybble.kernels.triton import (
+    attention_decode,
+    attention_prefill,
+    lora,
+    norm,
+    rotary,
+    sampling,
+)
 from nybble.kernels.triton.cubin import TENSOR_CORE, Report, compile_kernel
 
 CAPABILITIES = (80, 89, 90, 100)
@@ -93,10 +100,10 @@ def _attention(
     }
     partial = {"partial_out": fp32, "partial_peak": fp32, "partial_total": fp32}
     aligned = ("table_stride", "q_stride")
-    constants = attention.decode_constants(group, dim, 16)
+    constants = attention_decode.decode_constants(group, dim, 16)
     warps = constants.pop("num_warps")
     report = compile_kernel(
-        attention.decode_kernel,
+        attention_decode.decode_kernel,
         shared | partial,
         constants | {"SEQS_PADDED": 64, "MAX_SPLITS": 49, "QUANTIZED": quantized},
         capability=capability,
@@ -104,10 +111,10 @@ def _attention(
         aligned=aligned,
     )
     yield Row.of("decode", variant, capability, report)
-    constants = attention.prefill_constants(group, dim, 16, capability)
+    constants = attention_prefill.prefill_constants(group, dim, 16, capability)
     warps = constants.pop("num_warps")
     report = compile_kernel(
-        attention.prefill_kernel,
+        attention_prefill.prefill_kernel,
         shared,
         constants | {"SEQS_PADDED": 64, "QUANTIZED": quantized},
         capability=capability,

@@ -36,7 +36,8 @@ from nybble.kernels.triton.configs import (
     write_cache,
 )
 from nybble.kernels.triton.dequantize import stored_columns
-from nybble.kernels.triton.matmul import device_traits, packed_matmul, takes
+from nybble.kernels.triton.device import device_traits
+from nybble.kernels.triton.matmul import packed_matmul, takes
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 

@@ -80,10 +80,16 @@ class AdapterAdmin:
         folder = _allowed(body.lora_path, self._roots)
         replace = bool(body.load_inplace)
         info = self._engine.load_adapter(body.lora_name, str(folder), replace=replace)
-        if self._state is not None:
-            self._state.keep(body.lora_name, str(folder))
-        if self._uploads is not None and not self._uploads.holds(folder):
-            self._uploads.retire(body.lora_name)  # or a restart would find two of the name
+        uploads, state = self._uploads, self._state
+        if uploads is not None and uploads.is_current(body.lora_name, folder):
+            uploads.set_unloaded(body.lora_name, False)
+            if state is not None:
+                state.forget(body.lora_name)  # a restart finds it among the uploads
+            return info
+        if state is not None:
+            state.keep(body.lora_name, str(folder))
+        if uploads is not None and not uploads.holds(folder):
+            uploads.retire(body.lora_name)  # or a restart would find two of the name
         return info
 
     async def unload(self, request: web.Request) -> web.Response:
@@ -96,6 +102,8 @@ class AdapterAdmin:
         self._engine.unload_adapter(body.lora_name)
         if self._state is not None:
             await asyncio.to_thread(self._state.forget, body.lora_name)
+        if self._uploads is not None:
+            await asyncio.to_thread(self._uploads.set_unloaded, body.lora_name, True)
         return json_response(_body(info))
 
     async def upload(self, request: web.Request) -> web.Response:
@@ -129,15 +137,17 @@ class AdapterAdmin:
         return info
 
     async def delete(self, request: web.Request) -> web.Response:
-        """Unload an adapter, and remove its files if they were uploaded."""
+        """Unload an adapter, if it is not yet, and remove its files if they were uploaded."""
         self._require_admin(request)
-        info = self._find(request.match_info["name"])
-        self._engine.unload_adapter(info.name)
+        name, uploads = request.match_info["name"], self._uploads
+        kept = uploads is not None and await asyncio.to_thread(uploads.has, name)
+        if not kept or self._engine.adapter(name) is not None:
+            self._engine.unload_adapter(self._find(name).name)
         if self._state is not None:
-            await asyncio.to_thread(self._state.forget, info.name)
-        if self._uploads is not None:
-            await asyncio.to_thread(self._uploads.retire, info.name)
-        return json_response({"object": "lora_adapter", "name": info.name, "deleted": True})
+            await asyncio.to_thread(self._state.forget, name)
+        if uploads is not None:
+            await asyncio.to_thread(uploads.retire, name)
+        return json_response({"object": "lora_adapter", "name": name, "deleted": True})
 
     async def list(self, request: web.Request) -> web.Response:
         self._require_admin(request)

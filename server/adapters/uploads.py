@@ -1,7 +1,8 @@
 """Uploaded adapters on disk: ``FOLDER/NAME/VERSION/``, the greatest version being the current one.
 
 A version appears complete, by renaming, or not at all. One that was replaced or deleted is marked
-first and removed later, as requests that have begun may still have to read it.
+first and removed later, as requests that have begun may still have to read it. One that was
+unloaded is marked and kept: no start loads it until it is loaded by its path or replaced.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _RETIRED = ".retired"
+_UNLOADED = ".unloaded"
 _PARTIAL = ".partial-"
 _KEEP_SECONDS = 600
 
@@ -34,7 +36,7 @@ class AdapterUploads:
         self._lock = threading.Lock()
 
     def recover(self) -> dict[str, Path]:
-        """Current versions by name, once what was left unfinished or retired is removed."""
+        """Current versions by name, those unloaded left out; clears away unfinished and retired."""
         if not self._folder.is_dir():
             return {}
         with self._lock:
@@ -42,11 +44,29 @@ class AdapterUploads:
                 shutil.rmtree(left, ignore_errors=True)
             self._remove_retired(older_than=0)
             names = sorted(p.name for p in self._folder.iterdir() if NAME.fullmatch(p.name))
-            return {name: versions[-1] for name in names if (versions := self._versions(name))}
+            current = {name: found[-1] for name in names if (found := self._versions(name))}
+            return {n: path for n, path in current.items() if not (path / _UNLOADED).exists()}
 
     def holds(self, folder: Path) -> bool:
         """Whether a folder, its links followed, is a version that was uploaded."""
         return folder.is_relative_to(self._folder)
+
+    def is_current(self, name: str, folder: Path) -> bool:
+        """Whether a folder is what a start would load as ``name``, were it not unloaded."""
+        with self._lock:
+            return self._versions(name)[-1:] == [folder]
+
+    def has(self, name: str) -> bool:
+        """Whether there is a version of ``name``, loaded or not."""
+        with self._lock:
+            return bool(self._versions(name))
+
+    def set_unloaded(self, name: str, unloaded: bool) -> None:
+        """Say whether a start shall leave ``name`` alone; nothing where it was not uploaded."""
+        with self._lock:
+            for version in self._versions(name)[-1:]:
+                mark = version / _UNLOADED
+                mark.touch() if unloaded else mark.unlink(missing_ok=True)
 
     @contextmanager
     def scratch(self) -> Iterator[Path]:

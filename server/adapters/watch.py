@@ -31,7 +31,7 @@ class AdapterWatch:
         self._loaded: dict[str, Signature] = {}
         self._failed: dict[str, Signature] = {}
 
-    async def run(self, interval: float = 2.0) -> None:
+    async def run(self, interval: float = 1.0) -> None:
         """Follow the folder until cancelled."""
         while True:
             await asyncio.to_thread(self.scan)

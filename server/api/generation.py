@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import ExitStack, aclosing, contextmanager
 from dataclasses import dataclass, field, replace
@@ -17,12 +16,12 @@ from nybble.engine import (
     RequestOutput,
     SamplingParams,
 )
+from nybble.server.admission import Admission
 from nybble.server.errors import ApiError
 from nybble.server.limits import Limiter
 from nybble.server.metrics import Metrics
 from nybble.server.tenants import Tenant
 
-_RETRY_AFTER_SECONDS = 5
 # Enough to fill a step's token budget with short texts, and of a small server a quarter at most.
 _EMBEDDINGS_IN_FLIGHT = 16
 
@@ -114,13 +113,13 @@ class SequenceTimes:
 
 
 class Generation:
-    """The engine as the API's handlers use it; takes ``max_sequences`` at once."""
+    """The engine as the API's handlers use it; takes what ``admission`` lets in."""
 
     def __init__(
         self,
         engine: Engine,
         metrics: Metrics,
-        max_sequences: int,
+        admission: Admission,
         limiter: Limiter,
         ended: Callable[[SequenceTimes], None] | None = None,
     ) -> None:
@@ -128,25 +127,24 @@ class Generation:
         self.engine = engine
         self._limiter = limiter
         self._ended = ended
-        self._admitted_of: Counter[str] = Counter()
         self._metrics = metrics
-        self._max_sequences = max_sequences
-        self._admitted = 0
+        self._admission = admission
 
     async def run(self, job: Job) -> AsyncGenerator[tuple[int, RequestOutput]]:
         """Yield (index of the sequence, output) as they come; closing cancels all of them.
 
         Raises ApiError 429 where the server is full, and what Engine.generate raises.
         """
-        if self._in_flight(job) > self._max_sequences:
+        most = self._admission.capacity.sequences
+        if self._in_flight(job) > most:
             raise ApiError(
                 400,
-                f"the request asks for {job.size} sequences, this server takes at most "
-                f"{self._max_sequences} at once",
+                f"the request asks for {job.size} sequences, this server takes at most {most} at "
+                "once",
                 param="n",
                 code="invalid_value",
             )
-        with self._admission(job):
+        with self._admitted(job):
             if job.size == 1:
                 async with aclosing(self._sequence(job.request(0), job.tenant)) as outputs:
                     async for output in outputs:
@@ -160,40 +158,30 @@ class Generation:
         """Sequences of a job in flight at most."""
         if job.pooling is None:
             return job.size
-        return min(job.size, _EMBEDDINGS_IN_FLIGHT, max(1, self._max_sequences // 4))
+        quarter = max(1, self._admission.capacity.sequences // 4)
+        return min(job.size, _EMBEDDINGS_IN_FLIGHT, quarter)
+
+    def _needed(self, job: Job) -> float:
+        """Tokens of KV cache that what is in flight of a job will probably need."""
+        needs, room = self._admission.needs, self.engine.max_model_len
+        tokens = 0.0
+        for prompt in job.prompts:
+            limit = room - len(prompt)
+            if job.pooling is not None:
+                limit = 0
+            elif job.params.max_tokens is not None:
+                limit = min(limit, job.params.max_tokens)
+            tokens += needs.of_prompt(len(prompt)) + job.n * needs.of_output(limit)
+        return tokens * self._in_flight(job) / job.size
 
     @contextmanager
-    def _admission(self, job: Job) -> Iterator[None]:
-        free, held = self._max_sequences - self._admitted, self._in_flight(job)
-        if held > free:
-            raise ApiError(
-                429,
-                f"{self._admitted} sequences are in flight of {self._max_sequences} at most",
-                code="overloaded",
-                retry_after=_RETRY_AFTER_SECONDS,
-            )
-        with ExitStack() as limits:
-            if (tenant := job.tenant) is not None:
-                # A tenant may hold as many as are free, so however many it sends there is room for
-                # another (dynamic thresholds, Choudhury and Hahne 1998).
-                mine = self._admitted_of[tenant.name]
-                if mine + held > max(free, 1):
-                    raise ApiError(
-                        429,
-                        f"{mine} sequences of yours are in flight, and {free} more are kept for "
-                        "others",
-                        code="overloaded",
-                        retry_after=_RETRY_AFTER_SECONDS,
-                    )
-                limits.enter_context(self._limiter.admit(tenant, sum(map(len, job.prompts))))
-                self._admitted_of[tenant.name] += held
-            self._admitted += held
-            try:
-                yield
-            finally:
-                self._admitted -= held
-                if tenant is not None:
-                    self._admitted_of[tenant.name] -= held
+    def _admitted(self, job: Job) -> Iterator[None]:
+        with ExitStack() as stack:
+            enter = stack.enter_context
+            enter(self._admission.admit(job.tenant, self._in_flight(job), self._needed(job)))
+            if job.tenant is not None:
+                enter(self._limiter.admit(job.tenant, sum(map(len, job.prompts))))
+            yield
 
     async def _merged(self, job: Job) -> AsyncGenerator[tuple[int, RequestOutput]]:
         # Bounded, so that a slow reader's outputs are not stored twice.
@@ -237,7 +225,7 @@ class Generation:
         metrics = self._metrics
         metrics.begin(request)
         arrived = started = first = previous = time.monotonic()
-        tokens, reason = 0, "cancelled"
+        tokens, cached, reason = 0, 0, "cancelled"
         try:
             async with aclosing(self.engine.generate(request)) as outputs:
                 async for output in outputs:
@@ -251,6 +239,7 @@ class Generation:
                         yield output
                         return
                     if not tokens:
+                        cached = output.cached_tokens
                         first, started = now, arrived + output.queue_seconds
                         metrics.time_to_first_token.observe(now - arrived)
                         metrics.queue_time.observe(output.queue_seconds)
@@ -273,12 +262,16 @@ class Generation:
             raise
         finally:
             metrics.finished.labels(reason).inc()
+            prompt_tokens = len(request.prompt_token_ids)
+            if tokens:
+                ended = reason == "stop"
+                self._admission.needs.add(prompt_tokens, cached, tokens, ended=ended)
             if self._ended is not None:
                 self._ended(
                     SequenceTimes(
                         request.request_id,
                         request.adapter,
-                        len(request.prompt_token_ids),
+                        prompt_tokens,
                         tokens,
                         reason,
                         arrived,

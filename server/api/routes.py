@@ -11,6 +11,7 @@ from uuid import uuid4
 
 from aiohttp import web
 from nybble.engine import Engine, GrammarCompiler, ParameterError, SamplingParams
+from nybble.server.admission import Admission
 from nybble.server.api.chat import ChatShape
 from nybble.server.api.chat_schema import ChatRequest, DetokenizeRequest, TokenizeRequest
 from nybble.server.api.compile_pool import CompilePool
@@ -48,7 +49,7 @@ class Api:
         engine: Engine,
         metrics: Metrics,
         names: ModelNames,
-        max_sequences: int,
+        admission: Admission,
         gate: Gate,
         limiter: Limiter,
         templates: TemplateRenderer,
@@ -59,7 +60,7 @@ class Api:
         self._metrics = metrics
         self._names = names
         self._openapi = openapi_document()
-        self._generation = Generation(engine, metrics, max_sequences, limiter, ended)
+        self._generation = Generation(engine, metrics, admission, limiter, ended)
         self._prompts = Prompts(engine.tokenizer, names.first, engine.max_model_len, templates)
         self._tokens = TokenBytes(engine.tokenizer)
         self._compiling = CompilePool()

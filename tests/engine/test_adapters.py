@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -206,32 +207,63 @@ def test_a_request_gets_the_same_output_alone_and_in_any_mix(
         assert leaves_after is not None or found[index] == whole
 
 
-def test_the_same_holds_in_bfloat16_on_a_quantized_base(
-    tiny_model: Callable[..., Path], tiny_adapter: Callable[..., Path], tmp_path: Path
+RANKS = (1, 8, 64, 256)
+
+
+@pytest.fixture(scope="module", params=["bf16", "gptq", "desc_act", "awq", "nf4"])
+def compiled_engine(
+    request: pytest.FixtureRequest,
+    tiny_model: Callable[..., Path],
+    tiny_adapter: Callable[..., Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Engine]:
+    """In bfloat16, which the compiled kernels compute, with adapters of all ranks in 3 slots."""
+    folder = quantized(tiny_model(), tmp_path_factory.mktemp("base") / "model", request.param)
+    engine = start(folder, dtype=torch.bfloat16, adapters=AdapterConfig(slots=3, max_rank=256))
+    for rank in RANKS:
+        engine.load_adapter(f"{rank}", str(tiny_adapter(seed=rank, r=rank)))
+    yield engine
+    engine.stop()
+
+
+def test_every_rank_in_any_mix_on_every_base_says_what_it_says_alone(
+    compiled_engine: Engine,
 ) -> None:
     """Log probabilities are equal to the last bit: no kernel's row depends on the others."""
-    folder = quantized(tiny_model(), tmp_path / "gptq", "gptq")
-    engine = start(folder, dtype=torch.bfloat16)
-    mix = [None, *ADAPTERS, "full", None]
-    try:
-        for name, options in ADAPTERS.items():
-            engine.load_adapter(name, str(tiny_adapter(**options)))
+    engine = compiled_engine
 
-        def request(index: int) -> Request:
-            params = greedy(8, logprobs=0)
-            return Request(f"{index}", prompt(index, 5 + 3 * index), params, adapter=mix[index])
+    def request(kind: tuple[int | None, int, int], count: int) -> Request:
+        rank, seed, length = kind
+        adapter = None if rank is None else f"{rank}"
+        return Request("r", prompt(seed, length), greedy(count, logprobs=0), adapter=adapter)
 
+    def said(outputs: list[RequestOutput]) -> list[tuple[int, float]]:
+        return [(o.token_ids[0], o.logprobs[0].logprob) for o in outputs]
+
+    @functools.cache
+    def alone(kind: tuple[int | None, int, int]) -> list[tuple[int, float]]:
+        return said(asyncio.run(collect(engine, request(kind, 8))))
+
+    kinds = st.tuples(
+        st.sampled_from([None, *RANKS]), st.integers(0, 1), st.sampled_from([3, 8, 30])
+    )
+
+    @given(st.lists(st.tuples(kinds, st.integers(1, 8)), min_size=2, max_size=8))
+    @settings(max_examples=12, deadline=None)
+    def check(mix: list[tuple[tuple[int | None, int, int], int]]) -> None:
         async def together() -> list[list[RequestOutput]]:
-            return await asyncio.gather(*(collect(engine, request(i)) for i in range(len(mix))))
+            requests = (
+                replace(request(kind, count), request_id=f"{i}")
+                for i, (kind, count) in enumerate(mix)
+            )
+            return await asyncio.gather(*(collect(engine, each) for each in requests))
 
-        for index, outputs in enumerate(asyncio.run(together())):
-            alone = asyncio.run(collect(engine, request(index)))
-            assert tokens(outputs) == tokens(alone)
-            assert [o.logprobs[0].logprob for o in outputs] == [
-                o.logprobs[0].logprob for o in alone
-            ]
-    finally:
-        engine.stop()
+        for (kind, count), outputs in zip(mix, asyncio.run(together()), strict=True):
+            assert said(outputs) == alone(kind)[:count]
+
+    check()
+    answers = {tuple(alone((rank, 0, 8))) for rank in (None, *RANKS)}
+    assert len(answers) == len(RANKS) + 1, "adapters that change nothing test nothing"
 
 
 def test_captured_decode_steps_mix_adapters_alike(

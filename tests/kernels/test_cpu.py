@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nybble.kernels import PackedWeight, reference
+from nybble.kernels import DenseWeight, PackedWeight, reference
 from nybble.kernels.attention_batch import AttentionBatch
 from nybble.kernels.cpu.build import (
     TARGETS,
@@ -20,7 +20,7 @@ from nybble.kernels.cpu.build import (
     missing_cpu_features,
 )
 from nybble.kernels.cpu.library import CpuLibrary
-from nybble.kernels.matmul import packed_matmul
+from nybble.kernels.matmul import linear, packed_matmul, rows_computed
 from nybble.kernels.packed import (
     INT8_MAX,
     INTEGER_LEVELS,
@@ -195,6 +195,29 @@ def test_other_dtypes_and_layouts_are_computed_without_the_kernel() -> None:
     for layout in ("rows", "cpu_tiles"):
         found = packed_matmul(x, weight.to_layout(layout))  # type: ignore[arg-type]
         torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-4)
+
+
+def test_dense_weights_are_multiplied_with_few_numbers_of_rows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    weight = DenseWeight(torch.randn(48, 64).bfloat16(), torch.randn(48).bfloat16())
+    computed: set[int] = set()
+    compute = torch.nn.functional.linear
+
+    def spy(x: Tensor, *others: Tensor) -> Tensor:
+        computed.add(x.shape[0])
+        return compute(x, *others)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", spy)
+    for rows in range(301):
+        x = torch.randn(rows, 64).bfloat16()
+        found = linear(x, weight)
+        assert weight.bias is not None
+        expected = x.double() @ weight.weight.double().T + weight.bias.double()
+        torch.testing.assert_close(found.double(), expected, rtol=2e-2, atol=2e-2)
+        assert rows <= rows_computed(rows) <= 1.5 * rows + 0.5
+    assert len(computed) <= 18  # each costs half a MiB, for each shape of weight
+    assert linear(torch.randn(2, 5, 64).bfloat16(), weight).shape == (2, 5, 48)
 
 
 def test_norms_and_activation(cpu: CpuLibrary) -> None:

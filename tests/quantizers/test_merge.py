@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Linear4bit
 from nybble.kernels import DenseWeight, PackedWeight
 from nybble.kernels.layout import Layout
 from nybble.loaders import (
@@ -137,6 +139,76 @@ def test_merged_layers_can_stay_in_16_bits(
             assert torch.equal(dense(weight), dense(before[name]))
     settings = json.loads((target / "config.json").read_text())["quantization_config"]
     assert "model.layers.0.mlp.up_proj" in json.dumps(settings).replace("\\\\", "")
+
+
+def nibbles(words: Tensor, order: list[int]) -> Tensor:
+    """int32 ``(rows, n)`` to ``(rows, 8 n)``, nibble i being column ``order[i]`` of its word."""
+    columns = [words.long() >> 4 * order.index(column) & 15 for column in range(8)]
+    return torch.stack(columns, -1).flatten(1)
+
+
+def published(tensors: dict[str, Tensor], name: str, format: str) -> Tensor:
+    """What a layer's tensors mean by the formulas of AutoGPTQ and AutoAWQ, ``(out, in)``."""
+    if f"{name}.weight" in tensors:
+        return tensors[f"{name}.weight"].float()
+    words, zeros = tensors[f"{name}.qweight"], tensors[f"{name}.qzeros"]
+    scales = tensors[f"{name}.scales"].float()
+    if format == "gptq":
+        groups = tensors[f"{name}.g_idx"].long()
+        codes = nibbles(words.T, list(range(8))).T
+        points = nibbles(zeros, list(range(8))) + 1 & 15
+    else:
+        order = [0, 2, 4, 6, 1, 3, 5, 7]
+        codes, points = nibbles(words, order), nibbles(zeros, order)
+        groups = torch.arange(len(codes)) // (len(codes) // len(scales))
+    return (scales[groups] * (codes - points[groups])).T
+
+
+@pytest.mark.parametrize("keep_16_bits", [False, True])
+@pytest.mark.parametrize(
+    ("format", "variant"),
+    [("gptq", ""), ("gptq", "desc_act"), ("gptq", "sym"), ("awq", ""), ("nf4", ""), ("fp4", "")],
+)
+def test_others_read_what_was_merged(
+    tiny_model: Callable[..., Path],
+    adapter: LoRAAdapter,
+    tmp_path: Path,
+    format: str,
+    variant: str,
+    keep_16_bits: bool,
+) -> None:
+    """transformers with bitsandbytes reads NF4 and FP4. GPTQ and AWQ it reads with packages that
+    need a GPU, so those are put into its model by the published formula. Both give every layer the
+    weight that is served here, and next to the logits of the 16-bit merge."""
+    base = quantized(tiny_model(), tmp_path / "base", format, variant)
+    target, dense_target = tmp_path / "merged", tmp_path / "dense"
+    merge_adapter(base, adapter, target, keep_16_bits=keep_16_bits, progress=False)
+    merge_adapter(base, adapter, dense_target, format="bf16", progress=False)
+    if format in ("nf4", "fp4"):
+        model = AutoModelForCausalLM.from_pretrained(target, device_map="cpu")
+        for name, expected in projections(target).items():
+            layer = model.get_submodule(name)
+            quantized_layer = isinstance(layer, Linear4bit)
+            assert quantized_layer == isinstance(expected, PackedWeight)
+            weight = layer.weight
+            if quantized_layer:
+                weight = dequantize_4bit(weight.data, weight.quant_state)
+            torch.testing.assert_close(weight.float(), dense(expected), rtol=2**-8, atol=0)
+    else:
+        tensors = load_file(target / "model.safetensors")
+        state = {n: t for n, t in tensors.items() if n.endswith((".weight", ".bias"))}
+        for name, expected in projections(target).items():
+            state[f"{name}.weight"] = published(tensors, name, format)
+            torch.testing.assert_close(state[f"{name}.weight"], dense(expected))
+        config = AutoConfig.from_pretrained(tiny_model())
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model.load_state_dict(state)
+    wanted = AutoModelForCausalLM.from_pretrained(dense_target, dtype=torch.bfloat16)
+    ids = torch.arange(3, 43)[None]
+    with torch.no_grad():
+        found, exact = (m(ids).logits.float().log_softmax(-1) for m in (model, wanted))
+    divergence = torch.nn.functional.kl_div(found, exact, reduction="none", log_target=True)
+    assert divergence.sum(-1).mean() < (0.02 if keep_16_bits else 0.5)
 
 
 @pytest.mark.parametrize("format", FORMATS)

@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import itertools
 import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
-from nybble.engine import Engine
+from aiohttp import ClientError
+from nybble.engine import AdapterConfig, Engine
+from nybble.loaders import open_checkpoint
+from nybble.server.metrics import _Shares
+from nybble.server.tenants import Tenants, new_key
+from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
 from .client import CHAT, COMPLETIONS, HELLO, Client, refused, run
+from .conftest import CONFIG
 
 
 async def scrape(client: Client) -> dict[tuple[str, ...], float]:
@@ -132,3 +144,92 @@ def test_streams_cut_short_count_as_errors_though_their_status_was_200(engine: E
         assert samples["nybble_http_requests_total", "POST", COMPLETIONS, "499"] == 1
 
     run(engine, scenario)
+
+
+def test_labels_stay_bounded_whatever_clients_send(
+    tiny_model: Callable[..., Path], tiny_adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    """60 adapters of 60 tenants over HTTP, and words of a client's own wherever they fit."""
+    keys = [new_key() for _ in range(60)]
+    file = tmp_path / "tenants.toml"
+    file.write_text(
+        "".join(f'[tenants.t{i}]\nkeys = ["{stored}"]\n' for i, (_, stored) in enumerate(keys))
+    )
+    config = replace(CONFIG, adapters=AdapterConfig(slots=2, max_rank=4))
+    engine = Engine.load(open_checkpoint(tiny_model()), config, progress=False)
+    engine.start()
+    for index in range(60):
+        engine.load_adapter(f"a{index}", str(tiny_adapter(seed=1)))
+
+    async def ask(client: Client, index: int) -> None:
+        body = {"model": f"a{index}", "prompt": "a", "max_tokens": 2, "ignore_eos": True}
+        headers = {"Authorization": f"Bearer {keys[index][0]}"}
+        async with client.post(COMPLETIONS, json=body, headers=headers) as response:
+            assert response.status == 200
+
+    async def hostile(client: Client, word: str) -> None:
+        headers = {"Authorization": f"Bearer {keys[0][0]}", "X-LoRA-Adapter": word}
+        bodies: list[dict[str, Any]] = [
+            {"model": word, "prompt": "a"},
+            {"model": "tiny", "prompt": "a", "adapter": word},
+            {"model": "tiny", "prompt": "a", "user": word, word: 1},
+            {"model": "tiny", "prompt": "a", "response_format": {"type": word}},
+        ]
+        for body in bodies:
+            await client.post(COMPLETIONS, json=body, headers=headers)
+        await client.get(f"/{word}", headers=headers)
+        await client.get(f"/v1/models/{word}", headers=headers)
+        await client.post(COMPLETIONS, headers={"Authorization": f"Bearer {word}"})
+        for name in ("User-Agent", "X-Request-Id", "Origin"):
+            await client.get("/v1/models", headers={**headers, name: word})
+        with contextlib.suppress(ClientError):
+            await client.request(word.upper(), "/v1/models", headers=headers)
+
+    async def scenario(client: Client) -> None:
+        for index in range(60):
+            await ask(client, index)
+        samples = await scrape(client)
+        for kind in ("adapter", "tenant"):
+            for what, total in (("sequences", 60), ("generation_tokens", 120)):
+                name = f"nybble_{kind}_{what}_total"
+                found = {key[1]: n for key, n in samples.items() if key[0] == name}
+                assert len(found) == 51
+                assert found["other"] == 10 * total / 60
+                assert sum(found.values()) == total
+        await hostile(client, "wordone")
+        before = await scrape(client)
+        for word in ("wordtwo", "wordthree"):
+            await hostile(client, word)
+        after = await scrape(client)
+        assert after.keys() == before.keys()
+        assert "word" not in "".join(itertools.chain.from_iterable(after)).lower()
+
+    try:
+        run(engine, scenario, tenants=Tenants(file))
+    finally:
+        engine.stop()
+
+
+def test_the_busiest_have_the_labels_and_what_was_counted_goes_on() -> None:
+    now = 0.0
+    registry = CollectorRegistry()
+    shares = _Shares("adapter", registry, lambda: now)
+
+    def count(name: str) -> float | None:
+        return registry.get_sample_value("nybble_adapter_sequences_total", {"adapter": name})
+
+    for index in range(60):
+        shares.begin(f"a{index}")
+    shares.begin("a0")
+    for _ in range(3):
+        shares.begin("a59")
+    shares.generated("a1", 7)
+    assert (count("a1"), count("a59"), count("other")) == (1, None, 13)
+    now = 601.0
+    shares.begin("a59")
+    shares.begin("a58")
+    assert (count("a59"), count("other"), count("a0")) == (1, 14, 2)
+    # One label has changed hands: three requests more are not enough for another's of two.
+    assert sum(count(f"a{index}") is None for index in range(50)) == 1
+    shares.generated("a1", 7)
+    assert len(next(iter(registry.collect())).samples) <= 2 * 51

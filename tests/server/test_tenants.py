@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-import shutil
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -21,7 +20,7 @@ from nybble.server.limits import Limiter
 from nybble.server.tenants import Tenant, Tenants, TenantsError, new_key
 
 from .client import COMPLETIONS, Client, run
-from .conftest import CONFIG, running_server
+from .conftest import CONFIG, ServerProcess, running_server
 
 KEY, STORED = new_key()
 OTHER_KEY, OTHER_STORED = new_key()
@@ -267,27 +266,48 @@ def test_a_flooding_tenant_leaves_room_in_the_queue_for_another(
     run(engine, scenario, tenants=Tenants(file()))
 
 
-def test_sighup_reads_the_file_again(
-    tiny_model: Callable[..., Path], file: Callable[..., Path]
+def test_sighup_reads_the_file_again_under_load(
+    tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:
-    path = file()
+    """A stream goes on though its key is gone, what was counted stays counted, and a file that
+    makes no sense changes nothing."""
+    path = tmp_path / "tenants.toml"
+    other = f'[tenants.other]\nkeys = ["{OTHER_STORED}"]\nrequests_per_minute = 5\n'
+    path.write_text(f'[tenants.acme]\nkeys = ["{STORED}"]\n{other}')
+    long = {**ASK, "max_tokens": 900, "stream": True}
 
-    async def statuses(url: str) -> tuple[int, int]:
-        async with aiohttp.ClientSession() as session:
-            found = []
-            for headers in (AS_ACME, AS_OTHER):
-                async with session.get(url + "/v1/models", headers=headers) as response:
-                    found.append(response.status)
-            return found[0], found[1]
+    async def scenario(server: ServerProcess) -> None:
+        async def log(message: str) -> None:
+            while message not in "".join(server.lines):
+                await asyncio.sleep(0.02)
 
-    with running_server(tiny_model(), "--tenants", str(path)) as server:
-        assert asyncio.run(statuses(server.url)) == (200, 200)
-        path.write_text(f'[tenants.other]\nkeys = ["{OTHER_STORED}"]\n')
-        server.process.send_signal(signal.SIGHUP)
+        async with aiohttp.ClientSession(server.url) as client:
 
-        async def settled() -> None:
-            while await statuses(server.url) != (401, 200):
-                await asyncio.sleep(0.05)
+            async def remaining() -> tuple[int, str]:
+                async with client.post(COMPLETIONS, json=ASK, headers=AS_OTHER) as response:
+                    return response.status, response.headers["x-ratelimit-remaining-requests"]
 
-        asyncio.run(asyncio.wait_for(settled(), 30))
-    shutil.rmtree(path.parent)
+            async def known(headers: dict[str, str]) -> int:
+                async with client.get("/v1/models", headers=headers) as response:
+                    return response.status
+
+            assert [await remaining(), await remaining()] == [(200, "4"), (200, "3")]
+            async with client.post(COMPLETIONS, json=long, headers=AS_ACME) as stream:
+                await stream.content.readline()
+                path.write_text(other)
+                server.process.send_signal(signal.SIGHUP)
+                await log("was read again")
+                assert (await known(AS_ACME), await known(AS_OTHER)) == (401, 200)
+                path.write_text("[tenants.other]\nkeys = [")
+                server.process.send_signal(signal.SIGHUP)
+                await log("the tenants stay as they were: ")
+                assert (await known(AS_ACME), await known(AS_OTHER)) == (401, 200)
+                assert not stream.content.at_eof()
+                lines = [line async for line in stream.content if line.startswith(b"data: ")]
+                assert lines[-1] == b"data: [DONE]\n"
+                assert b'"finish_reason":"length"' in lines[-2]
+            assert await remaining() == (200, "2")
+
+    with running_server(tiny_model(max_length=1024), "--tenants", str(path)) as server:
+        asyncio.run(asyncio.wait_for(scenario(server), 120))
+    assert f"{path} cannot be read" in "".join(server.lines)

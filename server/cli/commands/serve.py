@@ -134,6 +134,15 @@ def serve(
             min=0,
         ),
     ] = 256,
+    max_queue_seconds: Annotated[
+        float,
+        typer.Option(
+            help="Predicted wait beyond which requests get 429 (by the tokens that those in flight "
+            "will need, and the rate observed; for each tenant by its share).",
+            rich_help_panel=MEMORY,
+            min=0,
+        ),
+    ] = 120,
     enable_lora: Annotated[
         bool,
         typer.Option(
@@ -330,6 +339,7 @@ def serve(
         settings = ServerSettings(
             models=tuple(served_model_name or [model]),
             max_sequences=max_num_seqs + max_waiting,
+            max_queue_seconds=max_queue_seconds,
             api_keys=tuple(api_key or ()),
             admin_keys=tuple(admin_key or ()),
             adapter_roots=tuple(lora_root or ()),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import io
 import json
 import tarfile
+import urllib.error
 import urllib.request
 import zipfile
 from collections.abc import Callable, Iterator
@@ -23,7 +25,7 @@ from nybble.server.adapters.uploads import AdapterUploads
 
 from ..client import COMPLETIONS, Client, run
 from ..conftest import CONFIG as ENGINE_CONFIG
-from ..conftest import running_server
+from ..conftest import ServerProcess, running_server
 
 PATH = "/v1/lora_adapters"
 ADMIN = {"Authorization": "Bearer root"}
@@ -228,3 +230,45 @@ def test_uploads_outlive_the_server(
     assert [(info["name"], info["path"]) for info in listed] == [("kept", str(newest))]
     assert sorted(p.name for p in (tmp_path / "uploads").iterdir()) == ["broken", "kept"]
     assert list((tmp_path / "uploads" / "kept").iterdir()) == [newest]
+
+
+def test_an_unloaded_upload_stays_unloaded_until_it_is_wanted_again(
+    tiny_model: Callable[..., Path], files: dict[str, bytes], tmp_path: Path
+) -> None:
+    """Over three lives of the server; meanwhile its files are there, and can be deleted."""
+    options = ("--lora-root", str(tmp_path), "--max-lora-rank", "8", "--admin-key", "root")
+
+    def call(server: ServerProcess, method: str, path: str, body: Any = None) -> tuple[int, Any]:
+        data = None if body is None else json.dumps(body).encode()
+        headers = {**ADMIN, "Content-Type": "application/json"}
+        request = urllib.request.Request(server.url + path, data, headers, method=method)
+        try:
+            with urllib.request.urlopen(request, timeout=30) as response:
+                return response.status, json.load(response)
+        except urllib.error.HTTPError as error:
+            return error.code, json.load(error)
+
+    def names(server: ServerProcess) -> list[str]:
+        return [info["name"] for info in call(server, "GET", PATH)[1]["data"]]
+
+    with running_server(tiny_model(), *options) as server:
+
+        async def send() -> None:
+            async with aiohttp.ClientSession(server.url) as client:
+                for name in ("a", "b"):
+                    await upload(client, files, lora_name=name)  # type: ignore[arg-type]
+
+        asyncio.run(send())
+        folder = call(server, "GET", PATH + "/a")[1]["path"]
+        for name in ("a", "b"):
+            assert call(server, "POST", "/v1/unload_lora_adapter", {"lora_name": name})[0] == 200
+    with running_server(tiny_model(), *options) as server:
+        assert names(server) == []
+        assert call(server, "DELETE", PATH + "/b")[0] == 200
+        assert call(server, "DELETE", PATH + "/b")[0] == 404
+        load = {"lora_name": "a", "lora_path": folder}
+        assert call(server, "POST", "/v1/load_lora_adapter", load)[0] == 200
+    with running_server(tiny_model(), *options) as server:
+        assert names(server) == ["a"]
+        assert "taken" not in "".join(server.lines)
+    assert [path.name for path in (tmp_path / "uploads").iterdir()] == ["a"]

@@ -1,0 +1,263 @@
+"""Attention of sequences with one new token: split-KV decode ("flash-decoding").
+
+A sequence's keys are cut into splits whose number and borders depend on its own context length
+alone, so its result does not depend on the batch. The (sequence, KV head, split) items of all
+sequences are dealt to a fixed number of programs. Each item leaves an unnormalised output and its
+running maximum and sum, which a second kernel combines in order (Dao et al. 2023, "Flash-Decoding
+for long-context inference").
+
+The query heads of a KV head are padded to 16 rows, the least a tensor-core product takes.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from nybble.kernels.attention_batch import AttentionBatch
+from nybble.kernels.triton.device import device_traits
+from nybble.kernels.triton.online_softmax import LOG2_E, attend, padded_seqs
+from torch import Tensor
+
+# A split has at least this many keys: below it, the second stage costs more than it spreads.
+MIN_SPLIT = 256
+DECODE_TILE = 64  # keys per step of the inner loop
+# The block table is loaded ahead of what it points to, so five stages keep two tiles of keys and
+# values in flight: 64 KiB a program for 16-bit heads of 128.
+DECODE_STAGES = 5
+PROGRAMS_PER_SM = 3  # that fit on an H100 by registers and shared memory
+
+
+@triton.jit
+def _splits(visible, MAX_SPLITS: tl.constexpr, MIN_SPLIT: tl.constexpr):
+    """How many splits ``visible`` keys are cut into: 0 for none."""
+    return tl.minimum((visible + MIN_SPLIT - 1) // MIN_SPLIT, MAX_SPLITS)
+
+
+@triton.jit
+def visible_keys(context, window):
+    """Keys the last token sees: all, or the last ``window`` of them (0 is no window)."""
+    return tl.where(window > 0, tl.minimum(context, window), context)
+
+
+@triton.jit(do_not_specialize=["seqs", "window"])
+def decode_kernel(
+    q,
+    k_cache,
+    v_cache,
+    k_scales,
+    v_scales,
+    query_start,
+    context_lens,
+    block_tables,
+    out,
+    partial_out,
+    partial_peak,
+    partial_total,
+    seqs,
+    table_stride,
+    q_stride,
+    kv_heads,
+    scale,
+    window,
+    GROUP: tl.constexpr,
+    GROUP_PADDED: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_PADDED: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+    QUANTIZED: tl.constexpr,
+    SEQS_PADDED: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
+    MIN_SPLIT: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    each = tl.arange(0, SEQS_PADDED)
+    known = each < seqs
+    starts = tl.load(query_start + each, known, 0)
+    ends = tl.load(query_start + each + 1, known, 0)
+    visibles = visible_keys(tl.load(context_lens + each, known, 0), window)
+    splits = tl.where(ends - starts == 1, _splits(visibles, MAX_SPLITS, MIN_SPLIT), 0)
+    borders = tl.cumsum(splits, 0)
+    items = tl.sum(splits, 0) * kv_heads
+
+    member = tl.arange(0, GROUP_PADDED)
+    lane = tl.arange(0, DIM_PADDED)
+    mask = (member < GROUP)[:, None] & (lane < DIM)[None, :]
+    for item in range(tl.program_id(0), items, tl.num_programs(0)):
+        head = item % kv_heads
+        rank = item // kv_heads
+        seq = tl.sum((borders <= rank).to(tl.int32), 0)
+        split = rank - tl.sum(tl.where(each < seq, splits, 0), 0)
+        context = tl.load(context_lens + seq)
+        visible = visible_keys(context, window)
+        count = _splits(visible, MAX_SPLITS, MIN_SPLIT)
+        # Whole tiles, so that only the last one of a sequence is masked.
+        length = tl.cdiv(tl.cdiv(visible, count), TILE) * TILE
+        key_begin = context - visible + split * length
+        key_end = tl.minimum(key_begin + length, context)
+
+        token = tl.load(query_start + seq).to(tl.int64)
+        q_head = head * GROUP + member
+        query = tl.load(q + token * q_stride + q_head[:, None] * DIM + lane[None, :], mask, 0.0)
+        accumulator = tl.zeros([GROUP_PADDED, DIM_PADDED], tl.float32)
+        peak = tl.full([GROUP_PADDED], float("-inf"), tl.float32)
+        total = tl.zeros([GROUP_PADDED], tl.float32)
+        table = block_tables + seq.to(tl.int64) * table_stride
+        position = context - 1 + tl.zeros([GROUP_PADDED], tl.int32)
+        for first in tl.range(key_begin, key_end, TILE, num_stages=STAGES):
+            accumulator, peak, total = attend(
+                query,
+                accumulator,
+                peak,
+                total,
+                k_cache,
+                v_cache,
+                k_scales,
+                v_scales,
+                table,
+                head,
+                kv_heads,
+                first,
+                key_end,
+                position,
+                scale,
+                window,
+                DIM,
+                DIM_PADDED,
+                BLOCK_SIZE,
+                TILE,
+                QUANTIZED,
+                False,
+            )
+        if count == 1:
+            to = (token * kv_heads * GROUP + q_head)[:, None] * DIM + lane[None, :]
+            tl.store(out + to, (accumulator / total[:, None]).to(out.dtype.element_ty), mask)
+        else:
+            row = (seq.to(tl.int64) * kv_heads * GROUP + q_head) * MAX_SPLITS + split
+            tl.store(partial_out + row[:, None] * DIM + lane[None, :], accumulator, mask)
+            tl.store(partial_peak + row, peak, member < GROUP)
+            tl.store(partial_total + row, total, member < GROUP)
+
+
+@triton.jit(do_not_specialize=["window"])
+def reduce_kernel(
+    query_start,
+    context_lens,
+    out,
+    partial_out,
+    partial_peak,
+    partial_total,
+    q_heads,
+    window,
+    DIM: tl.constexpr,
+    DIM_PADDED: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
+    SPLITS_PADDED: tl.constexpr,
+    MIN_SPLIT: tl.constexpr,
+):
+    seq = tl.program_id(0)
+    q_head = tl.program_id(1)
+    token = tl.load(query_start + seq).to(tl.int64)
+    is_decode = tl.load(query_start + seq + 1) - token == 1
+    visible = visible_keys(tl.load(context_lens + seq), window)
+    count = tl.where(is_decode, _splits(visible, MAX_SPLITS, MIN_SPLIT), 0)
+    if count > 1:
+        # Rounding splits up to whole tiles can leave the last ones without keys; they have stored
+        # a peak of −∞ and weigh nothing.
+        split = tl.arange(0, SPLITS_PADDED)
+        lane = tl.arange(0, DIM_PADDED)
+        row = (seq.to(tl.int64) * q_heads + q_head) * MAX_SPLITS + split
+        peak = tl.load(partial_peak + row, split < count, float("-inf"))
+        total = tl.load(partial_total + row, split < count, 0.0)
+        weight = tl.exp2(peak - tl.max(peak, 0))
+        part = tl.load(
+            partial_out + row[:, None] * DIM + lane[None, :],
+            (split < count)[:, None] & (lane < DIM)[None, :],
+            0.0,
+        )
+        result = tl.sum(part * weight[:, None], 0) / tl.sum(total * weight, 0)
+        to = (token * q_heads + q_head) * DIM + lane
+        tl.store(out + to, result.to(out.dtype.element_ty), lane < DIM)
+
+
+def max_splits(kv_heads: int, multiprocessors: int) -> int:
+    """Splits of a long context: one sequence alone keeps every program busy.
+
+    Depends on the model and the device, never on the batch.
+    """
+    return max(8, min(64, PROGRAMS_PER_SM * multiprocessors // kv_heads))
+
+
+def decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    scales: tuple[Tensor, Tensor] | None,
+    batch: AttentionBatch,
+    scale: float,
+    window: int,
+    out: Tensor,
+) -> None:
+    q_heads, dim = q.shape[1:]
+    seqs, kv_heads = batch.context_lens.shape[0], k_cache.shape[1]
+    _, multiprocessors, _ = device_traits(q.device)
+    splits = max_splits(kv_heads, multiprocessors)
+    partial_out = q.new_empty((seqs, q_heads, splits, dim), dtype=torch.float32)
+    partial_peak = q.new_empty((seqs, q_heads, splits), dtype=torch.float32)
+    partial_total = torch.empty_like(partial_peak)
+    decode_kernel[(min(PROGRAMS_PER_SM * multiprocessors, seqs * kv_heads * splits),)](
+        q,
+        k_cache,
+        v_cache,
+        *(scales or (k_cache, v_cache)),  # never read where there are none
+        batch.query_start,
+        batch.context_lens,
+        batch.block_tables,
+        out,
+        partial_out,
+        partial_peak,
+        partial_total,
+        seqs,
+        batch.block_tables.stride(0),
+        q.stride(0),
+        kv_heads,
+        scale * LOG2_E,
+        window,
+        **decode_constants(q_heads // kv_heads, dim, k_cache.shape[2]),
+        QUANTIZED=scales is not None,
+        SEQS_PADDED=padded_seqs(seqs),
+        MAX_SPLITS=splits,
+    )
+    reduce_kernel[(seqs, q_heads)](
+        batch.query_start,
+        batch.context_lens,
+        out,
+        partial_out,
+        partial_peak,
+        partial_total,
+        q_heads,
+        window,
+        DIM=dim,
+        DIM_PADDED=triton.next_power_of_2(dim),
+        MAX_SPLITS=splits,
+        SPLITS_PADDED=triton.next_power_of_2(splits),
+        MIN_SPLIT=MIN_SPLIT,
+        num_warps=4,
+    )
+
+
+def decode_constants(group: int, dim: int, block_size: int) -> dict[str, int]:
+    """Compile-time constants and launch options of ``decode_kernel`` for a model's sizes."""
+    padded = int(triton.next_power_of_2(dim))
+    return {
+        "GROUP": group,
+        "GROUP_PADDED": max(16, int(triton.next_power_of_2(group))),
+        "DIM": dim,
+        "DIM_PADDED": padded,
+        "BLOCK_SIZE": block_size,
+        "TILE": DECODE_TILE,
+        "MIN_SPLIT": MIN_SPLIT,
+        "STAGES": DECODE_STAGES if padded <= 128 else 3,
+        "num_warps": 4,
+    }

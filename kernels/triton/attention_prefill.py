@@ -1,0 +1,187 @@
+"""Attention of sequences with several new tokens: chunked prefill.
+
+A program takes 128 rows, query heads that share a KV head times neighbouring tokens, and walks the
+keys they see with the online softmax (Dao 2023, FlashAttention-2).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from nybble.kernels.attention_batch import AttentionBatch
+from nybble.kernels.triton.device import device_traits
+from nybble.kernels.triton.online_softmax import LOG2_E, attend, padded_seqs
+from torch import Tensor
+
+PREFILL_ROWS = 128
+
+
+@triton.jit(do_not_specialize=["seqs", "window"])
+def prefill_kernel(
+    q,
+    k_cache,
+    v_cache,
+    k_scales,
+    v_scales,
+    query_start,
+    context_lens,
+    block_tables,
+    out,
+    seqs,
+    table_stride,
+    q_stride,
+    kv_heads,
+    scale,
+    window,
+    GROUP: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_PADDED: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    TILE: tl.constexpr,
+    QUANTIZED: tl.constexpr,
+    SEQS_PADDED: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    each = tl.arange(0, SEQS_PADDED)
+    known = each < seqs
+    lengths = tl.load(query_start + each + 1, known, 0) - tl.load(query_start + each, known, 0)
+    pieces = tl.where(lengths > 1, (lengths + TOKENS - 1) // TOKENS, 0)
+    piece = tl.program_id(0)
+    head = tl.program_id(1)
+    seq = tl.sum((tl.cumsum(pieces, 0) <= piece).to(tl.int32), 0)
+    if seq < seqs:
+        offset = (piece - tl.sum(tl.where(each < seq, pieces, 0), 0)) * TOKENS
+        begin = tl.load(query_start + seq)
+        length = tl.load(query_start + seq + 1) - begin
+        context = tl.load(context_lens + seq)
+
+        row = tl.arange(0, ROWS)
+        lane = tl.arange(0, DIM_PADDED)
+        local = offset + row // GROUP
+        q_head = head * GROUP + row % GROUP
+        mask = ((row // GROUP < TOKENS) & (local < length))[:, None] & (lane < DIM)[None, :]
+        token = (begin + local).to(tl.int64)
+        query = tl.load(
+            q + token[:, None] * q_stride + q_head[:, None] * DIM + lane[None, :], mask, 0.0
+        )
+        position = context - length + local
+        accumulator = tl.zeros([ROWS, DIM_PADDED], tl.float32)
+        peak = tl.full([ROWS], float("-inf"), tl.float32)
+        total = tl.zeros([ROWS], tl.float32)
+        table = block_tables + seq.to(tl.int64) * table_stride
+        key_end = tl.minimum(context - length + offset + TOKENS, context)
+        key_begin = tl.where(window > 0, tl.maximum(context - length + offset - window + 1, 0), 0)
+        key_begin = key_begin // TILE * TILE
+        # Every row sees every key before ``open_end`` (no row sees past it without a mask).
+        open_end = tl.where(window > 0, key_begin, (context - length + offset + 1) // TILE * TILE)
+        for first in tl.range(key_begin, open_end, TILE, num_stages=STAGES):
+            accumulator, peak, total = attend(
+                query,
+                accumulator,
+                peak,
+                total,
+                k_cache,
+                v_cache,
+                k_scales,
+                v_scales,
+                table,
+                head,
+                kv_heads,
+                first,
+                key_end,
+                position,
+                scale,
+                window,
+                DIM,
+                DIM_PADDED,
+                BLOCK_SIZE,
+                TILE,
+                QUANTIZED,
+                False,
+            )
+        for first in tl.range(open_end, key_end, TILE, num_stages=STAGES):
+            accumulator, peak, total = attend(
+                query,
+                accumulator,
+                peak,
+                total,
+                k_cache,
+                v_cache,
+                k_scales,
+                v_scales,
+                table,
+                head,
+                kv_heads,
+                first,
+                key_end,
+                position,
+                scale,
+                window,
+                DIM,
+                DIM_PADDED,
+                BLOCK_SIZE,
+                TILE,
+                QUANTIZED,
+                True,
+            )
+        to = (token * kv_heads * GROUP + q_head)[:, None] * DIM + lane[None, :]
+        # Rows past the sequence have seen keys too, and are not stored.
+        tl.store(out + to, (accumulator / total[:, None]).to(out.dtype.element_ty), mask)
+
+
+def prefill(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    scales: tuple[Tensor, Tensor] | None,
+    batch: AttentionBatch,
+    scale: float,
+    window: int,
+    out: Tensor,
+) -> None:
+    tokens, q_heads, dim = q.shape
+    seqs, kv_heads = batch.context_lens.shape[0], k_cache.shape[1]
+    constants = prefill_constants(
+        q_heads // kv_heads, dim, k_cache.shape[2], device_traits(q.device)[2]
+    )
+    # Each sequence may leave one piece part filled.
+    pieces = tokens // constants["TOKENS"] + seqs
+    prefill_kernel[(pieces, kv_heads)](
+        q,
+        k_cache,
+        v_cache,
+        *(scales or (k_cache, v_cache)),  # never read where there are none
+        batch.query_start,
+        batch.context_lens,
+        batch.block_tables,
+        out,
+        seqs,
+        batch.block_tables.stride(0),
+        q.stride(0),
+        kv_heads,
+        scale * LOG2_E,
+        window,
+        **constants,
+        QUANTIZED=scales is not None,
+        SEQS_PADDED=padded_seqs(seqs),
+    )
+
+
+def prefill_constants(group: int, dim: int, block_size: int, capability: int) -> dict[str, int]:
+    """Likewise for ``prefill_kernel``, on a device of compute capability ``capability / 10``."""
+    padded = int(triton.next_power_of_2(dim))
+    rows = max(PREFILL_ROWS, int(triton.next_power_of_2(group)))
+    return {
+        "GROUP": group,
+        "DIM": dim,
+        "DIM_PADDED": padded,
+        "BLOCK_SIZE": block_size,
+        "ROWS": rows,
+        "TOKENS": rows // group,
+        # Before Hopper the operands of a product pass through registers, which 64 keys overfill.
+        "TILE": 64 if capability >= 90 else 32,
+        "STAGES": 3 if capability >= 90 else 5,
+        "num_warps": 8,
+    }

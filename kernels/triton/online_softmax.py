@@ -1,0 +1,75 @@
+"""What both attention kernels do with a tile of keys."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2_E = 1.4426950408889634
+
+
+@triton.jit
+def attend(
+    query,
+    accumulator,
+    peak,
+    total,
+    k_cache,
+    v_cache,
+    k_scales,
+    v_scales,
+    table,
+    head,
+    kv_heads,
+    first,
+    key_end,
+    position,
+    scale,
+    window,
+    DIM: tl.constexpr,
+    DIM_PADDED: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+    QUANTIZED: tl.constexpr,
+    CAUSAL: tl.constexpr,
+):
+    """One step of the online softmax: keys ``first`` … ``first + TILE − 1`` below ``key_end``.
+
+    ``position`` is the position of each query row. ``scale`` includes log2(e): powers are of two.
+    """
+    key = first + tl.arange(0, TILE)
+    lane = tl.arange(0, DIM_PADDED)
+    inside = key < key_end
+    block = tl.load(table + key // BLOCK_SIZE, inside, 0).to(tl.int64)
+    row = (block * kv_heads + head) * BLOCK_SIZE + key % BLOCK_SIZE
+    at = row[:, None] * DIM + lane[None, :]
+    mask = inside[:, None] if DIM == DIM_PADDED else inside[:, None] & (lane < DIM)[None, :]
+    keys = tl.load(k_cache + at, mask, 0.0)
+    values = tl.load(v_cache + at, mask, 0.0)
+    if QUANTIZED:
+        keys = keys.to(query.dtype)
+        values = values.to(query.dtype)
+    scores = tl.dot(query, tl.trans(keys)) * scale
+    if QUANTIZED:
+        scores *= tl.load(k_scales + row, inside, 0.0)[None, :]
+    seen = inside[None, :]
+    if CAUSAL:
+        seen = seen & (key[None, :] <= position[:, None])
+        seen = seen & ((window == 0) | (key[None, :] > position[:, None] - window))
+    scores = tl.where(seen, scores, float("-inf"))
+    new_peak = tl.maximum(peak, tl.max(scores, 1))
+    # A row that has seen no key yet keeps a peak of −∞; 0 in its place keeps NaN out.
+    base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+    weights = tl.exp2(scores - base[:, None])
+    shrink = tl.exp2(peak - base)
+    total = total * shrink + tl.sum(weights, 1)
+    accumulator = accumulator * shrink[:, None]
+    if QUANTIZED:
+        weights *= tl.load(v_scales + row, inside, 0.0)[None, :]
+    accumulator = tl.dot(weights.to(values.dtype), values, accumulator)
+    return accumulator, new_peak, total
+
+
+def padded_seqs(seqs: int) -> int:
+    """Few different sizes, so that few variants are compiled."""
+    return max(16, int(triton.next_power_of_2(seqs)))

@@ -1,0 +1,183 @@
+"""The cache of adapters under any order of events, against what must hold at every moment."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from nybble.engine.adapter_cache import AdapterCache, AdapterVersion
+from nybble.engine.adapter_slots import StagedAdapter
+
+NAMES = st.integers(0, 5)
+TENANTS = st.sampled_from(["a", "b"])
+
+
+class Slots:
+    """In place of the device's: what was last copied into each."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.content: list[StagedAdapter | None] = [None] * count
+        self.fills = 0
+
+    def fill(self, slot: int, staged: StagedAdapter) -> None:
+        self.content[slot] = staged
+        self.fills += 1
+
+
+class CacheUnderTraffic(RuleBasedStateMachine):
+    """Names are replaced and unloaded; requests queue, run, are preempted and leave."""
+
+    @initialize(slots=st.integers(1, 3), host=st.integers(4, 12))
+    def start(self, slots: int, host: int) -> None:
+        self.slots, self.host = Slots(slots), host
+        self.reading: list[AdapterVersion] = []
+        self.cache = AdapterCache(self.slots, host, self.reading.append)  # type: ignore[arg-type]
+        self.named: dict[int, AdapterVersion] = {}
+        self.versions: list[AdapterVersion] = []
+        self.waiting: list[tuple[AdapterVersion, str]] = []
+        self.running: list[tuple[AdapterVersion, str]] = []
+        self.copies: dict[int, AdapterVersion] = {}
+        self.fills_before_step = 0
+
+    def staged(self, version: AdapterVersion) -> StagedAdapter:
+        copy = StagedAdapter([], version.nbytes)
+        self.copies[id(copy)] = version
+        self._alive = [*getattr(self, "_alive", []), copy]  # so that no id is used twice
+        return copy
+
+    @rule(name=NAMES, nbytes=st.integers(1, 4))
+    def load_or_replace(self, name: int, nbytes: int) -> None:
+        version = AdapterVersion(f"{name}", Path(f"{name}"), b"", 8, nbytes)
+        if name in self.named:
+            self.cache.retire(self.named[name])
+        self.named[name] = version
+        self.versions.append(version)
+        self.cache.offer(version, self.staged(version))
+
+    @rule(name=NAMES)
+    def unload(self, name: int) -> None:
+        if name in self.named:
+            self.cache.retire(self.named.pop(name))
+
+    @rule(name=NAMES, tenant=TENANTS)
+    def arrive(self, name: int, tenant: str) -> None:
+        if name in self.named:
+            self.waiting.append((self.named[name], tenant))
+            self.cache.queue(self.named[name], tenant)
+
+    @rule()
+    def step(self) -> None:
+        self.cache.begin_step()
+        self.fills_before_step = self.slots.fills
+
+    @precondition(lambda self: self.waiting)
+    @rule(data=st.data())
+    def admit(self, data: st.DataObject) -> None:
+        index = data.draw(st.integers(0, len(self.waiting) - 1))
+        version, tenant = self.waiting[index]
+        if self.cache.ready(version) and self.cache.acquire(version):
+            del self.waiting[index]
+            self.running.append((version, tenant))
+
+    @precondition(lambda self: self.running)
+    @rule(data=st.data(), preempted=st.booleans())
+    def finish_or_preempt(self, data: st.DataObject, preempted: bool) -> None:
+        version, tenant = self.running.pop(data.draw(st.integers(0, len(self.running) - 1)))
+        if preempted:
+            self.cache.preempt(version, tenant)
+            self.waiting.append((version, tenant))
+        else:
+            self.cache.release(version, running=True)
+
+    @precondition(lambda self: self.waiting)
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        version, _ = self.waiting.pop(data.draw(st.integers(0, len(self.waiting) - 1)))
+        self.cache.release(version, running=False)
+
+    @precondition(lambda self: self.reading)
+    @rule(data=st.data(), fails=st.booleans())
+    def read(self, data: st.DataObject, fails: bool) -> None:
+        version = self.reading.pop(data.draw(st.integers(0, len(self.reading) - 1)))
+        if not fails:
+            self.cache.staged(version, self.staged(version))
+            return
+        self.cache.failed(version)
+        for request in [request for request in self.waiting if request[0] is version]:
+            self.waiting.remove(request)
+            self.cache.release(version, running=False)
+
+    @invariant()
+    def a_running_request_finds_its_own_adapter_in_its_slot(self) -> None:
+        for version, _ in self.running:
+            assert version.slot is not None
+            content = self.slots.content[version.slot]
+            assert self.copies[id(content)] is version
+
+    @invariant()
+    def no_slot_belongs_to_two(self) -> None:
+        taken = [version.slot for version in self.versions if version.slot is not None]
+        assert len(taken) == len(set(taken))
+        assert set(taken) <= set(range(self.slots.count))
+
+    @invariant()
+    def requests_are_counted(self) -> None:
+        waiting = Counter(id(version) for version, _ in self.waiting)
+        running = Counter(id(version) for version, _ in self.running)
+        for version in self.versions:
+            assert (version.waiting, version.running) == (
+                waiting[id(version)],
+                running[id(version)],
+            )
+
+    @invariant()
+    def host_memory_is_never_exceeded_and_never_lost(self) -> None:
+        held = sum(version.nbytes for version in self.versions if version.in_host)
+        assert held + sum(version.nbytes for version in self.reading) <= self.host
+        free = self.cache._free_bytes
+        assert free + held + sum(version.nbytes for version in self.reading) == self.host
+
+    @invariant()
+    def a_step_fills_one_slot_at_most(self) -> None:
+        assert self.slots.fills - self.fills_before_step <= 1
+
+    @invariant()
+    def nothing_is_kept_of_what_nobody_can_use(self) -> None:
+        for version in self.versions:
+            if version.retired and not (version.waiting or version.running):
+                assert version.slot is None
+                assert not version.in_host
+
+    @invariant()
+    def what_has_lost_its_name_stays_in_memory_while_it_is_needed(self) -> None:
+        for version in self.versions:
+            if getattr(version, "was_in_host", False) and version.retired and version.waiting:
+                assert version.in_host
+            version.was_in_host = version.in_host  # type: ignore[attr-defined]
+
+    def teardown(self) -> None:
+        """Whatever has happened, everyone who waits has a turn."""
+        if not hasattr(self, "cache"):
+            return
+        for version, _ in self.running:
+            self.cache.release(version, running=True)
+        self.running.clear()
+        for _ in range(4 * len(self.waiting) + 4):
+            while self.reading:
+                version = self.reading.pop(0)
+                self.cache.staged(version, self.staged(version))
+            self.cache.begin_step()
+            for request in list(self.waiting):
+                version = request[0]
+                if self.cache.ready(version) and self.cache.acquire(version):
+                    self.waiting.remove(request)
+                    self.cache.release(version, running=True)
+        assert not self.waiting
+
+
+TestCacheUnderTraffic = CacheUnderTraffic.TestCase
+TestCacheUnderTraffic.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
