@@ -120,7 +120,9 @@ def quantize_checkpoint(
                 quantized = _gptq_block(blocks, block, hidden, group_size, sym, bits, settings)
                 hidden = blocks.outputs(block, hidden)
             else:
-                statistics = blocks.statistics(block, hidden, [stage[0] for stage in STAGES])
+                # The sink's few channels would decide the scales of all.
+                names = [stage[0] for stage in STAGES]
+                statistics = blocks.statistics(block, hidden, names, first=1)
                 searched = hidden[: max(1, _SEARCHED_TOKENS // hidden.shape[1])]
                 outputs = blocks.module_outputs(block, searched, ("self_attn", "mlp"))
                 # The next block reads what the full-precision model gives it, as in the paper.
