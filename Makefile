@@ -7,7 +7,7 @@ MODEL  ?= demo
 PORT   ?= 8000
 PACKAGES := engine finetune kernels loaders quantizers server
 
-.PHONY: install serve test test-browser test-clients audit fuzz lint gpu clean
+.PHONY: install serve test test-browser test-clients test-peers audit fuzz lint gpu clean
 
 install: $(VENV)/.installed
 
@@ -74,6 +74,16 @@ build/clients/.installed: tests/clients/requirements.txt
 test-clients: install build/clients/.installed
 	build/clients/bin/pytest -q -c /dev/null --rootdir=. --confcutdir=tests/clients \
 		--import-mode=importlib -p no:cacheprovider -W ignore $(CLIENTS)
+
+# Our GPTQ and AWQ checkpoints in transformers with GPTQModel, on top of the environment's torch.
+build/peers/.installed: tests/peers/requirements.txt | install
+	$(PYTHON) -m venv build/peers
+	build/peers/bin/pip install --progress-bar on --no-deps -r $<
+	touch $@
+test-peers: build/peers/.installed
+	packages=$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])'); \
+	PYTHONPATH=$(VENV)/src:$$packages build/peers/bin/python -m pytest -q \
+		tests/quantizers/test_in_gptqmodel.py
 
 # atheris over request bodies, checkpoints and adapters, FUZZ_SECONDS each (five minutes in all);
 # the same targets run for a moment in the tests. Its corpus stays in build/fuzz.

@@ -1,6 +1,6 @@
 """Quantization-aware training: weights learn on the grid they will be stored on.
 
-The forward pass uses weights rounded to a fixed grid of 4 bits or less; the backward pass treats
+The forward pass uses weights rounded to a fixed grid; the backward pass treats
 rounding as the identity within the grid's range and as a constant beyond it (the straight-through
 estimator, Bengio, Léonard, Courville 2013; Jacob et al. 2018). What is exported is what was
 trained: rounding again changes nothing.
@@ -19,8 +19,8 @@ from nybble.finetune.data import IGNORED, Batch, Example, pack, read_examples, t
 from nybble.finetune.train import batch_loss, checkpoint_activations, warm_cosine
 from nybble.loaders import CheckpointError, open_checkpoint
 from nybble.loaders.shards import Shards
-from nybble.quantizers.affine import LEVELS, AffineWeight, grid, nearest_codes
-from nybble.quantizers.formats import gptq_tensors, quantization_config
+from nybble.quantizers.affine import WIDTHS, AffineWeight, grid, nearest_codes
+from nybble.quantizers.formats import gptq_tensors, quantization_config, whole_words
 from nybble.quantizers.packed_model import load_packed_model
 from nybble.quantizers.writer import FolderWriter
 from torch import Tensor, nn
@@ -34,12 +34,12 @@ _ROWS_AT_A_TIME = 256  # the logits of so many tokens are in memory at once
 
 class _RoundToGrid(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, grouped: Tensor, scales: Tensor, zeros: Tensor, levels: int) -> Tensor:
+    def forward(ctx: Any, grouped: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Tensor:
         low = -zeros * scales
-        high = (levels - 1 - zeros) * scales
+        high = (2**bits - 1 - zeros) * scales
         # Half a step beyond the ends still rounds to them.
         ctx.save_for_backward((grouped >= low - scales / 2) & (grouped <= high + scales / 2))
-        return (nearest_codes(grouped, scales, zeros, levels=levels) - zeros) * scales
+        return (nearest_codes(grouped, scales, zeros, bits=bits) - zeros) * scales
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None, None]:
@@ -48,7 +48,7 @@ class _RoundToGrid(torch.autograd.Function):
 
 
 class FakeQuantLinear(nn.Module):
-    """A linear layer whose float32 weight is rounded to a 4-bit grid in every forward pass.
+    """A linear layer whose float32 weight is rounded to its grid in every forward pass.
 
     The grid is that of the weight the layer begins with, and does not move.
     """
@@ -56,18 +56,16 @@ class FakeQuantLinear(nn.Module):
     scales: Tensor
     zeros: Tensor
 
-    def __init__(
-        self, linear: nn.Linear, group_size: int, *, sym: bool, levels: int = LEVELS
-    ) -> None:
+    def __init__(self, linear: nn.Linear, group_size: int, *, sym: bool, bits: int = 4) -> None:
         super().__init__()
-        self.levels = levels
+        self.bits = bits
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.group_size = linear.in_features if group_size == -1 else group_size
         self.weight = nn.Parameter(linear.weight.detach().float().clone())
         self.bias = linear.bias
         grouped = self._grouped().detach()
         scales, zeros = grid(
-            grouped.amin(-1, keepdim=True), grouped.amax(-1, keepdim=True), sym=sym, levels=levels
+            grouped.amin(-1, keepdim=True), grouped.amax(-1, keepdim=True), sym=sym, bits=bits
         )
         self.register_buffer("scales", scales.float())
         self.register_buffer("zeros", zeros.float())
@@ -76,24 +74,25 @@ class FakeQuantLinear(nn.Module):
         return self.weight.view(self.out_features, -1, self.group_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        rounded: Tensor = _RoundToGrid.apply(self._grouped(), self.scales, self.zeros, self.levels)  # type: ignore[no-untyped-call]
+        rounded: Tensor = _RoundToGrid.apply(self._grouped(), self.scales, self.zeros, self.bits)  # type: ignore[no-untyped-call]
         weight = rounded.view_as(self.weight).to(x.dtype)
         return nn.functional.linear(x, weight, self.bias)
 
     def export(self) -> AffineWeight:
         """The codes, scales and zeros the forward pass has been using."""
         with torch.no_grad():
-            codes = nearest_codes(self._grouped(), self.scales, self.zeros, levels=self.levels)
+            codes = nearest_codes(self._grouped(), self.scales, self.zeros, bits=self.bits)
         return AffineWeight(
             codes=codes.to(torch.uint8).view_as(self.weight),
             scales=self.scales[..., 0].half(),
             zeros=self.zeros[..., 0].to(torch.uint8),
             g_idx=torch.arange(self.in_features, device=codes.device) // self.group_size,
+            bits=self.bits,
         )
 
 
 def fake_quantize_model(
-    model: nn.Module, group_size: int, *, sym: bool = False, levels: int = LEVELS
+    model: nn.Module, group_size: int, *, sym: bool = False, bits: int = 4
 ) -> dict[str, FakeQuantLinear]:
     """Replace the linear layers within the decoder in place; returns the new ones by name."""
     linears = {
@@ -104,12 +103,13 @@ def fake_quantize_model(
     layers = {}
     for name, linear in linears.items():
         size = linear.in_features if group_size == -1 else group_size
-        if linear.in_features % size or linear.in_features % 8 or linear.out_features % 8:
+        word = whole_words(bits)
+        if linear.in_features % size or linear.in_features % word or linear.out_features % word:
             raise ValueError(
                 f"{name}: {linear.out_features} outputs and {linear.in_features} inputs do not "
-                f"divide into groups of {size} inputs and words of 8"
+                f"divide into groups of {size} inputs and words of {word}"
             )
-        layers[name] = FakeQuantLinear(linear, group_size, sym=sym, levels=levels)
+        layers[name] = FakeQuantLinear(linear, group_size, sym=sym, bits=bits)
         model.set_submodule(name, layers[name])
     return layers
 
@@ -118,7 +118,7 @@ def fake_quantize_model(
 class QatSettings:
     """How training goes.
 
-    levels: how many of the 16 codes are used: 8 make a 3-bit grid in a 4-bit container.
+    bits: of a code: 2, 3, 4 or 8.
     distil: learn the full-precision model's distribution over the next token (the loss is
         KL(full precision ‖ trained)) instead of the text itself: the grid is trained and the
         model stays what it is.
@@ -127,7 +127,7 @@ class QatSettings:
 
     group_size: int = 128
     sym: bool = False
-    levels: int = LEVELS
+    bits: int = 4
     distil: bool = False
     learning_rate: float = 1e-5
     steps: int = 100
@@ -149,7 +149,7 @@ def quantization_aware_train(
     dtype: torch.dtype = torch.bfloat16,
     progress: bool = True,
 ) -> list[float]:
-    """Train the linear layers of the 16-bit checkpoint ``base`` on their 4-bit grid.
+    """Train the linear layers of the 16-bit checkpoint ``base`` on their grid.
 
     ``out`` becomes a GPTQ-layout checkpoint with the very weights the last forward pass used.
     Returns the loss per token of every step. Memory: 16 bytes a weight, for the float32 weight,
@@ -159,13 +159,18 @@ def quantization_aware_train(
     used, FileExistsError where ``out`` has content, ValueError where sizes do not fit.
     """
     settings = settings or QatSettings()
-    if not 2 <= settings.levels <= LEVELS or (settings.sym and settings.levels != LEVELS):
-        raise ValueError(f"levels is {settings.levels}, expected 2 to {LEVELS}, with sym {LEVELS}")
+    if settings.bits not in WIDTHS:
+        raise ValueError(f"bits is {settings.bits}, expected one of {', '.join(map(str, WIDTHS))}")
     config = json.loads((base / "config.json").read_text())
     if "quantization_config" in config:
         raise CheckpointError(f"{base} is quantized already; give the 16-bit checkpoint")
     config["quantization_config"] = quantization_config(
-        "gptq", settings.group_size, sym=settings.sym, desc_act=False, double_quant=False
+        "gptq",
+        settings.group_size,
+        sym=settings.sym,
+        desc_act=False,
+        double_quant=False,
+        bits=settings.bits,
     )
     with FolderWriter(out, base, config) as writer:
         tokenizer = AutoTokenizer.from_pretrained(base)
@@ -173,7 +178,7 @@ def quantization_aware_train(
         device = device or torch.device("cpu")
         model = load_packed_model(open_checkpoint(base), device=device, dtype=dtype)
         layers = fake_quantize_model(
-            model, settings.group_size, sym=settings.sym, levels=settings.levels
+            model, settings.group_size, sym=settings.sym, bits=settings.bits
         )
         teacher = None
         if settings.distil:

@@ -373,7 +373,7 @@ def warm_cosine(optimizer: torch.optim.Optimizer, warmup: float, steps: int) -> 
 
     def factor(step: int) -> float:
         if step < rising:
-            return step / rising
+            return (step + 1) / rising
         return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - rising) / max(1, steps - rising))))
 
     return LambdaLR(optimizer, factor)

@@ -62,11 +62,18 @@ def _loaded(
 ) -> int:
     module, _, leaf = header.name.rpartition(".")
     stored = header.elements * header.itemsize
+    bits = int(settings.get("bits", 4))
+    digits = 2 if bits == 8 else 1  # of 4 bits, which codes of any width become
+    if leaf == "qweight" and f"{module}.qzeros" in names:
+        return stored * 4 * digits // bits
+    if leaf == "scales" and f"{module}.qzeros" in names:
+        return stored * digits
     if leaf == "qzeros":
-        # Eight zeros in each become numbers in the scales' 16 bits; symmetric ones need none.
-        return 0 if settings.get("sym") else header.elements * 8 * 2
+        # Zeros become numbers in the scales' 16 bits; symmetric ones of 4 bits need none.
+        of_digits = header.elements * 32 * digits // bits
+        return 0 if settings.get("sym") and bits == 4 else of_digits * 2
     if leaf == "g_idx":
-        return stored if settings.get("desc_act") else 0
+        return stored * digits if settings.get("desc_act") or digits == 2 else 0
     if ".weight." in header.name:  # of bitsandbytes, whose scales become float32
         return header.elements * 4 if leaf == "absmax" else 0
     packed = f"{module}.qweight" in names or f"{module}.weight.absmax" in names

@@ -11,7 +11,7 @@ import torch
 from nybble.kernels.progress import Progress, track
 from nybble.loaders import CheckpointError
 from nybble.loaders.shards import Shards
-from nybble.quantizers.affine import LEVELS, AffineWeight
+from nybble.quantizers.affine import WIDTHS, AffineWeight
 from nybble.quantizers.awq import awq_block
 from nybble.quantizers.blocks import (
     STAGES,
@@ -27,6 +27,7 @@ from nybble.quantizers.formats import (
     bnb_tensors,
     gptq_tensors,
     quantization_config,
+    whole_words,
 )
 from nybble.quantizers.gptq import GptqSettings, gptq
 from nybble.quantizers.rtn import quantize_affine
@@ -34,7 +35,6 @@ from nybble.quantizers.writer import FolderWriter
 from torch import Tensor, nn
 from tqdm import tqdm
 
-_WORD = 8  # codes in an int32
 _SEARCHED_TOKENS = 2048  # on which AWQ tries scales; statistics are of all calibration tokens
 
 
@@ -53,7 +53,7 @@ def quantize_checkpoint(
     format: Format,
     group_size: int = 128,
     sym: bool = False,
-    levels: int = LEVELS,
+    bits: int = 4,
     double_quant: bool = False,
     calibration: Tensor | None = None,
     settings: GptqSettings | None = None,
@@ -61,11 +61,11 @@ def quantize_checkpoint(
     device: torch.device | None = None,
     progress: Progress = True,
 ) -> list[LayerError]:
-    """Quantize every linear layer of the decoder to 4 bits; embeddings and head stay as they are.
+    """Quantize every linear layer of the decoder; embeddings and head stay as they are.
 
     group_size: inputs that share a scale, −1 for all of them; NF4 and FP4 have blocks of 64.
-    sym: for GPTQ, a fixed zero of 8.
-    levels: for GPTQ, how many of the 16 codes are used: 8 make a 3-bit grid in a 4-bit container.
+    sym: for GPTQ, a fixed zero in the middle of the codes.
+    bits: of a code: 4, and for GPTQ also 2, 3 and 8.
     double_quant: for NF4 and FP4, their absmax in 8 bits.
     calibration: token ids int64 ``(samples, length)``, for GPTQ and AWQ. Without, both layouts
         are filled by rounding to the nearest.
@@ -78,7 +78,7 @@ def quantize_checkpoint(
     not fit, FileExistsError where the target has content, ValueError for an option that the
     format does not take.
     """
-    _check_options(format, sym, levels, double_quant, calibration, settings, clip)
+    _check_options(format, sym, bits, double_quant, calibration, settings, clip)
     config = json.loads((source / "config.json").read_text())
     if "quantization_config" in config:
         raise CheckpointError(f"{source} is quantized already; give the 16-bit checkpoint")
@@ -89,11 +89,12 @@ def quantize_checkpoint(
         sym=sym,
         desc_act=calibration is not None and settings.desc_act,
         double_quant=double_quant,
+        bits=bits,
     )
     shards = Shards(source)
     for name in filter(_is_linear, shards.names()):
         try:
-            _check_sizes(format, shards.read(name), group_size)
+            _check_sizes(format, shards.read(name), group_size, bits)
         except ValueError as misfit:
             module = name.removesuffix(".weight")
             raise CheckpointError(f"{source}: {module}: {misfit}") from misfit
@@ -104,7 +105,7 @@ def quantize_checkpoint(
                 if _is_linear(name):
                     module = name.removesuffix(".weight")
                     writer.add(
-                        _rounded(format, module, tensor, group_size, sym, levels, double_quant)
+                        _rounded(format, module, tensor, group_size, sym, bits, double_quant)
                     )
                 else:
                     writer.add({name: tensor})
@@ -116,10 +117,12 @@ def quantize_checkpoint(
         for index in track(range(len(blocks)), "Quantizing", progress, unit="blocks"):
             block = blocks.load(index)
             if format == "gptq":
-                quantized = _gptq_block(blocks, block, hidden, group_size, sym, levels, settings)
+                quantized = _gptq_block(blocks, block, hidden, group_size, sym, bits, settings)
                 hidden = blocks.outputs(block, hidden)
             else:
-                statistics = blocks.statistics(block, hidden, [stage[0] for stage in STAGES])
+                # The sink's few channels would decide the scales of all.
+                names = [stage[0] for stage in STAGES]
+                statistics = blocks.statistics(block, hidden, names, first=1)
                 searched = hidden[: max(1, _SEARCHED_TOKENS // hidden.shape[1])]
                 outputs = blocks.module_outputs(block, searched, ("self_attn", "mlp"))
                 # The next block reads what the full-precision model gives it, as in the paper.
@@ -146,7 +149,7 @@ def _gptq_block(
     hidden: Tensor,
     group_size: int,
     sym: bool,
-    levels: int,
+    bits: int,
     settings: GptqSettings,
 ) -> dict[str, tuple[AffineWeight, float]]:
     """Quantize the layers of ``block`` in place, those that share an input as one matrix.
@@ -168,7 +171,7 @@ def _gptq_block(
             moment,
             _size(weights[0], group_size),
             sym=sym,
-            levels=levels,
+            bits=bits,
             settings=settings,
         )
         start = 0
@@ -188,12 +191,12 @@ def _rounded(
     weight: Tensor,
     group_size: int,
     sym: bool,
-    levels: int,
+    bits: int,
     nested: bool,
 ) -> Mapping[str, Tensor]:
     if format == "nf4" or format == "fp4":
         return bnb_tensors(module, quantize_codebook(weight, format, double_quant=nested))
-    rounded = quantize_affine(weight, _size(weight, group_size), sym=sym, levels=levels)
+    rounded = quantize_affine(weight, _size(weight, group_size), sym=sym, bits=bits)
     return gptq_tensors(module, rounded) if format == "gptq" else awq_tensors(module, rounded)
 
 
@@ -205,24 +208,24 @@ def _is_linear(name: str) -> bool:
     return ".layers." in name and name.endswith("_proj.weight")
 
 
-def _check_sizes(format: Format, weight: Tensor, group_size: int) -> None:
+def _check_sizes(format: Format, weight: Tensor, group_size: int, bits: int) -> None:
     out, columns = weight.shape
     if format in ("nf4", "fp4"):
         if weight.numel() % 64:
             raise ValueError(f"{out}×{columns} is not a multiple of 64")
         return
-    size = _size(weight, group_size)
-    if size < 1 or columns % size or columns % _WORD or out % _WORD:
+    size, word = _size(weight, group_size), whole_words(bits)
+    if size < 1 or columns % size or columns % word or out % word:
         raise ValueError(
             f"{out} outputs and {columns} inputs do not divide into groups of {size} "
-            f"inputs and words of {_WORD}"
+            f"inputs and words of {word}"
         )
 
 
 def _check_options(
     format: Format,
     sym: bool,
-    levels: int,
+    bits: int,
     double_quant: bool,
     calibration: Tensor | None,
     settings: GptqSettings | None,
@@ -239,9 +242,9 @@ def _check_options(
         raise ValueError("clipping needs the format awq and calibration text")
     if calibration is not None and calibration.shape[1] < 2:
         raise ValueError("calibration texts of one token say nothing: the first is left out")
-    if not 2 <= levels <= LEVELS:
-        raise ValueError(f"levels is {levels}, expected 2 to {LEVELS}")
-    if levels != LEVELS and (format != "gptq" or sym):
-        raise ValueError("levels is for gptq without sym, whose zero is that of 16 levels")
+    if bits not in WIDTHS:
+        raise ValueError(f"bits is {bits}, expected one of {', '.join(map(str, WIDTHS))}")
+    if bits != 4 and format != "gptq":
+        raise ValueError(f"{bits} bits are for gptq: {format} has 4")
     if sym and format == "awq":
         raise ValueError("sym is for gptq: AWQ's layout has zero points")

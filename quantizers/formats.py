@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from nybble.quantizers.affine import AffineWeight
 from nybble.quantizers.codebook import (
@@ -23,13 +25,19 @@ _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
 def quantization_config(
-    format: Format, group_size: int, *, sym: bool, desc_act: bool, double_quant: bool
+    format: Format,
+    group_size: int,
+    *,
+    sym: bool,
+    desc_act: bool,
+    double_quant: bool,
+    bits: int = 4,
 ) -> dict[str, Any]:
     """The ``quantization_config`` that other software reads."""
     if format == "gptq":
         return {
             "quant_method": "gptq",
-            "bits": 4,
+            "bits": bits,
             "group_size": group_size,
             "sym": sym,
             "desc_act": desc_act,
@@ -55,10 +63,11 @@ def quantization_config(
 
 
 def gptq_tensors(name: str, weight: AffineWeight) -> Mapping[str, Tensor]:
-    """GPTQ's layout (v1: zeros stored less one) of linear layer ``name``."""
+    """GPTQ's layout (v1: zeros stored less one) of linear layer ``name``, 2, 3, 4 or 8 bits."""
+    zeros = (weight.zeros.T - 1) & (2**weight.bits - 1)
     return {
-        f"{name}.qweight": _pack(weight.codes, range(8)).T.contiguous(),
-        f"{name}.qzeros": _pack((weight.zeros.T - 1) & 0xF, range(8)),
+        f"{name}.qweight": _pack(weight.codes, weight.bits).T.contiguous(),
+        f"{name}.qzeros": _pack(zeros, weight.bits),
         f"{name}.scales": weight.scales.T.contiguous(),
         f"{name}.g_idx": weight.g_idx.int(),
     }
@@ -67,8 +76,8 @@ def gptq_tensors(name: str, weight: AffineWeight) -> Mapping[str, Tensor]:
 def awq_tensors(name: str, weight: AffineWeight) -> Mapping[str, Tensor]:
     """AWQ's GEMM layout of linear layer ``name``, whose groups must be in order."""
     return {
-        f"{name}.qweight": _pack(weight.codes.T, _AWQ_ORDER),
-        f"{name}.qzeros": _pack(weight.zeros.T, _AWQ_ORDER),
+        f"{name}.qweight": _pack(_reordered(weight.codes.T), 4),
+        f"{name}.qzeros": _pack(_reordered(weight.zeros.T), 4),
         f"{name}.scales": weight.scales.T.contiguous(),
     }
 
@@ -110,10 +119,21 @@ def codebook_words(codes: Tensor) -> Tensor:
     return (pairs[:, :1] << 4) | pairs[:, 1:]
 
 
-def _pack(codes: Tensor, order: tuple[int, ...] | range) -> Tensor:
-    """uint8 ``(rows, 8 n)`` to int32 ``(rows, n)``, nibble i holding column ``order[i]``."""
-    octets = codes.reshape(codes.shape[0], -1, 8).long()
-    words = sum(octets[..., column] << 4 * nibble for nibble, column in enumerate(order))
-    assert isinstance(words, Tensor)
-    # Two's complement of the same 32 bits.
-    return torch.where(words >= 1 << 31, words - (1 << 32), words).int().contiguous()
+def whole_words(bits: int) -> int:
+    """The fewest codes of ``bits`` bits that fill whole int32 words."""
+    return 32 // math.gcd(bits, 32)
+
+
+def _pack(codes: Tensor, bits: int) -> Tensor:
+    """uint8 ``(rows, n)`` to int32 ``(rows, n · bits / 32)``, codes one after another, low first.
+
+    A code of 3 bits may lie across two words, as in AutoGPTQ's layout.
+    """
+    each = np.unpackbits(codes.cpu().numpy()[..., None], axis=-1, count=bits, bitorder="little")
+    packed = np.packbits(each.reshape(len(codes), -1), axis=-1, bitorder="little")
+    return torch.from_numpy(packed).view(torch.int32)
+
+
+def _reordered(codes: Tensor) -> Tensor:
+    """Every eight of a row's codes in the order in which AWQ's words hold them."""
+    return codes.reshape(len(codes), -1, 8)[..., _AWQ_ORDER].flatten(1)

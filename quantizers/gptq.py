@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from nybble.quantizers.affine import LEVELS, AffineWeight, grid, nearest_codes
+from nybble.quantizers.affine import AffineWeight, grid, nearest_codes
 from torch import Tensor
 
 
@@ -47,7 +47,7 @@ def gptq(
     group_size: int,
     *,
     sym: bool = False,
-    levels: int = LEVELS,
+    bits: int = 4,
     settings: GptqSettings | None = None,
 ) -> AffineWeight:
     """Quantize ``weight (out, in)`` so that its outputs change least.
@@ -78,7 +78,7 @@ def gptq(
     zeros = torch.empty_like(scales, dtype=torch.uint8)
     if settings.static_groups:
         grouped = remaining.view(-1, group_size, out)
-        scales, zeros = grid(grouped.amin(1), grouped.amax(1), sym=sym, levels=levels)
+        scales, zeros = grid(grouped.amin(1), grouped.amax(1), sym=sym, bits=bits)
     remaining, groups = remaining[order], g_idx[order].tolist()
     factor = inverse_factor(hessian).float()
     codes = torch.empty_like(remaining, dtype=torch.uint8)
@@ -103,10 +103,10 @@ def gptq(
             if not settings.static_groups and column % group_size == 0:
                 group = remaining[column : column + group_size]
                 scales[groups[column]], zeros[groups[column]] = grid(
-                    group.amin(0), group.amax(0), sym=sym, levels=levels
+                    group.amin(0), group.amax(0), sym=sym, bits=bits
                 )
             scale, zero = scales[groups[column]].float(), zeros[groups[column]].float()
-            code = nearest_codes(remaining[column], scale, zero, levels=levels)
+            code = nearest_codes(remaining[column], scale, zero, bits=bits)
             codes[column] = code.to(torch.uint8)
             error = (remaining[column] - (code - zero) * scale) / factor[column, column]
             errors[column] = error
@@ -115,7 +115,9 @@ def gptq(
     solve(0, columns)
     restored = torch.empty_like(codes)
     restored[order] = codes
-    return AffineWeight(restored.T.contiguous(), scales.T.contiguous(), zeros.T.contiguous(), g_idx)
+    return AffineWeight(
+        restored.T.contiguous(), scales.T.contiguous(), zeros.T.contiguous(), g_idx, bits
+    )
 
 
 # Below this, the inverse of a triangle is LAPACK's affair.

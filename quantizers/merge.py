@@ -292,6 +292,11 @@ def _plan(source: Path, config: Mapping[str, Any], format: str) -> _Target:
     if quantization is None and (source / "quantize_config.json").is_file():
         quantization = json.loads((source / "quantize_config.json").read_text())
     settings: Mapping[str, Any] = quantization or {}
+    if format == "gptq" and settings.get("bits", 4) != 4:
+        raise CheckpointError(
+            f"{source} has weights of {settings['bits']} bits: an adapter can be merged into them "
+            "in 16 bits (--keep-16-bits), and rounded to no other width than 4"
+        )
     if format == "bf16":
         dtype = torch.bfloat16
     else:

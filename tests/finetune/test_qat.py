@@ -138,7 +138,7 @@ def test_training_on_the_grid_beats_gptq_and_rounding_on_text_it_has_not_seen(
     data = tmp_path / "data.jsonl"
     parts = [text[start : start + 250] for start in range(0, len(text), 250)]
     data.write_text("\n".join(json.dumps({"text": part}) for part in parts))
-    grid = {"format": "gptq", "group_size": 32, "levels": 4, "progress": False}
+    grid = {"format": "gptq", "group_size": 32, "bits": 2, "progress": False}
     quantize_checkpoint(trained_model, tmp_path / "rtn", **grid)  # type: ignore[arg-type]
     quantize_checkpoint(
         trained_model,
@@ -152,7 +152,7 @@ def test_training_on_the_grid_beats_gptq_and_rounding_on_text_it_has_not_seen(
         tmp_path / "qat",
         settings=QatSettings(
             group_size=32,
-            levels=4,
+            bits=2,
             distil=True,
             learning_rate=1e-3,
             steps=80,
@@ -178,18 +178,18 @@ def test_training_on_the_grid_beats_gptq_and_rounding_on_text_it_has_not_seen(
     assert ours.bits_per_weight == gptq.bits_per_weight
 
 
-def test_fewer_levels_use_fewer_codes(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
+def test_fewer_bits_use_fewer_codes(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
     model = load_packed_model(open_checkpoint(tiny_model()), device=CPU, dtype=torch.float32)
-    for layer in fake_quantize_model(model, 32, levels=8).values():
+    for layer in fake_quantize_model(model, 32, bits=3).values():
         exported = layer.export()
         assert int(exported.codes.max()) == 7
         assert torch.equal(
             exported.dequantize(),
-            quantize_affine(layer.weight.detach(), 32, sym=False, levels=8).dequantize(),
+            quantize_affine(layer.weight.detach(), 32, sym=False, bits=3).dequantize(),
         )
-    with pytest.raises(ValueError, match="levels is 17, expected 2 to 16"):
+    with pytest.raises(ValueError, match="bits is 5, expected one of 2, 3, 4, 8"):
         quantization_aware_train(
-            tiny_model(), tmp_path / "d", tmp_path / "out", settings=QatSettings(levels=17)
+            tiny_model(), tmp_path / "d", tmp_path / "out", settings=QatSettings(bits=5)
         )
 
 

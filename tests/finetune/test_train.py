@@ -241,7 +241,8 @@ def test_the_rate_rises_to_its_height_and_falls_along_a_cosine(
         on_step=steps.append,
     )
     expected = [
-        step / 3 if step < 3 else (1 + math.cos(math.pi * (step - 3) / 9)) / 2 for step in range(12)
+        (step + 1) / 3 if step < 3 else (1 + math.cos(math.pi * (step - 3) / 9)) / 2
+        for step in range(12)
     ]
     found = [step.learning_rate / settings.learning_rate for step in steps]
     assert found == pytest.approx(expected)

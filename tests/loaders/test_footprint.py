@@ -39,6 +39,8 @@ def test_of_a_16_bit_model(tiny_model: Callable[..., Path], dtype: torch.dtype) 
     [
         ("gptq", {"group_size": 32, "sym": True}),
         ("gptq", {"group_size": 32, "sym": False}),
+        ("gptq", {"group_size": 32, "bits": 2, "sym": True}),
+        ("gptq", {"group_size": 32, "bits": 3}),
         ("awq", {"group_size": 64}),
         ("nf4", {"double_quant": False}),
         ("nf4", {"double_quant": True}),
@@ -54,6 +56,16 @@ def test_of_a_quantized_model_and_of_its_packed_form(
     assert weight_bytes(folder, torch.bfloat16) == expected
     save_packed(open_checkpoint(folder), packed, layout="rows", progress=False)
     assert weight_bytes(packed, torch.bfloat16) == expected
+
+
+def test_of_an_8_bit_model_is_a_little_high(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Layers that share an input share the order of its columns, which their files repeat."""
+    options = {"format": "gptq", "group_size": 32, "bits": 8, "progress": False}
+    quantize_checkpoint(tiny_model(), tmp_path / "q", **options)  # type: ignore[arg-type]
+    taken = loaded_bytes(open_checkpoint(tmp_path / "q"), torch.bfloat16)
+    assert taken <= weight_bytes(tmp_path / "q", torch.bfloat16) < 1.03 * taken
 
 
 @pytest.mark.parametrize("tied", [False, True])

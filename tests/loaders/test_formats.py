@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from nybble.kernels import DenseWeight, PackedWeight
+from nybble.kernels.matmul import packed_matmul
 from nybble.loaders import CheckpointError, open_checkpoint
 from nybble.loaders.awq import AwqReader
 from nybble.loaders.gptq import GptqReader
@@ -100,6 +101,54 @@ def test_gptq_equals_the_published_formula(
     assert weight is not None
     assert (weight.perm is not None) == (act_order and groups > 1)
     assert torch.equal(weight.dequantize(torch.float16), expected.T)
+
+
+def unpacked_bits(packed: Tensor, bits: int) -> Tensor:
+    """int32 ``(rows, n)`` to codes ``(rows, 32 n / bits)``, each row read as one long number."""
+    rows = []
+    for words in packed.tolist():
+        number = sum((word & 0xFFFFFFFF) << 32 * index for index, word in enumerate(words))
+        count = 32 * len(words) // bits
+        rows.append([number >> bits * index & (1 << bits) - 1 for index in range(count)])
+    return torch.tensor(rows)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 8])
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("v1", [False, True])
+def test_gptq_of_other_widths_equals_the_published_formula(
+    tmp_path: Path, bits: int, act_order: bool, v1: bool
+) -> None:
+    torch.manual_seed(bits)
+    columns, out, group_size = 128, 32, 64
+    g_idx = torch.arange(columns) // group_size
+    if act_order:
+        g_idx = g_idx[torch.randperm(columns)]
+    qweight, qzeros = random_int32(columns * bits // 32, out), random_int32(2, out * bits // 32)
+    scales = torch.rand(2, out).half()
+    shards = one_module(tmp_path, qweight=qweight, qzeros=qzeros, scales=scales, g_idx=g_idx.int())
+    codes, zeros = unpacked_bits(qweight.T, bits).T, unpacked_bits(qzeros, bits)
+    zeros = (zeros + 1) % 2**bits if v1 else zeros
+    expected = scales[g_idx].float() * (codes - zeros[g_idx])
+
+    weight = GptqReader(group_size, v1, bits).read(shards, "layer")
+    assert weight is not None
+    assert torch.equal(weight.dequantize(), expected.T)
+    x = torch.randn(3, columns)
+    torch.testing.assert_close(packed_matmul(x, weight), x @ expected, rtol=1e-4, atol=1e-3)
+
+
+def test_a_3_bit_code_lies_across_two_words(tmp_path: Path) -> None:
+    """Code 10 has its low bits at the top of the first word, its high bit at the second's start."""
+    shards = one_module(
+        tmp_path,
+        qweight=torch.tensor([[as_int32(0b01 << 30)], [1], [0]], dtype=torch.int32),
+        qzeros=torch.tensor([[as_int32(0xFFFFFFFF)]], dtype=torch.int32),
+        scales=torch.ones(1, 1, dtype=torch.float16),
+    )
+    weight = GptqReader(-1, zeros_are_one_less=True, bits=3).read(shards, "layer")
+    assert weight is not None
+    assert weight.dequantize()[0].tolist() == [0.0] * 10 + [5.0] + [0.0] * 21
 
 
 @pytest.mark.parametrize("group_size", [32, 128, -1])
@@ -238,7 +287,11 @@ def test_uneven_groups_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"quant_method": "gptq", "bits": 3}, "3-bit weights are not supported; supported: 4"),
+        (
+            {"quant_method": "gptq", "bits": 5},
+            "5-bit weights are not supported; supported: 2, 3, 4",
+        ),
+        ({"quant_method": "awq", "bits": 8}, "8-bit weights are not supported; supported: 4"),
         ({"quant_method": "hqq"}, "quant_method 'hqq' is not supported; supported are gptq"),
         ({"quant_method": "awq", "version": "marlin"}, "AWQ version 'marlin' is not supported"),
         ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "8-bit bitsandbytes weights"),

@@ -102,20 +102,20 @@ def test_outputs_err_less_than_by_rounding(settings: GptqSettings, sym: bool) ->
     )
 
 
-@pytest.mark.parametrize("levels", [4, 8])
-def test_a_grid_of_fewer_levels_is_solved_as_well(levels: int) -> None:
+@pytest.mark.parametrize("bits", [2, 3, 8])
+def test_a_grid_of_another_width_is_solved_as_well(bits: int) -> None:
     torch.manual_seed(1)
     x, weight = correlated_inputs(512, 128), torch.randn(64, 128)
     moment = x.T @ x
     ours, plain = (
-        gptq(weight, moment, 32, levels=levels),
-        quantize_affine(weight, 32, sym=False, levels=levels),
+        gptq(weight, moment, 32, bits=bits),
+        quantize_affine(weight, 32, sym=False, bits=bits),
     )
-    assert int(ours.codes.max()) == int(plain.codes.max()) == levels - 1
+    assert int(ours.codes.max()) == int(plain.codes.max()) == 2**bits - 1
     errors = [output_error(one.dequantize() - weight, moment) for one in (ours, plain)]
     assert errors[0] < 0.9 * errors[1]
-    finer = quantize_affine(weight, 32, sym=False)
-    assert errors[1] > 2 * output_error(finer.dequantize() - weight, moment)
+    coarser = quantize_affine(weight, 32, sym=False, bits=bits - 1)
+    assert output_error(coarser.dequantize() - weight, moment) > 2 * errors[1]
 
 
 def test_static_groups_keep_the_columns_in_order() -> None:
@@ -208,10 +208,21 @@ def test_every_layer_errs_less_than_by_rounding(
         assert report.relative < by_rounding[report.name], report.name
 
 
-@pytest.mark.parametrize("sym", [False, True])
-@pytest.mark.parametrize("desc_act", [False, True])
+@pytest.mark.parametrize(
+    ("bits", "sym", "desc_act"),
+    [
+        *((4, False, False), (4, False, True), (4, True, False), (4, True, True)),
+        *(
+            (2, False, False),
+            (3, False, True),
+            (3, True, False),
+            (8, False, True),
+            (8, True, False),
+        ),
+    ],
+)
 def test_the_checkpoint_loads_back_as_it_was_computed(
-    tmp_path: Path, tiny_model: Callable[..., Path], sym: bool, desc_act: bool
+    tmp_path: Path, tiny_model: Callable[..., Path], bits: int, sym: bool, desc_act: bool
 ) -> None:
     """The first layers read the embeddings' norm: their GPTQ is redone here from the start."""
     source, tokens = tiny_model(), calibration()
@@ -222,6 +233,7 @@ def test_the_checkpoint_loads_back_as_it_was_computed(
         format="gptq",
         group_size=32,
         sym=sym,
+        bits=bits,
         calibration=tokens,
         settings=settings,
         progress=False,
@@ -230,10 +242,10 @@ def test_the_checkpoint_loads_back_as_it_was_computed(
     block, name = blocks.load(0), "self_attn.q_proj"
     moment = blocks.statistics(block, blocks.embed(tokens), [name])[name].second_moment
     parts = [linear_layer(block, f"self_attn.{part}_proj").weight.float() for part in "qkv"]
-    expected = gptq(torch.cat(parts), moment, 32, sym=sym, settings=settings)
+    expected = gptq(torch.cat(parts), moment, 32, sym=sym, bits=bits, settings=settings)
     loaded = dict(open_checkpoint(tmp_path / "q").weights())["model.layers.0.self_attn.qkv_proj"]
     assert isinstance(loaded, PackedWeight)
-    assert (loaded.perm is not None) == desc_act
+    assert (loaded.perm is not None) == (desc_act or bits == 8)
     assert torch.equal(loaded.dequantize(), expected.dequantize())
 
 
@@ -295,10 +307,19 @@ def test_what_does_not_fit_is_refused_by_name(
         quantize(format="nf4", calibration=calibration())
     with pytest.raises(ValueError, match="settings need the format gptq and calibration text"):
         quantize(format="gptq", settings=GptqSettings())
-    with pytest.raises(ValueError, match="levels is 32, expected 2 to 16"):
-        quantize(format="gptq", levels=32)
-    with pytest.raises(ValueError, match="levels is for gptq without sym"):
-        quantize(format="awq", levels=8)
+    with pytest.raises(ValueError, match="bits is 5, expected one of 2, 3, 4, 8"):
+        quantize(format="gptq", bits=5)
+    with pytest.raises(ValueError, match="8 bits are for gptq: awq has 4"):
+        quantize(format="awq", bits=8)
+    with pytest.raises(CheckpointError, match=r"48 outputs .* do not divide .* words of 32"):
+        quantize_checkpoint(
+            tiny_model(hidden_size=48),
+            tmp_path / "q",
+            format="gptq",
+            bits=3,
+            group_size=16,
+            progress=False,
+        )
     with pytest.raises(ValueError, match="double_quant is for nf4 and fp4, not awq"):
         quantize(format="awq", double_quant=True)
     assert not (tmp_path / "q").exists()
@@ -312,14 +333,42 @@ def test_an_affine_weight_is_cut_by_outputs() -> None:
     assert torch.equal(part.dequantize(), whole.dequantize()[4:9])
 
 
-def test_the_first_token_of_a_sequence_does_not_count(tiny_model: Callable[..., Path]) -> None:
+def test_the_first_tokens_of_a_sequence_can_be_left_out(tiny_model: Callable[..., Path]) -> None:
     blocks = DecoderBlocks(tiny_model(), torch.device("cpu"), 64)
     block, hidden = blocks.load(0), blocks.embed(calibration())
     name = "self_attn.q_proj"
-    before = blocks.statistics(block, hidden, [name])[name]
+    before = blocks.statistics(block, hidden, [name], first=1)[name]
     hidden[:, 0] = torch.randn(hidden.shape[-1]).bfloat16()
-    after = blocks.statistics(block, hidden, [name])[name]
+    after = blocks.statistics(block, hidden, [name], first=1)[name]
     assert torch.equal(after.second_moment, before.second_moment)
     hidden[:, 1] = torch.randn(hidden.shape[-1]).bfloat16()
-    changed = blocks.statistics(block, hidden, [name])[name]
+    changed = blocks.statistics(block, hidden, [name], first=1)[name]
     assert not torch.allclose(changed.second_moment, before.second_moment)
+
+
+def test_gptq_spares_an_attention_sink(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
+    """Every text begins with one token, whose keys and values all the others read."""
+    source, tokens = tiny_model(), calibration(16, 64)
+    tokens[:, 0] = 7
+    options = {"format": "gptq", "group_size": 32, "bits": 2, "progress": False}
+    quantize_checkpoint(source, tmp_path / "q", calibration=tokens, **options)  # type: ignore[arg-type]
+    quantize_checkpoint(source, tmp_path / "rtn", **options)  # type: ignore[arg-type]
+    blocks = DecoderBlocks(source, torch.device("cpu"), 64)
+    hidden, name = blocks.embed(tokens), "self_attn.q_proj"
+    block = blocks.load(0)
+    seen: list[torch.Tensor] = []
+    handle = block.get_submodule(name).register_forward_pre_hook(
+        lambda module, args: seen.append(args[0][:, 0])
+    )
+    blocks.outputs(block, hidden)
+    handle.remove()
+    first = torch.cat(seen).float()
+    exact = torch.cat([linear_layer(block, f"self_attn.{p}_proj").weight.float() for p in "qkv"])
+    errors = {}
+    for folder in ("q", "rtn"):
+        weight = dict(open_checkpoint(tmp_path / folder).weights())[
+            "model.layers.0.self_attn.qkv_proj"
+        ]
+        assert isinstance(weight, PackedWeight)
+        errors[folder] = float((first @ (weight.dequantize() - exact).T).square().mean())
+    assert errors["q"] < 0.5 * errors["rtn"]

@@ -1,4 +1,4 @@
-"""``nybble qat``: trains a model on its grid of 4 bits or less."""
+"""``nybble qat``: trains a model on the grid its weights will have."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def qat(
     data: DataArgument,
     out: OutArgument,
     group_size: Annotated[int, typer.Option(min=-1)] = 128,
-    sym: Annotated[bool, typer.Option("--sym", help="A fixed zero of 8.")] = False,
-    levels: Annotated[
-        int, typer.Option(help="Of the 16 codes to use; 8: a 3-bit grid.", min=2, max=16)
-    ] = 16,
+    sym: Annotated[
+        bool, typer.Option("--sym", help="A fixed zero, in the middle of the codes.")
+    ] = False,
+    bits: Annotated[int, typer.Option(help="Of a weight: 2, 3, 4 or 8.")] = 4,
     distil: Annotated[
         bool,
         typer.Option(
@@ -38,7 +38,7 @@ def qat(
     device: DeviceOption = "auto",
     aliases: AliasesOption = None,
 ) -> None:
-    """Train a 16-bit model on the grid of 4 bits or less it will have; write GPTQ's layout."""
+    """Train a 16-bit model on the grid its weights will have; write GPTQ's layout."""
     with expected_errors(), interruptible():
         from nybble.engine import resolve_device
         from nybble.finetune.qat import QatSettings, quantization_aware_train
@@ -51,7 +51,7 @@ def qat(
             settings=QatSettings(
                 group_size=group_size,
                 sym=sym,
-                levels=levels,
+                bits=bits,
                 distil=distil,
                 learning_rate=learning_rate,
                 steps=steps,

@@ -1,4 +1,4 @@
-"""``nybble quantize``: a 16-bit model becomes a 4-bit checkpoint."""
+"""``nybble quantize``: a 16-bit model becomes a quantized checkpoint."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def quantize(
     group_size: Annotated[
         int, typer.Option(help="Inputs that share a scale; -1 for all (gptq, awq).", min=-1)
     ] = 128,
-    sym: Annotated[bool, typer.Option("--sym", help="A fixed zero of 8 (gptq).")] = False,
-    levels: Annotated[
-        int, typer.Option(help="Of the 16 codes to use; 8: a 3-bit grid (gptq).", min=2, max=16)
-    ] = 16,
+    sym: Annotated[
+        bool, typer.Option("--sym", help="A fixed zero, in the middle of the codes (gptq).")
+    ] = False,
+    bits: Annotated[int, typer.Option(help="Of a weight: 4, or 2, 3 or 8 (gptq).")] = 4,
     double_quant: Annotated[
         bool, typer.Option("--double-quant", help="absmax in 8 bits (nf4, fp4).")
     ] = False,
@@ -64,7 +64,7 @@ def quantize(
     device: DeviceOption = "auto",
     aliases: AliasesOption = None,
 ) -> None:
-    """Quantize a 16-bit model to 4 bits in a public checkpoint layout.
+    """Quantize a 16-bit model into a public checkpoint layout, of 4 bits if not told otherwise.
 
     GPTQ and AWQ are calibrated on text, unless --round is given; NF4 and FP4 need none.
     """
@@ -91,7 +91,7 @@ def quantize(
             format=format,
             group_size=group_size,
             sym=sym,
-            levels=levels,
+            bits=bits,
             double_quant=double_quant,
             calibration=(
                 text_tokens(folder, text, "calibration", samples, length) if calibrated else None
