@@ -56,7 +56,9 @@ class Startup:
         if self._bars:
             if self._bar is None or began:
                 self.close()
-                self._bar = tqdm(desc=what, total=total)
+                # Where nobody knows how much there is to do, counting it tells nothing.
+                shown = "{desc} …" if total is None else None
+                self._bar = tqdm(desc=what, total=total, bar_format=shown)
             self._bar.update(done - self._bar.n)
         elif began or time.monotonic() - self._logged > _LOG_SECONDS:
             self._logged = time.monotonic()

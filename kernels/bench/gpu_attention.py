@@ -13,7 +13,7 @@ from nybble.kernels.bench.gpu_section import Section, in_8_bits, kv_dtypes, page
 # isort: split
 import torch
 import triton
-from nybble.kernels.triton import attention, timing
+from nybble.kernels.triton import attention, attention_decode, timing
 from torch import Tensor
 
 
@@ -75,7 +75,7 @@ def sweep_decode(section: Section) -> None:
     device, dry, read = section.device, section.dry, section.read
     sizes = ((4, 2, 64, 1, 300),) if dry else ((32, 8, 128, 1, 16384), (32, 8, 128, 32, 4096))
     names = ("DECODE_TILE", "DECODE_STAGES", "PROGRAMS_PER_SM", "MIN_SPLIT")
-    chosen = tuple(getattr(attention, name) for name in names)
+    chosen = tuple(getattr(attention_decode, name) for name in names)
     options = [chosen, (32, 3, 2, 128)]
     if not dry:
         options = [*product((32, 64, 128), (3, 5), (2, 3, 4), chosen[3:])]
@@ -83,7 +83,7 @@ def sweep_decode(section: Section) -> None:
 
     def use(option: tuple[int, ...]) -> None:
         for name, value in zip(names, option, strict=True):
-            setattr(attention, name, value)
+            setattr(attention_decode, name, value)
 
     dtype = section.dtype
     results: list[dict[str, Any]] = []
