@@ -241,7 +241,7 @@ def _check_options(
     if clip and (format != "awq" or calibration is None):
         raise ValueError("clipping needs the format awq and calibration text")
     if calibration is not None and calibration.shape[1] < 2:
-        raise ValueError("calibration texts of one token say nothing: the first is left out")
+        raise ValueError("calibration texts of one token say nothing")
     if bits not in WIDTHS:
         raise ValueError(f"bits is {bits}, expected one of {', '.join(map(str, WIDTHS))}")
     if bits != 4 and format != "gptq":
