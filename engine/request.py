@@ -96,7 +96,9 @@ class SamplingParams:
         require(0 < self.top_p <= 1, "top_p", "above 0 and at most 1")
         require(self.top_k >= 0, "top_k", "0 (off) or more")
         require(0 <= self.min_p <= 1, "min_p", "between 0 and 1")
-        require(0 < self.repetition_penalty <= 100, "repetition_penalty", "above 0 and at most 100")
+        require(
+            0.01 <= self.repetition_penalty <= 100, "repetition_penalty", "between 0.01 and 100"
+        )
         require(-2 <= self.presence_penalty <= 2, "presence_penalty", "between -2 and 2")
         require(-2 <= self.frequency_penalty <= 2, "frequency_penalty", "between -2 and 2")
         require(

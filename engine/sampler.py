@@ -20,6 +20,9 @@ from torch import Tensor
 
 Sampled = tuple[int, TokenLogprob | None]
 
+# Divided by less, logits could leave float32's range; here chance decides between ties alone.
+_COLDEST = 1e-6
+
 
 class SequenceSampler:
     """The sampling state of one sequence: its random generator and the tokens it has seen.
@@ -48,8 +51,10 @@ class SequenceSampler:
     def choice(self) -> TokenChoice:
         """How the next token is chosen; takes a number from the generator unless it is greedy."""
         params = self.params
-        uniform = self._random.random() if params.temperature else 0.0
-        return TokenChoice(params.temperature, params.top_k, params.top_p, params.min_p, uniform)
+        if not params.temperature:
+            return TokenChoice(0.0, params.top_k, params.top_p, params.min_p, 0.0)
+        temperature, uniform = max(params.temperature, _COLDEST), self._random.random()
+        return TokenChoice(temperature, params.top_k, params.top_p, params.min_p, uniform)
 
     def seen(self, vocab: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Which tokens the prompt has, bool ``(vocab,)``, and how often each was generated."""

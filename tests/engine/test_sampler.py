@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 import torch
-from nybble.engine.request import SamplingParams
+from nybble.engine.request import ParameterError, SamplingParams
 from nybble.engine.sampler import SequenceSampler, sample
 
 
@@ -74,3 +77,26 @@ def test_a_seed_draws_the_same_in_any_company() -> None:
         return found
 
     assert drawn(0) == drawn(3)
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-46, 1e-38, 1e-6])
+@pytest.mark.parametrize("truncation", [{}, {"top_k": 5}, {"top_p": 0.9}, {"min_p": 0.1}])
+def test_a_temperature_that_no_logit_can_be_divided_by_takes_the_likeliest(
+    temperature: float, truncation: dict[str, Any]
+) -> None:
+    params = SamplingParams(temperature=temperature, **truncation)
+    logits = torch.tensor([[3.0, 900.0, -900.0, 899.9, float("-inf"), 0.0, 0.0]])
+    assert [token for token, _ in sample(logits, [SequenceSampler(params, ())])] == [1]
+
+
+@pytest.mark.parametrize("penalty", [0.01, 100])
+def test_the_strongest_penalties_leave_logits_that_can_be_drawn_from(penalty: float) -> None:
+    params = SamplingParams(repetition_penalty=penalty, temperature=1e-38, top_k=2)
+    sampler = SequenceSampler(params, (0, 1))
+    token = {0.01: 0, 100: 2}[penalty]
+    assert [found for found, _ in sample(torch.tensor([[900.0, 1.0, 10.0]]), [sampler])] == [token]
+
+
+def test_a_penalty_that_would_make_logits_infinite_is_refused() -> None:
+    with pytest.raises(ParameterError, match="repetition_penalty is 1e-38, expected"):
+        SamplingParams(repetition_penalty=1e-38)
