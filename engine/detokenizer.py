@@ -9,6 +9,10 @@ from tokenizers.decoders import DecodeStream
 
 # Enough of the prompt for the decoder to know whether the first output token follows a word.
 _CONTEXT_TOKENS = 8
+# What a decoder writes for bytes that are no character, or none yet.
+_REPLACEMENT = "\ufffd"
+# How tokenizers' error, which has no type of its own, begins.
+_INVALID_PREFIX = "Invalid prefix encountered"
 
 
 class Detokenizer:
@@ -22,16 +26,23 @@ class Detokenizer:
         self, tokenizer: Tokenizer, prompt_token_ids: SequenceOf[int], stop: tuple[str, ...]
     ) -> None:
         self._tokenizer = tokenizer
-        self._stream = DecodeStream(
-            ids=list(prompt_token_ids[-_CONTEXT_TOKENS:]), skip_special_tokens=True
-        )
+        context = list(prompt_token_ids[-_CONTEXT_TOKENS:])
+        settled = len(context)
+        while settled and tokenizer.decode(context[:settled]).endswith(_REPLACEMENT):
+            settled -= 1
+        self._stream = DecodeStream(ids=context[:settled], skip_special_tokens=True)
+        # Tokens since text last came out: at first the prompt's, if it ends within a character.
+        self._pending = context[settled:]
+        self._shown = tokenizer.decode(self._pending)  # of them, in the prompt's own text
+        for token_id in self._pending:
+            self._stream.step(tokenizer, token_id)
         self._stop = stop
         self._held = ""
         self.stopped = False
 
     def add(self, token_id: int) -> str:
         """The text that is certain after one more token. Sets ``stopped`` at a stop string."""
-        text = self._held + (self._stream.step(self._tokenizer, token_id) or "")
+        text = self._held + self._step(token_id)
         found = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
         if found:
             self.stopped = True
@@ -45,6 +56,24 @@ class Detokenizer:
         """What was held back, once no further token can come."""
         text, self._held = self._held, ""
         return text
+
+    def _step(self, token_id: int) -> str:
+        """The whole characters that a token adds."""
+        self._pending.append(token_id)
+        try:
+            text = self._stream.step(self._tokenizer, token_id)
+        except Exception as error:
+            if not str(error).startswith(_INVALID_PREFIX):
+                raise
+            # Byte tokens (Llama 2, Mistral) are decoded as one run, and a run that is not UTF-8 has
+            # no characters at all: those before are written already, what is new stands alone.
+            text = self._tokenizer.decode(self._pending)
+            self._stream = DecodeStream(ids=[token_id], skip_special_tokens=True)
+        if not text:
+            return ""
+        self._pending.clear()
+        shown, self._shown = self._shown, ""
+        return text.removeprefix(shown)
 
     def _unsettled(self, text: str) -> int:
         """Length of the longest end of ``text`` that begins a stop string."""
