@@ -88,7 +88,7 @@ class BlockManager:
             self._references[block] -= 1
             if self._references[block] == 0:
                 self._free[block] = None
-        sequence.blocks.clear()
+        sequence.blocks = []  # another list: who has written this one elsewhere is to see it gone
 
     def _hash(self, sequence: Sequence, index: int) -> bytes:
         hashes = sequence.block_hashes

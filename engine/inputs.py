@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from nybble.engine.scheduler import ScheduledBatch
-from nybble.engine.sequence import Sequence
 from nybble.engine.transfer import send
 from nybble.kernels.attention_batch import AttentionBatch
 from nybble.kernels.lora_batch import LoRABatch
@@ -87,8 +86,9 @@ class InputBuffers:
         tables = torch.zeros(max_seqs, max_blocks, dtype=torch.int32)
         self._tables: NDArray[np.int32] = tables.numpy()
         self._device_tables = tables if not on_gpu else tables.to(device)
-        # Whose blocks each row of the tables holds, and how many of them.
-        self._owners: list[tuple[Sequence, int]] = []
+        # Which list of blocks each row of the tables holds, and how many of them. Lists and not
+        # sequences: one that loses its blocks may find others, and its old row, in the same step.
+        self._written: list[tuple[list[int], int]] = []
 
     def build(
         self, batch: ScheduledBatch, lora_slots: Several[int] | None = None, pad_to: int = 0
@@ -185,26 +185,22 @@ class InputBuffers:
         )
 
     def _update_tables(self, batch: ScheduledBatch) -> None:
-        """Write the blocks each row's sequence has gained, or all where the row changed hands.
-
-        A sequence that lost its blocks has missed a step, and its row went to another or none.
-        """
+        """Write the blocks each row's sequence has gained, or all where the row changed hands."""
         at: list[int] = []
         values: list[int] = []
-        del self._owners[len(batch) :]
+        del self._written[len(batch) :]
         for row, item in enumerate(batch):
-            sequence = item.sequence
-            blocks = sequence.blocks
+            blocks = item.sequence.blocks
             written = 0
-            if row == len(self._owners):
-                self._owners.append((sequence, len(blocks)))
+            if row == len(self._written):
+                self._written.append((blocks, len(blocks)))
             else:
-                owner, known = self._owners[row]
-                if owner is sequence:
+                before, known = self._written[row]
+                if before is blocks:
                     written = known
-                if owner is sequence and known == len(blocks):
+                if before is blocks and known == len(blocks):
                     continue
-                self._owners[row] = (sequence, len(blocks))
+                self._written[row] = (blocks, len(blocks))
             gained = blocks[written:]
             self._tables[row, written : len(blocks)] = gained
             if self._device is not self._host:

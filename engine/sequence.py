@@ -22,7 +22,8 @@ class Sequence:
     """Mutable state of one request; owned by the engine thread.
 
     num_computed_tokens: leading tokens whose keys and values are in the cache.
-    blocks: ids of the KV blocks holding them, in order.
+    blocks: ids of the KV blocks holding them, in order; a list that only grows, and another one
+        once they are taken back.
     block_hashes: the prefix-cache keys of the leading full blocks, as far as they are known.
     adapter: the version of the request's adapter, settled when the request is taken.
     overtaken: others admitted while this one's adapter found no slot.

@@ -6,10 +6,11 @@ import random
 
 import pytest
 import torch
+from nybble.engine.block_manager import BlockManager
 from nybble.engine.graphs import bucket_sizes
 from nybble.engine.inputs import InputBuffers, StepInputs
 from nybble.engine.request import Request, SamplingParams
-from nybble.engine.scheduler import ScheduledBatch, ScheduledSequence
+from nybble.engine.scheduler import ScheduledBatch, ScheduledSequence, Scheduler
 from nybble.engine.sequence import Sequence
 from nybble.kernels.lora import LoRABatch
 from torch import Tensor
@@ -69,7 +70,7 @@ def test_inputs_follow_sequences_that_come_grow_lose_their_blocks_and_return() -
             if fate < 0.1 or left == 0:  # preempted, or finished: its blocks come back as others
                 one.num_computed_tokens = 0
                 free += one.blocks
-                one.blocks.clear()
+                one.blocks = []
                 chance.shuffle(free)
             elif fate < 0.85:
                 count = 1 if fate < 0.6 else chance.randint(1, min(left, 7))
@@ -83,6 +84,43 @@ def test_inputs_follow_sequences_that_come_grow_lose_their_blocks_and_return() -
         check(built.build(batch), batch)
         for item in batch:
             item.sequence.num_computed_tokens += item.num_tokens
+
+
+def test_inputs_follow_a_scheduler_that_takes_blocks_and_gives_others_in_one_step() -> None:
+    weights = {"a": 1.0, "b": 2.0, "c": 5.0}
+    preempted = 0
+    for seed in range(20):
+        chance = random.Random(seed)
+        blocks, seats = chance.randint(8, 40), chance.randint(2, 6)
+        scheduler = Scheduler(BlockManager(blocks, BLOCK), seats, chance.randint(seats, 24))
+        built = InputBuffers(
+            max_seqs=seats,
+            max_tokens=24,
+            max_blocks=blocks,
+            block_size=BLOCK,
+            device=torch.device("cpu"),
+        )
+        for _ in range(200):
+            if chance.random() < 0.6 and len(scheduler.waiting) < 20:
+                tenant, length = chance.choice("abc"), chance.randint(1, BLOCK * blocks // 2)
+                # Some share a prefix, some do not.
+                prompt = tuple(range(chance.choice([0, 0, 1000]), 2000)[:length])
+                params = SamplingParams(max_tokens=8)
+                request = Request("r", prompt, params, tenant=tenant, weight=weights[tenant])
+                scheduler.add(Sequence(request, 8, detokenizer=None, sampler=None))  # type: ignore[arg-type]
+            batch = scheduler.schedule()
+            if not batch:
+                continue
+            check(built.build(batch), batch)
+            for item in batch:
+                completes, owner = item.completes, item.sequence
+                scheduler.computed(item)
+                if completes:
+                    owner.token_ids.append(chance.randrange(5000))
+                    if owner.num_output_tokens == 8:
+                        scheduler.finish(owner)
+        preempted += scheduler.preemptions
+    assert preempted > 100
 
 
 def test_padding_rows_have_no_context_and_write_nothing() -> None:
