@@ -231,13 +231,13 @@ class AdapterCache:
         evicted = self._in_slot[slot]
         if evicted is not None:
             evicted.slot = None
-            if evicted.waiting:
-                self._want(evicted)
         self._slots.fill(slot, staged)
         self._filled_in_step = True
         self._host.move_to_end(version)
         self._in_slot[slot] = version
         version.slot = slot
+        if evicted is not None and evicted.waiting:
+            self._want(evicted)  # last: room for it may be made of the host copy just used
         return True
 
     def _least_useful_slot(self) -> int | None:

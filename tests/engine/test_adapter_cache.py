@@ -181,3 +181,30 @@ class CacheUnderTraffic(RuleBasedStateMachine):
 
 TestCacheUnderTraffic = CacheUnderTraffic.TestCase
 TestCacheUnderTraffic.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+
+
+def test_a_slot_is_filled_though_its_host_copy_makes_room_for_what_is_taken_out() -> None:
+    reading: list[AdapterVersion] = []
+    slots = Slots(1)
+    cache = AdapterCache(slots, 8, reading.append)  # type: ignore[arg-type]
+    awaited, first, second = (
+        AdapterVersion(name, Path(name), b"", 8, nbytes=4) for name in ("awaited", "1", "2")
+    )
+
+    def read_all() -> None:
+        while reading:
+            cache.staged(version := reading.pop(0), StagedAdapter([], version.nbytes))
+
+    cache.queue(awaited, "a")
+    read_all()
+    cache.begin_step()
+    assert cache.acquire(awaited)
+    cache.release(awaited, running=True)
+    cache.queue(awaited, "a")  # in its slot; its host copy goes for the other tenant's two
+    cache.queue(first, "b")
+    cache.queue(second, "b")
+    read_all()
+    cache.begin_step()
+    assert cache.acquire(first)
+    assert (first.residency, awaited.residency) == ("device", "disk")
+    assert reading == [awaited]  # where first's copy was
