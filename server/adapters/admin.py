@@ -111,15 +111,11 @@ class AdapterAdmin:
         uploads = self._uploads
         if uploads is None:
             raise self._no_roots()
-        if request.content_type != "multipart/form-data":
-            raise ApiError(400, "expected multipart/form-data with lora_name and files")
         with uploads.scratch() as scratch:
             try:
-                form = await read_adapter_form(await request.multipart(), scratch)
+                form = await read_adapter_form(request, scratch)
             except ArchiveError as error:
                 raise ApiError(400, str(error), param="file", code="invalid_adapter") from None
-            except ValueError as error:  # aiohttp's, about the form's syntax
-                raise ApiError(400, f"the form cannot be read: {error}") from None
             self._require_free(form.name, replace=form.replace)
             info = await asyncio.to_thread(self._publish, uploads, form, scratch)
         return json_response(_body(info))

@@ -6,7 +6,8 @@ import asyncio
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from aiohttp import BodyPartReader, MultipartReader
+from aiohttp import BodyPartReader, web
+from nybble.server import form_parts
 from nybble.server.adapters.archive import (
     CONFIG,
     MAX_BYTES,
@@ -17,9 +18,6 @@ from nybble.server.adapters.archive import (
 from nybble.server.adapters.uploads import NAME
 from nybble.server.errors import ApiError
 
-_CHUNK = 1 << 20
-_MAX_FIELD = 1024
-_STALL_SECONDS = 60
 _ARCHIVE = "archive"
 _FIELDS = ("lora_name", "load_inplace")
 
@@ -30,25 +28,17 @@ class AdapterForm:
     replace: bool
 
 
-async def read_adapter_form(form: MultipartReader, folder: Path) -> AdapterForm:
+async def read_adapter_form(request: web.Request, folder: Path) -> AdapterForm:
     """Write the adapter's two files to ``folder``, which holds nothing else afterwards.
 
     Raises ArchiveError and ApiError for what is missing, unknown, unsafe or too large.
     """
     fields: dict[str, str] = {}
-    while True:
-        async with asyncio.timeout(_STALL_SECONDS):
-            part = await form.next()
-        if part is None:
-            break
-        name = getattr(part, "name", None) or "a part without a name"
-        if not isinstance(part, BodyPartReader) or name not in (*_FIELDS, "file"):
-            raise ApiError(400, f"unknown parameter: {name}", param=name, code="unknown_parameter")
-        if name != "file":
-            value = await _chunk(part, _MAX_FIELD)
-            fields[name] = value.decode(errors="replace")
-            continue
-        await _receive(part, folder)
+    async for part in form_parts.parts(request, (*_FIELDS, "file")):
+        if part.name == "file":
+            await _receive(part, folder)
+        else:
+            fields[str(part.name)] = await form_parts.text(part)
     adapter = _checked(fields)
     archive = folder / _ARCHIVE
     if archive.exists():
@@ -101,7 +91,7 @@ async def _receive(part: BodyPartReader, folder: Path) -> None:
     left = most = MAX_BYTES.get(name, sum(MAX_BYTES.values()))
     try:
         with (folder / name).open("xb") as target:
-            while chunk := await _chunk(part, _CHUNK):
+            async for chunk in form_parts.chunks(part):
                 left -= len(chunk)
                 if left < 0:
                     raise ApiError(
@@ -110,11 +100,3 @@ async def _receive(part: BodyPartReader, folder: Path) -> None:
                 await asyncio.to_thread(target.write, chunk)
     except FileExistsError:
         raise ArchiveError(f"{given} was sent twice") from None
-
-
-async def _chunk(part: BodyPartReader, size: int) -> bytes:
-    try:
-        async with asyncio.timeout(_STALL_SECONDS):
-            return await part.read_chunk(size)
-    except TimeoutError:
-        raise ApiError(408, f"nothing arrived for {_STALL_SECONDS} seconds") from None

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable
 from pathlib import PurePath
-from typing import TypeVar
 
-from aiohttp import BodyPartReader, MultipartReader, web
+from aiohttp import web
+from nybble.server import form_parts
 from nybble.server.api.respond import json_response
 from nybble.server.errors import ApiError
 from nybble.server.fine_tuning.access import Access, owner_of, visible_to
@@ -15,12 +14,7 @@ from nybble.server.fine_tuning.files import Files, StoredFile, Upload
 from nybble.server.fine_tuning.jobs import UNFINISHED, Jobs
 from nybble.server.fine_tuning.paging import Page
 
-T = TypeVar("T")
-
 FILES = "/v1/files"
-_CHUNK_BYTES = 1 << 20
-_STALL_SECONDS = 60
-_MAX_FIELD_BYTES = 1024
 _MAX_NAME = 255
 
 
@@ -41,13 +35,8 @@ class FileRoutes:
 
     async def upload(self, request: web.Request) -> web.Response:
         owner = owner_of(self._access.tenant(request))
-        if request.content_type != "multipart/form-data":
-            raise ApiError(400, "expected multipart/form-data with purpose and file")
         with self._files.upload(owner) as upload:
-            try:
-                purpose, filename = await _read_form(await request.multipart(), upload)
-            except ValueError as error:  # aiohttp's, about the form's syntax
-                raise ApiError(400, f"the form cannot be read: {error}") from None
+            purpose, filename = await _read_form(request, upload)
             if filename is None:
                 raise _missing("file")
             if purpose is None:
@@ -99,36 +88,20 @@ class FileRoutes:
         return await asyncio.to_thread(self._files.get, request.match_info["id"], owner)
 
 
-async def _read_form(form: MultipartReader, upload: Upload) -> tuple[str | None, str | None]:
+async def _read_form(request: web.Request, upload: Upload) -> tuple[str | None, str | None]:
     """The purpose and the file's name, each None if it is not there; its bytes go to ``upload``."""
     purpose = filename = None
-    while True:
-        part = await _in_time(form.next())
-        if part is None:
-            return purpose, filename
-        if not isinstance(part, BodyPartReader) or part.name not in ("file", "purpose"):
-            name = getattr(part, "name", None) or "a part without a name"
-            raise ApiError(
-                400, f"unknown parameter: {name}", param=str(name), code="unknown_parameter"
-            )
+    async for part in form_parts.parts(request, ("purpose", "file")):
         if part.name == "purpose":
-            purpose = (await _in_time(part.read_chunk(_MAX_FIELD_BYTES))).decode(errors="replace")
+            purpose = await form_parts.text(part)
         elif filename is not None:
             raise ApiError(400, "expected one file", param="file", code="invalid_value")
         else:
             # The name is only shown, never a path here; some clients send theirs whole.
             filename = PurePath((part.filename or "file").replace("\\", "/")).name[-_MAX_NAME:]
-            while chunk := await _in_time(part.read_chunk(_CHUNK_BYTES)):
+            async for chunk in form_parts.chunks(part):
                 await asyncio.to_thread(upload.write, chunk)
-
-
-async def _in_time(arriving: Awaitable[T]) -> T:
-    """Raises ApiError 408 where nothing comes for long."""
-    try:
-        async with asyncio.timeout(_STALL_SECONDS):
-            return await arriving
-    except TimeoutError:
-        raise ApiError(408, f"nothing arrived for {_STALL_SECONDS} seconds") from None
+    return purpose, filename
 
 
 def _missing(param: str) -> ApiError:
