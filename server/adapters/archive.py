@@ -6,6 +6,7 @@ than a bounded number of members or of bytes, however well they were compressed.
 
 from __future__ import annotations
 
+import errno
 import gzip
 import io
 import tarfile
@@ -52,6 +53,10 @@ def extract_adapter(archive: Path, folder: Path) -> None:
         raise ArchiveError(f"the archive cannot be read: {error}") from error
     except (gzip.BadGzipFile, NotImplementedError, UnicodeDecodeError) as error:
         raise ArchiveError(f"the archive cannot be read: {error}") from error
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # of the disk's own
+            raise
+        raise ArchiveError("the archive names a place that it does not have") from error
     if len({path.parent for path in taken.values()}) > 1:
         raise ArchiveError("the adapter's files are in different folders of the archive")
 
@@ -73,6 +78,8 @@ def _zip(archive: Path) -> Iterator[tuple[PurePosixPath, IO[bytes] | None]]:
             kind = info.external_attr >> 28 if info.create_system == 3 else 0
             if kind not in (0, 0o4, 0o10):  # unknown, folder, regular file
                 raise ArchiveError(f"{info.filename!r} is a link or a device")
+            if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise ArchiveError(f"{info.filename!r} is not compressed as zip files usually are")
             path = _safe(info.filename)
             wanted = path.name in MAX_BYTES and not info.is_dir()
             yield path, file.open(info) if wanted else None

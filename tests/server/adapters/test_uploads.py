@@ -6,6 +6,7 @@ import asyncio
 import gzip
 import io
 import json
+import random
 import tarfile
 import urllib.error
 import urllib.request
@@ -46,9 +47,9 @@ def files(tiny_adapter: Callable[..., Path]) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in (CONFIG, WEIGHTS)}
 
 
-def zipped(members: dict[str, bytes]) -> bytes:
+def zipped(members: dict[str, bytes], method: int = zipfile.ZIP_DEFLATED) -> bytes:
     buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as file:
+    with zipfile.ZipFile(buffer, "w", method) as file:
         for name, content in members.items():
             file.writestr(name, content)
     return buffer.getvalue()
@@ -199,6 +200,9 @@ def test_links_bombs_and_doubles_are_refused(
         "in different folders": [tarred({f"a/{CONFIG}": b"", f"b/{WEIGHTS}": b""})],
         "more than 1000 members": [zipped({str(i): b"" for i in range(1001)})],
         "cannot be read": [b"", b"PK\x03\x04broken", b"\x1f\x8bbroken"],
+        "not compressed as zip files usually are": [
+            zipped({CONFIG: zeros}, method) for method in (zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2)
+        ],
     }
     for index, (message, archives) in enumerate(cases.items()):
         for number, content in enumerate(archives):
@@ -207,6 +211,24 @@ def test_links_bombs_and_doubles_are_refused(
             (tmp_path / "archive").write_bytes(content)
             with pytest.raises(ArchiveError, match=message):
                 extract_adapter(tmp_path / "archive", folder)
+
+
+def test_a_damaged_archive_is_refused_as_one_whatever_the_damage(tmp_path: Path) -> None:
+    chance = random.Random(0)
+    members = {CONFIG: chance.randbytes(50) + bytes(400), WEIGHTS: bytes(500)}
+    refused = 0
+    for number in range(400):
+        content = bytearray(chance.choice((zipped, tarred))(members))
+        for _ in range(3):
+            content[chance.randrange(len(content))] = chance.randrange(256)
+        (tmp_path / "archive").write_bytes(content)
+        folder = tmp_path / f"{number}"
+        folder.mkdir()
+        try:
+            extract_adapter(tmp_path / "archive", folder)
+        except ArchiveError:
+            refused += 1
+    assert 100 < refused < 400
 
 
 def test_uploads_outlive_the_server(
