@@ -68,6 +68,11 @@ class StagedAdapter:
     projections: Sequence[tuple[Tensor, Tensor] | None]
     nbytes: int
 
+    def is_finite(self) -> bool:
+        """Whether the slots' dtype holds all its values."""
+        pairs = (pair for pair in self.projections if pair is not None)
+        return all(bool(part.isfinite().all()) for pair in pairs for part in pair)
+
 
 class AdapterSlots:
     """``count`` slots for adapters of rank up to ``max_rank``.

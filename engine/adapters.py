@@ -177,6 +177,10 @@ class AdapterRegistry:
                 f"{folder} takes {staged.nbytes} bytes, but the host memory for adapters is "
                 f"{self.host_bytes}: raise it"
             )
+        if not staged.is_finite():
+            raise AdapterError(
+                f"{folder} has values that, times alpha / r, {self.slots.dtype} cannot hold"
+            )
         version = AdapterVersion(name, folder, adapter.digest, adapter.rank, staged.nbytes)
         return version, staged
 

@@ -35,6 +35,7 @@ __all__ = [
 
 _SAFETENSORS, _PICKLED = "adapter_model.safetensors", "adapter_model.bin"
 _KEY = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(\.(?P<name>[^.]+))?\.weight")
+_INDEX = re.compile(r"[0-9]{1,9}")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _PREFIXES = ("base_model.model.", "_orig_mod.")
 
@@ -171,7 +172,8 @@ def _read(folder: Path) -> tuple[Path, bytes, dict[str, Tensor]]:
 
 def _natural(key: str) -> list[tuple[int, str]]:
     """Sorts layer 2 before layer 10, so that the first offending tensor is the first layer's."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in key.split(".")]
+    parts = key.split(".")
+    return [(int(part), "") if _INDEX.fullmatch(part) else (-1, part) for part in parts]
 
 
 def _parse(path: Path, key: str, shapes: Mapping[str, tuple[int, int]]) -> tuple[str, str]:
@@ -194,7 +196,7 @@ def _parse(path: Path, key: str, shapes: Mapping[str, tuple[int, int]]) -> tuple
 
 def _unknown(module: str, shapes: Mapping[str, tuple[int, int]]) -> str:
     known = {name.rpartition(".")[2] for name in shapes}
-    layer = re.search(r"\blayers\.(\d+)\.", module)
+    layer = re.search(rf"\blayers\.({_INDEX.pattern})\.", module)
     layers = len({name.split(".layers.")[-1].split(".")[0] for name in shapes})
     if module.rpartition(".")[2] not in known:
         return f"which cannot have an adapter here; {', '.join(sorted(known))} can"

@@ -67,8 +67,8 @@ class AdapterSettings:
             raise AdapterError(f"{folder} has no {CONFIG_FILE}: not a PEFT adapter folder")
         try:
             config = json.loads(path.read_text())
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise AdapterError(f"{path} is not JSON: {error}") from error
+        except (ValueError, RecursionError) as error:
+            raise AdapterError(f"{path} is not JSON that can be read: {error}") from error
         if not isinstance(config, dict):
             raise AdapterError(f"{path} is not a JSON object")
         _refuse_unsupported(path, config)
@@ -95,6 +95,9 @@ class AdapterSettings:
                 raise AdapterError(
                     f"{path}: rank {rank} is not supported, expected 1 to {MAX_RANK}"
                 )
+        for alpha in (settings.alpha, *settings.alpha_pattern.values()):
+            if not math.isfinite(alpha):
+                raise AdapterError(f"{path}: alpha is {alpha}, expected a finite number")
         if not settings.target_modules:
             raise AdapterError(f"{path} names no target_modules")
         return settings

@@ -205,6 +205,36 @@ def test_values_that_are_not_finite_are_refused(
         load_adapter(editable, shapes)
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[" * 100_000, "is not JSON that can be read"),
+        ('{"r": ' + "9" * 5000 + "}", "is not JSON that can be read"),
+        ('{"peft_type": "LORA", "lora_alpha": NaN}', "alpha is nan, expected a finite number"),
+        ('{"peft_type": "LORA", "lora_alpha": 1e400}', "alpha is inf, expected a finite number"),
+        (
+            '{"peft_type": "LORA", "alpha_pattern": {"q_proj": -1e400}}',
+            "alpha is -inf, expected a finite number",
+        ),
+    ],
+)
+def test_a_config_that_nothing_can_be_read_or_computed_from_is_refused(
+    editable: Path, shapes: dict[str, tuple[int, int]], content: str, message: str
+) -> None:
+    (editable / "adapter_config.json").write_text(content)
+    with pytest.raises(AdapterError, match=message):
+        load_adapter(editable, shapes)
+
+
+@pytest.mark.parametrize("part", ["²", "9" * 5000])
+def test_a_tensors_name_may_have_any_digits(
+    editable: Path, shapes: dict[str, tuple[int, int]], part: str
+) -> None:
+    rename(editable, lambda key: key.replace("layers.1.", f"layers.{part}."))
+    with pytest.raises(AdapterError, match="which the base model does not have"):
+        load_adapter(editable, shapes)
+
+
 def test_a_truncated_file_is_named(editable: Path, shapes: dict[str, tuple[int, int]]) -> None:
     file = editable / WEIGHTS
     file.write_bytes(file.read_bytes()[:-10])
