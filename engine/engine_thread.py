@@ -23,6 +23,7 @@ from nybble.engine.request import (
     EngineFailedError,
     EngineStoppedError,
     GuideError,
+    NotANumberError,
     OutOfMemoryError,
     RequestOutput,
 )
@@ -276,11 +277,12 @@ class EngineThread(threading.Thread):
                 self._counters.prompt_tokens += item.num_tokens
             self._scheduler.computed(item)
             if completes:
-                output: RequestOutput | GuideError
+                output: RequestOutput | GuideError | NotANumberError
                 if sequence.max_tokens == 0:
                     output = output_of(sequence, None, "", "length")
+                elif isinstance(token := next(sampled), NotANumberError):
+                    output = token
                 else:
-                    token = next(sampled)
                     sequence.token_ids.append(token[0])
                     self._counters.generation_tokens += 1
                     if self._overlap and goes_on(sequence, self._eos_token_ids):
@@ -292,7 +294,7 @@ class EngineThread(threading.Thread):
                         output = error
                 stream = self._streams[sequence.request_id][1]
                 outputs.add(stream, output)
-                if isinstance(output, GuideError) or output.finish_reason is not None:
+                if isinstance(output, Exception) or output.finish_reason is not None:
                     del self._streams[sequence.request_id]
                     self._scheduler.finish(sequence)
         self._counters.add_step(batch, time.monotonic() - started)

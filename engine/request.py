@@ -120,6 +120,10 @@ class GuideError(RuntimeError):
     """A guide cannot go on; its sequence ends with this error."""
 
 
+class NotANumberError(RuntimeError):
+    """What the model computed for a sequence is no number; the sequence ends with this error."""
+
+
 class Guide(Protocol):
     """Restricts what one sequence says. Used by the engine thread alone."""
 

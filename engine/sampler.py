@@ -8,12 +8,13 @@ the tokens back.
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Sequence
 
 import numpy as np
 import torch
-from nybble.engine.request import SamplingParams, TokenLogprob
+from nybble.engine.request import NotANumberError, SamplingParams, TokenLogprob
 from nybble.engine.transfer import send
 from nybble.kernels.ops import TokenChoice, sample_tokens
 from torch import Tensor
@@ -86,18 +87,24 @@ class PendingSample:
                 allowed = allowed.to(logits.device, non_blocking=True)
                 logits[row].masked_fill_(~allowed, float("-inf"))
         chosen = sample_tokens(logits, [each.choice() for each in samplers])
-        self._found = [chosen]
+        # Of a row with a NaN, NaN; of one with nothing that may follow, −inf.
+        self._found = [chosen, logits.amax(-1)]
         if logprobs is not None:
             most = max(samplers[row].params.logprobs or 0 for row in self._asked)
             top = logprobs.topk(min(most, logprobs.shape[1]))
             own = logprobs.gather(1, _rows(chosen, self._asked)[:, None])
             self._found += [own, top.values, top.indices]
 
-    def result(self) -> list[Sampled]:
-        """The next token of each sequence, once the device has it."""
-        tokens, *reports = _to_host(self._found)
-        sampled: list[Sampled] = []
-        for row, (each, token) in enumerate(zip(self._samplers, tokens.tolist(), strict=True)):
+    def result(self) -> list[Sampled | NotANumberError]:
+        """The next token of each sequence, once the device has it; an error where it has none."""
+        tokens, largest, *reports = _to_host(self._found)
+        sampled: list[Sampled | NotANumberError] = []
+        rows = zip(self._samplers, tokens.tolist(), largest.tolist(), strict=True)
+        for row, (each, token, most) in enumerate(rows):
+            if not math.isfinite(most):
+                message = "the model's output for this request is no number; is its adapter sound?"
+                sampled.append(NotANumberError(message))
+                continue
             each.record(token)
             report = None
             if each.params.logprobs is not None:
@@ -108,8 +115,16 @@ class PendingSample:
 
 
 def sample(logits: Tensor, samplers: Sequence[SequenceSampler]) -> list[Sampled]:
-    """The next token of each sequence from float32 logits ``(rows, vocab)``; overwrites them."""
-    return PendingSample(logits, samplers).result()
+    """The next token of each sequence from float32 logits ``(rows, vocab)``; overwrites them.
+
+    Raises NotANumberError where one has none.
+    """
+    found: list[Sampled] = []
+    for each in PendingSample(logits, samplers).result():
+        if isinstance(each, NotANumberError):
+            raise each
+        found.append(each)
+    return found
 
 
 def _rows(tensor: Tensor, rows: list[int]) -> Tensor:

@@ -157,6 +157,7 @@ def sample_tokens(logits: Tensor, choices: Sequence[TokenChoice]) -> Tensor:
     Temperature 0 takes the largest. Otherwise what is left after top_k (0 is off), then top_p of
     that, then min_p (relative to the likeliest) is drawn from by inverting its cumulative
     distribution, in vocabulary order, at ``uniform``. Entries equal to the last one kept are kept.
+    A row whose largest entry is not finite has any token.
     """
     tokens = [_sample(row, choice) for row, choice in zip(logits, choices, strict=True)]
     return torch.stack(tokens)
@@ -167,7 +168,7 @@ _NUCLEUS_CANDIDATES = 1024
 
 
 def _sample(logits: Tensor, choice: TokenChoice) -> Tensor:
-    if choice.temperature == 0:
+    if choice.temperature == 0 or not logits.amax().isfinite():
         return logits.argmax()
     probs = torch.softmax(logits / choice.temperature, dim=-1)
     ids: Tensor | None = None

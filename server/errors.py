@@ -15,6 +15,7 @@ from nybble.engine import (
     EngineOverloadedError,
     EngineStoppedError,
     GuideError,
+    NotANumberError,
     OutOfMemoryError,
     ParameterError,
 )
@@ -103,6 +104,8 @@ def as_api_error(error: Exception, request_id: str) -> ApiError:
         return ApiError(400, str(error), param=error.parameter, code="invalid_value")
     if isinstance(error, GuideError):
         return ApiError(500, str(error), code="guide_failed")
+    if isinstance(error, NotANumberError):
+        return ApiError(500, str(error), code="not_a_number")
     if isinstance(error, AdapterError):
         return ApiError(400, str(error), param="lora_path", code="invalid_adapter")
     if isinstance(error, AdapterUnavailableError):

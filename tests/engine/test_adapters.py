@@ -20,6 +20,7 @@ from nybble.engine import (
     AdapterUnavailableError,
     Engine,
     EngineConfig,
+    NotANumberError,
     ParameterError,
     Request,
     RequestOutput,
@@ -445,3 +446,44 @@ def test_infos_tell_rank_size_hits_and_residency(
         assert info.nbytes == 2 * 4 * 4 * ((3 + 1 + 2) * 128 + 256 + (256 + 128 + 512 + 128))
     finally:
         engine.stop()
+
+
+def scaled(folder: Path, target: Path, factor: float) -> str:
+    """A copy of an adapter, all its matrices multiplied."""
+    shutil.copytree(folder, target)
+    file = target / "adapter_model.safetensors"
+    save_file({name: factor * tensor for name, tensor in load_file(file).items()}, file)
+    return str(target)
+
+
+def test_an_adapter_that_computes_no_number_fails_its_requests_and_no_other(
+    engine: Engine, tiny_adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    engine.load_adapter("wild", scaled(tiny_adapter(seed=1), tmp_path / "wild", 1e30))
+    alone = ask(engine, "full")
+    for params in (greedy(5), SamplingParams(max_tokens=5, top_k=5), greedy(5, logprobs=2)):
+
+        async def beside(params: SamplingParams = params) -> tuple[list[RequestOutput], object]:
+            wild = Request("wild", prompt(1, 9), params, adapter="wild")
+            sound = Request("sound", prompt(0, 9), greedy(12), adapter="full")
+            both = (collect(engine, sound), collect(engine, wild))
+            first, second = await asyncio.gather(*both, return_exceptions=True)
+            assert isinstance(first, list)
+            return first, second
+
+        outputs, failure = asyncio.run(beside())
+        assert tokens(outputs) == alone
+        assert isinstance(failure, NotANumberError)
+    assert engine.stats().kv_blocks_free == engine.stats().kv_blocks_total
+    engine.unload_adapter("wild")
+
+
+def test_an_adapter_beyond_the_slots_dtype_is_refused(
+    engine: Engine, tiny_adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    huge = scaled(tiny_adapter(seed=1), tmp_path / "huge", 1e20)
+    config = tmp_path / "huge" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"lora_alpha": 1e30}))
+    with pytest.raises(AdapterError, match=r"times alpha / r, torch\.float32 cannot hold"):
+        engine.load_adapter("huge", huge)
+    assert engine.adapter("huge") is None

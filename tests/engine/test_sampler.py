@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from nybble.engine.request import ParameterError, SamplingParams
-from nybble.engine.sampler import SequenceSampler, sample
+from nybble.engine.request import NotANumberError, ParameterError, SamplingParams
+from nybble.engine.sampler import PendingSample, SequenceSampler, sample
 
 
 def greedy(prompt: tuple[int, ...] = (), **options: object) -> SequenceSampler:
@@ -100,3 +100,14 @@ def test_the_strongest_penalties_leave_logits_that_can_be_drawn_from(penalty: fl
 def test_a_penalty_that_would_make_logits_infinite_is_refused() -> None:
     with pytest.raises(ParameterError, match="repetition_penalty is 1e-38, expected"):
         SamplingParams(repetition_penalty=1e-38)
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0}, {}, {"top_k": 1}, {"top_p": 0.5}])
+def test_a_row_that_is_no_number_is_an_error_and_the_others_are_drawn(
+    options: dict[str, Any],
+) -> None:
+    rows = torch.tensor([[0.0, 9.0], [1.0, float("nan")], [float("-inf")] * 2, [99.0, 0.0]])
+    samplers = [SequenceSampler(SamplingParams(**options, seed=0), ()) for _ in rows]
+    first, *broken, last = PendingSample(rows, samplers).result()
+    assert (first, last) == ((1, None), (0, None))
+    assert [type(each) for each in broken] == [NotANumberError] * 2
