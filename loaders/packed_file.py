@@ -8,9 +8,9 @@ tokenizer's files lie beside them, so the folder is a complete model.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,12 @@ from transformers import AutoConfig
 
 HEADER = "nybble.json"
 VERSION = 1
+# What a weight's tensors are called, by its kind: those it must have, and those it may have.
+_TENSORS = {
+    "tensor": (("value",), ()),
+    "dense": (("weight",), ("bias",)),
+    "packed": (("qweight", "scales"), ("zeros", "perm", "bias")),
+}
 _SHARD_BYTES = 256 << 20  # writing needs about twice this in memory
 _COPIED = (
     "config.json",
@@ -54,12 +60,23 @@ def save_packed(
     try:
         scratch.mkdir(parents=True)
         _write(checkpoint, scratch, layout, progress)
+        # Else a power failure could leave the whole folder with files that are empty.
+        for path in (*scratch.iterdir(), scratch):
+            _to_disk(path)
         shutil.rmtree(folder, ignore_errors=True)
         scratch.rename(folder)
     except OSError as error:
         raise OSError(f"cannot write the packed model to {folder}: {error}") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _write(checkpoint: Checkpoint, folder: Path, layout: Layout, progress: Progress) -> None:
@@ -97,11 +114,9 @@ def copy_model_files(source: Path, target: Path) -> None:
 def _describe(weight: Weight) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if isinstance(weight, Tensor):
         return {"kind": "tensor"}, {"value": weight}
-    tensors = {
-        field.name: getattr(weight, field.name)
-        for field in fields(weight)
-        if isinstance(getattr(weight, field.name), Tensor) and field.name != "levels"
-    }
+    kind = "dense" if isinstance(weight, DenseWeight) else "packed"
+    found = {field: getattr(weight, field) for fields in _TENSORS[kind] for field in fields}
+    tensors = {field: tensor for field, tensor in found.items() if tensor is not None}
     if isinstance(weight, DenseWeight):
         return {"kind": "dense"}, tensors
     return {
@@ -122,9 +137,10 @@ class PackedCheckpoint:
         path = folder / HEADER
         try:
             header = json.loads(path.read_text())
-            version, self._modules = header["version"], header["modules"]
+            version = header["version"]
+            self._modules: dict[str, dict[str, Any]] = dict(header["modules"])
             self.source_format: str = header["format"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise CheckpointError(f"{path} is not a packed model's header: {error!r}") from error
         if version != VERSION:
             raise CheckpointError(f"{path} has version {version}, expected {VERSION}: pack it anew")
@@ -134,14 +150,27 @@ class PackedCheckpoint:
 
     def check(self) -> None:
         """Look at every file's header. Raises CheckpointError for what is truncated or missing."""
+        self._checked_shards()
+
+    def _checked_shards(self) -> Shards:
         shards = Shards(self.folder)
+        described: set[str] = set()
         for name, module in self._modules.items():
-            field = {"tensor": "value", "dense": "weight", "packed": "qweight"}[module["kind"]]
-            if f"{name}|{field}" not in shards:
-                raise CheckpointError(f"{self.folder} has no tensor {name}|{field}")
+            kind = module.get("kind") if isinstance(module, dict) else None
+            if kind not in _TENSORS:
+                raise CheckpointError(f"{self.folder / HEADER}: {name} is of no kind known here")
+            required, optional = _TENSORS[kind]
+            for field in required:
+                if f"{name}|{field}" not in shards:
+                    raise CheckpointError(f"{self.folder} has no tensor {name}|{field}")
+            described.update(f"{name}|{field}" for field in (*required, *optional))
+        for tensor in shards.names():
+            if tensor not in described:
+                raise CheckpointError(f"{self.folder / HEADER} does not describe {tensor}")
+        return shards
 
     def weights(self) -> Iterator[tuple[str, Weight]]:
-        shards = Shards(self.folder)
+        shards = self._checked_shards()
         for name, module in self._modules.items():
             about = dict(module)
             kind = about.pop("kind")
@@ -149,12 +178,14 @@ class PackedCheckpoint:
             if kind == "tensor":
                 yield name, shards.read(prefix + "value")
                 continue
-            cls = PackedWeight if kind == "packed" else DenseWeight
-            if kind == "packed":
-                about["levels"] = torch.tensor(about["levels"])
-            for field in fields(cls):
-                if prefix + field.name in shards:
-                    about[field.name] = shards.read(prefix + field.name)
-                elif field.name == "zeros":
-                    about["zeros"] = None
-            yield name, cls(**about)
+            for field in (field for fields in _TENSORS[kind] for field in fields):
+                about[field] = shards.read(prefix + field) if prefix + field in shards else None
+            try:
+                if kind == "packed":
+                    about["levels"] = torch.tensor(about["levels"])
+                    weight: Weight = PackedWeight(**about)
+                else:
+                    weight = DenseWeight(**about)
+            except (TypeError, ValueError, KeyError) as error:
+                raise CheckpointError(f"{self.folder / HEADER}: {name}: {error}") from error
+            yield name, weight

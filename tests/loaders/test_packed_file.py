@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from nybble.kernels import DenseWeight, PackedWeight
 from nybble.loaders import CheckpointError, open_checkpoint, save_packed
 from nybble.loaders.inspect import inspect_checkpoint
+from nybble.loaders.packed_file import PackedCheckpoint
 from nybble.quantizers import quantize_checkpoint
 from safetensors.torch import load_file
 from torch import Tensor
@@ -106,3 +108,86 @@ def test_quantizing_twice_is_refused(tmp_path: Path, tiny_model: Callable[..., P
         quantize_checkpoint(tmp_path / "q", tmp_path / "r", format="awq", progress=False)
     with pytest.raises(FileExistsError, match="is not empty"):
         quantize_checkpoint(tiny_model(), tmp_path / "q", format="awq", progress=False)
+
+
+def spoil_header(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
+    def spoil(folder: Path) -> None:
+        path = folder / "nybble.json"
+        header = json.loads(path.read_text())
+        change(header["modules"])
+        path.write_text(json.dumps(header))
+
+    return spoil
+
+
+def spoil_bytes(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
+    def spoil(folder: Path) -> None:
+        path = folder / name
+        path.write_bytes(change(path.read_bytes()))
+
+    return spoil
+
+
+SHARD, HEADER, PROJECTION = (
+    "packed-00000.safetensors",
+    "nybble.json",
+    "model.layers.0.mlp.down_proj",
+)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        spoil_bytes(SHARD, lambda data: data[:-1]),
+        spoil_bytes(SHARD, lambda data: data + b"x"),
+        spoil_bytes(SHARD, lambda data: bytes(64) + data[64:]),
+        spoil_bytes(SHARD, lambda data: b""),
+        spoil_bytes(SHARD, lambda data: data.replace(b"down_proj|scales", b"down_proj|scalex")),
+        spoil_bytes(SHARD, lambda data: data.replace(b"down_proj|zeros", b"down_proj|zerox")),
+        spoil_bytes(HEADER, lambda data: data[: len(data) // 2]),
+        spoil_bytes(HEADER, lambda data: b"\xff" + data),
+        spoil_bytes(HEADER, lambda data: b"[]"),
+        spoil_bytes(HEADER, lambda data: b"[" * 100_000),
+        spoil_header(lambda modules: modules.clear()),
+        spoil_header(lambda modules: modules.pop(PROJECTION)),
+        spoil_header(lambda modules: modules.update({PROJECTION: "x"})),
+        spoil_header(lambda modules: modules[PROJECTION].update(kind="other")),
+        lambda folder: (folder / SHARD).unlink(),
+    ],
+)
+def test_what_is_damaged_is_found_by_looking_at_headers_alone(
+    tmp_path: Path, tiny_model: Callable[..., Path], spoil: Callable[[Path], None]
+) -> None:
+    quantize_checkpoint(tiny_model(), tmp_path / "q", format="gptq", group_size=32, progress=False)
+    save_packed(open_checkpoint(tmp_path / "q"), tmp_path / "p", layout="rows", progress=False)
+    PackedCheckpoint(tmp_path / "p").check()
+    spoil(tmp_path / "p")
+    with pytest.raises(CheckpointError):
+        PackedCheckpoint(tmp_path / "p").check()
+    with pytest.raises(CheckpointError):
+        dict(open_checkpoint(tmp_path / "p").weights())
+
+
+@pytest.mark.parametrize("change", [{"out_features": 7}, {"layout": "cpu_tiles"}, {"extra": 1}])
+def test_a_header_that_contradicts_its_tensors_is_named(
+    tmp_path: Path, tiny_model: Callable[..., Path], change: dict[str, Any]
+) -> None:
+    quantize_checkpoint(tiny_model(), tmp_path / "q", format="gptq", group_size=32, progress=False)
+    save_packed(open_checkpoint(tmp_path / "q"), tmp_path / "p", layout="rows", progress=False)
+    spoil_header(lambda modules: modules[PROJECTION].update(change))(tmp_path / "p")
+    with pytest.raises(CheckpointError, match=rf"nybble\.json: {PROJECTION}: "):
+        dict(open_checkpoint(tmp_path / "p").weights())
+
+
+def test_a_folder_gets_its_name_once_all_of_it_is_on_the_disk(
+    tmp_path: Path, tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: set[str] = set()
+
+    def fsync(descriptor: int) -> None:
+        assert not (tmp_path / "p").exists()
+        synced.add(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+
+    monkeypatch.setattr("nybble.loaders.packed_file.os.fsync", fsync)
+    save_packed(open_checkpoint(tiny_model()), tmp_path / "p", layout="rows", progress=False)
+    assert synced == {"p.partial", *(path.name for path in (tmp_path / "p").iterdir())}
