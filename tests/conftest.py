@@ -10,6 +10,9 @@ import pytest
 # Triton reads this when it is first imported, so it is set before any test imports torch: kernels
 # in the test process run in the interpreter, on the CPU. The proof on a GPU is `make gpu`.
 os.environ["TRITON_INTERPRET"] = "1"
+# Likewise OpenMP, when torch loads it: threads that spin while they wait for each other take, where
+# processors are shared, many times as long for the small tensors here as the work itself.
+os.environ["OMP_WAIT_POLICY"] = "passive"
 
 # Loaded by path: with `tests/` on sys.path, `tests/kernels` would answer `import kernels`,
 # which transformers and bitsandbytes probe for.

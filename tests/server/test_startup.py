@@ -6,6 +6,7 @@ import asyncio
 import socket
 import threading
 from collections.abc import Callable
+from typing import Any
 
 from aiohttp import ClientSession, web
 from nybble.server.listen import BACKLOG, bind
@@ -60,6 +61,44 @@ async def hand_over() -> set[int]:
 def test_whoever_asks_during_the_hand_over_is_answered_by_one_or_the_other() -> None:
     for _ in range(HAND_OVERS):
         assert asyncio.run(hand_over()) == {503, 200}
+
+
+async def ask_while_it_is_accepted() -> bytes:
+    """What a client gets that the loop accepts in the very turn in which loading is done.
+
+    The loop is held until both have happened: it then learns of the end of loading first, and goes
+    on from there before it has set up the connection.
+    """
+    sock, loop = listening(), asyncio.get_running_loop()
+    held, go_on = threading.Event(), threading.Event()
+    tell = loop.call_soon_threadsafe
+
+    def hold() -> None:
+        held.set()
+        assert go_on.wait(60)
+
+    def told(*call: Any, **options: Any) -> asyncio.Handle:
+        handle = tell(*call, **options)
+        if held.is_set():  # that loading is done
+            go_on.set()
+        return handle
+
+    def load() -> socket.socket:
+        tell(hold)
+        assert held.wait(60)
+        return socket.create_connection(sock.getsockname(), timeout=60)
+
+    loop.call_soon_threadsafe = told  # type: ignore[method-assign]
+    async with load_behind(sock, None, Startup(bars=False), load) as client:
+        with client:
+            await asyncio.to_thread(client.sendall, b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+            answer = await asyncio.to_thread(client.recv, 1 << 16)
+    sock.close()
+    return answer
+
+
+def test_a_connection_that_is_accepted_as_loading_ends_is_answered() -> None:
+    assert asyncio.run(ask_while_it_is_accepted()).startswith(b"HTTP/1.1 503 ")
 
 
 async def ask_late() -> bytes:
