@@ -7,10 +7,11 @@ Other members are ignored.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
+
+from pydantic_core import from_json
 
 Kind = Literal["messages", "completion", "text"]
 
@@ -42,12 +43,13 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 if not line.strip():
                     continue
                 try:
-                    row = json.loads(line.decode("utf-8"))
+                    # Refuses half a surrogate pair, which no tokenizer takes, and deep nesting.
+                    row = from_json(line.decode("utf-8"), allow_inf_nan=False)
                     row_kind(row)
-                except RecursionError:
-                    raise DataError(path, number, "nested too deeply") from None
                 except ValueError as error:
-                    raise DataError(path, number, str(error)) from None
+                    # A row is one line, whose own number is told.
+                    reason = str(error).replace(" at line 1 column ", " at column ")
+                    raise DataError(path, number, reason) from None
                 yield number, row
     except OSError as error:
         raise DataError(path, None, f"cannot be read: {error}") from error
@@ -107,7 +109,7 @@ def _check_calls(index: int, calls: Any) -> None:
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise ValueError(f"the tool_calls of message {index} are no list of function calls")
         try:
-            arguments = json.loads(function.get("arguments") or "{}")
+            arguments = from_json(function.get("arguments") or "{}", allow_inf_nan=False)
         except (TypeError, ValueError):
             arguments = None
         if not isinstance(arguments, dict):

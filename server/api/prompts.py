@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -12,6 +11,7 @@ from nybble.server.api.chat_schema import Message
 from nybble.server.api.schema import Prompt
 from nybble.server.errors import ApiError
 from nybble.server.templates import TemplateFailedError, TemplateRefusedError, TemplateRenderer
+from pydantic_core import from_json
 from transformers import PreTrainedTokenizerBase
 
 T = TypeVar("T")
@@ -237,8 +237,10 @@ def _turn(message: Message) -> dict[str, Any]:
     for index, call in enumerate(turn.get("tool_calls", ())):
         function = call["function"]
         try:
-            function["arguments"] = json.loads(function["arguments"] or "{}")
-        except (ValueError, RecursionError):
+            # As bodies are read: half a surrogate pair, for one, is no text that can be encoded.
+            arguments = from_json(function["arguments"] or "{}", allow_inf_nan=False)
+            function["arguments"] = arguments
+        except ValueError:
             raise ApiError(
                 400,
                 f"the arguments of call {index} to {function['name']!r} are not JSON",

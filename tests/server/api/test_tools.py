@@ -214,8 +214,10 @@ def test_results_of_calls_reach_the_template_with_arguments_as_objects(engine: E
         text = engine.tokenizer.decode(tokens["tokens"])
         assert "assistant\nRome<|im_end|>" in text
         assert "tool\nsunny" in text
-        function["arguments"] = "{"
-        await refused(client, CHAT, request(messages=messages))
+        for broken in ("{", '{"city": "\\ud800"}', '{"city": NaN}', '{"city": ' + "[" * 999):
+            function["arguments"] = broken
+            error = await refused(client, CHAT, request(messages=messages))
+            assert error["message"] == "the arguments of call 0 to 'get_weather' are not JSON"
 
     run(engine, scenario)
 
