@@ -16,7 +16,7 @@ class Keys:
     def __init__(self, keys: Iterable[str], *, kind: str) -> None:
         """kind: what the error calls them, such as ``API key``."""
         # Hashes of equal length, all compared: the time taken tells nothing about any key.
-        self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
+        self._digests = [_digest(key) for key in keys]
         self._kind = kind
 
     def __bool__(self) -> bool:
@@ -29,7 +29,7 @@ class Keys:
             raise self.refusal()
 
     def hold(self, key: str) -> bool:
-        found = hashlib.sha256(key.encode(errors="surrogateescape")).digest()
+        found = _digest(key)
         return any([hmac.compare_digest(found, digest) for digest in self._digests])  # noqa: C419
 
     def refusal(self) -> ApiError:
@@ -38,6 +38,11 @@ class Keys:
             f"a valid {self._kind} is required: Authorization: Bearer KEY",
             code="invalid_api_key",
         )
+
+
+def _digest(key: str) -> bytes:
+    # Bytes that are not UTF-8 come as surrogates, from headers and from command lines.
+    return hashlib.sha256(key.encode(errors="surrogateescape")).digest()
 
 
 def bearer(request: web.Request) -> str | None:

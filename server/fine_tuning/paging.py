@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
@@ -10,6 +11,8 @@ from aiohttp import web
 from nybble.server.errors import ApiError
 
 T = TypeVar("T")
+
+_NUMBER = re.compile(r"[0-9]{1,9}")
 
 
 @dataclass(frozen=True)
@@ -29,8 +32,8 @@ class Page:
         if unknown := sorted(request.query.keys() - known):
             raise _invalid(unknown[0], f"unknown parameter: {unknown[0]}")
         text = request.query.get("limit", str(default))
-        if not (text.isascii() and text.isdigit() and 1 <= int(text) <= most):
-            raise _invalid("limit", f"limit is {text!r}, expected 1 to {most}")
+        if not (_NUMBER.fullmatch(text) and 1 <= int(text) <= most):
+            raise _invalid("limit", f"limit: expected 1 to {most}, not {text!r}")
         order: str | Literal["asc", "desc"] = request.query.get("order", "desc")
         if order not in ("asc", "desc"):
             raise _invalid("order", f"order is {order!r}, expected asc or desc")

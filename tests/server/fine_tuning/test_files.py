@@ -46,7 +46,7 @@ def test_lists_page_from_the_newest(site: Site) -> None:
     oldest = site.other.files.list(order="asc", purpose="fine-tune").data
     assert [file.id for file in oldest] == [file.id for file in files]
     assert not site.other.files.list(purpose="fine-tune-results").data
-    for wrong in ({"limit": 0}, {"order": "random"}):
+    for wrong in ({"limit": 0}, {"limit": "9" * 4400}, {"order": "random"}):
         with pytest.raises(openai.BadRequestError, match="expected"):
             site.other.files.list(**wrong)  # type: ignore[arg-type]
     for file in files:
