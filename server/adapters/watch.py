@@ -63,6 +63,9 @@ class AdapterWatch:
             self._engine.load_adapter(name, str(self._folder / name), replace=replace)
         except (AdapterError, OSError) as error:
             self._fail(name, signature, str(error))
+        except Exception as error:  # one folder must not end the watch over all
+            logger.exception("loading adapter %s failed", name)
+            self._fail(name, signature, repr(error))
         else:
             self._loaded[name] = signature
             logger.info("adapter %s was %s", name, "replaced" if replace else "loaded")

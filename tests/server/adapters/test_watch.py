@@ -79,3 +79,25 @@ def test_adapters_loaded_by_hand_are_left_alone(
     shutil.rmtree(tmp_path / "a")
     watch.scan()
     assert [info.version for info in engine.adapters()] == [mine.version]
+
+
+def test_one_folder_that_fails_as_nobody_foresaw_ends_no_watch(
+    engine: Engine,
+    tiny_adapter: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    load = engine.load_adapter
+
+    def fail_for_one(name: str, path: str, *, replace: bool) -> object:
+        if name == "a":
+            raise RuntimeError("unforeseen")
+        return load(name, path, replace=replace)
+
+    monkeypatch.setattr(engine, "load_adapter", fail_for_one)
+    watch = AdapterWatch(engine, tmp_path, ("tiny",))
+    for name in ("a", "b"):
+        shutil.copytree(tiny_adapter(seed=1), tmp_path / name)
+    for _ in range(3):
+        watch.scan()
+    assert [info.name for info in engine.adapters()] == ["b"]
