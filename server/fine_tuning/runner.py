@@ -7,12 +7,13 @@ import json
 import logging
 import os
 import shutil
+import sqlite3
 import sys
 from asyncio.subprocess import PIPE, Process
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from nybble.finetune import Progress
 from nybble.finetune.train import Point
@@ -29,6 +30,9 @@ _WORKER = "nybble.server.fine_tuning.worker"
 _MAX_ATTEMPTS = 3
 _LINE_BYTES = 1 << 20
 _LOG_TAIL = 2000
+_RETRY_SECONDS = 10.0
+
+T = TypeVar("T")
 
 
 class Runner:
@@ -86,7 +90,7 @@ class Runner:
 
     async def run(self) -> None:
         """Until cancelled; the job that is running then is gone on with by the next server."""
-        await asyncio.to_thread(self._requeue)
+        await _until_recorded(self._requeue)
         async with asyncio.TaskGroup() as both:
             both.create_task(self._validate_created())
             both.create_task(self._train_queued())
@@ -94,14 +98,14 @@ class Runner:
     async def _validate_created(self) -> None:
         while True:
             self._created.clear()
-            await asyncio.to_thread(self._validate_new)
+            await _until_recorded(self._validate_new)
             self._queued.set()
             await self._created.wait()
 
     async def _train_queued(self) -> None:
         while True:
             self._queued.clear()
-            queued = await asyncio.to_thread(self._jobs.with_status, "queued")
+            queued = await _until_recorded(self._jobs.with_status, "queued")
             if queued:
                 await self._run(queued[0])
             else:
@@ -154,7 +158,7 @@ class Runner:
         except Exception as error:
             # A job must not take the queue along.
             logger.error("fine-tuning job %s failed", job.id, exc_info=True)
-            await asyncio.to_thread(self._fail, job, _error("server_error", str(error)))
+            await _until_recorded(self._fail, job, _error("server_error", str(error)))
 
     async def _train(self, job: Job) -> dict[str, Any] | None:
         """The worker's last report; None where the job was cancelled."""
@@ -232,23 +236,27 @@ class Runner:
             self._fail(job, report["failed"])
             return
         done, model = report["done"], job.plan["model"]
-        self._publish(job, model)
         result = self._files.add_result(
             results_csv(self._jobs.metrics(job)), filename="step_metrics.csv", owner=job.owner
         )
-        self._jobs.tell(job, f"New fine-tuned model created: {model}")
-        succeeded = self._jobs.move(
-            job,
-            "succeeded",
-            "The job has successfully completed",
-            model=model,
-            tokens=done["tokens"],
-            best=done["best"],
-            result_file=result.id,
-        )
-        if not succeeded:  # cancelled meanwhile
-            self._withdraw(model)
-            self._files.delete(result)
+        succeeded = False
+        try:
+            self._publish(job, model)
+            self._jobs.tell(job, f"New fine-tuned model created: {model}")
+            succeeded = self._jobs.move(
+                job,
+                "succeeded",
+                "The job has successfully completed",
+                model=model,
+                tokens=done["tokens"],
+                best=done["best"],
+                result_file=result.id,
+            )
+        finally:
+            if not succeeded:  # cancelled meanwhile, or not to be recorded
+                self._withdraw(model)
+                self._files.delete(result)
+        if not succeeded:
             shutil.rmtree(self.folder(job), ignore_errors=True)
             return
         fields = {"job": job.id, "status": "succeeded", "model": model}
@@ -260,6 +268,16 @@ class Runner:
             fields = {"job": job.id, "status": "failed", "error": error["message"]}
             logger.warning(Event("fine_tuning", fields))
         shutil.rmtree(self.adapter_folder(job), ignore_errors=True)  # the log stays
+
+
+async def _until_recorded(change: Callable[..., T], *arguments: Any) -> T:
+    """Do what reads or changes the database, again and again while that cannot be used."""
+    while True:
+        try:
+            return await asyncio.to_thread(change, *arguments)
+        except (sqlite3.Error, OSError) as error:  # most likely the disk is full
+            logger.error("fine-tuning jobs wait %g s: %s", _RETRY_SECONDS, error)
+            await asyncio.sleep(_RETRY_SECONDS)
 
 
 def _progress(told: dict[str, Any]) -> Progress:

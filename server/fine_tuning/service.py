@@ -82,11 +82,13 @@ class FineTuning:
         """Serve the adapters of before and run jobs, until the application ends."""
         await asyncio.to_thread(self._publish_all)
         running = asyncio.create_task(self._runner.run())
-        yield
-        running.cancel()
-        with suppress(asyncio.CancelledError):
-            await running
-        self._database.close()
+        try:
+            yield
+            running.cancel()
+            with suppress(asyncio.CancelledError):
+                await running
+        finally:
+            self._database.close()
 
     async def delete_model(self, request: web.Request) -> web.Response:
         owner = visible_to(self._access.tenant(request))

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from nybble.server.fine_tuning import runner as module
 from nybble.server.fine_tuning.database import Database
 from nybble.server.fine_tuning.files import Files, StoredFile
 from nybble.server.fine_tuning.jobs import UNFINISHED, Job, Jobs, Status
+from nybble.server.fine_tuning.paging import Page
 from nybble.server.fine_tuning.runner import Runner
 from nybble.server.fine_tuning.settings import FineTuningSettings
 
@@ -21,6 +24,7 @@ class Parts:
     jobs: Jobs
     files: Files
     settings: FineTuningSettings
+    served: set[str]
 
     def runner(self, *, has_template: bool = True) -> Runner:
         return Runner(
@@ -29,8 +33,8 @@ class Parts:
             self.settings,
             Path("base"),
             models=("tiny",),
-            publish=lambda job, name: None,
-            withdraw=lambda name: None,
+            publish=lambda job, name: self.served.add(name),
+            withdraw=self.served.discard,
             has_template=has_template,
         )
 
@@ -41,7 +45,7 @@ class Parts:
 
     def job(self, status: Status = "validating_files", **request: Any) -> Job:
         body = {"model": "tiny", "training_file": self.file().id, **request}
-        job = self.jobs.create("acme", body, {})
+        job = self.jobs.create("acme", body, {"model": "ft:tiny:acme"})
         self.jobs.move(job, status, "as a server left it")
         return self.jobs.get(job.id, None)
 
@@ -51,7 +55,7 @@ def parts(tmp_path: Path) -> Iterator[Parts]:
     database = Database(tmp_path)
     settings = FineTuningSettings(state=tmp_path, device="cpu", max_rank=8)
     files = Files(tmp_path / "files", database, max_file_bytes=1 << 20, quota_bytes=1 << 20)
-    yield Parts(Jobs(database), files, settings)
+    yield Parts(Jobs(database), files, settings, set())
     database.close()
 
 
@@ -107,3 +111,59 @@ def test_a_cancelled_job_stays_cancelled(parts: Parts) -> None:
     assert not parts.jobs.move(job, "running", "begun")
     assert not parts.jobs.move(job, "succeeded", "done")
     assert parts.jobs.get(job.id, None).status == "cancelled"
+
+
+async def trained(_: Job) -> dict[str, Any]:
+    """In place of a worker: what it reports at its end."""
+    return {"done": {"tokens": 5, "best": None, "peak_bytes": 1, "base_bytes": 1}}
+
+
+def test_an_adapter_whose_job_fails_at_the_very_end_is_not_served(
+    parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, move = parts.job("running"), parts.jobs.move
+
+    def full_at_the_end(job: Job, to: Status, *words: str, **values: Any) -> bool:
+        if to == "succeeded":
+            raise sqlite3.OperationalError("database or disk is full")
+        return move(job, to, *words, **values)
+
+    monkeypatch.setattr(parts.jobs, "move", full_at_the_end)
+    runner = parts.runner()
+    monkeypatch.setattr(runner, "_train", trained)
+    asyncio.run(runner._run(job))
+    assert error_of(parts, job) == "database or disk is full"
+    assert parts.served == set()
+    assert {file.purpose for file in parts.files.page("acme", None, Page(9, None))} == {"fine-tune"}
+
+
+def test_a_disk_that_is_full_for_a_while_ends_no_queue(
+    parts: Parts, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(module, "_RETRY_SECONDS", 0.01)
+    job, failures = parts.job(), iter(range(12))
+
+    def sometimes(function: Any) -> Any:
+        def call(*arguments: Any, **options: Any) -> Any:
+            if next(failures, None) is not None:
+                raise sqlite3.OperationalError("database or disk is full")
+            return function(*arguments, **options)
+
+        return call
+
+    runner = parts.runner()
+    monkeypatch.setattr(runner, "_train", trained)
+    for name in ("move", "with_status"):
+        monkeypatch.setattr(parts.jobs, name, sometimes(getattr(parts.jobs, name)))
+
+    async def scenario() -> None:
+        task = asyncio.create_task(runner.run())
+        async with asyncio.timeout(60):
+            while parts.jobs.get(job.id, None).status != "succeeded":
+                assert not task.done()
+                await asyncio.sleep(0.01)
+        task.cancel()
+
+    asyncio.run(scenario())
+    assert parts.served == {"ft:tiny:acme"}
+    assert "fine-tuning jobs wait 0.01 s: database or disk is full" in caplog.text
