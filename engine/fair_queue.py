@@ -1,15 +1,19 @@
-"""Waiting sequences of several tenants, in the order that serves them fairly.
+"""Waiting sequences of several tenants, and what each tenant was served.
 
-Each tenant has a virtual token counter: the tokens it was served, divided by its weight. The tenant
-with the lowest counter goes first, and its own requests in the order of arrival. A tenant that had
-nothing queued comes back with at least the lowest counter of those that have, so that nobody saves
-up service by staying away (Sheng et al. 2024, Fairness in Serving Large Language Models).
+Each tenant has a virtual token counter: the tokens it was served, divided by its weight. A tenant
+that had nothing queued comes back with at least the lowest counter of those that have, so that
+nobody saves up service by staying away (Sheng et al. 2024, Fairness in Serving Large Language
+Models). Next is the prompt with which its tenant's counter would be lowest, not the tenant whose
+counter is lowest now: so a prompt is complete no later, but for the step running when it comes,
+than if all tenants were served at once in proportion to their weights (weighted fair queueing:
+Demers, Keshav, Shenker 1989; the bound: Parekh, Gallager 1993).
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from collections.abc import Sequence as SequenceOf
 
 from nybble.engine.sequence import Sequence
 
@@ -33,12 +37,16 @@ class FairQueue:
             yield from queue
 
     def tenants(self) -> list[str]:
-        """Those with something queued, the next to be served first."""
-        return sorted(self._queues, key=self._counters.__getitem__)
+        """Those with something queued."""
+        return list(self._queues)
 
-    def of(self, tenant: str) -> deque[Sequence]:
-        """A tenant's sequences, the next first; not to be changed."""
-        return self._queues[tenant]
+    def of(self, tenant: str) -> SequenceOf[Sequence]:
+        """A tenant's sequences, the next first."""
+        return self._queues.get(tenant, ())
+
+    def counter_after(self, sequence: Sequence, cost: float) -> float:
+        """The counter of the sequence's tenant once ``cost`` more is charged."""
+        return self._counters[sequence.tenant] + cost / sequence.weight
 
     def push(self, sequence: Sequence, *, front: bool = False) -> None:
         """Queue a sequence, at the front if it was served before."""

@@ -84,9 +84,11 @@ def polite(seed: int, weight: float = 1.0) -> list[tuple[float, str, int, int, f
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(
-    ("prompt", "output"), [(40, 200), (900, 20), (200, 60)], ids=["decodes", "prompts", "both"]
+    ("prompt", "output"),
+    [(40, 200), (900, 20), (200, 60), (16, 100), (4000, 4)],
+    ids=["decodes", "prompts", "both", "short", "long"],
 )
-def test_a_flood_at_most_doubles_the_time_to_first_token_at_equal_share(
+def test_a_flood_hardly_delays_first_tokens_beyond_those_at_equal_share(
     seed: int, prompt: int, output: int
 ) -> None:
     arrivals = polite(seed)
@@ -97,7 +99,8 @@ def test_a_flood_at_most_doubles_the_time_to_first_token_at_equal_share(
     shared = Simulation()
     shared.run(sorted(arrivals + flood), end)
     assert shared.scheduler.waiting.tenants() == ["flood"] or len(shared.scheduler.waiting) > 50
-    assert shared.p95("polite") <= 2 * alone.p95("polite")
+    # What is promised is twice, on a live server with clients beside it.
+    assert shared.p95("polite") <= 1.25 * alone.p95("polite")
     # What the polite tenant leaves is not wasted.
     assert shared.served["flood"] > shared.served["polite"]
 
@@ -109,9 +112,9 @@ def test_backlogged_tenants_are_served_in_proportion_to_their_weights() -> None:
         for _ in range(400)
         for tenant, weight in (("a", 1.0), ("b", 3.0))
     ]
-    simulation.run(arrivals, 3000)
-    assert len(simulation.scheduler.waiting) > 100, "both must still be backlogged"
-    assert simulation.served["b"] / simulation.served["a"] == pytest.approx(3, rel=0.1)
+    simulation.run(arrivals, 2500)
+    assert set(simulation.scheduler.waiting.tenants()) == {"a", "b"}, "both must be backlogged"
+    assert simulation.served["b"] / simulation.served["a"] == pytest.approx(3, rel=0.02)
 
 
 def test_a_tenant_alone_has_the_whole_engine() -> None:
