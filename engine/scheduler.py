@@ -76,7 +76,8 @@ class Scheduler:
         self.max_num_seqs = max_num_seqs
         self.max_batched_tokens = max_batched_tokens
         self.adapters = adapters
-        self.waiting = FairQueue()
+        # Who comes while a step is running missed no more than that step.
+        self.waiting = FairQueue(credit=max_batched_tokens)
         self.running: list[Sequence] = []  # the longest running first
         self.preemptions = 0
         self.prefix_query_tokens = 0

@@ -88,7 +88,7 @@ def polite(seed: int, weight: float = 1.0) -> list[tuple[float, str, int, int, f
     [(40, 200), (900, 20), (200, 60), (16, 100), (4000, 4)],
     ids=["decodes", "prompts", "both", "short", "long"],
 )
-def test_a_flood_hardly_delays_first_tokens_beyond_those_at_equal_share(
+def test_beside_a_flood_first_tokens_come_no_later_than_at_equal_share(
     seed: int, prompt: int, output: int
 ) -> None:
     arrivals = polite(seed)
@@ -99,8 +99,7 @@ def test_a_flood_hardly_delays_first_tokens_beyond_those_at_equal_share(
     shared = Simulation()
     shared.run(sorted(arrivals + flood), end)
     assert shared.scheduler.waiting.tenants() == ["flood"] or len(shared.scheduler.waiting) > 50
-    # What is promised is twice, on a live server with clients beside it.
-    assert shared.p95("polite") <= 1.25 * alone.p95("polite")
+    assert shared.p95("polite") <= alone.p95("polite")
     # What the polite tenant leaves is not wasted.
     assert shared.served["flood"] > shared.served["polite"]
 
