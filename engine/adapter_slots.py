@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from nybble.engine.transfer import send
 from nybble.kernels.lora import LoRABatch, lora_add, slot_buffers
 from nybble.loaders import LoRAAdapter
 from nybble.loaders.adapter import projection_shapes
@@ -168,4 +169,4 @@ class AdapterSlots:
                 b[rank:before].zero_()
             self._rank_of[index][slot] = rank
             ranks.append(rank)
-        self._ranks[:, slot] = torch.tensor(ranks, dtype=torch.int32).to(self.device)
+        self._ranks[:, slot] = send(ranks, torch.int32, self.device)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from array import array
 from collections import OrderedDict
+from collections.abc import Iterator
 from hashlib import blake2b
 
 from nybble.engine.sequence import Sequence
@@ -42,17 +43,25 @@ class BlockManager:
         Returns the number of tokens found.
         """
         assert not sequence.blocks
-        if not self.prefix_caching:
-            return 0
-        for index in range((len(sequence.token_ids) - 1) // self.block_size):
-            block = self._block_of.get(self._hash(sequence, index))
-            if block is None:
-                break
+        for block in self._cached_blocks(sequence):
             if self._references[block] == 0:
                 del self._free[block]
             self._references[block] += 1
             sequence.blocks.append(block)
         return len(sequence.blocks) * self.block_size
+
+    def num_cached_tokens(self, sequence: Sequence) -> int:
+        """How many tokens :meth:`share_prefix` would find now."""
+        return sum(self.block_size for _ in self._cached_blocks(sequence))
+
+    def _cached_blocks(self, sequence: Sequence) -> Iterator[int]:
+        if not self.prefix_caching:
+            return
+        for index in range((len(sequence.token_ids) - 1) // self.block_size):
+            block = self._block_of.get(self._hash(sequence, index))
+            if block is None:
+                return
+            yield block
 
     def grow(self, sequence: Sequence, tokens: int) -> bool:
         """Give the sequence blocks for its first ``tokens`` tokens, or nothing and return False."""

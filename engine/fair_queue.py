@@ -1,15 +1,21 @@
-"""Waiting sequences of several tenants, in the order that serves them fairly.
+"""Waiting sequences of several tenants, and what each tenant was served.
 
-Each tenant has a virtual token counter: the tokens it was served, divided by its weight. The tenant
-with the lowest counter goes first, and its own requests in the order of arrival. A tenant that had
-nothing queued comes back with at least the lowest counter of those that have, so that nobody saves
-up service by staying away (Sheng et al. 2024, Fairness in Serving Large Language Models).
+Each tenant has a virtual token counter: the tokens it was served, divided by its weight. A tenant
+that had nothing queued comes back with at least the lowest counter of those that have, less a
+credit, so that nobody saves up more service than that by staying away (Sheng et al. 2024, Fairness
+in Serving Large Language Models; the credit is Linux's for tasks that slept).
+
+Next is the prompt after which its tenant's counter would be lowest, not the tenant whose counter is
+lowest now: so a prompt is complete no later, but for the step running when it comes, than if all
+tenants were served at once in proportion to their weights (weighted fair queueing: Demers, Keshav,
+Shenker 1989; the bound: Parekh, Gallager 1993).
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from collections.abc import Sequence as SequenceOf
 
 from nybble.engine.sequence import Sequence
 
@@ -20,7 +26,9 @@ PROMPT_COST, OUTPUT_COST = 1.0, 2.0
 class FairQueue:
     """First come, first served where there is one tenant."""
 
-    def __init__(self) -> None:
+    def __init__(self, credit: float) -> None:
+        """credit: tokens that a tenant may be ahead with when it comes back, if it had fewer."""
+        self._credit = credit
         self._queues: dict[str, deque[Sequence]] = {}
         self._counters: dict[str, float] = {}
         self._last: str | None = None  # the last tenant whose queue became empty
@@ -33,12 +41,16 @@ class FairQueue:
             yield from queue
 
     def tenants(self) -> list[str]:
-        """Those with something queued, the next to be served first."""
-        return sorted(self._queues, key=self._counters.__getitem__)
+        """Those with something queued."""
+        return list(self._queues)
 
-    def of(self, tenant: str) -> deque[Sequence]:
-        """A tenant's sequences, the next first; not to be changed."""
-        return self._queues[tenant]
+    def of(self, tenant: str) -> SequenceOf[Sequence]:
+        """A tenant's sequences, the next first."""
+        return self._queues.get(tenant, ())
+
+    def counter_after(self, sequence: Sequence, cost: float) -> float:
+        """The counter of the sequence's tenant once ``cost`` more is charged."""
+        return self._counters[sequence.tenant] + cost / sequence.weight
 
     def push(self, sequence: Sequence, *, front: bool = False) -> None:
         """Queue a sequence, at the front if it was served before."""
@@ -47,7 +59,7 @@ class FairQueue:
             # With nobody queued, newcomers begin level with the last who was.
             others = self._queues or ([self._last] if self._last is not None else [])
             lowest = min((self._counters[other] for other in others), default=0.0)
-            self._counters[tenant] = max(self._counters.get(tenant, 0.0), lowest)
+            self._counters[tenant] = max(self._counters.get(tenant, 0.0), lowest - self._credit)
             self._queues[tenant] = deque()
         if front:
             self._queues[tenant].appendleft(sequence)

@@ -5,17 +5,18 @@ prefills prompts in chunks, those already running before those that wait. When b
 running sequence gives its blocks back and waits at the head of its queue; it is recomputed later
 from its tokens (prompt and output), mostly from the prefix cache.
 
-Tenants share the engine by weight. Who is admitted next is decided by tokens served
-(:mod:`nybble.engine.fair_queue`). So that a tenant's crowd delays nobody else's first token, each
-tenant with prompts to prefill has its share of a step's budget before anyone has more, and a tenant
-below its share of sequences, blocks or adapter slots takes them from one above its own. A share
-nobody claims is everyone's; with one tenant all this is first come, first served.
+Tenants share the engine by weight. The budget goes to the prompt that would be complete first if
+every tenant were served in proportion to its weight, token by token
+(:mod:`nybble.engine.fair_queue`), so a tenant's crowd delays nobody else's first token by more than
+the step that is running. A tenant below its share of sequences, blocks or adapter slots takes them
+from one above its own. A share nobody claims is everyone's; with one tenant all this is first come,
+first served.
 """
 
 from __future__ import annotations
 
 import time
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -75,7 +76,8 @@ class Scheduler:
         self.max_num_seqs = max_num_seqs
         self.max_batched_tokens = max_batched_tokens
         self.adapters = adapters
-        self.waiting = FairQueue()
+        # Who comes while a step is running missed no more than that step.
+        self.waiting = FairQueue(credit=max_batched_tokens)
         self.running: list[Sequence] = []  # the longest running first
         self.preemptions = 0
         self.prefix_query_tokens = 0
@@ -94,42 +96,43 @@ class Scheduler:
         for sequence in list(self.running):
             if sequence.num_uncomputed_tokens == 1:
                 self._extend(plan, sequence, 1)
-        weights = self._weights_of_prefills()
-        if len(weights) > 1:
-            total, budget = sum(weights.values()), plan.budget
-            self._prefill(plan, {t: max(1, int(budget * w / total)) for t, w in weights.items()})
-        self._prefill(plan, dict.fromkeys(weights, plan.budget))
+        self._prefill(plan)
         return [
             ScheduledSequence(sequence, plan.tokens[sequence])
             for sequence in self.running
             if plan.tokens[sequence]
         ]
 
-    def _weights_of_prefills(self) -> dict[str, float]:
-        """The tenants with prompts to prefill."""
-        weights = {tenant: self.waiting.of(tenant)[0].weight for tenant in self.waiting.tenants()}
+    def _prefill(self, plan: _Plan) -> None:
+        """Spend what is left of the budget on prompts that are being read and on new ones."""
+        unfinished: dict[str, deque[Sequence]] = defaultdict(deque)
         for sequence in self.running:
             if sequence.num_uncomputed_tokens > 1:
-                weights[sequence.tenant] = sequence.weight
-        return weights
+                unfinished[sequence.tenant].append(sequence)
+        tags = {tenant: self._finish_tag(queue[0]) for tenant, queue in unfinished.items()}
+        for tenant in self.waiting.tenants():
+            if tenant not in tags:
+                tags[tenant] = self._finish_tag(self.waiting.of(tenant)[0])
+        while plan.budget and tags:
+            tenant = min(tags, key=tags.__getitem__)
+            # A tenant's own prompts in the order they began, then those that wait.
+            if begun := unfinished[tenant]:
+                self._extend(plan, begun.popleft(), plan.budget)
+            elif plan.preempted or not self._admit_one(plan, tenant):
+                del tags[tenant]
+                continue
+            following = begun or self.waiting.of(tenant)
+            if following:
+                tags[tenant] = self._finish_tag(following[0])
+            else:
+                del tags[tenant]
 
-    def _prefill(self, plan: _Plan, rations: dict[str, int]) -> None:
-        """Spend at most ``rations`` tokens of each tenant on running and then on new prompts."""
-        for sequence in list(self.running):
-            if sequence.num_uncomputed_tokens > 1:
-                limit = rations.get(sequence.tenant, 0)
-                rations[sequence.tenant] = limit - self._extend(plan, sequence, limit)
-        blocked: set[str] = set()
-        while plan.budget and not plan.preempted:
-            tenant = next(
-                (t for t in self.waiting.tenants() if t not in blocked and rations.get(t)), None
-            )
-            if tenant is None:
-                return
-            admitted = self._admit_one(plan, tenant, min(rations[tenant], plan.budget))
-            rations[tenant] -= admitted
-            if not admitted:
-                blocked.add(tenant)
+    def _finish_tag(self, sequence: Sequence) -> float:
+        """Its tenant's counter once all of it is computed."""
+        known = sequence.num_computed_tokens
+        if sequence.status is SequenceStatus.WAITING and sequence.may_share_prefix:
+            known = self.blocks.num_cached_tokens(sequence)
+        return self.waiting.counter_after(sequence, PROMPT_COST * (len(sequence.token_ids) - known))
 
     def _extend(self, plan: _Plan, sequence: Sequence, limit: int) -> int:
         """Plan up to ``limit`` more tokens of a running sequence; returns how many."""
@@ -145,10 +148,17 @@ class Scheduler:
                 return 0
         plan.tokens[sequence] += count
         plan.budget -= count
+        self._charge_prompt(sequence, sequence.num_computed_tokens + planned + count)
         return count
 
-    def _admit_one(self, plan: _Plan, tenant: str, limit: int) -> int:
-        """Let the first of a tenant's sequences that can run begin; returns its planned tokens."""
+    def _charge_prompt(self, sequence: Sequence, reached: int) -> None:
+        """Charge what was not charged yet: a tenant does not pay for being preempted."""
+        charged = sequence.num_charged_tokens
+        sequence.num_charged_tokens = max(charged, min(reached, sequence.num_prompt_tokens))
+        self.waiting.charge(sequence, PROMPT_COST * (sequence.num_charged_tokens - charged))
+
+    def _admit_one(self, plan: _Plan, tenant: str) -> bool:
+        """Let the first of a tenant's sequences that can run begin; whether there was one."""
         for sequence in self.waiting.of(tenant):
             if sequence in plan.slotless or not self._may_run(plan, sequence):
                 continue
@@ -158,7 +168,7 @@ class Scheduler:
             needed = self.blocks.blocks_for(len(sequence.token_ids))
             if not self._make_room(plan, sequence, needed):
                 self.blocks.release(sequence)
-                return 0
+                return False
             if sequence.adapter is not None and not self._take_slot(plan, sequence):
                 self.blocks.release(sequence)
                 plan.slotless.append(sequence)
@@ -166,8 +176,8 @@ class Scheduler:
             for passed in plan.slotless:
                 passed.overtaken += sequence.adapter is not None
             self._begin(plan, sequence, cached)
-            return self._extend(plan, sequence, limit)
-        return 0
+            return self._extend(plan, sequence, plan.budget) > 0
+        return False
 
     def _may_run(self, plan: _Plan, sequence: Sequence) -> bool:
         if sequence.adapter is None:
@@ -184,8 +194,7 @@ class Scheduler:
             sequence.queue_seconds = time.monotonic() - sequence.arrived
             self.prefix_query_tokens += sequence.num_prompt_tokens
             self.prefix_hit_tokens += cached
-            # Only once: a tenant does not pay for being preempted.
-            self.waiting.charge(sequence, PROMPT_COST * (sequence.num_prompt_tokens - cached))
+            sequence.num_charged_tokens = cached
         sequence.status = SequenceStatus.RUNNING
         self.running.append(sequence)
 

@@ -22,6 +22,7 @@ class Sequence:
     """Mutable state of one request; owned by the engine thread.
 
     num_computed_tokens: leading tokens whose keys and values are in the cache.
+    num_charged_tokens: leading tokens of the prompt that its tenant need not pay for (again).
     blocks: ids of the KV blocks holding them, in order; a list that only grows, and another one
         once they are taken back.
     block_hashes: the prefix-cache keys of the leading full blocks, as far as they are known.
@@ -42,6 +43,7 @@ class Sequence:
         self.num_prompt_tokens = len(request.prompt_token_ids)
         self.num_computed_tokens = 0
         self.num_cached_tokens: int | None = None
+        self.num_charged_tokens = 0
         self.arrived = time.monotonic()
         self.queue_seconds = 0.0
         self.blocks: list[int] = []

@@ -13,6 +13,10 @@ using namespace nybble;
 
 namespace {
 
+inline void prefetch(const bf16* where) {
+    _mm_prefetch(reinterpret_cast<const char*>(where), _MM_HINT_T0);
+}
+
 inline float rounded(float value) { return to_float(to_bf16(value)); }
 
 #if defined(__AVX512BF16__)
@@ -78,9 +82,10 @@ struct Block {
     int64_t slot, first, count, rank;
 };
 
-// h of R rows for N ranks whose rows of `a` begin at `ranks`.
+// h of R rows for N ranks whose rows of `a` begin at `ranks`; those at `ahead` are needed next.
 template <int R, int N>
-void shrink(const Args& p, const Block& block, const bf16* const* ranks, const int64_t* at) {
+void shrink(const Args& p, const Block& block, const bf16* const* ranks, const int64_t* at,
+            const bf16* ahead) {
     const bf16* x[R];
     for (int r = 0; r < R; ++r) x[r] = p.x + p.order[block.first + r] * p.inputs;
     Floats total[R][N];
@@ -91,6 +96,7 @@ void shrink(const Args& p, const Block& block, const bf16* const* ranks, const i
         for (int r = 0; r < R; ++r) v[r] = load_columns(x[r] + k, p.inputs - k);
         for (int n = 0; n < N; ++n) {
             const Columns w = load_columns(ranks[n] + k, p.inputs - k);
+            prefetch(ahead + n * p.inputs + k);
             for (int r = 0; r < R; ++r) total[r][n] = dot_add(v[r], w, total[r][n]);
         }
     }
@@ -99,23 +105,29 @@ void shrink(const Args& p, const Block& block, const bf16* const* ranks, const i
             p.h[(block.first + r) * p.parts * p.max_rank + at[n]] = rounded(sum(total[r][n]));
 }
 
+// Where the row of `a` begins for the n-th rank of a block, counted through all parts.
+const bf16* rank_row(const Args& p, const Block& block, int64_t n) {
+    const int64_t row = block.slot * p.parts * p.max_rank + n / block.rank * p.max_rank;
+    return p.a + (row + n % block.rank) * p.inputs;
+}
+
 template <int R>
-void shrink_ranks(const Args& p, const Block& block, int64_t first, int64_t last) {
+void shrink_ranks(const Args& p, const Block& block, int64_t first, int64_t last,
+                  const bf16* ahead) {
     constexpr int N = R == 1 ? kVectors : kVectors / 2;
-    const bf16* slot = p.a + block.slot * p.parts * p.max_rank * p.inputs;
     const bf16* ranks[N];
     int64_t at[N];
     auto locate = [&](int64_t n, int i) {
         at[i] = n / block.rank * p.max_rank + n % block.rank;
-        ranks[i] = slot + at[i] * p.inputs;
+        ranks[i] = rank_row(p, block, n);
     };
     for (; first + N <= last; first += N) {
         for (int i = 0; i < N; ++i) locate(first + i, i);
-        shrink<R, N>(p, block, ranks, at);
+        shrink<R, N>(p, block, ranks, at, first + N < last ? ranks[N - 1] + p.inputs : ahead);
     }
     for (; first < last; ++first) {
         locate(first, 0);
-        shrink<R, 1>(p, block, ranks, at);
+        shrink<R, 1>(p, block, ranks, at, ahead);
     }
 }
 
@@ -130,6 +142,7 @@ void expand(const Args& p, const Block& block, int64_t part, int64_t first, int6
     for (int64_t rank = 0; rank < block.rank; ++rank, b += p.outputs) {
         for (int t = 0; t < T; ++t) {
             const Floats w = t + 1 < T ? load_bf16(b + 16 * t) : load_bf16_first(b + 16 * t, count);
+            if (t % 2 == 0) prefetch(b + 16 * (T + t));
             for (int r = 0; r < R; ++r)
                 total[r][t] = fma(w, broadcast(h[r * p.parts * p.max_rank + rank]), total[r][t]);
         }
@@ -195,7 +208,9 @@ extern "C" void nybble_lora_add(bf16* out, const bf16* x, const bf16* a, const b
         for (int64_t i = 0; i < shrink_count; ++i) {
             const Item& item = shrinks[i];
             const Block& block = blocks[item.block];
-            NYBBLE_BY_ROWS(shrink_ranks, p, block, item.first, item.last)
+            const Item& next = shrinks[std::min(i + 1, shrink_count - 1)];
+            const bf16* ahead = rank_row(p, blocks[next.block], next.first);
+            NYBBLE_BY_ROWS(shrink_ranks, p, block, item.first, item.last, ahead)
         }
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < expand_count; ++i) {

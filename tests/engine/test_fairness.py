@@ -7,6 +7,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from nybble.engine import ParameterError, Request, SamplingParams
 from nybble.engine.block_manager import BlockManager
 from nybble.engine.scheduler import Scheduler
@@ -84,9 +86,11 @@ def polite(seed: int, weight: float = 1.0) -> list[tuple[float, str, int, int, f
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(
-    ("prompt", "output"), [(40, 200), (900, 20), (200, 60)], ids=["decodes", "prompts", "both"]
+    ("prompt", "output"),
+    [(40, 200), (900, 20), (200, 60), (16, 100), (4000, 4)],
+    ids=["decodes", "prompts", "both", "short", "long"],
 )
-def test_a_flood_at_most_doubles_the_time_to_first_token_at_equal_share(
+def test_beside_a_flood_first_tokens_come_no_later_than_at_equal_share(
     seed: int, prompt: int, output: int
 ) -> None:
     arrivals = polite(seed)
@@ -97,7 +101,7 @@ def test_a_flood_at_most_doubles_the_time_to_first_token_at_equal_share(
     shared = Simulation()
     shared.run(sorted(arrivals + flood), end)
     assert shared.scheduler.waiting.tenants() == ["flood"] or len(shared.scheduler.waiting) > 50
-    assert shared.p95("polite") <= 2 * alone.p95("polite")
+    assert shared.p95("polite") <= alone.p95("polite")
     # What the polite tenant leaves is not wasted.
     assert shared.served["flood"] > shared.served["polite"]
 
@@ -109,9 +113,9 @@ def test_backlogged_tenants_are_served_in_proportion_to_their_weights() -> None:
         for _ in range(400)
         for tenant, weight in (("a", 1.0), ("b", 3.0))
     ]
-    simulation.run(arrivals, 3000)
-    assert len(simulation.scheduler.waiting) > 100, "both must still be backlogged"
-    assert simulation.served["b"] / simulation.served["a"] == pytest.approx(3, rel=0.1)
+    simulation.run(arrivals, 2500)
+    assert set(simulation.scheduler.waiting.tenants()) == {"a", "b"}, "both must be backlogged"
+    assert simulation.served["b"] / simulation.served["a"] == pytest.approx(3, rel=0.02)
 
 
 def test_a_tenant_alone_has_the_whole_engine() -> None:
@@ -136,6 +140,38 @@ def test_requests_of_one_tenant_start_in_the_order_of_arrival() -> None:
     simulation.run([(float(i), "a", 50, 5, 1.0) for i in range(20)], 2000)
     order = list(simulation.first_token)
     assert order == [f"a {i}" for i in range(20)]
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    seats=st.sampled_from([1, 2, 16]),
+    budget=st.sampled_from([16, 32, 256]),
+    requests=st.lists(
+        st.tuples(
+            st.sampled_from([("a", 1.0), ("b", 0.1), ("c", 10.0), ("d", 1.0)]),
+            st.integers(1, 120),
+            st.integers(1, 80),
+            st.sampled_from([0.0, 0.0, 3.0, 40.0]),
+        ),
+        min_size=1,
+        max_size=60,
+    ),
+)
+def test_everyone_comes_to_an_end_whatever_the_others_do(
+    seats: int, budget: int, requests: list[tuple[tuple[str, float], int, int, float]]
+) -> None:
+    """With few seats and blocks for hardly more than the longest, so that many are preempted."""
+    simulation = Simulation(seats=seats, budget=budget, blocks=14)
+    time, arrivals = 0.0, []
+    for (tenant, weight), prompt, output, pause in requests:
+        time += pause
+        arrivals.append((time, tenant, prompt, output, weight))
+    work = sum(prompt + output for _, prompt, output, _ in requests)
+    simulation.run(arrivals, time + 50.0 * work + 100)
+    assert len(simulation.first_token) == len(requests)
+    assert not simulation.scheduler.running
+    assert not len(simulation.scheduler.waiting)
+    assert simulation.scheduler.blocks.num_free_blocks == 14
 
 
 @pytest.mark.parametrize("weight", [0.0, -1.0, float("inf"), float("nan")])
