@@ -18,7 +18,7 @@ import torch
 from nybble.kernels import PackedWeight
 from nybble.kernels.packed import INTEGER_LEVELS, SYMMETRIC_LEVELS, pack_nibbles, unpack_nibbles
 from nybble.loaders.errors import CheckpointError
-from nybble.loaders.gptq import checked_group_size, require_four_bits
+from nybble.loaders.gptq import checked_group_size, read_words, require_four_bits
 from nybble.loaders.shards import Shards
 from torch import Tensor
 
@@ -49,14 +49,9 @@ class AwqReader:
 
     def read(self, shards: Shards, module: str) -> PackedWeight | None:
         """The module's weight, or None if it is not an AWQ one."""
-        if module + ".qweight" not in shards:
+        qweight = read_words(shards, module + ".qweight")
+        if qweight is None:
             return None
-        qweight = shards.read(module + ".qweight")
-        if qweight.dtype != torch.int32 or qweight.ndim != 2:
-            raise CheckpointError(
-                f"{shards.folder}: {module}.qweight is {qweight.dtype} {tuple(qweight.shape)}, "
-                "expected an int32 matrix"
-            )
         rows, scales, zeros = (self._gemv if self.gemv else self._gemm)(shards, module, qweight)
         out = rows.shape[0]
         in_features = qweight.shape[1] * 8 if self.gemv else qweight.shape[0]

@@ -43,6 +43,19 @@ def checked_group_size(value: Any) -> int:
     return size
 
 
+def read_words(shards: Shards, name: str) -> Tensor | None:
+    """The matrix of int32 words ``name``; None where there is none. Raises CheckpointError."""
+    if name not in shards:
+        return None
+    words = shards.read(name)
+    if words.dtype != torch.int32 or words.ndim != 2:
+        raise CheckpointError(
+            f"{shards.folder}: {name} is {words.dtype} {tuple(words.shape)}, expected an int32 "
+            "matrix"
+        )
+    return words
+
+
 _WIDTHS = (2, 3, 4, 8)
 
 
@@ -73,14 +86,9 @@ class GptqReader:
 
     def read(self, shards: Shards, module: str) -> PackedWeight | None:
         """The module's weight, or None if it is not a GPTQ one."""
-        if module + ".qweight" not in shards:
+        qweight = read_words(shards, module + ".qweight")
+        if qweight is None:
             return None
-        qweight = shards.read(module + ".qweight")
-        if qweight.dtype != torch.int32 or qweight.ndim != 2:
-            raise CheckpointError(
-                f"{shards.folder}: {module}.qweight is {qweight.dtype} {tuple(qweight.shape)}, "
-                "expected an int32 matrix"
-            )
         in_features, out = qweight.shape[0] * 32 // self.bits, qweight.shape[1]
         group_size = in_features if self.group_size == -1 else self.group_size
         groups = -(-in_features // group_size)

@@ -20,7 +20,6 @@ from nybble.server.api.model_names import ModelNames
 from nybble.server.api.parse import LARGE_BODIES, LargeBodies
 from nybble.server.api.routes import Api
 from nybble.server.console.page import Console
-from nybble.server.errors import as_api_error
 from nybble.server.fine_tuning.access import needs_right
 from nybble.server.gate import Gate
 from nybble.server.keys import Keys, bearer
@@ -171,10 +170,7 @@ async def _report_errors(request: web.Request, handler: Handler) -> web.StreamRe
     except ConnectionError:
         raise
     except Exception as error:
-        record = request[RECORD]
-        failure = as_api_error(error, record.id)
-        record.cause = failure.cause
-        return failure.response()
+        return request[RECORD].failed(error).response()
 
 
 def _authenticate(keys: Keys, tenants: Tenants | None, admin_keys: Keys) -> Middleware:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from aiohttp import web
 from nybble.server.api.generation import Usage
+from nybble.server.errors import ApiError, as_api_error
 
 
 @dataclass
@@ -20,6 +21,12 @@ class RequestRecord:
     cause: str | None = None
     trace_id: str | None = None
     usage: Usage | None = None
+
+    def failed(self, error: Exception) -> ApiError:
+        """What the client is told of what ended its request, which is noted here."""
+        failure = as_api_error(error, self.id)
+        self.cause = failure.cause
+        return failure
 
     def usage_fields(self) -> dict[str, str | int | None]:
         """What the job came to, as far as it came; nothing where there was none."""

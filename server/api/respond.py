@@ -10,7 +10,7 @@ from typing import Any, Protocol, TypeVar
 from aiohttp import web
 from nybble.engine import RequestOutput
 from nybble.server.api.generation import Generation, Job, Usage
-from nybble.server.errors import ApiError, as_api_error
+from nybble.server.errors import ApiError
 from nybble.server.request_record import RECORD
 from pydantic_core import to_json
 
@@ -107,10 +107,7 @@ async def _stream(
         raise
     except Exception as error:
         # The status is sent already: an event says that the stream is not whole.
-        record = request[RECORD]
-        failure = as_api_error(error, record.id)
-        record.cause = failure.cause
-        await stream.send(shape.failure(failure))
+        await stream.send(shape.failure(request[RECORD].failed(error)))
     await stream.response.write_eof()
     return stream.response
 

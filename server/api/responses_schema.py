@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, ClassVar, Literal
 
 from nybble.server.api.chat_schema import MAX_MESSAGES, MAX_TOOLS, ChatRequest, Function
-from nybble.server.api.schema import OF_THE_SERVICE, Body
+from nybble.server.api.schema import OF_THE_SERVICE, Body, OfTheService
 from pydantic import ConfigDict, Field
 
 
@@ -74,7 +74,7 @@ class NamedFunction(Body):
     name: str
 
 
-class ResponsesRequest(Body):
+class ResponsesRequest(OfTheService):
     ignored: ClassVar[dict[str, str]] = OF_THE_SERVICE | {
         "metadata": "nothing is stored; it comes back with the response",
         "stream_options": "events carry no padding",
@@ -111,16 +111,7 @@ class ResponsesRequest(Body):
     top_p: float | None = None
     truncation: Literal["disabled"] | None = None
 
-    # Ignored.
-    metadata: dict[str, Any] | None = None
-    store: bool | None = None
-    service_tier: str | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
-    prompt_cache_options: dict[str, Any] | None = None
-    prompt_cache_retention: str | None = None
-    stream_options: dict[str, Any] | None = None
-    user: str | None = None
+    stream_options: dict[str, Any] | None = None  # ignored
 
     def chat(self) -> ChatRequest:
         """The same request as a chat completion."""

@@ -91,7 +91,20 @@ OF_THE_SERVICE = {
 }
 
 
-class Sampling(Body):
+class OfTheService(Body):
+    """The fields that are ignored because they are about OpenAI's service."""
+
+    user: str | None = None
+    metadata: dict[str, Any] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_options: dict[str, Any] | None = None
+    prompt_cache_retention: str | None = None
+
+
+class Sampling(OfTheService):
     """What chat completions and completions share. The last group extends OpenAI's API."""
 
     ignored: ClassVar[dict[str, str]] = OF_THE_SERVICE
@@ -113,16 +126,6 @@ class Sampling(Body):
     stream_options: StreamOptions | None = None
     temperature: float | None = None
     top_p: float | None = None
-
-    # Ignored.
-    user: str | None = None
-    metadata: dict[str, Any] | None = None
-    store: bool | None = None
-    service_tier: str | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
-    prompt_cache_options: dict[str, Any] | None = None
-    prompt_cache_retention: str | None = None
 
     adapter: str | None = None  # a loaded LoRA adapter, for clients whose model name is fixed
     top_k: int | None = None
