@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 from nybble.server.cli.config_file import read_config
 
-# The panels that `--help` shows them in.
-MODEL, MEMORY = "Model", "Memory and batching"
+# Options by the panel that `--help` shows them in.
+model_option = partial(typer.Option, rich_help_panel="Model")
+memory_option = partial(typer.Option, rich_help_panel="Memory and batching")
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 LogFormat = Literal["text", "json"]
@@ -25,12 +27,7 @@ DataArgument = Annotated[
 
 AliasesOption = Annotated[
     Path | None,
-    typer.Option(
-        help="TOML file of alias = 'folder or hub name'.",
-        dir_okay=False,
-        exists=True,
-        rich_help_panel=MODEL,
-    ),
+    model_option(help="TOML file of alias = 'folder or hub name'.", dir_okay=False, exists=True),
 ]
 ConfigOption = Annotated[
     Path | None,
@@ -43,23 +40,18 @@ ConfigOption = Annotated[
     ),
 ]
 DeviceOption = Annotated[
-    Literal["auto", "cpu", "cuda"],
-    typer.Option(help="auto: the GPU, if there is one.", rich_help_panel=MODEL),
+    Literal["auto", "cpu", "cuda"], model_option(help="auto: the GPU, if there is one.")
 ]
-DtypeOption = Annotated[
-    Dtype, typer.Option(help="Of activations and KV cache.", rich_help_panel=MODEL)
-]
+DtypeOption = Annotated[Dtype, model_option(help="Of activations and KV cache.")]
 QuantizeOption = Annotated[
-    Literal["nf4"] | None,
-    typer.Option(help="Round a 16-bit model to 4 bits while loading.", rich_help_panel=MODEL),
+    Literal["nf4"] | None, model_option(help="Round a 16-bit model to 4 bits while loading.")
 ]
 HeadOption = Annotated[
-    Literal["int8"] | None,
-    typer.Option(help="Round the output layer to 8 bits.", rich_help_panel=MODEL),
+    Literal["int8"] | None, model_option(help="Round the output layer to 8 bits.")
 ]
 KVCacheDtypeOption = Annotated[
     Literal["auto", "int8", "fp8"],
-    typer.Option(help="int8 or fp8 halve the KV cache's memory (GPU).", rich_help_panel=MEMORY),
+    memory_option(help="int8 or fp8 halve the KV cache's memory (GPU)."),
 ]
 TextOption = Annotated[
     Path | None,

@@ -2,66 +2,54 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from nybble.server.cli.errors import expected_errors, interruptible
 
-_LOAD, _PROMPTS, _RESULTS = "Load", "Prompts", "Results"
+# Options by the panel that `--help` shows them in.
+_load = partial(typer.Option, rich_help_panel="Load")
+_prompts = partial(typer.Option, rich_help_panel="Prompts")
+_results = partial(typer.Option, rich_help_panel="Results")
 
 
 def bench(
     url: Annotated[str, typer.Option(help="Up to /v1.")] = "http://127.0.0.1:8000/v1",
     api_key: Annotated[str | None, typer.Option(help="Key to send.")] = None,
     model: Annotated[str | None, typer.Option(help="Default: the first one served.")] = None,
-    requests: Annotated[int, typer.Option(min=1, rich_help_panel=_LOAD)] = 100,
-    concurrency: Annotated[
-        int | None,
-        typer.Option(help="Requests at once (default: 8).", min=1, rich_help_panel=_LOAD),
-    ] = None,
+    requests: Annotated[int, _load(min=1)] = 100,
+    concurrency: Annotated[int | None, _load(help="Requests at once (default: 8).", min=1)] = None,
     rate: Annotated[
         float | None,
-        typer.Option(
+        _load(
             help="Requests a second, arriving at random (Poisson), instead of --concurrency.",
             min=0.001,
-            rich_help_panel=_LOAD,
         ),
     ] = None,
     dataset: Annotated[
         Path | None,
-        typer.Option(
+        _prompts(
             help="JSON lines of 'prompt', or ShareGPT's 'conversations' (default: random words).",
             exists=True,
             dir_okay=False,
-            rich_help_panel=_PROMPTS,
         ),
     ] = None,
-    prompt_words: Annotated[
-        str, typer.Option(help="128, 64-256, or ~128 (exponential).", rich_help_panel=_PROMPTS)
-    ] = "128",
+    prompt_words: Annotated[str, _prompts(help="128, 64-256, or ~128 (exponential).")] = "128",
     max_tokens: Annotated[
         str | None,
-        typer.Option(
-            help="To generate, in the same notation (default: 64, or as the dataset has it).",
-            rich_help_panel=_PROMPTS,
-        ),
+        _prompts(help="To generate, in the same notation (default: 64, or as the dataset has it)."),
     ] = None,
     ignore_eos: Annotated[
-        bool,
-        typer.Option(
-            help="Generate exactly so many; not every server knows it.", rich_help_panel=_PROMPTS
-        ),
+        bool, _prompts(help="Generate exactly so many; not every server knows it.")
     ] = True,
-    seed: Annotated[int, typer.Option(rich_help_panel=_PROMPTS)] = 0,
+    seed: Annotated[int, _prompts()] = 0,
     slo: Annotated[
-        str | None,
-        typer.Option(help="ttft:500,tpot:50,e2e:9000 (ms), for goodput.", rich_help_panel=_RESULTS),
+        str | None, _results(help="ttft:500,tpot:50,e2e:9000 (ms), for goodput.")
     ] = None,
-    json_to: Annotated[
-        Path | None, typer.Option("--json", help="File to write.", rich_help_panel=_RESULTS)
-    ] = None,
-    plot: Annotated[Path | None, typer.Option(help="Image.", rich_help_panel=_RESULTS)] = None,
+    json_to: Annotated[Path | None, _results("--json", help="File to write.")] = None,
+    plot: Annotated[Path | None, _results(help="Image.")] = None,
 ) -> None:
     """Send load to an OpenAI-compatible server and measure what a client sees."""
     with expected_errors(), interruptible():

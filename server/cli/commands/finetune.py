@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -16,7 +17,9 @@ from nybble.server.cli.options import (
     OutArgument,
 )
 
-_TRAINING, _LORA = "Training", "Adapter"
+# Options by the panel that `--help` shows them in.
+_training = partial(typer.Option, rich_help_panel="Training")
+_adapter = partial(typer.Option, rich_help_panel="Adapter")
 
 
 def finetune(
@@ -26,60 +29,35 @@ def finetune(
     eval_data: Annotated[
         Path | None, typer.Option(help="Held-out lines (default: some of DATA).", dir_okay=False)
     ] = None,
-    rank: Annotated[int, typer.Option(min=1, rich_help_panel=_LORA)] = 16,
-    alpha: Annotated[float, typer.Option(rich_help_panel=_LORA)] = 32.0,
-    dropout: Annotated[float, typer.Option(rich_help_panel=_LORA)] = 0.0,
-    rslora: Annotated[
-        bool, typer.Option("--rslora", help="Scale by alpha/√rank.", rich_help_panel=_LORA)
-    ] = False,
+    rank: Annotated[int, _adapter(min=1)] = 16,
+    alpha: Annotated[float, _adapter()] = 32.0,
+    dropout: Annotated[float, _adapter()] = 0.0,
+    rslora: Annotated[bool, _adapter("--rslora", help="Scale by alpha/√rank.")] = False,
     target_modules: Annotated[
-        str | None,
-        typer.Option(help="Such as q_proj,v_proj (default: all).", rich_help_panel=_LORA),
+        str | None, _adapter(help="Such as q_proj,v_proj (default: all).")
     ] = None,
-    learning_rate: Annotated[float, typer.Option(rich_help_panel=_TRAINING)] = 5e-5,
-    lora_plus: Annotated[
-        float, typer.Option(help="B's rate over A's; 1: plain LoRA.", rich_help_panel=_TRAINING)
-    ] = 16.0,
-    epochs: Annotated[int, typer.Option(min=1, rich_help_panel=_TRAINING)] = 3,
-    max_steps: Annotated[
-        int, typer.Option(help="0: by epochs.", min=0, rich_help_panel=_TRAINING)
-    ] = 0,
-    batch_size: Annotated[int, typer.Option(min=1, rich_help_panel=_TRAINING)] = 1,
-    accumulation: Annotated[int, typer.Option(min=1, rich_help_panel=_TRAINING)] = 8,
-    max_length: Annotated[int, typer.Option(min=2, rich_help_panel=_TRAINING)] = 1024,
-    packing: Annotated[
-        bool, typer.Option(help="Several examples to a row.", rich_help_panel=_TRAINING)
-    ] = True,
+    learning_rate: Annotated[float, _training()] = 5e-5,
+    lora_plus: Annotated[float, _training(help="B's rate over A's; 1: plain LoRA.")] = 16.0,
+    epochs: Annotated[int, _training(min=1)] = 3,
+    max_steps: Annotated[int, _training(help="0: by epochs.", min=0)] = 0,
+    batch_size: Annotated[int, _training(min=1)] = 1,
+    accumulation: Annotated[int, _training(min=1)] = 8,
+    max_length: Annotated[int, _training(min=2)] = 1024,
+    packing: Annotated[bool, _training(help="Several examples to a row.")] = True,
     warmup: Annotated[
-        float,
-        typer.Option(
-            help="Part of the steps in which the rate rises.",
-            min=0,
-            max=1,
-            rich_help_panel=_TRAINING,
-        ),
+        float, _training(help="Part of the steps in which the rate rises.", min=0, max=1)
     ] = 0.05,
     gradient_checkpointing: Annotated[
-        bool,
-        typer.Option(help="Compute activations twice, keep few.", rich_help_panel=_TRAINING),
+        bool, _training(help="Compute activations twice, keep few.")
     ] = True,
     eval_every: Annotated[
         int,
-        typer.Option(
-            help="Steps between evaluations; 0: ten in a run, in long ones every 25.",
-            min=0,
-            rich_help_panel=_TRAINING,
-        ),
+        _training(help="Steps between evaluations; 0: ten in a run, in long ones every 25.", min=0),
     ] = 0,
     patience: Annotated[
-        int,
-        typer.Option(
-            help="Evaluations without gain before stopping; 0: never.",
-            min=0,
-            rich_help_panel=_TRAINING,
-        ),
+        int, _training(help="Evaluations without gain before stopping; 0: never.", min=0)
     ] = 3,
-    seed: Annotated[int, typer.Option(rich_help_panel=_TRAINING)] = 0,
+    seed: Annotated[int, _training()] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from OUT's checkpoint.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Image of losses.", dir_okay=False)] = None,
     device: DeviceOption = "auto",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from typing import Annotated, Literal
 
 import typer
@@ -10,7 +11,8 @@ from nybble.server.cli.errors import expected_errors, interruptible
 from nybble.server.cli.options import AliasesOption, DeviceOption, TargetArgument, TextOption
 from nybble.server.cli.text_tokens import text_tokens
 
-_METHOD = "Method"
+# Options by the panel that `--help` shows them in.
+_method = partial(typer.Option, rich_help_panel="Method")
 
 
 def quantize(
@@ -30,37 +32,17 @@ def quantize(
         bool, typer.Option("--double-quant", help="absmax in 8 bits (nf4, fp4).")
     ] = False,
     rounding: Annotated[
-        bool,
-        typer.Option(
-            "--round", help="To the nearest, without calibration.", rich_help_panel=_METHOD
-        ),
+        bool, _method("--round", help="To the nearest, without calibration.")
     ] = False,
-    desc_act: Annotated[
-        bool,
-        typer.Option("--desc-act", help="Strongest inputs first (gptq).", rich_help_panel=_METHOD),
-    ] = False,
+    desc_act: Annotated[bool, _method("--desc-act", help="Strongest inputs first (gptq).")] = False,
     static_groups: Annotated[
-        bool,
-        typer.Option(
-            "--static-groups",
-            help="Scales of the original weights (gptq).",
-            rich_help_panel=_METHOD,
-        ),
+        bool, _method("--static-groups", help="Scales of the original weights (gptq).")
     ] = False,
-    damp: Annotated[
-        float, typer.Option(help="Of the Hessian's mean diagonal.", rich_help_panel=_METHOD)
-    ] = 0.01,
-    clip: Annotated[
-        bool,
-        typer.Option("--clip", help="Search for clipped weights (awq).", rich_help_panel=_METHOD),
-    ] = False,
+    damp: Annotated[float, _method(help="Of the Hessian's mean diagonal.")] = 0.01,
+    clip: Annotated[bool, _method("--clip", help="Search for clipped weights (awq).")] = False,
     text: TextOption = None,
-    samples: Annotated[
-        int, typer.Option(help="Calibration texts.", min=1, rich_help_panel=_METHOD)
-    ] = 128,
-    length: Annotated[
-        int, typer.Option(help="Tokens in each of them.", min=2, rich_help_panel=_METHOD)
-    ] = 512,
+    samples: Annotated[int, _method(help="Calibration texts.", min=1)] = 128,
+    length: Annotated[int, _method(help="Tokens in each of them.", min=2)] = 512,
     device: DeviceOption = "auto",
     aliases: AliasesOption = None,
 ) -> None:

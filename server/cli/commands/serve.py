@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from nybble.server.cli.errors import expected_errors, interruptible, on_stderr
 from nybble.server.cli.options import (
-    MEMORY,
-    MODEL,
     AliasesOption,
     ConfigOption,
     DeviceOption,
@@ -18,28 +17,31 @@ from nybble.server.cli.options import (
     KVCacheDtypeOption,
     LogFormat,
     QuantizeOption,
+    memory_option,
+    model_option,
     parse_bytes,
 )
 
 if TYPE_CHECKING:
     from nybble.server.tracing import Tracing
 
-_NETWORK, _KEYS, _ADAPTERS, _LOGS = "Network", "Keys", "Adapters", "Logging"
-_FAILURES, _FINE_TUNING = "Failures", "Fine-tuning"
+# Options by the panel that `--help` shows them in.
+_network = partial(typer.Option, rich_help_panel="Network")
+_keys = partial(typer.Option, rich_help_panel="Keys")
+_adapters = partial(typer.Option, rich_help_panel="Adapters")
+_fine_tuning = partial(typer.Option, rich_help_panel="Fine-tuning")
+_failures = partial(typer.Option, rich_help_panel="Failures")
+_logs = partial(typer.Option, rich_help_panel="Logging")
 _RESTARTS = 3
 _ENGINE_FAILED = 70  # EX_SOFTWARE, where 1 is for what was asked for in vain
 
 
 def serve(
     model: Annotated[
-        str,
-        typer.Option(
-            help="Model folder, hub name (org/name), alias, or 'demo'.", rich_help_panel=MODEL
-        ),
+        str, model_option(help="Model folder, hub name (org/name), alias, or 'demo'.")
     ],
     served_model_name: Annotated[
-        list[str] | None,
-        typer.Option(help="Name in the API, repeatable (default: --model).", rich_help_panel=MODEL),
+        list[str] | None, model_option(help="Name in the API, repeatable (default: --model).")
     ] = None,
     aliases: AliasesOption = None,
     quantize: QuantizeOption = None,
@@ -47,234 +49,154 @@ def serve(
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     max_model_len: Annotated[
-        int | None,
-        typer.Option(help="Tokens of prompt and output together.", rich_help_panel=MODEL, min=1),
+        int | None, model_option(help="Tokens of prompt and output together.", min=1)
     ] = None,
-    host: Annotated[
-        str, typer.Option(help="Address to listen on; 0.0.0.0: all.", rich_help_panel=_NETWORK)
-    ] = "127.0.0.1",
-    port: Annotated[
-        int, typer.Option(help="0 takes any free one.", rich_help_panel=_NETWORK, min=0, max=65535)
-    ] = 8000,
+    host: Annotated[str, _network(help="Address to listen on; 0.0.0.0: all.")] = "127.0.0.1",
+    port: Annotated[int, _network(help="0 takes any free one.", min=0, max=65535)] = 8000,
     api_key: Annotated[
         list[str] | None,
-        typer.Option(
-            help="Key that requests must carry, repeatable (default: none needed).",
-            rich_help_panel=_KEYS,
-        ),
+        _keys(help="Key that requests must carry, repeatable (default: none needed)."),
     ] = None,
     tenants: Annotated[
         Path | None,
-        typer.Option(
+        _keys(
             help="TOML file of tenants: keys, limits, weights. SIGHUP reads it again.",
             exists=True,
             dir_okay=False,
-            rich_help_panel=_KEYS,
         ),
     ] = None,
     ssl_certfile: Annotated[
         Path | None,
-        typer.Option(
-            help="Certificate with its chain (PEM), for https.",
-            exists=True,
-            dir_okay=False,
-            rich_help_panel=_NETWORK,
-        ),
+        _network(help="Certificate with its chain (PEM), for https.", exists=True, dir_okay=False),
     ] = None,
     ssl_keyfile: Annotated[
         Path | None,
-        typer.Option(
-            help="Its key (PEM), unless that is in the same file.",
-            exists=True,
-            dir_okay=False,
-            rich_help_panel=_NETWORK,
+        _network(
+            help="Its key (PEM), unless that is in the same file.", exists=True, dir_okay=False
         ),
     ] = None,
     allowed_origins: Annotated[
         list[str] | None,
-        typer.Option(
-            help="Origin whose pages may call the API, or '*', repeatable (default: none).",
-            rich_help_panel=_NETWORK,
-        ),
+        _network(help="Origin whose pages may call the API, or '*', repeatable (default: none)."),
     ] = None,
-    no_console: Annotated[
-        bool, typer.Option("--no-console", help="No page at /.", rich_help_panel=_NETWORK)
-    ] = False,
+    no_console: Annotated[bool, _network("--no-console", help="No page at /.")] = False,
     shutdown_timeout: Annotated[
-        float,
-        typer.Option(
-            help="Seconds for requests in flight to finish.", rich_help_panel=_NETWORK, min=0
-        ),
+        float, _network(help="Seconds for requests in flight to finish.", min=0)
     ] = 30,
     kv_cache_memory: Annotated[
-        str,
-        typer.Option(
-            help="For example 2GiB; auto is 1GiB on the CPU, what is free on a GPU.",
-            rich_help_panel=MEMORY,
-        ),
+        str, memory_option(help="For example 2GiB; auto is 1GiB on the CPU, what is free on a GPU.")
     ] = "auto",
     kv_cache_dtype: KVCacheDtypeOption = "auto",
-    max_num_seqs: Annotated[
-        int, typer.Option(help="Sequences computed in one step.", rich_help_panel=MEMORY, min=1)
-    ] = 64,
+    max_num_seqs: Annotated[int, memory_option(help="Sequences computed in one step.", min=1)] = 64,
     max_batched_tokens: Annotated[
         int | None,
-        typer.Option(
+        memory_option(
             help="Tokens computed in one step (default: 512 on a GPU, 128 on the CPU, where a step "
             "of many takes long and others wait).",
-            rich_help_panel=MEMORY,
             min=1,
         ),
     ] = None,
     max_waiting: Annotated[
-        int,
-        typer.Option(
-            help="Sequences queued beyond --max-num-seqs; more get 429.",
-            rich_help_panel=MEMORY,
-            min=0,
-        ),
+        int, memory_option(help="Sequences queued beyond --max-num-seqs; more get 429.", min=0)
     ] = 256,
     max_queue_seconds: Annotated[
         float,
-        typer.Option(
+        memory_option(
             help="Predicted wait beyond which requests get 429 (by the tokens that those in flight "
             "will need, and the rate observed; for each tenant by its share).",
-            rich_help_panel=MEMORY,
             min=0,
         ),
     ] = 120,
     enable_lora: Annotated[
         bool,
-        typer.Option(
-            "--enable-lora",
-            help="Make room for adapters; the other adapter options imply it.",
-            rich_help_panel=_ADAPTERS,
+        _adapters(
+            "--enable-lora", help="Make room for adapters; the other adapter options imply it."
         ),
     ] = False,
     lora_modules: Annotated[
         list[str] | None,
-        typer.Option(
+        _adapters(
             metavar="NAME=PATH",
             help="Adapter to load at the start (folder or hub name), repeatable.",
-            rich_help_panel=_ADAPTERS,
         ),
     ] = None,
     merge_adapter: Annotated[
         str | None,
-        typer.Option(
+        _adapters(
             help="Adapter (folder or hub name) to merge into the model: it then costs nothing. On "
-            "a 4-bit base the first start calibrates, for minutes.",
-            rich_help_panel=_ADAPTERS,
+            "a 4-bit base the first start calibrates, for minutes."
         ),
     ] = None,
     lora_root: Annotated[
         list[Path] | None,
-        typer.Option(
-            help="Folder the API may load adapters from, repeatable.",
-            exists=True,
-            file_okay=False,
-            rich_help_panel=_ADAPTERS,
+        _adapters(
+            help="Folder the API may load adapters from, repeatable.", exists=True, file_okay=False
         ),
     ] = None,
     lora_state: Annotated[
         Path | None,
-        typer.Option(
+        _adapters(
             help="File that keeps what the API has loaded for the next start (default: in the "
             "cache, for this model, port and --lora-root).",
             dir_okay=False,
-            rich_help_panel=_ADAPTERS,
         ),
     ] = None,
     lora_watch: Annotated[
         Path | None,
-        typer.Option(
+        _adapters(
             help="Folder whose subfolders are adapters, loaded and unloaded as they come and go.",
             exists=True,
             file_okay=False,
-            rich_help_panel=_ADAPTERS,
         ),
     ] = None,
-    max_loras: Annotated[
-        int, typer.Option(help="Adapters one step can mix.", rich_help_panel=_ADAPTERS, min=1)
-    ] = 8,
+    max_loras: Annotated[int, _adapters(help="Adapters one step can mix.", min=1)] = 8,
     max_lora_rank: Annotated[
-        int,
-        typer.Option(
-            help="Highest rank; memory is taken for it.", rich_help_panel=_ADAPTERS, min=1, max=256
-        ),
+        int, _adapters(help="Highest rank; memory is taken for it.", min=1, max=256)
     ] = 64,
     lora_host_memory: Annotated[
-        str,
-        typer.Option(help="For adapters that wait beside the slots.", rich_help_panel=_ADAPTERS),
+        str, _adapters(help="For adapters that wait beside the slots.")
     ] = "4GiB",
     admin_key: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Key that opens administration, repeatable (default: closed).",
-            rich_help_panel=_KEYS,
-        ),
+        list[str] | None, _keys(help="Key that opens administration, repeatable (default: closed).")
     ] = None,
     fine_tuning: Annotated[
-        bool,
-        typer.Option(
-            "--fine-tuning",
-            help="Take training files and jobs over the API.",
-            rich_help_panel=_FINE_TUNING,
-        ),
+        bool, _fine_tuning("--fine-tuning", help="Take training files and jobs over the API.")
     ] = False,
     state_dir: Annotated[
         Path | None,
-        typer.Option(
+        _fine_tuning(
             help="Folder of files, jobs and trained adapters (default: ~/.local/state/nybble); "
             "implies --fine-tuning.",
             file_okay=False,
-            rich_help_panel=_FINE_TUNING,
         ),
     ] = None,
-    max_file_size: Annotated[
-        str, typer.Option(help="Of an uploaded file.", rich_help_panel=_FINE_TUNING)
-    ] = "512MiB",
-    file_quota: Annotated[
-        str, typer.Option(help="Of one tenant's files together.", rich_help_panel=_FINE_TUNING)
-    ] = "4GiB",
+    max_file_size: Annotated[str, _fine_tuning(help="Of an uploaded file.")] = "512MiB",
+    file_quota: Annotated[str, _fine_tuning(help="Of one tenant's files together.")] = "4GiB",
     fine_tuning_threads: Annotated[
         int | None,
-        typer.Option(
-            help="Of a job on the CPU (default: half of the processors).",
-            min=1,
-            rich_help_panel=_FINE_TUNING,
-        ),
+        _fine_tuning(help="Of a job on the CPU (default: half of the processors).", min=1),
     ] = None,
     tune: Annotated[
         bool,
-        typer.Option(
+        model_option(
             help="Measure at the start, for minutes, GPU kernels whose best configuration is not "
-            "known; kept for later starts.",
-            rich_help_panel=MODEL,
+            "known; kept for later starts."
         ),
     ] = True,
     on_engine_failure: Annotated[
         Literal["exit", "restart"],
-        typer.Option(
+        _failures(
             help="Once clients are told: exit (code 70) for a supervisor, or begin again with the "
-            "same weights, three times in ten minutes at most.",
-            rich_help_panel=_FAILURES,
+            "same weights, three times in ten minutes at most."
         ),
     ] = "exit",
     otlp_endpoint: Annotated[
-        str | None,
-        typer.Option(
-            help="Send OpenTelemetry traces there: http://HOST:4318/v1/traces.",
-            rich_help_panel=_LOGS,
-        ),
+        str | None, _logs(help="Send OpenTelemetry traces there: http://HOST:4318/v1/traces.")
     ] = None,
     config: ConfigOption = None,
-    log_level: Annotated[
-        Literal["debug", "info", "warning", "error"], typer.Option(rich_help_panel=_LOGS)
-    ] = "info",
+    log_level: Annotated[Literal["debug", "info", "warning", "error"], _logs()] = "info",
     log_format: Annotated[
-        LogFormat,
-        typer.Option(help="json: an object a line, without progress bars.", rich_help_panel=_LOGS),
+        LogFormat, _logs(help="json: an object a line, without progress bars.")
     ] = "text",
 ) -> None:
     """Serve a model on http://HOST:PORT/v1.
