@@ -115,6 +115,7 @@ arrivals = st.lists(
         st.integers(1, 20),  # tokens to generate
         st.integers(0, 8),  # milliseconds to wait before arriving
         st.one_of(st.none(), st.integers(0, 10)),  # outputs after which the caller goes away
+        st.sampled_from("abc"),  # tenant
     ),
     min_size=1,
     max_size=8,
@@ -124,14 +125,19 @@ arrivals = st.lists(
 @given(arrivals)
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_any_mix_of_requests_gives_each_its_own_output_and_leaks_no_block(
-    engine: Engine, requests: list[tuple[int, int, int, int, int | None]]
+    engine: Engine, requests: list[tuple[int, int, int, int, int | None, str]]
 ) -> None:
+    weights = {"a": 1.0, "b": 2.0, "c": 5.0}
+
     async def mixed() -> list[list[int]]:
         async def one(index: int) -> list[int]:
-            seed, length, count, delay, leaves_after = requests[index]
+            seed, length, count, delay, leaves_after, tenant = requests[index]
             await asyncio.sleep(delay / 1000)
             found: list[int] = []
-            stream = engine.generate(Request(f"{index}", prompt(seed, length), greedy(count)))
+            ids, weight = prompt(seed, length), weights[tenant]
+            stream = engine.generate(
+                Request(f"{index}", ids, greedy(count), tenant=tenant, weight=weight)
+            )
             async for output in stream:
                 found += output.token_ids
                 if leaves_after is not None and len(found) > leaves_after:
@@ -146,7 +152,7 @@ def test_any_mix_of_requests_gives_each_its_own_output_and_leaks_no_block(
     async def alone() -> list[list[int]]:
         return [
             tokens(await collect(engine, Request(f"{i}", prompt(seed, length), greedy(count))))
-            for i, (seed, length, count, _, _) in enumerate(requests)
+            for i, (seed, length, count, *_) in enumerate(requests)
         ]
 
     found, expected = asyncio.run(mixed()), asyncio.run(alone())
