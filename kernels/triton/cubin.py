@@ -6,6 +6,7 @@ the kernel is defined: the interpreter replaces ``triton.jit``.
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import tempfile
@@ -22,6 +23,8 @@ from triton.compiler import ASTSource
 _INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P[T\d]+\s+)?([A-Z][\w.]*)(.*?);")
 _TARGET = re.compile(r"0x([0-9a-f]+)\s*$")
 _RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)")
+# Processes that compile at once where there is much to compile; each takes some 600 MB.
+COMPILERS = min(4, os.cpu_count() or 1)
 TENSOR_CORE = ("HMMA", "HGMMA", "UTCHMMA", "IMMA", "QGMMA")
 
 

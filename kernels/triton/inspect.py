@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 
 from nybble.kernels.triton import cubin
@@ -164,20 +165,22 @@ def main() -> None:
             f"{'local':>6}{'spill':>6}{'16B':>4}{'mma':>5}{'i2f':>4}{'sts':>4}{'bits':>5}{'half':>5}"
             f"{'all':>5}{'/weight':>8}"
         )
-    for case in shipped(arguments.all):
-        r, c = row(case), case.config
-        if arguments.json:
-            print(json.dumps({"case": asdict(case), "row": asdict(r)}), flush=True)
-            continue
-        shape = f"{c.block_n}×{c.block_m}" + (f"×{c.parts}" if c.parts > 1 else "")
-        kind = "codebook" if case.codebook else "affine+z" if case.zeros else "affine"
-        print(
-            f"{case.capability:>4}{case.dtype:>5}  {kind + ' g' + str(case.group):<14}"
-            f"{shape:>10}{max(c.num_warps, c.parts):>6}{r.registers:>6}{r.shared:>8}"
-            f"{r.local:>6}{r.spill:>6}{r.wide_copies:>4}{r.tensor_core:>5}{r.int_to_float:>4}"
-            f"{r.shared_stores:>4}{r.bit_ops:>5}{r.half_ops:>5}{r.loop:>5}{r.per_weight:>8}",
-            flush=True,
-        )
+    cases = list(shipped(arguments.all))
+    with ProcessPoolExecutor(cubin.COMPILERS) as pool:
+        for case, r in zip(cases, pool.map(row, cases), strict=True):
+            c = case.config
+            if arguments.json:
+                print(json.dumps({"case": asdict(case), "row": asdict(r)}), flush=True)
+                continue
+            shape = f"{c.block_n}×{c.block_m}" + (f"×{c.parts}" if c.parts > 1 else "")
+            kind = "codebook" if case.codebook else "affine+z" if case.zeros else "affine"
+            print(
+                f"{case.capability:>4}{case.dtype:>5}  {kind + ' g' + str(case.group):<14}"
+                f"{shape:>10}{max(c.num_warps, c.parts):>6}{r.registers:>6}{r.shared:>8}"
+                f"{r.local:>6}{r.spill:>6}{r.wide_copies:>4}{r.tensor_core:>5}{r.int_to_float:>4}"
+                f"{r.shared_stores:>4}{r.bit_ops:>5}{r.half_ops:>5}{r.loop:>5}{r.per_weight:>8}",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

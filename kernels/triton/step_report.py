@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 
 from nybble.kernels.triton import (
@@ -20,7 +21,7 @@ from nybble.kernels.triton import (
     rotary,
     sampling,
 )
-from nybble.kernels.triton.cubin import TENSOR_CORE, Report, compile_kernel
+from nybble.kernels.triton.cubin import COMPILERS, TENSOR_CORE, Report, compile_kernel
 
 CAPABILITIES = (80, 89, 90, 100)
 # Query heads per KV head, and head_dim: Llama-2, Llama-3, Qwen2.5-0.5B.
@@ -74,6 +75,10 @@ def rows(capability: int, quick: bool = False) -> Iterator[Row]:
                 yield from _lora(half, max_rank, rows_, capability)
     if not quick or capability == 90:
         yield from _elementwise(half, capability)
+
+
+def _all_rows(capability: int, quick: bool) -> list[Row]:
+    return list(rows(capability, quick))
 
 
 def _attention(
@@ -210,9 +215,9 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--quick", action="store_true")
     arguments = parser.parse_args()
-    found = [
-        row for capability in arguments.capability for row in rows(capability, arguments.quick)
-    ]
+    with ProcessPoolExecutor(COMPILERS) as pool:
+        quick = [arguments.quick] * len(arguments.capability)
+        found = [row for part in pool.map(_all_rows, arguments.capability, quick) for row in part]
     if arguments.json:
         print(json.dumps([asdict(row) for row in found]))
         return
