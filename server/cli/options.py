@@ -69,3 +69,11 @@ def parse_bytes(text: str) -> int:
     if match is None or match[2] not in _UNITS:
         raise typer.BadParameter(f"{text!r} is not a size such as 2GiB, 500MB or 1073741824")
     return int(float(match[1]) * _UNITS[match[2]])
+
+
+def require_empty(target: Path) -> None:
+    """Before any work is done for it. Raises FileExistsError where something is there already."""
+    if target.exists() and not target.is_dir():
+        raise FileExistsError(f"{target} is a file, expected a folder to write")
+    if target.exists() and any(target.iterdir()):
+        raise FileExistsError(f"{target} is not empty")

@@ -7,7 +7,13 @@ from typing import Annotated, Literal
 
 import typer
 from nybble.server.cli.errors import expected_errors, interruptible
-from nybble.server.cli.options import AliasesOption, DeviceOption, ModelArgument, TargetArgument
+from nybble.server.cli.options import (
+    AliasesOption,
+    DeviceOption,
+    ModelArgument,
+    TargetArgument,
+    require_empty,
+)
 
 
 def merge(
@@ -60,6 +66,7 @@ def merge(
     with expected_errors(), interruptible():
         if rounding and calibration is not None:
             raise ValueError("--round and --calibration exclude each other")
+        require_empty(target)
         from nybble.engine import resolve_device
         from nybble.server.cli.merge_report import Calibration, merge_and_report
 

@@ -7,7 +7,12 @@ from typing import Annotated, Literal
 
 import typer
 from nybble.server.cli.errors import expected_errors, interruptible
-from nybble.server.cli.options import AliasesOption, ModelArgument, TargetArgument
+from nybble.server.cli.options import (
+    AliasesOption,
+    ModelArgument,
+    TargetArgument,
+    require_empty,
+)
 
 
 def pack(
@@ -21,8 +26,7 @@ def pack(
 ) -> None:
     """Write a model's packed form, which loads by memory-mapping."""
     with expected_errors(), interruptible():
-        if target.exists() and (not target.is_dir() or any(target.iterdir())):
-            raise FileExistsError(f"{target} exists and is not an empty folder")
+        require_empty(target)
         from nybble.engine import resolve_device
         from nybble.kernels.matmul import preferred_layout
         from nybble.loaders import open_checkpoint, resolve_model, save_packed

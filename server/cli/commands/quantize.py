@@ -8,7 +8,13 @@ from typing import Annotated, Literal
 
 import typer
 from nybble.server.cli.errors import expected_errors, interruptible
-from nybble.server.cli.options import AliasesOption, DeviceOption, TargetArgument, TextOption
+from nybble.server.cli.options import (
+    AliasesOption,
+    DeviceOption,
+    TargetArgument,
+    TextOption,
+    require_empty,
+)
 from nybble.server.cli.text_tokens import text_tokens
 
 # Options by the panel that `--help` shows them in.
@@ -62,6 +68,7 @@ def quantize(
             raise ValueError("--clip goes with --format awq and calibration")
         if text is not None and not calibrated:
             raise ValueError("--text goes with the calibrated formats, gptq and awq")
+        require_empty(target)
         from nybble.engine import resolve_device
         from nybble.loaders import resolve_model
         from nybble.quantizers import GptqSettings, quantize_checkpoint

@@ -53,6 +53,27 @@ def test_quantize_writes_the_other_formats(
     assert open_checkpoint(target).format == format
 
 
+@pytest.mark.parametrize(
+    "arguments", [("quantize", "--format", "gptq"), ("quantize", "--format", "awq"), ("merge",)]
+)
+def test_a_target_with_content_is_refused_before_any_work(
+    tiny_model: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: tuple[str, ...],
+) -> None:
+    (tmp_path / "precious").write_text("x")
+
+    def begun(*_: object, **__: object) -> None:
+        raise AssertionError("work has begun")
+
+    for module in ("commands.quantize.text_tokens", "merge_report.text_tokens"):
+        monkeypatch.setattr(f"nybble.server.cli.{module}", begun)
+    adapter = ("adapter",) if arguments == ("merge",) else ()
+    result = nybble(*arguments, tiny_model(), *adapter, tmp_path)
+    assert (result.exit_code, result.stderr) == (1, f"error: {tmp_path} is not empty\n")
+
+
 def test_expected_errors_are_one_line_and_exit_code_1(
     tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -68,7 +89,8 @@ def test_expected_errors_are_one_line_and_exit_code_1(
     cases = [
         (("inspect", "no-such-model"), "no-such-model"),
         (("inspect", empty), "no config.json"),
-        (("pack", model, full), "not an empty folder"),
+        (("pack", model, full), f"{full} is not empty"),
+        (("pack", model, full / "precious"), "precious is a file, expected a folder to write"),
         (("quantize", "--format", "nf4", model, full), "not empty"),
         (
             ("quantize", "--format", "gptq", "--round", "--group-size", 48, model, tmp_path / "x"),
