@@ -7,10 +7,11 @@ Two conventions are read: Hermes and Qwen wrap each call as ``<tool_call>{"name"
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
+
+from pydantic_core import from_json
 
 Convention = Literal["hermes", "llama3"]
 
@@ -241,11 +242,11 @@ class _CallScanner:
         if self._depth != 1:
             return
         try:
-            value = json.loads(self._string)
+            value = from_json(self._string)  # refuses half a surrogate pair, which cannot be sent
         except ValueError:
             self.failed = True
             return
         if self._expect == "key":
             self._key = value
-        elif self._key == "name":
+        elif self._key == "name" and self.name is None:
             self.name = value

@@ -105,6 +105,14 @@ CASES: list[tuple[str, str, str, list[tuple[str, str]]]] = [
     ("llama3", '{"name": "Bob", "age": 5}', '{"name": "Bob", "age": 5}', []),
     ("llama3", '{"age": 5}', '{"age": 5}', []),
     ("llama3", "no, {is it}", "no, {is it}", []),
+    ("llama3", '{"name": "f", "name": "Bob"}', "", [("f", "{}")]),
+    # Half a surrogate pair: nothing that has it can be sent.
+    (
+        "hermes",
+        '<tool_call>{"name": "\\ud800"}</tool_call>',
+        '<tool_call>{"name": "\\ud800"}</tool_call>',
+        [],
+    ),
 ]
 
 
@@ -120,8 +128,34 @@ def test_calls_are_found_however_the_text_is_cut(
     assert found.split() == content.split() or found == content
 
 
+PIECES = (
+    *("<tool_call>", "</tool_call>", "<tool", "_call>", "text", " ", "\n", ";", "{", "}", ":", ","),
+    *(
+        '"name"',
+        '"f"',
+        '"g"',
+        '"other"',
+        '"arguments"',
+        '"parameters"',
+        '{"a": 1}',
+        "[1]",
+        "5",
+        '"',
+    ),
+    *(
+        "\\",
+        '"\\ud800"',
+        '{"name": "f", "arguments": {"a": "}"}}',
+        '{"name": "g", "parameters": {}}',
+    ),
+)
+
+
 @given(
-    text=st.text(alphabet='<tool_cal>/{}":,\\nf 1'),
+    text=st.one_of(
+        st.text(alphabet='<tool_cal>/{}":,\\nf 1'),
+        st.lists(st.sampled_from(PIECES), max_size=14).map("".join),
+    ),
     convention=st.sampled_from(["hermes", "llama3"]),
 )
 def test_no_text_is_too_strange_to_read(text: str, convention: str) -> None:
