@@ -34,6 +34,7 @@ KVCache = tuple[Tensor, ...]
 _SIZES = (
     "num_hidden_layers",
     "hidden_size",
+    "intermediate_size",
     "num_attention_heads",
     "num_key_value_heads",
     "vocab_size",
@@ -55,6 +56,7 @@ class DecoderShape:
 
     layers: int
     hidden: int
+    intermediate: int
     heads: int
     kv_heads: int
     head_dim: int
@@ -80,6 +82,7 @@ class DecoderShape:
         return cls(
             layers=int(config.num_hidden_layers),
             hidden=int(config.hidden_size),
+            intermediate=int(config.intermediate_size),
             heads=heads,
             kv_heads=int(config.num_key_value_heads),
             head_dim=int(getattr(config, "head_dim", None) or config.hidden_size // heads),
@@ -133,12 +136,13 @@ class Decoder:
         """Consumes ``weights`` one at a time (names as in transformers' checkpoints)."""
         self.shape = DecoderShape.from_config(config)
         store = _WeightStore(weights, device, dtype)
-        self.embedding = store.tensor("model.embed_tokens.weight")
+        hidden, vocab = self.shape.hidden, self.shape.vocab
+        self.embedding = store.tensor("model.embed_tokens.weight", vocab, hidden)
         self.layers = [
             _layer(store, f"model.layers.{i}.", self.shape) for i in range(self.shape.layers)
         ]
-        self.norm = store.tensor("model.norm.weight")
-        head = store.optional_linear("lm_head")
+        self.norm = store.tensor("model.norm.weight", hidden)
+        head = store.optional_linear("lm_head", vocab, hidden)
         if head is None and not config.tie_word_embeddings:
             raise ValueError("the checkpoint has no lm_head and its embeddings are not tied")
         self.head = head or DenseWeight(self.embedding)
@@ -242,24 +246,27 @@ def _project(
 
 def _layer(store: _WeightStore, prefix: str, shape: DecoderShape) -> DecoderLayer:
     attention, mlp = prefix + "self_attn.", prefix + "mlp."
+    hidden, head_dim = shape.hidden, shape.head_dim
     qkv = store.fused(
-        attention + "qkv_proj", [attention + p for p in ("q_proj", "k_proj", "v_proj")]
+        attention + "qkv_proj",
+        [attention + p for p in ("q_proj", "k_proj", "v_proj")],
+        [heads * head_dim for heads in (shape.heads, shape.kv_heads, shape.kv_heads)],
+        hidden,
     )
-    expected = (shape.heads + 2 * shape.kv_heads) * shape.head_dim
-    found = sum(weight.out_features for weight in qkv)
-    if found != expected:
-        raise ValueError(
-            f"{attention}q/k/v_proj have {found} outputs together, expected {expected}"
-        )
     return DecoderLayer(
-        input_norm=store.tensor(prefix + "input_layernorm.weight"),
+        input_norm=store.tensor(prefix + "input_layernorm.weight", hidden),
         qkv=qkv,
-        q_norm=store.optional_tensor(attention + "q_norm.weight"),
-        k_norm=store.optional_tensor(attention + "k_norm.weight"),
-        o_proj=store.linear(attention + "o_proj"),
-        post_norm=store.tensor(prefix + "post_attention_layernorm.weight"),
-        gate_up=store.fused(mlp + "gate_up_proj", [mlp + "gate_proj", mlp + "up_proj"]),
-        down_proj=store.linear(mlp + "down_proj"),
+        q_norm=store.optional_tensor(attention + "q_norm.weight", head_dim),
+        k_norm=store.optional_tensor(attention + "k_norm.weight", head_dim),
+        o_proj=store.linear(attention + "o_proj", hidden, shape.heads * head_dim),
+        post_norm=store.tensor(prefix + "post_attention_layernorm.weight", hidden),
+        gate_up=store.fused(
+            mlp + "gate_up_proj",
+            [mlp + "gate_proj", mlp + "up_proj"],
+            [shape.intermediate] * 2,
+            hidden,
+        ),
+        down_proj=store.linear(mlp + "down_proj", hidden, shape.intermediate),
     )
 
 
@@ -285,31 +292,39 @@ class _WeightStore:
             else:
                 self._weights[name] = weight.to(device, dtype)
 
-    def optional_tensor(self, name: str) -> Tensor | None:
+    def optional_tensor(self, name: str, *shape: int) -> Tensor | None:
         weight = self._weights.pop(name, None)
         assert weight is None or isinstance(weight, Tensor), name
+        if weight is not None:
+            _require_shape(name, tuple(weight.shape), shape)
         return weight
 
-    def tensor(self, name: str) -> Tensor:
-        weight = self.optional_tensor(name)
+    def tensor(self, name: str, *shape: int) -> Tensor:
+        weight = self.optional_tensor(name, *shape)
         if weight is None:
             raise ValueError(f"the checkpoint has no {name}")
         return weight
 
-    def optional_linear(self, name: str) -> Weight | None:
+    def optional_linear(self, name: str, out: int, inputs: int) -> Weight | None:
         weight = self._weights.pop(name, None)
         assert not isinstance(weight, Tensor), name
+        if weight is not None:
+            _require_shape(name, (weight.out_features, weight.in_features), (out, inputs))
         return weight
 
-    def linear(self, name: str) -> Weight:
-        weight = self.optional_linear(name)
+    def linear(self, name: str, out: int, inputs: int) -> Weight:
+        weight = self.optional_linear(name, out, inputs)
         if weight is None:
             raise ValueError(f"the checkpoint has no {name}")
         return weight
 
-    def fused(self, name: str, parts: list[str]) -> tuple[Weight, ...]:
-        whole = self.optional_linear(name)
-        return (whole,) if whole is not None else tuple(self.linear(part) for part in parts)
+    def fused(
+        self, name: str, parts: list[str], outs: list[int], inputs: int
+    ) -> tuple[Weight, ...]:
+        whole = self.optional_linear(name, sum(outs), inputs)
+        if whole is not None:
+            return (whole,)
+        return tuple(self.linear(part, out, inputs) for part, out in zip(parts, outs, strict=True))
 
     def finish(self) -> None:
         """Refuse weights nobody asked for: ignoring them would change the model."""
@@ -319,3 +334,9 @@ class _WeightStore:
                 f"the checkpoint has {len(names)} weights this architecture does not use, "
                 f"the first is {names[0]}"
             )
+
+
+def _require_shape(name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    # The kernels go by config.json's sizes and would read beyond what is there.
+    if found != expected:
+        raise ValueError(f"{name} has shape {found}, expected {expected} by config.json")

@@ -1,0 +1,59 @@
+"""Tensors of other sizes than config.json's are refused: the kernels would read beyond them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from nybble.engine import Engine, EngineConfig
+from nybble.loaders import open_checkpoint
+from safetensors.torch import load_file, save_file
+
+CONFIG = EngineConfig(dtype=torch.bfloat16, kv_cache_bytes=1 << 20)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "named"),
+    [
+        ("vocab_size", 400, "model.embed_tokens.weight has shape (320, 128), expected (400, 128)"),
+        ("num_key_value_heads", 4, "self_attn.qkv_proj has shape (256, 128), expected (384, 128)"),
+        ("intermediate_size", 512, "mlp.gate_up_proj has shape (512, 128), expected (1024, 128)"),
+        ("hidden_size", 256, "model.embed_tokens.weight has shape (320, 128), expected (320, 256)"),
+    ],
+)
+def test_a_config_that_contradicts_the_tensors_is_refused(
+    tiny_model: Callable[..., Path], tmp_path: Path, setting: str, value: int, named: str
+) -> None:
+    folder = shutil.copytree(tiny_model(), tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {setting: value}))
+    with pytest.raises(ValueError, match="by config") as refused:
+        Engine.load(open_checkpoint(folder), CONFIG, progress=False)
+    assert named in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.norm.weight",
+        "model.layers.1.input_layernorm.weight",
+        "model.layers.0.post_attention_layernorm.weight",
+        "model.layers.1.self_attn.o_proj.weight",
+        "model.layers.1.mlp.down_proj.weight",
+        "lm_head.weight",
+    ],
+)
+def test_a_tensor_that_is_too_short_is_named(
+    tiny_model: Callable[..., Path], tmp_path: Path, name: str
+) -> None:
+    folder = shutil.copytree(tiny_model(), tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name] = tensors[name][:64].contiguous()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="by config") as refused:
+        Engine.load(open_checkpoint(folder), CONFIG, progress=False)
+    assert str(refused.value).startswith(f"{name.removesuffix('.weight')}")
