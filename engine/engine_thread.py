@@ -98,6 +98,7 @@ class EngineThread(threading.Thread):
         self.stats: EngineStats = self._counters.snapshot(self._scheduler, 0)
         self.failure: str | None = None
         self._when_dead: Callable[[], None] = lambda: None
+        self._dead = False  # failed for good
         self._stopping = False
         # Held while a request is let in, so that none comes in behind the news of a failure.
         self._entrance = threading.Lock()
@@ -118,8 +119,9 @@ class EngineThread(threading.Thread):
 
     def when_dead(self, function: Callable[[], None]) -> None:
         """Have ``function`` called, on any thread, when the engine has failed for good."""
-        self._when_dead = function
-        if self.failure is not None and not self.is_alive():
+        with self._entrance:
+            self._when_dead, dead = function, self._dead
+        if dead:
             function()
 
     def submit(self, sequence: Sequence, stream: Stream) -> None:
@@ -178,7 +180,9 @@ class EngineThread(threading.Thread):
             )
             self._fail_all(EngineFailedError(f"the engine has failed: {failure}"))
             if self._stopping or not self._restarts.take():
-                self._when_dead()
+                with self._entrance:
+                    self._dead, told = True, self._when_dead
+                told()
                 return
             logger.warning("the engine begins again, with an empty KV cache")
 

@@ -96,7 +96,13 @@ def test_a_failure_ends_every_request_and_the_engine(
     with running(tiny_model()) as engine:
         fails(engine, monkeypatch, RuntimeError("the device is gone"), first(1))
         dead: list[bool] = []
-        engine.when_dead(lambda: dead.append(True))
+
+        def first_told() -> None:
+            dead.append(True)
+            # Who asks while the thread is still ending is told as well.
+            engine.when_dead(lambda: dead.append(True))
+
+        engine.when_dead(first_told)
         results = asyncio.run(gather(engine, [request(f"{i}") for i in range(3)]))
         assert all(isinstance(result, EngineStoppedError) for result in results)
         assert any(isinstance(result, EngineFailedError) for result in results)
@@ -105,9 +111,9 @@ def test_a_failure_ends_every_request_and_the_engine(
         with pytest.raises(EngineStoppedError, match="the device is gone"):
             asyncio.run(tokens(engine, request("later")))
         engine._thread.join()
-        assert dead == [True]
+        assert dead == [True, True]
         engine.when_dead(lambda: dead.append(False))  # who asks too late is told at once
-        assert dead == [True, False]
+        assert dead == [True, True, False]
 
 
 def test_an_engine_that_may_begin_again_answers_as_before(
