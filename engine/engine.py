@@ -11,6 +11,7 @@ import logging
 from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from nybble.engine.adapter_slots import AdapterSlots
 from nybble.engine.adapters import AdapterInfo, AdapterRegistry
@@ -27,6 +28,7 @@ from nybble.engine.generation_config import (
 from nybble.engine.prompt_reader import read_pooling
 from nybble.engine.request import (
     EngineOverloadedError,
+    NotANumberError,
     ParameterError,
     Pooling,
     Request,
@@ -244,7 +246,8 @@ class Engine:
 
         Raises ParameterError for a request that can never be served, EngineOverloadedError when
         the queue is full, EngineStoppedError when the engine stops or has failed,
-        AdapterUnavailableError when the request's adapter can no longer be read.
+        AdapterUnavailableError when the request's adapter can no longer be read, NotANumberError
+        where what the model computed is no number.
         """
         if request.adapter is not None:
             self._require_adapters()
@@ -267,6 +270,7 @@ class Engine:
                     finished = True
                     raise output
                 finished = output.finish_reason is not None
+                _require_numbers(output)
                 yield output
         finally:
             self._in_flight.discard(request.request_id)
@@ -304,3 +308,12 @@ class Engine:
             detokenizer=Detokenizer(self.tokenizer.backend_tokenizer, prompt, params.stop),
             sampler=SequenceSampler(params, prompt),
         )
+
+
+def _require_numbers(output: RequestOutput) -> None:
+    """Of what was read of a prompt; raises NotANumberError."""
+    read = output.embedding
+    if output.prompt_logprobs is not None:
+        read = output.prompt_logprobs.logprobs
+    if read is not None and np.isnan(read).any():
+        raise NotANumberError

@@ -123,6 +123,11 @@ class GuideError(RuntimeError):
 class NotANumberError(RuntimeError):
     """What the model computed for a sequence is no number; the sequence ends with this error."""
 
+    def __init__(self) -> None:
+        super().__init__(
+            "what the model computed for this request is no number; is its adapter sound?"
+        )
+
 
 class Guide(Protocol):
     """Restricts what one sequence says. Used by the engine thread alone."""

@@ -102,8 +102,7 @@ class PendingSample:
         rows = zip(self._samplers, tokens.tolist(), largest.tolist(), strict=True)
         for row, (each, token, most) in enumerate(rows):
             if not math.isfinite(most):
-                message = "the model's output for this request is no number; is its adapter sound?"
-                sampled.append(NotANumberError(message))
+                sampled.append(NotANumberError())
                 continue
             each.record(token)
             report = None

@@ -461,10 +461,20 @@ def test_an_adapter_that_computes_no_number_fails_its_requests_and_no_other(
 ) -> None:
     engine.load_adapter("wild", scaled(tiny_adapter(seed=1), tmp_path / "wild", 1e30))
     alone = ask(engine, "full")
-    for params in (greedy(5), SamplingParams(max_tokens=5, top_k=5), greedy(5, logprobs=2)):
+    asked: list[tuple[SamplingParams, Any]] = [
+        (greedy(5), None),
+        (SamplingParams(max_tokens=5, top_k=5), None),
+        (greedy(5, logprobs=2), None),
+        (greedy(0, prompt_logprobs=2), None),
+        (greedy(0), "last"),
+        (greedy(0), "mean"),
+    ]
+    for params, pooling in asked:
 
-        async def beside(params: SamplingParams = params) -> tuple[list[RequestOutput], object]:
-            wild = Request("wild", prompt(1, 9), params, adapter="wild")
+        async def beside(
+            params: SamplingParams = params, pooling: Any = pooling
+        ) -> tuple[list[RequestOutput], object]:
+            wild = Request("wild", prompt(1, 9), params, adapter="wild", pooling=pooling)
             sound = Request("sound", prompt(0, 9), greedy(12), adapter="full")
             both = (collect(engine, sound), collect(engine, wild))
             first, second = await asyncio.gather(*both, return_exceptions=True)
