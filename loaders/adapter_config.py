@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import regex
 from nybble.loaders.errors import AdapterError
 
 _Number = TypeVar("_Number", int, float)
 
 CONFIG_FILE = "adapter_config.json"
 MAX_RANK = 256
+_MATCH_SECONDS = 1.0
 
 # Settings of training, of where things were, or only of how peft itself computes.
 _NO_EFFECT = {
@@ -88,7 +89,7 @@ class AdapterSettings:
                 layers_pattern=_listed(config.get("layers_pattern")),
             )
             settings.check_patterns()
-        except (TypeError, ValueError, OverflowError, AttributeError, re.error) as error:
+        except (TypeError, ValueError, OverflowError, AttributeError, regex.error) as error:
             raise AdapterError(f"{path} has a setting of the wrong type: {error}") from error
         for rank in (settings.r, *settings.rank_pattern.values()):
             if not 1 <= rank <= MAX_RANK:
@@ -103,12 +104,12 @@ class AdapterSettings:
         return settings
 
     def check_patterns(self) -> None:
-        """Raises re.error where a pattern is not a regular expression."""
+        """Raises regex.error where a pattern is not a regular expression."""
         for pattern in (*self.rank_pattern, *self.alpha_pattern, *self.layers_pattern):
-            re.compile(pattern)
+            regex.compile(pattern)
         for names in (self.target_modules, self.exclude_modules):
             if isinstance(names, str):
-                re.compile(names)
+                regex.compile(names)
 
     def selects(self, module: str) -> bool:
         """Whether PEFT would put an adapter on this linear layer of the decoder."""
@@ -121,7 +122,7 @@ class AdapterSettings:
         if self.layers is None or isinstance(self.target_modules, str):
             return True
         patterns = self.layers_pattern or ("[^.]*",)
-        found = (re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", module) for pattern in patterns)
+        found = (_match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", module) for pattern in patterns)
         index = next((int(match[1]) for match in found if match), None)
         return index in self.layers
 
@@ -173,15 +174,26 @@ def _listed(value: object) -> tuple[str, ...]:
     raise TypeError(f"{value!r} is not a list of names")
 
 
+def _match(pattern: str, module: str, *, whole: bool = False) -> regex.Match[str] | None:
+    """As ``re.match`` or ``re.fullmatch``, which peft uses, but not for ever: AdapterError then."""
+    try:
+        function = regex.fullmatch if whole else regex.match
+        return function(pattern, module, timeout=_MATCH_SECONDS)
+    except TimeoutError:
+        raise AdapterError(
+            f"the pattern {pattern!r} takes over {_MATCH_SECONDS} s to match {module}: simplify it"
+        ) from None
+
+
 def _matches(names: str | tuple[str, ...], module: str) -> bool:
     """A string is a regular expression for the whole name; a list holds names or their ends."""
     if isinstance(names, str):
-        return re.fullmatch(names, module) is not None
+        return _match(names, module, whole=True) is not None
     return any(module == name or module.endswith("." + name) for name in names)
 
 
 def _by_pattern(patterns: Mapping[str, _Number], module: str, default: _Number) -> _Number:
     for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
+        if _match(rf"(.*\.)?({pattern})$", module):
             return value
     return default

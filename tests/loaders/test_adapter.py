@@ -131,6 +131,8 @@ def test_a_pickled_file_is_read_only_as_tensors(
         ({"r": 257}, "rank 257 is not supported, expected 1 to 256"),
         ({"r": "many"}, "has a setting of the wrong type"),
         ({"target_modules": "(q_proj"}, "has a setting of the wrong type"),
+        ({"target_modules": r"((.|..|...)+)+(?<=\d\d)"}, "takes over 1.0 s to match model.layers"),
+        ({"rank_pattern": {r"(.|\w|[a-z.])*(?<=\d)": 2}}, "takes over 1.0 s to match"),
         ({"r": 8}, f"{DOWN}.lora_A.weight has shape (4, 256), expected (8, 256)"),
         ({"target_modules": ["q_proj"]}, f"has tensors for {DOWN}, not one of its"),
         ({"layers_to_transform": [1]}, f"has tensors for {DOWN}, not one of its"),
