@@ -7,10 +7,10 @@ from its tokens (prompt and output), mostly from the prefix cache.
 
 Tenants share the engine by weight. The budget goes to the prompt that would be complete first if
 every tenant were served in proportion to its weight, token by token
-(:mod:`nybble.engine.fair_queue`), so a tenant's crowd delays nobody else's first token by more than
-the step that is running. A tenant below its share of sequences, blocks or adapter slots takes them
-from one above its own. A share nobody claims is everyone's; with one tenant all this is first come,
-first served.
+(:mod:`nybble.engine.fair_queue`), so a tenant's crowd delays nobody else's prompt beyond its share
+of the engine by more than the step that is running. A tenant below its share of sequences, blocks
+or adapter slots takes them from one above its own. A share nobody claims is everyone's; with one
+tenant all this is first come, first served.
 """
 
 from __future__ import annotations
