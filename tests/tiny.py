@@ -80,8 +80,9 @@ def write_tiny_model(
 ) -> Path:
     """Write config.json, model.safetensors (bfloat16) and a tokenizer to ``folder``; returns it.
 
-    Four query heads share two key/value heads; ``qwen2`` has biases on q, k and v, and
-    ``mistral`` may have a sliding window. The weights are scaled so that logits spread over several units: greedy choices are not decided by rounding.
+    Four query heads share two key/value heads; ``qwen2`` has biases on q, k and v, ``mistral`` may
+    have a sliding window. The weights are scaled so that logits spread over several units: greedy
+    choices are not decided by rounding.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tokens = write_tokenizer(folder, vocab_size=vocab_size, max_length=max_length)
