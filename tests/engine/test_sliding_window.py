@@ -223,6 +223,26 @@ def test_sequences_run_together_whose_contexts_would_not_fit() -> None:
     assert cache.scheduler.preemptions == 0
 
 
+@pytest.mark.parametrize("cached", [0, 100])
+def test_a_sequence_begins_when_all_it_will_hold_at_once_fits(cached: int) -> None:
+    """Had it to be preempted for lack of blocks, it would have begun in vain."""
+    cache = ShadowCache(2 * MOST_DECODING, BLOCK, WINDOW, seats=2, budget=BUDGET)
+    ids = prompt(0, 130)
+    if cached:
+        cache.add(ids[: cached + 1], max_tokens=1)
+        while cache.step():
+            pass
+    first = cache.add(prompt(1, 28), max_tokens=100)
+    while first.num_output_tokens < 1:
+        cache.step()
+    second = cache.add(ids, max_tokens=100)
+    assert cache.manager.num_cached_tokens(second) == cached
+    while cache.step():
+        assert len(cache.scheduler.running) <= 1
+    assert first.num_output_tokens == second.num_output_tokens == 100
+    assert cache.scheduler.preemptions == 0
+
+
 def test_a_prefix_is_found_by_the_blocks_it_still_sees() -> None:
     cache = ShadowCache(MOST_PREFILLING, BLOCK, WINDOW, seats=1, budget=BUDGET)
     ids = prompt(0, 101)
