@@ -1,0 +1,248 @@
+"""Every GPU kernel, as compiled, against its reference: ``checks.py [--capability 80 89 90]``.
+
+One JSON object a line for each comparison. ``--without bar.sync`` (or another instruction) leaves
+that instruction out of the matmul, to see that the emulator notices.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from itertools import pairwise
+from multiprocessing import get_context
+
+import torch
+from launch import emulated
+from machine import WARP, Timing
+from nybble.kernels import PackedWeight, reference
+from nybble.kernels.bench.gpu_lora import adapters
+from nybble.kernels.bench.gpu_section import BLOCK, error, in_8_bits, paged
+from nybble.kernels.lora_batch import LoRABatch
+from nybble.kernels.packed import INTEGER_LEVELS, SYMMETRIC_LEVELS, pack_nibbles
+from nybble.kernels.reference import TokenChoice
+from nybble.kernels.triton import attention, dequantize, lora, matmul, norm, rotary, sampling
+from nybble.kernels.triton.configs import Config, default_config
+from tensor_cores import WARP_GROUP
+from torch import Tensor
+
+CPU = torch.device("cpu")
+# Relative errors that rounding once to the dtype, and weights to it before, explain.
+LIMIT = {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: 1e-6}
+LEVELS = torch.tensor([-1.0, 1.0, 0.3, -0.0, 7e-5, *torch.linspace(-0.9, 0.8, 11).tolist()])
+Found = tuple[str, Tensor, Tensor]  # what was compared, the kernel's result, the reference's
+
+
+def random_weight(kind: str, out: int, columns: int, group: int) -> PackedWeight:
+    """With a bias; the columns in an order of their own where they are no multiple of 128."""
+    codebook, zeros = kind == "codebook", kind == "zeros"
+    groups = -(-columns // group)
+    return PackedWeight(
+        qweight=pack_nibbles(torch.randint(0, 16, (out, columns)).to(torch.uint8)),
+        scales=(torch.rand(out, groups) / 16 + 0.01).half(),
+        zeros=(torch.rand(out, groups) * 24 - 4).half() if zeros else None,
+        levels=LEVELS if codebook else INTEGER_LEVELS if zeros else SYMMETRIC_LEVELS,
+        out_features=out,
+        in_features=columns,
+        group_size=group,
+        perm=torch.randperm(columns).int() if columns % 128 else None,
+        bias=torch.randn(out).half(),
+    )
+
+
+def shipped(capability: int) -> Iterator[tuple[int, Config]]:
+    """Rows and configurations of the rule that compile to different code, splits included."""
+    for bucket in (2, 8, 16, 32, 64, 128, 256, 1024):
+        config = default_config(bucket, 22016, 4096, capability=capability)
+        config = replace(config, splits=2, tail=min(config.tail, 1))
+        # One block of rows and a bit of the next.
+        yield min(bucket, config.block_m + 5), config
+        if capability >= 90 and bucket in (8, 16):
+            yield bucket, replace(config, overlap=True)
+
+
+def check_matmul(capability: int, everything: bool) -> Iterator[Found]:
+    """Kinds of weights take turns, or not; dtypes and odd sizes do in any case."""
+    kinds = (("symmetric", 128), ("codebook", 64), ("zeros", 32))
+    for number, (rows, config) in enumerate(shipped(capability)):
+        for turn, (kind, group) in enumerate(kinds):
+            if not everything and turn != number % 3:
+                continue
+            dtype = torch.bfloat16 if (number + turn) % 3 else torch.float16
+            columns, out = (424, 272) if (number + turn) % 2 else (512, 192)
+            weight = random_weight(kind, out, columns, group)
+            x = torch.randn(rows, columns).to(dtype)
+            expected = x.double() @ weight.dequantize(torch.float64).T + weight.bias.double()
+            name = f"{kind} g{group} {str(dtype)[6:]} {columns}→{out} m{rows} {config}"
+            plain = weight.to_layout("gpu_tiles")
+            yield name, matmul.packed_matmul(x, plain, config), expected
+            if turn != number % 3:
+                continue
+            gated = weight.to_layout("gpu_gated_tiles")
+            after = norm.silu_mul(matmul.packed_matmul(x, gated, config))
+            yield f"{name} gated", after, reference.silu_mul(expected)
+            within = matmul.packed_matmul(x, gated, config, silu_mul=True)
+            yield f"{name}: the same within the product", within.float(), after.double()
+
+
+def check_dequantize(capability: int, everything: bool) -> Iterator[Found]:
+    for kind, group in (("symmetric", 128), ("codebook", 64), ("zeros", 32)):
+        weight = random_weight(kind, 80, 200, group)
+        for layout in ("gpu_tiles", "gpu_gated_tiles"):
+            found = dequantize.dequantize(weight.to_layout(layout), torch.bfloat16)
+            stored = replace(weight, perm=None).dequantize(torch.float64)
+            yield f"dequantize {kind} {layout}", found, stored
+
+
+def check_attention(capability: int, everything: bool) -> Iterator[Found]:
+    lengths = [(1, 1), (300, 1), (270, 40), (33, 33), (600, 1), (65, 2)]
+    kept: list[torch.dtype | None] = [None, torch.int8]
+    kept += [torch.float8_e4m3fn] if capability >= 89 else []
+    for number, dtype in enumerate((torch.float16, torch.bfloat16)):
+        for cache in kept:
+            for shape, (heads, dim, window) in enumerate(((4, 64, 0), (7, 128, 100))):
+                if not everything and shape != number:
+                    continue
+                batch, keys, values = paged(lengths, 2, dim, dtype, CPU)
+                scales: list[Tensor] = []
+                if cache is not None:
+                    keys, values, *scales = in_8_bits(keys, cache)
+                q = torch.randn(sum(n for _, n in lengths), 2 * heads, dim).to(dtype)
+                options = (batch, dim**-0.5, window, *scales)
+                wide = (keys, values) if scales else (keys.double(), values.double())
+                expected = reference.paged_attention(q.double(), *wide, *options)
+                name = f"attention {str(dtype)[6:]} {heads}×2×{dim} window {window} {cache}"
+                yield name, attention.paged_attention(q, keys, values, *options), expected
+
+
+def check_rotary(capability: int, everything: bool) -> Iterator[Found]:
+    slots = torch.tensor([5, -1, 40, 41, 0, 7, 8, 63, 20])
+    kept = [torch.float16, torch.bfloat16, torch.int8]
+    for dtype in (*kept, *([torch.float8_e4m3fn] if capability >= 89 else [])):
+        half = dtype if dtype in LIMIT else torch.bfloat16
+        fused, angle = torch.randn(9, 14, 64).to(half), torch.randn(9, 64)
+        results = []
+        for function in (rotary.rotary_store, reference.rotary_store):
+            q, k, v = torch.split(fused.clone(), [10, 2, 2], dim=1)
+            caches = torch.zeros(2, 4, 2, BLOCK, 64).to(dtype)
+            scales = () if dtype in LIMIT else torch.zeros(2, 4, 2, BLOCK)
+            function(q, k, v, angle.cos(), angle.sin(), *caches, slots, *scales)
+            stored = (
+                caches.double() * torch.stack(tuple(scales))[..., None] if len(scales) else caches
+            )
+            results.append(torch.cat((q.flatten().double(), stored.flatten().double())).to(half))
+        yield f"rotary_store {str(dtype)[6:]}", results[0], results[1]
+
+
+def check_lora(capability: int, everything: bool) -> Iterator[Found]:
+    for dtype, rank, rows in ((torch.float16, 20, 20), (torch.bfloat16, 64, 300)):
+        # Rows of the second lie at multiples of 16 bytes, and are copied asynchronously.
+        inputs, offsets = 1100 if rank == 20 else 1104, (0, 40, 64, 200)
+        a, b, ranks = adapters(5, rank, inputs, offsets, dtype, CPU)
+        ranks[0], ranks[3] = 0, 7
+        slots = [row % 6 - 1 for row in range(rows)]
+        x, out = torch.randn(rows, inputs).to(dtype), torch.randn(rows, 200).to(dtype)
+        expected = out.double()
+        batch = LoRABatch.of(slots, CPU)
+        assert batch is not None
+        lora.lora_add(out, x, a, b, ranks, offsets, batch)
+        for row, slot in enumerate(slots):
+            own = int(ranks[slot]) if slot >= 0 else 0
+            for part, (start, end) in enumerate(pairwise(offsets)):
+                h = a[slot, part * rank : part * rank + own].double() @ x[row].double()
+                expected[row, start:end] += b[slot, start:end, :own].double() @ h
+        yield f"lora_add {str(dtype)[6:]} rank {rank} rows {rows}", out, expected
+
+
+def check_norm(capability: int, everything: bool) -> Iterator[Found]:
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        for rows, width in ((7, 1000), (40, 64)):
+            x, residual = torch.randn(2, rows, width).to(dtype)
+            weight = torch.randn(width).to(dtype)
+            found, total = norm.add_rms_norm(x, residual, weight, 1e-5)
+            expected = reference.rms_norm((x + residual).double(), weight.double(), 1e-5)
+            name = f"{str(dtype)[6:]} {rows}×{width}"
+            yield f"add_rms_norm {name}", found, expected
+            yield f"add_rms_norm {name}: the sum", total.float(), (x + residual).double()
+            if dtype != torch.float32:
+                yield f"silu_mul {name}", norm.silu_mul(x), reference.silu_mul(x.double())
+
+
+def check_sampling(capability: int, everything: bool) -> Iterator[Found]:
+    options = [(0.0, 0, 1.0, 0.0), (1.0, 0, 1.0, 0.0), (0.8, 50, 0.9, 0.0), (1.2, 0, 0.95, 0.05)]
+    for vocab in (700, 5000):
+        logits = 4 * torch.randn(8, vocab).bfloat16().float()
+        logits[4:, : vocab // 2] = -torch.inf
+        choices = [TokenChoice(*options[row % 4], (row + 0.5) / 8) for row in range(8)]
+        found = sampling.sample_tokens(logits, choices)
+        expected = reference.sample_tokens(logits, choices)
+        yield f"sampling of {vocab}", found.float() + 1, expected.double() + 1
+
+
+FAMILIES: dict[str, Callable[[int, bool], Iterator[Found]]] = {
+    "matmul": check_matmul,
+    "dequantize": check_dequantize,
+    "attention": check_attention,
+    "rotary": check_rotary,
+    "lora": check_lora,
+    "norm": check_norm,
+    "sampling": check_sampling,
+}
+
+
+def timings(capability: int) -> list[Timing]:
+    """Orders to try: all in step; and warps one by one, the last first, copies at once."""
+    unit = WARP_GROUP if capability >= 90 else WARP
+    return [Timing(late=True), Timing(unit, backwards=True, late=False, seed=1)]
+
+
+def outcomes(
+    family: str, capability: int, timing: Timing, everything: bool, without: str
+) -> list[str]:
+    """A family's comparisons in one order of things, as JSON."""
+    warnings.simplefilter("ignore")  # of bfloat16 gradients and the like: nothing of ours
+    torch.manual_seed(7)
+    found = []
+    with emulated(capability, timing, without) as launched, torch.inference_mode():
+        for name, result, expected in FAMILIES[family](capability, everything):
+            found.append(
+                json.dumps(
+                    {
+                        "capability": capability,
+                        "name": name,
+                        "error": error(result, expected),
+                        "limit": LIMIT[result.dtype],
+                        "kernels": sorted(set(launched)),
+                    }
+                )
+            )
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--capability", type=int, nargs="*", default=(80, 89, 90))
+    parser.add_argument("--families", nargs="*", choices=FAMILIES, default=list(FAMILIES))
+    parser.add_argument("--all", action="store_true", help="every kind of weight in every shape")
+    parser.add_argument("--without", default="", help="leave this instruction out")
+    arguments = parser.parse_args()
+    jobs = [
+        (family, capability, timing, arguments.all, arguments.without)
+        for family in arguments.families
+        for capability in arguments.capability
+        # Ada differs from Ampere in 8-bit floats alone.
+        if capability != 89 or family in ("attention", "rotary")
+        for timing in timings(capability)
+    ]
+    # A process compiles for one GPU.
+    with ProcessPoolExecutor(2, get_context("spawn"), max_tasks_per_child=1) as pool:
+        for future in [pool.submit(outcomes, *job) for job in jobs]:
+            print(*future.result(), sep="\n", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,78 @@
+"""The GPU kernels as compiled, their PTX run by an emulator, compute what their references do.
+
+The interpreter runs what the kernels say; this runs what the compiler made of it, with the inline
+PTX, the layouts of tensor cores and of shared memory, asynchronous copies and barriers in it. The
+emulator is in ``emulator/``; ``emulator/checks.py --all`` tries more combinations.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is for Linux")
+
+KERNELS = {
+    "decode_kernel",
+    "dequantize_kernel",
+    "expand_kernel",
+    "few_rows_kernel",
+    "matmul_kernel",
+    "prefill_kernel",
+    "reduce_kernel",
+    "rms_norm_kernel",
+    "rotary_store_kernel",
+    "sample_kernel",
+    "shrink_kernel",
+    "silu_mul_kernel",
+}
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """The compiler needs a process without TRITON_INTERPRET."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, str(Path(__file__).parent / "emulator" / "checks.py"), *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+@lru_cache
+def comparisons() -> list[dict[str, Any]]:
+    done = run()
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("capability", [80, 89, 90])
+def test_compiled_kernels_compute_what_their_references_do(capability: int) -> None:
+    own = [each for each in comparisons() if each["capability"] == capability]
+    assert own
+    wrong = [each for each in own if not each["error"] <= each["limit"]]  # NaN is wrong too
+    assert wrong == []
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_every_kernel_was_run(capability: int) -> None:
+    own = [each for each in comparisons() if each["capability"] == capability]
+    assert {kernel for each in own for kernel in each["kernels"]} == KERNELS
+
+
+@pytest.mark.parametrize(
+    ("capability", "family", "instruction"),
+    [
+        ("80", "lora", "bar.sync"),
+        ("80", "lora", "cp.async.wait_group"),
+        ("90", "attention", "wgmma.wait_group"),
+    ],
+)
+def test_the_emulator_notices_what_a_gpu_would_trip_over(
+    capability: str, family: str, instruction: str
+) -> None:
+    done = run("--capability", capability, "--families", family, "--without", instruction)
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert any(not each["error"] <= each["limit"] for each in found)
