@@ -40,6 +40,11 @@ extern "C" void nybble_paged_attention(const bf16* q, const bf16* k_cache, const
                                     (token - query_start[s]) + 1;
             const int64_t begin = window > 0 ? std::max<int64_t>(0, end - window) : 0;
             const int64_t visible = end - begin;
+            bf16* target = out + (token * q_heads + head * share) * dim;
+            if (visible <= 0) {  // a sequence without context, which only pads the batch
+                std::memset(target, 0, share * dim * sizeof(bf16));
+                continue;
+            }
             const int32_t* table = block_tables + s * max_blocks;
             const bf16* queries = q + token * q_stride + head * share * dim;
             // Scores are those of keys from `begin` on; the first block may be entered in its middle.
@@ -82,7 +87,6 @@ extern "C" void nybble_paged_attention(const bf16* q, const bf16* k_cache, const
                         store(mixed.data() + h * dim + i, part);
                     }
             }
-            bf16* target = out + (token * q_heads + head * share) * dim;
             for (int64_t i = 0; i < share * dim; i += 16)
                 store_bf16(target + i, load(mixed.data() + i));
         }

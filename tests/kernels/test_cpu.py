@@ -295,6 +295,48 @@ def test_rotary_and_paged_attention(
     torch.testing.assert_close(found.double(), expected, rtol=2**-7, atol=2**-7)
 
 
+def one_decode(context_lens: list[int], blocks_each: int = 2) -> AttentionBatch:
+    """A token for each sequence; sequence ``i`` has blocks ``i · blocks_each`` and following."""
+    seqs = len(context_lens)
+    return AttentionBatch(
+        query_start=torch.arange(seqs + 1, dtype=torch.int32),
+        context_lens=torch.tensor(context_lens, dtype=torch.int32),
+        block_tables=torch.arange(seqs * blocks_each, dtype=torch.int32).view(seqs, -1),
+        slot_mapping=torch.arange(seqs) * blocks_each * 16,
+        max_query=1,
+    )
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", ["query", "key", "value"])
+def test_attention_hides_nothing_that_is_not_a_number(
+    cpu: CpuLibrary, value: float, where: str
+) -> None:
+    torch.manual_seed(0)
+    q, (k_cache, v_cache) = (
+        torch.randn(1, 4, 32).bfloat16(),
+        torch.randn(2, 2, 2, 16, 32).bfloat16(),
+    )
+    # Two query heads share a KV head: one query is bad, or a key or value of the other KV head.
+    {"query": q[0, 0], "key": k_cache[0, 1, 5], "value": v_cache[0, 1, 5]}[where][3] = value
+    batch = one_decode([20])
+    found = cpu.paged_attention(q, k_cache, v_cache, batch, 0.2)
+    expected = reference.paged_attention(q, k_cache, v_cache, batch, 0.2)
+    assert not expected.isfinite().all()
+    assert torch.equal(found.isfinite(), expected.isfinite())
+
+
+def test_sequences_without_context_only_pad_the_batch(cpu: CpuLibrary) -> None:
+    q, (k_cache, v_cache) = (
+        torch.randn(3, 4, 32).bfloat16(),
+        torch.randn(2, 6, 2, 16, 32).bfloat16(),
+    )
+    padded = cpu.paged_attention(q, k_cache, v_cache, one_decode([20, 0, 7]), 0.2)
+    expected = reference.paged_attention(q, k_cache, v_cache, one_decode([20, 0, 7]), 0.2)
+    torch.testing.assert_close(padded[::2], expected[::2], rtol=2**-7, atol=2**-7)
+    assert cpu.paged_attention(q, k_cache, v_cache, one_decode([0, 0, 0]), 0.2).shape == (3, 128)
+
+
 def test_a_missing_compiler_and_a_missing_instruction_set_are_named(tmp_path: Path) -> None:
     with pytest.raises(CpuKernelsUnavailableError, match="no C\\+\\+ compiler: no-such-compiler"):
         build(compiler="no-such-compiler", cache=tmp_path)
