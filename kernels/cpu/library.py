@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+from collections.abc import Sequence
 from ctypes import c_float, c_int, c_int64, c_void_p
 from functools import cache
 from typing import Any
@@ -35,7 +36,12 @@ def library() -> CpuLibrary | None:
 
 
 class CpuLibrary:
-    """See kernels/reference.py for what each function computes."""
+    """See kernels/reference.py for what each function computes.
+
+    Tensors are on the CPU. Their dtypes, shapes and strides are checked, since an address says
+    nothing of them: ValueError names what the kernels would misread. What integers refer to
+    (slots, blocks, rows) is not.
+    """
 
     def __init__(self, library: ctypes.CDLL) -> None:
         pointer, size = c_void_p, c_int64
@@ -57,10 +63,12 @@ class CpuLibrary:
 
     def takes(self, weight: PackedWeight) -> bool:
         """Whether the kernels read this weight: tiled, and groups end with an octet."""
-        return weight.layout == "cpu_tiles" and (weight.group_size % 8 == 0 or weight.groups == 1)
+        in_octets = weight.group_size % 8 == 0 or weight.groups == 1
+        return weight.layout == "cpu_tiles" and weight.is_contiguous and in_octets
 
     def packed_matmul(self, x: Tensor, weight: PackedWeight) -> Tensor:
         """On AVX-512 levels are rounded to bfloat16, which integer levels survive exactly."""
+        _check("x", x, (*x.shape[:-1], weight.in_features))
         rows = x.reshape(-1, weight.in_features)
         if weight.perm is not None:
             rows = rows[:, weight.perm]
@@ -81,7 +89,7 @@ class CpuLibrary:
             weight.out_features,
             rows.shape[1],
             weight.groups,
-            -(-weight.group_size // 8),
+            _octets_per_group(weight),
             _SCALE_TYPES[weight.scales.dtype],
             torch.get_num_threads(),
         )
@@ -103,7 +111,7 @@ class CpuLibrary:
             weight.in_features,
             weight.columns,
             weight.groups,
-            -(-weight.group_size // 8),
+            _octets_per_group(weight),
             _SCALE_TYPES[weight.scales.dtype],
             made == torch.bfloat16,
             torch.get_num_threads(),
@@ -111,20 +119,25 @@ class CpuLibrary:
         return out.to(dtype)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        x = x.contiguous()
+        width = _width(x.shape[-1], 16)
+        _check("x", x, x.shape)
+        _check("weight", weight, (width,))
+        x, weight = x.contiguous(), weight.contiguous()
         out = torch.empty_like(x)
-        width = x.shape[-1]
-        self._rms_norm(
-            x.data_ptr(), None, weight.data_ptr(), out.data_ptr(), x.numel() // width, width, eps
-        )
+        rows = x.numel() // width
+        self._rms_norm(x.data_ptr(), None, weight.data_ptr(), out.data_ptr(), rows, width, eps)
         return out
 
     def add_rms_norm(
         self, x: Tensor, residual: Tensor, weight: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]:
-        x, total = x.contiguous(), residual.clone(memory_format=torch.contiguous_format)
+        width = _width(x.shape[-1], 16)
+        _check("x", x, x.shape)
+        _check("residual", residual, x.shape)
+        _check("weight", weight, (width,))
+        x, weight = x.contiguous(), weight.contiguous()
+        total = residual.clone(memory_format=torch.contiguous_format)
         out = torch.empty_like(x)
-        width = x.shape[-1]
         self._rms_norm(
             x.data_ptr(),
             total.data_ptr(),
@@ -137,9 +150,11 @@ class CpuLibrary:
         return out, total
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
+        width = _width(gate_up.shape[-1], 32) // 2
+        _check("gate_up", gate_up, gate_up.shape)
         gate_up = gate_up.contiguous()
-        rows, width = gate_up.shape[0], gate_up.shape[1] // 2
-        out = torch.empty(rows, width, dtype=gate_up.dtype)
+        rows = gate_up.numel() // (2 * width)
+        out = torch.empty(*gate_up.shape[:-1], width, dtype=gate_up.dtype)
         self._silu_mul(gate_up.data_ptr(), out.data_ptr(), rows, width, torch.get_num_threads())
         return out
 
@@ -155,7 +170,16 @@ class CpuLibrary:
         slot_mapping: Tensor,
     ) -> None:
         tokens, q_heads, dim = q.shape
-        cos, sin = cos.contiguous(), sin.contiguous()
+        kv_heads, block_size = k_cache.shape[1:3]
+        _width(dim, 32)
+        _check_heads("q", q, q.shape)
+        _check_heads("k", k, (tokens, kv_heads, dim))
+        _check_heads("v", v, (tokens, kv_heads, dim))
+        _check_caches(k_cache, v_cache, dim)
+        _check("cos", cos, (tokens, dim), torch.float32)
+        _check("sin", sin, (tokens, dim), torch.float32)
+        _check("slot_mapping", slot_mapping, (tokens,), torch.int64)
+        cos, sin, slot_mapping = cos.contiguous(), sin.contiguous(), slot_mapping.contiguous()
         self._rotary(
             q.data_ptr(),
             k.data_ptr(),
@@ -167,9 +191,9 @@ class CpuLibrary:
             slot_mapping.data_ptr(),
             tokens,
             q_heads,
-            k.shape[1],
+            kv_heads,
             dim,
-            k_cache.shape[2],
+            block_size,
             q.stride(0),
             k.stride(0),
             v.stride(0),
@@ -185,6 +209,12 @@ class CpuLibrary:
         window: int = 0,
     ) -> Tensor:
         tokens, q_heads, dim = q.shape
+        kv_heads, block_size = k_cache.shape[1:3]
+        _width(dim, 32)
+        if q_heads % kv_heads:
+            raise ValueError(f"{q_heads} query heads cannot share {kv_heads} KV heads evenly")
+        _check_heads("q", q, (batch.slot_mapping.shape[0], q_heads, dim))
+        _check_caches(k_cache, v_cache, dim)
         out = torch.empty(tokens, q_heads * dim, dtype=q.dtype)
         self._attention(
             q.data_ptr(),
@@ -197,9 +227,9 @@ class CpuLibrary:
             batch.context_lens.shape[0],
             batch.block_tables.shape[1],
             q_heads,
-            k_cache.shape[1],
+            kv_heads,
             dim,
-            k_cache.shape[2],
+            block_size,
             q.stride(0),
             scale,
             window,
@@ -218,9 +248,15 @@ class CpuLibrary:
         batch: LoRABatch,
     ) -> None:
         """In ``b`` the outputs of one rank must be contiguous, as ``slot_buffers`` makes them."""
-        assert b.stride() == (b.shape[1] * b.shape[2], 1, b.shape[1])
-        assert x.is_contiguous()
-        assert out.is_contiguous()
+        slots, width, max_rank = b.shape
+        _check("x", x, (batch.slots.shape[0], a.shape[-1]))
+        _check("out", out, (batch.slots.shape[0], width))
+        _check("a", a, (slots, (len(offsets) - 1) * max_rank, a.shape[-1]))
+        _check("b", b, (slots, offsets[-1], max_rank))
+        _check("ranks", ranks, (slots,), torch.int32)
+        dense = all(t.is_contiguous() for t in (out, x, a, ranks))
+        if not dense or b.stride() != (width * max_rank, 1, width):
+            raise ValueError("out, x, a and ranks must be contiguous, b as slot_buffers makes it")
         self._lora_add(
             out.data_ptr(),
             x.data_ptr(),
@@ -233,7 +269,44 @@ class CpuLibrary:
             (c_int64 * len(offsets))(*offsets),
             batch.segment_slots.shape[0],
             len(offsets) - 1,
-            b.shape[2],
+            max_rank,
             x.shape[-1],
             torch.get_num_threads(),
         )
+
+
+def _octets_per_group(weight: PackedWeight) -> int:
+    """Of no more than there are columns: a group's buffer is of this size."""
+    return -(-min(weight.group_size, weight.columns) // 8)
+
+
+def _check(
+    name: str, tensor: Tensor, shape: Sequence[int], dtype: torch.dtype = torch.bfloat16
+) -> None:
+    if tensor.dtype != dtype or tensor.shape != shape or not tensor.is_cpu:
+        raise ValueError(
+            f"{name} is {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}, "
+            f"the kernels take {dtype} {tuple(shape)} on the CPU"
+        )
+
+
+def _width(width: int, multiple: int) -> int:
+    if width % multiple:
+        raise ValueError(f"the last dimension is {width}, the kernels take multiples of {multiple}")
+    return width
+
+
+def _check_heads(name: str, heads: Tensor, shape: Sequence[int]) -> None:
+    """Rows may lie apart, the heads of one may not."""
+    _check(name, heads, shape)
+    _, count, dim = heads.shape
+    if heads.stride(2) != 1 or (count > 1 and heads.stride(1) != dim):
+        raise ValueError(f"{name}: the heads of a row must be contiguous, not {heads.stride()}")
+
+
+def _check_caches(k_cache: Tensor, v_cache: Tensor, dim: int) -> None:
+    shape = (*k_cache.shape[:3], dim)
+    _check("k_cache", k_cache, shape)
+    _check("v_cache", v_cache, shape)
+    if not (k_cache.is_contiguous() and v_cache.is_contiguous()):
+        raise ValueError("k_cache and v_cache must be contiguous")

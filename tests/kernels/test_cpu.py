@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nybble.kernels import DenseWeight, PackedWeight, reference
+from nybble.kernels import DenseWeight, PackedWeight, ops, reference
 from nybble.kernels.attention_batch import AttentionBatch
 from nybble.kernels.cpu.build import (
     TARGETS,
@@ -335,6 +336,119 @@ def test_sequences_without_context_only_pad_the_batch(cpu: CpuLibrary) -> None:
     expected = reference.paged_attention(q, k_cache, v_cache, one_decode([20, 0, 7]), 0.2)
     torch.testing.assert_close(padded[::2], expected[::2], rtol=2**-7, atol=2**-7)
     assert cpu.paged_attention(q, k_cache, v_cache, one_decode([0, 0, 0]), 0.2).shape == (3, 128)
+
+
+class Step:
+    """The arguments of rotary and attention for two sequences of one new token each."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.qkv = torch.randn(2, 8, 32).bfloat16()
+        self.q, self.k, self.v = self.qkv.split((4, 2, 2), dim=1)  # type: ignore[no-untyped-call]
+        self.cos, self.sin = torch.randn(2, 2, 32)
+        self.k_cache, self.v_cache = torch.randn(2, 4, 2, 16, 32).bfloat16()
+        self.batch = one_decode([20, 7])
+
+    def attend(self, cpu: CpuLibrary) -> None:
+        caches = self.k_cache, self.v_cache
+        cpu.paged_attention(self.q, *caches, self.batch, 0.2)
+        slots = self.batch.slot_mapping
+        cpu.rotary_store(self.q, self.k, self.v, self.cos, self.sin, *caches, slots)
+
+
+def transposed(x: Tensor) -> Tensor:
+    """The same values and shape, the first two dimensions' strides exchanged."""
+    return x.transpose(0, 1).contiguous().transpose(0, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "message"),
+    [
+        ("q", lambda x: x.half(), "q is torch.float16"),
+        ("q", lambda x: x[:, :, :24], "last dimension is 24"),
+        ("q", transposed, "heads of a row must be contiguous"),
+        ("q", lambda x: x[:, :3], "3 query heads cannot share 2 KV heads"),
+        ("q", lambda x: x[:1], r"q is .* \(1, 4, 32\)"),
+        ("k_cache", lambda x: x.half(), "k_cache is torch.float16"),
+        ("v_cache", lambda x: x[:2], r"v_cache is .* \(2, 2, 16, 32\)"),
+        ("v_cache", transposed, "must be contiguous"),
+        ("k", lambda x: x.half(), "k is torch.float16"),
+        ("v", lambda x: x[:, :1], r"v is .* \(2, 1, 32\)"),
+        ("cos", lambda x: x.bfloat16(), "cos is torch.bfloat16"),
+        ("sin", lambda x: x[:1], r"sin is .* \(1, 32\)"),
+    ],
+)
+def test_what_attention_would_misread_is_refused(
+    cpu: CpuLibrary, name: str, make: Callable[[Tensor], Tensor], message: str
+) -> None:
+    step = Step()
+    step.attend(cpu)
+    setattr(step, name, make(getattr(step, name)))
+    with pytest.raises(ValueError, match=message):
+        step.attend(cpu)
+
+
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("query_start", lambda x: x.long()),
+        ("context_lens", lambda x: x[:1]),
+        ("block_tables", lambda x: x[:, :1]),
+        ("slot_mapping", lambda x: x.int()),
+    ],
+)
+def test_a_batch_of_sequences_is_what_it_says(name: str, make: Callable[[Tensor], Tensor]) -> None:
+    batch = one_decode([20, 7])
+    with pytest.raises(ValueError, match="expected contiguous"):
+        replace(batch, **{name: make(getattr(batch, name))})
+
+
+def test_norms_and_products_refuse_what_they_would_misread(cpu: CpuLibrary) -> None:
+    x, weight = torch.randn(3, 64).bfloat16(), torch.ones(64).bfloat16()
+    with pytest.raises(ValueError, match=r"weight is torch.float32"):
+        cpu.rms_norm(x, weight.float(), 1e-6)
+    with pytest.raises(ValueError, match=r"weight is .* \(32,\)"):
+        cpu.rms_norm(x, weight[:32], 1e-6)
+    with pytest.raises(ValueError, match=r"residual is .* \(1, 64\)"):
+        cpu.add_rms_norm(x, x[:1], weight, 1e-6)
+    with pytest.raises(ValueError, match="multiples of 32"):
+        cpu.silu_mul(x[:, :48])
+    packed = random_weight(16, 64, 32, "sym", torch.float16, act_order=False, bias=False)
+    with pytest.raises(ValueError, match=r"x is torch.float32"):
+        cpu.packed_matmul(x.float(), packed.to_layout("cpu_tiles"))
+    with pytest.raises(ValueError, match=r"x is .* \(3, 32\)"):
+        cpu.packed_matmul(x[:, :32], packed.to_layout("cpu_tiles"))
+
+
+def test_norms_of_other_dtypes_and_strides_are_the_references() -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(3, 64).bfloat16(), torch.rand(128)
+    expected = reference.rms_norm(x, weight[:64], 1e-6)
+    torch.testing.assert_close(ops.rms_norm(x, weight[:64], 1e-6), expected)
+    strided = weight.bfloat16()[::2]
+    expected = reference.rms_norm(x, strided, 1e-6)
+    torch.testing.assert_close(ops.rms_norm(x, strided, 1e-6), expected, rtol=2**-7, atol=0)
+
+
+def test_gates_may_have_any_dimensions(cpu: CpuLibrary) -> None:
+    gate_up = torch.randn(2, 3, 64).bfloat16()
+    found, expected = cpu.silu_mul(gate_up), reference.silu_mul(gate_up)
+    torch.testing.assert_close(found, expected, rtol=2**-6, atol=1e-30)
+
+
+def test_a_group_may_be_far_larger_than_the_weight(cpu: CpuLibrary) -> None:
+    weight = random_weight(20, 40, 10**15, "sym", torch.float16, act_order=False, bias=False)
+    usual = replace(weight, group_size=40).to_layout("cpu_tiles")
+    x = torch.randn(8, 40).bfloat16()
+    found = cpu.packed_matmul(x, weight.to_layout("cpu_tiles"))
+    assert torch.equal(found, cpu.packed_matmul(x, usual))
+
+
+def test_a_weight_with_gaps_is_not_taken(cpu: CpuLibrary) -> None:
+    weight = random_weight(20, 64, 32, "sym", torch.float16, act_order=False, bias=False)
+    tiled = weight.to_layout("cpu_tiles")
+    assert cpu.takes(tiled)
+    assert not cpu.takes(replace(tiled, scales=transposed(tiled.scales)))
 
 
 def test_a_missing_compiler_and_a_missing_instruction_set_are_named(tmp_path: Path) -> None:
