@@ -30,9 +30,12 @@ __all__ = [
 
 def _cpu(width: int, multiple: int, *tensors: Tensor) -> CpuLibrary | None:
     """The kernels, if they take tensors of these dtypes and this width."""
-    if width % multiple == 0 and all(t.is_cpu and t.dtype == torch.bfloat16 for t in tensors):
-        return library()
-    return None
+    if width % multiple:
+        return None
+    for tensor in tensors:
+        if tensor.dtype != torch.bfloat16 or not tensor.is_cpu:
+            return None
+    return library()
 
 
 def _on_gpu(x: Tensor) -> bool:

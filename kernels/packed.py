@@ -135,6 +135,11 @@ class PackedWeight:
         return all(t.is_contiguous() for t in tensors if t is not None)
 
     @cached_property
+    def wide_bias(self) -> Tensor | None:
+        """``bias`` as the CPU's kernels add it: float32, contiguous."""
+        return None if self.bias is None else self.bias.float().contiguous()
+
+    @cached_property
     def level_values(self) -> tuple[float, ...]:
         """``levels`` on the host. The first reading waits for the device: ask while loading."""
         return tuple(self.levels.tolist())

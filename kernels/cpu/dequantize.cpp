@@ -48,7 +48,8 @@ extern "C" void nybble_dequantize(const uint8_t* codes, const void* scales, cons
                                   int64_t outputs, int64_t inputs, int64_t columns, int64_t groups,
                                   int64_t octets_per_group, int scale_type, int as_bf16,
                                   int threads) {
-    const Packed w{codes, (columns + 7) / 8, groups, octets_per_group};
+    const int64_t octets = (columns + 7) / 8;
+    const Packed w{codes, octets, groups, std::min(octets, octets_per_group)};
     const Levels table(levels);
     const int64_t tiles = (outputs + 15) / 16;
 #pragma omp parallel num_threads(threads)

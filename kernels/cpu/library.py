@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import logging
-from collections.abc import Sequence
 from ctypes import c_float, c_int, c_int64, c_void_p
 from functools import cache
 from typing import Any
@@ -38,9 +37,9 @@ def library() -> CpuLibrary | None:
 class CpuLibrary:
     """See kernels/reference.py for what each function computes.
 
-    Tensors are on the CPU. Their dtypes, shapes and strides are checked, since an address says
-    nothing of them: ValueError names what the kernels would misread. What integers refer to
-    (slots, blocks, rows) is not.
+    Tensors are on the CPU and, unless said otherwise, bfloat16: those who choose the kernels see to
+    it. Shapes and strides are checked, since an address says nothing of them: ValueError shows what
+    the kernels would misread. What integers refer to (slots, blocks, rows) is not.
     """
 
     def __init__(self, library: ctypes.CDLL) -> None:
@@ -68,7 +67,8 @@ class CpuLibrary:
 
     def packed_matmul(self, x: Tensor, weight: PackedWeight) -> Tensor:
         """On AVX-512 levels are rounded to bfloat16, which integer levels survive exactly."""
-        _check("x", x, (*x.shape[:-1], weight.in_features))
+        if x.shape[-1] != weight.in_features:
+            raise _misread(f"(…, {weight.in_features})", x=x)
         rows = x.reshape(-1, weight.in_features)
         if weight.perm is not None:
             rows = rows[:, weight.perm]
@@ -76,7 +76,7 @@ class CpuLibrary:
             rows = torch.nn.functional.pad(rows, (0, -weight.columns % 8))
         rows = rows.contiguous()
         out = torch.empty(rows.shape[0], weight.out_features, dtype=torch.bfloat16)
-        bias = None if weight.bias is None else weight.bias.float().contiguous()
+        bias = weight.wide_bias
         self._matmul(
             rows.data_ptr(),
             weight.qweight.data_ptr(),
@@ -89,7 +89,7 @@ class CpuLibrary:
             weight.out_features,
             rows.shape[1],
             weight.groups,
-            _octets_per_group(weight),
+            -(-weight.group_size // 8),
             _SCALE_TYPES[weight.scales.dtype],
             torch.get_num_threads(),
         )
@@ -111,7 +111,7 @@ class CpuLibrary:
             weight.in_features,
             weight.columns,
             weight.groups,
-            _octets_per_group(weight),
+            -(-weight.group_size // 8),
             _SCALE_TYPES[weight.scales.dtype],
             made == torch.bfloat16,
             torch.get_num_threads(),
@@ -119,9 +119,9 @@ class CpuLibrary:
         return out.to(dtype)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        width = _width(x.shape[-1], 16)
-        _check("x", x, x.shape)
-        _check("weight", weight, (width,))
+        width = x.shape[-1]
+        if width % 16 or weight.shape != (width,):
+            raise _misread("x (…, width), weight (width,), a multiple of 16", x=x, weight=weight)
         x, weight = x.contiguous(), weight.contiguous()
         out = torch.empty_like(x)
         rows = x.numel() // width
@@ -131,10 +131,10 @@ class CpuLibrary:
     def add_rms_norm(
         self, x: Tensor, residual: Tensor, weight: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]:
-        width = _width(x.shape[-1], 16)
-        _check("x", x, x.shape)
-        _check("residual", residual, x.shape)
-        _check("weight", weight, (width,))
+        width = x.shape[-1]
+        if width % 16 or weight.shape != (width,) or residual.shape != x.shape:
+            expected = "x and residual (…, width), weight (width,), a multiple of 16"
+            raise _misread(expected, x=x, residual=residual, weight=weight)
         x, weight = x.contiguous(), weight.contiguous()
         total = residual.clone(memory_format=torch.contiguous_format)
         out = torch.empty_like(x)
@@ -150,8 +150,9 @@ class CpuLibrary:
         return out, total
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
-        width = _width(gate_up.shape[-1], 32) // 2
-        _check("gate_up", gate_up, gate_up.shape)
+        width = gate_up.shape[-1] // 2
+        if gate_up.shape[-1] % 32:
+            raise _misread("(…, a multiple of 32)", gate_up=gate_up)
         gate_up = gate_up.contiguous()
         rows = gate_up.numel() // (2 * width)
         out = torch.empty(*gate_up.shape[:-1], width, dtype=gate_up.dtype)
@@ -169,17 +170,34 @@ class CpuLibrary:
         v_cache: Tensor,
         slot_mapping: Tensor,
     ) -> None:
+        """cos and sin are float32."""
         tokens, q_heads, dim = q.shape
         kv_heads, block_size = k_cache.shape[1:3]
-        _width(dim, 32)
-        _check_heads("q", q, q.shape)
-        _check_heads("k", k, (tokens, kv_heads, dim))
-        _check_heads("v", v, (tokens, kv_heads, dim))
-        _check_caches(k_cache, v_cache, dim)
-        _check("cos", cos, (tokens, dim), torch.float32)
-        _check("sin", sin, (tokens, dim), torch.float32)
-        _check("slot_mapping", slot_mapping, (tokens,), torch.int64)
-        cos, sin, slot_mapping = cos.contiguous(), sin.contiguous(), slot_mapping.contiguous()
+        if not (
+            dim % 32 == 0
+            and k.shape == v.shape == (tokens, kv_heads, dim)
+            and k_cache.shape == v_cache.shape == (k_cache.shape[0], kv_heads, block_size, dim)
+            and cos.shape == sin.shape == (tokens, dim)
+            and slot_mapping.shape == (tokens,)
+            and cos.dtype == sin.dtype == torch.float32
+            and q.stride()[1:] == k.stride()[1:] == v.stride()[1:] == (dim, 1)
+            and k_cache.is_contiguous()
+            and v_cache.is_contiguous()
+        ):
+            raise _misread(
+                "q, k and v (tokens, heads, a multiple of 32), the heads of a row contiguous; "
+                "float32 cos and sin (tokens, dim); "
+                "contiguous caches (blocks, KV heads, block size, dim)",
+                q=q,
+                k=k,
+                v=v,
+                cos=cos,
+                sin=sin,
+                k_cache=k_cache,
+                v_cache=v_cache,
+                slot_mapping=slot_mapping,
+            )
+        cos, sin = cos.contiguous(), sin.contiguous()
         self._rotary(
             q.data_ptr(),
             k.data_ptr(),
@@ -210,11 +228,23 @@ class CpuLibrary:
     ) -> Tensor:
         tokens, q_heads, dim = q.shape
         kv_heads, block_size = k_cache.shape[1:3]
-        _width(dim, 32)
-        if q_heads % kv_heads:
-            raise ValueError(f"{q_heads} query heads cannot share {kv_heads} KV heads evenly")
-        _check_heads("q", q, (batch.slot_mapping.shape[0], q_heads, dim))
-        _check_caches(k_cache, v_cache, dim)
+        if not (
+            dim % 32 == 0
+            and q_heads % kv_heads == 0
+            and k_cache.shape == v_cache.shape == (k_cache.shape[0], kv_heads, block_size, dim)
+            and batch.slot_mapping.shape == (tokens,)
+            and q.stride()[1:] == (dim, 1)
+            and k_cache.is_contiguous()
+            and v_cache.is_contiguous()
+        ):
+            raise _misread(
+                "q (tokens, a multiple of the KV heads, a multiple of 32), the heads of a row "
+                "contiguous; contiguous caches (blocks, KV heads, block size, dim)",
+                q=q,
+                k_cache=k_cache,
+                v_cache=v_cache,
+                slot_mapping=batch.slot_mapping,
+            )
         out = torch.empty(tokens, q_heads * dim, dtype=q.dtype)
         self._attention(
             q.data_ptr(),
@@ -249,14 +279,30 @@ class CpuLibrary:
     ) -> None:
         """In ``b`` the outputs of one rank must be contiguous, as ``slot_buffers`` makes them."""
         slots, width, max_rank = b.shape
-        _check("x", x, (batch.slots.shape[0], a.shape[-1]))
-        _check("out", out, (batch.slots.shape[0], width))
-        _check("a", a, (slots, (len(offsets) - 1) * max_rank, a.shape[-1]))
-        _check("b", b, (slots, offsets[-1], max_rank))
-        _check("ranks", ranks, (slots,), torch.int32)
-        dense = all(t.is_contiguous() for t in (out, x, a, ranks))
-        if not dense or b.stride() != (width * max_rank, 1, width):
-            raise ValueError("out, x, a and ranks must be contiguous, b as slot_buffers makes it")
+        tokens, inputs = x.shape
+        if not (
+            out.shape == (tokens, width)
+            and batch.slots.shape == (tokens,)
+            and offsets[-1] == width
+            and a.shape == (slots, (len(offsets) - 1) * max_rank, inputs)
+            and ranks.shape == (slots,)
+            and ranks.dtype == torch.int32
+            and b.stride() == (width * max_rank, 1, width)
+            and out.is_contiguous()
+            and x.is_contiguous()
+            and a.is_contiguous()
+            and ranks.is_contiguous()
+        ):
+            raise _misread(
+                f"contiguous x (tokens, inputs) and out (tokens, {offsets[-1]}); a and b as "
+                "slot_buffers makes them; int32 ranks (slots,)",
+                x=x,
+                out=out,
+                a=a,
+                b=b,
+                ranks=ranks,
+                slots=batch.slots,
+            )
         self._lora_add(
             out.data_ptr(),
             x.data_ptr(),
@@ -270,43 +316,13 @@ class CpuLibrary:
             batch.segment_slots.shape[0],
             len(offsets) - 1,
             max_rank,
-            x.shape[-1],
+            inputs,
             torch.get_num_threads(),
         )
 
 
-def _octets_per_group(weight: PackedWeight) -> int:
-    """Of no more than there are columns: a group's buffer is of this size."""
-    return -(-min(weight.group_size, weight.columns) // 8)
-
-
-def _check(
-    name: str, tensor: Tensor, shape: Sequence[int], dtype: torch.dtype = torch.bfloat16
-) -> None:
-    if tensor.dtype != dtype or tensor.shape != shape or not tensor.is_cpu:
-        raise ValueError(
-            f"{name} is {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}, "
-            f"the kernels take {dtype} {tuple(shape)} on the CPU"
-        )
-
-
-def _width(width: int, multiple: int) -> int:
-    if width % multiple:
-        raise ValueError(f"the last dimension is {width}, the kernels take multiples of {multiple}")
-    return width
-
-
-def _check_heads(name: str, heads: Tensor, shape: Sequence[int]) -> None:
-    """Rows may lie apart, the heads of one may not."""
-    _check(name, heads, shape)
-    _, count, dim = heads.shape
-    if heads.stride(2) != 1 or (count > 1 and heads.stride(1) != dim):
-        raise ValueError(f"{name}: the heads of a row must be contiguous, not {heads.stride()}")
-
-
-def _check_caches(k_cache: Tensor, v_cache: Tensor, dim: int) -> None:
-    shape = (*k_cache.shape[:3], dim)
-    _check("k_cache", k_cache, shape)
-    _check("v_cache", v_cache, shape)
-    if not (k_cache.is_contiguous() and v_cache.is_contiguous()):
-        raise ValueError("k_cache and v_cache must be contiguous")
+def _misread(expected: str, **given: Tensor) -> ValueError:
+    shown = (
+        f"{name}: {t.dtype} {tuple(t.shape)} strides {t.stride()}" for name, t in given.items()
+    )
+    return ValueError(f"the CPU kernels take {expected}; given {', '.join(shown)}")

@@ -35,6 +35,8 @@ extern "C" void nybble_packed_matmul(const bf16* x, const uint8_t* codes, const 
                                      bf16* out, int64_t rows, int64_t outputs, int64_t columns,
                                      int64_t groups, int64_t octets_per_group, int scale_type,
                                      int threads) {
+    // A group may be larger than the weight, and buffers are made for one.
+    octets_per_group = std::min(octets_per_group, columns / 8);
     PackedArgs a{x,    nullptr, nullptr, codes,       scales, zeros,            levels,    bias, out,
                  rows, outputs, columns, columns / 8, groups, octets_per_group, scale_type};
     std::vector<float> sums, wide;
