@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from nybble.kernels.attention_batch import AttentionBatch
-from nybble.kernels.cpu.build import CpuKernelsUnavailableError, build
+from nybble.kernels.cpu.build import CpuKernelsUnavailableError, load
 from nybble.kernels.lora_batch import LoRABatch
 from nybble.kernels.packed import PackedWeight
 from torch import Tensor
@@ -28,7 +28,7 @@ _SCALE_TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 def library() -> CpuLibrary | None:
     """The kernels, or None (said once, with the reason) where they cannot run."""
     try:
-        return CpuLibrary(ctypes.CDLL(str(build())))
+        return CpuLibrary(load())
     except (CpuKernelsUnavailableError, OSError) as error:
         logger.warning("CPU kernels unavailable, using slower PyTorch operations: %s", error)
         return None

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import re
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,9 +19,11 @@ from nybble.kernels.attention_batch import AttentionBatch
 from nybble.kernels.cpu.build import (
     TARGETS,
     CpuKernelsUnavailableError,
-    best_target,
     build,
+    build_fastest,
+    load,
     missing_cpu_features,
+    usable_targets,
 )
 from nybble.kernels.cpu.library import CpuLibrary
 from nybble.kernels.matmul import linear, packed_matmul, rows_computed
@@ -38,7 +42,7 @@ CODEBOOK = torch.linspace(-1, 1, 16).bfloat16().float()
 @pytest.fixture(scope="module", params=TARGETS, ids=lambda target: target.name)
 def cpu(request: pytest.FixtureRequest) -> CpuLibrary:
     """The kernels compiled for each target this machine runs, which must be one at least."""
-    best_target()
+    usable_targets()
     if missing := missing_cpu_features(request.param):
         pytest.skip(f"this CPU lacks {', '.join(missing)}")
     return CpuLibrary(ctypes.CDLL(str(build(request.param))))
@@ -460,16 +464,73 @@ def test_a_weight_with_gaps_is_not_taken(cpu: CpuLibrary) -> None:
 
 def test_a_missing_compiler_and_a_missing_instruction_set_are_named(tmp_path: Path) -> None:
     with pytest.raises(CpuKernelsUnavailableError, match="no C\\+\\+ compiler: no-such-compiler"):
-        build(compiler="no-such-compiler", cache=tmp_path)
+        build_fastest(compiler="no-such-compiler", cache=tmp_path)
     cpuinfo = tmp_path / "cpuinfo"
     cpuinfo.write_text("flags\t: fpu sse avx2 fma\n")
     with pytest.raises(CpuKernelsUnavailableError, match="this CPU lacks f16c"):
-        best_target(cpuinfo)
+        usable_targets(cpuinfo)
 
 
 def test_the_best_target_is_chosen_by_the_flags_of_the_cpu(tmp_path: Path) -> None:
     cpuinfo = tmp_path / "cpuinfo"
     cpuinfo.write_text("flags\t: avx2 fma f16c avx512f avx512bw avx512vl avx512dq\n")
-    assert best_target(cpuinfo).name == "avx2"  # without BF16 the AVX-512 kernels do not run
+    assert usable_targets(cpuinfo)[0].name == "avx2"  # without BF16 the AVX-512 kernels do not run
     cpuinfo.write_text(cpuinfo.read_text().rstrip() + " avx512_bf16\n")
-    assert best_target(cpuinfo).name == "avx512"
+    assert usable_targets(cpuinfo)[0].name == "avx512"
+
+
+def compiler_script(folder: Path, body: str) -> str:
+    path = folder / "g++"
+    path.write_text(f"#!/bin/sh\n{body}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_a_compiler_too_old_for_the_best_target_builds_the_next(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    if len(usable_targets()) < 2:
+        pytest.skip("this CPU runs no target but the last")
+    old = compiler_script(
+        tmp_path,
+        'case "$*" in *-mavx512bf16*) echo unrecognized option >&2; exit 1;; esac\n'
+        'while [ "$1" != -o ]; do shift; done; touch "$2"',
+    )
+    library = build_fastest(compiler=old, cache=tmp_path / "cache")
+    assert library.name.startswith("cpu-avx2-")
+    assert "no avx512 kernels" in caplog.text
+    assert "unrecognized option" in caplog.text
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(CpuKernelsUnavailableError, match=r"file/kernels cannot be written .*XDG_"):
+        build_fastest(cache=tmp_path / "file" / "kernels")
+
+
+@pytest.mark.parametrize("content", [b"", b"not a library"])
+def test_a_library_that_cannot_be_loaded_is_built_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes
+) -> None:
+    whole = build_fastest()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    spoilt = tmp_path / "nybble" / "kernels" / whole.name
+    spoilt.parent.mkdir(parents=True)
+    spoilt.write_bytes(content)
+    copying = compiler_script(tmp_path, f'while [ "$1" != -o ]; do shift; done; cp "{whole}" "$2"')
+    monkeypatch.setenv("PATH", f"{Path(copying).parent}:{os.environ['PATH']}")
+    CpuLibrary(load())
+    assert spoilt.read_bytes() == whole.read_bytes()
+
+
+def test_builds_at_once_do_not_disturb_each_other(tmp_path: Path) -> None:
+    slow = compiler_script(
+        tmp_path, 'while [ "$1" != -o ]; do shift; done; sleep 0.2; echo whole > "$2"'
+    )
+    with ThreadPoolExecutor(4) as pool:
+        calls = [
+            pool.submit(build_fastest, compiler=slow, cache=tmp_path / "cache") for _ in range(4)
+        ]
+        (library,) = {call.result() for call in calls}
+    assert library.read_text() == "whole\n"
+    assert [path.name for path in library.parent.iterdir()] == [library.name]
