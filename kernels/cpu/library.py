@@ -50,15 +50,22 @@ class CpuLibrary:
             found.argtypes, found.restype = arguments, None
             return found
 
-        self._matmul = function("packed_matmul", *[pointer] * 7, *[size] * 5, c_int, c_int)
-        self._dequantize = function("dequantize", *[pointer] * 6, *[size] * 5, c_int, c_int, c_int)
+        def allocating(name: str, *arguments: type) -> Any:
+            found = function(name, *arguments)
+            found.restype, found.errcheck = c_int, _check_memory
+            return found
+
+        self._matmul = allocating("packed_matmul", *[pointer] * 7, *[size] * 5, c_int, c_int)
+        self._dequantize = allocating(
+            "dequantize", *[pointer] * 6, *[size] * 5, c_int, c_int, c_int
+        )
         self._rms_norm = function("rms_norm", *[pointer] * 4, size, size, c_float)
         self._silu_mul = function("silu_mul", pointer, pointer, size, size, c_int)
         self._rotary = function("rotary_store", *[pointer] * 8, *[size] * 8)
-        self._attention = function(
+        self._attention = allocating(
             "paged_attention", *[pointer] * 7, *[size] * 7, c_float, size, c_int
         )
-        self._lora_add = function("lora_add", *[pointer] * 9, *[size] * 4, c_int)
+        self._lora_add = allocating("lora_add", *[pointer] * 9, *[size] * 4, c_int)
 
     def takes(self, weight: PackedWeight) -> bool:
         """Whether the kernels read this weight: tiled, and groups end with an octet."""
@@ -319,6 +326,11 @@ class CpuLibrary:
             inputs,
             torch.get_num_threads(),
         )
+
+
+def _check_memory(status: int, function: Any, arguments: tuple[Any, ...]) -> None:
+    if status:
+        raise MemoryError(f"no memory for the buffers of {function.__name__}")
 
 
 def _misread(expected: str, **given: Tensor) -> ValueError:

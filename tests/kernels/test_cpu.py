@@ -5,8 +5,10 @@ from __future__ import annotations
 import ctypes
 import os
 import re
-from collections.abc import Callable
+import resource
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,6 +28,7 @@ from nybble.kernels.cpu.build import (
     usable_targets,
 )
 from nybble.kernels.cpu.library import CpuLibrary
+from nybble.kernels.lora import LoRABatch, slot_buffers
 from nybble.kernels.matmul import linear, packed_matmul, rows_computed
 from nybble.kernels.packed import (
     INT8_MAX,
@@ -534,3 +537,54 @@ def test_builds_at_once_do_not_disturb_each_other(tmp_path: Path) -> None:
         (library,) = {call.result() for call in calls}
     assert library.read_text() == "whole\n"
     assert [path.name for path in library.parent.iterdir()] == [library.name]
+
+
+@contextmanager
+def little_memory(spare: int = 16 << 20) -> Iterator[None]:
+    """No more than ``spare`` bytes can be had beyond what the process has mapped."""
+    mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (mapped + spare, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+@pytest.mark.parametrize("kernel", ["packed_matmul", "dequantize", "paged_attention", "lora_add"])
+def test_running_out_of_memory_is_an_error_of_the_call(cpu: CpuLibrary, kernel: str) -> None:
+    """Each needs buffers of 64 MiB or more here, and less than 16 MiB for its result."""
+    if kernel == "packed_matmul":
+        weight = random_weight(1, 1 << 16, 8, "asym", torch.float16, act_order=False, bias=False)
+        x, tiled = torch.zeros(2048, 1 << 16).bfloat16(), weight.to_layout("cpu_tiles")
+
+        def call() -> object:
+            return cpu.packed_matmul(x, tiled)
+
+    elif kernel == "dequantize":
+        weight = random_weight(1, 1 << 22, 16, "sym", torch.float16, act_order=True, bias=False)
+        large = weight.to_layout("cpu_tiles")
+
+        def call() -> object:
+            return cpu.dequantize(large, torch.bfloat16)
+
+    elif kernel == "paged_attention":
+        q, caches = torch.zeros(1, 32, 32).bfloat16(), torch.zeros(2, 1 << 15, 1, 16, 32).bfloat16()
+        batch = one_decode([1 << 19], 1 << 15)
+
+        def call() -> object:
+            return cpu.paged_attention(q, *caches, batch, 1.0)
+
+    else:
+        a, b = slot_buffers(1, 1 << 14, 8, (0, 8), torch.bfloat16, "cpu")
+        rows = LoRABatch.of([0] * 1024, "cpu")
+        assert rows is not None
+        low = torch.zeros(1024, 8).bfloat16()
+
+        def call() -> object:
+            ranks = torch.ones(1, dtype=torch.int32)
+            return cpu.lora_add(low.clone(), low, a, b, ranks, (0, 8), rows)
+
+    with little_memory(), pytest.raises(MemoryError, match=f"buffers of nybble_{kernel}"):
+        call()
+    call()
