@@ -7,8 +7,8 @@
 #include <algorithm>
 #include <vector>
 
-#include "call.h"
 #include "simd.h"
+#include "status.h"
 
 using namespace nybble;
 
@@ -183,43 +183,44 @@ struct Item {
 extern "C" int nybble_lora_add(bf16* out, const bf16* x, const bf16* a, const bf16* b,
                                const int32_t* ranks, const int32_t* order, const int32_t* starts,
                                const int32_t* slots, const int64_t* offsets, int64_t segments,
-                               int64_t parts, int64_t max_rank, int64_t inputs, int threads) {
-    return call([&] {
-        std::vector<float> h(starts[segments] * parts * max_rank);
-        const Args p{out, x, a, b, order, h.data(), parts, max_rank, inputs, offsets[parts]};
-        std::vector<Block> blocks;
-        std::vector<Item> shrinks, expands;
-        for (int64_t s = 0; s < segments; ++s) {
-            const int64_t rank = ranks[slots[s]];
-            if (rank == 0) continue;
-            for (int64_t first = starts[s]; first < starts[s + 1]; first += kRows) {
-                const int32_t index = static_cast<int32_t>(blocks.size());
-                blocks.push_back({slots[s], first, std::min<int64_t>(kRows, starts[s + 1] - first), rank});
-                for (int64_t n = 0; n < parts * rank; n += kRanks)
-                    shrinks.push_back({index, 0, n, std::min(n + kRanks, parts * rank)});
-                for (int32_t part = 0; part < parts; ++part)
-                    for (int64_t o = offsets[part]; o < offsets[part + 1]; o += kOutputs)
-                        expands.push_back({index, part, o, std::min(o + kOutputs, offsets[part + 1])});
-            }
+                               int64_t parts, int64_t max_rank, int64_t inputs, int threads) try {
+    std::vector<float> h(starts[segments] * parts * max_rank);
+    const Args p{out, x, a, b, order, h.data(), parts, max_rank, inputs, offsets[parts]};
+    std::vector<Block> blocks;
+    std::vector<Item> shrinks, expands;
+    for (int64_t s = 0; s < segments; ++s) {
+        const int64_t rank = ranks[slots[s]];
+        if (rank == 0) continue;
+        for (int64_t first = starts[s]; first < starts[s + 1]; first += kRows) {
+            const int32_t index = static_cast<int32_t>(blocks.size());
+            blocks.push_back({slots[s], first, std::min<int64_t>(kRows, starts[s + 1] - first), rank});
+            for (int64_t n = 0; n < parts * rank; n += kRanks)
+                shrinks.push_back({index, 0, n, std::min(n + kRanks, parts * rank)});
+            for (int32_t part = 0; part < parts; ++part)
+                for (int64_t o = offsets[part]; o < offsets[part + 1]; o += kOutputs)
+                    expands.push_back({index, part, o, std::min(o + kOutputs, offsets[part + 1])});
         }
-        const int64_t shrink_count = static_cast<int64_t>(shrinks.size());
-        const int64_t expand_count = static_cast<int64_t>(expands.size());
+    }
+    const int64_t shrink_count = static_cast<int64_t>(shrinks.size());
+    const int64_t expand_count = static_cast<int64_t>(expands.size());
 #pragma omp parallel num_threads(threads)
-        {
+    {
 #pragma omp for schedule(static)
-            for (int64_t i = 0; i < shrink_count; ++i) {
-                const Item& item = shrinks[i];
-                const Block& block = blocks[item.block];
-                const Item& next = shrinks[std::min(i + 1, shrink_count - 1)];
-                const bf16* ahead = rank_row(p, blocks[next.block], next.first);
-                NYBBLE_BY_ROWS(shrink_ranks, p, block, item.first, item.last, ahead)
-            }
-#pragma omp for schedule(static)
-            for (int64_t i = 0; i < expand_count; ++i) {
-                const Item& item = expands[i];
-                const Block& block = blocks[item.block];
-                NYBBLE_BY_ROWS(expand_outputs, p, block, item.part, item.first, item.last)
-            }
+        for (int64_t i = 0; i < shrink_count; ++i) {
+            const Item& item = shrinks[i];
+            const Block& block = blocks[item.block];
+            const Item& next = shrinks[std::min(i + 1, shrink_count - 1)];
+            const bf16* ahead = rank_row(p, blocks[next.block], next.first);
+            NYBBLE_BY_ROWS(shrink_ranks, p, block, item.first, item.last, ahead)
         }
-    });
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < expand_count; ++i) {
+            const Item& item = expands[i];
+            const Block& block = blocks[item.block];
+            NYBBLE_BY_ROWS(expand_outputs, p, block, item.part, item.first, item.last)
+        }
+    }
+    return kDone;
+} catch (const std::exception&) {
+    return kOutOfMemory;
 }

@@ -9,19 +9,11 @@
 
 namespace nybble {
 
-// 0, or 1 where memory ran out, which is all that throws here.
-template <typename Body>
-int call(const Body& body) noexcept {
-    try {
-        body();
-        return 0;
-    } catch (const std::exception&) {
-        return 1;
-    }
-}
+// The Python side knows the numbers. Allocations are all that throws here.
+enum Status : int { kDone = 0, kOutOfMemory = 1 };
 
 // `each` floats for each of so many threads, not initialized.
-inline std::unique_ptr<float[]> buffers(int threads, int64_t each) {
+inline std::unique_ptr<float[]> buffers(int64_t threads, int64_t each) {
     return std::unique_ptr<float[]>(new float[threads * each]);
 }
 
