@@ -112,7 +112,7 @@ sanitize: install
 	PATH="$(CURDIR)/build/sanitize/bin:$$PATH" XDG_CACHE_HOME="$(CURDIR)/build/sanitize/cache" \
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0:handle_segv=0 \
-		$(BIN)/pytest tests/kernels/test_cpu.py tests/kernels/test_cpu_bounds.py \
+		$(BIN)/pytest --capture=sys tests/kernels/test_cpu.py tests/kernels/test_cpu_bounds.py \
 		tests/kernels/test_lora.py -k "not running_out_of_memory"
 
 # On a machine with a GPU and a torch of its own: checks first, then the tables, each section in a
