@@ -4,24 +4,49 @@ Every full block has a key: the digest of its tokens chained to the digest of th
 so equal keys mean equal tokens, and the same adapter, from the start of the sequence. A block whose
 reference count falls to zero keeps its content and can be found again by key until it is handed out
 for other tokens; the least recently freed goes first.
+
+Where every layer has a sliding window, blocks that even the widest no longer sees are taken back
+while their sequence runs, and a prefix is found by those it still sees. A single layer without a
+window keeps them all: a block holds the keys and values of all layers.
 """
 
 from __future__ import annotations
 
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterator
 from hashlib import blake2b
 
 from nybble.engine.sequence import Sequence
 
+# Stands in a sequence's list for a block it no longer sees. Nothing reads what it names.
+_UNSEEN = 0
+
+
+def most_blocks(tokens: int, block_size: int, window: int, step_tokens: int) -> int:
+    """Blocks that a sequence of ``tokens`` tokens holds at once at most.
+
+    window: tokens that one sees, itself included; 0 for all before it. step_tokens: the most that
+    one step computes, all of whose blocks and windows are held together.
+    """
+    most = -(-tokens // block_size)
+    if not window:
+        return most
+    # However they lie, n tokens reach into ⌈(n − 1) / block_size⌉ + 1 blocks.
+    return min(most, -(-(window + step_tokens - 2) // block_size) + 1)
+
 
 class BlockManager:
-    """Hands out ``num_blocks`` blocks of ``block_size`` tokens each."""
+    """Hands out ``num_blocks`` blocks of ``block_size`` tokens each.
 
-    def __init__(self, num_blocks: int, block_size: int, *, prefix_caching: bool = True) -> None:
+    window: tokens that one sees in any layer, itself included; 0 where a layer sees all.
+    """
+
+    def __init__(
+        self, num_blocks: int, block_size: int, *, window: int = 0, prefix_caching: bool = True
+    ) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
+        self.window = window
         self.prefix_caching = prefix_caching
         self._references = [0] * num_blocks
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
@@ -37,31 +62,45 @@ class BlockManager:
         return -(-tokens // self.block_size)
 
     def share_prefix(self, sequence: Sequence) -> int:
-        """Give a sequence without blocks every cached block its tokens begin with.
+        """Give a sequence without blocks the longest prefix of its tokens that is cached.
 
         At least one token is left to compute, because the next token is sampled from its logits.
         Returns the number of tokens found.
         """
         assert not sequence.blocks
-        for block in self._cached_blocks(sequence):
+        found = self._cached_blocks(sequence)
+        unseen = self._unseen_blocks(len(found) * self.block_size)
+        for block in found[unseen:]:
             if self._references[block] == 0:
                 del self._free[block]
             self._references[block] += 1
-            sequence.blocks.append(block)
-        return len(sequence.blocks) * self.block_size
+        sequence.blocks += [_UNSEEN] * unseen + found[unseen:]
+        sequence.num_unseen_blocks = unseen
+        return len(found) * self.block_size
 
     def num_cached_tokens(self, sequence: Sequence) -> int:
         """How many tokens :meth:`share_prefix` would find now."""
-        return sum(self.block_size for _ in self._cached_blocks(sequence))
+        return len(self._cached_blocks(sequence)) * self.block_size
 
-    def _cached_blocks(self, sequence: Sequence) -> Iterator[int]:
-        if not self.prefix_caching:
-            return
-        for index in range((len(sequence.token_ids) - 1) // self.block_size):
-            block = self._block_of.get(self._hash(sequence, index))
-            if block is None:
-                return
-            yield block
+    def _cached_blocks(self, sequence: Sequence) -> list[int]:
+        """Blocks of the longest prefix that lacks none of those its next token sees."""
+        found: list[int] = []
+        length = lacking = 0  # blocks of that prefix; blocks up to the last one that is not cached
+        if self.prefix_caching:
+            for index in range((len(sequence.token_ids) - 1) // self.block_size):
+                block = self._block_of.get(self._hash(sequence, index))
+                found.append(_UNSEEN if block is None else block)
+                if block is None:
+                    lacking = index + 1
+                    if not self.window:
+                        break
+                elif lacking <= self._unseen_blocks((index + 1) * self.block_size):
+                    length = index + 1
+        return found[:length]
+
+    def _unseen_blocks(self, tokens: int) -> int:
+        """Leading blocks that none of the tokens after the first ``tokens`` sees."""
+        return max(0, tokens - self.window + 1) // self.block_size if self.window else 0
 
     def grow(self, sequence: Sequence, tokens: int) -> bool:
         """Give the sequence blocks for its first ``tokens`` tokens, or nothing and return False."""
@@ -91,13 +130,26 @@ class BlockManager:
                 self._block_of[key] = block
                 self._key_of[block] = key
 
+    def release_unseen(self, sequence: Sequence) -> None:
+        """Take back the blocks that no token still to be computed sees."""
+        before = sequence.num_unseen_blocks
+        unseen = self._unseen_blocks(sequence.num_computed_tokens)
+        if unseen > before:
+            self._take_back(sequence.blocks[before:unseen])
+            sequence.blocks[before:unseen] = [_UNSEEN] * (unseen - before)
+            sequence.num_unseen_blocks = unseen
+
     def release(self, sequence: Sequence) -> None:
         """Take back all blocks of a sequence; the deepest are reused first."""
-        for block in reversed(sequence.blocks):
+        self._take_back(sequence.blocks[sequence.num_unseen_blocks :])
+        sequence.blocks = []  # another list: who has written this one elsewhere is to see it gone
+        sequence.num_unseen_blocks = 0
+
+    def _take_back(self, blocks: list[int]) -> None:
+        for block in reversed(blocks):
             self._references[block] -= 1
             if self._references[block] == 0:
                 self._free[block] = None
-        sequence.blocks = []  # another list: who has written this one elsewhere is to see it gone
 
     def _hash(self, sequence: Sequence, index: int) -> bytes:
         hashes = sequence.block_hashes

@@ -65,6 +65,11 @@ class DecoderShape:
     max_model_len: int
     windows: tuple[int, ...]
 
+    @property
+    def window(self) -> int:
+        """Tokens that one sees in any layer, itself included; 0 where a layer sees all."""
+        return max(self.windows) if all(self.windows) else 0
+
     @classmethod
     def from_config(cls, config: PretrainedConfig) -> DecoderShape:
         if config.model_type not in MODEL_TYPES:

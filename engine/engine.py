@@ -34,7 +34,7 @@ from nybble.engine.request import (
     Request,
     RequestOutput,
 )
-from nybble.engine.runner import ModelRunner, free_kv_bytes, kv_blocks
+from nybble.engine.runner import ModelRunner, blocks_per_sequence, free_kv_bytes, kv_blocks
 from nybble.engine.sampler import SequenceSampler
 from nybble.engine.scheduler import Scheduler
 from nybble.engine.sequence import Sequence
@@ -83,7 +83,7 @@ class Engine:
         self._thread = EngineThread(runner, new_scheduler, eos_token_ids, config)
         self._adapters = self._thread.adapters
         self.max_num_seqs = config.max_num_seqs
-        self._block_size = config.block_size
+        self._config = config
         self._max_in_flight = config.max_num_seqs + config.max_waiting
         self._in_flight: set[str] = set()
 
@@ -149,12 +149,16 @@ class Engine:
         most = config.max_num_seqs * -(-max_model_len // config.block_size)
         kv_bytes = config.kv_cache_bytes or free_kv_bytes(device)
         num_blocks = min(kv_blocks(kv_bytes, shape, config), most)
-        max_model_len = min(max_model_len, num_blocks * config.block_size)
+        if blocks_per_sequence(max_model_len, shape, config) > num_blocks:
+            max_model_len = num_blocks * config.block_size
         settings = read_generation_config(checkpoint.folder)
 
         def new_scheduler() -> Scheduler:
             blocks = BlockManager(
-                num_blocks, config.block_size, prefix_caching=config.prefix_caching
+                num_blocks,
+                config.block_size,
+                window=shape.window,
+                prefix_caching=config.prefix_caching,
             )
             return Scheduler(blocks, config.max_num_seqs, config.max_batched_tokens)
 
@@ -195,7 +199,14 @@ class Engine:
     @property
     def kv_cache_tokens(self) -> int:
         """Tokens whose keys and values the cache holds."""
-        return self.stats().kv_blocks_total * self._block_size
+        return self.stats().kv_blocks_total * self._config.block_size
+
+    @property
+    def max_sequence_kv_tokens(self) -> int:
+        """Tokens whose keys and values the cache holds for one sequence at most."""
+        shape = self._runner.decoder.shape
+        blocks = blocks_per_sequence(self.max_model_len, shape, self._config)
+        return blocks * self._config.block_size
 
     @property
     def healthy(self) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 from nybble.engine.adapter_slots import AdapterSlots, StepAdapters
+from nybble.engine.block_manager import most_blocks
 from nybble.engine.config import EngineConfig, resolve_device
 from nybble.engine.decoder import Decoder, DecoderShape, KVCache
 from nybble.engine.graphs import Capture, DecodeGraphs, bucket_sizes, cuda_capture
@@ -26,6 +27,11 @@ def kv_bytes_per_block(shape: DecoderShape, config: EngineConfig) -> int:
     if config.kv_dtype != "auto":
         return 2 * shape.layers * heads * (shape.head_dim + 4)
     return 2 * shape.layers * heads * shape.head_dim * config.dtype.itemsize
+
+
+def blocks_per_sequence(tokens: int, shape: DecoderShape, config: EngineConfig) -> int:
+    """Blocks that a sequence of ``tokens`` tokens holds at once at most."""
+    return most_blocks(tokens, config.block_size, shape.window, config.max_batched_tokens)
 
 
 def kv_blocks(nbytes: int, shape: DecoderShape, config: EngineConfig) -> int:
@@ -66,7 +72,7 @@ class ModelRunner:
         self._max_num_seqs = config.max_num_seqs
         self._max_batched_tokens = config.max_batched_tokens
         self._tune = config.tune
-        self._max_blocks = min(num_blocks, -(-decoder.max_model_len // config.block_size))
+        self._max_blocks = -(-decoder.max_model_len // config.block_size)
         cache_shape = (num_blocks, shape.kv_heads, config.block_size, shape.head_dim)
 
         def zeros(dtype: torch.dtype, *shape: int) -> Tensor:

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from nybble.engine.adapter_cache import AdapterCache, AdapterVersion
-from nybble.engine.block_manager import BlockManager
+from nybble.engine.block_manager import BlockManager, most_blocks
 from nybble.engine.fair_queue import OUTPUT_COST, PROMPT_COST, FairQueue
 from nybble.engine.sequence import Sequence, SequenceStatus
 
@@ -163,9 +163,14 @@ class Scheduler:
             if sequence in plan.slotless or not self._may_run(plan, sequence):
                 continue
             cached = self.blocks.share_prefix(sequence) if sequence.may_share_prefix else 0
-            # The whole of it must fit now, else a long prompt and a short one could preempt each
-            # other for ever.
-            needed = self.blocks.blocks_for(len(sequence.token_ids))
+            # All it will hold at once must fit now, else a long prompt and a short one could
+            # preempt each other for ever.
+            needed = most_blocks(
+                len(sequence.token_ids),
+                self.blocks.block_size,
+                self.blocks.window,
+                self.max_batched_tokens,
+            )
             if not self._make_room(plan, sequence, needed):
                 self.blocks.release(sequence)
                 return False
@@ -209,9 +214,9 @@ class Scheduler:
             if victim is None:
                 return False
             self._preempt(plan, victim)
-        while needed - len(sequence.blocks) > self.blocks.num_free_blocks:
+        while needed - sequence.num_held_blocks > self.blocks.num_free_blocks:
             victim = self._above_share(
-                sequence, self.blocks.num_blocks, lambda running: len(running.blocks), needed
+                sequence, self.blocks.num_blocks, lambda running: running.num_held_blocks, needed
             )
             if victim is None:
                 return False
@@ -312,6 +317,8 @@ class Scheduler:
         before = sequence.num_computed_tokens
         sequence.num_computed_tokens += item.num_tokens
         self.blocks.publish(sequence, before)
+        # The next step, which may write them for others, runs after the one that read them.
+        self.blocks.release_unseen(sequence)
 
     def finish(self, sequence: Sequence) -> None:
         """Forget a sequence, wherever it is, and take its blocks back."""

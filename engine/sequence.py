@@ -25,6 +25,8 @@ class Sequence:
     num_charged_tokens: leading tokens of the prompt that its tenant need not pay for (again).
     blocks: ids of the KV blocks holding them, in order; a list that only grows, and another one
         once they are taken back.
+    num_unseen_blocks: leading blocks that were taken back because no layer sees them any more;
+        their places in the list stay.
     block_hashes: the prefix-cache keys of the leading full blocks, as far as they are known.
     adapter: the version of the request's adapter, settled when the request is taken.
     overtaken: others admitted while this one's adapter found no slot.
@@ -47,6 +49,7 @@ class Sequence:
         self.arrived = time.monotonic()
         self.queue_seconds = 0.0
         self.blocks: list[int] = []
+        self.num_unseen_blocks = 0
         self.block_hashes: list[bytes] = []
         self.adapter: AdapterVersion | None = None
         self.overtaken = 0
@@ -87,6 +90,10 @@ class Sequence:
     def may_share_prefix(self) -> bool:
         """Whether its first tokens may be taken from the prefix cache."""
         return self.reader is None or not self.reader.whole
+
+    @property
+    def num_held_blocks(self) -> int:
+        return len(self.blocks) - self.num_unseen_blocks
 
     @property
     def num_output_tokens(self) -> int:

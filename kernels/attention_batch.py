@@ -14,7 +14,8 @@ class AttentionBatch:
 
     query_start: int32 ``(seqs + 1,)``, the first row of each sequence, then the number of rows.
     context_lens: int32 ``(seqs,)``, tokens in the KV cache, the new ones included.
-    block_tables: int32 ``(seqs, max_blocks)``, the KV blocks of each sequence in order.
+    block_tables: int32 ``(seqs, max_blocks)``, the KV blocks of each sequence in order. Of those
+        that no new token sees neither the entry nor what it names is read.
     slot_mapping: int64 ``(tokens,)``, where each new token's key and value go.
     max_query: the most rows any sequence has.
     """

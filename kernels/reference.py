@@ -111,28 +111,33 @@ def paged_attention(
     sequence without context, which only pads the batch, is undefined.
     """
     out = torch.empty_like(q)
-    starts = batch.query_start.tolist()
+    starts, block_size = batch.query_start.tolist(), k_cache.shape[2]
     for index, context in enumerate(batch.context_lens.tolist()):
         if context == 0:
             continue
         queries = q[starts[index] : starts[index + 1]]
-        blocks = -(-context // k_cache.shape[2])
-        table = batch.block_tables[index, :blocks].long()
+        blocks = -(-context // block_size)
+        # The first new token's window begins in the first block that is read.
+        unseen = max(0, context - len(queries) - window + 1) // block_size if window else 0
+        table = batch.block_tables[index, unseen:blocks].long()
+        positions = torch.arange(unseen * block_size, context, device=q.device)
 
         def gather(
-            cache: Tensor, scales: Tensor | None, table: Tensor = table, context: int = context
+            cache: Tensor,
+            scales: Tensor | None,
+            table: Tensor = table,
+            count: int = len(positions),
         ) -> Tensor:
             wide = cache[table].float()
             if scales is not None:
                 wide *= scales[table][..., None]
-            return wide.transpose(1, 2).flatten(0, 1)[:context]  # (context, heads, d)
+            return wide.transpose(1, 2).flatten(0, 1)[:count]  # (count, heads, d)
 
         keys, values = gather(k_cache, k_scales), gather(v_cache, v_scales)
         repeats = q.shape[1] // keys.shape[1]
         keys, values = (t.repeat_interleave(repeats, dim=1) for t in (keys, values))
         scores = torch.einsum("qhd,khd->hqk", queries.float(), keys) * scale
-        positions = torch.arange(context, device=q.device)
-        own = positions[context - queries.shape[0] :, None]
+        own = positions[-len(queries) :, None]
         visible = positions <= own
         if window:
             visible &= positions > own - window

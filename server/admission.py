@@ -36,12 +36,14 @@ _MAX_RETRY_AFTER = 600
 @dataclass(frozen=True)
 class Capacity:
     """sequences: in flight at most. seats: of these computed at once. tokens: in the KV cache.
-    max_wait: seconds a sequence may wait before it is computed."""
+    max_wait: seconds a sequence may wait before it is computed. sequence_tokens: in the KV cache of
+    one sequence at most, however long it is."""
 
     sequences: int
     seats: int
     tokens: int
     max_wait: float
+    sequence_tokens: float = math.inf
 
 
 class Needs:
@@ -169,7 +171,11 @@ class Admission:
         """Tokens of what is in flight, and a newcomer, that fit into cache and seats together."""
         count = self._sequences.total() + sequences
         size = (self._tokens.total() + tokens) / max(count, 1)
-        return min(self.capacity.tokens, self.capacity.seats * size)
+        return min(self._fit_cache(size), self.capacity.seats * size)
+
+    def _fit_cache(self, size: float) -> float:
+        """Tokens of sequences of mean size ``size`` that fit: of long ones a part may be kept."""
+        return self.capacity.tokens * max(1.0, size / self.capacity.sequence_tokens)
 
     def _seconds_for(self, sequences: int) -> float:
         """Until so many sequences have ended; 5 where no rate is known."""
@@ -182,10 +188,9 @@ class Admission:
         """Take note of what was computed since the last change of what is in flight."""
         (then, before), (now, computed) = self._seen, (self._clock(), self._computed())
         self._seen = (now, computed)
-        if (
-            self._sequences.total() > self.capacity.seats
-            or self._tokens.total() > self.capacity.tokens
-        ):
+        sequences, tokens = self._sequences.total(), self._tokens.total()
+        size = tokens / max(sequences, 1)
+        if sequences > self.capacity.seats or tokens > self._fit_cache(size):
             keep = math.exp((then - now) / _MEMORY_SECONDS)
             self._seconds = self._seconds * keep + now - then
             self._work = self._work * keep + computed - before

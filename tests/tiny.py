@@ -8,7 +8,14 @@ from typing import Literal
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 BOS, USER_TURN, EOS = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 
@@ -62,23 +69,29 @@ def write_tokenizer(folder: Path, *, vocab_size: int, max_length: int) -> int:
 def write_tiny_model(
     folder: Path,
     *,
-    family: Literal["llama", "qwen2"] = "qwen2",
+    family: Literal["llama", "mistral", "qwen2"] = "qwen2",
     vocab_size: int = 320,
     hidden_size: int = 128,
     layers: int = 2,
     max_length: int = 512,
     tie_word_embeddings: bool = False,
+    sliding_window: int | None = None,
     seed: int = 0,
 ) -> Path:
     """Write config.json, model.safetensors (bfloat16) and a tokenizer to ``folder``; returns it.
 
-    Four query heads share two key/value heads; ``qwen2`` has biases on q, k and v. The weights are
-    scaled so that logits spread over several units: greedy choices are not decided by rounding.
+    Four query heads share two key/value heads; ``qwen2`` has biases on q, k and v, ``mistral`` may
+    have a sliding window. The weights are scaled so that logits spread over several units: greedy
+    choices are not decided by rounding.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tokens = write_tokenizer(folder, vocab_size=vocab_size, max_length=max_length)
-    config_class = {"llama": LlamaConfig, "qwen2": Qwen2Config}[family]
-    model_class = {"llama": LlamaForCausalLM, "qwen2": Qwen2ForCausalLM}[family]
+    config_class, model_class = {
+        "llama": (LlamaConfig, LlamaForCausalLM),
+        "mistral": (MistralConfig, MistralForCausalLM),
+        "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    }[family]
+    window = {"sliding_window": sliding_window} if family == "mistral" else {}
     config = config_class(
         vocab_size=tokens,
         hidden_size=hidden_size,
@@ -91,6 +104,7 @@ def write_tiny_model(
         bos_token_id=0,
         eos_token_id=2,
         dtype="bfloat16",
+        **window,
     )
     model = model_class(config)
     generator = torch.Generator().manual_seed(seed)

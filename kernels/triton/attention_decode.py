@@ -119,6 +119,7 @@ def decode_kernel(
                 head,
                 kv_heads,
                 first,
+                key_begin,
                 key_end,
                 position,
                 scale,

@@ -73,10 +73,10 @@ def prefill_kernel(
         table = block_tables + seq.to(tl.int64) * table_stride
         key_end = tl.minimum(context - length + offset + TOKENS, context)
         key_begin = tl.where(window > 0, tl.maximum(context - length + offset - window + 1, 0), 0)
-        key_begin = key_begin // TILE * TILE
+        tile_begin = key_begin // TILE * TILE  # whatever else the chunk holds
         # Every row sees every key before ``open_end`` (no row sees past it without a mask).
-        open_end = tl.where(window > 0, key_begin, (context - length + offset + 1) // TILE * TILE)
-        for first in tl.range(key_begin, open_end, TILE, num_stages=STAGES):
+        open_end = tl.where(window > 0, tile_begin, (context - length + offset + 1) // TILE * TILE)
+        for first in tl.range(tile_begin, open_end, TILE, num_stages=STAGES):
             accumulator, peak, total = attend(
                 query,
                 accumulator,
@@ -90,6 +90,7 @@ def prefill_kernel(
                 head,
                 kv_heads,
                 first,
+                key_begin,
                 key_end,
                 position,
                 scale,
@@ -115,6 +116,7 @@ def prefill_kernel(
                 head,
                 kv_heads,
                 first,
+                key_begin,
                 key_end,
                 position,
                 scale,

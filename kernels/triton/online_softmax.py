@@ -22,6 +22,7 @@ def attend(
     head,
     kv_heads,
     first,
+    key_begin,
     key_end,
     position,
     scale,
@@ -35,11 +36,14 @@ def attend(
 ):
     """One step of the online softmax: keys ``first`` … ``first + TILE − 1`` below ``key_end``.
 
-    ``position`` is the position of each query row. ``scale`` includes log2(e): powers are of two.
+    CAUSAL masks what a row does not see, and reads no key below ``key_begin``. ``position`` is the
+    position of each query row. ``scale`` includes log2(e): powers are of two.
     """
     key = first + tl.arange(0, TILE)
     lane = tl.arange(0, DIM_PADDED)
     inside = key < key_end
+    if CAUSAL:
+        inside = inside & (key >= key_begin)
     block = tl.load(table + key // BLOCK_SIZE, inside, 0).to(tl.int64)
     row = (block * kv_heads + head) * BLOCK_SIZE + key % BLOCK_SIZE
     at = row[:, None] * DIM + lane[None, :]

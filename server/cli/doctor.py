@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 from nybble.engine import EngineConfig, resolve_device
 from nybble.engine.decoder import DecoderShape
-from nybble.engine.runner import free_kv_bytes, kv_bytes_per_block
+from nybble.engine.runner import blocks_per_sequence, free_kv_bytes, kv_bytes_per_block
 from nybble.kernels.cpu.build import CpuKernelsUnavailableError, build_fastest
 from nybble.loaders import Checkpoint, open_checkpoint, resolve_model
 from nybble.loaders.cache import cache_folder
@@ -219,7 +219,7 @@ def _fit(
     memory: Callable[[torch.device], int],
 ) -> Finding:
     tokens = config.max_model_len or min(_DEFAULT_LEN, shape.max_model_len)
-    blocks = config.max_num_seqs * -(-tokens // config.block_size)
+    blocks = config.max_num_seqs * blocks_per_sequence(tokens, shape, config)
     kv = blocks * kv_bytes_per_block(shape, config)
     free = memory(torch.device(config.device))
     text = (

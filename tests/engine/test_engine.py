@@ -40,10 +40,16 @@ def start(checkpoint: object, **settings: object) -> Engine:
     return engine
 
 
-@pytest.fixture(scope="module")
-def engine(plain_checkpoint: Callable[..., object]) -> Iterator[Engine]:
-    # Room for about 100 tokens, so that six sequences must preempt one another.
-    engine = start(plain_checkpoint(), kv_cache_bytes=_bytes_for_blocks(plain_checkpoint(), 25))
+@pytest.fixture(scope="module", params=["all tokens seen", "sliding window"])
+def engine(
+    plain_checkpoint: Callable[..., object], request: pytest.FixtureRequest
+) -> Iterator[Engine]:
+    # Room for about 100 tokens, so that six sequences must preempt one another; for less where
+    # sequences keep less.
+    checkpoint, blocks = plain_checkpoint(), 25
+    if request.param == "sliding window":
+        checkpoint, blocks = plain_checkpoint(family="mistral", sliding_window=10), 12
+    engine = start(checkpoint, kv_cache_bytes=_bytes_for_blocks(checkpoint, blocks))
     yield engine
     engine.stop()
 

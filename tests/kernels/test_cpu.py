@@ -302,6 +302,15 @@ def test_rotary_and_paged_attention(
     found = cpu.paged_attention(q, k_cache, v_cache, batch, dim**-0.5, window)
     expected = reference.paged_attention(q.double(), k_cache, v_cache, batch, dim**-0.5, window)
     torch.testing.assert_close(found.double(), expected, rtol=2**-7, atol=2**-7)
+    # Blocks that no new token sees may be gone: whatever is there now is not read.
+    for row, (_, old) in enumerate(lengths):
+        unseen = max(0, old - window + 1) // block_size if window else 0
+        for cache in (k_cache, v_cache):
+            cache[tables[row, :unseen].long()] = float("nan")
+    again = cpu.paged_attention(q, k_cache, v_cache, batch, dim**-0.5, window)
+    assert torch.equal(again, found)
+    again = reference.paged_attention(q.double(), k_cache, v_cache, batch, dim**-0.5, window)
+    assert torch.equal(again, expected)
 
 
 def one_decode(context_lens: list[int], blocks_each: int = 2) -> AttentionBatch:

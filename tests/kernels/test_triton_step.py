@@ -138,6 +138,22 @@ def test_paged_attention_equals_the_reference(
     close(attention.paged_attention(q, keys, values, batch, dim**-0.5, window), expected)
 
 
+@pytest.mark.parametrize("block_size", [4, 16])
+@pytest.mark.parametrize("window", [1, 40, 100])
+def test_blocks_that_no_new_token_sees_are_not_read(block_size: int, window: int) -> None:
+    """They may have been given to another sequence, whose values need not even be numbers."""
+    lengths, dim = [(700, 1), (300, 70), (150, 1), (261, 2), (20, 9)], 32
+    batch, keys, values = paged(lengths, 2, dim, block_size, torch.float16)
+    q = random(sum(new for _, new in lengths), 4, dim, dtype=torch.float16)
+    whole = attention.paged_attention(q, keys, values, batch, dim**-0.5, window)
+    for row, (context, new) in enumerate(lengths):
+        unseen = max(0, context - new - window + 1) // block_size
+        gone = batch.block_tables[row, :unseen].long()
+        keys[gone], values[gone] = float("nan"), float("nan")
+    found = attention.paged_attention(q, keys, values, batch, dim**-0.5, window)
+    assert torch.equal(found, whole)
+
+
 @pytest.mark.parametrize("kept", [torch.int8, torch.float8_e4m3fn])
 def test_8_bit_caches_hold_each_head_to_its_precision_and_are_attended_as_they_stand(
     kept: torch.dtype,

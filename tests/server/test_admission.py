@@ -135,6 +135,25 @@ def test_a_burst_that_fits_at_once_is_let_in_however_slow_the_server_was() -> No
         pass
 
 
+def test_sequences_longer_than_what_is_kept_of_them_fit_in_greater_number() -> None:
+    """1,000 tokens of cache hold ten sequences of which 100 tokens are kept, whatever they have."""
+    now = computed = 0.0
+    capacity = Capacity(sequences=100, seats=16, tokens=1000, max_wait=10, sequence_tokens=100)
+    admission = Admission(capacity, lambda: int(computed), lambda: now)
+    with ExitStack() as stack:
+        for _ in range(10):
+            stack.enter_context(admission.admit(None, 1, 400))
+        now, computed = 10.0, 5000.0
+        for _ in range(5):
+            stack.enter_context(admission.admit(None, 1, 400))
+        assert admission.rate is None, "nothing has waited so far"
+        now, computed = 20.0, 6000.0  # 100 tokens a second; 2,000 wait, and the newcomer's 400
+        with pytest.raises(ApiError) as refused, admission.admit(None, 1, 400):
+            pass
+        assert "would wait about 24 s" in refused.value.message
+        assert admission.rate == 100
+
+
 def test_shares_of_the_rate_go_by_weight() -> None:
     now = computed = 0.0
     admission = Admission(CAPACITY, lambda: int(computed), lambda: now)

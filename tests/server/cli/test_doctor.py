@@ -62,6 +62,19 @@ def test_a_model_fits_as_long_as_weights_and_kv_cache_do(tiny_model: Callable[..
     assert none.text.endswith("does not fit, not even the weights")
 
 
+def test_of_a_sliding_window_the_part_that_is_kept_has_to_fit(
+    tiny_model: Callable[..., Path],
+) -> None:
+    folder = tiny_model(family="mistral", sliding_window=24)
+    weights = weight_bytes(folder, torch.bfloat16)
+    # 4 sequences of 24 + 64 − 1 tokens, in 7 blocks of 512 numbers; they may have 512 tokens.
+    config = replace(CONFIG, max_model_len=512, max_batched_tokens=64)
+    kv = 4 * 7 * 16 * 2 * 2 * 2 * 32 * 2
+    plan = Plan(str(folder), config)
+    assert findings(plan, free=weights + kv)["memory"].state == "ok"
+    assert findings(plan, free=weights + kv - 1)["memory"].state == "broken"
+
+
 def test_rounding_while_loading_makes_a_model_fit(tiny_model: Callable[..., Path]) -> None:
     plan = Plan(str(tiny_model()), replace(CONFIG, max_num_seqs=1, max_model_len=16))
     free = weight_bytes(tiny_model(), torch.bfloat16)
