@@ -7,7 +7,7 @@ MODEL  ?= demo
 PORT   ?= 8000
 PACKAGES := engine finetune kernels loaders quantizers server
 
-.PHONY: install serve test test-browser test-clients test-peers audit fuzz lint gpu clean
+.PHONY: install serve test test-browser test-clients test-peers audit fuzz sanitize lint gpu clean
 
 install: $(VENV)/.installed
 
@@ -100,6 +100,20 @@ fuzz: build/fuzz/.installed
 		build/fuzz/venv/bin/python tests/fuzz/fuzz.py $$target build/fuzz/corpus/$$target \
 			-max_total_time=$(FUZZ_SECONDS) -max_len=64 -artifact_prefix=build/fuzz/ -print_final_stats=1 || exit 1; \
 	done
+
+# The CPU kernels' tests on kernels instrumented by GCC's AddressSanitizer and UBSan: the compiler
+# the build finds is a script that adds the flags. Leaks are not looked for, Python has its own; and
+# a test asks for a segmentation fault and one for an exhausted address space.
+sanitize: install
+	rm -rf build/sanitize && mkdir -p build/sanitize/bin
+	printf '#!/bin/sh\nexec %s "$$@" -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all\n' \
+		"$$(command -v g++)" > build/sanitize/bin/g++
+	chmod +x build/sanitize/bin/g++
+	PATH="$(CURDIR)/build/sanitize/bin:$$PATH" XDG_CACHE_HOME="$(CURDIR)/build/sanitize/cache" \
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0:handle_segv=0 \
+		$(BIN)/pytest --capture=sys tests/kernels/test_cpu.py tests/kernels/test_cpu_bounds.py \
+		tests/kernels/test_lora.py -k "not running_out_of_memory"
 
 # On a machine with a GPU and a torch of its own: checks first, then the tables, each section in a
 # process and a time budget of its own. GPU_ARGS="--only checks,decode" picks, --dry-run needs no GPU.

@@ -83,13 +83,17 @@ class DecoderShape:
             size = getattr(config, name)
             if not isinstance(size, int) or size < 1:
                 raise UnsupportedModelError(f"{name} is {size!r}, expected 1 or more")
-        heads = int(config.num_attention_heads)
+        heads, kv_heads = int(config.num_attention_heads), int(config.num_key_value_heads)
+        if heads % kv_heads:
+            raise UnsupportedModelError(
+                f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"
+            )
         return cls(
             layers=int(config.num_hidden_layers),
             hidden=int(config.hidden_size),
             intermediate=int(config.intermediate_size),
             heads=heads,
-            kv_heads=int(config.num_key_value_heads),
+            kv_heads=kv_heads,
             head_dim=int(getattr(config, "head_dim", None) or config.hidden_size // heads),
             vocab=int(config.vocab_size),
             eps=float(config.rms_norm_eps),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -24,3 +25,20 @@ class AttentionBatch:
     block_tables: Tensor
     slot_mapping: Tensor
     max_query: int
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for what a kernel would misread; it is given addresses alone."""
+        seqs = self.context_lens.shape[0]
+        expected = {
+            "query_start": ((seqs + 1,), torch.int32),
+            "context_lens": ((seqs,), torch.int32),
+            "block_tables": ((seqs, self.block_tables.shape[-1]), torch.int32),
+            "slot_mapping": ((self.slot_mapping.numel(),), torch.int64),
+        }
+        for name, (shape, dtype) in expected.items():
+            tensor: Tensor = getattr(self, name)
+            if tensor.shape != shape or tensor.dtype != dtype or not tensor.is_contiguous():
+                raise ValueError(
+                    f"{name} is {tensor.dtype} {tuple(tensor.shape)} with strides "
+                    f"{tensor.stride()}, expected contiguous {dtype} {shape}"
+                )

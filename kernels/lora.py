@@ -62,7 +62,8 @@ def lora_add(
         from nybble.kernels.triton import lora
 
         return lora.lora_add(out, x, a, b, ranks, offsets, batch)
-    cpu = library() if x.device.type == "cpu" and x.dtype == torch.bfloat16 else None
+    alike = out.dtype == x.dtype == a.dtype == b.dtype == torch.bfloat16
+    cpu = library() if x.is_cpu and alike else None
     kernel = cpu.lora_add if cpu is not None else lora_add_reference
     kernel(out, x, a, b, ranks, offsets, batch)
 

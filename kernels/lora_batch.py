@@ -28,6 +28,22 @@ class LoRABatch:
     segment_slots: Tensor
     max_segment: int
 
+    def __post_init__(self) -> None:
+        """Raises ValueError for what a kernel would misread; it is given addresses alone."""
+        lengths = {
+            "slots": self.slots.numel(),
+            "order": self.order.numel(),
+            "segment_starts": self.segment_slots.numel() + 1,
+            "segment_slots": self.segment_slots.numel(),
+        }
+        for name, length in lengths.items():
+            tensor: Tensor = getattr(self, name)
+            if tensor.shape != (length,) or tensor.dtype != torch.int32 or tensor.stride() != (1,):
+                raise ValueError(
+                    f"{name} is {tensor.dtype} {tuple(tensor.shape)} with strides "
+                    f"{tensor.stride()}, expected contiguous int32 ({length},)"
+                )
+
     @classmethod
     def of(cls, slots: Sequence[int], device: torch.device | str) -> LoRABatch | None:
         """The batch of rows with these slots; None where none has an adapter."""

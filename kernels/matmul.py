@@ -32,7 +32,7 @@ def linear(x: Tensor, weight: PackedWeight | DenseWeight) -> Tensor:
     """``x @ W.T + bias`` for ``x (..., in_features)``, in the dtype of ``x``."""
     if isinstance(weight, PackedWeight):
         return packed_matmul(x, weight)
-    if x.device.type == "cpu" and x.dtype == torch.bfloat16:
+    if x.is_cpu and x.dtype == torch.bfloat16:
         return _linear_of_few_sizes(x, weight)
     return torch.nn.functional.linear(x, weight.weight, weight.bias)
 
@@ -75,11 +75,11 @@ def gated_linear(x: Tensor, weight: PackedWeight | DenseWeight) -> Tensor:
 
 def packed_matmul(x: Tensor, weight: PackedWeight) -> Tensor:
     """``x @ weight.dequantize().T + bias``: ``(..., in_features)`` to ``(..., out_features)``."""
-    if x.dtype == torch.bfloat16 and x.device.type == "cpu":
+    if x.is_cpu and x.dtype == torch.bfloat16:
         cpu = library()
         if cpu is not None and cpu.takes(weight):
             return cpu.packed_matmul(x, weight)
-    if x.device.type == "cuda":
+    if x.is_cuda:
         from nybble.kernels.triton import matmul as gpu  # only here: Triton is for Linux
 
         if gpu.takes(weight, x.dtype):
@@ -89,7 +89,7 @@ def packed_matmul(x: Tensor, weight: PackedWeight) -> Tensor:
 
 def dequantize(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     """:meth:`PackedWeight.dequantize` by the CPU's kernel where it takes the weight."""
-    if weight.qweight.device.type == "cpu":
+    if weight.qweight.is_cpu:
         cpu = library()
         if cpu is not None and cpu.takes(weight):
             return cpu.dequantize(weight, dtype)

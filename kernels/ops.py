@@ -28,10 +28,14 @@ __all__ = [
 ]
 
 
-def _cpu(x: Tensor, width: int, multiple: int) -> CpuLibrary | None:
-    if x.dtype == torch.bfloat16 and x.device.type == "cpu" and width % multiple == 0:
-        return library()
-    return None
+def _cpu(width: int, multiple: int, *tensors: Tensor) -> CpuLibrary | None:
+    """The kernels, if they take tensors of these dtypes and this width."""
+    if width % multiple:
+        return None
+    for tensor in tensors:
+        if tensor.dtype != torch.bfloat16 or not tensor.is_cpu:
+            return None
+    return library()
 
 
 def _on_gpu(x: Tensor) -> bool:
@@ -45,7 +49,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         from nybble.kernels.triton import norm
 
         return norm.rms_norm(x, weight, eps)
-    cpu = _cpu(x, x.shape[-1], 16)
+    cpu = _cpu(x.shape[-1], 16, x, weight)
     return cpu.rms_norm(x, weight, eps) if cpu else reference.rms_norm(x, weight, eps)
 
 
@@ -55,7 +59,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
         from nybble.kernels.triton import norm
 
         return norm.add_rms_norm(x, residual, weight, eps)
-    cpu = _cpu(x, x.shape[-1], 16)
+    cpu = _cpu(x.shape[-1], 16, x, residual, weight)
     kernel = cpu.add_rms_norm if cpu else reference.add_rms_norm
     return kernel(x, residual, weight, eps)
 
@@ -66,7 +70,7 @@ def silu_mul(gate_up: Tensor) -> Tensor:
         from nybble.kernels.triton import norm
 
         return norm.silu_mul(gate_up)
-    cpu = _cpu(gate_up, gate_up.shape[-1], 32)
+    cpu = _cpu(gate_up.shape[-1], 32, gate_up)
     return cpu.silu_mul(gate_up) if cpu else reference.silu_mul(gate_up)
 
 
@@ -88,7 +92,7 @@ def rotary_store(
 
         kernel = rotary.rotary_store
     else:
-        cpu = _cpu(q, q.shape[-1], 32)
+        cpu = _cpu(q.shape[-1], 32, q, k, v, k_cache, v_cache)
         if cpu and k_scales is None:
             return cpu.rotary_store(q, k, v, cos, sin, k_cache, v_cache, slot_mapping)
         kernel = reference.rotary_store
@@ -111,7 +115,7 @@ def paged_attention(
 
         kernel = attention.paged_attention
     else:
-        cpu = _cpu(q, q.shape[-1], 32)
+        cpu = _cpu(q.shape[-1], 32, q, k_cache, v_cache)
         if cpu and k_scales is None:
             return cpu.paged_attention(q, k_cache, v_cache, batch, scale, window)
         kernel = reference.paged_attention

@@ -104,9 +104,12 @@ class PackedWeight:
             raise ValueError(f"packed weight: scales dtype {self.scales.dtype} is not floating")
         check("scales shape", tuple(self.scales.shape), groups)
         check("levels shape", tuple(self.levels.shape), (16,))
+        check("levels dtype", self.levels.dtype, torch.float32)
         if self.zeros is not None:
             check("zeros shape", tuple(self.zeros.shape), groups)
             check("zeros dtype", self.zeros.dtype, self.scales.dtype)
+        if self.perm is not None:
+            check("perm dtype", self.perm.dtype, torch.int32)
         if self.perm is not None and (self.perm.ndim != 1 or self.perm.shape[0] < self.in_features):
             raise ValueError(
                 f"packed weight: perm shape is {tuple(self.perm.shape)}, "
@@ -124,6 +127,17 @@ class PackedWeight:
     def groups(self) -> int:
         """Groups in a row; the last one is short where group_size does not divide ``columns``."""
         return -(-self.columns // self.group_size)
+
+    @cached_property
+    def is_contiguous(self) -> bool:
+        """Whether every tensor lies in memory without gaps, as kernels read it."""
+        tensors = (self.qweight, self.scales, self.zeros, self.levels, self.perm)
+        return all(t.is_contiguous() for t in tensors if t is not None)
+
+    @cached_property
+    def wide_bias(self) -> Tensor | None:
+        """``bias`` as the CPU's kernels add it: float32, contiguous."""
+        return None if self.bias is None else self.bias.float().contiguous()
 
     @cached_property
     def level_values(self) -> tuple[float, ...]:

@@ -183,9 +183,20 @@ class PackedCheckpoint:
             try:
                 if kind == "packed":
                     about["levels"] = torch.tensor(about["levels"])
-                    weight: Weight = PackedWeight(**about)
+                    packed = PackedWeight(**about)
+                    _check_perm(packed.perm, packed.in_features)
+                    weight: Weight = packed
                 else:
                     weight = DenseWeight(**about)
             except (TypeError, ValueError, KeyError) as error:
                 raise CheckpointError(f"{self.folder / HEADER}: {name}: {error}") from error
             yield name, weight
+
+
+def _check_perm(perm: Tensor | None, in_features: int) -> None:
+    """Raises ValueError where it names features there are not: kernels write where it says."""
+    if perm is None:
+        return
+    lowest, highest = (int(end) for end in perm.aminmax())
+    if lowest < 0 or highest >= in_features:
+        raise ValueError(f"perm goes from {lowest} to {highest}, expected 0 to {in_features - 1}")

@@ -5,13 +5,17 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
+import logging
 import os
 import shutil
 import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+
+logger = logging.getLogger(__name__)
 
 _FLAGS = (
     *("-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp"),
@@ -48,6 +52,10 @@ class CpuKernelsUnavailableError(RuntimeError):
     """The kernels cannot be built or run here; the message says what is missing."""
 
 
+class CompilerError(CpuKernelsUnavailableError):
+    """The compiler does not take the sources or the flags of a target."""
+
+
 def missing_cpu_features(target: Target, cpuinfo: Path = Path("/proc/cpuinfo")) -> list[str]:
     """The instruction sets of ``target`` this CPU lacks."""
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
@@ -55,23 +63,49 @@ def missing_cpu_features(target: Target, cpuinfo: Path = Path("/proc/cpuinfo")) 
     return [feature for feature in target.features if feature not in flags]
 
 
-def best_target(cpuinfo: Path = Path("/proc/cpuinfo")) -> Target:
-    """The fastest target this CPU runs. Raises CpuKernelsUnavailableError naming what it lacks."""
-    for target in TARGETS:
-        missing = missing_cpu_features(target, cpuinfo)
-        if not missing:
-            return target
-    raise CpuKernelsUnavailableError(f"this CPU lacks {', '.join(missing)}")
+def usable_targets(cpuinfo: Path = Path("/proc/cpuinfo")) -> list[Target]:
+    """The targets this CPU runs, the fastest first: one at least.
+
+    Raises CpuKernelsUnavailableError naming what it lacks.
+    """
+    lacking = [missing_cpu_features(target, cpuinfo) for target in TARGETS]
+    usable = [target for target, missing in zip(TARGETS, lacking, strict=True) if not missing]
+    if not usable:
+        raise CpuKernelsUnavailableError(f"this CPU lacks {', '.join(lacking[-1])}")
+    return usable
 
 
-def build(
-    target: Target | None = None, *, compiler: str = "g++", cache: Path | None = None
-) -> Path:
-    """The path of the library for ``target`` (the best one), compiling it if it is not cached.
+def load() -> ctypes.CDLL:
+    """The library for the fastest target that this CPU runs and the compiler knows.
+
+    Raises CpuKernelsUnavailableError where it cannot be built, OSError where it cannot be loaded.
+    """
+    library = build_fastest()
+    try:
+        return ctypes.CDLL(str(library))
+    except OSError as error:
+        # Cut short by a power failure, or made against newer system libraries than these.
+        logger.warning("building the CPU kernels anew: %s", error)
+        library.unlink(missing_ok=True)
+        return ctypes.CDLL(str(build_fastest()))
+
+
+def build_fastest(*, compiler: str = "g++", cache: Path | None = None) -> Path:
+    """:func:`build` for the first usable target that the compiler, which may be old, knows."""
+    *faster, last = usable_targets()
+    for target in faster:
+        try:
+            return build(target, compiler=compiler, cache=cache)
+        except CompilerError as error:
+            logger.warning("no %s kernels, slower ones will be used: %s", target.name, error)
+    return build(last, compiler=compiler, cache=cache)
+
+
+def build(target: Target, *, compiler: str = "g++", cache: Path | None = None) -> Path:
+    """The path of the library for ``target``, compiling it if it is not cached.
 
     Raises CpuKernelsUnavailableError naming what is missing.
     """
-    target = target or best_target()
     folder_here = Path(__file__).parent
     sources = sorted(folder_here.glob("*.cpp"))
     key = hashlib.sha256(repr((_FLAGS, target)).encode())
@@ -84,18 +118,27 @@ def build(
     found = shutil.which(compiler)
     if found is None:
         raise CpuKernelsUnavailableError(f"no C++ compiler: {compiler} is not on the PATH")
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        output = Path(scratch) / "kernels.so"
-        # OpenMP's symbols resolve to the runtime torch has loaded: a second one would start a
-        # second pool of threads on the same cores. -nodefaultlibs keeps the driver from adding it.
-        command = [found, *_FLAGS, *target.flags, *map(str, sources), "-o", str(output)]
-        command += ["-nodefaultlibs", "-lstdc++", "-lm", "-lc", "-lgcc"]
-        result = subprocess.run(command, capture_output=True, text=True)
-        if result.returncode:
-            raise CpuKernelsUnavailableError(f"{compiler} failed:\n{result.stderr.strip()}")
-        os.replace(output, library)  # whole or not at all, whoever else builds it
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            output = Path(scratch) / "kernels.so"
+            _compile(found, target, sources, output)
+            os.replace(output, library)  # whole or not at all, whoever else builds it
+    except OSError as error:
+        raise CpuKernelsUnavailableError(
+            f"{folder} cannot be written ({error.strerror}): set XDG_CACHE_HOME to one that can"
+        ) from error
     return library
+
+
+def _compile(compiler: str, target: Target, sources: list[Path], output: Path) -> None:
+    # OpenMP's symbols resolve to the runtime torch has loaded: a second one would start a second
+    # pool of threads on the same cores. -nodefaultlibs keeps the driver from adding it.
+    command = [compiler, *_FLAGS, *target.flags, *map(str, sources), "-o", str(output)]
+    command += ["-nodefaultlibs", "-lstdc++", "-lm", "-lc", "-lgcc"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        raise CompilerError(f"{compiler} failed:\n{result.stderr.strip()}")
 
 
 def _user_cache() -> Path:
@@ -104,6 +147,6 @@ def _user_cache() -> Path:
 
 if __name__ == "__main__":
     try:
-        print(f"CPU kernels: {build()}")
+        print(f"CPU kernels: {build_fastest()}")
     except CpuKernelsUnavailableError as error:
         print(f"CPU kernels not built, the slower PyTorch path will be used: {error}")

@@ -1,11 +1,13 @@
 // A packed weight as a dense matrix; PackedWeight.dequantize in kernels/packed.py defines it, and
 // the results are the same to the bit.
 
+#include <omp.h>
+
 #include <algorithm>
-#include <vector>
 
 #include "levels.h"
 #include "packed_args.h"
+#include "status.h"
 
 using namespace nybble;
 
@@ -43,33 +45,41 @@ void decode(const Packed& w, const Levels& levels, int64_t tile, int64_t lane, c
 }  // namespace
 
 // out is (outputs, inputs), float or bf16. perm may be null; columns of the same feature are added.
-extern "C" void nybble_dequantize(const uint8_t* codes, const void* scales, const void* zeros,
-                                  const float* levels, const int32_t* perm, void* out,
-                                  int64_t outputs, int64_t inputs, int64_t columns, int64_t groups,
-                                  int64_t octets_per_group, int scale_type, int as_bf16,
-                                  int threads) {
-    const Packed w{codes, (columns + 7) / 8, groups, octets_per_group};
+extern "C" int nybble_dequantize(const uint8_t* codes, const void* scales, const void* zeros,
+                                 const float* levels, const int32_t* perm, void* out,
+                                 int64_t outputs, int64_t inputs, int64_t columns, int64_t groups,
+                                 int64_t octets_per_group, int scale_type, int as_bf16,
+                                 int threads) try {
+    const int64_t octets = (columns + 7) / 8;
+    const Packed w{codes, octets, groups, std::min(octets, octets_per_group)};
     const Levels table(levels);
     const int64_t tiles = (outputs + 15) / 16;
+    // A tile's scales and zeros, a row of it as stored, and that row by features.
+    const int64_t row_size = w.octets * 8 + 8;
+    const int64_t size = groups * 32 + row_size + (perm ? inputs : 0);
+    const auto all_buffers = buffers(threads, size);
 #pragma omp parallel num_threads(threads)
     {
-        std::vector<float> tile_scales(groups * 16), tile_zeros(groups * 16);
-        std::vector<float> stored(w.octets * 8 + 8), features(perm ? inputs : 0);
+        float* tile_scales = all_buffers.get() + omp_get_thread_num() * size;
+        float* tile_zeros = tile_scales + groups * 16;
+        float* stored = tile_zeros + groups * 16;
+        float* features = stored + row_size;
+        if (!zeros) std::fill(tile_zeros, stored, 0.0f);
 #pragma omp for schedule(dynamic)
         for (int64_t tile = 0; tile < tiles; ++tile) {
             for (int64_t group = 0; group < groups; ++group) {
                 const int64_t at = (tile * groups + group) * 16;
-                store(tile_scales.data() + group * 16, load_scales(scales, at, scale_type));
-                if (zeros) store(tile_zeros.data() + group * 16, load_scales(zeros, at, scale_type));
+                store(tile_scales + group * 16, load_scales(scales, at, scale_type));
+                if (zeros) store(tile_zeros + group * 16, load_scales(zeros, at, scale_type));
             }
             const int64_t lanes = std::min<int64_t>(16, outputs - tile * 16);
             for (int64_t lane = 0; lane < lanes; ++lane) {
-                decode(w, table, tile, lane, tile_scales.data(), tile_zeros.data(), stored.data());
-                const float* row = stored.data();
+                decode(w, table, tile, lane, tile_scales, tile_zeros, stored);
+                const float* row = stored;
                 if (perm) {
-                    std::fill(features.begin(), features.end(), 0.0f);
+                    std::fill(features, features + inputs, 0.0f);
                     for (int64_t k = 0; k < columns; ++k) features[perm[k]] += stored[k];
-                    row = features.data();
+                    row = features;
                 }
                 const int64_t at = (tile * 16 + lane) * inputs;
                 if (as_bf16) {
@@ -82,4 +92,7 @@ extern "C" void nybble_dequantize(const uint8_t* codes, const void* scales, cons
             }
         }
     }
+    return kDone;
+} catch (const std::exception&) {
+    return kOutOfMemory;
 }

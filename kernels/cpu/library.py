@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from nybble.kernels.attention_batch import AttentionBatch
-from nybble.kernels.cpu.build import CpuKernelsUnavailableError, build
+from nybble.kernels.cpu.build import CpuKernelsUnavailableError, load
 from nybble.kernels.lora_batch import LoRABatch
 from nybble.kernels.packed import PackedWeight
 from torch import Tensor
@@ -28,14 +28,19 @@ _SCALE_TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 def library() -> CpuLibrary | None:
     """The kernels, or None (said once, with the reason) where they cannot run."""
     try:
-        return CpuLibrary(ctypes.CDLL(str(build())))
+        return CpuLibrary(load())
     except (CpuKernelsUnavailableError, OSError) as error:
         logger.warning("CPU kernels unavailable, using slower PyTorch operations: %s", error)
         return None
 
 
 class CpuLibrary:
-    """See kernels/reference.py for what each function computes."""
+    """See kernels/reference.py for what each function computes.
+
+    Tensors are on the CPU and, unless said otherwise, bfloat16: those who choose the kernels see to
+    it. Shapes and strides are checked, since an address says nothing of them: ValueError shows what
+    the kernels would misread. What integers refer to (slots, blocks, rows) is not.
+    """
 
     def __init__(self, library: ctypes.CDLL) -> None:
         pointer, size = c_void_p, c_int64
@@ -45,22 +50,32 @@ class CpuLibrary:
             found.argtypes, found.restype = arguments, None
             return found
 
-        self._matmul = function("packed_matmul", *[pointer] * 7, *[size] * 5, c_int, c_int)
-        self._dequantize = function("dequantize", *[pointer] * 6, *[size] * 5, c_int, c_int, c_int)
+        def allocating(name: str, *arguments: type) -> Any:
+            found = function(name, *arguments)
+            found.restype, found.errcheck = c_int, _check_memory
+            return found
+
+        self._matmul = allocating("packed_matmul", *[pointer] * 7, *[size] * 5, c_int, c_int)
+        self._dequantize = allocating(
+            "dequantize", *[pointer] * 6, *[size] * 5, c_int, c_int, c_int
+        )
         self._rms_norm = function("rms_norm", *[pointer] * 4, size, size, c_float)
         self._silu_mul = function("silu_mul", pointer, pointer, size, size, c_int)
         self._rotary = function("rotary_store", *[pointer] * 8, *[size] * 8)
-        self._attention = function(
+        self._attention = allocating(
             "paged_attention", *[pointer] * 7, *[size] * 7, c_float, size, c_int
         )
-        self._lora_add = function("lora_add", *[pointer] * 9, *[size] * 4, c_int)
+        self._lora_add = allocating("lora_add", *[pointer] * 9, *[size] * 4, c_int)
 
     def takes(self, weight: PackedWeight) -> bool:
         """Whether the kernels read this weight: tiled, and groups end with an octet."""
-        return weight.layout == "cpu_tiles" and (weight.group_size % 8 == 0 or weight.groups == 1)
+        in_octets = weight.group_size % 8 == 0 or weight.groups == 1
+        return weight.layout == "cpu_tiles" and weight.is_contiguous and in_octets
 
     def packed_matmul(self, x: Tensor, weight: PackedWeight) -> Tensor:
         """On AVX-512 levels are rounded to bfloat16, which integer levels survive exactly."""
+        if x.shape[-1] != weight.in_features:
+            raise _misread(f"(…, {weight.in_features})", x=x)
         rows = x.reshape(-1, weight.in_features)
         if weight.perm is not None:
             rows = rows[:, weight.perm]
@@ -68,7 +83,7 @@ class CpuLibrary:
             rows = torch.nn.functional.pad(rows, (0, -weight.columns % 8))
         rows = rows.contiguous()
         out = torch.empty(rows.shape[0], weight.out_features, dtype=torch.bfloat16)
-        bias = None if weight.bias is None else weight.bias.float().contiguous()
+        bias = weight.wide_bias
         self._matmul(
             rows.data_ptr(),
             weight.qweight.data_ptr(),
@@ -111,20 +126,25 @@ class CpuLibrary:
         return out.to(dtype)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        x = x.contiguous()
-        out = torch.empty_like(x)
         width = x.shape[-1]
-        self._rms_norm(
-            x.data_ptr(), None, weight.data_ptr(), out.data_ptr(), x.numel() // width, width, eps
-        )
+        if width % 16 or weight.shape != (width,):
+            raise _misread("x (…, width), weight (width,), a multiple of 16", x=x, weight=weight)
+        x, weight = x.contiguous(), weight.contiguous()
+        out = torch.empty_like(x)
+        rows = x.numel() // width
+        self._rms_norm(x.data_ptr(), None, weight.data_ptr(), out.data_ptr(), rows, width, eps)
         return out
 
     def add_rms_norm(
         self, x: Tensor, residual: Tensor, weight: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]:
-        x, total = x.contiguous(), residual.clone(memory_format=torch.contiguous_format)
-        out = torch.empty_like(x)
         width = x.shape[-1]
+        if width % 16 or weight.shape != (width,) or residual.shape != x.shape:
+            expected = "x and residual (…, width), weight (width,), a multiple of 16"
+            raise _misread(expected, x=x, residual=residual, weight=weight)
+        x, weight = x.contiguous(), weight.contiguous()
+        total = residual.clone(memory_format=torch.contiguous_format)
+        out = torch.empty_like(x)
         self._rms_norm(
             x.data_ptr(),
             total.data_ptr(),
@@ -137,9 +157,12 @@ class CpuLibrary:
         return out, total
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
+        width = gate_up.shape[-1] // 2
+        if gate_up.shape[-1] % 32:
+            raise _misread("(…, a multiple of 32)", gate_up=gate_up)
         gate_up = gate_up.contiguous()
-        rows, width = gate_up.shape[0], gate_up.shape[1] // 2
-        out = torch.empty(rows, width, dtype=gate_up.dtype)
+        rows = gate_up.numel() // (2 * width)
+        out = torch.empty(*gate_up.shape[:-1], width, dtype=gate_up.dtype)
         self._silu_mul(gate_up.data_ptr(), out.data_ptr(), rows, width, torch.get_num_threads())
         return out
 
@@ -154,7 +177,33 @@ class CpuLibrary:
         v_cache: Tensor,
         slot_mapping: Tensor,
     ) -> None:
+        """cos and sin are float32."""
         tokens, q_heads, dim = q.shape
+        kv_heads, block_size = k_cache.shape[1:3]
+        if not (
+            dim % 32 == 0
+            and k.shape == v.shape == (tokens, kv_heads, dim)
+            and k_cache.shape == v_cache.shape == (k_cache.shape[0], kv_heads, block_size, dim)
+            and cos.shape == sin.shape == (tokens, dim)
+            and slot_mapping.shape == (tokens,)
+            and cos.dtype == sin.dtype == torch.float32
+            and q.stride()[1:] == k.stride()[1:] == v.stride()[1:] == (dim, 1)
+            and k_cache.is_contiguous()
+            and v_cache.is_contiguous()
+        ):
+            raise _misread(
+                "q, k and v (tokens, heads, a multiple of 32), the heads of a row contiguous; "
+                "float32 cos and sin (tokens, dim); "
+                "contiguous caches (blocks, KV heads, block size, dim)",
+                q=q,
+                k=k,
+                v=v,
+                cos=cos,
+                sin=sin,
+                k_cache=k_cache,
+                v_cache=v_cache,
+                slot_mapping=slot_mapping,
+            )
         cos, sin = cos.contiguous(), sin.contiguous()
         self._rotary(
             q.data_ptr(),
@@ -167,9 +216,9 @@ class CpuLibrary:
             slot_mapping.data_ptr(),
             tokens,
             q_heads,
-            k.shape[1],
+            kv_heads,
             dim,
-            k_cache.shape[2],
+            block_size,
             q.stride(0),
             k.stride(0),
             v.stride(0),
@@ -185,6 +234,24 @@ class CpuLibrary:
         window: int = 0,
     ) -> Tensor:
         tokens, q_heads, dim = q.shape
+        kv_heads, block_size = k_cache.shape[1:3]
+        if not (
+            dim % 32 == 0
+            and q_heads % kv_heads == 0
+            and k_cache.shape == v_cache.shape == (k_cache.shape[0], kv_heads, block_size, dim)
+            and batch.slot_mapping.shape == (tokens,)
+            and q.stride()[1:] == (dim, 1)
+            and k_cache.is_contiguous()
+            and v_cache.is_contiguous()
+        ):
+            raise _misread(
+                "q (tokens, a multiple of the KV heads, a multiple of 32), the heads of a row "
+                "contiguous; contiguous caches (blocks, KV heads, block size, dim)",
+                q=q,
+                k_cache=k_cache,
+                v_cache=v_cache,
+                slot_mapping=batch.slot_mapping,
+            )
         out = torch.empty(tokens, q_heads * dim, dtype=q.dtype)
         self._attention(
             q.data_ptr(),
@@ -197,9 +264,9 @@ class CpuLibrary:
             batch.context_lens.shape[0],
             batch.block_tables.shape[1],
             q_heads,
-            k_cache.shape[1],
+            kv_heads,
             dim,
-            k_cache.shape[2],
+            block_size,
             q.stride(0),
             scale,
             window,
@@ -218,9 +285,31 @@ class CpuLibrary:
         batch: LoRABatch,
     ) -> None:
         """In ``b`` the outputs of one rank must be contiguous, as ``slot_buffers`` makes them."""
-        assert b.stride() == (b.shape[1] * b.shape[2], 1, b.shape[1])
-        assert x.is_contiguous()
-        assert out.is_contiguous()
+        slots, width, max_rank = b.shape
+        tokens, inputs = x.shape
+        if not (
+            out.shape == (tokens, width)
+            and batch.slots.shape == (tokens,)
+            and offsets[-1] == width
+            and a.shape == (slots, (len(offsets) - 1) * max_rank, inputs)
+            and ranks.shape == (slots,)
+            and ranks.dtype == torch.int32
+            and b.stride() == (width * max_rank, 1, width)
+            and out.is_contiguous()
+            and x.is_contiguous()
+            and a.is_contiguous()
+            and ranks.is_contiguous()
+        ):
+            raise _misread(
+                f"contiguous x (tokens, inputs) and out (tokens, {offsets[-1]}); a and b as "
+                "slot_buffers makes them; int32 ranks (slots,)",
+                x=x,
+                out=out,
+                a=a,
+                b=b,
+                ranks=ranks,
+                slots=batch.slots,
+            )
         self._lora_add(
             out.data_ptr(),
             x.data_ptr(),
@@ -233,7 +322,19 @@ class CpuLibrary:
             (c_int64 * len(offsets))(*offsets),
             batch.segment_slots.shape[0],
             len(offsets) - 1,
-            b.shape[2],
-            x.shape[-1],
+            max_rank,
+            inputs,
             torch.get_num_threads(),
         )
+
+
+def _check_memory(status: int, function: Any, arguments: tuple[Any, ...]) -> None:
+    if status:
+        raise MemoryError(f"no memory for the buffers of {function.__name__}")
+
+
+def _misread(expected: str, **given: Tensor) -> ValueError:
+    shown = (
+        f"{name}: {t.dtype} {tuple(t.shape)} strides {t.stride()}" for name, t in given.items()
+    )
+    return ValueError(f"the CPU kernels take {expected}; given {', '.join(shown)}")

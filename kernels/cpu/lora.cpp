@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "simd.h"
+#include "status.h"
 
 using namespace nybble;
 
@@ -179,10 +180,10 @@ struct Item {
 
 }  // namespace
 
-extern "C" void nybble_lora_add(bf16* out, const bf16* x, const bf16* a, const bf16* b,
-                                const int32_t* ranks, const int32_t* order, const int32_t* starts,
-                                const int32_t* slots, const int64_t* offsets, int64_t segments,
-                                int64_t parts, int64_t max_rank, int64_t inputs, int threads) {
+extern "C" int nybble_lora_add(bf16* out, const bf16* x, const bf16* a, const bf16* b,
+                               const int32_t* ranks, const int32_t* order, const int32_t* starts,
+                               const int32_t* slots, const int64_t* offsets, int64_t segments,
+                               int64_t parts, int64_t max_rank, int64_t inputs, int threads) try {
     std::vector<float> h(starts[segments] * parts * max_rank);
     const Args p{out, x, a, b, order, h.data(), parts, max_rank, inputs, offsets[parts]};
     std::vector<Block> blocks;
@@ -219,4 +220,7 @@ extern "C" void nybble_lora_add(bf16* out, const bf16* x, const bf16* a, const b
             NYBBLE_BY_ROWS(expand_outputs, p, block, item.part, item.first, item.last)
         }
     }
+    return kDone;
+} catch (const std::exception&) {
+    return kOutOfMemory;
 }

@@ -5,7 +5,6 @@
 #pragma once
 
 #include <algorithm>
-#include <vector>
 
 #include "levels.h"
 #include "packed_args.h"
@@ -76,16 +75,20 @@ void buffered_block(const PackedArgs& a, const float* weights, int64_t row, int6
     }
 }
 
-inline void buffered_tile(const PackedArgs& a, const Levels& levels, int64_t tile) {
-    static thread_local std::vector<float> weights, totals;
-    weights.resize(a.octets_per_group * 8 * 16);
-    totals.assign(a.rows * 16, 0.0f);
+// Floats that `packed_tiles` needs a buffer of: a tile's group, decoded, and its totals.
+inline int64_t buffer_size(const PackedArgs& a) {
+    return a.rows <= 4 ? 0 : a.octets_per_group * 8 * 16 + a.rows * 16;
+}
+
+inline void buffered_tile(const PackedArgs& a, const Levels& levels, int64_t tile, float* weights) {
+    float* totals = weights + a.octets_per_group * 8 * 16;
+    std::fill(totals, totals + a.rows * 16, 0.0f);
     for (int64_t group = 0; group < a.groups; ++group) {
         const int64_t first = group * a.octets_per_group;
         const int64_t last = std::min(a.octets, first + a.octets_per_group);
         for (int64_t octet = first; octet < last; ++octet) {
             const uint8_t* codes = a.codes + (tile * a.octets + octet) * 64;
-            float* target = weights.data() + (octet - first) * 8 * 16;
+            float* target = weights + (octet - first) * 8 * 16;
             store(target, decode<0>(levels, codes));
             store(target + 16, decode<1>(levels, codes));
             store(target + 32, decode<2>(levels, codes));
@@ -98,21 +101,22 @@ inline void buffered_tile(const PackedArgs& a, const Levels& levels, int64_t til
         const int64_t columns = (last - first) * 8;
         int64_t row = 0;
         for (; row + 6 <= a.rows; row += 6)
-            buffered_block<6>(a, weights.data(), row, tile, group, columns, totals.data());
+            buffered_block<6>(a, weights, row, tile, group, columns, totals);
         for (; row < a.rows; ++row)
-            buffered_block<1>(a, weights.data(), row, tile, group, columns, totals.data());
+            buffered_block<1>(a, weights, row, tile, group, columns, totals);
     }
-    for (int64_t row = 0; row < a.rows; ++row) store_tile(a, row, tile, load(totals.data() + row * 16));
+    for (int64_t row = 0; row < a.rows; ++row) store_tile(a, row, tile, load(totals + row * 16));
 }
 
-inline void packed_tiles(const PackedArgs& a, int64_t tile, int64_t tiles) {
+inline void packed_tiles(const PackedArgs& a, int64_t tile, int64_t tiles, float* buffer) {
     const Levels levels(a.levels);
     for (int64_t t = tile; t < tile + tiles; ++t) switch (a.rows) {
+            case 0: break;
             case 1: packed_block<1>(a, levels, 0, t); break;
             case 2: packed_block<2>(a, levels, 0, t); break;
             case 3: packed_block<3>(a, levels, 0, t); break;
             case 4: packed_block<4>(a, levels, 0, t); break;
-            default: buffered_tile(a, levels, t);
+            default: buffered_tile(a, levels, t, buffer);
         }
 }
 

@@ -70,7 +70,10 @@ void packed_rows(const PackedArgs& a, __m512i levels, int64_t row, int64_t tile,
     for (; t < tiles; ++t) packed_block<R, 1>(a, levels, row, tile + t);
 }
 
-inline void packed_tiles(const PackedArgs& a, int64_t tile, int64_t tiles) {
+// All is done in registers.
+inline int64_t buffer_size(const PackedArgs&) { return 0; }
+
+inline void packed_tiles(const PackedArgs& a, int64_t tile, int64_t tiles, float*) {
     alignas(64) bf16 table[32];  // the sixteen levels, twice
     for (int i = 0; i < 32; ++i) table[i] = to_bf16(a.levels[i & 15]);
     const __m512i levels = _mm512_load_si512(table);

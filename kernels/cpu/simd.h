@@ -198,7 +198,8 @@ inline float dot(const bf16* a, const bf16* b, int64_t count) {
 // exp by Cephes' polynomial after reduction by powers of two; what would overflow or underflow is
 // clamped to the ends of the range.
 inline Floats exp(Floats x) {
-    x = min(max(x, broadcast(-87.3f)), broadcast(88.3f));
+    // Of a NaN and a number the instructions return the second operand: x, so that NaN stays NaN.
+    x = min(broadcast(88.3f), max(broadcast(-87.3f), x));
     const Floats n = nearest(x * broadcast(1.44269504f));
     Floats r = fnma(n, broadcast(0.693359375f), x);
     r = fnma(n, broadcast(-2.12194440e-4f), r);

@@ -103,8 +103,9 @@ def _launch(
 def silu_mul(gate_up: Tensor) -> Tensor:
     """See :func:`nybble.kernels.reference.silu_mul`."""
     gate_up = gate_up.contiguous()
-    rows, width = gate_up.shape[0], gate_up.shape[1] // 2
-    out = torch.empty(rows, width, dtype=gate_up.dtype, device=gate_up.device)
+    width = gate_up.shape[-1] // 2
+    rows = gate_up.numel() // (2 * width)
+    out = gate_up.new_empty(*gate_up.shape[:-1], width)
     silu_mul_kernel[(rows, triton.cdiv(width, _SILU_TILE))](
         gate_up, out, width, TILE=_SILU_TILE, num_warps=4
     )

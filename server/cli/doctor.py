@@ -20,7 +20,7 @@ import torch
 from nybble.engine import EngineConfig, resolve_device
 from nybble.engine.decoder import DecoderShape
 from nybble.engine.runner import blocks_per_sequence, free_kv_bytes, kv_bytes_per_block
-from nybble.kernels.cpu.build import CpuKernelsUnavailableError, best_target, build
+from nybble.kernels.cpu.build import CpuKernelsUnavailableError, build_fastest
 from nybble.loaders import Checkpoint, open_checkpoint, resolve_model
 from nybble.loaders.cache import cache_folder
 from nybble.loaders.footprint import weight_bytes
@@ -126,13 +126,12 @@ def _gpu() -> Finding:
 def _cpu_kernels(device: torch.device) -> Finding:
     """Compiles them where they are not in the cache: nothing less tells whether that works."""
     try:
-        target = best_target()
-        library = build(target)
-    except (CpuKernelsUnavailableError, OSError) as error:
+        library = build_fastest()
+    except CpuKernelsUnavailableError as error:
         reason = " ".join(str(error).split())[:300]
         text = f"none ({reason}): the CPU will use PyTorch's slower operations"
         return Finding("CPU kernels", text, "warning" if device.type == "cpu" else "ok")
-    return Finding("CPU kernels", f"{target.name}, {library}; compiler: {_compiler('g++')}")
+    return Finding("CPU kernels", f"{library}; compiler: {_compiler('g++')}")
 
 
 def _gpu_kernels() -> Finding:

@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import re
+import resource
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,16 +16,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nybble.kernels import DenseWeight, PackedWeight, reference
+from nybble.kernels import DenseWeight, PackedWeight, ops, reference
 from nybble.kernels.attention_batch import AttentionBatch
 from nybble.kernels.cpu.build import (
     TARGETS,
     CpuKernelsUnavailableError,
-    best_target,
     build,
+    build_fastest,
+    load,
     missing_cpu_features,
+    usable_targets,
 )
 from nybble.kernels.cpu.library import CpuLibrary
+from nybble.kernels.lora import LoRABatch, slot_buffers
 from nybble.kernels.matmul import linear, packed_matmul, rows_computed
 from nybble.kernels.packed import (
     INT8_MAX,
@@ -36,7 +45,7 @@ CODEBOOK = torch.linspace(-1, 1, 16).bfloat16().float()
 @pytest.fixture(scope="module", params=TARGETS, ids=lambda target: target.name)
 def cpu(request: pytest.FixtureRequest) -> CpuLibrary:
     """The kernels compiled for each target this machine runs, which must be one at least."""
-    best_target()
+    usable_targets()
     if missing := missing_cpu_features(request.param):
         pytest.skip(f"this CPU lacks {', '.join(missing)}")
     return CpuLibrary(ctypes.CDLL(str(build(request.param))))
@@ -304,18 +313,287 @@ def test_rotary_and_paged_attention(
     assert torch.equal(again, expected)
 
 
+def one_decode(context_lens: list[int], blocks_each: int = 2) -> AttentionBatch:
+    """A token for each sequence; sequence ``i`` has blocks ``i · blocks_each`` and following."""
+    seqs = len(context_lens)
+    return AttentionBatch(
+        query_start=torch.arange(seqs + 1, dtype=torch.int32),
+        context_lens=torch.tensor(context_lens, dtype=torch.int32),
+        block_tables=torch.arange(seqs * blocks_each, dtype=torch.int32).view(seqs, -1),
+        slot_mapping=torch.arange(seqs) * blocks_each * 16,
+        max_query=1,
+    )
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", ["query", "key", "value"])
+def test_attention_hides_nothing_that_is_not_a_number(
+    cpu: CpuLibrary, value: float, where: str
+) -> None:
+    torch.manual_seed(0)
+    q, (k_cache, v_cache) = (
+        torch.randn(1, 4, 32).bfloat16(),
+        torch.randn(2, 2, 2, 16, 32).bfloat16(),
+    )
+    # Two query heads share a KV head: one query is bad, or a key or value of the other KV head.
+    {"query": q[0, 0], "key": k_cache[0, 1, 5], "value": v_cache[0, 1, 5]}[where][3] = value
+    batch = one_decode([20])
+    found = cpu.paged_attention(q, k_cache, v_cache, batch, 0.2)
+    expected = reference.paged_attention(q, k_cache, v_cache, batch, 0.2)
+    assert not expected.isfinite().all()
+    assert torch.equal(found.isfinite(), expected.isfinite())
+
+
+def test_sequences_without_context_only_pad_the_batch(cpu: CpuLibrary) -> None:
+    q, (k_cache, v_cache) = (
+        torch.randn(3, 4, 32).bfloat16(),
+        torch.randn(2, 6, 2, 16, 32).bfloat16(),
+    )
+    padded = cpu.paged_attention(q, k_cache, v_cache, one_decode([20, 0, 7]), 0.2)
+    expected = reference.paged_attention(q, k_cache, v_cache, one_decode([20, 0, 7]), 0.2)
+    torch.testing.assert_close(padded[::2], expected[::2], rtol=2**-7, atol=2**-7)
+    assert cpu.paged_attention(q, k_cache, v_cache, one_decode([0, 0, 0]), 0.2).shape == (3, 128)
+
+
+class Step:
+    """The arguments of rotary and attention for two sequences of one new token each."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.qkv = torch.randn(2, 8, 32).bfloat16()
+        self.q, self.k, self.v = self.qkv.split((4, 2, 2), dim=1)  # type: ignore[no-untyped-call]
+        self.cos, self.sin = torch.randn(2, 2, 32)
+        self.k_cache, self.v_cache = torch.randn(2, 4, 2, 16, 32).bfloat16()
+        self.batch = one_decode([20, 7])
+
+    def attend(self, cpu: CpuLibrary) -> None:
+        caches = self.k_cache, self.v_cache
+        cpu.paged_attention(self.q, *caches, self.batch, 0.2)
+        slots = self.batch.slot_mapping
+        cpu.rotary_store(self.q, self.k, self.v, self.cos, self.sin, *caches, slots)
+
+
+def transposed(x: Tensor) -> Tensor:
+    """The same values and shape, the first two dimensions' strides exchanged."""
+    return x.transpose(0, 1).contiguous().transpose(0, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "shown"),
+    [
+        ("q", lambda x: x[:, :, :24], "q: torch.bfloat16 (2, 4, 24)"),
+        ("q", lambda x: x[:, :3], "q: torch.bfloat16 (2, 3, 32)"),
+        ("q", lambda x: x[:1], "q: torch.bfloat16 (1, 4, 32)"),
+        ("q", transposed, "q: torch.bfloat16 (2, 4, 32) strides (32, 64, 1)"),
+        ("k", lambda x: x[..., :16], "k: torch.bfloat16 (2, 2, 16)"),
+        ("v", lambda x: x[:, :1], "v: torch.bfloat16 (2, 1, 32)"),
+        ("v", transposed, "v: torch.bfloat16 (2, 2, 32) strides (32, 64, 1)"),
+        (
+            "k_cache",
+            transposed,
+            "k_cache: torch.bfloat16 (4, 2, 16, 32) strides (512, 2048, 32, 1)",
+        ),
+        ("v_cache", lambda x: x[:2], "v_cache: torch.bfloat16 (2, 2, 16, 32)"),
+        ("cos", lambda x: x.bfloat16(), "cos: torch.bfloat16"),
+        ("sin", lambda x: x[:1], "sin: torch.float32 (1, 32)"),
+    ],
+)
+def test_what_attention_would_misread_is_refused(
+    cpu: CpuLibrary, name: str, make: Callable[[Tensor], Tensor], shown: str
+) -> None:
+    step = Step()
+    step.attend(cpu)
+    setattr(step, name, make(getattr(step, name)))
+    with pytest.raises(ValueError, match=re.escape(shown)):
+        step.attend(cpu)
+
+
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("query_start", lambda x: x.long()),
+        ("context_lens", lambda x: x[:1]),
+        ("block_tables", lambda x: x[:, :1]),
+        ("slot_mapping", lambda x: x.int()),
+    ],
+)
+def test_a_batch_of_sequences_is_what_it_says(name: str, make: Callable[[Tensor], Tensor]) -> None:
+    batch = one_decode([20, 7])
+    with pytest.raises(ValueError, match="expected contiguous"):
+        replace(batch, **{name: make(getattr(batch, name))})
+
+
+def test_norms_and_products_refuse_what_they_would_misread(cpu: CpuLibrary) -> None:
+    x, weight = torch.randn(3, 64).bfloat16(), torch.ones(64).bfloat16()
+    with pytest.raises(ValueError, match=r"weight: .* \(32,\)"):
+        cpu.rms_norm(x, weight[:32], 1e-6)
+    with pytest.raises(ValueError, match=r"residual: .* \(1, 64\)"):
+        cpu.add_rms_norm(x, x[:1], weight, 1e-6)
+    with pytest.raises(ValueError, match=r"gate_up: .* \(3, 48\)"):
+        cpu.silu_mul(x[:, :48])
+    packed = random_weight(16, 64, 32, "sym", torch.float16, act_order=False, bias=False)
+    with pytest.raises(ValueError, match=r"x: .* \(3, 32\)"):
+        cpu.packed_matmul(x[:, :32], packed.to_layout("cpu_tiles"))
+
+
+def test_attention_over_a_cache_of_another_dtype_is_the_references() -> None:
+    step = Step()
+    caches = step.k_cache.float(), step.v_cache.float()
+    found = ops.paged_attention(step.q, *caches, step.batch, 0.2)
+    assert torch.equal(found, reference.paged_attention(step.q, *caches, step.batch, 0.2))
+
+
+def test_norms_of_other_dtypes_and_strides_are_the_references() -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(3, 64).bfloat16(), torch.rand(128)
+    expected = reference.rms_norm(x, weight[:64], 1e-6)
+    torch.testing.assert_close(ops.rms_norm(x, weight[:64], 1e-6), expected)
+    strided = weight.bfloat16()[::2]
+    expected = reference.rms_norm(x, strided, 1e-6)
+    torch.testing.assert_close(ops.rms_norm(x, strided, 1e-6), expected, rtol=2**-7, atol=0)
+
+
+def test_gates_may_have_any_dimensions(cpu: CpuLibrary) -> None:
+    gate_up = torch.randn(2, 3, 64).bfloat16()
+    found, expected = cpu.silu_mul(gate_up), reference.silu_mul(gate_up)
+    torch.testing.assert_close(found, expected, rtol=2**-6, atol=1e-30)
+
+
+def test_a_group_may_be_far_larger_than_the_weight(cpu: CpuLibrary) -> None:
+    weight = random_weight(20, 40, 10**15, "sym", torch.float16, act_order=False, bias=False)
+    usual = replace(weight, group_size=40).to_layout("cpu_tiles")
+    x = torch.randn(8, 40).bfloat16()
+    found = cpu.packed_matmul(x, weight.to_layout("cpu_tiles"))
+    assert torch.equal(found, cpu.packed_matmul(x, usual))
+
+
+def test_a_weight_with_gaps_is_not_taken(cpu: CpuLibrary) -> None:
+    weight = random_weight(20, 64, 32, "sym", torch.float16, act_order=False, bias=False)
+    tiled = weight.to_layout("cpu_tiles")
+    assert cpu.takes(tiled)
+    assert not cpu.takes(replace(tiled, scales=transposed(tiled.scales)))
+
+
 def test_a_missing_compiler_and_a_missing_instruction_set_are_named(tmp_path: Path) -> None:
     with pytest.raises(CpuKernelsUnavailableError, match="no C\\+\\+ compiler: no-such-compiler"):
-        build(compiler="no-such-compiler", cache=tmp_path)
+        build_fastest(compiler="no-such-compiler", cache=tmp_path)
     cpuinfo = tmp_path / "cpuinfo"
     cpuinfo.write_text("flags\t: fpu sse avx2 fma\n")
     with pytest.raises(CpuKernelsUnavailableError, match="this CPU lacks f16c"):
-        best_target(cpuinfo)
+        usable_targets(cpuinfo)
 
 
 def test_the_best_target_is_chosen_by_the_flags_of_the_cpu(tmp_path: Path) -> None:
     cpuinfo = tmp_path / "cpuinfo"
     cpuinfo.write_text("flags\t: avx2 fma f16c avx512f avx512bw avx512vl avx512dq\n")
-    assert best_target(cpuinfo).name == "avx2"  # without BF16 the AVX-512 kernels do not run
+    assert usable_targets(cpuinfo)[0].name == "avx2"  # without BF16 the AVX-512 kernels do not run
     cpuinfo.write_text(cpuinfo.read_text().rstrip() + " avx512_bf16\n")
-    assert best_target(cpuinfo).name == "avx512"
+    assert usable_targets(cpuinfo)[0].name == "avx512"
+
+
+def compiler_script(folder: Path, body: str) -> str:
+    path = folder / "g++"
+    path.write_text(f"#!/bin/sh\n{body}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_a_compiler_too_old_for_the_best_target_builds_the_next(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    if len(usable_targets()) < 2:
+        pytest.skip("this CPU runs no target but the last")
+    old = compiler_script(
+        tmp_path,
+        'case "$*" in *-mavx512bf16*) echo unrecognized option >&2; exit 1;; esac\n'
+        'while [ "$1" != -o ]; do shift; done; touch "$2"',
+    )
+    library = build_fastest(compiler=old, cache=tmp_path / "cache")
+    assert library.name.startswith("cpu-avx2-")
+    assert "no avx512 kernels" in caplog.text
+    assert "unrecognized option" in caplog.text
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(CpuKernelsUnavailableError, match=r"file/kernels cannot be written .*XDG_"):
+        build_fastest(cache=tmp_path / "file" / "kernels")
+
+
+@pytest.mark.parametrize("content", [b"", b"not a library"])
+def test_a_library_that_cannot_be_loaded_is_built_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes
+) -> None:
+    whole = build_fastest()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    spoilt = tmp_path / "nybble" / "kernels" / whole.name
+    spoilt.parent.mkdir(parents=True)
+    spoilt.write_bytes(content)
+    copying = compiler_script(tmp_path, f'while [ "$1" != -o ]; do shift; done; cp "{whole}" "$2"')
+    monkeypatch.setenv("PATH", f"{Path(copying).parent}:{os.environ['PATH']}")
+    CpuLibrary(load())
+    assert spoilt.read_bytes() == whole.read_bytes()
+
+
+def test_builds_at_once_do_not_disturb_each_other(tmp_path: Path) -> None:
+    slow = compiler_script(
+        tmp_path, 'while [ "$1" != -o ]; do shift; done; sleep 0.2; echo whole > "$2"'
+    )
+    with ThreadPoolExecutor(4) as pool:
+        calls = [
+            pool.submit(build_fastest, compiler=slow, cache=tmp_path / "cache") for _ in range(4)
+        ]
+        (library,) = {call.result() for call in calls}
+    assert library.read_text() == "whole\n"
+    assert [path.name for path in library.parent.iterdir()] == [library.name]
+
+
+@contextmanager
+def little_memory(spare: int = 16 << 20) -> Iterator[None]:
+    """No more than ``spare`` bytes can be had beyond what the process has mapped."""
+    mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (mapped + spare, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+@pytest.mark.parametrize("kernel", ["packed_matmul", "dequantize", "paged_attention", "lora_add"])
+def test_running_out_of_memory_is_an_error_of_the_call(cpu: CpuLibrary, kernel: str) -> None:
+    """Each needs buffers of 64 MiB or more here, and less than 16 MiB for its result."""
+    if kernel == "packed_matmul":
+        weight = random_weight(1, 1 << 16, 8, "asym", torch.float16, act_order=False, bias=False)
+        x, tiled = torch.zeros(2048, 1 << 16).bfloat16(), weight.to_layout("cpu_tiles")
+
+        def call() -> object:
+            return cpu.packed_matmul(x, tiled)
+
+    elif kernel == "dequantize":
+        weight = random_weight(1, 1 << 22, 16, "sym", torch.float16, act_order=True, bias=False)
+        large = weight.to_layout("cpu_tiles")
+
+        def call() -> object:
+            return cpu.dequantize(large, torch.bfloat16)
+
+    elif kernel == "paged_attention":
+        q, caches = torch.zeros(1, 32, 32).bfloat16(), torch.zeros(2, 1 << 15, 1, 16, 32).bfloat16()
+        batch = one_decode([1 << 19], 1 << 15)
+
+        def call() -> object:
+            return cpu.paged_attention(q, *caches, batch, 1.0)
+
+    else:
+        a, b = slot_buffers(1, 1 << 14, 8, (0, 8), torch.bfloat16, "cpu")
+        rows = LoRABatch.of([0] * 1024, "cpu")
+        assert rows is not None
+        low = torch.zeros(1024, 8).bfloat16()
+
+        def call() -> object:
+            ranks = torch.ones(1, dtype=torch.int32)
+            return cpu.lora_add(low.clone(), low, a, b, ranks, (0, 8), rows)
+
+    with little_memory(), pytest.raises(MemoryError, match=f"buffers of nybble_{kernel}"):
+        call()
+    call()

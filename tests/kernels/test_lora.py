@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import re
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -122,6 +124,39 @@ def test_a_row_does_not_depend_on_its_batch(kernel: Callable[..., None]) -> None
         if one is not None:
             kernel(alone, x[row : row + 1], a, b, ranks, offsets, one)
         assert torch.equal(alone[0], together[row])
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "shown"),
+    [
+        ("x", lambda x: x[:, :20], "x: torch.bfloat16 (2, 20)"),
+        ("out", lambda x: x[:1], "out: torch.bfloat16 (1, 57)"),
+        ("b", lambda x: x.contiguous(), "strides (342, 6, 1)"),
+        ("ranks", lambda x: x.long(), "ranks: torch.int64"),
+    ],
+)
+@pytest.mark.parametrize("kernel", TARGETS, ids=lambda target: target.name, indirect=True)
+def test_what_the_kernel_would_misread_is_refused(
+    kernel: Callable[..., None], name: str, make: Callable[[Tensor], Tensor], shown: str
+) -> None:
+    offsets = (0, 40, 57)
+    a, b, ranks = random_slots(3, 6, 30, offsets, torch.bfloat16)
+    x, out = torch.randn(2, 30).bfloat16(), torch.randn(2, 57).bfloat16()
+    given = {"x": x, "out": out, "a": a, "b": b, "ranks": ranks}
+    batch = LoRABatch.of([2, 1], "cpu")
+    kernel(**given, offsets=offsets, batch=batch)
+    given[name] = make(given[name])
+    with pytest.raises(ValueError, match=re.escape(shown)):
+        kernel(**given, offsets=offsets, batch=batch)
+
+
+def test_a_batch_of_rows_is_what_it_says() -> None:
+    batch = LoRABatch.of([0, 1, 1], "cpu")
+    assert batch is not None
+    with pytest.raises(ValueError, match=r"order is torch.int64"):
+        replace(batch, order=batch.order.long())
+    with pytest.raises(ValueError, match="expected contiguous int32"):
+        replace(batch, segment_starts=batch.segment_starts[:2])
 
 
 def test_other_dtypes_are_computed_without_the_kernel() -> None:

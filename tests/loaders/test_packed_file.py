@@ -14,7 +14,7 @@ from nybble.loaders import CheckpointError, open_checkpoint, save_packed
 from nybble.loaders.inspect import inspect_checkpoint
 from nybble.loaders.packed_file import PackedCheckpoint
 from nybble.quantizers import quantize_checkpoint
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -168,7 +168,10 @@ def test_what_is_damaged_is_found_by_looking_at_headers_alone(
         dict(open_checkpoint(tmp_path / "p").weights())
 
 
-@pytest.mark.parametrize("change", [{"out_features": 7}, {"layout": "cpu_tiles"}, {"extra": 1}])
+@pytest.mark.parametrize(
+    "change",
+    [{"out_features": 7}, {"layout": "cpu_tiles"}, {"extra": 1}, {"levels": list(range(16))}],
+)
 def test_a_header_that_contradicts_its_tensors_is_named(
     tmp_path: Path, tiny_model: Callable[..., Path], change: dict[str, Any]
 ) -> None:
@@ -176,6 +179,24 @@ def test_a_header_that_contradicts_its_tensors_is_named(
     save_packed(open_checkpoint(tmp_path / "q"), tmp_path / "p", layout="rows", progress=False)
     spoil_header(lambda modules: modules[PROJECTION].update(change))(tmp_path / "p")
     with pytest.raises(CheckpointError, match=rf"nybble\.json: {PROJECTION}: "):
+        dict(open_checkpoint(tmp_path / "p").weights())
+
+
+@pytest.mark.parametrize("feature", ["before the first", "after the last"])
+def test_a_column_of_a_feature_there_is_not_is_named(
+    tmp_path: Path, tiny_model: Callable[..., Path], feature: str
+) -> None:
+    # An 8-bit weight is stored as two planes of columns, each of which names its feature.
+    options = {"format": "gptq", "bits": 8, "group_size": 32, "progress": False}
+    quantize_checkpoint(tiny_model(), tmp_path / "q", **options)  # type: ignore[arg-type]
+    save_packed(open_checkpoint(tmp_path / "q"), tmp_path / "p", layout="rows", progress=False)
+    tensors = load_file(tmp_path / "p" / SHARD)
+    perms = [name for name in tensors if name.endswith("|perm")]
+    assert perms
+    for name in perms:
+        tensors[name][5] = -1 if feature == "before the first" else len(tensors[name]) // 2
+    save_file(tensors, tmp_path / "p" / SHARD)
+    with pytest.raises(CheckpointError, match=r"nybble\.json: .*: perm goes from "):
         dict(open_checkpoint(tmp_path / "p").weights())
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -131,3 +134,23 @@ def test_sizes_are_binary_or_decimal() -> None:
     assert parse_bytes("4096") == 4096
     with pytest.raises(typer.BadParameter):
         parse_bytes("2 gigs")
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, "GOMP_SPINCOUNT = '10000'"),
+        ({"GOMP_SPINCOUNT": "77"}, "GOMP_SPINCOUNT = '77'"),
+        ({"OMP_WAIT_POLICY": "passive"}, "GOMP_SPINCOUNT = '0'"),
+    ],
+)
+def test_threads_spin_for_each_other_only_briefly(given: dict[str, str], expected: str) -> None:
+    """What OpenMP itself says it read, as torch loads it."""
+    kept = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    result = subprocess.run(
+        [sys.executable, "-c", "import nybble.server.cli.main, torch"],
+        env=kept | given | {"OMP_DISPLAY_ENV": "verbose"},
+        capture_output=True,
+        text=True,
+    )
+    assert expected in result.stderr

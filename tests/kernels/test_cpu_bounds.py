@@ -1,0 +1,231 @@
+"""The CPU kernels touch no byte outside their tensors, whatever the sizes.
+
+Every tensor lies against a page that may not be touched, once at its end and once at its beginning,
+so that it is aligned to nothing but its elements; a kernel that strays ends the process. `make
+sanitize` runs these tests on kernels that the compiler has instrumented.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import mmap
+import os
+import signal
+from itertools import pairwise
+from math import prod
+
+import pytest
+import torch
+from nybble.kernels import PackedWeight, reference
+from nybble.kernels.attention_batch import AttentionBatch
+from nybble.kernels.cpu.build import TARGETS, build, missing_cpu_features
+from nybble.kernels.cpu.library import CpuLibrary
+from nybble.kernels.lora import LoRABatch, lora_add_reference
+from nybble.kernels.packed import INTEGER_LEVELS, SYMMETRIC_LEVELS, pack_nibbles
+from torch import Tensor
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class Guard:
+    """Puts tensors into pages of their own between two that may not be touched."""
+
+    def __init__(self, edge: str) -> None:
+        self.edge = edge
+
+    def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        count, page = prod(shape), mmap.PAGESIZE
+        if count == 0:
+            return torch.zeros(shape, dtype=dtype)
+        inside = -(-count * dtype.itemsize // page) * page
+        memory = mmap.mmap(-1, inside + 2 * page)
+        first = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        for forbidden in (first, first + page + inside):
+            failed = _libc.mprotect(ctypes.c_void_p(forbidden), ctypes.c_size_t(page), 0)
+            assert not failed, os.strerror(ctypes.get_errno())
+        at = page if self.edge == "beginning" else page + inside - count * dtype.itemsize
+        return torch.frombuffer(memory, dtype=dtype, count=count, offset=at).view(shape)
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        return self.empty(*tensor.shape, dtype=tensor.dtype).copy_(tensor)
+
+
+@pytest.fixture(params=["beginning", "end"])
+def guard(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Guard:
+    """What guards the inputs; what the kernels' wrappers allocate for outputs is guarded too."""
+    guard = Guard(request.param)
+    monkeypatch.setattr(torch, "empty", guard.empty)
+    monkeypatch.setattr(torch, "empty_like", lambda x: guard.empty(*x.shape, dtype=x.dtype))
+    return guard
+
+
+@pytest.fixture(scope="module", params=TARGETS, ids=lambda target: target.name)
+def cpu(request: pytest.FixtureRequest) -> CpuLibrary:
+    if missing := missing_cpu_features(request.param):
+        pytest.skip(f"this CPU lacks {', '.join(missing)}")
+    return CpuLibrary(ctypes.CDLL(str(build(request.param))))
+
+
+def test_a_guarded_tensor_has_no_neighbour(guard: Guard) -> None:
+    tensor = guard(torch.arange(5, dtype=torch.int16))
+    assert tensor.tolist() == [0, 1, 2, 3, 4]
+    beyond = tensor.data_ptr() + (-1 if guard.edge == "beginning" else tensor.nbytes)
+    child = os.fork()
+    if child == 0:
+        faulthandler.disable()
+        ctypes.string_at(beyond, 1)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status)
+    assert os.WTERMSIG(status) == signal.SIGSEGV
+
+
+def packed(
+    guard: Guard, out: int, columns: int, group: int, scales: torch.dtype, *, zeros: bool
+) -> PackedWeight:
+    """In tiles, with a bias; the last group and the last tile may be short."""
+    groups = -(-columns // group)
+    weight = PackedWeight(
+        qweight=pack_nibbles(torch.randint(0, 16, (out, columns), dtype=torch.uint8)),
+        scales=torch.rand(out, groups).to(scales),
+        zeros=torch.randint(0, 16, (out, groups)).to(scales) if zeros else None,
+        levels=INTEGER_LEVELS if zeros else SYMMETRIC_LEVELS,
+        out_features=out,
+        in_features=columns,
+        group_size=group,
+    ).to_layout("cpu_tiles")
+    return PackedWeight(
+        qweight=guard(weight.qweight),
+        scales=guard(weight.scales),
+        zeros=None if weight.zeros is None else guard(weight.zeros),
+        levels=guard(weight.levels),
+        bias=guard(torch.randn(out)),
+        perm=guard(torch.randperm(columns).int()) if columns % 16 else None,
+        out_features=out,
+        in_features=columns,
+        group_size=group,
+        layout="cpu_tiles",
+    )
+
+
+@pytest.mark.parametrize(
+    ("scales", "zeros"), [(torch.float16, True), (torch.bfloat16, False), (torch.float32, True)]
+)
+@pytest.mark.parametrize("out", [1, 63, 144])
+@pytest.mark.parametrize(
+    ("columns", "group"), [(1, 1), (7, 7), (8, 8), (40, 16), (72, 24), (129, 64), (160, 160)]
+)
+def test_packed_weights(
+    cpu: CpuLibrary,
+    guard: Guard,
+    columns: int,
+    group: int,
+    out: int,
+    scales: torch.dtype,
+    zeros: bool,
+) -> None:
+    torch.manual_seed(0)
+    weight = packed(guard, out, columns, group, scales, zeros=zeros)
+    for rows in (0, 1, 2, 3, 4, 5, 9, 13):
+        x = guard(torch.randn(rows, columns).bfloat16())
+        found = cpu.packed_matmul(x, weight)
+        expected = reference.packed_matmul(x, weight)
+        # Of what is added, which may cancel.
+        size = x.abs().sum(1, keepdim=True).float() * 32
+        assert ((found - expected).abs() <= expected.abs() * 2**-7 + size * 2**-16).all()
+    for dtype in (torch.float32, torch.bfloat16):
+        assert torch.equal(cpu.dequantize(weight, dtype), weight.dequantize(dtype))
+
+
+@pytest.mark.parametrize("rows", [0, 1, 9])
+@pytest.mark.parametrize("width", [16, 48, 160])
+def test_norms_and_gates(cpu: CpuLibrary, guard: Guard, width: int, rows: int) -> None:
+    torch.manual_seed(0)
+    x, residual = (guard(torch.randn(rows, width).bfloat16()) for _ in range(2))
+    weight = guard(torch.rand(width).bfloat16())
+    found, total = cpu.add_rms_norm(x, residual, weight, 1e-6)
+    torch.testing.assert_close(found, reference.rms_norm(total, weight, 1e-6), rtol=2**-7, atol=0)
+    found = cpu.rms_norm(x, weight, 1e-6)
+    torch.testing.assert_close(found, reference.rms_norm(x, weight, 1e-6), rtol=2**-7, atol=0)
+    gate_up = guard(torch.randn(rows, 2 * width).bfloat16())
+    expected = reference.silu_mul(gate_up)
+    torch.testing.assert_close(cpu.silu_mul(gate_up), expected, rtol=2**-6, atol=1e-30)
+
+
+@pytest.mark.parametrize("window", [0, 1, 21])
+@pytest.mark.parametrize("dim", [32, 96])
+@pytest.mark.parametrize("block_size", [1, 5, 16])
+@pytest.mark.parametrize("contexts", [[1], [16, 17], [33, 15, 0]])
+def test_rotary_and_attention(
+    cpu: CpuLibrary, guard: Guard, contexts: list[int], block_size: int, dim: int, window: int
+) -> None:
+    """Three query heads share each of two KV heads; a sequence has two new tokens, if it can.
+
+    The last block in the cache is the last one of the last sequence.
+    """
+    torch.manual_seed(0)
+    new = [min(context, 2) or 1 for context in contexts]
+    blocks = [-(-context // block_size) for context in contexts]
+    tables = torch.zeros(len(contexts), max(blocks), dtype=torch.int32)
+    slots = []
+    for row, context in enumerate(contexts):
+        tables[row, : blocks[row]] = torch.arange(sum(blocks[:row]), sum(blocks[: row + 1]))
+        for position in range(context - new[row], context):
+            block = int(tables[row, position // block_size]) if context else 0
+            slots.append(block * block_size + position % block_size if context else -1)
+    batch = AttentionBatch(
+        query_start=guard(torch.tensor([0, *new]).cumsum(0).int()),
+        context_lens=guard(torch.tensor(contexts, dtype=torch.int32)),
+        block_tables=guard(tables),
+        slot_mapping=guard(torch.tensor(slots)),
+        max_query=max(new),
+    )
+    qkv = torch.randn(sum(new), 10, dim).bfloat16()
+    cos, sin = (guard(torch.randn(sum(new), dim)) for _ in range(2))
+    cache = torch.randn(2, sum(blocks), 2, block_size, dim).bfloat16()
+    results = []
+    for kernels in (cpu, reference):
+        q, k, v = guard(qkv).split((6, 2, 2), dim=1)  # type: ignore[no-untyped-call]
+        caches = guard(cache[0]), guard(cache[1])
+        kernels.rotary_store(q, k, v, cos, sin, *caches, batch.slot_mapping)
+        results.append((q, *caches))
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=2**-7, atol=2**-6)
+    found = cpu.paged_attention(*results[1], batch, dim**-0.5, window)
+    q, *caches_ = results[1]
+    expected = reference.paged_attention(q.double(), *caches_, batch, dim**-0.5, window)
+    rows = [row for row, slot in enumerate(slots) if slot >= 0]
+    torch.testing.assert_close(found.double()[rows], expected[rows], rtol=2**-7, atol=2**-6)
+
+
+@pytest.mark.parametrize("inputs", [1, 31, 32, 100])
+@pytest.mark.parametrize("offsets", [(0, 1), (0, 16, 33), (0, 130, 131, 200), (0, 520)])
+@pytest.mark.parametrize("max_rank", [1, 9, 16])
+def test_low_rank_additions(
+    cpu: CpuLibrary, guard: Guard, max_rank: int, offsets: tuple[int, ...], inputs: int
+) -> None:
+    torch.manual_seed(0)
+    ranks = guard(torch.tensor([max_rank, 0, 1], dtype=torch.int32))
+    a = torch.zeros(3, len(offsets) - 1, max_rank, inputs)
+    b = torch.zeros(3, max_rank, offsets[-1])
+    for slot, rank in enumerate(ranks.tolist()):
+        a[slot, :, :rank] = torch.randn(len(offsets) - 1, rank, inputs) * inputs**-0.5
+        b[slot, :rank] = torch.randn(rank, offsets[-1])
+    a, b = guard(a.flatten(1, 2).bfloat16()), guard(b.bfloat16()).transpose(1, 2)
+    for slots in ([0], [2, -1, 0, 1], [0] * 6 + [2] * 3):
+        given = LoRABatch.of(slots, "cpu")
+        assert given is not None
+        batch = LoRABatch(
+            slots=guard(given.slots),
+            order=guard(given.order),
+            segment_starts=guard(given.segment_starts),
+            segment_slots=guard(given.segment_slots),
+            max_segment=given.max_segment,
+        )
+        x = guard(torch.randn(len(slots), inputs).bfloat16())
+        found, expected = (guard(torch.ones(len(slots), offsets[-1]).bfloat16()) for _ in range(2))
+        cpu.lora_add(found, x, a, b, ranks, offsets, batch)
+        lora_add_reference(expected, x, a, b, ranks, offsets, batch)
+        assert all(start < end for start, end in pairwise(offsets))
+        torch.testing.assert_close(found, expected, rtol=2**-6, atol=2**-4 * max_rank)
