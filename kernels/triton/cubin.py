@@ -58,14 +58,17 @@ class Report:
     def loops(self) -> list[tuple[Instruction, ...]]:
         """The body of every backward branch, shortest first (inner loops before outer ones).
 
-        The endless branch-to-itself that pads the end of a kernel is not a loop.
+        The endless branch-to-itself that pads the end of a kernel is not a loop. Nor is a branch
+        from behind the kernel's end back into it: Blackwell's waits for a barrier lie there, and
+        what stands between them and where they return to does not run again.
         """
         found = []
         for branch in self.instructions:
             target = _TARGET.search(branch.operands) if branch.opcode.startswith("BRA") else None
             if target and (start := int(target.group(1), 16)) < branch.address:
                 body = [i for i in self.instructions if start <= i.address <= branch.address]
-                found.append(tuple(body))
+                if not any(i.opcode == "EXIT" for i in body):
+                    found.append(tuple(body))
         return sorted(found, key=len)
 
     def tensor_core_loop(self) -> tuple[Instruction, ...]:

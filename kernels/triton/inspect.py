@@ -68,19 +68,18 @@ def shipped(everything: bool) -> Iterator[Case]:
         ]
         # How many parts and blocks are split is not compiled in, only whether.
         ruled = [replace(config, splits=2, tail=min(config.tail, 1)) for config in ruled]
+        few, some, most = ruled[1], ruled[2], ruled[-1]
         if capability == 90:
             ruled += [replace(config, overlap=True) for config in ruled[1:3]]
         configs = dict.fromkeys(ruled + (measured if capability == 90 else []))
-        for config in (
-            configs if everything else (ruled[1], ruled[2], ruled[6], ruled[-1], ruled[-2])
-        ):
+        for config in configs if everything else (few, some, ruled[6], ruled[-1], ruled[-2]):
             if everything or capability == 90:
                 yield Case(capability, "bf16", False, False, 128, config)
-                if config in (ruled[1], ruled[2], ruled[-1]):
+                if config in (few, some, most):
                     yield Case(capability, "bf16", False, False, 128, config, gated=True)
             if everything or (capability == 90 and not config.overlap):
                 yield Case(capability, "bf16", True, False, 64, config)
-            if everything or (capability < 100 and config == ruled[2]):
+            if everything or (capability < 100 and config == some):
                 yield Case(capability, "fp16", False, True, 32, config)
 
 

@@ -55,6 +55,78 @@ def block_of(program, blocks_n, blocks_m, GROUP_M: tl.constexpr):
     return within // size, first + within % size
 
 
+@triton.jit
+def place_of(
+    program,
+    rows,
+    out_features,
+    steps,
+    whole,
+    splits,
+    steps_each,
+    SPLIT: tl.constexpr,
+    TAIL: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    """What a program computes.
+
+    Its first output and row; block and split, counted among those that are split; whether it is one
+    of those; and its first step, and the one after its last.
+    """
+    blocks_n = tl.cdiv(out_features, BLOCK_N)
+    blocks_m = tl.cdiv(rows, BLOCK_M)
+    block, split, first, wide = program, 0, 0, blocks_n
+    is_part = SPLIT
+    if SPLIT:
+        if TAIL:
+            # Whether a block is split follows from its outputs alone, never from its rows.
+            is_part = block >= whole * blocks_m
+            first = tl.where(is_part, whole, 0)
+            wide = tl.where(is_part, blocks_n - whole, whole)
+            splits = tl.where(is_part, splits, 1)
+            steps_each = tl.where(is_part, steps_each, steps)
+        split = (block - first * blocks_m) % splits
+        block = (block - first * blocks_m) // splits
+    block_n, block_m = block_of(block, wide, blocks_m, GROUP_M)
+    start, stop = 0, steps
+    if SPLIT:
+        start = split * steps_each
+        stop = tl.minimum(start + steps_each, steps)
+    return (first + block_n) * BLOCK_N, block_m * BLOCK_M, block, split, is_part, start, stop
+
+
+@triton.jit
+def opaque(number):
+    """``number``; but LLVM no longer keeps what follows from a loop's in registers of their own."""
+    if not INTERPRETED:
+        number = tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r", [number], dtype=tl.int32, is_pure=True, pack=1
+        )
+    return number
+
+
+@triton.jit
+def opaque_zero():
+    """Zero, the number of a warp's first lane, which no compiler can tell: not ptxas either.
+
+    What is computed with it cannot be what was computed before, so that is not kept for it.
+    """
+    if INTERPRETED:
+        zero = 0
+    else:
+        zero = tl.inline_asm_elementwise(
+            "mov.u32 $0, %laneid; shfl.sync.idx.b32 $0, $0, 0, 31, -1;",
+            "=r",
+            [],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+    return zero
+
+
 @triton.jit(do_not_specialize=["rows", "groups", "whole", "splits", "steps_each"])
 def matmul_kernel(
     x,  # (rows, columns)
@@ -92,30 +164,25 @@ def matmul_kernel(
 ):
     dtype: tl.constexpr = x.dtype.element_ty
     CENTRE: tl.constexpr = 0 if CODEBOOK else 8
+    # Registers are short where sums take half of them or a group's scales wait for its product.
+    CROWDED: tl.constexpr = BLOCK_N * BLOCK_M > 128 * 128 or not SCALE_FIRST
     steps = tl.cdiv(columns, STEP)
-    blocks_n = tl.cdiv(out_features, BLOCK_N)
-    blocks_m = tl.cdiv(rows, BLOCK_M)
-    block, split, first, wide = tl.program_id(0), 0, 0, blocks_n
-    if SPLIT:
-        is_part = True
-        if TAIL:
-            # Whether a block is split follows from its outputs alone, never from its rows.
-            is_part = block >= whole * blocks_m
-            first = tl.where(is_part, whole, 0)
-            wide = tl.where(is_part, blocks_n - whole, whole)
-            splits = tl.where(is_part, splits, 1)
-            steps_each = tl.where(is_part, steps_each, steps)
-        split = (block - first * blocks_m) % splits
-        block = (block - first * blocks_m) // splits
-    block_n, block_m = block_of(block, wide, blocks_m, GROUP_M)
-    start, stop = 0, steps
-    if SPLIT:
-        start = split * steps_each
-        stop = tl.minimum(start + steps_each, steps)
-
-    first_n = (first + block_n) * BLOCK_N
+    first_n, first_m, _, _, _, start, stop = place_of(
+        tl.program_id(0),
+        rows,
+        out_features,
+        steps,
+        whole,
+        splits,
+        steps_each,
+        SPLIT,
+        TAIL,
+        BLOCK_N,
+        BLOCK_M,
+        GROUP_M,
+    )
     n = first_n + tl.arange(0, BLOCK_N)
-    m = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    m = first_m + tl.arange(0, BLOCK_M)
     k = tl.arange(0, SLICE)
     tile = tl.minimum(n // TILE_N, tl.cdiv(out_features, TILE_N) - 1)
     q_at = qweight + (tile[:, None] * steps * TILE_N + n[:, None] % TILE_N) * SLICE + k[None, :]
@@ -138,6 +205,8 @@ def matmul_kernel(
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     ahead = of_slices(scales + scale_at, start, SETS, GROUP, groups)
     for step in range(start, stop):
+        if CROWDED:
+            step = opaque(step)
         q = tl.load(q_at + step * (TILE_N * SLICE))
         left = columns - step * STEP - x_k[:, None]
         if JOINED and WHOLE_STEPS:
@@ -176,10 +245,28 @@ def matmul_kernel(
 
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
-    valid = valid_m & (n[:, None] < out_features)
+    # Found anew in crowded blocks: what only the end needs would else be kept through the loop.
+    zero = opaque_zero() if CROWDED else 0
+    first_n, first_m, block, split, is_part, _, _ = place_of(
+        tl.program_id(0) ^ zero,
+        rows ^ zero,
+        out_features ^ zero,
+        steps,
+        whole ^ zero,
+        splits,
+        steps_each,
+        SPLIT,
+        TAIL,
+        BLOCK_N,
+        BLOCK_M,
+        GROUP_M,
+    )
+    m = first_m + tl.arange(0, BLOCK_M)
     last = True
     if SPLIT:  # noqa: SIM102 (this is known when compiling, the next is not)
         if is_part:
+            n = first_n + tl.arange(0, BLOCK_N)
+            valid = (m[None, :] < rows) & (n[:, None] < out_features)
             at = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
             part_at = parts + block * splits * (BLOCK_N * BLOCK_M) + at
             tl.store(part_at + split * (BLOCK_N * BLOCK_M), acc, mask=valid)

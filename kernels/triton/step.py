@@ -29,6 +29,10 @@ def group_of(step, part: tl.constexpr, SETS: tl.constexpr, GROUP: tl.constexpr, 
     """The group of part ``part`` of SETS of step ``step``. GROUP 0 is one group for all columns."""
     if GROUP == 0:
         group = 0
+    elif GROUP % 128 == 0:
+        group = tl.minimum(step // (GROUP // 128), groups - 1)
+    elif 128 % GROUP == 0:
+        group = tl.minimum(step * (128 // GROUP) + part * (128 // SETS) // GROUP, groups - 1)
     else:
         group = tl.minimum((step * STEP + part * (STEP // SETS)) // GROUP, groups - 1)
     return group
