@@ -95,8 +95,12 @@ def default_config(
         small = bucket <= 32
         return Config(block_n, bucket, splits, 4 if small else 8, 4 if small else 3, not small)
     blocks_n = -(-out_features // 128)
+    # Masks for the end of odd columns take registers that the widest block does not have.
     wide = (
-        90 <= capability < 100 and bucket >= 256 and 10 * blocks_n * bucket // 256 >= 9 * processors
+        90 <= capability < 100
+        and columns % STEP == 0
+        and bucket >= 256
+        and 10 * blocks_n * bucket // 256 >= 9 * processors
     )
     block_m = 64 if bucket == 128 else 256 if wide else 128
     blocks = blocks_n * -(-bucket // block_m)

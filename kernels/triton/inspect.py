@@ -35,6 +35,7 @@ class Case:
     group: int
     config: Config
     gated: bool = False
+    whole_steps: bool = True  # whether columns are a multiple of 128
 
 
 @dataclass(frozen=True)
@@ -81,10 +82,14 @@ def shipped(everything: bool) -> Iterator[Case]:
                 yield Case(capability, "bf16", True, False, 64, config)
             if everything or (capability < 100 and config == some):
                 yield Case(capability, "fp16", False, True, 32, config)
+        if everything and capability < 100:
+            for bucket in (8, 16, 64, 256):
+                odd = replace(default_config(bucket, 22016, 4001, capability=capability), tail=0)
+                yield Case(capability, "bf16", False, False, 128, odd, whole_steps=False)
 
 
 def compiled(case: Case) -> cubin.Report:
-    """The machine code of one case, for sizes that are multiples of 128."""
+    """The machine code of one case, for sizes that are multiples of 128; or odd columns."""
     c = case.config
     types = {
         "x": "*" + case.dtype,
@@ -107,11 +112,11 @@ def compiled(case: Case) -> cubin.Report:
         "GROUP": case.group,
         "SETS": max(1, 128 // case.group),
         "SCALE_FIRST": c.scale_first,
-        "JOINED": joined(c, case.capability),
+        "JOINED": joined(c, case.capability, case.whole_steps),
         "SPLIT": c.splits > 1,
         "TAIL": c.tail > 0,
         "OVERLAP": c.overlap and case.capability >= 90,
-        "WHOLE_STEPS": True,
+        "WHOLE_STEPS": case.whole_steps,
         "BLOCK_N": c.block_n,
         "BLOCK_M": c.block_m,
         "GROUP_M": 8,
@@ -126,7 +131,7 @@ def compiled(case: Case) -> cubin.Report:
         capability=case.capability,
         num_warps=c.parts if c.parts > 1 else c.num_warps,
         num_stages=c.num_stages,
-        aligned=("out_features", "columns"),
+        aligned=("out_features", "columns") if case.whole_steps else ("out_features",),
     )
 
 

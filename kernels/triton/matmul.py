@@ -300,12 +300,13 @@ def chosen(weight: PackedWeight, rows: int, device: torch.device) -> Config:
     return choose(*device_traits(device), weight.is_affine, group, *size, bucket_of(rows))
 
 
-def joined(config: Config, capability: int) -> bool:
+def joined(config: Config, capability: int, whole_steps: bool) -> bool:
     """Whether a step is one product. Before Hopper, joining moves weights about.
 
-    On Blackwell Triton 3.6 makes nothing but a trap of four wide products.
+    On Hopper the masks of columns that end within a step would spill registers in its loop. On
+    Blackwell Triton 3.6 makes nothing but a trap of four wide products.
     """
-    return config.scale_first and capability >= 90
+    return config.scale_first and (capability >= 100 or (capability >= 90 and whole_steps))
 
 
 def takes(weight: PackedWeight, dtype: torch.dtype) -> bool:
@@ -384,7 +385,7 @@ def packed_matmul(
         SILU_MUL=silu_mul,
         **group_constants(weight),
         SCALE_FIRST=c.scale_first,
-        JOINED=joined(c, device_traits(x.device)[2]),
+        JOINED=joined(c, device_traits(x.device)[2], columns % 128 == 0),
         SPLIT=c.splits > 1,
         TAIL=c.splits > 1 and whole > 0,
         OVERLAP=overlap,

@@ -70,6 +70,8 @@ def test_unpacked_weights_never_pass_through_shared_memory() -> None:
     for entry in table():
         if entry["case"]["capability"] == 100 and entry["case"]["config"]["scale_first"]:
             continue  # one wide product: tensor cores there read it from shared memory
+        if not entry["case"]["whole_steps"]:
+            continue  # x, at no multiple of 16 bytes, is stored there too
         # Scales and zeros may: a vector of each for every group in 128 columns.
         vectors = max(1, 128 // entry["case"]["group"]) * (1 + entry["case"]["zeros"])
         assert entry["row"]["shared_stores"] <= vectors
