@@ -1,7 +1,7 @@
 """Every GPU kernel, as compiled, against its reference: ``checks.py [--capability 80 89 90]``.
 
 One JSON object a line for each comparison. ``--without bar.sync`` (or another instruction) leaves
-that instruction out of the matmul, to see that the emulator notices.
+that instruction out, to see that the emulator notices.
 """
 
 from __future__ import annotations

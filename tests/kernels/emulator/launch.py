@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-from instructions import DTYPES, operation
+from instructions import operation
 from machine import Kernel, Timing
 from memory import GlobalMemory
 from program import parse
@@ -16,6 +16,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
+from values import DTYPES
 
 # Few, so that small problems fill the device several times.
 MULTIPROCESSORS = 4

@@ -157,17 +157,9 @@ class Unit:
                         target = self.program.labels[str(statements[at].operands[0])]
                         goes = self._all() if guarded is None else guarded
                         stays = (self._all() if mask is None else mask) & ~goes
-                        if not stays.any():
-                            at = target
-                            continue_here = target < rejoin
-                            if continue_here:
-                                continue
-                            self._join(target, mask)
-                        elif not goes.any():
-                            at += 1
-                            continue
-                        else:
+                        if goes.any():
                             self._join(target, goes)
+                        if stays.any():
                             self._join(at + 1, stays)
                         break
                     case "ret" | "exit":

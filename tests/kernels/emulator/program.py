@@ -66,6 +66,13 @@ def parse(ptx: str, without: str = "") -> Program:
     threads = re.search(r"\.reqntid\s+(\d+)", ptx)
     assert threads is not None
     parameters = tuple(re.findall(r"\.param\s+\.[^\n]*?(\w+_param_\d+)", head))
+    return program(body, without, parameters, int(threads[1]))
+
+
+def program(
+    body: str, without: str = "", parameters: tuple[str, ...] = (), threads: int = 1
+) -> Program:
+    """What lies between a kernel's braces."""
     statements: list[Statement] = []
     labels: dict[str, int] = {}
     widths: dict[str, int] = {}
@@ -89,7 +96,7 @@ def parse(ptx: str, without: str = "") -> Program:
                 statement = _statement(text)
                 if not (without and statement.opcode.startswith(without)):
                     statements.append(statement)
-    return Program(tuple(statements), labels, widths, parameters, int(threads[1]))
+    return Program(tuple(statements), labels, widths, parameters, threads)
 
 
 def _without_scope(text: str) -> str:
