@@ -195,7 +195,8 @@ class ModelRunner:
         """(tokens, sequences): each size of matmul for one prompt, each size of batch for many."""
         most = self._max_batched_tokens
         tokens = [*(1 << power for power in range(1, most.bit_length()) if 1 << power < most), most]
-        seqs = [1 << power for power in range(4, self._max_num_seqs.bit_length() + 1)]
+        powers = [1 << power for power in range(4, self._max_num_seqs.bit_length() + 1)]
+        seqs = [min(n, self._max_num_seqs) for n in powers if n < 2 * self._max_num_seqs]
         return [(count, 1) for count in tokens] + [(2 * n, n) for n in seqs if 2 * n <= most]
 
     def _idle_prefill(self, tokens: int, seqs: int) -> StepInputs:

@@ -93,7 +93,7 @@ def search_clip(weight: Tensor, second_moment: Tensor, group_size: int) -> Tenso
     """``weight (out, in)`` with each group clipped where that lowers the group's output error."""
     columns = weight.shape[1]
     groups = columns // group_size
-    index = torch.arange(groups)
+    index = torch.arange(groups, device=second_moment.device)
     # (groups, group_size, group_size): inputs of different groups are taken as uncorrelated.
     moments = second_moment.view(groups, group_size, groups, group_size)[index, :, index]
     return torch.cat(
