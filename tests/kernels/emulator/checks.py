@@ -1,4 +1,4 @@
-"""Every GPU kernel, as compiled, against its reference: ``checks.py [--capability 80 89 90]``.
+"""Every GPU kernel, as compiled, against its reference: ``checks.py [--capability 80 89 90 100]``.
 
 One JSON object a line for each comparison. ``--without bar.sync`` (or another instruction) leaves
 that instruction out, to see that the emulator notices.
@@ -195,9 +195,16 @@ FAMILIES: dict[str, Callable[[int, bool], Iterator[Found]]] = {
 
 
 def timings(capability: int) -> list[Timing]:
-    """Orders to try: all in step; and warps one by one, the last first, copies at once."""
-    unit = WARP_GROUP if capability >= 90 else WARP
-    return [Timing(late=True), Timing(unit, backwards=True, late=False, seed=1)]
+    """Orders to try: all in step; and warps one by one, the last first, copies at once.
+
+    On Blackwell the first warp asks for products, which read what others wrote. A barrier that is
+    missing before is seen where it comes first and they are made at once; one that is missing
+    behind them, where it comes last and they are late.
+    """
+    if capability >= 100:
+        return [Timing(apart=True, backwards=True), Timing(WARP, late=False, seed=1)]
+    unit = WARP_GROUP if capability == 90 else WARP
+    return [Timing(), Timing(unit, backwards=True, late=False, seed=1)]
 
 
 def outcomes(
@@ -225,7 +232,7 @@ def outcomes(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--capability", type=int, nargs="*", default=(80, 89, 90))
+    parser.add_argument("--capability", type=int, nargs="*", default=(80, 89, 90, 100))
     parser.add_argument("--families", nargs="*", choices=FAMILIES, default=list(FAMILIES))
     parser.add_argument("--all", action="store_true", help="every kind of weight in every shape")
     parser.add_argument("--without", default="", help="leave this instruction out")
