@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is for Linux")
 
-from nybble.kernels.triton.device import check_compiler  # noqa: E402
+from nybble.kernels.triton.device import check_compiler
 
 
 @pytest.mark.parametrize("version", ["3.6.0", "3.7.0", "3.7.0+git5e6c6a1b"])
