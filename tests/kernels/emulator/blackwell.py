@@ -1,10 +1,10 @@
-"""Fifth-generation tensor cores and what they need: tcgen05, mbarrier, elect (PTX ISA 9.0).
+"""Fifth-generation tensor cores: tcgen05 (PTX ISA 9.0, section 9.7.16).
 
-Sections are 9.7.16 for tcgen05, 9.7.13.15 for mbarrier and 9.7.13.14 for elect. Where the text has
-only figures, the layouts are those of CUTLASS' ``tmem_frg`` (mma_traits_sm100.hpp). What is late
-and in which order is 9.7.16.6: products are done when the mbarrier they were committed to is waited
-for; stores after ``wait::st``; loads when a register is used (9.7.16.6.4.5) or after ``wait::ld``.
-``tcgen05.fence`` is not asked for: Triton writes none, a barrier stands in its place.
+Where the text has only figures, the layouts are those of CUTLASS' ``tmem_frg``
+(mma_traits_sm100.hpp). What is late and in which order is 9.7.16.6: products are done when the
+mbarrier they were committed to is waited for; stores after ``wait::st``; loads when a register is
+used (9.7.16.6.4.5) or after ``wait::ld``. ``tcgen05.fence`` is not asked for: Triton writes none, a
+barrier stands in its place.
 """
 
 from __future__ import annotations
@@ -15,76 +15,11 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
-from barriers import NotYetError
 from machine import WARP, Array, Mask, Operation, Unit
+from mbarrier import active_threads, addresses, whole_warps
 from program import Address, Program, Statement
 from shared_matrices import DEPTH, Matrix, floats
 from values import predicate, reader, spread
-
-
-def _active(unit: Unit, mask: Mask | None) -> Array:
-    return np.arange(unit.size) if mask is None else np.flatnonzero(mask)
-
-
-def _warps(unit: Unit, mask: Mask | None, statement: Statement) -> Array:
-    """Which warps of the unit take part; all their lanes have to."""
-    lanes = np.ones(unit.size, bool) if mask is None else mask
-    warps = lanes.reshape(-1, WARP)
-    if (warps.any(1) != warps.all(1)).any():
-        raise RuntimeError(f"a part of a warp at {statement.text}")
-    return np.flatnonzero(warps[:, 0])
-
-
-def _addresses(operand: object, program: Program) -> Callable[[Unit], Array]:
-    """uint32 addresses, of shared or tensor memory, of each thread."""
-    assert isinstance(operand, Address)
-    base, offset = reader(operand.base, "u32", program), np.uint32(operand.offset)
-    return lambda unit: spread(base(unit) + offset, unit)
-
-
-def elect(statement: Statement, program: Program) -> Operation:
-    """elect.sync: any lane of each warp, but always the same."""
-    leader, chosen = str(statement.operands[0]).split("|")
-    if statement.operands[1] != "-1":
-        raise NotImplementedError(statement.text)
-
-    def run(unit: Unit, mask: Mask | None) -> None:
-        _warps(unit, mask, statement)
-        lane = 0 if unit.late else WARP - 1
-        unit.write(leader, np.full(unit.size, lane, np.uint32), mask)
-        unit.write(chosen, np.arange(unit.size) % WARP == lane, mask)
-
-    return run
-
-
-def barrier(statement: Statement, program: Program) -> Operation:
-    """mbarrier.init, inval and try_wait.parity, which is tried until the phase is over."""
-    action = statement.parts[1]
-    if action == "try_wait" and statement.parts[2] == "parity":
-        to, address, by = statement.operands
-        where, parities = _addresses(address, program), reader(by, "u32", program)
-
-        def wait(unit: Unit, mask: Mask | None) -> None:
-            active, at, parity = _active(unit, mask), where(unit), spread(parities(unit), unit)
-            for one in np.unique(np.stack((at[active], parity[active]), 1), axis=0):
-                if not unit.block.barriers.at(int(one[0])).passed(int(one[1])):
-                    raise NotYetError
-            unit.write(str(to), np.ones(unit.size, bool), mask)
-
-        return wait
-    where = _addresses(statement.operands[0], program)
-    match action:
-        case "init":
-            count = int(str(statement.operands[1]))
-            return lambda unit, mask: [
-                unit.block.barriers.initialise(int(at), count)
-                for at in where(unit)[_active(unit, mask)]
-            ]
-        case "inval":
-            return lambda unit, mask: [
-                unit.block.barriers.invalidate(int(at)) for at in where(unit)[_active(unit, mask)]
-            ]
-    raise NotImplementedError(statement.text)
 
 
 def fifth_generation(statement: Statement, program: Program) -> Operation:
@@ -97,7 +32,7 @@ def fifth_generation(statement: Statement, program: Program) -> Operation:
 
 def _one_warp(unit: Unit, mask: Mask | None, statement: Statement) -> int:
     """A thread of the only warp that takes part."""
-    warps = _warps(unit, mask, statement)
+    warps = whole_warps(unit, mask, statement)
     if len(warps) != 1:
         raise RuntimeError(f"{len(warps)} warps at {statement.text}")
     return int(warps[0]) * WARP
@@ -105,7 +40,7 @@ def _one_warp(unit: Unit, mask: Mask | None, statement: Statement) -> int:
 
 def _allocate(statement: Statement, program: Program) -> Operation:
     """9.7.16.7.1: one warp allocates, the address goes to shared memory."""
-    where, columns = _addresses(statement.operands[0], program), int(str(statement.operands[1]))
+    where, columns = addresses(statement.operands[0], program), int(str(statement.operands[1]))
 
     def run(unit: Unit, mask: Mask | None) -> None:
         thread = _one_warp(unit, mask, statement)
@@ -143,7 +78,7 @@ def _cells(
     9.7.16.2.3.1: a thread of .32x32b has a lane; of .16x32bx2, threads 16 on have the lanes of the
     others, ``split`` columns further on. 9.7.16.8.1: which lanes a warp may reach.
     """
-    warps, thread = _warps(unit, mask, statement), np.arange(WARP)
+    warps, thread = whole_warps(unit, mask, statement), np.arange(WARP)
     addresses = at.reshape(-1, WARP)[warps].astype(np.int64)
     if (addresses != addresses[:, :1]).any():
         raise RuntimeError(f"a warp's threads differ in the address at {statement.text}")
@@ -167,12 +102,12 @@ def _shape(statement: Statement, names: object) -> tuple[str, ...]:
 
 def _load(statement: Statement, program: Program) -> Operation:
     names = _shape(statement, statement.operands[0])
-    where = _addresses(statement.operands[1], program)
+    where = addresses(statement.operands[1], program)
     split = int(str(statement.operands[2])) if len(statement.operands) == 3 else 0
 
     def run(unit: Unit, mask: Mask | None) -> None:
         lanes, columns = _cells(unit, mask, where(unit), split, len(names), statement)
-        active = _active(unit, mask)
+        active = active_threads(unit, mask)
 
         def land() -> None:
             values = np.zeros((unit.size, len(names)), np.uint32)
@@ -187,14 +122,14 @@ def _load(statement: Statement, program: Program) -> Operation:
 
 def _store(statement: Statement, program: Program) -> Operation:
     names = _shape(statement, statement.operands[-1])
-    where = _addresses(statement.operands[0], program)
+    where = addresses(statement.operands[0], program)
     split = int(str(statement.operands[1])) if len(statement.operands) == 3 else 0
     sources = [reader(name, "b32", program) for name in names]
 
     def run(unit: Unit, mask: Mask | None) -> None:
         lanes, columns = _cells(unit, mask, where(unit), split, len(names), statement)
         values = np.stack([spread(read(unit), unit) for read in sources], 1)
-        values = values[_active(unit, mask)].reshape(-1, WARP, len(names))
+        values = values[active_threads(unit, mask)].reshape(-1, WARP, len(names))
         unit.stores.add(partial(unit.block.tensor.store, lanes, columns, values), unit.late)
 
     return run
@@ -261,15 +196,15 @@ def _multiply(statement: Statement, program: Program) -> Operation:
     if statement.parts[2:] != ["cta_group::1", "kind::f16"] or len(statement.operands) != 5:
         raise NotImplementedError(statement.text)
     d, a, b, descriptor, adds = statement.operands
-    where_d, right = _addresses(d, program), reader(b, "u64", program)
+    where_d, right = addresses(d, program), reader(b, "u64", program)
     held = isinstance(a, Address)
-    left = _addresses(a, program) if held else reader(a, "u64", program)
+    left = addresses(a, program) if held else reader(a, "u64", program)
     described = reader(descriptor, "u32", program)
 
     def run(unit: Unit, mask: Mask | None) -> None:
         operands = [spread(read(unit), unit) for read in (where_d, left, right, described)]
         adding = np.broadcast_to(predicate(unit, adds), (unit.size,))
-        for thread in _active(unit, mask):
+        for thread in active_threads(unit, mask):
             to, from_a, from_b, bits = (int(values[thread]) for values in operands)
             product, more = Product.of(bits), bool(adding[thread])
             if held and to >> 16 != from_a >> 16:
@@ -306,10 +241,10 @@ def _commit(statement: Statement, program: Program) -> Operation:
     """
     if not re.search(r"mbarrier::arrive::one(\.shared::cluster)?\.b64$", statement.opcode):
         raise NotImplementedError(statement.text)
-    where = _addresses(statement.operands[0], program)
+    where = addresses(statement.operands[0], program)
 
     def run(unit: Unit, mask: Mask | None) -> None:
-        for thread in _active(unit, mask):
+        for thread in active_threads(unit, mask):
             arrives_at = unit.block.barriers.at(int(where(unit)[thread]))
             unit.block.products.commit(unit.first + int(thread), arrives_at)
 
@@ -326,9 +261,4 @@ _TCGEN05: dict[str, Callable[[Statement, Program], Operation]] = {
     "wait::st": _wait,
     "mma": _multiply,
     "commit": _commit,
-}
-OPERATIONS: dict[str, Callable[[Statement, Program], Operation]] = {
-    "elect": elect,
-    "mbarrier": barrier,
-    "tcgen05": fifth_generation,
 }

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import blackwell
+import mbarrier
 import numpy as np
 import per_thread
 import tensor_cores
@@ -25,7 +26,7 @@ def operation(statement: Statement, program: Program) -> Operation:
         return lambda unit, mask: None
     if base in tensor_cores.OPERATIONS:
         return tensor_cores.OPERATIONS[base](statement)
-    special = _SPECIAL | per_thread.SPECIAL | blackwell.OPERATIONS
+    special = _SPECIAL | per_thread.SPECIAL
     if base in special:
         return special[base](statement, program)
     if base in per_thread.ELEMENTWISE:
@@ -220,4 +221,7 @@ _SPECIAL: dict[str, Callable[[Statement, Program], Operation]] = {
     "atom": _add_atomically,
     "shfl": _shuffle,
     "redux": _reduce,
+    "elect": mbarrier.elect,
+    "mbarrier": mbarrier.barrier,
+    "tcgen05": blackwell.fifth_generation,
 }
