@@ -2,19 +2,37 @@
 
 from __future__ import annotations
 
+import re
 from functools import lru_cache
 
 import torch
+import triton
+
+# Before it, nothing but luck shows Blackwell's tensor cores what was copied to shared memory: the
+# compiler left out the fence between the two (triton-lang/triton#9610).
+_FENCES_COPIES = (3, 7, 1)
 
 
 @lru_cache
 def device_traits(device: torch.device) -> tuple[str, int, int]:
-    """Name, multiprocessors and compute capability (90 for 9.0); an H100's for the interpreter."""
+    """Name, multiprocessors and compute capability (90 for 9.0); an H100's for the interpreter.
+
+    RuntimeError where this Triton compiles wrong products for the device.
+    """
     if device.type != "cuda":
         return "interpreter", 132, 90
     properties = torch.cuda.get_device_properties(device)
-    return (
-        properties.name,
-        properties.multi_processor_count,
-        10 * properties.major + properties.minor,
-    )
+    capability = 10 * properties.major + properties.minor
+    check_compiler(properties.name, capability, triton.__version__)
+    return properties.name, properties.multi_processor_count, capability
+
+
+def check_compiler(name: str, capability: int, version: str) -> None:
+    """RuntimeError where this version of Triton compiles wrong products for the device."""
+    release = tuple(int(part) for part in re.findall(r"\d+", version)[:3])
+    if 100 <= capability < 120 and release < _FENCES_COPIES:
+        needed = ".".join(map(str, _FENCES_COPIES))
+        raise RuntimeError(
+            f"Triton {version} compiles products for {name} that may read stale memory: "
+            f"install Triton {needed} or newer"
+        )

@@ -304,7 +304,7 @@ def joined(config: Config, capability: int, whole_steps: bool) -> bool:
     """Whether a step is one product. Before Hopper, joining moves weights about.
 
     On Hopper the masks of columns that end within a step would spill registers in its loop. On
-    Blackwell Triton 3.6 makes nothing but a trap of four wide products.
+    Blackwell four wide products may want more tensor memory than there is.
     """
     return config.scale_first and (capability >= 100 or (capability >= 90 and whole_steps))
 

@@ -21,8 +21,8 @@ def run(text: str, outputs: int, *operands: Register) -> list[Register]:
     names = [f"${i}" for i in range(outputs + len(operands))]
     parsed = program(text.strip("{} \n"))
     parsed = replace(parsed, widths=parsed.widths | dict.fromkeys(names, 4))
-    nothing = SimpleNamespace()  # no memory is reached
-    unit = Unit(0, int(np.prod(shape)), parsed, {}, {}, nothing, nothing, late=False)
+    block = SimpleNamespace(memory=None, shared=None, late=False)  # no memory is reached
+    unit = Unit(0, int(np.prod(shape)), parsed, {}, {}, block)
     for name, values in zip(names[outputs:], operands, strict=True):
         unit.registers[name] = np.ascontiguousarray(np.broadcast_to(values, shape)).reshape(-1)
     for statement in parsed.statements:

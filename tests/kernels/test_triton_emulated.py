@@ -47,7 +47,7 @@ def comparisons() -> list[dict[str, Any]]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-@pytest.mark.parametrize("capability", [80, 89, 90])
+@pytest.mark.parametrize("capability", [80, 89, 90, 100])
 def test_compiled_kernels_compute_what_their_references_do(capability: int) -> None:
     own = [each for each in comparisons() if each["capability"] == capability]
     assert own
@@ -55,7 +55,7 @@ def test_compiled_kernels_compute_what_their_references_do(capability: int) -> N
     assert wrong == []
 
 
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability", [80, 90, 100])
 def test_every_kernel_was_run(capability: int) -> None:
     own = [each for each in comparisons() if each["capability"] == capability]
     assert {kernel for each in own for kernel in each["kernels"]} == KERNELS
@@ -67,6 +67,8 @@ def test_every_kernel_was_run(capability: int) -> None:
         ("80", "lora", "bar.sync"),
         ("80", "lora", "cp.async.wait_group"),
         ("90", "attention", "wgmma.wait_group"),
+        ("100", "attention", "tcgen05.wait::st"),
+        ("100", "attention", "fence.proxy.async"),
     ],
 )
 def test_the_emulator_notices_what_a_gpu_would_trip_over(
@@ -76,3 +78,10 @@ def test_the_emulator_notices_what_a_gpu_would_trip_over(
     assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines()]
     assert any(not each["error"] <= each["limit"] for each in found)
+
+
+def test_a_wait_that_nothing_ends_is_an_error() -> None:
+    without = ("--without", "tcgen05.commit")
+    done = run("--capability", "100", "--families", "attention", *without)
+    assert done.returncode != 0
+    assert "a wait that never ends" in done.stderr

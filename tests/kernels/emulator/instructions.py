@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import blackwell
+import mbarrier
 import numpy as np
 import per_thread
 import tensor_cores
@@ -18,6 +20,8 @@ from values import DTYPES, UNSIGNED, Reader, as_wide, bits_of, kind_of, literal,
 def operation(statement: Statement, program: Program) -> Operation:
     """What ``statement`` does to a unit, under a mask."""
     base = statement.parts[0]
+    if statement.opcode.startswith("fence.proxy.async"):
+        return lambda unit, mask: unit.shared.fence()
     if base in _NOTHING or (base == "bar" and "warp" in statement.parts):
         return lambda unit, mask: None
     if base in tensor_cores.OPERATIONS:
@@ -197,7 +201,7 @@ def _shuffle(statement: Statement, program: Program) -> Operation:
 def _reduce(statement: Statement, program: Program) -> Operation:
     to, source, _ = statement.operands
     kind = kind_of(statement)
-    function = {"add": np.add, "min": np.minimum, "max": np.maximum}[statement.parts[2]]
+    function = {"add": np.add, "min": np.fmin, "max": np.fmax}[statement.parts[2]]
     value = reader(source, kind, program)
     assert isinstance(to, str)
 
@@ -217,4 +221,7 @@ _SPECIAL: dict[str, Callable[[Statement, Program], Operation]] = {
     "atom": _add_atomically,
     "shfl": _shuffle,
     "redux": _reduce,
+    "elect": mbarrier.elect,
+    "mbarrier": mbarrier.barrier,
+    "tcgen05": blackwell.fifth_generation,
 }

@@ -40,7 +40,7 @@ class _StandInDriver:
 
 @contextmanager
 def emulated(capability: int, timing: Timing, without: str = "") -> Iterator[list[str]]:
-    """Kernels launched inside run on the CPU as compiled for ``capability`` (80, 89 or 90).
+    """Kernels launched inside run on the CPU as compiled for ``capability`` (80, 89, 90 or 100).
 
     Yields the names of those launched, in order. One capability in a process. without: an opcode's
     beginning; such instructions are left out.

@@ -6,7 +6,8 @@ another, each as far as the next barrier: what is right only in one order of war
 barrier that is not there, comes out wrong in another order.
 
 Asynchronous copies and products may land at once, or not before they are waited for; a kernel must
-not care.
+not care. A thread that waits for an mbarrier lets the other units run; what is late lands when they
+all wait, and if they wait for nothing that is an error.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from barriers import Barriers, NotYetError, Products
 from memory import GlobalMemory, SharedMemory
 from program import Program, Statement
+from tensor_memory import TensorMemory
 
 Array = np.ndarray
 Mask = np.ndarray
@@ -29,14 +32,27 @@ WARP = 32
 class Timing:
     """Which of the orders a GPU may take is tried.
 
-    unit: threads that run in step (0: the whole block). backwards: the last units first. late:
-    asynchronous work lands when it is waited for, not when it is asked for. seed: order of blocks.
+    unit: threads that run in step (0: the whole block). apart: the first warp does not, which goes
+    ways of its own where it asks for products. backwards: the last units first. late:
+    asynchronous work lands when it is waited for, not when it is asked for; what a GPU chooses (the
+    thread that is elected, where tensor memory is) is chosen otherwise too. seed: order of blocks.
     """
 
     unit: int = 0
+    apart: bool = False
     backwards: bool = False
     late: bool = True
     seed: int = 0
+
+    def units(self, threads: int) -> list[range]:
+        """The threads of a block that run in step."""
+        size = self.unit or threads
+        starts = [*range(0, threads, size)]
+        if self.apart and size > WARP:
+            starts.insert(1, WARP)
+        ends = [*starts[1:], threads]
+        found = [range(*each) for each in zip(starts, ends, strict=True)]
+        return found[::-1] if self.backwards else found
 
 
 class Kernel:
@@ -47,6 +63,7 @@ class Kernel:
     ) -> None:
         self.program = program
         self.shared = shared
+        self._names = program.names
         self._operations = [
             None if s.parts[0] in _CONTROL else operation(s, program) for s in program.statements
         ]
@@ -77,26 +94,44 @@ class Kernel:
         memory: GlobalMemory,
         timing: Timing,
     ) -> None:
-        shared = SharedMemory(self.shared)
-        size = min(timing.unit or self.program.threads, self.program.threads)
+        shared = Block(memory, self.shared, timing.late)
         special = {f"%ctaid.{axis}": block[i] for i, axis in enumerate("xyz")}
         special |= {f"%nctaid.{axis}": grid[i] for i, axis in enumerate("xyz")}
         units = [
-            Unit(first, size, self.program, parameters, special, memory, shared, timing.late)
-            for first in range(0, self.program.threads, size)
+            Unit(threads.start, len(threads), self.program, parameters, special, shared)
+            for threads in timing.units(self.program.threads)
         ]
-        if timing.backwards:
-            units.reverse()
         while units:
-            for unit in units:
-                unit.run(self._operations)
+            self._run_to_barrier(units, shared)
             done = [unit for unit in units if unit.done]
             if done and len(done) < len(units):
                 raise RuntimeError("some threads ended while others wait at a barrier")
             units = [unit for unit in units if not unit.done]
+        shared.products.finish()
+        shared.tensor.finish()
+
+    def _run_to_barrier(self, units: list[Unit], block: Block) -> None:
+        waiting = units
+        while waiting:
+            moved = [unit.run(self._operations, self._names) for unit in waiting]
+            waiting = [unit for unit in waiting if unit.waits]
+            if waiting and not any(moved) and not block.products.land():
+                raise RuntimeError("a wait that never ends")
 
 
 _CONTROL = ("bra", "ret", "exit", "bar", "barrier")
+
+
+class Block:
+    """What the threads of a block share."""
+
+    def __init__(self, memory: GlobalMemory, shared: int, late: bool) -> None:
+        self.memory = memory
+        self.shared = SharedMemory(shared)
+        self.tensor = TensorMemory(first=not late)
+        self.barriers = Barriers(self.shared)
+        self.products = Products(late)
+        self.late = late
 
 
 class Unit:
@@ -109,16 +144,16 @@ class Unit:
         program: Program,
         parameters: dict[str, Array],
         special: dict[str, int],
-        memory: GlobalMemory,
-        shared: SharedMemory,
-        late: bool,
+        block: Block,
     ) -> None:
+        self.first = first
         self.size = size
         self.program = program
         self.parameters = parameters
-        self.memory = memory
-        self.shared = shared
-        self.late = late
+        self.block = block
+        self.memory = block.memory
+        self.shared = block.shared
+        self.late = block.late
         self.registers: dict[str, Array] = {
             name: np.full(size, value, np.uint32) for name, value in special.items()
         }
@@ -126,8 +161,13 @@ class Unit:
         self.registers |= {"%tid.x": threads, "%laneid": threads % WARP}
         self.copies = Pending()
         self.products = Pending()
+        self.stores = Pending()  # to tensor memory
+        self.loads = Loads()  # from there
+        self.waits = False
         self.done = False
         self._groups: dict[int, Mask | None] = {0: None}
+        self._arrived: dict[int, Mask | None] = {}  # at a barrier
+        self._ended = False
 
     def write(self, name: str, value: Array, mask: Mask | None) -> None:
         """Set a register of the threads in ``mask`` (None: of all)."""
@@ -137,20 +177,29 @@ class Unit:
             value = np.where(mask, value, self.registers[name])
         self.registers[name] = value
 
-    def run(self, operations: Sequence[Operation | None]) -> None:
-        """To the next barrier, or the end."""
+    def run(self, operations: Sequence[Operation | None], names: Sequence[frozenset[str]]) -> bool:
+        """To the next barrier, or the end, or a wait. Whether anything was done."""
         statements = self.program.statements
+        self.waits = moved = False
         while self._groups:
             at = min(self._groups)
             mask = self._groups.pop(at)
             rejoin = min(self._groups, default=len(statements) + 1)
             while at < rejoin:
                 operation = operations[at]
+                if self.loads.waiting:
+                    self.loads.land(names[at])
                 guarded = self._guarded(statements[at], mask)
                 if operation is not None:
                     if guarded is None or guarded.any():
-                        operation(self, guarded)
+                        try:
+                            operation(self, guarded)
+                        except NotYetError:
+                            self._join(at, mask)
+                            self.waits = True
+                            return moved
                     at += 1
+                    moved = True
                     continue
                 match statements[at].parts[0]:
                     case "bra":
@@ -165,15 +214,24 @@ class Unit:
                     case "ret" | "exit":
                         if guarded is not mask:
                             raise NotImplementedError("a return under a predicate")
+                        self._ended = True
                         break
                     case _:
-                        if guarded is not None or self._groups:
-                            raise RuntimeError(f"a part of the threads at {statements[at].text}")
-                        self._groups = {at + 1: None}
-                        return
+                        self._arrive(statements[at], at + 1, guarded)
+                        break
             else:
                 self._join(at, mask)
-        self.done = True
+        self._groups, self._arrived = self._arrived, {}
+        self.done = not self._groups
+        if self._groups and self._ended:
+            raise RuntimeError("some threads ended while others wait at a barrier")
+        return True
+
+    def _arrive(self, statement: Statement, after: int, mask: Mask | None) -> None:
+        """At a barrier: others, who took another branch, have to come first."""
+        if mask is not None and (mask.reshape(-1, WARP) != mask[::WARP, None]).any():
+            raise RuntimeError(f"a part of a warp at {statement.text}")
+        self._join(after, mask, self._arrived)
 
     def _all(self) -> Mask:
         return np.ones(self.size, bool)
@@ -186,11 +244,14 @@ class Unit:
         own = own if mask is None else own & mask
         return None if own.all() else own
 
-    def _join(self, at: int, mask: Mask | None) -> None:
-        if at in self._groups:
-            other = self._groups[at]
+    def _join(
+        self, at: int, mask: Mask | None, groups: dict[int, Mask | None] | None = None
+    ) -> None:
+        groups = self._groups if groups is None else groups
+        if at in groups:
+            other = groups[at]
             mask = None if mask is None or other is None else mask | other
-        self._groups[at] = None if mask is None or mask.all() else mask
+        groups[at] = None if mask is None or mask.all() else mask
 
 
 class Pending:
@@ -214,3 +275,23 @@ class Pending:
         while len(self._groups) > remaining:
             for work in self._groups.pop(0):
                 work()
+
+
+class Loads:
+    """Asynchronous loads: a register has its value when an instruction names it, if not before."""
+
+    def __init__(self) -> None:
+        self.waiting: list[tuple[frozenset[str], Callable[[], None]]] = []
+
+    def add(self, names: frozenset[str], work: Callable[[], None], late: bool) -> None:
+        if late:
+            self.waiting.append((names, work))
+        else:
+            work()
+
+    def land(self, names: frozenset[str] | None = None) -> None:
+        """Those of any of these registers, or all."""
+        due = [each for each in self.waiting if names is None or each[0] & names]
+        self.waiting = [each for each in self.waiting if each not in due]
+        for _, work in due:
+            work()

@@ -46,25 +46,54 @@ class GlobalMemory:
 
 
 class SharedMemory:
-    """Full of NaN at first: nothing right comes of what was not written."""
+    """Full of NaN at first: nothing right comes of what was not written.
+
+    Tensor cores read it through the asynchronous proxy, which sees NaN where threads wrote after
+    the last proxy fence (PTX ISA 9.0, 9.7.16.6.5).
+    """
 
     def __init__(self, size: int) -> None:
         self._bytes = np.full(size, 0xFF, np.uint8)
+        self._unfenced = np.zeros(size, bool)
+        self._reserved: dict[int, int] = {}
 
     def _at(self, addresses: np.ndarray, size: int) -> np.ndarray:
         _check_alignment(addresses, size)
         at = addresses.astype(np.int64)
-        if at.min() < 0 or at.max() + size > len(self._bytes):
+        first, last = at.min(), at.max() + size
+        if first < 0 or last > len(self._bytes):
             raise MemoryFaultError(
-                f"{size} bytes of shared memory at {at.min()}…{at.max()} of {len(self._bytes)}"
+                f"{size} bytes of shared memory at {first}…{last - size} of {len(self._bytes)}"
             )
+        for start, length in self._reserved.items():
+            apart = first >= start + length or last <= start  # most are
+            if not apart and ((at < start + length) & (at + size > start)).any():
+                raise MemoryFaultError(f"shared memory at {start}, where an mbarrier is")
         return at[..., None] + np.arange(size)
 
     def load(self, addresses: np.ndarray, size: int) -> Bytes:
         return self._bytes[self._at(addresses, size)]
 
+    def load_asynchronously(self, addresses: np.ndarray, size: int) -> Bytes:
+        at = self._at(addresses, size)
+        return np.where(self._unfenced[at], np.uint8(0xFF), self._bytes[at])
+
     def store(self, addresses: np.ndarray, values: Bytes) -> None:
-        self._bytes[self._at(addresses, values.shape[-1])] = values
+        at = self._at(addresses, values.shape[-1])
+        self._bytes[at] = values
+        self._unfenced[at] = True
+
+    def fence(self) -> None:
+        """fence.proxy.async: what was written so far is there for the asynchronous proxy too."""
+        self._unfenced[:] = False
+
+    def reserve(self, address: int, size: int) -> None:
+        """For an mbarrier: nothing else may be there before it is released."""
+        self._at(np.array([address], np.uint32), size)
+        self._reserved[address] = size
+
+    def release(self, address: int) -> None:
+        self._bytes[address : address + self._reserved.pop(address)] = 0xFF
 
 
 def _check_alignment(addresses: np.ndarray, size: int) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import reduce
 
+import bitwise
 import numpy as np
 import torch
 from machine import Array, Mask, Operation, Unit
@@ -12,6 +14,7 @@ from values import (
     DTYPES,
     HALVES,
     UNSIGNED,
+    VECTORS,
     as_wide,
     bits_of,
     kind_of,
@@ -27,6 +30,8 @@ def elementwise(statement: Statement, program: Program) -> Operation:
     function = ELEMENTWISE[base]
     to, *inputs = statement.operands
     assert isinstance(to, str)
+    if sum(part in DTYPES or part in VECTORS for part in statement.parts) > 1:
+        return _add_mixed(statement, program)
     if kind == "pred":
         return lambda unit, mask: unit.write(
             to, function(statement, *(predicate(unit, each) for each in inputs)), mask
@@ -38,7 +43,21 @@ def elementwise(statement: Statement, program: Program) -> Operation:
 
     def run(unit: Unit, mask: Mask | None) -> None:
         result = function(statement, *[read(unit) for read in readers])
-        unit.write(to, narrow(result, kind) if kind in HALVES else bits_of(result), mask)
+        unit.write(to, narrow(result, kind) if kind in VECTORS else bits_of(result), mask)
+
+    return run
+
+
+def _add_mixed(statement: Statement, program: Program) -> Operation:
+    """add.f32.f16: a number of 16 bits and one of 32 (9.7.5.1)."""
+    to, a, c = statement.operands
+    if statement.parts[:3] != ["add", "rn", "f32"] or len(statement.parts) != 4:
+        raise NotImplementedError(statement.text)
+    narrow_one, wide_one = reader(a, statement.parts[3], program), reader(c, "f32", program)
+
+    def run(unit: Unit, mask: Mask | None) -> None:
+        total = narrow_one(unit)[:, 0].astype(np.float32) + wide_one(unit)
+        unit.write(str(to), bits_of(total), mask)
 
     return run
 
@@ -73,73 +92,6 @@ def _remainder(statement: Statement, a: Array, b: Array) -> Array:
     return (a - _divide(statement, a, b) * b).astype(a.dtype)
 
 
-def _shift_left(statement: Statement, a: Array, by: Array) -> Array:
-    most, by = 8 * a.dtype.itemsize, bits_of(by)
-    return np.where(by >= most, 0, a << (by % most).astype(a.dtype)).astype(a.dtype)
-
-
-def _shift_right(statement: Statement, a: Array, by: Array) -> Array:
-    most, by = 8 * a.dtype.itemsize, bits_of(by)
-    past = np.where(a < 0, -1, 0).astype(a.dtype) if a.dtype.kind == "i" else a & 0
-    return np.where(by >= most, past, a >> (by % most).astype(a.dtype)).astype(a.dtype)
-
-
-def _funnel_shift(statement: Statement, low: Array, high: Array, by: Array) -> Array:
-    """The high word of both shifted left, or the low one of both shifted right."""
-    if "wrap" not in statement.parts:
-        raise NotImplementedError(statement.text)
-    both = high.astype(np.uint64) << np.uint64(32) | low
-    by = (by & np.uint32(31)).astype(np.uint64)
-    return ((both << by) >> np.uint64(32) if "l" in statement.parts else both >> by).astype(
-        np.uint32
-    )
-
-
-def _field(statement: Statement, a: Array, position: Array, length: Array) -> Array:
-    """bfe: ``length`` bits from ``position``, with the sign of the last one where it is signed."""
-    bits = 8 * a.dtype.itemsize
-    position, length = (bits_of(v).astype(np.int64) & 255 for v in (position, length))
-    wide = a.astype(np.int64) if a.dtype.kind == "i" else a.astype(np.int64) & ((1 << bits) - 1)
-    if (position + length > bits).any() or (length == 0).any():
-        raise NotImplementedError(statement.text)
-    field = (wide >> position) & ((np.int64(1) << length) - 1)
-    if a.dtype.kind == "i":
-        field = field - ((field >> (length - 1) & 1) << length)
-    return field.astype(a.dtype)
-
-
-def lop3(a: Array, b: Array, c: Array, table: int) -> Array:
-    """The bit of ``table`` numbered by the three input bits, a's the highest."""
-    out = np.zeros(np.broadcast_shapes(a.shape, b.shape, c.shape), np.uint32)
-    for index in range(8):
-        if table >> index & 1:
-            terms = (v if index >> place & 1 else ~v for v, place in ((a, 2), (b, 1), (c, 0)))
-            first, second, third = terms
-            out |= first & second & third
-    return out
-
-
-def prmt(a: Array, b: Array, selector: Array) -> Array:
-    """Four bytes of the eight in b:a; a selector's top bit spreads the byte's sign."""
-    if len(selector) == 1 and not int(selector[0]) & 0x8888:
-        places = [int(selector[0]) >> 4 * place & 7 for place in range(4)]
-        pair = np.stack(np.broadcast_arrays(a, b), -1).view(np.uint8)
-        return np.ascontiguousarray(pair[:, places]).view(np.uint32)[:, 0]
-    pool = a.astype(np.uint64) | b.astype(np.uint64) << np.uint64(32)
-    out = np.zeros(np.broadcast_shapes(pool.shape, selector.shape), np.uint32)
-    for place in range(4):
-        nibble = selector >> np.uint32(4 * place) & np.uint32(15)
-        byte = pool >> (nibble & np.uint32(7)).astype(np.uint64) * np.uint64(8) & np.uint64(255)
-        spread = np.where(byte & np.uint64(128), 255, 0)
-        chosen = np.where(nibble & np.uint32(8), spread, byte).astype(np.uint32)
-        out |= chosen << np.uint32(8 * place)
-    return out
-
-
-def _population(statement: Statement, a: Array) -> Array:
-    return np.array([int(v).bit_count() for v in a], np.uint32)
-
-
 ELEMENTWISE: dict[str, Callable[..., Array]] = {
     "add": lambda s, a, b: a + b,
     "sub": lambda s, a, b: a - b,
@@ -148,21 +100,21 @@ ELEMENTWISE: dict[str, Callable[..., Array]] = {
     "fma": _multiply_add,
     "div": _divide,
     "rem": _remainder,
-    "min": lambda s, a, b: np.fmin(a, b),
-    "max": lambda s, a, b: np.fmax(a, b),
+    "min": lambda s, *values: reduce(np.fmin, values),
+    "max": lambda s, *values: reduce(np.fmax, values),
     "abs": lambda s, a: np.abs(a),
     "neg": lambda s, a: -a,
     "not": lambda s, a: ~a,
     "and": lambda s, a, b: a & b,
     "or": lambda s, a, b: a | b,
     "xor": lambda s, a, b: a ^ b,
-    "shl": _shift_left,
-    "shr": _shift_right,
-    "shf": _funnel_shift,
-    "bfe": _field,
-    "lop3": lambda s, a, b, c, table: lop3(a, b, c, int(table[0])),
-    "prmt": lambda s, a, b, selector: prmt(a, b, selector),
-    "popc": _population,
+    "shl": bitwise.shift_left,
+    "shr": bitwise.shift_right,
+    "shf": bitwise.funnel_shift,
+    "bfe": bitwise.field,
+    "lop3": lambda s, a, b, c, table: bitwise.lop3(a, b, c, int(table[0])),
+    "prmt": lambda s, a, b, selector: bitwise.prmt(a, b, selector),
+    "popc": bitwise.population,
     "ex2": lambda s, a: np.exp2(a),
     "lg2": lambda s, a: np.log2(a),
     "sqrt": lambda s, a: np.sqrt(a),

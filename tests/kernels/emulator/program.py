@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 _GUARD = re.compile(r"@(!?)(%?[\w$]+)\s+")
 _OPERAND = re.compile(r"\{[^}]*\}|\[[^\]]*\]|[^,\s]+")
@@ -48,6 +49,11 @@ class Program:
     parameters: tuple[str, ...]
     threads: int
 
+    @property
+    def names(self) -> tuple[frozenset[str], ...]:
+        """What each statement reads or writes, addresses' bases and guards among it."""
+        return tuple(frozenset(_names(statement)) for statement in self.statements)
+
     def width(self, register: str) -> int:
         """Bytes of a register; 0 for a predicate."""
         if register in self.widths:
@@ -58,6 +64,18 @@ class Program:
         if kind is None:
             raise ValueError(f"{register} is no register")
         return _WIDTHS[kind[1]]
+
+
+def _names(statement: Statement) -> Iterator[str]:
+    for operand in statement.operands:
+        if isinstance(operand, Address):
+            yield operand.base
+        elif isinstance(operand, tuple):
+            yield from operand
+        else:
+            yield from operand.split("|")
+    if statement.guard is not None:
+        yield statement.guard[0]
 
 
 def parse(ptx: str, without: str = "") -> Program:
@@ -76,13 +94,16 @@ def program(
     statements: list[Statement] = []
     labels: dict[str, int] = {}
     widths: dict[str, int] = {}
+    scope = 0
     for line in body.splitlines():
-        line = line.split("//")[0].strip().lstrip("{").strip()
+        line = line.split("//")[0].strip()
+        scope += line.startswith("{")
+        line = line.lstrip("{").strip()
         if line.startswith(".section"):
             break  # what debuggers read
-        label = re.match(r"(\$\w+):", line)
+        label = re.match(r"([\w$]+):$", line)
         if label:
-            labels[label[1]] = len(statements)
+            labels[_label(label[1], scope)] = len(statements)
             continue
         for text in filter(None, map(_without_scope, line.split(";"))):
             if declared := re.match(r"\.reg\s+\.[a-z](\d+)\s+([\w\s,<>]+)$", text):
@@ -94,9 +115,17 @@ def program(
                     widths |= dict.fromkeys(names, int(declared[1]) // 8)
             elif not text.startswith("."):
                 statement = _statement(text)
+                if statement.opcode.startswith("bra"):
+                    target = _label(str(statement.operands[0]), scope)
+                    statement = replace(statement, operands=(target,))
                 if not (without and statement.opcode.startswith(without)):
                     statements.append(statement)
     return Program(tuple(statements), labels, widths, parameters, threads)
+
+
+def _label(name: str, scope: int) -> str:
+    """Labels of inline PTX are known between its braces alone, and there may be many of a name."""
+    return name if name.startswith("$") else f"{name} in scope {scope}"
 
 
 def _without_scope(text: str) -> str:

@@ -11,16 +11,9 @@ from collections.abc import Callable
 import numpy as np
 from machine import WARP, Array, Mask, Operation, Unit
 from program import Address, Statement
+from shared_matrices import Matrix, floats
 
 WARP_GROUP = 4 * WARP
-
-
-def _floats(bits: Array, kind: str) -> Array:
-    """float32 of 16-bit floats, two to a register: ``(…, n)`` registers to ``(…, 2n)``."""
-    halves = np.ascontiguousarray(bits).view(np.uint16)
-    if kind == "bf16":
-        return (halves.astype(np.uint32) << np.uint32(16)).view(np.float32)
-    return halves.view(np.float16).astype(np.float32)
 
 
 def _registers(unit: Unit, names: tuple[str, ...]) -> Array:
@@ -77,7 +70,7 @@ def _store_matrices(statement: Statement) -> Operation:
 def _operand_a(unit: Unit, names: tuple[str, ...], kind: str) -> Array:
     """``(warps, 16, 16)``: four registers of a lane, rows then columns 8 apart."""
     quarters = _registers(unit, names).reshape(4, -1, 8, 4)
-    top_left, bottom_left, top_right, bottom_right = (_floats(q, kind) for q in quarters)
+    top_left, bottom_left, top_right, bottom_right = (floats(q, kind) for q in quarters)
     left = np.concatenate((top_left, bottom_left), 1)
     return np.concatenate((left, np.concatenate((top_right, bottom_right), 1)), 2)
 
@@ -112,43 +105,20 @@ def _multiply_warps(statement: Statement) -> Operation:
         _whole(mask, statement)
         left = _operand_a(unit, a, kinds[1])
         halves = _registers(unit, b).reshape(2, -1, 8, 4)
-        right = np.concatenate([_floats(half, kinds[2]) for half in halves], 2)  # (warps, n, k)
+        right = np.concatenate([floats(half, kinds[2]) for half in halves], 2)  # (warps, n, k)
         sums = _sums(unit, c, 8) + left @ right.swapaxes(1, 2)
         _write_sums(unit, to, sums)
 
     return run
 
 
-def _shared_matrix(unit: Unit, descriptor: int, size: int, transposed: bool, kind: str) -> Array:
-    """A wgmma operand in shared memory as ``(size, 16)``, ``size`` the dimension that is kept.
+_SPANS = {0: 16, 1: 128, 2: 64, 3: 32}  # bytes of a swizzled row for bits 62 and 63
 
-    The descriptor's offsets and swizzle say where 16 bytes of 8 elements lie ("Strides" and
-    "Swizzling modes" in the ISA). transposed: the 8 are neighbours along ``size``, not along k.
-    """
-    start = (descriptor & 0x3FFF) << 4
-    leading = (descriptor >> 16 & 0x3FFF) << 4
-    stride = (descriptor >> 32 & 0x3FFF) << 4
-    if descriptor >> 49 & 7:
-        raise NotImplementedError("a base offset in a matrix descriptor")
-    span = {0: 16, 1: 128, 2: 64, 3: 32}[descriptor >> 62 & 3]  # bytes of a swizzled row
-    row, k = np.arange(size)[:, None], np.arange(16)[None, :]
-    if not transposed:
-        # 8 rows of ``span`` bytes make an atom; atoms are ``stride`` apart along the rows.
-        byte = row // 8 * stride + row % 8 * span + k % 8 * 2
-        byte = byte + k // 8 * (16 if span > 16 else leading)
-    else:
-        each = span // 2  # elements along ``size`` in an atom
-        if span == 16:
-            byte = row // 8 * stride + k // 8 * leading + k % 8 * 16 + row % 8 * 2
-        else:
-            byte = row // each * leading + row % each * 2 + k // 8 * stride + k % 8 * span
-    at = start + byte
-    bits = {16: 0, 32: 1, 64: 3, 128: 7}[span]
-    at = at ^ ((at >> 7 & bits) << 4)
-    halves = unit.shared.load(at.astype(np.uint32).reshape(-1), 2).view(np.uint16)
-    if kind == "bf16":
-        return (halves.astype(np.uint32) << np.uint32(16)).view(np.float32).reshape(size, 16)
-    return halves.view(np.float16).astype(np.float32).reshape(size, 16)
+
+def _shared_matrix(unit: Unit, descriptor: int, size: int, transposed: bool, kind: str) -> Array:
+    """A wgmma operand in shared memory as ``(size, 16)``, ``size`` the dimension that is kept."""
+    matrix = Matrix.of(descriptor, _SPANS[descriptor >> 62 & 3], transposed)
+    return matrix.read(unit.shared, size, kind)
 
 
 def _multiply_warp_groups(statement: Statement) -> Operation:

@@ -20,6 +20,7 @@ DTYPES = {
     for name, kind in _KINDS.items()
 } | {"f32": np.dtype(np.float32), "f64": np.dtype(np.float64)}
 HALVES = ("f16", "bf16", "f16x2", "bf16x2")
+VECTORS = (*HALVES, "f32x2")  # their numbers are ``(threads, 1 or 2)``
 UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
@@ -43,12 +44,17 @@ Reader = Callable[[Unit], Array]
 def reader(operand: Operand, kind: str, program: Program) -> Reader:
     """Reads the operand as ``kind``; 16-bit floats as float64 ``(threads, 1 or 2)``.
 
+    Pairs of float32 ``(threads, 2)``.
+
     A constant has one value for all threads.
     """
     assert isinstance(operand, str)
     if kind in HALVES:
         bits = reader(operand, "b32" if kind.endswith("x2") else "b16", program)
         return lambda unit: widen(bits(unit), kind)
+    if kind == "f32x2":
+        pairs = reader(operand, "b64", program)
+        return lambda unit: np.ascontiguousarray(pairs(unit))[:, None].view(np.float32)
     dtype = DTYPES[kind]
     if operand == "global_smem" or is_literal(operand):
         constant = literal("0" if operand == "global_smem" else operand, dtype)
@@ -79,7 +85,12 @@ def widen(bits: Array, kind: str) -> Array:
 
 
 def narrow(values: Array, kind: str) -> Array:
-    """Registers of 16-bit floats, rounded to the nearest, of float64 ``(threads, 1 or 2)``."""
+    """Registers of 16-bit floats, rounded to the nearest, of float64 ``(threads, 1 or 2)``.
+
+    Or of pairs of float32.
+    """
+    if kind == "f32x2":
+        return np.ascontiguousarray(values).view(np.uint64)[:, 0]
     if kind.startswith("bf16"):
         bits = np.ascontiguousarray(values.astype(np.float32)).view(np.uint32)
         rounded = (bits + np.uint32(0x7FFF) + (bits >> 16 & np.uint32(1))) >> np.uint32(16)
@@ -95,7 +106,7 @@ def bits_of(values: Array) -> Array:
 
 def kind_of(statement: Statement) -> str:
     """The last part that names a type."""
-    return next(p for p in reversed(statement.parts) if p in DTYPES or p in HALVES or p == "pred")
+    return next(p for p in reversed(statement.parts) if p in DTYPES or p in VECTORS or p == "pred")
 
 
 def predicate(unit: Unit, operand: Operand) -> Array:
