@@ -108,4 +108,8 @@ def resolve_device(name: str) -> torch.device:
             f"device is {name!r}, a GPU of compute capability {major}.{minor}; "
             "8.0 (Ampere) or newer is needed"
         )
+    # Triton is imported behind this: only machines with a GPU need it.
+    from nybble.kernels.triton.device import check_compiler
+
+    check_compiler(f"{name}, a GPU of compute capability {major}.{minor},", 10 * major + minor)
     return torch.device("cuda", int(index or 0))

@@ -17,22 +17,23 @@ _FENCES_COPIES = (3, 7, 1)
 def device_traits(device: torch.device) -> tuple[str, int, int]:
     """Name, multiprocessors and compute capability (90 for 9.0); an H100's for the interpreter.
 
-    RuntimeError where this Triton compiles wrong products for the device.
+    Raises ValueError where this Triton compiles wrong products for the device.
     """
     if device.type != "cuda":
         return "interpreter", 132, 90
     properties = torch.cuda.get_device_properties(device)
     capability = 10 * properties.major + properties.minor
-    check_compiler(properties.name, capability, triton.__version__)
+    check_compiler(properties.name, capability)
     return properties.name, properties.multi_processor_count, capability
 
 
-def check_compiler(name: str, capability: int, version: str) -> None:
-    """RuntimeError where this version of Triton compiles wrong products for the device."""
+def check_compiler(name: str, capability: int) -> None:
+    """Raises ValueError where this Triton compiles wrong products for the device ``name``."""
+    version = triton.__version__
     release = tuple(int(part) for part in re.findall(r"\d+", version)[:3])
     if 100 <= capability < 120 and release < _FENCES_COPIES:
         needed = ".".join(map(str, _FENCES_COPIES))
-        raise RuntimeError(
+        raise ValueError(
             f"Triton {version} compiles products for {name} that may read stale memory: "
             f"install Triton {needed} or newer"
         )

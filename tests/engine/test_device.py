@@ -26,6 +26,7 @@ def test_auto_is_the_gpu_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> 
         ("13.0", False, "cuda", (9, 0), "no usable NVIDIA GPU"),
         ("13.0", True, "cuda:2", (9, 0), "has 2 GPU"),
         ("13.0", True, "cuda:1", (7, 5), "compute capability 7.5"),
+        ("13.0", True, "cuda:1", (10, 0), "install Triton 3.7.1 or newer"),
         ("13.0", True, "cuda:1", (9, 0), None),
         ("13.0", True, "auto", (8, 6), None),
     ],
@@ -38,6 +39,7 @@ def test_a_gpu_that_cannot_be_used_says_why(
     capability: tuple[int, int],
     reason: str | None,
 ) -> None:
+    monkeypatch.setattr("triton.__version__", "3.6.0")
     monkeypatch.setattr(torch.version, "cuda", build)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
