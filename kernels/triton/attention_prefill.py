@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from nybble.kernels.attention_batch import AttentionBatch
 from nybble.kernels.triton.device import device_traits
-from nybble.kernels.triton.opaque import opaque_zero
 from nybble.kernels.triton.online_softmax import LOG2_E, attend, padded_seqs
+from nybble.kernels.triton.opaque import opaque_zero
 from torch import Tensor
 
 PREFILL_ROWS = 128
@@ -70,7 +70,7 @@ def prefill_kernel(
         )
         position = context - length + local
         PART: tl.constexpr = DIM_PADDED // PARTS
-        accumulators = ()
+        accumulators = ()  # type: tuple[object, ...]
         for _ in tl.static_range(PARTS):
             accumulators += (tl.zeros([ROWS, PART], tl.float32),)
         peak = tl.full([ROWS], float("-inf"), tl.float32)
@@ -200,10 +200,9 @@ def prefill_constants(
     # Where the operands of a product pass through registers, 64 keys overfill those. Beside wide
     # heads' queries 16 are all that 99 KiB of shared memory hold twice.
     through_registers = capability < 90 or capability >= 120
-    if through_registers:
-        tile = 16 if wide else 32
-    else:
-        tile = 32 if wide and quantized else 64
+    tile = 32 if through_registers or (wide and quantized) else 64
+    if through_registers and wide:
+        tile = 16
     # Products of 128 by 256 are shared between warps by column, each of which would then read all
     # queries and weights. Hopper's are asked for by all warps together.
     whole = not wide or (capability == 90 and not quantized)

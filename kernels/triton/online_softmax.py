@@ -54,10 +54,10 @@ def attend(
 ):
     """One step of the online softmax: keys ``first`` … ``first + TILE − 1`` below ``key_end``.
 
-    CAUSAL masks what a row does not see, and reads no key below ``key_begin``; WHOLE says that every
-    row sees every key of the tile. ``position`` is the position of each query row. ``scale``
-    includes log2(e): powers are of two. ``accumulators`` are equal parts of the head, a tuple: each
-    takes a product of its own, and values are loaded when it is their turn.
+    CAUSAL masks what a row does not see, and reads no key below ``key_begin``; WHOLE says that
+    every row sees every key of the tile. ``position`` is the position of each query row. ``scale``
+    includes log2(e): powers are of two. ``accumulators`` is a tuple of equal parts of the head,
+    each the sum of products of its own.
     """
     key = first + tl.arange(0, TILE)
     inside = tl.full([TILE], True, tl.int1) if WHOLE else key < key_end
@@ -81,13 +81,13 @@ def attend(
     shrink = tl.exp2(peak - base)
     total = total * shrink + tl.sum(weights, 1)
     PART: tl.constexpr = DIM_PADDED // len(accumulators)
-    shrunk = ()
+    shrunk = ()  # type: tuple[object, ...]
     for part in tl.static_range(len(accumulators)):
         shrunk += (accumulators[part] * shrink[:, None],)
     if QUANTIZED:
         weights *= tl.load(v_scales + row, inside, 0.0)[None, :]
     weights = weights.to(query.dtype)
-    summed = ()
+    summed = ()  # type: tuple[object, ...]
     for part in tl.static_range(len(accumulators)):
         values = _load_heads(v_cache, row, inside, part * PART, DIM, DIM_PADDED, PART)
         summed += (tl.dot(weights, values.to(query.dtype), shrunk[part]),)
