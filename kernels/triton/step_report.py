@@ -51,8 +51,8 @@ _QUICK = {
     "phi-2 bf16, int8 KV": (80,),
     "phi-3-mini bf16, int8 KV": (80,),
     "gemma-2b bf16": CAPABILITIES,
-    "gemma-7b bf16, int8 KV": CAPABILITIES,
-    "gemma-2b bf16, fp8 KV": (89, 90, 100),
+    "gemma-7b bf16, int8 KV": (80, 90, 100),
+    "gemma-2b bf16, fp8 KV": (89, 90),
 }
 
 
