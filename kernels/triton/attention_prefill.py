@@ -136,7 +136,7 @@ def prefill_kernel(
                 False,
             )
         # Found anew: kept through the loops, which row is whose would spill.
-        row = tl.arange(0, ROWS) + (opaque_zero() if DIM_PADDED > 128 else 0)
+        row = tl.arange(0, ROWS) + opaque_zero()
         local = offset + row // GROUP
         q_head = head * GROUP + row % GROUP
         to = (begin + local).to(tl.int64) * kv_heads * GROUP + q_head

@@ -2,7 +2,8 @@
 
 The interpreter runs what the kernels say; this runs what the compiler made of it, with the inline
 PTX, the layouts of tensor cores and of shared memory, asynchronous copies and barriers in it. The
-emulator is in ``emulator/``; ``emulator/checks.py --all`` tries more combinations.
+emulator is in ``emulator/``; ``emulator/checks.py --all`` tries more combinations, and ``make
+emulate`` random ones for as long as it is given.
 """
 
 import json
@@ -33,10 +34,10 @@ KERNELS = {
 }
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str, script: str = "checks.py") -> subprocess.CompletedProcess[str]:
     """The compiler needs a process without TRITON_INTERPRET."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, str(Path(__file__).parent / "emulator" / "checks.py"), *arguments]
+    command = [sys.executable, str(Path(__file__).parent / "emulator" / script), *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
@@ -76,3 +77,23 @@ def test_the_emulator_notices_what_a_gpu_would_trip_over(
     assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines()]
     assert any(not each["error"] <= each["limit"] for each in found)
+
+
+def test_random_problems_are_computed_as_their_references_do() -> None:
+    """Seeds that have both codebooks and the head_dims that the fixed comparisons lack."""
+    options = ("--capability", "80", "90", "--seed", "1092", "--count", "5", "--seconds", "inf")
+    done = run(*options, script="random_checks.py")
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [each for each in found if not each["right"]] == []
+    assert done.returncode == 0, done.stderr
+    names = " ".join(each["name"] for each in found)
+    for subject in ("nf4", "fp4", "attention 5×1×256", "attention 8×1×80"):
+        assert subject in names, subject
+
+
+def test_a_random_problem_that_comes_out_wrong_fails_the_run() -> None:
+    options = ("--capability", "80", "--seed", "1095", "--count", "1")
+    assert run(*options, script="random_checks.py").returncode == 0
+    done = run(*options, "--without", "bar.sync", script="random_checks.py")
+    assert done.returncode == 1
+    assert not all(json.loads(line)["right"] for line in done.stdout.splitlines())

@@ -100,7 +100,7 @@ def draw_dequantize(pick: Random, capability: int) -> Iterator[Found]:
 def draw_lengths(pick: Random) -> list[tuple[int, int]]:
     """A batch of (context, new tokens): one token after a context, a prompt, a piece of one."""
     if pick.random() < 0.1:  # more sequences than the kernels' smallest table holds
-        return [(pick.randint(1, 40), pick.choice((1, 1, 2))) for _ in range(pick.randint(17, 24))]
+        return [(pick.randint(2, 40), pick.choice((1, 1, 2))) for _ in range(pick.randint(17, 24))]
     lengths = []
     for _ in range(pick.randint(1, 4)):
         context = pick.choice((pick.randint(1, 40), pick.randint(40, 300), pick.randint(300, 700)))

@@ -38,7 +38,7 @@ def drawn_family(seed: int) -> tuple[Random, str]:
     return pick, family
 
 
-def comparisons(seed: int, capability: int) -> Iterator[dict[str, Any]]:
+def comparisons(seed: int, capability: int, without: str) -> Iterator[dict[str, Any]]:
     """A seed's comparisons; an exception is one that failed."""
     pick, family = drawn_family(seed)
     torch.manual_seed(seed)
@@ -51,7 +51,7 @@ def comparisons(seed: int, capability: int) -> Iterator[dict[str, Any]]:
     )
     case = {"seed": seed, "capability": capability, "family": family}
     try:
-        with emulated(capability, timing), torch.inference_mode():
+        with emulated(capability, timing, without), torch.inference_mode():
             for name, found, expected in DRAWS[family](pick, capability):
                 measured, limit = error(found, expected), LIMIT[found.dtype]
                 yield {**case, "name": name, "error": measured, "limit": limit}
@@ -59,7 +59,9 @@ def comparisons(seed: int, capability: int) -> Iterator[dict[str, Any]]:
         yield {**case, "name": traceback.format_exc(), "error": float("inf"), "limit": 0.0}
 
 
-def run(capability: int, first: int, most: int, seconds: float, families: list[str]) -> list[bool]:
+def run(
+    capability: int, first: int, most: int, seconds: float, families: list[str], without: str
+) -> list[bool]:
     """Print comparisons as they come; whether each was right."""
     warnings.simplefilter("ignore")  # of bfloat16 gradients and the like: nothing of ours
     torch.set_num_threads(1)
@@ -70,7 +72,7 @@ def run(capability: int, first: int, most: int, seconds: float, families: list[s
             break
         if drawn_family(seed)[1] not in families:
             continue
-        for each in comparisons(seed, capability):
+        for each in comparisons(seed, capability, without):
             right.append(each["error"] <= each["limit"])  # NaN is wrong too
             print(json.dumps(each | {"right": right[-1]}), flush=True)
     return right
@@ -83,8 +85,10 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="the first problem")
     parser.add_argument("--count", type=int, default=0, help="as many problems (0: until the end)")
     parser.add_argument("--seconds", type=float, default=60, help="for each GPU: begin none after")
+    parser.add_argument("--without", default="", help="leave this instruction out")
     arguments = parser.parse_args()
-    options = (arguments.seed, arguments.count, arguments.seconds, arguments.families)
+    a = arguments
+    options = (a.seed, a.count, a.seconds, a.families, a.without)
     # A process compiles for one GPU.
     with ProcessPoolExecutor(2, get_context("spawn"), max_tasks_per_child=1) as pool:
         done = [pool.submit(run, capability, *options) for capability in arguments.capability]
