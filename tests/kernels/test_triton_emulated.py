@@ -80,20 +80,19 @@ def test_the_emulator_notices_what_a_gpu_would_trip_over(
 
 
 def test_random_problems_are_computed_as_their_references_do() -> None:
-    """Seeds that have both codebooks and the head_dims that the fixed comparisons lack."""
-    options = ("--capability", "80", "90", "--seed", "1092", "--count", "5", "--seconds", "inf")
-    done = run(*options, script="random_checks.py")
+    """Small ones that have both codebooks and the head_dims that the fixed comparisons lack."""
+    seeds = ("45", "50", "53", "97", "210")
+    done = run("--capability", "80", "90", "--only", *seeds, script="random_checks.py")
     found = [json.loads(line) for line in done.stdout.splitlines()]
     assert [each for each in found if not each["right"]] == []
     assert done.returncode == 0, done.stderr
     names = " ".join(each["name"] for each in found)
-    for subject in ("nf4", "fp4", "attention 5×1×256", "attention 8×1×80"):
-        assert subject in names, subject
+    for subject in ("nf4", "SiLU·mul", "fp4", "7×1×96", "7×2×256", "4×1×80"):
+        assert names.count(subject) >= 2, subject  # for both
 
 
 def test_a_random_problem_that_comes_out_wrong_fails_the_run() -> None:
-    options = ("--capability", "80", "--seed", "1095", "--count", "1")
-    assert run(*options, script="random_checks.py").returncode == 0
-    done = run(*options, "--without", "bar.sync", script="random_checks.py")
+    options = ("--capability", "80", "--only", "97", "--without", "bar.sync")
+    done = run(*options, script="random_checks.py")
+    assert [json.loads(line)["right"] for line in done.stdout.splitlines()] == [False]
     assert done.returncode == 1
-    assert not all(json.loads(line)["right"] for line in done.stdout.splitlines())

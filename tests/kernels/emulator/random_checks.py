@@ -3,7 +3,7 @@
 Every seed is one problem, seed, seed + 1, … in turn: a kernel, its sizes and options, and the order
 of things it runs in. One JSON object a line for each comparison; what fails is repeated by
 
-    random_checks.py --capability 90 --seed 1234 --count 1
+    random_checks.py --capability 90 --only 1234
 
 Ends with status 1 where a comparison was wrong or a kernel did not run.
 """
@@ -60,15 +60,15 @@ def comparisons(seed: int, capability: int, without: str) -> Iterator[dict[str, 
 
 
 def run(
-    capability: int, first: int, most: int, seconds: float, families: list[str], without: str
+    capability: int, first: int, only: list[int], seconds: float, families: list[str], without: str
 ) -> list[bool]:
     """Print comparisons as they come; whether each was right."""
     warnings.simplefilter("ignore")  # of bfloat16 gradients and the like: nothing of ours
     torch.set_num_threads(1)
     deadline = time.monotonic() + seconds
     right = []
-    for seed in count(first) if most == 0 else range(first, first + most):
-        if time.monotonic() > deadline:
+    for seed in only or count(first):
+        if not only and time.monotonic() > deadline:
             break
         if drawn_family(seed)[1] not in families:
             continue
@@ -83,12 +83,12 @@ def main() -> int:
     parser.add_argument("--capability", type=int, nargs="*", default=(80, 89, 90))
     parser.add_argument("--families", nargs="*", choices=DRAWS, default=list(DRAWS))
     parser.add_argument("--seed", type=int, default=0, help="the first problem")
-    parser.add_argument("--count", type=int, default=0, help="as many problems (0: until the end)")
+    parser.add_argument("--only", type=int, nargs="*", default=[], help="no others than these")
     parser.add_argument("--seconds", type=float, default=60, help="for each GPU: begin none after")
     parser.add_argument("--without", default="", help="leave this instruction out")
     arguments = parser.parse_args()
     a = arguments
-    options = (a.seed, a.count, a.seconds, a.families, a.without)
+    options = (a.seed, a.only, a.seconds, a.families, a.without)
     # A process compiles for one GPU.
     with ProcessPoolExecutor(2, get_context("spawn"), max_tasks_per_child=1) as pool:
         done = [pool.submit(run, capability, *options) for capability in arguments.capability]
