@@ -7,7 +7,7 @@ MODEL  ?= demo
 PORT   ?= 8000
 PACKAGES := engine finetune kernels loaders quantizers server
 
-.PHONY: install serve test test-browser test-clients test-peers audit fuzz sanitize lint gpu clean
+.PHONY: install serve test test-browser test-clients test-peers audit fuzz emulate sanitize lint gpu clean
 
 install: $(VENV)/.installed
 
@@ -100,6 +100,15 @@ fuzz: build/fuzz/.installed
 		build/fuzz/venv/bin/python tests/fuzz/fuzz.py $$target build/fuzz/corpus/$$target \
 			-max_total_time=$(FUZZ_SECONDS) -max_len=64 -artifact_prefix=build/fuzz/ -print_final_stats=1 || exit 1; \
 	done
+
+# Random comparisons of the GPU kernels as compiled, run by the emulator, EMULATE_SECONDS for each
+# of sm_80, sm_89 and sm_90, two at a time; fixed ones run in the tests. What fails names its seed.
+EMULATE_SECONDS ?= 600
+EMULATE_SEED ?= $(shell date +%s)
+emulate: install
+	mkdir -p build
+	set -o pipefail; $(BIN)/python tests/kernels/emulator/random_checks.py \
+		--seed $(EMULATE_SEED) --seconds $(EMULATE_SECONDS) | tee build/emulate.jsonl
 
 # The CPU kernels' tests on kernels instrumented by GCC's AddressSanitizer and UBSan: the compiler
 # the build finds is a script that adds the flags. Leaks are not looked for, Python has its own; and

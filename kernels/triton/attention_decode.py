@@ -21,11 +21,11 @@ from torch import Tensor
 
 # A split has at least this many keys: below it, the second stage costs more than it spreads.
 MIN_SPLIT = 256
-DECODE_TILE = 64  # keys per step of the inner loop
+DECODE_TILE = 64  # keys per step of the inner loop; half where that overfills the registers
 # The block table is loaded ahead of what it points to, so five stages keep two tiles of keys and
-# values in flight: 64 KiB a program for 16-bit heads of 128.
+# values in flight: 64 KiB a program for 16-bit heads of 128 or 256.
 DECODE_STAGES = 5
-PROGRAMS_PER_SM = 3  # that fit on an H100 by registers and shared memory
+PROGRAMS_PER_SM = 3  # that fit on an H100 by registers and shared memory; 2 of wide heads
 
 
 @triton.jit
@@ -100,15 +100,15 @@ def decode_kernel(
         token = tl.load(query_start + seq).to(tl.int64)
         q_head = head * GROUP + member
         query = tl.load(q + token * q_stride + q_head[:, None] * DIM + lane[None, :], mask, 0.0)
-        accumulator = tl.zeros([GROUP_PADDED, DIM_PADDED], tl.float32)
+        accumulators = (tl.zeros([GROUP_PADDED, DIM_PADDED], tl.float32),)
         peak = tl.full([GROUP_PADDED], float("-inf"), tl.float32)
         total = tl.zeros([GROUP_PADDED], tl.float32)
         table = block_tables + seq.to(tl.int64) * table_stride
         position = context - 1 + tl.zeros([GROUP_PADDED], tl.int32)
         for first in tl.range(key_begin, key_end, TILE, num_stages=STAGES):
-            accumulator, peak, total = attend(
+            accumulators, peak, total = attend(
                 query,
-                accumulator,
+                accumulators,
                 peak,
                 total,
                 k_cache,
@@ -130,7 +130,9 @@ def decode_kernel(
                 TILE,
                 QUANTIZED,
                 False,
+                False,
             )
+        accumulator = accumulators[0]
         if count == 1:
             to = (token * kv_heads * GROUP + q_head)[:, None] * DIM + lane[None, :]
             tl.store(out + to, (accumulator / total[:, None]).to(out.dtype.element_ty), mask)
@@ -182,12 +184,17 @@ def reduce_kernel(
         tl.store(out + to, result.to(out.dtype.element_ty), lane < DIM)
 
 
-def max_splits(kv_heads: int, multiprocessors: int) -> int:
+def programs_at_once(dim: int, multiprocessors: int) -> int:
+    """Programs that a device with as many multiprocessors runs at once."""
+    return (PROGRAMS_PER_SM if dim <= 128 else 2) * multiprocessors
+
+
+def max_splits(kv_heads: int, resident: int) -> int:
     """Splits of a long context: one sequence alone keeps every program busy.
 
     Depends on the model and the device, never on the batch.
     """
-    return max(8, min(64, PROGRAMS_PER_SM * multiprocessors // kv_heads))
+    return max(8, min(64, resident // kv_heads))
 
 
 def decode(
@@ -203,11 +210,15 @@ def decode(
     q_heads, dim = q.shape[1:]
     seqs, kv_heads = batch.context_lens.shape[0], k_cache.shape[1]
     _, multiprocessors, _ = device_traits(q.device)
-    splits = max_splits(kv_heads, multiprocessors)
+    resident = programs_at_once(dim, multiprocessors)
+    splits = max_splits(kv_heads, resident)
     partial_out = q.new_empty((seqs, q_heads, splits, dim), dtype=torch.float32)
     partial_peak = q.new_empty((seqs, q_heads, splits), dtype=torch.float32)
     partial_total = torch.empty_like(partial_peak)
-    decode_kernel[(min(PROGRAMS_PER_SM * multiprocessors, seqs * kv_heads * splits),)](
+    constants = decode_constants(
+        q_heads // kv_heads, dim, k_cache.shape[2], quantized=scales is not None
+    )
+    decode_kernel[(min(resident, seqs * kv_heads * splits),)](
         q,
         k_cache,
         v_cache,
@@ -225,8 +236,7 @@ def decode(
         kv_heads,
         scale * LOG2_E,
         window,
-        **decode_constants(q_heads // kv_heads, dim, k_cache.shape[2]),
-        QUANTIZED=scales is not None,
+        **constants,
         SEQS_PADDED=padded_seqs(seqs),
         MAX_SPLITS=splits,
     )
@@ -248,7 +258,7 @@ def decode(
     )
 
 
-def decode_constants(group: int, dim: int, block_size: int) -> dict[str, int]:
+def decode_constants(group: int, dim: int, block_size: int, *, quantized: bool) -> dict[str, int]:
     """Compile-time constants and launch options of ``decode_kernel`` for a model's sizes."""
     padded = int(triton.next_power_of_2(dim))
     return {
@@ -257,8 +267,9 @@ def decode_constants(group: int, dim: int, block_size: int) -> dict[str, int]:
         "DIM": dim,
         "DIM_PADDED": padded,
         "BLOCK_SIZE": block_size,
-        "TILE": DECODE_TILE,
+        "TILE": DECODE_TILE // 2 if quantized or padded > 128 else DECODE_TILE,
+        "QUANTIZED": quantized,
         "MIN_SPLIT": MIN_SPLIT,
-        "STAGES": DECODE_STAGES if padded <= 128 else 3,
+        "STAGES": DECODE_STAGES,
         "num_warps": 4,
     }

@@ -11,6 +11,7 @@ import triton.language as tl
 from nybble.kernels.attention_batch import AttentionBatch
 from nybble.kernels.triton.device import device_traits
 from nybble.kernels.triton.online_softmax import LOG2_E, attend, padded_seqs
+from nybble.kernels.triton.opaque import opaque_zero
 from torch import Tensor
 
 PREFILL_ROWS = 128
@@ -40,6 +41,7 @@ def prefill_kernel(
     ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
     TILE: tl.constexpr,
+    PARTS: tl.constexpr,
     QUANTIZED: tl.constexpr,
     SEQS_PADDED: tl.constexpr,
     STAGES: tl.constexpr,
@@ -67,7 +69,10 @@ def prefill_kernel(
             q + token[:, None] * q_stride + q_head[:, None] * DIM + lane[None, :], mask, 0.0
         )
         position = context - length + local
-        accumulator = tl.zeros([ROWS, DIM_PADDED], tl.float32)
+        PART: tl.constexpr = DIM_PADDED // PARTS
+        accumulators = ()  # type: tuple[object, ...]
+        for _ in tl.static_range(PARTS):
+            accumulators += (tl.zeros([ROWS, PART], tl.float32),)
         peak = tl.full([ROWS], float("-inf"), tl.float32)
         total = tl.zeros([ROWS], tl.float32)
         table = block_tables + seq.to(tl.int64) * table_stride
@@ -77,9 +82,9 @@ def prefill_kernel(
         # Every row sees every key before ``open_end`` (no row sees past it without a mask).
         open_end = tl.where(window > 0, tile_begin, (context - length + offset + 1) // TILE * TILE)
         for first in tl.range(tile_begin, open_end, TILE, num_stages=STAGES):
-            accumulator, peak, total = attend(
+            accumulators, peak, total = attend(
                 query,
-                accumulator,
+                accumulators,
                 peak,
                 total,
                 k_cache,
@@ -101,11 +106,12 @@ def prefill_kernel(
                 TILE,
                 QUANTIZED,
                 False,
+                True,
             )
         for first in tl.range(open_end, key_end, TILE, num_stages=STAGES):
-            accumulator, peak, total = attend(
+            accumulators, peak, total = attend(
                 query,
-                accumulator,
+                accumulators,
                 peak,
                 total,
                 k_cache,
@@ -127,10 +133,20 @@ def prefill_kernel(
                 TILE,
                 QUANTIZED,
                 True,
+                False,
             )
-        to = (token * kv_heads * GROUP + q_head)[:, None] * DIM + lane[None, :]
+        # Found anew: kept through the loops, which row is whose would spill.
+        row = tl.arange(0, ROWS) + opaque_zero()
+        local = offset + row // GROUP
+        q_head = head * GROUP + row % GROUP
+        to = (begin + local).to(tl.int64) * kv_heads * GROUP + q_head
         # Rows past the sequence have seen keys too, and are not stored.
-        tl.store(out + to, (accumulator / total[:, None]).to(out.dtype.element_ty), mask)
+        mask = (row // GROUP < TOKENS) & (local < length)
+        for part in tl.static_range(PARTS):
+            lane = part * PART + tl.arange(0, PART)
+            result = (accumulators[part] / total[:, None]).to(out.dtype.element_ty)
+            at = to[:, None] * DIM + lane[None, :]
+            tl.store(out + at, result, mask[:, None] & (lane < DIM)[None, :])
 
 
 def prefill(
@@ -146,7 +162,11 @@ def prefill(
     tokens, q_heads, dim = q.shape
     seqs, kv_heads = batch.context_lens.shape[0], k_cache.shape[1]
     constants = prefill_constants(
-        q_heads // kv_heads, dim, k_cache.shape[2], device_traits(q.device)[2]
+        q_heads // kv_heads,
+        dim,
+        k_cache.shape[2],
+        device_traits(q.device)[2],
+        quantized=scales is not None,
     )
     # Each sequence may leave one piece part filled.
     pieces = tokens // constants["TOKENS"] + seqs
@@ -166,15 +186,26 @@ def prefill(
         scale * LOG2_E,
         window,
         **constants,
-        QUANTIZED=scales is not None,
         SEQS_PADDED=padded_seqs(seqs),
     )
 
 
-def prefill_constants(group: int, dim: int, block_size: int, capability: int) -> dict[str, int]:
+def prefill_constants(
+    group: int, dim: int, block_size: int, capability: int, *, quantized: bool
+) -> dict[str, int]:
     """Likewise for ``prefill_kernel``, on a device of compute capability ``capability / 10``."""
     padded = int(triton.next_power_of_2(dim))
+    wide = padded > 128
     rows = max(PREFILL_ROWS, int(triton.next_power_of_2(group)))
+    # Where the operands of a product pass through registers, 64 keys overfill those. Beside wide
+    # heads' queries 16 are all that 99 KiB of shared memory hold twice.
+    through_registers = capability < 90 or capability >= 120
+    tile = 32 if through_registers or (wide and quantized) else 64
+    if through_registers and wide:
+        tile = 16
+    # Products of 128 by 256 are shared between warps by column, each of which would then read all
+    # queries and weights. Hopper's are asked for by all warps together.
+    whole = not wide or (capability == 90 and not quantized)
     return {
         "GROUP": group,
         "DIM": dim,
@@ -182,8 +213,9 @@ def prefill_constants(group: int, dim: int, block_size: int, capability: int) ->
         "BLOCK_SIZE": block_size,
         "ROWS": rows,
         "TOKENS": rows // group,
-        # Before Hopper the operands of a product pass through registers, which 64 keys overfill.
-        "TILE": 64 if capability >= 90 else 32,
-        "STAGES": 3 if capability >= 90 else 5,
+        "TILE": tile,
+        "PARTS": 1 if whole else 2,
+        "QUANTIZED": quantized,
+        "STAGES": 5 if through_registers else 3,
         "num_warps": 8,
     }

@@ -22,7 +22,14 @@ logger = logging.getLogger(__name__)
 SHIPPED = Path(__file__).with_name("tuned.json")
 BUCKETS = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 TILE_N = 64
-_MEASURED_SOURCES = ("matmul.py", "few_rows.py", "step.py", "unpack.py", "dequantize.py")
+_MEASURED_SOURCES = (
+    "matmul.py",
+    "few_rows.py",
+    "step.py",
+    "unpack.py",
+    "dequantize.py",
+    "opaque.py",
+)
 STEP = 128
 
 

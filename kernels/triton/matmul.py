@@ -25,6 +25,7 @@ from nybble.kernels.triton.configs import Config, bucket_of, choose
 from nybble.kernels.triton.dequantize import dense_matmul, stored_columns
 from nybble.kernels.triton.device import device_traits
 from nybble.kernels.triton.few_rows import few_rows_matmul
+from nybble.kernels.triton.opaque import opaque, opaque_zero
 from nybble.kernels.triton.step import (
     SLICE,
     STEP,
@@ -95,36 +96,6 @@ def place_of(
         start = split * steps_each
         stop = tl.minimum(start + steps_each, steps)
     return (first + block_n) * BLOCK_N, block_m * BLOCK_M, block, split, is_part, start, stop
-
-
-@triton.jit
-def opaque(number):
-    """``number``; but LLVM no longer keeps what follows from a loop's in registers of their own."""
-    if not INTERPRETED:
-        number = tl.inline_asm_elementwise(
-            "mov.b32 $0, $1;", "=r,r", [number], dtype=tl.int32, is_pure=True, pack=1
-        )
-    return number
-
-
-@triton.jit
-def opaque_zero():
-    """Zero, the number of a warp's first lane, which no compiler can tell: not ptxas either.
-
-    What is computed with it cannot be what was computed before, so that is not kept for it.
-    """
-    if INTERPRETED:
-        zero = 0
-    else:
-        zero = tl.inline_asm_elementwise(
-            "mov.u32 $0, %laneid; shfl.sync.idx.b32 $0, $0, 0, 31, -1;",
-            "=r",
-            [],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-    return zero
 
 
 @triton.jit(do_not_specialize=["rows", "groups", "whole", "splits", "steps_each"])

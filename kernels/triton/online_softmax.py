@@ -9,9 +9,26 @@ LOG2_E = 1.4426950408889634
 
 
 @triton.jit
+def _load_heads(
+    cache,
+    row,
+    inside,
+    first,
+    DIM: tl.constexpr,
+    DIM_PADDED: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Elements ``first`` … ``first + WIDTH − 1`` of the heads in these rows: ``(keys, WIDTH)``."""
+    lane = first + tl.arange(0, WIDTH)
+    at = row[:, None] * DIM + lane[None, :]
+    mask = inside[:, None] if DIM == DIM_PADDED else inside[:, None] & (lane < DIM)[None, :]
+    return tl.load(cache + at, mask, 0.0)
+
+
+@triton.jit
 def attend(
     query,
-    accumulator,
+    accumulators,
     peak,
     total,
     k_cache,
@@ -33,26 +50,22 @@ def attend(
     TILE: tl.constexpr,
     QUANTIZED: tl.constexpr,
     CAUSAL: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):
     """One step of the online softmax: keys ``first`` … ``first + TILE − 1`` below ``key_end``.
 
-    CAUSAL masks what a row does not see, and reads no key below ``key_begin``. ``position`` is the
-    position of each query row. ``scale`` includes log2(e): powers are of two.
+    CAUSAL masks what a row does not see, and reads no key below ``key_begin``; WHOLE says that
+    every row sees every key of the tile. ``position`` is the position of each query row. ``scale``
+    includes log2(e): powers are of two. ``accumulators`` is a tuple of equal parts of the head,
+    each the sum of products of its own.
     """
     key = first + tl.arange(0, TILE)
-    lane = tl.arange(0, DIM_PADDED)
-    inside = key < key_end
+    inside = tl.full([TILE], True, tl.int1) if WHOLE else key < key_end
     if CAUSAL:
         inside = inside & (key >= key_begin)
     block = tl.load(table + key // BLOCK_SIZE, inside, 0).to(tl.int64)
     row = (block * kv_heads + head) * BLOCK_SIZE + key % BLOCK_SIZE
-    at = row[:, None] * DIM + lane[None, :]
-    mask = inside[:, None] if DIM == DIM_PADDED else inside[:, None] & (lane < DIM)[None, :]
-    keys = tl.load(k_cache + at, mask, 0.0)
-    values = tl.load(v_cache + at, mask, 0.0)
-    if QUANTIZED:
-        keys = keys.to(query.dtype)
-        values = values.to(query.dtype)
+    keys = _load_heads(k_cache, row, inside, 0, DIM, DIM_PADDED, DIM_PADDED).to(query.dtype)
     scores = tl.dot(query, tl.trans(keys)) * scale
     if QUANTIZED:
         scores *= tl.load(k_scales + row, inside, 0.0)[None, :]
@@ -67,11 +80,18 @@ def attend(
     weights = tl.exp2(scores - base[:, None])
     shrink = tl.exp2(peak - base)
     total = total * shrink + tl.sum(weights, 1)
-    accumulator = accumulator * shrink[:, None]
+    PART: tl.constexpr = DIM_PADDED // len(accumulators)
+    shrunk = ()  # type: tuple[object, ...]
+    for part in tl.static_range(len(accumulators)):
+        shrunk += (accumulators[part] * shrink[:, None],)
     if QUANTIZED:
         weights *= tl.load(v_scales + row, inside, 0.0)[None, :]
-    accumulator = tl.dot(weights.to(values.dtype), values, accumulator)
-    return accumulator, new_peak, total
+    weights = weights.to(query.dtype)
+    summed = ()  # type: tuple[object, ...]
+    for part in tl.static_range(len(accumulators)):
+        values = _load_heads(v_cache, row, inside, part * PART, DIM, DIM_PADDED, PART)
+        summed += (tl.dot(weights, values.to(query.dtype), shrunk[part]),)
+    return summed, new_peak, total
 
 
 def padded_seqs(seqs: int) -> int:

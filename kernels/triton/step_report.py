@@ -24,8 +24,36 @@ from nybble.kernels.triton import (
 from nybble.kernels.triton.cubin import COMPILERS, TENSOR_CORE, Report, compile_kernel
 
 CAPABILITIES = (80, 89, 90, 100)
-# Query heads per KV head, and head_dim: Llama-2, Llama-3, Qwen2.5-0.5B.
-_HEADS = {"llama-2-13b": (1, 128), "llama-3-8b": (4, 128), "qwen2.5-0.5b": (7, 64)}
+# Query heads per KV head, and head_dim.
+_HEADS = {
+    "llama-2-13b": (1, 128),
+    "llama-3-8b": (4, 128),
+    "qwen2.5-0.5b": (7, 64),
+    "qwen1.5-0.5b": (1, 64),
+    "phi-2": (1, 80),
+    "phi-3-mini": (1, 96),
+    "gemma-7b": (1, 256),
+    "gemma-2b": (8, 256),
+}
+# Dtypes of the activations and of the KV cache where it is not theirs; e4m3 needs sm_89.
+_CACHES = {
+    "fp16": ("*fp16", None),
+    "bf16": ("*bf16", None),
+    "bf16, int8 KV": ("*bf16", "*i8"),
+    "bf16, fp8 KV": ("*bf16", "*fp8e4nv"),
+}
+# The attention that --quick compiles, and for which: every setting, and what spills first.
+_QUICK = {
+    "llama-3-8b bf16": CAPABILITIES,
+    "llama-3-8b bf16, int8 KV": (90,),
+    "llama-3-8b bf16, fp8 KV": (90,),
+    "qwen1.5-0.5b bf16, fp8 KV": (90,),
+    "phi-2 bf16, int8 KV": (80,),
+    "phi-3-mini bf16, int8 KV": (80,),
+    "gemma-2b bf16": CAPABILITIES,
+    "gemma-7b bf16, int8 KV": (80, 90, 100),
+    "gemma-2b bf16, fp8 KV": (89, 90),
+}
 
 
 @dataclass(frozen=True)
@@ -60,15 +88,14 @@ class Row:
 
 def rows(capability: int, quick: bool = False) -> Iterator[Row]:
     """Every kernel at every size, compiled for one compute capability."""
-    for variant, (group, dim) in _HEADS.items():
-        for dtype in ("fp16", "bf16"):
-            if not quick or (variant, dtype) == ("llama-3-8b", "bf16"):
-                yield from _attention(f"{variant} {dtype}", group, dim, f"*{dtype}", capability)
+    for model, (group, dim) in _HEADS.items():
+        for cache, (dtype, kv) in _CACHES.items():
+            variant = f"{model} {cache}"
+            if kv == "*fp8e4nv" and capability < 89:
+                continue
+            if not quick or capability in _QUICK.get(variant, ()):
+                yield from _attention(variant, group, dim, dtype, capability, kv)
     half = "*bf16"
-    if not quick or capability == 90:
-        yield from _attention("llama-3-8b bf16, int8 KV", 4, 128, half, capability, kv="*i8")
-    if capability >= 89 and (not quick or capability == 90):
-        yield from _attention("llama-3-8b bf16, fp8 KV", 4, 128, half, capability, kv="*fp8e4nv")
     for max_rank in (16, 64):
         for rows_ in (16, 32):
             if not quick or ((max_rank, rows_) == (64, 32) and capability in (80, 90)):
@@ -82,7 +109,7 @@ def _all_rows(capability: int, quick: bool) -> list[Row]:
 
 
 def _attention(
-    variant: str, group: int, dim: int, half: str, capability: int, kv: str | None = None
+    variant: str, group: int, dim: int, half: str, capability: int, kv: str | None
 ) -> Iterator[Row]:
     int32, fp32 = "*i32", "*fp32"
     quantized = kv is not None
@@ -105,23 +132,23 @@ def _attention(
     }
     partial = {"partial_out": fp32, "partial_peak": fp32, "partial_total": fp32}
     aligned = ("table_stride", "q_stride")
-    constants = attention_decode.decode_constants(group, dim, 16)
+    constants = attention_decode.decode_constants(group, dim, 16, quantized=quantized)
     warps = constants.pop("num_warps")
     report = compile_kernel(
         attention_decode.decode_kernel,
         shared | partial,
-        constants | {"SEQS_PADDED": 64, "MAX_SPLITS": 49, "QUANTIZED": quantized},
+        constants | {"SEQS_PADDED": 64, "MAX_SPLITS": 49},
         capability=capability,
         num_warps=warps,
         aligned=aligned,
     )
     yield Row.of("decode", variant, capability, report)
-    constants = attention_prefill.prefill_constants(group, dim, 16, capability)
+    constants = attention_prefill.prefill_constants(group, dim, 16, capability, quantized=quantized)
     warps = constants.pop("num_warps")
     report = compile_kernel(
         attention_prefill.prefill_kernel,
         shared,
-        constants | {"SEQS_PADDED": 64, "QUANTIZED": quantized},
+        constants | {"SEQS_PADDED": 64},
         capability=capability,
         num_warps=warps,
         aligned=aligned,

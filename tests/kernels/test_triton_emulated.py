@@ -2,7 +2,8 @@
 
 The interpreter runs what the kernels say; this runs what the compiler made of it, with the inline
 PTX, the layouts of tensor cores and of shared memory, asynchronous copies and barriers in it. The
-emulator is in ``emulator/``; ``emulator/checks.py --all`` tries more combinations.
+emulator is in ``emulator/``; ``emulator/checks.py --all`` tries more combinations, and ``make
+emulate`` random ones for as long as it is given.
 """
 
 import json
@@ -33,10 +34,10 @@ KERNELS = {
 }
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str, script: str = "checks.py") -> subprocess.CompletedProcess[str]:
     """The compiler needs a process without TRITON_INTERPRET."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, str(Path(__file__).parent / "emulator" / "checks.py"), *arguments]
+    command = [sys.executable, str(Path(__file__).parent / "emulator" / script), *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
@@ -85,3 +86,22 @@ def test_a_wait_that_nothing_ends_is_an_error() -> None:
     done = run("--capability", "100", "--families", "attention", *without)
     assert done.returncode != 0
     assert "a wait that never ends" in done.stderr
+
+
+def test_random_problems_are_computed_as_their_references_do() -> None:
+    """Small ones that have both codebooks and the head_dims that the fixed comparisons lack."""
+    seeds = ("45", "50", "53", "97", "210")
+    done = run("--capability", "80", "90", "--only", *seeds, script="random_checks.py")
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [each for each in found if not each["right"]] == []
+    assert done.returncode == 0, done.stderr
+    names = " ".join(each["name"] for each in found)
+    for subject in ("nf4", "SiLU·mul", "fp4", "7×1×96", "7×2×256", "4×1×80"):
+        assert names.count(subject) >= 2, subject  # for both
+
+
+def test_a_random_problem_that_comes_out_wrong_fails_the_run() -> None:
+    options = ("--capability", "80", "--only", "97", "--without", "bar.sync")
+    done = run(*options, script="random_checks.py")
+    assert [json.loads(line)["right"] for line in done.stdout.splitlines()] == [False]
+    assert done.returncode == 1

@@ -14,7 +14,13 @@ from torch import Tensor
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
-from nybble.kernels.triton import attention, norm, rotary  # noqa: E402
+from nybble.kernels.triton import (  # noqa: E402
+    attention,
+    attention_decode,
+    attention_prefill,
+    norm,
+    rotary,
+)
 
 dtypes = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 
@@ -136,6 +142,32 @@ def test_paged_attention_equals_the_reference(
         q.double(), keys.double(), values.double(), batch, dim**-0.5, window
     )
     close(attention.paged_attention(q, keys, values, batch, dim**-0.5, window), expected)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="a GPU has only its own settings")
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("kept", [None, torch.int8])
+@pytest.mark.parametrize(("group", "dim"), [(1, 80), (1, 96), (2, 256)])
+def test_attention_equals_the_reference_with_every_devices_settings(
+    monkeypatch: pytest.MonkeyPatch,
+    capability: int,
+    kept: torch.dtype | None,
+    group: int,
+    dim: int,
+) -> None:
+    for module in (attention_decode, attention_prefill):
+        monkeypatch.setattr(module, "device_traits", lambda device: ("any", 8, capability))
+    lengths = [(300, 1), (90, 50), (40, 40)]
+    batch, *caches = paged(lengths, 1, dim, 16, torch.float16)
+    scales: list[Tensor] = []
+    if kept is not None:
+        caches = [torch.randint(-127, 128, cache.shape).to(kept) for cache in caches]
+        scales = list(random(2, *caches[0].shape[:3]).abs() / 60)
+    q = random(sum(new for _, new in lengths), group, dim, dtype=torch.float16)
+    wide = caches if scales else [cache.double() for cache in caches]
+    options = (batch, dim**-0.5, 0, *scales)
+    expected = reference.paged_attention(q.double(), *wide, *options)
+    close(attention.paged_attention(q, *caches, *options), expected, 1e-3)
 
 
 @pytest.mark.parametrize("block_size", [4, 16])

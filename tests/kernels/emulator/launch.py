@@ -15,11 +15,14 @@ from program import parse
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
+from triton.runtime.errors import OutOfResources
 from triton.runtime.jit import JITFunction
 from values import DTYPES
 
 # Few, so that small problems fill the device several times.
 MULTIPROCESSORS = 4
+# Bytes of shared memory a block may take (CUDA programming guide).
+SHARED = {80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448}
 
 
 class _StandInDriver:
@@ -55,6 +58,8 @@ def emulated(capability: int, timing: Timing, without: str = "") -> Iterator[lis
 
     def run(self: Any, *args: Any, grid: Any, **options: Any) -> Any:
         compiled = launch(self, *args, grid=grid, **{**options, "warmup": True})
+        if compiled.metadata.shared > SHARED[capability]:
+            raise OutOfResources(compiled.metadata.shared, SHARED[capability], "shared memory")
         binder = self.device_caches[0][4]
         bound = binder(*args, **{k: v for k, v in options.items() if k != "warmup"})[0]
         types = compiled.src.signature
