@@ -102,7 +102,7 @@ fuzz: build/fuzz/.installed
 	done
 
 # Random comparisons of the GPU kernels as compiled, run by the emulator, EMULATE_SECONDS for each
-# of sm_80, sm_89 and sm_90, two at a time; fixed ones run in the tests. What fails names its seed.
+# of sm_80, sm_89, sm_90 and sm_100, two at a time; fixed ones run in the tests. What fails names its seed.
 EMULATE_SECONDS ?= 600
 EMULATE_SEED ?= $(shell date +%s)
 emulate: install

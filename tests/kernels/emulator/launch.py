@@ -48,6 +48,8 @@ def emulated(capability: int, timing: Timing, without: str = "") -> Iterator[lis
     Yields the names of those launched, in order. One capability in a process. without: an opcode's
     beginning; such instructions are left out.
     """
+    if capability >= 100 and not timing.apart:
+        raise ValueError("on Blackwell the first warp goes ways of its own: it must be apart")
     driver.set_active(_StandInDriver(capability))
     for name, module in list(sys.modules.items()):
         if name.startswith("nybble.kernels.") and hasattr(module, "device_traits"):

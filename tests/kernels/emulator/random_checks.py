@@ -45,6 +45,7 @@ def comparisons(seed: int, capability: int, without: str) -> Iterator[dict[str, 
     unit = WARP_GROUP if capability >= 90 else WARP
     timing = Timing(
         pick.choice((0, unit)),
+        apart=capability >= 100,
         backwards=pick.random() < 0.5,
         late=pick.random() < 0.5,
         seed=pick.randrange(1000),
@@ -80,7 +81,7 @@ def run(
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--capability", type=int, nargs="*", default=(80, 89, 90))
+    parser.add_argument("--capability", type=int, nargs="*", default=(80, 89, 90, 100))
     parser.add_argument("--families", nargs="*", choices=DRAWS, default=list(DRAWS))
     parser.add_argument("--seed", type=int, default=0, help="the first problem")
     parser.add_argument("--only", type=int, nargs="*", default=[], help="no others than these")
