@@ -42,6 +42,7 @@ def prefill_kernel(
     TOKENS: tl.constexpr,
     TILE: tl.constexpr,
     PARTS: tl.constexpr,
+    ANEW: tl.constexpr,
     QUANTIZED: tl.constexpr,
     SEQS_PADDED: tl.constexpr,
     STAGES: tl.constexpr,
@@ -135,8 +136,8 @@ def prefill_kernel(
                 True,
                 False,
             )
-        # Found anew: kept through the loops, which row is whose would spill.
-        row = tl.arange(0, ROWS) + opaque_zero()
+        # Found anew: which row is whose would else be kept through the loops.
+        row = tl.arange(0, ROWS) + (opaque_zero() if ANEW else 0)
         local = offset + row // GROUP
         q_head = head * GROUP + row % GROUP
         to = (begin + local).to(tl.int64) * kv_heads * GROUP + q_head
@@ -215,6 +216,8 @@ def prefill_constants(
         "TOKENS": rows // group,
         "TILE": tile,
         "PARTS": 1 if whole else 2,
+        # By count: there, and there alone, it takes more registers than it saves.
+        "ANEW": not (through_registers and padded == 128),
         "QUANTIZED": quantized,
         "STAGES": 5 if through_registers else 3,
         "num_warps": 8,
