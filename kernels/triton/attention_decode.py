@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 from nybble.kernels.attention_batch import AttentionBatch
-from nybble.kernels.triton.device import device_traits
+from nybble.kernels.triton.device import FUSED, device_traits
 from nybble.kernels.triton.online_softmax import LOG2_E, attend, padded_seqs
 from torch import Tensor
 
@@ -239,6 +239,7 @@ def decode(
         **constants,
         SEQS_PADDED=padded_seqs(seqs),
         MAX_SPLITS=splits,
+        **FUSED,
     )
     reduce_kernel[(seqs, q_heads)](
         batch.query_start,
@@ -255,6 +256,7 @@ def decode(
         SPLITS_PADDED=triton.next_power_of_2(splits),
         MIN_SPLIT=MIN_SPLIT,
         num_warps=4,
+        **FUSED,
     )
 
 

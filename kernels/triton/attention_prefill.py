@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from nybble.kernels.attention_batch import AttentionBatch
-from nybble.kernels.triton.device import device_traits
+from nybble.kernels.triton.device import FUSED, device_traits
 from nybble.kernels.triton.online_softmax import LOG2_E, attend, padded_seqs
 from nybble.kernels.triton.opaque import opaque_zero
 from torch import Tensor
@@ -188,6 +188,7 @@ def prefill(
         window,
         **constants,
         SEQS_PADDED=padded_seqs(seqs),
+        **FUSED,
     )
 
 

@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from nybble.kernels.packed import PackedWeight
+from nybble.kernels.triton.device import FUSED
 from nybble.kernels.triton.step import output_of
 from nybble.kernels.triton.unpack import (
     INTERPRETED,
@@ -130,6 +131,7 @@ def dequantize(
         GROUP=0 if weight.groups == 1 else weight.group_size,
         GATED=weight.layout == "gpu_gated_tiles",
         num_warps=4,
+        **FUSED,
     )
     return out
 

@@ -8,6 +8,8 @@ from functools import lru_cache
 import torch
 import triton
 
+# A launch asks for multiply-adds: from Triton 3.10 on it makes none where it is not asked to.
+FUSED = {"enable_fp_fusion": True}
 # Before it, nothing but luck shows Blackwell's tensor cores what was copied to shared memory: the
 # compiler left out the fence between the two (triton-lang/triton#9610).
 _FENCES_COPIES = (3, 7, 1)

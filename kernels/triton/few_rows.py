@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from nybble.kernels.packed import PackedWeight
 from nybble.kernels.triton.configs import Config
+from nybble.kernels.triton.device import FUSED
 from nybble.kernels.triton.step import (
     SLICE,
     STEP,
@@ -150,4 +151,5 @@ def few_rows_matmul(
         num_warps=config.parts,
         num_stages=config.num_stages,
         **({"launch_pdl": True} if overlap else {}),
+        **FUSED,
     )

@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 from nybble.kernels.lora_batch import LoRABatch
+from nybble.kernels.triton.device import FUSED
 from torch import Tensor
 
 SHRINK_CHUNK = 1024  # inner columns of one program
@@ -193,6 +194,7 @@ def lora_add(
         **sizes,
         CHUNK=SHRINK_CHUNK,
         TILE=SHRINK_TILE,
+        **FUSED,
     )
     inner = (*offsets[1:-1], 0, 0)
     widest = max(end - start for start, end in pairwise(offsets))
@@ -212,4 +214,5 @@ def lora_add(
         **sizes,
         CHUNKS=chunks,
         TILE=EXPAND_TILE,
+        **FUSED,
     )

@@ -23,7 +23,7 @@ from nybble.kernels.packed import PackedWeight
 from nybble.kernels.triton import norm
 from nybble.kernels.triton.configs import Config, bucket_of, choose
 from nybble.kernels.triton.dequantize import dense_matmul, stored_columns
-from nybble.kernels.triton.device import device_traits
+from nybble.kernels.triton.device import FUSED, device_traits
 from nybble.kernels.triton.few_rows import few_rows_matmul
 from nybble.kernels.triton.opaque import opaque, opaque_zero
 from nybble.kernels.triton.step import (
@@ -367,5 +367,6 @@ def packed_matmul(
         num_warps=c.num_warps,
         num_stages=c.num_stages,
         **({"launch_pdl": True} if overlap else {}),
+        **FUSED,
     )
     return out

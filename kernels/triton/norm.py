@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from nybble.kernels.triton.device import FUSED
 from torch import Tensor
 
 # Elements of one program; narrow rows (the heads of a QK norm) share one.
@@ -96,6 +97,7 @@ def _launch(
         ROWS=per_program,
         WIDTH=wide,
         num_warps=max(4, min(16, wide * per_program // 512)),
+        **FUSED,
     )
     return out, total
 
@@ -107,6 +109,6 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     rows = gate_up.numel() // (2 * width)
     out = gate_up.new_empty(*gate_up.shape[:-1], width)
     silu_mul_kernel[(rows, triton.cdiv(width, _SILU_TILE))](
-        gate_up, out, width, TILE=_SILU_TILE, num_warps=4
+        gate_up, out, width, TILE=_SILU_TILE, num_warps=4, **FUSED
     )
     return out

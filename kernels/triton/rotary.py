@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from nybble.kernels.triton.device import FUSED
 from torch import Tensor
 
 _HEADS = 8  # heads of one token that a program takes
@@ -143,4 +144,5 @@ def rotary_store(
         HALF=triton.next_power_of_2(dim // 2),
         QUANTIZED=k_scales is not None,
         num_warps=4,
+        **FUSED,
     )

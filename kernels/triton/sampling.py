@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 from nybble.kernels.reference import TokenChoice
+from nybble.kernels.triton.device import FUSED
 from torch import Tensor
 
 TILE = 2048
@@ -151,6 +152,14 @@ def sample_tokens(logits: Tensor, choices: Sequence[TokenChoice]) -> Tensor:
         packed = packed.pin_memory().to(logits.device, non_blocking=True)
     tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
     sample_kernel[(rows,)](
-        logits, packed, tokens, vocab, logits.stride(0), TILE=TILE, PASSES=_PASSES, num_warps=WARPS
+        logits,
+        packed,
+        tokens,
+        vocab,
+        logits.stride(0),
+        TILE=TILE,
+        PASSES=_PASSES,
+        num_warps=WARPS,
+        **FUSED,
     )
     return tokens
