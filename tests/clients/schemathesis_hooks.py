@@ -13,7 +13,7 @@ def map_body(context: Any, body: Any) -> Any:
         body["model"] = "tiny"
         if isinstance(body.get("adapter"), str):
             del body["adapter"]  # there is none
-        if isinstance(body.get("timeout"), int | float):
+        if isinstance(body.get("timeout"), int | float) and body["timeout"] > 0:
             body["timeout"] = 1000  # else it may pass, which is answered 504
     return body
 
