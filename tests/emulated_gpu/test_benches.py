@@ -1,4 +1,4 @@
-"""`make gpu` as it runs on a GPU: every section, at the sizes it measures, up to the numbers.
+"""`make gpu` as it runs on a GPU: every section, with the widths it measures, up to the numbers.
 
 Its dry run goes through other branches: on the CPU, without graphs, events, or 80 GiB to fill. Here
 memory holds no numbers, so that only what compares them may not hold.
@@ -19,7 +19,7 @@ from nybble.kernels.bench.gpu_section import LLAMA_2_13B, Section
 
 from .device import CUDA, Device
 
-# Two layers launch what forty do; a shape of each kind.
+# Two layers launch what forty do, and one shape goes where the others go.
 FEWER: dict[str, tuple[Any, str, Any]] = {
     "decode": (gpu_decode, "LLAMA_2_13B", LLAMA_2_13B | {"num_hidden_layers": 2}),
     "matmul": (gpu_matmul, "SHAPES", gpu_matmul.SHAPES[:1]),

@@ -106,7 +106,7 @@ def expected(checkpoint: Path, folders: list[Path]) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("kv_dtype", ["auto", "int8", "fp8"])
-def test_answers_are_those_of_the_cpu_with_one_wait_a_step_and_no_compiling(
+def test_answers_are_as_on_the_cpu_with_one_wait_a_step_and_no_compiling(
     gpu: Device,
     checkpoint: Path,
     folders: list[Path],
@@ -122,6 +122,8 @@ def test_answers_are_those_of_the_cpu_with_one_wait_a_step_and_no_compiling(
         steps = engine.stats().steps
     if kv_dtype == "auto":
         assert answers == expected
+    # 8 bits may choose other tokens, as many.
+    assert list(map(len, answers)) == list(map(len, expected))
     assert gpu.replays > 0
     assert set(gpu.launched) - warm == set()
     waits = [each for each in gpu.waits if "prompt_reader" not in each]
