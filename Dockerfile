@@ -18,6 +18,7 @@ COPY kernels kernels
 COPY loaders loaders
 COPY quantizers quantizers
 COPY server server
+COPY src src
 RUN pip install --no-cache-dir -c constraints.txt '.[otel]'
 
 FROM python:3.12-slim-bookworm

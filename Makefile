@@ -5,7 +5,6 @@ SHELL  := bash
 BIN    := $(VENV)/bin
 MODEL  ?= demo
 PORT   ?= 8000
-PACKAGES := engine finetune kernels loaders quantizers server
 
 .PHONY: install serve test test-browser test-clients test-peers audit fuzz emulate sanitize lint gpu clean
 
@@ -20,8 +19,6 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/pip install --progress-bar on -c constraints.txt \
 		$(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) torch
 	$(BIN)/pip install --progress-bar on -c constraints.txt -e '.[dev]'
-	mkdir -p $(VENV)/src/nybble
-	for package in $(PACKAGES); do ln -sfn ../../../$$package $(VENV)/src/nybble/$$package; done
 	$(BIN)/python -m nybble.kernels.cpu.build
 	touch $@
 
@@ -32,7 +29,7 @@ serve: install
 lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy $(addprefix -p nybble.,$(PACKAGES))
+	$(BIN)/mypy -p nybble
 	$(BIN)/mypy load_tests/*.py
 
 test: lint
@@ -82,7 +79,7 @@ build/peers/.installed: tests/peers/requirements.txt | install
 	touch $@
 test-peers: build/peers/.installed
 	packages=$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])'); \
-	PYTHONPATH=$(VENV)/src:$$packages build/peers/bin/python -m pytest -q \
+	PYTHONPATH=src:$$packages build/peers/bin/python -m pytest -q \
 		tests/quantizers/test_in_gptqmodel.py
 
 # atheris over request bodies, checkpoints and adapters, FUZZ_SECONDS each (five minutes in all);
@@ -96,7 +93,7 @@ build/fuzz/.installed: tests/fuzz/requirements.txt | install
 fuzz: build/fuzz/.installed
 	packages=$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])'); \
 	for target in $(FUZZ); do \
-		mkdir -p build/fuzz/corpus/$$target && PYTHONPATH=$(VENV)/src:$$packages \
+		mkdir -p build/fuzz/corpus/$$target && PYTHONPATH=src:$$packages \
 		build/fuzz/venv/bin/python tests/fuzz/fuzz.py $$target build/fuzz/corpus/$$target \
 			-max_total_time=$(FUZZ_SECONDS) -max_len=64 -artifact_prefix=build/fuzz/ -print_final_stats=1 || exit 1; \
 	done
@@ -129,9 +126,7 @@ sanitize: install
 GPU_PYTHON ?= python3
 GPU_ARGS ?=
 gpu:
-	mkdir -p build/gpu/nybble
-	for package in $(PACKAGES); do ln -sfn ../../../$$package build/gpu/nybble/$$package; done
-	PYTHONUNBUFFERED=1 PYTHONPATH=build/gpu $(GPU_PYTHON) kernels/bench/gpu.py $(GPU_ARGS)
+	PYTHONUNBUFFERED=1 PYTHONPATH=src $(GPU_PYTHON) kernels/bench/gpu.py $(GPU_ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -10,12 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+
 from nybble.engine.transfer import send
 from nybble.kernels.lora import LoRABatch, lora_add, slot_buffers
 from nybble.loaders import LoRAAdapter
 from nybble.loaders.adapter import projection_shapes
-from torch import Tensor
-from transformers import PretrainedConfig
 
 # The projections of a layer that are computed as one, in the order of LayerSlots' fields.
 _PARTS = (

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+
 from nybble.loaders.adapter import MAX_RANK
 
 

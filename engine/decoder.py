@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+
 from nybble.engine.rotary import longest_exact_length, rotary_table
 from nybble.kernels import DenseWeight, PackedWeight
 from nybble.kernels.matmul import gated_layout, gated_linear, linear, preferred_layout
@@ -18,8 +21,6 @@ from nybble.kernels.ops import (
     rotary_store,
     silu_mul,
 )
-from torch import Tensor
-from transformers import PretrainedConfig
 
 if TYPE_CHECKING:
     from nybble.engine.adapter_slots import LayerSlots, ProjectionSlots, StepAdapters

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
 from nybble.engine.adapter_slots import AdapterSlots
 from nybble.engine.adapters import AdapterInfo, AdapterRegistry
 from nybble.engine.block_manager import BlockManager
@@ -41,7 +43,6 @@ from nybble.engine.sequence import Sequence
 from nybble.engine.stats import EngineStats
 from nybble.engine.streams import Stream
 from nybble.kernels.progress import Progress, track
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 if TYPE_CHECKING:
     from nybble.loaders import Checkpoint

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from queue import Empty, SimpleQueue
 
 import torch
+
 from nybble.engine.adapter_cache import AdapterVersion
 from nybble.engine.adapters import AdapterRegistry
 from nybble.engine.config import EngineConfig

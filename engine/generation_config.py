@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from nybble.engine.request import ParameterError, SamplingParams
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from nybble.engine.request import ParameterError, SamplingParams
 
 _FILE = "generation_config.json"
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")

@@ -7,9 +7,10 @@ from functools import partial
 from typing import Protocol
 
 import torch
+from torch import Tensor
+
 from nybble.engine.inputs import StepInputs
 from nybble.kernels.progress import Progress, track
-from torch import Tensor
 
 
 class Replay(Protocol):

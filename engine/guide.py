@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from nybble.engine.request import GuideError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+
+from nybble.engine.request import GuideError
 
 # Imported where a guide is built: the engine runs on machines that have torch and little else.
 if TYPE_CHECKING:

@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
+
 from nybble.engine.scheduler import ScheduledBatch
 from nybble.engine.transfer import send
 from nybble.kernels.attention_batch import AttentionBatch
 from nybble.kernels.lora_batch import LoRABatch
-from torch import Tensor
 
 _ALIGNMENT = 16  # of each array, which kernels are compiled for
 

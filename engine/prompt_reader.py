@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import torch
+from torch import Tensor
+
 from nybble.engine.request import Embedding, Pooling, PromptLogprobs
 from nybble.engine.transfer import send
-from torch import Tensor
 
 if TYPE_CHECKING:
     from nybble.engine.decoder import Decoder

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+from torch import Tensor
+
 from nybble.engine.adapter_slots import AdapterSlots, StepAdapters
 from nybble.engine.block_manager import most_blocks
 from nybble.engine.config import EngineConfig, resolve_device
@@ -16,7 +18,6 @@ from nybble.engine.scheduler import ScheduledBatch
 from nybble.kernels.lora_batch import LoRABatch
 from nybble.kernels.ops import AttentionBatch, TokenChoice, sample_tokens
 from nybble.kernels.progress import Progress, track
-from torch import Tensor
 
 _ANY_CHOICE = TokenChoice(temperature=1.0, top_k=1, top_p=0.5, min_p=0.1, uniform=0.5)
 

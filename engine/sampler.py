@@ -14,10 +14,11 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
+
 from nybble.engine.request import NotANumberError, SamplingParams, TokenLogprob
 from nybble.engine.transfer import send
 from nybble.kernels.ops import TokenChoice, sample_tokens
-from torch import Tensor
 
 Sampled = tuple[int, TokenLogprob | None]
 

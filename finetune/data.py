@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 from jinja2 import TemplateError
-from nybble.finetune.rows import DataError, is_learned, read_rows, row_kind
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+
+from nybble.finetune.rows import DataError, is_learned, read_rows, row_kind
 
 IGNORED = -100  # the label of a token that no loss is taken on
 

@@ -15,6 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.nn.functional import kl_div, log_softmax
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+from transformers import AutoTokenizer, PreTrainedModel
+
 from nybble.finetune.data import IGNORED, Batch, Example, pack, read_examples, to_batch
 from nybble.finetune.train import batch_loss, checkpoint_activations, warm_cosine
 from nybble.loaders import CheckpointError, open_checkpoint
@@ -23,11 +29,6 @@ from nybble.quantizers.affine import WIDTHS, AffineWeight, grid, nearest_codes
 from nybble.quantizers.formats import gptq_tensors, quantization_config, whole_words
 from nybble.quantizers.packed_model import load_packed_model
 from nybble.quantizers.writer import FolderWriter
-from torch import Tensor, nn
-from torch.nn.functional import kl_div, log_softmax
-from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
-from transformers import AutoTokenizer, PreTrainedModel
 
 _ROWS_AT_A_TIME = 256  # the logits of so many tokens are in memory at once
 

@@ -14,6 +14,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+from transformers import AutoTokenizer, PreTrainedModel
+
 from nybble.finetune.data import IGNORED, Batch, Example, pack, read_examples, to_batch
 from nybble.finetune.lora import (
     LoraLinear,
@@ -26,12 +33,6 @@ from nybble.finetune.lora import (
 )
 from nybble.loaders import open_checkpoint
 from nybble.quantizers.packed_model import PackedLinear, load_packed_model
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
-from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
-from transformers import AutoTokenizer, PreTrainedModel
 
 _ROWS_AT_A_TIME = 256  # the logits of so many tokens are in memory at once
 CHECKPOINT = "checkpoint.pt"

@@ -17,9 +17,10 @@ from __future__ import annotations
 from itertools import pairwise
 
 import torch
+from torch import Tensor
+
 from nybble.kernels.cpu.library import library
 from nybble.kernels.lora_batch import LoRABatch
-from torch import Tensor
 
 __all__ = ["LoRABatch", "lora_add", "lora_add_reference", "slot_buffers"]
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
 from nybble.kernels.cpu.library import library
 from nybble.kernels.layout import Layout
 from nybble.kernels.ops import silu_mul
 from nybble.kernels.packed import DenseWeight, PackedWeight
-from torch import Tensor
 
 # Rows dequantized at a time where no packed kernel applies: 16 MiB of float32 at 4096 columns.
 _ROWS_AT_A_TIME = 1024

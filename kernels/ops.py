@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
+
 from nybble.kernels import reference
 from nybble.kernels.attention_batch import AttentionBatch
 from nybble.kernels.cpu.library import CpuLibrary, library
 from nybble.kernels.reference import TokenChoice
-from torch import Tensor
 
 __all__ = [
     "AttentionBatch",

@@ -33,8 +33,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
-from nybble.kernels.layout import Layout, from_rows, padded_shape, tile_rows, to_rows
 from torch import Tensor
+
+from nybble.kernels.layout import Layout, from_rows, padded_shape, tile_rows, to_rows
 
 INTEGER_LEVELS = torch.arange(16, dtype=torch.float32)
 SYMMETRIC_LEVELS = INTEGER_LEVELS - 8

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
+
 from nybble.kernels.attention_batch import AttentionBatch
 from nybble.kernels.packed import PackedWeight
-from torch import Tensor
 
 
 def packed_matmul(x: Tensor, weight: PackedWeight) -> Tensor:

@@ -23,8 +23,9 @@ from pathlib import Path
 
 import aiohttp
 import numpy as np
-from nybble.server.bench.client import Client, Timing
 from server_process import running_server, write_adapters
+
+from nybble.server.bench.client import Client, Timing
 
 STREAMS, BESIDE, PROMPT, OUTPUT = 2, 8, 16, 4
 TARGETS = ("q_proj", "v_proj")

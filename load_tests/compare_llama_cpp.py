@@ -21,13 +21,14 @@ from typing import Annotated
 
 import aiohttp
 import typer
+from tqdm import tqdm
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
 from nybble.loaders import resolve_model
 from nybble.loaders.cache import cache_folder
 from nybble.loaders.demo import demo_gguf
 from nybble.server.bench.client import Client, Timing
 from nybble.server.bench.workload import random_prompt as prompt
-from tqdm import tqdm
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 LLAMA_CPP = "llama-cpp-python==0.3.36"
 PORT = 8123

@@ -19,9 +19,10 @@ from typing import Annotated
 
 import aiohttp
 import typer
+from tqdm import tqdm
+
 from nybble.server.bench.client import Client, Timing
 from nybble.server.bench.workload import random_prompt as prompt
-from tqdm import tqdm
 
 
 @dataclass(frozen=True)

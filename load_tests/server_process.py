@@ -13,9 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
+
 from nybble.loaders import open_checkpoint, resolve_model
 from nybble.loaders.adapter import projection_shapes
-from safetensors.torch import save_file
 
 _SERVE = [sys.executable, "-P", "-c", "from nybble.server.cli.main import serve_main; serve_main()"]
 

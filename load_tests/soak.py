@@ -94,9 +94,10 @@ def tiny_model(folder: Path) -> Path:
 def write_adapters(folder: Path, model: Path) -> None:
     """Small random adapters on all projections of the model."""
     import torch
+    from safetensors.torch import save_file
+
     from nybble.loaders import open_checkpoint
     from nybble.loaders.adapter import projection_shapes
-    from safetensors.torch import save_file
 
     shapes = projection_shapes(open_checkpoint(model).config)
     targets = sorted({name.rpartition(".")[2] for name in shapes})

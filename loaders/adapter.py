@@ -17,12 +17,13 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from nybble.loaders.adapter_config import CONFIG_FILE, MAX_RANK, AdapterSettings
-from nybble.loaders.errors import AdapterError
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from torch import Tensor
 from transformers import PretrainedConfig
+
+from nybble.loaders.adapter_config import CONFIG_FILE, MAX_RANK, AdapterSettings
+from nybble.loaders.errors import AdapterError
 
 __all__ = [
     "MAX_RANK",

@@ -8,6 +8,7 @@ from hashlib import blake2b
 from typing import Literal
 
 import torch
+
 from nybble.loaders.adapter import LoRAAdapter, LoRAModule
 from nybble.loaders.errors import AdapterError
 

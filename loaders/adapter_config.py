@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import regex
+
 from nybble.loaders.errors import AdapterError
 
 _Number = TypeVar("_Number", int, float)

@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from nybble.kernels import PackedWeight
 from nybble.kernels.packed import INTEGER_LEVELS, SYMMETRIC_LEVELS, pack_nibbles, unpack_nibbles
 from nybble.loaders.errors import CheckpointError
 from nybble.loaders.gptq import checked_group_size, read_words, require_four_bits
 from nybble.loaders.shards import Shards
-from torch import Tensor
 
 # The nibble in which each of eight neighbouring outputs lies.
 _NIBBLE_OF = (0, 4, 1, 5, 2, 6, 3, 7)

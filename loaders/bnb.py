@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from nybble.kernels import PackedWeight
 from nybble.loaders.errors import CheckpointError
 from nybble.loaders.shards import Shards
-from torch import Tensor
 
 _SMALLEST_GROUP = 16
 

@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
+from transformers import AutoConfig, PretrainedConfig
+
 from nybble.kernels import DenseWeight, PackedWeight
 from nybble.kernels.packed import stack_outputs
 from nybble.loaders.awq import AwqReader
@@ -15,8 +18,6 @@ from nybble.loaders.bnb import BnbReader
 from nybble.loaders.errors import CheckpointError
 from nybble.loaders.gptq import GptqReader
 from nybble.loaders.shards import Shards
-from torch import Tensor
-from transformers import AutoConfig, PretrainedConfig
 
 Weight = PackedWeight | DenseWeight | Tensor
 

@@ -17,8 +17,9 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from nybble.loaders.errors import CheckpointError
 from tqdm import tqdm
+
+from nybble.loaders.errors import CheckpointError
 
 HUB_NAME = "Qwen/Qwen2.5-Coder-0.5B-Instruct"
 # A GGUF of it, in slices that Python packages carry: reachable where model hubs are not.

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+
 from nybble.loaders.checkpoint import quantization_settings
 from nybble.loaders.shards import Shards, TensorHeader
 

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import torch
 from gguf import GGUFReader, dequantize
-from nybble.loaders.errors import CheckpointError
-from nybble.loaders.safetensors_file import write_safetensors
 from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer
+
+from nybble.loaders.errors import CheckpointError
+from nybble.loaders.safetensors_file import write_safetensors
 
 _TOP = {
     "token_embd.weight": "model.embed_tokens.weight",

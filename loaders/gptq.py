@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+
 from nybble.kernels import PackedWeight
 from nybble.kernels.packed import (
     INTEGER_LEVELS,
@@ -26,7 +28,6 @@ from nybble.kernels.packed import (
 )
 from nybble.loaders.errors import CheckpointError
 from nybble.loaders.shards import Shards
-from torch import Tensor
 
 
 def require_four_bits(settings: Mapping[str, Any], key: str = "bits") -> None:

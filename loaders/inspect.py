@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from nybble.kernels import PackedWeight
 from nybble.loaders.checkpoint import Checkpoint, Weight
-from torch import Tensor
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import AutoConfig
+
 from nybble.kernels import DenseWeight, PackedWeight
 from nybble.kernels.layout import Layout
 from nybble.kernels.progress import Progress, track
@@ -22,8 +25,6 @@ from nybble.loaders.checkpoint import Checkpoint, Weight
 from nybble.loaders.errors import CheckpointError
 from nybble.loaders.safetensors_file import write_safetensors
 from nybble.loaders.shards import Shards
-from torch import Tensor
-from transformers import AutoConfig
 
 HEADER = "nybble.json"
 VERSION = 1

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
 from nybble.loaders.cache import cache_folder
 from nybble.loaders.demo import HUB_NAME, demo_from_packages
 

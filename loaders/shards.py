@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from nybble.loaders.errors import CheckpointError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from nybble.loaders.errors import CheckpointError
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"

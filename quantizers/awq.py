@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
+from torch import Tensor, nn
+
 from nybble.quantizers.affine import AffineWeight, round_trip
 from nybble.quantizers.blocks import (
     DOWN,
@@ -23,7 +25,6 @@ from nybble.quantizers.blocks import (
     output_error,
 )
 from nybble.quantizers.rtn import quantize_affine
-from torch import Tensor, nn
 
 _STEPS = 20
 _SEARCHED_OUTPUTS = 512

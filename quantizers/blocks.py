@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from nybble.loaders import CheckpointError
-from nybble.loaders.shards import Shards
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
+
+from nybble.loaders import CheckpointError
+from nybble.loaders.shards import Shards
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 

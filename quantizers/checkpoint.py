@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
 from nybble.kernels.progress import Progress, track
 from nybble.loaders import CheckpointError
 from nybble.loaders.shards import Shards
@@ -32,8 +35,6 @@ from nybble.quantizers.formats import (
 from nybble.quantizers.gptq import GptqSettings, gptq
 from nybble.quantizers.rtn import quantize_affine
 from nybble.quantizers.writer import FolderWriter
-from torch import Tensor, nn
-from tqdm import tqdm
 
 _SEARCHED_TOKENS = 2048  # on which AWQ tries scales; statistics are of all calibration tokens
 

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from nybble.loaders import open_checkpoint
-from nybble.loaders.shards import Shards
-from nybble.quantizers.packed_model import PackedLinear, load_packed_model
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from tqdm import tqdm
+
+from nybble.loaders import open_checkpoint
+from nybble.loaders.shards import Shards
+from nybble.quantizers.packed_model import PackedLinear, load_packed_model
 
 _ROWS_AT_A_TIME = 256  # the logits of so many tokens are in memory at once
 

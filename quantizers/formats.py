@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import Tensor
+
 from nybble.quantizers.affine import AffineWeight
 from nybble.quantizers.codebook import (
     BLOCKSIZE,
@@ -17,7 +19,6 @@ from nybble.quantizers.codebook import (
     CodebookWeight,
     NestedAbsmax,
 )
-from torch import Tensor
 
 Format = Literal["gptq", "awq", "nf4", "fp4"]
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from nybble.quantizers.affine import AffineWeight, grid, nearest_codes
 from torch import Tensor
+
+from nybble.quantizers.affine import AffineWeight, grid, nearest_codes
 
 
 @dataclass(frozen=True)

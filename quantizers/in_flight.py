@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+
 from nybble.kernels import DenseWeight, PackedWeight
 from nybble.kernels.packed import INT8_MAX, pack_int8, pack_nibbles
 from nybble.loaders import Checkpoint, CheckpointError
 from nybble.loaders.bnb import pack_blocks
 from nybble.loaders.checkpoint import Weight
 from nybble.quantizers.codebook import BLOCKSIZE, LEVELS, quantize_codebook
-from torch import Tensor
-from transformers import PretrainedConfig
 
 _EMBEDDING = "model.embed_tokens.weight"
 _HEAD = "lm_head"

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
+
 from nybble.kernels import DenseWeight, PackedWeight
 from nybble.kernels.packed import INTEGER_LEVELS, SYMMETRIC_LEVELS
 from nybble.kernels.progress import Progress, track
@@ -38,7 +40,6 @@ from nybble.quantizers.formats import (
 from nybble.quantizers.on_grid import Compensation, Grid
 from nybble.quantizers.rtn import quantize_affine
 from nybble.quantizers.writer import FolderWriter
-from torch import Tensor
 
 _CODEBOOKS = ("nf4", "fp4")
 _DEFAULT_GROUP = 128

@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
+from torch.nn.functional import kl_div, log_softmax
+
 from nybble.kernels.progress import track
 from nybble.loaders import LoRAAdapter, open_checkpoint
 from nybble.loaders.adapter import LoRAModule
 from nybble.quantizers.packed_model import load_packed_model
-from torch import Tensor, nn
-from torch.nn.functional import kl_div, log_softmax
 
 
 @torch.no_grad()

@@ -10,12 +10,13 @@ import math
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
 from nybble.kernels import PackedWeight
 from nybble.kernels.packed import INTEGER_LEVELS
 from nybble.quantizers.affine import AffineWeight
 from nybble.quantizers.codebook import BLOCKSIZE, LEVELS, CodebookWeight, NestedAbsmax
 from nybble.quantizers.gptq import inverse_factor
-from torch import Tensor
 
 _DAMP = 0.01
 _COLUMNS_ONE_BY_ONE = 16

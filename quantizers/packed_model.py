@@ -11,11 +11,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
 from nybble.kernels import DenseWeight, PackedWeight
 from nybble.kernels.matmul import dequantize, packed_matmul, preferred_layout
 from nybble.loaders import Checkpoint, CheckpointError
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
 
 _PARTS = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from nybble.quantizers.affine import AffineWeight, grid, nearest_codes
 from torch import Tensor
+
+from nybble.quantizers.affine import AffineWeight, grid, nearest_codes
 
 
 def quantize_affine(weight: Tensor, group_size: int, *, sym: bool, bits: int = 4) -> AffineWeight:

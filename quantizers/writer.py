@@ -9,9 +9,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from torch import Tensor
+
 from nybble.loaders.packed_file import copy_model_files
 from nybble.loaders.safetensors_file import write_safetensors
-from torch import Tensor
 
 _SHARD_BYTES = 1 << 30
 

@@ -11,6 +11,7 @@ from uuid import uuid4
 
 from aiohttp import web
 from aiohttp.typedefs import Middleware
+
 from nybble.engine import Engine
 from nybble.server.adapters.admin import ADMIN_PATHS, AdapterAdmin
 from nybble.server.adapters.owners import AdapterOwners

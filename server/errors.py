@@ -8,6 +8,8 @@ import sqlite3
 from typing import Any
 
 from aiohttp import web
+from pydantic_core import to_json
+
 from nybble.engine import (
     AdapterError,
     AdapterUnavailableError,
@@ -20,7 +22,6 @@ from nybble.engine import (
     ParameterError,
 )
 from nybble.server.logs import Event
-from pydantic_core import to_json
 
 logger = logging.getLogger(__name__)
 

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from aiohttp import BodyPartReader, web
 from aiohttp.http_exceptions import HttpProcessingError
+
 from nybble.server.errors import ApiError
 
 T = TypeVar("T")

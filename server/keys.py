@@ -7,6 +7,7 @@ import hmac
 from collections.abc import Iterable
 
 from aiohttp import web
+
 from nybble.server.errors import ApiError
 
 

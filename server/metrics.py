@@ -10,9 +10,6 @@ from contextlib import suppress
 from importlib.metadata import version
 
 from aiohttp import hdrs
-from nybble.engine import Engine, Request
-from nybble.engine.size_counts import SizeCounts
-from nybble.server.admission import Admission
 from prometheus_client import (
     CollectorRegistry,
     Counter,
@@ -29,6 +26,10 @@ from prometheus_client.metrics_core import (
     Metric,
 )
 from prometheus_client.registry import Collector
+
+from nybble.engine import Engine, Request
+from nybble.engine.size_counts import SizeCounts
+from nybble.server.admission import Admission
 
 _TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 _SECONDS = (*_TOKEN_SECONDS, 5, 10, 30, 60, 120, 300)

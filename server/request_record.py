@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from aiohttp import web
+
 from nybble.server.api.generation import Usage
 from nybble.server.errors import ApiError, as_api_error
 

@@ -10,6 +10,7 @@ import socket
 from collections.abc import Callable
 
 from aiohttp import web
+
 from nybble.engine import Engine, EngineFailedError
 from nybble.server.adapters.watch import AdapterWatch
 from nybble.server.app import make_app

@@ -15,11 +15,12 @@ from ssl import SSLContext
 from typing import Any, Literal, TypeVar
 
 from aiohttp import web
+from pydantic_core import to_json
+from tqdm import tqdm
+
 from nybble.server.errors import ApiError
 from nybble.server.listen import BACKLOG
 from nybble.server.logs import Event
-from pydantic_core import to_json
-from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
 

@@ -12,8 +12,6 @@ from importlib.metadata import version
 
 from aiohttp import web
 from aiohttp.typedefs import Middleware
-from nybble.server.api.generation import SequenceTimes
-from nybble.server.request_record import RECORD
 from opentelemetry import trace
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.resources import Resource
@@ -21,6 +19,9 @@ from opentelemetry.sdk.trace import SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+from nybble.server.api.generation import SequenceTimes
+from nybble.server.request_record import RECORD
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 

@@ -14,6 +14,9 @@ import time
 from collections.abc import Callable, Iterator
 
 import torch
+from torch import Tensor
+from transformers import Qwen2Config
+
 from nybble.engine.adapter_slots import AdapterSlots, StepAdapters
 from nybble.engine.decoder import Decoder
 from nybble.kernels import PackedWeight
@@ -22,8 +25,6 @@ from nybble.kernels.ops import AttentionBatch
 from nybble.kernels.packed import SYMMETRIC_LEVELS
 from nybble.loaders import LoRAAdapter
 from nybble.loaders.adapter import LoRAModule, projection_shapes
-from torch import Tensor
-from transformers import Qwen2Config
 
 KV_HEADS, HEAD_DIM = 2, 64
 CONFIG = Qwen2Config(

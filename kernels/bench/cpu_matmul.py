@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 
 import torch
+
 from nybble.kernels import PackedWeight
 from nybble.kernels.cpu.build import TARGETS, build
 from nybble.kernels.cpu.library import CpuLibrary

@@ -13,8 +13,9 @@ from nybble.kernels.bench.gpu_section import Section, in_8_bits, kv_dtypes, page
 # isort: split
 import torch
 import triton
-from nybble.kernels.triton import attention, attention_decode, timing
 from torch import Tensor
+
+from nybble.kernels.triton import attention, attention_decode, timing
 
 
 def run(section: Section) -> None:

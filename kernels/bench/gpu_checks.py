@@ -11,6 +11,7 @@ from nybble.kernels.bench.gpu_section import BLOCK, Section, in_8_bits, kv_dtype
 
 # isort: split
 import torch
+
 from nybble.kernels import reference
 from nybble.kernels.bench.gpu_lora import adapters
 from nybble.kernels.bench.gpu_matmul import check_matmul

@@ -19,6 +19,9 @@ from nybble.kernels.bench.gpu_section import BLOCK, LLAMA_2_13B, TINY, Section
 
 # isort: split
 import torch
+from torch import Tensor
+from transformers import LlamaConfig
+
 from nybble.engine.config import EngineConfig
 from nybble.engine.decoder import Decoder
 from nybble.engine.graphs import cuda_capture
@@ -30,8 +33,6 @@ from nybble.engine.sequence import Sequence
 from nybble.kernels import DenseWeight, PackedWeight
 from nybble.kernels.bench.gpu_matmul import random_packed
 from nybble.kernels.triton.warmup import warmup
-from torch import Tensor
-from transformers import LlamaConfig
 
 
 def random_decoder(

@@ -11,13 +11,14 @@ from nybble.kernels.bench.gpu_section import LLAMA_2_13B, TINY, Section
 
 # isort: split
 import torch
+from torch import Tensor
+
 from nybble.kernels import PackedWeight
 from nybble.kernels.bench.gpu_matmul import random_packed
 from nybble.kernels.lora import slot_buffers
 from nybble.kernels.lora_batch import LoRABatch
 from nybble.kernels.matmul import linear
 from nybble.kernels.triton import lora, timing
-from torch import Tensor
 
 
 def adapters(

@@ -21,11 +21,12 @@ from nybble.kernels.bench.gpu_section import Section
 
 # isort: split
 import torch
+from torch import Tensor
+
 from nybble.kernels import PackedWeight
 from nybble.kernels.packed import INTEGER_LEVELS, SYMMETRIC_LEVELS, pack_nibbles
 from nybble.kernels.triton import matmul, norm, timing
 from nybble.kernels.triton.configs import Config
-from torch import Tensor
 
 NF4 = torch.tensor(
     (

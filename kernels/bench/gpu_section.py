@@ -22,9 +22,10 @@ if "--dry-run" in sys.argv:
 
 import torch
 import triton
+from torch import Tensor
+
 from nybble.kernels.attention_batch import AttentionBatch
 from nybble.kernels.triton import timing
-from torch import Tensor
 
 BLOCK = 16
 # Largest relative error against float64 that rounding explains; the interpreter truncates.

@@ -10,6 +10,7 @@ from nybble.kernels.bench.gpu_section import BLOCK, LLAMA_2_13B, TINY, Section
 
 # isort: split
 import torch
+
 from nybble.kernels.reference import TokenChoice
 from nybble.kernels.triton import norm, rotary, sampling, timing
 

@@ -13,11 +13,12 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from nybble.kernels.attention_batch import AttentionBatch
 from nybble.kernels.cpu.build import CpuKernelsUnavailableError, load
 from nybble.kernels.lora_batch import LoRABatch
 from nybble.kernels.packed import PackedWeight
-from torch import Tensor
 
 logger = logging.getLogger(__name__)
 

@@ -9,10 +9,11 @@ launch can be captured in a CUDA graph and replayed as contexts grow.
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
 from nybble.kernels.attention_batch import AttentionBatch
 from nybble.kernels.triton.attention_decode import decode
 from nybble.kernels.triton.attention_prefill import prefill
-from torch import Tensor
 
 
 def paged_attention(

@@ -14,10 +14,11 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from nybble.kernels.attention_batch import AttentionBatch
 from nybble.kernels.triton.device import FUSED, device_traits
 from nybble.kernels.triton.online_softmax import LOG2_E, attend, padded_seqs
-from torch import Tensor
 
 # A split has at least this many keys: below it, the second stage costs more than it spreads.
 MIN_SPLIT = 256

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from nybble.kernels.attention_batch import AttentionBatch
 from nybble.kernels.triton.device import FUSED, device_traits
 from nybble.kernels.triton.online_softmax import LOG2_E, attend, padded_seqs
 from nybble.kernels.triton.opaque import opaque_zero
-from torch import Tensor
 
 PREFILL_ROWS = 128
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from nybble.kernels.packed import PackedWeight
 from nybble.kernels.triton.device import FUSED
 from nybble.kernels.triton.step import output_of
@@ -19,7 +21,6 @@ from nybble.kernels.triton.unpack import (
     unpack_affine,
     unpack_codebook,
 )
-from torch import Tensor
 
 # Bytes of 16-bit weight in existence at a time.
 WORKSPACE = 256 << 20

@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from nybble.kernels.packed import PackedWeight
 from nybble.kernels.triton.configs import Config
 from nybble.kernels.triton.device import FUSED
@@ -28,7 +30,6 @@ from nybble.kernels.triton.step import (
     unpacked,
 )
 from nybble.kernels.triton.unpack import INTERPRETED, codebook_table
-from torch import Tensor
 
 
 @triton.jit(do_not_specialize=["rows", "groups"])

@@ -14,9 +14,10 @@ from itertools import pairwise
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from nybble.kernels.lora_batch import LoRABatch
 from nybble.kernels.triton.device import FUSED
-from torch import Tensor
 
 SHRINK_CHUNK = 1024  # inner columns of one program
 SHRINK_TILE = 128

@@ -19,6 +19,8 @@ from functools import lru_cache
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from nybble.kernels.packed import PackedWeight
 from nybble.kernels.triton import norm
 from nybble.kernels.triton.configs import Config, bucket_of, choose
@@ -43,7 +45,6 @@ from nybble.kernels.triton.step import (
     unpacked,
 )
 from nybble.kernels.triton.unpack import INTERPRETED, codebook_table
-from torch import Tensor
 
 
 @triton.jit

@@ -8,8 +8,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from nybble.kernels.triton.device import FUSED
 from torch import Tensor
+
+from nybble.kernels.triton.device import FUSED
 
 # Elements of one program; narrow rows (the heads of a QK norm) share one.
 _TILE = 2048

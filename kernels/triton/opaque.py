@@ -2,6 +2,7 @@
 
 import triton
 import triton.language as tl
+
 from nybble.kernels.triton.unpack import INTERPRETED
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from nybble.kernels.triton.device import FUSED
 from torch import Tensor
+
+from nybble.kernels.triton.device import FUSED
 
 _HEADS = 8  # heads of one token that a program takes
 

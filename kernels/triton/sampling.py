@@ -14,9 +14,10 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from nybble.kernels.reference import TokenChoice
 from nybble.kernels.triton.device import FUSED
-from torch import Tensor
 
 TILE = 2048
 WARPS = 16

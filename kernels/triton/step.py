@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
 from nybble.kernels.packed import PackedWeight
 from nybble.kernels.triton.norm import gated
 from nybble.kernels.triton.unpack import INTERPRETED, unpack_affine, unpack_codebook

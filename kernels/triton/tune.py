@@ -20,6 +20,9 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
+from triton.runtime.errors import OutOfResources
+
 from nybble.kernels.packed import INTEGER_LEVELS, SYMMETRIC_LEVELS, PackedWeight
 from nybble.kernels.progress import Progress, track
 from nybble.kernels.triton import timing
@@ -38,8 +41,6 @@ from nybble.kernels.triton.configs import (
 from nybble.kernels.triton.dequantize import stored_columns
 from nybble.kernels.triton.device import device_traits
 from nybble.kernels.triton.matmul import packed_matmul, takes
-from torch import Tensor
-from triton.runtime.errors import OutOfResources
 
 logger = logging.getLogger(__name__)
 

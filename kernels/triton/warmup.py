@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterable
 
 import torch
+
 from nybble.kernels.packed import PackedWeight
 from nybble.kernels.progress import Progress, track
 from nybble.kernels.triton.configs import BUCKETS

@@ -17,12 +17,13 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from transformers import AutoTokenizer
+
 from nybble.loaders import load_adapter, open_checkpoint, resolve_adapter, resolve_model
 from nybble.loaders.adapter import projection_shapes
 from nybble.quantizers import merge_adapter, merge_divergence
 from nybble.quantizers.corpus import standard_library_text, token_windows
 from nybble.quantizers.merge import MergedLayer
-from transformers import AutoTokenizer
 
 WAYS = ("nearest", "calibrated", "merged layers in 16 bits", "all in 16 bits")
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from aiohttp import web
+
 from nybble.engine import AdapterError, AdapterInfo, Engine
 from nybble.server.adapters.archive import ArchiveError
 from nybble.server.adapters.form import AdapterForm, read_adapter_form

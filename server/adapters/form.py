@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from aiohttp import BodyPartReader, web
+
 from nybble.server import form_parts
 from nybble.server.adapters.archive import (
     CONFIG,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from nybble.server.api.schema import OF_THE_SERVICE, Body, Sampling
 from pydantic import ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
+
+from nybble.server.api.schema import OF_THE_SERVICE, Body, Sampling
 
 MAX_TOOLS = 128
 MAX_MESSAGES = 1 << 14

@@ -6,10 +6,11 @@ from base64 import b64encode
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
+from pydantic import BeforeValidator, Field
+
 from nybble.engine import RequestOutput
 from nybble.server.api.generation import Usage
 from nybble.server.api.schema import OF_THE_SERVICE, Body, Prompt, PromptShapes, prompts_of
-from pydantic import BeforeValidator, Field
 
 
 class EmbeddingRequest(Body):

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
 from typing import Any
 
+from pydantic.json_schema import models_json_schema
+
+from nybble import __version__
 from nybble.server.api.chat_schema import ChatRequest, DetokenizeRequest, TokenizeRequest
 from nybble.server.api.embeddings import EmbeddingRequest
 from nybble.server.api.responses_schema import ResponsesRequest
 from nybble.server.api.schema import Body, CompletionRequest
-from pydantic.json_schema import models_json_schema
 
 BODIES: dict[str, type[Body]] = {
     "/v1/chat/completions": ChatRequest,
@@ -68,7 +69,7 @@ def openapi_document() -> dict[str, Any]:
     paths["/v1/models/{model}"] = {"get": found}
     return {
         "openapi": "3.1.0",
-        "info": {"title": "nybble", "version": version("nybble")},
+        "info": {"title": "nybble", "version": __version__},
         "paths": paths,
         "components": {
             "schemas": {**definitions["$defs"], "ErrorResponse": _ERROR},

@@ -7,10 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from aiohttp import web
-from nybble.server.api.schema import Body
-from nybble.server.errors import ApiError
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails, from_json
+
+from nybble.server.api.schema import Body
+from nybble.server.errors import ApiError
 
 BodyT = TypeVar("BodyT", bound=Body)
 

@@ -7,12 +7,13 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
+from pydantic_core import from_json
+from transformers import PreTrainedTokenizerBase
+
 from nybble.server.api.chat_schema import Message
 from nybble.server.api.schema import Prompt
 from nybble.server.errors import ApiError
 from nybble.server.templates import TemplateFailedError, TemplateRefusedError, TemplateRenderer
-from pydantic_core import from_json
-from transformers import PreTrainedTokenizerBase
 
 T = TypeVar("T")
 

@@ -8,11 +8,12 @@ from contextlib import aclosing, asynccontextmanager
 from typing import Any, Protocol, TypeVar
 
 from aiohttp import web
+from pydantic_core import to_json
+
 from nybble.engine import RequestOutput
 from nybble.server.api.generation import Generation, Job, Usage
 from nybble.server.errors import ApiError
 from nybble.server.request_record import RECORD
-from pydantic_core import to_json
 
 # A client that takes nothing for this long while its buffers are full is given up.
 _STALL_SECONDS = 60

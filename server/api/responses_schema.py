@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
+from pydantic import ConfigDict, Field
+
 from nybble.server.api.chat_schema import MAX_MESSAGES, MAX_TOOLS, ChatRequest, Function
 from nybble.server.api.schema import OF_THE_SERVICE, Body, OfTheService
-from pydantic import ConfigDict, Field
 
 
 class _Item(Body):

@@ -6,10 +6,11 @@ import asyncio
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib.metadata import version
 from uuid import uuid4
 
 from aiohttp import web
+
+from nybble import __version__
 from nybble.engine import Engine, GrammarCompiler, ParameterError, SamplingParams
 from nybble.server.admission import Admission
 from nybble.server.api.chat import ChatShape
@@ -102,7 +103,7 @@ class Api:
         )
 
     async def version(self, _: web.Request) -> web.Response:
-        return json_response({"version": version("nybble")})
+        return json_response({"version": __version__})
 
     async def openapi(self, _: web.Request) -> web.Response:
         return json_response(self._openapi)

@@ -12,9 +12,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar
 
-from nybble.engine import SamplingParams
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
+
+from nybble.engine import SamplingParams
 
 _MAX_PROMPTS = 2048  # the limit of OpenAI's embeddings
 _MAX_N = 128

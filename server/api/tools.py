@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from nybble.engine import GrammarCompiler, GrammarGuide
 from nybble.engine.guide import JSON_OPTIONS
 from nybble.server.api.chat_schema import ChatRequest, NamedToolChoice, Tool
 from nybble.server.api.tool_parser import CLOSE, OPEN, Convention, ToolParser
 from nybble.server.errors import ApiError
-from transformers import PreTrainedTokenizerBase
 
 
 class Tools:

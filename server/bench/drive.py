@@ -8,9 +8,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import aiohttp
+from tqdm import tqdm
+
 from nybble.server.bench.client import Client, Timing
 from nybble.server.bench.workload import Ask
-from tqdm import tqdm
 
 
 @dataclass(frozen=True)

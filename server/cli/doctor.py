@@ -17,6 +17,10 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
 from nybble.engine import EngineConfig, resolve_device
 from nybble.engine.decoder import DecoderShape
 from nybble.engine.runner import blocks_per_sequence, free_kv_bytes, kv_bytes_per_block
@@ -26,9 +30,6 @@ from nybble.loaders.cache import cache_folder
 from nybble.loaders.footprint import weight_bytes
 from nybble.server.cli.prepare import DEMO
 from nybble.server.cli.sizes import gib
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 State = Literal["ok", "warning", "broken"]
 _PACKAGES = ("nybble", "torch", "transformers", "safetensors", "triton", "aiohttp", "llguidance")

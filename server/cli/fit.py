@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+
 from nybble.engine import EngineConfig
 from nybble.engine.decoder import DecoderShape
 from nybble.engine.failure import is_out_of_memory

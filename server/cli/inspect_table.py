@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from nybble.loaders.inspect import WeightSummary
-from nybble.server.cli.sizes import gib
 from rich.console import Console
 from rich.table import Table
+
+from nybble.loaders.inspect import WeightSummary
+from nybble.server.cli.sizes import gib
 
 # Wide enough for every column where the output is not a terminal.
 _PIPE_WIDTH = 120

@@ -12,6 +12,7 @@ from socket import socket
 from typing import Literal
 
 import torch
+
 from nybble.engine import Engine, EngineConfig
 from nybble.server.adapters.admin import restore, restore_uploads
 from nybble.server.cli.fit import memory_explained

@@ -6,6 +6,8 @@ import sys
 from typing import Annotated
 
 import typer
+
+from nybble import __version__
 from nybble.server.cli.commands.bench import bench
 from nybble.server.cli.commands.doctor import doctor
 from nybble.server.cli.commands.evaluate import evaluate
@@ -31,9 +33,7 @@ app.command("eval")(evaluate)
 
 def _version(wanted: bool) -> None:
     if wanted:
-        from importlib.metadata import version
-
-        print(version("nybble"))
+        print(__version__)
         raise typer.Exit
 
 

@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+
 from nybble.loaders import (
     combine_adapters,
     load_adapter,
@@ -21,8 +24,6 @@ from nybble.quantizers import MergedLayer, merge_adapter, merge_divergence
 from nybble.quantizers.corpus import token_ids
 from nybble.quantizers.formats import Format
 from nybble.server.cli.text_tokens import MERGE_CALIBRATION, text_tokens
-from torch import Tensor
-from transformers import AutoTokenizer
 
 _WORST = 5
 _TEXT_SAMPLES, _TEXT_LENGTH = 8, 512

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+
 from nybble.server.cli.config_file import read_config
 
 # Options by the panel that `--help` shows them in.

@@ -21,6 +21,7 @@ from typing import Literal
 
 import torch
 from filelock import FileLock, Timeout
+
 from nybble.kernels.layout import Layout
 from nybble.kernels.matmul import preferred_layout
 from nybble.kernels.progress import Progress

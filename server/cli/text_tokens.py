@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from nybble.quantizers.corpus import Part
     from torch import Tensor
+
+    from nybble.quantizers.corpus import Part
 
 # Samples and their length, for rounding merged weights.
 MERGE_CALIBRATION = (16, 512)
@@ -20,8 +21,9 @@ def text_tokens(
 
     running: from the text's beginning on; otherwise from places all over it.
     """
-    from nybble.quantizers.corpus import standard_library_text, token_ids, token_windows
     from transformers import AutoTokenizer
+
+    from nybble.quantizers.corpus import standard_library_text, token_ids, token_windows
 
     content = standard_library_text(part) if text is None else text.read_text(encoding="utf-8")
     tokenizer = AutoTokenizer.from_pretrained(model)

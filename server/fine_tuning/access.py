@@ -7,6 +7,7 @@ request is the operator's and sees everything; where there are admin keys it mus
 from __future__ import annotations
 
 from aiohttp import web
+
 from nybble.server.errors import ApiError
 from nybble.server.keys import Keys
 from nybble.server.tenants import TENANT, Tenant

@@ -6,6 +6,7 @@ import asyncio
 from pathlib import PurePath
 
 from aiohttp import web
+
 from nybble.server import form_parts
 from nybble.server.api.respond import json_response
 from nybble.server.errors import ApiError

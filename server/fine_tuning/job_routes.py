@@ -9,6 +9,7 @@ import time
 from typing import Any
 
 from aiohttp import web
+
 from nybble.server.api.parse import read_body
 from nybble.server.api.respond import json_response
 from nybble.server.errors import ApiError

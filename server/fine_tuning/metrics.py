@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from nybble.server.fine_tuning.files import Files
-from nybble.server.fine_tuning.jobs import Jobs
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
+
+from nybble.server.fine_tuning.files import Files
+from nybble.server.fine_tuning.jobs import Jobs
 
 
 class FineTuningCollector(Collector):

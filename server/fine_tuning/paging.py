@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 from aiohttp import web
+
 from nybble.server.errors import ApiError
 
 T = TypeVar("T")

@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from aiohttp import web
+
 from nybble.engine import AdapterError, Engine, ParameterError
 from nybble.server.adapters.owners import AdapterOwners
 from nybble.server.api.respond import json_response

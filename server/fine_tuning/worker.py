@@ -53,6 +53,7 @@ def main(spec: Path) -> None:
 
 def _train(told: dict[str, Any], reports: TextIO) -> None:
     import torch
+
     from nybble.finetune import Progress, finetune
     from nybble.finetune.train import CHECKPOINT
     from nybble.server.fine_tuning.plan import settings_of

@@ -11,6 +11,7 @@ import bitsandbytes
 import pytest
 import torch
 import torch._dynamo
+
 from nybble.kernels.triton import matmul
 from nybble.quantizers import quantize_checkpoint
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from nybble.kernels.bench import gpu_decode, gpu_matmul
 from nybble.kernels.bench.gpu_section import LLAMA_2_13B, Section
 

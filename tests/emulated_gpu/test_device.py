@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from nybble.kernels import ops
 
 from .device import CUDA, Device

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from nybble.engine import (
     AdapterConfig,
     Engine,

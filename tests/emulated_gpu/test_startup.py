@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from nybble.engine import Engine, EngineConfig
 from nybble.engine.runner import ModelRunner, free_kv_bytes, kv_blocks, kv_bytes_per_block
 from nybble.kernels.bench.gpu_decode import random_decoder

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from nybble.finetune import FinetuneSettings, LoraSettings, finetune
 from nybble.quantizers import GptqSettings, quantize_checkpoint
 

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from nybble.kernels import DenseWeight
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
+
+from nybble.kernels import DenseWeight
 
 
 @dataclass

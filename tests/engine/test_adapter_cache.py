@@ -8,6 +8,7 @@ from pathlib import Path
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
 from nybble.engine.adapter_cache import AdapterCache, AdapterVersion
 from nybble.engine.adapter_slots import StagedAdapter
 

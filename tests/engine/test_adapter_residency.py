@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
 from nybble.engine import AdapterConfig, Engine, EngineConfig, Request, SamplingParams, adapters
 from nybble.loaders import open_checkpoint
-from safetensors.torch import load_file, save_file
 
 CONFIG = EngineConfig(
     dtype=torch.float32,

@@ -15,6 +15,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
 from nybble.engine import (
     AdapterConfig,
     AdapterUnavailableError,
@@ -29,8 +32,6 @@ from nybble.engine import (
 from nybble.kernels import DenseWeight, PackedWeight
 from nybble.loaders import AdapterError, open_checkpoint
 from nybble.quantizers import quantize_checkpoint
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
 CONFIG = EngineConfig(
     dtype=torch.float32,

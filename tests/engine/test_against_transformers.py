@@ -11,14 +11,15 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
 from nybble.engine import Engine, EngineConfig, Request, SamplingParams
 from nybble.engine.decoder import Decoder
 from nybble.kernels import DenseWeight, PackedWeight
 from nybble.kernels.ops import AttentionBatch
 from nybble.loaders import Checkpoint, open_checkpoint
 from nybble.quantizers import InFlight, quantize_checkpoint
-from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 ROPE = {
     "default": {"rope_type": "default", "rope_theta": 10000.0},

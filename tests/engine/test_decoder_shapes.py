@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
 from nybble.engine import Engine, EngineConfig
 from nybble.loaders import open_checkpoint
-from safetensors.torch import load_file, save_file
 
 CONFIG = EngineConfig(dtype=torch.bfloat16, kv_cache_bytes=1 << 20)
 

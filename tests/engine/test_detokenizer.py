@@ -7,8 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from nybble.engine.detokenizer import Detokenizer
 from tokenizers import Tokenizer, decoders, models
+
+from nybble.engine.detokenizer import Detokenizer
 
 WORDS = ("▁", "▁the", "▁dog", "s", ".", "☃")
 

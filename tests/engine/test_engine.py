@@ -10,6 +10,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
+
 from nybble.engine import (
     Engine,
     EngineConfig,
@@ -20,7 +22,6 @@ from nybble.engine import (
     RequestOutput,
     SamplingParams,
 )
-from transformers import AutoModelForCausalLM
 
 CONFIG = EngineConfig(
     dtype=torch.float32,

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from nybble.engine import (
     AdapterConfig,
     AdapterUnavailableError,

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from nybble.engine import ParameterError, Request, SamplingParams
 from nybble.engine.block_manager import BlockManager
 from nybble.engine.scheduler import Scheduler

@@ -8,12 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from transformers import AutoConfig, AutoTokenizer
+
 from nybble.engine.generation_config import (
     eos_token_ids,
     read_generation_config,
     sampling_defaults,
 )
-from transformers import AutoConfig, AutoTokenizer
 
 
 def test_sampling_parameters_are_taken_where_the_model_is_to_be_sampled() -> None:

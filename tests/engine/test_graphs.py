@@ -12,14 +12,15 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
 from nybble.engine import EngineConfig, decoder
 from nybble.engine.decoder import Decoder
 from nybble.engine.request import Request, SamplingParams
 from nybble.engine.runner import ModelRunner
 from nybble.engine.scheduler import ScheduledSequence
 from nybble.engine.sequence import Sequence
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 SYNCHRONIZING = ("_local_scalar_dense", "nonzero", "item", "is_nonzero")
 CONFIG = EngineConfig(dtype=torch.float32, block_size=4, max_num_seqs=4, max_batched_tokens=32)

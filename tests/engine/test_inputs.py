@@ -6,6 +6,8 @@ import random
 
 import pytest
 import torch
+from torch import Tensor
+
 from nybble.engine.block_manager import BlockManager
 from nybble.engine.graphs import bucket_sizes
 from nybble.engine.inputs import InputBuffers, StepInputs
@@ -13,7 +15,6 @@ from nybble.engine.request import Request, SamplingParams
 from nybble.engine.scheduler import ScheduledBatch, ScheduledSequence, Scheduler
 from nybble.engine.sequence import Sequence
 from nybble.kernels.lora import LoRABatch
-from torch import Tensor
 
 BLOCK = 4
 

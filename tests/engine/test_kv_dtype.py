@@ -8,13 +8,14 @@ from typing import Literal
 
 import pytest
 import torch
+from torch import Tensor
+
 from nybble.engine import Engine, EngineConfig
 from nybble.engine.decoder import Decoder, DecoderShape
 from nybble.engine.request import Request, SamplingParams
 from nybble.engine.runner import ModelRunner, kv_bytes_per_block
 from nybble.engine.scheduler import ScheduledSequence
 from nybble.engine.sequence import Sequence
-from torch import Tensor
 
 CONFIG = EngineConfig(dtype=torch.float32, block_size=4, max_num_seqs=2, max_batched_tokens=32)
 

@@ -11,6 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
 from nybble.engine import (
     Engine,
     EngineConfig,
@@ -24,8 +27,6 @@ from nybble.engine import prompt_reader as prompt_reader_module
 from nybble.engine.decoder import DecoderShape
 from nybble.engine.prompt_reader import read_pooling
 from nybble.engine.runner import kv_bytes_per_block
-from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 # Prompts are prefilled in chunks of 16 tokens at most, and about 120 tokens fit into the cache.
 CONFIG = EngineConfig(

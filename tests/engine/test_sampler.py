@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from nybble.engine.request import NotANumberError, ParameterError, SamplingParams
 from nybble.engine.sampler import PendingSample, SequenceSampler, sample
 

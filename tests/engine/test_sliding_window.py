@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
 from nybble.engine import Engine, EngineConfig, Request, SamplingParams
 from nybble.engine.block_manager import BlockManager, most_blocks
 from nybble.engine.decoder import DecoderShape
@@ -18,7 +20,6 @@ from nybble.engine.inputs import InputBuffers
 from nybble.engine.runner import kv_bytes_per_block
 from nybble.engine.scheduler import ScheduledBatch, Scheduler
 from nybble.engine.sequence import Sequence, SequenceStatus
-from transformers import AutoConfig, AutoModelForCausalLM
 
 WINDOW, BLOCK, BUDGET = 24, 4, 16
 # A step's tokens and the windows of all of them: 24 + 16 − 1 tokens reach into 11 blocks.

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import pytest
+
 from nybble.loaders.cache import cache_folder
 
 SERVER = [sys.executable, "-P", "-c", "from nybble.server.cli.main import main; main()"]

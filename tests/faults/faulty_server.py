@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+
 from nybble.engine.runner import ModelRunner
 from nybble.loaders import packed_file
 from nybble.server.cli.main import main

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
+
 from nybble.quantizers import quantize_checkpoint
 from nybble.server.adapters.archive import CONFIG, WEIGHTS
 

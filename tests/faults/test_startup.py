@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from nybble.quantizers import quantize_checkpoint
 
 from .conftest import FAULTY, PATIENCE, SERVER, Process, ask, opened

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
 from nybble.finetune.data import (
     IGNORED,
     DataError,
@@ -16,8 +19,6 @@ from nybble.finetune.data import (
     read_examples,
     to_batch,
 )
-from tokenizers.processors import TemplateProcessing
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 
 @pytest.fixture

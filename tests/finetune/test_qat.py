@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 from nybble.finetune.qat import (
     FakeQuantLinear,
     QatSettings,
@@ -21,8 +24,6 @@ from nybble.quantizers.corpus import standard_library_text, token_windows
 from nybble.quantizers.evaluate import evaluate
 from nybble.quantizers.packed_model import load_packed_model
 from nybble.quantizers.rtn import quantize_affine
-from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 CPU = torch.device("cpu")
 TEXT = "the quick brown fox jumps over the lazy dog and then the other dog barks at the moon"

@@ -12,6 +12,9 @@ from typing import Any
 import peft
 import pytest
 import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
 from nybble.finetune import FinetuneSettings, LoraSettings, Progress, finetune, plot_losses
 from nybble.finetune.data import Example, to_batch
 from nybble.finetune.lora import (
@@ -26,8 +29,6 @@ from nybble.finetune.train import batch_loss, checkpoint_activations
 from nybble.loaders import open_checkpoint
 from nybble.quantizers import GptqSettings, quantize_checkpoint
 from nybble.quantizers.packed_model import PackedLinear, load_packed_model
-from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
 
 CPU = torch.device("cpu")
 LORA = LoraSettings(rank=4, alpha=8)

@@ -17,6 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save
+from transformers import Qwen2Config
+
 from nybble.engine import ParameterError
 from nybble.engine.decoder import DecoderShape, UnsupportedModelError
 from nybble.loaders import open_checkpoint
@@ -28,8 +31,6 @@ from nybble.server.api.parse import parse_body
 from nybble.server.api.responses_schema import ResponsesRequest
 from nybble.server.api.schema import CompletionRequest
 from nybble.server.errors import ApiError
-from safetensors.torch import save
-from transformers import Qwen2Config
 
 VALUES: list[Any] = [
     *(None, True, False, 0, 1, -1, 2**31, 2**63, 10**30, 0.5, -0.0, 1e308, math.inf),

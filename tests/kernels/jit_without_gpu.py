@@ -7,10 +7,11 @@ Run in a process of its own, without TRITON_INTERPRET.
 from typing import Any
 
 import torch
-from nybble.kernels.triton import matmul, tune
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
+
+from nybble.kernels.triton import matmul, tune
 
 ROWS = (9, 12, 16, 1, 2)
 

@@ -16,6 +16,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+
 from nybble.kernels import DenseWeight, PackedWeight, ops, reference
 from nybble.kernels.attention_batch import AttentionBatch
 from nybble.kernels.cpu.build import (
@@ -37,7 +39,6 @@ from nybble.kernels.packed import (
     pack_int8,
     pack_nibbles,
 )
-from torch import Tensor
 
 CODEBOOK = torch.linspace(-1, 1, 16).bfloat16().float()
 

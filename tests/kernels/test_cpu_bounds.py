@@ -17,13 +17,14 @@ from math import prod
 
 import pytest
 import torch
+from torch import Tensor
+
 from nybble.kernels import PackedWeight, reference
 from nybble.kernels.attention_batch import AttentionBatch
 from nybble.kernels.cpu.build import TARGETS, build, missing_cpu_features
 from nybble.kernels.cpu.library import CpuLibrary
 from nybble.kernels.lora import LoRABatch, lora_add_reference
 from nybble.kernels.packed import INTEGER_LEVELS, SYMMETRIC_LEVELS, pack_nibbles
-from torch import Tensor
 
 _libc = ctypes.CDLL(None, use_errno=True)
 

@@ -11,10 +11,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+
 from nybble.kernels.cpu.build import TARGETS, build, missing_cpu_features
 from nybble.kernels.cpu.library import CpuLibrary
 from nybble.kernels.lora import LoRABatch, lora_add, lora_add_reference, slot_buffers
-from torch import Tensor
 
 
 @pytest.fixture(scope="module", params=["reference", *TARGETS], ids=lambda p: getattr(p, "name", p))

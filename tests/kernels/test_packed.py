@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from nybble.kernels import PackedWeight
 from nybble.kernels.packed import (
     INT8_MAX,

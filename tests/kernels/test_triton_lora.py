@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from nybble.kernels.lora import LoRABatch, lora_add_reference, slot_buffers
 from torch import Tensor
+
+from nybble.kernels.lora import LoRABatch, lora_add_reference, slot_buffers
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

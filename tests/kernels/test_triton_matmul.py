@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+
 from nybble.kernels import PackedWeight
 from nybble.kernels.packed import INTEGER_LEVELS, SYMMETRIC_LEVELS, pack_nibbles
 from nybble.kernels.triton import matmul, norm

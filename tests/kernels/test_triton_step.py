@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
+
 from nybble.kernels import reference
 from nybble.kernels.attention_batch import AttentionBatch
-from torch import Tensor
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
-from nybble.loaders import AdapterError, adapter, load_adapter, resolve_adapter
-from nybble.loaders.adapter import projection_shapes
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
+
+from nybble.loaders import AdapterError, adapter, load_adapter, resolve_adapter
+from nybble.loaders.adapter import projection_shapes
 
 DOWN = "model.layers.0.mlp.down_proj"
 WEIGHTS = "adapter_model.safetensors"

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
 from nybble.kernels import DenseWeight, PackedWeight
 from nybble.loaders import Checkpoint, CheckpointError, open_checkpoint
 from nybble.quantizers import quantize_checkpoint
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from nybble.kernels import DenseWeight, PackedWeight
 from nybble.loaders import Checkpoint, open_checkpoint, save_packed
 from nybble.loaders.footprint import weight_bytes

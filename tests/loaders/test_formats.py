@@ -9,15 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
 from nybble.kernels import DenseWeight, PackedWeight
 from nybble.kernels.matmul import packed_matmul
 from nybble.loaders import CheckpointError, open_checkpoint
 from nybble.loaders.awq import AwqReader
 from nybble.loaders.gptq import GptqReader
 from nybble.loaders.shards import Shards
-from safetensors.torch import load_file, save_file
-from torch import Tensor
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 
 def one_module(folder: Path, **tensors: Tensor) -> Shards:

@@ -9,14 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
 from nybble.kernels import DenseWeight, PackedWeight
 from nybble.loaders import CheckpointError, open_checkpoint, save_packed
 from nybble.loaders.inspect import inspect_checkpoint
 from nybble.loaders.packed_file import PackedCheckpoint
 from nybble.quantizers import quantize_checkpoint
-from safetensors.torch import load_file, save_file
-from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 
 def values(weight: PackedWeight | DenseWeight | Tensor) -> list[Tensor | None]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
+
 from nybble.loaders import ModelNotFoundError, resolve, resolve_model
 
 

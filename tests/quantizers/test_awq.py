@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
 from nybble.kernels import PackedWeight
 from nybble.loaders import open_checkpoint
 from nybble.loaders.shards import Shards
@@ -20,8 +23,6 @@ from nybble.quantizers.blocks import (
     output_error,
 )
 from nybble.quantizers.rtn import quantize_affine
-from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 
 def outlier_inputs(tokens: int, columns: int) -> Tensor:

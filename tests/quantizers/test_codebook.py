@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from bitsandbytes.functional import create_dynamic_map, get_4bit_type, quantize_4bit
-from nybble.quantizers import quantize_checkpoint
-from nybble.quantizers.codebook import LEVELS, NestedAbsmax, dynamic_map, quantize_codebook
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from nybble.quantizers import quantize_checkpoint
+from nybble.quantizers.codebook import LEVELS, NestedAbsmax, dynamic_map, quantize_codebook
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])

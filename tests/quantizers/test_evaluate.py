@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 from nybble.loaders import open_checkpoint, save_packed
 from nybble.quantizers import quantize_checkpoint
 from nybble.quantizers.corpus import Part, standard_library_text, token_ids, token_windows
 from nybble.quantizers.evaluate import Evaluation, Measured, Window, evaluate, plot, table, windows
 from nybble.quantizers.packed_model import PackedLinear, load_packed_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 def tokens(count: int) -> torch.Tensor:

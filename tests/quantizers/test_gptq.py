@@ -9,6 +9,10 @@ from typing import Literal
 
 import pytest
 import torch
+from torch import Tensor
+from transformers import AwqConfig, BitsAndBytesConfig, GPTQConfig
+from transformers.quantizers.auto import AutoQuantizationConfig
+
 from nybble.kernels import PackedWeight
 from nybble.loaders import CheckpointError, open_checkpoint
 from nybble.quantizers import GptqSettings, quantize_checkpoint
@@ -16,9 +20,6 @@ from nybble.quantizers.affine import AffineWeight, grid
 from nybble.quantizers.blocks import STAGES, DecoderBlocks, linear_layer, output_error
 from nybble.quantizers.gptq import gptq, inverse_factor
 from nybble.quantizers.rtn import quantize_affine
-from torch import Tensor
-from transformers import AwqConfig, BitsAndBytesConfig, GPTQConfig
-from transformers.quantizers.auto import AutoQuantizationConfig
 
 
 def correlated_inputs(tokens: int, columns: int) -> Tensor:

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
+
 from nybble.kernels import DenseWeight, PackedWeight
 from nybble.loaders import CheckpointError, open_checkpoint, save_packed
 from nybble.quantizers import InFlight, quantize_checkpoint
-from torch import Tensor
 
 
 def test_nf4_in_flight_equals_the_written_checkpoint(

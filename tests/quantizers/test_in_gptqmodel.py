@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AwqConfig, GPTQConfig
+
 from nybble.loaders import open_checkpoint
 from nybble.quantizers import GptqSettings, quantize_checkpoint
 from nybble.quantizers.packed_model import load_packed_model
-from transformers import AutoModelForCausalLM, AwqConfig, GPTQConfig
 
 pytest.importorskip("gptqmodel", reason="make test-peers runs these")
 

@@ -12,6 +12,10 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
 from nybble.kernels import DenseWeight, PackedWeight
 from nybble.kernels.layout import Layout
 from nybble.loaders import (
@@ -27,9 +31,6 @@ from nybble.loaders.adapter import LoRAModule, projection_shapes
 from nybble.loaders.checkpoint import FolderCheckpoint
 from nybble.loaders.shards import Shards
 from nybble.quantizers import merge_adapter, merge_divergence, quantize_checkpoint
-from safetensors.torch import load_file, save_file
-from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
 
 FORMATS = ["gptq", "awq", "nf4", "fp4"]
 

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
+
 from nybble.kernels import PackedWeight
 from nybble.loaders import open_checkpoint
 from nybble.quantizers import GptqSettings, quantize_checkpoint
 from nybble.quantizers.packed_model import PackedLinear, load_packed_model, packed_linear
-from transformers import AutoModelForCausalLM
 
 CPU = torch.device("cpu")
 

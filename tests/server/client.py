@@ -9,6 +9,7 @@ from typing import Any
 
 from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
+
 from nybble.engine import Engine
 from nybble.server.app import make_app
 from nybble.server.gate import Gate

@@ -15,9 +15,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from openai import OpenAI
+
 from nybble.engine import Engine, EngineConfig
 from nybble.loaders import open_checkpoint
-from openai import OpenAI
 
 COMMAND = [sys.executable, "-P", "-c", "from nybble.server.cli.main import main; main()"]
 MODEL = "tiny"

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from nybble.engine import Engine
 from nybble.server.admission import Admission, Capacity, Needs
 from nybble.server.errors import ApiError

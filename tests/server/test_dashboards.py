@@ -14,9 +14,10 @@ import httpx2 as httpx
 import promql_parser as promql
 import pytest
 import yaml
-from nybble.server.tenants import new_key
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
+
+from nybble.server.tenants import new_key
 
 from .conftest import running_server
 

@@ -10,10 +10,11 @@ import kubernetes_validate
 import pytest
 import typer
 import yaml
+from typer.core import TyperGroup
+
 from nybble.engine import Engine
 from nybble.server.cli.main import app
 from nybble.server.tenants import Tenants
-from typer.core import TyperGroup
 
 from .client import Client, run
 

@@ -18,13 +18,14 @@ from typing import Any
 import aiohttp
 import openai
 import pytest
+from openai import OpenAI
+
 from nybble.engine import Engine
 from nybble.server import serve
 from nybble.server.api import respond
 from nybble.server.api.prompts import Prompts
 from nybble.server.listen import bind
 from nybble.server.settings import ServerSettings
-from openai import OpenAI
 
 from .client import CHAT, COMPLETIONS, Client, run
 from .conftest import COMMAND, running_server

@@ -16,6 +16,7 @@ from typing import Any
 
 import httpx2 as httpx
 import pytest
+
 from nybble.engine import Engine
 from nybble.server.logs import Event, JsonFormatter
 from nybble.server.tenants import new_key

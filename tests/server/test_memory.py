@@ -10,6 +10,7 @@ from typing import Any
 
 import aiohttp
 import pytest
+
 from nybble.engine import Engine
 from nybble.server.api import parse, prompts
 

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from aiohttp import ClientError
+from prometheus_client import CollectorRegistry
+from prometheus_client.parser import text_string_to_metric_families
+
 from nybble.engine import AdapterConfig, Engine
 from nybble.loaders import open_checkpoint
 from nybble.server.metrics import _Shares
 from nybble.server.tenants import Tenants, new_key
-from prometheus_client import CollectorRegistry
-from prometheus_client.parser import text_string_to_metric_families
 
 from .client import CHAT, COMPLETIONS, HELLO, Client, refused, run
 from .conftest import CONFIG

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import aiohttp
 import pytest
+
 from nybble.engine import Engine
 from nybble.server.cors import Cors
 from nybble.server.tls import tls_context

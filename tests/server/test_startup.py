@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from aiohttp import ClientSession, web
+
 from nybble.server.listen import BACKLOG, bind
 from nybble.server.startup import Startup, load_behind
 

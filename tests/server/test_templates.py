@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from nybble.engine import Engine
 from nybble.server.templates import TemplateFailedError, TemplateRefusedError, TemplateRenderer
 from nybble.server.templates.worker import CPU_SECONDS

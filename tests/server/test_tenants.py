@@ -13,6 +13,7 @@ from typing import Any
 
 import aiohttp
 import pytest
+
 from nybble.engine import AdapterConfig, Engine, Request
 from nybble.loaders import open_checkpoint
 from nybble.server.errors import ApiError

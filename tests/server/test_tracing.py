@@ -13,14 +13,15 @@ from typing import ClassVar
 from urllib.request import Request, urlopen
 
 import pytest
-from nybble.engine import Engine
-from nybble.server.tracing import Tracing
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import StatusCode
+
+from nybble.engine import Engine
+from nybble.server.tracing import Tracing
 
 from .client import CHAT, COMPLETIONS, HELLO, Client, run
 from .conftest import running_server

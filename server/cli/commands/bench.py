@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
 from nybble.server.cli.errors import expected_errors, interruptible
 
 # Options by the panel that `--help` shows them in.
@@ -56,10 +57,11 @@ def bench(
         import asyncio
 
         import aiohttp
+        from pydantic_core import to_json
+
         from nybble.server.bench import report, workload
         from nybble.server.bench.client import Client
         from nybble.server.bench.drive import Run, closed_loop, first_model, open_loop
-        from pydantic_core import to_json
 
         if rate is not None and concurrency is not None:
             raise ValueError("--rate and --concurrency exclude each other")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
+
 from nybble.server.cli.errors import expected_errors, interruptible
 from nybble.server.cli.options import (
     AliasesOption,
@@ -38,6 +39,7 @@ def doctor(
     """Check this machine, and whether a model fits it; downloads and loads nothing."""
     with expected_errors(), interruptible():
         import torch
+
         from nybble.engine import EngineConfig
         from nybble.server.cli.doctor import Plan, examine, print_findings
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+
 from nybble.server.cli.errors import expected_errors, interruptible
 from nybble.server.cli.options import AliasesOption, DeviceOption, TextOption
 from nybble.server.cli.text_tokens import text_tokens
@@ -50,6 +51,7 @@ def evaluate(
     """
     with expected_errors(), interruptible():
         import torch
+
         from nybble.engine import resolve_device
         from nybble.loaders import resolve_model
         from nybble.quantizers import evaluate as measure

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
 from nybble.server.cli.errors import expected_errors, interruptible
 from nybble.server.cli.options import (
     AliasesOption,

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+
 from nybble.server.cli.errors import expected_errors, interruptible
 from nybble.server.cli.options import (
     AliasesOption,

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Annotated, Literal
 
 import typer
+
 from nybble.server.cli.errors import expected_errors, interruptible
 from nybble.server.cli.options import (
     AliasesOption,

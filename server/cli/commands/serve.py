@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+
 from nybble.server.cli.errors import expected_errors, interruptible, on_stderr
 from nybble.server.cli.options import (
     AliasesOption,
@@ -214,6 +215,7 @@ def serve(
         # Before the model is loaded: a taken port is found out at once.
         sock = bind(host, port)
         import torch
+
         from nybble.engine import AdapterConfig, EngineConfig, EngineFailedError, resolve_device
         from nybble.server.adapters.state import default_path
         from nybble.server.cli.launch import ModelSource, launch

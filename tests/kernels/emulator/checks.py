@@ -19,6 +19,9 @@ from multiprocessing import get_context
 import torch
 from launch import emulated
 from machine import WARP, Timing
+from tensor_cores import WARP_GROUP
+from torch import Tensor
+
 from nybble.kernels import PackedWeight, reference
 from nybble.kernels.bench.gpu_lora import adapters
 from nybble.kernels.bench.gpu_section import BLOCK, error, in_8_bits, paged
@@ -27,8 +30,6 @@ from nybble.kernels.packed import INTEGER_LEVELS, SYMMETRIC_LEVELS, pack_nibbles
 from nybble.kernels.reference import TokenChoice
 from nybble.kernels.triton import attention, dequantize, lora, matmul, norm, rotary, sampling
 from nybble.kernels.triton.configs import Config, default_config
-from tensor_cores import WARP_GROUP
-from torch import Tensor
 
 CPU = torch.device("cpu")
 # Relative errors that rounding once to the dtype, and weights to it before, explain.

@@ -8,6 +8,9 @@ from random import Random
 
 import torch
 from checks import BLOCK, CPU, Found
+from torch import Tensor
+from triton.runtime.errors import OutOfResources
+
 from nybble.kernels import PackedWeight, reference
 from nybble.kernels.bench.gpu_lora import adapters
 from nybble.kernels.bench.gpu_section import in_8_bits, paged
@@ -18,8 +21,6 @@ from nybble.kernels.reference import TokenChoice
 from nybble.kernels.triton import attention, dequantize, lora, matmul, rotary, sampling, tune
 from nybble.kernels.triton.configs import Config, default_config
 from nybble.quantizers.codebook import LEVELS
-from torch import Tensor
-from triton.runtime.errors import OutOfResources
 
 HALVES = (torch.float16, torch.bfloat16)
 HEAD_DIMS = (16, 48, 64, 64, 80, 80, 96, 96, 112, 128, 128, 256, 256, 256)

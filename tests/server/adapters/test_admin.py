@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from openai import OpenAI
+
 from nybble.engine import AdapterConfig, Engine
 from nybble.loaders import open_checkpoint
-from openai import OpenAI
 
 from ..client import COMPLETIONS, Client, refused, run
 from ..conftest import COMMAND, CONFIG, running_server

@@ -18,6 +18,7 @@ from typing import Any
 
 import aiohttp
 import pytest
+
 from nybble.engine import AdapterConfig, Engine
 from nybble.loaders import open_checkpoint
 from nybble.server.adapters import archive

@@ -6,6 +6,7 @@ import asyncio
 import threading
 
 import pytest
+
 from nybble.engine import Engine
 from nybble.server.api.compile_pool import CompilePool
 from nybble.server.errors import ApiError

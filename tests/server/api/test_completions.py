@@ -8,9 +8,10 @@ import httpx2 as httpx
 import openai
 import pytest
 import torch
-from nybble.server.api.schema import CompletionRequest
 from openai import OpenAI
 from transformers import AutoModelForCausalLM
+
+from nybble.server.api.schema import CompletionRequest
 
 PROMPT = "the lazy dog"
 

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from nybble.engine import Engine
 from openai import OpenAI
 from transformers import AutoModel, AutoTokenizer
+
+from nybble.engine import Engine
 
 from ..client import COMPLETIONS, Client, refused, run
 

@@ -10,8 +10,9 @@ import json
 import re
 from pathlib import Path
 
-import nybble.server.api
 import pytest
+
+import nybble.server.api
 from nybble.server.api.chat_schema import ChatRequest
 from nybble.server.api.embeddings import EmbeddingRequest
 from nybble.server.api.parse import parse_body

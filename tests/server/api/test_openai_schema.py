@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from jsonschema import Draft202012Validator
+
 from nybble.engine import Engine
 
 from ..client import CHAT, COMPLETIONS, HELLO, RESPONSES, Client, run

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from jsonschema import Draft202012Validator
+
 from nybble.engine import Engine
 from nybble.server.api.openapi import BODIES, openapi_document
 from nybble.server.api.routes import Api

@@ -8,9 +8,10 @@ from typing import Any
 
 import openai
 import pytest
-from nybble.engine import Engine
 from openai import OpenAI
 from pydantic import BaseModel
+
+from nybble.engine import Engine
 
 from ..client import RESPONSES, Client, refused, run
 from ..conftest import started_engine

@@ -9,9 +9,10 @@ from typing import Any
 
 import openai
 import pytest
-from nybble.engine import Engine, GrammarCompiler, GuideError, Request, SamplingParams
 from openai import OpenAI
 from pydantic import BaseModel
+
+from nybble.engine import Engine, GrammarCompiler, GuideError, Request, SamplingParams
 
 from .test_chat import chat, streamed, text
 

@@ -8,9 +8,10 @@ from unicodedata import normalize
 
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from nybble.server.api.token_bytes import TokenBytes
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from nybble.server.api.token_bytes import TokenBytes
 
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

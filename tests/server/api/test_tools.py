@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
 from nybble.engine import Engine, GrammarCompiler
 from nybble.server.api.chat_schema import ChatRequest
 from nybble.server.api.tool_parser import Arguments, Call, Event, Text, ToolParser
 from nybble.server.api.tools import Tools
-from transformers import AutoTokenizer
 
 from ..client import CHAT, HELLO, Client, refused, run
 from ..conftest import started_engine

@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner, Result
+
 from nybble.server.bench import report, workload
 from nybble.server.bench.client import Timing
 from nybble.server.bench.drive import Run, Sent
 from nybble.server.cli.main import app
-from typer.testing import CliRunner, Result
 
 from ..conftest import ServerProcess
 

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from nybble.server.cli.main import app
 from typer.testing import CliRunner, Result
+
+from nybble.server.cli.main import app
 
 
 def given(tmp_path: Path, text: str) -> Path:

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner, Result
+
 from nybble.engine import Engine, EngineConfig
 from nybble.loaders import open_checkpoint
 from nybble.loaders.footprint import weight_bytes
 from nybble.server.cli.doctor import Finding, Plan, container_bytes, examine
 from nybble.server.cli.main import app
-from typer.testing import CliRunner, Result
 
 CONFIG = EngineConfig(device="cpu", max_num_seqs=4, max_model_len=100)
 

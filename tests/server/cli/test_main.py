@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import typer
+from typer.testing import CliRunner, Result
+
 from nybble.loaders import open_checkpoint
 from nybble.server.cli.main import app
 from nybble.server.cli.options import parse_bytes
-from typer.testing import CliRunner, Result
 
 
 def nybble(*arguments: object) -> Result:

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from filelock import FileLock
+from safetensors.torch import save_file
+
 from nybble.kernels import DenseWeight, PackedWeight
 from nybble.kernels.matmul import preferred_layout
 from nybble.loaders import Checkpoint, load_adapter, open_checkpoint
@@ -17,7 +19,6 @@ from nybble.loaders.adapter import projection_shapes
 from nybble.quantizers import quantize_checkpoint
 from nybble.server.cli import prepare
 from nybble.server.cli.prepare import prepare_checkpoint
-from safetensors.torch import save_file
 
 CPU = torch.device("cpu")
 

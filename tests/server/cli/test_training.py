@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner, Result
+
 from nybble.loaders import open_checkpoint
 from nybble.server.cli.main import app
-from typer.testing import CliRunner, Result
 
 TEXT = "the quick brown fox jumps over the lazy dog; " * 80
 

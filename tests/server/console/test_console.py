@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from nybble.engine import Engine
 from selenium import webdriver
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select, WebDriverWait
+
+from nybble.engine import Engine
 
 from ..client import Client, run
 from ..conftest import running_server

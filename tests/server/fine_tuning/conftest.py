@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from nybble.server.tenants import new_key
 from openai import OpenAI
+
+from nybble.server.tenants import new_key
 
 from ..conftest import ServerProcess, running_server
 

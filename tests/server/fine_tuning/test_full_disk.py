@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from nybble.server.errors import as_api_error
 from nybble.server.fine_tuning import files as module
 from nybble.server.fine_tuning.database import Database

@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 import pytest
+
 from nybble.server.fine_tuning.plan import plan_of, settings_of
 from nybble.server.fine_tuning.schema import CreateJob
 

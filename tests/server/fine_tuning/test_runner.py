@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from nybble.server.fine_tuning import runner as module
 from nybble.server.fine_tuning.database import Database
 from nybble.server.fine_tuning.files import Files, StoredFile
