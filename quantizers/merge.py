@@ -23,7 +23,7 @@ from nybble.kernels import DenseWeight, PackedWeight
 from nybble.kernels.packed import INTEGER_LEVELS, SYMMETRIC_LEVELS
 from nybble.kernels.progress import Progress, track
 from nybble.loaders import CheckpointError, LoRAAdapter, open_checkpoint
-from nybble.loaders.adapter import LoRAModule, projection_shapes
+from nybble.loaders.adapter import LoRAModule
 from nybble.loaders.checkpoint import FolderCheckpoint
 from nybble.loaders.shards import Shards
 from nybble.quantizers.affine import AffineWeight
@@ -107,16 +107,16 @@ def merge_adapter(
     if keep_16_bits and (not same or plan.format is None):
         raise ValueError("layers can be kept in 16 bits only in the source's own 4-bit format")
     _configure(config, plan, sorted(adapter.modules) if keep_16_bits else [], same)
-    shapes = projection_shapes(checkpoint.config)
+    linears = checkpoint.architecture.linears
     merge = _Merge(checkpoint, Shards(source), adapter, plan, same, keep_16_bits)
     calibrator = None
     if calibration is not None and plan.format is not None and not keep_16_bits:
         calibrator = _Calibrator(merge, calibration, device or torch.device("cpu"))
     report: list[MergedLayer] = []
-    names = track(shapes, "Merging", progress, unit="layers")
+    names = track(linears, "Merging", progress, unit="layers")
     with FolderWriter(target, source, config) as writer:
         for name in merge.shards.names():
-            if _owner(name, shapes) is None:
+            if _owner(name, linears) is None:
                 writer.add({name: merge.shards.read(name)})
         for _, block in groupby(names, lambda name: name.split(".")[2]):
             moments = calibrator.moments() if calibrator else {}
