@@ -110,13 +110,21 @@ class Fold:
     """The operation that produces a group's inputs, of which each can be scaled there (AWQ).
 
     module: a norm, or a linear layer of which rows ``start`` to ``stop`` produce the inputs.
-    shared: how many inputs one row produces: query heads that read the same values.
+    shared: how many inputs one row produces: as many query heads read the same values.
+    run: inputs ``i`` to ``i + run`` come of as many rows, and the next ``run`` of the same rows if
+        they are shared: the size of a head.
     """
 
     module: str
     start: int = 0
     stop: int = 0
     shared: int = 1
+    run: int = 1
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether ``module`` is a linear layer, not a norm."""
+        return self.stop > 0
 
 
 @dataclass(frozen=True)
@@ -138,6 +146,11 @@ class LinearGroup:
     @property
     def inputs(self) -> int:
         return self.linears[0].inputs
+
+    @property
+    def module(self) -> str:
+        """The module that holds the group: attention or MLP."""
+        return self.name.rpartition(".")[0]
 
 
 @dataclass(frozen=True)

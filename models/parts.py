@@ -54,7 +54,7 @@ def attention(
                     bias if output_bias is None else output_bias,
                 ),
             ),
-            Fold(values.name, 0, keys, shared=heads // kv_heads),
+            Fold(values.name, 0, keys, shared=heads // kv_heads, run=head_dim),
         ),
         scale=head_dim**-0.5 if scale is None else scale,
         rope=rope,
@@ -84,7 +84,9 @@ def fused_attention(
         output=LinearGroup(
             "self_attn.o_proj",
             (Linear("self_attn.o_proj", hidden, queries),),
-            Fold(qkv.name, queries + keys, queries + 2 * keys, shared=heads // kv_heads),
+            Fold(
+                qkv.name, queries + keys, queries + 2 * keys, shared=heads // kv_heads, run=head_dim
+            ),
         ),
         scale=head_dim**-0.5,
         rope=rope,

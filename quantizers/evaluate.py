@@ -209,18 +209,19 @@ def _losses(
 def _sizes(folder: Path, model: nn.Module) -> tuple[int, float]:
     """Bytes of all weights, and bits per weight of the linear layers within the decoder."""
     shards = Shards(folder)
-    weights = sum(
-        module.in_features * module.out_features
+    linears = {
+        name: module.in_features * module.out_features
         for name, module in model.named_modules()
         if isinstance(module, PackedLinear | nn.Linear) and ".layers." in name
-    )
+    }
     total = linear = 0
     for name in shards.names():
         size = shards.read(name).nbytes
         total += size
-        if ".layers." in name and "_proj" in name and not name.endswith("bias"):
+        module = name.partition(".weight")[0] if ".weight" in name else name.rpartition(".")[0]
+        if module in linears and not name.endswith(".bias"):
             linear += size
-    return total, 8 * linear / weights
+    return total, 8 * linear / sum(linears.values())
 
 
 def table(evaluations: Sequence[Evaluation], baseline: Evaluation | None = None) -> str:

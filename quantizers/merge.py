@@ -27,7 +27,7 @@ from nybble.loaders.adapter import LoRAModule
 from nybble.loaders.checkpoint import FolderCheckpoint
 from nybble.loaders.shards import Shards
 from nybble.quantizers.affine import AffineWeight
-from nybble.quantizers.blocks import STAGES, DecoderBlocks, linear_layer
+from nybble.quantizers.blocks import DecoderBlocks, linear_layer
 from nybble.quantizers.codebook import quantize_codebook
 from nybble.quantizers.formats import (
     Format,
@@ -251,8 +251,9 @@ class _Calibrator:
     def moments(self) -> dict[str, Compensation]:
         """For the next block's layers that are to be rounded, those with one input sharing one."""
         self._block = self._blocks.load(self._index)
-        prefix = f"model.layers.{self._index}."
-        stages = [s for s in STAGES if any(self._merge.changes(prefix + name) for name in s)]
+        prefix = self._blocks.architecture.module(self._index, "")
+        groups = ([each.name for each in g.linears] for g in self._blocks.groups(self._index))
+        stages = [s for s in groups if any(self._merge.changes(prefix + name) for name in s)]
         if not stages:
             return {}
         found = self._blocks.statistics(self._block, self._hidden, [stage[0] for stage in stages])
@@ -275,7 +276,7 @@ class _Calibrator:
     def _parameter(self, name: str) -> Tensor:
         stored, shards = self._hidden.dtype, self._merge.shards
         module = name.removesuffix(".weight")
-        if name.endswith("_proj.weight"):
+        if module in self._merge.checkpoint.architecture.linears:
             return self._merge.exact(module).to(stored)
         return shards.read(name).to(stored)
 
