@@ -22,14 +22,14 @@ from rich.table import Table
 from rich.text import Text
 
 from nybble.engine import EngineConfig, resolve_device
-from nybble.engine.runner import blocks_per_sequence, free_kv_bytes, kv_bytes_per_block
+from nybble.engine.memory import available_bytes, gib
+from nybble.engine.runner import blocks_per_sequence, kv_bytes_per_block
 from nybble.kernels.cpu.build import CpuKernelsUnavailableError, build_fastest
 from nybble.loaders import Checkpoint, open_checkpoint, resolve_model
 from nybble.loaders.cache import cache_folder
 from nybble.loaders.footprint import weight_bytes
 from nybble.models import Architecture, architecture_of
-from nybble.server.cli.prepare import DEMO
-from nybble.server.cli.sizes import gib
+from nybble.quantizers.prepare import DEMO
 
 State = Literal["ok", "warning", "broken"]
 _PACKAGES = ("nybble", "torch", "transformers", "safetensors", "triton", "aiohttp", "llguidance")
@@ -237,32 +237,3 @@ def _fit(
     else:
         text += f"does not fit; {most} sequences of that length would"
     return Finding("memory", text, "broken")
-
-
-def available_bytes(device: torch.device) -> int:
-    """Memory a server may take: on a GPU less what is kept for activations, else of the host."""
-    if device.type == "cuda":
-        return free_kv_bytes(device)
-    return min(_host_bytes(), container_bytes())
-
-
-def _host_bytes() -> int:
-    info = Path("/proc/meminfo")
-    if info.is_file():
-        for line in info.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) << 10
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-
-
-def container_bytes(group: Path = Path("/sys/fs/cgroup")) -> int:
-    """What a container's limit (control groups, version 2) leaves; files' pages can be dropped."""
-    try:
-        limit = (group / "memory.max").read_text().strip()
-        used = int((group / "memory.current").read_text())
-        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-    except (OSError, ValueError):
-        return 1 << 62
-    if limit == "max":
-        return 1 << 62
-    return max(0, int(limit) - used + int(stat.get("inactive_file", 0)))

@@ -21,9 +21,8 @@ from nybble.loaders import (
 from nybble.loaders.adapter_combine import Combination
 from nybble.models import architecture_of
 from nybble.quantizers import MergedLayer, merge_adapter, merge_divergence
-from nybble.quantizers.corpus import token_ids
+from nybble.quantizers.corpus import MERGE_CALIBRATION, text_tokens, token_ids
 from nybble.quantizers.formats import Format
-from nybble.server.cli.text_tokens import MERGE_CALIBRATION, text_tokens
 
 _WORST = 5
 _TEXT_SAMPLES, _TEXT_LENGTH = 8, 512

@@ -16,7 +16,6 @@ model_option = partial(typer.Option, rich_help_panel="Model")
 memory_option = partial(typer.Option, rich_help_panel="Memory and batching")
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
-LogFormat = Literal["text", "json"]
 
 ModelArgument = Annotated[str, typer.Argument(help="Model folder, hub name or alias.")]
 TargetArgument = Annotated[Path, typer.Argument(metavar="DST", help="Folder to write.")]

@@ -30,7 +30,7 @@ from nybble.server.api.openapi import BODIES
 from nybble.server.api.parse import parse_body
 from nybble.server.api.responses_schema import ResponsesRequest
 from nybble.server.api.schema import CompletionRequest
-from nybble.server.errors import ApiError
+from nybble.server.http.errors import ApiError
 
 VALUES: list[Any] = [
     *(None, True, False, 0, 1, -1, 2**31, 2**63, 10**30, 0.5, -0.0, 1e308, math.inf),

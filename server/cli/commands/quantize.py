@@ -16,7 +16,6 @@ from nybble.server.cli.options import (
     TextOption,
     require_empty,
 )
-from nybble.server.cli.text_tokens import text_tokens
 
 # Options by the panel that `--help` shows them in.
 _method = partial(typer.Option, rich_help_panel="Method")
@@ -73,6 +72,7 @@ def quantize(
         from nybble.engine import resolve_device
         from nybble.loaders import resolve_model
         from nybble.quantizers import GptqSettings, quantize_checkpoint
+        from nybble.quantizers.corpus import text_tokens
 
         folder = resolve_model(source, aliases=aliases)
         quantize_checkpoint(
