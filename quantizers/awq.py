@@ -14,7 +14,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from nybble.quantizers.affine import AffineWeight, round_trip
+from nybble.loaders.formats import AffineWeight
+from nybble.quantizers.affine import round_trip
 from nybble.quantizers.blocks import (
     DOWN,
     GATE_UP,

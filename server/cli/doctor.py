@@ -28,6 +28,7 @@ from nybble.kernels.cpu.build import CpuKernelsUnavailableError, build_fastest
 from nybble.loaders import Checkpoint, open_checkpoint, resolve_model
 from nybble.loaders.cache import cache_folder
 from nybble.loaders.footprint import weight_bytes
+from nybble.quantizers.in_flight import InFlightFormat
 from nybble.server.cli.prepare import DEMO
 from nybble.server.cli.sizes import gib
 
@@ -56,7 +57,7 @@ class Plan:
     model: str
     config: EngineConfig
     aliases: Path | None = None
-    quantize: Literal["nf4"] | None = None
+    quantize: InFlightFormat | None = None
     head: Literal["int8"] | None = None
 
 

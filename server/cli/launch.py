@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 
 from nybble.engine import Engine, EngineConfig
+from nybble.quantizers.in_flight import InFlightFormat
 from nybble.server.adapters.admin import restore, restore_uploads
 from nybble.server.cli.fit import memory_explained
 from nybble.server.cli.options import LogFormat
@@ -34,7 +35,7 @@ class ModelSource:
 
     model: str
     aliases: Path | None
-    quantize: Literal["nf4"] | None
+    quantize: InFlightFormat | None
     head: Literal["int8"] | None
     merged: str | None
     adapters: Mapping[str, str]

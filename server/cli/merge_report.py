@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -22,7 +21,6 @@ from nybble.loaders.adapter import projection_shapes
 from nybble.loaders.adapter_combine import Combination
 from nybble.quantizers import MergedLayer, merge_adapter, merge_divergence
 from nybble.quantizers.corpus import token_ids
-from nybble.quantizers.formats import Format
 from nybble.server.cli.text_tokens import MERGE_CALIBRATION, text_tokens
 
 _WORST = 5
@@ -42,7 +40,7 @@ def merge_and_report(
     adapters: Sequence[str],
     target: Path,
     *,
-    format: Format | Literal["bf16"] | None,
+    format: str | None,
     weights: Sequence[float] | None,
     combination: Combination,
     keep_16_bits: bool,

@@ -15,8 +15,9 @@ from transformers.quantizers.auto import AutoQuantizationConfig
 
 from nybble.kernels import PackedWeight
 from nybble.loaders import CheckpointError, open_checkpoint
+from nybble.loaders.formats import AffineWeight
 from nybble.quantizers import GptqSettings, quantize_checkpoint
-from nybble.quantizers.affine import AffineWeight, grid
+from nybble.quantizers.affine import grid
 from nybble.quantizers.blocks import STAGES, DecoderBlocks, linear_layer, output_error
 from nybble.quantizers.gptq import gptq, inverse_factor
 from nybble.quantizers.rtn import quantize_affine
