@@ -16,17 +16,11 @@ from nybble.kernels.packed import stack_outputs
 from nybble.loaders.errors import CheckpointError
 from nybble.loaders.formats import FORMATS, Format, format_of
 from nybble.loaders.shards import Shards
+from nybble.models import architecture_of
 
 logger = logging.getLogger(__name__)
 
 Weight = PackedWeight | DenseWeight | Tensor
-
-# Projections that read the same input and can be computed as one.
-_FUSED = {
-    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
-    "gate_up_proj": ("gate_proj", "up_proj"),
-}
-_FUSED_OF = {part: fused for fused, parts in _FUSED.items() for part in parts}
 
 _DENSE = frozenset(("weight", "bias"))
 
@@ -46,9 +40,9 @@ class Checkpoint(Protocol):
     def weights(self) -> Iterator[tuple[str, Weight]]:
         """Weights one at a time, by the module names transformers uses.
 
-        Linear layers are PackedWeight or DenseWeight under the module's name, with q, k, v fused
-        as ``qkv_proj`` and gate, up as ``gate_up_proj`` where they can be one weight; norms and
-        embeddings are tensors under ``<module>.weight``.
+        Linear layers are PackedWeight or DenseWeight under the module's name. Those of a group
+        (:class:`nybble.models.LinearGroup`) are one weight under the group's name if they can be.
+        Norms and embeddings are tensors under ``<module>.weight``.
         """
         ...
 
@@ -81,6 +75,7 @@ class FolderCheckpoint:
         self.config = config
         self.quantization = format
         self.format = format.name if format else "none"
+        self.architecture = architecture_of(config)
 
     def check(self, shards: Shards) -> None:
         """Look at the names of all tensors.
@@ -96,17 +91,17 @@ class FolderCheckpoint:
                 known = self.quantization.required | self.quantization.optional | {"bias"}
                 for leaf in sorted(self.quantization.required.difference(leaves)):
                     raise CheckpointError(f"{self.folder} has no tensor {module}.{leaf}")
-            for leaf in leaves:
+            for leaf, name in leaves.items():
                 if leaf in ignored:
-                    unused.append(f"{module}.{leaf}")
+                    unused.append(name)
                 elif leaf not in known:
-                    raise self._not_read(module, leaf)
+                    raise self._not_read(name, leaf)
         if unused:
             logger.warning(
                 "%s: %d tensors such as %s are not used", self.folder, len(unused), unused[0]
             )
 
-    def _not_read(self, module: str, leaf: str) -> CheckpointError:
+    def _not_read(self, name: str, leaf: str) -> CheckpointError:
         owners = [f.quant_method for f in FORMATS if leaf in f.marks]
         hint = f"; it is a tensor of {' or '.join(owners)}" if owners else ""
         stated = (
@@ -115,7 +110,7 @@ class FolderCheckpoint:
             else f"the checkpoint's format is {self.format}"
         )
         return CheckpointError(
-            f"{self.folder}: nothing here reads the tensor {module}.{leaf}: {stated}{hint}"
+            f"{self.folder}: nothing here reads the tensor {name}: {stated}{hint}"
         )
 
     def projection(self, shards: Shards, module: str) -> PackedWeight | DenseWeight:
@@ -133,12 +128,10 @@ class FolderCheckpoint:
         for module in modules:
             if module in done:
                 continue
-            parent, _, leaf = module.rpartition(".")
-            fused = _FUSED_OF.get(leaf, "")
-            siblings = [f"{parent}.{part}" for part in _FUSED.get(fused, ())]
+            fused, siblings = self.architecture.fused.get(module, ("", ()))
             if siblings and all(sibling in modules for sibling in siblings):
                 done.update(siblings)
-                yield from self._fuse(shards, f"{parent}.{fused}", siblings)
+                yield from self._fuse(shards, fused, siblings)
             else:
                 yield self._read(shards, module)
 

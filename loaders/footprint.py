@@ -39,7 +39,7 @@ def weight_bytes(
     headers = {header.name: header for header in shards.headers()}
     total = 0.0
     for module, names in shards.modules.items():
-        leaves = {leaf: headers[f"{module}.{leaf}"] for leaf in names}
+        leaves = {leaf: headers[name] for leaf, name in names.items()}
         if format is not None and format.owns(names):
             total += _quantized(folder, format, module, leaves)
             continue

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -100,13 +100,13 @@ class Shards:
         return list(self._file_of)
 
     @cached_property
-    def modules(self) -> Mapping[str, Sequence[str]]:
-        """Modules that own tensors, in the order of the files, and their tensors' last names."""
-        modules: dict[str, list[str]] = {}
+    def modules(self) -> Mapping[str, Mapping[str, str]]:
+        """Modules that own tensors, in the order of the files: full names by last names."""
+        modules: dict[str, dict[str, str]] = {}
         for name in self._file_of:
             module, leaf = module_and_leaf(name)
             if leaf != _COMPUTED:
-                modules.setdefault(module, []).append(leaf)
+                modules.setdefault(module, {})[leaf] = name
         return modules
 
     def headers(self) -> Iterator[TensorHeader]:

@@ -17,15 +17,20 @@ def grid(
     if sym:
         high = torch.maximum(high, -low)
         low = -high
-    elif least_zero:
-        low = torch.minimum(low, -high / (2**bits - 2))
+    scales, zeros = _spanning(low, high, bits)
+    if least_zero and not sym:
+        low = torch.where(zeros < least_zero, -high / (2**bits - 2), low)
+        scales, zeros = _spanning(low, high, bits)
+    if sym:
+        zeros = torch.full_like(scales, 2 ** (bits - 1))
+    return scales, zeros.clamp(least_zero, 2**bits - 1).to(torch.uint8)
+
+
+def _spanning(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     # Rounded first, so that codes are nearest for the scale that is stored; a group of zeros, or
     # one whose scale float16 cannot hold, gets the smallest scale it can.
     scales = ((high - low) / (2**bits - 1)).half().clamp(min=torch.finfo(torch.float16).tiny)
-    if sym:
-        return scales, torch.full_like(scales, 2 ** (bits - 1), dtype=torch.uint8)
-    zeros = (-low / scales.float()).round().clamp(least_zero, 2**bits - 1)
-    return scales, zeros.to(torch.uint8)
+    return scales, (-low / scales.float()).round()
 
 
 def round_trip(grouped: Tensor, *, sym: bool) -> Tensor:

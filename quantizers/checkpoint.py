@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
+from transformers import AutoConfig
 
 from nybble.kernels.progress import Progress, track
 from nybble.loaders import CheckpointError
@@ -21,9 +23,9 @@ from nybble.loaders.formats import (
     writing_format,
 )
 from nybble.loaders.shards import Shards
+from nybble.models import LinearGroup, architecture_of
 from nybble.quantizers.awq import awq_block
 from nybble.quantizers.blocks import (
-    STAGES,
     DecoderBlocks,
     InputStatistics,
     linear_layer,
@@ -93,8 +95,10 @@ def quantize_checkpoint(
     config = json.loads((source / "config.json").read_text())
     config["quantization_config"] = dict(written.settings)
     shards = Shards(source)
+    architecture = architecture_of(AutoConfig.from_pretrained(source, local_files_only=True))
+    linears = {name + ".weight" for name in architecture.linears}
     for header in shards.headers():
-        if _is_linear(header.name):
+        if header.name in linears:
             module = header.name.removesuffix(".weight")
             try:
                 out, columns = header.shape
@@ -105,7 +109,7 @@ def quantize_checkpoint(
         if calibration is None:
             for name in track(shards.names(), "Quantizing", progress, unit="tensors"):
                 tensor = shards.read(name)
-                if _is_linear(name):
+                if name in linears:
                     module = name.removesuffix(".weight")
                     writer.add(written.tensors(module, round_to_nearest(tensor, written)))
                 else:
@@ -119,18 +123,29 @@ def quantize_checkpoint(
         for index in track(range(len(blocks)), "Quantizing", progress, unit="blocks"):
             block = blocks.load(index)
             if written.method == "gptq":
-                quantized = _gptq_block(blocks, block, hidden, written, settings)
+                groups = blocks.groups(index)
+                quantized = _gptq_block(blocks, block, groups, hidden, written, settings)
                 hidden = blocks.outputs(block, hidden)
             else:
                 # The sink's few channels would decide the scales of all.
-                names = [stage[0] for stage in STAGES]
+                layer = blocks.architecture.layers[index]
+                names = [group.linears[0].name for group in layer.groups]
                 statistics = blocks.statistics(block, hidden, names, first=1)
                 searched = hidden[: max(1, _SEARCHED_TOKENS // hidden.shape[1])]
-                outputs = blocks.module_outputs(block, searched, ("self_attn", "mlp"))
+                modules = dict.fromkeys(group.module for group in layer.groups)
+                outputs = blocks.module_outputs(block, searched, tuple(modules))
                 # The next block reads what the full-precision model gives it, as in the paper.
                 hidden = blocks.outputs(block, hidden)
-                quantized = awq_block(block, statistics, outputs, written.group_size, clip=clip)
-            prefix = f"model.layers.{index}."
+                quantized = awq_block(
+                    block,
+                    layer,
+                    statistics,
+                    outputs,
+                    written.group_size,
+                    norm_offset=blocks.architecture.norm.offset,
+                    clip=clip,
+                )
+            prefix = blocks.architecture.module(index, "")
             for name, (weight, error) in quantized.items():
                 writer.add(written.tensors(prefix + name, weight))
                 errors.append(LayerError(prefix + name, error))
@@ -147,6 +162,7 @@ def quantize_checkpoint(
 def _gptq_block(
     blocks: DecoderBlocks,
     block: nn.Module,
+    groups: Sequence[LinearGroup],
     hidden: Tensor,
     written: AffineFormat,
     settings: GptqSettings,
@@ -157,9 +173,10 @@ def _gptq_block(
     """
     result: dict[str, tuple[AffineWeight, float]] = {}
     statistics: dict[str, InputStatistics] = {}
+    stages = [[linear.name for linear in group.linears] for group in groups]
     if not settings.true_sequential:
-        statistics = blocks.statistics(block, hidden, [stage[0] for stage in STAGES])
-    for stage in STAGES:
+        statistics = blocks.statistics(block, hidden, [stage[0] for stage in stages])
+    for stage in stages:
         if settings.true_sequential:
             statistics = blocks.statistics(block, hidden, stage[:1])
         moment = statistics[stage[0]].second_moment
@@ -183,10 +200,6 @@ def _gptq_block(
             layer.weight.data = rounded.to(layer.weight.dtype)
             result[name] = (part, error)
     return result
-
-
-def _is_linear(name: str) -> bool:
-    return ".layers." in name and name.endswith("_proj.weight")
 
 
 def _check_options(

@@ -21,7 +21,7 @@ from torch import Tensor
 from nybble.kernels import DenseWeight, PackedWeight
 from nybble.kernels.progress import Progress, track
 from nybble.loaders import CheckpointError, LoRAAdapter, open_checkpoint
-from nybble.loaders.adapter import LoRAModule, projection_shapes
+from nybble.loaders.adapter import LoRAModule
 from nybble.loaders.checkpoint import FolderCheckpoint
 from nybble.loaders.formats import (
     AffineFormat,
@@ -34,7 +34,7 @@ from nybble.loaders.formats import (
     written_formats,
 )
 from nybble.loaders.shards import Shards
-from nybble.quantizers.blocks import STAGES, DecoderBlocks, linear_layer
+from nybble.quantizers.blocks import DecoderBlocks, linear_layer
 from nybble.quantizers.on_grid import Compensation, Grid
 from nybble.quantizers.rtn import round_to_nearest
 from nybble.quantizers.writer import FolderWriter
@@ -106,7 +106,7 @@ def merge_adapter(
     if keep_16_bits and (not plan.same or plan.format is None):
         raise ValueError("layers can be kept in 16 bits only in the source's own 4-bit format")
     _configure(config, plan, sorted(adapter.modules) if keep_16_bits else [])
-    shapes = projection_shapes(checkpoint.config)
+    linears = checkpoint.architecture.linears
     shards = Shards(source)
     checkpoint.check(shards)
     merge = _Merge(checkpoint, shards, adapter, plan, keep_16_bits)
@@ -114,10 +114,10 @@ def merge_adapter(
     if calibration is not None and plan.format is not None and not keep_16_bits:
         calibrator = _Calibrator(merge, calibration, device or torch.device("cpu"))
     report: list[MergedLayer] = []
-    names = track(shapes, "Merging", progress, unit="layers")
+    names = track(linears, "Merging", progress, unit="layers")
     with FolderWriter(target, source, config) as writer:
         for module in shards.modules:
-            if module not in shapes:
+            if module not in linears:
                 writer.add(merge.other(module))
         for _, block in groupby(names, lambda name: name.split(".")[2]):
             moments = calibrator.moments() if calibrator else {}
@@ -187,7 +187,7 @@ class _Merge:
         return {module + ".weight": weight.to(self.plan.dtype)} | stored
 
     def _names(self, module: str) -> list[str]:
-        return [f"{module}.{leaf}" for leaf in self.shards.modules[module]]
+        return list(self.shards.modules[module].values())
 
     def _stored(self, name: str) -> dict[str, Tensor]:
         return {n: self.shards.read(n) for n in self._names(name) if n != name + ".bias"}
@@ -245,8 +245,9 @@ class _Calibrator:
     def moments(self) -> dict[str, Compensation]:
         """For the next block's layers that are to be rounded, those with one input sharing one."""
         self._block = self._blocks.load(self._index)
-        prefix = f"model.layers.{self._index}."
-        stages = [s for s in STAGES if any(self._merge.changes(prefix + name) for name in s)]
+        prefix = self._blocks.architecture.module(self._index, "")
+        groups = ([each.name for each in g.linears] for g in self._blocks.groups(self._index))
+        stages = [s for s in groups if any(self._merge.changes(prefix + name) for name in s)]
         if not stages:
             return {}
         found = self._blocks.statistics(self._block, self._hidden, [stage[0] for stage in stages])
@@ -269,7 +270,7 @@ class _Calibrator:
     def _parameter(self, name: str) -> Tensor:
         stored, shards = self._hidden.dtype, self._merge.shards
         module = name.removesuffix(".weight")
-        if name.endswith("_proj.weight"):
+        if module in self._merge.checkpoint.architecture.linears:
             return self._merge.exact(module).to(stored)
         return shards.read(name).to(stored)
 

@@ -19,6 +19,7 @@ from nybble.loaders.formats.base import (
     AffineFormat,
     CodebookFormat,
     Format,
+    OptionError,
     QuantizedWeight,
     WritableFormat,
     WriteOptions,
@@ -35,6 +36,7 @@ __all__ = [
     "CodebookFormat",
     "CodebookWeight",
     "Format",
+    "OptionError",
     "QuantizedWeight",
     "Settings",
     "WritableFormat",
@@ -102,7 +104,8 @@ def writing_format(
 
     options: those left out are as in ``like``, if both are on the same kind of grid, or the
         format's defaults.
-    Raises ValueError for a name that is not known and for an option that the format does not take.
+    Raises ValueError for a name that is not known, OptionError for an option that the format does
+    not take.
     """
     chosen = next((format for format in FORMATS if name in format.writes), None)
     if chosen is None or not issubclass(chosen, WritableFormat):
@@ -111,10 +114,11 @@ def writing_format(
     for field in fields(options):
         if getattr(options, field.name) and field.name not in chosen.options:
             takers = [n for f in FORMATS if field.name in f.options for n in f.writes]
-            raise ValueError(f"{field.name} is for {', '.join(takers)}, not for {name}")
+            raise OptionError(field.name, f"is for {', '.join(takers)}, not for {name}")
     widths = chosen.widths if issubclass(chosen, AffineFormat) else (4,)
     if options.bits is not None and options.bits not in widths:
-        raise ValueError(f"bits is {options.bits}; {name} has {', '.join(map(str, widths))}")
+        known = ", ".join(map(str, widths))
+        raise OptionError("bits", f"is {options.bits}, expected one of {known} for {name}")
     if isinstance(like, WritableFormat) and isinstance(like, AffineFormat) == issubclass(
         chosen, AffineFormat
     ):

@@ -21,6 +21,15 @@ QuantizedWeight = AffineWeight | CodebookWeight
 Method = Literal["gptq", "awq"]
 
 
+class OptionError(ValueError):
+    """A format is not written with this option. option: the field of WriteOptions."""
+
+    def __init__(self, option: str, reason: str) -> None:
+        super().__init__(f"{option} {reason}")
+        self.option = option
+        self.reason = reason
+
+
 @dataclass(frozen=True)
 class WriteOptions:
     """How to write a format. None stands for the format's default.

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from nybble.loaders.errors import CheckpointError
-from nybble.loaders.formats.base import CodebookFormat, WriteOptions, read_bias
+from nybble.loaders.formats.base import CodebookFormat, OptionError, WriteOptions, read_bias
 from nybble.loaders.formats.codebook import BLOCKSIZE, CodebookWeight, NestedAbsmax, QuantType
 from nybble.loaders.formats.settings import Settings
 from nybble.loaders.shards import Shards, TensorHeader
@@ -67,7 +67,7 @@ class BitsAndBytes(CodebookFormat):
         blocksize = options.group_size or BLOCKSIZE
         if blocksize not in _BLOCKSIZES:
             known = ", ".join(map(str, _BLOCKSIZES))
-            raise ValueError(f"group_size is {blocksize}; {name} has blocks of {known}")
+            raise OptionError("group_size", f"is {blocksize}, expected one of {known} for {name}")
         return replace(cls.from_settings(Settings(values, name)), blocksize=blocksize)
 
     @property

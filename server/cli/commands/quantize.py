@@ -17,7 +17,6 @@ from nybble.server.cli.options import (
     WrittenFormat,
     require_empty,
 )
-from nybble.server.cli.text_tokens import text_tokens
 
 # Options by the panel that `--help` shows them in.
 _method = partial(typer.Option, rich_help_panel="Method")
@@ -67,13 +66,18 @@ def quantize(
         require_empty(target)
         from nybble.engine import resolve_device
         from nybble.loaders import resolve_model
-        from nybble.loaders.formats import WriteOptions, writing_format
+        from nybble.loaders.formats import OptionError, WriteOptions, writing_format
         from nybble.quantizers import GptqSettings, quantize_checkpoint
+        from nybble.quantizers.corpus import text_tokens
 
         options = WriteOptions(
             group_size, bits, sym or None, desc_act or None, double_quant or None
         )
-        method = None if rounding else writing_format(format, options).method
+        try:
+            written = writing_format(format, options)
+        except OptionError as error:
+            raise ValueError(f"--{error.option.replace('_', '-')} {error.reason}") from error
+        method = None if rounding else written.method
         if (desc_act or static_groups) and method != "gptq":
             raise ValueError("--desc-act and --static-groups go with --format gptq and calibration")
         if clip and method != "awq":
