@@ -14,6 +14,10 @@ os.environ["TRITON_INTERPRET"] = "1"
 # Likewise OpenMP, when torch loads it: threads that spin while they wait for each other take, where
 # processors are shared, many times as long for the small tensors here as the work itself.
 os.environ["OMP_WAIT_POLICY"] = "passive"
+# One thread each if several processes run tests: they share the processors. Tests of threads ask
+# for them.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def _module(name: str) -> ModuleType:
