@@ -54,6 +54,21 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("qwen2", {"tie_word_embeddings": True}),
     "qwen2 with windows": ("qwen2", {"use_sliding_window": True, **MIXED}),
     "qwen3": ("qwen3", {}),
+    "granite": (
+        "granite",
+        {
+            "embedding_multiplier": 1.5,
+            "attention_multiplier": 0.3,
+            "residual_multiplier": 0.7,
+            "logits_scaling": 0.5,
+        },
+    ),
+    "olmo2": ("olmo2", {}),
+    "olmo3": ("olmo3", MIXED),
+    "smollm3": ("smollm3", {"no_rope_layers": [1, 0, 1]}),
+    "seed_oss": ("seed_oss", {}),
+    "exaone4": ("exaone4", {}),
+    "exaone4 with windows": ("exaone4", MIXED),
 }
 rows = pytest.mark.parametrize("row", ROWS)
 
