@@ -20,7 +20,7 @@ def table() -> list[dict[str, Any]]:
     What compiles to a trap, as a failed compilation may, ends that process.
     """
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "nybble.kernels.triton.inspect", "--all", "--json"]
+    command = [sys.executable, "-m", "nybble.kernels.bench.matmul_report", "--all", "--json"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]

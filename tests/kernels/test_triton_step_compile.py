@@ -16,7 +16,7 @@ pytest.importorskip("triton", reason="Triton is for Linux")
 def table() -> list[dict[str, Any]]:
     """One row per compiled kernel; the compiler needs a process without the interpreter."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "nybble.kernels.triton.step_report", "--json", "--quick"]
+    command = [sys.executable, "-m", "nybble.kernels.bench.step_report", "--json", "--quick"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)  # type: ignore[no-any-return]

@@ -1,6 +1,6 @@
 """What the compiler makes of the kernels between the matmuls, for GPUs that need not be present.
 
-``python -m nybble.kernels.triton.step_report [--capability 90 …] [--json]`` compiles every kernel
+``python -m nybble.kernels.bench.step_report [--capability 90 …] [--json]`` compiles every kernel
 at the sizes of a model family and prints registers, shared memory, spills and the instructions that
 matter. ``--quick`` leaves out sizes that compile alike.
 """
@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 
+from nybble.kernels.bench.cubin import COMPILERS, TENSOR_CORE, Report, compile_kernel
 from nybble.kernels.triton import (
     attention_decode,
     attention_prefill,
@@ -21,7 +22,6 @@ from nybble.kernels.triton import (
     rotary,
     sampling,
 )
-from nybble.kernels.triton.cubin import COMPILERS, TENSOR_CORE, Report, compile_kernel
 
 CAPABILITIES = (80, 89, 90, 100)
 # Query heads per KV head, and head_dim.
