@@ -16,10 +16,10 @@ from nybble.kernels.matmul import gated_layout, gated_linear, linear, preferred_
 from nybble.kernels.ops import (
     AttentionBatch,
     add_rms_norm,
+    gated,
     paged_attention,
     rms_norm,
     rotary_store,
-    silu_mul,
 )
 
 if TYPE_CHECKING:
@@ -185,9 +185,10 @@ class Decoder:
             x = self._attention(layer, x, cos, sin, caches[index], batch, window, slots, lora)
             x, residual = add_rms_norm(x, residual, layer.post_norm, shape.eps)
             if slots is None and len(layer.gate_up) == 1:
-                x = gated_linear(x, layer.gate_up[0])
+                x = gated_linear(x, layer.gate_up[0], "silu")
             else:
-                x = silu_mul(_project(x, layer.gate_up, slots.gate_up if slots else None, lora))
+                x = _project(x, layer.gate_up, slots.gate_up if slots else None, lora)
+                x = gated(x, "silu")
             x = _project(x, (layer.down_proj,), slots.down_proj if slots else None, lora)
             if index + 1 < len(self.layers):
                 norm = self.layers[index + 1].input_norm

@@ -108,7 +108,7 @@ def compiled(case: Case) -> cubin.Report:
         "HAS_ZEROS": case.zeros,
         "HAS_BIAS": True,
         "GATED": case.gated,
-        "SILU_MUL": case.gated,
+        "ACTIVATION": "silu" if case.gated else None,
         "GROUP": case.group,
         "SETS": max(1, 128 // case.group),
         "SCALE_FIRST": c.scale_first,

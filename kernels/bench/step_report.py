@@ -13,8 +13,10 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 
+from nybble.kernels.activation import ACTIVATIONS
 from nybble.kernels.bench.cubin import COMPILERS, TENSOR_CORE, Report, compile_kernel
 from nybble.kernels.triton import (
+    activation,
     attention_decode,
     attention_prefill,
     lora,
@@ -204,14 +206,15 @@ def _elementwise(half: str, capability: int) -> Iterator[Row]:
             aligned=("width",),
         )
         yield Row.of("add_rms_norm", f"width {width}", capability, report)
-    report = compile_kernel(
-        norm.silu_mul_kernel,
-        {"gate_up": half, "out": half, "width": "i32"},
-        {"TILE": 1024},
-        capability=capability,
-        aligned=("width",),
-    )
-    yield Row.of("silu_mul", "", capability, report)
+    for name in ACTIVATIONS:
+        report = compile_kernel(
+            activation.gated_kernel,
+            {"gate_up": half, "out": half, "width": "i32"},
+            {"ACTIVATION": name, "TILE": 1024},
+            capability=capability,
+            aligned=("width",),
+        )
+        yield Row.of("gated", name, capability, report)
     arrays = dict.fromkeys(("q", "k", "v", "k_cache", "v_cache"), half)
     strides = ("q_stride", "k_stride", "v_stride")
     report = compile_kernel(

@@ -60,5 +60,5 @@ def test_keys_values_and_adapters_are_loaded_sixteen_bytes_at_a_time() -> None:
     for row in of("decode", "prefill"):
         tile = 1 if row["variant"].startswith("qwen") else 2
         assert row["wide_loads"] >= (3 * tile + 1 if "KV" in row["variant"] else 32), row
-    for row in of("lora shrink", "rotary_store", "silu_mul", "add_rms_norm", "sample"):
+    for row in of("lora shrink", "rotary_store", "gated", "add_rms_norm", "sample"):
         assert row["wide_loads"] >= 2, row
