@@ -17,11 +17,12 @@ from nybble.engine.weight_store import Weight
 from nybble.kernels.matmul import gated_linear, linear
 from nybble.kernels.ops import (
     AttentionBatch,
+    activate,
     add_rms_norm,
+    gated,
     paged_attention,
     rms_norm,
     rotary_store,
-    silu_mul,
 )
 from nybble.models import Attention, Mlp, Norm
 
@@ -137,11 +138,15 @@ class MlpPart:
     down: Projection
 
     def __call__(self, x: Tensor, step: Step) -> Tensor:
+        return self.down(self._hidden(x, step), step.adapters)
+
+    def _hidden(self, x: Tensor, step: Step) -> Tensor:
+        activation = self.about.activation
+        if not self.about.gated:
+            return activate(self.up(x, step.adapters), activation)
         if step.adapters is None and len(self.up.weights) == 1:
-            x = gated_linear(x, self.up.weights[0])
-        else:
-            x = silu_mul(self.up(x, step.adapters))
-        return self.down(x, step.adapters)
+            return gated_linear(x, self.up.weights[0], activation)
+        return gated(self.up(x, step.adapters), activation)
 
 
 @dataclass(frozen=True)

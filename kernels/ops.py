@@ -13,19 +13,22 @@ import torch
 from torch import Tensor
 
 from nybble.kernels import reference
+from nybble.kernels.activation import Activation
 from nybble.kernels.attention_batch import AttentionBatch
 from nybble.kernels.cpu.library import CpuLibrary, library
-from nybble.kernels.reference import TokenChoice
+from nybble.kernels.reference import TokenChoice, activate
 
 __all__ = [
+    "Activation",
     "AttentionBatch",
     "TokenChoice",
+    "activate",
     "add_rms_norm",
+    "gated",
     "paged_attention",
     "rms_norm",
     "rotary_store",
     "sample_tokens",
-    "silu_mul",
 ]
 
 
@@ -65,14 +68,14 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     return kernel(x, residual, weight, eps)
 
 
-def silu_mul(gate_up: Tensor) -> Tensor:
-    """See :func:`nybble.kernels.reference.silu_mul`."""
+def gated(gate_up: Tensor, activation: Activation) -> Tensor:
+    """See :func:`nybble.kernels.reference.gated`."""
     if _on_gpu(gate_up):
-        from nybble.kernels.triton import norm
+        from nybble.kernels.triton import activation as gpu
 
-        return norm.silu_mul(gate_up)
+        return gpu.gated(gate_up, activation)
     cpu = _cpu(gate_up.shape[-1], 32, gate_up)
-    return cpu.silu_mul(gate_up) if cpu else reference.silu_mul(gate_up)
+    return (cpu or reference).gated(gate_up, activation)
 
 
 def rotary_store(

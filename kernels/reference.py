@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from nybble.kernels.activation import Activation, check_activation
 from nybble.kernels.attention_batch import AttentionBatch
 from nybble.kernels.packed import PackedWeight
 
@@ -40,10 +41,27 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     return rms_norm(total, weight, eps), total
 
 
-def silu_mul(gate_up: Tensor) -> Tensor:
-    """``silu(gate) · up`` for ``gate_up (tokens, 2 · inter)``, gate first."""
+def activate(x: Tensor, activation: Activation) -> Tensor:
+    """``activation(x)``, computed in float32 at least and rounded once to the dtype of ``x``.
+
+    Raises ValueError for an activation that does not exist.
+    """
+    check_activation(activation)
+    if activation == "silu":
+        return torch.nn.functional.silu(x)
+    if activation == "relu2":
+        return torch.nn.functional.relu(x).square()
+    approximate = "tanh" if activation == "gelu_tanh" else "none"
+    return torch.nn.functional.gelu(x, approximate=approximate)
+
+
+def gated(gate_up: Tensor, activation: Activation) -> Tensor:
+    """``activation(gate) · up`` for ``gate_up (..., 2 · inter)``, gate first.
+
+    The activation is rounded to the dtype of ``gate_up`` before the product.
+    """
     gate, up = gate_up.chunk(2, dim=-1)
-    return torch.nn.functional.silu(gate) * up
+    return activate(gate, activation) * up
 
 
 def rotary_store(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
-Activation = Literal["silu", "gelu", "gelu_tanh", "relu2"]
+from nybble.kernels.activation import Activation
 
 
 class UnsupportedModelError(ValueError):

@@ -7,7 +7,8 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from nybble.models.architecture import Activation, Rope, UnsupportedModelError
+from nybble.kernels.activation import Activation
+from nybble.models.architecture import Rope, UnsupportedModelError
 
 _ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",

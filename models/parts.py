@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from nybble.models.architecture import Activation, Attention, Fold, Linear, LinearGroup, Mlp, Rope
+from nybble.kernels.activation import Activation
+from nybble.models.architecture import Attention, Fold, Linear, LinearGroup, Mlp, Rope
 
 
 def attention(

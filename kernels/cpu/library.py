@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nybble.kernels.activation import ACTIVATIONS, Activation, check_activation
 from nybble.kernels.attention_batch import AttentionBatch
 from nybble.kernels.cpu.build import CpuKernelsUnavailableError, load
 from nybble.kernels.lora_batch import LoRABatch
@@ -61,7 +62,7 @@ class CpuLibrary:
             "dequantize", *[pointer] * 6, *[size] * 5, c_int, c_int, c_int
         )
         self._rms_norm = function("rms_norm", *[pointer] * 4, size, size, c_float)
-        self._silu_mul = function("silu_mul", pointer, pointer, size, size, c_int)
+        self._gated = function("gated", pointer, pointer, size, size, c_int, c_int)
         self._rotary = function("rotary_store", *[pointer] * 8, *[size] * 8)
         self._attention = allocating(
             "paged_attention", *[pointer] * 7, *[size] * 7, c_float, size, c_int
@@ -157,14 +158,22 @@ class CpuLibrary:
         )
         return out, total
 
-    def silu_mul(self, gate_up: Tensor) -> Tensor:
+    def gated(self, gate_up: Tensor, activation: Activation) -> Tensor:
+        check_activation(activation)
         width = gate_up.shape[-1] // 2
         if gate_up.shape[-1] % 32:
             raise _misread("(…, a multiple of 32)", gate_up=gate_up)
         gate_up = gate_up.contiguous()
         rows = gate_up.numel() // (2 * width)
         out = torch.empty(*gate_up.shape[:-1], width, dtype=gate_up.dtype)
-        self._silu_mul(gate_up.data_ptr(), out.data_ptr(), rows, width, torch.get_num_threads())
+        self._gated(
+            gate_up.data_ptr(),
+            out.data_ptr(),
+            rows,
+            width,
+            ACTIVATIONS.index(activation),
+            torch.get_num_threads(),
+        )
         return out
 
     def rotary_store(

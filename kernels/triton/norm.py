@@ -1,6 +1,6 @@
-"""RMSNorm with an optional residual, and the gated activation: one read and one write each.
+"""RMSNorm with an optional residual: one read and one write.
 
-What they compute is defined in kernels/reference.py, roundings included.
+What is computed is defined in kernels/reference.py, roundings included.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from nybble.kernels.triton.device import FUSED
 
 # Elements of one program; narrow rows (the heads of a QK norm) share one.
 _TILE = 2048
-_SILU_TILE = 1024
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -46,24 +45,6 @@ def rms_norm_kernel(
     normed = (wide * inverse[:, None]).to(value.dtype).to(tl.float32)
     scale = tl.load(weight + column, column < width, 0.0).to(tl.float32)
     tl.store(out + at, (normed * scale[None, :]).to(value.dtype), mask)
-
-
-@triton.jit
-def gated(gate, up):
-    """``silu(gate) · up``, rounded between the two as separate operations would."""
-    wide = gate.to(tl.float32)
-    activated = (wide / (1.0 + tl.exp(-wide))).to(gate.dtype)
-    return (activated.to(tl.float32) * up.to(tl.float32)).to(gate.dtype)
-
-
-@triton.jit
-def silu_mul_kernel(gate_up, out, width, TILE: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * TILE + tl.arange(0, TILE)
-    mask = column < width
-    gate = tl.load(gate_up + row * 2 * width + column, mask, 0.0)
-    up = tl.load(gate_up + row * 2 * width + width + column, mask, 0.0)
-    tl.store(out + row * width + column, gated(gate, up), mask)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -101,15 +82,3 @@ def _launch(
         **FUSED,
     )
     return out, total
-
-
-def silu_mul(gate_up: Tensor) -> Tensor:
-    """See :func:`nybble.kernels.reference.silu_mul`."""
-    gate_up = gate_up.contiguous()
-    width = gate_up.shape[-1] // 2
-    rows = gate_up.numel() // (2 * width)
-    out = gate_up.new_empty(*gate_up.shape[:-1], width)
-    silu_mul_kernel[(rows, triton.cdiv(width, _SILU_TILE))](
-        gate_up, out, width, TILE=_SILU_TILE, num_warps=4, **FUSED
-    )
-    return out

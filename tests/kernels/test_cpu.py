@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from nybble.kernels import DenseWeight, PackedWeight, ops, reference
+from nybble.kernels.activation import ACTIVATIONS, Activation
 from nybble.kernels.attention_batch import AttentionBatch
 from nybble.kernels.cpu.build import (
     TARGETS,
@@ -255,7 +256,40 @@ def test_norms_and_activation(cpu: CpuLibrary) -> None:
     torch.testing.assert_close(found, expected, rtol=2**-7, atol=0)
     extremes = torch.tensor([[-100.0, -20, -1, 0, 1, 20, 90, 300] * 8]).bfloat16()
     both = torch.cat((extremes, torch.randn(1, 64).bfloat16()), dim=1)
-    torch.testing.assert_close(cpu.silu_mul(both), reference.silu_mul(both), rtol=2**-6, atol=1e-30)
+    found, expected = cpu.gated(both, "silu"), reference.gated(both, "silu")
+    torch.testing.assert_close(found, expected, rtol=2**-6, atol=1e-30)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_activation_is_the_exact_one_rounded_once(
+    cpu: CpuLibrary, activation: Activation
+) -> None:
+    """Of every finite bfloat16 whose square is one too, times one: no second rounding."""
+    every = torch.arange(-(2**15), 2**15).short().view(torch.bfloat16)
+    gate = every[every.abs() < 1e19]  # NaN is not below
+    gate = torch.nn.functional.pad(gate, (0, -len(gate) % 32)).view(-1, 32)
+    found = cpu.gated(torch.cat((gate, torch.ones_like(gate)), dim=1), activation)
+    exact = reference.activate(gate.double(), activation)
+    # What float32 leaves of a negative number's tail is next to nothing.
+    torch.testing.assert_close(found.double(), exact, rtol=2**-8, atol=1e-7)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_neither_hide_nor_make_what_is_not_a_number(
+    cpu: CpuLibrary, activation: Activation
+) -> None:
+    gate = torch.tensor([float("nan"), float("inf"), 1e30, -1e30] * 4).bfloat16()
+    if activation == "relu2":
+        gate[2::4] = 1e19
+    found = cpu.gated(torch.cat((gate, torch.ones(16).bfloat16()))[None], activation)[0]
+    expected = reference.activate(gate.double(), activation).bfloat16()
+    torch.testing.assert_close(found, expected, rtol=2**-7, atol=1e-7, equal_nan=True)
+
+
+def test_an_activation_that_does_not_exist_is_refused(cpu: CpuLibrary) -> None:
+    for kernels in (cpu, reference):
+        with pytest.raises(ValueError, match="'swish': expected one of silu, gelu"):
+            kernels.gated(torch.zeros(1, 32).bfloat16(), "swish")  # type: ignore[arg-type]
 
 
 @given(
@@ -441,7 +475,7 @@ def test_norms_and_products_refuse_what_they_would_misread(cpu: CpuLibrary) -> N
     with pytest.raises(ValueError, match=r"residual: .* \(1, 64\)"):
         cpu.add_rms_norm(x, x[:1], weight, 1e-6)
     with pytest.raises(ValueError, match=r"gate_up: .* \(3, 48\)"):
-        cpu.silu_mul(x[:, :48])
+        cpu.gated(x[:, :48], "silu")
     packed = random_weight(16, 64, 32, "sym", torch.float16, act_order=False, bias=False)
     with pytest.raises(ValueError, match=r"x: .* \(3, 32\)"):
         cpu.packed_matmul(x[:, :32], packed.to_layout("cpu_tiles"))
@@ -466,7 +500,7 @@ def test_norms_of_other_dtypes_and_strides_are_the_references() -> None:
 
 def test_gates_may_have_any_dimensions(cpu: CpuLibrary) -> None:
     gate_up = torch.randn(2, 3, 64).bfloat16()
-    found, expected = cpu.silu_mul(gate_up), reference.silu_mul(gate_up)
+    found, expected = cpu.gated(gate_up, "silu"), reference.gated(gate_up, "silu")
     torch.testing.assert_close(found, expected, rtol=2**-6, atol=1e-30)
 
 

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from nybble.kernels import reference
+from nybble.kernels.activation import ACTIVATIONS, Activation
 from nybble.kernels.attention_batch import AttentionBatch
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 from nybble.kernels.triton import (  # noqa: E402
+    activation,
     attention,
     attention_decode,
     attention_prefill,
@@ -61,10 +63,23 @@ def test_adding_the_residual_rounds_as_the_reference_does(dtype: torch.dtype) ->
 
 
 @dtypes
+@pytest.mark.parametrize("kind", ACTIVATIONS)
 @pytest.mark.parametrize(("rows", "width"), [(1, 1024), (3, 1500), (2, 33)])
-def test_silu_mul_equals_the_reference(dtype: torch.dtype, rows: int, width: int) -> None:
+def test_a_gate_times_what_it_multiplies_equals_the_reference(
+    dtype: torch.dtype, kind: Activation, rows: int, width: int
+) -> None:
     gate_up = 4 * random(rows, 2 * width, dtype=dtype)
-    close(norm.silu_mul(gate_up), reference.silu_mul(gate_up))
+    close(activation.gated(gate_up, kind), reference.gated(gate_up, kind))
+
+
+@pytest.mark.parametrize("kind", ACTIVATIONS)
+def test_activations_of_very_large_numbers_and_of_none_are_the_references(kind: Activation) -> None:
+    gate = torch.tensor([-6e4, -200, -20, 0, 20, 200, float("nan")]).half().to(DEVICE)
+    gate_up = torch.cat((gate, torch.ones_like(gate)))[None]
+    expected = reference.gated(gate_up, kind)
+    torch.testing.assert_close(
+        activation.gated(gate_up, kind), expected, rtol=1e-3, atol=1e-7, equal_nan=True
+    )
 
 
 @dtypes

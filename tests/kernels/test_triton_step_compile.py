@@ -16,7 +16,7 @@ pytest.importorskip("triton", reason="Triton is for Linux")
 def table() -> list[dict[str, Any]]:
     """One row per compiled kernel; the compiler needs a process without the interpreter."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "nybble.kernels.triton.step_report", "--json", "--quick"]
+    command = [sys.executable, "-m", "nybble.kernels.bench.step_report", "--json", "--quick"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)  # type: ignore[no-any-return]
@@ -60,5 +60,5 @@ def test_keys_values_and_adapters_are_loaded_sixteen_bytes_at_a_time() -> None:
     for row in of("decode", "prefill"):
         tile = 1 if row["variant"].startswith("qwen") else 2
         assert row["wide_loads"] >= (3 * tile + 1 if "KV" in row["variant"] else 32), row
-    for row in of("lora shrink", "rotary_store", "silu_mul", "add_rms_norm", "sample"):
+    for row in of("lora shrink", "rotary_store", "gated", "add_rms_norm", "sample"):
         assert row["wide_loads"] >= 2, row

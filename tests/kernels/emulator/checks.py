@@ -24,12 +24,22 @@ from tensor_cores import WARP_GROUP
 from torch import Tensor
 
 from nybble.kernels import PackedWeight, reference
+from nybble.kernels.activation import ACTIVATIONS
 from nybble.kernels.bench.gpu_lora import adapters
 from nybble.kernels.bench.gpu_section import BLOCK, error, in_8_bits, paged
 from nybble.kernels.lora_batch import LoRABatch
 from nybble.kernels.packed import INTEGER_LEVELS, SYMMETRIC_LEVELS, pack_nibbles
 from nybble.kernels.reference import TokenChoice
-from nybble.kernels.triton import attention, dequantize, lora, matmul, norm, rotary, sampling
+from nybble.kernels.triton import (
+    activation,
+    attention,
+    dequantize,
+    lora,
+    matmul,
+    norm,
+    rotary,
+    sampling,
+)
 from nybble.kernels.triton.configs import Config, default_config
 
 CPU = torch.device("cpu")
@@ -86,9 +96,10 @@ def check_matmul(capability: int, everything: bool) -> Iterator[Found]:
             if turn != number % 3:
                 continue
             gated = weight.to_layout("gpu_gated_tiles")
-            after = norm.silu_mul(matmul.packed_matmul(x, gated, config))
-            yield f"{name} gated", after, reference.silu_mul(expected)
-            within = matmul.packed_matmul(x, gated, config, silu_mul=True)
+            kind = ACTIVATIONS[number % len(ACTIVATIONS)]
+            after = activation.gated(matmul.packed_matmul(x, gated, config), kind)
+            yield f"{name} gated by {kind}", after, reference.gated(expected, kind)
+            within = matmul.packed_matmul(x, gated, config, kind)
             yield f"{name}: the same within the product", within.float(), after.double()
 
 
@@ -172,7 +183,9 @@ def check_norm(capability: int, everything: bool) -> Iterator[Found]:
             yield f"add_rms_norm {name}", found, expected
             yield f"add_rms_norm {name}: the sum", total.float(), (x + residual).double()
             if dtype != torch.float32:
-                yield f"silu_mul {name}", norm.silu_mul(x), reference.silu_mul(x.double())
+                for kind in ACTIVATIONS:
+                    found, expected = activation.gated(x, kind), reference.gated(x.double(), kind)
+                    yield f"gated {kind} {name}", found, expected
 
 
 def check_sampling(capability: int, everything: bool) -> Iterator[Found]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 from nybble.kernels import PackedWeight, reference
+from nybble.kernels.activation import ACTIVATIONS
 from nybble.kernels.bench.gpu_lora import adapters
 from nybble.kernels.bench.gpu_section import in_8_bits, paged
 from nybble.kernels.lora import lora_add_reference
@@ -85,8 +86,9 @@ def draw_matmul(pick: Random, capability: int) -> Iterator[Found]:
         return  # the tuner passes over it
     yield name, found, expected
     if gated:
-        halves = matmul.packed_matmul(x, laid_out, config, silu_mul=True)
-        yield f"{name} SiLU·mul", halves, reference.silu_mul(found.double())
+        kind = pick.choice(ACTIVATIONS)
+        halves = matmul.packed_matmul(x, laid_out, config, kind)
+        yield f"{name} {kind}", halves, reference.gated(found.double(), kind)
 
 
 def draw_dequantize(pick: Random, capability: int) -> Iterator[Found]:

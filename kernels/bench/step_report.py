@@ -1,6 +1,6 @@
 """What the compiler makes of the kernels between the matmuls, for GPUs that need not be present.
 
-``python -m nybble.kernels.triton.step_report [--capability 90 …] [--json]`` compiles every kernel
+``python -m nybble.kernels.bench.step_report [--capability 90 …] [--json]`` compiles every kernel
 at the sizes of a model family and prints registers, shared memory, spills and the instructions that
 matter. ``--quick`` leaves out sizes that compile alike.
 """
@@ -13,7 +13,10 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 
+from nybble.kernels.activation import ACTIVATIONS
+from nybble.kernels.bench.cubin import COMPILERS, TENSOR_CORE, Report, compile_kernel
 from nybble.kernels.triton import (
+    activation,
     attention_decode,
     attention_prefill,
     lora,
@@ -21,7 +24,6 @@ from nybble.kernels.triton import (
     rotary,
     sampling,
 )
-from nybble.kernels.triton.cubin import COMPILERS, TENSOR_CORE, Report, compile_kernel
 
 CAPABILITIES = (80, 89, 90, 100)
 # Query heads per KV head, and head_dim.
@@ -204,14 +206,15 @@ def _elementwise(half: str, capability: int) -> Iterator[Row]:
             aligned=("width",),
         )
         yield Row.of("add_rms_norm", f"width {width}", capability, report)
-    report = compile_kernel(
-        norm.silu_mul_kernel,
-        {"gate_up": half, "out": half, "width": "i32"},
-        {"TILE": 1024},
-        capability=capability,
-        aligned=("width",),
-    )
-    yield Row.of("silu_mul", "", capability, report)
+    for name in ACTIVATIONS:
+        report = compile_kernel(
+            activation.gated_kernel,
+            {"gate_up": half, "out": half, "width": "i32"},
+            {"ACTIVATION": name, "TILE": 1024},
+            capability=capability,
+            aligned=("width",),
+        )
+        yield Row.of("gated", name, capability, report)
     arrays = dict.fromkeys(("q", "k", "v", "k_cache", "v_cache"), half)
     strides = ("q_stride", "k_stride", "v_stride")
     report = compile_kernel(
