@@ -17,7 +17,7 @@ from nybble.models.architecture import (
     Rope,
     UnsupportedModelError,
 )
-from nybble.models.registry import architecture_of, supported_families
+from nybble.models.registry import architecture_of, require_family, supported_families
 
 __all__ = [
     "Activation",
@@ -32,5 +32,6 @@ __all__ = [
     "Rope",
     "UnsupportedModelError",
     "architecture_of",
+    "require_family",
     "supported_families",
 ]
