@@ -143,6 +143,7 @@ def finetune(
         raise FileNotFoundError(f"{saved} is not there: there is no training run to resume")
     if not resume and out.exists() and any(out.iterdir()):
         raise FileExistsError(f"{out} is not empty; resume, or give another folder")
+    source = open_checkpoint(base)
     tokenizer = AutoTokenizer.from_pretrained(base)
     examples = read_examples(data, tokenizer, max_length=settings.max_length)
     if eval_data is None:
@@ -151,7 +152,7 @@ def finetune(
         held_out = read_examples(eval_data, tokenizer, max_length=settings.max_length)
     torch.manual_seed(settings.seed)
     device = device or torch.device("cpu")
-    model = load_packed_model(open_checkpoint(base), device=device, dtype=dtype)
+    model = load_packed_model(source, device=device, dtype=dtype)
     layers = add_lora(model, settings.lora)
     if settings.gradient_checkpointing:
         checkpoint_activations(model)

@@ -15,8 +15,9 @@ from nybble.kernels import DenseWeight, PackedWeight
 from nybble.kernels.packed import stack_outputs
 from nybble.loaders.errors import CheckpointError
 from nybble.loaders.formats import FORMATS, Format, format_of
+from nybble.loaders.formats.settings import read_object
 from nybble.loaders.shards import Shards
-from nybble.models import architecture_of
+from nybble.models import architecture_of, require_family
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +51,8 @@ class Checkpoint(Protocol):
 def open_checkpoint(folder: Path) -> Checkpoint:
     """Open a folder with config.json and safetensors files in any supported format.
 
-    Raises CheckpointError where something is missing, corrupt or unsupported.
+    Raises CheckpointError if something is missing, corrupt or unsupported, and
+    UnsupportedModelError naming the families that are supported.
     """
     path = folder / "config.json"
     if (folder / "nybble.json").is_file():
@@ -60,11 +62,13 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         return PackedCheckpoint(folder)
     if not path.is_file():
         raise CheckpointError(f"{folder} has no config.json: not a model folder")
+    require_family(read_object(path).get("model_type"))
+    format = format_of(folder)
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # each model's validators raise what they like
         raise CheckpointError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
-    return FolderCheckpoint(folder, config, format_of(folder))
+    return FolderCheckpoint(folder, config, format)
 
 
 class FolderCheckpoint:
@@ -81,8 +85,9 @@ class FolderCheckpoint:
         """Look at the names of all tensors.
 
         Raises CheckpointError for one that nothing here reads, and for one that a quantized module
-        lacks: what is passed over in silence would make the model another one.
+        or the family needs: what is passed over in silence would make the model another one.
         """
+        biased = {name for name, linear in self.architecture.linears.items() if linear.bias}
         ignored: frozenset[str] = self.quantization.ignored if self.quantization else frozenset()
         unused: list[str] = []
         for module, leaves in shards.modules.items():
@@ -91,6 +96,11 @@ class FolderCheckpoint:
                 known = self.quantization.required | self.quantization.optional | {"bias"}
                 for leaf in sorted(self.quantization.required.difference(leaves)):
                     raise CheckpointError(f"{self.folder} has no tensor {module}.{leaf}")
+            if module in biased and "bias" not in leaves:
+                family = self.architecture.family
+                raise CheckpointError(
+                    f"{self.folder} has no tensor {module}.bias, which {family} models have"
+                )
             for leaf, name in leaves.items():
                 if leaf in ignored:
                     unused.append(name)

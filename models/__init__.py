@@ -16,7 +16,7 @@ from nybble.models.architecture import (
     Rope,
     UnsupportedModelError,
 )
-from nybble.models.registry import architecture_of, supported_families
+from nybble.models.registry import architecture_of, require_family, supported_families
 
 __all__ = [
     "Architecture",
@@ -30,5 +30,6 @@ __all__ = [
     "Rope",
     "UnsupportedModelError",
     "architecture_of",
+    "require_family",
     "supported_families",
 ]

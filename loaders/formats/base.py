@@ -12,7 +12,13 @@ from torch import Tensor
 
 from nybble.kernels import DenseWeight, PackedWeight
 from nybble.loaders.errors import CheckpointError
-from nybble.loaders.formats.affine import AffineSizes, AffineWeight, packed_bytes
+from nybble.loaders.formats.affine import (
+    AffineSizes,
+    AffineWeight,
+    consecutive_groups,
+    packed_bytes,
+    words_for,
+)
 from nybble.loaders.formats.codebook import BLOCKSIZE, CodebookWeight, QuantType
 from nybble.loaders.formats.settings import Settings
 from nybble.loaders.shards import Shards, TensorHeader
@@ -176,6 +182,14 @@ class AffineFormat(WritableFormat):
     def written(self) -> WriteOptions:
         return WriteOptions(group_size=self.group_size, sym=self.sym)
 
+    def check_sizes(self, out: int, columns: int) -> None:
+        size, word = self.group_of(columns), words_for(self.bits)
+        if columns % size or columns % word or out % word:
+            raise ValueError(
+                f"{out} outputs and {columns} inputs do not divide into groups of {size} "
+                f"inputs and words of {word}"
+            )
+
     @abstractmethod
     def sizes(self, leaves: Mapping[str, TensorHeader]) -> AffineSizes:
         """Of a module, from its tensors' headers."""
@@ -212,3 +226,20 @@ def read_words(shards: Shards, name: str) -> Tensor:
             "matrix"
         )
     return words
+
+
+def read_groups(shards: Shards, module: str, leaf: str, columns: int, group_size: int) -> Tensor:
+    """The group of every input, int64 ``(columns,)``: in order if the module does not have ``leaf``.
+
+    Raises CheckpointError if the tensor does not fill every group.
+    """
+    in_order, name = consecutive_groups(columns, group_size), f"{module}.{leaf}"
+    if name not in shards:
+        return in_order
+    given = shards.read(name, (columns,)).long()
+    if not torch.equal(given.sort().values, in_order):
+        raise CheckpointError(
+            f"{shards.folder}: {name} does not put {group_size} features into each of "
+            f"{int(in_order[-1]) + 1} groups"
+        )
+    return given
