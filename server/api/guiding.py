@@ -10,7 +10,7 @@ from nybble.server.api.chat_schema import ResponseFormat
 from nybble.server.api.compile_pool import CompilePool
 from nybble.server.api.schema import Sampling
 from nybble.server.api.tools import Tools
-from nybble.server.errors import ApiError
+from nybble.server.http.errors import ApiError
 
 _ANY_OBJECT: dict[str, Any] = {"type": "object"}
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from nybble.server.api.chat_schema import Message
 from nybble.server.api.schema import Prompt
-from nybble.server.errors import ApiError
+from nybble.server.http.errors import ApiError
 from nybble.server.templates import TemplateFailedError, TemplateRefusedError, TemplateRenderer
 
 T = TypeVar("T")

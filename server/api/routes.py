@@ -12,7 +12,6 @@ from aiohttp import web
 
 from nybble import __version__
 from nybble.engine import Engine, GrammarCompiler, ParameterError, SamplingParams
-from nybble.server.admission import Admission
 from nybble.server.api.chat import ChatShape
 from nybble.server.api.chat_schema import ChatRequest, DetokenizeRequest, TokenizeRequest
 from nybble.server.api.compile_pool import CompilePool
@@ -31,12 +30,13 @@ from nybble.server.api.responses_schema import ResponsesRequest
 from nybble.server.api.schema import CompletionRequest, Prompt
 from nybble.server.api.token_bytes import TokenBytes
 from nybble.server.api.tools import Tools, tools_of
-from nybble.server.errors import ApiError
-from nybble.server.gate import Gate
-from nybble.server.limits import Limiter
-from nybble.server.metrics import Metrics
+from nybble.server.http.errors import ApiError
+from nybble.server.http.gate import Gate
+from nybble.server.observability.metrics import Metrics
 from nybble.server.templates import TemplateRenderer
-from nybble.server.tenants import TENANT, Tenant
+from nybble.server.tenancy.admission import Admission
+from nybble.server.tenancy.limits import Limiter
+from nybble.server.tenancy.tenants import TENANT, Tenant
 
 # OpenAI's default for completions; chat goes on to the end of the context.
 _COMPLETION_MAX_TOKENS = 16

@@ -11,7 +11,7 @@ from nybble.engine import GrammarCompiler, GrammarGuide
 from nybble.engine.guide import JSON_OPTIONS
 from nybble.server.api.chat_schema import ChatRequest, NamedToolChoice, Tool
 from nybble.server.api.tool_parser import CLOSE, OPEN, Convention, ToolParser
-from nybble.server.errors import ApiError
+from nybble.server.http.errors import ApiError
 
 
 class Tools:

@@ -15,9 +15,10 @@ from transformers.quantizers.auto import AutoQuantizationConfig
 
 from nybble.kernels import PackedWeight
 from nybble.loaders import CheckpointError, open_checkpoint
+from nybble.loaders.formats import AffineWeight
 from nybble.quantizers import GptqSettings, quantize_checkpoint
-from nybble.quantizers.affine import AffineWeight, grid
-from nybble.quantizers.blocks import STAGES, DecoderBlocks, linear_layer, output_error
+from nybble.quantizers.affine import grid
+from nybble.quantizers.blocks import DecoderBlocks, linear_layer, output_error
 from nybble.quantizers.gptq import gptq, inverse_factor
 from nybble.quantizers.rtn import quantize_affine
 
@@ -173,11 +174,11 @@ def layer_errors_by_rounding(source: Path, tokens: Tensor, group_size: int) -> d
     errors = {}
     for index in range(len(blocks)):
         block = blocks.load(index)
-        statistics = blocks.statistics(block, hidden, [stage[0] for stage in STAGES])
+        statistics = blocks.statistics(block, hidden, [g.linears[0].name for g in blocks.groups(0)])
         hidden = blocks.outputs(block, hidden)
-        for stage in STAGES:
-            moment = statistics[stage[0]].second_moment
-            for name in stage:
+        for group in blocks.groups(index):
+            moment = statistics[group.linears[0].name].second_moment
+            for name in (linear.name for linear in group.linears):
                 weight = linear_layer(block, name).weight.float()
                 rounded = quantize_affine(weight, group_size, sym=False).dequantize()
                 errors[f"model.layers.{index}.{name}"] = output_error(
@@ -243,7 +244,9 @@ def test_the_checkpoint_loads_back_as_it_was_computed(
     block, name = blocks.load(0), "self_attn.q_proj"
     moment = blocks.statistics(block, blocks.embed(tokens), [name])[name].second_moment
     parts = [linear_layer(block, f"self_attn.{part}_proj").weight.float() for part in "qkv"]
-    expected = gptq(torch.cat(parts), moment, 32, sym=sym, bits=bits, settings=settings)
+    expected = gptq(
+        torch.cat(parts), moment, 32, sym=sym, bits=bits, least_zero=1, settings=settings
+    )
     loaded = dict(open_checkpoint(tmp_path / "q").weights())["model.layers.0.self_attn.qkv_proj"]
     assert isinstance(loaded, PackedWeight)
     assert (loaded.perm is not None) == (desc_act or bits == 8)
@@ -306,11 +309,11 @@ def test_what_does_not_fit_is_refused_by_name(
         quantize(format="gptq", group_size=32, calibration=calibration(1, 1024))
     with pytest.raises(ValueError, match="nf4 takes no calibration text"):
         quantize(format="nf4", calibration=calibration())
-    with pytest.raises(ValueError, match="settings need the format gptq and calibration text"):
+    with pytest.raises(ValueError, match="settings need a format that GPTQ calibrates"):
         quantize(format="gptq", settings=GptqSettings())
     with pytest.raises(ValueError, match="bits is 5, expected one of 2, 3, 4, 8"):
         quantize(format="gptq", bits=5)
-    with pytest.raises(ValueError, match="8 bits are for gptq: awq has 4"):
+    with pytest.raises(ValueError, match="bits is for gptq, not for awq"):
         quantize(format="awq", bits=8)
     with pytest.raises(CheckpointError, match=r"48 outputs .* do not divide .* words of 32"):
         quantize_checkpoint(
@@ -321,7 +324,7 @@ def test_what_does_not_fit_is_refused_by_name(
             group_size=16,
             progress=False,
         )
-    with pytest.raises(ValueError, match="double_quant is for nf4 and fp4, not awq"):
+    with pytest.raises(ValueError, match="double_quant is for nf4, fp4, not for awq"):
         quantize(format="awq", double_quant=True)
     assert not (tmp_path / "q").exists()
     assert not (tmp_path / "q.partial").exists()
@@ -336,7 +339,7 @@ def test_an_affine_weight_is_cut_by_outputs() -> None:
 
 def test_the_first_tokens_of_a_sequence_can_be_left_out(tiny_model: Callable[..., Path]) -> None:
     blocks = DecoderBlocks(tiny_model(), torch.device("cpu"), 64)
-    block, hidden = blocks.load(0), blocks.embed(calibration())
+    hidden, block = blocks.embed(calibration()), blocks.load(0)
     name = "self_attn.q_proj"
     before = blocks.statistics(block, hidden, [name], first=1)[name]
     hidden[:, 0] = torch.randn(hidden.shape[-1]).bfloat16()

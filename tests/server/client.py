@@ -12,8 +12,8 @@ from aiohttp.test_utils import TestClient, TestServer
 
 from nybble.engine import Engine
 from nybble.server.app import make_app
-from nybble.server.gate import Gate
-from nybble.server.settings import ServerSettings
+from nybble.server.http.gate import Gate
+from nybble.server.lifecycle.settings import ServerSettings
 from nybble.server.templates import TemplateRenderer
 
 Client = TestClient[web.Request, web.Application]

@@ -9,7 +9,6 @@ import typer
 
 from nybble.server.cli.errors import expected_errors, interruptible
 from nybble.server.cli.options import AliasesOption, DeviceOption, TextOption
-from nybble.server.cli.text_tokens import text_tokens
 
 EvaluationPart = Literal["validation", "held-out"]
 
@@ -55,6 +54,7 @@ def evaluate(
         from nybble.engine import resolve_device
         from nybble.loaders import resolve_model
         from nybble.quantizers import evaluate as measure
+        from nybble.quantizers.corpus import text_tokens
 
         if baseline is not None and baseline not in models:
             raise ValueError(f"--baseline {baseline} is not one of the models to compare")
