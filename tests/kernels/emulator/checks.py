@@ -254,6 +254,24 @@ def outcomes(
     return found
 
 
+def outcomes_on(
+    capability: int,
+    families: list[str],
+    orders: Callable[[int, str], list[Timing]],
+    everything: bool,
+    without: str,
+) -> list[str]:
+    """All families' on one GPU."""
+    # Ada differs from Ampere in 8-bit floats alone.
+    own = [each for each in families if capability != 89 or each in ("attention", "rotary")]
+    return [
+        outcome
+        for family in own
+        for timing in orders(capability, family)
+        for outcome in outcomes(family, capability, timing, everything, without)
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--capability", type=int, nargs="*", default=(80, 89, 90, 100))
@@ -262,17 +280,11 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one order of things, not two")
     parser.add_argument("--without", default="", help="leave this instruction out")
     arguments = parser.parse_args()
-    jobs = [
-        (family, capability, timing, arguments.all, arguments.without)
-        for family in arguments.families
-        for capability in arguments.capability
-        # Ada differs from Ampere in 8-bit floats alone.
-        if capability != 89 or family in ("attention", "rotary")
-        for timing in (quick_timings if arguments.quick else timings)(capability, family)
-    ]
+    orders = quick_timings if arguments.quick else timings
     # A process compiles for one GPU.
     with ProcessPoolExecutor(2, get_context("spawn"), max_tasks_per_child=1) as pool:
-        for future in [pool.submit(outcomes, *job) for job in jobs]:
+        options = (arguments.families, orders, arguments.all, arguments.without)
+        for future in [pool.submit(outcomes_on, each, *options) for each in arguments.capability]:
             print(*future.result(), sep="\n", flush=True)
 
 
