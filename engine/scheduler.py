@@ -37,9 +37,9 @@ from nybble.engine.sequence import NOTHING_CACHED, CachedPrefix, Sequence, Seque
 _MAX_OVERTAKEN = 32
 # Blocks of a waiting prompt that are looked up in the prefix cache in one step, on average.
 _LOOKUPS_PER_STEP = 64
-# Tokens that each running sequence must have room for before another is admitted. Measured: without
-# any room there are 0.7 to 2 preemptions a request where more waits than fits, with room for 32
-# tokens 0.0 to 0.06. Room for more leaves blocks unused.
+# Tokens that each running sequence must have room for before another is admitted. In simulations of
+# four loads of which more waits than fits, none, 32 and 128 tokens gave 0.6 to 3.4, 0.0 to 1.2 and
+# 0.0 to 0.4 preemptions a request; 128 computed up to a fifth less in the same time than 32.
 _LOOKAHEAD = 32
 _ROUNDING = 1e-6  # shares of a slot add up to one only nearly
 
