@@ -92,9 +92,11 @@ def rotary_store(
     slot_mapping: Tensor,
     k_scales: Tensor | None = None,
     v_scales: Tensor | None = None,
+    *,
     interleaved: bool = False,
 ) -> None:
     """See :func:`nybble.kernels.reference.rotary_store`. Heads of a row must be contiguous."""
+    inputs = q, k, v, cos, sin, k_cache, v_cache, slot_mapping
     if _on_gpu(q):
         from nybble.kernels.triton import rotary
 
@@ -102,10 +104,9 @@ def rotary_store(
     else:
         cpu = _cpu(q.shape[-1], 16, q, k, v, k_cache, v_cache)
         if cpu and k_scales is None:
-            caches = k_cache, v_cache
-            return cpu.rotary_store(q, k, v, cos, sin, *caches, slot_mapping, interleaved)
+            return cpu.rotary_store(*inputs, interleaved=interleaved)
         kernel = reference.rotary_store
-    kernel(q, k, v, cos, sin, k_cache, v_cache, slot_mapping, k_scales, v_scales, interleaved)
+    kernel(*inputs, k_scales, v_scales, interleaved=interleaved)
 
 
 def paged_attention(

@@ -101,6 +101,7 @@ def rotary_store(
     slot_mapping: Tensor,
     k_scales: Tensor | None = None,
     v_scales: Tensor | None = None,
+    *,
     interleaved: bool = False,
 ) -> None:
     """Rotate ``q`` in place; write rotated ``k`` and ``v`` into the caches (Su et al. 2021).

@@ -190,6 +190,7 @@ class CpuLibrary:
         k_cache: Tensor,
         v_cache: Tensor,
         slot_mapping: Tensor,
+        *,
         interleaved: bool = False,
     ) -> None:
         """cos and sin are float32."""

@@ -33,7 +33,7 @@ def _load_head(
         mask = heads[:, None] & (lane < ROTARY_DIM // 2)[None, :]
         first = tl.load(x[:, None] + lane[None, :], mask, 0.0)
         second = tl.load(x[:, None] + ROTARY_DIM // 2 + lane[None, :], mask, 0.0)
-    parts = (first, second)
+    parts = (first, second)  # type: tuple[object, ...]
     if REST > 0:
         lane = tl.arange(0, REST_PADDED)
         mask = heads[:, None] & (lane < REST)[None, :]
@@ -84,10 +84,9 @@ def _turned(parts, cos, sin, ROTARY_DIM: tl.constexpr, HALF: tl.constexpr):
         tl.load(sin + ROTARY_DIM // 2 + lane, inside, 0.0)[None, :],
     )
     a, b = first.to(tl.float32), second.to(tl.float32)
-    turned = (
-        (a * cos_first - b * sin_first).to(first.dtype),
-        (b * cos_second + a * sin_second).to(second.dtype),
-    )
+    first = (a * cos_first - b * sin_first).to(first.dtype)
+    second = (b * cos_second + a * sin_second).to(second.dtype)
+    turned = (first, second)  # type: tuple[object, ...]
     if len(parts) > 2:
         turned += (parts[2],)
     return turned
@@ -182,6 +181,7 @@ def rotary_store(
     slot_mapping: Tensor,
     k_scales: Tensor | None = None,
     v_scales: Tensor | None = None,
+    *,
     interleaved: bool = False,
 ) -> None:
     """See :func:`nybble.kernels.reference.rotary_store`. Heads of a row must be contiguous."""

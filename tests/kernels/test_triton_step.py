@@ -247,7 +247,8 @@ def test_8_bit_caches_hold_each_head_to_its_precision_and_are_attended_as_they_s
         q, k, v = fused.clone().split([4, kv_heads, kv_heads], dim=1)
         caches = torch.zeros(2, blocks, kv_heads, block_size, dim, dtype=kept, device=DEVICE)
         scales = torch.zeros(2, blocks, kv_heads, block_size, device=DEVICE)
-        function(q, k, v, angle.cos(), angle.sin(), *caches, slots, *scales, interleaved)
+        options = {"interleaved": interleaved}
+        function(q, k, v, angle.cos(), angle.sin(), *caches, slots, *scales, **options)
         results.append((caches, scales))
     (caches, scales), (found, found_scales) = results
     torch.testing.assert_close(found_scales, scales)
