@@ -24,21 +24,47 @@ def packed_matmul(x: Tensor, weight: PackedWeight) -> Tensor:
     return out.to(x.dtype)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
     """Root-mean-square norm of the last dimension (Zhang and Sennrich 2019).
 
     Computed in float32 and rounded to the dtype of ``x`` before the multiplication by ``weight``,
-    as the Llama family does it.
+    as the Llama family does it. With an ``offset``, by ``offset + weight`` in float32 and rounded
+    once, as Gemma does it with an offset of 1.
     """
     wide = x.float()
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    if offset:
+        return (normed * (offset + weight.float())).to(x.dtype)
     return weight * normed.to(x.dtype)
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """``(rms_norm(x + residual), x + residual)``."""
     total = x + residual
-    return rms_norm(total, weight, eps), total
+    return rms_norm(total, weight, eps, offset), total
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """Layer norm of the last dimension (Ba et al. 2016), computed in float32 and rounded once.
+
+    weight and bias: ``(width,)``; a weight may also be ``(heads, width)``, without a bias, for x
+    ``(..., heads, width)``, as Cohere norms queries and keys. If a checkpoint's weight is around
+    zero (Nemotron's layernorm1p), it is one more here.
+    """
+    if weight.dim() > 1:
+        normed = torch.nn.functional.layer_norm(x.float(), x.shape[-1:], eps=eps)
+        return (normed * weight.float()).to(x.dtype)
+    return torch.nn.functional.layer_norm(x, weight.shape, weight, bias, eps)
+
+
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """``(layer_norm(x + residual), x + residual)``."""
+    total = x + residual
+    return layer_norm(total, weight, bias, eps), total
 
 
 def activate(x: Tensor, activation: Activation) -> Tensor:
@@ -75,26 +101,36 @@ def rotary_store(
     slot_mapping: Tensor,
     k_scales: Tensor | None = None,
     v_scales: Tensor | None = None,
+    *,
+    interleaved: bool = False,
 ) -> None:
-    """Rotate ``q`` in place; write rotated ``k`` and ``v`` into the caches.
+    """Rotate ``q`` in place; write rotated ``k`` and ``v`` into the caches (Su et al. 2021).
 
     q ``(tokens, q_heads, head_dim)``, k and v ``(tokens, kv_heads, head_dim)``; cos and sin
-    float32 ``(tokens, head_dim)``; caches ``(blocks, kv_heads, block_size, head_dim)``;
+    float32 ``(tokens, rotary_dim)``; caches ``(blocks, kv_heads, block_size, head_dim)``;
     slot_mapping int64 ``(tokens,)``: block · block_size + offset, or −1 to write nothing.
+
+    The first rotary_dim elements of a head are rotated, the others are left as they are. Pair i is
+    elements i and i + rotary_dim / 2; or 2i and 2i + 1, if ``interleaved``. Either way entries i
+    and i + rotary_dim / 2 of cos and sin are those of its two elements.
 
     Caches of int8 or float8_e4m3fn come with k_scales and v_scales, float32 ``(blocks, kv_heads,
     block_size)``: each head of each token is scaled so that its largest magnitude becomes the
     dtype's, 127 or 448.
     """
+    check_rotary_dim(cos.shape[-1], q.shape[-1])
     block_size = k_cache.shape[2]
     kept = slot_mapping >= 0
     blocks, offsets = slot_mapping[kept] // block_size, slot_mapping[kept] % block_size
-    stored = (_rotate(k, cos, sin)[kept], k_cache, k_scales), (v[kept], v_cache, v_scales)
+    stored = (
+        (_rotate(k, cos, sin, interleaved)[kept], k_cache, k_scales),
+        (v[kept], v_cache, v_scales),
+    )
     for values, cache, scales in stored:
         if scales is not None:
             values, scales[blocks, :, offsets] = _scaled(values, cache.dtype)
         cache[blocks, :, offsets] = values.to(cache.dtype)
-    q.copy_(_rotate(q, cos, sin))
+    q.copy_(_rotate(q, cos, sin, interleaved))
 
 
 def _scaled(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -105,11 +141,23 @@ def _scaled(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return torch.floor(wide + 0.5) if dtype == torch.int8 else wide, peak / most
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    wide = x.float()
-    low, high = wide.chunk(2, dim=-1)
-    turned = torch.cat((-high, low), dim=-1)
-    return (wide * cos[:, None] + turned * sin[:, None]).to(x.dtype)
+def check_rotary_dim(rotary_dim: int, head_dim: int) -> None:
+    """Raises ValueError if no pairs of a head are those of cos and sin."""
+    if rotary_dim % 2 or not 0 < rotary_dim <= head_dim:
+        raise ValueError(
+            f"cos and sin have {rotary_dim} entries for a token: expected an even number, "
+            f"at most the head_dim of {head_dim}"
+        )
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    rotary_dim = cos.shape[-1]
+    wide = x[..., :rotary_dim].float()
+    low, high = (wide[..., 0::2], wide[..., 1::2]) if interleaved else wide.chunk(2, dim=-1)
+    (cos_low, cos_high), (sin_low, sin_high) = (t[:, None].chunk(2, dim=-1) for t in (cos, sin))
+    turned = low * cos_low - high * sin_low, high * cos_high + low * sin_high
+    rotated = torch.stack(turned, -1).flatten(-2) if interleaved else torch.cat(turned, -1)
+    return torch.cat((rotated.to(x.dtype), x[..., rotary_dim:]), dim=-1)
 
 
 def paged_attention(

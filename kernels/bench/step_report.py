@@ -195,17 +195,23 @@ def _lora(half: str, max_rank: int, rows_: int, capability: int) -> Iterator[Row
 
 
 def _elementwise(half: str, capability: int) -> Iterator[Row]:
-    for width, per_program in ((5120, 1), (128, 16)):
+    for width, per_program, offset in ((5120, 1, 0.0), (128, 16, 0.0), (5120, 1, 1.0)):
+        warps = 16 if per_program == 1 else 4
         report = compile_kernel(
             norm.rms_norm_kernel,
             dict.fromkeys(("x", "residual", "weight", "out", "total"), half)
             | {"rows": "i32", "width": "i32", "eps": "fp32"},
-            {"HAS_RESIDUAL": True, "ROWS": per_program, "WIDTH": 8192 if per_program == 1 else 128},
+            {
+                "OFFSET": offset,
+                "HAS_RESIDUAL": True,
+                "ROWS": per_program,
+                "WIDTH": 8192 if per_program == 1 else 128,
+            },
             capability=capability,
-            num_warps=16 if per_program == 1 else 4,
+            num_warps=warps,
             aligned=("width",),
         )
-        yield Row.of("add_rms_norm", f"width {width}", capability, report)
+        yield Row.of("add_rms_norm", f"width {width}, offset {offset}", capability, report)
     for name in ACTIVATIONS:
         report = compile_kernel(
             activation.gated_kernel,
@@ -217,17 +223,20 @@ def _elementwise(half: str, capability: int) -> Iterator[Row]:
         yield Row.of("gated", name, capability, report)
     arrays = dict.fromkeys(("q", "k", "v", "k_cache", "v_cache"), half)
     strides = ("q_stride", "k_stride", "v_stride")
-    report = compile_kernel(
-        rotary.rotary_store_kernel,
-        arrays
-        | dict.fromkeys(("k_scales", "v_scales"), half)
-        | {"cos": "*fp32", "sin": "*fp32", "slot_mapping": "*i64"}
-        | dict.fromkeys((*strides, "q_heads", "kv_heads"), "i32"),
-        {"DIM": 128, "BLOCK_SIZE": 16, "HEADS": 8, "HALF": 64, "QUANTIZED": False},
-        capability=capability,
-        aligned=strides,
-    )
-    yield Row.of("rotary_store", "head_dim 128", capability, report)
+    for dim, rotary_dim, interleaved in ((128, 128, False), (256, 128, True)):
+        constants = rotary.rotary_constants(dim, rotary_dim)
+        report = compile_kernel(
+            rotary.rotary_store_kernel,
+            arrays
+            | dict.fromkeys(("k_scales", "v_scales"), half)
+            | {"cos": "*fp32", "sin": "*fp32", "slot_mapping": "*i64"}
+            | dict.fromkeys((*strides, "q_heads", "kv_heads"), "i32"),
+            constants | {"BLOCK_SIZE": 16, "INTERLEAVED": interleaved, "QUANTIZED": False},
+            capability=capability,
+            aligned=strides,
+        )
+        variant = f"head_dim {dim}, {rotary_dim} rotated" + ", interleaved" * interleaved
+        yield Row.of("rotary_store", variant, capability, report)
     report = compile_kernel(
         sampling.sample_kernel,
         {"logits": "*fp32", "choices": "*fp64", "tokens": "*i64", "vocab": "i32", "stride": "i32"},

@@ -60,9 +60,10 @@ void gated(Function activation, const bf16* gate_up, bf16* out, int64_t rows, in
 
 extern "C" {
 
-// normed = rms_norm(x + residual) · weight; residual (may be null) is updated in place to the sum.
+// normed = rms_norm(x + residual) · (offset + weight); residual (may be null) is updated in place to
+// the sum.
 void nybble_rms_norm(const bf16* x, bf16* residual, const bf16* weight, bf16* out, int64_t rows,
-                     int64_t width, float eps) {
+                     int64_t width, float eps, float offset) {
     for (int64_t r = 0; r < rows; ++r) {
         const bf16* row = x + r * width;
         if (residual) {
@@ -77,10 +78,16 @@ void nybble_rms_norm(const bf16* x, bf16* residual, const bf16* weight, bf16* ou
             squares = fma(v, v, squares);
         }
         const Floats inverse = broadcast(1.0f / std::sqrt(sum(squares) / width + eps));
-        for (int64_t i = 0; i < width; i += 16) {
-            bf16* target = out + r * width + i;
-            store_bf16(target, load_bf16(row + i) * inverse);
-            store_bf16(target, load_bf16(target) * load_bf16(weight + i));
+        bf16* target = out + r * width;
+        if (offset == 0.0f) {
+            for (int64_t i = 0; i < width; i += 16) {  // rounded before the product too
+                store_bf16(target + i, load_bf16(row + i) * inverse);
+                store_bf16(target + i, load_bf16(target + i) * load_bf16(weight + i));
+            }
+        } else {
+            const Floats added = broadcast(offset);
+            for (int64_t i = 0; i < width; i += 16)
+                store_bf16(target + i, load_bf16(row + i) * inverse * (added + load_bf16(weight + i)));
         }
     }
 }
@@ -99,18 +106,28 @@ void nybble_gated(const bf16* gate_up, bf16* out, int64_t rows, int64_t width, i
 // Rotates q in place and stores rotated k and v. Row strides are in elements.
 void nybble_rotary_store(bf16* q, const bf16* k, const bf16* v, const float* cos, const float* sin,
                          bf16* k_cache, bf16* v_cache, const int64_t* slots, int64_t tokens,
-                         int64_t q_heads, int64_t kv_heads, int64_t dim, int64_t block_size,
-                         int64_t q_stride, int64_t k_stride, int64_t v_stride) {
-    const int64_t half = dim / 2;
+                         int64_t q_heads, int64_t kv_heads, int64_t dim, int64_t rotary_dim,
+                         int64_t block_size, int64_t q_stride, int64_t k_stride, int64_t v_stride,
+                         int interleaved) {
+    const int64_t half = rotary_dim / 2;
     auto rotate = [&](const bf16* in, bf16* out, const float* c, const float* s) {
-        for (int64_t i = 0; i < half; i += 16) {
+        int64_t i = 0;
+        for (; !interleaved && i + 16 <= half; i += 16) {
             const Floats low = load_bf16(in + i), high = load_bf16(in + half + i);
             store_bf16(out + i, fnma(high, load(s + i), low * load(c + i)));
             store_bf16(out + half + i, fma(low, load(s + half + i), high * load(c + half + i)));
         }
+        for (; i < half; ++i) {  // neighbours, and what fills no vector
+            const int64_t a = interleaved ? 2 * i : i, b = interleaved ? 2 * i + 1 : half + i;
+            const float low = to_float(in[a]), high = to_float(in[b]);
+            out[a] = to_bf16(low * c[i] - high * s[i]);
+            out[b] = to_bf16(high * c[half + i] + low * s[half + i]);
+        }
+        if (in != out)
+            std::memcpy(out + rotary_dim, in + rotary_dim, (dim - rotary_dim) * sizeof(bf16));
     };
     for (int64_t t = 0; t < tokens; ++t) {
-        const float *c = cos + t * dim, *s = sin + t * dim;
+        const float *c = cos + t * rotary_dim, *s = sin + t * rotary_dim;
         for (int64_t h = 0; h < q_heads; ++h) {
             bf16* head = q + t * q_stride + h * dim;
             rotate(head, head, c, s);

@@ -26,6 +26,7 @@ def rms_norm_kernel(
     rows,
     width,
     eps,
+    OFFSET: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -42,23 +43,29 @@ def rms_norm_kernel(
         tl.store(total + at, value, mask)
     wide = value.to(tl.float32)
     inverse = 1.0 / tl.sqrt(tl.sum(wide * wide, 1) / width + eps)
-    normed = (wide * inverse[:, None]).to(value.dtype).to(tl.float32)
+    normed = wide * inverse[:, None]
     scale = tl.load(weight + column, column < width, 0.0).to(tl.float32)
+    if OFFSET == 0:
+        normed = normed.to(value.dtype).to(tl.float32)
+    else:
+        scale += OFFSET
     tl.store(out + at, (normed * scale[None, :]).to(value.dtype), mask)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
     """See :func:`nybble.kernels.reference.rms_norm`; float16, bfloat16 or float32."""
-    return _launch(x.contiguous(), None, weight, eps)[0]
+    return _launch(x.contiguous(), None, weight, eps, offset)[0]
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """See :func:`nybble.kernels.reference.add_rms_norm`."""
-    return _launch(x.contiguous(), residual.contiguous(), weight, eps)
+    return _launch(x.contiguous(), residual.contiguous(), weight, eps, offset)
 
 
 def _launch(
-    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset: float
 ) -> tuple[Tensor, Tensor]:
     width = x.shape[-1]
     rows = x.numel() // width
@@ -75,6 +82,7 @@ def _launch(
         rows,
         width,
         eps,
+        OFFSET=offset,
         HAS_RESIDUAL=residual is not None,
         ROWS=per_program,
         WIDTH=wide,

@@ -248,6 +248,8 @@ def test_norms_and_activation(cpu: CpuLibrary) -> None:
     torch.testing.assert_close(
         cpu.rms_norm(x, weight, 1e-6), reference.rms_norm(x, weight, 1e-6), rtol=2**-7, atol=0
     )
+    found, expected = (kernels.rms_norm(x, weight, 1e-6, 1.0) for kernels in (cpu, reference))
+    torch.testing.assert_close(found, expected, rtol=2**-7, atol=0)
     before = residual.clone()
     found, total = cpu.add_rms_norm(x, residual, weight, 1e-6)
     expected, expected_total = reference.add_rms_norm(x, residual, weight, 1e-6)
@@ -296,7 +298,9 @@ def test_an_activation_that_does_not_exist_is_refused(cpu: CpuLibrary) -> None:
     lengths=st.lists(st.tuples(st.integers(1, 40), st.integers(0, 70)), min_size=1, max_size=5),
     kv_heads=st.sampled_from([1, 2, 3]),
     share=st.sampled_from([1, 4, 7]),
-    dim=st.sampled_from([32, 64, 128]),
+    dim=st.sampled_from([16, 32, 64, 80, 112, 128, 256]),
+    rotary=st.sampled_from([0.25, 0.4, 0.5, 1.0]),
+    interleaved=st.booleans(),
     window=st.sampled_from([0, 1, 13, 16, 40, 200]),
     seed=st.integers(0, 99),
 )
@@ -307,6 +311,8 @@ def test_rotary_and_paged_attention(
     kv_heads: int,
     share: int,
     dim: int,
+    rotary: float,
+    interleaved: bool,
     window: int,
     seed: int,
 ) -> None:
@@ -331,14 +337,22 @@ def test_rotary_and_paged_attention(
     )
     tokens = int(batch.query_start[-1])
     qkv = torch.randn(tokens, (share + 2) * kv_heads, dim).bfloat16()
-    angles = torch.rand(tokens, dim // 2).repeat(1, 2) * 6
+    angles = torch.rand(tokens, 2 * int(rotary * dim / 2)) * 6
     caches = torch.randn(2, len(order), kv_heads, block_size, dim).bfloat16()
     results = []
     for kernels in (cpu, reference):
         q, k, v = qkv.clone().split((share * kv_heads, kv_heads, kv_heads), dim=1)  # type: ignore[no-untyped-call]
         k_cache, v_cache = caches.clone()
         kernels.rotary_store(
-            q, k, v, angles.cos(), angles.sin(), k_cache, v_cache, batch.slot_mapping
+            q,
+            k,
+            v,
+            angles.cos(),
+            angles.sin(),
+            k_cache,
+            v_cache,
+            batch.slot_mapping,
+            interleaved=interleaved,
         )
         results.append((q, k_cache, v_cache))
     for found, expected in zip(*results, strict=True):
@@ -440,6 +454,8 @@ def transposed(x: Tensor) -> Tensor:
         ),
         ("v_cache", lambda x: x[:2], "v_cache: torch.bfloat16 (2, 2, 16, 32)"),
         ("cos", lambda x: x.bfloat16(), "cos: torch.bfloat16"),
+        ("cos", lambda x: x[:, :31], "31 entries for a token"),
+        ("sin", lambda x: x[:, :16], "sin: torch.float32 (2, 16)"),
         ("sin", lambda x: x[:1], "sin: torch.float32 (1, 32)"),
     ],
 )

@@ -47,7 +47,9 @@ def close(found: Tensor, expected: Tensor, tolerance: float | None = None) -> No
 @pytest.mark.parametrize(("rows", "width"), [(1, 5120), (3, 96), (7, 128), (33, 64), (2, 1000)])
 def test_rms_norm_equals_the_reference(dtype: torch.dtype, rows: int, width: int) -> None:
     x, weight = random(rows, width, dtype=dtype), random(width, dtype=dtype)
-    close(norm.rms_norm(x, weight, 1e-5), reference.rms_norm(x, weight, 1e-5))
+    for offset in (0.0, 1.0):
+        expected = reference.rms_norm(x, weight, 1e-5, offset)
+        close(norm.rms_norm(x, weight, 1e-5, offset), expected)
 
 
 @dtypes
@@ -83,23 +85,49 @@ def test_activations_of_very_large_numbers_and_of_none_are_the_references(kind: 
 
 
 @dtypes
-@pytest.mark.parametrize(("q_heads", "kv_heads", "dim"), [(4, 2, 64), (9, 9, 128), (3, 1, 80)])
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize(
+    ("q_heads", "kv_heads", "dim", "rotary_dim"),
+    [
+        (4, 2, 64, 64),
+        (9, 9, 128, 64),
+        (3, 1, 80, 32),
+        (2, 1, 96, 96),
+        (2, 1, 112, 82),
+        (1, 2, 256, 2),
+    ],
+)
 def test_rotary_store_equals_the_reference_and_touches_nothing_else(
-    dtype: torch.dtype, q_heads: int, kv_heads: int, dim: int
+    dtype: torch.dtype,
+    q_heads: int,
+    kv_heads: int,
+    dim: int,
+    rotary_dim: int,
+    interleaved: bool,
 ) -> None:
     tokens, block_size = 5, 4
     fused = random(tokens, q_heads + 2 * kv_heads, dim, dtype=dtype)
-    angle = random(tokens, dim)
+    angle = random(tokens, rotary_dim)
     slots = torch.tensor([9, -1, 0, 15, 2], device=DEVICE)
     results = []
     for function in (reference.rotary_store, rotary.rotary_store):
         q, k, v = fused.clone().split([q_heads, kv_heads, kv_heads], dim=1)
         caches = torch.full((2, 4, kv_heads, block_size, dim), 7.0, dtype=dtype, device=DEVICE)
-        function(q, k, v, angle.cos(), angle.sin(), caches[0], caches[1], slots)
+        options = {"interleaved": interleaved}
+        function(q, k, v, angle.cos(), angle.sin(), caches[0], caches[1], slots, **options)
         results.append((q, k, v, caches))
     for expected, found in zip(*results, strict=True):
         close(found, expected)
     assert torch.equal(results[0][3] == 7, results[1][3] == 7)
+
+
+@pytest.mark.parametrize("rotary_dim", [0, 7, 34])
+def test_angles_that_fit_no_head_are_refused(rotary_dim: int) -> None:
+    q, angle = random(1, 1, 32).half(), random(1, rotary_dim)
+    caches, slots = torch.zeros(2, 1, 1, 16, 32).half(), torch.zeros(1, dtype=torch.int64)
+    for function in (reference.rotary_store, rotary.rotary_store):
+        with pytest.raises(ValueError, match=f"{rotary_dim} entries .* at most the head_dim of 32"):
+            function(q, q, q, angle, angle, *caches, slots)
 
 
 def paged(
@@ -203,8 +231,9 @@ def test_blocks_that_no_new_token_sees_are_not_read(block_size: int, window: int
 
 
 @pytest.mark.parametrize("kept", [torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize(("rotary_dim", "interleaved"), [(48, False), (32, False), (20, True)])
 def test_8_bit_caches_hold_each_head_to_its_precision_and_are_attended_as_they_stand(
-    kept: torch.dtype,
+    kept: torch.dtype, rotary_dim: int, interleaved: bool
 ) -> None:
     lengths, kv_heads, dim, block_size = [(300, 1), (70, 40)], 2, 48, 16
     batch, _, _ = paged(lengths, kv_heads, dim, block_size, torch.float16)
@@ -212,13 +241,14 @@ def test_8_bit_caches_hold_each_head_to_its_precision_and_are_attended_as_they_s
     slots = torch.randperm(blocks * block_size)[:100].to(DEVICE)
     fused = random(100, 4 + 2 * kv_heads, dim, dtype=torch.float16)
     fused[3, 4:] = 0  # a head of zeros has no scale
-    angle = random(100, dim)
+    angle = random(100, rotary_dim)
     results = []
     for function in (reference.rotary_store, rotary.rotary_store):
         q, k, v = fused.clone().split([4, kv_heads, kv_heads], dim=1)
         caches = torch.zeros(2, blocks, kv_heads, block_size, dim, dtype=kept, device=DEVICE)
         scales = torch.zeros(2, blocks, kv_heads, block_size, device=DEVICE)
-        function(q, k, v, angle.cos(), angle.sin(), *caches, slots, *scales)
+        options = {"interleaved": interleaved}
+        function(q, k, v, angle.cos(), angle.sin(), *caches, slots, *scales, **options)
         results.append((caches, scales))
     (caches, scales), (found, found_scales) = results
     torch.testing.assert_close(found_scales, scales)

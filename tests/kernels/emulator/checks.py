@@ -136,20 +136,24 @@ def check_attention(capability: int, everything: bool) -> Iterator[Found]:
 def check_rotary(capability: int, everything: bool) -> Iterator[Found]:
     slots = torch.tensor([5, -1, 40, 41, 0, 7, 8, 63, 20])
     kept = [torch.float16, torch.bfloat16, torch.int8]
-    for dtype in (*kept, *([torch.float8_e4m3fn] if capability >= 89 else [])):
+    kept += [torch.float8_e4m3fn] if capability >= 89 else []
+    for number, dtype in enumerate(kept):
+        rotary_dim, interleaved = ((64, False), (48, False), (20, True))[number % 3]
         half = dtype if dtype in LIMIT else torch.bfloat16
-        fused, angle = torch.randn(9, 14, 64).to(half), torch.randn(9, 64)
+        fused, angle = torch.randn(9, 14, 64).to(half), torch.randn(9, rotary_dim)
         results = []
         for function in (rotary.rotary_store, reference.rotary_store):
             q, k, v = torch.split(fused.clone(), [10, 2, 2], dim=1)
             caches = torch.zeros(2, 4, 2, BLOCK, 64).to(dtype)
             scales = () if dtype in LIMIT else torch.zeros(2, 4, 2, BLOCK)
-            function(q, k, v, angle.cos(), angle.sin(), *caches, slots, *scales)
+            angles = angle.cos(), angle.sin()
+            options = {"interleaved": interleaved}
+            function(q, k, v, *angles, *caches, slots, *scales, **options)
             stored = (
                 caches.double() * torch.stack(tuple(scales))[..., None] if len(scales) else caches
             )
             results.append(torch.cat((q.flatten().double(), stored.flatten().double())).to(half))
-        yield f"rotary_store {str(dtype)[6:]}", results[0], results[1]
+        yield f"rotary_store {str(dtype)[6:]} {rotary_dim} {interleaved}", results[0], results[1]
 
 
 def check_lora(capability: int, everything: bool) -> Iterator[Found]:
@@ -182,6 +186,9 @@ def check_norm(capability: int, everything: bool) -> Iterator[Found]:
             name = f"{str(dtype)[6:]} {rows}×{width}"
             yield f"add_rms_norm {name}", found, expected
             yield f"add_rms_norm {name}: the sum", total.float(), (x + residual).double()
+            found = norm.rms_norm(x, weight, 1e-5, 1.0)
+            expected = reference.rms_norm(x.double(), weight.double(), 1e-5, 1.0)
+            yield f"rms_norm {name}, offset 1", found, expected
             if dtype != torch.float32:
                 for kind in ACTIVATIONS:
                     found, expected = activation.gated(x, kind), reference.gated(x.double(), kind)

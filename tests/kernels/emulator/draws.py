@@ -138,15 +138,18 @@ def draw_rotary(pick: Random, capability: int) -> Iterator[Found]:
     slots[torch.rand(tokens) < 0.2] = -1
     fused, angle = (
         torch.randn(tokens, heads + 2 * kv_heads, dim).to(dtype),
-        torch.randn(tokens, dim),
+        torch.randn(tokens, pick.choice((dim, dim, 2 * pick.randint(1, dim // 2)))),
     )
+    interleaved = pick.random() < 0.3
     results = []
     for function in (rotary.rotary_store, reference.rotary_store):
         q, k, v = torch.split(fused.clone(), [heads, kv_heads, kv_heads], dim=1)
         caches = torch.zeros(2, 4, kv_heads, BLOCK, dim).to(dtype)
-        function(q, k, v, angle.cos(), angle.sin(), *caches, slots)
+        options = {"interleaved": interleaved}
+        function(q, k, v, angle.cos(), angle.sin(), *caches, slots, **options)
         results.append(torch.cat((q.flatten(), caches.flatten())))
-    name = f"rotary_store {heads}+2·{kv_heads}×{dim} {str(dtype)[6:]} {tokens} tokens"
+    turned = f"{angle.shape[1]}{' interleaved' if interleaved else ''}"
+    name = f"rotary_store {heads}+2·{kv_heads}×{dim} {turned} {str(dtype)[6:]} {tokens} tokens"
     yield name, results[0], results[1].double()
 
 
