@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -88,8 +88,8 @@ class FolderCheckpoint:
         or the family needs: what is passed over in silence would make the model another one.
         """
         biased = {name for name, linear in self.architecture.linears.items() if linear.bias}
-        ignored: frozenset[str] = self.quantization.ignored if self.quantization else frozenset()
-        unused: list[str] = []
+        ignored: Mapping[str, str] = self.quantization.ignored if self.quantization else {}
+        unused: dict[str, list[str]] = {}
         for module, leaves in shards.modules.items():
             known = _DENSE
             if self.quantization is not None and self.quantization.owns(leaves):
@@ -103,12 +103,16 @@ class FolderCheckpoint:
                 )
             for leaf, name in leaves.items():
                 if leaf in ignored:
-                    unused.append(name)
+                    unused.setdefault(ignored[leaf], []).append(name)
                 elif leaf not in known:
                     raise self._not_read(name, leaf)
-        if unused:
+        for reason, names in unused.items():
             logger.warning(
-                "%s: %d tensors such as %s are not used", self.folder, len(unused), unused[0]
+                "%s: tensors such as %s (%d) are not used: %s",
+                self.folder,
+                names[0],
+                len(names),
+                reason,
             )
 
     def _not_read(self, name: str, leaf: str) -> CheckpointError:

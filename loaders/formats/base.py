@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -73,7 +74,7 @@ class Format(ABC):
     marks: any of them says that the module is quantized.
     required: those which every quantized module has.
     optional: those which it may have, beside its bias.
-    ignored: those below any module which are not needed.
+    ignored: those below any module which are not needed, and why.
     """
 
     settings: Mapping[str, Any]
@@ -87,7 +88,7 @@ class Format(ABC):
     marks: ClassVar[frozenset[str]]
     required: ClassVar[frozenset[str]]
     optional: ClassVar[frozenset[str]] = frozenset()
-    ignored: ClassVar[frozenset[str]] = frozenset()
+    ignored: ClassVar[Mapping[str, str]] = MappingProxyType({})
 
     @property
     def name(self) -> str:
@@ -229,7 +230,7 @@ def read_words(shards: Shards, name: str) -> Tensor:
 
 
 def read_groups(shards: Shards, module: str, leaf: str, columns: int, group_size: int) -> Tensor:
-    """The group of every input, int64 ``(columns,)``: in order if the module does not have ``leaf``.
+    """The group of every input, int64 ``(columns,)``; in order if there is no such tensor.
 
     Raises CheckpointError if the tensor does not fill every group.
     """
