@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from nybble.finetune.data import IGNORED, Batch, Example, pack, read_examples, to_batch
 from nybble.finetune.train import batch_loss, checkpoint_activations, warm_cosine
 from nybble.loaders import CheckpointError, open_checkpoint
 from nybble.loaders.shards import Shards
+from nybble.loaders.tokenizer import load_tokenizer
 from nybble.quantizers.affine import WIDTHS, AffineWeight, grid, nearest_codes
 from nybble.quantizers.formats import gptq_tensors, quantization_config, whole_words
 from nybble.quantizers.packed_model import load_packed_model
@@ -174,7 +175,7 @@ def quantization_aware_train(
         bits=settings.bits,
     )
     with FolderWriter(out, base, config) as writer:
-        tokenizer = AutoTokenizer.from_pretrained(base)
+        tokenizer = load_tokenizer(base)
         examples = read_examples(data, tokenizer, max_length=settings.max_length)
         device = device or torch.device("cpu")
         model = load_packed_model(open_checkpoint(base), device=device, dtype=dtype)

@@ -10,10 +10,10 @@ from typing import Any, TypeVar
 from pydantic_core import from_json
 from transformers import PreTrainedTokenizerBase
 
+from nybble.loaders.templates import TemplateFailedError, TemplateRefusedError, TemplateRenderer
 from nybble.server.api.chat_schema import Message
 from nybble.server.api.schema import Prompt
 from nybble.server.http.errors import ApiError
-from nybble.server.templates import TemplateFailedError, TemplateRefusedError, TemplateRenderer
 
 T = TypeVar("T")
 
@@ -39,9 +39,6 @@ class Prompts:
     ) -> None:
         self._tokenizer = tokenizer
         self._backend = tokenizer.backend_tokenizer
-        # A tokenizer.json may ask for either; both would change prompts silently.
-        self._backend.no_truncation()
-        self._backend.no_padding()
         self._model = model
         self._max_model_len = max_model_len
         self._longest = max(map(len, self._backend.get_vocab()))

@@ -12,6 +12,7 @@ from aiohttp import web
 
 from nybble import __version__
 from nybble.engine import Engine, GrammarCompiler, ParameterError, SamplingParams
+from nybble.loaders.templates import TemplateRenderer
 from nybble.server.api.chat import ChatShape
 from nybble.server.api.chat_schema import ChatRequest, DetokenizeRequest, TokenizeRequest
 from nybble.server.api.compile_pool import CompilePool
@@ -33,7 +34,6 @@ from nybble.server.api.tools import Tools, tools_of
 from nybble.server.http.errors import ApiError
 from nybble.server.http.gate import Gate
 from nybble.server.observability.metrics import Metrics
-from nybble.server.templates import TemplateRenderer
 from nybble.server.tenancy.admission import Admission
 from nybble.server.tenancy.limits import Limiter
 from nybble.server.tenancy.tenants import TENANT, Tenant

@@ -1,6 +1,6 @@
 """Chat templates come with checkpoints, whose authors are not trusted: a process renders them."""
 
-from nybble.server.templates.renderer import (
+from nybble.loaders.templates.renderer import (
     TemplateFailedError,
     TemplateRefusedError,
     TemplateRenderer,
