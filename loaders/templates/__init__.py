@@ -5,5 +5,6 @@ from nybble.loaders.templates.renderer import (
     TemplateRefusedError,
     TemplateRenderer,
 )
+from nybble.loaders.templates.turns import as_turn
 
-__all__ = ["TemplateFailedError", "TemplateRefusedError", "TemplateRenderer"]
+__all__ = ["TemplateFailedError", "TemplateRefusedError", "TemplateRenderer", "as_turn"]
