@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from nybble.engine.adapter_slots import AdapterSlots
 from nybble.engine.adapters import AdapterInfo, AdapterRegistry
@@ -48,6 +48,7 @@ from nybble.engine.sequence import Sequence
 from nybble.engine.stats import EngineStats
 from nybble.engine.streams import Stream
 from nybble.kernels.progress import Progress, track
+from nybble.loaders.tokenizer import load_tokenizer
 from nybble.models import architecture_of
 
 if TYPE_CHECKING:
@@ -139,9 +140,7 @@ class Engine:
             dtype=config.dtype,
             max_model_len=max_model_len,
         )
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, local_files_only=True)
-        if not tokenizer.is_fast:
-            raise ValueError(f"{checkpoint.folder} has no tokenizer.json: streaming needs one")
+        tokenizer = load_tokenizer(checkpoint.folder)
         adapters = None
         if config.adapters is not None:
             adapters = AdapterSlots(

@@ -13,6 +13,7 @@ from aiohttp import web
 from aiohttp.typedefs import Middleware
 
 from nybble.engine import Engine
+from nybble.loaders.templates import TemplateRenderer
 from nybble.server.adapters.admin import ADMIN_PATHS, AdapterAdmin
 from nybble.server.adapters.owners import AdapterOwners
 from nybble.server.adapters.state import AdapterState
@@ -25,7 +26,6 @@ from nybble.server.lifecycle.settings import ServerSettings
 from nybble.server.observability.logs import Event
 from nybble.server.observability.metrics import Metrics
 from nybble.server.observability.request_record import RECORD, RequestRecord
-from nybble.server.templates import TemplateRenderer
 from nybble.server.tenancy.admission import Admission, Capacity
 from nybble.server.tenancy.keys import Keys, bearer
 from nybble.server.tenancy.limits import Limiter

@@ -7,13 +7,17 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from pydantic_core import from_json
 from transformers import PreTrainedTokenizerBase
 
+from nybble.loaders.templates import (
+    TemplateFailedError,
+    TemplateRefusedError,
+    TemplateRenderer,
+    as_turn,
+)
 from nybble.server.api.chat_schema import Message
 from nybble.server.api.schema import Prompt
 from nybble.server.http.errors import ApiError
-from nybble.server.templates import TemplateFailedError, TemplateRefusedError, TemplateRenderer
 
 T = TypeVar("T")
 
@@ -39,9 +43,6 @@ class Prompts:
     ) -> None:
         self._tokenizer = tokenizer
         self._backend = tokenizer.backend_tokenizer
-        # A tokenizer.json may ask for either; both would change prompts silently.
-        self._backend.no_truncation()
-        self._backend.no_padding()
         self._model = model
         self._max_model_len = max_model_len
         self._longest = max(map(len, self._backend.get_vocab()))
@@ -228,24 +229,7 @@ def _checked(template_kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _turn(message: Message) -> dict[str, Any]:
-    """A message as templates expect it: plain text, arguments of tool calls as objects."""
-    turn = message.model_dump(exclude_none=True)
-    if message.role == "developer":  # the newer name of the system's role
-        turn["role"] = "system"
-    if isinstance(message.content, list):
-        turn["content"] = "\n".join(part.text for part in message.content)
-    turn.setdefault("content", "")
-    for index, call in enumerate(turn.get("tool_calls", ())):
-        function = call["function"]
-        try:
-            # As bodies are read: half a surrogate pair, for one, is no text that can be encoded.
-            arguments = from_json(function["arguments"] or "{}", allow_inf_nan=False)
-            function["arguments"] = arguments
-        except ValueError:
-            raise ApiError(
-                400,
-                f"the arguments of call {index} to {function['name']!r} are not JSON",
-                param="messages",
-                code="invalid_value",
-            ) from None
-    return turn
+    try:
+        return as_turn(message.model_dump(exclude_none=True))
+    except ValueError as error:
+        raise ApiError(400, str(error), param="messages", code="invalid_value") from None

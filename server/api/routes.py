@@ -18,6 +18,7 @@ from nybble.engine import (
     SamplingParams,
     require_known_tokens,
 )
+from nybble.loaders.templates import TemplateRenderer
 from nybble.server.api.chat import ChatShape
 from nybble.server.api.chat_schema import ChatRequest, DetokenizeRequest, TokenizeRequest
 from nybble.server.api.compile_pool import CompilePool
@@ -39,7 +40,6 @@ from nybble.server.api.tools import Tools, tools_of
 from nybble.server.http.errors import ApiError
 from nybble.server.http.gate import Gate
 from nybble.server.observability.metrics import Metrics
-from nybble.server.templates import TemplateRenderer
 from nybble.server.tenancy.admission import Admission
 from nybble.server.tenancy.limits import Limiter
 from nybble.server.tenancy.tenants import TENANT, Tenant
