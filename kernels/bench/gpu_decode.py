@@ -106,7 +106,7 @@ def sequences(count: int, context: int, room: int, vocab: int) -> list[Sequence]
 
 def step(runner: ModelRunner, running: list[Sequence]) -> list[int]:
     """One decode step as the engine does it, without its streams."""
-    batch = [ScheduledSequence(sequence, 1) for sequence in running]
+    batch = [ScheduledSequence.of(sequence, 1) for sequence in running]
     logits = runner.run(batch)
     tokens = [token for token, _ in sample(logits, [sequence.sampler for sequence in running])]
     for sequence, token in zip(running, tokens, strict=True):

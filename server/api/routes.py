@@ -40,9 +40,10 @@ from nybble.server.api.tools import Tools, tools_of
 from nybble.server.http.errors import ApiError
 from nybble.server.http.gate import Gate
 from nybble.server.observability.metrics import Metrics
+from nybble.server.observability.request_record import RECORD
 from nybble.server.tenancy.admission import Admission
 from nybble.server.tenancy.limits import Limiter
-from nybble.server.tenancy.tenants import TENANT, Tenant
+from nybble.server.tenancy.tenants import TENANT
 
 # OpenAI's default for completions; chat goes on to the end of the context.
 _COMPLETION_MAX_TOKENS = 16
@@ -126,7 +127,7 @@ class Api:
         limit = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
         names = {"prompt": "messages", "max_tokens": limit, "logprobs": "top_logprobs"}
         with _parameters_called(names):
-            job, tools = await self._chat_job("chatcmpl-", body, adapter, request.get(TENANT))
+            job, tools = await self._chat_job("chatcmpl-", body, adapter, request)
         shape = ChatShape(job.id, body, int(time.time()), self._logprobs(job.params), tools)
         return await respond(request, self._generation, job, shape, stream=bool(body.stream))
 
@@ -135,12 +136,12 @@ class Api:
         adapter = self._adapter_of(request, body.model, None)
         names = {"prompt": "input", "messages": "input", "max_tokens": "max_output_tokens"}
         with _parameters_called(names | {"response_format": "text.format"}):
-            job, tools = await self._chat_job("resp_", body.chat(), adapter, request.get(TENANT))
+            job, tools = await self._chat_job("resp_", body.chat(), adapter, request)
         shape = ResponsesShape(job.id, body, int(time.time()), tools)
         return await respond(request, self._generation, job, shape, stream=bool(body.stream))
 
     async def _chat_job(
-        self, prefix: str, body: ChatRequest, adapter: str | None, tenant: Tenant | None
+        self, prefix: str, body: ChatRequest, adapter: str | None, request: web.Request
     ) -> tuple[Job, Tools | None]:
         limits = (body.max_completion_tokens, body.max_tokens)
         params = body.sampling_params(
@@ -155,8 +156,10 @@ class Api:
             template_kwargs=body.chat_template_kwargs,
         )
         self._engine.check(prompt, params)
-        guide = await guide_of(self._grammars, self._compiling, body, body.response_format, tools)
-        id, n = f"{prefix}{uuid4().hex}", body.sequences
+        guide = await guide_of(
+            self._grammars, self._compiling, body, request[RECORD], body.response_format, tools
+        )
+        id, n, tenant = f"{prefix}{uuid4().hex}", body.sequences, request.get(TENANT)
         return Job(id, (prompt,), params, n, guide, adapter, tenant, body.timeout), tools
 
     async def completions(self, request: web.Request) -> web.StreamResponse:
@@ -172,7 +175,7 @@ class Api:
                 prompt if isinstance(prompt, str) else await self._prompts.decode(prompt)
                 for prompt in body.prompts
             ]
-        guide = await guide_of(self._grammars, self._compiling, body)
+        guide = await guide_of(self._grammars, self._compiling, body, request[RECORD])
         id, n, tenant = f"cmpl-{uuid4().hex}", body.sequences, request.get(TENANT)
         job = Job(id, tuple(prompts), params, n, guide, adapter, tenant, body.timeout)
         shape = CompletionShape(job.id, body, int(time.time()), self._logprobs(params), echoes)

@@ -26,8 +26,8 @@ from nybble.engine import (
 from nybble.engine import prompt_reader as prompt_reader_module
 from nybble.engine.prompt_reader import read_pooling
 from nybble.engine.runner import kv_bytes_per_block
-from nybble.loaders import CheckpointError
 from nybble.engine.scheduler import Scheduler
+from nybble.loaders import CheckpointError
 from nybble.models import architecture_of
 
 # Prompts are prefilled in chunks of 16 tokens at most, and about 120 tokens fit into the cache.
