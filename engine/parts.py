@@ -18,8 +18,10 @@ from nybble.kernels.matmul import gated_linear, linear
 from nybble.kernels.ops import (
     AttentionBatch,
     activate,
+    add_layer_norm,
     add_rms_norm,
     gated,
+    layer_norm,
     paged_attention,
     rms_norm,
     rotary_store,
@@ -67,17 +69,33 @@ class NormPart(Protocol):
 class RmsNormPart:
     weight: Tensor
     eps: float
+    offset: float
 
     def __call__(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps, self.offset)
 
     def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        return add_rms_norm(x, residual, self.weight, self.eps)
+        return add_rms_norm(x, residual, self.weight, self.eps, self.offset)
+
+
+@dataclass(frozen=True)
+class LayerNormPart:
+    weight: Tensor
+    bias: Tensor | None
+    eps: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return layer_norm(x, self.weight, self.bias, self.eps)
+
+    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        return add_layer_norm(x, residual, self.weight, self.bias, self.eps)
 
 
 def norm_part(norm: Norm, weight: Tensor, bias: Tensor | None) -> NormPart:
     """The part that computes ``norm``."""
-    return RmsNormPart(weight, norm.eps)
+    if norm.kind == "rms":
+        return RmsNormPart(weight, norm.eps, norm.offset)
+    return LayerNormPart(weight + norm.offset if norm.offset else weight, bias, norm.eps)
 
 
 @dataclass(frozen=True)
@@ -120,13 +138,26 @@ class AttentionPart:
             q, k = self._normed(q, self.q_norm), self._normed(k, self.k_norm)
         cos, sin = step.rotary[self.rope]
         keys, values, *kv_scales = step.caches[self.layer]
-        rotary_store(q, k, v, cos, sin, keys, values, step.batch.slot_mapping, *kv_scales)
+        rotary_store(
+            q,
+            k,
+            v,
+            cos,
+            sin,
+            keys,
+            values,
+            step.batch.slot_mapping,
+            *kv_scales,
+            interleaved=about.rope is not None and about.rope.interleaved,
+        )
         attended = paged_attention(
             q, keys, values, step.batch, about.scale, about.window, *kv_scales
         )
         return self.output(attended, step.adapters)
 
     def _normed(self, heads: Tensor, norm: NormPart) -> Tensor:
+        if self.about.qk_norm == "each":
+            return norm(heads)
         width = heads.shape[-1] if self.about.qk_norm == "head" else heads[0].numel()
         return norm(heads.reshape(-1, width)).view(heads.shape)
 
