@@ -118,8 +118,12 @@ def paged_attention(
     window: int = 0,
     k_scales: Tensor | None = None,
     v_scales: Tensor | None = None,
+    *,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """See :func:`nybble.kernels.reference.paged_attention`. Heads of a row must be contiguous."""
+    inputs = q, k_cache, v_cache, batch, scale, window
     if _on_gpu(q):
         from nybble.kernels.triton import attention
 
@@ -127,9 +131,9 @@ def paged_attention(
     else:
         cpu = _cpu(q.shape[-1], 16, q, k_cache, v_cache)
         if cpu and k_scales is None:
-            return cpu.paged_attention(q, k_cache, v_cache, batch, scale, window)
+            return cpu.paged_attention(*inputs, softcap=softcap, sinks=sinks)
         kernel = reference.paged_attention
-    return kernel(q, k_cache, v_cache, batch, scale, window, k_scales, v_scales)
+    return kernel(*inputs, k_scales, v_scales, softcap=softcap, sinks=sinks)
 
 
 def sample_tokens(logits: Tensor, choices: Sequence[TokenChoice]) -> Tensor:

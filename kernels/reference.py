@@ -169,14 +169,23 @@ def paged_attention(
     window: int = 0,
     k_scales: Tensor | None = None,
     v_scales: Tensor | None = None,
+    *,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of every sequence's new tokens over its cached keys and values.
 
     q ``(tokens, q_heads, head_dim)``; caches and scales as in :func:`rotary_store`. Query head h
     reads KV head h // (q_heads / kv_heads). window: each token sees itself and the ``window − 1``
-    tokens before it (0: all of them). Returns ``(tokens, q_heads · head_dim)``; the row of a
-    sequence without context, which only pads the batch, is undefined.
+    tokens before it (0: all of them). softcap: a logit becomes ``softcap · tanh(logit / softcap)``
+    (Gemma 2; 0: it stays). sinks ``(q_heads,)``: a logit for each query head, of a key without a
+    value, which adds only to what the softmax divides by (gpt-oss).
+
+    Returns ``(tokens, q_heads · head_dim)``; the row of a sequence without context, which only pads
+    the batch, is undefined.
     """
+    if sinks is not None:
+        check_sinks(sinks, q.shape[1])
     out = torch.empty_like(q)
     starts, block_size = batch.query_start.tolist(), k_cache.shape[2]
     for index, context in enumerate(batch.context_lens.tolist()):
@@ -204,13 +213,28 @@ def paged_attention(
         repeats = q.shape[1] // keys.shape[1]
         keys, values = (t.repeat_interleave(repeats, dim=1) for t in (keys, values))
         scores = torch.einsum("qhd,khd->hqk", queries.float(), keys) * scale
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
         own = positions[-len(queries) :, None]
         visible = positions <= own
         if window:
             visible &= positions > own - window
-        weights = scores.masked_fill(~visible, float("-inf")).softmax(-1)
+        scores = scores.masked_fill(~visible, float("-inf"))
+        if sinks is not None:
+            sink = sinks.to(scores)[:, None, None].expand(-1, len(queries), 1)
+            scores = torch.cat((scores, sink), dim=-1)
+        weights = scores.softmax(-1)[..., : len(positions)]
         out[starts[index] : starts[index + 1]] = torch.einsum("hqk,khd->qhd", weights, values)
     return out.flatten(1)
+
+
+def check_sinks(sinks: Tensor, q_heads: int) -> None:
+    """Raises ValueError if these are not contiguous numbers, one for each query head."""
+    if sinks.shape != (q_heads,) or not sinks.is_contiguous() or not sinks.is_floating_point():
+        raise ValueError(
+            f"sinks are {sinks.dtype} {tuple(sinks.shape)} with strides {sinks.stride()}, "
+            f"expected contiguous numbers ({q_heads},)"
+        )
 
 
 class TokenChoice(NamedTuple):

@@ -20,7 +20,7 @@ from nybble.kernels.attention_batch import AttentionBatch
 from nybble.kernels.cpu.build import CpuKernelsUnavailableError, load
 from nybble.kernels.lora_batch import LoRABatch
 from nybble.kernels.packed import PackedWeight
-from nybble.kernels.reference import check_rotary_dim
+from nybble.kernels.reference import check_rotary_dim, check_sinks
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ class CpuLibrary:
         self._gated = function("gated", pointer, pointer, size, size, c_int, c_int)
         self._rotary = function("rotary_store", *[pointer] * 8, *[size] * 9, c_int)
         self._attention = allocating(
-            "paged_attention", *[pointer] * 7, *[size] * 7, c_float, size, c_int
+            "paged_attention", *[pointer] * 7, *[size] * 7, c_float, size, c_float, pointer, c_int
         )
         self._lora_add = allocating("lora_add", *[pointer] * 9, *[size] * 4, c_int)
 
@@ -252,7 +252,11 @@ class CpuLibrary:
         batch: AttentionBatch,
         scale: float,
         window: int = 0,
+        *,
+        softcap: float = 0.0,
+        sinks: Tensor | None = None,
     ) -> Tensor:
+        """sinks may have any dtype."""
         tokens, q_heads, dim = q.shape
         kv_heads, block_size = k_cache.shape[1:3]
         if not (
@@ -272,6 +276,9 @@ class CpuLibrary:
                 v_cache=v_cache,
                 slot_mapping=batch.slot_mapping,
             )
+        if sinks is not None:
+            check_sinks(sinks, q_heads)
+        wide_sinks = None if sinks is None else sinks.float()
         out = torch.empty(tokens, q_heads * dim, dtype=q.dtype)
         self._attention(
             q.data_ptr(),
@@ -290,6 +297,8 @@ class CpuLibrary:
             q.stride(0),
             scale,
             window,
+            softcap,
+            None if wide_sinks is None else wide_sinks.data_ptr(),
             torch.get_num_threads(),
         )
         return out

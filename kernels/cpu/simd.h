@@ -220,4 +220,9 @@ inline Floats exp(Floats x) {
     return times_power_of_two(p, n);
 }
 
+// To an error of 10⁻⁷ of 1.
+inline Floats tanh(Floats x) {
+    return broadcast(1.0f) - broadcast(2.0f) / (broadcast(1.0f) + exp(x + x));
+}
+
 }  // namespace nybble

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -302,6 +303,8 @@ def test_an_activation_that_does_not_exist_is_refused(cpu: CpuLibrary) -> None:
     rotary=st.sampled_from([0.25, 0.4, 0.5, 1.0]),
     interleaved=st.booleans(),
     window=st.sampled_from([0, 1, 13, 16, 40, 200]),
+    softcap=st.sampled_from([0.0, 0.0, 1.5]),
+    with_sinks=st.booleans(),
     seed=st.integers(0, 99),
 )
 @settings(max_examples=40, deadline=None)
@@ -314,6 +317,8 @@ def test_rotary_and_paged_attention(
     rotary: float,
     interleaved: bool,
     window: int,
+    softcap: float,
+    with_sinks: bool,
     seed: int,
 ) -> None:
     """Sequences of (new tokens, tokens already cached) over blocks in random order."""
@@ -358,18 +363,22 @@ def test_rotary_and_paged_attention(
     for found, expected in zip(*results, strict=True):
         torch.testing.assert_close(found, expected, rtol=2**-7, atol=2**-7)
     q, k_cache, v_cache = results[1]
-    found = cpu.paged_attention(q, k_cache, v_cache, batch, dim**-0.5, window)
-    expected = reference.paged_attention(q.double(), k_cache, v_cache, batch, dim**-0.5, window)
+    sinks = (2 * torch.randn(share * kv_heads)).bfloat16() if with_sinks else None
+
+    def attend(kernels: Any, q: Tensor) -> Tensor:
+        inputs = q, k_cache, v_cache, batch, dim**-0.5, window
+        found: Tensor = kernels.paged_attention(*inputs, softcap=softcap, sinks=sinks)
+        return found
+
+    found, expected = attend(cpu, q), attend(reference, q.double())
     torch.testing.assert_close(found.double(), expected, rtol=2**-7, atol=2**-7)
     # Blocks that no new token sees may be gone: whatever is there now is not read.
     for row, (_, old) in enumerate(lengths):
         unseen = max(0, old - window + 1) // block_size if window else 0
         for cache in (k_cache, v_cache):
             cache[tables[row, :unseen].long()] = float("nan")
-    again = cpu.paged_attention(q, k_cache, v_cache, batch, dim**-0.5, window)
-    assert torch.equal(again, found)
-    again = reference.paged_attention(q.double(), k_cache, v_cache, batch, dim**-0.5, window)
-    assert torch.equal(again, expected)
+    assert torch.equal(attend(cpu, q), found)
+    assert torch.equal(attend(reference, q.double()), expected)
 
 
 def one_decode(context_lens: list[int], blocks_each: int = 2) -> AttentionBatch:
@@ -386,8 +395,9 @@ def one_decode(context_lens: list[int], blocks_each: int = 2) -> AttentionBatch:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("where", ["query", "key", "value"])
+@pytest.mark.parametrize("softcap", [0.0, 50.0])
 def test_attention_hides_nothing_that_is_not_a_number(
-    cpu: CpuLibrary, value: float, where: str
+    cpu: CpuLibrary, value: float, where: str, softcap: float
 ) -> None:
     torch.manual_seed(0)
     q, (k_cache, v_cache) = (
@@ -397,9 +407,11 @@ def test_attention_hides_nothing_that_is_not_a_number(
     # Two query heads share a KV head: one query is bad, or a key or value of the other KV head.
     {"query": q[0, 0], "key": k_cache[0, 1, 5], "value": v_cache[0, 1, 5]}[where][3] = value
     batch = one_decode([20])
-    found = cpu.paged_attention(q, k_cache, v_cache, batch, 0.2)
-    expected = reference.paged_attention(q, k_cache, v_cache, batch, 0.2)
-    assert not expected.isfinite().all()
+    options = {"softcap": softcap, "sinks": torch.zeros(4)}
+    found = cpu.paged_attention(q, k_cache, v_cache, batch, 0.2, **options)
+    expected = reference.paged_attention(q, k_cache, v_cache, batch, 0.2, **options)
+    if softcap == 0 or where == "value" or value != float("inf"):
+        assert not expected.isfinite().all()  # a soft cap makes infinite logits finite
     assert torch.equal(found.isfinite(), expected.isfinite())
 
 

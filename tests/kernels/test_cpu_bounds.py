@@ -206,9 +206,10 @@ def test_rotary_and_attention(
         results.append((q, *caches))
     for found, expected in zip(*results, strict=True):
         torch.testing.assert_close(found, expected, rtol=2**-7, atol=2**-6)
-    found = cpu.paged_attention(*results[1], batch, dim**-0.5, window)
+    options = {"softcap": 30.0, "sinks": guard(torch.randn(6))} if interleaved else {}
+    found = cpu.paged_attention(*results[1], batch, dim**-0.5, window, **options)
     q, *caches_ = results[1]
-    expected = reference.paged_attention(q.double(), *caches_, batch, dim**-0.5, window)
+    expected = reference.paged_attention(q.double(), *caches_, batch, dim**-0.5, window, **options)
     rows = [row for row, slot in enumerate(slots) if slot >= 0]
     torch.testing.assert_close(found.double()[rows], expected[rows], rtol=2**-7, atol=2**-6)
 

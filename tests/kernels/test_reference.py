@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor
 from transformers.activations import ACT2FN
 from transformers.models.cohere.modeling_cohere import CohereLayerNorm
 from transformers.models.cohere.modeling_cohere import apply_rotary_pos_emb as cohere_rotary
+from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward as gemma2_attention
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.glm.modeling_glm import apply_rotary_pos_emb as glm_rotary
+from transformers.models.gpt_oss.modeling_gpt_oss import (
+    eager_attention_forward as gpt_oss_attention,
+)
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as llama_rotary
 from transformers.models.nemotron.modeling_nemotron import NemotronLayerNorm1P
@@ -17,6 +23,7 @@ from transformers.models.stablelm.modeling_stablelm import apply_rotary_pos_emb 
 
 from nybble.kernels import reference
 from nybble.kernels.activation import Activation
+from nybble.kernels.attention_batch import AttentionBatch
 
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 
@@ -117,3 +124,32 @@ def test_rotary(family: str) -> None:
     torch.testing.assert_close(q, expected_q)
     torch.testing.assert_close(caches[0, 0, :, slots].transpose(0, 1), expected_k)
     assert torch.equal(caches[1, 0, :, slots].transpose(0, 1), v)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt_oss"])
+def test_attention(family: str) -> None:
+    """Gemma 2's capped logits and gpt-oss's sinks, of the last four of 20 tokens."""
+    heads, kv_heads, dim, context, new = 6, 2, 32, 20, 4
+    q = random(new, heads, dim, dtype=torch.float32)
+    caches = random(2, 2, kv_heads, 16, dim, dtype=torch.float32)
+    sinks = random(heads, dtype=torch.float32)
+    batch = AttentionBatch(
+        query_start=torch.tensor([0, new], dtype=torch.int32),
+        context_lens=torch.tensor([context], dtype=torch.int32),
+        block_tables=torch.tensor([[0, 1]], dtype=torch.int32),
+        slot_mapping=torch.arange(context - new, context),
+        max_query=new,
+    )
+    keys, values = (cache.transpose(0, 1).flatten(1, 2)[None, :, :context] for cache in caches)
+    position = torch.arange(context)
+    hidden = position[None] > position[-new:, None]
+    mask = torch.zeros(new, context).masked_fill(hidden, float("-inf"))
+    module = SimpleNamespace(num_key_value_groups=heads // kv_heads, sinks=sinks, training=False)
+    inputs = module, q.transpose(0, 1)[None], keys, values, mask
+    if family == "gemma2":
+        expected, _ = gemma2_attention(*inputs, scaling=0.5, softcap=2.0)
+        found = reference.paged_attention(q, *caches, batch, 0.5, softcap=2.0)
+    else:
+        expected, _ = gpt_oss_attention(*inputs, scaling=0.5)
+        found = reference.paged_attention(q, *caches, batch, 0.5, sinks=sinks)
+    torch.testing.assert_close(found, expected[0].flatten(1))

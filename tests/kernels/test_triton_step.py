@@ -188,6 +188,37 @@ def test_paged_attention_equals_the_reference(
     close(attention.paged_attention(q, keys, values, batch, dim**-0.5, window), expected)
 
 
+@pytest.mark.parametrize("kept", [None, torch.int8])
+@pytest.mark.parametrize("window", [0, 40])
+@pytest.mark.parametrize(("softcap", "sinks"), [(2.0, False), (0.0, True), (3.0, True)])
+def test_capped_logits_and_sinks_equal_the_reference(
+    softcap: float, sinks: bool, window: int, kept: torch.dtype | None
+) -> None:
+    """Of decodes in one and in several splits, and of prefills; the cap and the sinks matter."""
+    lengths, dim = [(1, 1), (700, 1), (300, 1), (5, 5), (130, 2), (150, 70)], 32
+    batch, *caches = paged(lengths, 2, dim, 16, torch.float16)
+    scales: list[Tensor] = []
+    if kept is not None:
+        caches = [torch.randint(-127, 128, cache.shape).to(DEVICE, kept) for cache in caches]
+        scales = list(random(2, *caches[0].shape[:3]).abs() / 60)
+    q = random(sum(new for _, new in lengths), 6, dim, dtype=torch.float16)
+    given = 4 * random(6, dtype=torch.float16) if sinks else None
+    inputs = q, *caches, batch, 0.5, window, *scales
+    found = attention.paged_attention(*inputs, softcap=softcap, sinks=given)
+    close(found, reference.paged_attention(*inputs, softcap=softcap, sinks=given), 1e-3)
+    plain = reference.paged_attention(*inputs).double()
+    assert (found.double() - plain).norm() > 0.1 * plain.norm()
+
+
+def test_sinks_that_fit_no_heads_are_refused() -> None:
+    batch, keys, values = paged([(20, 1)], 1, 32, 16, torch.float16)
+    q = random(1, 4, 32, dtype=torch.float16)
+    for wrong in (random(3), random(8)[::2], torch.zeros(4, dtype=torch.int32)):
+        for kernels in (attention, reference):
+            with pytest.raises(ValueError, match=r"expected contiguous numbers \(4,\)"):
+                kernels.paged_attention(q, keys, values, batch, 0.2, sinks=wrong)
+
+
 @pytest.mark.skipif(DEVICE == "cuda", reason="a GPU has only its own settings")
 @pytest.mark.parametrize("capability", [80, 90, 100])
 @pytest.mark.parametrize("kept", [None, torch.int8])

@@ -126,11 +126,17 @@ def check_attention(capability: int, everything: bool) -> Iterator[Found]:
                 if cache is not None:
                     keys, values, *scales = in_8_bits(keys, cache)
                 q = torch.randn(sum(n for _, n in lengths), 2 * heads, dim).to(dtype)
-                options = (batch, dim**-0.5, window, *scales)
+                inputs = (batch, dim**-0.5, window, *scales)
                 wide = (keys, values) if scales else (keys.double(), values.double())
-                expected = reference.paged_attention(q.double(), *wide, *options)
+                expected = reference.paged_attention(q.double(), *wide, *inputs)
                 name = f"attention {str(dtype)[6:]} {heads}×2×{dim} window {window} {cache}"
-                yield name, attention.paged_attention(q, keys, values, *options), expected
+                yield name, attention.paged_attention(q, keys, values, *inputs), expected
+                if dim != 64:
+                    continue
+                options = {"softcap": 2.0, "sinks": 2 * torch.randn(2 * heads)}
+                expected = reference.paged_attention(q.double(), *wide, *inputs, **options)
+                found = attention.paged_attention(q, keys, values, *inputs, **options)
+                yield f"{name}, capped, with sinks", found, expected
 
 
 def check_rotary(capability: int, everything: bool) -> Iterator[Found]:

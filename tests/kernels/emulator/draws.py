@@ -124,11 +124,15 @@ def draw_attention(pick: Random, capability: int) -> Iterator[Found]:
         keys, values, *scales = in_8_bits(keys, cache)
     fused = torch.randn(sum(n for _, n in lengths), (group + 2) * kv_heads, dim).to(dtype)
     q = fused[:, : group * kv_heads]
-    options = (batch, dim**-0.5, window, *scales)
+    inputs = (batch, dim**-0.5, window, *scales)
     wide = (keys, values) if scales else (keys.double(), values.double())
-    expected = reference.paged_attention(q.double(), *wide, *options)
+    softcap = pick.choice((0.0, 0.0, 0.5 + pick.random()))
+    sinks = torch.randn(group * kv_heads) if pick.random() < 0.3 else None
+    options = {"softcap": softcap, "sinks": sinks}
+    expected = reference.paged_attention(q.double(), *wide, *inputs, **options)
     name = f"attention {group}×{kv_heads}×{dim} {str(dtype)[6:]} {cache} window {window} {lengths}"
-    yield name, attention.paged_attention(q, keys, values, *options), expected
+    name += f" cap {softcap:.1f}" * (softcap > 0) + " sinks" * (sinks is not None)
+    yield name, attention.paged_attention(q, keys, values, *inputs, **options), expected
 
 
 def draw_rotary(pick: Random, capability: int) -> Iterator[Found]:
