@@ -151,7 +151,14 @@ class AttentionPart:
             interleaved=about.rope is not None and about.rope.interleaved,
         )
         attended = paged_attention(
-            q, keys, values, step.batch, about.scale, about.window, *kv_scales
+            q,
+            keys,
+            values,
+            step.batch,
+            about.scale,
+            about.window,
+            *kv_scales,
+            softcap=about.softcap or 0.0,
         )
         return self.output(attended, step.adapters)
 

@@ -52,10 +52,10 @@ def activation(config: PretrainedConfig, name: str = "hidden_act") -> Activation
 
 
 def refuse(config: PretrainedConfig, **neutral: object) -> None:
-    """Refuse settings that have another value than the one this family computes."""
+    """Refuse settings that have another value than the one this family computes; None is unset."""
     for name, value in neutral.items():
         found = getattr(config, name, value)
-        if found != value:
+        if found is not None and found != value:
             raise UnsupportedModelError(
                 f"{name} is {found!r}, which is not supported for {config.model_type}; "
                 f"expected {value!r}"

@@ -29,4 +29,29 @@ def gemma(config: PretrainedConfig) -> Architecture:
     )
 
 
-FAMILIES = {"gemma": gemma}
+def gemma2(config: PretrainedConfig) -> Architecture:
+    """Norms after attention and MLP too, soft caps, windows in every other layer."""
+    read.refuse(config, use_bidirectional_attention=False)
+    hidden = read.size(config, "hidden_size")
+    mlp = gated_mlp(
+        hidden,
+        read.size(config, "intermediate_size"),
+        read.activation(config, "hidden_activation"),
+        norm="pre_feedforward_layernorm",
+    )
+    return decoder(
+        config,
+        windows=read.windows(config),
+        mlp=mlp,
+        attention_options={
+            "scale": float(config.query_pre_attn_scalar) ** -0.5,
+            "softcap": config.attn_logit_softcapping,
+        },
+        layer_options=NORMS,
+        norm=Norm(float(config.rms_norm_eps), offset=1.0),
+        embedding_multiplier=hidden**0.5,
+        logits_softcap=config.final_logit_softcapping,
+    )
+
+
+FAMILIES = {"gemma": gemma, "gemma2": gemma2}
