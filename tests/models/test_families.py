@@ -79,6 +79,17 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
             "final_logit_softcapping": 8.0,
         },
     ),
+    "gemma3": (
+        "gemma3_text",
+        {
+            **MIXED,
+            "query_pre_attn_scalar": 20,
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+                "full_attention": {"rope_type": "linear", "rope_theta": 5e4, "factor": 8.0},
+            },
+        },
+    ),
     "glm": ("glm", {"attention_bias": True}),
     "glm4": ("glm4", {"attention_bias": True}),
     "cohere": ("cohere", {"head_dim": 16, "logit_scale": 0.5}),
