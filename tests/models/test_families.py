@@ -90,6 +90,23 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
             },
         },
     ),
+    "phi3": ("phi3", {"head_dim": 16, "sliding_window": WINDOW}),
+    "phi3 with longrope": (
+        "phi3",
+        {
+            "head_dim": 16,
+            "original_max_position_embeddings": 256,
+            "max_position_embeddings": 1024,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 10000.0,
+                "partial_rotary_factor": 0.75,
+                "original_max_position_embeddings": 256,
+                "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5],
+                "long_factor": [4.0, 4.5, 5.0, 5.5, 6.0, 6.5],
+            },
+        },
+    ),
     "glm": ("glm", {"attention_bias": True}),
     "glm4": ("glm4", {"attention_bias": True}),
     "cohere": ("cohere", {"head_dim": 16, "logit_scale": 0.5}),
