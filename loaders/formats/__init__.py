@@ -24,6 +24,7 @@ from nybble.loaders.formats.base import (
 )
 from nybble.loaders.formats.bitsandbytes import BitsAndBytes
 from nybble.loaders.formats.codebook import CodebookWeight
+from nybble.loaders.formats.compressed_tensors import CompressedTensors
 from nybble.loaders.formats.gptq import Gptq
 from nybble.loaders.formats.settings import Settings, read_object
 
@@ -44,7 +45,7 @@ __all__ = [
     "written_formats",
 ]
 
-FORMATS: tuple[type[Format], ...] = (Gptq, Awq, BitsAndBytes)
+FORMATS: tuple[type[Format], ...] = (Gptq, Awq, BitsAndBytes, CompressedTensors)
 
 
 def format_of(folder: Path) -> Format | None:
