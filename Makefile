@@ -85,7 +85,7 @@ test-clients: install build/clients/.installed
 	build/clients/bin/pytest -q -c /dev/null --rootdir=. --confcutdir=tests/clients \
 		--import-mode=importlib -p no:cacheprovider -W ignore $(CLIENTS)
 
-# Our GPTQ and AWQ checkpoints in transformers with GPTQModel, on top of the environment's torch.
+# Our checkpoints in transformers with GPTQModel, and in compressed-tensors, on top of the environment's torch.
 build/peers/.installed: tests/peers/requirements.txt | install
 	$(PYTHON) -m venv build/peers
 	build/peers/bin/pip install --progress-bar on --no-deps -r $<
@@ -93,7 +93,7 @@ build/peers/.installed: tests/peers/requirements.txt | install
 test-peers: build/peers/.installed
 	packages=$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])'); \
 	PYTHONPATH=src:$$packages build/peers/bin/python -m pytest -q \
-		tests/quantizers/test_in_gptqmodel.py
+		tests/quantizers/test_in_gptqmodel.py tests/quantizers/test_in_compressed_tensors.py
 
 # atheris over request bodies, checkpoints and adapters, FUZZ_SECONDS each (five minutes in all);
 # the same targets run for a moment in the tests. Its corpus stays in build/fuzz.

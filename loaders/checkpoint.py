@@ -137,7 +137,8 @@ class FolderCheckpoint:
     def weights(self) -> Iterator[tuple[str, Weight]]:
         shards = Shards(self.folder)
         self.check(shards)
-        modules = shards.modules
+        ignored: Mapping[str, str] = self.quantization.ignored if self.quantization else {}
+        modules = {m: found for m, found in shards.modules.items() if found.keys() - ignored.keys()}
         done: set[str] = set()
         for module in modules:
             if module in done:

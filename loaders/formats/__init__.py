@@ -12,6 +12,7 @@ from pathlib import Path
 
 from nybble.loaders.errors import CheckpointError
 from nybble.loaders.formats.affine import AffineWeight
+from nybble.loaders.formats.auto_round import AutoRound
 from nybble.loaders.formats.awq import Awq
 from nybble.loaders.formats.base import (
     AffineFormat,
@@ -24,6 +25,7 @@ from nybble.loaders.formats.base import (
 )
 from nybble.loaders.formats.bitsandbytes import BitsAndBytes
 from nybble.loaders.formats.codebook import CodebookWeight
+from nybble.loaders.formats.compressed_tensors import CompressedTensors
 from nybble.loaders.formats.gptq import Gptq
 from nybble.loaders.formats.settings import Settings, read_object
 
@@ -44,7 +46,7 @@ __all__ = [
     "written_formats",
 ]
 
-FORMATS: tuple[type[Format], ...] = (Gptq, Awq, BitsAndBytes)
+FORMATS: tuple[type[Format], ...] = (Gptq, Awq, BitsAndBytes, CompressedTensors, AutoRound)
 
 
 def format_of(folder: Path) -> Format | None:

@@ -118,9 +118,9 @@ class WritableFormat(Format):
     """A format that can be written too, module by module."""
 
     @classmethod
-    @abstractmethod
     def for_writing(cls, name: str, options: WriteOptions) -> Self:
-        """The format as ``nybble quantize`` writes it under one of its names."""
+        """The format as ``nybble quantize`` writes it under one of its names, if it has any."""
+        raise NotImplementedError(f"{cls.quant_method} is written only if a base has it")
 
     @property
     def written(self) -> WriteOptions:
