@@ -269,8 +269,16 @@ class LLM:
         progress: bool,
     ) -> list[Completion]:
         count = len(prompts)
-        every = _for_each("params", self.default_params if params is None else params, count)
-        adapters = [None if a is None else str(a) for a in _for_each("adapter", adapter, count)]
+        params = self.default_params if params is None else params
+        every = [params] * count if isinstance(params, SamplingParams) else list(params)
+        single = adapter is None or isinstance(adapter, str | Path)
+        adapters = [
+            None if each is None else str(each)
+            for each in cast(Sequence[str | Path | None], [adapter] * count if single else adapter)
+        ]
+        for name, values in (("params", every), ("adapter", adapters)):
+            if len(values) != count:
+                raise ParameterError(name, f"{name} has {len(values)} entries for {count} prompts")
         for path in dict.fromkeys(adapters):
             self._require_adapter(path)
         requests = [
@@ -380,12 +388,3 @@ def _token_ids(index: int, prompt: Sequence[int]) -> tuple[int, ...]:
             "prompt", f"prompt {index} is {prompt!r:.50}, expected text or a list of token ids"
         )
     return tuple(prompt)
-
-
-def _for_each(name: str, value: T | Sequence[T], count: int) -> list[T]:
-    """One value for each prompt."""
-    if isinstance(value, str) or not isinstance(value, Sequence):
-        return [cast(T, value)] * count
-    if len(value) != count:
-        raise ParameterError(name, f"{name} has {len(value)} entries for {count} prompts")
-    return list(value)
