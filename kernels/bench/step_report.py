@@ -158,7 +158,7 @@ def _attention(
     report = compile_kernel(
         attention_decode.decode_kernel,
         shared | partial,
-        constants | variants | {"MAX_SPLITS": 49},
+        {**constants, **variants, "MAX_SPLITS": 49},
         capability=capability,
         num_warps=warps,
         aligned=aligned,
@@ -169,7 +169,7 @@ def _attention(
     report = compile_kernel(
         attention_prefill.prefill_kernel,
         shared,
-        constants | variants,
+        {**constants, **variants},
         capability=capability,
         num_warps=warps,
         aligned=aligned,
