@@ -154,6 +154,7 @@ class Api:
             body.messages,
             tools=None if tools is None else tools.shown(),
             template_kwargs=body.chat_template_kwargs,
+            parse_special=bool(body.parse_special),
         )
         self._engine.check(prompt, params)
         guide = await guide_of(
@@ -168,7 +169,8 @@ class Api:
         max_tokens = _COMPLETION_MAX_TOKENS if body.max_tokens is None else body.max_tokens
         defaults = self._engine.sampling_defaults
         params = body.sampling_params(max_tokens, body.logprobs, defaults)
-        prompts = await self._encoded(body.prompts, params)
+        parse_special = body.parse_special is not False  # prompts made by a template have markers
+        prompts = await self._encoded(body.prompts, params, parse_special=parse_special)
         echoes = None
         if body.echo:
             echoes = [
@@ -248,9 +250,9 @@ class Api:
         return self._names.adapter(model, field, request.headers, request.get(TENANT))
 
     async def _encoded(
-        self, prompts: Sequence[Prompt], params: SamplingParams
+        self, prompts: Sequence[Prompt], params: SamplingParams, *, parse_special: bool = True
     ) -> list[tuple[int, ...]]:
-        encoded = await self._prompts.encode_all(prompts)
+        encoded = await self._prompts.encode_all(prompts, parse_special=parse_special)
         for prompt in encoded:
             self._engine.check(prompt, params)
         return encoded

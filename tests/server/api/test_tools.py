@@ -127,6 +127,33 @@ CASES: list[tuple[str, str, str, list[tuple[str, str]]]] = [
     ("hermes", '<tool_call>{"x": 1}', '<tool_call>{"x": 1}', []),
     ("hermes", '<tool_call>{"name": "f", "arguments": {"a": 1', "", [("f", '{"a": 1')]),
     ("hermes", 'a <tool_call>{"na', 'a<tool_call>{"na', []),
+    # Nothing but calls, without the markers.
+    ("hermes", '\n{"name": "f", "arguments": {"a": "}"}}\n', "", [("f", '{"a": "}"}')]),
+    (
+        "hermes",
+        '{"arguments": {}, "name": "g"}\n{"name": "f", "arguments": {"b": 1}}',
+        "",
+        [("g", "{}"), ("f", '{"b": 1}')],
+    ),
+    *(
+        ("hermes", text, text, [])
+        for text in (
+            '{"name": "Bob", "arguments": {}}',
+            '{"name": "f", "arguments": {}} calls f.',
+            'Say {"name": "f", "arguments": {}}',
+            '{"name": "f", "arguments": {}, "age": 5}',
+            '{"name": "f", "arguments": [1]}',
+            '{"name": "f", "arguments": {"a"',
+            '{"name": "f"}',
+            "{is it}",
+        )
+    ),
+    (
+        "hermes",
+        '{"a": 1}\n<tool_call>{"name": "f", "arguments": {}}</tool_call>',
+        '{"a": 1}',
+        [("f", "{}")],
+    ),
     ("hermes", "ends in <tool_", "ends in <tool_", []),
     ("llama3", ' {"name": "f", "parameters": {"a": 1}}', "", [("f", '{"a": 1}')]),
     (
@@ -281,10 +308,40 @@ def test_results_of_calls_reach_the_template_with_arguments_as_objects(engine: E
         text = engine.tokenizer.decode(tokens["tokens"])
         assert "assistant\nRome<|im_end|>" in text
         assert "tool\nsunny" in text
-        for broken in ("{", '{"city": "\\ud800"}', '{"city": NaN}', '{"city": ' + "[" * 999):
+
+        # What is no object, as the arguments of an answer that was cut short, is text.
+        shown = HERMES.replace("arguments.city", "arguments")
+        engine.tokenizer.chat_template = shown
+        for broken in ("{", '{"city": "\\ud800"}', '{"city": NaN}', '{"city": ' + "[" * 99, "[1]"):
             function["arguments"] = broken
-            error = await refused(client, CHAT, request(messages=messages))
-            assert error["message"] == "the arguments of call 0 to 'get_weather' are not JSON"
+            tokens = await (await client.post("/tokenize", json={"messages": messages})).json()
+            text = engine.tokenizer.decode(tokens["tokens"])
+            assert f"assistant\n{broken}<|im_end|>" in text
+        # A template that takes objects only gets what can be read of them.
+        engine.tokenizer.chat_template = shown.replace(
+            "{{ c.function.arguments }}",
+            "{% for k, v in c.function.arguments.items() %}{{ k }}={{ v }}{% endfor %}",
+        )
+        for broken, read in (('{"city": "Ro', "city=Ro"), ("nonsense", "")):
+            function["arguments"] = broken
+            tokens = await (await client.post("/tokenize", json={"messages": messages})).json()
+            text = engine.tokenizer.decode(tokens["tokens"])
+            assert f"assistant\n{read}<|im_end|>" in text
+
+    run(engine, scenario)
+
+
+def test_a_message_with_an_empty_list_of_calls_is_one_without(engine: Engine) -> None:
+    engine.tokenizer.chat_template = HERMES.replace(
+        "{{ m.content }}",
+        # As Llama 3.1's: it looks at the first of the calls there are.
+        "{% if 'tool_calls' in m %}{{ m.tool_calls[0].function.name }}{% endif %}{{ m.content }}",
+    )
+
+    async def scenario(client: Client) -> None:
+        messages = [*HELLO, {"role": "assistant", "content": "hi", "tool_calls": []}, *HELLO]
+        async with client.post(CHAT, json=request(messages=messages, max_tokens=1)) as response:
+            assert response.status == 200, await response.text()
 
     run(engine, scenario)
 
