@@ -12,6 +12,7 @@ from pathlib import Path
 
 from nybble.loaders.errors import CheckpointError
 from nybble.loaders.formats.affine import AffineWeight
+from nybble.loaders.formats.auto_round import AutoRound
 from nybble.loaders.formats.awq import Awq
 from nybble.loaders.formats.base import (
     AffineFormat,
@@ -45,7 +46,7 @@ __all__ = [
     "written_formats",
 ]
 
-FORMATS: tuple[type[Format], ...] = (Gptq, Awq, BitsAndBytes, CompressedTensors)
+FORMATS: tuple[type[Format], ...] = (Gptq, Awq, BitsAndBytes, CompressedTensors, AutoRound)
 
 
 def format_of(folder: Path) -> Format | None:

@@ -118,9 +118,9 @@ class WritableFormat(Format):
     """A format that can be written too, module by module."""
 
     @classmethod
-    @abstractmethod
     def for_writing(cls, name: str, options: WriteOptions) -> Self:
-        """The format as ``nybble quantize`` writes it under one of its names."""
+        """The format as ``nybble quantize`` writes it under one of its names, if it has any."""
+        raise NotImplementedError(f"{cls.quant_method} is written only if a base has it")
 
     @property
     def written(self) -> WriteOptions:
@@ -190,6 +190,10 @@ class AffineFormat(WritableFormat):
                 f"{out} outputs and {columns} inputs do not divide into groups of {size} "
                 f"inputs and words of {word}"
             )
+
+    @abstractmethod
+    def quantized(self, shards: Shards, module: str) -> AffineWeight:
+        """A quantized module as it is stored. Raises CheckpointError naming the tensor."""
 
     @abstractmethod
     def sizes(self, leaves: Mapping[str, TensorHeader]) -> AffineSizes:
