@@ -195,6 +195,10 @@ class AffineFormat(WritableFormat):
             )
 
     @abstractmethod
+    def quantized(self, shards: Shards, module: str) -> AffineWeight:
+        """A quantized module as it is stored. Raises CheckpointError naming the tensor."""
+
+    @abstractmethod
     def sizes(self, leaves: Mapping[str, TensorHeader]) -> AffineSizes:
         """Of a module, from its tensors' headers."""
 
