@@ -166,9 +166,6 @@ class AffineFormat(WritableFormat):
 
     widths: ClassVar[tuple[int, ...]] = (4,)
 
-    @abstractmethod
-    def quantized(self, shards: Shards, module: str) -> AffineWeight: ...
-
     @property
     def least_zero(self) -> int:
         """The smallest zero that every reader of the format understands."""
