@@ -117,7 +117,7 @@ EMULATE_SECONDS ?= 600
 EMULATE_SEED ?= $(shell date +%s)
 emulate: install
 	mkdir -p build
-	set -o pipefail; $(BIN)/python tests/kernels/emulator/random_checks.py \
+	set -o pipefail; $(BIN)/python tests/ptx_emulator/random_checks.py \
 		--seed $(EMULATE_SEED) --seconds $(EMULATE_SECONDS) | tee build/emulate.jsonl
 
 # The CPU kernels' tests on kernels instrumented by GCC's AddressSanitizer and UBSan: the compiler
