@@ -19,10 +19,12 @@ import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from enum import Enum
 
 from nybble.engine.adapter_cache import AdapterCache, AdapterVersion
 from nybble.engine.block_manager import BlockManager, most_blocks
 from nybble.engine.fair_queue import OUTPUT_COST, PROMPT_COST, FairQueue
+from nybble.engine.prompt_reader import PromptReader
 from nybble.engine.sequence import Sequence, SequenceStatus
 
 # Admissions that may pass a sequence whose adapter finds no slot, before those that would keep the
@@ -31,22 +33,45 @@ _MAX_OVERTAKEN = 32
 _ROUNDING = 1e-6  # shares of a slot add up to one only nearly
 
 
+class StepKind(Enum):
+    """What a sequence does in a step.
+
+    PREFILL: computes a part of its prompt, or of what it had before it was preempted. DECODE:
+    computes its newest token alone and samples the next, and nothing else.
+    """
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
 @dataclass(frozen=True)
 class ScheduledSequence:
-    """``num_tokens`` tokens of a sequence from ``num_computed_tokens`` on."""
+    """What one sequence does in a step, settled when the step is scheduled.
+
+    start, num_tokens: the positions computed. completes: whether they reach the last token known.
+    samples: whether a next token is sampled, which a request for the prompt alone does not.
+    reader: reads the hidden states of these positions, if the request wants something of its
+    prompt.
+    """
 
     sequence: Sequence
+    kind: StepKind
+    start: int
     num_tokens: int
+    completes: bool
+    samples: bool
+    reader: PromptReader | None = None
 
-    @property
-    def completes(self) -> bool:
-        """Whether the step reaches the last known token."""
-        return self.num_tokens == self.sequence.num_uncomputed_tokens
-
-    @property
-    def samples(self) -> bool:
-        """Whether a new token is sampled: not where the prompt alone is asked for."""
-        return self.completes and self.sequence.max_tokens > 0
+    @classmethod
+    def of(cls, sequence: Sequence, num_tokens: int) -> ScheduledSequence:
+        """The next ``num_tokens`` tokens of a sequence as it is now."""
+        start = sequence.num_computed_tokens
+        completes = num_tokens == sequence.num_uncomputed_tokens
+        samples = completes and sequence.max_tokens > 0
+        reader = sequence.reader if start < sequence.num_prompt_tokens else None
+        decodes = num_tokens == 1 and samples and reader is None
+        kind = StepKind.DECODE if decodes else StepKind.PREFILL
+        return cls(sequence, kind, start, num_tokens, completes, samples, reader)
 
 
 ScheduledBatch = list[ScheduledSequence]
@@ -98,7 +123,7 @@ class Scheduler:
                 self._extend(plan, sequence, 1)
         self._prefill(plan)
         return [
-            ScheduledSequence(sequence, plan.tokens[sequence])
+            ScheduledSequence.of(sequence, plan.tokens[sequence])
             for sequence in self.running
             if plan.tokens[sequence]
         ]

@@ -7,7 +7,7 @@ from enum import Enum
 
 from nybble.engine.adapter_cache import AdapterVersion
 from nybble.engine.detokenizer import Detokenizer
-from nybble.engine.prompt_reader import EmbeddingReader, LogprobReader, PromptReader
+from nybble.engine.prompt_reader import EmbeddingReader, LogprobReader
 from nybble.engine.request import Request
 from nybble.engine.sampler import SequenceSampler
 
@@ -80,11 +80,6 @@ class Sequence:
     def adapter_slot(self) -> int:
         """The device slot of the adapter while running, −1 for the base model."""
         return -1 if self.adapter is None or self.adapter.slot is None else self.adapter.slot
-
-    @property
-    def reading(self) -> PromptReader | None:
-        """Who reads the hidden states of the next tokens computed."""
-        return self.reader if self.num_computed_tokens < self.num_prompt_tokens else None
 
     @property
     def may_share_prefix(self) -> bool:

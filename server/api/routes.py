@@ -11,7 +11,13 @@ from uuid import uuid4
 from aiohttp import web
 
 from nybble import __version__
-from nybble.engine import Engine, GrammarCompiler, ParameterError, SamplingParams
+from nybble.engine import (
+    Engine,
+    GrammarCompiler,
+    ParameterError,
+    SamplingParams,
+    require_known_tokens,
+)
 from nybble.server.api.chat import ChatShape
 from nybble.server.api.chat_schema import ChatRequest, DetokenizeRequest, TokenizeRequest
 from nybble.server.api.compile_pool import CompilePool
@@ -148,7 +154,7 @@ class Api:
             tools=None if tools is None else tools.shown(),
             template_kwargs=body.chat_template_kwargs,
         )
-        self._require_room(prompt, params)
+        self._engine.check(prompt, params)
         guide = await guide_of(self._grammars, self._compiling, body, body.response_format, tools)
         id, n = f"{prefix}{uuid4().hex}", body.sequences
         return Job(id, (prompt,), params, n, guide, adapter, tenant, body.timeout), tools
@@ -227,7 +233,7 @@ class Api:
         body = await read_body(request, DetokenizeRequest)
         if body.model is not None:
             self._names.require(body.model, request.get(TENANT))
-        self._require_known("tokens", body.tokens, len(self._engine.tokenizer))
+        require_known_tokens("tokens", body.tokens, len(self._engine.tokenizer))
         return json_response({"prompt": await self._prompts.decode(body.tokens)})
 
     def _logprobs(self, params: SamplingParams) -> Logprobs | None:
@@ -243,29 +249,8 @@ class Api:
     ) -> list[tuple[int, ...]]:
         encoded = await self._prompts.encode_all(prompts)
         for prompt in encoded:
-            self._require_room(prompt, params)
-            self._require_known("prompt", prompt, self._engine.vocab_size)
+            self._engine.check(prompt, params)
         return encoded
-
-    def _require_known(self, parameter: str, tokens: Sequence[int], size: int) -> None:
-        for token in tokens:
-            if not 0 <= token < size:
-                message = f"token id {token} is outside the vocabulary of {size}"
-                raise ParameterError(parameter, message)
-
-    def _require_room(self, prompt: Sequence[int], params: SamplingParams) -> None:
-        if not prompt:
-            raise ParameterError("prompt", "the prompt is empty")
-        limit = self._engine.max_model_len
-        asked = 1 if params.max_tokens is None else params.max_tokens
-        if len(prompt) + asked > limit:
-            raise ApiError(
-                400,
-                f"the prompt has {len(prompt)} tokens and asks for {asked} more "
-                f"at least, but together they are limited to {limit}",
-                param="prompt" if len(prompt) >= limit else "max_tokens",
-                code="context_length_exceeded",
-            )
 
 
 @contextmanager
@@ -275,7 +260,10 @@ def _parameters_called(names: Mapping[str, str]) -> Iterator[None]:
         yield
     except ParameterError as error:
         name = names.get(error.parameter, error.parameter)
-        raise ParameterError(name, str(error).replace(error.parameter, name, 1)) from None
+        message = str(error)
+        if message.startswith(error.parameter):
+            message = name + message.removeprefix(error.parameter)
+        raise type(error)(name, message) from None
     except ApiError as error:
         error.param = names.get(error.param or "", error.param)
         raise
