@@ -302,7 +302,8 @@ class Engine:
         if not prompt:
             raise ParameterError("prompt", "the prompt is empty")
         require_known_tokens("prompt", prompt, self.vocab_size)
-        require_known_tokens("logit_bias", params.logit_bias, self.vocab_size)
+        for name in ("logit_bias", "allowed_token_ids", "logprob_token_ids"):
+            require_known_tokens(name, getattr(params, name) or (), self.vocab_size)
         least = 1 if params.max_tokens is None else params.max_tokens
         room = self.max_model_len - len(prompt)
         if least > room:
@@ -320,9 +321,27 @@ class Engine:
         return Sequence(
             request,
             max_tokens=self.check(prompt, params),
-            detokenizer=Detokenizer(self.tokenizer.backend_tokenizer, prompt, params.stop),
-            sampler=SequenceSampler(params, prompt),
+            detokenizer=Detokenizer(self.tokenizer.backend_tokenizer, prompt, params),
+            sampler=SequenceSampler(
+                params, prompt, ends=self.end_tokens(params), bad_words=self._bad_words(params)
+            ),
         )
+
+    def end_tokens(self, params: SamplingParams) -> frozenset[int]:
+        """The tokens that end a sequence with these parameters."""
+        return frozenset(params.stop_token_ids) | (
+            frozenset() if params.ignore_eos else self.eos_token_ids
+        )
+
+    def _bad_words(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
+        """The tokens of each bad word, alone and after a space."""
+        texts = [
+            text for word in params.bad_words for text in (word.lstrip(), " " + word.lstrip())
+        ]
+        encoded = self.tokenizer.backend_tokenizer.encode_batch_fast(
+            texts, add_special_tokens=False
+        )
+        return tuple({tuple(each.ids): None for each in encoded if each.ids})
 
 
 def _require_numbers(output: RequestOutput) -> None:

@@ -53,7 +53,8 @@ class FairQueue:
         return self._counters[sequence.tenant] + cost / sequence.weight
 
     def push(self, sequence: Sequence, *, front: bool = False) -> None:
-        """Queue a sequence, at the front if it was served before."""
+        """Queue a sequence: behind those of its tenant with its priority or a lower number, or at the
+        front if it was served before."""
         tenant = sequence.tenant
         if tenant not in self._queues:
             # With nobody queued, newcomers begin level with the last who was.
@@ -63,8 +64,12 @@ class FairQueue:
             self._queues[tenant] = deque()
         if front:
             self._queues[tenant].appendleft(sequence)
-        else:
-            self._queues[tenant].append(sequence)
+            return
+        queue, place = self._queues[tenant], len(self._queues[tenant])
+        priority = sequence.request.priority
+        while place and queue[place - 1].request.priority > priority:
+            place -= 1
+        queue.insert(place, sequence)
 
     def remove(self, sequence: Sequence) -> None:
         tenant = sequence.tenant
