@@ -335,9 +335,7 @@ class Engine:
 
     def _bad_words(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
         """The tokens of each bad word, alone and after a space."""
-        texts = [
-            text for word in params.bad_words for text in (word.lstrip(), " " + word.lstrip())
-        ]
+        texts = [text for word in params.bad_words for text in (word.lstrip(), " " + word.lstrip())]
         encoded = self.tokenizer.backend_tokenizer.encode_batch_fast(
             texts, add_special_tokens=False
         )

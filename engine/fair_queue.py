@@ -53,8 +53,10 @@ class FairQueue:
         return self._counters[sequence.tenant] + cost / sequence.weight
 
     def push(self, sequence: Sequence, *, front: bool = False) -> None:
-        """Queue a sequence: behind those of its tenant with its priority or a lower number, or at the
-        front if it was served before."""
+        """Queue a sequence behind its tenant's of no higher priority number.
+
+        front: before all of them, as it was served before.
+        """
         tenant = sequence.tenant
         if tenant not in self._queues:
             # With nobody queued, newcomers begin level with the last who was.

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from nybble.engine.request import (
     NotANumberError,
-    NoTokenError,
     NothingAllowedError,
+    NoTokenError,
     SamplingParams,
     TokenLogprob,
 )
@@ -94,7 +94,6 @@ class SequenceSampler:
         if self._counts is not None:
             self._counts[token] += 1
 
-
     @property
     def constrained(self) -> bool:
         """Whether the parameters exclude tokens."""
@@ -111,10 +110,10 @@ class SequenceSampler:
             for word in self._bad_words
             if len(word) == 1 or tuple(self._output[1 - len(word) :]) == word[:-1]
         ]
-        if len(self._output) < self.params.min_tokens and self._ends:
-            # A grammar that is complete has nothing else to go on with.
-            if guided is None or guided.sum() > guided[self._ends].sum():
-                barred += self._ends
+        early = len(self._output) < self.params.min_tokens
+        # A grammar that is complete has nothing else to go on with.
+        if early and (guided is None or guided.sum() > guided[self._ends].sum()):
+            barred += self._ends
         return barred
 
 
@@ -277,9 +276,7 @@ def _to_host(tensors: list[Tensor]) -> list[Tensor]:
     return copies
 
 
-def _report(
-    reports: list[Tensor], row: int, token: int, params: SamplingParams
-) -> TokenLogprob:
+def _report(reports: list[Tensor], row: int, token: int, params: SamplingParams) -> TokenLogprob:
     own, values, ids, *named = reports
     if params.logprob_token_ids:
         found = named[0][row].tolist()[: len(params.logprob_token_ids)]

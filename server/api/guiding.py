@@ -6,9 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 from nybble.engine import GrammarCompiler, GrammarGuide
-from nybble.server.api.chat_schema import ResponseFormat
 from nybble.server.api.compile_pool import CompilePool
+from nybble.server.api.format_schema import ResponseFormat, StructuredOutputs
 from nybble.server.api.schema import Sampling
+from nybble.server.api.structural_tag import tags_of
 from nybble.server.api.tools import Tools
 from nybble.server.http.errors import ApiError
 
@@ -50,7 +51,9 @@ def _asked(
     compiler: GrammarCompiler, body: Sampling, response_format: ResponseFormat | None
 ) -> dict[str, Callable[[], GrammarGuide | None]]:
     asked: dict[str, Callable[[], GrammarGuide | None]] = {}
-    if response_format is not None and response_format.type != "text":
+    if response_format is not None and (tag := response_format.structural_tag) is not None:
+        asked["response_format"] = lambda: compiler.structural_tags(tags_of(tag))
+    elif response_format is not None and response_format.type != "text":
         wanted = response_format.json_schema
         schema = _ANY_OBJECT if wanted is None or wanted.definition is None else wanted.definition
         asked["response_format"] = lambda: compiler.json_schema(schema)
@@ -62,4 +65,20 @@ def _asked(
         asked["guided_choice"] = lambda: compiler.choice(guided_choice)
     if (guided_grammar := body.guided_grammar) is not None:
         asked["guided_grammar"] = lambda: compiler.grammar(guided_grammar)
+    if (structured := body.structured_outputs) is not None and structured.given:
+        asked["structured_outputs"] = lambda: _structured(compiler, structured)
     return asked
+
+
+def _structured(compiler: GrammarCompiler, asked: StructuredOutputs) -> GrammarGuide:
+    if asked.json_schema is not None:
+        return compiler.json_schema(asked.json_schema)
+    if asked.regex is not None:
+        return compiler.regex(asked.regex)
+    if asked.choice is not None:
+        return compiler.choice(asked.choice)
+    if asked.grammar is not None:
+        return compiler.grammar(asked.grammar)
+    if asked.structural_tag is not None:
+        return compiler.structural_tags(tags_of(asked.structural_tag))
+    return compiler.json_schema(_ANY_OBJECT)

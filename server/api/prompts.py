@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from typing import Any, TypeVar
 
 from pydantic_core import from_json
 from transformers import PreTrainedTokenizerBase
 
-from nybble.server.api.chat_schema import Message
+from nybble.server.api.chat_schema import Message, TemplateOptions, text_of
 from nybble.server.api.schema import Prompt
 from nybble.server.http.errors import ApiError
 from nybble.server.templates import TemplateFailedError, TemplateRefusedError, TemplateRenderer
@@ -36,7 +37,10 @@ class Prompts:
         model: str,
         max_model_len: int,
         templates: TemplateRenderer,
+        *,
+        trust_chat_templates: bool = False,
     ) -> None:
+        """trust_chat_templates: whether requests may bring templates of their own."""
         self._tokenizer = tokenizer
         self._backend = tokenizer.backend_tokenizer
         # A tokenizer.json may ask for either; both would change prompts silently.
@@ -48,6 +52,7 @@ class Prompts:
         self._max_characters = max_model_len * self._longest
         self._max_together = max(_MAX_TOGETHER, max_model_len)
         self._templates = templates
+        self._trust_chat_templates = trust_chat_templates
         # One at a time, whatever many ask for: it takes much memory, which each thread's allocator
         # keeps for its next. The encoder has threads of its own.
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="nybble-tokenize")
@@ -72,7 +77,9 @@ class Prompts:
 
         return await self._off_loop(len(text), work)
 
-    async def encode_all(self, prompts: Sequence[Prompt]) -> list[tuple[int, ...]]:
+    async def encode_all(
+        self, prompts: Sequence[Prompt], *, special_tokens: bool = True, any_length: bool = False
+    ) -> list[tuple[int, ...]]:
         """Token ids of prompts of one kind, texts with those that inputs begin or end with.
 
         Raises ApiError 400 as :meth:`encode` does, and where they are too many together.
@@ -80,22 +87,31 @@ class Prompts:
         texts = [prompt for prompt in prompts if isinstance(prompt, str)]
         given = [prompt for prompt in prompts if not isinstance(prompt, str)]
         self._require_few_together(given)
-        for text in texts:
-            self._require_room(text)
         length = sum(map(len, texts))
-        encoded = await self._off_loop(length, lambda: self._encode_batches(texts))
+        if any_length:
+            _require_size("prompt", sum(len(t.encode()) for t in texts), MAX_TEXT_BYTES, "bytes")
+        else:
+            for text in texts:
+                self._require_room(text)
+        encoded = await self._off_loop(
+            length, lambda: self._encode_batches(texts, special_tokens, any_length)
+        )
         return [*map(tuple, given), *encoded]
 
-    def _encode_batches(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
+    def _encode_batches(
+        self, texts: Sequence[str], special_tokens: bool, any_length: bool
+    ) -> list[tuple[int, ...]]:
         encoded: list[tuple[int, ...]] = []
         batch: list[str] = []
         size = 0
         for index, text in enumerate(texts):
-            self._require_few_tokens(text)
+            if not any_length:
+                self._require_few_tokens(text)
             batch.append(text)
             size += len(text)
             if size >= _AT_A_TIME or index == len(texts) - 1:
-                encoded += [tuple(each.ids) for each in self._backend.encode_batch_fast(batch)]
+                found = self._backend.encode_batch_fast(batch, add_special_tokens=special_tokens)
+                encoded += [tuple(each.ids) for each in found]
                 batch, size = [], 0
                 self._require_few_together(encoded)
         return encoded
@@ -111,19 +127,47 @@ class Prompts:
             lambda: self._backend.decode(list(token_ids), skip_special_tokens=False),
         )
 
+    @cached_property
+    def around(self) -> tuple[int, int]:
+        """How many special tokens texts are given before and after."""
+        (plain,), (whole,) = (
+            self._backend.encode_batch_fast(["a"], add_special_tokens=special)
+            for special in (False, True)
+        )
+        for before in range(len(whole.ids) - len(plain.ids) + 1):
+            if whole.ids[before : before + len(plain.ids)] == plain.ids:
+                return before, len(whole.ids) - len(plain.ids) - before
+        return 0, 0
+
+    async def token_strings(self, token_ids: Sequence[int]) -> list[str]:
+        """Each token as the vocabulary spells it."""
+
+        def work() -> list[str]:
+            return [self._backend.id_to_token(token) or "" for token in token_ids]
+
+        return await self._off_loop(len(token_ids), work)
+
     async def chat(
         self,
         messages: Sequence[Message],
+        options: TemplateOptions,
         *,
         tools: Sequence[dict[str, Any]] | None = None,
-        template_kwargs: dict[str, Any] | None = None,
+        any_length: bool = False,
     ) -> tuple[int, ...]:
         """Token ids of a conversation in the model's own template, up to the assistant's turn.
 
         Raises ApiError 400 where the model has no template or the template refuses, 500 where it
-        takes too much time or memory.
+        takes too much time or memory, and as :meth:`encode` does.
         """
-        if not self._tokenizer.chat_template:
+        if options.chat_template is not None and not self._trust_chat_templates:
+            raise ApiError(
+                400,
+                "chat_template is taken only by a server with --trust-request-chat-template",
+                param="chat_template",
+                code="unsupported_parameter",
+            )
+        if not (options.chat_template or self._tokenizer.chat_template):
             raise ApiError(
                 400,
                 f"model {self._model!r} has no chat template: use /v1/completions, "
@@ -134,8 +178,10 @@ class Prompts:
         if len(messages) > self._max_model_len:  # a message is a token at least
             raise self._too_long(f"{len(messages)} messages")
         turns = [_turn(message) for message in messages]
-        template = self._tokenizer.get_chat_template(tools=list(tools) if tools else None)
-        variables = {**self._tokenizer.special_tokens_map, **_checked(template_kwargs or {})}
+        template = options.chat_template
+        if template is None:
+            template = self._tokenizer.get_chat_template(tools=list(tools) if tools else None)
+        variables = {**self._tokenizer.special_tokens_map, **_variables(options, template)}
         try:
             future = self._templates.submit(template, turns, tools, variables)
             text = await asyncio.wrap_future(future)
@@ -152,7 +198,8 @@ class Prompts:
                 f"the chat template of {self._model!r} cannot be used: {error}",
                 code="chat_template_failed",
             ) from None
-        return await self.encode(text, special_tokens=False)
+        special = options.add_special_tokens is True
+        return await self.encode(text, special_tokens=special, any_length=any_length)
 
     def _require_room(self, text: str) -> None:
         if len(text) > self._max_characters:
@@ -214,6 +261,43 @@ def _require_size(param: str, found: int, most: int, unit: str) -> None:
         )
 
 
+def _variables(options: TemplateOptions, template: str) -> dict[str, Any]:
+    """What a template is given besides messages, tools and special tokens."""
+    variables: dict[str, Any] = {}
+    if options.continue_final_message:
+        variables["continue_final_message"] = True
+    variables["add_generation_prompt"] = not options.continue_final_message
+    if options.add_generation_prompt is not None:
+        variables["add_generation_prompt"] = options.add_generation_prompt
+    if options.documents is not None:
+        variables["documents"] = options.documents
+    return {
+        **variables,
+        **_reasoning(options.reasoning_effort, template),
+        **_checked(options.chat_template_kwargs or {}),
+    }
+
+
+def _reasoning(effort: str | None, template: str) -> dict[str, Any]:
+    """An effort in the template's own words. Raises ApiError 400 where it has none for it."""
+    if effort is None:
+        return {}
+    variables: dict[str, Any] = {}
+    if "reasoning_effort" in template:
+        variables["reasoning_effort"] = effort
+    if "enable_thinking" in template:
+        variables["enable_thinking"] = effort != "none"
+    if not variables and effort != "none":
+        raise ApiError(
+            400,
+            f"reasoning_effort is {effort!r}, but the model's chat template knows of no reasoning; "
+            "expected 'none'",
+            param="reasoning_effort",
+            code="unsupported_parameter",
+        )
+    return variables
+
+
 def _checked(template_kwargs: dict[str, Any]) -> dict[str, Any]:
     reserved = {"messages", "conversation", "tools", "tokenize", "chat_template"}
     reserved |= {"add_generation_prompt", "continue_final_message", "return_dict", "documents"}
@@ -233,7 +317,7 @@ def _turn(message: Message) -> dict[str, Any]:
     if message.role == "developer":  # the newer name of the system's role
         turn["role"] = "system"
     if isinstance(message.content, list):
-        turn["content"] = "\n".join(part.text for part in message.content)
+        turn["content"] = text_of(message.content)
     turn.setdefault("content", "")
     for index, call in enumerate(turn.get("tool_calls", ())):
         function = call["function"]

@@ -19,6 +19,7 @@ from nybble.engine import (
     EngineStoppedError,
     GuideError,
     NotANumberError,
+    NothingAllowedError,
     OutOfMemoryError,
     ParameterError,
 )
@@ -108,6 +109,8 @@ def as_api_error(error: Exception, request_id: str) -> ApiError:
         return ApiError(400, str(error), param=error.parameter, code="invalid_value")
     if isinstance(error, GuideError):
         return ApiError(500, str(error), code="guide_failed")
+    if isinstance(error, NothingAllowedError):
+        return ApiError(400, str(error), code="nothing_allowed")
     if isinstance(error, NotANumberError):
         return ApiError(500, str(error), code="not_a_number")
     if isinstance(error, AdapterError):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import random
-from typing import Any
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, decoders, models
@@ -132,7 +132,9 @@ def test_special_tokens_are_text_only_where_asked(byte_fallback: Tokenizer) -> N
 
 
 def test_special_tokens_in_a_row_have_no_space_between_where_asked() -> None:
-    words = Tokenizer(models.WordLevel({"a": 0}, "a"))  # without a decoder, words are joined by spaces
+    words = Tokenizer(
+        models.WordLevel({"a": 0}, "a")
+    )  # without a decoder, words are joined by spaces
     words.add_special_tokens(["<s>", "</s>"])
     output = [words.token_to_id(name) for name in ("a", "<s>", "</s>", "</s>", "a")]
     asked = {"skip_special_tokens": False}
