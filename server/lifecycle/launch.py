@@ -15,6 +15,7 @@ import torch
 
 from nybble.engine import Engine, EngineConfig
 from nybble.engine.memory import memory_explained
+from nybble.quantizers.in_flight import InFlightFormat
 from nybble.quantizers.prepare import prepare_checkpoint
 from nybble.server.adapters.admin import restore, restore_uploads
 from nybble.server.http.listen import BACKLOG
@@ -33,7 +34,7 @@ class ModelSource:
 
     model: str
     aliases: Path | None
-    quantize: Literal["nf4"] | None
+    quantize: InFlightFormat | None
     head: Literal["int8"] | None
     merged: str | None
     adapters: Mapping[str, str]
