@@ -310,7 +310,10 @@ class Engine:
             raise ContextLengthError(
                 "prompt" if room <= 0 else "max_tokens",
                 f"the prompt has {len(prompt)} tokens and asks for {least} more at least, but "
-                f"together they are limited to {self.max_model_len}",
+                f"together they are limited to {self.max_model_len}"
+                if least
+                else f"the prompt has {len(prompt)} tokens, but it is limited to "
+                f"{self.max_model_len}",
             )
         return room if params.max_tokens is None else params.max_tokens
 

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, TypeVar
 
 from aiohttp import web
-from aiohttp.http_exceptions import ContentEncodingError
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails, from_json
 
@@ -91,12 +89,14 @@ async def _read(request: web.Request) -> bytes:
     try:
         async with asyncio.timeout(_READ_SECONDS):
             return await request.read()
-    except (ContentEncodingError, web.RequestPayloadError, zlib.error) as error:
+    except web.RequestPayloadError as error:
+        request.content.feed_eof()  # there is no rest that could be read
         raise ApiError(
             400,
             "the body is not what its Content-Encoding or Transfer-Encoding says: "
             f"{str(error) or type(error).__name__}",
             code="invalid_encoding",
+            close=True,
         ) from None
     except TimeoutError:
         raise ApiError(408, f"the body did not arrive within {_READ_SECONDS} seconds") from None
