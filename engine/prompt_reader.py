@@ -6,7 +6,6 @@ prompt is read again from where it is computed again, which gives the same resul
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from nybble.engine.request import Embedding, Pooling, PromptLogprobs
 from nybble.engine.transfer import send
+from nybble.loaders.json_file import read_json_object
 
 if TYPE_CHECKING:
     from nybble.engine.decoder import Decoder
@@ -111,12 +111,12 @@ def read_pooling(folder: Path) -> Pooling | None:
     """How the checkpoint's makers pool, in sentence-transformers' ``1_Pooling/config.json``.
 
     ``last`` where they say nothing: of a causal model, only the last token has seen all others.
-    None where they pool in another way.
+    None where they pool in another way. Raises ValueError for a file that is no JSON object.
     """
     path = folder / "1_Pooling" / "config.json"
     if not path.is_file():
         return "last"
-    config = json.loads(path.read_text())
+    config = read_json_object(path)
     mode = config.get("pooling_mode")
     modes = [mode] if isinstance(mode, str) else []
     modes += [k.removeprefix("pooling_mode_") for k, on in config.items() if on is True]
