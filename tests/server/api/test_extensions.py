@@ -333,7 +333,7 @@ def test_a_prompt_is_cut_to_what_is_asked_for(engine: Engine) -> None:
 
 def test_constraints_in_vllms_spelling(engine: Engine) -> None:
     cases = [
-        ({"json": '{"type": "object", "maxProperties": 0}'}, r"\{\s*\}"),
+        ({"json": '{"enum": ["a"]}'}, '"a"'),
         ({"regex": "[ab]{3}"}, "[ab]{3}"),
         ({"choice": ["yes", "no"]}, "yes|no"),
         ({"grammar": 'start: "a" "b"'}, "ab"),
