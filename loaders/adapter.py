@@ -148,8 +148,8 @@ def _read(folder: Path) -> tuple[Path, bytes, dict[str, Tensor]]:
         except SafetensorError as error:
             raise AdapterError(f"{path} is truncated or not safetensors: {error}") from error
     raise AdapterError(
-        f"{folder} has no {_SAFETENSORS}. Pickled adapters (adapter_model.bin) can run code and are "
-        "not read; peft converts one: PeftModel.from_pretrained(base, FOLDER).save_pretrained("
+        f"{folder} has no {_SAFETENSORS}. Pickled adapters (adapter_model.bin) can run code and "
+        "are not read; peft converts one: PeftModel.from_pretrained(base, FOLDER).save_pretrained("
         "FOLDER)"
     )
 
