@@ -161,7 +161,9 @@ class ChatRequest(Sampling, TemplateOptions):
     ignored: ClassVar[dict[str, str]] = (
         OF_THE_SERVICE | foreign.IGNORED | {"prediction": "a hint for speed"}
     )
-    refused: ClassVar[dict[str, str]] = foreign.REFUSED | {
+    refused: ClassVar[dict[str, str]] = {
+        **foreign.REFUSED,
+        **foreign.REFUSED_IN_CHATS,
         "functions": "functions is deprecated and not supported",
         "function_call": "function_call is deprecated and not supported",
         "audio": "audio is not supported: models here write text",
@@ -169,7 +171,7 @@ class ChatRequest(Sampling, TemplateOptions):
         "verbosity": "verbosity is not supported",
         "moderation": "moderation is not supported: there is no moderation model",
     }
-    neutral: ClassVar[dict[str, tuple[Any, ...]]] = foreign.NEUTRAL | {"verbosity": ("medium",)}
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = foreign.NEUTRAL_IN_CHATS
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
     logprobs: bool | None = None

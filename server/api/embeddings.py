@@ -11,7 +11,15 @@ from pydantic import BeforeValidator, Field
 from nybble.engine import RequestOutput
 from nybble.server.api import foreign
 from nybble.server.api.generation import Usage
-from nybble.server.api.schema import OF_THE_SERVICE, Prompt, PromptShapes, Truncated, prompts_of
+from nybble.server.api.schema import (
+    OF_THE_SERVICE,
+    Priority,
+    Prompt,
+    PromptShapes,
+    Timeout,
+    Truncated,
+    prompts_of,
+)
 
 
 class EmbeddingRequest(Truncated):
@@ -32,8 +40,8 @@ class EmbeddingRequest(Truncated):
     adapter: str | None = None
     normalize: Literal[True] | None = None  # vLLM's; embeddings here have length 1
     add_special_tokens: bool | None = None
-    priority: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    timeout: Annotated[float, Field(gt=0)] | None = None
+    priority: Priority | None = None
+    timeout: Timeout | None = None
 
     @property
     def prompts(self) -> list[Prompt]:

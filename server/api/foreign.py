@@ -26,6 +26,8 @@ IGNORED = {
     "dry_penalty_last_n": _OTHER_SAMPLER,
     "dry_sequence_breakers": _OTHER_SAMPLER,
     "dynatemp_exponent": _OTHER_SAMPLER,
+    "early_stopping": "of beam search, which is refused",
+    "guided_decoding_backend": "there is one",
     "id_slot": _HINT,
     "images_config": _NO_MEDIA,
     "include_reasoning": _NO_REASONING,
@@ -71,9 +73,11 @@ REFUSED = {
     "enable_thinking": "enable_thinking belongs into chat_template_kwargs",
     "extra_key": "extra_key is not supported: use cache_salt",
     "grammar": f"grammar is not supported: {_GRAMMARS}",
+    "guided_whitespace_pattern": "guided_whitespace_pattern is not supported: use guided_regex",
     "input_ids": "input_ids is not supported: send token ids to /v1/completions",
     "json_schema": "json_schema is not supported here: use response_format or guided_json",
     "kv_transfer_params": _ONE_SERVER,
+    "logits_processors": _NO_PLUGINS,
     "lora": "lora is not supported: use adapter, or an adapter's name as the model",
     "lora_path": "lora_path is not supported: use adapter, or an adapter's name as the model",
     "mirostat": "Mirostat is not supported: use min_p",
@@ -115,4 +119,43 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "thinking_token_budget": (-1,),
     "top_n_sigma": (-1,),
     "typical_p": (1,),
+}
+
+_OF_CHATS = "{} belongs to /v1/chat/completions"
+
+# Chat completions' fields in completions, and the other way round.
+REFUSED_IN_COMPLETIONS = {
+    "max_completion_tokens": "max_completion_tokens is not supported here: use max_tokens"
+} | {
+    name: _OF_CHATS.format(name)
+    for name in (
+        "audio",
+        "chat_template_kwargs",
+        "function_call",
+        "functions",
+        "modalities",
+        "parallel_tool_calls",
+        "reasoning_effort",
+        "tool_choice",
+        "tools",
+        "top_logprobs",
+        "verbosity",
+    )
+}
+NEUTRAL_IN_COMPLETIONS = NEUTRAL | {
+    "function_call": ("none", "auto"),
+    "modalities": (["text"],),
+    "parallel_tool_calls": (True,),
+    "reasoning_effort": ("none",),
+    "tool_choice": ("none", "auto"),
+    "verbosity": ("medium",),
+}
+REFUSED_IN_CHATS = {
+    "best_of": "best_of is not supported here: use n",
+    "suffix": "suffix is not supported: put the text into the messages",
+}
+NEUTRAL_IN_CHATS = NEUTRAL | {
+    "best_of": (1,),
+    "function_call": ("none", "auto"),
+    "verbosity": ("medium",),
 }

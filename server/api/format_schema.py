@@ -53,6 +53,7 @@ class StructuredOutputs(Body):
     """vLLM's constraints on the output, of which one is given. structural_tag: see
     :mod:`nybble.server.api.structural_tag`."""
 
+    ignored: ClassVar[dict[str, str]] = {"disable_fallback": "there is one back end"}
     refused: ClassVar[dict[str, str]] = {
         "disable_any_whitespace": "disable_any_whitespace is not supported: use regex",
         "disable_additional_properties": "disable_additional_properties is not supported: write "

@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, ConfigDict, Discriminator, Field, Tag
 from pydantic_core import PydanticCustomError
 
+from nybble.server.api import foreign
 from nybble.server.api.body import Body
 from nybble.server.api.chat_schema import (
     MAX_MESSAGES,
@@ -16,7 +17,7 @@ from nybble.server.api.chat_schema import (
     ReasoningEffort,
     require_text,
 )
-from nybble.server.api.schema import OF_THE_SERVICE, OfTheService
+from nybble.server.api.schema import OF_THE_SERVICE, OfTheService, Priority, Salt, Timeout
 
 
 class _Item(Body):
@@ -157,13 +158,23 @@ class NamedFunction(Body):
     name: str
 
 
+_OF_CHATS = (
+    *("cache_salt", "chat_template_kwargs", "min_p", "priority", "repetition_penalty", "seed"),
+    *("timeout", "top_k"),
+)
+
+
 class ResponsesRequest(OfTheService):
-    ignored: ClassVar[dict[str, str]] = OF_THE_SERVICE | {
+    ignored: ClassVar[dict[str, str]] = {
+        **OF_THE_SERVICE,
+        **foreign.IGNORED,
         "metadata": "nothing is stored; it comes back with the response",
         "include": "there are no items that it would go into",
         "stream_options": "events carry no padding",
     }
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = foreign.NEUTRAL
     refused: ClassVar[dict[str, str]] = {
+        **foreign.REFUSED,
         "previous_response_id": "responses are not stored: send the conversation as input",
         "conversation": "conversations are not stored: send the conversation as input",
         "prompt": "prompt templates are not stored",
@@ -191,6 +202,17 @@ class ResponsesRequest(OfTheService):
 
     stream_options: dict[str, Any] | None = None  # ignored
 
+    # As in chat completions.
+    adapter: str | None = None
+    cache_salt: Salt | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    min_p: float | None = None
+    priority: Priority | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+    timeout: Timeout | None = None
+    top_k: int | None = None
+
     def chat(self) -> ChatRequest:
         """The same request as a chat completion."""
         given: dict[str, Any] = {
@@ -201,6 +223,7 @@ class ResponsesRequest(OfTheService):
             "max_completion_tokens": self.max_output_tokens,
             "parallel_tool_calls": self.parallel_tool_calls,
             "response_format": self._response_format(),
+            **{name: getattr(self, name) for name in _OF_CHATS},
             "reasoning_effort": None if self.reasoning is None else self.reasoning.effort,
         }
         if self.tools:

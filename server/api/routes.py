@@ -146,7 +146,7 @@ class Api:
 
     async def responses(self, request: web.Request) -> web.StreamResponse:
         body = await read_body(request, ResponsesRequest)
-        adapter = self._adapter_of(request, body.model, None)
+        adapter = self._adapter_of(request, body.model, body.adapter)
         names = {"prompt": "input", "messages": "input", "max_tokens": "max_output_tokens"}
         with _parameters_called(names | {"response_format": "text.format"}):
             job, tools = await self._chat_job("resp_", body.chat(), adapter, request.get(TENANT))

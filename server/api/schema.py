@@ -32,6 +32,11 @@ NO_LIMIT = -1  # of tokens, as llama.cpp's clients write it
 _COMPLETION_MAX_TOKENS = 16  # OpenAI's default; chat goes on to the end of the context
 
 
+Priority = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+Salt = Annotated[str, Field(max_length=_MAX_SALT)]
+Timeout = Annotated[float, Field(gt=0)]
+
+
 def _stops(value: Any) -> Any:
     stops = ([value] if value else []) if isinstance(value, str) else value
     if isinstance(stops, list):
@@ -173,14 +178,14 @@ class Sampling(OfTheService, Truncated):
     add_special_tokens: bool | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
-    priority: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    cache_salt: Annotated[str, Field(max_length=_MAX_SALT)] | None = None
+    priority: Priority | None = None
+    cache_salt: Salt | None = None
     structured_outputs: StructuredOutputs | None = None
     guided_json: JsonObject | None = None
     guided_regex: str | None = None
     guided_choice: Choices | None = None
     guided_grammar: str | None = None
-    timeout: Annotated[float, Field(gt=0)] | None = None
+    timeout: Timeout | None = None
     prompt_logprobs: int | None = None
 
     @model_validator(mode="after")
@@ -293,9 +298,12 @@ def prompts_of(value: Any) -> Any:
 
 
 class CompletionRequest(Sampling):
-    refused: ClassVar[dict[str, str]] = foreign.REFUSED | {
-        "suffix": "suffix is not supported: put the text into the prompt"
-    }
+    refused: ClassVar[dict[str, str]] = (
+        foreign.REFUSED
+        | foreign.REFUSED_IN_COMPLETIONS
+        | {"suffix": "suffix is not supported: put the text into the prompt"}
+    )
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = foreign.NEUTRAL_IN_COMPLETIONS
 
     prompt: Annotated[Any, BeforeValidator(prompts_of, json_schema_input_type=PromptShapes)]
     best_of: int | None = None

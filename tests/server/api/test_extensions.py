@@ -77,6 +77,9 @@ def test_what_routers_add_is_taken_at_the_value_that_asks_for_nothing(kind: type
         (CompletionRequest, {"logprobs": False, "best_of": 1, "n": 2, "suffix": ""}),
         (CompletionRequest, {"max_tokens": -1, "response_format": {"type": "text"}}),
         (CompletionRequest, {"structured_outputs": {}}),
+        (CompletionRequest, {"tools": [], "tool_choice": "auto", "reasoning_effort": "none"}),
+        (ChatRequest, {"best_of": 1, "suffix": "", "function_call": "none"}),
+        (ResponsesRequest, {"top_k": -1, "seed": -1, "rid": "x", "use_beam_search": False}),
         (ResponsesRequest, {"top_logprobs": 0, "reasoning": {"effort": None, "summary": "auto"}}),
         (ResponsesRequest, {"include": ["reasoning.encrypted_content"], "text": {"verbosity": ""}}),
         (EmbeddingRequest, {"normalize": True, "truncate_prompt_tokens": None}),
@@ -508,3 +511,23 @@ def test_an_embedding_that_is_too_long_is_not_said_to_ask_for_output(engine: Eng
         assert error["param"] == "input"
 
     run(engine, scenario)
+
+
+def test_a_server_may_be_told_to_leave_out_unknown_fields_of_small_and_large_bodies(
+    engine: Engine,
+) -> None:
+    bodies = [
+        PLAIN[CompletionRequest] | {"max_tokens": 1, "provider": {"order": ["x" * length]}}
+        for length in (1, 100_000)
+    ]
+
+    async def closed(client: Client) -> None:
+        for body in bodies:
+            assert (await refused(client, COMPLETIONS, body))["param"] == "provider"
+
+    async def open_(client: Client) -> None:
+        for body in bodies:
+            await posted(client, COMPLETIONS, body)
+
+    run(engine, closed)
+    run(engine, open_, unknown_fields="ignore")
