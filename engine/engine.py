@@ -11,12 +11,11 @@ import logging
 from collections.abc import AsyncGenerator, Callable, Mapping
 from collections.abc import Sequence as Several
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from nybble.engine.adapter_slots import AdapterSlots
 from nybble.engine.adapters import AdapterInfo, AdapterRegistry
@@ -49,7 +48,7 @@ from nybble.engine.sequence import Sequence
 from nybble.engine.stats import EngineStats
 from nybble.engine.streams import Stream
 from nybble.kernels.progress import Progress, track
-from nybble.loaders.json_file import read_json_object
+from nybble.loaders.tokenizer import load_tokenizer
 from nybble.models import architecture_of
 
 if TYPE_CHECKING:
@@ -141,9 +140,7 @@ class Engine:
             dtype=config.dtype,
             max_model_len=max_model_len,
         )
-        tokenizer = _read_tokenizer(checkpoint.folder)
-        if not tokenizer.is_fast:
-            raise ValueError(f"{checkpoint.folder} has no tokenizer.json: streaming needs one")
+        tokenizer = load_tokenizer(checkpoint.folder)
         adapters = None
         if config.adapters is not None:
             adapters = AdapterSlots(
@@ -345,22 +342,6 @@ class Engine:
             texts, add_special_tokens=False
         )
         return tuple({tuple(each.ids): None for each in encoded if each.ids})
-
-
-def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Raises ValueError naming what cannot be read."""
-    for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
-        if (folder / name).is_file():
-            read_json_object(folder / name)
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True
-        )
-    except Exception as error:  # each tokenizer raises what it likes, tokenizers Exception itself
-        raise ValueError(
-            f"the tokenizer in {folder} cannot be read: {' '.join(str(error).split())}"
-        ) from error
-    return tokenizer
 
 
 def _require_numbers(output: RequestOutput) -> None:

@@ -128,7 +128,7 @@ def run(section: Section) -> None:
     )
     blocks = largest * -(-(context + room) // BLOCK)
     if not dry:
-        warmup(decoder.packed_weights(), dtype, largest)
+        warmup(decoder.packed_weights(), dtype, largest, "silu")
     print(f"model made in {time.monotonic() - start:.0f} s", flush=True)
     results: list[dict[str, Any]] = []
     kinds: tuple[Literal["auto", "int8", "fp8"], ...] = ("auto", "int8", "fp8")

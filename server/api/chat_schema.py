@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from nybble.engine.conversation import turn_of
 from nybble.server.api import foreign
 from nybble.server.api.body import Body
 from nybble.server.api.format_schema import ResponseFormat
@@ -96,20 +97,13 @@ class Message(Body):
         return self
 
 
-def text_of(content: str | list[ContentPart] | None) -> str:
-    """A message's content as templates are given it."""
-    if isinstance(content, list):
-        return "\n".join(part.text for part in content)
-    return content or ""
-
-
 class Function(Body):
     ignored: ClassVar[dict[str, str]] = {"cache_control": "prefixes are kept while there is room"}
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
     description: str | None = None
     parameters: dict[str, Any] | None = None
-    strict: bool | None = None  # calls are held to their schema wherever they can be
+    strict: bool | None = None  # refuse what cannot be enforced, instead of leaving it to the model
 
 
 class Tool(Body):
@@ -200,7 +194,9 @@ class ChatRequest(Sampling, TemplateOptions):
     def echoed(self) -> str:
         """What an answer is to begin with: the assistant's last message, if that is asked for."""
         last = self.messages[-1]
-        return text_of(last.content) if self.echo and last.role == "assistant" else ""
+        if not self.echo or last.role != "assistant":
+            return ""
+        return str(turn_of(last.model_dump())["content"])
 
     @property
     def limit(self) -> int | None:

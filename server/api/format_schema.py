@@ -17,8 +17,8 @@ Choices = Annotated[list[str], Field(min_length=1, max_length=_MAX_CHOICES)]
 class JsonSchema(Body):
     name: str
     description: str | None = None
-    # Always enforced; the name is OpenAI's, and `schema` is taken by pydantic.
-    strict: bool | None = None
+    # The name is OpenAI's, and `schema` is taken by pydantic.
+    strict: bool | None = None  # refuse what cannot be enforced, instead of leaving it to the model
     definition: dict[str, Any] | None = Field(default=None, alias="schema")
 
 

@@ -18,6 +18,7 @@ from nybble.engine import (
     SamplingParams,
     require_known_tokens,
 )
+from nybble.loaders.templates import TemplateRenderer
 from nybble.server.api.chat import ChatShape
 from nybble.server.api.chat_schema import ChatRequest, DetokenizeRequest, TokenizeRequest
 from nybble.server.api.compile_pool import CompilePool
@@ -39,10 +40,10 @@ from nybble.server.api.tools import Tools, tools_of
 from nybble.server.http.errors import ApiError
 from nybble.server.http.gate import Gate
 from nybble.server.observability.metrics import Metrics
-from nybble.server.templates import TemplateRenderer
+from nybble.server.observability.request_record import RECORD
 from nybble.server.tenancy.admission import Admission
 from nybble.server.tenancy.limits import Limiter
-from nybble.server.tenancy.tenants import TENANT, Tenant
+from nybble.server.tenancy.tenants import TENANT
 
 
 class Api:
@@ -132,7 +133,7 @@ class Api:
         limit = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
         names = {"prompt": "messages", "max_tokens": limit, "logprobs": "top_logprobs"}
         with _parameters_called(names):
-            job, tools = await self._chat_job("chatcmpl-", body, adapter, request.get(TENANT))
+            job, tools = await self._chat_job("chatcmpl-", body, adapter, request)
         shape = ChatShape(
             job.id,
             body,
@@ -149,12 +150,12 @@ class Api:
         adapter = self._adapter_of(request, body.model, body.adapter)
         names = {"prompt": "input", "messages": "input", "max_tokens": "max_output_tokens"}
         with _parameters_called(names | {"response_format": "text.format"}):
-            job, tools = await self._chat_job("resp_", body.chat(), adapter, request.get(TENANT))
+            job, tools = await self._chat_job("resp_", body.chat(), adapter, request)
         shape = ResponsesShape(job.id, body, int(time.time()), tools)
         return await respond(request, self._generation, job, shape, stream=bool(body.stream))
 
     async def _chat_job(
-        self, prefix: str, body: ChatRequest, adapter: str | None, tenant: Tenant | None
+        self, prefix: str, body: ChatRequest, adapter: str | None, request: web.Request
     ) -> tuple[Job, Tools | None]:
         params = body.sampling_params(
             max_tokens=body.limit,
@@ -167,11 +168,14 @@ class Api:
             body,
             tools=None if tools is None else tools.shown(),
             any_length=body.truncate_prompt_tokens is not None,
+            parse_special=bool(body.parse_special),
         )
         prompt = body.truncated(prompt, self._room(params))
         self._engine.check(prompt, params)
-        guide = await guide_of(self._grammars, self._compiling, body, body.response_format, tools)
-        id, n = f"{prefix}{uuid4().hex}", body.sequences
+        guide = await guide_of(
+            self._grammars, self._compiling, body, request[RECORD], body.response_format, tools
+        )
+        id, n, tenant = f"{prefix}{uuid4().hex}", body.sequences, request.get(TENANT)
         job = Job(
             id,
             (prompt,),
@@ -190,14 +194,17 @@ class Api:
         body = await read_body(request, CompletionRequest)
         adapter = self._adapter_of(request, body.model, body.adapter)
         params = body.sampling_params(body.limit, body.logprobs, self._engine.sampling_defaults)
-        prompts = await self._encoded(body, body.prompts, params)
+        parse_special = body.parse_special is not False  # prompts made by a template have markers
+        prompts = await self._encoded(body, body.prompts, params, parse_special=parse_special)
         echoes = None
         if body.echo:
             echoes = [
                 prompt if isinstance(prompt, str) else await self._prompts.decode(prompt)
                 for prompt in body.prompts
             ]
-        guide = await guide_of(self._grammars, self._compiling, body, body.response_format)
+        guide = await guide_of(
+            self._grammars, self._compiling, body, request[RECORD], body.response_format
+        )
         id, n, tenant = f"cmpl-{uuid4().hex}", body.sequences, request.get(TENANT)
         job = Job(
             id,
@@ -301,9 +308,13 @@ class Api:
         body: CompletionRequest | EmbeddingRequest,
         prompts: Sequence[Prompt],
         params: SamplingParams,
+        *,
+        parse_special: bool = True,
     ) -> list[tuple[int, ...]]:
         special, cut = body.add_special_tokens is not False, body.truncate_prompt_tokens is not None
-        encoded = await self._prompts.encode_all(prompts, special_tokens=special, any_length=cut)
+        encoded = await self._prompts.encode_all(
+            prompts, special_tokens=special, any_length=cut, parse_special=parse_special
+        )
         if cut:
             # Special tokens around a text stay; token ids are taken as they are.
             text = isinstance(prompts[0], str) and special

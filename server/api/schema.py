@@ -187,6 +187,9 @@ class Sampling(OfTheService, Truncated):
     guided_grammar: str | None = None
     timeout: Timeout | None = None
     prompt_logprobs: int | None = None
+    # Whether the text of a special token is that token: in completions by default, in the messages
+    # of a chat not.
+    parse_special: bool | None = None
 
     @model_validator(mode="after")
     def _options_need_stream(self) -> Sampling:
