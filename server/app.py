@@ -18,7 +18,7 @@ from nybble.server.adapters.admin import ADMIN_PATHS, AdapterAdmin
 from nybble.server.adapters.owners import AdapterOwners
 from nybble.server.adapters.state import AdapterState
 from nybble.server.api.model_names import ModelNames
-from nybble.server.api.parse import LARGE_BODIES, LargeBodies
+from nybble.server.api.parse import LARGE_BODIES, UNKNOWN_FIELDS, LargeBodies, UnknownFields
 from nybble.server.api.routes import Api
 from nybble.server.console.page import Console
 from nybble.server.http.cors import WARNING
@@ -69,7 +69,17 @@ def make_app(
     names = ModelNames(engine, models, owners)
     tracing = settings.tracing
     ended = None if tracing is None else tracing.sequence
-    api = Api(engine, metrics, names, admission, gate, limiter, templates, ended)
+    api = Api(
+        engine,
+        metrics,
+        names,
+        admission,
+        gate,
+        limiter,
+        templates,
+        ended,
+        trust_chat_templates=settings.trust_chat_templates,
+    )
     admin_keys = Keys(settings.admin_keys, kind="admin key")
     middlewares: list[Middleware] = [_observe(metrics)]
     if tracing is not None:
@@ -83,6 +93,7 @@ def make_app(
     middlewares.append(_enter(gate))
     app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=middlewares)
     app[LARGE_BODIES] = LargeBodies()
+    app[UNKNOWN_FIELDS] = UnknownFields(settings.unknown_fields)
     app.add_routes(api.routes())
     state = None if settings.adapter_state is None else AdapterState(settings.adapter_state)
     admin = AdapterAdmin(engine, models, admin_keys, settings.adapter_roots, state)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from ssl import SSLContext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from nybble.server.http.cors import Cors
 from nybble.server.tenancy.tenants import Tenants
@@ -26,7 +26,9 @@ class ServerSettings:
     tenants: whose keys are taken too, each with what it allows.
     adapter_watch: a folder whose adapters come and go. shutdown_timeout: seconds for requests in
     flight to finish. tls: the certificate, for https. cors: pages elsewhere that may
-    call the API. console: whether there is a page at ``/``. model_folder: of
+    call the API. console: whether there is a page at ``/``. unknown_fields: what is made
+    of requests' fields that are not known. trust_chat_templates: whether requests may bring
+    templates of their own. model_folder: of
     the model that is served, for jobs to train on. training: None for a server without.
     """
 
@@ -43,6 +45,8 @@ class ServerSettings:
     tls: SSLContext | None = None
     cors: Cors | None = None
     console: bool = True
+    unknown_fields: Literal["refuse", "warn", "ignore"] = "refuse"
+    trust_chat_templates: bool = False
     tracing: Tracing | None = None
     model_folder: Path | None = None
     training: TrainingSettings | None = None

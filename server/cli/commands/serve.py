@@ -81,6 +81,20 @@ def serve(
         _network(help="Origin whose pages may call the API, or '*', repeatable (default: none)."),
     ] = None,
     no_console: Annotated[bool, _network("--no-console", help="No page at /.")] = False,
+    unknown_fields: Annotated[
+        Literal["refuse", "warn", "ignore"],
+        _network(
+            help="What is made of requests' fields that are not known: an error, or nothing, with "
+            "a line in the log for each or without."
+        ),
+    ] = "refuse",
+    trust_request_chat_template: Annotated[
+        bool,
+        _network(
+            "--trust-request-chat-template",
+            help="Take chat templates from requests; they run in a sandbox.",
+        ),
+    ] = False,
     shutdown_timeout: Annotated[
         float, _network(help="Seconds for requests in flight to finish.", min=0)
     ] = 30,
@@ -275,6 +289,8 @@ def serve(
             tls=None if ssl_certfile is None else tls_context(ssl_certfile, ssl_keyfile),
             cors=Cors(allowed_origins) if allowed_origins else None,
             console=not no_console,
+            unknown_fields=unknown_fields,
+            trust_chat_templates=trust_request_chat_template,
             tracing=None if otlp_endpoint is None else _tracing(otlp_endpoint),
             training=tuning,
         )
