@@ -26,6 +26,7 @@ from nybble.loaders.formats.base import (
 from nybble.loaders.formats.bitsandbytes import BitsAndBytes
 from nybble.loaders.formats.codebook import CodebookWeight
 from nybble.loaders.formats.compressed_tensors import CompressedTensors
+from nybble.loaders.formats.fp8 import Fp8
 from nybble.loaders.formats.gptq import Gptq
 from nybble.loaders.formats.settings import Settings, read_object
 
@@ -46,7 +47,7 @@ __all__ = [
     "written_formats",
 ]
 
-FORMATS: tuple[type[Format], ...] = (Gptq, Awq, BitsAndBytes, CompressedTensors, AutoRound)
+FORMATS: tuple[type[Format], ...] = (Gptq, Awq, BitsAndBytes, CompressedTensors, AutoRound, Fp8)
 
 
 def format_of(folder: Path) -> Format | None:
