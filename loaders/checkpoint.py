@@ -129,7 +129,7 @@ class FolderCheckpoint:
             )
 
     def _not_read(self, name: str, leaf: str) -> CheckpointError:
-        owners = [f.quant_method for f in FORMATS if leaf in f.marks]
+        owners = dict.fromkeys(f.quant_method for f in FORMATS if leaf in f.marks)
         hint = f"; it is a tensor of {' or '.join(owners)}" if owners else ""
         stated = (
             "config.json has no quantization_config"

@@ -98,6 +98,11 @@ class Format(ABC):
         return self.quant_method
 
     @classmethod
+    def accepts(cls, settings: Settings) -> bool:
+        """Whether it is the format that a ``quantization_config`` means."""
+        return bool(settings.get("quant_method") == cls.quant_method)
+
+    @classmethod
     @abstractmethod
     def from_settings(cls, settings: Settings) -> Self:
         """Raises CheckpointError naming the field that is not supported."""
