@@ -28,6 +28,7 @@ from nybble.loaders.formats.codebook import CodebookWeight
 from nybble.loaders.formats.compressed_tensors import CompressedTensors, CompressedTensorsFp8
 from nybble.loaders.formats.fp8 import Fp8
 from nybble.loaders.formats.gptq import Gptq
+from nybble.loaders.formats.hqq import Hqq
 from nybble.loaders.formats.settings import Settings, read_object
 
 __all__ = [
@@ -57,6 +58,7 @@ FORMATS: tuple[type[Format], ...] = (
     CompressedTensors,
     AutoRound,
     Fp8,
+    Hqq,
 )
 
 
