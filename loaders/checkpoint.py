@@ -161,7 +161,10 @@ class FolderCheckpoint:
                 done.update(siblings)
                 yield from self._fuse(shards, fused, siblings)
             else:
-                yield self._read(shards, module)
+                name, weight = self._read(shards, module)
+                yield name, weight
+                if isinstance(weight, Tensor) and "bias" in modules[module]:  # of a LayerNorm
+                    yield module + ".bias", shards.read(module + ".bias", tuple(weight.shape))
 
     def _fuse(
         self, shards: Shards, name: str, modules: Sequence[str]
@@ -196,8 +199,10 @@ class FolderCheckpoint:
                 f"{self.folder}: {name} is {weight.dtype}, expected a floating-point tensor; "
                 f"the checkpoint's format is {self.format}"
             )
-        if weight.ndim != 2 or module.endswith("embed_tokens"):
+        if module not in self.architecture.linears and module != self.architecture.head:
             return name, weight
+        if weight.ndim != 2:
+            raise CheckpointError(f"{self.folder}: {name} has shape {tuple(weight.shape)}")
         bias = module + ".bias"
         return module, DenseWeight(
             weight, shards.read(bias, (weight.shape[0],)) if bias in shards else None

@@ -5,7 +5,6 @@ architecture and knows no family.
 """
 
 from nybble.models.architecture import (
-    Activation,
     Architecture,
     Attention,
     Fold,
@@ -20,7 +19,6 @@ from nybble.models.architecture import (
 from nybble.models.registry import architecture_of, require_family, supported_families
 
 __all__ = [
-    "Activation",
     "Architecture",
     "Attention",
     "Fold",

@@ -26,6 +26,7 @@ from nybble.engine import (
 from nybble.engine import prompt_reader as prompt_reader_module
 from nybble.engine.prompt_reader import read_pooling
 from nybble.engine.runner import kv_bytes_per_block
+from nybble.engine.scheduler import Scheduler
 from nybble.loaders import CheckpointError
 from nybble.models import architecture_of
 
@@ -160,8 +161,9 @@ def test_no_position_is_missing_where_the_prefix_cache_knows_the_prompt(
 
 
 def test_sequences_that_share_the_batch_and_preempt_change_nothing(
-    engine: Engine, model: Any
+    engine: Engine, model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(Scheduler, "_reserve", lambda *_: 0)  # so that they preempt each other
     params = SamplingParams(max_tokens=20, temperature=0, ignore_eos=True, logprobs=0)
     others = [Request(f"other{i}", prompt(10 + i, 12), params) for i in range(3)]
     alone = [

@@ -314,7 +314,7 @@ def test_what_does_not_fit_is_refused_by_name(
         quantize(format="gptq", settings=GptqSettings())
     with pytest.raises(ValueError, match="bits is 5, expected one of 2, 3, 4, 8"):
         quantize(format="gptq", bits=5)
-    with pytest.raises(ValueError, match="bits is for gptq, not for awq"):
+    with pytest.raises(ValueError, match="bits is for gptq, compressed-tensors, not for awq"):
         quantize(format="awq", bits=8)
     with pytest.raises(CheckpointError, match=r"48 outputs .* do not divide .* words of 32"):
         quantize_checkpoint(

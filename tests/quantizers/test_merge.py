@@ -290,8 +290,9 @@ def test_calibrated_rounding_keeps_the_grid_and_more_of_the_adapter(
 def test_calibrated_rounding_into_another_format_is_better_than_the_nearest(
     tiny_model: Callable[..., Path], adapter: LoRAAdapter, tmp_path: Path
 ) -> None:
-    calibration = torch.randint(3, 300, (20, 40), generator=torch.Generator().manual_seed(0))
-    text = torch.randint(3, 300, (200,), generator=torch.Generator().manual_seed(1))
+    # Few different tokens: inputs are alike, as real ones are, so errors can make up for others.
+    generator = torch.Generator().manual_seed(0)
+    calibration, text = torch.randint(3, 30, (30, 40), generator=generator).split([20, 10])
     for format in FORMATS:
         found = []
         for tokens in (calibration, None):
@@ -299,7 +300,7 @@ def test_calibrated_rounding_into_another_format_is_better_than_the_nearest(
             options: Any = {"format": format, "calibration": tokens, "progress": False}
             merge_adapter(tiny_model(), adapter, target, **options)
             assert open_checkpoint(target).format == format
-            found.append(merge_divergence(tiny_model(), adapter, target, text, length=40))
+            found.append(merge_divergence(tiny_model(), adapter, target, text.flatten(), length=40))
         assert found[0] < 0.9 * found[1]
 
 
