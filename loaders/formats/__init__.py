@@ -25,8 +25,10 @@ from nybble.loaders.formats.base import (
 )
 from nybble.loaders.formats.bitsandbytes import BitsAndBytes
 from nybble.loaders.formats.codebook import CodebookWeight
-from nybble.loaders.formats.compressed_tensors import CompressedTensors
+from nybble.loaders.formats.compressed_tensors import CompressedTensors, CompressedTensorsFp8
+from nybble.loaders.formats.fp8 import Fp8
 from nybble.loaders.formats.gptq import Gptq
+from nybble.loaders.formats.hqq import Hqq
 from nybble.loaders.formats.settings import Settings, read_object
 
 __all__ = [
@@ -42,11 +44,22 @@ __all__ = [
     "WritableFormat",
     "WriteOptions",
     "format_of",
+    "known_methods",
     "writing_format",
     "written_formats",
 ]
 
-FORMATS: tuple[type[Format], ...] = (Gptq, Awq, BitsAndBytes, CompressedTensors, AutoRound)
+# Of two with the same quant_method the first that accepts the settings is taken.
+FORMATS: tuple[type[Format], ...] = (
+    Gptq,
+    Awq,
+    BitsAndBytes,
+    CompressedTensorsFp8,
+    CompressedTensors,
+    AutoRound,
+    Fp8,
+    Hqq,
+)
 
 
 def format_of(folder: Path) -> Format | None:
@@ -57,14 +70,19 @@ def format_of(folder: Path) -> Format | None:
     settings = _settings(folder)
     if settings is None:
         return None
-    method = settings.get("quant_method")
     for format in FORMATS:
-        if format.quant_method == method:
+        if format.accepts(settings):
             return format.from_settings(settings)
-    known = ", ".join(format.quant_method for format in FORMATS)
+    known = ", ".join(known_methods())
     raise CheckpointError(
-        f"{settings.source}: quant_method {method!r} is not supported; supported are {known}"
+        f"{settings.source}: quant_method {settings.get('quant_method')!r} is not supported; "
+        f"supported are {known}"
     )
+
+
+def known_methods() -> list[str]:
+    """Every ``quant_method`` that can be read."""
+    return list(dict.fromkeys(format.quant_method for format in FORMATS))
 
 
 def _settings(folder: Path) -> Settings | None:

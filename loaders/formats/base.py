@@ -68,6 +68,7 @@ class Format(ABC):
     writes: the names under which ``nybble quantize`` writes it; none if it can only be read.
     options: the fields of WriteOptions which writing it takes.
     method: how ``nybble quantize`` calibrates it; None if it needs no calibration.
+    in_16_bits: whether its weights are dequantized while they are loaded.
 
     Names of tensors below their module:
 
@@ -84,6 +85,7 @@ class Format(ABC):
     writes: ClassVar[tuple[str, ...]] = ()
     options: ClassVar[frozenset[str]] = frozenset()
     method: ClassVar[Method | None] = None
+    in_16_bits: ClassVar[bool] = False
 
     marks: ClassVar[frozenset[str]]
     required: ClassVar[frozenset[str]]
@@ -94,6 +96,11 @@ class Format(ABC):
     def name(self) -> str:
         """As ``nybble inspect`` and error messages call it."""
         return self.quant_method
+
+    @classmethod
+    def accepts(cls, settings: Settings) -> bool:
+        """Whether it is the format that a ``quantization_config`` means."""
+        return bool(settings.get("quant_method") == cls.quant_method)
 
     @classmethod
     @abstractmethod
@@ -109,8 +116,13 @@ class Format(ABC):
         """A quantized module's weight. Raises CheckpointError naming the tensor."""
 
     @abstractmethod
-    def loaded_bytes(self, module: str, leaves: Mapping[str, TensorHeader]) -> int:
-        """What a quantized module takes in memory, without levels and bias."""
+    def loaded_bytes(
+        self, module: str, leaves: Mapping[str, TensorHeader], dtype: torch.dtype
+    ) -> int:
+        """What a quantized module takes in memory, without levels and bias.
+
+        dtype: of the weights that are not quantized.
+        """
 
 
 @dataclass(frozen=True)
@@ -199,7 +211,9 @@ class AffineFormat(WritableFormat):
     def sizes(self, leaves: Mapping[str, TensorHeader]) -> AffineSizes:
         """Of a module, from its tensors' headers."""
 
-    def loaded_bytes(self, module: str, leaves: Mapping[str, TensorHeader]) -> int:
+    def loaded_bytes(
+        self, module: str, leaves: Mapping[str, TensorHeader], dtype: torch.dtype
+    ) -> int:
         own = self.for_module(module)
         return packed_bytes(own.sizes(leaves), own.bits, zeros=not own.sym, act_order=own.desc_act)
 

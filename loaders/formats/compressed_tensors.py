@@ -1,4 +1,4 @@
-"""compressed-tensors checkpoints (llm-compressor), weights packed as integers (``pack-quantized``).
+"""compressed-tensors checkpoints (llm-compressor): packed integers (``pack-quantized``), and FP8.
 
 Per module, for codes of b bits: ``weight_packed`` int32 (out, in · b/32), codes one after another
 along *in*, low bits first; ``weight_scale`` (out, groups), one group for the strategy ``channel``;
@@ -30,10 +30,12 @@ from nybble.loaders.formats.base import (
     read_groups,
     read_words,
 )
+from nybble.loaders.formats.fp8 import Fp8
 from nybble.loaders.formats.settings import Settings
 from nybble.loaders.shards import Shards, TensorHeader
 
 _PACKED = "pack-quantized"
+_FLOAT = ("float-quantized", "naive-quantized")
 _MIXED = "mixed-precision"  # every group says its own format
 _LINEAR = "Linear"
 _CACHE = "the KV cache's dtype is what --kv-cache-dtype says"
@@ -64,25 +66,10 @@ class CompressedTensors(AffineFormat):
 
     @classmethod
     def from_settings(cls, settings: Settings) -> Self:
-        format = settings.choice("format", (_PACKED, _MIXED), _PACKED)
-        sparsity = settings.table("sparsity_config").get("format", "dense")
-        if sparsity != "dense":
-            raise settings.refuse("sparsity_config", "none: sparse weights are not supported")
-        if settings.table("transform_config").get("config_groups"):
-            raise settings.refuse("transform_config", "none: transforms are not supported")
-        groups: list[tuple[str, CompressedTensors]] = []
-        for name, group in settings.table("config_groups").items():
-            source = f"{settings.source}: config_groups.{name}"
-            if not isinstance(group, Mapping):
-                raise CheckpointError(f"{source} is {group!r}, expected an object")
-            found = Settings(group, source)
-            if found.table("weights"):
-                default = None if format == _MIXED else format
-                found.choice("format", (_PACKED,), default or _PACKED)
-                of_group = cls._of_group(Settings(found.table("weights"), f"{source}.weights"))
-                groups += [(target, of_group) for target in found.names("targets")]
-        if not groups:
-            raise settings.refuse("config_groups", "groups with targets and weights")
+        groups = [
+            (target, cls._of_group(weights))
+            for target, weights in _groups(settings, (_PACKED,)).items()
+        ]
         first = groups[0][1]
         return replace(
             cls({**settings, "quant_method": cls.quant_method}, groups=_by_rank(groups)),
@@ -198,6 +185,43 @@ class CompressedTensors(AffineFormat):
         return AffineSizes(out, words * 32 // self.bits, scales.shape[1], scales.itemsize)
 
 
+def _groups(settings: Settings, formats: Sequence[str]) -> Mapping[str, Settings]:
+    """The settings of the weights that each target matches.
+
+    Raises CheckpointError for a group in another format, and for what changes weights otherwise.
+    """
+    format = settings.choice("format", (*formats, _MIXED), formats[0])
+    sparsity = settings.table("sparsity_config").get("format", "dense")
+    if sparsity != "dense":
+        raise settings.refuse("sparsity_config", "none: sparse weights are not supported")
+    if settings.table("transform_config").get("config_groups"):
+        raise settings.refuse("transform_config", "none: transforms are not supported")
+    found: dict[str, Settings] = {}
+    for name, group in settings.table("config_groups").items():
+        source = f"{settings.source}: config_groups.{name}"
+        if not isinstance(group, Mapping):
+            raise CheckpointError(f"{source} is {group!r}, expected an object")
+        of_group = Settings(group, source)
+        if of_group.table("weights"):
+            of_group.choice("format", formats, formats[0] if format == _MIXED else format)
+            weights = Settings(of_group.table("weights"), f"{source}.weights")
+            found |= dict.fromkeys(of_group.names("targets"), weights)
+    if not found:
+        raise settings.refuse("config_groups", "groups with targets and weights")
+    return found
+
+
+def _block(weights: Settings) -> tuple[int, int] | None:
+    """Outputs and inputs of a block; None for one scale a matrix or an output."""
+    known = ("tensor", "channel", "block")
+    if weights.choice("strategy", known, "tensor") != "block":
+        return None
+    block = weights.get("block_structure")
+    if not isinstance(block, list) or len(block) != 2 or not all(type(n) is int for n in block):
+        raise weights.refuse("block_structure", "two integers")
+    return block[0], block[1]
+
+
 def _by_rank(
     groups: Sequence[tuple[str, CompressedTensors]],
 ) -> tuple[tuple[str, CompressedTensors], ...]:
@@ -216,3 +240,32 @@ def _by_rank(
                 f"{error}"
             ) from error
     return tuple((target, chosen[target]) for target in sorted(chosen, key=rank))
+
+
+@dataclass(frozen=True)
+class CompressedTensorsFp8(Fp8):
+    """The same package's FP8 (``float-quantized``): ``weight`` with ``weight_scale``."""
+
+    quant_method: ClassVar[str] = CompressedTensors.quant_method
+    ignored: ClassVar[Mapping[str, str]] = CompressedTensors.ignored
+
+    @property
+    def name(self) -> str:
+        return f"{self.quant_method} fp8"
+
+    @classmethod
+    def accepts(cls, settings: Settings) -> bool:
+        return super().accepts(settings) and settings.get("format") in _FLOAT
+
+    @classmethod
+    def from_settings(cls, settings: Settings) -> Self:
+        blocks = set()
+        for weights in _groups(settings, _FLOAT).values():
+            weights.choice("type", ("float",), "float")
+            weights.choice("num_bits", (8,), 8)
+            blocks.add(_block(weights))
+        found = [block for block in blocks if block is not None]
+        if len(found) > 1:
+            raise settings.refuse("config_groups", "one block_structure for all groups")
+        values = {**settings, "quant_method": cls.quant_method}
+        return cls(values, found[0] if found else None)

@@ -27,6 +27,7 @@ from nybble.engine.runner import blocks_per_sequence, kv_bytes_per_block
 from nybble.kernels.cpu.build import CpuKernelsUnavailableError, build_fastest
 from nybble.loaders import Checkpoint, open_checkpoint, resolve_model
 from nybble.loaders.cache import cache_folder
+from nybble.loaders.checkpoint import can_be_rounded
 from nybble.loaders.footprint import weight_bytes
 from nybble.loaders.tokenizer import load_tokenizer
 from nybble.models import Architecture, architecture_of
@@ -207,7 +208,7 @@ def _model(plan: Plan, memory: Callable[[torch.device], int] | None) -> Iterator
 
 
 def _require_unrounded(plan: Plan, checkpoint: Checkpoint) -> None:
-    if plan.quantize and checkpoint.format != "none":
+    if plan.quantize and not can_be_rounded(checkpoint):
         raise ValueError(
             f"{checkpoint.folder} is quantized already ({checkpoint.format}): leave --quantize out"
         )

@@ -15,12 +15,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nybble.kernels import PackedWeight
+from nybble.kernels import DenseWeight, PackedWeight
 from nybble.loaders import CheckpointError, open_checkpoint
 from nybble.loaders.checkpoint import FolderCheckpoint
 from nybble.loaders.footprint import weight_bytes
 from nybble.loaders.formats import Settings
-from nybble.loaders.formats.compressed_tensors import CompressedTensors
+from nybble.loaders.formats.compressed_tensors import CompressedTensors, CompressedTensorsFp8
 from nybble.loaders.shards import Shards
 from nybble.quantizers import quantize_checkpoint
 
@@ -45,6 +45,20 @@ def test_every_weight_equals_the_package_s_own(kind: str) -> None:
         assert isinstance(found, PackedWeight)
         assert torch.equal(found.dequantize(weight.dtype), weight), name
         assert (found.perm is not None) == (kind == "act_order" or found.columns > len(weight[0]))
+
+
+def test_fp8_weights_equal_the_package_s_own() -> None:
+    """Scales by output, by block of 16×16 and one a matrix; loaded in 16 bits."""
+    checkpoint = open_checkpoint(FILES / "float")
+    assert isinstance(checkpoint, FolderCheckpoint)
+    assert isinstance(checkpoint.quantization, CompressedTensorsFp8)
+    shards, expected = Shards(FILES / "float"), load_file(FILES / "float" / "expected.safetensors")
+    checkpoint.check(shards)
+    assert len(expected) == 7
+    for name, weight in expected.items():
+        found = checkpoint.projection(shards, name)
+        assert isinstance(found, DenseWeight)
+        assert torch.equal(found.weight, weight), name
 
 
 @pytest.mark.parametrize("kind", ["schemes", "act_order"])
@@ -110,6 +124,23 @@ def settings(group: dict[str, Any] | None = None, **more: Any) -> Settings:
 def test_what_is_not_supported_is_refused_by_field(given: Settings, message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         CompressedTensors.from_settings(given)
+
+
+@pytest.mark.parametrize(
+    ("group", "message"),
+    [
+        ({"num_bits": 4}, "num_bits is 4, expected 8"),
+        ({"type": "int"}, "type is 'int', expected float"),
+        ({"strategy": "group"}, "strategy is 'group', expected tensor, channel, block"),
+        ({"strategy": "block"}, "block_structure is None, expected two integers"),
+    ],
+)
+def test_other_floats_are_refused_by_field(group: dict[str, Any], message: str) -> None:
+    weights = {"num_bits": 8, "type": "float", "strategy": "channel", **group}
+    given = settings(weights, format="float-quantized", quant_method="compressed-tensors")
+    assert CompressedTensorsFp8.accepts(given)
+    with pytest.raises(CheckpointError, match=message):
+        CompressedTensorsFp8.from_settings(given)
 
 
 def test_a_packed_module_that_no_target_matches_is_named(tmp_path: Path) -> None:

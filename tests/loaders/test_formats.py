@@ -332,7 +332,7 @@ def test_uneven_groups_are_refused(tmp_path: Path) -> None:
             "quantization_config: bits is 5, expected 2, 3, 4, 8",
         ),
         ({"quant_method": "awq", "bits": 8}, "quantization_config: bits is 8, expected 4"),
-        ({"quant_method": "hqq"}, "quant_method 'hqq' is not supported; supported are gptq"),
+        ({"quant_method": "quip"}, "quant_method 'quip' is not supported; supported are gptq"),
         ({"quant_method": "awq", "version": "marlin"}, "version is 'marlin', expected gemm, gemv"),
         ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "8-bit bitsandbytes weights"),
         ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "checkpoint_format"),

@@ -112,7 +112,7 @@ def test_what_is_broken_is_named_and_the_exit_code_is_1(
     [
         ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported"),
         ({"num_key_value_heads": 3}, "4 is not a multiple of num_key_value_heads 3"),
-        ({"quantization_config": {"quant_method": "hqq"}}, "quant_method 'hqq'"),
+        ({"quantization_config": {"quant_method": "quip"}}, "quant_method 'quip'"),
     ],
     ids=str,
 )

@@ -1,6 +1,7 @@
 """Writes the checkpoints beside it with the package that owns the format.
 
     python make.py schemes      with compressed-tensors 0.20.1
+    python make.py float        with compressed-tensors 0.20.1
     python make.py act_order    with compressed-tensors 0.9.4: later ones do not order by activation
 
 Each folder holds a model of one layer, and expected.safetensors: the weights that the package
@@ -35,6 +36,7 @@ def weights(**settings: object) -> dict[str, object]:
 
 
 LAYER = "model.layers.0."
+FLOAT = {"num_bits": 8, "type": "float", "symmetric": True}
 SCHEMES = {
     "schemes": {
         "symmetric": (["re:.*q_proj$"], weights(symmetric=True)),
@@ -46,6 +48,14 @@ SCHEMES = {
         "eight": (
             [f"{LAYER}mlp.down_proj", f"{LAYER}self_attn.k_proj"],
             weights(symmetric=True, num_bits=8),
+        ),
+    },
+    "float": {
+        "channel": (["Linear"], {**FLOAT, "strategy": "channel"}),
+        "tensor": ([f"{LAYER}mlp.down_proj"], {**FLOAT, "strategy": "tensor"}),
+        "block": (
+            ["re:.*self_attn.*"],
+            {**FLOAT, "strategy": "block", "block_structure": [16, 16]},
         ),
     },
     "act_order": {
@@ -64,6 +74,8 @@ def compressed(
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """The tensors below a module, and the weight they stand for."""
     out, columns = weight.shape
+    if args.type == "float":
+        return in_float(weight, args)
     size = args.group_size or columns
     more, grouped = {}, weight
     if args.actorder == "group":
@@ -83,6 +95,23 @@ def compressed(
     if not args.symmetric:
         points = pack_to_int32(zero_point.to(torch.int8), args.num_bits, packed_dim=0)
         tensors["weight_zero_point"] = points.contiguous()
+    return tensors, dequantize(codes, args=args, **known)
+
+
+def in_float(
+    weight: torch.Tensor, args: QuantizationArgs
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    out, columns = weight.shape
+    height, width = {"channel": (1, columns), "tensor": (out, columns)}.get(
+        args.strategy, args.block_structure
+    )
+    blocks = weight.view(out // height, height, columns // width, width)
+    scale, zero_point = calculate_qparams(blocks.amin((1, 3)), blocks.amax((1, 3)), args)
+    if args.strategy == "tensor":
+        scale, zero_point = scale.reshape(1), zero_point.reshape(1)
+    known = {"scale": scale, "zero_point": zero_point}
+    codes = quantize(weight, args=args, dtype=torch.float8_e4m3fn, **known)
+    tensors = {"weight": codes, "weight_scale": scale}
     return tensors, dequantize(codes, args=args, **known)
 
 
@@ -106,7 +135,7 @@ def main(kind: str) -> None:
             name: {"targets": targets, "weights": args}
             for name, (targets, args) in SCHEMES[kind].items()
         },
-        format="pack-quantized",
+        format="float-quantized" if kind == "float" else "pack-quantized",
         quantization_status="compressed",
         ignore=["lm_head"],
     )
