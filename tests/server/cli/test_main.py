@@ -14,7 +14,7 @@ from typer.testing import CliRunner, Result
 
 from nybble.loaders import open_checkpoint
 from nybble.server.cli.main import app
-from nybble.server.cli.options import parse_bytes
+from nybble.server.lifecycle.options import parse_bytes
 
 
 def nybble(*arguments: object) -> Result:
@@ -106,9 +106,10 @@ def test_expected_errors_are_one_line_and_exit_code_1(
         (("quantize", "--format", "awq", "--sym", model, tmp_path / "x"), "--sym"),
         (("quantize", "--format", "gptq", "--group-size", 0, model, tmp_path / "x"), "group-size"),
         (("serve", "--model", "no-such-model", "--port", 0), "no-such-model"),
-        (("serve", "--model", model, "--port", 0, "--max-model-len", 10**6), "max_model_len"),
+        (("serve", "--model", model, "--port", 0, "--max-model-len", 10**6), "--max-model-len is"),
         (("serve", "--model", model, "--port", 0, "--kv-cache-memory", "1KiB"), "KV cache"),
-        (("serve", "--model", model, "--port", 0, "--max-batched-tokens", 2), "max_num_seqs"),
+        (("serve", "--model", model, "--port", 0, "--max-batched-tokens", 2), "--max-num-seqs 64"),
+        (("serve", "--model", model, "--port", 0, "--kv-cache-dtype", "fp8"), "--kv-cache-dtype"),
         (("serve", "--model", model, "--port", 0, *too_many_sequences), "would fit"),
         (("serve", "--model", model, "--port", 0, *too_many_slots), "memory of cpu ran out"),
         (("serve", "--model", model, "--host", "no.such.host.invalid"), "no.such.host"),
@@ -125,7 +126,10 @@ def test_expected_errors_are_one_line_and_exit_code_1(
 def test_wrong_usage_is_exit_code_2() -> None:
     assert nybble("serve").exit_code == 2
     assert nybble("serve", "--model", "x", "--port", 70000).exit_code == 2
-    assert nybble("serve", "--model", "x", "--kv-cache-memory", "lots").exit_code == 2
+    for option in ("--kv-cache-memory", "--lora-host-memory", "--max-file-size", "--file-quota"):
+        result = nybble("serve", "--model", "x", option, "lots")
+        assert result.exit_code == 2
+        assert f"Invalid value for '{option}'" in " ".join(result.stderr.replace("│", " ").split())
 
 
 def test_sizes_are_binary_or_decimal() -> None:
