@@ -61,8 +61,11 @@ def _adapter_config(options: ServeOptions) -> AdapterConfig | None:
     return AdapterConfig(asked.max_loras, asked.max_lora_rank, asked.lora_host_memory)
 
 
-def server_settings(options: ServeOptions, device: str) -> ServerSettings:
-    """device: that jobs train on. Raises ValueError and OSError naming the option at fault."""
+def server_settings(options: ServeOptions, device: str, *, loopback: bool) -> ServerSettings:
+    """device: that jobs train on. loopback: whether the server listens there alone.
+
+    Raises ValueError and OSError naming the option at fault.
+    """
     model, network, memory = options.model, options.network, options.memory
     keys, adapters, endpoint = options.keys, options.adapters, options.operation.otlp_endpoint
     if network.ssl_keyfile is not None and network.ssl_certfile is None:
@@ -70,7 +73,9 @@ def server_settings(options: ServeOptions, device: str) -> ServerSettings:
     tls = None
     if network.ssl_certfile is not None:
         tls = tls_context(network.ssl_certfile, network.ssl_keyfile)
+    hosts = (network.host, *(network.allowed_hosts or ()))
     roots = tuple(adapters.lora_root or ())
+    state = adapters.lora_state or default_path(model.model, network.uds or network.port, roots)
     return ServerSettings(
         models=options.served_names,
         max_sequences=memory.max_num_seqs + memory.max_waiting,
@@ -78,12 +83,15 @@ def server_settings(options: ServeOptions, device: str) -> ServerSettings:
         api_keys=tuple(keys.api_key or ()),
         admin_keys=tuple(keys.admin_key or ()),
         adapter_roots=roots,
-        adapter_state=adapters.lora_state or default_path(model.model, network.port, roots),
+        adapter_state=state,
         tenants=None if keys.tenants is None else Tenants(keys.tenants),
         adapter_watch=adapters.lora_watch,
         shutdown_timeout=network.shutdown_timeout,
         tls=tls,
         cors=Cors(network.allowed_origins) if network.allowed_origins else None,
+        # Elsewhere nobody can say which names the server has.
+        allowed_hosts=hosts if loopback and "*" not in hosts else None,
+        root_path=network.root_path,
         console=not network.no_console,
         tracing=None if endpoint is None else _tracing(endpoint),
         training=_training_settings(options, device) if _trains(options.training) else None,

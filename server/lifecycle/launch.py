@@ -8,7 +8,8 @@ import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from socket import socket
+from socket import AF_UNIX, socket
+from urllib.parse import quote
 
 import torch
 
@@ -16,7 +17,7 @@ from nybble.engine import Engine, EngineConfig
 from nybble.engine.memory import memory_explained
 from nybble.quantizers.prepare import prepare_checkpoint
 from nybble.server.adapters.admin import restore, restore_uploads
-from nybble.server.http.listen import BACKLOG
+from nybble.server.http.listen import BACKLOG, is_loopback
 from nybble.server.lifecycle.configure import (
     engine_config,
     flags_named,
@@ -41,7 +42,7 @@ def launch(options: ServeOptions, sock: socket) -> None:
     """
     with flags_named():
         config = engine_config(options)
-        settings = server_settings(options, config.device)
+        settings = server_settings(options, config.device, loopback=is_loopback(sock))
         adapters = named_adapters(options.adapters, settings.models)
         asyncio.run(_load_and_serve(options, config, sock, settings, adapters))
 
@@ -127,6 +128,8 @@ def _load(
 
 
 def _origin(sock: socket, settings: ServerSettings) -> str:
-    host, port = sock.getsockname()[:2]
     scheme = "http" if settings.tls is None else "https"
+    if sock.family == AF_UNIX:
+        return f"{scheme}+unix://{quote(sock.getsockname(), safe='')}"
+    host, port = sock.getsockname()[:2]
     return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"

@@ -47,6 +47,13 @@ def _parse_kv_cache_memory(text: str | int) -> int | None:
     return None if text == "auto" else parse_bytes(text)
 
 
+def _root_path(text: str) -> str:
+    path = text.rstrip("/")
+    if path and not re.fullmatch(r"(/[^/?#\s]+)+", path):
+        raise typer.BadParameter(f"{text!r} is no prefix of a path such as /llm")
+    return path
+
+
 # Of options for bytes, which `--help` shows no numbers of bytes for.
 _SIZE: dict[str, Any] = {"parser": parse_bytes, "metavar": "SIZE", "show_default": False}
 
@@ -103,6 +110,19 @@ class NetworkOptions:
 
     host: Annotated[str, _network(help="Address to listen on; 0.0.0.0: all.")] = "127.0.0.1"
     port: Annotated[int, _network(help="0 takes any free one.", min=0, max=65535)] = 8000
+    uds: Annotated[
+        Path | None,
+        _network(help="Path of a Unix domain socket to listen on instead of --host and --port."),
+    ] = None
+    root_path: Annotated[
+        str,
+        _network(
+            metavar="/PREFIX",
+            callback=_root_path,
+            show_default=False,
+            help="Prefix of paths that a proxy in front leaves in requests.",
+        ),
+    ] = ""
     ssl_certfile: Annotated[
         Path | None,
         _network(help="Certificate with its chain (PEM), for https.", exists=True, dir_okay=False),
@@ -116,6 +136,13 @@ class NetworkOptions:
     allowed_origins: Annotated[
         list[str] | None,
         _network(help="Origin whose pages may call the API, or '*', repeatable (default: none)."),
+    ] = None
+    allowed_hosts: Annotated[
+        list[str] | None,
+        _network(
+            help="Name in requests' Host that a server without keys on a loopback address answers "
+            "to besides localhost and addresses, or '*', repeatable."
+        ),
     ] = None
     no_console: Annotated[bool, _network("--no-console", help="No page at /.")] = False
     shutdown_timeout: Annotated[

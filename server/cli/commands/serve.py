@@ -21,10 +21,11 @@ def serve(options: ServeOptions) -> None:
     logs.configure(options.operation.log_level, options.operation.log_format)
     report = logs.error if options.operation.log_format == "json" else on_stderr
     with expected_errors(report), interruptible():
-        from nybble.server.http.listen import bind
+        from nybble.server.http.listen import bind, bind_unix
 
         # Before the model is loaded: a taken port is found out at once.
-        sock = bind(options.network.host, options.network.port)
+        network = options.network
+        sock = bind_unix(network.uds) if network.uds else bind(network.host, network.port)
         from nybble.engine import EngineFailedError
         from nybble.server.lifecycle.launch import launch
 
@@ -33,3 +34,6 @@ def serve(options: ServeOptions) -> None:
         except EngineFailedError as error:
             report(str(error))
             raise typer.Exit(_ENGINE_FAILED) from None
+        finally:
+            if network.uds:
+                network.uds.unlink(missing_ok=True)
