@@ -50,7 +50,7 @@ def test_keys_are_asked_for_whatever_the_spelling(engine: Engine) -> None:
 def test_a_prefix_that_a_proxy_leaves_is_not_looked_at(engine: Engine) -> None:
     async def scenario(client: Client) -> None:
         for path in (CHAT, "/llm" + CHAT, "/llm/" + CHAT):
-            async with client.post(raw(client, path), json=BODY) as response:
+            async with client.session.post(raw(client, path), json=BODY) as response:
                 assert response.status == 200, path
         async with client.get("/llm/") as response:
             assert response.content_type == "text/html"
