@@ -19,7 +19,7 @@ from nybble.engine.adapter_slots import AdapterSlots
 from nybble.engine.adapters import AdapterInfo, AdapterRegistry
 from nybble.engine.block_manager import BlockManager
 from nybble.engine.config import EngineConfig, resolve_device
-from nybble.engine.decoder import Decoder, DecoderShape
+from nybble.engine.decoder import Decoder
 from nybble.engine.detokenizer import Detokenizer
 from nybble.engine.engine_thread import EngineThread
 from nybble.engine.generation_config import (
@@ -43,6 +43,7 @@ from nybble.engine.sequence import Sequence
 from nybble.engine.stats import EngineStats
 from nybble.engine.streams import Stream
 from nybble.kernels.progress import Progress, track
+from nybble.models import architecture_of
 
 if TYPE_CHECKING:
     from nybble.loaders import Checkpoint
@@ -98,11 +99,12 @@ class Engine:
         ValueError where the KV cache cannot hold a single block, the device cannot be used or the
         settings contradict.
         """
-        shape = DecoderShape.from_config(checkpoint.config)
-        max_model_len = config.max_model_len or shape.max_model_len
-        if max_model_len > shape.max_model_len:
+        architecture = architecture_of(checkpoint.config)
+        max_model_len = config.max_model_len or architecture.default_max_model_len
+        if max_model_len > architecture.max_model_len:
             raise ValueError(
-                f"max_model_len is {max_model_len}, but the model goes up to {shape.max_model_len}"
+                f"max_model_len is {max_model_len}, but the model goes up to "
+                f"{architecture.max_model_len}"
             )
         device = resolve_device(config.device)
         if device.type == "cuda":
@@ -125,10 +127,10 @@ class Engine:
                 str(config.dtype).removeprefix("torch."),
             )
         if config.kv_cache_bytes is not None:
-            kv_blocks(config.kv_cache_bytes, shape, config)
+            kv_blocks(config.kv_cache_bytes, architecture, config)
         weights = track(checkpoint.weights(), "Loading weights", progress, unit="tensors")
         decoder = Decoder(
-            checkpoint.config,
+            architecture,
             weights,
             device=device,
             dtype=config.dtype,
@@ -140,7 +142,7 @@ class Engine:
         adapters = None
         if config.adapters is not None:
             adapters = AdapterSlots(
-                checkpoint.config,
+                architecture,
                 count=config.adapters.slots,
                 max_rank=config.adapters.max_rank,
                 device=device,
@@ -149,8 +151,8 @@ class Engine:
         # More blocks than every sequence at full length could fill would only waste memory.
         most = config.max_num_seqs * -(-max_model_len // config.block_size)
         kv_bytes = config.kv_cache_bytes or free_kv_bytes(device)
-        num_blocks = min(kv_blocks(kv_bytes, shape, config), most)
-        if blocks_per_sequence(max_model_len, shape, config) > num_blocks:
+        num_blocks = min(kv_blocks(kv_bytes, architecture, config), most)
+        if blocks_per_sequence(max_model_len, architecture, config) > num_blocks:
             max_model_len = num_blocks * config.block_size
         settings = read_generation_config(checkpoint.folder)
 
@@ -158,7 +160,7 @@ class Engine:
             blocks = BlockManager(
                 num_blocks,
                 config.block_size,
-                window=shape.window,
+                window=architecture.window,
                 prefix_caching=config.prefix_caching,
             )
             return Scheduler(blocks, config.max_num_seqs, config.max_batched_tokens)
@@ -190,12 +192,12 @@ class Engine:
     @property
     def vocab_size(self) -> int:
         """Rows of the logits; a tokenizer may know fewer tokens."""
-        return self._runner.decoder.shape.vocab
+        return self._runner.decoder.architecture.vocab
 
     @property
     def hidden_size(self) -> int:
         """Numbers in an embedding."""
-        return self._runner.decoder.shape.hidden
+        return self._runner.decoder.architecture.hidden
 
     @property
     def kv_cache_tokens(self) -> int:
@@ -205,8 +207,8 @@ class Engine:
     @property
     def max_sequence_kv_tokens(self) -> int:
         """Tokens whose keys and values the cache holds for one sequence at most."""
-        shape = self._runner.decoder.shape
-        blocks = blocks_per_sequence(self.max_model_len, shape, self._config)
+        architecture = self._runner.decoder.architecture
+        blocks = blocks_per_sequence(self.max_model_len, architecture, self._config)
         return blocks * self._config.block_size
 
     @property
@@ -291,7 +293,7 @@ class Engine:
 
     def _new_sequence(self, request: Request) -> Sequence:
         prompt, params = request.prompt_token_ids, request.params
-        vocab = self._runner.decoder.shape.vocab
+        vocab = self._runner.decoder.architecture.vocab
         if not prompt:
             raise ParameterError("prompt", "the prompt is empty")
         for parameter, ids in (("prompt", prompt), ("logit_bias", params.logit_bias)):

@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 
 from nybble.engine import EngineConfig
-from nybble.engine.decoder import DecoderShape
 from nybble.engine.failure import is_out_of_memory
 from nybble.engine.runner import free_kv_bytes, kv_bytes_per_block
 from nybble.loaders import Checkpoint
 from nybble.loaders.footprint import weight_bytes
+from nybble.models import architecture_of
 
 
 @contextmanager
@@ -48,15 +48,17 @@ def memory_explained(checkpoint: Checkpoint, config: EngineConfig) -> Iterator[N
 
 def _kv_bytes(checkpoint: Checkpoint, config: EngineConfig) -> int:
     """As the engine takes it: no more than every sequence at full length could fill."""
-    shape = DecoderShape.from_config(checkpoint.config)
-    length = min(config.max_model_len or shape.max_model_len, shape.max_model_len)
+    architecture = architecture_of(checkpoint.config)
+    length = min(
+        config.max_model_len or architecture.default_max_model_len, architecture.max_model_len
+    )
     most = config.max_num_seqs * -(-length // config.block_size)
     nbytes = config.kv_cache_bytes or free_kv_bytes(torch.device(config.device))
-    return min(nbytes, most * kv_bytes_per_block(shape, config))
+    return min(nbytes, most * kv_bytes_per_block(architecture, config))
 
 
 def _would_fit(room: int, checkpoint: Checkpoint, config: EngineConfig) -> str:
-    per_block = kv_bytes_per_block(DecoderShape.from_config(checkpoint.config), config)
+    per_block = kv_bytes_per_block(architecture_of(checkpoint.config), config)
     # A tenth of it is left to activations and whoever else there is.
     blocks = int(0.9 * room) // per_block
     if blocks < 1:

@@ -46,7 +46,7 @@ class LogprobReader:
         self._found: tuple[Tensor, ...] | None = None  # one row per token but the first
 
     def read(self, decoder: Decoder, hidden: Tensor, start: int) -> None:
-        vocab = decoder.shape.vocab
+        vocab = decoder.architecture.vocab
         if self._found is None:
             rows, top = len(self._prompt) - 1, min(self._alternatives, vocab)
             kinds = ((rows,), torch.float32), ((rows,), torch.int32)

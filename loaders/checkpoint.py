@@ -18,15 +18,10 @@ from nybble.loaders.bnb import BnbReader
 from nybble.loaders.errors import CheckpointError
 from nybble.loaders.gptq import GptqReader
 from nybble.loaders.shards import Shards
+from nybble.models import architecture_of
 
 Weight = PackedWeight | DenseWeight | Tensor
 
-# Projections that read the same input and can be computed as one.
-_FUSED = {
-    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
-    "gate_up_proj": ("gate_proj", "up_proj"),
-}
-_FUSED_OF = {part: fused for fused, parts in _FUSED.items() for part in parts}
 _QUANT_METHODS = ("gptq", "awq", "bitsandbytes")
 
 
@@ -45,9 +40,9 @@ class Checkpoint(Protocol):
     def weights(self) -> Iterator[tuple[str, Weight]]:
         """Weights one at a time, by the module names transformers uses.
 
-        Linear layers are PackedWeight or DenseWeight under the module's name, with q, k, v fused
-        as ``qkv_proj`` and gate, up as ``gate_up_proj`` where they can be one weight; norms and
-        embeddings are tensors under ``<module>.weight``.
+        Linear layers are PackedWeight or DenseWeight under the module's name. Those of a group
+        (:class:`nybble.models.LinearGroup`) are one weight under the group's name if they can be.
+        Norms and embeddings are tensors under ``<module>.weight``.
         """
         ...
 
@@ -120,6 +115,7 @@ class FolderCheckpoint:
         self.folder = folder
         self.config = config
         self.format = reader.name if reader else "none"
+        self.architecture = architecture_of(config)
         self._reader = reader
 
     def projection(self, shards: Shards, module: str) -> PackedWeight | DenseWeight:
@@ -136,12 +132,10 @@ class FolderCheckpoint:
         for module in modules:
             if module in done:
                 continue
-            parent, _, leaf = module.rpartition(".")
-            fused = _FUSED_OF.get(leaf, "")
-            siblings = [f"{parent}.{part}" for part in _FUSED.get(fused, ())]
+            fused, siblings = self.architecture.fused.get(module, ("", ()))
             if siblings and all(sibling in modules for sibling in siblings):
                 done.update(siblings)
-                yield from self._fuse(shards, f"{parent}.{fused}", siblings)
+                yield from self._fuse(shards, fused, siblings)
             else:
                 yield self._read(shards, module)
 

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
+from transformers import AutoConfig
 
 from nybble.kernels.progress import Progress, track
 from nybble.loaders import CheckpointError
 from nybble.loaders.shards import Shards
+from nybble.models import LinearGroup, architecture_of
 from nybble.quantizers.affine import WIDTHS, AffineWeight
 from nybble.quantizers.awq import awq_block
 from nybble.quantizers.blocks import (
-    STAGES,
     DecoderBlocks,
     InputStatistics,
     linear_layer,
@@ -93,7 +94,9 @@ def quantize_checkpoint(
         bits=bits,
     )
     shards = Shards(source)
-    for name in filter(_is_linear, shards.names()):
+    architecture = architecture_of(AutoConfig.from_pretrained(source, local_files_only=True))
+    linears = {name + ".weight" for name in architecture.linears}
+    for name in filter(linears.__contains__, shards.names()):
         try:
             _check_sizes(format, shards.read(name), group_size, bits)
         except ValueError as misfit:
@@ -103,7 +106,7 @@ def quantize_checkpoint(
         if calibration is None:
             for name in track(shards.names(), "Quantizing", progress, unit="tensors"):
                 tensor = shards.read(name)
-                if _is_linear(name):
+                if name in linears:
                     module = name.removesuffix(".weight")
                     writer.add(
                         _rounded(format, module, tensor, group_size, sym, bits, double_quant)
@@ -118,18 +121,30 @@ def quantize_checkpoint(
         for index in track(range(len(blocks)), "Quantizing", progress, unit="blocks"):
             block = blocks.load(index)
             if format == "gptq":
-                quantized = _gptq_block(blocks, block, hidden, group_size, sym, bits, settings)
+                quantized = _gptq_block(
+                    blocks, block, blocks.groups(index), hidden, group_size, sym, bits, settings
+                )
                 hidden = blocks.outputs(block, hidden)
             else:
                 # The sink's few channels would decide the scales of all.
-                names = [stage[0] for stage in STAGES]
+                layer = blocks.architecture.layers[index]
+                names = [group.linears[0].name for group in layer.groups]
                 statistics = blocks.statistics(block, hidden, names, first=1)
                 searched = hidden[: max(1, _SEARCHED_TOKENS // hidden.shape[1])]
-                outputs = blocks.module_outputs(block, searched, ("self_attn", "mlp"))
+                modules = dict.fromkeys(group.module for group in layer.groups)
+                outputs = blocks.module_outputs(block, searched, tuple(modules))
                 # The next block reads what the full-precision model gives it, as in the paper.
                 hidden = blocks.outputs(block, hidden)
-                quantized = awq_block(block, statistics, outputs, group_size, clip=clip)
-            prefix = f"model.layers.{index}."
+                quantized = awq_block(
+                    block,
+                    layer,
+                    statistics,
+                    outputs,
+                    group_size,
+                    norm_offset=blocks.architecture.norm.offset,
+                    clip=clip,
+                )
+            prefix = blocks.architecture.module(index, "")
             for name, (weight, error) in quantized.items():
                 to_tensors = gptq_tensors if format == "gptq" else awq_tensors
                 writer.add(to_tensors(prefix + name, weight))
@@ -147,6 +162,7 @@ def quantize_checkpoint(
 def _gptq_block(
     blocks: DecoderBlocks,
     block: nn.Module,
+    groups: Sequence[LinearGroup],
     hidden: Tensor,
     group_size: int,
     sym: bool,
@@ -159,9 +175,10 @@ def _gptq_block(
     """
     result: dict[str, tuple[AffineWeight, float]] = {}
     statistics: dict[str, InputStatistics] = {}
+    stages = [[linear.name for linear in group.linears] for group in groups]
     if not settings.true_sequential:
-        statistics = blocks.statistics(block, hidden, [stage[0] for stage in STAGES])
-    for stage in STAGES:
+        statistics = blocks.statistics(block, hidden, [stage[0] for stage in stages])
+    for stage in stages:
         if settings.true_sequential:
             statistics = blocks.statistics(block, hidden, stage[:1])
         moment = statistics[stage[0]].second_moment
@@ -203,10 +220,6 @@ def _rounded(
 
 def _size(weight: Tensor, group_size: int) -> int:
     return weight.shape[1] if group_size == -1 else group_size
-
-
-def _is_linear(name: str) -> bool:
-    return ".layers." in name and name.endswith("_proj.weight")
 
 
 def _check_sizes(format: Format, weight: Tensor, group_size: int, bits: int) -> None:

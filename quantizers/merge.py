@@ -23,11 +23,11 @@ from nybble.kernels import DenseWeight, PackedWeight
 from nybble.kernels.packed import INTEGER_LEVELS, SYMMETRIC_LEVELS
 from nybble.kernels.progress import Progress, track
 from nybble.loaders import CheckpointError, LoRAAdapter, open_checkpoint
-from nybble.loaders.adapter import LoRAModule, projection_shapes
+from nybble.loaders.adapter import LoRAModule
 from nybble.loaders.checkpoint import FolderCheckpoint
 from nybble.loaders.shards import Shards
 from nybble.quantizers.affine import AffineWeight
-from nybble.quantizers.blocks import STAGES, DecoderBlocks, linear_layer
+from nybble.quantizers.blocks import DecoderBlocks, linear_layer
 from nybble.quantizers.codebook import quantize_codebook
 from nybble.quantizers.formats import (
     Format,
@@ -107,16 +107,16 @@ def merge_adapter(
     if keep_16_bits and (not same or plan.format is None):
         raise ValueError("layers can be kept in 16 bits only in the source's own 4-bit format")
     _configure(config, plan, sorted(adapter.modules) if keep_16_bits else [], same)
-    shapes = projection_shapes(checkpoint.config)
+    linears = checkpoint.architecture.linears
     merge = _Merge(checkpoint, Shards(source), adapter, plan, same, keep_16_bits)
     calibrator = None
     if calibration is not None and plan.format is not None and not keep_16_bits:
         calibrator = _Calibrator(merge, calibration, device or torch.device("cpu"))
     report: list[MergedLayer] = []
-    names = track(shapes, "Merging", progress, unit="layers")
+    names = track(linears, "Merging", progress, unit="layers")
     with FolderWriter(target, source, config) as writer:
         for name in merge.shards.names():
-            if _owner(name, shapes) is None:
+            if _owner(name, linears) is None:
                 writer.add({name: merge.shards.read(name)})
         for _, block in groupby(names, lambda name: name.split(".")[2]):
             moments = calibrator.moments() if calibrator else {}
@@ -251,8 +251,9 @@ class _Calibrator:
     def moments(self) -> dict[str, Compensation]:
         """For the next block's layers that are to be rounded, those with one input sharing one."""
         self._block = self._blocks.load(self._index)
-        prefix = f"model.layers.{self._index}."
-        stages = [s for s in STAGES if any(self._merge.changes(prefix + name) for name in s)]
+        prefix = self._blocks.architecture.module(self._index, "")
+        groups = ([each.name for each in g.linears] for g in self._blocks.groups(self._index))
+        stages = [s for s in groups if any(self._merge.changes(prefix + name) for name in s)]
         if not stages:
             return {}
         found = self._blocks.statistics(self._block, self._hidden, [stage[0] for stage in stages])
@@ -275,7 +276,7 @@ class _Calibrator:
     def _parameter(self, name: str) -> Tensor:
         stored, shards = self._hidden.dtype, self._merge.shards
         module = name.removesuffix(".weight")
-        if name.endswith("_proj.weight"):
+        if module in self._merge.checkpoint.architecture.linears:
             return self._merge.exact(module).to(stored)
         return shards.read(name).to(stored)
 

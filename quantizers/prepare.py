@@ -34,10 +34,10 @@ from nybble.loaders import (
     resolve_model,
     save_packed,
 )
-from nybble.loaders.adapter import projection_shapes
 from nybble.loaders.cache import cache_folder
 from nybble.loaders.errors import CheckpointError
 from nybble.loaders.packed_file import VERSION, PackedCheckpoint
+from nybble.models import architecture_of
 from nybble.quantizers import InFlight, merge_adapter, quantize_checkpoint
 from nybble.quantizers.corpus import MERGE_CALIBRATION, text_tokens
 
@@ -75,7 +75,7 @@ def prepare_checkpoint(
         return source
     lora = None
     if adapter is not None:
-        lora = load_adapter(resolve_adapter(adapter), projection_shapes(source.config))
+        lora = load_adapter(resolve_adapter(adapter), architecture_of(source.config))
     demo = name == DEMO and source.format == "none" and quantize is None
     if demo:
         head = "int8"

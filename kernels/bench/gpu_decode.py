@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from nybble.kernels.bench import gpu_section
 from nybble.kernels.bench.gpu_section import BLOCK, LLAMA_2_13B, TINY, Section
+from nybble.models import architecture_of
 
 # isort: split
 import torch
@@ -68,7 +69,9 @@ def random_decoder(
                 yield prefix + name, packed
 
     length = int(config.max_position_embeddings)
-    decoder = Decoder(config, weights(), device=device, dtype=dtype, max_model_len=length)
+    decoder = Decoder(
+        architecture_of(config), weights(), device=device, dtype=dtype, max_model_len=length
+    )
     return decoder, total
 
 
@@ -160,7 +163,7 @@ def capture(
     section: Section, runner: ModelRunner, sizes: tuple[int, ...], context: int, room: int
 ) -> None:
     """Capture the decode step and check it against the eager one."""
-    vocab = runner.decoder.shape.vocab
+    vocab = runner.decoder.architecture.vocab
     three = [ScheduledSequence(one, 1) for one in sequences(3, context, room, vocab)]
     expected = runner.run(three).clone()
     capture = dry_capture if section.dry else cuda_capture(section.device)
@@ -190,15 +193,18 @@ def measure_steps(
     results: list[dict[str, Any]],
 ) -> None:
     how = "CUDA graphs" if captured else "eager"
-    shape = runner.decoder.shape
-    print(f"decode, {how}, {config.kv_dtype} KV, {shape.layers} layers, context {context}:")
+    architecture = runner.decoder.architecture
+    print(
+        f"decode, {how}, {config.kv_dtype} KV, {len(architecture.layers)} layers, "
+        f"context {context}:"
+    )
     print(f"{'batch':>7}{'ms a step':>12}{'tokens/s':>12}{'floor ms':>12}{'share':>8}")
-    per_token = kv_bytes_per_block(shape, config) // config.block_size
+    per_token = kv_bytes_per_block(architecture, config) // config.block_size
     for size in sizes:
         if section.out_of_time:
             print("out of time")
             break
-        running = sequences(size, context, room, shape.vocab)
+        running = sequences(size, context, room, architecture.vocab)
         taken = []
         for _ in range(steps):
             begin = time.perf_counter()

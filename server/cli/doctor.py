@@ -22,13 +22,13 @@ from rich.table import Table
 from rich.text import Text
 
 from nybble.engine import EngineConfig, resolve_device
-from nybble.engine.decoder import DecoderShape
 from nybble.engine.memory import available_bytes, gib
 from nybble.engine.runner import blocks_per_sequence, kv_bytes_per_block
 from nybble.kernels.cpu.build import CpuKernelsUnavailableError, build_fastest
 from nybble.loaders import Checkpoint, open_checkpoint, resolve_model
 from nybble.loaders.cache import cache_folder
 from nybble.loaders.footprint import weight_bytes
+from nybble.models import Architecture, architecture_of
 from nybble.quantizers.prepare import DEMO
 
 State = Literal["ok", "warning", "broken"]
@@ -177,7 +177,7 @@ def _model(plan: Plan, memory: Callable[[torch.device], int] | None) -> Iterator
     try:
         folder = resolve_model(plan.model, aliases=plan.aliases, download=False)
         checkpoint = open_checkpoint(folder)
-        shape = DecoderShape.from_config(checkpoint.config)
+        architecture = architecture_of(checkpoint.config)
         if not (folder / "tokenizer.json").is_file():
             raise ValueError(f"{folder} has no tokenizer.json: streaming needs one")
         _require_unrounded(plan, checkpoint)
@@ -195,13 +195,14 @@ def _model(plan: Plan, memory: Callable[[torch.device], int] | None) -> Iterator
         yield Finding("model", " ".join(str(error).split()), "broken")
         return
     kind = "16 bits" if checkpoint.format == "none" else checkpoint.format
-    text = f"{folder}: {checkpoint.config.model_type}, {kind}, up to {shape.max_model_len:,} tokens"
+    length = architecture.max_model_len
+    text = f"{folder}: {architecture.family}, {kind}, up to {length:,} tokens"
     wanted = plan.config.max_model_len
-    if wanted is not None and wanted > shape.max_model_len:
+    if wanted is not None and wanted > architecture.max_model_len:
         yield Finding("model", f"{text}, but --max-model-len is {wanted:,}", "broken")
         return
     yield Finding("model", text)
-    yield _fit(plan.config, shape, weights, memory or available_bytes)
+    yield _fit(plan.config, architecture, weights, memory or available_bytes)
 
 
 def _require_unrounded(plan: Plan, checkpoint: Checkpoint) -> None:
@@ -215,13 +216,13 @@ def _require_unrounded(plan: Plan, checkpoint: Checkpoint) -> None:
 
 def _fit(
     config: EngineConfig,
-    shape: DecoderShape,
+    architecture: Architecture,
     weights: int,
     memory: Callable[[torch.device], int],
 ) -> Finding:
-    tokens = config.max_model_len or min(_DEFAULT_LEN, shape.max_model_len)
-    blocks = config.max_num_seqs * blocks_per_sequence(tokens, shape, config)
-    kv = blocks * kv_bytes_per_block(shape, config)
+    tokens = config.max_model_len or min(_DEFAULT_LEN, architecture.default_max_model_len)
+    blocks = config.max_num_seqs * blocks_per_sequence(tokens, architecture, config)
+    kv = blocks * kv_bytes_per_block(architecture, config)
     free = memory(torch.device(config.device))
     text = (
         f"weights {gib(weights)}, KV at {tokens:,} tokens × {config.max_num_seqs} sequences "

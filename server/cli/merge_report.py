@@ -18,8 +18,8 @@ from nybble.loaders import (
     resolve_adapter,
     resolve_model,
 )
-from nybble.loaders.adapter import projection_shapes
 from nybble.loaders.adapter_combine import Combination
+from nybble.models import architecture_of
 from nybble.quantizers import MergedLayer, merge_adapter, merge_divergence
 from nybble.quantizers.corpus import MERGE_CALIBRATION, text_tokens, token_ids
 from nybble.quantizers.formats import Format
@@ -53,8 +53,8 @@ def merge_and_report(
     """Merge and print. Raises what the loaders and merge_adapter do."""
     source = resolve_model(base, aliases=aliases)
     checkpoint = open_checkpoint(source)
-    shapes = projection_shapes(checkpoint.config)
-    loaded = [load_adapter(resolve_adapter(name), shapes) for name in adapters]
+    architecture = architecture_of(checkpoint.config)
+    loaded = [load_adapter(resolve_adapter(name), architecture) for name in adapters]
     adapter = loaded[0]
     if len(loaded) > 1 or weights is not None:
         weights = [1.0] * len(loaded) if weights is None else weights

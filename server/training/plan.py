@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from nybble.finetune import FinetuneSettings, LoraSettings
-from nybble.finetune.lora import ALL_LINEAR
 from nybble.server.training.schema import CreateJob
 
 _EPOCHS, _MAX_EPOCHS = 3, 25
@@ -68,7 +67,7 @@ def plan_of(body: CreateJob, examples: int) -> Plan:
             alpha=options.alpha,
             dropout=options.dropout,
             use_rslora=options.rslora,
-            target_modules=tuple(options.target_modules or ALL_LINEAR),
+            target_modules=tuple(options.target_modules) if options.target_modules else None,
         ),
         learning_rate=options.learning_rate * multiplier,
         lora_plus=options.lora_plus,
@@ -88,7 +87,8 @@ def plan_of(body: CreateJob, examples: int) -> Plan:
 def settings_of(stored: dict[str, Any]) -> FinetuneSettings:
     """The trainer's settings from what :meth:`Plan.stored` gave."""
     lora = dict(stored["lora"])
-    lora["target_modules"] = tuple(lora["target_modules"])
+    if lora["target_modules"] is not None:
+        lora["target_modules"] = tuple(lora["target_modules"])
     return FinetuneSettings(**{**stored, "lora": LoraSettings(**lora)})
 
 

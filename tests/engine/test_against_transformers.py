@@ -19,6 +19,7 @@ from nybble.engine.decoder import Decoder
 from nybble.kernels import DenseWeight, PackedWeight
 from nybble.kernels.ops import AttentionBatch
 from nybble.loaders import Checkpoint, open_checkpoint
+from nybble.models import architecture_of
 from nybble.quantizers import InFlight, quantize_checkpoint
 
 ROPE = {
@@ -102,16 +103,20 @@ def our_logits(checkpoint: Checkpoint, ids: Tensor, dtype: torch.dtype) -> Tenso
     """float32 ``(tokens, vocab)`` of one prompt computed in one step."""
     tokens = len(ids)
     decoder = Decoder(
-        checkpoint.config,
+        architecture_of(checkpoint.config),
         checkpoint.weights(),
         device=torch.device("cpu"),
         dtype=dtype,
         max_model_len=tokens,
     )
-    shape, blocks = decoder.shape, -(-tokens // 16)
+    blocks = -(-tokens // 16)
     caches = [
-        tuple(torch.zeros(2, blocks, shape.kv_heads, 16, shape.head_dim, dtype=dtype))
-        for _ in range(shape.layers)
+        tuple(
+            torch.zeros(
+                2, blocks, layer.attention.kv_heads, 16, layer.attention.head_dim, dtype=dtype
+            )
+        )
+        for layer in decoder.architecture.layers
     ]
     batch = AttentionBatch(
         query_start=torch.tensor([0, tokens], dtype=torch.int32),

@@ -24,9 +24,9 @@ from nybble.engine import (
     SamplingParams,
 )
 from nybble.engine import prompt_reader as prompt_reader_module
-from nybble.engine.decoder import DecoderShape
 from nybble.engine.prompt_reader import read_pooling
 from nybble.engine.runner import kv_bytes_per_block
+from nybble.models import architecture_of
 
 # Prompts are prefilled in chunks of 16 tokens at most, and about 120 tokens fit into the cache.
 CONFIG = EngineConfig(
@@ -44,7 +44,7 @@ def engine(
 ) -> Iterator[Engine]:
     """As it runs on a CPU, and with what a GPU adds: captured decode steps and deferred text."""
     checkpoint = plain_checkpoint()
-    block = kv_bytes_per_block(DecoderShape.from_config(checkpoint.config), CONFIG)
+    block = kv_bytes_per_block(architecture_of(checkpoint.config), CONFIG)
     engine = Engine.load(checkpoint, replace(CONFIG, kv_cache_bytes=30 * block), progress=False)
     if request.param == "graphs":
 

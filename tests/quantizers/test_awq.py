@@ -16,7 +16,6 @@ from nybble.loaders.shards import Shards
 from nybble.quantizers import quantize_checkpoint
 from nybble.quantizers.awq import scale_block, search_clip, search_common_scale, search_scale
 from nybble.quantizers.blocks import (
-    STAGES,
     DecoderBlocks,
     InputStatistics,
     linear_layer,
@@ -115,9 +114,9 @@ def test_folding_leaves_the_block_as_it_was_in_full_precision(
     hidden = blocks.embed(calibration()).float() * torch.rand(128).mul(3).exp()
     block = blocks.load(0).float()
     before = blocks.outputs(block, hidden)
-    statistics = blocks.statistics(block, hidden, [stage[0] for stage in STAGES])
+    statistics = blocks.statistics(block, hidden, [g.linears[0].name for g in blocks.groups(0)])
     outputs = blocks.module_outputs(block, hidden, ("self_attn", "mlp"))
-    scaled = scale_block(block, statistics, outputs, 32)
+    scaled = scale_block(block, blocks.architecture.layers[0], statistics, outputs, 32)
     changes = []
     for name, (weight, _) in scaled.items():
         layer = linear_layer(block, name)
@@ -136,9 +135,9 @@ def test_rounding_the_folded_norm_to_16_bits_is_made_up_for(
     block = blocks.load(0)
     norm, layer = block.get_submodule("input_layernorm"), linear_layer(block, "self_attn.q_proj")
     before = layer.weight.float() * norm.weight.float()
-    statistics = blocks.statistics(block, hidden, [stage[0] for stage in STAGES])
+    statistics = blocks.statistics(block, hidden, [g.linears[0].name for g in blocks.groups(0)])
     outputs = blocks.module_outputs(block, hidden, ("self_attn", "mlp"))
-    scaled = scale_block(block, statistics, outputs, 32)
+    scaled = scale_block(block, blocks.architecture.layers[0], statistics, outputs, 32)
     assert norm.weight.dtype == torch.bfloat16
     after = scaled["self_attn.q_proj"][0] * norm.weight.float()
     torch.testing.assert_close(after, before, rtol=1e-6, atol=0)

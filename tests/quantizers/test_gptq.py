@@ -17,7 +17,7 @@ from nybble.kernels import PackedWeight
 from nybble.loaders import CheckpointError, open_checkpoint
 from nybble.quantizers import GptqSettings, quantize_checkpoint
 from nybble.quantizers.affine import AffineWeight, grid
-from nybble.quantizers.blocks import STAGES, DecoderBlocks, linear_layer, output_error
+from nybble.quantizers.blocks import DecoderBlocks, linear_layer, output_error
 from nybble.quantizers.gptq import gptq, inverse_factor
 from nybble.quantizers.rtn import quantize_affine
 
@@ -173,11 +173,11 @@ def layer_errors_by_rounding(source: Path, tokens: Tensor, group_size: int) -> d
     errors = {}
     for index in range(len(blocks)):
         block = blocks.load(index)
-        statistics = blocks.statistics(block, hidden, [stage[0] for stage in STAGES])
+        statistics = blocks.statistics(block, hidden, [g.linears[0].name for g in blocks.groups(0)])
         hidden = blocks.outputs(block, hidden)
-        for stage in STAGES:
-            moment = statistics[stage[0]].second_moment
-            for name in stage:
+        for group in blocks.groups(index):
+            moment = statistics[group.linears[0].name].second_moment
+            for name in (linear.name for linear in group.linears):
                 weight = linear_layer(block, name).weight.float()
                 rounded = quantize_affine(weight, group_size, sym=False).dequantize()
                 errors[f"model.layers.{index}.{name}"] = output_error(
@@ -336,7 +336,7 @@ def test_an_affine_weight_is_cut_by_outputs() -> None:
 
 def test_the_first_tokens_of_a_sequence_can_be_left_out(tiny_model: Callable[..., Path]) -> None:
     blocks = DecoderBlocks(tiny_model(), torch.device("cpu"), 64)
-    block, hidden = blocks.load(0), blocks.embed(calibration())
+    hidden, block = blocks.embed(calibration()), blocks.load(0)
     name = "self_attn.q_proj"
     before = blocks.statistics(block, hidden, [name], first=1)[name]
     hidden[:, 0] = torch.randn(hidden.shape[-1]).bfloat16()

@@ -27,9 +27,10 @@ from nybble.loaders import (
     open_checkpoint,
     save_packed,
 )
-from nybble.loaders.adapter import LoRAModule, projection_shapes
+from nybble.loaders.adapter import LoRAModule
 from nybble.loaders.checkpoint import FolderCheckpoint
 from nybble.loaders.shards import Shards
+from nybble.models import architecture_of
 from nybble.quantizers import merge_adapter, merge_divergence, quantize_checkpoint
 
 FORMATS = ["gptq", "awq", "nf4", "fp4"]
@@ -41,7 +42,7 @@ def adapter(tiny_model: Callable[..., Path], tiny_adapter: Callable[..., Path]) 
 
 
 def loaded(tiny_model: Callable[..., Path], folder: Path) -> LoRAAdapter:
-    return load_adapter(folder, projection_shapes(AutoConfig.from_pretrained(tiny_model())))
+    return load_adapter(folder, architecture_of(AutoConfig.from_pretrained(tiny_model())))
 
 
 def quantized(source: Path, folder: Path, format: str, variant: str = "") -> Path:
@@ -64,7 +65,7 @@ def projections(folder: Path) -> dict[str, PackedWeight | DenseWeight]:
     checkpoint = open_checkpoint(folder)
     assert isinstance(checkpoint, FolderCheckpoint)
     shards = Shards(folder)
-    names = projection_shapes(checkpoint.config)
+    names = checkpoint.architecture.linears
     return {name: checkpoint.projection(shards, name) for name in names}
 
 
@@ -246,15 +247,15 @@ def test_calibrated_rounding_keeps_the_grid_and_more_of_the_adapter(
     """The change is well below a step of the grid: nearest codes on that grid would lose it all."""
     base = quantized(tiny_model(), tmp_path / "base", format, variant)
     generator = torch.Generator().manual_seed(3)
-    shapes = projection_shapes(open_checkpoint(base).config)
+    linears = architecture_of(open_checkpoint(base).config).linears
     small = LoRAAdapter(
         {
             name: LoRAModule(
-                torch.randn(4, columns, generator=generator) * columns**-0.5,
-                torch.randn(out, 4, generator=generator) * 0.1,
+                torch.randn(4, each.inputs, generator=generator) * each.inputs**-0.5,
+                torch.randn(each.out, 4, generator=generator) * 0.1,
                 0.3,
             )
-            for name, (out, columns) in shapes.items()
+            for name, each in linears.items()
             if "o_proj" not in name
         },
         b"",

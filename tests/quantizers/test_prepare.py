@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from nybble.kernels import DenseWeight, PackedWeight
 from nybble.kernels.matmul import preferred_layout
 from nybble.loaders import Checkpoint, load_adapter, open_checkpoint
-from nybble.loaders.adapter import projection_shapes
+from nybble.models import architecture_of
 from nybble.quantizers import prepare, quantize_checkpoint
 from nybble.quantizers.prepare import prepare_checkpoint
 
@@ -154,7 +154,7 @@ def test_an_adapter_is_merged_before_packing(
         )
 
     plain = dict(open_checkpoint(folder).weights())["model.layers.0.mlp.down_proj"]
-    change = load_adapter(Path(adapter), projection_shapes(open_checkpoint(folder).config))
+    change = load_adapter(Path(adapter), architecture_of(open_checkpoint(folder).config))
     module = change.modules["model.layers.0.mlp.down_proj"]
     found = dict(merged().weights())["model.layers.0.mlp.down_proj"]
     assert isinstance(plain, DenseWeight)

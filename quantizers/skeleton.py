@@ -1,0 +1,29 @@
+"""transformers' model of a config, without memory for its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+
+class _EmptyOnMeta(TorchFunctionMode):
+    """Uninitialized tensors take no memory; computed ones (rotary frequencies, scales) do."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.empty and kwargs.get("device") is None:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
+def model_skeleton(config: PretrainedConfig) -> PreTrainedModel:
+    """The causal language model of ``config``: linear layers and embeddings on the meta device."""
+    with _EmptyOnMeta():
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    return model
