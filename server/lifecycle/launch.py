@@ -55,7 +55,7 @@ async def _load_and_serve(
     adapters: Mapping[str, str],
 ) -> None:
     log_format = options.operation.log_format
-    startup = Startup(bars=log_format == "text")
+    startup = Startup(bars=log_format == "text" and sys.stderr.isatty())
     sock.listen(BACKLOG)  # before it is told where it listens
     logger.info(Event("starting", {"health": f"{_origin(sock, settings)}/health"}))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from nybble.server.cli.errors import expected_errors, interruptible, on_stderr
+from nybble.server.cli.model_path import require_path
 from nybble.server.cli.options_command import takes
 from nybble.server.lifecycle.options import ServeOptions
 from nybble.server.observability import logs
@@ -12,18 +13,19 @@ from nybble.server.observability import logs
 _ENGINE_FAILED = 70  # EX_SOFTWARE, where 1 is for what was asked for in vain
 
 
-@takes(ServeOptions)
+@takes(ServeOptions, positional="model")
 def serve(options: ServeOptions) -> None:
     """Serve a model on http://HOST:PORT/v1.
 
-    nybble serve --model demo --api-key secret
+    nybble serve demo --api-key secret
     """
     logs.configure(options.operation.log_level, options.operation.log_format)
     report = logs.error if options.operation.log_format == "json" else on_stderr
     with expected_errors(report), interruptible():
         from nybble.server.http.listen import bind, bind_unix
 
-        # Before the model is loaded: a taken port is found out at once.
+        # Before anything heavy is imported: a wrong path and a taken port are found out at once.
+        require_path(options.model.model)
         network = options.network
         sock = bind_unix(network.uds) if network.uds else bind(network.host, network.port)
         from nybble.engine import EngineFailedError

@@ -63,9 +63,17 @@ def test_a_file_has_what_flags_have_and_flags_win(
 
 
 def test_what_nobody_says_is_what_the_options_class_says(launched: list[ServeOptions]) -> None:
-    assert serve("--model", "org/name", "--port", 0).exit_code == 0
-    network = NetworkOptions(port=0)
-    assert launched == [ServeOptions(model=ModelOptions(model="org/name"), network=network)]
+    for model in (("--model", "org/name"), ("org/name",)):
+        assert serve(*model, "--port", 0).exit_code == 0
+        network = NetworkOptions(port=0)
+        assert launched.pop() == ServeOptions(model=ModelOptions(model="org/name"), network=network)
+
+
+def test_the_argument_is_a_flag_that_wins_too(tmp_path: Path, launched: list[ServeOptions]) -> None:
+    config = given(tmp_path, "model = 'another'\nport = 0\nroot-path = '/llm/'")
+    assert serve("org/name", "--config", config).exit_code == 0
+    assert launched[0].model.model == "org/name"
+    assert launched[0].network.root_path == "/llm"
 
 
 @pytest.mark.parametrize(

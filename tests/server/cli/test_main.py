@@ -86,6 +86,8 @@ def test_expected_errors_are_one_line_and_exit_code_1(
     (full / "precious").write_text("x")
     empty = tmp_path / "empty"
     empty.mkdir()
+    gguf = tmp_path / "model.gguf"
+    gguf.write_bytes(b"GGUF")
     model = tiny_model()
     too_many_sequences = ("--kv-cache-memory", "9TiB", "--max-num-seqs", 10**7)
     too_many_sequences += ("--max-batched-tokens", 10**7)
@@ -106,6 +108,11 @@ def test_expected_errors_are_one_line_and_exit_code_1(
         (("quantize", "--format", "awq", "--sym", model, tmp_path / "x"), "--sym"),
         (("quantize", "--format", "gptq", "--group-size", 0, model, tmp_path / "x"), "group-size"),
         (("serve", "--model", "no-such-model", "--port", 0), "no-such-model"),
+        (("serve", tmp_path / "absent.gguf", "--port", 0), f"there is no {tmp_path}/absent.gguf"),
+        (("serve", tmp_path / "emty" / "x", "--port", 0), f"did you mean {tmp_path / 'empty'}?"),
+        (("serve", gguf, "--port", 0), "is a GGUF file"),
+        (("serve", model / "config.json", "--port", 0), f"give its folder, {model}"),
+        (("serve", model, "--port", 0, "--host", "192.0.2.1"), "--host '192.0.2.1' is not"),
         (("serve", "--model", model, "--port", 0, "--max-model-len", 10**6), "--max-model-len is"),
         (("serve", "--model", model, "--port", 0, "--kv-cache-memory", "1KiB"), "KV cache"),
         (("serve", "--model", model, "--port", 0, "--max-batched-tokens", 2), "--max-num-seqs 64"),
@@ -130,6 +137,31 @@ def test_wrong_usage_is_exit_code_2() -> None:
         result = nybble("serve", "--model", "x", option, "lots")
         assert result.exit_code == 2
         assert f"Invalid value for '{option}'" in " ".join(result.stderr.replace("│", " ").split())
+
+
+def test_the_model_may_be_said_by_name_alone() -> None:
+    for arguments, expected in [
+        ((), "say which: nybble serve NAME, or --model NAME"),
+        (("x", "--model", "y"), "'x' and --model 'y': give one of them"),
+        (("x", "y"), "unexpected extra argument"),
+        (("x", "--root-path", "llm"), "'llm' is no prefix of a path such as /llm"),
+    ]:
+        result = CliRunner().invoke(app, ["serve", *arguments], prog_name="nybble")
+        assert result.exit_code == 2
+        assert expected in " ".join(result.stderr.replace("│", " ").split())
+
+
+def test_a_wrong_path_is_found_out_before_anything_heavy_is_imported(tmp_path: Path) -> None:
+    code = (
+        "import sys; from nybble.server.cli.main import app\n"
+        f"try: app(['serve', '{tmp_path}/absent'])\n"
+        "except SystemExit as end: assert end.code == 1\n"
+        "assert not {'torch', 'transformers', 'aiohttp'} & set(sys.modules)\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True
+    )
+    assert result.stderr == f"error: --model {tmp_path}/absent: there is no {tmp_path}/absent\n"
 
 
 def test_sizes_are_binary_or_decimal() -> None:
