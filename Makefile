@@ -6,7 +6,8 @@ BIN    := $(VENV)/bin
 MODEL  ?= demo
 PORT   ?= 8000
 
-.PHONY: install install-dev serve test test-browser test-clients test-peers audit fuzz emulate sanitize lint gpu clean
+.PHONY: install install-dev serve test test-all test-browser test-clients test-peers audit fuzz \
+	emulate sanitize lint lint-deploy gpu clean
 
 # What serving needs; install-dev adds what the tests and lint need.
 install: $(VENV)/.installed
@@ -37,10 +38,16 @@ lint: install-dev
 	$(BIN)/mypy -p nybble
 	$(BIN)/mypy load_tests/*.py
 
+# Two processes, each with whole files, in the order of their names: long ones do not come last.
+# make test ARGS="tests/engine -x" for a part. docs/testing.md says what test-all adds.
+PYTEST := $(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 test: lint
 	@command -v chromium chromedriver >/dev/null || \
 		echo "*** no chromium: the page at / is NOT tested in a browser; see make test-browser ***"
-	$(BIN)/pytest
+	$(PYTEST) $(ARGS)
+
+test-all: lint
+	$(PYTEST) -m "" $(ARGS)
 
 # The page in a headless Chromium, which root has installed where apt is.
 test-browser: install-dev

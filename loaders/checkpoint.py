@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+import logging
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -13,16 +13,16 @@ from transformers import AutoConfig, PretrainedConfig
 
 from nybble.kernels import DenseWeight, PackedWeight
 from nybble.kernels.packed import stack_outputs
-from nybble.loaders.awq import AwqReader
-from nybble.loaders.bnb import BnbReader
 from nybble.loaders.errors import CheckpointError
-from nybble.loaders.gptq import GptqReader
+from nybble.loaders.formats import FORMATS, Format, format_of
 from nybble.loaders.shards import Shards
 from nybble.models import architecture_of
 
+logger = logging.getLogger(__name__)
+
 Weight = PackedWeight | DenseWeight | Tensor
 
-_QUANT_METHODS = ("gptq", "awq", "bitsandbytes")
+_DENSE = frozenset(("weight", "bias"))
 
 
 class Checkpoint(Protocol):
@@ -47,13 +47,6 @@ class Checkpoint(Protocol):
         ...
 
 
-class _Reader(Protocol):
-    @property
-    def name(self) -> str: ...
-
-    def read(self, shards: Shards, module: str) -> PackedWeight | None: ...
-
-
 def open_checkpoint(folder: Path) -> Checkpoint:
     """Open a folder with config.json and safetensors files in any supported format.
 
@@ -71,52 +64,54 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # each model's validators raise what they like
         raise CheckpointError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
-    return FolderCheckpoint(folder, config, _reader(folder))
-
-
-def quantization_settings(folder: Path) -> Mapping[str, Any] | None:
-    """What config.json, or GPTQ's own file, says of the quantization; None where there is none."""
-    config = json.loads((folder / "config.json").read_text())
-    settings: Mapping[str, Any] | None = config.get("quantization_config")
-    if settings is None and (folder / "quantize_config.json").is_file():
-        found = json.loads((folder / "quantize_config.json").read_text())
-        settings = {"quant_method": "gptq", **found}
-    return settings
-
-
-def _reader(folder: Path) -> _Reader | None:
-    settings = quantization_settings(folder)
-    if settings is None:
-        return None
-    method = settings.get("quant_method")
-    try:
-        if method == "gptq":
-            return GptqReader.from_settings(settings)
-        if method == "awq":
-            return AwqReader.from_settings(settings)
-        if method == "bitsandbytes":
-            return BnbReader.from_settings(settings)
-    except (TypeError, OverflowError, ValueError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(
-            f"{folder / 'config.json'}: a setting of the wrong type in quantization_config: {error}"
-        ) from error
-    raise CheckpointError(
-        f"{folder / 'config.json'}: quant_method {method!r} is not supported; "
-        f"supported are {', '.join(_QUANT_METHODS)}"
-    )
+    return FolderCheckpoint(folder, config, format_of(folder))
 
 
 class FolderCheckpoint:
-    """A folder in a public layout."""
+    """A folder in a public layout. quantization: how it is quantized, None for 16 bits."""
 
-    def __init__(self, folder: Path, config: PretrainedConfig, reader: _Reader | None) -> None:
+    def __init__(self, folder: Path, config: PretrainedConfig, format: Format | None) -> None:
         self.folder = folder
         self.config = config
-        self.format = reader.name if reader else "none"
+        self.quantization = format
+        self.format = format.name if format else "none"
         self.architecture = architecture_of(config)
-        self._reader = reader
+
+    def check(self, shards: Shards) -> None:
+        """Look at the names of all tensors.
+
+        Raises CheckpointError for one that nothing here reads, and for one that a quantized module
+        lacks: what is passed over in silence would make the model another one.
+        """
+        ignored: frozenset[str] = self.quantization.ignored if self.quantization else frozenset()
+        unused: list[str] = []
+        for module, leaves in shards.modules.items():
+            known = _DENSE
+            if self.quantization is not None and self.quantization.owns(leaves):
+                known = self.quantization.required | self.quantization.optional | {"bias"}
+                for leaf in sorted(self.quantization.required.difference(leaves)):
+                    raise CheckpointError(f"{self.folder} has no tensor {module}.{leaf}")
+            for leaf, name in leaves.items():
+                if leaf in ignored:
+                    unused.append(name)
+                elif leaf not in known:
+                    raise self._not_read(name, leaf)
+        if unused:
+            logger.warning(
+                "%s: %d tensors such as %s are not used", self.folder, len(unused), unused[0]
+            )
+
+    def _not_read(self, name: str, leaf: str) -> CheckpointError:
+        owners = [f.quant_method for f in FORMATS if leaf in f.marks]
+        hint = f"; it is a tensor of {' or '.join(owners)}" if owners else ""
+        stated = (
+            "config.json has no quantization_config"
+            if self.quantization is None
+            else f"the checkpoint's format is {self.format}"
+        )
+        return CheckpointError(
+            f"{self.folder}: nothing here reads the tensor {name}: {stated}{hint}"
+        )
 
     def projection(self, shards: Shards, module: str) -> PackedWeight | DenseWeight:
         """The linear layer ``module`` by itself, from this folder's ``shards``."""
@@ -127,7 +122,8 @@ class FolderCheckpoint:
 
     def weights(self) -> Iterator[tuple[str, Weight]]:
         shards = Shards(self.folder)
-        modules = _modules(shards)
+        self.check(shards)
+        modules = shards.modules
         done: set[str] = set()
         for module in modules:
             if module in done:
@@ -163,15 +159,9 @@ class FolderCheckpoint:
         yield from read
 
     def _read(self, shards: Shards, module: str) -> tuple[str, Weight]:
-        packed = self._reader.read(shards, module) if self._reader else None
-        if packed is not None:
-            return module, packed
+        if self.quantization and self.quantization.owns(shards.modules[module]):
+            return module, self.quantization.read(shards, module)
         name = module + ".weight"
-        if name not in shards:
-            raise CheckpointError(
-                f"{self.folder}: {module} has no weight in the checkpoint's format "
-                f"({self.format}); is it a mixture of formats?"
-            )
         weight = shards.read(name)
         if not weight.is_floating_point():
             raise CheckpointError(
@@ -184,16 +174,3 @@ class FolderCheckpoint:
         return module, DenseWeight(
             weight, shards.read(bias, (weight.shape[0],)) if bias in shards else None
         )
-
-
-def _modules(shards: Shards) -> dict[str, None]:
-    """Modules that own tensors, in the order of the files."""
-    modules: dict[str, None] = {}
-    for name in shards.names():
-        module, _, leaf = name.rpartition(".")
-        if ".weight." in name:  # bitsandbytes hangs its state below the weight
-            module = name.split(".weight.")[0]
-        elif leaf == "inv_freq":  # a buffer old checkpoints carry; computed here
-            continue
-        modules[module] = None
-    return modules

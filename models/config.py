@@ -84,6 +84,7 @@ def rope(
     *,
     layer_type: str | None = None,
     interleaved: bool = False,
+    includes_scaling: bool = False,
 ) -> Rope:
     """The rotary embedding of the layers of ``layer_type``, or of all layers."""
     parameters: Mapping[str, Any] = config.rope_parameters
@@ -96,4 +97,5 @@ def rope(
         parameters=parameters,
         max_position_embeddings=size(config, "max_position_embeddings"),
         interleaved=interleaved,
+        includes_scaling=includes_scaling,
     )

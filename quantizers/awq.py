@@ -14,8 +14,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from nybble.loaders.formats import AffineWeight
 from nybble.models import Fold, Layer, LinearGroup
-from nybble.quantizers.affine import AffineWeight, round_trip
+from nybble.quantizers.affine import round_trip
 from nybble.quantizers.blocks import InputStatistics, linear_layer, output_error
 from nybble.quantizers.rtn import quantize_affine
 

@@ -36,17 +36,18 @@ from nybble.loaders import (
 )
 from nybble.loaders.cache import cache_folder
 from nybble.loaders.errors import CheckpointError
+from nybble.loaders.model_files import side_files
 from nybble.loaders.packed_file import VERSION, PackedCheckpoint
 from nybble.models import architecture_of
 from nybble.quantizers import InFlight, merge_adapter, quantize_checkpoint
 from nybble.quantizers.corpus import MERGE_CALIBRATION, text_tokens
+from nybble.quantizers.in_flight import InFlightFormat
 
 logger = logging.getLogger(__name__)
 
 DEMO = "demo"
 _ORIGIN = "origin.json"
 _SCRATCH = (".partial", ".gptq", ".merged")
-_MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt")
 
 
 def prepare_checkpoint(
@@ -54,7 +55,7 @@ def prepare_checkpoint(
     *,
     device: torch.device,
     aliases: Path | None = None,
-    quantize: Literal["nf4"] | None = None,
+    quantize: InFlightFormat | None = None,
     head: Literal["int8"] | None = None,
     adapter: str | None = None,
     progress: Progress = True,
@@ -197,7 +198,14 @@ def _unlocked(path: Path) -> bool:
 
 
 def _fingerprint(folder: Path, layout: Layout, recipe: str) -> str:
-    files = sorted({file for pattern in _MODEL_FILES for file in folder.glob(pattern)})
-    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    files = [
+        *side_files(folder),
+        *sorted(p.relative_to(folder) for p in folder.glob("*.safetensors")),
+    ]
+    status = [(folder / file).stat() for file in files]
+    stats = [
+        (str(file), of_file.st_size, of_file.st_mtime_ns)
+        for file, of_file in zip(files, status, strict=True)
+    ]
     parts = (str(folder.resolve()), stats, layout, recipe, VERSION)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]

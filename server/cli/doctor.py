@@ -29,6 +29,7 @@ from nybble.loaders import Checkpoint, open_checkpoint, resolve_model
 from nybble.loaders.cache import cache_folder
 from nybble.loaders.footprint import weight_bytes
 from nybble.models import Architecture, architecture_of
+from nybble.quantizers.in_flight import InFlightFormat
 from nybble.quantizers.prepare import DEMO
 
 State = Literal["ok", "warning", "broken"]
@@ -56,7 +57,7 @@ class Plan:
     model: str
     config: EngineConfig
     aliases: Path | None = None
-    quantize: Literal["nf4"] | None = None
+    quantize: InFlightFormat | None = None
     head: Literal["int8"] | None = None
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -22,7 +21,6 @@ from nybble.loaders.adapter_combine import Combination
 from nybble.models import architecture_of
 from nybble.quantizers import MergedLayer, merge_adapter, merge_divergence
 from nybble.quantizers.corpus import MERGE_CALIBRATION, text_tokens, token_ids
-from nybble.quantizers.formats import Format
 
 _WORST = 5
 _TEXT_SAMPLES, _TEXT_LENGTH = 8, 512
@@ -41,7 +39,7 @@ def merge_and_report(
     adapters: Sequence[str],
     target: Path,
     *,
-    format: Format | Literal["bf16"] | None,
+    format: str | None,
     weights: Sequence[float] | None,
     combination: Combination,
     keep_16_bits: bool,

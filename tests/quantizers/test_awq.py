@@ -211,7 +211,7 @@ def test_clipping_is_searched_only_where_it_is_asked_for(
     )
     up = "model.layers.0.mlp.up_proj.scales"
     assert not torch.equal(plain.read(up), clipped.read(up))
-    with pytest.raises(ValueError, match="clipping needs the format awq"):
+    with pytest.raises(ValueError, match="clipping needs a format that AWQ calibrates"):
         quantize_checkpoint(tiny_model(), tmp_path / "x", format="gptq", clip=True, progress=False)
 
 
