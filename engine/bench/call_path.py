@@ -1,9 +1,8 @@
-"""Which functions of the project a decode step and a request pass through, and in how many files.
+"""Which functions of the project a decode step passes through, and in how many files.
 
     python engine/bench/call_path.py MODEL_FOLDER [--list]
 
-A decode step is one step of the engine thread in which one sequence takes its next token. A request is
-everything that the process runs from a chat request's arrival to its last byte, beside those steps.
+A decode step is one step of the engine thread in which one sequence takes its next token.
 """
 
 from __future__ import annotations
@@ -11,9 +10,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
@@ -35,24 +31,12 @@ class Passed:
 
     def functions(self) -> list[tuple[str, str]]:
         """(file, function); comprehensions and generators' expressions count as their function."""
-        found = {}
+        found: dict[tuple[str, str], None] = {}
         for code in self.codes:
             file = Path(code.co_filename).resolve()
             if file.is_relative_to(ROOT) and ".venv" not in file.parts and "<" not in code.co_name:
                 found[str(file.relative_to(ROOT)), code.co_qualname] = None
         return list(found)
-
-
-@contextmanager
-def recorded(passed: Passed) -> Iterator[None]:
-    """Record the calls of threads that begin now, and of this one."""
-    threading.setprofile(passed)
-    sys.setprofile(passed)
-    try:
-        yield
-    finally:
-        sys.setprofile(None)
-        threading.setprofile(None)  # type: ignore[arg-type]
 
 
 def decode_step(folder: Path) -> Passed:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from nybble.server.cli.errors import expected_errors, interruptible
-from nybble.server.cli.options import (
+from nybble.server.lifecycle.options import (
     AliasesOption,
     DeviceOption,
     DtypeOption,

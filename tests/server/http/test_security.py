@@ -36,9 +36,19 @@ def cors_headers(response: aiohttp.ClientResponse) -> set[str]:
 
 def test_pages_from_elsewhere_may_read_nothing_by_default(engine: Engine) -> None:
     async def scenario(client: Client) -> None:
-        async with client.post(CHAT, json=BODY, headers={"Origin": PAGE}) as response:
+        headers = {"Origin": PAGE, "Authorization": "Bearer secret"}
+        async with client.post(CHAT, json=BODY, headers=headers) as response:
             assert response.status == 200
             assert not cors_headers(response)
+        async with client.options(CHAT, headers=ASKS) as response:
+            assert response.status == 401
+            assert not cors_headers(response)
+
+    run(engine, scenario, api_keys=["secret"])
+
+
+def test_a_preflight_from_elsewhere_is_not_answered_without_keys_either(engine: Engine) -> None:
+    async def scenario(client: Client) -> None:
         async with client.options(CHAT, headers=ASKS) as response:
             assert response.status == 405
             assert not cors_headers(response)

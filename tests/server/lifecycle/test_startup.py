@@ -13,6 +13,8 @@ from aiohttp import ClientSession, web
 from nybble.server.http.listen import BACKLOG, bind
 from nybble.server.lifecycle.startup import Startup, load_behind
 
+from ..conftest import ServerProcess
+
 HAND_OVERS = 10
 CLIENTS = 16
 
@@ -127,3 +129,11 @@ def test_who_connected_before_the_hand_over_is_answered_after_it() -> None:
     answer = asyncio.run(ask_late())
     assert answer.startswith(b"HTTP/1.1 503 ")
     assert b"Retry-After: " in answer
+
+
+def test_a_log_file_has_no_progress_bars(server: ServerProcess) -> None:
+    """Its stderr is no terminal: a stage is a line, not one for each step on its way."""
+    shown = [line for line in server.lines if "%|" in line or "/s]" in line or "it/s" in line]
+    assert not shown
+    stages = [line for line in server.lines if "oading weights" in line]
+    assert len(stages) == 1
