@@ -197,6 +197,11 @@ class Engine:
         return self._runner.decoder.architecture.vocab
 
     @property
+    def adapter_targets(self) -> tuple[str, ...]:
+        """Names of the linear layers that an adapter can change, as ``target_modules`` has them."""
+        return self._runner.decoder.architecture.linear_leaves
+
+    @property
     def hidden_size(self) -> int:
         """Numbers in an embedding."""
         return self._runner.decoder.architecture.hidden
