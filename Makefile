@@ -6,8 +6,8 @@ BIN    := $(VENV)/bin
 MODEL  ?= demo
 PORT   ?= 8000
 
-.PHONY: install install-dev serve test test-all test-browser test-clients test-peers audit fuzz \
-	emulate sanitize lint lint-deploy gpu clean
+.PHONY: install install-dev serve test test-all test-avx2 test-browser test-clients test-peers \
+	audit fuzz emulate sanitize lint lint-deploy gpu clean
 
 # What serving needs; install-dev adds what the tests and lint need.
 install: $(VENV)/.installed
@@ -49,6 +49,12 @@ test: lint
 test-all: lint
 	$(PYTEST) -m "" $(ARGS)
 
+# On a machine with AVX-512, what one without it computes: sums in other orders round elsewhere.
+test-avx2: install-dev
+	NYBBLE_CPU_TARGET=avx2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 \
+		MKL_ENABLE_INSTRUCTIONS=AVX2 $(PYTEST) $(or $(ARGS),tests/engine tests/finetune \
+		tests/quantizers tests/loaders tests/server tests/faults)
+
 # The page in a headless Chromium, which root has installed where apt is.
 test-browser: install-dev
 	command -v chromium chromedriver >/dev/null || \
@@ -84,7 +90,7 @@ test-clients: install-dev build/clients/.installed
 	build/clients/bin/pytest -q -c /dev/null --rootdir=. --confcutdir=tests/clients \
 		--import-mode=importlib -p no:cacheprovider -W ignore $(CLIENTS)
 
-# Our GPTQ and AWQ checkpoints in transformers with GPTQModel, on top of the environment's torch.
+# Our checkpoints in transformers with GPTQModel, and in compressed-tensors, on top of the environment's torch.
 build/peers/.installed: tests/peers/requirements.txt | install-dev
 	$(PYTHON) -m venv build/peers
 	build/peers/bin/pip install --progress-bar on --no-deps -r $<
@@ -92,7 +98,7 @@ build/peers/.installed: tests/peers/requirements.txt | install-dev
 test-peers: build/peers/.installed
 	packages=$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])'); \
 	PYTHONPATH=src:$$packages build/peers/bin/python -m pytest -q \
-		tests/quantizers/test_in_gptqmodel.py
+		tests/quantizers/test_in_gptqmodel.py tests/quantizers/test_in_compressed_tensors.py
 
 # atheris over request bodies, checkpoints and adapters, FUZZ_SECONDS each (five minutes in all);
 # the same targets run for a moment in the tests. Its corpus stays in build/fuzz.

@@ -9,11 +9,13 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import Sequence as Several
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from nybble.engine.adapter_slots import AdapterSlots
 from nybble.engine.adapters import AdapterInfo, AdapterRegistry
@@ -29,12 +31,15 @@ from nybble.engine.generation_config import (
 )
 from nybble.engine.prompt_reader import read_pooling
 from nybble.engine.request import (
+    ContextLengthError,
     EngineOverloadedError,
     NotANumberError,
     ParameterError,
     Pooling,
     Request,
     RequestOutput,
+    SamplingParams,
+    require_known_tokens,
 )
 from nybble.engine.runner import ModelRunner, blocks_per_sequence, free_kv_bytes, kv_blocks
 from nybble.engine.sampler import SequenceSampler
@@ -43,14 +48,13 @@ from nybble.engine.sequence import Sequence
 from nybble.engine.stats import EngineStats
 from nybble.engine.streams import Stream
 from nybble.kernels.progress import Progress, track
+from nybble.loaders.tokenizer import load_tokenizer
 from nybble.models import architecture_of
 
 if TYPE_CHECKING:
     from nybble.loaders import Checkpoint
 
 logger = logging.getLogger(__name__)
-
-_RETRY_AFTER_SECONDS = 5
 
 
 class Engine:
@@ -136,9 +140,7 @@ class Engine:
             dtype=config.dtype,
             max_model_len=max_model_len,
         )
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, local_files_only=True)
-        if not tokenizer.is_fast:
-            raise ValueError(f"{checkpoint.folder} has no tokenizer.json: streaming needs one")
+        tokenizer = load_tokenizer(checkpoint.folder)
         adapters = None
         if config.adapters is not None:
             adapters = AdapterSlots(
@@ -271,8 +273,7 @@ class Engine:
             raise ValueError(f"request id {request.request_id!r} is already in flight")
         if len(self._in_flight) >= self._max_in_flight:
             raise EngineOverloadedError(
-                f"{len(self._in_flight)} requests are in flight, the most this server takes",
-                _RETRY_AFTER_SECONDS,
+                f"{len(self._in_flight)} requests are in flight, the most this server takes"
             )
         self._thread.submit(sequence, stream)
         self._in_flight.add(request.request_id)
@@ -291,34 +292,33 @@ class Engine:
             if not finished:
                 self._thread.cancel(request.request_id)
 
-    def _new_sequence(self, request: Request) -> Sequence:
-        prompt, params = request.prompt_token_ids, request.params
-        vocab = self._runner.decoder.architecture.vocab
+    def check(self, prompt: Several[int], params: SamplingParams) -> int:
+        """The most tokens that a prompt can be continued by with these parameters.
+
+        Raises ParameterError for an empty prompt and for token ids the model does not have, and
+        ContextLengthError if prompt and output together are longer than a sequence may be.
+        """
         if not prompt:
             raise ParameterError("prompt", "the prompt is empty")
-        for parameter, ids in (("prompt", prompt), ("logit_bias", params.logit_bias)):
-            for token in ids:
-                if not 0 <= token < vocab:
-                    raise ParameterError(
-                        parameter, f"token id {token} is outside the vocabulary of {vocab}"
-                    )
+        require_known_tokens("prompt", prompt, self.vocab_size)
+        require_known_tokens("logit_bias", params.logit_bias, self.vocab_size)
+        least = 1 if params.max_tokens is None else params.max_tokens
         room = self.max_model_len - len(prompt)
-        max_tokens = 0 if request.pooling is not None else params.max_tokens
-        if room < 0 or (room == 0 and max_tokens != 0):
-            raise ParameterError(
-                "prompt",
-                f"the prompt has {len(prompt)} tokens, but prompt and output together are limited "
-                f"to {self.max_model_len}",
-            )
-        if max_tokens is not None and max_tokens > room:
-            raise ParameterError(
-                "max_tokens",
-                f"max_tokens is {max_tokens} and the prompt has {len(prompt)} tokens, but "
+        if least > room:
+            raise ContextLengthError(
+                "prompt" if room <= 0 else "max_tokens",
+                f"the prompt has {len(prompt)} tokens and asks for {least} more at least, but "
                 f"together they are limited to {self.max_model_len}",
             )
+        return room if params.max_tokens is None else params.max_tokens
+
+    def _new_sequence(self, request: Request) -> Sequence:
+        prompt, params = request.prompt_token_ids, request.params
+        if request.pooling is not None:
+            params = replace(params, max_tokens=0)
         return Sequence(
             request,
-            max_tokens=room if max_tokens is None else max_tokens,
+            max_tokens=self.check(prompt, params),
             detokenizer=Detokenizer(self.tokenizer.backend_tokenizer, prompt, params.stop),
             sampler=SequenceSampler(params, prompt),
         )

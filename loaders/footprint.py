@@ -43,7 +43,9 @@ def weight_bytes(
         if format is not None and format.owns(names):
             total += _quantized(folder, format, module, leaves)
             continue
-        for header in leaves.values():
+        for leaf, header in leaves.items():
+            if format is not None and leaf in format.ignored:
+                continue
             if header.name == _HEAD and head:
                 total += _int8_bytes(header.shape)
             elif layers and _is_linear(header):

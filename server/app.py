@@ -13,6 +13,7 @@ from aiohttp import web
 from aiohttp.typedefs import Middleware
 
 from nybble.engine import Engine
+from nybble.loaders.templates import TemplateRenderer
 from nybble.server.adapters.admin import ADMIN_PATHS, AdapterAdmin
 from nybble.server.adapters.owners import AdapterOwners
 from nybble.server.adapters.state import AdapterState
@@ -21,13 +22,13 @@ from nybble.server.api.parse import LARGE_BODIES, LargeBodies
 from nybble.server.api.routes import Api
 from nybble.server.console.page import Console
 from nybble.server.http.browsers import BrowserGuard, require_json
+from nybble.server.http.cors import WARNING
 from nybble.server.http.gate import Gate
 from nybble.server.http.paths import OtherSpellings, matched_path
 from nybble.server.lifecycle.settings import ServerSettings
 from nybble.server.observability.logs import Event
 from nybble.server.observability.metrics import Metrics
 from nybble.server.observability.request_record import RECORD, RequestRecord
-from nybble.server.templates import TemplateRenderer
 from nybble.server.tenancy.admission import Admission, Capacity
 from nybble.server.tenancy.keys import Keys, bearer
 from nybble.server.tenancy.limits import Limiter
@@ -111,7 +112,7 @@ def make_app(
         app.add_routes(training.routes())
         app.cleanup_ctx.append(training.lifespan)
     app.router.register_resource(OtherSpellings(app.router, settings.root_path))
-    app.on_response_prepare.append(_send_request_id)
+    app.on_response_prepare.append(_send_record)
     if cors is not None:
         app.on_response_prepare.append(cors.send)
     app.on_response_prepare.append(_send_limits(limiter))
@@ -153,15 +154,19 @@ def _observe(metrics: Metrics) -> Middleware:
                 "trace_id": record.trace_id,
                 "tenant": None if tenant is None else tenant.name,
                 **record.usage_fields(),
+                **record.warning_fields(),
             }
             logger.info(Event("request", fields))
 
     return middleware
 
 
-async def _send_request_id(request: web.Request, response: web.StreamResponse) -> None:
+async def _send_record(request: web.Request, response: web.StreamResponse) -> None:
     if RECORD in request:
-        response.headers[_REQUEST_ID] = request[RECORD].id
+        record = request[RECORD]
+        response.headers[_REQUEST_ID] = record.id
+        if (warning := record.warning()) is not None:
+            response.headers[WARNING] = warning
 
 
 def _send_limits(limiter: Limiter) -> Callable[[web.Request, web.StreamResponse], Awaitable[None]]:

@@ -1,4 +1,4 @@
-"""Serving needs what pyproject.toml says it needs, and `make serve` installs nothing else."""
+"""What an installed nybble consists of, and that `make serve` installs nothing else."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-FOLDERS = ("engine", "finetune", "kernels", "loaders", "models", "quantizers", "server")
+FOLDERS = sorted(link.name for link in (ROOT / "src" / "nybble").iterdir() if link.is_symlink())
 # Only imported if the extra of that name is installed.
 OPTIONAL = "otel"
 
@@ -77,3 +77,13 @@ def test_make_serve_installs_no_tools_of_tests_and_make_test_does(tmp_path: Path
     (tmp_path / ".venv/.installed").touch()
     assert "pip install" not in planned("serve")
     assert "[dev]" in planned("test")
+
+
+def test_every_package_is_a_top_level_folder() -> None:
+    assert {"engine", "kernels", "loaders", "models", "server"} <= set(FOLDERS)
+    assert all((ROOT / name / "__init__.py").is_file() for name in FOLDERS)
+
+
+def test_the_image_has_every_package() -> None:
+    lines = (ROOT / "Dockerfile").read_text().splitlines()
+    assert [name for name in FOLDERS if f"COPY {name} {name}" not in lines] == []

@@ -28,6 +28,7 @@ from nybble.kernels.cpu.build import CpuKernelsUnavailableError, build_fastest
 from nybble.loaders import Checkpoint, open_checkpoint, resolve_model
 from nybble.loaders.cache import cache_folder
 from nybble.loaders.footprint import weight_bytes
+from nybble.loaders.tokenizer import load_tokenizer
 from nybble.models import Architecture, architecture_of
 from nybble.quantizers.in_flight import InFlightFormat
 from nybble.quantizers.prepare import DEMO
@@ -179,8 +180,7 @@ def _model(plan: Plan, memory: Callable[[torch.device], int] | None) -> Iterator
         folder = resolve_model(plan.model, aliases=plan.aliases, download=False)
         checkpoint = open_checkpoint(folder)
         architecture = architecture_of(checkpoint.config)
-        if not (folder / "tokenizer.json").is_file():
-            raise ValueError(f"{folder} has no tokenizer.json: streaming needs one")
+        load_tokenizer(folder)
         _require_unrounded(plan, checkpoint)
         kv_dtype = plan.config.kv_dtype
         if kv_dtype != "auto" and plan.config.device == "cpu":

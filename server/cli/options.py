@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 # The names that :func:`nybble.loaders.formats.written_formats` has, which is slow to import.
-WrittenFormat = Literal["gptq", "awq", "nf4", "fp4"]
+WrittenFormat = Literal["gptq", "awq", "nf4", "fp4", "compressed-tensors"]
 
 ModelArgument = Annotated[str, typer.Argument(help="Model folder, hub name or alias.")]
 TargetArgument = Annotated[Path, typer.Argument(metavar="DST", help="Folder to write.")]

@@ -10,7 +10,9 @@ from aiohttp.typedefs import Middleware
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 _METHODS = "GET, POST, DELETE, OPTIONS"
-_EXPOSED = "X-Request-Id, Retry-After"
+# Says what a request asks for and its answer does not promise.
+WARNING = "X-Nybble-Warning"
+_EXPOSED = f"X-Request-Id, Retry-After, {WARNING}"
 _PREFLIGHT_SECONDS = "600"
 
 

@@ -13,6 +13,7 @@ from pydantic_core import to_json
 from nybble.engine import (
     AdapterError,
     AdapterUnavailableError,
+    ContextLengthError,
     EngineFailedError,
     EngineOverloadedError,
     EngineStoppedError,
@@ -31,7 +32,7 @@ _TYPES = {
     429: "rate_limit_error",
 }
 _RETRY_AFTER_STOPPED = 10
-_RETRY_AFTER_OUT_OF_MEMORY = 5
+_RETRY_AFTER_BUSY = 5
 _MAX_MESSAGE = 500
 # The last is what a limit on the size of files gives, of the process or of the file system.
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -101,6 +102,8 @@ def as_api_error(error: Exception, request_id: str) -> ApiError:
     """What a client is told about ``error``; what nobody foresaw is logged and told as 500."""
     if isinstance(error, ApiError):
         return error
+    if isinstance(error, ContextLengthError):
+        return ApiError(400, str(error), param=error.parameter, code="context_length_exceeded")
     if isinstance(error, ParameterError):
         return ApiError(400, str(error), param=error.parameter, code="invalid_value")
     if isinstance(error, GuideError):
@@ -112,11 +115,9 @@ def as_api_error(error: Exception, request_id: str) -> ApiError:
     if isinstance(error, AdapterUnavailableError):
         return ApiError(503, str(error), code="adapter_unavailable")
     if isinstance(error, EngineOverloadedError):
-        return ApiError(429, str(error), code="overloaded", retry_after=error.retry_after)
+        return ApiError(429, str(error), code="overloaded", retry_after=_RETRY_AFTER_BUSY)
     if isinstance(error, OutOfMemoryError):
-        return ApiError(
-            503, str(error), code="out_of_memory", retry_after=_RETRY_AFTER_OUT_OF_MEMORY
-        )
+        return ApiError(503, str(error), code="out_of_memory", retry_after=_RETRY_AFTER_BUSY)
     if isinstance(error, EngineFailedError):
         return ApiError(500, str(error), code="engine_failed")
     if isinstance(error, EngineStoppedError):

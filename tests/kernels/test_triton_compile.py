@@ -24,7 +24,8 @@ def table(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
     ends that process.
     """
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "nybble.kernels.triton.inspect", *request.param, "--json"]
+    module = "nybble.kernels.bench.matmul_report"
+    command = [sys.executable, "-m", module, *request.param, "--json"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]

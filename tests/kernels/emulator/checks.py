@@ -24,12 +24,22 @@ from tensor_cores import WARP_GROUP
 from torch import Tensor
 
 from nybble.kernels import PackedWeight, reference
+from nybble.kernels.activation import ACTIVATIONS
 from nybble.kernels.bench.gpu_lora import adapters
 from nybble.kernels.bench.gpu_section import BLOCK, error, in_8_bits, paged
 from nybble.kernels.lora_batch import LoRABatch
 from nybble.kernels.packed import INTEGER_LEVELS, SYMMETRIC_LEVELS, pack_nibbles
 from nybble.kernels.reference import TokenChoice
-from nybble.kernels.triton import attention, dequantize, lora, matmul, norm, rotary, sampling
+from nybble.kernels.triton import (
+    activation,
+    attention,
+    dequantize,
+    lora,
+    matmul,
+    norm,
+    rotary,
+    sampling,
+)
 from nybble.kernels.triton.configs import Config, default_config
 
 CPU = torch.device("cpu")
@@ -86,9 +96,10 @@ def check_matmul(capability: int, everything: bool) -> Iterator[Found]:
             if turn != number % 3:
                 continue
             gated = weight.to_layout("gpu_gated_tiles")
-            after = norm.silu_mul(matmul.packed_matmul(x, gated, config))
-            yield f"{name} gated", after, reference.silu_mul(expected)
-            within = matmul.packed_matmul(x, gated, config, silu_mul=True)
+            kind = ACTIVATIONS[number % len(ACTIVATIONS)]
+            after = activation.gated(matmul.packed_matmul(x, gated, config), kind)
+            yield f"{name} gated by {kind}", after, reference.gated(expected, kind)
+            within = matmul.packed_matmul(x, gated, config, kind)
             yield f"{name}: the same within the product", within.float(), after.double()
 
 
@@ -115,30 +126,40 @@ def check_attention(capability: int, everything: bool) -> Iterator[Found]:
                 if cache is not None:
                     keys, values, *scales = in_8_bits(keys, cache)
                 q = torch.randn(sum(n for _, n in lengths), 2 * heads, dim).to(dtype)
-                options = (batch, dim**-0.5, window, *scales)
+                inputs = (batch, dim**-0.5, window, *scales)
                 wide = (keys, values) if scales else (keys.double(), values.double())
-                expected = reference.paged_attention(q.double(), *wide, *options)
+                expected = reference.paged_attention(q.double(), *wide, *inputs)
                 name = f"attention {str(dtype)[6:]} {heads}×2×{dim} window {window} {cache}"
-                yield name, attention.paged_attention(q, keys, values, *options), expected
+                yield name, attention.paged_attention(q, keys, values, *inputs), expected
+                if dim != 64:
+                    continue
+                options = {"softcap": 2.0, "sinks": 2 * torch.randn(2 * heads)}
+                expected = reference.paged_attention(q.double(), *wide, *inputs, **options)
+                found = attention.paged_attention(q, keys, values, *inputs, **options)
+                yield f"{name}, capped, with sinks", found, expected
 
 
 def check_rotary(capability: int, everything: bool) -> Iterator[Found]:
     slots = torch.tensor([5, -1, 40, 41, 0, 7, 8, 63, 20])
     kept = [torch.float16, torch.bfloat16, torch.int8]
-    for dtype in (*kept, *([torch.float8_e4m3fn] if capability >= 89 else [])):
+    kept += [torch.float8_e4m3fn] if capability >= 89 else []
+    for number, dtype in enumerate(kept):
+        rotary_dim, interleaved = ((64, False), (48, False), (20, True))[number % 3]
         half = dtype if dtype in LIMIT else torch.bfloat16
-        fused, angle = torch.randn(9, 14, 64).to(half), torch.randn(9, 64)
+        fused, angle = torch.randn(9, 14, 64).to(half), torch.randn(9, rotary_dim)
         results = []
         for function in (rotary.rotary_store, reference.rotary_store):
             q, k, v = torch.split(fused.clone(), [10, 2, 2], dim=1)
             caches = torch.zeros(2, 4, 2, BLOCK, 64).to(dtype)
             scales = () if dtype in LIMIT else torch.zeros(2, 4, 2, BLOCK)
-            function(q, k, v, angle.cos(), angle.sin(), *caches, slots, *scales)
+            angles = angle.cos(), angle.sin()
+            options = {"interleaved": interleaved}
+            function(q, k, v, *angles, *caches, slots, *scales, **options)
             stored = (
                 caches.double() * torch.stack(tuple(scales))[..., None] if len(scales) else caches
             )
             results.append(torch.cat((q.flatten().double(), stored.flatten().double())).to(half))
-        yield f"rotary_store {str(dtype)[6:]}", results[0], results[1]
+        yield f"rotary_store {str(dtype)[6:]} {rotary_dim} {interleaved}", results[0], results[1]
 
 
 def check_lora(capability: int, everything: bool) -> Iterator[Found]:
@@ -171,8 +192,13 @@ def check_norm(capability: int, everything: bool) -> Iterator[Found]:
             name = f"{str(dtype)[6:]} {rows}×{width}"
             yield f"add_rms_norm {name}", found, expected
             yield f"add_rms_norm {name}: the sum", total.float(), (x + residual).double()
+            found = norm.rms_norm(x, weight, 1e-5, 1.0)
+            expected = reference.rms_norm(x.double(), weight.double(), 1e-5, 1.0)
+            yield f"rms_norm {name}, offset 1", found, expected
             if dtype != torch.float32:
-                yield f"silu_mul {name}", norm.silu_mul(x), reference.silu_mul(x.double())
+                for kind in ACTIVATIONS:
+                    found, expected = activation.gated(x, kind), reference.gated(x.double(), kind)
+                    yield f"gated {kind} {name}", found, expected
 
 
 def check_sampling(capability: int, everything: bool) -> Iterator[Found]:
@@ -241,6 +267,24 @@ def outcomes(
     return found
 
 
+def outcomes_on(
+    capability: int,
+    families: list[str],
+    orders: Callable[[int, str], list[Timing]],
+    everything: bool,
+    without: str,
+) -> list[str]:
+    """All families' on one GPU."""
+    # Ada differs from Ampere in 8-bit floats alone.
+    own = [each for each in families if capability != 89 or each in ("attention", "rotary")]
+    return [
+        outcome
+        for family in own
+        for timing in orders(capability, family)
+        for outcome in outcomes(family, capability, timing, everything, without)
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--capability", type=int, nargs="*", default=(80, 89, 90, 100))
@@ -249,17 +293,11 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one order of things, not two")
     parser.add_argument("--without", default="", help="leave this instruction out")
     arguments = parser.parse_args()
-    jobs = [
-        (family, capability, timing, arguments.all, arguments.without)
-        for family in arguments.families
-        for capability in arguments.capability
-        # Ada differs from Ampere in 8-bit floats alone.
-        if capability != 89 or family in ("attention", "rotary")
-        for timing in (quick_timings if arguments.quick else timings)(capability, family)
-    ]
+    orders = quick_timings if arguments.quick else timings
     # A process compiles for one GPU.
     with ProcessPoolExecutor(2, get_context("spawn"), max_tasks_per_child=1) as pool:
-        for future in [pool.submit(outcomes, *job) for job in jobs]:
+        options = (arguments.families, orders, arguments.all, arguments.without)
+        for future in [pool.submit(outcomes_on, each, *options) for each in arguments.capability]:
             print(*future.result(), sep="\n", flush=True)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 from nybble.kernels import PackedWeight, reference
+from nybble.kernels.activation import ACTIVATIONS
 from nybble.kernels.bench.gpu_lora import adapters
 from nybble.kernels.bench.gpu_section import in_8_bits, paged
 from nybble.kernels.lora import lora_add_reference
@@ -85,8 +86,9 @@ def draw_matmul(pick: Random, capability: int) -> Iterator[Found]:
         return  # the tuner passes over it
     yield name, found, expected
     if gated:
-        halves = matmul.packed_matmul(x, laid_out, config, silu_mul=True)
-        yield f"{name} SiLU·mul", halves, reference.silu_mul(found.double())
+        kind = pick.choice(ACTIVATIONS)
+        halves = matmul.packed_matmul(x, laid_out, config, kind)
+        yield f"{name} {kind}", halves, reference.gated(found.double(), kind)
 
 
 def draw_dequantize(pick: Random, capability: int) -> Iterator[Found]:
@@ -122,11 +124,15 @@ def draw_attention(pick: Random, capability: int) -> Iterator[Found]:
         keys, values, *scales = in_8_bits(keys, cache)
     fused = torch.randn(sum(n for _, n in lengths), (group + 2) * kv_heads, dim).to(dtype)
     q = fused[:, : group * kv_heads]
-    options = (batch, dim**-0.5, window, *scales)
+    inputs = (batch, dim**-0.5, window, *scales)
     wide = (keys, values) if scales else (keys.double(), values.double())
-    expected = reference.paged_attention(q.double(), *wide, *options)
+    softcap = pick.choice((0.0, 0.0, 0.5 + pick.random()))
+    sinks = torch.randn(group * kv_heads) if pick.random() < 0.3 else None
+    options = {"softcap": softcap, "sinks": sinks}
+    expected = reference.paged_attention(q.double(), *wide, *inputs, **options)
     name = f"attention {group}×{kv_heads}×{dim} {str(dtype)[6:]} {cache} window {window} {lengths}"
-    yield name, attention.paged_attention(q, keys, values, *options), expected
+    name += f" cap {softcap:.1f}" * (softcap > 0) + " sinks" * (sinks is not None)
+    yield name, attention.paged_attention(q, keys, values, *inputs, **options), expected
 
 
 def draw_rotary(pick: Random, capability: int) -> Iterator[Found]:
@@ -136,15 +142,18 @@ def draw_rotary(pick: Random, capability: int) -> Iterator[Found]:
     slots[torch.rand(tokens) < 0.2] = -1
     fused, angle = (
         torch.randn(tokens, heads + 2 * kv_heads, dim).to(dtype),
-        torch.randn(tokens, dim),
+        torch.randn(tokens, pick.choice((dim, dim, 2 * pick.randint(1, dim // 2)))),
     )
+    interleaved = pick.random() < 0.3
     results = []
     for function in (rotary.rotary_store, reference.rotary_store):
         q, k, v = torch.split(fused.clone(), [heads, kv_heads, kv_heads], dim=1)
         caches = torch.zeros(2, 4, kv_heads, BLOCK, dim).to(dtype)
-        function(q, k, v, angle.cos(), angle.sin(), *caches, slots)
+        options = {"interleaved": interleaved}
+        function(q, k, v, angle.cos(), angle.sin(), *caches, slots, **options)
         results.append(torch.cat((q.flatten(), caches.flatten())))
-    name = f"rotary_store {heads}+2·{kv_heads}×{dim} {str(dtype)[6:]} {tokens} tokens"
+    turned = f"{angle.shape[1]}{' interleaved' if interleaved else ''}"
+    name = f"rotary_store {heads}+2·{kv_heads}×{dim} {turned} {str(dtype)[6:]} {tokens} tokens"
     yield name, results[0], results[1].double()
 
 

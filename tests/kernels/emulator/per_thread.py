@@ -101,7 +101,7 @@ ELEMENTWISE: dict[str, Callable[..., Array]] = {
     "div": _divide,
     "rem": _remainder,
     "min": lambda s, *values: reduce(np.fmin, values),
-    "max": lambda s, *values: reduce(np.fmax, values),
+    "max": lambda s, *values: reduce(np.maximum if "NaN" in s.parts else np.fmax, values),
     "abs": lambda s, a: np.abs(a),
     "neg": lambda s, a: -a,
     "not": lambda s, a: ~a,

@@ -167,7 +167,7 @@ def test_a_malformed_request_is_answered_and_its_key_not_logged(
     with running_server(tiny_model(), "--log-level", "debug") as server:
         host, port = server.url.removeprefix("http://").split(":")
         for head in heads:
-            with socket.create_connection((host, int(port)), timeout=10) as connection:
+            with socket.create_connection((host, int(port)), timeout=60) as connection:
                 connection.sendall(head.replace(b"%b", secret))
                 assert connection.recv(1 << 16).startswith(b"HTTP/1.0 400")
         server.terminate()

@@ -117,7 +117,7 @@ def test_a_reader_that_takes_nothing_for_long_is_given_up(
 
     async def scenario(client: Client) -> None:
         with stalling_reader(client):
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(60):
                 while not await finished(client, "cancelled"):
                     await asyncio.sleep(0.05)
             await settled(engine)
@@ -252,7 +252,7 @@ def test_a_client_that_never_finishes_its_headers_is_cut_off_and_a_slow_answer_i
             session.post(url + COMPLETIONS, json={**LONG, "max_tokens": 60}) as response,
         ):
             assert (await response.json())["usage"]["completion_tokens"] == 60
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             with suppress(ConnectionError):
                 assert await reader.read() == b""
         os.kill(os.getpid(), signal.SIGTERM)

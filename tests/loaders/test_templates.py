@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import time
 from collections.abc import Iterator
@@ -12,11 +11,8 @@ from typing import Any
 
 import pytest
 
-from nybble.engine import Engine
-from nybble.server.templates import TemplateFailedError, TemplateRefusedError, TemplateRenderer
-from nybble.server.templates.worker import CPU_SECONDS
-
-from ..client import CHAT, HELLO, Client, run
+from nybble.loaders.templates import TemplateFailedError, TemplateRefusedError, TemplateRenderer
+from nybble.loaders.templates.worker import CPU_SECONDS
 
 MESSAGES: list[dict[str, Any]] = [{"role": "user", "content": "hello {{ 7 * 7 }}"}]
 
@@ -159,23 +155,3 @@ def test_many_threads_get_their_own_answers(renderer: TemplateRenderer) -> None:
     with ThreadPoolExecutor(8) as pool:
         texts = pool.map(lambda i: render(renderer, "{{ i }}", i=i), range(100))
         assert list(texts) == [str(i) for i in range(100)]
-
-
-def test_a_model_whose_template_hangs_answers_what_needs_none(engine: Engine) -> None:
-    engine.tokenizer.chat_template = LOOP
-
-    async def scenario(client: Client) -> None:
-        async with asyncio.TaskGroup() as tasks:
-            chat = tasks.create_task(
-                client.post(CHAT, json={"model": "tiny", "messages": HELLO, "max_tokens": 2})
-            )
-            await asyncio.sleep(0.1)
-            async with client.get("/health") as response:
-                assert response.status == 200
-                assert not chat.done()
-        async with chat.result() as response:
-            error = (await response.json())["error"]
-            assert (response.status, error["code"]) == (500, "chat_template_failed")
-            assert "takes too long" in error["message"]
-
-    run(engine, scenario)

@@ -1,4 +1,4 @@
-"""The server's side of the processes that render chat templates."""
+"""Our side of the processes that render chat templates."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 logger = logging.getLogger(__name__)
 
-_WORKER = "nybble.server.templates.worker"
+# Run as a file, not as a module: the packages around it would take longer to import than it does.
+_WORKER = Path(__file__).with_name("worker.py")
 _LONG = 1 << 16  # characters: rendered in about a hundredth of a second
 
 
@@ -61,10 +63,15 @@ class TemplateRenderer:
 
         The future raises TemplateRefusedError and TemplateFailedError.
         """
-        length = sum(len(message["content"]) for message in messages)
+        length = sum(map(_length, messages))
         lane = self._long if length > _LONG else self._short
         request = {"template": template, "messages": messages, "tools": tools}
         return lane.submit(request | {"variables": variables})
+
+
+def _length(message: dict[str, Any]) -> int:
+    content = message["content"]
+    return len(content) if isinstance(content, str) else sum(len(part["text"]) for part in content)
 
 
 class _Lane:
@@ -119,7 +126,7 @@ class _Lane:
     def _running(self) -> subprocess.Popen[str]:
         if self._process is None or self._process.poll() is not None:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", _WORKER],
+                [sys.executable, "-P", str(_WORKER)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 encoding="utf-8",

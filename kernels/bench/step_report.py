@@ -1,6 +1,6 @@
 """What the compiler makes of the kernels between the matmuls, for GPUs that need not be present.
 
-``python -m nybble.kernels.triton.step_report [--capability 90 …] [--json]`` compiles every kernel
+``python -m nybble.kernels.bench.step_report [--capability 90 …] [--json]`` compiles every kernel
 at the sizes of a model family and prints registers, shared memory, spills and the instructions that
 matter. ``--quick`` leaves out sizes that compile alike.
 """
@@ -12,8 +12,12 @@ import json
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
+from nybble.kernels.activation import ACTIVATIONS
+from nybble.kernels.bench.cubin import COMPILERS, TENSOR_CORE, Report, compile_kernel
 from nybble.kernels.triton import (
+    activation,
     attention_decode,
     attention_prefill,
     lora,
@@ -21,19 +25,31 @@ from nybble.kernels.triton import (
     rotary,
     sampling,
 )
-from nybble.kernels.triton.cubin import COMPILERS, TENSOR_CORE, Report, compile_kernel
 
 CAPABILITIES = (80, 89, 90, 100)
-# Query heads per KV head, and head_dim.
+
+
+class Heads(NamedTuple):
+    """What of a model's attention selects code; group: query heads per KV head."""
+
+    group: int
+    dim: int
+    softcap: float = 0.0
+    sinks: bool = False
+
+
 _HEADS = {
-    "llama-2-13b": (1, 128),
-    "llama-3-8b": (4, 128),
-    "qwen2.5-0.5b": (7, 64),
-    "qwen1.5-0.5b": (1, 64),
-    "phi-2": (1, 80),
-    "phi-3-mini": (1, 96),
-    "gemma-7b": (1, 256),
-    "gemma-2b": (8, 256),
+    "llama-2-13b": Heads(1, 128),
+    "llama-3-8b": Heads(4, 128),
+    "qwen2.5-0.5b": Heads(7, 64),
+    "qwen1.5-0.5b": Heads(1, 64),
+    "phi-2": Heads(1, 80),
+    "phi-3-mini": Heads(1, 96),
+    "gemma-7b": Heads(1, 256),
+    "gemma-2b": Heads(8, 256),
+    "gemma-2-9b": Heads(2, 256, softcap=50.0),
+    "gemma-2-27b": Heads(2, 128, softcap=50.0),
+    "gpt-oss-20b": Heads(8, 64, sinks=True),
 }
 # Dtypes of the activations and of the KV cache where it is not theirs; e4m3 needs sm_89.
 _CACHES = {
@@ -53,6 +69,8 @@ _QUICK = {
     "gemma-2b bf16": CAPABILITIES,
     "gemma-7b bf16, int8 KV": (80, 90, 100),
     "gemma-2b bf16, fp8 KV": (89, 90),
+    "gemma-2-9b bf16": CAPABILITIES,
+    "gpt-oss-20b bf16": (80, 90, 100),
 }
 
 
@@ -88,13 +106,13 @@ class Row:
 
 def rows(capability: int, quick: bool = False) -> Iterator[Row]:
     """Every kernel at every size, compiled for one compute capability."""
-    for model, (group, dim) in _HEADS.items():
+    for model, heads in _HEADS.items():
         for cache, (dtype, kv) in _CACHES.items():
             variant = f"{model} {cache}"
             if kv == "*fp8e4nv" and capability < 89:
                 continue
             if not quick or capability in _QUICK.get(variant, ()):
-                yield from _attention(variant, group, dim, dtype, capability, kv)
+                yield from _attention(variant, heads, dtype, capability, kv)
     half = "*bf16"
     for max_rank in (16, 64):
         for rows_ in (16, 32):
@@ -109,7 +127,7 @@ def _all_rows(capability: int, quick: bool) -> list[Row]:
 
 
 def _attention(
-    variant: str, group: int, dim: int, half: str, capability: int, kv: str | None
+    variant: str, heads: Heads, half: str, capability: int, kv: str | None
 ) -> Iterator[Row]:
     int32, fp32 = "*i32", "*fp32"
     quantized = kv is not None
@@ -119,6 +137,7 @@ def _attention(
         "v_cache": kv or half,
         "k_scales": fp32 if quantized else half,
         "v_scales": fp32 if quantized else half,
+        "sinks": half,
         "query_start": int32,
         "context_lens": int32,
         "block_tables": int32,
@@ -132,23 +151,25 @@ def _attention(
     }
     partial = {"partial_out": fp32, "partial_peak": fp32, "partial_total": fp32}
     aligned = ("table_stride", "q_stride")
-    constants = attention_decode.decode_constants(group, dim, 16, quantized=quantized)
+    variants = {"SOFTCAP": heads.softcap, "HAS_SINKS": heads.sinks, "SEQS_PADDED": 64}
+    sizes = heads.group, heads.dim, 16
+    constants = attention_decode.decode_constants(*sizes, quantized=quantized)
     warps = constants.pop("num_warps")
     report = compile_kernel(
         attention_decode.decode_kernel,
         shared | partial,
-        constants | {"SEQS_PADDED": 64, "MAX_SPLITS": 49},
+        {**constants, **variants, "MAX_SPLITS": 49},
         capability=capability,
         num_warps=warps,
         aligned=aligned,
     )
     yield Row.of("decode", variant, capability, report)
-    constants = attention_prefill.prefill_constants(group, dim, 16, capability, quantized=quantized)
+    constants = attention_prefill.prefill_constants(*sizes, capability, quantized=quantized)
     warps = constants.pop("num_warps")
     report = compile_kernel(
         attention_prefill.prefill_kernel,
         shared,
-        constants | {"SEQS_PADDED": 64},
+        {**constants, **variants},
         capability=capability,
         num_warps=warps,
         aligned=aligned,
@@ -193,38 +214,48 @@ def _lora(half: str, max_rank: int, rows_: int, capability: int) -> Iterator[Row
 
 
 def _elementwise(half: str, capability: int) -> Iterator[Row]:
-    for width, per_program in ((5120, 1), (128, 16)):
+    for width, per_program, offset in ((5120, 1, 0.0), (128, 16, 0.0), (5120, 1, 1.0)):
+        warps = 16 if per_program == 1 else 4
         report = compile_kernel(
             norm.rms_norm_kernel,
             dict.fromkeys(("x", "residual", "weight", "out", "total"), half)
             | {"rows": "i32", "width": "i32", "eps": "fp32"},
-            {"HAS_RESIDUAL": True, "ROWS": per_program, "WIDTH": 8192 if per_program == 1 else 128},
+            {
+                "OFFSET": offset,
+                "HAS_RESIDUAL": True,
+                "ROWS": per_program,
+                "WIDTH": 8192 if per_program == 1 else 128,
+            },
             capability=capability,
-            num_warps=16 if per_program == 1 else 4,
+            num_warps=warps,
             aligned=("width",),
         )
-        yield Row.of("add_rms_norm", f"width {width}", capability, report)
-    report = compile_kernel(
-        norm.silu_mul_kernel,
-        {"gate_up": half, "out": half, "width": "i32"},
-        {"TILE": 1024},
-        capability=capability,
-        aligned=("width",),
-    )
-    yield Row.of("silu_mul", "", capability, report)
+        yield Row.of("add_rms_norm", f"width {width}, offset {offset}", capability, report)
+    for name in ACTIVATIONS:
+        report = compile_kernel(
+            activation.gated_kernel,
+            {"gate_up": half, "out": half, "width": "i32"},
+            {"ACTIVATION": name, "TILE": 1024},
+            capability=capability,
+            aligned=("width",),
+        )
+        yield Row.of("gated", name, capability, report)
     arrays = dict.fromkeys(("q", "k", "v", "k_cache", "v_cache"), half)
     strides = ("q_stride", "k_stride", "v_stride")
-    report = compile_kernel(
-        rotary.rotary_store_kernel,
-        arrays
-        | dict.fromkeys(("k_scales", "v_scales"), half)
-        | {"cos": "*fp32", "sin": "*fp32", "slot_mapping": "*i64"}
-        | dict.fromkeys((*strides, "q_heads", "kv_heads"), "i32"),
-        {"DIM": 128, "BLOCK_SIZE": 16, "HEADS": 8, "HALF": 64, "QUANTIZED": False},
-        capability=capability,
-        aligned=strides,
-    )
-    yield Row.of("rotary_store", "head_dim 128", capability, report)
+    for dim, rotary_dim, interleaved in ((128, 128, False), (256, 128, True)):
+        constants = rotary.rotary_constants(dim, rotary_dim)
+        report = compile_kernel(
+            rotary.rotary_store_kernel,
+            arrays
+            | dict.fromkeys(("k_scales", "v_scales"), half)
+            | {"cos": "*fp32", "sin": "*fp32", "slot_mapping": "*i64"}
+            | dict.fromkeys((*strides, "q_heads", "kv_heads"), "i32"),
+            constants | {"BLOCK_SIZE": 16, "INTERLEAVED": interleaved, "QUANTIZED": False},
+            capability=capability,
+            aligned=strides,
+        )
+        variant = f"head_dim {dim}, {rotary_dim} rotated" + ", interleaved" * interleaved
+        yield Row.of("rotary_store", variant, capability, report)
     report = compile_kernel(
         sampling.sample_kernel,
         {"logits": "*fp32", "choices": "*fp64", "tokens": "*i64", "vocab": "i32", "stride": "i32"},

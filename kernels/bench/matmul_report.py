@@ -1,6 +1,6 @@
 """What the assembler makes of the matmul: registers, shared memory and instructions of each shape.
 
-    python -m nybble.kernels.triton.inspect [--all] [--json]
+    python -m nybble.kernels.bench.matmul_report [--all] [--json]
 
 Needs no GPU. ``local`` is bytes of local memory a thread takes (what it parks there before the loop
 and takes back after it costs nothing). The rest are instructions in the inner loop, of 128 columns:
@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 
-from nybble.kernels.triton import cubin
+from nybble.kernels.bench import cubin
 from nybble.kernels.triton.configs import SHIPPED, Config, default_config, read
 from nybble.kernels.triton.few_rows import few_rows_kernel
 from nybble.kernels.triton.matmul import joined, matmul_kernel
@@ -113,7 +113,7 @@ def compiled(case: Case) -> cubin.Report:
         "HAS_ZEROS": case.zeros,
         "HAS_BIAS": True,
         "GATED": case.gated,
-        "SILU_MUL": case.gated,
+        "ACTIVATION": "silu" if case.gated else None,
         "GROUP": case.group,
         "SETS": max(1, 128 // case.group),
         "SCALE_FIRST": c.scale_first,

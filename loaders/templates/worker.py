@@ -1,4 +1,4 @@
-"""The process that renders chat templates: ``python -m nybble.server.templates.worker``.
+"""The process that renders chat templates. It runs as a file and imports nothing of nybble.
 
 A line of JSON in, a line of JSON out. jinja2's sandbox, as transformers sets it up, keeps templates
 from Python's internals. What a sandbox cannot do is left to the operating system: a rendering that
@@ -42,10 +42,10 @@ def _answer(request: dict[str, Any]) -> dict[str, str]:
 
 
 def main() -> None:
-    """Answer until the input ends, which it does with the server's process."""
+    """Answer until the input ends, which it does with the process that started it."""
     import transformers.utils.chat_template_utils  # noqa: F401  before memory is limited
 
-    for number in (signal.SIGINT, signal.SIGHUP):  # meant for the server
+    for number in (signal.SIGINT, signal.SIGHUP):  # meant for the process that started this one
         signal.signal(number, signal.SIG_IGN)
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     sys.stdout = sys.stderr
