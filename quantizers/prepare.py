@@ -74,7 +74,7 @@ def prepare_checkpoint(
     if source.format == "none" and not (quantize or head or lora):
         return source
     layout = preferred_layout(device)
-    recipe = f"layers={'demo' if demo else quantize}, head={head}"
+    recipe = _recipe("demo" if demo else quantize, head)
     if lora is not None:
         rounding = "" if source.format == "none" else ", calibrated"
         recipe += f", adapter={lora.digest.hex()}{rounding}"
@@ -98,6 +98,16 @@ def prepare_checkpoint(
                 ) from error
             keep(packed, origin)
     return open_checkpoint(packed)
+
+
+def demo_form(folder: Path, device: torch.device) -> Path | None:
+    """The packed form that the demo in ``folder`` is served in; None before its first start."""
+    packed = Origin(folder.resolve(), preferred_layout(device), _recipe("demo", "int8")).place()
+    return packed if packed.is_dir() else None
+
+
+def _recipe(layers: str | None, head: str | None) -> str:
+    return f"layers={layers}, head={head}"
 
 
 @contextmanager
