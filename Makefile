@@ -6,8 +6,8 @@ BIN    := $(VENV)/bin
 MODEL  ?= demo
 PORT   ?= 8000
 
-.PHONY: install install-dev serve test test-all test-avx2 test-browser test-clients test-peers audit fuzz \
-	emulate sanitize lint lint-deploy gpu clean
+.PHONY: install install-dev serve test test-all test-avx2 test-browser test-clients test-peers \
+	audit fuzz emulate sanitize lint lint-deploy gpu clean
 
 # What serving needs; install-dev adds what the tests and lint need.
 install: $(VENV)/.installed

@@ -1,4 +1,4 @@
-"""What an installed nybble consists of, and what it needs."""
+"""What an installed nybble consists of, and that `make serve` installs nothing else."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-PACKAGES = sorted(link.name for link in (ROOT / "src" / "nybble").iterdir() if link.is_symlink())
+FOLDERS = sorted(link.name for link in (ROOT / "src" / "nybble").iterdir() if link.is_symlink())
 # Only imported if the extra of that name is installed.
 OPTIONAL = "otel"
 
@@ -28,7 +28,7 @@ def named(requirements: list[str]) -> set[str]:
 def imported() -> dict[str, str]:
     """Packages from outside that the source imports, and where; scripts that measure are apart."""
     found = {}
-    files = [file for folder in PACKAGES for file in (ROOT / folder).rglob("*.py")]
+    files = [file for folder in FOLDERS for file in (ROOT / folder).rglob("*.py")]
     for file in files:
         if file.parent.name == "bench" and file.parent.parent.name != "server":
             continue
@@ -80,10 +80,10 @@ def test_make_serve_installs_no_tools_of_tests_and_make_test_does(tmp_path: Path
 
 
 def test_every_package_is_a_top_level_folder() -> None:
-    assert {"engine", "kernels", "loaders", "models", "server"} <= set(PACKAGES)
-    assert all((ROOT / name / "__init__.py").is_file() for name in PACKAGES)
+    assert {"engine", "kernels", "loaders", "models", "server"} <= set(FOLDERS)
+    assert all((ROOT / name / "__init__.py").is_file() for name in FOLDERS)
 
 
 def test_the_image_has_every_package() -> None:
     lines = (ROOT / "Dockerfile").read_text().splitlines()
-    assert [name for name in PACKAGES if f"COPY {name} {name}" not in lines] == []
+    assert [name for name in FOLDERS if f"COPY {name} {name}" not in lines] == []

@@ -133,7 +133,10 @@ def test_only_a_few_large_bodies_are_read_at_once_and_small_ones_beside_them(
 
     async def scenario(client: Client) -> None:
         writers = []
-        head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n{{"
+        head = (
+            f"POST {COMPLETIONS} HTTP/1.1\r\nHost: localhost\r\n"
+            "Content-Type: application/json\r\nContent-Length: 1000000\r\n\r\n{"
+        )
         for _ in range(2):
             _, writer = await asyncio.open_connection(client.host, client.port)
             writer.write(head.encode())

@@ -94,7 +94,9 @@ async def ask_while_it_is_accepted() -> bytes:
     loop.call_soon_threadsafe = told  # type: ignore[method-assign]
     async with load_behind(sock, None, Startup(bars=False), load) as client:
         with client:
-            await asyncio.to_thread(client.sendall, b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+            await asyncio.to_thread(
+                client.sendall, b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+            )
             answer = await asyncio.to_thread(client.recv, 1 << 16)
     sock.close()
     return answer
@@ -118,7 +120,7 @@ async def ask_late() -> bytes:
     async with load_behind(sock, None, Startup(bars=False), lambda: connected.wait(60)):
         reader, writer = await connecting
         await asyncio.sleep(0.1)  # well after the hand-over
-        writer.write(b"GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n")
+        writer.write(b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n")
         answer = await asyncio.wait_for(reader.read(), 60)  # to the end: it closes the connection
         writer.close()
     sock.close()
