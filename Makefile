@@ -6,7 +6,8 @@ BIN    := $(VENV)/bin
 MODEL  ?= demo
 PORT   ?= 8000
 
-.PHONY: install serve test test-browser test-clients test-peers audit fuzz emulate sanitize lint gpu clean
+.PHONY: install serve test test-all test-avx2 test-browser test-clients test-peers audit fuzz \
+	emulate sanitize lint lint-deploy gpu clean
 
 install: $(VENV)/.installed
 
@@ -32,10 +33,22 @@ lint: install
 	$(BIN)/mypy -p nybble
 	$(BIN)/mypy load_tests/*.py
 
+# Two processes, each with whole files, in the order of their names: long ones do not come last.
+# make test ARGS="tests/engine -x" for a part. docs/testing.md says what test-all adds.
+PYTEST := $(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 test: lint
 	@command -v chromium chromedriver >/dev/null || \
 		echo "*** no chromium: the page at / is NOT tested in a browser; see make test-browser ***"
-	$(BIN)/pytest
+	$(PYTEST) $(ARGS)
+
+test-all: lint
+	$(PYTEST) -m "" $(ARGS)
+
+# On a machine with AVX-512, what one without it computes: sums in other orders round elsewhere.
+test-avx2: install
+	NYBBLE_CPU_TARGET=avx2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 \
+		MKL_ENABLE_INSTRUCTIONS=AVX2 $(PYTEST) $(or $(ARGS),tests/engine tests/finetune \
+		tests/quantizers tests/loaders tests/server tests/faults)
 
 # The page in a headless Chromium, which root has installed where apt is.
 test-browser: install
@@ -72,7 +85,7 @@ test-clients: install build/clients/.installed
 	build/clients/bin/pytest -q -c /dev/null --rootdir=. --confcutdir=tests/clients \
 		--import-mode=importlib -p no:cacheprovider -W ignore $(CLIENTS)
 
-# Our GPTQ and AWQ checkpoints in transformers with GPTQModel, on top of the environment's torch.
+# Our checkpoints in transformers with GPTQModel, and in compressed-tensors, on top of the environment's torch.
 build/peers/.installed: tests/peers/requirements.txt | install
 	$(PYTHON) -m venv build/peers
 	build/peers/bin/pip install --progress-bar on --no-deps -r $<
@@ -80,7 +93,7 @@ build/peers/.installed: tests/peers/requirements.txt | install
 test-peers: build/peers/.installed
 	packages=$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])'); \
 	PYTHONPATH=src:$$packages build/peers/bin/python -m pytest -q \
-		tests/quantizers/test_in_gptqmodel.py
+		tests/quantizers/test_in_gptqmodel.py tests/quantizers/test_in_compressed_tensors.py
 
 # atheris over request bodies, checkpoints and adapters, FUZZ_SECONDS each (five minutes in all);
 # the same targets run for a moment in the tests. Its corpus stays in build/fuzz.

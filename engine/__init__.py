@@ -6,6 +6,7 @@ from nybble.engine.engine import Engine
 from nybble.engine.guide import GrammarCompiler, GrammarGuide
 from nybble.engine.request import (
     AdapterUnavailableError,
+    ContextLengthError,
     EngineFailedError,
     EngineOverloadedError,
     EngineStoppedError,
@@ -20,6 +21,7 @@ from nybble.engine.request import (
     RequestOutput,
     SamplingParams,
     TokenLogprob,
+    require_known_tokens,
 )
 from nybble.engine.stats import EngineStats
 from nybble.loaders import AdapterError
@@ -29,6 +31,7 @@ __all__ = [
     "AdapterError",
     "AdapterInfo",
     "AdapterUnavailableError",
+    "ContextLengthError",
     "Engine",
     "EngineConfig",
     "EngineFailedError",
@@ -48,5 +51,6 @@ __all__ = [
     "RequestOutput",
     "SamplingParams",
     "TokenLogprob",
+    "require_known_tokens",
     "resolve_device",
 ]

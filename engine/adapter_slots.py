@@ -6,25 +6,17 @@ adapter is *staged* in host memory in the same arrangement, so that filling a sl
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig
 
 from nybble.engine.transfer import send
 from nybble.kernels.lora import LoRABatch, lora_add, slot_buffers
 from nybble.loaders import LoRAAdapter
-from nybble.loaders.adapter import projection_shapes
-
-# The projections of a layer that are computed as one, in the order of LayerSlots' fields.
-_PARTS = (
-    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    ("self_attn.o_proj",),
-    ("mlp.gate_proj", "mlp.up_proj"),
-    ("mlp.down_proj",),
-)
+from nybble.models import Architecture
 
 
 @dataclass(frozen=True)
@@ -42,21 +34,18 @@ class ProjectionSlots:
 
 
 @dataclass(frozen=True)
-class LayerSlots:
-    """The buffers of one decoder layer."""
-
-    qkv: ProjectionSlots
-    o_proj: ProjectionSlots
-    gate_up: ProjectionSlots
-    down_proj: ProjectionSlots
-
-
-@dataclass(frozen=True)
 class StepAdapters:
-    """What one step needs to apply adapters: the buffers, and which slot each row uses."""
+    """What one step needs to apply adapters: the buffers, and which slot each row uses.
 
-    layers: Sequence[LayerSlots]
+    projections: in the order in which the model computes them.
+    """
+
+    projections: Sequence[ProjectionSlots]
     batch: LoRABatch
+
+    def add(self, projection: int, out: Tensor, x: Tensor) -> None:
+        """Add to ``out``, what projection number ``projection`` made of ``x``, in place."""
+        self.projections[projection].add(out, x, self.batch)
 
 
 @dataclass(frozen=True)
@@ -79,54 +68,48 @@ class StagedAdapter:
 class AdapterSlots:
     """``count`` slots for adapters of rank up to ``max_rank``.
 
-    shapes: what an adapter must fit, as :func:`nybble.loaders.adapter.projection_shapes` gives it.
+    projections: the buffers of each group of linear layers, in the order of computation.
     """
 
     def __init__(
         self,
-        config: PretrainedConfig,
+        architecture: Architecture,
         *,
         count: int,
         max_rank: int,
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        self.shapes = shapes = projection_shapes(config)
+        self.architecture = architecture
         self.count = count
         self.max_rank = max_rank
         self.device = device
         self.dtype = dtype
-        layers = int(config.num_hidden_layers)
-        # One tensor for all ranks, so that filling a slot writes them at once.
-        self._ranks = torch.zeros(layers * len(_PARTS), count, dtype=torch.int32, device=device)
-        self._rank_of = [[0] * count for _ in range(layers * len(_PARTS))]
-        self._projections: list[ProjectionSlots] = []
-        for layer in range(layers):
-            for parts in _PARTS:
-                modules = tuple(f"model.layers.{layer}.{part}" for part in parts)
-                offsets = [0]
-                for module in modules:
-                    offsets.append(offsets[-1] + shapes[module][0])
-                inputs = shapes[modules[0]][1]
-                a, b = slot_buffers(count, max_rank, inputs, tuple(offsets), dtype, device)
-                ranks = self._ranks[len(self._projections)]
-                self._projections.append(ProjectionSlots(modules, a, b, ranks, tuple(offsets)))
-        size = len(_PARTS)
-        self.layers = [
-            LayerSlots(*self._projections[layer * size : (layer + 1) * size])
-            for layer in range(layers)
+        groups = [
+            (index, group)
+            for index, layer in enumerate(architecture.layers)
+            for group in layer.groups
         ]
+        # One tensor for all ranks, so that filling a slot writes them at once.
+        self._ranks = torch.zeros(len(groups), count, dtype=torch.int32, device=device)
+        self._rank_of = [[0] * count for _ in groups]
+        self.projections: list[ProjectionSlots] = []
+        for (index, group), ranks in zip(groups, self._ranks, strict=True):
+            modules = tuple(architecture.module(index, linear.name) for linear in group.linears)
+            offsets = (0, *itertools.accumulate(linear.out for linear in group.linears))
+            a, b = slot_buffers(count, max_rank, group.inputs, offsets, dtype, device)
+            self.projections.append(ProjectionSlots(modules, a, b, ranks, offsets))
 
     @property
     def nbytes(self) -> int:
         """Bytes of all slots together."""
-        return sum(each.a.nbytes + each.b.nbytes for each in self._projections)
+        return sum(each.a.nbytes + each.b.nbytes for each in self.projections)
 
     def stage(self, adapter: LoRAAdapter) -> StagedAdapter:
         """Arrange an adapter in host memory as the slots hold it; pinned for a GPU."""
         plans: list[tuple[ProjectionSlots, int, int] | None] = []
         total = 0
-        for slots in self._projections:
+        for slots in self.projections:
             present = [adapter.modules[m] for m in slots.modules if m in adapter.modules]
             rank = max((module.rank for module in present), default=0)
             plans.append((slots, rank, total) if present else None)
@@ -155,7 +138,7 @@ class AdapterSlots:
         """Copy an adapter into a slot; what the slot held is gone. Ordered with later kernels."""
         ranks: list[int] = []
         for index, (slots, pair) in enumerate(
-            zip(self._projections, staged.projections, strict=True)
+            zip(self.projections, staged.projections, strict=True)
         ):
             a = slots.a[slot].view(len(slots.modules), self.max_rank, -1)
             b = slots.b[slot].T

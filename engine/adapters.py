@@ -165,7 +165,7 @@ class AdapterRegistry:
         return version
 
     def _read(self, name: str, folder: Path) -> tuple[AdapterVersion, StagedAdapter]:
-        adapter = load_adapter(folder, self.slots.shapes)
+        adapter = load_adapter(folder, self.slots.architecture)
         if adapter.rank > self.slots.max_rank:
             raise AdapterError(
                 f"{folder} has rank {adapter.rank}, but this server holds adapters up to rank "

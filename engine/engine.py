@@ -9,17 +9,19 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import Sequence as Several
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from nybble.engine.adapter_slots import AdapterSlots
 from nybble.engine.adapters import AdapterInfo, AdapterRegistry
 from nybble.engine.block_manager import BlockManager
 from nybble.engine.config import EngineConfig, resolve_device
-from nybble.engine.decoder import Decoder, DecoderShape
+from nybble.engine.decoder import Decoder
 from nybble.engine.detokenizer import Detokenizer
 from nybble.engine.engine_thread import EngineThread
 from nybble.engine.generation_config import (
@@ -29,12 +31,15 @@ from nybble.engine.generation_config import (
 )
 from nybble.engine.prompt_reader import read_pooling
 from nybble.engine.request import (
+    ContextLengthError,
     EngineOverloadedError,
     NotANumberError,
     ParameterError,
     Pooling,
     Request,
     RequestOutput,
+    SamplingParams,
+    require_known_tokens,
 )
 from nybble.engine.runner import ModelRunner, blocks_per_sequence, free_kv_bytes, kv_blocks
 from nybble.engine.sampler import SequenceSampler
@@ -43,13 +48,13 @@ from nybble.engine.sequence import Sequence
 from nybble.engine.stats import EngineStats
 from nybble.engine.streams import Stream
 from nybble.kernels.progress import Progress, track
+from nybble.loaders.tokenizer import load_tokenizer
+from nybble.models import architecture_of
 
 if TYPE_CHECKING:
     from nybble.loaders import Checkpoint
 
 logger = logging.getLogger(__name__)
-
-_RETRY_AFTER_SECONDS = 5
 
 
 class Engine:
@@ -98,11 +103,12 @@ class Engine:
         ValueError where the KV cache cannot hold a single block, the device cannot be used or the
         settings contradict.
         """
-        shape = DecoderShape.from_config(checkpoint.config)
-        max_model_len = config.max_model_len or shape.max_model_len
-        if max_model_len > shape.max_model_len:
+        architecture = architecture_of(checkpoint.config)
+        max_model_len = config.max_model_len or architecture.default_max_model_len
+        if max_model_len > architecture.max_model_len:
             raise ValueError(
-                f"max_model_len is {max_model_len}, but the model goes up to {shape.max_model_len}"
+                f"max_model_len is {max_model_len}, but the model goes up to "
+                f"{architecture.max_model_len}"
             )
         device = resolve_device(config.device)
         if device.type == "cuda":
@@ -125,22 +131,20 @@ class Engine:
                 str(config.dtype).removeprefix("torch."),
             )
         if config.kv_cache_bytes is not None:
-            kv_blocks(config.kv_cache_bytes, shape, config)
+            kv_blocks(config.kv_cache_bytes, architecture, config)
         weights = track(checkpoint.weights(), "Loading weights", progress, unit="tensors")
         decoder = Decoder(
-            checkpoint.config,
+            architecture,
             weights,
             device=device,
             dtype=config.dtype,
             max_model_len=max_model_len,
         )
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, local_files_only=True)
-        if not tokenizer.is_fast:
-            raise ValueError(f"{checkpoint.folder} has no tokenizer.json: streaming needs one")
+        tokenizer = load_tokenizer(checkpoint.folder)
         adapters = None
         if config.adapters is not None:
             adapters = AdapterSlots(
-                checkpoint.config,
+                architecture,
                 count=config.adapters.slots,
                 max_rank=config.adapters.max_rank,
                 device=device,
@@ -149,8 +153,8 @@ class Engine:
         # More blocks than every sequence at full length could fill would only waste memory.
         most = config.max_num_seqs * -(-max_model_len // config.block_size)
         kv_bytes = config.kv_cache_bytes or free_kv_bytes(device)
-        num_blocks = min(kv_blocks(kv_bytes, shape, config), most)
-        if blocks_per_sequence(max_model_len, shape, config) > num_blocks:
+        num_blocks = min(kv_blocks(kv_bytes, architecture, config), most)
+        if blocks_per_sequence(max_model_len, architecture, config) > num_blocks:
             max_model_len = num_blocks * config.block_size
         settings = read_generation_config(checkpoint.folder)
 
@@ -158,7 +162,7 @@ class Engine:
             blocks = BlockManager(
                 num_blocks,
                 config.block_size,
-                window=shape.window,
+                window=architecture.window,
                 prefix_caching=config.prefix_caching,
             )
             return Scheduler(blocks, config.max_num_seqs, config.max_batched_tokens)
@@ -190,12 +194,12 @@ class Engine:
     @property
     def vocab_size(self) -> int:
         """Rows of the logits; a tokenizer may know fewer tokens."""
-        return self._runner.decoder.shape.vocab
+        return self._runner.decoder.architecture.vocab
 
     @property
     def hidden_size(self) -> int:
         """Numbers in an embedding."""
-        return self._runner.decoder.shape.hidden
+        return self._runner.decoder.architecture.hidden
 
     @property
     def kv_cache_tokens(self) -> int:
@@ -205,8 +209,8 @@ class Engine:
     @property
     def max_sequence_kv_tokens(self) -> int:
         """Tokens whose keys and values the cache holds for one sequence at most."""
-        shape = self._runner.decoder.shape
-        blocks = blocks_per_sequence(self.max_model_len, shape, self._config)
+        architecture = self._runner.decoder.architecture
+        blocks = blocks_per_sequence(self.max_model_len, architecture, self._config)
         return blocks * self._config.block_size
 
     @property
@@ -269,8 +273,7 @@ class Engine:
             raise ValueError(f"request id {request.request_id!r} is already in flight")
         if len(self._in_flight) >= self._max_in_flight:
             raise EngineOverloadedError(
-                f"{len(self._in_flight)} requests are in flight, the most this server takes",
-                _RETRY_AFTER_SECONDS,
+                f"{len(self._in_flight)} requests are in flight, the most this server takes"
             )
         self._thread.submit(sequence, stream)
         self._in_flight.add(request.request_id)
@@ -289,34 +292,33 @@ class Engine:
             if not finished:
                 self._thread.cancel(request.request_id)
 
-    def _new_sequence(self, request: Request) -> Sequence:
-        prompt, params = request.prompt_token_ids, request.params
-        vocab = self._runner.decoder.shape.vocab
+    def check(self, prompt: Several[int], params: SamplingParams) -> int:
+        """The most tokens that a prompt can be continued by with these parameters.
+
+        Raises ParameterError for an empty prompt and for token ids the model does not have, and
+        ContextLengthError if prompt and output together are longer than a sequence may be.
+        """
         if not prompt:
             raise ParameterError("prompt", "the prompt is empty")
-        for parameter, ids in (("prompt", prompt), ("logit_bias", params.logit_bias)):
-            for token in ids:
-                if not 0 <= token < vocab:
-                    raise ParameterError(
-                        parameter, f"token id {token} is outside the vocabulary of {vocab}"
-                    )
+        require_known_tokens("prompt", prompt, self.vocab_size)
+        require_known_tokens("logit_bias", params.logit_bias, self.vocab_size)
+        least = 1 if params.max_tokens is None else params.max_tokens
         room = self.max_model_len - len(prompt)
-        max_tokens = 0 if request.pooling is not None else params.max_tokens
-        if room < 0 or (room == 0 and max_tokens != 0):
-            raise ParameterError(
-                "prompt",
-                f"the prompt has {len(prompt)} tokens, but prompt and output together are limited "
-                f"to {self.max_model_len}",
-            )
-        if max_tokens is not None and max_tokens > room:
-            raise ParameterError(
-                "max_tokens",
-                f"max_tokens is {max_tokens} and the prompt has {len(prompt)} tokens, but "
+        if least > room:
+            raise ContextLengthError(
+                "prompt" if room <= 0 else "max_tokens",
+                f"the prompt has {len(prompt)} tokens and asks for {least} more at least, but "
                 f"together they are limited to {self.max_model_len}",
             )
+        return room if params.max_tokens is None else params.max_tokens
+
+    def _new_sequence(self, request: Request) -> Sequence:
+        prompt, params = request.prompt_token_ids, request.params
+        if request.pooling is not None:
+            params = replace(params, max_tokens=0)
         return Sequence(
             request,
-            max_tokens=room if max_tokens is None else max_tokens,
+            max_tokens=self.check(prompt, params),
             detokenizer=Detokenizer(self.tokenizer.backend_tokenizer, prompt, params.stop),
             sampler=SequenceSampler(params, prompt),
         )

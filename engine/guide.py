@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from nybble.engine.json_schema import Omission, Schema, expressible
 from nybble.engine.request import GuideError
 
 # Imported where a guide is built: the engine runs on machines that have torch and little else.
@@ -60,12 +61,12 @@ class GrammarCompiler:
         self._lock = threading.Lock()
         self._tokenizer: LLTokenizer | None = None
 
-    def json_schema(self, schema: dict[str, Any]) -> GrammarGuide:
-        """JSON that is valid under ``schema``. Raises ValueError for what is not supported."""
+    def json_schema(self, schema: Schema, omissions: list[Omission] | None = None) -> GrammarGuide:
+        """JSON that is valid under ``schema``. See :func:`grammar_schema` for ``omissions``."""
         from llguidance import LLMatcher
 
         return self._guide(
-            LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=JSON_OPTIONS)
+            LLMatcher.grammar_from_json_schema(json.dumps(grammar_schema(schema, omissions)))
         )
 
     def regex(self, pattern: str) -> GrammarGuide:
@@ -99,6 +100,28 @@ class GrammarCompiler:
         if matcher.is_error():
             raise ValueError(_first_line(matcher.get_error()))
         return GrammarGuide(matcher)
+
+
+def grammar_schema(schema: Schema, omissions: list[Omission] | None = None) -> dict[str, Any]:
+    """``schema`` as a grammar's ``%json`` takes it, by itself or as one of several.
+
+    omissions: gets what the grammar cannot express of it, which is left to the model. Without it
+    ValueError is raised for the first.
+    """
+    expressed, omitted = expressible(schema, _schema_error)
+    if omissions is not None:
+        omissions += omitted
+    elif omitted:
+        raise ValueError(str(omitted[0]))
+    return {**expressed, "x-guidance": JSON_OPTIONS}
+
+
+def _schema_error(schema: dict[str, Any]) -> str | None:
+    from llguidance import LLMatcher
+
+    grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=JSON_OPTIONS)
+    error = LLMatcher.validate_grammar(grammar)
+    return _first_line(error) if error else None
 
 
 def _first_line(error: str) -> str:

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from nybble.engine.request import Embedding, Pooling, PromptLogprobs
 from nybble.engine.transfer import send
+from nybble.loaders import CheckpointError
+from nybble.loaders.model_files import embedding_modules
 
 if TYPE_CHECKING:
     from nybble.engine.decoder import Decoder
@@ -46,7 +48,7 @@ class LogprobReader:
         self._found: tuple[Tensor, ...] | None = None  # one row per token but the first
 
     def read(self, decoder: Decoder, hidden: Tensor, start: int) -> None:
-        vocab = decoder.shape.vocab
+        vocab = decoder.architecture.vocab
         if self._found is None:
             rows, top = len(self._prompt) - 1, min(self._alternatives, vocab)
             kinds = ((rows,), torch.float32), ((rows,), torch.int32)
@@ -107,13 +109,26 @@ class EmbeddingReader:
         return vector
 
 
+_MODULES = ("Transformer", "Pooling", "Normalize")  # of sentence-transformers
+
+
 def read_pooling(folder: Path) -> Pooling | None:
     """How the checkpoint's makers pool, in sentence-transformers' ``1_Pooling/config.json``.
 
-    ``last`` where they say nothing: of a causal model, only the last token has seen all others.
-    None where they pool in another way.
+    ``last`` if they say nothing: of a causal model, only the last token has seen all others.
+    None if they pool in another way. Raises CheckpointError naming a module of ``modules.json``
+    which is not computed here: without it, embeddings would be others.
     """
-    path = folder / "1_Pooling" / "config.json"
+    path = folder / "1_Pooling"
+    for module in embedding_modules(folder):
+        if module.kind not in _MODULES:
+            raise CheckpointError(
+                f"{folder / 'modules.json'}: the module {module.kind} ({module.path}) is not "
+                f"supported; supported are {', '.join(_MODULES)}"
+            )
+        if module.kind == "Pooling":
+            path = folder / module.path
+    path = path / "config.json"
     if not path.is_file():
         return "last"
     config = json.loads(path.read_text())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -26,12 +26,21 @@ class ParameterError(ValueError):
         self.parameter = parameter
 
 
-class EngineOverloadedError(RuntimeError):
-    """The waiting queue is full; try again in ``retry_after`` seconds."""
+class ContextLengthError(ParameterError):
+    """A prompt and the output it asks for are together longer than a sequence may be."""
 
-    def __init__(self, message: str, retry_after: int) -> None:
-        super().__init__(message)
-        self.retry_after = retry_after
+
+class EngineOverloadedError(RuntimeError):
+    """The waiting queue is full; try again in a few seconds."""
+
+
+def require_known_tokens(parameter: str, tokens: Iterable[int], vocab: int) -> None:
+    """Raises :class:`ParameterError` for a token id that is not below ``vocab``."""
+    for token in tokens:
+        if not 0 <= token < vocab:
+            raise ParameterError(
+                parameter, f"token id {token} is outside the vocabulary of {vocab}"
+            )
 
 
 class AdapterUnavailableError(RuntimeError):

@@ -1,31 +1,46 @@
-"""Rotary position tables, with every scaling variant transformers defines."""
+"""Tables of rotary positions, with every scaling variant that transformers defines."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig
+from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-# Their frequencies change with the length of the sequence once it passes the trained length; up to
-# that length they are constant and a table is exact.
-_LENGTH_DEPENDENT = ("dynamic", "longrope")
+from nybble.models import Rope
+
+# Inverse frequencies, and what cos and sin are multiplied by.
+_Frequencies = Callable[..., tuple[Tensor, float]]
 
 
-def longest_exact_length(config: PretrainedConfig) -> int:
-    """The longest sequence for which one table of frequencies is exact."""
-    parameters = config.rope_parameters
-    if parameters["rope_type"] in _LENGTH_DEPENDENT:
-        original = parameters.get("original_max_position_embeddings")
-        return int(original or config.max_position_embeddings)
-    return int(config.max_position_embeddings)
+def rotary_table(rope: Rope, length: int, device: torch.device) -> Tensor:
+    """cos and sin for positions 0…length−1: float32 ``(2, length, rotary_dim)``.
+
+    Both halves of the last dimension hold the same angles. A ``longrope`` table that goes beyond
+    the original length has the long factors throughout.
+    """
+    # transformers' functions read these settings of a config and no other.
+    config = LlamaConfig(
+        head_dim=rope.rotary_dim,
+        rope_parameters=dict(rope.parameters),
+        max_position_embeddings=rope.max_position_embeddings,
+    )
+    kind = rope.parameters["rope_type"]
+    default = LlamaRotaryEmbedding.compute_default_rope_parameters
+    frequencies: _Frequencies = ROPE_INIT_FUNCTIONS.get(kind, default)
+    longest = min(length, rope.original_length + 1) if kind == "longrope" else None
+    inverse, scaling = frequencies(config, device=device, seq_len=longest)
+    angles = torch.arange(length, device=device)[:, None] * inverse.to(device, torch.float32)
+    angles = torch.cat((angles, angles), dim=-1)
+    table: Tensor = torch.stack((angles.cos(), angles.sin())) * scaling
+    return table
 
 
-def rotary_table(config: PretrainedConfig, length: int, device: torch.device) -> Tensor:
-    """cos and sin for positions 0…length−1: float32 ``(2, length, head_dim)``."""
-    # It reads the rope parameters and head sizes, which every decoder config here has.
-    rotary = LlamaRotaryEmbedding(config).to(device)  # type: ignore[arg-type]
-    positions = torch.arange(length, device=device)[None]
-    # The embedding takes the dtype of its first argument and nothing else from it.
-    cos, sin = rotary(torch.empty(0, dtype=torch.float32, device=device), positions)
-    return torch.stack((cos[0], sin[0]))
+def identity_table(width: int, length: int, device: torch.device) -> Tensor:
+    """A table that rotates nothing, for layers without positions: ``(2, length, width)``."""
+    table = torch.zeros(2, length, width, device=device)
+    table[0] = 1
+    return table

@@ -11,33 +11,42 @@ from torch import Tensor
 from nybble.engine.adapter_slots import AdapterSlots, StepAdapters
 from nybble.engine.block_manager import most_blocks
 from nybble.engine.config import EngineConfig, resolve_device
-from nybble.engine.decoder import Decoder, DecoderShape, KVCache
+from nybble.engine.decoder import Decoder
 from nybble.engine.graphs import Capture, DecodeGraphs, bucket_sizes, cuda_capture
 from nybble.engine.inputs import InputBuffers, StepInputs
-from nybble.engine.scheduler import ScheduledBatch
+from nybble.engine.parts import KVCache
+from nybble.engine.scheduler import ScheduledBatch, StepKind
 from nybble.kernels.lora_batch import LoRABatch
 from nybble.kernels.ops import AttentionBatch, TokenChoice, sample_tokens
 from nybble.kernels.progress import Progress, track
+from nybble.models import Architecture, Attention
 
 _ANY_CHOICE = TokenChoice(temperature=1.0, top_k=1, top_p=0.5, min_p=0.1, uniform=0.5)
 
 
-def kv_bytes_per_block(shape: DecoderShape, config: EngineConfig) -> int:
+def kv_bytes_per_block(architecture: Architecture, config: EngineConfig) -> int:
     """Bytes one block takes for the keys and values of all layers."""
-    heads = shape.kv_heads * config.block_size
-    if config.kv_dtype != "auto":
-        return 2 * shape.layers * heads * (shape.head_dim + 4)
-    return 2 * shape.layers * heads * shape.head_dim * config.dtype.itemsize
+
+    def entry(attention: Attention) -> int:
+        """Of one head of one token; 8-bit ones have a float32 scale."""
+        if config.kv_dtype != "auto":
+            return attention.head_dim + 4
+        return attention.head_dim * config.dtype.itemsize
+
+    per_token = sum(
+        2 * layer.attention.kv_heads * entry(layer.attention) for layer in architecture.layers
+    )
+    return config.block_size * per_token
 
 
-def blocks_per_sequence(tokens: int, shape: DecoderShape, config: EngineConfig) -> int:
+def blocks_per_sequence(tokens: int, architecture: Architecture, config: EngineConfig) -> int:
     """Blocks that a sequence of ``tokens`` tokens holds at once at most."""
-    return most_blocks(tokens, config.block_size, shape.window, config.max_batched_tokens)
+    return most_blocks(tokens, config.block_size, architecture.window, config.max_batched_tokens)
 
 
-def kv_blocks(nbytes: int, shape: DecoderShape, config: EngineConfig) -> int:
+def kv_blocks(nbytes: int, architecture: Architecture, config: EngineConfig) -> int:
     """Blocks that ``nbytes`` hold. Raises ValueError where that is none."""
-    per_block = kv_bytes_per_block(shape, config)
+    per_block = kv_bytes_per_block(architecture, config)
     if nbytes < per_block:
         raise ValueError(
             f"the KV cache of {nbytes} bytes holds no block of {config.block_size} tokens, which "
@@ -66,7 +75,6 @@ class ModelRunner:
         num_blocks: int,
         adapters: AdapterSlots | None = None,
     ) -> None:
-        shape = decoder.shape
         self.adapters = adapters
         self.decoder = decoder
         self.device = resolve_device(config.device)
@@ -74,20 +82,20 @@ class ModelRunner:
         self._max_batched_tokens = config.max_batched_tokens
         self._tune = config.tune
         self._max_blocks = -(-decoder.max_model_len // config.block_size)
-        cache_shape = (num_blocks, shape.kv_heads, config.block_size, shape.head_dim)
 
         def zeros(dtype: torch.dtype, *shape: int) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=self.device)
 
-        def layer() -> KVCache:
+        def cache(attention: Attention) -> KVCache:
+            heads = (num_blocks, attention.kv_heads, config.block_size)
+            whole = (*heads, attention.head_dim)
             if config.kv_dtype == "auto":
-                return zeros(config.dtype, *cache_shape), zeros(config.dtype, *cache_shape)
+                return zeros(config.dtype, *whole), zeros(config.dtype, *whole)
             kind = torch.int8 if config.kv_dtype == "int8" else torch.float8_e4m3fn
-            keys, values = zeros(kind, *cache_shape), zeros(kind, *cache_shape)
-            scales = cache_shape[:3]
-            return keys, values, zeros(torch.float32, *scales), zeros(torch.float32, *scales)
+            keys, values = zeros(kind, *whole), zeros(kind, *whole)
+            return keys, values, zeros(torch.float32, *heads), zeros(torch.float32, *heads)
 
-        self.caches = [layer() for _ in range(shape.layers)]
+        self.caches = [cache(layer.attention) for layer in decoder.architecture.layers]
         self._dtype = config.dtype
         self._inputs = InputBuffers(
             max_seqs=config.max_num_seqs,
@@ -107,9 +115,7 @@ class ModelRunner:
         """
         lora_slots = [item.sequence.adapter_slot for item in batch]
         adapted = any(slot >= 0 for slot in lora_slots)
-        readers = [item.sequence.reading for item in batch]
-        decoding = all(i.num_tokens == 1 and i.samples for i in batch) and not any(readers)
-        if self._graphs is not None and decoding:
+        if self._graphs is not None and all(item.kind is StepKind.DECODE for item in batch):
             size = self._graphs.size_for(len(batch), adapted)
             if size is not None:
                 self._inputs.build(batch, lora_slots if adapted else None, pad_to=size)
@@ -117,10 +123,9 @@ class ModelRunner:
         inputs = self._inputs.build(batch, lora_slots if adapted else None)
         hidden = self._forward(inputs)
         row = 0
-        for item, reader in zip(batch, readers, strict=True):
-            if reader is not None:
-                states = hidden[row : row + item.num_tokens]
-                reader.read(self.decoder, states, item.sequence.num_computed_tokens)
+        for item in batch:
+            if item.reader is not None:
+                item.reader.read(self.decoder, hidden[row : row + item.num_tokens], item.start)
             row += item.num_tokens
         return self._logits(hidden, inputs)
 
@@ -130,14 +135,14 @@ class ModelRunner:
     def _forward(self, inputs: StepInputs) -> Tensor:
         adapters = None
         if self.adapters is not None and inputs.lora is not None:
-            adapters = StepAdapters(self.adapters.layers, inputs.lora)
+            adapters = StepAdapters(self.adapters.projections, inputs.lora)
         return self.decoder.forward(
             inputs.token_ids, inputs.positions, self.caches, inputs.attention, adapters
         )
 
     def _logits(self, hidden: Tensor, inputs: StepInputs) -> Tensor:
         if not len(inputs.last_rows):
-            return torch.empty(0, self.decoder.shape.vocab, device=self.device)
+            return torch.empty(0, self.decoder.architecture.vocab, device=self.device)
         return self.decoder.logits(hidden[inputs.last_rows])
 
     def reset(self) -> None:
@@ -170,7 +175,7 @@ class ModelRunner:
                     slots = [row * seqs // tokens % self.adapters.count for row in range(tokens)]
                     lora = LoRABatch.of(slots, self.device)
                     self._compute(replace(inputs, lora=lora))
-            vocab = self.decoder.shape.vocab
+            vocab = self.decoder.architecture.vocab
             sample_tokens(torch.zeros(1, vocab, device=self.device), [_ANY_CHOICE])
         self.capture(cuda_capture(self.device), progress)
 
@@ -182,7 +187,7 @@ class ModelRunner:
         sizes = bucket_sizes(self._max_num_seqs) if sizes is None else sizes
         # One place for the logits of all graphs: each would keep its own, gigabytes where the
         # vocabulary is large.
-        logits = torch.empty(max(sizes), self.decoder.shape.vocab, device=self.device)
+        logits = torch.empty(max(sizes), self.decoder.architecture.vocab, device=self.device)
         self._graphs = DecodeGraphs(
             capture,
             sizes,

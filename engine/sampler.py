@@ -29,15 +29,15 @@ _COLDEST = 1e-6
 class SequenceSampler:
     """The sampling state of one sequence: its random generator and the tokens it has seen.
 
-    allowed: bool ``(vocab,)``, the tokens the next one may be, on any device; None for all. Whoever
-    guides a sequence sets it before each step; it comes after biases and penalties.
+    It changes when a token is recorded and not before, so that a step which failed for lack of
+    memory can be computed again with the same result.
     """
 
     def __init__(self, params: SamplingParams, prompt_token_ids: tuple[int, ...]) -> None:
         self.params = params
-        self.allowed: Tensor | None = None
         seed = params.seed if params.seed is not None else secrets.randbits(63)
         self._random = np.random.Generator(np.random.PCG64(seed & (1 << 64) - 1))
+        self._uniform: float | None = None  # drawn for the next token
         self._prompt_token_ids = prompt_token_ids
         self._in_prompt: Tensor | None = None
         self._counts: Tensor | None = None
@@ -51,23 +51,27 @@ class SequenceSampler:
         )
 
     def choice(self) -> TokenChoice:
-        """How the next token is chosen; takes a number from the generator unless it is greedy."""
+        """How the next token is chosen: in the same way until it is recorded."""
         params = self.params
         if not params.temperature:
             return TokenChoice(0.0, params.top_k, params.top_p, params.min_p, 0.0)
-        temperature, uniform = max(params.temperature, _COLDEST), self._random.random()
-        return TokenChoice(temperature, params.top_k, params.top_p, params.min_p, uniform)
+        if self._uniform is None:
+            self._uniform = self._random.random()
+        temperature = max(params.temperature, _COLDEST)
+        return TokenChoice(temperature, params.top_k, params.top_p, params.min_p, self._uniform)
 
     def seen(self, vocab: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Which tokens the prompt has, bool ``(vocab,)``, and how often each was generated."""
         if self._counts is None or self._in_prompt is None:
-            self._counts = torch.zeros(vocab, device=device)
-            self._in_prompt = torch.zeros(vocab, dtype=torch.bool, device=device)
-            self._in_prompt[send(self._prompt_token_ids, torch.int64, device)] = True
+            in_prompt = torch.zeros(vocab, dtype=torch.bool, device=device)
+            in_prompt[send(self._prompt_token_ids, torch.int64, device)] = True
+            # Both or, where there is no memory for one, neither.
+            self._in_prompt, self._counts = in_prompt, torch.zeros(vocab, device=device)
         return self._in_prompt, self._counts
 
     def record(self, token: int) -> None:
-        """Count a generated token."""
+        """Count a generated token; the next is chosen with another random number."""
+        self._uniform = None
         if self._counts is not None:
             self._counts[token] += 1
 
@@ -75,18 +79,27 @@ class SequenceSampler:
 class PendingSample:
     """Tokens that the device may still be computing."""
 
-    def __init__(self, logits: Tensor, samplers: Sequence[SequenceSampler]) -> None:
-        """Start on float32 logits ``(rows, vocab)``, which it overwrites, a sampler for each."""
+    def __init__(
+        self,
+        logits: Tensor,
+        samplers: Sequence[SequenceSampler],
+        allowed: Sequence[Tensor | None] | None = None,
+    ) -> None:
+        """Start on float32 logits ``(rows, vocab)``, which it overwrites, a sampler for each.
+
+        allowed: for each row the tokens the next one may be, bool ``(vocab,)`` on any device, or
+        None for all; whatever biases and penalties say.
+        """
         self._samplers = samplers
         self._asked = [row for row, each in enumerate(samplers) if each.params.logprobs is not None]
         logprobs = torch.log_softmax(_rows(logits, self._asked), dim=-1) if self._asked else None
         _bias(logits, samplers)
         _penalize(logits, samplers)
-        for row, each in enumerate(samplers):
-            if each.allowed is not None:
-                allowed = each.allowed.pin_memory() if logits.is_cuda else each.allowed
-                allowed = allowed.to(logits.device, non_blocking=True)
-                logits[row].masked_fill_(~allowed, float("-inf"))
+        for row, mask in enumerate(allowed or ()):
+            if mask is not None:
+                mask = mask.pin_memory() if logits.is_cuda else mask
+                mask = mask.to(logits.device, non_blocking=True)
+                logits[row].masked_fill_(~mask, float("-inf"))
         chosen = sample_tokens(logits, [each.choice() for each in samplers])
         # Of a row with a NaN, NaN; of one with nothing that may follow, −inf.
         self._found = [chosen, logits.amax(-1)]
@@ -105,22 +118,28 @@ class PendingSample:
             if not math.isfinite(most):
                 sampled.append(NotANumberError())
                 continue
-            each.record(token)
             report = None
             if each.params.logprobs is not None:
                 place = self._asked.index(row)
                 report = _report(reports, place, token, each.params.logprobs)
             sampled.append((token, report))
+        for each, found in zip(self._samplers, sampled, strict=True):
+            if not isinstance(found, NotANumberError):
+                each.record(found[0])
         return sampled
 
 
-def sample(logits: Tensor, samplers: Sequence[SequenceSampler]) -> list[Sampled]:
+def sample(
+    logits: Tensor,
+    samplers: Sequence[SequenceSampler],
+    allowed: Sequence[Tensor | None] | None = None,
+) -> list[Sampled]:
     """The next token of each sequence from float32 logits ``(rows, vocab)``; overwrites them.
 
-    Raises NotANumberError where one has none.
+    allowed: as :class:`PendingSample` takes it. Raises NotANumberError where one has no token.
     """
     found: list[Sampled] = []
-    for each in PendingSample(logits, samplers).result():
+    for each in PendingSample(logits, samplers, allowed).result():
         if isinstance(each, NotANumberError):
             raise each
         found.append(each)

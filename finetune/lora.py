@@ -18,14 +18,13 @@ from torch import Tensor, nn
 from nybble.loaders.safetensors_file import write_safetensors
 from nybble.quantizers.packed_model import PackedLinear
 
-ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """target_modules: names of linear layers, as the last part of their path.
-
+    """target_modules: names of linear layers, as the last part of their path; None for all of the
+    decoder's.
     use_rslora: scale by alpha / √rank in place of alpha / rank.
     """
 
@@ -33,7 +32,7 @@ class LoraSettings:
     alpha: float = 32.0
     dropout: float = 0.0
     use_rslora: bool = False
-    target_modules: tuple[str, ...] = ALL_LINEAR
+    target_modules: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -74,13 +73,14 @@ def add_lora(model: nn.Module, settings: LoraSettings) -> dict[str, LoraLinear]:
 
     Raises ValueError where a target name matches no linear layer.
     """
+    wanted_names = settings.target_modules
     targets = {
         name: module
         for name, module in model.named_modules()
         if isinstance(module, PackedLinear | nn.Linear)
-        and name.rpartition(".")[2] in settings.target_modules
+        and (".layers." in name if wanted_names is None else _leaf(name) in wanted_names)
     }
-    for wanted in settings.target_modules:
+    for wanted in wanted_names or ():
         if not any(name.endswith(wanted) for name in targets):
             raise ValueError(f"target module {wanted!r} is no linear layer of the model")
     layers = {}
@@ -88,6 +88,10 @@ def add_lora(model: nn.Module, settings: LoraSettings) -> dict[str, LoraLinear]:
         layers[name] = LoraLinear(base, settings)
         model.set_submodule(name, layers[name])
     return layers
+
+
+def _leaf(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 def optimizer_groups(
@@ -133,7 +137,7 @@ def save_adapter(
         "lora_alpha": settings.alpha,
         "lora_dropout": settings.dropout,
         "use_rslora": settings.use_rslora,
-        "target_modules": sorted(settings.target_modules),
+        "target_modules": sorted({_leaf(name.partition(".lora_")[0]) for name in tensors}),
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,

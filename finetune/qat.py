@@ -19,14 +19,20 @@ from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from nybble.finetune.data import IGNORED, Batch, Example, pack, read_examples, to_batch
 from nybble.finetune.train import batch_loss, checkpoint_activations, warm_cosine
 from nybble.loaders import CheckpointError, open_checkpoint
+from nybble.loaders.formats import (
+    AffineFormat,
+    AffineWeight,
+    WriteOptions,
+    writing_format,
+)
 from nybble.loaders.shards import Shards
-from nybble.quantizers.affine import WIDTHS, AffineWeight, grid, nearest_codes
-from nybble.quantizers.formats import gptq_tensors, quantization_config, whole_words
+from nybble.loaders.tokenizer import load_tokenizer
+from nybble.quantizers.affine import grid, nearest_codes
 from nybble.quantizers.packed_model import load_packed_model
 from nybble.quantizers.writer import FolderWriter
 
@@ -57,7 +63,15 @@ class FakeQuantLinear(nn.Module):
     scales: Tensor
     zeros: Tensor
 
-    def __init__(self, linear: nn.Linear, group_size: int, *, sym: bool, bits: int = 4) -> None:
+    def __init__(
+        self,
+        linear: nn.Linear,
+        group_size: int,
+        *,
+        sym: bool,
+        bits: int = 4,
+        least_zero: int = 0,
+    ) -> None:
         super().__init__()
         self.bits = bits
         self.in_features, self.out_features = linear.in_features, linear.out_features
@@ -66,7 +80,11 @@ class FakeQuantLinear(nn.Module):
         self.bias = linear.bias
         grouped = self._grouped().detach()
         scales, zeros = grid(
-            grouped.amin(-1, keepdim=True), grouped.amax(-1, keepdim=True), sym=sym, bits=bits
+            grouped.amin(-1, keepdim=True),
+            grouped.amax(-1, keepdim=True),
+            sym=sym,
+            bits=bits,
+            least_zero=least_zero,
         )
         self.register_buffer("scales", scales.float())
         self.register_buffer("zeros", zeros.float())
@@ -102,17 +120,24 @@ def fake_quantize_model(
         if isinstance(module, nn.Linear) and ".layers." in name
     }
     layers = {}
+    written = _exported(group_size, sym, bits)
     for name, linear in linears.items():
-        size = linear.in_features if group_size == -1 else group_size
-        word = whole_words(bits)
-        if linear.in_features % size or linear.in_features % word or linear.out_features % word:
-            raise ValueError(
-                f"{name}: {linear.out_features} outputs and {linear.in_features} inputs do not "
-                f"divide into groups of {size} inputs and words of {word}"
-            )
-        layers[name] = FakeQuantLinear(linear, group_size, sym=sym, bits=bits)
+        try:
+            written.check_sizes(linear.out_features, linear.in_features)
+        except ValueError as misfit:
+            raise ValueError(f"{name}: {misfit}") from misfit
+        layers[name] = FakeQuantLinear(
+            linear, group_size, sym=sym, bits=bits, least_zero=written.least_zero
+        )
         model.set_submodule(name, layers[name])
     return layers
+
+
+def _exported(group_size: int, sym: bool, bits: int) -> AffineFormat:
+    """The format that training ends in. Raises ValueError for a width that it does not have."""
+    written = writing_format("gptq", WriteOptions(group_size=group_size, sym=sym, bits=bits))
+    assert isinstance(written, AffineFormat)
+    return written
 
 
 @dataclass(frozen=True)
@@ -160,30 +185,23 @@ def quantization_aware_train(
     used, FileExistsError where ``out`` has content, ValueError where sizes do not fit.
     """
     settings = settings or QatSettings()
-    if settings.bits not in WIDTHS:
-        raise ValueError(f"bits is {settings.bits}, expected one of {', '.join(map(str, WIDTHS))}")
-    config = json.loads((base / "config.json").read_text())
-    if "quantization_config" in config:
+    written = _exported(settings.group_size, settings.sym, settings.bits)
+    source = open_checkpoint(base)
+    if source.format != "none":
         raise CheckpointError(f"{base} is quantized already; give the 16-bit checkpoint")
-    config["quantization_config"] = quantization_config(
-        "gptq",
-        settings.group_size,
-        sym=settings.sym,
-        desc_act=False,
-        double_quant=False,
-        bits=settings.bits,
-    )
+    config = json.loads((base / "config.json").read_text())
+    config["quantization_config"] = dict(written.settings)
     with FolderWriter(out, base, config) as writer:
-        tokenizer = AutoTokenizer.from_pretrained(base)
+        tokenizer = load_tokenizer(base)
         examples = read_examples(data, tokenizer, max_length=settings.max_length)
         device = device or torch.device("cpu")
-        model = load_packed_model(open_checkpoint(base), device=device, dtype=dtype)
+        model = load_packed_model(source, device=device, dtype=dtype)
         layers = fake_quantize_model(
             model, settings.group_size, sym=settings.sym, bits=settings.bits
         )
         teacher = None
         if settings.distil:
-            teacher = load_packed_model(open_checkpoint(base), device=device, dtype=dtype)
+            teacher = load_packed_model(source, device=device, dtype=dtype)
         if settings.gradient_checkpointing:
             checkpoint_activations(model)
         model.train()
@@ -214,7 +232,7 @@ def quantization_aware_train(
             if name.removesuffix(".weight") not in layers:
                 writer.add({name: shards.read(name)})
         for name, layer in layers.items():
-            writer.add(gptq_tensors(name, layer.export()))
+            writer.add(written.tensors(name, layer.export()))
     return losses
 
 

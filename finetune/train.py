@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from nybble.finetune.data import IGNORED, Batch, Example, pack, read_examples, to_batch
 from nybble.finetune.lora import (
@@ -32,6 +32,7 @@ from nybble.finetune.lora import (
     save_adapter,
 )
 from nybble.loaders import open_checkpoint
+from nybble.loaders.tokenizer import load_tokenizer
 from nybble.quantizers.packed_model import PackedLinear, load_packed_model
 
 _ROWS_AT_A_TIME = 256  # the logits of so many tokens are in memory at once
@@ -143,7 +144,8 @@ def finetune(
         raise FileNotFoundError(f"{saved} is not there: there is no training run to resume")
     if not resume and out.exists() and any(out.iterdir()):
         raise FileExistsError(f"{out} is not empty; resume, or give another folder")
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    source = open_checkpoint(base)
+    tokenizer = load_tokenizer(base)
     examples = read_examples(data, tokenizer, max_length=settings.max_length)
     if eval_data is None:
         examples, held_out = _split(examples, settings)
@@ -151,7 +153,7 @@ def finetune(
         held_out = read_examples(eval_data, tokenizer, max_length=settings.max_length)
     torch.manual_seed(settings.seed)
     device = device or torch.device("cpu")
-    model = load_packed_model(open_checkpoint(base), device=device, dtype=dtype)
+    model = load_packed_model(source, device=device, dtype=dtype)
     layers = add_lora(model, settings.lora)
     if settings.gradient_checkpointing:
         checkpoint_activations(model)

@@ -32,7 +32,7 @@ import numpy as np
 from server_process import running_server, write_adapters
 
 from nybble.server.bench.client import Client, Timing
-from nybble.server.tenants import new_key
+from nybble.server.tenancy.tenants import new_key
 
 PROMPT, OUTPUT = 96, 8
 FLOOD, FLOOD_PROMPT, FLOOD_OUTPUT = 24, 256, 32

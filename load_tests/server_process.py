@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from nybble.loaders import open_checkpoint, resolve_model
-from nybble.loaders.adapter import projection_shapes
+from nybble.models import architecture_of
 
 _SERVE = [sys.executable, "-P", "-c", "from nybble.server.cli.main import serve_main; serve_main()"]
 
@@ -60,7 +60,7 @@ def running_server(model: str, *options: str, cores: int | None = None) -> Itera
 
 def write_adapters(folder: Path, model: str, count: int, targets: tuple[str, ...]) -> list[str]:
     """Random adapters of ranks 8 and 16 in PEFT's layout, one folder each; returns their names."""
-    shapes = projection_shapes(open_checkpoint(resolve_model(model)).config)
+    linears = architecture_of(open_checkpoint(resolve_model(model)).config).linears
     generator = torch.Generator().manual_seed(0)
     names = []
     for index in range(count):
@@ -70,11 +70,11 @@ def write_adapters(folder: Path, model: str, count: int, targets: tuple[str, ...
         config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": targets}
         (path / "adapter_config.json").write_text(json.dumps(config))
         tensors = {}
-        for name, (out, columns) in shapes.items():
-            if name.rpartition(".")[2] in targets:
+        for name, each in linears.items():
+            if each.leaf in targets:
                 prefix = f"base_model.model.{name}.lora_"
-                a = torch.randn(rank, columns, generator=generator)
-                b = torch.randn(out, rank, generator=generator) * 1e-3
+                a = torch.randn(rank, each.inputs, generator=generator)
+                b = torch.randn(each.out, rank, generator=generator) * 1e-3
                 tensors[prefix + "A.weight"], tensors[prefix + "B.weight"] = a.half(), b.half()
         save_file(tensors, path / "adapter_model.safetensors")
         names.append(path.name)

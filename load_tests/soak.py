@@ -97,16 +97,17 @@ def write_adapters(folder: Path, model: Path) -> None:
     from safetensors.torch import save_file
 
     from nybble.loaders import open_checkpoint
-    from nybble.loaders.adapter import projection_shapes
+    from nybble.models import architecture_of
 
-    shapes = projection_shapes(open_checkpoint(model).config)
-    targets = sorted({name.rpartition(".")[2] for name in shapes})
+    linears = architecture_of(open_checkpoint(model).config).linears
+    targets = sorted({each.leaf for each in linears.values()})
     for rank, name in enumerate(ADAPTERS, 1):
         (folder / name).mkdir(parents=True)
         config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": targets}
         (folder / name / "adapter_config.json").write_text(json.dumps(config))
         tensors = {}
-        for module, (out, columns) in shapes.items():
+        for module, each in linears.items():
+            out, columns = each.out, each.inputs
             prefix = f"base_model.model.{module}.lora_"
             tensors[prefix + "A.weight"] = torch.randn(rank, columns) * columns**-0.5
             tensors[prefix + "B.weight"] = torch.randn(out, rank) * 0.01

@@ -20,17 +20,16 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from torch import Tensor
-from transformers import PretrainedConfig
 
 from nybble.loaders.adapter_config import CONFIG_FILE, MAX_RANK, AdapterSettings
 from nybble.loaders.errors import AdapterError
+from nybble.models import Architecture
 
 __all__ = [
     "MAX_RANK",
     "LoRAAdapter",
     "LoRAModule",
     "load_adapter",
-    "projection_shapes",
     "resolve_adapter",
 ]
 
@@ -71,27 +70,6 @@ class LoRAAdapter:
         return max(module.rank for module in self.modules.values())
 
 
-def projection_shapes(config: PretrainedConfig) -> dict[str, tuple[int, int]]:
-    """``(out_features, in_features)`` of every projection an adapter can change, by module name."""
-    hidden, heads = int(config.hidden_size), int(config.num_attention_heads)
-    dim = int(getattr(config, "head_dim", None) or hidden // heads)
-    inner, kv = int(config.intermediate_size), int(config.num_key_value_heads) * dim
-    shapes = {
-        "self_attn.q_proj": (heads * dim, hidden),
-        "self_attn.k_proj": (kv, hidden),
-        "self_attn.v_proj": (kv, hidden),
-        "self_attn.o_proj": (hidden, heads * dim),
-        "mlp.gate_proj": (inner, hidden),
-        "mlp.up_proj": (inner, hidden),
-        "mlp.down_proj": (hidden, inner),
-    }
-    return {
-        f"model.layers.{layer}.{name}": shape
-        for layer in range(int(config.num_hidden_layers))
-        for name, shape in shapes.items()
-    }
-
-
 def resolve_adapter(name: str) -> Path:
     """The folder of an adapter given as a folder or a hub name ``org/name``.
 
@@ -113,12 +91,13 @@ def resolve_adapter(name: str) -> Path:
     )
 
 
-def load_adapter(folder: Path, shapes: Mapping[str, tuple[int, int]]) -> LoRAAdapter:
-    """Read an adapter for a base whose projections have ``shapes`` (:func:`projection_shapes`).
+def load_adapter(folder: Path, architecture: Architecture) -> LoRAAdapter:
+    """Read an adapter for a base of this architecture.
 
     Raises AdapterError naming the first setting or tensor that is unsupported, missing, or does not
     fit the base.
     """
+    shapes = {name: (each.out, each.inputs) for name, each in architecture.linears.items()}
     settings = AdapterSettings.read(folder)
     path, content, tensors = _read(folder)
     digest = blake2b((folder / CONFIG_FILE).read_bytes(), digest_size=16)

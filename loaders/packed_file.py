@@ -23,6 +23,7 @@ from nybble.kernels.layout import Layout
 from nybble.kernels.progress import Progress, track
 from nybble.loaders.checkpoint import Checkpoint, Weight
 from nybble.loaders.errors import CheckpointError
+from nybble.loaders.model_files import copy_side_files
 from nybble.loaders.safetensors_file import write_safetensors
 from nybble.loaders.shards import Shards
 
@@ -35,18 +36,6 @@ _TENSORS = {
     "packed": (("qweight", "scales"), ("zeros", "perm", "bias")),
 }
 _SHARD_BYTES = 256 << 20  # writing needs about twice this in memory
-_COPIED = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "vocab.json",
-    "merges.txt",
-)
 
 
 def save_packed(
@@ -62,7 +51,7 @@ def save_packed(
         scratch.mkdir(parents=True)
         _write(checkpoint, scratch, layout, progress)
         # Else a power failure could leave the whole folder with files that are empty.
-        for path in (*scratch.iterdir(), scratch):
+        for path in (*scratch.rglob("*"), scratch):
             _to_disk(path)
         shutil.rmtree(folder, ignore_errors=True)
         scratch.rename(folder)
@@ -102,14 +91,7 @@ def _write(checkpoint: Checkpoint, folder: Path, layout: Layout, progress: Progr
     flush()
     header = {"version": VERSION, "format": checkpoint.format, "modules": modules}
     (folder / HEADER).write_text(json.dumps(header, indent=1))
-    copy_model_files(checkpoint.folder, folder)
-
-
-def copy_model_files(source: Path, target: Path) -> None:
-    """Copy what a model folder holds besides weights: config, tokenizer, chat template."""
-    for name in _COPIED:
-        if (source / name).is_file():
-            shutil.copy(source / name, target / name)
+    copy_side_files(checkpoint.folder, folder)
 
 
 def _describe(weight: Weight) -> tuple[dict[str, Any], dict[str, Tensor]]:

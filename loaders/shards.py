@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -17,6 +18,8 @@ from nybble.loaders.errors import CheckpointError
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 
+
+_COMPUTED = "inv_freq"  # a buffer that old checkpoints carry; computed here
 
 # Bits of safetensors' dtypes are the digits in their names.
 _BITS = re.compile(r"[A-Z]+(\d+)")
@@ -34,6 +37,15 @@ class TensorHeader:
     @property
     def elements(self) -> int:
         return math.prod(self.shape)
+
+
+def module_and_leaf(name: str) -> tuple[str, str]:
+    """``a.b.weight`` is ``weight`` of ``a.b``; ``a.b.weight.absmax`` is ``weight.absmax`` of it."""
+    module, below, rest = name.partition(".weight.")
+    if below:
+        return module, f"weight.{rest}"
+    module, _, leaf = name.rpartition(".")
+    return module, leaf
 
 
 class Shards:
@@ -86,6 +98,16 @@ class Shards:
 
     def names(self) -> list[str]:
         return list(self._file_of)
+
+    @cached_property
+    def modules(self) -> Mapping[str, Mapping[str, str]]:
+        """Modules that own tensors, in the order of the files: full names by last names."""
+        modules: dict[str, dict[str, str]] = {}
+        for name in self._file_of:
+            module, leaf = module_and_leaf(name)
+            if leaf != _COMPUTED:
+                modules.setdefault(module, {})[leaf] = name
+        return modules
 
     def headers(self) -> Iterator[TensorHeader]:
         """What the files say of every tensor, without reading any."""

@@ -14,22 +14,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from nybble.quantizers.affine import AffineWeight, round_trip
-from nybble.quantizers.blocks import (
-    DOWN,
-    GATE_UP,
-    OUTPUT,
-    QKV,
-    InputStatistics,
-    linear_layer,
-    output_error,
-)
+from nybble.loaders.formats import AffineWeight
+from nybble.models import Fold, Layer, LinearGroup
+from nybble.quantizers.affine import round_trip
+from nybble.quantizers.blocks import InputStatistics, linear_layer, output_error
 from nybble.quantizers.rtn import quantize_affine
 
 _STEPS = 20
 _SEARCHED_OUTPUTS = 512
 _CLIP_STEPS = 10  # down to 0.55 of the largest weight
-_NOT_CLIPPED = ("q_proj", "k_proj")  # their outputs meet in a product; clipping them does harm
 _ROWS_AT_A_TIME = 1024
 
 
@@ -120,104 +113,125 @@ def _clip_rows(weight: Tensor, moments: Tensor, group_size: int) -> Tensor:
 
 def awq_block(
     block: nn.Module,
+    layer: Layer,
     statistics: dict[str, InputStatistics],
     outputs: dict[str, Callable[[], Tensor]],
     group_size: int,
     *,
+    norm_offset: float = 0.0,
     clip: bool = False,
 ) -> dict[str, tuple[AffineWeight, float]]:
     """Scale, clip if asked, and round the linear layers of a decoder block.
 
-    Returns the quantized weights and their relative output errors by name in the block.
-
-    statistics: of the inputs of ``q_proj``, ``o_proj``, ``gate_proj`` and ``down_proj`` by their
-    names in the block. Norms and biases of ``block`` are changed to those the checkpoint needs;
-    the linear layers' weights are left scaled and not rounded.
+    Returns the quantized weights and their relative output errors by name in the block. The other
+    arguments are :func:`scale_block`'s. Norms and biases of ``block`` are changed to those the
+    checkpoint needs; the linear layers' weights are left scaled and not rounded.
     """
+    scaled = scale_block(block, layer, statistics, outputs, group_size, norm_offset=norm_offset)
+    # Queries and keys meet in a product: clipping them does harm.
+    attention = layer.attention
+    unclipped = (attention.heads + attention.kv_heads) * attention.head_dim
     result = {}
-    for name, (weight, moment) in scale_block(block, statistics, outputs, group_size).items():
-        size = weight.shape[1] if group_size == -1 else group_size
-        clipped = weight
-        if clip and not name.endswith(_NOT_CLIPPED):
-            clipped = search_clip(weight, moment, size)
-        rounded = quantize_affine(clipped, size, sym=False)
-        error = output_error(rounded.dequantize() - weight, moment) / output_error(weight, moment)
-        result[name] = (rounded, error)
+    for group in layer.groups:
+        kept = unclipped if group is attention.qkv else 0
+        for linear in group.linears:
+            weight, moment = scaled[linear.name]
+            size = weight.shape[1] if group_size == -1 else group_size
+            clipped = weight
+            if clip and kept < linear.out:
+                clipped = torch.cat((weight[:kept], search_clip(weight[kept:], moment, size)))
+            kept = max(0, kept - linear.out)
+            rounded = quantize_affine(clipped, size, sym=False)
+            difference = rounded.dequantize() - weight
+            error = output_error(difference, moment) / output_error(weight, moment)
+            result[linear.name] = (rounded, error)
     return result
 
 
 def scale_block(
     block: nn.Module,
+    layer: Layer,
     statistics: dict[str, InputStatistics],
     outputs: dict[str, Callable[[], Tensor]],
     group_size: int,
+    *,
+    norm_offset: float = 0.0,
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Fold searched scales into norms and linear layers: the block computes what it did before.
 
     Returns float32 weights ``(out, in)`` by name, with XᵀX of their new inputs.
+
+    layer: what the block is made of; a group of linear layers is scaled if it has a fold.
+    statistics: of the inputs of each group, by its first linear layer's name.
+    outputs: of the modules that hold the groups behind a norm (attention, MLP), by their names.
+    norm_offset: what the norms add to their stored weight.
     """
     weights = {
-        name: module.weight.detach().to(torch.float32, copy=True)
-        for name, module in block.named_modules()
-        if isinstance(module, nn.Linear)
+        linear.name: linear_layer(block, linear.name).weight.detach().to(torch.float32, copy=True)
+        for linear in layer.linears
     }
-    moments: dict[str, Tensor] = {}
+    moments = {
+        linear.name: statistics[group.linears[0].name].second_moment
+        for group in layer.groups
+        for linear in group.linears
+    }
 
-    def multiply_inputs(scale: Tensor, names: Sequence[str]) -> None:
-        moment = statistics[names[0]].second_moment / torch.outer(scale, scale)
-        for name in names:
-            weights[name] *= scale
-            moments[name] = moment
+    def multiply_inputs(scale: Tensor, group: LinearGroup) -> None:
+        moment = moments[group.linears[0].name] / torch.outer(scale, scale)
+        for linear in group.linears:
+            weights[linear.name] *= scale
+            moments[linear.name] = moment
 
-    def divide_outputs(scale: Tensor, name: str) -> None:
-        weights[name] /= scale[:, None]
-        bias = block.get_submodule(name).bias
+    def divide_outputs(scale: Tensor, fold: Fold) -> None:
+        rows = slice(fold.start, fold.stop)
+        weights[fold.module][rows] /= scale[:, None]
+        bias = linear_layer(block, fold.module).bias
         if isinstance(bias, Tensor):
-            bias.data = (bias.data.float() / scale).to(bias.dtype)
+            bias.data[rows] = (bias.data[rows].float() / scale).to(bias.dtype)
 
-    # Both searches run the block's own modules: nothing may have been folded into them before.
+    behind_norms = [(g, g.fold) for g in layer.groups if g.fold and not g.fold.is_linear]
+    behind_linears = [(g, g.fold) for g in layer.groups if g.fold and g.fold.is_linear]
+    # All searches run the block's own modules: nothing may have been folded into them before.
     common = [
         search_common_scale(
-            [linear_layer(block, name) for name in names],
-            statistics[names[0]].mean_abs,
+            [linear_layer(block, linear.name) for linear in group.linears],
+            statistics[group.linears[0].name].mean_abs,
             group_size,
-            outputs[module],
+            outputs[group.module],
         )
-        for names, module in ((QKV, "self_attn"), (GATE_UP, "mlp"))
+        for group, _ in behind_norms
     ]
-    norms = ("input_layernorm", "post_attention_layernorm")
-    for norm, names, scale in zip(norms, (QKV, GATE_UP), common, strict=True):
-        multiply_inputs(_fold_into_norm(block.get_submodule(norm), scale), names)
-
-    (output,), value = OUTPUT, QKV[-1]
-    # Query heads that read the same value head must share its scale.
-    inputs = statistics[output]
-    head_dim = int(block.get_submodule("self_attn").head_dim)  # type: ignore[arg-type]
-    repeats = len(inputs.mean_abs) // len(weights[value])
-    by_head = inputs.mean_abs.view(-1, repeats, head_dim)
-    shared = by_head.mean(1, keepdim=True).expand_as(by_head).flatten()
-    scale = search_scale(weights[output], replace(inputs, mean_abs=shared), group_size)
-    multiply_inputs(scale, OUTPUT)
-    divide_outputs(scale.view_as(by_head)[:, 0].flatten(), value)
-
-    (down,) = DOWN
-    scale = search_scale(weights[down], statistics[down], group_size)
-    multiply_inputs(scale, DOWN)
-    divide_outputs(scale, GATE_UP[-1])
+    for (group, fold), scale in zip(behind_norms, common, strict=True):
+        norm = block.get_submodule(fold.module)
+        multiply_inputs(_fold_into_norm(norm, scale, norm_offset), group)
+    for group, fold in behind_linears:
+        # Inputs that one row produces (query heads that read the same values) share its scale.
+        (linear,) = group.linears
+        inputs = statistics[linear.name]
+        by_row = inputs.mean_abs.view(-1, fold.shared, fold.run)
+        shared = by_row.mean(1, keepdim=True).expand_as(by_row).flatten()
+        scale = search_scale(weights[linear.name], replace(inputs, mean_abs=shared), group_size)
+        multiply_inputs(scale, group)
+        divide_outputs(scale.view_as(by_row)[:, 0].flatten(), fold)
     return {name: (weight, moments[name]) for name, weight in weights.items()}
 
 
-def _fold_into_norm(norm: nn.Module, scale: Tensor) -> Tensor:
-    """Divide a norm's weight by ``scale``; returns the scale that division has had.
+def _fold_into_norm(norm: nn.Module, scale: Tensor, offset: float) -> Tensor:
+    """Divide what a norm multiplies by by ``scale``; returns the scale that division has had.
 
     The norm is stored in 16 bits. Its rounding is made up for by the scale of the weights after
-    it, which are not rounded yet: folding is exact in the stored precision too.
+    it, which are not rounded yet: folding is exact in the stored precision too. (A LayerNorm's bias
+    is rounded once more.)
     """
-    weight = norm.weight
+    weight, bias = norm.weight, getattr(norm, "bias", None)
     assert isinstance(weight, nn.Parameter)
-    folded = (weight.data.float() / scale).to(weight.dtype)
-    exact = torch.where(folded == 0, scale, weight.data.float() / folded.float())
+    before = weight.data.float() + offset
+    folded = (before / scale - offset).to(weight.dtype)
+    after = folded.float() + offset
+    exact = torch.where(after == 0, scale, before / after)
     weight.data = folded
+    if isinstance(bias, nn.Parameter):
+        bias.data = (bias.data.float() / exact).to(bias.dtype)
     return exact
 
 

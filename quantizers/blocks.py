@@ -13,19 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from nybble.loaders import CheckpointError
 from nybble.loaders.shards import Shards
-
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
-
-# The linear layers of a block in the order in which they are computed, by the input they share.
-QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-OUTPUT = ("self_attn.o_proj",)
-GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
-DOWN = ("mlp.down_proj",)
-STAGES = (QKV, OUTPUT, GATE_UP, DOWN)
+from nybble.models import LinearGroup, architecture_of
+from nybble.quantizers.skeleton import model_skeleton
 
 _TOKENS_AT_A_TIME = 2048
 # In which the upper part of a symmetric product is computed: 9/16 of the whole.
@@ -89,38 +82,50 @@ class DecoderBlocks:
         self._read = read or self._shards.read
         config = AutoConfig.from_pretrained(source, local_files_only=True)
         config.quantization_config = None  # the blocks are dense, whatever is read into them
-        if config.model_type not in MODEL_TYPES:
-            raise CheckpointError(
-                f"{source}: model_type {config.model_type!r} is not supported; "
-                f"supported are {', '.join(MODEL_TYPES)}"
-            )
-        longest = config.max_position_embeddings
-        if getattr(config, "use_sliding_window", True) and config.model_type != "llama":
-            longest = min(longest, getattr(config, "sliding_window", None) or longest)
+        self.architecture = architecture_of(config)
+        longest = self.architecture.max_model_len
         if length > longest:
             raise CheckpointError(f"calibration texts of {length} tokens: {source} takes {longest}")
         self._device = device
-        with torch.device("meta"):
-            self._skeleton = AutoModelForCausalLM.from_config(config).model  # type: ignore[no-untyped-call]
-        # Built apart: its frequencies are computed, not loaded.
-        rotary = type(self._skeleton.rotary_emb)(config).to(device)
-        dtype = self._shards.read("model.embed_tokens.weight").dtype
-        self._positions = rotary(
-            torch.empty(1, device=device, dtype=dtype), torch.arange(length, device=device)[None]
-        )
+        self._skeleton: Any = model_skeleton(config).model
+        # Of each block, what transformers' model calls it with beside the hidden states.
+        self._options: list[dict[str, Any]] = []
 
     def __len__(self) -> int:
         return len(self._skeleton.layers)
 
+    def groups(self, index: int) -> tuple[LinearGroup, ...]:
+        """The linear layers of block ``index`` in the order of computation, by shared input."""
+        return self.architecture.layers[index].groups
+
+    @torch.no_grad()
     def embed(self, token_ids: Tensor) -> Tensor:
-        """``(samples, length)`` to hidden states ``(samples, length, hidden)``."""
-        return self._shards.read("model.embed_tokens.weight")[token_ids]
+        """``(samples, length)`` to hidden states ``(samples, length, hidden)``.
+
+        The model's own code makes masks and positions, which later calls pass to the blocks.
+        """
+        model, layers, norm = self._skeleton, self._skeleton.layers, self._skeleton.norm
+        weight = self._shards.read(self.architecture.embedding + ".weight")
+        model.embed_tokens.weight = nn.Parameter(weight, requires_grad=False)
+        stand_ins = [_StandIn(layer) for layer in layers]
+        model.layers, model.norm = nn.ModuleList(stand_ins), nn.Identity()
+        try:
+            parts = self._parts(token_ids)
+            hidden = [model(part, use_cache=False).last_hidden_state for part in parts]
+        finally:
+            model.layers, model.norm = layers, norm
+            model.embed_tokens.to("meta")
+        self._options = [
+            {name: _to(value, self._device) for name, value in stand_in.options.items()}
+            for stand_in in stand_ins
+        ]
+        return torch.cat(hidden)
 
     def load(self, index: int) -> nn.Module:
-        """Block ``index`` with its weights, in the precision of the checkpoint."""
+        """Block ``index`` with its weights, in the precision of the checkpoint; see embed."""
         block: nn.Module = self._skeleton.layers[index]
         names = [name for name, _ in block.named_parameters()]
-        prefix = f"model.layers.{index}."
+        prefix = self.architecture.module(index, "")
         state = {name: self._read(prefix + name).to(self._device) for name in names}
         block.load_state_dict(state, assign=True)
         return block.eval().requires_grad_(False)
@@ -218,7 +223,40 @@ class DecoderBlocks:
 
     @torch.no_grad()
     def _forward(self, block: nn.Module, part: Tensor) -> Tensor:
-        # Without a mask attention is causal.
-        result = block(part.to(self._device), position_embeddings=self._positions)
+        index = next(i for i, layer in enumerate(self._skeleton.layers) if layer is block)
+        result = block(part.to(self._device), **self._options[index])
         assert isinstance(result, Tensor)
         return result
+
+
+class _StandIn(nn.Module):
+    """In a block's place: gives its input back and keeps the other arguments of the first call."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self._block = [block]  # in a list, so that it is no submodule
+        self.options: dict[str, Any] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_block"][0], name)
+
+    def forward(self, hidden: Tensor, **options: Any) -> Tensor:
+        if not self.options:
+            self.options = {name: _first_sample(value) for name, value in options.items()}
+        return hidden
+
+
+def _first_sample(value: Any) -> Any:
+    """Masks and positions are the same for every sample, as all have one length."""
+    if isinstance(value, tuple):
+        return tuple(map(_first_sample, value))
+    return value[:1] if isinstance(value, Tensor) and value.ndim > 1 else value
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_to(each, device) for each in value)
+    return value.to(device) if isinstance(value, Tensor) else value

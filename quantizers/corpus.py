@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from nybble.loaders.tokenizer import load_tokenizer
+
 Part = Literal["calibration", "validation", "held-out"]
 
 # A place for each of four units in turn.
@@ -33,6 +35,8 @@ _PACKAGES = (
     *("asyncio", "collections", "concurrent/futures", "email", "html", "http", "importlib"),
     *("json", "logging", "multiprocessing", "unittest", "urllib", "xmlrpc"),
 )
+# Samples and their length, for rounding merged weights.
+MERGE_CALIBRATION = (16, 512)
 _SEED = 0
 _SHORTEST = 2000  # characters of a document
 _LONG_LINE = 30  # characters; shorter ones are idioms of the language
@@ -100,3 +104,21 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
     """int64 ``(tokens,)``, without the tokens a prompt would begin or end with."""
     encoded = tokenizer(text, add_special_tokens=False, verbose=False)
     return torch.tensor(encoded["input_ids"])
+
+
+def text_tokens(
+    model: Path, text: Path | None, part: Part, samples: int, length: int, *, running: bool = False
+) -> Tensor:
+    """int64 ``(samples, length)`` of the file, or of a part of the standard library.
+
+    model: the folder of the tokenizer. running: from the text's beginning on; otherwise from places
+    all over it. Raises ValueError if the text is too short.
+    """
+    content = standard_library_text(part) if text is None else text.read_text(encoding="utf-8")
+    tokenizer = load_tokenizer(model)
+    if not running:
+        return token_windows(tokenizer, content, samples=samples, length=length)
+    ids = token_ids(tokenizer, content)[: samples * length]
+    if len(ids) < samples * length:
+        raise ValueError(f"the text has {len(ids)} tokens, {samples * length} were asked for")
+    return ids.view(samples, length)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,11 +13,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from nybble.loaders import open_checkpoint
 from nybble.loaders.shards import Shards
-from nybble.quantizers.packed_model import PackedLinear, load_packed_model
+from nybble.models import architecture_of
+from nybble.quantizers.packed_model import load_packed_model
 
+# A tensor's module and what it is of it. bitsandbytes hangs its state below the weight, and the
+# packed form puts its fields behind a bar.
+_TENSOR = re.compile(r"(.+?)(?:\.|\|)(weight\..+|\w+)")
 _ROWS_AT_A_TIME = 256  # the logits of so many tokens are in memory at once
 
 
@@ -206,19 +212,21 @@ def _losses(
     return loss, divergence
 
 
-def _sizes(folder: Path, model: nn.Module) -> tuple[int, float]:
+def _sizes(folder: Path, model: PreTrainedModel) -> tuple[int, float]:
     """Bytes of all weights, and bits per weight of the linear layers within the decoder."""
     shards = Shards(folder)
-    weights = sum(
-        module.in_features * module.out_features
-        for name, module in model.named_modules()
-        if isinstance(module, PackedLinear | nn.Linear) and ".layers." in name
-    )
+    architecture = architecture_of(model.config)
+    fused = {name for name, _ in architecture.fused.values()}  # in the packed form
+    weights = sum(linear.out * linear.inputs for linear in architecture.linears.values())
     total = linear = 0
     for name in shards.names():
         size = shards.read(name).nbytes
         total += size
-        if ".layers." in name and "_proj" in name and not name.endswith("bias"):
+        owner = _TENSOR.fullmatch(name)
+        if owner is None:
+            continue
+        module, field = owner.groups()
+        if (module in architecture.linears or module in fused) and field != "bias":
             linear += size
     return total, 8 * linear / weights
 

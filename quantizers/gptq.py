@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nybble.quantizers.affine import AffineWeight, grid, nearest_codes
+from nybble.loaders.formats import AffineWeight
+from nybble.quantizers.affine import grid, nearest_codes
 
 
 @dataclass(frozen=True)
@@ -49,12 +50,14 @@ def gptq(
     *,
     sym: bool = False,
     bits: int = 4,
+    least_zero: int = 0,
     settings: GptqSettings | None = None,
 ) -> AffineWeight:
     """Quantize ``weight (out, in)`` so that its outputs change least.
 
     hessian: ``(in, in)``, XᵀX over the calibration inputs in any scaling.
     group_size: inputs that share a scale; it must divide ``in``.
+    least_zero: see :func:`nybble.quantizers.affine.grid`.
 
     Raises ValueError where the Hessian stays singular in spite of the damping.
     """
@@ -79,7 +82,9 @@ def gptq(
     zeros = torch.empty_like(scales, dtype=torch.uint8)
     if settings.static_groups:
         grouped = remaining.view(-1, group_size, out)
-        scales, zeros = grid(grouped.amin(1), grouped.amax(1), sym=sym, bits=bits)
+        scales, zeros = grid(
+            grouped.amin(1), grouped.amax(1), sym=sym, bits=bits, least_zero=least_zero
+        )
     remaining, groups = remaining[order], g_idx[order].tolist()
     factor = inverse_factor(hessian).float()
     codes = torch.empty_like(remaining, dtype=torch.uint8)
@@ -104,7 +109,7 @@ def gptq(
             if not settings.static_groups and column % group_size == 0:
                 group = remaining[column : column + group_size]
                 scales[groups[column]], zeros[groups[column]] = grid(
-                    group.amin(0), group.amax(0), sym=sym, bits=bits
+                    group.amin(0), group.amax(0), sym=sym, bits=bits, least_zero=least_zero
                 )
             scale, zero = scales[groups[column]].float(), zeros[groups[column]].float()
             code = nearest_codes(remaining[column], scale, zero, bits=bits)

@@ -12,11 +12,12 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from nybble.kernels import DenseWeight, PackedWeight
-from nybble.kernels.packed import INT8_MAX, pack_int8, pack_nibbles
+from nybble.kernels.packed import INT8_MAX, pack_int8
 from nybble.loaders import Checkpoint, CheckpointError
-from nybble.loaders.bnb import pack_blocks
 from nybble.loaders.checkpoint import Weight
-from nybble.quantizers.codebook import BLOCKSIZE, LEVELS, quantize_codebook
+from nybble.quantizers.codebook import quantize_codebook
+
+InFlightFormat = Literal["nf4"]  # what `--quantize` offers
 
 _EMBEDDING = "model.embed_tokens.weight"
 _HEAD = "lm_head"
@@ -34,7 +35,7 @@ class InFlight:
     """
 
     source: Checkpoint
-    layers: Literal["nf4"] | None = None
+    layers: InFlightFormat | None = None
     head: Literal["int8"] | None = None
 
     @property
@@ -62,8 +63,9 @@ class InFlight:
             has_head |= name == _HEAD
             if isinstance(weight, DenseWeight) and name == _HEAD:
                 yield name, self._head(weight)
-            elif isinstance(weight, DenseWeight) and self.layers == "nf4":
-                yield name, _nf4(weight)
+            elif isinstance(weight, DenseWeight) and self.layers:
+                rounded = quantize_codebook(weight.weight, self.layers)
+                yield name, replace(rounded, bias=weight.bias).packed()
             else:
                 yield name, weight
             if name == _EMBEDDING and isinstance(weight, Tensor):
@@ -73,14 +75,6 @@ class InFlight:
 
     def _head(self, weight: DenseWeight) -> PackedWeight | DenseWeight:
         return _int8(weight, self.folder) if self.head == "int8" else weight
-
-
-def _nf4(weight: DenseWeight) -> PackedWeight:
-    rounded = quantize_codebook(weight.weight, "nf4")
-    assert isinstance(rounded.absmax, Tensor)
-    columns = weight.in_features
-    rows = pack_nibbles(rounded.codes.view(rounded.shape))
-    return pack_blocks(rows, rounded.absmax, LEVELS["nf4"], columns, BLOCKSIZE, weight.bias)
 
 
 def _int8(weight: DenseWeight, folder: Path) -> PackedWeight:

@@ -6,16 +6,12 @@ order of falling input power. As the groups are fixed, that order costs nothing 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from nybble.kernels import PackedWeight
-from nybble.kernels.packed import INTEGER_LEVELS
-from nybble.quantizers.affine import AffineWeight
-from nybble.quantizers.codebook import BLOCKSIZE, LEVELS, CodebookWeight, NestedAbsmax
+from nybble.loaders.formats import AffineWeight, QuantizedWeight
 from nybble.quantizers.gptq import inverse_factor
 
 _DAMP = 0.01
@@ -26,8 +22,8 @@ _COLUMNS_ONE_BY_ONE = 16
 class Grid:
     """w[n, k] ∈ scales[n, g] · (levels − zeros[n, g]) with g = g_idx[k].
 
-    levels float32 ``(16,)`` by code; scales and zeros ``(out, groups)``, no zeros where all are 0;
-    g_idx int64 ``(in,)``.
+    levels float32 by code, as many as there are codes; scales and zeros ``(out, groups)``, no
+    zeros if all are 0; g_idx int64 ``(in,)``.
     """
 
     levels: Tensor
@@ -36,30 +32,14 @@ class Grid:
     g_idx: Tensor
 
     @classmethod
-    def of_affine(cls, weight: AffineWeight) -> Grid:
-        return cls(INTEGER_LEVELS, weight.scales, weight.zeros, weight.g_idx)
-
-    @classmethod
-    def of_packed(cls, weight: PackedWeight) -> Grid:
-        """Of a codebook weight as it was read."""
-        groups = torch.arange(weight.in_features) // weight.group_size
-        return cls(weight.levels, weight.scales, None, groups)
-
-    @classmethod
-    def of_blocks(cls, weight: CodebookWeight) -> Grid:
-        """Of a codebook weight as it is written; blocks that cross rows become narrower groups."""
-        absmax = weight.absmax
-        if isinstance(absmax, NestedAbsmax):
-            absmax = absmax.dequantize()
-        out, columns = weight.shape
-        width = math.gcd(columns, BLOCKSIZE)
-        scales = absmax.repeat_interleave(BLOCKSIZE // width).view(out, columns // width)
-        return cls(LEVELS[weight.quant_type], scales, None, torch.arange(columns) // width)
-
-    def values(self, codes: Tensor) -> Tensor:
-        """float32 ``(out, in)`` of ``codes (out, in)``; for grids without zeros."""
-        assert self.zeros is None
-        return self.levels[codes.int()] * self.scales.float()[:, self.g_idx]
+    def of(cls, weight: QuantizedWeight) -> Grid:
+        """The grid that a weight is on; blocks that cross rows become narrower groups."""
+        if isinstance(weight, AffineWeight):
+            levels = torch.arange(2**weight.bits, dtype=torch.float32)
+            return cls(levels, weight.scales, weight.zeros, weight.g_idx)
+        width, scales = weight.groups()
+        groups = torch.arange(weight.codes.shape[1]) // width
+        return cls(weight.levels, scales, None, groups)
 
 
 class Compensation:

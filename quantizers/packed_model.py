@@ -12,16 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from nybble.kernels import DenseWeight, PackedWeight
 from nybble.kernels.matmul import dequantize, packed_matmul, preferred_layout
 from nybble.loaders import Checkpoint, CheckpointError
+from nybble.models import architecture_of
+from nybble.quantizers.skeleton import model_skeleton
 
-_PARTS = {
-    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
-    "gate_up_proj": ("gate_proj", "up_proj"),
-}
 # Rows dequantized at a time in the backward pass; a multiple of every layout's tile.
 _ROWS_AT_A_TIME = 1024
 
@@ -77,41 +75,43 @@ def load_packed_model(
         {**checkpoint.config.to_dict(), "quantization_config": None}
     )
     config.dtype = dtype
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    model = model_skeleton(config)
+    parts = dict(architecture_of(config).fused.values())
     layout = preferred_layout(device)
+    loaded: set[str] = set()
+
+    def set_parameter(name: str, value: Tensor) -> None:
+        _set_parameter(model, name, value.to(device, dtype))
+        loaded.add(name)
+
     for name, weight in checkpoint.weights():
         if isinstance(weight, Tensor):
-            _set_parameter(model, name, weight.to(device, dtype))
+            set_parameter(name, weight)
             continue
-        for module, part in _unfused(model, name, weight):
+        for module, part in _unfused(model, parts.get(name, (name,)), weight):
             if isinstance(part, PackedWeight):
                 bias = None if part.bias is None else part.bias.to(dtype)
                 packed = replace(part, bias=bias).to_layout(layout).to(device)
                 model.set_submodule(module, PackedLinear(packed))
             else:
-                _set_parameter(model, module + ".weight", part.weight.to(device, dtype))
+                set_parameter(module + ".weight", part.weight)
                 if part.bias is not None:
-                    _set_parameter(model, module + ".bias", part.bias.to(device, dtype))
+                    set_parameter(module + ".bias", part.bias)
     model.tie_weights()
-    # Its frequencies are computed, not loaded.
-    rotary = model.model.rotary_emb
-    model.model.rotary_emb = type(rotary)(config).to(device)
-    missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    missing = [name for name, _ in model.named_parameters() if name not in loaded]
     if missing:
         raise CheckpointError(f"{checkpoint.folder} has no {missing[0]}")
+    nn.Module.to(model, device)  # what is computed, not loaded: rotary frequencies
     model.requires_grad_(False)
     model.train(False)
     return model
 
 
 def _unfused(
-    model: PreTrainedModel, name: str, weight: PackedWeight | DenseWeight
+    model: PreTrainedModel, modules: Sequence[str], weight: PackedWeight | DenseWeight
 ) -> list[tuple[str, PackedWeight | DenseWeight]]:
-    parent, _, leaf = name.rpartition(".")
-    if leaf not in _PARTS:
-        return [(name, weight)]
-    modules = [f"{parent}.{part}" for part in _PARTS[leaf]]
+    if len(modules) == 1:
+        return [(modules[0], weight)]
     sizes = [int(model.get_submodule(module).out_features) for module in modules]  # type: ignore[arg-type]
     if isinstance(weight, DenseWeight):
         biases: Sequence[Tensor | None] = (

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from nybble.loaders.packed_file import copy_model_files
+from nybble.loaders.model_files import copy_side_files
 from nybble.loaders.safetensors_file import write_safetensors
 
 _SHARD_BYTES = 1 << 30
@@ -68,7 +68,7 @@ class FolderWriter:
         else:
             index = {"metadata": {}, "weight_map": self._weight_map}
             (self._scratch / "model.safetensors.index.json").write_text(json.dumps(index))
-        copy_model_files(self._source, self._scratch)
+        copy_side_files(self._source, self._scratch)
         (self._scratch / "config.json").write_text(json.dumps(self._config, indent=2))
         shutil.rmtree(self._target, ignore_errors=True)
         self._scratch.rename(self._target)

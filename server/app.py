@@ -13,24 +13,25 @@ from aiohttp import web
 from aiohttp.typedefs import Middleware
 
 from nybble.engine import Engine
+from nybble.loaders.templates import TemplateRenderer
 from nybble.server.adapters.admin import ADMIN_PATHS, AdapterAdmin
 from nybble.server.adapters.owners import AdapterOwners
 from nybble.server.adapters.state import AdapterState
-from nybble.server.admission import Admission, Capacity
 from nybble.server.api.model_names import ModelNames
 from nybble.server.api.parse import LARGE_BODIES, LargeBodies
 from nybble.server.api.routes import Api
 from nybble.server.console.page import Console
-from nybble.server.fine_tuning.access import needs_right
-from nybble.server.gate import Gate
-from nybble.server.keys import Keys, bearer
-from nybble.server.limits import Limiter
-from nybble.server.logs import Event
-from nybble.server.metrics import Metrics
-from nybble.server.request_record import RECORD, RequestRecord
-from nybble.server.settings import ServerSettings
-from nybble.server.templates import TemplateRenderer
-from nybble.server.tenants import TENANT, Tenants
+from nybble.server.http.cors import WARNING
+from nybble.server.http.gate import Gate
+from nybble.server.lifecycle.settings import ServerSettings
+from nybble.server.observability.logs import Event
+from nybble.server.observability.metrics import Metrics
+from nybble.server.observability.request_record import RECORD, RequestRecord
+from nybble.server.tenancy.admission import Admission, Capacity
+from nybble.server.tenancy.keys import Keys, bearer
+from nybble.server.tenancy.limits import Limiter
+from nybble.server.tenancy.tenants import TENANT, Tenants
+from nybble.server.training.access import needs_right
 
 logger = logging.getLogger(__name__)
 
@@ -88,23 +89,23 @@ def make_app(
     app.add_routes(admin.routes())
     if settings.console:
         app.add_routes(Console().routes())
-    if settings.fine_tuning is not None:
+    if settings.training is not None:
         # What trains takes seconds and memory to import, which a server without need not spend.
-        from nybble.server.fine_tuning.service import FineTuning
+        from nybble.server.training.service import Training
 
         assert settings.model_folder is not None
-        tuning = FineTuning(
+        training = Training(
             engine,
-            settings.fine_tuning,
+            settings.training,
             base=settings.model_folder,
             models=models,
             owners=owners,
             admin_keys=admin_keys,
         )
-        metrics.register(tuning.collector)
-        app.add_routes(tuning.routes())
-        app.cleanup_ctx.append(tuning.lifespan)
-    app.on_response_prepare.append(_send_request_id)
+        metrics.register(training.collector)
+        app.add_routes(training.routes())
+        app.cleanup_ctx.append(training.lifespan)
+    app.on_response_prepare.append(_send_record)
     if cors is not None:
         app.on_response_prepare.append(cors.send)
     app.on_response_prepare.append(_send_limits(limiter))
@@ -146,15 +147,19 @@ def _observe(metrics: Metrics) -> Middleware:
                 "trace_id": record.trace_id,
                 "tenant": None if tenant is None else tenant.name,
                 **record.usage_fields(),
+                **record.warning_fields(),
             }
             logger.info(Event("request", fields))
 
     return middleware
 
 
-async def _send_request_id(request: web.Request, response: web.StreamResponse) -> None:
+async def _send_record(request: web.Request, response: web.StreamResponse) -> None:
     if RECORD in request:
-        response.headers[_REQUEST_ID] = request[RECORD].id
+        record = request[RECORD]
+        response.headers[_REQUEST_ID] = record.id
+        if (warning := record.warning()) is not None:
+            response.headers[WARNING] = warning
 
 
 def _send_limits(limiter: Limiter) -> Callable[[web.Request, web.StreamResponse], Awaitable[None]]:

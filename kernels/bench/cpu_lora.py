@@ -24,7 +24,8 @@ from nybble.kernels.lora import LoRABatch
 from nybble.kernels.ops import AttentionBatch
 from nybble.kernels.packed import SYMMETRIC_LEVELS
 from nybble.loaders import LoRAAdapter
-from nybble.loaders.adapter import LoRAModule, projection_shapes
+from nybble.loaders.adapter import LoRAModule
+from nybble.models import architecture_of
 
 KV_HEADS, HEAD_DIM = 2, 64
 CONFIG = Qwen2Config(
@@ -70,8 +71,8 @@ def weights() -> Iterator[tuple[str, PackedWeight | Tensor]]:
 
 def adapter(rank: int) -> LoRAAdapter:
     modules = {
-        name: LoRAModule(torch.randn(rank, columns), torch.randn(out, rank) * 0.01, 1.0)
-        for name, (out, columns) in projection_shapes(CONFIG).items()
+        name: LoRAModule(torch.randn(rank, each.inputs), torch.randn(each.out, rank) * 0.01, 1.0)
+        for name, each in architecture_of(CONFIG).linears.items()
     }
     return LoRAAdapter(modules, bytes(16))
 
@@ -95,8 +96,11 @@ def main() -> None:
     bandwidth = data.nbytes / (medians({"sum": data.sum}, 5)["sum"] / 1e3)
     del data
     most = max(BATCHES)
-    decoder = Decoder(CONFIG, weights(), device=cpu, dtype=torch.bfloat16, max_model_len=512)
-    slots = AdapterSlots(CONFIG, count=most, max_rank=max(RANKS), device=cpu, dtype=torch.bfloat16)
+    architecture = architecture_of(CONFIG)
+    decoder = Decoder(architecture, weights(), device=cpu, dtype=torch.bfloat16, max_model_len=512)
+    slots = AdapterSlots(
+        architecture, count=most, max_rank=max(RANKS), device=cpu, dtype=torch.bfloat16
+    )
     blocks = CONTEXT // BLOCK
     shape = (most * blocks, KV_HEADS, BLOCK, HEAD_DIM)
     caches = [
@@ -124,7 +128,7 @@ def main() -> None:
             )
             lora = LoRABatch.of(list(range(rows)), cpu)
             assert lora is not None
-            adapters = StepAdapters(slots.layers, lora)
+            adapters = StepAdapters(slots.projections, lora)
 
             def step(
                 with_adapters: bool,

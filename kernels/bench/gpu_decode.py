@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from nybble.kernels.bench import gpu_section
 from nybble.kernels.bench.gpu_section import BLOCK, LLAMA_2_13B, TINY, Section
+from nybble.models import architecture_of
 
 # isort: split
 import torch
@@ -68,7 +69,9 @@ def random_decoder(
                 yield prefix + name, packed
 
     length = int(config.max_position_embeddings)
-    decoder = Decoder(config, weights(), device=device, dtype=dtype, max_model_len=length)
+    decoder = Decoder(
+        architecture_of(config), weights(), device=device, dtype=dtype, max_model_len=length
+    )
     return decoder, total
 
 
@@ -103,7 +106,7 @@ def sequences(count: int, context: int, room: int, vocab: int) -> list[Sequence]
 
 def step(runner: ModelRunner, running: list[Sequence]) -> list[int]:
     """One decode step as the engine does it, without its streams."""
-    batch = [ScheduledSequence(sequence, 1) for sequence in running]
+    batch = [ScheduledSequence.of(sequence, 1) for sequence in running]
     logits = runner.run(batch)
     tokens = [token for token, _ in sample(logits, [sequence.sampler for sequence in running])]
     for sequence, token in zip(running, tokens, strict=True):
@@ -160,8 +163,8 @@ def capture(
     section: Section, runner: ModelRunner, sizes: tuple[int, ...], context: int, room: int
 ) -> None:
     """Capture the decode step and check it against the eager one."""
-    vocab = runner.decoder.shape.vocab
-    three = [ScheduledSequence(one, 1) for one in sequences(3, context, room, vocab)]
+    vocab = runner.decoder.architecture.vocab
+    three = [ScheduledSequence.of(one, 1) for one in sequences(3, context, room, vocab)]
     expected = runner.run(three).clone()
     capture = dry_capture if section.dry else cuda_capture(section.device)
     runner.capture(capture, False, sorted({*sizes, 4}))
@@ -172,7 +175,7 @@ def capture(
     # Another sequence through the same graphs, in blocks of its own: nothing of it stays behind.
     (other,) = sequences(1, context // 3, room, vocab)
     other.blocks = sequences(4, context, room, vocab)[3].blocks
-    again = runner.run([ScheduledSequence(other, 1)]).clone()
+    again = runner.run([ScheduledSequence.of(other, 1)]).clone()
     section.holds("another sequence, other logits", not torch.equal(again, found[:1]))
     section.holds("and the first ones again", torch.equal(found, runner.run(three)))
 
@@ -190,15 +193,18 @@ def measure_steps(
     results: list[dict[str, Any]],
 ) -> None:
     how = "CUDA graphs" if captured else "eager"
-    shape = runner.decoder.shape
-    print(f"decode, {how}, {config.kv_dtype} KV, {shape.layers} layers, context {context}:")
+    architecture = runner.decoder.architecture
+    print(
+        f"decode, {how}, {config.kv_dtype} KV, {len(architecture.layers)} layers, "
+        f"context {context}:"
+    )
     print(f"{'batch':>7}{'ms a step':>12}{'tokens/s':>12}{'floor ms':>12}{'share':>8}")
-    per_token = kv_bytes_per_block(shape, config) // config.block_size
+    per_token = kv_bytes_per_block(architecture, config) // config.block_size
     for size in sizes:
         if section.out_of_time:
             print("out of time")
             break
-        running = sequences(size, context, room, shape.vocab)
+        running = sequences(size, context, room, architecture.vocab)
         taken = []
         for _ in range(steps):
             begin = time.perf_counter()

@@ -75,14 +75,19 @@ def shipped(everything: bool) -> Iterator[Case]:
         if capability == 90:
             ruled += [replace(config, overlap=True) for config in ruled[1:3]]
         configs = dict.fromkeys(ruled + (measured if capability == 90 else []))
-        for config in configs if everything else (few, some, ruled[6], ruled[-1], ruled[-2]):
-            if everything or capability == 90:
+        sample = dict.fromkeys((few, some, ruled[4], ruled[6], ruled[-1], ruled[-2]))
+        for config in configs if everything else sample:
+            if everything or capability == 90 or (capability == 100 and config in (few, most)):
                 yield Case(capability, "bf16", False, False, 128, config)
                 if config in (few, some, most):
                     yield Case(capability, "bf16", False, False, 128, config, gated=True)
             if everything or (capability == 90 and not config.overlap):
                 yield Case(capability, "bf16", True, False, 64, config)
-            if everything or (capability < 100 and config == some):
+            if (
+                everything
+                or (capability < 100 and config == some)
+                or (capability == 90 and config == most)
+            ):
                 yield Case(capability, "fp16", False, True, 32, config)
         if everything and capability < 100:
             for bucket in (8, 16, 64, 256):

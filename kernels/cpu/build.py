@@ -1,6 +1,7 @@
 """Compiles the C++ kernels once per source and target, into the user's cache.
 
-``python -m nybble.kernels.cpu.build`` does it ahead of time.
+``python -m nybble.kernels.cpu.build`` does it ahead of time. NYBBLE_CPU_TARGET, ``avx2`` or
+``avx512``, names the instruction sets to use; by default the fastest which this CPU has are used.
 """
 
 from __future__ import annotations
@@ -75,6 +76,25 @@ def usable_targets(cpuinfo: Path = Path("/proc/cpuinfo")) -> list[Target]:
     return usable
 
 
+def wanted_targets(name: str | None, cpuinfo: Path = Path("/proc/cpuinfo")) -> list[Target]:
+    """The usable targets, or the one which NYBBLE_CPU_TARGET is set to, ``name``.
+
+    Raises ValueError if it is no target or if this CPU does not run it: another one is not taken in
+    silence. Raises CpuKernelsUnavailableError as :func:`usable_targets` does.
+    """
+    if not name:
+        return usable_targets(cpuinfo)
+    known = {target.name: target for target in TARGETS}
+    if name not in known:
+        expected = " or ".join(known)
+        raise ValueError(f"NYBBLE_CPU_TARGET is {name!r}, expected {expected}; or leave it unset")
+    if missing := missing_cpu_features(known[name], cpuinfo):
+        raise ValueError(
+            f"NYBBLE_CPU_TARGET is {name}, but this CPU lacks {', '.join(missing)}; leave it unset"
+        )
+    return [known[name]]
+
+
 def load() -> ctypes.CDLL:
     """The library for the fastest target that this CPU runs and the compiler knows.
 
@@ -91,8 +111,8 @@ def load() -> ctypes.CDLL:
 
 
 def build_fastest(*, compiler: str = "g++", cache: Path | None = None) -> Path:
-    """:func:`build` for the first usable target that the compiler, which may be old, knows."""
-    *faster, last = usable_targets()
+    """:func:`build` for the first wanted target that the compiler, which may be old, knows."""
+    *faster, last = wanted_targets(os.environ.get("NYBBLE_CPU_TARGET"))
     for target in faster:
         try:
             return build(target, compiler=compiler, cache=cache)

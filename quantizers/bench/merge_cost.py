@@ -17,10 +17,9 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from transformers import AutoTokenizer
-
 from nybble.loaders import load_adapter, open_checkpoint, resolve_adapter, resolve_model
-from nybble.loaders.adapter import projection_shapes
+from nybble.loaders.tokenizer import load_tokenizer
+from nybble.models import architecture_of
 from nybble.quantizers import merge_adapter, merge_divergence
 from nybble.quantizers.corpus import standard_library_text, token_windows
 from nybble.quantizers.merge import MergedLayer
@@ -39,9 +38,9 @@ def main() -> None:
     args = parser.parse_args()
     base = resolve_model(args.base)
     adapter = load_adapter(
-        resolve_adapter(args.adapter), projection_shapes(open_checkpoint(base).config)
+        resolve_adapter(args.adapter), architecture_of(open_checkpoint(base).config)
     )
-    tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
+    tokenizer = load_tokenizer(base)
     held_out = standard_library_text("held-out") if args.text is None else args.text.read_text()
     text = token_windows(tokenizer, held_out, samples=args.tokens // 512, length=512).flatten()
     calibration = token_windows(

@@ -23,9 +23,8 @@ from nybble.server.adapters.uploads import AdapterUploads
 from nybble.server.api.parse import read_body
 from nybble.server.api.respond import json_response
 from nybble.server.api.schema import LoadAdapterRequest, UnloadAdapterRequest
-from nybble.server.errors import ApiError
-from nybble.server.keys import Keys
-from nybble.server.settings import ServerSettings
+from nybble.server.http.errors import ApiError
+from nybble.server.tenancy.keys import Keys
 
 logger = logging.getLogger(__name__)
 
@@ -191,31 +190,33 @@ class AdapterAdmin:
         return ApiError(403, "this server was started without --lora-root", code="admin_disabled")
 
 
-def restore(engine: Engine, settings: ServerSettings) -> None:
+def restore(
+    engine: Engine, models: Sequence[str], roots: Sequence[Path], state: Path | None
+) -> None:
     """Load what the API had loaded before the last end, as far as it is allowed and there; blocks.
 
     What cannot be loaded is logged, and tried again at the next start.
     """
-    if settings.adapter_state is None or not settings.adapter_roots:
+    if state is None or not roots:
         return
-    roots = [root.resolve() for root in settings.adapter_roots]
-    for name, path in AdapterState(settings.adapter_state).paths().items():
-        if name in settings.models or engine.adapter(name) is not None:
+    allowed = [root.resolve() for root in roots]
+    for name, path in AdapterState(state).paths().items():
+        if name in models or engine.adapter(name) is not None:
             continue  # the command line goes before
         try:
-            engine.load_adapter(name, str(_allowed(path, roots)))
+            engine.load_adapter(name, str(_allowed(path, allowed)))
             logger.info("adapter %s is loaded again", name)
         except (ApiError, AdapterError, OSError) as error:
             logger.error("adapter %s cannot be loaded again: %s", name, error)
 
 
-def restore_uploads(engine: Engine, settings: ServerSettings) -> None:
+def restore_uploads(engine: Engine, models: Sequence[str], roots: Sequence[Path]) -> None:
     """Load what was uploaded before, as far as names are free and it still fits; blocks."""
-    if not settings.adapter_roots:
+    if not roots:
         return
-    uploads = AdapterUploads(uploads_folder(settings.adapter_roots))
+    uploads = AdapterUploads(uploads_folder(roots))
     for name, folder in uploads.recover().items():
-        if name in settings.models or engine.adapter(name) is not None:
+        if name in models or engine.adapter(name) is not None:
             logger.error("uploaded adapter %s is not loaded: the name is taken", name)
             continue
         try:

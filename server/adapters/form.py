@@ -8,7 +8,6 @@ from pathlib import Path, PurePosixPath
 
 from aiohttp import BodyPartReader, web
 
-from nybble.server import form_parts
 from nybble.server.adapters.archive import (
     CONFIG,
     MAX_BYTES,
@@ -17,7 +16,8 @@ from nybble.server.adapters.archive import (
     extract_adapter,
 )
 from nybble.server.adapters.uploads import NAME
-from nybble.server.errors import ApiError
+from nybble.server.http import form_parts
+from nybble.server.http.errors import ApiError
 
 _ARCHIVE = "archive"
 _FIELDS = ("lora_name", "load_inplace")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nybble.server.tenants import Tenant
+from nybble.server.tenancy.tenants import Tenant
 
 
 class AdapterOwners:

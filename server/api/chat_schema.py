@@ -62,8 +62,8 @@ class Message(Body):
 class JsonSchema(Body):
     name: str
     description: str | None = None
-    # Always enforced; the name is OpenAI's, and `schema` is taken by pydantic.
-    strict: bool | None = None
+    # The name is OpenAI's, and `schema` is taken by pydantic.
+    strict: bool | None = None  # refuse what cannot be enforced, instead of leaving it to the model
     definition: dict[str, Any] | None = Field(default=None, alias="schema")
 
 
@@ -86,7 +86,7 @@ class Function(Body):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
     description: str | None = None
     parameters: dict[str, Any] | None = None
-    strict: bool | None = None  # calls are held to their schema wherever they can be
+    strict: bool | None = None  # refuse what cannot be enforced, instead of leaving it to the model
 
 
 class Tool(Body):

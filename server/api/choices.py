@@ -9,7 +9,7 @@ from typing import Any
 from nybble.engine import RequestOutput
 from nybble.server.api.generation import Usage
 from nybble.server.api.respond import Event
-from nybble.server.errors import ApiError
+from nybble.server.http.errors import ApiError
 
 
 class ChoicesShape(ABC):

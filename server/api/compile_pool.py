@@ -8,7 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from nybble.server.errors import ApiError
+from nybble.server.http.errors import ApiError
 
 T = TypeVar("T")
 

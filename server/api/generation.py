@@ -16,11 +16,11 @@ from nybble.engine import (
     RequestOutput,
     SamplingParams,
 )
-from nybble.server.admission import Admission
-from nybble.server.errors import ApiError
-from nybble.server.limits import Limiter
-from nybble.server.metrics import Metrics
-from nybble.server.tenants import Tenant
+from nybble.server.http.errors import ApiError
+from nybble.server.observability.metrics import Metrics
+from nybble.server.tenancy.admission import Admission
+from nybble.server.tenancy.limits import Limiter
+from nybble.server.tenancy.tenants import Tenant
 
 # Enough to fill a step's token budget with short texts, and of a small server a quarter at most.
 _EMBEDDINGS_IN_FLIGHT = 16

@@ -8,8 +8,8 @@ from typing import Any
 
 from nybble.engine import AdapterInfo, Engine
 from nybble.server.adapters.owners import AdapterOwners
-from nybble.server.errors import ApiError
-from nybble.server.tenants import Tenant
+from nybble.server.http.errors import ApiError
+from nybble.server.tenancy.tenants import Tenant
 
 ADAPTER_HEADER = "X-LoRA-Adapter"
 _NAMES_IN_ERRORS = 20

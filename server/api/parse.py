@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails, from_json
 
 from nybble.server.api.schema import Body
-from nybble.server.errors import ApiError
+from nybble.server.http.errors import ApiError
 
 BodyT = TypeVar("BodyT", bound=Body)
 

@@ -12,8 +12,8 @@ from pydantic_core import to_json
 
 from nybble.engine import RequestOutput
 from nybble.server.api.generation import Generation, Job, Usage
-from nybble.server.errors import ApiError
-from nybble.server.request_record import RECORD
+from nybble.server.http.errors import ApiError
+from nybble.server.observability.request_record import RECORD
 
 # A client that takes nothing for this long while its buffers are full is given up.
 _STALL_SECONDS = 60

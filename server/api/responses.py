@@ -12,7 +12,7 @@ from nybble.server.api.respond import Event
 from nybble.server.api.responses_schema import ResponsesRequest
 from nybble.server.api.tool_parser import Arguments, Call, Text, ToolParser
 from nybble.server.api.tools import Tools
-from nybble.server.errors import ApiError
+from nybble.server.http.errors import ApiError
 
 
 class ResponsesShape:

@@ -161,5 +161,9 @@ class ResponsesRequest(OfTheService):
             return None
         if wanted.type != "json_schema":
             return {"type": wanted.type}
-        schema = {"name": wanted.name or "response", "schema": wanted.definition}
+        schema = {
+            "name": wanted.name or "response",
+            "schema": wanted.definition,
+            "strict": wanted.strict,
+        }
         return {"type": "json_schema", "json_schema": schema}

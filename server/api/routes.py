@@ -11,8 +11,14 @@ from uuid import uuid4
 from aiohttp import web
 
 from nybble import __version__
-from nybble.engine import Engine, GrammarCompiler, ParameterError, SamplingParams
-from nybble.server.admission import Admission
+from nybble.engine import (
+    Engine,
+    GrammarCompiler,
+    ParameterError,
+    SamplingParams,
+    require_known_tokens,
+)
+from nybble.loaders.templates import TemplateRenderer
 from nybble.server.api.chat import ChatShape
 from nybble.server.api.chat_schema import ChatRequest, DetokenizeRequest, TokenizeRequest
 from nybble.server.api.compile_pool import CompilePool
@@ -31,12 +37,13 @@ from nybble.server.api.responses_schema import ResponsesRequest
 from nybble.server.api.schema import CompletionRequest, Prompt
 from nybble.server.api.token_bytes import TokenBytes
 from nybble.server.api.tools import Tools, tools_of
-from nybble.server.errors import ApiError
-from nybble.server.gate import Gate
-from nybble.server.limits import Limiter
-from nybble.server.metrics import Metrics
-from nybble.server.templates import TemplateRenderer
-from nybble.server.tenants import TENANT, Tenant
+from nybble.server.http.errors import ApiError
+from nybble.server.http.gate import Gate
+from nybble.server.observability.metrics import Metrics
+from nybble.server.observability.request_record import RECORD
+from nybble.server.tenancy.admission import Admission
+from nybble.server.tenancy.limits import Limiter
+from nybble.server.tenancy.tenants import TENANT
 
 # OpenAI's default for completions; chat goes on to the end of the context.
 _COMPLETION_MAX_TOKENS = 16
@@ -120,7 +127,7 @@ class Api:
         limit = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
         names = {"prompt": "messages", "max_tokens": limit, "logprobs": "top_logprobs"}
         with _parameters_called(names):
-            job, tools = await self._chat_job("chatcmpl-", body, adapter, request.get(TENANT))
+            job, tools = await self._chat_job("chatcmpl-", body, adapter, request)
         shape = ChatShape(job.id, body, int(time.time()), self._logprobs(job.params), tools)
         return await respond(request, self._generation, job, shape, stream=bool(body.stream))
 
@@ -129,12 +136,12 @@ class Api:
         adapter = self._adapter_of(request, body.model, None)
         names = {"prompt": "input", "messages": "input", "max_tokens": "max_output_tokens"}
         with _parameters_called(names | {"response_format": "text.format"}):
-            job, tools = await self._chat_job("resp_", body.chat(), adapter, request.get(TENANT))
+            job, tools = await self._chat_job("resp_", body.chat(), adapter, request)
         shape = ResponsesShape(job.id, body, int(time.time()), tools)
         return await respond(request, self._generation, job, shape, stream=bool(body.stream))
 
     async def _chat_job(
-        self, prefix: str, body: ChatRequest, adapter: str | None, tenant: Tenant | None
+        self, prefix: str, body: ChatRequest, adapter: str | None, request: web.Request
     ) -> tuple[Job, Tools | None]:
         limits = (body.max_completion_tokens, body.max_tokens)
         params = body.sampling_params(
@@ -147,10 +154,13 @@ class Api:
             body.messages,
             tools=None if tools is None else tools.shown(),
             template_kwargs=body.chat_template_kwargs,
+            parse_special=bool(body.parse_special),
         )
-        self._require_room(prompt, params)
-        guide = await guide_of(self._grammars, self._compiling, body, body.response_format, tools)
-        id, n = f"{prefix}{uuid4().hex}", body.sequences
+        self._engine.check(prompt, params)
+        guide = await guide_of(
+            self._grammars, self._compiling, body, request[RECORD], body.response_format, tools
+        )
+        id, n, tenant = f"{prefix}{uuid4().hex}", body.sequences, request.get(TENANT)
         return Job(id, (prompt,), params, n, guide, adapter, tenant, body.timeout), tools
 
     async def completions(self, request: web.Request) -> web.StreamResponse:
@@ -159,14 +169,15 @@ class Api:
         max_tokens = _COMPLETION_MAX_TOKENS if body.max_tokens is None else body.max_tokens
         defaults = self._engine.sampling_defaults
         params = body.sampling_params(max_tokens, body.logprobs, defaults)
-        prompts = await self._encoded(body.prompts, params)
+        parse_special = body.parse_special is not False  # prompts made by a template have markers
+        prompts = await self._encoded(body.prompts, params, parse_special=parse_special)
         echoes = None
         if body.echo:
             echoes = [
                 prompt if isinstance(prompt, str) else await self._prompts.decode(prompt)
                 for prompt in body.prompts
             ]
-        guide = await guide_of(self._grammars, self._compiling, body)
+        guide = await guide_of(self._grammars, self._compiling, body, request[RECORD])
         id, n, tenant = f"cmpl-{uuid4().hex}", body.sequences, request.get(TENANT)
         job = Job(id, tuple(prompts), params, n, guide, adapter, tenant, body.timeout)
         shape = CompletionShape(job.id, body, int(time.time()), self._logprobs(params), echoes)
@@ -227,7 +238,7 @@ class Api:
         body = await read_body(request, DetokenizeRequest)
         if body.model is not None:
             self._names.require(body.model, request.get(TENANT))
-        self._require_known("tokens", body.tokens, len(self._engine.tokenizer))
+        require_known_tokens("tokens", body.tokens, len(self._engine.tokenizer))
         return json_response({"prompt": await self._prompts.decode(body.tokens)})
 
     def _logprobs(self, params: SamplingParams) -> Logprobs | None:
@@ -239,33 +250,12 @@ class Api:
         return self._names.adapter(model, field, request.headers, request.get(TENANT))
 
     async def _encoded(
-        self, prompts: Sequence[Prompt], params: SamplingParams
+        self, prompts: Sequence[Prompt], params: SamplingParams, *, parse_special: bool = True
     ) -> list[tuple[int, ...]]:
-        encoded = await self._prompts.encode_all(prompts)
+        encoded = await self._prompts.encode_all(prompts, parse_special=parse_special)
         for prompt in encoded:
-            self._require_room(prompt, params)
-            self._require_known("prompt", prompt, self._engine.vocab_size)
+            self._engine.check(prompt, params)
         return encoded
-
-    def _require_known(self, parameter: str, tokens: Sequence[int], size: int) -> None:
-        for token in tokens:
-            if not 0 <= token < size:
-                message = f"token id {token} is outside the vocabulary of {size}"
-                raise ParameterError(parameter, message)
-
-    def _require_room(self, prompt: Sequence[int], params: SamplingParams) -> None:
-        if not prompt:
-            raise ParameterError("prompt", "the prompt is empty")
-        limit = self._engine.max_model_len
-        asked = 1 if params.max_tokens is None else params.max_tokens
-        if len(prompt) + asked > limit:
-            raise ApiError(
-                400,
-                f"the prompt has {len(prompt)} tokens and asks for {asked} more "
-                f"at least, but together they are limited to {limit}",
-                param="prompt" if len(prompt) >= limit else "max_tokens",
-                code="context_length_exceeded",
-            )
 
 
 @contextmanager
@@ -275,7 +265,10 @@ def _parameters_called(names: Mapping[str, str]) -> Iterator[None]:
         yield
     except ParameterError as error:
         name = names.get(error.parameter, error.parameter)
-        raise ParameterError(name, str(error).replace(error.parameter, name, 1)) from None
+        message = str(error)
+        if message.startswith(error.parameter):
+            message = name + message.removeprefix(error.parameter)
+        raise type(error)(name, message) from None
     except ApiError as error:
         error.param = names.get(error.param or "", error.param)
         raise

@@ -140,6 +140,9 @@ class Sampling(OfTheService):
     guided_grammar: str | None = None
     timeout: Annotated[float, Field(gt=0)] | None = None
     prompt_logprobs: int | None = None
+    # Whether the text of a special token is that token: in completions by default, in the messages
+    # of a chat not.
+    parse_special: bool | None = None
 
     @model_validator(mode="after")
     def _options_need_stream(self) -> Sampling:

@@ -22,14 +22,16 @@ from rich.table import Table
 from rich.text import Text
 
 from nybble.engine import EngineConfig, resolve_device
-from nybble.engine.decoder import DecoderShape
-from nybble.engine.runner import blocks_per_sequence, free_kv_bytes, kv_bytes_per_block
+from nybble.engine.memory import available_bytes, gib
+from nybble.engine.runner import blocks_per_sequence, kv_bytes_per_block
 from nybble.kernels.cpu.build import CpuKernelsUnavailableError, build_fastest
 from nybble.loaders import Checkpoint, open_checkpoint, resolve_model
 from nybble.loaders.cache import cache_folder
 from nybble.loaders.footprint import weight_bytes
-from nybble.server.cli.prepare import DEMO
-from nybble.server.cli.sizes import gib
+from nybble.loaders.tokenizer import load_tokenizer
+from nybble.models import Architecture, architecture_of
+from nybble.quantizers.in_flight import InFlightFormat
+from nybble.quantizers.prepare import DEMO
 
 State = Literal["ok", "warning", "broken"]
 _PACKAGES = ("nybble", "torch", "transformers", "safetensors", "triton", "aiohttp", "llguidance")
@@ -56,7 +58,7 @@ class Plan:
     model: str
     config: EngineConfig
     aliases: Path | None = None
-    quantize: Literal["nf4"] | None = None
+    quantize: InFlightFormat | None = None
     head: Literal["int8"] | None = None
 
 
@@ -177,9 +179,8 @@ def _model(plan: Plan, memory: Callable[[torch.device], int] | None) -> Iterator
     try:
         folder = resolve_model(plan.model, aliases=plan.aliases, download=False)
         checkpoint = open_checkpoint(folder)
-        shape = DecoderShape.from_config(checkpoint.config)
-        if not (folder / "tokenizer.json").is_file():
-            raise ValueError(f"{folder} has no tokenizer.json: streaming needs one")
+        architecture = architecture_of(checkpoint.config)
+        load_tokenizer(folder)
         _require_unrounded(plan, checkpoint)
         kv_dtype = plan.config.kv_dtype
         if kv_dtype != "auto" and plan.config.device == "cpu":
@@ -195,13 +196,14 @@ def _model(plan: Plan, memory: Callable[[torch.device], int] | None) -> Iterator
         yield Finding("model", " ".join(str(error).split()), "broken")
         return
     kind = "16 bits" if checkpoint.format == "none" else checkpoint.format
-    text = f"{folder}: {checkpoint.config.model_type}, {kind}, up to {shape.max_model_len:,} tokens"
+    length = architecture.max_model_len
+    text = f"{folder}: {architecture.family}, {kind}, up to {length:,} tokens"
     wanted = plan.config.max_model_len
-    if wanted is not None and wanted > shape.max_model_len:
+    if wanted is not None and wanted > architecture.max_model_len:
         yield Finding("model", f"{text}, but --max-model-len is {wanted:,}", "broken")
         return
     yield Finding("model", text)
-    yield _fit(plan.config, shape, weights, memory or available_bytes)
+    yield _fit(plan.config, architecture, weights, memory or available_bytes)
 
 
 def _require_unrounded(plan: Plan, checkpoint: Checkpoint) -> None:
@@ -215,13 +217,13 @@ def _require_unrounded(plan: Plan, checkpoint: Checkpoint) -> None:
 
 def _fit(
     config: EngineConfig,
-    shape: DecoderShape,
+    architecture: Architecture,
     weights: int,
     memory: Callable[[torch.device], int],
 ) -> Finding:
-    tokens = config.max_model_len or min(_DEFAULT_LEN, shape.max_model_len)
-    blocks = config.max_num_seqs * blocks_per_sequence(tokens, shape, config)
-    kv = blocks * kv_bytes_per_block(shape, config)
+    tokens = config.max_model_len or min(_DEFAULT_LEN, architecture.default_max_model_len)
+    blocks = config.max_num_seqs * blocks_per_sequence(tokens, architecture, config)
+    kv = blocks * kv_bytes_per_block(architecture, config)
     free = memory(torch.device(config.device))
     text = (
         f"weights {gib(weights)}, KV at {tokens:,} tokens × {config.max_num_seqs} sequences "
@@ -236,32 +238,3 @@ def _fit(
     else:
         text += f"does not fit; {most} sequences of that length would"
     return Finding("memory", text, "broken")
-
-
-def available_bytes(device: torch.device) -> int:
-    """Memory a server may take: on a GPU less what is kept for activations, else of the host."""
-    if device.type == "cuda":
-        return free_kv_bytes(device)
-    return min(_host_bytes(), container_bytes())
-
-
-def _host_bytes() -> int:
-    info = Path("/proc/meminfo")
-    if info.is_file():
-        for line in info.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) << 10
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-
-
-def container_bytes(group: Path = Path("/sys/fs/cgroup")) -> int:
-    """What a container's limit (control groups, version 2) leaves; files' pages can be dropped."""
-    try:
-        limit = (group / "memory.max").read_text().strip()
-        used = int((group / "memory.current").read_text())
-        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-    except (OSError, ValueError):
-        return 1 << 62
-    if limit == "max":
-        return 1 << 62
-    return max(0, int(limit) - used + int(stat.get("inactive_file", 0)))

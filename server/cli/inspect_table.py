@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from rich.console import Console
 from rich.table import Table
 
+from nybble.engine.memory import gib
 from nybble.loaders.inspect import WeightSummary
-from nybble.server.cli.sizes import gib
 
 # Wide enough for every column where the output is not a terminal.
 _PIPE_WIDTH = 120

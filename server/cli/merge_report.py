@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from nybble.loaders import (
     combine_adapters,
@@ -18,12 +16,11 @@ from nybble.loaders import (
     resolve_adapter,
     resolve_model,
 )
-from nybble.loaders.adapter import projection_shapes
 from nybble.loaders.adapter_combine import Combination
+from nybble.loaders.tokenizer import load_tokenizer
+from nybble.models import architecture_of
 from nybble.quantizers import MergedLayer, merge_adapter, merge_divergence
-from nybble.quantizers.corpus import token_ids
-from nybble.quantizers.formats import Format
-from nybble.server.cli.text_tokens import MERGE_CALIBRATION, text_tokens
+from nybble.quantizers.corpus import MERGE_CALIBRATION, text_tokens, token_ids
 
 _WORST = 5
 _TEXT_SAMPLES, _TEXT_LENGTH = 8, 512
@@ -42,7 +39,7 @@ def merge_and_report(
     adapters: Sequence[str],
     target: Path,
     *,
-    format: Format | Literal["bf16"] | None,
+    format: str | None,
     weights: Sequence[float] | None,
     combination: Combination,
     keep_16_bits: bool,
@@ -54,8 +51,8 @@ def merge_and_report(
     """Merge and print. Raises what the loaders and merge_adapter do."""
     source = resolve_model(base, aliases=aliases)
     checkpoint = open_checkpoint(source)
-    shapes = projection_shapes(checkpoint.config)
-    loaded = [load_adapter(resolve_adapter(name), shapes) for name in adapters]
+    architecture = architecture_of(checkpoint.config)
+    loaded = [load_adapter(resolve_adapter(name), architecture) for name in adapters]
     adapter = loaded[0]
     if len(loaded) > 1 or weights is not None:
         weights = [1.0] * len(loaded) if weights is None else weights
@@ -91,7 +88,7 @@ def _measured(source: Path, text: Path | None) -> Tensor:
     """The beginning of a file however short, or windows of the held-out sources."""
     if text is None:
         return text_tokens(source, None, "held-out", _TEXT_SAMPLES, _TEXT_LENGTH).flatten()
-    tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True)
+    tokenizer = load_tokenizer(source)
     ids = token_ids(tokenizer, text.read_text(encoding="utf-8"))
     if not len(ids):
         raise ValueError(f"{text} is empty")

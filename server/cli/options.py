@@ -16,7 +16,8 @@ model_option = partial(typer.Option, rich_help_panel="Model")
 memory_option = partial(typer.Option, rich_help_panel="Memory and batching")
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
-LogFormat = Literal["text", "json"]
+# The names that :func:`nybble.loaders.formats.written_formats` has, which is slow to import.
+WrittenFormat = Literal["gptq", "awq", "nf4", "fp4", "compressed-tensors"]
 
 ModelArgument = Annotated[str, typer.Argument(help="Model folder, hub name or alias.")]
 TargetArgument = Annotated[Path, typer.Argument(metavar="DST", help="Folder to write.")]

@@ -66,9 +66,9 @@ def test_llama_2_13b_and_its_graphs_fit_a_10_gib_device_beside_the_cache_it_is_g
     config = EngineConfig(device="cuda:1", tune=False)
     with torch.inference_mode():
         decoder, _ = random_decoder(LLAMA_2_13B, config.dtype, CUDA)
-        blocks = kv_blocks(free_kv_bytes(CUDA), decoder.shape, config)
+        blocks = kv_blocks(free_kv_bytes(CUDA), decoder.architecture, config)
         runner = ModelRunner(decoder, config, blocks)
     runner.warm_up(progress=False)  # the largest step there is, then the graphs
     assert max(seqs for _, seqs in runner._warm_up_sizes()) == config.max_num_seqs
-    assert blocks * kv_bytes_per_block(decoder.shape, config) > 2 << 30
+    assert blocks * kv_bytes_per_block(decoder.architecture, config) > 2 << 30
     assert gpu.peak > 9 << 30

@@ -56,10 +56,10 @@ def engine(
 
 
 def _bytes_for_blocks(checkpoint: object, blocks: int) -> int:
-    from nybble.engine.decoder import DecoderShape
     from nybble.engine.runner import kv_bytes_per_block
+    from nybble.models import architecture_of
 
-    shape = DecoderShape.from_config(checkpoint.config)  # type: ignore[attr-defined]
+    shape = architecture_of(checkpoint.config)  # type: ignore[attr-defined]
     return blocks * kv_bytes_per_block(shape, CONFIG)
 
 

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from nybble.engine import EngineConfig, decoder
+from nybble.engine import EngineConfig, decoder, parts
 from nybble.engine.decoder import Decoder
 from nybble.engine.request import Request, SamplingParams
 from nybble.engine.runner import ModelRunner
 from nybble.engine.scheduler import ScheduledSequence
 from nybble.engine.sequence import Sequence
+from nybble.models import architecture_of
 
 SYNCHRONIZING = ("_local_scalar_dense", "nonzero", "item", "is_nonzero")
 CONFIG = EngineConfig(dtype=torch.float32, block_size=4, max_num_seqs=4, max_batched_tokens=32)
@@ -76,15 +77,16 @@ def _tensors(result: Any) -> list[Tensor]:
 @pytest.fixture(autouse=True)
 def _kernels_are_single_operations(monkeypatch: pytest.MonkeyPatch) -> None:
     """References read what kernels leave on the device, so each is recorded as one operation."""
-    for name in ("paged_attention", "rotary_store", "linear", "gated_linear"):
-        original = getattr(decoder, name)
+    kernels = ("paged_attention", "rotary_store", "linear", "gated_linear")
+    for module, name in [(decoder, "linear"), *((parts, name) for name in kernels)]:
+        original = getattr(module, name)
 
         def wrapped(*args: Any, original: Any = original, **kwargs: Any) -> Any:
             if RECORDING:
                 return RECORDING[-1].call(original, args, kwargs)
             return original(*args, **kwargs)
 
-        monkeypatch.setattr(decoder, name, wrapped)
+        monkeypatch.setattr(module, name, wrapped)
 
 
 def sequence(name: str, prompt: list[int], blocks: list[int]) -> Sequence:
@@ -99,7 +101,7 @@ def run(runner: ModelRunner, steps: int) -> list[Tensor]:
     found = []
 
     def step(*batch: tuple[Sequence, int]) -> None:
-        scheduled = [ScheduledSequence(each, count) for each, count in batch]
+        scheduled = [ScheduledSequence.of(each, count) for each, count in batch]
         logits = runner.run(scheduled).clone()
         found.append(logits)
         completing = [item.sequence for item in scheduled if item.completes]
@@ -134,7 +136,7 @@ def test_replayed_operations_give_the_logits_of_every_later_step(
 
     for captured in (False, True):
         model = Decoder(
-            checkpoint.config,
+            architecture_of(checkpoint.config),
             checkpoint.weights(),
             device=torch.device("cpu"),
             dtype=torch.float32,

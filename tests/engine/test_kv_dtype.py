@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from nybble.engine import Engine, EngineConfig
-from nybble.engine.decoder import Decoder, DecoderShape
+from nybble.engine.decoder import Decoder
 from nybble.engine.request import Request, SamplingParams
 from nybble.engine.runner import ModelRunner, kv_bytes_per_block
 from nybble.engine.scheduler import ScheduledSequence
 from nybble.engine.sequence import Sequence
+from nybble.models import architecture_of
 
 CONFIG = EngineConfig(dtype=torch.float32, block_size=4, max_num_seqs=2, max_batched_tokens=32)
 
@@ -23,7 +24,7 @@ CONFIG = EngineConfig(dtype=torch.float32, block_size=4, max_num_seqs=2, max_bat
 def logits(checkpoint: object, config: EngineConfig) -> Tensor:
     """After a prompt in two chunks, and a decode step."""
     decoder = Decoder(
-        checkpoint.config,  # type: ignore[attr-defined]
+        architecture_of(checkpoint.config),  # type: ignore[attr-defined]
         checkpoint.weights(),  # type: ignore[attr-defined]
         device=torch.device("cpu"),
         dtype=config.dtype,
@@ -36,7 +37,7 @@ def logits(checkpoint: object, config: EngineConfig) -> Tensor:
     found = []
     with torch.inference_mode():
         for count in (20, 9, 1):
-            found.append(runner.run([ScheduledSequence(one, count)]).clone())
+            found.append(runner.run([ScheduledSequence.of(one, count)]).clone())
             one.num_computed_tokens += count
     return torch.cat(found)
 
@@ -58,12 +59,13 @@ def test_8_bits_change_the_logits_little(
 def test_8_bits_take_half_the_memory_of_16(
     plain_checkpoint: Callable[..., object], kv_dtype: Literal["int8", "fp8"]
 ) -> None:
-    shape = DecoderShape.from_config(plain_checkpoint().config)  # type: ignore[attr-defined]
+    architecture = architecture_of(plain_checkpoint().config)  # type: ignore[attr-defined]
     half = replace(CONFIG, dtype=torch.bfloat16)
-    share = kv_bytes_per_block(shape, replace(half, kv_dtype=kv_dtype)) / kv_bytes_per_block(
-        shape, half
+    share = kv_bytes_per_block(architecture, replace(half, kv_dtype=kv_dtype)) / kv_bytes_per_block(
+        architecture, half
     )
-    assert share == (shape.head_dim + 4) / (2 * shape.head_dim)
+    head_dim = architecture.layers[0].attention.head_dim
+    assert share == (head_dim + 4) / (2 * head_dim)
 
 
 @both

@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
+from nybble.engine import sampler as sampler_module
 from nybble.engine.request import NotANumberError, ParameterError, SamplingParams
 from nybble.engine.sampler import PendingSample, SequenceSampler, sample
 
@@ -15,21 +17,24 @@ def greedy(prompt: tuple[int, ...] = (), **options: object) -> SequenceSampler:
     return SequenceSampler(SamplingParams(temperature=0, **options), prompt)  # type: ignore[arg-type]
 
 
-def tokens(logits: list[list[float]], samplers: list[SequenceSampler]) -> list[int]:
-    return [token for token, _ in sample(torch.tensor(logits), samplers)]
+def tokens(
+    logits: list[list[float]],
+    samplers: list[SequenceSampler],
+    allowed: list[Tensor | None] | None = None,
+) -> list[int]:
+    return [token for token, _ in sample(torch.tensor(logits), samplers, allowed)]
 
 
 def test_each_row_has_its_own_bias_and_mask() -> None:
-    masked = greedy()
-    masked.allowed = torch.tensor([True, False, True])
     rows = [[1.0, 3.0, 2.0]] * 3
-    assert tokens(rows, [greedy(), greedy(logit_bias={0: 5.0, 2: -1.0}), masked]) == [1, 0, 2]
+    samplers = [greedy(), greedy(logit_bias={0: 5.0, 2: -1.0}), greedy()]
+    masks = [None, None, torch.tensor([True, False, True])]
+    assert tokens(rows, samplers, masks) == [1, 0, 2]
 
 
 def test_a_mask_overrules_a_bias() -> None:
     guided = greedy(logit_bias={1: 100.0})
-    guided.allowed = torch.tensor([True, False])
-    assert tokens([[0.0, 0.0]], [guided]) == [0]
+    assert tokens([[0.0, 0.0]], [guided], [torch.tensor([True, False])]) == [0]
 
 
 def test_repetition_counts_the_prompt_and_presence_does_not() -> None:
@@ -78,6 +83,47 @@ def test_a_seed_draws_the_same_in_any_company() -> None:
         return found
 
     assert drawn(0) == drawn(3)
+
+
+@pytest.mark.parametrize("part", ["sample_tokens", "_to_host", "_report", "_stack"])
+def test_a_step_that_ran_out_of_memory_shifts_no_random_numbers(
+    monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    """The step is computed again; a seed still gives the tokens it gives without the failure."""
+
+    def drawn(failing: set[int]) -> list[int]:
+        torch.manual_seed(0)
+        params = SamplingParams(seed=3, presence_penalty=0.5, logprobs=1)
+        samplers = [SequenceSampler(params, ()), SequenceSampler(params, (1,))]
+        found: list[int] = []
+        for step in range(8):
+            logits = torch.randn(2, 50)
+            if step in failing:
+                with monkeypatch.context() as patch:
+                    patch.setattr(sampler_module, part, no_memory)
+                    with pytest.raises(MemoryError):
+                        sample(logits.clone(), samplers)
+            found += [token for token, _ in sample(logits, samplers)]
+        return found
+
+    def no_memory(*_: object) -> None:
+        raise MemoryError
+
+    assert drawn({0, 3, 4}) == drawn(set())
+
+
+def test_a_penalty_knows_the_prompt_after_a_step_that_ran_out_of_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def no_memory(*_: object) -> None:
+        raise MemoryError
+
+    penalized = greedy((1,), repetition_penalty=2.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(sampler_module, "send", no_memory)
+        with pytest.raises(MemoryError):
+            tokens([[1.0, 1.1]], [penalized])
+    assert tokens([[1.0, 1.1]], [penalized]) == [0]
 
 
 @pytest.mark.parametrize("temperature", [5e-324, 1e-46, 1e-38, 1e-6])

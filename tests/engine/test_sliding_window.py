@@ -15,11 +15,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from nybble.engine import Engine, EngineConfig, Request, SamplingParams
 from nybble.engine.block_manager import BlockManager, most_blocks
-from nybble.engine.decoder import DecoderShape
 from nybble.engine.inputs import InputBuffers
 from nybble.engine.runner import kv_bytes_per_block
 from nybble.engine.scheduler import ScheduledBatch, Scheduler
 from nybble.engine.sequence import Sequence, SequenceStatus
+from nybble.models import architecture_of
 
 WINDOW, BLOCK, BUDGET = 24, 4, 16
 # A step's tokens and the windows of all of them: 24 + 16 − 1 tokens reach into 11 blocks.
@@ -28,7 +28,7 @@ MOST_PREFILLING, MOST_DECODING = 11, 7
 
 def start(checkpoint: Any, blocks: int, dtype: torch.dtype = torch.float32) -> Engine:
     config = EngineConfig(dtype=dtype, block_size=BLOCK, max_num_seqs=6, max_batched_tokens=BUDGET)
-    per_block = kv_bytes_per_block(DecoderShape.from_config(checkpoint.config), config)
+    per_block = kv_bytes_per_block(architecture_of(checkpoint.config), config)
     config = replace(config, kv_cache_bytes=blocks * per_block)
     engine = Engine.load(checkpoint, config, progress=False)
     engine.start()
@@ -114,7 +114,7 @@ def test_a_sequence_is_no_longer_than_the_cache_where_that_does_not_hold_a_windo
 def test_one_layer_without_a_window_keeps_every_block() -> None:
     def window(**settings: Any) -> int:
         config = AutoConfig.for_model("qwen2", num_hidden_layers=4, **settings)
-        return DecoderShape.from_config(config).window
+        return architecture_of(config).window
 
     sliding = {"use_sliding_window": True, "sliding_window": 24}
     assert window(**sliding, max_window_layers=0) == 24
@@ -237,7 +237,7 @@ def test_a_sequence_begins_when_all_it_will_hold_at_once_fits(cached: int) -> No
     while first.num_output_tokens < 1:
         cache.step()
     second = cache.add(ids, max_tokens=100)
-    assert cache.manager.num_cached_tokens(second) == cached
+    assert cache.manager.cached_prefix(second).tokens == cached
     while cache.step():
         assert len(cache.scheduler.running) <= 1
     assert first.num_output_tokens == second.num_output_tokens == 100
@@ -251,9 +251,9 @@ def test_a_prefix_is_found_by_the_blocks_it_still_sees() -> None:
     while cache.step():
         pass
     again = cache.add((*ids, 5), max_tokens=1)
-    assert cache.manager.num_cached_tokens(again) == 100
+    assert cache.manager.cached_prefix(again).tokens == 100
     shorter = cache.add(ids[:50], max_tokens=1)
-    assert cache.manager.num_cached_tokens(shorter) == 0, "its window was given to others"
+    assert cache.manager.cached_prefix(shorter).tokens == 0, "its window was given to others"
     while cache.step():
         pass
     assert again.num_cached_tokens == 100

@@ -21,16 +21,16 @@ from safetensors.torch import save
 from transformers import Qwen2Config
 
 from nybble.engine import ParameterError
-from nybble.engine.decoder import DecoderShape, UnsupportedModelError
 from nybble.loaders import open_checkpoint
-from nybble.loaders.adapter import load_adapter, projection_shapes
+from nybble.loaders.adapter import load_adapter
 from nybble.loaders.errors import AdapterError, CheckpointError
+from nybble.models import UnsupportedModelError, architecture_of
 from nybble.server.api.chat_schema import ChatRequest
 from nybble.server.api.openapi import BODIES
 from nybble.server.api.parse import parse_body
 from nybble.server.api.responses_schema import ResponsesRequest
 from nybble.server.api.schema import CompletionRequest
-from nybble.server.errors import ApiError
+from nybble.server.http.errors import ApiError
 
 VALUES: list[Any] = [
     *(None, True, False, 0, 1, -1, 2**31, 2**63, 10**30, 0.5, -0.0, 1e308, math.inf),
@@ -179,7 +179,7 @@ def checkpoint(data: bytes) -> None:
     _write("model.safetensors", tensors if way % 2 else spoiled(tensors, rest))
     try:
         found = open_checkpoint(_folder())
-        DecoderShape.from_config(found.config)
+        architecture_of(found.config)
         for _ in found.weights():
             pass
     except (CheckpointError, UnsupportedModelError) as error:
@@ -211,19 +211,19 @@ def _adapter() -> tuple[dict[str, Any], bytes, dict[str, tuple[int, int]]]:
     }
     name = "base_model.model.model.layers.0.self_attn.o_proj.lora_{}.weight"
     tensors = {name.format("A"): torch.ones(2, 8), name.format("B"): torch.ones(8, 2)}
-    return settings, save(tensors), projection_shapes(config)
+    return settings, save(tensors), architecture_of(config)
 
 
 def adapter(data: bytes) -> None:
     """An adapter with strange settings or tensors is read or refused."""
-    settings, tensors, shapes = _adapter()
+    settings, tensors, architecture = _adapter()
     way, rest = (data[0] if data else 0), data[1:]
     _write(
         "adapter_config.json", rest if way % 4 == 0 else changed(settings, rest if way % 2 else b"")
     )
     _write("adapter_model.safetensors", tensors if way % 2 else spoiled(tensors, rest))
     try:
-        load_adapter(_folder(), shapes)
+        load_adapter(_folder(), architecture)
     except AdapterError as error:
         _one_line(error)
 

@@ -30,6 +30,7 @@ from nybble.kernels.cpu.build import (
     load,
     missing_cpu_features,
     usable_targets,
+    wanted_targets,
 )
 from nybble.kernels.cpu.library import CpuLibrary
 from nybble.kernels.lora import LoRABatch, slot_buffers
@@ -52,6 +53,15 @@ def cpu(request: pytest.FixtureRequest) -> CpuLibrary:
     if missing := missing_cpu_features(request.param):
         pytest.skip(f"this CPU lacks {', '.join(missing)}")
     return CpuLibrary(ctypes.CDLL(str(build(request.param))))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _two_threads() -> Iterator[None]:
+    """The kernels split their work among torch's threads, however many processes run tests."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
 
 
 def random_weight(
@@ -554,6 +564,26 @@ def test_the_best_target_is_chosen_by_the_flags_of_the_cpu(tmp_path: Path) -> No
     assert usable_targets(cpuinfo)[0].name == "avx512"
 
 
+def test_a_target_may_be_named_and_another_one_is_not_taken_in_its_place(tmp_path: Path) -> None:
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text("flags\t: avx2 fma f16c avx512f avx512bw avx512vl avx512dq avx512_bf16\n")
+    assert [target.name for target in wanted_targets("avx2", cpuinfo)] == ["avx2"]
+    assert [target.name for target in wanted_targets("", cpuinfo)] == ["avx512", "avx2"]
+    with pytest.raises(ValueError, match="NYBBLE_CPU_TARGET is 'sse', expected avx512 or avx2"):
+        wanted_targets("sse", cpuinfo)
+    cpuinfo.write_text("flags\t: avx2 fma f16c avx512f avx512bw avx512vl avx512dq\n")
+    with pytest.raises(ValueError, match="is avx512, but this CPU lacks avx512_bf16"):
+        wanted_targets("avx512", cpuinfo)
+
+
+def test_the_environment_names_the_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    touched = compiler_script(tmp_path, 'while [ "$1" != -o ]; do shift; done; touch "$2"')
+    for target in usable_targets():
+        monkeypatch.setenv("NYBBLE_CPU_TARGET", target.name)
+        library = build_fastest(compiler=touched, cache=tmp_path / "cache")
+        assert library.name.startswith(f"cpu-{target.name}-")
+
+
 def compiler_script(folder: Path, body: str) -> str:
     path = folder / "g++"
     path.write_text(f"#!/bin/sh\n{body}\n")
@@ -562,10 +592,11 @@ def compiler_script(folder: Path, body: str) -> str:
 
 
 def test_a_compiler_too_old_for_the_best_target_builds_the_next(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     if len(usable_targets()) < 2:
         pytest.skip("this CPU runs no target but the last")
+    monkeypatch.delenv("NYBBLE_CPU_TARGET", raising=False)
     old = compiler_script(
         tmp_path,
         'case "$*" in *-mavx512bf16*) echo unrecognized option >&2; exit 1;; esac\n'

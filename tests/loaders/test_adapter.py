@@ -17,15 +17,15 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from nybble.loaders import AdapterError, adapter, load_adapter, resolve_adapter
-from nybble.loaders.adapter import projection_shapes
+from nybble.models import Architecture, architecture_of
 
 DOWN = "model.layers.0.mlp.down_proj"
 WEIGHTS = "adapter_model.safetensors"
 
 
 @pytest.fixture
-def shapes(tiny_model: Callable[..., Path]) -> dict[str, tuple[int, int]]:
-    return projection_shapes(AutoConfig.from_pretrained(tiny_model()))
+def architecture(tiny_model: Callable[..., Path]) -> Architecture:
+    return architecture_of(AutoConfig.from_pretrained(tiny_model()))
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def test_every_module_changes_by_what_peft_adds(
         for name, module in adapted.named_modules()
         if hasattr(module, "get_delta_weight") and "default" in module.lora_A
     }
-    adapter = load_adapter(folder, projection_shapes(base.config))
+    adapter = load_adapter(folder, architecture_of(base.config))
     assert adapter.modules.keys() == expected.keys()
     for name, module in adapter.modules.items():
         torch.testing.assert_close(module.scale * module.b @ module.a, expected[name])
@@ -94,11 +94,11 @@ def test_every_module_changes_by_what_peft_adds(
     ids=["named", "no prefix", "headless base", "compiled"],
 )
 def test_the_names_of_other_peft_versions_are_read(
-    editable: Path, shapes: dict[str, tuple[int, int]], spelling: Callable[[str], str]
+    editable: Path, architecture: Architecture, spelling: Callable[[str], str]
 ) -> None:
-    expected = load_adapter(editable, shapes)
+    expected = load_adapter(editable, architecture)
     rename(editable, spelling)
-    found = load_adapter(editable, shapes)
+    found = load_adapter(editable, architecture)
     assert found.modules.keys() == expected.modules.keys()
     for name, module in found.modules.items():
         assert torch.equal(module.a, expected.modules[name].a)
@@ -106,16 +106,14 @@ def test_the_names_of_other_peft_versions_are_read(
     assert found.digest != expected.digest
 
 
-def test_a_pickled_file_is_read_only_as_tensors(
-    editable: Path, shapes: dict[str, tuple[int, int]]
-) -> None:
+def test_a_pickled_file_is_read_only_as_tensors(editable: Path, architecture: Architecture) -> None:
     tensors = load_file(editable / WEIGHTS)
     (editable / WEIGHTS).unlink()
     torch.save(tensors, editable / "adapter_model.bin")
-    assert load_adapter(editable, shapes).rank == 4
+    assert load_adapter(editable, architecture).rank == 4
     torch.save({"code": print}, editable / "adapter_model.bin")
     with pytest.raises(AdapterError, match=r"adapter_model\.bin cannot be read as tensors alone"):
-        load_adapter(editable, shapes)
+        load_adapter(editable, architecture)
 
 
 @pytest.mark.parametrize(
@@ -140,12 +138,12 @@ def test_a_pickled_file_is_read_only_as_tensors(
     ],
 )
 def test_settings_that_cannot_be_honoured_are_refused_by_name(
-    editable: Path, shapes: dict[str, tuple[int, int]], changes: dict[str, object], message: str
+    editable: Path, architecture: Architecture, changes: dict[str, object], message: str
 ) -> None:
     rename(editable, lambda key: key)
     configure(editable, **changes)
     with pytest.raises(AdapterError, match=re.escape(message)):
-        load_adapter(editable, shapes)
+        load_adapter(editable, architecture)
 
 
 @pytest.mark.parametrize(
@@ -179,33 +177,31 @@ def test_settings_that_cannot_be_honoured_are_refused_by_name(
 )
 def test_tensors_that_do_not_fit_the_base_are_named(
     editable: Path,
-    shapes: dict[str, tuple[int, int]],
+    architecture: Architecture,
     change: Callable[[str], str | None],
     message: str,
 ) -> None:
     rename(editable, change)
     with pytest.raises(AdapterError, match=re.escape(message)):
-        load_adapter(editable, shapes)
+        load_adapter(editable, architecture)
 
 
 def test_the_first_tensor_of_a_wrong_shape_is_named_with_both_shapes(
     editable: Path, tiny_model: Callable[..., Path]
 ) -> None:
-    wide = projection_shapes(AutoConfig.from_pretrained(tiny_model(hidden_size=192)))
+    wide = architecture_of(AutoConfig.from_pretrained(tiny_model(hidden_size=192)))
     message = r"layers\.0\.mlp\.down_proj\.lora_A\.weight has shape \(4, 256\), expected \(4, 384\)"
     with pytest.raises(AdapterError, match=message):
         load_adapter(editable, wide)
 
 
-def test_values_that_are_not_finite_are_refused(
-    editable: Path, shapes: dict[str, tuple[int, int]]
-) -> None:
+def test_values_that_are_not_finite_are_refused(editable: Path, architecture: Architecture) -> None:
     tensors: dict[str, Tensor] = load_file(editable / WEIGHTS)
     key = next(iter(tensors))
     tensors[key][0, 0] = float("nan")
     save_file(tensors, editable / WEIGHTS)
     with pytest.raises(AdapterError, match=re.escape(f"{key} has values that are not finite")):
-        load_adapter(editable, shapes)
+        load_adapter(editable, architecture)
 
 
 @pytest.mark.parametrize(
@@ -222,27 +218,27 @@ def test_values_that_are_not_finite_are_refused(
     ],
 )
 def test_a_config_that_nothing_can_be_read_or_computed_from_is_refused(
-    editable: Path, shapes: dict[str, tuple[int, int]], content: str, message: str
+    editable: Path, architecture: Architecture, content: str, message: str
 ) -> None:
     (editable / "adapter_config.json").write_text(content)
     with pytest.raises(AdapterError, match=message):
-        load_adapter(editable, shapes)
+        load_adapter(editable, architecture)
 
 
 @pytest.mark.parametrize("part", ["²", "9" * 5000])
 def test_a_tensors_name_may_have_any_digits(
-    editable: Path, shapes: dict[str, tuple[int, int]], part: str
+    editable: Path, architecture: Architecture, part: str
 ) -> None:
     rename(editable, lambda key: key.replace("layers.1.", f"layers.{part}."))
     with pytest.raises(AdapterError, match="which the base model does not have"):
-        load_adapter(editable, shapes)
+        load_adapter(editable, architecture)
 
 
-def test_a_truncated_file_is_named(editable: Path, shapes: dict[str, tuple[int, int]]) -> None:
+def test_a_truncated_file_is_named(editable: Path, architecture: Architecture) -> None:
     file = editable / WEIGHTS
     file.write_bytes(file.read_bytes()[:-10])
     with pytest.raises(AdapterError, match=r"adapter_model\.safetensors is truncated"):
-        load_adapter(editable, shapes)
+        load_adapter(editable, architecture)
 
 
 def test_an_adapter_is_found_by_its_folder_only(tmp_path: Path, editable: Path) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -16,7 +18,6 @@ from nybble.loaders.shards import Shards
 from nybble.quantizers import quantize_checkpoint
 from nybble.quantizers.awq import scale_block, search_clip, search_common_scale, search_scale
 from nybble.quantizers.blocks import (
-    STAGES,
     DecoderBlocks,
     InputStatistics,
     linear_layer,
@@ -115,9 +116,9 @@ def test_folding_leaves_the_block_as_it_was_in_full_precision(
     hidden = blocks.embed(calibration()).float() * torch.rand(128).mul(3).exp()
     block = blocks.load(0).float()
     before = blocks.outputs(block, hidden)
-    statistics = blocks.statistics(block, hidden, [stage[0] for stage in STAGES])
+    statistics = blocks.statistics(block, hidden, [g.linears[0].name for g in blocks.groups(0)])
     outputs = blocks.module_outputs(block, hidden, ("self_attn", "mlp"))
-    scaled = scale_block(block, statistics, outputs, 32)
+    scaled = scale_block(block, blocks.architecture.layers[0], statistics, outputs, 32)
     changes = []
     for name, (weight, _) in scaled.items():
         layer = linear_layer(block, name)
@@ -136,12 +137,23 @@ def test_rounding_the_folded_norm_to_16_bits_is_made_up_for(
     block = blocks.load(0)
     norm, layer = block.get_submodule("input_layernorm"), linear_layer(block, "self_attn.q_proj")
     before = layer.weight.float() * norm.weight.float()
-    statistics = blocks.statistics(block, hidden, [stage[0] for stage in STAGES])
+    statistics = blocks.statistics(block, hidden, [g.linears[0].name for g in blocks.groups(0)])
     outputs = blocks.module_outputs(block, hidden, ("self_attn", "mlp"))
-    scaled = scale_block(block, statistics, outputs, 32)
+    scaled = scale_block(block, blocks.architecture.layers[0], statistics, outputs, 32)
     assert norm.weight.dtype == torch.bfloat16
     after = scaled["self_attn.q_proj"][0] * norm.weight.float()
     torch.testing.assert_close(after, before, rtol=1e-6, atol=0)
+
+
+def with_salient_channels(model: Path, folder: Path) -> Path:
+    """The model with a few large channels behind its norms, as language models have."""
+    shutil.copytree(model, folder / "salient")
+    tensors = load_file(model / "model.safetensors")
+    for name, tensor in tensors.items():
+        if ".layers." in name and "norm" in name:
+            tensor[::16] = 8
+    save_file(tensors, folder / "salient/model.safetensors", {"format": "pt"})
+    return folder / "salient"
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
@@ -149,7 +161,7 @@ def test_the_checkpoint_is_a_standard_one_that_differs_less_than_by_rounding(
     tmp_path: Path, tiny_model: Callable[..., Path], family: str
 ) -> None:
     """Logits of the whole model, its dequantized weights in transformers' own module."""
-    source, tokens = tiny_model(family=family), calibration()
+    source, tokens = with_salient_channels(tiny_model(family=family), tmp_path), calibration()
 
     def logits(folder: Path) -> Tensor:
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
@@ -188,7 +200,7 @@ def test_the_checkpoint_is_a_standard_one_that_differs_less_than_by_rounding(
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
         exact = model(tokens[:4]).logits
     ours = (logits(tmp_path / "awq") - exact).square().mean()
-    assert ours < (logits(tmp_path / "rtn") - exact).square().mean()
+    assert ours < 0.9 * (logits(tmp_path / "rtn") - exact).square().mean()
     assert set(Shards(tmp_path / "awq").names()) == set(Shards(tmp_path / "rtn").names())
 
 
@@ -212,7 +224,7 @@ def test_clipping_is_searched_only_where_it_is_asked_for(
     )
     up = "model.layers.0.mlp.up_proj.scales"
     assert not torch.equal(plain.read(up), clipped.read(up))
-    with pytest.raises(ValueError, match="clipping needs the format awq"):
+    with pytest.raises(ValueError, match="clipping needs a format that AWQ calibrates"):
         quantize_checkpoint(tiny_model(), tmp_path / "x", format="gptq", clip=True, progress=False)
 
 

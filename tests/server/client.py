@@ -11,10 +11,10 @@ from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 
 from nybble.engine import Engine
+from nybble.loaders.templates import TemplateRenderer
 from nybble.server.app import make_app
-from nybble.server.gate import Gate
-from nybble.server.settings import ServerSettings
-from nybble.server.templates import TemplateRenderer
+from nybble.server.http.gate import Gate
+from nybble.server.lifecycle.settings import ServerSettings
 
 Client = TestClient[web.Request, web.Application]
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"

@@ -43,7 +43,7 @@ class ServerProcess:
 
     def log(self) -> str:
         """All it wrote, once it has ended."""
-        self.process.wait(20)
+        self.process.wait(60)
         self.reader.join()
         return "".join(self.lines)
 

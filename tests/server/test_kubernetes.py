@@ -14,7 +14,7 @@ from typer.core import TyperGroup
 
 from nybble.engine import Engine
 from nybble.server.cli.main import app
-from nybble.server.tenants import Tenants
+from nybble.server.tenancy.tenants import Tenants
 
 from .client import Client, run
 

@@ -69,7 +69,6 @@ def finetune(
         from nybble.engine import resolve_device
         from nybble.finetune import FinetuneSettings, LoraSettings, plot_losses
         from nybble.finetune import finetune as train
-        from nybble.finetune.lora import ALL_LINEAR
         from nybble.loaders import resolve_model
 
         lora = LoraSettings(
@@ -77,7 +76,7 @@ def finetune(
             alpha=alpha,
             dropout=dropout,
             use_rslora=rslora,
-            target_modules=ALL_LINEAR if target_modules is None else _names(target_modules),
+            target_modules=None if target_modules is None else _names(target_modules),
         )
         settings = FinetuneSettings(
             lora=lora,

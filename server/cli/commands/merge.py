@@ -13,6 +13,7 @@ from nybble.server.cli.options import (
     DeviceOption,
     ModelArgument,
     TargetArgument,
+    WrittenFormat,
     require_empty,
 )
 
@@ -24,7 +25,7 @@ def merge(
     ],
     target: TargetArgument,
     out: Annotated[
-        Literal["gptq", "awq", "nf4", "fp4", "bf16"] | None,
+        Literal[WrittenFormat, "bf16"] | None,
         typer.Option(help="Layout to write (default: the base's)."),
     ] = None,
     weights: Annotated[

@@ -16,15 +16,15 @@ from nybble.server.cli.options import (
     DtypeOption,
     HeadOption,
     KVCacheDtypeOption,
-    LogFormat,
     QuantizeOption,
     memory_option,
     model_option,
     parse_bytes,
 )
+from nybble.server.observability.logs import LogFormat
 
 if TYPE_CHECKING:
-    from nybble.server.tracing import Tracing
+    from nybble.server.observability.tracing import Tracing
 
 # Options by the panel that `--help` shows them in.
 _network = partial(typer.Option, rich_help_panel="Network")
@@ -204,13 +204,13 @@ def serve(
 
     nybble serve --model demo --api-key secret
     """
-    from nybble.server import logs
+    from nybble.server.observability import logs
 
     logs.configure(log_level, log_format)
     kv_cache_bytes = None if kv_cache_memory == "auto" else parse_bytes(kv_cache_memory)
     report = logs.error if log_format == "json" else on_stderr
     with expected_errors(report), interruptible():
-        from nybble.server.listen import bind
+        from nybble.server.http.listen import bind
 
         # Before the model is loaded: a taken port is found out at once.
         sock = bind(host, port)
@@ -218,16 +218,16 @@ def serve(
 
         from nybble.engine import AdapterConfig, EngineConfig, EngineFailedError, resolve_device
         from nybble.server.adapters.state import default_path
-        from nybble.server.cli.launch import ModelSource, launch
-        from nybble.server.cors import Cors
-        from nybble.server.fine_tuning.settings import (
-            FineTuningSettings,
+        from nybble.server.http.cors import Cors
+        from nybble.server.http.tls import tls_context
+        from nybble.server.lifecycle.launch import ModelSource, launch
+        from nybble.server.lifecycle.settings import ServerSettings
+        from nybble.server.tenancy.tenants import Tenants
+        from nybble.server.training.settings import (
+            TrainingSettings,
             default_state,
             default_threads,
         )
-        from nybble.server.settings import ServerSettings
-        from nybble.server.tenants import Tenants
-        from nybble.server.tls import tls_context
 
         if ssl_keyfile is not None and ssl_certfile is None:
             raise ValueError("--ssl-keyfile goes with --ssl-certfile")
@@ -253,7 +253,7 @@ def serve(
         )
         tuning = None
         if tunes:
-            tuning = FineTuningSettings(
+            tuning = TrainingSettings(
                 state=state_dir or default_state(),
                 device=engine_config.device,
                 max_rank=max_lora_rank,
@@ -276,7 +276,7 @@ def serve(
             cors=Cors(allowed_origins) if allowed_origins else None,
             console=not no_console,
             tracing=None if otlp_endpoint is None else _tracing(otlp_endpoint),
-            fine_tuning=tuning,
+            training=tuning,
         )
         source = ModelSource(model, aliases, quantize, head, merge_adapter, named_adapters)
         try:
@@ -301,7 +301,7 @@ def _named_adapters(options: list[str]) -> dict[str, str]:
 
 def _tracing(endpoint: str) -> Tracing:
     try:
-        from nybble.server.tracing import Tracing
+        from nybble.server.observability.tracing import Tracing
     except ImportError as error:
         raise ValueError(
             f"--otlp-endpoint needs OpenTelemetry ({error.name} is missing): "

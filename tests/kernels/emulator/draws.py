@@ -21,7 +21,7 @@ from nybble.kernels.packed import INTEGER_LEVELS, SYMMETRIC_LEVELS, pack_nibbles
 from nybble.kernels.reference import TokenChoice
 from nybble.kernels.triton import attention, dequantize, lora, matmul, rotary, sampling, tune
 from nybble.kernels.triton.configs import Config, default_config
-from nybble.quantizers.codebook import LEVELS
+from nybble.loaders.formats.codebook import LEVELS
 
 HALVES = (torch.float16, torch.bfloat16)
 HEAD_DIMS = (16, 48, 64, 64, 80, 80, 96, 96, 112, 128, 128, 256, 256, 256)

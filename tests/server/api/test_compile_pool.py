@@ -9,7 +9,7 @@ import pytest
 
 from nybble.engine import Engine
 from nybble.server.api.compile_pool import CompilePool
-from nybble.server.errors import ApiError
+from nybble.server.http.errors import ApiError
 
 from ..client import COMPLETIONS, Client, refused, run
 

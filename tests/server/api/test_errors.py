@@ -17,7 +17,7 @@ from nybble.server.api.prompts import Prompts
 from nybble.server.api.responses_schema import ResponsesRequest
 from nybble.server.api.schema import CompletionRequest
 from nybble.server.app import MAX_BODY_BYTES
-from nybble.server.errors import ApiError
+from nybble.server.http.errors import ApiError
 
 from ..client import CHAT, COMPLETIONS, HELLO, RESPONSES, Client, refused, run
 

@@ -18,7 +18,7 @@ from nybble.server.api.embeddings import EmbeddingRequest
 from nybble.server.api.parse import parse_body
 from nybble.server.api.responses_schema import ResponsesRequest
 from nybble.server.api.schema import Body, CompletionRequest
-from nybble.server.errors import ApiError
+from nybble.server.http.errors import ApiError
 
 README = Path(nybble.server.api.__path__[0]) / "README.md"
 SCHEMAS = Path(__file__).parent / "openai_schema" / "schemas.json"

@@ -30,7 +30,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
         calls.append(arguments)
         arguments[2].close()
 
-    monkeypatch.setattr("nybble.server.cli.launch.launch", launch)
+    monkeypatch.setattr("nybble.server.lifecycle.launch.launch", launch)
     return calls
 
 

@@ -13,9 +13,10 @@ import torch
 from typer.testing import CliRunner, Result
 
 from nybble.engine import Engine, EngineConfig
+from nybble.engine.memory import container_bytes
 from nybble.loaders import open_checkpoint
 from nybble.loaders.footprint import weight_bytes
-from nybble.server.cli.doctor import Finding, Plan, container_bytes, examine
+from nybble.server.cli.doctor import Finding, Plan, examine
 from nybble.server.cli.main import app
 
 CONFIG = EngineConfig(device="cpu", max_num_seqs=4, max_model_len=100)

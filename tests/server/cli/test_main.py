@@ -71,8 +71,8 @@ def test_a_target_with_content_is_refused_before_any_work(
     def begun(*_: object, **__: object) -> None:
         raise AssertionError("work has begun")
 
-    for module in ("commands.quantize.text_tokens", "merge_report.text_tokens"):
-        monkeypatch.setattr(f"nybble.server.cli.{module}", begun)
+    for module in ("quantizers.corpus", "server.cli.merge_report"):
+        monkeypatch.setattr(f"nybble.{module}.text_tokens", begun)
     adapter = ("adapter",) if arguments == ("merge",) else ()
     result = nybble(*arguments, tiny_model(), *adapter, tmp_path)
     assert (result.exit_code, result.stderr) == (1, f"error: {tmp_path} is not empty\n")

@@ -1,0 +1,106 @@
+"""Memory while a model loads: what it needs, what is free, and what would fit."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from nybble.engine import EngineConfig
+from nybble.engine.failure import is_out_of_memory
+from nybble.engine.runner import free_kv_bytes, kv_bytes_per_block
+from nybble.loaders import Checkpoint
+from nybble.loaders.footprint import weight_bytes
+from nybble.models import architecture_of
+
+
+@contextmanager
+def memory_explained(checkpoint: Checkpoint, config: EngineConfig) -> Iterator[None]:
+    """Raises ValueError for a KV cache that the host has no room for, and instead of an allocation
+    that fails.
+
+    The host's memory is looked at beforehand, because the kernel gives out more than there is and
+    later ends the process. Weights are mapped there, and so may be larger than what is free.
+    """
+    device = torch.device(config.device)
+    free = available_bytes(device)
+    kv = _kv_bytes(checkpoint, config)
+    if device.type == "cpu" and kv > free:
+        raise ValueError(
+            f"the KV cache of {gib(kv)} does not fit: {gib(free)} are free. "
+            f"{_would_fit(free, checkpoint, config)}"
+        )
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        weights = weight_bytes(checkpoint.folder, config.dtype)
+        raise ValueError(
+            f"the memory of {device} ran out while loading: the weights take {gib(weights)} and "
+            f"the KV cache {gib(kv)}, and {gib(free)} were free. "
+            f"{_would_fit(free - weights, checkpoint, config)}"
+        ) from error
+
+
+def _kv_bytes(checkpoint: Checkpoint, config: EngineConfig) -> int:
+    """As the engine takes it: no more than every sequence at full length could fill."""
+    architecture = architecture_of(checkpoint.config)
+    length = min(
+        config.max_model_len or architecture.default_max_model_len, architecture.max_model_len
+    )
+    most = config.max_num_seqs * -(-length // config.block_size)
+    nbytes = config.kv_cache_bytes or free_kv_bytes(torch.device(config.device))
+    return min(nbytes, most * kv_bytes_per_block(architecture, config))
+
+
+def _would_fit(room: int, checkpoint: Checkpoint, config: EngineConfig) -> str:
+    per_block = kv_bytes_per_block(architecture_of(checkpoint.config), config)
+    # A tenth of it is left to activations and whoever else there is.
+    blocks = int(0.9 * room) // per_block
+    if blocks < 1:
+        return (
+            "A model that takes less memory would fit: a smaller one, one in 4 bits "
+            "(--quantize nf4), or this one with fewer adapter slots (--max-loras)"
+        )
+    return (
+        f"a KV cache of {blocks * per_block >> 20} MiB (--kv-cache-memory) would fit, which holds "
+        f"{blocks * config.block_size:,} tokens"
+    )
+
+
+def available_bytes(device: torch.device) -> int:
+    """Memory a server may take: on a GPU less what is kept for activations, else of the host."""
+    if device.type == "cuda":
+        return free_kv_bytes(device)
+    return min(_host_bytes(), container_bytes())
+
+
+def _host_bytes() -> int:
+    info = Path("/proc/meminfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) << 10
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+
+
+def container_bytes(group: Path = Path("/sys/fs/cgroup")) -> int:
+    """What a container's limit (control groups, version 2) leaves; files' pages can be dropped."""
+    try:
+        limit = (group / "memory.max").read_text().strip()
+        used = int((group / "memory.current").read_text())
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return 1 << 62
+    if limit == "max":
+        return 1 << 62
+    return max(0, int(limit) - used + int(stat.get("inactive_file", 0)))
+
+
+def gib(nbytes: int) -> str:
+    """``7.40 GiB``, or ``12.3 MiB`` if it is less than one."""
+    return f"{nbytes / 2**20:,.1f} MiB" if nbytes < 2**30 else f"{nbytes / 2**30:,.2f} GiB"

@@ -1,0 +1,106 @@
+"""A checkpoint's weights by name, placed on the device as they arrive, and taken part by part."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from nybble.kernels import DenseWeight, PackedWeight
+from nybble.kernels.matmul import gated_layout, preferred_layout
+from nybble.models import Architecture, Linear, LinearGroup
+
+Weight = PackedWeight | DenseWeight
+
+
+class WeightStore:
+    """Consumes weights one at a time; each goes to the device in its back end's layout.
+
+    What is taken is checked against the architecture's sizes. Raises ValueError naming a weight
+    that is missing, of another shape, or that nobody took.
+    """
+
+    def __init__(
+        self,
+        weights: Iterable[tuple[str, PackedWeight | DenseWeight | Tensor]],
+        architecture: Architecture,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        layout = preferred_layout(device)
+        gated = {
+            architecture.module(index, layer.mlp.up.name)
+            for index, layer in enumerate(architecture.layers)
+            if layer.mlp.gated
+        }
+        self._weights: dict[str, PackedWeight | DenseWeight | Tensor] = {}
+        for name, weight in weights:
+            if isinstance(weight, PackedWeight):
+                to = gated_layout(weight, device) if name in gated else layout
+                self._weights[name] = weight.to(device).to_layout(to)
+            elif isinstance(weight, DenseWeight):
+                bias = None if weight.bias is None else weight.bias.to(device, dtype)
+                self._weights[name] = DenseWeight(weight.weight.to(device, dtype), bias)
+            else:
+                self._weights[name] = weight.to(device, dtype)
+
+    def tensor(self, name: str, *shape: int) -> Tensor:
+        """The tensor ``name``, which must have this shape."""
+        weight = self._weights.pop(name, None)
+        if weight is None:
+            raise ValueError(f"the checkpoint has no {name}")
+        if not isinstance(weight, Tensor):
+            raise ValueError(f"{name} is a linear layer's weight, expected a plain tensor")
+        _require_shape(name, tuple(weight.shape), shape)
+        return weight
+
+    def optional_linear(self, name: str, out: int, inputs: int) -> Weight | None:
+        """The linear layer ``name``; None if the checkpoint has none."""
+        weight = self._weights.pop(name, None)
+        if weight is None:
+            return None
+        if isinstance(weight, Tensor):
+            raise ValueError(f"{name} is a plain tensor, expected a linear layer's weight")
+        _require_shape(name, (weight.out_features, weight.in_features), (out, inputs))
+        return weight
+
+    def group(self, module: str, group: LinearGroup) -> tuple[Weight, ...]:
+        """The group's weights: one if they could be joined, else one for each linear layer.
+
+        module: what the names of the group are relative to, with a dot at its end.
+        """
+        whole = self.optional_linear(module + group.name, group.out, group.inputs)
+        if whole is not None:
+            needs_bias = any(linear.bias for linear in group.linears)
+            _require_bias(module + group.linears[0].name, whole, needs_bias)
+            return (whole,)
+        return tuple(self._linear(module, linear) for linear in group.linears)
+
+    def _linear(self, module: str, linear: Linear) -> Weight:
+        weight = self.optional_linear(module + linear.name, linear.out, linear.inputs)
+        if weight is None:
+            raise ValueError(f"the checkpoint has no {module}{linear.name}")
+        _require_bias(module + linear.name, weight, linear.bias)
+        return weight
+
+    def finish(self) -> None:
+        """Refuse weights nobody took: ignoring them would change the model."""
+        if self._weights:
+            names = sorted(self._weights)
+            raise ValueError(
+                f"the checkpoint has {len(names)} weights this architecture does not use, "
+                f"the first is {names[0]}"
+            )
+
+
+def _require_shape(name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    # The kernels go by config.json's sizes and would read beyond what is there.
+    if found != expected:
+        raise ValueError(f"{name} has shape {found}, expected {expected} by config.json")
+
+
+def _require_bias(name: str, weight: Weight, needed: bool) -> None:
+    # One that is not needed is computed: some GPTQ writers store zeros for every layer.
+    if needed and weight.bias is None:
+        raise ValueError(f"the checkpoint has no {name}.bias, which this architecture has")

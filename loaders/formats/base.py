@@ -1,0 +1,250 @@
+"""What a checkpoint format is: its settings, its reader, its writer and its size estimate."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from torch import Tensor
+
+from nybble.kernels import DenseWeight, PackedWeight
+from nybble.loaders.errors import CheckpointError
+from nybble.loaders.formats.affine import (
+    AffineSizes,
+    AffineWeight,
+    consecutive_groups,
+    packed_bytes,
+    words_for,
+)
+from nybble.loaders.formats.codebook import BLOCKSIZE, CodebookWeight, QuantType
+from nybble.loaders.formats.settings import Settings
+from nybble.loaders.shards import Shards, TensorHeader
+
+QuantizedWeight = AffineWeight | CodebookWeight
+Method = Literal["gptq", "awq"]
+
+
+class OptionError(ValueError):
+    """A format is not written with this option. option: the field of WriteOptions."""
+
+    def __init__(self, option: str, reason: str) -> None:
+        super().__init__(f"{option} {reason}")
+        self.option = option
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class WriteOptions:
+    """How to write a format. None stands for the format's default.
+
+    group_size: inputs which share a scale, −1 for all of them; of NF4 and FP4 the blocksize.
+    bits: of a code.
+    sym: a fixed zero in the middle of the codes.
+    desc_act: columns were quantized in the order of falling input power.
+    double_quant: absmax in 8 bits.
+    """
+
+    group_size: int | None = None
+    bits: int | None = None
+    sym: bool | None = None
+    desc_act: bool | None = None
+    double_quant: bool | None = None
+
+
+@dataclass(frozen=True)
+class Format(ABC):
+    """How one checkpoint is quantized.
+
+    settings: the complete ``quantization_config``, unknown fields too.
+
+    Of the class:
+
+    quant_method: as in ``quantization_config``.
+    own_file: a file that older tools write instead of ``quantization_config``.
+    writes: the names under which ``nybble quantize`` writes it; none if it can only be read.
+    options: the fields of WriteOptions which writing it takes.
+    method: how ``nybble quantize`` calibrates it; None if it needs no calibration.
+
+    Names of tensors below their module:
+
+    marks: any of them says that the module is quantized.
+    required: those which every quantized module has.
+    optional: those which it may have, beside its bias.
+    ignored: those below any module which are not needed, and why.
+    """
+
+    settings: Mapping[str, Any]
+
+    quant_method: ClassVar[str]
+    own_file: ClassVar[str | None] = None
+    writes: ClassVar[tuple[str, ...]] = ()
+    options: ClassVar[frozenset[str]] = frozenset()
+    method: ClassVar[Method | None] = None
+
+    marks: ClassVar[frozenset[str]]
+    required: ClassVar[frozenset[str]]
+    optional: ClassVar[frozenset[str]] = frozenset()
+    ignored: ClassVar[Mapping[str, str]] = MappingProxyType({})
+
+    @property
+    def name(self) -> str:
+        """As ``nybble inspect`` and error messages call it."""
+        return self.quant_method
+
+    @classmethod
+    @abstractmethod
+    def from_settings(cls, settings: Settings) -> Self:
+        """Raises CheckpointError naming the field that is not supported."""
+
+    def owns(self, leaves: Collection[str]) -> bool:
+        """Whether a module with these tensors is quantized."""
+        return not self.marks.isdisjoint(leaves)
+
+    @abstractmethod
+    def read(self, shards: Shards, module: str) -> PackedWeight | DenseWeight:
+        """A quantized module's weight. Raises CheckpointError naming the tensor."""
+
+    @abstractmethod
+    def loaded_bytes(self, module: str, leaves: Mapping[str, TensorHeader]) -> int:
+        """What a quantized module takes in memory, without levels and bias."""
+
+
+@dataclass(frozen=True)
+class WritableFormat(Format):
+    """A format that can be written too, module by module."""
+
+    @classmethod
+    def for_writing(cls, name: str, options: WriteOptions) -> Self:
+        """The format as ``nybble quantize`` writes it under one of its names, if it has any."""
+        raise NotImplementedError(f"{cls.quant_method} is written only if a base has it")
+
+    @property
+    def written(self) -> WriteOptions:
+        """The options by which another format would be written like this one."""
+        return WriteOptions()
+
+    @abstractmethod
+    def check_sizes(self, out: int, columns: int) -> None:
+        """Raises ValueError for a weight that the format cannot hold."""
+
+    @abstractmethod
+    def quantized(self, shards: Shards, module: str) -> QuantizedWeight:
+        """A quantized module as it is stored. Raises CheckpointError naming the tensor."""
+
+    @abstractmethod
+    def tensors(self, module: str, weight: Any) -> Mapping[str, Tensor]:
+        """A quantized module as it is stored, without its bias."""
+
+    @abstractmethod
+    def with_16_bits(self, modules: Sequence[str]) -> Self:
+        """The format with settings that say that these modules, too, are not quantized."""
+
+    def read(self, shards: Shards, module: str) -> PackedWeight | DenseWeight:
+        weight = self.quantized(shards, module)
+        try:
+            return weight.packed()
+        except ValueError as error:
+            raise CheckpointError(f"{shards.folder}: {module}: {error}") from error
+
+
+@dataclass(frozen=True)
+class AffineFormat(WritableFormat):
+    """A format of integer codes, scales and zeros.
+
+    bits: of a code. group_size: inputs which share a scale, −1 for all of them. sym: every zero is
+    in the middle of the codes. desc_act: groups are not in the order of the inputs.
+    """
+
+    bits: int = 4
+    group_size: int = 128
+    sym: bool = False
+    desc_act: bool = False
+
+    widths: ClassVar[tuple[int, ...]] = (4,)
+
+    @property
+    def least_zero(self) -> int:
+        """The smallest zero that every reader of the format understands."""
+        return 0
+
+    def for_module(self, module: str) -> Self:
+        """The settings of one module, if some differ."""
+        return self
+
+    def group_of(self, columns: int) -> int:
+        """Inputs which share a scale, of so many."""
+        return columns if self.group_size == -1 else self.group_size
+
+    @property
+    def written(self) -> WriteOptions:
+        return WriteOptions(group_size=self.group_size, sym=self.sym)
+
+    def check_sizes(self, out: int, columns: int) -> None:
+        size, word = self.group_of(columns), words_for(self.bits)
+        if columns % size or columns % word or out % word:
+            raise ValueError(
+                f"{out} outputs and {columns} inputs do not divide into groups of {size} "
+                f"inputs and words of {word}"
+            )
+
+    @abstractmethod
+    def quantized(self, shards: Shards, module: str) -> AffineWeight:
+        """A quantized module as it is stored. Raises CheckpointError naming the tensor."""
+
+    @abstractmethod
+    def sizes(self, leaves: Mapping[str, TensorHeader]) -> AffineSizes:
+        """Of a module, from its tensors' headers."""
+
+    def loaded_bytes(self, module: str, leaves: Mapping[str, TensorHeader]) -> int:
+        own = self.for_module(module)
+        return packed_bytes(own.sizes(leaves), own.bits, zeros=not own.sym, act_order=own.desc_act)
+
+
+@dataclass(frozen=True)
+class CodebookFormat(WritableFormat):
+    """A format of codes into a table of levels, in blocks with an absmax each.
+
+    blocksize: of weights that are quantized anew; those that are stored have their own.
+    """
+
+    quant_type: QuantType = field(kw_only=True)
+    double_quant: bool = False
+    blocksize: int = BLOCKSIZE
+
+
+def read_bias(shards: Shards, module: str, out: int) -> Tensor | None:
+    """The bias of a quantized module; None if it has none."""
+    name = module + ".bias"
+    return shards.read(name, (out,)) if name in shards else None
+
+
+def read_words(shards: Shards, name: str) -> Tensor:
+    """A matrix of int32 words. Raises CheckpointError."""
+    words = shards.read(name)
+    if words.dtype != torch.int32 or words.ndim != 2:
+        raise CheckpointError(
+            f"{shards.folder}: {name} is {words.dtype} {tuple(words.shape)}, expected an int32 "
+            "matrix"
+        )
+    return words
+
+
+def read_groups(shards: Shards, module: str, leaf: str, columns: int, group_size: int) -> Tensor:
+    """The group of every input, int64 ``(columns,)``; in order if there is no such tensor.
+
+    Raises CheckpointError if the tensor does not fill every group.
+    """
+    in_order, name = consecutive_groups(columns, group_size), f"{module}.{leaf}"
+    if name not in shards:
+        return in_order
+    given = shards.read(name, (columns,)).long()
+    if not torch.equal(given.sort().values, in_order):
+        raise CheckpointError(
+            f"{shards.folder}: {name} does not put {group_size} features into each of "
+            f"{int(in_order[-1]) + 1} groups"
+        )
+    return given

@@ -1,0 +1,35 @@
+"""What a decoder-only model is made of: one file a family, each an :class:`Architecture`.
+
+Everything else (decoder, loaders, adapters, quantizers, fine-tuning, memory estimates) asks the
+architecture and knows no family.
+"""
+
+from nybble.models.architecture import (
+    Architecture,
+    Attention,
+    Fold,
+    Layer,
+    Linear,
+    LinearGroup,
+    Mlp,
+    Norm,
+    Rope,
+    UnsupportedModelError,
+)
+from nybble.models.registry import architecture_of, require_family, supported_families
+
+__all__ = [
+    "Architecture",
+    "Attention",
+    "Fold",
+    "Layer",
+    "Linear",
+    "LinearGroup",
+    "Mlp",
+    "Norm",
+    "Rope",
+    "UnsupportedModelError",
+    "architecture_of",
+    "require_family",
+    "supported_families",
+]

@@ -1,0 +1,320 @@
+"""The parts of a decoder-only transformer, as data.
+
+Module names are those of transformers' models, which checkpoints and adapters use too. Names of a
+layer's modules are relative to the layer (``self_attn.q_proj``); :meth:`Architecture.module` makes
+them absolute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+from nybble.kernels.activation import Activation
+
+
+class UnsupportedModelError(ValueError):
+    """The model's family, or a setting in its config.json, is not supported."""
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A normalization of hidden states.
+
+    kind: ``rms`` is RMSNorm, ``layer`` is LayerNorm.
+    offset: added to the stored weight (Gemma stores ``weight − 1``).
+    bias: whether a bias is stored beside the weight.
+    """
+
+    eps: float
+    kind: Literal["rms", "layer"] = "rms"
+    offset: float = 0.0
+    bias: bool = False
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary position embedding of a layer.
+
+    rotary_dim: leading entries of a head that are rotated; the others pass through.
+    parameters: transformers' ``rope_parameters`` for this layer: ``rope_type``, ``rope_theta``, and
+        what the type needs.
+    max_position_embeddings: the length that config.json names.
+    includes_scaling: whether that length is what scaling reaches, not what it starts from. Only
+        asked if ``parameters`` do not name the original length.
+    interleaved: whether entries ``2i`` and ``2i + 1`` form a pair, not ``i`` and
+        ``i + rotary_dim / 2``.
+    """
+
+    rotary_dim: int
+    parameters: Mapping[str, Any]
+    max_position_embeddings: int
+    interleaved: bool = False
+    includes_scaling: bool = False
+
+    @property
+    def original_length(self) -> int:
+        """Tokens that the model was trained on before its frequencies were scaled."""
+        original = self.parameters.get("original_max_position_embeddings")
+        return int(original or self.max_position_embeddings)
+
+    @property
+    def longest_exact(self) -> int:
+        """The longest sequence for which one table of frequencies is what transformers computes.
+
+        ``dynamic`` and ``longrope`` change their frequencies once a sequence passes the original
+        length. ``yarn`` and ``linear`` have one table, which serves up to original · factor.
+        """
+        kind = self.parameters["rope_type"]
+        if kind in ("dynamic", "longrope"):
+            return self.original_length
+        if kind in ("yarn", "linear") and not self.includes_scaling:
+            scaled = int(self.original_length * float(self.parameters["factor"]))
+            return max(self.max_position_embeddings, scaled)
+        return self.max_position_embeddings
+
+    @property
+    def longest(self) -> int:
+        """The longest sequence that can be asked for.
+
+        A ``longrope`` model serves more than its original length with its long factors, which are
+        then used for every position (transformers uses them once a sequence passes that length).
+        """
+        if self.parameters["rope_type"] == "longrope":
+            return self.max_position_embeddings
+        return self.longest_exact
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear layer as checkpoints name it: ``out × inputs``.
+
+    bias: whether the family has a bias here, which a checkpoint must then hold.
+    """
+
+    name: str
+    out: int
+    inputs: int
+    bias: bool = False
+
+    @property
+    def leaf(self) -> str:
+        """The last part of its name, which adapters and quantizers select it by."""
+        return self.name.rpartition(".")[2]
+
+
+@dataclass(frozen=True)
+class Fold:
+    """The operation that produces a group's inputs, of which each can be scaled there (AWQ).
+
+    module: a norm, or a linear layer of which rows ``start`` to ``stop`` produce the inputs.
+    shared: how many inputs one row produces: as many query heads read the same values.
+    run: inputs ``i`` to ``i + run`` come of as many rows, and the next ``run`` of the same rows if
+        they are shared: the size of a head.
+    """
+
+    module: str
+    start: int = 0
+    stop: int = 0
+    shared: int = 1
+    run: int = 1
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether ``module`` is a linear layer, not a norm."""
+        return self.stop > 0
+
+
+@dataclass(frozen=True)
+class LinearGroup:
+    """Linear layers that read the same input: one matmul if their weights allow it.
+
+    name: of the weight that holds them all.
+    fold: None if what produces the input is not linear in each of its outputs.
+    """
+
+    name: str
+    linears: tuple[Linear, ...]
+    fold: Fold | None = None
+
+    @property
+    def out(self) -> int:
+        return sum(linear.out for linear in self.linears)
+
+    @property
+    def inputs(self) -> int:
+        return self.linears[0].inputs
+
+    @property
+    def module(self) -> str:
+        """The module that holds the group: attention or MLP."""
+        return self.name.rpartition(".")[0]
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Causal grouped-query attention.
+
+    window: tokens one sees, itself included; 0 for all before it.
+    rope: None for a layer without positions.
+    scale: what scores are multiplied by.
+    qk_norm: of queries and keys: ``head`` norms every head by itself, ``each`` too with weights of
+        its own, ``all`` norms all heads together. Biases are not added.
+    q_norm, k_norm: the modules that hold their weights.
+    softcap: scores become ``softcap · tanh(score / softcap)``.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    qkv: LinearGroup
+    output: LinearGroup
+    scale: float
+    rope: Rope | None
+    window: int = 0
+    qk_norm: Literal["head", "each", "all"] | None = None
+    q_norm: str = "self_attn.q_norm"
+    k_norm: str = "self_attn.k_norm"
+    softcap: float | None = None
+
+    def norm_shape(self, heads: int) -> tuple[int, ...]:
+        """Of the weight of queries' or keys' norm, for as many heads."""
+        shapes = {
+            "head": (self.head_dim,),
+            "each": (heads, self.head_dim),
+            "all": (heads * self.head_dim,),
+        }
+        return shapes[self.qk_norm] if self.qk_norm is not None else ()
+
+
+@dataclass(frozen=True)
+class Mlp:
+    """A feed-forward block: ``down(activation(gate) · up)``, or ``down(activation(up))``.
+
+    up: gate and up in one group, gate first, if ``gated``.
+    """
+
+    up: LinearGroup
+    down: LinearGroup
+    activation: Activation = "silu"
+    gated: bool = True
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A decoder layer: attention, then an MLP, each added to the residual stream.
+
+    pre_attention, pre_mlp: norms of what each reads; None if it reads the residual as it is.
+    post_attention, post_mlp: norms of what each adds to the residual; None for none.
+    parallel: whether attention and MLP both read ``pre_attention``'s output.
+    """
+
+    attention: Attention
+    mlp: Mlp
+    pre_attention: str | None = "input_layernorm"
+    post_attention: str | None = None
+    pre_mlp: str | None = "post_attention_layernorm"
+    post_mlp: str | None = None
+    parallel: bool = False
+
+    @cached_property
+    def groups(self) -> tuple[LinearGroup, ...]:
+        """The layer's linear layers in the order in which they are computed."""
+        return (self.attention.qkv, self.attention.output, self.mlp.up, self.mlp.down)
+
+    @property
+    def linears(self) -> Iterator[Linear]:
+        for group in self.groups:
+            yield from group.linears
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A decoder-only model.
+
+    family: transformers' ``model_type``.
+    norm: what all norms of hidden states are; query and key norms too.
+    embedding_multiplier: of the embeddings.
+    residual_multiplier: of what attention and MLP add to the residual stream.
+    logits_multiplier: of the logits.
+    logits_softcap: logits become ``softcap · tanh(logits / softcap)``.
+    tied: whether the output layer is the embedding matrix.
+    """
+
+    family: str
+    vocab: int
+    hidden: int
+    layers: tuple[Layer, ...]
+    norm: Norm
+    max_position_embeddings: int
+    tied: bool
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    logits_multiplier: float = 1.0
+    logits_softcap: float | None = None
+    embedding: str = "model.embed_tokens"
+    final_norm: str = "model.norm"
+    head: str = "lm_head"
+
+    @staticmethod
+    def module(layer: int, name: str) -> str:
+        """The absolute name of a layer's module."""
+        return f"model.layers.{layer}.{name}"
+
+    @cached_property
+    def ropes(self) -> tuple[Rope, ...]:
+        """The different rotary embeddings of the model's layers."""
+        found: list[Rope] = []
+        for layer in self.layers:
+            rope = layer.attention.rope
+            if rope is not None and rope not in found:
+                found.append(rope)
+        return tuple(found)
+
+    @cached_property
+    def default_max_model_len(self) -> int:
+        """The longest sequence that is exactly what transformers computes."""
+        return min((r.longest_exact for r in self.ropes), default=self.max_position_embeddings)
+
+    @cached_property
+    def max_model_len(self) -> int:
+        """The longest sequence that can be asked for; see :attr:`Rope.longest`."""
+        return min((rope.longest for rope in self.ropes), default=self.max_position_embeddings)
+
+    @cached_property
+    def windows(self) -> tuple[int, ...]:
+        """For each layer, how many tokens one sees, itself included; 0 for all before it."""
+        return tuple(layer.attention.window for layer in self.layers)
+
+    @property
+    def window(self) -> int:
+        """Tokens that one sees in any layer, itself included; 0 if a layer sees all."""
+        return max(self.windows) if all(self.windows) else 0
+
+    @cached_property
+    def linears(self) -> Mapping[str, Linear]:
+        """The linear layers of all decoder layers, by their absolute names."""
+        return {
+            self.module(index, linear.name): linear
+            for index, layer in enumerate(self.layers)
+            for linear in layer.linears
+        }
+
+    @cached_property
+    def linear_leaves(self) -> tuple[str, ...]:
+        """The last parts of the linear layers' names, in the order of computation."""
+        return tuple(dict.fromkeys(linear.leaf for linear in self.linears.values()))
+
+    @cached_property
+    def fused(self) -> Mapping[str, tuple[str, tuple[str, ...]]]:
+        """For a linear layer of a group of several: the group's name, and its members' names."""
+        found = {}
+        for index, layer in enumerate(self.layers):
+            for group in layer.groups:
+                members = tuple(self.module(index, linear.name) for linear in group.linears)
+                if len(members) > 1:
+                    name = self.module(index, group.name)
+                    found.update(dict.fromkeys(members, (name, members)))
+        return found

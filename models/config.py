@@ -1,0 +1,102 @@
+"""Reading a transformers config: sizes are checked, unsupported settings refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from nybble.kernels.activation import Activation
+from nybble.models.architecture import Rope, UnsupportedModelError
+
+_ACTIVATIONS: dict[str, Activation] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "relu2": "relu2",
+}
+
+
+def size(config: PretrainedConfig, name: str) -> int:
+    """The setting ``name``, a whole number of at least 1."""
+    value = getattr(config, name)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise UnsupportedModelError(f"{name} is {value!r}, expected 1 or more")
+    return value
+
+
+def head_sizes(config: PretrainedConfig) -> tuple[int, int, int]:
+    """(query heads, key/value heads, head_dim)."""
+    heads, kv_heads = size(config, "num_attention_heads"), size(config, "num_key_value_heads")
+    if heads % kv_heads:
+        raise UnsupportedModelError(
+            f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"
+        )
+    head_dim = getattr(config, "head_dim", None)
+    if head_dim is None:
+        return heads, kv_heads, size(config, "hidden_size") // heads
+    return heads, kv_heads, size(config, "head_dim")
+
+
+def activation(config: PretrainedConfig, name: str = "hidden_act") -> Activation:
+    """The activation that the setting ``name`` calls for."""
+    value = getattr(config, name)
+    if value not in _ACTIVATIONS:
+        raise UnsupportedModelError(
+            f"{name} is {value!r}; supported are {', '.join(sorted(_ACTIVATIONS))}"
+        )
+    return _ACTIVATIONS[value]
+
+
+def refuse(config: PretrainedConfig, **neutral: object) -> None:
+    """Refuse settings that have another value than the one this family computes; None is unset."""
+    for name, value in neutral.items():
+        found = getattr(config, name, value)
+        if found is not None and found != value:
+            raise UnsupportedModelError(
+                f"{name} is {found!r}, which is not supported for {config.model_type}; "
+                f"expected {value!r}"
+            )
+
+
+def windows(config: PretrainedConfig) -> tuple[int, ...]:
+    """Each layer's window by ``layer_types`` and ``sliding_window``; 0 for layers that see all."""
+    layers = size(config, "num_hidden_layers")
+    window = int(getattr(config, "sliding_window", None) or 0)
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * layers
+    for kind in kinds:
+        if kind not in ("sliding_attention", "full_attention"):
+            raise UnsupportedModelError(
+                f"layer_types has {kind!r}; supported are sliding_attention and full_attention"
+            )
+    if len(kinds) != layers:
+        raise UnsupportedModelError(
+            f"layer_types has {len(kinds)} entries, but num_hidden_layers is {layers}"
+        )
+    return tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
+
+
+def rope(
+    config: PretrainedConfig,
+    head_dim: int,
+    *,
+    layer_type: str | None = None,
+    interleaved: bool = False,
+    includes_scaling: bool = False,
+) -> Rope:
+    """The rotary embedding of the layers of ``layer_type``, or of all layers."""
+    parameters: Mapping[str, Any] = config.rope_parameters
+    if layer_type is not None:
+        parameters = parameters[layer_type]
+    parameters = dict(parameters)
+    factor = parameters.pop("partial_rotary_factor", None) or 1.0
+    return Rope(
+        rotary_dim=int(head_dim * factor),
+        parameters=parameters,
+        max_position_embeddings=size(config, "max_position_embeddings"),
+        interleaved=interleaved,
+        includes_scaling=includes_scaling,
+    )

@@ -1,0 +1,51 @@
+"""From a config to an :class:`Architecture`, by the family that ``model_type`` names."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+from transformers import PretrainedConfig
+
+from nybble.models.architecture import Architecture, UnsupportedModelError
+
+Describe = Callable[[PretrainedConfig], Architecture]
+# Modules of this package that describe no family.
+_SHARED = ("architecture", "config", "parts", "registry")
+
+
+@cache
+def _families() -> dict[str, Describe]:
+    """Every module's ``FAMILIES``, which maps a model_type to the function that describes it."""
+    families: dict[str, Describe] = {}
+    for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
+        if module.name not in _SHARED:
+            found = importlib.import_module(f"nybble.models.{module.name}")
+            families.update(found.FAMILIES)
+    return families
+
+
+def supported_families() -> list[str]:
+    """The model types that can be loaded, in alphabetical order."""
+    return sorted(_families())
+
+
+def architecture_of(config: PretrainedConfig) -> Architecture:
+    """What a model with this config is made of.
+
+    Raises UnsupportedModelError naming the family or setting that is not supported.
+    """
+    require_family(config.model_type)
+    return _families()[config.model_type](config)
+
+
+def require_family(model_type: object) -> None:
+    """Raises UnsupportedModelError for a family that is not known, which names those that are."""
+    if not isinstance(model_type, str) or model_type not in _families():
+        raise UnsupportedModelError(
+            f"model_type {model_type!r} is not supported; "
+            f"supported are {', '.join(supported_families())}"
+        )

@@ -1,0 +1,36 @@
+"""transformers' model of a config, without memory for its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from nybble.models import architecture_of
+
+
+class _EmptyOnMeta(TorchFunctionMode):
+    """Uninitialized tensors take no memory; computed ones (rotary frequencies, scales) do."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.empty and kwargs.get("device") is None:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
+def model_skeleton(config: PretrainedConfig) -> PreTrainedModel:
+    """The causal language model of ``config``: linear layers and embeddings on the meta device."""
+    layers = architecture_of(config).layers
+    # transformers' fused attention leaves the soft cap of scores out.
+    capped = any(layer.attention.softcap is not None for layer in layers)
+    with _EmptyOnMeta():
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            config, attn_implementation="eager" if capped else None
+        )
+    return model

@@ -1,0 +1,1 @@
+"""The HTTP surface below any route: sockets, TLS, CORS, error bodies, forms."""

@@ -1,0 +1,146 @@
+"""Every failure as OpenAI's clients expect it: ``{"error": {message, type, param, code}}``."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import sqlite3
+from typing import Any
+
+from aiohttp import web
+from pydantic_core import to_json
+
+from nybble.engine import (
+    AdapterError,
+    AdapterUnavailableError,
+    ContextLengthError,
+    EngineFailedError,
+    EngineOverloadedError,
+    EngineStoppedError,
+    GuideError,
+    NotANumberError,
+    OutOfMemoryError,
+    ParameterError,
+)
+from nybble.server.observability.logs import Event
+
+logger = logging.getLogger(__name__)
+
+_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    429: "rate_limit_error",
+}
+_RETRY_AFTER_STOPPED = 10
+_RETRY_AFTER_BUSY = 5
+_MAX_MESSAGE = 500
+# The last is what a limit on the size of files gives, of the process or of the file system.
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_MAX_PARAM = 100
+
+
+class ApiError(Exception):
+    """A response other than the one asked for.
+
+    param: the request's parameter at fault. code: a stable name for programs. retry_after: seconds.
+    allow: the methods that are allowed, of a 405.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: int | None = None,
+        allow: str | None = None,
+    ) -> None:
+        # One line of bounded length, whatever of the request it quotes.
+        message = " ".join(message.split())[:_MAX_MESSAGE]
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.param = None if param is None else param[:_MAX_PARAM]
+        self.code = code
+        self.retry_after = retry_after
+        self.allow = allow
+
+    @property
+    def cause(self) -> str:
+        """What metrics count it as: one of few."""
+        return self.code or f"http_{self.status}"
+
+    def body(self) -> dict[str, Any]:
+        fallback = "server_error" if self.status >= 500 else "invalid_request_error"
+        return {
+            "error": {
+                "message": self.message,
+                "type": _TYPES.get(self.status, fallback),
+                "param": self.param,
+                "code": self.code,
+            }
+        }
+
+    def response(self) -> web.Response:
+        headers = {}
+        if self.retry_after is not None:
+            headers["Retry-After"] = str(self.retry_after)
+        if self.allow is not None:
+            headers["Allow"] = self.allow
+        if self.status == 401:
+            headers["WWW-Authenticate"] = "Bearer"
+        return web.Response(
+            status=self.status,
+            body=to_json(self.body()),
+            content_type="application/json",
+            headers=headers,
+        )
+
+
+def as_api_error(error: Exception, request_id: str) -> ApiError:
+    """What a client is told about ``error``; what nobody foresaw is logged and told as 500."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, ContextLengthError):
+        return ApiError(400, str(error), param=error.parameter, code="context_length_exceeded")
+    if isinstance(error, ParameterError):
+        return ApiError(400, str(error), param=error.parameter, code="invalid_value")
+    if isinstance(error, GuideError):
+        return ApiError(500, str(error), code="guide_failed")
+    if isinstance(error, NotANumberError):
+        return ApiError(500, str(error), code="not_a_number")
+    if isinstance(error, AdapterError):
+        return ApiError(400, str(error), param="lora_path", code="invalid_adapter")
+    if isinstance(error, AdapterUnavailableError):
+        return ApiError(503, str(error), code="adapter_unavailable")
+    if isinstance(error, EngineOverloadedError):
+        return ApiError(429, str(error), code="overloaded", retry_after=_RETRY_AFTER_BUSY)
+    if isinstance(error, OutOfMemoryError):
+        return ApiError(503, str(error), code="out_of_memory", retry_after=_RETRY_AFTER_BUSY)
+    if isinstance(error, EngineFailedError):
+        return ApiError(500, str(error), code="engine_failed")
+    if isinstance(error, EngineStoppedError):
+        return ApiError(
+            503, str(error), code="engine_unavailable", retry_after=_RETRY_AFTER_STOPPED
+        )
+    if isinstance(error, web.HTTPRequestEntityTooLarge):
+        return ApiError(413, "the request body is too large", code="request_too_large")
+    if isinstance(error, web.HTTPMethodNotAllowed):
+        allowed = ", ".join(sorted(error.allowed_methods))
+        return ApiError(405, f"{error.method} is not allowed here, only {allowed}", allow=allowed)
+    if isinstance(error, web.HTTPNotFound):
+        return ApiError(404, "there is nothing at this path", code="not_found")
+    if isinstance(error, web.HTTPException):
+        return ApiError(error.status, error.reason)
+    if _is_full_disk(error):
+        logger.error(Event(f"the disk is full: {error}", {"request_id": request_id}))
+        return ApiError(507, "the server's disk is full", code="disk_full")
+    logger.error(Event("a request failed", {"request_id": request_id}), exc_info=error)
+    return ApiError(500, "internal error: the server's log has the details", code="internal_error")
+
+
+def _is_full_disk(error: Exception) -> bool:
+    if isinstance(error, sqlite3.Error):
+        return getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
+    return isinstance(error, OSError) and error.errno in _DISK_FULL

@@ -1,0 +1,50 @@
+"""Lets requests in until the server shuts down, and knows when the last one has left."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from nybble.server.http.errors import ApiError
+
+_RETRY_AFTER_SECONDS = 10
+
+
+class Gate:
+    """Counts the requests being answered; once closed it lets no more in."""
+
+    def __init__(self) -> None:
+        self.closed = False
+        self._inside = 0
+        self._empty = asyncio.Event()
+        self._empty.set()
+
+    @contextmanager
+    def passed(self) -> Iterator[None]:
+        """Raises ApiError 503 once closed."""
+        if self.closed:
+            raise ApiError(
+                503,
+                "the server is shutting down",
+                code="shutting_down",
+                retry_after=_RETRY_AFTER_SECONDS,
+            )
+        self._inside += 1
+        self._empty.clear()
+        try:
+            yield
+        finally:
+            self._inside -= 1
+            if not self._inside:
+                self._empty.set()
+
+    async def close(self, timeout: float) -> int:
+        """Wait up to ``timeout`` seconds for those inside; returns how many still are."""
+        self.closed = True
+        try:
+            async with asyncio.timeout(timeout):
+                await self._empty.wait()
+        except TimeoutError:
+            pass
+        return self._inside

@@ -1,0 +1,98 @@
+"""Runs an engine behind HTTP until a signal ends it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+from collections.abc import Callable
+
+from aiohttp import web
+
+from nybble.engine import Engine, EngineFailedError
+from nybble.loaders.templates import TemplateRenderer
+from nybble.server.adapters.watch import AdapterWatch
+from nybble.server.app import make_app
+from nybble.server.http.gate import Gate
+from nybble.server.http.listen import BACKLOG
+from nybble.server.lifecycle.settings import ServerSettings
+
+logger = logging.getLogger(__name__)
+
+# Without a request, or with one whose headers do not end.
+_KEEPALIVE_SECONDS = 75
+# For responses whose last bytes are on the way when everything has been computed.
+_FLUSH_SECONDS = 5
+
+
+async def serve(
+    engine: Engine,
+    sock: socket.socket,
+    settings: ServerSettings,
+    *,
+    ready: Callable[[], None] = lambda: None,
+) -> None:
+    """Serve a started engine until SIGINT or SIGTERM, then let requests in flight finish.
+
+    While they do, new ones get 503. Those not finished in time end with an error. A second signal
+    ends the process at once. ``ready`` is called when requests are taken. SIGHUP has the tenants
+    read again.
+
+    Raises EngineFailedError once every client is told, where the engine has failed for good.
+    """
+    gate = Gate()
+    templates = TemplateRenderer()
+    app = make_app(engine, settings, gate, templates)
+    templates.start()
+    # Cancelling handlers of clients that have gone is what cancels their sequences.
+    runner = web.AppRunner(
+        app,
+        handler_cancellation=True,
+        access_log=None,
+        keepalive_timeout=_KEEPALIVE_SECONDS,
+        shutdown_timeout=_FLUSH_SECONDS,
+    )
+    await runner.setup()
+    stopping = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    engine.when_dead(lambda: _tell(loop, stopping))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, _on_signal, stopping, number)
+    if settings.tenants is not None:
+        loop.add_signal_handler(signal.SIGHUP, settings.tenants.reload)
+    watch = None
+    if settings.adapter_watch is not None:
+        adapters = AdapterWatch(engine, settings.adapter_watch, settings.models)
+        watch = asyncio.create_task(adapters.run())
+    try:
+        await web.SockSite(runner, sock, backlog=BACKLOG, ssl_context=settings.tls).start()
+        ready()
+        await stopping.wait()
+        timeout = settings.shutdown_timeout if engine.failure is None else _FLUSH_SECONDS
+        logger.info("shutting down: finishing requests for at most %g s", timeout)
+        left = await gate.close(timeout)
+        if left:
+            logger.warning("%d requests did not finish in time and end with an error", left)
+    finally:
+        if watch is not None:
+            watch.cancel()
+        # First the engine, so that what is still streaming is told; then the connections.
+        await asyncio.to_thread(engine.stop)
+        await runner.cleanup()
+        templates.close()
+        if settings.tracing is not None:
+            await asyncio.to_thread(settings.tracing.close)
+    if engine.failure is not None:
+        raise EngineFailedError(f"the engine has failed: {engine.failure}")
+
+
+def _tell(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:
+    loop.call_soon_threadsafe(event.set)
+
+
+def _on_signal(stopping: asyncio.Event, number: int) -> None:
+    if stopping.is_set():
+        os._exit(128 + number)
+    stopping.set()

@@ -1,0 +1,153 @@
+"""While the model loads: the port answers at once, and says how far it is."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import time
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, suppress
+from ssl import SSLContext
+from typing import Any, Literal, TypeVar
+
+from aiohttp import web
+from pydantic_core import to_json
+from tqdm import tqdm
+
+from nybble.server.http.errors import ApiError
+from nybble.server.http.listen import BACKLOG
+from nybble.server.observability.logs import Event
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+Status = Literal["loading", "warming"]
+
+_RETRY_AFTER_SECONDS = 10
+_LOG_SECONDS = 10
+
+
+class Startup:
+    """How far the start is. Reported by the thread that loads, read by the event loop.
+
+    status: ``loading`` while the model is read and packed, ``warming`` while kernels are tuned and
+    compiled.
+    """
+
+    def __init__(self, *, bars: bool) -> None:
+        """bars: show progress as bars on stderr, else as log lines now and then."""
+        self.status: Status = "loading"
+        self._bars = bars
+        self._bar: tqdm[Any] | None = None
+        self._since = self._logged = time.monotonic()
+        self._stage: tuple[str, int, int | None] | None = None
+
+    def report(self, what: str, done: int, total: int | None) -> None:
+        """Take note (see :data:`nybble.kernels.progress.Report`)."""
+        began = self._stage is None or self._stage[0] != what
+        self._stage = (what, done, total)
+        with suppress(OSError):  # where stderr leads to a disk that is full
+            self._show(began, what, done, total)
+
+    def _show(self, began: bool, what: str, done: int, total: int | None) -> None:
+        if self._bars:
+            if self._bar is None or began:
+                self.close()
+                # Where nobody knows how much there is to do, counting it tells nothing.
+                shown = "{desc} …" if total is None else None
+                self._bar = tqdm(desc=what, total=total, bar_format=shown)
+            self._bar.update(done - self._bar.n)
+        elif began or time.monotonic() - self._logged > _LOG_SECONDS:
+            self._logged = time.monotonic()
+            fields = {"status": self.status, "done": done, "total": total}
+            logger.info(Event(what[0].lower() + what[1:], fields))
+
+    def close(self) -> None:
+        """End the last bar."""
+        if self._bar is not None:
+            self._bar.close()
+
+    def body(self) -> dict[str, Any]:
+        """What ``/health`` says: status, seconds since the start, and the stage with its progress.
+
+        total is null where nobody knows it.
+        """
+        body: dict[str, Any] = {
+            "status": self.status,
+            "seconds": round(time.monotonic() - self._since, 1),
+        }
+        if self._stage is not None:
+            body |= dict(zip(("stage", "done", "total"), self._stage, strict=True))
+        return body
+
+
+@asynccontextmanager
+async def load_behind(
+    sock: socket.socket, tls: SSLContext | None, startup: Startup, load: Callable[[], T]
+) -> AsyncIterator[T]:
+    """Run ``load`` in a thread, and meanwhile answer on ``sock`` that the server is starting.
+
+    The context's value is what ``load`` returns. ``sock`` listens all the time, so that who comes
+    between this server and the next waits for it. Who came before is still answered here, while the
+    context lasts. SIGINT and SIGTERM end the process. Raises what ``load`` raises.
+    """
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, _leave, number)
+    runner = web.AppRunner(
+        _app(startup), access_log=None, keepalive_timeout=_RETRY_AFTER_SECONDS, shutdown_timeout=1
+    )
+    await runner.setup()
+    try:
+        listener = sock.dup()
+        site = web.SockSite(runner, listener, backlog=BACKLOG, ssl_context=tls)
+        await site.start()
+        try:
+            # A thread of its own: those that libraries add to it end with it.
+            with ThreadPoolExecutor(1, thread_name_prefix="nybble-load") as pool:
+                loaded = await loop.run_in_executor(pool, load)
+        finally:
+            startup.close()
+        # Closing the site would drop a connection that is accepted and not yet set up.
+        loop.remove_reader(listener)
+        await asyncio.sleep(0)
+        await site.stop()
+        yield loaded
+    finally:
+        await runner.cleanup()
+
+
+def _app(startup: Startup) -> web.Application:
+    headers = {"Retry-After": str(_RETRY_AFTER_SECONDS)}
+
+    async def health(_: web.Request) -> web.Response:
+        body = to_json(startup.body())
+        return web.Response(status=503, body=body, content_type="application/json", headers=headers)
+
+    async def anything(request: web.Request) -> web.Response:
+        error = ApiError(
+            503,
+            f"the server is starting ({startup.status}): /health says how far it is",
+            code="starting",
+            retry_after=_RETRY_AFTER_SECONDS,
+        )
+        return error.response()
+
+    async def close(_: web.Request, response: web.StreamResponse) -> None:
+        response.force_close()  # the next request is for the server that comes after this one
+
+    app = web.Application()
+    app.router.add_get("/health", health)
+    app.router.add_route("*", "/{path:.*}", anything)
+    app.on_response_prepare.append(close)
+    return app
+
+
+def _leave(number: int) -> None:
+    logger.info("interrupted while starting")
+    # What is half packed is found and removed by the next start, as after a kill.
+    os._exit(128 + number)

@@ -1,0 +1,1 @@
+"""What an operator sees: logs, metrics, traces, a record of each request."""

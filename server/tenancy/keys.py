@@ -1,0 +1,52 @@
+"""Bearer keys, kept as hashes and compared in constant time."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections.abc import Iterable
+
+from aiohttp import web
+
+from nybble.server.http.errors import ApiError
+
+
+class Keys:
+    """A set of keys, any of which opens."""
+
+    def __init__(self, keys: Iterable[str], *, kind: str) -> None:
+        """kind: what the error calls them, such as ``API key``."""
+        # Hashes of equal length, all compared: the time taken tells nothing about any key.
+        self._digests = [_digest(key) for key in keys]
+        self._kind = kind
+
+    def __bool__(self) -> bool:
+        return bool(self._digests)
+
+    def require(self, request: web.Request) -> None:
+        """Raises ApiError 401 for a request that carries none of them."""
+        key = bearer(request)
+        if key is None or not self.hold(key):
+            raise self.refusal()
+
+    def hold(self, key: str) -> bool:
+        found = _digest(key)
+        return any([hmac.compare_digest(found, digest) for digest in self._digests])  # noqa: C419
+
+    def refusal(self) -> ApiError:
+        return ApiError(
+            401,
+            f"a valid {self._kind} is required: Authorization: Bearer KEY",
+            code="invalid_api_key",
+        )
+
+
+def _digest(key: str) -> bytes:
+    # Bytes that are not UTF-8 come as surrogates, from headers and from command lines.
+    return hashlib.sha256(key.encode(errors="surrogateescape")).digest()
+
+
+def bearer(request: web.Request) -> str | None:
+    """The key a request carries."""
+    scheme, _, key = request.headers.get("Authorization", "").partition(" ")
+    return key.strip() if scheme.lower() == "bearer" else None

@@ -1,0 +1,116 @@
+"""Rates and concurrency per tenant, and the headers that tell clients about them.
+
+A rate is a token bucket: it holds one minute's worth and fills steadily. What a request generates
+is known only afterwards, so tokens are taken as they are served and the bucket may go below
+nothing; the tenant then waits until it is paid back. (Libraries for rate limits refuse what goes
+beyond, and so cannot count it.)
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from nybble.server.http.errors import ApiError
+from nybble.server.tenancy.tenants import Tenant
+
+Clock = Callable[[], float]
+
+
+class Bucket:
+    """Holds ``per_minute`` at most and fills at that rate."""
+
+    def __init__(self, per_minute: int, clock: Clock) -> None:
+        self.per_minute = per_minute
+        self._clock = clock
+        self._level = float(per_minute)
+        self._then = clock()
+
+    @property
+    def level(self) -> float:
+        """What can be taken now; below 0 what is owed."""
+        now = self._clock()
+        self._level += (now - self._then) * self.per_minute / 60
+        self._level, self._then = min(self._level, float(self.per_minute)), now
+        return self._level
+
+    def take(self, amount: int) -> None:
+        self._level = self.level - amount
+
+    def seconds_until(self, amount: float) -> float:
+        """Until so much can be taken, or the bucket is full."""
+        missing = min(amount, self.per_minute) - self.level
+        return max(0.0, missing * 60 / self.per_minute)
+
+
+class Limiter:
+    """The state of every tenant's limits; it outlives a reload of the file."""
+
+    def __init__(self, clock: Clock = time.monotonic) -> None:
+        self._clock = clock
+        self._buckets: dict[tuple[str, str], Bucket] = {}
+        self._running: Counter[str] = Counter()
+
+    @contextmanager
+    def admit(self, tenant: Tenant, prompt_tokens: int) -> Iterator[None]:
+        """Count a request while it runs. Raises ApiError 429, and then counts nothing."""
+        if (
+            tenant.max_concurrency is not None
+            and self._running[tenant.name] >= tenant.max_concurrency
+        ):
+            raise _refused(f"{tenant.max_concurrency} concurrent requests", 1)
+        requests, tokens = self._rates(tenant)
+        for bucket, amount, kind in ((requests, 1, "requests"), (tokens, prompt_tokens, "tokens")):
+            if bucket is not None and (wait := bucket.seconds_until(amount)) > 0:
+                raise _refused(f"{bucket.per_minute} {kind} per minute", wait)
+        if requests is not None:
+            requests.take(1)
+        self.spend(tenant, prompt_tokens)
+        self._running[tenant.name] += 1
+        try:
+            yield
+        finally:
+            self._running[tenant.name] -= 1
+
+    def spend(self, tenant: Tenant, tokens: int) -> None:
+        """Count tokens served."""
+        bucket = self._rates(tenant)[1]
+        if bucket is not None:
+            bucket.take(tokens)
+
+    def headers(self, tenant: Tenant) -> dict[str, str]:
+        """OpenAI's ``x-ratelimit-*`` for the limits the tenant has."""
+        headers = {}
+        for kind, bucket in zip(("requests", "tokens"), self._rates(tenant), strict=True):
+            if bucket is not None:
+                headers[f"x-ratelimit-limit-{kind}"] = str(bucket.per_minute)
+                headers[f"x-ratelimit-remaining-{kind}"] = str(max(0, math.floor(bucket.level)))
+                wait = bucket.seconds_until(bucket.per_minute)
+                headers[f"x-ratelimit-reset-{kind}"] = f"{wait:.3f}s"
+        return headers
+
+    def _rates(self, tenant: Tenant) -> tuple[Bucket | None, Bucket | None]:
+        return (
+            self._bucket(tenant.name, "requests", tenant.requests_per_minute),
+            self._bucket(tenant.name, "tokens", tenant.tokens_per_minute),
+        )
+
+    def _bucket(self, name: str, kind: str, per_minute: int | None) -> Bucket | None:
+        if per_minute is None:
+            return None
+        bucket = self._buckets.get((name, kind))
+        if bucket is None or bucket.per_minute != per_minute:  # the file has a new limit
+            bucket = self._buckets[name, kind] = Bucket(per_minute, self._clock)
+        return bucket
+
+
+def _refused(limit: str, seconds: float) -> ApiError:
+    return ApiError(
+        429,
+        f"the limit of {limit} is reached: try again in {math.ceil(seconds)} s",
+        code="rate_limit_exceeded",
+        retry_after=math.ceil(seconds),
+    )

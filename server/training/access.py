@@ -1,0 +1,51 @@
+"""Who may upload and train, and whose things a request sees.
+
+A tenant may where its entry says ``fine_tuning = true``, and sees its own. Without a tenant, a
+request is the operator's and sees everything; where there are admin keys it must carry one.
+"""
+
+from __future__ import annotations
+
+from aiohttp import web
+
+from nybble.server.http.errors import ApiError
+from nybble.server.tenancy.keys import Keys
+from nybble.server.tenancy.tenants import TENANT, Tenant
+
+OPERATOR = ""  # owns what was made without a tenant
+
+
+def needs_right(request: web.Request) -> bool:
+    """Whether the request is for what :class:`Access` guards."""
+    return (
+        request.path == "/v1/files"
+        or request.path.startswith(("/v1/files/", "/v1/fine_tuning/"))
+        or request.method == "DELETE"
+    )
+
+
+class Access:
+    def __init__(self, admin_keys: Keys) -> None:
+        self._admin_keys = admin_keys
+
+    def tenant(self, request: web.Request) -> Tenant | None:
+        """Raises ApiError 401 or 403."""
+        tenant = request.get(TENANT)
+        if tenant is None and self._admin_keys:
+            self._admin_keys.require(request)
+        if tenant is not None and not tenant.fine_tuning:
+            raise ApiError(
+                403,
+                f"tenant {tenant.name!r} may not fine-tune: its entry needs fine_tuning = true",
+                code="fine_tuning_not_allowed",
+            )
+        return tenant
+
+
+def owner_of(tenant: Tenant | None) -> str:
+    return OPERATOR if tenant is None else tenant.name
+
+
+def visible_to(tenant: Tenant | None) -> str | None:
+    """The owner that a tenant sees the things of; None for every owner."""
+    return None if tenant is None else tenant.name
