@@ -6,13 +6,22 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from nybble.loaders import CheckpointError
-from nybble.loaders.formats import Settings, format_of, writing_format, written_formats
+from nybble.loaders.formats import (
+    FORMATS,
+    AffineFormat,
+    Format,
+    Settings,
+    format_of,
+    writing_format,
+    written_formats,
+)
 from nybble.loaders.formats.awq import Awq
 from nybble.loaders.formats.gptq import Gptq
 from nybble.server.cli.options import WrittenFormat
@@ -138,3 +147,50 @@ def test_every_command_refuses_what_is_unknown_by_name(
     assert result.exit_code == 1
     assert message in " ".join(re.sub("│", " ", result.output + result.stderr).split())
     assert not target.exists()
+
+
+STRANGE: list[Any] = [
+    *(None, True, -1, 0, 3, 2**70, 0.5, float("inf"), float("nan")),
+    *(
+        "",
+        "x",
+        "nan",
+        "1e400",
+        "(",
+        [],
+        [None],
+        [[]],
+        {},
+        {"": 1},
+        {"(": {}},
+        {"a": {"weights": 1}},
+    ),
+    {"a": {"weights": {"num_bits": []}, "targets": [1]}},
+    {"a": {"weights": {"type": "int"}, "targets": ["re:("]}},
+]
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=lambda format: format.__name__)
+def test_strange_values_bring_no_other_error(format: type[Format]) -> None:
+    """Whatever a config.json holds, the error is one that callers expect."""
+    common = {"quant_method": format.quant_method, "load_in_4bit": True}
+    groups = {"g": {"targets": ["Linear"], "weights": {"num_bits": 4, "type": "int"}}}
+    for field in (
+        *("bits", "w_bit", "group_size", "sym", "desc_act", "dynamic", "checkpoint_format"),
+        *(
+            "version",
+            "zero_point",
+            "bnb_4bit_quant_type",
+            "config_groups",
+            "format",
+            "extra_config",
+        ),
+        *("packing_format", "act_bits", "weight_block_size", "fmt", "quant_config", "load_in_4bit"),
+        *("sparsity_config", "transform_config", "pack_dtype"),
+    ):
+        for value in STRANGE:
+            given = {**common, "config_groups": groups, field: value}
+            with suppress(CheckpointError):
+                found = format.from_settings(Settings(given, "config.json"))
+                if isinstance(found, AffineFormat):
+                    found.for_module("model.layers.0.mlp.up_proj")

@@ -98,7 +98,11 @@ def test_a_merged_16_bit_model_equals_peft_s(
 
 @pytest.mark.parametrize(
     ("format", "variant"),
-    [*((format, "") for format in FORMATS), ("gptq", "desc_act"), ("gptq", "sym")],
+    [
+        *((format, "") for format in (*FORMATS, "compressed-tensors")),
+        ("gptq", "desc_act"),
+        *((format, "sym") for format in ("gptq", "compressed-tensors")),
+    ],
 )
 def test_a_4_bit_base_keeps_its_format_and_the_layers_without_an_adapter(
     tiny_model: Callable[..., Path],
