@@ -215,7 +215,7 @@ def test_tokens_can_be_kept_out_or_forced(engine: Engine) -> None:
         nothing = {"allowed_token_ids": [5], "stop_token_ids": [5], "min_tokens": 2}
         error = await refused(client, COMPLETIONS, {**body, **nothing})
         assert error["code"] == "nothing_allowed"
-        for name in ("allowed_token_ids", "logprob_token_ids"):
+        for name in ("allowed_token_ids", "logprob_token_ids", "stop_token_ids"):
             error = await refused(client, COMPLETIONS, {**body, "logprobs": 1, name: [10**6]})
             assert error["param"] == name
 
@@ -419,12 +419,12 @@ def test_reasoning_effort_is_said_in_the_templates_own_words(engine: Engine) -> 
         await posted(client, CHAT, {**body, "reasoning_effort": "none", "max_tokens": 1})
 
     async def known(client: Client) -> None:
-        for effort, text in (("low", "low True"), ("none", "none False")):
+        for effort, text in (("low", "'low', True"), ("none", "'none', False")):
             found = await posted(client, "/tokenize", body | {"reasoning_effort": effort})
-            assert engine.tokenizer.decode(found["tokens"]) == text
+            assert engine.tokenizer.decode(found["tokens"]) == f"('hello', {text})"
 
     run(engine, unknown)
-    engine.tokenizer.chat_template = "{{ reasoning_effort }} {{ enable_thinking }}"
+    engine.tokenizer.chat_template = "{{ messages[0].content, reasoning_effort, enable_thinking }}"
     run(engine, known)
 
 
@@ -435,10 +435,12 @@ def test_tokenize_shows_tools_and_the_tokens_spelling(engine: Engine) -> None:
         found = await tokenized(client, "the dog", return_token_strs=True)
         assert found["token_strs"] == engine.tokenizer.convert_ids_to_tokens(found["tokens"])
         assert (await tokenized(client, "the dog"))["token_strs"] is None
-        engine.tokenizer.chat_template = "{{ tools[0].function.name }} {{ add_generation_prompt }}"
+        engine.tokenizer.chat_template = (
+            "{{ messages[0].content, tools[0].function.name, add_generation_prompt }}"
+        )
         body = {"messages": HELLO, "tools": [tool], "add_generation_prompt": False}
         found = await posted(client, "/tokenize", body)
-        assert engine.tokenizer.decode(found["tokens"]) == "look_up False"
+        assert engine.tokenizer.decode(found["tokens"]) == "('hello', 'look_up', False)"
 
     run(engine, scenario)
 
