@@ -6,8 +6,11 @@ import json
 import logging
 import re
 import zlib
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import httpx2 as httpx
 import pytest
 
 from nybble.engine import Engine, GrammarCompiler, ParameterError, StructuralTag
@@ -21,6 +24,7 @@ from nybble.server.api.schema import CompletionRequest
 from nybble.server.http.errors import ApiError
 
 from ..client import CHAT, COMPLETIONS, HELLO, RESPONSES, Client, refused, run
+from ..conftest import running_server
 
 PLAIN: dict[type[Body], dict[str, Any]] = {
     ChatRequest: {"model": "tiny", "messages": HELLO},
@@ -533,3 +537,19 @@ def test_a_server_may_be_told_to_leave_out_unknown_fields_of_small_and_large_bod
 
     run(engine, closed)
     run(engine, open_, unknown_fields="ignore")
+
+
+def test_the_command_takes_both_options(tiny_model: Callable[..., Path]) -> None:
+    body = {
+        "model": "tiny",
+        "messages": HELLO,
+        "max_tokens": 1,
+        "chat_template": "{{ messages[0].content }}",
+        "provider": {"order": ["x"]},
+    }
+    options = ("--unknown-fields", "warn", "--trust-request-chat-template")
+    with running_server(tiny_model(), *options) as server:
+        for _ in range(2):
+            assert httpx.post(server.url + CHAT, json=body).status_code == 200
+        server.terminate()
+        assert server.log().count("left out: provider") == 1
