@@ -409,6 +409,12 @@ def test_a_template_is_taken_from_a_request_only_where_the_server_allows_it(
     async def trusting(client: Client) -> None:
         found = await posted(client, "/tokenize", body)
         assert engine.tokenizer.decode(found["tokens"]) == "hello!?"
+        engine.tokenizer.chat_template = template  # which knows of no tools
+        tools = [{"type": "function", "function": {"name": "f"}}]
+        asked = {"messages": HELLO, "tools": tools, "max_tokens": 1}
+        assert (await refused(client, CHAT, {"model": "tiny", **asked}))["param"] == "tools"
+        own = template + "{{ tools }}<tool_call>"
+        await posted(client, CHAT, asked | {"chat_template": own})
 
     run(engine, closed)
     run(engine, trusting, trust_chat_templates=True)
