@@ -306,7 +306,7 @@ class Engine:
         if not prompt:
             raise ParameterError("prompt", "the prompt is empty")
         require_known_tokens("prompt", prompt, self.vocab_size)
-        for name in ("logit_bias", "allowed_token_ids", "logprob_token_ids"):
+        for name in ("logit_bias", "allowed_token_ids", "logprob_token_ids", "stop_token_ids"):
             require_known_tokens(name, getattr(params, name) or (), self.vocab_size)
         least = 1 if params.max_tokens is None else params.max_tokens
         room = self.max_model_len - len(prompt)
@@ -346,7 +346,9 @@ class Engine:
         encoded = self.tokenizer.backend_tokenizer.encode_batch_fast(
             texts, add_special_tokens=False
         )
-        return tuple({tuple(each.ids): None for each in encoded if each.ids})
+        words = {tuple(each.ids): None for each in encoded if each.ids}
+        # A tokenizer may know more tokens than the model can say.
+        return tuple(word for word in words if max(word) < self.vocab_size)
 
 
 def _require_numbers(output: RequestOutput) -> None:

@@ -125,7 +125,9 @@ class GrammarCompiler:
         with self._lock:
             if self._tokenizer is None:  # takes seconds, so only if somebody asks
                 self._tokenizer = LLTokenizer(
-                    self._backend.to_str(), n_vocab=self._vocab, eos_token=self._eos_token_ids
+                    self._backend.to_str(),
+                    n_vocab=self._vocab,
+                    eos_token=self._eos_token_ids or None,
                 )
         matcher = LLMatcher(self._tokenizer, grammar, log_level=0)
         if matcher.is_error():

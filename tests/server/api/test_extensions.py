@@ -6,8 +6,11 @@ import json
 import logging
 import re
 import zlib
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import httpx2 as httpx
 import pytest
 
 from nybble.engine import Engine, GrammarCompiler, ParameterError, StructuralTag
@@ -21,6 +24,7 @@ from nybble.server.api.schema import CompletionRequest
 from nybble.server.http.errors import ApiError
 
 from ..client import CHAT, COMPLETIONS, HELLO, RESPONSES, Client, refused, run
+from ..conftest import running_server
 
 PLAIN: dict[type[Body], dict[str, Any]] = {
     ChatRequest: {"model": "tiny", "messages": HELLO},
@@ -215,7 +219,7 @@ def test_tokens_can_be_kept_out_or_forced(engine: Engine) -> None:
         nothing = {"allowed_token_ids": [5], "stop_token_ids": [5], "min_tokens": 2}
         error = await refused(client, COMPLETIONS, {**body, **nothing})
         assert error["code"] == "nothing_allowed"
-        for name in ("allowed_token_ids", "logprob_token_ids"):
+        for name in ("allowed_token_ids", "logprob_token_ids", "stop_token_ids"):
             error = await refused(client, COMPLETIONS, {**body, "logprobs": 1, name: [10**6]})
             assert error["param"] == name
 
@@ -405,6 +409,12 @@ def test_a_template_is_taken_from_a_request_only_where_the_server_allows_it(
     async def trusting(client: Client) -> None:
         found = await posted(client, "/tokenize", body)
         assert engine.tokenizer.decode(found["tokens"]) == "hello!?"
+        engine.tokenizer.chat_template = template  # which knows of no tools
+        tools = [{"type": "function", "function": {"name": "f"}}]
+        asked = {"messages": HELLO, "tools": tools, "max_tokens": 1}
+        assert (await refused(client, CHAT, {"model": "tiny", **asked}))["param"] == "tools"
+        own = template + "{{ tools }}<tool_call>"
+        await posted(client, CHAT, asked | {"chat_template": own})
 
     run(engine, closed)
     run(engine, trusting, trust_chat_templates=True)
@@ -419,12 +429,12 @@ def test_reasoning_effort_is_said_in_the_templates_own_words(engine: Engine) -> 
         await posted(client, CHAT, {**body, "reasoning_effort": "none", "max_tokens": 1})
 
     async def known(client: Client) -> None:
-        for effort, text in (("low", "low True"), ("none", "none False")):
+        for effort, text in (("low", "'low', True"), ("none", "'none', False")):
             found = await posted(client, "/tokenize", body | {"reasoning_effort": effort})
-            assert engine.tokenizer.decode(found["tokens"]) == text
+            assert engine.tokenizer.decode(found["tokens"]) == f"('hello', {text})"
 
     run(engine, unknown)
-    engine.tokenizer.chat_template = "{{ reasoning_effort }} {{ enable_thinking }}"
+    engine.tokenizer.chat_template = "{{ messages[0].content, reasoning_effort, enable_thinking }}"
     run(engine, known)
 
 
@@ -435,10 +445,12 @@ def test_tokenize_shows_tools_and_the_tokens_spelling(engine: Engine) -> None:
         found = await tokenized(client, "the dog", return_token_strs=True)
         assert found["token_strs"] == engine.tokenizer.convert_ids_to_tokens(found["tokens"])
         assert (await tokenized(client, "the dog"))["token_strs"] is None
-        engine.tokenizer.chat_template = "{{ tools[0].function.name }} {{ add_generation_prompt }}"
+        engine.tokenizer.chat_template = (
+            "{{ messages[0].content, tools[0].function.name, add_generation_prompt }}"
+        )
         body = {"messages": HELLO, "tools": [tool], "add_generation_prompt": False}
         found = await posted(client, "/tokenize", body)
-        assert engine.tokenizer.decode(found["tokens"]) == "look_up False"
+        assert engine.tokenizer.decode(found["tokens"]) == "('hello', 'look_up', False)"
 
     run(engine, scenario)
 
@@ -531,3 +543,19 @@ def test_a_server_may_be_told_to_leave_out_unknown_fields_of_small_and_large_bod
 
     run(engine, closed)
     run(engine, open_, unknown_fields="ignore")
+
+
+def test_the_command_takes_both_options(tiny_model: Callable[..., Path]) -> None:
+    body = {
+        "model": "tiny",
+        "messages": HELLO,
+        "max_tokens": 1,
+        "chat_template": "{{ messages[0].content }}",
+        "provider": {"order": ["x"]},
+    }
+    options = ("--unknown-fields", "warn", "--trust-request-chat-template")
+    with running_server(tiny_model(), *options) as server:
+        for _ in range(2):
+            assert httpx.post(server.url + CHAT, json=body).status_code == 200
+        server.terminate()
+        assert server.log().count("left out: provider") == 1
