@@ -24,6 +24,7 @@ from nybble.engine.request import (
     require_known_tokens,
 )
 from nybble.engine.stats import EngineStats
+from nybble.engine.vocabulary import Vocabulary
 from nybble.loaders import AdapterError
 
 __all__ = [
@@ -51,6 +52,7 @@ __all__ = [
     "RequestOutput",
     "SamplingParams",
     "TokenLogprob",
+    "Vocabulary",
     "require_known_tokens",
     "resolve_device",
 ]

@@ -47,6 +47,7 @@ from nybble.engine.scheduler import Scheduler
 from nybble.engine.sequence import Sequence
 from nybble.engine.stats import EngineStats
 from nybble.engine.streams import Stream
+from nybble.engine.vocabulary import Vocabulary
 from nybble.kernels.progress import Progress, track
 from nybble.models import architecture_of
 
@@ -79,13 +80,14 @@ class Engine:
         pooling: Pooling | None = "last",
     ) -> None:
         self.tokenizer = tokenizer
+        self._vocabulary = Vocabulary(tokenizer.backend_tokenizer)
         self.model_type = model_type
         self.pooling = pooling
         self.max_model_len = max_model_len
         self.sampling_defaults = sampling_defaults
         self.eos_token_ids = eos_token_ids
         self._runner = runner
-        self._thread = EngineThread(runner, new_scheduler, eos_token_ids, config)
+        self._thread = EngineThread(runner, new_scheduler, config)
         self._adapters = self._thread.adapters
         self.max_num_seqs = config.max_num_seqs
         self._config = config
@@ -313,6 +315,16 @@ class Engine:
             )
         return room if params.max_tokens is None else params.max_tokens
 
+    def stop_token_ids(self, params: SamplingParams) -> frozenset[int]:
+        """The tokens that end a sequence with these parameters.
+
+        A stop string that is the name of a special token stands for that token, which has no text
+        to be found in.
+        """
+        eos = frozenset() if params.ignore_eos else self.eos_token_ids
+        named = (self._vocabulary.special_id(stop) for stop in params.stop)
+        return eos.union(params.stop_token_ids, (token for token in named if token is not None))
+
     def _new_sequence(self, request: Request) -> Sequence:
         prompt, params = request.prompt_token_ids, request.params
         if request.pooling is not None:
@@ -320,8 +332,9 @@ class Engine:
         return Sequence(
             request,
             max_tokens=self.check(prompt, params),
-            detokenizer=Detokenizer(self.tokenizer.backend_tokenizer, prompt, params.stop),
+            detokenizer=Detokenizer(self._vocabulary, prompt, params.stop),
             sampler=SequenceSampler(params, prompt),
+            stop_token_ids=self.stop_token_ids(params),
         )
 
 

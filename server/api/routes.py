@@ -239,7 +239,8 @@ class Api:
     def _logprobs(self, params: SamplingParams) -> Logprobs | None:
         if params.logprobs is None and params.prompt_logprobs is None:
             return None
-        return Logprobs(self._tokens, self._engine.eos_token_ids | set(params.stop_token_ids))
+        ends = self._engine.eos_token_ids | self._engine.stop_token_ids(params)
+        return Logprobs(self._tokens, ends)
 
     def _adapter_of(self, request: web.Request, model: str, field: str | None) -> str | None:
         return self._names.adapter(model, field, request.headers, request.get(TENANT))
