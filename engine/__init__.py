@@ -3,7 +3,7 @@
 from nybble.engine.adapters import AdapterInfo
 from nybble.engine.config import AdapterConfig, EngineConfig, resolve_device
 from nybble.engine.engine import Engine
-from nybble.engine.guide import GrammarCompiler, GrammarGuide
+from nybble.engine.guide import GrammarCompiler, GrammarGuide, StructuralTag
 from nybble.engine.request import (
     AdapterUnavailableError,
     ContextLengthError,
@@ -13,6 +13,8 @@ from nybble.engine.request import (
     Guide,
     GuideError,
     NotANumberError,
+    NothingAllowedError,
+    NoTokenError,
     OutOfMemoryError,
     ParameterError,
     Pooling,
@@ -43,7 +45,9 @@ __all__ = [
     "GrammarGuide",
     "Guide",
     "GuideError",
+    "NoTokenError",
     "NotANumberError",
+    "NothingAllowedError",
     "OutOfMemoryError",
     "ParameterError",
     "Pooling",
@@ -51,6 +55,7 @@ __all__ = [
     "Request",
     "RequestOutput",
     "SamplingParams",
+    "StructuralTag",
     "TokenLogprob",
     "Vocabulary",
     "require_known_tokens",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 from collections.abc import Sequence as SequenceOf
 
+from nybble.engine.request import SamplingParams
 from nybble.engine.vocabulary import Vocabulary
 
 _REPLACEMENT = "\ufffd"
@@ -25,28 +26,37 @@ class Detokenizer:
     """
 
     def __init__(
-        self, vocabulary: Vocabulary, prompt_token_ids: SequenceOf[int], stop: tuple[str, ...]
+        self, vocabulary: Vocabulary, prompt_token_ids: SequenceOf[int], params: SamplingParams
     ) -> None:
         self._vocabulary = vocabulary
+        self._skip_special_tokens = params.skip_special_tokens
+        # Special tokens in a row stand as they are spelt, if the decoder may put no space between.
+        self._spell = not (params.skip_special_tokens or params.spaces_between_special_tokens)
         self._bytes = codecs.getincrementaldecoder("utf-8")("replace")
         # What it decides of the next token is whether a space comes before its text.
-        self._before = next((t for t in reversed(prompt_token_ids) if vocabulary.has_text(t)), None)
+        self._before = next((t for t in reversed(prompt_token_ids) if self._has_text(t)), None)
         self._bytes.decode(self._last_bytes(prompt_token_ids))
         # A character which the prompt left incomplete is U+FFFD in the prompt's own text.
         self._replaced_in_prompt = bool(self._bytes.getstate()[0])
-        self._stop = stop
+        self._stop = params.stop
+        self._include_stop = params.include_stop_str_in_output
+        self._unchecked = params.min_tokens  # tokens before stop strings are looked for
         self._held = ""
         self.stopped = False
 
     def add(self, token_id: int) -> str:
         """The text that is certain after one more token. Sets ``stopped`` at a stop string."""
         text = self._held + self._step(token_id)
-        found = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
+        if self._unchecked:
+            self._unchecked -= 1
+            return text
+        found = [(at, len(stop)) for stop in self._stop if (at := text.find(stop)) >= 0]
         if found:
             self.stopped = True
             self._held = ""
             self._bytes.reset()
-            return text[: min(found)]
+            at, length = min(found)
+            return text[: at + length if self._include_stop else at]
         keep = self._unsettled(text)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
@@ -56,15 +66,22 @@ class Detokenizer:
         text, self._held = self._held + self._decode(b"", final=True), ""
         return text
 
+    def _has_text(self, token_id: int) -> bool:
+        special = self._skip_special_tokens and token_id in self._vocabulary.special
+        return not special and self._vocabulary.is_known(token_id)
+
     def _step(self, token_id: int) -> str:
         """The whole characters that a token adds."""
-        if not self._vocabulary.has_text(token_id):
+        if not self._has_text(token_id):
             return ""
         before, self._before = self._before, token_id
         data = self._vocabulary.bytes_of(token_id)
         if data is not None:
             return self._decode(data)
-        return self._decode(b"", final=True) + self._vocabulary.text_after(before, token_id)
+        text = self._vocabulary.text_after(before, token_id)
+        if self._spell and {before, token_id} <= self._vocabulary.added:
+            text = self._vocabulary.spelling(token_id).decode()
+        return self._decode(b"", final=True) + text
 
     def _decode(self, data: bytes, *, final: bool = False) -> str:
         text = self._bytes.decode(data, final)
@@ -77,7 +94,7 @@ class Detokenizer:
         """The bytes at a prompt's end, as many as can belong to a character not complete."""
         last = b""
         for token_id in reversed(prompt_token_ids):
-            if not self._vocabulary.has_text(token_id):
+            if not self._has_text(token_id):
                 continue
             data = self._vocabulary.bytes_of(token_id)
             if data is None or len(last) >= _MAX_INCOMPLETE:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from nybble.engine.adapter_slots import AdapterSlots
 from nybble.engine.adapters import AdapterInfo, AdapterRegistry
@@ -49,6 +49,7 @@ from nybble.engine.stats import EngineStats
 from nybble.engine.streams import Stream
 from nybble.engine.vocabulary import Vocabulary
 from nybble.kernels.progress import Progress, track
+from nybble.loaders.tokenizer import load_tokenizer
 from nybble.models import architecture_of
 
 if TYPE_CHECKING:
@@ -133,6 +134,7 @@ class Engine:
             )
         if config.kv_cache_bytes is not None:
             kv_blocks(config.kv_cache_bytes, architecture, config)
+        tokenizer = load_tokenizer(checkpoint.folder)
         weights = track(checkpoint.weights(), "Loading weights", progress, unit="tensors")
         decoder = Decoder(
             architecture,
@@ -140,10 +142,8 @@ class Engine:
             device=device,
             dtype=config.dtype,
             max_model_len=max_model_len,
+            num_tokens=Vocabulary(tokenizer.backend_tokenizer).size,
         )
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, local_files_only=True)
-        if not tokenizer.is_fast:
-            raise ValueError(f"{checkpoint.folder} has no tokenizer.json: streaming needs one")
         adapters = None
         if config.adapters is not None:
             adapters = AdapterSlots(
@@ -174,7 +174,7 @@ class Engine:
             runner=ModelRunner(decoder, config, num_blocks, adapters),
             new_scheduler=new_scheduler,
             tokenizer=tokenizer,
-            eos_token_ids=eos_token_ids(settings, checkpoint.config, tokenizer),
+            eos_token_ids=eos_token_ids(settings, checkpoint.config, tokenizer, architecture.vocab),
             sampling_defaults=sampling_defaults(settings),
             config=config,
             max_model_len=max_model_len,
@@ -198,6 +198,11 @@ class Engine:
     def vocab_size(self) -> int:
         """Rows of the logits; a tokenizer may know fewer tokens."""
         return self._runner.decoder.architecture.vocab
+
+    @property
+    def adapter_targets(self) -> tuple[str, ...]:
+        """Names of the linear layers that an adapter can change, as ``target_modules`` has them."""
+        return self._runner.decoder.architecture.linear_leaves
 
     @property
     def hidden_size(self) -> int:
@@ -304,38 +309,53 @@ class Engine:
         if not prompt:
             raise ParameterError("prompt", "the prompt is empty")
         require_known_tokens("prompt", prompt, self.vocab_size)
-        require_known_tokens("logit_bias", params.logit_bias, self.vocab_size)
+        for name in ("logit_bias", "allowed_token_ids", "logprob_token_ids", "stop_token_ids"):
+            require_known_tokens(name, getattr(params, name) or (), self.vocab_size)
         least = 1 if params.max_tokens is None else params.max_tokens
         room = self.max_model_len - len(prompt)
         if least > room:
             raise ContextLengthError(
                 "prompt" if room <= 0 else "max_tokens",
                 f"the prompt has {len(prompt)} tokens and asks for {least} more at least, but "
-                f"together they are limited to {self.max_model_len}",
+                f"together they are limited to {self.max_model_len}"
+                if least
+                else f"the prompt has {len(prompt)} tokens, but it is limited to "
+                f"{self.max_model_len}",
             )
         return room if params.max_tokens is None else params.max_tokens
-
-    def stop_token_ids(self, params: SamplingParams) -> frozenset[int]:
-        """The tokens that end a sequence with these parameters.
-
-        A stop string that is the name of a special token stands for that token, which has no text
-        to be found in.
-        """
-        eos = frozenset() if params.ignore_eos else self.eos_token_ids
-        named = (self._vocabulary.special_id(stop) for stop in params.stop)
-        return eos.union(params.stop_token_ids, (token for token in named if token is not None))
 
     def _new_sequence(self, request: Request) -> Sequence:
         prompt, params = request.prompt_token_ids, request.params
         if request.pooling is not None:
             params = replace(params, max_tokens=0)
+        ends = self.end_tokens(params)
         return Sequence(
             request,
             max_tokens=self.check(prompt, params),
-            detokenizer=Detokenizer(self._vocabulary, prompt, params.stop),
-            sampler=SequenceSampler(params, prompt),
-            stop_token_ids=self.stop_token_ids(params),
+            detokenizer=Detokenizer(self._vocabulary, prompt, params),
+            sampler=SequenceSampler(params, prompt, ends=ends, bad_words=self._bad_words(params)),
+            stop_token_ids=ends,
         )
+
+    def end_tokens(self, params: SamplingParams) -> frozenset[int]:
+        """The tokens that end a sequence with these parameters.
+
+        A stop string that is the name of a special token stands for that token, which has no text
+        to be found in.
+        """
+        eos = frozenset[int]() if params.ignore_eos else self.eos_token_ids
+        named = (self._vocabulary.special_id(stop) for stop in params.stop)
+        return eos.union(params.stop_token_ids, (token for token in named if token is not None))
+
+    def _bad_words(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
+        """The tokens of each bad word, alone and after a space."""
+        texts = [text for word in params.bad_words for text in (word.lstrip(), " " + word.lstrip())]
+        encoded = self.tokenizer.backend_tokenizer.encode_batch_fast(
+            texts, add_special_tokens=False
+        )
+        words = {tuple(each.ids): None for each in encoded if each.ids}
+        # A tokenizer may know more tokens than the model can say.
+        return tuple(word for word in words if max(word) < self.vocab_size)
 
 
 def _require_numbers(output: RequestOutput) -> None:

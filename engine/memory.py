@@ -67,7 +67,7 @@ def _would_fit(room: int, checkpoint: Checkpoint, config: EngineConfig) -> str:
             "(--quantize nf4), or this one with fewer adapter slots (--max-loras)"
         )
     return (
-        f"--kv-cache-memory {blocks * per_block >> 20}MiB would fit, which holds "
+        f"a KV cache of {blocks * per_block >> 20} MiB (--kv-cache-memory) would fit, which holds "
         f"{blocks * config.block_size:,} tokens"
     )
 

@@ -17,6 +17,8 @@ def advance(sequence: Sequence, sampled: Sampled) -> RequestOutput:
     text = ""
     if token in sequence.stop_token_ids:
         reason = "stop"
+        if sequence.request.params.include_stop_str_in_output:
+            text = sequence.detokenizer.add(token)
     else:
         text = sequence.detokenizer.add(token)
         if sequence.detokenizer.stopped or complete:

@@ -166,7 +166,7 @@ class ModelRunner:
             weights = list(self.decoder.packed_weights())
             if self._tune:
                 tune_unknown(weights, self._dtype, self._max_batched_tokens, progress=progress)
-            warmup(weights, self._dtype, self._max_batched_tokens, progress=progress)
+            warmup(weights, self._dtype, self._max_batched_tokens, "silu", progress=progress)
             for tokens, seqs in track(self._warm_up_sizes(), "Compiling kernels", progress):
                 inputs = self._idle_prefill(tokens, seqs)
                 self._compute(inputs)

@@ -21,13 +21,15 @@ class Vocabulary:
 
     size: one more than the highest token id. The rows of the model's output layer beyond it, which
         round its size up, stand for nothing.
-    special: ids that have no text. Ids without a token have none either.
+    added: ids of the tokens that were added to the model's own, whole words as they are spelt.
+    special: those of them that are control tokens, which a text leaves out unless asked otherwise.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         added = tokenizer.get_added_tokens_decoder()
-        self._added = {token_id: token.content for token_id, token in added.items()}
+        self._spelt = {token_id: token.content for token_id, token in added.items()}
+        self.added = frozenset(added)
         self.special = frozenset(token_id for token_id, token in added.items() if token.special)
         self.size = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         decoder = tokenizer.decoder
@@ -41,9 +43,9 @@ class Vocabulary:
         token_id: int | None = self._tokenizer.token_to_id(text)
         return token_id if token_id in self.special else None
 
-    def has_text(self, token_id: int) -> bool:
-        """Whether the token adds anything to a text."""
-        return token_id not in self.special and self._tokenizer.id_to_token(token_id) is not None
+    def is_known(self, token_id: int) -> bool:
+        """Whether any token has this id; an embedding may have more rows than there are tokens."""
+        return self._tokenizer.id_to_token(token_id) is not None
 
     def bytes_of(self, token_id: int) -> bytes | None:
         """The bytes of a token that is bytes; None for one that is text."""
@@ -55,13 +57,15 @@ class Vocabulary:
     def text_after(self, before: int | None, token_id: int) -> str:
         """The text that a token adds behind another, or at the beginning of a text."""
         if before is None:
-            return str(self._tokenizer.decode([token_id]))
-        known = self._tokenizer.decode([before])
-        return str(self._tokenizer.decode([before, token_id])).removeprefix(known)
+            return self._decode([token_id])
+        return self._decode([before, token_id]).removeprefix(self._decode([before]))
+
+    def _decode(self, token_ids: list[int]) -> str:
+        return str(self._tokenizer.decode(token_ids, skip_special_tokens=False))
 
     def spelling(self, token_id: int) -> bytes:
         """What a token is written as, whatever stands beside it, special tokens too."""
-        if (content := self._added.get(token_id)) is not None:
+        if (content := self._spelt.get(token_id)) is not None:
             return content.encode()
         data = self.bytes_of(token_id)
         if data is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from nybble.finetune.rows import DataError, is_learned, read_rows, row_kind
+from nybble.loaders.templates import as_turn
 
 IGNORED = -100  # the label of a token that no loss is taken on
 
@@ -122,23 +122,7 @@ def _chat_segments(
 
 
 def _turn(message: dict[str, Any]) -> dict[str, Any]:
-    """A message as templates expect it: plain text, arguments of tool calls as objects."""
-    turn = {name: value for name, value in message.items() if name != "weight"}
-    if turn["role"] == "developer":  # the newer name of the system's role
-        turn["role"] = "system"
-    content = turn.get("content")
-    if isinstance(content, list):
-        content = "\n".join(part["text"] for part in content)
-    turn["content"] = content or ""
-    if turn.get("tool_calls"):
-        turn["tool_calls"] = [_call(call) for call in turn["tool_calls"]]
-    return turn
-
-
-def _call(call: dict[str, Any]) -> dict[str, Any]:
-    function = call["function"]
-    arguments = json.loads(function.get("arguments") or "{}")
-    return {**call, "function": {**function, "arguments": arguments}}
+    return as_turn({name: value for name, value in message.items() if name != "weight"})
 
 
 def pack(examples: Iterable[Example], length: int) -> list[list[Example]]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from nybble.finetune.data import IGNORED, Batch, Example, pack, read_examples, to_batch
 from nybble.finetune.train import batch_loss, checkpoint_activations, warm_cosine
@@ -28,10 +28,10 @@ from nybble.loaders.formats import (
     AffineFormat,
     AffineWeight,
     WriteOptions,
-    format_of,
     writing_format,
 )
 from nybble.loaders.shards import Shards
+from nybble.loaders.tokenizer import load_tokenizer
 from nybble.quantizers.affine import grid, nearest_codes
 from nybble.quantizers.packed_model import load_packed_model
 from nybble.quantizers.writer import FolderWriter
@@ -186,21 +186,22 @@ def quantization_aware_train(
     """
     settings = settings or QatSettings()
     written = _exported(settings.group_size, settings.sym, settings.bits)
-    if format_of(base) is not None:
+    source = open_checkpoint(base)
+    if source.format != "none":
         raise CheckpointError(f"{base} is quantized already; give the 16-bit checkpoint")
     config = json.loads((base / "config.json").read_text())
     config["quantization_config"] = dict(written.settings)
     with FolderWriter(out, base, config) as writer:
-        tokenizer = AutoTokenizer.from_pretrained(base)
+        tokenizer = load_tokenizer(base)
         examples = read_examples(data, tokenizer, max_length=settings.max_length)
         device = device or torch.device("cpu")
-        model = load_packed_model(open_checkpoint(base), device=device, dtype=dtype)
+        model = load_packed_model(source, device=device, dtype=dtype)
         layers = fake_quantize_model(
             model, settings.group_size, sym=settings.sym, bits=settings.bits
         )
         teacher = None
         if settings.distil:
-            teacher = load_packed_model(open_checkpoint(base), device=device, dtype=dtype)
+            teacher = load_packed_model(source, device=device, dtype=dtype)
         if settings.gradient_checkpointing:
             checkpoint_activations(model)
         model.train()

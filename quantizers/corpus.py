@@ -18,7 +18,9 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
+
+from nybble.loaders.tokenizer import load_tokenizer
 
 Part = Literal["calibration", "validation", "held-out"]
 
@@ -113,7 +115,7 @@ def text_tokens(
     all over it. Raises ValueError if the text is too short.
     """
     content = standard_library_text(part) if text is None else text.read_text(encoding="utf-8")
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = load_tokenizer(model)
     if not running:
         return token_windows(tokenizer, content, samples=samples, length=length)
     ids = token_ids(tokenizer, content)[: samples * length]

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from nybble.loaders import (
     combine_adapters,
@@ -18,6 +17,7 @@ from nybble.loaders import (
     resolve_model,
 )
 from nybble.loaders.adapter_combine import Combination
+from nybble.loaders.tokenizer import load_tokenizer
 from nybble.models import architecture_of
 from nybble.quantizers import MergedLayer, merge_adapter, merge_divergence
 from nybble.quantizers.corpus import MERGE_CALIBRATION, text_tokens, token_ids
@@ -88,7 +88,7 @@ def _measured(source: Path, text: Path | None) -> Tensor:
     """The beginning of a file however short, or windows of the held-out sources."""
     if text is None:
         return text_tokens(source, None, "held-out", _TEXT_SAMPLES, _TEXT_LENGTH).flatten()
-    tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True)
+    tokenizer = load_tokenizer(source)
     ids = token_ids(tokenizer, text.read_text(encoding="utf-8"))
     if not len(ids):
         raise ValueError(f"{text} is empty")

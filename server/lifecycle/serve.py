@@ -12,12 +12,12 @@ from collections.abc import Callable
 from aiohttp import web
 
 from nybble.engine import Engine, EngineFailedError
+from nybble.loaders.templates import TemplateRenderer
 from nybble.server.adapters.watch import AdapterWatch
 from nybble.server.app import make_app
 from nybble.server.http.gate import Gate
 from nybble.server.http.listen import BACKLOG
 from nybble.server.lifecycle.settings import ServerSettings
-from nybble.server.templates import TemplateRenderer
 
 logger = logging.getLogger(__name__)
 

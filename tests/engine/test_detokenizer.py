@@ -12,6 +12,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from nybble.engine.detokenizer import Detokenizer
+from nybble.engine.request import SamplingParams
 from nybble.engine.vocabulary import Vocabulary, _byte_of_character
 
 WORDS = ("▁", "▁the", "▁dog", "s", ".", "☃")
@@ -52,7 +53,7 @@ def ids_of(tokenizer: Tokenizer, *parts: str | bytes) -> list[int]:
 
 
 def texts(tokenizer: Tokenizer, prompt: list[int], output: list[int]) -> list[str]:
-    detokenizer = Detokenizer(Vocabulary(tokenizer), prompt, ())
+    detokenizer = Detokenizer(Vocabulary(tokenizer), prompt, SamplingParams())
     return [detokenizer.add(token) for token in output]
 
 
@@ -97,7 +98,8 @@ def test_bytes_that_are_no_character_behind_some_that_are(byte_fallback: Tokeniz
 
 
 def test_a_stop_string_is_found_behind_them(byte_fallback: Tokenizer) -> None:
-    detokenizer = Detokenizer(Vocabulary(byte_fallback), ids_of(byte_fallback, "▁the"), ("dogs",))
+    params = SamplingParams(stop=("dogs",))
+    detokenizer = Detokenizer(Vocabulary(byte_fallback), ids_of(byte_fallback, "▁the"), params)
     output = ids_of(byte_fallback, "🙂".encode(), b"\xc3", "▁dog", "s")
     assert "".join(map(detokenizer.add, output)) == "🙂\ufffd "
     assert detokenizer.stopped
@@ -206,7 +208,7 @@ def trained(request: pytest.FixtureRequest) -> Tokenizer:
 
 
 def streamed(tokenizer: Tokenizer, prompt: list[int], output: list[int]) -> str:
-    detokenizer = Detokenizer(Vocabulary(tokenizer), prompt, ())
+    detokenizer = Detokenizer(Vocabulary(tokenizer), prompt, SamplingParams())
     return "".join([*map(detokenizer.add, output), detokenizer.flush()])
 
 
@@ -294,9 +296,9 @@ def test_a_token_that_ends_a_character_and_begins_another_shows_the_first() -> N
     tokenizer.decoder = decoders.ByteLevel()
     vocabulary = Vocabulary(tokenizer)
     assert texts(tokenizer, [0], [3, 2, 0]) == ["é", "é", "\ufffda"]
-    detokenizer = Detokenizer(vocabulary, [0], ())
+    detokenizer = Detokenizer(vocabulary, [0], SamplingParams())
     assert [detokenizer.add(3), detokenizer.flush()] == ["é", "\ufffd"]
-    stopping = Detokenizer(vocabulary, [0], ("é",))
+    stopping = Detokenizer(vocabulary, [0], SamplingParams(stop=("é",)))
     assert [stopping.add(1), stopping.add(2), stopping.flush()] == ["", "", ""]
     assert stopping.stopped
 
@@ -310,9 +312,9 @@ class Counting:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._tokenizer, name)
 
-    def decode(self, ids: list[int]) -> str:
+    def decode(self, ids: list[int], **options: Any) -> str:
         self.decoded += len(ids)
-        return str(self._tokenizer.decode(ids))
+        return str(self._tokenizer.decode(ids, **options))
 
 
 def test_tokens_without_text_take_no_longer_the_more_there_are(
@@ -327,7 +329,51 @@ def test_tokens_without_text_take_no_longer_the_more_there_are(
         (byte_level, continuation),
     ):
         counting = Counting(tokenizer)
-        detokenizer = Detokenizer(Vocabulary(counting), [token] * 100, ())  # type: ignore[arg-type]
+        detokenizer = Detokenizer(Vocabulary(counting), [token] * 100, SamplingParams())  # type: ignore[arg-type]
         for _ in range(3000):
             detokenizer.add(token)
         assert counting.decoded <= 3 * 3000
+
+
+def spoken(tokenizer: Tokenizer, output: list[int], **options: Any) -> tuple[str, bool]:
+    detokenizer = Detokenizer(Vocabulary(tokenizer), [], SamplingParams(**options))
+    text = ""
+    for token in output:
+        text += detokenizer.add(token)
+        if detokenizer.stopped:
+            break
+    return text + detokenizer.flush(), detokenizer.stopped
+
+
+def test_special_tokens_are_text_only_where_asked(byte_fallback: Tokenizer) -> None:
+    output = ids_of(byte_fallback, "▁the", "</s>", "▁dog")
+    assert "</s>" not in spoken(byte_fallback, output)[0]
+    assert "</s>" in spoken(byte_fallback, output, skip_special_tokens=False)[0]
+    stopped = {"skip_special_tokens": False, "stop": ("</s>",)}
+    assert spoken(byte_fallback, output, **stopped) == ("the", True)
+
+
+def test_special_tokens_in_a_row_have_no_space_between_where_asked() -> None:
+    words = Tokenizer(
+        models.WordLevel({"a": 0}, "a")
+    )  # without a decoder, words are joined by spaces
+    words.add_special_tokens(["<s>", "</s>"])
+    output = [words.token_to_id(name) for name in ("a", "<s>", "</s>", "</s>", "a")]
+    asked = {"skip_special_tokens": False}
+    assert spoken(words, output, **asked)[0] == "a <s> </s> </s> a"
+    asked["spaces_between_special_tokens"] = False
+    assert spoken(words, output, **asked)[0] == "a <s></s></s> a"
+
+
+def test_a_stop_string_is_part_of_the_text_where_asked(byte_level: Tokenizer) -> None:
+    output = byte_level.encode("one two three two").ids
+    assert spoken(byte_level, output, stop=("two",)) == ("one ", True)
+    asked = {"include_stop_str_in_output": True}
+    assert spoken(byte_level, output, stop=("two", "wo thr"), **asked) == ("one two", True)
+
+
+def test_stop_strings_are_not_looked_for_before_min_tokens(byte_level: Tokenizer) -> None:
+    output = byte_level.encode("one two three two").ids
+    first = byte_level.encode("one two").ids
+    text, stopped = spoken(byte_level, output, stop=("two",), min_tokens=len(first))
+    assert (text, stopped) == ("one two three ", True)
