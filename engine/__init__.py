@@ -26,6 +26,7 @@ from nybble.engine.request import (
     require_known_tokens,
 )
 from nybble.engine.stats import EngineStats
+from nybble.engine.vocabulary import Vocabulary
 from nybble.loaders import AdapterError
 
 __all__ = [
@@ -56,6 +57,7 @@ __all__ = [
     "SamplingParams",
     "StructuralTag",
     "TokenLogprob",
+    "Vocabulary",
     "require_known_tokens",
     "resolve_device",
 ]

@@ -41,13 +41,18 @@ class Decoder:
         device: torch.device,
         dtype: torch.dtype,
         max_model_len: int,
+        num_tokens: int | None = None,
     ) -> None:
         """Consumes ``weights`` one at a time (names as in transformers' checkpoints).
+
+        num_tokens: one more than the tokenizer's highest token id. An output layer may have more
+            rows, to be of a round size; no token is ever drawn from them. None if there are none.
 
         Raises ValueError naming a weight that is missing, unexpected or of another shape.
         """
         self.architecture = architecture
         self.max_model_len = max_model_len
+        self._num_tokens = architecture.vocab if num_tokens is None else num_tokens
         self._projections: list[Projection] = []
         store = WeightStore(weights, architecture, device, dtype)
         self.embedding = store.tensor(
@@ -99,12 +104,14 @@ class Decoder:
         return residual if added is None else residual + added
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """float32 ``(rows, vocab)`` for hidden states ``(rows, hidden)``."""
+        """float32 ``(rows, vocab)`` for hidden states ``(rows, hidden)``; −inf if not a token's."""
         logits = linear(self.final_norm(hidden), self.head).float()
         if self.architecture.logits_multiplier != 1:
             logits *= self.architecture.logits_multiplier
         if (cap := self.architecture.logits_softcap) is not None:
             logits = logits.div_(cap).tanh_().mul_(cap)
+        if self._num_tokens < self.architecture.vocab:
+            logits[:, self._num_tokens :] = float("-inf")
         return logits
 
     def packed_weights(self) -> Iterator[PackedWeight]:

@@ -47,6 +47,7 @@ from nybble.engine.scheduler import Scheduler
 from nybble.engine.sequence import Sequence
 from nybble.engine.stats import EngineStats
 from nybble.engine.streams import Stream
+from nybble.engine.vocabulary import Vocabulary
 from nybble.kernels.progress import Progress, track
 from nybble.loaders.tokenizer import load_tokenizer
 from nybble.models import architecture_of
@@ -80,13 +81,14 @@ class Engine:
         pooling: Pooling | None = "last",
     ) -> None:
         self.tokenizer = tokenizer
+        self._vocabulary = Vocabulary(tokenizer.backend_tokenizer)
         self.model_type = model_type
         self.pooling = pooling
         self.max_model_len = max_model_len
         self.sampling_defaults = sampling_defaults
         self.eos_token_ids = eos_token_ids
         self._runner = runner
-        self._thread = EngineThread(runner, new_scheduler, eos_token_ids, config)
+        self._thread = EngineThread(runner, new_scheduler, config)
         self._adapters = self._thread.adapters
         self.max_num_seqs = config.max_num_seqs
         self._config = config
@@ -132,6 +134,7 @@ class Engine:
             )
         if config.kv_cache_bytes is not None:
             kv_blocks(config.kv_cache_bytes, architecture, config)
+        tokenizer = load_tokenizer(checkpoint.folder)
         weights = track(checkpoint.weights(), "Loading weights", progress, unit="tensors")
         decoder = Decoder(
             architecture,
@@ -139,8 +142,8 @@ class Engine:
             device=device,
             dtype=config.dtype,
             max_model_len=max_model_len,
+            num_tokens=Vocabulary(tokenizer.backend_tokenizer).size,
         )
-        tokenizer = load_tokenizer(checkpoint.folder)
         adapters = None
         if config.adapters is not None:
             adapters = AdapterSlots(
@@ -325,20 +328,24 @@ class Engine:
         prompt, params = request.prompt_token_ids, request.params
         if request.pooling is not None:
             params = replace(params, max_tokens=0)
+        ends = self.end_tokens(params)
         return Sequence(
             request,
             max_tokens=self.check(prompt, params),
-            detokenizer=Detokenizer(self.tokenizer.backend_tokenizer, prompt, params),
-            sampler=SequenceSampler(
-                params, prompt, ends=self.end_tokens(params), bad_words=self._bad_words(params)
-            ),
+            detokenizer=Detokenizer(self._vocabulary, prompt, params),
+            sampler=SequenceSampler(params, prompt, ends=ends, bad_words=self._bad_words(params)),
+            stop_token_ids=ends,
         )
 
     def end_tokens(self, params: SamplingParams) -> frozenset[int]:
-        """The tokens that end a sequence with these parameters."""
-        return frozenset(params.stop_token_ids) | (
-            frozenset() if params.ignore_eos else self.eos_token_ids
-        )
+        """The tokens that end a sequence with these parameters.
+
+        A stop string that is the name of a special token stands for that token, which has no text
+        to be found in.
+        """
+        eos = frozenset[int]() if params.ignore_eos else self.eos_token_ids
+        named = (self._vocabulary.special_id(stop) for stop in params.stop)
+        return eos.union(params.stop_token_ids, (token for token in named if token is not None))
 
     def _bad_words(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
         """The tokens of each bad word, alone and after a space."""

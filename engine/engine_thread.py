@@ -69,14 +69,12 @@ class EngineThread(threading.Thread):
         self,
         runner: ModelRunner,
         new_scheduler: Callable[[], Scheduler],
-        eos_token_ids: frozenset[int],
         config: EngineConfig,
     ) -> None:
         super().__init__(name="nybble-engine", daemon=True)
         self._runner = runner
         self._new_scheduler = new_scheduler
         self._scheduler = new_scheduler()
-        self._eos_token_ids = eos_token_ids
         # A function is run on the thread.
         self._inbox: SimpleQueue[_Add | _Cancel | _Stop | Callable[[], None]] = SimpleQueue()
         self.adapters: AdapterRegistry | None = None
@@ -291,11 +289,11 @@ class EngineThread(threading.Thread):
                 else:
                     sequence.token_ids.append(token[0])
                     self._counters.generation_tokens += 1
-                    if self._overlap and goes_on(sequence, self._eos_token_ids):
+                    if self._overlap and goes_on(sequence):
                         self._deferred.append((sequence, token))
                         continue
                     try:
-                        output = advance(sequence, token, self._eos_token_ids)
+                        output = advance(sequence, token)
                     except GuideError as error:
                         output = error
                 stream = self._streams[sequence.request_id][1]

@@ -38,6 +38,7 @@ NOTHING_CACHED = CachedPrefix(0, 0)
 class Sequence:
     """Mutable state of one request; owned by the engine thread.
 
+    stop_token_ids: tokens that end it, those of the model's vocabulary and those the request names.
     num_computed_tokens: leading tokens whose keys and values are in the cache.
     num_charged_tokens: leading tokens of the prompt that its tenant need not pay for (again).
     blocks: ids of the KV blocks holding them, in order; a list that only grows, and another one
@@ -53,10 +54,16 @@ class Sequence:
     """
 
     def __init__(
-        self, request: Request, max_tokens: int, detokenizer: Detokenizer, sampler: SequenceSampler
+        self,
+        request: Request,
+        max_tokens: int,
+        detokenizer: Detokenizer,
+        sampler: SequenceSampler,
+        stop_token_ids: frozenset[int] = frozenset(),
     ) -> None:
         self.request = request
         self.max_tokens = max_tokens
+        self.stop_token_ids = stop_token_ids
         self.detokenizer = detokenizer
         self.sampler = sampler
         self.status = SequenceStatus.WAITING

@@ -289,7 +289,7 @@ class Api:
     def _logprobs(self, body: Sampling, params: SamplingParams) -> Logprobs | None:
         if params.logprobs is None and params.prompt_logprobs is None:
             return None
-        ends = self._engine.eos_token_ids | set(params.stop_token_ids)
+        ends = self._engine.eos_token_ids | self._engine.end_tokens(params)
         if params.include_stop_str_in_output:
             ends = frozenset()
         as_ids = body.return_tokens_as_token_ids is True
