@@ -3,7 +3,7 @@
 from nybble.engine.adapters import AdapterInfo
 from nybble.engine.config import AdapterConfig, EngineConfig, resolve_device
 from nybble.engine.engine import Engine
-from nybble.engine.guide import GrammarCompiler, GrammarGuide
+from nybble.engine.guide import GrammarCompiler, GrammarGuide, StructuralTag
 from nybble.engine.request import (
     AdapterUnavailableError,
     ContextLengthError,
@@ -13,6 +13,8 @@ from nybble.engine.request import (
     Guide,
     GuideError,
     NotANumberError,
+    NothingAllowedError,
+    NoTokenError,
     OutOfMemoryError,
     ParameterError,
     Pooling,
@@ -42,7 +44,9 @@ __all__ = [
     "GrammarGuide",
     "Guide",
     "GuideError",
+    "NoTokenError",
     "NotANumberError",
+    "NothingAllowedError",
     "OutOfMemoryError",
     "ParameterError",
     "Pooling",
@@ -50,6 +54,7 @@ __all__ = [
     "Request",
     "RequestOutput",
     "SamplingParams",
+    "StructuralTag",
     "TokenLogprob",
     "require_known_tokens",
     "resolve_device",

@@ -171,7 +171,7 @@ class Engine:
             runner=ModelRunner(decoder, config, num_blocks, adapters),
             new_scheduler=new_scheduler,
             tokenizer=tokenizer,
-            eos_token_ids=eos_token_ids(settings, checkpoint.config, tokenizer),
+            eos_token_ids=eos_token_ids(settings, checkpoint.config, tokenizer, architecture.vocab),
             sampling_defaults=sampling_defaults(settings),
             config=config,
             max_model_len=max_model_len,
@@ -195,6 +195,11 @@ class Engine:
     def vocab_size(self) -> int:
         """Rows of the logits; a tokenizer may know fewer tokens."""
         return self._runner.decoder.architecture.vocab
+
+    @property
+    def adapter_targets(self) -> tuple[str, ...]:
+        """Names of the linear layers that an adapter can change, as ``target_modules`` has them."""
+        return self._runner.decoder.architecture.linear_leaves
 
     @property
     def hidden_size(self) -> int:
@@ -301,14 +306,18 @@ class Engine:
         if not prompt:
             raise ParameterError("prompt", "the prompt is empty")
         require_known_tokens("prompt", prompt, self.vocab_size)
-        require_known_tokens("logit_bias", params.logit_bias, self.vocab_size)
+        for name in ("logit_bias", "allowed_token_ids", "logprob_token_ids", "stop_token_ids"):
+            require_known_tokens(name, getattr(params, name) or (), self.vocab_size)
         least = 1 if params.max_tokens is None else params.max_tokens
         room = self.max_model_len - len(prompt)
         if least > room:
             raise ContextLengthError(
                 "prompt" if room <= 0 else "max_tokens",
                 f"the prompt has {len(prompt)} tokens and asks for {least} more at least, but "
-                f"together they are limited to {self.max_model_len}",
+                f"together they are limited to {self.max_model_len}"
+                if least
+                else f"the prompt has {len(prompt)} tokens, but it is limited to "
+                f"{self.max_model_len}",
             )
         return room if params.max_tokens is None else params.max_tokens
 
@@ -319,9 +328,27 @@ class Engine:
         return Sequence(
             request,
             max_tokens=self.check(prompt, params),
-            detokenizer=Detokenizer(self.tokenizer.backend_tokenizer, prompt, params.stop),
-            sampler=SequenceSampler(params, prompt),
+            detokenizer=Detokenizer(self.tokenizer.backend_tokenizer, prompt, params),
+            sampler=SequenceSampler(
+                params, prompt, ends=self.end_tokens(params), bad_words=self._bad_words(params)
+            ),
         )
+
+    def end_tokens(self, params: SamplingParams) -> frozenset[int]:
+        """The tokens that end a sequence with these parameters."""
+        return frozenset(params.stop_token_ids) | (
+            frozenset() if params.ignore_eos else self.eos_token_ids
+        )
+
+    def _bad_words(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
+        """The tokens of each bad word, alone and after a space."""
+        texts = [text for word in params.bad_words for text in (word.lstrip(), " " + word.lstrip())]
+        encoded = self.tokenizer.backend_tokenizer.encode_batch_fast(
+            texts, add_special_tokens=False
+        )
+        words = {tuple(each.ids): None for each in encoded if each.ids}
+        # A tokenizer may know more tokens than the model can say.
+        return tuple(word for word in words if max(word) < self.vocab_size)
 
 
 def _require_numbers(output: RequestOutput) -> None:

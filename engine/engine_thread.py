@@ -24,7 +24,7 @@ from nybble.engine.request import (
     EngineFailedError,
     EngineStoppedError,
     GuideError,
-    NotANumberError,
+    NoTokenError,
     OutOfMemoryError,
     RequestOutput,
 )
@@ -283,10 +283,10 @@ class EngineThread(threading.Thread):
                 self._counters.prompt_tokens += item.num_tokens
             self._scheduler.computed(item)
             if item.completes:
-                output: RequestOutput | GuideError | NotANumberError
+                output: RequestOutput | GuideError | NoTokenError
                 if not item.samples:
                     output = output_of(sequence, None, "", "length")
-                elif isinstance(token := next(sampled), NotANumberError):
+                elif isinstance(token := next(sampled), NoTokenError):
                     output = token
                 else:
                     sequence.token_ids.append(token[0])

@@ -6,7 +6,6 @@ prompt is read again from where it is computed again, which gives the same resul
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -17,6 +16,7 @@ from torch import Tensor
 from nybble.engine.request import Embedding, Pooling, PromptLogprobs
 from nybble.engine.transfer import send
 from nybble.loaders import CheckpointError
+from nybble.loaders.json_file import read_json_object
 from nybble.loaders.model_files import embedding_modules
 
 if TYPE_CHECKING:
@@ -117,7 +117,8 @@ def read_pooling(folder: Path) -> Pooling | None:
 
     ``last`` if they say nothing: of a causal model, only the last token has seen all others.
     None if they pool in another way. Raises CheckpointError naming a module of ``modules.json``
-    which is not computed here: without it, embeddings would be others.
+    which is not computed here (without it, embeddings would be others), and ValueError for a file
+    that is no JSON object.
     """
     path = folder / "1_Pooling"
     for module in embedding_modules(folder):
@@ -131,7 +132,7 @@ def read_pooling(folder: Path) -> Pooling | None:
     path = path / "config.json"
     if not path.is_file():
         return "last"
-    config = json.loads(path.read_text())
+    config = read_json_object(path)
     mode = config.get("pooling_mode")
     modes = [mode] if isinstance(mode, str) else []
     modes += [k.removeprefix("pooling_mode_") for k, on in config.items() if on is True]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from enum import Enum
+from hashlib import blake2b
 
 from nybble.engine.adapter_cache import AdapterVersion
 from nybble.engine.detokenizer import Detokenizer
@@ -93,8 +94,12 @@ class Sequence:
 
     @property
     def prefix_root(self) -> bytes:
-        """What the keys of the prefix cache begin with: an adapter changes every key and value."""
-        return self.adapter.digest if self.adapter is not None else b""
+        """What the keys of the prefix cache begin with: an adapter changes every key and value, and
+        a salt keeps the blocks to those who know it."""
+        root = self.adapter.digest if self.adapter is not None else b""
+        if salt := self.request.cache_salt:
+            root += blake2b(salt.encode(), digest_size=16, person=b"cache_salt").digest()
+        return root
 
     @property
     def adapter_slot(self) -> int:

@@ -92,13 +92,15 @@ def compile_kernel(
     capability: int,
     num_warps: int = 4,
     num_stages: int = 3,
+    max_registers: int | None = None,
     aligned: Sequence[str] = (),
 ) -> Report:
     """Compile ``kernel`` for compute capability ``capability`` (80, 89, 90, 100) and read it.
 
     types: Triton's type of each run-time argument (``"*fp16"``, ``"i32"``). constants: the value of
-    each ``constexpr``. aligned: arguments known to be multiples of 16, as the launcher finds for
-    pointers from the allocator; every pointer is taken to be.
+    each ``constexpr``. max_registers: how many a thread may take. aligned: arguments known to be
+    multiples of 16, as the launcher finds for pointers from the allocator; every pointer is taken
+    to be.
     """
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
     missing = [n for n in signature if n not in types and n not in constants]
@@ -109,7 +111,12 @@ def compile_kernel(
     compiled = triton.compile(
         ASTSource(kernel, signature, dict(constants), attrs),
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True},
+        options={
+            "num_warps": num_warps,
+            "num_stages": num_stages,
+            "maxnreg": max_registers,
+            "enable_fp_fusion": True,
+        },
     )
     if "\ttrap;" in compiled.asm["ptx"]:
         raise RuntimeError(

@@ -5,9 +5,10 @@
 Needs no GPU. ``local`` is bytes of local memory a thread takes (what it parks there before the loop
 and takes back after it costs nothing). The rest are instructions in the inner loop, of 128 columns:
 those that reach local memory (``spill``), 16-byte copies to shared memory, tensor-core products,
-int-to-float conversions, stores to shared memory (none of weights: nothing is moved between lanes),
-bit operations, 16-bit float operations, and all of them; ``/weight`` is all of them for each weight
-a thread unpacks.
+waits for Hopper's (as many as products, if the assembler found that it must make each wait for the
+one before), int-to-float conversions, stores to shared memory (none of weights: nothing is moved
+between lanes), bit operations, 16-bit float operations, and all of them; ``/weight`` is all of them
+for each weight a thread unpacks.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from dataclasses import asdict, dataclass, replace
 from nybble.kernels.bench import cubin
 from nybble.kernels.triton.configs import SHIPPED, Config, default_config, read
 from nybble.kernels.triton.few_rows import few_rows_kernel
-from nybble.kernels.triton.matmul import joined, matmul_kernel
+from nybble.kernels.triton.matmul import joined, matmul_kernel, max_registers
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Row:
     spill: int
     wide_copies: int
     tensor_core: int
+    waits: int
     int_to_float: int
     shared_stores: int
     bit_ops: int
@@ -73,7 +75,7 @@ def shipped(everything: bool) -> Iterator[Case]:
         if capability == 90:
             ruled += [replace(config, overlap=True) for config in ruled[1:3]]
         configs = dict.fromkeys(ruled + (measured if capability == 90 else []))
-        sample = dict.fromkeys((few, some, ruled[6], ruled[-1], ruled[-2]))
+        sample = dict.fromkeys((few, some, ruled[4], ruled[6], ruled[-1], ruled[-2]))
         for config in configs if everything else sample:
             if everything or capability == 90 or (capability == 100 and config in (few, most)):
                 yield Case(capability, "bf16", False, False, 128, config)
@@ -136,6 +138,7 @@ def compiled(case: Case) -> cubin.Report:
         capability=case.capability,
         num_warps=c.parts if c.parts > 1 else c.num_warps,
         num_stages=c.num_stages,
+        max_registers=max_registers(c, case.capability, case.whole_steps),
         aligned=("out_features", "columns") if case.whole_steps else ("out_features",),
     )
 
@@ -154,6 +157,7 @@ def row(case: Case) -> Row:
         spill=counts["LDL"] + counts["STL"],
         wide_copies=sum(i.opcode.startswith("LDGSTS") and ".128" in i.opcode for i in loop),
         tensor_core=sum(n for code, n in counts.items() if code in cubin.TENSOR_CORE),
+        waits=sum(i.opcode.startswith("WARPGROUP.DEPBAR") for i in loop),
         int_to_float=counts["I2F"] + counts["I2FP"],
         shared_stores=counts["STS"] + counts["STSM"],
         bit_ops=sum(counts[code] for code in ("LOP3", "PRMT", "SHF")),
@@ -171,7 +175,7 @@ def main() -> None:
     if not arguments.json:
         print(
             f"{'sm':>4}{'x':>5}  {'weights':<14}{'n × m':>10}{'warps':>6}{'regs':>6}{'shared':>8}"
-            f"{'local':>6}{'spill':>6}{'16B':>4}{'mma':>5}{'i2f':>4}{'sts':>4}{'bits':>5}{'half':>5}"
+            f"{'local':>6}{'spill':>6}{'16B':>4}{'mma':>5}{'wait':>5}{'i2f':>4}{'sts':>4}{'bits':>5}{'half':>5}"
             f"{'all':>5}{'/weight':>8}"
         )
     cases = list(shipped(arguments.all))
@@ -186,7 +190,7 @@ def main() -> None:
             print(
                 f"{case.capability:>4}{case.dtype:>5}  {kind + ' g' + str(case.group):<14}"
                 f"{shape:>10}{max(c.num_warps, c.parts):>6}{r.registers:>6}{r.shared:>8}"
-                f"{r.local:>6}{r.spill:>6}{r.wide_copies:>4}{r.tensor_core:>5}{r.int_to_float:>4}"
+                f"{r.local:>6}{r.spill:>6}{r.wide_copies:>4}{r.tensor_core:>5}{r.waits:>5}{r.int_to_float:>4}"
                 f"{r.shared_stores:>4}{r.bit_ops:>5}{r.half_ops:>5}{r.loop:>5}{r.per_weight:>8}",
                 flush=True,
             )

@@ -175,6 +175,10 @@ def matmul_kernel(
             fetch(row_at + tl.minimum(start + soon, steps - 1) * (TILE_N * SLICE))
         tl.extra.cuda.gdc_wait()
     table = codebook_table(levels, dtype) if CODEBOOK and not INTERPRETED else 0
+    if SPLIT and not TAIL:
+        # No part is without steps. If the loop might not run, ptxas makes each of Hopper's products
+        # wait for the one before (C7515).
+        tl.assume(start < stop)
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     ahead = of_slices(scales + scale_at, start, SETS, GROUP, groups)
     for step in range(start, stop):
@@ -282,6 +286,17 @@ def joined(config: Config, capability: int, whole_steps: bool) -> bool:
     return config.scale_first and (capability >= 100 or (capability >= 90 and whole_steps))
 
 
+def max_registers(config: Config, capability: int, whole_steps: bool) -> int | None:
+    """How many registers a thread may take, if a limit lets two blocks share a multiprocessor.
+
+    Hopper's blocks of 128 by 64 take up to 157 without one, and need no more than 128.
+    """
+    block = config.block_n, config.block_m, config.num_warps
+    if capability == 90 and block == (128, 64, 8) and joined(config, capability, whole_steps):
+        return 128
+    return None
+
+
 def takes(weight: PackedWeight, dtype: torch.dtype) -> bool:
     """Whether the kernel computes with this weight: groups must be whole slices of 32 columns."""
     return (
@@ -373,6 +388,7 @@ def packed_matmul(
         GROUP_M=8,
         num_warps=c.num_warps,
         num_stages=c.num_stages,
+        maxnreg=max_registers(c, device_traits(x.device)[2], columns % 128 == 0),
         **({"launch_pdl": True} if overlap else {}),
         **FUSED,
     )

@@ -19,6 +19,7 @@ from nybble.engine import (
     EngineStoppedError,
     GuideError,
     NotANumberError,
+    NothingAllowedError,
     OutOfMemoryError,
     ParameterError,
 )
@@ -43,7 +44,8 @@ class ApiError(Exception):
     """A response other than the one asked for.
 
     param: the request's parameter at fault. code: a stable name for programs. retry_after: seconds.
-    allow: the methods that are allowed, of a 405.
+    allow: the methods that are allowed, of a 405. close: whether the connection cannot be used for
+    another request.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class ApiError(Exception):
         code: str | None = None,
         retry_after: int | None = None,
         allow: str | None = None,
+        close: bool = False,
     ) -> None:
         # One line of bounded length, whatever of the request it quotes.
         message = " ".join(message.split())[:_MAX_MESSAGE]
@@ -65,6 +68,7 @@ class ApiError(Exception):
         self.code = code
         self.retry_after = retry_after
         self.allow = allow
+        self.close = close
 
     @property
     def cause(self) -> str:
@@ -90,12 +94,15 @@ class ApiError(Exception):
             headers["Allow"] = self.allow
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
-        return web.Response(
+        response = web.Response(
             status=self.status,
             body=to_json(self.body()),
             content_type="application/json",
             headers=headers,
         )
+        if self.close:
+            response.force_close()
+        return response
 
 
 def as_api_error(error: Exception, request_id: str) -> ApiError:
@@ -108,6 +115,8 @@ def as_api_error(error: Exception, request_id: str) -> ApiError:
         return ApiError(400, str(error), param=error.parameter, code="invalid_value")
     if isinstance(error, GuideError):
         return ApiError(500, str(error), code="guide_failed")
+    if isinstance(error, NothingAllowedError):
+        return ApiError(400, str(error), code="nothing_allowed")
     if isinstance(error, NotANumberError):
         return ApiError(500, str(error), code="not_a_number")
     if isinstance(error, AdapterError):

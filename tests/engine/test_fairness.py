@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from nybble.engine import ParameterError, Request, SamplingParams
 from nybble.engine.block_manager import BlockManager
+from nybble.engine.fair_queue import FairQueue
 from nybble.engine.scheduler import Scheduler
 from nybble.engine.sequence import Sequence
 
@@ -228,3 +229,40 @@ def test_what_passes_a_waiting_request_is_bounded_by_the_work_ahead_of_it(
 def test_a_weight_that_is_not_positive_is_refused(weight: float) -> None:
     with pytest.raises(ParameterError, match="expected above 0 and finite"):
         Request("r", (1,), SamplingParams(), weight=weight)
+
+
+def test_of_a_tenants_waiting_requests_the_lowest_priority_begins_first() -> None:
+    queue = FairQueue(credit=0)
+
+    def waiting(name: str, priority: int, tenant: str = "a") -> Sequence:
+        request = Request(name, (1,), SamplingParams(), tenant=tenant, priority=priority)
+        sequence = Sequence(request, 1, None, None)  # type: ignore[arg-type]
+        queue.push(sequence)
+        return sequence
+
+    for name, priority in (("1", 0), ("2", 5), ("3", -1), ("4", 0), ("5", 5), ("6", 0)):
+        waiting(name, priority)
+    waiting("7", 0, tenant="b")
+    assert [each.request_id for each in queue.of("a")] == ["3", "1", "4", "6", "2", "5"]
+    assert [each.request_id for each in queue.of("b")] == ["7"]
+    preempted = queue.of("a")[4]
+    queue.remove(preempted)
+    queue.push(preempted, front=True)  # what was begun is finished first
+    assert [each.request_id for each in queue.of("a")] == ["2", "3", "1", "4", "6", "5"]
+
+
+def test_a_prefix_is_shared_by_those_with_the_same_salt() -> None:
+    blocks = BlockManager(16, 4)
+    scheduler = Scheduler(blocks, 8, 64)
+
+    def cached(name: str, salt: str) -> int | None:
+        request = Request(name, tuple(range(9)), SamplingParams(), cache_salt=salt)
+        sequence = Sequence(request, 1, None, None)  # type: ignore[arg-type]
+        scheduler.add(sequence)
+        for item in scheduler.schedule():
+            scheduler.computed(item)
+        scheduler.finish(sequence)
+        return sequence.num_cached_tokens
+
+    assert [cached("1", ""), cached("2", ""), cached("3", "x"), cached("4", "y")] == [0, 8, 0, 0]
+    assert [cached("5", "x"), cached("6", "y"), cached("7", "")] == [8, 8, 8]

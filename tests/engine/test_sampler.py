@@ -9,7 +9,12 @@ import torch
 from torch import Tensor
 
 from nybble.engine import sampler as sampler_module
-from nybble.engine.request import NotANumberError, ParameterError, SamplingParams
+from nybble.engine.request import (
+    NotANumberError,
+    NothingAllowedError,
+    ParameterError,
+    SamplingParams,
+)
 from nybble.engine.sampler import PendingSample, SequenceSampler, sample
 
 
@@ -158,3 +163,76 @@ def test_a_row_that_is_no_number_is_an_error_and_the_others_are_drawn(
     first, *broken, last = PendingSample(rows, samplers).result()
     assert (first, last) == ((1, None), (0, None))
     assert [type(each) for each in broken] == [NotANumberError] * 2
+
+
+def restricted(**options: Any) -> SequenceSampler:
+    ends, words = options.pop("ends", frozenset()), options.pop("words", ())
+    params = SamplingParams(temperature=0, **options)
+    return SequenceSampler(params, (), ends=ends, bad_words=words)
+
+
+def test_no_end_comes_before_min_tokens() -> None:
+    sampler = restricted(min_tokens=2, ends=frozenset({2}))
+    assert [tokens([[0.0, 1.0, 2.0]], [sampler])[0] for _ in range(4)] == [1, 1, 2, 2]
+
+
+def test_a_grammar_that_is_complete_ends_before_min_tokens() -> None:
+    """Else nothing at all could follow."""
+    complete, open_ = torch.tensor([False, False, True]), torch.tensor([True, False, True])
+    samplers = [restricted(min_tokens=2, ends=frozenset({2})) for _ in range(2)]
+    drawn = sample(torch.tensor([[0.0, 1.0, 2.0]] * 2), samplers, [complete, open_])
+    assert [token for token, _ in drawn] == [2, 0]
+
+
+def test_a_bad_word_is_kept_from_its_last_token_and_only_after_the_others() -> None:
+    sampler = restricted(words=((2, 1), (0,)))
+    rows = [[9.0, 1.0, 0.0], [9.0, 0.0, 2.0], [9.0, 5.0, 0.0], [9.0, 5.0, 0.0]]
+    assert [tokens([row], [sampler])[0] for row in rows] == [1, 2, 2, 2]
+
+
+def test_only_allowed_tokens_come_beside_rows_where_all_may() -> None:
+    rows = [[0.0, 1.0, 2.0]] * 2
+    assert tokens(rows, [restricted(allowed_token_ids=(0, 1)), greedy()]) == [1, 2]
+
+
+def test_what_excludes_every_token_is_told_from_what_is_no_number() -> None:
+    rows = torch.tensor([[0.0, 1.0], [float("nan"), 1.0], [float("nan"), 1.0]])
+    contradicting = restricted(allowed_token_ids=(0,), words=((0,),))
+    broken = restricted(allowed_token_ids=(0,))
+    found = PendingSample(rows, [contradicting, broken, greedy()]).result()
+    assert [type(each) for each in found] == [NothingAllowedError, NotANumberError, NotANumberError]
+
+
+def test_named_tokens_are_reported_instead_of_the_likeliest() -> None:
+    logits = torch.tensor([[0.0, 2.0, 1.0]] * 3)
+    expected = logits[0].log_softmax(-1).tolist()
+    asked = [
+        greedy(logprobs=1, logprob_token_ids=(2, 0)),
+        greedy(logprobs=1),
+        greedy(logprobs=0, logprob_token_ids=(0,)),
+    ]
+    tops = [report.top for _, report in sample(logits, asked) if report is not None]
+    assert [[token for token, _ in top] for top in tops] == [[2, 0], [1], [0]]
+    for token, value in (pair for top in tops for pair in top):
+        assert value == pytest.approx(expected[token])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"min_tokens": -1},
+        {"min_tokens": 3, "max_tokens": 2},
+        {"bad_words": (" ",)},
+        {"allowed_token_ids": ()},
+        {"logprob_token_ids": (1,)},
+    ],
+)
+def test_a_restriction_that_makes_no_sense_is_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ParameterError) as caught:
+        SamplingParams(**options)
+    assert caught.value.parameter == next(iter(options))
+
+
+def test_a_bias_out_of_range_is_named() -> None:
+    with pytest.raises(ParameterError, match="token 7 is 101"):
+        SamplingParams(logit_bias={5: 1.0, 7: 101.0})

@@ -8,7 +8,8 @@ from typing import Annotated, Literal
 import typer
 
 from nybble.server.cli.errors import expected_errors, interruptible
-from nybble.server.cli.options import AliasesOption, DeviceOption, TextOption
+from nybble.server.cli.options import TextOption
+from nybble.server.lifecycle.options import AliasesOption, DeviceOption
 
 EvaluationPart = Literal["validation", "held-out"]
 

@@ -147,8 +147,8 @@ def test_a_timeout_ends_it(engine: Engine) -> None:
         ({"dimensions": 64}, "dimensions"),
         ({"dimensions": 0}, "dimensions"),
         ({"encoding_format": "int8"}, "encoding_format"),
-        ({"truncate_prompt_tokens": 5}, "truncate_prompt_tokens"),
-        ({"normalize": True}, "normalize"),
+        ({"truncate_prompt_tokens": -2}, "truncate_prompt_tokens"),
+        ({"normalize": False}, "normalize"),
     ],
 )
 def test_a_bad_parameter_is_named(engine: Engine, extra: dict[str, Any], param: str) -> None:

@@ -2,8 +2,8 @@
 
 The interpreter runs what the kernels say; this runs what the compiler made of it, with the inline
 PTX, the layouts of tensor cores and of shared memory, asynchronous copies and barriers in it. The
-emulator is in ``emulator/``. Warps and copies may come in any order: each kernel runs in one of two
-orders here, and in both of them with ``make test-all``. ``emulator/checks.py --all`` tries more
+emulator is in this folder. Warps and copies may come in any order: each kernel runs in one of two
+orders here, and in both of them with ``make test-all``. ``checks.py --all`` tries more
 combinations, and ``make emulate`` random ones for as long as it is given.
 """
 
@@ -37,7 +37,7 @@ KERNELS = {
 def run(*arguments: str, script: str = "checks.py") -> subprocess.CompletedProcess[str]:
     """The compiler needs a process without TRITON_INTERPRET."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, str(Path(__file__).parent / "emulator" / script), *arguments]
+    command = [sys.executable, str(Path(__file__).with_name(script)), *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 

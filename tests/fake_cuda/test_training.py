@@ -14,9 +14,9 @@ import pytest
 START = """
 import sys
 sys.path.insert(0, sys.argv.pop(1))
-from emulated_gpu import guard
+from fake_cuda import guard
 guard.load_guard()
-from emulated_gpu import training
+from fake_cuda import training
 sys.path.pop(0)
 training.main()
 """

@@ -17,7 +17,7 @@ from nybble.finetune import FinetuneSettings, LoraSettings, finetune
 from nybble.quantizers import GptqSettings, quantize_checkpoint
 
 from .device import CUDA, DEVICE
-from .install import emulated_gpu
+from .install import fake_cuda
 
 CPU = torch.device("cpu")
 
@@ -55,7 +55,7 @@ def errors(source: Path, out: Path, device: torch.device) -> dict[str, list[floa
 def main() -> None:
     base, source, data, out = map(Path, sys.argv[1:])
     DEVICE.total = 1 << 30
-    with emulated_gpu():
+    with fake_cuda():
         torch.cuda.set_device(CUDA)
         found = {
             str(device): {

@@ -16,7 +16,7 @@ from nybble.kernels.triton import matmul
 from nybble.quantizers import quantize_checkpoint
 
 from .device import CUDA, DEVICE, Device
-from .install import emulated_gpu
+from .install import fake_cuda
 
 __all__ = ["bitsandbytes"]
 
@@ -28,7 +28,7 @@ def gpu() -> Iterator[Device]:
         pytest.skip("a machine with a GPU has `make gpu`")
     gc.collect()
     DEVICE.start_anew()
-    with emulated_gpu():
+    with fake_cuda():
         torch.cuda.set_device(CUDA)
         yield DEVICE
     matmul._arrivals.cache_clear()  # counters on the device

@@ -60,7 +60,7 @@ def _on_the_host_first(make: Any) -> Any:
 
 
 @contextmanager
-def emulated_gpu() -> Iterator[None]:
+def fake_cuda() -> Iterator[None]:
     """``torch.cuda`` has two GPUs inside, of which the second may be used."""
     guard, _ = _tensors_may_be_on_a_gpu()
 
