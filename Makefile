@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 MODEL  ?= demo
 PORT   ?= 8000
 
-.PHONY: install serve test test-all test-browser test-clients test-peers audit fuzz emulate \
+.PHONY: install serve format test test-all test-browser test-clients test-peers audit fuzz emulate \
 	sanitize lint lint-deploy gpu clean
 
 install: $(VENV)/.installed
@@ -26,6 +26,13 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 # Anything else for the server: make serve MODEL=org/name ARGS="--max-num-seqs 8"
 serve: install
 	$(BIN)/serve --model $(MODEL) --port $(PORT) $(ARGS)
+
+# Formats the code, mends what ruff can, and writes the documents' tables from the code.
+format: install
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+	$(BIN)/python -P tests/test_documents.py
+	$(BIN)/python -P tests/server/api/test_field_table.py
 
 lint: install
 	$(BIN)/ruff format --check .
