@@ -3,15 +3,18 @@
 from nybble.engine.adapters import AdapterInfo
 from nybble.engine.config import AdapterConfig, EngineConfig, resolve_device
 from nybble.engine.engine import Engine
-from nybble.engine.guide import GrammarCompiler, GrammarGuide
+from nybble.engine.guide import GrammarCompiler, GrammarGuide, StructuralTag
 from nybble.engine.request import (
     AdapterUnavailableError,
+    ContextLengthError,
     EngineFailedError,
     EngineOverloadedError,
     EngineStoppedError,
     Guide,
     GuideError,
     NotANumberError,
+    NothingAllowedError,
+    NoTokenError,
     OutOfMemoryError,
     ParameterError,
     Pooling,
@@ -20,6 +23,7 @@ from nybble.engine.request import (
     RequestOutput,
     SamplingParams,
     TokenLogprob,
+    require_known_tokens,
 )
 from nybble.engine.stats import EngineStats
 from nybble.loaders import AdapterError
@@ -29,6 +33,7 @@ __all__ = [
     "AdapterError",
     "AdapterInfo",
     "AdapterUnavailableError",
+    "ContextLengthError",
     "Engine",
     "EngineConfig",
     "EngineFailedError",
@@ -39,7 +44,9 @@ __all__ = [
     "GrammarGuide",
     "Guide",
     "GuideError",
+    "NoTokenError",
     "NotANumberError",
+    "NothingAllowedError",
     "OutOfMemoryError",
     "ParameterError",
     "Pooling",
@@ -47,6 +54,8 @@ __all__ = [
     "Request",
     "RequestOutput",
     "SamplingParams",
+    "StructuralTag",
     "TokenLogprob",
+    "require_known_tokens",
     "resolve_device",
 ]

@@ -51,7 +51,10 @@ class AdapterVersion:
 
 
 class AdapterCache:
-    """Host copies and device slots; for the engine thread alone."""
+    """Host copies and device slots; for the engine thread alone.
+
+    filled_in_step: whether an adapter was copied into a slot in this step; there is one at most.
+    """
 
     def __init__(
         self, slots: AdapterSlots, host_bytes: int, load: Callable[[AdapterVersion], None]
@@ -68,7 +71,7 @@ class AdapterCache:
         self._in_slot: OrderedDict[int, AdapterVersion | None] = OrderedDict.fromkeys(
             range(slots.count)
         )
-        self._filled_in_step = False
+        self.filled_in_step = False
 
     @property
     def slots(self) -> int:
@@ -80,7 +83,7 @@ class AdapterCache:
         return all(held is not None and held.running for held in self._in_slot.values())
 
     def begin_step(self) -> None:
-        self._filled_in_step = False
+        self.filled_in_step = False
 
     def queue(self, version: AdapterVersion, tenant: str) -> None:
         """A request for the version waits: fetch it."""
@@ -91,6 +94,12 @@ class AdapterCache:
     def ready(self, version: AdapterVersion) -> bool:
         """Whether nothing but a free slot is needed to run it."""
         return version.slot is not None or version in self._host
+
+    def can_acquire(self, version: AdapterVersion) -> bool:
+        """Whether :meth:`acquire` would find it a slot now."""
+        if version.slot is not None:
+            return True
+        return version in self._host and not self.filled_in_step and not self.all_pinned
 
     def acquire(self, version: AdapterVersion) -> bool:
         """Pin the version in a slot for a request that stops waiting; False if it cannot be now."""
@@ -223,7 +232,7 @@ class AdapterCache:
         if staged is None:
             self._want(version)
             return False
-        if self._filled_in_step:
+        if self.filled_in_step:
             return False
         slot = self._least_useful_slot()
         if slot is None:
@@ -232,7 +241,7 @@ class AdapterCache:
         if evicted is not None:
             evicted.slot = None
         self._slots.fill(slot, staged)
-        self._filled_in_step = True
+        self.filled_in_step = True
         self._host.move_to_end(version)
         self._in_slot[slot] = version
         version.slot = slot

@@ -169,13 +169,13 @@ class AdapterRegistry:
         if adapter.rank > self.slots.max_rank:
             raise AdapterError(
                 f"{folder} has rank {adapter.rank}, but this server holds adapters up to rank "
-                f"{self.slots.max_rank}: raise its maximum rank"
+                f"{self.slots.max_rank}: raise max_rank"
             )
         staged = self.slots.stage(adapter)
         if staged.nbytes > self.host_bytes:
             raise AdapterError(
                 f"{folder} takes {staged.nbytes} bytes, but the host memory for adapters is "
-                f"{self.host_bytes}: raise it"
+                f"{self.host_bytes}: raise host_bytes"
             )
         if not staged.is_finite():
             raise AdapterError(

@@ -53,6 +53,10 @@ class Decoder:
         self.embedding = store.tensor(
             architecture.embedding + ".weight", architecture.vocab, architecture.hidden
         )
+        # Rounded to the dtype, as Gemma's own code and transformers do.
+        self._embedding_multiplier = float(
+            torch.tensor(architecture.embedding_multiplier, dtype=dtype)
+        )
         self._blocks = [
             block
             for index, layer in enumerate(architecture.layers)
@@ -87,8 +91,8 @@ class Decoder:
         """
         step = Step([table[:, positions] for table in self._rotary], caches, batch, adapters)
         residual = self.embedding[token_ids]
-        if self.architecture.embedding_multiplier != 1:
-            residual = residual * self.architecture.embedding_multiplier
+        if self._embedding_multiplier != 1:
+            residual = residual * self._embedding_multiplier
         added: Tensor | None = None
         for block in self._blocks:
             added, residual = block(added, residual, step)
@@ -135,10 +139,9 @@ class Decoder:
         about = layer.attention
         q_norm = k_norm = None
         if about.qk_norm is not None:
-            each = about.head_dim if about.qk_norm == "head" else 0
             module = self.architecture.module
             q_norm, k_norm = (
-                self._norm(store, module(index, name), each or heads * about.head_dim)
+                self._norm(store, module(index, name), *about.norm_shape(heads))
                 for name, heads in ((about.q_norm, about.heads), (about.k_norm, about.kv_heads))
             )
         ropes = self.architecture.ropes
@@ -158,7 +161,7 @@ class Decoder:
         self._projections.append(projection)
         return projection
 
-    def _norm(self, store: WeightStore, module: str, width: int) -> NormPart:
+    def _norm(self, store: WeightStore, module: str, *shape: int) -> NormPart:
         norm = self.architecture.norm
-        bias = store.tensor(module + ".bias", width) if norm.bias else None
-        return norm_part(norm, store.tensor(module + ".weight", width), bias)
+        bias = store.tensor(module + ".bias", *shape) if norm.bias else None
+        return norm_part(norm, store.tensor(module + ".weight", *shape), bias)

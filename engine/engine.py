@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import Sequence as Several
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -29,12 +31,15 @@ from nybble.engine.generation_config import (
 )
 from nybble.engine.prompt_reader import read_pooling
 from nybble.engine.request import (
+    ContextLengthError,
     EngineOverloadedError,
     NotANumberError,
     ParameterError,
     Pooling,
     Request,
     RequestOutput,
+    SamplingParams,
+    require_known_tokens,
 )
 from nybble.engine.runner import ModelRunner, blocks_per_sequence, free_kv_bytes, kv_blocks
 from nybble.engine.sampler import SequenceSampler
@@ -50,8 +55,6 @@ if TYPE_CHECKING:
     from nybble.loaders import Checkpoint
 
 logger = logging.getLogger(__name__)
-
-_RETRY_AFTER_SECONDS = 5
 
 
 class Engine:
@@ -168,7 +171,7 @@ class Engine:
             runner=ModelRunner(decoder, config, num_blocks, adapters),
             new_scheduler=new_scheduler,
             tokenizer=tokenizer,
-            eos_token_ids=eos_token_ids(settings, checkpoint.config, tokenizer),
+            eos_token_ids=eos_token_ids(settings, checkpoint.config, tokenizer, architecture.vocab),
             sampling_defaults=sampling_defaults(settings),
             config=config,
             max_model_len=max_model_len,
@@ -192,6 +195,11 @@ class Engine:
     def vocab_size(self) -> int:
         """Rows of the logits; a tokenizer may know fewer tokens."""
         return self._runner.decoder.architecture.vocab
+
+    @property
+    def adapter_targets(self) -> tuple[str, ...]:
+        """Names of the linear layers that an adapter can change, as ``target_modules`` has them."""
+        return self._runner.decoder.architecture.linear_leaves
 
     @property
     def hidden_size(self) -> int:
@@ -270,8 +278,7 @@ class Engine:
             raise ValueError(f"request id {request.request_id!r} is already in flight")
         if len(self._in_flight) >= self._max_in_flight:
             raise EngineOverloadedError(
-                f"{len(self._in_flight)} requests are in flight, the most this server takes",
-                _RETRY_AFTER_SECONDS,
+                f"{len(self._in_flight)} requests are in flight, the most this server takes"
             )
         self._thread.submit(sequence, stream)
         self._in_flight.add(request.request_id)
@@ -290,37 +297,58 @@ class Engine:
             if not finished:
                 self._thread.cancel(request.request_id)
 
-    def _new_sequence(self, request: Request) -> Sequence:
-        prompt, params = request.prompt_token_ids, request.params
-        vocab = self._runner.decoder.architecture.vocab
+    def check(self, prompt: Several[int], params: SamplingParams) -> int:
+        """The most tokens that a prompt can be continued by with these parameters.
+
+        Raises ParameterError for an empty prompt and for token ids the model does not have, and
+        ContextLengthError if prompt and output together are longer than a sequence may be.
+        """
         if not prompt:
             raise ParameterError("prompt", "the prompt is empty")
-        for parameter, ids in (("prompt", prompt), ("logit_bias", params.logit_bias)):
-            for token in ids:
-                if not 0 <= token < vocab:
-                    raise ParameterError(
-                        parameter, f"token id {token} is outside the vocabulary of {vocab}"
-                    )
+        require_known_tokens("prompt", prompt, self.vocab_size)
+        for name in ("logit_bias", "allowed_token_ids", "logprob_token_ids", "stop_token_ids"):
+            require_known_tokens(name, getattr(params, name) or (), self.vocab_size)
+        least = 1 if params.max_tokens is None else params.max_tokens
         room = self.max_model_len - len(prompt)
-        max_tokens = 0 if request.pooling is not None else params.max_tokens
-        if room < 0 or (room == 0 and max_tokens != 0):
-            raise ParameterError(
-                "prompt",
-                f"the prompt has {len(prompt)} tokens, but prompt and output together are limited "
-                f"to {self.max_model_len}",
+        if least > room:
+            raise ContextLengthError(
+                "prompt" if room <= 0 else "max_tokens",
+                f"the prompt has {len(prompt)} tokens and asks for {least} more at least, but "
+                f"together they are limited to {self.max_model_len}"
+                if least
+                else f"the prompt has {len(prompt)} tokens, but it is limited to "
+                f"{self.max_model_len}",
             )
-        if max_tokens is not None and max_tokens > room:
-            raise ParameterError(
-                "max_tokens",
-                f"max_tokens is {max_tokens} and the prompt has {len(prompt)} tokens, but "
-                f"together they are limited to {self.max_model_len}",
-            )
+        return room if params.max_tokens is None else params.max_tokens
+
+    def _new_sequence(self, request: Request) -> Sequence:
+        prompt, params = request.prompt_token_ids, request.params
+        if request.pooling is not None:
+            params = replace(params, max_tokens=0)
         return Sequence(
             request,
-            max_tokens=room if max_tokens is None else max_tokens,
-            detokenizer=Detokenizer(self.tokenizer.backend_tokenizer, prompt, params.stop),
-            sampler=SequenceSampler(params, prompt),
+            max_tokens=self.check(prompt, params),
+            detokenizer=Detokenizer(self.tokenizer.backend_tokenizer, prompt, params),
+            sampler=SequenceSampler(
+                params, prompt, ends=self.end_tokens(params), bad_words=self._bad_words(params)
+            ),
         )
+
+    def end_tokens(self, params: SamplingParams) -> frozenset[int]:
+        """The tokens that end a sequence with these parameters."""
+        return frozenset(params.stop_token_ids) | (
+            frozenset() if params.ignore_eos else self.eos_token_ids
+        )
+
+    def _bad_words(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
+        """The tokens of each bad word, alone and after a space."""
+        texts = [text for word in params.bad_words for text in (word.lstrip(), " " + word.lstrip())]
+        encoded = self.tokenizer.backend_tokenizer.encode_batch_fast(
+            texts, add_special_tokens=False
+        )
+        words = {tuple(each.ids): None for each in encoded if each.ids}
+        # A tokenizer may know more tokens than the model can say.
+        return tuple(word for word in words if max(word) < self.vocab_size)
 
 
 def _require_numbers(output: RequestOutput) -> None:

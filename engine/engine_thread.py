@@ -24,7 +24,7 @@ from nybble.engine.request import (
     EngineFailedError,
     EngineStoppedError,
     GuideError,
-    NotANumberError,
+    NoTokenError,
     OutOfMemoryError,
     RequestOutput,
 )
@@ -220,7 +220,7 @@ class EngineThread(threading.Thread):
         sequence = max(reversed(self._batch), key=lambda item: item.num_tokens).sequence
         for item in self._batch:
             # What a reader has seen of this step it would count twice: let it begin anew.
-            if item.sequence is not sequence and item.sequence.reading is not None:
+            if item.sequence is not sequence and item.reader is not None:
                 self._scheduler.preempt(item.sequence)
         _, stream = self._streams.pop(sequence.request_id)
         self._scheduler.finish(sequence)
@@ -267,25 +267,26 @@ class EngineThread(threading.Thread):
             self._write_deferred()
             return outputs
         logits = self._runner.run(batch)
-        for item in batch:
-            if item.samples and item.sequence.request.guide is not None:
-                item.sequence.sampler.allowed = item.sequence.request.guide.allowed()
-        completing = [item.completes for item in batch]
-        samplers = [item.sequence.sampler for item in batch if item.samples]
-        pending = PendingSample(logits, samplers) if samplers else None
+        sampling = [item.sequence for item in batch if item.samples]
+        pending = None
+        if sampling:
+            guides = [sequence.request.guide for sequence in sampling]
+            allowed = [None if guide is None else guide.allowed() for guide in guides]
+            pending = PendingSample(logits, [each.sampler for each in sampling], allowed)
         self._write_deferred()
         sampled = iter(pending.result() if pending else [])
-        self._batch = []  # from here on the step is no longer as if it had not been
-        for item, completes in zip(batch, completing, strict=True):
+        # Past this point the step has side effects and cannot be computed again.
+        self._batch = []
+        for item in batch:
             sequence = item.sequence
             if sequence.num_output_tokens == 0:
                 self._counters.prompt_tokens += item.num_tokens
             self._scheduler.computed(item)
-            if completes:
-                output: RequestOutput | GuideError | NotANumberError
-                if sequence.max_tokens == 0:
+            if item.completes:
+                output: RequestOutput | GuideError | NoTokenError
+                if not item.samples:
                     output = output_of(sequence, None, "", "length")
-                elif isinstance(token := next(sampled), NotANumberError):
+                elif isinstance(token := next(sampled), NoTokenError):
                     output = token
                 else:
                     sequence.token_ids.append(token[0])

@@ -53,7 +53,10 @@ class FairQueue:
         return self._counters[sequence.tenant] + cost / sequence.weight
 
     def push(self, sequence: Sequence, *, front: bool = False) -> None:
-        """Queue a sequence, at the front if it was served before."""
+        """Queue a sequence behind its tenant's of no higher priority number.
+
+        front: before all of them, as it was served before.
+        """
         tenant = sequence.tenant
         if tenant not in self._queues:
             # With nobody queued, newcomers begin level with the last who was.
@@ -63,8 +66,12 @@ class FairQueue:
             self._queues[tenant] = deque()
         if front:
             self._queues[tenant].appendleft(sequence)
-        else:
-            self._queues[tenant].append(sequence)
+            return
+        queue, place = self._queues[tenant], len(self._queues[tenant])
+        priority = sequence.request.priority
+        while place and queue[place - 1].request.priority > priority:
+            place -= 1
+        queue.insert(place, sequence)
 
     def remove(self, sequence: Sequence) -> None:
         tenant = sequence.tenant

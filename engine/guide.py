@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from nybble.engine.json_schema import Omission, Schema, expressible
 from nybble.engine.request import GuideError
 
 # Imported where a guide is built: the engine runs on machines that have torch and little else.
@@ -26,6 +28,16 @@ if TYPE_CHECKING:
 MAX_GRAMMAR = 256 << 10
 # Enough for a line break and its indentation; without a limit a model may write spaces for ever.
 JSON_OPTIONS: Any = {"whitespace_pattern": r"[ \n\t]{1,40}"}
+
+
+@dataclass(frozen=True)
+class StructuralTag:
+    """``begin``, JSON by ``schema``, ``end``; once ``trigger``, its first part, is in the text."""
+
+    trigger: str
+    begin: str
+    schema: Mapping[str, Any]
+    end: str
 
 
 class GrammarGuide:
@@ -60,12 +72,12 @@ class GrammarCompiler:
         self._lock = threading.Lock()
         self._tokenizer: LLTokenizer | None = None
 
-    def json_schema(self, schema: dict[str, Any]) -> GrammarGuide:
-        """JSON that is valid under ``schema``. Raises ValueError for what is not supported."""
+    def json_schema(self, schema: Schema, omissions: list[Omission] | None = None) -> GrammarGuide:
+        """JSON that is valid under ``schema``. See :func:`grammar_schema` for ``omissions``."""
         from llguidance import LLMatcher
 
         return self._guide(
-            LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=JSON_OPTIONS)
+            LLMatcher.grammar_from_json_schema(json.dumps(grammar_schema(schema, omissions)))
         )
 
     def regex(self, pattern: str) -> GrammarGuide:
@@ -85,6 +97,26 @@ class GrammarCompiler:
 
         return self._guide(LLMatcher.grammar_from_lark(lark))
 
+    def structural_tags(self, tags: Sequence[StructuralTag]) -> GrammarGuide:
+        """Any text, in which each trigger begins one of the tags. Raises ValueError."""
+        from llguidance import StructTag
+
+        # A trigger that is a token of its own is not found in text: the grammar names the token.
+        added = {token.content for token in self._backend.get_added_tokens_decoder().values()}
+        special = {tag.trigger in added for tag in tags}
+        if len(special) > 1:
+            raise ValueError("some triggers are special tokens and others are not")
+        rules = [
+            StructTag(
+                trigger=tag.trigger,
+                begin=tag.begin,
+                grammar={**tag.schema, "x-guidance": JSON_OPTIONS},
+                end=tag.end,
+            )
+            for tag in tags
+        ]
+        return self._guide(StructTag.to_grammar(rules, assume_special=special == {True}))
+
     def _guide(self, grammar: str) -> GrammarGuide:
         from llguidance import LLMatcher, LLTokenizer
 
@@ -93,12 +125,36 @@ class GrammarCompiler:
         with self._lock:
             if self._tokenizer is None:  # takes seconds, so only if somebody asks
                 self._tokenizer = LLTokenizer(
-                    self._backend.to_str(), n_vocab=self._vocab, eos_token=self._eos_token_ids
+                    self._backend.to_str(),
+                    n_vocab=self._vocab,
+                    eos_token=self._eos_token_ids or None,
                 )
         matcher = LLMatcher(self._tokenizer, grammar, log_level=0)
         if matcher.is_error():
             raise ValueError(_first_line(matcher.get_error()))
         return GrammarGuide(matcher)
+
+
+def grammar_schema(schema: Schema, omissions: list[Omission] | None = None) -> dict[str, Any]:
+    """``schema`` as a grammar's ``%json`` takes it, by itself or as one of several.
+
+    omissions: gets what the grammar cannot express of it, which is left to the model. Without it
+    ValueError is raised for the first.
+    """
+    expressed, omitted = expressible(schema, _schema_error)
+    if omissions is not None:
+        omissions += omitted
+    elif omitted:
+        raise ValueError(str(omitted[0]))
+    return {**expressed, "x-guidance": JSON_OPTIONS}
+
+
+def _schema_error(schema: dict[str, Any]) -> str | None:
+    from llguidance import LLMatcher
+
+    grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=JSON_OPTIONS)
+    error = LLMatcher.validate_grammar(grammar)
+    return _first_line(error) if error else None
 
 
 def _first_line(error: str) -> str:

@@ -18,6 +18,8 @@ def advance(sequence: Sequence, sampled: Sampled, eos_token_ids: frozenset[int])
     text = ""
     if token in params.stop_token_ids or (token in eos_token_ids and not params.ignore_eos):
         reason = "stop"
+        if params.include_stop_str_in_output:
+            text = sequence.detokenizer.add(token)
     else:
         text = sequence.detokenizer.add(token)
         if sequence.detokenizer.stopped or complete:

@@ -28,7 +28,6 @@ from nybble.loaders.formats import (
     AffineFormat,
     AffineWeight,
     WriteOptions,
-    format_of,
     writing_format,
 )
 from nybble.loaders.shards import Shards
@@ -187,7 +186,8 @@ def quantization_aware_train(
     """
     settings = settings or QatSettings()
     written = _exported(settings.group_size, settings.sym, settings.bits)
-    if format_of(base) is not None:
+    source = open_checkpoint(base)
+    if source.format != "none":
         raise CheckpointError(f"{base} is quantized already; give the 16-bit checkpoint")
     config = json.loads((base / "config.json").read_text())
     config["quantization_config"] = dict(written.settings)
@@ -195,13 +195,13 @@ def quantization_aware_train(
         tokenizer = load_tokenizer(base)
         examples = read_examples(data, tokenizer, max_length=settings.max_length)
         device = device or torch.device("cpu")
-        model = load_packed_model(open_checkpoint(base), device=device, dtype=dtype)
+        model = load_packed_model(source, device=device, dtype=dtype)
         layers = fake_quantize_model(
             model, settings.group_size, sym=settings.sym, bits=settings.bits
         )
         teacher = None
         if settings.distil:
-            teacher = load_packed_model(open_checkpoint(base), device=device, dtype=dtype)
+            teacher = load_packed_model(source, device=device, dtype=dtype)
         if settings.gradient_checkpointing:
             checkpoint_activations(model)
         model.train()

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from nybble.finetune.data import IGNORED, Batch, Example, pack, read_examples, to_batch
+from nybble.finetune.identity import base_digest
 from nybble.finetune.lora import (
     LoraLinear,
     LoraSettings,
@@ -136,7 +137,8 @@ def finetune(
         which whoever listened may have missed.
 
     Raises DataError for data that cannot be used, CheckpointError for a base that cannot be
-    loaded, FileExistsError where ``out`` has content, FileNotFoundError for a resume from nothing.
+    loaded, FileExistsError where ``out`` has content, FileNotFoundError for a resume from nothing,
+    ValueError for a resume with another base, other data or other settings.
     """
     settings = settings or FinetuneSettings()
     saved = out / CHECKPOINT
@@ -144,6 +146,7 @@ def finetune(
         raise FileNotFoundError(f"{saved} is not there: there is no training run to resume")
     if not resume and out.exists() and any(out.iterdir()):
         raise FileExistsError(f"{out} is not empty; resume, or give another folder")
+    source = open_checkpoint(base)
     tokenizer = load_tokenizer(base)
     examples = read_examples(data, tokenizer, max_length=settings.max_length)
     if eval_data is None:
@@ -152,14 +155,14 @@ def finetune(
         held_out = read_examples(eval_data, tokenizer, max_length=settings.max_length)
     torch.manual_seed(settings.seed)
     device = device or torch.device("cpu")
-    model = load_packed_model(open_checkpoint(base), device=device, dtype=dtype)
+    model = load_packed_model(source, device=device, dtype=dtype)
     layers = add_lora(model, settings.lora)
     if settings.gradient_checkpointing:
         checkpoint_activations(model)
-    run = _Run(model, layers, examples, held_out, settings, device)
+    run = _Run(base, model, layers, examples, held_out, settings, device)
     if resume:
         run.load(saved)
-    return run.train(out, str(base), progress=progress, on_step=on_step)
+    return run.train(out, progress=progress, on_step=on_step)
 
 
 def _split(
@@ -178,6 +181,7 @@ class _Run:
 
     def __init__(
         self,
+        base: Path,
         model: PreTrainedModel,
         layers: Mapping[str, LoraLinear],
         examples: Sequence[Example],
@@ -190,7 +194,8 @@ class _Run:
         self._examples = examples
         self._held_out = self._passes(self._rows(held_out))
         rows = len(self._rows(examples))
-        # What has to be the same for a run to be resumed.
+        self._base = {"name": str(base), "digest": base_digest(base)}
+        # What has to be the same too for a run to be resumed.
         content = repr((settings, [(one.ids, one.labels) for one in (*examples, *held_out)]))
         self._identity = hashlib.sha256(content.encode()).hexdigest()
         self._steps_per_epoch = -(-rows // (settings.batch_size * settings.accumulation))
@@ -206,7 +211,7 @@ class _Run:
         self._best_step, self._best_loss = 0, math.inf
 
     def train(
-        self, out: Path, base: str, *, progress: bool, on_step: Callable[[Progress], None]
+        self, out: Path, *, progress: bool, on_step: Callable[[Progress], None]
     ) -> FinetuneResult:
         settings = self._settings
         if not self._history:
@@ -245,7 +250,7 @@ class _Run:
                 self.save(out / CHECKPOINT)
             on_step(self._told[-1])
         bar.close()
-        save_adapter(out, self._best, settings.lora, base)
+        save_adapter(out, self._best, settings.lora, self._base["name"])
         history = [asdict(point) for point in self._history]
         (out / "history.json").write_text(json.dumps(history, indent=1))
         (out / CHECKPOINT).unlink(missing_ok=True)
@@ -323,6 +328,7 @@ class _Run:
         """Write what :meth:`load` goes on from; whenever it is cut short, the file is whole."""
         cuda = self._device.type == "cuda"
         state = {
+            "base": self._base,
             "identity": self._identity,
             "adapter": adapter_tensors(self._layers),
             "best": self._best,
@@ -348,6 +354,12 @@ class _Run:
     def load(self, path: Path) -> None:
         """Raises ValueError for the checkpoint of another run."""
         state = torch.load(path, weights_only=True, map_location="cpu")
+        begun = state["base"]
+        if begun["digest"] != self._base["digest"]:
+            raise ValueError(
+                f"{path} is of a run on another base model, {begun['name']}, than "
+                f"{self._base['name']}: resume with the base it was started with"
+            )
         if state["identity"] != self._identity:
             raise ValueError(
                 f"{path} is of another run: resume with the data and the settings it was "

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nybble.kernels.activation import Activation
 from nybble.kernels.cpu.library import library
 from nybble.kernels.layout import Layout
-from nybble.kernels.ops import silu_mul
+from nybble.kernels.ops import gated
 from nybble.kernels.packed import DenseWeight, PackedWeight
 
 # Rows dequantized at a time where no packed kernel applies: 16 MiB of float32 at 4096 columns.
@@ -60,8 +61,8 @@ def rows_computed(rows: int) -> int:
     return 3 * power // 4 if rows <= 3 * power // 4 else power
 
 
-def gated_linear(x: Tensor, weight: PackedWeight | DenseWeight) -> Tensor:
-    """``silu(gate) · up`` of the halves of ``linear(x, weight)``: ``(..., out_features / 2)``."""
+def gated_linear(x: Tensor, weight: PackedWeight | DenseWeight, activation: Activation) -> Tensor:
+    """``activation(gate) · up`` of ``linear(x, weight)``'s halves: ``(..., out_features / 2)``."""
     if (
         isinstance(weight, PackedWeight)
         and weight.layout == "gpu_gated_tiles"
@@ -70,8 +71,8 @@ def gated_linear(x: Tensor, weight: PackedWeight | DenseWeight) -> Tensor:
         from nybble.kernels.triton import matmul as gpu
 
         if gpu.takes(weight, x.dtype):
-            return gpu.packed_matmul(x, weight, silu_mul=True)
-    return silu_mul(linear(x, weight))
+            return gpu.packed_matmul(x, weight, activation=activation)
+    return gated(linear(x, weight), activation)
 
 
 def packed_matmul(x: Tensor, weight: PackedWeight) -> Tensor:

@@ -48,7 +48,10 @@ class Target:
     def post(
         self, path: str, body: Any, *, tenant: str = "plain"
     ) -> aiohttp.client._RequestContextManager:
-        headers = {"Authorization": f"Bearer {self.keys[tenant]}"}
+        headers = {
+            "Authorization": f"Bearer {self.keys[tenant]}",
+            "Content-Type": "application/json",
+        }
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         return self.session.post(self.origin + path, data=data, headers=headers)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -15,8 +15,9 @@ from nybble.kernels import DenseWeight, PackedWeight
 from nybble.kernels.packed import stack_outputs
 from nybble.loaders.errors import CheckpointError
 from nybble.loaders.formats import FORMATS, Format, format_of
+from nybble.loaders.formats.settings import read_object
 from nybble.loaders.shards import Shards
-from nybble.models import architecture_of
+from nybble.models import architecture_of, require_family
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +51,8 @@ class Checkpoint(Protocol):
 def open_checkpoint(folder: Path) -> Checkpoint:
     """Open a folder with config.json and safetensors files in any supported format.
 
-    Raises CheckpointError where something is missing, corrupt or unsupported.
+    Raises CheckpointError if something is missing, corrupt or unsupported, and
+    UnsupportedModelError naming the families that are supported.
     """
     path = folder / "config.json"
     if (folder / "nybble.json").is_file():
@@ -60,11 +62,19 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         return PackedCheckpoint(folder)
     if not path.is_file():
         raise CheckpointError(f"{folder} has no config.json: not a model folder")
+    require_family(read_object(path).get("model_type"))
+    format = format_of(folder)
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # each model's validators raise what they like
         raise CheckpointError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
-    return FolderCheckpoint(folder, config, format_of(folder))
+    return FolderCheckpoint(folder, config, format)
+
+
+def can_be_rounded(checkpoint: Checkpoint) -> bool:
+    """Whether the weights are loaded in 16 bits, whatever the files hold."""
+    own = checkpoint.quantization if isinstance(checkpoint, FolderCheckpoint) else None
+    return checkpoint.format == "none" or (own is not None and own.in_16_bits)
 
 
 class FolderCheckpoint:
@@ -81,28 +91,45 @@ class FolderCheckpoint:
         """Look at the names of all tensors.
 
         Raises CheckpointError for one that nothing here reads, and for one that a quantized module
-        lacks: what is passed over in silence would make the model another one.
+        or the family needs: what is passed over in silence would make the model another one.
         """
-        ignored: frozenset[str] = self.quantization.ignored if self.quantization else frozenset()
-        unused: list[str] = []
+        biased = {name for name, linear in self.architecture.linears.items() if linear.bias}
+        ignored: Mapping[str, str] = self.quantization.ignored if self.quantization else {}
+        unused: dict[str, list[str]] = {}
         for module, leaves in shards.modules.items():
             known = _DENSE
             if self.quantization is not None and self.quantization.owns(leaves):
                 known = self.quantization.required | self.quantization.optional | {"bias"}
                 for leaf in sorted(self.quantization.required.difference(leaves)):
                     raise CheckpointError(f"{self.folder} has no tensor {module}.{leaf}")
+            if module in biased and "bias" not in leaves:
+                family = self.architecture.family
+                raise CheckpointError(
+                    f"{self.folder} has no tensor {module}.bias, which {family} models have"
+                )
             for leaf, name in leaves.items():
                 if leaf in ignored:
-                    unused.append(name)
+                    unused.setdefault(ignored[leaf], []).append(name)
                 elif leaf not in known:
                     raise self._not_read(name, leaf)
-        if unused:
+        if self.quantization is not None and self.quantization.in_16_bits:
             logger.warning(
-                "%s: %d tensors such as %s are not used", self.folder, len(unused), unused[0]
+                "%s: %s weights are dequantized to 16 bits: they take twice the memory of the "
+                "files, or about a quarter of that with --quantize nf4",
+                self.folder,
+                self.format,
+            )
+        for reason, names in unused.items():
+            logger.warning(
+                "%s: tensors such as %s (%d) are not used: %s",
+                self.folder,
+                names[0],
+                len(names),
+                reason,
             )
 
     def _not_read(self, name: str, leaf: str) -> CheckpointError:
-        owners = [f.quant_method for f in FORMATS if leaf in f.marks]
+        owners = dict.fromkeys(f.quant_method for f in FORMATS if leaf in f.marks)
         hint = f"; it is a tensor of {' or '.join(owners)}" if owners else ""
         stated = (
             "config.json has no quantization_config"
@@ -123,7 +150,8 @@ class FolderCheckpoint:
     def weights(self) -> Iterator[tuple[str, Weight]]:
         shards = Shards(self.folder)
         self.check(shards)
-        modules = shards.modules
+        ignored: Mapping[str, str] = self.quantization.ignored if self.quantization else {}
+        modules = {m: found for m, found in shards.modules.items() if found.keys() - ignored.keys()}
         done: set[str] = set()
         for module in modules:
             if module in done:
@@ -133,7 +161,10 @@ class FolderCheckpoint:
                 done.update(siblings)
                 yield from self._fuse(shards, fused, siblings)
             else:
-                yield self._read(shards, module)
+                name, weight = self._read(shards, module)
+                yield name, weight
+                if isinstance(weight, Tensor) and "bias" in modules[module]:  # of a LayerNorm
+                    yield module + ".bias", shards.read(module + ".bias", tuple(weight.shape))
 
     def _fuse(
         self, shards: Shards, name: str, modules: Sequence[str]
@@ -168,8 +199,10 @@ class FolderCheckpoint:
                 f"{self.folder}: {name} is {weight.dtype}, expected a floating-point tensor; "
                 f"the checkpoint's format is {self.format}"
             )
-        if weight.ndim != 2 or module.endswith("embed_tokens"):
+        if module not in self.architecture.linears and module != self.architecture.head:
             return name, weight
+        if weight.ndim != 2:
+            raise CheckpointError(f"{self.folder}: {name} has shape {tuple(weight.shape)}")
         bias = module + ".bias"
         return module, DenseWeight(
             weight, shards.read(bias, (weight.shape[0],)) if bias in shards else None

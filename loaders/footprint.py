@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
 import torch
 
 from nybble.loaders.errors import CheckpointError
-from nybble.loaders.formats import Format, format_of
+from nybble.loaders.formats import format_of
 from nybble.loaders.formats.codebook import BLOCKSIZE
 from nybble.loaders.shards import Shards, TensorHeader
 
@@ -41,9 +41,18 @@ def weight_bytes(
     for module, names in shards.modules.items():
         leaves = {leaf: headers[name] for leaf, name in names.items()}
         if format is not None and format.owns(names):
-            total += _quantized(folder, format, module, leaves)
+            for leaf in sorted(format.required.difference(leaves)):
+                raise CheckpointError(f"{folder} has no tensor {module}.{leaf}")
+            if layers and format.in_16_bits:
+                total += leaves["weight"].elements * _FOUR_BITS
+            else:
+                total += format.loaded_bytes(module, leaves, dtype)
+            if "bias" in leaves:
+                total += leaves["bias"].elements * leaves["bias"].itemsize
             continue
-        for header in leaves.values():
+        for leaf, header in leaves.items():
+            if format is not None and leaf in format.ignored:
+                continue
             if header.name == _HEAD and head:
                 total += _int8_bytes(header.shape)
             elif layers and _is_linear(header):
@@ -63,15 +72,6 @@ def _is_linear(header: TensorHeader) -> bool:
 def _int8_bytes(shape: Iterable[int]) -> float:
     out, columns = shape
     return out * columns * _EIGHT_BITS + columns * _PERM_BYTES
-
-
-def _quantized(
-    folder: Path, format: Format, module: str, leaves: Mapping[str, TensorHeader]
-) -> int:
-    for leaf in sorted(format.required.difference(leaves)):
-        raise CheckpointError(f"{folder} has no tensor {module}.{leaf}")
-    bias = leaves.get("bias")
-    return format.loaded_bytes(module, leaves) + (bias.elements * bias.itemsize if bias else 0)
 
 
 def _loaded(header: TensorHeader, dtype: torch.dtype) -> int:

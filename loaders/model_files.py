@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
+from nybble.loaders.errors import CheckpointError
 from nybble.loaders.formats import FORMATS
 
 MODULES = "modules.json"  # of sentence-transformers: what follows the transformer
@@ -21,9 +23,10 @@ def side_files(folder: Path) -> list[Path]:
 
     Weights in the folders of sentence-transformers' modules (``2_Dense``) do belong to it. Left
     out are hidden files, files above 128 MiB, and what said how other weights were quantized.
+    Raises CheckpointError as :func:`embedding_modules`.
     """
     left_out = {*_OWN, *(format.own_file for format in FORMATS)}
-    with_weights = {Path(path) for path in module_folders(folder)}
+    with_weights = {Path(module.path) for module in embedding_modules(folder) if module.path}
     found = []
     for top, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -38,15 +41,27 @@ def side_files(folder: Path) -> list[Path]:
     return sorted(found)
 
 
-def module_folders(folder: Path) -> dict[str, str]:
-    """Folders of sentence-transformers' modules and their types, the transformer's own left out."""
+@dataclass(frozen=True)
+class Module:
+    """One of sentence-transformers' modules. kind: ``Pooling``; path: its folder, or empty."""
+
+    kind: str
+    path: str
+
+
+def embedding_modules(folder: Path) -> list[Module]:
+    """What turns the transformer's output into an embedding, from ``modules.json``.
+
+    Empty if there is no such file. Raises CheckpointError for one that cannot be read.
+    """
+    path = folder / MODULES
+    if not path.is_file():
+        return []
     try:
-        modules = json.loads((folder / MODULES).read_text())
-        return {str(m["path"]): str(m["type"]) for m in modules if m["path"]}
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return {}  # its reader names what is wrong with it
+        modules = json.loads(path.read_text())
+        return [Module(str(m["type"]).rpartition(".")[2], str(m["path"])) for m in modules]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not a list of modules: {error!r}") from error
 
 
 def copy_side_files(source: Path, target: Path) -> None:

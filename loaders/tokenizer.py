@@ -38,8 +38,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except CheckpointError:
         raise
-    except (ValueError, OSError, KeyError) as error:
-        raise CheckpointError(f"the tokenizer of {folder} cannot be read: {error}") from error
+    except Exception as error:  # each tokenizer raises what it likes, tokenizers Exception itself
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"the tokenizer of {folder} cannot be read: {reason}") from error
     if not tokenizer.is_fast:
         raise CheckpointError(
             f"{folder} has neither tokenizer.json nor a sentencepiece tokenizer.model: streaming "

@@ -10,20 +10,19 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AutoConfig
 
 from nybble.kernels.progress import Progress, track
-from nybble.loaders import CheckpointError
+from nybble.loaders import CheckpointError, open_checkpoint
+from nybble.loaders.checkpoint import FolderCheckpoint
 from nybble.loaders.formats import (
     AffineFormat,
     AffineWeight,
     WritableFormat,
     WriteOptions,
-    format_of,
     writing_format,
 )
 from nybble.loaders.shards import Shards
-from nybble.models import LinearGroup, architecture_of
+from nybble.models import LinearGroup
 from nybble.quantizers.awq import awq_block
 from nybble.quantizers.blocks import (
     DecoderBlocks,
@@ -88,15 +87,16 @@ def quantize_checkpoint(
     )
     written = writing_format(format, options)
     _check_options(written, calibration, settings_given, clip)
-    if (already := format_of(source)) is not None:
+    checkpoint = open_checkpoint(source)
+    if not isinstance(checkpoint, FolderCheckpoint) or checkpoint.quantization is not None:
         raise CheckpointError(
-            f"{source} is quantized already ({already.name}); give the 16-bit checkpoint"
+            f"{source} is quantized already ({checkpoint.format}); give the 16-bit checkpoint"
         )
     config = json.loads((source / "config.json").read_text())
     config["quantization_config"] = dict(written.settings)
     shards = Shards(source)
-    architecture = architecture_of(AutoConfig.from_pretrained(source, local_files_only=True))
-    linears = {name + ".weight" for name in architecture.linears}
+    checkpoint.check(shards)
+    linears = {name + ".weight" for name in checkpoint.architecture.linears}
     for header in shards.headers():
         if header.name in linears:
             module = header.name.removesuffix(".weight")

@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 from nybble.kernels import DenseWeight, PackedWeight
 from nybble.kernels.packed import INT8_MAX, pack_int8
 from nybble.loaders import Checkpoint, CheckpointError
-from nybble.loaders.checkpoint import Weight
+from nybble.loaders.checkpoint import Weight, can_be_rounded
 from nybble.quantizers.codebook import quantize_codebook
 
 InFlightFormat = Literal["nf4"]  # what `--quantize` offers
@@ -51,15 +51,15 @@ class InFlight:
         return self.layers or self.source.format
 
     def weights(self) -> Iterator[tuple[str, Weight]]:
-        """Raises CheckpointError where ``layers`` is given and the source is quantized already."""
+        """Raises CheckpointError if ``layers`` is given and the source is quantized already."""
+        if self.layers and not can_be_rounded(self.source):
+            raise CheckpointError(
+                f"{self.folder} is quantized already ({self.source.format}); only 16-bit "
+                f"checkpoints can be quantized to {self.layers}"
+            )
         embedding: Tensor | None = None
         has_head = False
         for name, weight in self.source.weights():
-            if isinstance(weight, PackedWeight) and self.layers and name != _HEAD:
-                raise CheckpointError(
-                    f"{self.folder}: {name} is quantized already ({self.source.format}); "
-                    f"only 16-bit checkpoints can be quantized to {self.layers}"
-                )
             has_head |= name == _HEAD
             if isinstance(weight, DenseWeight) and name == _HEAD:
                 yield name, self._head(weight)

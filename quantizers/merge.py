@@ -39,6 +39,8 @@ from nybble.quantizers.on_grid import Compensation, Grid
 from nybble.quantizers.rtn import round_to_nearest
 from nybble.quantizers.writer import FolderWriter
 
+_COARSE_BITS = 4
+
 BF16 = "bf16"  # what `nybble merge --out` calls 16 bits
 
 
@@ -199,10 +201,14 @@ class _Merge:
     def _round(
         self, name: str, exact: Tensor, format: WritableFormat, compensation: Compensation | None
     ) -> QuantizedWeight:
-        """Calibrated, on the base's own grid if it has one, otherwise on scales fitted anew."""
+        """Calibrated, on the base's own grid if it has a coarse one, else on scales fitted anew.
+
+        A change is larger than the steps of 8 bits, and would only be cut off at the grid's ends.
+        """
         base = format.quantized(self.shards, name) if self.plan.same else None
         try:
-            if base is None or compensation is None:
+            fine = isinstance(base, AffineWeight) and base.bits > _COARSE_BITS
+            if base is None or compensation is None or fine:
                 base = _fitted(exact, self.plan.dtype, format, name, base)
         except ValueError as misfit:
             raise CheckpointError(f"{name}: {misfit}") from misfit

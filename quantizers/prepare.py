@@ -10,8 +10,6 @@ groups of 64, with zeros) and its output layer to 8.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import shutil
 from collections.abc import Iterator
@@ -20,9 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from filelock import FileLock, Timeout
 
-from nybble.kernels.layout import Layout
 from nybble.kernels.matmul import preferred_layout
 from nybble.kernels.progress import Progress
 from nybble.loaders import (
@@ -34,20 +30,15 @@ from nybble.loaders import (
     resolve_model,
     save_packed,
 )
-from nybble.loaders.cache import cache_folder
-from nybble.loaders.errors import CheckpointError
-from nybble.loaders.model_files import side_files
-from nybble.loaders.packed_file import VERSION, PackedCheckpoint
 from nybble.models import architecture_of
 from nybble.quantizers import InFlight, merge_adapter, quantize_checkpoint
 from nybble.quantizers.corpus import MERGE_CALIBRATION, text_tokens
 from nybble.quantizers.in_flight import InFlightFormat
+from nybble.quantizers.packed_cache import Origin, keep, reserved
 
 logger = logging.getLogger(__name__)
 
 DEMO = "demo"
-_ORIGIN = "origin.json"
-_SCRATCH = (".partial", ".gptq", ".merged")
 
 
 def prepare_checkpoint(
@@ -82,12 +73,13 @@ def prepare_checkpoint(
         head = "int8"
     if source.format == "none" and not (quantize or head or lora):
         return source
-    layout, origin = preferred_layout(device), folder.resolve()
-    recipe = f"layers={'demo' if demo else quantize}, head={head}"
+    layout = preferred_layout(device)
+    recipe = _recipe("demo" if demo else quantize, head)
     if lora is not None:
         rounding = "" if source.format == "none" else ", calibrated"
         recipe += f", adapter={lora.digest.hex()}{rounding}"
-    with _packed(folder, layout, recipe) as (packed, missing), ExitStack() as stack:
+    origin = Origin(folder.resolve(), layout, recipe)
+    with reserved(origin) as (packed, missing), ExitStack() as stack:
         if missing:
             if lora is not None:
                 merged = _merged(folder, lora, packed, device, progress, source.format != "none")
@@ -104,8 +96,18 @@ def prepare_checkpoint(
                     f"{error}; the cache needs room: free some, or set XDG_CACHE_HOME to a folder "
                     "on another disk"
                 ) from error
-            _replace_older(packed, {"source": str(origin), "layout": layout, "recipe": recipe})
+            keep(packed, origin)
     return open_checkpoint(packed)
+
+
+def demo_form(folder: Path, device: torch.device) -> Path | None:
+    """The packed form that the demo in ``folder`` is served in; None before its first start."""
+    packed = Origin(folder.resolve(), preferred_layout(device), _recipe("demo", "int8")).place()
+    return packed if packed.is_dir() else None
+
+
+def _recipe(layers: str | None, head: str | None) -> str:
+    return f"layers={layers}, head={head}"
 
 
 @contextmanager
@@ -152,60 +154,3 @@ def _demo_in_gptq(folder: Path, packed: Path, progress: Progress) -> Iterator[Ch
         yield open_checkpoint(scratch)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-
-
-@contextmanager
-def _packed(folder: Path, layout: Layout, recipe: str) -> Iterator[tuple[Path, bool]]:
-    """Where the packed form belongs, and whether it is not there; one process at a time."""
-    packed = cache_folder() / "packed" / f"{folder.name}-{_fingerprint(folder, layout, recipe)}"
-    packed.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(packed.with_name(packed.name + ".lock")):
-        if packed.is_dir():
-            try:
-                PackedCheckpoint(packed).check()
-            except (CheckpointError, OSError, ValueError) as error:
-                logger.warning("%s is damaged and is packed again: %s", packed, error)
-                shutil.rmtree(packed)
-        yield packed, not packed.is_dir()
-
-
-def _replace_older(packed: Path, origin: dict[str, str]) -> None:
-    """Note what was packed, and remove what the same source gave before it was changed.
-
-    Also what processes that were killed have left half done. A server that still has an old one
-    mapped keeps it until it ends.
-    """
-    (packed / _ORIGIN).write_text(json.dumps(origin))
-    for path in packed.parent.iterdir():
-        if not path.is_dir() or path == packed:
-            continue
-        try:
-            known = json.loads((path / _ORIGIN).read_text())
-        except (OSError, ValueError):
-            known = None
-        if known == origin or (path.suffix in _SCRATCH and _unlocked(path.with_suffix(".lock"))):
-            logger.info("removing %s from the cache: nothing uses it any more", path.name)
-            shutil.rmtree(path, ignore_errors=True)
-            path.with_name(path.name + ".lock").unlink(missing_ok=True)
-
-
-def _unlocked(path: Path) -> bool:
-    try:
-        with FileLock(path, timeout=0):
-            return True
-    except (Timeout, OSError):
-        return False
-
-
-def _fingerprint(folder: Path, layout: Layout, recipe: str) -> str:
-    files = [
-        *side_files(folder),
-        *sorted(p.relative_to(folder) for p in folder.glob("*.safetensors")),
-    ]
-    status = [(folder / file).stat() for file in files]
-    stats = [
-        (str(file), of_file.st_size, of_file.st_mtime_ns)
-        for file, of_file in zip(files, status, strict=True)
-    ]
-    parts = (str(folder.resolve()), stats, layout, recipe, VERSION)
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]

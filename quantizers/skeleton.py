@@ -9,6 +9,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from nybble.models import architecture_of
+
 
 class _EmptyOnMeta(TorchFunctionMode):
     """Uninitialized tensors take no memory; computed ones (rotary frequencies, scales) do."""
@@ -24,6 +26,11 @@ class _EmptyOnMeta(TorchFunctionMode):
 
 def model_skeleton(config: PretrainedConfig) -> PreTrainedModel:
     """The causal language model of ``config``: linear layers and embeddings on the meta device."""
+    layers = architecture_of(config).layers
+    # transformers' fused attention leaves the soft cap of scores out.
+    capped = any(layer.attention.softcap is not None for layer in layers)
     with _EmptyOnMeta():
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            config, attn_implementation="eager" if capped else None
+        )
     return model

@@ -18,10 +18,13 @@ from nybble.server.adapters.admin import ADMIN_PATHS, AdapterAdmin
 from nybble.server.adapters.owners import AdapterOwners
 from nybble.server.adapters.state import AdapterState
 from nybble.server.api.model_names import ModelNames
-from nybble.server.api.parse import LARGE_BODIES, LargeBodies
+from nybble.server.api.parse import LARGE_BODIES, UNKNOWN_FIELDS, LargeBodies, UnknownFields
 from nybble.server.api.routes import Api
 from nybble.server.console.page import Console
+from nybble.server.http.browsers import BrowserGuard, require_json
+from nybble.server.http.cors import WARNING
 from nybble.server.http.gate import Gate
+from nybble.server.http.paths import OtherSpellings, matched_path
 from nybble.server.lifecycle.settings import ServerSettings
 from nybble.server.observability.logs import Event
 from nybble.server.observability.metrics import Metrics
@@ -41,9 +44,9 @@ _ACCEPTABLE_ID = re.compile(r"[\x21-\x7e]{1,128}")
 # nginx's status for a client that went away before its answer.
 _CLIENT_CLOSED = 499
 # What load balancers and Prometheus ask without a key.
-_OPEN_PATHS = ("/health", "/metrics", "/version")
+_PROBES = ("/health", "/metrics", "/version")
 # And the page, which asks for one itself.
-_OPEN_ROUTES = ("/", "/console/{name}")
+_OPEN_PATHS = (*_PROBES, "/", "/console/{name}")
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -68,20 +71,35 @@ def make_app(
     names = ModelNames(engine, models, owners)
     tracing = settings.tracing
     ended = None if tracing is None else tracing.sequence
-    api = Api(engine, metrics, names, admission, gate, limiter, templates, ended)
+    api = Api(
+        engine,
+        metrics,
+        names,
+        admission,
+        gate,
+        limiter,
+        templates,
+        ended,
+        trust_chat_templates=settings.trust_chat_templates,
+    )
     admin_keys = Keys(settings.admin_keys, kind="admin key")
     middlewares: list[Middleware] = [_observe(metrics)]
     if tracing is not None:
         middlewares.append(tracing.middleware())
     middlewares.append(_report_errors)
+    keyless = not settings.api_keys and tenants is None
+    if keyless:
+        guard = BrowserGuard(() if cors is None else cors.origins, settings.allowed_hosts)
+        middlewares.append(guard.middleware())
     if cors is not None:
         middlewares.append(cors.middleware())
-    if settings.api_keys or tenants is not None:
+    if not keyless:
         keys = Keys(settings.api_keys, kind="API key")
         middlewares.append(_authenticate(keys, tenants, admin_keys))
-    middlewares.append(_enter(gate))
+    middlewares += [require_json, _enter(gate)]
     app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=middlewares)
     app[LARGE_BODIES] = LargeBodies()
+    app[UNKNOWN_FIELDS] = UnknownFields(settings.unknown_fields)
     app.add_routes(api.routes())
     state = None if settings.adapter_state is None else AdapterState(settings.adapter_state)
     admin = AdapterAdmin(engine, models, admin_keys, settings.adapter_roots, state)
@@ -104,7 +122,8 @@ def make_app(
         metrics.register(training.collector)
         app.add_routes(training.routes())
         app.cleanup_ctx.append(training.lifespan)
-    app.on_response_prepare.append(_send_request_id)
+    app.router.register_resource(OtherSpellings(app.router, settings.root_path))
+    app.on_response_prepare.append(_send_record)
     if cors is not None:
         app.on_response_prepare.append(cors.send)
     app.on_response_prepare.append(_send_limits(limiter))
@@ -146,15 +165,19 @@ def _observe(metrics: Metrics) -> Middleware:
                 "trace_id": record.trace_id,
                 "tenant": None if tenant is None else tenant.name,
                 **record.usage_fields(),
+                **record.warning_fields(),
             }
             logger.info(Event("request", fields))
 
     return middleware
 
 
-async def _send_request_id(request: web.Request, response: web.StreamResponse) -> None:
+async def _send_record(request: web.Request, response: web.StreamResponse) -> None:
     if RECORD in request:
-        response.headers[_REQUEST_ID] = request[RECORD].id
+        record = request[RECORD]
+        response.headers[_REQUEST_ID] = record.id
+        if (warning := record.warning()) is not None:
+            response.headers[WARNING] = warning
 
 
 def _send_limits(limiter: Limiter) -> Callable[[web.Request, web.StreamResponse], Awaitable[None]]:
@@ -178,11 +201,9 @@ async def _report_errors(request: web.Request, handler: Handler) -> web.StreamRe
 def _authenticate(keys: Keys, tenants: Tenants | None, admin_keys: Keys) -> Middleware:
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
-        resource = request.match_info.route.resource
+        path = matched_path(request)
         # Administration asks for a key of its own.
-        administration = resource is not None and resource.canonical in ADMIN_PATHS
-        page = resource is not None and resource.canonical in _OPEN_ROUTES
-        if request.path not in _OPEN_PATHS and not page and not administration:
+        if path not in _OPEN_PATHS and path not in ADMIN_PATHS:
             key = bearer(request)
             tenant = tenants.find(key) if tenants is not None and key is not None else None
             if tenant is not None:

@@ -24,7 +24,9 @@ def transformers_model(checkpoint: Checkpoint) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(checkpoint.folder)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(
+        config, dtype=torch.float32, attn_implementation="eager"
+    )
     members = dict(architecture_of(checkpoint.config).fused.values())
     parameters = dict(model.named_parameters())
     with torch.no_grad():

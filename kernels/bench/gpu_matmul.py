@@ -25,7 +25,7 @@ from torch import Tensor
 
 from nybble.kernels import PackedWeight
 from nybble.kernels.packed import INTEGER_LEVELS, SYMMETRIC_LEVELS, pack_nibbles
-from nybble.kernels.triton import matmul, norm, timing
+from nybble.kernels.triton import activation, matmul, timing
 from nybble.kernels.triton.configs import Config
 
 NF4 = torch.tensor(
@@ -146,8 +146,8 @@ def check_matmul(section: Section) -> None:
                 if not torch.equal(once, poisoned(x, weight)):
                     section.holds(f"{name}: twice the same", False)
                 gated = weight.to_layout("gpu_gated_tiles")
-                fused = matmul.packed_matmul(x, gated, silu_mul=True)
-                if not torch.equal(fused, norm.silu_mul(once)):
+                fused = matmul.packed_matmul(x, gated, activation="silu")
+                if not torch.equal(fused, activation.gated(once, "silu")):
                     section.holds(f"{name}: SiLU·mul in the product as after it", False)
                 found = relative_error(x, weight, once)
                 if not found <= limit:
@@ -186,7 +186,7 @@ class Peers:
             yield name, [partial(matmul.packed_matmul, x, w) for w in weights]
         yield "overlap", [partial(overlapped, x, w) for w in self.ours["affine g128"]]
         if self.gated:
-            fused = partial(matmul.packed_matmul, silu_mul=True)
+            fused = partial(matmul.packed_matmul, activation="silu")
             yield "silu·mul", [partial(fused, x, w) for w in self.gated]
         yield "cublas", [partial(torch.nn.functional.linear, x, w) for w in self.dense]
         if self.tinygemm:

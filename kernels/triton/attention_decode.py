@@ -18,7 +18,7 @@ from torch import Tensor
 
 from nybble.kernels.attention_batch import AttentionBatch
 from nybble.kernels.triton.device import FUSED, device_traits
-from nybble.kernels.triton.online_softmax import LOG2_E, attend, padded_seqs
+from nybble.kernels.triton.online_softmax import LOG2_E, attend, padded_seqs, power_scale
 
 # A split has at least this many keys: below it, the second stage costs more than it spreads.
 MIN_SPLIT = 256
@@ -48,6 +48,7 @@ def decode_kernel(
     v_cache,
     k_scales,
     v_scales,
+    sinks,
     query_start,
     context_lens,
     block_tables,
@@ -68,6 +69,8 @@ def decode_kernel(
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
     QUANTIZED: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
     SEQS_PADDED: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
     MIN_SPLIT: tl.constexpr,
@@ -104,6 +107,11 @@ def decode_kernel(
         accumulators = (tl.zeros([GROUP_PADDED, DIM_PADDED], tl.float32),)
         peak = tl.full([GROUP_PADDED], float("-inf"), tl.float32)
         total = tl.zeros([GROUP_PADDED], tl.float32)
+        if HAS_SINKS:
+            # A key that has been seen: by the first split, which counts it for all of them.
+            sink = tl.load(sinks + q_head, member < GROUP, float("-inf")).to(tl.float32)
+            peak = tl.where(split == 0, sink * LOG2_E, peak)
+            total = tl.where(split == 0, 1.0, total)
         table = block_tables + seq.to(tl.int64) * table_stride
         position = context - 1 + tl.zeros([GROUP_PADDED], tl.int32)
         for first in tl.range(key_begin, key_end, TILE, num_stages=STAGES):
@@ -130,6 +138,7 @@ def decode_kernel(
                 BLOCK_SIZE,
                 TILE,
                 QUANTIZED,
+                SOFTCAP,
                 False,
                 False,
             )
@@ -206,6 +215,8 @@ def decode(
     batch: AttentionBatch,
     scale: float,
     window: int,
+    softcap: float,
+    sinks: Tensor | None,
     out: Tensor,
 ) -> None:
     q_heads, dim = q.shape[1:]
@@ -224,6 +235,7 @@ def decode(
         k_cache,
         v_cache,
         *(scales or (k_cache, v_cache)),  # never read where there are none
+        q if sinks is None else sinks,  # likewise
         batch.query_start,
         batch.context_lens,
         batch.block_tables,
@@ -235,9 +247,11 @@ def decode(
         batch.block_tables.stride(0),
         q.stride(0),
         kv_heads,
-        scale * LOG2_E,
+        power_scale(scale, softcap),
         window,
         **constants,
+        SOFTCAP=softcap,
+        HAS_SINKS=sinks is not None,
         SEQS_PADDED=padded_seqs(seqs),
         MAX_SPLITS=splits,
         **FUSED,

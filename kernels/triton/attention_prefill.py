@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nybble.kernels.attention_batch import AttentionBatch
 from nybble.kernels.triton.device import FUSED, device_traits
-from nybble.kernels.triton.online_softmax import LOG2_E, attend, padded_seqs
+from nybble.kernels.triton.online_softmax import LOG2_E, attend, padded_seqs, power_scale
 from nybble.kernels.triton.opaque import opaque_zero
 
 PREFILL_ROWS = 128
@@ -25,6 +25,7 @@ def prefill_kernel(
     v_cache,
     k_scales,
     v_scales,
+    sinks,
     query_start,
     context_lens,
     block_tables,
@@ -45,6 +46,8 @@ def prefill_kernel(
     PARTS: tl.constexpr,
     ANEW: tl.constexpr,
     QUANTIZED: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
     SEQS_PADDED: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -77,6 +80,9 @@ def prefill_kernel(
             accumulators += (tl.zeros([ROWS, PART], tl.float32),)
         peak = tl.full([ROWS], float("-inf"), tl.float32)
         total = tl.zeros([ROWS], tl.float32)
+        if HAS_SINKS:  # a key that has been seen
+            peak = tl.load(sinks + q_head).to(tl.float32) * LOG2_E
+            total = tl.full([ROWS], 1.0, tl.float32)
         table = block_tables + seq.to(tl.int64) * table_stride
         key_end = tl.minimum(context - length + offset + TOKENS, context)
         key_begin = tl.where(window > 0, tl.maximum(context - length + offset - window + 1, 0), 0)
@@ -107,6 +113,7 @@ def prefill_kernel(
                 BLOCK_SIZE,
                 TILE,
                 QUANTIZED,
+                SOFTCAP,
                 False,
                 True,
             )
@@ -134,6 +141,7 @@ def prefill_kernel(
                 BLOCK_SIZE,
                 TILE,
                 QUANTIZED,
+                SOFTCAP,
                 True,
                 False,
             )
@@ -159,6 +167,8 @@ def prefill(
     batch: AttentionBatch,
     scale: float,
     window: int,
+    softcap: float,
+    sinks: Tensor | None,
     out: Tensor,
 ) -> None:
     tokens, q_heads, dim = q.shape
@@ -177,6 +187,7 @@ def prefill(
         k_cache,
         v_cache,
         *(scales or (k_cache, v_cache)),  # never read where there are none
+        q if sinks is None else sinks,  # likewise
         batch.query_start,
         batch.context_lens,
         batch.block_tables,
@@ -185,9 +196,11 @@ def prefill(
         batch.block_tables.stride(0),
         q.stride(0),
         kv_heads,
-        scale * LOG2_E,
+        power_scale(scale, softcap),
         window,
         **constants,
+        SOFTCAP=softcap,
+        HAS_SINKS=sinks is not None,
         SEQS_PADDED=padded_seqs(seqs),
         **FUSED,
     )

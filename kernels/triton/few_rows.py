@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nybble.kernels.activation import Activation
 from nybble.kernels.packed import PackedWeight
 from nybble.kernels.triton.configs import Config
 from nybble.kernels.triton.device import FUSED
@@ -49,7 +50,7 @@ def few_rows_kernel(
     HAS_ZEROS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     GATED: tl.constexpr,
-    SILU_MUL: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     GROUP: tl.constexpr,
     SETS: tl.constexpr,
     OVERLAP: tl.constexpr,
@@ -116,12 +117,17 @@ def few_rows_kernel(
         dtype,
         HAS_BIAS,
         GATED,
-        SILU_MUL,
+        ACTIVATION,
     )
 
 
 def few_rows_matmul(
-    x: Tensor, weight: PackedWeight, out: Tensor, config: Config, overlap: bool, silu_mul: bool
+    x: Tensor,
+    weight: PackedWeight,
+    out: Tensor,
+    config: Config,
+    overlap: bool,
+    activation: Activation | None,
 ) -> None:
     """``x (rows, stored columns)``, contiguous, times the weight, into ``out``: see matmul.py."""
     rows, columns = x.shape
@@ -142,7 +148,7 @@ def few_rows_matmul(
         HAS_ZEROS=weight.zeros is not None,
         HAS_BIAS=weight.bias is not None,
         GATED=weight.layout == "gpu_gated_tiles",
-        SILU_MUL=silu_mul,
+        ACTIVATION=activation,
         **group_constants(weight),
         OVERLAP=overlap,
         WHOLE_STEPS=columns % 128 == 0,

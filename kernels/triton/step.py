@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from nybble.kernels.packed import PackedWeight
-from nybble.kernels.triton.norm import gated
+from nybble.kernels.triton.activation import times_up
 from nybble.kernels.triton.unpack import INTERPRETED, unpack_affine, unpack_codebook
 
 SLICE = tl.constexpr(32)
@@ -179,9 +179,12 @@ def store_outputs(
     dtype: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     GATED: tl.constexpr,
-    SILU_MUL: tl.constexpr,
+    ACTIVATION: tl.constexpr,
 ):
-    """Add the bias to ``y``, stored outputs from ``first`` on × rows ``m``; store it, or gated."""
+    """Add the bias to ``y``, stored outputs from ``first`` on × rows ``m``; store it.
+
+    With an ACTIVATION, of gates and what they multiply: what :func:`times_up` makes of both.
+    """
     BLOCK_N: tl.constexpr = y.shape[0]
     BLOCK_M: tl.constexpr = y.shape[1]
     n = first + tl.arange(0, BLOCK_N)
@@ -189,12 +192,12 @@ def store_outputs(
         at = output_of(n, out_features, GATED)
         y += tl.load(bias + at, mask=n < out_features, other=0.0).to(tl.float32)[:, None]
     y = y.to(dtype)
-    if SILU_MUL:
+    if ACTIVATION is not None:
         half = out_features // 2
         gate, up = tl.split(y.reshape(BLOCK_N // 16, 2, 8, BLOCK_M).permute(0, 2, 3, 1))
         at = first // 2 + tl.arange(0, BLOCK_N // 2)
         inside = (m[None, :] < rows) & (at[:, None] < half)
-        value = gated(gate, up).reshape(BLOCK_N // 2, BLOCK_M)
+        value = times_up(gate, up, ACTIVATION).reshape(BLOCK_N // 2, BLOCK_M)
         tl.store(out + m[None, :] * half + at[:, None], value, mask=inside)
     else:
         at = output_of(n, out_features, GATED)

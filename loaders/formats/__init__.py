@@ -6,14 +6,13 @@ Nothing elsewhere asks for a format by its name: it asks the format that a check
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
 
 from nybble.loaders.errors import CheckpointError
 from nybble.loaders.formats.affine import AffineWeight
+from nybble.loaders.formats.auto_round import AutoRound
 from nybble.loaders.formats.awq import Awq
 from nybble.loaders.formats.base import (
     AffineFormat,
@@ -26,8 +25,11 @@ from nybble.loaders.formats.base import (
 )
 from nybble.loaders.formats.bitsandbytes import BitsAndBytes
 from nybble.loaders.formats.codebook import CodebookWeight
+from nybble.loaders.formats.compressed_tensors import CompressedTensors, CompressedTensorsFp8
+from nybble.loaders.formats.fp8 import Fp8
 from nybble.loaders.formats.gptq import Gptq
-from nybble.loaders.formats.settings import Settings
+from nybble.loaders.formats.hqq import Hqq
+from nybble.loaders.formats.settings import Settings, read_object
 
 __all__ = [
     "FORMATS",
@@ -42,11 +44,22 @@ __all__ = [
     "WritableFormat",
     "WriteOptions",
     "format_of",
+    "known_methods",
     "writing_format",
     "written_formats",
 ]
 
-FORMATS: tuple[type[Format], ...] = (Gptq, Awq, BitsAndBytes)
+# Of two with the same quant_method the first that accepts the settings is taken.
+FORMATS: tuple[type[Format], ...] = (
+    Gptq,
+    Awq,
+    BitsAndBytes,
+    CompressedTensorsFp8,
+    CompressedTensors,
+    AutoRound,
+    Fp8,
+    Hqq,
+)
 
 
 def format_of(folder: Path) -> Format | None:
@@ -57,20 +70,25 @@ def format_of(folder: Path) -> Format | None:
     settings = _settings(folder)
     if settings is None:
         return None
-    method = settings.get("quant_method")
     for format in FORMATS:
-        if format.quant_method == method:
+        if format.accepts(settings):
             return format.from_settings(settings)
-    known = ", ".join(format.quant_method for format in FORMATS)
+    known = ", ".join(known_methods())
     raise CheckpointError(
-        f"{settings.source}: quant_method {method!r} is not supported; supported are {known}"
+        f"{settings.source}: quant_method {settings.get('quant_method')!r} is not supported; "
+        f"supported are {known}"
     )
+
+
+def known_methods() -> list[str]:
+    """Every ``quant_method`` that can be read."""
+    return list(dict.fromkeys(format.quant_method for format in FORMATS))
 
 
 def _settings(folder: Path) -> Settings | None:
     """``quantization_config``, or what the file of an older tool says in its place."""
     path = folder / "config.json"
-    found = _object(path).get("quantization_config")
+    found = read_object(path).get("quantization_config")
     if found is not None:
         if not isinstance(found, Mapping):
             raise CheckpointError(f"{path}: quantization_config is not an object")
@@ -78,18 +96,8 @@ def _settings(folder: Path) -> Settings | None:
     for format in FORMATS:
         if format.own_file is not None and (folder / format.own_file).is_file():
             path = folder / format.own_file
-            return Settings({"quant_method": format.quant_method, **_object(path)}, str(path))
+            return Settings({"quant_method": format.quant_method, **read_object(path)}, str(path))
     return None
-
-
-def _object(path: Path) -> Mapping[str, Any]:
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path} is not an object")
-    return found
 
 
 def written_formats() -> list[str]:

@@ -132,7 +132,7 @@ def words_for(bits: int) -> int:
 def to_words(codes: Tensor, bits: int) -> Tensor:
     """uint8 ``(rows, n)`` to int32 ``(rows, n · bits / 32)``, codes one after another, low first.
 
-    A code of 3 bits may lie across two words.
+    A code of 3 bits may lie across two words. ``n`` codes must fill whole words.
     """
     each = np.unpackbits(codes.cpu().numpy()[..., None], axis=-1, count=bits, bitorder="little")
     packed = np.packbits(each.reshape(len(codes), -1), axis=-1, bitorder="little")

@@ -70,14 +70,6 @@ class Awq(AffineFormat):
         }
         return cls.from_settings(Settings(values, name))
 
-    def check_sizes(self, out: int, columns: int) -> None:
-        size = self.group_of(columns)
-        if columns % size or columns % 8 or out % 8:
-            raise ValueError(
-                f"{out} outputs and {columns} inputs do not divide into groups of {size} "
-                "inputs and words of 8"
-            )
-
     def quantized(self, shards: Shards, module: str) -> AffineWeight:
         qweight = read_words(shards, module + ".qweight")
         codes, scales, zeros = (self._gemv if self.gemv else self._gemm)(shards, module, qweight)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -12,7 +13,13 @@ from torch import Tensor
 
 from nybble.kernels import DenseWeight, PackedWeight
 from nybble.loaders.errors import CheckpointError
-from nybble.loaders.formats.affine import AffineSizes, AffineWeight, packed_bytes
+from nybble.loaders.formats.affine import (
+    AffineSizes,
+    AffineWeight,
+    consecutive_groups,
+    packed_bytes,
+    words_for,
+)
 from nybble.loaders.formats.codebook import BLOCKSIZE, CodebookWeight, QuantType
 from nybble.loaders.formats.settings import Settings
 from nybble.loaders.shards import Shards, TensorHeader
@@ -61,13 +68,14 @@ class Format(ABC):
     writes: the names under which ``nybble quantize`` writes it; none if it can only be read.
     options: the fields of WriteOptions which writing it takes.
     method: how ``nybble quantize`` calibrates it; None if it needs no calibration.
+    in_16_bits: whether its weights are dequantized while they are loaded.
 
     Names of tensors below their module:
 
     marks: any of them says that the module is quantized.
     required: those which every quantized module has.
     optional: those which it may have, beside its bias.
-    ignored: those below any module which are not needed.
+    ignored: those below any module which are not needed, and why.
     """
 
     settings: Mapping[str, Any]
@@ -77,16 +85,22 @@ class Format(ABC):
     writes: ClassVar[tuple[str, ...]] = ()
     options: ClassVar[frozenset[str]] = frozenset()
     method: ClassVar[Method | None] = None
+    in_16_bits: ClassVar[bool] = False
 
     marks: ClassVar[frozenset[str]]
     required: ClassVar[frozenset[str]]
     optional: ClassVar[frozenset[str]] = frozenset()
-    ignored: ClassVar[frozenset[str]] = frozenset()
+    ignored: ClassVar[Mapping[str, str]] = MappingProxyType({})
 
     @property
     def name(self) -> str:
         """As ``nybble inspect`` and error messages call it."""
         return self.quant_method
+
+    @classmethod
+    def accepts(cls, settings: Settings) -> bool:
+        """Whether it is the format that a ``quantization_config`` means."""
+        return bool(settings.get("quant_method") == cls.quant_method)
 
     @classmethod
     @abstractmethod
@@ -102,8 +116,13 @@ class Format(ABC):
         """A quantized module's weight. Raises CheckpointError naming the tensor."""
 
     @abstractmethod
-    def loaded_bytes(self, module: str, leaves: Mapping[str, TensorHeader]) -> int:
-        """What a quantized module takes in memory, without levels and bias."""
+    def loaded_bytes(
+        self, module: str, leaves: Mapping[str, TensorHeader], dtype: torch.dtype
+    ) -> int:
+        """What a quantized module takes in memory, without levels and bias.
+
+        dtype: of the weights that are not quantized.
+        """
 
 
 @dataclass(frozen=True)
@@ -111,9 +130,9 @@ class WritableFormat(Format):
     """A format that can be written too, module by module."""
 
     @classmethod
-    @abstractmethod
     def for_writing(cls, name: str, options: WriteOptions) -> Self:
-        """The format as ``nybble quantize`` writes it under one of its names."""
+        """The format as ``nybble quantize`` writes it under one of its names, if it has any."""
+        raise NotImplementedError(f"{cls.quant_method} is written only if a base has it")
 
     @property
     def written(self) -> WriteOptions:
@@ -176,11 +195,25 @@ class AffineFormat(WritableFormat):
     def written(self) -> WriteOptions:
         return WriteOptions(group_size=self.group_size, sym=self.sym)
 
+    def check_sizes(self, out: int, columns: int) -> None:
+        size, word = self.group_of(columns), words_for(self.bits)
+        if columns % size or columns % word or out % word:
+            raise ValueError(
+                f"{out} outputs and {columns} inputs do not divide into groups of {size} "
+                f"inputs and words of {word}"
+            )
+
+    @abstractmethod
+    def quantized(self, shards: Shards, module: str) -> AffineWeight:
+        """A quantized module as it is stored. Raises CheckpointError naming the tensor."""
+
     @abstractmethod
     def sizes(self, leaves: Mapping[str, TensorHeader]) -> AffineSizes:
         """Of a module, from its tensors' headers."""
 
-    def loaded_bytes(self, module: str, leaves: Mapping[str, TensorHeader]) -> int:
+    def loaded_bytes(
+        self, module: str, leaves: Mapping[str, TensorHeader], dtype: torch.dtype
+    ) -> int:
         own = self.for_module(module)
         return packed_bytes(own.sizes(leaves), own.bits, zeros=not own.sym, act_order=own.desc_act)
 
@@ -212,3 +245,20 @@ def read_words(shards: Shards, name: str) -> Tensor:
             "matrix"
         )
     return words
+
+
+def read_groups(shards: Shards, module: str, leaf: str, columns: int, group_size: int) -> Tensor:
+    """The group of every input, int64 ``(columns,)``; in order if there is no such tensor.
+
+    Raises CheckpointError if the tensor does not fill every group.
+    """
+    in_order, name = consecutive_groups(columns, group_size), f"{module}.{leaf}"
+    if name not in shards:
+        return in_order
+    given = shards.read(name, (columns,)).long()
+    if not torch.equal(given.sort().values, in_order):
+        raise CheckpointError(
+            f"{shards.folder}: {name} does not put {group_size} features into each of "
+            f"{int(in_order[-1]) + 1} groups"
+        )
+    return given

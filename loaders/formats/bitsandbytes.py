@@ -157,7 +157,9 @@ class BitsAndBytes(CodebookFormat):
         kept = self.settings.get("llm_int8_skip_modules") or ["lm_head"]
         return replace(self, settings={**self.settings, "llm_int8_skip_modules": [*kept, *modules]})
 
-    def loaded_bytes(self, module: str, leaves: Mapping[str, TensorHeader]) -> int:
+    def loaded_bytes(
+        self, module: str, leaves: Mapping[str, TensorHeader], dtype: torch.dtype
+    ) -> int:
         # Scales become float32.
         codes = leaves["weight"]
         return codes.elements * codes.itemsize + 4 * leaves["weight.absmax"].elements

@@ -17,7 +17,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
-import torch
 from torch import Tensor
 
 from nybble.loaders.errors import CheckpointError
@@ -25,12 +24,17 @@ from nybble.loaders.formats.affine import (
     WIDTHS,
     AffineSizes,
     AffineWeight,
-    consecutive_groups,
     from_words,
     to_words,
-    words_for,
 )
-from nybble.loaders.formats.base import AffineFormat, Method, WriteOptions, read_bias, read_words
+from nybble.loaders.formats.base import (
+    AffineFormat,
+    Method,
+    WriteOptions,
+    read_bias,
+    read_groups,
+    read_words,
+)
 from nybble.loaders.formats.settings import Settings
 from nybble.loaders.shards import Shards, TensorHeader
 
@@ -99,14 +103,6 @@ class Gptq(AffineFormat):
                 )
         return self
 
-    def check_sizes(self, out: int, columns: int) -> None:
-        size, word = self.group_of(columns), words_for(self.bits)
-        if columns % size or columns % word or out % word:
-            raise ValueError(
-                f"{out} outputs and {columns} inputs do not divide into groups of {size} "
-                f"inputs and words of {word}"
-            )
-
     def quantized(self, shards: Shards, module: str) -> AffineWeight:
         own = self.for_module(module)
         qweight = read_words(shards, module + ".qweight")
@@ -117,15 +113,7 @@ class Gptq(AffineFormat):
         zeros = from_words(qzeros, own.bits)[:, :out].T
         if self.zeros_are_one_less:
             zeros = (zeros + 1) & (2**own.bits - 1)  # a zero of 0 was stored as −1
-        g_idx = consecutive_groups(columns, own.group_size)
-        if module + ".g_idx" in shards:
-            given = shards.read(module + ".g_idx", (columns,)).long()
-            if not torch.equal(given.sort().values, g_idx):
-                raise CheckpointError(
-                    f"{shards.folder}: {module}.g_idx does not put {own.group_of(columns)} "
-                    f"features into each of {groups} groups"
-                )
-            g_idx = given
+        g_idx = read_groups(shards, module, "g_idx", columns, own.group_size)
         bias = read_bias(shards, module, out)
         return AffineWeight(from_words(qweight.T, own.bits), scales, zeros, g_idx, own.bits, bias)
 

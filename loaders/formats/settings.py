@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 from nybble.loaders.errors import CheckpointError
 
 T = TypeVar("T")
 _WORDS = {"true": True, "false": False}
+
+
+def read_object(path: Path) -> Mapping[str, Any]:
+    """The JSON object in a file. Raises CheckpointError."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} is not an object")
+    return found
 
 
 @dataclass(frozen=True)

@@ -63,10 +63,15 @@ class TemplateRenderer:
 
         The future raises TemplateRefusedError and TemplateFailedError.
         """
-        length = sum(len(message["content"]) for message in messages)
+        length = sum(map(_length, messages))
         lane = self._long if length > _LONG else self._short
         request = {"template": template, "messages": messages, "tools": tools}
         return lane.submit(request | {"variables": variables})
+
+
+def _length(message: dict[str, Any]) -> int:
+    content = message["content"]
+    return len(content) if isinstance(content, str) else sum(len(part["text"]) for part in content)
 
 
 class _Lane:

@@ -28,8 +28,7 @@ def _answer(request: dict[str, Any]) -> dict[str, str]:
             [request["messages"]],
             tools=request["tools"],
             chat_template=request["template"],
-            add_generation_prompt=True,
-            **request["variables"],
+            **{"add_generation_prompt": True, **request["variables"]},
         )
     except MemoryError:
         return {"failed": f"it needs more than {MEMORY_BYTES >> 20} MiB"}

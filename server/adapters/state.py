@@ -15,9 +15,13 @@ from nybble.loaders.cache import cache_folder
 logger = logging.getLogger(__name__)
 
 
-def default_path(model: str, port: int, roots: Iterable[Path]) -> Path:
-    """A file in the cache: another for each model, port and set of allowed roots."""
-    parts = (model, port, sorted(str(root.resolve()) for root in roots))
+def default_path(model: str, place: int | Path, roots: Iterable[Path]) -> Path:
+    """A file in the cache: another for each model, port or socket, and set of allowed roots."""
+    parts = (
+        model,
+        place if isinstance(place, int) else str(place.resolve()),
+        sorted(str(root.resolve()) for root in roots),
+    )
     digest = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
     return cache_folder() / "state" / f"adapters-{digest}.json"
 

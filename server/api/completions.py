@@ -25,15 +25,15 @@ class CompletionShape(ChoicesShape):
         created: int,
         logprobs: Logprobs | None,
         echoes: Sequence[str] | None,
+        prompts: Sequence[tuple[int, ...]],
     ) -> None:
-        super().__init__(include_usage=body.include_usage)
+        super().__init__(body, prompts)
         self._head = {
             "id": id,
             "object": "text_completion",
             "created": created,
             "model": body.model,
         }
-        self._n = body.sequences
         self._alternatives = body.logprobs
         self._prompt_alternatives = body.prompt_logprobs
         self._logprobs = logprobs
@@ -56,15 +56,18 @@ class CompletionShape(ChoicesShape):
         choice = self._choice(index, [output])
         logprobs = choice["logprobs"]
         wanted = choice["text"] or output.finish_reason or (logprobs and logprobs["tokens"])
+        wanted = wanted or self._prompts is not None
         return [choice] if wanted else []
 
     def _choice(self, index: int, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
         text = "".join(output.text for output in outputs)
+        extra = self.token_ids(outputs)
         logprobs = None
         if self._logprobs is not None and self._alternatives is not None:
             logprobs = self._logprobs.completion(outputs)
         if index not in self._begun:
             self._begun.add(index)
+            extra |= self.prompt_token_ids(index)
             prompt = index // self._n
             # Only a prompt's first sequence reads it, and it is the first to be heard of.
             if (found := outputs[0].prompt_logprobs) is not None:
@@ -86,6 +89,7 @@ class CompletionShape(ChoicesShape):
             "text": text,
             "logprobs": logprobs,
             "finish_reason": outputs[-1].finish_reason,
+            **extra,
         }
 
     def _prepend(self, logprobs: dict[str, Any], index: int) -> None:

@@ -31,8 +31,8 @@ class Job:
     """Every prompt ``n`` times; sequence ``i`` continues prompt ``i // n``.
 
     Sequences that share a prompt and have a seed get seeds of their own, counted up from it.
-    timeout: seconds it may take. pooling: asks for the prompts' embeddings, of which only a few are
-    in flight at a time.
+    timeout: seconds it may take. priority, cache_salt: of each request. pooling: asks for the
+    prompts' embeddings, of which only a few are in flight at a time.
     """
 
     id: str
@@ -43,6 +43,8 @@ class Job:
     adapter: str | None = None
     tenant: Tenant | None = None
     timeout: float | None = None
+    priority: int = 0
+    cache_salt: str = ""
     pooling: Pooling | None = None
 
     @property
@@ -58,7 +60,16 @@ class Job:
         guide = None if self.guide is None else self.guide.fork()
         prompt = self.prompts[index // self.n]
         id = f"{self.id}-{index}"
-        request = Request(id, prompt, params, guide, self.adapter, pooling=self.pooling)
+        request = Request(
+            id,
+            prompt,
+            params,
+            guide,
+            self.adapter,
+            priority=self.priority,
+            cache_salt=self.cache_salt,
+            pooling=self.pooling,
+        )
         if self.tenant is None:
             return request
         return replace(request, tenant=self.tenant.name, weight=self.tenant.weight)

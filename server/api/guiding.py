@@ -6,11 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 from nybble.engine import GrammarCompiler, GrammarGuide
-from nybble.server.api.chat_schema import ResponseFormat
+from nybble.engine.json_schema import Omission
 from nybble.server.api.compile_pool import CompilePool
+from nybble.server.api.format_schema import ResponseFormat, StructuredOutputs
 from nybble.server.api.schema import Sampling
-from nybble.server.api.tools import Tools
+from nybble.server.api.structural_tag import tags_of
+from nybble.server.api.tools import Answer, AnswerError, Tools
 from nybble.server.http.errors import ApiError
+from nybble.server.observability.request_record import RequestRecord
 
 _ANY_OBJECT: dict[str, Any] = {"type": "object"}
 
@@ -19,17 +22,31 @@ async def guide_of(
     compiler: GrammarCompiler,
     pool: CompilePool,
     body: Sampling,
+    record: RequestRecord,
     response_format: ResponseFormat | None = None,
     tools: Tools | None = None,
 ) -> GrammarGuide | None:
     """The guide a request asks for, or None. Compiled in ``pool``, before it is admitted.
 
-    Raises ApiError 400 naming the parameter for more than one, or one that cannot be compiled or
-    not in time; 503 where the pool is busy.
+    What a schema without ``strict`` says and no grammar can is left to the model, as OpenAI does;
+    ``record`` is told. Tools go together with a response format: calls follow the tools' grammar,
+    and an answer that calls nothing follows the format.
+
+    Raises ApiError 400 naming the parameter for more than one other, or one that cannot be compiled
+    or not in time; 503 where the pool is busy.
     """
-    asked = _asked(compiler, body, response_format)
+    omissions: list[Omission] = []
+    answer = _answer(response_format)
+    asked: dict[str, Callable[[], GrammarGuide | None]] = {}
+    if tools is None and answer is not None:
+        asked["response_format"] = lambda: compiler.json_schema(
+            answer.schema, None if answer.strict else omissions
+        )
+    if response_format is not None and (tag := response_format.structural_tag) is not None:
+        asked["response_format"] = lambda: compiler.structural_tags(tags_of(tag))
+    asked |= _always_enforced(compiler, body)
     if tools is not None:
-        asked["tools"] = lambda: tools.guide(compiler)
+        asked["tools"] = lambda: tools.guide(compiler, omissions, answer)
     if not asked:
         return None
     if len(asked) > 1:
@@ -39,21 +56,30 @@ async def guide_of(
         )
     ((param, compile),) = asked.items()
     try:
-        return await pool.run(compile, param)
+        guide = await pool.run(compile, param)
     except ValueError as error:
+        if isinstance(error, AnswerError):
+            param = "response_format"
         raise ApiError(
             400, f"{param} cannot be compiled: {error}", param=param, code="invalid_value"
         ) from None
+    record.not_enforced += omissions
+    return guide
 
 
-def _asked(
-    compiler: GrammarCompiler, body: Sampling, response_format: ResponseFormat | None
+def _answer(response_format: ResponseFormat | None) -> Answer | None:
+    if response_format is None or response_format.type in ("text", "structural_tag"):
+        return None
+    wanted = response_format.json_schema
+    if wanted is None or wanted.definition is None:
+        return Answer(_ANY_OBJECT, strict=False)
+    return Answer(wanted.definition, strict=wanted.strict is True)
+
+
+def _always_enforced(
+    compiler: GrammarCompiler, body: Sampling
 ) -> dict[str, Callable[[], GrammarGuide | None]]:
     asked: dict[str, Callable[[], GrammarGuide | None]] = {}
-    if response_format is not None and response_format.type != "text":
-        wanted = response_format.json_schema
-        schema = _ANY_OBJECT if wanted is None or wanted.definition is None else wanted.definition
-        asked["response_format"] = lambda: compiler.json_schema(schema)
     if (guided_json := body.guided_json) is not None:
         asked["guided_json"] = lambda: compiler.json_schema(guided_json)
     if (guided_regex := body.guided_regex) is not None:
@@ -62,4 +88,20 @@ def _asked(
         asked["guided_choice"] = lambda: compiler.choice(guided_choice)
     if (guided_grammar := body.guided_grammar) is not None:
         asked["guided_grammar"] = lambda: compiler.grammar(guided_grammar)
+    if (structured := body.structured_outputs) is not None and structured.given:
+        asked["structured_outputs"] = lambda: _structured(compiler, structured)
     return asked
+
+
+def _structured(compiler: GrammarCompiler, asked: StructuredOutputs) -> GrammarGuide:
+    if asked.json_schema is not None:
+        return compiler.json_schema(asked.json_schema)
+    if asked.regex is not None:
+        return compiler.regex(asked.regex)
+    if asked.choice is not None:
+        return compiler.choice(asked.choice)
+    if asked.grammar is not None:
+        return compiler.grammar(asked.grammar)
+    if asked.structural_tag is not None:
+        return compiler.structural_tags(tags_of(asked.structural_tag))
+    return compiler.json_schema(_ANY_OBJECT)

@@ -13,11 +13,18 @@ _LOWEST = -9999.0
 
 
 class Logprobs:
-    """ends: tokens that end a sequence, which are not part of its text and are not reported."""
+    """ends: tokens that end a sequence, which are not part of its text and are not reported.
+    as_token_ids: write a token as ``token_id:5``, which tells apart those of the same text."""
 
-    def __init__(self, tokens: TokenBytes, ends: Container[int]) -> None:
+    def __init__(
+        self, tokens: TokenBytes, ends: Container[int], *, as_token_ids: bool = False
+    ) -> None:
         self._tokens = tokens
         self._ends = ends
+        self._as_token_ids = as_token_ids
+
+    def _text(self, token_id: int) -> str:
+        return f"token_id:{token_id}" if self._as_token_ids else self._tokens.text(token_id)
 
     def chat(self, outputs: Sequence[RequestOutput]) -> list[dict[str, Any]]:
         """``choices[].logprobs.content``."""
@@ -45,7 +52,7 @@ class Logprobs:
         """The same for a prompt that is echoed; its first token follows nothing."""
         first = prompt.token_ids[0]
         body: dict[str, Any] = {
-            "tokens": [self._tokens.text(first)],
+            "tokens": [self._text(first)],
             "token_logprobs": [None],
             "top_logprobs": [None],
             "lengths": [_characters(self._tokens.of(first))],
@@ -75,11 +82,11 @@ class Logprobs:
     def _append(
         self, body: dict[str, Any], token: TokenLogprob, top: Sequence[tuple[int, float]]
     ) -> None:
-        text = self._tokens.text(token.token_id)
+        text = self._text(token.token_id)
         body["tokens"].append(text)
         body["token_logprobs"].append(_finite(token.logprob))
         # The chosen token is among them even where it is not one of the likeliest.
-        others = {self._tokens.text(other): _finite(logprob) for other, logprob in top}
+        others = {self._text(other): _finite(logprob) for other, logprob in top}
         body["top_logprobs"].append(others | {text: _finite(token.logprob)})
         body["lengths"].append(_characters(self._tokens.of(token.token_id)))
 
@@ -91,7 +98,7 @@ class Logprobs:
 
     def _entry(self, token_id: int, logprob: float) -> dict[str, Any]:
         return {
-            "token": self._tokens.text(token_id),
+            "token": self._text(token_id),
             "logprob": _finite(logprob),
             "bytes": list(self._tokens.of(token_id)),
         }

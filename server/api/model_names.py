@@ -92,11 +92,17 @@ class ModelNames:
             "object": "model",
             "created": self._created,
             "owned_by": "nybble",
+            "root": self._base[0],
+            "parent": None,
             "max_model_len": self._engine.max_model_len,
         }
 
     def _adapter(self, info: AdapterInfo) -> dict[str, Any]:
-        return self._model(info.name) | {"created": info.loaded, "parent": self._base[0]}
+        return self._model(info.name) | {
+            "created": info.loaded,
+            "root": info.name,
+            "parent": self._base[0],
+        }
 
     def _unknown(self, name: str, param: str, tenant: Tenant | None) -> ApiError:
         kind, known = "adapter", [info.name for info in self._adapters(tenant)]
@@ -105,9 +111,13 @@ class ModelNames:
         names = ", ".join(known[:_NAMES_IN_ERRORS]) or "none"
         if len(known) > _NAMES_IN_ERRORS:
             names += f" and {len(known) - _NAMES_IN_ERRORS} more"
+        hint = ""
+        if kind == "model" and name.rpartition("/")[2] in known:
+            # As gateways that serve many providers name their models.
+            hint = f": leave out what is before it, or add --served-model-name {name}"
         return ApiError(
             404,
-            f"the {kind} {name!r} does not exist; this server has {names}",
+            f"the {kind} {name!r} does not exist; this server has {names}{hint}",
             param=param,
             code="model_not_found",
         )

@@ -7,10 +7,11 @@ from typing import Any
 from pydantic.json_schema import models_json_schema
 
 from nybble import __version__
+from nybble.server.api.body import Body
 from nybble.server.api.chat_schema import ChatRequest, DetokenizeRequest, TokenizeRequest
 from nybble.server.api.embeddings import EmbeddingRequest
 from nybble.server.api.responses_schema import ResponsesRequest
-from nybble.server.api.schema import Body, CompletionRequest
+from nybble.server.api.schema import CompletionRequest
 
 BODIES: dict[str, type[Body]] = {
     "/v1/chat/completions": ChatRequest,

@@ -5,17 +5,23 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property, partial
 from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
-from nybble.loaders.templates import (
-    TemplateFailedError,
-    TemplateRefusedError,
-    TemplateRenderer,
-    as_turn,
+from nybble.engine.conversation import (
+    ChatEncoder,
+    Turn,
+    has_broken_calls,
+    in_parts,
+    left_out,
+    template_of,
+    turn_of,
+    with_whole_calls,
 )
-from nybble.server.api.chat_schema import Message
+from nybble.loaders.templates import TemplateFailedError, TemplateRefusedError, TemplateRenderer
+from nybble.server.api.chat_schema import Message, TemplateOptions
 from nybble.server.api.schema import Prompt
 from nybble.server.http.errors import ApiError
 
@@ -40,7 +46,10 @@ class Prompts:
         model: str,
         max_model_len: int,
         templates: TemplateRenderer,
+        *,
+        trust_chat_templates: bool = False,
     ) -> None:
+        """trust_chat_templates: whether requests may bring templates of their own."""
         self._tokenizer = tokenizer
         self._backend = tokenizer.backend_tokenizer
         self._model = model
@@ -49,6 +58,9 @@ class Prompts:
         self._max_characters = max_model_len * self._longest
         self._max_together = max(_MAX_TOGETHER, max_model_len)
         self._templates = templates
+        self._trust_chat_templates = trust_chat_templates
+        self._chat_encoder = ChatEncoder(tokenizer)
+        self._takes_parts = False  # whether the template reads content as a list of parts
         # One at a time, whatever many ask for: it takes much memory, which each thread's allocator
         # keeps for its next. The encoder has threads of its own.
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="nybble-tokenize")
@@ -73,30 +85,55 @@ class Prompts:
 
         return await self._off_loop(len(text), work)
 
-    async def encode_all(self, prompts: Sequence[Prompt]) -> list[tuple[int, ...]]:
-        """Token ids of prompts of one kind, texts with those that inputs begin or end with.
+    async def encode_all(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        special_tokens: bool = True,
+        any_length: bool = False,
+        parse_special: bool = True,
+    ) -> list[tuple[int, ...]]:
+        """Token ids of prompts of one kind.
+
+        special_tokens: whether texts get those that inputs begin or end with.
+        parse_special: whether a special token's text is that token, as in a prompt which a client
+        has made by a chat template. A text that begins with BOS already gets no second one.
 
         Raises ApiError 400 as :meth:`encode` does, and where they are too many together.
         """
         texts = [prompt for prompt in prompts if isinstance(prompt, str)]
         given = [prompt for prompt in prompts if not isinstance(prompt, str)]
         self._require_few_together(given)
-        for text in texts:
-            self._require_room(text)
+        if any_length:
+            _require_size("prompt", sum(len(t.encode()) for t in texts), MAX_TEXT_BYTES, "bytes")
+        else:
+            for text in texts:
+                self._require_room(text)
+        encode = partial(
+            self._encode_batch, special_tokens=special_tokens, parse_special=parse_special
+        )
         length = sum(map(len, texts))
-        encoded = await self._off_loop(length, lambda: self._encode_batches(texts))
+        encoded = await self._off_loop(
+            length, lambda: self._encode_batches(texts, encode, any_length)
+        )
         return [*map(tuple, given), *encoded]
 
-    def _encode_batches(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
+    def _encode_batches(
+        self,
+        texts: Sequence[str],
+        encode: Callable[[list[str]], list[tuple[int, ...]]],
+        any_length: bool,
+    ) -> list[tuple[int, ...]]:
         encoded: list[tuple[int, ...]] = []
         batch: list[str] = []
         size = 0
         for index, text in enumerate(texts):
-            self._require_few_tokens(text)
+            if not any_length:
+                self._require_few_tokens(text)
             batch.append(text)
             size += len(text)
             if size >= _AT_A_TIME or index == len(texts) - 1:
-                encoded += [tuple(each.ids) for each in self._backend.encode_batch_fast(batch)]
+                encoded += encode(batch)
                 batch, size = [], 0
                 self._require_few_together(encoded)
         return encoded
@@ -112,19 +149,73 @@ class Prompts:
             lambda: self._backend.decode(list(token_ids), skip_special_tokens=False),
         )
 
+    async def token_strings(self, token_ids: Sequence[int]) -> list[str]:
+        """Each token as the vocabulary spells it."""
+
+        def work() -> list[str]:
+            return [self._backend.id_to_token(token) or "" for token in token_ids]
+
+        return await self._off_loop(len(token_ids), work)
+
     async def chat(
         self,
         messages: Sequence[Message],
+        options: TemplateOptions,
         *,
         tools: Sequence[dict[str, Any]] | None = None,
-        template_kwargs: dict[str, Any] | None = None,
+        any_length: bool = False,
+        parse_special: bool = False,
     ) -> tuple[int, ...]:
         """Token ids of a conversation in the model's own template, up to the assistant's turn.
 
-        Raises ApiError 400 where the model has no template or the template refuses, 500 where it
-        takes too much time or memory.
+        parse_special: whether what looks like a marker in a message's text is one (see
+        :class:`nybble.engine.conversation.ChatEncoder`).
+
+        Raises ApiError 400 where the model has no template, the template refuses or it leaves out
+        a message, for a request's own template where that is not allowed, and for text as
+        :meth:`encode` does; 500 where the template takes too much time or memory.
         """
-        if not self._tokenizer.chat_template:
+        template = options.chat_template
+        if template is None:
+            template = self._template(tools=bool(tools))
+        elif not self._trust_chat_templates:
+            raise ApiError(
+                400,
+                "chat_template is taken only by a server with --trust-request-chat-template",
+                param="chat_template",
+                code="unsupported_parameter",
+            )
+        if len(messages) > self._max_model_len:  # a message is a token at least
+            raise self._too_long(f"{len(messages)} messages")
+        turns = [turn_of(message.model_dump(exclude_none=True)) for message in messages]
+        if not parse_special:
+            turns = self._chat_encoder.shielded(turns, template)
+        variables = {**self._tokenizer.special_tokens_map, **_variables(options, template)}
+        text = await self._rendered(template, turns, tools, variables)
+        if any_length:
+            _require_size("messages", len(text.encode()), MAX_TEXT_BYTES, "bytes")
+        else:
+            self._require_room(text)
+        before, after = self._around if options.add_special_tokens else ((), ())
+
+        def work() -> tuple[int, ...]:
+            if not any_length:
+                self._require_few_tokens(text)
+            return (*before, *self._chat_encoder.encode(text), *after)
+
+        return await self._off_loop(len(text), work)
+
+    def _template(self, *, tools: bool) -> str:
+        try:
+            template = template_of(self._tokenizer, tools=tools)
+        except ValueError as error:
+            raise ApiError(
+                400,
+                f"the chat templates of {self._model!r} cannot be used: {error}",
+                param="messages",
+                code="no_chat_template",
+            ) from None
+        if template is None:
             raise ApiError(
                 400,
                 f"model {self._model!r} has no chat template: use /v1/completions, "
@@ -132,28 +223,68 @@ class Prompts:
                 param="messages",
                 code="no_chat_template",
             )
-        if len(messages) > self._max_model_len:  # a message is a token at least
-            raise self._too_long(f"{len(messages)} messages")
-        turns = [_turn(message) for message in messages]
-        template = self._tokenizer.get_chat_template(tools=list(tools) if tools else None)
-        variables = {**self._tokenizer.special_tokens_map, **_checked(template_kwargs or {})}
+        return template
+
+    async def _rendered(
+        self,
+        template: str,
+        turns: Sequence[Turn],
+        tools: Sequence[dict[str, Any]] | None,
+        variables: dict[str, Any],
+    ) -> str:
+        """The turns as text, in the form the template takes their content in."""
+        refusal: ApiError | None = None
+        # The form that worked for the last conversation first.
+        for parts in (self._takes_parts, not self._takes_parts):
+            shown = in_parts(turns) if parts else turns
+            try:
+                text = await self._render(template, shown, tools, variables)
+            except TemplateRefusedError as error:
+                refusal = refusal or self._refused(str(error))
+                continue
+            missing = await self._off_loop(len(text), partial(left_out, turns, text))
+            if missing is None:
+                self._takes_parts = parts
+                return text
+            role = turns[missing]["role"]
+            refusal = refusal or self._refused(
+                f"the text of message {missing} (of role {role}) is not in the prompt it makes"
+            )
+        assert refusal is not None
+        raise refusal
+
+    async def _render(
+        self,
+        template: str,
+        turns: Sequence[Turn],
+        tools: Sequence[dict[str, Any]] | None,
+        variables: dict[str, Any],
+    ) -> str:
         try:
-            future = self._templates.submit(template, turns, tools, variables)
-            text = await asyncio.wrap_future(future)
-        except TemplateRefusedError as error:
-            raise ApiError(
-                400,
-                f"the chat template of {self._model!r} refuses these messages: {error}",
-                param="messages",
-                code="invalid_value",
-            ) from None
+            try:
+                future = self._templates.submit(template, turns, tools, variables)
+                return await asyncio.wrap_future(future)
+            except TemplateRefusedError:
+                if not has_broken_calls(turns):
+                    raise
+            whole = with_whole_calls(turns)
+            return await asyncio.wrap_future(
+                self._templates.submit(template, whole, tools, variables)
+            )
         except TemplateFailedError as error:
             raise ApiError(
                 500,
                 f"the chat template of {self._model!r} cannot be used: {error}",
                 code="chat_template_failed",
             ) from None
-        return await self.encode(text, special_tokens=False)
+
+    def _refused(self, reason: str) -> ApiError:
+        return ApiError(
+            400,
+            f"the chat template of {self._model!r} refuses these messages: {reason}",
+            param="messages",
+            code="invalid_value",
+        )
 
     def _require_room(self, text: str) -> None:
         if len(text) > self._max_characters:
@@ -193,11 +324,44 @@ class Prompts:
             code="context_length_exceeded",
         )
 
+    def _encode_batch(
+        self, texts: list[str], *, special_tokens: bool, parse_special: bool
+    ) -> list[tuple[int, ...]]:
+        if parse_special:
+            encodings = self._backend.encode_batch_fast(texts, add_special_tokens=special_tokens)
+            ids = [tuple(encoding.ids) for encoding in encodings]
+            return list(map(self._with_one_bos, texts, ids)) if special_tokens else ids
+        before, after = self._around if special_tokens else ((), ())
+        return [(*before, *self._chat_encoder.encode_plain(text), *after) for text in texts]
+
+    @property
+    def around(self) -> tuple[int, int]:
+        """How many special tokens texts are given before and after."""
+        before, after = self._around
+        return len(before), len(after)
+
+    @cached_property
+    def _around(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The tokens that the model's inputs begin and end with."""
+        bare = self._encode("a", special_tokens=False)
+        whole = self._encode("a", special_tokens=True)
+        at = next(at for at in range(len(whole)) if whole[at : at + len(bare)] == bare)
+        return whole[:at], whole[at + len(bare) :]
+
     def _encode(self, text: str, special_tokens: bool) -> tuple[int, ...]:
         # The batch form lets other threads run meanwhile; the single one does not. The fast one
         # leaves out where in the text each token stands.
         (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=special_tokens)
-        return tuple(encoding.ids)
+        ids = tuple(encoding.ids)
+        return self._with_one_bos(text, ids) if special_tokens else ids
+
+    def _with_one_bos(self, text: str, ids: tuple[int, ...]) -> tuple[int, ...]:
+        """``ids`` of ``text`` without the BOS before one that the text begins with itself."""
+        bos, spelled = self._tokenizer.bos_token_id, self._tokenizer.bos_token
+        if spelled and text.startswith(spelled) and ids[:2] == (bos, bos):
+            # Two where the text has two itself, and the tokenizer adds none.
+            return ids[1:] if ids[0] in self._around[0] else ids
+        return ids
 
     async def _off_loop(self, length: int, function: Callable[[], T]) -> T:
         if length <= _LONG_TEXT:
@@ -215,6 +379,43 @@ def _require_size(param: str, found: int, most: int, unit: str) -> None:
         )
 
 
+def _variables(options: TemplateOptions, template: str) -> dict[str, Any]:
+    """What a template is given besides messages, tools and special tokens."""
+    variables: dict[str, Any] = {}
+    if options.continue_final_message:
+        variables["continue_final_message"] = True
+    variables["add_generation_prompt"] = not options.continue_final_message
+    if options.add_generation_prompt is not None:
+        variables["add_generation_prompt"] = options.add_generation_prompt
+    if options.documents is not None:
+        variables["documents"] = options.documents
+    return {
+        **variables,
+        **_reasoning(options.reasoning_effort, template),
+        **_checked(options.chat_template_kwargs or {}),
+    }
+
+
+def _reasoning(effort: str | None, template: str) -> dict[str, Any]:
+    """An effort in the template's own words. Raises ApiError 400 where it has none for it."""
+    if effort is None:
+        return {}
+    variables: dict[str, Any] = {}
+    if "reasoning_effort" in template:
+        variables["reasoning_effort"] = effort
+    if "enable_thinking" in template:
+        variables["enable_thinking"] = effort != "none"
+    if not variables and effort != "none":
+        raise ApiError(
+            400,
+            f"reasoning_effort is {effort!r}, but the model's chat template knows of no reasoning; "
+            "expected 'none'",
+            param="reasoning_effort",
+            code="unsupported_parameter",
+        )
+    return variables
+
+
 def _checked(template_kwargs: dict[str, Any]) -> dict[str, Any]:
     reserved = {"messages", "conversation", "tools", "tokenize", "chat_template"}
     reserved |= {"add_generation_prompt", "continue_final_message", "return_dict", "documents"}
@@ -226,10 +427,3 @@ def _checked(template_kwargs: dict[str, Any]) -> dict[str, Any]:
             code="invalid_value",
         )
     return template_kwargs
-
-
-def _turn(message: Message) -> dict[str, Any]:
-    try:
-        return as_turn(message.model_dump(exclude_none=True))
-    except ValueError as error:
-        raise ApiError(400, str(error), param="messages", code="invalid_value") from None

@@ -38,8 +38,11 @@ class Shape(WholeShape, Protocol):
     # The data that ends a stream, after the last event.
     terminator: bytes | None
 
-    def events(self, index: int, output: RequestOutput) -> Sequence[Event]:
-        """What one output of a sequence adds to a stream; called for its outputs in order."""
+    def events(self, index: int, output: RequestOutput, usage: Usage) -> Sequence[Event]:
+        """What one output of a sequence adds to a stream; called for its outputs in order.
+
+        usage: this output and all before it.
+        """
         ...
 
     def last_events(self, usage: Usage) -> Sequence[Event]:
@@ -92,7 +95,7 @@ async def _stream(
 
     async def tell(index: int, output: RequestOutput) -> None:
         usage.add(index, output)
-        for event in await _written(output, lambda: shape.events(index, output)):
+        for event in await _written(output, lambda: shape.events(index, output, usage)):
             await stream.send(event)
 
     try:

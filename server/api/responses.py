@@ -43,7 +43,10 @@ class ResponsesShape:
             "output": [],
             "parallel_tool_calls": body.parallel_tool_calls is not False,
             "previous_response_id": None,
-            "reasoning": {"effort": None, "summary": None},
+            "reasoning": {
+                "effort": None if body.reasoning is None else body.reasoning.effort,
+                "summary": None,
+            },
             "temperature": 1.0 if body.temperature is None else body.temperature,
             "text": text,
             "tool_choice": _plain(body.tool_choice) or "auto",
@@ -57,11 +60,11 @@ class ResponsesShape:
 
     def whole(self, outputs: Sequence[Sequence[RequestOutput]], usage: Usage) -> dict[str, Any]:
         for output in outputs[0]:
-            self.events(0, output)
+            self.events(0, output, usage)
         self.last_events(usage)
         return self._response
 
-    def events(self, index: int, output: RequestOutput) -> Sequence[Event]:
+    def events(self, index: int, output: RequestOutput, usage: Usage) -> Sequence[Event]:
         if not self._begun:
             self._begun = True
             self._tell("response.created", response=self._response | {"output": []})

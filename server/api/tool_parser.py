@@ -1,8 +1,9 @@
 """Finds tool calls in generated text as it arrives.
 
 Two conventions are read: Hermes and Qwen wrap each call as ``<tool_call>{"name": …, "arguments":
-{…}}</tool_call>`` anywhere in the text; Llama 3 answers with nothing but ``{"name": …,
-"parameters": {…}}``, several separated by semicolons.
+{…}}</tool_call>`` anywhere in the text; some models (Qwen2.5-Coder) leave the markers out of an
+answer that is nothing but calls. Llama 3 answers with nothing but ``{"name": …, "parameters":
+{…}}``, several separated by semicolons.
 """
 
 from __future__ import annotations
@@ -52,7 +53,10 @@ class ToolParser:
         self._hermes = convention == "hermes"
         self._names = names
         self._buffer = ""
-        self._state: Literal["text", "call", "close", "plain"] = "text"
+        self._state: Literal["bare", "text", "call", "close", "plain"] = (
+            "bare" if self._hermes else "text"
+        )
+        self._bare = _BareCalls(names)
         self._scanner = _CallScanner()
         self._begun = False  # whether the current call has been told
         self.calls = 0
@@ -66,6 +70,11 @@ class ToolParser:
 
     def finish(self) -> list[Event]:
         """What was held back, when no more text comes."""
+        if self._state == "bare":
+            if calls := self._bare.whole():
+                return [event for call in calls for event in self._told(*call)]
+            self._end_bare()
+            return [*self.feed(""), *self.finish()]
         held, self._buffer = self._buffer, ""
         if self._state == "call" and not self._begun:
             held = self._opening() + self._scanner.raw + held
@@ -77,6 +86,12 @@ class ToolParser:
 
     def _step(self, events: list[Event]) -> bool:
         """Take something from the buffer; False when more text is needed."""
+        if self._state == "bare":
+            text, self._buffer = self._buffer, ""
+            if self._bare.feed(text):
+                return False
+            self._end_bare()
+            return True
         if self._state == "text":
             return self._find_hermes(events) if self._hermes else self._find_llama()
         if self._state == "call":
@@ -93,6 +108,14 @@ class ToolParser:
             events.append(Text(self._buffer))
             self._buffer = ""
         return False
+
+    def _end_bare(self) -> None:
+        self._state, self._buffer = "text", self._bare.text
+
+    def _told(self, name: str, arguments: str) -> list[Event]:
+        index = self.calls
+        self.calls += 1
+        return [Call(index, name), Arguments(index, arguments)]
 
     def _find_hermes(self, events: list[Event]) -> bool:
         at = self._buffer.find(OPEN)
@@ -154,6 +177,40 @@ class ToolParser:
         return self._hermes or name in self._names
 
 
+class _BareCalls:
+    """An answer that may be nothing but calls, which only its end tells."""
+
+    def __init__(self, names: Collection[str]) -> None:
+        self._names = names
+        self._scanner: _CallScanner | None = None
+        self._calls: list[tuple[str, str]] = []
+        self.text = ""
+
+    def feed(self, text: str) -> bool:
+        """Whether all that has come is calls to known tools, or may become such."""
+        self.text += text
+        while text := text if self._scanner else text.lstrip():
+            if self._scanner is None:
+                if text[0] != "{":
+                    return False
+                self._scanner = _CallScanner()
+            scanner = self._scanner
+            text = text[scanner.feed(text) :]
+            if scanner.failed or scanner.has_more or scanner.name not in (None, *self._names):
+                return False
+            if scanner.done:
+                arguments = scanner.take_arguments()
+                if scanner.name is None or not arguments.startswith("{"):
+                    return False
+                self._calls.append((scanner.name, arguments))
+                self._scanner = None
+        return True
+
+    def whole(self) -> list[tuple[str, str]]:
+        """Names and arguments of the calls, if the answer ends here; none if it is not calls."""
+        return self._calls if self._scanner is None else []
+
+
 class _CallScanner:
     """Reads one JSON object: its ``name``, and the raw text of its arguments as it comes."""
 
@@ -163,6 +220,7 @@ class _CallScanner:
         self.done = False
         self.failed = False
         self.has_arguments = False
+        self.has_more = False  # than a name and arguments
         self._arguments = ""
         self._depth = 0
         self._in_string = False
@@ -248,5 +306,6 @@ class _CallScanner:
             return
         if self._expect == "key":
             self._key = value
+            self.has_more |= value not in ("name", *_ARGUMENTS)
         elif self._key == "name" and self.name is None:
             self.name = value

@@ -3,15 +3,33 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from nybble.engine import GrammarCompiler, GrammarGuide
-from nybble.engine.guide import JSON_OPTIONS
+from nybble.engine.guide import JSON_OPTIONS, grammar_schema
+from nybble.engine.json_schema import Omission
 from nybble.server.api.chat_schema import ChatRequest, NamedToolChoice, Tool
 from nybble.server.api.tool_parser import CLOSE, OPEN, Convention, ToolParser
 from nybble.server.http.errors import ApiError
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The JSON schema of an answer that calls nothing; strict: with every keyword enforced."""
+
+    schema: dict[str, Any]
+    strict: bool
+
+
+class AnswerError(ValueError):
+    """The schema of the answer cannot be enforced, rather than those of the tools."""
+
+
+# As the library allows it inside of JSON.
+_WHITE_SPACE = f"WS: /{JSON_OPTIONS['whitespace_pattern']}/"
 
 
 class Tools:
@@ -53,32 +71,63 @@ class Tools:
     def parser(self) -> ToolParser:
         return ToolParser(self._convention, {tool.function.name for tool in self._offered})
 
-    def guide(self, compiler: GrammarCompiler) -> GrammarGuide | None:
+    def guide(
+        self,
+        compiler: GrammarCompiler,
+        omissions: list[Omission],
+        answer: Answer | None = None,
+    ) -> GrammarGuide | None:
         """None where calls are voluntary and cannot be told from text before they are complete.
 
-        Raises ValueError for parameters that are not a supported JSON schema.
+        omissions: gets what no grammar can express of tools and answers that are not strict.
+
+        Raises ValueError for what it cannot express of those that are.
         """
-        if self._choice == "auto" and not (self._convention == "hermes" and self._marked):
+        voluntary = self._choice == "auto"
+        told_apart = answer is not None or (self._convention == "hermes" and self._marked)
+        if voluntary and not told_apart:
+            for tool in self._callable:
+                if tool.function.strict:
+                    _parameters(tool, None)
             return None
-        parameter = "arguments" if self._convention == "hermes" else "parameters"
-        schema = {
-            "anyOf": [_call_schema(tool, parameter) for tool in self._callable],
-            "x-guidance": JSON_OPTIONS,
-        }
-        rules = f"json: %json {json.dumps(schema)}\n"
-        if self._convention == "hermes":
-            # Unquoted, a marker is the token; quoted, its spelling.
-            first, last = (OPEN, CLOSE) if self._marked else (f'"{OPEN}"', f'"{CLOSE}"')
-            between = r'"\n"'
-            rules += rf'call: {first} "\n" json "\n" {last}'
-        else:
-            between = '"; "'
-            rules += "call: json"
-        more = f"({between} call)*" if self._parallel and not self.named else ""
-        if self._choice == "auto":
+        rules = [_WHITE_SPACE, *self._call_rules(omissions)]
+        between = r'"\n"' if self._convention == "hermes" else '"; "'
+        more = f" ({between} call)*" if self._parallel and not self.named else ""
+        start = f"call{more}"
+        if voluntary and answer is not None:
+            start += " | answer"
+            rules.append(f"answer: %json {json.dumps(_answer_schema(answer, omissions))}")
+        elif voluntary:
             # Text has no marker in it, so a marker can only begin a well-formed call.
-            return compiler.grammar(f"start: TEXT (call {more})?\nTEXT: /(.|\\n)*/\n{rules}")
-        return compiler.grammar(f"start: call {more}\n{rules}")
+            start = f"TEXT ({start})?"
+            rules.append(r"TEXT: /(.|\n)*/")
+        return compiler.grammar("\n".join([f"start: {start}", *rules]))
+
+    def _call_rules(self, omissions: list[Omission]) -> list[str]:
+        """The rule ``call``, and those it needs.
+
+        Parameters are a schema of their own each, whose references are to its own parts.
+        """
+        parameter = "arguments" if self._convention == "hermes" else "parameters"
+        names, rules = [], []
+        for index, tool in enumerate(self._callable):
+            found: list[Omission] | None = None if tool.function.strict else []
+            schema = _parameters(tool, found)
+            omissions += found or ()
+            parts = [
+                *("{", json.dumps("name"), ":", json.dumps(tool.function.name), ","),
+                *(json.dumps(parameter), ":"),
+            ]
+            tokens = [json.dumps(part) for part in parts] + [f"arguments_{index}", json.dumps("}")]
+            names.append(f"json_{index}")
+            rules.append(f"json_{index}: " + " WS? ".join(tokens))
+            rules.append(f"arguments_{index}: %json {json.dumps(schema)}")
+        json_of_any = " | ".join(names)
+        if self._convention != "hermes":
+            return [f"call: {json_of_any}", *rules]
+        # Unquoted, a marker is the token; quoted, its spelling.
+        first, last = (OPEN, CLOSE) if self._marked else (f'"{OPEN}"', f'"{CLOSE}"')
+        return [rf'call: {first} "\n" ({json_of_any}) "\n" {last}', *rules]
 
 
 def tools_of(body: ChatRequest, tokenizer: PreTrainedTokenizerBase, model: str) -> Tools | None:
@@ -87,7 +136,7 @@ def tools_of(body: ChatRequest, tokenizer: PreTrainedTokenizerBase, model: str) 
         if body.tool_choice not in (None, "none", "auto"):
             raise ApiError(400, "tool_choice needs tools", param="tool_choice")
         return None
-    convention = _convention(tokenizer.chat_template)
+    convention = _convention(body.chat_template or tokenizer.chat_template)
     if convention is None:
         raise ApiError(
             400,
@@ -111,14 +160,18 @@ def _convention(template: str | dict[str, str] | None) -> Convention | None:
     return None
 
 
-def _call_schema(tool: Tool, parameter: str) -> dict[str, Any]:
-    arguments = tool.function.parameters
-    return {
-        "type": "object",
-        "properties": {
-            "name": {"const": tool.function.name},
-            parameter: {"type": "object"} if arguments is None else arguments,
-        },
-        "required": ["name", parameter],
-        "additionalProperties": False,
-    }
+def _parameters(tool: Tool, omissions: list[Omission] | None) -> dict[str, Any]:
+    """The schema of a call's arguments, which are an object whatever else is said of them."""
+    given = tool.function.parameters or {}
+    schema = given if "type" in given else {"type": "object", **given}
+    try:
+        return grammar_schema(schema, omissions)
+    except ValueError as error:
+        raise ValueError(f"the parameters of {tool.function.name!r}: {error}") from None
+
+
+def _answer_schema(answer: Answer, omissions: list[Omission]) -> dict[str, Any]:
+    try:
+        return grammar_schema(answer.schema, None if answer.strict else omissions)
+    except ValueError as error:
+        raise AnswerError(str(error)) from None

@@ -10,7 +10,9 @@ from aiohttp.typedefs import Middleware
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 _METHODS = "GET, POST, DELETE, OPTIONS"
-_EXPOSED = "X-Request-Id, Retry-After"
+# Says what a request asks for and its answer does not promise.
+WARNING = "X-Nybble-Warning"
+_EXPOSED = f"X-Request-Id, Retry-After, {WARNING}"
 _PREFLIGHT_SECONDS = "600"
 
 
@@ -28,7 +30,7 @@ class Cors:
                 raise ValueError(
                     f"--allowed-origins {origin!r} is no origin: expected https://HOST[:PORT], or *"
                 )
-        self._origins = frozenset(origin.lower() for origin in origins)
+        self.origins = frozenset(origin.lower() for origin in origins)
 
     def middleware(self) -> Middleware:
         """Answers preflights, which carry no key, before anything asks for one."""
@@ -43,7 +45,7 @@ class Cors:
 
     async def send(self, request: web.Request, response: web.StreamResponse) -> None:
         """Adds the headers to a response, streams and errors among them."""
-        if "*" not in self._origins:
+        if "*" not in self.origins:
             # Caches must not give one page what was meant for another.
             response.headers.add("Vary", "Origin")
         allowed = self._allowed(request)
@@ -67,6 +69,6 @@ class Cors:
         origin = request.headers.get("Origin", "")
         if not origin:
             return None
-        if "*" in self._origins:
+        if "*" in self.origins:
             return "*"
-        return origin if origin.lower() in self._origins else None
+        return origin if origin.lower() in self.origins else None

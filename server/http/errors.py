@@ -13,11 +13,13 @@ from pydantic_core import to_json
 from nybble.engine import (
     AdapterError,
     AdapterUnavailableError,
+    ContextLengthError,
     EngineFailedError,
     EngineOverloadedError,
     EngineStoppedError,
     GuideError,
     NotANumberError,
+    NothingAllowedError,
     OutOfMemoryError,
     ParameterError,
 )
@@ -31,7 +33,7 @@ _TYPES = {
     429: "rate_limit_error",
 }
 _RETRY_AFTER_STOPPED = 10
-_RETRY_AFTER_OUT_OF_MEMORY = 5
+_RETRY_AFTER_BUSY = 5
 _MAX_MESSAGE = 500
 # The last is what a limit on the size of files gives, of the process or of the file system.
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -42,7 +44,8 @@ class ApiError(Exception):
     """A response other than the one asked for.
 
     param: the request's parameter at fault. code: a stable name for programs. retry_after: seconds.
-    allow: the methods that are allowed, of a 405.
+    allow: the methods that are allowed, of a 405. close: whether the connection cannot be used for
+    another request.
     """
 
     def __init__(
@@ -54,6 +57,7 @@ class ApiError(Exception):
         code: str | None = None,
         retry_after: int | None = None,
         allow: str | None = None,
+        close: bool = False,
     ) -> None:
         # One line of bounded length, whatever of the request it quotes.
         message = " ".join(message.split())[:_MAX_MESSAGE]
@@ -64,6 +68,7 @@ class ApiError(Exception):
         self.code = code
         self.retry_after = retry_after
         self.allow = allow
+        self.close = close
 
     @property
     def cause(self) -> str:
@@ -89,22 +94,29 @@ class ApiError(Exception):
             headers["Allow"] = self.allow
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
-        return web.Response(
+        response = web.Response(
             status=self.status,
             body=to_json(self.body()),
             content_type="application/json",
             headers=headers,
         )
+        if self.close:
+            response.force_close()
+        return response
 
 
 def as_api_error(error: Exception, request_id: str) -> ApiError:
     """What a client is told about ``error``; what nobody foresaw is logged and told as 500."""
     if isinstance(error, ApiError):
         return error
+    if isinstance(error, ContextLengthError):
+        return ApiError(400, str(error), param=error.parameter, code="context_length_exceeded")
     if isinstance(error, ParameterError):
         return ApiError(400, str(error), param=error.parameter, code="invalid_value")
     if isinstance(error, GuideError):
         return ApiError(500, str(error), code="guide_failed")
+    if isinstance(error, NothingAllowedError):
+        return ApiError(400, str(error), code="nothing_allowed")
     if isinstance(error, NotANumberError):
         return ApiError(500, str(error), code="not_a_number")
     if isinstance(error, AdapterError):
@@ -112,11 +124,9 @@ def as_api_error(error: Exception, request_id: str) -> ApiError:
     if isinstance(error, AdapterUnavailableError):
         return ApiError(503, str(error), code="adapter_unavailable")
     if isinstance(error, EngineOverloadedError):
-        return ApiError(429, str(error), code="overloaded", retry_after=error.retry_after)
+        return ApiError(429, str(error), code="overloaded", retry_after=_RETRY_AFTER_BUSY)
     if isinstance(error, OutOfMemoryError):
-        return ApiError(
-            503, str(error), code="out_of_memory", retry_after=_RETRY_AFTER_OUT_OF_MEMORY
-        )
+        return ApiError(503, str(error), code="out_of_memory", retry_after=_RETRY_AFTER_BUSY)
     if isinstance(error, EngineFailedError):
         return ApiError(500, str(error), code="engine_failed")
     if isinstance(error, EngineStoppedError):

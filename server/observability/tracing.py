@@ -21,6 +21,7 @@ from opentelemetry.trace import Span, SpanKind, Status, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from nybble.server.api.generation import SequenceTimes
+from nybble.server.http.paths import matched_path
 from nybble.server.observability.request_record import RECORD
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -50,7 +51,7 @@ class Tracing:
 
         @web.middleware
         async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
-            if not request.path.startswith(_PATHS):
+            if not matched_path(request).startswith(_PATHS):
                 return await handler(request)
             resource = request.match_info.route.resource
             route = resource.canonical if resource is not None else "unknown"

@@ -9,6 +9,7 @@ from __future__ import annotations
 from aiohttp import web
 
 from nybble.server.http.errors import ApiError
+from nybble.server.http.paths import matched_path
 from nybble.server.tenancy.keys import Keys
 from nybble.server.tenancy.tenants import TENANT, Tenant
 
@@ -17,9 +18,10 @@ OPERATOR = ""  # owns what was made without a tenant
 
 def needs_right(request: web.Request) -> bool:
     """Whether the request is for what :class:`Access` guards."""
+    path = matched_path(request)
     return (
-        request.path == "/v1/files"
-        or request.path.startswith(("/v1/files/", "/v1/fine_tuning/"))
+        path == "/v1/files"
+        or path.startswith(("/v1/files/", "/v1/fine_tuning/"))
         or request.method == "DELETE"
     )
 

@@ -6,6 +6,7 @@ import asyncio
 import re
 import secrets
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from aiohttp import web
@@ -40,14 +41,16 @@ class JobRoutes:
         access: Access,
         models: tuple[str, ...],
         settings: TrainingSettings,
+        targets: Sequence[str],
     ) -> None:
-        """models: the names of the base."""
+        """models: the names of the base. targets: its linear layers that an adapter can change."""
         self._jobs = jobs
         self._files = files
         self._runner = runner
         self._access = access
         self._models = models
         self._settings = settings
+        self._targets = targets
 
     def routes(self) -> list[web.RouteDef]:
         return [
@@ -87,6 +90,15 @@ class JobRoutes:
                 param="nybble.rank",
                 code="invalid_value",
             )
+        for target in body.nybble.target_modules or ():
+            if target not in self._targets:
+                raise ApiError(
+                    400,
+                    f"target_modules has {target!r}, which is no linear layer of the model; "
+                    f"its layers are {', '.join(self._targets)}",
+                    param="nybble.target_modules",
+                    code="invalid_value",
+                )
         owner = owner_of(tenant)
         unfinished = self._jobs.with_status(*UNFINISHED)
         if sum(job.owner == owner for job in unfinished) >= _MAX_UNFINISHED:

@@ -7,10 +7,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from nybble.server.api.schema import Body
+from nybble.server.api.body import Body
 
-# What the engine serves adapters on, in every family of models.
-_Module = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 _AUTO = Literal["auto"]
 _Positive = Annotated[float, Field(gt=0)]
 _Count = Annotated[int, Field(ge=1)]
@@ -49,7 +47,7 @@ class Options(Body):
     alpha: _Positive = 32.0
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     rslora: bool = False
-    target_modules: Annotated[list[_Module], Field(min_length=1)] | None = None
+    target_modules: Annotated[list[str], Field(min_length=1)] | None = None
     learning_rate: _Positive = 5e-5
     lora_plus: _Positive = 16.0
     max_steps: Annotated[int, Field(ge=0)] = 0

@@ -68,7 +68,13 @@ class Training:
         self._access = Access(admin_keys)
         self._file_routes = FileRoutes(self._files, self._jobs, self._access)
         self._job_routes = JobRoutes(
-            self._jobs, self._files, self._runner, self._access, models, settings
+            self._jobs,
+            self._files,
+            self._runner,
+            self._access,
+            models,
+            settings,
+            engine.adapter_targets,
         )
         self.collector = TrainingCollector(self._jobs, self._files)
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, decoders, models
 
 from nybble.engine.detokenizer import Detokenizer
+from nybble.engine.request import SamplingParams
 
 WORDS = ("▁", "▁the", "▁dog", "s", ".", "☃")
 
@@ -49,7 +51,7 @@ def ids_of(tokenizer: Tokenizer, *parts: str | bytes) -> list[int]:
 
 
 def texts(tokenizer: Tokenizer, prompt: list[int], output: list[int]) -> list[str]:
-    detokenizer = Detokenizer(tokenizer, prompt, ())
+    detokenizer = Detokenizer(tokenizer, prompt, SamplingParams())
     return [detokenizer.add(token) for token in output]
 
 
@@ -94,7 +96,8 @@ def test_bytes_that_are_no_character_behind_some_that_are(byte_fallback: Tokeniz
 
 
 def test_a_stop_string_is_found_behind_them(byte_fallback: Tokenizer) -> None:
-    detokenizer = Detokenizer(byte_fallback, ids_of(byte_fallback, "▁the"), ("dogs",))
+    params = SamplingParams(stop=("dogs",))
+    detokenizer = Detokenizer(byte_fallback, ids_of(byte_fallback, "▁the"), params)
     output = ids_of(byte_fallback, "🙂".encode(), b"\xc3", "▁dog", "s")
     assert "".join(map(detokenizer.add, output)) == "🙂\ufffd "
     assert detokenizer.stopped
@@ -108,3 +111,47 @@ def test_no_sequence_of_tokens_raises(byte_level: Tokenizer, byte_fallback: Toke
         for _ in range(1500):
             prompt = [generator.randrange(size) for _ in range(generator.randrange(1, 12))]
             texts(tokenizer, prompt, [generator.randrange(beyond) for _ in range(16)])
+
+
+def spoken(tokenizer: Tokenizer, output: list[int], **options: Any) -> tuple[str, bool]:
+    detokenizer = Detokenizer(tokenizer, [], SamplingParams(**options))
+    text = ""
+    for token in output:
+        text += detokenizer.add(token)
+        if detokenizer.stopped:
+            break
+    return text + detokenizer.flush(), detokenizer.stopped
+
+
+def test_special_tokens_are_text_only_where_asked(byte_fallback: Tokenizer) -> None:
+    output = ids_of(byte_fallback, "▁the", "</s>", "▁dog")
+    assert "</s>" not in spoken(byte_fallback, output)[0]
+    assert "</s>" in spoken(byte_fallback, output, skip_special_tokens=False)[0]
+    stopped = {"skip_special_tokens": False, "stop": ("</s>",)}
+    assert spoken(byte_fallback, output, **stopped) == ("the", True)
+
+
+def test_special_tokens_in_a_row_have_no_space_between_where_asked() -> None:
+    words = Tokenizer(
+        models.WordLevel({"a": 0}, "a")
+    )  # without a decoder, words are joined by spaces
+    words.add_special_tokens(["<s>", "</s>"])
+    output = [words.token_to_id(name) for name in ("a", "<s>", "</s>", "</s>", "a")]
+    asked = {"skip_special_tokens": False}
+    assert spoken(words, output, **asked)[0] == "a <s> </s> </s> a"
+    asked["spaces_between_special_tokens"] = False
+    assert spoken(words, output, **asked)[0] == "a <s></s></s> a"
+
+
+def test_a_stop_string_is_part_of_the_text_where_asked(byte_level: Tokenizer) -> None:
+    output = byte_level.encode("one two three two").ids
+    assert spoken(byte_level, output, stop=("two",)) == ("one ", True)
+    asked = {"include_stop_str_in_output": True}
+    assert spoken(byte_level, output, stop=("two", "wo thr"), **asked) == ("one two", True)
+
+
+def test_stop_strings_are_not_looked_for_before_min_tokens(byte_level: Tokenizer) -> None:
+    output = byte_level.encode("one two three two").ids
+    first = byte_level.encode("one two").ids
+    text, stopped = spoken(byte_level, output, stop=("two",), min_tokens=len(first))
+    assert (text, stopped) == ("one two three ", True)

@@ -24,7 +24,8 @@ def table(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
     ends that process.
     """
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "nybble.kernels.triton.inspect", *request.param, "--json"]
+    module = "nybble.kernels.bench.matmul_report"
+    command = [sys.executable, "-m", module, *request.param, "--json"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
@@ -68,6 +69,30 @@ def test_products_run_on_tensor_cores(table: list[dict[str, Any]]) -> None:
         # Blackwell's instructions are issued by one thread and multiply whole blocks.
         fewest = 1 if entry["case"]["capability"] == 100 else 8
         assert entry["row"]["tensor_core"] >= fewest
+
+
+def test_hoppers_products_do_not_wait_for_each_other(table: list[dict[str, Any]]) -> None:
+    """ptxas makes each wait (C7515) if it cannot follow the sums through the loop."""
+    asynchronous = [e for e in table if e["row"]["waits"]]
+    assert {64, 256} <= {e["case"]["config"]["block_m"] for e in asynchronous}
+    for entry in asynchronous:
+        assert entry["row"]["waits"] <= entry["row"]["tensor_core"] // 2, entry
+
+
+def test_two_blocks_of_33_to_128_rows_share_a_multiprocessor_of_hopper(
+    table: list[dict[str, Any]],
+) -> None:
+    shared = [
+        e["row"]
+        for e in table
+        if e["case"]["capability"] == 90
+        and (e["case"]["config"]["block_n"], e["case"]["config"]["block_m"]) == (128, 64)
+        and e["case"]["whole_steps"]
+    ]
+    assert shared
+    for row in shared:
+        assert row["registers"] * 256 * 2 <= 65_536, row
+        assert row["shared"] * 2 <= 228 << 10, row
 
 
 def test_the_inner_loop_converts_no_integer_to_float(table: list[dict[str, Any]]) -> None:

@@ -16,9 +16,11 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from nybble.kernels import DenseWeight, PackedWeight
 from nybble.kernels.matmul import packed_matmul
 from nybble.loaders import CheckpointError, open_checkpoint
+from nybble.loaders.formats import Settings
 from nybble.loaders.formats.awq import Awq
 from nybble.loaders.formats.gptq import Gptq
 from nybble.loaders.shards import Shards
+from nybble.quantizers.rtn import round_to_nearest
 
 
 def one_module(folder: Path, **tensors: Tensor) -> Shards:
@@ -146,6 +148,38 @@ def test_a_3_bit_code_lies_across_two_words(tmp_path: Path) -> None:
     assert weight.dequantize()[0].tolist() == [0.0] * 10 + [5.0] + [0.0] * 21
 
 
+def test_settings_of_single_modules_override_the_common_ones(tmp_path: Path) -> None:
+    """GPTQModel's ``dynamic``: the first pattern that matches the beginning of a name counts."""
+    format = Gptq.from_settings(
+        Settings(
+            {
+                "bits": 4,
+                "group_size": 64,
+                "dynamic": {
+                    r"-:.*\.skipped": {},
+                    r"+:.*\.fine": {"bits": 8, "group_size": 32},
+                    r".*\.(fine|coarse)": {"bits": 2, "group_size": -1, "desc_act": True},
+                    r"coarse": {"bits": 3},
+                },
+            },
+            "test",
+        )
+    )
+    expected = {"a.fine": (8, 32), "a.coarse": (2, -1), "a.coarser": (2, -1), "a.other": (4, 64)}
+    torch.manual_seed(0)
+    tensors, weights = {}, {}
+    for name, (bits, group_size) in expected.items():
+        own = format.for_module(name)
+        assert (own.bits, own.group_size) == (bits, group_size)
+        weights[name] = round_to_nearest(torch.randn(32, 64), own)
+        tensors |= format.tensors(name, weights[name])
+    assert format.for_module("a.coarse").desc_act
+    save_file(tensors, tmp_path / "model.safetensors")
+    shards = Shards(tmp_path)
+    for name, weight in weights.items():
+        assert torch.equal(format.read(shards, name).dequantize(), weight.dequantize())  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize("group_size", [32, 128, -1])
 def test_awq_equals_the_published_formula(tmp_path: Path, group_size: int) -> None:
     columns, out = 128, 40
@@ -189,10 +223,15 @@ def test_awq_gemv_equals_the_published_formula(tmp_path: Path, group_size: int, 
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
-@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize(
+    ("nested", "storage"),
+    [(False, "uint8"), (True, "uint8"), (True, "bfloat16"), (False, "float32")],
+)
 def test_bitsandbytes_checkpoints_equal_its_own_dequantization(
-    tmp_path: Path, tiny_model: Callable[..., Path], kind: str, nested: bool
+    tmp_path: Path, tiny_model: Callable[..., Path], kind: str, nested: bool, storage: str
 ) -> None:
+    """Its bytes may be stored as any dtype, which shards of other software need; and one projection
+    of three may be left in 16 bits."""
     from bitsandbytes.functional import dequantize_4bit
 
     model = AutoModelForCausalLM.from_pretrained(
@@ -200,14 +239,23 @@ def test_bitsandbytes_checkpoints_equal_its_own_dequantization(
         dtype=torch.float32,
         device_map="cpu",
         quantization_config=BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_use_double_quant=nested
+            load_in_4bit=True,
+            bnb_4bit_quant_type=kind,
+            bnb_4bit_use_double_quant=nested,
+            bnb_4bit_quant_storage=storage,
+            llm_int8_skip_modules=["lm_head", "model.layers.1.self_attn.k_proj"],
         ),
     )
     model.save_pretrained(tmp_path)
     checkpoint = open_checkpoint(tmp_path)
     weights = dict(checkpoint.weights())
     assert checkpoint.format == kind
+    assert load_file(tmp_path / "model.safetensors")[
+        "model.layers.1.mlp.up_proj.weight"
+    ].dtype == getattr(torch, storage)
     layer = model.model.layers[1]
+    assert isinstance(weights["model.layers.1.self_attn.q_proj"], PackedWeight)
+    assert isinstance(weights["model.layers.1.self_attn.k_proj"], DenseWeight)
     for name, owners in (
         ("self_attn.o_proj", [layer.self_attn.o_proj]),
         ("mlp.gate_up_proj", [layer.mlp.gate_proj, layer.mlp.up_proj]),
@@ -284,7 +332,7 @@ def test_uneven_groups_are_refused(tmp_path: Path) -> None:
             "quantization_config: bits is 5, expected 2, 3, 4, 8",
         ),
         ({"quant_method": "awq", "bits": 8}, "quantization_config: bits is 8, expected 4"),
-        ({"quant_method": "hqq"}, "quant_method 'hqq' is not supported; supported are gptq"),
+        ({"quant_method": "quip"}, "quant_method 'quip' is not supported; supported are gptq"),
         ({"quant_method": "awq", "version": "marlin"}, "version is 'marlin', expected gemm, gemv"),
         ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "8-bit bitsandbytes weights"),
         ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "checkpoint_format"),

@@ -54,6 +54,69 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("qwen2", {"tie_word_embeddings": True}),
     "qwen2 with windows": ("qwen2", {"use_sliding_window": True, **MIXED}),
     "qwen3": ("qwen3", {}),
+    "granite": (
+        "granite",
+        {
+            "embedding_multiplier": 1.5,
+            "attention_multiplier": 0.3,
+            "residual_multiplier": 0.7,
+            "logits_scaling": 0.5,
+        },
+    ),
+    "olmo2": ("olmo2", {}),
+    "olmo3": ("olmo3", MIXED),
+    "smollm3": ("smollm3", {"no_rope_layers": [1, 0, 1]}),
+    "seed_oss": ("seed_oss", {}),
+    "exaone4": ("exaone4", {}),
+    "exaone4 with windows": ("exaone4", MIXED),
+    "gemma": ("gemma", {}),
+    "gemma2": (
+        "gemma2",
+        {
+            **MIXED,
+            "query_pre_attn_scalar": 20,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 8.0,
+        },
+    ),
+    "gemma3": (
+        "gemma3_text",
+        {
+            **MIXED,
+            "query_pre_attn_scalar": 20,
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+                "full_attention": {"rope_type": "linear", "rope_theta": 5e4, "factor": 8.0},
+            },
+        },
+    ),
+    "phi3": ("phi3", {"head_dim": 16, "sliding_window": WINDOW}),
+    "phi3 with longrope": (
+        "phi3",
+        {
+            "head_dim": 16,
+            "original_max_position_embeddings": 256,
+            "max_position_embeddings": 1024,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 10000.0,
+                "partial_rotary_factor": 0.75,
+                "original_max_position_embeddings": 256,
+                "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5],
+                "long_factor": [4.0, 4.5, 5.0, 5.5, 6.0, 6.5],
+            },
+        },
+    ),
+    "glm": ("glm", {"attention_bias": True}),
+    "glm4": ("glm4", {"attention_bias": True}),
+    "cohere": ("cohere", {"head_dim": 16, "logit_scale": 0.5}),
+    "cohere with norms of heads": ("cohere", {"head_dim": 16, "use_qk_norm": True}),
+    "cohere2": ("cohere2", MIXED),
+    "ernie4_5": ("ernie4_5", {}),
+    "ernie4_5 with biases": ("ernie4_5", {"use_bias": True}),
+    "arcee": ("arcee", {"hidden_act": "relu2"}),
+    "nemotron": ("nemotron", {"hidden_act": "relu2"}),
+    "starcoder2": ("starcoder2", {"head_dim": 16, "sliding_window": WINDOW}),
 }
 rows = pytest.mark.parametrize("row", ROWS)
 
@@ -86,7 +149,7 @@ def folder_of(
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                if parameter.ndim == 1:  # of norms, and biases
+                if parameter.ndim == 1 or "norm" in name:  # of norms, and biases
                     parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
                 else:
                     std = (
@@ -114,6 +177,7 @@ def test_64_greedy_tokens_equal_transformers_alone_and_in_company(
     model = reference.transformers_model(checkpoint)
     prompts = reference.prompts(*PROMPTS)
     expected = [reference.greedy(model, ids, 64) for ids in prompts]
+    assert len({token for each in expected for token in each}) > 5, "all say the same"
     engine = reference.start(checkpoint)
     try:
         assert [reference.alone(engine, ids, 64) for ids in prompts] == expected
@@ -185,7 +249,9 @@ def test_an_adapter_trained_by_peft_gives_its_outputs(
 
     folder = folder_of(row)
     torch.manual_seed(0)
-    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    )
     targets = list(architecture_of(base.config).linear_leaves)
     adapted = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules=targets))
     for name, parameter in adapted.named_parameters():

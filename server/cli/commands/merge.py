@@ -8,14 +8,8 @@ from typing import Annotated, Literal
 import typer
 
 from nybble.server.cli.errors import expected_errors, interruptible
-from nybble.server.cli.options import (
-    AliasesOption,
-    DeviceOption,
-    ModelArgument,
-    TargetArgument,
-    WrittenFormat,
-    require_empty,
-)
+from nybble.server.cli.options import ModelArgument, TargetArgument, WrittenFormat, require_empty
+from nybble.server.lifecycle.options import AliasesOption, DeviceOption
 
 
 def merge(

@@ -9,14 +9,8 @@ from typing import Annotated
 import typer
 
 from nybble.server.cli.errors import expected_errors, interruptible
-from nybble.server.cli.options import (
-    AliasesOption,
-    DeviceOption,
-    TargetArgument,
-    TextOption,
-    WrittenFormat,
-    require_empty,
-)
+from nybble.server.cli.options import TargetArgument, TextOption, WrittenFormat, require_empty
+from nybble.server.lifecycle.options import AliasesOption, DeviceOption
 
 # Options by the panel that `--help` shows them in.
 _method = partial(typer.Option, rich_help_panel="Method")

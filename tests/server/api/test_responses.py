@@ -18,6 +18,8 @@ from ..conftest import started_engine
 from .test_chat import chat
 from .test_tools import CLOCK, HERMES
 
+NOT_ENFORCEABLE = {"type": "json_schema", "schema": {"type": "nope"}, "strict": True}
+
 
 def respond(client: OpenAI, **options: Any) -> Any:
     defaults = {"model": "tiny", "max_output_tokens": 12, "temperature": 0}
@@ -95,7 +97,7 @@ def test_the_clients_helper_parses_structured_output(client: OpenAI) -> None:
         ({"input": "x " * 1000}, "input"),
         ({"max_output_tokens": 0}, "max_output_tokens"),
         ({"temperature": -1}, "temperature"),
-        ({"text": {"format": {"type": "json_schema", "schema": {"type": "nope"}}}}, "text.format"),
+        ({"text": {"format": NOT_ENFORCEABLE}}, "text.format"),
         ({"extra_body": {"unheard_of": 1}}, "unheard_of"),
     ],
 )

@@ -102,6 +102,7 @@ def test_an_answer_cut_short_says_so(client: OpenAI) -> None:
         ({"extra_body": {"guided_json": {"type": "nope"}}}, "guided_json"),
         ({"extra_body": {"guided_json": {"$ref": "http://x.test/y"}}}, "guided_json"),
         ({"response_format": json_schema({"not": {}})}, "response_format"),
+        ({"response_format": json_schema({"pattern": "a(?=b)"})}, "response_format"),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
         ({"response_format": {"type": "xml"}}, "response_format.type"),
         (
@@ -116,6 +117,39 @@ def test_what_cannot_be_compiled_is_refused(
     with pytest.raises(openai.BadRequestError) as refused:
         chat(client, **options)
     assert refused.value.param == param
+
+
+def test_without_strict_what_no_grammar_can_express_is_left_to_the_model(client: OpenAI) -> None:
+    """And the rest is enforced; the header says what is not."""
+    schema = {
+        "type": "object",
+        "properties": {
+            "größe\n": {"type": "string", "pattern": "^(?!x)", "maxLength": 4},
+            "kind": {"enum": ["fox", "dog"]},
+        },
+        "required": ["größe\n", "kind"],
+        "additionalProperties": False,
+        "not": {"required": ["z"]},
+    }
+    wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    for stream in (False, True):
+        response = client.chat.completions.with_raw_response.create(
+            model="tiny",
+            messages=[{"role": "user", "content": "x"}],
+            response_format=wanted,  # type: ignore[arg-type]
+            max_tokens=200,
+            stream=stream,
+        )
+        warning = response.headers["X-Nybble-Warning"]
+        assert "#/not: not is not supported" in warning
+        assert r"#/properties/gr\xf6\xdfe\n/pattern: error: look-around" in warning
+        if not stream:
+            answer = json.loads(response.parse().choices[0].message.content)
+            assert answer["kind"] in ("fox", "dog")
+
+    wanted["json_schema"]["strict"] = True  # type: ignore[index]
+    with pytest.raises(openai.BadRequestError, match="#/not: not is not supported"):
+        chat(client, response_format=wanted)
 
 
 def test_a_guided_sequence_leaves_its_neighbours_alone(engine: Engine) -> None:

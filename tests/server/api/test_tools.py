@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -12,9 +13,10 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from nybble.engine import Engine, GrammarCompiler
+from nybble.engine.json_schema import Omission
 from nybble.server.api.chat_schema import ChatRequest
 from nybble.server.api.tool_parser import Arguments, Call, Event, Text, ToolParser
-from nybble.server.api.tools import Tools
+from nybble.server.api.tools import Answer, Tools
 
 from ..client import CHAT, HELLO, Client, refused, run
 from ..conftest import started_engine
@@ -43,6 +45,36 @@ CLOCK = {
             "additionalProperties": False,
         },
     },
+}
+# A node whose children are nodes, and one of two kinds: what Pydantic writes for such a model.
+TREE = {
+    "$defs": {
+        "Color": {"enum": ["red", "blue"], "type": "string"},
+        "Node": {
+            "type": "object",
+            "properties": {
+                "color": {"$ref": "#/$defs/Color"},
+                "children": {"type": "array", "items": {"$ref": "#/$defs/Node"}},
+            },
+            "required": ["color", "children"],
+            "additionalProperties": False,
+        },
+    },
+    "type": "object",
+    "properties": {"root": {"$ref": "#/$defs/Node"}},
+    "required": ["root"],
+    "additionalProperties": False,
+}
+# Refers to itself as a whole.
+LIST = {
+    "type": "object",
+    "properties": {"head": {"type": "integer"}, "tail": {"$ref": "#"}},
+    "required": ["head"],
+    "additionalProperties": False,
+}
+STRICT = {
+    "type": "function",
+    "function": {"name": "f", "strict": True, "parameters": {"not": {"required": ["a"]}}},
 }
 HERMES = (
     "{% for tool in tools or [] %}{{ tool | tojson }}{% endfor %}<tool_call>"
@@ -95,6 +127,33 @@ CASES: list[tuple[str, str, str, list[tuple[str, str]]]] = [
     ("hermes", '<tool_call>{"x": 1}', '<tool_call>{"x": 1}', []),
     ("hermes", '<tool_call>{"name": "f", "arguments": {"a": 1', "", [("f", '{"a": 1')]),
     ("hermes", 'a <tool_call>{"na', 'a<tool_call>{"na', []),
+    # Nothing but calls, without the markers.
+    ("hermes", '\n{"name": "f", "arguments": {"a": "}"}}\n', "", [("f", '{"a": "}"}')]),
+    (
+        "hermes",
+        '{"arguments": {}, "name": "g"}\n{"name": "f", "arguments": {"b": 1}}',
+        "",
+        [("g", "{}"), ("f", '{"b": 1}')],
+    ),
+    *(
+        ("hermes", text, text, [])
+        for text in (
+            '{"name": "Bob", "arguments": {}}',
+            '{"name": "f", "arguments": {}} calls f.',
+            'Say {"name": "f", "arguments": {}}',
+            '{"name": "f", "arguments": {}, "age": 5}',
+            '{"name": "f", "arguments": [1]}',
+            '{"name": "f", "arguments": {"a"',
+            '{"name": "f"}',
+            "{is it}",
+        )
+    ),
+    (
+        "hermes",
+        '{"a": 1}\n<tool_call>{"name": "f", "arguments": {}}</tool_call>',
+        '{"a": 1}',
+        [("f", "{}")],
+    ),
     ("hermes", "ends in <tool_", "ends in <tool_", []),
     ("llama3", ' {"name": "f", "parameters": {"a": 1}}', "", [("f", '{"a": 1}')]),
     (
@@ -249,10 +308,40 @@ def test_results_of_calls_reach_the_template_with_arguments_as_objects(engine: E
         text = engine.tokenizer.decode(tokens["tokens"])
         assert "assistant\nRome<|im_end|>" in text
         assert "tool\nsunny" in text
-        for broken in ("{", '{"city": "\\ud800"}', '{"city": NaN}', '{"city": ' + "[" * 999):
+
+        # What is no object, as the arguments of an answer that was cut short, is text.
+        shown = HERMES.replace("arguments.city", "arguments")
+        engine.tokenizer.chat_template = shown
+        for broken in ("{", '{"city": "\\ud800"}', '{"city": NaN}', '{"city": ' + "[" * 99, "[1]"):
             function["arguments"] = broken
-            error = await refused(client, CHAT, request(messages=messages))
-            assert error["message"] == "the arguments of call 0 to 'get_weather' are not JSON"
+            tokens = await (await client.post("/tokenize", json={"messages": messages})).json()
+            text = engine.tokenizer.decode(tokens["tokens"])
+            assert f"assistant\n{broken}<|im_end|>" in text
+        # A template that takes objects only gets what can be read of them.
+        engine.tokenizer.chat_template = shown.replace(
+            "{{ c.function.arguments }}",
+            "{% for k, v in c.function.arguments.items() %}{{ k }}={{ v }}{% endfor %}",
+        )
+        for broken, read in (('{"city": "Ro', "city=Ro"), ("nonsense", "")):
+            function["arguments"] = broken
+            tokens = await (await client.post("/tokenize", json={"messages": messages})).json()
+            text = engine.tokenizer.decode(tokens["tokens"])
+            assert f"assistant\n{read}<|im_end|>" in text
+
+    run(engine, scenario)
+
+
+def test_a_message_with_an_empty_list_of_calls_is_one_without(engine: Engine) -> None:
+    engine.tokenizer.chat_template = HERMES.replace(
+        "{{ m.content }}",
+        # As Llama 3.1's: it looks at the first of the calls there are.
+        "{% if 'tool_calls' in m %}{{ m.tool_calls[0].function.name }}{% endif %}{{ m.content }}",
+    )
+
+    async def scenario(client: Client) -> None:
+        messages = [*HELLO, {"role": "assistant", "content": "hi", "tool_calls": []}, *HELLO]
+        async with client.post(CHAT, json=request(messages=messages, max_tokens=1)) as response:
+            assert response.status == 200, await response.text()
 
     run(engine, scenario)
 
@@ -265,15 +354,23 @@ def test_results_of_calls_reach_the_template_with_arguments_as_objects(engine: E
         ({"tool_choice": "sometimes"}, "tool_choice"),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name"),
         ({"tools": [{"type": "search"}]}, "tools[0].type"),
-        ({"response_format": {"type": "json_object"}}, "tools"),
+        ({"guided_regex": "a"}, "tools"),
         (
             {
-                "tools": [
-                    {"type": "function", "function": {"name": "f", "parameters": {"type": "nope"}}}
-                ],
+                "tools": [STRICT],
                 "tool_choice": "required",
             },
             "tools",
+        ),
+        ({"tools": [STRICT]}, "tools"),
+        (
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "x", "schema": {"not": {}}, "strict": True},
+                }
+            },
+            "response_format",
         ),
     ],
 )
@@ -295,27 +392,133 @@ def test_a_model_whose_template_knows_no_tools_refuses_them(engine: Engine) -> N
     run(engine, scenario)
 
 
-def test_where_markers_are_tokens_a_voluntary_call_is_held_to_its_schema(tiny_model: Any) -> None:
+@pytest.fixture(scope="module")
+def marked(tiny_model: Any) -> Any:
+    """A tokenizer which has the markers as tokens."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_model())
     tokenizer.add_tokens(["<tool_call>", "</tool_call>"])
-    opening, closing = tokenizer.convert_tokens_to_ids(["<tool_call>", "</tool_call>"])
-    compiler = GrammarCompiler(tokenizer, len(tokenizer), frozenset({tokenizer.eos_token_id}))
-    body = ChatRequest.model_validate(request())
-    guide = Tools("hermes", body, marked=True).guide(compiler)
-    assert guide is not None
+    return tokenizer
 
-    def say(text: str) -> None:
-        for token in tokenizer.encode(text, add_special_tokens=False):
-            assert guide.allowed()[token], tokenizer.decode([token])
-            guide.accept(token)
 
-    assert guide.allowed()[tokenizer.eos_token_id]
-    say("free <text> {\n")
-    assert not guide.allowed()[closing]
-    say('<tool_call>\n{"name": "clock", "arguments": {"zone": "')
-    letters = [tokenizer.convert_tokens_to_ids(letter) for letter in "ucx"]
-    assert guide.allowed()[letters].tolist() == [True, True, False]
-    say('utc"}}\n')
-    assert not guide.allowed()[opening]
-    say("</tool_call>")
-    assert guide.allowed()[tokenizer.eos_token_id]
+@dataclass
+class Speaker:
+    """Says a text token by token to a guide of ``tools``."""
+
+    tokenizer: Any
+    tools: Tools
+    answer: Answer | None = None
+    omissions: list[Omission] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        tokenizer = self.tokenizer
+        compiler = GrammarCompiler(tokenizer, len(tokenizer), frozenset({tokenizer.eos_token_id}))
+        guide = self.tools.guide(compiler, self.omissions, self.answer)
+        assert guide is not None
+        self.guide = guide
+
+    def says(self, text: str, *, end: bool = True) -> bool:
+        """Whether the guide allows all of ``text``, and to end with it."""
+        guide = self.guide.fork()
+        for token in self.tokenizer.encode(text, add_special_tokens=False):
+            if not guide.allowed()[token]:
+                return False
+            if guide.accept(token):
+                return True
+        return bool(guide.allowed()[self.tokenizer.eos_token_id]) or not end
+
+
+def offered(*parameters: Any, **options: Any) -> ChatRequest:
+    tools = [
+        {"type": "function", "function": {"name": f"f{index}", "parameters": each}}
+        for index, each in enumerate(parameters)
+    ]
+    return ChatRequest.model_validate(request(tools=tools, **options))
+
+
+def said(name: str, arguments: Any) -> str:
+    call = {"name": name, "arguments": arguments}
+    return f"<tool_call>\n{json.dumps(call)}\n</tool_call>"
+
+
+def test_parameters_are_a_schema_of_their_own(marked: Any) -> None:
+    """Their references are to their own parts, of two tools with the same names too."""
+    body = offered(TREE, LIST, tool_choice="required")
+    speaker = Speaker(marked, Tools("hermes", body, marked=True))
+    leaf = {"color": "red", "children": []}
+    assert speaker.says(said("f0", {"root": {"color": "blue", "children": [leaf, leaf]}}))
+    assert not speaker.says(said("f0", {"root": {"color": "green", "children": []}}))
+    assert not speaker.says(said("f0", {"root": {"color": "red", "children": [5]}}))
+    assert speaker.says(said("f1", {"head": 1, "tail": {"head": 2, "tail": {"head": 3}}}))
+    assert not speaker.says(said("f1", {"head": 1, "tail": {"name": "f1", "arguments": {}}}))
+    assert not speaker.omissions
+
+
+@pytest.mark.parametrize("parameters", [None, {}, {"properties": {"a": {"type": "integer"}}}])
+def test_arguments_are_an_object_whatever_the_schema_leaves_out(
+    marked: Any, parameters: Any
+) -> None:
+    body = offered(parameters, tool_choice="required")
+    speaker = Speaker(marked, Tools("hermes", body, marked=True))
+    assert speaker.says(said("f0", {"a": 5}))
+    assert not speaker.says(said("f0", [5]))
+
+
+ANSWER = Answer({"type": "object", "required": ["x"], "additionalProperties": {"const": 1}}, False)
+
+
+@pytest.mark.parametrize("tokens", [True, False])
+def test_with_a_response_format_an_answer_is_a_call_or_has_the_format(
+    marked: Any, tokens: bool
+) -> None:
+    body = offered(LIST)
+    speaker = Speaker(marked, Tools("hermes", body, marked=tokens), ANSWER)
+    assert speaker.says('{"x": 1}')
+    assert not speaker.says("text")
+    assert not speaker.says('{"x": 2}')
+    if tokens:
+        assert speaker.says(said("f0", {"head": 1}))
+        assert not speaker.says(said("f0", {"head": "x"}))
+    speaker = Speaker(marked, Tools("llama3", body, marked=False), ANSWER)
+    assert speaker.says('{"name": "f0", "parameters": {"head": 1}}')
+    assert not speaker.says('{"name": "f0", "parameters": {"head": "x"}}')
+    assert speaker.says('{"x": 1}')
+
+
+def test_a_required_call_is_a_call_whatever_the_format(marked: Any) -> None:
+    body = offered(LIST, tool_choice="required")
+    speaker = Speaker(marked, Tools("hermes", body, marked=True), ANSWER)
+    assert speaker.says(said("f0", {"head": 1}))
+    assert not speaker.says('{"x": 1}')
+
+
+def test_what_no_grammar_can_express_of_parameters_is_told(engine: Engine) -> None:
+    engine.tokenizer.chat_template = HERMES
+    tool = {
+        "type": "function",
+        "function": {"name": "f", "parameters": {"type": "Object", "not": {"required": ["a"]}}},
+    }
+
+    async def scenario(client: Client) -> None:
+        body = request(tools=[tool], tool_choice="required", max_tokens=1)
+        async with client.post(CHAT, json=body) as response:
+            assert response.status == 200
+            warning = response.headers["X-Nybble-Warning"]
+            assert '#/type: "Object" is no type of JSON Schema' in warning
+            assert "#/not: not is not supported" in warning
+        tool["function"]["strict"] = True  # type: ignore[index]
+        error = await refused(client, CHAT, body)
+        assert "the parameters of 'f': #/type" in error["message"]
+
+    run(engine, scenario)
+
+
+def test_where_markers_are_tokens_a_voluntary_call_is_held_to_its_schema(marked: Any) -> None:
+    speaker = Speaker(marked, Tools("hermes", ChatRequest.model_validate(request()), marked=True))
+    assert speaker.says("")
+    assert speaker.says("free <text> {\n")
+    assert not speaker.says("free </tool_call>", end=False)
+    utc, call = said("clock", {"zone": "utc"}), said("clock", {"zone": "x"})
+    assert speaker.says(f"free <text> {{\n{utc}")
+    assert speaker.says(f"{utc}\n{utc}")
+    assert not speaker.says(call)
+    assert not speaker.says("<tool_call>\n<tool_call>", end=False)

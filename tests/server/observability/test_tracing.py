@@ -156,7 +156,7 @@ def test_a_collector_gets_the_spans_of_a_server_by_the_time_it_has_ended(
             with urlopen(request) as response:
                 assert response.status == 200
             server.terminate()
-            assert server.process.wait(30) == 0
+            assert server.process.wait(60) == 0
         collector.shutdown()
     named = {span.name: span for span in Collector.spans}
     assert set(named) == {f"POST {COMPLETIONS}", "sequence", "queue", "prefill", "decode"}

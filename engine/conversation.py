@@ -1,0 +1,301 @@
+"""A conversation as chat templates take it, and the text they make of it as token ids.
+
+Serving and fine-tuning read conversations in the same way, by what is here. Rendering itself is
+theirs: a server does not trust a checkpoint's template.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from pydantic_core import from_json
+from tokenizers import AddedToken, Tokenizer
+from transformers import PreTrainedTokenizerBase
+
+Turn = dict[str, Any]
+
+# Put into what looks like a marker in a message's text, so that it is none in the rendered text. A
+# code point that Unicode keeps for a program's own use inside; doubled, it stands for itself.
+_SHIELD = "\ufdd0"
+_UNSHIELDED = re.compile(f"{_SHIELD}({_SHIELD}?)")
+# Whose text is the model's own or its developer's, who may write what is no control token.
+_TRUSTED_ROLES = ("system", "assistant")
+
+
+def template_of(tokenizer: PreTrainedTokenizerBase, *, tools: bool) -> str | None:
+    """The chat template for a conversation with or without tools; None where there is none.
+
+    Raises ValueError where a checkpoint has several and none of them is the default.
+    """
+    templates = tokenizer.chat_template
+    if not isinstance(templates, dict):
+        return templates or None
+    if tools and "tool_use" in templates:
+        return str(templates["tool_use"])
+    if len(templates) > 1 and "default" not in templates:
+        raise ValueError(
+            f"it has the chat templates {', '.join(sorted(templates))}, and none called 'default'"
+        )
+    return str(templates.get("default") or next(iter(templates.values()), "")) or None
+
+
+def turn_of(message: Mapping[str, Any]) -> Turn:
+    """A message as templates expect it: plain text, arguments of tool calls as objects.
+
+    What is empty is left out: a template that looks for calls would find a list of none. Arguments
+    that are no JSON object, as those of an answer that was cut short, stay the text they are.
+    """
+    turn = {name: value for name, value in message.items() if value is not None and value != []}
+    if turn["role"] == "developer":  # the newer name of the system's role
+        turn["role"] = "system"
+    content = turn.get("content", "")
+    if isinstance(content, list):
+        content = "\n".join(part["text"] for part in content)
+    turn["content"] = content
+    if "tool_calls" in turn:
+        turn["tool_calls"] = [_with_arguments(call, _object_or_text) for call in turn["tool_calls"]]
+    return turn
+
+
+def has_broken_calls(turns: Sequence[Turn]) -> bool:
+    """Whether arguments of some call are no JSON object."""
+    return any(
+        isinstance(call["function"].get("arguments"), str)
+        for turn in turns
+        for call in turn.get("tool_calls", ())
+    )
+
+
+def with_whole_calls(turns: Sequence[Turn]) -> list[Turn]:
+    """For templates that take arguments as objects only: as much of broken ones as can be read."""
+    return [
+        turn
+        if "tool_calls" not in turn
+        else {
+            **turn,
+            "tool_calls": [_with_arguments(call, _as_object) for call in turn["tool_calls"]],
+        }
+        for turn in turns
+    ]
+
+
+def in_parts(turns: Sequence[Turn]) -> list[Turn]:
+    """Turns with their content as a list of parts, as templates of multi-modal models read it."""
+    return [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in turns]
+
+
+def left_out(turns: Sequence[Turn], text: str) -> int | None:
+    """The first of ``turns`` whose text is not in ``text``, which a template made of them; or None.
+
+    A template may trim a text, write it as JSON, and leave out what the assistant thought.
+    """
+    position = 0
+    for index, turn in enumerate(turns):
+        wanted = turn["content"].strip()
+        if turn["role"] == "assistant":
+            wanted = wanted.rpartition("</think>")[2].strip()
+        if not wanted:
+            continue
+        for form in (
+            wanted,
+            json.dumps(wanted, ensure_ascii=False)[1:-1],
+            json.dumps(wanted)[1:-1],
+        ):
+            # Turns follow each other, but for those a template moves.
+            found = text.find(form, position)
+            if found >= 0:
+                position = found + len(form)
+                break
+            if form in text:
+                break
+        else:
+            return index
+    return None
+
+
+class ChatEncoder:
+    """Text that a template made of turns, as token ids.
+
+    A marker is a token of its own that structures conversations: a special one, as ``<|im_end|>``,
+    or one the template writes, as ``<tool_call>``. One that a user or a tool has written is text
+    like any other; so is a special one in anybody's message. A system's and the assistant's may
+    have the others, as the model itself writes them.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._backend: Tokenizer = tokenizer.backend_tokenizer
+        self._added: dict[int, AddedToken] = self._backend.get_added_tokens_decoder()
+        self._special = {token.content for token in self._added.values() if token.special}
+        self._plain: _PlainTokenizer | None = None
+        self._patterns: dict[frozenset[str], re.Pattern[str]] = {}
+
+    def shielded(self, turns: Sequence[Turn], template: str) -> list[Turn]:
+        """``turns`` so that a text made of them shows what in it the template has written."""
+        anybody = self._pattern(self._special)
+        markers = self._pattern(self._markers(template))
+        return [
+            {
+                name: value
+                if name == "role"
+                else _shielded(value, anybody if turn["role"] in _TRUSTED_ROLES else markers)
+                for name, value in turn.items()
+            }
+            for turn in turns
+        ]
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text made of shielded turns, without what inputs begin with.
+
+        As the tokenizer's own where no message has a marker in its text.
+        """
+        if _SHIELD not in text:
+            return _encode(self._backend, text)
+        return self._without_markers().encode(text)
+
+    def encode_plain(self, text: str) -> list[int]:
+        """Token ids of ``text`` in which nothing is a marker."""
+        return self._without_markers().encode_plain(text)
+
+    def _markers(self, template: str) -> set[str]:
+        return self._special | {
+            token.content
+            for token in self._added.values()
+            if _is_word(token) and token.content in template
+        }
+
+    def _pattern(self, markers: set[str]) -> re.Pattern[str]:
+        """Finds the first character of each, overlapping ones too."""
+        key = frozenset(markers)
+        if key not in self._patterns:
+            longer = [re.escape(marker[0]) + f"(?={re.escape(marker[1:])})" for marker in key]
+            self._patterns[key] = re.compile("|".join([*longer, _SHIELD]))
+        return self._patterns[key]
+
+    def _without_markers(self) -> _PlainTokenizer:
+        if self._plain is None:
+            self._plain = _PlainTokenizer(self._backend, self._added)
+        return self._plain
+
+
+class _PlainTokenizer:
+    """A model's tokenizer in which added tokens have other spellings, which nobody can know."""
+
+    def __init__(self, backend: Tokenizer, added: Mapping[int, AddedToken]) -> None:
+        model = backend.model
+        self._tokenizer = Tokenizer(model)  # shares the vocabulary
+        if backend.normalizer is not None:
+            self._tokenizer.normalizer = backend.normalizer
+        if backend.pre_tokenizer is not None:
+            self._tokenizer.pre_tokenizer = backend.pre_tokenizer
+        # New tokens are numbered from the vocabulary's size, which its ids may exceed.
+        vocabulary = backend.get_vocab(with_added_tokens=False)
+        gap = max(vocabulary.values(), default=-1) + 1 - len(vocabulary)
+        secret = secrets.token_hex(16)
+        self._tokenizer.add_tokens([f"{secret}gap{index}" for index in range(gap)])
+        self._spellings: dict[str, str] = {}
+        self._ids: dict[int, int] = {}
+        for number, token in added.items():
+            spelling = token.content
+            if _is_word(token):
+                spelling = self._spellings[token.content] = f"<{secret}i{number}>"
+            renamed = AddedToken(
+                spelling,
+                single_word=token.single_word,
+                lstrip=token.lstrip,
+                rstrip=token.rstrip,
+                normalized=token.normalized,
+                special=token.special,
+            )
+            self._tokenizer.add_tokens([renamed])
+            renamed_id = self._tokenizer.token_to_id(spelling)
+            assert renamed_id is not None  # it was added just now
+            self._ids[renamed_id] = number
+        longest_first = sorted(self._spellings, key=len, reverse=True)
+        self._pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        # Some vocabularies have a marker among the pieces of text too.
+        self._pieces = {
+            number: self._letters(vocabulary, token.content)
+            for number, token in added.items()
+            if token.content in self._spellings and token.content in vocabulary
+        }
+
+    def encode(self, text: str) -> list[int]:
+        """Of shielded text: what is not shielded is a marker."""
+        renamed, position = "", 0
+        for found in self._pattern.finditer(text):
+            renamed += _unshielded(text[position : found.start()]) + self._spellings[found[0]]
+            position = found.end()
+        return self.encode_plain(renamed + _unshielded(text[position:]))
+
+    def encode_plain(self, text: str) -> list[int]:
+        ids: list[int] = []
+        for token in _encode(self._tokenizer, text):
+            if token in self._ids:
+                ids.append(self._ids[token])
+            else:
+                ids += self._pieces.get(token, (token,))
+        return ids
+
+    def _letters(self, vocabulary: Mapping[str, int], text: str) -> list[int]:
+        ids: list[int] = []
+        for letter in text:
+            if letter in vocabulary:
+                ids.append(vocabulary[letter])
+            else:
+                ids += _encode(self._tokenizer, letter)
+        return ids
+
+
+def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    # The batch form lets other threads run meanwhile; the single one does not. The fast one leaves
+    # out where in the text each token stands.
+    (encoding,) = tokenizer.encode_batch_fast([text], add_special_tokens=False)
+    return list(encoding.ids)
+
+
+def _is_word(token: AddedToken) -> bool:
+    """Not so the runs of spaces and line breaks that some models have as added tokens."""
+    return token.special or any(map(str.isalnum, token.content))
+
+
+def _shielded(value: Any, pattern: re.Pattern[str]) -> Any:
+    if isinstance(value, str):
+        return pattern.sub(lambda found: found[0] + _SHIELD, value)
+    if isinstance(value, list):
+        return [_shielded(each, pattern) for each in value]
+    if isinstance(value, dict):
+        return {_shielded(name, pattern): _shielded(each, pattern) for name, each in value.items()}
+    return value
+
+
+def _unshielded(text: str) -> str:
+    return _UNSHIELDED.sub(r"\1", text)
+
+
+def _with_arguments(call: Mapping[str, Any], read: Callable[[Any], Any]) -> dict[str, Any]:
+    function = call["function"]
+    return {**call, "function": {**function, "arguments": read(function.get("arguments"))}}
+
+
+def _object_or_text(arguments: Any) -> Any:
+    try:
+        # As bodies are read: half a surrogate pair, for one, is no text that can be encoded.
+        value = from_json(arguments or "{}", allow_inf_nan=False)
+    except ValueError:
+        return arguments
+    return value if isinstance(value, dict) else arguments
+
+
+def _as_object(arguments: Any) -> Any:
+    if not isinstance(arguments, str):
+        return arguments
+    try:
+        value = from_json(arguments, allow_inf_nan=False, allow_partial="trailing-strings")
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}

@@ -1,0 +1,108 @@
+"""Keeps web pages from using a server that asks for no key through the browser of whoever runs it.
+
+Any page may send what a form can send (``text/plain``, forms, no type) to ``http://localhost:8000``
+without asking first. It cannot read the answer, but the work is done. So a body has to say that it
+is JSON, which makes a browser ask (a preflight, see :mod:`nybble.server.http.cors`), and a server
+without keys refuses pages of another origin. A page may also have its own name resolve to 127.0.0.1
+once it is loaded (DNS rebinding); the browser then takes both for the same origin. So on a loopback
+address such a server answers only to names that are known to mean it. An address cannot be rebound.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Awaitable, Callable, Collection
+from ipaddress import ip_address
+
+from aiohttp import web
+from aiohttp.typedefs import Middleware
+
+from nybble.server.http.errors import ApiError
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+_BODIES = ("application/json", "multipart/form-data")
+_SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
+# What a browser says, and no page can say for it: the page is this server's, or there is none.
+_OWN_SITES = ("same-origin", "none")
+
+
+@web.middleware
+async def require_json(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Raises ApiError 415 for a body that does not say that it is JSON, or an upload's form."""
+    if request.match_info.http_exception is not None:
+        return await handler(request)
+    if request.body_exists and request.content_type not in _BODIES:
+        given = request.headers.get("Content-Type")
+        raise ApiError(
+            415,
+            f"the Content-Type is {given!r}, expected application/json "
+            "(curl: -H 'Content-Type: application/json')",
+            code="unsupported_media_type",
+        )
+    return await handler(request)
+
+
+class BrowserGuard:
+    """For a server without keys."""
+
+    def __init__(self, origins: Collection[str], hosts: Collection[str] | None) -> None:
+        """origins: of other pages that may send requests, ``*`` for any. hosts: names that mean
+        this server, besides localhost and addresses; None for any name."""
+        self._origins = frozenset(origin.lower() for origin in origins)
+        self._hosts: frozenset[str] | None = None
+        if hosts is not None:
+            own = ("localhost", socket.gethostname())
+            self._hosts = frozenset(host.lower() for host in (*hosts, *own))
+
+    def middleware(self) -> Middleware:
+        """Raises ApiError 403 for what a page elsewhere has a browser send."""
+
+        @web.middleware
+        async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+            host = request.headers.get("Host")  # every browser sends one
+            if host is not None and not self._knows(host):
+                raise ApiError(
+                    403,
+                    f"the Host {host!r} is not known to be this server: ask for localhost "
+                    "or an address, or start it with --allowed-hosts or --api-key",
+                    code="host_not_allowed",
+                )
+            if request.method not in _SAFE_METHODS and self._is_foreign(request):
+                raise ApiError(
+                    403,
+                    f"pages of {request.headers.get('Origin')!r} may not use this server: it needs "
+                    "--allowed-origins or --api-key",
+                    code="origin_not_allowed",
+                )
+            return await handler(request)
+
+        return middleware
+
+    def _knows(self, host: str) -> bool:
+        if self._hosts is None:
+            return True
+        name = _without_port(host.lower()).rstrip(".")
+        return name in self._hosts or name.endswith(".localhost") or _is_address(name)
+
+    def _is_foreign(self, request: web.Request) -> bool:
+        origin = request.headers.get("Origin")
+        if origin is None or "*" in self._origins or origin.lower() in self._origins:
+            return False
+        if request.headers.get("Sec-Fetch-Site") in _OWN_SITES:
+            return False
+        return origin.lower().partition("://")[2] != request.headers.get("Host", "").lower()
+
+
+def _without_port(host: str) -> str:
+    if host.startswith("["):
+        return host[1:].partition("]")[0]
+    return host.partition(":")[0]
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ip_address(name)
+    except ValueError:
+        return False
+    return True
