@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 MODEL  ?= demo
 PORT   ?= 8000
 
-.PHONY: install install-dev serve test test-all test-avx2 test-browser test-clients test-peers \
+.PHONY: install install-dev serve format test test-all test-avx2 test-browser test-clients test-peers \
 	audit fuzz emulate sanitize lint lint-deploy gpu clean
 
 # What serving needs; install-dev adds what the tests and lint need.
@@ -31,6 +31,13 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 # Anything else for the server: make serve MODEL=org/name ARGS="--max-num-seqs 8"
 serve: install
 	$(BIN)/serve $(MODEL) --port $(PORT) $(ARGS)
+
+# Formats the code, mends what ruff can, and writes the documents' tables from the code.
+format: install-dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+	$(BIN)/python -P tests/test_documents.py
+	$(BIN)/python -P tests/server/api/test_field_table.py
 
 lint: install-dev
 	$(BIN)/ruff format --check .
