@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 MODEL  ?= demo
 PORT   ?= 8000
 
-.PHONY: install install-dev serve test test-all test-avx2 test-browser test-clients test-peers \
+.PHONY: install install-dev serve format test test-all test-avx2 test-browser test-clients test-peers \
 	audit fuzz emulate sanitize lint lint-deploy gpu clean
 
 # What serving needs; install-dev adds what the tests and lint need.
@@ -32,6 +32,13 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 serve: install
 	$(BIN)/serve $(MODEL) --port $(PORT) $(ARGS)
 
+# Formats the code, mends what ruff can, and writes the documents' tables from the code.
+format: install-dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+	$(BIN)/python -P tests/test_documents.py
+	$(BIN)/python -P tests/server/api/test_field_table.py
+
 lint: install-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -52,8 +59,8 @@ test-all: lint
 # On a machine with AVX-512, what one without it computes: sums in other orders round elsewhere.
 test-avx2: install-dev
 	NYBBLE_CPU_TARGET=avx2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 \
-		MKL_ENABLE_INSTRUCTIONS=AVX2 $(PYTEST) $(or $(ARGS),tests/engine tests/finetune \
-		tests/quantizers tests/loaders tests/server tests/faults)
+		MKL_ENABLE_INSTRUCTIONS=AVX2 $(PYTEST) $(or $(ARGS),tests/engine tests/models \
+		tests/finetune tests/quantizers tests/loaders tests/server tests/faults)
 
 # The page in a headless Chromium, which root has installed where apt is.
 test-browser: install-dev

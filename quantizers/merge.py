@@ -107,10 +107,10 @@ def merge_adapter(
     plan = _plan(checkpoint, config, format)
     if keep_16_bits and (not plan.same or plan.format is None):
         raise ValueError("layers can be kept in 16 bits only in the source's own 4-bit format")
-    _configure(config, plan, sorted(adapter.modules) if keep_16_bits else [])
     linears = checkpoint.architecture.linears
     shards = Shards(source)
     checkpoint.check(shards)
+    _configure(config, plan, shards, sorted(adapter.modules) if keep_16_bits else [])
     merge = _Merge(checkpoint, shards, adapter, plan, keep_16_bits)
     calibrator = None
     if calibration is not None and plan.format is not None and not keep_16_bits:
@@ -305,12 +305,17 @@ def _plan(checkpoint: FolderCheckpoint, config: Mapping[str, Any], format: str |
     return _Target(writing_format(format, like=own), False, dtype)
 
 
-def _configure(config: dict[str, Any], plan: _Target, in_16_bits: list[str]) -> None:
+def _configure(
+    config: dict[str, Any], plan: _Target, shards: Shards, in_16_bits: list[str]
+) -> None:
     """Say in config.json how the layers are written."""
     if plan.format is None:
         config.pop("quantization_config", None)
         config["dtype"] = str(plan.dtype).removeprefix("torch.")
         config.pop("torch_dtype", None)
         return
-    format = plan.format.with_16_bits(in_16_bits) if in_16_bits else plan.format
+    format = plan.format
+    if in_16_bits:
+        found = (name for name, leaves in shards.modules.items() if format.owns(leaves))
+        format = format.with_16_bits(in_16_bits, [name for name in found if name not in in_16_bits])
     config["quantization_config"] = dict(format.settings)

@@ -71,9 +71,9 @@ def test_openai_client(tiny_model: Callable[..., Path]) -> None:
     finally:
         server.send_signal(signal.SIGKILL)
         server.communicate()
-    *_, answer, vectors = said.splitlines()
-    assert set(json.loads(answer)) == {"name", "capital"}
-    assert vectors == "2 vectors of 128 numbers"
+    # What a random model says within the grammar may have line breaks, and may be cut off.
+    assert re.search(r'^\{\s*"name"\s*:', said, re.MULTILINE)
+    assert said.splitlines()[-1] == "2 vectors of 128 numbers"
 
 
 @pytest.fixture

@@ -90,7 +90,7 @@ class AutoRound(AffineFormat):
     def tensors(self, module: str, weight: AffineWeight) -> Mapping[str, Tensor]:
         return self.for_module(module).packing.tensors(module, weight)
 
-    def with_16_bits(self, modules: Sequence[str]) -> Self:
+    def with_16_bits(self, modules: Sequence[str], quantized: Sequence[str]) -> Self:
         kept: Mapping[str, Any] = {name: {"bits": 16} for name in modules}
         extra = {**kept, **(self.settings.get("extra_config") or {}), **kept}
         return replace(self, settings={**self.settings, "extra_config": extra})

@@ -129,7 +129,7 @@ class Awq(AffineFormat):
             f"{module}.scales": weight.scales.T.contiguous(),
         }
 
-    def with_16_bits(self, modules: Sequence[str]) -> Self:
+    def with_16_bits(self, modules: Sequence[str], quantized: Sequence[str]) -> Self:
         # If the list is empty, transformers leaves out the head by itself.
         kept = self.settings.get("modules_to_not_convert") or ["lm_head"]
         settings = {**self.settings, "modules_to_not_convert": [*kept, *modules]}

@@ -152,8 +152,11 @@ class WritableFormat(Format):
         """A quantized module as it is stored, without its bias."""
 
     @abstractmethod
-    def with_16_bits(self, modules: Sequence[str]) -> Self:
-        """The format with settings that say that these modules, too, are not quantized."""
+    def with_16_bits(self, modules: Sequence[str], quantized: Sequence[str]) -> Self:
+        """The format with settings that say that ``modules``, too, are not quantized.
+
+        quantized: all modules that still are.
+        """
 
     def read(self, shards: Shards, module: str) -> PackedWeight | DenseWeight:
         weight = self.quantized(shards, module)

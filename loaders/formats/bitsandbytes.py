@@ -152,7 +152,7 @@ class BitsAndBytes(CodebookFormat):
         encoded = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
         return tensors | {f"{module}.{self._state}": encoded}
 
-    def with_16_bits(self, modules: Sequence[str]) -> Self:
+    def with_16_bits(self, modules: Sequence[str], quantized: Sequence[str]) -> Self:
         # If the list is empty, transformers leaves out the head by itself.
         kept = self.settings.get("llm_int8_skip_modules") or ["lm_head"]
         return replace(self, settings={**self.settings, "llm_int8_skip_modules": [*kept, *modules]})

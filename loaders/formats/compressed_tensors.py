@@ -176,7 +176,7 @@ class CompressedTensors(AffineFormat):
             tensors[f"{module}.weight_g_idx"] = weight.g_idx.int()
         return tensors
 
-    def with_16_bits(self, modules: Sequence[str]) -> Self:
+    def with_16_bits(self, modules: Sequence[str], quantized: Sequence[str]) -> Self:
         ignored = [*(self.settings.get("ignore") or []), *modules]
         return replace(self, settings={**self.settings, "ignore": ignored})
 

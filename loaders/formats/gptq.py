@@ -128,11 +128,13 @@ class Gptq(AffineFormat):
             f"{module}.g_idx": weight.g_idx.int(),
         }
 
-    def with_16_bits(self, modules: Sequence[str]) -> Self:
-        # The first pattern that matches counts.
+    def with_16_bits(self, modules: Sequence[str], quantized: Sequence[str]) -> Self:
+        # GPTQModel and vLLM read `dynamic`, of which the first pattern that matches counts;
+        # transformers reads the list alone.
         dynamic: dict[str, Any] = {f"-:{re.escape(name)}$": {} for name in modules}
         dynamic |= self.settings.get("dynamic") or {}
-        return replace(self, settings={**self.settings, "dynamic": dynamic})
+        lists = {"dynamic": dynamic, "modules_in_block_to_quantize": [list(quantized)]}
+        return replace(self, settings={**self.settings, **lists})
 
     def sizes(self, leaves: Mapping[str, TensorHeader]) -> AffineSizes:
         words, out = leaves["qweight"].shape

@@ -69,7 +69,9 @@ def test_a_name_comes_before_patterns_and_the_first_pattern_before_others() -> N
         "x.c": (4, 128),
         "d": (4, 128),
     }
-    kept = AutoRound.from_settings(Settings(format.with_16_bits(["a.b"]).settings, "config.json"))
+    kept = AutoRound.from_settings(
+        Settings(format.with_16_bits(["a.b"], ["a.c"]).settings, "config.json")
+    )
     assert kept.settings["extra_config"]["a.b"] == {"bits": 16}
     assert kept.settings["extra_config"]["a.*"] == {"bits": 2}
 

@@ -175,8 +175,7 @@ def test_64_greedy_tokens_equal_transformers_alone_and_in_company(
     checkpoint = open_checkpoint(folder_of(row))
     reference.assert_same_logits(checkpoint)
     model = reference.transformers_model(checkpoint)
-    prompts = reference.prompts(*PROMPTS)
-    expected = [reference.greedy(model, ids, 64) for ids in prompts]
+    prompts, expected = map(list, zip(*reference.greedy(model, PROMPTS, 64), strict=True))
     assert len({token for each in expected for token in each}) > 5, "all say the same"
     engine = reference.start(checkpoint)
     try:
@@ -258,9 +257,9 @@ def test_an_adapter_trained_by_peft_gives_its_outputs(
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.1)
     adapted.save_pretrained(tmp_path / "adapter")
-    (ids,) = reference.prompts(40)
+    ((ids, expected),) = reference.greedy(adapted.eval(), (40,), 32)
     found, without = adapted_tokens(reference, open_checkpoint(folder), tmp_path / "adapter", ids)
-    assert found == reference.greedy(adapted.eval(), ids, 32)
+    assert found == expected
     assert found != without
 
 

@@ -185,13 +185,11 @@ def test_a_body_that_cannot_be_decompressed_is_a_400(engine: Engine, encoding: s
         whole = zlib.compress(
             b'{"model": "tiny", "prompt": "x"}', wbits=31 if encoding == "gzip" else 15
         )
+        headers = {"Content-Encoding": encoding, "Content-Type": "application/json"}
         for data in (b"not compressed", whole[:12], b"\x1f\x8b" + b"\0" * 40):
-            headers = {"Content-Encoding": encoding}
             async with client.post(COMPLETIONS, data=data, headers=headers) as response:
                 assert response.status == 400, await response.text()
-        async with client.post(
-            COMPLETIONS, data=whole, headers={"Content-Encoding": encoding}
-        ) as response:
+        async with client.post(COMPLETIONS, data=whole, headers=headers) as response:
             assert response.status == 200
 
     run(engine, scenario)
