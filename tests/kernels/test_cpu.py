@@ -643,15 +643,26 @@ def test_builds_at_once_do_not_disturb_each_other(tmp_path: Path) -> None:
 
 
 @contextmanager
-def little_memory(spare: int = 16 << 20) -> Iterator[None]:
-    """No more than ``spare`` bytes can be had beyond what the process has mapped."""
+def little_memory(spare: int = 24 << 20) -> Iterator[None]:
+    """No block of more than ``spare`` bytes can be had, and one of them can.
+
+    What the process maps is limited; and what earlier tests have freed, which the allocator keeps
+    and would give out again, is taken up.
+    """
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    libc.free.restype, libc.free.argtypes = None, [ctypes.c_void_p]
     mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     before = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (mapped + spare, before[1]))
+    resource.setrlimit(resource.RLIMIT_AS, (mapped + 2 * spare, before[1]))
+    taken = list(iter(lambda: libc.malloc(spare), None))
     try:
+        libc.free(taken.pop())
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_AS, before)
+        for block in taken:
+            libc.free(block)
 
 
 @pytest.mark.parametrize("kernel", ["packed_matmul", "dequantize", "paged_attention", "lora_add"])
