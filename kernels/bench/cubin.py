@@ -42,7 +42,7 @@ class Report:
     """What the assembler made of one kernel.
 
     registers: per thread. shared: bytes a block takes. local: bytes of stack and local memory a
-    thread takes, 0 where nothing was spilled.
+    thread takes, 0 if nothing was spilled.
     """
 
     registers: int
@@ -72,7 +72,7 @@ class Report:
         return sorted(found, key=len)
 
     def tensor_core_loop(self) -> tuple[Instruction, ...]:
-        """The innermost loop that multiplies on the tensor cores, empty where there is none."""
+        """The innermost loop that multiplies on the tensor cores, empty if there is none."""
         for body in self.loops():
             if any(i.opcode.startswith(TENSOR_CORE) for i in body):
                 return body

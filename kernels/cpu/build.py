@@ -98,7 +98,7 @@ def wanted_targets(name: str | None, cpuinfo: Path = Path("/proc/cpuinfo")) -> l
 def load() -> ctypes.CDLL:
     """The library for the fastest target that this CPU runs and the compiler knows.
 
-    Raises CpuKernelsUnavailableError where it cannot be built, OSError where it cannot be loaded.
+    Raises CpuKernelsUnavailableError if it cannot be built, OSError if it cannot be loaded.
     """
     library = build_fastest()
     try:

@@ -29,7 +29,7 @@ _SCALE_TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 
 @cache
 def library() -> CpuLibrary | None:
-    """The kernels, or None (said once, with the reason) where they cannot run."""
+    """The kernels, or None (logged once, with the reason) if they cannot run."""
     try:
         return CpuLibrary(load())
     except (CpuKernelsUnavailableError, OSError) as error:

@@ -22,7 +22,7 @@ from nybble.kernels.triton.online_softmax import LOG2_E, attend, padded_seqs, po
 
 # A split has at least this many keys: below it, the second stage costs more than it spreads.
 MIN_SPLIT = 256
-DECODE_TILE = 64  # keys per step of the inner loop; half where that overfills the registers
+DECODE_TILE = 64  # keys per step of the inner loop; half if that overfills the registers
 # The block table is loaded ahead of what it points to, so five stages keep two tiles of keys and
 # values in flight: 64 KiB a program for 16-bit heads of 128 or 256.
 DECODE_STAGES = 5
@@ -234,7 +234,7 @@ def decode(
         q,
         k_cache,
         v_cache,
-        *(scales or (k_cache, v_cache)),  # never read where there are none
+        *(scales or (k_cache, v_cache)),  # never read if there are none
         q if sinks is None else sinks,  # likewise
         batch.query_start,
         batch.context_lens,

@@ -186,7 +186,7 @@ def prefill(
         q,
         k_cache,
         v_cache,
-        *(scales or (k_cache, v_cache)),  # never read where there are none
+        *(scales or (k_cache, v_cache)),  # never read if there are none
         q if sinks is None else sinks,  # likewise
         batch.query_start,
         batch.context_lens,

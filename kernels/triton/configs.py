@@ -128,7 +128,7 @@ def tuned(device: str) -> dict[str, Config]:
 
 
 def read(path: Path) -> dict[str, dict[str, Config]]:
-    """A file's choices by device and key; none where there is no file."""
+    """A file's choices by device and key; none if there is no file."""
     if not path.exists():
         return {}
     devices = json.loads(path.read_text())
@@ -139,7 +139,7 @@ def read(path: Path) -> dict[str, dict[str, Config]]:
 
 
 def read_cache(device: str) -> dict[str, Config]:
-    """What was measured on this machine; nothing, and a warning, where the file is broken."""
+    """What was measured on this machine; nothing, with a warning, if the file is broken."""
     path = cache_path(device)
     try:
         return read(path).get(device, {})

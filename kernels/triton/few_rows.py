@@ -1,6 +1,6 @@
 """The 4-bit matmul for a few rows: a block's warps share its columns, and no two blocks do.
 
-Where there are few outputs to a multiprocessor, bandwidth needs the columns worked on side by side.
+If there are few outputs for each multiprocessor, bandwidth needs the columns worked on side by side.
 Here each warp of a block takes every PARTS-th step of the same outputs, as one entry of a batched
 product, and the block adds its warps' sums at the end, in order. Nothing is left for another block
 to add, so there is no workspace, no counter, and no wait at the end.

@@ -1,6 +1,6 @@
 """LoRA additions for rows of many adapters and ranks: one launch to shrink, one to expand.
 
-A program takes rows that share an adapter (up to 16, or 32 where there are many), so every
+A program takes rows that share an adapter (up to 16, or 32 if there are many), so every
 adapter's matrices are read once for them; padded ranks are masked and never read. The inner
 dimension of the shrink is cut at fixed places, and the expand adds the pieces in order, so that a
 row's result does not depend on the other rows. After Punica's SGMV (Chen et al. 2023) and S-LoRA

@@ -104,7 +104,7 @@ def search(start: Config, measure: Callable[[Config], float], rounds: int = 2) -
 
 
 def measured(weights: list[PackedWeight], x: Tensor, expected: Tensor, config: Config) -> float:
-    """Milliseconds of one product, inf where it does not fit or is wrong."""
+    """Milliseconds of one product, inf if it does not fit or is wrong."""
     try:
         found = packed_matmul(x, weights[0], config)
     except OutOfResources:
