@@ -50,7 +50,7 @@ class Batch:
 def read_examples(
     path: Path, tokenizer: PreTrainedTokenizerBase, *, max_length: int
 ) -> list[Example]:
-    """One example per line, see :mod:`nybble.finetune.rows`; a ``text`` row has a loss on every token.
+    """Examples, one a line, see :mod:`nybble.finetune.rows`; a ``text`` has a loss on all tokens.
 
     Longer ones are cut at ``max_length``. Raises DataError.
     """

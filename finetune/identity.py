@@ -10,7 +10,7 @@ _SAMPLES = 1024  # of a file
 
 
 def base_digest(folder: Path) -> str:
-    """A digest that differs if config, tensor names or (nearly surely) weights differ.
+    """A digest that differs if config, file headers or (nearly surely) weights differ.
 
     Only samples of the weights are read, spread over every file: training changes weights
     everywhere, and reading a large model whole takes minutes. Raises OSError.

@@ -33,7 +33,7 @@ class DataError(ValueError):
 
 
 def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Every row that is not blank, with its line's number. Raises DataError at the first bad row."""
+    """Every row that is not blank, with its line number. Raises DataError at the first bad one."""
     try:
         with path.open("rb") as file:
             number = 0
@@ -44,7 +44,7 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 if not line.strip():
                     continue
                 try:
-                    # This parser refuses deep nesting and half a surrogate pair, which tokenizers cannot take.
+                    # Refuses deep nesting, and half a surrogate pair, which tokenizers cannot take.
                     row = from_json(line.decode("utf-8"), allow_inf_nan=False)
                     row_kind(row)
                 except ValueError as error:

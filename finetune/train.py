@@ -105,7 +105,7 @@ class FinetuneResult:
 
     tokens: read for training; every epoch counts.
     base_bytes: bytes of the frozen model.
-    peak_bytes: the peak memory of this process: the GPU's if it trains on one, else its resident set.
+    peak_bytes: the peak memory of this process: the GPU's if it trains on one, else resident.
     """
 
     history: tuple[Point, ...]
@@ -133,14 +133,14 @@ def finetune(
     """Train an adapter for the checkpoint ``base`` on JSON lines and save it to ``out``.
 
     out: gets the adapter with the lowest held-out loss in PEFT's format and ``history.json``. While
-        training runs it has a ``checkpoint.pt``, from which ``resume`` continues to the same result.
+        training runs it has a ``checkpoint.pt``. ``resume`` continues from it to the same result.
     dtype: of the activations; adapters and optimizer states are float32.
     on_step: called after every step. A resumed run first repeats the steps before its checkpoint,
         because the callback may have missed some.
 
     Raises DataError for data that cannot be used, CheckpointError for a base that cannot be
-    loaded, FileExistsError if ``out`` has content, FileNotFoundError for a resume without a checkpoint,
-    ValueError for a resume with another base, other data or other settings.
+    loaded, FileExistsError if ``out`` has content, FileNotFoundError for a resume without a
+    checkpoint, ValueError for a resume with another base, other data or other settings.
     """
     settings = settings or FinetuneSettings()
     saved = out / CHECKPOINT

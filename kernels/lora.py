@@ -2,7 +2,8 @@
 
 Adapters are stored in *slots* of one device buffer per projection. A projection may be
 several fused into one (q, k, v; gate, up): part ``p`` owns the outputs ``offsets[p]`` to
-``offsets[p + 1]`` and a section of the shrinking matrix. For row ``t`` with slot ``s`` and each part ``p``
+``offsets[p + 1]`` and a section of the shrinking matrix. For row ``t`` with slot ``s`` and each
+part ``p``
 
     h      = a[s, p·max_rank : (p+1)·max_rank] · x[t]        rounded to the dtype of x, as PEFT does
     out[t, offsets[p] : offsets[p+1]] += b[s, offsets[p] : offsets[p+1]] · h

@@ -28,7 +28,7 @@ _ROWS_AT_A_TIME = 1024
 
 
 def search_scale(weight: Tensor, statistics: InputStatistics, group_size: int) -> Tensor:
-    """The scale s (in,) = mean|x|^α, α on a grid, with the least output error of Q(W·s)/s."""
+    """The scale s (in,) = mean|x|^α, α on a grid, with the least error of Q(W·s)/s."""
     # The error is a sum over outputs: a sample of them is enough to find the scale.
     weight = weight[:: -(-len(weight) // _SEARCHED_OUTPUTS)]
 
@@ -45,7 +45,7 @@ def search_common_scale(
     group_size: int,
     outputs: Callable[[], Tensor],
 ) -> Tensor:
-    """As :func:`search_scale` for layers that share an input, by the error of their module's output.
+    """As :func:`search_scale` for layers that share an input, by their module's output error.
 
     outputs: computes the module's output ``(samples, length, …)`` with the layers' weights at the
         time of the call. The first token of a sequence is left out.

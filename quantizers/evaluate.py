@@ -100,7 +100,7 @@ class Window:
 
 
 def windows(tokens: int, length: int, stride: int) -> list[Window]:
-    """Windows of ``length`` every ``stride`` tokens, each scoring the tokens that none before it scored.
+    """Windows of ``length`` every ``stride`` tokens, each scoring tokens not scored before.
 
     With ``stride == length`` they do not overlap, which is how the GPTQ and AWQ papers measure.
     The first token of a window has nothing to be predicted from.

@@ -202,7 +202,7 @@ class Peers:
 
 
 def optional(weights: Iterator[Any]) -> list[Any]:
-    """A peer's weights; None if it cannot make them, whatever the reason."""
+    """A peer's weights; empty if it cannot make them, whatever the reason."""
     try:
         return list(weights)
     except Exception as failure:

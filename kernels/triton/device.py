@@ -1,4 +1,4 @@
-"""What the kernels' settings depend on of a device."""
+"""The device properties that the kernels' settings depend on."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import triton
 
 # A launch asks for fused multiply-adds, because Triton 3.10 and later make none by default.
 FUSED = {"enable_fp_fusion": True}
-# Before it, nothing but luck shows Blackwell's tensor cores what was copied to shared memory: the
-# compiler left out the fence between the two (triton-lang/triton#9610).
+# Earlier versions leave out the fence between copies to shared memory and Blackwell's tensor cores,
+# which may then read old data (triton-lang/triton#9610).
 _FENCES_COPIES = (3, 7, 1)
 
 

@@ -1,4 +1,4 @@
-"""What one step of 128 columns is made of: scales and zeros of its slices, and its products.
+"""The parts of one matmul step of 128 columns: its slices' scales and zeros, its products.
 
 Tiles are ``(BLOCK_N, 32)``, or ``(parts, BLOCK_N, 32)`` if a block takes several steps at once.
 """
@@ -183,7 +183,7 @@ def store_outputs(
 ):
     """Add the bias to ``y``, stored outputs from ``first`` on × rows ``m``; store it.
 
-    With an ACTIVATION, of gates and what they multiply: what :func:`times_up` makes of both.
+    With an ACTIVATION, gate and up outputs are combined by :func:`times_up`.
     """
     BLOCK_N: tl.constexpr = y.shape[0]
     BLOCK_M: tl.constexpr = y.shape[1]
