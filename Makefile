@@ -59,8 +59,8 @@ test-all: lint
 # On a machine with AVX-512, what one without it computes: sums in other orders round elsewhere.
 test-avx2: install-dev
 	NYBBLE_CPU_TARGET=avx2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 \
-		MKL_ENABLE_INSTRUCTIONS=AVX2 $(PYTEST) $(or $(ARGS),tests/engine tests/finetune \
-		tests/quantizers tests/loaders tests/server tests/faults)
+		MKL_ENABLE_INSTRUCTIONS=AVX2 $(PYTEST) $(or $(ARGS),tests/engine tests/models \
+		tests/finetune tests/quantizers tests/loaders tests/server tests/faults)
 
 # The page in a headless Chromium, which root has installed where apt is.
 test-browser: install-dev

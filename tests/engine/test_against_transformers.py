@@ -90,8 +90,8 @@ def test_quantized_checkpoints_give_the_logits_and_64_greedy_tokens(
     model = reference.transformers_model(checkpoint)
     engine = reference.start(checkpoint)
     try:
-        for ids in reference.prompts(5, 35, 65):
-            assert reference.alone(engine, ids, 64) == reference.greedy(model, ids, 64)
+        for ids, tokens in reference.greedy(model, (5, 35, 65), 64):
+            assert reference.alone(engine, ids, 64) == tokens
     finally:
         engine.stop()
 

@@ -106,7 +106,7 @@ def expected(checkpoint: Path, folders: list[Path]) -> list[list[int]]:
         return ask(engine, REQUESTS)
 
 
-@pytest.mark.parametrize("kv_dtype", ["auto", "int8", "fp8"])
+@pytest.mark.parametrize("kv_dtype", ["auto", "fp8", pytest.param("int8", marks=pytest.mark.slow)])
 def test_answers_are_as_on_the_cpu_with_one_wait_a_step_and_no_compiling(
     gpu: Device,
     checkpoint: Path,

@@ -114,7 +114,8 @@ def check_dequantize(capability: int, everything: bool) -> Iterator[Found]:
 
 def check_attention(capability: int, everything: bool) -> Iterator[Found]:
     lengths = [(1, 1), (300, 1), (270, 40), (33, 33), (600, 1), (65, 2)]
-    kept: list[torch.dtype | None] = [None, torch.int8]
+    # Ada differs from Ampere in 8-bit floats alone.
+    kept: list[torch.dtype | None] = [None, torch.int8] if capability != 89 else []
     kept += [torch.float8_e4m3fn] if capability >= 89 else []
     for number, dtype in enumerate((torch.float16, torch.bfloat16)):
         for cache in kept:
@@ -275,7 +276,6 @@ def outcomes_on(
     without: str,
 ) -> list[str]:
     """All families' on one GPU."""
-    # Ada differs from Ampere in 8-bit floats alone.
     own = [each for each in families if capability != 89 or each in ("attention", "rotary")]
     return [
         outcome

@@ -94,16 +94,17 @@ def test_a_wait_that_nothing_ends_is_an_error() -> None:
     assert "a wait that never ends" in done.stderr
 
 
-def test_random_problems_are_computed_as_their_references_do() -> None:
+@pytest.mark.parametrize("capability", ["90", pytest.param("80", marks=pytest.mark.slow)])
+def test_random_problems_are_computed_as_their_references_do(capability: str) -> None:
     """Small ones that have both codebooks and the head_dims that the fixed comparisons lack."""
     seeds = ("45", "50", "53", "97", "210")
-    done = run("--capability", "80", "90", "--only", *seeds, script="random_checks.py")
+    done = run("--capability", capability, "--only", *seeds, script="random_checks.py")
     found = [json.loads(line) for line in done.stdout.splitlines()]
     assert [each for each in found if not each["right"]] == []
     assert done.returncode == 0, done.stderr
     names = " ".join(each["name"] for each in found)
     for subject in ("nf4", "silu", "fp4", "7×1×96", "7×2×256", "4×1×80", "cap", "sinks"):
-        assert names.count(subject) >= 2, subject  # for both
+        assert subject in names
 
 
 def test_a_random_problem_that_comes_out_wrong_fails_the_run() -> None:
