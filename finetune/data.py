@@ -1,4 +1,4 @@
-"""Training examples: JSON lines to token ids with a loss on the assistant's tokens only."""
+"""Training examples: JSON lines to token ids, with a loss only on the assistant's tokens."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from transformers import PreTrainedTokenizerBase
 from nybble.finetune.rows import DataError, is_learned, read_rows, row_kind
 from nybble.loaders.templates import as_turn
 
-IGNORED = -100  # the label of a token that no loss is taken on
+IGNORED = -100  # the label of a token without a loss
 
 
 @dataclass(frozen=True)
 class Example:
-    """Token ids, and the same ids as labels with IGNORED where no loss is taken."""
+    """Token ids, and the same ids as labels with IGNORED for those without a loss."""
 
     ids: list[int]
     labels: list[int]
@@ -30,8 +30,10 @@ class Example:
 class Batch:
     """Rows of one or more examples each; int64 ``(rows, length)``.
 
-    labels[t] is the token at t or IGNORED; position_ids start anew with every example, by which
-    transformers keeps examples in one row from attending to each other. tokens: without padding.
+    labels: the token at the same place, or IGNORED.
+    position_ids: restart at 0 with every example, by which transformers keeps examples in one row
+        from attending to each other.
+    tokens: the number of tokens, without padding.
     """
 
     input_ids: Tensor
@@ -41,19 +43,19 @@ class Batch:
 
     @property
     def targets(self) -> int:
-        """Tokens with a loss: the first of a row is never predicted."""
+        """The number of tokens with a loss; the first of a row is never predicted."""
         return int((self.labels[:, 1:] != IGNORED).sum())
 
 
 def read_examples(
     path: Path, tokenizer: PreTrainedTokenizerBase, *, max_length: int
 ) -> list[Example]:
-    """One example per line, see :mod:`nybble.finetune.rows`; a text has a loss on every token.
+    """Examples, one a line, see :mod:`nybble.finetune.rows`; a ``text`` has a loss on all tokens.
 
     Longer ones are cut at ``max_length``. Raises DataError.
     """
     examples = []
-    # What the server puts before a prompt; a chat template has its own.
+    # The tokens the server puts before a prompt, such as BOS; chat templates add their own.
     beginning = tokenizer("")["input_ids"]
     for number, row in read_rows(path):
         try:
@@ -78,7 +80,7 @@ def read_examples(
 
 
 def _segments(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:
-    """The example's text in pieces, each with whether it is to be learned."""
+    """The example's text in pieces, each with whether it has a loss."""
     end = str(tokenizer.eos_token or "")
     kind = row_kind(row)
     if kind == "messages":
@@ -109,7 +111,7 @@ def _chat_segments(
     for index, message in enumerate(messages):
         if not is_learned(message):
             continue
-        # The prompt as the model will see it when it has to answer, then the answer.
+        # First the prompt as the model sees it when serving, then the answer.
         before, after = render(index, prompt=True), render(index + 1, prompt=False)
         if not before.startswith(done) or not after.startswith(before):
             raise ValueError(
@@ -150,7 +152,7 @@ def to_batch(rows: Sequence[Sequence[Example]]) -> Batch:
             stop = start + len(example.ids)
             ids[index, start:stop] = torch.tensor(example.ids)
             labels[index, start:stop] = torch.tensor(example.labels)
-            labels[index, start] = IGNORED  # the example before does not predict it
+            labels[index, start] = IGNORED  # not predicted from the example before
             positions[index, start:stop] = torch.arange(stop - start)
             start = stop
         positions[index, start:] = torch.arange(length - start)

@@ -1,4 +1,4 @@
-"""What tells the base of a training run from every other."""
+"""Identifies the base model of a training run."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ _SAMPLES = 1024  # of a file
 
 
 def base_digest(folder: Path) -> str:
-    """Differs where two model folders differ in config, tensors or (nearly surely) weights.
+    """A digest that differs if config, file headers or (nearly surely) weights differ.
 
-    Of the weights, samples are read all over every file: training changes them everywhere, and a
-    large model takes minutes to read whole. Raises OSError.
+    Only samples of the weights are read, spread over every file: training changes weights
+    everywhere, and reading a large model whole takes minutes. Raises OSError.
     """
     digest = blake2b((folder / "config.json").read_bytes(), digest_size=16)
     for path in sorted(folder.glob("*.safetensors")):

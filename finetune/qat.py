@@ -1,4 +1,4 @@
-"""Quantization-aware training: weights learn on the grid they will be stored on.
+"""Quantization-aware training: weights are trained on the grid they will be stored on.
 
 The forward pass uses weights rounded to a fixed grid; the backward pass treats
 rounding as the identity within the grid's range and as a constant beyond it (the straight-through
@@ -36,7 +36,7 @@ from nybble.quantizers.affine import grid, nearest_codes
 from nybble.quantizers.packed_model import load_packed_model
 from nybble.quantizers.writer import FolderWriter
 
-_ROWS_AT_A_TIME = 256  # the logits of so many tokens are in memory at once
+_ROWS_AT_A_TIME = 256  # tokens whose logits are in memory at once
 
 
 class _RoundToGrid(torch.autograd.Function):
@@ -44,7 +44,7 @@ class _RoundToGrid(torch.autograd.Function):
     def forward(ctx: Any, grouped: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Tensor:
         low = -zeros * scales
         high = (2**bits - 1 - zeros) * scales
-        # Half a step beyond the ends still rounds to them.
+        # Values up to half a step beyond an end still round to it.
         ctx.save_for_backward((grouped >= low - scales / 2) & (grouped <= high + scales / 2))
         return (nearest_codes(grouped, scales, zeros, bits=bits) - zeros) * scales
 
@@ -57,7 +57,7 @@ class _RoundToGrid(torch.autograd.Function):
 class FakeQuantLinear(nn.Module):
     """A linear layer whose float32 weight is rounded to its grid in every forward pass.
 
-    The grid is that of the weight the layer begins with, and does not move.
+    The grid is computed from the initial weight and stays fixed.
     """
 
     scales: Tensor
@@ -134,7 +134,7 @@ def fake_quantize_model(
 
 
 def _exported(group_size: int, sym: bool, bits: int) -> AffineFormat:
-    """The format that training ends in. Raises ValueError for a width that it does not have."""
+    """The format that the result is written in. Raises ValueError for an unsupported width."""
     written = writing_format("gptq", WriteOptions(group_size=group_size, sym=sym, bits=bits))
     assert isinstance(written, AffineFormat)
     return written
@@ -144,10 +144,10 @@ def _exported(group_size: int, sym: bool, bits: int) -> AffineFormat:
 class QatSettings:
     """How training goes.
 
-    bits: of a code: 2, 3, 4 or 8.
+    bits: the width of a code: 2, 3, 4 or 8.
     distil: learn the full-precision model's distribution over the next token (the loss is
-        KL(full precision ‖ trained)) instead of the text itself: the grid is trained and the
-        model stays what it is.
+        KL(full precision ‖ trained)) instead of the text itself. The weights adapt to the grid,
+        and the model's behaviour stays the same.
     warmup: the fraction of the steps in which the rate rises; it then falls along a cosine.
     """
 
@@ -177,12 +177,12 @@ def quantization_aware_train(
 ) -> list[float]:
     """Train the linear layers of the 16-bit checkpoint ``base`` on their grid.
 
-    ``out`` becomes a GPTQ-layout checkpoint with the very weights the last forward pass used.
+    ``out`` becomes a GPTQ-layout checkpoint with exactly the rounded weights of training.
     Returns the loss per token of every step. Memory: 16 bytes a weight, for the float32 weight,
     its gradient and Adam's two moments; with ``distil`` 2 more for the full-precision model.
 
-    Raises CheckpointError where the base is quantized already, DataError for data that cannot be
-    used, FileExistsError where ``out`` has content, ValueError where sizes do not fit.
+    Raises CheckpointError if the base is quantized already, DataError for data that cannot be
+    used, FileExistsError if ``out`` has content, ValueError if sizes do not fit.
     """
     settings = settings or QatSettings()
     written = _exported(settings.group_size, settings.sym, settings.bits)

@@ -35,7 +35,7 @@ __all__ = [
 
 
 def _cpu(width: int, multiple: int, *tensors: Tensor) -> CpuLibrary | None:
-    """The kernels, if they take tensors of these dtypes and this width."""
+    """The CPU kernels if they take these tensors and ``width`` is a multiple of ``multiple``."""
     if width % multiple:
         return None
     for tensor in tensors:
@@ -45,7 +45,7 @@ def _cpu(width: int, multiple: int, *tensors: Tensor) -> CpuLibrary | None:
 
 
 def _on_gpu(x: Tensor) -> bool:
-    """Triton is imported behind this: only machines with a GPU need it."""
+    """Whether the Triton kernels take ``x``. Callers import Triton only then: CPUs do without."""
     return x.is_cuda and x.dtype in (torch.float16, torch.bfloat16)
 
 

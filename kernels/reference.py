@@ -28,8 +28,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tens
     """Root-mean-square norm of the last dimension (Zhang and Sennrich 2019).
 
     Computed in float32 and rounded to the dtype of ``x`` before the multiplication by ``weight``,
-    as the Llama family does it. With an ``offset``, by ``offset + weight`` in float32 and rounded
-    once, as Gemma does it with an offset of 1.
+    as in the Llama family. With an ``offset``, the multiplication is by ``offset + weight`` in
+    float32 and the result is rounded once, as in Gemma (offset 1).
     """
     wide = x.float()
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
@@ -50,8 +50,8 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Te
     """Layer norm of the last dimension (Ba et al. 2016), computed in float32 and rounded once.
 
     weight and bias: ``(width,)``; a weight may also be ``(heads, width)``, without a bias, for x
-    ``(..., heads, width)``, as Cohere norms queries and keys. If a checkpoint's weight is around
-    zero (Nemotron's layernorm1p), it is one more here.
+    ``(..., heads, width)``, as in Cohere's norms of queries and keys. For Nemotron's layernorm1p,
+    whose stored weight is centred on zero, pass the stored weight plus 1.
     """
     if weight.dim() > 1:
         normed = torch.nn.functional.layer_norm(x.float(), x.shape[-1:], eps=eps)
@@ -142,7 +142,7 @@ def _scaled(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def check_rotary_dim(rotary_dim: int, head_dim: int) -> None:
-    """Raises ValueError if no pairs of a head are those of cos and sin."""
+    """Raises ValueError if ``rotary_dim`` is not possible for heads of ``head_dim``."""
     if rotary_dim % 2 or not 0 < rotary_dim <= head_dim:
         raise ValueError(
             f"cos and sin have {rotary_dim} entries for a token: expected an even number, "
@@ -178,11 +178,11 @@ def paged_attention(
     q ``(tokens, q_heads, head_dim)``; caches and scales as in :func:`rotary_store`. Query head h
     reads KV head h // (q_heads / kv_heads). window: each token sees itself and the ``window − 1``
     tokens before it (0: all of them). softcap: a logit becomes ``softcap · tanh(logit / softcap)``
-    (Gemma 2; 0: it stays). sinks ``(q_heads,)``: a logit for each query head, of a key without a
-    value, which adds only to what the softmax divides by (gpt-oss).
+    (Gemma 2; 0: no softcap). sinks ``(q_heads,)``: an extra logit for each query head, which adds
+    only to the denominator of the softmax (gpt-oss).
 
-    Returns ``(tokens, q_heads · head_dim)``; the row of a sequence without context, which only pads
-    the batch, is undefined.
+    Returns ``(tokens, q_heads · head_dim)``; a sequence without context only pads the batch,
+    and its rows are undefined.
     """
     if sinks is not None:
         check_sinks(sinks, q.shape[1])
@@ -193,7 +193,7 @@ def paged_attention(
             continue
         queries = q[starts[index] : starts[index + 1]]
         blocks = -(-context // block_size)
-        # The first new token's window begins in the first block that is read.
+        # Blocks before the first new token's window are not read.
         unseen = max(0, context - len(queries) - window + 1) // block_size if window else 0
         table = batch.block_tables[index, unseen:blocks].long()
         positions = torch.arange(unseen * block_size, context, device=q.device)
@@ -229,7 +229,7 @@ def paged_attention(
 
 
 def check_sinks(sinks: Tensor, q_heads: int) -> None:
-    """Raises ValueError if these are not contiguous numbers, one for each query head."""
+    """Raises ValueError if ``sinks`` are not contiguous floats, one for each query head."""
     if sinks.shape != (q_heads,) or not sinks.is_contiguous() or not sinks.is_floating_point():
         raise ValueError(
             f"sinks are {sinks.dtype} {tuple(sinks.shape)} with strides {sinks.stride()}, "
@@ -238,7 +238,10 @@ def check_sinks(sinks: Tensor, q_heads: int) -> None:
 
 
 class TokenChoice(NamedTuple):
-    """How a row's token is chosen: see :func:`sample_tokens`. uniform: a number in [0, 1)."""
+    """How a row's token is chosen: see :func:`sample_tokens`.
+
+    uniform: a number in [0, 1), which the token is drawn with.
+    """
 
     temperature: float
     top_k: int
@@ -250,10 +253,10 @@ class TokenChoice(NamedTuple):
 def sample_tokens(logits: Tensor, choices: Sequence[TokenChoice]) -> Tensor:
     """A token for every row of ``logits`` (float32 ``(rows, vocab)``): int64 ``(rows,)``.
 
-    Temperature 0 takes the largest. Otherwise what is left after top_k (0 is off), then top_p of
-    that, then min_p (relative to the likeliest) is drawn from by inverting its cumulative
-    distribution, in vocabulary order, at ``uniform``. Entries equal to the last one kept are kept.
-    A row whose largest entry is not finite has any token.
+    Temperature 0 takes the largest logit. Otherwise the candidates are filtered by top_k (0: off),
+    then top_p, then min_p (relative to the likeliest token). Entries equal to the last one kept are
+    kept too. The token is drawn by inverting the cumulative distribution, in vocabulary order, at
+    ``uniform``. For a row whose largest logit is not finite, the token is arbitrary.
     """
     tokens = [_sample(row, choice) for row, choice in zip(logits, choices, strict=True)]
     return torch.stack(tokens)
@@ -280,7 +283,7 @@ def _sample(logits: Tensor, choice: TokenChoice) -> Tensor:
         probs, ids = probs[kept], kept if ids is None else ids[kept]
     # float64, because a float32 sum over a large vocabulary misplaces its tail.
     cumulative = probs.double().cumsum(0)
-    # `right` finds the first entry above the target, so that none of probability 0 is chosen.
+    # `right` finds the first entry above the target, so that no token of probability 0 is chosen.
     target = choice.uniform * cumulative[-1:]
     index = torch.searchsorted(cumulative, target, right=True)[0]
     if index == len(probs):  # the product rounded up to the total
@@ -289,21 +292,21 @@ def _sample(logits: Tensor, choice: TokenChoice) -> Tensor:
 
 
 def _nucleus(probs: Tensor, top_p: float) -> Tensor:
-    """The fewest likeliest entries that hold ``top_p`` of all, in their order."""
+    """Ids of the fewest likeliest entries whose sum reaches ``top_p`` of the total, in order."""
     needed = top_p * probs.sum()
     count = min(_NUCLEUS_CANDIDATES, len(probs))
     while True:
         values, ids = probs.topk(count)
         cumulative = values.cumsum(0)
         if count == len(probs) or cumulative[-1] >= needed:
-            # An entry stays if what precedes it does not hold top_p yet.
+            # An entry is kept if the entries before it do not reach top_p yet.
             kept = int((cumulative - values < needed).sum())
             return _at_least(probs, values[max(kept, 1) - 1], values, ids)
         count = min(8 * count, len(probs))
 
 
 def _at_least(probs: Tensor, least: Tensor, top: Tensor, top_ids: Tensor) -> Tensor:
-    """Where ``probs`` is at least ``least``, in order; ``top`` are the largest of ``probs``."""
+    """Ids with ``probs >= least``, in order; ``top``: the largest of ``probs``, sorted."""
     if len(top) == len(probs) or top[-1] < least:  # all of them are among the largest
         return top_ids[top >= least].sort().values
     return (probs >= least).nonzero()[:, 0]

@@ -1,9 +1,9 @@
 """LoRA adapters in PEFT's layout: a folder with adapter_config.json and adapter_model.safetensors.
 
 Per module: ``base_model.model.<module>.lora_A.weight`` ``(rank, in)`` and ``lora_B.weight``
-``(out, rank)``. Some versions put the adapter's name before ``weight``, leave ``base_model.model``
-out, or, trained on a model without its head, the ``model.`` of the base. Training of the text part
-of a multimodal model puts that model's names around it (``model.language_model.layers…``).
+``(out, rank)``. Some versions put the adapter's name before ``weight``. Some leave out
+``base_model.model``, or, if the model was trained without its head, the base's ``model.``. Training
+the text part of a multimodal model adds that model's prefixes (``model.language_model.layers…``).
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ _KEY = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(\.(?P<name>[^.]+))?\.wei
 _INDEX = re.compile(r"[0-9]{1,9}")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _PREFIXES = ("base_model.model.", "_orig_mod.", "module.")
-# What stands before a layer of the text model in larger ones.
+# Prefixes of the text model's layers inside larger models.
 _AROUND = re.compile(r"((model|language_model|text_model|llm|thinker|module|_orig_mod)\.)*")
-# Beside an adapter, of what it was trained with; the base model's own are used.
+# Files that training may save with an adapter. The base model's own are used instead.
 _NOT_USED = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
@@ -64,8 +64,8 @@ class LoRAModule:
 class LoRAAdapter:
     """An adapter that fits its base.
 
-    modules: by the names transformers gives the base's linear layers.
-    digest: 16 bytes that differ where the files' content does.
+    modules: by the name of the base's linear layer in transformers.
+    digest: 16 bytes that differ if the files' content differs.
     """
 
     modules: Mapping[str, LoRAModule]
@@ -73,7 +73,7 @@ class LoRAAdapter:
 
     @property
     def rank(self) -> int:
-        """The highest of any module."""
+        """The highest rank of any module."""
         return max(module.rank for module in self.modules.values())
 
 
@@ -155,23 +155,23 @@ def _read(folder: Path) -> tuple[Path, bytes, dict[str, Tensor]]:
 
 
 def _natural(key: str) -> list[tuple[int, str]]:
-    """Sorts layer 2 before layer 10, so that the first offending tensor is the first layer's."""
+    """A sort key with layer 2 before layer 10, so that errors name the first bad layer."""
     parts = key.split(".")
     return [(int(part), "") if _INDEX.fullmatch(part) else (-1, part) for part in parts]
 
 
 class _Names:
-    """The base's names of modules, and those they had in training."""
+    """Maps module names between the base and the model that was trained."""
 
     def __init__(self, path: Path, shapes: Mapping[str, tuple[int, int]]) -> None:
         self._path = path
         self._shapes = shapes
         self._by_layer = {_in_layer(name): name for name in shapes}
-        # What training wrote before a layer.
+        # The prefix which training put before every layer, once known.
         self._around: str | None = None
 
     def parse(self, key: str) -> tuple[str, str]:
-        """The base's module and the side, A or B, of a tensor."""
+        """The base's module and the side (A or B) that the tensor ``key`` belongs to."""
         match = _KEY.fullmatch(key)
         if match is None:
             raise AdapterError(
@@ -193,13 +193,13 @@ class _Names:
         return module, match["side"]
 
     def trained(self, module: str) -> str:
-        """The name that a module of the base had in training, which the settings speak of."""
+        """The name of a base module in training, as adapter_config.json uses it."""
         inside = _in_layer(module)
         return module if self._around is None or inside == module else self._around + inside
 
 
 def _in_layer(module: str) -> str:
-    """A module's name from its layer on, or all of it."""
+    """A module's name from ``layers`` on; the whole name if it is not in a layer."""
     found = re.search(r"(?:^|\.)(layers\.[0-9]+\..+)", module)
     return found[1] if found else module
 

@@ -27,7 +27,7 @@ _DENSE = frozenset(("weight", "bias"))
 
 
 class Checkpoint(Protocol):
-    """What an engine loads."""
+    """A model which an engine can load."""
 
     @property
     def folder(self) -> Path: ...
@@ -56,7 +56,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     """
     path = folder / "config.json"
     if (folder / "nybble.json").is_file():
-        # Imported here because the packed form is itself written from checkpoints.
+        # Imported here to avoid a cycle: packed_file imports this module.
         from nybble.loaders.packed_file import PackedCheckpoint
 
         return PackedCheckpoint(folder)
@@ -66,19 +66,22 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     format = format_of(folder)
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # each model's validators raise what they like
+    except Exception as error:  # each model's config class raises errors of its own
         raise CheckpointError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
     return FolderCheckpoint(folder, config, format)
 
 
 def can_be_rounded(checkpoint: Checkpoint) -> bool:
-    """Whether the weights are loaded in 16 bits, whatever the files hold."""
+    """Whether the weights are 16-bit once loaded, so that they can be quantized in flight."""
     own = checkpoint.quantization if isinstance(checkpoint, FolderCheckpoint) else None
     return checkpoint.format == "none" or (own is not None and own.in_16_bits)
 
 
 class FolderCheckpoint:
-    """A folder in a public layout. quantization: how it is quantized, None for 16 bits."""
+    """A folder in a public layout.
+
+    quantization: how it is quantized, None for 16 bits.
+    """
 
     def __init__(self, folder: Path, config: PretrainedConfig, format: Format | None) -> None:
         self.folder = folder
@@ -88,10 +91,10 @@ class FolderCheckpoint:
         self.architecture = architecture_of(config)
 
     def check(self, shards: Shards) -> None:
-        """Look at the names of all tensors.
+        """Check the names of all tensors.
 
-        Raises CheckpointError for one that nothing here reads, and for one that a quantized module
-        or the family needs: what is passed over in silence would make the model another one.
+        Raises CheckpointError for a tensor that no reader here knows, and for a missing one that a
+        quantized module or the family needs. Ignoring either would silently change the model.
         """
         biased = {name for name, linear in self.architecture.linears.items() if linear.bias}
         ignored: Mapping[str, str] = self.quantization.ignored if self.quantization else {}

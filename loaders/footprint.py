@@ -1,4 +1,4 @@
-"""What a model's weights take in memory, from the headers of its files alone."""
+"""The memory a model's weights take, computed from the headers of its files alone."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from nybble.loaders.formats import format_of
 from nybble.loaders.formats.codebook import BLOCKSIZE
 from nybble.loaders.shards import Shards, TensorHeader
 
-# Bytes of a weight and its share of the scales: blocks of 64 with a float32, or with a scale and a
-# zero in 16 bits, in 4 bits; two scales in 16 bits for 128 in 8.
+# Bytes of a weight with its share of the scales. In 4 bits: blocks of 64 with a float32 scale, or
+# with a scale and a zero of 16 bits. In 8 bits: two 16-bit scales for 128 weights.
 _FOUR_BITS = 1 / 2 + 4 / BLOCKSIZE
 _EIGHT_BITS = 1 + 4 / 128
-_PERM_BYTES = 8  # of an 8-bit weight's column: two int32
-_PACKED_FIELDS = ("scales", "zeros")  # of the packed form, beside its codes
+_PERM_BYTES = 8  # for a column of an 8-bit weight: two int32
+_PACKED_FIELDS = ("scales", "zeros")  # fields of the packed form other than the codes
 _HEAD = "lm_head.weight"
 _EMBEDDING = "embed_tokens.weight"
 
@@ -30,10 +30,10 @@ def weight_bytes(
     layers: Literal["4bit"] | None = None,
     head: Literal["int8"] | None = None,
 ) -> int:
-    """Bytes of the weights once they are loaded in ``dtype``, tiles' padding left out.
+    """Bytes of the weights once they are loaded in ``dtype``, without the padding of tiles.
 
-    layers, head: what of a 16-bit model is rounded while loading. Raises CheckpointError if files
-    are missing or broken.
+    layers, head: which parts of a 16-bit model are quantized while loading.
+    Raises CheckpointError if files are missing or broken.
     """
     shards, format = Shards(folder), format_of(folder)
     headers = {header.name: header for header in shards.headers()}
@@ -59,7 +59,7 @@ def weight_bytes(
                 total += header.elements * _FOUR_BITS
             else:
                 total += _loaded(header, dtype)
-    if head and _HEAD not in headers:  # tied to the embedding, and now separate from it
+    if head and _HEAD not in headers:  # was tied to the embedding; a quantized head is separate
         tied = (h for name, h in headers.items() if name.endswith(_EMBEDDING))
         total += sum(_int8_bytes(h.shape) for h in tied)
     return round(total)

@@ -11,7 +11,7 @@ from pathlib import Path
 from nybble.loaders.errors import CheckpointError
 from nybble.loaders.formats import FORMATS
 
-MODULES = "modules.json"  # of sentence-transformers: what follows the transformer
+MODULES = "modules.json"  # sentence-transformers' list of modules after the transformer
 _LARGEST = 128 << 20  # bytes; tokenizers of a quarter of a million tokens take 40 MB
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
 _INDEX = ".index.json"
@@ -21,8 +21,8 @@ _OWN = ("nybble.json", "origin.json")  # of the packed form
 def side_files(folder: Path) -> list[Path]:
     """Files that belong to the model and are not its weights, relative to ``folder``, sorted.
 
-    Weights in the folders of sentence-transformers' modules (``2_Dense``) do belong to it. Left
-    out are hidden files, files above 128 MiB, and what said how other weights were quantized.
+    Weights in the folders of sentence-transformers' modules (``2_Dense``) are included. Left out
+    are hidden files, files above 128 MiB, and quantization settings, which describe other weights.
     Raises CheckpointError as :func:`embedding_modules`.
     """
     left_out = {*_OWN, *(format.own_file for format in FORMATS)}
@@ -43,14 +43,18 @@ def side_files(folder: Path) -> list[Path]:
 
 @dataclass(frozen=True)
 class Module:
-    """One of sentence-transformers' modules. kind: ``Pooling``; path: its folder, or empty."""
+    """One of sentence-transformers' modules.
+
+    kind: such as ``Pooling``.
+    path: its folder, or empty.
+    """
 
     kind: str
     path: str
 
 
 def embedding_modules(folder: Path) -> list[Module]:
-    """What turns the transformer's output into an embedding, from ``modules.json``.
+    """The modules that turn the transformer's output into an embedding, from ``modules.json``.
 
     Empty if there is no such file. Raises CheckpointError for one that cannot be read.
     """

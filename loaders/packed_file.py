@@ -29,7 +29,7 @@ from nybble.loaders.shards import Shards
 
 HEADER = "nybble.json"
 VERSION = 1
-# What a weight's tensors are called, by its kind: those it must have, and those it may have.
+# Tensor names of each kind of weight: required, optional.
 _TENSORS = {
     "tensor": (("value",), ()),
     "dense": (("weight",), ("bias",)),
@@ -43,14 +43,14 @@ def save_packed(
 ) -> None:
     """Write a checkpoint's packed form to ``folder``, complete or not at all.
 
-    Raises OSError where it cannot be written.
+    Raises OSError if it cannot be written.
     """
     scratch = folder.with_name(folder.name + ".partial")
     shutil.rmtree(scratch, ignore_errors=True)
     try:
         scratch.mkdir(parents=True)
         _write(checkpoint, scratch, layout, progress)
-        # Else a power failure could leave the whole folder with files that are empty.
+        # fsync: otherwise a power failure could leave a complete folder with empty files.
         for path in (*scratch.rglob("*"), scratch):
             _to_disk(path)
         shutil.rmtree(folder, ignore_errors=True)
@@ -132,7 +132,7 @@ class PackedCheckpoint:
         self.format = "packed"
 
     def check(self) -> None:
-        """Look at every file's header. Raises CheckpointError for what is truncated or missing."""
+        """Check every file's header. Raises CheckpointError if a file is truncated or missing."""
         self._checked_shards()
 
     def _checked_shards(self) -> Shards:
@@ -177,7 +177,7 @@ class PackedCheckpoint:
 
 
 def _check_perm(perm: Tensor | None, in_features: int) -> None:
-    """Raises ValueError where it names features there are not: kernels write where it says."""
+    """Raises ValueError if an index is out of range: kernels use it as an address unchecked."""
     if perm is None:
         return
     lowest, highest = (int(end) for end in perm.aminmax())

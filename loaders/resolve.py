@@ -1,4 +1,4 @@
-"""From what a user calls a model to a folder."""
+"""Resolves a user's name for a model to a folder."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _FILES = ["*.safetensors", "*.json", "tokenizer.model", "*.jinja", "merges.txt"]
 
 
 class ModelNotFoundError(LookupError):
-    """A model's name leads nowhere; the message lists what was tried and what would work."""
+    """No model has this name; the message lists what was tried and what would work."""
 
 
 def resolve_model(name: str, *, aliases: Path | None = None, download: bool = True) -> Path:
@@ -88,7 +88,7 @@ def _demo(download: bool) -> Path | None:
 
 
 def _no_folder(name: str, file: Path) -> str:
-    """What to do about a file that was given for a model."""
+    """The hint for a user who gave a file instead of a model folder."""
     if file.suffix == ".gguf":
         return (
             f"model {name!r} is a GGUF file, a format which is not served: give the model's folder "

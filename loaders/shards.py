@@ -19,15 +19,18 @@ _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 
 
-_COMPUTED = "inv_freq"  # a buffer that old checkpoints carry; computed here
+_COMPUTED = "inv_freq"  # a buffer in old checkpoints, not read: we compute it
 
-# Bits of safetensors' dtypes are the digits in their names.
+# The digits in the name of a safetensors dtype are its bits.
 _BITS = re.compile(r"[A-Z]+(\d+)")
 
 
 @dataclass(frozen=True)
 class TensorHeader:
-    """What a file says of a tensor before its data; itemsize in bytes."""
+    """A tensor's entry in the header of its file.
+
+    itemsize: in bytes.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -52,7 +55,7 @@ class Shards:
     """Tensors by name over one file or several; memory-mapped, never unpickled."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises CheckpointError where files are missing, truncated or not safetensors."""
+        """Raises CheckpointError if files are missing, truncated or not safetensors."""
         self.folder = folder
         self._file_of: dict[str, Path] = {}
         for path in self._files():
@@ -101,7 +104,7 @@ class Shards:
 
     @cached_property
     def modules(self) -> Mapping[str, Mapping[str, str]]:
-        """Modules that own tensors, in the order of the files: full names by last names."""
+        """Modules in file order, each with its tensors: leaf name → full name."""
         modules: dict[str, dict[str, str]] = {}
         for name in self._file_of:
             module, leaf = module_and_leaf(name)
@@ -110,7 +113,7 @@ class Shards:
         return modules
 
     def headers(self) -> Iterator[TensorHeader]:
-        """What the files say of every tensor, without reading any."""
+        """The header of every tensor; no tensor data is read."""
         for path in dict.fromkeys(self._file_of.values()):
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 - not a mapping
@@ -129,7 +132,7 @@ class Shards:
         path = self._file_of.get(name)
         if path is None:
             raise CheckpointError(f"{self.folder} has no tensor {name}")
-        # Opened anew each time: closing drops the mapping, so what was read does not stay resident.
+        # Opened again for each read: closing drops the mapping, so pages read do not stay resident.
         with safe_open(path, framework="pt") as file:
             tensor: Tensor = file.get_tensor(name)
         if shape is not None and tuple(tensor.shape) != shape:

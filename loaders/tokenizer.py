@@ -10,8 +10,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from nybble.loaders.errors import CheckpointError
 
-# What conversions of sentencepiece models have got wrong: spaces at either end and in a row, lines,
-# tabs, characters beyond the vocabulary, other forms of a letter, the mark that stands for a space.
+# What conversions of sentencepiece models are known to get wrong: leading, trailing and repeated
+# spaces, newlines, tabs, characters outside the vocabulary, Unicode variants of a letter, the mark
+# that stands for a space.
 _SAMPLE = (
     "The quick brown fox, 3.14 times: naïve café.",
     "  two spaces, then  two more, and one at the end ",
@@ -24,7 +25,7 @@ _SAMPLE = (
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model's folder, which neither cuts nor pads a text.
+    """The tokenizer of a model's folder, without truncation or padding.
 
     A folder without tokenizer.json whose tokenizer.model is sentencepiece's is converted, and the
     result is compared with sentencepiece itself. Raises CheckpointError if they differ, and for a
@@ -38,7 +39,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except CheckpointError:
         raise
-    except Exception as error:  # each tokenizer raises what it likes, tokenizers Exception itself
+    except Exception as error:  # tokenizers raise errors of any type, even Exception itself
         reason = " ".join(str(error).split())
         raise CheckpointError(f"the tokenizer of {folder} cannot be read: {reason}") from error
     if not tokenizer.is_fast:
@@ -46,7 +47,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             f"{folder} has neither tokenizer.json nor a sentencepiece tokenizer.model: streaming "
             "needs one of them"
         )
-    # A tokenizer.json may ask for either; both would change prompts silently.
+    # A tokenizer.json may turn on either; both would silently change prompts.
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
     return tokenizer
@@ -59,7 +60,7 @@ def _converted(model: Path) -> PreTrainedTokenizerBase:
         raise CheckpointError(
             f"{model} is not a sentencepiece model and there is no tokenizer.json beside it"
         ) from error
-    # This class converts by what the file says; a family's own (LlamaTokenizer) by fixed rules.
+    # This class follows the file; a family's own class (LlamaTokenizer) follows fixed rules.
     tokenizer: PreTrainedTokenizerBase = PreTrainedTokenizerFast.from_pretrained(
         model.parent, local_files_only=True
     )
@@ -79,10 +80,10 @@ def _converted(model: Path) -> PreTrainedTokenizerBase:
 
 
 def _prefixes_every_part(folder: Path) -> bool:
-    """Whether a space goes before every part of a text that stands between special tokens.
+    """Whether a space is put before every part of a text between special tokens.
 
-    sentencepiece puts one before whatever it is given. With ``legacy: false`` only a text's first
-    part has one, and none if the text begins with a space itself.
+    sentencepiece puts a space before each input. With ``legacy: false`` only a text's first part
+    gets one, and none if the text already begins with a space.
     """
     config = folder / "tokenizer_config.json"
     if not config.is_file():

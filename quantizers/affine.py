@@ -11,7 +11,7 @@ def grid(
 ) -> tuple[Tensor, Tensor]:
     """Scale float16 and zero uint8 that span ``low``…``high`` (elementwise) and hold 0 exactly.
 
-    least_zero: 0 or 1. With 1, groups whose values are all above zero get a level below it.
+    least_zero: 0 or 1. With 1, a group whose values are all positive gets a level below zero.
     """
     high, low = high.clamp(min=0), low.clamp(max=0)
     if sym:
@@ -27,14 +27,14 @@ def grid(
 
 
 def _spanning(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    # Rounded first, so that codes are nearest for the scale that is stored; a group of zeros, or
-    # one whose scale float16 cannot hold, gets the smallest scale it can.
+    # Scales are rounded to float16 first, so that codes are nearest for the stored scale. A group
+    # of zeros, or one whose scale underflows, gets the smallest normal float16.
     scales = ((high - low) / (2**bits - 1)).half().clamp(min=torch.finfo(torch.float16).tiny)
     return scales, (-low / scales.float()).round()
 
 
 def round_trip(grouped: Tensor, *, sym: bool) -> Tensor:
-    """``grouped (…, group_size)`` float32, each group as its own grid's nearest values."""
+    """``grouped (…, group_size)`` float32, each group rounded to its own grid."""
     scales, zeros = grid(grouped.amin(-1, keepdim=True), grouped.amax(-1, keepdim=True), sym=sym)
     codes = nearest_codes(grouped, scales, zeros)
     return codes.sub_(zeros.float()).mul_(scales.float())

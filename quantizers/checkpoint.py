@@ -34,7 +34,7 @@ from nybble.quantizers.gptq import GptqSettings, gptq
 from nybble.quantizers.rtn import round_to_nearest
 from nybble.quantizers.writer import FolderWriter
 
-_SEARCHED_TOKENS = 2048  # on which AWQ tries scales; statistics are of all calibration tokens
+_SEARCHED_TOKENS = 2048  # on which AWQ tries scales; its statistics use all calibration tokens
 
 
 @dataclass(frozen=True)
@@ -64,16 +64,16 @@ def quantize_checkpoint(
 
     format: one of :func:`nybble.loaders.formats.written_formats`.
     group_size, sym, bits, double_quant: see :class:`nybble.loaders.formats.WriteOptions`.
-    calibration: token ids int64 ``(samples, length)``, for formats that have a method. Without,
-        weights are rounded to the nearest.
+    calibration: token ids int64 ``(samples, length)``, for formats with a calibrated method. If
+        None, weights are rounded to the nearest.
     settings: for formats calibrated by GPTQ.
-    clip: for those calibrated by AWQ: search how far to clip each group's weights, as the paper
-        does.
+    clip: for formats calibrated by AWQ: search how far to clip each group's weights, as in the
+        paper.
     device: where the calibrated methods compute; the CPU if None.
 
     One decoder block at a time is in memory. Returns the error of every layer that calibration
-    measured. Raises CheckpointError where the source is quantized already or a layer's sizes do
-    not fit, FileExistsError where the target has content, ValueError for an option that the
+    measured. Raises CheckpointError if the source is quantized already or a layer's sizes do
+    not fit, FileExistsError if the target has content, ValueError for an option that the
     format does not take.
     """
     settings_given = settings is not None
@@ -115,7 +115,7 @@ def quantize_checkpoint(
                 else:
                     writer.add({name: tensor})
             return []
-        assert isinstance(written, AffineFormat)  # those that have a method
+        assert isinstance(written, AffineFormat)  # every format with a calibrated method is one
         writer.add({name: shards.read(name) for name in shards.names() if ".layers." not in name})
         errors: list[LayerError] = []
         blocks = DecoderBlocks(source, device or torch.device("cpu"), calibration.shape[1])
@@ -127,14 +127,14 @@ def quantize_checkpoint(
                 quantized = _gptq_block(blocks, block, groups, hidden, written, settings)
                 hidden = blocks.outputs(block, hidden)
             else:
-                # The sink's few channels would decide the scales of all.
+                # Token 0 is left out: its few huge channels would dominate the scales.
                 layer = blocks.architecture.layers[index]
                 names = [group.linears[0].name for group in layer.groups]
                 statistics = blocks.statistics(block, hidden, names, first=1)
                 searched = hidden[: max(1, _SEARCHED_TOKENS // hidden.shape[1])]
                 modules = dict.fromkeys(group.module for group in layer.groups)
                 outputs = blocks.module_outputs(block, searched, tuple(modules))
-                # The next block reads what the full-precision model gives it, as in the paper.
+                # The next block's input is that of the full-precision model, as in the paper.
                 hidden = blocks.outputs(block, hidden)
                 quantized = awq_block(
                     block,

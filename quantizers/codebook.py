@@ -36,7 +36,7 @@ def quantize_codebook(
         raise ValueError(f"{weight.numel()} elements are not a multiple of blocks of {blocksize}")
     blocks = weight.reshape(-1, blocksize).float()
     absmax = blocks.abs().amax(-1)
-    # Multiplied by the reciprocal, as there: division would round otherwise.
+    # Multiplied by the reciprocal as in bitsandbytes: division would round differently.
     scaled = (blocks * (1.0 / absmax.clamp(min=1e-38))[:, None]).clamp(-1, 1)
     levels = LEVELS[quant_type]
     codes = _nearest(scaled, levels).view(weight.shape)
@@ -53,8 +53,8 @@ def quantize_absmax(absmax: Tensor) -> NestedAbsmax:
     outer = blocks.abs().amax(-1)
     levels = dynamic_map()
     scaled = blocks * (1.0 / outer.clamp(min=torch.finfo(torch.float32).tiny))[:, None]
-    # As on the CPU there: looked up in a table of 2¹⁶ places between −1 and 1, which moves values
-    # that lie almost half-way between two levels.
+    # As bitsandbytes does on the CPU: a lookup in a table of 2¹⁶ places between −1 and 1. It may
+    # pick the other level for a value almost half-way between two.
     places = ((scaled.clamp(-1, 1) + 1) * 0.5 * _PLACES + 0.5).floor()
     codes = _nearest(places / _PLACES * 2 - 1, levels)
     codes[outer == 0] = 0
@@ -75,7 +75,7 @@ def dynamic_map() -> Tensor:
 
 
 def _nearest(values: Tensor, levels: Tensor) -> Tensor:
-    """uint8 codes of the nearest levels; the lower one where a value lies half-way."""
+    """uint8 codes of the nearest levels; the lower one if a value lies half-way."""
     order = levels.argsort()
     midpoints = (levels[order[:-1]] + levels[order[1:]]) / 2
     return order[torch.bucketize(values, midpoints, out_int32=True)].to(torch.uint8)

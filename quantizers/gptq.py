@@ -19,10 +19,10 @@ from nybble.quantizers.affine import grid, nearest_codes
 class GptqSettings:
     """How GPTQ works.
 
-    desc_act: columns in the order of falling input power, so that the ones that matter most are
-        rounded while the others can still make up for it.
-    static_groups: scales from the original weights, by the original columns. With desc_act the
-        checkpoint then needs no reordering at run time.
+    desc_act: quantize columns in the order of falling input power, so that the most important ones
+        are rounded while others are left to compensate.
+    static_groups: compute scales from the original weights, with groups in the original column
+        order. With desc_act the checkpoint then needs no reordering at run time.
     damp: added to the diagonal of the Hessian, as a fraction of its mean.
     true_sequential: within a block, inputs of later layers come from the quantized earlier ones.
     """
@@ -39,7 +39,7 @@ class GptqSettings:
             )
 
 
-# Below this, products of matrices are too small to pay.
+# Up to this many columns are solved one by one: matrix products would not pay.
 _COLUMNS_ONE_BY_ONE = 16
 
 
@@ -59,7 +59,7 @@ def gptq(
     group_size: inputs that share a scale; it must divide ``in``.
     least_zero: see :func:`nybble.quantizers.affine.grid`.
 
-    Raises ValueError where the Hessian stays singular in spite of the damping.
+    Raises ValueError if the Hessian stays singular in spite of the damping.
     """
     settings = settings or GptqSettings()
     out, columns = weight.shape
@@ -67,7 +67,7 @@ def gptq(
     remaining = weight.float().T.contiguous()
     hessian = hessian.to(torch.float64, copy=True)
     diagonal = hessian.diagonal().clone()
-    dead = diagonal <= 0  # inputs that were never other than zero
+    dead = diagonal <= 0  # inputs that were always zero
     remaining[dead] = 0
     hessian.diagonal().add_(dead.double() + settings.damp * diagonal.mean())
     natural_groups = torch.arange(columns, device=weight.device) // group_size
@@ -94,7 +94,7 @@ def gptq(
         """Quantize columns ``start``…``stop``−1, to which all errors before have been spread.
 
         The errors of a half reach the other half in one product, at every scale. Halves are cut
-        between groups where they can be: a group's scale has to see every error made before it.
+        between groups if possible: a group's scale has to see every error made before it.
         """
         if stop - start > _COLUMNS_ONE_BY_ONE:
             middle = (start + stop) // 2
@@ -126,7 +126,7 @@ def gptq(
     )
 
 
-# Below this, the inverse of a triangle is LAPACK's affair.
+# Up to this size LAPACK inverts the triangle directly.
 _TRIANGLE = 64
 
 
@@ -148,7 +148,7 @@ def inverse_factor(hessian: Tensor) -> Tensor:
 
 
 def _invert_upper(upper: Tensor) -> None:
-    """In place; by halves, as a solver would compute with the zeros of the identity too."""
+    """Invert in place, by halves: a solver would waste work on the zeros of the identity."""
     size = len(upper)
     if size <= _TRIANGLE:
         identity = torch.eye(size, dtype=upper.dtype, device=upper.device)

@@ -30,8 +30,8 @@ class InFlight:
     """A checkpoint whose 16-bit weights are rounded as they are read; quantized ones pass through.
 
     layers: ``nf4`` rounds the decoder's linear layers as bitsandbytes does (blocks of 64).
-    head: ``int8`` keeps the output layer in 8 bits (scales for 128 inputs); it stays separate from
-    the embeddings, which keep 16 bits, where the model ties the two.
+    head: ``int8`` keeps the output layer in 8 bits (a scale for every 128 inputs). If the model
+        ties it to the embeddings, the two are stored separately and the embeddings keep 16 bits.
     """
 
     source: Checkpoint
@@ -88,7 +88,7 @@ def _int8(weight: DenseWeight, folder: Path) -> PackedWeight:
     # bfloat16 keeps the range of float32: rows of rare tokens can be very small.
     scales = torch.empty(out, columns // _HEAD_GROUP_SIZE, dtype=torch.bfloat16)
     smallest = torch.finfo(torch.bfloat16).tiny
-    for start in range(0, out, _ROWS_AT_A_TIME):  # float32 copies of a part only
+    for start in range(0, out, _ROWS_AT_A_TIME):  # in parts, to keep float32 copies small
         part = slice(start, start + _ROWS_AT_A_TIME)
         groups = weight.weight[part].float().view(-1, columns // _HEAD_GROUP_SIZE, _HEAD_GROUP_SIZE)
         scales[part] = (groups.abs().amax(-1) / INT8_MAX).clamp(min=smallest)

@@ -1,9 +1,9 @@
 """A base model and an adapter as one checkpoint: W + (α/r)·B·A, exact in float32, then rounded.
 
-On a 4-bit base the sum lies on no 4-bit grid, and an adapter's change can be smaller than a step of
-the grid: rounding to the nearest then loses most of it. Calibrated, the base's grid is kept where
-there is one, and each column's rounding error is made up for by those still to come
-(:mod:`nybble.quantizers.on_grid`). Layers the adapter leaves alone keep their codes.
+On a 4-bit base the sum does not lie on the 4-bit grid, and an adapter's change can be smaller than
+a step of the grid: rounding to the nearest then loses most of it. With calibration, the base's grid
+is kept if it has one, and each column's rounding error is compensated by the columns still to come
+(:mod:`nybble.quantizers.on_grid`). Layers without an adapter keep their codes.
 """
 
 from __future__ import annotations
@@ -46,11 +46,13 @@ BF16 = "bf16"  # what `nybble merge --out` calls 16 bits
 
 @dataclass(frozen=True)
 class MergedLayer:
-    """What rounding the merged weight W of one layer cost.
+    """The rounding error of the merged weight W of one layer.
 
-    error: ‖Ŵ − W‖ / ‖W‖. relative_to_change: ‖Ŵ − W‖ / ‖(α/r)·B·A‖; above 1, rounding moved the
-    layer further than the adapter did. It is infinite for an adapter that changes nothing.
-    Calibrated, ‖D‖ is the root mean square of Dx over the calibration inputs x, otherwise
+    error: ‖Ŵ − W‖ / ‖W‖.
+    relative_to_change: ‖Ŵ − W‖ / ‖(α/r)·B·A‖. Above 1, rounding moved the layer further than the
+        adapter did. It is infinite for an adapter that changes nothing.
+
+    With calibration, ‖D‖ is the root mean square of Dx over the calibration inputs x, otherwise
     Frobenius' norm.
     """
 
@@ -63,7 +65,9 @@ class MergedLayer:
 class _Target:
     """How layers are written.
 
-    format: None for 16 bits. same: it is the source's own. dtype: of what is not quantized.
+    format: None for 16 bits.
+    same: whether it is the source's own format.
+    dtype: of the weights that are not quantized.
     """
 
     format: WritableFormat | None
@@ -89,8 +93,8 @@ def merge_adapter(
         source's own, in which layers without an adapter stay as they are and layers in 16 bits
         stay in 16 bits. In another format every layer is rounded.
     keep_16_bits: leave the layers that have an adapter in 16 bits, if the others stay 4-bit.
-    calibration: token ids int64 ``(samples, length)`` the rounding error is made small on. Without,
-        layers are rounded to the nearest on scales fitted anew.
+    calibration: token ids int64 ``(samples, length)`` on which the rounding error is minimized. If
+        None, layers are rounded to the nearest with newly fitted scales.
     device: where calibration computes; the CPU if None.
 
     Returns the cost of each layer the adapter changes. Raises CheckpointError if the source is
@@ -180,7 +184,7 @@ class _Merge:
         return tensors, rounded, MergedLayer(name, moved / whole, relative)
 
     def other(self, module: str) -> Mapping[str, Tensor]:
-        """The tensors of what no adapter changes: norms, embeddings, the output layer."""
+        """The tensors of a module that no adapter changes: norms, embeddings, the output layer."""
         if self.plan.same or not self._quantized(module):
             return {n: self.shards.read(n) for n in self._names(module)}
         weight = _dense(self.checkpoint.projection(self.shards, module))
@@ -201,9 +205,10 @@ class _Merge:
     def _round(
         self, name: str, exact: Tensor, format: WritableFormat, compensation: Compensation | None
     ) -> QuantizedWeight:
-        """Calibrated, on the base's own grid if it has a coarse one, else on scales fitted anew.
+        """With calibration: on the base's own grid if it is coarse, else on newly fitted scales.
 
-        A change is larger than the steps of 8 bits, and would only be cut off at the grid's ends.
+        An 8-bit grid is not kept: a change is larger than its steps and would be cut off at its
+        ends.
         """
         base = format.quantized(self.shards, name) if self.plan.same else None
         try:
@@ -224,11 +229,11 @@ def _fitted(
     name: str,
     base: QuantizedWeight | None,
 ) -> QuantizedWeight:
-    """Rounded to the nearest on scales fitted anew, in the groups the base had if it had any."""
+    """Round to the nearest with newly fitted scales, in the base's groups if it has any."""
     if isinstance(base, CodebookWeight) and isinstance(format, CodebookFormat):
         format = replace(format, blocksize=base.blocksize)
     if not isinstance(format, AffineFormat):
-        return round_to_nearest(exact.to(dtype), format)  # which remembers the dtype
+        return round_to_nearest(exact.to(dtype), format)  # the codebook weight stores this dtype
     own = format.for_module(name)
     if not isinstance(base, AffineWeight):
         return round_to_nearest(exact, own)
@@ -239,7 +244,7 @@ def _fitted(
 
 
 class _Calibrator:
-    """What the layers of the merged model read, block by block, earlier blocks being rounded."""
+    """Statistics of the merged model's layer inputs, block by block, after rounded blocks."""
 
     def __init__(self, merge: _Merge, token_ids: Tensor, device: torch.device) -> None:
         self._merge = merge
@@ -249,7 +254,7 @@ class _Calibrator:
         self._index = 0
 
     def moments(self) -> dict[str, Compensation]:
-        """For the next block's layers that are to be rounded, those with one input sharing one."""
+        """By layer, for those of the next block to be rounded; one object for each shared input."""
         self._block = self._blocks.load(self._index)
         prefix = self._blocks.architecture.module(self._index, "")
         groups = ([each.name for each in g.linears] for g in self._blocks.groups(self._index))
@@ -265,7 +270,7 @@ class _Calibrator:
         return result
 
     def advance(self, values: Mapping[str, Tensor]) -> None:
-        """Go on to the block after, with the block's weights as they were rounded."""
+        """Run the block with its rounded weights and go on to the next."""
         for name, value in values.items():
             layer = linear_layer(self._block, name.split(".", 3)[3])
             layer.weight.data = value.to(layer.weight)
@@ -308,7 +313,7 @@ def _plan(checkpoint: FolderCheckpoint, config: Mapping[str, Any], format: str |
 def _configure(
     config: dict[str, Any], plan: _Target, shards: Shards, in_16_bits: list[str]
 ) -> None:
-    """Say in config.json how the layers are written."""
+    """Record in config.json how the layers are stored."""
     if plan.format is None:
         config.pop("quantization_config", None)
         config["dtype"] = str(plan.dtype).removeprefix("torch.")

@@ -1,4 +1,4 @@
-"""Rounding to a 4-bit grid that is given: scales and zeros stay, only the codes are chosen.
+"""Rounding to a given 4-bit grid: scales and zeros stay, only the codes are chosen.
 
 GPTQ's error compensation (Frantar et al. 2022, see :mod:`nybble.quantizers.gptq`), columns in the
 order of falling input power. As the groups are fixed, that order costs nothing at run time.
@@ -22,8 +22,10 @@ _COLUMNS_ONE_BY_ONE = 16
 class Grid:
     """w[n, k] ∈ scales[n, g] · (levels − zeros[n, g]) with g = g_idx[k].
 
-    levels float32 by code, as many as there are codes; scales and zeros ``(out, groups)``, no
-    zeros if all are 0; g_idx int64 ``(in,)``.
+    levels: float32 ``(codes,)``, by code.
+    scales: ``(out, groups)``.
+    zeros: ``(out, groups)``, None if all are 0.
+    g_idx: int64 ``(in,)``.
     """
 
     levels: Tensor
@@ -43,7 +45,7 @@ class Grid:
 
 
 class Compensation:
-    """How the rounding error of an input is made up for by the inputs still to be rounded."""
+    """How the rounding error of one input is compensated by those still to be rounded."""
 
     def __init__(self, second_moment: Tensor) -> None:
         """second_moment: ``(in, in)`` of the calibration inputs, in any scaling."""

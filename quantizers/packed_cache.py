@@ -1,9 +1,9 @@
 """The cache of packed models: one folder for each model, recipe and layout.
 
 A folder's name ends in a digest of what it was made from: the source's path, the size and time of
-its files, the recipe, the layout and the packed form's version. ``origin.json`` in it says the same
-in words, so that an entry whose source has changed, has gone, or is a snapshot that the hub's cache
-has replaced by a newer one can be told from one that the next start will use.
+its files, the recipe, the layout and the packed form's version. ``origin.json`` in it
+records the same in readable form. It tells which entries are stale: their source has changed, is
+gone, or is a hub snapshot that a newer one has replaced.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Origin:
     recipe: str
 
     def place(self) -> Path:
-        """The folder of its packed form. Raises OSError if the source has gone."""
+        """The folder of its packed form. Raises OSError if the source is gone."""
         files = [
             *side_files(self.source),
             *sorted(file.relative_to(self.source) for file in self.source.glob("*.safetensors")),
@@ -60,7 +60,7 @@ class Origin:
         return packed_folder() / f"{self.source.name}-{digest}"
 
     def identity(self) -> tuple[Path, str, str]:
-        """The same for every snapshot of a model of the hub."""
+        """A key that is equal for all snapshots of the same hub model."""
         hub = _hub_model(self.source)
         return hub or self.source, self.layout, self.recipe
 
@@ -69,9 +69,9 @@ class Origin:
 class Entry:
     """A folder of the cache.
 
-    nbytes: its size on the disk.
-    origin: None if nothing readable says it.
-    stale: why no start will use it again; None if one may.
+    nbytes: its size on disk.
+    origin: None if origin.json cannot be read.
+    stale: why no server will use it again; None if one may.
     """
 
     path: Path
@@ -86,7 +86,7 @@ def packed_folder() -> Path:
 
 @contextmanager
 def reserved(origin: Origin) -> Iterator[tuple[Path, bool]]:
-    """Where the packed form belongs, and whether it is not there; one process at a time."""
+    """Lock an entry: yields its folder, and whether it is missing and has to be packed."""
     packed = origin.place()
     packed.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(_lock(packed)):
@@ -100,10 +100,10 @@ def reserved(origin: Origin) -> Iterator[tuple[Path, bool]]:
 
 
 def keep(packed: Path, origin: Origin) -> None:
-    """Note what was packed, and remove what the same model gave before it was changed.
+    """Write origin.json, and remove older entries of the same model.
 
-    Also what processes that were killed have left half done. A server that still has an old one
-    mapped keeps it until it ends.
+    Also removes unfinished folders of killed processes. A server that has an old entry mapped can
+    use it until it ends.
     """
     written = {"source": str(origin.source), "layout": origin.layout, "recipe": origin.recipe}
     (packed / _ORIGIN).write_text(json.dumps(written))
@@ -115,7 +115,7 @@ def keep(packed: Path, origin: Origin) -> None:
 
 
 def entries() -> list[Entry]:
-    """The cache's folders by name; what a process is writing at present is left out."""
+    """The cache's entries by name, without those being written now."""
     folder = packed_folder()
     if not folder.is_dir():
         return []
@@ -134,7 +134,7 @@ def _entry(path: Path) -> Entry | None:
         return None if _locked(path.with_suffix(".lock")) else _made(path, None, "left half done")
     origin = _origin(path)
     if origin is None:
-        # Between its packing and its note, it belongs to a process that holds the lock.
+        # A process that holds the lock has packed it and not yet written origin.json.
         return None if _locked(_lock(path)) else _made(path, None, "it does not say what it is of")
     return _made(path, origin, _why_stale(path, origin))
 
@@ -154,7 +154,7 @@ def _why_stale(path: Path, origin: Origin) -> str | None:
     hub = _hub_model(origin.source)
     if hub is not None and _current_snapshot(hub) not in (None, origin.source.name):
         return "the hub's cache has a newer snapshot"
-    # An alias of the folder may have given the entry another name before the digest.
+    # Compare digests only: an alias may have given the entry another name before the digest.
     if place.name.rpartition("-")[2] != path.name.rpartition("-")[2]:
         return "its model or the packed form has changed"
     return None

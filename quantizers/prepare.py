@@ -1,9 +1,9 @@
 """From a model's name to a checkpoint that opens in seconds.
 
-A model folder in a 4-bit format is packed once, for the device's layout, into the cache; from then
-on the packed form is memory-mapped. The key of the cache is the folder's path, the size and time of
-its files, how it was rounded, and the packed form's layout and version. An entry replaces the one
-that the same model had before it was changed, and a damaged one is packed again. A 16-bit model
+A model folder in a 4-bit format is packed once into the cache, in the device's layout. Later starts
+memory-map the packed form. The key of the cache is the folder's path, the size and time of
+its files, how it was rounded, and the packed form's layout and version. A new
+entry replaces older ones of the same model, and a damaged entry is packed again. A 16-bit model
 that is not to be rounded is memory-mapped as it is. The demo is rounded to 4 bits (GPTQ layout,
 groups of 64, with zeros) and its output layer to 8.
 """
@@ -57,7 +57,7 @@ def prepare_checkpoint(
     adapter: a folder or hub name of what to merge first, in the model's own format, a 4-bit one
         calibrated on Python's sources. Raises what
     resolve_model, open_checkpoint, load_adapter, merge_adapter and save_packed do, and ValueError
-    where a packed model is to be changed.
+    if a packed model is to be changed.
     """
     folder = resolve_model(name, aliases=aliases)
     source = open_checkpoint(folder)
@@ -101,7 +101,7 @@ def prepare_checkpoint(
 
 
 def demo_form(folder: Path, device: torch.device) -> Path | None:
-    """The packed form that the demo in ``folder`` is served in; None before its first start."""
+    """The folder of the demo's packed form; None before its first start."""
     packed = Origin(folder.resolve(), preferred_layout(device), _recipe("demo", "int8")).place()
     return packed if packed.is_dir() else None
 

@@ -31,7 +31,7 @@ def quantize_affine(
 
 
 def round_to_nearest(weight: Tensor, format: WritableFormat) -> QuantizedWeight:
-    """``weight (out, in)`` on scales fitted to it, as ``format`` holds it.
+    """Round ``weight (out, in)`` to newly fitted scales, as ``format`` stores it.
 
     Raises ValueError for sizes that the format cannot hold.
     """

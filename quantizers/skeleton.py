@@ -1,4 +1,4 @@
-"""transformers' model of a config, without memory for its weights."""
+"""A transformers model built from a config, without memory for its weights."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class _EmptyOnMeta(TorchFunctionMode):
 def model_skeleton(config: PretrainedConfig) -> PreTrainedModel:
     """The causal language model of ``config``: linear layers and embeddings on the meta device."""
     layers = architecture_of(config).layers
-    # transformers' fused attention leaves the soft cap of scores out.
+    # transformers' fused attention ignores the soft cap of scores.
     capped = any(layer.attention.softcap is not None for layer in layers)
     with _EmptyOnMeta():
         model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]

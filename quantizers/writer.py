@@ -18,12 +18,12 @@ _SHARD_BYTES = 1 << 30
 
 
 class FolderWriter:
-    """Tensors go to ``target`` once the ``with`` block ends without an exception."""
+    """A context manager: ``target`` appears only if the ``with`` block raises nothing."""
 
     def __init__(self, target: Path, source: Path, config: Mapping[str, Any]) -> None:
         """``config`` becomes config.json; tokenizer and the like are copied from ``source``.
 
-        Raises FileExistsError where the target has content.
+        Raises FileExistsError if the target has content.
         """
         if target.exists() and any(target.iterdir()):
             raise FileExistsError(f"{target} is not empty")

@@ -23,7 +23,7 @@ from triton.compiler import ASTSource
 _INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P[T\d]+\s+)?([A-Z][\w.]*)(.*?);")
 _TARGET = re.compile(r"0x([0-9a-f]+)\s*$")
 _RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)")
-# Processes that compile at once where there is much to compile; each takes some 600 MB.
+# Processes that compile at once; each takes some 600 MB.
 COMPILERS = min(4, os.cpu_count() or 1)
 TENSOR_CORE = ("HMMA", "HGMMA", "UTCHMMA", "IMMA", "QGMMA")
 
@@ -41,8 +41,9 @@ class Instruction:
 class Report:
     """What the assembler made of one kernel.
 
-    registers: per thread. shared: bytes a block takes. local: bytes of stack and local memory a
-    thread takes, 0 where nothing was spilled.
+    registers: per thread.
+    shared: bytes a block takes.
+    local: bytes of stack and local memory a thread takes, 0 if nothing was spilled.
     """
 
     registers: int
@@ -72,7 +73,7 @@ class Report:
         return sorted(found, key=len)
 
     def tensor_core_loop(self) -> tuple[Instruction, ...]:
-        """The innermost loop that multiplies on the tensor cores, empty where there is none."""
+        """The innermost loop that multiplies on the tensor cores, empty if there is none."""
         for body in self.loops():
             if any(i.opcode.startswith(TENSOR_CORE) for i in body):
                 return body

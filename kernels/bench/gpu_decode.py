@@ -39,7 +39,7 @@ from nybble.kernels.triton.warmup import warmup
 def random_decoder(
     shape: dict[str, Any], dtype: torch.dtype, device: torch.device
 ) -> tuple[Decoder, int]:
-    """A 4-bit decoder of random weights, made where it stays; and the bytes a step reads of it."""
+    """A 4-bit decoder of random weights on the device, and the bytes a step reads of it."""
     config = LlamaConfig(**shape)
     hidden, inter = config.hidden_size, config.intermediate_size
     kv = hidden * shape["num_key_value_heads"] // shape["num_attention_heads"]
@@ -147,7 +147,7 @@ def run(section: Section) -> None:
                 section, runner, one, captured, weight_bytes, sizes, context, steps, room, results
             )
 
-        # Eager steps first: should capturing fail, there are these.
+        # Eager steps first, so that there are results if capturing fails.
         if kv_dtype == "auto":
             section.attempt("eager decode", partial(measure, False))
         section.attempt(

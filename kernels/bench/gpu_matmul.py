@@ -96,7 +96,7 @@ def random_weight(
 
 
 def relative_error(x: Tensor, weight: PackedWeight, found: Tensor) -> float:
-    """Against float64, a few rows from either end where there are many."""
+    """Against float64, a few rows from either end if there are many."""
     ends = torch.unique(torch.tensor([*range(32), *range(-32, 0)]) % len(x)).to(x.device)
     expected = x[ends].double() @ weight.dequantize().double().T
     if weight.bias is not None:
@@ -202,7 +202,7 @@ class Peers:
 
 
 def optional(weights: Iterator[Any]) -> list[Any]:
-    """A peer's weights; none where it cannot make them, whatever the reason."""
+    """A peer's weights; empty if it cannot make them, whatever the reason."""
     try:
         return list(weights)
     except Exception as failure:
@@ -219,7 +219,7 @@ def overlapped(x: Tensor, weight: PackedWeight) -> Tensor:
 def _tinygemm_weights(
     columns: int, out: int, device: torch.device, count: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """PyTorch's own int4 kernel, where this build and shape have it."""
+    """PyTorch's own int4 kernel, if this build and shape have it."""
     if device.type != "cuda" or columns % 128 or out % 8:
         return
     for _ in range(count):
@@ -229,7 +229,7 @@ def _tinygemm_weights(
 
 
 def _bitsandbytes_weights(dense: list[Tensor]) -> Iterator[tuple[Tensor, Any]]:
-    """bitsandbytes' NF4, where it is installed."""
+    """bitsandbytes' NF4, if it is installed."""
     if not dense[0].is_cuda:
         return
     try:
@@ -241,7 +241,7 @@ def _bitsandbytes_weights(dense: list[Tensor]) -> Iterator[tuple[Tensor, Any]]:
 
 
 def _gemlite_layers(columns: int, out: int, device: torch.device, count: int) -> Iterator[Any]:
-    """gemlite's 4-bit layers in groups of 128, where it is installed."""
+    """gemlite's 4-bit layers in groups of 128, if it is installed."""
     if device.type != "cuda":
         return
     try:

@@ -30,7 +30,8 @@ _FLAGS = (
 class Target:
     """Instruction sets the kernels are compiled for.
 
-    features: what the CPU must have, as /proc/cpuinfo names it. flags: the compiler's.
+    features: what the CPU must have, as named in /proc/cpuinfo.
+    flags: for the compiler.
     """
 
     name: str
@@ -79,8 +80,8 @@ def usable_targets(cpuinfo: Path = Path("/proc/cpuinfo")) -> list[Target]:
 def wanted_targets(name: str | None, cpuinfo: Path = Path("/proc/cpuinfo")) -> list[Target]:
     """The usable targets, or the one which NYBBLE_CPU_TARGET is set to, ``name``.
 
-    Raises ValueError if it is no target or if this CPU does not run it: another one is not taken in
-    silence. Raises CpuKernelsUnavailableError as :func:`usable_targets` does.
+    Raises ValueError if it is no target or if this CPU does not run it. There is no fallback to
+    another target. Raises CpuKernelsUnavailableError as :func:`usable_targets` does.
     """
     if not name:
         return usable_targets(cpuinfo)
@@ -98,13 +99,13 @@ def wanted_targets(name: str | None, cpuinfo: Path = Path("/proc/cpuinfo")) -> l
 def load() -> ctypes.CDLL:
     """The library for the fastest target that this CPU runs and the compiler knows.
 
-    Raises CpuKernelsUnavailableError where it cannot be built, OSError where it cannot be loaded.
+    Raises CpuKernelsUnavailableError if it cannot be built, OSError if it cannot be loaded.
     """
     library = build_fastest()
     try:
         return ctypes.CDLL(str(library))
     except OSError as error:
-        # Cut short by a power failure, or made against newer system libraries than these.
+        # The file was truncated by a power failure, or built against newer system libraries.
         logger.warning("building the CPU kernels anew: %s", error)
         library.unlink(missing_ok=True)
         return ctypes.CDLL(str(build_fastest()))
@@ -143,7 +144,7 @@ def build(target: Target, *, compiler: str = "g++", cache: Path | None = None) -
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             output = Path(scratch) / "kernels.so"
             _compile(found, target, sources, output)
-            os.replace(output, library)  # whole or not at all, whoever else builds it
+            os.replace(output, library)  # atomic, even if other processes build it too
     except OSError as error:
         raise CpuKernelsUnavailableError(
             f"{folder} cannot be written ({error.strerror}): set XDG_CACHE_HOME to one that can"

@@ -22,7 +22,7 @@ constexpr auto gelu_tanh = [](Floats x) {
 // x · Φ(x) is max(x, 0) − |x| · Φ(−|x|). Φ(−z√2) by Abramowitz and Stegun's 7.1.26, whose error
 // is below 10⁻⁷.
 constexpr auto gelu = [](Floats x) {
-    // Beyond 16 nothing is left of the second term, and infinity times it would be no number.
+    // Beyond 16 the second term is 0, and infinity times 0 would be NaN.
     const Floats size = min(max(x, zero() - x), broadcast(16.0f));
     const Floats z = size * broadcast(0.70710678f);
     const Floats t = broadcast(1.0f) / fma(z, broadcast(0.3275911f), broadcast(1.0f));
@@ -35,7 +35,7 @@ constexpr auto gelu = [](Floats x) {
     return fnma(size, tail, max(zero(), x));
 };
 
-// Of NaN and a number, max returns the second.
+// If one operand is NaN, max returns the second.
 constexpr auto relu2 = [](Floats x) {
     const Floats positive = max(zero(), x);
     return positive * positive;

@@ -29,7 +29,7 @@ _SCALE_TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 
 @cache
 def library() -> CpuLibrary | None:
-    """The kernels, or None (said once, with the reason) where they cannot run."""
+    """The kernels, or None (logged once, with the reason) if they cannot run."""
     try:
         return CpuLibrary(load())
     except (CpuKernelsUnavailableError, OSError) as error:
@@ -40,9 +40,9 @@ def library() -> CpuLibrary | None:
 class CpuLibrary:
     """See kernels/reference.py for what each function computes.
 
-    Tensors are on the CPU and, unless said otherwise, bfloat16: those who choose the kernels see to
-    it. Shapes and strides are checked, since an address says nothing of them: ValueError shows what
-    the kernels would misread. What integers refer to (slots, blocks, rows) is not.
+    Tensors are on the CPU and, unless stated otherwise, bfloat16; callers ensure this. Shapes and
+    strides are checked, because kernels get only addresses: ValueError names a tensor that they
+    would misread. Indices (slots, blocks, rows) are not checked.
     """
 
     def __init__(self, library: ctypes.CDLL) -> None:
@@ -76,7 +76,7 @@ class CpuLibrary:
         return weight.layout == "cpu_tiles" and weight.is_contiguous and in_octets
 
     def packed_matmul(self, x: Tensor, weight: PackedWeight) -> Tensor:
-        """On AVX-512 levels are rounded to bfloat16, which integer levels survive exactly."""
+        """On AVX-512 levels are rounded to bfloat16, which is exact for integer levels."""
         if x.shape[-1] != weight.in_features:
             raise _misread(f"(…, {weight.in_features})", x=x)
         rows = x.reshape(-1, weight.in_features)

@@ -1,5 +1,5 @@
 // Sixteen floats at a time, on AVX-512 with BF16 or on AVX2 with FMA and F16C; bf16 conversions and
-// dot products. The two compute the same values but for the order of a sum's additions.
+// dot products. Both compute the same values, except for the order of additions in a sum.
 
 #pragma once
 
@@ -202,10 +202,10 @@ inline float dot(const bf16* a, const bf16* b, int64_t count) {
 
 #endif
 
-// exp by Cephes' polynomial after reduction by powers of two; what would overflow or underflow is
-// clamped to the ends of the range.
+// exp by Cephes' polynomial after reduction by powers of two; inputs that would overflow or
+// underflow are clamped.
 inline Floats exp(Floats x) {
-    // Of a NaN and a number the instructions return the second operand: x, so that NaN stays NaN.
+    // If one operand is NaN, the instructions return the second: x, so that NaN stays NaN.
     x = min(broadcast(88.3f), max(broadcast(-87.3f), x));
     const Floats n = nearest(x * broadcast(1.44269504f));
     Floats r = fnma(n, broadcast(0.693359375f), x);
@@ -220,7 +220,7 @@ inline Floats exp(Floats x) {
     return times_power_of_two(p, n);
 }
 
-// To an error of 10⁻⁷ of 1.
+// Error at most 10⁻⁷.
 inline Floats tanh(Floats x) {
     return broadcast(1.0f) - broadcast(2.0f) / (broadcast(1.0f) + exp(x + x));
 }

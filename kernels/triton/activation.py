@@ -1,6 +1,6 @@
 """The activation of a gated MLP: one read and one write.
 
-What is computed is defined in kernels/reference.py, roundings included.
+kernels/reference.py defines the result, including its roundings.
 """
 
 from __future__ import annotations

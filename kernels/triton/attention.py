@@ -1,7 +1,7 @@
 """Paged attention: split-KV decode and chunked prefill, both GQA-packed.
 
 Sequences with one new token are decoded, the others prefilled; each kernel finds its own in the
-batch, so a mixed batch is two launches and a sequence takes the same path whatever shares its step.
+batch, so a mixed batch is two launches. A sequence's path does not depend on others in the step.
 Nothing is read back from the device, and the grids do not depend on the context lengths: a decode
 launch can be captured in a CUDA graph and replayed as contexts grow.
 """

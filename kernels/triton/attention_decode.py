@@ -2,11 +2,11 @@
 
 A sequence's keys are cut into splits whose number and borders depend on its own context length
 alone, so its result does not depend on the batch. The (sequence, KV head, split) items of all
-sequences are dealt to a fixed number of programs. Each item leaves an unnormalised output and its
-running maximum and sum, which a second kernel combines in order (Dao et al. 2023, "Flash-Decoding
-for long-context inference").
+sequences are distributed over a fixed number of programs. Each item writes an unnormalised
+output and its running maximum and sum, which a second kernel combines in order (Dao et al. 2023,
+"Flash-Decoding for long-context inference").
 
-The query heads of a KV head are padded to 16 rows, the least a tensor-core product takes.
+The query heads of a KV head are padded to 16 rows, the minimum of a tensor-core product.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from nybble.kernels.attention_batch import AttentionBatch
 from nybble.kernels.triton.device import FUSED, device_traits
 from nybble.kernels.triton.online_softmax import LOG2_E, attend, padded_seqs, power_scale
 
-# A split has at least this many keys: below it, the second stage costs more than it spreads.
+# A split has at least this many keys: below it, the second stage costs more than splitting saves.
 MIN_SPLIT = 256
-DECODE_TILE = 64  # keys per step of the inner loop; half where that overfills the registers
+DECODE_TILE = 64  # keys per step of the inner loop; half if that overfills the registers
 # The block table is loaded ahead of what it points to, so five stages keep two tiles of keys and
 # values in flight: 64 KiB a program for 16-bit heads of 128 or 256.
 DECODE_STAGES = 5
@@ -108,7 +108,7 @@ def decode_kernel(
         peak = tl.full([GROUP_PADDED], float("-inf"), tl.float32)
         total = tl.zeros([GROUP_PADDED], tl.float32)
         if HAS_SINKS:
-            # A key that has been seen: by the first split, which counts it for all of them.
+            # The sink is one more key, counted by the first split only.
             sink = tl.load(sinks + q_head, member < GROUP, float("-inf")).to(tl.float32)
             peak = tl.where(split == 0, sink * LOG2_E, peak)
             total = tl.where(split == 0, 1.0, total)
@@ -234,7 +234,7 @@ def decode(
         q,
         k_cache,
         v_cache,
-        *(scales or (k_cache, v_cache)),  # never read where there are none
+        *(scales or (k_cache, v_cache)),  # never read if there are none
         q if sinks is None else sinks,  # likewise
         batch.query_start,
         batch.context_lens,

@@ -137,7 +137,7 @@ def matmul_kernel(
 ):
     dtype: tl.constexpr = x.dtype.element_ty
     CENTRE: tl.constexpr = 0 if CODEBOOK else 8
-    # Registers are short where sums take half of them or a group's scales wait for its product.
+    # Registers are short if sums take half of them, or if scales are kept until after the product.
     CROWDED: tl.constexpr = BLOCK_N * BLOCK_M > 128 * 128 or not SCALE_FIRST
     steps = tl.cdiv(columns, STEP)
     first_n, first_m, _, _, _, start, stop = place_of(
@@ -168,8 +168,8 @@ def matmul_kernel(
     x_at = x + x_row[None, :] * columns + x_k[:, None]
 
     if OVERLAP:
-        # Weights do not depend on the kernel before: fetch the first ones while it finishes. All
-        # else is touched only after it.
+        # Weights do not depend on the kernel before: fetch the first ones while it finishes.
+        # Everything else is accessed only after it.
         row_at = qweight + (tile * steps * TILE_N + n % TILE_N) * SLICE
         for soon in tl.static_range(4):
             fetch(row_at + tl.minimum(start + soon, steps - 1) * (TILE_N * SLICE))
@@ -222,7 +222,7 @@ def matmul_kernel(
 
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
-    # Found anew in crowded blocks: what only the end needs would else be kept through the loop.
+    # Recomputed in crowded blocks: values needed only at the end would stay in registers.
     zero = opaque_zero() if CROWDED else 0
     first_n, first_m, block, split, is_part, _, _ = place_of(
         tl.program_id(0) ^ zero,

@@ -1,6 +1,6 @@
 """RMSNorm with an optional residual: one read and one write.
 
-What is computed is defined in kernels/reference.py, roundings included.
+kernels/reference.py defines the result, including its roundings.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What both attention kernels do with a tile of keys."""
+"""The online-softmax step over a tile of keys, shared by both attention kernels."""
 
 from __future__ import annotations
 
@@ -105,5 +105,5 @@ def power_scale(scale: float, softcap: float) -> float:
 
 
 def padded_seqs(seqs: int) -> int:
-    """Few different sizes, so that few variants are compiled."""
+    """``seqs`` rounded up to one of few sizes, so that few variants are compiled."""
     return max(16, int(triton.next_power_of_2(seqs)))

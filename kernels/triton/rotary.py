@@ -22,7 +22,7 @@ def _load_head(
     REST_PADDED: tl.constexpr,
     INTERLEAVED: tl.constexpr,
 ):
-    """Heads that begin at ``x``: firsts and seconds of their pairs, and what is not rotated."""
+    """Heads that begin at ``x``: first and second elements of pairs, and the unrotated rest."""
     if INTERLEAVED:
         lane = tl.arange(0, 2 * HALF)
         mask = heads[:, None] & (lane < ROTARY_DIM)[None, :]
@@ -52,7 +52,7 @@ def _store_head(
     REST_PADDED: tl.constexpr,
     INTERLEAVED: tl.constexpr,
 ):
-    """Stores what :func:`_load_head` loads, or of it only the pairs."""
+    """Store what :func:`_load_head` loads, or only the pairs."""
     if INTERLEAVED:
         lane = tl.arange(0, 2 * HALF)
         mask = heads[:, None] & (lane < ROTARY_DIM)[None, :]
@@ -71,7 +71,7 @@ def _store_head(
 
 @triton.jit
 def _turned(parts, cos, sin, ROTARY_DIM: tl.constexpr, HALF: tl.constexpr):
-    """The same heads with their pairs turned."""
+    """The same heads with their pairs rotated."""
     first, second = parts[0], parts[1]
     lane = tl.arange(0, HALF)
     inside = lane < ROTARY_DIM // 2

@@ -1,6 +1,6 @@
-"""What one step of 128 columns is made of: scales and zeros of its slices, and its products.
+"""The parts of one matmul step of 128 columns: its slices' scales and zeros, its products.
 
-Tiles are ``(BLOCK_N, 32)``, or ``(parts, BLOCK_N, 32)`` where a block takes several steps at once.
+Tiles are ``(BLOCK_N, 32)``, or ``(parts, BLOCK_N, 32)`` if a block takes several steps at once.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ TILE_N = tl.constexpr(64)
 
 
 def group_constants(weight: PackedWeight) -> dict[str, int]:
-    """GROUP, 0 where a row has one group, and SETS, how many scales a step can meet: 1, 2 or 4."""
+    """GROUP, 0 if a row has one group, and SETS, how many scales a step can meet: 1, 2 or 4."""
     if weight.groups == 1:
         return {"GROUP": 0, "SETS": 1}
     size = weight.group_size
@@ -85,7 +85,7 @@ def scaled(w, scale, zero, HAS_ZEROS: tl.constexpr, CENTRE: tl.constexpr):
 
 @triton.jit
 def shifted(w, zero, HAS_ZEROS: tl.constexpr, CENTRE: tl.constexpr):
-    """``w + CENTRE − zero``: exact where zero is an integer."""
+    """``w + CENTRE − zero``: exact if zero is an integer."""
     if HAS_ZEROS:
         addend = by_row((CENTRE - zero.to(tl.float32)).to(w.dtype))
         w = (w.to(tl.float32) + addend.to(tl.float32)).to(w.dtype) if INTERPRETED else w + addend
@@ -183,7 +183,7 @@ def store_outputs(
 ):
     """Add the bias to ``y``, stored outputs from ``first`` on × rows ``m``; store it.
 
-    With an ACTIVATION, of gates and what they multiply: what :func:`times_up` makes of both.
+    With an ACTIVATION, gate and up outputs are combined by :func:`times_up`.
     """
     BLOCK_N: tl.constexpr = y.shape[0]
     BLOCK_M: tl.constexpr = y.shape[1]

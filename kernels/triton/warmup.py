@@ -43,7 +43,7 @@ def warmup(
     """Run every matmul of ``weights`` once for each bucket up to ``max_rows`` rows of ``dtype``.
 
     Compiles, sets up the counters CUDA graphs need, and reads each weight's levels, so that nothing
-    later waits for the device. activation: what gated weights are asked for without adapters.
+    later waits for the device. activation: the one fused into gated weights if no adapter is used.
     Returns how many sizes of product there are.
     """
     distinct = {}

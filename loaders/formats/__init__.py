@@ -1,7 +1,7 @@
 """Checkpoint formats: one file each, and the only table of them.
 
-Nothing elsewhere asks for a format by its name: it asks the format that a checkpoint has
-(:func:`format_of`), or the one that is to be written (:func:`writing_format`).
+Code elsewhere does not compare format names. It uses the object of the checkpoint's format
+(:func:`format_of`) or of the format to write (:func:`writing_format`).
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ __all__ = [
     "written_formats",
 ]
 
-# Of two with the same quant_method the first that accepts the settings is taken.
+# If two have the same quant_method, the first that accepts the settings is used.
 FORMATS: tuple[type[Format], ...] = (
     Gptq,
     Awq,
@@ -86,7 +86,7 @@ def known_methods() -> list[str]:
 
 
 def _settings(folder: Path) -> Settings | None:
-    """``quantization_config``, or what the file of an older tool says in its place."""
+    """``quantization_config``, or the settings file that older tools write instead."""
     path = folder / "config.json"
     found = read_object(path).get("quantization_config")
     if found is not None:
@@ -110,8 +110,8 @@ def writing_format(
 ) -> WritableFormat:
     """The format called ``name``, to be written.
 
-    options: those left out are as in ``like``, if both are on the same kind of grid, or the
-        format's defaults.
+    options: those left out are taken from ``like`` if both formats have the same kind of grid
+        (affine or codebook), else they are the format's defaults.
     Raises ValueError for a name that is not known, OptionError for an option that the format does
     not take.
     """

@@ -19,8 +19,11 @@ WIDTHS = (2, 3, 4, 8)  # bits of a code which the packed form can hold
 class AffineWeight:
     """w[n, k] ≈ scales[n, g] · (codes[n, k] − zeros[n, g]) with g = g_idx[k].
 
-    codes uint8 ``(out, in)`` of ``bits`` bits, scales floating and zeros uint8 ``(out, groups)``,
-    g_idx int64 ``(in,)``, bias ``(out,)`` or None.
+    codes: uint8 ``(out, in)`` of ``bits`` bits.
+    scales: floating ``(out, groups)``.
+    zeros: uint8 ``(out, groups)``.
+    g_idx: int64 ``(in,)``, the group of each input.
+    bias: ``(out,)`` or None.
     """
 
     codes: Tensor
@@ -49,8 +52,9 @@ class AffineWeight:
     def packed(self) -> PackedWeight:
         """The same weight in the form that kernels read, columns sorted by group.
 
-        Codes of 2 and 3 bits are 4-bit codes that leave some levels unused. One of 8 is two 4-bit
-        digits, and so is its zero: s · (q − z) = 16 s · (q₁ − z₁) + s · (q₀ − z₀).
+        Codes of 2 and 3 bits become 4-bit codes that leave some levels unused. An 8-bit code
+        becomes two 4-bit digits, and so does its zero:
+        s · (q − z) = 16 s · (q₁ − z₁) + s · (q₀ − z₀).
 
         Raises ValueError for groups of different sizes, and for an 8-bit weight with a short last
         group or with scales that float16 cannot hold 16 times.
@@ -88,7 +92,10 @@ class AffineWeight:
 
 @dataclass(frozen=True)
 class AffineSizes:
-    """Of one weight, as its tensors' headers tell. scale_bytes: of one scale."""
+    """Sizes of one weight, from its tensors' headers.
+
+    scale_bytes: bytes of one scale.
+    """
 
     out: int
     columns: int
@@ -99,7 +106,8 @@ class AffineSizes:
 def packed_bytes(sizes: AffineSizes, bits: int, *, zeros: bool, act_order: bool) -> int:
     """Bytes of :meth:`AffineWeight.packed`, without levels and bias.
 
-    zeros: whether any differs from 8. act_order: whether columns are stored out of order.
+    zeros: whether any differs from 8.
+    act_order: whether columns are stored out of order.
     """
     digits = 2 if bits == 8 else 1
     codes = sizes.out * -(-sizes.columns * digits // 2)

@@ -3,7 +3,7 @@
 ``packing_format`` says which: ``auto_round:auto_gptq`` is GPTQ's v1, ``auto_round`` and
 ``auto_round:gptqmodel`` are its v2, ``auto_round:auto_awq`` is AWQ's GEMM packing. ``extra_config``
 overrides the settings of modules, by their names or by regular expressions that match anywhere in
-them; the first that matches counts.
+them; the first match is used.
 """
 
 from __future__ import annotations
@@ -29,7 +29,11 @@ _GPTQ_V2 = ("auto_round", "auto_round:gptqmodel")
 
 @dataclass(frozen=True)
 class AutoRound(AffineFormat):
-    """packing: how modules are stored. extra: names or patterns, and what they override."""
+    """The settings of one auto-round checkpoint.
+
+    packing: the GPTQ or AWQ layout in which modules are stored.
+    extra: names or patterns, each with the settings it overrides.
+    """
 
     packing: AffineFormat = field(kw_only=True)
     extra: tuple[tuple[str, Settings], ...] = ()
@@ -84,7 +88,7 @@ class AutoRound(AffineFormat):
         return replace(self, bits=bits, group_size=group_size, sym=sym, packing=stored, extra=())
 
     def quantized(self, shards: Shards, module: str) -> AffineWeight:
-        # AWQ's layout has no zero points if symmetric; this one has them all the same.
+        # Unlike AWQ's own files, symmetric modules have zero points here; the reader takes them.
         return self.for_module(module).packing.quantized(shards, module)
 
     def tensors(self, module: str, weight: AffineWeight) -> Mapping[str, Tensor]:

@@ -4,8 +4,8 @@ GEMM: ``qweight`` int32 (in, out/8) and ``qzeros`` int32 (groups, out/8), eight 
 in the order 0, 2, 4, 6, 1, 3, 5, 7 from the low nibble up; ``scales`` float16 (groups, out).
 
 GEMV: ``qweight`` int32 (out, in/8) and ``qzeros`` int32 (out, width), eight values along *in* from
-the low nibble up; ``scales`` float16 (out, 8 · width). The width is padded for the kernel it was
-made for; what lies beyond the groups means nothing.
+the low nibble up; ``scales`` float16 (out, 8 · width). The width is padded for AutoAWQ's
+kernel; values beyond the groups are meaningless.
 """
 
 from __future__ import annotations
@@ -35,7 +35,10 @@ _NIBBLE_OF = tuple(_ORDER.index(output) for output in range(8))
 
 @dataclass(frozen=True)
 class Awq(AffineFormat):
-    """Without zero points, ``sym``, codes are offset by 8. gemv: the packing, see above."""
+    """If ``sym``, there are no zero points and codes are offset by 8.
+
+    gemv: whether the packing is GEMV, see above.
+    """
 
     gemv: bool = False
 
@@ -142,5 +145,5 @@ class Awq(AffineFormat):
 
 
 def _by_eight(codes: Tensor, order: Sequence[int]) -> Tensor:
-    """Every eight of a row's codes in another order."""
+    """Reorder every eight codes of a row."""
     return codes.reshape(len(codes), -1, 8)[..., list(order)].flatten(1)

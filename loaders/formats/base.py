@@ -29,7 +29,10 @@ Method = Literal["gptq", "awq"]
 
 
 class OptionError(ValueError):
-    """A format is not written with this option. option: the field of WriteOptions."""
+    """A format cannot be written with this option.
+
+    option: the field of WriteOptions.
+    """
 
     def __init__(self, option: str, reason: str) -> None:
         super().__init__(f"{option} {reason}")
@@ -41,11 +44,11 @@ class OptionError(ValueError):
 class WriteOptions:
     """How to write a format. None stands for the format's default.
 
-    group_size: inputs which share a scale, −1 for all of them; of NF4 and FP4 the blocksize.
-    bits: of a code.
-    sym: a fixed zero in the middle of the codes.
-    desc_act: columns were quantized in the order of falling input power.
-    double_quant: absmax in 8 bits.
+    group_size: inputs which share a scale, −1 for all of them; for NF4 and FP4, the blocksize.
+    bits: the width of a code.
+    sym: whether the zero is fixed in the middle of the codes.
+    desc_act: whether columns are quantized in the order of falling input power.
+    double_quant: whether absmax is stored in 8 bits.
     """
 
     group_size: int | None = None
@@ -59,23 +62,23 @@ class WriteOptions:
 class Format(ABC):
     """How one checkpoint is quantized.
 
-    settings: the complete ``quantization_config``, unknown fields too.
+    settings: the complete ``quantization_config``, including unknown fields.
 
-    Of the class:
+    Class attributes:
 
     quant_method: as in ``quantization_config``.
     own_file: a file that older tools write instead of ``quantization_config``.
     writes: the names under which ``nybble quantize`` writes it; none if it can only be read.
-    options: the fields of WriteOptions which writing it takes.
+    options: the fields of WriteOptions that can be set for it.
     method: how ``nybble quantize`` calibrates it; None if it needs no calibration.
-    in_16_bits: whether its weights are dequantized while they are loaded.
+    in_16_bits: whether its weights are dequantized to 16 bits while they are loaded.
 
-    Names of tensors below their module:
+    Tensor names, relative to their module:
 
-    marks: any of them says that the module is quantized.
-    required: those which every quantized module has.
-    optional: those which it may have, beside its bias.
-    ignored: those below any module which are not needed, and why.
+    marks: a module with any of them is quantized.
+    required: every quantized module has them.
+    optional: a quantized module may have them, in addition to its bias.
+    ignored: any module may have them; they are not used. Maps each to the reason.
     """
 
     settings: Mapping[str, Any]
@@ -94,12 +97,12 @@ class Format(ABC):
 
     @property
     def name(self) -> str:
-        """As ``nybble inspect`` and error messages call it."""
+        """The name in ``nybble inspect`` and error messages."""
         return self.quant_method
 
     @classmethod
     def accepts(cls, settings: Settings) -> bool:
-        """Whether it is the format that a ``quantization_config`` means."""
+        """Whether ``settings`` describe this format."""
         return bool(settings.get("quant_method") == cls.quant_method)
 
     @classmethod
@@ -119,9 +122,9 @@ class Format(ABC):
     def loaded_bytes(
         self, module: str, leaves: Mapping[str, TensorHeader], dtype: torch.dtype
     ) -> int:
-        """What a quantized module takes in memory, without levels and bias.
+        """Bytes a quantized module takes in memory, without levels and bias.
 
-        dtype: of the weights that are not quantized.
+        dtype: the dtype of the weights that are not quantized.
         """
 
 
@@ -131,12 +134,12 @@ class WritableFormat(Format):
 
     @classmethod
     def for_writing(cls, name: str, options: WriteOptions) -> Self:
-        """The format as ``nybble quantize`` writes it under one of its names, if it has any."""
+        """The format as ``nybble quantize`` writes it under ``name``, one of ``writes``."""
         raise NotImplementedError(f"{cls.quant_method} is written only if a base has it")
 
     @property
     def written(self) -> WriteOptions:
-        """The options by which another format would be written like this one."""
+        """The options which a format written ``like`` this one takes over."""
         return WriteOptions()
 
     @abstractmethod
@@ -149,13 +152,13 @@ class WritableFormat(Format):
 
     @abstractmethod
     def tensors(self, module: str, weight: Any) -> Mapping[str, Tensor]:
-        """A quantized module as it is stored, without its bias."""
+        """The tensors of a quantized module as they are stored, by full name, without its bias."""
 
     @abstractmethod
     def with_16_bits(self, modules: Sequence[str], quantized: Sequence[str]) -> Self:
-        """The format with settings that say that ``modules``, too, are not quantized.
+        """The format with ``modules`` added to the list of those that are not quantized.
 
-        quantized: all modules that still are.
+        quantized: all modules that remain quantized.
         """
 
     def read(self, shards: Shards, module: str) -> PackedWeight | DenseWeight:
@@ -170,8 +173,10 @@ class WritableFormat(Format):
 class AffineFormat(WritableFormat):
     """A format of integer codes, scales and zeros.
 
-    bits: of a code. group_size: inputs which share a scale, −1 for all of them. sym: every zero is
-    in the middle of the codes. desc_act: groups are not in the order of the inputs.
+    bits: the width of a code.
+    group_size: inputs which share a scale, −1 for all of them.
+    sym: whether every zero is in the middle of the codes.
+    desc_act: whether groups may be out of the order of the inputs.
     """
 
     bits: int = 4
@@ -187,11 +192,11 @@ class AffineFormat(WritableFormat):
         return 0
 
     def for_module(self, module: str) -> Self:
-        """The settings of one module, if some differ."""
+        """The format with the settings of one module, for checkpoints that mix settings."""
         return self
 
     def group_of(self, columns: int) -> int:
-        """Inputs which share a scale, of so many."""
+        """The group size of a layer with ``columns`` inputs."""
         return columns if self.group_size == -1 else self.group_size
 
     @property
@@ -212,7 +217,7 @@ class AffineFormat(WritableFormat):
 
     @abstractmethod
     def sizes(self, leaves: Mapping[str, TensorHeader]) -> AffineSizes:
-        """Of a module, from its tensors' headers."""
+        """The sizes of a module, from its tensors' headers."""
 
     def loaded_bytes(
         self, module: str, leaves: Mapping[str, TensorHeader], dtype: torch.dtype
@@ -225,7 +230,7 @@ class AffineFormat(WritableFormat):
 class CodebookFormat(WritableFormat):
     """A format of codes into a table of levels, in blocks with an absmax each.
 
-    blocksize: of weights that are quantized anew; those that are stored have their own.
+    blocksize: for weights that are being quantized; stored weights carry their own.
     """
 
     quant_type: QuantType = field(kw_only=True)

@@ -42,8 +42,9 @@ LEVELS: dict[QuantType, Tensor] = {
 class NestedAbsmax:
     """absmax ≈ levels[codes] · absmax[block of ``blocksize``] + offset.
 
-    codes uint8 ``(blocks,)``, absmax float32 ``(ceil(blocks / blocksize),)``, levels float32
-    ``(256,)``.
+    codes: uint8 ``(blocks,)``.
+    absmax: float32 ``(ceil(blocks / blocksize),)``.
+    levels: float32 ``(256,)``.
     """
 
     codes: Tensor
@@ -62,8 +63,10 @@ class NestedAbsmax:
 class CodebookWeight:
     """The matrix, row after row, in blocks: w = levels[code] · absmax of its block.
 
-    codes uint8 ``(out, in)``; absmax float32 ``(blocks,)``, quantized in turn or not; levels
-    float32 ``(16,)`` by code; dtype: of the weight before it was quantized.
+    codes: uint8 ``(out, in)``.
+    absmax: float32 ``(blocks,)``, or itself quantized (double quantization).
+    dtype: of the weight before it was quantized.
+    levels: float32 ``(16,)`` by code.
     """
 
     codes: Tensor
@@ -84,9 +87,9 @@ class CodebookWeight:
         return self.levels[self.codes.int()] * each.view(self.codes.shape)
 
     def groups(self) -> tuple[int, Tensor]:
-        """Inputs of a group and float32 scales ``(out, groups)``.
+        """The group size and float32 scales ``(out, groups)``.
 
-        Blocks run over row ends; a group never does, and lies within one block. Raises ValueError
+        Blocks may cross row ends. A group never does, and lies within one block. Raises ValueError
         if that would need groups below 16.
         """
         out, columns = self.codes.shape

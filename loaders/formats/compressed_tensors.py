@@ -3,8 +3,8 @@
 Per module, for codes of b bits: ``weight_packed`` int32 (out, in · b/32), codes one after another
 along *in*, low bits first; ``weight_scale`` (out, groups), one group for the strategy ``channel``;
 ``weight_zero_point`` int32 (out · b/32, groups), packed along *out*, if not symmetric;
-``weight_shape`` int64 (2); ``weight_g_idx`` int32 (in) for ``actorder: group``, of which −1 means
-that it was not filled. Codes and zero points are stored from 0 on, 2ᵇ⁻¹ above their values.
+``weight_shape`` int64 (2); ``weight_g_idx`` int32 (in) for ``actorder: group``, −1 if it was
+never filled. Codes and zero points are stored from 0 on, 2ᵇ⁻¹ above their values.
 
 ``config_groups`` give modules their settings. A module belongs to the group that names it, else to
 one whose ``re:`` pattern matches the beginning of its name, else to one for its class, Linear.
@@ -36,7 +36,7 @@ from nybble.loaders.shards import Shards, TensorHeader
 
 _PACKED = "pack-quantized"
 _FLOAT = ("float-quantized", "naive-quantized")
-_MIXED = "mixed-precision"  # every group says its own format
+_MIXED = "mixed-precision"  # every group states its own format
 _LINEAR = "Linear"
 _CACHE = "the KV cache's dtype is what --kv-cache-dtype says"
 _ACTIVATIONS = "activations keep the dtype of the computation"
@@ -186,9 +186,9 @@ class CompressedTensors(AffineFormat):
 
 
 def _groups(settings: Settings, formats: Sequence[str]) -> Mapping[str, Settings]:
-    """The settings of the weights that each target matches.
+    """Each target with the settings of the weights that it matches.
 
-    Raises CheckpointError for a group in another format, and for what changes weights otherwise.
+    Raises CheckpointError for a group in another format, and for sparse or transformed weights.
     """
     format = settings.choice("format", (*formats, _MIXED), formats[0])
     sparsity = settings.table("sparsity_config").get("format", "dense")
@@ -225,7 +225,7 @@ def _block(weights: Settings) -> tuple[int, int] | None:
 def _by_rank(
     groups: Sequence[tuple[str, CompressedTensors]],
 ) -> tuple[tuple[str, CompressedTensors], ...]:
-    """Targets in the order in which they count; of a target that is there twice the last one."""
+    """Targets in order of precedence; of duplicate targets the last is kept."""
 
     def rank(target: str) -> tuple[int, str]:
         return (2 if target == _LINEAR else 1 if target.startswith("re:") else 0, target)

@@ -1,9 +1,10 @@
 """FP8 checkpoints, whose weights are loaded in 16 bits.
 
-Per module: ``weight`` float8_e4m3fn (out, in), which is multiplied by ``weight_scale_inv`` (the
-name says otherwise): one scale for every block of ``weight_block_size`` outputs and inputs, as
-DeepSeek and Qwen publish them, blocks at the ends being cut off; or by ``weight_scale``: one for
-the whole matrix or one an output. Scales are floating, or bytes that stand for 2ᵇ⁻¹²⁷.
+Per module: ``weight`` float8_e4m3fn (out, in), which is multiplied by ``weight_scale_inv``
+(despite its name) or ``weight_scale``. ``weight_scale_inv`` has one scale for every block of
+``weight_block_size`` outputs and inputs, as DeepSeek and Qwen publish them; blocks at the ends may
+be partial. ``weight_scale`` is one scale for the whole matrix, or one for each output.
+Scales are floating, or bytes b that stand for 2ᵇ⁻¹²⁷.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ _CACHE = "the KV cache's dtype is what --kv-cache-dtype says"
 
 @dataclass(frozen=True)
 class Fp8(Format):
-    """block: outputs and inputs that share a scale; None if the scales' shape tells."""
+    """block: outputs and inputs that share a scale; None: derived from the scales' shape."""
 
     block: tuple[int, int] | None = None
 

@@ -5,9 +5,9 @@ Per module, for codes of b bits: ``qweight`` int32 (in · b/32, out), codes one 
 out · b/32), likewise along *out*, holding zero − 1 in v1 and zero in v2; ``scales`` float16
 (groups, out); ``g_idx`` int32 (in), the group of every input feature.
 
-GPTQModel's ``dynamic`` gives modules settings of their own, by regular expressions of which the
-first that matches the beginning of a module's name counts. ``-:`` before one leaves the modules in
-16 bits, ``+:`` before one means nothing.
+GPTQModel's ``dynamic`` maps regular expressions to settings that override the general ones. The
+first expression that matches the beginning of a module's name is used. The prefix ``-:`` leaves the
+modules in 16 bits; the prefix ``+:`` has no effect.
 """
 
 from __future__ import annotations
@@ -43,7 +43,11 @@ _LAYOUTS = ("gptq", "gptq_v2")
 
 @dataclass(frozen=True)
 class Gptq(AffineFormat):
-    """zeros_are_one_less: format v1. dynamic: a pattern and what it overrides."""
+    """The settings of one GPTQ checkpoint.
+
+    zeros_are_one_less: whether it is format v1.
+    dynamic: patterns, each with the settings it overrides.
+    """
 
     zeros_are_one_less: bool = True
     dynamic: tuple[tuple[re.Pattern[str], Mapping[str, Any]], ...] = ()
@@ -86,7 +90,8 @@ class Gptq(AffineFormat):
 
     @property
     def least_zero(self) -> int:
-        # Readers of v1 add 1 to whole words, or to a nibble without cutting it to 4 bits.
+        # v1 stores zero − 1. Readers differ on a zero of 0, which is stored as all ones: some add 1
+        # to whole words, others do not mask the sum to the code's width. So it is never written.
         return 1 if self.zeros_are_one_less else 0
 
     def for_module(self, module: str) -> Self:
@@ -129,8 +134,8 @@ class Gptq(AffineFormat):
         }
 
     def with_16_bits(self, modules: Sequence[str], quantized: Sequence[str]) -> Self:
-        # GPTQModel and vLLM read `dynamic`, of which the first pattern that matches counts;
-        # transformers reads the list alone.
+        # GPTQModel and vLLM read `dynamic`, in which the first match is used; transformers reads
+        # only the list.
         dynamic: dict[str, Any] = {f"-:{re.escape(name)}$": {} for name in modules}
         dynamic |= self.settings.get("dynamic") or {}
         lists = {"dynamic": dynamic, "modules_in_block_to_quantize": [list(quantized)]}

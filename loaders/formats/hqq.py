@@ -3,7 +3,7 @@
 Per module: ``W_q``, the matrix's groups as rows, packed along the rows: of n rows of codes with b
 bits, stored row i holds rows i, i + n/k, i + 2n/k, …, the first in the highest bits (k codes in a
 byte; 10 codes of 3 bits in an int32, n filled up to tens); ``scale`` and ``zero`` floating
-(groups, 1), of which w = scale · (code − zero); ``nbits``, ``axis``, ``shape`` and other settings,
+(groups, 1), with w = scale · (code − zero); ``nbits``, ``axis``, ``shape`` and other settings,
 encoded as tensors.
 """
 
@@ -28,7 +28,7 @@ _CODES = {1: 8, 2: 4, 3: 10, 4: 2, 8: 1}  # in a byte, or of 3 bits in an int32
 
 @dataclass(frozen=True)
 class Hqq(Format):
-    """Modules say themselves how they are stored."""
+    """The settings are stored with each module."""
 
     quant_method: ClassVar[str] = "hqq"
     marks: ClassVar[frozenset[str]] = frozenset(("W_q",))
@@ -88,7 +88,7 @@ class Hqq(Format):
             )
         codes = codes[: out * groups].reshape(out, columns)
         perm: Tensor | None = None
-        if bits == 8:  # two digits, the zero being the lower one's
+        if bits == 8:  # two digits; the zero applies to the lower one
             codes = torch.cat((codes >> 4, codes & 0xF), dim=1)
             scales = torch.cat((scales * 16, scales), dim=1)
             zeros = torch.cat((torch.zeros_like(zeros), zeros), dim=1)
@@ -112,7 +112,7 @@ class Hqq(Format):
     ) -> int:
         scale = leaves["scale"]
         codes = scale.elements * leaves["W_q"].shape[-1]
-        # One code a byte is 8 bits, and becomes two digits; what names their columns is left out.
+        # One code a byte means 8 bits, which become two digits. Their perm is not counted.
         digits = 2 if codes == leaves["W_q"].elements else 1
         return codes * digits // 2 + 2 * digits * scale.elements * scale.itemsize
 

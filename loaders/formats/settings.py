@@ -27,12 +27,12 @@ def read_object(path: Path) -> Mapping[str, Any]:
 
 @dataclass(frozen=True)
 class Settings(Mapping[str, Any]):
-    """What a file says of the quantization.
+    """The quantization settings in a file.
 
-    Forms which can mean one thing only are understood: ``"4"`` and ``4.0`` for 4, ``"true"`` and 1
-    for true. A field of null counts as left out. Every error names the file and the field.
+    Unambiguous variants are accepted: ``"4"`` and ``4.0`` for 4, ``"true"`` and 1 for true. A null
+    field is treated as left out. Every error names the file and the field.
 
-    source: where the values stand, as errors name it.
+    source: where the values come from, for error messages.
     """
 
     given: Mapping[str, Any]
@@ -80,7 +80,7 @@ class Settings(Mapping[str, Any]):
         return bool(value)
 
     def choice(self, name: str, known: Sequence[T], default: T) -> T:
-        """One of ``known``; strings in any case, integers in any harmless form."""
+        """One of ``known``; strings in any case, integers in any unambiguous form."""
         value: Any = self.given.get(name)
         if value is None:
             return default

@@ -1,4 +1,4 @@
-"""Chat templates come with checkpoints, whose authors are not trusted: a process renders them."""
+"""Chat templates are untrusted code from checkpoints: a separate process renders them."""
 
 from nybble.loaders.templates.renderer import (
     TemplateFailedError,

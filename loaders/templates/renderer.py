@@ -1,4 +1,4 @@
-"""Our side of the processes that render chat templates."""
+"""The parent's side of the processes that render chat templates."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
-# Run as a file, not as a module: the packages around it would take longer to import than it does.
+# Run as a file, not as a module: importing the packages around it would dominate its start.
 _WORKER = Path(__file__).with_name("worker.py")
 _LONG = 1 << 16  # characters: rendered in about a hundredth of a second
 
@@ -28,13 +28,15 @@ class TemplateFailedError(Exception):
 
 
 class TemplateRenderer:
-    """Renders from any thread, long conversations apart, so that short ones never wait for them."""
+    """Renders from any thread. Long conversations have a process of their own, so that short
+    ones never wait for them.
+    """
 
     def __init__(self) -> None:
         self._short, self._long = _Lane("short"), _Lane("long")
 
     def start(self) -> None:
-        """Start the process for short ones, so that the first rendering finds it ready."""
+        """Start the process for short conversations, so that it is ready for the first one."""
         self._short.start()
 
     def close(self) -> None:
@@ -85,7 +87,7 @@ class _Lane:
         self._pool.submit(self._running).result()
 
     def close(self) -> None:
-        """Renderings that wait are still made; the lane may be used again."""
+        """Finish queued renderings, then end the process; the lane may be used again."""
         self._pool.submit(self._end).result()
 
     def submit(self, request: dict[str, Any]) -> Future[str]:
@@ -140,5 +142,5 @@ class _Lane:
             try:
                 pipe.close()
             except BrokenPipeError:
-                continue  # what was not written has nobody to read it
+                continue  # unflushed input: the process is gone and cannot read it
         return process.wait()

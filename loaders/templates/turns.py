@@ -11,7 +11,7 @@ from pydantic_core import from_json
 def as_turn(message: Mapping[str, Any]) -> dict[str, Any]:
     """A message with plain text as its content, and the arguments of its tool calls as objects.
 
-    Raises ValueError for what is not a message of text, and for arguments that are not JSON.
+    Raises ValueError if the content is not text or the arguments are not JSON.
     """
     turn = {name: value for name, value in message.items() if value is not None}
     role = turn.get("role")
@@ -41,7 +41,8 @@ def _call(index: int, call: Mapping[str, Any]) -> dict[str, Any]:
     arguments = function.get("arguments")
     if arguments is None or isinstance(arguments, str):
         try:
-            # As bodies are read: half a surrogate pair, for one, is no text that can be encoded.
+            # The parser of request bodies: it refuses, for example, half a surrogate pair, which
+            # cannot be encoded.
             arguments = from_json(arguments or "{}", allow_inf_nan=False)
         except ValueError:
             raise ValueError(

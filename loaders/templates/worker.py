@@ -1,8 +1,8 @@
 """The process that renders chat templates. It runs as a file and imports nothing of nybble.
 
 A line of JSON in, a line of JSON out. jinja2's sandbox, as transformers sets it up, keeps templates
-from Python's internals. What a sandbox cannot do is left to the operating system: a rendering that
-takes too long ends the process, one that takes too much memory fails, and no file grows.
+from Python's internals. The operating system enforces the other limits: a rendering that takes too
+long ends the process, one that takes too much memory fails, and no file can grow.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ def _answer(request: dict[str, Any]) -> dict[str, str]:
         return {"failed": f"it needs more than {MEMORY_BYTES >> 20} MiB"}
     except Exception as error:
         return {"refused": str(error) or type(error).__name__}
-    text = rendered[0][0]  # of one conversation; its annotation says otherwise
+    text = rendered[0][0]  # for one conversation; the annotation in transformers is wrong
     if len(text) > OUTPUT_CHARACTERS:
         return {"failed": f"it makes more than {OUTPUT_CHARACTERS:,} characters"}
     return {"text": text}
 
 
 def main() -> None:
-    """Answer until the input ends, which it does with the process that started it."""
+    """Answer until stdin closes, which happens when the parent process ends."""
     import transformers.utils.chat_template_utils  # noqa: F401  before memory is limited
 
     for number in (signal.SIGINT, signal.SIGHUP):  # meant for the process that started this one
