@@ -23,13 +23,14 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 _BODIES = ("application/json", "multipart/form-data")
 _SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
-# What a browser says, and no page can say for it: the page is this server's, or there is none.
+# Values of Sec-Fetch-Site, which browsers set and pages cannot: the request comes from this
+# server's own page, or from no page.
 _OWN_SITES = ("same-origin", "none")
 
 
 @web.middleware
 async def require_json(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Raises ApiError 415 for a body that does not say that it is JSON, or an upload's form."""
+    """Raises ApiError 415 for a body whose type is neither JSON nor an upload's form."""
     if request.match_info.http_exception is not None:
         return await handler(request)
     if request.body_exists and request.content_type not in _BODIES:
@@ -44,11 +45,14 @@ async def require_json(request: web.Request, handler: Handler) -> web.StreamResp
 
 
 class BrowserGuard:
-    """For a server without keys."""
+    """Refuses requests that web pages elsewhere send. For a server without keys."""
 
     def __init__(self, origins: Collection[str], hosts: Collection[str] | None) -> None:
-        """origins: of other pages that may send requests, ``*`` for any. hosts: names that mean
-        this server, besides localhost and addresses; None for any name."""
+        """Set what is allowed.
+
+        origins: of other pages that may send requests; ``*`` for any.
+        hosts: names of this server, besides localhost and IP addresses; None for any name.
+        """
         self._origins = frozenset(origin.lower() for origin in origins)
         self._hosts: frozenset[str] | None = None
         if hosts is not None:
@@ -56,7 +60,7 @@ class BrowserGuard:
             self._hosts = frozenset(host.lower() for host in (*hosts, *own))
 
     def middleware(self) -> Middleware:
-        """Raises ApiError 403 for what a page elsewhere has a browser send."""
+        """Raises ApiError 403 for a request that another site's page made a browser send."""
 
         @web.middleware
         async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
