@@ -1,4 +1,4 @@
-"""The body that creates a job: OpenAI's, and in ``nybble`` what ``nybble finetune`` takes too."""
+"""The body that creates a job: OpenAI's fields, and ``nybble`` with more options."""
 
 from __future__ import annotations
 
