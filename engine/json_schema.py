@@ -33,7 +33,7 @@ _INEXPRESSIBLE = (
 )
 _COUNTS = ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties")
 _BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
-# In the order in which they are given up where a schema cannot be compiled: what says least first.
+# The order in which keywords are dropped if a schema cannot be compiled: the least telling first.
 _GIVEN_UP = (
     *("format", "pattern", "multipleOf", "patternProperties"),
     *("exclusiveMaximum", "exclusiveMinimum", "maximum", "minimum"),

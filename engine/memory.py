@@ -59,7 +59,7 @@ def _kv_bytes(checkpoint: Checkpoint, config: EngineConfig) -> int:
 
 def _would_fit(room: int, checkpoint: Checkpoint, config: EngineConfig) -> str:
     per_block = kv_bytes_per_block(architecture_of(checkpoint.config), config)
-    # A tenth of it is left to activations and whoever else there is.
+    # A tenth of it is left for activations and other processes.
     blocks = int(0.9 * room) // per_block
     if blocks < 1:
         return (

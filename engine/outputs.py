@@ -31,7 +31,7 @@ def advance(sequence: Sequence, sampled: Sampled) -> RequestOutput:
 
 
 def goes_on(sequence: Sequence) -> bool:
-    """Whether a sequence continues after its newest token whatever its text says."""
+    """Whether a sequence certainly continues after its newest token, whatever the text is."""
     return (
         not sequence.request.params.stop
         and sequence.request.guide is None

@@ -85,7 +85,7 @@ class WeightStore:
         return weight
 
     def finish(self) -> None:
-        """Refuse weights nobody took: ignoring them would change the model."""
+        """Refuse weights that no part used: ignoring them would change the model."""
         if self._weights:
             names = sorted(self._weights)
             raise ValueError(
