@@ -18,7 +18,7 @@ class WeightStore:
     """Consumes weights one at a time; each goes to the device in its back end's layout.
 
     What is taken is checked against the architecture's sizes. Raises ValueError naming a weight
-    that is missing, of another shape, or that nobody took.
+    that is missing, has another shape, or was not used.
     """
 
     def __init__(

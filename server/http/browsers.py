@@ -1,11 +1,13 @@
-"""Keeps web pages from using a server that asks for no key through the browser of whoever runs it.
+"""Keeps web pages from using a server without keys through the browser of the user who runs it.
 
 Any page may send what a form can send (``text/plain``, forms, no type) to ``http://localhost:8000``
-without asking first. It cannot read the answer, but the work is done. So a body has to say that it
-is JSON, which makes a browser ask (a preflight, see :mod:`nybble.server.http.cors`), and a server
-without keys refuses pages of another origin. A page may also have its own name resolve to 127.0.0.1
-once it is loaded (DNS rebinding); the browser then takes both for the same origin. So on a loopback
-address such a server answers only to names that are known to mean it. An address cannot be rebound.
+without asking first. It cannot read the answer, but the work is done. So a body must be declared as
+JSON, for which browsers ask first (a preflight, see :mod:`nybble.server.http.cors`). A server
+without keys also refuses pages of other origins.
+
+A page may also make its own host name resolve to 127.0.0.1 after it is loaded (DNS rebinding). The
+browser then considers both the same origin. So on a loopback address a server without keys answers
+only to known names of its own, and to IP addresses, which cannot be rebound.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ JOBS = "/v1/fine_tuning/jobs"
 _MAX_UNFINISHED = 20
 _NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9._-]+")
 _ID_LETTERS = "abcdefghijkmnpqrstuvwxyzABCDEFGHJKLMNPQRSTUVWXYZ23456789"
-_OPERATORS_NAME = "nybble"  # where OpenAI's names have an organization and there is no tenant
+_OPERATORS_NAME = "nybble"  # in place of the organization, if there is no tenant
 
 
 class JobRoutes:
@@ -163,7 +163,7 @@ class JobRoutes:
         return json_response(page.body(events, Event.body))
 
     async def checkpoints(self, request: web.Request) -> web.Response:
-        """The one there is: the adapter that is served, as it was where it was best."""
+        """The only checkpoint: the served adapter, from the step with the lowest loss."""
         job = await self._job(request)
         page = Page.of(request, default=10, most=100)
         found = [job] if job.model is not None and job.best is not None else []
