@@ -50,12 +50,15 @@ from nybble.engine.streams import Stream
 from nybble.engine.vocabulary import Vocabulary
 from nybble.kernels.progress import Progress, track
 from nybble.loaders.tokenizer import load_tokenizer
-from nybble.models import architecture_of
+from nybble.models import UnsupportedModelError, architecture_of
 
 if TYPE_CHECKING:
     from nybble.loaders import Checkpoint
 
 logger = logging.getLogger(__name__)
+
+# Wider heads spill in the prefill kernel, and do not compile for Blackwell.
+_MAX_GPU_HEAD_DIM = 256
 
 
 class Engine:
@@ -118,6 +121,11 @@ class Engine:
         if config.kv_dtype != "auto" and device.type == "cpu":
             raise ValueError(
                 f"kv_dtype is {config.kv_dtype!r}, which needs a GPU; expected 'auto' on the CPU"
+            )
+        widest = max(layer.attention.head_dim for layer in architecture.layers)
+        if device.type == "cuda" and widest > _MAX_GPU_HEAD_DIM:
+            raise UnsupportedModelError(
+                f"the model's heads have {widest} entries; on a GPU {_MAX_GPU_HEAD_DIM} is the most"
             )
         if config.kv_dtype == "fp8" and torch.cuda.get_device_capability(device) < (8, 9):
             raise ValueError(

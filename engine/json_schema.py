@@ -65,15 +65,15 @@ class Omission:
 
 
 def expressible(schema: Schema, check: Check) -> tuple[dict[str, Any], list[Omission]]:
-    """A schema that ``check`` finds nothing wrong with, and what it leaves out of ``schema``.
+    """A schema that ``check`` accepts, and what it leaves out of ``schema``.
 
-    Every reference in it is to ``#/$defs/…``. It is the widest where nothing of it can be kept.
+    Every reference in it is to ``#/$defs/…``. If no keyword can be kept, it allows any value.
     """
     reader = _Reader(schema)
     read = reader.read()
     if check(read.joined()) is not None:
         _Reducer(read, check, reader.omissions).reduce()
-    # A part that is referred to in several ways is read as often.
+    # A part with several references to it is read several times, so omissions repeat.
     return read.joined(), list(dict.fromkeys(reader.omissions))
 
 

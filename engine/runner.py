@@ -166,7 +166,9 @@ class ModelRunner:
             weights = list(self.decoder.packed_weights())
             if self._tune:
                 tune_unknown(weights, self._dtype, self._max_batched_tokens, progress=progress)
-            warmup(weights, self._dtype, self._max_batched_tokens, "silu", progress=progress)
+            # Every family here has one activation in all its layers.
+            activation = self.decoder.architecture.layers[0].mlp.activation
+            warmup(weights, self._dtype, self._max_batched_tokens, activation, progress=progress)
             for tokens, seqs in track(self._warm_up_sizes(), "Compiling kernels", progress):
                 inputs = self._idle_prefill(tokens, seqs)
                 self._compute(inputs)

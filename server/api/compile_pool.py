@@ -8,6 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
+from nybble.server.http import retry_after
 from nybble.server.http.errors import ApiError
 
 T = TypeVar("T")
@@ -15,7 +16,6 @@ T = TypeVar("T")
 # The compiler recurses: thousands of rules, each naming the next, overflow a thread's usual 8 MiB,
 # which would crash the process. Unused stack takes no memory.
 _STACK_BYTES = 512 << 20
-_RETRY_AFTER_SECONDS = 5
 
 
 class CompilePool:
@@ -63,5 +63,5 @@ class CompilePool:
                 503,
                 "other requests' grammars are being compiled",
                 code="overloaded",
-                retry_after=_RETRY_AFTER_SECONDS,
+                retry_after=retry_after.BUSY,
             ) from None

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails, from_json
 
 from nybble.server.api.body import Body
+from nybble.server.http import retry_after
 from nybble.server.http.errors import ApiError
 
 logger = logging.getLogger(__name__)
@@ -22,7 +23,6 @@ BodyT = TypeVar("BodyT", bound=Body)
 _READ_SECONDS = 60
 _LARGE_BODY = 64 << 10
 _LARGE_PLACES = 16
-_RETRY_AFTER_SECONDS = 5
 # The most unknown fields dropped from one request, and the most names logged in all.
 _MAX_LEFT_OUT = 64
 _MAX_NAMES = 1000
@@ -81,7 +81,7 @@ async def read_body(request: web.Request, kind: type[BodyT]) -> BodyT:
             503,
             "many large requests are being read",
             code="overloaded",
-            retry_after=_RETRY_AFTER_SECONDS,
+            retry_after=retry_after.BUSY,
         )
     large.taken += 1
     try:

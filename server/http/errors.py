@@ -23,6 +23,7 @@ from nybble.engine import (
     OutOfMemoryError,
     ParameterError,
 )
+from nybble.server.http import retry_after
 from nybble.server.observability.logs import Event
 
 logger = logging.getLogger(__name__)
@@ -32,8 +33,6 @@ _TYPES = {
     403: "permission_error",
     429: "rate_limit_error",
 }
-_RETRY_AFTER_STOPPED = 10
-_RETRY_AFTER_BUSY = 5
 _MAX_MESSAGE = 500
 # EFBIG: a file-size limit of the process or of the file system.
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -126,14 +125,14 @@ def as_api_error(error: Exception, request_id: str) -> ApiError:
     if isinstance(error, AdapterUnavailableError):
         return ApiError(503, str(error), code="adapter_unavailable")
     if isinstance(error, EngineOverloadedError):
-        return ApiError(429, str(error), code="overloaded", retry_after=_RETRY_AFTER_BUSY)
+        return ApiError(429, str(error), code="overloaded", retry_after=retry_after.BUSY)
     if isinstance(error, OutOfMemoryError):
-        return ApiError(503, str(error), code="out_of_memory", retry_after=_RETRY_AFTER_BUSY)
+        return ApiError(503, str(error), code="out_of_memory", retry_after=retry_after.BUSY)
     if isinstance(error, EngineFailedError):
         return ApiError(500, str(error), code="engine_failed")
     if isinstance(error, EngineStoppedError):
         return ApiError(
-            503, str(error), code="engine_unavailable", retry_after=_RETRY_AFTER_STOPPED
+            503, str(error), code="engine_unavailable", retry_after=retry_after.UNAVAILABLE
         )
     if isinstance(error, web.HTTPRequestEntityTooLarge):
         return ApiError(413, "the request body is too large", code="request_too_large")

@@ -6,9 +6,8 @@ import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from nybble.server.http import retry_after
 from nybble.server.http.errors import ApiError
-
-_RETRY_AFTER_SECONDS = 10
 
 
 class Gate:
@@ -28,7 +27,7 @@ class Gate:
                 503,
                 "the server is shutting down",
                 code="shutting_down",
-                retry_after=_RETRY_AFTER_SECONDS,
+                retry_after=retry_after.UNAVAILABLE,
             )
         self._inside += 1
         self._empty.clear()

@@ -18,6 +18,7 @@ from aiohttp import web
 from pydantic_core import to_json
 from tqdm import tqdm
 
+from nybble.server.http import retry_after
 from nybble.server.http.errors import ApiError
 from nybble.server.http.listen import BACKLOG
 from nybble.server.observability.logs import Event
@@ -27,7 +28,6 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 Status = Literal["loading", "warming"]
 
-_RETRY_AFTER_SECONDS = 10
 _LOG_SECONDS = 10
 
 
@@ -99,7 +99,10 @@ async def load_behind(
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, _leave, number)
     runner = web.AppRunner(
-        _app(startup), access_log=None, keepalive_timeout=_RETRY_AFTER_SECONDS, shutdown_timeout=1
+        _app(startup),
+        access_log=None,
+        keepalive_timeout=retry_after.UNAVAILABLE,
+        shutdown_timeout=1,
     )
     await runner.setup()
     try:
@@ -122,7 +125,7 @@ async def load_behind(
 
 
 def _app(startup: Startup) -> web.Application:
-    headers = {"Retry-After": str(_RETRY_AFTER_SECONDS)}
+    headers = {"Retry-After": str(retry_after.UNAVAILABLE)}
 
     async def health(_: web.Request) -> web.Response:
         body = to_json(startup.body())
@@ -133,7 +136,7 @@ def _app(startup: Startup) -> web.Application:
             503,
             f"the server is starting ({startup.status}): /health says how far it is",
             code="starting",
-            retry_after=_RETRY_AFTER_SECONDS,
+            retry_after=retry_after.UNAVAILABLE,
         )
         return error.response()
 

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from nybble.server.http import retry_after
 from nybble.server.http.errors import ApiError
 from nybble.server.tenancy.tenants import Tenant
 
@@ -29,8 +30,6 @@ _MEMORY_SECONDS = 60.0  # after this, an observed rate's weight falls to a third
 _MIN_SECONDS = 1.0  # of a queue, before its rate is used
 _MEMORY_SEQUENCES = 200
 _FIRST_GUESS = 256.0  # mean output in tokens, before any is observed
-_RETRY_AFTER = 5  # seconds, if no rate is known
-_MAX_RETRY_AFTER = 600
 
 
 @dataclass(frozen=True)
@@ -191,9 +190,9 @@ class Admission:
         return self.capacity.tokens * max(1.0, size / self.capacity.sequence_tokens)
 
     def _seconds_for(self, sequences: int) -> float:
-        """Seconds until so many sequences have ended; 5 if no rate is known."""
+        """Seconds until so many sequences have ended; ``retry_after.BUSY`` if no rate is known."""
         if self.rate is None:
-            return _RETRY_AFTER
+            return retry_after.BUSY
         size = self._tokens.total() / max(self._sequences.total(), 1)
         return sequences * size / max(self.rate, 1e-9)
 
@@ -209,5 +208,5 @@ class Admission:
             self._work = self._work * keep + computed - before
 
     def _refused(self, message: str, code: str, seconds: float) -> ApiError:
-        after = math.ceil(min(max(seconds, 1), _MAX_RETRY_AFTER))
+        after = math.ceil(min(max(seconds, 1), retry_after.LONGEST))
         return ApiError(429, f"{message}: try again in {after} s", code=code, retry_after=after)

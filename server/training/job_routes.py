@@ -13,6 +13,7 @@ from aiohttp import web
 
 from nybble.server.api.parse import read_body
 from nybble.server.api.respond import json_response
+from nybble.server.http import retry_after
 from nybble.server.http.errors import ApiError
 from nybble.server.tenancy.tenants import Tenant
 from nybble.server.training.access import Access, owner_of, visible_to
@@ -106,7 +107,7 @@ class JobRoutes:
                 429,
                 f"{_MAX_UNFINISHED} of your fine-tuning jobs are not finished yet",
                 code="too_many_jobs",
-                retry_after=60,
+                retry_after=retry_after.JOBS_UNFINISHED,
             )
         try:
             plan = plan_of(body, examples).stored()

@@ -199,8 +199,8 @@ def test_capped_logits_and_sinks_equal_the_reference(
     batch, *caches = paged(lengths, 2, dim, 16, torch.float16)
     scales: list[Tensor] = []
     if kept is not None:
-        caches = [torch.randint(-127, 128, cache.shape).to(DEVICE, kept) for cache in caches]
-        scales = list(random(2, *caches[0].shape[:3]).abs() / 60)
+        caches = [(40 * cache).clamp(-127, 127).to(kept) for cache in caches]
+        scales = [torch.full(cache.shape[:3], 1 / 40, device=DEVICE) for cache in caches]
     q = random(sum(new for _, new in lengths), 6, dim, dtype=torch.float16)
     given = 4 * random(6, dtype=torch.float16) if sinks else None
     inputs = q, *caches, batch, 0.5, window, *scales

@@ -119,6 +119,22 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "starcoder2": ("starcoder2", {"head_dim": 16, "sliding_window": WINDOW}),
 }
 rows = pytest.mark.parametrize("row", ROWS)
+# In `make test`; the other rows vary parts of these, and `make test-all` has them.
+_SHOWN = {
+    "llama with biases",
+    "qwen2",
+    "qwen3",
+    "granite",
+    "olmo3",
+    "gemma2",
+    "gemma3",
+    "phi3 with longrope",
+    "cohere with norms of heads",
+    "starcoder2",
+}
+shown_rows = pytest.mark.parametrize(
+    "row", [row if row in _SHOWN else pytest.param(row, marks=pytest.mark.slow) for row in ROWS]
+)
 
 
 def test_every_family_has_a_row() -> None:
@@ -186,7 +202,7 @@ def test_64_greedy_tokens_equal_transformers_alone_and_in_company(
         engine.stop()
 
 
-@rows
+@shown_rows
 @pytest.mark.parametrize("format", ["gptq", "awq", "nf4"])
 def test_4_bit_forms_are_written_and_give_the_logits_of_their_dequantized_weights(
     reference: Any, folder_of: Callable[[str], Path], tmp_path: Path, row: str, format: Any
@@ -203,7 +219,7 @@ def test_4_bit_forms_are_written_and_give_the_logits_of_their_dequantized_weight
     reference.assert_same_logits(checkpoint)
 
 
-@rows
+@shown_rows
 def test_folding_scales_for_awq_changes_nothing(folder_of: Callable[[str], Path], row: str) -> None:
     blocks = DecoderBlocks(folder_of(row), CPU, 48)
     torch.manual_seed(0)
@@ -240,7 +256,7 @@ def adapted_tokens(reference: Any, checkpoint: Checkpoint, adapter: Path, ids: l
         engine.stop()
 
 
-@rows
+@shown_rows
 def test_an_adapter_trained_by_peft_gives_its_outputs(
     reference: Any, folder_of: Callable[[str], Path], tmp_path: Path, row: str
 ) -> None:
@@ -263,7 +279,7 @@ def test_an_adapter_trained_by_peft_gives_its_outputs(
     assert found != without
 
 
-@rows
+@shown_rows
 def test_fine_tuning_a_4_bit_base_learns_what_the_engine_then_says(
     reference: Any, folder_of: Callable[[str], Path], tmp_path: Path, row: str
 ) -> None:
