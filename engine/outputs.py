@@ -1,4 +1,4 @@
-"""From sampled tokens to what a request's stream gets."""
+"""Turns sampled tokens into the outputs of a request's stream."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ from nybble.server.training.schema import CreateJob
 from nybble.server.training.settings import TrainingSettings
 
 JOBS = "/v1/fine_tuning/jobs"
-# Of one owner: a queue is shared, and only one job runs.
+# The most unfinished jobs of one owner: all share one queue, and only one job runs at a time.
 _MAX_UNFINISHED = 20
 _NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9._-]+")
 _ID_LETTERS = "abcdefghijkmnpqrstuvwxyzABCDEFGHJKLMNPQRSTUVWXYZ23456789"
@@ -44,7 +44,11 @@ class JobRoutes:
         settings: TrainingSettings,
         targets: Sequence[str],
     ) -> None:
-        """models: the names of the base. targets: its linear layers that an adapter can change."""
+        """Set the routes' parts.
+
+        models: the names of the base model.
+        targets: its linear layers that an adapter can change.
+        """
         self._jobs = jobs
         self._files = files
         self._runner = runner
