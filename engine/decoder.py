@@ -45,8 +45,8 @@ class Decoder:
     ) -> None:
         """Consumes ``weights`` one at a time (names as in transformers' checkpoints).
 
-        num_tokens: one more than the tokenizer's highest token id. An output layer may have more
-            rows, to be of a round size; no token is ever drawn from them. None if there are none.
+        num_tokens: one more than the tokenizer's highest token id. An output layer may be padded
+            with more rows, which are never sampled. None if it has no such rows.
 
         Raises ValueError naming a weight that is missing, unexpected or of another shape.
         """

@@ -1,4 +1,4 @@
-"""What a checkpoint's generation_config.json decides: end tokens and sampling defaults.
+"""End tokens and sampling defaults from a checkpoint's generation_config.json.
 
 The file is checked when the model is loaded. Forms that mean the same are taken: whole numbers
 written as ``20.0``, ``null`` for a setting left out, ``top_k: -1`` for no limit, ``eos_token_id:
@@ -25,7 +25,7 @@ _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
 def read_generation_config(folder: Path) -> dict[str, Any]:
-    """The file's settings; empty where there is none. Raises ValueError where it makes no sense."""
+    """The file's settings; empty if there is no file. Raises ValueError if it is invalid."""
     path = folder / _FILE
     return read_json_object(path) if path.is_file() else {}
 
@@ -33,8 +33,8 @@ def read_generation_config(folder: Path) -> dict[str, Any]:
 def sampling_defaults(settings: dict[str, Any]) -> dict[str, float]:
     """The sampling parameters the model's makers recommend, for requests that name none.
 
-    Without ``do_sample`` they are not meant. Raises ValueError naming a setting of the wrong type
-    or out of range.
+    Without ``do_sample`` transformers ignores them, and so does this. Raises ValueError naming a
+    setting of the wrong type or out of range.
     """
     samples = settings.get("do_sample")
     if samples is not None and not isinstance(samples, bool):

@@ -1,4 +1,4 @@
-"""From sampled tokens to what a request's stream gets."""
+"""Turns sampled tokens into the outputs of a request's stream."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def advance(sequence: Sequence, sampled: Sampled) -> RequestOutput:
 
 
 def goes_on(sequence: Sequence) -> bool:
-    """Whether a sequence continues after its newest token whatever its text says."""
+    """Whether a sequence certainly continues after its newest token, whatever the text is."""
     return (
         not sequence.request.params.stop
         and sequence.request.guide is None

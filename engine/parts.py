@@ -120,7 +120,11 @@ class Projection:
 
 @dataclass(frozen=True)
 class AttentionPart:
-    """layer: whose cache it uses. rope: which of the step's rotary embeddings it has."""
+    """Attention of one layer.
+
+    layer: index of the KV cache it uses.
+    rope: index of the step's rotary embedding it uses.
+    """
 
     about: Attention
     layer: int

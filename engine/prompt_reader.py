@@ -1,7 +1,7 @@
-"""What a request wants of its prompt itself: log probabilities of its tokens, or an embedding.
+"""Results about a request's prompt itself: log probabilities of its tokens, or an embedding.
 
-A reader is handed the hidden states of a prompt chunk by chunk as it is prefilled. A preempted
-prompt is read again from where it is computed again, which gives the same result.
+A reader gets the hidden states of a prompt chunk by chunk as it is prefilled. If a prompt is
+preempted and computed again, it is read again, which gives the same result.
 """
 
 from __future__ import annotations

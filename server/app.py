@@ -41,11 +41,11 @@ MAX_BODY_BYTES = 16 << 20
 
 _REQUEST_ID = "X-Request-Id"
 _ACCEPTABLE_ID = re.compile(r"[\x21-\x7e]{1,128}")
-# nginx's status for a client that went away before its answer.
+# nginx's status for a client that disconnected before its answer.
 _CLIENT_CLOSED = 499
-# What load balancers and Prometheus ask without a key.
+# Load balancers and Prometheus request these without a key.
 _PROBES = ("/health", "/metrics", "/version")
-# And the page, which asks for one itself.
+# The console's files need no key either; the page asks its user for one.
 _OPEN_PATHS = (*_PROBES, "/", "/console/{name}")
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -107,7 +107,7 @@ def make_app(
     if settings.console:
         app.add_routes(Console().routes())
     if settings.training is not None:
-        # What trains takes seconds and memory to import, which a server without need not spend.
+        # Imported only if needed: the training code takes seconds and memory to import.
         from nybble.server.training.service import Training
 
         assert settings.model_folder is not None
@@ -145,7 +145,7 @@ def _observe(metrics: Metrics) -> Middleware:
             status = response.status
             return response
         except ConnectionError:
-            # The client is gone: as where it is found out by cancelling, nobody can be answered.
+            # The client has disconnected. Handle it like aiohttp's cancellation of the handler.
             raise asyncio.CancelledError from None
         finally:
             resource = request.match_info.route.resource
@@ -202,7 +202,7 @@ def _authenticate(keys: Keys, tenants: Tenants | None, admin_keys: Keys) -> Midd
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         path = matched_path(request)
-        # Administration asks for a key of its own.
+        # Administration paths check an admin key themselves.
         if path not in _OPEN_PATHS and path not in ADMIN_PATHS:
             key = bearer(request)
             tenant = tenants.find(key) if tenants is not None and key is not None else None

@@ -1,6 +1,6 @@
-"""What all bodies of requests have in common.
+"""The base class of all request bodies.
 
-A field that would change the meaning and is not supported is refused.
+A field is refused if it is not supported and would change the result.
 """
 
 from __future__ import annotations
@@ -27,18 +27,21 @@ class Body(BaseModel):
         json_schema_extra=_document_ignored,
     )
 
-    # Fields known from OpenAI's and others' APIs that this server refuses: name → why.
+    # Refused fields of OpenAI's and other servers' APIs: name → why.
     refused: ClassVar[dict[str, str]] = {}
-    # Values of theirs that ask for nothing, besides null, false, 0, "", [] and {}.
+    # Values of refused fields which are accepted because they ask for nothing, besides null,
+    # false, 0, "", [] and {}.
     neutral: ClassVar[dict[str, tuple[Any, ...]]] = {}
-    # Fields it takes and makes nothing of: name → why that changes nothing that is generated.
+    # Accepted but ignored fields: name → why ignoring is safe.
     ignored: ClassVar[dict[str, str]] = {}
 
     @model_validator(mode="before")
     @classmethod
     def _refuse(cls, data: Any) -> Any:
-        """Fields that ask for what the server cannot do. Those that ask for nothing are left out,
-        as are those that are ignored whatever is in them."""
+        """Refuse fields that ask for something unsupported.
+
+        Refused fields whose value asks for nothing are dropped, and so are ignored fields.
+        """
         if not isinstance(data, dict):
             return data
         for name, why in cls.refused.items():
@@ -51,7 +54,7 @@ class Body(BaseModel):
 
 
 def json_object(value: Any) -> Any:
-    """An object, which may be written as text."""
+    """A JSON object, or the object that a string contains as JSON."""
     if isinstance(value, str):
         try:
             return from_json(value, allow_inf_nan=False)

@@ -16,10 +16,10 @@ from nybble.server.api.tools import Tools
 
 
 class ChatShape(ChoicesShape):
-    """``chat.completion`` and ``chat.completion.chunk``. With tools, text is read for calls.
+    """``chat.completion`` and ``chat.completion.chunk``. With tools, calls are parsed from text.
 
-    prompts: the token ids of the one prompt. echo: what answers begin with before what is
-    generated.
+    prompts: the token ids of the one prompt.
+    echo: text that every answer begins with, before the generated text.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class ChatShape(ChoicesShape):
             chunks[-1] |= token_ids
         if begins and chunks:
             chunks[0] |= self.prompt_token_ids(index)
-        if last:  # by itself, as OpenAI ends a stream
+        if last:  # in a chunk of its own, as OpenAI does
             chunks.append(_chunk(index, {}))
             chunks[-1]["finish_reason"] = self._finish_reason(output, parser)
         return chunks

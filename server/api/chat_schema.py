@@ -30,7 +30,7 @@ _KINDS = {"image": "images", "audio": "audio", "video": "video", "file": "files"
 
 
 def require_text(*types: str) -> BeforeValidator:
-    """Refuses parts of other types by what they are, not by how their type is spelt."""
+    """Accepts these content types; the error for others says what kind of content they are."""
 
     def check(value: Any) -> Any:
         if isinstance(value, str) and value not in types:
@@ -67,7 +67,7 @@ class ToolCall(Body):
     id: str
     type: Literal["function"]
     function: FunctionCall
-    index: int | None = None  # clients that join streamed deltas leave it in
+    index: int | None = None  # left over from joined stream deltas
 
 
 class Message(Body):
@@ -128,8 +128,9 @@ ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "
 class TemplateOptions(Body):
     """How messages become a prompt.
 
-    add_special_tokens: those that texts begin with, before what the template writes itself.
-    chat_template: instead of the model's own, where the server allows it.
+    add_special_tokens: whether the tokenizer adds its special tokens (such as BOS) to what the
+        template wrote.
+    chat_template: used instead of the model's own, if the server allows it.
     """
 
     add_generation_prompt: bool | None = None
@@ -172,7 +173,7 @@ class ChatRequest(Sampling, TemplateOptions):
     top_logprobs: int | None = None
     max_tokens: ChatLimit | None = None
     max_completion_tokens: ChatLimit | None = None
-    echo: bool | None = None  # an answer that continues the last message begins with it
+    echo: bool | None = None  # repeat the continued last message in the answer
     modalities: list[Literal["text"]] | None = None
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
@@ -192,7 +193,7 @@ class ChatRequest(Sampling, TemplateOptions):
 
     @property
     def echoed(self) -> str:
-        """What an answer is to begin with: the assistant's last message, if that is asked for."""
+        """What the answer begins with: the assistant's last message if ``echo`` asks for it."""
         last = self.messages[-1]
         if not self.echo or last.role != "assistant":
             return ""
@@ -200,7 +201,7 @@ class ChatRequest(Sampling, TemplateOptions):
 
     @property
     def limit(self) -> int | None:
-        """Tokens to generate at most; None for no limit but the context's."""
+        """The most tokens to generate; None for no limit but the context length."""
         limits = (self.max_completion_tokens, self.max_tokens)
         limit = next((limit for limit in limits if limit is not None), None)
         return None if limit == NO_LIMIT else limit

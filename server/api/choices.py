@@ -1,4 +1,4 @@
-"""What chat completions and completions have in common: choices in an envelope."""
+"""What the responses of chat completions and completions share: choices in an envelope."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class ChoicesShape(ABC):
     terminator: bytes | None = b"[DONE]"
 
     def __init__(self, body: Sampling, prompts: Sequence[tuple[int, ...]]) -> None:
-        """prompts: token ids, of which sequence ``i`` continues number ``i // n``."""
+        """prompts: token ids; sequence ``i`` continues prompt ``i // n``."""
         self._include_usage = body.include_usage
         self._continuous_usage = body.continuous_usage
         self._n = body.sequences
@@ -27,11 +27,11 @@ class ChoicesShape(ABC):
 
     @abstractmethod
     def envelope(self, choices: Sequence[dict[str, Any]], *, chunk: bool) -> dict[str, Any]:
-        """The body around choices: of a whole response, or of one event."""
+        """A body with these choices: a whole response, or one event if ``chunk``."""
 
     @abstractmethod
     def choice(self, index: int, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
-        """A finished sequence."""
+        """The choice for a finished sequence."""
 
     @abstractmethod
     def chunks(self, index: int, output: RequestOutput) -> Sequence[dict[str, Any]]:
@@ -44,7 +44,7 @@ class ChoicesShape(ABC):
     def events(self, index: int, output: RequestOutput, usage: Usage) -> Sequence[Event]:
         extra: dict[str, Any] = {}
         if self._include_usage:
-            # OpenAI sends a null usage with every event before the one that carries it.
+            # OpenAI sends a null usage in every event but the last.
             extra["usage"] = _usage(usage) if self._continuous_usage else None
         return [
             (None, self.envelope([choice], chunk=True) | extra)

@@ -14,8 +14,8 @@ from nybble.server.api.schema import CompletionRequest
 class CompletionShape(ChoicesShape):
     """``text_completion``.
 
-    logprobs: writes those asked for, None for none. echoes: the text of each prompt, with which its
-    sequences begin, or None.
+    logprobs: writes log probabilities; None if none are asked for.
+    echoes: the text of each prompt, which its choices begin with; None if not asked for.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class CompletionShape(ChoicesShape):
             self._begun.add(index)
             extra |= self.prompt_token_ids(index)
             prompt = index // self._n
-            # Only a prompt's first sequence reads it, and it is the first to be heard of.
+            # Only a prompt's first sequence has them, and its output always comes first.
             if (found := outputs[0].prompt_logprobs) is not None:
                 self._of_prompts[prompt] = found
             if self._echoes is not None:
@@ -93,13 +93,13 @@ class CompletionShape(ChoicesShape):
         }
 
     def _prepend(self, logprobs: dict[str, Any], index: int) -> None:
-        """Put the prompt's tokens before those of the output."""
+        """Put the prompt's logprobs before those of the output."""
         assert self._logprobs is not None
         assert self._alternatives is not None
         assert self._echoes is not None
         prompt = index // self._n
         echoed = self._logprobs.prompt(self._of_prompts[prompt], self._alternatives)
-        # Tokens put before the text, as BOS is, are no part of it: offsets count from its end.
+        # Tokens such as BOS are not part of the echoed text: count offsets back from its end.
         self._offsets[index] = len(self._echoes[prompt]) - sum(echoed["lengths"])
         for key, values in logprobs.items():
             values[:0] = echoed[key]

@@ -1,4 +1,4 @@
-"""/v1/embeddings: its body, and vectors as OpenAI writes them."""
+"""/v1/embeddings: its request body, and vectors in OpenAI's format."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class EmbeddingRequest(Truncated):
     user: str | None = None
 
     adapter: str | None = None
-    normalize: Literal[True] | None = None  # vLLM's; embeddings here have length 1
+    normalize: Literal[True] | None = None  # from vLLM; embeddings always have length 1
     add_special_tokens: bool | None = None
     priority: Priority | None = None
     timeout: Timeout | None = None
@@ -69,7 +69,7 @@ class EmbeddingsShape:
 
     def _vector(self, output: RequestOutput) -> str | list[float]:
         assert output.embedding is not None
-        if self._base64:  # of float32, least significant byte first
+        if self._base64:  # of little-endian float32
             return b64encode(output.embedding.astype("<f4").tobytes()).decode()
         numbers: list[float] = output.embedding.tolist()
         return numbers

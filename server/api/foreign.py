@@ -1,7 +1,8 @@
 """Fields of other servers' APIs, which their clients and routers add to every request.
 
-Each is refused unless its value asks for nothing, or ignored because it changes nothing that is
-generated here. They are those of vLLM's and SGLang's request classes and of llama.cpp's server.
+They come from vLLM's and SGLang's request classes and from llama.cpp's server. A field is ignored
+if it cannot change the generated text here. Otherwise it is refused unless its value asks for
+nothing.
 """
 
 from __future__ import annotations

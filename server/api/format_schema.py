@@ -1,4 +1,4 @@
-"""What a request says about the form of its output."""
+"""The fields of a request that constrain the format of its output."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Choices = Annotated[list[str], Field(min_length=1, max_length=_MAX_CHOICES)]
 class JsonSchema(Body):
     name: str
     description: str | None = None
-    # The name is OpenAI's, and `schema` is taken by pydantic.
+    # OpenAI calls this field `schema`, a name that pydantic's BaseModel uses itself.
     strict: bool | None = None  # refuse what cannot be enforced, instead of leaving it to the model
     definition: dict[str, Any] | None = Field(default=None, alias="schema")
 
@@ -43,15 +43,17 @@ class ResponseFormat(Body):
 
     @property
     def structural_tag(self) -> dict[str, Any] | None:
-        """The structural tag that is asked for."""
+        """The structural tag, if one is asked for."""
         if self.type != "structural_tag":
             return None
         return self.model_dump(exclude={"json_schema"}, exclude_none=True)
 
 
 class StructuredOutputs(Body):
-    """vLLM's constraints on the output, of which one is given. structural_tag: see
-    :mod:`nybble.server.api.structural_tag`."""
+    """vLLM's constraints on the output; exactly one must be given.
+
+    structural_tag: see :mod:`nybble.server.api.structural_tag`.
+    """
 
     ignored: ClassVar[dict[str, str]] = {"disable_fallback": "there is one back end"}
     refused: ClassVar[dict[str, str]] = {

@@ -1,4 +1,4 @@
-"""What a request may call a model: the base's names, and those of loaded adapters."""
+"""The model names a request may use: those of the base model and of loaded adapters."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _NAMES_IN_ERRORS = 20
 
 
 class ModelNames:
-    """The base answers to every name in ``base``; each adapter to its own."""
+    """Resolves model names. ``base`` are the names of the base model, its own first."""
 
     def __init__(self, engine: Engine, base: tuple[str, ...], owners: AdapterOwners) -> None:
         self._engine = engine
@@ -26,22 +26,22 @@ class ModelNames:
 
     @property
     def first(self) -> str:
-        """The base's own name."""
+        """The base model's own name."""
         return self._base[0]
 
     def bodies(self, tenant: Tenant | None) -> list[dict[str, Any]]:
-        """Every name the tenant may use as OpenAI's model object."""
+        """OpenAI's model object for every name that the tenant may use."""
         adapters = [self._adapter(info) for info in self._adapters(tenant)]
         return [self._model(name) for name in self._models(tenant)] + adapters
 
     def body(self, name: str, tenant: Tenant | None) -> dict[str, Any]:
-        """Raises ApiError 404."""
+        """OpenAI's model object for a name. Raises ApiError 404."""
         self.require(name, tenant)
         info = None if name in self._base else self._engine.adapter(name)
         return self._model(name) if info is None else self._adapter(info)
 
     def require(self, name: str, tenant: Tenant | None) -> None:
-        """Raises ApiError 404 for a name that leads nowhere, or nowhere the tenant may go."""
+        """Raises ApiError 404 for a name that is unknown or that the tenant may not use."""
         if name in self._base:
             known = tenant is None or tenant.may_use_model(name)
         else:
@@ -54,7 +54,7 @@ class ModelNames:
     ) -> str | None:
         """The adapter that the model's name, the field or the header asks for; None for the base.
 
-        Raises ApiError where a name leads nowhere or they ask for different ones.
+        Raises ApiError if a name is unknown, or if they ask for different adapters.
         """
         self.require(model, tenant)
         asked = {
@@ -113,7 +113,7 @@ class ModelNames:
             names += f" and {len(known) - _NAMES_IN_ERRORS} more"
         hint = ""
         if kind == "model" and name.rpartition("/")[2] in known:
-            # As gateways that serve many providers name their models.
+            # Gateways in front of several providers put the provider before the model's name.
             hint = f": leave out what is before it, or add --served-model-name {name}"
         return ApiError(
             404,

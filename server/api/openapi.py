@@ -1,4 +1,4 @@
-"""The server's own OpenAPI document, from the models that requests are validated with."""
+"""The server's OpenAPI document, made from the pydantic models that validate requests."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def openapi_document() -> dict[str, Any]:
             "schemas": {**definitions["$defs"], "ErrorResponse": _ERROR},
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
         },
-        # Keys are asked for only where the server was given any.
+        # A key is optional: the server asks for one only if it was started with keys.
         "security": [{}, {"key": []}],
     }
 

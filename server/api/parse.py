@@ -19,17 +19,20 @@ logger = logging.getLogger(__name__)
 
 BodyT = TypeVar("BodyT", bound=Body)
 
-# How long a client may take to send a body.
+# How long a client may take to send a body, in seconds.
 _READ_SECONDS = 60
 _LARGE_BODY = 64 << 10
 _LARGE_PLACES = 16
-# Unknown fields of one request that are left out, and of all whose names are logged.
+# The most unknown fields dropped from one request, and the most names logged in all.
 _MAX_LEFT_OUT = 64
 _MAX_NAMES = 1000
 
 
 class LargeBodies:
-    """So many are read at a time, and one parsed: a small list takes 30 times its text's memory."""
+    """Bounds the large bodies read at a time, and parses one at a time.
+
+    A parsed list of small values takes 30 times the memory of its text.
+    """
 
     def __init__(self) -> None:
         self.taken = 0
@@ -40,9 +43,10 @@ LARGE_BODIES = web.AppKey("large_bodies", LargeBodies)
 
 
 class UnknownFields:
-    """What is made of fields that are not known.
+    """How unknown fields of a request are handled.
 
-    refuse: an error. warn, ignore: they are left out, and with ``warn`` each name is logged once.
+    ``refuse`` makes them an error. ``warn`` and ``ignore`` drop them; ``warn`` also logs each name
+    once.
     """
 
     def __init__(self, policy: Literal["refuse", "warn", "ignore"] = "refuse") -> None:
@@ -51,7 +55,7 @@ class UnknownFields:
         self._seen: set[str] = set()
 
     def leave_out(self, name: str) -> None:
-        """Tell of a field that is left out."""
+        """Log a dropped field, if the policy says so."""
         if self._warns and name not in self._seen and len(self._seen) < _MAX_NAMES:
             self._seen.add(name)
             logger.warning("requests have a field that is not known, and left out: %s", name)
@@ -62,8 +66,11 @@ _REFUSE = UnknownFields()
 
 
 async def read_body(request: web.Request, kind: type[BodyT]) -> BodyT:
-    """Raises ApiError: 400 for what is not JSON or not valid, 408 for a body that does not come,
-    503 where many large ones are being read."""
+    """The validated body of a request.
+
+    Raises ApiError 400 if it is not JSON or not valid, 408 if it does not arrive in time, and 503
+    if too many large bodies are being read.
+    """
     unknown = request.app.get(UNKNOWN_FIELDS, _REFUSE)
     size = request.content_length
     if size is not None and size <= _LARGE_BODY:
@@ -90,7 +97,7 @@ async def _read(request: web.Request) -> bytes:
         async with asyncio.timeout(_READ_SECONDS):
             return await request.read()
     except web.RequestPayloadError as error:
-        request.content.feed_eof()  # there is no rest that could be read
+        request.content.feed_eof()  # so that nothing waits for the rest
         raise ApiError(
             400,
             "the body is not what its Content-Encoding or Transfer-Encoding says: "
@@ -103,9 +110,9 @@ async def _read(request: web.Request) -> bytes:
 
 
 def parse_body(data: bytes, kind: type[BodyT], unknown: UnknownFields = _REFUSE) -> BodyT:
-    """Raises ApiError 400."""
+    """Parse and validate a body. Raises ApiError 400 naming the parameter at fault."""
     try:
-        # Refuses NaN, invalid UTF-8, lone surrogates, deep nesting and endless digits.
+        # This parser refuses NaN, invalid UTF-8, lone surrogates, deep nesting and huge numbers.
         body = from_json(data, allow_inf_nan=False)
     except ValueError as error:
         raise ApiError(400, f"the body is not valid JSON: {error}", code="invalid_json") from None
@@ -132,9 +139,9 @@ def _leave_out(body: Any, path: list[str | int]) -> None:
 
 
 def _deepest(invalid: ValidationError, body: dict[str, Any]) -> ErrorDetails:
-    """The error that lies deepest: of a union's branches, the one the value was meant for.
+    """The most deeply nested error: in a union, it belongs to the branch that was meant.
 
-    A wrong value goes before a missing one, which may be missing because of it.
+    A wrong value is preferred to a missing one, which may be missing because of it.
     """
     errors = invalid.errors(include_url=False, include_input=False)
     return max(errors, key=lambda error: (len(_path(error, body)), error["type"] != "missing"))
@@ -155,7 +162,7 @@ def _api_error(error: ErrorDetails, body: dict[str, Any]) -> ApiError:
 
 
 def _path(error: ErrorDetails, body: Any) -> list[str | int]:
-    """An error's place in the body, without the names of union branches pydantic puts into it."""
+    """Path of an error in the body, without the names of union branches that pydantic adds."""
     path: list[str | int] = []
     node = body
     for key in error["loc"]:

@@ -1,4 +1,4 @@
-"""The body of /v1/responses, and the chat it comes to."""
+"""The request body of /v1/responses, and its conversion to a chat completion."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from nybble.server.api.schema import OF_THE_SERVICE, OfTheService, Priority, Sal
 
 
 class _Item(Body):
-    # Output items of earlier responses come back as input with their ids and states.
+    # Clients send output items of earlier responses back as input, with ids and statuses.
     model_config = ConfigDict(extra="ignore")
 
 
@@ -69,7 +69,7 @@ class InputCallOutput(_Item):
 
 
 class InputReasoning(_Item):
-    """Of an earlier response of a model that reasons; templates leave it out of earlier turns."""
+    """Reasoning of an earlier response. It is dropped, as chat templates drop it too."""
 
     type: Literal["reasoning"]
 
@@ -78,7 +78,7 @@ _ITEMS = ("message", "function_call", "function_call_output", "reasoning")
 
 
 def _kind(item: Any) -> str | None:
-    """An item's type; only that of a message may be left out."""
+    """An item's type. If it is left out, the item is a message."""
     if not isinstance(item, dict):
         return getattr(item, "type", None) or "message"
     kind = item.get("type") or "message"
@@ -98,8 +98,7 @@ InputItem = Annotated[
     ),
 ]
 
-# What would go into the items of built-in tools, of reasoning and of images, which there are none
-# of here.
+# Extra content for items of built-in tools, reasoning and images; there are no such items here.
 _NOT_INCLUDED = (
     "reasoning.encrypted_content",
     "file_search_call.results",
@@ -252,7 +251,7 @@ class ResponsesRequest(OfTheService):
             if not isinstance(item, InputCall):
                 messages.append(item.turn())
                 continue
-            # Calls belong to the assistant's turn before them; between items there is none.
+            # A call belongs to the assistant's turn before it. Add an empty turn if there is none.
             if not messages or messages[-1]["role"] != "assistant":
                 messages.append({"role": "assistant"})
             messages[-1].setdefault("tool_calls", []).append(item.call())

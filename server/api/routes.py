@@ -62,7 +62,7 @@ class Api:
         *,
         trust_chat_templates: bool = False,
     ) -> None:
-        """trust_chat_templates: whether requests may bring templates of their own."""
+        """trust_chat_templates: whether requests may contain chat templates of their own."""
         self._gate = gate
         self._engine = engine
         self._metrics = metrics
@@ -87,7 +87,7 @@ class Api:
             web.get("/version", self.version),
             web.get("/openapi.json", self.openapi),
             web.get("/v1/models", self.list_models),
-            # Hub names have a slash in them.
+            # Model names from the Hub contain a slash.
             web.get("/v1/models/{model:.+}", self.get_model),
             web.post("/v1/chat/completions", self.chat_completions),
             web.post("/v1/completions", self.completions),
@@ -194,7 +194,7 @@ class Api:
         body = await read_body(request, CompletionRequest)
         adapter = self._adapter_of(request, body.model, body.adapter)
         params = body.sampling_params(body.limit, body.logprobs, self._engine.sampling_defaults)
-        parse_special = body.parse_special is not False  # prompts made by a template have markers
+        parse_special = body.parse_special is not False  # rendered chat templates contain markers
         prompts = await self._encoded(body, body.prompts, params, parse_special=parse_special)
         echoes = None
         if body.echo:
@@ -296,7 +296,7 @@ class Api:
         return Logprobs(self._tokens, ends, as_token_ids=as_ids)
 
     def _room(self, params: SamplingParams) -> int:
-        """Tokens of the longest prompt that leaves room for what is asked for."""
+        """The longest prompt, in tokens, that leaves room for the requested output."""
         least = 1 if params.max_tokens is None else params.max_tokens
         return self._engine.max_model_len - least
 
@@ -316,7 +316,7 @@ class Api:
             prompts, special_tokens=special, any_length=cut, parse_special=parse_special
         )
         if cut:
-            # Special tokens around a text stay; token ids are taken as they are.
+            # Truncation keeps the special tokens around a text; token ids have none added.
             text = isinstance(prompts[0], str) and special
             around = self._prompts.around if text else (0, 0)
             encoded = [body.truncated(each, self._room(params), around) for each in encoded]
@@ -327,7 +327,7 @@ class Api:
 
 @contextmanager
 def _parameters_called(names: Mapping[str, str]) -> Iterator[None]:
-    """Errors about the engine's parameters speak of the endpoint's names for them."""
+    """Rename the engine's parameters in errors to the endpoint's names for them."""
     try:
         yield
     except ParameterError as error:

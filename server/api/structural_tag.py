@@ -1,6 +1,6 @@
-"""Structural tags: free text in which certain beginnings are followed by JSON of a schema.
+"""Structural tags: free text in which certain beginnings must be followed by JSON of a schema.
 
-Two spellings are read, as vLLM and SGLang take them: ``{"structures": [{"begin", "schema", "end"}],
+Two forms are accepted, as in vLLM and SGLang: ``{"structures": [{"begin", "schema", "end"}],
 "triggers": […]}``, and xgrammar's ``{"format": {"type": "triggered_tags", "triggers": […], "tags":
 [{"begin", "content": {"type": "json_schema", "json_schema": …}, "end"}]}}``.
 """
@@ -16,7 +16,7 @@ _MAX_TAGS = 128
 
 
 def tags_of(tag: dict[str, Any]) -> list[StructuralTag]:
-    """Raises ValueError naming what is missing, wrong or not supported."""
+    """The tags in either form. Raises ValueError naming what is missing, wrong or unsupported."""
     chosen = tag.get("format")
     if chosen is None:
         rules, triggers = tag.get("structures"), tag.get("triggers")

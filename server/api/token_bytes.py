@@ -8,17 +8,17 @@ from nybble.engine import Vocabulary
 
 
 class TokenBytes:
-    """Token ids to bytes and to text that stands alone."""
+    """Maps token ids to bytes and to printable text."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._vocabulary = Vocabulary(tokenizer.backend_tokenizer)
 
     def of(self, token_id: int) -> bytes:
-        """Empty for an id that no token has, in an embedding padded to a round size."""
+        """A token's bytes; empty for a padding row of the vocabulary, which is no token."""
         return self._vocabulary.spelling(token_id)
 
     def text(self, token_id: int) -> str:
-        """The token as text; one that is no whole character is spelled ``bytes:\\xe2\\x98``."""
+        """A token as text; if it is not whole characters, as ``bytes:\\xe2\\x98``."""
         data = self.of(token_id)
         try:
             return data.decode()

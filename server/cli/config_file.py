@@ -11,9 +11,9 @@ import typer
 
 
 def read_config(context: typer.Context, path: Path | None) -> Path | None:
-    """Make what the file says the command's defaults, so that flags win over it.
+    """Make the file's values the command's defaults, so that flags override them.
 
-    A callback of an eager option. Raises typer.BadParameter naming the file and the key at fault.
+    The callback of an eager option. Raises typer.BadParameter naming the file and key at fault.
     """
     if path is None:
         return None

@@ -1,6 +1,6 @@
-"""What ``nybble doctor`` looks at: the software, the device, the kernels, and whether a model fits.
+"""The checks of ``nybble doctor``: software, device, kernels, and whether a model fits.
 
-A finding is broken where serving would fail, a warning where it would be slower than it could be.
+A finding is *broken* if serving would fail, and a *warning* if it would be slower than possible.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Plan:
 def examine(
     device: str, plan: Plan | None, memory: Callable[[torch.device], int] | None = None
 ) -> Iterator[Finding]:
-    """Findings as they come. memory: bytes a device has free, measured where None."""
+    """Findings as they come. memory: gives a device's free bytes; None to measure them."""
     yield Finding("versions", _versions())
     yield Finding("CPU", f"{_cpu_name()}; {torch.get_num_threads()} threads")
     yield _gpu()
@@ -131,7 +131,7 @@ def _gpu() -> Finding:
 
 
 def _cpu_kernels(device: torch.device) -> Finding:
-    """Compiles them where they are not in the cache: nothing less tells whether that works."""
+    """Compiles the kernels if they are not cached: only that shows whether it works."""
     try:
         library = build_fastest()
     except CpuKernelsUnavailableError as error:

@@ -1,4 +1,4 @@
-"""A model's path is looked at before what opens it is imported, which takes seconds."""
+"""Checks a model's path before the imports that load it, which take seconds."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from pathlib import Path
 
 
 def require_path(model: str) -> None:
-    """Raises FileNotFoundError for a path that leads nowhere, with the name that was meant.
+    """Raises FileNotFoundError for a missing path, and suggests a similar one.
 
-    Names that may be an alias or a hub's are left to :func:`nybble.loaders.resolve_model`.
+    Names that may be aliases or hub names are left to :func:`nybble.loaders.resolve_model`.
     """
     if not (model.startswith((".", "/", "~")) or model.count("/") > 1 or model.endswith(".gguf")):
         return
     path = Path(model).expanduser()
     if path.exists():
         return
-    # The part of the path that is wrong: the first that is not there.
+    # The first part of the path that does not exist.
     wrong = next(part for part in (*reversed(path.parents), path) if not part.exists())
     beside = [file.name for file in wrong.parent.iterdir()] if wrong.parent.is_dir() else []
     near = difflib.get_close_matches(wrong.name, beside, n=1)

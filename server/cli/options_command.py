@@ -1,4 +1,4 @@
-"""A typer command of an options class: what the class says, the command line and its help show."""
+"""Makes a typer command from an options class: its fields become flags with their help."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 def parameters(options: type[Any]) -> Iterator[Parameter]:
-    """A parameter for each field of a dataclass, with those of a field that is one in its place."""
+    """A parameter for each field of a dataclass; nested dataclasses are flattened."""
     hints = get_type_hints(options, include_extras=True)
     for field in fields(options):
         hint = hints[field.name]
@@ -28,7 +28,7 @@ def parameters(options: type[Any]) -> Iterator[Parameter]:
 
 
 def filled(options: type[T], values: dict[str, Any]) -> T:
-    """The options with the values that are named as their parameters are."""
+    """An options object from values by parameter name."""
     hints = get_type_hints(options)
     given = {
         field.name: filled(hints[field.name], values)

@@ -1,11 +1,13 @@
-"""Keeps web pages from using a server that asks for no key through the browser of whoever runs it.
+"""Keeps web pages from using a server without keys through the browser of the user who runs it.
 
 Any page may send what a form can send (``text/plain``, forms, no type) to ``http://localhost:8000``
-without asking first. It cannot read the answer, but the work is done. So a body has to say that it
-is JSON, which makes a browser ask (a preflight, see :mod:`nybble.server.http.cors`), and a server
-without keys refuses pages of another origin. A page may also have its own name resolve to 127.0.0.1
-once it is loaded (DNS rebinding); the browser then takes both for the same origin. So on a loopback
-address such a server answers only to names that are known to mean it. An address cannot be rebound.
+without asking first. It cannot read the answer, but the work is done. So a body must be declared as
+JSON, for which browsers ask first (a preflight, see :mod:`nybble.server.http.cors`). A server
+without keys also refuses pages of other origins.
+
+A page may also make its own host name resolve to 127.0.0.1 after it is loaded (DNS rebinding). The
+browser then considers both the same origin. So on a loopback address a server without keys answers
+only to known names of its own, and to IP addresses, which cannot be rebound.
 """
 
 from __future__ import annotations
@@ -23,13 +25,14 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 _BODIES = ("application/json", "multipart/form-data")
 _SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
-# What a browser says, and no page can say for it: the page is this server's, or there is none.
+# Values of Sec-Fetch-Site, which browsers set and pages cannot: the request comes from this
+# server's own page, or from no page.
 _OWN_SITES = ("same-origin", "none")
 
 
 @web.middleware
 async def require_json(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Raises ApiError 415 for a body that does not say that it is JSON, or an upload's form."""
+    """Raises ApiError 415 for a body whose type is neither JSON nor an upload's form."""
     if request.match_info.http_exception is not None:
         return await handler(request)
     if request.body_exists and request.content_type not in _BODIES:
@@ -44,11 +47,14 @@ async def require_json(request: web.Request, handler: Handler) -> web.StreamResp
 
 
 class BrowserGuard:
-    """For a server without keys."""
+    """Refuses requests that web pages elsewhere send. For a server without keys."""
 
     def __init__(self, origins: Collection[str], hosts: Collection[str] | None) -> None:
-        """origins: of other pages that may send requests, ``*`` for any. hosts: names that mean
-        this server, besides localhost and addresses; None for any name."""
+        """Set what is allowed.
+
+        origins: of other pages that may send requests; ``*`` for any.
+        hosts: names of this server, besides localhost and IP addresses; None for any name.
+        """
         self._origins = frozenset(origin.lower() for origin in origins)
         self._hosts: frozenset[str] | None = None
         if hosts is not None:
@@ -56,7 +62,7 @@ class BrowserGuard:
             self._hosts = frozenset(host.lower() for host in (*hosts, *own))
 
     def middleware(self) -> Middleware:
-        """Raises ApiError 403 for what a page elsewhere has a browser send."""
+        """Raises ApiError 403 for a request that another site's page made a browser send."""
 
         @web.middleware
         async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:

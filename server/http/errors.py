@@ -34,17 +34,19 @@ _TYPES = {
     429: "rate_limit_error",
 }
 _MAX_MESSAGE = 500
-# The last is what a limit on the size of files gives, of the process or of the file system.
+# EFBIG: a file-size limit of the process or of the file system.
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _MAX_PARAM = 100
 
 
 class ApiError(Exception):
-    """A response other than the one asked for.
+    """An error response.
 
-    param: the request's parameter at fault. code: a stable name for programs. retry_after: seconds.
-    allow: the methods that are allowed, of a 405. close: whether the connection cannot be used for
-    another request.
+    param: the request's parameter at fault.
+    code: a stable name for programs.
+    retry_after: for the Retry-After header, in seconds.
+    allow: the allowed methods, for a 405.
+    close: whether the connection must be closed after the response.
     """
 
     def __init__(
@@ -58,7 +60,7 @@ class ApiError(Exception):
         allow: str | None = None,
         close: bool = False,
     ) -> None:
-        # One line of bounded length, whatever of the request it quotes.
+        # The message may quote the request: make it one line of bounded length.
         message = " ".join(message.split())[:_MAX_MESSAGE]
         super().__init__(message)
         self.status = status
@@ -71,7 +73,7 @@ class ApiError(Exception):
 
     @property
     def cause(self) -> str:
-        """What metrics count it as: one of few."""
+        """The value of the metrics' ``cause`` label, one of a few."""
         return self.code or f"http_{self.status}"
 
     def body(self) -> dict[str, Any]:
@@ -105,7 +107,7 @@ class ApiError(Exception):
 
 
 def as_api_error(error: Exception, request_id: str) -> ApiError:
-    """What a client is told about ``error``; what nobody foresaw is logged and told as 500."""
+    """The response for ``error``; an unexpected error is logged and becomes a 500."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, ContextLengthError):

@@ -11,7 +11,7 @@ BACKLOG = 1024  # connections that wait to be accepted
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket bound to the address, not listening yet; an IPv6 one may stand in brackets.
+    """A socket bound to the address, not listening yet; an IPv6 address may be in brackets.
 
     Raises OSError naming the option at fault.
     """
@@ -47,8 +47,8 @@ def _refusal(host: str, port: int, error: OSError) -> str:
 def bind_unix(path: Path) -> socket.socket:
     """A Unix domain socket bound to the path, not listening yet.
 
-    A socket that nobody listens on any more, which a process that was killed leaves, is replaced.
-    Raises OSError for one that is in use, and for a path that cannot be one.
+    A stale socket, as a killed process leaves it, is replaced. Raises OSError for a socket that is
+    in use, and for a path that cannot be a socket.
     """
     if path.exists() and not path.is_socket():
         raise OSError(f"--uds {path} exists and is no socket: choose another path")
@@ -75,7 +75,7 @@ def _answers(path: Path) -> bool:
 
 
 def is_loopback(sock: socket.socket) -> bool:
-    """Whether only programs on this machine reach a bound socket by an address and a port."""
+    """Whether a bound socket has an address that only programs on this machine can reach."""
     if sock.family == socket.AF_UNIX:
         return False
     return ip_address(sock.getsockname()[0]).is_loopback

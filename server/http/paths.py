@@ -1,4 +1,4 @@
-"""Paths as clients put them together: below a proxy's prefix, or with slashes too many."""
+"""Accepts paths below a proxy's prefix, and paths with too many slashes."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from aiohttp.web_urldispatcher import PlainResource, UrlMappingMatchInfo
 
 
 class OtherSpellings(PlainResource):
-    """Finds the route of a path that has none as it was written; to be added after all others.
+    """Finds the route for another spelling of its path. Add this resource after all others.
 
-    ``//v1//models/`` is ``/v1/models``: clients append to a base URL that ends in a slash. Below
-    ``root_path`` there is what is below ``/``, for proxies that leave the prefix in the path.
+    ``//v1//models/`` is taken as ``/v1/models``, because some clients append to a base URL which
+    ends in a slash. ``root_path`` is removed, because some proxies leave their prefix in the path.
     """
 
     def __init__(self, router: web.UrlDispatcher, root_path: str) -> None:
         """root_path: ``/prefix``, or empty."""
-        super().__init__("/")  # where the router looks last, whatever the path
+        super().__init__("/")  # the router tries this index last, for any path
         self._router = router
         self._root_path = root_path
 
@@ -36,6 +36,6 @@ class OtherSpellings(PlainResource):
 
 
 def matched_path(request: web.Request) -> str:
-    """The path of the route that a request has found, or its own path if it has found none."""
+    """The path pattern of the request's route, or its own path if no route matches."""
     resource = request.match_info.route.resource
     return request.path if resource is None else resource.canonical

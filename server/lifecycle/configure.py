@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # it needs packages of its own
     from nybble.server.observability.tracing import Tracing
 
 _RESTARTS = 3
-# Settings of the engine that are not called as their flags are.
+# Engine settings whose flags have other names.
 _FLAGS = {
     "host_bytes": "--lora-host-memory",
     "kv_cache_bytes": "--kv-cache-memory",
@@ -33,7 +33,7 @@ _FLAGS = {
 
 
 def engine_config(options: ServeOptions) -> EngineConfig:
-    """Raises ValueError for a device that is not there, and for what does not go together."""
+    """The engine's settings. Raises ValueError for a missing device and for contradictions."""
     model, memory = options.model, options.memory
     device = resolve_device(model.device)
     default_tokens = 128 if device.type == "cpu" else 512
@@ -53,7 +53,7 @@ def engine_config(options: ServeOptions) -> EngineConfig:
 
 
 def _adapter_config(options: ServeOptions) -> AdapterConfig | None:
-    """None for a server that makes no room for adapters."""
+    """None if the server has no adapter slots."""
     asked = options.adapters
     named = asked.enable_lora or asked.lora_modules or asked.lora_root or asked.lora_watch
     if not (named or _trains(options.training)):
@@ -62,7 +62,10 @@ def _adapter_config(options: ServeOptions) -> AdapterConfig | None:
 
 
 def server_settings(options: ServeOptions, device: str, *, loopback: bool) -> ServerSettings:
-    """device: that jobs train on. loopback: whether the server listens there alone.
+    """The server's settings.
+
+    device: the device that training jobs use.
+    loopback: whether the server listens on a loopback address only.
 
     Raises ValueError and OSError naming the option at fault.
     """
@@ -89,7 +92,7 @@ def server_settings(options: ServeOptions, device: str, *, loopback: bool) -> Se
         shutdown_timeout=network.shutdown_timeout,
         tls=tls,
         cors=Cors(network.allowed_origins) if network.allowed_origins else None,
-        # Elsewhere nobody can say which names the server has.
+        # On other addresses the server's names are not known.
         allowed_hosts=hosts if loopback and "*" not in hosts else None,
         root_path=network.root_path,
         console=not network.no_console,
@@ -144,7 +147,7 @@ def _tracing(endpoint: str) -> Tracing:
 
 @contextmanager
 def flags_named() -> Iterator[None]:
-    """An error that names settings of the engine names the flags that they were given by."""
+    """Replace the engine's setting names in errors by the names of the flags."""
     try:
         yield
     except ValueError as error:

@@ -56,7 +56,7 @@ async def _load_and_serve(
 ) -> None:
     log_format = options.operation.log_format
     startup = Startup(bars=log_format == "text" and sys.stderr.isatty())
-    sock.listen(BACKLOG)  # before it is told where it listens
+    sock.listen(BACKLOG)  # before the log says where
     logger.info(Event("starting", {"health": f"{_origin(sock, settings)}/health"}))
 
     def load() -> tuple[Engine, Path]:

@@ -1,8 +1,8 @@
-"""What ``nybble serve`` can be told: each option's name, type, default, help and panel, said once.
+"""The options of ``nybble serve``: each one's name, type, default, help and panel.
 
-The flags, the TOML file of ``--config`` and the table in the documents are made from these classes
-(see :mod:`nybble.server.cli.options_command`). A program that starts a server itself fills them in
-directly. A field is the flag of the same name: ``max_num_seqs`` is ``--max-num-seqs``.
+The flags, the keys of ``--config``'s TOML file and the table in the documents are made from these
+classes (see :mod:`nybble.server.cli.options_command`). A program that starts a server itself can
+fill them in directly. A field is the flag of the same name: ``max_num_seqs`` is ``--max-num-seqs``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import typer
 
 from nybble.server.observability.logs import LogFormat
 
-# Options by the panel that `--help` shows them in.
+# One for each panel of `--help`.
 _model = partial(typer.Option, rich_help_panel="Model")
 _network = partial(typer.Option, rich_help_panel="Network")
 _keys = partial(typer.Option, rich_help_panel="Keys")
@@ -33,10 +33,7 @@ _UNITS |= {f"{unit}B": 1000 ** (i + 1) for i, unit in enumerate("KMGT")}
 
 
 def parse_bytes(text: str | int) -> int:
-    """Bytes of ``2GiB``, ``500MB``, ``1073741824``; a number is bytes already.
-
-    Raises typer.BadParameter.
-    """
+    """Bytes of ``2GiB``, ``500MB`` or ``1073741824``. Raises typer.BadParameter."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?i?B|)", str(text).strip())
     if match is None or match[2] not in _UNITS:
         raise typer.BadParameter(f"{text!r} is not a size such as 2GiB, 500MB or 1073741824")
@@ -54,10 +51,10 @@ def _root_path(text: str) -> str:
     return path
 
 
-# Of options for bytes, which `--help` shows no numbers of bytes for.
+# For options in bytes. Their help texts say the default in units, so `--help` shows no number.
 _SIZE: dict[str, Any] = {"parser": parse_bytes, "metavar": "SIZE", "show_default": False}
 
-# Options that other commands take as well.
+# An option that other commands have as well.
 AliasesOption = Annotated[
     Path | None,
     _model(help="TOML file of alias = 'folder or hub name'.", dir_okay=False, exists=True),
@@ -106,7 +103,7 @@ class ModelOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkOptions:
-    """Where to listen, to whom, and for how long after the end is asked for."""
+    """Where to listen, which hosts and origins to accept, and how long shutting down may take."""
 
     host: Annotated[str, _network(help="Address to listen on; 0.0.0.0: all.")] = "127.0.0.1"
     port: Annotated[int, _network(help="0 takes any free one.", min=0, max=65535)] = 8000
@@ -166,7 +163,10 @@ class NetworkOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class KeyOptions:
-    """Who may ask. api_key: any of them opens the API; None and no tenants: it is open."""
+    """Who may use the API.
+
+    api_key: keys, any of which is accepted. Without keys and tenants the API is open.
+    """
 
     api_key: Annotated[
         list[str] | None,
@@ -187,9 +187,9 @@ class KeyOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryOptions:
-    """The KV cache, and how much is computed at once or waits.
+    """The KV cache, and how much is computed at once or may wait.
 
-    kv_cache_memory: bytes; None for what ``auto`` stands for.
+    kv_cache_memory: bytes; None for ``auto``.
     """
 
     kv_cache_memory: Annotated[
@@ -227,7 +227,8 @@ class MemoryOptions:
 class AdapterOptions:
     """LoRA adapters: which ones, from where, and the memory they get.
 
-    lora_modules: ``NAME=PATH`` each. lora_host_memory: bytes.
+    lora_modules: each ``NAME=PATH``.
+    lora_host_memory: bytes.
     """
 
     enable_lora: Annotated[
@@ -313,7 +314,7 @@ class TrainingOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class OperationOptions:
-    """What happens when the engine fails, and what is told about the server."""
+    """What happens when the engine fails; logs and traces."""
 
     on_engine_failure: Annotated[
         Literal["exit", "restart"],
@@ -333,7 +334,7 @@ class OperationOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ServeOptions:
-    """All of them, in groups."""
+    """All options, in groups."""
 
     model: ModelOptions
     network: NetworkOptions = NetworkOptions()

@@ -26,11 +26,11 @@ from nybble.server.training.schema import CreateJob
 from nybble.server.training.settings import TrainingSettings
 
 JOBS = "/v1/fine_tuning/jobs"
-# Of one owner: a queue is shared, and only one job runs.
+# The most unfinished jobs of one owner: all share one queue, and only one job runs at a time.
 _MAX_UNFINISHED = 20
 _NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9._-]+")
 _ID_LETTERS = "abcdefghijkmnpqrstuvwxyzABCDEFGHJKLMNPQRSTUVWXYZ23456789"
-_OPERATORS_NAME = "nybble"  # where OpenAI's names have an organization and there is no tenant
+_OPERATORS_NAME = "nybble"  # in place of the organization, if there is no tenant
 
 
 class JobRoutes:
@@ -44,7 +44,11 @@ class JobRoutes:
         settings: TrainingSettings,
         targets: Sequence[str],
     ) -> None:
-        """models: the names of the base. targets: its linear layers that an adapter can change."""
+        """Set the routes' parts.
+
+        models: the names of the base model.
+        targets: its linear layers that an adapter can change.
+        """
         self._jobs = jobs
         self._files = files
         self._runner = runner
@@ -164,7 +168,7 @@ class JobRoutes:
         return json_response(page.body(events, Event.body))
 
     async def checkpoints(self, request: web.Request) -> web.Response:
-        """The one there is: the adapter that is served, as it was where it was best."""
+        """The only checkpoint: the served adapter, from the step with the lowest loss."""
         job = await self._job(request)
         page = Page.of(request, default=10, most=100)
         found = [job] if job.model is not None and job.best is not None else []

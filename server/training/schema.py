@@ -1,4 +1,4 @@
-"""The body that creates a job: OpenAI's, and in ``nybble`` what ``nybble finetune`` takes too."""
+"""The body that creates a job: OpenAI's fields, and ``nybble`` with more options."""
 
 from __future__ import annotations
 
@@ -17,7 +17,11 @@ _Value = Annotated[str, Field(max_length=512)]
 
 
 class Hyperparameters(Body):
-    """batch_size: examples in a step. learning_rate_multiplier: of the rate that is the default."""
+    """OpenAI's hyperparameters.
+
+    batch_size: examples in a step.
+    learning_rate_multiplier: factor on the default learning rate.
+    """
 
     n_epochs: Annotated[int, Field(ge=1, le=1000)] | _AUTO | None = None
     batch_size: Annotated[int, Field(ge=1, le=256)] | _AUTO | None = None
@@ -39,8 +43,10 @@ class Method(Body):
 
 
 class Options(Body):
-    """By the names of ``nybble finetune``'s options and with their defaults, but for packing, which
-    would make a batch of another size than asked for, and patience, which would end a run early.
+    """Options of ``nybble finetune``, with the same names and defaults.
+
+    Packing and patience are missing: packing would change the requested batch size, and patience
+    would end a run early.
     """
 
     rank: Annotated[int, Field(ge=1, le=256)] = 16
@@ -89,5 +95,5 @@ class CreateJob(Body):
         return nested or self.hyperparameters or Hyperparameters()
 
     def kept(self) -> dict[str, Any]:
-        """What is stored: the body but for what is null."""
+        """The body without null fields, as it is stored."""
         return self.model_dump(mode="json", exclude_none=True)

@@ -216,7 +216,7 @@ class LLM:
         return self._run(encoded, params, adapter, progress)
 
     def close(self) -> None:
-        """End the engine and free its memory; whoever waits for an answer gets an error."""
+        """End the engine and free its memory. Calls in progress raise an error."""
         self._finalizer()
 
     def __enter__(self) -> Self:
@@ -356,8 +356,8 @@ class _LoopThread(threading.Thread):
         self.loop.close()
 
     def stop(self) -> None:
-        """Let what has begun come to its end, and end the thread."""
-        # The last reference to an LLM may be dropped on this very thread, which cannot wait here.
+        """Let running tasks finish, then end the thread."""
+        # The last reference to an LLM may be dropped on this thread, which cannot wait for itself.
         if threading.current_thread() is not self:
             asyncio.run_coroutine_threadsafe(self._drain(), self.loop).result()
         self.loop.call_soon_threadsafe(self.loop.stop)

@@ -84,6 +84,6 @@ def evaluate(
 
 
 def _short_names(models: list[str]) -> list[str]:
-    """The last parts of paths and hub names where these tell the models apart."""
+    """The last parts of paths and hub names, if these tell the models apart."""
     short = [Path(name).name for name in models]
     return short if len(set(short)) == len(short) else models

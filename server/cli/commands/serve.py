@@ -10,7 +10,7 @@ from nybble.server.cli.options_command import takes
 from nybble.server.lifecycle.options import ServeOptions
 from nybble.server.observability import logs
 
-_ENGINE_FAILED = 70  # EX_SOFTWARE, where 1 is for what was asked for in vain
+_ENGINE_FAILED = 70  # EX_SOFTWARE; 1 is for bad options
 
 
 @takes(ServeOptions, positional="model")
