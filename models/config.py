@@ -37,7 +37,12 @@ def head_sizes(config: PretrainedConfig) -> tuple[int, int, int]:
         )
     head_dim = getattr(config, "head_dim", None)
     if head_dim is None:
-        return heads, kv_heads, size(config, "hidden_size") // heads
+        hidden = size(config, "hidden_size")
+        if hidden < heads:
+            raise UnsupportedModelError(
+                f"hidden_size {hidden} is less than num_attention_heads {heads}"
+            )
+        return heads, kv_heads, hidden // heads
     return heads, kv_heads, size(config, "head_dim")
 
 
