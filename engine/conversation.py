@@ -148,14 +148,14 @@ class ChatEncoder:
             for turn in turns
         ]
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text made of shielded turns, without what inputs begin with.
+    def encode(self, text: str, *, shielded: bool = True) -> list[int]:
+        """Token ids of a text made of shielded turns or of others, without what inputs begin with.
 
         As the tokenizer's own where no message has a marker in its text.
         """
-        if _SHIELD not in text:
-            return _encode(self._backend, text)
-        return self._without_markers().encode(text)
+        if shielded and _SHIELD in text:
+            return self._without_markers().encode(text)
+        return _encode(self._backend, text)
 
     def encode_plain(self, text: str) -> list[int]:
         """Token ids of ``text`` in which nothing is a marker."""
@@ -212,7 +212,9 @@ class _PlainTokenizer:
                 special=token.special,
             )
             self._tokenizer.add_tokens([renamed])
-            self._ids[self._tokenizer.token_to_id(spelling)] = number
+            added_as = self._tokenizer.token_to_id(spelling)
+            assert added_as is not None
+            self._ids[added_as] = number
         longest_first = sorted(self._spellings, key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         # Some vocabularies have a marker among the pieces of text too.

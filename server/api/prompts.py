@@ -156,7 +156,7 @@ class Prompts:
 
         def work() -> tuple[int, ...]:
             self._require_few_tokens(text)
-            return tuple(self._chat_encoder.encode(text))
+            return tuple(self._chat_encoder.encode(text, shielded=not parse_special))
 
         return await self._off_loop(len(text), work)
 
