@@ -16,6 +16,7 @@ COPY engine engine
 COPY finetune finetune
 COPY kernels kernels
 COPY loaders loaders
+COPY models models
 COPY quantizers quantizers
 COPY server server
 COPY src src

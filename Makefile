@@ -6,9 +6,12 @@ BIN    := $(VENV)/bin
 MODEL  ?= demo
 PORT   ?= 8000
 
-.PHONY: install serve test test-browser test-clients test-peers audit fuzz emulate sanitize lint gpu clean
+.PHONY: install install-dev serve format test test-all test-avx2 test-browser test-clients test-peers \
+	audit fuzz emulate sanitize lint lint-deploy gpu clean
 
+# What serving needs; install-dev adds what the tests and lint need.
 install: $(VENV)/.installed
+install-dev: $(VENV)/.installed-dev
 
 # Constraints pin every dependency; torch is named first so that pip settles which build of it is
 # used before anything else asks for one. TORCH_INDEX_URL may name PyTorch's index of CPU builds,
@@ -18,27 +21,49 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --progress-bar on -c constraints.txt \
 		$(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) torch
-	$(BIN)/pip install --progress-bar on -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install --progress-bar on -c constraints.txt -e .
 	$(BIN)/python -m nybble.kernels.cpu.build
+	touch $@
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/pip install --progress-bar on -c constraints.txt -e '.[dev]'
 	touch $@
 
 # Anything else for the server: make serve MODEL=org/name ARGS="--max-num-seqs 8"
 serve: install
-	$(BIN)/serve --model $(MODEL) --port $(PORT) $(ARGS)
+	$(BIN)/serve $(MODEL) --port $(PORT) $(ARGS)
 
-lint: install
+# Formats the code, mends what ruff can, and writes the documents' tables from the code.
+format: install-dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+	$(BIN)/python -P tests/test_documents.py
+	$(BIN)/python -P tests/server/api/test_field_table.py
+
+lint: install-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy -p nybble
 	$(BIN)/mypy load_tests/*.py
 
+# Two processes, each with whole files, in the order of their names: long ones do not come last.
+# make test ARGS="tests/engine -x" for a part. docs/testing.md says what test-all adds.
+PYTEST := $(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 test: lint
 	@command -v chromium chromedriver >/dev/null || \
 		echo "*** no chromium: the page at / is NOT tested in a browser; see make test-browser ***"
-	$(BIN)/pytest
+	$(PYTEST) $(ARGS)
+
+test-all: lint
+	$(PYTEST) -m "" $(ARGS)
+
+# On a machine with AVX-512, what one without it computes: sums in other orders round elsewhere.
+test-avx2: install-dev
+	NYBBLE_CPU_TARGET=avx2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 \
+		MKL_ENABLE_INSTRUCTIONS=AVX2 $(PYTEST) $(or $(ARGS),tests/engine tests/models \
+		tests/finetune tests/quantizers tests/loaders tests/server tests/faults)
 
 # The page in a headless Chromium, which root has installed where apt is.
-test-browser: install
+test-browser: install-dev
 	command -v chromium chromedriver >/dev/null || \
 		{ apt-get update -q && apt-get install -yq --no-install-recommends chromium chromium-driver; }
 	$(BIN)/pytest tests/server/console
@@ -68,25 +93,26 @@ build/clients/.installed: tests/clients/requirements.txt
 	$(PYTHON) -m venv build/clients
 	build/clients/bin/pip install --progress-bar on -r $<
 	touch $@
-test-clients: install build/clients/.installed
+test-clients: install-dev build/clients/.installed
 	build/clients/bin/pytest -q -c /dev/null --rootdir=. --confcutdir=tests/clients \
 		--import-mode=importlib -p no:cacheprovider -W ignore $(CLIENTS)
 
-# Our GPTQ and AWQ checkpoints in transformers with GPTQModel, on top of the environment's torch.
-build/peers/.installed: tests/peers/requirements.txt | install
+# Our checkpoints in transformers with GPTQModel, and in compressed-tensors, on top of the
+# environment's torch.
+build/peers/.installed: tests/peers/requirements.txt | install-dev
 	$(PYTHON) -m venv build/peers
 	build/peers/bin/pip install --progress-bar on --no-deps -r $<
 	touch $@
 test-peers: build/peers/.installed
 	packages=$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])'); \
 	PYTHONPATH=src:$$packages build/peers/bin/python -m pytest -q \
-		tests/quantizers/test_in_gptqmodel.py
+		tests/quantizers/test_in_gptqmodel.py tests/quantizers/test_in_compressed_tensors.py
 
 # atheris over request bodies, checkpoints and adapters, FUZZ_SECONDS each (five minutes in all);
 # the same targets run for a moment in the tests. Its corpus stays in build/fuzz.
 FUZZ_SECONDS ?= 100
 FUZZ := request_body checkpoint adapter
-build/fuzz/.installed: tests/fuzz/requirements.txt | install
+build/fuzz/.installed: tests/fuzz/requirements.txt | install-dev
 	$(PYTHON) -m venv build/fuzz/venv
 	build/fuzz/venv/bin/pip install --progress-bar on -r $<
 	touch $@
@@ -102,15 +128,15 @@ fuzz: build/fuzz/.installed
 # of sm_80, sm_89, sm_90 and sm_100, two at a time; fixed ones run in the tests. What fails names its seed.
 EMULATE_SECONDS ?= 600
 EMULATE_SEED ?= $(shell date +%s)
-emulate: install
+emulate: install-dev
 	mkdir -p build
-	set -o pipefail; $(BIN)/python tests/kernels/emulator/random_checks.py \
+	set -o pipefail; $(BIN)/python tests/ptx_emulator/random_checks.py \
 		--seed $(EMULATE_SEED) --seconds $(EMULATE_SECONDS) | tee build/emulate.jsonl
 
 # The CPU kernels' tests on kernels instrumented by GCC's AddressSanitizer and UBSan: the compiler
 # the build finds is a script that adds the flags. Leaks are not looked for, Python has its own; and
 # a test asks for a segmentation fault and one for an exhausted address space.
-sanitize: install
+sanitize: install-dev
 	rm -rf build/sanitize && mkdir -p build/sanitize/bin
 	printf '#!/bin/sh\nexec %s "$$@" -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all\n' \
 		"$$(command -v g++)" > build/sanitize/bin/g++

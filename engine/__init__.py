@@ -3,15 +3,18 @@
 from nybble.engine.adapters import AdapterInfo
 from nybble.engine.config import AdapterConfig, EngineConfig, resolve_device
 from nybble.engine.engine import Engine
-from nybble.engine.guide import GrammarCompiler, GrammarGuide
+from nybble.engine.guide import GrammarCompiler, GrammarGuide, StructuralTag
 from nybble.engine.request import (
     AdapterUnavailableError,
+    ContextLengthError,
     EngineFailedError,
     EngineOverloadedError,
     EngineStoppedError,
     Guide,
     GuideError,
     NotANumberError,
+    NothingAllowedError,
+    NoTokenError,
     OutOfMemoryError,
     ParameterError,
     Pooling,
@@ -20,8 +23,10 @@ from nybble.engine.request import (
     RequestOutput,
     SamplingParams,
     TokenLogprob,
+    require_known_tokens,
 )
 from nybble.engine.stats import EngineStats
+from nybble.engine.vocabulary import Vocabulary
 from nybble.loaders import AdapterError
 
 __all__ = [
@@ -29,6 +34,7 @@ __all__ = [
     "AdapterError",
     "AdapterInfo",
     "AdapterUnavailableError",
+    "ContextLengthError",
     "Engine",
     "EngineConfig",
     "EngineFailedError",
@@ -39,7 +45,9 @@ __all__ = [
     "GrammarGuide",
     "Guide",
     "GuideError",
+    "NoTokenError",
     "NotANumberError",
+    "NothingAllowedError",
     "OutOfMemoryError",
     "ParameterError",
     "Pooling",
@@ -47,6 +55,9 @@ __all__ = [
     "Request",
     "RequestOutput",
     "SamplingParams",
+    "StructuralTag",
     "TokenLogprob",
+    "Vocabulary",
+    "require_known_tokens",
     "resolve_device",
 ]

@@ -1,8 +1,9 @@
 """Which adapters are in host memory and in device slots.
 
-Three tiers: the adapter's folder on disk, a staged copy in host memory, a slot on the device. Each
-upper tier keeps what was used last. Reading begins when a request queues, a few at a time, tenants
-in turn; a staged adapter is copied into a slot by the engine thread, one in a step at most.
+There are three tiers: the adapter's folder on disk, a staged copy in host memory, a slot on the
+device. The upper two evict the least recently used. Reading from disk begins when a request queues:
+at most two adapters at a time, tenants in turn. The engine thread copies staged adapters into
+slots, at most one a step.
 """
 
 from __future__ import annotations
@@ -18,17 +19,24 @@ from nybble.engine.adapter_slots import AdapterSlots, StagedAdapter
 
 Residency = Literal["device", "host", "disk"]
 
-# So that what a tenant needs waits for few of another's.
+# Few, so that a tenant's adapter never waits behind many reads for other tenants.
 _READS_AT_ONCE = 2
 
 
 @dataclass(eq=False)
 class AdapterVersion:
-    """What a name stood for when it was loaded; a request keeps the version it began with.
+    """An adapter as it was loaded under a name. A request keeps the version it began with.
 
-    waiting, running: the requests that use it. tenant: whose request queued for it last.
-    slot: where it is on the device, None if nowhere.
-    retired: no longer behind a name; forgotten when the last request is done.
+    digest: of its files' content.
+    nbytes: size in host memory.
+    loaded: when, in seconds since 1970.
+    hits: requests so far.
+    waiting: queued requests that use it.
+    running: running requests that use it.
+    tenant: the tenant whose request queued for it last.
+    slot: its slot on the device; None if it is in none.
+    in_host: whether a staged copy is in host memory.
+    retired: replaced or unloaded; it is forgotten once its last request is done.
     """
 
     name: str
@@ -51,24 +59,27 @@ class AdapterVersion:
 
 
 class AdapterCache:
-    """Host copies and device slots; for the engine thread alone."""
+    """Host copies and device slots. Used by the engine thread alone.
+
+    filled_in_step: whether an adapter was copied into a slot in this step (at most one is).
+    """
 
     def __init__(
         self, slots: AdapterSlots, host_bytes: int, load: Callable[[AdapterVersion], None]
     ) -> None:
-        """load: begins to read a version from disk; ``staged`` or ``failed`` is its answer."""
+        """load: starts reading a version from disk, and later calls ``staged`` or ``failed``."""
         self._slots = slots
         self._free_bytes = host_bytes
         self._load = load
         self._host: OrderedDict[AdapterVersion, StagedAdapter] = OrderedDict()
         self._loading: set[AdapterVersion] = set()
-        # By tenant, the next in turn first.
+        # Versions to read, by tenant. The tenant whose turn is next comes first.
         self._wanted: OrderedDict[str, OrderedDict[AdapterVersion, None]] = OrderedDict()
         # Least recently used first.
         self._in_slot: OrderedDict[int, AdapterVersion | None] = OrderedDict.fromkeys(
             range(slots.count)
         )
-        self._filled_in_step = False
+        self.filled_in_step = False
 
     @property
     def slots(self) -> int:
@@ -80,20 +91,26 @@ class AdapterCache:
         return all(held is not None and held.running for held in self._in_slot.values())
 
     def begin_step(self) -> None:
-        self._filled_in_step = False
+        self.filled_in_step = False
 
     def queue(self, version: AdapterVersion, tenant: str) -> None:
-        """A request for the version waits: fetch it."""
+        """Count a waiting request for the version, and start fetching it."""
         version.waiting += 1
         version.tenant = tenant
         self._want(version)
 
     def ready(self, version: AdapterVersion) -> bool:
-        """Whether nothing but a free slot is needed to run it."""
+        """Whether it is in a slot, or needs nothing but a free one."""
         return version.slot is not None or version in self._host
 
+    def can_acquire(self, version: AdapterVersion) -> bool:
+        """Whether :meth:`acquire` would succeed now."""
+        if version.slot is not None:
+            return True
+        return version in self._host and not self.filled_in_step and not self.all_pinned
+
     def acquire(self, version: AdapterVersion) -> bool:
-        """Pin the version in a slot for a request that stops waiting; False if it cannot be now."""
+        """Pin the version in a slot for a request that starts running; False if none is free."""
         if version.slot is None and not self._fill(version):
             return False
         assert version.slot is not None
@@ -104,12 +121,12 @@ class AdapterCache:
         return True
 
     def preempt(self, version: AdapterVersion, tenant: str) -> None:
-        """A running request waits again."""
+        """Count a running request as waiting again."""
         version.running -= 1
         self.queue(version, tenant)
 
     def release(self, version: AdapterVersion, *, running: bool) -> None:
-        """A request is done with the version."""
+        """Count a request out; running: whether it was running or still waiting."""
         if running:
             version.running -= 1
         else:
@@ -118,25 +135,25 @@ class AdapterCache:
         self._start_loading()
 
     def retire(self, version: AdapterVersion) -> None:
-        """The version has lost its name; requests that have it keep it."""
+        """Mark the version as replaced or unloaded. Requests that use it keep it."""
         version.retired = True
         self._forget_if_unused(version)
 
     def offer(self, version: AdapterVersion, staged: StagedAdapter) -> None:
-        """A copy that exists anyway: kept if there is room without taking anyone's."""
+        """Keep a copy that was read for the load check, if there is room without evicting."""
         if self._free_bytes >= staged.nbytes and not self.ready(version):
             self._free_bytes -= staged.nbytes
             self._keep(version, staged)
 
     def staged(self, version: AdapterVersion, staged: StagedAdapter) -> None:
-        """The answer to ``load``."""
+        """``load`` has read the version."""
         self._loading.remove(version)
         self._keep(version, staged)
         self._forget_if_unused(version)
         self._start_loading()
 
     def failed(self, version: AdapterVersion) -> None:
-        """The other answer to ``load``."""
+        """``load`` could not read the version."""
         self._loading.remove(version)
         self._free_bytes += version.nbytes
         self._start_loading()
@@ -151,7 +168,7 @@ class AdapterCache:
             self._start_loading()
 
     def _start_loading(self) -> None:
-        """Begin to read what is wanted, tenants in turn, as far as host memory goes."""
+        """Start reading wanted versions, tenants in turn, while host memory lasts."""
         while len(self._loading) < _READS_AT_ONCE:
             tenant = next((t for t in list(self._wanted) if self._start_one(t)), None)
             if tenant is None:
@@ -159,7 +176,7 @@ class AdapterCache:
             self._wanted.move_to_end(tenant)
 
     def _start_one(self, tenant: str) -> bool:
-        """Begin to read the first a tenant wants; False if there is none or no room for it."""
+        """Start reading the first version a tenant wants; False if none or no room for it."""
         queue = self._wanted[tenant]
         while queue and not self._needs_reading(next(iter(queue))):
             queue.popitem(last=False)
@@ -179,10 +196,10 @@ class AdapterCache:
         return bool(version.waiting) and not self.ready(version) and version not in self._loading
 
     def _make_room(self, newcomer: AdapterVersion) -> bool:
-        """Drop host copies until there is room, or none at all.
+        """Drop host copies until the newcomer fits. If it cannot fit, drop none and return False.
 
-        First those that no queued request needs, then those of a tenant that would still have at
-        least as much as the newcomer's.
+        Copies that no queued request needs go first. Then come copies of a tenant which, after
+        losing one, still holds at least as many bytes as the newcomer's tenant would.
         """
         free, dropped = self._free_bytes, []
         held: Counter[str] = Counter()
@@ -190,7 +207,7 @@ class AdapterCache:
             if version.waiting and version.slot is None:
                 held[version.tenant] += version.nbytes
         mine = held[newcomer.tenant] + newcomer.nbytes
-        # What has lost its name may not be on disk any more.
+        # A retired version's files may be gone from disk, so its copy is kept while in use.
         replaceable = (v for v in self._host if not (v.retired and (v.waiting or v.running)))
         by_use = sorted(replaceable, key=self._needed_beside_slot)
         for version in by_use:
@@ -223,7 +240,7 @@ class AdapterCache:
         if staged is None:
             self._want(version)
             return False
-        if self._filled_in_step:
+        if self.filled_in_step:
             return False
         slot = self._least_useful_slot()
         if slot is None:
@@ -232,16 +249,20 @@ class AdapterCache:
         if evicted is not None:
             evicted.slot = None
         self._slots.fill(slot, staged)
-        self._filled_in_step = True
+        self.filled_in_step = True
         self._host.move_to_end(version)
         self._in_slot[slot] = version
         version.slot = slot
         if evicted is not None and evicted.waiting:
-            self._want(evicted)  # last: room for it may be made of the host copy just used
+            self._want(evicted)  # last: this may evict the host copy just used
         return True
 
     def _least_useful_slot(self) -> int | None:
-        """An empty slot, else the least recently used that nobody runs, best that nobody awaits."""
+        """The slot to overwrite; None if a running request uses every one.
+
+        In order of preference: an empty slot, or the least recently used of an adapter without
+        requests; then the least recently used of an adapter that only waiting requests want.
+        """
         idle = [slot for slot, held in self._in_slot.items() if held is None or not held.running]
         for slot in idle:
             held = self._in_slot[slot]
@@ -254,7 +275,8 @@ class AdapterCache:
             return
         if version in self._host:
             self._drop(version)
-        # After a restart a version that had lost its name may still believe in its slot.
+        # A version retired before an engine restart still has its old slot number, which may now
+        # belong to another.
         if version.slot is not None and self._in_slot[version.slot] is version:
             self._in_slot[version.slot] = None
             self._in_slot.move_to_end(version.slot, last=False)

@@ -1,7 +1,8 @@
-"""Adapters where the kernels read them: a fixed number of slots on the device.
+"""Adapter weights on the device, in a fixed number of slots which the kernels read.
 
-Every projection of every layer has one buffer over all slots, zero where an adapter has nothing. An
-adapter is *staged* in host memory in the same arrangement, so that filling a slot is only copying.
+Every projection of every layer has one buffer over all slots. It is zero if the adapter in a slot
+does not change that projection. An adapter is *staged* in host memory in the same layout, so that
+filling a slot is only a copy.
 """
 
 from __future__ import annotations
@@ -35,16 +36,20 @@ class ProjectionSlots:
 
 @dataclass(frozen=True)
 class StepAdapters:
-    """What one step needs to apply adapters: the buffers, and which slot each row uses.
+    """What one step needs to apply adapters.
 
-    projections: in the order in which the model computes them.
+    projections: the buffers, in the order in which the model computes them.
+    batch: which slot each row uses.
     """
 
     projections: Sequence[ProjectionSlots]
     batch: LoRABatch
 
     def add(self, projection: int, out: Tensor, x: Tensor) -> None:
-        """Add to ``out``, what projection number ``projection`` made of ``x``, in place."""
+        """Add the adapters' part to ``out``, in place.
+
+        projection: index of the projection whose output for ``x`` is ``out``.
+        """
         self.projections[projection].add(out, x, self.batch)
 
 
@@ -52,15 +57,16 @@ class StepAdapters:
 class StagedAdapter:
     """An adapter in host memory, ready to be copied into a slot.
 
-    projections: for each projection in the order of the layers (a ``(parts, rank, in)``,
-    b ``(rank, out)`` with the factor α/r), or None where the adapter leaves it alone.
+    projections: for each projection, in the order of the layers, a ``(parts, rank, in)`` and
+        b ``(rank, out)``, the latter scaled by α/r; None if the adapter does not change it.
+    nbytes: size in host memory.
     """
 
     projections: Sequence[tuple[Tensor, Tensor] | None]
     nbytes: int
 
     def is_finite(self) -> bool:
-        """Whether the slots' dtype holds all its values."""
+        """Whether no value overflowed in the slots' dtype."""
         pairs = (pair for pair in self.projections if pair is not None)
         return all(bool(part.isfinite().all()) for pair in pairs for part in pair)
 
@@ -90,7 +96,7 @@ class AdapterSlots:
             for index, layer in enumerate(architecture.layers)
             for group in layer.groups
         ]
-        # One tensor for all ranks, so that filling a slot writes them at once.
+        # One tensor for all ranks, so that filling a slot writes them in one copy.
         self._ranks = torch.zeros(len(groups), count, dtype=torch.int32, device=device)
         self._rank_of = [[0] * count for _ in groups]
         self.projections: list[ProjectionSlots] = []
@@ -106,7 +112,7 @@ class AdapterSlots:
         return sum(each.a.nbytes + each.b.nbytes for each in self.projections)
 
     def stage(self, adapter: LoRAAdapter) -> StagedAdapter:
-        """Arrange an adapter in host memory as the slots hold it; pinned for a GPU."""
+        """Copy an adapter to host memory in the slots' layout; pinned if the device is a GPU."""
         plans: list[tuple[ProjectionSlots, int, int] | None] = []
         total = 0
         for slots in self.projections:
@@ -135,7 +141,7 @@ class AdapterSlots:
         return StagedAdapter(staged, memory.nbytes)
 
     def fill(self, slot: int, staged: StagedAdapter) -> None:
-        """Copy an adapter into a slot; what the slot held is gone. Ordered with later kernels."""
+        """Copy an adapter into a slot, overwriting it. Kernels launched later see the new one."""
         ranks: list[int] = []
         for index, (slots, pair) in enumerate(
             zip(self.projections, staged.projections, strict=True)

@@ -1,7 +1,7 @@
 """Adapters by name, loaded and unloaded from any thread.
 
-Reading from disk happens on a thread of its own; where a version then is, see
-:mod:`nybble.engine.adapter_cache`.
+A thread of its own reads from disk. :mod:`nybble.engine.adapter_cache` decides which adapters stay
+in host memory and on the device.
 """
 
 from __future__ import annotations
@@ -27,8 +27,13 @@ _NAMES_IN_ERRORS = 10
 class AdapterInfo:
     """A loaded adapter as an administrator sees it.
 
-    version: digest of its files' content. nbytes: what it takes in host memory. loaded: when, in
-    seconds since 1970. hits: requests so far. running, waiting: requests now.
+    version: digest of its files' content, in hexadecimal.
+    nbytes: size in host memory.
+    residency: the uppermost tier it is in.
+    loaded: when, in seconds since 1970.
+    hits: requests so far.
+    running: running requests.
+    waiting: queued requests.
     """
 
     name: str
@@ -60,10 +65,11 @@ class AdapterInfo:
 
 @dataclass
 class AdapterRegistry:
-    """Names to versions, from any thread.
+    """Maps names to adapter versions. May be used from any thread.
 
-    post: runs a function on the engine thread, in the order of the calls. on_failure: runs there
-    when a version that requests wait for can no longer be read.
+    host_bytes: memory for host copies.
+    post: runs a function on the engine thread, in the order of the calls.
+    on_failure: called on the engine thread if a version that requests wait for cannot be read.
     """
 
     slots: AdapterSlots
@@ -78,11 +84,14 @@ class AdapterRegistry:
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="nybble-adapters")
 
     def load(self, name: str, path: str, *, replace: bool) -> AdapterInfo:
-        """Read and check an adapter and put it behind ``name``, replacing what was there at once.
+        """Read and check an adapter, then serve it as ``name``.
 
-        path: a folder or hub name. Requests that have begun keep the version they began with.
-        Raises AdapterError and changes nothing where the adapter does not fit, and where the name
-        is taken and not to be replaced.
+        path: a folder or hub name.
+        replace: whether the name may be taken already; requests that have begun keep the version
+            they began with.
+
+        Raises AdapterError, and changes nothing, if the adapter does not fit the model or the
+        limits, or if the name is taken and ``replace`` is false.
         """
         if not name:
             raise AdapterError("an adapter needs a name")
@@ -102,26 +111,26 @@ class AdapterRegistry:
         return AdapterInfo.of(version)
 
     def unload(self, name: str) -> None:
-        """Take the name away; requests that have begun finish. Raises ParameterError."""
+        """Remove the name; requests that have begun finish. Raises ParameterError if unknown."""
         with self._lock:
             version = self._find(name)
             del self._versions[name]
             self.post(lambda: self.cache.retire(version))
 
     def info(self, name: str) -> AdapterInfo | None:
-        """The adapter behind a name."""
+        """The adapter of this name; None if there is none."""
         version = self._versions.get(name)
         return None if version is None else AdapterInfo.of(version)
 
     def infos(self) -> list[AdapterInfo]:
-        """Every loaded adapter, by name."""
+        """Every loaded adapter, sorted by name."""
         with self._lock:
             return [AdapterInfo.of(self._versions[name]) for name in sorted(self._versions)]
 
     def submit(self, name: str, send: Callable[[AdapterVersion], None]) -> None:
-        """Call ``send`` with the version behind the name, before any retirement of it is posted.
+        """Call ``send`` with the version of this name. Raises ParameterError for an unknown name.
 
-        Raises ParameterError for an unknown name.
+        The lock is held meanwhile: the version cannot be retired before the request is queued.
         """
         with self._lock:
             version = self._find(name)
@@ -129,7 +138,7 @@ class AdapterRegistry:
             send(version)
 
     def successor(self, version: AdapterVersion) -> AdapterVersion | None:
-        """What is behind a version's name now, if it is another."""
+        """The version now served under this version's name; None if it is the same or none."""
         with self._lock:
             found = self._versions.get(version.name)
         return None if found is version else found
@@ -138,7 +147,7 @@ class AdapterRegistry:
         self._reader.shutdown(wait=False, cancel_futures=True)
 
     def restart(self) -> None:
-        """Keep every name and forget what is resident: the engine begins again without requests."""
+        """Keep every name, but forget host copies and slots: the engine restarts from empty."""
         with self._lock:
             for version in self._versions.values():
                 version.waiting = version.running = 0
@@ -169,13 +178,13 @@ class AdapterRegistry:
         if adapter.rank > self.slots.max_rank:
             raise AdapterError(
                 f"{folder} has rank {adapter.rank}, but this server holds adapters up to rank "
-                f"{self.slots.max_rank}: raise its maximum rank"
+                f"{self.slots.max_rank}: raise max_rank"
             )
         staged = self.slots.stage(adapter)
         if staged.nbytes > self.host_bytes:
             raise AdapterError(
                 f"{folder} takes {staged.nbytes} bytes, but the host memory for adapters is "
-                f"{self.host_bytes}: raise it"
+                f"{self.host_bytes}: raise host_bytes"
             )
         if not staged.is_finite():
             raise AdapterError(
@@ -186,7 +195,7 @@ class AdapterRegistry:
 
     def _load_later(self, version: AdapterVersion, cache: AdapterCache) -> None:
         def answer(function: Callable[[], None]) -> None:
-            # A cache from before a restart awaits nothing any more.
+            # After an engine restart there is a new cache, which did not ask for this read.
             self.post(lambda: function() if cache is self.cache else None)
 
         def read() -> None:
@@ -197,7 +206,7 @@ class AdapterRegistry:
                         f"{version.folder} has changed since adapter {version.name!r} was loaded "
                         "from it: load it again"
                     )
-            except Exception as error:  # whatever it is, requests must not wait for ever
+            except Exception as error:  # of any kind, or requests would wait for ever
                 if not isinstance(error, AdapterError | OSError):
                     logger.exception("reading adapter %s failed", version.name)
                 failure = error if isinstance(error, AdapterError) else AdapterError(str(error))

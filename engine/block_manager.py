@@ -13,10 +13,11 @@ window keeps them all: a block holds the keys and values of all layers.
 from __future__ import annotations
 
 from array import array
-from collections import OrderedDict
+from collections import Counter, OrderedDict
+from collections.abc import Sequence as Several
 from hashlib import blake2b
 
-from nybble.engine.sequence import Sequence
+from nybble.engine.sequence import CachedPrefix, Sequence
 
 # Stands in a sequence's list for a block it no longer sees. Nothing reads what it names.
 _UNSEEN = 0
@@ -78,9 +79,26 @@ class BlockManager:
         sequence.num_unseen_blocks = unseen
         return len(found) * self.block_size
 
-    def num_cached_tokens(self, sequence: Sequence) -> int:
-        """How many tokens :meth:`share_prefix` would find now."""
-        return len(self._cached_blocks(sequence)) * self.block_size
+    def cached_prefix(self, sequence: Sequence) -> CachedPrefix:
+        """What :meth:`share_prefix` would find now; takes time in proportion to the tokens."""
+        found = self._cached_blocks(sequence)
+        tokens = len(found) * self.block_size
+        seen = found[self._unseen_blocks(tokens) :]
+        return CachedPrefix(tokens, sum(self._references[block] > 0 for block in seen))
+
+    def fits(self, sequence: Sequence, needed: int, leaving: Several[Sequence]) -> bool:
+        """Whether a waiting sequence can hold ``needed`` blocks, those of its prefix shared.
+
+        leaving: sequences whose blocks would be taken back before.
+        """
+        held = Counter(block for each in leaving for block in each.blocks[each.num_unseen_blocks :])
+        freed = {block for block, count in held.items() if count == self._references[block]}
+        shared = 0
+        if sequence.may_share_prefix:
+            found = self._cached_blocks(sequence)
+            seen = found[self._unseen_blocks(len(found) * self.block_size) :]
+            shared = sum(self._references[block] > 0 and block not in freed for block in seen)
+        return needed - shared <= len(self._free) + len(freed)
 
     def _cached_blocks(self, sequence: Sequence) -> list[int]:
         """Blocks of the longest prefix that lacks none of those its next token sees."""
@@ -142,7 +160,8 @@ class BlockManager:
     def release(self, sequence: Sequence) -> None:
         """Take back all blocks of a sequence; the deepest are reused first."""
         self._take_back(sequence.blocks[sequence.num_unseen_blocks :])
-        sequence.blocks = []  # another list: who has written this one elsewhere is to see it gone
+        # A new list, not clear(): InputBuffers recognises rows by this list's identity.
+        sequence.blocks = []
         sequence.num_unseen_blocks = 0
 
     def _take_back(self, blocks: list[int]) -> None:

@@ -14,9 +14,9 @@ from nybble.loaders.adapter import MAX_RANK
 class AdapterConfig:
     """Memory for LoRA adapters.
 
-    slots: adapters that one step can mix. max_rank: the highest rank an adapter may have; a slot
-    takes memory for it, whatever it holds. host_bytes: memory for adapters beside the slots, ready
-    to be copied into one.
+    slots: adapters that one step can mix.
+    max_rank: the highest rank an adapter may have. Every slot takes memory for this rank.
+    host_bytes: host memory for adapters that are ready to be copied into a slot.
     """
 
     slots: int = 8
@@ -35,18 +35,23 @@ class AdapterConfig:
 class EngineConfig:
     """Settings fixed for the life of an engine.
 
-    device: ``cpu``, ``cuda``, ``cuda:N``, or ``auto`` for a GPU where there is one. block_size:
-    tokens in one KV block. kv_cache_bytes: memory for the keys and values of all sequences
-    together; None for 1 GiB on the CPU, and on a GPU for what the weights leave free less a tenth
-    of the whole. kv_dtype: auto keeps keys and values in dtype; int8 and fp8 (e4m3) take half
-    the memory, on a GPU, with a scale for each head of each token; int8 is closer, fp8 needs an Ada
-    or Hopper GPU. max_num_seqs: sequences computed in one step.
+    device: ``cpu``, ``cuda``, ``cuda:N``, or ``auto`` for a GPU if there is one.
+    dtype: of activations and weights that are not quantized.
+    block_size: tokens in one KV block.
+    kv_cache_bytes: memory for the KV cache. None is 1 GiB on the CPU; on a GPU it is what the
+        weights leave free, less a tenth of the GPU's memory.
+    kv_dtype: ``auto`` stores keys and values in dtype. ``int8`` and ``fp8`` (e4m3) take half the
+        memory, with a scale for each head of each token, and need a GPU. int8 is more accurate;
+        fp8 needs an Ada or Hopper GPU.
+    max_num_seqs: most sequences computed in one step.
     max_batched_tokens: the token budget of a step; longer prompts are prefilled in chunks.
-    max_model_len: longest prompt plus output; None for what the model was made for. max_waiting:
-    requests queued beyond max_num_seqs before new ones are turned away. adapters: None for a server
-    without. tune: measure, at the start, GPU matmuls of which no configuration is known.
-    restarts: how often within ten minutes an engine that has failed begins again with the same
-    weights.
+    max_model_len: longest prompt plus output, in tokens; None for the model's own limit.
+    max_waiting: requests queued beyond max_num_seqs before new ones are refused.
+    prefix_caching: whether requests reuse KV blocks of earlier prompts with the same beginning.
+    adapters: None if the engine serves no adapters.
+    tune: whether to time, at the start, GPU matmul shapes without a known configuration.
+    restarts: how often within ten minutes the engine may restart after a failure, with the same
+        weights.
     """
 
     device: str = "cpu"
@@ -81,7 +86,7 @@ class EngineConfig:
 def resolve_device(name: str) -> torch.device:
     """The device that ``cpu``, ``cuda``, ``cuda:N`` or ``auto`` names.
 
-    Raises ValueError saying what is missing where it cannot be used.
+    Raises ValueError, which says what is missing, if the device cannot be used.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -109,7 +114,7 @@ def resolve_device(name: str) -> torch.device:
             f"device is {name!r}, a GPU of compute capability {major}.{minor}; "
             "8.0 (Ampere) or newer is needed"
         )
-    # Triton is imported behind this: only machines with a GPU need it.
+    # This imports Triton, which only machines with a GPU need.
     from nybble.kernels.triton.device import check_compiler
 
     check_compiler(f"{name}, a GPU of compute capability {major}.{minor},", 10 * major + minor)

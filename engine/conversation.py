@@ -212,9 +212,9 @@ class _PlainTokenizer:
                 special=token.special,
             )
             self._tokenizer.add_tokens([renamed])
-            added_as = self._tokenizer.token_to_id(spelling)
-            assert added_as is not None
-            self._ids[added_as] = number
+            renamed_id = self._tokenizer.token_to_id(spelling)
+            assert renamed_id is not None  # it was added just now
+            self._ids[renamed_id] = number
         longest_first = sorted(self._spellings, key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         # Some vocabularies have a marker among the pieces of text too.

@@ -41,17 +41,26 @@ class Decoder:
         device: torch.device,
         dtype: torch.dtype,
         max_model_len: int,
+        num_tokens: int | None = None,
     ) -> None:
         """Consumes ``weights`` one at a time (names as in transformers' checkpoints).
+
+        num_tokens: one more than the tokenizer's highest token id. An output layer may be padded
+            with more rows, which are never sampled. None if it has no such rows.
 
         Raises ValueError naming a weight that is missing, unexpected or of another shape.
         """
         self.architecture = architecture
         self.max_model_len = max_model_len
+        self._num_tokens = architecture.vocab if num_tokens is None else num_tokens
         self._projections: list[Projection] = []
         store = WeightStore(weights, architecture, device, dtype)
         self.embedding = store.tensor(
             architecture.embedding + ".weight", architecture.vocab, architecture.hidden
+        )
+        # Rounded to the dtype, as Gemma's own code and transformers do.
+        self._embedding_multiplier = float(
+            torch.tensor(architecture.embedding_multiplier, dtype=dtype)
         )
         self._blocks = [
             block
@@ -87,20 +96,22 @@ class Decoder:
         """
         step = Step([table[:, positions] for table in self._rotary], caches, batch, adapters)
         residual = self.embedding[token_ids]
-        if self.architecture.embedding_multiplier != 1:
-            residual = residual * self.architecture.embedding_multiplier
+        if self._embedding_multiplier != 1:
+            residual = residual * self._embedding_multiplier
         added: Tensor | None = None
         for block in self._blocks:
             added, residual = block(added, residual, step)
         return residual if added is None else residual + added
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """float32 ``(rows, vocab)`` for hidden states ``(rows, hidden)``."""
+        """float32 ``(rows, vocab)`` for hidden states ``(rows, hidden)``; −inf if not a token's."""
         logits = linear(self.final_norm(hidden), self.head).float()
         if self.architecture.logits_multiplier != 1:
             logits *= self.architecture.logits_multiplier
         if (cap := self.architecture.logits_softcap) is not None:
             logits = logits.div_(cap).tanh_().mul_(cap)
+        if self._num_tokens < self.architecture.vocab:
+            logits[:, self._num_tokens :] = float("-inf")
         return logits
 
     def packed_weights(self) -> Iterator[PackedWeight]:
@@ -135,10 +146,9 @@ class Decoder:
         about = layer.attention
         q_norm = k_norm = None
         if about.qk_norm is not None:
-            each = about.head_dim if about.qk_norm == "head" else 0
             module = self.architecture.module
             q_norm, k_norm = (
-                self._norm(store, module(index, name), each or heads * about.head_dim)
+                self._norm(store, module(index, name), *about.norm_shape(heads))
                 for name, heads in ((about.q_norm, about.heads), (about.k_norm, about.kv_heads))
             )
         ropes = self.architecture.ropes
@@ -158,7 +168,7 @@ class Decoder:
         self._projections.append(projection)
         return projection
 
-    def _norm(self, store: WeightStore, module: str, width: int) -> NormPart:
+    def _norm(self, store: WeightStore, module: str, *shape: int) -> NormPart:
         norm = self.architecture.norm
-        bias = store.tensor(module + ".bias", width) if norm.bias else None
-        return norm_part(norm, store.tensor(module + ".weight", width), bias)
+        bias = store.tensor(module + ".bias", *shape) if norm.bias else None
+        return norm_part(norm, store.tensor(module + ".weight", *shape), bias)

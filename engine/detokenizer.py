@@ -2,78 +2,105 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Sequence as SequenceOf
 
-from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
+from nybble.engine.request import SamplingParams
+from nybble.engine.vocabulary import Vocabulary
 
-# Enough of the prompt for the decoder to know whether the first output token follows a word.
-_CONTEXT_TOKENS = 8
-# What a decoder writes for bytes that are no character, or none yet.
 _REPLACEMENT = "\ufffd"
-# How tokenizers' error, which has no type of its own, begins.
-_INVALID_PREFIX = "Invalid prefix encountered"
+# A UTF-8 character that is not complete has this many bytes at most.
+_MAX_INCOMPLETE = 3
 
 
 class Detokenizer:
     """Incremental text of one sequence.
 
-    Text comes out in whole characters: a token that ends within a UTF-8 sequence yields nothing
-    until the rest arrives. Text that could be the beginning of a stop string is held back.
+    The texts of all tokens and of ``flush`` together are what the tokenizer decodes the whole
+    output to, behind its prompt. A byte that is part of no character becomes U+FFFD by itself; the
+    tokenizers of Llama 2 and its kin replace the whole run of byte tokens it stands in, characters
+    and all.
+
+    Text comes out in whole characters: bytes that may yet become one are held back, and so is text
+    that may be the beginning of a stop string.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, prompt_token_ids: SequenceOf[int], stop: tuple[str, ...]
+        self, vocabulary: Vocabulary, prompt_token_ids: SequenceOf[int], params: SamplingParams
     ) -> None:
-        self._tokenizer = tokenizer
-        context = list(prompt_token_ids[-_CONTEXT_TOKENS:])
-        settled = len(context)
-        while settled and tokenizer.decode(context[:settled]).endswith(_REPLACEMENT):
-            settled -= 1
-        self._stream = DecodeStream(ids=context[:settled], skip_special_tokens=True)
-        # Tokens since text last came out: at first the prompt's, if it ends within a character.
-        self._pending = context[settled:]
-        self._shown = tokenizer.decode(self._pending)  # of them, in the prompt's own text
-        for token_id in self._pending:
-            self._stream.step(tokenizer, token_id)
-        self._stop = stop
+        self._vocabulary = vocabulary
+        self._skip_special_tokens = params.skip_special_tokens
+        # Special tokens in a row stand as they are spelt, if the decoder may put no space between.
+        self._spell = not (params.skip_special_tokens or params.spaces_between_special_tokens)
+        self._bytes = codecs.getincrementaldecoder("utf-8")("replace")
+        # What it decides of the next token is whether a space comes before its text.
+        self._before = next((t for t in reversed(prompt_token_ids) if self._has_text(t)), None)
+        self._bytes.decode(self._last_bytes(prompt_token_ids))
+        # A character which the prompt left incomplete is U+FFFD in the prompt's own text.
+        self._replaced_in_prompt = bool(self._bytes.getstate()[0])
+        self._stop = params.stop
+        self._include_stop = params.include_stop_str_in_output
+        self._unchecked = params.min_tokens  # tokens before stop strings are looked for
         self._held = ""
         self.stopped = False
 
     def add(self, token_id: int) -> str:
         """The text that is certain after one more token. Sets ``stopped`` at a stop string."""
         text = self._held + self._step(token_id)
-        found = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
+        if self._unchecked:
+            self._unchecked -= 1
+            return text
+        found = [(at, len(stop)) for stop in self._stop if (at := text.find(stop)) >= 0]
         if found:
             self.stopped = True
             self._held = ""
-            return text[: min(found)]
+            self._bytes.reset()
+            at, length = min(found)
+            return text[: at + length if self._include_stop else at]
         keep = self._unsettled(text)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
 
     def flush(self) -> str:
         """What was held back, once no further token can come."""
-        text, self._held = self._held, ""
+        text, self._held = self._held + self._decode(b"", final=True), ""
         return text
+
+    def _has_text(self, token_id: int) -> bool:
+        special = self._skip_special_tokens and token_id in self._vocabulary.special
+        return not special and self._vocabulary.is_known(token_id)
 
     def _step(self, token_id: int) -> str:
         """The whole characters that a token adds."""
-        self._pending.append(token_id)
-        try:
-            text = self._stream.step(self._tokenizer, token_id)
-        except Exception as error:
-            if not str(error).startswith(_INVALID_PREFIX):
-                raise
-            # Byte tokens (Llama 2, Mistral) are decoded as one run, and a run that is not UTF-8 has
-            # no characters at all: those before are written already, what is new stands alone.
-            text = self._tokenizer.decode(self._pending)
-            self._stream = DecodeStream(ids=[token_id], skip_special_tokens=True)
-        if not text:
+        if not self._has_text(token_id):
             return ""
-        self._pending.clear()
-        shown, self._shown = self._shown, ""
-        return text.removeprefix(shown)
+        before, self._before = self._before, token_id
+        data = self._vocabulary.bytes_of(token_id)
+        if data is not None:
+            return self._decode(data)
+        text = self._vocabulary.text_after(before, token_id)
+        if self._spell and {before, token_id} <= self._vocabulary.added:
+            text = self._vocabulary.spelling(token_id).decode()
+        return self._decode(b"", final=True) + text
+
+    def _decode(self, data: bytes, *, final: bool = False) -> str:
+        text = self._bytes.decode(data, final)
+        if text and self._replaced_in_prompt:
+            self._replaced_in_prompt = False
+            text = text.removeprefix(_REPLACEMENT)
+        return text
+
+    def _last_bytes(self, prompt_token_ids: SequenceOf[int]) -> bytes:
+        """The bytes at a prompt's end, as many as can belong to a character not complete."""
+        last = b""
+        for token_id in reversed(prompt_token_ids):
+            if not self._has_text(token_id):
+                continue
+            data = self._vocabulary.bytes_of(token_id)
+            if data is None or len(last) >= _MAX_INCOMPLETE:
+                break
+            last = data + last
+        return last
 
     def _unsettled(self, text: str) -> int:
         """Length of the longest end of ``text`` that begins a stop string."""

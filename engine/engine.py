@@ -9,11 +9,13 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import Sequence as Several
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from nybble.engine.adapter_slots import AdapterSlots
 from nybble.engine.adapters import AdapterInfo, AdapterRegistry
@@ -29,12 +31,15 @@ from nybble.engine.generation_config import (
 )
 from nybble.engine.prompt_reader import read_pooling
 from nybble.engine.request import (
+    ContextLengthError,
     EngineOverloadedError,
     NotANumberError,
     ParameterError,
     Pooling,
     Request,
     RequestOutput,
+    SamplingParams,
+    require_known_tokens,
 )
 from nybble.engine.runner import ModelRunner, blocks_per_sequence, free_kv_bytes, kv_blocks
 from nybble.engine.sampler import SequenceSampler
@@ -42,15 +47,18 @@ from nybble.engine.scheduler import Scheduler
 from nybble.engine.sequence import Sequence
 from nybble.engine.stats import EngineStats
 from nybble.engine.streams import Stream
+from nybble.engine.vocabulary import Vocabulary
 from nybble.kernels.progress import Progress, track
-from nybble.models import architecture_of
+from nybble.loaders.tokenizer import load_tokenizer
+from nybble.models import UnsupportedModelError, architecture_of
 
 if TYPE_CHECKING:
     from nybble.loaders import Checkpoint
 
 logger = logging.getLogger(__name__)
 
-_RETRY_AFTER_SECONDS = 5
+# Wider heads spill in the prefill kernel, and do not compile for Blackwell.
+_MAX_GPU_HEAD_DIM = 256
 
 
 class Engine:
@@ -76,13 +84,14 @@ class Engine:
         pooling: Pooling | None = "last",
     ) -> None:
         self.tokenizer = tokenizer
+        self._vocabulary = Vocabulary(tokenizer.backend_tokenizer)
         self.model_type = model_type
         self.pooling = pooling
         self.max_model_len = max_model_len
         self.sampling_defaults = sampling_defaults
         self.eos_token_ids = eos_token_ids
         self._runner = runner
-        self._thread = EngineThread(runner, new_scheduler, eos_token_ids, config)
+        self._thread = EngineThread(runner, new_scheduler, config)
         self._adapters = self._thread.adapters
         self.max_num_seqs = config.max_num_seqs
         self._config = config
@@ -113,6 +122,11 @@ class Engine:
             raise ValueError(
                 f"kv_dtype is {config.kv_dtype!r}, which needs a GPU; expected 'auto' on the CPU"
             )
+        widest = max(layer.attention.head_dim for layer in architecture.layers)
+        if device.type == "cuda" and widest > _MAX_GPU_HEAD_DIM:
+            raise UnsupportedModelError(
+                f"the model's heads have {widest} entries; on a GPU {_MAX_GPU_HEAD_DIM} is the most"
+            )
         if config.kv_dtype == "fp8" and torch.cuda.get_device_capability(device) < (8, 9):
             raise ValueError(
                 "kv_dtype is 'fp8', which needs a GPU of compute capability 8.9 (Ada) or newer; "
@@ -128,6 +142,7 @@ class Engine:
             )
         if config.kv_cache_bytes is not None:
             kv_blocks(config.kv_cache_bytes, architecture, config)
+        tokenizer = load_tokenizer(checkpoint.folder)
         weights = track(checkpoint.weights(), "Loading weights", progress, unit="tensors")
         decoder = Decoder(
             architecture,
@@ -135,10 +150,8 @@ class Engine:
             device=device,
             dtype=config.dtype,
             max_model_len=max_model_len,
+            num_tokens=Vocabulary(tokenizer.backend_tokenizer).size,
         )
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, local_files_only=True)
-        if not tokenizer.is_fast:
-            raise ValueError(f"{checkpoint.folder} has no tokenizer.json: streaming needs one")
         adapters = None
         if config.adapters is not None:
             adapters = AdapterSlots(
@@ -169,7 +182,7 @@ class Engine:
             runner=ModelRunner(decoder, config, num_blocks, adapters),
             new_scheduler=new_scheduler,
             tokenizer=tokenizer,
-            eos_token_ids=eos_token_ids(settings, checkpoint.config, tokenizer),
+            eos_token_ids=eos_token_ids(settings, checkpoint.config, tokenizer, architecture.vocab),
             sampling_defaults=sampling_defaults(settings),
             config=config,
             max_model_len=max_model_len,
@@ -193,6 +206,11 @@ class Engine:
     def vocab_size(self) -> int:
         """Rows of the logits; a tokenizer may know fewer tokens."""
         return self._runner.decoder.architecture.vocab
+
+    @property
+    def adapter_targets(self) -> tuple[str, ...]:
+        """Names of the linear layers that an adapter can change, as ``target_modules`` has them."""
+        return self._runner.decoder.architecture.linear_leaves
 
     @property
     def hidden_size(self) -> int:
@@ -271,8 +289,7 @@ class Engine:
             raise ValueError(f"request id {request.request_id!r} is already in flight")
         if len(self._in_flight) >= self._max_in_flight:
             raise EngineOverloadedError(
-                f"{len(self._in_flight)} requests are in flight, the most this server takes",
-                _RETRY_AFTER_SECONDS,
+                f"{len(self._in_flight)} requests are in flight, the most this server takes"
             )
         self._thread.submit(sequence, stream)
         self._in_flight.add(request.request_id)
@@ -291,37 +308,62 @@ class Engine:
             if not finished:
                 self._thread.cancel(request.request_id)
 
-    def _new_sequence(self, request: Request) -> Sequence:
-        prompt, params = request.prompt_token_ids, request.params
-        vocab = self._runner.decoder.architecture.vocab
+    def check(self, prompt: Several[int], params: SamplingParams) -> int:
+        """The most tokens that a prompt can be continued by with these parameters.
+
+        Raises ParameterError for an empty prompt and for token ids the model does not have, and
+        ContextLengthError if prompt and output together are longer than a sequence may be.
+        """
         if not prompt:
             raise ParameterError("prompt", "the prompt is empty")
-        for parameter, ids in (("prompt", prompt), ("logit_bias", params.logit_bias)):
-            for token in ids:
-                if not 0 <= token < vocab:
-                    raise ParameterError(
-                        parameter, f"token id {token} is outside the vocabulary of {vocab}"
-                    )
+        require_known_tokens("prompt", prompt, self.vocab_size)
+        for name in ("logit_bias", "allowed_token_ids", "logprob_token_ids", "stop_token_ids"):
+            require_known_tokens(name, getattr(params, name) or (), self.vocab_size)
+        least = 1 if params.max_tokens is None else params.max_tokens
         room = self.max_model_len - len(prompt)
-        max_tokens = 0 if request.pooling is not None else params.max_tokens
-        if room < 0 or (room == 0 and max_tokens != 0):
-            raise ParameterError(
-                "prompt",
-                f"the prompt has {len(prompt)} tokens, but prompt and output together are limited "
-                f"to {self.max_model_len}",
+        if least > room:
+            raise ContextLengthError(
+                "prompt" if room <= 0 else "max_tokens",
+                f"the prompt has {len(prompt)} tokens and asks for {least} more at least, but "
+                f"together they are limited to {self.max_model_len}"
+                if least
+                else f"the prompt has {len(prompt)} tokens, but it is limited to "
+                f"{self.max_model_len}",
             )
-        if max_tokens is not None and max_tokens > room:
-            raise ParameterError(
-                "max_tokens",
-                f"max_tokens is {max_tokens} and the prompt has {len(prompt)} tokens, but "
-                f"together they are limited to {self.max_model_len}",
-            )
+        return room if params.max_tokens is None else params.max_tokens
+
+    def _new_sequence(self, request: Request) -> Sequence:
+        prompt, params = request.prompt_token_ids, request.params
+        if request.pooling is not None:
+            params = replace(params, max_tokens=0)
+        ends = self.end_tokens(params)
         return Sequence(
             request,
-            max_tokens=room if max_tokens is None else max_tokens,
-            detokenizer=Detokenizer(self.tokenizer.backend_tokenizer, prompt, params.stop),
-            sampler=SequenceSampler(params, prompt),
+            max_tokens=self.check(prompt, params),
+            detokenizer=Detokenizer(self._vocabulary, prompt, params),
+            sampler=SequenceSampler(params, prompt, ends=ends, bad_words=self._bad_words(params)),
+            stop_token_ids=ends,
         )
+
+    def end_tokens(self, params: SamplingParams) -> frozenset[int]:
+        """The tokens that end a sequence with these parameters.
+
+        A stop string that is the name of a special token stands for that token, which has no text
+        to be found in.
+        """
+        eos = frozenset[int]() if params.ignore_eos else self.eos_token_ids
+        named = (self._vocabulary.special_id(stop) for stop in params.stop)
+        return eos.union(params.stop_token_ids, (token for token in named if token is not None))
+
+    def _bad_words(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
+        """The tokens of each bad word, alone and after a space."""
+        texts = [text for word in params.bad_words for text in (word.lstrip(), " " + word.lstrip())]
+        encoded = self.tokenizer.backend_tokenizer.encode_batch_fast(
+            texts, add_special_tokens=False
+        )
+        words = {tuple(each.ids): None for each in encoded if each.ids}
+        # A tokenizer may know more tokens than the model can say.
+        return tuple(word for word in words if max(word) < self.vocab_size)
 
 
 def _require_numbers(output: RequestOutput) -> None:

@@ -24,7 +24,7 @@ from nybble.engine.request import (
     EngineFailedError,
     EngineStoppedError,
     GuideError,
-    NotANumberError,
+    NoTokenError,
     OutOfMemoryError,
     RequestOutput,
 )
@@ -55,29 +55,28 @@ class _Stop:
 
 
 class EngineThread(threading.Thread):
-    """Computes steps until it is told to stop; its public methods are for any thread.
+    """Computes steps until it is told to stop. Its public methods may be called from any thread.
 
-    A failure ends every request in flight with EngineFailedError. The thread then begins again,
-    with the same weights and adapters and an empty KV cache, as often as the settings allow.
+    A failure ends every request in flight with EngineFailedError. The thread then restarts its
+    loop with the same weights and adapters and an empty KV cache, up to ``config.restarts`` times
+    in ten minutes.
 
-    adapters: the loaded adapters; None for an engine without.
-    stats: figures of the last step.
-    failure: why requests are refused, where the engine has failed and not begun again.
+    adapters: the loaded adapters; None if the engine has no adapter slots.
+    stats: figures as of the last step.
+    failure: why requests are refused; None unless the engine has failed and not restarted.
     """
 
     def __init__(
         self,
         runner: ModelRunner,
         new_scheduler: Callable[[], Scheduler],
-        eos_token_ids: frozenset[int],
         config: EngineConfig,
     ) -> None:
         super().__init__(name="nybble-engine", daemon=True)
         self._runner = runner
         self._new_scheduler = new_scheduler
         self._scheduler = new_scheduler()
-        self._eos_token_ids = eos_token_ids
-        # A function is run on the thread.
+        # A function in the inbox is called on this thread.
         self._inbox: SimpleQueue[_Add | _Cancel | _Stop | Callable[[], None]] = SimpleQueue()
         self.adapters: AdapterRegistry | None = None
         if config.adapters is not None and runner.adapters is not None:
@@ -89,11 +88,12 @@ class EngineThread(threading.Thread):
             )
             self._scheduler.adapters = self.adapters.cache
         self._idle = True
-        # A GPU computes while its last tokens become text; a CPU has nothing to gain from waiting.
+        # On a GPU, detokenizing the last step's tokens overlaps with the next step. On a CPU both
+        # need the same cores, so there is nothing to gain.
         self._overlap = runner.device.type == "cuda"
         self._deferred: list[tuple[Sequence, Sampled]] = []
         self._streams: dict[str, tuple[Sequence, Stream]] = {}
-        self._batch: ScheduledBatch = []  # what is being computed
+        self._batch: ScheduledBatch = []  # the step that is being computed
         self._restarts = Restarts(config.restarts)
         self._counters = Counters()
         self.stats: EngineStats = self._counters.snapshot(self._scheduler, 0)
@@ -101,12 +101,13 @@ class EngineThread(threading.Thread):
         self._when_dead: Callable[[], None] = lambda: None
         self._dead = False  # failed for good
         self._stopping = False
-        # Held while a request is let in, so that none comes in behind the news of a failure.
+        # Held while a request is queued and while a failure is recorded: otherwise a request
+        # could be queued after the failure has ended all others, and never be answered.
         self._entrance = threading.Lock()
 
     @property
     def healthy(self) -> bool:
-        """Whether the thread runs and requests are taken."""
+        """Whether the thread runs and accepts requests."""
         return self.is_alive() and self.failure is None and not self._stopping
 
     def stop(self) -> None:
@@ -119,16 +120,17 @@ class EngineThread(threading.Thread):
             self.adapters.close()
 
     def when_dead(self, function: Callable[[], None]) -> None:
-        """Have ``function`` called, on any thread, when the engine has failed for good."""
+        """Call ``function``, on some thread, once the engine has failed for good."""
         with self._entrance:
             self._when_dead, dead = function, self._dead
         if dead:
             function()
 
     def submit(self, sequence: Sequence, stream: Stream) -> None:
-        """Have a sequence computed; raises EngineStoppedError where none is taken.
+        """Queue a sequence. Raises EngineStoppedError if the engine is not running.
 
-        A sequence with an adapter is for an engine that has adapters.
+        A sequence with an adapter needs an engine with adapter slots; it raises ParameterError if
+        its adapter is not loaded.
         """
         with self._entrance:
             if not self.healthy:
@@ -150,19 +152,19 @@ class EngineThread(threading.Thread):
             self.adapters.submit(name, send)
 
     def cancel(self, request_id: str) -> None:
-        """Forget a request at the next step."""
+        """Drop a request before the next step."""
         self._inbox.put(_Cancel(request_id))
 
     def run(self) -> None:
         if self._runner.device.type == "cuda":
-            torch.cuda.set_device(self._runner.device)  # of this thread, as where it was loaded
+            torch.cuda.set_device(self._runner.device)  # the current device is per thread
         while True:
             try:
                 if self.failure is not None:
                     self._begin_again()
                 self._serve()
                 failure = None
-            except BaseException as error:  # whatever it is, callers must not wait for ever
+            except BaseException as error:  # of any kind, or callers would wait for ever
                 logger.exception("the engine thread failed")
                 failure = describe(error)
             with self._entrance:
@@ -188,7 +190,7 @@ class EngineThread(threading.Thread):
             logger.warning("the engine begins again, with an empty KV cache")
 
     def _serve(self) -> None:
-        """Take messages and compute steps until told to stop."""
+        """Apply messages and compute steps until told to stop."""
         while self._take_messages():
             try:
                 outputs = self._step()
@@ -197,7 +199,7 @@ class EngineThread(threading.Thread):
                     raise
                 self._give_up_one(error)
                 continue
-            # Before the outputs, so that a caller who has its last one sees its blocks free.
+            # Before the outputs: a caller that has its last output must see its blocks freed.
             self.stats = self._counters.snapshot(self._scheduler, self._restarts.taken)
             outputs.deliver()
 
@@ -214,13 +216,17 @@ class EngineThread(threading.Thread):
         self.failure = None
 
     def _give_up_one(self, error: Exception) -> None:
-        """End what takes most of a step there was no memory for; the next is without it."""
+        """End the sequence with the most tokens in a step that ran out of memory.
+
+        The other sequences go on in the next step.
+        """
         logger.error("out of memory in a step of %d sequences: %s", len(self._batch), error)
-        # The youngest of several.
+        # max() returns the first of equals: reversed, that is the youngest.
         sequence = max(reversed(self._batch), key=lambda item: item.num_tokens).sequence
         for item in self._batch:
-            # What a reader has seen of this step it would count twice: let it begin anew.
-            if item.sequence is not sequence and item.sequence.reading is not None:
+            # A prompt reader may have seen hidden states of this step and would count them twice
+            # when the step is computed again. Preempting makes it start afresh.
+            if item.sequence is not sequence and item.reader is not None:
                 self._scheduler.preempt(item.sequence)
         _, stream = self._streams.pop(sequence.request_id)
         self._scheduler.finish(sequence)
@@ -260,41 +266,43 @@ class EngineThread(threading.Thread):
         started = time.monotonic()
         self._batch = []
         batch = self._batch = self._scheduler.schedule()
-        # Only a message can change what an empty schedule waits for: an adapter that is being read.
+        # An empty schedule waits for a message (such as "adapter read"): block on the inbox.
         self._idle = not batch
         outputs = Outbox()
         if not batch:
             self._write_deferred()
             return outputs
         logits = self._runner.run(batch)
-        for item in batch:
-            if item.samples and item.sequence.request.guide is not None:
-                item.sequence.sampler.allowed = item.sequence.request.guide.allowed()
-        completing = [item.completes for item in batch]
-        samplers = [item.sequence.sampler for item in batch if item.samples]
-        pending = PendingSample(logits, samplers) if samplers else None
+        sampling = [item.sequence for item in batch if item.samples]
+        pending = None
+        if sampling:
+            guides = [sequence.request.guide for sequence in sampling]
+            allowed = [None if guide is None else guide.allowed() for guide in guides]
+            pending = PendingSample(logits, [each.sampler for each in sampling], allowed)
         self._write_deferred()
         sampled = iter(pending.result() if pending else [])
-        self._batch = []  # from here on the step is no longer as if it had not been
-        for item, completes in zip(batch, completing, strict=True):
+        # Past this point the step has side effects and cannot be retried after an out-of-memory
+        # error.
+        self._batch = []
+        for item in batch:
             sequence = item.sequence
             if sequence.num_output_tokens == 0:
                 self._counters.prompt_tokens += item.num_tokens
             self._scheduler.computed(item)
-            if completes:
-                output: RequestOutput | GuideError | NotANumberError
-                if sequence.max_tokens == 0:
+            if item.completes:
+                output: RequestOutput | GuideError | NoTokenError
+                if not item.samples:
                     output = output_of(sequence, None, "", "length")
-                elif isinstance(token := next(sampled), NotANumberError):
+                elif isinstance(token := next(sampled), NoTokenError):
                     output = token
                 else:
                     sequence.token_ids.append(token[0])
                     self._counters.generation_tokens += 1
-                    if self._overlap and goes_on(sequence, self._eos_token_ids):
+                    if self._overlap and goes_on(sequence):
                         self._deferred.append((sequence, token))
                         continue
                     try:
-                        output = advance(sequence, token, self._eos_token_ids)
+                        output = advance(sequence, token)
                     except GuideError as error:
                         output = error
                 stream = self._streams[sequence.request_id][1]
@@ -306,21 +314,21 @@ class EngineThread(threading.Thread):
         return outputs
 
     def _write_deferred(self) -> None:
-        """Turn the last step's tokens into text and send it, while the device computes the next."""
+        """Detokenize and send the last step's tokens while the device computes the next step."""
         outputs = Outbox()
         for sequence, sampled in self._deferred:
             entry = self._streams.get(sequence.request_id)
-            if entry is not None and entry[0] is sequence:  # else its caller has gone
+            if entry is not None and entry[0] is sequence:  # else it was cancelled
                 text = sequence.detokenizer.add(sampled[0])
                 outputs.add(entry[1], output_of(sequence, sampled, text, None))
         self._deferred.clear()
         outputs.deliver()
 
     def _fail_adapter(self, version: AdapterVersion, error: AdapterError) -> None:
-        """End the requests that wait for an adapter that cannot be read.
+        """End the requests that wait for an adapter whose files cannot be read.
 
-        Those that have not begun take what has replaced it, where something has: its files may have
-        been written over.
+        If another version has replaced it under the same name, requests that have not started yet
+        use that one: the files may simply have been overwritten.
         """
         assert self.adapters is not None
         failure = AdapterUnavailableError(str(error))

@@ -1,4 +1,4 @@
-"""What went wrong in the engine thread, and whether it may begin again."""
+"""Failures of the engine thread: what happened, and whether it may restart."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Restarts:
         self._times: deque[float] = deque()
 
     def take(self) -> bool:
-        """Count one more, or return False where that would be too many."""
+        """Count one more attempt; returns False if that would be too many."""
         now = self._clock()
         while self._times and now - self._times[0] > self._seconds:
             self._times.popleft()

@@ -1,14 +1,14 @@
-"""Waiting sequences of several tenants, and what each tenant was served.
+"""Waiting sequences of several tenants, and how much each tenant was served.
 
-Each tenant has a virtual token counter: the tokens it was served, divided by its weight. A tenant
-that had nothing queued comes back with at least the lowest counter of those that have, less a
-credit, so that nobody saves up more service than that by staying away (Sheng et al. 2024, Fairness
-in Serving Large Language Models; the credit is Linux's for tasks that slept).
+Each tenant has a virtual token counter: the tokens it was served, divided by its weight. If a
+tenant had nothing queued and comes back, its counter is raised to the lowest counter of the queued
+tenants, less a credit. So no tenant can save up more than that credit by staying away (Sheng et al.
+2024, Fairness in Serving Large Language Models; the credit is like Linux's for tasks that slept).
 
-Next is the prompt after which its tenant's counter would be lowest, not the tenant whose counter is
-lowest now: so a prompt is complete no later, but for the step running when it comes, than if all
-tenants were served at once in proportion to their weights (weighted fair queueing: Demers, Keshav,
-Shenker 1989; the bound: Parekh, Gallager 1993).
+The scheduler takes the prompt after which its tenant's counter would be lowest, not the tenant
+whose counter is lowest now. A prompt is then complete no later than if all tenants were served at
+once in proportion to their weights, except for the step that runs when it arrives (weighted fair
+queueing: Demers, Keshav, Shenker 1989; the bound: Parekh, Gallager 1993).
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from collections.abc import Sequence as SequenceOf
 
 from nybble.engine.sequence import Sequence
 
-# An output token costs about two of the prompt (the weights of the paper's evaluation).
+# An output token costs as much as two prompt tokens (the weights in Sheng et al.'s evaluation).
 PROMPT_COST, OUTPUT_COST = 1.0, 2.0
 
 
 class FairQueue:
-    """First come, first served where there is one tenant."""
+    """Waiting sequences by tenant. With one tenant it is first come, first served."""
 
     def __init__(self, credit: float) -> None:
-        """credit: tokens that a tenant may be ahead with when it comes back, if it had fewer."""
+        """credit: how far below the lowest counter a returning tenant's may be, in tokens."""
         self._credit = credit
         self._queues: dict[str, deque[Sequence]] = {}
         self._counters: dict[str, float] = {}
@@ -41,7 +41,7 @@ class FairQueue:
             yield from queue
 
     def tenants(self) -> list[str]:
-        """Those with something queued."""
+        """The tenants with something queued."""
         return list(self._queues)
 
     def of(self, tenant: str) -> SequenceOf[Sequence]:
@@ -53,18 +53,25 @@ class FairQueue:
         return self._counters[sequence.tenant] + cost / sequence.weight
 
     def push(self, sequence: Sequence, *, front: bool = False) -> None:
-        """Queue a sequence, at the front if it was served before."""
+        """Queue a sequence behind those of its tenant with an equal or lower priority number.
+
+        front: put it before all of them instead, because it was preempted.
+        """
         tenant = sequence.tenant
         if tenant not in self._queues:
-            # With nobody queued, newcomers begin level with the last who was.
+            # If no tenant is queued, compare with the last one that was.
             others = self._queues or ([self._last] if self._last is not None else [])
             lowest = min((self._counters[other] for other in others), default=0.0)
             self._counters[tenant] = max(self._counters.get(tenant, 0.0), lowest - self._credit)
             self._queues[tenant] = deque()
         if front:
             self._queues[tenant].appendleft(sequence)
-        else:
-            self._queues[tenant].append(sequence)
+            return
+        queue, place = self._queues[tenant], len(self._queues[tenant])
+        priority = sequence.request.priority
+        while place and queue[place - 1].request.priority > priority:
+            place -= 1
+        queue.insert(place, sequence)
 
     def remove(self, sequence: Sequence) -> None:
         tenant = sequence.tenant

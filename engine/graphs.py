@@ -14,7 +14,7 @@ from nybble.kernels.progress import Progress, track
 
 
 class Replay(Protocol):
-    """A captured computation: computes again from what now lies in its inputs."""
+    """A captured computation, which can be run again on the current content of its inputs."""
 
     def replay(self) -> None: ...
 
@@ -29,15 +29,16 @@ def bucket_sizes(max_num_seqs: int) -> list[int]:
 
 
 def cuda_capture(device: torch.device) -> Capture:
-    """Captures on ``device``, which must be the current one.
+    """A function that captures on ``device``, which must be the current device.
 
-    All graphs share one pool of memory, since one runs at a time. Other threads may use the device
-    while one is captured, on streams of their own.
+    All graphs share one memory pool, because only one runs at a time. During a capture other
+    threads may use the device, on streams of their own.
     """
     pool = torch.cuda.graph_pool_handle()
 
     def capture(function: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
-        # Once outside: kernels are compiled and libraries allocate what they keep.
+        # Run once without capturing: kernels get compiled and libraries allocate workspaces,
+        # neither of which a capture allows.
         stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
@@ -55,8 +56,10 @@ def cuda_capture(device: torch.device) -> Capture:
 class DecodeGraphs:
     """Graphs by batch size, with and without adapters.
 
-    ``inputs_for(size, adapted)`` builds padded inputs; they lie at the same place whenever they are
-    built for the same size. ``compute`` turns them into logits ``(size, vocab)``.
+    inputs_for: ``inputs_for(size, adapted)`` builds padded inputs, at the same memory addresses
+        every time for the same size.
+    compute: turns inputs into logits ``(size, vocab)``.
+    adapters: whether to also capture graphs that apply adapters.
     """
 
     def __init__(
@@ -71,21 +74,21 @@ class DecodeGraphs:
     ) -> None:
         self._graphs: dict[tuple[int, bool], tuple[Replay, Tensor]] = {}
         kinds = (False, True) if adapters else (False,)
-        # The largest first: the others find room in the memory it leaves.
+        # The largest first: smaller graphs then reuse its memory in the pool.
         todo = [(size, kind) for size in sorted(sizes, reverse=True) for kind in kinds]
         for size, adapted in track(todo, "Capturing CUDA graphs", progress):
             inputs = inputs_for(size, adapted)
             self._graphs[size, adapted] = capture(partial(compute, inputs))
 
     def size_for(self, rows: int, adapted: bool) -> int | None:
-        """The smallest captured batch that ``rows`` fit in, None where they fit in none."""
+        """The smallest captured batch size of at least ``rows``; None if there is none."""
         sizes = (size for size, kind in self._graphs if kind == adapted and size >= rows)
         return min(sizes, default=None)
 
     def run(self, size: int, adapted: bool) -> Tensor:
-        """Logits ``(size, vocab)`` of the inputs that were just built for this size.
+        """Logits ``(size, vocab)`` for the inputs last built for this size.
 
-        They are overwritten by the next run.
+        The next run overwrites them.
         """
         graph, out = self._graphs[size, adapted]
         graph.replay()

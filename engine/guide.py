@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,6 +28,16 @@ if TYPE_CHECKING:
 MAX_GRAMMAR = 256 << 10
 # Enough for a line break and its indentation; without a limit a model may write spaces for ever.
 JSON_OPTIONS: Any = {"whitespace_pattern": r"[ \n\t]{1,40}"}
+
+
+@dataclass(frozen=True)
+class StructuralTag:
+    """``begin``, JSON by ``schema``, ``end``; once ``trigger``, its first part, is in the text."""
+
+    trigger: str
+    begin: str
+    schema: Mapping[str, Any]
+    end: str
 
 
 class GrammarGuide:
@@ -86,6 +97,26 @@ class GrammarCompiler:
 
         return self._guide(LLMatcher.grammar_from_lark(lark))
 
+    def structural_tags(self, tags: Sequence[StructuralTag]) -> GrammarGuide:
+        """Any text, in which each trigger begins one of the tags. Raises ValueError."""
+        from llguidance import StructTag
+
+        # A trigger that is a token of its own is not found in text: the grammar names the token.
+        added = {token.content for token in self._backend.get_added_tokens_decoder().values()}
+        special = {tag.trigger in added for tag in tags}
+        if len(special) > 1:
+            raise ValueError("some triggers are special tokens and others are not")
+        rules = [
+            StructTag(
+                trigger=tag.trigger,
+                begin=tag.begin,
+                grammar={**tag.schema, "x-guidance": JSON_OPTIONS},
+                end=tag.end,
+            )
+            for tag in tags
+        ]
+        return self._guide(StructTag.to_grammar(rules, assume_special=special == {True}))
+
     def _guide(self, grammar: str) -> GrammarGuide:
         from llguidance import LLMatcher, LLTokenizer
 
@@ -94,7 +125,9 @@ class GrammarCompiler:
         with self._lock:
             if self._tokenizer is None:  # takes seconds, so only if somebody asks
                 self._tokenizer = LLTokenizer(
-                    self._backend.to_str(), n_vocab=self._vocab, eos_token=self._eos_token_ids
+                    self._backend.to_str(),
+                    n_vocab=self._vocab,
+                    eos_token=self._eos_token_ids or None,
                 )
         matcher = LLMatcher(self._tokenizer, grammar, log_level=0)
         if matcher.is_error():

@@ -108,8 +108,7 @@ class InputBuffers:
         starts = np.zeros(seqs, np.int64)
         token_ids: list[int] = []
         for row, item in enumerate(batch):
-            start = item.sequence.num_computed_tokens
-            starts[row] = start
+            start = starts[row] = item.start
             if item.num_tokens == 1:
                 token_ids.append(item.sequence.token_ids[start])
             else:

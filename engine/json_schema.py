@@ -1,9 +1,9 @@
-"""What of a JSON schema a grammar can express, and what of it is left to the model.
+"""Rewrites a JSON schema to the part of it that a grammar can enforce.
 
-Schemas of real tools (Pydantic's, Zod's, OpenAPI's, those people write by hand) have keywords which
-no context-free grammar can hold a model to, and words which are no JSON Schema at all. Here a
-schema becomes one which the grammar's library compiles and which every value that the schema allows
-satisfies: a keyword is kept, rewritten to an equal one, or dropped, which can only allow more.
+Schemas of real tools (Pydantic's, Zod's, OpenAPI's, handwritten ones) have keywords which no
+context-free grammar can enforce, and words which are not JSON Schema at all. Here a schema becomes
+one that the grammar's library compiles and that allows every value the original allows. A keyword
+is kept, rewritten to an equivalent one, or dropped, which can only allow more.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ Schema = dict[str, Any] | bool
 Check = Callable[[dict[str, Any]], str | None]
 
 TYPES = ("string", "integer", "number", "boolean", "object", "array", "null")
-# What programs and people write for them.
+# Common misspellings of types.
 _SPELLINGS = {
     **{"str": "string", "text": "string", "int": "integer", "long": "integer"},
     **{"float": "number", "double": "number", "decimal": "number", "bool": "boolean"},
     **{"dict": "object", "map": "object", "list": "array", "tuple": "array", "none": "null"},
 }
-# Of these no grammar is made. if, then and else belong together and are named by the first.
+# Keywords that no grammar is made of. if, then and else belong together and are reported as "if".
 _INEXPRESSIBLE = (
     *("not", "if", "contains", "uniqueItems", "propertyNames", "dependentRequired"),
     *("dependentSchemas", "dependencies", "unevaluatedProperties", "unevaluatedItems"),
@@ -33,7 +33,7 @@ _INEXPRESSIBLE = (
 )
 _COUNTS = ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties")
 _BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
-# In the order in which they are given up where a schema cannot be compiled: what says least first.
+# The order in which keywords are dropped if a schema cannot be compiled: the least telling first.
 _GIVEN_UP = (
     *("format", "pattern", "multipleOf", "patternProperties"),
     *("exclusiveMaximum", "exclusiveMinimum", "maximum", "minimum"),
@@ -46,7 +46,7 @@ _KEYWORDS = frozenset((*_GIVEN_UP, *_INEXPRESSIBLE, "oneOf", "additionalItems"))
 
 @dataclass(frozen=True)
 class Omission:
-    """A keyword that the grammar does not hold the model to, or reads in another way.
+    """A keyword that the grammar does not enforce, or reads in another way.
 
     path: a JSON pointer to the keyword, from ``#``.
     """
@@ -56,7 +56,7 @@ class Omission:
 
     @property
     def keyword(self) -> str:
-        """The one it is about, without the names and indexes of the path."""
+        """The keyword, without the names and indexes of the path."""
         names = [name for name in self.path.split("/") if name in _KEYWORDS]
         return names[-1] if names else "$schema"
 
@@ -65,15 +65,15 @@ class Omission:
 
 
 def expressible(schema: Schema, check: Check) -> tuple[dict[str, Any], list[Omission]]:
-    """A schema that ``check`` finds nothing wrong with, and what it leaves out of ``schema``.
+    """A schema that ``check`` accepts, and what it leaves out of ``schema``.
 
-    Every reference in it is to ``#/$defs/…``. It is the widest where nothing of it can be kept.
+    Every reference in it is to ``#/$defs/…``. If no keyword can be kept, it allows any value.
     """
     reader = _Reader(schema)
     read = reader.read()
     if check(read.joined()) is not None:
         _Reducer(read, check, reader.omissions).reduce()
-    # A part that is referred to in several ways is read as often.
+    # A part with several references to it is read several times, so omissions repeat.
     return read.joined(), list(dict.fromkeys(reader.omissions))
 
 
@@ -110,7 +110,7 @@ class _Reader:
         return self._read
 
     def _object(self, node: Schema, path: str) -> dict[str, Any]:
-        """``node`` for a place where the library takes no boolean."""
+        """``node``, or an equivalent object for a boolean, which the library does not accept."""
         if isinstance(node, dict):
             return node
         if not node:
@@ -214,7 +214,7 @@ class _Reader:
             else:
                 self._omit(path, "expected a list of schemas")
             return
-        # Before draft 2020 a list of items was what prefixItems is now.
+        # Before draft 2020-12 a list in `items` meant what `prefixItems` means now.
         node["prefixItems"] = [
             self._node(each, f"{path}/{index}", resource) for index, each in enumerate(value)
         ]
@@ -251,7 +251,7 @@ class _Reader:
         if key == "unevaluatedProperties" and value is False:
             applied = ("$ref", "allOf", "anyOf", "oneOf", "if", "additionalProperties")
             if not any(other in schema for other in (*applied, "dependentSchemas")):
-                node["additionalProperties"] = False  # the same where nothing else is applied
+                node["additionalProperties"] = False  # equivalent if no other schema applies here
                 return
         # Names are text and nothing else; an `if` says nothing alone; false and true here are the
         # values which say nothing.

@@ -19,11 +19,11 @@ from nybble.models import architecture_of
 
 @contextmanager
 def memory_explained(checkpoint: Checkpoint, config: EngineConfig) -> Iterator[None]:
-    """Raises ValueError for a KV cache that the host has no room for, and instead of an allocation
-    that fails.
+    """Raises ValueError, with what would fit, instead of running out of memory in this context.
 
-    The host's memory is looked at beforehand, because the kernel gives out more than there is and
-    later ends the process. Weights are mapped there, and so may be larger than what is free.
+    On the CPU the KV cache is checked against free memory beforehand, because Linux overcommits
+    memory and would later kill the process. Weights are memory-mapped there, so they may be larger
+    than the free memory.
     """
     device = torch.device(config.device)
     free = available_bytes(device)
@@ -47,7 +47,7 @@ def memory_explained(checkpoint: Checkpoint, config: EngineConfig) -> Iterator[N
 
 
 def _kv_bytes(checkpoint: Checkpoint, config: EngineConfig) -> int:
-    """As the engine takes it: no more than every sequence at full length could fill."""
+    """Size of the KV cache: at most what all sequences at full length would fill."""
     architecture = architecture_of(checkpoint.config)
     length = min(
         config.max_model_len or architecture.default_max_model_len, architecture.max_model_len
@@ -59,7 +59,7 @@ def _kv_bytes(checkpoint: Checkpoint, config: EngineConfig) -> int:
 
 def _would_fit(room: int, checkpoint: Checkpoint, config: EngineConfig) -> str:
     per_block = kv_bytes_per_block(architecture_of(checkpoint.config), config)
-    # A tenth of it is left to activations and whoever else there is.
+    # A tenth of it is left for activations and other processes.
     blocks = int(0.9 * room) // per_block
     if blocks < 1:
         return (
@@ -67,13 +67,13 @@ def _would_fit(room: int, checkpoint: Checkpoint, config: EngineConfig) -> str:
             "(--quantize nf4), or this one with fewer adapter slots (--max-loras)"
         )
     return (
-        f"--kv-cache-memory {blocks * per_block >> 20}MiB would fit, which holds "
+        f"a KV cache of {blocks * per_block >> 20} MiB (--kv-cache-memory) would fit, which holds "
         f"{blocks * config.block_size:,} tokens"
     )
 
 
 def available_bytes(device: torch.device) -> int:
-    """Memory a server may take: on a GPU less what is kept for activations, else of the host."""
+    """Memory a server may take, of the GPU (less a part for activations) or of the host."""
     if device.type == "cuda":
         return free_kv_bytes(device)
     return min(_host_bytes(), container_bytes())

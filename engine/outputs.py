@@ -1,4 +1,4 @@
-"""From sampled tokens to what a request's stream gets."""
+"""Turns sampled tokens into the outputs of a request's stream."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from nybble.engine.sampler import Sampled
 from nybble.engine.sequence import Sequence
 
 
-def advance(sequence: Sequence, sampled: Sampled, eos_token_ids: frozenset[int]) -> RequestOutput:
+def advance(sequence: Sequence, sampled: Sampled) -> RequestOutput:
     """What a sequence's newest token adds to its output. Raises GuideError."""
-    params = sequence.request.params
     token = sampled[0]
     guide = sequence.request.guide
     complete = guide is not None and guide.accept(token)
     reason: FinishReason | None = None
     text = ""
-    if token in params.stop_token_ids or (token in eos_token_ids and not params.ignore_eos):
+    if token in sequence.stop_token_ids:
         reason = "stop"
+        if sequence.request.params.include_stop_str_in_output:
+            text = sequence.detokenizer.add(token)
     else:
         text = sequence.detokenizer.add(token)
         if sequence.detokenizer.stopped or complete:
@@ -29,16 +30,13 @@ def advance(sequence: Sequence, sampled: Sampled, eos_token_ids: frozenset[int])
     return output_of(sequence, sampled, text, reason)
 
 
-def goes_on(sequence: Sequence, eos_token_ids: frozenset[int]) -> bool:
-    """Whether a sequence continues after its newest token whatever its text says."""
-    token = sequence.token_ids[-1]
-    params = sequence.request.params
+def goes_on(sequence: Sequence) -> bool:
+    """Whether a sequence certainly continues after its newest token, whatever the text is."""
     return (
-        not params.stop
+        not sequence.request.params.stop
         and sequence.request.guide is None
         and sequence.num_output_tokens < sequence.max_tokens
-        and token not in params.stop_token_ids
-        and (params.ignore_eos or token not in eos_token_ids)
+        and sequence.token_ids[-1] not in sequence.stop_token_ids
     )
 
 

@@ -17,11 +17,14 @@ from nybble.engine.weight_store import Weight
 from nybble.kernels.matmul import gated_linear, linear
 from nybble.kernels.ops import (
     AttentionBatch,
+    activate,
+    add_layer_norm,
     add_rms_norm,
+    gated,
+    layer_norm,
     paged_attention,
     rms_norm,
     rotary_store,
-    silu_mul,
 )
 from nybble.models import Attention, Mlp, Norm
 
@@ -66,17 +69,33 @@ class NormPart(Protocol):
 class RmsNormPart:
     weight: Tensor
     eps: float
+    offset: float
 
     def __call__(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps, self.offset)
 
     def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        return add_rms_norm(x, residual, self.weight, self.eps)
+        return add_rms_norm(x, residual, self.weight, self.eps, self.offset)
+
+
+@dataclass(frozen=True)
+class LayerNormPart:
+    weight: Tensor
+    bias: Tensor | None
+    eps: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return layer_norm(x, self.weight, self.bias, self.eps)
+
+    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        return add_layer_norm(x, residual, self.weight, self.bias, self.eps)
 
 
 def norm_part(norm: Norm, weight: Tensor, bias: Tensor | None) -> NormPart:
     """The part that computes ``norm``."""
-    return RmsNormPart(weight, norm.eps)
+    if norm.kind == "rms":
+        return RmsNormPart(weight, norm.eps, norm.offset)
+    return LayerNormPart(weight + norm.offset if norm.offset else weight, bias, norm.eps)
 
 
 @dataclass(frozen=True)
@@ -101,7 +120,11 @@ class Projection:
 
 @dataclass(frozen=True)
 class AttentionPart:
-    """layer: whose cache it uses. rope: which of the step's rotary embeddings it has."""
+    """Attention of one layer.
+
+    layer: index of the KV cache it uses.
+    rope: index of the step's rotary embedding it uses.
+    """
 
     about: Attention
     layer: int
@@ -119,13 +142,33 @@ class AttentionPart:
             q, k = self._normed(q, self.q_norm), self._normed(k, self.k_norm)
         cos, sin = step.rotary[self.rope]
         keys, values, *kv_scales = step.caches[self.layer]
-        rotary_store(q, k, v, cos, sin, keys, values, step.batch.slot_mapping, *kv_scales)
+        rotary_store(
+            q,
+            k,
+            v,
+            cos,
+            sin,
+            keys,
+            values,
+            step.batch.slot_mapping,
+            *kv_scales,
+            interleaved=about.rope is not None and about.rope.interleaved,
+        )
         attended = paged_attention(
-            q, keys, values, step.batch, about.scale, about.window, *kv_scales
+            q,
+            keys,
+            values,
+            step.batch,
+            about.scale,
+            about.window,
+            *kv_scales,
+            softcap=about.softcap or 0.0,
         )
         return self.output(attended, step.adapters)
 
     def _normed(self, heads: Tensor, norm: NormPart) -> Tensor:
+        if self.about.qk_norm == "each":
+            return norm(heads)
         width = heads.shape[-1] if self.about.qk_norm == "head" else heads[0].numel()
         return norm(heads.reshape(-1, width)).view(heads.shape)
 
@@ -137,11 +180,15 @@ class MlpPart:
     down: Projection
 
     def __call__(self, x: Tensor, step: Step) -> Tensor:
+        return self.down(self._hidden(x, step), step.adapters)
+
+    def _hidden(self, x: Tensor, step: Step) -> Tensor:
+        activation = self.about.activation
+        if not self.about.gated:
+            return activate(self.up(x, step.adapters), activation)
         if step.adapters is None and len(self.up.weights) == 1:
-            x = gated_linear(x, self.up.weights[0])
-        else:
-            x = silu_mul(self.up(x, step.adapters))
-        return self.down(x, step.adapters)
+            return gated_linear(x, self.up.weights[0], activation)
+        return gated(self.up(x, step.adapters), activation)
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,11 @@
-"""What a request wants of its prompt itself: log probabilities of its tokens, or an embedding.
+"""Results about a request's prompt itself: log probabilities of its tokens, or an embedding.
 
-A reader is handed the hidden states of a prompt chunk by chunk as it is prefilled. A preempted
-prompt is read again from where it is computed again, which gives the same result.
+A reader gets the hidden states of a prompt chunk by chunk as it is prefilled. If a prompt is
+preempted and computed again, it is read again, which gives the same result.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -16,6 +15,9 @@ from torch import Tensor
 
 from nybble.engine.request import Embedding, Pooling, PromptLogprobs
 from nybble.engine.transfer import send
+from nybble.loaders import CheckpointError
+from nybble.loaders.json_file import read_json_object
+from nybble.loaders.model_files import embedding_modules
 
 if TYPE_CHECKING:
     from nybble.engine.decoder import Decoder
@@ -107,16 +109,30 @@ class EmbeddingReader:
         return vector
 
 
+_MODULES = ("Transformer", "Pooling", "Normalize")  # of sentence-transformers
+
+
 def read_pooling(folder: Path) -> Pooling | None:
     """How the checkpoint's makers pool, in sentence-transformers' ``1_Pooling/config.json``.
 
-    ``last`` where they say nothing: of a causal model, only the last token has seen all others.
-    None where they pool in another way.
+    ``last`` if they say nothing: of a causal model, only the last token has seen all others.
+    None if they pool in another way. Raises CheckpointError naming a module of ``modules.json``
+    which is not computed here (without it, embeddings would be others), and ValueError for a file
+    that is no JSON object.
     """
-    path = folder / "1_Pooling" / "config.json"
+    path = folder / "1_Pooling"
+    for module in embedding_modules(folder):
+        if module.kind not in _MODULES:
+            raise CheckpointError(
+                f"{folder / 'modules.json'}: the module {module.kind} ({module.path}) is not "
+                f"supported; supported are {', '.join(_MODULES)}"
+            )
+        if module.kind == "Pooling":
+            path = folder / module.path
+    path = path / "config.json"
     if not path.is_file():
         return "last"
-    config = json.loads(path.read_text())
+    config = read_json_object(path)
     mode = config.get("pooling_mode")
     modes = [mode] if isinstance(mode, str) else []
     modes += [k.removeprefix("pooling_mode_") for k, on in config.items() if on is True]

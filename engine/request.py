@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -26,12 +26,21 @@ class ParameterError(ValueError):
         self.parameter = parameter
 
 
-class EngineOverloadedError(RuntimeError):
-    """The waiting queue is full; try again in ``retry_after`` seconds."""
+class ContextLengthError(ParameterError):
+    """The prompt and the requested output together exceed the context length."""
 
-    def __init__(self, message: str, retry_after: int) -> None:
-        super().__init__(message)
-        self.retry_after = retry_after
+
+class EngineOverloadedError(RuntimeError):
+    """The waiting queue is full; try again in a few seconds."""
+
+
+def require_known_tokens(parameter: str, tokens: Iterable[int], vocab: int) -> None:
+    """Raises :class:`ParameterError` for a token id that is not below ``vocab``."""
+    for token in tokens:
+        if not 0 <= token < vocab:
+            raise ParameterError(
+                parameter, f"token id {token} is outside the vocabulary of {vocab}"
+            )
 
 
 class AdapterUnavailableError(RuntimeError):
@@ -52,24 +61,43 @@ class OutOfMemoryError(RuntimeError):
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How tokens are chosen and when a sequence ends. Raises :class:`ParameterError`.
+    """How tokens are chosen and when a sequence ends.
 
-    max_tokens: tokens to generate at most; None for as many as the context length allows, 0 to
-        compute the prompt alone.
+    max_tokens: most tokens to generate. None for as many as the context length allows; 0 computes
+        the prompt alone.
+    min_tokens: fewest tokens to generate. Until then end tokens cannot be sampled and stop strings
+        are not looked for. If a grammar allows nothing but an end, the sequence still ends.
     temperature: 0 is greedy.
-    top_k: 0 is off. top_p, min_p: nucleus and minimum probability relative to the likeliest token.
+    top_p: nucleus sampling; 1 is off.
+    top_k: 0 is off.
+    min_p: lowest probability, relative to the likeliest token's; 0 is off.
     repetition_penalty: divides positive and multiplies negative logits of every token in the
-        prompt or output (CTRL, Keskar et al. 2019). presence_penalty and frequency_penalty are
-        subtracted from the logits of generated tokens, once and per occurrence (OpenAI).
-    logit_bias: added to the logits by token id.
+        prompt or output (CTRL, Keskar et al. 2019).
+    presence_penalty: subtracted once from the logit of every generated token (OpenAI).
+    frequency_penalty: subtracted for each time the token was generated (OpenAI).
+    logit_bias: added to the logits, by token id.
+    bad_words: texts which are not generated, alone or after a space. The tokenizer's own tokens
+        for a text are blocked; the same text may still appear in other tokens.
+    allowed_token_ids: the only tokens that may be sampled, end tokens included; None for all.
     seed: the same seed gives the same text, whatever else is in the batch. None draws one.
-    stop: strings that end the sequence; they are not part of the output text.
-    logprobs: how many alternatives to report per token (0–20), None for no logprobs at all.
-    prompt_logprobs: the same for the tokens of the prompt. All of them are then computed, whatever
-        the prefix cache holds.
+    stop: strings that end the sequence.
+    stop_token_ids: tokens that end the sequence, besides the model's end tokens.
+    include_stop_str_in_output: whether what ended the sequence, a stop string or an end token, is
+        part of the output text.
+    ignore_eos: whether the model's end tokens do not end the sequence.
+    skip_special_tokens: whether special tokens are left out of the text.
+    spaces_between_special_tokens: whether the decoder may put spaces between special tokens that
+        follow each other, if they are not left out.
+    logprobs: how many alternatives to report per token (0–20); None for no logprobs at all.
+    logprob_token_ids: report these tokens instead of the likeliest; needs ``logprobs``.
+    prompt_logprobs: like ``logprobs``, for the tokens of the prompt. The whole prompt is then
+        computed, even if parts are in the prefix cache.
+
+    Raises :class:`ParameterError` for a value out of range.
     """
 
     max_tokens: int | None = None
+    min_tokens: int = 0
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
@@ -78,11 +106,17 @@ class SamplingParams:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
+    bad_words: tuple[str, ...] = ()
+    allowed_token_ids: tuple[int, ...] | None = None
     seed: int | None = None
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
+    include_stop_str_in_output: bool = False
     ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
     logprobs: int | None = None
+    logprob_token_ids: tuple[int, ...] = ()
     prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
@@ -92,6 +126,13 @@ class SamplingParams:
                 raise ParameterError(parameter, f"{parameter} is {found}, expected {expected}")
 
         require(self.max_tokens is None or self.max_tokens >= 0, "max_tokens", "0 or more")
+        require(self.min_tokens >= 0, "min_tokens", "0 or more")
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise ParameterError(
+                "min_tokens",
+                f"min_tokens is {self.min_tokens}, expected at most the {self.max_tokens} of "
+                "max_tokens",
+            )
         require(0 <= self.temperature <= 100, "temperature", "between 0 and 100")
         require(0 < self.top_p <= 1, "top_p", "above 0 and at most 1")
         require(self.top_k >= 0, "top_k", "0 (off) or more")
@@ -101,12 +142,19 @@ class SamplingParams:
         )
         require(-2 <= self.presence_penalty <= 2, "presence_penalty", "between -2 and 2")
         require(-2 <= self.frequency_penalty <= 2, "frequency_penalty", "between -2 and 2")
-        require(
-            all(-100 <= bias <= 100 for bias in self.logit_bias.values()),
-            "logit_bias",
-            "values between -100 and 100",
-        )
+        for token, bias in self.logit_bias.items():
+            if not -100 <= bias <= 100:
+                raise ParameterError(
+                    "logit_bias",
+                    f"logit_bias of token {token} is {bias}, expected between -100 and 100",
+                )
         require(all(self.stop), "stop", "non-empty strings")
+        require(all(map(str.strip, self.bad_words)), "bad_words", "strings with more than spaces")
+        require(self.allowed_token_ids != (), "allowed_token_ids", "at least one token id")
+        if self.logprob_token_ids and self.logprobs is None:
+            raise ParameterError(
+                "logprob_token_ids", "logprob_token_ids is allowed only with logprobs"
+            )
         for name in ("logprobs", "prompt_logprobs"):
             wanted = getattr(self, name)
             require(
@@ -117,11 +165,25 @@ class SamplingParams:
 
 
 class GuideError(RuntimeError):
-    """A guide cannot go on; its sequence ends with this error."""
+    """A sequence's grammar cannot continue; the sequence ends with this error."""
 
 
-class NotANumberError(RuntimeError):
-    """What the model computed for a sequence is no number; the sequence ends with this error."""
+class NoTokenError(RuntimeError):
+    """There is no next token for a sequence; the sequence ends with this error."""
+
+
+class NothingAllowedError(NoTokenError):
+    """The request's constraints together exclude every token."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "no token may come next: together the request's grammar, allowed_token_ids, bad_words "
+            "and min_tokens exclude all of them"
+        )
+
+
+class NotANumberError(NoTokenError):
+    """The model's logits for a sequence are NaN or infinite; the sequence ends with this error."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -130,25 +192,31 @@ class NotANumberError(RuntimeError):
 
 
 class Guide(Protocol):
-    """Restricts what one sequence says. Used by the engine thread alone."""
+    """Restricts the output of one sequence. Used by the engine thread alone."""
 
     def allowed(self) -> Tensor:
         """The tokens that may come next, bool ``(vocab,)`` on the CPU. Never raises."""
         ...
 
     def accept(self, token: int) -> bool:
-        """Go on by a token; True where nothing may follow it. Raises GuideError."""
+        """Advance by a token; returns True if nothing may follow it. Raises GuideError."""
         ...
 
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt to continue. ``request_id`` must be unique among those in flight.
+    """One prompt to continue.
 
+    request_id: must be unique among the requests in flight.
+    guide: restricts the output to a grammar; None for free text.
     adapter: the name of a loaded adapter; None for the base model.
-    tenant: whom the tokens are served to; tenants share the engine in proportion to ``weight``.
-    pooling: asks for the prompt's embedding in place of a continuation.
-    Raises :class:`ParameterError` for a weight that is not positive.
+    tenant: the tenant that the tokens count for.
+    weight: tenants share the engine in proportion to this.
+    priority: among a tenant's waiting requests the lowest number starts first.
+    cache_salt: the prefix cache is shared only among requests with the same salt.
+    pooling: if set, the output is the prompt's embedding instead of a continuation.
+
+    Raises :class:`ParameterError` for a weight that is not positive and finite.
     """
 
     request_id: str
@@ -158,6 +226,8 @@ class Request:
     adapter: str | None = None
     tenant: str = ""
     weight: float = 1.0
+    priority: int = 0
+    cache_salt: str = ""
     pooling: Pooling | None = None
 
     def __post_init__(self) -> None:
@@ -169,7 +239,8 @@ class Request:
 class TokenLogprob:
     """Natural-log probability of a token before temperature, truncation and penalties.
 
-    top: the likeliest alternatives, likeliest first, as (token id, log probability).
+    top: (token id, log probability) of the alternatives, likeliest first; or of the tokens of
+        ``logprob_token_ids``, in their order.
     """
 
     token_id: int
@@ -179,10 +250,13 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class PromptLogprobs:
-    """Log probabilities of a prompt's tokens, one row for each but the first, which has none.
+    """Log probabilities of a prompt's n tokens. The first token has none.
 
-    logprobs: float32 ``(n - 1,)``. ranks: int32 ``(n - 1,)``, 1 for the likeliest token.
-    top_logprobs, top_ids: float32 and int32 ``(n - 1, alternatives)``, likeliest first.
+    token_ids: all n tokens.
+    logprobs: float32 ``(n - 1,)``.
+    ranks: int32 ``(n - 1,)``; 1 is the likeliest token.
+    top_logprobs: float32 ``(n - 1, alternatives)``, likeliest first.
+    top_ids: int32, of the same shape.
     """
 
     token_ids: tuple[int, ...]
@@ -202,15 +276,18 @@ class PromptLogprobs:
 
 @dataclass(frozen=True)
 class RequestOutput:
-    """What one engine step added to a request; the last one carries ``finish_reason``.
+    """What one engine step added to a request. The last output has a ``finish_reason``.
 
-    text: new text, whole UTF-8 characters only; text that may turn out to be the beginning of a
-        stop string is held back until that is settled.
-    token_ids: the new tokens (an output may carry tokens and no text); none where the request asks
-        for none, which has one output.
+    text: new text, in whole UTF-8 characters. Text that may be the beginning of a stop string is
+        held back until that is known.
+    token_ids: the new tokens; there may be tokens without text. Empty if the request asks for no
+        tokens (``max_tokens`` 0, or an embedding), which has just one output.
     logprobs: one per new token if asked for, else empty.
-    completion_tokens: generated so far. cached_tokens: prompt tokens found in the prefix cache.
-    queue_seconds: how long the request waited before it was first computed.
+    finish_reason: None if more outputs follow.
+    prompt_tokens: length of the prompt.
+    completion_tokens: tokens generated so far.
+    cached_tokens: prompt tokens found in the prefix cache.
+    queue_seconds: how long the request waited before its first step.
     prompt_logprobs: of the whole prompt, with the first output, if asked for.
     embedding: float32 ``(hidden,)`` of unit length, if asked for.
     """

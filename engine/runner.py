@@ -15,7 +15,7 @@ from nybble.engine.decoder import Decoder
 from nybble.engine.graphs import Capture, DecodeGraphs, bucket_sizes, cuda_capture
 from nybble.engine.inputs import InputBuffers, StepInputs
 from nybble.engine.parts import KVCache
-from nybble.engine.scheduler import ScheduledBatch
+from nybble.engine.scheduler import ScheduledBatch, StepKind
 from nybble.kernels.lora_batch import LoRABatch
 from nybble.kernels.ops import AttentionBatch, TokenChoice, sample_tokens
 from nybble.kernels.progress import Progress, track
@@ -115,9 +115,7 @@ class ModelRunner:
         """
         lora_slots = [item.sequence.adapter_slot for item in batch]
         adapted = any(slot >= 0 for slot in lora_slots)
-        readers = [item.sequence.reading for item in batch]
-        decoding = all(i.num_tokens == 1 and i.samples for i in batch) and not any(readers)
-        if self._graphs is not None and decoding:
+        if self._graphs is not None and all(item.kind is StepKind.DECODE for item in batch):
             size = self._graphs.size_for(len(batch), adapted)
             if size is not None:
                 self._inputs.build(batch, lora_slots if adapted else None, pad_to=size)
@@ -125,10 +123,9 @@ class ModelRunner:
         inputs = self._inputs.build(batch, lora_slots if adapted else None)
         hidden = self._forward(inputs)
         row = 0
-        for item, reader in zip(batch, readers, strict=True):
-            if reader is not None:
-                states = hidden[row : row + item.num_tokens]
-                reader.read(self.decoder, states, item.sequence.num_computed_tokens)
+        for item in batch:
+            if item.reader is not None:
+                item.reader.read(self.decoder, hidden[row : row + item.num_tokens], item.start)
             row += item.num_tokens
         return self._logits(hidden, inputs)
 
@@ -169,7 +166,9 @@ class ModelRunner:
             weights = list(self.decoder.packed_weights())
             if self._tune:
                 tune_unknown(weights, self._dtype, self._max_batched_tokens, progress=progress)
-            warmup(weights, self._dtype, self._max_batched_tokens, progress=progress)
+            # Every family here has one activation in all its layers.
+            activation = self.decoder.architecture.layers[0].mlp.activation
+            warmup(weights, self._dtype, self._max_batched_tokens, activation, progress=progress)
             for tokens, seqs in track(self._warm_up_sizes(), "Compiling kernels", progress):
                 inputs = self._idle_prefill(tokens, seqs)
                 self._compute(inputs)

@@ -16,7 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nybble.engine.request import NotANumberError, SamplingParams, TokenLogprob
+from nybble.engine.request import (
+    NotANumberError,
+    NothingAllowedError,
+    NoTokenError,
+    SamplingParams,
+    TokenLogprob,
+)
 from nybble.engine.transfer import send
 from nybble.kernels.ops import TokenChoice, sample_tokens
 
@@ -29,15 +35,27 @@ _COLDEST = 1e-6
 class SequenceSampler:
     """The sampling state of one sequence: its random generator and the tokens it has seen.
 
-    allowed: bool ``(vocab,)``, the tokens the next one may be, on any device; None for all. Whoever
-    guides a sequence sets it before each step; it comes after biases and penalties.
+    It changes when a token is recorded and not before, so that a step which failed for lack of
+    memory can be computed again with the same result.
+
+    ends: the tokens that end the sequence. bad_words: the tokens of each that may not come.
     """
 
-    def __init__(self, params: SamplingParams, prompt_token_ids: tuple[int, ...]) -> None:
+    def __init__(
+        self,
+        params: SamplingParams,
+        prompt_token_ids: tuple[int, ...],
+        *,
+        ends: frozenset[int] = frozenset(),
+        bad_words: tuple[tuple[int, ...], ...] = (),
+    ) -> None:
         self.params = params
-        self.allowed: Tensor | None = None
+        self._ends = sorted(ends)
+        self._bad_words = bad_words
+        self._output: list[int] = []
         seed = params.seed if params.seed is not None else secrets.randbits(63)
         self._random = np.random.Generator(np.random.PCG64(seed & (1 << 64) - 1))
+        self._uniform: float | None = None  # drawn for the next token
         self._prompt_token_ids = prompt_token_ids
         self._in_prompt: Tensor | None = None
         self._counts: Tensor | None = None
@@ -51,42 +69,80 @@ class SequenceSampler:
         )
 
     def choice(self) -> TokenChoice:
-        """How the next token is chosen; takes a number from the generator unless it is greedy."""
+        """How the next token is chosen: in the same way until it is recorded."""
         params = self.params
         if not params.temperature:
             return TokenChoice(0.0, params.top_k, params.top_p, params.min_p, 0.0)
-        temperature, uniform = max(params.temperature, _COLDEST), self._random.random()
-        return TokenChoice(temperature, params.top_k, params.top_p, params.min_p, uniform)
+        if self._uniform is None:
+            self._uniform = self._random.random()
+        temperature = max(params.temperature, _COLDEST)
+        return TokenChoice(temperature, params.top_k, params.top_p, params.min_p, self._uniform)
 
     def seen(self, vocab: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Which tokens the prompt has, bool ``(vocab,)``, and how often each was generated."""
         if self._counts is None or self._in_prompt is None:
-            self._counts = torch.zeros(vocab, device=device)
-            self._in_prompt = torch.zeros(vocab, dtype=torch.bool, device=device)
-            self._in_prompt[send(self._prompt_token_ids, torch.int64, device)] = True
+            in_prompt = torch.zeros(vocab, dtype=torch.bool, device=device)
+            in_prompt[send(self._prompt_token_ids, torch.int64, device)] = True
+            # Both or, where there is no memory for one, neither.
+            self._in_prompt, self._counts = in_prompt, torch.zeros(vocab, device=device)
         return self._in_prompt, self._counts
 
     def record(self, token: int) -> None:
-        """Count a generated token."""
+        """Count a generated token; the next is chosen with another random number."""
+        self._uniform = None
+        self._output.append(token)
         if self._counts is not None:
             self._counts[token] += 1
+
+    @property
+    def constrained(self) -> bool:
+        """Whether the parameters exclude tokens."""
+        params = self.params
+        return bool(self._bad_words or params.allowed_token_ids or params.min_tokens)
+
+    def barred(self, guided: Tensor | None) -> list[int]:
+        """The tokens that may not come next: ends before their time, the last of a bad word.
+
+        guided: the tokens a grammar allows, bool ``(vocab,)`` on the CPU.
+        """
+        barred = [
+            word[-1]
+            for word in self._bad_words
+            if len(word) == 1 or tuple(self._output[1 - len(word) :]) == word[:-1]
+        ]
+        early = len(self._output) < self.params.min_tokens
+        # A grammar that is complete has nothing else to go on with.
+        if early and (guided is None or guided.sum() > guided[self._ends].sum()):
+            barred += self._ends
+        return barred
 
 
 class PendingSample:
     """Tokens that the device may still be computing."""
 
-    def __init__(self, logits: Tensor, samplers: Sequence[SequenceSampler]) -> None:
-        """Start on float32 logits ``(rows, vocab)``, which it overwrites, a sampler for each."""
+    def __init__(
+        self,
+        logits: Tensor,
+        samplers: Sequence[SequenceSampler],
+        allowed: Sequence[Tensor | None] | None = None,
+    ) -> None:
+        """Start on float32 logits ``(rows, vocab)``, which it overwrites, a sampler for each.
+
+        allowed: for each row the tokens the next one may be, bool ``(vocab,)`` on any device, or
+        None for all; whatever biases and penalties say.
+        """
         self._samplers = samplers
         self._asked = [row for row, each in enumerate(samplers) if each.params.logprobs is not None]
         logprobs = torch.log_softmax(_rows(logits, self._asked), dim=-1) if self._asked else None
         _bias(logits, samplers)
         _penalize(logits, samplers)
-        for row, each in enumerate(samplers):
-            if each.allowed is not None:
-                allowed = each.allowed.pin_memory() if logits.is_cuda else each.allowed
-                allowed = allowed.to(logits.device, non_blocking=True)
-                logits[row].masked_fill_(~allowed, float("-inf"))
+        for row, mask in enumerate(allowed or ()):
+            if mask is not None:
+                mask = mask.pin_memory() if logits.is_cuda else mask
+                mask = mask.to(logits.device, non_blocking=True)
+                logits[row].masked_fill_(~mask, float("-inf"))
+        self._masked = [mask is not None for mask in allowed or (None,) * len(samplers)]
+        _exclude(logits, samplers, allowed or (None,) * len(samplers))
         chosen = sample_tokens(logits, [each.choice() for each in samplers])
         # Of a row with a NaN, NaN; of one with nothing that may follow, −inf.
         self._found = [chosen, logits.amax(-1)]
@@ -95,33 +151,46 @@ class PendingSample:
             top = logprobs.topk(min(most, logprobs.shape[1]))
             own = logprobs.gather(1, _rows(chosen, self._asked)[:, None])
             self._found += [own, top.values, top.indices]
+            named = [samplers[row].params.logprob_token_ids for row in self._asked]
+            if any(named):
+                longest = max(map(len, named))
+                padded = [[*ids, *(0,) * (longest - len(ids))] for ids in named]
+                self._found.append(logprobs.gather(1, send(padded, torch.int64, logits.device)))
 
-    def result(self) -> list[Sampled | NotANumberError]:
+    def result(self) -> list[Sampled | NoTokenError]:
         """The next token of each sequence, once the device has it; an error where it has none."""
         tokens, largest, *reports = _to_host(self._found)
-        sampled: list[Sampled | NotANumberError] = []
+        sampled: list[Sampled | NoTokenError] = []
         rows = zip(self._samplers, tokens.tolist(), largest.tolist(), strict=True)
         for row, (each, token, most) in enumerate(rows):
             if not math.isfinite(most):
-                sampled.append(NotANumberError())
+                constrained = each.constrained or self._masked[row]
+                nothing = constrained and most == -math.inf
+                sampled.append(NothingAllowedError() if nothing else NotANumberError())
                 continue
-            each.record(token)
             report = None
             if each.params.logprobs is not None:
                 place = self._asked.index(row)
-                report = _report(reports, place, token, each.params.logprobs)
+                report = _report(reports, place, token, each.params)
             sampled.append((token, report))
+        for each, found in zip(self._samplers, sampled, strict=True):
+            if not isinstance(found, NoTokenError):
+                each.record(found[0])
         return sampled
 
 
-def sample(logits: Tensor, samplers: Sequence[SequenceSampler]) -> list[Sampled]:
+def sample(
+    logits: Tensor,
+    samplers: Sequence[SequenceSampler],
+    allowed: Sequence[Tensor | None] | None = None,
+) -> list[Sampled]:
     """The next token of each sequence from float32 logits ``(rows, vocab)``; overwrites them.
 
-    Raises NotANumberError where one has none.
+    allowed: as :class:`PendingSample` takes it. Raises NoTokenError where one has none.
     """
     found: list[Sampled] = []
-    for each in PendingSample(logits, samplers).result():
-        if isinstance(each, NotANumberError):
+    for each in PendingSample(logits, samplers, allowed).result():
+        if isinstance(each, NoTokenError):
             raise each
         found.append(each)
     return found
@@ -143,6 +212,24 @@ def _bias(logits: Tensor, samplers: Sequence[SequenceSampler]) -> None:
         rows, ids, biases = zip(*entries, strict=True)
         at = send([rows, ids], torch.int64, logits.device)
         logits[at[0], at[1]] += send(biases, logits.dtype, logits.device)
+
+
+def _exclude(
+    logits: Tensor, samplers: Sequence[SequenceSampler], guided: Sequence[Tensor | None]
+) -> None:
+    barred: list[tuple[int, int]] = []
+    for row, (each, mask) in enumerate(zip(samplers, guided, strict=True)):
+        if not each.constrained:
+            continue
+        if (only := each.params.allowed_token_ids) is not None:
+            ids = send(only, torch.int64, logits.device)
+            kept = logits[row, ids]
+            logits[row] = float("-inf")
+            logits[row, ids] = kept
+        barred += [(row, token) for token in each.barred(mask)]
+    if barred:
+        at = send(list(zip(*barred, strict=True)), torch.int64, logits.device)
+        logits[at[0], at[1]] = float("-inf")
 
 
 def _penalize(logits: Tensor, samplers: Sequence[SequenceSampler]) -> None:
@@ -189,7 +276,11 @@ def _to_host(tensors: list[Tensor]) -> list[Tensor]:
     return copies
 
 
-def _report(reports: list[Tensor], row: int, token: int, alternatives: int) -> TokenLogprob:
-    own, values, ids = reports
-    pairs = zip(ids[row].tolist(), values[row].tolist(), strict=True)
-    return TokenLogprob(token, float(own[row, 0]), tuple(pairs)[:alternatives])
+def _report(reports: list[Tensor], row: int, token: int, params: SamplingParams) -> TokenLogprob:
+    own, values, ids, *named = reports
+    if params.logprob_token_ids:
+        found = named[0][row].tolist()[: len(params.logprob_token_ids)]
+        pairs = tuple(zip(params.logprob_token_ids, found, strict=True))
+    else:
+        pairs = tuple(zip(ids[row].tolist(), values[row].tolist(), strict=True))[: params.logprobs]
+    return TokenLogprob(token, float(own[row, 0]), pairs)

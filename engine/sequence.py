@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from enum import Enum
+from hashlib import blake2b
 
 from nybble.engine.adapter_cache import AdapterVersion
 from nybble.engine.detokenizer import Detokenizer
-from nybble.engine.prompt_reader import EmbeddingReader, LogprobReader, PromptReader
+from nybble.engine.prompt_reader import EmbeddingReader, LogprobReader
 from nybble.engine.request import Request
 from nybble.engine.sampler import SequenceSampler
 
@@ -18,9 +20,25 @@ class SequenceStatus(Enum):
     FINISHED = "finished"
 
 
+@dataclass(frozen=True)
+class CachedPrefix:
+    """What the prefix cache holds of a sequence that waits.
+
+    tokens: of its beginning, which need not be computed. blocks_in_use: of their blocks, those that
+    running sequences hold, so that sharing them takes none of the free ones.
+    """
+
+    tokens: int
+    blocks_in_use: int
+
+
+NOTHING_CACHED = CachedPrefix(0, 0)
+
+
 class Sequence:
     """Mutable state of one request; owned by the engine thread.
 
+    stop_token_ids: tokens that end it, those of the model's vocabulary and those the request names.
     num_computed_tokens: leading tokens whose keys and values are in the cache.
     num_charged_tokens: leading tokens of the prompt that its tenant need not pay for (again).
     blocks: ids of the KV blocks holding them, in order; a list that only grows, and another one
@@ -29,15 +47,23 @@ class Sequence:
         their places in the list stay.
     block_hashes: the prefix-cache keys of the leading full blocks, as far as they are known.
     adapter: the version of the request's adapter, settled when the request is taken.
-    overtaken: others admitted while this one's adapter found no slot.
+    cached_prefix: what the prefix cache held of it when it was last looked up, while it waits.
+    prefix_valid_until: the step from which on it is looked up again.
+    overtaken: others admitted while it lacked an adapter slot or blocks.
     reader: what is still to be read of the prompt, until its result is taken.
     """
 
     def __init__(
-        self, request: Request, max_tokens: int, detokenizer: Detokenizer, sampler: SequenceSampler
+        self,
+        request: Request,
+        max_tokens: int,
+        detokenizer: Detokenizer,
+        sampler: SequenceSampler,
+        stop_token_ids: frozenset[int] = frozenset(),
     ) -> None:
         self.request = request
         self.max_tokens = max_tokens
+        self.stop_token_ids = stop_token_ids
         self.detokenizer = detokenizer
         self.sampler = sampler
         self.status = SequenceStatus.WAITING
@@ -52,6 +78,8 @@ class Sequence:
         self.num_unseen_blocks = 0
         self.block_hashes: list[bytes] = []
         self.adapter: AdapterVersion | None = None
+        self.cached_prefix = NOTHING_CACHED
+        self.prefix_valid_until = 0
         self.overtaken = 0
         self.reader: LogprobReader | EmbeddingReader | None = None
         if request.pooling is not None:
@@ -73,18 +101,17 @@ class Sequence:
 
     @property
     def prefix_root(self) -> bytes:
-        """What the keys of the prefix cache begin with: an adapter changes every key and value."""
-        return self.adapter.digest if self.adapter is not None else b""
+        """What the keys of the prefix cache begin with: an adapter changes every key and value, and
+        a salt keeps the blocks to those who know it."""
+        root = self.adapter.digest if self.adapter is not None else b""
+        if salt := self.request.cache_salt:
+            root += blake2b(salt.encode(), digest_size=16, person=b"cache_salt").digest()
+        return root
 
     @property
     def adapter_slot(self) -> int:
         """The device slot of the adapter while running, −1 for the base model."""
         return -1 if self.adapter is None or self.adapter.slot is None else self.adapter.slot
-
-    @property
-    def reading(self) -> PromptReader | None:
-        """Who reads the hidden states of the next tokens computed."""
-        return self.reader if self.num_computed_tokens < self.num_prompt_tokens else None
 
     @property
     def may_share_prefix(self) -> bool:

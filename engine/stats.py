@@ -1,4 +1,4 @@
-"""What the engine tells of itself."""
+"""The engine's statistics."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ from nybble.engine.size_counts import SizeCounts
 class EngineStats:
     """A snapshot after the last step. Token, preemption and step figures count since the start.
 
-    step_seconds: time spent in steps. step_sequences, step_tokens: how many each step computed.
-    failures: of the engine thread. restarts: after them.
+    step_seconds: time spent in steps.
+    step_sequences: how many sequences each step computed.
+    step_tokens: how many tokens each step computed.
+    failures: of the engine thread.
+    restarts: after failures.
     """
 
     running: int = 0

@@ -11,7 +11,7 @@ from nybble.engine.request import RequestOutput
 
 @dataclass(frozen=True)
 class Stream:
-    """A request's outputs in order; an exception is the last."""
+    """A request's outputs in order. An exception is always the last item."""
 
     loop: asyncio.AbstractEventLoop
     queue: asyncio.Queue[RequestOutput | Exception]
@@ -43,7 +43,7 @@ def _put(items: list[tuple[Stream, RequestOutput | Exception]]) -> None:
 
 
 def _call(loop: asyncio.AbstractEventLoop, function: object, argument: object) -> None:
-    """Run on another thread's loop; a loop that has closed has nobody left to tell."""
+    """Call a function on another thread's event loop; does nothing if the loop is closed."""
     try:
         loop.call_soon_threadsafe(function, argument)  # type: ignore[arg-type]
     except RuntimeError:

@@ -18,7 +18,7 @@ class WeightStore:
     """Consumes weights one at a time; each goes to the device in its back end's layout.
 
     What is taken is checked against the architecture's sizes. Raises ValueError naming a weight
-    that is missing, of another shape, or that nobody took.
+    that is missing, has another shape, or was not used.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class WeightStore:
         return weight
 
     def finish(self) -> None:
-        """Refuse weights nobody took: ignoring them would change the model."""
+        """Refuse weights that no part used: ignoring them would change the model."""
         if self._weights:
             names = sorted(self._weights)
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Training examples: JSON lines to token ids with a loss on the assistant's tokens only."""
+"""Training examples: JSON lines to token ids, with a loss only on the assistant's tokens."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from nybble.finetune.rows import DataError, is_learned, read_rows, row_kind
 
 _NEUTRAL = ("\n", "\x00", "a", "0", ")")
 
-IGNORED = -100  # the label of a token that no loss is taken on
+IGNORED = -100  # the label of a token without a loss
 
 
 @dataclass(frozen=True)
 class Example:
-    """Token ids, and the same ids as labels with IGNORED where no loss is taken."""
+    """Token ids, and the same ids as labels with IGNORED for those without a loss."""
 
     ids: list[int]
     labels: list[int]
@@ -39,8 +39,10 @@ class Example:
 class Batch:
     """Rows of one or more examples each; int64 ``(rows, length)``.
 
-    labels[t] is the token at t or IGNORED; position_ids start anew with every example, by which
-    transformers keeps examples in one row from attending to each other. tokens: without padding.
+    labels: the token at the same place, or IGNORED.
+    position_ids: restart at 0 with every example, by which transformers keeps examples in one row
+        from attending to each other.
+    tokens: the number of tokens, without padding.
     """
 
     input_ids: Tensor
@@ -50,7 +52,7 @@ class Batch:
 
     @property
     def targets(self) -> int:
-        """Tokens with a loss: the first of a row is never predicted."""
+        """The number of tokens with a loss; the first of a row is never predicted."""
         return int((self.labels[:, 1:] != IGNORED).sum())
 
 
@@ -208,7 +210,7 @@ def to_batch(rows: Sequence[Sequence[Example]]) -> Batch:
             stop = start + len(example.ids)
             ids[index, start:stop] = torch.tensor(example.ids)
             labels[index, start:stop] = torch.tensor(example.labels)
-            labels[index, start] = IGNORED  # the example before does not predict it
+            labels[index, start] = IGNORED  # not predicted from the example before
             positions[index, start:stop] = torch.arange(stop - start)
             start = stop
         positions[index, start:] = torch.arange(length - start)

@@ -23,8 +23,9 @@ _PREFIX = "base_model.model."
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """target_modules: names of linear layers, as the last part of their path; None for all of the
-    decoder's.
+    """How adapters are shaped.
+
+    target_modules: the last part of the names of linear layers; None for all of the decoder's.
     use_rslora: scale by alpha / √rank in place of alpha / rank.
     """
 
@@ -71,7 +72,7 @@ class LoraLinear(nn.Module):
 def add_lora(model: nn.Module, settings: LoraSettings) -> dict[str, LoraLinear]:
     """Wrap the target layers of ``model`` in place; returns the new layers by name.
 
-    Raises ValueError where a target name matches no linear layer.
+    Raises ValueError if a target name matches no linear layer.
     """
     wanted_names = settings.target_modules
     targets = {

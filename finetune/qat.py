@@ -1,4 +1,4 @@
-"""Quantization-aware training: weights learn on the grid they will be stored on.
+"""Quantization-aware training: weights are trained on the grid they will be stored on.
 
 The forward pass uses weights rounded to a fixed grid; the backward pass treats
 rounding as the identity within the grid's range and as a constant beyond it (the straight-through
@@ -19,18 +19,24 @@ from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from nybble.finetune.data import IGNORED, Batch, Example, pack, read_examples, to_batch
 from nybble.finetune.train import batch_loss, checkpoint_activations, warm_cosine
 from nybble.loaders import CheckpointError, open_checkpoint
+from nybble.loaders.formats import (
+    AffineFormat,
+    AffineWeight,
+    WriteOptions,
+    writing_format,
+)
 from nybble.loaders.shards import Shards
-from nybble.quantizers.affine import WIDTHS, AffineWeight, grid, nearest_codes
-from nybble.quantizers.formats import gptq_tensors, quantization_config, whole_words
+from nybble.loaders.tokenizer import load_tokenizer
+from nybble.quantizers.affine import grid, nearest_codes
 from nybble.quantizers.packed_model import load_packed_model
 from nybble.quantizers.writer import FolderWriter
 
-_ROWS_AT_A_TIME = 256  # the logits of so many tokens are in memory at once
+_ROWS_AT_A_TIME = 256  # tokens whose logits are in memory at once
 
 
 class _RoundToGrid(torch.autograd.Function):
@@ -38,7 +44,7 @@ class _RoundToGrid(torch.autograd.Function):
     def forward(ctx: Any, grouped: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Tensor:
         low = -zeros * scales
         high = (2**bits - 1 - zeros) * scales
-        # Half a step beyond the ends still rounds to them.
+        # Values up to half a step beyond an end still round to it.
         ctx.save_for_backward((grouped >= low - scales / 2) & (grouped <= high + scales / 2))
         return (nearest_codes(grouped, scales, zeros, bits=bits) - zeros) * scales
 
@@ -51,13 +57,21 @@ class _RoundToGrid(torch.autograd.Function):
 class FakeQuantLinear(nn.Module):
     """A linear layer whose float32 weight is rounded to its grid in every forward pass.
 
-    The grid is that of the weight the layer begins with, and does not move.
+    The grid is computed from the initial weight and stays fixed.
     """
 
     scales: Tensor
     zeros: Tensor
 
-    def __init__(self, linear: nn.Linear, group_size: int, *, sym: bool, bits: int = 4) -> None:
+    def __init__(
+        self,
+        linear: nn.Linear,
+        group_size: int,
+        *,
+        sym: bool,
+        bits: int = 4,
+        least_zero: int = 0,
+    ) -> None:
         super().__init__()
         self.bits = bits
         self.in_features, self.out_features = linear.in_features, linear.out_features
@@ -66,7 +80,11 @@ class FakeQuantLinear(nn.Module):
         self.bias = linear.bias
         grouped = self._grouped().detach()
         scales, zeros = grid(
-            grouped.amin(-1, keepdim=True), grouped.amax(-1, keepdim=True), sym=sym, bits=bits
+            grouped.amin(-1, keepdim=True),
+            grouped.amax(-1, keepdim=True),
+            sym=sym,
+            bits=bits,
+            least_zero=least_zero,
         )
         self.register_buffer("scales", scales.float())
         self.register_buffer("zeros", zeros.float())
@@ -102,27 +120,34 @@ def fake_quantize_model(
         if isinstance(module, nn.Linear) and ".layers." in name
     }
     layers = {}
+    written = _exported(group_size, sym, bits)
     for name, linear in linears.items():
-        size = linear.in_features if group_size == -1 else group_size
-        word = whole_words(bits)
-        if linear.in_features % size or linear.in_features % word or linear.out_features % word:
-            raise ValueError(
-                f"{name}: {linear.out_features} outputs and {linear.in_features} inputs do not "
-                f"divide into groups of {size} inputs and words of {word}"
-            )
-        layers[name] = FakeQuantLinear(linear, group_size, sym=sym, bits=bits)
+        try:
+            written.check_sizes(linear.out_features, linear.in_features)
+        except ValueError as misfit:
+            raise ValueError(f"{name}: {misfit}") from misfit
+        layers[name] = FakeQuantLinear(
+            linear, group_size, sym=sym, bits=bits, least_zero=written.least_zero
+        )
         model.set_submodule(name, layers[name])
     return layers
+
+
+def _exported(group_size: int, sym: bool, bits: int) -> AffineFormat:
+    """The format that the result is written in. Raises ValueError for an unsupported width."""
+    written = writing_format("gptq", WriteOptions(group_size=group_size, sym=sym, bits=bits))
+    assert isinstance(written, AffineFormat)
+    return written
 
 
 @dataclass(frozen=True)
 class QatSettings:
     """How training goes.
 
-    bits: of a code: 2, 3, 4 or 8.
+    bits: the width of a code: 2, 3, 4 or 8.
     distil: learn the full-precision model's distribution over the next token (the loss is
-        KL(full precision ‖ trained)) instead of the text itself: the grid is trained and the
-        model stays what it is.
+        KL(full precision ‖ trained)) instead of the text itself. The weights adapt to the grid,
+        and the model's behaviour stays the same.
     warmup: the fraction of the steps in which the rate rises; it then falls along a cosine.
     """
 
@@ -152,38 +177,31 @@ def quantization_aware_train(
 ) -> list[float]:
     """Train the linear layers of the 16-bit checkpoint ``base`` on their grid.
 
-    ``out`` becomes a GPTQ-layout checkpoint with the very weights the last forward pass used.
+    ``out`` becomes a GPTQ-layout checkpoint with exactly the rounded weights of training.
     Returns the loss per token of every step. Memory: 16 bytes a weight, for the float32 weight,
     its gradient and Adam's two moments; with ``distil`` 2 more for the full-precision model.
 
-    Raises CheckpointError where the base is quantized already, DataError for data that cannot be
-    used, FileExistsError where ``out`` has content, ValueError where sizes do not fit.
+    Raises CheckpointError if the base is quantized already, DataError for data that cannot be
+    used, FileExistsError if ``out`` has content, ValueError if sizes do not fit.
     """
     settings = settings or QatSettings()
-    if settings.bits not in WIDTHS:
-        raise ValueError(f"bits is {settings.bits}, expected one of {', '.join(map(str, WIDTHS))}")
-    config = json.loads((base / "config.json").read_text())
-    if "quantization_config" in config:
+    written = _exported(settings.group_size, settings.sym, settings.bits)
+    source = open_checkpoint(base)
+    if source.format != "none":
         raise CheckpointError(f"{base} is quantized already; give the 16-bit checkpoint")
-    config["quantization_config"] = quantization_config(
-        "gptq",
-        settings.group_size,
-        sym=settings.sym,
-        desc_act=False,
-        double_quant=False,
-        bits=settings.bits,
-    )
+    config = json.loads((base / "config.json").read_text())
+    config["quantization_config"] = dict(written.settings)
     with FolderWriter(out, base, config) as writer:
-        tokenizer = AutoTokenizer.from_pretrained(base)
+        tokenizer = load_tokenizer(base)
         examples = read_examples(data, tokenizer, max_length=settings.max_length)
         device = device or torch.device("cpu")
-        model = load_packed_model(open_checkpoint(base), device=device, dtype=dtype)
+        model = load_packed_model(source, device=device, dtype=dtype)
         layers = fake_quantize_model(
             model, settings.group_size, sym=settings.sym, bits=settings.bits
         )
         teacher = None
         if settings.distil:
-            teacher = load_packed_model(open_checkpoint(base), device=device, dtype=dtype)
+            teacher = load_packed_model(source, device=device, dtype=dtype)
         if settings.gradient_checkpointing:
             checkpoint_activations(model)
         model.train()
@@ -214,7 +232,7 @@ def quantization_aware_train(
             if name.removesuffix(".weight") not in layers:
                 writer.add({name: shards.read(name)})
         for name, layer in layers.items():
-            writer.add(gptq_tensors(name, layer.export()))
+            writer.add(written.tensors(name, layer.export()))
     return losses
 
 

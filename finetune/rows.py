@@ -22,7 +22,8 @@ _ROLES = ("system", "developer", "user", "assistant", "tool")
 class DataError(ValueError):
     """A data file cannot be used; the message names file and line, and what was expected.
 
-    line: the first one at fault, from 1; None where it is the file. reason: without file and line.
+    line: the first bad line, counted from 1; None if the whole file is at fault.
+    reason: the message without file and line.
     """
 
     def __init__(self, path: Path, line: int | None, reason: str) -> None:
@@ -32,7 +33,7 @@ class DataError(ValueError):
 
 
 def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Every row that is not blank, with its line's number. Raises DataError at the first bad."""
+    """Every row that is not blank, with its line number. Raises DataError at the first bad one."""
     try:
         with path.open("rb") as file:
             number = 0
@@ -43,11 +44,11 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 if not line.strip():
                     continue
                 try:
-                    # Refuses half a surrogate pair, which no tokenizer takes, and deep nesting.
+                    # Refuses deep nesting, and half a surrogate pair, which tokenizers cannot take.
                     row = from_json(line.decode("utf-8"), allow_inf_nan=False)
                     row_kind(row)
                 except ValueError as error:
-                    # A row is one line, whose own number is told.
+                    # A row is one line, and the message states its number already.
                     reason = str(error).replace(" at line 1 column ", " at column ")
                     raise DataError(path, number, reason) from None
                 yield number, row
@@ -56,7 +57,7 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def row_kind(row: Any) -> Kind:
-    """Which of the three a row is, checked. Raises ValueError for what is none."""
+    """Validate a row and return which of the three kinds it is. Raises ValueError if none."""
     if isinstance(row, dict):
         if isinstance(row.get("messages"), list):
             _check_chat(row)

@@ -19,9 +19,10 @@ from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from nybble.finetune.data import IGNORED, Batch, Example, pack, read_examples, to_batch
+from nybble.finetune.identity import base_digest
 from nybble.finetune.lora import (
     LoraLinear,
     LoraSettings,
@@ -32,9 +33,10 @@ from nybble.finetune.lora import (
     save_adapter,
 )
 from nybble.loaders import open_checkpoint
+from nybble.loaders.tokenizer import load_tokenizer
 from nybble.quantizers.packed_model import PackedLinear, load_packed_model
 
-_ROWS_AT_A_TIME = 256  # the logits of so many tokens are in memory at once
+_ROWS_AT_A_TIME = 256  # tokens whose logits are in memory at once
 CHECKPOINT = "checkpoint.pt"
 
 
@@ -45,12 +47,12 @@ class FinetuneSettings:
     learning_rate: at the end of the warm-up, for A; B's is ``lora_plus`` times that.
     lora_plus: λ of LoRA+; 1 is plain LoRA.
     batch_size, accumulation: rows in a forward pass, and such passes in a step. The loss of a step
-        is the mean over all its tokens, however they fall on the passes.
+        is the mean over all its tokens, however they are divided between passes.
     max_length: tokens in a row. With ``packing`` rows hold as many examples as fit.
     max_steps: 0 for as many as ``epochs`` takes.
     warmup: the fraction of the steps in which the rate rises; it then falls along a cosine.
-    eval_every: steps between evaluations; 0 for ten in a run, in long ones every 25 steps.
-    eval_fraction: of the examples, held out where no evaluation file is given.
+    eval_every: steps between evaluations; 0: ten in a run, or every 25 steps if that is more often.
+    eval_fraction: of the examples, held out if no evaluation file is given.
     patience: evaluations without a better held-out loss before training stops; 0 for never.
     """
 
@@ -75,7 +77,7 @@ class FinetuneSettings:
 
 @dataclass(frozen=True)
 class Point:
-    """Losses per token: of step ``step``, and after it the held-out one where it was measured."""
+    """Losses per token at one step: training, and held-out after it if it was measured."""
 
     step: int
     train_loss: float | None
@@ -84,9 +86,10 @@ class Point:
 
 @dataclass(frozen=True)
 class Progress:
-    """A step that has been made: ``point.step`` of ``steps``.
+    """A finished step: ``point.step`` of ``steps``.
 
-    learning_rate: A's in that step. tokens: read for training so far, epochs counted each.
+    learning_rate: A's in that step.
+    tokens: read for training so far; every epoch counts.
     """
 
     point: Point
@@ -100,8 +103,9 @@ class Progress:
 class FinetuneResult:
     """The losses of a run; the adapter saved is the one at ``best_step``.
 
-    tokens: read for training, epochs counted each. base_bytes: of the frozen model. peak_bytes: the
-    most memory this process has taken: the GPU's where it trains on one, else its resident set.
+    tokens: read for training; every epoch counts.
+    base_bytes: bytes of the frozen model.
+    peak_bytes: the peak memory of this process: the GPU's if it trains on one, else resident.
     """
 
     history: tuple[Point, ...]
@@ -128,14 +132,15 @@ def finetune(
 ) -> FinetuneResult:
     """Train an adapter for the checkpoint ``base`` on JSON lines and save it to ``out``.
 
-    out: gets the adapter with the lowest held-out loss in PEFT's format, ``history.json``, and
-        while training runs a ``checkpoint.pt`` that ``resume`` goes on from, to the same end.
+    out: gets the adapter with the lowest held-out loss in PEFT's format and ``history.json``. While
+        training runs it has a ``checkpoint.pt``. ``resume`` continues from it to the same result.
     dtype: of the activations; adapters and optimizer states are float32.
-    on_step: called after every step; a resumed run first tells again those before its checkpoint,
-        which whoever listened may have missed.
+    on_step: called after every step. A resumed run first repeats the steps before its checkpoint,
+        because the callback may have missed some.
 
     Raises DataError for data that cannot be used, CheckpointError for a base that cannot be
-    loaded, FileExistsError where ``out`` has content, FileNotFoundError for a resume from nothing.
+    loaded, FileExistsError if ``out`` has content, FileNotFoundError for a resume without a
+    checkpoint, ValueError for a resume with another base, other data or other settings.
     """
     settings = settings or FinetuneSettings()
     saved = out / CHECKPOINT
@@ -143,7 +148,8 @@ def finetune(
         raise FileNotFoundError(f"{saved} is not there: there is no training run to resume")
     if not resume and out.exists() and any(out.iterdir()):
         raise FileExistsError(f"{out} is not empty; resume, or give another folder")
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    source = open_checkpoint(base)
+    tokenizer = load_tokenizer(base)
     examples = read_examples(data, tokenizer, max_length=settings.max_length)
     if eval_data is None:
         examples, held_out = _split(examples, settings)
@@ -151,14 +157,14 @@ def finetune(
         held_out = read_examples(eval_data, tokenizer, max_length=settings.max_length)
     torch.manual_seed(settings.seed)
     device = device or torch.device("cpu")
-    model = load_packed_model(open_checkpoint(base), device=device, dtype=dtype)
+    model = load_packed_model(source, device=device, dtype=dtype)
     layers = add_lora(model, settings.lora)
     if settings.gradient_checkpointing:
         checkpoint_activations(model)
-    run = _Run(model, layers, examples, held_out, settings, device)
+    run = _Run(base, model, layers, examples, held_out, settings, device)
     if resume:
         run.load(saved)
-    return run.train(out, str(base), progress=progress, on_step=on_step)
+    return run.train(out, progress=progress, on_step=on_step)
 
 
 def _split(
@@ -167,16 +173,17 @@ def _split(
     shuffled = random.Random(settings.seed).sample(examples, len(examples))
     held_out = max(1, round(len(examples) * settings.eval_fraction))
     if len(examples) < 2:
-        # One example can be learned by heart and not be judged by.
+        # A single example cannot be split: it is both trained on and evaluated.
         return examples, examples
     return shuffled[held_out:], shuffled[:held_out]
 
 
 class _Run:
-    """A training run: everything that a checkpoint has to bring back."""
+    """A training run: all state that a checkpoint has to restore."""
 
     def __init__(
         self,
+        base: Path,
         model: PreTrainedModel,
         layers: Mapping[str, LoraLinear],
         examples: Sequence[Example],
@@ -189,7 +196,8 @@ class _Run:
         self._examples = examples
         self._held_out = self._passes(self._rows(held_out))
         rows = len(self._rows(examples))
-        # What has to be the same for a run to be resumed.
+        self._base = {"name": str(base), "digest": base_digest(base)}
+        # A run can be resumed only if this is the same.
         content = repr((settings, [(one.ids, one.labels) for one in (*examples, *held_out)]))
         self._identity = hashlib.sha256(content.encode()).hexdigest()
         self._steps_per_epoch = -(-rows // (settings.batch_size * settings.accumulation))
@@ -205,7 +213,7 @@ class _Run:
         self._best_step, self._best_loss = 0, math.inf
 
     def train(
-        self, out: Path, base: str, *, progress: bool, on_step: Callable[[Progress], None]
+        self, out: Path, *, progress: bool, on_step: Callable[[Progress], None]
     ) -> FinetuneResult:
         settings = self._settings
         if not self._history:
@@ -218,7 +226,7 @@ class _Run:
             unit=" steps",
             disable=not progress,
         )
-        # Whoever listened to the run that was cut short need not have heard all of it.
+        # The callback may have missed steps of the interrupted run: repeat them.
         for made in self._told:
             on_step(made)
         for batches in self._batches():
@@ -244,7 +252,7 @@ class _Run:
                 self.save(out / CHECKPOINT)
             on_step(self._told[-1])
         bar.close()
-        save_adapter(out, self._best, settings.lora, base)
+        save_adapter(out, self._best, settings.lora, self._base["name"])
         history = [asdict(point) for point in self._history]
         (out / "history.json").write_text(json.dumps(history, indent=1))
         (out / CHECKPOINT).unlink(missing_ok=True)
@@ -270,7 +278,7 @@ class _Run:
         return [to_batch(rows[start : start + size]) for start in range(0, len(rows), size)]
 
     def _batches(self) -> Iterator[list[Batch]]:
-        """The passes of every step still to come; an epoch's order depends on its number only."""
+        """The passes of every remaining step; an epoch's order depends only on its number."""
         settings = self._settings
         while self._step < self.steps:
             epoch, done = divmod(self._step, self._steps_per_epoch)
@@ -281,7 +289,7 @@ class _Run:
                 passes[start : start + settings.accumulation]
                 for start in range(0, len(passes), settings.accumulation)
             ]
-            # Packing may make a row more or less of another order.
+            # With packing, another order may give a row more or less.
             steps = steps[: self._steps_per_epoch]
             steps += steps[:1] * (self._steps_per_epoch - len(steps))
             yield from steps[done : done + self.steps - self._step]
@@ -319,9 +327,10 @@ class _Run:
         return 0 < self._settings.patience <= len(since)
 
     def save(self, path: Path) -> None:
-        """Write what :meth:`load` goes on from; whenever it is cut short, the file is whole."""
+        """Write the state for :meth:`load`, atomically: an interruption leaves a whole file."""
         cuda = self._device.type == "cuda"
         state = {
+            "base": self._base,
             "identity": self._identity,
             "adapter": adapter_tensors(self._layers),
             "best": self._best,
@@ -345,8 +354,14 @@ class _Run:
         scratch.replace(path)
 
     def load(self, path: Path) -> None:
-        """Raises ValueError for the checkpoint of another run."""
+        """Restore the state. Raises ValueError if the checkpoint is of another run."""
         state = torch.load(path, weights_only=True, map_location="cpu")
+        begun = state["base"]
+        if begun["digest"] != self._base["digest"]:
+            raise ValueError(
+                f"{path} is of a run on another base model, {begun['name']}, than "
+                f"{self._base['name']}: resume with the base it was started with"
+            )
         if state["identity"] != self._identity:
             raise ValueError(
                 f"{path} is of another run: resume with the data and the settings it was "
@@ -381,14 +396,14 @@ def warm_cosine(optimizer: torch.optim.Optimizer, warmup: float, steps: int) -> 
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:
-    """Let the backward pass compute each block's activations again rather than keep them."""
-    # The name in later transformers, where the older one warns.
+    """Turn on activation checkpointing: the backward pass recomputes each block."""
+    # Newer transformers renamed it and warn about the older name.
     enable = getattr(model, "activation_checkpointing_enable", None)
     (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
 def _frozen_bytes(model: nn.Module) -> int:
-    """What the base takes, tied tensors once and the adapters not at all."""
+    """Bytes of the base model, without adapters; tied tensors are counted once."""
     frozen = {id(p): p.nbytes for p in model.parameters() if not p.requires_grad}
     packed = {id(m.packed): m.packed.nbytes for m in model.modules() if isinstance(m, PackedLinear)}
     return sum(frozen.values()) + sum(packed.values())

@@ -1,4 +1,4 @@
-"""The shape of one step's attention: which rows belong to which sequence and where its KV lies."""
+"""The attention metadata of one step: each sequence's rows and where its KV is stored."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class AttentionBatch:
-    """Prefill chunks and decodes of several sequences, their tokens in a row.
+    """Prefill chunks and decodes of several sequences, their tokens concatenated.
 
     query_start: int32 ``(seqs + 1,)``, the first row of each sequence, then the number of rows.
-    context_lens: int32 ``(seqs,)``, tokens in the KV cache, the new ones included.
-    block_tables: int32 ``(seqs, max_blocks)``, the KV blocks of each sequence in order. Of those
-        that no new token sees neither the entry nor what it names is read.
-    slot_mapping: int64 ``(tokens,)``, where each new token's key and value go.
+    context_lens: int32 ``(seqs,)``, tokens in the KV cache, including the new ones.
+    block_tables: int32 ``(seqs, max_blocks)``, the KV blocks of each sequence in order. Entries of
+        blocks that no new token sees are not read, and neither are their blocks.
+    slot_mapping: int64 ``(tokens,)``, where each new token's key and value are written.
     max_query: the most rows any sequence has.
     """
 
@@ -27,7 +27,7 @@ class AttentionBatch:
     max_query: int
 
     def __post_init__(self) -> None:
-        """Raises ValueError for what a kernel would misread; it is given addresses alone."""
+        """Raises ValueError for tensors which a kernel, given only addresses, would misread."""
         seqs = self.context_lens.shape[0]
         expected = {
             "query_start": ((seqs + 1,), torch.int32),

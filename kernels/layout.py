@@ -6,25 +6,25 @@
 ``cpu_tiles``
     For AVX-512: tiles of 16 outputs by 8 columns, one 64-byte vector each. qweight is uint8
     ``(ceil(out / 16), ceil(in / 8), 64)``: 32-bit lane ``i`` of a tile holds columns k…k+7 of its
-    output ``i``, column ``k + 2s`` in bits 4s and column ``k + 2s + 1`` in bits 16 + 4s, so that a
-    shift by 4s brings two neighbouring columns to the low bits of the lane's two halves, which is
-    the pair a bf16 dot-product instruction wants. Scales and zeros are
-    ``(ceil(out / 16), groups, 16)``. Padding has code 0, scale 0 and zero 0.
+    output ``i``, column ``k + 2s`` in bits 4s and column ``k + 2s + 1`` in bits 16 + 4s. A shift by
+    4s then brings two neighbouring columns to the low bits of the lane's two halves: the pair a
+    bf16 dot-product instruction takes. Scales and zeros are ``(ceil(out / 16), groups, 16)``.
+    Padding has code 0, scale 0 and zero 0.
 
 ``gpu_tiles``
     For tensor cores: tiles of 64 outputs by 128 columns, 4 KiB each, read in one contiguous piece.
     qweight is uint8 ``(ceil(out / 64), ceil(in / 128), 64, 64)``. Each row of a tile is 32 16-bit
-    words and its columns are four slices of 32, one for each nibble of a word, so that unpacking a
-    word gives one element of each of four matrix operands (drawn in kernels/README.md). Where the
+    words. Its columns are four slices of 32, one for each nibble of a word, so that unpacking a
+    word gives one element of each of four matrix operands (drawn in kernels/README.md). If the
     codes are plain integers (:attr:`PackedWeight.is_affine`), nibble ``s`` of word ``j`` is column
     ``32s + j``. For a codebook, two neighbouring words make 32 bits whose byte ``s`` is columns
-    ``32s + j`` (low nibble) and ``32s + j + 1``, the order a byte-permute lookup wants. Scales and
+    ``32s + j`` (low nibble) and ``32s + j + 1``, the order a byte-permute lookup takes. Scales and
     zeros are ``(ceil(out / 64), groups, 64)``. Padding has code 0, scale 0 and zero 0.
 
 ``gpu_gated_tiles``
-    ``gpu_tiles`` of a weight whose outputs are two halves, a gate's and what it multiplies: eight
-    outputs of one half, then the same eight of the other, so that a tile holds both and the lane
-    that has a gate has what it multiplies. The outputs must be a multiple of 16.
+    ``gpu_tiles`` of a fused gate_up_proj: eight outputs of gate, then the same eight of up, and so
+    on. A tile then holds both, and the lane that computes a gate output also computes the up output
+    which it multiplies. The outputs must be a multiple of 16.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def padded_shape(
 def from_rows(
     layout: Layout, qweight: Tensor, scales: Tensor, zeros: Tensor | None, affine: bool
 ) -> Arrays:
-    """Re-lay ``rows`` arrays as ``layout``; ``affine`` says that codes are plain integers."""
+    """Convert ``rows`` arrays to ``layout``; ``affine``: the codes are plain integers."""
     if layout == "rows":
         return qweight, scales, zeros
     if layout == "gpu_gated_tiles":

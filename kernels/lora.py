@@ -1,8 +1,9 @@
-"""Low-rank additions to a projection's output, another adapter for every row.
+"""Low-rank additions to a projection's output; each row may use another adapter.
 
-Adapters lie in *slots* of one device buffer per projection. A projection may be several fused into
-one (q, k, v; gate, up): part ``p`` owns the outputs ``offsets[p]`` to ``offsets[p + 1]`` and a
-section of the shrinking matrix. For row ``t`` with slot ``s`` and each part ``p``
+Adapters are stored in *slots* of one device buffer per projection. A projection may be
+several fused into one (q, k, v; gate, up): part ``p`` owns the outputs ``offsets[p]`` to
+``offsets[p + 1]`` and a section of the shrinking matrix. For row ``t`` with slot ``s`` and each
+part ``p``
 
     h      = a[s, p·max_rank : (p+1)·max_rank] · x[t]        rounded to the dtype of x, as PEFT does
     out[t, offsets[p] : offsets[p+1]] += b[s, offsets[p] : offsets[p+1]] · h
@@ -55,9 +56,9 @@ def lora_add(
 ) -> None:
     """Add every row's adapter to ``out (tokens, offsets[-1])`` in place.
 
-    x ``(tokens, in_features)``, contiguous as ``out`` is; a and b as :func:`slot_buffers` makes
-    them, zero beyond each slot's rank. ranks: int32 ``(slots,)``, 0 for a slot whose adapter leaves
-    this projection alone.
+    x: ``(tokens, in_features)``; x and out are contiguous.
+    a, b: from :func:`slot_buffers`, zero beyond each slot's rank.
+    ranks: int32 ``(slots,)``, 0 for a slot whose adapter does not change this projection.
     """
     if x.is_cuda and x.dtype in (torch.float16, torch.bfloat16):
         from nybble.kernels.triton import lora

@@ -15,9 +15,9 @@ class LoRABatch:
     """Which adapter slot each row of a step uses.
 
     slots: int32 ``(tokens,)``, −1 for the base model.
-    order: int32 ``(adapted,)``, the rows that have an adapter, those of one slot together.
-    segment_starts: int32 ``(segments + 1,)``, where each slot's rows begin in ``order``, and its
-        length.
+    order: int32 ``(adapted,)``, the rows that have an adapter, sorted by slot.
+    segment_starts: int32 ``(segments + 1,)``, where each slot's rows begin in ``order``, then the
+        length of ``order``.
     segment_slots: int32 ``(segments,)``, the slot of each segment, all different.
     max_segment: the most rows any segment has.
     """
@@ -29,7 +29,7 @@ class LoRABatch:
     max_segment: int
 
     def __post_init__(self) -> None:
-        """Raises ValueError for what a kernel would misread; it is given addresses alone."""
+        """Raises ValueError for tensors which a kernel, given only addresses, would misread."""
         lengths = {
             "slots": self.slots.numel(),
             "order": self.order.numel(),
@@ -46,7 +46,7 @@ class LoRABatch:
 
     @classmethod
     def of(cls, slots: Sequence[int], device: torch.device | str) -> LoRABatch | None:
-        """The batch of rows with these slots; None where none has an adapter."""
+        """The batch of rows with these slots; None if none has an adapter."""
         order = [row for row, slot in enumerate(slots) if slot >= 0]
         if not order:
             return None

@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nybble.kernels.activation import Activation
 from nybble.kernels.cpu.library import library
 from nybble.kernels.layout import Layout
-from nybble.kernels.ops import silu_mul
+from nybble.kernels.ops import gated
 from nybble.kernels.packed import DenseWeight, PackedWeight
 
-# Rows dequantized at a time where no packed kernel applies: 16 MiB of float32 at 4096 columns.
+# Rows dequantized at a time if no packed kernel applies: 16 MiB of float32 at 4096 columns.
 _ROWS_AT_A_TIME = 1024
 
 
@@ -22,7 +23,7 @@ def preferred_layout(device: torch.device) -> Layout:
 
 
 def gated_layout(weight: PackedWeight, device: torch.device) -> Layout:
-    """Likewise for a weight whose outputs are a gate's and those it multiplies: gate_up_proj."""
+    """:func:`preferred_layout` for a fused gate_up_proj."""
     from_tiles = weight.groups == 1 or weight.group_size % 32 == 0
     if device.type == "cuda" and from_tiles and weight.out_features % 16 == 0:
         return "gpu_gated_tiles"
@@ -39,10 +40,10 @@ def linear(x: Tensor, weight: PackedWeight | DenseWeight) -> Tensor:
 
 
 def _linear_of_few_sizes(x: Tensor, weight: DenseWeight) -> Tensor:
-    """Computes up to half as many rows again, of zeros, so that few numbers of rows occur.
+    """Linear layer with the rows padded by zeros to :func:`rows_computed`.
 
-    For each that does, oneDNN compiles a kernel for each weight's shape, takes milliseconds for it
-    and keeps it, in more than half a MiB.
+    For every new number of rows and weight shape oneDNN compiles a kernel, which takes milliseconds
+    and more than half a MiB that it keeps. Padding lets only a few numbers of rows occur.
     """
     rows = x.reshape(-1, x.shape[-1])
     count = rows.shape[0]
@@ -60,8 +61,8 @@ def rows_computed(rows: int) -> int:
     return 3 * power // 4 if rows <= 3 * power // 4 else power
 
 
-def gated_linear(x: Tensor, weight: PackedWeight | DenseWeight) -> Tensor:
-    """``silu(gate) · up`` of the halves of ``linear(x, weight)``: ``(..., out_features / 2)``."""
+def gated_linear(x: Tensor, weight: PackedWeight | DenseWeight, activation: Activation) -> Tensor:
+    """``activation(gate) · up`` of ``linear(x, weight)``'s halves: ``(..., out_features / 2)``."""
     if (
         isinstance(weight, PackedWeight)
         and weight.layout == "gpu_gated_tiles"
@@ -70,8 +71,8 @@ def gated_linear(x: Tensor, weight: PackedWeight | DenseWeight) -> Tensor:
         from nybble.kernels.triton import matmul as gpu
 
         if gpu.takes(weight, x.dtype):
-            return gpu.packed_matmul(x, weight, silu_mul=True)
-    return silu_mul(linear(x, weight))
+            return gpu.packed_matmul(x, weight, activation=activation)
+    return gated(linear(x, weight), activation)
 
 
 def packed_matmul(x: Tensor, weight: PackedWeight) -> Tensor:
@@ -81,7 +82,9 @@ def packed_matmul(x: Tensor, weight: PackedWeight) -> Tensor:
         if cpu is not None and cpu.takes(weight):
             return cpu.packed_matmul(x, weight)
     if x.is_cuda:
-        from nybble.kernels.triton import matmul as gpu  # only here: Triton is for Linux
+        from nybble.kernels.triton import (
+            matmul as gpu,
+        )  # imported here: Triton exists for Linux only
 
         if gpu.takes(weight, x.dtype):
             return gpu.packed_matmul(x, weight)
@@ -89,7 +92,7 @@ def packed_matmul(x: Tensor, weight: PackedWeight) -> Tensor:
 
 
 def dequantize(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
-    """:meth:`PackedWeight.dequantize` by the CPU's kernel where it takes the weight."""
+    """:meth:`PackedWeight.dequantize` by the CPU kernel if it takes the weight."""
     if weight.qweight.is_cpu:
         cpu = library()
         if cpu is not None and cpu.takes(weight):

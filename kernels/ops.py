@@ -13,24 +13,29 @@ import torch
 from torch import Tensor
 
 from nybble.kernels import reference
+from nybble.kernels.activation import Activation
 from nybble.kernels.attention_batch import AttentionBatch
 from nybble.kernels.cpu.library import CpuLibrary, library
-from nybble.kernels.reference import TokenChoice
+from nybble.kernels.reference import TokenChoice, activate, add_layer_norm, layer_norm
 
 __all__ = [
+    "Activation",
     "AttentionBatch",
     "TokenChoice",
+    "activate",
+    "add_layer_norm",
     "add_rms_norm",
+    "gated",
+    "layer_norm",
     "paged_attention",
     "rms_norm",
     "rotary_store",
     "sample_tokens",
-    "silu_mul",
 ]
 
 
 def _cpu(width: int, multiple: int, *tensors: Tensor) -> CpuLibrary | None:
-    """The kernels, if they take tensors of these dtypes and this width."""
+    """The CPU kernels if they take these tensors and ``width`` is a multiple of ``multiple``."""
     if width % multiple:
         return None
     for tensor in tensors:
@@ -40,39 +45,40 @@ def _cpu(width: int, multiple: int, *tensors: Tensor) -> CpuLibrary | None:
 
 
 def _on_gpu(x: Tensor) -> bool:
-    """Triton is imported behind this: only machines with a GPU need it."""
+    """Whether the Triton kernels take ``x``. Callers import Triton only then: CPUs do without."""
     return x.is_cuda and x.dtype in (torch.float16, torch.bfloat16)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
     """See :func:`nybble.kernels.reference.rms_norm`."""
     if _on_gpu(x):
         from nybble.kernels.triton import norm
 
-        return norm.rms_norm(x, weight, eps)
+        return norm.rms_norm(x, weight, eps, offset)
     cpu = _cpu(x.shape[-1], 16, x, weight)
-    return cpu.rms_norm(x, weight, eps) if cpu else reference.rms_norm(x, weight, eps)
+    return (cpu or reference).rms_norm(x, weight, eps, offset)
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """See :func:`nybble.kernels.reference.add_rms_norm`."""
     if _on_gpu(x):
         from nybble.kernels.triton import norm
 
-        return norm.add_rms_norm(x, residual, weight, eps)
+        return norm.add_rms_norm(x, residual, weight, eps, offset)
     cpu = _cpu(x.shape[-1], 16, x, residual, weight)
-    kernel = cpu.add_rms_norm if cpu else reference.add_rms_norm
-    return kernel(x, residual, weight, eps)
+    return (cpu or reference).add_rms_norm(x, residual, weight, eps, offset)
 
 
-def silu_mul(gate_up: Tensor) -> Tensor:
-    """See :func:`nybble.kernels.reference.silu_mul`."""
+def gated(gate_up: Tensor, activation: Activation) -> Tensor:
+    """See :func:`nybble.kernels.reference.gated`."""
     if _on_gpu(gate_up):
-        from nybble.kernels.triton import norm
+        from nybble.kernels.triton import activation as gpu
 
-        return norm.silu_mul(gate_up)
+        return gpu.gated(gate_up, activation)
     cpu = _cpu(gate_up.shape[-1], 32, gate_up)
-    return cpu.silu_mul(gate_up) if cpu else reference.silu_mul(gate_up)
+    return (cpu or reference).gated(gate_up, activation)
 
 
 def rotary_store(
@@ -86,18 +92,21 @@ def rotary_store(
     slot_mapping: Tensor,
     k_scales: Tensor | None = None,
     v_scales: Tensor | None = None,
+    *,
+    interleaved: bool = False,
 ) -> None:
     """See :func:`nybble.kernels.reference.rotary_store`. Heads of a row must be contiguous."""
+    inputs = q, k, v, cos, sin, k_cache, v_cache, slot_mapping
     if _on_gpu(q):
         from nybble.kernels.triton import rotary
 
         kernel = rotary.rotary_store
     else:
-        cpu = _cpu(q.shape[-1], 32, q, k, v, k_cache, v_cache)
+        cpu = _cpu(q.shape[-1], 16, q, k, v, k_cache, v_cache)
         if cpu and k_scales is None:
-            return cpu.rotary_store(q, k, v, cos, sin, k_cache, v_cache, slot_mapping)
+            return cpu.rotary_store(*inputs, interleaved=interleaved)
         kernel = reference.rotary_store
-    kernel(q, k, v, cos, sin, k_cache, v_cache, slot_mapping, k_scales, v_scales)
+    kernel(*inputs, k_scales, v_scales, interleaved=interleaved)
 
 
 def paged_attention(
@@ -109,18 +118,22 @@ def paged_attention(
     window: int = 0,
     k_scales: Tensor | None = None,
     v_scales: Tensor | None = None,
+    *,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """See :func:`nybble.kernels.reference.paged_attention`. Heads of a row must be contiguous."""
+    inputs = q, k_cache, v_cache, batch, scale, window
     if _on_gpu(q):
         from nybble.kernels.triton import attention
 
         kernel = attention.paged_attention
     else:
-        cpu = _cpu(q.shape[-1], 32, q, k_cache, v_cache)
+        cpu = _cpu(q.shape[-1], 16, q, k_cache, v_cache)
         if cpu and k_scales is None:
-            return cpu.paged_attention(q, k_cache, v_cache, batch, scale, window)
+            return cpu.paged_attention(*inputs, softcap=softcap, sinks=sinks)
         kernel = reference.paged_attention
-    return kernel(q, k_cache, v_cache, batch, scale, window, k_scales, v_scales)
+    return kernel(*inputs, k_scales, v_scales, softcap=softcap, sinks=sinks)
 
 
 def sample_tokens(logits: Tensor, choices: Sequence[TokenChoice]) -> Tensor:

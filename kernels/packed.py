@@ -16,14 +16,14 @@ NF4, FP4            the 16-entry codebook   absent; scale is absmax
 
 Stored column ``k`` multiplies input feature ``perm[k]``: act-order checkpoints (GPTQ's ``g_idx``)
 are stored with their columns sorted by group, so groups are always contiguous. A feature may be
-stored more than once, its weight being the sum: an 8-bit weight is two planes of 4-bit digits,
+stored more than once; its weight is then the sum. So an 8-bit weight is two planes of 4-bit digits,
 
-    s · (16 · (high − 8) + (low − 8)),    the high digits' scale being 16 · s,
+    s · (16 · (high − 8) + (low − 8)),    with scale 16 · s for the high digits,
 
-side by side along the columns (:func:`pack_int8`), and needs no kernel of its own.
+side by side along the columns (:func:`pack_int8`). It needs no kernel of its own.
 
 The same weight can be laid out for different back ends (:mod:`nybble.kernels.layout`); the layout
-moves codes, scales and zeros about and never changes a value.
+moves codes, scales and zeros and never changes a value.
 """
 
 from __future__ import annotations
@@ -67,13 +67,13 @@ class PackedWeight:
 
     qweight: uint8 ``(out_features, ceil(columns / 2))``; the even column is the low nibble.
     scales: float16, bfloat16 or float32 ``(out_features, groups)``.
-    zeros: ``(out_features, groups)`` in the dtype of ``scales``, or None where every zero is 0.
+    zeros: ``(out_features, groups)`` in the dtype of ``scales``, or None if every zero is 0.
 
     In every layout:
 
     levels: float32 ``(16,)``, the value of each code before zero and scale.
-    perm: int32 ``(columns,)``, the input feature of each stored column, or None where column k is
-        feature k; each feature occurs at least once.
+    perm: int32 ``(columns,)``, the input feature of each stored column, or None if column k is
+        feature k. Each feature occurs at least once.
     bias: ``(out_features,)`` or None.
     """
 
@@ -126,23 +126,23 @@ class PackedWeight:
 
     @property
     def groups(self) -> int:
-        """Groups in a row; the last one is short where group_size does not divide ``columns``."""
+        """Groups in a row; the last one is short if group_size does not divide ``columns``."""
         return -(-self.columns // self.group_size)
 
     @cached_property
     def is_contiguous(self) -> bool:
-        """Whether every tensor lies in memory without gaps, as kernels read it."""
+        """Whether every tensor is contiguous, as the kernels require."""
         tensors = (self.qweight, self.scales, self.zeros, self.levels, self.perm)
         return all(t.is_contiguous() for t in tensors if t is not None)
 
     @cached_property
     def wide_bias(self) -> Tensor | None:
-        """``bias`` as the CPU's kernels add it: float32, contiguous."""
+        """``bias`` as the CPU kernels add it: float32, contiguous."""
         return None if self.bias is None else self.bias.float().contiguous()
 
     @cached_property
     def level_values(self) -> tuple[float, ...]:
-        """``levels`` on the host. The first reading waits for the device: ask while loading."""
+        """``levels`` on the host. The first call waits for the device: make it while loading."""
         return tuple(self.levels.tolist())
 
     @cached_property
@@ -189,8 +189,8 @@ class PackedWeight:
     def rows(self, start: int, stop: int) -> PackedWeight:
         """Outputs ``start``…``stop``−1 as a weight of their own, without copying codes.
 
-        In a tiled layout ``start`` must be at the beginning of a tile; one whose halves are
-        interleaved is laid out as ``rows`` first.
+        In a tiled layout ``start`` must be at the beginning of a tile. A ``gpu_gated_tiles`` weight
+        is converted to ``rows`` first, because its halves are interleaved.
         """
         if self.layout == "gpu_gated_tiles":
             return self.to_layout("rows").rows(start, stop)
@@ -216,14 +216,14 @@ class PackedWeight:
         """The weight ``(out_features, in_features)`` in input order: the format's definition.
 
         The product is taken in float32 and rounded once to ``dtype``. With float16 scales the
-        float32 product is exact, so float16 output equals GPTQ's and AWQ's own. (So is the sum of
-        an 8-bit weight's two digits.)
+        float32 product is exact, so float16 output equals that of GPTQ and AWQ. The sum of an
+        8-bit weight's two digits is exact too.
         """
         rows = self.to_layout("rows")
         # Both weights of a byte are looked up at once: several times faster than nibble by nibble.
         pairs = torch.stack((self.levels.repeat(16), self.levels.repeat_interleave(16)), dim=1)
         weight = torch.nn.functional.embedding(rows.qweight.int(), pairs).flatten(1)
-        # Whole groups, so that what a group shares is broadcast; the last may be short.
+        # Pad to whole groups, so that scales and zeros broadcast; the last group may be short.
         short = self.groups * self.group_size - weight.shape[1]
         if short > 0:
             weight = torch.nn.functional.pad(weight, (0, short))
@@ -246,8 +246,8 @@ INT8_MAX = 119
 def pack_int8(codes: Tensor, scales: Tensor, group_size: int) -> PackedWeight:
     """An 8-bit weight ``scale · code`` as two planes of 4-bit digits.
 
-    codes: int16 ``(out, in)`` within ±INT8_MAX; scales: floating ``(out, in / group_size)``,
-    16 times which must be finite.
+    codes: int16 ``(out, in)`` within ±INT8_MAX.
+    scales: floating ``(out, in / group_size)``; 16 · scale must be finite in their dtype.
     """
     out, columns = codes.shape
     if columns % group_size:
@@ -269,8 +269,8 @@ def pack_int8(codes: Tensor, scales: Tensor, group_size: int) -> PackedWeight:
 def stack_outputs(weights: Sequence[PackedWeight]) -> PackedWeight | None:
     """One weight computing the concatenated outputs of several that share an input.
 
-    All must be in the ``rows`` layout. Returns None where they cannot be one: levels, group_size,
-    perm, scale dtype, or the presence of zeros or of a bias differ.
+    All must be in the ``rows`` layout. Returns None if they cannot be stacked: levels,
+    group_size, perm, scale dtype, or the presence of zeros or of a bias differ.
     """
     first = weights[0]
 

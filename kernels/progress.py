@@ -1,4 +1,4 @@
-"""How far a long piece of work has come: on a bar, or told to whoever asks for it."""
+"""Progress of long work: shown as a bar on stderr, or reported to a callback."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 T = TypeVar("T")
 
-# Takes what is being done, how many pieces of it are done, and of how many (None: not known).
+# Called with: what is being done, how many pieces are done, and their total (None: not known).
 Report = Callable[[str, int, int | None], None]
 # True for a bar on stderr, False for nothing.
 Progress = bool | Report

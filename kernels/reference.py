@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from nybble.kernels.activation import Activation, check_activation
 from nybble.kernels.attention_batch import AttentionBatch
 from nybble.kernels.packed import PackedWeight
 
@@ -23,27 +24,70 @@ def packed_matmul(x: Tensor, weight: PackedWeight) -> Tensor:
     return out.to(x.dtype)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
     """Root-mean-square norm of the last dimension (Zhang and Sennrich 2019).
 
     Computed in float32 and rounded to the dtype of ``x`` before the multiplication by ``weight``,
-    as the Llama family does it.
+    as in the Llama family. With an ``offset``, the multiplication is by ``offset + weight`` in
+    float32 and the result is rounded once, as in Gemma (offset 1).
     """
     wide = x.float()
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    if offset:
+        return (normed * (offset + weight.float())).to(x.dtype)
     return weight * normed.to(x.dtype)
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """``(rms_norm(x + residual), x + residual)``."""
     total = x + residual
-    return rms_norm(total, weight, eps), total
+    return rms_norm(total, weight, eps, offset), total
 
 
-def silu_mul(gate_up: Tensor) -> Tensor:
-    """``silu(gate) · up`` for ``gate_up (tokens, 2 · inter)``, gate first."""
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """Layer norm of the last dimension (Ba et al. 2016), computed in float32 and rounded once.
+
+    weight and bias: ``(width,)``; a weight may also be ``(heads, width)``, without a bias, for x
+    ``(..., heads, width)``, as in Cohere's norms of queries and keys. For Nemotron's layernorm1p,
+    whose stored weight is centred on zero, pass the stored weight plus 1.
+    """
+    if weight.dim() > 1:
+        normed = torch.nn.functional.layer_norm(x.float(), x.shape[-1:], eps=eps)
+        return (normed * weight.float()).to(x.dtype)
+    return torch.nn.functional.layer_norm(x, weight.shape, weight, bias, eps)
+
+
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """``(layer_norm(x + residual), x + residual)``."""
+    total = x + residual
+    return layer_norm(total, weight, bias, eps), total
+
+
+def activate(x: Tensor, activation: Activation) -> Tensor:
+    """``activation(x)``, computed in float32 at least and rounded once to the dtype of ``x``.
+
+    Raises ValueError for an activation that does not exist.
+    """
+    check_activation(activation)
+    if activation == "silu":
+        return torch.nn.functional.silu(x)
+    if activation == "relu2":
+        return torch.nn.functional.relu(x).square()
+    approximate = "tanh" if activation == "gelu_tanh" else "none"
+    return torch.nn.functional.gelu(x, approximate=approximate)
+
+
+def gated(gate_up: Tensor, activation: Activation) -> Tensor:
+    """``activation(gate) · up`` for ``gate_up (..., 2 · inter)``, gate first.
+
+    The activation is rounded to the dtype of ``gate_up`` before the product.
+    """
     gate, up = gate_up.chunk(2, dim=-1)
-    return torch.nn.functional.silu(gate) * up
+    return activate(gate, activation) * up
 
 
 def rotary_store(
@@ -57,26 +101,36 @@ def rotary_store(
     slot_mapping: Tensor,
     k_scales: Tensor | None = None,
     v_scales: Tensor | None = None,
+    *,
+    interleaved: bool = False,
 ) -> None:
-    """Rotate ``q`` in place; write rotated ``k`` and ``v`` into the caches.
+    """Rotate ``q`` in place; write rotated ``k`` and ``v`` into the caches (Su et al. 2021).
 
     q ``(tokens, q_heads, head_dim)``, k and v ``(tokens, kv_heads, head_dim)``; cos and sin
-    float32 ``(tokens, head_dim)``; caches ``(blocks, kv_heads, block_size, head_dim)``;
+    float32 ``(tokens, rotary_dim)``; caches ``(blocks, kv_heads, block_size, head_dim)``;
     slot_mapping int64 ``(tokens,)``: block · block_size + offset, or −1 to write nothing.
+
+    The first rotary_dim elements of a head are rotated, the others are left as they are. Pair i is
+    elements i and i + rotary_dim / 2; or 2i and 2i + 1, if ``interleaved``. Either way entries i
+    and i + rotary_dim / 2 of cos and sin are those of its two elements.
 
     Caches of int8 or float8_e4m3fn come with k_scales and v_scales, float32 ``(blocks, kv_heads,
     block_size)``: each head of each token is scaled so that its largest magnitude becomes the
     dtype's, 127 or 448.
     """
+    check_rotary_dim(cos.shape[-1], q.shape[-1])
     block_size = k_cache.shape[2]
     kept = slot_mapping >= 0
     blocks, offsets = slot_mapping[kept] // block_size, slot_mapping[kept] % block_size
-    stored = (_rotate(k, cos, sin)[kept], k_cache, k_scales), (v[kept], v_cache, v_scales)
+    stored = (
+        (_rotate(k, cos, sin, interleaved)[kept], k_cache, k_scales),
+        (v[kept], v_cache, v_scales),
+    )
     for values, cache, scales in stored:
         if scales is not None:
             values, scales[blocks, :, offsets] = _scaled(values, cache.dtype)
         cache[blocks, :, offsets] = values.to(cache.dtype)
-    q.copy_(_rotate(q, cos, sin))
+    q.copy_(_rotate(q, cos, sin, interleaved))
 
 
 def _scaled(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -87,11 +141,23 @@ def _scaled(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return torch.floor(wide + 0.5) if dtype == torch.int8 else wide, peak / most
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    wide = x.float()
-    low, high = wide.chunk(2, dim=-1)
-    turned = torch.cat((-high, low), dim=-1)
-    return (wide * cos[:, None] + turned * sin[:, None]).to(x.dtype)
+def check_rotary_dim(rotary_dim: int, head_dim: int) -> None:
+    """Raises ValueError if ``rotary_dim`` is not possible for heads of ``head_dim``."""
+    if rotary_dim % 2 or not 0 < rotary_dim <= head_dim:
+        raise ValueError(
+            f"cos and sin have {rotary_dim} entries for a token: expected an even number, "
+            f"at most the head_dim of {head_dim}"
+        )
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    rotary_dim = cos.shape[-1]
+    wide = x[..., :rotary_dim].float()
+    low, high = (wide[..., 0::2], wide[..., 1::2]) if interleaved else wide.chunk(2, dim=-1)
+    (cos_low, cos_high), (sin_low, sin_high) = (t[:, None].chunk(2, dim=-1) for t in (cos, sin))
+    turned = low * cos_low - high * sin_low, high * cos_high + low * sin_high
+    rotated = torch.stack(turned, -1).flatten(-2) if interleaved else torch.cat(turned, -1)
+    return torch.cat((rotated.to(x.dtype), x[..., rotary_dim:]), dim=-1)
 
 
 def paged_attention(
@@ -103,14 +169,23 @@ def paged_attention(
     window: int = 0,
     k_scales: Tensor | None = None,
     v_scales: Tensor | None = None,
+    *,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of every sequence's new tokens over its cached keys and values.
 
     q ``(tokens, q_heads, head_dim)``; caches and scales as in :func:`rotary_store`. Query head h
     reads KV head h // (q_heads / kv_heads). window: each token sees itself and the ``window − 1``
-    tokens before it (0: all of them). Returns ``(tokens, q_heads · head_dim)``; the row of a
-    sequence without context, which only pads the batch, is undefined.
+    tokens before it (0: all of them). softcap: a logit becomes ``softcap · tanh(logit / softcap)``
+    (Gemma 2; 0: no softcap). sinks ``(q_heads,)``: an extra logit for each query head, which adds
+    only to the denominator of the softmax (gpt-oss).
+
+    Returns ``(tokens, q_heads · head_dim)``; a sequence without context only pads the batch,
+    and its rows are undefined.
     """
+    if sinks is not None:
+        check_sinks(sinks, q.shape[1])
     out = torch.empty_like(q)
     starts, block_size = batch.query_start.tolist(), k_cache.shape[2]
     for index, context in enumerate(batch.context_lens.tolist()):
@@ -118,7 +193,7 @@ def paged_attention(
             continue
         queries = q[starts[index] : starts[index + 1]]
         blocks = -(-context // block_size)
-        # The first new token's window begins in the first block that is read.
+        # Blocks before the first new token's window are not read.
         unseen = max(0, context - len(queries) - window + 1) // block_size if window else 0
         table = batch.block_tables[index, unseen:blocks].long()
         positions = torch.arange(unseen * block_size, context, device=q.device)
@@ -138,17 +213,35 @@ def paged_attention(
         repeats = q.shape[1] // keys.shape[1]
         keys, values = (t.repeat_interleave(repeats, dim=1) for t in (keys, values))
         scores = torch.einsum("qhd,khd->hqk", queries.float(), keys) * scale
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
         own = positions[-len(queries) :, None]
         visible = positions <= own
         if window:
             visible &= positions > own - window
-        weights = scores.masked_fill(~visible, float("-inf")).softmax(-1)
+        scores = scores.masked_fill(~visible, float("-inf"))
+        if sinks is not None:
+            sink = sinks.to(scores)[:, None, None].expand(-1, len(queries), 1)
+            scores = torch.cat((scores, sink), dim=-1)
+        weights = scores.softmax(-1)[..., : len(positions)]
         out[starts[index] : starts[index + 1]] = torch.einsum("hqk,khd->qhd", weights, values)
     return out.flatten(1)
 
 
+def check_sinks(sinks: Tensor, q_heads: int) -> None:
+    """Raises ValueError if ``sinks`` are not contiguous floats, one for each query head."""
+    if sinks.shape != (q_heads,) or not sinks.is_contiguous() or not sinks.is_floating_point():
+        raise ValueError(
+            f"sinks are {sinks.dtype} {tuple(sinks.shape)} with strides {sinks.stride()}, "
+            f"expected contiguous numbers ({q_heads},)"
+        )
+
+
 class TokenChoice(NamedTuple):
-    """How a row's token is chosen: see :func:`sample_tokens`. uniform: a number in [0, 1)."""
+    """How a row's token is chosen: see :func:`sample_tokens`.
+
+    uniform: a number in [0, 1), which the token is drawn with.
+    """
 
     temperature: float
     top_k: int
@@ -160,10 +253,10 @@ class TokenChoice(NamedTuple):
 def sample_tokens(logits: Tensor, choices: Sequence[TokenChoice]) -> Tensor:
     """A token for every row of ``logits`` (float32 ``(rows, vocab)``): int64 ``(rows,)``.
 
-    Temperature 0 takes the largest. Otherwise what is left after top_k (0 is off), then top_p of
-    that, then min_p (relative to the likeliest) is drawn from by inverting its cumulative
-    distribution, in vocabulary order, at ``uniform``. Entries equal to the last one kept are kept.
-    A row whose largest entry is not finite has any token.
+    Temperature 0 takes the largest logit. Otherwise the candidates are filtered by top_k (0: off),
+    then top_p, then min_p (relative to the likeliest token). Entries equal to the last one kept are
+    kept too. The token is drawn by inverting the cumulative distribution, in vocabulary order, at
+    ``uniform``. For a row whose largest logit is not finite, the token is arbitrary.
     """
     tokens = [_sample(row, choice) for row, choice in zip(logits, choices, strict=True)]
     return torch.stack(tokens)
@@ -190,7 +283,7 @@ def _sample(logits: Tensor, choice: TokenChoice) -> Tensor:
         probs, ids = probs[kept], kept if ids is None else ids[kept]
     # float64, because a float32 sum over a large vocabulary misplaces its tail.
     cumulative = probs.double().cumsum(0)
-    # `right` finds the first entry above the target, so that none of probability 0 is chosen.
+    # `right` finds the first entry above the target, so that no token of probability 0 is chosen.
     target = choice.uniform * cumulative[-1:]
     index = torch.searchsorted(cumulative, target, right=True)[0]
     if index == len(probs):  # the product rounded up to the total
@@ -199,21 +292,21 @@ def _sample(logits: Tensor, choice: TokenChoice) -> Tensor:
 
 
 def _nucleus(probs: Tensor, top_p: float) -> Tensor:
-    """The fewest likeliest entries that hold ``top_p`` of all, in their order."""
+    """Ids of the fewest likeliest entries whose sum reaches ``top_p`` of the total, in order."""
     needed = top_p * probs.sum()
     count = min(_NUCLEUS_CANDIDATES, len(probs))
     while True:
         values, ids = probs.topk(count)
         cumulative = values.cumsum(0)
         if count == len(probs) or cumulative[-1] >= needed:
-            # An entry stays if what precedes it does not hold top_p yet.
+            # An entry is kept if the entries before it do not reach top_p yet.
             kept = int((cumulative - values < needed).sum())
             return _at_least(probs, values[max(kept, 1) - 1], values, ids)
         count = min(8 * count, len(probs))
 
 
 def _at_least(probs: Tensor, least: Tensor, top: Tensor, top_ids: Tensor) -> Tensor:
-    """Where ``probs`` is at least ``least``, in order; ``top`` are the largest of ``probs``."""
+    """Ids with ``probs >= least``, in order; ``top``: the largest of ``probs``, sorted."""
     if len(top) == len(probs) or top[-1] < least:  # all of them are among the largest
         return top_ids[top >= least].sort().values
     return (probs >= least).nonzero()[:, 0]

@@ -5,7 +5,7 @@
 Two streams of the base model decode all the time. Beside them come requests with adapters, a few at
 a time: first all with one adapter that stays in its slot, then each with another, so that every one
 is read from disk into host memory (64 MiB, a fraction of them all) and copied into a slot. Printed
-are the inter-token latencies of the base streams. Exits with 1 where a request failed, or where the
+are the inter-token latencies of the base streams. Exits with 1 if a request failed, or if the
 longest gap under churn exceeds the longest without by more than one step, that is a median gap.
 """
 
@@ -41,7 +41,7 @@ async def register(session: aiohttp.ClientSession, url: str, names: Sequence[str
 
 
 async def steady(client: Client, timings: list[Timing], done: asyncio.Event) -> None:
-    """A base stream after another until ``done``."""
+    """One base stream after another until ``done``."""
     while not done.is_set():
         prompt = [random.randrange(1000, 100_000) for _ in range(PROMPT)]
         timings.append(await client.complete(prompt, 64))

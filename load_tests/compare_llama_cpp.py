@@ -176,7 +176,7 @@ def main(
 
 
 async def wait_until_healthy(url: str, server: subprocess.Popen[bytes]) -> None:
-    """Return once ``/health`` says ok; SystemExit where the server ends first."""
+    """Return once ``/health`` says ok; SystemExit if the server ends first."""
     async with aiohttp.ClientSession() as session:
         while server.poll() is None:
             try:

@@ -27,7 +27,7 @@ from nybble.server.bench.workload import random_prompt as prompt
 
 @dataclass(frozen=True)
 class Row:
-    """What one concurrency gave; latencies in milliseconds."""
+    """The results at one concurrency; latencies in milliseconds."""
 
     concurrency: int
     failed: int

@@ -6,7 +6,7 @@ A quiet tenant sends a request a second. Its time to first token is measured alo
 server; alone at equal share, which is a server with half the cores, half the seats, half the token
 budget and half the KV cache (memory bandwidth is not halved, so this is rather better than half);
 and on the whole server beside a tenant with 24 requests always in flight, at weights 1:1 and 3:1 in
-favour of the quiet one. Exits with 1 where its p95 at 1:1 is above twice that at equal share.
+favour of the quiet one. Exits with 1 if its p95 at 1:1 is above twice that at equal share.
 
 With --adapters both tenants use adapters on every request: the flood 16 in turn, of which 4 fit on
 the device, the quiet tenant one.

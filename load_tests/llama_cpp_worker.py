@@ -1,4 +1,4 @@
-"""llama.cpp behind a pipe; runs in the environment where ``llama-cpp-python`` is installed.
+"""llama.cpp behind a pipe; runs in the environment that has ``llama-cpp-python``.
 
 Reads JSON lines ``{"prompt": [token ids], "max_tokens": n}``; answers each with the seconds at
 which its tokens arrived, counted from the start of the prompt, and the tokens.

@@ -23,7 +23,7 @@ _SERVE = [sys.executable, "-P", "-c", "from nybble.server.cli.main import serve_
 
 @contextmanager
 def running_server(model: str, *options: str, cores: int | None = None) -> Iterator[str]:
-    """Yields the URL (…/v1) once requests are taken. cores: how many it may use, None for all."""
+    """Yields the URL (…/v1) once the server is ready. cores: how many it may use; None for all."""
     available = sorted(os.sched_getaffinity(0))
     chosen = available[-(cores or len(available)) :]
     command = ["taskset", "-c", ",".join(map(str, chosen)), *_SERVE, "--model", model]

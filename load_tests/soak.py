@@ -52,7 +52,7 @@ IDLE_SECONDS = 60
 
 @dataclass(frozen=True)
 class Sample:
-    """The server while nobody asks anything. seconds: since the start of the traffic."""
+    """The idle server's figures. seconds: since the start of the traffic."""
 
     seconds: float
     requests: int
@@ -67,7 +67,7 @@ class Sample:
 
 @dataclass
 class Run:
-    """What came of the requests. counts: by kind and outcome."""
+    """The results of a run. counts: of requests, by kind and outcome."""
 
     counts: Counter[str] = field(default_factory=Counter)
     unexpected: list[str] = field(default_factory=list)
@@ -171,7 +171,7 @@ def memory(pid: int) -> tuple[int, int]:
 
 
 class Soak:
-    """Clients that ask and pause together."""
+    """Clients that send requests and pause together."""
 
     def __init__(self, origin: str, pid: int, seed: int, rate: float | None) -> None:
         self._origin = origin
@@ -260,7 +260,7 @@ def slope(samples: list[Sample]) -> float:
 
 
 def judge(run: Run) -> list[str]:
-    """What the run failed by; see the module's docstring."""
+    """The criteria that the run failed; see the module's docstring."""
     broken = [f"{len(run.unexpected)} unexpected answers"] if run.unexpected else []
     leaked = [s for s in run.samples if s.kv_blocks or s.sequences]
     if leaked:

@@ -1,4 +1,4 @@
-"""The kinds of requests of a soak: what each sends, and which answers it takes for right."""
+"""The kinds of requests of a soak test: what each sends, and which answers it accepts."""
 
 from __future__ import annotations
 
@@ -33,9 +33,11 @@ class Unexpected(Exception):
 
 @dataclass
 class Target:
-    """A server as the soak sees it. keys: for the API, by tenant; admin: for adapters.
+    """The server under test.
 
-    adapters: those that come and go.
+    keys: API keys, by tenant.
+    admin: the admin key, for adapters.
+    adapters: those that are loaded and unloaded during the run.
     """
 
     session: aiohttp.ClientSession
@@ -48,7 +50,10 @@ class Target:
     def post(
         self, path: str, body: Any, *, tenant: str = "plain"
     ) -> aiohttp.client._RequestContextManager:
-        headers = {"Authorization": f"Bearer {self.keys[tenant]}"}
+        headers = {
+            "Authorization": f"Bearer {self.keys[tenant]}",
+            "Content-Type": "application/json",
+        }
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         return self.session.post(self.origin + path, data=data, headers=headers)
 
@@ -120,7 +125,7 @@ async def stream(target: Target, rng: random.Random) -> str:
 
 
 async def cancelled(target: Target, rng: random.Random) -> str:
-    """Read a few events and go away."""
+    """Read a few events, then disconnect."""
     body = completion_body(target, rng) | {"stream": True, "max_tokens": 200, "ignore_eos": True}
     async with target.post("/v1/completions", body) as response:
         if response.status != 200:

@@ -1,13 +1,14 @@
 """LoRA adapters in PEFT's layout: a folder with adapter_config.json and adapter_model.safetensors.
 
 Per module: ``base_model.model.<module>.lora_A.weight`` ``(rank, in)`` and ``lora_B.weight``
-``(out, rank)``. Some versions put the adapter's name before ``weight``, leave ``base_model.model``
-out, or, trained on a model without its head, the ``model.`` of the base.
+``(out, rank)``. Some versions put the adapter's name before ``weight``. Some leave out
+``base_model.model``, or, if the model was trained without its head, the base's ``model.``. Training
+the text part of a multimodal model adds that model's prefixes (``model.language_model.layers…``).
 """
 
 from __future__ import annotations
 
-import pickle
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -33,11 +34,17 @@ __all__ = [
     "resolve_adapter",
 ]
 
-_SAFETENSORS, _PICKLED = "adapter_model.safetensors", "adapter_model.bin"
+logger = logging.getLogger(__name__)
+
+_SAFETENSORS = "adapter_model.safetensors"
 _KEY = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(\.(?P<name>[^.]+))?\.weight")
 _INDEX = re.compile(r"[0-9]{1,9}")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_PREFIXES = ("base_model.model.", "_orig_mod.")
+_PREFIXES = ("base_model.model.", "_orig_mod.", "module.")
+# Prefixes of the text model's layers inside larger models.
+_AROUND = re.compile(r"((model|language_model|text_model|llm|thinker|module|_orig_mod)\.)*")
+# Files that training may save with an adapter. The base model's own are used instead.
+_NOT_USED = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
 @dataclass(frozen=True)
@@ -57,8 +64,8 @@ class LoRAModule:
 class LoRAAdapter:
     """An adapter that fits its base.
 
-    modules: by the names transformers gives the base's linear layers.
-    digest: 16 bytes that differ where the files' content does.
+    modules: by the name of the base's linear layer in transformers.
+    digest: 16 bytes that differ if the files' content differs.
     """
 
     modules: Mapping[str, LoRAModule]
@@ -66,7 +73,7 @@ class LoRAAdapter:
 
     @property
     def rank(self) -> int:
-        """The highest of any module."""
+        """The highest rank of any module."""
         return max(module.rank for module in self.modules.values())
 
 
@@ -80,7 +87,7 @@ def resolve_adapter(name: str) -> Path:
         return folder
     reason = f"the folder {folder} has no {CONFIG_FILE}" if folder.is_dir() else "no such folder"
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
-        files = [CONFIG_FILE, _SAFETENSORS, _PICKLED]
+        files = [CONFIG_FILE, _SAFETENSORS]
         try:
             return Path(snapshot_download(name, allow_patterns=files))
         except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
@@ -102,19 +109,21 @@ def load_adapter(folder: Path, architecture: Architecture) -> LoRAAdapter:
     path, content, tensors = _read(folder)
     digest = blake2b((folder / CONFIG_FILE).read_bytes(), digest_size=16)
     digest.update(content)
+    names = _Names(path, shapes)
     sides: dict[str, dict[str, Tensor]] = {}
     for key in sorted(tensors, key=_natural):
-        module, side = _parse(path, key, shapes)
-        _check(path, key, tensors[key], side, settings.rank(module), shapes[module])
+        module, side = names.parse(key)
+        rank = settings.rank(names.trained(module))
+        _check(path, key, tensors[key], side, rank, shapes[module])
         if side in sides.setdefault(module, {}):
             raise AdapterError(f"{path} has more than one lora_{side} for {module}, e.g. {key}")
         sides[module][side] = tensors[key]
     for module in sides:
-        if not settings.selects(module):
+        if not settings.selects(names.trained(module)):
             raise AdapterError(f"{path} has tensors for {module}, not one of its target_modules")
     for module in shapes:
         missing = {"A", "B"} - sides.get(module, {}).keys()
-        if missing and (settings.selects(module) or module in sides):
+        if missing and (settings.selects(names.trained(module)) or module in sides):
             raise AdapterError(
                 f"{path} has no lora_{min(missing)} for {module}, which its target_modules select; "
                 "is it for another base model?"
@@ -122,9 +131,11 @@ def load_adapter(folder: Path, architecture: Architecture) -> LoRAAdapter:
     if not sides:
         raise AdapterError(f"{path}: its target_modules select nothing of the base model")
     modules = {
-        module: LoRAModule(pair["A"], pair["B"], settings.scale(module))
+        module: LoRAModule(pair["A"], pair["B"], settings.scale(names.trained(module)))
         for module, pair in sides.items()
     }
+    if unused := [name for name in _NOT_USED if (folder / name).is_file()]:
+        logger.info("%s: %s not used, but the base model's own", folder, ", ".join(unused))
     return LoRAAdapter(modules, digest.digest())
 
 
@@ -136,42 +147,61 @@ def _read(folder: Path) -> tuple[Path, bytes, dict[str, Tensor]]:
             return path, content, load_safetensors(content)
         except SafetensorError as error:
             raise AdapterError(f"{path} is truncated or not safetensors: {error}") from error
-    path = folder / _PICKLED
-    if not path.is_file():
-        raise AdapterError(f"{folder} has neither {_SAFETENSORS} nor {_PICKLED}")
-    try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise AdapterError(
-            f"{path} cannot be read as tensors alone: {str(error).splitlines()[0]}"
-        ) from error
-    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
-        raise AdapterError(f"{path} is not a dictionary of tensors")
-    return path, path.read_bytes(), tensors
+    raise AdapterError(
+        f"{folder} has no {_SAFETENSORS}. Pickled adapters (adapter_model.bin) can run code and "
+        "are not read; peft converts one: PeftModel.from_pretrained(base, FOLDER).save_pretrained("
+        "FOLDER)"
+    )
 
 
 def _natural(key: str) -> list[tuple[int, str]]:
-    """Sorts layer 2 before layer 10, so that the first offending tensor is the first layer's."""
+    """A sort key with layer 2 before layer 10, so that errors name the first bad layer."""
     parts = key.split(".")
     return [(int(part), "") if _INDEX.fullmatch(part) else (-1, part) for part in parts]
 
 
-def _parse(path: Path, key: str, shapes: Mapping[str, tuple[int, int]]) -> tuple[str, str]:
-    """The base's module and the side, A or B, of a tensor."""
-    match = _KEY.fullmatch(key)
-    if match is None:
-        raise AdapterError(
-            f"{path}: {key} is not supported; supported are lora_A.weight and lora_B.weight of "
-            "attention and MLP projections"
-        )
-    module = match["module"]
-    while module.startswith(_PREFIXES):
-        module = module.removeprefix("base_model.model.").removeprefix("_orig_mod.")
-    if module not in shapes and "model." + module in shapes:
-        module = "model." + module
-    if module not in shapes:
-        raise AdapterError(f"{path}: {key} is for {module}, {_unknown(module, shapes)}")
-    return module, match["side"]
+class _Names:
+    """Maps module names between the base and the model that was trained."""
+
+    def __init__(self, path: Path, shapes: Mapping[str, tuple[int, int]]) -> None:
+        self._path = path
+        self._shapes = shapes
+        self._by_layer = {_in_layer(name): name for name in shapes}
+        # The prefix which training put before every layer, once known.
+        self._around: str | None = None
+
+    def parse(self, key: str) -> tuple[str, str]:
+        """The base's module and the side (A or B) that the tensor ``key`` belongs to."""
+        match = _KEY.fullmatch(key)
+        if match is None:
+            raise AdapterError(
+                f"{self._path}: {key} is not supported; supported are lora_A.weight and "
+                "lora_B.weight of attention and MLP projections"
+            )
+        trained = match["module"]
+        while prefix := next((each for each in _PREFIXES if trained.startswith(each)), None):
+            trained = trained.removeprefix(prefix)
+        inside = _in_layer(trained)
+        around = trained.removesuffix(inside)
+        module = self._by_layer.get(inside)
+        if module is None or not _AROUND.fullmatch(around):
+            raise AdapterError(
+                f"{self._path}: {key} is for {trained}, {_unknown(trained, self._shapes)}"
+            )
+        if self._around is None:
+            self._around = around
+        return module, match["side"]
+
+    def trained(self, module: str) -> str:
+        """The name of a base module in training, as adapter_config.json uses it."""
+        inside = _in_layer(module)
+        return module if self._around is None or inside == module else self._around + inside
+
+
+def _in_layer(module: str) -> str:
+    """A module's name from ``layers`` on; the whole name if it is not in a layer."""
+    found = re.search(r"(?:^|\.)(layers\.[0-9]+\..+)", module)
+    return found[1] if found else module
 
 
 def _unknown(module: str, shapes: Mapping[str, tuple[int, int]]) -> str:

@@ -18,12 +18,13 @@ Combination = Literal["cat", "linear"]
 def combine_adapters(
     adapters: Sequence[LoRAAdapter], weights: Sequence[float], *, combination: Combination = "cat"
 ) -> LoRAAdapter:
-    """One float32 adapter. A module that only some have takes only theirs.
+    """Combine adapters into one in float32. A module may occur in only some of them.
 
     cat: exactly the weighted sum of the adapters' changes; ranks add up.
-    linear: the weighted sum of the matrices, each side taking the root of its weight (with the
-        factor α/r), which also mixes one adapter's A with another's B; ranks must be equal.
-    Raises AdapterError where there is not one weight for each adapter, or ranks differ.
+    linear: the weighted sums of the A and of the B matrices, each scaled by the square root of the
+        weight (with the factor α/r). Their product also mixes one adapter's A with another's B.
+        Ranks must be equal.
+    Raises AdapterError if there is not one weight for each adapter, or if ranks differ.
     """
     if not adapters or len(adapters) != len(weights):
         raise AdapterError(

@@ -1,12 +1,14 @@
-"""PEFT's ``adapter_config.json``: which modules an adapter changes, by what rank and scale.
+"""PEFT's ``adapter_config.json``: which modules an adapter changes, with which rank and scale.
 
-Settings that would change the result and are not computed here are refused by name. What each one
-means is defined by peft (``LoraConfig``, ``check_target_module_exists``, ``get_pattern_key``).
+Unsupported settings that would change the result are refused by name. Settings unknown to peft,
+which other tools add, are ignored with a warning. What each setting means is defined by peft
+(``LoraConfig``, ``check_target_module_exists``, ``get_pattern_key``).
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,39 +19,48 @@ import regex
 
 from nybble.loaders.errors import AdapterError
 
+logger = logging.getLogger(__name__)
+
 _Number = TypeVar("_Number", int, float)
 
 CONFIG_FILE = "adapter_config.json"
 MAX_RANK = 256
 _MATCH_SECONDS = 1.0
 
-# Settings of training, of where things were, or only of how peft itself computes.
+# Accepted but ignored: they concern only training, file paths, or how peft itself computes.
 _NO_EFFECT = {
     *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path"),
     *("revision", "inference_mode", "lora_dropout", "megatron_core", "qalora_group_size"),
     *("runtime_config", "eva_config", "loftq_config", "corda_config", "lora_ga_config"),
-    *("ensure_weight_tying", "init_lora_weights", "bias"),
+    *("ensure_weight_tying", "init_lora_weights", "bias", "velora_config", "megatron_config"),
+    "fan_in_fan_out",  # for layers with transposed weights; peft resets it for nn.Linear
 }
 _READ = {
     *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules"),
     *("exclude_modules", "layers_to_transform", "layers_pattern"),
 }
-# Initial values that leave the base weights as they are; the others (PiSSA, OLoRA, …) subtract the
-# initial product from them, so that the adapter belongs to a base nobody else has.
+# Initializations that leave the base weights as they are. The others (PiSSA, OLoRA, …) subtract the
+# initial product from the base, so the adapter does not fit the published base.
 _INIT_KEEPS_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
-_EXPLANATIONS = {
+_REFUSED = {
     "use_dora": "DoRA rescales the columns of the merged weight; train without it or merge first",
     "modules_to_save": "whole trained modules; train without them or merge first",
     "trainable_token_indices": "trained embeddings; train without them or merge first",
     "target_parameters": "adapters on parameters that are not linear layers",
     "lora_bias": "biases beside the low-rank matrices; train without them or merge first",
-    "fan_in_fan_out": "transposed layers, which the supported models do not have",
+    "layer_replication": "layers of the base repeated; replicate them in the base model",
+    "alora_invocation_tokens": "aLoRA, whose adapter begins in the middle of the text",
+    "use_qalora": "QA-LoRA pools the inputs of its matrices; merge first",
+    "use_bdlora": "block-diagonal matrices; merge first",
+    "arrow_config": "Arrow routes between adapters, token by token",
+    "kasa_config": "KaSA scales the rank's directions; merge first",
+    "monteclora_config": "MonteCLoRA draws its matrices; merge first",
 }
 
 
 @dataclass(frozen=True)
 class AdapterSettings:
-    """What of ``adapter_config.json`` decides the result."""
+    """The fields of ``adapter_config.json`` that affect the result."""
 
     r: int
     alpha: float
@@ -63,7 +74,7 @@ class AdapterSettings:
 
     @classmethod
     def read(cls, folder: Path) -> AdapterSettings:
-        """Raises AdapterError for a file that is missing, broken, or asks for the unsupported."""
+        """Raises AdapterError if the file is missing or broken, or a setting is unsupported."""
         path = folder / CONFIG_FILE
         if not path.is_file():
             raise AdapterError(f"{folder} has no {CONFIG_FILE}: not a PEFT adapter folder")
@@ -105,7 +116,7 @@ class AdapterSettings:
         return settings
 
     def check_patterns(self) -> None:
-        """Raises regex.error where a pattern is not a regular expression."""
+        """Raises regex.error if a pattern is not a regular expression."""
         for pattern in (*self.rank_pattern, *self.alpha_pattern, *self.layers_pattern):
             regex.compile(pattern)
         for names in (self.target_modules, self.exclude_modules):
@@ -152,13 +163,12 @@ def _refuse_unsupported(path: Path, config: Mapping[str, Any]) -> None:
             f"{path}: init_lora_weights {init!r} changed the base weights too; save the adapter "
             "with path_initial_model_for_weight_conversion to make it a plain LoRA"
         )
-    for name, value in config.items():
-        if name in _READ or name in _NO_EFFECT or not value:
-            continue
-        why = _EXPLANATIONS.get(name)
-        raise AdapterError(
-            f"{path}: {name} is {value!r}, which is not supported" + (f" ({why})" if why else "")
-        )
+    for name, why in _REFUSED.items():
+        if value := config.get(name):
+            raise AdapterError(f"{path}: {name} is {value!r}, which is not supported ({why})")
+    known = _READ | _NO_EFFECT | _REFUSED.keys()
+    if unknown := sorted(name for name, value in config.items() if value and name not in known):
+        logger.warning("%s: left out, as peft has no such settings: %s", path, ", ".join(unknown))
 
 
 def _names(value: object) -> str | tuple[str, ...]:
@@ -176,7 +186,7 @@ def _listed(value: object) -> tuple[str, ...]:
 
 
 def _match(pattern: str, module: str, *, whole: bool = False) -> regex.Match[str] | None:
-    """As ``re.match`` or ``re.fullmatch``, which peft uses, but not for ever: AdapterError then."""
+    """``re.match`` or ``re.fullmatch``, as peft uses them; AdapterError if it takes too long."""
     try:
         function = regex.fullmatch if whole else regex.match
         return function(pattern, module, timeout=_MATCH_SECONDS)

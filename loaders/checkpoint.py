@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -13,20 +13,21 @@ from transformers import AutoConfig, PretrainedConfig
 
 from nybble.kernels import DenseWeight, PackedWeight
 from nybble.kernels.packed import stack_outputs
-from nybble.loaders.awq import AwqReader
-from nybble.loaders.bnb import BnbReader
 from nybble.loaders.errors import CheckpointError
-from nybble.loaders.gptq import GptqReader
+from nybble.loaders.formats import FORMATS, Format, format_of
+from nybble.loaders.formats.settings import read_object
 from nybble.loaders.shards import Shards
-from nybble.models import architecture_of
+from nybble.models import architecture_of, require_family
+
+logger = logging.getLogger(__name__)
 
 Weight = PackedWeight | DenseWeight | Tensor
 
-_QUANT_METHODS = ("gptq", "awq", "bitsandbytes")
+_DENSE = frozenset(("weight", "bias"))
 
 
 class Checkpoint(Protocol):
-    """What an engine loads."""
+    """A model which an engine can load."""
 
     @property
     def folder(self) -> Path: ...
@@ -47,76 +48,100 @@ class Checkpoint(Protocol):
         ...
 
 
-class _Reader(Protocol):
-    @property
-    def name(self) -> str: ...
-
-    def read(self, shards: Shards, module: str) -> PackedWeight | None: ...
-
-
 def open_checkpoint(folder: Path) -> Checkpoint:
     """Open a folder with config.json and safetensors files in any supported format.
 
-    Raises CheckpointError where something is missing, corrupt or unsupported.
+    Raises CheckpointError if something is missing, corrupt or unsupported, and
+    UnsupportedModelError naming the families that are supported.
     """
     path = folder / "config.json"
     if (folder / "nybble.json").is_file():
-        # Imported here because the packed form is itself written from checkpoints.
+        # Imported here to avoid a cycle: packed_file imports this module.
         from nybble.loaders.packed_file import PackedCheckpoint
 
         return PackedCheckpoint(folder)
     if not path.is_file():
         raise CheckpointError(f"{folder} has no config.json: not a model folder")
+    require_family(read_object(path).get("model_type"))
+    format = format_of(folder)
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # each model's validators raise what they like
+    except Exception as error:  # each model's config class raises errors of its own
         raise CheckpointError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
-    return FolderCheckpoint(folder, config, _reader(folder))
+    return FolderCheckpoint(folder, config, format)
 
 
-def quantization_settings(folder: Path) -> Mapping[str, Any] | None:
-    """What config.json, or GPTQ's own file, says of the quantization; None where there is none."""
-    config = json.loads((folder / "config.json").read_text())
-    settings: Mapping[str, Any] | None = config.get("quantization_config")
-    if settings is None and (folder / "quantize_config.json").is_file():
-        found = json.loads((folder / "quantize_config.json").read_text())
-        settings = {"quant_method": "gptq", **found}
-    return settings
-
-
-def _reader(folder: Path) -> _Reader | None:
-    settings = quantization_settings(folder)
-    if settings is None:
-        return None
-    method = settings.get("quant_method")
-    try:
-        if method == "gptq":
-            return GptqReader.from_settings(settings)
-        if method == "awq":
-            return AwqReader.from_settings(settings)
-        if method == "bitsandbytes":
-            return BnbReader.from_settings(settings)
-    except (TypeError, OverflowError, ValueError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(
-            f"{folder / 'config.json'}: a setting of the wrong type in quantization_config: {error}"
-        ) from error
-    raise CheckpointError(
-        f"{folder / 'config.json'}: quant_method {method!r} is not supported; "
-        f"supported are {', '.join(_QUANT_METHODS)}"
-    )
+def can_be_rounded(checkpoint: Checkpoint) -> bool:
+    """Whether the weights are 16-bit once loaded, so that they can be quantized in flight."""
+    own = checkpoint.quantization if isinstance(checkpoint, FolderCheckpoint) else None
+    return checkpoint.format == "none" or (own is not None and own.in_16_bits)
 
 
 class FolderCheckpoint:
-    """A folder in a public layout."""
+    """A folder in a public layout.
 
-    def __init__(self, folder: Path, config: PretrainedConfig, reader: _Reader | None) -> None:
+    quantization: how it is quantized, None for 16 bits.
+    """
+
+    def __init__(self, folder: Path, config: PretrainedConfig, format: Format | None) -> None:
         self.folder = folder
         self.config = config
-        self.format = reader.name if reader else "none"
+        self.quantization = format
+        self.format = format.name if format else "none"
         self.architecture = architecture_of(config)
-        self._reader = reader
+
+    def check(self, shards: Shards) -> None:
+        """Check the names of all tensors.
+
+        Raises CheckpointError for a tensor that no reader here knows, and for a missing one that a
+        quantized module or the family needs. Ignoring either would silently change the model.
+        """
+        biased = {name for name, linear in self.architecture.linears.items() if linear.bias}
+        ignored: Mapping[str, str] = self.quantization.ignored if self.quantization else {}
+        unused: dict[str, list[str]] = {}
+        for module, leaves in shards.modules.items():
+            known = _DENSE
+            if self.quantization is not None and self.quantization.owns(leaves):
+                known = self.quantization.required | self.quantization.optional | {"bias"}
+                for leaf in sorted(self.quantization.required.difference(leaves)):
+                    raise CheckpointError(f"{self.folder} has no tensor {module}.{leaf}")
+            if module in biased and "bias" not in leaves:
+                family = self.architecture.family
+                raise CheckpointError(
+                    f"{self.folder} has no tensor {module}.bias, which {family} models have"
+                )
+            for leaf, name in leaves.items():
+                if leaf in ignored:
+                    unused.setdefault(ignored[leaf], []).append(name)
+                elif leaf not in known:
+                    raise self._not_read(name, leaf)
+        if self.quantization is not None and self.quantization.in_16_bits:
+            logger.warning(
+                "%s: %s weights are dequantized to 16 bits: they take twice the memory of the "
+                "files, or about a quarter of that with --quantize nf4",
+                self.folder,
+                self.format,
+            )
+        for reason, names in unused.items():
+            logger.warning(
+                "%s: tensors such as %s (%d) are not used: %s",
+                self.folder,
+                names[0],
+                len(names),
+                reason,
+            )
+
+    def _not_read(self, name: str, leaf: str) -> CheckpointError:
+        owners = dict.fromkeys(f.quant_method for f in FORMATS if leaf in f.marks)
+        hint = f"; it is a tensor of {' or '.join(owners)}" if owners else ""
+        stated = (
+            "config.json has no quantization_config"
+            if self.quantization is None
+            else f"the checkpoint's format is {self.format}"
+        )
+        return CheckpointError(
+            f"{self.folder}: nothing here reads the tensor {name}: {stated}{hint}"
+        )
 
     def projection(self, shards: Shards, module: str) -> PackedWeight | DenseWeight:
         """The linear layer ``module`` by itself, from this folder's ``shards``."""
@@ -127,7 +152,9 @@ class FolderCheckpoint:
 
     def weights(self) -> Iterator[tuple[str, Weight]]:
         shards = Shards(self.folder)
-        modules = _modules(shards)
+        self.check(shards)
+        ignored: Mapping[str, str] = self.quantization.ignored if self.quantization else {}
+        modules = {m: found for m, found in shards.modules.items() if found.keys() - ignored.keys()}
         done: set[str] = set()
         for module in modules:
             if module in done:
@@ -137,7 +164,10 @@ class FolderCheckpoint:
                 done.update(siblings)
                 yield from self._fuse(shards, fused, siblings)
             else:
-                yield self._read(shards, module)
+                name, weight = self._read(shards, module)
+                yield name, weight
+                if isinstance(weight, Tensor) and "bias" in modules[module]:  # of a LayerNorm
+                    yield module + ".bias", shards.read(module + ".bias", tuple(weight.shape))
 
     def _fuse(
         self, shards: Shards, name: str, modules: Sequence[str]
@@ -163,37 +193,20 @@ class FolderCheckpoint:
         yield from read
 
     def _read(self, shards: Shards, module: str) -> tuple[str, Weight]:
-        packed = self._reader.read(shards, module) if self._reader else None
-        if packed is not None:
-            return module, packed
+        if self.quantization and self.quantization.owns(shards.modules[module]):
+            return module, self.quantization.read(shards, module)
         name = module + ".weight"
-        if name not in shards:
-            raise CheckpointError(
-                f"{self.folder}: {module} has no weight in the checkpoint's format "
-                f"({self.format}); is it a mixture of formats?"
-            )
         weight = shards.read(name)
         if not weight.is_floating_point():
             raise CheckpointError(
                 f"{self.folder}: {name} is {weight.dtype}, expected a floating-point tensor; "
                 f"the checkpoint's format is {self.format}"
             )
-        if weight.ndim != 2 or module.endswith("embed_tokens"):
+        if module not in self.architecture.linears and module != self.architecture.head:
             return name, weight
+        if weight.ndim != 2:
+            raise CheckpointError(f"{self.folder}: {name} has shape {tuple(weight.shape)}")
         bias = module + ".bias"
         return module, DenseWeight(
             weight, shards.read(bias, (weight.shape[0],)) if bias in shards else None
         )
-
-
-def _modules(shards: Shards) -> dict[str, None]:
-    """Modules that own tensors, in the order of the files."""
-    modules: dict[str, None] = {}
-    for name in shards.names():
-        module, _, leaf = name.rpartition(".")
-        if ".weight." in name:  # bitsandbytes hangs its state below the weight
-            module = name.split(".weight.")[0]
-        elif leaf == "inv_freq":  # a buffer old checkpoints carry; computed here
-            continue
-        modules[module] = None
-    return modules

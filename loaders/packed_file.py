@@ -23,30 +23,19 @@ from nybble.kernels.layout import Layout
 from nybble.kernels.progress import Progress, track
 from nybble.loaders.checkpoint import Checkpoint, Weight
 from nybble.loaders.errors import CheckpointError
+from nybble.loaders.model_files import copy_side_files
 from nybble.loaders.safetensors_file import write_safetensors
 from nybble.loaders.shards import Shards
 
 HEADER = "nybble.json"
 VERSION = 1
-# What a weight's tensors are called, by its kind: those it must have, and those it may have.
+# Tensor names of each kind of weight: required, optional.
 _TENSORS = {
     "tensor": (("value",), ()),
     "dense": (("weight",), ("bias",)),
     "packed": (("qweight", "scales"), ("zeros", "perm", "bias")),
 }
 _SHARD_BYTES = 256 << 20  # writing needs about twice this in memory
-_COPIED = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "vocab.json",
-    "merges.txt",
-)
 
 
 def save_packed(
@@ -54,15 +43,15 @@ def save_packed(
 ) -> None:
     """Write a checkpoint's packed form to ``folder``, complete or not at all.
 
-    Raises OSError where it cannot be written.
+    Raises OSError if it cannot be written.
     """
     scratch = folder.with_name(folder.name + ".partial")
     shutil.rmtree(scratch, ignore_errors=True)
     try:
         scratch.mkdir(parents=True)
         _write(checkpoint, scratch, layout, progress)
-        # Else a power failure could leave the whole folder with files that are empty.
-        for path in (*scratch.iterdir(), scratch):
+        # fsync: otherwise a power failure could leave a complete folder with empty files.
+        for path in (*scratch.rglob("*"), scratch):
             _to_disk(path)
         shutil.rmtree(folder, ignore_errors=True)
         scratch.rename(folder)
@@ -102,14 +91,7 @@ def _write(checkpoint: Checkpoint, folder: Path, layout: Layout, progress: Progr
     flush()
     header = {"version": VERSION, "format": checkpoint.format, "modules": modules}
     (folder / HEADER).write_text(json.dumps(header, indent=1))
-    copy_model_files(checkpoint.folder, folder)
-
-
-def copy_model_files(source: Path, target: Path) -> None:
-    """Copy what a model folder holds besides weights: config, tokenizer, chat template."""
-    for name in _COPIED:
-        if (source / name).is_file():
-            shutil.copy(source / name, target / name)
+    copy_side_files(checkpoint.folder, folder)
 
 
 def _describe(weight: Weight) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -150,7 +132,7 @@ class PackedCheckpoint:
         self.format = "packed"
 
     def check(self) -> None:
-        """Look at every file's header. Raises CheckpointError for what is truncated or missing."""
+        """Check every file's header. Raises CheckpointError if a file is truncated or missing."""
         self._checked_shards()
 
     def _checked_shards(self) -> Shards:
@@ -195,7 +177,7 @@ class PackedCheckpoint:
 
 
 def _check_perm(perm: Tensor | None, in_features: int) -> None:
-    """Raises ValueError where it names features there are not: kernels write where it says."""
+    """Raises ValueError if an index is out of range: kernels use it as an address unchecked."""
     if perm is None:
         return
     lowest, highest = (int(end) for end in perm.aminmax())

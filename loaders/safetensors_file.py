@@ -13,9 +13,9 @@ from torch import Tensor
 def write_safetensors(
     tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write a file with the permissions that any new file has here; the library's has 0600.
+    """Write a file with the default permissions of the process; the library alone gives 0600.
 
-    Raises OSError, as for a disk that is full.
+    Raises OSError, for example if the disk is full.
     """
     path.touch()
     mode = path.stat().st_mode

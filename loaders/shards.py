@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -18,13 +19,18 @@ _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 
 
-# Bits of safetensors' dtypes are the digits in their names.
+_COMPUTED = "inv_freq"  # a buffer in old checkpoints, not read: we compute it
+
+# The digits in the name of a safetensors dtype are its bits.
 _BITS = re.compile(r"[A-Z]+(\d+)")
 
 
 @dataclass(frozen=True)
 class TensorHeader:
-    """What a file says of a tensor before its data; itemsize in bytes."""
+    """A tensor's entry in the header of its file.
+
+    itemsize: in bytes.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -36,11 +42,20 @@ class TensorHeader:
         return math.prod(self.shape)
 
 
+def module_and_leaf(name: str) -> tuple[str, str]:
+    """``a.b.weight`` is ``weight`` of ``a.b``; ``a.b.weight.absmax`` is ``weight.absmax`` of it."""
+    module, below, rest = name.partition(".weight.")
+    if below:
+        return module, f"weight.{rest}"
+    module, _, leaf = name.rpartition(".")
+    return module, leaf
+
+
 class Shards:
     """Tensors by name over one file or several; memory-mapped, never unpickled."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises CheckpointError where files are missing, truncated or not safetensors."""
+        """Raises CheckpointError if files are missing, truncated or not safetensors."""
         self.folder = folder
         self._file_of: dict[str, Path] = {}
         for path in self._files():
@@ -87,8 +102,18 @@ class Shards:
     def names(self) -> list[str]:
         return list(self._file_of)
 
+    @cached_property
+    def modules(self) -> Mapping[str, Mapping[str, str]]:
+        """Modules in file order, each with its tensors: leaf name → full name."""
+        modules: dict[str, dict[str, str]] = {}
+        for name in self._file_of:
+            module, leaf = module_and_leaf(name)
+            if leaf != _COMPUTED:
+                modules.setdefault(module, {})[leaf] = name
+        return modules
+
     def headers(self) -> Iterator[TensorHeader]:
-        """What the files say of every tensor, without reading any."""
+        """The header of every tensor; no tensor data is read."""
         for path in dict.fromkeys(self._file_of.values()):
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 - not a mapping
@@ -107,7 +132,7 @@ class Shards:
         path = self._file_of.get(name)
         if path is None:
             raise CheckpointError(f"{self.folder} has no tensor {name}")
-        # Opened anew each time: closing drops the mapping, so what was read does not stay resident.
+        # Opened again for each read: closing drops the mapping, so pages read do not stay resident.
         with safe_open(path, framework="pt") as file:
             tensor: Tensor = file.get_tensor(name)
         if shape is not None and tuple(tensor.shape) != shape:

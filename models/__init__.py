@@ -5,7 +5,6 @@ architecture and knows no family.
 """
 
 from nybble.models.architecture import (
-    Activation,
     Architecture,
     Attention,
     Fold,
@@ -17,10 +16,9 @@ from nybble.models.architecture import (
     Rope,
     UnsupportedModelError,
 )
-from nybble.models.registry import architecture_of, supported_families
+from nybble.models.registry import architecture_of, require_family, supported_families
 
 __all__ = [
-    "Activation",
     "Architecture",
     "Attention",
     "Fold",
@@ -32,5 +30,6 @@ __all__ = [
     "Rope",
     "UnsupportedModelError",
     "architecture_of",
+    "require_family",
     "supported_families",
 ]

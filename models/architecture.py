@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
-Activation = Literal["silu", "gelu", "gelu_tanh", "relu2"]
+from nybble.kernels.activation import Activation
 
 
 class UnsupportedModelError(ValueError):
@@ -160,7 +160,8 @@ class Attention:
     window: tokens one sees, itself included; 0 for all before it.
     rope: None for a layer without positions.
     scale: what scores are multiplied by.
-    qk_norm: of queries and keys: ``head`` norms every head by itself, ``all`` all heads together.
+    qk_norm: of queries and keys: ``head`` norms every head by itself, ``each`` too with weights of
+        its own, ``all`` norms all heads together. Biases are not added.
     q_norm, k_norm: the modules that hold their weights.
     softcap: scores become ``softcap · tanh(score / softcap)``.
     """
@@ -173,10 +174,19 @@ class Attention:
     scale: float
     rope: Rope | None
     window: int = 0
-    qk_norm: Literal["head", "all"] | None = None
+    qk_norm: Literal["head", "each", "all"] | None = None
     q_norm: str = "self_attn.q_norm"
     k_norm: str = "self_attn.k_norm"
     softcap: float | None = None
+
+    def norm_shape(self, heads: int) -> tuple[int, ...]:
+        """Of the weight of queries' or keys' norm, for as many heads."""
+        shapes = {
+            "head": (self.head_dim,),
+            "each": (heads, self.head_dim),
+            "all": (heads * self.head_dim,),
+        }
+        return shapes[self.qk_norm] if self.qk_norm is not None else ()
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from nybble.models.architecture import Activation, Rope, UnsupportedModelError
+from nybble.kernels.activation import Activation
+from nybble.models.architecture import Rope, UnsupportedModelError
 
 _ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",
@@ -51,10 +52,10 @@ def activation(config: PretrainedConfig, name: str = "hidden_act") -> Activation
 
 
 def refuse(config: PretrainedConfig, **neutral: object) -> None:
-    """Refuse settings that have another value than the one this family computes."""
+    """Refuse settings that have another value than the one this family computes; None is unset."""
     for name, value in neutral.items():
         found = getattr(config, name, value)
-        if found != value:
+        if found is not None and found != value:
             raise UnsupportedModelError(
                 f"{name} is {found!r}, which is not supported for {config.model_type}; "
                 f"expected {value!r}"
@@ -84,6 +85,7 @@ def rope(
     *,
     layer_type: str | None = None,
     interleaved: bool = False,
+    includes_scaling: bool = False,
 ) -> Rope:
     """The rotary embedding of the layers of ``layer_type``, or of all layers."""
     parameters: Mapping[str, Any] = config.rope_parameters
@@ -96,4 +98,5 @@ def rope(
         parameters=parameters,
         max_position_embeddings=size(config, "max_position_embeddings"),
         interleaved=interleaved,
+        includes_scaling=includes_scaling,
     )

@@ -1,67 +1,68 @@
-"""Llama 1 to 3, and what shares its config: Yi, InternLM 3 and DeepSeek-R1's distillations."""
+"""Llama 1 to 3, and what shares its config: Yi, InternLM 3, Falcon 3, DeepSeek-R1's distillations.
+
+:func:`decoder` is the layout that most families vary.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers import PretrainedConfig
 
 from nybble.models import config as read
-from nybble.models.architecture import Architecture, Layer, Norm
+from nybble.models.architecture import Architecture, Layer, Mlp, Norm, Rope
 from nybble.models.parts import attention, gated_mlp
-
-
-def llama(config: PretrainedConfig) -> Architecture:
-    """Grouped-query attention and a SwiGLU MLP, each behind an RMSNorm."""
-    return decoder(config, bias=bool(getattr(config, "attention_bias", False)))
 
 
 def decoder(
     config: PretrainedConfig,
     *,
-    bias: bool = False,
-    output_bias: bool | None = None,
-    windows: tuple[int, ...] | None = None,
+    windows: Sequence[int] | None = None,
+    ropes: Sequence[Rope | None] | None = None,
+    mlp: Mlp | None = None,
+    attention_options: Mapping[str, Any] | None = None,
+    layer_options: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Architecture:
-    """Llama's layout with the differences that Mistral, Qwen2 and Qwen3 have.
+    """Llama's layout, and what a family has instead of its parts.
 
-    bias, output_bias: of q, k and v, and of o.
     windows: of each layer; None for layers that see all.
-    options: further fields of :class:`Attention`.
+    ropes: of each layer, None within it for a layer without positions; None for one of all layers.
+    mlp: of all layers; a gated MLP behind ``post_attention_layernorm`` if None.
+    attention_options: further arguments of :func:`nybble.models.parts.attention`.
+    layer_options: further fields of :class:`Layer`.
+    options: further fields of :class:`Architecture`.
     """
     hidden, layers = read.size(config, "hidden_size"), read.size(config, "num_hidden_layers")
     heads = read.head_sizes(config)
-    rope = read.rope(config, heads[2])
-    mlp = gated_mlp(
+    mlp = mlp or gated_mlp(
         hidden,
         read.size(config, "intermediate_size"),
         read.activation(config),
         bias=bool(getattr(config, "mlp_bias", False)),
     )
+    windows = windows or (0,) * layers
+    ropes = ropes or (read.rope(config, heads[2]),) * layers
+    about = dict(attention_options or {})
+    about.setdefault("bias", bool(getattr(config, "attention_bias", False)))
+    options.setdefault("norm", Norm(float(getattr(config, "rms_norm_eps", 0))))
     return Architecture(
         family=config.model_type,
         vocab=read.size(config, "vocab_size"),
         hidden=hidden,
         layers=tuple(
             Layer(
-                attention(
-                    hidden,
-                    *heads,
-                    rope=rope,
-                    window=window,
-                    bias=bias,
-                    output_bias=output_bias,
-                    **options,
-                ),
+                attention(hidden, *heads, rope=rope, window=window, **about),
                 mlp,
+                **(layer_options or {}),
             )
-            for window in (windows or (0,) * layers)
+            for window, rope in zip(windows, ropes, strict=True)
         ),
-        norm=Norm(float(config.rms_norm_eps)),
         max_position_embeddings=read.size(config, "max_position_embeddings"),
         tied=bool(config.tie_word_embeddings),
+        **options,
     )
 
 
-FAMILIES = {"llama": llama}
+FAMILIES = {"llama": decoder}

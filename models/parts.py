@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
-from nybble.models.architecture import Activation, Attention, Fold, Linear, LinearGroup, Mlp, Rope
+from nybble.kernels.activation import Activation
+from nybble.models.architecture import Attention, Fold, Linear, LinearGroup, Mlp, Rope
 
 
 def attention(
@@ -63,34 +65,22 @@ def attention(
     )
 
 
-def fused_attention(
-    hidden: int,
-    heads: int,
-    kv_heads: int,
-    head_dim: int,
-    *,
-    rope: Rope | None,
-    window: int = 0,
-    norm: str | None = "input_layernorm",
-) -> Attention:
-    """Attention whose checkpoints hold queries, keys and values as one ``qkv_proj`` (Phi-3)."""
-    queries, keys = heads * head_dim, kv_heads * head_dim
+def fused_attention(hidden: int, separate: Attention) -> Attention:
+    """``separate`` in checkpoints which hold queries, keys and values as one ``qkv_proj``."""
+    queries = separate.heads * separate.head_dim
+    keys = separate.kv_heads * separate.head_dim
     qkv = Linear("self_attn.qkv_proj", queries + 2 * keys, hidden)
-    return Attention(
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        qkv=LinearGroup(qkv.name, (qkv,), Fold(norm) if norm else None),
-        output=LinearGroup(
-            "self_attn.o_proj",
-            (Linear("self_attn.o_proj", hidden, queries),),
-            Fold(
-                qkv.name, queries + keys, queries + 2 * keys, shared=heads // kv_heads, run=head_dim
-            ),
-        ),
-        scale=head_dim**-0.5,
-        rope=rope,
-        window=window,
+    values = Fold(
+        qkv.name,
+        queries + keys,
+        queries + 2 * keys,
+        shared=separate.heads // separate.kv_heads,
+        run=separate.head_dim,
+    )
+    return replace(
+        separate,
+        qkv=replace(separate.qkv, linears=(qkv,)),
+        output=replace(separate.output, fold=values),
     )
 
 

@@ -11,7 +11,11 @@ from nybble.models.llama import decoder
 
 def qwen2(config: PretrainedConfig) -> Architecture:
     """Layers may differ in their window: transformers makes ``layer_types`` of the settings."""
-    return decoder(config, bias=True, output_bias=False, windows=read.windows(config))
+    return decoder(
+        config,
+        windows=read.windows(config),
+        attention_options={"bias": True, "output_bias": False},
+    )
 
 
 FAMILIES = {"qwen2": qwen2}

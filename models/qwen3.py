@@ -11,8 +11,7 @@ from nybble.models.llama import decoder
 
 def qwen3(config: PretrainedConfig) -> Architecture:
     """Layers may differ in their window, as Qwen2's."""
-    bias = bool(getattr(config, "attention_bias", False))
-    return decoder(config, bias=bias, windows=read.windows(config), qk_norm="head")
+    return decoder(config, windows=read.windows(config), attention_options={"qk_norm": "head"})
 
 
 FAMILIES = {"qwen3": qwen3}

@@ -38,10 +38,14 @@ def architecture_of(config: PretrainedConfig) -> Architecture:
 
     Raises UnsupportedModelError naming the family or setting that is not supported.
     """
-    describe = _families().get(config.model_type)
-    if describe is None:
+    require_family(config.model_type)
+    return _families()[config.model_type](config)
+
+
+def require_family(model_type: object) -> None:
+    """Raises UnsupportedModelError for a family that is not known, which names those that are."""
+    if not isinstance(model_type, str) or model_type not in _families():
         raise UnsupportedModelError(
-            f"model_type {config.model_type!r} is not supported; "
+            f"model_type {model_type!r} is not supported; "
             f"supported are {', '.join(supported_families())}"
         )
-    return describe(config)

@@ -1,9 +1,10 @@
-"""AWQ: inputs that are large get finer weights, by scales folded into the operation before.
+"""AWQ: weights of large inputs are rounded more finely, by scales folded into the layer before.
 
 Lin et al. 2023, "AWQ: Activation-aware Weight Quantization for LLM Compression and Acceleration".
-Layers that share a norm are scaled together, by the error of what they lead to: the attention's
-output for q, k and v, the MLP's for gate and up. For a layer by itself the error of its outputs is
-computed from XᵀX, X being the calibration inputs: ‖X(Ŵ − W)ᵀ‖² = tr((Ŵ − W) XᵀX (Ŵ − W)ᵀ).
+Layers that share a norm are scaled together. Their scale minimizes the error of the module's
+output: the attention's for q, k and v, the MLP's for gate and up. For a layer by itself the error
+of its outputs is computed from XᵀX with the calibration inputs X:
+‖X(Ŵ − W)ᵀ‖² = tr((Ŵ − W) XᵀX (Ŵ − W)ᵀ).
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from nybble.loaders.formats import AffineWeight
 from nybble.models import Fold, Layer, LinearGroup
-from nybble.quantizers.affine import AffineWeight, round_trip
+from nybble.quantizers.affine import round_trip
 from nybble.quantizers.blocks import InputStatistics, linear_layer, output_error
 from nybble.quantizers.rtn import quantize_affine
 
@@ -26,8 +28,8 @@ _ROWS_AT_A_TIME = 1024
 
 
 def search_scale(weight: Tensor, statistics: InputStatistics, group_size: int) -> Tensor:
-    """The scale s (in,) = mean|x|^α, α on a grid, for which Q(W·s)/s errs least on the outputs."""
-    # The error is a sum over outputs; a sample of them finds the same scale.
+    """The scale s (in,) = mean|x|^α, α on a grid, with the least error of Q(W·s)/s."""
+    # The error is a sum over outputs: a sample of them is enough to find the scale.
     weight = weight[:: -(-len(weight) // _SEARCHED_OUTPUTS)]
 
     def error(scale: Tensor) -> float:
@@ -43,10 +45,10 @@ def search_common_scale(
     group_size: int,
     outputs: Callable[[], Tensor],
 ) -> Tensor:
-    """As :func:`search_scale` for layers that share an input, by the error of what they lead to.
+    """As :func:`search_scale` for layers that share an input, by their module's output error.
 
-    outputs: computes it ``(samples, length, …)`` with the weights the layers have at that time;
-        the first token of a sequence is left out.
+    outputs: computes the module's output ``(samples, length, …)`` with the layers' weights at the
+        time of the call. The first token of a sequence is left out.
     """
     originals = [layer.weight.data for layer in layers]
     expected = outputs()[:, 1:].float()
@@ -83,7 +85,7 @@ def _rounded_with(scale: Tensor, weight: Tensor, group_size: int) -> Tensor:
 
 
 def search_clip(weight: Tensor, second_moment: Tensor, group_size: int) -> Tensor:
-    """``weight (out, in)`` with each group clipped where that lowers the group's output error."""
+    """``weight (out, in)`` with each group clipped if that lowers the group's output error."""
     columns = weight.shape[1]
     groups = columns // group_size
     index = torch.arange(groups, device=second_moment.device)
@@ -127,7 +129,7 @@ def awq_block(
     checkpoint needs; the linear layers' weights are left scaled and not rounded.
     """
     scaled = scale_block(block, layer, statistics, outputs, group_size, norm_offset=norm_offset)
-    # Queries and keys meet in a product: clipping them does harm.
+    # q and k are not clipped: their outputs are multiplied with each other, so errors grow.
     attention = layer.attention
     unclipped = (attention.heads + attention.kv_heads) * attention.head_dim
     result = {}
@@ -160,7 +162,7 @@ def scale_block(
 
     Returns float32 weights ``(out, in)`` by name, with XᵀX of their new inputs.
 
-    layer: what the block is made of; a group of linear layers is scaled if it has a fold.
+    layer: the parts of the block; a group of linear layers is scaled if it has a fold.
     statistics: of the inputs of each group, by its first linear layer's name.
     outputs: of the modules that hold the groups behind a norm (attention, MLP), by their names.
     norm_offset: what the norms add to their stored weight.
@@ -190,7 +192,7 @@ def scale_block(
 
     behind_norms = [(g, g.fold) for g in layer.groups if g.fold and not g.fold.is_linear]
     behind_linears = [(g, g.fold) for g in layer.groups if g.fold and g.fold.is_linear]
-    # All searches run the block's own modules: nothing may have been folded into them before.
+    # Search before folding: all searches run the block's own modules, which must be unchanged.
     common = [
         search_common_scale(
             [linear_layer(block, linear.name) for linear in group.linears],
@@ -204,7 +206,7 @@ def scale_block(
         norm = block.get_submodule(fold.module)
         multiply_inputs(_fold_into_norm(norm, scale, norm_offset), group)
     for group, fold in behind_linears:
-        # Inputs that one row produces (query heads that read the same values) share its scale.
+        # Inputs from the same row before (query heads that share a value head) share a scale.
         (linear,) = group.linears
         inputs = statistics[linear.name]
         by_row = inputs.mean_abs.view(-1, fold.shared, fold.run)
@@ -216,11 +218,11 @@ def scale_block(
 
 
 def _fold_into_norm(norm: nn.Module, scale: Tensor, offset: float) -> Tensor:
-    """Divide what a norm multiplies by by ``scale``; returns the scale that division has had.
+    """Divide a norm's weight by ``scale``; returns the scale after the weight is rounded.
 
-    The norm is stored in 16 bits. Its rounding is made up for by the scale of the weights after
-    it, which are not rounded yet: folding is exact in the stored precision too. (A LayerNorm's bias
-    is rounded once more.)
+    The norm is stored in 16 bits. Scaling the next weights, not rounded yet, by the returned scale
+    compensates for its rounding: folding is exact in the stored precision too. Only a LayerNorm's
+    bias is rounded once more.
     """
     weight, bias = norm.weight, getattr(norm, "bias", None)
     assert isinstance(weight, nn.Parameter)

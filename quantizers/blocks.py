@@ -1,4 +1,4 @@
-"""The decoder blocks of a checkpoint, one in memory at a time, and what their layers read.
+"""The decoder blocks of a checkpoint, one in memory at a time, and their layers' inputs.
 
 Blocks are transformers' own modules; weights come straight from the safetensors files.
 """
@@ -21,13 +21,13 @@ from nybble.models import LinearGroup, architecture_of
 from nybble.quantizers.skeleton import model_skeleton
 
 _TOKENS_AT_A_TIME = 2048
-# In which the upper part of a symmetric product is computed: 9/16 of the whole.
+# Strips in which the upper half of a symmetric product is computed: 9/16 of the work.
 _STRIPS = 8
 
 
 @dataclass(frozen=True)
 class InputStatistics:
-    """Of a layer's inputs X over the calibration tokens.
+    """Statistics of a layer's inputs X over the calibration tokens.
 
     second_moment: float32 ``(in, in)``, XᵀX divided by the number of tokens.
     mean_abs: float32 ``(in,)``, the mean of |x|.
@@ -50,7 +50,7 @@ def linear_layer(block: nn.Module, name: str) -> nn.Linear:
 
 
 def _add_second_moment(total: Tensor, x: Tensor) -> None:
-    """Add XᵀX to ``total``, of which the part far below the diagonal is left as it is."""
+    """Add XᵀX to ``total``, except for the part far below the diagonal."""
     width = -(-x.shape[1] // _STRIPS)
     for start in range(0, x.shape[1], width):
         total[start : start + width, start:].addmm_(x[:, start : start + width].T, x[:, start:])
@@ -61,7 +61,7 @@ def _mirrored(upper: Tensor) -> Tensor:
 
 
 class _Enough(Exception):
-    """Ends a forward pass once the input that was wanted is there."""
+    """Ends a forward pass once the wanted input has been recorded."""
 
 
 class DecoderBlocks:
@@ -74,21 +74,23 @@ class DecoderBlocks:
         length: int,
         read: Callable[[str], Tensor] | None = None,
     ) -> None:
-        """read: a block's parameter by name, where it is not the 16-bit tensor of that name.
+        """read: reads a block's parameter by name; None reads the 16-bit tensor of that name.
 
-        Raises CheckpointError where blocks or sequences of ``length`` are not supported.
+        Raises CheckpointError if blocks or sequences of ``length`` are not supported.
         """
         self._shards = Shards(source)
         self._read = read or self._shards.read
         config = AutoConfig.from_pretrained(source, local_files_only=True)
-        config.quantization_config = None  # the blocks are dense, whatever is read into them
+        config.quantization_config = (
+            None  # blocks are dense here, even if the checkpoint is quantized
+        )
         self.architecture = architecture_of(config)
         longest = self.architecture.max_model_len
         if length > longest:
             raise CheckpointError(f"calibration texts of {length} tokens: {source} takes {longest}")
         self._device = device
         self._skeleton: Any = model_skeleton(config).model
-        # Of each block, what transformers' model calls it with beside the hidden states.
+        # For each block, the arguments of transformers' model other than the hidden states.
         self._options: list[dict[str, Any]] = []
 
     def __len__(self) -> int:
@@ -144,13 +146,14 @@ class DecoderBlocks:
     def statistics(
         self, block: nn.Module, hidden: Tensor, layers: Sequence[str], *, first: int = 0
     ) -> dict[str, InputStatistics]:
-        """Of the inputs that ``layers`` read when the block reads ``hidden``.
+        """Statistics of the inputs of ``layers`` if the block's input is ``hidden``.
 
-        first: of a sequence's tokens, the first that counts. Many models use token 0 as an
+        first: index of the first token of a sequence that is counted. Many models use token 0 as an
             attention sink, with activations far above all others in a few layers (Sun et al. 2024,
-            "Massive Activations in Large Language Models"). Whoever moves errors to where the
-            statistics show no input has to count it, for every later token reads its keys and
-            values: leaving it out of GPTQ's Hessians raised SmolLM2-135M's divergence by half.
+            "Massive Activations in Large Language Models"). A method that
+            moves errors to inputs with small statistics (GPTQ) has to count it, because every
+            later token reads its keys and values: leaving it out of GPTQ's Hessians raised
+            SmolLM2-135M's divergence by half.
         """
         sums: dict[str, tuple[Tensor, Tensor]] = {}
 
@@ -187,9 +190,9 @@ class DecoderBlocks:
     def module_outputs(
         self, block: nn.Module, hidden: Tensor, names: Sequence[str]
     ) -> dict[str, Callable[[], Tensor]]:
-        """Functions that compute what modules of ``block`` give when the block reads ``hidden``.
+        """Functions that compute the outputs of modules of ``block`` if its input is ``hidden``.
 
-        Inputs are those the modules have now; weights, those they have when a function is called.
+        Inputs are recorded now; weights are those at the time a function is called.
         """
         calls: dict[str, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {n: [] for n in names}
 
@@ -202,7 +205,7 @@ class DecoderBlocks:
         def compute(name: str) -> Tensor:
             module = block.get_submodule(name)
             results = [module(*args, **options) for args, options in calls[name]]
-            # Attention gives its weights too.
+            # Attention modules return a tuple: the output and the attention weights.
             return torch.cat([one[0] if isinstance(one, tuple) else one for one in results])
 
         handles = [keep(name) for name in names]
@@ -230,11 +233,11 @@ class DecoderBlocks:
 
 
 class _StandIn(nn.Module):
-    """In a block's place: gives its input back and keeps the other arguments of the first call."""
+    """Replaces a block: returns its input and keeps the other arguments of the first call."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
-        self._block = [block]  # in a list, so that it is no submodule
+        self._block = [block]  # in a list, so that it is not registered as a submodule
         self.options: dict[str, Any] = {}
 
     def __getattr__(self, name: str) -> Any:
@@ -250,7 +253,7 @@ class _StandIn(nn.Module):
 
 
 def _first_sample(value: Any) -> Any:
-    """Masks and positions are the same for every sample, as all have one length."""
+    """The first sample's entry: masks and positions are equal, as all lengths are."""
     if isinstance(value, tuple):
         return tuple(map(_first_sample, value))
     return value[:1] if isinstance(value, Tensor) and value.ndim > 1 else value

@@ -1,10 +1,10 @@
-"""Text to calibrate and to measure with, from what every Python installation has.
+"""Text for calibration and evaluation that every Python installation has.
 
 The standard library's sources (code with English comments and docstrings) and the language
 reference that ``help()`` shows (``pydoc_data.topics``: English prose), all under the Python
-Software Foundation licence. They are dealt to three parts: methods are calibrated (and trained) on
-the first, chosen by the second, and reported on the third. A package lies within one part, and no
-line of more than 30 characters occurs twice, in one part or in two.
+Software Foundation licence. They are divided into three parts: one to calibrate and train on, one
+to choose methods by, one to report results on. A package lies within one part, and no line of more
+than 30 characters occurs twice, within a part or across parts.
 """
 
 from __future__ import annotations
@@ -18,17 +18,19 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
+
+from nybble.loaders.tokenizer import load_tokenizer
 
 Part = Literal["calibration", "validation", "held-out"]
 
-# A place for each of four units in turn.
+# Units are assigned in turn to four places; each part has some of them.
 _PLACES: dict[Part, tuple[int, ...]] = {
     "calibration": (0, 2),
     "validation": (1,),
     "held-out": (3,),
 }
-# Packages that people read: no tests, no tables, nothing generated or installed.
+# Packages of readable source: no tests, no tables, nothing generated or installed.
 _PACKAGES = (
     *("asyncio", "collections", "concurrent/futures", "email", "html", "http", "importlib"),
     *("json", "logging", "multiprocessing", "unittest", "urllib", "xmlrpc"),
@@ -43,7 +45,7 @@ _LONG_LINE = 30  # characters; shorter ones are idioms of the language
 def standard_library_text(part: Part) -> str:
     """The documents of a part in a fixed random order; which ones depends on Python's version.
 
-    Raises FileNotFoundError where the installation has no sources.
+    Raises FileNotFoundError if the installation has no sources.
     """
     folder = Path(sysconfig.get_paths()["stdlib"])
     units = [[topics[name]] for name in sorted(topics)]
@@ -65,7 +67,7 @@ def standard_library_text(part: Part) -> str:
 
 
 def _without_repetition(units: list[list[str]]) -> Iterator[list[str]]:
-    """The units without the long lines that came before: licences, and what topics share."""
+    """The units without long lines that occurred before: licences, text that topics share."""
     seen: set[str] = set()
     for unit in units:
         documents = []
@@ -86,7 +88,7 @@ def token_windows(
 ) -> Tensor:
     """int64 ``(samples, length)``: windows at random places of the tokenized ``text``.
 
-    Windows do not overlap. Raises ValueError where the text is too short for them.
+    Windows do not overlap. Raises ValueError if the text is too short for them.
     """
     ids = token_ids(tokenizer, text)
     windows = len(ids) // length
@@ -109,11 +111,12 @@ def text_tokens(
 ) -> Tensor:
     """int64 ``(samples, length)`` of the file, or of a part of the standard library.
 
-    model: the folder of the tokenizer. running: from the text's beginning on; otherwise from places
-    all over it. Raises ValueError if the text is too short.
+    model: the folder of the tokenizer.
+    running: take windows in order from the text's beginning; otherwise at random places.
+    Raises ValueError if the text is too short.
     """
     content = standard_library_text(part) if text is None else text.read_text(encoding="utf-8")
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = load_tokenizer(model)
     if not running:
         return token_windows(tokenizer, content, samples=samples, length=length)
     ids = token_ids(tokenizer, content)[: samples * length]

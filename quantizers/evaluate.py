@@ -20,15 +20,15 @@ from nybble.loaders.shards import Shards
 from nybble.models import architecture_of
 from nybble.quantizers.packed_model import load_packed_model
 
-# A tensor's module and what it is of it. bitsandbytes hangs its state below the weight, and the
-# packed form puts its fields behind a bar.
+# Splits a tensor's name into module and leaf. bitsandbytes names its state ``weight.…``, and the
+# packed form puts a bar before its fields.
 _TENSOR = re.compile(r"(.+?)(?:\.|\|)(weight\..+|\w+)")
-_ROWS_AT_A_TIME = 256  # the logits of so many tokens are in memory at once
+_ROWS_AT_A_TIME = 256  # tokens whose logits are in memory at once
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A figure and its standard error, from the spread of the windows it is a mean of."""
+    """A mean over windows and its standard error, from the spread of the windows."""
 
     value: float
     error: float
@@ -36,7 +36,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How one checkpoint does on a text.
+    """The results of one checkpoint on a text.
 
     counts, losses, divergences: float64 ``(windows,)``: scored tokens of every window, and sums
         over them of −log p(token) and of KL(full precision ‖ this model), in nats.
@@ -69,8 +69,8 @@ class Evaluation:
     def perplexity_ratio(self, baseline: Evaluation) -> Measured:
         """This model's perplexity over the baseline's, on the same windows.
 
-        Its error is that of the difference token by token, which is far smaller than that of
-        either perplexity: what is hard to predict is so for both.
+        Its standard error comes from paired differences of the losses, so it is far smaller than
+        that of either perplexity: a text hard for one model is hard for the other too.
         """
         change = _mean(self.losses - baseline.losses, self.counts)
         ratio = math.exp(change.value)
@@ -100,7 +100,7 @@ class Window:
 
 
 def windows(tokens: int, length: int, stride: int) -> list[Window]:
-    """Windows of ``length`` every ``stride`` tokens, each scoring what none before it has.
+    """Windows of ``length`` every ``stride`` tokens, each scoring tokens not scored before.
 
     With ``stride == length`` they do not overlap, which is how the GPTQ and AWQ papers measure.
     The first token of a window has nothing to be predicted from.
@@ -136,12 +136,12 @@ def evaluate(
 
     length, stride: of the sliding window; ``stride`` is ``length`` if None.
     dtype: what models compute in.
-    reference_dtype: what the reference computes in; where it is another than ``dtype`` the
-        reference comes second too, in ``dtype``, and both are named by theirs.
+    reference_dtype: what the reference computes in. If it differs from ``dtype``, the reference is
+        also measured in ``dtype``, as the second result, and both names include the dtype.
 
-    One model is in memory at a time. Of the reference its head and last hidden states are kept:
-    its logits would be vocab / hidden times as large. Raises CheckpointError for a folder that
-    cannot be loaded, ValueError where a vocabulary is not the reference's.
+    One model is in memory at a time. Of the reference, the head and the last hidden states are
+    kept: logits would be vocab / hidden times as large. Raises CheckpointError for a folder that
+    cannot be loaded, ValueError if a vocabulary is not the reference's.
     """
     places = windows(len(token_ids), length, stride or length)
     device = device or torch.device("cpu")
@@ -274,7 +274,7 @@ def _with_error(measured: Measured) -> str:
 def plot(evaluations: Sequence[Evaluation], path: Path) -> None:
     """Perplexity and divergence over bits per weight, as an image in the format of its suffix.
 
-    Bars are two standard errors to either side. Raises ModuleNotFoundError where matplotlib is not
+    Bars are two standard errors to either side. Raises ModuleNotFoundError if matplotlib is not
     installed.
     """
     from matplotlib.figure import Figure
@@ -296,6 +296,6 @@ def plot(evaluations: Sequence[Evaluation], path: Path) -> None:
     for axes in (left, right):
         axes.set_xlabel("bits per weight on disk")
         axes.margins(0.2)
-    # Beside the points names would lie on each other: models of 4 bits are near by.
+    # A legend, because names beside the points would overlap: 4-bit models lie close together.
     figure.legend(*left.get_legend_handles_labels(), loc="outside right upper")
     figure.savefig(path, dpi=150)

@@ -11,17 +11,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nybble.quantizers.affine import AffineWeight, grid, nearest_codes
+from nybble.loaders.formats import AffineWeight
+from nybble.quantizers.affine import grid, nearest_codes
 
 
 @dataclass(frozen=True)
 class GptqSettings:
     """How GPTQ works.
 
-    desc_act: columns in the order of falling input power, so that the ones that matter most are
-        rounded while the others can still make up for it.
-    static_groups: scales from the original weights, by the original columns. With desc_act the
-        checkpoint then needs no reordering at run time.
+    desc_act: quantize columns in the order of falling input power, so that the most important ones
+        are rounded while others are left to compensate.
+    static_groups: compute scales from the original weights, with groups in the original column
+        order. With desc_act the checkpoint then needs no reordering at run time.
     damp: added to the diagonal of the Hessian, as a fraction of its mean.
     true_sequential: within a block, inputs of later layers come from the quantized earlier ones.
     """
@@ -38,7 +39,7 @@ class GptqSettings:
             )
 
 
-# Below this, products of matrices are too small to pay.
+# Up to this many columns are solved one by one: matrix products would not pay.
 _COLUMNS_ONE_BY_ONE = 16
 
 
@@ -49,14 +50,16 @@ def gptq(
     *,
     sym: bool = False,
     bits: int = 4,
+    least_zero: int = 0,
     settings: GptqSettings | None = None,
 ) -> AffineWeight:
     """Quantize ``weight (out, in)`` so that its outputs change least.
 
     hessian: ``(in, in)``, XᵀX over the calibration inputs in any scaling.
     group_size: inputs that share a scale; it must divide ``in``.
+    least_zero: see :func:`nybble.quantizers.affine.grid`.
 
-    Raises ValueError where the Hessian stays singular in spite of the damping.
+    Raises ValueError if the Hessian stays singular in spite of the damping.
     """
     settings = settings or GptqSettings()
     out, columns = weight.shape
@@ -64,7 +67,7 @@ def gptq(
     remaining = weight.float().T.contiguous()
     hessian = hessian.to(torch.float64, copy=True)
     diagonal = hessian.diagonal().clone()
-    dead = diagonal <= 0  # inputs that were never other than zero
+    dead = diagonal <= 0  # inputs that were always zero
     remaining[dead] = 0
     hessian.diagonal().add_(dead.double() + settings.damp * diagonal.mean())
     natural_groups = torch.arange(columns, device=weight.device) // group_size
@@ -79,7 +82,9 @@ def gptq(
     zeros = torch.empty_like(scales, dtype=torch.uint8)
     if settings.static_groups:
         grouped = remaining.view(-1, group_size, out)
-        scales, zeros = grid(grouped.amin(1), grouped.amax(1), sym=sym, bits=bits)
+        scales, zeros = grid(
+            grouped.amin(1), grouped.amax(1), sym=sym, bits=bits, least_zero=least_zero
+        )
     remaining, groups = remaining[order], g_idx[order].tolist()
     factor = inverse_factor(hessian).float()
     codes = torch.empty_like(remaining, dtype=torch.uint8)
@@ -89,7 +94,7 @@ def gptq(
         """Quantize columns ``start``…``stop``−1, to which all errors before have been spread.
 
         The errors of a half reach the other half in one product, at every scale. Halves are cut
-        between groups where they can be: a group's scale has to see every error made before it.
+        between groups if possible: a group's scale has to see every error made before it.
         """
         if stop - start > _COLUMNS_ONE_BY_ONE:
             middle = (start + stop) // 2
@@ -104,7 +109,7 @@ def gptq(
             if not settings.static_groups and column % group_size == 0:
                 group = remaining[column : column + group_size]
                 scales[groups[column]], zeros[groups[column]] = grid(
-                    group.amin(0), group.amax(0), sym=sym, bits=bits
+                    group.amin(0), group.amax(0), sym=sym, bits=bits, least_zero=least_zero
                 )
             scale, zero = scales[groups[column]].float(), zeros[groups[column]].float()
             code = nearest_codes(remaining[column], scale, zero, bits=bits)
@@ -121,7 +126,7 @@ def gptq(
     )
 
 
-# Below this, the inverse of a triangle is LAPACK's affair.
+# Up to this size LAPACK inverts the triangle directly.
 _TRIANGLE = 64
 
 
@@ -143,7 +148,7 @@ def inverse_factor(hessian: Tensor) -> Tensor:
 
 
 def _invert_upper(upper: Tensor) -> None:
-    """In place; by halves, as a solver would compute with the zeros of the identity too."""
+    """Invert in place, by halves: a solver would waste work on the zeros of the identity."""
     size = len(upper)
     if size <= _TRIANGLE:
         identity = torch.eye(size, dtype=upper.dtype, device=upper.device)

@@ -12,11 +12,12 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from nybble.kernels import DenseWeight, PackedWeight
-from nybble.kernels.packed import INT8_MAX, pack_int8, pack_nibbles
+from nybble.kernels.packed import INT8_MAX, pack_int8
 from nybble.loaders import Checkpoint, CheckpointError
-from nybble.loaders.bnb import pack_blocks
-from nybble.loaders.checkpoint import Weight
-from nybble.quantizers.codebook import BLOCKSIZE, LEVELS, quantize_codebook
+from nybble.loaders.checkpoint import Weight, can_be_rounded
+from nybble.quantizers.codebook import quantize_codebook
+
+InFlightFormat = Literal["nf4"]  # what `--quantize` offers
 
 _EMBEDDING = "model.embed_tokens.weight"
 _HEAD = "lm_head"
@@ -29,12 +30,12 @@ class InFlight:
     """A checkpoint whose 16-bit weights are rounded as they are read; quantized ones pass through.
 
     layers: ``nf4`` rounds the decoder's linear layers as bitsandbytes does (blocks of 64).
-    head: ``int8`` keeps the output layer in 8 bits (scales for 128 inputs); it stays separate from
-    the embeddings, which keep 16 bits, where the model ties the two.
+    head: ``int8`` keeps the output layer in 8 bits (a scale for every 128 inputs). If the model
+        ties it to the embeddings, the two are stored separately and the embeddings keep 16 bits.
     """
 
     source: Checkpoint
-    layers: Literal["nf4"] | None = None
+    layers: InFlightFormat | None = None
     head: Literal["int8"] | None = None
 
     @property
@@ -50,20 +51,21 @@ class InFlight:
         return self.layers or self.source.format
 
     def weights(self) -> Iterator[tuple[str, Weight]]:
-        """Raises CheckpointError where ``layers`` is given and the source is quantized already."""
+        """Raises CheckpointError if ``layers`` is given and the source is quantized already."""
+        if self.layers and not can_be_rounded(self.source):
+            raise CheckpointError(
+                f"{self.folder} is quantized already ({self.source.format}); only 16-bit "
+                f"checkpoints can be quantized to {self.layers}"
+            )
         embedding: Tensor | None = None
         has_head = False
         for name, weight in self.source.weights():
-            if isinstance(weight, PackedWeight) and self.layers and name != _HEAD:
-                raise CheckpointError(
-                    f"{self.folder}: {name} is quantized already ({self.source.format}); "
-                    f"only 16-bit checkpoints can be quantized to {self.layers}"
-                )
             has_head |= name == _HEAD
             if isinstance(weight, DenseWeight) and name == _HEAD:
                 yield name, self._head(weight)
-            elif isinstance(weight, DenseWeight) and self.layers == "nf4":
-                yield name, _nf4(weight)
+            elif isinstance(weight, DenseWeight) and self.layers:
+                rounded = quantize_codebook(weight.weight, self.layers)
+                yield name, replace(rounded, bias=weight.bias).packed()
             else:
                 yield name, weight
             if name == _EMBEDDING and isinstance(weight, Tensor):
@@ -73,14 +75,6 @@ class InFlight:
 
     def _head(self, weight: DenseWeight) -> PackedWeight | DenseWeight:
         return _int8(weight, self.folder) if self.head == "int8" else weight
-
-
-def _nf4(weight: DenseWeight) -> PackedWeight:
-    rounded = quantize_codebook(weight.weight, "nf4")
-    assert isinstance(rounded.absmax, Tensor)
-    columns = weight.in_features
-    rows = pack_nibbles(rounded.codes.view(rounded.shape))
-    return pack_blocks(rows, rounded.absmax, LEVELS["nf4"], columns, BLOCKSIZE, weight.bias)
 
 
 def _int8(weight: DenseWeight, folder: Path) -> PackedWeight:
@@ -94,7 +88,7 @@ def _int8(weight: DenseWeight, folder: Path) -> PackedWeight:
     # bfloat16 keeps the range of float32: rows of rare tokens can be very small.
     scales = torch.empty(out, columns // _HEAD_GROUP_SIZE, dtype=torch.bfloat16)
     smallest = torch.finfo(torch.bfloat16).tiny
-    for start in range(0, out, _ROWS_AT_A_TIME):  # float32 copies of a part only
+    for start in range(0, out, _ROWS_AT_A_TIME):  # in parts, to keep float32 copies small
         part = slice(start, start + _ROWS_AT_A_TIME)
         groups = weight.weight[part].float().view(-1, columns // _HEAD_GROUP_SIZE, _HEAD_GROUP_SIZE)
         scales[part] = (groups.abs().amax(-1) / INT8_MAX).clamp(min=smallest)

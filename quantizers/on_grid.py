@@ -1,4 +1,4 @@
-"""Rounding to a 4-bit grid that is given: scales and zeros stay, only the codes are chosen.
+"""Rounding to a given 4-bit grid: scales and zeros stay, only the codes are chosen.
 
 GPTQ's error compensation (Frantar et al. 2022, see :mod:`nybble.quantizers.gptq`), columns in the
 order of falling input power. As the groups are fixed, that order costs nothing at run time.
@@ -6,16 +6,12 @@ order of falling input power. As the groups are fixed, that order costs nothing 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from nybble.kernels import PackedWeight
-from nybble.kernels.packed import INTEGER_LEVELS
-from nybble.quantizers.affine import AffineWeight
-from nybble.quantizers.codebook import BLOCKSIZE, LEVELS, CodebookWeight, NestedAbsmax
+from nybble.loaders.formats import AffineWeight, QuantizedWeight
 from nybble.quantizers.gptq import inverse_factor
 
 _DAMP = 0.01
@@ -26,8 +22,10 @@ _COLUMNS_ONE_BY_ONE = 16
 class Grid:
     """w[n, k] ∈ scales[n, g] · (levels − zeros[n, g]) with g = g_idx[k].
 
-    levels float32 ``(16,)`` by code; scales and zeros ``(out, groups)``, no zeros where all are 0;
-    g_idx int64 ``(in,)``.
+    levels: float32 ``(codes,)``, by code.
+    scales: ``(out, groups)``.
+    zeros: ``(out, groups)``, None if all are 0.
+    g_idx: int64 ``(in,)``.
     """
 
     levels: Tensor
@@ -36,34 +34,18 @@ class Grid:
     g_idx: Tensor
 
     @classmethod
-    def of_affine(cls, weight: AffineWeight) -> Grid:
-        return cls(INTEGER_LEVELS, weight.scales, weight.zeros, weight.g_idx)
-
-    @classmethod
-    def of_packed(cls, weight: PackedWeight) -> Grid:
-        """Of a codebook weight as it was read."""
-        groups = torch.arange(weight.in_features) // weight.group_size
-        return cls(weight.levels, weight.scales, None, groups)
-
-    @classmethod
-    def of_blocks(cls, weight: CodebookWeight) -> Grid:
-        """Of a codebook weight as it is written; blocks that cross rows become narrower groups."""
-        absmax = weight.absmax
-        if isinstance(absmax, NestedAbsmax):
-            absmax = absmax.dequantize()
-        out, columns = weight.shape
-        width = math.gcd(columns, BLOCKSIZE)
-        scales = absmax.repeat_interleave(BLOCKSIZE // width).view(out, columns // width)
-        return cls(LEVELS[weight.quant_type], scales, None, torch.arange(columns) // width)
-
-    def values(self, codes: Tensor) -> Tensor:
-        """float32 ``(out, in)`` of ``codes (out, in)``; for grids without zeros."""
-        assert self.zeros is None
-        return self.levels[codes.int()] * self.scales.float()[:, self.g_idx]
+    def of(cls, weight: QuantizedWeight) -> Grid:
+        """The grid that a weight is on; blocks that cross rows become narrower groups."""
+        if isinstance(weight, AffineWeight):
+            levels = torch.arange(2**weight.bits, dtype=torch.float32)
+            return cls(levels, weight.scales, weight.zeros, weight.g_idx)
+        width, scales = weight.groups()
+        groups = torch.arange(weight.codes.shape[1]) // width
+        return cls(weight.levels, scales, None, groups)
 
 
 class Compensation:
-    """How the rounding error of an input is made up for by the inputs still to be rounded."""
+    """How the rounding error of one input is compensated by those still to be rounded."""
 
     def __init__(self, second_moment: Tensor) -> None:
         """second_moment: ``(in, in)`` of the calibration inputs, in any scaling."""

@@ -1,7 +1,7 @@
-"""A checkpoint as transformers' model whose linear layers compute with packed 4-bit weights.
+"""A checkpoint as a transformers model whose linear layers compute with packed 4-bit weights.
 
-For measuring and for training: gradients flow through the weights and never to them, and no
-full-precision copy of a weight exists. Serving has its own decoder.
+For evaluation and training. Gradients flow through the weights to the inputs; the weights get none,
+and no full-precision copy of them exists. Serving has its own decoder.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def load_packed_model(
 ) -> PreTrainedModel:
     """transformers' model for ``checkpoint``, every parameter frozen; 16-bit layers stay 16-bit.
 
-    Raises CheckpointError where the checkpoint and the architecture do not match.
+    Raises CheckpointError if the checkpoint and the architecture do not match.
     """
     config = type(checkpoint.config).from_dict(
         {**checkpoint.config.to_dict(), "quantization_config": None}
@@ -101,7 +101,7 @@ def load_packed_model(
     missing = [name for name, _ in model.named_parameters() if name not in loaded]
     if missing:
         raise CheckpointError(f"{checkpoint.folder} has no {missing[0]}")
-    nn.Module.to(model, device)  # what is computed, not loaded: rotary frequencies
+    nn.Module.to(model, device)  # buffers that are computed, not loaded: rotary frequencies
     model.requires_grad_(False)
     model.train(False)
     return model

@@ -1,4 +1,4 @@
-"""transformers' model of a config, without memory for its weights."""
+"""A transformers model built from a config, without memory for its weights."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from nybble.models import architecture_of
 
 
 class _EmptyOnMeta(TorchFunctionMode):
@@ -24,6 +26,11 @@ class _EmptyOnMeta(TorchFunctionMode):
 
 def model_skeleton(config: PretrainedConfig) -> PreTrainedModel:
     """The causal language model of ``config``: linear layers and embeddings on the meta device."""
+    layers = architecture_of(config).layers
+    # transformers' fused attention ignores the soft cap of scores.
+    capped = any(layer.attention.softcap is not None for layer in layers)
     with _EmptyOnMeta():
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            config, attn_implementation="eager" if capped else None
+        )
     return model

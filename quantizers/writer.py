@@ -11,19 +11,19 @@ from typing import Any
 
 from torch import Tensor
 
-from nybble.loaders.packed_file import copy_model_files
+from nybble.loaders.model_files import copy_side_files
 from nybble.loaders.safetensors_file import write_safetensors
 
 _SHARD_BYTES = 1 << 30
 
 
 class FolderWriter:
-    """Tensors go to ``target`` once the ``with`` block ends without an exception."""
+    """A context manager: ``target`` appears only if the ``with`` block raises nothing."""
 
     def __init__(self, target: Path, source: Path, config: Mapping[str, Any]) -> None:
         """``config`` becomes config.json; tokenizer and the like are copied from ``source``.
 
-        Raises FileExistsError where the target has content.
+        Raises FileExistsError if the target has content.
         """
         if target.exists() and any(target.iterdir()):
             raise FileExistsError(f"{target} is not empty")
@@ -68,7 +68,7 @@ class FolderWriter:
         else:
             index = {"metadata": {}, "weight_map": self._weight_map}
             (self._scratch / "model.safetensors.index.json").write_text(json.dumps(index))
-        copy_model_files(self._source, self._scratch)
+        copy_side_files(self._source, self._scratch)
         (self._scratch / "config.json").write_text(json.dumps(self._config, indent=2))
         shutil.rmtree(self._target, ignore_errors=True)
         self._scratch.rename(self._target)

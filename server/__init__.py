@@ -1,7 +1,7 @@
-"""The OpenAI-compatible HTTP server and the command line, a folder a layer.
+"""The OpenAI-compatible HTTP server and the command line; every folder is a layer.
 
-From below: ``http`` (sockets, TLS, CORS, error bodies), ``tenancy`` (keys, tenants, admission),
-``observability`` (logs, metrics, traces), ``templates``; on them ``api`` (OpenAI's schema and
-routes), ``adapters``, ``training``, ``console``; ``app`` puts them together, ``lifecycle`` loads a
-model and serves it, and ``cli`` is the command line. ``bench`` is a client.
+From the bottom: ``http`` (sockets, TLS, CORS, error bodies), ``tenancy`` (keys, tenants, admission)
+and ``observability`` (logs, metrics, traces). Above them ``api`` (OpenAI's schema and routes),
+``adapters``, ``training`` and ``console``. ``app`` puts these together, ``lifecycle`` loads a model
+and serves it, and ``cli`` is the command line. ``bench`` is a load-generating client.
 """

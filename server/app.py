@@ -13,20 +13,22 @@ from aiohttp import web
 from aiohttp.typedefs import Middleware
 
 from nybble.engine import Engine
+from nybble.loaders.templates import TemplateRenderer
 from nybble.server.adapters.admin import ADMIN_PATHS, AdapterAdmin
 from nybble.server.adapters.owners import AdapterOwners
 from nybble.server.adapters.state import AdapterState
 from nybble.server.api.model_names import ModelNames
-from nybble.server.api.parse import LARGE_BODIES, LargeBodies
+from nybble.server.api.parse import LARGE_BODIES, UNKNOWN_FIELDS, LargeBodies, UnknownFields
 from nybble.server.api.routes import Api
 from nybble.server.console.page import Console
+from nybble.server.http.browsers import BrowserGuard, require_json
 from nybble.server.http.cors import WARNING
 from nybble.server.http.gate import Gate
+from nybble.server.http.paths import OtherSpellings, matched_path
 from nybble.server.lifecycle.settings import ServerSettings
 from nybble.server.observability.logs import Event
 from nybble.server.observability.metrics import Metrics
 from nybble.server.observability.request_record import RECORD, RequestRecord
-from nybble.server.templates import TemplateRenderer
 from nybble.server.tenancy.admission import Admission, Capacity
 from nybble.server.tenancy.keys import Keys, bearer
 from nybble.server.tenancy.limits import Limiter
@@ -39,12 +41,12 @@ MAX_BODY_BYTES = 16 << 20
 
 _REQUEST_ID = "X-Request-Id"
 _ACCEPTABLE_ID = re.compile(r"[\x21-\x7e]{1,128}")
-# nginx's status for a client that went away before its answer.
+# nginx's status for a client that disconnected before its answer.
 _CLIENT_CLOSED = 499
-# What load balancers and Prometheus ask without a key.
-_OPEN_PATHS = ("/health", "/metrics", "/version")
-# And the page, which asks for one itself.
-_OPEN_ROUTES = ("/", "/console/{name}")
+# Load balancers and Prometheus request these without a key.
+_PROBES = ("/health", "/metrics", "/version")
+# The console's files need no key either; the page asks its user for one.
+_OPEN_PATHS = (*_PROBES, "/", "/console/{name}")
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -69,20 +71,35 @@ def make_app(
     names = ModelNames(engine, models, owners)
     tracing = settings.tracing
     ended = None if tracing is None else tracing.sequence
-    api = Api(engine, metrics, names, admission, gate, limiter, templates, ended)
+    api = Api(
+        engine,
+        metrics,
+        names,
+        admission,
+        gate,
+        limiter,
+        templates,
+        ended,
+        trust_chat_templates=settings.trust_chat_templates,
+    )
     admin_keys = Keys(settings.admin_keys, kind="admin key")
     middlewares: list[Middleware] = [_observe(metrics)]
     if tracing is not None:
         middlewares.append(tracing.middleware())
     middlewares.append(_report_errors)
+    keyless = not settings.api_keys and tenants is None
+    if keyless:
+        guard = BrowserGuard(() if cors is None else cors.origins, settings.allowed_hosts)
+        middlewares.append(guard.middleware())
     if cors is not None:
         middlewares.append(cors.middleware())
-    if settings.api_keys or tenants is not None:
+    if not keyless:
         keys = Keys(settings.api_keys, kind="API key")
         middlewares.append(_authenticate(keys, tenants, admin_keys))
-    middlewares.append(_enter(gate))
+    middlewares += [require_json, _enter(gate)]
     app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=middlewares)
     app[LARGE_BODIES] = LargeBodies()
+    app[UNKNOWN_FIELDS] = UnknownFields(settings.unknown_fields)
     app.add_routes(api.routes())
     state = None if settings.adapter_state is None else AdapterState(settings.adapter_state)
     admin = AdapterAdmin(engine, models, admin_keys, settings.adapter_roots, state)
@@ -90,7 +107,7 @@ def make_app(
     if settings.console:
         app.add_routes(Console().routes())
     if settings.training is not None:
-        # What trains takes seconds and memory to import, which a server without need not spend.
+        # Imported only if needed: the training code takes seconds and memory to import.
         from nybble.server.training.service import Training
 
         assert settings.model_folder is not None
@@ -105,6 +122,7 @@ def make_app(
         metrics.register(training.collector)
         app.add_routes(training.routes())
         app.cleanup_ctx.append(training.lifespan)
+    app.router.register_resource(OtherSpellings(app.router, settings.root_path))
     app.on_response_prepare.append(_send_record)
     if cors is not None:
         app.on_response_prepare.append(cors.send)
@@ -127,7 +145,7 @@ def _observe(metrics: Metrics) -> Middleware:
             status = response.status
             return response
         except ConnectionError:
-            # The client is gone: as where it is found out by cancelling, nobody can be answered.
+            # The client has disconnected. Handle it like aiohttp's cancellation of the handler.
             raise asyncio.CancelledError from None
         finally:
             resource = request.match_info.route.resource
@@ -183,11 +201,9 @@ async def _report_errors(request: web.Request, handler: Handler) -> web.StreamRe
 def _authenticate(keys: Keys, tenants: Tenants | None, admin_keys: Keys) -> Middleware:
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
-        resource = request.match_info.route.resource
-        # Administration asks for a key of its own.
-        administration = resource is not None and resource.canonical in ADMIN_PATHS
-        page = resource is not None and resource.canonical in _OPEN_ROUTES
-        if request.path not in _OPEN_PATHS and not page and not administration:
+        path = matched_path(request)
+        # Administration paths check an admin key themselves.
+        if path not in _OPEN_PATHS and path not in ADMIN_PATHS:
             key = bearer(request)
             tenant = tenants.find(key) if tenants is not None and key is not None else None
             if tenant is not None:

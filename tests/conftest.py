@@ -4,6 +4,7 @@ import importlib.util
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -13,16 +14,34 @@ os.environ["TRITON_INTERPRET"] = "1"
 # Likewise OpenMP, when torch loads it: threads that spin while they wait for each other take, where
 # processors are shared, many times as long for the small tensors here as the work itself.
 os.environ["OMP_WAIT_POLICY"] = "passive"
+# One thread each if several processes run tests: they share the processors. Tests of threads ask
+# for them.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# Loaded by path: with `tests/` on sys.path, `tests/kernels` would answer `import kernels`,
-# which transformers and bitsandbytes probe for.
-_spec = importlib.util.spec_from_file_location(
-    "nybble_tests_tiny", Path(__file__).with_name("tiny.py")
-)
-assert _spec is not None
-assert _spec.loader is not None
-_tiny = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(_tiny)
+
+def _module(name: str) -> ModuleType:
+    """A module beside this file, loaded by path.
+
+    With `tests/` on sys.path, `tests/kernels` would answer `import kernels`, which transformers and
+    bitsandbytes try.
+    """
+    path = Path(__file__).with_name(f"{name}.py")
+    spec = importlib.util.spec_from_file_location(f"nybble_tests_{name}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+_tiny = _module("tiny")
+
+
+@pytest.fixture(scope="session")
+def reference() -> ModuleType:
+    """tests/reference.py: what transformers computes, and what the decoder and engine do."""
+    return _module("reference")
 
 
 @pytest.fixture(scope="session")

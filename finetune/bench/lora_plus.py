@@ -100,7 +100,7 @@ def compiled_statements(module: Path) -> list[tuple[str, str]]:
 
 
 def write_data(folder: Path, train: int, held_out: int) -> tuple[Path, Path]:
-    """Two files of so many examples. Raises ValueError where there are not enough."""
+    """Two files of so many examples. Raises ValueError if there are not enough."""
     stdlib = Path(sysconfig.get_paths()["stdlib"])
     modules = [path for name in _PACKAGES for path in sorted((stdlib / name).glob("*.py"))]
     random.Random(0).shuffle(modules)

@@ -1,11 +1,11 @@
-"""Everything there is to measure on a GPU, section by section.
+"""All GPU measurements, section by section.
 
     python kernels/bench/gpu.py [--only checks,decode] [--minutes 8.5] [--out DIR] [--dry-run]
 
 The sections share the minutes; what one leaves is for the next ones. Each is a process that begins
-nothing new after its time and is stopped well over it. One that crashes or hangs loses its own
+nothing new after its time and is killed well after it. One that crashes or hangs loses its own
 remaining tables only, and the next one runs. Results are written as JSON as they come, a file a
-section. The exit code is 1 where a check failed or a section did not end well.
+section. The exit code is 1 if a check or a section failed.
 """
 
 from __future__ import annotations

@@ -13,11 +13,12 @@ from nybble.kernels.bench.gpu_section import BLOCK, Section, in_8_bits, kv_dtype
 import torch
 
 from nybble.kernels import reference
+from nybble.kernels.activation import ACTIVATIONS
 from nybble.kernels.bench.gpu_lora import adapters
 from nybble.kernels.bench.gpu_matmul import check_matmul
 from nybble.kernels.lora_batch import LoRABatch
 from nybble.kernels.reference import TokenChoice
-from nybble.kernels.triton import attention, lora, norm, rotary, sampling
+from nybble.kernels.triton import activation, attention, lora, norm, rotary, sampling
 
 
 def run(section: Section) -> None:
@@ -37,7 +38,9 @@ def check_kernels(section: Section, dtype: torch.dtype) -> None:
     x, residual, weight = random(7, 1000), random(7, 1000), random(1000)
     wide = reference.rms_norm((x + residual).double(), weight.double(), 1e-5)
     section.close(f"{name} add_rms_norm", norm.add_rms_norm(x, residual, weight, 1e-5)[0], wide)
-    section.close(f"{name} silu_mul", norm.silu_mul(x), reference.silu_mul(x.double()))
+    for kind in ACTIVATIONS:
+        found, expected = activation.gated(x, kind), reference.gated(x.double(), kind)
+        section.close(f"{name} gated {kind}", found, expected)
     for q_heads, kv_heads, dim in ((4, 2, 64),) if dry else ((40, 40, 128), (14, 2, 64)):
         fused = random(9, q_heads + 2 * kv_heads, dim)
         angle = torch.randn(9, dim, device=device)

@@ -39,7 +39,7 @@ from nybble.kernels.triton.warmup import warmup
 def random_decoder(
     shape: dict[str, Any], dtype: torch.dtype, device: torch.device
 ) -> tuple[Decoder, int]:
-    """A 4-bit decoder of random weights, made where it stays; and the bytes a step reads of it."""
+    """A 4-bit decoder of random weights on the device, and the bytes a step reads of it."""
     config = LlamaConfig(**shape)
     hidden, inter = config.hidden_size, config.intermediate_size
     kv = hidden * shape["num_key_value_heads"] // shape["num_attention_heads"]
@@ -106,7 +106,7 @@ def sequences(count: int, context: int, room: int, vocab: int) -> list[Sequence]
 
 def step(runner: ModelRunner, running: list[Sequence]) -> list[int]:
     """One decode step as the engine does it, without its streams."""
-    batch = [ScheduledSequence(sequence, 1) for sequence in running]
+    batch = [ScheduledSequence.of(sequence, 1) for sequence in running]
     logits = runner.run(batch)
     tokens = [token for token, _ in sample(logits, [sequence.sampler for sequence in running])]
     for sequence, token in zip(running, tokens, strict=True):
@@ -128,7 +128,7 @@ def run(section: Section) -> None:
     )
     blocks = largest * -(-(context + room) // BLOCK)
     if not dry:
-        warmup(decoder.packed_weights(), dtype, largest)
+        warmup(decoder.packed_weights(), dtype, largest, "silu")
     print(f"model made in {time.monotonic() - start:.0f} s", flush=True)
     results: list[dict[str, Any]] = []
     kinds: tuple[Literal["auto", "int8", "fp8"], ...] = ("auto", "int8", "fp8")
@@ -147,7 +147,7 @@ def run(section: Section) -> None:
                 section, runner, one, captured, weight_bytes, sizes, context, steps, room, results
             )
 
-        # Eager steps first: should capturing fail, there are these.
+        # Eager steps first, so that there are results if capturing fails.
         if kv_dtype == "auto":
             section.attempt("eager decode", partial(measure, False))
         section.attempt(
@@ -164,7 +164,7 @@ def capture(
 ) -> None:
     """Capture the decode step and check it against the eager one."""
     vocab = runner.decoder.architecture.vocab
-    three = [ScheduledSequence(one, 1) for one in sequences(3, context, room, vocab)]
+    three = [ScheduledSequence.of(one, 1) for one in sequences(3, context, room, vocab)]
     expected = runner.run(three).clone()
     capture = dry_capture if section.dry else cuda_capture(section.device)
     runner.capture(capture, False, sorted({*sizes, 4}))
@@ -175,7 +175,7 @@ def capture(
     # Another sequence through the same graphs, in blocks of its own: nothing of it stays behind.
     (other,) = sequences(1, context // 3, room, vocab)
     other.blocks = sequences(4, context, room, vocab)[3].blocks
-    again = runner.run([ScheduledSequence(other, 1)]).clone()
+    again = runner.run([ScheduledSequence.of(other, 1)]).clone()
     section.holds("another sequence, other logits", not torch.equal(again, found[:1]))
     section.holds("and the first ones again", torch.equal(found, runner.run(three)))
 

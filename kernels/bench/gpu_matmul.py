@@ -25,7 +25,7 @@ from torch import Tensor
 
 from nybble.kernels import PackedWeight
 from nybble.kernels.packed import INTEGER_LEVELS, SYMMETRIC_LEVELS, pack_nibbles
-from nybble.kernels.triton import matmul, norm, timing
+from nybble.kernels.triton import activation, matmul, timing
 from nybble.kernels.triton.configs import Config
 
 NF4 = torch.tensor(
@@ -96,7 +96,7 @@ def random_weight(
 
 
 def relative_error(x: Tensor, weight: PackedWeight, found: Tensor) -> float:
-    """Against float64, a few rows from either end where there are many."""
+    """Against float64, a few rows from either end if there are many."""
     ends = torch.unique(torch.tensor([*range(32), *range(-32, 0)]) % len(x)).to(x.device)
     expected = x[ends].double() @ weight.dequantize().double().T
     if weight.bias is not None:
@@ -146,8 +146,8 @@ def check_matmul(section: Section) -> None:
                 if not torch.equal(once, poisoned(x, weight)):
                     section.holds(f"{name}: twice the same", False)
                 gated = weight.to_layout("gpu_gated_tiles")
-                fused = matmul.packed_matmul(x, gated, silu_mul=True)
-                if not torch.equal(fused, norm.silu_mul(once)):
+                fused = matmul.packed_matmul(x, gated, activation="silu")
+                if not torch.equal(fused, activation.gated(once, "silu")):
                     section.holds(f"{name}: SiLU·mul in the product as after it", False)
                 found = relative_error(x, weight, once)
                 if not found <= limit:
@@ -186,7 +186,7 @@ class Peers:
             yield name, [partial(matmul.packed_matmul, x, w) for w in weights]
         yield "overlap", [partial(overlapped, x, w) for w in self.ours["affine g128"]]
         if self.gated:
-            fused = partial(matmul.packed_matmul, silu_mul=True)
+            fused = partial(matmul.packed_matmul, activation="silu")
             yield "silu·mul", [partial(fused, x, w) for w in self.gated]
         yield "cublas", [partial(torch.nn.functional.linear, x, w) for w in self.dense]
         if self.tinygemm:
@@ -202,7 +202,7 @@ class Peers:
 
 
 def optional(weights: Iterator[Any]) -> list[Any]:
-    """A peer's weights; none where it cannot make them, whatever the reason."""
+    """A peer's weights; empty if it cannot make them, whatever the reason."""
     try:
         return list(weights)
     except Exception as failure:
@@ -219,7 +219,7 @@ def overlapped(x: Tensor, weight: PackedWeight) -> Tensor:
 def _tinygemm_weights(
     columns: int, out: int, device: torch.device, count: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """PyTorch's own int4 kernel, where this build and shape have it."""
+    """PyTorch's own int4 kernel, if this build and shape have it."""
     if device.type != "cuda" or columns % 128 or out % 8:
         return
     for _ in range(count):
@@ -229,7 +229,7 @@ def _tinygemm_weights(
 
 
 def _bitsandbytes_weights(dense: list[Tensor]) -> Iterator[tuple[Tensor, Any]]:
-    """bitsandbytes' NF4, where it is installed."""
+    """bitsandbytes' NF4, if it is installed."""
     if not dense[0].is_cuda:
         return
     try:
@@ -241,7 +241,7 @@ def _bitsandbytes_weights(dense: list[Tensor]) -> Iterator[tuple[Tensor, Any]]:
 
 
 def _gemlite_layers(columns: int, out: int, device: torch.device, count: int) -> Iterator[Any]:
-    """gemlite's 4-bit layers in groups of 128, where it is installed."""
+    """gemlite's 4-bit layers in groups of 128, if it is installed."""
     if device.type != "cuda":
         return
     try:

@@ -88,7 +88,7 @@ class Section:
         return found
 
     def keep(self, name: str, value: object) -> None:
-        """Add a result and write all of them: what comes later may not come at all."""
+        """Add a result and write all of them, because later parts may crash."""
         self.results[name] = value
         if self.out is not None:
             self.out.mkdir(parents=True, exist_ok=True)

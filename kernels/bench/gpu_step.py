@@ -12,7 +12,7 @@ from nybble.kernels.bench.gpu_section import BLOCK, LLAMA_2_13B, TINY, Section
 import torch
 
 from nybble.kernels.reference import TokenChoice
-from nybble.kernels.triton import norm, rotary, sampling, timing
+from nybble.kernels.triton import activation, norm, rotary, sampling, timing
 
 
 def run(section: Section) -> None:
@@ -39,7 +39,7 @@ def time_rows(section: Section, shape: dict[str, int], rows: int) -> None:
     choice = TokenChoice(0.8, 50, 0.95, 0.0, 0.5)
     calls: dict[str, tuple[timing.Call, int]] = {
         "add_rms_norm": (partial(norm.add_rms_norm, x, residual, weight, 1e-5), 8 * x.numel()),
-        "silu_mul": (partial(norm.silu_mul, gate_up), 3 * gate_up.numel()),
+        "gated": (partial(activation.gated, gate_up, "silu"), 3 * gate_up.numel()),
         "rotary_store": (
             partial(rotary.rotary_store, q, k, v, angle, angle, caches[0], caches[1], slots),
             12 * q.numel(),

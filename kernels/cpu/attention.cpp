@@ -11,13 +11,15 @@
 using namespace nybble;
 
 // Two passes over the scores of one query row at a time: the queries that share a KV head go
-// together, so each key and value is read once for them.
+// together, so each key and value is read once for them. Without a softcap it is 0, without sinks
+// they are null.
 extern "C" int nybble_paged_attention(const bf16* q, const bf16* k_cache, const bf16* v_cache,
                                       const int32_t* query_start, const int32_t* context_lens,
                                       const int32_t* block_tables, bf16* out, int64_t seqs,
                                       int64_t max_blocks, int64_t q_heads, int64_t kv_heads,
                                       int64_t dim, int64_t block_size, int64_t q_stride,
-                                      float scale, int64_t window, int threads) try {
+                                      float scale, int64_t window, float softcap,
+                                      const float* sinks, int threads) try {
     const int64_t share = q_heads / kv_heads;
     const int64_t tokens = query_start[seqs];
     int64_t longest = 0;
@@ -62,18 +64,24 @@ extern "C" int nybble_paged_attention(const bf16* q, const bf16* k_cache, const 
             }
             for (int64_t h = 0; h < share; ++h) {
                 float* row = scores + h * stride;
+                if (softcap > 0)
+                    for (int64_t i = 0; i < visible; i += 16)
+                        store(row + i, broadcast(softcap) * tanh(load(row + i) * broadcast(scale / softcap)));
                 float top = row[0];
                 for (int64_t i = 1; i < visible; ++i) top = std::max(top, row[i]);
                 for (int64_t i = visible; i < (visible + 15) / 16 * 16; ++i) row[i] = top;
                 Floats total = zero();
-                const Floats factor = broadcast(scale), peak = broadcast(top * scale);
+                const float by = softcap > 0 ? 1.0f : scale;
+                const float highest = sinks ? std::max(top * by, sinks[head * share + h]) : top * by;
+                const Floats factor = broadcast(by), peak = broadcast(highest);
                 for (int64_t i = 0; i < visible; i += 16) {
                     const Floats e =
                         keep_first(exp(load(row + i) * factor - peak), visible - i);
                     store(row + i, e);
                     total = total + e;
                 }
-                const Floats inverse = broadcast(1.0f / sum(total));
+                const float sink = sinks ? std::exp(sinks[head * share + h] - highest) : 0.0f;
+                const Floats inverse = broadcast(1.0f / (sum(total) + sink));
                 for (int64_t i = 0; i < visible; i += 16) store(row + i, load(row + i) * inverse);
             }
             std::fill(mixed, mixed + share * dim, 0.0f);

@@ -1,6 +1,7 @@
 """Compiles the C++ kernels once per source and target, into the user's cache.
 
-``python -m nybble.kernels.cpu.build`` does it ahead of time.
+``python -m nybble.kernels.cpu.build`` does it ahead of time. NYBBLE_CPU_TARGET, ``avx2`` or
+``avx512``, names the instruction sets to use; by default the fastest which this CPU has are used.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ _FLAGS = (
 class Target:
     """Instruction sets the kernels are compiled for.
 
-    features: what the CPU must have, as /proc/cpuinfo names it. flags: the compiler's.
+    features: what the CPU must have, as named in /proc/cpuinfo.
+    flags: for the compiler.
     """
 
     name: str
@@ -75,24 +77,43 @@ def usable_targets(cpuinfo: Path = Path("/proc/cpuinfo")) -> list[Target]:
     return usable
 
 
+def wanted_targets(name: str | None, cpuinfo: Path = Path("/proc/cpuinfo")) -> list[Target]:
+    """The usable targets, or the one which NYBBLE_CPU_TARGET is set to, ``name``.
+
+    Raises ValueError if it is no target or if this CPU does not run it. There is no fallback to
+    another target. Raises CpuKernelsUnavailableError as :func:`usable_targets` does.
+    """
+    if not name:
+        return usable_targets(cpuinfo)
+    known = {target.name: target for target in TARGETS}
+    if name not in known:
+        expected = " or ".join(known)
+        raise ValueError(f"NYBBLE_CPU_TARGET is {name!r}, expected {expected}; or leave it unset")
+    if missing := missing_cpu_features(known[name], cpuinfo):
+        raise ValueError(
+            f"NYBBLE_CPU_TARGET is {name}, but this CPU lacks {', '.join(missing)}; leave it unset"
+        )
+    return [known[name]]
+
+
 def load() -> ctypes.CDLL:
     """The library for the fastest target that this CPU runs and the compiler knows.
 
-    Raises CpuKernelsUnavailableError where it cannot be built, OSError where it cannot be loaded.
+    Raises CpuKernelsUnavailableError if it cannot be built, OSError if it cannot be loaded.
     """
     library = build_fastest()
     try:
         return ctypes.CDLL(str(library))
     except OSError as error:
-        # Cut short by a power failure, or made against newer system libraries than these.
+        # The file was truncated by a power failure, or built against newer system libraries.
         logger.warning("building the CPU kernels anew: %s", error)
         library.unlink(missing_ok=True)
         return ctypes.CDLL(str(build_fastest()))
 
 
 def build_fastest(*, compiler: str = "g++", cache: Path | None = None) -> Path:
-    """:func:`build` for the first usable target that the compiler, which may be old, knows."""
-    *faster, last = usable_targets()
+    """:func:`build` for the first wanted target that the compiler, which may be old, knows."""
+    *faster, last = wanted_targets(os.environ.get("NYBBLE_CPU_TARGET"))
     for target in faster:
         try:
             return build(target, compiler=compiler, cache=cache)
@@ -123,7 +144,7 @@ def build(target: Target, *, compiler: str = "g++", cache: Path | None = None) -
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             output = Path(scratch) / "kernels.so"
             _compile(found, target, sources, output)
-            os.replace(output, library)  # whole or not at all, whoever else builds it
+            os.replace(output, library)  # atomic, even if other processes build it too
     except OSError as error:
         raise CpuKernelsUnavailableError(
             f"{folder} cannot be written ({error.strerror}): set XDG_CACHE_HOME to one that can"

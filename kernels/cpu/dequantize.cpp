@@ -33,7 +33,7 @@ void decode(const Packed& w, const Levels& levels, int64_t tile, int64_t lane, c
         const Floats zero_point = broadcast(zeros[group * 16 + lane]);
         const int64_t first = group * w.octets_per_group;
         const int64_t last = std::min(w.octets, first + w.octets_per_group);
-        // Of an odd number the last is decoded with the next group's first, which comes again.
+        // If the number is odd, the last is decoded with the next group's first (decoded twice).
         for (int64_t octet = first; octet < last; octet += 2) {
             const Floats level = levels.of_octets(load_lane(octet),
                                                   load_lane(std::min(octet + 1, w.octets - 1)));

@@ -4,11 +4,66 @@
 
 using namespace nybble;
 
+namespace {
+
+// In the order of kernels/activation.py.
+enum Activation : int { kSilu, kGelu, kGeluTanh, kRelu2 };
+
+Floats logistic_product(Floats x, Floats power) { return x / (broadcast(1.0f) + exp(power)); }
+
+constexpr auto silu = [](Floats x) { return logistic_product(x, zero() - x); };
+
+// (1 + tanh(u)) / 2 is 1 / (1 + e⁻²ᵘ), for u = √(2/π) · (x + 0.044715 · x³).
+constexpr auto gelu_tanh = [](Floats x) {
+    const Floats inner = fma(x * x, broadcast(0.044715f), broadcast(1.0f));
+    return logistic_product(x, x * broadcast(-1.5957691216f) * inner);
+};
+
+// x · Φ(x) is max(x, 0) − |x| · Φ(−|x|). Φ(−z√2) by Abramowitz and Stegun's 7.1.26, whose error
+// is below 10⁻⁷.
+constexpr auto gelu = [](Floats x) {
+    // Beyond 16 the second term is 0, and infinity times 0 would be NaN.
+    const Floats size = min(max(x, zero() - x), broadcast(16.0f));
+    const Floats z = size * broadcast(0.70710678f);
+    const Floats t = broadcast(1.0f) / fma(z, broadcast(0.3275911f), broadcast(1.0f));
+    Floats p = broadcast(1.061405429f);
+    p = fma(p, t, broadcast(-1.453152027f));
+    p = fma(p, t, broadcast(1.421413741f));
+    p = fma(p, t, broadcast(-0.284496736f));
+    p = fma(p, t, broadcast(0.254829592f));
+    const Floats tail = p * t * exp(zero() - z * z) * broadcast(0.5f);
+    return fnma(size, tail, max(zero(), x));
+};
+
+// If one operand is NaN, max returns the second.
+constexpr auto relu2 = [](Floats x) {
+    const Floats positive = max(zero(), x);
+    return positive * positive;
+};
+
+template <typename Function>
+void gated(Function activation, const bf16* gate_up, bf16* out, int64_t rows, int64_t width,
+           int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (rows > 8)
+    for (int64_t r = 0; r < rows; ++r) {
+        const bf16 *gate = gate_up + r * 2 * width, *up = gate + width;
+        for (int64_t i = 0; i < width; i += 16) {
+            bf16* target = out + r * width + i;
+            // The activation is rounded before the product, as two separate operations would.
+            store_bf16(target, activation(load_bf16(gate + i)));
+            store_bf16(target, load_bf16(target) * load_bf16(up + i));
+        }
+    }
+}
+
+}  // namespace
+
 extern "C" {
 
-// normed = rms_norm(x + residual) · weight; residual (may be null) is updated in place to the sum.
+// normed = rms_norm(x + residual) · (offset + weight); residual (may be null) is updated in place to
+// the sum.
 void nybble_rms_norm(const bf16* x, bf16* residual, const bf16* weight, bf16* out, int64_t rows,
-                     int64_t width, float eps) {
+                     int64_t width, float eps, float offset) {
     for (int64_t r = 0; r < rows; ++r) {
         const bf16* row = x + r * width;
         if (residual) {
@@ -23,44 +78,56 @@ void nybble_rms_norm(const bf16* x, bf16* residual, const bf16* weight, bf16* ou
             squares = fma(v, v, squares);
         }
         const Floats inverse = broadcast(1.0f / std::sqrt(sum(squares) / width + eps));
-        for (int64_t i = 0; i < width; i += 16) {
-            bf16* target = out + r * width + i;
-            store_bf16(target, load_bf16(row + i) * inverse);
-            store_bf16(target, load_bf16(target) * load_bf16(weight + i));
+        bf16* target = out + r * width;
+        if (offset == 0.0f) {
+            for (int64_t i = 0; i < width; i += 16) {  // rounded before the product too
+                store_bf16(target + i, load_bf16(row + i) * inverse);
+                store_bf16(target + i, load_bf16(target + i) * load_bf16(weight + i));
+            }
+        } else {
+            const Floats added = broadcast(offset);
+            for (int64_t i = 0; i < width; i += 16)
+                store_bf16(target + i, load_bf16(row + i) * inverse * (added + load_bf16(weight + i)));
         }
     }
 }
 
-// silu(gate) · up.
-void nybble_silu_mul(const bf16* gate_up, bf16* out, int64_t rows, int64_t width, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads) if (rows > 8)
-    for (int64_t r = 0; r < rows; ++r) {
-        const bf16 *gate = gate_up + r * 2 * width, *up = gate + width;
-        for (int64_t i = 0; i < width; i += 16) {
-            const Floats g = load_bf16(gate + i);
-            bf16* target = out + r * width + i;
-            // The activation is rounded before the product, as two separate operations would.
-            store_bf16(target, g / (broadcast(1.0f) + exp(zero() - g)));
-            store_bf16(target, load_bf16(target) * load_bf16(up + i));
-        }
+// activation(gate) · up.
+void nybble_gated(const bf16* gate_up, bf16* out, int64_t rows, int64_t width, int activation,
+                  int threads) {
+    switch (activation) {
+        case kSilu: return gated(silu, gate_up, out, rows, width, threads);
+        case kGelu: return gated(gelu, gate_up, out, rows, width, threads);
+        case kGeluTanh: return gated(gelu_tanh, gate_up, out, rows, width, threads);
+        case kRelu2: return gated(relu2, gate_up, out, rows, width, threads);
     }
 }
 
 // Rotates q in place and stores rotated k and v. Row strides are in elements.
 void nybble_rotary_store(bf16* q, const bf16* k, const bf16* v, const float* cos, const float* sin,
                          bf16* k_cache, bf16* v_cache, const int64_t* slots, int64_t tokens,
-                         int64_t q_heads, int64_t kv_heads, int64_t dim, int64_t block_size,
-                         int64_t q_stride, int64_t k_stride, int64_t v_stride) {
-    const int64_t half = dim / 2;
+                         int64_t q_heads, int64_t kv_heads, int64_t dim, int64_t rotary_dim,
+                         int64_t block_size, int64_t q_stride, int64_t k_stride, int64_t v_stride,
+                         int interleaved) {
+    const int64_t half = rotary_dim / 2;
     auto rotate = [&](const bf16* in, bf16* out, const float* c, const float* s) {
-        for (int64_t i = 0; i < half; i += 16) {
+        int64_t i = 0;
+        for (; !interleaved && i + 16 <= half; i += 16) {
             const Floats low = load_bf16(in + i), high = load_bf16(in + half + i);
             store_bf16(out + i, fnma(high, load(s + i), low * load(c + i)));
             store_bf16(out + half + i, fma(low, load(s + half + i), high * load(c + half + i)));
         }
+        for (; i < half; ++i) {  // neighbours, and what fills no vector
+            const int64_t a = interleaved ? 2 * i : i, b = interleaved ? 2 * i + 1 : half + i;
+            const float low = to_float(in[a]), high = to_float(in[b]);
+            out[a] = to_bf16(low * c[i] - high * s[i]);
+            out[b] = to_bf16(high * c[half + i] + low * s[half + i]);
+        }
+        if (in != out)
+            std::memcpy(out + rotary_dim, in + rotary_dim, (dim - rotary_dim) * sizeof(bf16));
     };
     for (int64_t t = 0; t < tokens; ++t) {
-        const float *c = cos + t * dim, *s = sin + t * dim;
+        const float *c = cos + t * rotary_dim, *s = sin + t * rotary_dim;
         for (int64_t h = 0; h < q_heads; ++h) {
             bf16* head = q + t * q_stride + h * dim;
             rotate(head, head, c, s);

@@ -15,10 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nybble.kernels.activation import ACTIVATIONS, Activation, check_activation
 from nybble.kernels.attention_batch import AttentionBatch
 from nybble.kernels.cpu.build import CpuKernelsUnavailableError, load
 from nybble.kernels.lora_batch import LoRABatch
 from nybble.kernels.packed import PackedWeight
+from nybble.kernels.reference import check_rotary_dim, check_sinks
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +29,7 @@ _SCALE_TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 
 @cache
 def library() -> CpuLibrary | None:
-    """The kernels, or None (said once, with the reason) where they cannot run."""
+    """The kernels, or None (logged once, with the reason) if they cannot run."""
     try:
         return CpuLibrary(load())
     except (CpuKernelsUnavailableError, OSError) as error:
@@ -38,9 +40,9 @@ def library() -> CpuLibrary | None:
 class CpuLibrary:
     """See kernels/reference.py for what each function computes.
 
-    Tensors are on the CPU and, unless said otherwise, bfloat16: those who choose the kernels see to
-    it. Shapes and strides are checked, since an address says nothing of them: ValueError shows what
-    the kernels would misread. What integers refer to (slots, blocks, rows) is not.
+    Tensors are on the CPU and, unless stated otherwise, bfloat16; callers ensure this. Shapes and
+    strides are checked, because kernels get only addresses: ValueError names a tensor that they
+    would misread. Indices (slots, blocks, rows) are not checked.
     """
 
     def __init__(self, library: ctypes.CDLL) -> None:
@@ -60,11 +62,11 @@ class CpuLibrary:
         self._dequantize = allocating(
             "dequantize", *[pointer] * 6, *[size] * 5, c_int, c_int, c_int
         )
-        self._rms_norm = function("rms_norm", *[pointer] * 4, size, size, c_float)
-        self._silu_mul = function("silu_mul", pointer, pointer, size, size, c_int)
-        self._rotary = function("rotary_store", *[pointer] * 8, *[size] * 8)
+        self._rms_norm = function("rms_norm", *[pointer] * 4, size, size, c_float, c_float)
+        self._gated = function("gated", pointer, pointer, size, size, c_int, c_int)
+        self._rotary = function("rotary_store", *[pointer] * 8, *[size] * 9, c_int)
         self._attention = allocating(
-            "paged_attention", *[pointer] * 7, *[size] * 7, c_float, size, c_int
+            "paged_attention", *[pointer] * 7, *[size] * 7, c_float, size, c_float, pointer, c_int
         )
         self._lora_add = allocating("lora_add", *[pointer] * 9, *[size] * 4, c_int)
 
@@ -74,7 +76,7 @@ class CpuLibrary:
         return weight.layout == "cpu_tiles" and weight.is_contiguous and in_octets
 
     def packed_matmul(self, x: Tensor, weight: PackedWeight) -> Tensor:
-        """On AVX-512 levels are rounded to bfloat16, which integer levels survive exactly."""
+        """On AVX-512 levels are rounded to bfloat16, which is exact for integer levels."""
         if x.shape[-1] != weight.in_features:
             raise _misread(f"(…, {weight.in_features})", x=x)
         rows = x.reshape(-1, weight.in_features)
@@ -126,18 +128,20 @@ class CpuLibrary:
         )
         return out.to(dtype)
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
         width = x.shape[-1]
         if width % 16 or weight.shape != (width,):
             raise _misread("x (…, width), weight (width,), a multiple of 16", x=x, weight=weight)
         x, weight = x.contiguous(), weight.contiguous()
         out = torch.empty_like(x)
         rows = x.numel() // width
-        self._rms_norm(x.data_ptr(), None, weight.data_ptr(), out.data_ptr(), rows, width, eps)
+        self._rms_norm(
+            x.data_ptr(), None, weight.data_ptr(), out.data_ptr(), rows, width, eps, offset
+        )
         return out
 
     def add_rms_norm(
-        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float = 0.0
     ) -> tuple[Tensor, Tensor]:
         width = x.shape[-1]
         if width % 16 or weight.shape != (width,) or residual.shape != x.shape:
@@ -154,17 +158,26 @@ class CpuLibrary:
             x.numel() // width,
             width,
             eps,
+            offset,
         )
         return out, total
 
-    def silu_mul(self, gate_up: Tensor) -> Tensor:
+    def gated(self, gate_up: Tensor, activation: Activation) -> Tensor:
+        check_activation(activation)
         width = gate_up.shape[-1] // 2
         if gate_up.shape[-1] % 32:
             raise _misread("(…, a multiple of 32)", gate_up=gate_up)
         gate_up = gate_up.contiguous()
         rows = gate_up.numel() // (2 * width)
         out = torch.empty(*gate_up.shape[:-1], width, dtype=gate_up.dtype)
-        self._silu_mul(gate_up.data_ptr(), out.data_ptr(), rows, width, torch.get_num_threads())
+        self._gated(
+            gate_up.data_ptr(),
+            out.data_ptr(),
+            rows,
+            width,
+            ACTIVATIONS.index(activation),
+            torch.get_num_threads(),
+        )
         return out
 
     def rotary_store(
@@ -177,15 +190,19 @@ class CpuLibrary:
         k_cache: Tensor,
         v_cache: Tensor,
         slot_mapping: Tensor,
+        *,
+        interleaved: bool = False,
     ) -> None:
         """cos and sin are float32."""
         tokens, q_heads, dim = q.shape
+        rotary_dim = cos.shape[-1]
+        check_rotary_dim(rotary_dim, dim)
         kv_heads, block_size = k_cache.shape[1:3]
         if not (
-            dim % 32 == 0
+            dim % 16 == 0
             and k.shape == v.shape == (tokens, kv_heads, dim)
             and k_cache.shape == v_cache.shape == (k_cache.shape[0], kv_heads, block_size, dim)
-            and cos.shape == sin.shape == (tokens, dim)
+            and cos.shape == sin.shape == (tokens, rotary_dim)
             and slot_mapping.shape == (tokens,)
             and cos.dtype == sin.dtype == torch.float32
             and q.stride()[1:] == k.stride()[1:] == v.stride()[1:] == (dim, 1)
@@ -193,8 +210,8 @@ class CpuLibrary:
             and v_cache.is_contiguous()
         ):
             raise _misread(
-                "q, k and v (tokens, heads, a multiple of 32), the heads of a row contiguous; "
-                "float32 cos and sin (tokens, dim); "
+                "q, k and v (tokens, heads, a multiple of 16), the heads of a row contiguous; "
+                "float32 cos and sin (tokens, rotary dim); "
                 "contiguous caches (blocks, KV heads, block size, dim)",
                 q=q,
                 k=k,
@@ -219,10 +236,12 @@ class CpuLibrary:
             q_heads,
             kv_heads,
             dim,
+            rotary_dim,
             block_size,
             q.stride(0),
             k.stride(0),
             v.stride(0),
+            interleaved,
         )
 
     def paged_attention(
@@ -233,11 +252,15 @@ class CpuLibrary:
         batch: AttentionBatch,
         scale: float,
         window: int = 0,
+        *,
+        softcap: float = 0.0,
+        sinks: Tensor | None = None,
     ) -> Tensor:
+        """sinks may have any dtype."""
         tokens, q_heads, dim = q.shape
         kv_heads, block_size = k_cache.shape[1:3]
         if not (
-            dim % 32 == 0
+            dim % 16 == 0
             and q_heads % kv_heads == 0
             and k_cache.shape == v_cache.shape == (k_cache.shape[0], kv_heads, block_size, dim)
             and batch.slot_mapping.shape == (tokens,)
@@ -246,13 +269,16 @@ class CpuLibrary:
             and v_cache.is_contiguous()
         ):
             raise _misread(
-                "q (tokens, a multiple of the KV heads, a multiple of 32), the heads of a row "
+                "q (tokens, a multiple of the KV heads, a multiple of 16), the heads of a row "
                 "contiguous; contiguous caches (blocks, KV heads, block size, dim)",
                 q=q,
                 k_cache=k_cache,
                 v_cache=v_cache,
                 slot_mapping=batch.slot_mapping,
             )
+        if sinks is not None:
+            check_sinks(sinks, q_heads)
+        wide_sinks = None if sinks is None else sinks.float()
         out = torch.empty(tokens, q_heads * dim, dtype=q.dtype)
         self._attention(
             q.data_ptr(),
@@ -271,6 +297,8 @@ class CpuLibrary:
             q.stride(0),
             scale,
             window,
+            softcap,
+            None if wide_sinks is None else wide_sinks.data_ptr(),
             torch.get_num_threads(),
         )
         return out

@@ -1,6 +1,6 @@
 // Low-rank additions; kernels/lora.py defines them and the shapes.
 //
-// Two passes over the adapted rows, those of one adapter together: h = a · x, then out += b · h. The
+// Two passes over the adapted rows, grouped by adapter: h = a · x, then out += b · h. The
 // order of the additions for one value does not depend on how many rows or outputs are computed at
 // once, so a row's result does not depend on its batch.
 
@@ -132,7 +132,7 @@ void shrink_ranks(const Args& p, const Block& block, int64_t first, int64_t last
     }
 }
 
-// out of R rows for the 16 · T outputs from `first` on, of the last 16 only `count`.
+// out of R rows for the 16 · T outputs from `first` on; only `count` of the last 16 exist.
 template <int R, int T>
 void expand(const Args& p, const Block& block, int64_t part, int64_t first, int64_t count) {
     const bf16* b = p.b + block.slot * p.max_rank * p.outputs + first;

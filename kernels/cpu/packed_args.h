@@ -19,8 +19,8 @@ inline Floats load_scales(const void* base, int64_t index, int type) {
 
 struct PackedArgs {
     const bf16* x;            // (rows, columns), columns padded to a multiple of 8 with zeros
-    const float* wide_x;      // the same as floats; only where the inner loops ask for it
-    const float* group_sums;  // (rows, groups) sums of x, where there are zeros
+    const float* wide_x;      // the same as floats; only if the inner loops need it
+    const float* group_sums;  // (rows, groups) sums of x, if there are zeros
     const uint8_t* codes;     // (tiles, octets, 64)
     const void* scales;       // (tiles, groups, 16)
     const void* zeros;        // as scales, or null

@@ -1,5 +1,5 @@
 // Sixteen floats at a time, on AVX-512 with BF16 or on AVX2 with FMA and F16C; bf16 conversions and
-// dot products. The two compute the same values but for the order of a sum's additions.
+// dot products. Both compute the same values, except for the order of additions in a sum.
 
 #pragma once
 
@@ -80,12 +80,17 @@ inline void store_bf16_first(bf16* target, Floats a, int64_t count) {
                              reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(a.v)));
 }
 
-// `count` is a multiple of 32.
+// `count` is a multiple of 16.
 inline float dot(const bf16* a, const bf16* b, int64_t count) {
     __m512 total = _mm512_setzero_ps();
-    for (int64_t i = 0; i < count; i += 32)
+    int64_t i = 0;
+    for (; i + 32 <= count; i += 32)
         total = _mm512_dpbf16_ps(total, reinterpret_cast<__m512bh>(_mm512_loadu_si512(a + i)),
                                  reinterpret_cast<__m512bh>(_mm512_loadu_si512(b + i)));
+    if (i < count)
+        total = _mm512_dpbf16_ps(
+            total, reinterpret_cast<__m512bh>(_mm512_maskz_loadu_epi16(0xFFFF, a + i)),
+            reinterpret_cast<__m512bh>(_mm512_maskz_loadu_epi16(0xFFFF, b + i)));
     return _mm512_reduce_add_ps(total);
 }
 
@@ -186,19 +191,21 @@ inline void store_bf16_first(bf16* target, Floats a, int64_t count) {
 
 inline float dot(const bf16* a, const bf16* b, int64_t count) {
     Floats first = zero(), second = zero();
-    for (int64_t i = 0; i < count; i += 32) {
+    int64_t i = 0;
+    for (; i + 32 <= count; i += 32) {
         first = fma(load_bf16(a + i), load_bf16(b + i), first);
         second = fma(load_bf16(a + i + 16), load_bf16(b + i + 16), second);
     }
+    if (i < count) first = fma(load_bf16(a + i), load_bf16(b + i), first);
     return sum(first + second);
 }
 
 #endif
 
-// exp by Cephes' polynomial after reduction by powers of two; what would overflow or underflow is
-// clamped to the ends of the range.
+// exp by Cephes' polynomial after reduction by powers of two; inputs that would overflow or
+// underflow are clamped.
 inline Floats exp(Floats x) {
-    // Of a NaN and a number the instructions return the second operand: x, so that NaN stays NaN.
+    // If one operand is NaN, the instructions return the second: x, so that NaN stays NaN.
     x = min(broadcast(88.3f), max(broadcast(-87.3f), x));
     const Floats n = nearest(x * broadcast(1.44269504f));
     Floats r = fnma(n, broadcast(0.693359375f), x);
@@ -211,6 +218,11 @@ inline Floats exp(Floats x) {
     p = fma(p, r, broadcast(0.5f));
     p = fma(p * r, r, r + broadcast(1.0f));
     return times_power_of_two(p, n);
+}
+
+// Error at most 10⁻⁷.
+inline Floats tanh(Floats x) {
+    return broadcast(1.0f) - broadcast(2.0f) / (broadcast(1.0f) + exp(x + x));
 }
 
 }  // namespace nybble

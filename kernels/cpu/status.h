@@ -1,5 +1,5 @@
-// How a function called from Python fails: no exception may cross the C ABI, nor leave a parallel
-// region, before which buffers are therefore allocated.
+// How a function called from Python reports failure. No exception may cross the C ABI or leave a
+// parallel region, so buffers are allocated before the region.
 
 #pragma once
 
@@ -9,7 +9,7 @@
 
 namespace nybble {
 
-// The Python side knows the numbers. Allocations are all that throws here.
+// The numbers are also in the Python side. Only allocations can throw here.
 enum Status : int { kDone = 0, kOutOfMemory = 1 };
 
 // `each` floats for each of so many threads, not initialized.

@@ -2,11 +2,11 @@
 
 A sequence's keys are cut into splits whose number and borders depend on its own context length
 alone, so its result does not depend on the batch. The (sequence, KV head, split) items of all
-sequences are dealt to a fixed number of programs. Each item leaves an unnormalised output and its
-running maximum and sum, which a second kernel combines in order (Dao et al. 2023, "Flash-Decoding
-for long-context inference").
+sequences are distributed over a fixed number of programs. Each item writes an unnormalised
+output and its running maximum and sum, which a second kernel combines in order (Dao et al. 2023,
+"Flash-Decoding for long-context inference").
 
-The query heads of a KV head are padded to 16 rows, the least a tensor-core product takes.
+The query heads of a KV head are padded to 16 rows, the minimum of a tensor-core product.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from torch import Tensor
 
 from nybble.kernels.attention_batch import AttentionBatch
 from nybble.kernels.triton.device import FUSED, device_traits
-from nybble.kernels.triton.online_softmax import LOG2_E, attend, padded_seqs
+from nybble.kernels.triton.online_softmax import LOG2_E, attend, padded_seqs, power_scale
 
-# A split has at least this many keys: below it, the second stage costs more than it spreads.
+# A split has at least this many keys: below it, the second stage costs more than splitting saves.
 MIN_SPLIT = 256
-DECODE_TILE = 64  # keys per step of the inner loop; half where that overfills the registers
+DECODE_TILE = 64  # keys per step of the inner loop; half if that overfills the registers
 # The block table is loaded ahead of what it points to, so five stages keep two tiles of keys and
 # values in flight: 64 KiB a program for 16-bit heads of 128 or 256.
 DECODE_STAGES = 5
@@ -48,6 +48,7 @@ def decode_kernel(
     v_cache,
     k_scales,
     v_scales,
+    sinks,
     query_start,
     context_lens,
     block_tables,
@@ -68,6 +69,8 @@ def decode_kernel(
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
     QUANTIZED: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
     SEQS_PADDED: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
     MIN_SPLIT: tl.constexpr,
@@ -104,6 +107,11 @@ def decode_kernel(
         accumulators = (tl.zeros([GROUP_PADDED, DIM_PADDED], tl.float32),)
         peak = tl.full([GROUP_PADDED], float("-inf"), tl.float32)
         total = tl.zeros([GROUP_PADDED], tl.float32)
+        if HAS_SINKS:
+            # The sink is one more key, counted by the first split only.
+            sink = tl.load(sinks + q_head, member < GROUP, float("-inf")).to(tl.float32)
+            peak = tl.where(split == 0, sink * LOG2_E, peak)
+            total = tl.where(split == 0, 1.0, total)
         table = block_tables + seq.to(tl.int64) * table_stride
         position = context - 1 + tl.zeros([GROUP_PADDED], tl.int32)
         for first in tl.range(key_begin, key_end, TILE, num_stages=STAGES):
@@ -130,6 +138,7 @@ def decode_kernel(
                 BLOCK_SIZE,
                 TILE,
                 QUANTIZED,
+                SOFTCAP,
                 False,
                 False,
             )
@@ -206,6 +215,8 @@ def decode(
     batch: AttentionBatch,
     scale: float,
     window: int,
+    softcap: float,
+    sinks: Tensor | None,
     out: Tensor,
 ) -> None:
     q_heads, dim = q.shape[1:]
@@ -223,7 +234,8 @@ def decode(
         q,
         k_cache,
         v_cache,
-        *(scales or (k_cache, v_cache)),  # never read where there are none
+        *(scales or (k_cache, v_cache)),  # never read if there are none
+        q if sinks is None else sinks,  # likewise
         batch.query_start,
         batch.context_lens,
         batch.block_tables,
@@ -235,9 +247,11 @@ def decode(
         batch.block_tables.stride(0),
         q.stride(0),
         kv_heads,
-        scale * LOG2_E,
+        power_scale(scale, softcap),
         window,
         **constants,
+        SOFTCAP=softcap,
+        HAS_SINKS=sinks is not None,
         SEQS_PADDED=padded_seqs(seqs),
         MAX_SPLITS=splits,
         **FUSED,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nybble.kernels.attention_batch import AttentionBatch
 from nybble.kernels.triton.device import FUSED, device_traits
-from nybble.kernels.triton.online_softmax import LOG2_E, attend, padded_seqs
+from nybble.kernels.triton.online_softmax import LOG2_E, attend, padded_seqs, power_scale
 from nybble.kernels.triton.opaque import opaque_zero
 
 PREFILL_ROWS = 128
@@ -25,6 +25,7 @@ def prefill_kernel(
     v_cache,
     k_scales,
     v_scales,
+    sinks,
     query_start,
     context_lens,
     block_tables,
@@ -45,6 +46,8 @@ def prefill_kernel(
     PARTS: tl.constexpr,
     ANEW: tl.constexpr,
     QUANTIZED: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
     SEQS_PADDED: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -77,6 +80,9 @@ def prefill_kernel(
             accumulators += (tl.zeros([ROWS, PART], tl.float32),)
         peak = tl.full([ROWS], float("-inf"), tl.float32)
         total = tl.zeros([ROWS], tl.float32)
+        if HAS_SINKS:  # the sink counts as a key already processed
+            peak = tl.load(sinks + q_head).to(tl.float32) * LOG2_E
+            total = tl.full([ROWS], 1.0, tl.float32)
         table = block_tables + seq.to(tl.int64) * table_stride
         key_end = tl.minimum(context - length + offset + TOKENS, context)
         key_begin = tl.where(window > 0, tl.maximum(context - length + offset - window + 1, 0), 0)
@@ -107,6 +113,7 @@ def prefill_kernel(
                 BLOCK_SIZE,
                 TILE,
                 QUANTIZED,
+                SOFTCAP,
                 False,
                 True,
             )
@@ -134,15 +141,16 @@ def prefill_kernel(
                 BLOCK_SIZE,
                 TILE,
                 QUANTIZED,
+                SOFTCAP,
                 True,
                 False,
             )
-        # Found anew: which row is whose would else be kept through the loops.
+        # Recomputed: otherwise the row mapping would stay in registers through the loops.
         row = tl.arange(0, ROWS) + (opaque_zero() if ANEW else 0)
         local = offset + row // GROUP
         q_head = head * GROUP + row % GROUP
         to = (begin + local).to(tl.int64) * kv_heads * GROUP + q_head
-        # Rows past the sequence have seen keys too, and are not stored.
+        # Rows past the end of the sequence were computed too, and are not stored.
         mask = (row // GROUP < TOKENS) & (local < length)
         for part in tl.static_range(PARTS):
             lane = part * PART + tl.arange(0, PART)
@@ -159,6 +167,8 @@ def prefill(
     batch: AttentionBatch,
     scale: float,
     window: int,
+    softcap: float,
+    sinks: Tensor | None,
     out: Tensor,
 ) -> None:
     tokens, q_heads, dim = q.shape
@@ -170,13 +180,14 @@ def prefill(
         device_traits(q.device)[2],
         quantized=scales is not None,
     )
-    # Each sequence may leave one piece part filled.
+    # Each sequence may have one partly filled piece.
     pieces = tokens // constants["TOKENS"] + seqs
     prefill_kernel[(pieces, kv_heads)](
         q,
         k_cache,
         v_cache,
-        *(scales or (k_cache, v_cache)),  # never read where there are none
+        *(scales or (k_cache, v_cache)),  # never read if there are none
+        q if sinks is None else sinks,  # likewise
         batch.query_start,
         batch.context_lens,
         batch.block_tables,
@@ -185,9 +196,11 @@ def prefill(
         batch.block_tables.stride(0),
         q.stride(0),
         kv_heads,
-        scale * LOG2_E,
+        power_scale(scale, softcap),
         window,
         **constants,
+        SOFTCAP=softcap,
+        HAS_SINKS=sinks is not None,
         SEQS_PADDED=padded_seqs(seqs),
         **FUSED,
     )
@@ -196,12 +209,12 @@ def prefill(
 def prefill_constants(
     group: int, dim: int, block_size: int, capability: int, *, quantized: bool
 ) -> dict[str, int]:
-    """Likewise for ``prefill_kernel``, on a device of compute capability ``capability / 10``."""
+    """Compile-time constants of ``prefill_kernel``; capability: 90 for 9.0."""
     padded = int(triton.next_power_of_2(dim))
     wide = padded > 128
     rows = max(PREFILL_ROWS, int(triton.next_power_of_2(group)))
-    # Where the operands of a product pass through registers, 64 keys overfill those. Beside wide
-    # heads' queries 16 are all that 99 KiB of shared memory hold twice.
+    # If a product's operands pass through registers, 64 keys do not fit. For wide heads, two stages
+    # of 16 keys are all that fits in 99 KiB of shared memory beside the queries.
     through_registers = capability < 90 or capability >= 120
     tile = 32 if through_registers or (wide and quantized) else 64
     if through_registers and wide:

@@ -37,14 +37,17 @@ STEP = 128
 class Config:
     """How one bucket of rows is computed.
 
-    block_n, block_m: outputs and rows of a block. splits: programs sharing a block's columns; where
-    ``tail`` is over 0, only in the last ``tail`` blocks of outputs. scale_first: whether weights
-    are scaled before the product (cheaper from 64 rows up) or each group's product after it (exact
-    weights, cheaper below). dense: dequantize to 16 bits and leave the product to the vendor's
-    library, whatever the other fields. overlap: begin while the kernel before is finishing
-    (programmatic dependent launch, sm_90 on; ignored elsewhere). parts: where over 1, the kernel
-    for few rows, whose ``parts`` warps share a block's columns; it heeds neither splits nor
-    num_warps nor scale_first.
+    block_n: outputs of a block.
+    block_m: rows of a block.
+    splits: programs that share a block's columns.
+    tail: if above 0, only the last ``tail`` blocks of outputs are split.
+    scale_first: scale weights before the product (cheaper from 64 rows up). If False, each group's
+        product is scaled after it (exact weights, cheaper below).
+    dense: dequantize to 16 bits and multiply with the vendor's library. Other fields are ignored.
+    overlap: begin while the kernel before is finishing (programmatic dependent launch, sm_90 and
+        later; ignored elsewhere).
+    parts: if above 1, use the kernel for few rows, whose ``parts`` warps share a block's columns.
+        It ignores splits, num_warps and scale_first.
     """
 
     block_n: int
@@ -128,7 +131,7 @@ def tuned(device: str) -> dict[str, Config]:
 
 
 def read(path: Path) -> dict[str, dict[str, Config]]:
-    """A file's choices by device and key; none where there is no file."""
+    """A file's choices by device and key; none if there is no file."""
     if not path.exists():
         return {}
     devices = json.loads(path.read_text())
@@ -139,7 +142,7 @@ def read(path: Path) -> dict[str, dict[str, Config]]:
 
 
 def read_cache(device: str) -> dict[str, Config]:
-    """What was measured on this machine; nothing, and a warning, where the file is broken."""
+    """What was measured on this machine; nothing, with a warning, if the file is broken."""
     path = cache_path(device)
     try:
         return read(path).get(device, {})
@@ -156,7 +159,7 @@ def write(path: Path, device: str, choices: dict[str, Config]) -> None:
 
 
 def write_cache(device: str, choices: dict[str, Config]) -> None:
-    """Make ``choices`` all that the cache has, whatever it had."""
+    """Replace the cache's content by ``choices``."""
     _store(cache_path(device), {device: choices})
 
 
@@ -173,7 +176,7 @@ def _store(path: Path, entries: dict[str, dict[str, Config]]) -> None:
 
 
 def cache_path(device: str) -> Path:
-    """Where choices tuned on this machine, for these kernels, are kept."""
+    """The file of choices tuned on this machine for these kernels."""
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     name = re.sub(r"[^A-Za-z0-9]+", "-", device)
     return root / "nybble" / f"matmul-{name}-{kernels_digest()}.json"
@@ -207,6 +210,6 @@ def choose(
     columns: int,
     bucket: int,
 ) -> Config:
-    """The measured choice, or else the rule's."""
+    """The measured choice; the rule's if there is none."""
     found = tuned(device).get(key_of(affine, group, out_features, columns, bucket))
     return found or default_config(bucket, out_features, columns, processors, capability)

@@ -22,7 +22,7 @@ from nybble.kernels.triton.unpack import (
     unpack_codebook,
 )
 
-# Bytes of 16-bit weight in existence at a time.
+# Bytes of the 16-bit weight that exist at a time.
 WORKSPACE = 256 << 20
 
 
@@ -110,8 +110,8 @@ def dequantize(
     """Outputs ``start``…``stop``−1 as ``(stop − start, stored columns)``, columns in stored order.
 
     ``start`` is a multiple of 64. Levels of a codebook are rounded to ``dtype`` before they are
-    scaled, as in the matmul. In ``gpu_gated_tiles`` outputs are counted as stored, and what comes
-    of them is the halves' parts one after the other.
+    scaled, as in the matmul. In ``gpu_gated_tiles``, ``start`` and ``stop`` count outputs as
+    stored, and the result has the gate outputs first, then the up outputs.
     """
     stop = weight.out_features if stop is None else min(stop, weight.out_features)
     columns = stored_columns(weight)

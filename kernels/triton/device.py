@@ -1,4 +1,4 @@
-"""What the kernels' settings depend on of a device."""
+"""The device properties that the kernels' settings depend on."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from functools import lru_cache
 import torch
 import triton
 
-# A launch asks for multiply-adds: from Triton 3.10 on it makes none where it is not asked to.
+# A launch asks for fused multiply-adds, because Triton 3.10 and later make none by default.
 FUSED = {"enable_fp_fusion": True}
-# Before it, nothing but luck shows Blackwell's tensor cores what was copied to shared memory: the
-# compiler left out the fence between the two (triton-lang/triton#9610).
+# Earlier versions leave out the fence between copies to shared memory and Blackwell's tensor cores,
+# which may then read old data (triton-lang/triton#9610).
 _FENCES_COPIES = (3, 7, 1)
 
 
@@ -19,7 +19,7 @@ _FENCES_COPIES = (3, 7, 1)
 def device_traits(device: torch.device) -> tuple[str, int, int]:
     """Name, multiprocessors and compute capability (90 for 9.0); an H100's for the interpreter.
 
-    Raises ValueError where this Triton compiles wrong products for the device.
+    Raises ValueError if this Triton compiles wrong products for the device.
     """
     if device.type != "cuda":
         return "interpreter", 132, 90
@@ -30,7 +30,7 @@ def device_traits(device: torch.device) -> tuple[str, int, int]:
 
 
 def check_compiler(name: str, capability: int) -> None:
-    """Raises ValueError where this Triton compiles wrong products for the device ``name``."""
+    """Raises ValueError if this Triton compiles wrong products for the device ``name``."""
     version = triton.__version__
     release = tuple(int(part) for part in re.findall(r"\d+", version)[:3])
     if 100 <= capability < 120 and release < _FENCES_COPIES:

@@ -1,9 +1,9 @@
 """The 4-bit matmul for a few rows: a block's warps share its columns, and no two blocks do.
 
-Where there are few outputs to a multiprocessor, bandwidth needs the columns worked on side by side.
-Here each warp of a block takes every PARTS-th step of the same outputs, as one entry of a batched
-product, and the block adds its warps' sums at the end, in order. Nothing is left for another block
-to add, so there is no workspace, no counter, and no wait at the end.
+If there are few outputs for each multiprocessor, full bandwidth needs several warps to work on the
+columns at once. Here each warp of a block takes every PARTS-th step of the same outputs, as one
+entry of a batched product, and the block adds its warps' sums at the end, in order. Nothing is
+left for another block to add, so there is no workspace, no counter, and no wait at the end.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nybble.kernels.activation import Activation
 from nybble.kernels.packed import PackedWeight
 from nybble.kernels.triton.configs import Config
 from nybble.kernels.triton.device import FUSED
@@ -49,7 +50,7 @@ def few_rows_kernel(
     HAS_ZEROS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     GATED: tl.constexpr,
-    SILU_MUL: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     GROUP: tl.constexpr,
     SETS: tl.constexpr,
     OVERLAP: tl.constexpr,
@@ -73,8 +74,8 @@ def few_rows_kernel(
     scale_at = (n // TILE_N * groups * TILE_N + n % TILE_N)[None, :]
     valid_m = m[None, None, :] < rows
     if OVERLAP:
-        # Weights do not depend on the kernel before: fetch the first ones while it finishes. All
-        # else is touched only after it.
+        # Weights do not depend on the kernel before: fetch the first ones while it finishes.
+        # Everything else is accessed only after it.
         row_at = (qweight + q_row * SLICE)[None, :]
         for soon in tl.static_range(2):
             begin = tl.minimum(soon * PARTS + part, steps - 1)
@@ -116,12 +117,17 @@ def few_rows_kernel(
         dtype,
         HAS_BIAS,
         GATED,
-        SILU_MUL,
+        ACTIVATION,
     )
 
 
 def few_rows_matmul(
-    x: Tensor, weight: PackedWeight, out: Tensor, config: Config, overlap: bool, silu_mul: bool
+    x: Tensor,
+    weight: PackedWeight,
+    out: Tensor,
+    config: Config,
+    overlap: bool,
+    activation: Activation | None,
 ) -> None:
     """``x (rows, stored columns)``, contiguous, times the weight, into ``out``: see matmul.py."""
     rows, columns = x.shape
@@ -142,7 +148,7 @@ def few_rows_matmul(
         HAS_ZEROS=weight.zeros is not None,
         HAS_BIAS=weight.bias is not None,
         GATED=weight.layout == "gpu_gated_tiles",
-        SILU_MUL=silu_mul,
+        ACTIVATION=activation,
         **group_constants(weight),
         OVERLAP=overlap,
         WHOLE_STEPS=columns % 128 == 0,

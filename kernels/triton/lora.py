@@ -1,6 +1,6 @@
 """LoRA additions for rows of many adapters and ranks: one launch to shrink, one to expand.
 
-A program takes rows that share an adapter (up to 16, or 32 where there are many), so every
+A program takes rows that share an adapter (up to 16, or 32 if there are many), so every
 adapter's matrices are read once for them; padded ranks are masked and never read. The inner
 dimension of the shrink is cut at fixed places, and the expand adds the pieces in order, so that a
 row's result does not depend on the other rows. After Punica's SGMV (Chen et al. 2023) and S-LoRA
@@ -168,8 +168,8 @@ def lora_add(
     if parts > MAX_PARTS:
         raise ValueError(f"{parts} fused parts, expected at most {MAX_PARTS}")
     segments, places = batch.segment_slots.shape[0], batch.order.shape[0]
-    # Taller tiles read an adapter less often where prompts have many rows of it; a decode step has
-    # few rows of each, and a captured one does not know how many.
+    # Taller tiles read an adapter less often if a prompt has many rows. A decode step has few rows
+    # for each adapter, and a captured step does not know how many.
     rows = 32 if batch.max_segment > 16 and places > 256 else 16
     tiles = min(places, places // rows + segments)
     chunks = triton.cdiv(width, SHRINK_CHUNK)

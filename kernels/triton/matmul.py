@@ -21,8 +21,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nybble.kernels.activation import Activation, check_activation
 from nybble.kernels.packed import PackedWeight
-from nybble.kernels.triton import norm
+from nybble.kernels.triton.activation import gated
 from nybble.kernels.triton.configs import Config, bucket_of, choose
 from nybble.kernels.triton.dequantize import dense_matmul, stored_columns
 from nybble.kernels.triton.device import FUSED, device_traits
@@ -121,7 +122,7 @@ def matmul_kernel(
     HAS_ZEROS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     GATED: tl.constexpr,
-    SILU_MUL: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     GROUP: tl.constexpr,
     SETS: tl.constexpr,
     SCALE_FIRST: tl.constexpr,
@@ -136,7 +137,7 @@ def matmul_kernel(
 ):
     dtype: tl.constexpr = x.dtype.element_ty
     CENTRE: tl.constexpr = 0 if CODEBOOK else 8
-    # Registers are short where sums take half of them or a group's scales wait for its product.
+    # Registers are short if sums take half of them, or if scales are kept until after the product.
     CROWDED: tl.constexpr = BLOCK_N * BLOCK_M > 128 * 128 or not SCALE_FIRST
     steps = tl.cdiv(columns, STEP)
     first_n, first_m, _, _, _, start, stop = place_of(
@@ -167,13 +168,17 @@ def matmul_kernel(
     x_at = x + x_row[None, :] * columns + x_k[:, None]
 
     if OVERLAP:
-        # Weights do not depend on the kernel before: fetch the first ones while it finishes. All
-        # else is touched only after it.
+        # Weights do not depend on the kernel before: fetch the first ones while it finishes.
+        # Everything else is accessed only after it.
         row_at = qweight + (tile * steps * TILE_N + n % TILE_N) * SLICE
         for soon in tl.static_range(4):
             fetch(row_at + tl.minimum(start + soon, steps - 1) * (TILE_N * SLICE))
         tl.extra.cuda.gdc_wait()
     table = codebook_table(levels, dtype) if CODEBOOK and not INTERPRETED else 0
+    if SPLIT and not TAIL:
+        # No part is without steps. If the loop might not run, ptxas makes each of Hopper's products
+        # wait for the one before (C7515).
+        tl.assume(start < stop)
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     ahead = of_slices(scales + scale_at, start, SETS, GROUP, groups)
     for step in range(start, stop):
@@ -217,7 +222,7 @@ def matmul_kernel(
 
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
-    # Found anew in crowded blocks: what only the end needs would else be kept through the loop.
+    # Recomputed in crowded blocks: values needed only at the end would stay in registers.
     zero = opaque_zero() if CROWDED else 0
     first_n, first_m, block, split, is_part, _, _ = place_of(
         tl.program_id(0) ^ zero,
@@ -252,7 +257,7 @@ def matmul_kernel(
                     acc += tl.load(piece, mask=valid, other=0.0, cache_modifier=".cg")
     if last:
         store_outputs(
-            acc, bias, out, first_n, m, rows, out_features, dtype, HAS_BIAS, GATED, SILU_MUL
+            acc, bias, out, first_n, m, rows, out_features, dtype, HAS_BIAS, GATED, ACTIVATION
         )
 
 
@@ -281,6 +286,17 @@ def joined(config: Config, capability: int, whole_steps: bool) -> bool:
     return config.scale_first and (capability >= 100 or (capability >= 90 and whole_steps))
 
 
+def max_registers(config: Config, capability: int, whole_steps: bool) -> int | None:
+    """How many registers a thread may take, if a limit lets two blocks share a multiprocessor.
+
+    Hopper's blocks of 128 by 64 take up to 157 without one, and need no more than 128.
+    """
+    block = config.block_n, config.block_m, config.num_warps
+    if capability == 90 and block == (128, 64, 8) and joined(config, capability, whole_steps):
+        return 128
+    return None
+
+
 def takes(weight: PackedWeight, dtype: torch.dtype) -> bool:
     """Whether the kernel computes with this weight: groups must be whole slices of 32 columns."""
     return (
@@ -291,35 +307,40 @@ def takes(weight: PackedWeight, dtype: torch.dtype) -> bool:
 
 
 def packed_matmul(
-    x: Tensor, weight: PackedWeight, config: Config | None = None, silu_mul: bool = False
+    x: Tensor,
+    weight: PackedWeight,
+    config: Config | None = None,
+    activation: Activation | None = None,
 ) -> Tensor:
     """``x @ weight.dequantize().T + bias``: ``(..., in_features)`` to ``(..., out_features)``.
 
     x: float16 or bfloat16. The weight must pass :func:`takes`. Products are summed in float32.
-    silu_mul: of a weight in ``gpu_gated_tiles``, ``silu(gate) · up`` of the product's two halves,
-    ``(..., out_features / 2)``, as :func:`nybble.kernels.reference.silu_mul` rounds it.
+    activation: of a weight in ``gpu_gated_tiles``, ``activation(gate) · up`` of the product's two
+    halves, ``(..., out_features / 2)``, as :func:`nybble.kernels.reference.gated` rounds it.
     """
     if x.shape[-1] != weight.in_features:
         raise ValueError(f"x has {x.shape[-1]} features, the weight takes {weight.in_features}")
-    gated = weight.layout == "gpu_gated_tiles"
-    if silu_mul and not gated:
-        raise ValueError(f"silu_mul of a weight in {weight.layout}, expected gpu_gated_tiles")
+    has_gates = weight.layout == "gpu_gated_tiles"
+    if activation is not None:
+        check_activation(activation)
+        if not has_gates:
+            raise ValueError(f"{activation} of a weight in {weight.layout}, not gpu_gated_tiles")
     flat = x.reshape(-1, weight.in_features)
     if weight.perm is not None:
         flat = flat.index_select(1, weight.perm)
     flat = flat.contiguous()
     rows, columns = flat.shape
-    width = weight.out_features // 2 if silu_mul else weight.out_features
+    width = weight.out_features // (2 if activation else 1)
     c = config or chosen(weight, rows, x.device)
     if c.dense:
         product = dense_matmul(flat, weight)
-        return (norm.silu_mul(product) if silu_mul else product).view(*x.shape[:-1], width)
+        return (gated(product, activation) if activation else product).view(*x.shape[:-1], width)
     out = torch.empty(*x.shape[:-1], width, dtype=x.dtype, device=x.device)
     if rows == 0:
         return out
     overlap = c.overlap and x.is_cuda and device_traits(x.device)[2] >= 90
     if c.parts > 1:
-        few_rows_matmul(flat, weight, out, c, overlap, silu_mul)
+        few_rows_matmul(flat, weight, out, c, overlap, activation)
         return out
     blocks_n = triton.cdiv(weight.out_features, c.block_n)
     blocks_m = triton.cdiv(rows, c.block_m)
@@ -353,8 +374,8 @@ def packed_matmul(
         CODEBOOK=not weight.is_affine,
         HAS_ZEROS=weight.zeros is not None,
         HAS_BIAS=weight.bias is not None,
-        GATED=gated,
-        SILU_MUL=silu_mul,
+        GATED=has_gates,
+        ACTIVATION=activation,
         **group_constants(weight),
         SCALE_FIRST=c.scale_first,
         JOINED=joined(c, device_traits(x.device)[2], columns % 128 == 0),
@@ -367,6 +388,7 @@ def packed_matmul(
         GROUP_M=8,
         num_warps=c.num_warps,
         num_stages=c.num_stages,
+        maxnreg=max_registers(c, device_traits(x.device)[2], columns % 128 == 0),
         **({"launch_pdl": True} if overlap else {}),
         **FUSED,
     )

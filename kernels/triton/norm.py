@@ -1,6 +1,6 @@
-"""RMSNorm with an optional residual, and the gated activation: one read and one write each.
+"""RMSNorm with an optional residual: one read and one write.
 
-What they compute is defined in kernels/reference.py, roundings included.
+kernels/reference.py defines the result, including its roundings.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from nybble.kernels.triton.device import FUSED
 
 # Elements of one program; narrow rows (the heads of a QK norm) share one.
 _TILE = 2048
-_SILU_TILE = 1024
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -27,6 +26,7 @@ def rms_norm_kernel(
     rows,
     width,
     eps,
+    OFFSET: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -43,41 +43,29 @@ def rms_norm_kernel(
         tl.store(total + at, value, mask)
     wide = value.to(tl.float32)
     inverse = 1.0 / tl.sqrt(tl.sum(wide * wide, 1) / width + eps)
-    normed = (wide * inverse[:, None]).to(value.dtype).to(tl.float32)
+    normed = wide * inverse[:, None]
     scale = tl.load(weight + column, column < width, 0.0).to(tl.float32)
+    if OFFSET == 0:
+        normed = normed.to(value.dtype).to(tl.float32)
+    else:
+        scale += OFFSET
     tl.store(out + at, (normed * scale[None, :]).to(value.dtype), mask)
 
 
-@triton.jit
-def gated(gate, up):
-    """``silu(gate) · up``, rounded between the two as separate operations would."""
-    wide = gate.to(tl.float32)
-    activated = (wide / (1.0 + tl.exp(-wide))).to(gate.dtype)
-    return (activated.to(tl.float32) * up.to(tl.float32)).to(gate.dtype)
-
-
-@triton.jit
-def silu_mul_kernel(gate_up, out, width, TILE: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * TILE + tl.arange(0, TILE)
-    mask = column < width
-    gate = tl.load(gate_up + row * 2 * width + column, mask, 0.0)
-    up = tl.load(gate_up + row * 2 * width + width + column, mask, 0.0)
-    tl.store(out + row * width + column, gated(gate, up), mask)
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
     """See :func:`nybble.kernels.reference.rms_norm`; float16, bfloat16 or float32."""
-    return _launch(x.contiguous(), None, weight, eps)[0]
+    return _launch(x.contiguous(), None, weight, eps, offset)[0]
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """See :func:`nybble.kernels.reference.add_rms_norm`."""
-    return _launch(x.contiguous(), residual.contiguous(), weight, eps)
+    return _launch(x.contiguous(), residual.contiguous(), weight, eps, offset)
 
 
 def _launch(
-    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset: float
 ) -> tuple[Tensor, Tensor]:
     width = x.shape[-1]
     rows = x.numel() // width
@@ -94,6 +82,7 @@ def _launch(
         rows,
         width,
         eps,
+        OFFSET=offset,
         HAS_RESIDUAL=residual is not None,
         ROWS=per_program,
         WIDTH=wide,
@@ -101,15 +90,3 @@ def _launch(
         **FUSED,
     )
     return out, total
-
-
-def silu_mul(gate_up: Tensor) -> Tensor:
-    """See :func:`nybble.kernels.reference.silu_mul`."""
-    gate_up = gate_up.contiguous()
-    width = gate_up.shape[-1] // 2
-    rows = gate_up.numel() // (2 * width)
-    out = gate_up.new_empty(*gate_up.shape[:-1], width)
-    silu_mul_kernel[(rows, triton.cdiv(width, _SILU_TILE))](
-        gate_up, out, width, TILE=_SILU_TILE, num_warps=4, **FUSED
-    )
-    return out

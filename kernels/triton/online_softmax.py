@@ -1,11 +1,11 @@
-"""What both attention kernels do with a tile of keys."""
+"""The online-softmax step over a tile of keys, shared by both attention kernels."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-LOG2_E = 1.4426950408889634
+LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -49,6 +49,7 @@ def attend(
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
     QUANTIZED: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     CAUSAL: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
@@ -56,8 +57,8 @@ def attend(
 
     CAUSAL masks what a row does not see, and reads no key below ``key_begin``; WHOLE says that
     every row sees every key of the tile. ``position`` is the position of each query row. ``scale``
-    includes log2(e): powers are of two. ``accumulators`` is a tuple of equal parts of the head,
-    each the sum of products of its own.
+    is :func:`power_scale`'s: powers are of two. ``accumulators`` is a tuple of equal parts of the
+    head, each the sum of products of its own.
     """
     key = first + tl.arange(0, TILE)
     inside = tl.full([TILE], True, tl.int1) if WHOLE else key < key_end
@@ -69,6 +70,9 @@ def attend(
     scores = tl.dot(query, tl.trans(keys)) * scale
     if QUANTIZED:
         scores *= tl.load(k_scales + row, inside, 0.0)[None, :]
+    if SOFTCAP > 0:
+        # tanh(x) is 1 − 2 / (1 + e²ˣ).
+        scores = SOFTCAP * LOG2_E * (1.0 - 2.0 / (1.0 + tl.exp2(scores)))
     seen = inside[None, :]
     if CAUSAL:
         seen = seen & (key[None, :] <= position[:, None])
@@ -94,6 +98,12 @@ def attend(
     return summed, new_peak, total
 
 
+def power_scale(scale: float, softcap: float) -> float:
+    """What makes a query times a key the power of two that :func:`attend` takes."""
+    log2_e: float = LOG2_E.value
+    return 2 * scale * log2_e / softcap if softcap else scale * log2_e
+
+
 def padded_seqs(seqs: int) -> int:
-    """Few different sizes, so that few variants are compiled."""
+    """``seqs`` rounded up to one of few sizes, so that few variants are compiled."""
     return max(16, int(triton.next_power_of_2(seqs)))

@@ -1,4 +1,4 @@
-"""Numbers that the compiler can tell nothing about, so that it keeps nothing for them."""
+"""Values the compiler cannot predict, which makes it recompute instead of keeping registers."""
 
 import triton
 import triton.language as tl

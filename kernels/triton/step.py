@@ -1,6 +1,6 @@
-"""What one step of 128 columns is made of: scales and zeros of its slices, and its products.
+"""The parts of one matmul step of 128 columns: its slices' scales and zeros, its products.
 
-Tiles are ``(BLOCK_N, 32)``, or ``(parts, BLOCK_N, 32)`` where a block takes several steps at once.
+Tiles are ``(BLOCK_N, 32)``, or ``(parts, BLOCK_N, 32)`` if a block takes several steps at once.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from nybble.kernels.packed import PackedWeight
-from nybble.kernels.triton.norm import gated
+from nybble.kernels.triton.activation import times_up
 from nybble.kernels.triton.unpack import INTERPRETED, unpack_affine, unpack_codebook
 
 SLICE = tl.constexpr(32)
@@ -18,7 +18,7 @@ TILE_N = tl.constexpr(64)
 
 
 def group_constants(weight: PackedWeight) -> dict[str, int]:
-    """GROUP, 0 where a row has one group, and SETS, how many scales a step can meet: 1, 2 or 4."""
+    """GROUP, 0 if a row has one group, and SETS, how many scales a step can meet: 1, 2 or 4."""
     if weight.groups == 1:
         return {"GROUP": 0, "SETS": 1}
     size = weight.group_size
@@ -85,7 +85,7 @@ def scaled(w, scale, zero, HAS_ZEROS: tl.constexpr, CENTRE: tl.constexpr):
 
 @triton.jit
 def shifted(w, zero, HAS_ZEROS: tl.constexpr, CENTRE: tl.constexpr):
-    """``w + CENTRE − zero``: exact where zero is an integer."""
+    """``w + CENTRE − zero``: exact if zero is an integer."""
     if HAS_ZEROS:
         addend = by_row((CENTRE - zero.to(tl.float32)).to(w.dtype))
         w = (w.to(tl.float32) + addend.to(tl.float32)).to(w.dtype) if INTERPRETED else w + addend
@@ -179,9 +179,12 @@ def store_outputs(
     dtype: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     GATED: tl.constexpr,
-    SILU_MUL: tl.constexpr,
+    ACTIVATION: tl.constexpr,
 ):
-    """Add the bias to ``y``, stored outputs from ``first`` on × rows ``m``; store it, or gated."""
+    """Add the bias to ``y``, stored outputs from ``first`` on × rows ``m``; store it.
+
+    With an ACTIVATION, gate and up outputs are combined by :func:`times_up`.
+    """
     BLOCK_N: tl.constexpr = y.shape[0]
     BLOCK_M: tl.constexpr = y.shape[1]
     n = first + tl.arange(0, BLOCK_N)
@@ -189,12 +192,12 @@ def store_outputs(
         at = output_of(n, out_features, GATED)
         y += tl.load(bias + at, mask=n < out_features, other=0.0).to(tl.float32)[:, None]
     y = y.to(dtype)
-    if SILU_MUL:
+    if ACTIVATION is not None:
         half = out_features // 2
         gate, up = tl.split(y.reshape(BLOCK_N // 16, 2, 8, BLOCK_M).permute(0, 2, 3, 1))
         at = first // 2 + tl.arange(0, BLOCK_N // 2)
         inside = (m[None, :] < rows) & (at[:, None] < half)
-        value = gated(gate, up).reshape(BLOCK_N // 2, BLOCK_M)
+        value = times_up(gate, up, ACTIVATION).reshape(BLOCK_N // 2, BLOCK_M)
         tl.store(out + m[None, :] * half + at[:, None], value, mask=inside)
     else:
         at = output_of(n, out_features, GATED)

@@ -1,4 +1,4 @@
-"""Times GPU work by replaying it as a CUDA graph, so that launch overhead stays out."""
+"""Times GPU work by replaying it as a CUDA graph, so that launch overhead is not measured."""
 
 from __future__ import annotations
 

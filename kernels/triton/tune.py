@@ -5,7 +5,7 @@
 Shapes are inputs × outputs. Choices go to the user's cache, which every later start reads;
 ``--ship`` writes them to the table in the repository instead. Each bucket of rows is a search from
 the rule's choice: one field is changed at a time and a change that is faster is kept. A candidate
-that does not fit the device, or whose result differs from the rule's, is passed over.
+that does not fit the device, or whose result differs from the rule's, is skipped.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 
 SHAPES = "4096x4096,4096x6144,4096x12288,4096x22016,4096x28672,11008x4096,14336x4096,5120x15360"
 CACHE_BYTES = 200 << 20  # weights rotated through, several times any L2 cache
-START_MINUTES = 5.0  # that a server's start may take; the next start goes on where it ended
+START_MINUTES = 5.0  # limit during a server's start; the next start continues
 
 # Milliseconds of a product (weights, input, expected result, configuration), inf for unusable.
 Measure = Callable[[list[PackedWeight], Tensor, Tensor, Config], float]
@@ -104,7 +104,7 @@ def search(start: Config, measure: Callable[[Config], float], rounds: int = 2) -
 
 
 def measured(weights: list[PackedWeight], x: Tensor, expected: Tensor, config: Config) -> float:
-    """Milliseconds of one product, inf where it does not fit or is wrong."""
+    """Milliseconds of one product, inf if it does not fit or is wrong."""
     try:
         found = packed_matmul(x, weights[0], config)
     except OutOfResources:
@@ -134,9 +134,12 @@ def tune(
 ) -> dict[str, Config]:
     """The best configuration of each distinct weight and bucket, by its key in the table.
 
-    weights: on the device, in ``gpu_tiles``. minutes: a search that they end is given up, and no
-    other is begun. known: keys to leave out. keep: told of each result at once. The small batches
-    of decoding come first.
+    weights: on the device, in ``gpu_tiles``.
+    minutes: the time limit. A search cut off by it is discarded.
+    known: keys to leave out.
+    keep: called with each result at once.
+
+    The small batches of decoding come first.
     """
     deadline = time.monotonic() + 60 * minutes
     work: dict[str, tuple[PackedWeight, int]] = {}
@@ -182,7 +185,7 @@ def tune_unknown(
 ) -> int:
     """Tune what neither the table nor the cache knows of these weights' device; returns how much.
 
-    Every result is in the cache at once, so that an end, even a violent one, loses one search.
+    Every result is cached at once, so that a killed process loses only one search.
     """
     weights = list(weights)
     if not weights:

@@ -106,7 +106,7 @@ def unpack_affine(q, dtype: tl.constexpr):
 @triton.jit
 def _bits(levels, index: tl.constexpr, dtype: tl.constexpr):
     # A 1 × 1 tensor, not a scalar: the compiler keeps unpacking in the matrix operand's layout only
-    # where every input of it is loaded.
+    # if every input of it is loaded.
     value = tl.load(levels + index + tl.zeros((1, 1), tl.int32)).to(dtype)
     return value.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
 

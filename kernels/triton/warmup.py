@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 import torch
 
+from nybble.kernels.activation import Activation
 from nybble.kernels.packed import PackedWeight
 from nybble.kernels.progress import Progress, track
 from nybble.kernels.triton.configs import BUCKETS
@@ -32,12 +33,18 @@ def signature(weight: PackedWeight) -> tuple[object, ...]:
 
 
 def warmup(
-    weights: Iterable[PackedWeight], dtype: torch.dtype, max_rows: int, *, progress: Progress = True
+    weights: Iterable[PackedWeight],
+    dtype: torch.dtype,
+    max_rows: int,
+    activation: Activation,
+    *,
+    progress: Progress = True,
 ) -> int:
     """Run every matmul of ``weights`` once for each bucket up to ``max_rows`` rows of ``dtype``.
 
     Compiles, sets up the counters CUDA graphs need, and reads each weight's levels, so that nothing
-    later waits for the device. Returns how many sizes of product there are.
+    later waits for the device. activation: the one fused into gated weights if no adapter is used.
+    Returns how many sizes of product there are.
     """
     distinct = {}
     slow: set[int] = set()
@@ -56,6 +63,6 @@ def warmup(
     for weight, rows in track(work, "Compiling matmuls", progress):
         x = torch.zeros(rows, weight.in_features, dtype=dtype, device=weight.qweight.device)
         packed_matmul(x, weight)
-        if weight.layout == "gpu_gated_tiles":  # without adapters the decoder asks for this one
-            packed_matmul(x, weight, silu_mul=True)
+        if weight.layout == "gpu_gated_tiles":
+            packed_matmul(x, weight, activation=activation)
     return len(work)

@@ -17,9 +17,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from transformers import AutoTokenizer
-
 from nybble.loaders import load_adapter, open_checkpoint, resolve_adapter, resolve_model
+from nybble.loaders.tokenizer import load_tokenizer
 from nybble.models import architecture_of
 from nybble.quantizers import merge_adapter, merge_divergence
 from nybble.quantizers.corpus import standard_library_text, token_windows
@@ -41,7 +40,7 @@ def main() -> None:
     adapter = load_adapter(
         resolve_adapter(args.adapter), architecture_of(open_checkpoint(base).config)
     )
-    tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
+    tokenizer = load_tokenizer(base)
     held_out = standard_library_text("held-out") if args.text is None else args.text.read_text()
     text = token_windows(tokenizer, held_out, samples=args.tokens // 512, length=512).flatten()
     calibration = token_windows(

@@ -1,1 +1,1 @@
-"""Adapters over HTTP: administration, uploads, a watched folder, and what outlives a restart."""
+"""Adapters over HTTP: administration, uploads, a watched folder, and state across restarts."""

@@ -1,7 +1,7 @@
-"""The administration of adapters: load, unload, upload, list.
+"""Administration of adapters: load, unload, upload, list.
 
-Bodies are as vLLM's clients send them. Uploads are forms with ``lora_name``, ``load_inplace`` and
-the files: adapter_config.json and adapter_model.safetensors, or an archive with both.
+Request bodies are those of vLLM. Uploads are forms with ``lora_name``, ``load_inplace`` and either
+the files adapter_config.json and adapter_model.safetensors, or an archive with both.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ ADMIN_PATHS = (
 
 
 class AdapterAdmin:
-    """Handlers that need an admin key, and load only what lies below the allowed roots."""
+    """Handlers which require an admin key and load only from below the allowed roots."""
 
     def __init__(
         self,
@@ -47,9 +47,12 @@ class AdapterAdmin:
         roots: Sequence[Path],
         state: AdapterState | None,
     ) -> None:
-        """models: names that no adapter may take. Without keys or roots, their use gets 403.
+        """Set what is allowed.
 
-        Uploads are kept below the first root.
+        models: names that no adapter may take.
+        keys: admin keys; without any, administration gets 403.
+        roots: folders to load from; without any, loading gets 403. The first one holds uploads.
+        state: remembers loaded adapters for the next start; None to forget them.
         """
         self._state = state
         self._engine = engine
@@ -89,14 +92,14 @@ class AdapterAdmin:
         if state is not None:
             state.keep(body.lora_name, str(folder))
         if uploads is not None and not uploads.holds(folder):
-            uploads.retire(body.lora_name)  # or a restart would find two of the name
+            uploads.retire(body.lora_name)  # else a restart would find two of this name
         return info
 
     async def unload(self, request: web.Request) -> web.Response:
         self._require_admin(request)
         body = await read_body(request, UnloadAdapterRequest)
         if self._state is not None and self._engine.adapter(body.lora_name) is None:
-            # One that could not be loaded again shall not be tried for ever.
+            # Forget an adapter that failed to load at the start too, or every start tries it.
             await asyncio.to_thread(self._state.forget, body.lora_name)
         info = self._find(body.lora_name)
         self._engine.unload_adapter(body.lora_name)
@@ -133,7 +136,7 @@ class AdapterAdmin:
         return info
 
     async def delete(self, request: web.Request) -> web.Response:
-        """Unload an adapter, if it is not yet, and remove its files if they were uploaded."""
+        """Unload an adapter if it is loaded, and remove its files if they were uploaded."""
         self._require_admin(request)
         name, uploads = request.match_info["name"], self._uploads
         kept = uploads is not None and await asyncio.to_thread(uploads.has, name)
@@ -193,16 +196,16 @@ class AdapterAdmin:
 def restore(
     engine: Engine, models: Sequence[str], roots: Sequence[Path], state: Path | None
 ) -> None:
-    """Load what the API had loaded before the last end, as far as it is allowed and there; blocks.
+    """Load the adapters that the API had loaded before the restart. Blocks.
 
-    What cannot be loaded is logged, and tried again at the next start.
+    Failures are logged, and tried again at the next start.
     """
     if state is None or not roots:
         return
     allowed = [root.resolve() for root in roots]
     for name, path in AdapterState(state).paths().items():
         if name in models or engine.adapter(name) is not None:
-            continue  # the command line goes before
+            continue  # the command line takes precedence
         try:
             engine.load_adapter(name, str(_allowed(path, allowed)))
             logger.info("adapter %s is loaded again", name)
@@ -211,7 +214,7 @@ def restore(
 
 
 def restore_uploads(engine: Engine, models: Sequence[str], roots: Sequence[Path]) -> None:
-    """Load what was uploaded before, as far as names are free and it still fits; blocks."""
+    """Load earlier uploads whose names are free and which still fit. Blocks."""
     if not roots:
         return
     uploads = AdapterUploads(uploads_folder(roots))
@@ -226,16 +229,16 @@ def restore_uploads(engine: Engine, models: Sequence[str], roots: Sequence[Path]
 
 
 def _allowed(path: str, roots: Sequence[Path]) -> Path:
-    """The adapter's folder, if it and its files really lie below a root, links followed.
+    """The adapter's folder, if it and its files are below a root after following links.
 
-    Relative paths start at the roots. What is outside and what is not there get the same answer,
-    so that nobody learns what exists. Raises ApiError.
+    Relative paths start at the roots. Paths outside and missing paths get the same ApiError, so
+    that no client can find out which files exist.
     """
     if not roots:
         raise ApiError(403, "this server was started without --lora-root", code="admin_disabled")
     for root in roots:
         try:
-            # Joining an absolute path replaces the root; where it leads is checked as well.
+            # Joining an absolute path replaces the root; the result is checked all the same.
             folder = (root / path).resolve()
             if folder.is_dir() and all(
                 file.resolve().is_relative_to(root) for file in (folder, *folder.iterdir())
@@ -252,7 +255,7 @@ def _allowed(path: str, roots: Sequence[Path]) -> Path:
 
 
 def uploads_folder(roots: Sequence[Path]) -> Path:
-    """Where uploads are kept, of the folders that adapters may be loaded from."""
+    """The folder for uploads, below the first root."""
     return roots[0].resolve() / "uploads"
 
 

@@ -1,7 +1,7 @@
-"""An uploaded archive's adapter: the two files PEFT loads are taken out, nothing else is written.
+"""Extracts an adapter from an uploaded archive: only the two files that PEFT loads are written.
 
-What could hurt is refused rather than skipped: absolute and climbing paths, links and devices, more
-than a bounded number of members or of bytes, however well they were compressed.
+Dangerous archives are refused: those with absolute or ``..`` paths, links or devices, and those
+with too many members or too many bytes after decompression.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MAX_BYTES = {CONFIG: 1 << 20, WEIGHTS: 2 << 30}
 _MAX_MEMBERS = 1000
 _MAX_UNPACKED = 4 << 30
-# No single header or name is this long; tarfile would hold it in memory.
+# No honest header or name is this long, and tarfile would hold it in memory.
 _MAX_READ = 8 << 20
 _CHUNK = 1 << 20
 
@@ -54,7 +54,7 @@ def extract_adapter(archive: Path, folder: Path) -> None:
     except (gzip.BadGzipFile, NotImplementedError, UnicodeDecodeError) as error:
         raise ArchiveError(f"the archive cannot be read: {error}") from error
     except OSError as error:
-        if error.errno != errno.EINVAL:  # of the disk's own
+        if error.errno != errno.EINVAL:  # EINVAL is a bad archive; others are the disk's
             raise
         raise ArchiveError("the archive names a place that it does not have") from error
     if len({path.parent for path in taken.values()}) > 1:
@@ -62,7 +62,7 @@ def extract_adapter(archive: Path, folder: Path) -> None:
 
 
 def copy_bounded(source: IO[bytes], target: IO[bytes], name: str) -> None:
-    """Raises ArchiveError where a file of this name is larger than it may be."""
+    """Copy a file. Raises ArchiveError if it is larger than a file of this name may be."""
     left = MAX_BYTES[name]
     while chunk := source.read(_CHUNK):
         left -= len(chunk)
@@ -74,7 +74,7 @@ def copy_bounded(source: IO[bytes], target: IO[bytes], name: str) -> None:
 def _zip(archive: Path) -> Iterator[tuple[PurePosixPath, IO[bytes] | None]]:
     with zipfile.ZipFile(archive) as file:
         for info in file.infolist():
-            # Of a member written on Unix, the file type.
+            # The file type of a member that was written on Unix.
             kind = info.external_attr >> 28 if info.create_system == 3 else 0
             if kind not in (0, 0o4, 0o10):  # unknown, folder, regular file
                 raise ArchiveError(f"{info.filename!r} is a link or a device")
@@ -103,7 +103,7 @@ def _unpacked(archive: Path) -> Iterator[IO[bytes]]:
 
 
 class _Bounded(io.RawIOBase):
-    """No position beyond ``_MAX_UNPACKED`` bytes, no read of more than ``_MAX_READ`` at once."""
+    """Refuses positions beyond ``_MAX_UNPACKED`` bytes and reads of more than ``_MAX_READ``."""
 
     def __init__(self, stream: IO[bytes] | gzip.GzipFile) -> None:
         self._stream = stream

@@ -1,4 +1,4 @@
-"""Which adapters belong to one tenant; the others are anybody's whose entry names them."""
+"""Which adapters belong to one tenant. Others may be used by any tenant whose entry allows it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class AdapterOwners:
         self._owners.pop(name, None)
 
     def may_use(self, tenant: Tenant | None, name: str) -> bool:
-        """An owned adapter is its owner's alone, whatever a tenant's patterns say."""
+        """Whether the tenant may use an adapter; an owned one is only for its owner."""
         if tenant is None:
             return True
         owner = self._owners.get(name)

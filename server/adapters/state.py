@@ -1,4 +1,4 @@
-"""Which adapters were loaded through the API, kept in a file so that a restart loads them again."""
+"""A file of the adapters loaded through the API, from which a restart loads them again."""
 
 from __future__ import annotations
 
@@ -15,17 +15,21 @@ from nybble.loaders.cache import cache_folder
 logger = logging.getLogger(__name__)
 
 
-def default_path(model: str, port: int, roots: Iterable[Path]) -> Path:
-    """A file in the cache: another for each model, port and set of allowed roots."""
-    parts = (model, port, sorted(str(root.resolve()) for root in roots))
+def default_path(model: str, place: int | Path, roots: Iterable[Path]) -> Path:
+    """A file in the cache folder, different for each model, port or socket, and set of roots."""
+    parts = (
+        model,
+        place if isinstance(place, int) else str(place.resolve()),
+        sorted(str(root.resolve()) for root in roots),
+    )
     digest = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
     return cache_folder() / "state" / f"adapters-{digest}.json"
 
 
 class AdapterState:
-    """Paths by name. Each change is on the disk, whole, before it returns; any thread may make one.
+    """Adapter paths by name. Thread-safe; every change is written atomically before it returns.
 
-    A file that cannot be read is put aside, one that cannot be written is logged: neither keeps a
+    A file that cannot be read is put aside, and a failure to write is logged. Neither keeps the
     server from serving.
     """
 
@@ -35,16 +39,16 @@ class AdapterState:
         self._paths = self._read()
 
     def paths(self) -> dict[str, str]:
-        """What a start loads again."""
+        """The adapters that a start loads again."""
         with self._lock:
             return dict(self._paths)
 
     def keep(self, name: str, path: str) -> None:
-        """An adapter was loaded, or replaced."""
+        """Record an adapter that was loaded or replaced."""
         self._change(lambda paths: paths.__setitem__(name, path))
 
     def forget(self, name: str) -> None:
-        """An adapter was unloaded; nothing where the name is not kept."""
+        """Remove an adapter that was unloaded, if it is recorded."""
         self._change(lambda paths: paths.pop(name, None))
 
     def _change(self, change: Callable[[dict[str, str]], object]) -> None:

@@ -1,8 +1,8 @@
 """Uploaded adapters on disk: ``FOLDER/NAME/VERSION/``, the greatest version being the current one.
 
-A version appears complete, by renaming, or not at all. One that was replaced or deleted is marked
-first and removed later, as requests that have begun may still have to read it. One that was
-unloaded is marked and kept: no start loads it until it is loaded by its path or replaced.
+A version appears complete, by renaming, or not at all. A replaced or deleted version is first
+marked and removed later, because requests that have begun may still have to read it. An unloaded
+version is marked and kept: no start loads it until it is loaded by its path or replaced.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class AdapterUploads:
         self._lock = threading.Lock()
 
     def recover(self) -> dict[str, Path]:
-        """Current versions by name, those unloaded left out; clears away unfinished and retired."""
+        """Current versions by name, except unloaded ones. Removes unfinished and retired ones."""
         if not self._folder.is_dir():
             return {}
         with self._lock:
@@ -48,11 +48,11 @@ class AdapterUploads:
             return {n: path for n, path in current.items() if not (path / _UNLOADED).exists()}
 
     def holds(self, folder: Path) -> bool:
-        """Whether a folder, its links followed, is a version that was uploaded."""
+        """Whether a folder, after following links, is an uploaded version."""
         return folder.is_relative_to(self._folder)
 
     def is_current(self, name: str, folder: Path) -> bool:
-        """Whether a folder is what a start would load as ``name``, were it not unloaded."""
+        """Whether a folder is the current version of ``name``, unloaded or not."""
         with self._lock:
             return self._versions(name)[-1:] == [folder]
 
@@ -62,7 +62,7 @@ class AdapterUploads:
             return bool(self._versions(name))
 
     def set_unloaded(self, name: str, unloaded: bool) -> None:
-        """Say whether a start shall leave ``name`` alone; nothing where it was not uploaded."""
+        """Set whether a start skips ``name``. Does nothing if it was not uploaded."""
         with self._lock:
             for version in self._versions(name)[-1:]:
                 mark = version / _UNLOADED
@@ -70,7 +70,7 @@ class AdapterUploads:
 
     @contextmanager
     def scratch(self) -> Iterator[Path]:
-        """A folder to receive files in, gone afterwards unless :meth:`publish` took it."""
+        """A folder to receive files in. Removed afterwards unless :meth:`publish` took it."""
         folder = self._folder / f"{_PARTIAL}{uuid4().hex}"
         folder.mkdir(parents=True)
         try:
@@ -91,13 +91,13 @@ class AdapterUploads:
             return version
 
     def discard(self, version: Path) -> None:
-        """Remove a version that nobody has used."""
+        """Remove a version that was never used."""
         with self._lock:
             shutil.rmtree(version, ignore_errors=True)
             self._remove_if_empty(version.parent)
 
     def retire(self, name: str, *, but: Path | None = None) -> None:
-        """Mark the versions of ``name`` before ``but``, or all; later calls remove them."""
+        """Mark all versions of ``name``, or those before ``but``. Later calls remove them."""
         with self._lock:
             for version in self._versions(name):
                 if but is None or version.name < but.name:

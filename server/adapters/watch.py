@@ -1,4 +1,4 @@
-"""A folder of adapters that the server follows: what appears is loaded, what goes is unloaded."""
+"""Watches a folder of adapters: new ones are loaded, removed ones unloaded."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ Signature = tuple[tuple[str, int, int], ...]
 class AdapterWatch:
     """Each subfolder with an adapter is loaded under the subfolder's name.
 
-    A folder is read once it has stayed the same for an interval, so that none is read half-written.
-    Names that were loaded otherwise, and the base model's, are left alone.
+    A folder is read once it has not changed for an interval, so that none is read half-written.
+    The base model's names, and adapters that were loaded in other ways, are left alone.
     """
 
     def __init__(self, engine: Engine, folder: Path, models: tuple[str, ...]) -> None:
@@ -38,7 +38,7 @@ class AdapterWatch:
             await asyncio.sleep(interval)
 
     def scan(self) -> None:
-        """Load, replace and unload what has changed since the last scan but one."""
+        """Load, replace and unload what changed and has been stable since the last scan."""
         found = self._signatures()
         for name in [name for name in self._loaded if name not in found]:
             del self._loaded[name]
@@ -63,7 +63,7 @@ class AdapterWatch:
             self._engine.load_adapter(name, str(self._folder / name), replace=replace)
         except (AdapterError, OSError) as error:
             self._fail(name, signature, str(error))
-        except Exception as error:  # one folder must not end the watch over all
+        except Exception as error:  # one bad folder must not end the watch
             logger.exception("loading adapter %s failed", name)
             self._fail(name, signature, repr(error))
         else:
@@ -71,7 +71,7 @@ class AdapterWatch:
             logger.info("adapter %s was %s", name, "replaced" if replace else "loaded")
 
     def _fail(self, name: str, signature: Signature, reason: str) -> None:
-        self._failed[name] = signature  # said once, tried again when its files change
+        self._failed[name] = signature  # logged once; tried again when its files change
         logger.error("adapter %s cannot be loaded: %s", name, reason)
 
     def _signatures(self) -> dict[str, Signature]:
@@ -82,7 +82,7 @@ class AdapterWatch:
                 files = [file for file in sorted(folder.iterdir()) if file.is_file()]
                 stats = [(file.name, file.stat()) for file in files]
                 found[folder.name] = tuple((n, s.st_size, s.st_mtime_ns) for n, s in stats)
-        except OSError as error:  # something went away while it was looked at
+        except OSError as error:  # removed during the scan
             logger.warning("%s: %s", self._folder, error)
             return self._seen
         return found

@@ -16,7 +16,11 @@ from nybble.server.api.tools import Tools
 
 
 class ChatShape(ChoicesShape):
-    """``chat.completion`` and ``chat.completion.chunk``. With tools, text is read for calls."""
+    """``chat.completion`` and ``chat.completion.chunk``. With tools, calls are parsed from text.
+
+    prompts: the token ids of the one prompt.
+    echo: text that every answer begins with, before the generated text.
+    """
 
     def __init__(
         self,
@@ -25,8 +29,11 @@ class ChatShape(ChoicesShape):
         created: int,
         logprobs: Logprobs | None,
         tools: Tools | None,
+        prompts: Sequence[tuple[int, ...]],
+        echo: str = "",
     ) -> None:
-        super().__init__(include_usage=body.include_usage)
+        super().__init__(body, prompts)
+        self._echo = echo
         self._head = {"id": id, "created": created, "model": body.model}
         self._logprobs = logprobs if body.logprobs else None
         self._of_prompt = logprobs if body.prompt_logprobs is not None else None
@@ -39,7 +46,7 @@ class ChatShape(ChoicesShape):
         return {**self._head, "object": name, "choices": choices}
 
     def whole(self, outputs: Sequence[Sequence[RequestOutput]], usage: Usage) -> dict[str, Any]:
-        body = super().whole(outputs, usage)
+        body = super().whole(outputs, usage) | self.prompt_token_ids(0)
         prompt = outputs[0][0].prompt_logprobs
         if self._of_prompt is not None and prompt is not None:
             body["prompt_logprobs"] = self._of_prompt.by_id(prompt, self._prompt_alternatives)
@@ -48,7 +55,11 @@ class ChatShape(ChoicesShape):
     def choice(self, index: int, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
         parser = self._new_parser()
         text = "".join(output.text for output in outputs)
-        message: dict[str, Any] = {"role": "assistant", "content": "", "refusal": None}
+        message: dict[str, Any] = {
+            "role": "assistant",
+            "content": self._echo,
+            "refusal": None,
+        }
         calls: list[dict[str, Any]] = []
         for event in _events(parser, text, last=True):
             if isinstance(event, Text):
@@ -65,22 +76,31 @@ class ChatShape(ChoicesShape):
             "message": message,
             "logprobs": self._content_logprobs(outputs),
             "finish_reason": self._finish_reason(outputs[-1], parser),
+            **self.token_ids(outputs),
         }
 
     def chunks(self, index: int, output: RequestOutput) -> Sequence[dict[str, Any]]:
+        begins = index not in self._parsers
         deltas: list[dict[str, Any]] = []
-        if index not in self._parsers:
+        if begins:
             self._parsers[index] = self._new_parser()
             deltas.append({"role": "assistant", "content": ""})
+            if self._echo:
+                deltas.append({"content": self._echo})
         parser = self._parsers[index]
         last = output.finish_reason is not None
         deltas += [_delta(event) for event in _events(parser, output.text, last=last)]
-        logprobs = self._content_logprobs([output])
-        if not deltas and (last or (logprobs and logprobs["content"])):
+        logprobs, token_ids = self._content_logprobs([output]), self.token_ids([output])
+        if not deltas and ((logprobs and logprobs["content"]) or token_ids.get("token_ids")):
             deltas.append({})
         chunks = [_chunk(index, delta) for delta in deltas]
         if chunks:
             chunks[-1]["logprobs"] = logprobs
+            chunks[-1] |= token_ids
+        if begins and chunks:
+            chunks[0] |= self.prompt_token_ids(index)
+        if last:  # in a chunk of its own, as OpenAI does
+            chunks.append(_chunk(index, {}))
             chunks[-1]["finish_reason"] = self._finish_reason(output, parser)
         return chunks
 

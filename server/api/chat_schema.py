@@ -4,19 +4,57 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from nybble.server.api.schema import OF_THE_SERVICE, Body, Sampling
+from nybble.engine.conversation import turn_of
+from nybble.server.api import foreign
+from nybble.server.api.body import Body
+from nybble.server.api.format_schema import ResponseFormat
+from nybble.server.api.schema import NO_LIMIT, OF_THE_SERVICE, Sampling
 
 MAX_TOOLS = 128
 MAX_MESSAGES = 1 << 14
 
 
+def _no_zero(value: Any) -> Any:
+    if value == 0 or (isinstance(value, int) and value < NO_LIMIT):
+        raise PydanticCustomError("too_small", f"expected 1 or more, or {NO_LIMIT} for no limit")
+    return value
+
+
+ChatLimit = Annotated[int, BeforeValidator(_no_zero, json_schema_input_type=int)]
+
+
+_KINDS = {"image": "images", "audio": "audio", "video": "video", "file": "files"}
+
+
+def require_text(*types: str) -> BeforeValidator:
+    """Accepts these content types; the error for others says what kind of content they are."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, str) and value not in types:
+            found = (what for kind, what in _KINDS.items() if kind in value)
+            what = next(found, f"parts of type {value[:40]!r}")
+            raise PydanticCustomError(
+                "unsupported_parameter",
+                "{what} are not supported: this server's models read text",
+                {"what": what},
+            )
+        return value
+
+    return BeforeValidator(check)
+
+
 class ContentPart(Body):
     """Text, the only kind of content a language model here reads."""
 
-    type: Literal["text"]
+    ignored: ClassVar[dict[str, str]] = {
+        "cache_control": "prefixes are kept while there is room",
+        "prompt_cache_breakpoint": "prefixes are found by their tokens",
+    }
+
+    type: Annotated[Literal["text"], require_text("text")]
     text: str
 
 
@@ -29,7 +67,7 @@ class ToolCall(Body):
     id: str
     type: Literal["function"]
     function: FunctionCall
-    index: int | None = None  # clients that join streamed deltas leave it in
+    index: int | None = None  # left over from joined stream deltas
 
 
 class Message(Body):
@@ -59,30 +97,9 @@ class Message(Body):
         return self
 
 
-class JsonSchema(Body):
-    name: str
-    description: str | None = None
-    # The name is OpenAI's, and `schema` is taken by pydantic.
-    strict: bool | None = None  # refuse what cannot be enforced, instead of leaving it to the model
-    definition: dict[str, Any] | None = Field(default=None, alias="schema")
-
-
-class ResponseFormat(Body):
-    type: Literal["text", "json_object", "json_schema"]
-    json_schema: JsonSchema | None = None
-
-    @model_validator(mode="after")
-    def _schema_where_it_belongs(self) -> ResponseFormat:
-        if (self.type == "json_schema") != (self.json_schema is not None):
-            raise PydanticCustomError(
-                "invalid_value",
-                "json_schema is required with type json_schema, and only with it",
-                {"param": "json_schema"},
-            )
-        return self
-
-
 class Function(Body):
+    ignored: ClassVar[dict[str, str]] = {"cache_control": "prefixes are kept while there is room"}
+
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
     description: str | None = None
     parameters: dict[str, Any] | None = None
@@ -90,6 +107,8 @@ class Function(Body):
 
 
 class Tool(Body):
+    ignored: ClassVar[dict[str, str]] = {"cache_control": "prefixes are kept while there is room"}
+
     type: Literal["function"]
     function: Function
 
@@ -103,34 +122,68 @@ class NamedToolChoice(Body):
     function: FunctionName
 
 
-class ChatRequest(Sampling):
-    ignored: ClassVar[dict[str, str]] = OF_THE_SERVICE | {"prediction": "a hint for speed"}
+ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+
+
+class TemplateOptions(Body):
+    """How messages become a prompt.
+
+    add_special_tokens: whether the tokenizer adds its special tokens (such as BOS) to what the
+        template wrote.
+    chat_template: used instead of the model's own, if the server allows it.
+    """
+
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    add_special_tokens: bool | None = None
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    documents: list[dict[str, Any]] | None = None
+    reasoning_effort: ReasoningEffort | None = None
+
+    @model_validator(mode="after")
+    def _new_turn_or_old(self) -> TemplateOptions:
+        if self.continue_final_message and self.add_generation_prompt:
+            raise PydanticCustomError(
+                "invalid_value",
+                "add_generation_prompt and continue_final_message exclude each other",
+                {"param": "add_generation_prompt"},
+            )
+        return self
+
+
+class ChatRequest(Sampling, TemplateOptions):
+    ignored: ClassVar[dict[str, str]] = (
+        OF_THE_SERVICE | foreign.IGNORED | {"prediction": "a hint for speed"}
+    )
     refused: ClassVar[dict[str, str]] = {
+        **foreign.REFUSED,
+        **foreign.REFUSED_IN_CHATS,
         "functions": "functions is deprecated and not supported",
         "function_call": "function_call is deprecated and not supported",
         "audio": "audio is not supported: models here write text",
         "web_search_options": "web search is not supported",
-        "reasoning_effort": "reasoning_effort is not supported",
         "verbosity": "verbosity is not supported",
         "moderation": "moderation is not supported: there is no moderation model",
     }
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = foreign.NEUTRAL_IN_CHATS
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
     logprobs: bool | None = None
     top_logprobs: int | None = None
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: ChatLimit | None = None
+    max_completion_tokens: ChatLimit | None = None
+    echo: bool | None = None  # repeat the continued last message in the answer
     modalities: list[Literal["text"]] | None = None
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
     parallel_tool_calls: bool | None = None
     prediction: dict[str, Any] | None = None
     response_format: ResponseFormat | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
 
     @model_validator(mode="after")
     def _logprobs_first(self) -> ChatRequest:
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise PydanticCustomError(
                 "invalid_value",
                 "top_logprobs is allowed only when logprobs is true",
@@ -138,15 +191,34 @@ class ChatRequest(Sampling):
             )
         return self
 
+    @property
+    def echoed(self) -> str:
+        """What the answer begins with: the assistant's last message if ``echo`` asks for it."""
+        last = self.messages[-1]
+        if not self.echo or last.role != "assistant":
+            return ""
+        return str(turn_of(last.model_dump())["content"])
 
-class TokenizeRequest(Body):
+    @property
+    def limit(self) -> int | None:
+        """The most tokens to generate; None for no limit but the context length."""
+        limits = (self.max_completion_tokens, self.max_tokens)
+        limit = next((limit for limit in limits if limit is not None), None)
+        return None if limit == NO_LIMIT else limit
+
+
+class TokenizeRequest(TemplateOptions):
     """Either a prompt or messages."""
+
+    ignored: ClassVar[dict[str, str]] = {
+        name: foreign.IGNORED[name] for name in ("media_io_kwargs", "mm_processor_kwargs")
+    }
 
     model: str | None = None
     prompt: str | None = None
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
-    add_special_tokens: bool | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    return_token_strs: bool | None = None
 
     @model_validator(mode="after")
     def _one_of(self) -> TokenizeRequest:

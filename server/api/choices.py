@@ -1,4 +1,4 @@
-"""What chat completions and completions have in common: choices in an envelope."""
+"""What the responses of chat completions and completions share: choices in an envelope."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 from nybble.engine import RequestOutput
 from nybble.server.api.generation import Usage
 from nybble.server.api.respond import Event
+from nybble.server.api.schema import Sampling
 from nybble.server.http.errors import ApiError
 
 
@@ -17,16 +18,20 @@ class ChoicesShape(ABC):
 
     terminator: bytes | None = b"[DONE]"
 
-    def __init__(self, *, include_usage: bool) -> None:
-        self._include_usage = include_usage
+    def __init__(self, body: Sampling, prompts: Sequence[tuple[int, ...]]) -> None:
+        """prompts: token ids; sequence ``i`` continues prompt ``i // n``."""
+        self._include_usage = body.include_usage
+        self._continuous_usage = body.continuous_usage
+        self._n = body.sequences
+        self._prompts = prompts if body.return_token_ids else None
 
     @abstractmethod
     def envelope(self, choices: Sequence[dict[str, Any]], *, chunk: bool) -> dict[str, Any]:
-        """The body around choices: of a whole response, or of one event."""
+        """A body with these choices: a whole response, or one event if ``chunk``."""
 
     @abstractmethod
     def choice(self, index: int, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
-        """A finished sequence."""
+        """The choice for a finished sequence."""
 
     @abstractmethod
     def chunks(self, index: int, output: RequestOutput) -> Sequence[dict[str, Any]]:
@@ -36,13 +41,27 @@ class ChoicesShape(ABC):
         choices = [self.choice(index, sequence) for index, sequence in enumerate(outputs)]
         return self.envelope(choices, chunk=False) | {"usage": _usage(usage)}
 
-    def events(self, index: int, output: RequestOutput) -> Sequence[Event]:
-        # OpenAI sends a null usage with every event before the one that carries it.
-        extra: dict[str, Any] = {"usage": None} if self._include_usage else {}
+    def events(self, index: int, output: RequestOutput, usage: Usage) -> Sequence[Event]:
+        extra: dict[str, Any] = {}
+        if self._include_usage:
+            # OpenAI sends a null usage in every event but the last.
+            extra["usage"] = _usage(usage) if self._continuous_usage else None
         return [
             (None, self.envelope([choice], chunk=True) | extra)
             for choice in self.chunks(index, output)
         ]
+
+    def prompt_token_ids(self, index: int) -> dict[str, Any]:
+        """The field for a sequence's prompt, if it is asked for."""
+        if self._prompts is None:
+            return {}
+        return {"prompt_token_ids": self._prompts[index // self._n]}
+
+    def token_ids(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
+        """The field for these outputs' tokens, if it is asked for."""
+        if self._prompts is None:
+            return {}
+        return {"token_ids": [token for output in outputs for token in output.token_ids]}
 
     def last_events(self, usage: Usage) -> Sequence[Event]:
         if not self._include_usage:

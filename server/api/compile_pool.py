@@ -1,4 +1,4 @@
-"""Where grammars are compiled: beside the event loop, with a stack for deep ones, for so long."""
+"""Threads that compile grammars, with a large stack for deep ones and a time limit."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
+from nybble.server.http import retry_after
 from nybble.server.http.errors import ApiError
 
 T = TypeVar("T")
 
 # The compiler recurses: thousands of rules, each naming the next, overflow a thread's usual 8 MiB,
-# which would end the process. What is not used of a stack takes no memory.
+# which would crash the process. Unused stack takes no memory.
 _STACK_BYTES = 512 << 20
-_RETRY_AFTER_SECONDS = 5
 
 
 class CompilePool:
-    """A few threads that compile; ``seconds`` is what one grammar may take."""
+    """A few threads that compile; one grammar may take ``seconds``."""
 
     def __init__(self, workers: int = 2, seconds: float = 20) -> None:
         self._seconds = seconds
@@ -27,16 +27,18 @@ class CompilePool:
         before = threading.stack_size(_STACK_BYTES)
         try:
             started = threading.Barrier(workers + 1)
-            for _ in range(workers):  # now, while threads get the large stack
+            for _ in range(workers):  # start now, while new threads get the large stack
                 self._pool.submit(started.wait)
             started.wait()
         finally:
             threading.stack_size(before)
 
     async def run(self, compile: Callable[[], T], param: str) -> T:
-        """Raises what ``compile`` does; ApiError 400 where it takes too long, 503 where others do.
+        """Run ``compile`` on a thread and return its result.
 
-        A compilation that takes too long goes on in its thread, which takes no other meanwhile.
+        Raises what ``compile`` raises, ApiError 400 if it takes too long, and 503 if other
+        compilations occupy every thread. One that takes too long cannot be stopped: its thread
+        stays busy until it is done.
         """
         begun = threading.Event()
 
@@ -61,5 +63,5 @@ class CompilePool:
                 503,
                 "other requests' grammars are being compiled",
                 code="overloaded",
-                retry_after=_RETRY_AFTER_SECONDS,
+                retry_after=retry_after.BUSY,
             ) from None

@@ -14,8 +14,8 @@ from nybble.server.api.schema import CompletionRequest
 class CompletionShape(ChoicesShape):
     """``text_completion``.
 
-    logprobs: writes those asked for, None for none. echoes: the text of each prompt, with which its
-    sequences begin, or None.
+    logprobs: writes log probabilities; None if none are asked for.
+    echoes: the text of each prompt, which its choices begin with; None if not asked for.
     """
 
     def __init__(
@@ -25,15 +25,15 @@ class CompletionShape(ChoicesShape):
         created: int,
         logprobs: Logprobs | None,
         echoes: Sequence[str] | None,
+        prompts: Sequence[tuple[int, ...]],
     ) -> None:
-        super().__init__(include_usage=body.include_usage)
+        super().__init__(body, prompts)
         self._head = {
             "id": id,
             "object": "text_completion",
             "created": created,
             "model": body.model,
         }
-        self._n = body.sequences
         self._alternatives = body.logprobs
         self._prompt_alternatives = body.prompt_logprobs
         self._logprobs = logprobs
@@ -56,17 +56,20 @@ class CompletionShape(ChoicesShape):
         choice = self._choice(index, [output])
         logprobs = choice["logprobs"]
         wanted = choice["text"] or output.finish_reason or (logprobs and logprobs["tokens"])
+        wanted = wanted or self._prompts is not None
         return [choice] if wanted else []
 
     def _choice(self, index: int, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
         text = "".join(output.text for output in outputs)
+        extra = self.token_ids(outputs)
         logprobs = None
         if self._logprobs is not None and self._alternatives is not None:
             logprobs = self._logprobs.completion(outputs)
         if index not in self._begun:
             self._begun.add(index)
+            extra |= self.prompt_token_ids(index)
             prompt = index // self._n
-            # Only a prompt's first sequence reads it, and it is the first to be heard of.
+            # Only a prompt's first sequence has them, and its output always comes first.
             if (found := outputs[0].prompt_logprobs) is not None:
                 self._of_prompts[prompt] = found
             if self._echoes is not None:
@@ -86,16 +89,17 @@ class CompletionShape(ChoicesShape):
             "text": text,
             "logprobs": logprobs,
             "finish_reason": outputs[-1].finish_reason,
+            **extra,
         }
 
     def _prepend(self, logprobs: dict[str, Any], index: int) -> None:
-        """Put the prompt's tokens before those of the output."""
+        """Put the prompt's logprobs before those of the output."""
         assert self._logprobs is not None
         assert self._alternatives is not None
         assert self._echoes is not None
         prompt = index // self._n
         echoed = self._logprobs.prompt(self._of_prompts[prompt], self._alternatives)
-        # Tokens put before the text, as BOS is, are no part of it: offsets count from its end.
+        # Tokens such as BOS are not part of the echoed text: count offsets back from its end.
         self._offsets[index] = len(self._echoes[prompt]) - sum(echoed["lengths"])
         for key, values in logprobs.items():
             values[:0] = echoed[key]

@@ -1,4 +1,4 @@
-"""/v1/embeddings: its body, and vectors as OpenAI writes them."""
+"""/v1/embeddings: its request body, and vectors in OpenAI's format."""
 
 from __future__ import annotations
 
@@ -9,14 +9,25 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field
 
 from nybble.engine import RequestOutput
+from nybble.server.api import foreign
 from nybble.server.api.generation import Usage
-from nybble.server.api.schema import OF_THE_SERVICE, Body, Prompt, PromptShapes, prompts_of
+from nybble.server.api.schema import (
+    OF_THE_SERVICE,
+    Priority,
+    Prompt,
+    PromptShapes,
+    Timeout,
+    Truncated,
+    prompts_of,
+)
 
 
-class EmbeddingRequest(Body):
-    ignored: ClassVar[dict[str, str]] = {"user": OF_THE_SERVICE["user"]}
-    refused: ClassVar[dict[str, str]] = {
-        "truncate_prompt_tokens": "truncate_prompt_tokens is not supported: shorten the input",
+class EmbeddingRequest(Truncated):
+    ignored: ClassVar[dict[str, str]] = {
+        "user": OF_THE_SERVICE["user"],
+        "mm_processor_kwargs": foreign.IGNORED["mm_processor_kwargs"],
+        "request_id": foreign.IGNORED["request_id"],
+        "rid": foreign.IGNORED["rid"],
     }
 
     model: str
@@ -27,7 +38,10 @@ class EmbeddingRequest(Body):
     user: str | None = None
 
     adapter: str | None = None
-    timeout: Annotated[float, Field(gt=0)] | None = None
+    normalize: Literal[True] | None = None  # from vLLM; embeddings always have length 1
+    add_special_tokens: bool | None = None
+    priority: Priority | None = None
+    timeout: Timeout | None = None
 
     @property
     def prompts(self) -> list[Prompt]:
@@ -55,7 +69,7 @@ class EmbeddingsShape:
 
     def _vector(self, output: RequestOutput) -> str | list[float]:
         assert output.embedding is not None
-        if self._base64:  # of float32, least significant byte first
+        if self._base64:  # of little-endian float32
             return b64encode(output.embedding.astype("<f4").tobytes()).decode()
         numbers: list[float] = output.embedding.tolist()
         return numbers

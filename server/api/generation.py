@@ -22,17 +22,22 @@ from nybble.server.tenancy.admission import Admission
 from nybble.server.tenancy.limits import Limiter
 from nybble.server.tenancy.tenants import Tenant
 
-# Enough to fill a step's token budget with short texts, and of a small server a quarter at most.
+# Enough short texts to fill a step's token budget. On a small server at most a quarter of its
+# sequences is used, so that embeddings do not crowd out other requests.
 _EMBEDDINGS_IN_FLIGHT = 16
 
 
 @dataclass(frozen=True)
 class Job:
-    """Every prompt ``n`` times; sequence ``i`` continues prompt ``i // n``.
+    """The sequences of one API request: ``n`` for each prompt.
 
-    Sequences that share a prompt and have a seed get seeds of their own, counted up from it.
-    timeout: seconds it may take. pooling: asks for the prompts' embeddings, of which only a few are
-    in flight at a time.
+    Sequence ``i`` continues prompt ``i // n``. If there is a seed, sequences of the same prompt get
+    different seeds, counted up from it.
+
+    timeout: seconds the job may take.
+    priority: of each of its requests.
+    cache_salt: of each of its requests.
+    pooling: if set, the prompts' embeddings are computed, a few at a time.
     """
 
     id: str
@@ -43,6 +48,8 @@ class Job:
     adapter: str | None = None
     tenant: Tenant | None = None
     timeout: float | None = None
+    priority: int = 0
+    cache_salt: str = ""
     pooling: Pooling | None = None
 
     @property
@@ -54,11 +61,20 @@ class Job:
         if params.seed is not None and self.n > 1:
             params = replace(params, seed=params.seed + index % self.n)
         if params.prompt_logprobs is not None and index % self.n:
-            params = replace(params, prompt_logprobs=None)  # the first has them
+            params = replace(params, prompt_logprobs=None)  # the first sequence reports them
         guide = None if self.guide is None else self.guide.fork()
         prompt = self.prompts[index // self.n]
         id = f"{self.id}-{index}"
-        request = Request(id, prompt, params, guide, self.adapter, pooling=self.pooling)
+        request = Request(
+            id,
+            prompt,
+            params,
+            guide,
+            self.adapter,
+            priority=self.priority,
+            cache_salt=self.cache_salt,
+            pooling=self.pooling,
+        )
         if self.tenant is None:
             return request
         return replace(request, tenant=self.tenant.name, weight=self.tenant.weight)
@@ -66,7 +82,7 @@ class Job:
 
 @dataclass
 class Usage:
-    """Tokens of a job. A prompt counts once however many sequences continue it."""
+    """Token counts of a job. A prompt counts once, however many sequences continue it."""
 
     job: Job
     _latest: dict[int, RequestOutput] = field(default_factory=dict)
@@ -84,20 +100,25 @@ class Usage:
 
     @property
     def cached_tokens(self) -> int:
-        """Prompt tokens found in the prefix cache before this job."""
+        """Prompt tokens that were in the prefix cache before this job."""
         return sum(
             output.cached_tokens
             for index, output in self._latest.items()
-            # A prompt's other sequences find what its first has put there.
+            # A prompt's later sequences hit what its first one has just cached.
             if index % self.job.n == 0
         )
 
 
 @dataclass(frozen=True)
 class SequenceTimes:
-    """When a sequence that has ended did what, in seconds of the monotonic clock.
+    """Timestamps of a finished sequence, in seconds of the monotonic clock.
 
-    started, first, last: first computation, first and latest token, if there are tokens.
+    reason: why it ended.
+    arrived: when the request came.
+    started: when it was first computed.
+    first: its first token; meaningless if ``tokens`` is 0.
+    last: its last token; meaningless if ``tokens`` is 0.
+    ended: when it ended.
     """
 
     id: str
@@ -113,7 +134,7 @@ class SequenceTimes:
 
 
 class Generation:
-    """The engine as the API's handlers use it; takes what ``admission`` lets in."""
+    """Runs jobs on the engine, within the limits of admission and tenants, and measures them."""
 
     def __init__(
         self,
@@ -123,7 +144,7 @@ class Generation:
         limiter: Limiter,
         ended: Callable[[SequenceTimes], None] | None = None,
     ) -> None:
-        """ended: told of every sequence, in the context of its request."""
+        """ended: called for every finished sequence, in the context of its HTTP request."""
         self.engine = engine
         self._limiter = limiter
         self._ended = ended
@@ -131,9 +152,10 @@ class Generation:
         self._admission = admission
 
     async def run(self, job: Job) -> AsyncGenerator[tuple[int, RequestOutput]]:
-        """Yield (index of the sequence, output) as they come; closing cancels all of them.
+        """Yield (index of the sequence, output) as they come; closing cancels all sequences.
 
-        Raises ApiError 429 where the server is full, and what Engine.generate raises.
+        Raises ApiError 429 if the server or the tenant is at a limit, and what Engine.generate
+        raises.
         """
         most = self._admission.capacity.sequences
         if self._in_flight(job) > most:
@@ -155,14 +177,14 @@ class Generation:
                         yield item
 
     def _in_flight(self, job: Job) -> int:
-        """Sequences of a job in flight at most."""
+        """The most sequences of a job that are in flight at a time."""
         if job.pooling is None:
             return job.size
         quarter = max(1, self._admission.capacity.sequences // 4)
         return min(job.size, _EMBEDDINGS_IN_FLIGHT, quarter)
 
     def _needed(self, job: Job) -> float:
-        """Tokens of KV cache that what is in flight of a job will probably need."""
+        """Estimated KV cache, in tokens, of the job's sequences in flight."""
         needs, room = self._admission.needs, self.engine.max_model_len
         tokens = 0.0
         for prompt in job.prompts:
@@ -184,9 +206,10 @@ class Generation:
             yield
 
     async def _merged(self, job: Job) -> AsyncGenerator[tuple[int, RequestOutput]]:
-        # Bounded, so that a slow reader's outputs are not stored twice.
+        # Bounded: a slow client's outputs wait in the engine's streams, not here as well.
         queue: asyncio.Queue[tuple[int, RequestOutput] | Exception] = asyncio.Queue(job.size)
-        # The prompt of the others is in the prefix cache once the first has a token.
+        # Once a prompt's first sequence has a token, the prompt is in the prefix cache. Its other
+        # sequences wait for that.
         prefilled = [asyncio.Event() for _ in job.prompts]
         places = asyncio.Semaphore(self._in_flight(job))
 

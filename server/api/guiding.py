@@ -7,9 +7,10 @@ from typing import Any
 
 from nybble.engine import GrammarCompiler, GrammarGuide
 from nybble.engine.json_schema import Omission
-from nybble.server.api.chat_schema import ResponseFormat
 from nybble.server.api.compile_pool import CompilePool
+from nybble.server.api.format_schema import ResponseFormat, StructuredOutputs
 from nybble.server.api.schema import Sampling
+from nybble.server.api.structural_tag import tags_of
 from nybble.server.api.tools import Answer, AnswerError, Tools
 from nybble.server.http.errors import ApiError
 from nybble.server.observability.request_record import RequestRecord
@@ -41,6 +42,8 @@ async def guide_of(
         asked["response_format"] = lambda: compiler.json_schema(
             answer.schema, None if answer.strict else omissions
         )
+    if response_format is not None and (tag := response_format.structural_tag) is not None:
+        asked["response_format"] = lambda: compiler.structural_tags(tags_of(tag))
     asked |= _always_enforced(compiler, body)
     if tools is not None:
         asked["tools"] = lambda: tools.guide(compiler, omissions, answer)
@@ -65,7 +68,7 @@ async def guide_of(
 
 
 def _answer(response_format: ResponseFormat | None) -> Answer | None:
-    if response_format is None or response_format.type == "text":
+    if response_format is None or response_format.type in ("text", "structural_tag"):
         return None
     wanted = response_format.json_schema
     if wanted is None or wanted.definition is None:
@@ -85,4 +88,20 @@ def _always_enforced(
         asked["guided_choice"] = lambda: compiler.choice(guided_choice)
     if (guided_grammar := body.guided_grammar) is not None:
         asked["guided_grammar"] = lambda: compiler.grammar(guided_grammar)
+    if (structured := body.structured_outputs) is not None and structured.given:
+        asked["structured_outputs"] = lambda: _structured(compiler, structured)
     return asked
+
+
+def _structured(compiler: GrammarCompiler, asked: StructuredOutputs) -> GrammarGuide:
+    if asked.json_schema is not None:
+        return compiler.json_schema(asked.json_schema)
+    if asked.regex is not None:
+        return compiler.regex(asked.regex)
+    if asked.choice is not None:
+        return compiler.choice(asked.choice)
+    if asked.grammar is not None:
+        return compiler.grammar(asked.grammar)
+    if asked.structural_tag is not None:
+        return compiler.structural_tags(tags_of(asked.structural_tag))
+    return compiler.json_schema(_ANY_OBJECT)

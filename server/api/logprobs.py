@@ -1,4 +1,4 @@
-"""Log probabilities in the two shapes OpenAI's API has."""
+"""Log probabilities in OpenAI's two formats: for chat completions and for completions."""
 
 from __future__ import annotations
 
@@ -8,16 +8,26 @@ from typing import Any
 from nybble.engine import PromptLogprobs, RequestOutput, TokenLogprob
 from nybble.server.api.token_bytes import TokenBytes
 
-# What OpenAI reports for "practically impossible"; JSON has no infinity.
+# What OpenAI reports for an impossible token; JSON has no infinity.
 _LOWEST = -9999.0
 
 
 class Logprobs:
-    """ends: tokens that end a sequence, which are not part of its text and are not reported."""
+    """Writes log probabilities.
 
-    def __init__(self, tokens: TokenBytes, ends: Container[int]) -> None:
+    ends: end tokens, which are not part of the text and are not reported.
+    as_token_ids: whether to write a token as ``token_id:5``; tokens may have the same text.
+    """
+
+    def __init__(
+        self, tokens: TokenBytes, ends: Container[int], *, as_token_ids: bool = False
+    ) -> None:
         self._tokens = tokens
         self._ends = ends
+        self._as_token_ids = as_token_ids
+
+    def _text(self, token_id: int) -> str:
+        return f"token_id:{token_id}" if self._as_token_ids else self._tokens.text(token_id)
 
     def chat(self, outputs: Sequence[RequestOutput]) -> list[dict[str, Any]]:
         """``choices[].logprobs.content``."""
@@ -30,7 +40,7 @@ class Logprobs:
         ]
 
     def completion(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
-        """``choices[].logprobs``, with ``lengths`` in characters in place of ``text_offset``."""
+        """``choices[].logprobs``, with ``lengths`` in characters instead of ``text_offset``."""
         body: dict[str, Any] = {
             "tokens": [],
             "token_logprobs": [],
@@ -42,10 +52,10 @@ class Logprobs:
         return body
 
     def prompt(self, prompt: PromptLogprobs, alternatives: int) -> dict[str, Any]:
-        """The same for a prompt that is echoed; its first token follows nothing."""
+        """The same for an echoed prompt; its first token has no log probability."""
         first = prompt.token_ids[0]
         body: dict[str, Any] = {
-            "tokens": [self._tokens.text(first)],
+            "tokens": [self._text(first)],
             "token_logprobs": [None],
             "top_logprobs": [None],
             "lengths": [_characters(self._tokens.of(first))],
@@ -55,7 +65,7 @@ class Logprobs:
         return body
 
     def by_id(self, prompt: PromptLogprobs, alternatives: int) -> list[dict[str, Any] | None]:
-        """A prompt's logprobs as vLLM writes them: by token id, with the rank of each."""
+        """A prompt's logprobs in vLLM's format: by token id, each with its rank."""
 
         def entry(token_id: int, logprob: float, rank: int) -> dict[str, Any]:
             return {
@@ -75,11 +85,11 @@ class Logprobs:
     def _append(
         self, body: dict[str, Any], token: TokenLogprob, top: Sequence[tuple[int, float]]
     ) -> None:
-        text = self._tokens.text(token.token_id)
+        text = self._text(token.token_id)
         body["tokens"].append(text)
         body["token_logprobs"].append(_finite(token.logprob))
-        # The chosen token is among them even where it is not one of the likeliest.
-        others = {self._tokens.text(other): _finite(logprob) for other, logprob in top}
+        # The chosen token is listed even if it is not one of the likeliest.
+        others = {self._text(other): _finite(logprob) for other, logprob in top}
         body["top_logprobs"].append(others | {text: _finite(token.logprob)})
         body["lengths"].append(_characters(self._tokens.of(token.token_id)))
 
@@ -91,14 +101,14 @@ class Logprobs:
 
     def _entry(self, token_id: int, logprob: float) -> dict[str, Any]:
         return {
-            "token": self._tokens.text(token_id),
+            "token": self._text(token_id),
             "logprob": _finite(logprob),
             "bytes": list(self._tokens.of(token_id)),
         }
 
 
 def _characters(data: bytes) -> int:
-    """Those that begin in ``data``: a token may be a part of one."""
+    """How many characters begin in ``data``; a token may hold only part of one."""
     return sum(byte & 0xC0 != 0x80 for byte in data)
 
 

@@ -1,4 +1,4 @@
-"""What a request may call a model: the base's names, and those of loaded adapters."""
+"""The model names a request may use: those of the base model and of loaded adapters."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _NAMES_IN_ERRORS = 20
 
 
 class ModelNames:
-    """The base answers to every name in ``base``; each adapter to its own."""
+    """Resolves model names. ``base`` are the names of the base model, its own first."""
 
     def __init__(self, engine: Engine, base: tuple[str, ...], owners: AdapterOwners) -> None:
         self._engine = engine
@@ -26,22 +26,22 @@ class ModelNames:
 
     @property
     def first(self) -> str:
-        """The base's own name."""
+        """The base model's own name."""
         return self._base[0]
 
     def bodies(self, tenant: Tenant | None) -> list[dict[str, Any]]:
-        """Every name the tenant may use as OpenAI's model object."""
+        """OpenAI's model object for every name that the tenant may use."""
         adapters = [self._adapter(info) for info in self._adapters(tenant)]
         return [self._model(name) for name in self._models(tenant)] + adapters
 
     def body(self, name: str, tenant: Tenant | None) -> dict[str, Any]:
-        """Raises ApiError 404."""
+        """OpenAI's model object for a name. Raises ApiError 404."""
         self.require(name, tenant)
         info = None if name in self._base else self._engine.adapter(name)
         return self._model(name) if info is None else self._adapter(info)
 
     def require(self, name: str, tenant: Tenant | None) -> None:
-        """Raises ApiError 404 for a name that leads nowhere, or nowhere the tenant may go."""
+        """Raises ApiError 404 for a name that is unknown or that the tenant may not use."""
         if name in self._base:
             known = tenant is None or tenant.may_use_model(name)
         else:
@@ -54,7 +54,7 @@ class ModelNames:
     ) -> str | None:
         """The adapter that the model's name, the field or the header asks for; None for the base.
 
-        Raises ApiError where a name leads nowhere or they ask for different ones.
+        Raises ApiError if a name is unknown, or if they ask for different adapters.
         """
         self.require(model, tenant)
         asked = {
@@ -92,11 +92,17 @@ class ModelNames:
             "object": "model",
             "created": self._created,
             "owned_by": "nybble",
+            "root": self._base[0],
+            "parent": None,
             "max_model_len": self._engine.max_model_len,
         }
 
     def _adapter(self, info: AdapterInfo) -> dict[str, Any]:
-        return self._model(info.name) | {"created": info.loaded, "parent": self._base[0]}
+        return self._model(info.name) | {
+            "created": info.loaded,
+            "root": info.name,
+            "parent": self._base[0],
+        }
 
     def _unknown(self, name: str, param: str, tenant: Tenant | None) -> ApiError:
         kind, known = "adapter", [info.name for info in self._adapters(tenant)]
@@ -105,9 +111,13 @@ class ModelNames:
         names = ", ".join(known[:_NAMES_IN_ERRORS]) or "none"
         if len(known) > _NAMES_IN_ERRORS:
             names += f" and {len(known) - _NAMES_IN_ERRORS} more"
+        hint = ""
+        if kind == "model" and name.rpartition("/")[2] in known:
+            # Gateways in front of several providers put the provider before the model's name.
+            hint = f": leave out what is before it, or add --served-model-name {name}"
         return ApiError(
             404,
-            f"the {kind} {name!r} does not exist; this server has {names}",
+            f"the {kind} {name!r} does not exist; this server has {names}{hint}",
             param=param,
             code="model_not_found",
         )

@@ -1,4 +1,4 @@
-"""The server's own OpenAPI document, from the models that requests are validated with."""
+"""The server's OpenAPI document, made from the pydantic models that validate requests."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from typing import Any
 from pydantic.json_schema import models_json_schema
 
 from nybble import __version__
+from nybble.server.api.body import Body
 from nybble.server.api.chat_schema import ChatRequest, DetokenizeRequest, TokenizeRequest
 from nybble.server.api.embeddings import EmbeddingRequest
 from nybble.server.api.responses_schema import ResponsesRequest
-from nybble.server.api.schema import Body, CompletionRequest
+from nybble.server.api.schema import CompletionRequest
 
 BODIES: dict[str, type[Body]] = {
     "/v1/chat/completions": ChatRequest,
@@ -75,7 +76,7 @@ def openapi_document() -> dict[str, Any]:
             "schemas": {**definitions["$defs"], "ErrorResponse": _ERROR},
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
         },
-        # Keys are asked for only where the server was given any.
+        # A key is optional: the server asks for one only if it was started with keys.
         "security": [{}, {"key": []}],
     }
 

@@ -3,27 +3,36 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from aiohttp import web
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails, from_json
 
-from nybble.server.api.schema import Body
+from nybble.server.api.body import Body
+from nybble.server.http import retry_after
 from nybble.server.http.errors import ApiError
+
+logger = logging.getLogger(__name__)
 
 BodyT = TypeVar("BodyT", bound=Body)
 
-# How long a client may take to send a body.
+# How long a client may take to send a body, in seconds.
 _READ_SECONDS = 60
 _LARGE_BODY = 64 << 10
 _LARGE_PLACES = 16
-_RETRY_AFTER_SECONDS = 5
+# The most unknown fields dropped from one request, and the most names logged in all.
+_MAX_LEFT_OUT = 64
+_MAX_NAMES = 1000
 
 
 class LargeBodies:
-    """So many are read at a time, and one parsed: a small list takes 30 times its text's memory."""
+    """Bounds the large bodies read at a time, and parses one at a time.
+
+    A parsed list of small values takes 30 times the memory of its text.
+    """
 
     def __init__(self) -> None:
         self.taken = 0
@@ -33,25 +42,52 @@ class LargeBodies:
 LARGE_BODIES = web.AppKey("large_bodies", LargeBodies)
 
 
+class UnknownFields:
+    """How unknown fields of a request are handled.
+
+    ``refuse`` makes them an error. ``warn`` and ``ignore`` drop them; ``warn`` also logs each name
+    once.
+    """
+
+    def __init__(self, policy: Literal["refuse", "warn", "ignore"] = "refuse") -> None:
+        self.refused = policy == "refuse"
+        self._warns = policy == "warn"
+        self._seen: set[str] = set()
+
+    def leave_out(self, name: str) -> None:
+        """Log a dropped field, if the policy says so."""
+        if self._warns and name not in self._seen and len(self._seen) < _MAX_NAMES:
+            self._seen.add(name)
+            logger.warning("requests have a field that is not known, and left out: %s", name)
+
+
+UNKNOWN_FIELDS = web.AppKey("unknown_fields", UnknownFields)
+_REFUSE = UnknownFields()
+
+
 async def read_body(request: web.Request, kind: type[BodyT]) -> BodyT:
-    """Raises ApiError: 400 for what is not JSON or not valid, 408 for a body that does not come,
-    503 where many large ones are being read."""
+    """The validated body of a request.
+
+    Raises ApiError 400 if it is not JSON or not valid, 408 if it does not arrive in time, and 503
+    if too many large bodies are being read.
+    """
+    unknown = request.app.get(UNKNOWN_FIELDS, _REFUSE)
     size = request.content_length
     if size is not None and size <= _LARGE_BODY:
-        return parse_body(await _read(request), kind)
+        return parse_body(await _read(request), kind, unknown)
     large = request.app[LARGE_BODIES]
     if large.taken >= _LARGE_PLACES:
         raise ApiError(
             503,
             "many large requests are being read",
             code="overloaded",
-            retry_after=_RETRY_AFTER_SECONDS,
+            retry_after=retry_after.BUSY,
         )
     large.taken += 1
     try:
         data = await _read(request)
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(large.parser, parse_body, data, kind)
+        return await loop.run_in_executor(large.parser, parse_body, data, kind, unknown)
     finally:
         large.taken -= 1
 
@@ -60,32 +96,58 @@ async def _read(request: web.Request) -> bytes:
     try:
         async with asyncio.timeout(_READ_SECONDS):
             return await request.read()
+    except web.RequestPayloadError as error:
+        request.content.feed_eof()  # so that nothing waits for the rest
+        raise ApiError(
+            400,
+            "the body is not what its Content-Encoding or Transfer-Encoding says: "
+            f"{str(error) or type(error).__name__}",
+            code="invalid_encoding",
+            close=True,
+        ) from None
     except TimeoutError:
         raise ApiError(408, f"the body did not arrive within {_READ_SECONDS} seconds") from None
 
 
-def parse_body(data: bytes, kind: type[BodyT]) -> BodyT:
-    """Raises ApiError 400."""
+def parse_body(data: bytes, kind: type[BodyT], unknown: UnknownFields = _REFUSE) -> BodyT:
+    """Parse and validate a body. Raises ApiError 400 naming the parameter at fault."""
     try:
-        # Refuses NaN, invalid UTF-8, lone surrogates, deep nesting and endless digits.
+        # This parser refuses NaN, invalid UTF-8, lone surrogates, deep nesting and huge numbers.
         body = from_json(data, allow_inf_nan=False)
     except ValueError as error:
         raise ApiError(400, f"the body is not valid JSON: {error}", code="invalid_json") from None
     if not isinstance(body, dict):
         raise ApiError(400, "the body must be a JSON object", code="invalid_json")
-    try:
-        return kind.model_validate(body)
-    except ValidationError as invalid:
-        raise _api_error(invalid, body) from None
+    for _ in range(1 if unknown.refused else _MAX_LEFT_OUT):
+        try:
+            return kind.model_validate(body)
+        except ValidationError as invalid:
+            found = _deepest(invalid, body)
+        if unknown.refused or found["type"] != "extra_forbidden":
+            raise _api_error(found, body)
+        path = _path(found, body)
+        unknown.leave_out(_join(path))
+        _leave_out(body, path)
+    raise ApiError(400, f"more than {_MAX_LEFT_OUT} fields are not known", code="unknown_parameter")
 
 
-def _api_error(invalid: ValidationError, body: dict[str, Any]) -> ApiError:
-    """The error that lies deepest: of a union's branches, the one the value was meant for.
+def _leave_out(body: Any, path: list[str | int]) -> None:
+    *outer, last = path
+    for key in outer:
+        body = body[key]
+    del body[last]
 
-    A wrong value goes before a missing one, which may be missing because of it.
+
+def _deepest(invalid: ValidationError, body: dict[str, Any]) -> ErrorDetails:
+    """The most deeply nested error: in a union, it belongs to the branch that was meant.
+
+    A wrong value is preferred to a missing one, which may be missing because of it.
     """
     errors = invalid.errors(include_url=False, include_input=False)
-    error = max(errors, key=lambda error: (len(_path(error, body)), error["type"] != "missing"))
+    return max(errors, key=lambda error: (len(_path(error, body)), error["type"] != "missing"))
+
+
+def _api_error(error: ErrorDetails, body: dict[str, Any]) -> ApiError:
     kind, path = error["type"], _path(error, body)
     param = _join(path)
     if kind == "missing":
@@ -100,7 +162,7 @@ def _api_error(invalid: ValidationError, body: dict[str, Any]) -> ApiError:
 
 
 def _path(error: ErrorDetails, body: Any) -> list[str | int]:
-    """An error's place in the body, without the names of union branches pydantic puts into it."""
+    """Path of an error in the body, without the names of union branches that pydantic adds."""
     path: list[str | int] = []
     node = body
     for key in error["loc"]:

@@ -20,10 +20,10 @@ from nybble.engine.conversation import (
     turn_of,
     with_whole_calls,
 )
-from nybble.server.api.chat_schema import Message
+from nybble.loaders.templates import TemplateFailedError, TemplateRefusedError, TemplateRenderer
+from nybble.server.api.chat_schema import Message, TemplateOptions
 from nybble.server.api.schema import Prompt
 from nybble.server.http.errors import ApiError
-from nybble.server.templates import TemplateFailedError, TemplateRefusedError, TemplateRenderer
 
 T = TypeVar("T")
 
@@ -46,18 +46,19 @@ class Prompts:
         model: str,
         max_model_len: int,
         templates: TemplateRenderer,
+        *,
+        trust_chat_templates: bool = False,
     ) -> None:
+        """trust_chat_templates: whether requests may bring templates of their own."""
         self._tokenizer = tokenizer
         self._backend = tokenizer.backend_tokenizer
-        # A tokenizer.json may ask for either; both would change prompts silently.
-        self._backend.no_truncation()
-        self._backend.no_padding()
         self._model = model
         self._max_model_len = max_model_len
         self._longest = max(map(len, self._backend.get_vocab()))
         self._max_characters = max_model_len * self._longest
         self._max_together = max(_MAX_TOGETHER, max_model_len)
         self._templates = templates
+        self._trust_chat_templates = trust_chat_templates
         self._chat_encoder = ChatEncoder(tokenizer)
         self._takes_parts = False  # whether the template reads content as a list of parts
         # One at a time, whatever many ask for: it takes much memory, which each thread's allocator
@@ -85,10 +86,16 @@ class Prompts:
         return await self._off_loop(len(text), work)
 
     async def encode_all(
-        self, prompts: Sequence[Prompt], *, parse_special: bool = True
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        special_tokens: bool = True,
+        any_length: bool = False,
+        parse_special: bool = True,
     ) -> list[tuple[int, ...]]:
-        """Token ids of prompts of one kind, texts with those that inputs begin or end with.
+        """Token ids of prompts of one kind.
 
+        special_tokens: whether texts get those that inputs begin or end with.
         parse_special: whether a special token's text is that token, as in a prompt which a client
         has made by a chat template. A text that begins with BOS already gets no second one.
 
@@ -97,22 +104,36 @@ class Prompts:
         texts = [prompt for prompt in prompts if isinstance(prompt, str)]
         given = [prompt for prompt in prompts if not isinstance(prompt, str)]
         self._require_few_together(given)
-        for text in texts:
-            self._require_room(text)
+        if any_length:
+            _require_size("prompt", sum(len(t.encode()) for t in texts), MAX_TEXT_BYTES, "bytes")
+        else:
+            for text in texts:
+                self._require_room(text)
+        encode = partial(
+            self._encode_batch, special_tokens=special_tokens, parse_special=parse_special
+        )
         length = sum(map(len, texts))
-        encoded = await self._off_loop(length, lambda: self._encode_batches(texts, parse_special))
+        encoded = await self._off_loop(
+            length, lambda: self._encode_batches(texts, encode, any_length)
+        )
         return [*map(tuple, given), *encoded]
 
-    def _encode_batches(self, texts: Sequence[str], parse_special: bool) -> list[tuple[int, ...]]:
+    def _encode_batches(
+        self,
+        texts: Sequence[str],
+        encode: Callable[[list[str]], list[tuple[int, ...]]],
+        any_length: bool,
+    ) -> list[tuple[int, ...]]:
         encoded: list[tuple[int, ...]] = []
         batch: list[str] = []
         size = 0
         for index, text in enumerate(texts):
-            self._require_few_tokens(text)
+            if not any_length:
+                self._require_few_tokens(text)
             batch.append(text)
             size += len(text)
             if size >= _AT_A_TIME or index == len(texts) - 1:
-                encoded += self._encode_batch(batch, parse_special)
+                encoded += encode(batch)
                 batch, size = [], 0
                 self._require_few_together(encoded)
         return encoded
@@ -128,12 +149,21 @@ class Prompts:
             lambda: self._backend.decode(list(token_ids), skip_special_tokens=False),
         )
 
+    async def token_strings(self, token_ids: Sequence[int]) -> list[str]:
+        """Each token as the vocabulary spells it."""
+
+        def work() -> list[str]:
+            return [self._backend.id_to_token(token) or "" for token in token_ids]
+
+        return await self._off_loop(len(token_ids), work)
+
     async def chat(
         self,
         messages: Sequence[Message],
+        options: TemplateOptions,
         *,
         tools: Sequence[dict[str, Any]] | None = None,
-        template_kwargs: dict[str, Any] | None = None,
+        any_length: bool = False,
         parse_special: bool = False,
     ) -> tuple[int, ...]:
         """Token ids of a conversation in the model's own template, up to the assistant's turn.
@@ -142,21 +172,37 @@ class Prompts:
         :class:`nybble.engine.conversation.ChatEncoder`).
 
         Raises ApiError 400 where the model has no template, the template refuses or it leaves out
-        a message, 500 where it takes too much time or memory.
+        a message, for a request's own template where that is not allowed, and for text as
+        :meth:`encode` does; 500 where the template takes too much time or memory.
         """
-        template = self._template(tools=bool(tools))
+        template = options.chat_template
+        if template is None:
+            template = self._template(tools=bool(tools))
+        elif not self._trust_chat_templates:
+            raise ApiError(
+                400,
+                "chat_template is taken only by a server with --trust-request-chat-template",
+                param="chat_template",
+                code="unsupported_parameter",
+            )
         if len(messages) > self._max_model_len:  # a message is a token at least
             raise self._too_long(f"{len(messages)} messages")
         turns = [turn_of(message.model_dump(exclude_none=True)) for message in messages]
         if not parse_special:
             turns = self._chat_encoder.shielded(turns, template)
-        variables = {**self._tokenizer.special_tokens_map, **_checked(template_kwargs or {})}
+        variables = {**self._tokenizer.special_tokens_map, **_variables(options, template)}
         text = await self._rendered(template, turns, tools, variables)
-        self._require_room(text)
+        if any_length:
+            _require_size("messages", len(text.encode()), MAX_TEXT_BYTES, "bytes")
+        else:
+            self._require_room(text)
+        before, after = self._around if options.add_special_tokens else ((), ())
 
         def work() -> tuple[int, ...]:
-            self._require_few_tokens(text)
-            return tuple(self._chat_encoder.encode(text, shielded=not parse_special))
+            if not any_length:
+                self._require_few_tokens(text)
+            ids = self._chat_encoder.encode(text, shielded=not parse_special)
+            return (*before, *ids, *after)
 
         return await self._off_loop(len(text), work)
 
@@ -279,15 +325,21 @@ class Prompts:
             code="context_length_exceeded",
         )
 
-    def _encode_batch(self, texts: list[str], parse_special: bool) -> list[tuple[int, ...]]:
+    def _encode_batch(
+        self, texts: list[str], *, special_tokens: bool, parse_special: bool
+    ) -> list[tuple[int, ...]]:
         if parse_special:
-            encodings = self._backend.encode_batch_fast(texts)
-            return [
-                self._with_one_bos(text, tuple(encoding.ids))
-                for text, encoding in zip(texts, encodings, strict=True)
-            ]
-        before, after = self._around
+            encodings = self._backend.encode_batch_fast(texts, add_special_tokens=special_tokens)
+            ids = [tuple(encoding.ids) for encoding in encodings]
+            return list(map(self._with_one_bos, texts, ids)) if special_tokens else ids
+        before, after = self._around if special_tokens else ((), ())
         return [(*before, *self._chat_encoder.encode_plain(text), *after) for text in texts]
+
+    @property
+    def around(self) -> tuple[int, int]:
+        """How many special tokens texts are given before and after."""
+        before, after = self._around
+        return len(before), len(after)
 
     @cached_property
     def _around(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -326,6 +378,43 @@ def _require_size(param: str, found: int, most: int, unit: str) -> None:
             param=param,
             code="invalid_value",
         )
+
+
+def _variables(options: TemplateOptions, template: str) -> dict[str, Any]:
+    """What a template is given besides messages, tools and special tokens."""
+    variables: dict[str, Any] = {}
+    if options.continue_final_message:
+        variables["continue_final_message"] = True
+    variables["add_generation_prompt"] = not options.continue_final_message
+    if options.add_generation_prompt is not None:
+        variables["add_generation_prompt"] = options.add_generation_prompt
+    if options.documents is not None:
+        variables["documents"] = options.documents
+    return {
+        **variables,
+        **_reasoning(options.reasoning_effort, template),
+        **_checked(options.chat_template_kwargs or {}),
+    }
+
+
+def _reasoning(effort: str | None, template: str) -> dict[str, Any]:
+    """An effort in the template's own words. Raises ApiError 400 where it has none for it."""
+    if effort is None:
+        return {}
+    variables: dict[str, Any] = {}
+    if "reasoning_effort" in template:
+        variables["reasoning_effort"] = effort
+    if "enable_thinking" in template:
+        variables["enable_thinking"] = effort != "none"
+    if not variables and effort != "none":
+        raise ApiError(
+            400,
+            f"reasoning_effort is {effort!r}, but the model's chat template knows of no reasoning; "
+            "expected 'none'",
+            param="reasoning_effort",
+            code="unsupported_parameter",
+        )
+    return variables
 
 
 def _checked(template_kwargs: dict[str, Any]) -> dict[str, Any]:

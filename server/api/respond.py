@@ -15,13 +15,13 @@ from nybble.server.api.generation import Generation, Job, Usage
 from nybble.server.http.errors import ApiError
 from nybble.server.observability.request_record import RECORD
 
-# A client that takes nothing for this long while its buffers are full is given up.
+# A client that reads nothing for this long while its buffers are full is disconnected.
 _STALL_SECONDS = 60
 
 T = TypeVar("T")
 
 Results = AsyncGenerator[tuple[int, RequestOutput]]
-Event = tuple[str | None, dict[str, Any]]  # a server-sent event's name, if it has one, and data
+Event = tuple[str | None, dict[str, Any]]  # of a server-sent event: name or None, and data
 
 
 class WholeShape(Protocol):
@@ -33,30 +33,33 @@ class WholeShape(Protocol):
 
 
 class Shape(WholeShape, Protocol):
-    """How an endpoint writes a job's outputs, as they come too."""
+    """How an endpoint writes a job's outputs, as one body or as a stream."""
 
     # The data that ends a stream, after the last event.
     terminator: bytes | None
 
-    def events(self, index: int, output: RequestOutput) -> Sequence[Event]:
-        """What one output of a sequence adds to a stream; called for its outputs in order."""
+    def events(self, index: int, output: RequestOutput, usage: Usage) -> Sequence[Event]:
+        """The events for one output of a sequence; called for its outputs in order.
+
+        usage: of this output and all before it.
+        """
         ...
 
     def last_events(self, usage: Usage) -> Sequence[Event]:
-        """What follows when all sequences are finished."""
+        """The events once all sequences are finished."""
         ...
 
     def failure(self, error: ApiError) -> Event:
-        """What ends a stream that cannot go on."""
+        """The event that ends a stream after an error."""
         ...
 
 
 async def respond(
     request: web.Request, generation: Generation, job: Job, shape: Shape, *, stream: bool
 ) -> web.StreamResponse:
-    """Run ``job``. Whatever ends the response early ends its sequences too.
+    """Run ``job`` and send its outputs. If the response ends early, its sequences are cancelled.
 
-    Raises ApiError 504 where its time runs out before the first byte is sent, and what
+    Raises ApiError 504 if its timeout passes before the first byte is sent, and what
     Generation.run raises.
     """
     if not stream:
@@ -69,7 +72,7 @@ async def respond(
 async def respond_whole(
     request: web.Request, generation: Generation, job: Job, shape: WholeShape
 ) -> web.Response:
-    """Run ``job`` to its end. Raises as :func:`respond` does."""
+    """Run ``job`` to its end and send one body. Raises what :func:`respond` does."""
     usage = request[RECORD].usage = Usage(job)
     async with aclosing(generation.run(job)) as results:
         outputs: list[list[RequestOutput]] = [[] for _ in range(job.size)]
@@ -84,7 +87,7 @@ async def respond_whole(
 async def _stream(
     request: web.Request, results: Results, usage: Usage, shape: Shape, deadline: float | None
 ) -> web.StreamResponse:
-    # Before the headers, so that what cannot be served gets a status of its own.
+    # Wait for the first output before sending headers: a failure until then gets its own status.
     async with _until(deadline):
         first = await anext(results)
     stream = EventStream(request)
@@ -92,7 +95,7 @@ async def _stream(
 
     async def tell(index: int, output: RequestOutput) -> None:
         usage.add(index, output)
-        for event in await _written(output, lambda: shape.events(index, output)):
+        for event in await _written(output, lambda: shape.events(index, output, usage)):
             await stream.send(event)
 
     try:
@@ -107,14 +110,14 @@ async def _stream(
     except ConnectionError:
         raise
     except Exception as error:
-        # The status is sent already: an event says that the stream is not whole.
+        # The status 200 has been sent already, so the error is sent as an event.
         await stream.send(shape.failure(request[RECORD].failed(error)))
     await stream.response.write_eof()
     return stream.response
 
 
 async def _written(output: RequestOutput, write: Callable[[], T]) -> T:
-    """In another thread where there may be much to write."""
+    """Run ``write``, in another thread if the output is large enough to block the event loop."""
     much = output.prompt_logprobs is not None or output.embedding is not None
     return await asyncio.to_thread(write) if much else write()
 
@@ -125,7 +128,7 @@ def _deadline(job: Job) -> float | None:
 
 @asynccontextmanager
 async def _until(deadline: float | None) -> AsyncGenerator[None]:
-    """Raises ApiError 504 at ``deadline``, in the loop's time."""
+    """Raises ApiError 504 at ``deadline``, on the event loop's clock."""
     try:
         async with asyncio.timeout_at(deadline):
             yield
@@ -134,7 +137,7 @@ async def _until(deadline: float | None) -> AsyncGenerator[None]:
 
 
 class EventStream:
-    """Server-sent events to one client, no faster than it reads."""
+    """Sends server-sent events to one client, no faster than it reads."""
 
     def __init__(self, request: web.Request) -> None:
         self._request = request
@@ -155,7 +158,7 @@ class EventStream:
         await self.write(head + b"data: " + to_json(data) + b"\n\n")
 
     async def write(self, data: bytes) -> None:
-        """Raises ConnectionError where the client is gone or has stalled."""
+        """Raises ConnectionError if the client is gone or has stalled."""
         try:
             async with asyncio.timeout(_STALL_SECONDS):
                 await self.response.write(data)

@@ -16,7 +16,7 @@ from nybble.server.http.errors import ApiError
 
 
 class ResponsesShape:
-    """See :class:`nybble.server.api.respond.Shape`. Nothing is stored; there is one sequence."""
+    """See :class:`nybble.server.api.respond.Shape`. One sequence each; nothing is stored."""
 
     terminator: bytes | None = None
 
@@ -25,7 +25,7 @@ class ResponsesShape:
         self._events: list[Event] = []
         self._sequence = 0
         self._begun = False
-        self._item: dict[str, Any] | None = None  # the one being written
+        self._item: dict[str, Any] | None = None  # the output item being written
         text = {"format": {"type": "text"}}
         if body.text is not None and body.text.format is not None:
             text["format"] = body.text.format.model_dump(by_alias=True, exclude_none=True)
@@ -43,7 +43,10 @@ class ResponsesShape:
             "output": [],
             "parallel_tool_calls": body.parallel_tool_calls is not False,
             "previous_response_id": None,
-            "reasoning": {"effort": None, "summary": None},
+            "reasoning": {
+                "effort": None if body.reasoning is None else body.reasoning.effort,
+                "summary": None,
+            },
             "temperature": 1.0 if body.temperature is None else body.temperature,
             "text": text,
             "tool_choice": _plain(body.tool_choice) or "auto",
@@ -57,11 +60,11 @@ class ResponsesShape:
 
     def whole(self, outputs: Sequence[Sequence[RequestOutput]], usage: Usage) -> dict[str, Any]:
         for output in outputs[0]:
-            self.events(0, output)
+            self.events(0, output, usage)
         self.last_events(usage)
         return self._response
 
-    def events(self, index: int, output: RequestOutput) -> Sequence[Event]:
+    def events(self, index: int, output: RequestOutput, usage: Usage) -> Sequence[Event]:
         if not self._begun:
             self._begun = True
             self._tell("response.created", response=self._response | {"output": []})
@@ -80,7 +83,7 @@ class ResponsesShape:
                     self._arguments(event)
         if output.finish_reason is not None:
             complete = output.finish_reason == "stop"
-            if not self._response["output"]:  # the model had nothing to say
+            if not self._response["output"]:  # an empty answer is an empty message
                 self._open_message()
             self._close_item("completed" if complete else "incomplete")
             self._response["status"] = "completed" if complete else "incomplete"
@@ -93,7 +96,7 @@ class ResponsesShape:
             "input_tokens": usage.prompt_tokens,
             "input_tokens_details": {
                 "cached_tokens": usage.cached_tokens,
-                # What is computed stays findable until its blocks are needed for other tokens.
+                # Every computed prompt token goes into the prefix cache.
                 "cache_write_tokens": usage.prompt_tokens - usage.cached_tokens,
             },
             "output_tokens": usage.completion_tokens,

@@ -1,23 +1,42 @@
-"""The body of /v1/responses, and the chat it comes to."""
+"""The request body of /v1/responses, and its conversion to a chat completion."""
 
 from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import AfterValidator, ConfigDict, Discriminator, Field, Tag
+from pydantic_core import PydanticCustomError
 
-from nybble.server.api.chat_schema import MAX_MESSAGES, MAX_TOOLS, ChatRequest, Function
-from nybble.server.api.schema import OF_THE_SERVICE, Body, OfTheService
+from nybble.server.api import foreign
+from nybble.server.api.body import Body
+from nybble.server.api.chat_schema import (
+    MAX_MESSAGES,
+    MAX_TOOLS,
+    ChatRequest,
+    Function,
+    ReasoningEffort,
+    require_text,
+)
+from nybble.server.api.schema import OF_THE_SERVICE, OfTheService, Priority, Salt, Timeout
 
 
 class _Item(Body):
-    # Output items of earlier responses come back as input with their ids and states.
+    # Clients send output items of earlier responses back as input, with ids and statuses.
     model_config = ConfigDict(extra="ignore")
 
 
 class InputText(_Item):
-    type: Literal["input_text", "output_text"]
+    type: Annotated[
+        Literal["input_text", "output_text", "text"],
+        require_text("input_text", "output_text", "text"),
+    ]
     text: str
+
+
+def _parts(content: str | list[InputText]) -> str | list[dict[str, Any]]:
+    if isinstance(content, str):
+        return content
+    return [{"type": "text", "text": part.text} for part in content]
 
 
 class InputMessage(_Item):
@@ -26,10 +45,7 @@ class InputMessage(_Item):
     content: str | list[InputText]
 
     def turn(self) -> dict[str, Any]:
-        if isinstance(self.content, str):
-            return {"role": self.role, "content": self.content}
-        parts = [{"type": "text", "text": part.text} for part in self.content]
-        return {"role": self.role, "content": parts}
+        return {"role": self.role, "content": _parts(self.content)}
 
 
 class InputCall(_Item):
@@ -46,10 +62,75 @@ class InputCall(_Item):
 class InputCallOutput(_Item):
     type: Literal["function_call_output"]
     call_id: str
-    output: str
+    output: str | list[InputText]
 
     def turn(self) -> dict[str, Any]:
-        return {"role": "tool", "tool_call_id": self.call_id, "content": self.output}
+        return {"role": "tool", "tool_call_id": self.call_id, "content": _parts(self.output)}
+
+
+class InputReasoning(_Item):
+    """Reasoning of an earlier response. It is dropped, as chat templates drop it too."""
+
+    type: Literal["reasoning"]
+
+
+_ITEMS = ("message", "function_call", "function_call_output", "reasoning")
+
+
+def _kind(item: Any) -> str | None:
+    """An item's type. If it is left out, the item is a message."""
+    if not isinstance(item, dict):
+        return getattr(item, "type", None) or "message"
+    kind = item.get("type") or "message"
+    return kind if kind in _ITEMS else None
+
+
+InputItem = Annotated[
+    Annotated[InputMessage, Tag("message")]
+    | Annotated[InputCall, Tag("function_call")]
+    | Annotated[InputCallOutput, Tag("function_call_output")]
+    | Annotated[InputReasoning, Tag("reasoning")],
+    Discriminator(
+        _kind,
+        custom_error_type="invalid_value",
+        custom_error_message=f"expected an item whose type is one of {', '.join(_ITEMS)}: nothing "
+        "is stored, and there are no built-in tools",
+    ),
+]
+
+# Extra content for items of built-in tools, reasoning and images; there are no such items here.
+_NOT_INCLUDED = (
+    "reasoning.encrypted_content",
+    "file_search_call.results",
+    "web_search_call.results",
+    "web_search_call.action.sources",
+    "code_interpreter_call.outputs",
+    "computer_call_output.output.image_url",
+    "message.input_image.image_url",
+)
+
+
+def _included(value: str) -> str:
+    if value == "message.output_text.logprobs":
+        raise PydanticCustomError(
+            "unsupported_parameter", "logprobs are not supported here: use /v1/chat/completions"
+        )
+    if value not in _NOT_INCLUDED:
+        raise PydanticCustomError(
+            "invalid_value", "expected one of {names}", {"names": ", ".join(_NOT_INCLUDED)}
+        )
+    return value
+
+
+class Reasoning(Body):
+    """How much a model reasons: see the chat's reasoning_effort."""
+
+    ignored: ClassVar[dict[str, str]] = {
+        "summary": "there are no reasoning items",
+        "generate_summary": "there are no reasoning items",
+    }
+
+    effort: ReasoningEffort | None = None
 
 
 class TextFormat(Body):
@@ -62,6 +143,7 @@ class TextFormat(Body):
 
 class TextOptions(Body):
     refused: ClassVar[dict[str, str]] = {"verbosity": "verbosity is not supported"}
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {"verbosity": ("medium",)}
 
     format: TextFormat | None = None
 
@@ -75,32 +157,37 @@ class NamedFunction(Body):
     name: str
 
 
+_OF_CHATS = (
+    *("cache_salt", "chat_template_kwargs", "min_p", "priority", "repetition_penalty", "seed"),
+    *("timeout", "top_k"),
+)
+
+
 class ResponsesRequest(OfTheService):
-    ignored: ClassVar[dict[str, str]] = OF_THE_SERVICE | {
+    ignored: ClassVar[dict[str, str]] = {
+        **OF_THE_SERVICE,
+        **foreign.IGNORED,
         "metadata": "nothing is stored; it comes back with the response",
+        "include": "there are no items that it would go into",
         "stream_options": "events carry no padding",
     }
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = foreign.NEUTRAL
     refused: ClassVar[dict[str, str]] = {
+        **foreign.REFUSED,
         "previous_response_id": "responses are not stored: send the conversation as input",
         "conversation": "conversations are not stored: send the conversation as input",
         "prompt": "prompt templates are not stored",
         "background": "background responses are not supported",
-        "reasoning": "reasoning is not supported",
         "max_tool_calls": "max_tool_calls is not supported: there are no built-in tools",
-        "include": "include is not supported",
         "moderation": "moderation is not supported: there is no moderation model",
         "context_management": "context_management is not supported: send what is to be read",
         "top_logprobs": "logprobs are not supported here: use /v1/chat/completions",
     }
 
     model: str
-    input: (
-        str
-        | Annotated[
-            list[InputMessage | InputCall | InputCallOutput],
-            Field(min_length=1, max_length=MAX_MESSAGES),
-        ]
-    )
+    input: str | Annotated[list[InputItem], Field(min_length=1, max_length=MAX_MESSAGES)]
+    include: list[Annotated[str, AfterValidator(_included)]] | None = None
+    reasoning: Reasoning | None = None
     instructions: str | None = None
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
     parallel_tool_calls: bool | None = None
@@ -114,6 +201,17 @@ class ResponsesRequest(OfTheService):
 
     stream_options: dict[str, Any] | None = None  # ignored
 
+    # As in chat completions.
+    adapter: str | None = None
+    cache_salt: Salt | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    min_p: float | None = None
+    priority: Priority | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+    timeout: Timeout | None = None
+    top_k: int | None = None
+
     def chat(self) -> ChatRequest:
         """The same request as a chat completion."""
         given: dict[str, Any] = {
@@ -124,6 +222,8 @@ class ResponsesRequest(OfTheService):
             "max_completion_tokens": self.max_output_tokens,
             "parallel_tool_calls": self.parallel_tool_calls,
             "response_format": self._response_format(),
+            **{name: getattr(self, name) for name in _OF_CHATS},
+            "reasoning_effort": None if self.reasoning is None else self.reasoning.effort,
         }
         if self.tools:
             given["tools"] = [
@@ -146,10 +246,12 @@ class ResponsesRequest(OfTheService):
         if isinstance(self.input, str):
             return [*messages, {"role": "user", "content": self.input}]
         for item in self.input:
+            if isinstance(item, InputReasoning):
+                continue
             if not isinstance(item, InputCall):
                 messages.append(item.turn())
                 continue
-            # Calls belong to the assistant's turn before them; between items there is none.
+            # A call belongs to the assistant's turn before it. Add an empty turn if there is none.
             if not messages or messages[-1]["role"] != "assistant":
                 messages.append({"role": "assistant"})
             messages[-1].setdefault("tool_calls", []).append(item.call())

@@ -11,7 +11,14 @@ from uuid import uuid4
 from aiohttp import web
 
 from nybble import __version__
-from nybble.engine import Engine, GrammarCompiler, ParameterError, SamplingParams
+from nybble.engine import (
+    Engine,
+    GrammarCompiler,
+    ParameterError,
+    SamplingParams,
+    require_known_tokens,
+)
+from nybble.loaders.templates import TemplateRenderer
 from nybble.server.api.chat import ChatShape
 from nybble.server.api.chat_schema import ChatRequest, DetokenizeRequest, TokenizeRequest
 from nybble.server.api.compile_pool import CompilePool
@@ -27,20 +34,16 @@ from nybble.server.api.prompts import Prompts
 from nybble.server.api.respond import json_response, respond, respond_whole
 from nybble.server.api.responses import ResponsesShape
 from nybble.server.api.responses_schema import ResponsesRequest
-from nybble.server.api.schema import CompletionRequest, Prompt
+from nybble.server.api.schema import CompletionRequest, Prompt, Sampling
 from nybble.server.api.token_bytes import TokenBytes
 from nybble.server.api.tools import Tools, tools_of
 from nybble.server.http.errors import ApiError
 from nybble.server.http.gate import Gate
 from nybble.server.observability.metrics import Metrics
 from nybble.server.observability.request_record import RECORD
-from nybble.server.templates import TemplateRenderer
 from nybble.server.tenancy.admission import Admission
 from nybble.server.tenancy.limits import Limiter
 from nybble.server.tenancy.tenants import TENANT
-
-# OpenAI's default for completions; chat goes on to the end of the context.
-_COMPLETION_MAX_TOKENS = 16
 
 
 class Api:
@@ -56,14 +59,23 @@ class Api:
         limiter: Limiter,
         templates: TemplateRenderer,
         ended: Callable[[SequenceTimes], None] | None = None,
+        *,
+        trust_chat_templates: bool = False,
     ) -> None:
+        """trust_chat_templates: whether requests may contain chat templates of their own."""
         self._gate = gate
         self._engine = engine
         self._metrics = metrics
         self._names = names
         self._openapi = openapi_document()
         self._generation = Generation(engine, metrics, admission, limiter, ended)
-        self._prompts = Prompts(engine.tokenizer, names.first, engine.max_model_len, templates)
+        self._prompts = Prompts(
+            engine.tokenizer,
+            names.first,
+            engine.max_model_len,
+            templates,
+            trust_chat_templates=trust_chat_templates,
+        )
         self._tokens = TokenBytes(engine.tokenizer)
         self._compiling = CompilePool()
         self._grammars = GrammarCompiler(engine.tokenizer, engine.vocab_size, engine.eos_token_ids)
@@ -75,7 +87,7 @@ class Api:
             web.get("/version", self.version),
             web.get("/openapi.json", self.openapi),
             web.get("/v1/models", self.list_models),
-            # Hub names have a slash in them.
+            # Model names from the Hub contain a slash.
             web.get("/v1/models/{model:.+}", self.get_model),
             web.post("/v1/chat/completions", self.chat_completions),
             web.post("/v1/completions", self.completions),
@@ -122,12 +134,20 @@ class Api:
         names = {"prompt": "messages", "max_tokens": limit, "logprobs": "top_logprobs"}
         with _parameters_called(names):
             job, tools = await self._chat_job("chatcmpl-", body, adapter, request)
-        shape = ChatShape(job.id, body, int(time.time()), self._logprobs(job.params), tools)
+        shape = ChatShape(
+            job.id,
+            body,
+            int(time.time()),
+            self._logprobs(body, job.params),
+            tools,
+            job.prompts,
+            body.echoed,
+        )
         return await respond(request, self._generation, job, shape, stream=bool(body.stream))
 
     async def responses(self, request: web.Request) -> web.StreamResponse:
         body = await read_body(request, ResponsesRequest)
-        adapter = self._adapter_of(request, body.model, None)
+        adapter = self._adapter_of(request, body.model, body.adapter)
         names = {"prompt": "input", "messages": "input", "max_tokens": "max_output_tokens"}
         with _parameters_called(names | {"response_format": "text.format"}):
             job, tools = await self._chat_job("resp_", body.chat(), adapter, request)
@@ -137,44 +157,69 @@ class Api:
     async def _chat_job(
         self, prefix: str, body: ChatRequest, adapter: str | None, request: web.Request
     ) -> tuple[Job, Tools | None]:
-        limits = (body.max_completion_tokens, body.max_tokens)
         params = body.sampling_params(
-            max_tokens=next((limit for limit in limits if limit is not None), None),
+            max_tokens=body.limit,
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
             defaults=self._engine.sampling_defaults,
         )
         tools = tools_of(body, self._engine.tokenizer, body.model)
         prompt = await self._prompts.chat(
             body.messages,
+            body,
             tools=None if tools is None else tools.shown(),
-            template_kwargs=body.chat_template_kwargs,
+            any_length=body.truncate_prompt_tokens is not None,
             parse_special=bool(body.parse_special),
         )
-        self._require_room(prompt, params)
+        prompt = body.truncated(prompt, self._room(params))
+        self._engine.check(prompt, params)
         guide = await guide_of(
             self._grammars, self._compiling, body, request[RECORD], body.response_format, tools
         )
         id, n, tenant = f"{prefix}{uuid4().hex}", body.sequences, request.get(TENANT)
-        return Job(id, (prompt,), params, n, guide, adapter, tenant, body.timeout), tools
+        job = Job(
+            id,
+            (prompt,),
+            params,
+            n,
+            guide,
+            adapter,
+            tenant,
+            body.timeout,
+            body.priority or 0,
+            body.cache_salt or "",
+        )
+        return job, tools
 
     async def completions(self, request: web.Request) -> web.StreamResponse:
         body = await read_body(request, CompletionRequest)
         adapter = self._adapter_of(request, body.model, body.adapter)
-        max_tokens = _COMPLETION_MAX_TOKENS if body.max_tokens is None else body.max_tokens
-        defaults = self._engine.sampling_defaults
-        params = body.sampling_params(max_tokens, body.logprobs, defaults)
-        parse_special = body.parse_special is not False  # prompts made by a template have markers
-        prompts = await self._encoded(body.prompts, params, parse_special=parse_special)
+        params = body.sampling_params(body.limit, body.logprobs, self._engine.sampling_defaults)
+        parse_special = body.parse_special is not False  # rendered chat templates contain markers
+        prompts = await self._encoded(body, body.prompts, params, parse_special=parse_special)
         echoes = None
         if body.echo:
             echoes = [
                 prompt if isinstance(prompt, str) else await self._prompts.decode(prompt)
                 for prompt in body.prompts
             ]
-        guide = await guide_of(self._grammars, self._compiling, body, request[RECORD])
+        guide = await guide_of(
+            self._grammars, self._compiling, body, request[RECORD], body.response_format
+        )
         id, n, tenant = f"cmpl-{uuid4().hex}", body.sequences, request.get(TENANT)
-        job = Job(id, tuple(prompts), params, n, guide, adapter, tenant, body.timeout)
-        shape = CompletionShape(job.id, body, int(time.time()), self._logprobs(params), echoes)
+        job = Job(
+            id,
+            tuple(prompts),
+            params,
+            n,
+            guide,
+            adapter,
+            tenant,
+            body.timeout,
+            body.priority or 0,
+            body.cache_salt or "",
+        )
+        logprobs = self._logprobs(body, params)
+        shape = CompletionShape(job.id, body, int(time.time()), logprobs, echoes, job.prompts)
         return await respond(request, self._generation, job, shape, stream=bool(body.stream))
 
     async def embeddings(self, request: web.Request) -> web.Response:
@@ -199,7 +244,7 @@ class Api:
             )
         params = SamplingParams(max_tokens=0)
         with _parameters_called({"prompt": "input"}):
-            prompts = await self._encoded(body.prompts, params)
+            prompts = await self._encoded(body, body.prompts, params)
         job = Job(
             f"embd-{uuid4().hex}",
             tuple(prompts),
@@ -207,6 +252,7 @@ class Api:
             adapter=adapter,
             tenant=request.get(TENANT),
             timeout=body.timeout,
+            priority=body.priority or 0,
             pooling=self._engine.pooling,
         )
         return await respond_whole(request, self._generation, job, EmbeddingsShape(body))
@@ -216,71 +262,80 @@ class Api:
         if body.model is not None:
             self._names.require(body.model, request.get(TENANT))
         if body.messages is not None:
-            tokens = await self._prompts.chat(
-                body.messages, template_kwargs=body.chat_template_kwargs
-            )
+            tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()] or None
+            tokens = await self._prompts.chat(body.messages, body, tools=tools)
         else:
             special = body.add_special_tokens is not False
             tokens = await self._prompts.encode(
                 body.prompt or "", special_tokens=special, any_length=True
             )
-        return json_response(
-            {"count": len(tokens), "max_model_len": self._engine.max_model_len, "tokens": tokens}
-        )
+        found = {
+            "count": len(tokens),
+            "max_model_len": self._engine.max_model_len,
+            "tokens": tokens,
+            "token_strs": None,
+        }
+        if body.return_token_strs:
+            found["token_strs"] = await self._prompts.token_strings(tokens)
+        return json_response(found)
 
     async def detokenize(self, request: web.Request) -> web.Response:
         body = await read_body(request, DetokenizeRequest)
         if body.model is not None:
             self._names.require(body.model, request.get(TENANT))
-        self._require_known("tokens", body.tokens, len(self._engine.tokenizer))
+        require_known_tokens("tokens", body.tokens, len(self._engine.tokenizer))
         return json_response({"prompt": await self._prompts.decode(body.tokens)})
 
-    def _logprobs(self, params: SamplingParams) -> Logprobs | None:
+    def _logprobs(self, body: Sampling, params: SamplingParams) -> Logprobs | None:
         if params.logprobs is None and params.prompt_logprobs is None:
             return None
-        return Logprobs(self._tokens, self._engine.eos_token_ids | set(params.stop_token_ids))
+        ends = self._engine.eos_token_ids | self._engine.end_tokens(params)
+        if params.include_stop_str_in_output:
+            ends = frozenset()
+        as_ids = body.return_tokens_as_token_ids is True
+        return Logprobs(self._tokens, ends, as_token_ids=as_ids)
+
+    def _room(self, params: SamplingParams) -> int:
+        """The longest prompt, in tokens, that leaves room for the requested output."""
+        least = 1 if params.max_tokens is None else params.max_tokens
+        return self._engine.max_model_len - least
 
     def _adapter_of(self, request: web.Request, model: str, field: str | None) -> str | None:
         return self._names.adapter(model, field, request.headers, request.get(TENANT))
 
     async def _encoded(
-        self, prompts: Sequence[Prompt], params: SamplingParams, *, parse_special: bool = True
+        self,
+        body: CompletionRequest | EmbeddingRequest,
+        prompts: Sequence[Prompt],
+        params: SamplingParams,
+        *,
+        parse_special: bool = True,
     ) -> list[tuple[int, ...]]:
-        encoded = await self._prompts.encode_all(prompts, parse_special=parse_special)
+        special, cut = body.add_special_tokens is not False, body.truncate_prompt_tokens is not None
+        encoded = await self._prompts.encode_all(
+            prompts, special_tokens=special, any_length=cut, parse_special=parse_special
+        )
+        if cut:
+            # Truncation keeps the special tokens around a text; token ids have none added.
+            text = isinstance(prompts[0], str) and special
+            around = self._prompts.around if text else (0, 0)
+            encoded = [body.truncated(each, self._room(params), around) for each in encoded]
         for prompt in encoded:
-            self._require_room(prompt, params)
-            self._require_known("prompt", prompt, self._engine.vocab_size)
+            self._engine.check(prompt, params)
         return encoded
-
-    def _require_known(self, parameter: str, tokens: Sequence[int], size: int) -> None:
-        for token in tokens:
-            if not 0 <= token < size:
-                message = f"token id {token} is outside the vocabulary of {size}"
-                raise ParameterError(parameter, message)
-
-    def _require_room(self, prompt: Sequence[int], params: SamplingParams) -> None:
-        if not prompt:
-            raise ParameterError("prompt", "the prompt is empty")
-        limit = self._engine.max_model_len
-        asked = 1 if params.max_tokens is None else params.max_tokens
-        if len(prompt) + asked > limit:
-            raise ApiError(
-                400,
-                f"the prompt has {len(prompt)} tokens and asks for {asked} more "
-                f"at least, but together they are limited to {limit}",
-                param="prompt" if len(prompt) >= limit else "max_tokens",
-                code="context_length_exceeded",
-            )
 
 
 @contextmanager
 def _parameters_called(names: Mapping[str, str]) -> Iterator[None]:
-    """Errors about the engine's parameters speak of the endpoint's names for them."""
+    """Rename the engine's parameters in errors to the endpoint's names for them."""
     try:
         yield
     except ParameterError as error:
         name = names.get(error.parameter, error.parameter)
-        raise ParameterError(name, str(error).replace(error.parameter, name, 1)) from None
+        message = str(error)
+        if message.startswith(error.parameter):
+            message = name + message.removeprefix(error.parameter)
+        raise type(error)(name, message) from None
     except ApiError as error:
         error.param = names.get(error.param or "", error.param)
         raise

@@ -1,6 +1,4 @@
-"""What the bodies of requests have in common, and the bodies of completions.
-
-A field that would change the meaning and is not supported is refused.
+"""What the bodies of chat completions and completions have in common, and those of completions.
 
 Every optional field may be null, as OpenAI's may. Ranges of sampling parameters are checked by
 :class:`nybble.engine.SamplingParams`, which names the parameter itself.
@@ -10,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from nybble.engine import SamplingParams
+from nybble.server.api import foreign
+from nybble.server.api.body import Body, JsonObject
+from nybble.server.api.format_schema import Choices, ResponseFormat, StructuredOutputs
 
 _MAX_PROMPTS = 2048  # the limit of OpenAI's embeddings
 _MAX_N = 128
@@ -23,35 +24,21 @@ _MAX_STOPS = 16
 _MAX_STOP_LENGTH = 256
 _MAX_BIASES = 1024
 _MAX_ADAPTER_NAME = 256
-_MAX_CHOICES = 1024
+_MAX_WORDS = 256
+_MAX_TOKEN_IDS = 1 << 18
+_MAX_TOKEN_IDS_REPORTED = 128
+_MAX_SALT = 1024
+NO_LIMIT = -1  # of tokens, as llama.cpp's clients write it
+_COMPLETION_MAX_TOKENS = 16  # OpenAI's default; chat goes on to the end of the context
 
 
-class Body(BaseModel):
-    """Strict: no coercion, no unknown fields, no infinities."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
-
-    # Fields known from OpenAI's API that this server refuses: name → why.
-    refused: ClassVar[dict[str, str]] = {}
-    # Fields it takes and makes nothing of: name → why that changes nothing that is generated.
-    ignored: ClassVar[dict[str, str]] = {}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse(cls, data: Any) -> Any:
-        """Fields that ask for what the server cannot do; null, false and [] ask for nothing."""
-        if not isinstance(data, dict):
-            return data
-        for name, why in cls.refused.items():
-            if data.get(name):
-                raise PydanticCustomError(
-                    "unsupported_parameter", "{why}", {"why": why, "param": name}
-                )
-        return {name: value for name, value in data.items() if name not in cls.refused}
+Priority = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+Salt = Annotated[str, Field(max_length=_MAX_SALT)]
+Timeout = Annotated[float, Field(gt=0)]
 
 
 def _stops(value: Any) -> Any:
-    stops = [value] if isinstance(value, str) else value
+    stops = ([value] if value else []) if isinstance(value, str) else value
     if isinstance(stops, list):
         if len(stops) > _MAX_STOPS:
             raise PydanticCustomError("too_many", f"at most {_MAX_STOPS} stop strings are allowed")
@@ -64,18 +51,29 @@ def _stops(value: Any) -> Any:
 
 
 def _biases(value: Any) -> Any:
-    """JSON has token ids as strings."""
+    """JSON has token ids as strings; [] is how PHP writes an object without members."""
+    if value == []:
+        return None
     if not isinstance(value, dict):
         return value
     if len(value) > _MAX_BIASES:
         raise PydanticCustomError("too_many", f"at most {_MAX_BIASES} biases are allowed")
-    if not all(key.isascii() and key.isdigit() and len(key) < 10 for key in value):
-        raise PydanticCustomError("bad_key", "the keys of logit_bias are token ids")
+    for key in value:
+        if not (key.isascii() and key.isdigit() and len(key) < 10):
+            raise PydanticCustomError(
+                "bad_key", "{key} is no token id, as the keys are", {"key": repr(key[:40])}
+            )
     return {int(key): bias for key, bias in value.items()}
+
+
+def _no_false(value: Any) -> Any:
+    """false as null: in chat completions logprobs is true or false, in completions a number."""
+    return None if value is False else value
 
 
 class StreamOptions(Body):
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None  # vLLM's: usage in every event, with include_usage
     include_obfuscation: bool | None = None  # padding against traffic analysis; never added here
 
 
@@ -105,10 +103,41 @@ class OfTheService(Body):
     prompt_cache_retention: str | None = None
 
 
-class Sampling(OfTheService):
+class Truncated(Body):
+    """vLLM's fields about a prompt that is too long. Special tokens around it stay.
+
+    truncate_prompt_tokens: how many tokens to keep; −1 for as many as leave room for the output.
+    """
+
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1)] | None = None
+    truncation_side: Literal["left", "right"] | None = None  # where tokens are left out
+
+    def truncated(
+        self, prompt: tuple[int, ...], room: int, around: tuple[int, int] = (0, 0)
+    ) -> tuple[int, ...]:
+        """What is left of a prompt's tokens.
+
+        room: tokens of a prompt that leaves room for the output. around: special tokens that the
+        prompt begins and ends with, which stay.
+        """
+        asked = self.truncate_prompt_tokens
+        if asked is None:
+            return prompt
+        kept = max(room, 1) if asked == -1 else asked
+        if len(prompt) <= kept:
+            return prompt
+        first, last = around if sum(around) <= kept else (0, 0)
+        inner, kept = prompt[first : len(prompt) - last], kept - first - last
+        inner = inner[:kept] if self.truncation_side == "right" else inner[len(inner) - kept :]
+        return prompt[:first] + inner + prompt[len(prompt) - last :]
+
+
+class Sampling(OfTheService, Truncated):
     """What chat completions and completions share. The last group extends OpenAI's API."""
 
-    ignored: ClassVar[dict[str, str]] = OF_THE_SERVICE
+    ignored: ClassVar[dict[str, str]] = OF_THE_SERVICE | foreign.IGNORED
+    refused: ClassVar[dict[str, str]] = foreign.REFUSED
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = foreign.NEUTRAL
 
     model: str
     frequency_penalty: float | None = None
@@ -134,11 +163,29 @@ class Sampling(OfTheService):
     repetition_penalty: float | None = None
     ignore_eos: bool | None = None
     stop_token_ids: Annotated[list[int], Field(max_length=_MAX_STOPS)] | None = None
-    guided_json: dict[str, Any] | None = None
+    min_tokens: int | None = None
+    bad_words: (
+        Annotated[
+            list[Annotated[str, Field(max_length=_MAX_STOP_LENGTH)]], Field(max_length=_MAX_WORDS)
+        ]
+        | None
+    ) = None
+    allowed_token_ids: Annotated[list[int], Field(max_length=_MAX_TOKEN_IDS)] | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
+    spaces_between_special_tokens: bool | None = None
+    logprob_token_ids: Annotated[list[int], Field(max_length=_MAX_TOKEN_IDS_REPORTED)] | None = None
+    add_special_tokens: bool | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
+    priority: Priority | None = None
+    cache_salt: Salt | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: JsonObject | None = None
     guided_regex: str | None = None
-    guided_choice: Annotated[list[str], Field(min_length=1, max_length=_MAX_CHOICES)] | None = None
+    guided_choice: Choices | None = None
     guided_grammar: str | None = None
-    timeout: Annotated[float, Field(gt=0)] | None = None
+    timeout: Timeout | None = None
     prompt_logprobs: int | None = None
     # Whether the text of a special token is that token: in completions by default, in the messages
     # of a chat not.
@@ -152,7 +199,9 @@ class Sampling(OfTheService):
                 "prompt_logprobs is allowed only when stream is false",
                 {"param": "prompt_logprobs"},
             )
-        if self.stream_options is not None and not self.stream:
+        options = self.stream_options
+        asked = options is not None and any(value for _, value in options)
+        if asked and not self.stream:
             raise PydanticCustomError(
                 "invalid_value",
                 "stream_options is allowed only when stream is true",
@@ -170,6 +219,13 @@ class Sampling(OfTheService):
         """Whether a stream ends with the tokens used."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
+    @property
+    def continuous_usage(self) -> bool:
+        """Whether every event has the tokens used so far."""
+        return self.include_usage and bool(
+            self.stream_options and self.stream_options.continuous_usage_stats
+        )
+
     def sampling_params(
         self, max_tokens: int | None, logprobs: int | None, defaults: Mapping[str, float]
     ) -> SamplingParams:
@@ -186,18 +242,28 @@ class Sampling(OfTheService):
                 "min_p",
                 "repetition_penalty",
                 "ignore_eos",
+                "min_tokens",
+                "include_stop_str_in_output",
+                "skip_special_tokens",
+                "spaces_between_special_tokens",
             )
             if getattr(self, name) is not None
         }
         if self.top_k is not None:
             # −1 is how other servers spell "off".
             given["top_k"] = 0 if self.top_k == -1 else self.top_k
+        if given.get("seed") == -1:  # and this a random one
+            del given["seed"]
+        if self.allowed_token_ids is not None:
+            given["allowed_token_ids"] = tuple(self.allowed_token_ids)
         return SamplingParams(
             max_tokens=max_tokens,
             logprobs=logprobs,
             prompt_logprobs=self.prompt_logprobs,
             stop=tuple(self.stop or ()),
             stop_token_ids=tuple(self.stop_token_ids or ()),
+            bad_words=tuple(self.bad_words or ()),
+            logprob_token_ids=tuple(self.logprob_token_ids or ()),
             **{**defaults, **given},
         )
 
@@ -211,8 +277,10 @@ PromptShapes = str | list[str] | list[int] | list[list[int]]
 
 def prompts_of(value: Any) -> Any:
     """OpenAI's four shapes as a list of prompts, each text or token ids."""
-    if isinstance(value, str):
+    if isinstance(value, str) and value:
         return [value]
+    if value in ("", []):
+        raise PydanticCustomError("prompt_shape", "it is empty: there is nothing to read")
     if isinstance(value, list) and value:
         if all(type(item) is int for item in value):
             return [value]
@@ -233,22 +301,38 @@ def prompts_of(value: Any) -> Any:
 
 
 class CompletionRequest(Sampling):
-    refused = {"suffix": "suffix is not supported: put the text into the prompt"}
+    refused: ClassVar[dict[str, str]] = (
+        foreign.REFUSED
+        | foreign.REFUSED_IN_COMPLETIONS
+        | {"suffix": "suffix is not supported: put the text into the prompt"}
+    )
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = foreign.NEUTRAL_IN_COMPLETIONS
 
     prompt: Annotated[Any, BeforeValidator(prompts_of, json_schema_input_type=PromptShapes)]
     best_of: int | None = None
     echo: bool | None = None
-    logprobs: int | None = None
+    logprobs: Annotated[
+        int | None, BeforeValidator(_no_false, json_schema_input_type=int | Literal[False] | None)
+    ] = None
+    response_format: ResponseFormat | None = None
 
     @model_validator(mode="after")
     def _supported(self) -> CompletionRequest:
-        if self.best_of is not None and self.best_of != self.sequences:
+        # 1 is the default that clients write out.
+        if self.best_of not in (None, 0, 1, self.sequences):
             raise PydanticCustomError(
                 "unsupported_parameter",
                 "best_of other than n is not supported",
                 {"param": "best_of"},
             )
         return self
+
+    @property
+    def limit(self) -> int | None:
+        """Tokens to generate at most; None for no limit but the context's."""
+        if self.max_tokens is None:
+            return _COMPLETION_MAX_TOKENS
+        return None if self.max_tokens == NO_LIMIT else self.max_tokens
 
     @property
     def prompts(self) -> list[Prompt]:

@@ -136,7 +136,7 @@ def tools_of(body: ChatRequest, tokenizer: PreTrainedTokenizerBase, model: str) 
         if body.tool_choice not in (None, "none", "auto"):
             raise ApiError(400, "tool_choice needs tools", param="tool_choice")
         return None
-    convention = _convention(tokenizer.chat_template)
+    convention = _convention(body.chat_template or tokenizer.chat_template)
     if convention is None:
         raise ApiError(
             400,

@@ -1,1 +1,1 @@
-"""``nybble bench``: load on any OpenAI-compatible server, and what came of it."""
+"""``nybble bench``: sends load to any OpenAI-compatible server, and reports what it measured."""

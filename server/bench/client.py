@@ -15,8 +15,9 @@ import aiohttp
 class Timing:
     """One request. Times are in seconds from the moment it was sent.
 
-    arrivals: when each event with text arrived. tokens: generated, as the server counts them.
-    error: what went wrong, or None.
+    arrivals: when each event with text arrived.
+    tokens: generated tokens, as the server counts them.
+    error: what went wrong; None if nothing did.
     """
 
     arrivals: Sequence[float]
@@ -46,8 +47,10 @@ class Client:
     ignore_eos: bool = True
 
     async def complete(self, prompt: str | list[int], max_tokens: int) -> Timing:
-        """Generate ``max_tokens`` greedy tokens, exactly with ignore_eos, which not every server
-        knows. Failures come back as ``error``."""
+        """Generate up to ``max_tokens`` greedy tokens. Failures come back as ``error``.
+
+        The number is exact on servers that know ``ignore_eos``.
+        """
         body: dict[str, Any] = {
             "model": self.model,
             "prompt": prompt,

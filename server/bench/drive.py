@@ -1,4 +1,4 @@
-"""Sends the requests: a number at once, or as they arrive."""
+"""Sends the requests: a fixed number at once, or at given times."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Run:
 
 
 async def first_model(session: aiohttp.ClientSession, url: str, headers: dict[str, str]) -> str:
-    """The first model served. Raises ValueError where there is none or no answer."""
+    """The first model served. Raises ValueError if there is none, or no answer."""
     try:
         async with session.get(f"{url}/models", headers=headers) as response:
             if response.status != 200:
@@ -55,7 +55,7 @@ async def closed_loop(client: Client, asks: Sequence[Ask], concurrency: int) -> 
 
 
 async def open_loop(client: Client, asks: Sequence[Ask], arrivals: Iterable[float]) -> Run:
-    """Requests sent at their times, whatever became of those before."""
+    """Requests sent at the given times, whether or not earlier ones have been answered."""
     run = _Recorder(client, len(asks))
     async with asyncio.TaskGroup() as tasks:
         for ask, at in zip(asks, arrivals, strict=False):

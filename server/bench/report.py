@@ -21,7 +21,7 @@ _QUANTILES = {"p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99}
 
 
 def percentile(ordered: Sequence[float], q: float) -> float:
-    """Of sorted values, linear between neighbours; NaN where there are none."""
+    """The ``q`` percentile of sorted values, linear between neighbours; NaN if there are none."""
     if not ordered:
         return float("nan")
     at = q * (len(ordered) - 1)
@@ -90,7 +90,7 @@ def summarize(run: Run, slo: Mapping[str, float]) -> dict[str, Any]:
 
 
 def table(summary: Mapping[str, Any]) -> str:
-    """For people."""
+    """The summary as a text table."""
     lines = [
         f"{summary['requests']} requests in {summary['seconds']:.1f} s, {summary['failed']} failed",
         f"  {summary['requests_per_second']:.2f} requests/s, "
@@ -115,12 +115,12 @@ def table(summary: Mapping[str, Any]) -> str:
 def plot(run: Run, path: Path, title: str) -> None:
     """Distributions of the latencies, and tokens a second over the run, to an image.
 
-    Raises ValueError where matplotlib is missing.
+    Raises ValueError if matplotlib is missing.
     """
     try:
         import matplotlib
     except ImportError:
-        raise ValueError("--plot needs matplotlib, which is not installed") from None
+        raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 

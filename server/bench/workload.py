@@ -1,4 +1,4 @@
-"""What is asked, and when."""
+"""The prompts to send, and when to send them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Ask:
 
 
 def random_prompt(words: int, seed: int) -> str:
-    """Words that differ from the first on, so that no prefix cache helps."""
+    """Random words. Prompts differ from the first word on, so that no prefix cache helps."""
     generator = random.Random(seed)
     return " ".join([str(seed), *(generator.choice(_WORDS) for _ in range(words))])
 

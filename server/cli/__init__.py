@@ -1,10 +1,15 @@
 """The command line: `nybble` and `serve`."""
 
 import os
+import sys
 
-# OpenMP's threads spin while they wait for each other, by default for so long that where another
-# process has a processor they mostly spin for one that does not run. This is long enough to bridge
-# what lies between two kernels of a decode step. Read when torch loads OpenMP, so before any import
-# of it; who sets a policy of their own keeps it.
+# OpenMP's threads spin while they wait for each other. By default they spin so long that, if
+# another process takes a core, most of the time goes into waiting for a thread that does not run.
+# This setting is long enough to bridge the gap between two kernels of a decode step. It is read
+# when torch loads OpenMP, so it must be set before torch is imported. A user's own policy is kept.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+# In a log file, progress bars write a line now and then. tqdm reads this when it is imported.
+if not sys.stderr.isatty():
+    os.environ.setdefault("TQDM_MININTERVAL", "10")

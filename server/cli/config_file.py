@@ -5,15 +5,15 @@ from __future__ import annotations
 import difflib
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
 
 def read_config(context: typer.Context, path: Path | None) -> Path | None:
-    """Make what the file says the command's defaults, so that flags win over it.
+    """Make the file's values the command's defaults, so that flags override them.
 
-    A callback of an eager option. Raises typer.BadParameter naming the file and the key at fault.
+    The callback of an eager option. Raises typer.BadParameter naming the file and key at fault.
     """
     if path is None:
         return None
@@ -55,3 +55,15 @@ def _value(where: str, parameter: Any, value: Any) -> Any:
             raise typer.BadParameter(f"{where} is {each!r}, expected {expected}")
     texts = [str(each) for each in values]
     return texts if parameter.multiple else texts[0]
+
+
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="TOML file of these options by name: port = 8080. Flags win over it.",
+        callback=read_config,
+        dir_okay=False,
+        exists=True,
+        is_eager=True,
+    ),
+]

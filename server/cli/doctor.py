@@ -1,6 +1,6 @@
-"""What ``nybble doctor`` looks at: the software, the device, the kernels, and whether a model fits.
+"""The checks of ``nybble doctor``: software, device, kernels, and whether a model fits.
 
-A finding is broken where serving would fail, a warning where it would be slower than it could be.
+A finding is *broken* if serving would fail, and a *warning* if it would be slower than possible.
 """
 
 from __future__ import annotations
@@ -27,8 +27,11 @@ from nybble.engine.runner import blocks_per_sequence, kv_bytes_per_block
 from nybble.kernels.cpu.build import CpuKernelsUnavailableError, build_fastest
 from nybble.loaders import Checkpoint, open_checkpoint, resolve_model
 from nybble.loaders.cache import cache_folder
+from nybble.loaders.checkpoint import can_be_rounded
 from nybble.loaders.footprint import weight_bytes
+from nybble.loaders.tokenizer import load_tokenizer
 from nybble.models import Architecture, architecture_of
+from nybble.quantizers.in_flight import InFlightFormat
 from nybble.quantizers.prepare import DEMO
 
 State = Literal["ok", "warning", "broken"]
@@ -51,19 +54,22 @@ class Plan:
     """The model to be served, and how; as the options of ``nybble serve``.
 
     config: max_model_len None stands for 8,192 tokens or the model's own limit, if that is less.
+    needed: sequences of that length that have to fit at once, or serving is broken; None for all of
+        the config's max_num_seqs. The others wait.
     """
 
     model: str
     config: EngineConfig
     aliases: Path | None = None
-    quantize: Literal["nf4"] | None = None
+    quantize: InFlightFormat | None = None
     head: Literal["int8"] | None = None
+    needed: int | None = None
 
 
 def examine(
     device: str, plan: Plan | None, memory: Callable[[torch.device], int] | None = None
 ) -> Iterator[Finding]:
-    """Findings as they come. memory: bytes a device has free, measured where None."""
+    """Findings as they come. memory: gives a device's free bytes; None to measure them."""
     yield Finding("versions", _versions())
     yield Finding("CPU", f"{_cpu_name()}; {torch.get_num_threads()} threads")
     yield _gpu()
@@ -125,7 +131,7 @@ def _gpu() -> Finding:
 
 
 def _cpu_kernels(device: torch.device) -> Finding:
-    """Compiles them where they are not in the cache: nothing less tells whether that works."""
+    """Compiles the kernels if they are not cached: only that shows whether it works."""
     try:
         library = build_fastest()
     except CpuKernelsUnavailableError as error:
@@ -178,8 +184,7 @@ def _model(plan: Plan, memory: Callable[[torch.device], int] | None) -> Iterator
         folder = resolve_model(plan.model, aliases=plan.aliases, download=False)
         checkpoint = open_checkpoint(folder)
         architecture = architecture_of(checkpoint.config)
-        if not (folder / "tokenizer.json").is_file():
-            raise ValueError(f"{folder} has no tokenizer.json: streaming needs one")
+        load_tokenizer(folder)
         _require_unrounded(plan, checkpoint)
         kv_dtype = plan.config.kv_dtype
         if kv_dtype != "auto" and plan.config.device == "cpu":
@@ -195,6 +200,8 @@ def _model(plan: Plan, memory: Callable[[torch.device], int] | None) -> Iterator
         yield Finding("model", " ".join(str(error).split()), "broken")
         return
     kind = "16 bits" if checkpoint.format == "none" else checkpoint.format
+    if demo:
+        kind += ", served in 4 with its output layer in 8"
     length = architecture.max_model_len
     text = f"{folder}: {architecture.family}, {kind}, up to {length:,} tokens"
     wanted = plan.config.max_model_len
@@ -202,11 +209,12 @@ def _model(plan: Plan, memory: Callable[[torch.device], int] | None) -> Iterator
         yield Finding("model", f"{text}, but --max-model-len is {wanted:,}", "broken")
         return
     yield Finding("model", text)
-    yield _fit(plan.config, architecture, weights, memory or available_bytes)
+    needed = plan.needed or plan.config.max_num_seqs
+    yield _fit(plan.config, architecture, weights, needed, memory or available_bytes)
 
 
 def _require_unrounded(plan: Plan, checkpoint: Checkpoint) -> None:
-    if plan.quantize and checkpoint.format != "none":
+    if plan.quantize and not can_be_rounded(checkpoint):
         raise ValueError(
             f"{checkpoint.folder} is quantized already ({checkpoint.format}): leave --quantize out"
         )
@@ -218,6 +226,7 @@ def _fit(
     config: EngineConfig,
     architecture: Architecture,
     weights: int,
+    needed: int,
     memory: Callable[[torch.device], int],
 ) -> Finding:
     tokens = config.max_model_len or min(_DEFAULT_LEN, architecture.default_max_model_len)
@@ -232,6 +241,8 @@ def _fit(
         return Finding("memory", text + "fits")
     per_sequence = kv // config.max_num_seqs
     most = max(0, free - weights) // per_sequence
+    if most >= needed:
+        return Finding("memory", f"{text}{most} of them fit at once, the others wait")
     if weights >= free:
         text += "does not fit, not even the weights"
     else:

@@ -10,13 +10,13 @@ import typer
 
 
 def on_stderr(message: str) -> None:
-    """Say what ends the command."""
+    """Print the error that ends the command."""
     print(f"error: {message}", file=sys.stderr)
 
 
 @contextmanager
 def expected_errors(report: Callable[[str], None] = on_stderr) -> Iterator[None]:
-    """What can go wrong without a bug is one line and exit code 1. report: takes the line."""
+    """Turn expected errors into one line and exit code 1. report: receives the line."""
     try:
         yield
     except (LookupError, ValueError, OSError) as error:

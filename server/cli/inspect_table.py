@@ -11,7 +11,7 @@ from rich.table import Table
 from nybble.engine.memory import gib
 from nybble.loaders.inspect import WeightSummary
 
-# Wide enough for every column where the output is not a terminal.
+# Wide enough for every column if the output is not a terminal.
 _PIPE_WIDTH = 120
 
 

@@ -9,6 +9,7 @@ import typer
 
 from nybble import __version__
 from nybble.server.cli.commands.bench import bench
+from nybble.server.cli.commands.cache import cache
 from nybble.server.cli.commands.doctor import doctor
 from nybble.server.cli.commands.evaluate import evaluate
 from nybble.server.cli.commands.finetune import finetune
@@ -29,6 +30,7 @@ app = typer.Typer(
 for command in (serve, bench, pack, inspect, doctor, merge, new_key, quantize, finetune, qat):
     app.command()(command)
 app.command("eval")(evaluate)
+app.add_typer(cache, name="cache")
 
 
 def _version(wanted: bool) -> None:

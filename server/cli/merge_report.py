@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from nybble.loaders import (
     combine_adapters,
@@ -19,10 +17,10 @@ from nybble.loaders import (
     resolve_model,
 )
 from nybble.loaders.adapter_combine import Combination
+from nybble.loaders.tokenizer import load_tokenizer
 from nybble.models import architecture_of
 from nybble.quantizers import MergedLayer, merge_adapter, merge_divergence
 from nybble.quantizers.corpus import MERGE_CALIBRATION, text_tokens, token_ids
-from nybble.quantizers.formats import Format
 
 _WORST = 5
 _TEXT_SAMPLES, _TEXT_LENGTH = 8, 512
@@ -41,7 +39,7 @@ def merge_and_report(
     adapters: Sequence[str],
     target: Path,
     *,
-    format: Format | Literal["bf16"] | None,
+    format: str | None,
     weights: Sequence[float] | None,
     combination: Combination,
     keep_16_bits: bool,
@@ -90,7 +88,7 @@ def _measured(source: Path, text: Path | None) -> Tensor:
     """The beginning of a file however short, or windows of the held-out sources."""
     if text is None:
         return text_tokens(source, None, "held-out", _TEXT_SAMPLES, _TEXT_LENGTH).flatten()
-    tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True)
+    tokenizer = load_tokenizer(source)
     ids = token_ids(tokenizer, text.read_text(encoding="utf-8"))
     if not len(ids):
         raise ValueError(f"{text} is empty")

@@ -14,7 +14,7 @@ _TYPES = {
     ".js": "text/javascript",
     ".svg": "image/svg+xml",
 }
-# Scripts, styles and requests of this server alone; text never becomes HTML.
+# Only scripts, styles and requests of this server; text is never parsed as HTML.
 _POLICY = "; ".join(
     (
         "default-src 'none'",
@@ -31,7 +31,7 @@ _HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Opener-Policy": "same-origin",
-    # Asked for again each time, answered 304 where nothing changed: an upgrade is seen at once.
+    # Browsers ask each time and get 304 if nothing changed, so an upgrade is seen at once.
     "Cache-Control": "no-cache",
 }
 
@@ -44,7 +44,7 @@ class _File:
 
 
 class Console:
-    """The page's files. They hold nothing secret and need no key; what they ask for does."""
+    """The page's files. They need no key, because nothing in them is secret; their requests do."""
 
     def __init__(self) -> None:
         self._files = {}

@@ -10,7 +10,7 @@ from aiohttp.typedefs import Middleware
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 _METHODS = "GET, POST, DELETE, OPTIONS"
-# Says what a request asks for and its answer does not promise.
+# Tells which parts of a request's schema are not enforced.
 WARNING = "X-Nybble-Warning"
 _EXPOSED = f"X-Request-Id, Retry-After, {WARNING}"
 _PREFLIGHT_SECONDS = "600"
@@ -19,21 +19,21 @@ _PREFLIGHT_SECONDS = "600"
 class Cors:
     """Tells browsers that pages from ``origins`` may read the answers; ``*`` is any page.
 
-    Nothing is sent that lets a browser add credentials of its own: a page has to know the key.
+    Browsers are never allowed to add credentials (cookies) of their own: a page must know the key.
     """
 
     def __init__(self, origins: Collection[str]) -> None:
-        """Raises ValueError for what is no origin."""
+        """Raises ValueError for a value that is not an origin."""
         for origin in origins:
             scheme, separator, rest = origin.partition("://")
             if origin != "*" and not (scheme and separator and rest and "/" not in rest):
                 raise ValueError(
                     f"--allowed-origins {origin!r} is no origin: expected https://HOST[:PORT], or *"
                 )
-        self._origins = frozenset(origin.lower() for origin in origins)
+        self.origins = frozenset(origin.lower() for origin in origins)
 
     def middleware(self) -> Middleware:
-        """Answers preflights, which carry no key, before anything asks for one."""
+        """Answers preflights. It must run before keys are checked: a preflight has none."""
 
         @web.middleware
         async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -45,7 +45,7 @@ class Cors:
 
     async def send(self, request: web.Request, response: web.StreamResponse) -> None:
         """Adds the headers to a response, streams and errors among them."""
-        if "*" not in self._origins:
+        if "*" not in self.origins:
             # Caches must not give one page what was meant for another.
             response.headers.add("Vary", "Origin")
         allowed = self._allowed(request)
@@ -69,6 +69,6 @@ class Cors:
         origin = request.headers.get("Origin", "")
         if not origin:
             return None
-        if "*" in self._origins:
+        if "*" in self.origins:
             return "*"
-        return origin if origin.lower() in self._origins else None
+        return origin if origin.lower() in self.origins else None

@@ -13,14 +13,17 @@ from pydantic_core import to_json
 from nybble.engine import (
     AdapterError,
     AdapterUnavailableError,
+    ContextLengthError,
     EngineFailedError,
     EngineOverloadedError,
     EngineStoppedError,
     GuideError,
     NotANumberError,
+    NothingAllowedError,
     OutOfMemoryError,
     ParameterError,
 )
+from nybble.server.http import retry_after
 from nybble.server.observability.logs import Event
 
 logger = logging.getLogger(__name__)
@@ -30,19 +33,20 @@ _TYPES = {
     403: "permission_error",
     429: "rate_limit_error",
 }
-_RETRY_AFTER_STOPPED = 10
-_RETRY_AFTER_OUT_OF_MEMORY = 5
 _MAX_MESSAGE = 500
-# The last is what a limit on the size of files gives, of the process or of the file system.
+# EFBIG: a file-size limit of the process or of the file system.
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _MAX_PARAM = 100
 
 
 class ApiError(Exception):
-    """A response other than the one asked for.
+    """An error response.
 
-    param: the request's parameter at fault. code: a stable name for programs. retry_after: seconds.
-    allow: the methods that are allowed, of a 405.
+    param: the request's parameter at fault.
+    code: a stable name for programs.
+    retry_after: for the Retry-After header, in seconds.
+    allow: the allowed methods, for a 405.
+    close: whether the connection must be closed after the response.
     """
 
     def __init__(
@@ -54,8 +58,9 @@ class ApiError(Exception):
         code: str | None = None,
         retry_after: int | None = None,
         allow: str | None = None,
+        close: bool = False,
     ) -> None:
-        # One line of bounded length, whatever of the request it quotes.
+        # The message may quote the request: make it one line of bounded length.
         message = " ".join(message.split())[:_MAX_MESSAGE]
         super().__init__(message)
         self.status = status
@@ -64,10 +69,11 @@ class ApiError(Exception):
         self.code = code
         self.retry_after = retry_after
         self.allow = allow
+        self.close = close
 
     @property
     def cause(self) -> str:
-        """What metrics count it as: one of few."""
+        """The value of the metrics' ``cause`` label, one of a few."""
         return self.code or f"http_{self.status}"
 
     def body(self) -> dict[str, Any]:
@@ -89,22 +95,29 @@ class ApiError(Exception):
             headers["Allow"] = self.allow
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
-        return web.Response(
+        response = web.Response(
             status=self.status,
             body=to_json(self.body()),
             content_type="application/json",
             headers=headers,
         )
+        if self.close:
+            response.force_close()
+        return response
 
 
 def as_api_error(error: Exception, request_id: str) -> ApiError:
-    """What a client is told about ``error``; what nobody foresaw is logged and told as 500."""
+    """The response for ``error``; an unexpected error is logged and becomes a 500."""
     if isinstance(error, ApiError):
         return error
+    if isinstance(error, ContextLengthError):
+        return ApiError(400, str(error), param=error.parameter, code="context_length_exceeded")
     if isinstance(error, ParameterError):
         return ApiError(400, str(error), param=error.parameter, code="invalid_value")
     if isinstance(error, GuideError):
         return ApiError(500, str(error), code="guide_failed")
+    if isinstance(error, NothingAllowedError):
+        return ApiError(400, str(error), code="nothing_allowed")
     if isinstance(error, NotANumberError):
         return ApiError(500, str(error), code="not_a_number")
     if isinstance(error, AdapterError):
@@ -112,16 +125,14 @@ def as_api_error(error: Exception, request_id: str) -> ApiError:
     if isinstance(error, AdapterUnavailableError):
         return ApiError(503, str(error), code="adapter_unavailable")
     if isinstance(error, EngineOverloadedError):
-        return ApiError(429, str(error), code="overloaded", retry_after=error.retry_after)
+        return ApiError(429, str(error), code="overloaded", retry_after=retry_after.BUSY)
     if isinstance(error, OutOfMemoryError):
-        return ApiError(
-            503, str(error), code="out_of_memory", retry_after=_RETRY_AFTER_OUT_OF_MEMORY
-        )
+        return ApiError(503, str(error), code="out_of_memory", retry_after=retry_after.BUSY)
     if isinstance(error, EngineFailedError):
         return ApiError(500, str(error), code="engine_failed")
     if isinstance(error, EngineStoppedError):
         return ApiError(
-            503, str(error), code="engine_unavailable", retry_after=_RETRY_AFTER_STOPPED
+            503, str(error), code="engine_unavailable", retry_after=retry_after.UNAVAILABLE
         )
     if isinstance(error, web.HTTPRequestEntityTooLarge):
         return ApiError(413, "the request body is too large", code="request_too_large")

@@ -1,4 +1,4 @@
-"""The parts of a multipart form, every piece of which has to come in time."""
+"""The parts of a multipart form, read with a time limit for every piece."""
 
 from __future__ import annotations
 
@@ -19,10 +19,12 @@ _MAX_FIELD_BYTES = 1024
 
 
 async def parts(request: web.Request, known: Collection[str]) -> AsyncIterator[BodyPartReader]:
-    """The parts of a request's form, their names among those that are known.
+    """The parts of a request's form.
 
-    Raises ApiError 400 for another one and for what is no form, and 408 where nothing comes for a
-    minute, as the others here do.
+    known: the allowed names of parts.
+
+    Raises ApiError 400 for another name and for a body that is not a form. This and the functions
+    below raise 408 if nothing arrives for a minute.
     """
     if request.content_type != "multipart/form-data":
         raise ApiError(400, f"expected multipart/form-data with {' and '.join(known)}")
@@ -35,13 +37,13 @@ async def parts(request: web.Request, known: Collection[str]) -> AsyncIterator[B
 
 
 async def chunks(part: BodyPartReader) -> AsyncIterator[bytes]:
-    """A file's bytes as they come."""
+    """A file's bytes as they arrive."""
     while chunk := await _read(part.read_chunk(_CHUNK_BYTES)):
         yield chunk
 
 
 async def text(part: BodyPartReader) -> str:
-    """A field's value, in how many pieces it may come. Raises ApiError 400 beyond 1,024 bytes."""
+    """A text field's value. Raises ApiError 400 beyond 1,024 bytes."""
     value = b""
     async for chunk in chunks(part):
         value += chunk

@@ -1,4 +1,4 @@
-"""Lets requests in until the server shuts down, and knows when the last one has left."""
+"""Accepts requests until the server shuts down, and waits for the last one to finish."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from nybble.server.http import retry_after
 from nybble.server.http.errors import ApiError
-
-_RETRY_AFTER_SECONDS = 10
 
 
 class Gate:
-    """Counts the requests being answered; once closed it lets no more in."""
+    """Counts the requests in progress; once closed it accepts no more."""
 
     def __init__(self) -> None:
         self.closed = False
@@ -28,7 +27,7 @@ class Gate:
                 503,
                 "the server is shutting down",
                 code="shutting_down",
-                retry_after=_RETRY_AFTER_SECONDS,
+                retry_after=retry_after.UNAVAILABLE,
             )
         self._inside += 1
         self._empty.clear()
@@ -40,7 +39,7 @@ class Gate:
                 self._empty.set()
 
     async def close(self, timeout: float) -> int:
-        """Wait up to ``timeout`` seconds for those inside; returns how many still are."""
+        """Wait up to ``timeout`` seconds for requests to finish; returns how many have not."""
         self.closed = True
         try:
             async with asyncio.timeout(timeout):

@@ -1,4 +1,4 @@
-"""The certificate a server shows."""
+"""The server's TLS certificate."""
 
 from __future__ import annotations
 
@@ -7,14 +7,17 @@ from pathlib import Path
 
 
 def tls_context(certificate: Path, key: Path | None) -> ssl.SSLContext:
-    """TLS 1.2 or newer. certificate: PEM, with its chain; key: PEM, if it is not in that file.
+    """A context for TLS 1.2 or newer.
 
-    Raises ValueError where they cannot be read or do not belong together.
+    certificate: PEM file, with its chain.
+    key: PEM file; None if the key is in the certificate's file.
+
+    Raises ValueError if they cannot be read or do not belong together.
     """
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     try:
-        # Asking for a passphrase would stop a service at its start.
+        # Without this, OpenSSL would prompt for a passphrase, and a service would hang there.
         context.load_cert_chain(certificate, key, password=lambda: "")
     except (OSError, ValueError) as error:
         where = str(certificate) if key is None else f"{certificate} and {key}"

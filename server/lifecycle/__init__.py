@@ -1,1 +1,1 @@
-"""From a start to an end: load behind an open port, serve, stop."""
+"""A server's life: load behind an open port, serve, stop."""

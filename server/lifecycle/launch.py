@@ -6,10 +6,10 @@ import asyncio
 import logging
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from socket import socket
-from typing import Literal
+from socket import AF_UNIX, socket
+from urllib.parse import quote
 
 import torch
 
@@ -17,7 +17,14 @@ from nybble.engine import Engine, EngineConfig
 from nybble.engine.memory import memory_explained
 from nybble.quantizers.prepare import prepare_checkpoint
 from nybble.server.adapters.admin import restore, restore_uploads
-from nybble.server.http.listen import BACKLOG
+from nybble.server.http.listen import BACKLOG, is_loopback
+from nybble.server.lifecycle.configure import (
+    engine_config,
+    flags_named,
+    named_adapters,
+    server_settings,
+)
+from nybble.server.lifecycle.options import ServeOptions
 from nybble.server.lifecycle.serve import serve
 from nybble.server.lifecycle.settings import ServerSettings
 from nybble.server.lifecycle.startup import Startup, load_behind
@@ -26,51 +33,34 @@ from nybble.server.observability.logs import Event, LogFormat
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class ModelSource:
-    """Names and options as they were given. merged: the adapter to merge into the model;
-    adapters: paths of those to load, by name."""
-
-    model: str
-    aliases: Path | None
-    quantize: Literal["nf4"] | None
-    head: Literal["int8"] | None
-    merged: str | None
-    adapters: Mapping[str, str]
-
-
-def launch(
-    source: ModelSource,
-    config: EngineConfig,
-    sock: socket,
-    settings: ServerSettings,
-    *,
-    log_format: LogFormat,
-) -> None:
+def launch(options: ServeOptions, sock: socket) -> None:
     """Load the model and its adapters and serve them on the socket until a signal comes.
 
-    The socket answers at once, with 503 until everything is loaded. Raises what loading does;
-    ValueError where an adapter has the base model's name; EngineFailedError where the engine does
+    The socket answers at once, with 503 until everything is loaded. Raises ValueError and OSError
+    for options that cannot be met, what loading raises, and EngineFailedError if the engine does
     not recover from a failure.
     """
-    if taken := [name for name in source.adapters if name in settings.models]:
-        raise ValueError(f"--lora-modules: {taken[0]!r} is the name of the base model")
-    asyncio.run(_load_and_serve(source, config, sock, settings, log_format))
+    with flags_named():
+        config = engine_config(options)
+        settings = server_settings(options, config.device, loopback=is_loopback(sock))
+        adapters = named_adapters(options.adapters, settings.models)
+        asyncio.run(_load_and_serve(options, config, sock, settings, adapters))
 
 
 async def _load_and_serve(
-    source: ModelSource,
+    options: ServeOptions,
     config: EngineConfig,
     sock: socket,
     settings: ServerSettings,
-    log_format: LogFormat,
+    adapters: Mapping[str, str],
 ) -> None:
-    startup = Startup(bars=log_format == "text")
-    sock.listen(BACKLOG)  # before it is told where it listens
+    log_format = options.operation.log_format
+    startup = Startup(bars=log_format == "text" and sys.stderr.isatty())
+    sock.listen(BACKLOG)  # before the log says where
     logger.info(Event("starting", {"health": f"{_origin(sock, settings)}/health"}))
 
     def load() -> tuple[Engine, Path]:
-        return _load(source, config, settings, startup)
+        return _load(options, config, settings, adapters, startup)
 
     async with load_behind(sock, settings.tls, startup, load) as (engine, folder):
         settings = replace(settings, model_folder=folder)
@@ -79,9 +69,7 @@ async def _load_and_serve(
             engine,
             sock,
             settings,
-            ready=lambda: _announce(
-                origin, engine, config, settings, list(source.adapters), log_format
-            ),
+            ready=lambda: _announce(origin, engine, config, settings, list(adapters), log_format),
         )
 
 
@@ -111,23 +99,27 @@ def _announce(
 
 
 def _load(
-    source: ModelSource, config: EngineConfig, settings: ServerSettings, startup: Startup
+    options: ServeOptions,
+    config: EngineConfig,
+    settings: ServerSettings,
+    adapters: Mapping[str, str],
+    startup: Startup,
 ) -> tuple[Engine, Path]:
     startup.report("Preparing kernels", 0, None)  # the first start on a machine compiles them
     checkpoint = prepare_checkpoint(
-        source.model,
+        options.model.model,
         device=torch.device(config.device),
-        aliases=source.aliases,
-        quantize=source.quantize,
-        head=source.head,
-        adapter=source.merged,
+        aliases=options.model.aliases,
+        quantize=options.model.quantize,
+        head=options.model.head,
+        adapter=options.adapters.merge_adapter,
         progress=startup.report,
     )
     with memory_explained(checkpoint, config):
         engine = Engine.load(checkpoint, config, startup.report)
         startup.status = "warming"
         engine.warm_up(startup.report)
-    for name, path in source.adapters.items():
+    for name, path in adapters.items():
         engine.load_adapter(name, path)
     restore(engine, settings.models, settings.adapter_roots, settings.adapter_state)
     restore_uploads(engine, settings.models, settings.adapter_roots)
@@ -136,6 +128,8 @@ def _load(
 
 
 def _origin(sock: socket, settings: ServerSettings) -> str:
-    host, port = sock.getsockname()[:2]
     scheme = "http" if settings.tls is None else "https"
+    if sock.family == AF_UNIX:
+        return f"{scheme}+unix://{quote(sock.getsockname(), safe='')}"
+    host, port = sock.getsockname()[:2]
     return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"

@@ -12,18 +12,18 @@ from collections.abc import Callable
 from aiohttp import web
 
 from nybble.engine import Engine, EngineFailedError
+from nybble.loaders.templates import TemplateRenderer
 from nybble.server.adapters.watch import AdapterWatch
 from nybble.server.app import make_app
 from nybble.server.http.gate import Gate
 from nybble.server.http.listen import BACKLOG
 from nybble.server.lifecycle.settings import ServerSettings
-from nybble.server.templates import TemplateRenderer
 
 logger = logging.getLogger(__name__)
 
-# Without a request, or with one whose headers do not end.
+# How long a connection may stay without a request, or with incomplete headers.
 _KEEPALIVE_SECONDS = 75
-# For responses whose last bytes are on the way when everything has been computed.
+# Time to send the last bytes of responses once everything is computed.
 _FLUSH_SECONDS = 5
 
 
@@ -36,17 +36,18 @@ async def serve(
 ) -> None:
     """Serve a started engine until SIGINT or SIGTERM, then let requests in flight finish.
 
-    While they do, new ones get 503. Those not finished in time end with an error. A second signal
-    ends the process at once. ``ready`` is called when requests are taken. SIGHUP has the tenants
-    read again.
+    Meanwhile new requests get 503. Requests that do not finish in time end with an error. A second
+    signal ends the process at once. SIGHUP reloads the tenants file.
 
-    Raises EngineFailedError once every client is told, where the engine has failed for good.
+    ready: called when requests are accepted.
+
+    Raises EngineFailedError, after answering every client, if the engine has failed for good.
     """
     gate = Gate()
     templates = TemplateRenderer()
     app = make_app(engine, settings, gate, templates)
     templates.start()
-    # Cancelling handlers of clients that have gone is what cancels their sequences.
+    # A disconnected client's handler must be cancelled: that cancels its sequences.
     runner = web.AppRunner(
         app,
         handler_cancellation=True,
@@ -78,7 +79,7 @@ async def serve(
     finally:
         if watch is not None:
             watch.cancel()
-        # First the engine, so that what is still streaming is told; then the connections.
+        # The engine first, so that open streams get an error event; then the connections.
         await asyncio.to_thread(engine.stop)
         await runner.cleanup()
         templates.close()

@@ -1,12 +1,12 @@
-"""What a server is told besides its engine."""
+"""The server's settings, besides the engine's."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from ssl import SSLContext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from nybble.server.http.cors import Cors
 from nybble.server.tenancy.tenants import Tenants
@@ -18,16 +18,29 @@ if TYPE_CHECKING:  # it needs packages of its own
 
 @dataclass(frozen=True, kw_only=True)
 class ServerSettings:
-    """models: the names it answers to, the first being its own. max_sequences: how many may be
-    waiting and running at once. max_queue_seconds: how long a request may have to wait.
-    api_keys: with any, requests must carry one of them.
-    admin_keys: the same for administration, which needs one. adapter_roots: folders that adapters
-    may be loaded from. adapter_state: the file that keeps them for the next start.
-    tenants: whose keys are taken too, each with what it allows.
-    adapter_watch: a folder whose adapters come and go. shutdown_timeout: seconds for requests in
-    flight to finish. tls: the certificate, for https. cors: pages elsewhere that may
-    call the API. console: whether there is a page at ``/``. model_folder: of
-    the model that is served, for jobs to train on. training: None for a server without.
+    """Settings fixed for the life of a server.
+
+    models: the base model's names, its own first.
+    max_sequences: most sequences waiting and running at once.
+    max_queue_seconds: the longest predicted wait with which a request is still accepted.
+    api_keys: if there are any, requests must carry one of them or a tenant's.
+    admin_keys: required for administration; without any, administration is refused.
+    adapter_roots: folders that adapters may be loaded from.
+    adapter_state: the file in which loaded adapters are kept for the next start.
+    tenants: their keys are accepted too, each with its own limits.
+    adapter_watch: a folder whose subfolders are loaded and unloaded as they come and go.
+    shutdown_timeout: seconds for requests in flight to finish.
+    tls: the certificate, for https.
+    cors: pages of other origins that may call the API.
+    allowed_hosts: Host names that a server without keys answers to, besides localhost and IP
+        addresses; None for any.
+    root_path: a proxy's ``/prefix``.
+    console: whether there is a page at ``/``.
+    unknown_fields: how unknown fields of requests are handled.
+    trust_chat_templates: whether requests may contain chat templates of their own.
+    tracing: None if requests are not traced.
+    model_folder: the folder of the served model, for training jobs.
+    training: None if the server runs no training jobs.
     """
 
     models: tuple[str, ...]
@@ -42,7 +55,11 @@ class ServerSettings:
     shutdown_timeout: float = 30
     tls: SSLContext | None = None
     cors: Cors | None = None
+    allowed_hosts: Collection[str] | None = ()
+    root_path: str = ""
     console: bool = True
+    unknown_fields: Literal["refuse", "warn", "ignore"] = "refuse"
+    trust_chat_templates: bool = False
     tracing: Tracing | None = None
     model_folder: Path | None = None
     training: TrainingSettings | None = None

@@ -1,4 +1,4 @@
-"""While the model loads: the port answers at once, and says how far it is."""
+"""Answers on the port while the model loads, and reports the progress."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from aiohttp import web
 from pydantic_core import to_json
 from tqdm import tqdm
 
+from nybble.server.http import retry_after
 from nybble.server.http.errors import ApiError
 from nybble.server.http.listen import BACKLOG
 from nybble.server.observability.logs import Event
@@ -27,19 +28,18 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 Status = Literal["loading", "warming"]
 
-_RETRY_AFTER_SECONDS = 10
 _LOG_SECONDS = 10
 
 
 class Startup:
-    """How far the start is. Reported by the thread that loads, read by the event loop.
+    """Progress of the start, written by the loading thread and read by the event loop.
 
-    status: ``loading`` while the model is read and packed, ``warming`` while kernels are tuned and
-    compiled.
+    status: ``loading`` while the model is read and packed; ``warming`` while kernels are tuned and
+        compiled.
     """
 
     def __init__(self, *, bars: bool) -> None:
-        """bars: show progress as bars on stderr, else as log lines now and then."""
+        """bars: show progress as bars on stderr; otherwise as occasional log lines."""
         self.status: Status = "loading"
         self._bars = bars
         self._bar: tqdm[Any] | None = None
@@ -47,17 +47,17 @@ class Startup:
         self._stage: tuple[str, int, int | None] | None = None
 
     def report(self, what: str, done: int, total: int | None) -> None:
-        """Take note (see :data:`nybble.kernels.progress.Report`)."""
+        """Record progress; see :data:`nybble.kernels.progress.Report`."""
         began = self._stage is None or self._stage[0] != what
         self._stage = (what, done, total)
-        with suppress(OSError):  # where stderr leads to a disk that is full
+        with suppress(OSError):  # stderr may go to a full disk
             self._show(began, what, done, total)
 
     def _show(self, began: bool, what: str, done: int, total: int | None) -> None:
         if self._bars:
             if self._bar is None or began:
                 self.close()
-                # Where nobody knows how much there is to do, counting it tells nothing.
+                # Without a total, a count would say nothing.
                 shown = "{desc} …" if total is None else None
                 self._bar = tqdm(desc=what, total=total, bar_format=shown)
             self._bar.update(done - self._bar.n)
@@ -72,9 +72,9 @@ class Startup:
             self._bar.close()
 
     def body(self) -> dict[str, Any]:
-        """What ``/health`` says: status, seconds since the start, and the stage with its progress.
+        """The body of ``/health``: status, seconds since the start, stage and progress.
 
-        total is null where nobody knows it.
+        ``total`` is null if it is not known.
         """
         body: dict[str, Any] = {
             "status": self.status,
@@ -91,15 +91,18 @@ async def load_behind(
 ) -> AsyncIterator[T]:
     """Run ``load`` in a thread, and meanwhile answer on ``sock`` that the server is starting.
 
-    The context's value is what ``load`` returns. ``sock`` listens all the time, so that who comes
-    between this server and the next waits for it. Who came before is still answered here, while the
-    context lasts. SIGINT and SIGTERM end the process. Raises what ``load`` raises.
+    The context's value is what ``load`` returns. ``sock`` never stops listening: a connection made
+    between this server and the next waits for the next. Earlier connections are still answered here
+    while the context lasts. SIGINT and SIGTERM end the process. Raises what ``load`` raises.
     """
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, _leave, number)
     runner = web.AppRunner(
-        _app(startup), access_log=None, keepalive_timeout=_RETRY_AFTER_SECONDS, shutdown_timeout=1
+        _app(startup),
+        access_log=None,
+        keepalive_timeout=retry_after.UNAVAILABLE,
+        shutdown_timeout=1,
     )
     await runner.setup()
     try:
@@ -107,12 +110,12 @@ async def load_behind(
         site = web.SockSite(runner, listener, backlog=BACKLOG, ssl_context=tls)
         await site.start()
         try:
-            # A thread of its own: those that libraries add to it end with it.
+            # In a thread of its own: threads that libraries start for it end with it.
             with ThreadPoolExecutor(1, thread_name_prefix="nybble-load") as pool:
                 loaded = await loop.run_in_executor(pool, load)
         finally:
             startup.close()
-        # Closing the site would drop a connection that is accepted and not yet set up.
+        # Closing the site instead would drop connections which are accepted but not yet set up.
         loop.remove_reader(listener)
         await asyncio.sleep(0)
         await site.stop()
@@ -122,7 +125,7 @@ async def load_behind(
 
 
 def _app(startup: Startup) -> web.Application:
-    headers = {"Retry-After": str(_RETRY_AFTER_SECONDS)}
+    headers = {"Retry-After": str(retry_after.UNAVAILABLE)}
 
     async def health(_: web.Request) -> web.Response:
         body = to_json(startup.body())
@@ -133,12 +136,12 @@ def _app(startup: Startup) -> web.Application:
             503,
             f"the server is starting ({startup.status}): /health says how far it is",
             code="starting",
-            retry_after=_RETRY_AFTER_SECONDS,
+            retry_after=retry_after.UNAVAILABLE,
         )
         return error.response()
 
     async def close(_: web.Request, response: web.StreamResponse) -> None:
-        response.force_close()  # the next request is for the server that comes after this one
+        response.force_close()  # the next request must reach the real server
 
     app = web.Application()
     app.router.add_get("/health", health)
@@ -149,5 +152,5 @@ def _app(startup: Startup) -> web.Application:
 
 def _leave(number: int) -> None:
     logger.info("interrupted while starting")
-    # What is half packed is found and removed by the next start, as after a kill.
+    # The next start finds and removes a half-packed model, as after a kill.
     os._exit(128 + number)

@@ -1,1 +1,1 @@
-"""What an operator sees: logs, metrics, traces, a record of each request."""
+"""For operators: logs, metrics, traces, and a record of each request."""

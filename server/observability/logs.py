@@ -1,4 +1,4 @@
-"""Logs as text for people or, one JSON object a line, for programs."""
+"""Logs as text, or as one JSON object a line."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class JsonFormatter(logging.Formatter):
 
 
 def configure(level: str, format: LogFormat) -> None:
-    """Send this process' logs, and with JSON its warnings, to stderr."""
+    """Send this process' logs to stderr, and with JSON also Python's warnings."""
     handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter() if format == "json" else logging.Formatter(_TEXT))
     logging.basicConfig(level=level.upper(), handlers=[handler])
@@ -63,7 +63,7 @@ def configure(level: str, format: LogFormat) -> None:
 
 
 def _without_its_bytes(record: logging.LogRecord) -> bool:
-    """aiohttp quotes the line of a malformed request, and a key may be in it."""
+    """Drop what aiohttp quotes of a malformed request: there may be a key in it."""
     from aiohttp.http_exceptions import HttpProcessingError  # heavy for `--help`
 
     if record.exc_info and isinstance(record.exc_info[1], HttpProcessingError):
@@ -74,5 +74,5 @@ def _without_its_bytes(record: logging.LogRecord) -> bool:
 
 
 def error(message: str) -> None:
-    """Log what ends the process."""
+    """Log the error that ends the process."""
     logging.getLogger(__package__).error(message)

@@ -33,14 +33,14 @@ from nybble.server.tenancy.admission import Admission
 
 _TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 _SECONDS = (*_TOKEN_SECONDS, 5, 10, 30, 60, 120, 300)
-# Values of a label that have a time series of their own at a time.
+# The most values of a label that have a time series of their own at a time.
 _LABELS = 50
 _OTHER = "other"
-# How often those are chosen anew, and how much busier than one of them another must have been.
+# How often these values are chosen again, and how much busier a value must be to replace another.
 _WINDOW_SECONDS = 600.0
 _BUSIER = 2
 _METHODS = frozenset(hdrs.METH_ALL)
-# Why requests are turned away, and what else has to be seen at once.
+# Error causes whose series exist from the start: refusals, and others that alerts need.
 _CAUSES = (
     *("overloaded", "tenant_overloaded", "queue_too_long", "rate_limit_exceeded"),
     *("internal_error", "engine_unavailable", "timeout"),
@@ -53,7 +53,7 @@ _STEP_SEQUENCES, _STEP_TOKENS = 11, 15
 class Metrics:
     """The metrics of one server, in a registry of their own.
 
-    admission: what lets requests in.
+    admission: the source of the sequence limit and the predicted wait.
     """
 
     def __init__(self, engine: Engine, admission: Admission) -> None:
@@ -127,7 +127,7 @@ class Metrics:
             ["reason"],
             registry=self._registry,
         )
-        # A counter that begins at its first increment hides it from rate().
+        # Create the series at 0: Prometheus' rate() cannot see a series' first increment.
         for reason in ("stop", "length", "cancelled", "error"):
             self.finished.labels(reason)
         self._http_requests = Counter(
@@ -157,15 +157,19 @@ class Metrics:
     def answered(
         self, method: str, route: str, status: int, seconds: float, cause: str | None
     ) -> None:
-        """Count an HTTP request. route: its pattern. cause: of the error it ended with, if any."""
-        known = method if method in _METHODS else _OTHER  # a client may send any word
+        """Count an HTTP request.
+
+        route: its path pattern.
+        cause: of the error it ended with; None if there was none.
+        """
+        known = method if method in _METHODS else _OTHER  # clients may send any word
         self._http_requests.labels(known, route, str(status)).inc()
         self._http_seconds.labels(route).observe(seconds)
         if cause is not None:
             self._errors.labels(cause).inc()
 
     def begin(self, request: Request) -> None:
-        """Count a sequence, to its adapter and tenant too."""
+        """Count a sequence, also for its adapter and tenant."""
         self._prompt_tokens.observe(len(request.prompt_token_ids))
         if request.params.max_tokens is not None:
             self._max_tokens.observe(request.params.max_tokens)
@@ -173,12 +177,12 @@ class Metrics:
         self._by_tenant.begin(request.tenant)
 
     def generated(self, request: Request, tokens: int) -> None:
-        """Count generated tokens to a sequence's adapter and tenant."""
+        """Count generated tokens for a sequence's adapter and tenant."""
         self._by_adapter.generated(request.adapter, tokens)
         self._by_tenant.generated(request.tenant, tokens)
 
     def register(self, collector: Collector) -> None:
-        """Show another part's metrics too."""
+        """Add another collector's metrics."""
         self._registry.register(collector)
 
     def render(self) -> bytes:
@@ -187,11 +191,11 @@ class Metrics:
 
 
 class _Shares:
-    """Sequences and tokens by a label whose values are not known beforehand, but bounded.
+    """Counts sequences and tokens by a label with unknown values, in a bounded number of series.
 
-    The first ``_LABELS`` names have series of their own, the others share one. After every window
-    names that were busier in it take the places of those that were least busy; a series that ends
-    may begin again from 0, which to Prometheus is a counter that was reset.
+    The first ``_LABELS`` names have series of their own; the others share one. After every window
+    the busiest of the others replace the least busy. A series that ended may start again from 0,
+    which Prometheus treats as a counter reset.
     """
 
     def __init__(
@@ -230,7 +234,7 @@ class _Shares:
         return name if name in self._labels else _OTHER
 
     def _choose(self) -> None:
-        """Give the labels of the least busy to those that were busier, and begin a new window."""
+        """Give the labels of the least busy names to busier ones, and start a new window."""
         busy = self._sequences_in_window
         newcomers = [name for name, _ in busy.most_common() if name not in self._labels]
         for name, least in zip(newcomers, sorted(self._labels, key=busy.__getitem__), strict=False):
@@ -239,7 +243,7 @@ class _Shares:
             self._labels.remove(least)
             self._labels.add(name)
             for counter in (self._sequences, self._tokens):
-                with suppress(KeyError):  # it has generated nothing
+                with suppress(KeyError):  # it has no series yet
                     counter.remove(least)
         self._sequences_in_window = collections.Counter()
         self._window_ends = self._clock() + _WINDOW_SECONDS
@@ -314,7 +318,7 @@ class _EngineCollector(Collector):
 
 
 def _sizes(name: str, about: str, sizes: SizeCounts, buckets: int) -> HistogramMetricFamily:
-    """A histogram with ``buckets`` buckets and the one that has no end."""
+    """A histogram with ``buckets`` buckets and the one up to infinity."""
     cumulative = list(itertools.accumulate(sizes.counts)) or [0]
     shown = [
         (str(float(1 << i)), float(cumulative[min(i, len(cumulative) - 1)])) for i in range(buckets)

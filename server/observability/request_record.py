@@ -1,4 +1,4 @@
-"""What a request's log line and metrics say about it: never its content, never a key."""
+"""What the log and the metrics say about a request: never its content, never a key."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ _UNPRINTABLE = re.compile(r"[^ -~]")
 class RequestRecord:
     """Filled in while the request is answered.
 
-    cause: code of the error it ended with. trace_id: of OpenTelemetry, where it is
-    traced. usage: of the job it started, with its adapter. not_enforced: what its schemas say and
-    the grammar made of them does not.
+    cause: code of the error it ended with.
+    trace_id: OpenTelemetry's, if the request is traced.
+    usage: token counts of its job, with the job's adapter.
+    not_enforced: keywords of its schemas which the grammar does not enforce.
     """
 
     id: str
@@ -31,13 +32,13 @@ class RequestRecord:
     not_enforced: list[Omission] = field(default_factory=list)
 
     def failed(self, error: Exception) -> ApiError:
-        """What the client is told of what ended its request, which is noted here."""
+        """Record the error that ended the request, and return the error to send."""
         failure = as_api_error(error, self.id)
         self.cause = failure.cause
         return failure
 
     def warning(self) -> str | None:
-        """What the client is told beside its answer, as a header's value, or None."""
+        """Value of the warning header; None if there is nothing to warn of."""
         if not self.not_enforced:
             return None
         told = "; ".join(map(str, self.not_enforced))
@@ -45,12 +46,12 @@ class RequestRecord:
         return _UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], text)[:_MAX_WARNING]
 
     def warning_fields(self) -> dict[str, list[str]]:
-        """The keywords, without the rest of the path, which is the client's own."""
+        """The keywords that are not enforced, without their paths: those are the client's data."""
         keywords = sorted({omission.keyword for omission in self.not_enforced})
         return {"not_enforced": keywords} if keywords else {}
 
     def usage_fields(self) -> dict[str, str | int | None]:
-        """What the job came to, as far as it came; nothing where there was none."""
+        """Token counts of the job so far; empty if there was no job."""
         if self.usage is None:
             return {}
         return {

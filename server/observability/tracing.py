@@ -1,6 +1,6 @@
-"""OpenTelemetry traces: a span for a request, and below it queue, prefill and decode.
+"""OpenTelemetry traces: a span for each request, with queue, prefill and decode below it.
 
-Only imported where ``--otlp-endpoint`` is given. Source of names: OpenTelemetry's semantic
+Imported only if ``--otlp-endpoint`` is given. Source of names: OpenTelemetry's semantic
 conventions for HTTP and generative AI.
 """
 
@@ -21,6 +21,7 @@ from opentelemetry.trace import Span, SpanKind, Status, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from nybble.server.api.generation import SequenceTimes
+from nybble.server.http.paths import matched_path
 from nybble.server.observability.request_record import RECORD
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -37,12 +38,12 @@ class Tracing:
         self._provider.add_span_processor(processor)
         self._tracer = self._provider.get_tracer("nybble")
         self._propagator = TraceContextTextMapPropagator()
-        # Spans have the time of day, sequences are timed by the monotonic clock.
+        # Spans need the time of day; sequences are timed by the monotonic clock.
         self._offset = time.time_ns() - time.monotonic_ns()
 
     @classmethod
     def to(cls, endpoint: str, service: str = "nybble") -> Tracing:
-        """endpoint: of OTLP over HTTP, such as ``http://localhost:4318/v1/traces``."""
+        """endpoint: an OTLP/HTTP URL such as ``http://localhost:4318/v1/traces``."""
         return cls(BatchSpanProcessor(OTLPSpanExporter(endpoint)), service)
 
     def middleware(self) -> Middleware:
@@ -50,7 +51,7 @@ class Tracing:
 
         @web.middleware
         async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
-            if not request.path.startswith(_PATHS):
+            if not matched_path(request).startswith(_PATHS):
                 return await handler(request)
             resource = request.match_info.route.resource
             route = resource.canonical if resource is not None else "unknown"
@@ -64,7 +65,7 @@ class Tracing:
                     "http.route": route,
                     "nybble.request_id": record.id,
                 },
-                record_exception=False,  # its text may be of the prompt
+                record_exception=False,  # its text may quote the prompt
             ) as span:
                 record.trace_id = trace.format_trace_id(span.get_span_context().trace_id)
                 response = await handler(request)
@@ -103,7 +104,7 @@ class Tracing:
         span.end(self._nanoseconds(times.ended))
 
     def close(self) -> None:
-        """Send what has not been sent; a collector that does not answer is given up on."""
+        """Send the remaining spans; gives up on a collector that does not answer."""
         self._provider.shutdown()
 
     def _span(

@@ -1,14 +1,14 @@
-"""Which requests are let in: those that can be served without waiting too long.
+"""Admits the requests that can be served without waiting too long.
 
-A request in flight will come to hold KV blocks for the part of its prompt that the prefix cache
-lacks and for its output, whose length is estimated. What all in flight need beyond what can be
-computed at once has to wait until as many tokens have been computed, so how long is known from the
-rate observed while there was a queue. (vLLM bounds queued requests and queued tokens, and has the
-operator work out the second from the wait he wants; this measures the rate.)
+A request needs KV blocks for the part of its prompt that is not in the prefix cache, and for its
+output, whose length is estimated. If all requests in flight need more tokens than can be computed
+at once, the excess waits until that many tokens have been computed. The wait is predicted from the
+rate measured while there was a queue. (vLLM bounds queued requests and queued tokens, and the
+operator derives the second from the acceptable wait; here the rate is measured.)
 
-The scheduler serves tenants by weight, so each is judged by its own queue and its share of the
-rate: who floods waits for himself, and who has nothing in flight is let in. The bound on sequences
-holds beside all this.
+The scheduler serves tenants by weight, so a tenant's wait is predicted from its own queue and its
+share of the rate. A tenant that floods the server waits only for itself, and a tenant with nothing
+in flight is admitted. A bound on the number of sequences applies as well.
 """
 
 from __future__ import annotations
@@ -20,24 +20,28 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from nybble.server.http import retry_after
 from nybble.server.http.errors import ApiError
 from nybble.server.tenancy.tenants import Tenant
 
 Clock = Callable[[], float]
 
-_MEMORY_SECONDS = 60.0  # after which a rate observed counts for a third of what it did
-_MIN_SECONDS = 1.0  # of a queue, before its rate says anything
+_MEMORY_SECONDS = 60.0  # after this, an observed rate's weight falls to a third
+_MIN_SECONDS = 1.0  # of a queue, before its rate is used
 _MEMORY_SEQUENCES = 200
-_FIRST_GUESS = 256.0  # tokens of output, before any was seen
-_RETRY_AFTER = 5  # seconds, where no rate is known
-_MAX_RETRY_AFTER = 600
+_FIRST_GUESS = 256.0  # mean output in tokens, before any is observed
 
 
 @dataclass(frozen=True)
 class Capacity:
-    """sequences: in flight at most. seats: of these computed at once. tokens: in the KV cache.
-    max_wait: seconds a sequence may wait before it is computed. sequence_tokens: in the KV cache of
-    one sequence at most, however long it is."""
+    """What the server has room for.
+
+    sequences: most sequences in flight.
+    seats: most sequences computed at once.
+    tokens: size of the KV cache.
+    max_wait: seconds a sequence may wait before it is computed.
+    sequence_tokens: most tokens that one sequence keeps in the KV cache, however long it is.
+    """
 
     sequences: int
     seats: int
@@ -47,11 +51,11 @@ class Capacity:
 
 
 class Needs:
-    """What sequences need of the KV cache, from those seen.
+    """Estimates a sequence's KV cache from past sequences.
 
-    Some outputs end by themselves, others at their limit, of which is known only that they are
-    longer: the mean of outputs without limits is all tokens seen over the ends (the estimate for
-    censored lifetimes with a constant rate of ends).
+    Some outputs end by themselves. Others are cut off at a limit, and would have been longer. So
+    the mean length without limits is estimated as all tokens divided by the outputs that ended by
+    themselves (the estimate for censored lifetimes with a constant hazard).
     """
 
     def __init__(self) -> None:
@@ -59,7 +63,10 @@ class Needs:
         self._prompts = self._cached = 0.0
 
     def add(self, prompt: int, cached: int, output: int, *, ended: bool) -> None:
-        """Take note of a sequence's tokens. ended: by itself, not at a limit or for its client."""
+        """Record a finished sequence's tokens.
+
+        ended: whether it ended by itself, rather than at a limit or by cancellation.
+        """
         keep = 1 - 1 / _MEMORY_SEQUENCES
         self._outputs = self._outputs * keep + output
         self._ends = self._ends * keep + ended
@@ -67,19 +74,19 @@ class Needs:
         self._cached = self._cached * keep + cached
 
     def of_prompt(self, tokens: int) -> float:
-        """Tokens of a prompt that the prefix cache will probably lack."""
+        """Expected tokens of a prompt that are not in the prefix cache."""
         return tokens * (1 - self._cached / max(self._prompts, 1.0))
 
     def of_output(self, limit: int) -> float:
-        """Tokens of an output that is cut off at ``limit``."""
+        """Expected tokens of an output that is cut off at ``limit``."""
         mean = self._outputs / max(self._ends, 1e-9)
         return mean * -math.expm1(-limit / mean) if limit else 0.0
 
 
 class Admission:
-    """Counts what is in flight, by tenant, and turns away what would wait too long.
+    """Counts sequences in flight by tenant, and refuses requests that would wait too long.
 
-    computed: tells how many tokens, of prompts and outputs, the engine has computed so far.
+    computed: returns how many tokens, of prompts and outputs, the engine has computed so far.
     """
 
     def __init__(
@@ -92,26 +99,28 @@ class Admission:
         self._sequences: Counter[str] = Counter()
         self._tokens: Counter[str] = Counter()
         self._weights: dict[str, float] = {}
-        # Of the time there was a queue, the past counting less and less.
+        # Seconds with a queue and tokens computed in them, both with exponential decay.
         self._seconds = self._work = 0.0
         self._seen = (clock(), computed())
 
     @property
     def rate(self) -> float | None:
-        """Tokens computed a second while there is a queue; None where there was none yet."""
+        """Tokens computed a second while there is a queue; None if there was no queue yet."""
         return self._work / self._seconds if self._seconds >= _MIN_SECONDS else None
 
     @property
     def predicted_wait(self) -> float:
-        """Seconds until what is in flight now could all be computed at once; 0 if unknown."""
+        """Seconds until all that is in flight could be computed at once; 0 if unknown."""
         queued = self._tokens.total() - self._at_once(0, 0)
         return queued / max(self.rate, 1e-9) if queued > 0 and self.rate is not None else 0.0
 
     @contextmanager
     def admit(self, tenant: Tenant | None, sequences: int, tokens: float) -> Iterator[None]:
-        """Count a request while it is in flight. tokens: of KV cache it will need.
+        """Count a request while it is in flight.
 
-        Raises ApiError 429, and then counts nothing.
+        tokens: of KV cache that it will need.
+
+        Raises ApiError 429 if the request must be refused, and then counts nothing.
         """
         self._observe()
         self._require_place(tenant, sequences)
@@ -141,8 +150,8 @@ class Admission:
             )
         if tenant is None:
             return
-        # A tenant may hold as many as are free, so however many it sends there is room for another
-        # (dynamic thresholds, Choudhury and Hahne 1998).
+        # A tenant may hold at most as many as stay free, so there is always room for another
+        # tenant (dynamic thresholds, Choudhury and Hahne 1998).
         mine = self._sequences[tenant.name]
         if mine + sequences > max(free, 1):
             raise self._refused(
@@ -168,24 +177,27 @@ class Admission:
             )
 
     def _at_once(self, sequences: int, tokens: float) -> float:
-        """Tokens of what is in flight, and a newcomer, that fit into cache and seats together."""
+        """Of the tokens in flight plus a new request, how many fit in both cache and seats."""
         count = self._sequences.total() + sequences
         size = (self._tokens.total() + tokens) / max(count, 1)
         return min(self._fit_cache(size), self.capacity.seats * size)
 
     def _fit_cache(self, size: float) -> float:
-        """Tokens of sequences of mean size ``size`` that fit: of long ones a part may be kept."""
+        """Tokens of sequences of mean size ``size`` whose KV fits.
+
+        With sliding windows a long sequence keeps only a part of its tokens in the cache.
+        """
         return self.capacity.tokens * max(1.0, size / self.capacity.sequence_tokens)
 
     def _seconds_for(self, sequences: int) -> float:
-        """Until so many sequences have ended; 5 where no rate is known."""
+        """Seconds until so many sequences have ended; ``retry_after.BUSY`` if no rate is known."""
         if self.rate is None:
-            return _RETRY_AFTER
+            return retry_after.BUSY
         size = self._tokens.total() / max(self._sequences.total(), 1)
         return sequences * size / max(self.rate, 1e-9)
 
     def _observe(self) -> None:
-        """Take note of what was computed since the last change of what is in flight."""
+        """Record what was computed since the sequences in flight last changed."""
         (then, before), (now, computed) = self._seen, (self._clock(), self._computed())
         self._seen = (now, computed)
         sequences, tokens = self._sequences.total(), self._tokens.total()
@@ -196,5 +208,5 @@ class Admission:
             self._work = self._work * keep + computed - before
 
     def _refused(self, message: str, code: str, seconds: float) -> ApiError:
-        after = math.ceil(min(max(seconds, 1), _MAX_RETRY_AFTER))
+        after = math.ceil(min(max(seconds, 1), retry_after.LONGEST))
         return ApiError(429, f"{message}: try again in {after} s", code=code, retry_after=after)

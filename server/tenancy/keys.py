@@ -12,11 +12,11 @@ from nybble.server.http.errors import ApiError
 
 
 class Keys:
-    """A set of keys, any of which opens."""
+    """A set of keys, any of which grants access."""
 
     def __init__(self, keys: Iterable[str], *, kind: str) -> None:
         """kind: what the error calls them, such as ``API key``."""
-        # Hashes of equal length, all compared: the time taken tells nothing about any key.
+        # Hashes of equal length, all of which are compared: timing reveals nothing about a key.
         self._digests = [_digest(key) for key in keys]
         self._kind = kind
 
@@ -42,11 +42,11 @@ class Keys:
 
 
 def _digest(key: str) -> bytes:
-    # Bytes that are not UTF-8 come as surrogates, from headers and from command lines.
+    # In headers and on command lines, Python decodes invalid UTF-8 to surrogates.
     return hashlib.sha256(key.encode(errors="surrogateescape")).digest()
 
 
 def bearer(request: web.Request) -> str | None:
-    """The key a request carries."""
+    """The bearer key of a request; None if it has none."""
     scheme, _, key = request.headers.get("Authorization", "").partition(" ")
     return key.strip() if scheme.lower() == "bearer" else None

@@ -1,9 +1,9 @@
 """Rates and concurrency per tenant, and the headers that tell clients about them.
 
-A rate is a token bucket: it holds one minute's worth and fills steadily. What a request generates
-is known only afterwards, so tokens are taken as they are served and the bucket may go below
-nothing; the tenant then waits until it is paid back. (Libraries for rate limits refuse what goes
-beyond, and so cannot count it.)
+A rate is a token bucket: it holds one minute's worth and fills steadily. How much a request
+generates is known only afterwards. So tokens are taken as they are served, and the bucket may go
+below zero; the tenant then waits until it is above zero again. (Libraries for rate limits refuse
+amounts that exceed the limit, and so cannot count them.)
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Bucket:
 
     @property
     def level(self) -> float:
-        """What can be taken now; below 0 what is owed."""
+        """What can be taken now; negative if more was taken than there was."""
         now = self._clock()
         self._level += (now - self._then) * self.per_minute / 60
         self._level, self._then = min(self._level, float(self.per_minute)), now
@@ -41,13 +41,13 @@ class Bucket:
         self._level = self.level - amount
 
     def seconds_until(self, amount: float) -> float:
-        """Until so much can be taken, or the bucket is full."""
+        """Seconds until so much can be taken, or the bucket is full."""
         missing = min(amount, self.per_minute) - self.level
         return max(0.0, missing * 60 / self.per_minute)
 
 
 class Limiter:
-    """The state of every tenant's limits; it outlives a reload of the file."""
+    """The state of every tenant's limits. It survives a reload of the tenants file."""
 
     def __init__(self, clock: Clock = time.monotonic) -> None:
         self._clock = clock
@@ -56,7 +56,7 @@ class Limiter:
 
     @contextmanager
     def admit(self, tenant: Tenant, prompt_tokens: int) -> Iterator[None]:
-        """Count a request while it runs. Raises ApiError 429, and then counts nothing."""
+        """Count a request while it runs. Raises ApiError 429 at a limit, and counts nothing."""
         if (
             tenant.max_concurrency is not None
             and self._running[tenant.name] >= tenant.max_concurrency
@@ -102,7 +102,7 @@ class Limiter:
         if per_minute is None:
             return None
         bucket = self._buckets.get((name, kind))
-        if bucket is None or bucket.per_minute != per_minute:  # the file has a new limit
+        if bucket is None or bucket.per_minute != per_minute:  # the limit in the file has changed
             bucket = self._buckets[name, kind] = Bucket(per_minute, self._clock)
         return bucket
 

@@ -1,4 +1,4 @@
-"""Who may ask for what, and how much: a TOML file of tenants, read again on demand.
+"""Tenants, their keys, models and limits: a TOML file, which can be reloaded.
 
     [tenants.acme]
     keys = ["sha256:2c26b46b68ffc68ff99b453c1d30413413422d706483bfa0f98a5e886266e7ae"]
@@ -10,9 +10,9 @@
     max_concurrency = 16
     fine_tuning = true
 
-Everything but ``keys`` may be left out: all models and adapters, weight 1, no limit, no
-fine-tuning. A key is stored as the SHA-256 of its text (``nybble new-key`` makes both), which is
-enough for keys drawn at random. Patterns are those of the shell.
+Everything but ``keys`` may be left out. The defaults are all models and adapters, weight 1, no
+limits, and no fine-tuning. A key is stored as the SHA-256 of its text (``nybble new-key`` makes
+both), which is safe for random keys. Patterns are shell patterns.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class TenantsError(ValueError):
 
 
 class Tenant(BaseModel):
-    """One entry of the file. Limits are per tenant, whichever of its keys is used."""
+    """One entry of the file. A tenant's limits are shared by all its keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -61,7 +61,7 @@ class Tenant(BaseModel):
         return any(fnmatchcase(name, pattern) for pattern in self.adapters)
 
 
-TENANT = web.RequestKey("tenant", Tenant)  # of a request that came with a tenant's key
+TENANT = web.RequestKey("tenant", Tenant)  # set if the request has a tenant's key
 
 
 class _File(BaseModel):
@@ -101,7 +101,7 @@ class Tenants:
         self._digests = self._read()
 
     def reload(self) -> None:
-        """Read the file again; one that cannot be used leaves everything as it was."""
+        """Read the file again. If it is invalid, everything stays as it was."""
         try:
             self._digests = self._read()
         except TenantsError as error:
@@ -110,7 +110,7 @@ class Tenants:
             logger.info("%s was read again", self._path)
 
     def find(self, key: str) -> Tenant | None:
-        """The tenant of a key. Every hash is compared, so the time taken tells nothing."""
+        """The tenant of a key. Every hash is compared, so timing reveals nothing."""
         found = hashlib.sha256(key.encode(errors="surrogateescape")).digest()
         tenant = None
         for digest, owner in self._digests:
@@ -137,6 +137,6 @@ class Tenants:
 
 
 def new_key() -> tuple[str, str]:
-    """A random key, and what the file has in its place."""
+    """A random key, and its hash for the tenants file."""
     key = "nyb-" + secrets.token_urlsafe(32)
     return key, "sha256:" + hashlib.sha256(key.encode()).hexdigest()

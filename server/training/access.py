@@ -1,7 +1,7 @@
-"""Who may upload and train, and whose things a request sees.
+"""Who may upload files and train, and whose files and jobs a request sees.
 
-A tenant may where its entry says ``fine_tuning = true``, and sees its own. Without a tenant, a
-request is the operator's and sees everything; where there are admin keys it must carry one.
+A tenant may if its entry has ``fine_tuning = true``, and sees only its own. A request without a
+tenant is the operator's and sees everything. If there are admin keys it must carry one.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from aiohttp import web
 
 from nybble.server.http.errors import ApiError
+from nybble.server.http.paths import matched_path
 from nybble.server.tenancy.keys import Keys
 from nybble.server.tenancy.tenants import TENANT, Tenant
 
@@ -16,10 +17,11 @@ OPERATOR = ""  # owns what was made without a tenant
 
 
 def needs_right(request: web.Request) -> bool:
-    """Whether the request is for what :class:`Access` guards."""
+    """Whether the request's path is one that :class:`Access` guards."""
+    path = matched_path(request)
     return (
-        request.path == "/v1/files"
-        or request.path.startswith(("/v1/files/", "/v1/fine_tuning/"))
+        path == "/v1/files"
+        or path.startswith(("/v1/files/", "/v1/fine_tuning/"))
         or request.method == "DELETE"
     )
 
@@ -47,5 +49,5 @@ def owner_of(tenant: Tenant | None) -> str:
 
 
 def visible_to(tenant: Tenant | None) -> str | None:
-    """The owner that a tenant sees the things of; None for every owner."""
+    """The owner whose files and jobs a tenant sees; None for all owners."""
     return None if tenant is None else tenant.name

@@ -1,4 +1,4 @@
-"""The SQLite file that files, jobs and events are recorded in."""
+"""The SQLite database of files, jobs and events."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 _VERSION = 1
-# `number` orders what was created within the same second, and pages.
+# `number` orders rows created within the same second, and is the cursor of pages.
 _SCHEMA = """
 CREATE TABLE files (
     number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT UNIQUE NOT NULL, owner TEXT NOT NULL,
@@ -37,12 +37,12 @@ CREATE INDEX events_by_job ON events (job, number);
 
 
 class Database:
-    """One connection for all threads; each use of it is a transaction of its own."""
+    """One connection for all threads; each use is a transaction of its own."""
 
     def __init__(self, state: Path) -> None:
         """Open or create ``state.db`` in the folder, which is locked while the object lives.
 
-        Raises OSError where another server has the folder, ValueError for a newer format.
+        Raises OSError if another server uses the folder, and ValueError for a newer format.
         """
         state.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._lock_file = FileLock(state / "lock")
@@ -70,7 +70,7 @@ class Database:
 
     @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
-        """All that is done on the connection, or nothing where it raises."""
+        """A transaction: committed at the end, rolled back if the block raises."""
         with self._mutex:
             self._connection.execute("BEGIN IMMEDIATE")
             try:

@@ -1,4 +1,4 @@
-"""Uploaded files: their bytes in a folder, what is known of them in the database."""
+"""Uploaded files: their bytes are in a folder, their metadata in the database."""
 
 from __future__ import annotations
 
@@ -22,7 +22,11 @@ _PARTIAL = ".partial"
 
 @dataclass(frozen=True)
 class StoredFile:
-    """examples: lines of training data, chats: those with messages; 0 for results."""
+    """A file's metadata.
+
+    examples: lines of training data; 0 for results.
+    chats: lines with messages; 0 for results.
+    """
 
     number: int
     id: str
@@ -53,14 +57,14 @@ class StoredFile:
 
 
 class Upload:
-    """A file on its way; it counts against its owner's quota as it grows."""
+    """A file being uploaded. It counts against its owner's quota as it grows."""
 
     def __init__(self, files: Files, owner: str, path: Path, file: BinaryIO) -> None:
         self._files, self._owner, self.path, self._file = files, owner, path, file
         self.bytes = 0
 
     def write(self, chunk: bytes) -> None:
-        """Raises ApiError 413 beyond a limit, OSError where the disk is full."""
+        """Raises ApiError 413 beyond a limit, and OSError if the disk is full."""
         self.bytes += len(chunk)
         self._files.require_room(self._owner, self.bytes)
         self._file.write(chunk)
@@ -71,7 +75,7 @@ class Upload:
 
 
 class Files:
-    """Files by id. A file that is listed is whole; one whose upload was cut short is forgotten."""
+    """Files by id. Every listed file is complete; an interrupted upload is removed."""
 
     def __init__(
         self, folder: Path, database: Database, *, max_file_bytes: int, quota_bytes: int
@@ -85,11 +89,11 @@ class Files:
         known = {row["id"] for row in database.rows("SELECT id FROM files")}
         for path in folder.iterdir():
             if path.name not in known:
-                path.unlink()  # a killed server's: never told to anyone
+                path.unlink()  # left by a killed server: never listed
 
     @contextmanager
     def upload(self, owner: str) -> Iterator[Upload]:
-        """Bytes to write; what is not :meth:`add`-ed by the end is gone."""
+        """A file to write to. It is removed at the end unless :meth:`add` took it."""
         path = self._folder / (secrets.token_hex(12) + _PARTIAL)
         with path.open("wb") as file:
             upload = Upload(self, owner, path, file)
@@ -101,7 +105,7 @@ class Files:
                 path.unlink(missing_ok=True)
 
     def require_room(self, owner: str, size: int) -> None:
-        """Raises ApiError 413 where a file of ``size`` bytes, on its way, is too much."""
+        """Raises ApiError 413 if an upload of ``size`` bytes exceeds a limit."""
         if size > self._max_file_bytes:
             raise ApiError(
                 413,
@@ -131,7 +135,7 @@ class Files:
         return self._list(upload.path, upload.bytes, filename, purpose, owner, examples, chats)
 
     def add_result(self, content: bytes, *, filename: str, owner: str) -> StoredFile:
-        """A file that the server made; it takes no part in the quota's check."""
+        """Add a file that the server made, without checking the quota."""
         path = self._folder / (secrets.token_hex(12) + _PARTIAL)
         try:
             with path.open("wb") as file:
@@ -146,7 +150,7 @@ class Files:
         self, path: Path, size: int, name: str, purpose: str, owner: str, *n: int
     ) -> StoredFile:
         id = "file-" + secrets.token_hex(12)
-        # In place before it is listed: a server killed between the two leaves a file to clear away.
+        # Move first, list second: if the server is killed in between, a start removes the file.
         path.replace(self.path(id))
         try:
             with self._database.transaction() as connection:
@@ -164,7 +168,7 @@ class Files:
         return self._folder / id
 
     def find(self, id: str, owner: str | None) -> StoredFile | None:
-        """The file, where it is ``owner``'s or that is None."""
+        """The file, if ``owner`` is its owner or None; else None."""
         rows = self._database.rows(
             "SELECT * FROM files WHERE id = ? AND (? IS NULL OR owner = ?)", id, owner, owner
         )
@@ -178,7 +182,7 @@ class Files:
         return file
 
     def page(self, owner: str | None, purpose: str | None, page: Page) -> list[StoredFile]:
-        """One more than the page takes. Raises ApiError 404 for an unknown ``after``."""
+        """The page's files and one more. Raises ApiError 404 for an unknown ``after``."""
         after = None if page.after is None else self.get(page.after, owner).number
         sign, order = ("<", "DESC") if page.newest else (">", "ASC")
         rows = self._database.rows(
@@ -200,7 +204,7 @@ class Files:
         return int(row["total"])
 
     def totals(self) -> tuple[int, int]:
-        """How many there are, and their bytes."""
+        """Number of files, and their bytes."""
         (row,) = self._database.rows(
             "SELECT COUNT(*) AS files, COALESCE(SUM(bytes), 0) AS total FROM files"
         )

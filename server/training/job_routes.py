@@ -6,12 +6,14 @@ import asyncio
 import re
 import secrets
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from aiohttp import web
 
 from nybble.server.api.parse import read_body
 from nybble.server.api.respond import json_response
+from nybble.server.http import retry_after
 from nybble.server.http.errors import ApiError
 from nybble.server.tenancy.tenants import Tenant
 from nybble.server.training.access import Access, owner_of, visible_to
@@ -24,11 +26,11 @@ from nybble.server.training.schema import CreateJob
 from nybble.server.training.settings import TrainingSettings
 
 JOBS = "/v1/fine_tuning/jobs"
-# Of one owner: a queue is shared, and only one job runs.
+# The most unfinished jobs of one owner: all share one queue, and only one job runs at a time.
 _MAX_UNFINISHED = 20
 _NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9._-]+")
 _ID_LETTERS = "abcdefghijkmnpqrstuvwxyzABCDEFGHJKLMNPQRSTUVWXYZ23456789"
-_OPERATORS_NAME = "nybble"  # where OpenAI's names have an organization and there is no tenant
+_OPERATORS_NAME = "nybble"  # in place of the organization, if there is no tenant
 
 
 class JobRoutes:
@@ -40,14 +42,20 @@ class JobRoutes:
         access: Access,
         models: tuple[str, ...],
         settings: TrainingSettings,
+        targets: Sequence[str],
     ) -> None:
-        """models: the names of the base."""
+        """Set the routes' parts.
+
+        models: the names of the base model.
+        targets: its linear layers that an adapter can change.
+        """
         self._jobs = jobs
         self._files = files
         self._runner = runner
         self._access = access
         self._models = models
         self._settings = settings
+        self._targets = targets
 
     def routes(self) -> list[web.RouteDef]:
         return [
@@ -87,6 +95,15 @@ class JobRoutes:
                 param="nybble.rank",
                 code="invalid_value",
             )
+        for target in body.nybble.target_modules or ():
+            if target not in self._targets:
+                raise ApiError(
+                    400,
+                    f"target_modules has {target!r}, which is no linear layer of the model; "
+                    f"its layers are {', '.join(self._targets)}",
+                    param="nybble.target_modules",
+                    code="invalid_value",
+                )
         owner = owner_of(tenant)
         unfinished = self._jobs.with_status(*UNFINISHED)
         if sum(job.owner == owner for job in unfinished) >= _MAX_UNFINISHED:
@@ -94,7 +111,7 @@ class JobRoutes:
                 429,
                 f"{_MAX_UNFINISHED} of your fine-tuning jobs are not finished yet",
                 code="too_many_jobs",
-                retry_after=60,
+                retry_after=retry_after.JOBS_UNFINISHED,
             )
         try:
             plan = plan_of(body, examples).stored()
@@ -151,7 +168,7 @@ class JobRoutes:
         return json_response(page.body(events, Event.body))
 
     async def checkpoints(self, request: web.Request) -> web.Response:
-        """The one there is: the adapter that is served, as it was where it was best."""
+        """The only checkpoint: the served adapter, from the step with the lowest loss."""
         job = await self._job(request)
         page = Page.of(request, default=10, most=100)
         found = [job] if job.model is not None and job.best is not None else []

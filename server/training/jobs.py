@@ -1,4 +1,4 @@
-"""Jobs and their events, as the database has them."""
+"""Jobs and their events in the database."""
 
 from __future__ import annotations
 
@@ -26,9 +26,16 @@ Level = Literal["info", "warn", "error"]
 
 @dataclass(frozen=True)
 class Job:
-    """request: the body it was created with. plan: see plan.py. step of steps: what is done, as far
-    as it was told. attempts: how often it was begun. best: the saved adapter's step and losses.
-    model: the name that its adapter is served by."""
+    """A fine-tuning job.
+
+    request: the body it was created with.
+    plan: see plan.py.
+    step: the last step that was reported.
+    steps: how many there are in all.
+    attempts: how often it was started.
+    best: the saved adapter's step and losses.
+    model: the name that its adapter is served by.
+    """
 
     number: int
     id: str
@@ -85,7 +92,7 @@ class Event:
 
 
 class Jobs:
-    """A job's status changes in one transaction with the event that tells of it."""
+    """Jobs by id. A status and the event that reports it change in one transaction."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -102,7 +109,7 @@ class Jobs:
         return self.get(id, owner)
 
     def find(self, id: str, owner: str | None) -> Job | None:
-        """The job, where it is ``owner``'s or that is None."""
+        """The job, if ``owner`` is its owner or None; else None."""
         rows = self._database.rows(
             "SELECT * FROM jobs WHERE id = ? AND (? IS NULL OR owner = ?)", id, owner, owner
         )
@@ -156,7 +163,7 @@ class Jobs:
         level: Level = "info",
         **values: Any,
     ) -> bool:
-        """Give the job a status and ``values``; returns False where it is finished already."""
+        """Set the job's status and ``values``; returns False if it has finished already."""
         if to == "running":
             values |= {"started": job.started or int(time.time()), "attempts": job.attempts + 1}
         elif to not in UNFINISHED:
@@ -185,7 +192,7 @@ class Jobs:
             _add_event(connection, job.id, level, message)
 
     def advance(self, job: Job, progress: Progress) -> bool:
-        """Record a step, unless it was already: a resumed run makes some again."""
+        """Record a step, unless it is recorded already: a resumed run repeats some."""
         point = progress.point
         data: dict[str, Any] = {
             "step": point.step,

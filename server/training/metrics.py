@@ -1,4 +1,4 @@
-"""What /metrics says of files and jobs."""
+"""The metrics of files and jobs."""
 
 from __future__ import annotations
 

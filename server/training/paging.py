@@ -18,7 +18,11 @@ _NUMBER = re.compile(r"[0-9]{1,9}")
 
 @dataclass(frozen=True)
 class Page:
-    """newest: whether the newest come first. after: an id, None for the beginning."""
+    """One page of a list.
+
+    newest: whether the newest come first.
+    after: the last id of the page before; None for the first page.
+    """
 
     limit: int
     after: str | None
@@ -28,7 +32,7 @@ class Page:
     def of(
         cls, request: web.Request, *, default: int, most: int, others: Sequence[str] = ()
     ) -> Page:
-        """From the query, which may have ``others`` too. Raises ApiError 400."""
+        """Read from the query, in which ``others`` are allowed too. Raises ApiError 400."""
         known = {"limit", "after", *others}
         if unknown := sorted(request.query.keys() - known):
             raise _invalid(unknown[0], f"unknown parameter: {unknown[0]}")
@@ -41,7 +45,7 @@ class Page:
         return cls(int(text), request.query.get("after") or None, order == "desc")
 
     def body(self, items: Sequence[T], shown: Callable[[T], dict[str, Any]]) -> dict[str, Any]:
-        """A list object of ``items``, of which one more than the limit was asked for."""
+        """A list object of ``items``, which may hold one more than the limit."""
         data = [shown(item) for item in items[: self.limit]]
         return {
             "object": "list",

@@ -1,4 +1,4 @@
-"""What a job will do: hyperparameters that were left to the server, the trainer's settings."""
+"""A job's plan: the hyperparameters that the server chooses, and the trainer's settings."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _PASS_TOKENS = 4096  # in one forward pass at most, as long as that is one examp
 
 @dataclass(frozen=True)
 class Plan:
-    """Of a run over ``examples`` lines, some of which are held out where there is no other file."""
+    """A run over ``examples`` lines; some are held out if there is no validation file."""
 
     n_epochs: int
     batch_size: int
@@ -44,19 +44,19 @@ class Plan:
 
 
 def plan_of(body: CreateJob, examples: int) -> Plan:
-    """Raises ValueError where the options contradict each other."""
+    """The plan for a request. Raises ValueError if the options contradict each other."""
     chosen, options = body.chosen, body.nybble
     epochs = chosen.n_epochs
     if epochs is None or epochs == "auto":
         epochs = _auto_epochs(examples)
     batch = chosen.batch_size
     if batch is None or batch == "auto":
-        # As large as leaves steps enough to learn in.
+        # The largest batch that leaves enough steps to learn.
         batch = max(1, min(_MAX_BATCH, examples * epochs // _MIN_STEPS))
     multiplier = chosen.learning_rate_multiplier
     if multiplier is None or multiplier == "auto":
         multiplier = 1.0
-    # Every pass reads all of the base's weights, so few large ones are faster.
+    # Every pass reads all of the base's weights, so a few large passes are faster.
     room = max(1, _PASS_TOKENS // options.max_length)
     rows = max(rows for rows in range(1, min(batch, room) + 1) if batch % rows == 0)
     seed = secrets.randbelow(1 << 31) if body.seed is None else body.seed

@@ -11,7 +11,7 @@ _COLUMNS = ("step", "epoch", "train_loss", "valid_loss", "learning_rate")
 
 
 def results_csv(metrics: Sequence[dict[str, Any]]) -> bytes:
-    """One row a step; the validation loss is empty where it was not measured."""
+    """One row a step; the validation loss is empty if it was not measured."""
     text = io.StringIO()
     writer = csv.DictWriter(text, _COLUMNS, restval="", extrasaction="ignore", lineterminator="\n")
     writer.writeheader()

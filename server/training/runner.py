@@ -26,7 +26,7 @@ from nybble.server.training.settings import TrainingSettings
 logger = logging.getLogger(__name__)
 
 _WORKER = "nybble.server.training.worker"
-# A job that was being trained whenever the server was killed may be why.
+# A job that ran each time the server was killed may be the cause.
 _MAX_ATTEMPTS = 3
 _LINE_BYTES = 1 << 20
 _LOG_TAIL = 2000
@@ -36,10 +36,10 @@ T = TypeVar("T")
 
 
 class Runner:
-    """Takes jobs from the database, the oldest first, and records there what comes of them.
+    """Runs the jobs in the database, oldest first, and records their results there.
 
-    publish: serves the adapter of a job that is done by the name in ``Job.model``; withdraw: no
-    longer does.
+    publish: serves a finished job's adapter by the name ``Job.model``.
+    withdraw: stops serving the adapter of this name.
     """
 
     def __init__(
@@ -72,15 +72,15 @@ class Runner:
         return self.folder(job) / "adapter"
 
     def serves_base_of(self, job: Job) -> bool:
-        """The folder of jobs may have been another model's server's."""
+        """Whether the job trained on this server's model; the folder may have served another."""
         return job.request["model"] in self._models
 
     def wake(self) -> None:
-        """There is a new job."""
+        """Look for a new job."""
         self._created.set()
 
     def cancel(self, job: Job) -> bool:
-        """End a job that is not finished; returns whether it was not."""
+        """End a job; returns False if it has finished already."""
         if not self._jobs.move(job, "cancelled", "Fine-tuning job cancelled"):
             return False
         if self._running is not None and self._running[0] == job.id:
@@ -89,7 +89,7 @@ class Runner:
         return True
 
     async def run(self) -> None:
-        """Until cancelled; the job that is running then is gone on with by the next server."""
+        """Run jobs until cancelled. The next server continues a job that is running then."""
         await _until_recorded(self._requeue)
         async with asyncio.TaskGroup() as both:
             both.create_task(self._validate_created())
@@ -112,7 +112,7 @@ class Runner:
                 await self._queued.wait()
 
     def _validate_new(self) -> None:
-        """Let the jobs that were created into the queue, where their files fit this model."""
+        """Queue the created jobs whose files fit this model, and fail the others."""
         for job in self._jobs.with_status("validating_files"):
             if error := self._unfit(job):
                 self._fail(job, error)
@@ -136,7 +136,7 @@ class Runner:
         return None
 
     def _requeue(self) -> None:
-        """Jobs that were running when a server ended, and those that waited."""
+        """Queue the jobs that were running or waiting when the last server ended."""
         for job in self._jobs.with_status("queued"):
             if error := self._unfit(job):
                 self._fail(job, error)
@@ -156,12 +156,12 @@ class Runner:
             if report is not None:
                 await asyncio.to_thread(self._finish, job, report)
         except Exception as error:
-            # A job must not take the queue along.
+            # One job's failure must not stop the queue.
             logger.error("fine-tuning job %s failed", job.id, exc_info=True)
             await _until_recorded(self._fail, job, _error("server_error", str(error)))
 
     async def _train(self, job: Job) -> dict[str, Any] | None:
-        """The worker's last report; None where the job was cancelled."""
+        """The worker's last report; None if the job was cancelled."""
         if not await asyncio.to_thread(self._jobs.move, job, "running", "Fine-tuning job started"):
             return None
         logger.info(Event("fine_tuning", {"job": job.id, "owner": job.owner, "status": "running"}))
@@ -178,7 +178,7 @@ class Runner:
         }
         with (folder / "log.txt").open("ab") as log:
             process = await asyncio.create_subprocess_exec(
-                # -P: what the server's working directory has is no module.
+                # -P: nothing may be imported from the server's working directory.
                 *(sys.executable, "-P", "-m", _WORKER, str(spec)),
                 stdin=PIPE,
                 stdout=PIPE,
@@ -271,7 +271,7 @@ class Runner:
 
 
 async def _until_recorded(change: Callable[..., T], *arguments: Any) -> T:
-    """Do what reads or changes the database, again and again while that cannot be used."""
+    """Call a function that uses the database; retry while the database cannot be used."""
     while True:
         try:
             return await asyncio.to_thread(change, *arguments)

@@ -1,4 +1,4 @@
-"""The body that creates a job: OpenAI's, and in ``nybble`` what ``nybble finetune`` takes too."""
+"""The body that creates a job: OpenAI's fields, and ``nybble`` with more options."""
 
 from __future__ import annotations
 
@@ -7,10 +7,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from nybble.server.api.schema import Body
+from nybble.server.api.body import Body
 
-# What the engine serves adapters on, in every family of models.
-_Module = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 _AUTO = Literal["auto"]
 _Positive = Annotated[float, Field(gt=0)]
 _Count = Annotated[int, Field(ge=1)]
@@ -19,7 +17,11 @@ _Value = Annotated[str, Field(max_length=512)]
 
 
 class Hyperparameters(Body):
-    """batch_size: examples in a step. learning_rate_multiplier: of the rate that is the default."""
+    """OpenAI's hyperparameters.
+
+    batch_size: examples in a step.
+    learning_rate_multiplier: factor on the default learning rate.
+    """
 
     n_epochs: Annotated[int, Field(ge=1, le=1000)] | _AUTO | None = None
     batch_size: Annotated[int, Field(ge=1, le=256)] | _AUTO | None = None
@@ -41,15 +43,17 @@ class Method(Body):
 
 
 class Options(Body):
-    """By the names of ``nybble finetune``'s options and with their defaults, but for packing, which
-    would make a batch of another size than asked for, and patience, which would end a run early.
+    """Options of ``nybble finetune``, with the same names and defaults.
+
+    Packing and patience are missing: packing would change the requested batch size, and patience
+    would end a run early.
     """
 
     rank: Annotated[int, Field(ge=1, le=256)] = 16
     alpha: _Positive = 32.0
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     rslora: bool = False
-    target_modules: Annotated[list[_Module], Field(min_length=1)] | None = None
+    target_modules: Annotated[list[str], Field(min_length=1)] | None = None
     learning_rate: _Positive = 5e-5
     lora_plus: _Positive = 16.0
     max_steps: Annotated[int, Field(ge=0)] = 0
@@ -91,5 +95,5 @@ class CreateJob(Body):
         return nested or self.hyperparameters or Hyperparameters()
 
     def kept(self) -> dict[str, Any]:
-        """What is stored: the body but for what is null."""
+        """The body without null fields, as it is stored."""
         return self.model_dump(mode="json", exclude_none=True)

@@ -44,7 +44,7 @@ class Training:
     ) -> None:
         """base: the folder of the model that ``engine`` serves by the names ``models``.
 
-        Raises OSError or ValueError where the state cannot be used."""
+        Raises OSError or ValueError if the state folder cannot be used."""
         self._engine = engine
         self._owners = owners
         self._database = Database(settings.state)
@@ -68,7 +68,13 @@ class Training:
         self._access = Access(admin_keys)
         self._file_routes = FileRoutes(self._files, self._jobs, self._access)
         self._job_routes = JobRoutes(
-            self._jobs, self._files, self._runner, self._access, models, settings
+            self._jobs,
+            self._files,
+            self._runner,
+            self._access,
+            models,
+            settings,
+            engine.adapter_targets,
         )
         self.collector = TrainingCollector(self._jobs, self._files)
 
@@ -80,7 +86,7 @@ class Training:
         ]
 
     async def lifespan(self, _: web.Application) -> AsyncIterator[None]:
-        """Serve the adapters of before and run jobs, until the application ends."""
+        """Serve earlier jobs' adapters, and run jobs until the application ends."""
         await asyncio.to_thread(self._publish_all)
         running = asyncio.create_task(self._runner.run())
         try:
@@ -108,7 +114,7 @@ class Training:
         shutil.rmtree(self._runner.folder(job), ignore_errors=True)
 
     def _publish(self, job: Job, name: str) -> None:
-        """As ``/v1/load_lora_adapter`` does, and owned before anybody can see it."""
+        """Load as ``/v1/load_lora_adapter`` does, after setting the owner: nobody else sees it."""
         if job.owner != OPERATOR:
             self._owners.set(name, job.owner)
         self._engine.load_adapter(name, str(self._runner.adapter_folder(job)))

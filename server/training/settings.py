@@ -1,4 +1,4 @@
-"""Where training jobs are kept, and what they may take."""
+"""Where training jobs are kept, and their limits."""
 
 from __future__ import annotations
 
@@ -21,9 +21,14 @@ def default_state() -> Path:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSettings:
-    """state: the folder of files, jobs and adapters; one server at a time has it. device: that jobs
-    train on. max_rank: of adapters, as the engine serves them. max_file_bytes: of one uploaded
-    file. quota_bytes: of all files of one tenant together. threads: of a job on the CPU.
+    """Settings of training jobs.
+
+    state: the folder of files, jobs and adapters; only one server at a time may use it.
+    device: the device that jobs train on.
+    max_rank: the highest rank that the engine serves.
+    max_file_bytes: limit for one uploaded file.
+    quota_bytes: limit for all files of one tenant together.
+    threads: of a job on the CPU.
     """
 
     state: Path

@@ -21,12 +21,12 @@ _ORPHANED = 3
 
 
 def main(spec: Path) -> None:
-    # First of all: what the imports below do is work too.
+    # Before anything else, because the imports below take seconds.
     threading.Thread(target=_end_with_the_server, daemon=True).start()
     os.nice(_NICE)
-    with suppress(OSError):  # where there is no memory left, the job goes and not the server
+    with suppress(OSError):  # out of memory, the kernel must kill the job, not the server
         Path("/proc/self/oom_score_adj").write_text("1000")
-    # Reports have stdout to themselves; what libraries print goes to the log.
+    # Only reports go to stdout; anything that libraries print goes to the log.
     reports = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     told = json.loads(spec.read_text())
@@ -99,7 +99,7 @@ def _report(reports: TextIO, report: dict[str, Any]) -> None:
 
 
 def _end_with_the_server() -> None:
-    # Not through sys.stdin, whose lock the interpreter wants when it shuts down.
+    # Not through sys.stdin: the interpreter needs its lock to shut down.
     while os.read(0, 1):
         pass
     os._exit(_ORPHANED)

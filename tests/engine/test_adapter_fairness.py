@@ -27,17 +27,20 @@ class Slots:
 class World:
     """A scheduler whose adapters are read when the test says so."""
 
-    def __init__(self, *, slots: int, in_host: int) -> None:
+    def __init__(self, *, slots: int, in_host: int, seats: int = 16) -> None:
         self.reading: list[AdapterVersion] = []
         self.read: list[AdapterVersion] = []
         self.cache = AdapterCache(Slots(slots), in_host * SIZE, self.reading.append)  # type: ignore[arg-type]
         blocks = BlockManager(1000, 16, prefix_caching=False)
-        self.scheduler = Scheduler(blocks, 16, 256, self.cache)
+        self.scheduler = Scheduler(blocks, seats, 256, self.cache)
+        self.versions: dict[str, AdapterVersion] = {}
 
     def add(self, tenant: str, name: str, output: int = 1000) -> Sequence:
         request = Request(f"{tenant} {name}", (1, 2, 3), SamplingParams(), tenant=tenant)
         sequence = Sequence(request, output, None, None)  # type: ignore[arg-type]
-        sequence.adapter = AdapterVersion(name, Path(name), name.encode(), 8, SIZE)
+        if name not in self.versions:
+            self.versions[name] = AdapterVersion(name, Path(name), name.encode(), 8, SIZE)
+        sequence.adapter = self.versions[name]
         self.scheduler.add(sequence)
         return sequence
 
@@ -140,3 +143,43 @@ def test_host_memory_full_of_what_a_tenant_waits_for_yields_to_another() -> None
         while world.reading:
             world.finish_read()
     assert len(served) == 21
+
+
+def test_nobody_is_interrupted_for_a_request_whose_adapter_finds_no_slot() -> None:
+    """Three tenants with an adapter each, two slots, six seats, of which two are each one's share.
+
+    The third's requests would have a seat, but no slot to go with it.
+    """
+    world = World(slots=2, in_host=100, seats=6)
+    for tenant in "ab":
+        for _ in range(3):
+            world.add(tenant, f"adapter of {tenant}")
+    for _ in range(2):
+        world.finish_read()
+        world.step()
+    assert len(world.running()) == 6
+    for _ in range(3):
+        world.add("c", "adapter of c")
+    world.finish_read()
+    for _ in range(50):
+        world.step()
+        assert len(world.running()) == 6
+    assert world.scheduler.preemptions == 0
+
+
+def test_nobody_is_interrupted_for_a_slot_in_a_step_that_has_filled_one() -> None:
+    world = World(slots=3, in_host=100)
+    for index in range(2):
+        world.add("flood", f"f{index}")
+    for _ in range(2):
+        world.finish_read()
+        world.step()
+    for tenant in ("first", "second"):
+        world.add(tenant, f"adapter of {tenant}")
+        world.finish_read()
+    world.step()  # fills the last slot
+    assert world.running() == ["flood f0", "flood f1", "first adapter of first"]
+    assert world.scheduler.preemptions == 0
+    world.step()
+    assert "second adapter of second" in world.running()
+    assert world.scheduler.preemptions == 1

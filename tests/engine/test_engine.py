@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from nybble.engine import (
     Engine,
@@ -328,3 +330,52 @@ def test_a_failing_step_is_reported_to_every_caller(
     with pytest.raises(EngineStoppedError, match="out of luck"):
         asyncio.run(collect(engine, Request("a", prompt(0, 4), greedy(3))))
     assert not engine.healthy
+
+
+def test_rows_of_the_output_layer_that_stand_for_no_token_are_never_drawn(
+    plain_checkpoint: Callable[..., Any], tmp_path: Path
+) -> None:
+    """As many models have, so that their vocabulary has a round size."""
+    checkpoint = plain_checkpoint()
+    shutil.copytree(checkpoint.folder, tmp_path, dirs_exist_ok=True)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32)
+    known = model.config.vocab_size
+    model.resize_token_embeddings(known + 64)
+    model.save_pretrained(tmp_path)
+    padded = type(checkpoint)(tmp_path, AutoConfig.from_pretrained(tmp_path))
+    engine = start(padded)
+    try:
+        assert engine.vocab_size == known + 64
+        bias = dict.fromkeys(range(known, known + 64), 100.0)
+        params = [
+            SamplingParams(max_tokens=30, logit_bias=bias, temperature=100, seed=1),
+            SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=20, logprobs=20),
+        ]
+        for each in params:
+            (*_, last) = outputs = asyncio.run(collect(engine, Request("r", prompt(0, 12), each)))
+            assert last.completion_tokens > 0
+            assert all(token < known for token in tokens(outputs))
+        report, scores = outputs[0].logprobs[0], outputs[0].prompt_logprobs
+        assert scores is not None
+        assert all(token < known for token, _ in report.top)
+        assert (scores.top_ids < known).all()
+    finally:
+        engine.stop()
+
+
+def test_a_stop_string_that_names_a_special_token_stops_at_that_token(
+    plain_checkpoint: Callable[..., Any],
+) -> None:
+    """The token has no text that the string could be found in."""
+    engine = start(plain_checkpoint())
+    try:
+        special, token = next(iter(engine.tokenizer.get_added_vocab().items()))
+        assert token in engine.tokenizer.all_special_ids
+        for stop, count in ((special, 1), ("not " + special, 5)):
+            params = greedy(5, stop=(stop,), logit_bias={token: 100.0})
+            (*_, last) = outputs = asyncio.run(collect(engine, Request("r", prompt(0, 5), params)))
+            assert tokens(outputs) == [token] * count
+            assert last.finish_reason == ("stop" if count == 1 else "length")
+            assert "".join(output.text for output in outputs) == ""
+    finally:
+        engine.stop()

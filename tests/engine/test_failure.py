@@ -84,7 +84,7 @@ def first(times: int) -> Callable[[Any], bool]:
 
 def wait_until_healthy(engine: Engine) -> None:
     async def wait() -> None:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while not engine.healthy:
                 await asyncio.sleep(0.01)
 

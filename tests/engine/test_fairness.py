@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from nybble.engine import ParameterError, Request, SamplingParams
 from nybble.engine.block_manager import BlockManager
+from nybble.engine.fair_queue import FairQueue
 from nybble.engine.scheduler import Scheduler
 from nybble.engine.sequence import Sequence
 
@@ -37,10 +38,15 @@ class Simulation:
         manager = BlockManager(self.blocks, BLOCK, prefix_caching=False)
         self.scheduler = Scheduler(manager, self.seats, self.budget)
 
-    def run(self, arrivals: list[tuple[float, str, int, int, float]], until: float) -> None:
+    def run(
+        self,
+        arrivals: list[tuple[float, str, int, int, float]],
+        until: float,
+        until_first_token_of: str = "",
+    ) -> None:
         """arrivals: (time, tenant, prompt tokens, output tokens, weight), in the order of time."""
         pending = list(reversed(arrivals))
-        while self.now < until:
+        while self.now < until and until_first_token_of not in self.first_token:
             while pending and pending[-1][0] <= self.now:
                 time, tenant, length, output, weight = pending.pop()
                 name = f"{tenant} {len(self.started)}"
@@ -175,7 +181,88 @@ def test_everyone_comes_to_an_end_whatever_the_others_do(
     assert simulation.scheduler.blocks.num_free_blocks == 14
 
 
+def crowd(
+    tenants: int, size: tuple[int, int], until: int
+) -> list[tuple[float, str, int, int, float]]:
+    """Tenants who always have more small requests queued than can run."""
+    return [(0.4 * i, f"small{i % tenants}", *size, 1.0) for i in range(int(until / 0.4))]
+
+
+def test_a_prompt_larger_than_its_tenants_share_of_the_blocks_is_served() -> None:
+    """54 of 100 blocks, of which each of two tenants has 50: the other's requests, each of which
+    takes what the last one has left, would keep it out for ever."""
+    simulation = Simulation(blocks=100)
+    arrivals = [*crowd(1, (150, 40), 4000), (50.0, "big", 54 * BLOCK - 1, 4, 1.0)]
+    simulation.run(sorted(arrivals), 4000)
+    assert simulation.first_token[next(n for n in simulation.started if "big" in n)] < 800
+    assert len(simulation.first_token) > 500, "the others are served meanwhile"
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    tenants=st.integers(1, 4),
+    size=st.tuples(st.integers(1, 200), st.integers(1, 60)),
+    blocks=st.integers(1, 60),
+    weight=st.sampled_from([0.5, 1.0, 3.0]),
+    seats=st.sampled_from([4, 16]),
+)
+def test_what_passes_a_waiting_request_is_bounded_by_the_work_ahead_of_it(
+    tenants: int, size: tuple[int, int], blocks: int, weight: float, seats: int
+) -> None:
+    """Whatever part of the cache it needs, up to all of it, and however many others want it."""
+    prompt = blocks * BLOCK - 1
+    simulation = Simulation(seats=seats, budget=64, blocks=60)
+    arrivals = crowd(tenants, size, 6000)
+    simulation.run([each for each in arrivals if each[0] <= 300], 300)
+    before = simulation.served.copy()
+    simulation.run([(300.0, "big", prompt, 1, weight)], simulation.now + 1e-6)
+    name = next(name for name in simulation.started if "big" in name)
+    simulation.run([a for a in arrivals if a[0] > 300], 6000, until_first_token_of=name)
+    assert name in simulation.first_token
+    passed = sum((simulation.served - before).values()) - prompt
+    # Its share's worth for each other tenant, then the overtakings, then what runs until it ends.
+    fair = tenants * (prompt + 2 * simulation.budget) / weight
+    assert passed <= fair + (32 + 2 * seats) * sum(size)
+
+
 @pytest.mark.parametrize("weight", [0.0, -1.0, float("inf"), float("nan")])
 def test_a_weight_that_is_not_positive_is_refused(weight: float) -> None:
     with pytest.raises(ParameterError, match="expected above 0 and finite"):
         Request("r", (1,), SamplingParams(), weight=weight)
+
+
+def test_of_a_tenants_waiting_requests_the_lowest_priority_begins_first() -> None:
+    queue = FairQueue(credit=0)
+
+    def waiting(name: str, priority: int, tenant: str = "a") -> Sequence:
+        request = Request(name, (1,), SamplingParams(), tenant=tenant, priority=priority)
+        sequence = Sequence(request, 1, None, None)  # type: ignore[arg-type]
+        queue.push(sequence)
+        return sequence
+
+    for name, priority in (("1", 0), ("2", 5), ("3", -1), ("4", 0), ("5", 5), ("6", 0)):
+        waiting(name, priority)
+    waiting("7", 0, tenant="b")
+    assert [each.request_id for each in queue.of("a")] == ["3", "1", "4", "6", "2", "5"]
+    assert [each.request_id for each in queue.of("b")] == ["7"]
+    preempted = queue.of("a")[4]
+    queue.remove(preempted)
+    queue.push(preempted, front=True)  # what was begun is finished first
+    assert [each.request_id for each in queue.of("a")] == ["2", "3", "1", "4", "6", "5"]
+
+
+def test_a_prefix_is_shared_by_those_with_the_same_salt() -> None:
+    blocks = BlockManager(16, 4)
+    scheduler = Scheduler(blocks, 8, 64)
+
+    def cached(name: str, salt: str) -> int | None:
+        request = Request(name, tuple(range(9)), SamplingParams(), cache_salt=salt)
+        sequence = Sequence(request, 1, None, None)  # type: ignore[arg-type]
+        scheduler.add(sequence)
+        for item in scheduler.schedule():
+            scheduler.computed(item)
+        scheduler.finish(sequence)
+        return sequence.num_cached_tokens
+
+    assert [cached("1", ""), cached("2", ""), cached("3", "x"), cached("4", "y")] == [0, 8, 0, 0]
+    assert [cached("5", "x"), cached("6", "y"), cached("7", "")] == [8, 8, 8]

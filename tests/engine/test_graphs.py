@@ -101,7 +101,7 @@ def run(runner: ModelRunner, steps: int) -> list[Tensor]:
     found = []
 
     def step(*batch: tuple[Sequence, int]) -> None:
-        scheduled = [ScheduledSequence(each, count) for each, count in batch]
+        scheduled = [ScheduledSequence.of(each, count) for each, count in batch]
         logits = runner.run(scheduled).clone()
         found.append(logits)
         completing = [item.sequence for item in scheduled if item.completes]

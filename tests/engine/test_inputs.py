@@ -77,7 +77,7 @@ def test_inputs_follow_sequences_that_come_grow_lose_their_blocks_and_return() -
                 count = 1 if fate < 0.6 else chance.randint(1, min(left, 7))
                 while len(one.blocks) * BLOCK < one.num_computed_tokens + count:
                     one.blocks.append(free.pop())
-                batch.append(ScheduledSequence(one, count))
+                batch.append(ScheduledSequence.of(one, count))
         if chance.random() < 0.1:
             chance.shuffle(batch)
         if not batch:
@@ -126,8 +126,8 @@ def test_inputs_follow_a_scheduler_that_takes_blocks_and_gives_others_in_one_ste
 
 def test_padding_rows_have_no_context_and_write_nothing() -> None:
     batch = [
-        ScheduledSequence(sequence(6, 5, [7, 3]), 1),
-        ScheduledSequence(sequence(3, 2, [1]), 1),
+        ScheduledSequence.of(sequence(6, 5, [7, 3]), 1),
+        ScheduledSequence.of(sequence(3, 2, [1]), 1),
     ]
     inputs = buffers().build(batch, pad_to=4)
     assert inputs.token_ids.tolist() == [105, 102, 0, 0]
@@ -141,7 +141,7 @@ def test_padded_inputs_of_a_size_lie_where_they_lay_before() -> None:
     built = buffers()
 
     def places(count: int) -> list[int]:
-        batch = [ScheduledSequence(sequence(5, 4, [row, 8]), 1) for row in range(count)]
+        batch = [ScheduledSequence.of(sequence(5, 4, [row, 8]), 1) for row in range(count)]
         inputs = built.build(batch, [row % 2 for row in range(count)], pad_to=6)
         assert inputs.lora is not None
         arrays = (inputs.token_ids, inputs.positions, *vars(inputs.attention).values())
@@ -154,7 +154,7 @@ def test_padded_inputs_of_a_size_lie_where_they_lay_before() -> None:
 @pytest.mark.parametrize("pad_to", [0, 5])
 def test_rows_are_grouped_by_adapter(pad_to: int) -> None:
     counts = [1, 1, 1] if pad_to else [3, 1, 2]
-    batch = [ScheduledSequence(sequence(9, 0, [row, 9, 8]), n) for row, n in enumerate(counts)]
+    batch = [ScheduledSequence.of(sequence(9, 0, [row, 9, 8]), n) for row, n in enumerate(counts)]
     lora = buffers().build(batch, [4, -1, 2], pad_to=pad_to).lora
     rows = [slot for slot, n in zip([4, -1, 2], counts, strict=True) for _ in range(n)]
     expected = LoRABatch.of(rows, "cpu")

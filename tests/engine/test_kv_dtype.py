@@ -37,7 +37,7 @@ def logits(checkpoint: object, config: EngineConfig) -> Tensor:
     found = []
     with torch.inference_mode():
         for count in (20, 9, 1):
-            found.append(runner.run([ScheduledSequence(one, count)]).clone())
+            found.append(runner.run([ScheduledSequence.of(one, count)]).clone())
             one.num_computed_tokens += count
     return torch.cat(found)
 

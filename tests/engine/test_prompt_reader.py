@@ -26,6 +26,8 @@ from nybble.engine import (
 from nybble.engine import prompt_reader as prompt_reader_module
 from nybble.engine.prompt_reader import read_pooling
 from nybble.engine.runner import kv_bytes_per_block
+from nybble.engine.scheduler import Scheduler
+from nybble.loaders import CheckpointError
 from nybble.models import architecture_of
 
 # Prompts are prefilled in chunks of 16 tokens at most, and about 120 tokens fit into the cache.
@@ -159,8 +161,9 @@ def test_no_position_is_missing_where_the_prefix_cache_knows_the_prompt(
 
 
 def test_sequences_that_share_the_batch_and_preempt_change_nothing(
-    engine: Engine, model: Any
+    engine: Engine, model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(Scheduler, "_reserve", lambda *_: 0)  # so that they preempt each other
     params = SamplingParams(max_tokens=20, temperature=0, ignore_eos=True, logprobs=0)
     others = [Request(f"other{i}", prompt(10 + i, 12), params) for i in range(3)]
     alone = [
@@ -234,3 +237,20 @@ def test_a_checkpoints_own_pooling_is_found(
         (tmp_path / "1_Pooling").mkdir()
         (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps(config))
     assert read_pooling(tmp_path) == pooling
+
+
+def test_modules_after_the_transformer_are_computed_or_refused_by_name(tmp_path: Path) -> None:
+    """sentence-transformers' list says where pooling is set, and what else makes an embedding."""
+    (tmp_path / "2_Pooling").mkdir()
+    (tmp_path / "2_Pooling" / "config.json").write_text(json.dumps({"pooling_mode": "mean"}))
+    modules = [
+        {"path": "", "type": "sentence_transformers.models.Transformer"},
+        {"path": "2_Pooling", "type": "sentence_transformers.models.Pooling"},
+        {"path": "3_Normalize", "type": "sentence_transformers.models.Normalize"},
+    ]
+    (tmp_path / "modules.json").write_text(json.dumps(modules))
+    assert read_pooling(tmp_path) == "mean"
+    modules.insert(2, {"path": "2_Dense", "type": "sentence_transformers.models.Dense"})
+    (tmp_path / "modules.json").write_text(json.dumps(modules))
+    with pytest.raises(CheckpointError, match=r"the module Dense \(2_Dense\) is not supported"):
+        read_pooling(tmp_path)

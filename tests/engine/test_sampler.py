@@ -6,8 +6,15 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from nybble.engine.request import NotANumberError, ParameterError, SamplingParams
+from nybble.engine import sampler as sampler_module
+from nybble.engine.request import (
+    NotANumberError,
+    NothingAllowedError,
+    ParameterError,
+    SamplingParams,
+)
 from nybble.engine.sampler import PendingSample, SequenceSampler, sample
 
 
@@ -15,21 +22,24 @@ def greedy(prompt: tuple[int, ...] = (), **options: object) -> SequenceSampler:
     return SequenceSampler(SamplingParams(temperature=0, **options), prompt)  # type: ignore[arg-type]
 
 
-def tokens(logits: list[list[float]], samplers: list[SequenceSampler]) -> list[int]:
-    return [token for token, _ in sample(torch.tensor(logits), samplers)]
+def tokens(
+    logits: list[list[float]],
+    samplers: list[SequenceSampler],
+    allowed: list[Tensor | None] | None = None,
+) -> list[int]:
+    return [token for token, _ in sample(torch.tensor(logits), samplers, allowed)]
 
 
 def test_each_row_has_its_own_bias_and_mask() -> None:
-    masked = greedy()
-    masked.allowed = torch.tensor([True, False, True])
     rows = [[1.0, 3.0, 2.0]] * 3
-    assert tokens(rows, [greedy(), greedy(logit_bias={0: 5.0, 2: -1.0}), masked]) == [1, 0, 2]
+    samplers = [greedy(), greedy(logit_bias={0: 5.0, 2: -1.0}), greedy()]
+    masks = [None, None, torch.tensor([True, False, True])]
+    assert tokens(rows, samplers, masks) == [1, 0, 2]
 
 
 def test_a_mask_overrules_a_bias() -> None:
     guided = greedy(logit_bias={1: 100.0})
-    guided.allowed = torch.tensor([True, False])
-    assert tokens([[0.0, 0.0]], [guided]) == [0]
+    assert tokens([[0.0, 0.0]], [guided], [torch.tensor([True, False])]) == [0]
 
 
 def test_repetition_counts_the_prompt_and_presence_does_not() -> None:
@@ -80,6 +90,47 @@ def test_a_seed_draws_the_same_in_any_company() -> None:
     assert drawn(0) == drawn(3)
 
 
+@pytest.mark.parametrize("part", ["sample_tokens", "_to_host", "_report", "_stack"])
+def test_a_step_that_ran_out_of_memory_shifts_no_random_numbers(
+    monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    """The step is computed again; a seed still gives the tokens it gives without the failure."""
+
+    def drawn(failing: set[int]) -> list[int]:
+        torch.manual_seed(0)
+        params = SamplingParams(seed=3, presence_penalty=0.5, logprobs=1)
+        samplers = [SequenceSampler(params, ()), SequenceSampler(params, (1,))]
+        found: list[int] = []
+        for step in range(8):
+            logits = torch.randn(2, 50)
+            if step in failing:
+                with monkeypatch.context() as patch:
+                    patch.setattr(sampler_module, part, no_memory)
+                    with pytest.raises(MemoryError):
+                        sample(logits.clone(), samplers)
+            found += [token for token, _ in sample(logits, samplers)]
+        return found
+
+    def no_memory(*_: object) -> None:
+        raise MemoryError
+
+    assert drawn({0, 3, 4}) == drawn(set())
+
+
+def test_a_penalty_knows_the_prompt_after_a_step_that_ran_out_of_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def no_memory(*_: object) -> None:
+        raise MemoryError
+
+    penalized = greedy((1,), repetition_penalty=2.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(sampler_module, "send", no_memory)
+        with pytest.raises(MemoryError):
+            tokens([[1.0, 1.1]], [penalized])
+    assert tokens([[1.0, 1.1]], [penalized]) == [0]
+
+
 @pytest.mark.parametrize("temperature", [5e-324, 1e-46, 1e-38, 1e-6])
 @pytest.mark.parametrize("truncation", [{}, {"top_k": 5}, {"top_p": 0.9}, {"min_p": 0.1}])
 def test_a_temperature_that_no_logit_can_be_divided_by_takes_the_likeliest(
@@ -112,3 +163,76 @@ def test_a_row_that_is_no_number_is_an_error_and_the_others_are_drawn(
     first, *broken, last = PendingSample(rows, samplers).result()
     assert (first, last) == ((1, None), (0, None))
     assert [type(each) for each in broken] == [NotANumberError] * 2
+
+
+def restricted(**options: Any) -> SequenceSampler:
+    ends, words = options.pop("ends", frozenset()), options.pop("words", ())
+    params = SamplingParams(temperature=0, **options)
+    return SequenceSampler(params, (), ends=ends, bad_words=words)
+
+
+def test_no_end_comes_before_min_tokens() -> None:
+    sampler = restricted(min_tokens=2, ends=frozenset({2}))
+    assert [tokens([[0.0, 1.0, 2.0]], [sampler])[0] for _ in range(4)] == [1, 1, 2, 2]
+
+
+def test_a_grammar_that_is_complete_ends_before_min_tokens() -> None:
+    """Else nothing at all could follow."""
+    complete, open_ = torch.tensor([False, False, True]), torch.tensor([True, False, True])
+    samplers = [restricted(min_tokens=2, ends=frozenset({2})) for _ in range(2)]
+    drawn = sample(torch.tensor([[0.0, 1.0, 2.0]] * 2), samplers, [complete, open_])
+    assert [token for token, _ in drawn] == [2, 0]
+
+
+def test_a_bad_word_is_kept_from_its_last_token_and_only_after_the_others() -> None:
+    sampler = restricted(words=((2, 1), (0,)))
+    rows = [[9.0, 1.0, 0.0], [9.0, 0.0, 2.0], [9.0, 5.0, 0.0], [9.0, 5.0, 0.0]]
+    assert [tokens([row], [sampler])[0] for row in rows] == [1, 2, 2, 2]
+
+
+def test_only_allowed_tokens_come_beside_rows_where_all_may() -> None:
+    rows = [[0.0, 1.0, 2.0]] * 2
+    assert tokens(rows, [restricted(allowed_token_ids=(0, 1)), greedy()]) == [1, 2]
+
+
+def test_what_excludes_every_token_is_told_from_what_is_no_number() -> None:
+    rows = torch.tensor([[0.0, 1.0], [float("nan"), 1.0], [float("nan"), 1.0]])
+    contradicting = restricted(allowed_token_ids=(0,), words=((0,),))
+    broken = restricted(allowed_token_ids=(0,))
+    found = PendingSample(rows, [contradicting, broken, greedy()]).result()
+    assert [type(each) for each in found] == [NothingAllowedError, NotANumberError, NotANumberError]
+
+
+def test_named_tokens_are_reported_instead_of_the_likeliest() -> None:
+    logits = torch.tensor([[0.0, 2.0, 1.0]] * 3)
+    expected = logits[0].log_softmax(-1).tolist()
+    asked = [
+        greedy(logprobs=1, logprob_token_ids=(2, 0)),
+        greedy(logprobs=1),
+        greedy(logprobs=0, logprob_token_ids=(0,)),
+    ]
+    tops = [report.top for _, report in sample(logits, asked) if report is not None]
+    assert [[token for token, _ in top] for top in tops] == [[2, 0], [1], [0]]
+    for token, value in (pair for top in tops for pair in top):
+        assert value == pytest.approx(expected[token])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"min_tokens": -1},
+        {"min_tokens": 3, "max_tokens": 2},
+        {"bad_words": (" ",)},
+        {"allowed_token_ids": ()},
+        {"logprob_token_ids": (1,)},
+    ],
+)
+def test_a_restriction_that_makes_no_sense_is_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ParameterError) as caught:
+        SamplingParams(**options)
+    assert caught.value.parameter == next(iter(options))
+
+
+def test_a_bias_out_of_range_is_named() -> None:
+    with pytest.raises(ParameterError, match="token 7 is 101"):
+        SamplingParams(logit_bias={5: 1.0, 7: 101.0})

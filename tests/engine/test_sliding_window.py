@@ -237,7 +237,7 @@ def test_a_sequence_begins_when_all_it_will_hold_at_once_fits(cached: int) -> No
     while first.num_output_tokens < 1:
         cache.step()
     second = cache.add(ids, max_tokens=100)
-    assert cache.manager.num_cached_tokens(second) == cached
+    assert cache.manager.cached_prefix(second).tokens == cached
     while cache.step():
         assert len(cache.scheduler.running) <= 1
     assert first.num_output_tokens == second.num_output_tokens == 100
@@ -251,9 +251,9 @@ def test_a_prefix_is_found_by_the_blocks_it_still_sees() -> None:
     while cache.step():
         pass
     again = cache.add((*ids, 5), max_tokens=1)
-    assert cache.manager.num_cached_tokens(again) == 100
+    assert cache.manager.cached_prefix(again).tokens == 100
     shorter = cache.add(ids[:50], max_tokens=1)
-    assert cache.manager.num_cached_tokens(shorter) == 0, "its window was given to others"
+    assert cache.manager.cached_prefix(shorter).tokens == 0, "its window was given to others"
     while cache.step():
         pass
     assert again.num_cached_tokens == 100

@@ -63,8 +63,13 @@ def test_the_gradient_passes_within_the_range_and_not_beyond() -> None:
     torch.testing.assert_close(layer.weight.grad, expected)
 
 
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
 def test_the_exported_model_is_the_trained_one_and_beats_rounding(
-    tmp_path: Path, tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    tiny_model: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: torch.dtype,
+    rounding: float,
 ) -> None:
     source = tiny_model()
     data = tmp_path / "data.jsonl"
@@ -83,16 +88,15 @@ def test_the_exported_model_is_the_trained_one_and_beats_rounding(
         data,
         tmp_path / "qat",
         settings=QatSettings(group_size=32, learning_rate=2e-3, steps=15, max_length=64),
-        dtype=torch.float32,
+        dtype=dtype,
         progress=False,
     )
     assert losses[-1] < 0.6 * losses[0]
-    loaded = load_packed_model(open_checkpoint(tmp_path / "qat"), device=CPU, dtype=torch.float32)
+    loaded = load_packed_model(open_checkpoint(tmp_path / "qat"), device=CPU, dtype=dtype)
     tokens = AutoTokenizer.from_pretrained(source)(TEXT, return_tensors="pt")["input_ids"]
     with torch.no_grad():
-        torch.testing.assert_close(
-            loaded(tokens).logits, trained[0].train(False)(tokens).logits, rtol=1e-4, atol=1e-4
-        )
+        found, expected = loaded(tokens).logits, trained[0].train(False)(tokens).logits
+    assert (found - expected).norm() < rounding * expected.norm()
     quantize_checkpoint(source, tmp_path / "rtn", format="gptq", group_size=32, progress=False)
     _, rounded, ours = evaluate(
         source,
@@ -109,7 +113,7 @@ def test_the_exported_model_is_the_trained_one_and_beats_rounding(
 def trained_model(
     tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """A tiny model that has learned something of Python's sources."""
+    """A tiny model that has learned enough of Python's sources for 2 bits to cost it a third."""
     folder = tmp_path_factory.mktemp("trained") / "model"
     shutil.copytree(tiny_model(), folder)
     torch.manual_seed(0)
@@ -118,7 +122,7 @@ def trained_model(
         AutoTokenizer.from_pretrained(folder), calibration_text(), samples=480, length=64
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    for batch in ids.split(8):
+    for batch in ids.repeat(4, 1).split(8):
         model(input_ids=batch, labels=batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -133,13 +137,16 @@ def calibration_text() -> str:
 def test_training_on_the_grid_beats_gptq_and_rounding_on_text_it_has_not_seen(
     tmp_path: Path, trained_model: Path
 ) -> None:
-    """At 2 bits, taught by the full-precision model: no gain can be the text's."""
+    """At 2 bits, taught by the full-precision model: no gain can be the text's.
+
+    The perplexity is a quarter below GPTQ's, 20 errors: more than a seed or rounding changes.
+    """
     tokenizer = AutoTokenizer.from_pretrained(trained_model)
     text = calibration_text()
     data = tmp_path / "data.jsonl"
     parts = [text[start : start + 250] for start in range(0, len(text), 250)]
     data.write_text("\n".join(json.dumps({"text": part}) for part in parts))
-    grid = {"format": "gptq", "group_size": 32, "bits": 2, "progress": False}
+    grid = {"format": "gptq", "group_size": 128, "bits": 2, "progress": False}
     quantize_checkpoint(trained_model, tmp_path / "rtn", **grid)  # type: ignore[arg-type]
     quantize_checkpoint(
         trained_model,
@@ -152,18 +159,20 @@ def test_training_on_the_grid_beats_gptq_and_rounding_on_text_it_has_not_seen(
         data,
         tmp_path / "qat",
         settings=QatSettings(
-            group_size=32,
+            group_size=128,
             bits=2,
             distil=True,
             learning_rate=1e-3,
-            steps=80,
+            steps=120,
             batch_size=4,
             max_length=128,
+            gradient_checkpointing=False,
         ),
+        dtype=torch.float32,
         progress=False,
     )
     unseen = token_windows(
-        tokenizer, standard_library_text("held-out")[:400_000], samples=48, length=64
+        tokenizer, standard_library_text("held-out")[:400_000], samples=128, length=64
     )
     _, rounded, gptq, ours = evaluate(
         trained_model,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -287,10 +290,17 @@ def test_resuming_what_was_never_begun_or_another_run_is_refused(
 ) -> None:
     path, out = data(tmp_path), tmp_path / "out"
 
-    def train(seed: int, on_step: Callable[[Progress], None], *, resume: bool) -> None:
+    same, other = (Path(shutil.copytree(bases["nf4"], tmp_path / name)) for name in ("s", "o"))
+    weights = load_file(other / "model.safetensors")
+    weights["model.norm.weight"][0] += 1
+    save_file(weights, other / "model.safetensors")
+
+    def train(
+        seed: int, on_step: Callable[[Progress], None], *, resume: bool, base: Path = bases["nf4"]
+    ) -> None:
         settings = replace(QUICK, seed=seed)
         finetune(
-            *(bases["nf4"], path, out),
+            *(base, path, out),
             settings=settings,
             resume=resume,
             progress=False,
@@ -307,8 +317,11 @@ def test_resuming_what_was_never_begun_or_another_run_is_refused(
         train(1, stop, resume=False)
     with pytest.raises(ValueError, match="is of another run: resume with the data and the sett"):
         train(2, stop, resume=True)
+    names = f"another base model, {bases['nf4']}, than {other}: resume with the base"
+    with pytest.raises(ValueError, match=re.escape(names)):
+        train(1, stop, resume=True, base=other)
     steps: list[Progress] = []
-    train(1, steps.append, resume=True)
+    train(1, steps.append, resume=True, base=same)
     assert [one.point.step for one in steps] == list(range(1, 13))
     assert steps[-1].steps == 12
     assert steps[-1].tokens > steps[0].tokens > 0

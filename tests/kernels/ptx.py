@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parent / "emulator"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "ptx_emulator"))
 from instructions import operation
 from machine import Unit
 from program import program

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from nybble.kernels import DenseWeight, PackedWeight, ops, reference
+from nybble.kernels.activation import ACTIVATIONS, Activation
 from nybble.kernels.attention_batch import AttentionBatch
 from nybble.kernels.cpu.build import (
     TARGETS,
@@ -28,6 +30,7 @@ from nybble.kernels.cpu.build import (
     load,
     missing_cpu_features,
     usable_targets,
+    wanted_targets,
 )
 from nybble.kernels.cpu.library import CpuLibrary
 from nybble.kernels.lora import LoRABatch, slot_buffers
@@ -50,6 +53,15 @@ def cpu(request: pytest.FixtureRequest) -> CpuLibrary:
     if missing := missing_cpu_features(request.param):
         pytest.skip(f"this CPU lacks {', '.join(missing)}")
     return CpuLibrary(ctypes.CDLL(str(build(request.param))))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _two_threads() -> Iterator[None]:
+    """The kernels split their work among torch's threads, however many processes run tests."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
 
 
 def random_weight(
@@ -237,6 +249,8 @@ def test_norms_and_activation(cpu: CpuLibrary) -> None:
     torch.testing.assert_close(
         cpu.rms_norm(x, weight, 1e-6), reference.rms_norm(x, weight, 1e-6), rtol=2**-7, atol=0
     )
+    found, expected = (kernels.rms_norm(x, weight, 1e-6, 1.0) for kernels in (cpu, reference))
+    torch.testing.assert_close(found, expected, rtol=2**-7, atol=0)
     before = residual.clone()
     found, total = cpu.add_rms_norm(x, residual, weight, 1e-6)
     expected, expected_total = reference.add_rms_norm(x, residual, weight, 1e-6)
@@ -245,15 +259,52 @@ def test_norms_and_activation(cpu: CpuLibrary) -> None:
     torch.testing.assert_close(found, expected, rtol=2**-7, atol=0)
     extremes = torch.tensor([[-100.0, -20, -1, 0, 1, 20, 90, 300] * 8]).bfloat16()
     both = torch.cat((extremes, torch.randn(1, 64).bfloat16()), dim=1)
-    torch.testing.assert_close(cpu.silu_mul(both), reference.silu_mul(both), rtol=2**-6, atol=1e-30)
+    found, expected = cpu.gated(both, "silu"), reference.gated(both, "silu")
+    torch.testing.assert_close(found, expected, rtol=2**-6, atol=1e-30)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_activation_is_the_exact_one_rounded_once(
+    cpu: CpuLibrary, activation: Activation
+) -> None:
+    """Of every finite bfloat16 whose square is one too, times one: no second rounding."""
+    every = torch.arange(-(2**15), 2**15).short().view(torch.bfloat16)
+    gate = every[every.abs() < 1e19]  # NaN is not below
+    gate = torch.nn.functional.pad(gate, (0, -len(gate) % 32)).view(-1, 32)
+    found = cpu.gated(torch.cat((gate, torch.ones_like(gate)), dim=1), activation)
+    exact = reference.activate(gate.double(), activation)
+    # What float32 leaves of a negative number's tail is next to nothing.
+    torch.testing.assert_close(found.double(), exact, rtol=2**-8, atol=1e-7)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_neither_hide_nor_make_what_is_not_a_number(
+    cpu: CpuLibrary, activation: Activation
+) -> None:
+    gate = torch.tensor([float("nan"), float("inf"), 1e30, -1e30] * 4).bfloat16()
+    if activation == "relu2":
+        gate[2::4] = 1e19
+    found = cpu.gated(torch.cat((gate, torch.ones(16).bfloat16()))[None], activation)[0]
+    expected = reference.activate(gate.double(), activation).bfloat16()
+    torch.testing.assert_close(found, expected, rtol=2**-7, atol=1e-7, equal_nan=True)
+
+
+def test_an_activation_that_does_not_exist_is_refused(cpu: CpuLibrary) -> None:
+    for kernels in (cpu, reference):
+        with pytest.raises(ValueError, match="'swish': expected one of silu, gelu"):
+            kernels.gated(torch.zeros(1, 32).bfloat16(), "swish")  # type: ignore[arg-type]
 
 
 @given(
     lengths=st.lists(st.tuples(st.integers(1, 40), st.integers(0, 70)), min_size=1, max_size=5),
     kv_heads=st.sampled_from([1, 2, 3]),
     share=st.sampled_from([1, 4, 7]),
-    dim=st.sampled_from([32, 64, 128]),
+    dim=st.sampled_from([16, 32, 64, 80, 112, 128, 256]),
+    rotary=st.sampled_from([0.25, 0.4, 0.5, 1.0]),
+    interleaved=st.booleans(),
     window=st.sampled_from([0, 1, 13, 16, 40, 200]),
+    softcap=st.sampled_from([0.0, 0.0, 1.5]),
+    with_sinks=st.booleans(),
     seed=st.integers(0, 99),
 )
 @settings(max_examples=40, deadline=None)
@@ -263,7 +314,11 @@ def test_rotary_and_paged_attention(
     kv_heads: int,
     share: int,
     dim: int,
+    rotary: float,
+    interleaved: bool,
     window: int,
+    softcap: float,
+    with_sinks: bool,
     seed: int,
 ) -> None:
     """Sequences of (new tokens, tokens already cached) over blocks in random order."""
@@ -287,31 +342,43 @@ def test_rotary_and_paged_attention(
     )
     tokens = int(batch.query_start[-1])
     qkv = torch.randn(tokens, (share + 2) * kv_heads, dim).bfloat16()
-    angles = torch.rand(tokens, dim // 2).repeat(1, 2) * 6
+    angles = torch.rand(tokens, 2 * int(rotary * dim / 2)) * 6
     caches = torch.randn(2, len(order), kv_heads, block_size, dim).bfloat16()
     results = []
     for kernels in (cpu, reference):
         q, k, v = qkv.clone().split((share * kv_heads, kv_heads, kv_heads), dim=1)  # type: ignore[no-untyped-call]
         k_cache, v_cache = caches.clone()
         kernels.rotary_store(
-            q, k, v, angles.cos(), angles.sin(), k_cache, v_cache, batch.slot_mapping
+            q,
+            k,
+            v,
+            angles.cos(),
+            angles.sin(),
+            k_cache,
+            v_cache,
+            batch.slot_mapping,
+            interleaved=interleaved,
         )
         results.append((q, k_cache, v_cache))
     for found, expected in zip(*results, strict=True):
         torch.testing.assert_close(found, expected, rtol=2**-7, atol=2**-7)
     q, k_cache, v_cache = results[1]
-    found = cpu.paged_attention(q, k_cache, v_cache, batch, dim**-0.5, window)
-    expected = reference.paged_attention(q.double(), k_cache, v_cache, batch, dim**-0.5, window)
+    sinks = (2 * torch.randn(share * kv_heads)).bfloat16() if with_sinks else None
+
+    def attend(kernels: Any, q: Tensor) -> Tensor:
+        inputs = q, k_cache, v_cache, batch, dim**-0.5, window
+        found: Tensor = kernels.paged_attention(*inputs, softcap=softcap, sinks=sinks)
+        return found
+
+    found, expected = attend(cpu, q), attend(reference, q.double())
     torch.testing.assert_close(found.double(), expected, rtol=2**-7, atol=2**-7)
     # Blocks that no new token sees may be gone: whatever is there now is not read.
     for row, (_, old) in enumerate(lengths):
         unseen = max(0, old - window + 1) // block_size if window else 0
         for cache in (k_cache, v_cache):
             cache[tables[row, :unseen].long()] = float("nan")
-    again = cpu.paged_attention(q, k_cache, v_cache, batch, dim**-0.5, window)
-    assert torch.equal(again, found)
-    again = reference.paged_attention(q.double(), k_cache, v_cache, batch, dim**-0.5, window)
-    assert torch.equal(again, expected)
+    assert torch.equal(attend(cpu, q), found)
+    assert torch.equal(attend(reference, q.double()), expected)
 
 
 def one_decode(context_lens: list[int], blocks_each: int = 2) -> AttentionBatch:
@@ -328,8 +395,9 @@ def one_decode(context_lens: list[int], blocks_each: int = 2) -> AttentionBatch:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("where", ["query", "key", "value"])
+@pytest.mark.parametrize("softcap", [0.0, 50.0])
 def test_attention_hides_nothing_that_is_not_a_number(
-    cpu: CpuLibrary, value: float, where: str
+    cpu: CpuLibrary, value: float, where: str, softcap: float
 ) -> None:
     torch.manual_seed(0)
     q, (k_cache, v_cache) = (
@@ -339,9 +407,11 @@ def test_attention_hides_nothing_that_is_not_a_number(
     # Two query heads share a KV head: one query is bad, or a key or value of the other KV head.
     {"query": q[0, 0], "key": k_cache[0, 1, 5], "value": v_cache[0, 1, 5]}[where][3] = value
     batch = one_decode([20])
-    found = cpu.paged_attention(q, k_cache, v_cache, batch, 0.2)
-    expected = reference.paged_attention(q, k_cache, v_cache, batch, 0.2)
-    assert not expected.isfinite().all()
+    options = {"softcap": softcap, "sinks": torch.zeros(4)}
+    found = cpu.paged_attention(q, k_cache, v_cache, batch, 0.2, **options)
+    expected = reference.paged_attention(q, k_cache, v_cache, batch, 0.2, **options)
+    if softcap == 0 or where == "value" or value != float("inf"):
+        assert not expected.isfinite().all()  # a soft cap makes infinite logits finite
     assert torch.equal(found.isfinite(), expected.isfinite())
 
 
@@ -396,6 +466,8 @@ def transposed(x: Tensor) -> Tensor:
         ),
         ("v_cache", lambda x: x[:2], "v_cache: torch.bfloat16 (2, 2, 16, 32)"),
         ("cos", lambda x: x.bfloat16(), "cos: torch.bfloat16"),
+        ("cos", lambda x: x[:, :31], "31 entries for a token"),
+        ("sin", lambda x: x[:, :16], "sin: torch.float32 (2, 16)"),
         ("sin", lambda x: x[:1], "sin: torch.float32 (1, 32)"),
     ],
 )
@@ -431,7 +503,7 @@ def test_norms_and_products_refuse_what_they_would_misread(cpu: CpuLibrary) -> N
     with pytest.raises(ValueError, match=r"residual: .* \(1, 64\)"):
         cpu.add_rms_norm(x, x[:1], weight, 1e-6)
     with pytest.raises(ValueError, match=r"gate_up: .* \(3, 48\)"):
-        cpu.silu_mul(x[:, :48])
+        cpu.gated(x[:, :48], "silu")
     packed = random_weight(16, 64, 32, "sym", torch.float16, act_order=False, bias=False)
     with pytest.raises(ValueError, match=r"x: .* \(3, 32\)"):
         cpu.packed_matmul(x[:, :32], packed.to_layout("cpu_tiles"))
@@ -456,7 +528,7 @@ def test_norms_of_other_dtypes_and_strides_are_the_references() -> None:
 
 def test_gates_may_have_any_dimensions(cpu: CpuLibrary) -> None:
     gate_up = torch.randn(2, 3, 64).bfloat16()
-    found, expected = cpu.silu_mul(gate_up), reference.silu_mul(gate_up)
+    found, expected = cpu.gated(gate_up, "silu"), reference.gated(gate_up, "silu")
     torch.testing.assert_close(found, expected, rtol=2**-6, atol=1e-30)
 
 
@@ -492,6 +564,26 @@ def test_the_best_target_is_chosen_by_the_flags_of_the_cpu(tmp_path: Path) -> No
     assert usable_targets(cpuinfo)[0].name == "avx512"
 
 
+def test_a_target_may_be_named_and_another_one_is_not_taken_in_its_place(tmp_path: Path) -> None:
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text("flags\t: avx2 fma f16c avx512f avx512bw avx512vl avx512dq avx512_bf16\n")
+    assert [target.name for target in wanted_targets("avx2", cpuinfo)] == ["avx2"]
+    assert [target.name for target in wanted_targets("", cpuinfo)] == ["avx512", "avx2"]
+    with pytest.raises(ValueError, match="NYBBLE_CPU_TARGET is 'sse', expected avx512 or avx2"):
+        wanted_targets("sse", cpuinfo)
+    cpuinfo.write_text("flags\t: avx2 fma f16c avx512f avx512bw avx512vl avx512dq\n")
+    with pytest.raises(ValueError, match="is avx512, but this CPU lacks avx512_bf16"):
+        wanted_targets("avx512", cpuinfo)
+
+
+def test_the_environment_names_the_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    touched = compiler_script(tmp_path, 'while [ "$1" != -o ]; do shift; done; touch "$2"')
+    for target in usable_targets():
+        monkeypatch.setenv("NYBBLE_CPU_TARGET", target.name)
+        library = build_fastest(compiler=touched, cache=tmp_path / "cache")
+        assert library.name.startswith(f"cpu-{target.name}-")
+
+
 def compiler_script(folder: Path, body: str) -> str:
     path = folder / "g++"
     path.write_text(f"#!/bin/sh\n{body}\n")
@@ -500,10 +592,11 @@ def compiler_script(folder: Path, body: str) -> str:
 
 
 def test_a_compiler_too_old_for_the_best_target_builds_the_next(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     if len(usable_targets()) < 2:
         pytest.skip("this CPU runs no target but the last")
+    monkeypatch.delenv("NYBBLE_CPU_TARGET", raising=False)
     old = compiler_script(
         tmp_path,
         'case "$*" in *-mavx512bf16*) echo unrecognized option >&2; exit 1;; esac\n'
@@ -550,15 +643,26 @@ def test_builds_at_once_do_not_disturb_each_other(tmp_path: Path) -> None:
 
 
 @contextmanager
-def little_memory(spare: int = 16 << 20) -> Iterator[None]:
-    """No more than ``spare`` bytes can be had beyond what the process has mapped."""
+def little_memory(spare: int = 24 << 20) -> Iterator[None]:
+    """No block of more than ``spare`` bytes can be had, and one of them can.
+
+    What the process maps is limited; and what earlier tests have freed, which the allocator keeps
+    and would give out again, is taken up.
+    """
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    libc.free.restype, libc.free.argtypes = None, [ctypes.c_void_p]
     mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     before = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (mapped + spare, before[1]))
+    resource.setrlimit(resource.RLIMIT_AS, (mapped + 2 * spare, before[1]))
+    taken = list(iter(lambda: libc.malloc(spare), None))
     try:
+        libc.free(taken.pop())
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_AS, before)
+        for block in taken:
+            libc.free(block)
 
 
 @pytest.mark.parametrize("kernel", ["packed_matmul", "dequantize", "paged_attention", "lora_add"])

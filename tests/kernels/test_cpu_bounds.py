@@ -147,19 +147,30 @@ def test_norms_and_gates(cpu: CpuLibrary, guard: Guard, width: int, rows: int) -
     weight = guard(torch.rand(width).bfloat16())
     found, total = cpu.add_rms_norm(x, residual, weight, 1e-6)
     torch.testing.assert_close(found, reference.rms_norm(total, weight, 1e-6), rtol=2**-7, atol=0)
-    found = cpu.rms_norm(x, weight, 1e-6)
-    torch.testing.assert_close(found, reference.rms_norm(x, weight, 1e-6), rtol=2**-7, atol=0)
+    for offset in (0.0, 1.0):
+        found = cpu.rms_norm(x, weight, 1e-6, offset)
+        expected = reference.rms_norm(x, weight, 1e-6, offset)
+        torch.testing.assert_close(found, expected, rtol=2**-7, atol=0)
     gate_up = guard(torch.randn(rows, 2 * width).bfloat16())
-    expected = reference.silu_mul(gate_up)
-    torch.testing.assert_close(cpu.silu_mul(gate_up), expected, rtol=2**-6, atol=1e-30)
+    expected = reference.gated(gate_up, "silu")
+    torch.testing.assert_close(cpu.gated(gate_up, "silu"), expected, rtol=2**-6, atol=1e-30)
 
 
 @pytest.mark.parametrize("window", [0, 1, 21])
-@pytest.mark.parametrize("dim", [32, 96])
+@pytest.mark.parametrize(
+    ("dim", "rotary_dim", "interleaved"), [(32, 32, False), (80, 36, False), (96, 96, True)]
+)
 @pytest.mark.parametrize("block_size", [1, 5, 16])
 @pytest.mark.parametrize("contexts", [[1], [16, 17], [33, 15, 0]])
 def test_rotary_and_attention(
-    cpu: CpuLibrary, guard: Guard, contexts: list[int], block_size: int, dim: int, window: int
+    cpu: CpuLibrary,
+    guard: Guard,
+    contexts: list[int],
+    block_size: int,
+    dim: int,
+    rotary_dim: int,
+    interleaved: bool,
+    window: int,
 ) -> None:
     """Three query heads share each of two KV heads; a sequence has two new tokens, if it can.
 
@@ -183,19 +194,22 @@ def test_rotary_and_attention(
         max_query=max(new),
     )
     qkv = torch.randn(sum(new), 10, dim).bfloat16()
-    cos, sin = (guard(torch.randn(sum(new), dim)) for _ in range(2))
+    cos, sin = (guard(torch.randn(sum(new), rotary_dim)) for _ in range(2))
     cache = torch.randn(2, sum(blocks), 2, block_size, dim).bfloat16()
     results = []
     for kernels in (cpu, reference):
         q, k, v = guard(qkv).split((6, 2, 2), dim=1)  # type: ignore[no-untyped-call]
         caches = guard(cache[0]), guard(cache[1])
-        kernels.rotary_store(q, k, v, cos, sin, *caches, batch.slot_mapping)
+        kernels.rotary_store(
+            q, k, v, cos, sin, *caches, batch.slot_mapping, interleaved=interleaved
+        )
         results.append((q, *caches))
     for found, expected in zip(*results, strict=True):
         torch.testing.assert_close(found, expected, rtol=2**-7, atol=2**-6)
-    found = cpu.paged_attention(*results[1], batch, dim**-0.5, window)
+    options = {"softcap": 30.0, "sinks": guard(torch.randn(6))} if interleaved else {}
+    found = cpu.paged_attention(*results[1], batch, dim**-0.5, window, **options)
     q, *caches_ = results[1]
-    expected = reference.paged_attention(q.double(), *caches_, batch, dim**-0.5, window)
+    expected = reference.paged_attention(q.double(), *caches_, batch, dim**-0.5, window, **options)
     rows = [row for row, slot in enumerate(slots) if slot >= 0]
     torch.testing.assert_close(found.double()[rows], expected[rows], rtol=2**-7, atol=2**-6)
 

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -13,31 +12,41 @@ import pytest
 pytest.importorskip("triton", reason="Triton is for Linux")
 
 
-@lru_cache
-def table() -> list[dict[str, Any]]:
-    """One row for each shipped configuration; the compiler needs a process of its own.
+@pytest.fixture(
+    scope="module",
+    params=[[], pytest.param(["--all"], marks=pytest.mark.slow)],
+    ids=["some", "all"],
+)
+def table(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+    """One row for a shipped configuration: of each kind some, or all of them.
 
-    What compiles to a trap, as a failed compilation may, ends that process.
+    The compiler needs a process of its own. What compiles to a trap, as a failed compilation may,
+    ends that process.
     """
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "nybble.kernels.triton.inspect", "--all", "--json"]
+    module = "nybble.kernels.bench.matmul_report"
+    command = [sys.executable, "-m", module, *request.param, "--json"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def test_the_matmul_compiles_for_ampere_ada_hopper_and_blackwell() -> None:
-    assert {entry["case"]["capability"] for entry in table()} == {80, 89, 90, 100}
+def test_the_matmul_compiles_for_ampere_ada_hopper_and_blackwell(
+    table: list[dict[str, Any]],
+) -> None:
+    assert {entry["case"]["capability"] for entry in table} == {80, 89, 90, 100}
 
 
-def test_no_register_is_spilled_inside_the_loop_or_outside_it() -> None:
-    assert [e for e in table() if e["row"]["spill"] or e["row"]["local"]] == []
+def test_no_register_is_spilled_inside_the_loop_or_outside_it(table: list[dict[str, Any]]) -> None:
+    assert [e for e in table if e["row"]["spill"] or e["row"]["local"]] == []
 
 
-def test_every_kind_of_weight_is_compiled_for_the_largest_blocks_on_hopper() -> None:
+def test_every_kind_of_weight_is_compiled_for_the_largest_blocks_on_hopper(
+    table: list[dict[str, Any]],
+) -> None:
     largest = [
         e["case"]
-        for e in table()
+        for e in table
         if e["case"]["capability"] == 90 and e["case"]["config"]["block_m"] == 256
     ]
     kinds = {(case["codebook"], case["zeros"], case["gated"]) for case in largest}
@@ -49,25 +58,49 @@ def test_every_kind_of_weight_is_compiled_for_the_largest_blocks_on_hopper() -> 
     }
 
 
-def test_shared_memory_fits_the_device() -> None:
+def test_shared_memory_fits_the_device(table: list[dict[str, Any]]) -> None:
     limit = {80: 163, 89: 99, 90: 227, 100: 227}  # KiB a block may take, CUDA programming guide
-    for entry in table():
+    for entry in table:
         assert entry["row"]["shared"] <= limit[entry["case"]["capability"]] << 10
 
 
-def test_products_run_on_tensor_cores() -> None:
-    for entry in table():
+def test_products_run_on_tensor_cores(table: list[dict[str, Any]]) -> None:
+    for entry in table:
         # Blackwell's instructions are issued by one thread and multiply whole blocks.
         fewest = 1 if entry["case"]["capability"] == 100 else 8
         assert entry["row"]["tensor_core"] >= fewest
 
 
-def test_the_inner_loop_converts_no_integer_to_float() -> None:
-    assert {entry["row"]["int_to_float"] for entry in table()} == {0}
+def test_hoppers_products_do_not_wait_for_each_other(table: list[dict[str, Any]]) -> None:
+    """ptxas makes each wait (C7515) if it cannot follow the sums through the loop."""
+    asynchronous = [e for e in table if e["row"]["waits"]]
+    assert {64, 256} <= {e["case"]["config"]["block_m"] for e in asynchronous}
+    for entry in asynchronous:
+        assert entry["row"]["waits"] <= entry["row"]["tensor_core"] // 2, entry
 
 
-def test_unpacked_weights_never_pass_through_shared_memory() -> None:
-    for entry in table():
+def test_two_blocks_of_33_to_128_rows_share_a_multiprocessor_of_hopper(
+    table: list[dict[str, Any]],
+) -> None:
+    shared = [
+        e["row"]
+        for e in table
+        if e["case"]["capability"] == 90
+        and (e["case"]["config"]["block_n"], e["case"]["config"]["block_m"]) == (128, 64)
+        and e["case"]["whole_steps"]
+    ]
+    assert shared
+    for row in shared:
+        assert row["registers"] * 256 * 2 <= 65_536, row
+        assert row["shared"] * 2 <= 228 << 10, row
+
+
+def test_the_inner_loop_converts_no_integer_to_float(table: list[dict[str, Any]]) -> None:
+    assert {entry["row"]["int_to_float"] for entry in table} == {0}
+
+
+def test_unpacked_weights_never_pass_through_shared_memory(table: list[dict[str, Any]]) -> None:
+    for entry in table:
         if entry["case"]["capability"] == 100 and entry["case"]["config"]["scale_first"]:
             continue  # one wide product: tensor cores there read it from shared memory
         if not entry["case"]["whole_steps"]:
@@ -77,8 +110,8 @@ def test_unpacked_weights_never_pass_through_shared_memory() -> None:
         assert entry["row"]["shared_stores"] <= vectors
 
 
-def test_weights_arrive_in_sixteen_byte_copies() -> None:
-    for entry in table():
+def test_weights_arrive_in_sixteen_byte_copies(table: list[dict[str, Any]]) -> None:
+    for entry in table:
         config = entry["case"]["config"]
         bytes_each_lane = config["block_n"] * 64 // (32 * config["num_warps"])
         assert entry["row"]["wide_copies"] >= bytes_each_lane // 16

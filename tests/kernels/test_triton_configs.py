@@ -184,4 +184,4 @@ def test_a_cache_that_cannot_be_written_ends_tuning_and_not_the_start(
 
 def test_warming_up_runs_each_kind_of_weight_once_for_each_bucket() -> None:
     weights = list(tune.random_weights(256, 64, torch.device("cpu")))
-    assert warmup([*weights, *weights], torch.float16, 9, progress=False) == 3 * 4
+    assert warmup([*weights, *weights], torch.float16, 9, "silu", progress=False) == 3 * 4

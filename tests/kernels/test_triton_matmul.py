@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from nybble.kernels import PackedWeight
+from nybble.kernels.activation import ACTIVATIONS
 from nybble.kernels.packed import INTEGER_LEVELS, SYMMETRIC_LEVELS, pack_nibbles
-from nybble.kernels.triton import matmul, norm
+from nybble.kernels.triton import activation, matmul
 from nybble.kernels.triton.configs import Config
 from nybble.kernels.triton.dequantize import dense_matmul, dequantize
 from nybble.kernels.triton.matmul import packed_matmul
@@ -187,7 +188,9 @@ def test_a_gate_and_what_it_multiplies_are_one_product_in_either_layout(
     both = packed_matmul(x, plain, config)
     assert torch.equal(packed_matmul(x, weight, config), both)
     # Not a bit differs from two launches: a row with an adapter takes two.
-    assert torch.equal(packed_matmul(x, weight, config, silu_mul=True), norm.silu_mul(both))
+    for name in ACTIVATIONS:
+        fused = packed_matmul(x, weight, config, name)
+        assert torch.equal(fused, activation.gated(both, name)), name
 
 
 def test_a_gated_weight_is_dequantized_a_part_at_a_time_in_the_order_of_its_outputs() -> None:
@@ -197,6 +200,13 @@ def test_a_gated_weight_is_dequantized_a_part_at_a_time_in_the_order_of_its_outp
     torch.testing.assert_close(dense_matmul(x, weight, 1), dense_matmul(x, plain))
 
 
-def test_silu_mul_of_a_weight_that_is_not_gated_is_refused() -> None:
-    with pytest.raises(ValueError, match="silu_mul of a weight in gpu_tiles"):
-        packed_matmul(torch.randn(1, 64).half(), random_weight("zeros", 32, 64, 32), silu_mul=True)
+def test_an_activation_of_a_weight_that_is_not_gated_is_refused() -> None:
+    x, weight = torch.randn(1, 64).half(), random_weight("zeros", 32, 64, 32)
+    with pytest.raises(ValueError, match="gelu of a weight in gpu_tiles, not gpu_gated_tiles"):
+        packed_matmul(x, weight, activation="gelu")
+
+
+def test_an_activation_that_does_not_exist_is_refused() -> None:
+    weight = random_weight("zeros", 32, 64, 32).to_layout("gpu_gated_tiles")
+    with pytest.raises(ValueError, match="'swish': expected one of silu, gelu, gelu_tanh, relu2"):
+        packed_matmul(torch.randn(1, 64).half(), weight, activation="swish")  # type: ignore[arg-type]

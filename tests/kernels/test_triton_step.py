@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from nybble.kernels import reference
+from nybble.kernels.activation import ACTIVATIONS, Activation
 from nybble.kernels.attention_batch import AttentionBatch
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 from nybble.kernels.triton import (  # noqa: E402
+    activation,
     attention,
     attention_decode,
     attention_prefill,
@@ -45,7 +47,9 @@ def close(found: Tensor, expected: Tensor, tolerance: float | None = None) -> No
 @pytest.mark.parametrize(("rows", "width"), [(1, 5120), (3, 96), (7, 128), (33, 64), (2, 1000)])
 def test_rms_norm_equals_the_reference(dtype: torch.dtype, rows: int, width: int) -> None:
     x, weight = random(rows, width, dtype=dtype), random(width, dtype=dtype)
-    close(norm.rms_norm(x, weight, 1e-5), reference.rms_norm(x, weight, 1e-5))
+    for offset in (0.0, 1.0):
+        expected = reference.rms_norm(x, weight, 1e-5, offset)
+        close(norm.rms_norm(x, weight, 1e-5, offset), expected)
 
 
 @dtypes
@@ -61,30 +65,69 @@ def test_adding_the_residual_rounds_as_the_reference_does(dtype: torch.dtype) ->
 
 
 @dtypes
+@pytest.mark.parametrize("kind", ACTIVATIONS)
 @pytest.mark.parametrize(("rows", "width"), [(1, 1024), (3, 1500), (2, 33)])
-def test_silu_mul_equals_the_reference(dtype: torch.dtype, rows: int, width: int) -> None:
+def test_a_gate_times_what_it_multiplies_equals_the_reference(
+    dtype: torch.dtype, kind: Activation, rows: int, width: int
+) -> None:
     gate_up = 4 * random(rows, 2 * width, dtype=dtype)
-    close(norm.silu_mul(gate_up), reference.silu_mul(gate_up))
+    close(activation.gated(gate_up, kind), reference.gated(gate_up, kind))
+
+
+@pytest.mark.parametrize("kind", ACTIVATIONS)
+def test_activations_of_very_large_numbers_and_of_none_are_the_references(kind: Activation) -> None:
+    gate = torch.tensor([-6e4, -200, -20, 0, 20, 200, float("nan")]).half().to(DEVICE)
+    gate_up = torch.cat((gate, torch.ones_like(gate)))[None]
+    expected = reference.gated(gate_up, kind)
+    torch.testing.assert_close(
+        activation.gated(gate_up, kind), expected, rtol=1e-3, atol=1e-7, equal_nan=True
+    )
 
 
 @dtypes
-@pytest.mark.parametrize(("q_heads", "kv_heads", "dim"), [(4, 2, 64), (9, 9, 128), (3, 1, 80)])
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize(
+    ("q_heads", "kv_heads", "dim", "rotary_dim"),
+    [
+        (4, 2, 64, 64),
+        (9, 9, 128, 64),
+        (3, 1, 80, 32),
+        (2, 1, 96, 96),
+        (2, 1, 112, 82),
+        (1, 2, 256, 2),
+    ],
+)
 def test_rotary_store_equals_the_reference_and_touches_nothing_else(
-    dtype: torch.dtype, q_heads: int, kv_heads: int, dim: int
+    dtype: torch.dtype,
+    q_heads: int,
+    kv_heads: int,
+    dim: int,
+    rotary_dim: int,
+    interleaved: bool,
 ) -> None:
     tokens, block_size = 5, 4
     fused = random(tokens, q_heads + 2 * kv_heads, dim, dtype=dtype)
-    angle = random(tokens, dim)
+    angle = random(tokens, rotary_dim)
     slots = torch.tensor([9, -1, 0, 15, 2], device=DEVICE)
     results = []
     for function in (reference.rotary_store, rotary.rotary_store):
         q, k, v = fused.clone().split([q_heads, kv_heads, kv_heads], dim=1)
         caches = torch.full((2, 4, kv_heads, block_size, dim), 7.0, dtype=dtype, device=DEVICE)
-        function(q, k, v, angle.cos(), angle.sin(), caches[0], caches[1], slots)
+        options = {"interleaved": interleaved}
+        function(q, k, v, angle.cos(), angle.sin(), caches[0], caches[1], slots, **options)
         results.append((q, k, v, caches))
     for expected, found in zip(*results, strict=True):
         close(found, expected)
     assert torch.equal(results[0][3] == 7, results[1][3] == 7)
+
+
+@pytest.mark.parametrize("rotary_dim", [0, 7, 34])
+def test_angles_that_fit_no_head_are_refused(rotary_dim: int) -> None:
+    q, angle = random(1, 1, 32).half(), random(1, rotary_dim)
+    caches, slots = torch.zeros(2, 1, 1, 16, 32).half(), torch.zeros(1, dtype=torch.int64)
+    for function in (reference.rotary_store, rotary.rotary_store):
+        with pytest.raises(ValueError, match=f"{rotary_dim} entries .* at most the head_dim of 32"):
+            function(q, q, q, angle, angle, *caches, slots)
 
 
 def paged(
@@ -145,6 +188,37 @@ def test_paged_attention_equals_the_reference(
     close(attention.paged_attention(q, keys, values, batch, dim**-0.5, window), expected)
 
 
+@pytest.mark.parametrize("kept", [None, torch.int8])
+@pytest.mark.parametrize("window", [0, 40])
+@pytest.mark.parametrize(("softcap", "sinks"), [(2.0, False), (0.0, True), (3.0, True)])
+def test_capped_logits_and_sinks_equal_the_reference(
+    softcap: float, sinks: bool, window: int, kept: torch.dtype | None
+) -> None:
+    """Of decodes in one and in several splits, and of prefills; the cap and the sinks matter."""
+    lengths, dim = [(1, 1), (700, 1), (300, 1), (5, 5), (130, 2), (150, 70)], 32
+    batch, *caches = paged(lengths, 2, dim, 16, torch.float16)
+    scales: list[Tensor] = []
+    if kept is not None:
+        caches = [(40 * cache).clamp(-127, 127).to(kept) for cache in caches]
+        scales = [torch.full(cache.shape[:3], 1 / 40, device=DEVICE) for cache in caches]
+    q = random(sum(new for _, new in lengths), 6, dim, dtype=torch.float16)
+    given = 4 * random(6, dtype=torch.float16) if sinks else None
+    inputs = q, *caches, batch, 0.5, window, *scales
+    found = attention.paged_attention(*inputs, softcap=softcap, sinks=given)
+    close(found, reference.paged_attention(*inputs, softcap=softcap, sinks=given), 1e-3)
+    plain = reference.paged_attention(*inputs).double()
+    assert (found.double() - plain).norm() > 0.1 * plain.norm()
+
+
+def test_sinks_that_fit_no_heads_are_refused() -> None:
+    batch, keys, values = paged([(20, 1)], 1, 32, 16, torch.float16)
+    q = random(1, 4, 32, dtype=torch.float16)
+    for wrong in (random(3), random(8)[::2], torch.zeros(4, dtype=torch.int32)):
+        for kernels in (attention, reference):
+            with pytest.raises(ValueError, match=r"expected contiguous numbers \(4,\)"):
+                kernels.paged_attention(q, keys, values, batch, 0.2, sinks=wrong)
+
+
 @pytest.mark.skipif(DEVICE == "cuda", reason="a GPU has only its own settings")
 @pytest.mark.parametrize("capability", [80, 90, 100])
 @pytest.mark.parametrize("kept", [None, torch.int8])
@@ -188,8 +262,9 @@ def test_blocks_that_no_new_token_sees_are_not_read(block_size: int, window: int
 
 
 @pytest.mark.parametrize("kept", [torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize(("rotary_dim", "interleaved"), [(48, False), (32, False), (20, True)])
 def test_8_bit_caches_hold_each_head_to_its_precision_and_are_attended_as_they_stand(
-    kept: torch.dtype,
+    kept: torch.dtype, rotary_dim: int, interleaved: bool
 ) -> None:
     lengths, kv_heads, dim, block_size = [(300, 1), (70, 40)], 2, 48, 16
     batch, _, _ = paged(lengths, kv_heads, dim, block_size, torch.float16)
@@ -197,13 +272,14 @@ def test_8_bit_caches_hold_each_head_to_its_precision_and_are_attended_as_they_s
     slots = torch.randperm(blocks * block_size)[:100].to(DEVICE)
     fused = random(100, 4 + 2 * kv_heads, dim, dtype=torch.float16)
     fused[3, 4:] = 0  # a head of zeros has no scale
-    angle = random(100, dim)
+    angle = random(100, rotary_dim)
     results = []
     for function in (reference.rotary_store, rotary.rotary_store):
         q, k, v = fused.clone().split([4, kv_heads, kv_heads], dim=1)
         caches = torch.zeros(2, blocks, kv_heads, block_size, dim, dtype=kept, device=DEVICE)
         scales = torch.zeros(2, blocks, kv_heads, block_size, device=DEVICE)
-        function(q, k, v, angle.cos(), angle.sin(), *caches, slots, *scales)
+        options = {"interleaved": interleaved}
+        function(q, k, v, angle.cos(), angle.sin(), *caches, slots, *scales, **options)
         results.append((caches, scales))
     (caches, scales), (found, found_scales) = results
     torch.testing.assert_close(found_scales, scales)

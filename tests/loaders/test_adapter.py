@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import logging
 import re
 import shutil
 from collections.abc import Callable
@@ -16,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from nybble.loaders import AdapterError, adapter, load_adapter, resolve_adapter
+from nybble.loaders import AdapterError, adapter, adapter_config, load_adapter, resolve_adapter
 from nybble.models import Architecture, architecture_of
 
 DOWN = "model.layers.0.mlp.down_proj"
@@ -106,14 +108,90 @@ def test_the_names_of_other_peft_versions_are_read(
     assert found.digest != expected.digest
 
 
-def test_a_pickled_file_is_read_only_as_tensors(editable: Path, architecture: Architecture) -> None:
+def test_a_pickled_file_is_not_read_and_the_error_says_how_to_convert_it(
+    editable: Path, architecture: Architecture
+) -> None:
     tensors = load_file(editable / WEIGHTS)
     (editable / WEIGHTS).unlink()
     torch.save(tensors, editable / "adapter_model.bin")
-    assert load_adapter(editable, architecture).rank == 4
-    torch.save({"code": print}, editable / "adapter_model.bin")
-    with pytest.raises(AdapterError, match=r"adapter_model\.bin cannot be read as tensors alone"):
+    with pytest.raises(AdapterError, match=r"adapter_model\.bin.*save_pretrained"):
         load_adapter(editable, architecture)
+
+
+def test_settings_of_other_tools_are_left_out_with_a_warning(
+    editable: Path, architecture: Architecture, caplog: pytest.LogCaptureFixture
+) -> None:
+    notes = {"model_type": "qwen2", "training_notes": {"loss": 0.5}, "empty": None}
+    configure(editable, **notes, fan_in_fan_out=True, velora_config={"x": 1})
+    assert load_adapter(editable, architecture).rank == 4
+    (message,) = caplog.messages
+    assert message.endswith("model_type, training_notes")
+
+
+def test_every_setting_of_peft_is_known() -> None:
+    """A new one changes the result, or does not: somebody has to say which."""
+    from peft import LoraConfig
+
+    known = adapter_config._READ | adapter_config._NO_EFFECT | adapter_config._REFUSED.keys()
+    assert {field.name for field in dataclasses.fields(LoraConfig)} <= known
+
+
+@pytest.mark.parametrize(
+    ("spelling", "around"),
+    [
+        (
+            lambda key: key.replace("model.layers.", "model.language_model.layers."),
+            "model.language_model.",
+        ),
+        (
+            lambda key: key.replace("model.layers.", "language_model.model.layers."),
+            "language_model.model.",
+        ),
+        (lambda key: key.replace("model.layers.", "thinker.model.layers."), "thinker.model."),
+    ],
+    ids=["language_model inside", "language_model outside", "thinker"],
+)
+def test_an_adapter_trained_within_a_multimodal_model_is_read(
+    editable: Path,
+    architecture: Architecture,
+    spelling: Callable[[str], str],
+    around: str,
+) -> None:
+    """By that model's names, which the settings' patterns speak of."""
+    expected = load_adapter(editable, architecture)
+    rename(editable, lambda key: spelling(key).replace("base_model.model.base", "base"))
+    configure(
+        editable,
+        target_modules=rf"(?!.*visual){re.escape(around)}layers\.\d+\.(self_attn|mlp)\.\w+_proj",
+        alpha_pattern={rf"{re.escape(around)}layers\.0\.mlp\.up_proj": 99},
+    )
+    found = load_adapter(editable, architecture)
+    assert found.modules.keys() == expected.modules.keys()
+    assert found.modules["model.layers.0.mlp.up_proj"].scale == 99 / 4
+    assert (
+        found.modules["model.layers.1.mlp.up_proj"].scale
+        == expected.modules["model.layers.1.mlp.up_proj"].scale
+    )
+
+
+@pytest.mark.parametrize("around", ["visual.blocks.0.", "vision_tower.encoder.", "audio_tower."])
+def test_an_adapter_for_another_part_of_a_multimodal_model_is_refused(
+    editable: Path, architecture: Architecture, around: str
+) -> None:
+    rename(editable, lambda key: key.replace("model.layers.", f"model.{around}layers."))
+    with pytest.raises(AdapterError, match="which the base model does not have"):
+        load_adapter(editable, architecture)
+
+
+def test_a_tokenizer_beside_an_adapter_is_said_to_be_unused(
+    editable: Path, architecture: Architecture, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        load_adapter(editable, architecture)
+        assert not caplog.messages
+        (editable / "chat_template.jinja").write_text("")
+        load_adapter(editable, architecture)
+    assert "chat_template.jinja not used" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -126,7 +204,8 @@ def test_a_pickled_file_is_read_only_as_tensors(editable: Path, architecture: Ar
         ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa' changed the base weights"),
         ({"lora_bias": True}, "lora_bias is True"),
         ({"layer_replication": [[0, 2]]}, "layer_replication is [[0, 2]]"),
-        ({"from_the_future": 1}, "from_the_future is 1, which is not supported"),
+        ({"use_qalora": True}, "use_qalora is True, which is not supported"),
+        ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens is [1]"),
         ({"r": 257}, "rank 257 is not supported, expected 1 to 256"),
         ({"r": "many"}, "has a setting of the wrong type"),
         ({"target_modules": "(q_proj"}, "has a setting of the wrong type"),
@@ -257,7 +336,6 @@ def test_a_hub_name_is_downloaded_without_what_an_adapter_does_not_need(
             raise LocalEntryNotFoundError("cannot find it")
         assert sorted(allow_patterns) == [
             "adapter_config.json",
-            "adapter_model.bin",
             "adapter_model.safetensors",
         ]
         return str(editable)

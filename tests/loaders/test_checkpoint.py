@@ -146,7 +146,10 @@ def test_tensors_of_another_format_are_refused(gptq: Path, tmp_path: Path) -> No
     config = json.loads((gptq / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     (gptq / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match="is it a mixture of formats"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"nothing here reads the tensor .*: the checkpoint's format is fp4",
+    ):
         values(open_checkpoint(gptq))
 
 
@@ -170,3 +173,46 @@ def test_a_folder_without_config_and_one_that_is_no_json_are_named(
     (folder / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"config\.json cannot be read"):
         open_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "hint"),
+    [
+        ("model.layers.0.mlp.up_proj.weight_scale_inv", "has no quantization_config"),
+        ("model.layers.1.mlp.down_proj.qweight", "it is a tensor of gptq or awq"),
+        ("model.layers.1.self_attn.o_proj.lora_A", "has no quantization_config"),
+    ],
+)
+def test_a_tensor_that_nothing_reads_is_named(
+    tmp_path: Path, tiny_model: Callable[..., Path], tensor: str, hint: str
+) -> None:
+    """Before any weight is read: what it means is not known, so the model would be another one."""
+    folder = Path(shutil.copytree(tiny_model(), tmp_path / "m"))
+    edit_tensors(folder, lambda tensors: tensors.update({tensor: torch.ones(2, 2)}))
+    with pytest.raises(CheckpointError, match=f"nothing here reads the tensor {tensor}: .*{hint}"):
+        next(open_checkpoint(folder).weights())
+
+
+def test_frequencies_that_old_checkpoints_carry_are_passed_over(
+    tmp_path: Path, tiny_model: Callable[..., Path]
+) -> None:
+    folder = Path(shutil.copytree(tiny_model(), tmp_path / "m"))
+    whole = values(open_checkpoint(folder))
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    edit_tensors(folder, lambda tensors: tensors.update({name: torch.ones(8)}))
+    assert_same(values(open_checkpoint(folder)), whole)
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_a_bias_that_the_family_has_is_missed(
+    tmp_path: Path, gptq: Path, tiny_model: Callable[..., Path], quantized: bool
+) -> None:
+    folder = gptq if quantized else Path(shutil.copytree(tiny_model(), tmp_path / "m"))
+    name = "model.layers.1.self_attn.k_proj.bias"
+
+    def leave_out(tensors: dict[str, Tensor]) -> None:
+        del tensors[name]
+
+    edit_tensors(folder, leave_out)
+    with pytest.raises(CheckpointError, match=f"has no tensor {name}, which qwen2 models have"):
+        next(open_checkpoint(folder).weights())

@@ -16,9 +16,11 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from nybble.kernels import DenseWeight, PackedWeight
 from nybble.kernels.matmul import packed_matmul
 from nybble.loaders import CheckpointError, open_checkpoint
-from nybble.loaders.awq import AwqReader
-from nybble.loaders.gptq import GptqReader
+from nybble.loaders.formats import Settings
+from nybble.loaders.formats.awq import Awq
+from nybble.loaders.formats.gptq import Gptq
 from nybble.loaders.shards import Shards
+from nybble.quantizers.rtn import round_to_nearest
 
 
 def one_module(folder: Path, **tensors: Tensor) -> Shards:
@@ -39,10 +41,8 @@ def test_a_gptq_weight_computed_by_hand(tmp_path: Path) -> None:
         qzeros=torch.tensor([[as_int32(0x6543210F)]], dtype=torch.int32),
         scales=torch.full((1, 8), 0.5, dtype=torch.float16),
     )
-    v1 = GptqReader(group_size=-1, zeros_are_one_less=True).read(shards, "layer")
-    v2 = GptqReader(group_size=-1, zeros_are_one_less=False).read(shards, "layer")
-    assert v1 is not None
-    assert v2 is not None
+    v1 = Gptq({}, group_size=-1, zeros_are_one_less=True).read(shards, "layer")
+    v2 = Gptq({}, group_size=-1, zeros_are_one_less=False).read(shards, "layer")
     # v1: the stored 15 is a zero of 0, so output 0 is its codes times the scale.
     assert v1.dequantize()[0].tolist() == [0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5]
     assert v1.dequantize()[1].tolist() == [-0.5] * 8
@@ -59,8 +59,7 @@ def test_an_awq_weight_computed_by_hand(tmp_path: Path) -> None:
         qzeros=torch.tensor([[as_int32(0x00000008)]], dtype=torch.int32),
         scales=torch.ones(1, 8, dtype=torch.float16),
     )
-    weight = AwqReader(group_size=-1, zero_point=True).read(shards, "layer")
-    assert weight is not None
+    weight = Awq({}, group_size=-1).read(shards, "layer")
     assert weight.dequantize().flatten().tolist() == [-8.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]
 
 
@@ -98,8 +97,7 @@ def test_gptq_equals_the_published_formula(
     zeros = (zeros + 1) % 16 if v1 else zeros
     expected = scales[g_idx] * (codes - zeros[g_idx]).half()  # (in, out), as AutoGPTQ computes it
 
-    weight = GptqReader(group_size, zeros_are_one_less=v1).read(shards, "layer")
-    assert weight is not None
+    weight = Gptq({}, group_size=group_size, zeros_are_one_less=v1).read(shards, "layer")
     assert (weight.perm is not None) == (act_order and groups > 1)
     assert torch.equal(weight.dequantize(torch.float16), expected.T)
 
@@ -132,8 +130,7 @@ def test_gptq_of_other_widths_equals_the_published_formula(
     zeros = (zeros + 1) % 2**bits if v1 else zeros
     expected = scales[g_idx].float() * (codes - zeros[g_idx])
 
-    weight = GptqReader(group_size, v1, bits).read(shards, "layer")
-    assert weight is not None
+    weight = Gptq({}, group_size=group_size, zeros_are_one_less=v1, bits=bits).read(shards, "layer")
     assert torch.equal(weight.dequantize(), expected.T)
     x = torch.randn(3, columns)
     torch.testing.assert_close(packed_matmul(x, weight), x @ expected, rtol=1e-4, atol=1e-3)
@@ -147,9 +144,40 @@ def test_a_3_bit_code_lies_across_two_words(tmp_path: Path) -> None:
         qzeros=torch.tensor([[as_int32(0xFFFFFFFF)]], dtype=torch.int32),
         scales=torch.ones(1, 1, dtype=torch.float16),
     )
-    weight = GptqReader(-1, zeros_are_one_less=True, bits=3).read(shards, "layer")
-    assert weight is not None
+    weight = Gptq({}, group_size=-1, zeros_are_one_less=True, bits=3).read(shards, "layer")
     assert weight.dequantize()[0].tolist() == [0.0] * 10 + [5.0] + [0.0] * 21
+
+
+def test_settings_of_single_modules_override_the_common_ones(tmp_path: Path) -> None:
+    """GPTQModel's ``dynamic``: the first pattern that matches the beginning of a name counts."""
+    format = Gptq.from_settings(
+        Settings(
+            {
+                "bits": 4,
+                "group_size": 64,
+                "dynamic": {
+                    r"-:.*\.skipped": {},
+                    r"+:.*\.fine": {"bits": 8, "group_size": 32},
+                    r".*\.(fine|coarse)": {"bits": 2, "group_size": -1, "desc_act": True},
+                    r"coarse": {"bits": 3},
+                },
+            },
+            "test",
+        )
+    )
+    expected = {"a.fine": (8, 32), "a.coarse": (2, -1), "a.coarser": (2, -1), "a.other": (4, 64)}
+    torch.manual_seed(0)
+    tensors, weights = {}, {}
+    for name, (bits, group_size) in expected.items():
+        own = format.for_module(name)
+        assert (own.bits, own.group_size) == (bits, group_size)
+        weights[name] = round_to_nearest(torch.randn(32, 64), own)
+        tensors |= format.tensors(name, weights[name])
+    assert format.for_module("a.coarse").desc_act
+    save_file(tensors, tmp_path / "model.safetensors")
+    shards = Shards(tmp_path)
+    for name, weight in weights.items():
+        assert torch.equal(format.read(shards, name).dequantize(), weight.dequantize())  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("group_size", [32, 128, -1])
@@ -163,8 +191,7 @@ def test_awq_equals_the_published_formula(tmp_path: Path, group_size: int) -> No
     expected = scales[group] * (unpacked(qweight, order) - unpacked(qzeros, order)[group]).half()
 
     shards = one_module(tmp_path, qweight=qweight, qzeros=qzeros, scales=scales)
-    weight = AwqReader(group_size, zero_point=True).read(shards, "layer")
-    assert weight is not None
+    weight = Awq({}, group_size=group_size).read(shards, "layer")
     assert torch.equal(weight.dequantize(torch.float16), expected.T)
 
 
@@ -176,8 +203,7 @@ def test_an_awq_gemv_weight_computed_by_hand(tmp_path: Path) -> None:
         qzeros=torch.tensor([[as_int32(0x77777772)]], dtype=torch.int32),
         scales=torch.tensor([[0.5] + [float("nan")] * 7], dtype=torch.float16),
     )
-    weight = AwqReader(group_size=-1, zero_point=True, gemv=True).read(shards, "layer")
-    assert weight is not None
+    weight = Awq({}, group_size=-1, gemv=True).read(shards, "layer")
     assert weight.dequantize().flatten().tolist() == [-1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0, 2.5]
 
 
@@ -192,16 +218,20 @@ def test_awq_gemv_equals_the_published_formula(tmp_path: Path, group_size: int, 
     expected = scales[:, group] * centred.half()
 
     shards = one_module(tmp_path, qweight=qweight, qzeros=qzeros, scales=scales)
-    weight = AwqReader(group_size, zero_point=True, gemv=True).read(shards, "layer")
-    assert weight is not None
+    weight = Awq({}, group_size=group_size, gemv=True).read(shards, "layer")
     assert torch.equal(weight.dequantize(torch.float16), expected)
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
-@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize(
+    ("nested", "storage"),
+    [(False, "uint8"), (True, "uint8"), (True, "bfloat16"), (False, "float32")],
+)
 def test_bitsandbytes_checkpoints_equal_its_own_dequantization(
-    tmp_path: Path, tiny_model: Callable[..., Path], kind: str, nested: bool
+    tmp_path: Path, tiny_model: Callable[..., Path], kind: str, nested: bool, storage: str
 ) -> None:
+    """Its bytes may be stored as any dtype, which shards of other software need; and one projection
+    of three may be left in 16 bits."""
     from bitsandbytes.functional import dequantize_4bit
 
     model = AutoModelForCausalLM.from_pretrained(
@@ -209,14 +239,23 @@ def test_bitsandbytes_checkpoints_equal_its_own_dequantization(
         dtype=torch.float32,
         device_map="cpu",
         quantization_config=BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_use_double_quant=nested
+            load_in_4bit=True,
+            bnb_4bit_quant_type=kind,
+            bnb_4bit_use_double_quant=nested,
+            bnb_4bit_quant_storage=storage,
+            llm_int8_skip_modules=["lm_head", "model.layers.1.self_attn.k_proj"],
         ),
     )
     model.save_pretrained(tmp_path)
     checkpoint = open_checkpoint(tmp_path)
     weights = dict(checkpoint.weights())
     assert checkpoint.format == kind
+    assert load_file(tmp_path / "model.safetensors")[
+        "model.layers.1.mlp.up_proj.weight"
+    ].dtype == getattr(torch, storage)
     layer = model.model.layers[1]
+    assert isinstance(weights["model.layers.1.self_attn.q_proj"], PackedWeight)
+    assert isinstance(weights["model.layers.1.self_attn.k_proj"], DenseWeight)
     for name, owners in (
         ("self_attn.o_proj", [layer.self_attn.o_proj]),
         ("mlp.gate_up_proj", [layer.mlp.gate_proj, layer.mlp.up_proj]),
@@ -270,7 +309,7 @@ def test_a_wrong_shape_names_tensor_expected_and_found(tmp_path: Path) -> None:
     )
     message = r"layer\.scales has shape \(3, 16\), expected \(1, 16\)"
     with pytest.raises(CheckpointError, match=message):
-        GptqReader(64, zeros_are_one_less=True).read(shards, "layer")
+        Gptq({}, group_size=64, zeros_are_one_less=True).read(shards, "layer")
 
 
 def test_uneven_groups_are_refused(tmp_path: Path) -> None:
@@ -282,7 +321,7 @@ def test_uneven_groups_are_refused(tmp_path: Path) -> None:
         g_idx=torch.tensor([0] * 10 + [1] * 54, dtype=torch.int32),
     )
     with pytest.raises(CheckpointError, match=r"layer\.g_idx does not put 32 features into each"):
-        GptqReader(32, zeros_are_one_less=True).read(shards, "layer")
+        Gptq({}, group_size=32, zeros_are_one_less=True).read(shards, "layer")
 
 
 @pytest.mark.parametrize(
@@ -290,11 +329,11 @@ def test_uneven_groups_are_refused(tmp_path: Path) -> None:
     [
         (
             {"quant_method": "gptq", "bits": 5},
-            "5-bit weights are not supported; supported: 2, 3, 4",
+            "quantization_config: bits is 5, expected 2, 3, 4, 8",
         ),
-        ({"quant_method": "awq", "bits": 8}, "8-bit weights are not supported; supported: 4"),
-        ({"quant_method": "hqq"}, "quant_method 'hqq' is not supported; supported are gptq"),
-        ({"quant_method": "awq", "version": "marlin"}, "AWQ version 'marlin' is not supported"),
+        ({"quant_method": "awq", "bits": 8}, "quantization_config: bits is 8, expected 4"),
+        ({"quant_method": "quip"}, "quant_method 'quip' is not supported; supported are gptq"),
+        ({"quant_method": "awq", "version": "marlin"}, "version is 'marlin', expected gemm, gemv"),
         ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "8-bit bitsandbytes weights"),
         ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "checkpoint_format"),
     ],

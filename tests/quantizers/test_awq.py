@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -143,12 +145,23 @@ def test_rounding_the_folded_norm_to_16_bits_is_made_up_for(
     torch.testing.assert_close(after, before, rtol=1e-6, atol=0)
 
 
+def with_salient_channels(model: Path, folder: Path) -> Path:
+    """The model with a few large channels behind its norms, as language models have."""
+    shutil.copytree(model, folder / "salient")
+    tensors = load_file(model / "model.safetensors")
+    for name, tensor in tensors.items():
+        if ".layers." in name and "norm" in name:
+            tensor[::16] = 8
+    save_file(tensors, folder / "salient/model.safetensors", {"format": "pt"})
+    return folder / "salient"
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_the_checkpoint_is_a_standard_one_that_differs_less_than_by_rounding(
     tmp_path: Path, tiny_model: Callable[..., Path], family: str
 ) -> None:
     """Logits of the whole model, its dequantized weights in transformers' own module."""
-    source, tokens = tiny_model(family=family), calibration()
+    source, tokens = with_salient_channels(tiny_model(family=family), tmp_path), calibration()
 
     def logits(folder: Path) -> Tensor:
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
@@ -187,7 +200,7 @@ def test_the_checkpoint_is_a_standard_one_that_differs_less_than_by_rounding(
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
         exact = model(tokens[:4]).logits
     ours = (logits(tmp_path / "awq") - exact).square().mean()
-    assert ours < (logits(tmp_path / "rtn") - exact).square().mean()
+    assert ours < 0.9 * (logits(tmp_path / "rtn") - exact).square().mean()
     assert set(Shards(tmp_path / "awq").names()) == set(Shards(tmp_path / "rtn").names())
 
 
@@ -211,7 +224,7 @@ def test_clipping_is_searched_only_where_it_is_asked_for(
     )
     up = "model.layers.0.mlp.up_proj.scales"
     assert not torch.equal(plain.read(up), clipped.read(up))
-    with pytest.raises(ValueError, match="clipping needs the format awq"):
+    with pytest.raises(ValueError, match="clipping needs a format that AWQ calibrates"):
         quantize_checkpoint(tiny_model(), tmp_path / "x", format="gptq", clip=True, progress=False)
 
 

@@ -11,8 +11,9 @@ from bitsandbytes.functional import create_dynamic_map, get_4bit_type, quantize_
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from nybble.loaders.formats.codebook import LEVELS, NestedAbsmax
 from nybble.quantizers import quantize_checkpoint
-from nybble.quantizers.codebook import LEVELS, NestedAbsmax, dynamic_map, quantize_codebook
+from nybble.quantizers.codebook import dynamic_map, quantize_codebook
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])

@@ -15,8 +15,10 @@ from transformers.quantizers.auto import AutoQuantizationConfig
 
 from nybble.kernels import PackedWeight
 from nybble.loaders import CheckpointError, open_checkpoint
+from nybble.loaders.formats import AffineFormat, AffineWeight, WriteOptions, writing_format
+from nybble.loaders.formats.affine import from_words
 from nybble.quantizers import GptqSettings, quantize_checkpoint
-from nybble.quantizers.affine import AffineWeight, grid
+from nybble.quantizers.affine import grid
 from nybble.quantizers.blocks import DecoderBlocks, linear_layer, output_error
 from nybble.quantizers.gptq import gptq, inverse_factor
 from nybble.quantizers.rtn import quantize_affine
@@ -243,7 +245,9 @@ def test_the_checkpoint_loads_back_as_it_was_computed(
     block, name = blocks.load(0), "self_attn.q_proj"
     moment = blocks.statistics(block, blocks.embed(tokens), [name])[name].second_moment
     parts = [linear_layer(block, f"self_attn.{part}_proj").weight.float() for part in "qkv"]
-    expected = gptq(torch.cat(parts), moment, 32, sym=sym, bits=bits, settings=settings)
+    expected = gptq(
+        torch.cat(parts), moment, 32, sym=sym, bits=bits, least_zero=1, settings=settings
+    )
     loaded = dict(open_checkpoint(tmp_path / "q").weights())["model.layers.0.self_attn.qkv_proj"]
     assert isinstance(loaded, PackedWeight)
     assert (loaded.perm is not None) == (desc_act or bits == 8)
@@ -306,11 +310,11 @@ def test_what_does_not_fit_is_refused_by_name(
         quantize(format="gptq", group_size=32, calibration=calibration(1, 1024))
     with pytest.raises(ValueError, match="nf4 takes no calibration text"):
         quantize(format="nf4", calibration=calibration())
-    with pytest.raises(ValueError, match="settings need the format gptq and calibration text"):
+    with pytest.raises(ValueError, match="settings need a format that GPTQ calibrates"):
         quantize(format="gptq", settings=GptqSettings())
     with pytest.raises(ValueError, match="bits is 5, expected one of 2, 3, 4, 8"):
         quantize(format="gptq", bits=5)
-    with pytest.raises(ValueError, match="8 bits are for gptq: awq has 4"):
+    with pytest.raises(ValueError, match="bits is for gptq, compressed-tensors, not for awq"):
         quantize(format="awq", bits=8)
     with pytest.raises(CheckpointError, match=r"48 outputs .* do not divide .* words of 32"):
         quantize_checkpoint(
@@ -321,7 +325,7 @@ def test_what_does_not_fit_is_refused_by_name(
             group_size=16,
             progress=False,
         )
-    with pytest.raises(ValueError, match="double_quant is for nf4 and fp4, not awq"):
+    with pytest.raises(ValueError, match="double_quant is for nf4, fp4, not for awq"):
         quantize(format="awq", double_quant=True)
     assert not (tmp_path / "q").exists()
     assert not (tmp_path / "q.partial").exists()
@@ -373,3 +377,37 @@ def test_gptq_spares_an_attention_sink(tmp_path: Path, tiny_model: Callable[...,
         assert isinstance(weight, PackedWeight)
         errors[folder] = float((first @ (weight.dequantize() - exact).T).square().mean())
     assert errors["q"] < 0.5 * errors["rtn"]
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("method", ["rounding", "gptq"])
+def test_version_1_never_holds_a_zero_of_0(bits: int, method: str) -> None:
+    """It would be stored as all ones, to which readers add 1 without cutting the sum to the width.
+
+    Groups of zeros and of one sign have their zero at an end of the codes.
+    """
+    torch.manual_seed(bits)
+    weight = torch.randn(32, 64)
+    weight[:8] = weight[:8].abs() + 0.1
+    weight[8:16] = -weight[8:16].abs() - 0.1
+    weight[16:20] = 0
+    written = writing_format("gptq", WriteOptions(group_size=32, bits=bits))
+    assert isinstance(written, AffineFormat)
+    if method == "rounding":
+        found = quantize_affine(weight, 32, sym=False, bits=bits, least_zero=written.least_zero)
+    else:
+        x = correlated_inputs(256, 64)
+        found = gptq(weight, x.T @ x, 32, bits=bits, least_zero=written.least_zero)
+    stored = written.tensors("layer", found)["layer.qzeros"]
+    assert int(from_words(stored, bits).max()) < 2**bits - 1
+    assert torch.equal(found.dequantize()[16:20], torch.zeros(4, 64))
+    # The level below zero that the positive rows give away makes their steps a little wider.
+    step = found.scales.float().repeat_interleave(32, 1)
+    if method == "rounding":
+        assert ((found.dequantize() - weight).abs() <= step * 1.01).all()
+    free = quantize_affine(weight, 32, sym=False, bits=bits)
+    two_sided = slice(20, None)
+    assert int(free.zeros[:8].max()) == 0
+    if method == "rounding":
+        kept = free.zeros[two_sided] > 0
+        assert torch.equal(found.scales[two_sided][kept], free.scales[two_sided][kept])

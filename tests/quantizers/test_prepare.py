@@ -73,6 +73,15 @@ def test_a_changed_model_is_packed_anew_and_the_old_form_removed(gptq: Path) -> 
     assert folders == {second.folder, other.folder, packed / "busy.partial"}
 
 
+def test_a_change_in_a_subfolder_is_a_change_of_the_model(gptq: Path) -> None:
+    first = opened(gptq)
+    (gptq / "1_Pooling").mkdir()
+    (gptq / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": true}')
+    second = opened(gptq)
+    assert second.folder != first.folder
+    assert (second.folder / "1_Pooling" / "config.json").is_file()
+
+
 @pytest.mark.parametrize("damage", ["truncated", "missing", "header", "tensor"])
 def test_a_damaged_packed_form_is_packed_again(
     gptq: Path, damage: str, caplog: pytest.LogCaptureFixture

@@ -11,16 +11,17 @@ from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 
 from nybble.engine import Engine
+from nybble.loaders.templates import TemplateRenderer
 from nybble.server.app import make_app
 from nybble.server.http.gate import Gate
 from nybble.server.lifecycle.settings import ServerSettings
-from nybble.server.templates import TemplateRenderer
 
 Client = TestClient[web.Request, web.Application]
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 RESPONSES = "/v1/responses"
 # One process for all tests of this one; it ends with it.
 TEMPLATES = TemplateRenderer()
+JSON = {"Content-Type": "application/json"}
 HELLO = [{"role": "user", "content": "hello"}]
 
 
@@ -39,7 +40,7 @@ def run(engine: Engine, scenario: Callable[[Client], Awaitable[None]], **options
 
 async def refused(client: Client, path: str, body: Any, status: int = 400) -> dict[str, Any]:
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
-    async with client.post(path, data=data) as response:
+    async with client.post(path, data=data, headers=JSON) as response:
         error = (await response.json())["error"]
         assert (response.status, set(error)) == (status, {"message", "type", "param", "code"}), (
             error

@@ -43,7 +43,7 @@ class ServerProcess:
 
     def log(self) -> str:
         """All it wrote, once it has ended."""
-        self.process.wait(20)
+        self.process.wait(60)
         self.reader.join()
         return "".join(self.lines)
 
@@ -65,7 +65,7 @@ def running_server(folder: Path, *options: str) -> Iterator[ServerProcess]:
     try:
         for line in process.stderr:
             lines.append(line)
-            if match := re.search(r"https?://\S+(?=/v1)", line):
+            if match := re.search(r"https?(\+unix)?://\S+(?=/v1)", line):
                 break
         else:
             raise AssertionError("the server did not start:\n" + "".join(lines))

@@ -7,12 +7,13 @@ from typing import Annotated
 import typer
 
 from nybble.server.cli.errors import expected_errors, interruptible
-from nybble.server.cli.options import (
+from nybble.server.lifecycle.options import (
     AliasesOption,
     DeviceOption,
     DtypeOption,
     HeadOption,
     KVCacheDtypeOption,
+    MemoryOptions,
     QuantizeOption,
 )
 
@@ -32,8 +33,13 @@ def doctor(
         typer.Option(help="Tokens a sequence may have (default: 8192, or the model's).", min=1),
     ] = None,
     max_num_seqs: Annotated[
-        int, typer.Option(help="Sequences of that length at once.", min=1)
-    ] = 16,
+        int | None,
+        typer.Option(
+            help="Sequences of that length which have to fit at once (default: one, of the "
+            f"{MemoryOptions.max_num_seqs} that `serve` computes at most).",
+            min=1,
+        ),
+    ] = None,
     aliases: AliasesOption = None,
 ) -> None:
     """Check this machine, and whether a model fits it; downloads and loads nothing."""
@@ -45,13 +51,15 @@ def doctor(
 
         plan = None
         if model is not None:
+            sequences = max_num_seqs or MemoryOptions.max_num_seqs
             config = EngineConfig(
                 dtype=torch.bfloat16 if dtype == "auto" else getattr(torch, dtype),
                 kv_dtype=kv_cache_dtype,
-                max_num_seqs=max_num_seqs,
-                max_batched_tokens=max(512, max_num_seqs),
+                max_num_seqs=sequences,
+                max_batched_tokens=max(512, sequences),
                 max_model_len=max_model_len,
             )
-            plan = Plan(model, config, aliases, quantize, head)
+            needed = max_num_seqs or 1
+            plan = Plan(model, config, aliases, quantize, head, needed)
         if not print_findings(examine(device, plan)):
             raise typer.Exit(1)

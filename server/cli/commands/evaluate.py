@@ -8,7 +8,8 @@ from typing import Annotated, Literal
 import typer
 
 from nybble.server.cli.errors import expected_errors, interruptible
-from nybble.server.cli.options import AliasesOption, DeviceOption, TextOption
+from nybble.server.cli.options import TextOption
+from nybble.server.lifecycle.options import AliasesOption, DeviceOption
 
 EvaluationPart = Literal["validation", "held-out"]
 
@@ -52,7 +53,7 @@ def evaluate(
         import torch
 
         from nybble.engine import resolve_device
-        from nybble.loaders import resolve_model
+        from nybble.loaders import open_checkpoint, resolve_model
         from nybble.quantizers import evaluate as measure
         from nybble.quantizers.corpus import text_tokens
 
@@ -61,6 +62,8 @@ def evaluate(
         names = dict(zip(models, _short_names(models), strict=True))
         folder = resolve_model(reference, aliases=aliases)
         others = {short: resolve_model(name, aliases=aliases) for name, short in names.items()}
+        for each in (folder, *others.values()):
+            open_checkpoint(each)  # refuses what cannot be measured before any is
         samples, length = max(1, tokens // length), min(length, tokens)
         ids = text_tokens(folder, text, part, samples, length, running=stride is not None)
         found = measure.evaluate(
@@ -81,6 +84,6 @@ def evaluate(
 
 
 def _short_names(models: list[str]) -> list[str]:
-    """The last parts of paths and hub names where these tell the models apart."""
+    """The last parts of paths and hub names, if these tell the models apart."""
     short = [Path(name).name for name in models]
     return short if len(set(short)) == len(short) else models

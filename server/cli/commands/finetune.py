@@ -10,13 +10,8 @@ from typing import Annotated
 import typer
 
 from nybble.server.cli.errors import expected_errors, interruptible
-from nybble.server.cli.options import (
-    AliasesOption,
-    DataArgument,
-    DeviceOption,
-    ModelArgument,
-    OutArgument,
-)
+from nybble.server.cli.options import DataArgument, ModelArgument, OutArgument
+from nybble.server.lifecycle.options import AliasesOption, DeviceOption
 
 # Options by the panel that `--help` shows them in.
 _training = partial(typer.Option, rich_help_panel="Training")

@@ -8,13 +8,8 @@ from typing import Annotated, Literal
 import typer
 
 from nybble.server.cli.errors import expected_errors, interruptible
-from nybble.server.cli.options import (
-    AliasesOption,
-    DeviceOption,
-    ModelArgument,
-    TargetArgument,
-    require_empty,
-)
+from nybble.server.cli.options import ModelArgument, TargetArgument, WrittenFormat, require_empty
+from nybble.server.lifecycle.options import AliasesOption, DeviceOption
 
 
 def merge(
@@ -24,7 +19,7 @@ def merge(
     ],
     target: TargetArgument,
     out: Annotated[
-        Literal["gptq", "awq", "nf4", "fp4", "bf16"] | None,
+        Literal[WrittenFormat, "bf16"] | None,
         typer.Option(help="Layout to write (default: the base's)."),
     ] = None,
     weights: Annotated[

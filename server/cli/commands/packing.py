@@ -8,12 +8,8 @@ from typing import Annotated, Literal
 import typer
 
 from nybble.server.cli.errors import expected_errors, interruptible
-from nybble.server.cli.options import (
-    AliasesOption,
-    ModelArgument,
-    TargetArgument,
-    require_empty,
-)
+from nybble.server.cli.options import ModelArgument, TargetArgument, require_empty
+from nybble.server.lifecycle.options import AliasesOption
 
 
 def pack(
@@ -49,9 +45,22 @@ def inspect(
 ) -> None:
     """Show what a model's weights are made of."""
     with expected_errors(), interruptible():
+        from nybble.engine import resolve_device
         from nybble.loaders import open_checkpoint, resolve_model
         from nybble.loaders.inspect import inspect_checkpoint
+        from nybble.quantizers.prepare import DEMO, demo_form
         from nybble.server.cli.inspect_table import print_table
 
         checkpoint = open_checkpoint(resolve_model(model, aliases=aliases))
+        if model == DEMO and checkpoint.format == "none":
+            packed = demo_form(checkpoint.folder, resolve_device("auto"))
+            if packed is not None:
+                checkpoint = open_checkpoint(packed)
+                print("as `nybble serve demo` runs it:", file=sys.stderr)
+            else:
+                print(
+                    "as it was downloaded: `nybble serve demo` rounds it to 4 bits (GPTQ, groups "
+                    "of 64) and its output layer to 8 at its first start",
+                    file=sys.stderr,
+                )
         print_table(inspect_checkpoint(checkpoint), every=every)

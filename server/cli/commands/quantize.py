@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import sys
 from functools import partial
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
 from nybble.server.cli.errors import expected_errors, interruptible
-from nybble.server.cli.options import (
-    AliasesOption,
-    DeviceOption,
-    TargetArgument,
-    TextOption,
-    require_empty,
-)
+from nybble.server.cli.options import TargetArgument, TextOption, WrittenFormat, require_empty
+from nybble.server.lifecycle.options import AliasesOption, DeviceOption
 
 # Options by the panel that `--help` shows them in.
 _method = partial(typer.Option, rich_help_panel="Method")
@@ -24,16 +19,19 @@ _method = partial(typer.Option, rich_help_panel="Method")
 def quantize(
     source: Annotated[str, typer.Argument(metavar="SRC", help="16-bit model.")],
     target: TargetArgument,
-    format: Annotated[
-        Literal["gptq", "awq", "nf4", "fp4"], typer.Option(help="Public layout to write.")
-    ],
+    format: Annotated[WrittenFormat, typer.Option(help="Public layout to write.")],
     group_size: Annotated[
-        int, typer.Option(help="Inputs that share a scale; -1 for all (gptq, awq).", min=-1)
-    ] = 128,
+        int | None,
+        typer.Option(
+            help="Inputs that share a scale [default: 128, or 64]; -1 for all (gptq, awq).", min=-1
+        ),
+    ] = None,
     sym: Annotated[
         bool, typer.Option("--sym", help="A fixed zero, in the middle of the codes (gptq).")
     ] = False,
-    bits: Annotated[int, typer.Option(help="Of a weight: 4, or 2, 3 or 8 (gptq).")] = 4,
+    bits: Annotated[
+        int | None, typer.Option(help="Of a weight: 4, or 2, 3 or 8 (gptq) [default: 4].")
+    ] = None,
     double_quant: Annotated[
         bool, typer.Option("--double-quant", help="absmax in 8 bits (nf4, fp4).")
     ] = False,
@@ -59,36 +57,44 @@ def quantize(
     with expected_errors(), interruptible():
         if group_size == 0:
             raise ValueError("--group-size is 0, expected a positive number or -1")
-        if sym and format != "gptq":
-            raise ValueError(f"--sym goes with --format gptq, not with {format}")
-        calibrated = format in ("gptq", "awq") and not rounding
-        if (desc_act or static_groups) and not (calibrated and format == "gptq"):
-            raise ValueError("--desc-act and --static-groups go with --format gptq and calibration")
-        if clip and not (calibrated and format == "awq"):
-            raise ValueError("--clip goes with --format awq and calibration")
-        if text is not None and not calibrated:
-            raise ValueError("--text goes with the calibrated formats, gptq and awq")
         require_empty(target)
         from nybble.engine import resolve_device
         from nybble.loaders import resolve_model
+        from nybble.loaders.formats import OptionError, WriteOptions, writing_format
         from nybble.quantizers import GptqSettings, quantize_checkpoint
         from nybble.quantizers.corpus import text_tokens
 
+        options = WriteOptions(
+            group_size, bits, sym or None, desc_act or None, double_quant or None
+        )
+        try:
+            written = writing_format(format, options)
+        except OptionError as error:
+            raise ValueError(f"--{error.option.replace('_', '-')} {error.reason}") from error
+        method = None if rounding else written.method
+        if (desc_act or static_groups) and method != "gptq":
+            raise ValueError("--desc-act and --static-groups go with --format gptq and calibration")
+        if clip and method != "awq":
+            raise ValueError("--clip goes with --format awq and calibration")
+        if text is not None and method is None:
+            raise ValueError("--text goes with the calibrated formats, gptq and awq")
         folder = resolve_model(source, aliases=aliases)
         quantize_checkpoint(
             folder,
             target,
             format=format,
-            group_size=group_size,
-            sym=sym,
-            bits=bits,
-            double_quant=double_quant,
+            group_size=options.group_size,
+            sym=options.sym,
+            bits=options.bits,
+            double_quant=options.double_quant,
             calibration=(
-                text_tokens(folder, text, "calibration", samples, length) if calibrated else None
+                None
+                if method is None
+                else text_tokens(folder, text, "calibration", samples, length)
             ),
             settings=(
                 GptqSettings(desc_act=desc_act, static_groups=static_groups, damp=damp)
-                if calibrated and format == "gptq"
+                if method == "gptq"
                 else None
             ),
             clip=clip,

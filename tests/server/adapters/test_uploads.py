@@ -155,9 +155,9 @@ def test_what_is_wrong_with_an_upload_is_said_and_leaves_nothing(
         for parts, fields, message in cases:
             error = await upload(client, parts, 400, **fields)
             assert message in error["message"], error
-        async with client.post(PATH, data=b"{}", headers=ADMIN) as response:
+        async with client.post(PATH, json={}, headers=ADMIN) as response:
             assert response.status == 400
-        async with client.post(PATH, data=b"{}") as response:
+        async with client.post(PATH, json={}) as response:
             assert response.status == 401
         assert engine.adapters() == []
         assert not list((tmp_path / "uploads").iterdir())

@@ -14,7 +14,7 @@ import pytest
 from nybble.engine import Engine
 from nybble.server.api import parse, prompts
 
-from ..client import CHAT, COMPLETIONS, Client, run
+from ..client import CHAT, COMPLETIONS, JSON, Client, run
 from ..conftest import ServerProcess
 
 EMBEDDINGS = "/v1/embeddings"
@@ -55,7 +55,7 @@ def test_the_largest_bodies_two_at_once_take_no_gigabyte(server: ServerProcess) 
 
     async def post(session: aiohttp.ClientSession, path: str, body: Any) -> int:
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        async with session.post(server.url + path, data=data) as response:
+        async with session.post(server.url + path, data=data, headers=JSON) as response:
             await response.read()
             return response.status
 
@@ -133,13 +133,16 @@ def test_only_a_few_large_bodies_are_read_at_once_and_small_ones_beside_them(
 
     async def scenario(client: Client) -> None:
         writers = []
-        head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n{{"
+        head = (
+            f"POST {COMPLETIONS} HTTP/1.1\r\nHost: localhost\r\n"
+            "Content-Type: application/json\r\nContent-Length: 1000000\r\n\r\n{"
+        )
         for _ in range(2):
             _, writer = await asyncio.open_connection(client.host, client.port)
             writer.write(head.encode())
             writers.append(writer)
         large = {"model": "tiny", "prompt": "x", "user": "y" * 100_000}
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while (response := await client.post(COMPLETIONS, json=large)).status == 200:
                 await asyncio.sleep(0.01)  # those above are not there yet
         assert response.status == 503
@@ -148,7 +151,7 @@ def test_only_a_few_large_bodies_are_read_at_once_and_small_ones_beside_them(
         assert (await client.post(COMPLETIONS, json=small)).status == 200
         for writer in writers:
             writer.transport.abort()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while (await client.post(COMPLETIONS, json=large)).status != 200:
                 await asyncio.sleep(0.01)
 

@@ -16,7 +16,7 @@ from jsonschema import Draft202012Validator
 
 from nybble.engine import Engine
 
-from ..client import CHAT, COMPLETIONS, HELLO, RESPONSES, Client, run
+from ..client import CHAT, COMPLETIONS, HELLO, JSON, RESPONSES, Client, run
 
 DOCUMENT = json.loads((Path(__file__).parent / "openai_schema" / "schemas.json").read_text())
 SCHEMAS = DOCUMENT["components"]["schemas"]
@@ -196,7 +196,7 @@ def test_models(engine: Engine) -> None:
 @pytest.mark.parametrize("data", [b"{}", b"[", b'{"model": "other", "prompt": "a", "input": "a"}'])
 def test_errors(engine: Engine, path: str, data: bytes) -> None:
     async def scenario(client: Client) -> None:
-        async with client.post(path, data=data) as response:
+        async with client.post(path, data=data, headers=JSON) as response:
             assert response.status in (400, 404)
             check("ErrorResponse", await response.json())
 

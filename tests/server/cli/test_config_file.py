@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
-from typing import Any
 
 import pytest
 from typer.testing import CliRunner, Result
 
 from nybble.server.cli.main import app
+from nybble.server.lifecycle.options import ModelOptions, NetworkOptions, ServeOptions
 
 
 def given(tmp_path: Path, text: str) -> Path:
@@ -22,20 +23,20 @@ def serve(*arguments: object) -> Result:
 
 
 @pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[ServeOptions]:
     """What would have been served."""
-    calls: list[tuple[Any, ...]] = []
+    calls: list[ServeOptions] = []
 
-    def launch(*arguments: Any, **_: Any) -> None:
-        calls.append(arguments)
-        arguments[2].close()
+    def launch(options: ServeOptions, sock: socket.socket) -> None:
+        calls.append(options)
+        sock.close()
 
     monkeypatch.setattr("nybble.server.lifecycle.launch.launch", launch)
     return calls
 
 
 def test_a_file_has_what_flags_have_and_flags_win(
-    tmp_path: Path, launched: list[tuple[Any, ...]]
+    tmp_path: Path, launched: list[ServeOptions]
 ) -> None:
     config = given(
         tmp_path,
@@ -52,12 +53,27 @@ def test_a_file_has_what_flags_have_and_flags_win(
     )
     result = serve("--config", config, "--max-waiting", 5)
     assert result.exit_code == 0, result.output
-    source, engine, _, settings = launched[0]
-    assert source.model == "org/name"
-    assert settings.models == ("first", "second")
-    assert settings.api_keys == ("one",)
-    assert (engine.max_num_seqs, engine.max_waiting, engine.kv_cache_bytes) == (7, 5, 1 << 20)
-    assert engine.adapters is not None
+    (options,) = launched
+    assert options.model.model == "org/name"
+    assert options.served_names == ("first", "second")
+    assert (options.network.port, options.keys.api_key) == (0, ["one"])
+    memory = options.memory
+    assert (memory.max_num_seqs, memory.max_waiting, memory.kv_cache_memory) == (7, 5, 1 << 20)
+    assert options.adapters.enable_lora
+
+
+def test_what_nobody_says_is_what_the_options_class_says(launched: list[ServeOptions]) -> None:
+    for model in (("--model", "org/name"), ("org/name",)):
+        assert serve(*model, "--port", 0).exit_code == 0
+        network = NetworkOptions(port=0)
+        assert launched.pop() == ServeOptions(model=ModelOptions(model="org/name"), network=network)
+
+
+def test_the_argument_is_a_flag_that_wins_too(tmp_path: Path, launched: list[ServeOptions]) -> None:
+    config = given(tmp_path, "model = 'another'\nport = 0\nroot-path = '/llm/'")
+    assert serve("org/name", "--config", config).exit_code == 0
+    assert launched[0].model.model == "org/name"
+    assert launched[0].network.root_path == "/llm"
 
 
 @pytest.mark.parametrize(

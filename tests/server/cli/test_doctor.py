@@ -36,7 +36,7 @@ def test_a_sound_machine_and_a_model_that_fits(tiny_model: Callable[..., Path]) 
     assert f"torch {torch.__version__}" in result.stdout
     assert "qwen2, 16 bits, up to 512 tokens" in result.stdout
     # 8,192 by default, were the model made for so many.
-    assert "KV at 512 tokens × 16 sequences" in result.stdout
+    assert "KV at 512 tokens × 64 sequences" in result.stdout
     assert ": fits" in result.stdout
 
 
@@ -62,6 +62,17 @@ def test_a_model_fits_as_long_as_weights_and_kv_cache_do(tiny_model: Callable[..
     assert short.text.endswith("does not fit; 3 sequences of that length would")
     none = findings(plan, free=weights)["memory"]
     assert none.text.endswith("does not fit, not even the weights")
+
+
+def test_sequences_that_nobody_asked_for_may_wait(tiny_model: Callable[..., Path]) -> None:
+    """`serve` computes 64 at most, and starts with memory for fewer."""
+    folder = tiny_model()
+    weights, kv = weight_bytes(folder, torch.bfloat16), 4 * 7 * 16 * 2 * 2 * 2 * 32 * 2
+    plan = Plan(str(folder), CONFIG, needed=1)
+    found = findings(plan, free=weights + kv - 1)["memory"]
+    assert found.state == "ok"
+    assert found.text.endswith(": 3 of them fit at once, the others wait")
+    assert findings(plan, free=weights + kv // 4 - 1)["memory"].state == "broken"
 
 
 def test_of_a_sliding_window_the_part_that_is_kept_has_to_fit(
@@ -112,7 +123,7 @@ def test_what_is_broken_is_named_and_the_exit_code_is_1(
     [
         ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported"),
         ({"num_key_value_heads": 3}, "4 is not a multiple of num_key_value_heads 3"),
-        ({"quantization_config": {"quant_method": "hqq"}}, "quant_method 'hqq'"),
+        ({"quantization_config": {"quant_method": "quip"}}, "quant_method 'quip'"),
     ],
     ids=str,
 )

@@ -14,7 +14,7 @@ from typer.testing import CliRunner, Result
 
 from nybble.loaders import open_checkpoint
 from nybble.server.cli.main import app
-from nybble.server.cli.options import parse_bytes
+from nybble.server.lifecycle.options import parse_bytes
 
 
 def nybble(*arguments: object) -> Result:
@@ -86,6 +86,8 @@ def test_expected_errors_are_one_line_and_exit_code_1(
     (full / "precious").write_text("x")
     empty = tmp_path / "empty"
     empty.mkdir()
+    gguf = tmp_path / "model.gguf"
+    gguf.write_bytes(b"GGUF")
     model = tiny_model()
     too_many_sequences = ("--kv-cache-memory", "9TiB", "--max-num-seqs", 10**7)
     too_many_sequences += ("--max-batched-tokens", 10**7)
@@ -106,9 +108,15 @@ def test_expected_errors_are_one_line_and_exit_code_1(
         (("quantize", "--format", "awq", "--sym", model, tmp_path / "x"), "--sym"),
         (("quantize", "--format", "gptq", "--group-size", 0, model, tmp_path / "x"), "group-size"),
         (("serve", "--model", "no-such-model", "--port", 0), "no-such-model"),
-        (("serve", "--model", model, "--port", 0, "--max-model-len", 10**6), "max_model_len"),
+        (("serve", tmp_path / "absent.gguf", "--port", 0), f"there is no {tmp_path}/absent.gguf"),
+        (("serve", tmp_path / "emty" / "x", "--port", 0), f"did you mean {tmp_path / 'empty'}?"),
+        (("serve", gguf, "--port", 0), "is a GGUF file"),
+        (("serve", model / "config.json", "--port", 0), f"give its folder, {model}"),
+        (("serve", model, "--port", 0, "--host", "192.0.2.1"), "--host '192.0.2.1' is not"),
+        (("serve", "--model", model, "--port", 0, "--max-model-len", 10**6), "--max-model-len is"),
         (("serve", "--model", model, "--port", 0, "--kv-cache-memory", "1KiB"), "KV cache"),
-        (("serve", "--model", model, "--port", 0, "--max-batched-tokens", 2), "max_num_seqs"),
+        (("serve", "--model", model, "--port", 0, "--max-batched-tokens", 2), "--max-num-seqs 64"),
+        (("serve", "--model", model, "--port", 0, "--kv-cache-dtype", "fp8"), "--kv-cache-dtype"),
         (("serve", "--model", model, "--port", 0, *too_many_sequences), "would fit"),
         (("serve", "--model", model, "--port", 0, *too_many_slots), "memory of cpu ran out"),
         (("serve", "--model", model, "--host", "no.such.host.invalid"), "no.such.host"),
@@ -125,7 +133,35 @@ def test_expected_errors_are_one_line_and_exit_code_1(
 def test_wrong_usage_is_exit_code_2() -> None:
     assert nybble("serve").exit_code == 2
     assert nybble("serve", "--model", "x", "--port", 70000).exit_code == 2
-    assert nybble("serve", "--model", "x", "--kv-cache-memory", "lots").exit_code == 2
+    for option in ("--kv-cache-memory", "--lora-host-memory", "--max-file-size", "--file-quota"):
+        result = nybble("serve", "--model", "x", option, "lots")
+        assert result.exit_code == 2
+        assert f"Invalid value for '{option}'" in " ".join(result.stderr.replace("│", " ").split())
+
+
+def test_the_model_may_be_said_by_name_alone() -> None:
+    for arguments, expected in [
+        ((), "say which: nybble serve NAME, or --model NAME"),
+        (("x", "--model", "y"), "'x' and --model 'y': give one of them"),
+        (("x", "y"), "unexpected extra argument"),
+        (("x", "--root-path", "llm"), "'llm' is no prefix of a path such as /llm"),
+    ]:
+        result = CliRunner().invoke(app, ["serve", *arguments], prog_name="nybble")
+        assert result.exit_code == 2
+        assert expected in " ".join(result.stderr.replace("│", " ").split())
+
+
+def test_a_wrong_path_is_found_out_before_anything_heavy_is_imported(tmp_path: Path) -> None:
+    code = (
+        "import sys; from nybble.server.cli.main import app\n"
+        f"try: app(['serve', '{tmp_path}/absent'])\n"
+        "except SystemExit as end: assert end.code == 1\n"
+        "assert not {'torch', 'transformers', 'aiohttp'} & set(sys.modules)\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True
+    )
+    assert result.stderr == f"error: --model {tmp_path}/absent: there is no {tmp_path}/absent\n"
 
 
 def test_sizes_are_binary_or_decimal() -> None:

@@ -36,9 +36,19 @@ def cors_headers(response: aiohttp.ClientResponse) -> set[str]:
 
 def test_pages_from_elsewhere_may_read_nothing_by_default(engine: Engine) -> None:
     async def scenario(client: Client) -> None:
-        async with client.post(CHAT, json=BODY, headers={"Origin": PAGE}) as response:
+        headers = {"Origin": PAGE, "Authorization": "Bearer secret"}
+        async with client.post(CHAT, json=BODY, headers=headers) as response:
             assert response.status == 200
             assert not cors_headers(response)
+        async with client.options(CHAT, headers=ASKS) as response:
+            assert response.status == 401
+            assert not cors_headers(response)
+
+    run(engine, scenario, api_keys=["secret"])
+
+
+def test_a_preflight_from_elsewhere_is_not_answered_without_keys_either(engine: Engine) -> None:
+    async def scenario(client: Client) -> None:
         async with client.options(CHAT, headers=ASKS) as response:
             assert response.status == 405
             assert not cors_headers(response)
@@ -157,7 +167,7 @@ def test_a_malformed_request_is_answered_and_its_key_not_logged(
     with running_server(tiny_model(), "--log-level", "debug") as server:
         host, port = server.url.removeprefix("http://").split(":")
         for head in heads:
-            with socket.create_connection((host, int(port)), timeout=10) as connection:
+            with socket.create_connection((host, int(port)), timeout=60) as connection:
                 connection.sendall(head.replace(b"%b", secret))
                 assert connection.recv(1 << 16).startswith(b"HTTP/1.0 400")
         server.terminate()
@@ -181,7 +191,7 @@ def test_no_module_unpickles_anything() -> None:
         for node in ast.walk(tree):
             if isinstance(node, ast.Import):
                 names = {alias.name.partition(".")[0] for alias in node.names}
-                unpickles = bool(names & PICKLERS) and not _is_only_its_error(tree)
+                unpickles = bool(names & PICKLERS)
             elif isinstance(node, ast.ImportFrom):
                 unpickles = (node.module or "").partition(".")[0] in PICKLERS
             elif isinstance(node, ast.Call):
@@ -198,12 +208,3 @@ def test_no_module_unpickles_anything() -> None:
             if unpickles:
                 found.append(f"{file.relative_to(root)}:{node.lineno}")
     assert not found
-
-
-def _is_only_its_error(tree: ast.AST) -> bool:
-    uses = {
-        node.attr
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "pickle"
-    }
-    return uses <= {"UnpicklingError"}

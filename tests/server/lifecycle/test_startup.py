@@ -13,6 +13,8 @@ from aiohttp import ClientSession, web
 from nybble.server.http.listen import BACKLOG, bind
 from nybble.server.lifecycle.startup import Startup, load_behind
 
+from ..conftest import ServerProcess
+
 HAND_OVERS = 10
 CLIENTS = 16
 
@@ -92,7 +94,9 @@ async def ask_while_it_is_accepted() -> bytes:
     loop.call_soon_threadsafe = told  # type: ignore[method-assign]
     async with load_behind(sock, None, Startup(bars=False), load) as client:
         with client:
-            await asyncio.to_thread(client.sendall, b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+            await asyncio.to_thread(
+                client.sendall, b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+            )
             answer = await asyncio.to_thread(client.recv, 1 << 16)
     sock.close()
     return answer
@@ -116,7 +120,7 @@ async def ask_late() -> bytes:
     async with load_behind(sock, None, Startup(bars=False), lambda: connected.wait(60)):
         reader, writer = await connecting
         await asyncio.sleep(0.1)  # well after the hand-over
-        writer.write(b"GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n")
+        writer.write(b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n")
         answer = await asyncio.wait_for(reader.read(), 60)  # to the end: it closes the connection
         writer.close()
     sock.close()
@@ -127,3 +131,11 @@ def test_who_connected_before_the_hand_over_is_answered_after_it() -> None:
     answer = asyncio.run(ask_late())
     assert answer.startswith(b"HTTP/1.1 503 ")
     assert b"Retry-After: " in answer
+
+
+def test_a_log_file_has_no_progress_bars(server: ServerProcess) -> None:
+    """Its stderr is no terminal: a stage is a line, not one for each step on its way."""
+    shown = [line for line in server.lines if "%|" in line or "/s]" in line or "it/s" in line]
+    assert not shown
+    stages = [line for line in server.lines if "oading weights" in line]
+    assert len(stages) == 1

@@ -152,7 +152,8 @@ def test_neither_prompts_nor_outputs_nor_keys_are_logged(
         refused = {"model": MODEL, "prompt": "x", "stop": [SECRET] * 99}
         assert httpx.post(f"{url}/completions", json=refused, headers=headers).status_code == 400
         broken = SECRET.encode()
-        assert httpx.post(f"{url}/completions", content=broken, headers=headers).status_code == 400
+        as_json = headers | {"Content-Type": "application/json"}
+        assert httpx.post(f"{url}/completions", content=broken, headers=as_json).status_code == 400
         wrong = {"Authorization": f"Bearer {SECRET}"}
         assert httpx.post(f"{url}/completions", json=body, headers=wrong).status_code == 401
         process.terminate()
@@ -171,8 +172,8 @@ def test_neither_prompts_nor_outputs_nor_keys_are_logged(
         assert {entry["tenant"] for entry in logged if "tenant" in entry} == {"acme"}
 
 
-def test_what_keeps_the_server_from_starting_is_an_object_too(tmp_path: Path) -> None:
-    options = ("--model", str(tmp_path / "nothing"), "--port", "0", "--log-format", "json")
+def test_what_keeps_the_server_from_starting_is_an_object_too() -> None:
+    options = ("--model", "nothing", "--port", "0", "--log-format", "json")
     done = subprocess.run([*COMMAND, "serve", *options], capture_output=True, text=True)
     assert done.returncode == 1
     *before, entry = [json.loads(line) for line in done.stderr.splitlines()]

@@ -151,12 +151,15 @@ def test_a_collector_gets_the_spans_of_a_server_by_the_time_it_has_ended(
         endpoint = f"http://127.0.0.1:{collector.server_port}/v1/traces"
         with running_server(tiny_model(), "--otlp-endpoint", endpoint) as server:
             body = json.dumps({"model": "tiny", "prompt": SECRET, "max_tokens": 3})
-            headers = {"traceparent": f"00-{TRACE}-{PARENT}-01"}
+            headers = {
+                "Content-Type": "application/json",
+                "traceparent": f"00-{TRACE}-{PARENT}-01",
+            }
             request = Request(server.url + COMPLETIONS, body.encode(), headers)
             with urlopen(request) as response:
                 assert response.status == 200
             server.terminate()
-            assert server.process.wait(30) == 0
+            assert server.process.wait(60) == 0
         collector.shutdown()
     named = {span.name: span for span in Collector.spans}
     assert set(named) == {f"POST {COMPLETIONS}", "sequence", "queue", "prefill", "decode"}

@@ -151,7 +151,7 @@ def test_a_cancelled_job_stops_and_leaves_nothing(site: Site) -> None:
         with pytest.raises(openai.BadRequestError, match="the job is cancelled already"):
             site.acme.fine_tuning.jobs.cancel(job.id)
     assert site.acme.files.delete(waiting.training_file).deleted
-    for _ in range(100):
+    for _ in range(1200):
         if not (site.state / "jobs" / running.id).exists():
             break
         time.sleep(0.05)
@@ -183,7 +183,7 @@ def test_a_killed_server_goes_on_with_its_job_from_the_checkpoint(
         losses = [point["train_loss"] for point in json.loads(history.read_text())[1:]]
         assert [one["train_loss"] for one in steps] == losses
         second.process.terminate()
-        assert second.process.process.wait(20) == 0
+        assert second.process.process.wait(60) == 0
     with start(tmp_path) as third:
         assert say(third.acme, done.fine_tuned_model).strip() == ANSWER
         assert done.fine_tuned_model not in {model.id for model in third.other.models.list()}
@@ -238,7 +238,7 @@ def test_jobs_and_events_page_and_are_seen_by_their_owner_alone(site: Site) -> N
         ({"suffix": "x" * 65}, "suffix"),
         ({"nybble": {"rank": 128}}, "nybble.rank"),
         ({"nybble": {"rang": 8}}, "nybble.rang"),
-        ({"nybble": {"target_modules": ["c_attn"]}}, "nybble.target_modules[0]"),
+        ({"nybble": {"target_modules": ["c_attn"]}}, "nybble.target_modules"),
     ],
 )
 def test_what_cannot_be_done_is_refused_by_parameter(

@@ -1,0 +1,30 @@
+"""Identifies the base model of a training run."""
+
+from __future__ import annotations
+
+from hashlib import blake2b
+from pathlib import Path
+
+_SAMPLE = 4096  # bytes
+_SAMPLES = 1024  # of a file
+
+
+def base_digest(folder: Path) -> str:
+    """A digest that differs if config, file headers or (nearly surely) weights differ.
+
+    Only samples of the weights are read, spread over every file: training changes weights
+    everywhere, and reading a large model whole takes minutes. Raises OSError.
+    """
+    digest = blake2b((folder / "config.json").read_bytes(), digest_size=16)
+    for path in sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"\n{path.name} {size}\n".encode())
+        with path.open("rb") as file:
+            header = int.from_bytes(file.read(8), "little")
+            digest.update(file.read(min(header, size)))
+            for start in range(min(8 + header, size), size, max(_SAMPLE, size // _SAMPLES)):
+                file.seek(start)
+                digest.update(file.read(_SAMPLE))
+            file.seek(max(0, size - _SAMPLE))
+            digest.update(file.read())
+    return digest.hexdigest()

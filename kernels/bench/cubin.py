@@ -1,0 +1,149 @@
+"""Compiles a Triton kernel for a GPU that need not be present and reads the machine code.
+
+Everything comes from the Triton wheel (ptxas, cuobjdump). ``TRITON_INTERPRET`` must not be set when
+the kernel is defined: the interpreter replaces ``triton.jit``.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+_INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P[T\d]+\s+)?([A-Z][\w.]*)(.*?);")
+_TARGET = re.compile(r"0x([0-9a-f]+)\s*$")
+_RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)")
+# Processes that compile at once; each takes some 600 MB.
+COMPILERS = min(4, os.cpu_count() or 1)
+TENSOR_CORE = ("HMMA", "HGMMA", "UTCHMMA", "IMMA", "QGMMA")
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One machine instruction: its byte address, opcode with modifiers, and operands."""
+
+    address: int
+    opcode: str
+    operands: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the assembler made of one kernel.
+
+    registers: per thread.
+    shared: bytes a block takes.
+    local: bytes of stack and local memory a thread takes, 0 if nothing was spilled.
+    """
+
+    registers: int
+    shared: int
+    local: int
+    instructions: tuple[Instruction, ...]
+    ptx: str
+
+    def count(self, *prefixes: str) -> int:
+        """Instructions whose opcode begins with one of ``prefixes``."""
+        return sum(i.opcode.startswith(prefixes) for i in self.instructions)
+
+    def loops(self) -> list[tuple[Instruction, ...]]:
+        """The body of every backward branch, shortest first (inner loops before outer ones).
+
+        The endless branch-to-itself that pads the end of a kernel is not a loop. Nor is a branch
+        from behind the kernel's end back into it: Blackwell's waits for a barrier lie there, and
+        what stands between them and where they return to does not run again.
+        """
+        found = []
+        for branch in self.instructions:
+            target = _TARGET.search(branch.operands) if branch.opcode.startswith("BRA") else None
+            if target and (start := int(target.group(1), 16)) < branch.address:
+                body = [i for i in self.instructions if start <= i.address <= branch.address]
+                if not any(i.opcode == "EXIT" for i in body):
+                    found.append(tuple(body))
+        return sorted(found, key=len)
+
+    def tensor_core_loop(self) -> tuple[Instruction, ...]:
+        """The innermost loop that multiplies on the tensor cores, empty if there is none."""
+        for body in self.loops():
+            if any(i.opcode.startswith(TENSOR_CORE) for i in body):
+                return body
+        return ()
+
+
+def opcodes(body: Sequence[Instruction]) -> Counter[str]:
+    """How often each opcode occurs, modifiers dropped."""
+    return Counter(i.opcode.split(".")[0] for i in body)
+
+
+def compile_kernel(
+    kernel: Any,
+    types: Mapping[str, str],
+    constants: Mapping[str, object],
+    *,
+    capability: int,
+    num_warps: int = 4,
+    num_stages: int = 3,
+    max_registers: int | None = None,
+    aligned: Sequence[str] = (),
+) -> Report:
+    """Compile ``kernel`` for compute capability ``capability`` (80, 89, 90, 100) and read it.
+
+    types: Triton's type of each run-time argument (``"*fp16"``, ``"i32"``). constants: the value of
+    each ``constexpr``. max_registers: how many a thread may take. aligned: arguments known to be
+    multiples of 16, as the launcher finds for pointers from the allocator; every pointer is taken
+    to be.
+    """
+    signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
+    missing = [n for n in signature if n not in types and n not in constants]
+    if missing:
+        raise ValueError(f"{kernel.__name__}: no type or value for {', '.join(missing)}")
+    known = [n for n, t in types.items() if t.startswith("*") or n in aligned]
+    attrs = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in known}
+    compiled = triton.compile(
+        ASTSource(kernel, signature, dict(constants), attrs),
+        target=GPUTarget("cuda", capability, 32),
+        options={
+            "num_warps": num_warps,
+            "num_stages": num_stages,
+            "maxnreg": max_registers,
+            "enable_fp_fusion": True,
+        },
+    )
+    if "\ttrap;" in compiled.asm["ptx"]:
+        raise RuntimeError(
+            f"{kernel.__name__} with {dict(constants)} for sm_{capability}: Triton "
+            f"{triton.__version__} compiled it to a trap"
+        )
+    sass, resources = _disassemble(compiled.asm["cubin"])
+    registers, stack, local = (int(x) for x in _RESOURCES.findall(resources)[0])
+    instructions = tuple(
+        Instruction(int(address, 16), opcode, operands.strip())
+        for address, opcode, operands in _INSTRUCTION.findall(sass)
+    )
+    return Report(
+        registers, compiled.metadata.shared, stack + local, instructions, compiled.asm["ptx"]
+    )
+
+
+def _disassemble(cubin: bytes) -> tuple[str, str]:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+    def run(option: str, path: str) -> str:
+        return subprocess.run(
+            [str(tool), option, path], check=True, capture_output=True, text=True
+        ).stdout
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return run("-sass", file.name), run("-res-usage", file.name)

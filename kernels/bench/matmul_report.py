@@ -1,0 +1,200 @@
+"""What the assembler makes of the matmul: registers, shared memory and instructions of each shape.
+
+    python -m nybble.kernels.bench.matmul_report [--all] [--json]
+
+Needs no GPU. ``local`` is bytes of local memory a thread takes (what it parks there before the loop
+and takes back after it costs nothing). The rest are instructions in the inner loop, of 128 columns:
+those that reach local memory (``spill``), 16-byte copies to shared memory, tensor-core products,
+waits for Hopper's (as many as products, if the assembler found that it must make each wait for the
+one before), int-to-float conversions, stores to shared memory (none of weights: nothing is moved
+between lanes), bit operations, 16-bit float operations, and all of them; ``/weight`` is all of them
+for each weight a thread unpacks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+
+from nybble.kernels.bench import cubin
+from nybble.kernels.triton.configs import SHIPPED, Config, default_config, read
+from nybble.kernels.triton.few_rows import few_rows_kernel
+from nybble.kernels.triton.matmul import joined, matmul_kernel, max_registers
+
+
+@dataclass(frozen=True)
+class Case:
+    """One compilation: what of a weight and of the activations selects code, and a shape."""
+
+    capability: int
+    dtype: str
+    codebook: bool
+    zeros: bool
+    group: int
+    config: Config
+    gated: bool = False
+    whole_steps: bool = True  # whether columns are a multiple of 128
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table; see the module's description."""
+
+    registers: int
+    shared: int
+    local: int
+    spill: int
+    wide_copies: int
+    tensor_core: int
+    waits: int
+    int_to_float: int
+    shared_stores: int
+    bit_ops: int
+    half_ops: int
+    loop: int
+    per_weight: float
+
+
+def shipped(everything: bool) -> Iterator[Case]:
+    """The configurations that are shipped: the rule's for each bucket and those measured.
+
+    All of them, in every kind of weight; or some of each kind, for a quick look.
+    """
+    measured = [c for entries in read(SHIPPED).values() for c in entries.values()]
+    for capability in (90, 80, 89, 100):
+        ruled = [
+            default_config(bucket, 22016, 4096, capability=capability)
+            for bucket in (2, 8, 16, 32, 64, 128, 256, 1024)
+        ]
+        # How many parts and blocks are split is not compiled in, only whether.
+        ruled = [replace(config, splits=2, tail=min(config.tail, 1)) for config in ruled]
+        few, some, most = ruled[1], ruled[2], ruled[-1]
+        if capability == 90:
+            ruled += [replace(config, overlap=True) for config in ruled[1:3]]
+        configs = dict.fromkeys(ruled + (measured if capability == 90 else []))
+        sample = dict.fromkeys((few, some, ruled[4], ruled[6], ruled[-1], ruled[-2]))
+        for config in configs if everything else sample:
+            if everything or capability == 90 or (capability == 100 and config in (few, most)):
+                yield Case(capability, "bf16", False, False, 128, config)
+                if config in (few, some, most):
+                    yield Case(capability, "bf16", False, False, 128, config, gated=True)
+            if everything or (capability == 90 and not config.overlap):
+                yield Case(capability, "bf16", True, False, 64, config)
+            if (
+                everything
+                or (capability < 100 and config == some)
+                or (capability == 90 and config == most)
+            ):
+                yield Case(capability, "fp16", False, True, 32, config)
+        if everything and capability < 100:
+            for bucket in (8, 16, 64, 256):
+                odd = replace(default_config(bucket, 22016, 4001, capability=capability), tail=0)
+                yield Case(capability, "bf16", False, False, 128, odd, whole_steps=False)
+
+
+def compiled(case: Case) -> cubin.Report:
+    """The machine code of one case, for sizes that are multiples of 128; or odd columns."""
+    c = case.config
+    types = {
+        "x": "*" + case.dtype,
+        "qweight": "*i16",
+        "scales": "*fp16",
+        "zeros": "*fp16",
+        "levels": "*fp32",
+        "bias": "*fp16",
+        "out": "*" + case.dtype,
+        "parts": "*fp32",
+        "arrivals": "*i32",
+    }
+    numbers = ("rows", "out_features", "columns", "groups", "whole", "splits", "steps_each")
+    constants = {
+        "CODEBOOK": case.codebook,
+        "HAS_ZEROS": case.zeros,
+        "HAS_BIAS": True,
+        "GATED": case.gated,
+        "ACTIVATION": "silu" if case.gated else None,
+        "GROUP": case.group,
+        "SETS": max(1, 128 // case.group),
+        "SCALE_FIRST": c.scale_first,
+        "JOINED": joined(c, case.capability, case.whole_steps),
+        "SPLIT": c.splits > 1,
+        "TAIL": c.tail > 0,
+        "OVERLAP": c.overlap and case.capability >= 90,
+        "WHOLE_STEPS": case.whole_steps,
+        "BLOCK_N": c.block_n,
+        "BLOCK_M": c.block_m,
+        "GROUP_M": 8,
+        "PARTS": c.parts,
+    }
+    kernel = few_rows_kernel if c.parts > 1 else matmul_kernel
+    arguments = {**types, **dict.fromkeys(numbers, "i32")}
+    return cubin.compile_kernel(
+        kernel,
+        {name: type_ for name, type_ in arguments.items() if name in kernel.arg_names},
+        {name: value for name, value in constants.items() if name in kernel.arg_names},
+        capability=case.capability,
+        num_warps=c.parts if c.parts > 1 else c.num_warps,
+        num_stages=c.num_stages,
+        max_registers=max_registers(c, case.capability, case.whole_steps),
+        aligned=("out_features", "columns") if case.whole_steps else ("out_features",),
+    )
+
+
+def row(case: Case) -> Row:
+    """Compile a case and count."""
+    report = compiled(case)
+    loop = report.tensor_core_loop()
+    counts = cubin.opcodes(loop)
+    c = case.config
+    weights = c.block_n * 128 / (32 * (1 if c.parts > 1 else c.num_warps))
+    return Row(
+        registers=report.registers,
+        shared=report.shared,
+        local=report.local,
+        spill=counts["LDL"] + counts["STL"],
+        wide_copies=sum(i.opcode.startswith("LDGSTS") and ".128" in i.opcode for i in loop),
+        tensor_core=sum(n for code, n in counts.items() if code in cubin.TENSOR_CORE),
+        waits=sum(i.opcode.startswith("WARPGROUP.DEPBAR") for i in loop),
+        int_to_float=counts["I2F"] + counts["I2FP"],
+        shared_stores=counts["STS"] + counts["STSM"],
+        bit_ops=sum(counts[code] for code in ("LOP3", "PRMT", "SHF")),
+        half_ops=sum(counts[code] for code in ("HADD2", "HMUL2", "HFMA2")),
+        loop=len(loop),
+        per_weight=round(len(loop) / weights, 2),
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--all", action="store_true", help="every shipped configuration")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    arguments = parser.parse_args()
+    if not arguments.json:
+        print(
+            f"{'sm':>4}{'x':>5}  {'weights':<14}{'n × m':>10}{'warps':>6}{'regs':>6}{'shared':>8}"
+            f"{'local':>6}{'spill':>6}{'16B':>4}{'mma':>5}{'wait':>5}{'i2f':>4}{'sts':>4}{'bits':>5}{'half':>5}"
+            f"{'all':>5}{'/weight':>8}"
+        )
+    cases = list(shipped(arguments.all))
+    with ProcessPoolExecutor(cubin.COMPILERS) as pool:
+        for case, r in zip(cases, pool.map(row, cases), strict=True):
+            c = case.config
+            if arguments.json:
+                print(json.dumps({"case": asdict(case), "row": asdict(r)}), flush=True)
+                continue
+            shape = f"{c.block_n}×{c.block_m}" + (f"×{c.parts}" if c.parts > 1 else "")
+            kind = "codebook" if case.codebook else "affine+z" if case.zeros else "affine"
+            print(
+                f"{case.capability:>4}{case.dtype:>5}  {kind + ' g' + str(case.group):<14}"
+                f"{shape:>10}{max(c.num_warps, c.parts):>6}{r.registers:>6}{r.shared:>8}"
+                f"{r.local:>6}{r.spill:>6}{r.wide_copies:>4}{r.tensor_core:>5}{r.waits:>5}{r.int_to_float:>4}"
+                f"{r.shared_stores:>4}{r.bit_ops:>5}{r.half_ops:>5}{r.loop:>5}{r.per_weight:>8}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()

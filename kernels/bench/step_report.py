@@ -1,0 +1,290 @@
+"""What the compiler makes of the kernels between the matmuls, for GPUs that need not be present.
+
+``python -m nybble.kernels.bench.step_report [--capability 90 …] [--json]`` compiles every kernel
+at the sizes of a model family and prints registers, shared memory, spills and the instructions that
+matter. ``--quick`` leaves out sizes that compile alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import NamedTuple
+
+from nybble.kernels.activation import ACTIVATIONS
+from nybble.kernels.bench.cubin import COMPILERS, TENSOR_CORE, Report, compile_kernel
+from nybble.kernels.triton import (
+    activation,
+    attention_decode,
+    attention_prefill,
+    lora,
+    norm,
+    rotary,
+    sampling,
+)
+
+CAPABILITIES = (80, 89, 90, 100)
+
+
+class Heads(NamedTuple):
+    """What of a model's attention selects code; group: query heads per KV head."""
+
+    group: int
+    dim: int
+    softcap: float = 0.0
+    sinks: bool = False
+
+
+_HEADS = {
+    "llama-2-13b": Heads(1, 128),
+    "llama-3-8b": Heads(4, 128),
+    "qwen2.5-0.5b": Heads(7, 64),
+    "qwen1.5-0.5b": Heads(1, 64),
+    "phi-2": Heads(1, 80),
+    "phi-3-mini": Heads(1, 96),
+    "gemma-7b": Heads(1, 256),
+    "gemma-2b": Heads(8, 256),
+    "gemma-2-9b": Heads(2, 256, softcap=50.0),
+    "gemma-2-27b": Heads(2, 128, softcap=50.0),
+    "gpt-oss-20b": Heads(8, 64, sinks=True),
+}
+# Dtypes of the activations and of the KV cache where it is not theirs; e4m3 needs sm_89.
+_CACHES = {
+    "fp16": ("*fp16", None),
+    "bf16": ("*bf16", None),
+    "bf16, int8 KV": ("*bf16", "*i8"),
+    "bf16, fp8 KV": ("*bf16", "*fp8e4nv"),
+}
+# The attention that --quick compiles, and for which: every setting, and what spills first.
+_QUICK = {
+    "llama-3-8b bf16": CAPABILITIES,
+    "llama-3-8b bf16, int8 KV": (90,),
+    "llama-3-8b bf16, fp8 KV": (90,),
+    "qwen1.5-0.5b bf16, fp8 KV": (90,),
+    "phi-2 bf16, int8 KV": (80,),
+    "phi-3-mini bf16, int8 KV": (80,),
+    "gemma-2b bf16": CAPABILITIES,
+    "gemma-7b bf16, int8 KV": (80, 90, 100),
+    "gemma-2b bf16, fp8 KV": (89, 90),
+    "gemma-2-9b bf16": CAPABILITIES,
+    "gpt-oss-20b bf16": (80, 90, 100),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One compiled variant; wide_loads: 16-byte loads from global memory, asynchronous or not."""
+
+    kernel: str
+    variant: str
+    capability: int
+    registers: int
+    shared: int
+    spilled: int
+    tensor_core: int
+    wide_loads: int
+    loads: int
+
+    @classmethod
+    def of(cls, kernel: str, variant: str, capability: int, report: Report) -> Row:
+        loads = [i for i in report.instructions if i.opcode.startswith(("LDG", "LDGSTS"))]
+        return cls(
+            kernel,
+            variant,
+            capability,
+            report.registers,
+            report.shared,
+            report.local,
+            report.count(*TENSOR_CORE),
+            sum(".128" in i.opcode for i in loads),
+            len(loads),
+        )
+
+
+def rows(capability: int, quick: bool = False) -> Iterator[Row]:
+    """Every kernel at every size, compiled for one compute capability."""
+    for model, heads in _HEADS.items():
+        for cache, (dtype, kv) in _CACHES.items():
+            variant = f"{model} {cache}"
+            if kv == "*fp8e4nv" and capability < 89:
+                continue
+            if not quick or capability in _QUICK.get(variant, ()):
+                yield from _attention(variant, heads, dtype, capability, kv)
+    half = "*bf16"
+    for max_rank in (16, 64):
+        for rows_ in (16, 32):
+            if not quick or ((max_rank, rows_) == (64, 32) and capability in (80, 90)):
+                yield from _lora(half, max_rank, rows_, capability)
+    if not quick or capability == 90:
+        yield from _elementwise(half, capability)
+
+
+def _all_rows(capability: int, quick: bool) -> list[Row]:
+    return list(rows(capability, quick))
+
+
+def _attention(
+    variant: str, heads: Heads, half: str, capability: int, kv: str | None
+) -> Iterator[Row]:
+    int32, fp32 = "*i32", "*fp32"
+    quantized = kv is not None
+    shared = {
+        "q": half,
+        "k_cache": kv or half,
+        "v_cache": kv or half,
+        "k_scales": fp32 if quantized else half,
+        "v_scales": fp32 if quantized else half,
+        "sinks": half,
+        "query_start": int32,
+        "context_lens": int32,
+        "block_tables": int32,
+        "out": half,
+        "seqs": "i32",
+        "table_stride": "i32",
+        "q_stride": "i32",
+        "kv_heads": "i32",
+        "scale": "fp32",
+        "window": "i32",
+    }
+    partial = {"partial_out": fp32, "partial_peak": fp32, "partial_total": fp32}
+    aligned = ("table_stride", "q_stride")
+    variants = {"SOFTCAP": heads.softcap, "HAS_SINKS": heads.sinks, "SEQS_PADDED": 64}
+    sizes = heads.group, heads.dim, 16
+    constants = attention_decode.decode_constants(*sizes, quantized=quantized)
+    warps = constants.pop("num_warps")
+    report = compile_kernel(
+        attention_decode.decode_kernel,
+        shared | partial,
+        {**constants, **variants, "MAX_SPLITS": 49},
+        capability=capability,
+        num_warps=warps,
+        aligned=aligned,
+    )
+    yield Row.of("decode", variant, capability, report)
+    constants = attention_prefill.prefill_constants(*sizes, capability, quantized=quantized)
+    warps = constants.pop("num_warps")
+    report = compile_kernel(
+        attention_prefill.prefill_kernel,
+        shared,
+        {**constants, **variants},
+        capability=capability,
+        num_warps=warps,
+        aligned=aligned,
+    )
+    yield Row.of("prefill", variant, capability, report)
+
+
+def _lora(half: str, max_rank: int, rows_: int, capability: int) -> Iterator[Row]:
+    places = {"order": "*i32", "segment_starts": "*i32", "segment_slots": "*i32"}
+    counts = {"segments": "i32", "places": "i32"}
+    sizes = {
+        "PARTS": 3,
+        "MAX_RANK": max_rank,
+        "RANK_PADDED": max_rank,
+        "SEGMENTS": 64,
+        "ROWS": rows_,
+    }
+    variant = f"rank {max_rank}, {rows_} rows"
+    report = compile_kernel(
+        lora.shrink_kernel,
+        {"x": half, "a": half, "ranks": "*i32", **places, "partial": "*fp32"}
+        | counts
+        | {"width": "i32"},
+        sizes | {"CHUNK": lora.SHRINK_CHUNK, "TILE": lora.SHRINK_TILE},
+        capability=capability,
+        aligned=("width",),
+    )
+    yield Row.of("lora shrink", variant, capability, report)
+    strides = ("b_slot", "b_rank", "out_stride", "begin_1", "begin_2", "end")
+    report = compile_kernel(
+        lora.expand_kernel,
+        {"partial": "*fp32", "b": half, "ranks": "*i32", "out": half}
+        | places
+        | counts
+        | dict.fromkeys(strides, "i32"),
+        # Outputs are contiguous, which the launcher finds: their stride is a constant.
+        sizes | {"CHUNKS": 5, "TILE": lora.EXPAND_TILE, "b_out": 1},
+        capability=capability,
+        aligned=strides,
+    )
+    yield Row.of("lora expand", variant, capability, report)
+
+
+def _elementwise(half: str, capability: int) -> Iterator[Row]:
+    for width, per_program, offset in ((5120, 1, 0.0), (128, 16, 0.0), (5120, 1, 1.0)):
+        warps = 16 if per_program == 1 else 4
+        report = compile_kernel(
+            norm.rms_norm_kernel,
+            dict.fromkeys(("x", "residual", "weight", "out", "total"), half)
+            | {"rows": "i32", "width": "i32", "eps": "fp32"},
+            {
+                "OFFSET": offset,
+                "HAS_RESIDUAL": True,
+                "ROWS": per_program,
+                "WIDTH": 8192 if per_program == 1 else 128,
+            },
+            capability=capability,
+            num_warps=warps,
+            aligned=("width",),
+        )
+        yield Row.of("add_rms_norm", f"width {width}, offset {offset}", capability, report)
+    for name in ACTIVATIONS:
+        report = compile_kernel(
+            activation.gated_kernel,
+            {"gate_up": half, "out": half, "width": "i32"},
+            {"ACTIVATION": name, "TILE": 1024},
+            capability=capability,
+            aligned=("width",),
+        )
+        yield Row.of("gated", name, capability, report)
+    arrays = dict.fromkeys(("q", "k", "v", "k_cache", "v_cache"), half)
+    strides = ("q_stride", "k_stride", "v_stride")
+    for dim, rotary_dim, interleaved in ((128, 128, False), (256, 128, True)):
+        constants = rotary.rotary_constants(dim, rotary_dim)
+        report = compile_kernel(
+            rotary.rotary_store_kernel,
+            arrays
+            | dict.fromkeys(("k_scales", "v_scales"), half)
+            | {"cos": "*fp32", "sin": "*fp32", "slot_mapping": "*i64"}
+            | dict.fromkeys((*strides, "q_heads", "kv_heads"), "i32"),
+            constants | {"BLOCK_SIZE": 16, "INTERLEAVED": interleaved, "QUANTIZED": False},
+            capability=capability,
+            aligned=strides,
+        )
+        variant = f"head_dim {dim}, {rotary_dim} rotated" + ", interleaved" * interleaved
+        yield Row.of("rotary_store", variant, capability, report)
+    report = compile_kernel(
+        sampling.sample_kernel,
+        {"logits": "*fp32", "choices": "*fp64", "tokens": "*i64", "vocab": "i32", "stride": "i32"},
+        {"TILE": sampling.TILE, "PASSES": 11},
+        capability=capability,
+        num_warps=sampling.WARPS,
+        aligned=("vocab", "stride"),
+    )
+    yield Row.of("sample", "", capability, report)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--capability", type=int, nargs="*", default=CAPABILITIES)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--quick", action="store_true")
+    arguments = parser.parse_args()
+    with ProcessPoolExecutor(COMPILERS) as pool:
+        quick = [arguments.quick] * len(arguments.capability)
+        found = [row for part in pool.map(_all_rows, arguments.capability, quick) for row in part]
+    if arguments.json:
+        print(json.dumps([asdict(row) for row in found]))
+        return
+    columns = list(asdict(found[0]))
+    table = [columns, *([str(value) for value in asdict(row).values()] for row in found)]
+    widths = [max(len(line[i]) for line in table) for i in range(len(columns))]
+    for line in table:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)))
+
+
+if __name__ == "__main__":
+    main()

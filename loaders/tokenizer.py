@@ -1,0 +1,91 @@
+"""A checkpoint's tokenizer, always one that streams: Hugging Face's ``tokenizers`` underneath."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from sentencepiece import SentencePieceProcessor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from nybble.loaders.errors import CheckpointError
+
+# What conversions of sentencepiece models are known to get wrong: leading, trailing and repeated
+# spaces, newlines, tabs, characters outside the vocabulary, Unicode variants of a letter, the mark
+# that stands for a space.
+_SAMPLE = (
+    "The quick brown fox, 3.14 times: naïve café.",
+    "  two spaces, then  two more, and one at the end ",
+    "def add(a, b):\n    return a + b\n\n\n\treturn  # tab\r\n",
+    "日本語 Ελληνικά русский العربية 🙂🚀 👩‍💻",
+    "ﬁ Ａ e\u0301 \u00a0 \u200b ▁ ▁▁x",
+    "\n",
+    " ",
+)
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model's folder, without truncation or padding.
+
+    A folder without tokenizer.json whose tokenizer.model is sentencepiece's is converted, and the
+    result is compared with sentencepiece itself. Raises CheckpointError if they differ, and for a
+    folder whose tokenizer cannot be read or cannot stream.
+    """
+    model = folder / "tokenizer.model"
+    try:
+        if model.is_file() and not (folder / "tokenizer.json").is_file():
+            tokenizer = _converted(model)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except CheckpointError:
+        raise
+    except Exception as error:  # tokenizers raise errors of any type, even Exception itself
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"the tokenizer of {folder} cannot be read: {reason}") from error
+    if not tokenizer.is_fast:
+        raise CheckpointError(
+            f"{folder} has neither tokenizer.json nor a sentencepiece tokenizer.model: streaming "
+            "needs one of them"
+        )
+    # A tokenizer.json may turn on either; both would silently change prompts.
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
+    return tokenizer
+
+
+def _converted(model: Path) -> PreTrainedTokenizerBase:
+    try:
+        original = SentencePieceProcessor(model_file=str(model))
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{model} is not a sentencepiece model and there is no tokenizer.json beside it"
+        ) from error
+    # This class follows the file; a family's own class (LlamaTokenizer) follows fixed rules.
+    tokenizer: PreTrainedTokenizerBase = PreTrainedTokenizerFast.from_pretrained(
+        model.parent, local_files_only=True
+    )
+    for text in _SAMPLE:
+        if text.startswith(" ") and not _prefixes_every_part(model.parent):
+            continue
+        found = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+        expected = original.encode(text)
+        if found != expected:
+            raise CheckpointError(
+                f"{model} cannot be converted: {text!r} would become "
+                f"{tokenizer.convert_ids_to_tokens(found)}, which sentencepiece encodes as "
+                f"{[original.id_to_piece(token) for token in expected]}; save a tokenizer.json "
+                "beside it that encodes as the model was trained"
+            )
+    return tokenizer
+
+
+def _prefixes_every_part(folder: Path) -> bool:
+    """Whether a space is put before every part of a text between special tokens.
+
+    sentencepiece puts a space before each input. With ``legacy: false`` only a text's first part
+    gets one, and none if the text already begins with a space.
+    """
+    config = folder / "tokenizer_config.json"
+    if not config.is_file():
+        return True
+    return json.loads(config.read_text()).get("legacy") is not False

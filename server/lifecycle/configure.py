@@ -1,0 +1,161 @@
+"""From the options of ``nybble serve`` to the settings of the engine and of the server."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from typing import TYPE_CHECKING
+
+import torch
+
+from nybble.engine import AdapterConfig, EngineConfig, resolve_device
+from nybble.server.adapters.state import default_path
+from nybble.server.http.cors import Cors
+from nybble.server.http.tls import tls_context
+from nybble.server.lifecycle.options import AdapterOptions, ServeOptions, TrainingOptions
+from nybble.server.lifecycle.settings import ServerSettings
+from nybble.server.tenancy.tenants import Tenants
+from nybble.server.training.settings import TrainingSettings, default_state, default_threads
+
+if TYPE_CHECKING:  # it needs packages of its own
+    from nybble.server.observability.tracing import Tracing
+
+_RESTARTS = 3
+# Engine settings whose flags have other names.
+_FLAGS = {
+    "host_bytes": "--lora-host-memory",
+    "kv_cache_bytes": "--kv-cache-memory",
+    "kv_dtype": "--kv-cache-dtype",
+    "max_rank": "--max-lora-rank",
+}
+
+
+def engine_config(options: ServeOptions) -> EngineConfig:
+    """The engine's settings. Raises ValueError for a missing device and for contradictions."""
+    model, memory = options.model, options.memory
+    device = resolve_device(model.device)
+    default_tokens = 128 if device.type == "cpu" else 512
+    return EngineConfig(
+        device=str(device),
+        dtype=torch.bfloat16 if model.dtype == "auto" else getattr(torch, model.dtype),
+        kv_cache_bytes=memory.kv_cache_memory,
+        kv_dtype=memory.kv_cache_dtype,
+        max_num_seqs=memory.max_num_seqs,
+        max_batched_tokens=memory.max_batched_tokens or max(default_tokens, memory.max_num_seqs),
+        max_model_len=model.max_model_len,
+        max_waiting=memory.max_waiting,
+        adapters=_adapter_config(options),
+        tune=model.tune,
+        restarts=_RESTARTS if options.operation.on_engine_failure == "restart" else 0,
+    )
+
+
+def _adapter_config(options: ServeOptions) -> AdapterConfig | None:
+    """None if the server has no adapter slots."""
+    asked = options.adapters
+    named = asked.enable_lora or asked.lora_modules or asked.lora_root or asked.lora_watch
+    if not (named or _trains(options.training)):
+        return None
+    return AdapterConfig(asked.max_loras, asked.max_lora_rank, asked.lora_host_memory)
+
+
+def server_settings(options: ServeOptions, device: str, *, loopback: bool) -> ServerSettings:
+    """The server's settings.
+
+    device: the device that training jobs use.
+    loopback: whether the server listens on a loopback address only.
+
+    Raises ValueError and OSError naming the option at fault.
+    """
+    model, network, memory = options.model, options.network, options.memory
+    keys, adapters, endpoint = options.keys, options.adapters, options.operation.otlp_endpoint
+    if network.ssl_keyfile is not None and network.ssl_certfile is None:
+        raise ValueError("--ssl-keyfile goes with --ssl-certfile")
+    tls = None
+    if network.ssl_certfile is not None:
+        tls = tls_context(network.ssl_certfile, network.ssl_keyfile)
+    hosts = (network.host, *(network.allowed_hosts or ()))
+    roots = tuple(adapters.lora_root or ())
+    state = adapters.lora_state or default_path(model.model, network.uds or network.port, roots)
+    return ServerSettings(
+        models=options.served_names,
+        max_sequences=memory.max_num_seqs + memory.max_waiting,
+        max_queue_seconds=memory.max_queue_seconds,
+        api_keys=tuple(keys.api_key or ()),
+        admin_keys=tuple(keys.admin_key or ()),
+        adapter_roots=roots,
+        adapter_state=state,
+        tenants=None if keys.tenants is None else Tenants(keys.tenants),
+        adapter_watch=adapters.lora_watch,
+        shutdown_timeout=network.shutdown_timeout,
+        tls=tls,
+        cors=Cors(network.allowed_origins) if network.allowed_origins else None,
+        # On other addresses the server's names are not known.
+        allowed_hosts=hosts if loopback and "*" not in hosts else None,
+        root_path=network.root_path,
+        console=not network.no_console,
+        unknown_fields=network.unknown_fields,
+        trust_chat_templates=network.trust_request_chat_template,
+        tracing=None if endpoint is None else _tracing(endpoint),
+        training=_training_settings(options, device) if _trains(options.training) else None,
+    )
+
+
+def _trains(options: TrainingOptions) -> bool:
+    return options.fine_tuning or options.state_dir is not None
+
+
+def _training_settings(options: ServeOptions, device: str) -> TrainingSettings:
+    asked = options.training
+    return TrainingSettings(
+        state=asked.state_dir or default_state(),
+        device=device,
+        max_rank=options.adapters.max_lora_rank,
+        max_file_bytes=asked.max_file_size,
+        quota_bytes=asked.file_quota,
+        threads=asked.fine_tuning_threads or default_threads(),
+    )
+
+
+def named_adapters(options: AdapterOptions, models: Sequence[str]) -> dict[str, str]:
+    """Paths of ``--lora-modules`` by name. Raises ValueError for a name that is taken."""
+    adapters: dict[str, str] = {}
+    for option in options.lora_modules or ():
+        name, separator, path = option.partition("=")
+        if not (name and separator and path):
+            raise ValueError(f"--lora-modules {option!r}: expected NAME=PATH")
+        if name in adapters:
+            raise ValueError(f"--lora-modules: two adapters are called {name!r}")
+        if name in models:
+            raise ValueError(f"--lora-modules: {name!r} is the name of the base model")
+        adapters[name] = path
+    return adapters
+
+
+def _tracing(endpoint: str) -> Tracing:
+    try:
+        from nybble.server.observability.tracing import Tracing
+    except ImportError as error:
+        raise ValueError(
+            f"--otlp-endpoint needs OpenTelemetry ({error.name} is missing): "
+            "pip install 'nybble[otel]'"
+        ) from None
+    return Tracing.to(endpoint)
+
+
+@contextmanager
+def flags_named() -> Iterator[None]:
+    """Replace the engine's setting names in errors by the names of the flags."""
+    try:
+        yield
+    except ValueError as error:
+        error.args = (_in_flags(str(error)),)
+        raise
+
+
+def _in_flags(message: str) -> str:
+    names = {field.name for settings in (EngineConfig, AdapterConfig) for field in fields(settings)}
+    flags = {name: f"--{name.replace('_', '-')}" for name in names if "_" in name} | _FLAGS
+    return re.sub(rf"\b({'|'.join(flags)})\b", lambda found: flags[found[0]], message)

@@ -1,0 +1,350 @@
+"""The options of ``nybble serve``: each one's name, type, default, help and panel.
+
+The flags, the keys of ``--config``'s TOML file and the table in the documents are made from these
+classes (see :mod:`nybble.server.cli.options_command`). A program that starts a server itself can
+fill them in directly. A field is the flag of the same name: ``max_num_seqs`` is ``--max-num-seqs``.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from nybble.server.observability.logs import LogFormat
+
+# One for each panel of `--help`.
+_model = partial(typer.Option, rich_help_panel="Model")
+_network = partial(typer.Option, rich_help_panel="Network")
+_keys = partial(typer.Option, rich_help_panel="Keys")
+_memory = partial(typer.Option, rich_help_panel="Memory and batching")
+_adapters = partial(typer.Option, rich_help_panel="Adapters")
+_training = partial(typer.Option, rich_help_panel="Fine-tuning")
+_failures = partial(typer.Option, rich_help_panel="Failures")
+_logs = partial(typer.Option, rich_help_panel="Logging")
+
+_UNITS = {"": 1, "B": 1}
+_UNITS |= {f"{unit}iB": 1 << 10 * (i + 1) for i, unit in enumerate("KMGT")}
+_UNITS |= {f"{unit}B": 1000 ** (i + 1) for i, unit in enumerate("KMGT")}
+
+
+def parse_bytes(text: str | int) -> int:
+    """Bytes of ``2GiB``, ``500MB`` or ``1073741824``. Raises typer.BadParameter."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?i?B|)", str(text).strip())
+    if match is None or match[2] not in _UNITS:
+        raise typer.BadParameter(f"{text!r} is not a size such as 2GiB, 500MB or 1073741824")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def _parse_kv_cache_memory(text: str | int) -> int | None:
+    return None if text == "auto" else parse_bytes(text)
+
+
+def _root_path(text: str) -> str:
+    path = text.rstrip("/")
+    if path and not re.fullmatch(r"(/[^/?#\s]+)+", path):
+        raise typer.BadParameter(f"{text!r} is no prefix of a path such as /llm")
+    return path
+
+
+# For options in bytes. Their help texts say the default in units, so `--help` shows no number.
+_SIZE: dict[str, Any] = {"parser": parse_bytes, "metavar": "SIZE", "show_default": False}
+
+# An option that other commands have as well.
+AliasesOption = Annotated[
+    Path | None,
+    _model(help="TOML file of alias = 'folder or hub name'.", dir_okay=False, exists=True),
+]
+DeviceOption = Annotated[
+    Literal["auto", "cpu", "cuda"], _model(help="auto: the GPU, if there is one.")
+]
+DtypeOption = Annotated[
+    Literal["auto", "bfloat16", "float16", "float32"],
+    _model(help="Of activations and KV cache."),
+]
+QuantizeOption = Annotated[
+    Literal["nf4"] | None, _model(help="Round a 16-bit model to 4 bits while loading.")
+]
+HeadOption = Annotated[Literal["int8"] | None, _model(help="Round the output layer to 8 bits.")]
+KVCacheDtypeOption = Annotated[
+    Literal["auto", "int8", "fp8"],
+    _memory(help="int8 or fp8 halve the KV cache's memory (GPU)."),
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """Which model, under which names, and how its weights are held."""
+
+    model: Annotated[str, _model(help="Model folder, hub name (org/name), alias, or 'demo'.")]
+    served_model_name: Annotated[
+        list[str] | None, _model(help="Name in the API, repeatable (default: --model).")
+    ] = None
+    aliases: AliasesOption = None
+    quantize: QuantizeOption = None
+    head: HeadOption = None
+    device: DeviceOption = "auto"
+    dtype: DtypeOption = "auto"
+    max_model_len: Annotated[
+        int | None, _model(help="Tokens of prompt and output together.", min=1)
+    ] = None
+    tune: Annotated[
+        bool,
+        _model(
+            help="Measure at the start, for minutes, GPU kernels whose best configuration is not "
+            "known; kept for later starts."
+        ),
+    ] = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkOptions:
+    """Where to listen, which hosts and origins to accept, and how long shutting down may take."""
+
+    host: Annotated[str, _network(help="Address to listen on; 0.0.0.0: all.")] = "127.0.0.1"
+    port: Annotated[int, _network(help="0 takes any free one.", min=0, max=65535)] = 8000
+    uds: Annotated[
+        Path | None,
+        _network(help="Path of a Unix domain socket to listen on instead of --host and --port."),
+    ] = None
+    root_path: Annotated[
+        str,
+        _network(
+            metavar="/PREFIX",
+            callback=_root_path,
+            show_default=False,
+            help="Prefix of paths that a proxy in front leaves in requests.",
+        ),
+    ] = ""
+    ssl_certfile: Annotated[
+        Path | None,
+        _network(help="Certificate with its chain (PEM), for https.", exists=True, dir_okay=False),
+    ] = None
+    ssl_keyfile: Annotated[
+        Path | None,
+        _network(
+            help="Its key (PEM), unless that is in the same file.", exists=True, dir_okay=False
+        ),
+    ] = None
+    allowed_origins: Annotated[
+        list[str] | None,
+        _network(help="Origin whose pages may call the API, or '*', repeatable (default: none)."),
+    ] = None
+    allowed_hosts: Annotated[
+        list[str] | None,
+        _network(
+            help="Name in requests' Host that a server without keys on a loopback address answers "
+            "to besides localhost and addresses, or '*', repeatable."
+        ),
+    ] = None
+    no_console: Annotated[bool, _network("--no-console", help="No page at /.")] = False
+    unknown_fields: Annotated[
+        Literal["refuse", "warn", "ignore"],
+        _network(
+            help="What is made of requests' fields that are not known: an error, or nothing, with "
+            "a line in the log for each or without."
+        ),
+    ] = "refuse"
+    trust_request_chat_template: Annotated[
+        bool,
+        _network(
+            "--trust-request-chat-template",
+            help="Take chat templates from requests; they run in a sandbox.",
+        ),
+    ] = False
+    shutdown_timeout: Annotated[
+        float, _network(help="Seconds for requests in flight to finish.", min=0)
+    ] = 30
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeyOptions:
+    """Who may use the API.
+
+    api_key: keys, any of which is accepted. Without keys and tenants the API is open.
+    """
+
+    api_key: Annotated[
+        list[str] | None,
+        _keys(help="Key that requests must carry, repeatable (default: none needed)."),
+    ] = None
+    tenants: Annotated[
+        Path | None,
+        _keys(
+            help="TOML file of tenants: keys, limits, weights. SIGHUP reads it again.",
+            exists=True,
+            dir_okay=False,
+        ),
+    ] = None
+    admin_key: Annotated[
+        list[str] | None, _keys(help="Key that opens administration, repeatable (default: closed).")
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryOptions:
+    """The KV cache, and how much is computed at once or may wait.
+
+    kv_cache_memory: bytes; None for ``auto``.
+    """
+
+    kv_cache_memory: Annotated[
+        int | None,
+        _memory(
+            parser=_parse_kv_cache_memory,
+            metavar="SIZE",
+            help="For example 2GiB (default: auto, 1GiB on the CPU, what is free on a GPU).",
+        ),
+    ] = None
+    kv_cache_dtype: KVCacheDtypeOption = "auto"
+    max_num_seqs: Annotated[int, _memory(help="Sequences computed in one step.", min=1)] = 64
+    max_batched_tokens: Annotated[
+        int | None,
+        _memory(
+            help="Tokens computed in one step (default: 512 on a GPU, 128 on the CPU, where a step "
+            "of many takes long and others wait).",
+            min=1,
+        ),
+    ] = None
+    max_waiting: Annotated[
+        int, _memory(help="Sequences queued beyond --max-num-seqs; more get 429.", min=0)
+    ] = 256
+    max_queue_seconds: Annotated[
+        float,
+        _memory(
+            help="Predicted wait beyond which requests get 429 (by the tokens that those in flight "
+            "will need, and the rate observed; for each tenant by its share).",
+            min=0,
+        ),
+    ] = 120
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterOptions:
+    """LoRA adapters: which ones, from where, and the memory they get.
+
+    lora_modules: each ``NAME=PATH``.
+    lora_host_memory: bytes.
+    """
+
+    enable_lora: Annotated[
+        bool,
+        _adapters(
+            "--enable-lora", help="Make room for adapters; the other adapter options imply it."
+        ),
+    ] = False
+    lora_modules: Annotated[
+        list[str] | None,
+        _adapters(
+            metavar="NAME=PATH",
+            help="Adapter to load at the start (folder or hub name), repeatable.",
+        ),
+    ] = None
+    merge_adapter: Annotated[
+        str | None,
+        _adapters(
+            help="Adapter (folder or hub name) to merge into the model: it then costs nothing. On "
+            "a 4-bit base the first start calibrates, for minutes."
+        ),
+    ] = None
+    lora_root: Annotated[
+        list[Path] | None,
+        _adapters(
+            help="Folder the API may load adapters from, repeatable.", exists=True, file_okay=False
+        ),
+    ] = None
+    lora_state: Annotated[
+        Path | None,
+        _adapters(
+            help="File that keeps what the API has loaded for the next start (default: in the "
+            "cache, for this model, port and --lora-root).",
+            dir_okay=False,
+        ),
+    ] = None
+    lora_watch: Annotated[
+        Path | None,
+        _adapters(
+            help="Folder whose subfolders are adapters, loaded and unloaded as they come and go.",
+            exists=True,
+            file_okay=False,
+        ),
+    ] = None
+    max_loras: Annotated[int, _adapters(help="Adapters one step can mix.", min=1)] = 8
+    max_lora_rank: Annotated[
+        int, _adapters(help="Highest rank; memory is taken for it.", min=1, max=256)
+    ] = 64
+    lora_host_memory: Annotated[
+        int,
+        _adapters(**_SIZE, help="For adapters that wait beside the slots (default: 4GiB)."),
+    ] = 4 << 30
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions:
+    """Training over the API. Sizes are bytes."""
+
+    fine_tuning: Annotated[
+        bool, _training("--fine-tuning", help="Take training files and jobs over the API.")
+    ] = False
+    state_dir: Annotated[
+        Path | None,
+        _training(
+            help="Folder of files, jobs and trained adapters (default: ~/.local/state/nybble); "
+            "implies --fine-tuning.",
+            file_okay=False,
+        ),
+    ] = None
+    max_file_size: Annotated[
+        int,
+        _training(**_SIZE, help="Of an uploaded file (default: 512MiB)."),
+    ] = 512 << 20
+    file_quota: Annotated[
+        int,
+        _training(**_SIZE, help="Of one tenant's files together (default: 4GiB)."),
+    ] = 4 << 30
+    fine_tuning_threads: Annotated[
+        int | None,
+        _training(help="Of a job on the CPU (default: half of the processors).", min=1),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class OperationOptions:
+    """What happens when the engine fails; logs and traces."""
+
+    on_engine_failure: Annotated[
+        Literal["exit", "restart"],
+        _failures(
+            help="Once clients are told: exit (code 70) for a supervisor, or begin again with the "
+            "same weights, three times in ten minutes at most."
+        ),
+    ] = "exit"
+    otlp_endpoint: Annotated[
+        str | None, _logs(help="Send OpenTelemetry traces there: http://HOST:4318/v1/traces.")
+    ] = None
+    log_level: Annotated[Literal["debug", "info", "warning", "error"], _logs()] = "info"
+    log_format: Annotated[
+        LogFormat, _logs(help="json: an object a line, without progress bars.")
+    ] = "text"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeOptions:
+    """All options, in groups."""
+
+    model: ModelOptions
+    network: NetworkOptions = NetworkOptions()
+    keys: KeyOptions = KeyOptions()
+    memory: MemoryOptions = MemoryOptions()
+    adapters: AdapterOptions = AdapterOptions()
+    training: TrainingOptions = TrainingOptions()
+    operation: OperationOptions = OperationOptions()
+
+    @property
+    def served_names(self) -> tuple[str, ...]:
+        """The names in the API; the first is the model's own."""
+        return tuple(self.model.served_model_name or [self.model.model])

@@ -1,0 +1,390 @@
+"""A model in one's own program, without a server.
+
+    with LLM("demo") as llm:
+        for completion in llm.generate(["def add(", "def sub("], SamplingParams(max_tokens=32)):
+            print(completion.text)
+
+All prompts of a call are one batch of the engine's: it computes as many at once as ``max_num_seqs``
+allows and takes the next as soon as one has ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import threading
+import weakref
+from collections.abc import Coroutine, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self, TypeVar, cast
+
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from nybble.engine import (
+    AdapterConfig,
+    Engine,
+    EngineConfig,
+    EngineStoppedError,
+    ParameterError,
+    PromptLogprobs,
+    Request,
+    RequestOutput,
+    SamplingParams,
+    TokenLogprob,
+    resolve_device,
+)
+from nybble.engine.memory import memory_explained
+from nybble.engine.request import FinishReason
+from nybble.loaders.templates import (
+    TemplateFailedError,
+    TemplateRefusedError,
+    TemplateRenderer,
+    as_turn,
+)
+from nybble.quantizers.prepare import prepare_checkpoint
+
+T = TypeVar("T")
+
+# A text, or the token ids of one.
+Prompt = str | Sequence[int]
+# A conversation as OpenAI writes it: ``[{"role": "user", "content": "…"}, …]``.
+Conversation = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What the model said to one prompt.
+
+    text: without the end token, and without the stop string that ended it.
+    token_ids: of the text, and of the end token if there was one.
+    finish_reason: ``stop`` for an end token or a stop string, ``length`` for ``max_tokens`` or the
+        end of the context.
+    logprobs: one for each token if ``SamplingParams.logprobs`` asked for them, else empty.
+    prompt_token_ids: what the prompt was encoded to.
+    prompt_logprobs: if ``SamplingParams.prompt_logprobs`` asked for them.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    logprobs: tuple[TokenLogprob, ...]
+    prompt_token_ids: tuple[int, ...]
+    prompt_logprobs: PromptLogprobs | None = None
+
+
+class LLM:
+    """A model that is loaded once and asked from any thread, until it is closed.
+
+    tokenizer: the model's, as transformers has it.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        aliases: Path | None = None,
+        quantize: Literal["nf4"] | None = None,
+        head: Literal["int8"] | None = None,
+        merge_adapter: str | Path | None = None,
+        device: str = "auto",
+        dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto",
+        max_model_len: int | None = None,
+        kv_cache_bytes: int | None = None,
+        kv_cache_dtype: Literal["auto", "int8", "fp8"] = "auto",
+        max_num_seqs: int = 64,
+        enable_lora: bool = False,
+        max_loras: int = 8,
+        max_lora_rank: int = 64,
+        tune: bool = True,
+        progress: bool = True,
+    ) -> None:
+        """Load a model: a folder, a hub name, an alias, or ``demo``.
+
+        The options are those of ``nybble serve`` and have its defaults. enable_lora makes room for
+        adapters. progress shows bars on stderr while loading.
+
+        Raises ModelNotFoundError for a name that leads nowhere, CheckpointError and
+        UnsupportedModelError for a model that cannot be loaded, and ValueError for settings that
+        contradict each other or need more memory than there is.
+        """
+        chosen = resolve_device(device)
+        config = EngineConfig(
+            device=str(chosen),
+            dtype=torch.bfloat16 if dtype == "auto" else getattr(torch, dtype),
+            kv_cache_bytes=kv_cache_bytes,
+            kv_dtype=kv_cache_dtype,
+            max_num_seqs=max_num_seqs,
+            max_batched_tokens=max(EngineConfig.max_batched_tokens, max_num_seqs),
+            max_model_len=max_model_len,
+            max_waiting=max_num_seqs,
+            adapters=AdapterConfig(max_loras, max_lora_rank) if enable_lora else None,
+            tune=tune,
+        )
+        checkpoint = prepare_checkpoint(
+            str(model),
+            device=chosen,
+            aliases=aliases,
+            quantize=quantize,
+            head=head,
+            adapter=None if merge_adapter is None else str(merge_adapter),
+            progress=progress,
+        )
+        with memory_explained(checkpoint, config):
+            engine = Engine.load(checkpoint, config, progress)
+            engine.warm_up(progress)
+        self.tokenizer: PreTrainedTokenizerBase = engine.tokenizer
+        self._engine = engine
+        self._adapters_enabled = enable_lora
+        self._templates = TemplateRenderer()
+        self._numbers = itertools.count()
+        self._places = asyncio.Semaphore(config.max_num_seqs + config.max_waiting)
+        # A loop of its own, so that a program with a running loop (a notebook) can call it too.
+        self._loop = _LoopThread()
+        self._loop.start()
+        engine.start()
+        self._finalizer = weakref.finalize(self, _close, engine, self._templates, self._loop)
+        self._finalizer.atexit = False  # the process ends anyway
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens that prompt and output together may have."""
+        return self._engine.max_model_len
+
+    @property
+    def default_params(self) -> SamplingParams:
+        """What is used if a call names none: what the model's generation_config.json recommends."""
+        return SamplingParams(**cast(dict[str, Any], dict(self._engine.sampling_defaults)))
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        adapter: str | Path | Sequence[str | Path | None] | None = None,
+        progress: bool = False,
+    ) -> list[Completion]:
+        """Continue every prompt; the completions come in the order of the prompts.
+
+        prompts: texts, or token ids, which are taken as they are. One alone is a list of one.
+        params: for all prompts, or one for each; :attr:`default_params` if None.
+        adapter: the folder or hub name of a LoRA adapter, for all prompts or one for each; None for
+            the base model. It is read when it is first asked for.
+        progress: show how many are done, on stderr.
+
+        Raises ParameterError naming the prompt that cannot be served, AdapterError for an adapter
+        that cannot be read, EngineStoppedError once the LLM is closed, and EngineFailedError if the
+        engine fails. The other prompts are then given up.
+        """
+        return self._run(self._encode(_as_list(prompts)), params, adapter, progress)
+
+    def chat(
+        self,
+        messages: Conversation | Sequence[Conversation],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        adapter: str | Path | Sequence[str | Path | None] | None = None,
+        tools: Sequence[dict[str, Any]] | None = None,
+        template_variables: Mapping[str, Any] | None = None,
+        progress: bool = False,
+    ) -> list[Completion]:
+        """Answer one conversation, or each of several; see :meth:`generate`.
+
+        tools: JSON schemas of functions, which the template shows to the model.
+        template_variables: what the model's chat template takes beside messages and tools, for
+            example ``{"enable_thinking": False}``.
+
+        Raises also ParameterError for a model without a chat template and for messages that its
+        template refuses.
+        """
+        if not self.tokenizer.chat_template:
+            raise ParameterError(
+                "messages",
+                "the model has no chat template: use generate(), or put a chat_template.jinja into "
+                "the model's folder",
+            )
+        single = len(messages) > 0 and isinstance(messages[0], Mapping)
+        conversations = cast(Sequence[Conversation], [messages] if single else messages)
+        template = self.tokenizer.get_chat_template(tools=list(tools) if tools else None)
+        variables = {**self.tokenizer.special_tokens_map, **(template_variables or {})}
+        texts = [self._render(template, each, tools, variables) for each in conversations]
+        encoded = self._encode(texts, special_tokens=False)
+        return self._run(encoded, params, adapter, progress)
+
+    def close(self) -> None:
+        """End the engine and free its memory. Calls in progress raise an error."""
+        self._finalizer()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _render(
+        self,
+        template: str,
+        messages: Conversation,
+        tools: Sequence[dict[str, Any]] | None,
+        variables: dict[str, Any],
+    ) -> str:
+        try:
+            turns = [as_turn(message) for message in messages]
+            return self._templates.render(template, turns, tools, variables)
+        except (TemplateRefusedError, TemplateFailedError) as error:
+            raise ParameterError(
+                "messages", f"the chat template cannot render these messages: {error}"
+            ) from None
+        except ValueError as error:
+            raise ParameterError("messages", str(error)) from None
+
+    def _encode(
+        self, prompts: Sequence[Prompt], special_tokens: bool = True
+    ) -> list[tuple[int, ...]]:
+        texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+        encodings = iter(
+            self.tokenizer.backend_tokenizer.encode_batch_fast(
+                texts, add_special_tokens=special_tokens
+            )
+        )
+        return [
+            tuple(next(encodings).ids) if isinstance(prompt, str) else _token_ids(index, prompt)
+            for index, prompt in enumerate(prompts)
+        ]
+
+    def _run(
+        self,
+        prompts: Sequence[tuple[int, ...]],
+        params: SamplingParams | Sequence[SamplingParams] | None,
+        adapter: str | Path | Sequence[str | Path | None] | None,
+        progress: bool,
+    ) -> list[Completion]:
+        count = len(prompts)
+        params = self.default_params if params is None else params
+        every = [params] * count if isinstance(params, SamplingParams) else list(params)
+        single = adapter is None or isinstance(adapter, str | Path)
+        adapters = [
+            None if each is None else str(each)
+            for each in cast(Sequence[str | Path | None], [adapter] * count if single else adapter)
+        ]
+        for name, values in (("params", every), ("adapter", adapters)):
+            if len(values) != count:
+                raise ParameterError(name, f"{name} has {len(values)} entries for {count} prompts")
+        for path in dict.fromkeys(adapters):
+            self._require_adapter(path)
+        requests = [
+            Request(f"offline-{next(self._numbers)}", *request)
+            for request in zip(prompts, every, [None] * count, adapters, strict=True)
+        ]
+        with tqdm(total=count, desc="Generating", unit=" prompts", disable=not progress) as bar:
+            return self._wait_for(self._all(requests, bar))
+
+    def _require_adapter(self, path: str | None) -> None:
+        if path is None:
+            return
+        if not self._adapters_enabled:
+            raise ParameterError(
+                "adapter", "there is no room for adapters: give LLM(…, enable_lora=True)"
+            )
+        if self._engine.adapter(path) is None:
+            self._engine.load_adapter(path, path)
+
+    def _wait_for(self, work: Coroutine[Any, Any, T]) -> T:
+        if not self._finalizer.alive:
+            work.close()
+            raise EngineStoppedError("this LLM is closed")
+        future = asyncio.run_coroutine_threadsafe(work, self._loop.loop)
+        try:
+            return future.result()
+        except BaseException:  # Ctrl-C too: what is being computed is cancelled
+            future.cancel()
+            raise
+
+    async def _all(self, requests: Sequence[Request], bar: tqdm[Any]) -> list[Completion]:
+        async def one(index: int, request: Request) -> Completion:
+            try:
+                async with self._places:
+                    completion = await self._one(request)
+            except ParameterError as error:
+                where = f"prompt {index}: " if len(requests) > 1 else ""
+                raise ParameterError(error.parameter, f"{where}{error}") from None
+            bar.update()
+            return completion
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(one(i, each)) for i, each in enumerate(requests)]
+        except ExceptionGroup as errors:
+            raise errors.exceptions[0] from None
+        return [task.result() for task in tasks]
+
+    async def _one(self, request: Request) -> Completion:
+        outputs: list[RequestOutput] = []
+        async with aclosing(self._engine.generate(request)) as stream:
+            async for output in stream:
+                outputs.append(output)
+        reason = outputs[-1].finish_reason
+        assert reason is not None
+        return Completion(
+            text="".join(output.text for output in outputs),
+            token_ids=tuple(token for output in outputs for token in output.token_ids),
+            finish_reason=reason,
+            logprobs=tuple(each for output in outputs for each in output.logprobs),
+            prompt_token_ids=request.prompt_token_ids,
+            prompt_logprobs=outputs[0].prompt_logprobs,
+        )
+
+
+class _LoopThread(threading.Thread):
+    """An event loop on a thread of its own."""
+
+    def __init__(self) -> None:
+        super().__init__(name="nybble-llm", daemon=True)
+        self.loop = asyncio.new_event_loop()
+
+    def run(self) -> None:
+        self.loop.run_forever()
+        self.loop.close()
+
+    def stop(self) -> None:
+        """Let running tasks finish, then end the thread."""
+        # The last reference to an LLM may be dropped on this thread, which cannot wait for itself.
+        if threading.current_thread() is not self:
+            asyncio.run_coroutine_threadsafe(self._drain(), self.loop).result()
+        self.loop.call_soon_threadsafe(self.loop.stop)
+
+    async def _drain(self) -> None:
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        await asyncio.gather(*others, return_exceptions=True)
+
+
+def _close(engine: Engine, templates: TemplateRenderer, loop: _LoopThread) -> None:
+    engine.stop()  # which ends every request with an error
+    templates.close()
+    loop.stop()
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str):
+        return [prompts]
+    many = list(prompts)
+    if many and isinstance(many[0], int):
+        return [cast(Sequence[int], many)]
+    return cast(list[Prompt], many)
+
+
+def _token_ids(index: int, prompt: Sequence[int]) -> tuple[int, ...]:
+    if not isinstance(prompt, Sequence) or not all(isinstance(token, int) for token in prompt):
+        raise ParameterError(
+            "prompt", f"prompt {index} is {prompt!r:.50}, expected text or a list of token ids"
+        )
+    return tuple(prompt)

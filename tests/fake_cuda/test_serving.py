@@ -1,0 +1,209 @@
+"""The engine on a GPU: answers as on the CPU, one wait a step, nothing compiled on the way.
+
+Every step's inputs, adapters and samples go through pinned memory and captured graphs here as they
+would on a GPU, by its rules (``device.py``).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nybble.engine import (
+    AdapterConfig,
+    Engine,
+    EngineConfig,
+    EngineFailedError,
+    OutOfMemoryError,
+    Request,
+    SamplingParams,
+)
+from nybble.engine.runner import kv_bytes_per_block
+from nybble.kernels.triton import matmul
+from nybble.loaders import open_checkpoint
+
+from .device import DEVICE, Device
+
+CPU = EngineConfig(
+    dtype=torch.float32,
+    block_size=16,
+    kv_cache_bytes=1 << 16,
+    max_num_seqs=4,
+    max_batched_tokens=32,
+    max_model_len=64,
+    adapters=AdapterConfig(slots=2, max_rank=8),
+)
+GPU = replace(CPU, device="cuda:1", dtype=torch.float16, tune=False)
+ONE_WAIT = "Stream.synchronize in nybble.engine.sampler._to_host"
+
+
+@contextmanager
+def running(folder: Path, config: EngineConfig) -> Iterator[Engine]:
+    """A warm engine. What warming up launches is not computed, only specialised."""
+    engine = Engine.load(open_checkpoint(folder), config, progress=False)
+    DEVICE.computes = False
+    engine.warm_up(progress=False)
+    DEVICE.computes = True
+    engine.start()
+    try:
+        yield engine
+    finally:
+        engine.stop()
+
+
+async def _tokens(engine: Engine, request: Request) -> list[int]:
+    return [t async for output in engine.generate(request) for t in output.token_ids]
+
+
+def ask(engine: Engine, requests: list[Request]) -> list[Any]:
+    """What each request was answered: token ids, or the exception."""
+
+    async def all_at_once() -> list[Any]:
+        asked = (_tokens(engine, request) for request in requests)
+        return await asyncio.gather(*asked, return_exceptions=True)
+
+    return asyncio.run(all_at_once())
+
+
+def request(
+    name: str, start: int, length: int, *, adapter: str | None = None, **params: Any
+) -> Request:
+    settings: dict[str, Any] = {"temperature": 0, "max_tokens": 4, "ignore_eos": True} | params
+    prompt = tuple(range(start, start + length))
+    return Request(name, prompt, SamplingParams(**settings), adapter=adapter)
+
+
+# Longer than a step's budget, with and without adapters (three for two slots), greedy and drawn.
+REQUESTS = [
+    request("plain", 5, 3),
+    request("long", 40, 37, adapter="a0", logprobs=2, prompt_logprobs=1),
+    request("biased", 90, 12, adapter="a1", logit_bias={7: 2.0, 9: -3.0}, repetition_penalty=1.2),
+    request("drawn", 60, 5, adapter="a2", temperature=0.8, top_k=20, top_p=0.9, seed=3),
+    request("late", 120, 2, presence_penalty=0.5, max_tokens=2),
+]
+
+
+@pytest.fixture(scope="session")
+def folders(tiny_adapter: Callable[..., Path]) -> list[Path]:
+    return [tiny_adapter(seed=seed, layers_to_transform=[0]) for seed in range(3)]
+
+
+@pytest.fixture(scope="session")
+def expected(checkpoint: Path, folders: list[Path]) -> list[list[int]]:
+    """The answers of the CPU, in float32."""
+    with running(checkpoint, CPU) as engine:
+        for index, folder in enumerate(folders):
+            engine.load_adapter(f"a{index}", str(folder))
+        return ask(engine, REQUESTS)
+
+
+@pytest.mark.parametrize("kv_dtype", ["auto", "fp8", pytest.param("int8", marks=pytest.mark.slow)])
+def test_answers_are_as_on_the_cpu_with_one_wait_a_step_and_no_compiling(
+    gpu: Device,
+    checkpoint: Path,
+    folders: list[Path],
+    expected: list[list[int]],
+    kv_dtype: Any,
+) -> None:
+    with running(checkpoint, replace(GPU, kv_dtype=kv_dtype)) as engine:
+        warm = set(gpu.launched)
+        for index, folder in enumerate(folders):
+            engine.load_adapter(f"a{index}", str(folder))
+        gpu.waits.clear()
+        answers = ask(engine, REQUESTS)
+        steps = engine.stats().steps
+    if kv_dtype == "auto":
+        assert answers == expected
+    # 8 bits may choose other tokens, as many.
+    assert list(map(len, answers)) == list(map(len, expected))
+    assert gpu.replays > 0
+    assert set(gpu.launched) - warm == set()
+    waits = [each for each in gpu.waits if "prompt_reader" not in each]
+    assert set(waits) == {ONE_WAIT}
+    assert len(waits) <= steps
+
+
+def test_inputs_wait_for_the_copy_of_those_before_where_no_sample_has(
+    gpu: Device, checkpoint: Path
+) -> None:
+    chunks = [request("chunks", 40, 60, max_tokens=1)]
+    answers = []
+    for device in (CPU, GPU):
+        config = replace(device, adapters=None, max_batched_tokens=24)
+        with running(checkpoint, config) as engine:
+            gpu.waits.clear()
+            answers.append(ask(engine, chunks))
+    assert answers[0] == answers[1]
+    sent = "Event.synchronize in nybble.engine.inputs.build"
+    assert gpu.waits == [sent, sent, ONE_WAIT]
+
+
+def test_a_failed_step_is_forgotten_and_captured_graphs_go_on(
+    gpu: Device,
+    checkpoint: Path,
+    expected: list[list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = replace(GPU, adapters=None, restarts=1)
+    again = replace(REQUESTS[0], request_id="again")
+    with running(checkpoint, config) as engine:
+        replay = Device.replay
+
+        def fail(device: Device, graph: Any) -> None:
+            monkeypatch.setattr(Device, "replay", replay)
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+        monkeypatch.setattr(Device, "replay", fail)
+        (failed,) = ask(engine, REQUESTS[:1])
+        assert isinstance(failed, EngineFailedError)
+        while engine.failure is not None:
+            time.sleep(0.01)
+        assert ask(engine, [again]) == [expected[0]]
+
+
+def test_a_step_without_memory_costs_one_request(
+    gpu: Device, checkpoint: Path, expected: list[list[int]]
+) -> None:
+    config = replace(GPU, adapters=None)
+    with running(checkpoint, config) as engine:
+        gpu.total = gpu.allocated + (4 << 10)  # too little for a prompt, enough for a replay
+        (failed,) = ask(engine, [request("long", 40, 30)])
+        gpu.total = 64 << 20
+        assert isinstance(failed, OutOfMemoryError)
+        assert ask(engine, REQUESTS[:1]) == [expected[0]]
+
+
+def test_the_cache_takes_what_the_device_has_left_and_leaves_a_tenth(
+    gpu: Device, checkpoint: Path, expected: list[list[int]]
+) -> None:
+    gpu.total = 2200 << 10
+    config = replace(GPU, kv_cache_bytes=None, max_num_seqs=16, max_model_len=512)
+    with running(checkpoint, replace(config, adapters=None)) as engine:
+        kept = engine.kv_cache_tokens * kv_bytes_per_block(
+            engine._runner.decoder.architecture, config
+        )
+        assert 0.6 * gpu.total < kept / config.block_size < 0.9 * gpu.total
+        assert engine.kv_cache_tokens < config.max_num_seqs * 512  # more would be of no use
+        assert ask(engine, REQUESTS[:1]) == [expected[0]]
+
+
+def test_an_engine_that_is_gone_leaves_nothing_on_the_device(gpu: Device, checkpoint: Path) -> None:
+    before = gpu.allocated
+    with running(checkpoint, GPU) as engine:
+        loaded = gpu.allocated
+        ask(engine, REQUESTS[:1])
+        assert gpu.allocated == loaded
+    del engine
+    gpu.start_anew()  # the graphs
+    matmul._arrivals.cache_clear()  # the matmuls' counters
+    gc.collect()
+    assert gpu.allocated == before

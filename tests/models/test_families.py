@@ -1,0 +1,306 @@
+"""Every family, by a small random model of it, against transformers, peft and itself.
+
+A family is a row here: what its config has beside the sizes that all rows share.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from nybble.engine import AdapterConfig
+from nybble.finetune.lora import LoraSettings, adapter_tensors, add_lora, save_adapter
+from nybble.loaders import Checkpoint, open_checkpoint
+from nybble.models import architecture_of, supported_families
+from nybble.quantizers import quantize_checkpoint
+from nybble.quantizers.awq import scale_block
+from nybble.quantizers.blocks import DecoderBlocks, linear_layer
+from nybble.quantizers.packed_model import load_packed_model
+
+CPU = torch.device("cpu")
+# Windows of 24 tokens and steps of 32 lie within the prompts.
+WINDOW, PROMPTS = 24, (5, 40, 70)
+SIZES = {
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": False,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+MIXED = {
+    "sliding_window": WINDOW,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+}
+ROWS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "llama with biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "mistral": ("mistral", {}),
+    "mistral with a window": ("mistral", {"sliding_window": WINDOW}),
+    "ministral": ("ministral", MIXED),
+    "qwen2": ("qwen2", {"tie_word_embeddings": True}),
+    "qwen2 with windows": ("qwen2", {"use_sliding_window": True, **MIXED}),
+    "qwen3": ("qwen3", {}),
+    "granite": (
+        "granite",
+        {
+            "embedding_multiplier": 1.5,
+            "attention_multiplier": 0.3,
+            "residual_multiplier": 0.7,
+            "logits_scaling": 0.5,
+        },
+    ),
+    "olmo2": ("olmo2", {}),
+    "olmo3": ("olmo3", MIXED),
+    "smollm3": ("smollm3", {"no_rope_layers": [1, 0, 1]}),
+    "seed_oss": ("seed_oss", {}),
+    "exaone4": ("exaone4", {}),
+    "exaone4 with windows": ("exaone4", MIXED),
+    "gemma": ("gemma", {}),
+    "gemma2": (
+        "gemma2",
+        {
+            **MIXED,
+            "query_pre_attn_scalar": 20,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 8.0,
+        },
+    ),
+    "gemma3": (
+        "gemma3_text",
+        {
+            **MIXED,
+            "query_pre_attn_scalar": 20,
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+                "full_attention": {"rope_type": "linear", "rope_theta": 5e4, "factor": 8.0},
+            },
+        },
+    ),
+    "phi3": ("phi3", {"head_dim": 16, "sliding_window": WINDOW}),
+    "phi3 with longrope": (
+        "phi3",
+        {
+            "head_dim": 16,
+            "original_max_position_embeddings": 256,
+            "max_position_embeddings": 1024,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 10000.0,
+                "partial_rotary_factor": 0.75,
+                "original_max_position_embeddings": 256,
+                "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5],
+                "long_factor": [4.0, 4.5, 5.0, 5.5, 6.0, 6.5],
+            },
+        },
+    ),
+    "glm": ("glm", {"attention_bias": True}),
+    "glm4": ("glm4", {"attention_bias": True}),
+    "cohere": ("cohere", {"head_dim": 16, "logit_scale": 0.5}),
+    "cohere with norms of heads": ("cohere", {"head_dim": 16, "use_qk_norm": True}),
+    "cohere2": ("cohere2", MIXED),
+    "ernie4_5": ("ernie4_5", {}),
+    "ernie4_5 with biases": ("ernie4_5", {"use_bias": True}),
+    "arcee": ("arcee", {"hidden_act": "relu2"}),
+    "nemotron": ("nemotron", {"hidden_act": "relu2"}),
+    "starcoder2": ("starcoder2", {"head_dim": 16, "sliding_window": WINDOW}),
+}
+rows = pytest.mark.parametrize("row", ROWS)
+# In `make test`; the other rows vary parts of these, and `make test-all` has them.
+_SHOWN = {
+    "llama with biases",
+    "qwen2",
+    "qwen3",
+    "granite",
+    "olmo3",
+    "gemma2",
+    "gemma3",
+    "phi3 with longrope",
+    "cohere with norms of heads",
+    "starcoder2",
+}
+shown_rows = pytest.mark.parametrize(
+    "row", [row if row in _SHOWN else pytest.param(row, marks=pytest.mark.slow) for row in ROWS]
+)
+
+
+def test_every_family_has_a_row() -> None:
+    assert {family for family, _ in ROWS.values()} == set(supported_families())
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def folder_of(
+    tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..., Path]
+) -> Callable[[str], Path]:
+    """A row's random model on disk, with a tokenizer."""
+    built: dict[str, Path] = {}
+
+    def build(row: str) -> Path:
+        if row in built:
+            return built[row]
+        family, settings = ROWS[row]
+        folder = built[row] = tmp_path_factory.mktemp("family") / family
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **SIZES | settings))
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if parameter.ndim == 1 or "norm" in name:  # of norms, and biases
+                    parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+                else:
+                    std = (
+                        0.3 if "embed" in name or "lm_head" in name else parameter.shape[1] ** -0.5
+                    )
+                    parameter.normal_(std=std, generator=generator)
+        model.save_pretrained(folder)
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(tiny_model() / name, folder / name)
+        return folder
+
+    return build
+
+
+def calibration() -> torch.Tensor:
+    return torch.randint(3, 300, (4, 48), generator=torch.Generator().manual_seed(0))
+
+
+@rows
+def test_64_greedy_tokens_equal_transformers_alone_and_in_company(
+    reference: Any, folder_of: Callable[[str], Path], row: str
+) -> None:
+    checkpoint = open_checkpoint(folder_of(row))
+    reference.assert_same_logits(checkpoint)
+    model = reference.transformers_model(checkpoint)
+    prompts, expected = map(list, zip(*reference.greedy(model, PROMPTS, 64), strict=True))
+    assert len({token for each in expected for token in each}) > 5, "all say the same"
+    engine = reference.start(checkpoint)
+    try:
+        assert [reference.alone(engine, ids, 64) for ids in prompts] == expected
+        # Prefixes are in the cache by now, and steps mix prompts with decodes.
+        assert reference.together(engine, prompts * 2, 64) == expected * 2
+    finally:
+        engine.stop()
+
+
+@shown_rows
+@pytest.mark.parametrize("format", ["gptq", "awq", "nf4"])
+def test_4_bit_forms_are_written_and_give_the_logits_of_their_dequantized_weights(
+    reference: Any, folder_of: Callable[[str], Path], tmp_path: Path, row: str, format: Any
+) -> None:
+    quantize_checkpoint(
+        folder_of(row),
+        tmp_path / format,
+        format=format,
+        group_size=32,
+        calibration=None if format == "nf4" else calibration(),
+        progress=False,
+    )
+    checkpoint = open_checkpoint(tmp_path / format)
+    reference.assert_same_logits(checkpoint)
+
+
+@shown_rows
+def test_folding_scales_for_awq_changes_nothing(folder_of: Callable[[str], Path], row: str) -> None:
+    blocks = DecoderBlocks(folder_of(row), CPU, 48)
+    torch.manual_seed(0)
+    # Some channels are large, so that scales are far from 1.
+    hidden = blocks.embed(calibration()) * torch.rand(SIZES["hidden_size"]).mul(3).exp()
+    block, layer = blocks.load(0), blocks.architecture.layers[0]
+    before = blocks.outputs(block, hidden)
+    first = [group.linears[0].name for group in layer.groups]
+    modules = tuple(dict.fromkeys(group.module for group in layer.groups))
+    scaled = scale_block(
+        block,
+        layer,
+        blocks.statistics(block, hidden, first),
+        blocks.module_outputs(block, hidden, modules),
+        32,
+        norm_offset=blocks.architecture.norm.offset,
+    )
+    changes = []
+    for name, (weight, _) in scaled.items():
+        linear = linear_layer(block, name)
+        changes.append(float((weight / linear.weight).max()))
+        linear.weight.data = weight
+    if any(group.fold for group in layer.groups):
+        assert max(changes) > 1.2, "nothing was scaled"
+    torch.testing.assert_close(blocks.outputs(block, hidden), before, rtol=1e-4, atol=1e-4)
+
+
+def adapted_tokens(reference: Any, checkpoint: Checkpoint, adapter: Path, ids: list[int]) -> Any:
+    engine = reference.start(checkpoint, adapters=AdapterConfig(slots=2, max_rank=8))
+    try:
+        engine.load_adapter("a", str(adapter))
+        return reference.alone(engine, ids, 32, adapter="a"), reference.alone(engine, ids, 32)
+    finally:
+        engine.stop()
+
+
+@shown_rows
+def test_an_adapter_trained_by_peft_gives_its_outputs(
+    reference: Any, folder_of: Callable[[str], Path], tmp_path: Path, row: str
+) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    folder = folder_of(row)
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    )
+    targets = list(architecture_of(base.config).linear_leaves)
+    adapted = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules=targets))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)
+    adapted.save_pretrained(tmp_path / "adapter")
+    ((ids, expected),) = reference.greedy(adapted.eval(), (40,), 32)
+    found, without = adapted_tokens(reference, open_checkpoint(folder), tmp_path / "adapter", ids)
+    assert found == expected
+    assert found != without
+
+
+@shown_rows
+def test_fine_tuning_a_4_bit_base_learns_what_the_engine_then_says(
+    reference: Any, folder_of: Callable[[str], Path], tmp_path: Path, row: str
+) -> None:
+    quantize_checkpoint(
+        folder_of(row), tmp_path / "nf4", format="nf4", group_size=32, progress=False
+    )
+    checkpoint = open_checkpoint(tmp_path / "nf4")
+    model = load_packed_model(checkpoint, device=CPU, dtype=torch.float32)
+    torch.manual_seed(0)
+    settings = LoraSettings(rank=8, alpha=8)
+    layers = add_lora(model, settings)
+    text = torch.randint(3, 250, (1, 48), generator=torch.Generator().manual_seed(1))
+    trained = [p for layer in layers.values() for p in (layer.lora_A, layer.lora_B)]
+    optimizer = torch.optim.Adam(trained, lr=0.01)
+    for _ in range(60):
+        loss = model(input_ids=text, labels=text).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    save_adapter(tmp_path / "adapter", adapter_tensors(layers), settings, "base")
+    ids, follows = text[0, :16].tolist(), text[0, 16:].tolist()
+    found, without = adapted_tokens(reference, checkpoint, tmp_path / "adapter", ids)
+    assert found == follows
+    assert without != follows

@@ -1,0 +1,305 @@
+"""Every GPU kernel, as compiled, against its reference: ``checks.py [--capability 80 89 90 100]``.
+
+One JSON object a line for each comparison. ``--quick`` takes one order of things for each family on
+each GPU; both kinds of orders come in turns. ``--without bar.sync`` (or another instruction) leaves
+that instruction out, to see that the emulator notices; what is wrong ends the family then.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from itertools import pairwise
+from multiprocessing import get_context
+
+import torch
+from launch import emulated
+from machine import WARP, Timing
+from tensor_cores import WARP_GROUP
+from torch import Tensor
+
+from nybble.kernels import PackedWeight, reference
+from nybble.kernels.activation import ACTIVATIONS
+from nybble.kernels.bench.gpu_lora import adapters
+from nybble.kernels.bench.gpu_section import BLOCK, error, in_8_bits, paged
+from nybble.kernels.lora_batch import LoRABatch
+from nybble.kernels.packed import INTEGER_LEVELS, SYMMETRIC_LEVELS, pack_nibbles
+from nybble.kernels.reference import TokenChoice
+from nybble.kernels.triton import (
+    activation,
+    attention,
+    dequantize,
+    lora,
+    matmul,
+    norm,
+    rotary,
+    sampling,
+)
+from nybble.kernels.triton.configs import Config, default_config
+
+CPU = torch.device("cpu")
+# Relative errors that rounding once to the dtype, and weights to it before, explain.
+LIMIT = {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: 1e-6}
+LEVELS = torch.tensor([-1.0, 1.0, 0.3, -0.0, 7e-5, *torch.linspace(-0.9, 0.8, 11).tolist()])
+Found = tuple[str, Tensor, Tensor]  # what was compared, the kernel's result, the reference's
+
+
+def random_weight(kind: str, out: int, columns: int, group: int) -> PackedWeight:
+    """With a bias; the columns in an order of their own where they are no multiple of 128."""
+    codebook, zeros = kind == "codebook", kind == "zeros"
+    groups = -(-columns // group)
+    return PackedWeight(
+        qweight=pack_nibbles(torch.randint(0, 16, (out, columns)).to(torch.uint8)),
+        scales=(torch.rand(out, groups) / 16 + 0.01).half(),
+        zeros=(torch.rand(out, groups) * 24 - 4).half() if zeros else None,
+        levels=LEVELS if codebook else INTEGER_LEVELS if zeros else SYMMETRIC_LEVELS,
+        out_features=out,
+        in_features=columns,
+        group_size=group,
+        perm=torch.randperm(columns).int() if columns % 128 else None,
+        bias=torch.randn(out).half(),
+    )
+
+
+def shipped(capability: int) -> Iterator[tuple[int, Config]]:
+    """Rows and configurations of the rule that compile to different code, splits included."""
+    # Over 256 rows nothing new is compiled for Blackwell.
+    for bucket in (2, 8, 16, 32, 64, 128, 256, *((1024,) if capability < 100 else ())):
+        config = default_config(bucket, 22016, 4096, capability=capability)
+        config = replace(config, splits=2, tail=min(config.tail, 1))
+        # One block of rows and a bit of the next.
+        yield min(bucket, config.block_m + 5), config
+        if capability == 90 and bucket in (8, 16):
+            yield bucket, replace(config, overlap=True)
+
+
+def check_matmul(capability: int, everything: bool) -> Iterator[Found]:
+    """Kinds of weights take turns, or not; dtypes and odd sizes do in any case."""
+    kinds = (("symmetric", 128), ("codebook", 64), ("zeros", 32))
+    for number, (rows, config) in enumerate(shipped(capability)):
+        for turn, (kind, group) in enumerate(kinds):
+            if not everything and turn != number % 3:
+                continue
+            dtype = torch.bfloat16 if (number + turn) % 3 else torch.float16
+            columns, out = (424, 272) if (number + turn) % 2 else (512, 192)
+            weight = random_weight(kind, out, columns, group)
+            x = torch.randn(rows, columns).to(dtype)
+            expected = x.double() @ weight.dequantize(torch.float64).T + weight.bias.double()
+            name = f"{kind} g{group} {str(dtype)[6:]} {columns}→{out} m{rows} {config}"
+            plain = weight.to_layout("gpu_tiles")
+            yield name, matmul.packed_matmul(x, plain, config), expected
+            if turn != number % 3:
+                continue
+            gated = weight.to_layout("gpu_gated_tiles")
+            kind = ACTIVATIONS[number % len(ACTIVATIONS)]
+            after = activation.gated(matmul.packed_matmul(x, gated, config), kind)
+            yield f"{name} gated by {kind}", after, reference.gated(expected, kind)
+            within = matmul.packed_matmul(x, gated, config, kind)
+            yield f"{name}: the same within the product", within.float(), after.double()
+
+
+def check_dequantize(capability: int, everything: bool) -> Iterator[Found]:
+    for kind, group in (("symmetric", 128), ("codebook", 64), ("zeros", 32)):
+        weight = random_weight(kind, 80, 200, group)
+        for layout in ("gpu_tiles", "gpu_gated_tiles"):
+            found = dequantize.dequantize(weight.to_layout(layout), torch.bfloat16)
+            stored = replace(weight, perm=None).dequantize(torch.float64)
+            yield f"dequantize {kind} {layout}", found, stored
+
+
+def check_attention(capability: int, everything: bool) -> Iterator[Found]:
+    lengths = [(1, 1), (300, 1), (270, 40), (33, 33), (600, 1), (65, 2)]
+    # Ada differs from Ampere in 8-bit floats alone.
+    kept: list[torch.dtype | None] = [None, torch.int8] if capability != 89 else []
+    kept += [torch.float8_e4m3fn] if capability >= 89 else []
+    for number, dtype in enumerate((torch.float16, torch.bfloat16)):
+        for cache in kept:
+            for shape, (heads, dim, window) in enumerate(((4, 64, 0), (7, 128, 100))):
+                if not everything and shape != number:
+                    continue
+                batch, keys, values = paged(lengths, 2, dim, dtype, CPU)
+                scales: list[Tensor] = []
+                if cache is not None:
+                    keys, values, *scales = in_8_bits(keys, cache)
+                q = torch.randn(sum(n for _, n in lengths), 2 * heads, dim).to(dtype)
+                inputs = (batch, dim**-0.5, window, *scales)
+                wide = (keys, values) if scales else (keys.double(), values.double())
+                expected = reference.paged_attention(q.double(), *wide, *inputs)
+                name = f"attention {str(dtype)[6:]} {heads}×2×{dim} window {window} {cache}"
+                yield name, attention.paged_attention(q, keys, values, *inputs), expected
+                if dim != 64:
+                    continue
+                options = {"softcap": 2.0, "sinks": 2 * torch.randn(2 * heads)}
+                expected = reference.paged_attention(q.double(), *wide, *inputs, **options)
+                found = attention.paged_attention(q, keys, values, *inputs, **options)
+                yield f"{name}, capped, with sinks", found, expected
+
+
+def check_rotary(capability: int, everything: bool) -> Iterator[Found]:
+    slots = torch.tensor([5, -1, 40, 41, 0, 7, 8, 63, 20])
+    kept = [torch.float16, torch.bfloat16, torch.int8]
+    kept += [torch.float8_e4m3fn] if capability >= 89 else []
+    for number, dtype in enumerate(kept):
+        rotary_dim, interleaved = ((64, False), (48, False), (20, True))[number % 3]
+        half = dtype if dtype in LIMIT else torch.bfloat16
+        fused, angle = torch.randn(9, 14, 64).to(half), torch.randn(9, rotary_dim)
+        results = []
+        for function in (rotary.rotary_store, reference.rotary_store):
+            q, k, v = torch.split(fused.clone(), [10, 2, 2], dim=1)
+            caches = torch.zeros(2, 4, 2, BLOCK, 64).to(dtype)
+            scales = () if dtype in LIMIT else torch.zeros(2, 4, 2, BLOCK)
+            angles = angle.cos(), angle.sin()
+            options = {"interleaved": interleaved}
+            function(q, k, v, *angles, *caches, slots, *scales, **options)
+            stored = (
+                caches.double() * torch.stack(tuple(scales))[..., None] if len(scales) else caches
+            )
+            results.append(torch.cat((q.flatten().double(), stored.flatten().double())).to(half))
+        yield f"rotary_store {str(dtype)[6:]} {rotary_dim} {interleaved}", results[0], results[1]
+
+
+def check_lora(capability: int, everything: bool) -> Iterator[Found]:
+    for dtype, rank, rows in ((torch.float16, 20, 20), (torch.bfloat16, 64, 300)):
+        # Rows of the second lie at multiples of 16 bytes, and are copied asynchronously.
+        inputs, offsets = 1100 if rank == 20 else 1104, (0, 40, 64, 200)
+        a, b, ranks = adapters(5, rank, inputs, offsets, dtype, CPU)
+        ranks[0], ranks[3] = 0, 7
+        slots = [row % 6 - 1 for row in range(rows)]
+        x, out = torch.randn(rows, inputs).to(dtype), torch.randn(rows, 200).to(dtype)
+        expected = out.double()
+        batch = LoRABatch.of(slots, CPU)
+        assert batch is not None
+        lora.lora_add(out, x, a, b, ranks, offsets, batch)
+        for row, slot in enumerate(slots):
+            own = int(ranks[slot]) if slot >= 0 else 0
+            for part, (start, end) in enumerate(pairwise(offsets)):
+                h = a[slot, part * rank : part * rank + own].double() @ x[row].double()
+                expected[row, start:end] += b[slot, start:end, :own].double() @ h
+        yield f"lora_add {str(dtype)[6:]} rank {rank} rows {rows}", out, expected
+
+
+def check_norm(capability: int, everything: bool) -> Iterator[Found]:
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        for rows, width in ((7, 1000), (40, 64)):
+            x, residual = torch.randn(2, rows, width).to(dtype)
+            weight = torch.randn(width).to(dtype)
+            found, total = norm.add_rms_norm(x, residual, weight, 1e-5)
+            expected = reference.rms_norm((x + residual).double(), weight.double(), 1e-5)
+            name = f"{str(dtype)[6:]} {rows}×{width}"
+            yield f"add_rms_norm {name}", found, expected
+            yield f"add_rms_norm {name}: the sum", total.float(), (x + residual).double()
+            found = norm.rms_norm(x, weight, 1e-5, 1.0)
+            expected = reference.rms_norm(x.double(), weight.double(), 1e-5, 1.0)
+            yield f"rms_norm {name}, offset 1", found, expected
+            if dtype != torch.float32:
+                for kind in ACTIVATIONS:
+                    found, expected = activation.gated(x, kind), reference.gated(x.double(), kind)
+                    yield f"gated {kind} {name}", found, expected
+
+
+def check_sampling(capability: int, everything: bool) -> Iterator[Found]:
+    options = [(0.0, 0, 1.0, 0.0), (1.0, 0, 1.0, 0.0), (0.8, 50, 0.9, 0.0), (1.2, 0, 0.95, 0.05)]
+    for vocab in (700, 5000):
+        logits = 4 * torch.randn(8, vocab).bfloat16().float()
+        logits[4:, : vocab // 2] = -torch.inf
+        choices = [TokenChoice(*options[row % 4], (row + 0.5) / 8) for row in range(8)]
+        found = sampling.sample_tokens(logits, choices)
+        expected = reference.sample_tokens(logits, choices)
+        yield f"sampling of {vocab}", found.float() + 1, expected.double() + 1
+
+
+FAMILIES: dict[str, Callable[[int, bool], Iterator[Found]]] = {
+    "matmul": check_matmul,
+    "dequantize": check_dequantize,
+    "attention": check_attention,
+    "rotary": check_rotary,
+    "lora": check_lora,
+    "norm": check_norm,
+    "sampling": check_sampling,
+}
+
+
+def timings(capability: int, family: str) -> list[Timing]:
+    """Orders to try: all in step; and warps one by one, the last first, copies at once.
+
+    On Blackwell the first warp asks for products, which read what others wrote. A barrier that is
+    missing before is seen where it comes first and they are made at once; one that is missing
+    behind them, where it comes last and they are late.
+    """
+    if capability >= 100:
+        late = Timing(apart=True, backwards=True)
+        early = Timing(WARP_GROUP, apart=True, late=False, seed=1)
+        return [late, early] if family in ("matmul", "attention") else [late]
+    unit = WARP_GROUP if capability == 90 else WARP
+    return [Timing(), Timing(unit, backwards=True, late=False, seed=1)]
+
+
+def quick_timings(capability: int, family: str) -> list[Timing]:
+    """One of the orders: neighbours among the families, and among the GPUs, have different ones."""
+    both = timings(capability, family)
+    turn = list(FAMILIES).index(family) + capability // 10
+    return [both[turn % len(both)]]
+
+
+def outcomes(
+    family: str, capability: int, timing: Timing, everything: bool, without: str
+) -> list[str]:
+    """A family's comparisons in one order of things, as JSON."""
+    warnings.simplefilter("ignore")  # of bfloat16 gradients and the like: nothing of ours
+    torch.manual_seed(7)
+    found = []
+    with emulated(capability, timing, without) as launched, torch.inference_mode():
+        for name, result, expected in FAMILIES[family](capability, everything):
+            outcome = {
+                "capability": capability,
+                "name": name,
+                "error": error(result, expected),
+                "limit": LIMIT[result.dtype],
+                "kernels": sorted(set(launched)),
+            }
+            found.append(json.dumps(outcome))
+            if without and not outcome["error"] <= outcome["limit"]:
+                break
+    return found
+
+
+def outcomes_on(
+    capability: int,
+    families: list[str],
+    orders: Callable[[int, str], list[Timing]],
+    everything: bool,
+    without: str,
+) -> list[str]:
+    """All families' on one GPU."""
+    own = [each for each in families if capability != 89 or each in ("attention", "rotary")]
+    return [
+        outcome
+        for family in own
+        for timing in orders(capability, family)
+        for outcome in outcomes(family, capability, timing, everything, without)
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--capability", type=int, nargs="*", default=(80, 89, 90, 100))
+    parser.add_argument("--families", nargs="*", choices=FAMILIES, default=list(FAMILIES))
+    parser.add_argument("--all", action="store_true", help="every kind of weight in every shape")
+    parser.add_argument("--quick", action="store_true", help="one order of things, not two")
+    parser.add_argument("--without", default="", help="leave this instruction out")
+    arguments = parser.parse_args()
+    orders = quick_timings if arguments.quick else timings
+    # A process compiles for one GPU.
+    with ProcessPoolExecutor(2, get_context("spawn"), max_tasks_per_child=1) as pool:
+        options = (arguments.families, orders, arguments.all, arguments.without)
+        for future in [pool.submit(outcomes_on, each, *options) for each in arguments.capability]:
+            print(*future.result(), sep="\n", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,114 @@
+"""The GPU kernels as compiled, their PTX run by an emulator, compute what their references do.
+
+The interpreter runs what the kernels say; this runs what the compiler made of it, with the inline
+PTX, the layouts of tensor cores and of shared memory, asynchronous copies and barriers in it. The
+emulator is in this folder. Warps and copies may come in any order: each kernel runs in one of two
+orders here, and in both of them with ``make test-all``. ``checks.py --all`` tries more
+combinations, and ``make emulate`` random ones for as long as it is given.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is for Linux")
+
+KERNELS = {
+    "decode_kernel",
+    "dequantize_kernel",
+    "expand_kernel",
+    "few_rows_kernel",
+    "gated_kernel",
+    "matmul_kernel",
+    "prefill_kernel",
+    "reduce_kernel",
+    "rms_norm_kernel",
+    "rotary_store_kernel",
+    "sample_kernel",
+    "shrink_kernel",
+}
+
+
+def run(*arguments: str, script: str = "checks.py") -> subprocess.CompletedProcess[str]:
+    """The compiler needs a process without TRITON_INTERPRET."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, str(Path(__file__).with_name(script)), *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(
+    scope="module",
+    params=[["--quick"], pytest.param([], marks=pytest.mark.slow)],
+    ids=["one-order", "both-orders"],
+)
+def comparisons(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+    done = run(*request.param)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("capability", [80, 89, 90, 100])
+def test_compiled_kernels_compute_what_their_references_do(
+    comparisons: list[dict[str, Any]], capability: int
+) -> None:
+    own = [each for each in comparisons if each["capability"] == capability]
+    assert own
+    wrong = [each for each in own if not each["error"] <= each["limit"]]  # NaN is wrong too
+    assert wrong == []
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_every_kernel_was_run(comparisons: list[dict[str, Any]], capability: int) -> None:
+    own = [each for each in comparisons if each["capability"] == capability]
+    assert {kernel for each in own for kernel in each["kernels"]} == KERNELS
+
+
+@pytest.mark.parametrize(
+    ("capability", "family", "instruction"),
+    [
+        ("80", "lora", "bar.sync"),
+        ("90", "attention", "wgmma.wait_group"),
+        pytest.param("80", "lora", "cp.async.wait_group", marks=pytest.mark.slow),
+        pytest.param("100", "attention", "tcgen05.wait::st", marks=pytest.mark.slow),
+        ("100", "attention", "fence.proxy.async"),
+    ],
+)
+def test_the_emulator_notices_what_a_gpu_would_trip_over(
+    capability: str, family: str, instruction: str
+) -> None:
+    done = run("--capability", capability, "--families", family, "--without", instruction)
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert any(not each["error"] <= each["limit"] for each in found)
+
+
+def test_a_wait_that_nothing_ends_is_an_error() -> None:
+    without = ("--without", "tcgen05.commit")
+    done = run("--capability", "100", "--families", "attention", *without)
+    assert done.returncode != 0
+    assert "a wait that never ends" in done.stderr
+
+
+@pytest.mark.parametrize("capability", ["90", pytest.param("80", marks=pytest.mark.slow)])
+def test_random_problems_are_computed_as_their_references_do(capability: str) -> None:
+    """Small ones that have both codebooks and the head_dims that the fixed comparisons lack."""
+    seeds = ("45", "50", "53", "97", "210")
+    done = run("--capability", capability, "--only", *seeds, script="random_checks.py")
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [each for each in found if not each["right"]] == []
+    assert done.returncode == 0, done.stderr
+    names = " ".join(each["name"] for each in found)
+    for subject in ("nf4", "silu", "fp4", "7×1×96", "7×2×256", "4×1×80", "cap", "sinks"):
+        assert subject in names
+
+
+def test_a_random_problem_that_comes_out_wrong_fails_the_run() -> None:
+    options = ("--capability", "80", "--only", "97", "--without", "bar.sync")
+    done = run(*options, script="random_checks.py")
+    assert [json.loads(line)["right"] for line in done.stdout.splitlines()] == [False]
+    assert done.returncode == 1

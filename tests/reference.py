@@ -1,0 +1,154 @@
+"""What transformers computes on the same weights, and what our decoder and engine compute."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from nybble.engine import Engine, EngineConfig, Request, SamplingParams
+from nybble.engine.decoder import Decoder
+from nybble.kernels import PackedWeight
+from nybble.kernels.ops import AttentionBatch
+from nybble.loaders import Checkpoint
+from nybble.models import architecture_of
+
+
+def transformers_model(checkpoint: Checkpoint) -> PreTrainedModel:
+    """Transformers' own model in float32, holding the checkpoint's dequantized weights."""
+    config = AutoConfig.from_pretrained(checkpoint.folder)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(
+        config, dtype=torch.float32, attn_implementation="eager"
+    )
+    members = dict(architecture_of(checkpoint.config).fused.values())
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, weight in checkpoint.weights():
+            if isinstance(weight, Tensor):
+                parameters[name].copy_(weight)
+                continue
+            dense = weight.dequantize() if isinstance(weight, PackedWeight) else weight.weight
+            names = members.get(name, (name,))
+            sizes = [parameters[part + ".weight"].shape[0] for part in names]
+            for part, rows in zip(names, dense.split(sizes), strict=True):  # type: ignore[no-untyped-call]
+                parameters[part + ".weight"].copy_(rows)
+            if weight.bias is not None:
+                for part, rows in zip(names, weight.bias.split(sizes), strict=True):  # type: ignore[no-untyped-call]
+                    parameters[part + ".bias"].copy_(rows)
+    return model.eval()
+
+
+def our_logits(checkpoint: Checkpoint, ids: Tensor, dtype: torch.dtype) -> Tensor:
+    """float32 ``(tokens, vocab)`` of one prompt computed in one step."""
+    tokens = len(ids)
+    decoder = Decoder(
+        architecture_of(checkpoint.config),
+        checkpoint.weights(),
+        device=torch.device("cpu"),
+        dtype=dtype,
+        max_model_len=tokens,
+    )
+    blocks = -(-tokens // 16)
+    caches = [
+        tuple(
+            torch.zeros(
+                2, blocks, layer.attention.kv_heads, 16, layer.attention.head_dim, dtype=dtype
+            )
+        )
+        for layer in decoder.architecture.layers
+    ]
+    batch = AttentionBatch(
+        query_start=torch.tensor([0, tokens], dtype=torch.int32),
+        context_lens=torch.tensor([tokens], dtype=torch.int32),
+        block_tables=torch.arange(blocks, dtype=torch.int32)[None],
+        slot_mapping=torch.arange(tokens),
+        max_query=tokens,
+    )
+    with torch.inference_mode():
+        return decoder.logits(decoder.forward(ids, torch.arange(tokens), caches, batch))  # type: ignore[arg-type]
+
+
+def assert_same_logits(checkpoint: Checkpoint) -> None:
+    ids = torch.randint(0, 250, (100,), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = transformers_model(checkpoint)(ids[None]).logits[0]
+    error = (our_logits(checkpoint, ids, torch.float32) - expected).abs().max()
+    assert error < 1e-4 * expected.abs().max()
+
+
+class Greedy(NamedTuple):
+    prompt: list[int]
+    tokens: list[int]
+
+
+def greedy(model: PreTrainedModel, lengths: Sequence[int], count: int) -> list[Greedy]:
+    """Random prompts of these lengths, each with ``count`` greedy tokens of ``model``.
+
+    A prompt after which two tokens ever come within 1e-3 of the largest logit is passed over: there
+    the order in which a processor adds would choose. Both are float32 and agree to 1e-4.
+    """
+    found = []
+    for length in lengths:
+        generator = torch.Generator().manual_seed(length)
+        for _ in range(100):
+            ids = torch.randint(3, 250, (1, length), generator=generator)
+            answer = model.generate(  # type: ignore[operator]
+                ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=False,
+                max_new_tokens=count,
+                min_new_tokens=count,
+                eos_token_id=None,
+                pad_token_id=0,
+                return_dict_in_generate=True,
+                output_logits=True,
+            )
+            first, second = torch.cat(answer.logits).topk(2, dim=-1).values.unbind(-1)
+            if (first - second > 1e-3 * first.abs()).all():
+                break
+        else:
+            raise AssertionError(f"no prompt of {length} tokens has an answer without near ties")
+        found.append(Greedy(ids[0].tolist(), answer.sequences[0, length:].tolist()))
+    return found
+
+
+def start(checkpoint: Checkpoint, **settings: Any) -> Engine:
+    """An engine in float32, whose steps are shorter than most prompts here."""
+    config = EngineConfig(
+        dtype=torch.float32, kv_cache_bytes=1 << 22, max_num_seqs=8, max_batched_tokens=32
+    )
+    engine = Engine.load(checkpoint, replace(config, **settings), progress=False)
+    engine.start()
+    return engine
+
+
+async def collect(engine: Engine, name: str, ids: Sequence[int], **options: Any) -> list[int]:
+    """Greedy tokens of one request; ``options`` are Request's and SamplingParams'."""
+    adapter = options.pop("adapter", None)
+    params = SamplingParams(**{"temperature": 0, "ignore_eos": True, **options})
+    request = Request(name, tuple(ids), params, adapter=adapter)
+    return [token async for output in engine.generate(request) for token in output.token_ids]
+
+
+def alone(engine: Engine, ids: Sequence[int], count: int, **options: Any) -> list[int]:
+    """Greedy tokens of a request by itself."""
+    return asyncio.run(collect(engine, "alone", ids, max_tokens=count, **options))
+
+
+def together(engine: Engine, requests: Sequence[Sequence[int]], count: int) -> list[list[int]]:
+    """Greedy tokens of requests that run at the same time."""
+
+    async def run() -> list[list[int]]:
+        each = (
+            collect(engine, f"{index}", ids, max_tokens=count) for index, ids in enumerate(requests)
+        )
+        return await asyncio.gather(*each)
+
+    return asyncio.run(run())

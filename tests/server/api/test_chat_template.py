@@ -1,0 +1,31 @@
+"""What a chat template may do to the server that renders it."""
+
+from __future__ import annotations
+
+import asyncio
+
+from nybble.engine import Engine
+
+from ..client import CHAT, HELLO, Client, run
+
+ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+
+
+def test_a_model_whose_template_hangs_answers_what_needs_none(engine: Engine) -> None:
+    engine.tokenizer.chat_template = ENDLESS
+
+    async def scenario(client: Client) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            chat = tasks.create_task(
+                client.post(CHAT, json={"model": "tiny", "messages": HELLO, "max_tokens": 2})
+            )
+            await asyncio.sleep(0.1)
+            async with client.get("/health") as response:
+                assert response.status == 200
+                assert not chat.done()
+        async with chat.result() as response:
+            error = (await response.json())["error"]
+            assert (response.status, error["code"]) == (500, "chat_template_failed")
+            assert "takes too long" in error["message"]
+
+    run(engine, scenario)

@@ -1,0 +1,62 @@
+"""A path is found however a client has put it together from a base URL."""
+
+from __future__ import annotations
+
+import pytest
+from aiohttp import ClientSession
+from yarl import URL
+
+from nybble.engine import Engine
+
+from ..client import CHAT, HELLO, Client, run
+
+BODY = {"model": "tiny", "messages": HELLO, "max_tokens": 2}
+
+
+def raw(client: Client, path: str) -> URL:
+    return URL(f"http://{client.host}:{client.port}{path}", encoded=True)
+
+
+@pytest.mark.parametrize(
+    "path", ["/v1//chat/completions", "//v1/chat/completions", "/v1/chat//completions/"]
+)
+def test_slashes_too_many_are_one(engine: Engine, path: str) -> None:
+    async def scenario(client: Client) -> None:
+        async with ClientSession() as session:
+            async with session.post(raw(client, path), json=BODY) as response:
+                assert response.status == 200, await response.text()
+            async with session.get(raw(client, path)) as response:
+                assert (response.status, response.headers["Allow"]) == (405, "POST")
+            async with session.get(raw(client, "//v1//nothing")) as response:
+                assert response.status == 404
+            async with session.get(raw(client, "//v1/models/?x=1")) as response:
+                assert (await response.json())["object"] == "list"
+
+    run(engine, scenario)
+
+
+def test_keys_are_asked_for_whatever_the_spelling(engine: Engine) -> None:
+    async def scenario(client: Client) -> None:
+        async with ClientSession() as session:
+            for path in ("//v1/models", "/v1//models/", "/llm/v1/models", "//health/x"):
+                async with session.get(raw(client, path)) as response:
+                    assert response.status == 401, path
+            async with session.get(raw(client, "//health")) as response:
+                assert response.status == 200
+
+    run(engine, scenario, api_keys=["secret"], root_path="/llm")
+
+
+def test_a_prefix_that_a_proxy_leaves_is_not_looked_at(engine: Engine) -> None:
+    async def scenario(client: Client) -> None:
+        for path in (CHAT, "/llm" + CHAT, "/llm/" + CHAT):
+            async with client.session.post(raw(client, path), json=BODY) as response:
+                assert response.status == 200, path
+        async with client.get("/llm/") as response:
+            assert response.content_type == "text/html"
+        async with client.get("/llmx/v1/models") as response:
+            assert response.status == 404
+        async with client.get("/other/v1/models") as response:
+            assert response.status == 404
+
+    run(engine, scenario, root_path="/llm")

@@ -1,0 +1,307 @@
+"""``nybble.LLM``: the engine's own results, without a server."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import nybble
+from nybble import LLM, Completion, SamplingParams
+from nybble.engine import (
+    Engine,
+    EngineConfig,
+    EngineStoppedError,
+    ParameterError,
+    Request,
+    RequestOutput,
+)
+from nybble.loaders import AdapterError, ModelNotFoundError, open_checkpoint
+
+SMALL: dict[str, Any] = {
+    "device": "cpu",
+    "kv_cache_bytes": 4 << 20,
+    "max_num_seqs": 4,
+    "progress": False,
+}
+GREEDY = SamplingParams(max_tokens=6, temperature=0, logprobs=2)
+PROMPTS = ["the quick brown", "def add(", [5, 6, 7], "日本"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def llm(tiny_model: Callable[..., Path]) -> Iterator[LLM]:
+    with LLM(tiny_model(), enable_lora=True, max_loras=2, max_lora_rank=8, **SMALL) as llm:
+        yield llm
+
+
+def by_the_engine(
+    folder: Path, prompts: list[list[int]], params: SamplingParams, adapter: Path | None = None
+) -> list[list[RequestOutput]]:
+    """What an engine with the same settings says to one prompt after the other."""
+    from nybble.engine import AdapterConfig
+
+    config = EngineConfig(kv_cache_bytes=4 << 20, adapters=AdapterConfig(2, 8))
+    engine = Engine.load(open_checkpoint(folder), config, progress=False)
+    engine.start()
+    if adapter is not None:
+        engine.load_adapter("it", str(adapter))
+
+    async def ask(prompt: list[int]) -> list[RequestOutput]:
+        name = None if adapter is None else "it"
+        request = Request(repr(prompt), tuple(prompt), params, adapter=name)
+        return [output async for output in engine.generate(request)]
+
+    async def ask_all() -> list[list[RequestOutput]]:
+        return [await ask(prompt) for prompt in prompts]
+
+    try:
+        return asyncio.run(ask_all())
+    finally:
+        engine.stop()
+
+
+def assert_same(found: list[Completion], expected: list[list[RequestOutput]]) -> None:
+    assert len(found) == len(expected)
+    for completion, outputs in zip(found, expected, strict=True):
+        assert completion.text == "".join(output.text for output in outputs)
+        assert completion.token_ids == tuple(t for output in outputs for t in output.token_ids)
+        assert completion.finish_reason == outputs[-1].finish_reason
+        assert completion.logprobs == tuple(one for output in outputs for one in output.logprobs)
+
+
+def test_a_batch_gets_what_the_engine_says_to_each_prompt_alone(
+    llm: LLM, tiny_model: Callable[..., Path]
+) -> None:
+    found = llm.generate(PROMPTS, GREEDY)
+    prompts = [list(completion.prompt_token_ids) for completion in found]
+    assert prompts[2] == [5, 6, 7]
+    assert prompts[0] == llm.tokenizer(PROMPTS[0])["input_ids"]
+    assert all(len(completion.logprobs) == 6 for completion in found)
+    assert_same(found, by_the_engine(tiny_model(), prompts, GREEDY))
+
+
+def test_more_prompts_than_the_engine_takes_at_once_keep_their_order(llm: LLM) -> None:
+    prompts = [[3 + n, 4 + n] for n in range(20)]  # at most eight are in flight
+    alone = [llm.generate(prompt, GREEDY)[0] for prompt in prompts]
+    assert llm.generate(prompts, GREEDY) == alone
+
+
+def test_an_adapter_is_asked_for_by_its_folder_for_all_prompts_or_for_one(
+    llm: LLM, tiny_model: Callable[..., Path], tiny_adapter: Callable[..., Path]
+) -> None:
+    adapter = tiny_adapter(seed=1)
+    prompts = [[5, 6, 7], [8, 9]]
+    expected = by_the_engine(tiny_model(), prompts, GREEDY, adapter)
+    base = llm.generate(prompts, GREEDY)
+    found = llm.generate(prompts, GREEDY, adapter=adapter)
+    assert_same(found, expected)
+    assert found != base
+    assert llm.generate(prompts, GREEDY, adapter=[str(adapter), None]) == [found[0], base[1]]
+
+
+def test_every_prompt_may_have_parameters_of_its_own(llm: LLM) -> None:
+    lengths = [1, 4, 2]
+    params = [SamplingParams(max_tokens=n, temperature=0, ignore_eos=True) for n in lengths]
+    found = llm.generate([[5, 6]] * 3, params)
+    assert [len(completion.token_ids) for completion in found] == lengths
+    assert [completion.finish_reason for completion in found] == ["length"] * 3
+
+
+def test_a_single_prompt_is_a_list_of_one_and_none_are_none(llm: LLM) -> None:
+    (text,) = llm.generate("hello", GREEDY)
+    (ids,) = llm.generate(list(text.prompt_token_ids), GREEDY)
+    assert text == ids
+    assert llm.generate([], GREEDY) == []
+    assert llm.chat([], GREEDY) == []
+
+
+def test_a_prompts_own_log_probabilities(llm: LLM) -> None:
+    params = SamplingParams(max_tokens=0, prompt_logprobs=0)
+    (found,) = llm.generate([[5, 6, 7]], params)
+    assert found.token_ids == ()
+    assert found.prompt_logprobs is not None
+    assert len(found.prompt_logprobs.logprobs) == 2
+
+
+def test_chat_is_the_models_template(llm: LLM) -> None:
+    messages = [
+        {"role": "developer", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "text", "text": "hello"}]},
+    ]
+    text = (
+        "<|im_start|>system\nBe brief.<|im_end|>\n"
+        "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
+    )
+    expected = llm.tokenizer(text, add_special_tokens=False)["input_ids"]
+    (found,) = llm.chat(messages, GREEDY)
+    assert list(found.prompt_token_ids) == expected
+    assert llm.chat([messages, messages], GREEDY) == [found, found]
+    assert llm.generate(expected, GREEDY) == [found]
+
+
+def test_the_models_recommendation_is_the_default(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model(), folder)
+    recommended = {"do_sample": True, "temperature": 0.5, "top_k": 3}
+    (folder / "generation_config.json").write_text(json.dumps(recommended))
+    with LLM(folder, max_model_len=16, **SMALL) as llm:
+        assert llm.default_params == SamplingParams(temperature=0.5, top_k=3)
+        assert llm.max_model_len == 16
+        (found,) = llm.generate([[5, 6]])
+        assert found.finish_reason == "stop" or len(found.token_ids) == 14
+
+
+def test_a_model_with_sentencepieces_file_alone_answers(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model(), folder)
+    (folder / "tokenizer.json").unlink()
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(["the quick brown fox jumps over the lazy dog"] * 9),
+        model_prefix=str(folder / "tokenizer"),
+        model_type="bpe",
+        vocab_size=300,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    (folder / "tokenizer_config.json").write_text('{"legacy": true}')
+    with LLM(folder, **SMALL) as llm:
+        (found,) = llm.generate(["the dog 🙂"], GREEDY)
+    original = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    assert list(found.prompt_token_ids[-7:]) == original.encode("the dog 🙂")[-7:]
+    assert len(found.token_ids) == 6
+    assert found.text
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "message"),
+    [
+        ([[5], [5, 99999]], {}, "prompt 1: token id 99999 is outside the vocabulary"),
+        ([[]], {}, "prompt is empty"),
+        ([[5], ["a", 3]], {}, r"prompt 1 is \['a', 3\], expected text or a list of token ids"),
+        ([[5], [6]], {"params": [GREEDY]}, "params has 1 entries for 2 prompts"),
+        ([[5]], {"params": SamplingParams(max_tokens=10**6)}, "asks for 1000000 more"),
+    ],
+    ids=str,
+)
+def test_a_prompt_that_cannot_be_served_is_named(
+    llm: LLM, prompts: list[Any], options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ParameterError, match=message):
+        llm.generate(prompts, **({"params": GREEDY} | options))
+    assert len(llm.generate([[5]], GREEDY)) == 1
+
+
+def test_messages_that_cannot_be_rendered_are_refused(llm: LLM) -> None:
+    for messages, message in (
+        ([{"role": "pirate", "content": "arr"}], "unknown role pirate"),
+        ([{"content": "x"}], "needs a role"),
+        ([{"role": "user", "content": [{"type": "image_url"}]}], "expected text"),
+    ):
+        with pytest.raises(ParameterError, match=message):
+            llm.chat(messages, GREEDY)
+    template, llm.tokenizer.chat_template = llm.tokenizer.chat_template, None
+    try:
+        with pytest.raises(ParameterError, match="no chat template"):
+            llm.chat([{"role": "user", "content": "x"}], GREEDY)
+    finally:
+        llm.tokenizer.chat_template = template
+
+
+def test_an_adapter_that_cannot_be_had_is_named(
+    llm: LLM, tiny_model: Callable[..., Path], tiny_adapter: Callable[..., Path]
+) -> None:
+    with pytest.raises(AdapterError, match="no-such-adapter"):
+        llm.generate([[5]], GREEDY, adapter="no-such-adapter")
+    with (
+        LLM(tiny_model(), **SMALL) as plain,
+        pytest.raises(ParameterError, match="enable_lora=True"),
+    ):
+        plain.generate([[5]], GREEDY, adapter=tiny_adapter())
+
+
+def test_a_model_that_cannot_be_had_is_named() -> None:
+    with pytest.raises(ModelNotFoundError, match="no-such-model"):
+        LLM("no-such-model", **SMALL)
+
+
+def test_a_running_event_loop_is_no_hindrance(llm: LLM) -> None:
+    async def notebook() -> list[Completion]:
+        return llm.generate([[5, 6]], GREEDY)
+
+    assert asyncio.run(notebook()) == llm.generate([[5, 6]], GREEDY)
+
+
+def test_closing_ends_who_waits_and_refuses_who_comes(tiny_model: Callable[..., Path]) -> None:
+    before = set(threading.enumerate())
+    llm = LLM(tiny_model(), **SMALL)
+    own = {each for each in set(threading.enumerate()) - before if each.name.startswith("nybble")}
+    assert len(own) >= 2  # the engine's and the event loop's
+    failures: list[Exception] = []
+
+    def wait() -> None:
+        endless = SamplingParams(temperature=0, ignore_eos=True)
+        try:
+            llm.generate([[5]] * 20, endless)
+        except Exception as error:
+            failures.append(error)
+
+    waiting = threading.Thread(target=wait)
+    waiting.start()
+    llm.close()
+    waiting.join(30)
+    assert not waiting.is_alive()
+    assert [type(failure) for failure in failures] == [EngineStoppedError]
+    with pytest.raises(EngineStoppedError, match="closed"):
+        llm.generate([[5]], GREEDY)
+    llm.close()
+    for thread in own:
+        thread.join(10)
+        assert not thread.is_alive()
+
+
+def run_python(code: str) -> None:
+    subprocess.run([sys.executable, "-P", "-c", code], check=True)
+
+
+def test_importing_nybble_loads_nothing_heavy() -> None:
+    run_python(
+        "import sys, nybble\n"
+        "assert not {'torch', 'transformers', 'numpy', 'aiohttp'} & sys.modules.keys()\n"
+        "assert 'LLM' in dir(nybble)\n"
+    )
+
+
+def test_the_offline_api_needs_no_server() -> None:
+    run_python(
+        "import sys\n"
+        "from nybble import LLM, SamplingParams\n"
+        "assert not [name for name in sys.modules\n"
+        "            if name.startswith(('nybble.server', 'aiohttp.', 'typer'))]\n"
+    )
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'LLMs'"):
+        nybble.LLMs  # noqa: B018
