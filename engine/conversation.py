@@ -88,6 +88,11 @@ def in_parts(turns: Sequence[Turn]) -> list[Turn]:
     return [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in turns]
 
 
+# A conversation whose text is in no template: whether it is shown tells the form a template takes,
+# where a short text of a user's may be in the prompt by chance.
+PROBE: Sequence[Turn] = ({"role": "user", "content": "Vexing quartz 7094 jumbo fjord"},)
+
+
 def left_out(turns: Sequence[Turn], text: str) -> int | None:
     """The first of ``turns`` whose text is not in ``text``, which a template made of them; or None.
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from nybble.engine.conversation import (
+    PROBE,
     ChatEncoder,
     Turn,
     in_parts,
@@ -143,13 +144,19 @@ class _Reader:
 
     def _shown(self, turns: list[Turn], tools: list[Any] | None, template: str) -> list[Turn]:
         """``turns`` in the form the template takes their content in."""
-        missing = left_out(turns, self._render(turns, tools, template, prompt=False))
-        if missing is None:
-            return turns
-        parts = in_parts(turns)
-        if left_out(turns, self._render(parts, tools, template, prompt=False)) is None:
-            return parts
-        raise ValueError(f"the chat template leaves out the text of message {missing}")
+
+        def shows(probe: Sequence[Turn]) -> bool:
+            try:
+                text = self._render(list(probe), None, template, prompt=False)
+            except TemplateError:
+                return False
+            return left_out(PROBE, text) is None
+
+        shown = in_parts(turns) if not shows(PROBE) and shows(in_parts(PROBE)) else turns
+        missing = left_out(turns, self._render(shown, tools, template, prompt=False))
+        if missing is not None:
+            raise ValueError(f"the chat template leaves out the text of message {missing}")
+        return shown
 
     def _render(
         self, turns: list[Turn], tools: list[Any] | None, template: str, *, prompt: bool
