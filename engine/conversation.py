@@ -88,6 +88,11 @@ def in_parts(turns: Sequence[Turn]) -> list[Turn]:
     return [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in turns]
 
 
+# A conversation whose text is in no template: whether it is shown tells the form a template takes,
+# where a short text of a user's may be in the prompt by chance.
+PROBE: Sequence[Turn] = ({"role": "user", "content": "Vexing quartz 7094 jumbo fjord"},)
+
+
 def left_out(turns: Sequence[Turn], text: str) -> int | None:
     """The first of ``turns`` whose text is not in ``text``, which a template made of them; or None.
 
@@ -148,14 +153,14 @@ class ChatEncoder:
             for turn in turns
         ]
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text made of shielded turns, without what inputs begin with.
+    def encode(self, text: str, *, shielded: bool = True) -> list[int]:
+        """Token ids of a text made of shielded turns or of others, without what inputs begin with.
 
         As the tokenizer's own where no message has a marker in its text.
         """
-        if _SHIELD not in text:
-            return _encode(self._backend, text)
-        return self._without_markers().encode(text)
+        if shielded and _SHIELD in text:
+            return self._without_markers().encode(text)
+        return _encode(self._backend, text)
 
     def encode_plain(self, text: str) -> list[int]:
         """Token ids of ``text`` in which nothing is a marker."""

@@ -12,8 +12,18 @@ from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from nybble.engine.conversation import (
+    PROBE,
+    ChatEncoder,
+    Turn,
+    in_parts,
+    left_out,
+    template_of,
+    turn_of,
+)
 from nybble.finetune.rows import DataError, is_learned, read_rows, row_kind
-from nybble.loaders.templates import as_turn
+
+_NEUTRAL = ("\n", "\x00", "a", "0", ")")
 
 IGNORED = -100  # the label of a token without a loss
 
@@ -50,81 +60,136 @@ class Batch:
 def read_examples(
     path: Path, tokenizer: PreTrainedTokenizerBase, *, max_length: int
 ) -> list[Example]:
-    """Examples, one a line, see :mod:`nybble.finetune.rows`; a ``text`` has a loss on all tokens.
+    """The examples of every line, see :mod:`nybble.finetune.rows`; a text has a loss on all tokens.
+
+    Their tokens are those that serving has: a prompt's are encoded as a server encodes them, and an
+    answer's go on from them. A conversation is one example, or several where an answer's prompt is
+    not what came before it, because the template leaves out earlier thoughts.
 
     Longer ones are cut at ``max_length``. Raises DataError.
     """
     examples = []
-    # The tokens the server puts before a prompt, such as BOS; chat templates add their own.
-    beginning = tokenizer("")["input_ids"]
+    reader = _Reader(tokenizer)
     for number, row in read_rows(path):
         try:
-            segments = _segments(row, tokenizer)
+            read = reader.examples(row)
         except (ValueError, TypeError, KeyError, TemplateError) as error:
             raise DataError(path, number, str(error)) from error
-        ids = [] if row_kind(row) == "messages" else list(beginning)
-        labels = [IGNORED] * len(ids)
-        for text, learned in segments:
-            part = tokenizer(text, add_special_tokens=False)["input_ids"]
-            ids += part
-            labels += part if learned else [IGNORED] * len(part)
-        ids, labels = ids[:max_length], labels[:max_length]
-        if all(label == IGNORED for label in labels[1:]):
+        cut = [Example(each.ids[:max_length], each.labels[:max_length]) for each in read]
+        learned = [each for each in cut if any(label != IGNORED for label in each.labels[1:])]
+        if not learned:
             raise DataError(
                 path, number, f"no assistant token within the first {max_length} tokens"
             )
-        examples.append(Example(ids, labels))
+        examples += learned
     if not examples:
         raise DataError(path, None, "has no examples")
     return examples
 
 
-def _segments(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:
-    """The example's text in pieces, each with whether it has a loss."""
-    end = str(tokenizer.eos_token or "")
-    kind = row_kind(row)
-    if kind == "messages":
-        return _chat_segments(row["messages"], row.get("tools"), tokenizer)
-    if kind == "completion":
-        return [(row["prompt"], False), (row["completion"] + end, True)]
-    return [(row["text"] + end, True)]
+class _Reader:
+    """Rows to examples, by one tokenizer and its chat template."""
 
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._encoder = ChatEncoder(tokenizer)
+        # What the server puts before a prompt; a chat template has its own.
+        self._beginning: list[int] = list(tokenizer("")["input_ids"])
+        self._end = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
 
-def _chat_segments(
-    messages: list[dict[str, Any]],
-    tools: list[Any] | None,
-    tokenizer: PreTrainedTokenizerBase,
-) -> list[tuple[str, bool]]:
-    if not tokenizer.chat_template:
-        raise ValueError("the model has no chat template; use 'prompt' and 'completion'")
-    turns = [_turn(message) for message in messages]
+    def examples(self, row: dict[str, Any]) -> list[Example]:
+        kind = row_kind(row)
+        if kind == "messages":
+            return self._of_chat(row["messages"], row.get("tools") or None)
+        prompt, answer = ("", row["text"]) if kind == "text" else (row["prompt"], row["completion"])
+        bos = self._tokenizer.bos_token
+        before = [] if bos and (prompt or answer).startswith(bos) else self._beginning
+        ids = [*before, *self._encode(prompt, shielded=False)]
+        continuation = self._continuation(prompt, prompt + answer, shielded=False)
+        learned = [*continuation, *self._end]
+        return [Example(ids + learned, [IGNORED] * len(ids) + learned)]
 
-    def render(count: int, *, prompt: bool) -> str:
-        text = tokenizer.apply_chat_template(
-            turns[:count], tools=tools or None, tokenize=False, add_generation_prompt=prompt
+    def _of_chat(self, messages: list[dict[str, Any]], tools: list[Any] | None) -> list[Example]:
+        template = template_of(self._tokenizer, tools=bool(tools))
+        if template is None:
+            raise ValueError("the model has no chat template; use 'prompt' and 'completion'")
+        turns = [
+            turn_of({name: value for name, value in message.items() if name != "weight"})
+            for message in messages
+        ]
+        turns = self._encoder.shielded(turns, template)
+        shown = self._shown(turns, tools, template)
+        examples: list[Example] = []
+        for index, message in enumerate(messages):
+            if not is_learned(message):
+                continue
+            # The prompt as the model will see it when it has to answer, then the answer.
+            before = self._render(shown[:index], tools, template, prompt=True)
+            after = self._render(shown[: index + 1], tools, template, prompt=False)
+            if not after.startswith(before):
+                raise ValueError(
+                    f"the chat template changes the text before message {index} once it is "
+                    "answered; use 'prompt' and 'completion'"
+                )
+            if left_out([turns[index]], after[len(before) :]) is not None:
+                raise ValueError(f"the chat template leaves out the text of message {index}")
+            prompt, answer = self._encode(before), self._continuation(before, after)
+            done = len(examples[-1].ids) if examples else 0
+            if examples and prompt[:done] == examples[-1].ids:
+                labels = [*examples.pop().labels, *[IGNORED] * (len(prompt) - done)]
+            else:
+                labels = [IGNORED] * len(prompt)
+            examples.append(Example(prompt + answer, labels + answer))
+        return examples
+
+    def _shown(self, turns: list[Turn], tools: list[Any] | None, template: str) -> list[Turn]:
+        """``turns`` in the form the template takes their content in."""
+
+        def shows(probe: Sequence[Turn]) -> bool:
+            try:
+                text = self._render(list(probe), None, template, prompt=False)
+            except TemplateError:
+                return False
+            return left_out(PROBE, text) is None
+
+        shown = in_parts(turns) if not shows(PROBE) and shows(in_parts(PROBE)) else turns
+        missing = left_out(turns, self._render(shown, tools, template, prompt=False))
+        if missing is not None:
+            raise ValueError(f"the chat template leaves out the text of message {missing}")
+        return shown
+
+    def _render(
+        self, turns: list[Turn], tools: list[Any] | None, template: str, *, prompt: bool
+    ) -> str:
+        text = self._tokenizer.apply_chat_template(
+            turns,
+            tools=tools,
+            chat_template=template,
+            tokenize=False,
+            add_generation_prompt=prompt,
         )
         assert isinstance(text, str)
         return text
 
-    segments: list[tuple[str, bool]] = []
-    done = ""
-    for index, message in enumerate(messages):
-        if not is_learned(message):
-            continue
-        # First the prompt as the model sees it when serving, then the answer.
-        before, after = render(index, prompt=True), render(index + 1, prompt=False)
-        if not before.startswith(done) or not after.startswith(before):
-            raise ValueError(
-                f"the chat template changes the text before message {index} once it is answered; "
-                "use 'prompt' and 'completion'"
-            )
-        segments += [(before[len(done) :], False), (after[len(before) :], True)]
-        done = after
-    return segments
+    def _encode(self, text: str, *, shielded: bool = True) -> list[int]:
+        return self._encoder.encode(text, shielded=shielded) if text else []
 
-
-def _turn(message: dict[str, Any]) -> dict[str, Any]:
-    return as_turn({name: value for name, value in message.items() if name != "weight"})
+    def _continuation(self, before: str, after: str, *, shielded: bool = True) -> list[int]:
+        """The tokens of ``after`` that follow those of ``before``, with which it begins."""
+        prompt = self._encode(before, shielded=shielded)
+        whole = self._encode(after, shielded=shielded)
+        if whole[: len(prompt)] == prompt:
+            return whole[len(prompt) :]
+        # A token would reach over the border, which it cannot where the prompt's are there already.
+        # After a character it does not join with, the rest is no beginning of a text either, which
+        # some tokenizers put a space before.
+        rest = after[len(before) :]
+        for neutral in _NEUTRAL:
+            first = self._encode(neutral, shielded=shielded)
+            both = self._encode(neutral + rest, shielded=shielded)
+            if both[: len(first)] == first:
+                return both[len(first) :]
+        raise ValueError(f"the tokens of {rest[:20]!r} cannot follow those of its prompt")
 
 
 def pack(examples: Iterable[Example], length: int) -> list[list[Example]]:

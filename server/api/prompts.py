@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from transformers import PreTrainedTokenizerBase
 
 from nybble.engine.conversation import (
+    PROBE,
     ChatEncoder,
     Turn,
     has_broken_calls,
@@ -35,6 +36,8 @@ _AT_A_TIME = 1 << 16
 MAX_TEXT_BYTES, MAX_TOKENS = 1 << 20, 1 << 20
 # Of the inputs of one request together: OpenAI's limit for embeddings.
 _MAX_TOGETHER = 300_000
+# A model has one or two; a trusted client may send its own.
+_MAX_TEMPLATES = 16
 
 
 class Prompts:
@@ -60,7 +63,8 @@ class Prompts:
         self._templates = templates
         self._trust_chat_templates = trust_chat_templates
         self._chat_encoder = ChatEncoder(tokenizer)
-        self._takes_parts = False  # whether the template reads content as a list of parts
+        # By template: whether it reads content as a list of parts.
+        self._parts: dict[str, bool] = {}
         # One at a time, whatever many ask for: it takes much memory, which each thread's allocator
         # keeps for its next. The encoder has threads of its own.
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="nybble-tokenize")
@@ -201,7 +205,8 @@ class Prompts:
         def work() -> tuple[int, ...]:
             if not any_length:
                 self._require_few_tokens(text)
-            return (*before, *self._chat_encoder.encode(text), *after)
+            ids = self._chat_encoder.encode(text, shielded=not parse_special)
+            return (*before, *ids, *after)
 
         return await self._off_loop(len(text), work)
 
@@ -234,8 +239,9 @@ class Prompts:
     ) -> str:
         """The turns as text, in the form the template takes their content in."""
         refusal: ApiError | None = None
-        # The form that worked for the last conversation first.
-        for parts in (self._takes_parts, not self._takes_parts):
+        takes_parts = await self._takes_parts(template)
+        # Either, as a template may take the one of a user's text and the other of a tool's.
+        for parts in (takes_parts, not takes_parts):
             shown = in_parts(turns) if parts else turns
             try:
                 text = await self._render(template, shown, tools, variables)
@@ -244,7 +250,6 @@ class Prompts:
                 continue
             missing = await self._off_loop(len(text), partial(left_out, turns, text))
             if missing is None:
-                self._takes_parts = parts
                 return text
             role = turns[missing]["role"]
             refusal = refusal or self._refused(
@@ -252,6 +257,23 @@ class Prompts:
             )
         assert refusal is not None
         raise refusal
+
+    async def _takes_parts(self, template: str) -> bool:
+        """Whether it reads content as a list of parts and shows nothing of a text."""
+        if template not in self._parts:
+            if len(self._parts) >= _MAX_TEMPLATES:
+                self._parts.clear()
+            self._parts[template] = not await self._shows(template, PROBE) and (
+                await self._shows(template, in_parts(PROBE))
+            )
+        return self._parts[template]
+
+    async def _shows(self, template: str, turns: Sequence[Turn]) -> bool:
+        try:
+            text = await self._render(template, turns, None, self._tokenizer.special_tokens_map)
+        except TemplateRefusedError:
+            return False
+        return left_out(PROBE, text) is None
 
     async def _render(
         self,

@@ -36,8 +36,12 @@ def test_a_template_that_reads_parts_gets_them(engine: Engine) -> None:
             found = await tokens(client, messages=HELLO)
             assert engine.tokenizer.decode(found) == engine.tokenizer.decode(expected).rstrip("\n")
             assert await tokens(client, messages=[{"role": "user", "content": content}]) == found
+        # Also a text which happens to be in what the template itself writes.
+        short = await tokens(client, messages=[{"role": "user", "content": "s"}])
+        assert engine.tokenizer.decode(short).startswith("<|im_start|>user\ns<|im_end|>")
         engine.tokenizer.chat_template = PARTS.replace("m.content %}", "m.content[0:1] %}").replace(
-            "{% if part.type == 'text' %}{{ part.text }}{% endif %}", "{{ part['text'].upper() }}"
+            "{% if part.type == 'text' %}{{ part.text }}{% endif %}",
+            "{{ (part.text or '').upper() }}",
         )
         error = await refused(client, CHAT, {"model": "tiny", "messages": HELLO})
         assert "the text of message 0 (of role user) is not in the prompt" in error["message"]
