@@ -1,4 +1,4 @@
-"""LoRA of rank 16 on every projection of a Llama-2-13B layer, another adapter in every row."""
+"""LoRA of rank 16 on every projection of a Llama-2-13B layer, with another adapter in every row."""
 
 from __future__ import annotations
 
