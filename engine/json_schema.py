@@ -139,7 +139,7 @@ class _Reader:
         if isinstance(schema, bool):
             return schema
         if not isinstance(schema, dict):
-            self._omit(path, "it is no schema: expected an object or a boolean")
+            self._omit(path, "it is not a schema: expected an object or a boolean")
             return self._kept({}, path)
         if isinstance(schema.get("$id"), str):
             resource = schema
@@ -189,7 +189,7 @@ class _Reader:
         if good:
             node[key] = value
         else:
-            self._omit(path, f"{_shown(value)} is no value for {key}")
+            self._omit(path, f"{_shown(value)} is not a valid value of {key}")
 
     def _type(self, node: dict[str, Any], value: Any, path: str) -> None:
         names = value if isinstance(value, list) else [value]
@@ -198,10 +198,10 @@ class _Reader:
             spelled = name.lower() if isinstance(name, str) else ""
             found = spelled if spelled in TYPES else _SPELLINGS.get(spelled)
             if found is None:
-                self._omit(path, f"{_shown(name)} is no type of JSON Schema")
+                self._omit(path, f"{_shown(name)} is not a type of JSON Schema")
                 return
             if found != name:
-                self._omit(path, f"{_shown(name)} is no type of JSON Schema, read as {found!r}")
+                self._omit(path, f"{_shown(name)} is not a type of JSON Schema, read as {found!r}")
             types.append(found)
         self._take(node, "type", types if isinstance(value, list) else types[0], path, bool(types))
 
@@ -239,10 +239,10 @@ class _Reader:
     ) -> None:
         value = schema[key]
         if not isinstance(value, list) or not value:
-            self._omit(path, "expected a list of schemas, not empty")
+            self._omit(path, "expected a list of at least one schema")
             return
         if key == "oneOf" and not self._exclusive(schema, resource):
-            self._omit(path, "that no two of its schemas allow a value is not enforced")
+            self._omit(path, "a value may satisfy more than one of its schemas")
         branches = [
             self._node(each, f"{path}/{index}", resource) for index, each in enumerate(value)
         ]

@@ -201,7 +201,7 @@ class Prompts:
         elif not self._trust_chat_templates:
             raise ApiError(
                 400,
-                "chat_template is taken only by a server with --trust-request-chat-template",
+                "chat_template is accepted only if the server has --trust-request-chat-template",
                 param="chat_template",
                 code="unsupported_parameter",
             )
@@ -446,8 +446,8 @@ def _reasoning(effort: str | None, template: str) -> dict[str, Any]:
     if not variables and effort != "none":
         raise ApiError(
             400,
-            f"reasoning_effort is {effort!r}, but the model's chat template knows of no reasoning; "
-            "expected 'none'",
+            f"reasoning_effort is {effort!r}, but the model's chat template does not support "
+            "reasoning; expected 'none'",
             param="reasoning_effort",
             code="unsupported_parameter",
         )

@@ -61,7 +61,7 @@ def _biases(value: Any) -> Any:
     for key in value:
         if not (key.isascii() and key.isdigit() and len(key) < 10):
             raise PydanticCustomError(
-                "bad_key", "{key} is no token id, as the keys are", {"key": repr(key[:40])}
+                "bad_key", "{key} is not a token id, as keys must be", {"key": repr(key[:40])}
             )
     return {int(key): bias for key, bias in value.items()}
 
@@ -82,7 +82,7 @@ OF_THE_SERVICE = {
     "user": "there is no abuse detection",
     "metadata": "nothing is stored",
     "store": "nothing is stored",
-    "service_tier": "there is one",
+    "service_tier": "there is only one tier",
     "safety_identifier": "there is no abuse detection",
     "prompt_cache_key": "prefixes are found by their tokens",
     "prompt_cache_options": "prefixes are found by their tokens",
@@ -287,7 +287,7 @@ def prompts_of(value: Any) -> Any:
     if isinstance(value, str) and value:
         return [value]
     if value in ("", []):
-        raise PydanticCustomError("prompt_shape", "it is empty: there is nothing to read")
+        raise PydanticCustomError("prompt_shape", "expected at least one token, but it is empty")
     if isinstance(value, list) and value:
         if all(type(item) is int for item in value):
             return [value]

@@ -151,7 +151,7 @@ def tools_of(body: ChatRequest, tokenizer: PreTrainedTokenizerBase, model: str) 
     if convention is None:
         raise ApiError(
             400,
-            f"model {model!r} has a chat template without tools in a convention known here "
+            f"the chat template of model {model!r} has no tools in a supported convention "
             "(Hermes and Qwen's <tool_call>, Llama 3's JSON)",
             param="tools",
             code="unsupported_parameter",
