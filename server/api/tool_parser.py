@@ -65,6 +65,7 @@ class ToolParser:
         self.calls = 0
 
     def feed(self, text: str) -> list[Event]:
+        """Add text. Returns the events that are certain now; the rest is held back."""
         self._buffer += text
         events: list[Event] = []
         while self._step(events):

@@ -72,6 +72,7 @@ class Tools:
         return [tool.model_dump(exclude_none=True) for tool in self._offered]
 
     def parser(self) -> ToolParser:
+        """A parser for the text of one sequence."""
         return ToolParser(self._convention, {tool.function.name for tool in self._offered})
 
     def guide(
