@@ -278,7 +278,9 @@ class EngineThread(threading.Thread):
         if sampling:
             guides = [sequence.request.guide for sequence in sampling]
             allowed = [None if guide is None else guide.allowed() for guide in guides]
-            pending = PendingSample(logits, [each.sampler for each in sampling], allowed)
+            pending = PendingSample(
+                self._runner.decoder.backend, logits, [each.sampler for each in sampling], allowed
+            )
         self._write_deferred()
         sampled = iter(pending.result() if pending else [])
         # Past this point the step has side effects and cannot be retried after an out-of-memory

@@ -24,7 +24,8 @@ from nybble.engine.request import (
     TokenLogprob,
 )
 from nybble.engine.transfer import send
-from nybble.kernels.ops import TokenChoice, sample_tokens
+from nybble.kernels.backend import Backend
+from nybble.kernels.reference import TokenChoice
 
 Sampled = tuple[int, TokenLogprob | None]
 
@@ -122,6 +123,7 @@ class PendingSample:
 
     def __init__(
         self,
+        backend: Backend,
         logits: Tensor,
         samplers: Sequence[SequenceSampler],
         allowed: Sequence[Tensor | None] | None = None,
@@ -143,7 +145,10 @@ class PendingSample:
                 logits[row].masked_fill_(~mask, float("-inf"))
         self._masked = [mask is not None for mask in allowed or (None,) * len(samplers)]
         _exclude(logits, samplers, allowed or (None,) * len(samplers))
-        chosen = sample_tokens(logits, [each.choice() for each in samplers])
+        if all(not each.params.temperature for each in samplers):
+            chosen = logits.argmax(-1)
+        else:
+            chosen = backend.sample_tokens(logits, [each.choice() for each in samplers])
         # Of a row with a NaN, NaN; of one with nothing that may follow, −inf.
         self._found = [chosen, logits.amax(-1)]
         if logprobs is not None:
@@ -180,6 +185,7 @@ class PendingSample:
 
 
 def sample(
+    backend: Backend,
     logits: Tensor,
     samplers: Sequence[SequenceSampler],
     allowed: Sequence[Tensor | None] | None = None,
@@ -189,7 +195,7 @@ def sample(
     allowed: as :class:`PendingSample` takes it. Raises NoTokenError where one has none.
     """
     found: list[Sampled] = []
-    for each in PendingSample(logits, samplers, allowed).result():
+    for each in PendingSample(backend, logits, samplers, allowed).result():
         if isinstance(each, NoTokenError):
             raise each
         found.append(each)
