@@ -211,7 +211,8 @@ class Scheduler:
                 return 0
         plan.tokens[sequence] += count
         plan.budget -= count
-        self._charge_prompt(sequence, sequence.num_computed_tokens + planned + count)
+        if sequence.num_charged_tokens < sequence.num_prompt_tokens:
+            self._charge_prompt(sequence, sequence.num_computed_tokens + planned + count)
         return count
 
     def _charge_prompt(self, sequence: Sequence, reached: int) -> None:
