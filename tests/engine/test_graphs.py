@@ -16,10 +16,11 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from nybble.engine import EngineConfig
 from nybble.engine.decoder import Decoder
+from nybble.engine.kv_cache import KVCacheLayout
 from nybble.engine.request import Request, SamplingParams
 from nybble.engine.runner import ModelRunner
 from nybble.engine.scheduler import ScheduledSequence
-from nybble.engine.sequence import Sequence
+from nybble.engine.sequence import BlockTable, Sequence
 from nybble.kernels import reference
 from nybble.kernels.packed import LinearKernel, Weight
 from nybble.models import architecture_of
@@ -102,7 +103,7 @@ class SingleOperations:
 
 def sequence(name: str, prompt: list[int], blocks: list[int]) -> Sequence:
     made = Sequence(Request(name, tuple(prompt), SamplingParams()), 1, None, None)  # type: ignore[arg-type]
-    made.blocks = blocks
+    made.block_tables = (BlockTable(blocks),)
     return made
 
 
@@ -154,7 +155,8 @@ def test_replayed_operations_give_the_logits_of_every_later_step(
             max_model_len=64,
             backend=SingleOperations(),
         )
-        runner = ModelRunner(model, CONFIG, 16)
+        layout = KVCacheLayout.of(model.architecture, CONFIG, 64)
+        runner = ModelRunner(model, CONFIG, layout, 16)
         if captured:
             runner.capture(capture, progress=False)
         results.append(run(runner, 3))
