@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,9 +23,11 @@ from nybble.engine.parts import (
 from nybble.engine.rotary import identity_table, rotary_table
 from nybble.engine.weight_store import WeightStore
 from nybble.kernels import DenseWeight, PackedWeight
-from nybble.kernels.matmul import linear
-from nybble.kernels.ops import AttentionBatch
-from nybble.models import Architecture, Layer, LinearGroup
+from nybble.kernels.attention_batch import AttentionBatch
+from nybble.kernels.backend import Backend, backend_for
+from nybble.kernels.packed import Weight
+from nybble.kernels.reference import activate
+from nybble.models import Architecture, Layer, LinearGroup, Mlp
 
 if TYPE_CHECKING:
     from nybble.engine.adapter_slots import StepAdapters
@@ -42,18 +45,22 @@ class Decoder:
         dtype: torch.dtype,
         max_model_len: int,
         num_tokens: int | None = None,
+        backend: Backend | None = None,
     ) -> None:
         """Consumes ``weights`` one at a time (names as in transformers' checkpoints).
 
         num_tokens: one more than the tokenizer's highest token id. An output layer may be padded
             with more rows, which are never sampled. None if it has no such rows.
+        backend: whose kernels compute it; None for the fastest there are.
 
         Raises ValueError naming a weight that is missing, unexpected or of another shape.
         """
         self.architecture = architecture
         self.max_model_len = max_model_len
+        self.backend = backend or backend_for(device, dtype)
+        self._dtype = dtype
         self._num_tokens = architecture.vocab if num_tokens is None else num_tokens
-        self._projections: list[Projection] = []
+        self._weights: list[tuple[Weight, ...]] = []  # of each projection
         store = WeightStore(weights, architecture, device, dtype)
         self.embedding = store.tensor(
             architecture.embedding + ".weight", architecture.vocab, architecture.hidden
@@ -73,7 +80,8 @@ class Decoder:
             raise ValueError(
                 f"the checkpoint has no {architecture.head} and its embeddings are not tied"
             )
-        self.head = head or DenseWeight(self.embedding)
+        self._head_weight = head or DenseWeight(self.embedding)
+        self._head = self.backend.linear(self._head_weight, dtype)
         store.finish()
         self._rotary = [rotary_table(r, max_model_len, device) for r in architecture.ropes]
         if any(layer.attention.rope is None for layer in architecture.layers):
@@ -105,7 +113,7 @@ class Decoder:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """float32 ``(rows, vocab)`` for hidden states ``(rows, hidden)``; −inf if not a token's."""
-        logits = linear(self.final_norm(hidden), self.head).float()
+        logits = self._head(self.final_norm(hidden)).float()
         if self.architecture.logits_multiplier != 1:
             logits *= self.architecture.logits_multiplier
         if (cap := self.architecture.logits_softcap) is not None:
@@ -116,8 +124,8 @@ class Decoder:
 
     def packed_weights(self) -> Iterator[PackedWeight]:
         """Every 4-bit weight of the model."""
-        weights = [weight for each in self._projections for weight in each.weights]
-        for weight in (*weights, self.head):
+        weights = [weight for group in self._weights for weight in group]
+        for weight in (*weights, self._head_weight):
             if isinstance(weight, PackedWeight):
                 yield weight
 
@@ -129,11 +137,7 @@ class Decoder:
             return self._norm(store, module, self.architecture.hidden)
 
         attention = self._attention(store, index, layer)
-        mlp = MlpPart(
-            layer.mlp,
-            self._projection(store, index, layer.mlp.up),
-            self._projection(store, index, layer.mlp.down),
-        )
+        mlp = self._mlp(store, index, layer.mlp)
         multiplier = self.architecture.residual_multiplier
         pre = norm(layer.pre_attention)
         if layer.parallel:
@@ -160,15 +164,31 @@ class Decoder:
             q_norm=q_norm,
             k_norm=k_norm,
             output=self._projection(store, index, about.output),
+            backend=self.backend,
+        )
+
+    def _mlp(self, store: WeightStore, index: int, about: Mlp) -> MlpPart:
+        up = self._projection(store, index, about.up)
+        (*_, weights) = self._weights
+        fused_up = None
+        if about.gated and len(weights) == 1:
+            fused_up = self.backend.gated_linear(weights[0], about.activation, self._dtype)
+        return MlpPart(
+            up=up,
+            activate=partial(
+                self.backend.gated if about.gated else activate, activation=about.activation
+            ),
+            down=self._projection(store, index, about.down),
+            fused_up=fused_up,
         )
 
     def _projection(self, store: WeightStore, index: int, group: LinearGroup) -> Projection:
         weights = store.group(self.architecture.module(index, ""), group)
-        projection = Projection(weights, len(self._projections))
-        self._projections.append(projection)
-        return projection
+        self._weights.append(weights)
+        linears = tuple(self.backend.linear(weight, self._dtype) for weight in weights)
+        return Projection(linears, len(self._weights) - 1)
 
     def _norm(self, store: WeightStore, module: str, *shape: int) -> NormPart:
         norm = self.architecture.norm
         bias = store.tensor(module + ".bias", *shape) if norm.bias else None
-        return norm_part(norm, store.tensor(module + ".weight", *shape), bias)
+        return norm_part(norm, store.tensor(module + ".weight", *shape), bias, self.backend)

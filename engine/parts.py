@@ -1,32 +1,23 @@
 """The parts a decoder is composed of: norms, projections, attention, MLP, and residual blocks.
 
-Each holds its weights and its settings from the :class:`nybble.models.Architecture`, and computes
-hidden states ``(tokens, hidden)`` of a whole step.
+Each is made for one back end, and holds its weights and its settings from the
+:class:`nybble.models.Architecture`. It computes hidden states ``(tokens, hidden)`` of a whole step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
-from nybble.engine.weight_store import Weight
-from nybble.kernels.matmul import gated_linear, linear
-from nybble.kernels.ops import (
-    AttentionBatch,
-    activate,
-    add_layer_norm,
-    add_rms_norm,
-    gated,
-    layer_norm,
-    paged_attention,
-    rms_norm,
-    rotary_store,
-)
-from nybble.models import Attention, Mlp, Norm
+from nybble.kernels.attention_batch import AttentionBatch
+from nybble.kernels.backend import Backend
+from nybble.kernels.packed import LinearKernel
+from nybble.kernels.reference import add_layer_norm, layer_norm
+from nybble.models import Attention, Norm
 
 if TYPE_CHECKING:
     from nybble.engine.adapter_slots import StepAdapters
@@ -70,12 +61,13 @@ class RmsNormPart:
     weight: Tensor
     eps: float
     offset: float
+    backend: Backend
 
     def __call__(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps, self.offset)
+        return self.backend.rms_norm(x, self.weight, self.eps, self.offset)
 
     def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        return add_rms_norm(x, residual, self.weight, self.eps, self.offset)
+        return self.backend.add_rms_norm(x, residual, self.weight, self.eps, self.offset)
 
 
 @dataclass(frozen=True)
@@ -91,10 +83,10 @@ class LayerNormPart:
         return add_layer_norm(x, residual, self.weight, self.bias, self.eps)
 
 
-def norm_part(norm: Norm, weight: Tensor, bias: Tensor | None) -> NormPart:
+def norm_part(norm: Norm, weight: Tensor, bias: Tensor | None, backend: Backend) -> NormPart:
     """The part that computes ``norm``."""
     if norm.kind == "rms":
-        return RmsNormPart(weight, norm.eps, norm.offset)
+        return RmsNormPart(weight, norm.eps, norm.offset, backend)
     return LayerNormPart(weight + norm.offset if norm.offset else weight, bias, norm.eps)
 
 
@@ -105,14 +97,14 @@ class Projection:
     index: its place among the model's projections, by which adapters know it.
     """
 
-    weights: tuple[Weight, ...]
+    linears: tuple[LinearKernel, ...]
     index: int
 
     def __call__(self, x: Tensor, adapters: StepAdapters | None) -> Tensor:
-        if len(self.weights) == 1:
-            out = linear(x, self.weights[0])
+        if len(self.linears) == 1:
+            out = self.linears[0](x)
         else:
-            out = torch.cat([linear(x, weight) for weight in self.weights], dim=-1)
+            out = torch.cat([linear(x) for linear in self.linears], dim=-1)
         if adapters is not None:
             adapters.add(self.index, out, x)
         return out
@@ -133,6 +125,7 @@ class AttentionPart:
     q_norm: NormPart | None
     k_norm: NormPart | None
     output: Projection
+    backend: Backend
 
     def __call__(self, x: Tensor, step: Step) -> Tensor:
         about = self.about
@@ -143,7 +136,7 @@ class AttentionPart:
         cos, sin = step.rotary[self.rope]
         keys, values, *kv_scales = step.caches[self.layer]
         batch = step.batches[self.layer]
-        rotary_store(
+        self.backend.rotary_store(
             q,
             k,
             v,
@@ -155,7 +148,7 @@ class AttentionPart:
             *kv_scales,
             interleaved=about.rope is not None and about.rope.interleaved,
         )
-        attended = paged_attention(
+        attended = self.backend.paged_attention(
             q,
             keys,
             values,
@@ -176,20 +169,23 @@ class AttentionPart:
 
 @dataclass(frozen=True)
 class MlpPart:
-    about: Mlp
+    """``down(activate(up(x)))``.
+
+    activate: the activation of what ``up`` computes, or its gate if the MLP is gated.
+    fused_up: computes both in one kernel, for steps without adapters; None if there is no such one.
+    """
+
     up: Projection
+    activate: Callable[[Tensor], Tensor]
     down: Projection
+    fused_up: LinearKernel | None = None
 
     def __call__(self, x: Tensor, step: Step) -> Tensor:
-        return self.down(self._hidden(x, step), step.adapters)
-
-    def _hidden(self, x: Tensor, step: Step) -> Tensor:
-        activation = self.about.activation
-        if not self.about.gated:
-            return activate(self.up(x, step.adapters), activation)
-        if step.adapters is None and len(self.up.weights) == 1:
-            return gated_linear(x, self.up.weights[0], activation)
-        return gated(self.up(x, step.adapters), activation)
+        if self.fused_up is not None and step.adapters is None:
+            hidden = self.fused_up(x)
+        else:
+            hidden = self.activate(self.up(x, step.adapters))
+        return self.down(hidden, step.adapters)
 
 
 @dataclass(frozen=True)

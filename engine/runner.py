@@ -16,9 +16,10 @@ from nybble.engine.inputs import InputBuffers, StepInputs
 from nybble.engine.kv_cache import KVCacheLayout
 from nybble.engine.parts import KVCache
 from nybble.engine.scheduler import ScheduledBatch, StepKind
+from nybble.kernels.attention_batch import AttentionBatch
 from nybble.kernels.lora_batch import LoRABatch
-from nybble.kernels.ops import AttentionBatch, TokenChoice, sample_tokens
 from nybble.kernels.progress import Progress, track
+from nybble.kernels.reference import TokenChoice
 from nybble.models import Attention
 
 _ANY_CHOICE = TokenChoice(temperature=1.0, top_k=1, top_p=0.5, min_p=0.1, uniform=0.5)
@@ -114,7 +115,8 @@ class ModelRunner:
     def _forward(self, inputs: StepInputs) -> Tensor:
         adapters = None
         if self.adapters is not None and inputs.lora is not None:
-            adapters = StepAdapters(self.adapters.projections, inputs.lora)
+            slots = self.adapters.projections
+            adapters = StepAdapters(slots, inputs.lora, self.decoder.backend)
         return self.decoder.forward(
             inputs.token_ids, inputs.positions, self.caches, inputs.attention, adapters
         )
@@ -157,7 +159,9 @@ class ModelRunner:
                     lora = LoRABatch.of(slots, self.device)
                     self._compute(replace(inputs, lora=lora))
             vocab = self.decoder.architecture.vocab
-            sample_tokens(torch.zeros(1, vocab, device=self.device), [_ANY_CHOICE])
+            self.decoder.backend.sample_tokens(
+                torch.zeros(1, vocab, device=self.device), [_ANY_CHOICE]
+            )
         self.capture(cuda_capture(self.device), progress)
 
     @torch.inference_mode()

@@ -1,4 +1,4 @@
-"""A request being computed: its tokens, how far they are computed, and the KV blocks it holds."""
+"""A request being computed: its tokens, how far they are, its KV blocks, and its output."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from hashlib import blake2b
 from nybble.engine.adapter_cache import AdapterVersion
 from nybble.engine.detokenizer import Detokenizer
 from nybble.engine.prompt_reader import EmbeddingReader, LogprobReader
-from nybble.engine.request import Request
-from nybble.engine.sampler import SequenceSampler
+from nybble.engine.request import FinishReason, Request, RequestOutput
+from nybble.engine.sampler import Sampled, SequenceSampler
 
 
 class SequenceStatus(Enum):
@@ -77,6 +77,9 @@ class Sequence:
         stop_token_ids: frozenset[int] = frozenset(),
     ) -> None:
         self.request = request
+        self.request_id = request.request_id
+        self.tenant = request.tenant
+        self.weight = request.weight
         self.max_tokens = max_tokens
         self.stop_token_ids = stop_token_ids
         self.detokenizer = detokenizer
@@ -100,18 +103,6 @@ class Sequence:
             self.reader = EmbeddingReader(request.prompt_token_ids, request.pooling)
         elif (alternatives := request.params.prompt_logprobs) is not None:
             self.reader = LogprobReader(request.prompt_token_ids, alternatives)
-
-    @property
-    def request_id(self) -> str:
-        return self.request.request_id
-
-    @property
-    def tenant(self) -> str:
-        return self.request.tenant
-
-    @property
-    def weight(self) -> float:
-        return self.request.weight
 
     @property
     def prefix_root(self) -> bytes:
@@ -149,3 +140,53 @@ class Sequence:
     def num_uncomputed_tokens(self) -> int:
         """1 while decoding; more while the prompt (or a preempted sequence) is prefilled."""
         return len(self.token_ids) - self.num_computed_tokens
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether it certainly continues after its newest token, whatever the text is."""
+        return (
+            not self.request.params.stop
+            and self.request.guide is None
+            and self.num_output_tokens < self.max_tokens
+            and self.token_ids[-1] not in self.stop_token_ids
+        )
+
+    def advance(self, sampled: Sampled) -> RequestOutput:
+        """What its newest token, which was sampled so, adds to its output. Raises GuideError."""
+        token = sampled[0]
+        guide = self.request.guide
+        complete = guide is not None and guide.accept(token)
+        reason: FinishReason | None = None
+        text = ""
+        if token in self.stop_token_ids:
+            reason = "stop"
+            if self.request.params.include_stop_str_in_output:
+                text = self.detokenizer.add(token)
+        else:
+            text = self.detokenizer.add(token)
+            if self.detokenizer.stopped or complete:
+                reason = "stop"
+            elif self.num_output_tokens >= self.max_tokens:
+                reason = "length"
+        if reason is not None:
+            text += self.detokenizer.flush()
+        return self.output(sampled, text, reason)
+
+    def output(
+        self, sampled: Sampled | None, text: str, reason: FinishReason | None
+    ) -> RequestOutput:
+        """The next item of its stream; what was read of the prompt goes with the first."""
+        reader, self.reader = self.reader, None
+        logprob = None if sampled is None else sampled[1]
+        return RequestOutput(
+            text=text,
+            token_ids=() if sampled is None else sampled[:1],
+            logprobs=() if logprob is None else (logprob,),
+            finish_reason=reason,
+            prompt_tokens=self.num_prompt_tokens,
+            completion_tokens=self.num_output_tokens,
+            cached_tokens=self.num_cached_tokens or 0,
+            queue_seconds=self.queue_seconds,
+            prompt_logprobs=reader.result() if isinstance(reader, LogprobReader) else None,
+            embedding=reader.result() if isinstance(reader, EmbeddingReader) else None,
+        )

@@ -9,9 +9,8 @@ from torch import Tensor
 
 from nybble.kernels import DenseWeight, PackedWeight
 from nybble.kernels.matmul import gated_layout, preferred_layout
+from nybble.kernels.packed import Weight
 from nybble.models import Architecture, Linear, LinearGroup
-
-Weight = PackedWeight | DenseWeight
 
 
 class WeightStore:

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from nybble.engine import Engine, EngineConfig, Request, SamplingParams
 from nybble.engine.decoder import Decoder
 from nybble.kernels import PackedWeight
-from nybble.kernels.ops import AttentionBatch
+from nybble.kernels.attention_batch import AttentionBatch
 from nybble.loaders import Checkpoint
 from nybble.models import architecture_of
 
