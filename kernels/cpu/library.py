@@ -76,7 +76,11 @@ class CpuLibrary:
         return weight.layout == "cpu_tiles" and weight.is_contiguous and in_octets
 
     def packed_matmul(self, x: Tensor, weight: PackedWeight) -> Tensor:
-        """On AVX-512 levels are rounded to bfloat16, which is exact for integer levels."""
+        """A row's result is the same in any batch.
+
+        On CPUs with BF16 levels are rounded to bfloat16, which is exact for integer levels; on
+        others :func:`nybble.kernels.reference.packed_matmul_int16` is computed.
+        """
         if x.shape[-1] != weight.in_features:
             raise _misread(f"(…, {weight.in_features})", x=x)
         rows = x.reshape(-1, weight.in_features)
