@@ -144,4 +144,5 @@ def sample_tokens(logits: Tensor, choices: Sequence[TokenChoice]) -> Tensor:
         from nybble.kernels.triton import sampling
 
         return sampling.sample_tokens(logits, choices)
-    return reference.sample_tokens(logits, choices)
+    cpu = library() if logits.is_cpu else None
+    return (cpu or reference).sample_tokens(logits, choices)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+from collections.abc import Sequence
 from ctypes import c_float, c_int, c_int64, c_void_p
 from functools import cache
 from typing import Any
@@ -20,7 +21,7 @@ from nybble.kernels.attention_batch import AttentionBatch
 from nybble.kernels.cpu.build import CpuKernelsUnavailableError, load
 from nybble.kernels.lora_batch import LoRABatch
 from nybble.kernels.packed import PackedWeight
-from nybble.kernels.reference import check_rotary_dim, check_sinks
+from nybble.kernels.reference import TokenChoice, check_rotary_dim, check_sinks
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +70,7 @@ class CpuLibrary:
             "paged_attention", *[pointer] * 7, *[size] * 7, c_float, size, c_float, pointer, c_int
         )
         self._lora_add = allocating("lora_add", *[pointer] * 9, *[size] * 4, c_int)
+        self._sample = allocating("sample_tokens", *[pointer] * 3, size, size, c_int)
 
     def takes(self, weight: PackedWeight) -> bool:
         """Whether the kernels read this weight: tiled, and groups end with an octet."""
@@ -359,6 +361,24 @@ class CpuLibrary:
             inputs,
             torch.get_num_threads(),
         )
+
+    def sample_tokens(self, logits: Tensor, choices: Sequence[TokenChoice]) -> Tensor:
+        """logits are float32. Sums are float64, so that tokens at a border may differ."""
+        rows, vocab = logits.shape
+        if logits.dtype != torch.float32 or len(choices) != rows or not vocab:
+            raise _misread(f"float32 ({len(choices)}, a vocabulary)", logits=logits)
+        logits = logits.contiguous()
+        given = torch.tensor(choices, dtype=torch.float64)
+        tokens = torch.empty(rows, dtype=torch.int64)
+        self._sample(
+            logits.data_ptr(),
+            given.data_ptr(),
+            tokens.data_ptr(),
+            rows,
+            vocab,
+            torch.get_num_threads(),
+        )
+        return tokens
 
 
 def _check_memory(status: int, function: Any, arguments: tuple[Any, ...]) -> None:
