@@ -24,8 +24,8 @@ from nybble.kernels.attention_batch import AttentionBatch
 from nybble.kernels.cpu.build import TARGETS, build, missing_cpu_features
 from nybble.kernels.cpu.library import CpuLibrary
 from nybble.kernels.lora import LoRABatch, lora_add_reference
-from nybble.kernels.reference import TokenChoice
 from nybble.kernels.packed import INTEGER_LEVELS, SYMMETRIC_LEVELS, pack_nibbles
+from nybble.kernels.reference import TokenChoice
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
