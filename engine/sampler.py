@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nybble.engine.penalties import SeenTokens, penalize
 from nybble.engine.request import (
     NotANumberError,
     NothingAllowedError,
@@ -66,8 +67,7 @@ class SequenceSampler:
         self._random = np.random.Generator(np.random.PCG64(seed & (1 << 64) - 1))
         self._uniform: float | None = None  # drawn for the next token
         self._prompt_token_ids = prompt_token_ids
-        self._in_prompt: Tensor | None = None
-        self._counts: Tensor | None = None
+        self._seen: SeenTokens | None = None
 
     def choice(self) -> TokenChoice:
         """How the next token is chosen: in the same way until it is recorded."""
@@ -79,21 +79,18 @@ class SequenceSampler:
         temperature = max(params.temperature, _COLDEST)
         return TokenChoice(temperature, params.top_k, params.top_p, params.min_p, self._uniform)
 
-    def seen(self, vocab: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Which tokens the prompt has, bool ``(vocab,)``, and how often each was generated."""
-        if self._counts is None or self._in_prompt is None:
-            in_prompt = torch.zeros(vocab, dtype=torch.bool, device=device)
-            in_prompt[send(self._prompt_token_ids, torch.int64, device)] = True
-            # Both or, where there is no memory for one, neither.
-            self._in_prompt, self._counts = in_prompt, torch.zeros(vocab, device=device)
-        return self._in_prompt, self._counts
+    def seen(self) -> SeenTokens:
+        """The tokens that penalties look at."""
+        if self._seen is None:
+            self._seen = SeenTokens(self._prompt_token_ids, self._output)
+        return self._seen
 
     def record(self, token: int) -> None:
         """Count a generated token; the next is chosen with another random number."""
         self._uniform = None
         self._output.append(token)
-        if self._counts is not None:
-            self._counts[token] += 1
+        if self._seen is not None:
+            self._seen.add(token)
 
     def barred(self, guided: Tensor | None) -> list[int]:
         """The tokens that may not come next: ends before their time, the last of a bad word.
@@ -245,32 +242,9 @@ def _penalize(logits: Tensor, samplers: Sequence[SequenceSampler]) -> None:
     rows = [row for row, each in enumerate(samplers) if each.penalizes]
     if not rows:
         return
-    states = [samplers[row].seen(logits.shape[1], logits.device) for row in rows]
-    in_prompt, counts = (_stack([state[part] for state in states]) for part in (0, 1))
-    generated = counts > 0
-    penalized = _rows(logits, rows)
-
-    def column(name: str, off: float) -> Tensor | None:
-        values = [getattr(samplers[row].params, name) for row in rows]
-        if all(value == off for value in values):
-            return None
-        return send(values, logits.dtype, logits.device)[:, None]
-
-    if (repetition := column("repetition_penalty", 1)) is not None:
-        scaled = torch.where(penalized > 0, penalized / repetition, penalized * repetition)
-        penalized = torch.where(in_prompt.logical_or(generated), scaled, penalized)
-    if (presence := column("presence_penalty", 0)) is not None:
-        penalized = penalized - presence * generated
-    if (frequency := column("frequency_penalty", 0)) is not None:
-        penalized = penalized - frequency * counts
-    if len(rows) == len(logits):
-        logits.copy_(penalized)
-    else:
-        logits[send(rows, torch.int64, logits.device)] = penalized
-
-
-def _stack(tensors: list[Tensor]) -> Tensor:
-    return tensors[0][None] if len(tensors) == 1 else torch.stack(tensors)
+    penalize(
+        logits, rows, [samplers[row].params for row in rows], [samplers[row].seen() for row in rows]
+    )
 
 
 def _to_host(tensors: list[Tensor]) -> list[Tensor]:
