@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import secrets
 from collections.abc import Sequence
+from copy import copy
 
 import numpy as np
 import torch
@@ -65,7 +66,7 @@ class SequenceSampler:
         self._output: list[int] = []
         seed = params.seed if params.seed is not None else secrets.randbits(63)
         self._random = np.random.Generator(np.random.PCG64(seed & (1 << 64) - 1))
-        self._uniform: float | None = None  # drawn for the next token
+        self._uniforms: list[float] = []  # drawn for the next tokens
         self._prompt_token_ids = prompt_token_ids
         self._seen: SeenTokens | None = None
 
@@ -74,10 +75,28 @@ class SequenceSampler:
         params = self.params
         if not params.temperature:
             return TokenChoice(0.0, params.top_k, params.top_p, params.min_p, 0.0)
-        if self._uniform is None:
-            self._uniform = self._random.random()
+        self._draw(1)
         temperature = max(params.temperature, _COLDEST)
-        return TokenChoice(temperature, params.top_k, params.top_p, params.min_p, self._uniform)
+        return TokenChoice(temperature, params.top_k, params.top_p, params.min_p, self._uniforms[0])
+
+    def _draw(self, count: int) -> None:
+        """Have random numbers for the next ``count`` tokens, each token its own."""
+        while len(self._uniforms) < count:
+            self._uniforms.append(self._random.random())
+
+    def after(self, tokens: tuple[int, ...]) -> SequenceSampler:
+        """How the token after these would be chosen, if these were recorded before."""
+        if not tokens:
+            return self
+        ahead = copy(self)
+        if self.params.temperature:
+            self._draw(len(tokens) + 1)
+            ahead._uniforms = self._uniforms[len(tokens) :]
+        if self.constrained:
+            ahead._output = [*self._output, *tokens]
+        if self.penalizes:
+            ahead._seen = self.seen().plus(tokens)
+        return ahead
 
     def seen(self) -> SeenTokens:
         """The tokens that penalties look at."""
@@ -87,7 +106,7 @@ class SequenceSampler:
 
     def record(self, token: int) -> None:
         """Count a generated token; the next is chosen with another random number."""
-        self._uniform = None
+        del self._uniforms[:1]
         self._output.append(token)
         if self._seen is not None:
             self._seen.add(token)
@@ -149,7 +168,10 @@ class PendingSample:
                 self._found.append(logprobs.gather(1, send(padded, torch.int64, logits.device)))
 
     def result(self) -> list[Sampled | NoTokenError]:
-        """The next token of each sequence, once the device has it; an error where it has none."""
+        """The next token of each row, once the device has it; an error if it has none.
+
+        Nothing is recorded.
+        """
         tokens, largest, *reports = _to_host(self._found)
         sampled: list[Sampled | NoTokenError] = []
         rows = zip(self._samplers, tokens.tolist(), largest.tolist(), strict=True)
@@ -164,9 +186,6 @@ class PendingSample:
                 place = self._asked.index(row)
                 report = _report(reports, place, token, each.params)
             sampled.append((token, report))
-        for each, found in zip(self._samplers, sampled, strict=True):
-            if not isinstance(found, NoTokenError):
-                each.record(found[0])
         return sampled
 
 
@@ -178,12 +197,15 @@ def sample(
 ) -> list[Sampled]:
     """The next token of each sequence from float32 logits ``(rows, vocab)``; overwrites them.
 
-    allowed: as :class:`PendingSample` takes it. Raises NoTokenError where one has none.
+    allowed: as :class:`PendingSample` takes it. The tokens are recorded. Raises NoTokenError if a
+    sequence has none.
     """
     found: list[Sampled] = []
-    for each in PendingSample(backend, logits, samplers, allowed).result():
+    pending = PendingSample(backend, logits, samplers, allowed)
+    for sampler, each in zip(samplers, pending.result(), strict=True):
         if isinstance(each, NoTokenError):
             raise each
+        sampler.record(each[0])
         found.append(each)
     return found
 

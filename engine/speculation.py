@@ -1,5 +1,9 @@
 """How many draft tokens a step verifies, decided by what steps cost and what drafts have earned.
 
+A draft token is accepted if it is what the sequence's own sampling chooses at its place, with the
+random number, penalties and grammar of that place. So drafts change nothing but the speed: for a
+draft that is certain of its tokens, that is rejection sampling.
+
 A step over several rows takes longer than one over few, and a draft token that is rejected was
 computed in vain. Both are measured while the engine runs: the seconds of a step by its rows, and
 for each sequence the share of draft tokens that was accepted. A step verifies as many draft tokens
@@ -11,6 +15,9 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence as Several
 from dataclasses import dataclass
+
+from nybble.engine.request import NoTokenError
+from nybble.engine.sampler import Sampled
 
 # Weights of the newest measurement: of its own number of rows, and of all steps, whose contexts
 # grow together.
@@ -70,6 +77,45 @@ class Acceptance:
             self.share += 0.1 * (1 - self.share)
         if accepted < drafted:
             self.share -= 0.2 * self.share
+
+
+def accepted(
+    draft: tuple[int, ...], sampled: list[Sampled | NoTokenError]
+) -> list[Sampled | NoTokenError]:
+    """The tokens that a sequence gets: those equal to its draft, and the first that is not.
+
+    sampled: after the last token known and after each token of the draft; an error for a place at
+    which there is none. Empty if nothing was sampled.
+    """
+    count = 0
+    for token, found in zip(draft, sampled, strict=False):
+        if isinstance(found, NoTokenError) or found[0] != token:
+            break
+        count += 1
+    return sampled[: count + 1]
+
+
+class Speculation:
+    """Decides how many draft tokens are verified.
+
+    max_tokens: the most of one sequence in one step. adaptive: whether costs decide; otherwise all
+    drafts are verified.
+    """
+
+    def __init__(self, max_tokens: int, *, adaptive: bool) -> None:
+        self.max_tokens = max_tokens
+        self._costs = StepCosts() if adaptive else None
+
+    def observe(self, rows: int, seconds: float) -> None:
+        """Learn from a step."""
+        if self._costs is not None:
+            self._costs.observe(rows, seconds)
+
+    def lengths(self, rows: int, drafts: Several[tuple[int, float]]) -> list[int]:
+        """How many tokens of each draft to verify; see :func:`draft_lengths`."""
+        if self._costs is None:
+            return [length for length, _ in drafts]
+        return draft_lengths(self._costs, rows, drafts)
 
 
 def draft_lengths(costs: StepCosts, rows: int, drafts: Several[tuple[int, float]]) -> list[int]:
