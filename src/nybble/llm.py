@@ -97,6 +97,8 @@ class LLM:
         kv_cache_bytes: int | None = None,
         kv_cache_dtype: Literal["auto", "int8", "fp8"] = "auto",
         max_num_seqs: int = 64,
+        speculate: Literal["off", "ngram", "auto"] = "off",
+        max_draft_tokens: int = 8,
         enable_lora: bool = False,
         max_loras: int = 8,
         max_lora_rank: int = 64,
@@ -122,6 +124,8 @@ class LLM:
             max_batched_tokens=max(EngineConfig.max_batched_tokens, max_num_seqs),
             max_model_len=max_model_len,
             max_waiting=max_num_seqs,
+            speculate=speculate,
+            max_draft_tokens=max_draft_tokens,
             adapters=AdapterConfig(max_loras, max_lora_rank) if enable_lora else None,
             tune=tune,
         )
