@@ -16,6 +16,7 @@ import asyncio
 import json
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
@@ -48,16 +49,18 @@ class Recorder:
 
     def __init__(self) -> None:
         self._codes: dict[CodeType, None] | None = None
-        self._left_out: int | None = None
+        self._wanted: Callable[[int], bool] = lambda thread: True
         threading.setprofile(self._note)
         sys.setprofile(self._note)
 
-    def start(self) -> None:
-        self._codes, self._left_out = {}, None
+    def start(self, wanted: Callable[[int], bool] = lambda thread: True) -> None:
+        """Note what is called on wanted threads, those of which ``wanted(its ident)`` holds."""
+        self._codes, self._wanted = {}, wanted
 
     def leave_out_this_thread(self) -> None:
         """Note nothing more of the thread that calls."""
-        self._left_out = threading.get_ident()
+        left_out = threading.get_ident()
+        self._wanted = lambda thread: thread != left_out
 
     def stop(self) -> Functions:
         """The project's functions among what was called since :meth:`start`.
@@ -74,8 +77,8 @@ class Recorder:
         return list(found)
 
     def _note(self, frame: FrameType, event: str, _: Any) -> None:
-        codes = self._codes if threading.get_ident() != self._left_out else None
-        if event == "call" and codes is not None:
+        codes = self._codes
+        if event == "call" and codes is not None and self._wanted(threading.get_ident()):
             codes.setdefault(frame.f_code)
 
 
@@ -144,7 +147,8 @@ def decode_path(engine: Engine, recorder: Recorder) -> Functions:
         steps += 1
         if steps != 5:
             return step()
-        recorder.start()
+        own = threading.get_ident()
+        recorder.start(lambda thread: thread == own)
         try:
             return step()
         finally:
