@@ -95,19 +95,24 @@ struct Tile {
     }
 };
 
+inline void ask_for(const bf16* row) {
+    _mm_prefetch(reinterpret_cast<const char*>(row), _MM_HINT_T0);
+}
+
 // Where the cache has a KV head's rows for one sequence.
 struct Pages {
     const bf16* cache;
     const int32_t* table;
     int64_t head;
 
-    // The rows at positions [first, first + count).
-    void find(const Shape& s, int64_t first, int64_t count, const bf16** rows) const {
+    // The rows at positions [first, first + count), and the last again to fill `room`.
+    void find(const Shape& s, int64_t first, int64_t count, const bf16** rows, int64_t room) const {
         int64_t block = first / s.block_size, offset = first % s.block_size;
         for (int64_t i = 0; i < count; ++i) {
             rows[i] = cache + ((table[block] * s.kv_heads + head) * s.block_size + offset) * s.dim;
             if (++offset == s.block_size) offset = 0, ++block;
         }
+        std::fill(rows + count, rows + room, rows[count - 1]);
     }
 };
 
@@ -132,13 +137,17 @@ void score_tile(const Shape& s, const Tile& tile, const Pages& keys, const float
     const int64_t units = s.units();
     for (int64_t start = tile.begin(); start < tile.last(); start += kKeys) {
         const int64_t count = std::min(kKeys, tile.last() - start);
-        const bf16* rows[kKeys];
-        keys.find(s, start, count, rows);
-        std::fill(rows + count, rows + kKeys, rows[count - 1]);  // their scores are not looked at
+        const bf16 *rows[kKeys], *next[kKeys];
+        keys.find(s, start, count, rows, kKeys);
+        const int64_t more = std::min(kKeys, tile.last() - start - count);
+        keys.find(s, more > 0 ? start + count : start, more > 0 ? more : count, next, kKeys);
         for (int64_t half = 0; half < kKeys; half += 8)
             for (int64_t u = 0; u < units; u += 8) {
                 __m256 eight[8];
-                for (int i = 0; i < 8; ++i) eight[i] = load_units(rows[half + i], u);
+                for (int i = 0; i < 8; ++i) {
+                    eight[i] = load_units(rows[half + i], u);
+                    ask_for(next[half + i] + u * kElements);
+                }
                 transpose(eight, columns + u * kKeys + half);
             }
         int64_t r = tile.first_seeing(start) * s.share;
@@ -159,9 +168,13 @@ void softmax(float* row, int64_t count, float scale, float softcap, const float*
         for (int64_t i = 0; i < count; i += 16)
             store(row + i,
                   broadcast(softcap) * tanh(load(row + i) * broadcast(scale / softcap)));
-    float top = row[0];
-    for (int64_t i = 1; i < count; ++i) top = std::max(top, row[i]);
-    for (int64_t i = count; i < (count + 15) / 16 * 16; ++i) row[i] = top;
+    for (int64_t i = count; i < (count + 15) / 16 * 16; ++i) row[i] = row[0];
+    // If one operand is NaN, max returns the second: what is hidden here, exp does not hide.
+    Floats most = broadcast(row[0]);
+    for (int64_t i = 0; i < count; i += 16) most = max(load(row + i), most);
+    float lanes[16];
+    store(lanes, most);
+    const float top = *std::max_element(lanes, lanes + 16);
     Floats total = zero();
     const float by = softcap > 0 ? 1.0f : scale;
     const float highest = sink ? std::max(top * by, *sink) : top * by;
@@ -209,11 +222,15 @@ void mix_tile(const Shape& s, const Tile& tile, const Pages& pages, const float*
               int64_t stride, float* mixed, float* values) {
     for (int64_t start = tile.begin(); start < tile.last(); start += kValues) {
         const int64_t count = std::min(kValues, tile.last() - start);
-        const bf16* found[kValues];
-        pages.find(s, start, count, found);
+        const bf16 *found[kValues], *next[kValues];
+        pages.find(s, start, count, found, kValues);
+        const int64_t more = std::min(kValues, tile.last() - start - count);
+        pages.find(s, more > 0 ? start + count : start, more > 0 ? more : count, next, kValues);
         for (int64_t j = 0; j < count; ++j)
-            for (int64_t i = 0; i < s.dim; i += 16)
+            for (int64_t i = 0; i < s.dim; i += 16) {
                 store(values + j * s.dim + i, load_bf16(found[j] + i));
+                ask_for(next[j] + i);
+            }
         const auto from = [&](int64_t r) {
             return std::max<int64_t>(0, tile.begin_of(r / s.share) - start);
         };
