@@ -189,16 +189,28 @@ void softmax(float* row, int64_t count, float scale, float softcap, const float*
     for (int64_t i = 0; i < count; i += 16) store(row + i, load(row + i) * inverse);
 }
 
-// Adds values [from, to) of (kValues, dim), by their weights, to V vectors of R rows of `mixed`.
-template <int R, int V>
-void mix(const float* values, int64_t from, int64_t to, const float* weights, int64_t stride,
-         float* mixed, int64_t dim) {
+// Sixteen elements of a value, converted before or now.
+struct Converted {
+    const float* values;  // (kValues, dim)
+    int64_t dim;
+    Floats at(int64_t j, int64_t i) const { return load(values + j * dim + i); }
+};
+struct Stored {
+    const bf16* const* rows;
+    Floats at(int64_t j, int64_t i) const { return load_bf16(rows[j] + i); }
+};
+
+// Adds values [from, to), by their weights, to V vectors, from element `at` on, of R rows of `mixed`.
+template <int R, int V, class Values>
+void mix(const Values& values, int64_t at, int64_t from, int64_t to, const float* weights,
+         int64_t stride, float* mixed, int64_t dim) {
+    mixed += at;
     Floats sums[R][V];
     for (int r = 0; r < R; ++r)
         for (int v = 0; v < V; ++v) sums[r][v] = load(mixed + r * dim + 16 * v);
     for (int64_t j = from; j < to; ++j) {
         Floats value[V];
-        for (int v = 0; v < V; ++v) value[v] = load(values + j * dim + 16 * v);
+        for (int v = 0; v < V; ++v) value[v] = values.at(j, at + 16 * v);
         for (int r = 0; r < R; ++r) {
             const Floats weight = broadcast(weights[r * stride + j]);
             for (int v = 0; v < V; ++v) sums[r][v] = fma(weight, value[v], sums[r][v]);
@@ -208,51 +220,60 @@ void mix(const float* values, int64_t from, int64_t to, const float* weights, in
         for (int v = 0; v < V; ++v) store(mixed + r * dim + 16 * v, sums[r][v]);
 }
 
-template <int R>
-void mix_rows(const float* values, int64_t from, int64_t to, const float* weights, int64_t stride,
+template <int R, class Values>
+void mix_rows(const Values& values, int64_t from, int64_t to, const float* weights, int64_t stride,
               float* mixed, int64_t dim) {
     if (from >= to) return;
     int64_t i = 0;
     for (; i + 16 * kMixVectors <= dim; i += 16 * kMixVectors)
-        mix<R, kMixVectors>(values + i, from, to, weights, stride, mixed + i, dim);
-    for (; i < dim; i += 16) mix<R, 1>(values + i, from, to, weights, stride, mixed + i, dim);
+        mix<R, kMixVectors>(values, i, from, to, weights, stride, mixed, dim);
+    for (; i < dim; i += 16) mix<R, 1>(values, i, from, to, weights, stride, mixed, dim);
+}
+
+// Adds the values at positions [start, start + count) to the rows of a tile that see them.
+template <class Values>
+void mix_values(const Shape& s, const Tile& tile, int64_t start, int64_t count,
+                const Values& values, const float* weights, int64_t stride, float* mixed) {
+    weights += start - tile.begin();
+    const auto from = [&](int64_t r) {
+        return std::max<int64_t>(0, tile.begin_of(r / s.share) - start);
+    };
+    const auto to = [&](int64_t r) { return std::min(count, tile.end_of(r / s.share) - start); };
+    const auto one = [&](int64_t r, int64_t first, int64_t end) {
+        mix_rows<1>(values, first, end, weights + r * stride, stride, mixed + r * s.dim, s.dim);
+    };
+    int64_t r = tile.first_seeing(start) * s.share;
+    const int64_t end = tile.after_seeing(start + count) * s.share;
+    for (; r + kMixRows <= end; r += kMixRows) {
+        // What all of them see goes together; a row adds up its values in order all the same.
+        const int64_t last = r + kMixRows - 1;
+        const int64_t first = from(last), until = std::max(first, to(r));
+        for (int64_t i = r; i <= last; ++i) one(i, from(i), std::min(first, to(i)));
+        mix_rows<kMixRows>(values, first, until, weights + r * stride, stride, mixed + r * s.dim,
+                           s.dim);
+        for (int64_t i = r; i <= last; ++i) one(i, until, to(i));
+    }
+    for (; r < end; ++r) one(r, from(r), to(r));
 }
 
 void mix_tile(const Shape& s, const Tile& tile, const Pages& pages, const float* weights,
-              int64_t stride, float* mixed, float* values) {
+              int64_t stride, float* mixed, float* converted) {
     for (int64_t start = tile.begin(); start < tile.last(); start += kValues) {
         const int64_t count = std::min(kValues, tile.last() - start);
-        const bf16 *found[kValues], *next[kValues];
-        pages.find(s, start, count, found, kValues);
+        const bf16 *rows[kValues], *next[kValues];
+        pages.find(s, start, count, rows, kValues);
         const int64_t more = std::min(kValues, tile.last() - start - count);
         pages.find(s, more > 0 ? start + count : start, more > 0 ? more : count, next, kValues);
+        const bool once = tile.tokens * s.share <= kMixRows;
         for (int64_t j = 0; j < count; ++j)
             for (int64_t i = 0; i < s.dim; i += 16) {
-                store(values + j * s.dim + i, load_bf16(found[j] + i));
                 ask_for(next[j] + i);
+                if (!once) store(converted + j * s.dim + i, load_bf16(rows[j] + i));
             }
-        const auto from = [&](int64_t r) {
-            return std::max<int64_t>(0, tile.begin_of(r / s.share) - start);
-        };
-        const auto to = [&](int64_t r) { return std::min(count, tile.end_of(r / s.share) - start); };
-        const auto one = [&](int64_t r, int64_t first, int64_t end) {
-            mix_rows<1>(values, first, end, weights + r * stride + start - tile.begin(), stride,
-                        mixed + r * s.dim, s.dim);
-        };
-        int64_t r = tile.first_seeing(start) * s.share;
-        const int64_t end = tile.after_seeing(start + count) * s.share;
-        for (; r + kMixRows <= end; r += kMixRows) {
-            // What all of them see goes together; a row adds up its values in order all the same.
-            const int64_t last = r + kMixRows - 1;
-            const int64_t first = from(last), until = std::max(first, to(r));
-            for (int64_t i = r; i <= last; ++i) one(i, from(i), std::min(first, to(i)));
-            if (until > first)
-                mix_rows<kMixRows>(values, first, until,
-                                   weights + r * stride + start - tile.begin(), stride,
-                                   mixed + r * s.dim, s.dim);
-            for (int64_t i = r; i <= last; ++i) one(i, until, to(i));
-        }
-        for (; r < end; ++r) one(r, from(r), to(r));
+        if (once)
+            mix_values(s, tile, start, count, Stored{rows}, weights, stride, mixed);
+        else
+            mix_values(s, tile, start, count, Converted{converted, s.dim}, weights, stride, mixed);
     }
 }
 
