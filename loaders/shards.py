@@ -1,45 +1,24 @@
-"""The safetensors files of a checkpoint folder, read one tensor at a time."""
+"""The tensors of a checkpoint folder, read one at a time from safetensors or GGUF files."""
 
 from __future__ import annotations
 
 import json
-import math
-import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nybble.loaders.errors import CheckpointError
+from nybble.loaders.gguf.index import INDEX as GGUF_INDEX
+from nybble.loaders.gguf.index import gguf_files
+from nybble.loaders.tensor_file import SafetensorsFile, TensorFile, TensorHeader
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 
 
 _COMPUTED = "inv_freq"  # a buffer in old checkpoints, not read: we compute it
-
-# The digits in the name of a safetensors dtype are its bits.
-_BITS = re.compile(r"[A-Z]+(\d+)")
-
-
-@dataclass(frozen=True)
-class TensorHeader:
-    """A tensor's entry in the header of its file.
-
-    itemsize: in bytes.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    itemsize: int
-    floating: bool
-
-    @property
-    def elements(self) -> int:
-        return math.prod(self.shape)
 
 
 def module_and_leaf(name: str) -> tuple[str, str]:
@@ -55,19 +34,19 @@ class Shards:
     """Tensors by name over one file or several; memory-mapped, never unpickled."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises CheckpointError if files are missing, truncated or not safetensors."""
+        """Raises CheckpointError if files are missing, truncated or in another format."""
         self.folder = folder
-        self._file_of: dict[str, Path] = {}
-        for path in self._files():
-            try:
-                with safe_open(path, framework="pt") as file:
-                    names = file.keys()
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"{path} is truncated or not safetensors: {error}") from error
-            self._file_of.update(dict.fromkeys(names, path))
+        self._file_of: dict[str, TensorFile] = {}
+        for file in self._files():
+            self._file_of.update(dict.fromkeys(file.names(), file))
         self._check_index()
 
-    def _files(self) -> list[Path]:
+    def _files(self) -> Sequence[TensorFile]:
+        if (self.folder / GGUF_INDEX).is_file():
+            return gguf_files(self.folder)
+        return [SafetensorsFile(path) for path in self._paths()]
+
+    def _paths(self) -> list[Path]:
         if (self.folder / _INDEX).is_file():
             files = sorted({self.folder / name for name in self._index().values()})
             for path in files:
@@ -114,29 +93,20 @@ class Shards:
 
     def headers(self) -> Iterator[TensorHeader]:
         """The header of every tensor; no tensor data is read."""
-        for path in dict.fromkeys(self._file_of.values()):
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 - not a mapping
-                    tensor = file.get_slice(name)
-                    dtype: str = tensor.get_dtype()
-                    bits = _BITS.match(dtype)
-                    itemsize = int(bits[1]) // 8 if bits else 1
-                    floating = dtype.startswith(("F", "BF"))
-                    yield TensorHeader(name, tuple(tensor.get_shape()), itemsize, floating)
+        for file in dict.fromkeys(self._file_of.values()):
+            yield from file.headers()
 
     def __contains__(self, name: object) -> bool:
         return name in self._file_of
 
     def read(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
         """The tensor called ``name``; CheckpointError if it is missing or not of ``shape``."""
-        path = self._file_of.get(name)
-        if path is None:
+        file = self._file_of.get(name)
+        if file is None:
             raise CheckpointError(f"{self.folder} has no tensor {name}")
-        # Opened again for each read: closing drops the mapping, so pages read do not stay resident.
-        with safe_open(path, framework="pt") as file:
-            tensor: Tensor = file.get_tensor(name)
+        tensor = file.read(name)
         if shape is not None and tuple(tensor.shape) != shape:
             raise CheckpointError(
-                f"{path}: {name} has shape {tuple(tensor.shape)}, expected {shape}"
+                f"{file.path}: {name} has shape {tuple(tensor.shape)}, expected {shape}"
             )
         return tensor

@@ -27,6 +27,7 @@ from nybble.loaders.formats.bitsandbytes import BitsAndBytes
 from nybble.loaders.formats.codebook import CodebookWeight
 from nybble.loaders.formats.compressed_tensors import CompressedTensors, CompressedTensorsFp8
 from nybble.loaders.formats.fp8 import Fp8
+from nybble.loaders.formats.gguf import Gguf
 from nybble.loaders.formats.gptq import Gptq
 from nybble.loaders.formats.hqq import Hqq
 from nybble.loaders.formats.settings import Settings, read_object
@@ -59,6 +60,7 @@ FORMATS: tuple[type[Format], ...] = (
     AutoRound,
     Fp8,
     Hqq,
+    Gguf,
 )
 
 

@@ -22,7 +22,8 @@ from nybble.loaders.formats.affine import (
 )
 from nybble.loaders.formats.codebook import BLOCKSIZE, CodebookWeight, QuantType
 from nybble.loaders.formats.settings import Settings
-from nybble.loaders.shards import Shards, TensorHeader
+from nybble.loaders.shards import Shards
+from nybble.loaders.tensor_file import TensorHeader
 
 QuantizedWeight = AffineWeight | CodebookWeight
 Method = Literal["gptq", "awq"]

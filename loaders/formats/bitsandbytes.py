@@ -22,7 +22,8 @@ from nybble.loaders.errors import CheckpointError
 from nybble.loaders.formats.base import CodebookFormat, OptionError, WriteOptions, read_bias
 from nybble.loaders.formats.codebook import BLOCKSIZE, CodebookWeight, NestedAbsmax, QuantType
 from nybble.loaders.formats.settings import Settings
-from nybble.loaders.shards import Shards, TensorHeader
+from nybble.loaders.shards import Shards
+from nybble.loaders.tensor_file import TensorHeader
 
 _KINDS: tuple[QuantType, ...] = ("nf4", "fp4")
 _BLOCKSIZES = tuple(32 << n for n in range(8))

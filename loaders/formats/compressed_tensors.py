@@ -32,7 +32,8 @@ from nybble.loaders.formats.base import (
 )
 from nybble.loaders.formats.fp8 import Fp8
 from nybble.loaders.formats.settings import Settings
-from nybble.loaders.shards import Shards, TensorHeader
+from nybble.loaders.shards import Shards
+from nybble.loaders.tensor_file import TensorHeader
 
 _PACKED = "pack-quantized"
 _FLOAT = ("float-quantized", "naive-quantized")
