@@ -45,8 +45,7 @@ class BitsAndBytes(CodebookFormat):
     def from_settings(cls, settings: Settings) -> Self:
         if not settings.flag(settings.first("load_in_4bit", "_load_in_4bit"), False):
             raise CheckpointError(
-                f"{settings.source}: 8-bit bitsandbytes weights are not supported; supported: "
-                "4 bits (load_in_4bit)"
+                f"{settings.source}: neither load_in_4bit nor load_in_8bit is true"
             )
         return cls(
             {**settings, "quant_method": cls.quant_method},

@@ -1,7 +1,7 @@
 """GGUF: quantized blocks of llama.cpp, each tensor in a type of its own.
 
-``weight.TYPE`` uint8 (out, bytes of a row); see :mod:`nybble.loaders.formats.gguf_blocks` for the types and
-for what is exact.
+``weight.TYPE`` uint8 (out, bytes of a row). The types, and what is exact, are in
+:mod:`nybble.loaders.formats.gguf_blocks`.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import torch
 from nybble.kernels import PackedWeight
 from nybble.loaders.errors import CheckpointError
 from nybble.loaders.formats.base import Format, read_bias
-from nybble.loaders.formats.settings import Settings
 from nybble.loaders.formats.gguf_blocks import BLOCK_TYPES
+from nybble.loaders.formats.settings import Settings
 from nybble.loaders.shards import Shards
 from nybble.loaders.tensor_file import TensorHeader
 

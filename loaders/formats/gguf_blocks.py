@@ -87,7 +87,7 @@ class BlockType:
             raise ValueError(
                 f"a row has {rows.shape[1]} bytes, which are not blocks of {self.nbytes}"
             )
-        parts = [self._packed(part) for part in rows.split(_ROWS_AT_A_TIME)]
+        parts = [self._packed(part) for part in torch.split(rows, _ROWS_AT_A_TIME)]
         whole = parts[0] if len(parts) == 1 else stack_outputs(parts)
         assert whole is not None, "all parts have the same levels and groups"
         return whole
@@ -152,7 +152,8 @@ def _fields(octets: Tensor, bits: int, size: int) -> Tensor:
 
 def _high_bits(octets: Tensor) -> Tensor:
     """The bits of each byte in turn, lowest first."""
-    return (octets[..., None] >> torch.arange(8, dtype=torch.uint8) & 1).flatten(1)
+    bits: Tensor = octets[..., None] >> torch.arange(8, dtype=torch.uint8) & 1
+    return bits.flatten(1)
 
 
 def _q4_0(blocks: Tensor) -> Grid:
@@ -198,7 +199,7 @@ def _q3_k(blocks: Tensor) -> Grid:
 
 def _scales_and_minima(octets: Tensor) -> tuple[Tensor, Tensor]:
     """Eight of each in 6 bits, from 12 bytes."""
-    first, second, both = octets.split(4, dim=1)
+    first, second, both = torch.split(octets, 4, dim=1)
     scales = torch.cat((first & 0x3F, both & 0xF | first >> 2 & 0x30), dim=1)
     minima = torch.cat((second & 0x3F, both >> 4 | second >> 2 & 0x30), dim=1)
     return scales, minima

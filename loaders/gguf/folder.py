@@ -25,12 +25,11 @@ from nybble.loaders.cache import cache_folder
 from nybble.loaders.errors import CheckpointError
 from nybble.loaders.formats.gguf_blocks import BLOCK_TYPES
 from nybble.loaders.gguf.config import FAMILIES, ROPE_FACTORS, ROPE_FREQS, Metadata, config_of
-from nybble.loaders.gguf.index import DTYPES, Entry, write_index
+from nybble.loaders.gguf.index import DTYPES, SOURCE, Entry, write_index
 from nybble.loaders.gguf.tokenizer import end_tokens, save_tokenizer
 from nybble.models import Architecture, architecture_of
 
 VERSION = 1
-_SOURCE = "source.json"
 _PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 
 
@@ -47,13 +46,13 @@ def gguf_folder(file: Path) -> Path:
     stats = [(part.name, part.stat().st_size, part.stat().st_mtime_ns) for part in parts]
     source = json.dumps({"version": VERSION, "files": stats})
     with FileLock(folder.with_name(folder.name + ".lock")):
-        if _read(folder / _SOURCE) != source:
+        if _read(folder / SOURCE) != source:
             scratch = folder.with_name(folder.name + ".partial")
             shutil.rmtree(scratch, ignore_errors=True)
             try:
                 scratch.mkdir()
                 write_folder(parts, scratch)
-                (scratch / _SOURCE).write_text(source)
+                (scratch / SOURCE).write_text(source)
                 shutil.rmtree(folder, ignore_errors=True)
                 scratch.rename(folder)
             finally:
@@ -73,9 +72,7 @@ def _parts(file: Path) -> list[Path]:
     if match is None:
         return [file]
     stem, count = file.name[: match.start()], int(match[2])
-    parts = [
-        file.with_name(f"{stem}-{part:05}-of-{count:05}.gguf") for part in range(1, count + 1)
-    ]
+    parts = [file.with_name(f"{stem}-{part:05}-of-{count:05}.gguf") for part in range(1, count + 1)]
     for part in parts:
         if not part.is_file():
             raise CheckpointError(f"{file} is one part of {count}, and there is no {part.name}")
@@ -200,9 +197,8 @@ def _entry(
     elif kind not in DTYPES:
         known = ", ".join((*DTYPES, *BLOCK_TYPES))
         raise CheckpointError(
-            f"{part}: {tensor.name} is of type {kind}, which is not supported; supported are {known}"
+            f"{part}: {tensor.name} is of type {kind}, which is not supported; supported are "
+            f"{known}"
         )
     entry = Entry(part.name, int(tensor.data_offset), shape, kind, heads, subtract)
     return {name: entry}
-
-

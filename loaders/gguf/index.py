@@ -21,6 +21,7 @@ from nybble.loaders.errors import CheckpointError
 from nybble.loaders.tensor_file import TensorHeader
 
 INDEX = "gguf.json"
+SOURCE = "gguf_source.json"  # the state of the files that the folder was made from
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 

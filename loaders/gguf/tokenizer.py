@@ -8,8 +8,11 @@ from pathlib import Path
 from gguf import ReaderField
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
-from transformers.integrations.gguf import convert_gguf_tokenizer, get_gguf_tokenizer
-from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+from transformers.integrations.gguf.gguf_tokenizer_mapping import (
+    GGUF_PRE_TOKENIZER_SPLITS,
+    convert_gguf_tokenizer,
+    get_gguf_tokenizer,
+)
 
 from nybble.loaders.errors import CheckpointError
 
@@ -49,7 +52,9 @@ def save_tokenizer(
             )
         if kind == "llama" and contents.get("add_prefix_space") is False:
             _without_prefix(backend)
-        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **settings)
+        tokenizer: PreTrainedTokenizerBase = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+            tokenizer_object=backend, **settings
+        )
     except Exception as error:  # conversions raise errors of any type
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{file}: its tokenizer cannot be read: {reason}") from error
@@ -66,7 +71,9 @@ def _without_prefix(backend: Tokenizer) -> None:
         )
 
 
-def end_tokens(metadata: Mapping[str, ReaderField], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def end_tokens(
+    metadata: Mapping[str, ReaderField], tokenizer: PreTrainedTokenizerBase
+) -> list[int]:
     """The ids of the tokens that end an answer."""
     stated = [
         int(metadata[key].contents())

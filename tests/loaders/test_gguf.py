@@ -116,7 +116,7 @@ THETA = {"rope_type": "default", "rope_theta": 5000.0}
 MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "llama": ({"rope_parameters": THETA}, {"rope.freq_base": 5000.0}),
     "qwen2": (TIED, {}),
-    "qwen3": ({"head_dim": 32}, {}),
+    "qwen3": ({"head_dim": 128}, {}),  # which transformers takes for granted
     "gemma": (TIED | {"head_dim": 32}, {}),
     "gemma2": (
         {
@@ -168,13 +168,16 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         },
         {"embedding_scale": 1.5, "attention.scale": 0.3, "residual_scale": 0.7, "logit_scale": 0.5},
     ),
-    "smollm3": ({"num_hidden_layers": 4, "no_rope_layers": [1, 1, 1, 0]}, {}),
+    "smollm3": (
+        {"num_hidden_layers": 4, "no_rope_layers": [1, 1, 1, 0], "rope_parameters": THETA},
+        {"rope.freq_base": 5000.0},
+    ),
     "arcee": ({"hidden_act": "relu2"}, {}),
     "olmo2": ({}, {}),
     "seed_oss": ({"attention_bias": True, "attention_out_bias": False}, {}),
     "command-r": (
-        TIED | {"logit_scale": 0.5, "use_qk_norm": False},
-        {"logit_scale": 0.5, "rope.scaling.type": "none"},
+        TIED | {"logit_scale": 0.5, "use_qk_norm": False, "rope_parameters": THETA},
+        {"logit_scale": 0.5, "rope.scaling.type": "none", "rope.freq_base": 5000.0},
     ),
 }
 # Those that transformers reads from GGUF files as well. (Its Gemma 3 has other rotary settings.)
@@ -214,7 +217,7 @@ def tokenizer_fields(writer: GGUFWriter, folder: Path) -> None:
     vocabulary = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
     special = set(tokenizer.all_special_tokens) | {"<|im_start|>"}
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
+    writer.add_tokenizer_pre("qwen2")
     writer.add_token_list(vocabulary)
     writer.add_token_types([3 if token in special else 1 for token in vocabulary])
     writer.add_token_merges([" ".join(pair) for pair in merges])
@@ -428,8 +431,8 @@ def llama3_table(factor: float) -> np.ndarray[Any, Any]:
     config = AutoConfig.for_model("llama", **SIZES, rope_parameters=scaled)
     frequencies, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
     table: np.ndarray[Any, Any] = (
-        5000.0 ** -(torch.arange(0, 16, 2) / 16) / frequencies
-    ).float().numpy()
+        (5000.0 ** -(torch.arange(0, 16, 2) / 16) / frequencies).float().numpy()
+    )
     return table
 
 
