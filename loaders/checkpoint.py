@@ -123,6 +123,8 @@ class FolderCheckpoint:
                 self.folder,
                 self.format,
             )
+        if self.quantization is not None and (rounding := self.quantization.rounding(shards)):
+            logger.info("%s: %s", self.folder, rounding)
         for reason, names in unused.items():
             logger.warning(
                 "%s: tensors such as %s (%d) are not used: %s",

@@ -115,6 +115,10 @@ class Format(ABC):
         """Whether a module with these tensors is quantized."""
         return not self.marks.isdisjoint(leaves)
 
+    def rounding(self, shards: Shards) -> str | None:
+        """Which weights loading rounds, and how; None if it keeps every value."""
+        return None
+
     @abstractmethod
     def read(self, shards: Shards, module: str) -> PackedWeight | DenseWeight:
         """A quantized module's weight. Raises CheckpointError naming the tensor."""

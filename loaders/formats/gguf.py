@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
@@ -33,6 +34,20 @@ class Gguf(Format):
     @classmethod
     def from_settings(cls, settings: Settings) -> Self:
         return cls({**settings, "quant_method": cls.quant_method})
+
+    def rounding(self, shards: Shards) -> str | None:
+        kinds = Counter(
+            leaf.removeprefix(_WEIGHT)
+            for leaves in shards.modules.values()
+            for leaf in self.marks.intersection(leaves)
+        )
+        rounded = [f"{n} {kind}" for kind, n in kinds.items() if BLOCK_TYPES[kind].is_rounded]
+        if not rounded:
+            return None
+        return (
+            f"{' and '.join(rounded)} tensors keep their minima as zero points, rounded to "
+            "float32; the others are exact, embeddings in bfloat16"
+        )
 
     def read(self, shards: Shards, module: str) -> PackedWeight:
         (leaf,) = self.marks.intersection(shards.modules[module])

@@ -81,6 +81,11 @@ class BlockType:
     minima: bool = False
     scale_dtype: torch.dtype = torch.float32
 
+    @property
+    def is_rounded(self) -> bool:
+        """Whether zeros are rounded; Q8_0's are whole numbers."""
+        return self.minima and self.scale_dtype == torch.float32
+
     def packed(self, rows: Tensor) -> PackedWeight:
         """The matrix of uint8 ``(out, bytes)`` rows. Raises ValueError for part of a block."""
         if not rows.shape[1] or rows.shape[1] % self.nbytes:
@@ -146,8 +151,8 @@ def _half(blocks: Tensor, at: int) -> Tensor:
 def _fields(octets: Tensor, bits: int, size: int) -> Tensor:
     """The fields of ``bits`` bits in ``size`` bytes at a time: all lowest ones, then the next."""
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8)
-    each = octets.reshape(len(octets), -1, 1, size) >> shifts[:, None]
-    return (each & (2**bits - 1)).flatten(1)
+    each: Tensor = octets.reshape(len(octets), -1, 1, size) >> shifts[:, None] & 2**bits - 1
+    return each.flatten(1)
 
 
 def _high_bits(octets: Tensor) -> Tensor:

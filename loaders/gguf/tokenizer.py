@@ -8,13 +8,17 @@ from pathlib import Path
 from gguf import ReaderField
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
-from transformers.integrations.gguf.gguf_tokenizer_mapping import (
-    GGUF_PRE_TOKENIZER_SPLITS,
-    convert_gguf_tokenizer,
-    get_gguf_tokenizer,
-)
 
 from nybble.loaders.errors import CheckpointError
+
+try:
+    from transformers.integrations.gguf.gguf_tokenizer_mapping import (
+        GGUF_PRE_TOKENIZER_SPLITS,
+        convert_gguf_tokenizer,
+        get_gguf_tokenizer,
+    )
+except ImportError as error:
+    raise CheckpointError("GGUF files need transformers 5.24 or later: upgrade it") from error
 
 # Splits of byte-level vocabularies that transformers' conversion does as they are: GPT-2's.
 _GPT2 = ("gpt-2", "gpt2", "phi-2", "olmo", "mpt", "jais", "trillion", "granite-docling")

@@ -27,6 +27,8 @@ from nybble.loaders.gguf.config import FAMILIES
 from nybble.loaders.gguf.dense import convert_gguf
 from nybble.loaders.tokenizer import load_tokenizer
 from nybble.models import architecture_of
+from nybble.quantizers.packed_cache import entries
+from nybble.quantizers.prepare import prepare_checkpoint
 
 # Bytes of a block at which its float16 scales and minima are.
 HALVES = {
@@ -34,7 +36,6 @@ HALVES = {
     **dict.fromkeys(("Q4_1", "Q5_1", "Q4_K", "Q5_K"), (0, 2)),
     **{"Q2_K": (80, 82), "Q3_K": (108,), "Q6_K": (208,), "MXFP4": ()},
 }
-ROUNDED = ("Q4_1", "Q5_1", "Q2_K", "Q4_K", "Q5_K")  # zeros are rounded to float32
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +62,7 @@ def test_blocks_have_the_weights_that_gguf_gives_them(name: str) -> None:
     stored = random_blocks(name, 40, 1024)
     expected = torch.from_numpy(gguf.dequantize(stored, GGMLQuantizationType[name]))
     weight = BLOCK_TYPES[name].packed(torch.from_numpy(stored))
-    if name in ROUNDED:
+    if BLOCK_TYPES[name].is_rounded:
         # d · q + m against d · (q − z): the largest of d · q, m and z · d is rounded each time.
         magnitude = expected.abs().view(40, -1, BLOCK_TYPES[name].group).amax(-1, keepdim=True)
         error = (weight.dequantize() - expected).view(40, -1, BLOCK_TYPES[name].group).abs()
@@ -397,6 +398,16 @@ def test_tokenizer_template_and_end_tokens_come_from_the_file(
     assert ends == [0, original.convert_tokens_to_ids("<|im_end|>")]
 
 
+def test_what_is_rounded_is_said_in_a_line(
+    llama: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    dict(open_checkpoint(resolve_model(str(llama("exact.gguf", kind="Q8_0")))).weights())
+    assert "rounded to float32" not in caplog.text
+    dict(open_checkpoint(resolve_model(str(llama(kind="Q5_1")))).weights())
+    assert "23 Q5_1 tensors keep their minima as zero points, rounded to float32" in caplog.text
+
+
 def test_the_engine_says_what_transformers_says(llama: Callable[..., Path], reference: Any) -> None:
     checkpoint = open_checkpoint(resolve_model(str(llama(kind="Q5_1"))))
     model = reference.transformers_model(checkpoint)
@@ -553,3 +564,16 @@ def test_an_unknown_way_to_split_texts_is_refused(
     monkeypatch.setattr(GGUFWriter, "add_tokenizer_pre", lambda self, _: None)
     with pytest.raises(CheckpointError, match=r"tokenizer\.ggml\.pre is None"):
         resolve_model(str(llama()))
+
+
+def test_the_packed_form_is_kept_while_the_file_is_as_it_was(llama: Callable[..., Path]) -> None:
+    file, device = llama(kind="Q8_0"), torch.device("cpu")
+    first = prepare_checkpoint(str(file), device=device, progress=False).folder
+    assert prepare_checkpoint(str(file), device=device, progress=False).folder == first
+    assert [(entry.path, entry.stale) for entry in entries()] == [(first, None)]
+    llama(kind="Q4_0")
+    second = prepare_checkpoint(str(file), device=device, progress=False).folder
+    assert [(entry.path, entry.stale) for entry in entries()] == [(second, None)]
+    assert second != first
+    file.unlink()
+    assert [entry.stale for entry in entries()] == ["its model has gone"]
