@@ -85,16 +85,16 @@ class Decoder:
         token_ids: Tensor,
         positions: Tensor,
         caches: Sequence[KVCache],
-        batch: AttentionBatch,
+        batches: Sequence[AttentionBatch],
         adapters: StepAdapters | None = None,
     ) -> Tensor:
         """Hidden states ``(tokens, hidden)`` after the last layer, before the final norm.
 
         token_ids, positions: int64 ``(tokens,)``, the scheduled tokens of all sequences in a row.
-        caches: one per layer.
+        caches, batches: one per layer.
         adapters: which tokens use which adapter; None if none does.
         """
-        step = Step([table[:, positions] for table in self._rotary], caches, batch, adapters)
+        step = Step([table[:, positions] for table in self._rotary], caches, batches, adapters)
         residual = self.embedding[token_ids]
         if self._embedding_multiplier != 1:
             residual = residual * self._embedding_multiplier

@@ -41,13 +41,13 @@ class Step:
     """What the parts read beside hidden states.
 
     rotary: for each kind of rotary embedding, cos and sin ``(2, tokens, rotary_dim)``.
-    caches: of each layer.
+    caches, batches: of each layer.
     adapters: None if no row uses one.
     """
 
     rotary: Sequence[Tensor]
     caches: Sequence[KVCache]
-    batch: AttentionBatch
+    batches: Sequence[AttentionBatch]
     adapters: StepAdapters | None
 
 
@@ -122,7 +122,7 @@ class Projection:
 class AttentionPart:
     """Attention of one layer.
 
-    layer: index of the KV cache it uses.
+    layer: index of the KV cache and of the metadata that it uses.
     rope: index of the step's rotary embedding it uses.
     """
 
@@ -142,6 +142,7 @@ class AttentionPart:
             q, k = self._normed(q, self.q_norm), self._normed(k, self.k_norm)
         cos, sin = step.rotary[self.rope]
         keys, values, *kv_scales = step.caches[self.layer]
+        batch = step.batches[self.layer]
         rotary_store(
             q,
             k,
@@ -150,7 +151,7 @@ class AttentionPart:
             sin,
             keys,
             values,
-            step.batch.slot_mapping,
+            batch.slot_mapping,
             *kv_scales,
             interleaved=about.rope is not None and about.rope.interleaved,
         )
@@ -158,7 +159,7 @@ class AttentionPart:
             q,
             keys,
             values,
-            step.batch,
+            batch,
             about.scale,
             about.window,
             *kv_scales,

@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from nybble.engine.adapter_cache import AdapterCache, AdapterVersion
-from nybble.engine.block_manager import BlockManager, most_blocks
+from nybble.engine.block_manager import BlockManager
 from nybble.engine.fair_queue import OUTPUT_COST, PROMPT_COST, FairQueue
 from nybble.engine.prompt_reader import PromptReader
 from nybble.engine.sequence import NOTHING_CACHED, CachedPrefix, Sequence, SequenceStatus
@@ -335,12 +335,8 @@ class Scheduler:
 
     def _most_blocks(self, sequence: Sequence, more: int = 0, step: int | None = None) -> int:
         """Blocks it holds at once at most, up to ``more`` tokens beyond those it has."""
-        return most_blocks(
-            len(sequence.token_ids) + more,
-            self.blocks.block_size,
-            self.blocks.window,
-            self.max_batched_tokens if step is None else step,
-        )
+        step = self.max_batched_tokens if step is None else step
+        return self.blocks.most_blocks(len(sequence.token_ids) + more, step)
 
     def _reserve(self, leaving: Several[Sequence]) -> int:
         """Blocks to keep free for the sequences that run, without those that are leaving.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from hashlib import blake2b
 
@@ -35,16 +35,31 @@ class CachedPrefix:
 NOTHING_CACHED = CachedPrefix(0, 0)
 
 
+@dataclass
+class BlockTable:
+    """The KV blocks that a sequence holds in one group of layers, in the order of its tokens.
+
+    blocks: their ids; a list that only grows.
+    num_unseen: leading blocks that were taken back because no layer of the group sees them any
+        more; their places in the list stay.
+    """
+
+    blocks: list[int] = field(default_factory=list)
+    num_unseen: int = 0
+
+    @property
+    def held(self) -> list[int]:
+        return self.blocks[self.num_unseen :]
+
+
 class Sequence:
     """Mutable state of one request; owned by the engine thread.
 
     stop_token_ids: tokens that end it, those of the model's vocabulary and those the request names.
     num_computed_tokens: leading tokens whose keys and values are in the cache.
     num_charged_tokens: leading tokens of the prompt that its tenant need not pay for (again).
-    blocks: ids of the KV blocks holding them, in order; a list that only grows, and another one
-        once they are taken back.
-    num_unseen_blocks: leading blocks that were taken back because no layer sees them any more;
-        their places in the list stay.
+    block_tables: its KV blocks in each group of layers, all of the same length; another, empty
+        tuple once all are taken back.
     block_hashes: the prefix-cache keys of the leading full blocks, as far as they are known.
     adapter: the version of the request's adapter, settled when the request is taken.
     cached_prefix: what the prefix cache held of it when it was last looked up, while it waits.
@@ -74,8 +89,7 @@ class Sequence:
         self.num_charged_tokens = 0
         self.arrived = time.monotonic()
         self.queue_seconds = 0.0
-        self.blocks: list[int] = []
-        self.num_unseen_blocks = 0
+        self.block_tables: tuple[BlockTable, ...] = ()
         self.block_hashes: list[bytes] = []
         self.adapter: AdapterVersion | None = None
         self.cached_prefix = NOTHING_CACHED
@@ -120,7 +134,12 @@ class Sequence:
 
     @property
     def num_held_blocks(self) -> int:
-        return len(self.blocks) - self.num_unseen_blocks
+        return sum(len(table.blocks) - table.num_unseen for table in self.block_tables)
+
+    @property
+    def num_table_blocks(self) -> int:
+        """The length of its block tables."""
+        return len(self.block_tables[0].blocks) if self.block_tables else 0
 
     @property
     def num_output_tokens(self) -> int:

@@ -72,7 +72,9 @@ def our_logits(checkpoint: Checkpoint, ids: Tensor, dtype: torch.dtype) -> Tenso
         max_query=tokens,
     )
     with torch.inference_mode():
-        return decoder.logits(decoder.forward(ids, torch.arange(tokens), caches, batch))  # type: ignore[arg-type]
+        return decoder.logits(
+            decoder.forward(ids, torch.arange(tokens), caches, [batch] * len(caches))
+        )  # type: ignore[arg-type]
 
 
 def assert_same_logits(checkpoint: Checkpoint) -> None:

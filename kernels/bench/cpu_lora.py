@@ -137,7 +137,9 @@ def main() -> None:
                 adapters: StepAdapters = adapters,
             ) -> Tensor:
                 active = adapters if with_adapters else None
-                return decoder.logits(decoder.forward(*arguments, caches, batch, active))
+                return decoder.logits(
+                    decoder.forward(*arguments, caches, [batch] * len(caches), active)
+                )
 
             times = medians({"base": lambda: step(False), "lora": lambda: step(True)}, 25)
             over = times["lora"] / times["base"] - 1

@@ -17,10 +17,11 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from nybble.engine import EngineConfig, decoder, parts
 from nybble.engine.decoder import Decoder
+from nybble.engine.kv_cache import KVCacheLayout
 from nybble.engine.request import Request, SamplingParams
 from nybble.engine.runner import ModelRunner
 from nybble.engine.scheduler import ScheduledSequence
-from nybble.engine.sequence import Sequence
+from nybble.engine.sequence import BlockTable, Sequence
 from nybble.models import architecture_of
 
 SYNCHRONIZING = ("_local_scalar_dense", "nonzero", "item", "is_nonzero")
@@ -91,7 +92,7 @@ def _kernels_are_single_operations(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def sequence(name: str, prompt: list[int], blocks: list[int]) -> Sequence:
     made = Sequence(Request(name, tuple(prompt), SamplingParams()), 1, None, None)  # type: ignore[arg-type]
-    made.blocks = blocks
+    made.block_tables = (BlockTable(blocks),)
     return made
 
 
@@ -142,7 +143,8 @@ def test_replayed_operations_give_the_logits_of_every_later_step(
             dtype=torch.float32,
             max_model_len=64,
         )
-        runner = ModelRunner(model, CONFIG, 16)
+        layout = KVCacheLayout.of(model.architecture, CONFIG, 64)
+        runner = ModelRunner(model, CONFIG, layout, 16)
         if captured:
             runner.capture(capture, progress=False)
         results.append(run(runner, 3))
