@@ -41,11 +41,13 @@ class Step:
     """What the parts read beside hidden states.
 
     rotary: for each kind of rotary embedding, cos and sin ``(2, tokens, rotary_dim)``.
+    query_scales: for each kind, what rotated queries are multiplied by ``(tokens,)``, or None.
     caches, batches: of each layer.
     adapters: None if no row uses one.
     """
 
     rotary: Sequence[Tensor]
+    query_scales: Sequence[Tensor | None]
     caches: Sequence[KVCache]
     batches: Sequence[AttentionBatch]
     adapters: StepAdapters | None
@@ -155,6 +157,8 @@ class AttentionPart:
             *kv_scales,
             interleaved=about.rope is not None and about.rope.interleaved,
         )
+        if (scales := step.query_scales[self.rope]) is not None:
+            q = q * scales[:, None, None].to(q.dtype)
         attended = paged_attention(
             q,
             keys,

@@ -44,6 +44,8 @@ class Rope:
     max_position_embeddings: the length that config.json names.
     includes_scaling: whether that length is what scaling reaches, not what it starts from. Only
         asked if ``parameters`` do not name the original length.
+    query_beta: rotated queries are multiplied by
+        ``1 + query_beta · ln(1 + ⌊position / original_length⌋)``.
     interleaved: whether entries ``2i`` and ``2i + 1`` form a pair, not ``i`` and
         ``i + rotary_dim / 2``.
     """
@@ -53,6 +55,7 @@ class Rope:
     max_position_embeddings: int
     interleaved: bool = False
     includes_scaling: bool = False
+    query_beta: float = 0.0
 
     @property
     def original_length(self) -> int:
