@@ -91,6 +91,12 @@ class FolderCheckpoint:
         Raises CheckpointError for a tensor that no reader here knows, and for a missing one that a
         quantized module or the family needs. Ignoring either would silently change the model.
         """
+        for module in (self.architecture.embedding, *self.architecture.norms):
+            if module not in shards.modules:
+                raise CheckpointError(
+                    f"{self.folder} has no tensor {module}.weight, which "
+                    f"{self.architecture.family} models have"
+                )
         biased = {name for name, linear in self.architecture.linears.items() if linear.bias}
         ignored: Mapping[str, str] = self.quantization.ignored if self.quantization else {}
         unused: dict[str, list[str]] = {}

@@ -297,6 +297,17 @@ class Architecture:
         return max(self.windows) if all(self.windows) else 0
 
     @cached_property
+    def norms(self) -> tuple[str, ...]:
+        """The modules with norms' weights, by their absolute names."""
+        found = []
+        for index, layer in enumerate(self.layers):
+            names = [layer.pre_attention, layer.post_attention, layer.pre_mlp, layer.post_mlp]
+            if layer.attention.qk_norm is not None:
+                names += [layer.attention.q_norm, layer.attention.k_norm]
+            found += [self.module(index, name) for name in names if name is not None]
+        return (*found, self.final_norm)
+
+    @cached_property
     def linears(self) -> Mapping[str, Linear]:
         """The linear layers of all decoder layers, by their absolute names."""
         return {
