@@ -83,7 +83,7 @@ def add_lora(model: nn.Module, settings: LoraSettings) -> dict[str, LoraLinear]:
     }
     for wanted in wanted_names or ():
         if not any(name.endswith(wanted) for name in targets):
-            raise ValueError(f"target module {wanted!r} is no linear layer of the model")
+            raise ValueError(f"target module {wanted!r} is not a linear layer of the model")
     layers = {}
     for name, base in targets.items():
         layers[name] = LoraLinear(base, settings)

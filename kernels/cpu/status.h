@@ -9,10 +9,10 @@
 
 namespace nybble {
 
-// The numbers are also in the Python side. Only allocations can throw here.
+// kernels/cpu/library.py has the same numbers. Only allocations can throw in these functions.
 enum Status : int { kDone = 0, kOutOfMemory = 1 };
 
-// `each` floats for each of so many threads, not initialized.
+// Uninitialized memory: `each` floats for each thread.
 inline std::unique_ptr<float[]> buffers(int64_t threads, int64_t each) {
     return std::unique_ptr<float[]>(new float[threads * each]);
 }
