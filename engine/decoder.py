@@ -79,7 +79,8 @@ class Decoder:
         self._query_scales = [
             query_scale_table(r, max_model_len, device) for r in architecture.ropes
         ]
-        if any(layer.attention.rope is None for layer in architecture.layers):
+        attentions = [layer.attention for layer in architecture.layers]
+        if any(about.rope is None or about.rotate_first for about in attentions):
             head_dim = architecture.layers[0].attention.head_dim
             self._rotary.append(identity_table(head_dim, max_model_len, device))
             self._query_scales.append(None)

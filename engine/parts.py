@@ -25,6 +25,7 @@ from nybble.kernels.ops import (
     paged_attention,
     rms_norm,
     rotary_store,
+    rotate,
 )
 from nybble.models import Attention, Mlp, Norm
 
@@ -140,9 +141,13 @@ class AttentionPart:
         about = self.about
         qkv = self.qkv(x, step.adapters).view(x.shape[0], -1, about.head_dim)
         q, k, v = torch.split(qkv, [about.heads, about.kv_heads, about.kv_heads], dim=1)
+        cos, sin = step.rotary[self.rope]
+        interleaved = about.rope is not None and about.rope.interleaved
+        if about.rotate_first:
+            q, k = rotate(q, cos, sin, interleaved), rotate(k, cos, sin, interleaved)
+            cos, sin = step.rotary[-1]  # rotates nothing
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self._normed(q, self.q_norm), self._normed(k, self.k_norm)
-        cos, sin = step.rotary[self.rope]
         keys, values, *kv_scales = step.caches[self.layer]
         batch = step.batches[self.layer]
         rotary_store(
@@ -155,7 +160,7 @@ class AttentionPart:
             values,
             batch.slot_mapping,
             *kv_scales,
-            interleaved=about.rope is not None and about.rope.interleaved,
+            interleaved=interleaved,
         )
         if (scales := step.query_scales[self.rope]) is not None:
             q = q * scales[:, None, None].to(q.dtype)

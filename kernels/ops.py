@@ -16,7 +16,7 @@ from nybble.kernels import reference
 from nybble.kernels.activation import Activation
 from nybble.kernels.attention_batch import AttentionBatch
 from nybble.kernels.cpu.library import CpuLibrary, library
-from nybble.kernels.reference import TokenChoice, activate, add_layer_norm, layer_norm
+from nybble.kernels.reference import TokenChoice, activate, add_layer_norm, layer_norm, rotate
 
 __all__ = [
     "Activation",
@@ -30,6 +30,7 @@ __all__ = [
     "paged_attention",
     "rms_norm",
     "rotary_store",
+    "rotate",
     "sample_tokens",
 ]
 

@@ -167,6 +167,7 @@ class Attention:
         its own, ``all`` norms all heads together. Biases are not added.
     q_norm, k_norm: the modules that hold their weights.
     softcap: scores become ``softcap · tanh(score / softcap)``.
+    rotate_first: whether queries and keys are rotated before they are normed, not after.
     """
 
     heads: int
@@ -181,6 +182,7 @@ class Attention:
     q_norm: str = "self_attn.q_norm"
     k_norm: str = "self_attn.k_norm"
     softcap: float | None = None
+    rotate_first: bool = False
 
     def norm_shape(self, heads: int) -> tuple[int, ...]:
         """Of the weight of queries' or keys' norm, for as many heads."""

@@ -130,6 +130,17 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "cohere2": ("cohere2", MIXED),
     "ernie4_5": ("ernie4_5", {}),
     "ernie4_5 with biases": ("ernie4_5", {"use_bias": True}),
+    "hunyuan_v1_dense": (
+        "hunyuan_v1_dense",
+        {
+            "rope_parameters": {
+                "rope_type": "dynamic",
+                "rope_theta": 10000.0,
+                "factor": 1.0,
+                "alpha": 5.0,
+            }
+        },
+    ),
     "arcee": ("arcee", {"hidden_act": "relu2"}),
     "nemotron": ("nemotron", {"hidden_act": "relu2"}),
     "starcoder2": ("starcoder2", {"head_dim": 16, "sliding_window": WINDOW}),
