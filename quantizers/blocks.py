@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig
 
 from nybble.loaders import CheckpointError
+from nybble.loaders.model_config import load_config
 from nybble.loaders.shards import Shards
 from nybble.models import LinearGroup, architecture_of
 from nybble.quantizers.skeleton import model_skeleton
@@ -80,7 +80,7 @@ class DecoderBlocks:
         """
         self._shards = Shards(source)
         self._read = read or self._shards.read
-        config = AutoConfig.from_pretrained(source, local_files_only=True)
+        config = load_config(source)
         config.quantization_config = (
             None  # blocks are dense here, even if the checkpoint is quantized
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from nybble.loaders.formats import (
     WriteOptions,
     writing_format,
 )
+from nybble.loaders.model_config import config_to_write
 from nybble.loaders.shards import Shards
 from nybble.models import LinearGroup
 from nybble.quantizers.awq import awq_block
@@ -92,7 +92,7 @@ def quantize_checkpoint(
         raise CheckpointError(
             f"{source} is quantized already ({checkpoint.format}); give the 16-bit checkpoint"
         )
-    config = json.loads((source / "config.json").read_text())
+    config = config_to_write(source)
     config["quantization_config"] = dict(written.settings)
     shards = Shards(source)
     checkpoint.check(shards)
