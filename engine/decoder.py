@@ -11,6 +11,7 @@ from torch import Tensor
 from nybble.engine.parts import (
     AttentionPart,
     KVCache,
+    MixturePart,
     MlpPart,
     NormPart,
     ParallelPart,
@@ -22,9 +23,17 @@ from nybble.engine.parts import (
 from nybble.engine.rotary import identity_table, rotary_table
 from nybble.engine.weight_store import WeightStore
 from nybble.kernels import DenseWeight, PackedWeight
+from nybble.kernels.grouped import ExpertWeights
 from nybble.kernels.matmul import linear
 from nybble.kernels.ops import AttentionBatch
-from nybble.models import Architecture, Layer, LinearGroup
+from nybble.models import (
+    Architecture,
+    Layer,
+    LinearGroup,
+    Mixture,
+    Mlp,
+    UnsupportedModelError,
+)
 
 if TYPE_CHECKING:
     from nybble.engine.adapter_slots import StepAdapters
@@ -48,12 +57,19 @@ class Decoder:
         num_tokens: one more than the tokenizer's highest token id. An output layer may be padded
             with more rows, which are never sampled. None if it has no such rows.
 
-        Raises ValueError naming a weight that is missing, unexpected or of another shape.
+        Raises ValueError naming a weight that is missing, unexpected or of another shape, and
+        UnsupportedModelError for a mixture of experts on a GPU.
         """
+        if architecture.has_experts and device.type != "cpu":
+            raise UnsupportedModelError(
+                f"{architecture.family} models are mixtures of experts, which run on the CPU only "
+                f"so far: there is no kernel for them on {device.type}; use --device cpu"
+            )
         self.architecture = architecture
         self.max_model_len = max_model_len
         self._num_tokens = architecture.vocab if num_tokens is None else num_tokens
         self._projections: list[Projection] = []
+        self._experts: list[ExpertWeights] = []
         store = WeightStore(weights, architecture, device, dtype)
         self.embedding = store.tensor(
             architecture.embedding + ".weight", architecture.vocab, architecture.hidden
@@ -116,7 +132,8 @@ class Decoder:
 
     def packed_weights(self) -> Iterator[PackedWeight]:
         """Every 4-bit weight of the model."""
-        weights = [weight for each in self._projections for weight in each.weights]
+        groups = (*self._projections, *self._experts)
+        weights = [weight for each in groups for weight in each.weights]
         for weight in (*weights, self.head):
             if isinstance(weight, PackedWeight):
                 yield weight
@@ -129,11 +146,11 @@ class Decoder:
             return self._norm(store, module, self.architecture.hidden)
 
         attention = self._attention(store, index, layer)
-        mlp = MlpPart(
-            layer.mlp,
-            self._projection(store, index, layer.mlp.up),
-            self._projection(store, index, layer.mlp.down),
-        )
+        mlp: MlpPart | MixturePart
+        if isinstance(layer.mlp, Mixture):
+            mlp = self._mixture(store, index, layer.mlp)
+        else:
+            mlp = self._mlp(store, index, layer.mlp)
         multiplier = self.architecture.residual_multiplier
         pre = norm(layer.pre_attention)
         if layer.parallel:
@@ -160,6 +177,37 @@ class Decoder:
             q_norm=q_norm,
             k_norm=k_norm,
             output=self._projection(store, index, about.output),
+        )
+
+    def _mlp(self, store: WeightStore, index: int, mlp: Mlp) -> MlpPart:
+        up, down = (self._projection(store, index, group) for group in mlp.groups)
+        return MlpPart(mlp, up, down)
+
+    def _mixture(self, store: WeightStore, index: int, mixture: Mixture) -> MixturePart:
+        def module(name: str) -> str:
+            return self.architecture.module(index, name)
+
+        router, experts = mixture.router, len(mixture.experts)
+        weight = store.router(module(router.module), experts, self.architecture.hidden)
+        bias = correction = gate = None
+        if router.bias:
+            bias = store.tensor(module(router.module + ".bias"), experts)
+        if router.correction_bias is not None:
+            correction = store.vector(module(router.correction_bias), experts)
+        if mixture.shared_gate is not None:
+            gate = store.router(module(mixture.shared_gate), 1, self.architecture.hidden)
+        up = store.experts(module(""), [expert.up for expert in mixture.experts])
+        (down,) = store.experts(module(""), [expert.down for expert in mixture.experts])
+        self._experts += (*up, down)
+        return MixturePart(
+            mixture,
+            router=weight,
+            router_bias=bias,
+            correction_bias=correction,
+            up=up,
+            down=down,
+            shared=None if mixture.shared is None else self._mlp(store, index, mixture.shared),
+            shared_gate=gate,
         )
 
     def _projection(self, store: WeightStore, index: int, group: LinearGroup) -> Projection:

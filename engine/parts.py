@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
+from nybble.engine.routing import choose_experts
 from nybble.engine.weight_store import Weight
+from nybble.kernels.grouped import ExpertWeights, grouped_matmul
 from nybble.kernels.matmul import gated_linear, linear
 from nybble.kernels.ops import (
     AttentionBatch,
@@ -26,7 +28,7 @@ from nybble.kernels.ops import (
     rms_norm,
     rotary_store,
 )
-from nybble.models import Attention, Mlp, Norm
+from nybble.models import Attention, Mixture, Mlp, Norm
 
 if TYPE_CHECKING:
     from nybble.engine.adapter_slots import StepAdapters
@@ -189,6 +191,41 @@ class MlpPart:
         if step.adapters is None and len(self.up.weights) == 1:
             return gated_linear(x, self.up.weights[0], activation)
         return gated(self.up(x, step.adapters), activation)
+
+
+@dataclass(frozen=True)
+class MixturePart:
+    """A mixture of experts.
+
+    router: float32 ``(experts, hidden)``; router_bias, correction_bias: ``(experts,)``, or None.
+    up: one for all linear layers that read the input, or one for each, their outputs side by side.
+    shared_gate: float32 ``(1, hidden)``, or None.
+    """
+
+    about: Mixture
+    router: Tensor
+    router_bias: Tensor | None
+    correction_bias: Tensor | None
+    up: tuple[ExpertWeights, ...]
+    down: ExpertWeights
+    shared: MlpPart | None
+    shared_gate: Tensor | None
+
+    def __call__(self, x: Tensor, step: Step) -> Tensor:
+        about, activation = self.about, self.about.activation
+        logits = torch.nn.functional.linear(x.float(), self.router, self.router_bias)
+        ids, weights = choose_experts(about.router, logits, about.top_k, self.correction_bias)
+        parts = [grouped_matmul(x, each, ids) for each in self.up]
+        hidden = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        gate = gated if about.experts[0].gated else activate
+        out = grouped_matmul(gate(hidden, activation), self.down, ids, weights)
+        if self.shared is None:
+            return out
+        shared = self.shared(x, step)
+        if self.shared_gate is not None:
+            gate_of_shared = torch.nn.functional.linear(x.float(), self.shared_gate).sigmoid()
+            shared = shared * gate_of_shared.to(x.dtype)
+        return out + shared
 
 
 @dataclass(frozen=True)

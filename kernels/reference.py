@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from nybble.kernels.activation import Activation, check_activation
 from nybble.kernels.attention_batch import AttentionBatch
-from nybble.kernels.packed import PackedWeight
+from nybble.kernels.packed import DenseWeight, PackedWeight
 
 
 def packed_matmul(x: Tensor, weight: PackedWeight) -> Tensor:
@@ -88,6 +89,33 @@ def gated(gate_up: Tensor, activation: Activation) -> Tensor:
     """
     gate, up = gate_up.chunk(2, dim=-1)
     return activate(gate, activation) * up
+
+
+def grouped_matmul(
+    x: Tensor,
+    experts: Sequence[PackedWeight | DenseWeight],
+    expert_ids: Tensor,
+    weights: Tensor | None = None,
+) -> Tensor:
+    """``y[r, k] = W[e] · x[r] + bias[e]`` with ``e = expert_ids[r, k]``, in float32.
+
+    x: ``(rows, in)``, or ``(rows, top_k, in)`` with an input ``x[r, k]`` for each expert.
+    expert_ids: integers ``(rows, top_k)``.
+    weights: ``(rows, top_k)``.
+
+    Returns ``y (rows, top_k, out)``, or ``Σ_k weights[r, k] · y[r, k]`` if weights are given,
+    rounded once to the dtype of ``x``.
+    """
+    each = x.unsqueeze(1).expand(*expert_ids.shape, -1) if x.ndim == 2 else x
+    dense = [w.dequantize() if isinstance(w, PackedWeight) else w.weight.float() for w in experts]
+    out = torch.einsum("rkoi,rki->rko", torch.stack(dense)[expert_ids], each.float())
+    for row, column in itertools.product(*map(range, expert_ids.shape)):
+        bias = experts[int(expert_ids[row, column])].bias
+        if bias is not None:
+            out[row, column] += bias.float()
+    if weights is not None:
+        out = (out * weights[..., None]).sum(1)
+    return out.to(x.dtype)
 
 
 def rotary_store(

@@ -42,6 +42,42 @@ class TensorHeader:
         return math.prod(self.shape)
 
 
+@dataclass(frozen=True)
+class Part:
+    """A part of a tensor in a file, which is read as a tensor of its own.
+
+    source: the name of the tensor.
+    index: the entry of its first dimension; None for the whole tensor.
+    share, shares: which part of the rows of that entry, and of how many.
+    interleaved: whether the parts' rows take turns instead of being one after another.
+    transposed: whether the entry is transposed before rows are taken.
+    """
+
+    source: str
+    index: int | None = None
+    share: int = 0
+    shares: int = 1
+    interleaved: bool = False
+    transposed: bool = False
+
+    def shape(self, source: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the part, for the shape of the tensor."""
+        if self.index is None:
+            return source
+        entry = source[1:]
+        rows, *others = (*entry[:-2], *entry[:-3:-1]) if self.transposed else entry
+        return (rows // self.shares, *others)
+
+    def of(self, entry: Tensor) -> Tensor:
+        """The part of an entry."""
+        if self.transposed:
+            entry = entry.mT
+        rows = entry.shape[0] // self.shares
+        if self.interleaved:
+            return entry[self.share :: self.shares].contiguous()
+        return entry[self.share * rows : (self.share + 1) * rows].contiguous()
+
+
 def module_and_leaf(name: str) -> tuple[str, str]:
     """``a.b.weight`` is ``weight`` of ``a.b``; ``a.b.weight.absmax`` is ``weight.absmax`` of it."""
     module, below, rest = name.partition(".weight.")
@@ -58,6 +94,7 @@ class Shards:
         """Raises CheckpointError if files are missing, truncated or not safetensors."""
         self.folder = folder
         self._file_of: dict[str, Path] = {}
+        self._parts: dict[str, Part] = {}
         for path in self._files():
             try:
                 with safe_open(path, framework="pt") as file:
@@ -99,6 +136,24 @@ class Shards:
                 if name not in self._file_of:
                     raise CheckpointError(f"{self.folder / file} has no tensor {name}")
 
+    def leave_out(self, prefixes: tuple[str, ...]) -> None:
+        """Show no tensors whose names begin with one of ``prefixes``."""
+        for name in [name for name in self._file_of if name.startswith(prefixes)]:
+            del self._file_of[name]
+
+    def present(self, parts: Mapping[str, Part]) -> None:
+        """Show ``parts``, by the names of the tensors they are to be, instead of their sources.
+
+        Call it before anything is read. Raises CheckpointError for a name that is there already.
+        """
+        for name, part in parts.items():
+            if name in self._file_of:
+                raise CheckpointError(f"{self.folder} has {name} twice: also in {part.source}")
+            self._file_of[name] = self._file_of[part.source]
+        for source in {part.source for part in parts.values()}:
+            del self._file_of[source]
+        self._parts.update(parts)
+
     def names(self) -> list[str]:
         return list(self._file_of)
 
@@ -114,15 +169,26 @@ class Shards:
 
     def headers(self) -> Iterator[TensorHeader]:
         """The header of every tensor; no tensor data is read."""
-        for path in dict.fromkeys(self._file_of.values()):
+        names_in: dict[Path, list[str]] = {}
+        for name, path in self._file_of.items():
+            names_in.setdefault(path, []).append(name)
+        for path, names in names_in.items():
             with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 - not a mapping
-                    tensor = file.get_slice(name)
+                for name in names:
+                    part = self._parts.get(name, Part(name))
+                    tensor = file.get_slice(part.source)
                     dtype: str = tensor.get_dtype()
                     bits = _BITS.match(dtype)
                     itemsize = int(bits[1]) // 8 if bits else 1
                     floating = dtype.startswith(("F", "BF"))
-                    yield TensorHeader(name, tuple(tensor.get_shape()), itemsize, floating)
+                    shape = part.shape(tuple(tensor.get_shape()))
+                    yield TensorHeader(name, shape, itemsize, floating)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor, from the header of its file."""
+        part = self._parts.get(name, Part(name))
+        with safe_open(self._file_of[name], framework="pt") as file:
+            return part.shape(tuple(file.get_slice(part.source).get_shape()))
 
     def __contains__(self, name: object) -> bool:
         return name in self._file_of
@@ -134,7 +200,12 @@ class Shards:
             raise CheckpointError(f"{self.folder} has no tensor {name}")
         # Opened again for each read: closing drops the mapping, so pages read do not stay resident.
         with safe_open(path, framework="pt") as file:
-            tensor: Tensor = file.get_tensor(name)
+            part = self._parts.get(name, Part(name))
+            tensor: Tensor
+            if part.index is None:
+                tensor = file.get_tensor(part.source)
+            else:
+                tensor = part.of(file.get_slice(part.source)[part.index])
         if shape is not None and tuple(tensor.shape) != shape:
             raise CheckpointError(
                 f"{path}: {name} has shape {tuple(tensor.shape)}, expected {shape}"

@@ -16,7 +16,7 @@ from nybble.engine.decoder import Decoder
 from nybble.kernels import PackedWeight
 from nybble.kernels.ops import AttentionBatch
 from nybble.loaders import Checkpoint
-from nybble.models import architecture_of
+from nybble.models import Architecture, Mixture, architecture_of
 
 
 def transformers_model(checkpoint: Checkpoint) -> PreTrainedModel:
@@ -28,7 +28,7 @@ def transformers_model(checkpoint: Checkpoint) -> PreTrainedModel:
         config, dtype=torch.float32, attn_implementation="eager"
     )
     members = dict(architecture_of(checkpoint.config).fused.values())
-    parameters = dict(model.named_parameters())
+    parameters = _by_our_names(model, architecture_of(checkpoint.config))
     with torch.no_grad():
         for name, weight in checkpoint.weights():
             if isinstance(weight, Tensor):
@@ -43,6 +43,30 @@ def transformers_model(checkpoint: Checkpoint) -> PreTrainedModel:
                 for part, rows in zip(names, weight.bias.split(sizes), strict=True):  # type: ignore[no-untyped-call]
                     parameters[part + ".bias"].copy_(rows)
     return model.eval()
+
+
+def _by_our_names(model: PreTrainedModel, architecture: Architecture) -> dict[str, Tensor]:
+    """The model's parameters and buffers, with a view for each tensor of experts it stacks."""
+    found: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for index, layer in enumerate(architecture.layers):
+        if not isinstance(layer.mlp, Mixture):
+            continue
+        ours = architecture.module(index, "")
+        names = model.get_submodule(ours.rstrip(".")).named_children()
+        (block,) = [name for name, child in names if hasattr(child, "experts")]
+        theirs = f"{ours}{block}."
+        router = "gate" if f"{theirs}gate.weight" in found else "router"
+        for name in [name for name in found if name.startswith(f"{theirs}{router}.")]:
+            found[ours + layer.mlp.router.module + name.removeprefix(theirs + router)] = found[name]
+        experts = model.get_submodule(f"{theirs}experts")
+        for number, expert in enumerate(layer.mlp.experts):
+            # Gate and up are named by their group too: checkpoints may have them as one.
+            up = experts.get_parameter("gate_up_proj").data[number]
+            for linear, rows in zip(expert.up.linears, up.chunk(2), strict=True):
+                found[f"{ours}{linear.name}.weight"] = rows
+            down = experts.get_parameter("down_proj").data[number]
+            found[f"{ours}{expert.down.name}.weight"] = down
+    return found
 
 
 def our_logits(checkpoint: Checkpoint, ids: Tensor, dtype: torch.dtype) -> Tensor:

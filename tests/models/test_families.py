@@ -45,6 +45,8 @@ MIXED = {
     "sliding_window": WINDOW,
     "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
 }
+# Of mixtures: 3 of 8 experts.
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32}
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama with biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
@@ -117,6 +119,62 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "arcee": ("arcee", {"hidden_act": "relu2"}),
     "nemotron": ("nemotron", {"hidden_act": "relu2"}),
     "starcoder2": ("starcoder2", {"head_dim": 16, "sliding_window": WINDOW}),
+    "mixtral": ("mixtral", {"num_local_experts": 4}),
+    "mixtral with a window": ("mixtral", {"num_local_experts": 4, "sliding_window": WINDOW}),
+    "qwen2_moe": ("qwen2_moe", {"head_dim": 16, **EXPERTS, "shared_expert_intermediate_size": 64}),
+    "qwen2_moe with dense layers": (
+        "qwen2_moe",
+        {
+            "head_dim": 16,
+            **EXPERTS,
+            "shared_expert_intermediate_size": 64,
+            "norm_topk_prob": True,
+            "mlp_only_layers": [0],
+        },
+    ),
+    "qwen3_moe": ("qwen3_moe", {**EXPERTS, "norm_topk_prob": True}),
+    "qwen3_moe with dense layers": ("qwen3_moe", {**EXPERTS, "decoder_sparse_step": 2}),
+    "olmoe": ("olmoe", {"head_dim": 16, **EXPERTS, "intermediate_size": 32}),
+    "granitemoe": (
+        "granitemoe",
+        {
+            "num_local_experts": 8,
+            "num_experts_per_tok": 3,
+            "head_dim": 16,
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.5,
+            "attention_multiplier": 0.2,
+            "logits_scaling": 2.0,
+        },
+    ),
+    "phimoe": (
+        "phimoe",
+        {
+            "head_dim": 16,
+            "num_local_experts": 8,
+            "router_jitter_noise": 0.3,
+            "attention_bias": True,
+            "lm_head_bias": True,
+        },
+    ),
+    "phimoe with longrope": (
+        "phimoe",
+        {
+            "head_dim": 16,
+            "num_local_experts": 4,
+            "original_max_position_embeddings": 256,
+            "max_position_embeddings": 1024,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 10000.0,
+                "original_max_position_embeddings": 256,
+                "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7],
+                "long_factor": [4.0, 4.5, 5.0, 5.5, 6.0, 6.5, 7.0, 7.5],
+                "short_mscale": 1.2,
+                "long_mscale": 1.3,
+            },
+        },
+    ),
 }
 rows = pytest.mark.parametrize("row", ROWS)
 # In `make test`; the other rows vary parts of these, and `make test-all` has them.
