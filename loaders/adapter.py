@@ -104,7 +104,7 @@ def load_adapter(folder: Path, architecture: Architecture) -> LoRAAdapter:
     Raises AdapterError naming the first setting or tensor that is unsupported, missing, or does not
     fit the base.
     """
-    shapes = {name: (each.out, each.inputs) for name, each in architecture.linears.items()}
+    shapes = {name: (each.out, each.inputs) for name, each in architecture.adaptable.items()}
     settings = AdapterSettings.read(folder)
     path, content, tensors = _read(folder)
     digest = blake2b((folder / CONFIG_FILE).read_bytes(), digest_size=16)
@@ -205,6 +205,8 @@ def _in_layer(module: str) -> str:
 
 
 def _unknown(module: str, shapes: Mapping[str, tuple[int, int]]) -> str:
+    if ".experts." in module:
+        return "an expert of a mixture, which cannot have an adapter here; attention can"
     known = {name.rpartition(".")[2] for name in shapes}
     layer = re.search(rf"\blayers\.({_INDEX.pattern})\.", module)
     layers = len({name.split(".layers.")[-1].split(".")[0] for name in shapes})

@@ -421,6 +421,16 @@ class Architecture:
         }
 
     @cached_property
+    def adaptable(self) -> Mapping[str, Linear]:
+        """The linear layers that adapters can change, by their absolute names: all but experts'."""
+        return {
+            self.module(index, linear.name): linear
+            for index, layer in enumerate(self.layers)
+            for group in layer.groups
+            for linear in group.linears
+        }
+
+    @cached_property
     def tensors(self) -> frozenset[str]:
         """The absolute names of layers' tensors other than those of norms and linear layers."""
         return frozenset(
@@ -436,8 +446,11 @@ class Architecture:
 
     @cached_property
     def linear_leaves(self) -> tuple[str, ...]:
-        """The last parts of the linear layers' names, in the order of computation."""
-        return tuple(dict.fromkeys(linear.leaf for linear in self.linears.values()))
+        """The last parts of the names of the layers that adapters can change, in order.
+
+        Those of experts are not among them.
+        """
+        return tuple(dict.fromkeys(linear.leaf for linear in self.adaptable.values()))
 
     @cached_property
     def fused(self) -> Mapping[str, tuple[str, tuple[str, ...]]]:

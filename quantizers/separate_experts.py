@@ -1,0 +1,91 @@
+"""transformers' mixtures of experts with a linear layer for each expert's weights.
+
+transformers stacks them in parameters of three dimensions. Quantizing, training and packed weights
+need linear layers, whose names here are those of checkpoints.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from nybble.kernels.reference import activate, gated
+from nybble.models import Architecture, LinearGroup, Mixture, Mlp
+
+
+class Expert(nn.Module):
+    """One expert's MLP.
+
+    rows: which rows of the mixture's input the expert is computing, int64.
+    """
+
+    def __init__(self, about: Mlp) -> None:
+        super().__init__()
+        self._about = about
+        self.rows: Tensor | None = None
+        for group in about.groups:
+            for linear in group.linears:
+                layer = nn.Linear(linear.inputs, linear.out, bias=linear.bias)
+                self.add_module(linear.leaf, layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        up, activation = self._outputs(self._about.up, x), self._about.activation
+        hidden = gated(up, activation) if self._about.gated else activate(up, activation)
+        return self._outputs(self._about.down, hidden)
+
+    def _outputs(self, group: LinearGroup, x: Tensor) -> Tensor:
+        parts: list[Tensor] = [self.get_submodule(linear.leaf)(x) for linear in group.linears]
+        return torch.cat(parts, dim=-1)
+
+
+class SeparateExperts(nn.ModuleList):
+    """Stands in for a family's module of stacked experts."""
+
+    def __init__(self, mixture: Mixture) -> None:
+        super().__init__(Expert(expert) for expert in mixture.experts)
+
+    def forward(self, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """The weighted sums of the chosen experts' outputs.
+
+        x: ``(rows, hidden)``; top_k_index, top_k_weights: ``(rows, top_k)``.
+        """
+        total = torch.zeros_like(x)
+        for number, expert in enumerate(self):
+            rows, place = torch.where(top_k_index == number)
+            if len(rows):
+                expert.rows = rows
+                out = expert(x[rows]) * top_k_weights[rows, place, None]
+                total.index_add_(0, rows, out.to(total.dtype))
+        return total
+
+
+def separate_experts(model: PreTrainedModel, architecture: Architecture) -> None:
+    """Replace the mixtures' experts in ``model``; modules get the architecture's names.
+
+    Weights of experts are not kept.
+    """
+    for index, layer in enumerate(architecture.layers):
+        if not isinstance(layer.mlp, Mixture):
+            continue
+        prefix = architecture.module(index, "")
+        owner = model.get_submodule(prefix.rstrip("."))
+        wanted_block, wanted_router = layer.mlp.router.module.split(".")
+        (block_name,) = [
+            name for name, child in owner.named_children() if hasattr(child, "experts")
+        ]
+        block = owner.get_submodule(block_name)
+        block.experts = SeparateExperts(layer.mlp)
+        router_name = next(name for name in ("gate", "router") if hasattr(block, name))
+        _rename(block, router_name, wanted_router)
+        _rename(owner, block_name, wanted_block)
+
+
+def _rename(owner: nn.Module, name: str, wanted: str) -> None:
+    """Give a submodule another name; the code of ``owner`` still finds it under the old one."""
+    if name == wanted:
+        return
+    module = owner.get_submodule(name)
+    delattr(owner, name)
+    owner.add_module(wanted, module)
+    owner.__dict__[name] = module  # not registered, so that its parameters have one name
