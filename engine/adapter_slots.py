@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from nybble.engine.transfer import send
-from nybble.kernels.lora import LoRABatch, lora_add, slot_buffers
+from nybble.kernels.backend import Backend
+from nybble.kernels.lora import slot_buffers
+from nybble.kernels.lora_batch import LoRABatch
 from nybble.loaders import LoRAAdapter
 from nybble.models import Architecture
 
@@ -30,9 +32,6 @@ class ProjectionSlots:
     ranks: Tensor
     offsets: tuple[int, ...]
 
-    def add(self, out: Tensor, x: Tensor, batch: LoRABatch) -> None:
-        lora_add(out, x, self.a, self.b, self.ranks, self.offsets, batch)
-
 
 @dataclass(frozen=True)
 class StepAdapters:
@@ -44,13 +43,15 @@ class StepAdapters:
 
     projections: Sequence[ProjectionSlots]
     batch: LoRABatch
+    backend: Backend
 
     def add(self, projection: int, out: Tensor, x: Tensor) -> None:
         """Add the adapters' part to ``out``, in place.
 
         projection: index of the projection whose output for ``x`` is ``out``.
         """
-        self.projections[projection].add(out, x, self.batch)
+        slots = self.projections[projection]
+        self.backend.lora_add(out, x, slots.a, slots.b, slots.ranks, slots.offsets, self.batch)
 
 
 @dataclass(frozen=True)

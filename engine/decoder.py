@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,9 +24,10 @@ from nybble.engine.parts import (
 from nybble.engine.rotary import identity_table, rotary_table
 from nybble.engine.weight_store import WeightStore
 from nybble.kernels import DenseWeight, PackedWeight
-from nybble.kernels.grouped import ExpertWeights
-from nybble.kernels.matmul import linear
-from nybble.kernels.ops import AttentionBatch
+from nybble.kernels.attention_batch import AttentionBatch
+from nybble.kernels.backend import Backend, backend_for
+from nybble.kernels.packed import Weight
+from nybble.kernels.reference import activate
 from nybble.models import (
     Architecture,
     Layer,
@@ -51,11 +53,13 @@ class Decoder:
         dtype: torch.dtype,
         max_model_len: int,
         num_tokens: int | None = None,
+        backend: Backend | None = None,
     ) -> None:
         """Consumes ``weights`` one at a time (names as in transformers' checkpoints).
 
         num_tokens: one more than the tokenizer's highest token id. An output layer may be padded
             with more rows, which are never sampled. None if it has no such rows.
+        backend: whose kernels compute it; None for the fastest there are.
 
         Raises ValueError naming a weight that is missing, unexpected or of another shape, and
         UnsupportedModelError for a mixture of experts on a GPU.
@@ -67,9 +71,11 @@ class Decoder:
             )
         self.architecture = architecture
         self.max_model_len = max_model_len
+        self.backend = backend or backend_for(device, dtype)
+        self._dtype = dtype
         self._num_tokens = architecture.vocab if num_tokens is None else num_tokens
-        self._projections: list[Projection] = []
-        self._experts: list[ExpertWeights] = []
+        self._weights: list[tuple[Weight, ...]] = []  # of each projection
+        self._expert_weights: list[Weight] = []
         store = WeightStore(weights, architecture, device, dtype)
         self.embedding = store.tensor(
             architecture.embedding + ".weight", architecture.vocab, architecture.hidden
@@ -89,7 +95,8 @@ class Decoder:
             raise ValueError(
                 f"the checkpoint has no {architecture.head} and its embeddings are not tied"
             )
-        self.head = head or DenseWeight(self.embedding)
+        self._head_weight = head or DenseWeight(self.embedding)
+        self._head = self.backend.linear(self._head_weight, dtype)
         store.finish()
         self._rotary = [rotary_table(r, max_model_len, device) for r in architecture.ropes]
         if any(layer.attention.rope is None for layer in architecture.layers):
@@ -101,16 +108,16 @@ class Decoder:
         token_ids: Tensor,
         positions: Tensor,
         caches: Sequence[KVCache],
-        batch: AttentionBatch,
+        batches: Sequence[AttentionBatch],
         adapters: StepAdapters | None = None,
     ) -> Tensor:
         """Hidden states ``(tokens, hidden)`` after the last layer, before the final norm.
 
         token_ids, positions: int64 ``(tokens,)``, the scheduled tokens of all sequences in a row.
-        caches: one per layer.
+        caches, batches: one per layer.
         adapters: which tokens use which adapter; None if none does.
         """
-        step = Step([table[:, positions] for table in self._rotary], caches, batch, adapters)
+        step = Step([table[:, positions] for table in self._rotary], caches, batches, adapters)
         residual = self.embedding[token_ids]
         if self._embedding_multiplier != 1:
             residual = residual * self._embedding_multiplier
@@ -121,7 +128,7 @@ class Decoder:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """float32 ``(rows, vocab)`` for hidden states ``(rows, hidden)``; −inf if not a token's."""
-        logits = linear(self.final_norm(hidden), self.head).float()
+        logits = self._head(self.final_norm(hidden)).float()
         if self.architecture.logits_multiplier != 1:
             logits *= self.architecture.logits_multiplier
         if (cap := self.architecture.logits_softcap) is not None:
@@ -132,9 +139,8 @@ class Decoder:
 
     def packed_weights(self) -> Iterator[PackedWeight]:
         """Every 4-bit weight of the model."""
-        groups = (*self._projections, *self._experts)
-        weights = [weight for each in groups for weight in each.weights]
-        for weight in (*weights, self.head):
+        weights = [weight for group in self._weights for weight in group]
+        for weight in (*weights, *self._expert_weights, self._head_weight):
             if isinstance(weight, PackedWeight):
                 yield weight
 
@@ -177,11 +183,21 @@ class Decoder:
             q_norm=q_norm,
             k_norm=k_norm,
             output=self._projection(store, index, about.output),
+            backend=self.backend,
         )
 
-    def _mlp(self, store: WeightStore, index: int, mlp: Mlp) -> MlpPart:
-        up, down = (self._projection(store, index, group) for group in mlp.groups)
-        return MlpPart(mlp, up, down)
+    def _mlp(self, store: WeightStore, index: int, about: Mlp) -> MlpPart:
+        up = self._projection(store, index, about.up)
+        (*_, weights) = self._weights
+        fused_up = None
+        if about.gated and len(weights) == 1:
+            fused_up = self.backend.gated_linear(weights[0], about.activation, self._dtype)
+        return MlpPart(
+            up=up,
+            activate=self._activate(about),
+            down=self._projection(store, index, about.down),
+            fused_up=fused_up,
+        )
 
     def _mixture(self, store: WeightStore, index: int, mixture: Mixture) -> MixturePart:
         def module(name: str) -> str:
@@ -196,27 +212,34 @@ class Decoder:
             correction = store.vector(module(router.correction_bias), experts)
         if mixture.shared_gate is not None:
             gate = store.router(module(mixture.shared_gate), 1, self.architecture.hidden)
+        about = mixture.experts[0]
         up = store.experts(module(""), [expert.up for expert in mixture.experts])
         (down,) = store.experts(module(""), [expert.down for expert in mixture.experts])
-        self._experts += (*up, down)
+        for weights in (*up, down):
+            self._expert_weights += weights
         return MixturePart(
             mixture,
             router=weight,
             router_bias=bias,
             correction_bias=correction,
-            up=up,
-            down=down,
+            up=tuple(self.backend.grouped_linear(weights, self._dtype) for weights in up),
+            activate=self._activate(about),
+            down=self.backend.grouped_linear(down, self._dtype),
             shared=None if mixture.shared is None else self._mlp(store, index, mixture.shared),
             shared_gate=gate,
         )
 
+    def _activate(self, about: Mlp) -> Callable[[Tensor], Tensor]:
+        function = self.backend.gated if about.gated else activate
+        return partial(function, activation=about.activation)
+
     def _projection(self, store: WeightStore, index: int, group: LinearGroup) -> Projection:
         weights = store.group(self.architecture.module(index, ""), group)
-        projection = Projection(weights, len(self._projections))
-        self._projections.append(projection)
-        return projection
+        self._weights.append(weights)
+        linears = tuple(self.backend.linear(weight, self._dtype) for weight in weights)
+        return Projection(linears, len(self._weights) - 1)
 
     def _norm(self, store: WeightStore, module: str, *shape: int) -> NormPart:
         norm = self.architecture.norm
         bias = store.tensor(module + ".bias", *shape) if norm.bias else None
-        return norm_part(norm, store.tensor(module + ".weight", *shape), bias)
+        return norm_part(norm, store.tensor(module + ".weight", *shape), bias, self.backend)

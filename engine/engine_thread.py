@@ -18,7 +18,6 @@ from nybble.engine.adapter_cache import AdapterVersion
 from nybble.engine.adapters import AdapterRegistry
 from nybble.engine.config import EngineConfig
 from nybble.engine.failure import Restarts, describe, is_out_of_memory
-from nybble.engine.outputs import advance, goes_on, output_of
 from nybble.engine.request import (
     AdapterUnavailableError,
     EngineFailedError,
@@ -33,7 +32,7 @@ from nybble.engine.sampler import PendingSample, Sampled
 from nybble.engine.scheduler import ScheduledBatch, Scheduler
 from nybble.engine.sequence import Sequence
 from nybble.engine.stats import Counters, EngineStats
-from nybble.engine.streams import Outbox, Stream
+from nybble.engine.streams import Outputs, Stream, deliver
 from nybble.loaders import AdapterError
 
 logger = logging.getLogger(__name__)
@@ -201,7 +200,7 @@ class EngineThread(threading.Thread):
                 continue
             # Before the outputs: a caller that has its last output must see its blocks freed.
             self.stats = self._counters.snapshot(self._scheduler, self._restarts.taken)
-            outputs.deliver()
+            deliver(outputs)
 
     def _begin_again(self) -> None:
         self._batch = []
@@ -262,15 +261,16 @@ class EngineThread(threading.Thread):
                 self._scheduler.finish(sequence)
 
     @torch.inference_mode()
-    def _step(self) -> Outbox:
+    def _step(self) -> Outputs:
         started = time.monotonic()
         self._batch = []
         batch = self._batch = self._scheduler.schedule()
         # An empty schedule waits for a message (such as "adapter read"): block on the inbox.
         self._idle = not batch
-        outputs = Outbox()
+        outputs: Outputs = []
         if not batch:
-            self._write_deferred()
+            if self._overlap:
+                self._write_deferred()
             return outputs
         logits = self._runner.run(batch)
         sampling = [item.sequence for item in batch if item.samples]
@@ -278,8 +278,11 @@ class EngineThread(threading.Thread):
         if sampling:
             guides = [sequence.request.guide for sequence in sampling]
             allowed = [None if guide is None else guide.allowed() for guide in guides]
-            pending = PendingSample(logits, [each.sampler for each in sampling], allowed)
-        self._write_deferred()
+            pending = PendingSample(
+                self._runner.decoder.backend, logits, [each.sampler for each in sampling], allowed
+            )
+        if self._overlap:
+            self._write_deferred()
         sampled = iter(pending.result() if pending else [])
         # Past this point the step has side effects and cannot be retried after an out-of-memory
         # error.
@@ -292,21 +295,21 @@ class EngineThread(threading.Thread):
             if item.completes:
                 output: RequestOutput | GuideError | NoTokenError
                 if not item.samples:
-                    output = output_of(sequence, None, "", "length")
+                    output = sequence.output(None, "", "length")
                 elif isinstance(token := next(sampled), NoTokenError):
                     output = token
                 else:
                     sequence.token_ids.append(token[0])
                     self._counters.generation_tokens += 1
-                    if self._overlap and goes_on(sequence):
+                    if self._overlap and sequence.goes_on:
                         self._deferred.append((sequence, token))
                         continue
                     try:
-                        output = advance(sequence, token)
+                        output = sequence.advance(token)
                     except GuideError as error:
                         output = error
                 stream = self._streams[sequence.request_id][1]
-                outputs.add(stream, output)
+                outputs.append((stream, output))
                 if isinstance(output, Exception) or output.finish_reason is not None:
                     del self._streams[sequence.request_id]
                     self._scheduler.finish(sequence)
@@ -315,14 +318,14 @@ class EngineThread(threading.Thread):
 
     def _write_deferred(self) -> None:
         """Detokenize and send the last step's tokens while the device computes the next step."""
-        outputs = Outbox()
+        outputs: Outputs = []
         for sequence, sampled in self._deferred:
             entry = self._streams.get(sequence.request_id)
             if entry is not None and entry[0] is sequence:  # else it was cancelled
                 text = sequence.detokenizer.add(sampled[0])
-                outputs.add(entry[1], output_of(sequence, sampled, text, None))
+                outputs.append((entry[1], sequence.output(sampled, text, None)))
         self._deferred.clear()
-        outputs.deliver()
+        deliver(outputs)
 
     def _fail_adapter(self, version: AdapterVersion, error: AdapterError) -> None:
         """End the requests that wait for an adapter whose files cannot be read.

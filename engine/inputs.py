@@ -8,8 +8,9 @@ batch, only blocks that a sequence has gained are written.
 from __future__ import annotations
 
 from collections.abc import Sequence as Several
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nybble.engine.scheduler import ScheduledBatch
+from nybble.engine.sequence import BlockTable
 from nybble.engine.transfer import send
 from nybble.kernels.attention_batch import AttentionBatch
 from nybble.kernels.lora_batch import LoRABatch
@@ -29,25 +31,27 @@ _ALIGNMENT = 16  # of each array, which kernels are compiled for
 class StepInputs:
     """What the decoder computes in one step, on its device.
 
-    token_ids, positions: int64 ``(tokens,)``. last_rows: int64 ``(sampling,)``, the rows whose
-    logits are wanted. lora: the adapters of the rows, None where no row has one.
+    token_ids, positions: int64 ``(tokens,)``.
+    attention: for each layer; layers of one group share it.
+    last_rows: int64 ``(sampling,)``, the rows whose logits are wanted.
+    lora: the adapters of the rows, None if no row has one.
     """
 
     token_ids: Tensor
     positions: Tensor
-    attention: AttentionBatch
+    attention: Several[AttentionBatch]
     last_rows: Tensor
     lora: LoRABatch | None
 
 
 @lru_cache(maxsize=512)
-def _layout(tokens: int, seqs: int) -> tuple[dict[str, tuple[int, int, Any]], int]:
+def _layout(tokens: int, seqs: int, groups: int) -> tuple[dict[str, tuple[int, int, Any]], int]:
     """Where each array lies, as (offset, length, dtype), and the bytes of all. Fixed for a size, so
     that a captured graph finds its inputs where they were."""
     sizes = {
         "token_ids": (tokens, np.int64),
         "positions": (tokens, np.int64),
-        "slot_mapping": (tokens, np.int64),
+        "slot_mapping": (groups * tokens, np.int64),
         "last_rows": (seqs, np.int64),
         "query_start": (seqs + 1, np.int32),
         "context_lens": (seqs, np.int32),
@@ -64,7 +68,10 @@ def _layout(tokens: int, seqs: int) -> tuple[dict[str, tuple[int, int, Any]], in
 
 
 class InputBuffers:
-    """The memory that inputs are built in. Inputs are valid until the next are built."""
+    """The memory that inputs are built in. Inputs are valid until the next are built.
+
+    group_of_layer: the index of each layer's group, which has block tables of its own.
+    """
 
     def __init__(
         self,
@@ -73,23 +80,26 @@ class InputBuffers:
         max_tokens: int,
         max_blocks: int,
         block_size: int,
+        group_of_layer: Several[int],
         device: torch.device,
     ) -> None:
         on_gpu = device.type == "cuda"
         self.block_size = block_size
         self.max_blocks = max_blocks
-        _, size = _layout(max(max_tokens, max_seqs), max_seqs)
+        self._group_of_layer = group_of_layer
+        groups = self._groups = max(group_of_layer) + 1
+        _, size = _layout(max(max_tokens, max_seqs), max_seqs, groups)
         self._host = torch.zeros(size, dtype=torch.uint8, pin_memory=on_gpu)
         self._bytes: NDArray[np.uint8] = self._host.numpy()
         self._device = self._host if not on_gpu else torch.zeros_like(self._host, device=device)
         # When the last copy has left the host's memory, which may be long after it was asked for.
         self._sent = torch.cuda.Event() if on_gpu else None  # type: ignore[no-untyped-call]
-        tables = torch.zeros(max_seqs, max_blocks, dtype=torch.int32)
+        tables = torch.zeros(groups, max_seqs, max_blocks, dtype=torch.int32)
         self._tables: NDArray[np.int32] = tables.numpy()
         self._device_tables = tables if not on_gpu else tables.to(device)
-        # Which list of blocks each row of the tables holds, and how many of them. Lists and not
+        # Which sequence's tables each row holds, and how many blocks of them. Tables and not
         # sequences: one that loses its blocks may find others, and its old row, in the same step.
-        self._written: list[tuple[list[int], int]] = []
+        self._written: list[tuple[tuple[BlockTable, ...], int]] = []
 
     def build(
         self, batch: ScheduledBatch, lora_slots: Several[int] | None = None, pad_to: int = 0
@@ -115,7 +125,7 @@ class InputBuffers:
                 counts[row] = item.num_tokens
                 token_ids += item.sequence.token_ids[start : start + item.num_tokens]
         tokens = int(counts.sum())
-        places, used = _layout(tokens, seqs)
+        places, used = _layout(tokens, seqs, self._groups)
 
         def array(name: str) -> NDArray[Any]:
             offset, length, dtype = places[name]
@@ -137,10 +147,10 @@ class InputBuffers:
             rows = np.repeat(np.arange(seqs), counts)
             positions = np.arange(tokens) - query_start[rows] + starts[rows]
         array("positions")[:] = positions
-        slots = array("slot_mapping")
-        blocks = self._tables[rows, positions // self.block_size].astype(np.int64)
+        slots = array("slot_mapping").reshape(self._groups, tokens)
+        blocks = self._tables[:, rows, positions // self.block_size].astype(np.int64)
         slots[:] = blocks * self.block_size + positions % self.block_size
-        slots[real:] = -1
+        slots[:, real:] = -1
         samples = np.fromiter((item.samples for item in batch), bool, len(batch))
         last = rows if pad_to else query_start[1 : len(batch) + 1][samples] - 1
         array("last_rows")[: len(last)] = last
@@ -159,13 +169,18 @@ class InputBuffers:
             kind = torch.int64 if dtype is np.int64 else torch.int32
             return self._device[offset : offset + length * kind.itemsize].view(kind)
 
-        attention = AttentionBatch(
+        first = AttentionBatch(
             query_start=tensor("query_start"),
             context_lens=tensor("context_lens"),
-            block_tables=self._device_tables[:seqs],
-            slot_mapping=tensor("slot_mapping"),
+            block_tables=self._device_tables[0, :seqs],
+            slot_mapping=tensor("slot_mapping")[:tokens],
             max_query=int(counts.max()),
         )
+        of_group = [first]
+        for group in range(1, self._groups):
+            slots_of_group = tensor("slot_mapping")[group * tokens : (group + 1) * tokens]
+            tables = self._device_tables[group, :seqs]
+            of_group.append(replace(first, block_tables=tables, slot_mapping=slots_of_group))
         lora = None
         if groups is not None:
             adapted, segments, longest = groups
@@ -179,36 +194,37 @@ class InputBuffers:
         return StepInputs(
             token_ids=tensor("token_ids"),
             positions=tensor("positions"),
-            attention=attention,
+            attention=[of_group[group] for group in self._group_of_layer],
             last_rows=tensor("last_rows", len(last)),
             lora=lora,
         )
 
     def _update_tables(self, batch: ScheduledBatch) -> None:
         """Write the blocks each row's sequence has gained, or all where the row changed hands."""
-        at: list[int] = []
+        at: list[range] = []
         values: list[int] = []
         del self._written[len(batch) :]
         for row, item in enumerate(batch):
-            blocks = item.sequence.blocks
+            tables, length = item.sequence.block_tables, item.sequence.num_table_blocks
             written = 0
             if row == len(self._written):
-                self._written.append((blocks, len(blocks)))
+                self._written.append((tables, length))
             else:
                 before, known = self._written[row]
-                if before is blocks:
+                if before is tables:
                     written = known
-                if before is blocks and known == len(blocks):
+                if written == length:
                     continue
-                self._written[row] = (blocks, len(blocks))
-            gained = blocks[written:]
-            self._tables[row, written : len(blocks)] = gained
-            if self._device is not self._host:
-                first = row * self.max_blocks + written
-                at += range(first, first + len(gained))
-                values += gained
+                self._written[row] = (tables, length)
+            for group, table in enumerate(tables):
+                gained = table.blocks[written:]
+                self._tables[group, row, written:length] = gained
+                if self._device is not self._host:
+                    first = (group * len(self._tables[0]) + row) * self.max_blocks + written
+                    at.append(range(first, first + len(gained)))
+                    values += gained
         if at:
-            update = send([at, values], torch.int64, self._device.device)
+            update = send([list(chain(*at)), values], torch.int64, self._device.device)
             self._device_tables.view(-1).index_copy_(0, update[0], update[1].int())
 
 

@@ -1,12 +1,12 @@
 """The parts a decoder is composed of: norms, projections, attention, MLP, and residual blocks.
 
-Each holds its weights and its settings from the :class:`nybble.models.Architecture`, and computes
-hidden states ``(tokens, hidden)`` of a whole step.
+Each is made for one back end, and holds its weights and its settings from the
+:class:`nybble.models.Architecture`. It computes hidden states ``(tokens, hidden)`` of a whole step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -14,21 +14,11 @@ import torch
 from torch import Tensor
 
 from nybble.engine.routing import choose_experts
-from nybble.engine.weight_store import Weight
-from nybble.kernels.grouped import ExpertWeights, grouped_matmul
-from nybble.kernels.matmul import gated_linear, linear
-from nybble.kernels.ops import (
-    AttentionBatch,
-    activate,
-    add_layer_norm,
-    add_rms_norm,
-    gated,
-    layer_norm,
-    paged_attention,
-    rms_norm,
-    rotary_store,
-)
-from nybble.models import Attention, Mixture, Mlp, Norm
+from nybble.kernels.attention_batch import AttentionBatch
+from nybble.kernels.backend import Backend
+from nybble.kernels.packed import GroupedKernel, LinearKernel
+from nybble.kernels.reference import add_layer_norm, layer_norm
+from nybble.models import Attention, Mixture, Norm
 
 if TYPE_CHECKING:
     from nybble.engine.adapter_slots import StepAdapters
@@ -43,13 +33,13 @@ class Step:
     """What the parts read beside hidden states.
 
     rotary: for each kind of rotary embedding, cos and sin ``(2, tokens, rotary_dim)``.
-    caches: of each layer.
+    caches, batches: of each layer.
     adapters: None if no row uses one.
     """
 
     rotary: Sequence[Tensor]
     caches: Sequence[KVCache]
-    batch: AttentionBatch
+    batches: Sequence[AttentionBatch]
     adapters: StepAdapters | None
 
 
@@ -72,12 +62,13 @@ class RmsNormPart:
     weight: Tensor
     eps: float
     offset: float
+    backend: Backend
 
     def __call__(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps, self.offset)
+        return self.backend.rms_norm(x, self.weight, self.eps, self.offset)
 
     def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        return add_rms_norm(x, residual, self.weight, self.eps, self.offset)
+        return self.backend.add_rms_norm(x, residual, self.weight, self.eps, self.offset)
 
 
 @dataclass(frozen=True)
@@ -93,10 +84,10 @@ class LayerNormPart:
         return add_layer_norm(x, residual, self.weight, self.bias, self.eps)
 
 
-def norm_part(norm: Norm, weight: Tensor, bias: Tensor | None) -> NormPart:
+def norm_part(norm: Norm, weight: Tensor, bias: Tensor | None, backend: Backend) -> NormPart:
     """The part that computes ``norm``."""
     if norm.kind == "rms":
-        return RmsNormPart(weight, norm.eps, norm.offset)
+        return RmsNormPart(weight, norm.eps, norm.offset, backend)
     return LayerNormPart(weight + norm.offset if norm.offset else weight, bias, norm.eps)
 
 
@@ -107,14 +98,14 @@ class Projection:
     index: its place among the model's projections, by which adapters know it.
     """
 
-    weights: tuple[Weight, ...]
+    linears: tuple[LinearKernel, ...]
     index: int
 
     def __call__(self, x: Tensor, adapters: StepAdapters | None) -> Tensor:
-        if len(self.weights) == 1:
-            out = linear(x, self.weights[0])
+        if len(self.linears) == 1:
+            out = self.linears[0](x)
         else:
-            out = torch.cat([linear(x, weight) for weight in self.weights], dim=-1)
+            out = torch.cat([linear(x) for linear in self.linears], dim=-1)
         if adapters is not None:
             adapters.add(self.index, out, x)
         return out
@@ -124,7 +115,7 @@ class Projection:
 class AttentionPart:
     """Attention of one layer.
 
-    layer: index of the KV cache it uses.
+    layer: index of the KV cache and of the metadata that it uses.
     rope: index of the step's rotary embedding it uses.
     """
 
@@ -135,6 +126,7 @@ class AttentionPart:
     q_norm: NormPart | None
     k_norm: NormPart | None
     output: Projection
+    backend: Backend
 
     def __call__(self, x: Tensor, step: Step) -> Tensor:
         about = self.about
@@ -144,7 +136,8 @@ class AttentionPart:
             q, k = self._normed(q, self.q_norm), self._normed(k, self.k_norm)
         cos, sin = step.rotary[self.rope]
         keys, values, *kv_scales = step.caches[self.layer]
-        rotary_store(
+        batch = step.batches[self.layer]
+        self.backend.rotary_store(
             q,
             k,
             v,
@@ -152,15 +145,15 @@ class AttentionPart:
             sin,
             keys,
             values,
-            step.batch.slot_mapping,
+            batch.slot_mapping,
             *kv_scales,
             interleaved=about.rope is not None and about.rope.interleaved,
         )
-        attended = paged_attention(
+        attended = self.backend.paged_attention(
             q,
             keys,
             values,
-            step.batch,
+            batch,
             about.scale,
             about.window,
             *kv_scales,
@@ -177,20 +170,23 @@ class AttentionPart:
 
 @dataclass(frozen=True)
 class MlpPart:
-    about: Mlp
+    """``down(activate(up(x)))``.
+
+    activate: the activation of what ``up`` computes, or its gate if the MLP is gated.
+    fused_up: computes both in one kernel, for steps without adapters; None if there is no such one.
+    """
+
     up: Projection
+    activate: Callable[[Tensor], Tensor]
     down: Projection
+    fused_up: LinearKernel | None = None
 
     def __call__(self, x: Tensor, step: Step) -> Tensor:
-        return self.down(self._hidden(x, step), step.adapters)
-
-    def _hidden(self, x: Tensor, step: Step) -> Tensor:
-        activation = self.about.activation
-        if not self.about.gated:
-            return activate(self.up(x, step.adapters), activation)
-        if step.adapters is None and len(self.up.weights) == 1:
-            return gated_linear(x, self.up.weights[0], activation)
-        return gated(self.up(x, step.adapters), activation)
+        if self.fused_up is not None and step.adapters is None:
+            hidden = self.fused_up(x)
+        else:
+            hidden = self.activate(self.up(x, step.adapters))
+        return self.down(hidden, step.adapters)
 
 
 @dataclass(frozen=True)
@@ -198,7 +194,8 @@ class MixturePart:
     """A mixture of experts.
 
     router: float32 ``(experts, hidden)``; router_bias, correction_bias: ``(experts,)``, or None.
-    up: one for all linear layers that read the input, or one for each, their outputs side by side.
+    up: each computes a part of what the experts' activations read, side by side.
+    activate: the activation of what ``up`` computes, or its gate if experts are gated.
     shared_gate: float32 ``(1, hidden)``, or None.
     """
 
@@ -206,25 +203,25 @@ class MixturePart:
     router: Tensor
     router_bias: Tensor | None
     correction_bias: Tensor | None
-    up: tuple[ExpertWeights, ...]
-    down: ExpertWeights
+    up: tuple[GroupedKernel, ...]
+    activate: Callable[[Tensor], Tensor]
+    down: GroupedKernel
     shared: MlpPart | None
     shared_gate: Tensor | None
 
     def __call__(self, x: Tensor, step: Step) -> Tensor:
-        about, activation = self.about, self.about.activation
         logits = torch.nn.functional.linear(x.float(), self.router, self.router_bias)
-        ids, weights = choose_experts(about.router, logits, about.top_k, self.correction_bias)
-        parts = [grouped_matmul(x, each, ids) for each in self.up]
+        router, top_k = self.about.router, self.about.top_k
+        ids, weights = choose_experts(router, logits, top_k, self.correction_bias)
+        parts = [linear(x, ids, None) for linear in self.up]
         hidden = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
-        gate = gated if about.experts[0].gated else activate
-        out = grouped_matmul(gate(hidden, activation), self.down, ids, weights)
+        out = self.down(self.activate(hidden), ids, weights)
         if self.shared is None:
             return out
         shared = self.shared(x, step)
         if self.shared_gate is not None:
-            gate_of_shared = torch.nn.functional.linear(x.float(), self.shared_gate).sigmoid()
-            shared = shared * gate_of_shared.to(x.dtype)
+            gate = torch.nn.functional.linear(x.float(), self.shared_gate).sigmoid()
+            shared = shared * gate.to(x.dtype)
         return out + shared
 
 

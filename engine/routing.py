@@ -34,14 +34,14 @@ def choose_experts(
 
 def _of_best_groups(preference: Tensor, router: Router) -> Tensor:
     """``preference`` with −inf for the experts of other groups (DeepSeek-V2 and V3)."""
-    grouped = preference.unflatten(-1, (router.groups, -1))
+    grouped = preference.view(len(preference), router.groups, -1)
     if router.group_score == "max":
         group_scores = grouped.amax(-1)
     else:
         group_scores = grouped.topk(2, dim=-1).values.sum(-1)
     best = group_scores.topk(router.topk_groups, dim=-1).indices
     kept = torch.zeros_like(group_scores, dtype=torch.bool).scatter_(1, best, True)
-    return grouped.masked_fill(~kept[..., None], float("-inf")).flatten(-2)
+    return grouped.masked_fill(~kept[..., None], float("-inf")).view_as(preference)
 
 
 def _sparsemixer(logits: Tensor, top_k: int, jitter: float) -> tuple[Tensor, Tensor]:

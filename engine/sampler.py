@@ -24,7 +24,8 @@ from nybble.engine.request import (
     TokenLogprob,
 )
 from nybble.engine.transfer import send
-from nybble.kernels.ops import TokenChoice, sample_tokens
+from nybble.kernels.backend import Backend
+from nybble.kernels.reference import TokenChoice
 
 Sampled = tuple[int, TokenLogprob | None]
 
@@ -38,6 +39,9 @@ class SequenceSampler:
     It changes when a token is recorded and not before, so that a step which failed for lack of
     memory can be computed again with the same result.
 
+    penalizes: whether tokens seen before change the logits.
+    constrained: whether the parameters exclude tokens.
+    adjusts: whether the parameters change the logits in any way.
     ends: the tokens that end the sequence. bad_words: the tokens of each that may not come.
     """
 
@@ -50,6 +54,11 @@ class SequenceSampler:
         bad_words: tuple[tuple[int, ...], ...] = (),
     ) -> None:
         self.params = params
+        self.penalizes = bool(
+            params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty
+        )
+        self.constrained = bool(bad_words or params.allowed_token_ids or params.min_tokens)
+        self.adjusts = bool(params.logit_bias) or self.penalizes or self.constrained
         self._ends = sorted(ends)
         self._bad_words = bad_words
         self._output: list[int] = []
@@ -59,14 +68,6 @@ class SequenceSampler:
         self._prompt_token_ids = prompt_token_ids
         self._in_prompt: Tensor | None = None
         self._counts: Tensor | None = None
-
-    @property
-    def penalizes(self) -> bool:
-        """Whether tokens seen before change the logits."""
-        params = self.params
-        return bool(
-            params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty
-        )
 
     def choice(self) -> TokenChoice:
         """How the next token is chosen: in the same way until it is recorded."""
@@ -94,12 +95,6 @@ class SequenceSampler:
         if self._counts is not None:
             self._counts[token] += 1
 
-    @property
-    def constrained(self) -> bool:
-        """Whether the parameters exclude tokens."""
-        params = self.params
-        return bool(self._bad_words or params.allowed_token_ids or params.min_tokens)
-
     def barred(self, guided: Tensor | None) -> list[int]:
         """The tokens that may not come next: ends before their time, the last of a bad word.
 
@@ -122,6 +117,7 @@ class PendingSample:
 
     def __init__(
         self,
+        backend: Backend,
         logits: Tensor,
         samplers: Sequence[SequenceSampler],
         allowed: Sequence[Tensor | None] | None = None,
@@ -134,16 +130,14 @@ class PendingSample:
         self._samplers = samplers
         self._asked = [row for row, each in enumerate(samplers) if each.params.logprobs is not None]
         logprobs = torch.log_softmax(_rows(logits, self._asked), dim=-1) if self._asked else None
-        _bias(logits, samplers)
-        _penalize(logits, samplers)
-        for row, mask in enumerate(allowed or ()):
-            if mask is not None:
-                mask = mask.pin_memory() if logits.is_cuda else mask
-                mask = mask.to(logits.device, non_blocking=True)
-                logits[row].masked_fill_(~mask, float("-inf"))
-        self._masked = [mask is not None for mask in allowed or (None,) * len(samplers)]
-        _exclude(logits, samplers, allowed or (None,) * len(samplers))
-        chosen = sample_tokens(logits, [each.choice() for each in samplers])
+        masks = allowed or [None] * len(samplers)
+        self._masked = [mask is not None for mask in masks]
+        if any(self._masked) or any(each.adjusts for each in samplers):
+            _adjust(logits, samplers, masks)
+        if all(not each.params.temperature for each in samplers):
+            chosen = logits.argmax(-1)
+        else:
+            chosen = backend.sample_tokens(logits, [each.choice() for each in samplers])
         # Of a row with a NaN, NaN; of one with nothing that may follow, −inf.
         self._found = [chosen, logits.amax(-1)]
         if logprobs is not None:
@@ -180,6 +174,7 @@ class PendingSample:
 
 
 def sample(
+    backend: Backend,
     logits: Tensor,
     samplers: Sequence[SequenceSampler],
     allowed: Sequence[Tensor | None] | None = None,
@@ -189,7 +184,7 @@ def sample(
     allowed: as :class:`PendingSample` takes it. Raises NoTokenError where one has none.
     """
     found: list[Sampled] = []
-    for each in PendingSample(logits, samplers, allowed).result():
+    for each in PendingSample(backend, logits, samplers, allowed).result():
         if isinstance(each, NoTokenError):
             raise each
         found.append(each)
@@ -200,6 +195,20 @@ def _rows(tensor: Tensor, rows: list[int]) -> Tensor:
     if len(rows) == len(tensor):
         return tensor
     return tensor[send(rows, torch.int64, tensor.device)]
+
+
+def _adjust(
+    logits: Tensor, samplers: Sequence[SequenceSampler], masks: Sequence[Tensor | None]
+) -> None:
+    """Everything that changes logits before a token is chosen, each row by its own rules."""
+    _bias(logits, samplers)
+    _penalize(logits, samplers)
+    for row, mask in enumerate(masks):
+        if mask is not None:
+            mask = mask.pin_memory() if logits.is_cuda else mask
+            mask = mask.to(logits.device, non_blocking=True)
+            logits[row].masked_fill_(~mask, float("-inf"))
+    _exclude(logits, samplers, masks)
 
 
 def _bias(logits: Tensor, samplers: Sequence[SequenceSampler]) -> None:

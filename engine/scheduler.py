@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from nybble.engine.adapter_cache import AdapterCache, AdapterVersion
-from nybble.engine.block_manager import BlockManager, most_blocks
+from nybble.engine.block_manager import BlockManager
 from nybble.engine.fair_queue import OUTPUT_COST, PROMPT_COST, FairQueue
 from nybble.engine.prompt_reader import PromptReader
 from nybble.engine.sequence import NOTHING_CACHED, CachedPrefix, Sequence, SequenceStatus
@@ -211,7 +211,8 @@ class Scheduler:
                 return 0
         plan.tokens[sequence] += count
         plan.budget -= count
-        self._charge_prompt(sequence, sequence.num_computed_tokens + planned + count)
+        if sequence.num_charged_tokens < sequence.num_prompt_tokens:
+            self._charge_prompt(sequence, sequence.num_computed_tokens + planned + count)
         return count
 
     def _charge_prompt(self, sequence: Sequence, reached: int) -> None:
@@ -335,12 +336,8 @@ class Scheduler:
 
     def _most_blocks(self, sequence: Sequence, more: int = 0, step: int | None = None) -> int:
         """Blocks it holds at once at most, up to ``more`` tokens beyond those it has."""
-        return most_blocks(
-            len(sequence.token_ids) + more,
-            self.blocks.block_size,
-            self.blocks.window,
-            self.max_batched_tokens if step is None else step,
-        )
+        step = self.max_batched_tokens if step is None else step
+        return self.blocks.most_blocks(len(sequence.token_ids) + more, step)
 
     def _reserve(self, leaving: Several[Sequence]) -> int:
         """Blocks to keep free for the sequences that run, without those that are leaving.

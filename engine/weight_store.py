@@ -9,11 +9,9 @@ import torch
 from torch import Tensor
 
 from nybble.kernels import DenseWeight, PackedWeight
-from nybble.kernels.grouped import ExpertWeights
 from nybble.kernels.matmul import gated_layout, preferred_layout
+from nybble.kernels.packed import Weight
 from nybble.models import Architecture, Linear, LinearGroup, Mixture, Mlp
-
-Weight = PackedWeight | DenseWeight
 
 
 class WeightStore:
@@ -97,12 +95,12 @@ class WeightStore:
             return (whole,)
         return tuple(self._linear(module, linear) for linear in group.linears)
 
-    def experts(self, module: str, groups: Sequence[LinearGroup]) -> tuple[ExpertWeights, ...]:
-        """The same group of every expert: see :meth:`group`."""
+    def experts(self, module: str, groups: Sequence[LinearGroup]) -> list[tuple[Weight, ...]]:
+        """The same group of every expert; for each of its weights (:meth:`group`), all experts'."""
         found = [self.group(module, group) for group in groups]
         if len({len(weights) for weights in found}) > 1:
             found = [_separate(*each) for each in zip(found, groups, strict=True)]
-        return tuple(map(ExpertWeights, zip(*found, strict=True)))
+        return list(zip(*found, strict=True))
 
     def _linear(self, module: str, linear: Linear) -> Weight:
         weight = self.optional_linear(module + linear.name, linear.out, linear.inputs)

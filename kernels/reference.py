@@ -1,9 +1,13 @@
-"""Plain PyTorch references: what every fast kernel must compute. Correct on any device, slow."""
+"""Plain PyTorch references: what every fast kernel must compute. Correct on any device, slow.
+
+This module is a back end: see :class:`nybble.kernels.backend.Backend`.
+"""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -11,18 +15,141 @@ from torch import Tensor
 
 from nybble.kernels.activation import Activation, check_activation
 from nybble.kernels.attention_batch import AttentionBatch
-from nybble.kernels.packed import DenseWeight, PackedWeight
+from nybble.kernels.lora_batch import LoRABatch
+from nybble.kernels.packed import (
+    DenseWeight,
+    GroupedKernel,
+    LinearKernel,
+    PackedWeight,
+    Weight,
+)
+
+# Output rows dequantized at a time: 16 MiB of float32 at 4096 columns.
+_ROWS_AT_A_TIME = 1024
 
 
-def packed_matmul(x: Tensor, weight: PackedWeight) -> Tensor:
+def linear(weight: Weight, dtype: torch.dtype) -> LinearKernel:
+    """The linear layer with this weight, for inputs of ``dtype``."""
+    if isinstance(weight, PackedWeight):
+        return partial(packed_matmul, weight=weight)
+    return partial(dense_matmul, weight=weight)
+
+
+def gated_linear(weight: Weight, activation: Activation, dtype: torch.dtype) -> None:
+    """None: the product of a linear layer and :func:`gated` are computed one after the other."""
+
+
+def grouped_linear(weights: Sequence[Weight], dtype: torch.dtype) -> GroupedKernel:
+    """A linear layer of every expert, for inputs of ``dtype``."""
+    return partial(grouped_matmul, experts=[linear(weight, dtype) for weight in weights])
+
+
+def grouped_matmul(
+    x: Tensor,
+    expert_ids: Tensor,
+    weights: Tensor | None = None,
+    *,
+    experts: Sequence[LinearKernel],
+) -> Tensor:
+    """``y[r, k] = experts[expert_ids[r, k]](x[r])``, or their weighted sum over k.
+
+    x: ``(rows, in)``, or ``(rows, top_k, in)`` with an input ``x[r, k]`` for each expert.
+    expert_ids: int64 ``(rows, top_k)``.
+    weights: float32 ``(rows, top_k)``.
+
+    Returns ``y (rows, top_k, out)``, or ``Σ_k weights[r, k] · y[r, k]`` ``(rows, out)``, summed in
+    float32 and rounded once, if weights are given. An expert without rows is not called.
+    """
+    inputs = x.flatten(0, 1) if x.ndim == 3 else x
+    # Places in expert_ids, sorted by expert.
+    chosen, places = expert_ids.flatten().sort(stable=True)
+    rows = places if x.ndim == 3 else places // expert_ids.shape[1]
+    counts = chosen.bincount(minlength=len(experts)).tolist()
+    parts = [
+        expert(inputs[part])
+        for expert, part in zip(experts, torch.split(rows, counts), strict=True)
+        if len(part)
+    ]
+    out = torch.cat(parts)[places.argsort()].view(*expert_ids.shape, -1)
+    return out if weights is None else (out.float() * weights[..., None]).sum(1).to(out.dtype)
+
+
+def packed_matmul(
+    x: Tensor,
+    weight: PackedWeight,
+    dequantize: Callable[[PackedWeight, torch.dtype], Tensor] = PackedWeight.dequantize,
+) -> Tensor:
     """``x @ weight.dequantize().T + bias`` in float32, rounded once to the dtype of ``x``.
 
     x: ``(..., in_features)``. Returns ``(..., out_features)``.
+
+    A few output rows are dequantized at a time, so that no full-precision copy of the weight ever
+    exists.
     """
-    out = x.float() @ weight.dequantize(torch.float32).T
+    wide = x.float()
+    parts = [
+        wide @ dequantize(weight.rows(start, start + _ROWS_AT_A_TIME), torch.float32).T
+        for start in range(0, weight.out_features, _ROWS_AT_A_TIME)
+    ]
+    out = torch.cat(parts, dim=-1)
     if weight.bias is not None:
         out += weight.bias.float()
     return out.to(x.dtype)
+
+
+def dense_matmul(x: Tensor, weight: DenseWeight) -> Tensor:
+    """``x @ W.T + bias`` of a weight in 16 or 32 bits.
+
+    On the CPU the rows of bfloat16 are padded by zeros to :func:`rows_computed`: for every new
+    number of rows and weight shape oneDNN compiles a kernel, which takes milliseconds and more than
+    half a MiB that it keeps. Padding lets only a few numbers of rows occur.
+    """
+    if not x.is_cpu or x.dtype != torch.bfloat16:
+        return torch.nn.functional.linear(x, weight.weight, weight.bias)
+    rows = x.reshape(-1, x.shape[-1])
+    count = rows.shape[0]
+    if (added := rows_computed(count) - count) > 0:
+        rows = torch.nn.functional.pad(rows, (0, 0, 0, added))
+    out = torch.nn.functional.linear(rows, weight.weight, weight.bias)[:count]
+    return out.reshape(*x.shape[:-1], weight.weight.shape[0])
+
+
+def rows_computed(rows: int) -> int:
+    """The next power of two or three quarters of one; multiples of 64 above 128."""
+    if rows > 128:
+        return -(-rows // 64) * 64
+    power = 1 << max(0, rows - 1).bit_length()
+    return 3 * power // 4 if rows <= 3 * power // 4 else power
+
+
+def lora_add(
+    out: Tensor,
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    ranks: Tensor,
+    offsets: tuple[int, ...],
+    batch: LoRABatch,
+) -> None:
+    """Add every row's adapter to ``out (tokens, offsets[-1])`` in place.
+
+    See :mod:`nybble.kernels.lora` for the formula.
+
+    x: ``(tokens, in_features)``; x and out are contiguous.
+    a, b: from :func:`nybble.kernels.lora.slot_buffers`, zero beyond each slot's rank.
+    ranks: int32 ``(slots,)``, 0 for a slot whose adapter does not change this projection.
+    """
+    max_rank = b.shape[2]
+    starts = batch.segment_starts.tolist()
+    for index, slot in enumerate(batch.segment_slots.tolist()):
+        rank = int(ranks[slot])
+        rows = batch.order[starts[index] : starts[index + 1]].long()
+        wide = x[rows].float()
+        for part, (start, end) in enumerate(pairwise(offsets)):
+            shrink = a[slot, part * max_rank : part * max_rank + rank]
+            h = (wide @ shrink.float().T).to(x.dtype).float()
+            total = out[rows, start:end].float() + h @ b[slot, start:end, :rank].float().T
+            out[rows, start:end] = total.to(out.dtype)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
@@ -89,33 +216,6 @@ def gated(gate_up: Tensor, activation: Activation) -> Tensor:
     """
     gate, up = gate_up.chunk(2, dim=-1)
     return activate(gate, activation) * up
-
-
-def grouped_matmul(
-    x: Tensor,
-    experts: Sequence[PackedWeight | DenseWeight],
-    expert_ids: Tensor,
-    weights: Tensor | None = None,
-) -> Tensor:
-    """``y[r, k] = W[e] · x[r] + bias[e]`` with ``e = expert_ids[r, k]``, in float32.
-
-    x: ``(rows, in)``, or ``(rows, top_k, in)`` with an input ``x[r, k]`` for each expert.
-    expert_ids: integers ``(rows, top_k)``.
-    weights: ``(rows, top_k)``.
-
-    Returns ``y (rows, top_k, out)``, or ``Σ_k weights[r, k] · y[r, k]`` if weights are given,
-    rounded once to the dtype of ``x``.
-    """
-    each = x.unsqueeze(1).expand(*expert_ids.shape, -1) if x.ndim == 2 else x
-    dense = [w.dequantize() if isinstance(w, PackedWeight) else w.weight.float() for w in experts]
-    out = torch.einsum("rkoi,rki->rko", torch.stack(dense)[expert_ids], each.float())
-    for row, column in itertools.product(*map(range, expert_ids.shape)):
-        bias = experts[int(expert_ids[row, column])].bias
-        if bias is not None:
-            out[row, column] += bias.float()
-    if weights is not None:
-        out = (out * weights[..., None]).sum(1)
-    return out.to(x.dtype)
 
 
 def rotary_store(

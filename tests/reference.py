@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from nybble.engine import Engine, EngineConfig, Request, SamplingParams
 from nybble.engine.decoder import Decoder
 from nybble.kernels import PackedWeight
-from nybble.kernels.ops import AttentionBatch
+from nybble.kernels.attention_batch import AttentionBatch
 from nybble.loaders import Checkpoint
 from nybble.models import Architecture, Mixture, architecture_of
 
@@ -96,7 +96,9 @@ def our_logits(checkpoint: Checkpoint, ids: Tensor, dtype: torch.dtype) -> Tenso
         max_query=tokens,
     )
     with torch.inference_mode():
-        return decoder.logits(decoder.forward(ids, torch.arange(tokens), caches, batch))  # type: ignore[arg-type]
+        return decoder.logits(
+            decoder.forward(ids, torch.arange(tokens), caches, [batch] * len(caches))
+        )  # type: ignore[arg-type]
 
 
 def assert_same_logits(checkpoint: Checkpoint) -> None:

@@ -26,11 +26,12 @@ from transformers import LlamaConfig
 from nybble.engine.config import EngineConfig
 from nybble.engine.decoder import Decoder
 from nybble.engine.graphs import cuda_capture
+from nybble.engine.kv_cache import KVCacheLayout
 from nybble.engine.request import Request, SamplingParams
-from nybble.engine.runner import ModelRunner, kv_bytes_per_block
+from nybble.engine.runner import ModelRunner
 from nybble.engine.sampler import SequenceSampler, sample
 from nybble.engine.scheduler import ScheduledSequence
-from nybble.engine.sequence import Sequence
+from nybble.engine.sequence import BlockTable, Sequence
 from nybble.kernels import DenseWeight, PackedWeight
 from nybble.kernels.bench.gpu_matmul import random_packed
 from nybble.kernels.triton.warmup import warmup
@@ -99,7 +100,7 @@ def sequences(count: int, context: int, room: int, vocab: int) -> list[Sequence]
         made = Sequence(Request(str(index), prompt, params), room, None, sampler)  # type: ignore[arg-type]
         made.num_computed_tokens = context - 1
         per = -(-(context + room) // BLOCK)
-        made.blocks = list(range(index * per, (index + 1) * per))
+        made.block_tables = (BlockTable(list(range(index * per, (index + 1) * per))),)
         found.append(made)
     return found
 
@@ -108,7 +109,12 @@ def step(runner: ModelRunner, running: list[Sequence]) -> list[int]:
     """One decode step as the engine does it, without its streams."""
     batch = [ScheduledSequence.of(sequence, 1) for sequence in running]
     logits = runner.run(batch)
-    tokens = [token for token, _ in sample(logits, [sequence.sampler for sequence in running])]
+    tokens = [
+        token
+        for token, _ in sample(
+            runner.decoder.backend, logits, [sequence.sampler for sequence in running]
+        )
+    ]
     for sequence, token in zip(running, tokens, strict=True):
         sequence.num_computed_tokens += 1
         sequence.token_ids.append(token)
@@ -136,7 +142,8 @@ def run(section: Section) -> None:
         if kv_dtype == "fp8" and not dry and torch.cuda.get_device_capability() < (8, 9):
             continue
         one = replace(config, kv_dtype=kv_dtype)
-        runner = ModelRunner(decoder, one, blocks)
+        layout = KVCacheLayout.of(decoder.architecture, one, context + room)
+        runner = ModelRunner(decoder, one, layout, blocks)
         for caches in runner.caches:
             for cache in caches:
                 # Every byte is a number: values of any kind, and scales.
@@ -174,7 +181,7 @@ def capture(
     section.holds("captured twice the same", torch.equal(found, runner.run(three)))
     # Another sequence through the same graphs, in blocks of its own: nothing of it stays behind.
     (other,) = sequences(1, context // 3, room, vocab)
-    other.blocks = sequences(4, context, room, vocab)[3].blocks
+    other.block_tables = sequences(4, context, room, vocab)[3].block_tables
     again = runner.run([ScheduledSequence.of(other, 1)]).clone()
     section.holds("another sequence, other logits", not torch.equal(again, found[:1]))
     section.holds("and the first ones again", torch.equal(found, runner.run(three)))
@@ -199,7 +206,7 @@ def measure_steps(
         f"context {context}:"
     )
     print(f"{'batch':>7}{'ms a step':>12}{'tokens/s':>12}{'floor ms':>12}{'share':>8}")
-    per_token = kv_bytes_per_block(architecture, config) // config.block_size
+    per_token = runner.layout.block_bytes // config.block_size
     for size in sizes:
         if section.out_of_time:
             print("out of time")

@@ -28,7 +28,7 @@ from prometheus_client.metrics_core import (
 from prometheus_client.registry import Collector
 
 from nybble.engine import Engine, Request
-from nybble.engine.size_counts import SizeCounts
+from nybble.engine.stats import SizeCounts
 from nybble.server.tenancy.admission import Admission
 
 _TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)

@@ -23,7 +23,7 @@ from nybble.kernels import PackedWeight, reference
 from nybble.kernels.attention_batch import AttentionBatch
 from nybble.kernels.cpu.build import TARGETS, build, missing_cpu_features
 from nybble.kernels.cpu.library import CpuLibrary
-from nybble.kernels.lora import LoRABatch, lora_add_reference
+from nybble.kernels.lora_batch import LoRABatch
 from nybble.kernels.packed import INTEGER_LEVELS, SYMMETRIC_LEVELS, pack_nibbles
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -241,6 +241,6 @@ def test_low_rank_additions(
         x = guard(torch.randn(len(slots), inputs).bfloat16())
         found, expected = (guard(torch.ones(len(slots), offsets[-1]).bfloat16()) for _ in range(2))
         cpu.lora_add(found, x, a, b, ranks, offsets, batch)
-        lora_add_reference(expected, x, a, b, ranks, offsets, batch)
+        reference.lora_add(expected, x, a, b, ranks, offsets, batch)
         assert all(start < end for start, end in pairwise(offsets))
         torch.testing.assert_close(found, expected, rtol=2**-6, atol=2**-4 * max_rank)
