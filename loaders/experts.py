@@ -23,9 +23,9 @@ def open_shards(folder: Path, architecture: Architecture) -> Shards:
     shards.leave_out(architecture.unused)
     parts: dict[str, Part] = {}
     for prefix, mixture in _mixtures(architecture):
-        for alias in mixture.router.aliases:
-            if (source := f"{prefix}{alias}.weight") in shards:
-                parts[f"{prefix}{mixture.router.module}.weight"] = Part(source)
+        for alias, name in mixture.router.aliases.items():
+            if prefix + alias in shards:
+                parts[prefix + name] = Part(prefix + alias)
         for stacked in mixture.stacked:
             if prefix + stacked.name in shards:
                 parts |= _separated(shards, prefix, stacked, len(mixture.experts))

@@ -8,7 +8,7 @@ them absolute.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
@@ -228,7 +228,7 @@ class Router:
         a group, or the sum of the two highest.
     jitter: sparsemixer leaves out logits that are further below the highest than twice this, as a
         share of the larger of the two.
-    aliases: other names of ``module`` in checkpoints.
+    aliases: other names that checkpoints have for its tensors, each with the name here.
     """
 
     module: str
@@ -242,7 +242,7 @@ class Router:
     topk_groups: int = 1
     group_score: Literal["max", "top2"] = "max"
     jitter: float = 0.0
-    aliases: tuple[str, ...] = ()
+    aliases: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def tensors(self) -> tuple[str, ...]:

@@ -34,7 +34,9 @@ def granitemoe(config: PretrainedConfig) -> Architecture:
         experts=read.size(config, "num_local_experts"),
         top_k=read.size(config, "num_experts_per_tok"),
         router=Router(
-            f"{module}.router", scoring="softmax_of_chosen", aliases=(f"{module}.router.layer",)
+            f"{module}.router",
+            scoring="softmax_of_chosen",
+            aliases={f"{module}.router.layer.weight": f"{module}.router.weight"},
         ),
         module=module,
         stacked_in=(f"{module}.experts",),

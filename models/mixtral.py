@@ -18,7 +18,11 @@ def mixtral(config: PretrainedConfig) -> Architecture:
         read.activation(config),
         experts=read.size(config, "num_local_experts"),
         top_k=read.size(config, "num_experts_per_tok"),
-        router=Router("block_sparse_moe.gate", renormalize=True, aliases=("mlp.gate",)),
+        router=Router(
+            "block_sparse_moe.gate",
+            renormalize=True,
+            aliases={"mlp.gate.weight": "block_sparse_moe.gate.weight"},
+        ),
         module="block_sparse_moe",
         names=("w1", "w3", "w2"),
     )

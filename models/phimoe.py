@@ -24,7 +24,7 @@ def phimoe(config: PretrainedConfig) -> Architecture:
             "block_sparse_moe.gate",
             scoring="sparsemixer",
             jitter=float(config.router_jitter_noise),
-            aliases=("mlp.router",),
+            aliases={"mlp.router.weight": "block_sparse_moe.gate.weight"},
         ),
         module="block_sparse_moe",
         names=("w1", "w3", "w2"),

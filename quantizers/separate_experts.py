@@ -68,24 +68,28 @@ def separate_experts(model: PreTrainedModel, architecture: Architecture) -> None
     for index, layer in enumerate(architecture.layers):
         if not isinstance(layer.mlp, Mixture):
             continue
-        prefix = architecture.module(index, "")
-        owner = model.get_submodule(prefix.rstrip("."))
-        wanted_block, wanted_router = layer.mlp.router.module.split(".")
-        (block_name,) = [
-            name for name, child in owner.named_children() if hasattr(child, "experts")
-        ]
-        block = owner.get_submodule(block_name)
-        block.experts = SeparateExperts(layer.mlp)
-        router_name = next(name for name in ("gate", "router") if hasattr(block, name))
-        _rename(block, router_name, wanted_router)
-        _rename(owner, block_name, wanted_block)
+        owner = model.get_submodule(architecture.module(index, "").rstrip("."))
+        (name,) = [name for name, child in owner.named_children() if hasattr(child, "experts")]
+        owner.get_submodule(name).experts = SeparateExperts(layer.mlp)
+        router = layer.mlp.router
+        _move(owner, name, router.module.partition(".")[0])
+        for alias, tensor in router.aliases.items():
+            _move(owner, alias.rpartition(".")[0], tensor.rpartition(".")[0])
 
 
-def _rename(owner: nn.Module, name: str, wanted: str) -> None:
-    """Give a submodule another name; the code of ``owner`` still finds it under the old one."""
-    if name == wanted:
+def _move(owner: nn.Module, path: str, wanted: str) -> None:
+    """Give a submodule the path ``wanted``; code still finds it under ``path``.
+
+    Does nothing if there is none at ``path``, or if it has the wanted path already.
+    """
+    before, after = path.rpartition("."), wanted.rpartition(".")
+    try:
+        module, holder = owner.get_submodule(path), owner.get_submodule(before[0])
+        target = owner.get_submodule(after[0])
+    except AttributeError:
         return
-    module = owner.get_submodule(name)
-    delattr(owner, name)
-    owner.add_module(wanted, module)
-    owner.__dict__[name] = module  # not registered, so that its parameters have one name
+    if getattr(target, after[2], None) is module:
+        return
+    delattr(holder, before[2])
+    holder.__dict__[before[2]] = module  # not registered, so that its parameters have one name
+    target.add_module(after[2], module)

@@ -55,9 +55,9 @@ def _by_our_names(model: PreTrainedModel, architecture: Architecture) -> dict[st
         names = model.get_submodule(ours.rstrip(".")).named_children()
         (block,) = [name for name, child in names if hasattr(child, "experts")]
         theirs = f"{ours}{block}."
-        router = "gate" if f"{theirs}gate.weight" in found else "router"
-        for name in [name for name in found if name.startswith(f"{theirs}{router}.")]:
-            found[ours + layer.mlp.router.module + name.removeprefix(theirs + router)] = found[name]
+        for alias, name in layer.mlp.router.aliases.items():
+            if ours + alias in found:
+                found[ours + name] = found[ours + alias]
         experts = model.get_submodule(f"{theirs}experts")
         for number, expert in enumerate(layer.mlp.experts):
             # Gate and up are named by their group too: checkpoints may have them as one.

@@ -47,6 +47,7 @@ MIXED = {
 }
 # Of mixtures: 3 of 8 experts.
 EXPERTS = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32}
+GLM_EXPERTS = {"n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32}
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama with biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
@@ -147,6 +148,24 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
             "logits_scaling": 2.0,
         },
     ),
+    "glm4_moe": (
+        "glm4_moe",
+        {**GLM_EXPERTS, "use_qk_norm": True, "attention_bias": True, "routed_scaling_factor": 1.5},
+    ),
+    "glm4_moe with groups": (
+        "glm4_moe",
+        {**GLM_EXPERTS, "n_group": 4, "topk_group": 2, "norm_topk_prob": False},
+    ),
+    "ernie4_5_moe": (
+        "ernie4_5_moe",
+        {
+            "moe_num_experts": 8,
+            "moe_k": 3,
+            "moe_intermediate_size": 32,
+            "moe_num_shared_experts": 2,
+            "moe_layer_start_index": 1,
+        },
+    ),
     "phimoe": (
         "phimoe",
         {
@@ -222,8 +241,11 @@ def folder_of(
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **SIZES | settings))
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
+            for name, buffer in model.named_buffers():
+                if "e_score_correction_bias" in name:
+                    buffer += 0.2 * torch.randn(buffer.shape, generator=generator)
             for name, parameter in model.named_parameters():
-                if parameter.ndim == 1 or "norm" in name:  # of norms, and biases
+                if parameter.ndim == 1 or "norm" in name or "bias" in name:  # of norms, and biases
                     parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
                 else:
                     std = (
