@@ -6,6 +6,7 @@ This module is a back end: see :class:`nybble.kernels.backend.Backend`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
@@ -95,6 +96,36 @@ def packed_matmul(
     if weight.bias is not None:
         out += weight.bias.float()
     return out.to(x.dtype)
+
+
+def packed_matmul_int16(x: Tensor, weight: PackedWeight) -> Tensor:
+    """What the integer kernels of CPUs without BF16 compute, not rounded: float64.
+
+    Each group of columns is cut into spans of 128 (64 if the levels are no consecutive integers).
+    In a span x is rounded to a multiple of a power of two, so that 15 bits (14) and a sign hold it:
+    to within 2⁻¹⁵ (2⁻¹⁴) of the span's largest, and bfloat16 numbers of at least 2⁻⁷ (2⁻⁶) of it
+    exactly. Levels that are no consecutive integers are rounded to multiples of a 2047th of the
+    largest. All else is exact.
+    """
+    levels = weight.levels
+    first = float(levels[0])
+    integers = first == round(first) and abs(first) <= 15 and bool((levels.diff() == 1).all())
+    span, bits = (128, 15) if integers else (64, 14)
+    rounded = (x if weight.perm is None else x[..., weight.perm]).double()
+    for group in range(0, weight.columns, weight.group_size):
+        end = min(group + weight.group_size, weight.columns)
+        for start in range(group, end, span):
+            part = rounded[..., start : min(start + span, end)]
+            largest = part.abs().amax(-1, keepdim=True)
+            exponent = (torch.frexp(largest).exponent - bits).clamp(min=-126)
+            step = torch.ldexp(torch.ones_like(largest), exponent)
+            part.copy_((part / step).round() * step)
+    if not integers:
+        step = levels.abs().max() / 2047
+        levels = (levels / step).round() * step
+    stored = replace(weight, levels=levels, perm=None, in_features=weight.columns)
+    out = rounded @ stored.dequantize().double().T
+    return out if weight.bias is None else out + weight.bias.double()
 
 
 def dense_matmul(x: Tensor, weight: DenseWeight) -> Tensor:
