@@ -8,7 +8,6 @@ trained: rounding again changes nothing.
 
 from __future__ import annotations
 
-import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +30,7 @@ from nybble.loaders.formats import (
     WriteOptions,
     writing_format,
 )
+from nybble.loaders.model_config import config_to_write
 from nybble.loaders.tokenizer import load_tokenizer
 from nybble.models import architecture_of
 from nybble.quantizers.affine import grid, nearest_codes
@@ -190,7 +190,7 @@ def quantization_aware_train(
     source = open_checkpoint(base)
     if source.format != "none":
         raise CheckpointError(f"{base} is quantized already; give the 16-bit checkpoint")
-    config = json.loads((base / "config.json").read_text())
+    config = config_to_write(base)
     config["quantization_config"] = dict(written.settings)
     with FolderWriter(out, base, config) as writer:
         tokenizer = load_tokenizer(base)

@@ -9,22 +9,23 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
 from nybble.kernels import DenseWeight, PackedWeight
 from nybble.kernels.packed import stack_outputs
 from nybble.loaders.errors import CheckpointError
 from nybble.loaders.experts import open_shards
 from nybble.loaders.formats import FORMATS, Format, format_of
-from nybble.loaders.formats.settings import read_object
+from nybble.loaders.model_config import load_config
 from nybble.loaders.shards import Shards
-from nybble.models import architecture_of, require_family
+from nybble.models import architecture_of
 
 logger = logging.getLogger(__name__)
 
 Weight = PackedWeight | DenseWeight | Tensor
 
 _DENSE = frozenset(("weight", "bias"))
+_ROWS_AT_A_TIME = 4096  # dequantizing needs a few times their memory
 
 
 class Checkpoint(Protocol):
@@ -55,21 +56,15 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     Raises CheckpointError if something is missing, corrupt or unsupported, and
     UnsupportedModelError naming the families that are supported.
     """
-    path = folder / "config.json"
     if (folder / "nybble.json").is_file():
         # Imported here to avoid a cycle: packed_file imports this module.
         from nybble.loaders.packed_file import PackedCheckpoint
 
         return PackedCheckpoint(folder)
-    if not path.is_file():
+    if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} has no config.json: not a model folder")
-    require_family(read_object(path).get("model_type"))
-    format = format_of(folder)
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # each model's config class raises errors of its own
-        raise CheckpointError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
-    return FolderCheckpoint(folder, config, format)
+    config = load_config(folder)
+    return FolderCheckpoint(folder, config, format_of(folder))
 
 
 def can_be_rounded(checkpoint: Checkpoint) -> bool:
@@ -124,6 +119,15 @@ class FolderCheckpoint:
                 "files, or about a quarter of that with --quantize nf4",
                 self.folder,
                 self.format,
+            )
+        if self.quantization is not None and (rounding := self.quantization.rounding(shards)):
+            logger.info("%s: %s", self.folder, rounding)
+        if shards.other_parts:
+            logger.warning(
+                "%s: %d tensors such as %s are not used: texts are served, nothing else",
+                self.folder,
+                len(shards.other_parts),
+                shards.other_parts[0],
             )
         for reason, names in unused.items():
             logger.warning(
@@ -204,7 +208,10 @@ class FolderCheckpoint:
 
     def _read(self, shards: Shards, module: str) -> tuple[str, Weight]:
         if self.quantization and self.quantization.owns(shards.modules[module]):
-            return module, self.quantization.read(shards, module)
+            quantized = self.quantization.read(shards, module)
+            if module == self.architecture.embedding:
+                return module + ".weight", _dense(quantized)
+            return module, quantized
         name = module + ".weight"
         weight = shards.read(name)
         if not weight.is_floating_point():
@@ -220,3 +227,13 @@ class FolderCheckpoint:
         return module, DenseWeight(
             weight, shards.read(bias, (weight.shape[0],)) if bias in shards else None
         )
+
+
+def _dense(weight: PackedWeight | DenseWeight) -> Tensor:
+    """Embeddings, which are looked up and not multiplied, in bfloat16."""
+    if isinstance(weight, DenseWeight):
+        return weight.weight
+    rows = range(0, weight.out_features, _ROWS_AT_A_TIME)
+    return torch.cat(
+        [weight.rows(row, row + _ROWS_AT_A_TIME).dequantize(torch.bfloat16) for row in rows]
+    )

@@ -21,6 +21,7 @@ def open_shards(folder: Path, architecture: Architecture) -> Shards:
     """
     shards = Shards(folder)
     shards.leave_out(architecture.unused)
+    shapes: dict[str, tuple[int, ...]] = {}
     parts: dict[str, Part] = {}
     for prefix, mixture in _mixtures(architecture):
         for alias, name in mixture.router.aliases.items():
@@ -28,7 +29,9 @@ def open_shards(folder: Path, architecture: Architecture) -> Shards:
                 parts[prefix + name] = Part(prefix + alias)
         for stacked in mixture.stacked:
             if prefix + stacked.name in shards:
-                parts |= _separated(shards, prefix, stacked, len(mixture.experts))
+                shapes = shapes or {header.name: header.shape for header in shards.headers()}
+                shape = shapes[prefix + stacked.name]
+                parts |= _separated(folder, prefix, stacked, len(mixture.experts), shape)
     shards.present(parts)
     _check_experts(shards, architecture)
     return shards
@@ -41,17 +44,18 @@ def _mixtures(architecture: Architecture) -> Iterator[tuple[str, Mixture]]:
             yield architecture.module(index, ""), layer.mlp
 
 
-def _separated(shards: Shards, prefix: str, stacked: Stacked, experts: int) -> dict[str, Part]:
+def _separated(
+    folder: Path, prefix: str, stacked: Stacked, experts: int, shape: tuple[int, ...]
+) -> dict[str, Part]:
     source, shares = prefix + stacked.name, len(stacked.holds)
-    shape = shards.shape(source)
     if shape[0] != experts:
         raise CheckpointError(
-            f"{shards.folder}: {source} holds {shape[0]} experts, but config.json says {experts}"
+            f"{folder}: {source} holds {shape[0]} experts, but config.json says {experts}"
         )
     rows = Part(source, 0, transposed=stacked.transposed).shape(shape)[0]
     if rows % shares:
         raise CheckpointError(
-            f"{shards.folder}: {source} has shape {shape}: its rows are not those of {shares} "
+            f"{folder}: {source} has shape {shape}: its rows are not those of {shares} "
             "linear layers of one size"
         )
     return {

@@ -11,7 +11,8 @@ import torch
 from nybble.loaders.errors import CheckpointError
 from nybble.loaders.formats import format_of
 from nybble.loaders.formats.codebook import BLOCKSIZE
-from nybble.loaders.shards import Shards, TensorHeader
+from nybble.loaders.shards import Shards
+from nybble.loaders.tensor_file import TensorHeader
 
 # Bytes of a weight with its share of the scales. In 4 bits: blocks of 64 with a float32 scale, or
 # with a scale and a zero of 16 bits. In 8 bits: two 16-bit scales for 128 weights.

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig
 
 from nybble.loaders import CheckpointError
 from nybble.loaders.experts import open_shards
+from nybble.loaders.model_config import load_config
 from nybble.models import LinearGroup, architecture_of
 from nybble.quantizers.skeleton import model_skeleton
 
@@ -81,7 +81,7 @@ class DecoderBlocks:
 
         Raises CheckpointError if blocks or sequences of ``length`` are not supported.
         """
-        config = AutoConfig.from_pretrained(source, local_files_only=True)
+        config = load_config(source)
         config.quantization_config = (
             None  # blocks are dense here, even if the checkpoint is quantized
         )

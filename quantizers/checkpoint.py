@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +22,7 @@ from nybble.loaders.formats import (
     WriteOptions,
     writing_format,
 )
+from nybble.loaders.model_config import config_to_write
 from nybble.models import Layer, LinearGroup, Mixture
 from nybble.quantizers.awq import awq_block
 from nybble.quantizers.blocks import (
@@ -101,7 +101,7 @@ def quantize_checkpoint(
         raise CheckpointError(
             f"{source} is quantized already ({checkpoint.format}); give the 16-bit checkpoint"
         )
-    config = json.loads((source / "config.json").read_text())
+    config = config_to_write(source)
     config["quantization_config"] = dict(written.settings)
     shards = open_shards(source, checkpoint.architecture)
     checkpoint.check(shards)

@@ -8,7 +8,6 @@ is kept if it has one, and each column's rounding error is compensated by the co
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -34,6 +33,7 @@ from nybble.loaders.formats import (
     writing_format,
     written_formats,
 )
+from nybble.loaders.model_config import config_to_write
 from nybble.loaders.shards import Shards
 from nybble.quantizers.blocks import DecoderBlocks, linear_layer
 from nybble.quantizers.on_grid import Compensation, Grid
@@ -108,7 +108,7 @@ def merge_adapter(
         raise CheckpointError(
             f"{source} is the packed form: give the checkpoint it was packed from"
         )
-    config = json.loads((source / "config.json").read_text())
+    config = config_to_write(source)
     plan = _plan(checkpoint, config, format)
     if keep_16_bits and (not plan.same or plan.format is None):
         raise ValueError("layers can be kept in 16 bits only in the source's own 4-bit format")

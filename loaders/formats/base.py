@@ -22,7 +22,8 @@ from nybble.loaders.formats.affine import (
 )
 from nybble.loaders.formats.codebook import BLOCKSIZE, CodebookWeight, QuantType
 from nybble.loaders.formats.settings import Settings
-from nybble.loaders.shards import Shards, TensorHeader
+from nybble.loaders.shards import Shards
+from nybble.loaders.tensor_file import TensorHeader
 
 QuantizedWeight = AffineWeight | CodebookWeight
 Method = Literal["gptq", "awq"]
@@ -113,6 +114,10 @@ class Format(ABC):
     def owns(self, leaves: Collection[str]) -> bool:
         """Whether a module with these tensors is quantized."""
         return not self.marks.isdisjoint(leaves)
+
+    def rounding(self, shards: Shards) -> str | None:
+        """Which weights loading rounds, and how; None if it keeps every value."""
+        return None
 
     @abstractmethod
     def read(self, shards: Shards, module: str) -> PackedWeight | DenseWeight:
