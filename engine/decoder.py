@@ -27,7 +27,7 @@ from nybble.kernels import DenseWeight, PackedWeight
 from nybble.kernels.attention_batch import AttentionBatch
 from nybble.kernels.backend import Backend, backend_for
 from nybble.kernels.packed import Weight
-from nybble.kernels.reference import activate
+from nybble.kernels.reference import activate, clamped_swiglu
 from nybble.models import (
     Architecture,
     Layer,
@@ -174,9 +174,13 @@ class Decoder:
                 self._norm(store, module(index, name), *about.norm_shape(heads))
                 for name, heads in ((about.q_norm, about.heads), (about.k_norm, about.kv_heads))
             )
+        sinks = None
+        if about.sinks is not None:
+            sinks = store.tensor(self.architecture.module(index, about.sinks), about.heads)
         ropes = self.architecture.ropes
         return AttentionPart(
             about,
+            sinks=sinks,
             layer=index,
             rope=len(ropes) if about.rope is None else ropes.index(about.rope),
             qkv=self._projection(store, index, about.qkv),
@@ -190,7 +194,7 @@ class Decoder:
         up = self._projection(store, index, about.up)
         (*_, weights) = self._weights
         fused_up = None
-        if about.gated and len(weights) == 1:
+        if about.gated and about.clamp is None and len(weights) == 1:
             fused_up = self.backend.gated_linear(weights[0], about.activation, self._dtype)
         return MlpPart(
             up=up,
@@ -230,6 +234,8 @@ class Decoder:
         )
 
     def _activate(self, about: Mlp) -> Callable[[Tensor], Tensor]:
+        if (clamp := about.clamp) is not None:
+            return partial(clamped_swiglu, alpha=clamp.alpha, limit=clamp.limit)
         function = self.backend.gated if about.gated else activate
         return partial(function, activation=about.activation)
 

@@ -115,11 +115,13 @@ class Projection:
 class AttentionPart:
     """Attention of one layer.
 
+    sinks: float32 ``(heads,)``, or None.
     layer: index of the KV cache and of the metadata that it uses.
     rope: index of the step's rotary embedding it uses.
     """
 
     about: Attention
+    sinks: Tensor | None
     layer: int
     rope: int
     qkv: Projection
@@ -158,6 +160,7 @@ class AttentionPart:
             about.window,
             *kv_scales,
             softcap=about.softcap or 0.0,
+            sinks=self.sinks,
         )
         return self.output(attended, step.adapters)
 

@@ -7,6 +7,7 @@ architecture and knows no family.
 from nybble.models.architecture import (
     Architecture,
     Attention,
+    ClampedSwiglu,
     Fold,
     Layer,
     Linear,
@@ -24,6 +25,7 @@ from nybble.models.registry import architecture_of, require_family, supported_fa
 __all__ = [
     "Architecture",
     "Attention",
+    "ClampedSwiglu",
     "Fold",
     "Layer",
     "Linear",

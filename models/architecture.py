@@ -164,6 +164,8 @@ class Attention:
         its own, ``all`` norms all heads together. Biases are not added.
     q_norm, k_norm: the modules that hold their weights.
     softcap: scores become ``softcap · tanh(score / softcap)``.
+    sinks: a tensor ``(heads,)`` of scores that take part in each head's softmax and have no value
+        (Xiao et al. 2023); None for none.
     """
 
     heads: int
@@ -178,6 +180,7 @@ class Attention:
     q_norm: str = "self_attn.q_norm"
     k_norm: str = "self_attn.k_norm"
     softcap: float | None = None
+    sinks: str | None = None
 
     def norm_shape(self, heads: int) -> tuple[int, ...]:
         """Of the weight of queries' or keys' norm, for as many heads."""
@@ -190,16 +193,29 @@ class Attention:
 
 
 @dataclass(frozen=True)
+class ClampedSwiglu:
+    """gpt-oss's gate: ``g · sigmoid(alpha · g) · (u + 1)``.
+
+    g is gate, at most ``limit``; u is up, between ``−limit`` and ``limit``.
+    """
+
+    alpha: float
+    limit: float
+
+
+@dataclass(frozen=True)
 class Mlp:
     """A feed-forward block: ``down(activation(gate) · up)``, or ``down(activation(up))``.
 
     up: gate and up in one group, gate first, if ``gated``.
+    clamp: instead of ``activation``, if it is not None.
     """
 
     up: LinearGroup
     down: LinearGroup
     activation: Activation = "silu"
     gated: bool = True
+    clamp: ClampedSwiglu | None = None
 
     @property
     def groups(self) -> tuple[LinearGroup, ...]:
@@ -336,7 +352,9 @@ class Layer:
 
     @property
     def tensors(self) -> Iterator[str]:
-        """Tensors other than those of norms and linear layers."""
+        """Tensors other than those of norms and linear layers, which are kept in float32."""
+        if self.attention.sinks is not None:
+            yield self.attention.sinks
         if isinstance(self.mlp, Mixture):
             yield from self.mlp.router.tensors
             if self.mlp.shared_gate is not None:

@@ -105,10 +105,12 @@ def gated_mlp(
     norm: str | None = "post_attention_layernorm",
     module: str = "mlp",
     names: Sequence[str] = ("gate_proj", "up_proj", "down_proj"),
+    fold: bool = True,
 ) -> Mlp:
     """``down_proj(activation(gate_proj) · up_proj)``.
 
     module: what holds the linear layers; names: what they are called there.
+    fold: whether what ``down_proj`` reads is linear in ``up_proj``'s outputs.
     """
     gate, up, down = (f"{module}.{name}" for name in names)
     return Mlp(
@@ -118,7 +120,9 @@ def gated_mlp(
             Fold(norm) if norm else None,
         ),
         down=LinearGroup(
-            down, (Linear(down, hidden, intermediate, bias),), Fold(up, 0, intermediate)
+            down,
+            (Linear(down, hidden, intermediate, bias),),
+            Fold(up, 0, intermediate) if fold else None,
         ),
         activation=activation,
     )

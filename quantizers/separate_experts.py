@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from nybble.kernels.reference import activate, gated
+from nybble.kernels.reference import activate, clamped_swiglu, gated
 from nybble.models import Architecture, LinearGroup, Mixture, Mlp
 
 
@@ -30,9 +30,14 @@ class Expert(nn.Module):
                 self.add_module(linear.leaf, layer)
 
     def forward(self, x: Tensor) -> Tensor:
-        up, activation = self._outputs(self._about.up, x), self._about.activation
-        hidden = gated(up, activation) if self._about.gated else activate(up, activation)
-        return self._outputs(self._about.down, hidden)
+        about, up = self._about, self._outputs(self._about.up, x)
+        if about.clamp is not None:
+            hidden = clamped_swiglu(up, about.clamp.alpha, about.clamp.limit)
+        elif about.gated:
+            hidden = gated(up, about.activation)
+        else:
+            hidden = activate(up, about.activation)
+        return self._outputs(about.down, hidden)
 
     def _outputs(self, group: LinearGroup, x: Tensor) -> Tensor:
         parts: list[Tensor] = [self.get_submodule(linear.leaf)(x) for linear in group.linears]

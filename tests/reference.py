@@ -59,13 +59,16 @@ def _by_our_names(model: PreTrainedModel, architecture: Architecture) -> dict[st
             if ours + alias in found:
                 found[ours + name] = found[ours + alias]
         experts = model.get_submodule(f"{theirs}experts")
-        for number, expert in enumerate(layer.mlp.experts):
-            # Gate and up are named by their group too: checkpoints may have them as one.
-            up = experts.get_parameter("gate_up_proj").data[number]
-            for linear, rows in zip(expert.up.linears, up.chunk(2), strict=True):
-                found[f"{ours}{linear.name}.weight"] = rows
-            down = experts.get_parameter("down_proj").data[number]
-            found[f"{ours}{expert.down.name}.weight"] = down
+        parameters = {name.rpartition(".")[2]: p.data for name, p in experts.named_parameters()}
+        for stacked in layer.mlp.stacked:
+            whole, shares = parameters.get(stacked.name.rpartition(".")[2]), len(stacked.holds)
+            for number in range(len(layer.mlp.experts) if whole is not None else 0):
+                entry = whole[number].mT if stacked.transposed else whole[number]
+                for share, name in enumerate(stacked.holds):
+                    turns = entry[share::shares]
+                    found[ours + name.format(number)] = (
+                        turns if stacked.interleaved else entry.chunk(shares)[share]
+                    )
     return found
 
 
