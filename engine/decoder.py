@@ -223,6 +223,7 @@ class Decoder:
             self._expert_weights += weights
         return MixturePart(
             mixture,
+            layer=index,
             router=weight,
             router_bias=bias,
             correction_bias=correction,

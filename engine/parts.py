@@ -17,7 +17,7 @@ from nybble.engine.routing import choose_experts
 from nybble.kernels.attention_batch import AttentionBatch
 from nybble.kernels.backend import Backend
 from nybble.kernels.packed import GroupedKernel, LinearKernel
-from nybble.kernels.reference import add_layer_norm, layer_norm
+from nybble.kernels.reference import add_layer_norm, layer_norm, weighted_sum
 from nybble.models import Attention, Mixture, Norm
 
 if TYPE_CHECKING:
@@ -203,6 +203,7 @@ class MixturePart:
     """
 
     about: Mixture
+    layer: int
     router: Tensor
     router_bias: Tensor | None
     correction_bias: Tensor | None
@@ -218,7 +219,15 @@ class MixturePart:
         ids, weights = choose_experts(router, logits, top_k, self.correction_bias)
         parts = [linear(x, ids, None) for linear in self.up]
         hidden = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
-        out = self.down(self.activate(hidden), ids, weights)
+        adapters = step.adapters.on_experts(self.layer, ids) if step.adapters else None
+        if adapters is None:
+            out = self.down(self.activate(hidden), ids, weights)
+        else:
+            adapters.add_up(hidden, x)
+            hidden = self.activate(hidden)
+            each = self.down(hidden, ids, None)
+            adapters.add_down(each, hidden)
+            out = weighted_sum(each, weights)
         if self.shared is None:
             return out
         shared = self.shared(x, step)

@@ -27,8 +27,8 @@ _PREFIX = "base_model.model."
 class LoraSettings:
     """How adapters are shaped.
 
-    target_modules: the last part of the names of linear layers; None for all of the decoder's but
-        those of a mixture's experts, which cannot have adapters.
+    target_modules: the last part of the names of linear layers; None for all of the decoder's.
+        Experts of a mixture are not trained: peft has no modules for them.
     use_rslora: scale by alpha / √rank in place of alpha / rank.
     """
 
@@ -80,13 +80,13 @@ def add_lora(model: PreTrainedModel, settings: LoraSettings) -> dict[str, LoraLi
     wanted_names = settings.target_modules
     targets = {
         name: model.get_submodule(name)
-        for name in architecture_of(model.config).adaptable
+        for name in architecture_of(model.config).dense_linears
         if wanted_names is None or _leaf(name) in wanted_names
     }
     for wanted in wanted_names or ():
         if not any(name.endswith(wanted) for name in targets):
             raise ValueError(
-                f"target module {wanted!r} is no linear layer of the model that can have an adapter"
+                f"target module {wanted!r} is no linear layer that every token of the model passes"
             )
     layers = {}
     for name, base in targets.items():

@@ -72,7 +72,15 @@ def grouped_matmul(
         if len(part)
     ]
     out = torch.cat(parts)[places.argsort()].view(*expert_ids.shape, -1)
-    return out if weights is None else (out.float() * weights[..., None]).sum(1).to(out.dtype)
+    return out if weights is None else weighted_sum(out, weights)
+
+
+def weighted_sum(out: Tensor, weights: Tensor) -> Tensor:
+    """``Σ_k weights[r, k] · out[r, k]``, summed in float32 and rounded once.
+
+    out: ``(rows, top_k, width)``; weights: float32 ``(rows, top_k)``.
+    """
+    return (out.float() * weights[..., None]).sum(1).to(out.dtype)
 
 
 def packed_matmul(

@@ -439,8 +439,8 @@ class Architecture:
         }
 
     @cached_property
-    def adaptable(self) -> Mapping[str, Linear]:
-        """The linear layers that adapters can change, by their absolute names: all but experts'."""
+    def dense_linears(self) -> Mapping[str, Linear]:
+        """The linear layers that every token passes, all but experts', by their absolute names."""
         return {
             self.module(index, linear.name): linear
             for index, layer in enumerate(self.layers)
@@ -464,11 +464,8 @@ class Architecture:
 
     @cached_property
     def linear_leaves(self) -> tuple[str, ...]:
-        """The last parts of the names of the layers that adapters can change, in order.
-
-        Those of experts are not among them.
-        """
-        return tuple(dict.fromkeys(linear.leaf for linear in self.adaptable.values()))
+        """The last parts of the names of the linear layers that every token passes, in order."""
+        return tuple(dict.fromkeys(linear.leaf for linear in self.dense_linears.values()))
 
     @cached_property
     def fused(self) -> Mapping[str, tuple[str, tuple[str, ...]]]:

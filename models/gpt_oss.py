@@ -1,4 +1,4 @@
-"""gpt-oss: attention sinks, windows in every other layer, experts with biases and a clamped gate."""
+"""gpt-oss: attention sinks, windows in every other layer, experts with biases and a clamp."""
 
 from __future__ import annotations
 

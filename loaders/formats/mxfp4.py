@@ -1,9 +1,8 @@
 """MXFP4 checkpoints as gpt-oss is published: the experts in 4-bit floats, all else in 16 bits.
 
-The files stack all experts of a layer; per expert and linear layer, as
-:func:`nybble.loaders.experts.open_shards` shows them: ``blocks`` uint8 (out, in / 32, 16), two codes
-in a byte; ``scales`` uint8 (out, in / 32), exponents. See
-:mod:`nybble.loaders.formats.microscaling`.
+The files stack all experts of a layer. :func:`nybble.loaders.experts.open_shards` shows, for each
+expert and linear layer, ``blocks`` uint8 (out, in / 32, 16), two codes in a byte, and ``scales``
+uint8 (out, in / 32), exponents. See :mod:`nybble.loaders.formats.microscaling`.
 """
 
 from __future__ import annotations

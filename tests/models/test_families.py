@@ -364,6 +364,7 @@ def test_an_adapter_trained_by_peft_gives_its_outputs(
     base = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager"
     )
+    # Of a mixture, peft adapts its parameters too: those of stacked experts.
     targets = list(architecture_of(base.config).linear_leaves)
     adapted = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules=targets))
     for name, parameter in adapted.named_parameters():
