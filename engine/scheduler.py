@@ -154,7 +154,7 @@ class Scheduler:
             if sequence.num_uncomputed_tokens > 1:
                 unfinished[sequence.tenant].append(sequence)
         ranks = {tenant: self._rank(queue[0]) for tenant, queue in unfinished.items()}
-        for tenant in self.waiting.tenants():
+        for tenant in self.waiting.tenants:
             if tenant not in ranks:
                 ranks[tenant] = self._rank(self.waiting.of(tenant)[0])
         while plan.budget and ranks:
@@ -408,7 +408,7 @@ class Scheduler:
 
     def _shares(self, capacity: int) -> dict[str, float]:
         """Each tenant's share of ``capacity``, by weight, of those with anything to compute."""
-        weights = {tenant: self.waiting.of(tenant)[0].weight for tenant in self.waiting.tenants()}
+        weights = {tenant: self.waiting.of(tenant)[0].weight for tenant in self.waiting.tenants}
         weights |= {sequence.tenant: sequence.weight for sequence in self.running}
         unit = capacity / sum(weights.values())
         return {tenant: weight * unit for tenant, weight in weights.items()}

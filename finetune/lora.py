@@ -86,7 +86,7 @@ def add_lora(model: PreTrainedModel, settings: LoraSettings) -> dict[str, LoraLi
     for wanted in wanted_names or ():
         if not any(name.endswith(wanted) for name in targets):
             raise ValueError(
-                f"target module {wanted!r} is no linear layer that every token of the model passes"
+                f"target module {wanted!r} is not a linear layer which every token passes"
             )
     layers = {}
     for name, base in targets.items():

@@ -126,7 +126,9 @@ class PackedCheckpoint:
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise CheckpointError(f"{path} is not a packed model's header: {error!r}") from error
         if version != VERSION:
-            raise CheckpointError(f"{path} has version {version}, expected {VERSION}: pack it anew")
+            raise CheckpointError(
+                f"{path} has version {version}, expected {VERSION}: pack it again"
+            )
         self.folder = folder
         self.config = load_config(folder)
         self.format = "packed"

@@ -1,4 +1,4 @@
-"""LoRA of rank 16 on every projection of a Llama-2-13B layer, another adapter in every row."""
+"""LoRA of rank 16 on every projection of a Llama-2-13B layer, with another adapter in every row."""
 
 from __future__ import annotations
 
@@ -29,6 +29,10 @@ def adapters(
     dtype: torch.dtype,
     device: torch.device,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Random adapters in ``count`` slots.
+
+    Returns a and b, in the shapes of ``slot_buffers``, and the int32 ranks [count].
+    """
     a, b = slot_buffers(count, rank, inputs, offsets, dtype, device)
     a.copy_(torch.randn(a.shape, device=device) * inputs**-0.5)
     b.copy_(torch.randn(b.shape, device=device))

@@ -10,7 +10,7 @@
 
 namespace nybble {
 
-// The numbers are also in the Python side. Only allocations can throw here.
+// kernels/cpu/library.py has the same numbers. Only allocations can throw in these functions.
 enum Status : int { kDone = 0, kOutOfMemory = 1 };
 
 struct FreeAligned {
@@ -18,8 +18,8 @@ struct FreeAligned {
 };
 using Buffers = std::unique_ptr<float[], FreeAligned>;
 
-// `each` floats for each of so many threads, not initialized. The first begins a cache line, and
-// every one if `each` is a multiple of 16.
+// Uninitialized memory: `each` floats for each thread. The first begins a cache line, and every one
+// if `each` is a multiple of 16.
 inline Buffers buffers(int64_t threads, int64_t each) {
     return Buffers(new (std::align_val_t{64}) float[threads * each]);
 }

@@ -12,7 +12,7 @@ class TokenBytes:
         self._vocabulary = vocabulary
 
     def of(self, token_id: int) -> bytes:
-        """A token's bytes; empty for a padding row of the vocabulary, which is no token."""
+        """A token's bytes; empty for a padding row of the vocabulary."""
         return self._vocabulary.spelling(token_id)
 
     def text(self, token_id: int) -> str:

@@ -144,7 +144,7 @@ def test_the_model_may_be_said_by_name_alone() -> None:
         ((), "say which: nybble serve NAME, or --model NAME"),
         (("x", "--model", "y"), "'x' and --model 'y': give one of them"),
         (("x", "y"), "unexpected extra argument"),
-        (("x", "--root-path", "llm"), "'llm' is no prefix of a path such as /llm"),
+        (("x", "--root-path", "llm"), "'llm' is not a path prefix such as /llm"),
     ]:
         result = CliRunner().invoke(app, ["serve", *arguments], prog_name="nybble")
         assert result.exit_code == 2
