@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from nybble.engine.decoder import Decoder
 from nybble.loaders import CheckpointError, open_checkpoint
+from nybble.loaders.footprint import weight_bytes
 from nybble.models import UnsupportedModelError, architecture_of
 
 COMMON = {
@@ -78,6 +79,20 @@ def test_stacked_and_separate_tensors_are_the_same_weights(
     assert found.keys() == expected.keys()
     for name, weight in found.items():
         assert torch.equal(weight, expected[name]), name
+
+
+@pytest.mark.parametrize("published", [True, False])
+def test_the_memory_of_a_mixture_is_known_from_its_headers(
+    folder_of: Callable[..., Path], published: bool
+) -> None:
+    folder = folder_of("mixtral", published=published)
+    experts, routers = 2 * 3 * 3 * 32 * 48, 2 * 3 * 32
+    others = sum(weight.numel() for weight in weights(folder).values()) - experts - routers
+    rest = 2 * others + 4 * routers
+    assert weight_bytes(folder, torch.bfloat16) == rest + 2 * experts
+    attention = 2 * (32 * 32 * 2 + 2 * 16 * 32)
+    in_4_bits = weight_bytes(folder, torch.bfloat16, layers="4bit")
+    assert in_4_bits == round(rest - 2 * attention + (experts + attention) * (1 / 2 + 4 / 64))
 
 
 def test_a_missing_expert_is_refused_by_name(

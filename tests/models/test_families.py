@@ -224,6 +224,8 @@ _SHOWN = {
     "phi3 with longrope",
     "cohere with norms of heads",
     "starcoder2",
+    "mixtral",
+    "glm4_moe with groups",
 }
 shown_rows = pytest.mark.parametrize(
     "row", [row if row in _SHOWN else pytest.param(row, marks=pytest.mark.slow) for row in ROWS]
