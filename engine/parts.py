@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
+from nybble.engine.routing import choose_experts
 from nybble.kernels.attention_batch import AttentionBatch
 from nybble.kernels.backend import Backend
-from nybble.kernels.packed import LinearKernel
-from nybble.kernels.reference import add_layer_norm, layer_norm, rotate
-from nybble.models import Attention, Norm
+from nybble.kernels.packed import GroupedKernel, LinearKernel
+from nybble.kernels.reference import add_layer_norm, layer_norm, rotate, weighted_sum
+from nybble.models import Attention, Mixture, Norm
 
 if TYPE_CHECKING:
     from nybble.engine.adapter_slots import StepAdapters
@@ -116,11 +117,13 @@ class Projection:
 class AttentionPart:
     """Attention of one layer.
 
+    sinks: float32 ``(heads,)``, or None.
     layer: index of the KV cache and of the metadata that it uses.
     rope: index of the step's rotary embedding it uses.
     """
 
     about: Attention
+    sinks: Tensor | None
     layer: int
     rope: int
     qkv: Projection
@@ -165,6 +168,7 @@ class AttentionPart:
             about.window,
             *kv_scales,
             softcap=about.softcap or 0.0,
+            sinks=self.sinks,
         )
         return self.output(attended, step.adapters)
 
@@ -194,6 +198,51 @@ class MlpPart:
         else:
             hidden = self.activate(self.up(x, step.adapters))
         return self.down(hidden, step.adapters)
+
+
+@dataclass(frozen=True)
+class MixturePart:
+    """A mixture of experts.
+
+    router: float32 ``(experts, hidden)``; router_bias, correction_bias: ``(experts,)``, or None.
+    up: each computes a part of what the experts' activations read, side by side.
+    activate: the activation of what ``up`` computes, or its gate if experts are gated.
+    shared_gate: float32 ``(1, hidden)``, or None.
+    """
+
+    about: Mixture
+    layer: int
+    router: Tensor
+    router_bias: Tensor | None
+    correction_bias: Tensor | None
+    up: tuple[GroupedKernel, ...]
+    activate: Callable[[Tensor], Tensor]
+    down: GroupedKernel
+    shared: MlpPart | None
+    shared_gate: Tensor | None
+
+    def __call__(self, x: Tensor, step: Step) -> Tensor:
+        logits = torch.nn.functional.linear(x.float(), self.router, self.router_bias)
+        router, top_k = self.about.router, self.about.top_k
+        ids, weights = choose_experts(router, logits, top_k, self.correction_bias)
+        parts = [linear(x, ids, None) for linear in self.up]
+        hidden = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        adapters = step.adapters.on_experts(self.layer, ids) if step.adapters else None
+        if adapters is None:
+            out = self.down(self.activate(hidden), ids, weights)
+        else:
+            adapters.add_up(hidden, x)
+            hidden = self.activate(hidden)
+            each = self.down(hidden, ids, None)
+            adapters.add_down(each, hidden)
+            out = weighted_sum(each, weights)
+        if self.shared is None:
+            return out
+        shared = self.shared(x, step)
+        if self.shared_gate is not None:
+            gate = torch.nn.functional.linear(x.float(), self.shared_gate).sigmoid()
+            shared = shared * gate.to(x.dtype)
+        return out + shared
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from nybble.engine.adapter_slots import AdapterSlots, StepAdapters
+from nybble.engine.adapter_slots import AdapterSlots
 from nybble.engine.config import EngineConfig, resolve_device
 from nybble.engine.decoder import Decoder
 from nybble.engine.graphs import Capture, DecodeGraphs, bucket_sizes, cuda_capture
@@ -115,8 +115,7 @@ class ModelRunner:
     def _forward(self, inputs: StepInputs) -> Tensor:
         adapters = None
         if self.adapters is not None and inputs.lora is not None:
-            slots = self.adapters.projections
-            adapters = StepAdapters(slots, inputs.lora, self.decoder.backend)
+            adapters = self.adapters.for_step(inputs.lora, self.decoder.backend)
         return self.decoder.forward(
             inputs.token_ids, inputs.positions, self.caches, inputs.attention, adapters
         )

@@ -19,7 +19,7 @@ from nybble.kernels.activation import Activation
 from nybble.kernels.attention_batch import AttentionBatch
 from nybble.kernels.cpu.library import library
 from nybble.kernels.lora_batch import LoRABatch
-from nybble.kernels.packed import LinearKernel, Weight
+from nybble.kernels.packed import GroupedKernel, LinearKernel, Weight
 from nybble.kernels.reference import TokenChoice
 
 
@@ -37,6 +37,10 @@ class Backend(Protocol):
 
         Returns ``(..., out_features / 2)``. None if no kernel computes both.
         """
+        ...
+
+    def grouped_linear(self, weights: Sequence[Weight], dtype: torch.dtype) -> GroupedKernel:
+        """A linear layer of every expert, all of one size: bound to its kernel once."""
         ...
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor: ...

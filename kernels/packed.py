@@ -242,6 +242,8 @@ class PackedWeight:
 Weight = PackedWeight | DenseWeight
 # Computes ``x @ W.T + bias`` of one weight for ``x (..., in_features)``, in the dtype of ``x``.
 LinearKernel = Callable[[Tensor], Tensor]
+# See :func:`nybble.kernels.reference.grouped_matmul`: x, expert_ids, weights.
+GroupedKernel = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 # The digits reach from 16 · −8 − 8 to 16 · 7 + 7; codes are chosen symmetric.

@@ -17,7 +17,13 @@ from torch import Tensor
 from nybble.kernels.activation import Activation, check_activation
 from nybble.kernels.attention_batch import AttentionBatch
 from nybble.kernels.lora_batch import LoRABatch
-from nybble.kernels.packed import DenseWeight, LinearKernel, PackedWeight, Weight
+from nybble.kernels.packed import (
+    DenseWeight,
+    GroupedKernel,
+    LinearKernel,
+    PackedWeight,
+    Weight,
+)
 
 # Output rows dequantized at a time: 16 MiB of float32 at 4096 columns.
 _ROWS_AT_A_TIME = 1024
@@ -32,6 +38,49 @@ def linear(weight: Weight, dtype: torch.dtype) -> LinearKernel:
 
 def gated_linear(weight: Weight, activation: Activation, dtype: torch.dtype) -> None:
     """None: the product of a linear layer and :func:`gated` are computed one after the other."""
+
+
+def grouped_linear(weights: Sequence[Weight], dtype: torch.dtype) -> GroupedKernel:
+    """A linear layer of every expert, for inputs of ``dtype``."""
+    return partial(grouped_matmul, experts=[linear(weight, dtype) for weight in weights])
+
+
+def grouped_matmul(
+    x: Tensor,
+    expert_ids: Tensor,
+    weights: Tensor | None = None,
+    *,
+    experts: Sequence[LinearKernel],
+) -> Tensor:
+    """``y[r, k] = experts[expert_ids[r, k]](x[r])``, or their weighted sum over k.
+
+    x: ``(rows, in)``, or ``(rows, top_k, in)`` with an input ``x[r, k]`` for each expert.
+    expert_ids: int64 ``(rows, top_k)``.
+    weights: float32 ``(rows, top_k)``.
+
+    Returns ``y (rows, top_k, out)``, or ``Σ_k weights[r, k] · y[r, k]`` ``(rows, out)``, summed in
+    float32 and rounded once, if weights are given. An expert without rows is not called.
+    """
+    inputs = x.flatten(0, 1) if x.ndim == 3 else x
+    # Places in expert_ids, sorted by expert.
+    chosen, places = expert_ids.flatten().sort(stable=True)
+    rows = places if x.ndim == 3 else places // expert_ids.shape[1]
+    counts = chosen.bincount(minlength=len(experts)).tolist()
+    parts = [
+        expert(inputs[part])
+        for expert, part in zip(experts, torch.split(rows, counts), strict=True)
+        if len(part)
+    ]
+    out = torch.cat(parts)[places.argsort()].view(*expert_ids.shape, -1)
+    return out if weights is None else weighted_sum(out, weights)
+
+
+def weighted_sum(out: Tensor, weights: Tensor) -> Tensor:
+    """``Σ_k weights[r, k] · out[r, k]``, summed in float32 and rounded once.
+
+    out: ``(rows, top_k, width)``; weights: float32 ``(rows, top_k)``.
+    """
+    return (out.float() * weights[..., None]).sum(1).to(out.dtype)
 
 
 def packed_matmul(
@@ -55,6 +104,36 @@ def packed_matmul(
     if weight.bias is not None:
         out += weight.bias.float()
     return out.to(x.dtype)
+
+
+def packed_matmul_int16(x: Tensor, weight: PackedWeight) -> Tensor:
+    """What the integer kernels of CPUs without BF16 compute, not rounded: float64.
+
+    Each group of columns is cut into spans of 128 (64 if the levels are no consecutive integers).
+    In a span x is rounded to a multiple of a power of two, so that 15 bits (14) and a sign hold it:
+    to within 2⁻¹⁵ (2⁻¹⁴) of the span's largest, and bfloat16 numbers of at least 2⁻⁷ (2⁻⁶) of it
+    exactly. Levels that are no consecutive integers are rounded to multiples of a 2047th of the
+    largest. All else is exact.
+    """
+    levels = weight.levels
+    first = float(levels[0])
+    integers = first == round(first) and abs(first) <= 15 and bool((levels.diff() == 1).all())
+    span, bits = (128, 15) if integers else (64, 14)
+    rounded = (x if weight.perm is None else x[..., weight.perm]).double()
+    for group in range(0, weight.columns, weight.group_size):
+        end = min(group + weight.group_size, weight.columns)
+        for start in range(group, end, span):
+            part = rounded[..., start : min(start + span, end)]
+            largest = part.abs().amax(-1, keepdim=True)
+            exponent = (torch.frexp(largest).exponent - bits).clamp(min=-126)
+            step = torch.ldexp(torch.ones_like(largest), exponent)
+            part.copy_((part / step).round() * step)
+    if not integers:
+        step = levels.abs().max() / 2047
+        levels = (levels / step).round() * step
+    stored = replace(weight, levels=levels, perm=None, in_features=weight.columns)
+    out = rounded @ stored.dequantize().double().T
+    return out if weight.bias is None else out + weight.bias.double()
 
 
 def dense_matmul(x: Tensor, weight: DenseWeight) -> Tensor:
@@ -112,36 +191,6 @@ def lora_add(
             out[rows, start:end] = total.to(out.dtype)
 
 
-def packed_matmul_int16(x: Tensor, weight: PackedWeight) -> Tensor:
-    """What the integer kernels of CPUs without BF16 compute, not rounded: float64.
-
-    Each group of columns is cut into spans of 128 (64 if the levels are no consecutive integers).
-    In a span x is rounded to a multiple of a power of two, so that 15 bits (14) and a sign hold it:
-    to within 2⁻¹⁵ (2⁻¹⁴) of the span's largest, and bfloat16 numbers of at least 2⁻⁷ (2⁻⁶) of it
-    exactly. Levels that are no consecutive integers are rounded to multiples of a 2047th of the
-    largest. All else is exact.
-    """
-    levels = weight.levels
-    first = float(levels[0])
-    integers = first == round(first) and abs(first) <= 15 and bool((levels.diff() == 1).all())
-    span, bits = (128, 15) if integers else (64, 14)
-    rounded = (x if weight.perm is None else x[..., weight.perm]).double()
-    for group in range(0, weight.columns, weight.group_size):
-        end = min(group + weight.group_size, weight.columns)
-        for start in range(group, end, span):
-            part = rounded[..., start : min(start + span, end)]
-            largest = part.abs().amax(-1, keepdim=True)
-            exponent = (torch.frexp(largest).exponent - bits).clamp(min=-126)
-            step = torch.ldexp(torch.ones_like(largest), exponent)
-            part.copy_((part / step).round() * step)
-    if not integers:
-        step = levels.abs().max() / 2047
-        levels = (levels / step).round() * step
-    stored = replace(weight, levels=levels, perm=None, in_features=weight.columns)
-    out = rounded @ stored.dequantize().double().T
-    return out if weight.bias is None else out + weight.bias.double()
-
-
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
     """Root-mean-square norm of the last dimension (Zhang and Sennrich 2019).
 
@@ -175,6 +224,16 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Te
         normed = torch.nn.functional.layer_norm(x.float(), x.shape[-1:], eps=eps)
         return (normed * weight.float()).to(x.dtype)
     return torch.nn.functional.layer_norm(x, weight.shape, weight, bias, eps)
+
+
+def clamped_swiglu(gate_up: Tensor, alpha: float, limit: float) -> Tensor:
+    """gpt-oss's gate of ``gate_up (..., 2 · inter)``, gate first, rounded once.
+
+    ``g · sigmoid(alpha · g) · (u + 1)`` with g = min(gate, limit) and u between ±limit.
+    """
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return (gate * torch.sigmoid(alpha * gate) * (up + 1)).to(gate_up.dtype)
 
 
 def add_layer_norm(

@@ -128,7 +128,7 @@ def main() -> None:
             )
             lora = LoRABatch.of(list(range(rows)), cpu)
             assert lora is not None
-            adapters = StepAdapters(slots.projections, lora, decoder.backend)
+            adapters = slots.for_step(lora, decoder.backend)
 
             def step(
                 with_adapters: bool,

@@ -10,7 +10,8 @@ import ctypes
 import logging
 from collections.abc import Sequence
 from ctypes import c_float, c_int, c_int64, c_void_p
-from functools import cache, partial
+from dataclasses import dataclass
+from functools import cache, cached_property, partial
 from typing import Any
 
 import torch
@@ -21,7 +22,13 @@ from nybble.kernels.activation import ACTIVATIONS, Activation, check_activation
 from nybble.kernels.attention_batch import AttentionBatch
 from nybble.kernels.cpu.build import CpuKernelsUnavailableError, load
 from nybble.kernels.lora_batch import LoRABatch
-from nybble.kernels.packed import DenseWeight, LinearKernel, PackedWeight, Weight
+from nybble.kernels.packed import (
+    DenseWeight,
+    GroupedKernel,
+    LinearKernel,
+    PackedWeight,
+    Weight,
+)
 from nybble.kernels.reference import TokenChoice, check_rotary_dim, check_sinks
 
 logger = logging.getLogger(__name__)
@@ -63,6 +70,7 @@ class CpuLibrary:
             return found
 
         self._matmul = allocating("packed_matmul", *[pointer] * 7, *[size] * 5, c_int, c_int)
+        self._grouped = allocating("grouped_matmul", *[pointer] * 6, *[size] * 9, c_int, c_int)
         self._dequantize = allocating(
             "dequantize", *[pointer] * 6, *[size] * 5, c_int, c_int, c_int
         )
@@ -89,6 +97,60 @@ class CpuLibrary:
         if dtype != torch.bfloat16:
             return partial(reference.packed_matmul, weight=weight, dequantize=self.dequantize)
         return partial(self.packed_matmul, weight=weight)
+
+    def grouped_linear(self, weights: Sequence[Weight], dtype: torch.dtype) -> GroupedKernel:
+        """A linear layer of every expert, for inputs of ``dtype``.
+
+        The kernel takes experts that are stored in one way: alike but for their order of columns.
+        """
+        packed = [w for w in weights if isinstance(w, PackedWeight) and self.takes(w)]
+        if dtype == torch.bfloat16 and len(packed) == len(weights) and _alike(packed):
+            return partial(self._grouped_matmul, experts=_Experts(packed))
+        experts = [self.linear(weight, dtype) for weight in weights]
+        return partial(reference.grouped_matmul, experts=experts)
+
+    def _grouped_matmul(
+        self, x: Tensor, expert_ids: Tensor, weights: Tensor | None = None, *, experts: _Experts
+    ) -> Tensor:
+        """A row's result is the same in any batch. expert_ids are not checked."""
+        first, (rows, top_k) = experts.weights[0], expert_ids.shape
+        x_shapes = (rows, first.in_features), (rows, top_k, first.in_features)
+        if (
+            x.shape not in x_shapes
+            or x.dtype != torch.bfloat16
+            or expert_ids.dtype != torch.int64
+            or (weights is not None and weights.shape != expert_ids.shape)
+        ):
+            raise _misread(
+                f"bfloat16 {x_shapes[0]} or {x_shapes[1]} and int64 expert_ids", x=x, ids=expert_ids
+            )
+        x, expert_ids = x.contiguous(), expert_ids.contiguous()
+        if weights is not None:
+            weights = weights.float().contiguous()
+        each = (rows, top_k) if weights is None else (rows,)
+        out = torch.empty(*each, first.out_features, dtype=torch.bfloat16)
+        failed = self._grouped(
+            x.data_ptr(),
+            experts.addresses.data_ptr(),
+            first.levels.data_ptr(),
+            expert_ids.data_ptr(),
+            None if weights is None else weights.data_ptr(),
+            out.data_ptr(),
+            rows,
+            top_k,
+            x.ndim == 3,
+            len(experts.weights),
+            first.in_features,
+            first.out_features,
+            first.columns,
+            first.groups,
+            -(-first.group_size // 8),
+            _SCALE_TYPES[first.scales.dtype],
+            torch.get_num_threads(),
+        )
+        if failed:
+            raise _out_of_memory("grouped_matmul")
+        return out
 
     def gated_linear(self, weight: Weight, activation: Activation, dtype: torch.dtype) -> None:
         """None: the product and :meth:`gated` are two kernels."""
@@ -430,6 +492,35 @@ class CpuLibrary:
 
 def _out_of_memory(kernel: str) -> MemoryError:
     return MemoryError(f"no memory for the buffers of nybble_{kernel}")
+
+
+@dataclass(frozen=True)
+class _Experts:
+    """The weights of experts that are stored alike.
+
+    addresses: int64 ``(experts, 5)``: of codes, scales, zeros, bias (float32) and perm; 0 for none.
+    """
+
+    weights: Sequence[PackedWeight]
+
+    @cached_property
+    def addresses(self) -> Tensor:
+        # wide_bias is kept by the weight, as the other tensors are.
+        tensors = ((w.qweight, w.scales, w.zeros, w.wide_bias, w.perm) for w in self.weights)
+        return torch.tensor([[0 if t is None else t.data_ptr() for t in each] for each in tensors])
+
+
+def _alike(weights: Sequence[PackedWeight]) -> bool:
+    """Whether one call of the kernel can read all ``weights``."""
+    first = weights[0]
+    return all(
+        (w.out_features, w.in_features, w.columns, w.group_size)
+        == (first.out_features, first.in_features, first.columns, first.group_size)
+        and w.scales.dtype == first.scales.dtype
+        and (w.zeros is None) == (first.zeros is None)
+        and torch.equal(w.levels, first.levels)
+        for w in weights
+    )
 
 
 def _misread(expected: str, **given: Tensor) -> ValueError:

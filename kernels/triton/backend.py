@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 
 from nybble.kernels.activation import Activation
-from nybble.kernels.packed import DenseWeight, LinearKernel, Weight
+from nybble.kernels.packed import DenseWeight, GroupedKernel, LinearKernel, Weight
 from nybble.kernels.reference import packed_matmul as reference_matmul
 from nybble.kernels.triton.activation import gated
 from nybble.kernels.triton.attention import paged_attention
@@ -21,6 +22,7 @@ __all__ = [
     "add_rms_norm",
     "gated",
     "gated_linear",
+    "grouped_linear",
     "linear",
     "lora_add",
     "paged_attention",
@@ -35,6 +37,11 @@ def linear(weight: Weight, dtype: torch.dtype) -> LinearKernel:
     if isinstance(weight, DenseWeight):
         return partial(torch.nn.functional.linear, weight=weight.weight, bias=weight.bias)
     return partial(packed_matmul if takes(weight, dtype) else reference_matmul, weight=weight)
+
+
+def grouped_linear(weights: Sequence[Weight], dtype: torch.dtype) -> GroupedKernel:
+    """Raises NotImplementedError: there is no kernel yet, and the reference would be slow."""
+    raise NotImplementedError("a mixture of experts runs on the CPU only so far")
 
 
 def gated_linear(weight: Weight, activation: Activation, dtype: torch.dtype) -> LinearKernel | None:

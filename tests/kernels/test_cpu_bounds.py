@@ -140,6 +140,26 @@ def test_packed_weights(
         assert torch.equal(cpu.dequantize(weight, dtype), weight.dequantize(dtype))
 
 
+@pytest.mark.parametrize("out", [1, 63, 144])
+@pytest.mark.parametrize(("columns", "group"), [(1, 1), (7, 7), (40, 16), (129, 64)])
+@pytest.mark.parametrize("rows", [0, 1, 5, 13])
+def test_experts(
+    cpu: CpuLibrary, guard: Guard, rows: int, columns: int, group: int, out: int
+) -> None:
+    torch.manual_seed(0)
+    experts = [packed(guard, out, columns, group, torch.float16, zeros=True) for _ in range(4)]
+    ids = guard(torch.arange(2 * rows).view(rows, 2) % 3)  # expert 3 has no rows
+    kernel = cpu.grouped_linear(experts, torch.bfloat16)
+    linears = [cpu.linear(expert, torch.bfloat16) for expert in experts]
+    for x in (torch.randn(rows, columns), torch.randn(rows, 2, columns)):
+        for weights in (None, guard(torch.rand(rows, 2))):
+            given = guard(x.bfloat16())
+            found = kernel(given, ids, weights)
+            if rows:
+                expected = reference.grouped_matmul(given, ids, weights, experts=linears)
+                assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("rows", [0, 1, 9])
 @pytest.mark.parametrize("width", [16, 48, 160])
 def test_norms_and_gates(cpu: CpuLibrary, guard: Guard, width: int, rows: int) -> None:
