@@ -223,6 +223,7 @@ class Request:
     priority: among a tenant's waiting requests the lowest number starts first.
     cache_salt: the prefix cache is shared only among requests with the same salt.
     pooling: if set, the output is the prompt's embedding instead of a continuation.
+    prediction: tokens that the output probably has, from which drafts may be made.
 
     Raises :class:`ParameterError` for a weight that is not positive and finite.
     """
@@ -237,6 +238,7 @@ class Request:
     priority: int = 0
     cache_salt: str = ""
     pooling: Pooling | None = None
+    prediction: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not 0 < self.weight < float("inf"):
@@ -298,6 +300,7 @@ class RequestOutput:
     queue_seconds: how long the request waited before its first step.
     prompt_logprobs: of the whole prompt, with the first output, if asked for.
     embedding: float32 ``(hidden,)`` of unit length, if asked for.
+    draft_tokens, accepted_draft_tokens: verified so far, and those that were what the model says.
     """
 
     text: str
@@ -310,3 +313,5 @@ class RequestOutput:
     queue_seconds: float = 0.0
     prompt_logprobs: PromptLogprobs | None = None
     embedding: Embedding | None = None
+    draft_tokens: int = 0
+    accepted_draft_tokens: int = 0

@@ -208,4 +208,6 @@ class Sequence:
             queue_seconds=self.queue_seconds,
             prompt_logprobs=reader.result() if isinstance(reader, LogprobReader) else None,
             embedding=reader.result() if isinstance(reader, EmbeddingReader) else None,
+            draft_tokens=self.acceptance.drafted,
+            accepted_draft_tokens=self.acceptance.accepted,
         )

@@ -73,9 +73,17 @@ class ChoicesShape(ABC):
 
 
 def _usage(usage: Usage) -> dict[str, Any]:
+    details = {}
+    if (predicted := usage.predicted_tokens) is not None:
+        accepted, rejected = predicted
+        details["completion_tokens_details"] = {
+            "accepted_prediction_tokens": accepted,
+            "rejected_prediction_tokens": rejected,
+        }
     return {
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
         "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+        **details,
     }

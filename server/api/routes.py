@@ -187,8 +187,17 @@ class Api:
             body.timeout,
             body.priority or 0,
             body.cache_salt or "",
+            prediction=await self._predicted(body),
         )
         return job, tools
+
+    async def _predicted(self, body: ChatRequest) -> tuple[int, ...] | None:
+        """The tokens of the answer that the client expects."""
+        if body.prediction is None:
+            return None
+        return await self._prompts.encode(
+            body.prediction.text, special_tokens=False, any_length=True
+        )
 
     async def completions(self, request: web.Request) -> web.StreamResponse:
         body = await read_body(request, CompletionRequest)
