@@ -88,7 +88,10 @@ def along(values, w):
 
 @triton.jit
 def times_plus(w, factor, addend, HAS_ADDEND: tl.constexpr):
-    """``w · factor + addend`` by row or element, in the dtype of ``w``: the interpreter has no bfloat16."""
+    """``w · factor + addend``, by row or element, in the dtype of ``w``.
+
+    The interpreter has no bfloat16.
+    """
     dtype: tl.constexpr = w.dtype
     if INTERPRETED:
         wide = w.to(tl.float32) * along(factor.to(dtype).to(tl.float32), w)
