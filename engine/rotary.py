@@ -33,6 +33,9 @@ def rotary_table(rope: Rope, length: int, device: torch.device) -> Tensor:
     frequencies: _Frequencies = ROPE_INIT_FUNCTIONS.get(kind, default)
     longest = min(length, rope.original_length + 1) if kind == "longrope" else None
     inverse, scaling = frequencies(config, device=device, seq_len=longest)
+    if longest is not None:  # Phi-3.5-MoE has factors of its own
+        mscale = "long_mscale" if longest > rope.original_length else "short_mscale"
+        scaling = float(rope.parameters.get(mscale) or scaling)
     angles = torch.arange(length, device=device)[:, None] * inverse.to(device, torch.float32)
     angles = torch.cat((angles, angles), dim=-1)
     table: Tensor = torch.stack((angles.cos(), angles.sin())) * scaling

@@ -14,6 +14,7 @@ from transformers import PretrainedConfig
 from nybble.kernels import DenseWeight, PackedWeight
 from nybble.kernels.packed import stack_outputs
 from nybble.loaders.errors import CheckpointError
+from nybble.loaders.experts import open_shards
 from nybble.loaders.formats import FORMATS, Format, format_of
 from nybble.loaders.model_config import load_config
 from nybble.loaders.shards import Shards
@@ -97,6 +98,8 @@ class FolderCheckpoint:
                     f"{self.architecture.family} models have"
                 )
         biased = {name for name, linear in self.architecture.linears.items() if linear.bias}
+        if self.architecture.head_bias:
+            biased.add(self.architecture.head)
         ignored: Mapping[str, str] = self.quantization.ignored if self.quantization else {}
         unused: dict[str, list[str]] = {}
         for module, leaves in shards.modules.items():
@@ -113,7 +116,7 @@ class FolderCheckpoint:
             for leaf, name in leaves.items():
                 if leaf in ignored:
                     unused.setdefault(ignored[leaf], []).append(name)
-                elif leaf not in known:
+                elif leaf not in known and name not in self.architecture.tensors:
                     raise self._not_read(name, leaf)
         if self.quantization is not None and self.quantization.in_16_bits:
             logger.warning(
@@ -160,7 +163,7 @@ class FolderCheckpoint:
         return weight
 
     def weights(self) -> Iterator[tuple[str, Weight]]:
-        shards = Shards(self.folder)
+        shards = open_shards(self.folder, self.architecture)
         self.check(shards)
         ignored: Mapping[str, str] = self.quantization.ignored if self.quantization else {}
         modules = {m: found for m, found in shards.modules.items() if found.keys() - ignored.keys()}
@@ -172,11 +175,18 @@ class FolderCheckpoint:
             if siblings and all(sibling in modules for sibling in siblings):
                 done.update(siblings)
                 yield from self._fuse(shards, fused, siblings)
-            else:
+                continue
+            found = modules[module]
+            plain = {leaf: n for leaf, n in found.items() if n in self.architecture.tensors}
+            if self.quantization is not None and self.quantization.owns(found):
+                plain.pop("weight", None)
+            if found.keys() - plain.keys():
                 name, weight = self._read(shards, module)
                 yield name, weight
-                if isinstance(weight, Tensor) and "bias" in modules[module]:  # of a LayerNorm
+                if isinstance(weight, Tensor) and "bias" in found:  # of a LayerNorm
                     yield module + ".bias", shards.read(module + ".bias", tuple(weight.shape))
+            for name in plain.values():
+                yield name, shards.read(name)
 
     def _fuse(
         self, shards: Shards, name: str, modules: Sequence[str]

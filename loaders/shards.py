@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -25,6 +25,42 @@ _OTHER_PARTS = re.compile(
     r"(?:model\.)?(?:vision_tower|vision_model|multi_modal_projector|image_newline)(?:\.|$)"
 )
 _COMPUTED = "inv_freq"  # a buffer in old checkpoints, not read: we compute it
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a tensor in a file, which is read as a tensor of its own.
+
+    source: the name of the tensor.
+    index: the entry of its first dimension; None for the whole tensor.
+    share, shares: which part of the rows of that entry, and of how many.
+    interleaved: whether the parts' rows take turns instead of being one after another.
+    transposed: whether the entry is transposed before rows are taken.
+    """
+
+    source: str
+    index: int | None = None
+    share: int = 0
+    shares: int = 1
+    interleaved: bool = False
+    transposed: bool = False
+
+    def shape(self, source: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the part, for the shape of the tensor."""
+        if self.index is None:
+            return source
+        entry = source[1:]
+        rows, *others = (*entry[:-2], *entry[:-3:-1]) if self.transposed else entry
+        return (rows // self.shares, *others)
+
+    def of(self, entry: Tensor) -> Tensor:
+        """The part of an entry."""
+        if self.transposed:
+            entry = entry.mT
+        rows = entry.shape[0] // self.shares
+        if self.interleaved:
+            return entry[self.share :: self.shares].contiguous()
+        return entry[self.share * rows : (self.share + 1) * rows].contiguous()
 
 
 def module_and_leaf(name: str) -> tuple[str, str]:
@@ -68,6 +104,7 @@ class Shards:
             self._file_of.update(dict.fromkeys(file.names(), file))
         self._check_index()
         self._stored, self.other_parts = _of_language_model(list(self._file_of))
+        self._parts: dict[str, Part] = {}
 
     def _files(self) -> Sequence[TensorFile]:
         if (self.folder / GGUF_INDEX).is_file():
@@ -106,6 +143,24 @@ class Shards:
                 if name not in self._file_of:
                     raise CheckpointError(f"{self.folder / file} has no tensor {name}")
 
+    def leave_out(self, prefixes: tuple[str, ...]) -> None:
+        """Show no tensors whose names begin with one of ``prefixes``."""
+        for name in [name for name in self._stored if name.startswith(prefixes)]:
+            del self._stored[name]
+
+    def present(self, parts: Mapping[str, Part]) -> None:
+        """Show ``parts``, by the names of the tensors they are to be, instead of their sources.
+
+        Call it before anything is read. Raises CheckpointError for a name that is there already.
+        """
+        for name, part in parts.items():
+            if name in self._stored:
+                raise CheckpointError(f"{self.folder} has {name} twice: also in {part.source}")
+            self._stored[name] = self._stored[part.source]
+        for source in {part.source for part in parts.values()}:
+            del self._stored[source]
+        self._parts.update(parts)
+
     def names(self) -> list[str]:
         return list(self._stored)
 
@@ -121,11 +176,15 @@ class Shards:
 
     def headers(self) -> Iterator[TensorHeader]:
         """The header of every tensor; no tensor data is read."""
-        name_of = {stored: name for name, stored in self._stored.items()}
+        names_of: dict[str, list[str]] = {}
+        for name, stored in self._stored.items():
+            names_of.setdefault(stored, []).append(name)
         for file in dict.fromkeys(self._file_of.values()):
             for header in file.headers():
-                if header.name in name_of:
-                    yield replace(header, name=name_of[header.name])
+                for name in names_of.get(header.name, ()):
+                    part = self._parts.get(name)
+                    shape = header.shape if part is None else part.shape(header.shape)
+                    yield replace(header, name=name, shape=shape)
 
     def __contains__(self, name: object) -> bool:
         return name in self._stored
@@ -135,8 +194,11 @@ class Shards:
         stored = self._stored.get(name)
         if stored is None:
             raise CheckpointError(f"{self.folder} has no tensor {name}")
-        file = self._file_of[stored]
-        tensor = file.read(stored)
+        file, part = self._file_of[stored], self._parts.get(name)
+        if part is None or part.index is None:
+            tensor = file.read(stored)
+        else:
+            tensor = part.of(file.read_entry(stored, part.index))
         if shape is not None and tuple(tensor.shape) != shape:
             raise CheckpointError(
                 f"{file.path}: {name} has shape {tuple(tensor.shape)}, expected {shape}"

@@ -49,6 +49,10 @@ class TensorFile(Protocol):
 
     def read(self, name: str) -> Tensor: ...
 
+    def read_entry(self, name: str, index: int) -> Tensor:
+        """``read(name)[index]``; the other entries are not read."""
+        ...
+
 
 @dataclass(frozen=True)
 class SafetensorsFile:
@@ -80,3 +84,8 @@ class SafetensorsFile:
         with safe_open(self.path, framework="pt") as file:
             tensor: Tensor = file.get_tensor(name)
             return tensor
+
+    def read_entry(self, name: str, index: int) -> Tensor:
+        with safe_open(self.path, framework="pt") as file:
+            entry: Tensor = file.get_slice(name)[index]
+            return entry

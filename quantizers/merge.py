@@ -22,6 +22,7 @@ from nybble.kernels.progress import Progress, track
 from nybble.loaders import CheckpointError, LoRAAdapter, open_checkpoint
 from nybble.loaders.adapter import LoRAModule
 from nybble.loaders.checkpoint import FolderCheckpoint
+from nybble.loaders.experts import open_shards
 from nybble.loaders.formats import (
     AffineFormat,
     AffineWeight,
@@ -112,7 +113,7 @@ def merge_adapter(
     if keep_16_bits and (not plan.same or plan.format is None):
         raise ValueError("layers can be kept in 16 bits only in the source's own 4-bit format")
     linears = checkpoint.architecture.linears
-    shards = Shards(source)
+    shards = open_shards(source, checkpoint.architecture)
     checkpoint.check(shards)
     _configure(config, plan, shards, sorted(adapter.modules) if keep_16_bits else [])
     merge = _Merge(checkpoint, shards, adapter, plan, keep_16_bits)

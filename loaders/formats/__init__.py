@@ -32,6 +32,7 @@ from nybble.loaders.formats.gguf import Gguf
 from nybble.loaders.formats.gptq import Gptq
 from nybble.loaders.formats.hqq import Hqq
 from nybble.loaders.formats.int8 import BitsAndBytesInt8, CompressedTensorsInt8
+from nybble.loaders.formats.mxfp4 import Mxfp4
 from nybble.loaders.formats.settings import Settings, read_object
 
 __all__ = [
@@ -65,6 +66,7 @@ FORMATS: tuple[type[Format], ...] = (
     AutoRound,
     Fp8,
     Hqq,
+    Mxfp4,
     Gguf,
 )
 

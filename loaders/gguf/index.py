@@ -8,6 +8,7 @@ named after its type, ``….weight.Q4_K``, and is read as uint8 ``(out, bytes of
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -98,6 +99,17 @@ class GgufFile:
         entry = self._entries[name]
         floating = entry.dtype.is_floating_point
         return TensorHeader(name, entry.shape, entry.dtype.itemsize, floating)
+
+    def read_entry(self, name: str, index: int) -> Tensor:
+        entry = self._entries[name]
+        if entry.heads:
+            raise ValueError(f"{name} is a matrix, of which entries are rows")
+        shape = entry.shape[1:]
+        nbytes = math.prod(shape) * entry.dtype.itemsize
+        offset = entry.offset + index * nbytes
+        stored = np.fromfile(self.path, np.uint8, count=nbytes, offset=offset)
+        tensor = torch.from_numpy(stored).view(entry.dtype).view(shape)
+        return tensor - entry.subtract if entry.subtract else tensor
 
     def read(self, name: str) -> Tensor:
         entry = self._entries[name]
