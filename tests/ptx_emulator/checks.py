@@ -80,10 +80,10 @@ def shipped(capability: int) -> Iterator[tuple[int, Config]]:
 
 def check_matmul(capability: int, everything: bool) -> Iterator[Found]:
     """Kinds of weights take turns, or not; dtypes and odd sizes do in any case."""
-    kinds = (("symmetric", 128), ("codebook", 64), ("zeros", 32))
+    kinds = (("symmetric", 128), ("codebook", 64), ("zeros", 32), ("codebook", 16))
     for number, (rows, config) in enumerate(shipped(capability)):
         for turn, (kind, group) in enumerate(kinds):
-            if not everything and turn != number % 3:
+            if not everything and turn != number % len(kinds):
                 continue
             dtype = torch.bfloat16 if (number + turn) % 3 else torch.float16
             columns, out = (424, 272) if (number + turn) % 2 else (512, 192)
@@ -93,7 +93,7 @@ def check_matmul(capability: int, everything: bool) -> Iterator[Found]:
             name = f"{kind} g{group} {str(dtype)[6:]} {columns}→{out} m{rows} {config}"
             plain = weight.to_layout("gpu_tiles")
             yield name, matmul.packed_matmul(x, plain, config), expected
-            if turn != number % 3:
+            if turn != number % len(kinds):
                 continue
             gated = weight.to_layout("gpu_gated_tiles")
             kind = ACTIVATIONS[number % len(ACTIVATIONS)]
@@ -104,7 +104,7 @@ def check_matmul(capability: int, everything: bool) -> Iterator[Found]:
 
 
 def check_dequantize(capability: int, everything: bool) -> Iterator[Found]:
-    for kind, group in (("symmetric", 128), ("codebook", 64), ("zeros", 32)):
+    for kind, group in (("symmetric", 128), ("codebook", 64), ("zeros", 32), ("zeros", 16)):
         weight = random_weight(kind, 80, 200, group)
         for layout in ("gpu_tiles", "gpu_gated_tiles"):
             found = dequantize.dequantize(weight.to_layout(layout), torch.bfloat16)
