@@ -1,4 +1,4 @@
-"""The 4-bit matmul of a mixture's experts: every row by the weights of the experts it was routed to.
+"""The 4-bit matmul of a mixture's experts: every row by the weights it was routed to.
 
 Rows are sorted by expert on the device, and each expert's rows are cut into blocks. The grid has as
 many blocks as any routing of so many rows can need; a block looks up its expert and its first row,

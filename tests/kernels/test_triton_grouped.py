@@ -18,7 +18,6 @@ from nybble.kernels.triton.grouped import (
     most_blocks,
 )
 
-
 CODEBOOK = torch.linspace(-1, 1, 16).half().float()
 # The interpreter truncates to bfloat16; a GPU rounds to nearest.
 TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 1.2e-2}
