@@ -1,6 +1,6 @@
 """A mixture's MLP on the CPU beside a dense one that reads the same bytes, alternating in one run.
 
-    python kernels/bench/cpu_mixture.py
+    python -m nybble.kernels.bench.cpu_mixture
 
 One token, with the sizes of published models. The dense MLP is as wide as the experts of a token
 together. Each call uses other experts, and other dense weights, so that neither finds its weights
@@ -13,10 +13,10 @@ import itertools
 from collections.abc import Callable
 
 import torch
-from cpu_matmul import medians, packed
 from torch import Tensor
 
 from nybble.kernels.backend import Backend, backend_for
+from nybble.kernels.bench.cpu_matmul import medians, packed
 
 # hidden, an expert's intermediate, experts, experts of a token, group
 MODELS = {
