@@ -21,7 +21,7 @@ from nybble.engine.parts import (
     Step,
     norm_part,
 )
-from nybble.engine.rotary import identity_table, rotary_table
+from nybble.engine.rotary import identity_table, query_scale_table, rotary_table
 from nybble.engine.weight_store import WeightStore
 from nybble.kernels import DenseWeight, PackedWeight, reference
 from nybble.kernels.attention_batch import AttentionBatch
@@ -98,9 +98,14 @@ class Decoder:
         self._head = self.backend.linear(self._head_weight, dtype)
         store.finish()
         self._rotary = [rotary_table(r, max_model_len, device) for r in architecture.ropes]
-        if any(layer.attention.rope is None for layer in architecture.layers):
+        self._query_scales = [
+            query_scale_table(r, max_model_len, device) for r in architecture.ropes
+        ]
+        attentions = [layer.attention for layer in architecture.layers]
+        if any(about.rope is None or about.rotate_first for about in attentions):
             head_dim = architecture.layers[0].attention.head_dim
             self._rotary.append(identity_table(head_dim, max_model_len, device))
+            self._query_scales.append(None)
 
     def forward(
         self,
@@ -116,7 +121,13 @@ class Decoder:
         caches, batches: one per layer.
         adapters: which tokens use which adapter; None if none does.
         """
-        step = Step([table[:, positions] for table in self._rotary], caches, batches, adapters)
+        step = Step(
+            [table[:, positions] for table in self._rotary],
+            [None if table is None else table[positions] for table in self._query_scales],
+            caches,
+            batches,
+            adapters,
+        )
         residual = self.embedding[token_ids]
         if self._embedding_multiplier != 1:
             residual = residual * self._embedding_multiplier

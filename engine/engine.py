@@ -30,6 +30,7 @@ from nybble.engine.generation_config import (
     sampling_defaults,
 )
 from nybble.engine.kv_cache import KVCacheLayout
+from nybble.engine.ngram_drafter import NgramDrafter
 from nybble.engine.prompt_reader import read_pooling
 from nybble.engine.request import (
     ContextLengthError,
@@ -46,6 +47,7 @@ from nybble.engine.runner import ModelRunner, free_kv_bytes
 from nybble.engine.sampler import SequenceSampler
 from nybble.engine.scheduler import Scheduler
 from nybble.engine.sequence import Sequence
+from nybble.engine.speculation import Speculation
 from nybble.engine.stats import EngineStats
 from nybble.engine.streams import Stream
 from nybble.engine.vocabulary import Vocabulary
@@ -179,7 +181,14 @@ class Engine:
                 windows=layout.windows,
                 prefix_caching=config.prefix_caching,
             )
-            return Scheduler(blocks, config.max_num_seqs, config.max_batched_tokens)
+            speculation = None
+            if config.speculate != "off":
+                speculation = Speculation(
+                    config.max_draft_tokens, adaptive=config.speculate == "auto"
+                )
+            return Scheduler(
+                blocks, config.max_num_seqs, config.max_batched_tokens, speculation=speculation
+            )
 
         return cls(
             runner=ModelRunner(decoder, config, layout, num_blocks, adapters),
@@ -339,6 +348,7 @@ class Engine:
             detokenizer=Detokenizer(self.vocabulary, prompt, params),
             sampler=SequenceSampler(params, prompt, ends=ends, bad_words=self._bad_words(params)),
             stop_token_ids=ends,
+            drafter=None if self._config.speculate == "off" else NgramDrafter(),
         )
 
     def end_tokens(self, params: SamplingParams) -> frozenset[int]:

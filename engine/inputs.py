@@ -52,7 +52,7 @@ def _layout(tokens: int, seqs: int, groups: int) -> tuple[dict[str, tuple[int, i
         "token_ids": (tokens, np.int64),
         "positions": (tokens, np.int64),
         "slot_mapping": (groups * tokens, np.int64),
-        "last_rows": (seqs, np.int64),
+        "last_rows": (tokens, np.int64),
         "query_start": (seqs + 1, np.int32),
         "context_lens": (seqs, np.int32),
         "lora_slots": (tokens, np.int32),
@@ -125,7 +125,7 @@ class InputBuffers:
                 token_ids.append(item.sequence.token_ids[start])
             else:
                 counts[row] = item.num_tokens
-                token_ids += item.sequence.token_ids[start : start + item.num_tokens]
+                token_ids += item.token_ids
         tokens = int(counts.sum())
         places, used = _layout(tokens, seqs, self._groups)
 
@@ -153,8 +153,13 @@ class InputBuffers:
         blocks = self._tables[:, rows, positions // self.block_size].astype(np.int64)
         slots[:] = blocks * self.block_size + positions % self.block_size
         slots[:, real:] = -1
-        samples = np.fromiter((item.samples for item in batch), bool, len(batch))
-        last = rows if pad_to else query_start[1 : len(batch) + 1][samples] - 1
+        if pad_to:
+            last = rows
+        else:
+            logits = np.fromiter((item.num_logits for item in batch), np.int64, len(batch))
+            ends = np.repeat(query_start[1 : len(batch) + 1], logits)
+            # Of each sequence its last rows, as many as it samples tokens.
+            last = ends - np.repeat(logits.cumsum(), logits) + np.arange(logits.sum())
         array("last_rows")[: len(last)] = last
         groups = None
         if lora_slots is not None:

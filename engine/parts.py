@@ -17,7 +17,7 @@ from nybble.engine.routing import choose_experts
 from nybble.kernels.attention_batch import AttentionBatch
 from nybble.kernels.backend import Backend
 from nybble.kernels.packed import GroupedKernel, LinearKernel
-from nybble.kernels.reference import add_layer_norm, layer_norm, weighted_sum
+from nybble.kernels.reference import add_layer_norm, layer_norm, rotate, weighted_sum
 from nybble.models import Attention, Mixture, Norm
 
 if TYPE_CHECKING:
@@ -33,11 +33,13 @@ class Step:
     """What the parts read beside hidden states.
 
     rotary: for each kind of rotary embedding, cos and sin ``(2, tokens, rotary_dim)``.
+    query_scales: for each kind, what rotated queries are multiplied by ``(tokens,)``, or None.
     caches, batches: of each layer.
     adapters: None if no row uses one.
     """
 
     rotary: Sequence[Tensor]
+    query_scales: Sequence[Tensor | None]
     caches: Sequence[KVCache]
     batches: Sequence[AttentionBatch]
     adapters: StepAdapters | None
@@ -134,9 +136,13 @@ class AttentionPart:
         about = self.about
         qkv = self.qkv(x, step.adapters).view(x.shape[0], -1, about.head_dim)
         q, k, v = torch.split(qkv, [about.heads, about.kv_heads, about.kv_heads], dim=1)
+        cos, sin = step.rotary[self.rope]
+        interleaved = about.rope is not None and about.rope.interleaved
+        if about.rotate_first:
+            q, k = rotate(q, cos, sin, interleaved), rotate(k, cos, sin, interleaved)
+            cos, sin = step.rotary[-1]  # rotates nothing
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self._normed(q, self.q_norm), self._normed(k, self.k_norm)
-        cos, sin = step.rotary[self.rope]
         keys, values, *kv_scales = step.caches[self.layer]
         batch = step.batches[self.layer]
         self.backend.rotary_store(
@@ -149,8 +155,10 @@ class AttentionPart:
             values,
             batch.slot_mapping,
             *kv_scales,
-            interleaved=about.rope is not None and about.rope.interleaved,
+            interleaved=interleaved,
         )
+        if (scales := step.query_scales[self.rope]) is not None:
+            q = q * scales[:, None, None].to(q.dtype)
         attended = self.backend.paged_attention(
             q,
             keys,

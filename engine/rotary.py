@@ -42,6 +42,14 @@ def rotary_table(rope: Rope, length: int, device: torch.device) -> Tensor:
     return table
 
 
+def query_scale_table(rope: Rope, length: int, device: torch.device) -> Tensor | None:
+    """What rotated queries are multiplied by, float32 ``(length,)``; None if by 1 everywhere."""
+    if not rope.query_beta or length <= rope.original_length:
+        return None
+    turns = (torch.arange(length, device=device) / rope.original_length).floor()
+    return 1 + rope.query_beta * turns.log1p()
+
+
 def identity_table(width: int, length: int, device: torch.device) -> Tensor:
     """A table that rotates nothing, for layers without positions: ``(2, length, width)``."""
     table = torch.zeros(2, length, width, device=device)

@@ -89,9 +89,9 @@ class ModelRunner:
     def run(self, batch: ScheduledBatch) -> Tensor:
         """Compute every scheduled token.
 
-        Returns float32 logits ``(sampling, vocab)``, one row for each scheduled sequence that
-        samples, in the order of the batch; they are overwritten by the next run. Prompts that are
-        read are handed to their readers.
+        Returns float32 logits ``(sampling, vocab)``, for each scheduled sequence as many rows as it
+        samples tokens, in the order of the batch; they are overwritten by the next run. Prompts
+        that are read are handed to their readers.
         """
         lora_slots = [item.sequence.adapter_slot for item in batch]
         adapted = any(slot >= 0 for slot in lora_slots)

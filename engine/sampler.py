@@ -11,11 +11,13 @@ from __future__ import annotations
 import math
 import secrets
 from collections.abc import Sequence
+from copy import copy
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from nybble.engine.penalties import SeenTokens, penalize
 from nybble.engine.request import (
     NotANumberError,
     NothingAllowedError,
@@ -64,36 +66,50 @@ class SequenceSampler:
         self._output: list[int] = []
         seed = params.seed if params.seed is not None else secrets.randbits(63)
         self._random = np.random.Generator(np.random.PCG64(seed & (1 << 64) - 1))
-        self._uniform: float | None = None  # drawn for the next token
+        self._uniforms: list[float] = []  # drawn for the next tokens
         self._prompt_token_ids = prompt_token_ids
-        self._in_prompt: Tensor | None = None
-        self._counts: Tensor | None = None
+        self._seen: SeenTokens | None = None
 
     def choice(self) -> TokenChoice:
         """How the next token is chosen: in the same way until it is recorded."""
         params = self.params
         if not params.temperature:
             return TokenChoice(0.0, params.top_k, params.top_p, params.min_p, 0.0)
-        if self._uniform is None:
-            self._uniform = self._random.random()
+        self._draw(1)
         temperature = max(params.temperature, _COLDEST)
-        return TokenChoice(temperature, params.top_k, params.top_p, params.min_p, self._uniform)
+        return TokenChoice(temperature, params.top_k, params.top_p, params.min_p, self._uniforms[0])
 
-    def seen(self, vocab: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Which tokens the prompt has, bool ``(vocab,)``, and how often each was generated."""
-        if self._counts is None or self._in_prompt is None:
-            in_prompt = torch.zeros(vocab, dtype=torch.bool, device=device)
-            in_prompt[send(self._prompt_token_ids, torch.int64, device)] = True
-            # Both or, where there is no memory for one, neither.
-            self._in_prompt, self._counts = in_prompt, torch.zeros(vocab, device=device)
-        return self._in_prompt, self._counts
+    def _draw(self, count: int) -> None:
+        """Have random numbers for the next ``count`` tokens, each token its own."""
+        while len(self._uniforms) < count:
+            self._uniforms.append(self._random.random())
+
+    def after(self, tokens: tuple[int, ...]) -> SequenceSampler:
+        """How the token after these would be chosen, if these were recorded before."""
+        if not tokens:
+            return self
+        ahead = copy(self)
+        if self.params.temperature:
+            self._draw(len(tokens) + 1)
+            ahead._uniforms = self._uniforms[len(tokens) :]
+        if self.constrained:
+            ahead._output = [*self._output, *tokens]
+        if self.penalizes:
+            ahead._seen = self.seen().plus(tokens)
+        return ahead
+
+    def seen(self) -> SeenTokens:
+        """The tokens that penalties look at."""
+        if self._seen is None:
+            self._seen = SeenTokens(self._prompt_token_ids, self._output)
+        return self._seen
 
     def record(self, token: int) -> None:
         """Count a generated token; the next is chosen with another random number."""
-        self._uniform = None
+        del self._uniforms[:1]
         self._output.append(token)
-        if self._counts is not None:
-            self._counts[token] += 1
+        if self._seen is not None:
+            self._seen.add(token)
 
     def barred(self, guided: Tensor | None) -> list[int]:
         """The tokens that may not come next: ends before their time, the last of a bad word.
@@ -152,7 +168,10 @@ class PendingSample:
                 self._found.append(logprobs.gather(1, send(padded, torch.int64, logits.device)))
 
     def result(self) -> list[Sampled | NoTokenError]:
-        """The next token of each sequence, once the device has it; an error where it has none."""
+        """The next token of each row, once the device has it; an error if it has none.
+
+        Nothing is recorded.
+        """
         tokens, largest, *reports = _to_host(self._found)
         sampled: list[Sampled | NoTokenError] = []
         rows = zip(self._samplers, tokens.tolist(), largest.tolist(), strict=True)
@@ -167,9 +186,6 @@ class PendingSample:
                 place = self._asked.index(row)
                 report = _report(reports, place, token, each.params)
             sampled.append((token, report))
-        for each, found in zip(self._samplers, sampled, strict=True):
-            if not isinstance(found, NoTokenError):
-                each.record(found[0])
         return sampled
 
 
@@ -181,12 +197,15 @@ def sample(
 ) -> list[Sampled]:
     """The next token of each sequence from float32 logits ``(rows, vocab)``; overwrites them.
 
-    allowed: as :class:`PendingSample` takes it. Raises NoTokenError where one has none.
+    allowed: as :class:`PendingSample` takes it. The tokens are recorded. Raises NoTokenError if a
+    sequence has none.
     """
     found: list[Sampled] = []
-    for each in PendingSample(backend, logits, samplers, allowed).result():
+    pending = PendingSample(backend, logits, samplers, allowed)
+    for sampler, each in zip(samplers, pending.result(), strict=True):
         if isinstance(each, NoTokenError):
             raise each
+        sampler.record(each[0])
         found.append(each)
     return found
 
@@ -245,32 +264,9 @@ def _penalize(logits: Tensor, samplers: Sequence[SequenceSampler]) -> None:
     rows = [row for row, each in enumerate(samplers) if each.penalizes]
     if not rows:
         return
-    states = [samplers[row].seen(logits.shape[1], logits.device) for row in rows]
-    in_prompt, counts = (_stack([state[part] for state in states]) for part in (0, 1))
-    generated = counts > 0
-    penalized = _rows(logits, rows)
-
-    def column(name: str, off: float) -> Tensor | None:
-        values = [getattr(samplers[row].params, name) for row in rows]
-        if all(value == off for value in values):
-            return None
-        return send(values, logits.dtype, logits.device)[:, None]
-
-    if (repetition := column("repetition_penalty", 1)) is not None:
-        scaled = torch.where(penalized > 0, penalized / repetition, penalized * repetition)
-        penalized = torch.where(in_prompt.logical_or(generated), scaled, penalized)
-    if (presence := column("presence_penalty", 0)) is not None:
-        penalized = penalized - presence * generated
-    if (frequency := column("frequency_penalty", 0)) is not None:
-        penalized = penalized - frequency * counts
-    if len(rows) == len(logits):
-        logits.copy_(penalized)
-    else:
-        logits[send(rows, torch.int64, logits.device)] = penalized
-
-
-def _stack(tensors: list[Tensor]) -> Tensor:
-    return tensors[0][None] if len(tensors) == 1 else torch.stack(tensors)
+    penalize(
+        logits, rows, [samplers[row].params for row in rows], [samplers[row].seen() for row in rows]
+    )
 
 
 def _to_host(tensors: list[Tensor]) -> list[Tensor]:

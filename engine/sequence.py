@@ -9,9 +9,11 @@ from hashlib import blake2b
 
 from nybble.engine.adapter_cache import AdapterVersion
 from nybble.engine.detokenizer import Detokenizer
+from nybble.engine.ngram_drafter import NgramDrafter
 from nybble.engine.prompt_reader import EmbeddingReader, LogprobReader
 from nybble.engine.request import FinishReason, Request, RequestOutput
 from nybble.engine.sampler import Sampled, SequenceSampler
+from nybble.engine.speculation import Acceptance
 
 
 class SequenceStatus(Enum):
@@ -66,6 +68,8 @@ class Sequence:
     prefix_valid_until: the step from which on it is looked up again.
     overtaken: others admitted while it lacked an adapter slot or blocks.
     reader: what is still to be read of the prompt, until its result is taken.
+    drafter: proposes tokens that may come next; None if none are to be drafted.
+    acceptance: what became of its drafts.
     """
 
     def __init__(
@@ -75,6 +79,7 @@ class Sequence:
         detokenizer: Detokenizer,
         sampler: SequenceSampler,
         stop_token_ids: frozenset[int] = frozenset(),
+        drafter: NgramDrafter | None = None,
     ) -> None:
         self.request = request
         self.request_id = request.request_id
@@ -98,6 +103,8 @@ class Sequence:
         self.cached_prefix = NOTHING_CACHED
         self.prefix_valid_until = 0
         self.overtaken = 0
+        self.drafter = drafter
+        self.acceptance = Acceptance()
         self.reader: LogprobReader | EmbeddingReader | None = None
         if request.pooling is not None:
             self.reader = EmbeddingReader(request.prompt_token_ids, request.pooling)
@@ -140,6 +147,18 @@ class Sequence:
     def num_uncomputed_tokens(self) -> int:
         """1 while decoding; more while the prompt (or a preempted sequence) is prefilled."""
         return len(self.token_ids) - self.num_computed_tokens
+
+    def draft(self, limit: int) -> tuple[int, ...]:
+        """Up to ``limit`` tokens that may follow its newest, none of which its guide forbids."""
+        # The last token that it may have is sampled and never drafted.
+        limit = min(limit, self.max_tokens - self.num_output_tokens - 1)
+        if self.drafter is None or limit <= 0:
+            return ()
+        self.drafter.extend(self.token_ids[len(self.drafter) :])
+        tokens = self.drafter.propose(limit)
+        if tokens and (guide := self.request.guide) is not None:
+            tokens = tokens[: guide.accepts(tokens)]
+        return tokens
 
     @property
     def goes_on(self) -> bool:

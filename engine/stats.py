@@ -35,6 +35,8 @@ class EngineStats:
     step_tokens: how many tokens each step computed.
     failures: of the engine thread.
     restarts: after failures.
+    draft_tokens, accepted_tokens: verified, and those that were what the model says.
+    accepted_of_draft: how many tokens each draft brought, the one sampled after it included.
     """
 
     running: int = 0
@@ -52,6 +54,9 @@ class EngineStats:
     step_tokens: SizeCounts = field(default_factory=SizeCounts)
     failures: int = 0
     restarts: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
+    accepted_of_draft: SizeCounts = field(default_factory=SizeCounts)
 
     @property
     def computed_tokens(self) -> int:
@@ -70,6 +75,15 @@ class Counters:
     step_sequences: SizeCounts = field(default_factory=SizeCounts)
     step_tokens: SizeCounts = field(default_factory=SizeCounts)
     failures: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
+    accepted_of_draft: SizeCounts = field(default_factory=SizeCounts)
+
+    def add_draft(self, tokens: int, accepted: int) -> None:
+        """Count a draft that was verified."""
+        self.draft_tokens += tokens
+        self.accepted_tokens += accepted
+        self.accepted_of_draft = self.accepted_of_draft.plus(accepted + 1)
 
     def add_step(self, batch: ScheduledBatch, seconds: float) -> None:
         """Count a step that has been computed."""
@@ -95,4 +109,7 @@ class Counters:
             step_tokens=self.step_tokens,
             failures=self.failures,
             restarts=restarts,
+            draft_tokens=self.draft_tokens,
+            accepted_tokens=self.accepted_tokens,
+            accepted_of_draft=self.accepted_of_draft,
         )

@@ -300,14 +300,14 @@ def rotary_store(
     kept = slot_mapping >= 0
     blocks, offsets = slot_mapping[kept] // block_size, slot_mapping[kept] % block_size
     stored = (
-        (_rotate(k, cos, sin, interleaved)[kept], k_cache, k_scales),
+        (rotate(k, cos, sin, interleaved)[kept], k_cache, k_scales),
         (v[kept], v_cache, v_scales),
     )
     for values, cache, scales in stored:
         if scales is not None:
             values, scales[blocks, :, offsets] = _scaled(values, cache.dtype)
         cache[blocks, :, offsets] = values.to(cache.dtype)
-    q.copy_(_rotate(q, cos, sin, interleaved))
+    q.copy_(rotate(q, cos, sin, interleaved))
 
 
 def _scaled(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -327,7 +327,8 @@ def check_rotary_dim(rotary_dim: int, head_dim: int) -> None:
         )
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """``x (tokens, heads, head_dim)`` rotated by its positions, as :func:`rotary_store` does it."""
     rotary_dim = cos.shape[-1]
     wide = x[..., :rotary_dim].float()
     low, high = (wide[..., 0::2], wide[..., 1::2]) if interleaved else wide.chunk(2, dim=-1)

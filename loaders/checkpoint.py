@@ -25,7 +25,6 @@ logger = logging.getLogger(__name__)
 Weight = PackedWeight | DenseWeight | Tensor
 
 _DENSE = frozenset(("weight", "bias"))
-_ROWS_AT_A_TIME = 4096  # dequantizing needs a few times their memory
 
 
 class Checkpoint(Protocol):
@@ -92,6 +91,12 @@ class FolderCheckpoint:
         Raises CheckpointError for a tensor that no reader here knows, and for a missing one that a
         quantized module or the family needs. Ignoring either would silently change the model.
         """
+        for module in (self.architecture.embedding, *self.architecture.norms):
+            if module not in shards.modules:
+                raise CheckpointError(
+                    f"{self.folder} has no tensor {module}.weight, which "
+                    f"{self.architecture.family} models have"
+                )
         biased = {name for name, linear in self.architecture.linears.items() if linear.bias}
         if self.architecture.head_bias:
             biased.add(self.architecture.head)
@@ -208,10 +213,9 @@ class FolderCheckpoint:
 
     def _read(self, shards: Shards, module: str) -> tuple[str, Weight]:
         if self.quantization and self.quantization.owns(shards.modules[module]):
-            quantized = self.quantization.read(shards, module)
             if module == self.architecture.embedding:
-                return module + ".weight", _dense(quantized)
-            return module, quantized
+                return module + ".weight", self.quantization.embedding(shards, module)
+            return module, self.quantization.read(shards, module)
         name = module + ".weight"
         weight = shards.read(name)
         if not weight.is_floating_point():
@@ -227,13 +231,3 @@ class FolderCheckpoint:
         return module, DenseWeight(
             weight, shards.read(bias, (weight.shape[0],)) if bias in shards else None
         )
-
-
-def _dense(weight: PackedWeight | DenseWeight) -> Tensor:
-    """Embeddings, which are looked up and not multiplied, in bfloat16."""
-    if isinstance(weight, DenseWeight):
-        return weight.weight
-    rows = range(0, weight.out_features, _ROWS_AT_A_TIME)
-    return torch.cat(
-        [weight.rows(row, row + _ROWS_AT_A_TIME).dequantize(torch.bfloat16) for row in rows]
-    )

@@ -44,6 +44,8 @@ class Rope:
     max_position_embeddings: the length that config.json names.
     includes_scaling: whether that length is what scaling reaches, not what it starts from. Only
         asked if ``parameters`` do not name the original length.
+    query_beta: rotated queries are multiplied by
+        ``1 + query_beta · ln(1 + ⌊position / original_length⌋)``.
     interleaved: whether entries ``2i`` and ``2i + 1`` form a pair, not ``i`` and
         ``i + rotary_dim / 2``.
     """
@@ -53,6 +55,7 @@ class Rope:
     max_position_embeddings: int
     interleaved: bool = False
     includes_scaling: bool = False
+    query_beta: float = 0.0
 
     @property
     def original_length(self) -> int:
@@ -164,6 +167,7 @@ class Attention:
         its own, ``all`` norms all heads together. Biases are not added.
     q_norm, k_norm: the modules that hold their weights.
     softcap: scores become ``softcap · tanh(score / softcap)``.
+    rotate_first: whether queries and keys are rotated before they are normed, not after.
     sinks: a tensor ``(heads,)`` of scores that take part in each head's softmax and have no value
         (Xiao et al. 2023); None for none.
     """
@@ -180,6 +184,7 @@ class Attention:
     q_norm: str = "self_attn.q_norm"
     k_norm: str = "self_attn.k_norm"
     softcap: float | None = None
+    rotate_first: bool = False
     sinks: str | None = None
 
     def norm_shape(self, heads: int) -> tuple[int, ...]:
@@ -428,6 +433,17 @@ class Architecture:
     def window(self) -> int:
         """Tokens that one sees in any layer, itself included; 0 if a layer sees all."""
         return max(self.windows) if all(self.windows) else 0
+
+    @cached_property
+    def norms(self) -> tuple[str, ...]:
+        """The modules with norms' weights, by their absolute names."""
+        found = []
+        for index, layer in enumerate(self.layers):
+            names = [layer.pre_attention, layer.post_attention, layer.pre_mlp, layer.post_mlp]
+            if layer.attention.qk_norm is not None:
+                names += [layer.attention.q_norm, layer.attention.k_norm]
+            found += [self.module(index, name) for name in names if name is not None]
+        return (*found, self.final_norm)
 
     @cached_property
     def linears(self) -> Mapping[str, Linear]:

@@ -31,9 +31,9 @@ CALLS = 64
 
 def calls(
     backend: Backend, hidden: int, width: int, experts: int, top_k: int, group: int
-) -> dict[str, Callable[[], Tensor]]:
-    def up_and_down(inner: int) -> tuple[list[int], ...]:
-        return [hidden, 2 * inner], [inner, hidden]
+) -> dict[str, Callable[[], object]]:
+    def up_and_down(inner: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        return (hidden, 2 * inner), (inner, hidden)
 
     up, down = (
         backend.grouped_linear([packed(*size, group, torch.float16) for _ in range(experts)], BF16)

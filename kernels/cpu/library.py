@@ -81,6 +81,7 @@ class CpuLibrary:
             "paged_attention", *[pointer] * 7, *[size] * 7, c_float, size, c_float, pointer, c_int
         )
         self._lora_add = allocating("lora_add", *[pointer] * 9, *[size] * 4, c_int)
+        self._sample = allocating("sample_tokens", *[pointer] * 3, size, size, c_int)
 
     def takes(self, weight: PackedWeight) -> bool:
         """Whether the kernels read this weight: tiled, and groups end with an octet."""
@@ -469,7 +470,24 @@ class CpuLibrary:
             raise _out_of_memory("lora_add")
 
     def sample_tokens(self, logits: Tensor, choices: Sequence[TokenChoice]) -> Tensor:
-        return reference.sample_tokens(logits, choices)
+        """logits are float32. Sums are float64, so that tokens at a border may differ."""
+        rows, vocab = logits.shape
+        if logits.dtype != torch.float32 or len(choices) != rows or not vocab:
+            raise _misread(f"float32 ({len(choices)}, a vocabulary)", logits=logits)
+        logits = logits.contiguous()
+        given = torch.tensor(choices, dtype=torch.float64)
+        tokens = torch.empty(rows, dtype=torch.int64)
+        failed = self._sample(
+            logits.data_ptr(),
+            given.data_ptr(),
+            tokens.data_ptr(),
+            rows,
+            vocab,
+            torch.get_num_threads(),
+        )
+        if failed:
+            raise _out_of_memory("sample_tokens")
+        return tokens
 
 
 def _out_of_memory(kernel: str) -> MemoryError:

@@ -1,5 +1,5 @@
 // Sixteen floats at a time, on AVX-512 (with BF16 or without) or on AVX2 with FMA and F16C; bf16
-// conversions and dot products. All compute the same values, except for the order of additions in a
+// conversions. All compute the same values, except for the order of additions in a
 // sum.
 
 #pragma once
@@ -93,22 +93,6 @@ inline void store_bf16(bf16* target, Floats a) {
 inline void store_bf16_first(bf16* target, Floats a, int64_t count) {
     _mm256_mask_storeu_epi16(target, first_lanes(count), round_to_bf16(a));
 }
-
-// `count` is a multiple of 16.
-#if defined(__AVX512BF16__)
-inline float dot(const bf16* a, const bf16* b, int64_t count) {
-    __m512 total = _mm512_setzero_ps();
-    int64_t i = 0;
-    for (; i + 32 <= count; i += 32)
-        total = _mm512_dpbf16_ps(total, reinterpret_cast<__m512bh>(_mm512_loadu_si512(a + i)),
-                                 reinterpret_cast<__m512bh>(_mm512_loadu_si512(b + i)));
-    if (i < count)
-        total = _mm512_dpbf16_ps(
-            total, reinterpret_cast<__m512bh>(_mm512_maskz_loadu_epi16(0xFFFF, a + i)),
-            reinterpret_cast<__m512bh>(_mm512_maskz_loadu_epi16(0xFFFF, b + i)));
-    return _mm512_reduce_add_ps(total);
-}
-#endif
 
 #else
 
@@ -205,19 +189,6 @@ inline void store_bf16_first(bf16* target, Floats a, int64_t count) {
     std::memcpy(target, all, count * sizeof(bf16));
 }
 
-#endif
-
-#if !defined(__AVX512BF16__)
-inline float dot(const bf16* a, const bf16* b, int64_t count) {
-    Floats first = zero(), second = zero();
-    int64_t i = 0;
-    for (; i + 32 <= count; i += 32) {
-        first = fma(load_bf16(a + i), load_bf16(b + i), first);
-        second = fma(load_bf16(a + i + 16), load_bf16(b + i + 16), second);
-    }
-    if (i < count) first = fma(load_bf16(a + i), load_bf16(b + i), first);
-    return sum(first + second);
-}
 #endif
 
 // exp by Cephes' polynomial after reduction by powers of two; inputs that would overflow or

@@ -18,8 +18,8 @@ struct FreeAligned {
 };
 using Buffers = std::unique_ptr<float[], FreeAligned>;
 
-// Uninitialized memory: `each` floats for each thread. The first begins a cache line, and every one
-// if `each` is a multiple of 16.
+// Uninitialized memory: `each` floats for each thread. It begins at a cache line; each thread's part
+// does too if `each` is a multiple of 16.
 inline Buffers buffers(int64_t threads, int64_t each) {
     return Buffers(new (std::align_val_t{64}) float[threads * each]);
 }

@@ -123,6 +123,16 @@ class Format(ABC):
     def read(self, shards: Shards, module: str) -> PackedWeight | DenseWeight:
         """A quantized module's weight. Raises CheckpointError naming the tensor."""
 
+    def embedding(self, shards: Shards, module: str) -> Tensor:
+        """A quantized embedding in bfloat16 ``(vocab, hidden)``: it is looked up, not multiplied.
+
+        Raises as :meth:`read`.
+        """
+        weight = self.read(shards, module)
+        return (
+            weight.weight if isinstance(weight, DenseWeight) else weight.dequantize(torch.bfloat16)
+        )
+
     @abstractmethod
     def loaded_bytes(
         self, module: str, leaves: Mapping[str, TensorHeader], dtype: torch.dtype

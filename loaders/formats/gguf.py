@@ -12,16 +12,18 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
 import torch
+from torch import Tensor
 
 from nybble.kernels import PackedWeight
 from nybble.loaders.errors import CheckpointError
 from nybble.loaders.formats.base import Format, read_bias
-from nybble.loaders.formats.gguf_blocks import BLOCK_TYPES
+from nybble.loaders.formats.gguf_blocks import BLOCK_TYPES, BlockType
 from nybble.loaders.formats.settings import Settings
 from nybble.loaders.shards import Shards
 from nybble.loaders.tensor_file import TensorHeader
 
 _WEIGHT = "weight."
+_ROWS_AT_A_TIME = 4096
 
 
 @dataclass(frozen=True)
@@ -50,13 +52,31 @@ class Gguf(Format):
         )
 
     def read(self, shards: Shards, module: str) -> PackedWeight:
-        (leaf,) = self.marks.intersection(shards.modules[module])
-        rows = shards.read(f"{module}.{leaf}")
+        block, rows = self._stored(shards, module)
         try:
-            weight = BLOCK_TYPES[leaf.removeprefix(_WEIGHT)].packed(rows)
+            weight = block.packed(rows)
         except ValueError as error:
             raise CheckpointError(f"{shards.folder}: {module}: {error}") from error
         return replace(weight, bias=read_bias(shards, module, weight.out_features))
+
+    def embedding(self, shards: Shards, module: str) -> Tensor:
+        # Some rows at a time: a large vocabulary's would need several times their memory.
+        block, rows = self._stored(shards, module)
+        columns = rows.shape[1] // block.nbytes * block.weights
+        whole = torch.empty(len(rows), columns, dtype=torch.bfloat16)
+        parts = zip(
+            torch.split(rows, _ROWS_AT_A_TIME), torch.split(whole, _ROWS_AT_A_TIME), strict=True
+        )
+        try:
+            for part, target in parts:
+                target.copy_(block.packed(part).dequantize())
+        except ValueError as error:
+            raise CheckpointError(f"{shards.folder}: {module}: {error}") from error
+        return whole
+
+    def _stored(self, shards: Shards, module: str) -> tuple[BlockType, Tensor]:
+        (leaf,) = self.marks.intersection(shards.modules[module])
+        return BLOCK_TYPES[leaf.removeprefix(_WEIGHT)], shards.read(f"{module}.{leaf}")
 
     def loaded_bytes(
         self, module: str, leaves: Mapping[str, TensorHeader], dtype: torch.dtype

@@ -168,19 +168,13 @@ def _entries(
 def _modules(model: Architecture) -> Iterator[tuple[str, int, bool]]:
     """Every module with weights, the heads its rows belong to if it is of q or k, and if a norm."""
     yield model.embedding, 0, False
-    yield model.final_norm, 0, True
     yield model.head, 0, False
     for index, layer in enumerate(model.layers):
-        attention = layer.attention
-        heads = {"q_proj": attention.heads, "k_proj": attention.kv_heads}
+        heads = {"q_proj": layer.attention.heads, "k_proj": layer.attention.kv_heads}
         for linear in layer.linears:
             yield model.module(index, linear.name), heads.get(linear.leaf, 0), False
-        norms = [layer.pre_attention, layer.post_attention, layer.pre_mlp, layer.post_mlp]
-        if attention.qk_norm is not None:
-            norms += [attention.q_norm, attention.k_norm]
-        for norm in norms:
-            if norm is not None:
-                yield model.module(index, norm), 0, True
+    for norm in model.norms:
+        yield norm, 0, True
 
 
 def _entry(

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from nybble.engine import penalties
 from nybble.engine import sampler as sampler_module
 from nybble.engine.request import (
     NotANumberError,
@@ -53,6 +54,41 @@ def test_repetition_counts_the_prompt_and_presence_does_not() -> None:
     assert tokens(rows, repeated) == [0, 1, 0]
 
 
+def penalized(logits: Tensor, prompt: list[int], output: list[int], p: SamplingParams) -> Tensor:
+    """As the definitions of the penalties say it, over the whole vocabulary."""
+    counts = torch.bincount(torch.tensor(output, dtype=torch.int64), minlength=len(logits))
+    seen = counts > 0
+    repeated = seen.index_fill(0, torch.tensor(prompt, dtype=torch.int64), True)
+    factor = torch.where(repeated, p.repetition_penalty, 1.0)
+    logits = torch.where(logits > 0, logits / factor, logits * factor)
+    return logits - p.presence_penalty * seen - p.frequency_penalty * counts
+
+
+def test_every_row_is_penalized_by_its_own_tokens_alone() -> None:
+    """Over a text long enough for tokens to come again and for new ones to come."""
+    torch.manual_seed(0)
+    prompts = [[3, 3, 7], [], list(range(40)), [5]]
+    options: list[dict[str, float]] = [
+        {"repetition_penalty": 1.3},
+        {"presence_penalty": 0.5, "frequency_penalty": 0.25},
+        {},
+        {"repetition_penalty": 0.5, "frequency_penalty": -0.5},
+    ]
+    params = [SamplingParams(temperature=0, **each) for each in options]  # type: ignore[arg-type]
+    samplers = [SequenceSampler(p, tuple(ids)) for p, ids in zip(params, prompts, strict=True)]
+    outputs: list[list[int]] = [[] for _ in params]
+    for _ in range(60):
+        logits = torch.randn(4, 50)
+        expected = [
+            penalized(row, *each)
+            for row, *each in zip(logits, prompts, outputs, params, strict=True)
+        ]
+        drawn = sample(reference, logits, samplers)
+        assert torch.equal(logits, torch.stack(expected))
+        for output, (token, _) in zip(outputs, drawn, strict=True):
+            output.append(token)
+
+
 def test_frequency_grows_with_every_occurrence_and_presence_does_not() -> None:
     frequent, present = greedy(frequency_penalty=0.4), greedy(presence_penalty=0.4)
     drawn = [tokens([[1.0, 0.0], [1.0, 0.0]], [frequent, present]) for _ in range(4)]
@@ -91,7 +127,7 @@ def test_a_seed_draws_the_same_in_any_company() -> None:
     assert drawn(0) == drawn(3)
 
 
-@pytest.mark.parametrize("part", ["sample_tokens", "_to_host", "_report", "_stack"])
+@pytest.mark.parametrize("part", ["sample_tokens", "_to_host", "_report", "penalize"])
 def test_a_step_that_ran_out_of_memory_shifts_no_random_numbers(
     monkeypatch: pytest.MonkeyPatch, part: str
 ) -> None:
@@ -128,7 +164,7 @@ def test_a_penalty_knows_the_prompt_after_a_step_that_ran_out_of_memory(
 
     penalized = greedy((1,), repetition_penalty=2.0)
     with monkeypatch.context() as patch:
-        patch.setattr(sampler_module, "send", no_memory)
+        patch.setattr(penalties, "send", no_memory)
         with pytest.raises(MemoryError):
             tokens([[1.0, 1.1]], [penalized])
     assert tokens([[1.0, 1.1]], [penalized]) == [0]

@@ -523,6 +523,37 @@ def one_decode(context_lens: list[int], blocks_each: int = 2) -> AttentionBatch:
     )
 
 
+@pytest.mark.parametrize("window", [0, 1, 21, 50])
+@pytest.mark.parametrize(("share", "dim"), [(1, 128), (3, 80), (7, 64), (40, 16)])
+def test_a_tokens_attention_does_not_depend_on_those_beside_it(
+    cpu: CpuLibrary, share: int, dim: int, window: int
+) -> None:
+    """To the bit: in a prompt, in a piece of it, alone, and whatever later tokens hold."""
+    torch.manual_seed(0)
+    k_cache, v_cache = torch.randn(2, 7, 2, 16, dim).bfloat16()
+    q = torch.randn(70, 2 * share, dim).bfloat16()
+
+    def attend(first: int, end: int, k: Tensor = k_cache, v: Tensor = v_cache) -> Tensor:
+        """Of the tokens at positions 30 + first to 30 + end."""
+        batch = AttentionBatch(
+            query_start=torch.tensor([0, end - first], dtype=torch.int32),
+            context_lens=torch.tensor([30 + end], dtype=torch.int32),
+            block_tables=torch.tensor([[6, 2, 0, 5, 1, 3, 4]], dtype=torch.int32),
+            slot_mapping=torch.zeros(end - first, dtype=torch.int64),
+            max_query=end - first,
+        )
+        return cpu.paged_attention(q[first:end], k, v, batch, dim**-0.5, window)
+
+    together = attend(0, 70)
+    for first, end in ((0, 1), (0, 33), (33, 34), (34, 70), (69, 70), (5, 12)):
+        assert torch.equal(attend(first, end), together[first:end])
+    k, v = k_cache.clone(), v_cache.clone()
+    k[4, :, 3], v[4, :, 3] = float("nan"), float("inf")  # position 99, the last
+    found = attend(0, 70, k, v)
+    assert torch.equal(found[:-1], together[:-1])
+    assert not found[-1].isfinite().any()
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("where", ["query", "key", "value"])
 @pytest.mark.parametrize("softcap", [0.0, 50.0])

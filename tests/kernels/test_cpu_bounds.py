@@ -25,6 +25,7 @@ from nybble.kernels.cpu.build import TARGETS, build, missing_cpu_features
 from nybble.kernels.cpu.library import CpuLibrary
 from nybble.kernels.lora_batch import LoRABatch
 from nybble.kernels.packed import INTEGER_LEVELS, SYMMETRIC_LEVELS, pack_nibbles
+from nybble.kernels.reference import TokenChoice
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -232,6 +233,17 @@ def test_rotary_and_attention(
     expected = reference.paged_attention(q.double(), *caches_, batch, dim**-0.5, window, **options)
     rows = [row for row, slot in enumerate(slots) if slot >= 0]
     torch.testing.assert_close(found.double()[rows], expected[rows], rtol=2**-7, atol=2**-6)
+
+
+@pytest.mark.parametrize("vocab", [1, 17, 64, 150])
+def test_sampling(cpu: CpuLibrary, guard: Guard, vocab: int) -> None:
+    torch.manual_seed(0)
+    for rows in (1, 3):
+        logits = guard(torch.randn(rows, vocab))
+        for top_k, top_p, min_p in ((0, 1.0, 0.0), (3, 0.9, 0.0), (0, 0.9, 0.1), (vocab, 0.5, 0.1)):
+            choices = [TokenChoice(0.8, top_k, top_p, min_p, row / 3) for row in range(rows)]
+            found = cpu.sample_tokens(logits, choices)
+            assert torch.equal(found, reference.sample_tokens(logits, choices))
 
 
 @pytest.mark.parametrize("inputs", [1, 31, 32, 100])

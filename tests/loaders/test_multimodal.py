@@ -48,6 +48,21 @@ ROWS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
         {"model_type": "mistral", "sliding_window": None, "tie_word_embeddings": False},
         {"model_type": "pixtral", "head_dim": 16},
     ),
+    "mistral3 of ministral3": (
+        {"tie_word_embeddings": False},
+        {
+            "model_type": "ministral3",
+            "tie_word_embeddings": False,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 32,
+                "llama_4_scaling_beta": 0.5,
+            },
+        },
+        {"model_type": "pixtral", "head_dim": 16},
+    ),
     "llava": (
         {"tie_word_embeddings": False},
         {"model_type": "llama", "tie_word_embeddings": False},
@@ -59,7 +74,7 @@ ROWS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
 def written(family: str, folder: Path, tokenizer: Path) -> Any:
     own, text, vision = ROWS[family]
     config = AutoConfig.for_model(
-        family,
+        family.partition(" ")[0],
         **own,
         text_config=TEXT | text,
         vision_config=VISION | vision,

@@ -54,6 +54,22 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("mistral", {}),
     "mistral with a window": ("mistral", {"sliding_window": WINDOW}),
     "ministral": ("ministral", MIXED),
+    "ministral3": (
+        "ministral3",
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 32,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+                "llama_4_scaling_beta": 0.5,
+            },
+        },
+    ),
     "qwen2": ("qwen2", {"tie_word_embeddings": True}),
     "qwen2 with windows": ("qwen2", {"use_sliding_window": True, **MIXED}),
     "qwen3": ("qwen3", {}),
@@ -117,6 +133,17 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "cohere2": ("cohere2", MIXED),
     "ernie4_5": ("ernie4_5", {}),
     "ernie4_5 with biases": ("ernie4_5", {"use_bias": True}),
+    "hunyuan_v1_dense": (
+        "hunyuan_v1_dense",
+        {
+            "rope_parameters": {
+                "rope_type": "dynamic",
+                "rope_theta": 10000.0,
+                "factor": 1.0,
+                "alpha": 5.0,
+            }
+        },
+    ),
     "arcee": ("arcee", {"hidden_act": "relu2"}),
     "nemotron": ("nemotron", {"hidden_act": "relu2"}),
     "starcoder2": ("starcoder2", {"head_dim": 16, "sliding_window": WINDOW}),
