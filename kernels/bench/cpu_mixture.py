@@ -1,6 +1,6 @@
 """A mixture's MLP on the CPU beside a dense one that reads the same bytes, alternating in one run.
 
-    python kernels/bench/cpu_mixture.py
+    python -m nybble.kernels.bench.cpu_mixture
 
 One token, with the sizes of published models. The dense MLP is as wide as the experts of a token
 together. Each call uses other experts, and other dense weights, so that neither finds its weights
