@@ -41,7 +41,7 @@ def convert_gguf(file: Path, folder: Path, *, tied: bool) -> None:
     (folder / INDEX).unlink()
     (folder / file.name).unlink()
     config = json.loads((folder / "config.json").read_text())
-    del config["quantization_config"]
+    config.pop("quantization_config", None)
     if tied:
         config["tie_word_embeddings"] = True
     (folder / "config.json").write_text(json.dumps(config, indent=2))
