@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax
 from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from nybble.finetune.data import IGNORED, Batch, Example, pack, read_examples, to_batch
 from nybble.finetune.train import batch_loss, checkpoint_activations, warm_cosine
+from nybble.kernels.progress import Bar
 from nybble.loaders import CheckpointError, open_checkpoint
 from nybble.loaders.formats import (
     AffineFormat,
@@ -211,7 +211,7 @@ def quantization_aware_train(
         order = random.Random(settings.seed)
         rows: list[list[Example]] = []
         losses: list[float] = []
-        bar = tqdm(range(settings.steps), "Training", unit=" steps", disable=not progress)
+        bar = Bar(range(settings.steps), "Training", unit=" steps", disable=not progress)
         for _ in bar:
             if len(rows) < settings.batch_size:
                 rows += pack(order.sample(examples, len(examples)), settings.max_length)
@@ -226,7 +226,7 @@ def quantization_aware_train(
             schedule.step()
             optimizer.zero_grad()
             losses.append(loss.item())
-            bar.set_postfix(loss=f"{losses[-1]:.3f}")
+            bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
         shards = Shards(base)
         for name in shards.names():
             if name.removesuffix(".weight") not in layers:

@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from gguf import GGUFReader, dequantize
 from torch import Tensor
-from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer
 
+from nybble.kernels.progress import Bar
 from nybble.loaders.errors import CheckpointError
 from nybble.loaders.safetensors_file import write_safetensors
 
@@ -50,7 +50,7 @@ def convert_gguf(file: Path, folder: Path, *, tied: bool) -> None:
     if architecture != "qwen2":
         raise CheckpointError(f"{file}: architecture {architecture!r}, supported is qwen2")
     tensors: dict[str, Tensor] = {}
-    for tensor in tqdm(reader.tensors, desc="Converting GGUF", unit=" tensors"):
+    for tensor in Bar(reader.tensors, desc="Converting GGUF", unit=" tensors"):
         # torch.tensor copies: float32 entries are read-only views of the mapped file.
         values = torch.tensor(dequantize(tensor.data, tensor.tensor_type))
         tensors[_name(tensor.name)] = values.reshape(*map(int, reversed(tensor.shape))).bfloat16()

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from nybble.kernels.progress import Progress, track
+from nybble.kernels.progress import Bar, Progress, track
 from nybble.loaders import CheckpointError, open_checkpoint
 from nybble.loaders.checkpoint import FolderCheckpoint
 from nybble.loaders.formats import (
@@ -150,7 +149,7 @@ def quantize_checkpoint(
                 writer.add(written.tensors(prefix + name, weight))
                 errors.append(LayerError(prefix + name, error))
                 if progress is True:
-                    tqdm.write(f"{prefix}{name}: relative output error {error:.2e}")
+                    Bar.write(f"{prefix}{name}: relative output error {error:.2e}")
             others = block.state_dict()
             for name in quantized:
                 del others[name + ".weight"]

@@ -47,6 +47,7 @@ class ChatShape(ChoicesShape):
 
     def whole(self, outputs: Sequence[Sequence[RequestOutput]], usage: Usage) -> dict[str, Any]:
         body = super().whole(outputs, usage) | self.prompt_token_ids(0)
+        body["prompt_logprobs"] = None  # always there, as in vLLM
         prompt = outputs[0][0].prompt_logprobs
         if self._of_prompt is not None and prompt is not None:
             body["prompt_logprobs"] = self._of_prompt.by_id(prompt, self._prompt_alternatives)

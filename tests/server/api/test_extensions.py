@@ -306,8 +306,21 @@ def test_a_stream_ends_with_an_empty_delta_that_says_why(engine: Engine) -> None
         chunks = await streamed(
             client, COMPLETIONS, {**PLAIN[CompletionRequest], **GREEDY, **usage}
         )
-        assert [chunk["usage"]["completion_tokens"] for chunk in chunks][-1] == 8
-        assert chunks[0]["usage"]["completion_tokens"] < 8
+        *text, end, total = chunks
+        assert [chunk["choices"][0]["finish_reason"] for chunk in text] == [None] * len(text)
+        assert (end["choices"][0]["text"], end["choices"][0]["finish_reason"]) == ("", "length")
+        counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
+        assert 0 < counts[0] < counts[-1] == 8
+
+    run(engine, scenario)
+
+
+def test_prompt_logprobs_are_null_where_none_are_asked_for(engine: Engine) -> None:
+    async def scenario(client: Client) -> None:
+        chat = await posted(client, CHAT, {**PLAIN[ChatRequest], "max_tokens": 1})
+        assert chat["prompt_logprobs"] is None
+        completion = await posted(client, COMPLETIONS, PLAIN[CompletionRequest])
+        assert completion["choices"][0]["prompt_logprobs"] is None
 
     run(engine, scenario)
 

@@ -41,8 +41,9 @@ def test_keys_are_asked_for_whatever_the_spelling(engine: Engine) -> None:
             for path in ("//v1/models", "/v1//models/", "/llm/v1/models", "//health/x"):
                 async with session.get(raw(client, path)) as response:
                     assert response.status == 401, path
-            async with session.get(raw(client, "//health")) as response:
-                assert response.status == 200
+            for path in ("//health", "/llm", "/llm/"):
+                async with session.get(raw(client, path)) as response:
+                    assert response.status == 200
 
     run(engine, scenario, api_keys=["secret"], root_path="/llm")
 
@@ -52,8 +53,9 @@ def test_a_prefix_that_a_proxy_leaves_is_not_looked_at(engine: Engine) -> None:
         for path in (CHAT, "/llm" + CHAT, "/llm/" + CHAT):
             async with client.session.post(raw(client, path), json=BODY) as response:
                 assert response.status == 200, path
-        async with client.get("/llm/") as response:
-            assert response.content_type == "text/html"
+        for page in ("/llm/", "/llm"):  # the second leads to the first
+            async with client.get(page) as response:
+                assert (response.content_type, response.url.path) == ("text/html", "/llm/")
         async with client.get("/llmx/v1/models") as response:
             assert response.status == 404
         async with client.get("/other/v1/models") as response:
