@@ -71,6 +71,11 @@ def _no_false(value: Any) -> Any:
     return None if value is False else value
 
 
+def _no_empty(value: Any) -> Any:
+    """Nothing as null: clients of llama.cpp write empty constraints into every request."""
+    return None if value in ("", {}) else value
+
+
 class StreamOptions(Body):
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None  # vLLM's: usage in every event, with include_usage
@@ -185,6 +190,11 @@ class Sampling(OfTheService, Truncated):
     guided_regex: str | None = None
     guided_choice: Choices | None = None
     guided_grammar: str | None = None
+    # The same in the words of llama.cpp (the first and last) and of SGLang (the last three).
+    grammar: Annotated[str | None, BeforeValidator(_no_empty)] = None
+    ebnf: Annotated[str | None, BeforeValidator(_no_empty)] = None
+    regex: Annotated[str | None, BeforeValidator(_no_empty)] = None
+    json_schema: Annotated[JsonObject | None, BeforeValidator(_no_empty)] = None
     timeout: Timeout | None = None
     prompt_logprobs: int | None = None
     # Whether the text of a special token is that token: in completions by default, in the messages

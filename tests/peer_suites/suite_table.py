@@ -1,0 +1,55 @@
+"""A suite's tests that do not apply are skipped with the reason; the rest are counted by file."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+class Outcome:
+    """A pytest plugin. ``reasons`` is a TOML file of ``reason = [regular expressions of tests]``.
+
+    A pattern is searched in ``file.py::test[parameters]``; the first reason that fits counts.
+    """
+
+    def __init__(self, reasons: Path) -> None:
+        table = tomllib.loads(reasons.read_text())
+        self._reasons = {reason: re.compile("|".join(each)) for reason, each in table.items()}
+        self._counts: dict[str, Counter[str]] = {}
+        self._skipped: Counter[str] = Counter()
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        for item in items:
+            name = item.nodeid.rpartition("/")[2]
+            for reason, pattern in self._reasons.items():
+                if pattern.search(name):
+                    item.add_marker(pytest.mark.skip(reason=reason))
+                    break
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call" or report.outcome != "passed":
+            file = report.nodeid.rpartition("/")[2].partition("::")[0]
+            self._counts.setdefault(file, Counter())[report.outcome] += 1
+        if report.skipped and isinstance(report.longrepr, tuple):
+            self._skipped[report.longrepr[2].removeprefix("Skipped: ")] += 1
+
+    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        write = terminalreporter.write_line
+        write("")
+        write("| file | passed | not applicable | ours to mend |")
+        write("| --- | ---: | ---: | ---: |")
+        total: Counter[str] = Counter()
+        for file, counts in sorted(self._counts.items()):
+            total += counts
+            write(f"| {file} | {counts['passed']} | {counts['skipped']} | {counts['failed']} |")
+        write(f"| all | {total['passed']} | {total['skipped']} | {total['failed']} |")
+        write("")
+        write("| not applicable, because | tests |")
+        write("| --- | ---: |")
+        for reason, number in self._skipped.most_common():
+            write(f"| {reason} | {number} |")

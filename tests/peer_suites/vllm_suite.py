@@ -1,0 +1,140 @@
+"""pytest plugin: vLLM's tests of its OpenAI server, whose servers become ours.
+
+The tests' ``tests.utils`` and what they import of ``vllm`` are replaced: a server is ours under the
+name of the model, a tokenizer is the tiny model's, a downloaded adapter the tiny one. All else of
+``vllm`` is a stand-in of no use: a test that uses it does not apply.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+from unittest.mock import MagicMock
+
+import pytest
+from live_server import Pool, models  # type: ignore[import-not-found]
+from suite_table import Outcome  # type: ignore[import-not-found]
+
+_POOL = Pool()
+# vLLM's flags that are ours as well, with the number of their values.
+_SHARED = {"--max-model-len": 1, "--enable-lora": 0, "--max-lora-rank": 1, "--max-loras": 1,
+           "--lora-modules": None, "--max-num-seqs": 1, "--root-path": 1, "--api-key": 1,
+           "--served-model-name": None, "--uds": 1}  # fmt: skip
+
+
+class RemoteOpenAIServer:
+    """Stands for vLLM's class of this name."""
+
+    DUMMY_API_KEY = "none"
+
+    def __init__(self, model: str, cli_args: list[str], **_: Any) -> None:
+        flags, names = _translated([str(argument) for argument in cli_args])
+        served = [f"--served-model-name={name}" for name in names or [model]]
+        self._url = _POOL.url(*served, *flags)
+        self.host, _, port = self._url.removeprefix("http://").rpartition(":")
+        self.port = int(port)
+
+    def __enter__(self) -> RemoteOpenAIServer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    @property
+    def url_root(self) -> str:
+        return self._url
+
+    def url_for(self, *parts: str) -> str:
+        return "/".join((self._url, *parts))
+
+    def get_client(self, **options: Any) -> Any:
+        import openai
+
+        return openai.OpenAI(**self._client(options))
+
+    def get_async_client(self, **options: Any) -> Any:
+        import openai
+
+        return openai.AsyncOpenAI(**self._client(options))
+
+    def _client(self, options: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "base_url": self.url_for("v1"),
+            "api_key": self.DUMMY_API_KEY,
+            "max_retries": 0,
+            "timeout": 600,
+        } | options
+
+
+def _translated(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Our flags, sorted so that equal servers are shared, and the served names."""
+    flags: list[str] = []
+    names: list[str] = []
+    at = 0
+    while at < len(arguments):
+        flag, _, joined = arguments[at].partition("=")
+        at += 1
+        values = [joined] if joined else []
+        while at < len(arguments) and not arguments[at].startswith("--"):
+            values.append(arguments[at])
+            at += 1
+        if flag == "--served-model-name":
+            names += values
+        elif flag in _SHARED:
+            flags += [f"{flag}={value}" for value in values] or [flag]
+    return sorted(flags), names
+
+
+class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Makes every module of ``vllm``, of stand-ins."""
+
+    def find_spec(self, name: str, *_: object) -> importlib.machinery.ModuleSpec | None:
+        if name.partition(".")[0] == "vllm":
+            return importlib.machinery.ModuleSpec(name, self, is_package=True)
+        return None
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
+        module = _StandIn(spec.name)
+        module.__path__ = []
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        pass
+
+
+class _StandIn(ModuleType):
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _KNOWN.get(name) or MagicMock(name=f"{self.__name__}.{name}")
+
+
+def _get_tokenizer(*_: object, **__: object) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(models().model)
+
+
+_KNOWN: dict[str, Any] = {
+    "get_tokenizer": _get_tokenizer,
+    "hf_api": lambda: SimpleNamespace(snapshot_download=lambda **_: str(models().adapter)),
+    "current_platform": SimpleNamespace(is_rocm=lambda: False, is_cuda=lambda: False),
+    "VLLMValidationError": ValueError,
+}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    sys.meta_path.insert(0, _Finder())
+    utils: Any = ModuleType("tests.utils")
+    utils.RemoteOpenAIServer = RemoteOpenAIServer
+    utils.ROCM_EXTRA_ARGS, utils.ROCM_ENV_OVERRIDES = [], {}
+    sys.modules["tests.utils"] = utils
+    config.pluginmanager.register(Outcome(Path(__file__).with_name("vllm.toml")))
+
+
+def pytest_sessionfinish() -> None:
+    _POOL.close()
