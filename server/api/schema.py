@@ -23,6 +23,7 @@ _MAX_N = 128
 _MAX_STOPS = 16
 _MAX_STOP_LENGTH = 256
 _MAX_BIASES = 1024
+_NAMED = 8  # of what is wrong
 _MAX_ADAPTER_NAME = 256
 _MAX_WORDS = 256
 _MAX_TOKEN_IDS = 1 << 18
@@ -58,11 +59,13 @@ def _biases(value: Any) -> Any:
         return value
     if len(value) > _MAX_BIASES:
         raise PydanticCustomError("too_many", f"at most {_MAX_BIASES} biases are allowed")
-    for key in value:
-        if not (key.isascii() and key.isdigit() and len(key) < 10):
-            raise PydanticCustomError(
-                "bad_key", "{key} is no token id, as the keys are", {"key": repr(key[:40])}
-            )
+    wrong = [key for key in value if not (key.isascii() and key.isdigit() and len(key) < 10)]
+    if wrong:
+        shown = ", ".join(repr(key[:40]) for key in wrong[:_NAMED])
+        verb = "is no token id" if len(wrong) == 1 else "are no token ids"
+        raise PydanticCustomError(
+            "bad_key", "{keys} {verb}, as the keys are", {"keys": shown, "verb": verb}
+        )
     return {int(key): bias for key, bias in value.items()}
 
 
@@ -153,7 +156,7 @@ class Sampling(OfTheService, Truncated):
     max_tokens: int | None = None
     n: Annotated[int, Field(ge=1, le=_MAX_N)] | None = None
     presence_penalty: float | None = None
-    seed: int | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: Annotated[
         list[str] | None, BeforeValidator(_stops, json_schema_input_type=str | list[str] | None)
     ] = None

@@ -19,10 +19,18 @@ _LEFT_OUT = {
     "debug", "server_port", "server_host", "model_hf_repo", "model_hf_file", "temperature", "seed",
     "offline", "n_threads", "n_gpu_layer", "n_batch", "n_ubatch", "n_predict", "n_prompts",
     "cache_prompt", "server_continuous_batching", "server_embeddings", "server_metrics",
-    "kv_unified", "swa_full", "fa", "no_ui", "jinja", "log_path", "process", "external_server",
+    "kv_unified", "swa_full", "fa", "jinja", "log_path", "process", "external_server",
     "ready", "pooling", "reasoning_format", "reasoning",
 }  # fmt: skip
-_MAPPED = {"model_alias", "n_ctx", "n_slots", "api_key", "cors_origins"}
+_MAPPED = {"model_alias", "no_ui", "n_ctx", "n_slots", "api_key", "cors_origins"}
+_OWN = {
+    "/apply-template", "/chat/completions/input_tokens", "/completion", "/detokenize", "/embedding",
+    "/infill", "/lora-adapters", "/props", "/slots", "/tokenize", "/v1/messages",
+}  # fmt: skip
+# Those that the tests give to OpenAI's client, which llama-server does not look at.
+_NAMES = (
+    "default", "gpt-3.5-turbo-instruct", "gpt-4.1", "davinci-002", "text-embedding-3-small",
+)  # fmt: skip
 _OF_OPENAI = (
     "/chat/completions", "/completions", "/responses", "/embeddings", "/models",
 )  # fmt: skip
@@ -62,10 +70,12 @@ def _start(self: Any, timeout_seconds: int = 60) -> None:
     asked = {name: value for name, value in vars(self).items() if value not in (None, False)}
     for name in asked.keys() - _LEFT_OUT - _MAPPED:
         pytest.skip(f"llama-server's option {name} has no counterpart")
-    names = [asked.get("model_alias") or "default", "default"]
+    names = [asked.get("model_alias") or _NAMES[0], *_NAMES]
     options = [f"--served-model-name={name}" for name in dict.fromkeys(names)]
     if context := asked.get("n_ctx"):
         options.append(f"--max-model-len={context // asked.get('n_slots', 1)}")
+    if asked.get("no_ui"):
+        options.append("--no-console")
     if key := asked.get("api_key"):
         options.append(f"--api-key={key}")
     if origins := asked.get("cors_origins"):
@@ -75,6 +85,8 @@ def _start(self: Any, timeout_seconds: int = 60) -> None:
 
 
 def _make_url(self: Any, path: str, host: str | None = None) -> str:
+    if path.partition("?")[0] in _OWN:
+        pytest.skip(f"llama-server's own endpoint {path.partition('?')[0]}")
     prefix = "/v1" if path.startswith(_OF_OPENAI) else ""
     return f"http://{host or self.server_host}:{self.server_port}{prefix}{path}"
 
@@ -82,4 +94,4 @@ def _make_url(self: Any, path: str, host: str | None = None) -> str:
 def _named(path: str, data: Any) -> Any:
     if not path.endswith(_OF_OPENAI) or not isinstance(data, dict):
         return data
-    return data | {"model": "default"}
+    return data | {"model": _NAMES[0]}

@@ -12,13 +12,14 @@ import pytest
 
 
 class Outcome:
-    """A pytest plugin. ``reasons`` is a TOML file of ``reason = [regular expressions of tests]``.
+    """A pytest plugin. ``settings`` is a TOML file; see :mod:`run`.
 
-    A pattern is searched in ``file.py::test[parameters]``; the first reason that fits counts.
+    Its table ``not_applicable`` is of ``reason = [regular expressions]``, which are searched
+    in ``file.py::test[parameters]``; the first reason that fits counts.
     """
 
-    def __init__(self, reasons: Path) -> None:
-        table = tomllib.loads(reasons.read_text())
+    def __init__(self, settings: Path) -> None:
+        table = tomllib.loads(settings.read_text())["not_applicable"]
         self._reasons = {reason: re.compile("|".join(each)) for reason, each in table.items()}
         self._counts: dict[str, Counter[str]] = {}
         self._skipped: Counter[str] = Counter()

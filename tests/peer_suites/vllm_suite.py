@@ -13,17 +13,20 @@ import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
-from unittest.mock import MagicMock
 
 import pytest
 from live_server import Pool, models  # type: ignore[import-not-found]
 from suite_table import Outcome  # type: ignore[import-not-found]
 
 _POOL = Pool()
-# vLLM's flags that are ours as well, with the number of their values.
-_SHARED = {"--max-model-len": 1, "--enable-lora": 0, "--max-lora-rank": 1, "--max-loras": 1,
-           "--lora-modules": None, "--max-num-seqs": 1, "--root-path": 1, "--api-key": 1,
-           "--served-model-name": None, "--uds": 1}  # fmt: skip
+# vLLM's flags that are ours as well.
+_SHARED = {
+    "--enable-lora", "--max-lora-rank", "--max-loras", "--lora-modules", "--root-path", "--api-key",
+    "--uds",
+}  # fmt: skip
+_OWN = "it calls classes of vLLM's own"
+# A random model seldom ends by itself: many tests go on to the end of the context.
+_CONTEXT = 3072
 
 
 class RemoteOpenAIServer:
@@ -32,9 +35,9 @@ class RemoteOpenAIServer:
     DUMMY_API_KEY = "none"
 
     def __init__(self, model: str, cli_args: list[str], **_: Any) -> None:
-        flags, names = _translated([str(argument) for argument in cli_args])
+        flags, names, context = _translated([str(argument) for argument in cli_args])
         served = [f"--served-model-name={name}" for name in names or [model]]
-        self._url = _POOL.url(*served, *flags)
+        self._url = _POOL.url(*served, *flags, f"--max-model-len={context}")
         self.host, _, port = self._url.removeprefix("http://").rpartition(":")
         self.port = int(port)
 
@@ -70,10 +73,11 @@ class RemoteOpenAIServer:
         } | options
 
 
-def _translated(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """Our flags, sorted so that equal servers are shared, and the served names."""
+def _translated(arguments: list[str]) -> tuple[list[str], list[str], int]:
+    """Our flags, sorted so that equal servers are shared; the served names; the context."""
     flags: list[str] = []
     names: list[str] = []
+    context = _CONTEXT
     at = 0
     while at < len(arguments):
         flag, _, joined = arguments[at].partition("=")
@@ -84,9 +88,23 @@ def _translated(arguments: list[str]) -> tuple[list[str], list[str]]:
             at += 1
         if flag == "--served-model-name":
             names += values
+        elif flag == "--max-model-len":
+            context = min(context, int(values[0]))
         elif flag in _SHARED:
             flags += [f"{flag}={value}" for value in values] or [flag]
-    return sorted(flags), names
+    return sorted(flags), names, context
+
+
+class _Absent(type):
+    """The class of what stands for vLLM's own classes and functions: whoever uses it is skipped."""
+
+    def __call__(cls, *_: object, **__: object) -> Any:
+        pytest.skip(_OWN, allow_module_level=True)
+
+    def __getattr__(cls, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        pytest.skip(_OWN, allow_module_level=True)
 
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -110,7 +128,7 @@ class _StandIn(ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return _KNOWN.get(name) or MagicMock(name=f"{self.__name__}.{name}")
+        return _KNOWN.get(name) or _Absent(name, (), {})
 
 
 def _get_tokenizer(*_: object, **__: object) -> Any:
@@ -127,12 +145,19 @@ _KNOWN: dict[str, Any] = {
 }
 
 
-def pytest_configure(config: pytest.Config) -> None:
+def _install() -> None:
+    """At the import of this plugin: their conftest.py files are read before anything is called."""
     sys.meta_path.insert(0, _Finder())
     utils: Any = ModuleType("tests.utils")
     utils.RemoteOpenAIServer = RemoteOpenAIServer
     utils.ROCM_EXTRA_ARGS, utils.ROCM_ENV_OVERRIDES = [], {}
     sys.modules["tests.utils"] = utils
+
+
+_install()
+
+
+def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(Outcome(Path(__file__).with_name("vllm.toml")))
 
 

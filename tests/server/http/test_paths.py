@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
+
 import pytest
 from aiohttp import ClientSession
 from yarl import URL
@@ -31,6 +34,38 @@ def test_slashes_too_many_are_one(engine: Engine, path: str) -> None:
                 assert response.status == 404
             async with session.get(raw(client, "//v1/models/?x=1")) as response:
                 assert (await response.json())["object"] == "list"
+
+    run(engine, scenario)
+
+
+async def raw_answer(client: Client, request: str, then: str = "") -> tuple[str, str]:
+    """What comes at first, and what comes after ``then`` until the connection ends."""
+    reader, writer = await asyncio.open_connection(client.host, client.port)
+    writer.write(request.encode())
+    first = (await reader.readuntil(b"\r\n\r\n")).decode()
+    writer.write(then.encode())
+    rest = (await reader.read()).decode()
+    writer.close()
+    return first, rest
+
+
+def test_old_and_careful_clients_are_answered(engine: Engine) -> None:
+    """HTTP/1.0 as some load balancers speak it, HEAD as probes send it, Expect as curl does."""
+    body = json.dumps(BODY)
+    head = f"Host: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+
+    async def scenario(client: Client) -> None:
+        first, rest = await raw_answer(client, f"POST {CHAT} HTTP/1.0\r\n{head}\r\n{body}")
+        assert first.startswith("HTTP/1.0 200 ")
+        assert json.loads(rest)["choices"]
+
+        careful = f"POST {CHAT} HTTP/1.1\r\n{head}Expect: 100-continue\r\nConnection: close\r\n\r\n"
+        first, rest = await raw_answer(client, careful, then=body)
+        assert first.startswith("HTTP/1.1 100 ")
+        assert rest.startswith("HTTP/1.1 200 ")
+
+        async with client.head("/health") as response:
+            assert (response.status, await response.read()) == (200, b"")
 
     run(engine, scenario)
 
