@@ -60,7 +60,8 @@ class CompletionShape(ChoicesShape):
         wanted = wanted or choice.get("token_ids") or choice.get("prompt_token_ids")
         chunks = [choice] if wanted else []
         if reason is not None:  # in a chunk of its own, as OpenAI does
-            chunks.append({"index": index, "text": "", "logprobs": None, "finish_reason": reason})
+            end = {"index": index, "text": "", "logprobs": None, "finish_reason": reason}
+            chunks.append(end | self.no_token_ids)
         return chunks
 
     def _choice(self, index: int, outputs: Sequence[RequestOutput]) -> dict[str, Any]:

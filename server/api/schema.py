@@ -35,6 +35,7 @@ _COMPLETION_MAX_TOKENS = 16  # OpenAI's default; chat goes on to the end of the 
 
 Priority = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 Salt = Annotated[str, Field(max_length=_MAX_SALT)]
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 Timeout = Annotated[float, Field(gt=0)]
 
 
@@ -156,7 +157,7 @@ class Sampling(OfTheService, Truncated):
     max_tokens: int | None = None
     n: Annotated[int, Field(ge=1, le=_MAX_N)] | None = None
     presence_penalty: float | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    seed: Seed | None = None
     stop: Annotated[
         list[str] | None, BeforeValidator(_stops, json_schema_input_type=str | list[str] | None)
     ] = None

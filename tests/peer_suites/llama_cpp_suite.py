@@ -22,7 +22,7 @@ _LEFT_OUT = {
     "kv_unified", "swa_full", "fa", "jinja", "log_path", "process", "external_server",
     "ready", "pooling", "reasoning_format", "reasoning",
 }  # fmt: skip
-_MAPPED = {"model_alias", "no_ui", "n_ctx", "n_slots", "api_key", "cors_origins"}
+_MAPPED = {"model_alias", "no_ui", "n_ctx", "n_slots", "api_key"}
 _OWN = {
     "/apply-template", "/chat/completions/input_tokens", "/completion", "/detokenize", "/embedding",
     "/infill", "/lora-adapters", "/props", "/slots", "/tokenize", "/v1/messages",
@@ -78,8 +78,6 @@ def _start(self: Any, timeout_seconds: int = 60) -> None:
         options.append("--no-console")
     if key := asked.get("api_key"):
         options.append(f"--api-key={key}")
-    if origins := asked.get("cors_origins"):
-        options += [f"--allowed-origins={origin}" for origin in origins.split(",")]
     host, _, port = _POOL.url(*options).removeprefix("http://").rpartition(":")
     self.server_host, self.server_port = host, int(port)
 

@@ -26,7 +26,7 @@ class Outcome:
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         for item in items:
-            name = item.nodeid.rpartition("/")[2]
+            name = f"{item.path.name}::{item.name}"
             for reason, pattern in self._reasons.items():
                 if pattern.search(name):
                     item.add_marker(pytest.mark.skip(reason=reason))
@@ -34,7 +34,7 @@ class Outcome:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "call" or report.outcome != "passed":
-            file = report.nodeid.rpartition("/")[2].partition("::")[0]
+            file = report.nodeid.partition("::")[0].rpartition("/")[2]
             self._counts.setdefault(file, Counter())[report.outcome] += 1
         if report.skipped and isinstance(report.longrepr, tuple):
             self._skipped[report.longrepr[2].removeprefix("Skipped: ")] += 1

@@ -97,6 +97,7 @@ def test_neutral_values_are_taken(kind: type[Body], extra: dict[str, Any]) -> No
     ("kind", "extra", "says"),
     [
         (ChatRequest, {"logit_bias": {"5": 1, "dog": 1}}, "'dog' is no token id"),
+        (ResponsesRequest, {"grammar": "root ::= x"}, "use text.format, or /v1/chat/completions"),
         (ChatRequest, {"logit_bias": {"a": 1, "b": 1}}, "'a', 'b' are no token ids"),
         (ChatRequest, {"logit_bias": {"5": 1, "7": 101}}, "token 7 is 101"),
         (EmbeddingRequest, {"input": []}, "empty"),
@@ -316,12 +317,14 @@ def test_a_stream_ends_with_an_empty_delta_that_says_why(engine: Engine) -> None
     run(engine, scenario)
 
 
-def test_prompt_logprobs_are_null_where_none_are_asked_for(engine: Engine) -> None:
+def test_every_chunk_has_its_token_ids_where_they_are_asked_for(engine: Engine) -> None:
     async def scenario(client: Client) -> None:
-        chat = await posted(client, CHAT, {**PLAIN[ChatRequest], "max_tokens": 1})
-        assert chat["prompt_logprobs"] is None
-        completion = await posted(client, COMPLETIONS, PLAIN[CompletionRequest])
-        assert completion["choices"][0]["prompt_logprobs"] is None
+        for path, body in ((CHAT, PLAIN[ChatRequest]), (COMPLETIONS, PLAIN[CompletionRequest])):
+            asked = {**body, **GREEDY, "return_token_ids": True}
+            (whole,) = (await posted(client, path, asked))["choices"]
+            chunks = [chunk["choices"][0] for chunk in await streamed(client, path, asked)]
+            assert [t for chunk in chunks for t in chunk["token_ids"]] == whole["token_ids"]
+            assert chunks[0]["prompt_token_ids"]
 
     run(engine, scenario)
 
