@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.abc
 import importlib.machinery
 import sys
+import tempfile
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -34,8 +35,15 @@ class RemoteOpenAIServer:
 
     DUMMY_API_KEY = "none"
 
-    def __init__(self, model: str, cli_args: list[str], **_: Any) -> None:
+    def __init__(
+        self, model: str, cli_args: list[str], env_dict: dict[str, str] | None = None, **_: Any
+    ) -> None:
         flags, names, context = _translated([str(argument) for argument in cli_args])
+        environment = env_dict or {}
+        if key := environment.get("VLLM_API_KEY"):
+            flags.append(f"--api-key={key}")
+        if "VLLM_ALLOW_RUNTIME_LORA_UPDATING" in environment:
+            flags += [f"--admin-key={self.DUMMY_API_KEY}", f"--lora-root={tempfile.gettempdir()}"]
         served = [f"--served-model-name={name}" for name in names or [model]]
         self._url = _POOL.url(*served, *flags, f"--max-model-len={context}")
         self.host, _, port = self._url.removeprefix("http://").rpartition(":")
