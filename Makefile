@@ -106,7 +106,8 @@ build/peers/.installed: tests/peers/requirements.txt | install-dev
 test-peers: build/peers/.installed
 	packages=$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])'); \
 	PYTHONPATH=src:$$packages build/peers/bin/python -m pytest -q \
-		tests/quantizers/test_in_gptqmodel.py tests/quantizers/test_in_compressed_tensors.py
+		tests/quantizers/test_in_gptqmodel.py tests/quantizers/test_in_compressed_tensors.py \
+		tests/loaders/test_gguf_model.py
 
 # The suites of llama.cpp's server and of vLLM's, from their source distributions, against servers of
 # ours. docs/testing.md says what they are; make test-peer-suites SUITES=vllm for one of them.

@@ -1,66 +1,62 @@
 """Which sequence holds which KV block, and which blocks can be shared by prefix.
 
-Every full block has a key: the digest of its tokens chained to the digest of the block before it,
-so equal keys mean equal tokens, and the same adapter, from the start of the sequence. A block whose
-reference count falls to zero keeps its content and can be found again by key until it is handed out
-for other tokens; the least recently freed goes first.
+Layers are in groups with a block table each (:mod:`nybble.engine.kv_cache`); the groups take their
+blocks from one pool.
 
-Where every layer has a sliding window, blocks that even the widest no longer sees are taken back
-while their sequence runs, and a prefix is found by those it still sees. A single layer without a
-window keeps them all: a block holds the keys and values of all layers.
+Every full block has a key: its group, and the digest of its tokens chained to the digest of the
+block before it. So equal keys mean equal tokens, and the same adapter, from the start of the
+sequence. A block whose reference count falls to zero keeps its content and can be found again by
+key until it is handed out for other tokens; the least recently freed goes first.
+
+In a group whose layers have a sliding window, blocks that it no longer sees are taken back while
+their sequence runs. A prefix is found if each group still has what the next token sees of it.
 """
 
 from __future__ import annotations
 
 from array import array
 from collections import Counter, OrderedDict
+from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Several
 from hashlib import blake2b
 
-from nybble.engine.sequence import CachedPrefix, Sequence
+from nybble.engine.kv_cache import most_blocks
+from nybble.engine.sequence import BlockTable, CachedPrefix, Sequence
 
-# Stands in a sequence's list for a block it no longer sees. Nothing reads what it names.
+# Stands in a block table for a block that is no longer seen. Nothing reads what it names.
 _UNSEEN = 0
-
-
-def most_blocks(tokens: int, block_size: int, window: int, step_tokens: int) -> int:
-    """Blocks that a sequence of ``tokens`` tokens holds at once at most.
-
-    window: tokens that one sees, itself included; 0 for all before it. step_tokens: the most that
-    one step computes, all of whose blocks and windows are held together.
-    """
-    most = -(-tokens // block_size)
-    if not window:
-        return most
-    # However they lie, n tokens reach into ⌈(n − 1) / block_size⌉ + 1 blocks.
-    return min(most, -(-(window + step_tokens - 2) // block_size) + 1)
 
 
 class BlockManager:
     """Hands out ``num_blocks`` blocks of ``block_size`` tokens each.
 
-    window: tokens that one sees in any layer, itself included; 0 where a layer sees all.
+    windows: for each group of layers, the tokens that one sees, itself included; 0 for all.
     """
 
     def __init__(
-        self, num_blocks: int, block_size: int, *, window: int = 0, prefix_caching: bool = True
+        self,
+        num_blocks: int,
+        block_size: int,
+        *,
+        windows: Several[int] = (0,),
+        prefix_caching: bool = True,
     ) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self.window = window
+        self.windows = tuple(windows)
         self.prefix_caching = prefix_caching
         self._references = [0] * num_blocks
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
-        self._key_of: dict[int, bytes] = {}
-        self._block_of: dict[bytes, int] = {}
+        self._key_of: dict[int, tuple[int, bytes]] = {}
+        self._block_of: dict[tuple[int, bytes], int] = {}
 
     @property
     def num_free_blocks(self) -> int:
         return len(self._free)
 
-    def blocks_for(self, tokens: int) -> int:
-        """Blocks that ``tokens`` tokens occupy."""
-        return -(-tokens // self.block_size)
+    def most_blocks(self, tokens: int, step_tokens: int) -> int:
+        """Blocks that a sequence holds at once at most; see :func:`most_blocks`."""
+        return most_blocks(tokens, self.block_size, self.windows, step_tokens)
 
     def share_prefix(self, sequence: Sequence) -> int:
         """Give a sequence without blocks the longest prefix of its tokens that is cached.
@@ -68,71 +64,93 @@ class BlockManager:
         At least one token is left to compute, because the next token is sampled from its logits.
         Returns the number of tokens found.
         """
-        assert not sequence.blocks
-        found = self._cached_blocks(sequence)
-        unseen = self._unseen_blocks(len(found) * self.block_size)
-        for block in found[unseen:]:
-            if self._references[block] == 0:
-                del self._free[block]
-            self._references[block] += 1
-        sequence.blocks += [_UNSEEN] * unseen + found[unseen:]
-        sequence.num_unseen_blocks = unseen
-        return len(found) * self.block_size
+        assert not sequence.block_tables
+        tables = self._cached_tables(sequence)
+        if not tables:
+            return 0
+        for table in tables:
+            for block in table.held:
+                if self._references[block] == 0:
+                    del self._free[block]
+                self._references[block] += 1
+        sequence.block_tables = tables
+        return sequence.num_table_blocks * self.block_size
 
     def cached_prefix(self, sequence: Sequence) -> CachedPrefix:
         """What :meth:`share_prefix` would find now; takes time in proportion to the tokens."""
-        found = self._cached_blocks(sequence)
-        tokens = len(found) * self.block_size
-        seen = found[self._unseen_blocks(tokens) :]
-        return CachedPrefix(tokens, sum(self._references[block] > 0 for block in seen))
+        tables = self._cached_tables(sequence)
+        tokens = len(tables[0].blocks) * self.block_size if tables else 0
+        return CachedPrefix(tokens, sum(self._references[block] > 0 for block in _held(tables)))
 
     def fits(self, sequence: Sequence, needed: int, leaving: Several[Sequence]) -> bool:
         """Whether a waiting sequence can hold ``needed`` blocks, those of its prefix shared.
 
         leaving: sequences whose blocks would be taken back before.
         """
-        held = Counter(block for each in leaving for block in each.blocks[each.num_unseen_blocks :])
+        held = Counter(block for each in leaving for block in _held(each.block_tables))
         freed = {block for block, count in held.items() if count == self._references[block]}
         shared = 0
         if sequence.may_share_prefix:
-            found = self._cached_blocks(sequence)
-            seen = found[self._unseen_blocks(len(found) * self.block_size) :]
-            shared = sum(self._references[block] > 0 and block not in freed for block in seen)
+            found = _held(self._cached_tables(sequence))
+            shared = sum(self._references[block] > 0 and block not in freed for block in found)
         return needed - shared <= len(self._free) + len(freed)
 
-    def _cached_blocks(self, sequence: Sequence) -> list[int]:
-        """Blocks of the longest prefix that lacks none of those its next token sees."""
-        found: list[int] = []
-        length = lacking = 0  # blocks of that prefix; blocks up to the last one that is not cached
-        if self.prefix_caching:
-            for index in range((len(sequence.token_ids) - 1) // self.block_size):
-                block = self._block_of.get(self._hash(sequence, index))
-                found.append(_UNSEEN if block is None else block)
-                if block is None:
-                    lacking = index + 1
-                    if not self.window:
-                        break
-                elif lacking <= self._unseen_blocks((index + 1) * self.block_size):
-                    length = index + 1
-        return found[:length]
+    def _cached_tables(self, sequence: Sequence) -> tuple[BlockTable, ...]:
+        """Blocks of the longest prefix of which each group has all that the next token sees.
 
-    def _unseen_blocks(self, tokens: int) -> int:
-        """Leading blocks that none of the tokens after the first ``tokens`` sees."""
-        return max(0, tokens - self.window + 1) // self.block_size if self.window else 0
+        No tables if there is none.
+        """
+        if not self.prefix_caching:
+            return ()
+        tables = tuple(BlockTable() for _ in self.windows)
+        length = 0  # blocks of that prefix
+        lacking = [0] * len(tables)  # of each group: blocks up to the last one that is not cached
+        for index in range((len(sequence.token_ids) - 1) // self.block_size):
+            key = self._hash(sequence, index)
+            for group, table in enumerate(tables):
+                block = self._block_of.get((group, key))
+                table.blocks.append(_UNSEEN if block is None else block)
+                if block is None:
+                    lacking[group] = index + 1
+            if any(lacks and not w for lacks, w in zip(lacking, self.windows, strict=True)):
+                break
+            tokens = (index + 1) * self.block_size
+            if all(
+                lacks <= self._unseen_blocks(group, tokens) for group, lacks in enumerate(lacking)
+            ):
+                length = index + 1
+        for group, table in enumerate(tables):
+            unseen = self._unseen_blocks(group, length * self.block_size)
+            table.blocks = [_UNSEEN] * unseen + table.blocks[unseen:length]
+            table.num_unseen = unseen
+        return tables if length else ()
+
+    def _unseen_blocks(self, group: int, tokens: int) -> int:
+        """Leading blocks that none of the tokens after the first ``tokens`` sees in a group."""
+        window = self.windows[group]
+        return max(0, tokens - window + 1) // self.block_size if window else 0
 
     def grow(self, sequence: Sequence, tokens: int) -> bool:
         """Give the sequence blocks for its first ``tokens`` tokens, or nothing and return False."""
-        needed = self.blocks_for(tokens) - len(sequence.blocks)
-        if needed > len(self._free):
+        needed = -(-tokens // self.block_size) - sequence.num_table_blocks
+        if needed <= 0:
+            return True
+        if needed * len(self.windows) > len(self._free):
             return False
-        for _ in range(needed):
-            block, _none = self._free.popitem(last=False)
-            key = self._key_of.pop(block, None)
-            if key is not None:
-                del self._block_of[key]
-            self._references[block] = 1
-            sequence.blocks.append(block)
+        if not sequence.block_tables:
+            sequence.block_tables = tuple(BlockTable() for _ in self.windows)
+        for table in sequence.block_tables:
+            table.blocks += [self._take() for _ in range(needed)]
         return True
+
+    def _take(self) -> int:
+        """The block that has been free the longest; what it held is forgotten."""
+        block, _ = self._free.popitem(last=False)
+        key = self._key_of.pop(block, None)
+        if key is not None:
+            del self._block_of[key]
+        self._references[block] = 1
+        return block
 
     def publish(self, sequence: Sequence, computed_before: int) -> None:
         """Make the blocks filled since ``computed_before`` tokens findable by their prefix."""
@@ -142,30 +160,33 @@ class BlockManager:
             tokens // self.block_size for tokens in (computed_before, sequence.num_computed_tokens)
         )
         for index in range(first, last):
-            key, block = self._hash(sequence, index), sequence.blocks[index]
-            # Two sequences may compute the same prefix at once; the first copy is the one shared.
-            if key not in self._block_of and block not in self._key_of:
-                self._block_of[key] = block
-                self._key_of[block] = key
+            for group, table in enumerate(sequence.block_tables):
+                key, block = (group, self._hash(sequence, index)), table.blocks[index]
+                # Two sequences may compute the same prefix at once; the first copy is shared.
+                if key not in self._block_of and block not in self._key_of:
+                    self._block_of[key] = block
+                    self._key_of[block] = key
 
     def release_unseen(self, sequence: Sequence) -> None:
         """Take back the blocks that no token still to be computed sees."""
-        before = sequence.num_unseen_blocks
-        unseen = self._unseen_blocks(sequence.num_computed_tokens)
-        if unseen > before:
-            self._take_back(sequence.blocks[before:unseen])
-            sequence.blocks[before:unseen] = [_UNSEEN] * (unseen - before)
-            sequence.num_unseen_blocks = unseen
+        for group, table in enumerate(sequence.block_tables):
+            before = table.num_unseen
+            unseen = self._unseen_blocks(group, sequence.num_computed_tokens)
+            if unseen > before:
+                self._take_back(reversed(table.blocks[before:unseen]))
+                table.blocks[before:unseen] = [_UNSEEN] * (unseen - before)
+                table.num_unseen = unseen
 
     def release(self, sequence: Sequence) -> None:
         """Take back all blocks of a sequence; the deepest are reused first."""
-        self._take_back(sequence.blocks[sequence.num_unseen_blocks :])
-        # A new list, not clear(): InputBuffers recognises rows by this list's identity.
-        sequence.blocks = []
-        sequence.num_unseen_blocks = 0
+        tables = sequence.block_tables
+        for index in reversed(range(sequence.num_table_blocks)):
+            self._take_back(table.blocks[index] for table in tables if index >= table.num_unseen)
+        # Another tuple: InputBuffers recognises rows by its identity.
+        sequence.block_tables = ()
 
-    def _take_back(self, blocks: list[int]) -> None:
-        for block in reversed(blocks):
+    def _take_back(self, blocks: Iterable[int]) -> None:
+        for block in blocks:
             self._references[block] -= 1
             if self._references[block] == 0:
                 self._free[block] = None
@@ -178,3 +199,8 @@ class BlockManager:
             parent = hashes[-1] if hashes else sequence.prefix_root
             hashes.append(blake2b(parent + tokens.tobytes(), digest_size=16).digest())
         return hashes[index]
+
+
+def _held(tables: Iterable[BlockTable]) -> Iterator[int]:
+    for table in tables:
+        yield from table.held

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence as Several
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nybble.engine.scheduler import ScheduledBatch
+from nybble.engine.sequence import BlockTable
 from nybble.engine.transfer import send
 from nybble.kernels.attention_batch import AttentionBatch
 from nybble.kernels.lora_batch import LoRABatch
@@ -29,26 +31,28 @@ _ALIGNMENT = 16  # of each array, which kernels are compiled for
 class StepInputs:
     """What the decoder computes in one step, on its device.
 
-    token_ids, positions: int64 ``(tokens,)``. last_rows: int64 ``(sampling,)``, the rows whose
-    logits are wanted. lora: the adapters of the rows, None where no row has one.
+    token_ids, positions: int64 ``(tokens,)``.
+    attention: for each layer; layers of one group share it.
+    last_rows: int64 ``(sampling,)``, the rows whose logits are wanted.
+    lora: the adapters of the rows, None if no row has one.
     """
 
     token_ids: Tensor
     positions: Tensor
-    attention: AttentionBatch
+    attention: Several[AttentionBatch]
     last_rows: Tensor
     lora: LoRABatch | None
 
 
 @lru_cache(maxsize=512)
-def _layout(tokens: int, seqs: int) -> tuple[dict[str, tuple[int, int, Any]], int]:
+def _layout(tokens: int, seqs: int, groups: int) -> tuple[dict[str, tuple[int, int, Any]], int]:
     """Where each array lies, as (offset, length, dtype), and the bytes of all. Fixed for a size, so
     that a captured graph finds its inputs where they were."""
     sizes = {
         "token_ids": (tokens, np.int64),
         "positions": (tokens, np.int64),
-        "slot_mapping": (tokens, np.int64),
-        "last_rows": (seqs, np.int64),
+        "slot_mapping": (groups * tokens, np.int64),
+        "last_rows": (tokens, np.int64),
         "query_start": (seqs + 1, np.int32),
         "context_lens": (seqs, np.int32),
         "lora_slots": (tokens, np.int32),
@@ -64,7 +68,10 @@ def _layout(tokens: int, seqs: int) -> tuple[dict[str, tuple[int, int, Any]], in
 
 
 class InputBuffers:
-    """The memory that inputs are built in. Inputs are valid until the next are built."""
+    """The memory that inputs are built in. Inputs are valid until the next are built.
+
+    group_of_layer: the index of each layer's group, which has block tables of its own.
+    """
 
     def __init__(
         self,
@@ -73,23 +80,28 @@ class InputBuffers:
         max_tokens: int,
         max_blocks: int,
         block_size: int,
+        group_of_layer: Several[int],
         device: torch.device,
     ) -> None:
         on_gpu = device.type == "cuda"
         self.block_size = block_size
         self.max_blocks = max_blocks
-        _, size = _layout(max(max_tokens, max_seqs), max_seqs)
+        self._group_of_layer = group_of_layer
+        groups = self._groups = max(group_of_layer) + 1
+        _, size = _layout(max(max_tokens, max_seqs), max_seqs, groups)
         self._host = torch.zeros(size, dtype=torch.uint8, pin_memory=on_gpu)
         self._bytes: NDArray[np.uint8] = self._host.numpy()
         self._device = self._host if not on_gpu else torch.zeros_like(self._host, device=device)
         # When the last copy has left the host's memory, which may be long after it was asked for.
         self._sent = torch.cuda.Event() if on_gpu else None  # type: ignore[no-untyped-call]
-        tables = torch.zeros(max_seqs, max_blocks, dtype=torch.int32)
+        tables = torch.zeros(groups, max_seqs, max_blocks, dtype=torch.int32)
         self._tables: NDArray[np.int32] = tables.numpy()
         self._device_tables = tables if not on_gpu else tables.to(device)
-        # Which list of blocks each row of the tables holds, and how many of them. Lists and not
+        # Steps of one size have their inputs in the same place: decode steps look them up.
+        self._tensors = lru_cache(maxsize=512)(self._tensors_of_size)
+        # Which sequence's tables each row holds, and how many blocks of them. Tables and not
         # sequences: one that loses its blocks may find others, and its old row, in the same step.
-        self._written: list[tuple[list[int], int]] = []
+        self._written: list[tuple[tuple[BlockTable, ...], int]] = []
 
     def build(
         self, batch: ScheduledBatch, lora_slots: Several[int] | None = None, pad_to: int = 0
@@ -113,9 +125,9 @@ class InputBuffers:
                 token_ids.append(item.sequence.token_ids[start])
             else:
                 counts[row] = item.num_tokens
-                token_ids += item.sequence.token_ids[start : start + item.num_tokens]
+                token_ids += item.token_ids
         tokens = int(counts.sum())
-        places, used = _layout(tokens, seqs)
+        places, used = _layout(tokens, seqs, self._groups)
 
         def array(name: str) -> NDArray[Any]:
             offset, length, dtype = places[name]
@@ -137,12 +149,17 @@ class InputBuffers:
             rows = np.repeat(np.arange(seqs), counts)
             positions = np.arange(tokens) - query_start[rows] + starts[rows]
         array("positions")[:] = positions
-        slots = array("slot_mapping")
-        blocks = self._tables[rows, positions // self.block_size].astype(np.int64)
+        slots = array("slot_mapping").reshape(self._groups, tokens)
+        blocks = self._tables[:, rows, positions // self.block_size].astype(np.int64)
         slots[:] = blocks * self.block_size + positions % self.block_size
-        slots[real:] = -1
-        samples = np.fromiter((item.samples for item in batch), bool, len(batch))
-        last = rows if pad_to else query_start[1 : len(batch) + 1][samples] - 1
+        slots[:, real:] = -1
+        if pad_to:
+            last = rows
+        else:
+            logits = np.fromiter((item.num_logits for item in batch), np.int64, len(batch))
+            ends = np.repeat(query_start[1 : len(batch) + 1], logits)
+            # Of each sequence its last rows, as many as it samples tokens.
+            last = ends - np.repeat(logits.cumsum(), logits) + np.arange(logits.sum())
         array("last_rows")[: len(last)] = last
         groups = None
         if lora_slots is not None:
@@ -153,25 +170,46 @@ class InputBuffers:
             self._device[:used].copy_(self._host[:used], non_blocking=True)
             self._sent.record()
 
+        return self._tensors(tokens, seqs, len(last), int(counts.max()), groups)
+
+    def _tensors_of_size(
+        self,
+        tokens: int,
+        seqs: int,
+        sampling: int,
+        max_query: int,
+        adapted: tuple[int, int, int] | None,
+    ) -> StepInputs:
+        """Where the inputs of a step of this size lie on the device.
+
+        sampling: rows whose logits are wanted. adapted: what :func:`_group` returns, None if no row
+        has an adapter.
+        """
+        places, _ = _layout(tokens, seqs, self._groups)
+
         def tensor(name: str, length: int | None = None) -> Tensor:
             offset, full, dtype = places[name]
             length = full if length is None else length
             kind = torch.int64 if dtype is np.int64 else torch.int32
             return self._device[offset : offset + length * kind.itemsize].view(kind)
 
-        attention = AttentionBatch(
-            query_start=tensor("query_start"),
-            context_lens=tensor("context_lens"),
-            block_tables=self._device_tables[:seqs],
-            slot_mapping=tensor("slot_mapping"),
-            max_query=int(counts.max()),
-        )
+        slots = tensor("slot_mapping").view(self._groups, tokens)
+        of_group = [
+            AttentionBatch(
+                query_start=tensor("query_start"),
+                context_lens=tensor("context_lens"),
+                block_tables=self._device_tables[group, :seqs],
+                slot_mapping=slots[group],
+                max_query=max_query,
+            )
+            for group in range(self._groups)
+        ]
         lora = None
-        if groups is not None:
-            adapted, segments, longest = groups
+        if adapted is not None:
+            rows, segments, longest = adapted
             lora = LoRABatch(
                 slots=tensor("lora_slots"),
-                order=tensor("lora_order", adapted),
+                order=tensor("lora_order", rows),
                 segment_starts=tensor("lora_starts", segments + 1),
                 segment_slots=tensor("lora_segments", segments),
                 max_segment=longest,
@@ -179,36 +217,37 @@ class InputBuffers:
         return StepInputs(
             token_ids=tensor("token_ids"),
             positions=tensor("positions"),
-            attention=attention,
-            last_rows=tensor("last_rows", len(last)),
+            attention=[of_group[group] for group in self._group_of_layer],
+            last_rows=tensor("last_rows", sampling),
             lora=lora,
         )
 
     def _update_tables(self, batch: ScheduledBatch) -> None:
         """Write the blocks each row's sequence has gained, or all where the row changed hands."""
-        at: list[int] = []
+        at: list[range] = []
         values: list[int] = []
         del self._written[len(batch) :]
         for row, item in enumerate(batch):
-            blocks = item.sequence.blocks
+            tables, length = item.sequence.block_tables, item.sequence.num_table_blocks
             written = 0
             if row == len(self._written):
-                self._written.append((blocks, len(blocks)))
+                self._written.append((tables, length))
             else:
                 before, known = self._written[row]
-                if before is blocks:
+                if before is tables:
                     written = known
-                if before is blocks and known == len(blocks):
+                if written == length:
                     continue
-                self._written[row] = (blocks, len(blocks))
-            gained = blocks[written:]
-            self._tables[row, written : len(blocks)] = gained
-            if self._device is not self._host:
-                first = row * self.max_blocks + written
-                at += range(first, first + len(gained))
-                values += gained
+                self._written[row] = (tables, length)
+            for group, table in enumerate(tables):
+                gained = table.blocks[written:]
+                self._tables[group, row, written:length] = gained
+                if self._device is not self._host:
+                    first = (group * len(self._tables[0]) + row) * self.max_blocks + written
+                    at.append(range(first, first + len(gained)))
+                    values += gained
         if at:
-            update = send([at, values], torch.int64, self._device.device)
+            update = send([list(chain(*at)), values], torch.int64, self._device.device)
             self._device_tables.view(-1).index_copy_(0, update[0], update[1].int())
 
 

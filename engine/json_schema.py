@@ -1,9 +1,9 @@
 """Rewrites a JSON schema to the part of it that a grammar can enforce.
 
 Schemas of real tools (Pydantic's, Zod's, OpenAPI's, handwritten ones) have keywords which no
-context-free grammar can enforce, and words which are not JSON Schema at all. Here a schema becomes
-one that the grammar's library compiles and that allows every value the original allows. A keyword
-is kept, rewritten to an equivalent one, or dropped, which can only allow more.
+context-free grammar can enforce, and words which are not JSON Schema at all. This module turns a
+schema into one that the grammar library compiles and that allows every value the original allows.
+A keyword is kept, rewritten to an equivalent one, or dropped. Dropping one can only allow more.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import unquote
 
 Schema = dict[str, Any] | bool
-# Says what is wrong with a schema for the grammar's library, or None.
+# Returns why the grammar library cannot compile a schema; None if it can.
 Check = Callable[[dict[str, Any]], str | None]
 
 TYPES = ("string", "integer", "number", "boolean", "object", "array", "null")
@@ -25,7 +25,7 @@ _SPELLINGS = {
     **{"float": "number", "double": "number", "decimal": "number", "bool": "boolean"},
     **{"dict": "object", "map": "object", "list": "array", "tuple": "array", "none": "null"},
 }
-# Keywords that no grammar is made of. if, then and else belong together and are reported as "if".
+# Keywords that no grammar can enforce. if, then and else belong together and are reported as "if".
 _INEXPRESSIBLE = (
     *("not", "if", "contains", "uniqueItems", "propertyNames", "dependentRequired"),
     *("dependentSchemas", "dependencies", "unevaluatedProperties", "unevaluatedItems"),
@@ -33,7 +33,8 @@ _INEXPRESSIBLE = (
 )
 _COUNTS = ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties")
 _BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
-# The order in which keywords are dropped if a schema cannot be compiled: the least telling first.
+# The order in which keywords are dropped if a schema cannot be compiled: those that say least about
+# a value first.
 _GIVEN_UP = (
     *("format", "pattern", "multipleOf", "patternProperties"),
     *("exclusiveMaximum", "exclusiveMinimum", "maximum", "minimum"),
@@ -65,7 +66,7 @@ class Omission:
 
 
 def expressible(schema: Schema, check: Check) -> tuple[dict[str, Any], list[Omission]]:
-    """A schema that ``check`` accepts, and what it leaves out of ``schema``.
+    """A schema that ``check`` accepts, and the keywords of ``schema`` which it does not enforce.
 
     Every reference in it is to ``#/$defs/…``. If no keyword can be kept, it allows any value.
     """
@@ -73,13 +74,18 @@ def expressible(schema: Schema, check: Check) -> tuple[dict[str, Any], list[Omis
     read = reader.read()
     if check(read.joined()) is not None:
         _Reducer(read, check, reader.omissions).reduce()
-    # A part with several references to it is read several times, so omissions repeat.
+    # A part which several references name is read several times, so omissions repeat.
     return read.joined(), list(dict.fromkeys(reader.omissions))
 
 
 @dataclass
 class _Read:
-    """A schema rewritten: its root, what its references name, and the path each part comes from."""
+    """A rewritten schema.
+
+    root: the schema without its definitions.
+    definitions: the targets of its references, by their names in ``$defs``.
+    paths: for each part, by its ``id()``, a JSON pointer to where it comes from.
+    """
 
     root: dict[str, Any] = field(default_factory=dict)
     definitions: dict[str, Any] = field(default_factory=dict)
@@ -90,14 +96,14 @@ class _Read:
 
 
 class _Reader:
-    """One pass over a schema: keeps, rewrites and drops keywords by what they are."""
+    """One pass over a schema: keeps, rewrites or drops each keyword according to its kind."""
 
     def __init__(self, schema: Schema) -> None:
         self._schema = schema
         self._read = _Read()
         self.omissions: list[Omission] = []
         self._by_id: dict[str, Any] = {}
-        self._names: dict[int, str] = {}  # by the identity of what is referred to
+        self._names: dict[int, str] = {}  # by the id() of a reference's target
         self._waiting: list[tuple[str, Any, str, Any]] = []
         self._index(schema)
 
@@ -110,7 +116,7 @@ class _Reader:
         return self._read
 
     def _object(self, node: Schema, path: str) -> dict[str, Any]:
-        """``node``, or an equivalent object for a boolean, which the library does not accept."""
+        """``node``. A boolean, which the library does not accept, becomes an equivalent object."""
         if isinstance(node, dict):
             return node
         if not node:
@@ -125,11 +131,15 @@ class _Reader:
         self.omissions.append(Omission(path, reason))
 
     def _node(self, schema: Any, path: str, resource: Any) -> Schema:
-        """``resource``: the schema which references that begin with ``#`` are about."""
+        """Rewrite one schema.
+
+        path: a JSON pointer to it.
+        resource: the schema in which references that begin with ``#`` are resolved.
+        """
         if isinstance(schema, bool):
             return schema
         if not isinstance(schema, dict):
-            self._omit(path, "it is no schema: expected an object or a boolean")
+            self._omit(path, "it is not a schema: expected an object or a boolean")
             return self._kept({}, path)
         if isinstance(schema.get("$id"), str):
             resource = schema
@@ -170,7 +180,7 @@ class _Reader:
                 self._branches(node, key, schema, at, resource)
             elif key in _INEXPRESSIBLE:
                 self._inexpressible(node, key, schema, at)
-        # OpenAPI 3.0's way to allow null, which the library does not know.
+        # OpenAPI 3.0 allows null in this way, which the library does not know.
         if schema.get("nullable") is True and node:
             return self._kept({"anyOf": [self._kept(node, path), {"type": "null"}]}, path)
         return self._kept(node, path)
@@ -179,7 +189,7 @@ class _Reader:
         if good:
             node[key] = value
         else:
-            self._omit(path, f"{_shown(value)} is no value for {key}")
+            self._omit(path, f"{_shown(value)} is not a valid value of {key}")
 
     def _type(self, node: dict[str, Any], value: Any, path: str) -> None:
         names = value if isinstance(value, list) else [value]
@@ -188,17 +198,17 @@ class _Reader:
             spelled = name.lower() if isinstance(name, str) else ""
             found = spelled if spelled in TYPES else _SPELLINGS.get(spelled)
             if found is None:
-                self._omit(path, f"{_shown(name)} is no type of JSON Schema")
+                self._omit(path, f"{_shown(name)} is not a type of JSON Schema")
                 return
             if found != name:
-                self._omit(path, f"{_shown(name)} is no type of JSON Schema, read as {found!r}")
+                self._omit(path, f"{_shown(name)} is not a type of JSON Schema, read as {found!r}")
             types.append(found)
         self._take(node, "type", types if isinstance(value, list) else types[0], path, bool(types))
 
     def _bound(self, node: dict[str, Any], key: str, schema: dict[str, Any], path: str) -> None:
         value = schema[key]
         if isinstance(value, bool) and key.startswith("exclusive"):
-            return  # draft 4: a flag, which is read with the bound it is about
+            return  # draft 4: a flag, which is read together with the bound it applies to
         exclusive = f"exclusive{key.capitalize()}"
         name = exclusive if schema.get(exclusive) is True else key
         good = _is_number(value) and (key != "multipleOf" or value > 0)
@@ -229,10 +239,10 @@ class _Reader:
     ) -> None:
         value = schema[key]
         if not isinstance(value, list) or not value:
-            self._omit(path, "expected a list of schemas, not empty")
+            self._omit(path, "expected a list of at least one schema")
             return
         if key == "oneOf" and not self._exclusive(schema, resource):
-            self._omit(path, "that no two of its schemas allow a value is not enforced")
+            self._omit(path, "a value may satisfy more than one of its schemas")
         branches = [
             self._node(each, f"{path}/{index}", resource) for index, each in enumerate(value)
         ]
@@ -253,8 +263,8 @@ class _Reader:
             if not any(other in schema for other in (*applied, "dependentSchemas")):
                 node["additionalProperties"] = False  # equivalent if no other schema applies here
                 return
-        # Names are text and nothing else; an `if` says nothing alone; false and true here are the
-        # values which say nothing.
+        # Whether the keyword has no effect here, so that nothing is lost by dropping it. Names are
+        # always strings, and an `if` has no effect without then or else.
         nothing = {
             "not": value is False,
             "if": not ("then" in schema or "else" in schema),
@@ -277,7 +287,7 @@ class _Reader:
         node["$ref"] = f"#/$defs/{name}"
 
     def _find(self, reference: str, resource: Any) -> tuple[Any, str, Any] | None:
-        """What a reference is to, its path, and the resource it is part of."""
+        """A reference's target, the path of it, and the resource it is part of; None if missing."""
         address, _, fragment = reference.partition("#")
         fragment = unquote(fragment)
         if address:
@@ -299,7 +309,7 @@ class _Reader:
         return target, "#" + fragment, resource
 
     def _index(self, schema: Any) -> None:
-        """Find what has a name of its own."""
+        """Collect the parts that have a name of their own ($id or $anchor)."""
         waiting = [schema]
         while waiting:
             part = waiting.pop()
@@ -312,7 +322,7 @@ class _Reader:
                         self._by_id.setdefault(before + name.removesuffix("#"), part)
 
     def _exclusive(self, schema: dict[str, Any], resource: Any) -> bool:
-        """Whether no value can satisfy two branches of ``oneOf``, seen by their types and tags."""
+        """Whether the types and tags of ``oneOf``'s branches show that no value satisfies two."""
         discriminator = schema.get("discriminator")
         tag = discriminator.get("propertyName") if isinstance(discriminator, dict) else None
         kinds = [self._kind(branch, resource, tag) for branch in schema["oneOf"]]
@@ -349,7 +359,12 @@ class _Reader:
 
 @dataclass
 class _Kind:
-    """Types a schema allows, its values if they are listed, and those of properties it requires."""
+    """What tells a schema's values from those of another.
+
+    types: the types it allows.
+    values: the values it lists, as JSON; None if it lists none.
+    tags: the values listed for each property that it requires, by the property's name.
+    """
 
     types: set[str]
     values: set[str] | None
@@ -376,7 +391,7 @@ def _allowed(schema: Any) -> set[str] | None:
 
 
 class _Reducer:
-    """Gives up keywords of a schema until the library compiles it."""
+    """Drops keywords of a schema until the library compiles it."""
 
     def __init__(self, read: _Read, check: Check, omissions: list[Omission]) -> None:
         self._read = read
@@ -385,8 +400,8 @@ class _Reducer:
 
     def reduce(self) -> None:
         definitions = self._read.definitions
-        # First each part alone, so that a part is not blamed for another it refers to; then what
-        # only together cannot be.
+        # First each part alone, so that a part does not lose keywords because of another which it
+        # refers to. Then all together, for what cannot be compiled only in combination.
         for known in (dict.fromkeys(definitions, True), definitions):
             for part in [*definitions.values(), self._read.root]:
                 self._settle(part, known)
@@ -409,7 +424,7 @@ class _Reducer:
             return
         dropped: list[tuple[str, Any]] = []
         for key in _GIVEN_UP:
-            # The later of schemas that contradict each other goes first.
+            # Of schemas in allOf that contradict each other, the last is dropped first.
             while key in node and wrong is not None:
                 dropped.append((key, _without(node, key)))
                 wrong = self._wrong(node, known)
@@ -424,7 +439,7 @@ class _Reducer:
 
 
 def _without(node: dict[str, Any], key: str) -> Any:
-    """Take a keyword out, of allOf its last schema."""
+    """Remove a keyword and return its value; of allOf only the last schema."""
     if key == "allOf" and len(node[key]) > 1:
         *node[key], last = node[key]
         return [last]

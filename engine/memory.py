@@ -11,7 +11,8 @@ import torch
 
 from nybble.engine import EngineConfig
 from nybble.engine.failure import is_out_of_memory
-from nybble.engine.runner import free_kv_bytes, kv_bytes_per_block
+from nybble.engine.kv_cache import KVCacheLayout
+from nybble.engine.runner import free_kv_bytes
 from nybble.loaders import Checkpoint
 from nybble.loaders.footprint import weight_bytes
 from nybble.models import architecture_of
@@ -46,29 +47,36 @@ def memory_explained(checkpoint: Checkpoint, config: EngineConfig) -> Iterator[N
         ) from error
 
 
-def _kv_bytes(checkpoint: Checkpoint, config: EngineConfig) -> int:
-    """Size of the KV cache: at most what all sequences at full length would fill."""
+def _layout(checkpoint: Checkpoint, config: EngineConfig) -> tuple[KVCacheLayout, int]:
+    """The layout of the KV cache, and the tokens of the longest sequence."""
     architecture = architecture_of(checkpoint.config)
     length = min(
         config.max_model_len or architecture.default_max_model_len, architecture.max_model_len
     )
-    most = config.max_num_seqs * -(-length // config.block_size)
+    return KVCacheLayout.of(architecture, config, length), length
+
+
+def _kv_bytes(checkpoint: Checkpoint, config: EngineConfig) -> int:
+    """Size of the KV cache: at most what all sequences at full length would fill."""
+    layout, length = _layout(checkpoint, config)
+    most = config.max_num_seqs * layout.table_blocks(length)
     nbytes = config.kv_cache_bytes or free_kv_bytes(torch.device(config.device))
-    return min(nbytes, most * kv_bytes_per_block(architecture, config))
+    return min(nbytes, most * layout.block_bytes)
 
 
 def _would_fit(room: int, checkpoint: Checkpoint, config: EngineConfig) -> str:
-    per_block = kv_bytes_per_block(architecture_of(checkpoint.config), config)
+    layout, length = _layout(checkpoint, config)
     # A tenth of it is left for activations and other processes.
-    blocks = int(0.9 * room) // per_block
-    if blocks < 1:
+    blocks = int(0.9 * room) // layout.block_bytes
+    if blocks < len(layout.groups):
         return (
             "A model that takes less memory would fit: a smaller one, one in 4 bits "
             "(--quantize nf4), or this one with fewer adapter slots (--max-loras)"
         )
+    tokens = layout.tokens_in(blocks, min(length, layout.longest_sequence(blocks, length)))
     return (
-        f"a KV cache of {blocks * per_block >> 20} MiB (--kv-cache-memory) would fit, which holds "
-        f"{blocks * config.block_size:,} tokens"
+        f"a KV cache of {blocks * layout.block_bytes >> 20} MiB (--kv-cache-memory) would fit, "
+        f"which holds {int(tokens):,} tokens"
     )
 
 

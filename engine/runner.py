@@ -8,51 +8,21 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from nybble.engine.adapter_slots import AdapterSlots, StepAdapters
-from nybble.engine.block_manager import most_blocks
+from nybble.engine.adapter_slots import AdapterSlots
 from nybble.engine.config import EngineConfig, resolve_device
 from nybble.engine.decoder import Decoder
 from nybble.engine.graphs import Capture, DecodeGraphs, bucket_sizes, cuda_capture
 from nybble.engine.inputs import InputBuffers, StepInputs
+from nybble.engine.kv_cache import KVCacheLayout
 from nybble.engine.parts import KVCache
 from nybble.engine.scheduler import ScheduledBatch, StepKind
+from nybble.kernels.attention_batch import AttentionBatch
 from nybble.kernels.lora_batch import LoRABatch
-from nybble.kernels.ops import AttentionBatch, TokenChoice, sample_tokens
 from nybble.kernels.progress import Progress, track
-from nybble.models import Architecture, Attention
+from nybble.kernels.reference import TokenChoice
+from nybble.models import Attention
 
 _ANY_CHOICE = TokenChoice(temperature=1.0, top_k=1, top_p=0.5, min_p=0.1, uniform=0.5)
-
-
-def kv_bytes_per_block(architecture: Architecture, config: EngineConfig) -> int:
-    """Bytes one block takes for the keys and values of all layers."""
-
-    def entry(attention: Attention) -> int:
-        """Of one head of one token; 8-bit ones have a float32 scale."""
-        if config.kv_dtype != "auto":
-            return attention.head_dim + 4
-        return attention.head_dim * config.dtype.itemsize
-
-    per_token = sum(
-        2 * layer.attention.kv_heads * entry(layer.attention) for layer in architecture.layers
-    )
-    return config.block_size * per_token
-
-
-def blocks_per_sequence(tokens: int, architecture: Architecture, config: EngineConfig) -> int:
-    """Blocks that a sequence of ``tokens`` tokens holds at once at most."""
-    return most_blocks(tokens, config.block_size, architecture.window, config.max_batched_tokens)
-
-
-def kv_blocks(nbytes: int, architecture: Architecture, config: EngineConfig) -> int:
-    """Blocks that ``nbytes`` hold. Raises ValueError where that is none."""
-    per_block = kv_bytes_per_block(architecture, config)
-    if nbytes < per_block:
-        raise ValueError(
-            f"the KV cache of {nbytes} bytes holds no block of {config.block_size} tokens, which "
-            f"takes {per_block} bytes"
-        )
-    return nbytes // per_block
 
 
 def free_kv_bytes(device: torch.device) -> int:
@@ -72,10 +42,12 @@ class ModelRunner:
         self,
         decoder: Decoder,
         config: EngineConfig,
+        layout: KVCacheLayout,
         num_blocks: int,
         adapters: AdapterSlots | None = None,
     ) -> None:
         self.adapters = adapters
+        self.layout = layout
         self.decoder = decoder
         self.device = resolve_device(config.device)
         self._max_num_seqs = config.max_num_seqs
@@ -95,13 +67,21 @@ class ModelRunner:
             keys, values = zeros(kind, *whole), zeros(kind, *whole)
             return keys, values, zeros(torch.float32, *heads), zeros(torch.float32, *heads)
 
-        self.caches = [cache(layer.attention) for layer in decoder.architecture.layers]
+        # Layers at the same place of their groups use the same memory, for blocks of their own.
+        layers = [layer.attention for layer in decoder.architecture.layers]
+        places = [
+            cache(layers[layer])
+            for layer, place in enumerate(layout.place_in_block)
+            if place not in layout.place_in_block[:layer]
+        ]
+        self.caches = [places[place] for place in layout.place_in_block]
         self._dtype = config.dtype
         self._inputs = InputBuffers(
             max_seqs=config.max_num_seqs,
             max_tokens=config.max_batched_tokens,
             max_blocks=self._max_blocks,
             block_size=config.block_size,
+            group_of_layer=layout.group_of_layer,
             device=self.device,
         )
         self._graphs: DecodeGraphs | None = None
@@ -109,9 +89,9 @@ class ModelRunner:
     def run(self, batch: ScheduledBatch) -> Tensor:
         """Compute every scheduled token.
 
-        Returns float32 logits ``(sampling, vocab)``, one row for each scheduled sequence that
-        samples, in the order of the batch; they are overwritten by the next run. Prompts that are
-        read are handed to their readers.
+        Returns float32 logits ``(sampling, vocab)``, for each scheduled sequence as many rows as it
+        samples tokens, in the order of the batch; they are overwritten by the next run. Prompts
+        that are read are handed to their readers.
         """
         lora_slots = [item.sequence.adapter_slot for item in batch]
         adapted = any(slot >= 0 for slot in lora_slots)
@@ -135,7 +115,7 @@ class ModelRunner:
     def _forward(self, inputs: StepInputs) -> Tensor:
         adapters = None
         if self.adapters is not None and inputs.lora is not None:
-            adapters = StepAdapters(self.adapters.projections, inputs.lora)
+            adapters = self.adapters.for_step(inputs.lora, self.decoder.backend)
         return self.decoder.forward(
             inputs.token_ids, inputs.positions, self.caches, inputs.attention, adapters
         )
@@ -178,7 +158,9 @@ class ModelRunner:
                     lora = LoRABatch.of(slots, self.device)
                     self._compute(replace(inputs, lora=lora))
             vocab = self.decoder.architecture.vocab
-            sample_tokens(torch.zeros(1, vocab, device=self.device), [_ANY_CHOICE])
+            self.decoder.backend.sample_tokens(
+                torch.zeros(1, vocab, device=self.device), [_ANY_CHOICE]
+            )
         self.capture(cuda_capture(self.device), progress)
 
     @torch.inference_mode()
@@ -222,4 +204,10 @@ class ModelRunner:
             slot_mapping=full(tokens, -1),
             max_query=max(length, 2),
         )
-        return StepInputs(full(tokens, 0), full(tokens, 0), attention, starts[1:].long() - 1, None)
+        return StepInputs(
+            token_ids=full(tokens, 0),
+            positions=full(tokens, 0),
+            attention=[attention] * len(self.caches),
+            last_rows=starts[1:].long() - 1,
+            lora=None,
+        )

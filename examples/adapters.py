@@ -1,4 +1,4 @@
-"""Many LoRA adapters on one base: each prompt names its own, and all are one batch.
+"""Many LoRA adapters on one base model: each prompt has its own adapter, and all run in one batch.
 
     python examples/adapters.py MODEL ADAPTER...
 

@@ -10,7 +10,7 @@ from nybble import LLM, SamplingParams
 
 def main(model: str = "demo") -> None:
     with LLM(model) as llm:
-        # All prompts are computed as one batch; completions come in the order of the prompts.
+        # All prompts are computed in one batch; completions have the order of the prompts.
         prompts = ["def add(", "def subtract(", "class Stack:"]
         for prompt, done in zip(
             prompts, llm.generate(prompts, SamplingParams(max_tokens=32)), strict=True

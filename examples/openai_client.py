@@ -23,7 +23,7 @@ def main(url: str = "http://localhost:8000/v1", key: str = "none") -> None:
         print(event.choices[0].delta.content or "", end="", flush=True)
     print()
 
-    # The grammar decides which tokens may come next: the answer is always valid.
+    # A grammar decides which tokens may come next, so that the answer always fits the schema.
     answer = client.chat.completions.create(
         model=model,
         messages=[{"role": "user", "content": "A city, and whether it is a capital."}],

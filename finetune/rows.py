@@ -82,7 +82,7 @@ def _check_chat(row: dict[str, Any]) -> None:
         raise ValueError("there is no assistant message to learn from")
     tools = row.get("tools") or []
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise ValueError("'tools' is no list of objects")
+        raise ValueError("'tools' is not a list of objects")
 
 
 def _check_message(index: int, message: Any) -> None:
@@ -108,7 +108,7 @@ def _check_calls(index: int, calls: Any) -> None:
     for call in calls if isinstance(calls, list) else [None]:
         function = call.get("function") if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise ValueError(f"the tool_calls of message {index} are no list of function calls")
+            raise ValueError(f"the tool_calls of message {index} are not a list of function calls")
         try:
             arguments = from_json(function.get("arguments") or "{}", allow_inf_nan=False)
         except (TypeError, ValueError):

@@ -4,11 +4,12 @@
     The portable layout: qweight uint8 ``(out, ceil(in / 2))``, scales and zeros ``(out, groups)``.
 
 ``cpu_tiles``
-    For AVX-512: tiles of 16 outputs by 8 columns, one 64-byte vector each. qweight is uint8
-    ``(ceil(out / 16), ceil(in / 8), 64)``: 32-bit lane ``i`` of a tile holds columns k…k+7 of its
-    output ``i``, column ``k + 2s`` in bits 4s and column ``k + 2s + 1`` in bits 16 + 4s. A shift by
-    4s then brings two neighbouring columns to the low bits of the lane's two halves: the pair a
-    bf16 dot-product instruction takes. Scales and zeros are ``(ceil(out / 16), groups, 16)``.
+    For AVX-512 and AVX2: tiles of 16 outputs by 8 columns, one 64-byte vector each. qweight is
+    uint8 ``(ceil(out / 16), ceil(in / 8), 64)``: 32-bit lane ``i`` of a tile holds columns k…k+7 of
+    its output ``i``, column ``k + 2s`` in bits 4s and column ``k + 2s + 1`` in bits 16 + 4s. A
+    shift by 4s then brings two neighbouring columns to the low bits of the lane's two halves: the
+    pair a dot-product instruction of 16-bit numbers takes. Scales and zeros are
+    ``(ceil(out / 16), groups, 16)``.
     Padding has code 0, scale 0 and zero 0.
 
 ``gpu_tiles``

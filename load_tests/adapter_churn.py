@@ -1,12 +1,14 @@
-"""A thousand adapters through a few slots of a live server: what the other streams notice.
+"""Whether swapping a thousand adapters through a few slots delays other streams of a server.
 
     python load_tests/adapter_churn.py [MODEL] [--adapters 1000] [--slots 16] [--plot churn.png]
 
-Two streams of the base model decode all the time. Beside them come requests with adapters, a few at
-a time: first all with one adapter that stays in its slot, then each with another, so that every one
-is read from disk into host memory (64 MiB, a fraction of them all) and copied into a slot. Printed
-are the inter-token latencies of the base streams. Exits with 1 if a request failed, or if the
-longest gap under churn exceeds the longest without by more than one step, that is a median gap.
+Two streams of the base model decode all the time. Requests with adapters run beside them, a few at
+a time. In the first phase all use one adapter, which stays in its slot. In the second each uses
+another one, so that every adapter is read from disk into host memory (64 MiB, which holds only some
+of them) and copied into a slot.
+
+Prints the inter-token latencies of the base streams. Exits with 1 if a request failed, or if the
+longest gap of the second phase exceeds that of the first by more than one step (the median gap).
 """
 
 from __future__ import annotations
@@ -48,7 +50,10 @@ async def steady(client: Client, timings: list[Timing], done: asyncio.Event) -> 
 
 
 async def phase(client: Client, names: Sequence[str]) -> tuple[list[float], list[Timing]]:
-    """Gaps of the base streams in milliseconds, and the requests, one for each name."""
+    """Send one request for each name beside the base streams.
+
+    Returns the gaps of the base streams in milliseconds, and the timings of the requests.
+    """
     base: list[Timing] = []
     done = asyncio.Event()
     streams = [asyncio.create_task(steady(client, base, done)) for _ in range(STREAMS)]

@@ -1,11 +1,11 @@
-"""This server and llama.cpp on the same model, prompts and threads, taking turns in one run.
+"""This server beside llama.cpp, with the same model, prompts and threads, alternating in one run.
 
     python load_tests/compare_llama_cpp.py
 
 llama.cpp (``llama-cpp-python``, built from source into an environment of its own under the cache)
-computes the demo model's GGUF file, Q4_K_M, in process. This server computes the same model at 4
-bits, its output layer at 8 (llama.cpp's is Q8_0), and is measured over HTTP. Every round measures
-llama.cpp with one stream, this server with one, and this server with several.
+runs the demo model's GGUF file, Q4_K_M, without HTTP. This server runs the same model with 4-bit
+weights and an 8-bit output layer (llama.cpp's is Q8_0), and is measured over HTTP. Every round
+measures llama.cpp with one stream, this server with one, and this server with several.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ PORT = 8123
 
 
 def llama_python() -> Path:
-    """The Python of an environment with llama.cpp, built on first use (minutes)."""
+    """The Python of an environment with llama.cpp, which is built on first use (in minutes)."""
     folder = cache_folder() / LLAMA_CPP.replace("==", "-")
     python = folder / "bin" / "python"
     if not (folder / "built").is_file():
@@ -78,14 +78,14 @@ class LlamaCpp:
 
 
 def decode_rate(timings: list[Timing]) -> float:
-    """Tokens per second of all streams together once each has its first."""
+    """Tokens per second of all streams together, after each has received its first token."""
     span = max(t.arrivals[-1] for t in timings) - max(t.first for t in timings)
     after = sum(sum(at > max(t.first for t in timings) for at in t.arrivals) for t in timings)
     return after / span
 
 
 def whole_rate(timings: list[Timing]) -> float:
-    """Tokens per second of all streams together, prompts included in the time."""
+    """Tokens per second of all streams together; the time includes that of the prompts."""
     return sum(t.tokens for t in timings) / max(t.arrivals[-1] for t in timings)
 
 
@@ -176,7 +176,7 @@ def main(
 
 
 async def wait_until_healthy(url: str, server: subprocess.Popen[bytes]) -> None:
-    """Return once ``/health`` says ok; SystemExit if the server ends first."""
+    """Return once ``/health`` reports ok. Raises SystemExit if the server ends first."""
     async with aiohttp.ClientSession() as session:
         while server.poll() is None:
             try:

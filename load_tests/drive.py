@@ -1,10 +1,10 @@
-"""Drive a running server at several concurrencies: throughput and latencies, table and plot.
+"""Throughput and latencies of a running server at several concurrencies, as a table and a plot.
 
     python load_tests/drive.py --url http://127.0.0.1:8000/v1 --concurrency 1,2,4,8,16
 
-At each concurrency that many clients send one request after another for ``--requests`` requests in
-all. Prompts differ from their first word on, so that the prefix cache does not help. Latencies are
-as the client sees them: time to first token, and the gaps between tokens of a stream.
+At each concurrency that many clients send ``--requests`` requests in all, each client one after
+another. Prompts differ from their first word on, so that no prefix is cached. Latencies are those
+which the client sees: the time to the first token, and the gaps between the tokens of a stream.
 """
 
 from __future__ import annotations
@@ -27,7 +27,11 @@ from nybble.server.bench.workload import random_prompt as prompt
 
 @dataclass(frozen=True)
 class Row:
-    """The results at one concurrency; latencies in milliseconds."""
+    """The results at one concurrency.
+
+    prompt_rate, token_rate: prompt and generated tokens per second.
+    first, gap: p50, p95 and p99 of the time to the first token and of the gaps, in milliseconds.
+    """
 
     concurrency: int
     failed: int
@@ -38,7 +42,7 @@ class Row:
 
 
 def percentiles(values: list[float]) -> tuple[float, float, float]:
-    """p50, p95 and p99 in milliseconds of seconds."""
+    """p50, p95 and p99, in milliseconds, of values in seconds."""
     ordered = sorted(values) or [float("nan")]
     p50, p95, p99 = (
         1e3 * ordered[min(len(ordered) - 1, int(q * len(ordered)))] for q in (0.5, 0.95, 0.99)

@@ -2,14 +2,18 @@
 
     python load_tests/fairness.py [MODEL] [--plot fairness.png] [--adapters]
 
-A quiet tenant sends a request a second. Its time to first token is measured alone on the whole
-server; alone at equal share, which is a server with half the cores, half the seats, half the token
-budget and half the KV cache (memory bandwidth is not halved, so this is rather better than half);
-and on the whole server beside a tenant with 24 requests always in flight, at weights 1:1 and 3:1 in
-favour of the quiet one. Exits with 1 if its p95 at 1:1 is above twice that at equal share.
+A quiet tenant sends one request per second. Its time to the first token is measured
 
-With --adapters both tenants use adapters on every request: the flood 16 in turn, of which 4 fit on
-the device, the quiet tenant one.
+- alone on the whole server,
+- alone at an equal share: a server with half the cores, sequences, token budget and KV cache
+  (memory bandwidth is not halved, so this is somewhat more than half a server),
+- on the whole server beside a tenant which always has 24 requests in flight, with weights 1:1 and
+  3:1 in favour of the quiet one.
+
+Exits with 1 if the quiet tenant's p95 at 1:1 is more than twice that at an equal share.
+
+With --adapters both tenants use an adapter on every request: the flooding one cycles through 16, of
+which 4 fit on the device, and the quiet one always uses the same.
 """
 
 from __future__ import annotations
@@ -42,7 +46,7 @@ ALLOWED = 2.0
 
 
 def prompt(length: int) -> list[int]:
-    """Tokens that no other prompt begins with, so that none is cached."""
+    """Random tokens. No other prompt begins with them, so that no prefix is cached."""
     return [random.randrange(1000, 100_000) for _ in range(length)]
 
 
@@ -57,7 +61,7 @@ async def quiet(client: Client) -> list[Timing]:
 
 
 async def flood(client: Client, models: Sequence[str], served: list[Timing]) -> None:
-    """FLOOD requests in flight until cancelled."""
+    """Keep FLOOD requests in flight until cancelled."""
     turns = itertools.cycle(models)
 
     async def one() -> None:

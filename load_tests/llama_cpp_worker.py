@@ -1,7 +1,7 @@
 """llama.cpp behind a pipe; runs in the environment that has ``llama-cpp-python``.
 
-Reads JSON lines ``{"prompt": [token ids], "max_tokens": n}``; answers each with the seconds at
-which its tokens arrived, counted from the start of the prompt, and the tokens.
+Reads JSON lines ``{"prompt": [token ids], "max_tokens": n}``. Answers each with the tokens, and
+with their arrival times in seconds from the start of the prompt.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""``nybble serve`` as a process of its own, and adapters made up for it."""
+"""Runs ``nybble serve`` as a process of its own, and writes random adapters for it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _SERVE = [sys.executable, "-P", "-c", "from nybble.server.cli.main import serve_
 
 @contextmanager
 def running_server(model: str, *options: str, cores: int | None = None) -> Iterator[str]:
-    """Yields the URL (…/v1) once the server is ready. cores: how many it may use; None for all."""
+    """Yield the URL (…/v1) once the server is ready. cores: how many it may use; None for all."""
     available = sorted(os.sched_getaffinity(0))
     chosen = available[-(cores or len(available)) :]
     command = ["taskset", "-c", ",".join(map(str, chosen)), *_SERVE, "--model", model]
@@ -48,7 +48,7 @@ def running_server(model: str, *options: str, cores: int | None = None) -> Itera
         for line in process.stderr:
             said.append(line)
             if match := re.search(r"http://\S+/v1", line):
-                # Something must read on, or the server would block on a full pipe.
+                # Keep reading: the server would block on a full pipe.
                 threading.Thread(target=process.stderr.read, daemon=True).start()
                 yield match[0]
                 return

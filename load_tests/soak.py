@@ -1,17 +1,17 @@
-"""Mixed traffic on a server for as long as you like: is its memory flat, is anything lost?
+"""Whether a server under mixed traffic, for as long as you like, leaks memory or loses anything.
 
     python load_tests/soak.py --minutes 30 --out soak.json --plot-to soak.png
 
-Starts a server of its own, by default of a tiny model, so that as many requests as possible pass.
-Every ``--every`` seconds all clients pause; once the server is idle, its memory (that of its
-processes alone, without what they share with others), open files, threads, asyncio tasks and KV
-blocks in use are read. The run passes if, after the first third,
+Starts a server of its own, by default with a tiny model, so that it answers as many requests as
+possible. Every ``--every`` seconds all clients pause. Once the server is idle, this script reads
+its memory (the part that its processes share with no other), open files, threads, asyncio tasks and
+KV blocks in use. The run passes if, after its first third,
 
-- memory is flat: its slope (Theil–Sen) over the rest of the run is no more than 8 MiB or 2 %,
-- at no pause a KV block was in use or a sequence known to the engine,
-- open files, threads and tasks are at the end no more than 2 above the first of these pauses,
+- memory is flat: its trend (Theil–Sen) over the rest of the run is at most 8 MiB or 2 %,
+- at every pause no KV block is in use and the engine has no sequence,
+- open files, threads and tasks at the end are at most 2 more than at the first of these pauses,
 
-and if no request got an answer it should not get. It exits with 1 otherwise.
+and if every request got an answer which it may get. Exits with 1 otherwise.
 """
 
 from __future__ import annotations
@@ -45,15 +45,20 @@ ADAPTERS = tuple(f"adapter-{index}" for index in range(6))
 KEYS = {"plain": "soak-plain", "acme": "soak-acme"}
 ADMIN = "soak-admin"
 SERVE = "from nybble.server.cli.main import main; main()"
-WARM_UP = 1 / 3  # of the run
+WARM_UP = 1 / 3  # the share of the run that is not judged
 MEMORY_BYTES, MEMORY_PART = 8 << 20, 0.02
-SPARE = 2  # files, threads or tasks that may have come
+SPARE = 2  # how many more files, threads or tasks there may be
 IDLE_SECONDS = 60
 
 
 @dataclass(frozen=True)
 class Sample:
-    """The idle server's figures. seconds: since the start of the traffic."""
+    """What is measured while the server is idle.
+
+    seconds: since the start of the traffic.
+    requests: sent until then.
+    uss, rss: unique and resident memory, in bytes.
+    """
 
     seconds: float
     requests: int
@@ -68,7 +73,12 @@ class Sample:
 
 @dataclass
 class Run:
-    """The results of a run. counts: of requests, by kind and outcome."""
+    """The results of a run.
+
+    counts: numbers of requests, by kind and outcome.
+    unexpected: answers which a request should not get.
+    broken: the criteria which the run failed.
+    """
 
     counts: Counter[str] = field(default_factory=Counter)
     unexpected: list[str] = field(default_factory=list)
@@ -77,7 +87,7 @@ class Run:
 
 
 def tiny_model(folder: Path) -> Path:
-    """A model of random weights whose chat template knows tools."""
+    """A model with random weights and a chat template that supports tools."""
     spec = importlib.util.spec_from_file_location("tiny", ROOT / "tests/tiny.py")
     assert spec is not None
     assert spec.loader is not None
@@ -117,7 +127,7 @@ def write_adapters(folder: Path, model: Path) -> None:
 
 @contextmanager
 def server(model: str, work: Path, log: Path) -> Iterator[tuple[int, str]]:
-    """The process' id and its origin, once it serves."""
+    """Yield the server's process id and its origin once it is ready."""
     from nybble.loaders import resolve_model
 
     folder = tiny_model(work / "model") if model == "tiny" else resolve_model(model)
@@ -183,7 +193,7 @@ class Soak:
         self.run = Run()
 
     async def during(self, seconds: float, clients: int, every: float) -> None:
-        """Fill in ``run``."""
+        """Send traffic for ``seconds`` and fill in ``run``."""
         with Bar(total=round(seconds), unit=" s") as bar:
             await self._traffic(min(5.0, seconds), clients)  # connections, threads, caches
             while (passed := time.monotonic() - self._began) < seconds:
@@ -198,7 +208,7 @@ class Soak:
 
     async def _traffic(self, seconds: float, clients: int) -> None:
         end = time.monotonic() + seconds
-        # Some connections are kept and used again, some are not.
+        # A new session each time: every pause closes the connections, which are reused in between.
         async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
             target = Target(session, self._origin, "soak", KEYS, ADMIN, ADAPTERS)
             await asyncio.gather(

@@ -196,7 +196,7 @@ async def hurried(target: Target, rng: random.Random) -> str:
 
 
 async def limited(target: Target, rng: random.Random) -> str:
-    """A tenant with a rate below what it sends."""
+    """A tenant which sends more than its rate limit allows."""
     return await _whole(target, "/v1/completions", completion_body(target, rng), 429, tenant="acme")
 
 
@@ -213,7 +213,7 @@ async def other_endpoints(target: Target, rng: random.Random) -> str:
 
 
 async def bad(target: Target, rng: random.Random) -> str:
-    """What has to be refused with a 4xx."""
+    """Send something that must be refused with a 4xx."""
     model = target.model
     bodies: list[Any] = [
         b"{",

@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig
 
 from nybble.kernels import DenseWeight, PackedWeight
 from nybble.kernels.layout import Layout
 from nybble.kernels.progress import Progress, track
 from nybble.loaders.checkpoint import Checkpoint, Weight
 from nybble.loaders.errors import CheckpointError
+from nybble.loaders.model_config import load_config
 from nybble.loaders.model_files import copy_side_files
 from nybble.loaders.safetensors_file import write_safetensors
 from nybble.loaders.shards import Shards
@@ -126,9 +126,11 @@ class PackedCheckpoint:
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise CheckpointError(f"{path} is not a packed model's header: {error!r}") from error
         if version != VERSION:
-            raise CheckpointError(f"{path} has version {version}, expected {VERSION}: pack it anew")
+            raise CheckpointError(
+                f"{path} has version {version}, expected {VERSION}: pack it again"
+            )
         self.folder = folder
-        self.config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        self.config = load_config(folder)
         self.format = "packed"
 
     def check(self) -> None:

@@ -61,7 +61,6 @@ def make_app(
         engine.max_num_seqs,
         engine.kv_cache_tokens,
         settings.max_queue_seconds,
-        engine.max_sequence_kv_tokens,
     )
     admission = Admission(capacity, lambda: engine.stats().computed_tokens)
     metrics = Metrics(engine, admission)

@@ -76,13 +76,14 @@ def write_tiny_model(
     max_length: int = 512,
     tie_word_embeddings: bool = False,
     sliding_window: int | None = None,
+    full_layers: int = 0,
     seed: int = 0,
 ) -> Path:
     """Write config.json, model.safetensors (bfloat16) and a tokenizer to ``folder``; returns it.
 
-    Four query heads share two key/value heads; ``qwen2`` has biases on q, k and v, ``mistral`` may
-    have a sliding window. The weights are scaled so that logits spread over several units: greedy
-    choices are not decided by rounding.
+    Four query heads share two key/value heads; ``qwen2`` has biases on q, k and v. ``mistral`` may
+    have a sliding window in all layers, ``qwen2`` in those after ``full_layers``. The weights are
+    scaled so that logits spread over several units: greedy choices are not decided by rounding.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tokens = write_tokenizer(folder, vocab_size=vocab_size, max_length=max_length)
@@ -91,7 +92,11 @@ def write_tiny_model(
         "mistral": (MistralConfig, MistralForCausalLM),
         "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     }[family]
-    window = {"sliding_window": sliding_window} if family == "mistral" else {}
+    window: dict[str, object] = {}
+    if sliding_window is not None:
+        window["sliding_window"] = sliding_window
+        if family == "qwen2":
+            window |= {"use_sliding_window": True, "max_window_layers": full_layers}
     config = config_class(
         vocab_size=tokens,
         hidden_size=hidden_size,

@@ -1,10 +1,10 @@
-"""What adapters cost in a decode step on the CPU: a batch with and without, interleaved in one run.
+"""The cost of adapters in a decode step on the CPU: a batch with and without them, alternating.
 
     python kernels/bench/cpu_lora.py
 
-The model has the shape of Qwen2.5-0.5B and random 4-bit weights (group 128); every row of the
-batch has an adapter of its own on all projections. `floor` is the bytes of the adapters over the
-read bandwidth, as a share of the base's time.
+The model has the sizes of Qwen2.5-0.5B and random 4-bit weights (group 128). Every row of the batch
+has an adapter of its own on all projections. `floor` is the time needed to read the bytes of the
+adapters at the measured read bandwidth, as a share of the base model's time.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from transformers import Qwen2Config
 from nybble.engine.adapter_slots import AdapterSlots, StepAdapters
 from nybble.engine.decoder import Decoder
 from nybble.kernels import PackedWeight
-from nybble.kernels.lora import LoRABatch
-from nybble.kernels.ops import AttentionBatch
+from nybble.kernels.attention_batch import AttentionBatch
+from nybble.kernels.lora_batch import LoRABatch
 from nybble.kernels.packed import SYMMETRIC_LEVELS
 from nybble.loaders import LoRAAdapter
 from nybble.loaders.adapter import LoRAModule
@@ -39,7 +39,7 @@ CONFIG = Qwen2Config(
 )
 CONTEXT, BLOCK = 256, 16
 BATCHES = (1, 4, 8)
-RANKS = (8, 16, 64)  # of adapters in slots for the highest
+RANKS = (8, 16, 64)  # ranks of the adapters; the slots are sized for the highest
 
 
 def packed(out: int, columns: int) -> PackedWeight:
@@ -78,7 +78,7 @@ def adapter(rank: int) -> LoRAAdapter:
 
 
 def medians(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Milliseconds of each call, the calls taking turns."""
+    """Median milliseconds of each call, by name; the calls alternate."""
     taken: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(repeats + 2):
         for name, call in calls.items():
@@ -128,7 +128,7 @@ def main() -> None:
             )
             lora = LoRABatch.of(list(range(rows)), cpu)
             assert lora is not None
-            adapters = StepAdapters(slots.projections, lora)
+            adapters = slots.for_step(lora, decoder.backend)
 
             def step(
                 with_adapters: bool,
@@ -137,7 +137,9 @@ def main() -> None:
                 adapters: StepAdapters = adapters,
             ) -> Tensor:
                 active = adapters if with_adapters else None
-                return decoder.logits(decoder.forward(*arguments, caches, batch, active))
+                return decoder.logits(
+                    decoder.forward(*arguments, caches, [batch] * len(caches), active)
+                )
 
             times = medians({"base": lambda: step(False), "lora": lambda: step(True)}, 25)
             over = times["lora"] / times["base"] - 1

@@ -1,9 +1,10 @@
-"""4-bit matmul on the CPU against its peers, interleaved in one run.
+"""4-bit matmul on the CPU beside its peers, all alternating in one run.
 
     python kernels/bench/cpu_matmul.py
 
-Columns are milliseconds (median); `floor` is the larger of the bytes of the packed weight over the
-read bandwidth and the multiplications over the dense bf16 rate, both measured in the same run.
+Columns are milliseconds (median). `floor` is the larger of two times: that of reading the bytes of
+the packed weight at the read bandwidth, and that of the multiplications at the dense bf16 rate.
+Both rates are measured in the same run.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ GROUP = 128
 
 
 def medians(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Milliseconds of each call, the calls taking turns."""
+    """Median milliseconds of each call, by name; the calls alternate."""
     taken: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(repeats + 1):
         for name, call in calls.items():
@@ -50,7 +51,7 @@ def packed(columns: int, out: int, group: int, scale: torch.dtype) -> PackedWeig
 
 
 def bandwidth() -> float:
-    """Bytes per second of a sum over 512 MiB."""
+    """The read bandwidth in bytes per second: a sum over 512 MiB."""
     data = torch.ones(1 << 26, dtype=torch.int64)
     return data.nbytes / (medians({"sum": data.sum}, 5)["sum"] / 1e3)
 

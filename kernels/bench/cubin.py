@@ -1,7 +1,7 @@
-"""Compiles a Triton kernel for a GPU that need not be present and reads the machine code.
+"""Compiles a Triton kernel for a GPU that need not be present, and reads the machine code.
 
-Everything comes from the Triton wheel (ptxas, cuobjdump). ``TRITON_INTERPRET`` must not be set when
-the kernel is defined: the interpreter replaces ``triton.jit``.
+Its tools (ptxas, cuobjdump) come with the Triton wheel. ``TRITON_INTERPRET`` must not be set when
+the kernel is defined, because the interpreter replaces ``triton.jit``.
 """
 
 from __future__ import annotations
@@ -59,9 +59,9 @@ class Report:
     def loops(self) -> list[tuple[Instruction, ...]]:
         """The body of every backward branch, shortest first (inner loops before outer ones).
 
-        The endless branch-to-itself that pads the end of a kernel is not a loop. Nor is a branch
-        from behind the kernel's end back into it: Blackwell's waits for a barrier lie there, and
-        what stands between them and where they return to does not run again.
+        Two kinds of backward branch are no loops and are left out: the branch to itself that pads
+        the end of a kernel, and a branch from code after the kernel's exit back into it. Blackwell
+        puts its waits for barriers there; the instructions in between do not run again.
         """
         found = []
         for branch in self.instructions:
@@ -81,7 +81,7 @@ class Report:
 
 
 def opcodes(body: Sequence[Instruction]) -> Counter[str]:
-    """How often each opcode occurs, modifiers dropped."""
+    """How often each opcode occurs, its modifiers ignored."""
     return Counter(i.opcode.split(".")[0] for i in body)
 
 
@@ -96,12 +96,16 @@ def compile_kernel(
     max_registers: int | None = None,
     aligned: Sequence[str] = (),
 ) -> Report:
-    """Compile ``kernel`` for compute capability ``capability`` (80, 89, 90, 100) and read it.
+    """Compile ``kernel`` for compute capability ``capability`` (80, 89, 90, 100) and read the code.
 
-    types: Triton's type of each run-time argument (``"*fp16"``, ``"i32"``). constants: the value of
-    each ``constexpr``. max_registers: how many a thread may take. aligned: arguments known to be
-    multiples of 16, as the launcher finds for pointers from the allocator; every pointer is taken
-    to be.
+    types: Triton's type of each run-time argument (``"*fp16"``, ``"i32"``).
+    constants: the value of each ``constexpr``.
+    max_registers: how many a thread may take; None leaves it to the compiler.
+    aligned: numbers to be treated as multiples of 16. Every pointer is, as the launcher finds for
+        memory from the allocator.
+
+    Raises ValueError if an argument has neither a type nor a value, and RuntimeError if Triton
+    compiled the kernel to a trap.
     """
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
     missing = [n for n in signature if n not in types and n not in constants]

@@ -2,10 +2,11 @@
 
     python kernels/bench/gpu.py [--only checks,decode] [--minutes 8.5] [--out DIR] [--dry-run]
 
-The sections share the minutes; what one leaves is for the next ones. Each is a process that begins
-nothing new after its time and is killed well after it. One that crashes or hangs loses its own
-remaining tables only, and the next one runs. Results are written as JSON as they come, a file a
-section. The exit code is 1 if a check or a section failed.
+The sections share the minutes; time that one does not use goes to the next ones. Each section is a
+process. It begins nothing new once its time is over, and is killed if it still runs well after
+that. If one crashes or hangs, only its own remaining tables are lost, and the next one runs.
+Results are written as they come, as one JSON file per section. The exit code is 1 if a check or a
+section failed.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ import sys
 import time
 from pathlib import Path
 
-# Shares of the time, in the order of worth: are the kernels right, what do they add up to, and why.
+# Share of the time of each section. They run in order of importance: whether the kernels are
+# correct, how fast a whole decode step is, and then the single kernels.
 SECTIONS = {"checks": 4, "decode": 4, "matmul": 6, "attention": 4, "lora": 2, "step": 2}
-_GRACE_SECONDS = 30  # for the process to start, and what it has begun to end
+_GRACE_SECONDS = 30  # for the process to start, and to finish what it has begun
 
 
 def run(name: str, seconds: float, limit: float, out: Path, dry: bool) -> str:

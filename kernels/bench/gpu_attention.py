@@ -1,4 +1,4 @@
-"""Paged attention: its bytes against the copy bandwidth, prefill against the bf16 rate."""
+"""Paged attention: decode against the copy bandwidth, prefill against the bf16 matrix rate."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def run(section: Section) -> None:
 
 
 def time_decode(section: Section) -> None:
-    """Decode attention: bytes of keys and values over the time of one layer."""
+    """Decode attention of one layer: bytes of keys and values per second of its time."""
     device, dry, read = section.device, section.dry, section.read
     models: dict[str, tuple[int, int, int, torch.dtype | None]] = {
         "Llama-3-8B 32/8×128, bf16": (32, 8, 128, None),
@@ -72,7 +72,7 @@ def time_decode(section: Section) -> None:
 
 
 def sweep_decode(section: Section) -> None:
-    """Other tiles, stages and programs for decode attention: the share of the copy bandwidth."""
+    """Decode attention with other tiles, stages and programs: shares of the copy bandwidth."""
     device, dry, read = section.device, section.dry, section.read
     sizes = ((4, 2, 64, 1, 300),) if dry else ((32, 8, 128, 1, 16384), (32, 8, 128, 32, 4096))
     names = ("DECODE_TILE", "DECODE_STAGES", "PROGRAMS_PER_SM", "MIN_SPLIT")
@@ -120,7 +120,7 @@ def sweep_decode(section: Section) -> None:
 
 
 def time_prefill(section: Section) -> None:
-    """Causal attention of one prompt: operations a second over the matrix rate."""
+    """Causal attention of one prompt: its operations per second as a share of the matrix rate."""
     device, dry, rate = section.device, section.dry, section.rate
     q_heads, kv_heads, dim = (4, 2, 64) if dry else (32, 8, 128)
     dtype = section.dtype

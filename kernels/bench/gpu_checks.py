@@ -1,4 +1,4 @@
-"""Every kernel against float64 on the device, odd sizes and ends of ranges included."""
+"""Every kernel against a float64 reference, odd sizes and ends of ranges included."""
 
 from __future__ import annotations
 
@@ -61,7 +61,8 @@ def check_kernels(section: Section, dtype: torch.dtype) -> None:
             expected = reference.paged_attention(
                 q.double(), keys.double(), values.double(), batch, dim**-0.5, window
             )
-            # The allocator hands the same block to the next tensor of this size.
+            # The allocator gives this freed block to the next tensor of the same size, the output:
+            # an element which the kernel does not write stays NaN.
             poison = torch.full((len(q), q_heads * dim), float("nan"), dtype=dtype, device=device)
             del poison
             found = attention.paged_attention(q, keys, values, batch, dim**-0.5, window)
@@ -73,7 +74,7 @@ def check_kernels(section: Section, dtype: torch.dtype) -> None:
 
 def check_8_bits(section: Section, dtype: torch.dtype, kept: torch.dtype) -> None:
     device, name = section.device, f"{str(dtype)[6:]} {str(kept)[6:]}"
-    # The interpreter drops the carry of a mantissa that rounds up.
+    # In the interpreter a mantissa that rounds up does not carry into the exponent.
     limit = 1.0 if section.dry and kept != torch.int8 else None
     lengths = [(300, 1), (70, 40), (1, 1)]
     batch, shaped, _ = paged(lengths, 2, 64, dtype, device)
@@ -129,7 +130,7 @@ def check_sampling(section: Section) -> None:
     choices = [TokenChoice(*options[row % 4], (row + 0.5) / rows) for row in range(rows)]
     found = sampling.sample_tokens(logits, choices).cpu()
     expected = reference.sample_tokens(logits.cpu(), choices)
-    # A number at the border of two tokens may fall either way by rounding.
+    # If the random number lies on the border of two tokens, rounding may choose either.
     share = float((found != expected).float().mean())
     section.holds(f"sampling: {share:.1%} of tokens differ from the reference", share <= 0.02)
     again = sampling.sample_tokens(logits[5:6], choices[5:6]).cpu()

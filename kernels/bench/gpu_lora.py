@@ -1,4 +1,4 @@
-"""LoRA of rank 16 on every projection of a Llama-2-13B layer, another adapter in every row."""
+"""LoRA of rank 16 on every projection of a Llama-2-13B layer, with another adapter in every row."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from nybble.kernels import PackedWeight
 from nybble.kernels.bench.gpu_matmul import random_packed
 from nybble.kernels.lora import slot_buffers
 from nybble.kernels.lora_batch import LoRABatch
-from nybble.kernels.matmul import linear
+from nybble.kernels.matmul import packed_matmul
 from nybble.kernels.triton import lora, timing
 
 
@@ -29,6 +29,10 @@ def adapters(
     dtype: torch.dtype,
     device: torch.device,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Random adapters in ``count`` slots.
+
+    Returns a and b, in the shapes of ``slot_buffers``, and the int32 ranks [count].
+    """
     a, b = slot_buffers(count, rank, inputs, offsets, dtype, device)
     a.copy_(torch.randn(a.shape, device=device) * inputs**-0.5)
     b.copy_(torch.randn(b.shape, device=device))
@@ -63,14 +67,14 @@ def run(section: Section) -> None:
         adapter_bytes += a.nbytes + b.nbytes
 
         def without(x: Tensor = x, weight: PackedWeight = weight) -> Tensor:
-            return linear(x, weight)
+            return packed_matmul(x, weight)
 
         def with_(
             x: Tensor = x,
             weight: PackedWeight = weight,
             rest: tuple[Any, ...] = (a, b, ranks, offsets, batch),
         ) -> None:
-            lora.lora_add(linear(x, weight), x, *rest)
+            lora.lora_add(packed_matmul(x, weight), x, *rest)
 
         plain.append(without)
         adapted.append(with_)

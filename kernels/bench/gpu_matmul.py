@@ -1,11 +1,16 @@
-"""The 4-bit matmul on a GPU: timed against its peers and its floor, each result checked.
+"""The 4-bit matmul on a GPU: timed beside its peers and its floor, with each result checked.
 
-The table's columns are microseconds (median of CUDA graph replays, on weights rotated so that the
-L2 cache does not flatter). `overlap` is `affine g128` launched while the product before is
-finishing, `silu·mul` has the activation of a gated weight in the product. `floor` is the larger of
-the packed bytes over the copy bandwidth and the operations over the bf16 matrix rate, both measured
-in the same run; `%` is floor over `affine g128`. `err` is the largest relative error of our columns
-against float64, on the data that was timed. A peer that is not installed or fails shows –.
+The table's columns are microseconds (median of CUDA graph replays). The weights rotate, so that
+they do not come from the L2 cache.
+
+- `overlap`: `affine g128`, launched while the previous product is finishing.
+- `silu·mul`: the activation of a gated weight is part of the product.
+- `floor`: the larger of two times, that of the packed bytes at the copy bandwidth and that of the
+  operations at the bf16 matrix rate. Both rates are measured in the same run.
+- `%`: `floor` as a share of `affine g128`.
+- `err`: the largest relative error of our columns against float64, on the data that was timed.
+
+A peer that is not installed, or fails, shows –.
 """
 
 from __future__ import annotations
@@ -48,7 +53,7 @@ NF4 = torch.tensor(
         1.0,
     )
 )
-SHAPES = (  # (in, out), most telling first
+SHAPES = (  # (in, out), the most informative first: the later ones may not be reached in time
     ("Llama-2-7B o", 4096, 4096),
     ("Llama-2-7B gate_up", 4096, 22016),
     ("Llama-2-13B o", 5120, 5120),
@@ -77,7 +82,10 @@ LIMIT = {torch.float16: 2e-3, torch.bfloat16: 8e-3}
 def random_weight(
     kind: str, columns: int, out: int, group: int, device: torch.device, extras: bool = False
 ) -> PackedWeight:
-    """``kind``: symmetric, zeros or nf4, made on ``device``; ``extras`` adds bias and act-order."""
+    """A random weight [out, columns] in GPU tiles. kind: "symmetric", "zeros" or "nf4".
+
+    extras: with a bias and act-order.
+    """
     groups = -(-columns // group)
     codes = torch.randint(0, 16, (out, columns), dtype=torch.uint8, device=device)
     zeros = torch.randint(0, 16, (out, groups), device=device).half() if kind == "zeros" else None
@@ -96,7 +104,7 @@ def random_weight(
 
 
 def relative_error(x: Tensor, weight: PackedWeight, found: Tensor) -> float:
-    """Against float64, a few rows from either end if there are many."""
+    """Relative error of ``found`` against float64, of its first and last 32 rows."""
     ends = torch.unique(torch.tensor([*range(32), *range(-32, 0)]) % len(x)).to(x.device)
     expected = x[ends].double() @ weight.dequantize().double().T
     if weight.bias is not None:
@@ -105,14 +113,14 @@ def relative_error(x: Tensor, weight: PackedWeight, found: Tensor) -> float:
 
 
 def poisoned(x: Tensor, weight: PackedWeight, config: Config | None = None) -> Tensor:
-    """The product written over memory that held NaN, so that an unwritten element shows."""
+    """The product, written into memory that held NaN: an element that is not written stays NaN."""
     bad = torch.full((len(x), weight.out_features), float("nan"), dtype=x.dtype, device=x.device)
-    del bad  # the allocator hands the same block to the next tensor of this size
+    del bad  # the allocator gives this block to the next tensor of the same size, the output
     return matmul.packed_matmul(x, weight, config)
 
 
 def random_packed(inputs: int, outputs: int, device: torch.device) -> PackedWeight:
-    """Random symmetric 4-bit codes in groups of 128, with the variance of a trained layer."""
+    """Random symmetric 4-bit codes in groups of 128, scaled to the variance of a trained layer."""
     groups = -(-inputs // 128)
     codes = torch.randint(0, 256, (outputs, inputs // 2), dtype=torch.uint8, device=device)
     scales = torch.rand(outputs, groups, device=device) * 0.1 + 0.17
@@ -157,12 +165,12 @@ def check_matmul(section: Section) -> None:
 
 
 def copies(nbytes: int, total: int) -> int:
-    """How many weights of ``nbytes`` together outgrow the cache."""
+    """How many weights of ``nbytes`` to rotate so that they exceed ``total``, the cache's bytes."""
     return min(24, max(2, -(-total // nbytes)))
 
 
 class Peers:
-    """One shape's contenders: for each name, calls on rotated copies of a weight."""
+    """The kernels compared at one shape: for each name, calls on rotating copies of a weight."""
 
     def __init__(self, columns: int, out: int, device: torch.device, total: int) -> None:
         count = copies(columns * out // 2, total)
@@ -181,7 +189,7 @@ class Peers:
         self.gemlite = optional(_gemlite_layers(columns, out, device, count))
 
     def calls(self, x: Tensor) -> Iterator[tuple[str, list[timing.Call]]]:
-        """Name and calls of each contender on ``x``."""
+        """Name and calls of each kernel on ``x``."""
         for name, weights in self.ours.items():
             yield name, [partial(matmul.packed_matmul, x, w) for w in weights]
         yield "overlap", [partial(overlapped, x, w) for w in self.ours["affine g128"]]
@@ -202,7 +210,7 @@ class Peers:
 
 
 def optional(weights: Iterator[Any]) -> list[Any]:
-    """A peer's weights; empty if it cannot make them, whatever the reason."""
+    """A peer's weights; none if it fails to make them for any reason, which is printed."""
     try:
         return list(weights)
     except Exception as failure:
@@ -211,7 +219,7 @@ def optional(weights: Iterator[Any]) -> list[Any]:
 
 
 def overlapped(x: Tensor, weight: PackedWeight) -> Tensor:
-    """Our product, launched while the one before it is finishing."""
+    """Our product, launched while the previous one is finishing."""
     config = replace(matmul.chosen(weight, len(x), x.device), overlap=True)
     return matmul.packed_matmul(x, weight, config)
 
@@ -293,7 +301,7 @@ def time_shape(
             relative_error(x, weights[0], poisoned(x, weights[0]))
             for weights in peers.ours.values()
         ]
-        for _ in range(2 if dry else 8):  # back to back, each beginning while the one before ends
+        for _ in range(2 if dry else 8):  # back to back: each starts while the previous one ends
             again = overlapped(x, first)
         if not torch.equal(again, matmul.packed_matmul(x, first)):
             section.holds(f"{label} m{rows}: an overlapped launch (off by default)", False)

@@ -1,7 +1,7 @@
 """What the sections of the GPU benchmark share: options, checks, and results kept as they come.
 
-A section is a script of its own, run in a process of its own by gpu.py: a kernel that brings the
-device down takes the rest of its section with it and nothing else.
+A section is a script of its own, which gpu.py runs in a process of its own. If a kernel crashes the
+device, only the rest of its section is lost.
 """
 
 from __future__ import annotations
@@ -52,7 +52,12 @@ TINY: dict[str, Any] = {
 
 @dataclass
 class Section:
-    """One section's run. deadline: of time.monotonic, after which nothing new is begun."""
+    """One section's run.
+
+    dry: in Triton's interpreter on the CPU, with tiny sizes.
+    deadline: in the time of ``time.monotonic``; nothing new is begun after it.
+    out: folder for the results; None keeps them in memory.
+    """
 
     name: str
     device: torch.device
@@ -73,7 +78,7 @@ class Section:
 
     @cached_property
     def read(self) -> float:
-        """Bytes a second of a copy on the device."""
+        """The copy bandwidth of the device, in bytes per second."""
         found = timing.bandwidth(self.device, 1 if self.dry else 2048)
         print(f"copy: {found / 1e12:.2f} TB/s", flush=True)
         self.keep("copy", found)
@@ -81,7 +86,7 @@ class Section:
 
     @cached_property
     def rate(self) -> float:
-        """Operations a second of a large bfloat16 product."""
+        """The matrix rate of the device: operations per second of a large bfloat16 product."""
         found = timing.matrix_rate(self.device, 256 if self.dry else 8192)
         print(f"bf16 product: {found / 1e12:.0f} TFLOP/s", flush=True)
         self.keep("bf16", found)
@@ -96,7 +101,7 @@ class Section:
             (self.out / f"{self.name}.json").write_text(text)
 
     def close(self, name: str, found: Tensor, expected: Tensor, limit: float | None = None) -> None:
-        """Check the relative error of the whole; NaN never passes."""
+        """Check the relative error of ``found`` as a whole against ``limit``; NaN never passes."""
         measured = error(found, expected)
         self.holds(f"{name}: error {measured:.1e}", measured <= (limit or LIMIT[found.dtype]))
 
@@ -106,9 +111,9 @@ class Section:
             self.failed.append(name)
 
     def attempt(self, name: str, part: Callable[[], object]) -> None:
-        """Run a part of the section; one that fails is named and the next one runs.
+        """Run a part of the section. If it fails, its name is noted and the next part runs.
 
-        An error of the device itself ends the section: nothing after it would run.
+        After an error of the device nothing else can run, so that it ends the section.
         """
         try:
             part()
@@ -124,7 +129,7 @@ def error(found: Tensor, expected: Tensor) -> float:
 
 
 def main(name: str, run: Callable[[Section], None], minutes: float) -> int:
-    """Parse the options every section has, run it, and say what failed: the exit code is 1 then."""
+    """Parse a section's options, run it, and print what failed. Returns the exit code."""
     parser = argparse.ArgumentParser(description=f"The GPU benchmark's section {name!r}.")
     parser.add_argument("--minutes", type=float, default=minutes, help="begin nothing after these")
     parser.add_argument("--out", type=Path, help="folder for the results as JSON")
@@ -155,7 +160,12 @@ def paged(
     dtype: torch.dtype,
     device: torch.device,
 ) -> tuple[AttentionBatch, Tensor, Tensor]:
-    """A batch of (context, new tokens) over scattered blocks of random keys and values."""
+    """A batch over scattered blocks of random keys and values.
+
+    lengths: for each sequence its context length and how many of those tokens are new.
+
+    Returns the batch, and the keys and values [blocks, kv_heads, BLOCK, dim].
+    """
     counts = [-(-context // BLOCK) for context, _ in lengths]
     tables = torch.zeros(len(lengths), max(counts) + 1, dtype=torch.int32)
     for row, blocks in enumerate(torch.split(torch.randperm(sum(counts)), counts)):
@@ -174,13 +184,16 @@ def paged(
 
 
 def in_8_bits(keys: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Random caches of int8 or float8_e4m3fn and their scales in place of 16-bit ones."""
+    """Random 8-bit keys and values of the shape of ``keys``, and the scales of each.
+
+    dtype: int8 or float8_e4m3fn.
+    """
     codes = [torch.randint(-127, 128, keys.shape, device=keys.device).to(dtype) for _ in range(2)]
     scales = [torch.rand(keys.shape[:3], device=keys.device) / 60 for _ in range(2)]
     return codes[0], codes[1], scales[0], scales[1]
 
 
 def kv_dtypes(section: Section) -> list[torch.dtype]:
-    """8-bit dtypes the device computes with: e4m3 from Ada on."""
+    """The 8-bit KV cache dtypes which the device supports; e4m3 needs Ada (sm_89) or newer."""
     ada = section.dry or torch.cuda.get_device_capability() >= (8, 9)
     return [torch.int8, torch.float8_e4m3fn] if ada else [torch.int8]

@@ -1,4 +1,4 @@
-"""The small kernels of a decode step: time of each beside the bytes it must move."""
+"""The small kernels of a decode step: the time of each, and its share of the copy bandwidth."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def run(section: Section) -> None:
 
 
 def time_rows(section: Section, shape: dict[str, int], rows: int) -> None:
-    """Microseconds of each, and the share of the copy bandwidth."""
+    """Time each kernel on ``rows`` tokens."""
     device = section.device
     random = partial(torch.randn, dtype=section.dtype, device=device)
     hidden, inter, heads = (
@@ -46,7 +46,7 @@ def time_rows(section: Section, shape: dict[str, int], rows: int) -> None:
         ),
     }
     taken = {name: timing.milliseconds([call] * 20) / 1e3 for name, (call, _) in calls.items()}
-    # Its choices travel from the host: by the clock, not from a graph.
+    # It copies its choices from the host, so it is timed by the clock and not in a graph.
     sample = partial(sampling.sample_tokens, logits, [choice] * rows)
     taken["sample_tokens"] = timing.by_clock(sample, 3 if section.dry else 30) / 1e3
     moved = {name: nbytes for name, (_, nbytes) in calls.items()}

@@ -2,13 +2,20 @@
 
     python -m nybble.kernels.bench.matmul_report [--all] [--json]
 
-Needs no GPU. ``local`` is bytes of local memory a thread takes (what it parks there before the loop
-and takes back after it costs nothing). The rest are instructions in the inner loop, of 128 columns:
-those that reach local memory (``spill``), 16-byte copies to shared memory, tensor-core products,
-waits for Hopper's (as many as products, if the assembler found that it must make each wait for the
-one before), int-to-float conversions, stores to shared memory (none of weights: nothing is moved
-between lanes), bit operations, 16-bit float operations, and all of them; ``/weight`` is all of them
-for each weight a thread unpacks.
+Needs no GPU. ``regs`` is registers per thread, ``shared`` bytes of shared memory per block, and
+``local`` bytes of local memory per thread, which cost nothing if they are used only before and
+after the loop. The other columns count instructions in the inner loop, over 128 columns:
+
+- ``spill``: loads from and stores to local memory.
+- ``16B``: 16-byte copies to shared memory.
+- ``mma``: tensor-core products.
+- ``wait``: waits for Hopper's products. If there are as many as products, the assembler has made
+  each product wait for the one before.
+- ``i2f``: conversions from integer to float.
+- ``sts``: stores to shared memory. Weights need none, because they do not move between lanes.
+- ``bits``: bit operations.
+- ``half``: 16-bit float operations.
+- ``all``: all instructions; ``/weight`` is that number per weight which a thread unpacks.
 """
 
 from __future__ import annotations
@@ -27,7 +34,16 @@ from nybble.kernels.triton.matmul import joined, matmul_kernel, max_registers
 
 @dataclass(frozen=True)
 class Case:
-    """One compilation: what of a weight and of the activations selects code, and a shape."""
+    """One compilation: everything that changes the code of the kernel.
+
+    capability: compute capability, 90 for sm_90.
+    dtype: of the activations, in Triton's words.
+    codebook: whether levels are read from a table and not computed.
+    zeros: whether each group has a zero point.
+    group: columns per scale.
+    gated: with the activation of a gated weight in the product.
+    whole_steps: whether the columns are a multiple of 128.
+    """
 
     capability: int
     dtype: str
@@ -36,7 +52,7 @@ class Case:
     group: int
     config: Config
     gated: bool = False
-    whole_steps: bool = True  # whether columns are a multiple of 128
+    whole_steps: bool = True
 
 
 @dataclass(frozen=True)
@@ -59,9 +75,9 @@ class Row:
 
 
 def shipped(everything: bool) -> Iterator[Case]:
-    """The configurations that are shipped: the rule's for each bucket and those measured.
+    """The shipped configurations: those of the rule for each bucket, and the measured ones.
 
-    All of them, in every kind of weight; or some of each kind, for a quick look.
+    everything: all of them for every kind of weight; otherwise a sample of each kind.
     """
     measured = [c for entries in read(SHIPPED).values() for c in entries.values()]
     for capability in (90, 80, 89, 100):
@@ -69,7 +85,7 @@ def shipped(everything: bool) -> Iterator[Case]:
             default_config(bucket, 22016, 4096, capability=capability)
             for bucket in (2, 8, 16, 32, 64, 128, 256, 1024)
         ]
-        # How many parts and blocks are split is not compiled in, only whether.
+        # Only whether the work is split is compiled in, not into how many parts.
         ruled = [replace(config, splits=2, tail=min(config.tail, 1)) for config in ruled]
         few, some, most = ruled[1], ruled[2], ruled[-1]
         if capability == 90:
@@ -96,7 +112,7 @@ def shipped(everything: bool) -> Iterator[Case]:
 
 
 def compiled(case: Case) -> cubin.Report:
-    """The machine code of one case, for sizes that are multiples of 128; or odd columns."""
+    """Compile one case: for sizes that are multiples of 128, or odd columns if not whole_steps."""
     c = case.config
     types = {
         "x": "*" + case.dtype,
@@ -144,7 +160,7 @@ def compiled(case: Case) -> cubin.Report:
 
 
 def row(case: Case) -> Row:
-    """Compile a case and count."""
+    """Compile a case and count its instructions."""
     report = compiled(case)
     loop = report.tensor_core_loop()
     counts = cubin.opcodes(loop)

@@ -1,4 +1,4 @@
-"""What the compiler makes of the kernels between the matmuls, for GPUs that need not be present.
+"""What the compiler makes of a decode step's other kernels, for GPUs that need not be present.
 
 ``python -m nybble.kernels.bench.step_report [--capability 90 …] [--json]`` compiles every kernel
 at the sizes of a model family and prints registers, shared memory, spills and the instructions that
@@ -30,7 +30,7 @@ CAPABILITIES = (80, 89, 90, 100)
 
 
 class Heads(NamedTuple):
-    """What of a model's attention selects code; group: query heads per KV head."""
+    """The settings of a model's attention that change the code. group: query heads per KV head."""
 
     group: int
     dim: int
@@ -51,14 +51,15 @@ _HEADS = {
     "gemma-2-27b": Heads(2, 128, softcap=50.0),
     "gpt-oss-20b": Heads(8, 64, sinks=True),
 }
-# Dtypes of the activations and of the KV cache where it is not theirs; e4m3 needs sm_89.
+# The dtype of the activations, and of the KV cache if it is another; e4m3 needs sm_89.
 _CACHES = {
     "fp16": ("*fp16", None),
     "bf16": ("*bf16", None),
     "bf16, int8 KV": ("*bf16", "*i8"),
     "bf16, fp8 KV": ("*bf16", "*fp8e4nv"),
 }
-# The attention that --quick compiles, and for which: every setting, and what spills first.
+# The attention variants which --quick compiles, and for which compute capabilities. They cover
+# every setting, and those that spill registers first.
 _QUICK = {
     "llama-3-8b bf16": CAPABILITIES,
     "llama-3-8b bf16, int8 KV": (90,),
@@ -76,7 +77,15 @@ _QUICK = {
 
 @dataclass(frozen=True)
 class Row:
-    """One compiled variant; wide_loads: 16-byte loads from global memory, asynchronous or not."""
+    """One compiled variant of a kernel.
+
+    registers: per thread.
+    shared: bytes of shared memory per block.
+    spilled: bytes of local memory per thread.
+    tensor_core: tensor-core products.
+    wide_loads: 16-byte loads from global memory, asynchronous or not.
+    loads: all loads from global memory.
+    """
 
     kernel: str
     variant: str
@@ -205,7 +214,7 @@ def _lora(half: str, max_rank: int, rows_: int, capability: int) -> Iterator[Row
         | places
         | counts
         | dict.fromkeys(strides, "i32"),
-        # Outputs are contiguous, which the launcher finds: their stride is a constant.
+        # Outputs are contiguous: the launcher makes a stride of 1 a constant.
         sizes | {"CHUNKS": 5, "TILE": lora.EXPAND_TILE, "b_out": 1},
         capability=capability,
         aligned=strides,

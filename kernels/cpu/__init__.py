@@ -1,1 +1,1 @@
-"""CPU kernels in C++ (AVX-512 with BF16, or AVX2), compiled on the machine that runs them."""
+"""CPU kernels in C++ (AVX-512 or AVX2), compiled on the machine that runs them."""

@@ -10,9 +10,277 @@
 
 using namespace nybble;
 
-// Two passes over the scores of one query row at a time: the queries that share a KV head go
-// together, so each key and value is read once for them. Without a softcap it is 0, without sinks
-// they are null.
+namespace {
+
+// Keys whose scores are computed at once, one in each lane; and values converted at once.
+constexpr int64_t kKeys = 16, kValues = 32;
+
+// Query rows in a tile: each key and value is read and converted once for all of them. The scores
+// of a tile should stay in the second-level cache.
+constexpr int64_t kRows = 32, kScores = 1 << 18;
+
+// What a score is added up from: products of pairs of bf16 if the CPU has them, of floats if not.
+// Keys and queries come in as many units; to move pairs about, they are taken for floats.
+#if defined(__AVX512BF16__)
+constexpr int64_t kElements = 2;
+inline __m256 load_units(const bf16* source, int64_t unit) {
+    return _mm256_loadu_ps(reinterpret_cast<const float*>(source + 2 * unit));
+}
+inline void store_query(float* target, const bf16* query, int64_t dim) {
+    std::memcpy(target, query, dim * sizeof(bf16));
+}
+inline Floats multiply_add(Floats a, Floats b, Floats c) {
+    return {_mm512_dpbf16_ps(c.v, reinterpret_cast<__m512bh>(a.v), reinterpret_cast<__m512bh>(b.v))};
+}
+constexpr int kScoreRows = 8, kMixRows = 4, kMixVectors = 4;
+#else
+constexpr int64_t kElements = 1;
+inline __m256 load_units(const bf16* source, int64_t unit) {
+    const __m128i eight = _mm_loadu_si128(reinterpret_cast<const __m128i*>(source + unit));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(eight), 16));
+}
+inline void store_query(float* target, const bf16* query, int64_t dim) {
+    for (int64_t i = 0; i < dim; i += 16) store(target + i, load_bf16(query + i));
+}
+inline Floats multiply_add(Floats a, Floats b, Floats c) { return fma(a, b, c); }
+#if defined(__AVX512BW__)
+constexpr int kScoreRows = 8, kMixRows = 4, kMixVectors = 4;
+#else
+constexpr int kScoreRows = 3, kMixRows = 4, kMixVectors = 1;
+#endif
+#endif
+
+// Eight rows of eight become eight columns, 16 apart.
+inline void transpose(const __m256 (&rows)[8], float* target) {
+    __m256 pairs[8], fours[8];
+    for (int i = 0; i < 4; ++i) {
+        pairs[2 * i] = _mm256_unpacklo_ps(rows[2 * i], rows[2 * i + 1]);
+        pairs[2 * i + 1] = _mm256_unpackhi_ps(rows[2 * i], rows[2 * i + 1]);
+    }
+    for (int i = 0; i < 2; ++i) {
+        const __m256 *low = pairs + 4 * i, *high = low + 2;
+        fours[4 * i] = _mm256_shuffle_ps(low[0], high[0], 0x44);
+        fours[4 * i + 1] = _mm256_shuffle_ps(low[0], high[0], 0xEE);
+        fours[4 * i + 2] = _mm256_shuffle_ps(low[1], high[1], 0x44);
+        fours[4 * i + 3] = _mm256_shuffle_ps(low[1], high[1], 0xEE);
+    }
+    for (int i = 0; i < 4; ++i) {
+        _mm256_storeu_ps(target + i * kKeys, _mm256_permute2f128_ps(fours[i], fours[i + 4], 0x20));
+        _mm256_storeu_ps(target + (i + 4) * kKeys,
+                         _mm256_permute2f128_ps(fours[i], fours[i + 4], 0x31));
+    }
+}
+
+struct Shape {
+    int64_t dim, share, block_size, kv_heads;
+    int64_t units() const { return dim / kElements; }
+};
+
+// Query tokens of one sequence which go together, with what they may see.
+struct Tile {
+    int64_t seq, token, tokens;  // the first token, among those of the batch
+    int64_t end;                 // of what the first token sees; each further one sees one more
+    int64_t window;
+
+    int64_t end_of(int64_t t) const { return end + t; }
+    int64_t begin_of(int64_t t) const {
+        return window > 0 ? std::max<int64_t>(0, end_of(t) - window) : 0;
+    }
+    int64_t begin() const { return begin_of(0); }
+    int64_t last() const { return end_of(tokens - 1); }
+    // The tokens that see any of the positions [from, to).
+    int64_t first_seeing(int64_t from) const { return std::max<int64_t>(0, from - end + 1); }
+    int64_t after_seeing(int64_t to) const {
+        return window > 0 ? std::min(tokens, to - end + window) : tokens;
+    }
+};
+
+inline void ask_for(const bf16* row) {
+    _mm_prefetch(reinterpret_cast<const char*>(row), _MM_HINT_T0);
+}
+
+// Where the cache has a KV head's rows for one sequence.
+struct Pages {
+    const bf16* cache;
+    const int32_t* table;
+    int64_t head;
+
+    // The rows at positions [first, first + count), and the last again to fill `room`.
+    void find(const Shape& s, int64_t first, int64_t count, const bf16** rows, int64_t room) const {
+        int64_t block = first / s.block_size, offset = first % s.block_size;
+        for (int64_t i = 0; i < count; ++i) {
+            rows[i] = cache + ((table[block] * s.kv_heads + head) * s.block_size + offset) * s.dim;
+            if (++offset == s.block_size) offset = 0, ++block;
+        }
+        std::fill(rows + count, rows + room, rows[count - 1]);
+    }
+};
+
+// Scores of R rows with sixteen keys (units, 16). The order of the additions does not depend on R,
+// here and below, so that a token's result does not depend on its tile.
+template <int R>
+void score(const float* keys, int64_t units, const float* queries, float* scores, int64_t stride) {
+    Floats even[R], odd[R];
+    for (int r = 0; r < R; ++r) even[r] = odd[r] = zero();
+    for (int64_t u = 0; u < units; u += 2) {
+        const Floats first = load(keys + u * kKeys), second = load(keys + (u + 1) * kKeys);
+        for (int r = 0; r < R; ++r) {
+            even[r] = multiply_add(first, broadcast(queries[r * units + u]), even[r]);
+            odd[r] = multiply_add(second, broadcast(queries[r * units + u + 1]), odd[r]);
+        }
+    }
+    for (int r = 0; r < R; ++r) store(scores + r * stride, even[r] + odd[r]);
+}
+
+void score_tile(const Shape& s, const Tile& tile, const Pages& keys, const float* queries,
+                float* scores, int64_t stride, float* columns) {
+    const int64_t units = s.units();
+    for (int64_t start = tile.begin(); start < tile.last(); start += kKeys) {
+        const int64_t count = std::min(kKeys, tile.last() - start);
+        const bf16 *rows[kKeys], *next[kKeys];
+        keys.find(s, start, count, rows, kKeys);
+        const int64_t more = std::min(kKeys, tile.last() - start - count);
+        keys.find(s, more > 0 ? start + count : start, more > 0 ? more : count, next, kKeys);
+        for (int64_t half = 0; half < kKeys; half += 8)
+            for (int64_t u = 0; u < units; u += 8) {
+                __m256 eight[8];
+                for (int i = 0; i < 8; ++i) {
+                    eight[i] = load_units(rows[half + i], u);
+                    ask_for(next[half + i] + u * kElements);
+                }
+                transpose(eight, columns + u * kKeys + half);
+            }
+        int64_t r = tile.first_seeing(start) * s.share;
+        const int64_t end = tile.after_seeing(start + count) * s.share;
+        float* target = scores + start - tile.begin();
+        for (; r + kScoreRows <= end; r += kScoreRows)
+            score<kScoreRows>(columns, units, queries + r * units, target + r * stride, stride);
+        for (; r + 2 <= end; r += 2)
+            score<2>(columns, units, queries + r * units, target + r * stride, stride);
+        for (; r < end; ++r)
+            score<1>(columns, units, queries + r * units, target + r * stride, stride);
+    }
+}
+
+// Logits to weights, of `count` keys; a sink is null or adds to the sum alone.
+void softmax(float* row, int64_t count, float scale, float softcap, const float* sink) {
+    if (softcap > 0)
+        for (int64_t i = 0; i < count; i += 16)
+            store(row + i,
+                  broadcast(softcap) * tanh(load(row + i) * broadcast(scale / softcap)));
+    for (int64_t i = count; i < (count + 15) / 16 * 16; ++i) row[i] = row[0];
+    // If one operand is NaN, max returns the second: what is hidden here, exp does not hide.
+    Floats most = broadcast(row[0]);
+    for (int64_t i = 0; i < count; i += 16) most = max(load(row + i), most);
+    float lanes[16];
+    store(lanes, most);
+    const float top = *std::max_element(lanes, lanes + 16);
+    Floats total = zero();
+    const float by = softcap > 0 ? 1.0f : scale;
+    const float highest = sink ? std::max(top * by, *sink) : top * by;
+    const Floats factor = broadcast(by), peak = broadcast(highest);
+    for (int64_t i = 0; i < count; i += 16) {
+        const Floats e = keep_first(exp(load(row + i) * factor - peak), count - i);
+        store(row + i, e);
+        total = total + e;
+    }
+    const float extra = sink ? std::exp(*sink - highest) : 0.0f;
+    const Floats inverse = broadcast(1.0f / (sum(total) + extra));
+    for (int64_t i = 0; i < count; i += 16) store(row + i, load(row + i) * inverse);
+}
+
+// Sixteen elements of a value, converted before or now.
+struct Converted {
+    const float* values;  // (kValues, dim)
+    int64_t dim;
+    Floats at(int64_t j, int64_t i) const { return load(values + j * dim + i); }
+};
+struct Stored {
+    const bf16* const* rows;
+    Floats at(int64_t j, int64_t i) const { return load_bf16(rows[j] + i); }
+};
+
+// Adds values [from, to), by their weights, to V vectors, from element `at` on, of R rows of `mixed`.
+template <int R, int V, class Values>
+void mix(const Values& values, int64_t at, int64_t from, int64_t to, const float* weights,
+         int64_t stride, float* mixed, int64_t dim) {
+    mixed += at;
+    Floats sums[R][V];
+    for (int r = 0; r < R; ++r)
+        for (int v = 0; v < V; ++v) sums[r][v] = load(mixed + r * dim + 16 * v);
+    for (int64_t j = from; j < to; ++j) {
+        Floats value[V];
+        for (int v = 0; v < V; ++v) value[v] = values.at(j, at + 16 * v);
+        for (int r = 0; r < R; ++r) {
+            const Floats weight = broadcast(weights[r * stride + j]);
+            for (int v = 0; v < V; ++v) sums[r][v] = fma(weight, value[v], sums[r][v]);
+        }
+    }
+    for (int r = 0; r < R; ++r)
+        for (int v = 0; v < V; ++v) store(mixed + r * dim + 16 * v, sums[r][v]);
+}
+
+template <int R, class Values>
+void mix_rows(const Values& values, int64_t from, int64_t to, const float* weights, int64_t stride,
+              float* mixed, int64_t dim) {
+    if (from >= to) return;
+    int64_t i = 0;
+    for (; i + 16 * kMixVectors <= dim; i += 16 * kMixVectors)
+        mix<R, kMixVectors>(values, i, from, to, weights, stride, mixed, dim);
+    for (; i < dim; i += 16) mix<R, 1>(values, i, from, to, weights, stride, mixed, dim);
+}
+
+// Adds the values at positions [start, start + count) to the rows of a tile that see them.
+template <class Values>
+void mix_values(const Shape& s, const Tile& tile, int64_t start, int64_t count,
+                const Values& values, const float* weights, int64_t stride, float* mixed) {
+    weights += start - tile.begin();
+    const auto from = [&](int64_t r) {
+        return std::max<int64_t>(0, tile.begin_of(r / s.share) - start);
+    };
+    const auto to = [&](int64_t r) { return std::min(count, tile.end_of(r / s.share) - start); };
+    const auto one = [&](int64_t r, int64_t first, int64_t end) {
+        mix_rows<1>(values, first, end, weights + r * stride, stride, mixed + r * s.dim, s.dim);
+    };
+    int64_t r = tile.first_seeing(start) * s.share;
+    const int64_t end = tile.after_seeing(start + count) * s.share;
+    for (; r + kMixRows <= end; r += kMixRows) {
+        // What all of them see goes together; a row adds up its values in order all the same.
+        const int64_t last = r + kMixRows - 1;
+        const int64_t first = from(last), until = std::max(first, to(r));
+        for (int64_t i = r; i <= last; ++i) one(i, from(i), std::min(first, to(i)));
+        mix_rows<kMixRows>(values, first, until, weights + r * stride, stride, mixed + r * s.dim,
+                           s.dim);
+        for (int64_t i = r; i <= last; ++i) one(i, until, to(i));
+    }
+    for (; r < end; ++r) one(r, from(r), to(r));
+}
+
+void mix_tile(const Shape& s, const Tile& tile, const Pages& pages, const float* weights,
+              int64_t stride, float* mixed, float* converted) {
+    for (int64_t start = tile.begin(); start < tile.last(); start += kValues) {
+        const int64_t count = std::min(kValues, tile.last() - start);
+        const bf16 *rows[kValues], *next[kValues];
+        pages.find(s, start, count, rows, kValues);
+        const int64_t more = std::min(kValues, tile.last() - start - count);
+        pages.find(s, more > 0 ? start + count : start, more > 0 ? more : count, next, kValues);
+        const bool once = tile.tokens * s.share <= kMixRows;
+        for (int64_t j = 0; j < count; ++j)
+            for (int64_t i = 0; i < s.dim; i += 16) {
+                ask_for(next[j] + i);
+                if (!once) store(converted + j * s.dim + i, load_bf16(rows[j] + i));
+            }
+        if (once)
+            mix_values(s, tile, start, count, Stored{rows}, weights, stride, mixed);
+        else
+            mix_values(s, tile, start, count, Converted{converted, s.dim}, weights, stride, mixed);
+    }
+}
+
+}  // namespace
+
+// The queries that share a KV head, of some neighbouring tokens, go together. Without a softcap it
+// is 0, without sinks they are null.
 extern "C" int nybble_paged_attention(const bf16* q, const bf16* k_cache, const bf16* v_cache,
                                       const int32_t* query_start, const int32_t* context_lens,
                                       const int32_t* block_tables, bf16* out, int64_t seqs,
@@ -20,87 +288,63 @@ extern "C" int nybble_paged_attention(const bf16* q, const bf16* k_cache, const 
                                       int64_t dim, int64_t block_size, int64_t q_stride,
                                       float scale, int64_t window, float softcap,
                                       const float* sinks, int threads) try {
-    const int64_t share = q_heads / kv_heads;
-    const int64_t tokens = query_start[seqs];
+    const Shape s{dim, q_heads / kv_heads, block_size, kv_heads};
     int64_t longest = 0;
-    std::vector<int32_t> owner(tokens);
-    for (int64_t s = 0; s < seqs; ++s) {
-        longest = std::max<int64_t>(longest, context_lens[s]);
-        for (int32_t t = query_start[s]; t < query_start[s + 1]; ++t)
-            owner[t] = static_cast<int32_t>(s);
+    for (int64_t i = 0; i < seqs; ++i) longest = std::max<int64_t>(longest, context_lens[i]);
+    // A tile sees what its tokens see, and is written in whole vectors.
+    if (window > 0) longest = std::min(longest, window + kRows);
+    const int64_t stride = (longest + 15) / 16 * 16 + 16;
+    // As many tokens to a tile as its buffers allow, but some items for every thread.
+    int64_t each = std::clamp<int64_t>(kScores / stride / s.share, 1, std::max<int64_t>(1, kRows / s.share));
+    while (each > 1 && query_start[seqs] * kv_heads / each < 4 * threads) each /= 2;
+    std::vector<Tile> tiles;
+    for (int64_t i = 0; i < seqs; ++i) {
+        const int64_t first = query_start[i], end = query_start[i + 1];
+        for (int64_t token = first; token < end; token += each)
+            tiles.push_back({i, token, std::min(each, end - token),
+                             context_lens[i] - end + token + 1, window});
     }
-    if (window > 0) longest = std::min<int64_t>(longest, window);
-    const int64_t stride = (longest + 15) / 16 * 16, items = tokens * kv_heads;
-    // Neighbouring items are the tokens of one KV head, whose keys stay in cache; but a few items
-    // must still reach every thread.
-    const int64_t chunk = std::clamp<int64_t>(items / (4 * threads), 1, 4);
-    const auto all_buffers = buffers(threads, share * (stride + dim));
+    const int64_t rows = each * s.share, scores_size = rows * stride, mixed_size = rows * dim;
+    const int64_t size = scores_size + mixed_size + rows * s.units() + kKeys * s.units() + kValues * dim;
+    const int64_t rounded = (size + 15) / 16 * 16;
+    const auto all_buffers = buffers(threads, rounded);
+    // Neighbouring items are the tiles of one KV head, whose keys stay in cache.
+    const auto count = static_cast<int64_t>(tiles.size()), items = count * kv_heads;
 #pragma omp parallel num_threads(threads)
     {
-        float* scores = all_buffers.get() + omp_get_thread_num() * share * (stride + dim);
-        float* mixed = scores + share * stride;
-#pragma omp for schedule(dynamic, chunk)
+        float* scores = all_buffers.get() + omp_get_thread_num() * rounded;
+        float* mixed = scores + scores_size;
+        float* values = mixed + mixed_size;
+        float* columns = values + kValues * dim;
+        float* queries = columns + kKeys * s.units();
+#pragma omp for schedule(dynamic)
         for (int64_t item = 0; item < items; ++item) {
-            const int64_t head = item / tokens, token = item % tokens, s = owner[token];
-            const int64_t end = context_lens[s] - (query_start[s + 1] - query_start[s]) +
-                                    (token - query_start[s]) + 1;
-            const int64_t begin = window > 0 ? std::max<int64_t>(0, end - window) : 0;
-            const int64_t visible = end - begin;
-            bf16* target = out + (token * q_heads + head * share) * dim;
-            if (visible <= 0) {  // a sequence without context, which only pads the batch
-                std::memset(target, 0, share * dim * sizeof(bf16));
+            const Tile& tile = tiles[item % count];
+            const int64_t head = item / count;
+            bf16* target = out + (tile.token * q_heads + head * s.share) * dim;
+            if (tile.last() <= 0) {  // a sequence without context, which only pads the batch
+                for (int64_t t = 0; t < tile.tokens; ++t)
+                    std::memset(target + t * q_heads * dim, 0, s.share * dim * sizeof(bf16));
                 continue;
             }
-            const int32_t* table = block_tables + s * max_blocks;
-            const bf16* queries = q + token * q_stride + head * share * dim;
-            // Scores are those of keys from `begin` on; the first block may be entered in its middle.
-            for (int64_t first = begin / block_size * block_size; first < end; first += block_size) {
-                const bf16* keys =
-                    k_cache + (table[first / block_size] * kv_heads + head) * block_size * dim;
-                const int64_t count = std::min(block_size, end - first);
-                for (int64_t j = std::max<int64_t>(0, begin - first); j < count; ++j)
-                    for (int64_t h = 0; h < share; ++h)
-                        scores[h * stride + first - begin + j] = dot(queries + h * dim, keys + j * dim, dim);
+            for (int64_t r = 0; r < tile.tokens * s.share; ++r)
+                store_query(queries + r * s.units(),
+                            q + (tile.token + r / s.share) * q_stride +
+                                (head * s.share + r % s.share) * dim,
+                            dim);
+            const int32_t* table = block_tables + tile.seq * max_blocks;
+            score_tile(s, tile, {k_cache, table, head}, queries, scores, stride, columns);
+            for (int64_t r = 0; r < tile.tokens * s.share; ++r) {
+                const int64_t t = r / s.share, begin = tile.begin_of(t);
+                softmax(scores + r * stride + begin - tile.begin(), tile.end_of(t) - begin, scale,
+                        softcap, sinks ? sinks + head * s.share + r % s.share : nullptr);
             }
-            for (int64_t h = 0; h < share; ++h) {
-                float* row = scores + h * stride;
-                if (softcap > 0)
-                    for (int64_t i = 0; i < visible; i += 16)
-                        store(row + i, broadcast(softcap) * tanh(load(row + i) * broadcast(scale / softcap)));
-                float top = row[0];
-                for (int64_t i = 1; i < visible; ++i) top = std::max(top, row[i]);
-                for (int64_t i = visible; i < (visible + 15) / 16 * 16; ++i) row[i] = top;
-                Floats total = zero();
-                const float by = softcap > 0 ? 1.0f : scale;
-                const float highest = sinks ? std::max(top * by, sinks[head * share + h]) : top * by;
-                const Floats factor = broadcast(by), peak = broadcast(highest);
-                for (int64_t i = 0; i < visible; i += 16) {
-                    const Floats e =
-                        keep_first(exp(load(row + i) * factor - peak), visible - i);
-                    store(row + i, e);
-                    total = total + e;
-                }
-                const float sink = sinks ? std::exp(sinks[head * share + h] - highest) : 0.0f;
-                const Floats inverse = broadcast(1.0f / (sum(total) + sink));
-                for (int64_t i = 0; i < visible; i += 16) store(row + i, load(row + i) * inverse);
-            }
-            std::fill(mixed, mixed + share * dim, 0.0f);
-            for (int64_t first = begin / block_size * block_size; first < end; first += block_size) {
-                const bf16* values =
-                    v_cache + (table[first / block_size] * kv_heads + head) * block_size * dim;
-                const int64_t from = std::max<int64_t>(0, begin - first);
-                const int64_t count = std::min(block_size, end - first);
-                for (int64_t h = 0; h < share; ++h)
-                    for (int64_t i = 0; i < dim; i += 16) {
-                        Floats part = load(mixed + h * dim + i);
-                        for (int64_t j = from; j < count; ++j)
-                            part = fma(broadcast(scores[h * stride + first - begin + j]),
-                                       load_bf16(values + j * dim + i), part);
-                        store(mixed + h * dim + i, part);
-                    }
-            }
-            for (int64_t i = 0; i < share * dim; i += 16)
-                store_bf16(target + i, load(mixed + i));
+            std::fill(mixed, mixed + tile.tokens * s.share * dim, 0.0f);
+            mix_tile(s, tile, {v_cache, table, head}, scores, stride, mixed, values);
+            for (int64_t r = 0; r < tile.tokens * s.share; ++r)
+                for (int64_t i = 0; i < dim; i += 16)
+                    store_bf16(target + ((r / s.share) * q_heads + r % s.share) * dim + i,
+                               load(mixed + r * dim + i));
         }
     }
     return kDone;

@@ -1,7 +1,7 @@
 """Compiles the C++ kernels once per source and target, into the user's cache.
 
-``python -m nybble.kernels.cpu.build`` does it ahead of time. NYBBLE_CPU_TARGET, ``avx2`` or
-``avx512``, names the instruction sets to use; by default the fastest which this CPU has are used.
+``python -m nybble.kernels.cpu.build`` does it ahead of time. NYBBLE_CPU_TARGET, the name of one of
+``TARGETS``, says which instruction sets to use; by default the fastest which this CPU has are used.
 """
 
 from __future__ import annotations
@@ -39,14 +39,18 @@ class Target:
     flags: tuple[str, ...]
 
 
+_AVX2 = ("avx2", "fma", "f16c")
 _AVX512 = ("avx512f", "avx512bw", "avx512vl", "avx512dq")
+_AVX512_FLAGS = ("-march=haswell", *(f"-m{feature}" for feature in _AVX512))
 TARGETS = (  # the fastest first
-    Target(
-        "avx512",
-        (*_AVX512, "avx512_bf16"),
-        ("-march=haswell", *(f"-m{feature}" for feature in _AVX512), "-mavx512bf16"),
-    ),
-    Target("avx2", ("avx2", "fma", "f16c"), ("-march=haswell",)),
+    # Zen 4, Sapphire Rapids, Cooper Lake and later
+    Target("avx512_bf16", (*_AVX512, "avx512_bf16"), (*_AVX512_FLAGS, "-mavx512bf16")),
+    # Cascade Lake, Ice Lake, Tiger Lake
+    Target("avx512_vnni", (*_AVX512, "avx512_vnni"), (*_AVX512_FLAGS, "-mavx512vnni")),
+    Target("avx512", _AVX512, _AVX512_FLAGS),  # Skylake-X
+    # Alder Lake and later laptops
+    Target("avx2_vnni", (*_AVX2, "avx_vnni"), ("-march=haswell", "-mavxvnni")),
+    Target("avx2", _AVX2, ("-march=haswell",)),
 )
 
 
@@ -87,7 +91,7 @@ def wanted_targets(name: str | None, cpuinfo: Path = Path("/proc/cpuinfo")) -> l
         return usable_targets(cpuinfo)
     known = {target.name: target for target in TARGETS}
     if name not in known:
-        expected = " or ".join(known)
+        expected = ", ".join(known)
         raise ValueError(f"NYBBLE_CPU_TARGET is {name!r}, expected {expected}; or leave it unset")
     if missing := missing_cpu_features(known[name], cpuinfo):
         raise ValueError(

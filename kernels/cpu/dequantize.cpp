@@ -1,5 +1,5 @@
-// A packed weight as a dense matrix; PackedWeight.dequantize in kernels/packed.py defines it, and
-// the results are the same to the bit.
+// A packed weight as a dense matrix. PackedWeight.dequantize in kernels/packed.py defines the
+// result, and these kernels give the same bits.
 
 #include <omp.h>
 
@@ -18,8 +18,8 @@ struct Packed {
     int64_t octets, groups, octets_per_group;
 };
 
-// One output, row `lane` of a tile, in stored column order. scales and zeros are the tile's,
-// (groups, 16); `target` has room for an octet more than there are.
+// Decodes one output, row `lane` of a tile, in stored column order. scales and zeros are those of
+// the tile, (groups, 16). `target` must have room for one octet more than the weight has.
 void decode(const Packed& w, const Levels& levels, int64_t tile, int64_t lane, const float* scales,
             const float* zeros, float* target) {
     const uint8_t* codes = w.codes + tile * w.octets * 64 + lane * 4;
@@ -33,7 +33,8 @@ void decode(const Packed& w, const Levels& levels, int64_t tile, int64_t lane, c
         const Floats zero_point = broadcast(zeros[group * 16 + lane]);
         const int64_t first = group * w.octets_per_group;
         const int64_t last = std::min(w.octets, first + w.octets_per_group);
-        // If the number is odd, the last is decoded with the next group's first (decoded twice).
+        // Octets are decoded in pairs. If a group has an odd number, its last octet is paired with
+        // the next group's first, which is decoded again later with its own scale.
         for (int64_t octet = first; octet < last; octet += 2) {
             const Floats level = levels.of_octets(load_lane(octet),
                                                   load_lane(std::min(octet + 1, w.octets - 1)));
@@ -54,7 +55,8 @@ extern "C" int nybble_dequantize(const uint8_t* codes, const void* scales, const
     const Packed w{codes, octets, groups, std::min(octets, octets_per_group)};
     const Levels table(levels);
     const int64_t tiles = (outputs + 15) / 16;
-    // A tile's scales and zeros, a row of it as stored, and that row by features.
+    // Each thread's buffer holds a tile's scales and zeros, one row of it in stored column order,
+    // and that row in the order of features if there is a permutation.
     const int64_t row_size = w.octets * 8 + 8;
     const int64_t size = groups * 32 + row_size + (perm ? inputs : 0);
     const auto all_buffers = buffers(threads, size);
@@ -83,7 +85,7 @@ extern "C" int nybble_dequantize(const uint8_t* codes, const void* scales, const
                 }
                 const int64_t at = (tile * 16 + lane) * inputs;
                 if (as_bf16) {
-                    // Not the instruction, which makes zeros of subnormal numbers.
+                    // Not the conversion instruction, which turns subnormal numbers into zeros.
                     bf16* target = static_cast<bf16*>(out) + at;
                     for (int64_t k = 0; k < inputs; ++k) target[k] = to_bf16(row[k]);
                 } else {

@@ -49,7 +49,7 @@ void gated(Function activation, const bf16* gate_up, bf16* out, int64_t rows, in
         const bf16 *gate = gate_up + r * 2 * width, *up = gate + width;
         for (int64_t i = 0; i < width; i += 16) {
             bf16* target = out + r * width + i;
-            // The activation is rounded before the product, as two separate operations would.
+            // The activation is rounded to bf16 before the product, as in the reference.
             store_bf16(target, activation(load_bf16(gate + i)));
             store_bf16(target, load_bf16(target) * load_bf16(up + i));
         }
@@ -60,8 +60,8 @@ void gated(Function activation, const bf16* gate_up, bf16* out, int64_t rows, in
 
 extern "C" {
 
-// normed = rms_norm(x + residual) · (offset + weight); residual (may be null) is updated in place to
-// the sum.
+// out = rms_norm(x + residual) · (offset + weight). If residual is not null, it is replaced by the
+// sum.
 void nybble_rms_norm(const bf16* x, bf16* residual, const bf16* weight, bf16* out, int64_t rows,
                      int64_t width, float eps, float offset) {
     for (int64_t r = 0; r < rows; ++r) {
@@ -80,7 +80,7 @@ void nybble_rms_norm(const bf16* x, bf16* residual, const bf16* weight, bf16* ou
         const Floats inverse = broadcast(1.0f / std::sqrt(sum(squares) / width + eps));
         bf16* target = out + r * width;
         if (offset == 0.0f) {
-            for (int64_t i = 0; i < width; i += 16) {  // rounded before the product too
+            for (int64_t i = 0; i < width; i += 16) {  // rounded to bf16 before the product, too
                 store_bf16(target + i, load_bf16(row + i) * inverse);
                 store_bf16(target + i, load_bf16(target + i) * load_bf16(weight + i));
             }
@@ -92,7 +92,7 @@ void nybble_rms_norm(const bf16* x, bf16* residual, const bf16* weight, bf16* ou
     }
 }
 
-// activation(gate) · up.
+// out = activation(gate) · up.
 void nybble_gated(const bf16* gate_up, bf16* out, int64_t rows, int64_t width, int activation,
                   int threads) {
     switch (activation) {
@@ -103,7 +103,7 @@ void nybble_gated(const bf16* gate_up, bf16* out, int64_t rows, int64_t width, i
     }
 }
 
-// Rotates q in place and stores rotated k and v. Row strides are in elements.
+// Rotates q in place, and stores rotated k, and v, in the caches. Row strides are in elements.
 void nybble_rotary_store(bf16* q, const bf16* k, const bf16* v, const float* cos, const float* sin,
                          bf16* k_cache, bf16* v_cache, const int64_t* slots, int64_t tokens,
                          int64_t q_heads, int64_t kv_heads, int64_t dim, int64_t rotary_dim,
@@ -117,7 +117,7 @@ void nybble_rotary_store(bf16* q, const bf16* k, const bf16* v, const float* cos
             store_bf16(out + i, fnma(high, load(s + i), low * load(c + i)));
             store_bf16(out + half + i, fma(low, load(s + half + i), high * load(c + half + i)));
         }
-        for (; i < half; ++i) {  // neighbours, and what fills no vector
+        for (; i < half; ++i) {  // interleaved pairs, and the rest that fills no vector
             const int64_t a = interleaved ? 2 * i : i, b = interleaved ? 2 * i + 1 : half + i;
             const float low = to_float(in[a]), high = to_float(in[b]);
             out[a] = to_bf16(low * c[i] - high * s[i]);

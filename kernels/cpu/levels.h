@@ -9,7 +9,7 @@ namespace nybble {
 // Bit at which column c of an octet lies in its lane.
 constexpr int shift_of(int column) { return 4 * (column / 2) + 16 * (column % 2); }
 
-#if defined(__AVX512BF16__)
+#if defined(__AVX512BW__)
 
 struct Levels {
     __m512 all;

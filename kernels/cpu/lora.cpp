@@ -1,4 +1,4 @@
-// Low-rank additions; kernels/lora.py defines them and the shapes.
+// Adds the LoRA terms of a batch; kernels/lora.py defines them and the shapes.
 //
 // Two passes over the adapted rows, grouped by adapter: h = a · x, then out += b · h. The
 // order of the additions for one value does not depend on how many rows or outputs are computed at
@@ -22,7 +22,7 @@ inline float rounded(float value) { return to_float(to_bf16(value)); }
 
 #if defined(__AVX512BF16__)
 
-constexpr int kVectors = 8;  // accumulators beside the operands
+constexpr int kVectors = 8;  // accumulators that fit in registers beside the operands
 
 using Columns = __m512bh;  // 32 columns
 inline Columns load_columns(const bf16* source, int64_t count) {
@@ -65,8 +65,8 @@ inline Floats load_bf16_first(const bf16* source, int64_t count) {
 #endif
 
 constexpr int kRows = 4;       // rows of x computed together
-constexpr int kRanks = 8;      // ranks of one shrinking item
-constexpr int kOutputs = 512;  // outputs of one expanding item
+constexpr int kRanks = 8;      // ranks per work item of the shrink pass
+constexpr int kOutputs = 512;  // outputs per work item of the expand pass
 
 struct Args {
     bf16* out;             // (tokens, outputs)
@@ -83,7 +83,8 @@ struct Block {
     int64_t slot, first, count, rank;
 };
 
-// h of R rows for N ranks whose rows of `a` begin at `ranks`; those at `ahead` are needed next.
+// Computes h of R rows for N ranks, whose rows of `a` begin at `ranks`. The rows of `a` at `ahead`
+// are prefetched, because they are needed next.
 template <int R, int N>
 void shrink(const Args& p, const Block& block, const bf16* const* ranks, const int64_t* at,
             const bf16* ahead) {
@@ -106,7 +107,7 @@ void shrink(const Args& p, const Block& block, const bf16* const* ranks, const i
             p.h[(block.first + r) * p.parts * p.max_rank + at[n]] = rounded(sum(total[r][n]));
 }
 
-// Where the row of `a` begins for the n-th rank of a block, counted through all parts.
+// The row of `a` for the n-th rank of a block, with ranks counted through all parts.
 const bf16* rank_row(const Args& p, const Block& block, int64_t n) {
     const int64_t row = block.slot * p.parts * p.max_rank + n / block.rank * p.max_rank;
     return p.a + (row + n % block.rank) * p.inputs;
@@ -132,7 +133,7 @@ void shrink_ranks(const Args& p, const Block& block, int64_t first, int64_t last
     }
 }
 
-// out of R rows for the 16 · T outputs from `first` on; only `count` of the last 16 exist.
+// Adds to the 16 · T outputs from `first` on, for R rows. Only `count` of the last 16 exist.
 template <int R, int T>
 void expand(const Args& p, const Block& block, int64_t part, int64_t first, int64_t count) {
     const bf16* b = p.b + block.slot * p.max_rank * p.outputs + first;

@@ -19,8 +19,6 @@ inline Floats load_scales(const void* base, int64_t index, int type) {
 
 struct PackedArgs {
     const bf16* x;            // (rows, columns), columns padded to a multiple of 8 with zeros
-    const float* wide_x;      // the same as floats; only if the inner loops need it
-    const float* group_sums;  // (rows, groups) sums of x, if there are zeros
     const uint8_t* codes;     // (tiles, octets, 64)
     const void* scales;       // (tiles, groups, 16)
     const void* zeros;        // as scales, or null
@@ -30,16 +28,6 @@ struct PackedArgs {
     int64_t rows, outputs, columns, octets, groups, octets_per_group;
     int scale_type;
 };
-
-// total + scale · (sum − zero · Σx): one group's part of one tile of one row.
-inline Floats add_group(const PackedArgs& a, int64_t row, int64_t tile, int64_t group, Floats sum,
-                        Floats total) {
-    const int64_t at = (tile * a.groups + group) * 16;
-    if (a.zeros)
-        sum = fnma(load_scales(a.zeros, at, a.scale_type),
-                   broadcast(a.group_sums[row * a.groups + group]), sum);
-    return fma(load_scales(a.scales, at, a.scale_type), sum, total);
-}
 
 inline void store_tile(const PackedArgs& a, int64_t row, int64_t tile, Floats total) {
     const int64_t first = tile * 16, count = a.outputs - first < 16 ? a.outputs - first : 16;

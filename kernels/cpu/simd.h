@@ -1,5 +1,6 @@
-// Sixteen floats at a time, on AVX-512 with BF16 or on AVX2 with FMA and F16C; bf16 conversions and
-// dot products. Both compute the same values, except for the order of additions in a sum.
+// Sixteen floats at a time, on AVX-512 (with BF16 or without) or on AVX2 with FMA and F16C; bf16
+// conversions. All compute the same values, except for the order of additions in a
+// sum.
 
 #pragma once
 
@@ -28,7 +29,7 @@ inline bf16 to_bf16(float value) {
     return static_cast<bf16>(bits >> 16);
 }
 
-#if defined(__AVX512BF16__)
+#if defined(__AVX512BW__)
 
 struct Floats {
     __m512 v;
@@ -71,27 +72,26 @@ inline Floats load_bf16(const bf16* source) {
 inline Floats load_fp16(const uint16_t* source) {
     return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(source)))};
 }
+#if defined(__AVX512BF16__)
+inline __m256i round_to_bf16(Floats a) {
+    return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(a.v));
+}
+#else
+inline __m256i round_to_bf16(Floats a) {
+    const __m512i bits = _mm512_castps_si512(a.v), upper = _mm512_srli_epi32(bits, 16);
+    const __m512i odd = _mm512_and_si512(upper, _mm512_set1_epi32(1));
+    const __m512i half = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF));
+    const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, half), 16);
+    const __mmask16 is_nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
+    return _mm512_cvtepi32_epi16(
+        _mm512_mask_or_epi32(rounded, is_nan, upper, _mm512_set1_epi32(0x40)));
+}
+#endif
 inline void store_bf16(bf16* target, Floats a) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(target),
-                        reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(a.v)));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(target), round_to_bf16(a));
 }
 inline void store_bf16_first(bf16* target, Floats a, int64_t count) {
-    _mm256_mask_storeu_epi16(target, first_lanes(count),
-                             reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(a.v)));
-}
-
-// `count` is a multiple of 16.
-inline float dot(const bf16* a, const bf16* b, int64_t count) {
-    __m512 total = _mm512_setzero_ps();
-    int64_t i = 0;
-    for (; i + 32 <= count; i += 32)
-        total = _mm512_dpbf16_ps(total, reinterpret_cast<__m512bh>(_mm512_loadu_si512(a + i)),
-                                 reinterpret_cast<__m512bh>(_mm512_loadu_si512(b + i)));
-    if (i < count)
-        total = _mm512_dpbf16_ps(
-            total, reinterpret_cast<__m512bh>(_mm512_maskz_loadu_epi16(0xFFFF, a + i)),
-            reinterpret_cast<__m512bh>(_mm512_maskz_loadu_epi16(0xFFFF, b + i)));
-    return _mm512_reduce_add_ps(total);
+    _mm256_mask_storeu_epi16(target, first_lanes(count), round_to_bf16(a));
 }
 
 #else
@@ -187,17 +187,6 @@ inline void store_bf16_first(bf16* target, Floats a, int64_t count) {
     bf16 all[16];
     store_bf16(all, a);
     std::memcpy(target, all, count * sizeof(bf16));
-}
-
-inline float dot(const bf16* a, const bf16* b, int64_t count) {
-    Floats first = zero(), second = zero();
-    int64_t i = 0;
-    for (; i + 32 <= count; i += 32) {
-        first = fma(load_bf16(a + i), load_bf16(b + i), first);
-        second = fma(load_bf16(a + i + 16), load_bf16(b + i + 16), second);
-    }
-    if (i < count) first = fma(load_bf16(a + i), load_bf16(b + i), first);
-    return sum(first + second);
 }
 
 #endif

@@ -1,4 +1,4 @@
-"""The bodies of chat completions, and of requests about tokens."""
+"""The request bodies of chat completions, and of /tokenize and /detokenize."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def require_text(*types: str) -> BeforeValidator:
 
 
 class ContentPart(Body):
-    """Text, the only kind of content a language model here reads."""
+    """Text, the only kind of content which the models of this server read."""
 
     ignored: ClassVar[dict[str, str]] = {
         "cache_control": "prefixes are kept while there is room",
@@ -71,7 +71,7 @@ class ToolCall(Body):
 
 
 class Message(Body):
-    """One turn. Fields unknown here are handed to the model's chat template as they are."""
+    """One turn. Unknown fields are passed on to the model's chat template as they are."""
 
     model_config = ConfigDict(extra="allow")
 

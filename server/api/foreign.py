@@ -1,25 +1,26 @@
 """Fields of other servers' APIs, which their clients and routers add to every request.
 
 They come from vLLM's and SGLang's request classes and from llama.cpp's server. A field is ignored
-if it cannot change the generated text here. Otherwise it is refused unless its value asks for
-nothing.
+if it cannot change the generated text here. Otherwise it is refused, unless its value turns the
+feature off.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-_NO_MEDIA = "there are no images, audio or video here"
-_NO_REASONING = "reasoning is not told from the rest of the text"
-_OTHER_SAMPLER = "of a sampler that is refused"
-_ONE_REPLICA = "there is one replica"
-_HINT = "a hint for speed"
+_NO_MEDIA = "the models here read text only"
+_NO_REASONING = "reasoning is not separated from the rest of the text"
+_OTHER_SAMPLER = "belongs to a sampler that is refused"
+_BEAM_SEARCH = "belongs to beam search, which is refused"
+_ONE_REPLICA = "there is only one replica"
+_HINT = "only a hint to speed up generation"
 _NAMED_BY_HEADER = "X-Request-Id names a request"
 _NO_EXPERTS = "the routing of experts is not returned"
 
 IGNORED = {
     "cache_prompt": "prefixes are kept while there is room",
-    "custom_labels": "metrics have labels of their own",
+    "custom_labels": "the labels of the metrics are fixed",
     "data_parallel_rank": _ONE_REPLICA,
     "disagg_prefill_dp_rank": _ONE_REPLICA,
     "dry_allowed_length": _OTHER_SAMPLER,
@@ -27,12 +28,12 @@ IGNORED = {
     "dry_penalty_last_n": _OTHER_SAMPLER,
     "dry_sequence_breakers": _OTHER_SAMPLER,
     "dynatemp_exponent": _OTHER_SAMPLER,
-    "early_stopping": "of beam search, which is refused",
-    "guided_decoding_backend": "there is one",
+    "early_stopping": _BEAM_SEARCH,
+    "guided_decoding_backend": "there is only one backend",
     "id_slot": _HINT,
     "images_config": _NO_MEDIA,
     "include_reasoning": _NO_REASONING,
-    "length_penalty": "of beam search, which is refused",
+    "length_penalty": _BEAM_SEARCH,
     "max_dynamic_patch": _NO_MEDIA,
     "media_io_kwargs": _NO_MEDIA,
     "min_dynamic_patch": _NO_MEDIA,
@@ -51,14 +52,14 @@ IGNORED = {
     "routed_experts_start_len": _NO_EXPERTS,
     "separate_reasoning": _NO_REASONING,
     "session_id": _HINT,
-    "stream_interval": "tokens are sent as they come",
+    "stream_interval": "every token is sent as soon as it is generated",
     "stream_reasoning": _NO_REASONING,
     "timings_per_token": "timings are in the metrics",
     "use_audio_in_video": _NO_MEDIA,
     "xtc_threshold": _OTHER_SAMPLER,
 }
 
-_NO_PLUGINS = "samplers of one's own are not supported"
+_NO_PLUGINS = "custom samplers are not supported"
 _ONE_SERVER = "prompts are not computed on another server"
 
 REFUSED = {
@@ -70,7 +71,7 @@ REFUSED = {
     "dry_multiplier": "DRY is not supported: use repetition_penalty or frequency_penalty",
     "dynatemp_range": "dynamic temperature is not supported: use temperature and min_p",
     "ec_transfer_params": _ONE_SERVER,
-    "enable_thinking": "enable_thinking belongs into chat_template_kwargs",
+    "enable_thinking": "enable_thinking is not supported here: put it into chat_template_kwargs",
     "extra_key": "extra_key is not supported: use cache_salt",
     "guided_whitespace_pattern": "guided_whitespace_pattern is not supported: use guided_regex",
     "input_ids": "input_ids is not supported: send token ids to /v1/completions",
@@ -85,9 +86,9 @@ REFUSED = {
     "prompt_embeds": "prompts are text or token ids",
     "repeat_penalty": "repeat_penalty is not supported: use repetition_penalty",
     "repetition_detection": "repetition_detection is not supported: use repetition_penalty",
-    "return_cached_tokens_details": "usage has cached_tokens, and nothing more is known",
-    "return_hidden_states": "hidden states are not returned: /v1/embeddings has the last",
-    "return_meta_info": "return_meta_info is not supported: usage and logprobs have what there is",
+    "return_cached_tokens_details": "only the number of cached_tokens is known: see usage",
+    "return_hidden_states": "hidden states are not returned: /v1/embeddings has the last one",
+    "return_meta_info": "return_meta_info is not supported: see usage and logprobs",
     "return_prompt_text": "return_prompt_text is not supported: use return_token_ids",
     "return_prompt_token_ids": "return_prompt_token_ids is not supported: use return_token_ids",
     "return_routed_experts": _NO_EXPERTS,
@@ -108,7 +109,7 @@ REFUSED = {
     "xtc_probability": "XTC is not supported: use min_p",
 }
 
-# Values that ask for nothing, besides null, false, 0, "", [] and {}.
+# Values that turn a refused feature off, besides null, false, 0, "", [] and {}.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n_predict": (-1,),
     "repeat_penalty": (1,),
@@ -120,7 +121,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 _OF_CHATS = "{} belongs to /v1/chat/completions"
 
-# Chat completions' fields in completions, and the other way round.
+# Fields of chat completions which are refused in completions, and the reverse.
 REFUSED_IN_COMPLETIONS = {
     "max_completion_tokens": "max_completion_tokens is not supported here: use max_tokens"
 } | {

@@ -65,7 +65,7 @@ class StructuredOutputs(Body):
     structural_tag: see :mod:`nybble.server.api.structural_tag`.
     """
 
-    ignored: ClassVar[dict[str, str]] = {"disable_fallback": "there is one back end"}
+    ignored: ClassVar[dict[str, str]] = {"disable_fallback": "there is only one backend"}
     refused: ClassVar[dict[str, str]] = {
         "disable_any_whitespace": "disable_any_whitespace is not supported: use regex",
         "disable_additional_properties": "disable_additional_properties is not supported: write "

@@ -1,4 +1,4 @@
-"""What a request says about the form of its answer, as a guide for the engine."""
+"""Turns a request's constraints on its output into a guide for the engine."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ async def guide_of(
     response_format: ResponseFormat | None = None,
     tools: Tools | None = None,
 ) -> GrammarGuide | None:
-    """The guide a request asks for, or None. Compiled in ``pool``, before it is admitted.
+    """The guide a request asks for, or None. It is compiled in ``pool`` before admission.
 
-    What a schema without ``strict`` says and no grammar can is left to the model, as OpenAI does;
-    ``record`` is told. Tools go together with a response format: calls follow the tools' grammar,
-    and an answer that calls nothing follows the format.
+    If a schema is not ``strict``, the keywords which no grammar can enforce are left to the model,
+    as OpenAI does, and noted in ``record``. Tools can be combined with a response format: calls
+    follow the tools' grammar, and an answer that calls no tool follows the format.
 
-    Raises ApiError 400 naming the parameter for more than one other, or one that cannot be compiled
-    or not in time; 503 where the pool is busy.
+    Raises ApiError 400 naming the parameter if constraints exclude each other, or if one cannot be
+    compiled or takes too long; ApiError 503 if the pool is busy.
     """
     omissions: list[Omission] = []
     answer = _answer(response_format)

@@ -1,4 +1,4 @@
-"""Text and messages to token ids, without holding up the event loop."""
+"""Turns text and messages into token ids, without blocking the event loop."""
 
 from __future__ import annotations
 
@@ -28,15 +28,17 @@ from nybble.server.http.errors import ApiError
 
 T = TypeVar("T")
 
-# Text longer than this many characters is worked on in another thread.
+# Text longer than this many characters is processed in another thread.
 _LONG_TEXT = 4096
-# Encoding takes some 200 bytes for each token, and a token may be a byte: so much at a time.
+# Characters encoded at a time. Encoding needs some 200 bytes of memory per token, and each
+# character may be a token.
 _AT_A_TIME = 1 << 16
-# What /tokenize and /detokenize take. A context's text is bounded by the context.
+# The most that /tokenize and /detokenize accept. Other text is limited by the context length.
 MAX_TEXT_BYTES, MAX_TOKENS = 1 << 20, 1 << 20
-# Of the inputs of one request together: OpenAI's limit for embeddings.
+# Tokens of all inputs of one request together: OpenAI's limit for embeddings.
 _MAX_TOGETHER = 300_000
-# A model has one or two; a trusted client may send its own.
+# Templates about which something is remembered. A model has one or two; trusted clients may send
+# their own.
 _MAX_TEMPLATES = 16
 
 
@@ -52,7 +54,10 @@ class Prompts:
         *,
         trust_chat_templates: bool = False,
     ) -> None:
-        """trust_chat_templates: whether requests may bring templates of their own."""
+        """max_model_len: tokens of prompt and output together.
+
+        trust_chat_templates: whether requests may bring templates of their own.
+        """
         self._tokenizer = tokenizer
         self._backend = tokenizer.backend_tokenizer
         self._model = model
@@ -65,17 +70,21 @@ class Prompts:
         self._chat_encoder = ChatEncoder(tokenizer)
         # By template: whether it reads content as a list of parts.
         self._parts: dict[str, bool] = {}
-        # One at a time, whatever many ask for: it takes much memory, which each thread's allocator
-        # keeps for its next. The encoder has threads of its own.
+        # One thread, however many requests there are: encoding takes much memory, and each thread's
+        # allocator keeps it for later. The encoder has threads of its own.
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="nybble-tokenize")
 
     async def encode(
         self, text: str, *, special_tokens: bool = True, any_length: bool = False
     ) -> tuple[int, ...]:
-        """Token ids of ``text``; special_tokens: with those the model's inputs begin with.
+        """Token ids of ``text``.
 
-        Raises ApiError 400 for text that is far beyond the context, without encoding all of it;
-        with ``any_length``, for text beyond 1 MiB.
+        special_tokens: whether to add the special tokens with which the model's inputs begin or
+            end.
+        any_length: accept up to 1 MiB of text, whatever the context length.
+
+        Raises ApiError 400 for text that is far longer than the context, without encoding all of
+        it, or, with ``any_length``, for more than 1 MiB.
         """
         if any_length:
             _require_size("prompt", len(text.encode()), MAX_TEXT_BYTES, "bytes")
@@ -97,13 +106,15 @@ class Prompts:
         any_length: bool = False,
         parse_special: bool = True,
     ) -> list[tuple[int, ...]]:
-        """Token ids of prompts of one kind.
+        """Token ids of prompts, which are either all text or all token ids.
 
-        special_tokens: whether texts get those that inputs begin or end with.
-        parse_special: whether a special token's text is that token, as in a prompt which a client
-        has made by a chat template. A text that begins with BOS already gets no second one.
+        special_tokens: whether to add the special tokens with which inputs begin or end. A text
+            that begins with BOS gets no second one.
+        parse_special: whether the text of a special token becomes that token. A prompt which a
+            client has made with a chat template needs this.
 
-        Raises ApiError 400 as :meth:`encode` does, and where they are too many together.
+        Raises ApiError 400 as :meth:`encode` does, and if the prompts together have too many
+        tokens.
         """
         texts = [prompt for prompt in prompts if isinstance(prompt, str)]
         given = [prompt for prompt in prompts if not isinstance(prompt, str)]
@@ -154,7 +165,7 @@ class Prompts:
         )
 
     async def token_strings(self, token_ids: Sequence[int]) -> list[str]:
-        """Each token as the vocabulary spells it."""
+        """Each token as it is written in the vocabulary; "" for an unknown id."""
 
         def work() -> list[str]:
             return [self._backend.id_to_token(token) or "" for token in token_ids]
@@ -170,14 +181,19 @@ class Prompts:
         any_length: bool = False,
         parse_special: bool = False,
     ) -> tuple[int, ...]:
-        """Token ids of a conversation in the model's own template, up to the assistant's turn.
+        """Token ids of a conversation in the model's chat template, up to the assistant's turn.
 
-        parse_special: whether what looks like a marker in a message's text is one (see
-        :class:`nybble.engine.conversation.ChatEncoder`).
+        parse_special: whether the text of a special token in a message becomes that token (see
+            :class:`nybble.engine.conversation.ChatEncoder`).
 
-        Raises ApiError 400 where the model has no template, the template refuses or it leaves out
-        a message, for a request's own template where that is not allowed, and for text as
-        :meth:`encode` does; 500 where the template takes too much time or memory.
+        Raises ApiError 400 if
+
+        - the model has no template,
+        - the template refuses the messages or leaves one out,
+        - the request brings a template of its own and this is not allowed,
+        - the text is too long, as in :meth:`encode`;
+
+        and ApiError 500 if the template takes too much time or memory.
         """
         template = options.chat_template
         if template is None:
@@ -185,11 +201,11 @@ class Prompts:
         elif not self._trust_chat_templates:
             raise ApiError(
                 400,
-                "chat_template is taken only by a server with --trust-request-chat-template",
+                "chat_template is accepted only if the server has --trust-request-chat-template",
                 param="chat_template",
                 code="unsupported_parameter",
             )
-        if len(messages) > self._max_model_len:  # a message is a token at least
+        if len(messages) > self._max_model_len:  # a message has at least one token
             raise self._too_long(f"{len(messages)} messages")
         turns = [turn_of(message.model_dump(exclude_none=True)) for message in messages]
         if not parse_special:
@@ -237,10 +253,10 @@ class Prompts:
         tools: Sequence[dict[str, Any]] | None,
         variables: dict[str, Any],
     ) -> str:
-        """The turns as text, in the form the template takes their content in."""
+        """The turns as text, with their content in the form which the template reads."""
         refusal: ApiError | None = None
         takes_parts = await self._takes_parts(template)
-        # Either, as a template may take the one of a user's text and the other of a tool's.
+        # Try both forms: a template may read a user's content as text and a tool's as parts.
         for parts in (takes_parts, not takes_parts):
             shown = in_parts(turns) if parts else turns
             try:
@@ -259,7 +275,7 @@ class Prompts:
         raise refusal
 
     async def _takes_parts(self, template: str) -> bool:
-        """Whether it reads content as a list of parts and shows nothing of a text."""
+        """Whether the template reads content as a list of parts, and leaves out content as text."""
         if template not in self._parts:
             if len(self._parts) >= _MAX_TEMPLATES:
                 self._parts.clear()
@@ -315,14 +331,14 @@ class Prompts:
             )
 
     def _require_few_tokens(self, text: str) -> None:
-        """Raises ApiError 400 for a text whose parts have far more tokens than the context."""
+        """Raises ApiError 400 if a text has far more tokens than the context, counted in parts."""
         if len(text) <= _AT_A_TIME:
             return
         least = 0
         for start in range(0, len(text), _AT_A_TIME):
             part = text[start : start + _AT_A_TIME]
             (encoding,) = self._backend.encode_batch_fast([part], add_special_tokens=False)
-            # Cutting may cut a token into as many as it has characters.
+            # A cut through a token may turn it into as many tokens as it has characters.
             least += max(0, len(encoding) - self._longest)
             if least > self._max_model_len:
                 raise self._too_long(f"{least} tokens at least")
@@ -358,30 +374,30 @@ class Prompts:
 
     @property
     def around(self) -> tuple[int, int]:
-        """How many special tokens texts are given before and after."""
+        """How many special tokens are added before and after a text."""
         before, after = self._around
         return len(before), len(after)
 
     @cached_property
     def _around(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The tokens that the model's inputs begin and end with."""
+        """The special tokens with which the model's inputs begin and end."""
         bare = self._encode("a", special_tokens=False)
         whole = self._encode("a", special_tokens=True)
         at = next(at for at in range(len(whole)) if whole[at : at + len(bare)] == bare)
         return whole[:at], whole[at + len(bare) :]
 
     def _encode(self, text: str, special_tokens: bool) -> tuple[int, ...]:
-        # The batch form lets other threads run meanwhile; the single one does not. The fast one
-        # leaves out where in the text each token stands.
+        # Encoding a batch releases the GIL, and encoding a single text does not. The fast form does
+        # not compute each token's position in the text.
         (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=special_tokens)
         ids = tuple(encoding.ids)
         return self._with_one_bos(text, ids) if special_tokens else ids
 
     def _with_one_bos(self, text: str, ids: tuple[int, ...]) -> tuple[int, ...]:
-        """``ids`` of ``text`` without the BOS before one that the text begins with itself."""
+        """``ids`` of ``text``, without the added BOS if the text begins with one itself."""
         bos, spelled = self._tokenizer.bos_token_id, self._tokenizer.bos_token
         if spelled and text.startswith(spelled) and ids[:2] == (bos, bos):
-            # Two where the text has two itself, and the tokenizer adds none.
+            # If the tokenizer adds no BOS, both are the text's own and stay.
             return ids[1:] if ids[0] in self._around[0] else ids
         return ids
 
@@ -402,7 +418,7 @@ def _require_size(param: str, found: int, most: int, unit: str) -> None:
 
 
 def _variables(options: TemplateOptions, template: str) -> dict[str, Any]:
-    """What a template is given besides messages, tools and special tokens."""
+    """The variables of a template besides messages, tools and special tokens."""
     variables: dict[str, Any] = {}
     if options.continue_final_message:
         variables["continue_final_message"] = True
@@ -419,7 +435,7 @@ def _variables(options: TemplateOptions, template: str) -> dict[str, Any]:
 
 
 def _reasoning(effort: str | None, template: str) -> dict[str, Any]:
-    """An effort in the template's own words. Raises ApiError 400 where it has none for it."""
+    """An effort as variables of the template. Raises ApiError 400 if it has none for reasoning."""
     if effort is None:
         return {}
     variables: dict[str, Any] = {}
@@ -430,8 +446,8 @@ def _reasoning(effort: str | None, template: str) -> dict[str, Any]:
     if not variables and effort != "none":
         raise ApiError(
             400,
-            f"reasoning_effort is {effort!r}, but the model's chat template knows of no reasoning; "
-            "expected 'none'",
+            f"reasoning_effort is {effort!r}, but the model's chat template does not support "
+            "reasoning; expected 'none'",
             param="reasoning_effort",
             code="unsupported_parameter",
         )

@@ -168,7 +168,7 @@ class ResponsesRequest(OfTheService):
         **OF_THE_SERVICE,
         **foreign.IGNORED,
         "metadata": "nothing is stored; it comes back with the response",
-        "include": "there are no items that it would go into",
+        "include": "there are no output items to which it applies",
         "stream_options": "events carry no padding",
     }
     neutral: ClassVar[dict[str, tuple[Any, ...]]] = foreign.NEUTRAL
@@ -183,7 +183,7 @@ class ResponsesRequest(OfTheService):
         "background": "background responses are not supported",
         "max_tool_calls": "max_tool_calls is not supported: there are no built-in tools",
         "moderation": "moderation is not supported: there is no moderation model",
-        "context_management": "context_management is not supported: send what is to be read",
+        "context_management": "context_management is not supported: send only what is to be read",
         "top_logprobs": "logprobs are not supported here: use /v1/chat/completions",
     }
 

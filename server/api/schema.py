@@ -1,7 +1,7 @@
-"""What the bodies of chat completions and completions have in common, and those of completions.
+"""The request bodies of completions and of adapters, and what completions share with chats.
 
-Every optional field may be null, as OpenAI's may. Ranges of sampling parameters are checked by
-:class:`nybble.engine.SamplingParams`, which names the parameter itself.
+Every optional field may be null, as in OpenAI's API. :class:`nybble.engine.SamplingParams` checks
+the ranges of sampling parameters; its errors name the parameter.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ _MAX_WORDS = 256
 _MAX_TOKEN_IDS = 1 << 18
 _MAX_TOKEN_IDS_REPORTED = 128
 _MAX_SALT = 1024
-NO_LIMIT = -1  # of tokens, as llama.cpp's clients write it
-_COMPLETION_MAX_TOKENS = 16  # OpenAI's default; chat goes on to the end of the context
+NO_LIMIT = -1  # no limit of tokens, in the form which llama.cpp's clients use
+_COMPLETION_MAX_TOKENS = 16  # OpenAI's default; a chat may go on to the end of the context
 
 
 Priority = Annotated[int, Field(ge=-(2**63), lt=2**63)]
@@ -53,7 +53,7 @@ def _stops(value: Any) -> Any:
 
 
 def _biases(value: Any) -> Any:
-    """JSON has token ids as strings; [] is how PHP writes an object without members."""
+    """Token ids as integers: JSON's keys are strings. PHP writes an empty object as []."""
     if value == []:
         return None
     if not isinstance(value, dict):
@@ -63,15 +63,15 @@ def _biases(value: Any) -> Any:
     wrong = [key for key in value if not (key.isascii() and key.isdigit() and len(key) < 10)]
     if wrong:
         shown = ", ".join(repr(key[:40]) for key in wrong[:_NAMED])
-        verb = "is no token id" if len(wrong) == 1 else "are no token ids"
+        verb = "is not a token id" if len(wrong) == 1 else "are not token ids"
         raise PydanticCustomError(
-            "bad_key", "{keys} {verb}, as the keys are", {"keys": shown, "verb": verb}
+            "bad_key", "{keys} {verb}, as keys must be", {"keys": shown, "verb": verb}
         )
     return {int(key): bias for key, bias in value.items()}
 
 
 def _no_false(value: Any) -> Any:
-    """false as null: in chat completions logprobs is true or false, in completions a number."""
+    """Accept false as null: logprobs is a boolean in chat completions, but a number here."""
     return None if value is False else value
 
 
@@ -86,12 +86,12 @@ class StreamOptions(Body):
     include_obfuscation: bool | None = None  # padding against traffic analysis; never added here
 
 
-# OpenAI's fields that are about its own service.
+# OpenAI's fields for features of its own service: name → why ignoring it is safe.
 OF_THE_SERVICE = {
     "user": "there is no abuse detection",
     "metadata": "nothing is stored",
     "store": "nothing is stored",
-    "service_tier": "there is one",
+    "service_tier": "there is only one tier",
     "safety_identifier": "there is no abuse detection",
     "prompt_cache_key": "prefixes are found by their tokens",
     "prompt_cache_options": "prefixes are found by their tokens",
@@ -100,7 +100,7 @@ OF_THE_SERVICE = {
 
 
 class OfTheService(Body):
-    """The fields that are ignored because they are about OpenAI's service."""
+    """Fields for features of OpenAI's own service, which are accepted and ignored."""
 
     user: str | None = None
     metadata: dict[str, Any] | None = None
@@ -113,21 +113,22 @@ class OfTheService(Body):
 
 
 class Truncated(Body):
-    """vLLM's fields about a prompt that is too long. Special tokens around it stay.
+    """vLLM's fields for shortening a prompt that is too long. Special tokens around it are kept.
 
     truncate_prompt_tokens: how many tokens to keep; −1 for as many as leave room for the output.
+    truncation_side: the side of the prompt on which tokens are removed.
     """
 
     truncate_prompt_tokens: Annotated[int, Field(ge=-1)] | None = None
-    truncation_side: Literal["left", "right"] | None = None  # where tokens are left out
+    truncation_side: Literal["left", "right"] | None = None
 
     def truncated(
         self, prompt: tuple[int, ...], room: int, around: tuple[int, int] = (0, 0)
     ) -> tuple[int, ...]:
-        """What is left of a prompt's tokens.
+        """A prompt's tokens after truncation.
 
-        room: tokens of a prompt that leaves room for the output. around: special tokens that the
-        prompt begins and ends with, which stay.
+        room: the most tokens which a prompt may have so that the output has room too.
+        around: how many special tokens the prompt begins and ends with; they are kept.
         """
         asked = self.truncate_prompt_tokens
         if asked is None:
@@ -142,7 +143,7 @@ class Truncated(Body):
 
 
 class Sampling(OfTheService, Truncated):
-    """What chat completions and completions share. The last group extends OpenAI's API."""
+    """The fields of both chat completions and completions. The last group extends OpenAI's API."""
 
     ignored: ClassVar[dict[str, str]] = OF_THE_SERVICE | foreign.IGNORED
     refused: ClassVar[dict[str, str]] = foreign.REFUSED
@@ -201,8 +202,8 @@ class Sampling(OfTheService, Truncated):
     json_schema: Annotated[JsonObject | None, BeforeValidator(_no_empty)] = None
     timeout: Timeout | None = None
     prompt_logprobs: int | None = None
-    # Whether the text of a special token is that token: in completions by default, in the messages
-    # of a chat not.
+    # Whether the text of a special token becomes that token. The default is true for completions
+    # and false for the messages of a chat.
     parse_special: bool | None = None
 
     @model_validator(mode="after")
@@ -225,17 +226,17 @@ class Sampling(OfTheService, Truncated):
 
     @property
     def sequences(self) -> int:
-        """How many continuations of each prompt."""
+        """How many continuations to generate for each prompt."""
         return self.n or 1
 
     @property
     def include_usage(self) -> bool:
-        """Whether a stream ends with the tokens used."""
+        """Whether a stream ends with the number of tokens used."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
     @property
     def continuous_usage(self) -> bool:
-        """Whether every event has the tokens used so far."""
+        """Whether every event of a stream has the number of tokens used so far."""
         return self.include_usage and bool(
             self.stream_options and self.stream_options.continuous_usage_stats
         )
@@ -243,7 +244,12 @@ class Sampling(OfTheService, Truncated):
     def sampling_params(
         self, max_tokens: int | None, logprobs: int | None, defaults: Mapping[str, float]
     ) -> SamplingParams:
-        """``defaults`` are for what the request leaves out. Raises ParameterError."""
+        """The request's parameters for the engine.
+
+        defaults: values for the fields which the request leaves out.
+
+        Raises ParameterError naming a parameter that is out of range.
+        """
         given: dict[str, Any] = {
             name: getattr(self, name)
             for name in (
@@ -264,9 +270,9 @@ class Sampling(OfTheService, Truncated):
             if getattr(self, name) is not None
         }
         if self.top_k is not None:
-            # −1 is how other servers spell "off".
+            # −1 means "off" in other servers.
             given["top_k"] = 0 if self.top_k == -1 else self.top_k
-        if given.get("seed") == -1:  # and this a random one
+        if given.get("seed") == -1:  # means a random seed in other servers
             del given["seed"]
         if self.allowed_token_ids is not None:
             given["allowed_token_ids"] = tuple(self.allowed_token_ids)
@@ -285,16 +291,17 @@ class Sampling(OfTheService, Truncated):
 Prompt = str | list[int]
 
 
-# For documents; to validate by it would try each shape on a long list of token ids.
+# For the OpenAPI document only: validating with this union would try every form on a long list of
+# token ids.
 PromptShapes = str | list[str] | list[int] | list[list[int]]
 
 
 def prompts_of(value: Any) -> Any:
-    """OpenAI's four shapes as a list of prompts, each text or token ids."""
+    """OpenAI's four forms of ``prompt`` as a list of prompts, each text or token ids."""
     if isinstance(value, str) and value:
         return [value]
     if value in ("", []):
-        raise PydanticCustomError("prompt_shape", "it is empty: there is nothing to read")
+        raise PydanticCustomError("prompt_shape", "expected at least one token, but it is empty")
     if isinstance(value, list) and value:
         if all(type(item) is int for item in value):
             return [value]
@@ -332,7 +339,7 @@ class CompletionRequest(Sampling):
 
     @model_validator(mode="after")
     def _supported(self) -> CompletionRequest:
-        # 1 is the default that clients write out.
+        # Clients may send the default, 1, explicitly.
         if self.best_of not in (None, 0, 1, self.sequences):
             raise PydanticCustomError(
                 "unsupported_parameter",
@@ -343,7 +350,7 @@ class CompletionRequest(Sampling):
 
     @property
     def limit(self) -> int | None:
-        """Tokens to generate at most; None for no limit but the context's."""
+        """The most tokens to generate; None for no limit but the context length."""
         if self.max_tokens is None:
             return _COMPLETION_MAX_TOKENS
         return None if self.max_tokens == NO_LIMIT else self.max_tokens
@@ -363,14 +370,19 @@ class CompletionRequest(Sampling):
 
 
 class LoadAdapterRequest(Body):
-    """lora_path: a folder below an allowed root. load_inplace: replace an adapter of that name."""
+    """The fields of vLLM's request to load an adapter.
+
+    lora_path: a folder below an allowed root.
+    load_inplace: replace an adapter of the same name.
+    """
 
     lora_name: Annotated[str, Field(min_length=1, max_length=_MAX_ADAPTER_NAME)]
     lora_path: Annotated[str, Field(min_length=1)]
     load_inplace: bool | None = None
-    base_model_name: str | None = None  # vLLM's clients may send it; tensors decide what fits
+    # Ignored: vLLM's clients may send it, but the tensors show whether the adapter fits the model.
+    base_model_name: str | None = None
 
 
 class UnloadAdapterRequest(Body):
     lora_name: str
-    lora_int_id: int | None = None  # vLLM's own numbering
+    lora_int_id: int | None = None  # ignored: vLLM's own numbering of adapters

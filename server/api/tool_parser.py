@@ -1,9 +1,12 @@
 """Finds tool calls in generated text as it arrives.
 
-Two conventions are read: Hermes and Qwen wrap each call as ``<tool_call>{"name": …, "arguments":
-{…}}</tool_call>`` anywhere in the text; some models (Qwen2.5-Coder) leave the markers out of an
-answer that is nothing but calls. Llama 3 answers with nothing but ``{"name": …, "parameters":
-{…}}``, several separated by semicolons.
+It reads two conventions:
+
+- Hermes and Qwen wrap each call as ``<tool_call>{"name": …, "arguments": {…}}</tool_call>``,
+  anywhere in the text. Some models (Qwen2.5-Coder) leave the markers out if the whole answer
+  consists of calls.
+- The whole answer of Llama 3 is ``{"name": …, "parameters": {…}}``; several calls are separated by
+  semicolons.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Call:
-    """The beginning of call number ``index``."""
+    """The beginning of a call. index: its number in the answer, from 0."""
 
     index: int
     name: str
@@ -37,7 +40,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Arguments:
-    """More of the JSON text of call ``index``'s arguments."""
+    """More of the JSON text of the arguments of call number ``index``."""
 
     index: int
     text: str
@@ -47,7 +50,7 @@ Event = Text | Call | Arguments
 
 
 class ToolParser:
-    """One sequence's text to events. What only looked like a call comes out as text."""
+    """Turns the text of one sequence into events. What only looked like a call is text."""
 
     def __init__(self, convention: Convention, names: Collection[str]) -> None:
         self._hermes = convention == "hermes"
@@ -58,10 +61,11 @@ class ToolParser:
         )
         self._bare = _BareCalls(names)
         self._scanner = _CallScanner()
-        self._begun = False  # whether the current call has been told
+        self._begun = False  # whether an event for the current call has been returned
         self.calls = 0
 
     def feed(self, text: str) -> list[Event]:
+        """Add text. Returns the events that are certain now; the rest is held back."""
         self._buffer += text
         events: list[Event] = []
         while self._step(events):
@@ -69,7 +73,7 @@ class ToolParser:
         return events
 
     def finish(self) -> list[Event]:
-        """What was held back, when no more text comes."""
+        """The events of the text that was held back. Call it once, after the last ``feed``."""
         if self._state == "bare":
             if calls := self._bare.whole():
                 return [event for call in calls for event in self._told(*call)]
@@ -85,7 +89,7 @@ class ToolParser:
         return [Text(held)] if held else []
 
     def _step(self, events: list[Event]) -> bool:
-        """Take something from the buffer; False when more text is needed."""
+        """Consume something from the buffer; False if more text is needed first."""
         if self._state == "bare":
             text, self._buffer = self._buffer, ""
             if self._bare.feed(text):
@@ -125,7 +129,8 @@ class ToolParser:
                 events.append(Text(before))
             self._begin_call()
             return True
-        # Held back: the beginning of a marker, and the white space before a call.
+        # Hold back what may be the beginning of a marker, and white space, which is dropped if a
+        # call follows.
         keep = max((n for n in range(1, len(OPEN)) if self._buffer.endswith(OPEN[:n])), default=0)
         settled = self._buffer[: len(self._buffer) - keep].rstrip()
         if settled:
@@ -172,13 +177,13 @@ class ToolParser:
         return True
 
     def _known(self, name: str) -> bool:
-        # A Llama 3 answer may be JSON that is no call; between Hermes' markers it is one, and a
-        # caller can tell the model that there is no such tool.
+        # A JSON answer of Llama 3 need not be a call. Between Hermes' markers it always is one: if
+        # the tool does not exist, the client can tell the model so.
         return self._hermes or name in self._names
 
 
 class _BareCalls:
-    """An answer that may be nothing but calls, which only its end tells."""
+    """An answer which may consist of calls without markers. Only its end shows whether it does."""
 
     def __init__(self, names: Collection[str]) -> None:
         self._names = names
@@ -187,7 +192,7 @@ class _BareCalls:
         self.text = ""
 
     def feed(self, text: str) -> bool:
-        """Whether all that has come is calls to known tools, or may become such."""
+        """Add text. Returns whether all of the text so far can still be calls to known tools."""
         self.text += text
         while text := text if self._scanner else text.lstrip():
             if self._scanner is None:
@@ -207,12 +212,12 @@ class _BareCalls:
         return True
 
     def whole(self) -> list[tuple[str, str]]:
-        """Names and arguments of the calls, if the answer ends here; none if it is not calls."""
+        """Name and arguments of each call if the answer ends here; none if a call is incomplete."""
         return self._calls if self._scanner is None else []
 
 
 class _CallScanner:
-    """Reads one JSON object: its ``name``, and the raw text of its arguments as it comes."""
+    """Reads one JSON object: its ``name``, and the raw text of its arguments as it arrives."""
 
     def __init__(self) -> None:
         self.raw = ""
@@ -220,7 +225,7 @@ class _CallScanner:
         self.done = False
         self.failed = False
         self.has_arguments = False
-        self.has_more = False  # than a name and arguments
+        self.has_more = False  # whether it has other keys than a name and arguments
         self._arguments = ""
         self._depth = 0
         self._in_string = False
@@ -231,7 +236,7 @@ class _CallScanner:
         self._capturing = False
 
     def feed(self, text: str) -> int:
-        """Returns how many characters belong to the object."""
+        """Read on. Returns how many characters of ``text`` belong to the object."""
         for count, character in enumerate(text):
             if self.done or self.failed:
                 return count
@@ -240,7 +245,7 @@ class _CallScanner:
         return len(text)
 
     def take_arguments(self) -> str:
-        """The text of the arguments since the last call."""
+        """The text of the arguments since this method was last called."""
         taken, self._arguments = self._arguments, ""
         return taken
 
@@ -288,11 +293,11 @@ class _CallScanner:
 
     def _capture(self, character: str) -> None:
         outside = self._depth == 1 and not self._in_string
-        if outside and character in ",}":  # a bare number or literal ends before these
+        if outside and character in ",}":  # these end a number, true, false or null
             self._capturing = False
             return
         self._arguments += character
-        # A composite ends with the bracket that brings the depth back to 1.
+        # An object or array ends with the bracket that brings the depth back to 1.
         if not self._in_string and self._depth == 2 and character in "}]":
             self._capturing = False
 
@@ -300,7 +305,9 @@ class _CallScanner:
         if self._depth != 1:
             return
         try:
-            value = from_json(self._string)  # refuses half a surrogate pair, which cannot be sent
+            value = from_json(
+                self._string
+            )  # refuses an unpaired surrogate, which UTF-8 cannot hold
         except ValueError:
             self.failed = True
             return

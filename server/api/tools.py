@@ -1,4 +1,4 @@
-"""Tool calling: which convention a model follows, and grammars that hold it to a call."""
+"""Tool calling: which convention a model follows, and grammars that make it call a tool."""
 
 from __future__ import annotations
 
@@ -18,27 +18,30 @@ from nybble.server.http.errors import ApiError
 
 @dataclass(frozen=True)
 class Answer:
-    """The JSON schema of an answer that calls nothing; strict: with every keyword enforced."""
+    """The JSON schema of an answer that calls no tool.
+
+    strict: whether every keyword must be enforced.
+    """
 
     schema: dict[str, Any]
     strict: bool
 
 
 class AnswerError(ValueError):
-    """The schema of the answer cannot be enforced, rather than those of the tools."""
+    """The schema of the answer cannot be enforced; those of the tools raise ValueError itself."""
 
 
-# As the library allows it inside of JSON.
+# The white space which the library allows inside JSON.
 _WHITE_SPACE = f"WS: /{JSON_OPTIONS['whitespace_pattern']}/"
 
 
 class Tools:
-    """The tools of one request, as the model is shown them and held to them."""
+    """The tools of one request: for the chat template, the grammar and the parser."""
 
     def __init__(self, convention: Convention, body: ChatRequest, marked: bool) -> None:
-        """marked: whether the call's markers are tokens of their own.
+        """marked: whether the markers around a call are single tokens of the vocabulary.
 
-        Raises ApiError 400 where tool_choice names a tool that is not there.
+        Raises ApiError 400 if tool_choice names a tool that is not among the tools.
         """
         self._convention: Convention = convention
         self._marked = marked
@@ -61,7 +64,7 @@ class Tools:
 
     @property
     def named(self) -> bool:
-        """Whether one tool was asked for by name; OpenAI's finish_reason is "stop" then."""
+        """Whether tool_choice names one tool. OpenAI's finish_reason is "stop" in that case."""
         return isinstance(self._choice, NamedToolChoice)
 
     def shown(self) -> list[dict[str, Any]]:
@@ -69,6 +72,7 @@ class Tools:
         return [tool.model_dump(exclude_none=True) for tool in self._offered]
 
     def parser(self) -> ToolParser:
+        """A parser for the text of one sequence."""
         return ToolParser(self._convention, {tool.function.name for tool in self._offered})
 
     def guide(
@@ -77,11 +81,14 @@ class Tools:
         omissions: list[Omission],
         answer: Answer | None = None,
     ) -> GrammarGuide | None:
-        """None where calls are voluntary and cannot be told from text before they are complete.
+        """A grammar for calls, text and the answer; None if the output need not be constrained.
 
-        omissions: gets what no grammar can express of tools and answers that are not strict.
+        It is None if calls are optional and a call can be told from text only once it is complete.
 
-        Raises ValueError for what it cannot express of those that are.
+        omissions: the keywords which no grammar can enforce are added to it, for tools and answers
+            that are not strict.
+
+        Raises ValueError if a strict tool, and AnswerError if a strict answer, has such a keyword.
         """
         voluntary = self._choice == "auto"
         told_apart = answer is not None or (self._convention == "hermes" and self._marked)
@@ -98,15 +105,16 @@ class Tools:
             start += " | answer"
             rules.append(f"answer: %json {json.dumps(_answer_schema(answer, omissions))}")
         elif voluntary:
-            # Text has no marker in it, so a marker can only begin a well-formed call.
+            # TEXT cannot contain the marker's token, so the marker always begins a valid call.
             start = f"TEXT ({start})?"
             rules.append(r"TEXT: /(.|\n)*/")
         return compiler.grammar("\n".join([f"start: {start}", *rules]))
 
     def _call_rules(self, omissions: list[Omission]) -> list[str]:
-        """The rule ``call``, and those it needs.
+        """The rule ``call``, and the rules it needs.
 
-        Parameters are a schema of their own each, whose references are to its own parts.
+        Each tool's parameters are a schema of their own, because references in it are to its own
+        parts.
         """
         parameter = "arguments" if self._convention == "hermes" else "parameters"
         names, rules = [], []
@@ -125,13 +133,17 @@ class Tools:
         json_of_any = " | ".join(names)
         if self._convention != "hermes":
             return [f"call: {json_of_any}", *rules]
-        # Unquoted, a marker is the token; quoted, its spelling.
+        # In the grammar an unquoted marker is the single token, and a quoted one is its text.
         first, last = (OPEN, CLOSE) if self._marked else (f'"{OPEN}"', f'"{CLOSE}"')
         return [rf'call: {first} "\n" ({json_of_any}) "\n" {last}', *rules]
 
 
 def tools_of(body: ChatRequest, tokenizer: PreTrainedTokenizerBase, model: str) -> Tools | None:
-    """The tools a request offers, or None. Raises ApiError 400 where the model knows of none."""
+    """The tools which a request offers; None if it offers none.
+
+    Raises ApiError 400 if the model's chat template supports no known convention for tools, or if
+    tool_choice demands a call and there are no tools.
+    """
     if not body.tools or body.tool_choice == "none":
         if body.tool_choice not in (None, "none", "auto"):
             raise ApiError(400, "tool_choice needs tools", param="tool_choice")
@@ -140,7 +152,7 @@ def tools_of(body: ChatRequest, tokenizer: PreTrainedTokenizerBase, model: str) 
     if convention is None:
         raise ApiError(
             400,
-            f"model {model!r} has a chat template without tools in a convention known here "
+            f"the chat template of model {model!r} has no tools in a supported convention "
             "(Hermes and Qwen's <tool_call>, Llama 3's JSON)",
             param="tools",
             code="unsupported_parameter",
@@ -161,7 +173,7 @@ def _convention(template: str | dict[str, str] | None) -> Convention | None:
 
 
 def _parameters(tool: Tool, omissions: list[Omission] | None) -> dict[str, Any]:
-    """The schema of a call's arguments, which are an object whatever else is said of them."""
+    """The schema of a call's arguments. They are an object even if the schema does not say so."""
     given = tool.function.parameters or {}
     schema = given if "type" in given else {"type": "object", **given}
     try:

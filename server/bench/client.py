@@ -13,7 +13,7 @@ import aiohttp
 
 @dataclass(frozen=True)
 class Timing:
-    """One request. Times are in seconds from the moment it was sent.
+    """The times of one request, in seconds from the moment it was sent.
 
     arrivals: when each event with text arrived.
     tokens: generated tokens, as the server counts them.
@@ -47,9 +47,9 @@ class Client:
     ignore_eos: bool = True
 
     async def complete(self, prompt: str | list[int], max_tokens: int) -> Timing:
-        """Generate up to ``max_tokens`` greedy tokens. Failures come back as ``error``.
+        """Generate up to ``max_tokens`` greedy tokens. A failure is returned as ``error``.
 
-        The number is exact on servers that know ``ignore_eos``.
+        If the server knows ``ignore_eos``, it generates exactly ``max_tokens``.
         """
         body: dict[str, Any] = {
             "model": self.model,

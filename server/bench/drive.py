@@ -1,4 +1,4 @@
-"""Sends the requests: a fixed number at once, or at given times."""
+"""Sends the requests: a fixed number at a time, or each at a given time."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nybble.server.bench.workload import Ask
 
 @dataclass(frozen=True)
 class Sent:
-    """at: seconds from the start of the run to its sending."""
+    """A request that was sent. at: seconds from the start of the run until then."""
 
     at: float
     timing: Timing
@@ -24,14 +24,14 @@ class Sent:
 
 @dataclass(frozen=True)
 class Run:
-    """seconds: from the first request sent to the last answer's end."""
+    """All requests of a run. seconds: from sending the first to the end of the last answer."""
 
     sent: Sequence[Sent]
     seconds: float
 
 
 async def first_model(session: aiohttp.ClientSession, url: str, headers: dict[str, str]) -> str:
-    """The first model served. Raises ValueError if there is none, or no answer."""
+    """The first model served. Raises ValueError if there is none or the server does not answer."""
     try:
         async with session.get(f"{url}/models", headers=headers) as response:
             if response.status != 200:

@@ -1,4 +1,4 @@
-"""Percentiles, throughput, goodput: as a table, as JSON, as a plot."""
+"""Percentiles, throughput and goodput, as a table, as JSON or as a plot."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _QUANTILES = {"p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99}
 
 
 def percentile(ordered: Sequence[float], q: float) -> float:
-    """The ``q`` percentile of sorted values, linear between neighbours; NaN if there are none."""
+    """The ``q`` (0 to 100) percentile of sorted values, interpolated; NaN if there are none."""
     if not ordered:
         return float("nan")
     at = q * (len(ordered) - 1)
@@ -31,7 +31,7 @@ def percentile(ordered: Sequence[float], q: float) -> float:
 
 
 def latencies(timing: Timing) -> dict[str, list[float]]:
-    """Milliseconds by the names in LATENCIES; itl has one for each gap."""
+    """A request's latencies in milliseconds, by the names in LATENCIES; itl has one per gap."""
     gaps = [1e3 * gap for gap in timing.gaps]
     return {
         "ttft": [1e3 * timing.first],
@@ -42,7 +42,10 @@ def latencies(timing: Timing) -> dict[str, list[float]]:
 
 
 def parse_slo(text: str) -> dict[str, float]:
-    """Milliseconds by name of ``ttft:500,tpot:50,e2e:5000``. Raises ValueError."""
+    """The limits in milliseconds, by name, of a text such as ``ttft:500,tpot:50,e2e:5000``.
+
+    Raises ValueError naming the part which is not of this form.
+    """
     slo = {}
     for part in text.split(","):
         name, _, value = part.strip().partition(":")
@@ -56,7 +59,10 @@ def parse_slo(text: str) -> dict[str, float]:
 
 
 def summarize(run: Run, slo: Mapping[str, float]) -> dict[str, Any]:
-    """What ``--json`` writes. Latencies in milliseconds, rates a second, goodput under ``slo``."""
+    """What ``--json`` writes: latencies in milliseconds, and rates per second.
+
+    slo: the limits in milliseconds within which a request counts for goodput.
+    """
     good = [sent.timing for sent in run.sent if sent.timing.error is None and sent.timing.arrivals]
     failed = Counter(sent.timing.error or "no token came" for sent in run.sent)
     for timing in good:
@@ -113,7 +119,7 @@ def table(summary: Mapping[str, Any]) -> str:
 
 
 def plot(run: Run, path: Path, title: str) -> None:
-    """Distributions of the latencies, and tokens a second over the run, to an image.
+    """Draw the distributions of the latencies, and tokens per second over the run, to an image.
 
     Raises ValueError if matplotlib is missing.
     """

@@ -27,15 +27,16 @@ class Ask:
 
 
 def random_prompt(words: int, seed: int) -> str:
-    """Random words. Prompts differ from the first word on, so that no prefix cache helps."""
+    """Random words. Prompts differ from the first word on, so that no prefix is cached."""
     generator = random.Random(seed)
     return " ".join([str(seed), *(generator.choice(_WORDS) for _ in range(words))])
 
 
 def lengths(text: str) -> Callable[[random.Random], int]:
-    """A distribution of ``128``, ``64-256`` (uniform) or ``~128`` (exponential, of that mean).
+    """The distribution of lengths which a text describes.
 
-    Raises ValueError for anything else.
+    It is ``128`` (always), ``64-256`` (uniform) or ``~128`` (exponential with that mean). Raises
+    ValueError for anything else.
     """
     match = re.fullmatch(r"(?P<mean>~)?(?P<low>\d+)(?:-(?P<high>\d+))?", text)
     low = int(match["low"]) if match else 0
@@ -50,7 +51,10 @@ def lengths(text: str) -> Callable[[random.Random], int]:
 
 
 def random_asks(count: int, words: str, tokens: str, seed: int) -> list[Ask]:
-    """Prompts of random words. words, tokens: their distributions, see ``lengths``."""
+    """Prompts of random words.
+
+    words, tokens: distributions of the prompt's and the answer's length; see ``lengths``.
+    """
     generator = random.Random(seed)
     prompt, output = lengths(words), lengths(tokens)
     base = generator.randrange(1 << 30)
@@ -61,10 +65,13 @@ def random_asks(count: int, words: str, tokens: str, seed: int) -> list[Ask]:
 
 
 def dataset_asks(path: Path, count: int, tokens: str | None, seed: int) -> list[Ask]:
-    """Some of a file's lines, in an order of their own, again and again if there are too few.
+    """Prompts from the lines of a file in random order, repeated if there are fewer than ``count``.
 
     A line is ``{"prompt": …}`` or ShareGPT's ``{"conversations": [{"from", "value"}, …]}``, whose
-    first two turns are taken. tokens: to generate; by default as long as the answer in the file.
+    first two turns are used.
+
+    tokens: how many to generate; None for as many as the answer in the file has.
+
     Raises ValueError naming the line at fault.
     """
     generator = random.Random(seed)
@@ -100,7 +107,7 @@ def _turns(row: Any) -> tuple[str, str]:
 
 
 def poisson_arrivals(rate: float, seed: int) -> Iterator[float]:
-    """Seconds from the start at which requests arrive, ``rate`` a second on average."""
+    """Arrival times of requests in seconds from the start, ``rate`` per second on average."""
     generator = random.Random(seed)
     at = 0.0
     while True:

@@ -22,8 +22,8 @@ from rich.table import Table
 from rich.text import Text
 
 from nybble.engine import EngineConfig, resolve_device
+from nybble.engine.kv_cache import KVCacheLayout
 from nybble.engine.memory import available_bytes, gib
-from nybble.engine.runner import blocks_per_sequence, kv_bytes_per_block
 from nybble.kernels.cpu.build import CpuKernelsUnavailableError, build_fastest
 from nybble.loaders import Checkpoint, open_checkpoint, resolve_model
 from nybble.loaders.cache import cache_folder
@@ -230,8 +230,8 @@ def _fit(
     memory: Callable[[torch.device], int],
 ) -> Finding:
     tokens = config.max_model_len or min(_DEFAULT_LEN, architecture.default_max_model_len)
-    blocks = config.max_num_seqs * blocks_per_sequence(tokens, architecture, config)
-    kv = blocks * kv_bytes_per_block(architecture, config)
+    layout = KVCacheLayout.of(architecture, config, tokens)
+    kv = config.max_num_seqs * layout.sequence_bytes(tokens)
     free = memory(torch.device(config.device))
     text = (
         f"weights {gib(weights)}, KV at {tokens:,} tokens × {config.max_num_seqs} sequences "

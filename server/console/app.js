@@ -51,7 +51,7 @@ function grow() {
 
 let listed = "";
 
-/** Adapters come and go; while the list is in use it stays as it is. */
+/** Update the list of models, except while it is in use: adapters are loaded and unloaded. */
 async function showModels() {
   const select = $("model");
   try {

@@ -27,7 +27,7 @@ export function format(value, unit) {
   return unit ? `${text} ${unit}` : text;
 }
 
-/** A round number not below the value: 1, 2 or 5 times a power of ten. */
+/** The smallest round number (1, 2 or 5 times a power of ten) that is not below the value. */
 function roundUp(value) {
   const power = 10 ** Math.floor(Math.log10(value));
   return [1, 2, 5, 10].map((factor) => factor * power).find((round) => round >= value);

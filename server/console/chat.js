@@ -1,4 +1,4 @@
-// A conversation: what was said, shown as it comes.
+// A conversation: its messages, shown as they arrive.
 
 import { ApiError, chat } from "./api.js";
 import { markdown } from "./markdown.js";
@@ -9,7 +9,7 @@ export class Conversation {
   #said = []; // {role, content} as the API takes them
   #abort = null;
 
-  /** list: where messages go. changed: called when an answer begins and ends. */
+  /** list: the element that shows the messages. changed: called when an answer begins and ends. */
   constructor(list, { changed, announce }) {
     this.list = list;
     this.changed = changed;
@@ -124,7 +124,7 @@ export class Conversation {
   }
 }
 
-/** At most every DRAW_MILLISECONDS, and .now() at once. */
+/** Calls a function at most once every DRAW_MILLISECONDS; .now() calls it at once. */
 function throttled(draw) {
   let timer = null;
   const later = () => {

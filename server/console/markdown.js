@@ -1,5 +1,5 @@
-// Markdown as models write it, to DOM nodes. What a model says becomes text nodes and attributes
-// checked here, never HTML: nothing it writes can run, load or style anything.
+// Turns Markdown, as models write it, into DOM nodes. A model's text becomes text nodes and checked
+// attributes, never HTML: it cannot run, load or style anything.
 
 const SAFE_LINK = /^(https?:\/\/|mailto:)/i;
 const BLOCK = /^( {0,3}(#{1,6} |```|~~~|>|[-*+] |\d{1,9}[.)] )|\s*$)/;

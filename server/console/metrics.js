@@ -1,8 +1,8 @@
 // What the charts show, from the server's Prometheus metrics.
 
-const WINDOW_SECONDS = 30; // of observations that a percentile is taken over
+const WINDOW_SECONDS = 30; // a percentile is that of the observations in this time
 
-/** {name: [{labels, value}]} of Prometheus' text format. */
+/** Parses Prometheus' text format: {name: [{labels, value}]}. */
 export function parse(text) {
   const samples = {};
   for (const line of text.split("\n")) {
@@ -30,7 +30,7 @@ function buckets(samples, name) {
   }));
 }
 
-/** As Prometheus' histogram_quantile: linear within the bucket. NaN without observations. */
+/** A quantile as in Prometheus' histogram_quantile: linear in a bucket; NaN if there are no data. */
 export function quantile(q, now, before) {
   const counts = now.map(({ le, count }, index) => ({ le, count: count - (before[index]?.count ?? 0) }));
   const total = counts.at(-1)?.count ?? 0;
@@ -43,11 +43,11 @@ export function quantile(q, now, before) {
   return from.le + ((le - from.le) * (rank - from.count)) / (count - from.count);
 }
 
-/** Turns one reading after another into the charts' values. */
+/** Computes the charts' values from consecutive readings of the metrics. */
 export class Readings {
   #history = [];
 
-  /** seconds: when it was read. Returns {throughput: [a, b], …}, NaN for what is not known. */
+  /** seconds: when the text was read. Returns {throughput: [a, b], …}; NaN if a value is unknown. */
   add(seconds, text) {
     const samples = parse(text);
     const last = this.#history.at(-1);
@@ -59,7 +59,7 @@ export class Readings {
     const rate = (name) => {
       if (!last) return NaN;
       const change = value(samples, name) - value(last.samples, name);
-      return change < 0 ? NaN : change / (seconds - last.seconds); // negative: it was restarted
+      return change < 0 ? NaN : change / (seconds - last.seconds); // negative: a restart
     };
     const milliseconds = (name, q) =>
       1e3 * quantile(q, buckets(samples, name), buckets(first.samples, name));

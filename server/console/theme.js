@@ -1,4 +1,4 @@
-// Auto (what the system says), light, dark; remembered.
+// The theme: auto (the system's), light or dark; the choice is remembered.
 
 const THEMES = ["auto", "light", "dark"];
 

@@ -28,7 +28,8 @@ class Cors:
             scheme, separator, rest = origin.partition("://")
             if origin != "*" and not (scheme and separator and rest and "/" not in rest):
                 raise ValueError(
-                    f"--allowed-origins {origin!r} is no origin: expected https://HOST[:PORT], or *"
+                    f"--allowed-origins {origin!r} is not an origin: expected https://HOST[:PORT] "
+                    "or *"
                 )
         self.origins = frozenset(origin.lower() for origin in origins)
 

@@ -51,7 +51,7 @@ def bind_unix(path: Path) -> socket.socket:
     in use, and for a path that cannot be a socket.
     """
     if path.exists() and not path.is_socket():
-        raise OSError(f"--uds {path} exists and is no socket: choose another path")
+        raise OSError(f"--uds {path} exists and is not a socket: choose another path")
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         if path.is_socket():

@@ -47,7 +47,7 @@ def _parse_kv_cache_memory(text: str | int) -> int | None:
 def _root_path(text: str) -> str:
     path = text.rstrip("/")
     if path and not re.fullmatch(r"(/[^/?#\s]+)+", path):
-        raise typer.BadParameter(f"{text!r} is no prefix of a path such as /llm")
+        raise typer.BadParameter(f"{text!r} is not a path prefix such as /llm")
     return path
 
 
@@ -64,7 +64,7 @@ DeviceOption = Annotated[
 ]
 DtypeOption = Annotated[
     Literal["auto", "bfloat16", "float16", "float32"],
-    _model(help="Of activations and KV cache."),
+    _model(help="Data type of activations and KV cache."),
 ]
 QuantizeOption = Annotated[
     Literal["nf4"] | None, _model(help="Round a 16-bit model to 4 bits while loading.")
@@ -95,8 +95,8 @@ class ModelOptions:
     tune: Annotated[
         bool,
         _model(
-            help="Measure at the start, for minutes, GPU kernels whose best configuration is not "
-            "known; kept for later starts."
+            help="If the best configurations of the GPU kernels are not known, measure them at the "
+            "start (in minutes) and keep them for later starts."
         ),
     ] = True
 
@@ -106,7 +106,7 @@ class NetworkOptions:
     """Where to listen, which hosts and origins to accept, and how long shutting down may take."""
 
     host: Annotated[str, _network(help="Address to listen on; 0.0.0.0: all.")] = "127.0.0.1"
-    port: Annotated[int, _network(help="0 takes any free one.", min=0, max=65535)] = 8000
+    port: Annotated[int, _network(help="Port; 0: any free one.", min=0, max=65535)] = 8000
     uds: Annotated[
         Path | None,
         _network(help="Path of a Unix domain socket to listen on instead of --host and --port."),
@@ -117,17 +117,19 @@ class NetworkOptions:
             metavar="/PREFIX",
             callback=_root_path,
             show_default=False,
-            help="Prefix of paths that a proxy in front leaves in requests.",
+            help="Prefix of the path that a proxy does not remove from requests.",
         ),
     ] = ""
     ssl_certfile: Annotated[
         Path | None,
-        _network(help="Certificate with its chain (PEM), for https.", exists=True, dir_okay=False),
+        _network(help="Certificate and its chain (PEM), for https.", exists=True, dir_okay=False),
     ] = None
     ssl_keyfile: Annotated[
         Path | None,
         _network(
-            help="Its key (PEM), unless that is in the same file.", exists=True, dir_okay=False
+            help="The certificate's key (PEM), if it is not in the same file.",
+            exists=True,
+            dir_okay=False,
         ),
     ] = None
     allowed_origins: Annotated[
@@ -137,27 +139,27 @@ class NetworkOptions:
     allowed_hosts: Annotated[
         list[str] | None,
         _network(
-            help="Name in requests' Host that a server without keys on a loopback address answers "
-            "to besides localhost and addresses, or '*', repeatable."
+            help="Name to accept in requests' Host header besides localhost and IP addresses, or "
+            "'*', repeatable. Only checked without keys on a loopback address."
         ),
     ] = None
     no_console: Annotated[bool, _network("--no-console", help="No page at /.")] = False
     unknown_fields: Annotated[
         Literal["refuse", "warn", "ignore"],
         _network(
-            help="What is made of requests' fields that are not known: an error, or nothing, with "
-            "a line in the log for each or without."
+            help="Unknown fields in requests: refuse the request, ignore them and log each name "
+            "(warn), or ignore them."
         ),
     ] = "refuse"
     trust_request_chat_template: Annotated[
         bool,
         _network(
             "--trust-request-chat-template",
-            help="Take chat templates from requests; they run in a sandbox.",
+            help="Accept chat templates in requests; they run in a sandbox.",
         ),
     ] = False
     shutdown_timeout: Annotated[
-        float, _network(help="Seconds for requests in flight to finish.", min=0)
+        float, _network(help="Seconds which requests in flight have to finish.", min=0)
     ] = 30
 
 
@@ -170,18 +172,18 @@ class KeyOptions:
 
     api_key: Annotated[
         list[str] | None,
-        _keys(help="Key that requests must carry, repeatable (default: none needed)."),
+        _keys(help="Key which requests must have, repeatable (default: none needed)."),
     ] = None
     tenants: Annotated[
         Path | None,
         _keys(
-            help="TOML file of tenants: keys, limits, weights. SIGHUP reads it again.",
+            help="TOML file of tenants: keys, limits, weights. Read again on SIGHUP.",
             exists=True,
             dir_okay=False,
         ),
     ] = None
     admin_key: Annotated[
-        list[str] | None, _keys(help="Key that opens administration, repeatable (default: closed).")
+        list[str] | None, _keys(help="Key for administration, repeatable (default: off).")
     ] = None
 
 
@@ -197,7 +199,7 @@ class MemoryOptions:
         _memory(
             parser=_parse_kv_cache_memory,
             metavar="SIZE",
-            help="For example 2GiB (default: auto, 1GiB on the CPU, what is free on a GPU).",
+            help="For example 2GiB (default: auto: 1GiB on the CPU, most free memory of a GPU).",
         ),
     ] = None
     kv_cache_dtype: KVCacheDtypeOption = "auto"
@@ -205,19 +207,30 @@ class MemoryOptions:
     max_batched_tokens: Annotated[
         int | None,
         _memory(
-            help="Tokens computed in one step (default: 512 on a GPU, 128 on the CPU, where a step "
-            "of many takes long and others wait).",
+            help="Tokens computed in one step (default: 512 on a GPU; 128 on the CPU, because a "
+            "step of many tokens takes long there and delays other requests).",
             min=1,
         ),
     ] = None
+    speculate: Annotated[
+        Literal["off", "ngram", "auto"],
+        _memory(
+            help="Verify several tokens in a step which are drafted from what a sequence repeats "
+            "(prompt lookup): 'ngram' always, 'auto' if it pays by the steps measured so far. "
+            "Outputs stay the same."
+        ),
+    ] = "off"
+    max_draft_tokens: Annotated[
+        int, _memory(help="Most draft tokens of a sequence in one step.", min=1)
+    ] = 8
     max_waiting: Annotated[
         int, _memory(help="Sequences queued beyond --max-num-seqs; more get 429.", min=0)
     ] = 256
     max_queue_seconds: Annotated[
         float,
         _memory(
-            help="Predicted wait beyond which requests get 429 (by the tokens that those in flight "
-            "will need, and the rate observed; for each tenant by its share).",
+            help="Longest predicted wait; beyond it requests get 429. It is predicted from the "
+            "tokens that requests in flight need, the observed rate, and the tenant's share.",
             min=0,
         ),
     ] = 120
@@ -225,7 +238,7 @@ class MemoryOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterOptions:
-    """LoRA adapters: which ones, from where, and the memory they get.
+    """LoRA adapters: which ones, where they are, and the memory they get.
 
     lora_modules: each ``NAME=PATH``.
     lora_host_memory: bytes.
@@ -234,7 +247,8 @@ class AdapterOptions:
     enable_lora: Annotated[
         bool,
         _adapters(
-            "--enable-lora", help="Make room for adapters; the other adapter options imply it."
+            "--enable-lora",
+            help="Reserve memory for adapters; the other adapter options imply it.",
         ),
     ] = False
     lora_modules: Annotated[
@@ -247,39 +261,42 @@ class AdapterOptions:
     merge_adapter: Annotated[
         str | None,
         _adapters(
-            help="Adapter (folder or hub name) to merge into the model: it then costs nothing. On "
-            "a 4-bit base the first start calibrates, for minutes."
+            help="Adapter (folder or hub name) to merge into the model, so that it does not slow "
+            "requests. On a 4-bit base the first start calibrates, which takes minutes."
         ),
     ] = None
     lora_root: Annotated[
         list[Path] | None,
         _adapters(
-            help="Folder the API may load adapters from, repeatable.", exists=True, file_okay=False
+            help="Folder from which the API may load adapters, repeatable.",
+            exists=True,
+            file_okay=False,
         ),
     ] = None
     lora_state: Annotated[
         Path | None,
         _adapters(
-            help="File that keeps what the API has loaded for the next start (default: in the "
-            "cache, for this model, port and --lora-root).",
+            help="File which lists the adapters loaded over the API, for the next start (default: "
+            "in the cache, one per model, port and --lora-root).",
             dir_okay=False,
         ),
     ] = None
     lora_watch: Annotated[
         Path | None,
         _adapters(
-            help="Folder whose subfolders are adapters, loaded and unloaded as they come and go.",
+            help="Folder of adapters, one per subfolder; they are loaded when they appear and "
+            "unloaded when they are removed.",
             exists=True,
             file_okay=False,
         ),
     ] = None
-    max_loras: Annotated[int, _adapters(help="Adapters one step can mix.", min=1)] = 8
+    max_loras: Annotated[int, _adapters(help="Most adapters in one step.", min=1)] = 8
     max_lora_rank: Annotated[
-        int, _adapters(help="Highest rank; memory is taken for it.", min=1, max=256)
+        int, _adapters(help="Highest rank; every slot takes memory for it.", min=1, max=256)
     ] = 64
     lora_host_memory: Annotated[
         int,
-        _adapters(**_SIZE, help="For adapters that wait beside the slots (default: 4GiB)."),
+        _adapters(**_SIZE, help="Memory for adapters which are in no slot (default: 4GiB)."),
     ] = 4 << 30
 
 
@@ -288,27 +305,27 @@ class TrainingOptions:
     """Training over the API. Sizes are bytes."""
 
     fine_tuning: Annotated[
-        bool, _training("--fine-tuning", help="Take training files and jobs over the API.")
+        bool, _training("--fine-tuning", help="Accept training files and jobs over the API.")
     ] = False
     state_dir: Annotated[
         Path | None,
         _training(
-            help="Folder of files, jobs and trained adapters (default: ~/.local/state/nybble); "
+            help="Folder for files, jobs and trained adapters (default: ~/.local/state/nybble); "
             "implies --fine-tuning.",
             file_okay=False,
         ),
     ] = None
     max_file_size: Annotated[
         int,
-        _training(**_SIZE, help="Of an uploaded file (default: 512MiB)."),
+        _training(**_SIZE, help="Largest file that can be uploaded (default: 512MiB)."),
     ] = 512 << 20
     file_quota: Annotated[
         int,
-        _training(**_SIZE, help="Of one tenant's files together (default: 4GiB)."),
+        _training(**_SIZE, help="Most bytes of one tenant's files together (default: 4GiB)."),
     ] = 4 << 30
     fine_tuning_threads: Annotated[
         int | None,
-        _training(help="Of a job on the CPU (default: half of the processors).", min=1),
+        _training(help="Threads of a job on the CPU (default: half of the processors).", min=1),
     ] = None
 
 
@@ -319,16 +336,16 @@ class OperationOptions:
     on_engine_failure: Annotated[
         Literal["exit", "restart"],
         _failures(
-            help="Once clients are told: exit (code 70) for a supervisor, or begin again with the "
-            "same weights, three times in ten minutes at most."
+            help="After clients got their errors: exit (code 70) for a supervisor, or restart with "
+            "the same weights, at most three times in ten minutes."
         ),
     ] = "exit"
     otlp_endpoint: Annotated[
-        str | None, _logs(help="Send OpenTelemetry traces there: http://HOST:4318/v1/traces.")
+        str | None, _logs(help="Where to send OpenTelemetry traces: http://HOST:4318/v1/traces.")
     ] = None
     log_level: Annotated[Literal["debug", "info", "warning", "error"], _logs()] = "info"
     log_format: Annotated[
-        LogFormat, _logs(help="json: an object a line, without progress bars.")
+        LogFormat, _logs(help="json: one object per line, without progress bars.")
     ] = "text"
 
 

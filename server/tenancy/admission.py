@@ -38,16 +38,15 @@ class Capacity:
 
     sequences: most sequences in flight.
     seats: most sequences computed at once.
-    tokens: size of the KV cache.
+    tokens: tokens of sequences of a given mean length that can be in the KV cache at once. With
+        sliding windows a long sequence keeps only a part of its tokens there.
     max_wait: seconds a sequence may wait before it is computed.
-    sequence_tokens: most tokens that one sequence keeps in the KV cache, however long it is.
     """
 
     sequences: int
     seats: int
-    tokens: int
+    tokens: Callable[[float], float]
     max_wait: float
-    sequence_tokens: float = math.inf
 
 
 class Needs:
@@ -180,14 +179,7 @@ class Admission:
         """Of the tokens in flight plus a new request, how many fit in both cache and seats."""
         count = self._sequences.total() + sequences
         size = (self._tokens.total() + tokens) / max(count, 1)
-        return min(self._fit_cache(size), self.capacity.seats * size)
-
-    def _fit_cache(self, size: float) -> float:
-        """Tokens of sequences of mean size ``size`` whose KV fits.
-
-        With sliding windows a long sequence keeps only a part of its tokens in the cache.
-        """
-        return self.capacity.tokens * max(1.0, size / self.capacity.sequence_tokens)
+        return min(self.capacity.tokens(size), self.capacity.seats * size)
 
     def _seconds_for(self, sequences: int) -> float:
         """Seconds until so many sequences have ended; ``retry_after.BUSY`` if no rate is known."""
@@ -202,7 +194,7 @@ class Admission:
         self._seen = (now, computed)
         sequences, tokens = self._sequences.total(), self._tokens.total()
         size = tokens / max(sequences, 1)
-        if sequences > self.capacity.seats or tokens > self._fit_cache(size):
+        if sequences > self.capacity.seats or tokens > self.capacity.tokens(size):
             keep = math.exp((then - now) / _MEMORY_SECONDS)
             self._seconds = self._seconds * keep + now - then
             self._work = self._work * keep + computed - before

@@ -99,7 +99,7 @@ class JobRoutes:
             if target not in self._targets:
                 raise ApiError(
                     400,
-                    f"target_modules has {target!r}, which is no linear layer of the model; "
+                    f"target_modules has {target!r}, which is not a linear layer of the model; "
                     f"its layers are {', '.join(self._targets)}",
                     param="nybble.target_modules",
                     code="invalid_value",

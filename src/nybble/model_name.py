@@ -17,7 +17,7 @@ class ModelNotFoundError(LookupError):
     def after(cls, name: str, tried: list[str]) -> ModelNotFoundError:
         return cls(
             f"model {name!r} was not found; tried {', '.join(tried)}. A folder with config.json, "
-            f"a hub name such as {DEMO_HUB_NAME}, an alias, or {DEMO!r} would work"
+            f"a .gguf file, a hub name such as {DEMO_HUB_NAME}, an alias, or {DEMO!r} would work"
         )
 
 

@@ -58,11 +58,11 @@ def engine(
 
 
 def _bytes_for_blocks(checkpoint: object, blocks: int) -> int:
-    from nybble.engine.runner import kv_bytes_per_block
+    from nybble.engine.kv_cache import KVCacheLayout
     from nybble.models import architecture_of
 
     shape = architecture_of(checkpoint.config)  # type: ignore[attr-defined]
-    return blocks * kv_bytes_per_block(shape, CONFIG)
+    return blocks * KVCacheLayout.of(shape, CONFIG, 512).block_bytes
 
 
 async def collect(engine: Engine, request: Request) -> list[RequestOutput]:

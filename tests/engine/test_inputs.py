@@ -13,44 +13,46 @@ from nybble.engine.graphs import bucket_sizes
 from nybble.engine.inputs import InputBuffers, StepInputs
 from nybble.engine.request import Request, SamplingParams
 from nybble.engine.scheduler import ScheduledBatch, ScheduledSequence, Scheduler
-from nybble.engine.sequence import Sequence
-from nybble.kernels.lora import LoRABatch
+from nybble.engine.sequence import BlockTable, Sequence
+from nybble.kernels.lora_batch import LoRABatch
 
 BLOCK = 4
 
 
-def buffers(max_seqs: int = 8) -> InputBuffers:
+def buffers(max_seqs: int = 8, groups: int = 1, max_blocks: int = 10) -> InputBuffers:
     return InputBuffers(
         max_seqs=max_seqs,
         max_tokens=64,
-        max_blocks=10,
+        max_blocks=max_blocks,
         block_size=BLOCK,
+        group_of_layer=range(groups),
         device=torch.device("cpu"),
     )
 
 
-def sequence(length: int, computed: int, blocks: list[int]) -> Sequence:
+def sequence(length: int, computed: int, *tables: list[int]) -> Sequence:
     request = Request("r", tuple(range(100, 100 + length)), SamplingParams())
     made = Sequence(request, 1, detokenizer=None, sampler=None)  # type: ignore[arg-type]
     made.num_computed_tokens = computed
-    made.blocks = blocks
+    made.block_tables = tuple(BlockTable(blocks) for blocks in tables)
     return made
 
 
 def check(inputs: StepInputs, batch: ScheduledBatch) -> None:
     """Every array says what the batch says."""
-    attention, row = inputs.attention, 0
+    attention, row = inputs.attention[0], 0
     for index, item in enumerate(batch):
         owner, start = item.sequence, item.sequence.num_computed_tokens
         assert attention.query_start[index] == row
         assert attention.context_lens[index] == start + item.num_tokens
-        table = attention.block_tables[index, : len(owner.blocks)]
-        assert table.tolist() == owner.blocks
+        for group, of in zip(inputs.attention, owner.block_tables, strict=True):
+            assert group.block_tables[index, : len(of.blocks)].tolist() == of.blocks
         for position in range(start, start + item.num_tokens):
             assert inputs.token_ids[row] == owner.token_ids[position]
             assert inputs.positions[row] == position
-            slot = owner.blocks[position // BLOCK] * BLOCK + position % BLOCK
-            assert attention.slot_mapping[row] == slot
+            for group, of in zip(inputs.attention, owner.block_tables, strict=True):
+                slot = of.blocks[position // BLOCK] * BLOCK + position % BLOCK
+                assert group.slot_mapping[row] == slot
             row += 1
     assert attention.query_start[len(batch)] == row
     assert attention.max_query == max(item.num_tokens for item in batch)
@@ -58,11 +60,12 @@ def check(inputs: StepInputs, batch: ScheduledBatch) -> None:
     assert inputs.last_rows.tolist() == ends
 
 
-def test_inputs_follow_sequences_that_come_grow_lose_their_blocks_and_return() -> None:
+@pytest.mark.parametrize("groups", [1, 3])
+def test_inputs_follow_sequences_that_come_grow_lose_their_blocks_and_return(groups: int) -> None:
     chance = random.Random(0)
-    built = buffers()
-    everyone = [sequence(40, 0, []) for _ in range(8)]
-    free = list(range(200))
+    built = buffers(groups=groups)
+    everyone = [sequence(40, 0) for _ in range(8)]
+    free = list(range(200 * groups))
     for _ in range(300):
         batch: ScheduledBatch = []
         for one in everyone:
@@ -70,13 +73,15 @@ def test_inputs_follow_sequences_that_come_grow_lose_their_blocks_and_return() -
             left = len(one.token_ids) - one.num_computed_tokens
             if fate < 0.1 or left == 0:  # preempted, or finished: its blocks come back as others
                 one.num_computed_tokens = 0
-                free += one.blocks
-                one.blocks = []
+                free += [block for table in one.block_tables for block in table.blocks]
+                one.block_tables = ()
                 chance.shuffle(free)
             elif fate < 0.85:
                 count = 1 if fate < 0.6 else chance.randint(1, min(left, 7))
-                while len(one.blocks) * BLOCK < one.num_computed_tokens + count:
-                    one.blocks.append(free.pop())
+                one.block_tables = one.block_tables or tuple(BlockTable() for _ in range(groups))
+                while one.num_table_blocks * BLOCK < one.num_computed_tokens + count:
+                    for table in one.block_tables:
+                        table.blocks.append(free.pop())
                 batch.append(ScheduledSequence.of(one, count))
         if chance.random() < 0.1:
             chance.shuffle(batch)
@@ -94,13 +99,7 @@ def test_inputs_follow_a_scheduler_that_takes_blocks_and_gives_others_in_one_ste
         chance = random.Random(seed)
         blocks, seats = chance.randint(8, 40), chance.randint(2, 6)
         scheduler = Scheduler(BlockManager(blocks, BLOCK), seats, chance.randint(seats, 24))
-        built = InputBuffers(
-            max_seqs=seats,
-            max_tokens=24,
-            max_blocks=blocks,
-            block_size=BLOCK,
-            device=torch.device("cpu"),
-        )
+        built = buffers(seats, max_blocks=blocks)
         for _ in range(200):
             if chance.random() < 0.6 and len(scheduler.waiting) < 20:
                 tenant, length = chance.choice("abc"), chance.randint(1, BLOCK * blocks // 2)
@@ -131,20 +130,24 @@ def test_padding_rows_have_no_context_and_write_nothing() -> None:
     ]
     inputs = buffers().build(batch, pad_to=4)
     assert inputs.token_ids.tolist() == [105, 102, 0, 0]
-    assert inputs.attention.query_start.tolist() == [0, 1, 2, 3, 4]
-    assert inputs.attention.context_lens.tolist() == [6, 3, 0, 0]
-    assert inputs.attention.slot_mapping.tolist() == [3 * BLOCK + 1, BLOCK + 2, -1, -1]
+    (attention,) = inputs.attention
+    assert attention.query_start.tolist() == [0, 1, 2, 3, 4]
+    assert attention.context_lens.tolist() == [6, 3, 0, 0]
+    assert attention.slot_mapping.tolist() == [3 * BLOCK + 1, BLOCK + 2, -1, -1]
     assert inputs.last_rows.tolist() == [0, 1, 2, 3]
 
 
 def test_padded_inputs_of_a_size_lie_where_they_lay_before() -> None:
-    built = buffers()
+    built = buffers(groups=2)
 
     def places(count: int) -> list[int]:
-        batch = [ScheduledSequence.of(sequence(5, 4, [row, 8]), 1) for row in range(count)]
+        batch = [
+            ScheduledSequence.of(sequence(5, 4, [row, 8], [9, row]), 1) for row in range(count)
+        ]
         inputs = built.build(batch, [row % 2 for row in range(count)], pad_to=6)
         assert inputs.lora is not None
-        arrays = (inputs.token_ids, inputs.positions, *vars(inputs.attention).values())
+        attention = [array for group in inputs.attention for array in vars(group).values()]
+        arrays = (inputs.token_ids, inputs.positions, *attention)
         lora = tuple(vars(inputs.lora).values())
         return [array.data_ptr() for array in (*arrays, *lora) if isinstance(array, Tensor)]
 

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from nybble.engine import Engine, EngineConfig
 from nybble.engine.decoder import Decoder
+from nybble.engine.kv_cache import KVCacheLayout
 from nybble.engine.request import Request, SamplingParams
-from nybble.engine.runner import ModelRunner, kv_bytes_per_block
+from nybble.engine.runner import ModelRunner
 from nybble.engine.scheduler import ScheduledSequence
-from nybble.engine.sequence import Sequence
+from nybble.engine.sequence import BlockTable, Sequence
 from nybble.models import architecture_of
 
 CONFIG = EngineConfig(dtype=torch.float32, block_size=4, max_num_seqs=2, max_batched_tokens=32)
@@ -30,10 +31,11 @@ def logits(checkpoint: object, config: EngineConfig) -> Tensor:
         dtype=config.dtype,
         max_model_len=64,
     )
-    runner = ModelRunner(decoder, config, 16)
+    layout = KVCacheLayout.of(decoder.architecture, config, 64)
+    runner = ModelRunner(decoder, config, layout, 16)
     prompt = tuple(range(40, 70))
     one = Sequence(Request("r", prompt, SamplingParams()), 1, None, None)  # type: ignore[arg-type]
-    one.blocks = [7, 2, 9, 4, 1, 15, 3, 8]
+    one.block_tables = (BlockTable([7, 2, 9, 4, 1, 15, 3, 8]),)
     found = []
     with torch.inference_mode():
         for count in (20, 9, 1):
@@ -61,9 +63,9 @@ def test_8_bits_take_half_the_memory_of_16(
 ) -> None:
     architecture = architecture_of(plain_checkpoint().config)  # type: ignore[attr-defined]
     half = replace(CONFIG, dtype=torch.bfloat16)
-    share = kv_bytes_per_block(architecture, replace(half, kv_dtype=kv_dtype)) / kv_bytes_per_block(
-        architecture, half
-    )
+    eighth = replace(half, kv_dtype=kv_dtype)
+    sizes = [KVCacheLayout.of(architecture, each, 64).block_bytes for each in (eighth, half)]
+    share = sizes[0] / sizes[1]
     head_dim = architecture.layers[0].attention.head_dim
     assert share == (head_dim + 4) / (2 * head_dim)
 

@@ -24,8 +24,8 @@ from nybble.engine import (
     SamplingParams,
 )
 from nybble.engine import prompt_reader as prompt_reader_module
+from nybble.engine.kv_cache import KVCacheLayout
 from nybble.engine.prompt_reader import read_pooling
-from nybble.engine.runner import kv_bytes_per_block
 from nybble.engine.scheduler import Scheduler
 from nybble.loaders import CheckpointError
 from nybble.models import architecture_of
@@ -46,7 +46,7 @@ def engine(
 ) -> Iterator[Engine]:
     """As it runs on a CPU, and with what a GPU adds: captured decode steps and deferred text."""
     checkpoint = plain_checkpoint()
-    block = kv_bytes_per_block(architecture_of(checkpoint.config), CONFIG)
+    block = KVCacheLayout.of(architecture_of(checkpoint.config), CONFIG, 512).block_bytes
     engine = Engine.load(checkpoint, replace(CONFIG, kv_cache_bytes=30 * block), progress=False)
     if request.param == "graphs":
 

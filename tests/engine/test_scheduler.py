@@ -9,7 +9,7 @@ import pytest
 from nybble.engine import Request, SamplingParams
 from nybble.engine.block_manager import BlockManager
 from nybble.engine.scheduler import ScheduledBatch, Scheduler, StepKind
-from nybble.engine.sequence import Sequence
+from nybble.engine.sequence import BlockTable, Sequence
 
 BLOCK = 16
 
@@ -72,15 +72,15 @@ def test_a_long_cached_prompt_that_waits_is_not_looked_up_at_every_step(
     for tenant in range(tenants):
         add(scheduler, (*prompt, 1), 10, f"{tenant}")
     looked_up = 0
-    cached_blocks = BlockManager._cached_blocks
+    cached_tables = BlockManager._cached_tables
 
-    def counted(self: BlockManager, sequence: Sequence) -> list[int]:
+    def counted(self: BlockManager, sequence: Sequence) -> tuple[BlockTable, ...]:
         nonlocal looked_up
-        found = cached_blocks(self, sequence)
-        looked_up += len(found)
+        found = cached_tables(self, sequence)
+        looked_up += sum(len(table.blocks) for table in found)
         return found
 
-    monkeypatch.setattr(BlockManager, "_cached_blocks", counted)
+    monkeypatch.setattr(BlockManager, "_cached_tables", counted)
     for _ in range(steps):
         step(scheduler)
     blocks = tokens // BLOCK

@@ -1,4 +1,4 @@
-"""Where every layer has a sliding window, blocks behind it are freed, and nobody notices."""
+"""Blocks behind the sliding windows of layers are freed, and nobody notices."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from nybble.engine import Engine, EngineConfig, Request, SamplingParams
-from nybble.engine.block_manager import BlockManager, most_blocks
+from nybble.engine.block_manager import BlockManager
 from nybble.engine.inputs import InputBuffers
-from nybble.engine.runner import kv_bytes_per_block
+from nybble.engine.kv_cache import KVCacheLayout, most_blocks
 from nybble.engine.scheduler import ScheduledBatch, Scheduler
 from nybble.engine.sequence import Sequence, SequenceStatus
 from nybble.models import architecture_of
@@ -28,8 +28,8 @@ MOST_PREFILLING, MOST_DECODING = 11, 7
 
 def start(checkpoint: Any, blocks: int, dtype: torch.dtype = torch.float32) -> Engine:
     config = EngineConfig(dtype=dtype, block_size=BLOCK, max_num_seqs=6, max_batched_tokens=BUDGET)
-    per_block = kv_bytes_per_block(architecture_of(checkpoint.config), config)
-    config = replace(config, kv_cache_bytes=blocks * per_block)
+    layout = KVCacheLayout.of(architecture_of(checkpoint.config), config, 512)
+    config = replace(config, kv_cache_bytes=blocks * layout.block_bytes)
     engine = Engine.load(checkpoint, config, progress=False)
     engine.start()
     return engine
@@ -73,7 +73,7 @@ def test_a_context_far_longer_than_the_cache_gives_the_tokens_of_transformers(
     )[0, length:].tolist()
     engine = start(windowed, MOST_PREFILLING)
     try:
-        assert engine.kv_cache_tokens == engine.max_sequence_kv_tokens == 44
+        assert engine.kv_cache_tokens(512) == 512, "a sequence keeps 44 tokens"
         assert engine.max_model_len == 512
         for _ in range(2):  # the second time around with a prefix cache
             found, used = asyncio.run(generate(engine, ids, count))
@@ -126,15 +126,19 @@ class ShadowCache:
     """A scheduler's steps without a model: each slot keeps what its keys and values follow from,
     the tokens from the start of the sequence on, and every slot that a token sees is looked at."""
 
-    def __init__(self, blocks: int, block_size: int, window: int, seats: int, budget: int) -> None:
-        self.manager = BlockManager(blocks, block_size, window=window)
+    def __init__(
+        self, blocks: int, block_size: int, windows: tuple[int, ...], seats: int, budget: int
+    ) -> None:
+        self.manager = BlockManager(blocks, block_size, windows=windows)
         self.scheduler = Scheduler(self.manager, seats, budget)
-        self.slots: list[int | None] = [None] * (blocks * block_size)
+        # What a slot holds is of one group, and nobody else's.
+        self.slots: list[tuple[int, int] | None] = [None] * (blocks * block_size)
         self.inputs = InputBuffers(
             max_seqs=seats,
             max_tokens=budget,
             max_blocks=-(-400 // block_size),
             block_size=block_size,
+            group_of_layer=range(len(windows)),
             device=torch.device("cpu"),
         )
         self.most_held = 0
@@ -164,28 +168,34 @@ class ShadowCache:
 
     def _attend(self, batch: ScheduledBatch) -> None:
         attention = self.inputs.build(batch).attention
-        slots = iter(attention.slot_mapping.tolist())
         prefixes = {item.sequence: _prefixes(item.sequence.token_ids) for item in batch}
-        for item in batch:
-            start = item.sequence.num_computed_tokens
-            for position in range(start, start + item.num_tokens):
-                self.slots[next(slots)] = prefixes[item.sequence][position]
-        window, size = self.manager.window, self.manager.block_size
-        for row, item in enumerate(batch):
-            start, table = item.sequence.num_computed_tokens, attention.block_tables[row].tolist()
-            first = max(0, start - window + 1) if window else 0
-            for position in range(first, start + item.num_tokens):
-                slot = table[position // size] * size + position % size
-                assert self.slots[slot] == prefixes[item.sequence][position]
+        for group, of_group in enumerate(attention):
+            slots = iter(of_group.slot_mapping.tolist())
+            for item in batch:
+                start = item.sequence.num_computed_tokens
+                for position in range(start, start + item.num_tokens):
+                    self.slots[next(slots)] = group, prefixes[item.sequence][position]
+        size = self.manager.block_size
+        for group, window in enumerate(self.manager.windows):
+            tables = attention[group].block_tables.tolist()
+            for table, item in zip(tables, batch, strict=False):
+                start = item.sequence.num_computed_tokens
+                first = max(0, start - window + 1) if window else 0
+                for position in range(first, start + item.num_tokens):
+                    slot = table[position // size] * size + position % size
+                    assert self.slots[slot] == (group, prefixes[item.sequence][position])
 
     def check_blocks(self) -> None:
         """Every block is free or held, and who holds one needs it."""
         held: set[int] = set()
+        block_size = self.manager.block_size
         for sequence in self.scheduler.running:
-            seen = sequence.num_computed_tokens - self.manager.window + 1
-            unseen = max(0, seen) // self.manager.block_size if self.manager.window else 0
-            assert sequence.num_held_blocks == len(sequence.blocks) - unseen
-            held.update(sequence.blocks[unseen:])
+            for table, window in zip(sequence.block_tables, self.manager.windows, strict=True):
+                seen = sequence.num_computed_tokens - window + 1
+                assert table.num_unseen == (max(0, seen) // block_size if window else 0)
+                held.update(table.held)
+            of_sequence = [block for table in sequence.block_tables for block in table.held]
+            assert len(set(of_sequence)) == len(of_sequence) == sequence.num_held_blocks
         assert len(held) + self.manager.num_free_blocks == self.manager.num_blocks
 
 
@@ -199,21 +209,21 @@ def _prefixes(tokens: list[int]) -> list[int]:
 
 def test_a_long_prompt_and_a_long_output_hold_no_more_than_the_window() -> None:
     # Chunks of 15, so that they begin anywhere in a block.
-    cache = ShadowCache(100, BLOCK, WINDOW, seats=1, budget=15)
+    cache = ShadowCache(100, BLOCK, (WINDOW,), seats=1, budget=15)
     sequence = cache.add(prompt(0, 200), max_tokens=150)
     while sequence.num_output_tokens < 1:
         assert cache.step()
-    assert cache.most_held == most_blocks(400, BLOCK, WINDOW, 15) == 11
+    assert cache.most_held == most_blocks(400, BLOCK, (WINDOW,), 15) == 11
     cache.most_held = 0
     while cache.step():
         pass
-    assert cache.most_held == MOST_DECODING == most_blocks(400, BLOCK, WINDOW, 1)
+    assert cache.most_held == MOST_DECODING == most_blocks(400, BLOCK, (WINDOW,), 1)
     assert sequence.num_output_tokens == 150
 
 
 def test_sequences_run_together_whose_contexts_would_not_fit() -> None:
     blocks = 5 * MOST_DECODING + MOST_PREFILLING  # 184 tokens
-    cache = ShadowCache(blocks, BLOCK, WINDOW, seats=6, budget=BUDGET)
+    cache = ShadowCache(blocks, BLOCK, (WINDOW,), seats=6, budget=BUDGET)
     for seed in range(6):
         cache.add(prompt(seed, 100), max_tokens=100)
     together = 0
@@ -227,7 +237,7 @@ def test_sequences_run_together_whose_contexts_would_not_fit() -> None:
 @pytest.mark.parametrize("cached", [0, 100])
 def test_a_sequence_begins_when_all_it_will_hold_at_once_fits(cached: int) -> None:
     """Had it to be preempted for lack of blocks, it would have begun in vain."""
-    cache = ShadowCache(2 * MOST_DECODING, BLOCK, WINDOW, seats=2, budget=BUDGET)
+    cache = ShadowCache(2 * MOST_DECODING, BLOCK, (WINDOW,), seats=2, budget=BUDGET)
     ids = prompt(0, 130)
     if cached:
         cache.add(ids[: cached + 1], max_tokens=1)
@@ -245,7 +255,7 @@ def test_a_sequence_begins_when_all_it_will_hold_at_once_fits(cached: int) -> No
 
 
 def test_a_prefix_is_found_by_the_blocks_it_still_sees() -> None:
-    cache = ShadowCache(MOST_PREFILLING, BLOCK, WINDOW, seats=1, budget=BUDGET)
+    cache = ShadowCache(MOST_PREFILLING, BLOCK, (WINDOW,), seats=1, budget=BUDGET)
     ids = prompt(0, 101)
     cache.add(ids, max_tokens=1)
     while cache.step():
@@ -259,17 +269,17 @@ def test_a_prefix_is_found_by_the_blocks_it_still_sees() -> None:
     assert again.num_cached_tokens == 100
 
 
-@pytest.mark.parametrize("window", [0, 1, 5, 24])
-def test_no_token_ever_misses_what_it_sees_whatever_the_others_do(window: int) -> None:
+@pytest.mark.parametrize("windows", [(0,), (1,), (5,), (24,), (0, 5), (24, 0, 24, 24), (7, 30)])
+def test_no_token_ever_misses_what_it_sees_whatever_the_others_do(windows: tuple[int, ...]) -> None:
     """Prompts that share prefixes, callers who leave, tenants who crowd, and hardly any blocks."""
     seen: Counter[str] = Counter()
     for seed in range(12):
         chance = random.Random(seed)
         block_size, seats = chance.choice([1, 3, 4, 16]), chance.randint(1, 6)
         budget, longest = chance.randint(seats, 40), 120
-        least = most_blocks(longest, block_size, window, budget)
+        least = most_blocks(longest, block_size, windows, budget)
         blocks = least + chance.randint(0, 2 * least)
-        cache = ShadowCache(blocks, block_size, window, seats, budget)
+        cache = ShadowCache(blocks, block_size, windows, seats, budget)
         everyone: list[Sequence] = []
         for _ in range(400):
             if chance.random() < 0.4 and len(cache.scheduler.waiting) < 8:

@@ -27,7 +27,6 @@ from nybble.engine import (
     Request,
     SamplingParams,
 )
-from nybble.engine.runner import kv_bytes_per_block
 from nybble.kernels.triton import matmul
 from nybble.loaders import open_checkpoint
 
@@ -188,11 +187,9 @@ def test_the_cache_takes_what_the_device_has_left_and_leaves_a_tenth(
     gpu.total = 2200 << 10
     config = replace(GPU, kv_cache_bytes=None, max_num_seqs=16, max_model_len=512)
     with running(checkpoint, replace(config, adapters=None)) as engine:
-        kept = engine.kv_cache_tokens * kv_bytes_per_block(
-            engine._runner.decoder.architecture, config
-        )
-        assert 0.6 * gpu.total < kept / config.block_size < 0.9 * gpu.total
-        assert engine.kv_cache_tokens < config.max_num_seqs * 512  # more would be of no use
+        kept = engine.stats().kv_blocks_total * engine._runner.layout.block_bytes
+        assert 0.6 * gpu.total < kept < 0.9 * gpu.total
+        assert engine.kv_cache_tokens(512) < config.max_num_seqs * 512  # more would be of no use
         assert ask(engine, REQUESTS[:1]) == [expected[0]]
 
 

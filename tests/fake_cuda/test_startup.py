@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from nybble.engine import Engine, EngineConfig
-from nybble.engine.runner import ModelRunner, free_kv_bytes, kv_blocks, kv_bytes_per_block
+from nybble.engine.kv_cache import KVCacheLayout
+from nybble.engine.runner import ModelRunner, free_kv_bytes
 from nybble.kernels.bench.gpu_decode import random_decoder
 from nybble.kernels.bench.gpu_section import LLAMA_2_13B
 from nybble.kernels.triton import configs, tune
@@ -66,9 +67,10 @@ def test_llama_2_13b_and_its_graphs_fit_a_10_gib_device_beside_the_cache_it_is_g
     config = EngineConfig(device="cuda:1", tune=False)
     with torch.inference_mode():
         decoder, _ = random_decoder(LLAMA_2_13B, config.dtype, CUDA)
-        blocks = kv_blocks(free_kv_bytes(CUDA), decoder.architecture, config)
-        runner = ModelRunner(decoder, config, blocks)
+        layout = KVCacheLayout.of(decoder.architecture, config, decoder.max_model_len)
+        blocks = layout.blocks_in(free_kv_bytes(CUDA))
+        runner = ModelRunner(decoder, config, layout, blocks)
     runner.warm_up(progress=False)  # the largest step there is, then the graphs
     assert max(seqs for _, seqs in runner._warm_up_sizes()) == config.max_num_seqs
-    assert blocks * kv_bytes_per_block(decoder.architecture, config) > 2 << 30
+    assert blocks * layout.block_bytes > 2 << 30
     assert gpu.peak > 9 << 30

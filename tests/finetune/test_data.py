@@ -75,8 +75,8 @@ def test_a_prompt_is_read_and_its_completion_learned_up_to_the_end(
         ({"messages": [{"role": "user", "content": 5}]}, "content of message 0 is neither text"),
         ({"messages": [{**CHAT[2], "weight": 0.5}]}, "weight of message 0 is neither 0 nor 1"),
         ({"messages": [{**CHAT[2], "weight": 0}]}, "there is no assistant message to learn from"),
-        ({"messages": [{"role": "assistant", "tool_calls": [1]}]}, "no list of function calls"),
-        ({"messages": CHAT, "tools": "x"}, "'tools' is no list of objects"),
+        ({"messages": [{"role": "assistant", "tool_calls": [1]}]}, "not a list of function calls"),
+        ({"messages": CHAT, "tools": "x"}, "'tools' is not a list of objects"),
         ({"prompt": "the dog " * 60, "completion": "x"}, "no assistant token within the first 100"),
     ],
 )

@@ -198,7 +198,7 @@ def test_lora_plus_gives_b_its_own_rate(bases: dict[str, Path]) -> None:
 
 
 def test_an_unknown_target_is_named(bases: dict[str, Path]) -> None:
-    with pytest.raises(ValueError, match="target module 'c_attn' is no linear layer"):
+    with pytest.raises(ValueError, match="target module 'c_attn' is not a linear layer"):
         add_lora(model_of(bases["nf4"]), LoraSettings(target_modules=("q_proj", "c_attn")))
 
 

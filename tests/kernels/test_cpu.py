@@ -9,7 +9,7 @@ import resource
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from nybble.kernels import DenseWeight, PackedWeight, ops, reference
+from nybble.kernels import DenseWeight, PackedWeight, reference
 from nybble.kernels.activation import ACTIVATIONS, Activation
 from nybble.kernels.attention_batch import AttentionBatch
 from nybble.kernels.cpu.build import (
     TARGETS,
     CpuKernelsUnavailableError,
+    Target,
     build,
     build_fastest,
     load,
@@ -33,8 +34,9 @@ from nybble.kernels.cpu.build import (
     wanted_targets,
 )
 from nybble.kernels.cpu.library import CpuLibrary
-from nybble.kernels.lora import LoRABatch, slot_buffers
-from nybble.kernels.matmul import linear, packed_matmul, rows_computed
+from nybble.kernels.lora import slot_buffers
+from nybble.kernels.lora_batch import LoRABatch
+from nybble.kernels.matmul import packed_matmul
 from nybble.kernels.packed import (
     INT8_MAX,
     INTEGER_LEVELS,
@@ -50,9 +52,25 @@ CODEBOOK = torch.linspace(-1, 1, 16).bfloat16().float()
 def cpu(request: pytest.FixtureRequest) -> CpuLibrary:
     """The kernels compiled for each target this machine runs, which must be one at least."""
     usable_targets()
-    if missing := missing_cpu_features(request.param):
+    return compiled(request.param)
+
+
+def compiled(target: Target) -> CpuLibrary:
+    if missing := missing_cpu_features(target):
         pytest.skip(f"this CPU lacks {', '.join(missing)}")
-    return CpuLibrary(ctypes.CDLL(str(build(request.param))))
+    return CpuLibrary(ctypes.CDLL(str(build(target))))
+
+
+@pytest.fixture(scope="module", params=TARGETS[:1], ids=lambda target: target.name)
+def bf16_cpu(request: pytest.FixtureRequest) -> CpuLibrary:
+    """The kernels that multiply bfloat16."""
+    return compiled(request.param)
+
+
+@pytest.fixture(scope="module", params=TARGETS[1:], ids=lambda target: target.name)
+def integer_cpu(request: pytest.FixtureRequest) -> CpuLibrary:
+    """The kernels that multiply integers."""
+    return compiled(request.param)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -97,45 +115,90 @@ def assert_close(found: Tensor, exact: Tensor, magnitude: Tensor) -> None:
     assert (error <= bound).all(), f"worst error {(error / bound).max():.2f} × the bound"
 
 
-@given(
-    rows=st.sampled_from([1, 2, 3, 5, 8, 9, 10, 11, 23]),
-    out=st.integers(1, 150),
-    groups=st.integers(1, 4),
-    group=st.sampled_from([8, 16, 32, 64, 128]),
-    short=st.integers(0, 7),
-    kind=st.sampled_from(["asym", "sym", "codebook"]),
-    dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32]),
-    act_order=st.booleans(),
-    bias=st.booleans(),
-    seed=st.integers(0, 99),
-)
+SHAPES = {
+    "rows": st.sampled_from([1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 23, 31]),
+    "out": st.integers(1, 150),
+    "groups": st.integers(1, 4),
+    "group": st.sampled_from([8, 16, 32, 64, 128, 136, 264]),
+    "short": st.integers(0, 7),
+    "kind": st.sampled_from(["asym", "sym", "codebook"]),
+    "dtype": st.sampled_from([torch.float16, torch.bfloat16, torch.float32]),
+    "act_order": st.booleans(),
+    "bias": st.booleans(),
+    "seed": st.integers(0, 99),
+}
+
+
+@dataclass
+class Problem:
+    """Activations, a weight, what the product is exactly, and the size of what is added for it."""
+
+    x: Tensor
+    weight: PackedWeight
+    exact: Tensor
+    magnitude: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        rows: int,
+        out: int,
+        groups: int,
+        group: int,
+        short: int,
+        kind: str,
+        dtype: torch.dtype,
+        act_order: bool,
+        bias: bool,
+        seed: int,
+    ) -> Problem:
+        torch.manual_seed(seed)
+        columns = groups * group - short
+        weight = random_weight(out, columns, group, kind, dtype, act_order=act_order, bias=bias)
+        # Activations of models: a few columns are far larger than the others.
+        x = (torch.randn(rows, columns) * 2.0 ** torch.randint(-4, 3, (columns,))).bfloat16()
+        dense = weight.dequantize().double()
+        exact = x.double() @ dense.T
+        # The terms actually added: a code's and its zero's separately, before they cancel.
+        spread = 32 * weight.scales.double().max() if kind == "asym" else dense.abs().max()
+        magnitude = (x.double().abs().sum(1, keepdim=True) * spread).expand_as(exact)
+        if weight.bias is not None:
+            exact += weight.bias.double()
+        return cls(x, weight, exact, magnitude)
+
+
+@given(**SHAPES)
 @settings(max_examples=100, deadline=None)
-def test_matmul(
-    cpu: CpuLibrary,
-    rows: int,
-    out: int,
-    groups: int,
-    group: int,
-    short: int,
-    kind: str,
-    dtype: torch.dtype,
-    act_order: bool,
-    bias: bool,
-    seed: int,
+def test_matmul(bf16_cpu: CpuLibrary, **shape: Any) -> None:
+    problem = Problem.of(**shape)
+    found = bf16_cpu.packed_matmul(problem.x, problem.weight.to_layout("cpu_tiles"))
+    assert_close(found, problem.exact, problem.magnitude)
+
+
+@given(**SHAPES)
+@settings(max_examples=100, deadline=None)
+def test_matmul_in_integers_errs_by_the_rounding_of_activations_and_levels_alone(
+    integer_cpu: CpuLibrary, **shape: Any
 ) -> None:
-    torch.manual_seed(seed)
-    columns = groups * group - short
-    weight = random_weight(out, columns, group, kind, dtype, act_order=act_order, bias=bias)
-    x = torch.randn(rows, columns).bfloat16()
-    found = cpu.packed_matmul(x, weight.to_layout("cpu_tiles"))
-    dense = weight.dequantize().double()
-    exact = x.double() @ dense.T
-    # The terms actually added: a code's and its zero's separately, before they cancel.
-    spread = 32 * weight.scales.double().max() if kind == "asym" else dense.abs().max()
-    magnitude = (x.double().abs().sum(1, keepdim=True) * spread).expand_as(exact)
-    if weight.bias is not None:
-        exact += weight.bias.double()
-    assert_close(found, exact, magnitude)
+    problem = Problem.of(**shape)
+    weight = problem.weight
+    found = integer_cpu.packed_matmul(problem.x, weight.to_layout("cpu_tiles"))
+    rounded = reference.packed_matmul_int16(problem.x, weight)
+    assert_close(found, rounded, problem.magnitude)
+    # Half a step for each activation, of which 2¹⁴ (2¹³) steps are the largest or more.
+    bits, unit = (14, 1 / (2 * 2047)) if shape["kind"] == "codebook" else (15, 0.0)
+    x = problem.x.double()
+    x = x if weight.perm is None else x[:, weight.perm]
+    stored = replace(weight, perm=None, in_features=weight.columns).dequantize().double()
+    largest, scales = unit * float(weight.levels.abs().max()), weight.scales.double()
+    bound = torch.zeros_like(problem.exact)
+    for index, start in enumerate(range(0, weight.columns, weight.group_size)):
+        part = slice(start, start + weight.group_size)
+        step = x[:, part].abs().amax(1, keepdim=True) * 2.0**-bits
+        off = largest * scales[:, index]
+        weights = stored[:, part].abs().sum(1) + off * x[:, part].shape[1]
+        bound += step * weights + x[:, part].abs().sum(1, keepdim=True) * off
+    assert ((rounded - problem.exact).abs() <= bound * 1.001).all()
 
 
 @given(
@@ -199,14 +262,80 @@ def assert_same_bits(found: Tensor, expected: Tensor) -> None:
     assert torch.equal(found.view(bits), expected.contiguous().view(bits))
 
 
-def test_a_row_does_not_depend_on_its_batch(cpu: CpuLibrary) -> None:
-    weight = random_weight(
-        200, 256, 64, "asym", torch.float16, act_order=False, bias=True
-    ).to_layout("cpu_tiles")
-    x = torch.randn(37, 256).bfloat16()
+@pytest.mark.parametrize("kind", ["asym", "sym", "codebook"])
+def test_a_row_does_not_depend_on_its_batch(cpu: CpuLibrary, kind: str) -> None:
+    """To the bit, whether the rows are those of a decode step or of prompts."""
+    weight = random_weight(200, 288, 144, kind, torch.float16, act_order=False, bias=True)
+    weight = weight.to_layout("cpu_tiles")
+    x = torch.randn(300, 288).bfloat16()
     together = cpu.packed_matmul(x, weight)
-    for row in range(37):
-        assert torch.equal(cpu.packed_matmul(x[row : row + 1], weight)[0], together[row])
+    for count in (1, 2, 3, 4, 5, 6, 7, 8, 9, 37, 256, 257):
+        for start in range(0, len(x) - count + 1, max(count, 30)):
+            rows = slice(start, start + count)
+            assert torch.equal(cpu.packed_matmul(x[rows], weight), together[rows])
+
+
+def test_integer_kernels_agree_to_the_bit() -> None:
+    """The sums of spans are exact, so that they do not depend on the instructions.
+
+    AVX-VNNI is also tested on CPUs which have its instructions as a part of AVX-512 alone.
+    """
+    flags = ("-march=haswell", "-mavx512f", "-mavx512vl", "-mavx512vnni")
+    encoded = Target("avx2_vnni_as_avx512", ("avx512f", "avx512vl", "avx512_vnni"), flags)
+    targets = [each for each in (*TARGETS[1:], encoded) if not missing_cpu_features(each)]
+    libraries = [compiled(target) for target in targets]
+    for kind in ("asym", "codebook"):
+        torch.manual_seed(0)
+        weight = random_weight(100, 300, 128, kind, torch.float16, act_order=False, bias=True)
+        tiled = weight.to_layout("cpu_tiles")
+        for rows in (1, 2, 3, 8, 20):
+            x = torch.randn(rows, 300).bfloat16()
+            first, *others = (library.packed_matmul(x, tiled) for library in libraries)
+            assert all(torch.equal(other, first) for other in others)
+
+
+def test_the_largest_sums_of_integers_do_not_overflow(integer_cpu: CpuLibrary) -> None:
+    """Every activation the largest and alike, every level the largest of its sign."""
+    for levels in (INTEGER_LEVELS, SYMMETRIC_LEVELS, CODEBOOK):
+        for code in (0, 15):
+            weight = PackedWeight(
+                qweight=torch.full((16, 128), code * 17, dtype=torch.uint8),
+                scales=torch.ones(16, 1),
+                zeros=None,
+                levels=levels,
+                out_features=16,
+                in_features=256,
+                group_size=256,
+            )
+            x = torch.full((20, 256), 1.9921875).bfloat16()
+            found = integer_cpu.packed_matmul(x, weight.to_layout("cpu_tiles"))
+            exact = 256 * 1.9921875 * levels[code].expand_as(found)
+            torch.testing.assert_close(found.float(), exact, rtol=2**-8, atol=0)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_products_hide_nothing_that_is_not_a_number(cpu: CpuLibrary, value: float) -> None:
+    weight = random_weight(40, 256, 128, "sym", torch.float16, act_order=False, bias=False)
+    weight = weight.to_layout("cpu_tiles")
+    for rows in (1, 4, 20):
+        x = torch.randn(rows, 256).bfloat16()
+        expected = cpu.packed_matmul(x, weight)
+        x[-1, 131] = value
+        found = cpu.packed_matmul(x, weight)
+        assert torch.equal(found[:-1], expected[:-1])
+        # A weight of exactly zero times infinity is not a number either.
+        assert not found[-1].isfinite().any()
+
+
+@pytest.mark.parametrize("exponent", [-126, -120, 100, 118])
+def test_activations_of_any_size_are_multiplied(integer_cpu: CpuLibrary, exponent: int) -> None:
+    torch.manual_seed(0)
+    weight = random_weight(40, 128, 64, "sym", torch.float32, act_order=False, bias=False)
+    x = torch.ldexp(torch.randn(3, 128).bfloat16().float(), torch.tensor(exponent)).bfloat16()
+    found = integer_cpu.packed_matmul(x, weight.to_layout("cpu_tiles"))
+    expected = reference.packed_matmul_int16(x, weight)
+    bound = expected.abs() * 2**-7 + x.double().abs().sum(1, keepdim=True) * 2**-17
+    assert ((found.double() - expected).abs() <= bound + 2.0**-126).all()
 
 
 @pytest.mark.parametrize("dim", [16, 48, 64, 80, 128])
@@ -253,6 +382,7 @@ def test_dense_weights_are_multiplied_with_few_numbers_of_rows(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     weight = DenseWeight(torch.randn(48, 64).bfloat16(), torch.randn(48).bfloat16())
+    linear = reference.linear(weight, torch.bfloat16)
     computed: set[int] = set()
     compute = torch.nn.functional.linear
 
@@ -263,14 +393,14 @@ def test_dense_weights_are_multiplied_with_few_numbers_of_rows(
     monkeypatch.setattr(torch.nn.functional, "linear", spy)
     for rows in range(301):
         x = torch.randn(rows, 64).bfloat16()
-        found = linear(x, weight)
+        found = linear(x)
         assert weight.bias is not None
         expected = x.double() @ weight.weight.double().T + weight.bias.double()
         torch.testing.assert_close(found.double(), expected, rtol=2e-2, atol=2e-2)
-        assert rows <= rows_computed(rows) <= 1.5 * rows + 0.5
+        assert rows <= reference.rows_computed(rows) <= 1.5 * rows + 0.5
     assert len(computed) <= 18  # each costs half a MiB, for each shape of weight
     assert 1 not in computed  # one row is summed in another order than several
-    assert linear(torch.randn(2, 5, 64).bfloat16(), weight).shape == (2, 5, 48)
+    assert linear(torch.randn(2, 5, 64).bfloat16()).shape == (2, 5, 48)
 
 
 def test_norms_and_activation(cpu: CpuLibrary) -> None:
@@ -424,6 +554,37 @@ def one_decode(context_lens: list[int], blocks_each: int = 2) -> AttentionBatch:
     )
 
 
+@pytest.mark.parametrize("window", [0, 1, 21, 50])
+@pytest.mark.parametrize(("share", "dim"), [(1, 128), (3, 80), (7, 64), (40, 16)])
+def test_a_tokens_attention_does_not_depend_on_those_beside_it(
+    cpu: CpuLibrary, share: int, dim: int, window: int
+) -> None:
+    """To the bit: in a prompt, in a piece of it, alone, and whatever later tokens hold."""
+    torch.manual_seed(0)
+    k_cache, v_cache = torch.randn(2, 7, 2, 16, dim).bfloat16()
+    q = torch.randn(70, 2 * share, dim).bfloat16()
+
+    def attend(first: int, end: int, k: Tensor = k_cache, v: Tensor = v_cache) -> Tensor:
+        """Of the tokens at positions 30 + first to 30 + end."""
+        batch = AttentionBatch(
+            query_start=torch.tensor([0, end - first], dtype=torch.int32),
+            context_lens=torch.tensor([30 + end], dtype=torch.int32),
+            block_tables=torch.tensor([[6, 2, 0, 5, 1, 3, 4]], dtype=torch.int32),
+            slot_mapping=torch.zeros(end - first, dtype=torch.int64),
+            max_query=end - first,
+        )
+        return cpu.paged_attention(q[first:end], k, v, batch, dim**-0.5, window)
+
+    together = attend(0, 70)
+    for first, end in ((0, 1), (0, 33), (33, 34), (34, 70), (69, 70), (5, 12)):
+        assert torch.equal(attend(first, end), together[first:end])
+    k, v = k_cache.clone(), v_cache.clone()
+    k[4, :, 3], v[4, :, 3] = float("nan"), float("inf")  # position 99, the last
+    found = attend(0, 70, k, v)
+    assert torch.equal(found[:-1], together[:-1])
+    assert not found[-1].isfinite().any()
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("where", ["query", "key", "value"])
 @pytest.mark.parametrize("softcap", [0.0, 50.0])
@@ -533,28 +694,55 @@ def test_norms_and_products_refuse_what_they_would_misread(cpu: CpuLibrary) -> N
         cpu.rms_norm(x, weight[:32], 1e-6)
     with pytest.raises(ValueError, match=r"residual: .* \(1, 64\)"):
         cpu.add_rms_norm(x, x[:1], weight, 1e-6)
-    with pytest.raises(ValueError, match=r"gate_up: .* \(3, 48\)"):
-        cpu.gated(x[:, :48], "silu")
     packed = random_weight(16, 64, 32, "sym", torch.float16, act_order=False, bias=False)
     with pytest.raises(ValueError, match=r"x: .* \(3, 32\)"):
         cpu.packed_matmul(x[:, :32], packed.to_layout("cpu_tiles"))
 
 
-def test_attention_over_a_cache_of_another_dtype_is_the_references() -> None:
+def test_what_the_vectors_do_not_divide_is_the_references(cpu: CpuLibrary) -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(3, 40).bfloat16(), torch.rand(40).bfloat16()
+    assert torch.equal(cpu.rms_norm(x, weight, 1e-6), reference.rms_norm(x, weight, 1e-6))
+    for found, expected in zip(
+        cpu.add_rms_norm(x, x, weight, 1e-6),
+        reference.add_rms_norm(x, x, weight, 1e-6),
+        strict=True,
+    ):
+        assert torch.equal(found, expected)
+    assert torch.equal(cpu.gated(x, "silu"), reference.gated(x, "silu"))
+    steps = [Step(), Step()]
+    narrow = []
+    for step in steps:
+        step.q, step.k, step.v = (t[..., :24] for t in (step.q, step.k, step.v))
+        caches = step.k_cache[..., :24], step.v_cache[..., :24]
+        narrow.append((step, caches, (step.cos[:, :24], step.sin[:, :24])))
+    for kernels, (step, caches, angles) in zip((cpu, reference), narrow, strict=True):
+        heads = step.q, step.k, step.v
+        kernels.rotary_store(*heads, *angles, *caches, step.batch.slot_mapping)
+    (one, ours, _), (other, theirs, _) = narrow
+    assert torch.equal(one.q, other.q)
+    assert torch.equal(ours[0], theirs[0])
+    assert torch.equal(
+        cpu.paged_attention(one.q, *ours, one.batch, 0.2),
+        reference.paged_attention(other.q, *theirs, other.batch, 0.2),
+    )
+
+
+def test_attention_over_a_cache_of_another_dtype_is_the_references(cpu: CpuLibrary) -> None:
     step = Step()
     caches = step.k_cache.float(), step.v_cache.float()
-    found = ops.paged_attention(step.q, *caches, step.batch, 0.2)
+    found = cpu.paged_attention(step.q, *caches, step.batch, 0.2)
     assert torch.equal(found, reference.paged_attention(step.q, *caches, step.batch, 0.2))
 
 
-def test_norms_of_other_dtypes_and_strides_are_the_references() -> None:
+def test_norms_of_other_dtypes_and_strides_are_the_references(cpu: CpuLibrary) -> None:
     torch.manual_seed(0)
     x, weight = torch.randn(3, 64).bfloat16(), torch.rand(128)
     expected = reference.rms_norm(x, weight[:64], 1e-6)
-    torch.testing.assert_close(ops.rms_norm(x, weight[:64], 1e-6), expected)
+    torch.testing.assert_close(cpu.rms_norm(x, weight[:64], 1e-6), expected)
     strided = weight.bfloat16()[::2]
     expected = reference.rms_norm(x, strided, 1e-6)
-    torch.testing.assert_close(ops.rms_norm(x, strided, 1e-6), expected, rtol=2**-7, atol=0)
+    torch.testing.assert_close(cpu.rms_norm(x, strided, 1e-6), expected, rtol=2**-7, atol=0)
 
 
 def test_gates_may_have_any_dimensions(cpu: CpuLibrary) -> None:
@@ -587,24 +775,39 @@ def test_a_missing_compiler_and_a_missing_instruction_set_are_named(tmp_path: Pa
         usable_targets(cpuinfo)
 
 
-def test_the_best_target_is_chosen_by_the_flags_of_the_cpu(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("added", "best"),
+    [
+        ("", "avx2"),
+        ("avx_vnni", "avx2_vnni"),
+        ("avx512f avx512bw avx512vl", "avx2"),  # Knights Landing and the like lack some
+        ("avx512f avx512bw avx512vl avx512dq", "avx512"),
+        ("avx512f avx512bw avx512vl avx512dq avx512_vnni", "avx512_vnni"),
+        ("avx512f avx512bw avx512vl avx512dq avx512_vnni avx512_bf16", "avx512_bf16"),
+    ],
+)
+def test_the_best_target_is_chosen_by_the_flags_of_the_cpu(
+    tmp_path: Path, added: str, best: str
+) -> None:
     cpuinfo = tmp_path / "cpuinfo"
-    cpuinfo.write_text("flags\t: avx2 fma f16c avx512f avx512bw avx512vl avx512dq\n")
-    assert usable_targets(cpuinfo)[0].name == "avx2"  # without BF16 the AVX-512 kernels do not run
-    cpuinfo.write_text(cpuinfo.read_text().rstrip() + " avx512_bf16\n")
-    assert usable_targets(cpuinfo)[0].name == "avx512"
+    cpuinfo.write_text(f"flags\t: avx2 fma f16c {added}\n")
+    assert usable_targets(cpuinfo)[0].name == best
 
 
 def test_a_target_may_be_named_and_another_one_is_not_taken_in_its_place(tmp_path: Path) -> None:
     cpuinfo = tmp_path / "cpuinfo"
     cpuinfo.write_text("flags\t: avx2 fma f16c avx512f avx512bw avx512vl avx512dq avx512_bf16\n")
     assert [target.name for target in wanted_targets("avx2", cpuinfo)] == ["avx2"]
-    assert [target.name for target in wanted_targets("", cpuinfo)] == ["avx512", "avx2"]
-    with pytest.raises(ValueError, match="NYBBLE_CPU_TARGET is 'sse', expected avx512 or avx2"):
+    assert [target.name for target in wanted_targets("", cpuinfo)] == [
+        "avx512_bf16",
+        "avx512",
+        "avx2",
+    ]
+    with pytest.raises(ValueError, match="is 'sse', expected avx512_bf16, avx512_vnni, avx512, "):
         wanted_targets("sse", cpuinfo)
     cpuinfo.write_text("flags\t: avx2 fma f16c avx512f avx512bw avx512vl avx512dq\n")
-    with pytest.raises(ValueError, match="is avx512, but this CPU lacks avx512_bf16"):
-        wanted_targets("avx512", cpuinfo)
+    with pytest.raises(ValueError, match="is avx512_bf16, but this CPU lacks avx512_bf16"):
+        wanted_targets("avx512_bf16", cpuinfo)
 
 
 def test_the_environment_names_the_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -627,15 +830,17 @@ def test_a_compiler_too_old_for_the_best_target_builds_the_next(
 ) -> None:
     if len(usable_targets()) < 2:
         pytest.skip("this CPU runs no target but the last")
+    best, second, *_ = usable_targets()
+    flag = next(flag for flag in best.flags if flag not in second.flags)
     monkeypatch.delenv("NYBBLE_CPU_TARGET", raising=False)
     old = compiler_script(
         tmp_path,
-        'case "$*" in *-mavx512bf16*) echo unrecognized option >&2; exit 1;; esac\n'
+        f'case "$*" in *{flag}*) echo unrecognized option >&2; exit 1;; esac\n'
         'while [ "$1" != -o ]; do shift; done; touch "$2"',
     )
     library = build_fastest(compiler=old, cache=tmp_path / "cache")
-    assert library.name.startswith("cpu-avx2-")
-    assert "no avx512 kernels" in caplog.text
+    assert library.name.startswith(f"cpu-{second.name}-")
+    assert f"no {best.name} kernels" in caplog.text
     assert "unrecognized option" in caplog.text
 
 

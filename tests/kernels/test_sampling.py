@@ -6,6 +6,7 @@ On a machine without a GPU the kernel runs through Triton's interpreter.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from nybble.kernels import reference
+from nybble.kernels.cpu.library import library
 from nybble.kernels.reference import TokenChoice
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -28,7 +30,14 @@ def plain(logits: Tensor, choices: list[TokenChoice]) -> list[int]:
     return reference.sample_tokens(logits, choices).tolist()
 
 
-both = pytest.mark.parametrize("sample", [plain, gpu])
+def cpu(logits: Tensor, choices: list[TokenChoice]) -> list[int]:
+    kernels = library()
+    if kernels is None:
+        pytest.skip("no CPU kernels here")
+    return kernels.sample_tokens(logits, choices).tolist()
+
+
+every = pytest.mark.parametrize("sample", [plain, gpu, cpu])
 Sample = Callable[[Tensor, list[TokenChoice]], list[int]]
 
 
@@ -36,14 +45,14 @@ def logits_of(probs: list[float]) -> Tensor:
     return torch.tensor([probs]).log()
 
 
-@both
+@every
 def test_temperature_zero_takes_the_first_of_the_largest(sample: Sample) -> None:
     logits = torch.tensor([[1.0, 3.0, 3.0, -1.0], [float("-inf"), -5.0, -6.0, -7.0]])
     greedy = TokenChoice(0.0, 2, 0.5, 0.1, 0.9)
     assert sample(logits, [greedy, greedy]) == [1, 1]
 
 
-@both
+@every
 @pytest.mark.parametrize(
     ("choice", "left"),
     [
@@ -71,7 +80,7 @@ def test_a_token_is_drawn_as_often_as_its_share_of_what_is_left(
         assert abs(found.count(token) / draws - share) <= 1.5 / draws
 
 
-@both
+@every
 @pytest.mark.parametrize("uniform", [0.0, 0.5, 1.0 - 2.0**-53])
 def test_a_token_of_probability_zero_is_never_drawn(sample: Sample, uniform: float) -> None:
     logits = torch.full((1, 3000), float("-inf"))
@@ -80,53 +89,109 @@ def test_a_token_of_probability_zero_is_never_drawn(sample: Sample, uniform: flo
     assert sample(logits, [TokenChoice(1.0, 0, 1.0, 0.0, uniform)]) == [expected]
 
 
-@both
+@every
 def test_entries_equal_to_the_last_one_kept_are_kept(sample: Sample) -> None:
     logits = torch.tensor([[2.0, 1.0, 1.0, 0.0]]).expand(12, 4)
     found = sample(logits, [TokenChoice(1.0, 2, 1.0, 0.0, (i + 0.5) / 12) for i in range(12)])
     assert set(found) == {0, 1, 2}
 
 
-@given(
-    seed=st.integers(0, 999),
-    vocab=st.sampled_from([5, 1000, 5000]),
-    temperature=st.sampled_from([0.0, 0.3, 1.0, 2.0]),
-    top_k=st.sampled_from([0, 1, 40, 4999]),
-    top_p=st.sampled_from([1.0, 0.9, 0.2]),
-    min_p=st.sampled_from([0.0, 0.05]),
-    uniform=st.floats(0, 1, exclude_max=True),
-)
-@example(0, 1000, 0.3, 0, 1.0, 0.0, 1 - 2.0**-53)
+def check_alike(sample: Sample, logits: Tensor, choice: TokenChoice) -> bool:
+    """Whether a kernel draws the reference's token, and if not that it is one next to it.
+
+    A number at the border of two tokens may fall either way by rounding, and one next to 1
+    anywhere in a tail that weighs nothing.
+    """
+    (found,), (expected,) = sample(logits, [choice]), plain(logits, [choice])
+    if found == expected:
+        return True
+    uniform, vocab = choice.uniform, logits.shape[1]
+    (low,) = plain(logits, [choice._replace(uniform=max(0.0, uniform - 1e-6))])
+    if uniform + 1e-6 < 1:
+        (high,) = plain(logits, [choice._replace(uniform=uniform + 1e-6)])
+    else:
+        high = vocab - 1
+    assert low <= found <= high
+    return False
+
+
+CHOICES = {
+    "seed": st.integers(0, 999),
+    "temperature": st.sampled_from([0.0, 0.3, 1.0, 2.0]),
+    "top_k": st.sampled_from([0, 1, 40, 4999]),
+    "top_p": st.sampled_from([1.0, 0.9, 0.2]),
+    "min_p": st.sampled_from([0.0, 0.05]),
+    "uniform": st.floats(0, 1, exclude_max=True),
+}
+
+
+@given(vocab=st.sampled_from([5, 1000, 5000]), **CHOICES)
+@example(vocab=1000, seed=0, temperature=0.3, top_k=0, top_p=1.0, min_p=0.0, uniform=1 - 2.0**-53)
 @settings(max_examples=20, deadline=None)
-def test_the_kernel_draws_what_the_reference_draws(
-    seed: int,
-    vocab: int,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    min_p: float,
-    uniform: float,
+def test_the_gpu_kernel_draws_what_the_reference_draws(
+    vocab: int, seed: int, **choice: Any
 ) -> None:
     torch.manual_seed(seed)
     logits = 4 * torch.randn(1, vocab).bfloat16().float()  # with ties, as models have them
-    choice = TokenChoice(temperature, top_k, top_p, min_p, uniform)
-    (found,), (expected,) = gpu(logits, [choice]), plain(logits, [choice])
-    if found != expected:
-        # A number at the border of two tokens may fall either way by rounding, and one next to 1
-        # anywhere in a tail that weighs nothing.
-        (low,) = plain(logits, [choice._replace(uniform=max(0.0, uniform - 1e-6))])
-        if uniform + 1e-6 < 1:
-            (high,) = plain(logits, [choice._replace(uniform=uniform + 1e-6)])
-        else:
-            high = vocab - 1
-        assert low <= found <= high
+    check_alike(gpu, logits, TokenChoice(**choice))
+
+
+@given(
+    vocab=st.sampled_from([1, 5, 63, 64, 1000, 5000, 40_001]),
+    spread=st.sampled_from([0.0, 0.1, 4.0, 30.0]),
+    barred=st.booleans(),
+    **CHOICES,
+)
+@example(
+    vocab=1000,
+    spread=4.0,
+    barred=False,
+    seed=0,
+    temperature=0.3,
+    top_k=0,
+    top_p=1.0,
+    min_p=0.0,
+    uniform=1 - 2.0**-53,
+)
+@settings(max_examples=300, deadline=None)
+def test_the_cpu_kernel_draws_what_the_reference_draws(
+    vocab: int, spread: float, barred: bool, seed: int, **choice: Any
+) -> None:
+    """Of flat and of steep distributions, with ties, and with tokens that may not come."""
+    torch.manual_seed(seed)
+    logits = spread * torch.randn(1, vocab).bfloat16().float()
+    if barred and vocab > 1:
+        logits[0, torch.randperm(vocab)[: vocab * 3 // 4]] = float("-inf")
+    check_alike(cpu, logits, TokenChoice(**choice))
+
+
+def test_the_cpu_kernel_draws_the_same_tokens_as_the_reference_in_a_long_text() -> None:
+    """Not next to it: borders lie a ten-millionth apart."""
+    torch.manual_seed(0)
+    logits = (3 * torch.randn(200, 3000)).bfloat16().float()
+    for top_k, top_p, min_p in ((20, 0.8, 0.0), (0, 0.95, 0.0), (0, 1.0, 0.05), (0, 1.0, 0.0)):
+        numbers = torch.rand(200).tolist()
+        choices = [TokenChoice(0.7, top_k, top_p, min_p, number) for number in numbers]
+        assert cpu(logits, choices) == plain(logits, choices)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("top_k", [0, 3])
+@pytest.mark.parametrize("top_p", [1.0, 0.5])
+def test_whatever_the_logits_the_token_is_one_of_the_vocabulary(
+    value: float, top_k: int, top_p: float
+) -> None:
+    for rows in (torch.full((2, 100), value), torch.randn(2, 100)):
+        rows[0, 7] = value
+        choice = TokenChoice(1.0, top_k, top_p, 0.0, 0.5)
+        assert all(0 <= token < 100 for token in cpu(rows, [choice] * 2))
 
 
 def test_a_row_is_drawn_alike_in_any_company() -> None:
     torch.manual_seed(0)
     logits = 3 * torch.randn(6, 3000)
     choices = [TokenChoice(t, 50 * (t > 1), 0.9, 0.0, 0.37) for t in (0.0, 0.7, 1.5, 1.0, 2.0, 0.0)]
-    for sample in (plain, gpu):
+    for sample in (plain, gpu, cpu):
         together = sample(logits, choices)
         alone = [sample(logits[i : i + 1], [choice])[0] for i, choice in enumerate(choices)]
         assert alone == together

@@ -96,9 +96,9 @@ def test_neutral_values_are_taken(kind: type[Body], extra: dict[str, Any]) -> No
 @pytest.mark.parametrize(
     ("kind", "extra", "says"),
     [
-        (ChatRequest, {"logit_bias": {"5": 1, "dog": 1}}, "'dog' is no token id"),
+        (ChatRequest, {"logit_bias": {"5": 1, "dog": 1}}, "'dog' is not a token id"),
         (ResponsesRequest, {"grammar": "root ::= x"}, "use text.format, or /v1/chat/completions"),
-        (ChatRequest, {"logit_bias": {"a": 1, "b": 1}}, "'a', 'b' are no token ids"),
+        (ChatRequest, {"logit_bias": {"a": 1, "b": 1}}, "'a', 'b' are not token ids"),
         (ChatRequest, {"logit_bias": {"5": 1, "7": 101}}, "token 7 is 101"),
         (EmbeddingRequest, {"input": []}, "empty"),
         (EmbeddingRequest, {"input": ""}, "empty"),

@@ -32,27 +32,28 @@ ENDPOINTS: dict[str, tuple[str, type[Body]]] = {
 }
 BEGIN, END = "<!-- fields: {} -->", "<!-- end -->"
 
-TEMPERATURE = "0 to 100: OpenAI's ends at 2"
+TEMPERATURE = "0 to 100 (0 to 2 in OpenAI's API)"
 CONSTRAINTS = "json, json_object, regex, choice, grammar or structural_tag"
-PRIORITY = "of a tenant's waiting requests the lowest number begins first"
-TRUNCATION = "-1 for what leaves room for the output"
+PRIORITY = "among a tenant's waiting requests, the one with the lowest number is next"
+TRUNCATION = "-1: as many as leave room for the output"
+NO_LIMIT = "-1: no limit but the context length"
 
-# Where a field is taken with less than all of OpenAI's values.
+# Notes on supported fields, most of them on values which are not supported.
 LIMITS = {
     (ChatRequest, "messages"): "text only: images and audio are refused",
     (ChatRequest, "modalities"): "text only",
     (ChatRequest, "chat_template"): "with `--trust-request-chat-template`",
     (ChatRequest, "echo"): "the answer begins with the assistant's last message",
-    (ChatRequest, "max_completion_tokens"): "-1 for no limit but the context's",
-    (ChatRequest, "max_tokens"): "-1 for no limit but the context's",
-    (ChatRequest, "reasoning_effort"): "where the chat template reads `reasoning_effort` or "
-    "`enable_thinking`; elsewhere none alone",
+    (ChatRequest, "max_completion_tokens"): NO_LIMIT,
+    (ChatRequest, "max_tokens"): NO_LIMIT,
+    (ChatRequest, "reasoning_effort"): "only `none`, unless the chat template reads "
+    "`reasoning_effort` or `enable_thinking`",
     (ChatRequest, "temperature"): TEMPERATURE,
     (CompletionRequest, "temperature"): TEMPERATURE,
     (ResponsesRequest, "temperature"): TEMPERATURE,
-    (ResponsesRequest, "reasoning"): "effort, as the chat's `reasoning_effort`",
+    (ResponsesRequest, "reasoning"): "effort: see `reasoning_effort` of chat completions",
     (ResponsesRequest, "priority"): PRIORITY,
-    (CompletionRequest, "max_tokens"): "-1 for no limit but the context's",
+    (CompletionRequest, "max_tokens"): NO_LIMIT,
     (ChatRequest, "structured_outputs"): CONSTRAINTS,
     (CompletionRequest, "structured_outputs"): CONSTRAINTS,
     (ChatRequest, "priority"): PRIORITY,
@@ -61,18 +62,18 @@ LIMITS = {
     (ChatRequest, "truncate_prompt_tokens"): TRUNCATION,
     (CompletionRequest, "truncate_prompt_tokens"): TRUNCATION,
     (EmbeddingRequest, "truncate_prompt_tokens"): TRUNCATION,
-    (ChatRequest, "n"): "up to 128, and as many as the server takes at once",
+    (ChatRequest, "n"): "up to 128, and no more than the server accepts at once",
     (ChatRequest, "stop"): "up to 16",
     (ChatRequest, "tools"): "functions",
     (CompletionRequest, "best_of"): "equal to n, or 1",
     (CompletionRequest, "logprobs"): "up to 20",
-    (CompletionRequest, "n"): "up to 128, and as many as the server takes at once",
+    (CompletionRequest, "n"): "up to 128, and no more than the server accepts at once",
     (CompletionRequest, "stop"): "up to 16",
-    (EmbeddingRequest, "normalize"): "true only",
-    (EmbeddingRequest, "dimensions"): "the model's own number",
-    (ResponsesRequest, "input"): "text, function calls and their outputs; reasoning is left out",
+    (EmbeddingRequest, "normalize"): "only true",
+    (EmbeddingRequest, "dimensions"): "only the model's own number",
+    (ResponsesRequest, "input"): "text, function calls and their outputs; reasoning is dropped",
     (ResponsesRequest, "tools"): "functions",
-    (ResponsesRequest, "truncation"): "disabled only",
+    (ResponsesRequest, "truncation"): "only `disabled`",
 }
 
 

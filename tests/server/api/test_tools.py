@@ -515,7 +515,7 @@ def test_what_no_grammar_can_express_of_parameters_is_told(engine: Engine) -> No
         async with client.post(CHAT, json=body) as response:
             assert response.status == 200
             warning = response.headers["X-Nybble-Warning"]
-            assert '#/type: "Object" is no type of JSON Schema' in warning
+            assert '#/type: "Object" is not a type of JSON Schema' in warning
             assert "#/not: not is not supported" in warning
         tool["function"]["strict"] = True  # type: ignore[index]
         error = await refused(client, CHAT, body)

@@ -112,7 +112,7 @@ def test_expected_errors_are_one_line_and_exit_code_1(
         (("serve", "--model", "no-such-model", "--port", 0), "no-such-model"),
         (("serve", tmp_path / "absent.gguf", "--port", 0), f"there is no {tmp_path}/absent.gguf"),
         (("serve", tmp_path / "emty" / "x", "--port", 0), f"did you mean {tmp_path / 'empty'}?"),
-        (("serve", gguf, "--port", 0), "is a GGUF file"),
+        (("serve", gguf, "--port", 0), "truncated or not GGUF"),
         (("serve", model / "config.json", "--port", 0), f"give its folder, {model}"),
         (("serve", model, "--port", 0, "--host", "192.0.2.1"), "--host '192.0.2.1' is not"),
         (("serve", "--model", model, "--port", 0, "--max-model-len", 10**6), "--max-model-len is"),
@@ -146,7 +146,7 @@ def test_the_model_may_be_said_by_name_alone() -> None:
         ((), "say which: nybble serve NAME, or --model NAME"),
         (("x", "--model", "y"), "'x' and --model 'y': give one of them"),
         (("x", "y"), "unexpected extra argument"),
-        (("x", "--root-path", "llm"), "'llm' is no prefix of a path such as /llm"),
+        (("x", "--root-path", "llm"), "'llm' is not a path prefix such as /llm"),
     ]:
         result = CliRunner().invoke(app, ["serve", *arguments], prog_name="nybble")
         assert result.exit_code == 2

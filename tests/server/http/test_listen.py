@@ -47,7 +47,7 @@ def test_a_unix_sockets_file_is_replaced_only_if_nobody_listens(tmp_path: Path) 
             bind_unix(path)
     file = tmp_path / "file"
     file.write_text("precious")
-    with pytest.raises(OSError, match=r"--uds .* exists and is no socket"):
+    with pytest.raises(OSError, match=r"--uds .* exists and is not a socket"):
         bind_unix(file)
     with pytest.raises(OSError, match="cannot listen on --uds"):
         bind_unix(tmp_path / "absent" / "nybble.sock")

@@ -70,7 +70,7 @@ class Simulation:
                 while not queues[turn[0]]:
                     turn.rotate(-1)
                 at, stack, tokens = queues[turn[0]][0]
-                if held + tokens > self.capacity.tokens:
+                if held + tokens > self.capacity.tokens(tokens):
                     break
                 queues[turn[0]].popleft()
                 name = turn[0]
@@ -88,7 +88,7 @@ class Simulation:
         return admission
 
 
-CAPACITY = Capacity(sequences=10_000, seats=16, tokens=1000, max_wait=10)
+CAPACITY = Capacity(sequences=10_000, seats=16, tokens=lambda _: 1000, max_wait=10)
 
 
 def test_waits_stay_near_the_bound_however_much_is_sent() -> None:
@@ -139,7 +139,7 @@ def test_a_burst_that_fits_at_once_is_let_in_however_slow_the_server_was() -> No
 def test_sequences_longer_than_what_is_kept_of_them_fit_in_greater_number() -> None:
     """1,000 tokens of cache hold ten sequences of which 100 tokens are kept, whatever they have."""
     now = computed = 0.0
-    capacity = Capacity(sequences=100, seats=16, tokens=1000, max_wait=10, sequence_tokens=100)
+    capacity = Capacity(100, 16, tokens=lambda mean: 1000 * max(1, mean / 100), max_wait=10)
     admission = Admission(capacity, lambda: int(computed), lambda: now)
     with ExitStack() as stack:
         for _ in range(10):
@@ -253,7 +253,7 @@ def test_more_than_the_whole_cache_holds_is_refused_and_what_just_fits_is_served
     # 8 blocks of 16 tokens; the model itself could take 512.
     small = replace(CONFIG, kv_cache_bytes=8 * 16 * 2 * 2 * 2 * 32 * 4)
     engine = Engine.load(checkpoint, small, progress=False)
-    assert engine.kv_cache_tokens == engine.max_model_len == 128
+    assert engine.kv_cache_tokens(64) == engine.max_model_len == 128
     engine.start()
 
     async def scenario(client: Client) -> None:

@@ -1,0 +1,87 @@
+// Sixteen 32-bit integers at a time, or as many pairs of 16-bit ones, on AVX-512 or AVX2.
+
+#pragma once
+
+#include "simd.h"
+
+// AVX-VNNI; or its instructions as AVX-512 encodes them, by which CPUs without it can test it.
+#if defined(__AVXVNNI__) || (defined(__AVX512VNNI__) && defined(__AVX512VL__))
+#define NYBBLE_VNNI_256
+#endif
+
+namespace nybble {
+
+#if defined(__AVX512BW__)
+
+struct Ints {
+    __m512i v;
+};
+
+inline Ints broadcast_int(int32_t value) { return {_mm512_set1_epi32(value)}; }
+inline Ints load_ints(const void* source) { return {_mm512_loadu_si512(source)}; }
+inline void store_ints(void* target, Ints a) { _mm512_storeu_si512(target, a.v); }
+inline Ints operator+(Ints a, Ints b) { return {_mm512_add_epi32(a.v, b.v)}; }
+inline Ints operator&(Ints a, Ints b) { return {_mm512_and_si512(a.v, b.v)}; }
+template <int Bits>
+Ints shift_right(Ints a) {
+    return {_mm512_srli_epi32(a.v, Bits)};
+}
+inline Floats to_floats(Ints a) { return {_mm512_cvtepi32_ps(a.v)}; }
+
+// total + the products of the pairs, of 16 bits with sign, added up in each lane.
+inline Ints add_products(Ints total, Ints a, Ints b) {
+#if defined(__AVX512VNNI__)
+    return {_mm512_dpwssd_epi32(total.v, a.v, b.v)};
+#else
+    return {_mm512_add_epi32(total.v, _mm512_madd_epi16(a.v, b.v))};
+#endif
+}
+
+#else
+
+struct Ints {
+    __m256i low, high;
+};
+
+inline Ints broadcast_int(int32_t value) {
+    return {_mm256_set1_epi32(value), _mm256_set1_epi32(value)};
+}
+inline Ints load_ints(const void* source) {
+    const auto* halves = static_cast<const __m256i*>(source);
+    return {_mm256_loadu_si256(halves), _mm256_loadu_si256(halves + 1)};
+}
+inline void store_ints(void* target, Ints a) {
+    auto* halves = static_cast<__m256i*>(target);
+    _mm256_storeu_si256(halves, a.low);
+    _mm256_storeu_si256(halves + 1, a.high);
+}
+inline Ints operator+(Ints a, Ints b) {
+    return {_mm256_add_epi32(a.low, b.low), _mm256_add_epi32(a.high, b.high)};
+}
+inline Ints operator&(Ints a, Ints b) {
+    return {_mm256_and_si256(a.low, b.low), _mm256_and_si256(a.high, b.high)};
+}
+template <int Bits>
+Ints shift_right(Ints a) {
+    return {_mm256_srli_epi32(a.low, Bits), _mm256_srli_epi32(a.high, Bits)};
+}
+inline Floats to_floats(Ints a) { return {_mm256_cvtepi32_ps(a.low), _mm256_cvtepi32_ps(a.high)}; }
+
+inline __m256i add_products(__m256i total, __m256i a, __m256i b) {
+#if defined(NYBBLE_VNNI_256)
+    return _mm256_dpwssd_epi32(total, a, b);
+#else
+    total = _mm256_add_epi32(total, _mm256_madd_epi16(a, b));
+    // Keeps every total in a register of its own; GCC copies and spills them otherwise.
+    asm("" : "+x"(total));
+    return total;
+#endif
+}
+// total + the products of the pairs, of 16 bits with sign, added up in each lane.
+inline Ints add_products(Ints total, Ints a, Ints b) {
+    return {add_products(total.low, a.low, b.low), add_products(total.high, a.high, b.high)};
+}
+
+#endif
+
+}  // namespace nybble
