@@ -79,7 +79,11 @@ class SamplingParams:
     bad_words: texts which are not generated, alone or after a space. The tokenizer's own tokens
         for a text are blocked; the same text may still appear in other tokens.
     allowed_token_ids: the only tokens that may be sampled, end tokens included; None for all.
-    seed: the same seed gives the same text, whatever else is in the batch. None draws one.
+    seed: random numbers depend on it and on nothing else. The same seed gives the same text, alone
+        and in any batch, if the logits are the same to the last bit: in bfloat16 on the CPU, with
+        the compiled kernels, packed weights and a head_dim that is a multiple of 16. Elsewhere
+        (other dtypes, GPUs) the last bits of a logit depend on the batch, which seldom changes a
+        token; see docs/running.md. None draws a seed.
     stop: strings that end the sequence.
     stop_token_ids: tokens that end the sequence, besides the model's end tokens.
     include_stop_str_in_output: whether what ended the sequence, a stop string or an end token, is

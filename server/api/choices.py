@@ -63,6 +63,11 @@ class ChoicesShape(ABC):
             return {}
         return {"token_ids": [token for output in outputs for token in output.token_ids]}
 
+    @property
+    def no_token_ids(self) -> dict[str, Any]:
+        """The field for a chunk that only says something else, if it is asked for."""
+        return self.token_ids([])
+
     def last_events(self, usage: Usage) -> Sequence[Event]:
         if not self._include_usage:
             return []

@@ -61,13 +61,18 @@ class Api:
         ended: Callable[[SequenceTimes], None] | None = None,
         *,
         trust_chat_templates: bool = False,
+        root_path: str = "",
     ) -> None:
-        """trust_chat_templates: whether requests may contain chat templates of their own."""
+        """Make the handlers; nothing is computed yet.
+
+        trust_chat_templates: whether requests may contain chat templates of their own.
+        root_path: a proxy's ``/prefix``.
+        """
         self._gate = gate
         self._engine = engine
         self._metrics = metrics
         self._names = names
-        self._openapi = openapi_document()
+        self._openapi = openapi_document(root_path)
         self._generation = Generation(engine, metrics, admission, limiter, ended)
         self._prompts = Prompts(
             engine.tokenizer,
