@@ -39,13 +39,15 @@ def calls(
         backend.grouped_linear([packed(*size, group, torch.float16) for _ in range(experts)], BF16)
         for size in up_and_down(width)
     )
-    dense = itertools.cycle(
-        [
+    # Made before they are timed.
+    made = [
+        tuple(
             backend.linear(packed(*size, group, torch.float16), BF16)
             for size in up_and_down(top_k * width)
-        ]
+        )
         for _ in range(max(2, experts // top_k))
-    )
+    ]
+    dense = itertools.cycle(made)
     ids = itertools.cycle([torch.randperm(experts)[None, :top_k] for _ in range(CALLS)])
     x, weights = torch.randn(1, hidden).to(BF16), torch.full((1, top_k), 1 / top_k)
 
