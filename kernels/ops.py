@@ -44,6 +44,11 @@ def _cpu(width: int, multiple: int, *tensors: Tensor) -> CpuLibrary | None:
     return library()
 
 
+def _stored(*caches: Tensor) -> list[Tensor]:
+    """The caches which the CPU kernels take only in bfloat16: they take int8 with scales too."""
+    return [cache for cache in caches if cache.dtype != torch.int8]
+
+
 def _on_gpu(x: Tensor) -> bool:
     """Whether the Triton kernels take ``x``. Callers import Triton only then: CPUs do without."""
     return x.is_cuda and x.dtype in (torch.float16, torch.bfloat16)
@@ -102,10 +107,8 @@ def rotary_store(
 
         kernel = rotary.rotary_store
     else:
-        cpu = _cpu(q.shape[-1], 16, q, k, v, k_cache, v_cache)
-        if cpu and k_scales is None:
-            return cpu.rotary_store(*inputs, interleaved=interleaved)
-        kernel = reference.rotary_store
+        cpu = _cpu(q.shape[-1], 16, q, k, v, *_stored(k_cache, v_cache))
+        kernel = (cpu or reference).rotary_store
     kernel(*inputs, k_scales, v_scales, interleaved=interleaved)
 
 
@@ -129,10 +132,8 @@ def paged_attention(
 
         kernel = attention.paged_attention
     else:
-        cpu = _cpu(q.shape[-1], 16, q, k_cache, v_cache)
-        if cpu and k_scales is None:
-            return cpu.paged_attention(*inputs, softcap=softcap, sinks=sinks)
-        kernel = reference.paged_attention
+        cpu = _cpu(q.shape[-1], 16, q, *_stored(k_cache, v_cache))
+        kernel = (cpu or reference).paged_attention
     return kernel(*inputs, k_scales, v_scales, softcap=softcap, sinks=sinks)
 
 

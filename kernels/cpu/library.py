@@ -65,9 +65,9 @@ class CpuLibrary:
         )
         self._rms_norm = function("rms_norm", *[pointer] * 4, size, size, c_float, c_float)
         self._gated = function("gated", pointer, pointer, size, size, c_int, c_int)
-        self._rotary = function("rotary_store", *[pointer] * 8, *[size] * 9, c_int)
+        self._rotary = function("rotary_store", *[pointer] * 11, *[size] * 9, c_int)
         self._attention = allocating(
-            "paged_attention", *[pointer] * 7, *[size] * 7, c_float, size, c_float, pointer, c_int
+            "paged_attention", *[pointer] * 9, *[size] * 7, c_float, size, c_float, pointer, c_int
         )
         self._lora_add = allocating("lora_add", *[pointer] * 9, *[size] * 4, c_int)
         self._sample = allocating("sample_tokens", *[pointer] * 3, size, size, c_int)
@@ -196,10 +196,12 @@ class CpuLibrary:
         k_cache: Tensor,
         v_cache: Tensor,
         slot_mapping: Tensor,
+        k_scales: Tensor | None = None,
+        v_scales: Tensor | None = None,
         *,
         interleaved: bool = False,
     ) -> None:
-        """cos and sin are float32."""
+        """cos and sin are float32; caches with scales are int8."""
         tokens, q_heads, dim = q.shape
         rotary_dim = cos.shape[-1]
         check_rotary_dim(rotary_dim, dim)
@@ -212,13 +214,12 @@ class CpuLibrary:
             and slot_mapping.shape == (tokens,)
             and cos.dtype == sin.dtype == torch.float32
             and q.stride()[1:] == k.stride()[1:] == v.stride()[1:] == (dim, 1)
-            and k_cache.is_contiguous()
-            and v_cache.is_contiguous()
+            and _caches_match(k_cache, v_cache, k_scales, v_scales)
         ):
             raise _misread(
                 "q, k and v (tokens, heads, a multiple of 16), the heads of a row contiguous; "
                 "float32 cos and sin (tokens, rotary dim); "
-                "contiguous caches (blocks, KV heads, block size, dim)",
+                f"{_CACHES}",
                 q=q,
                 k=k,
                 v=v,
@@ -229,6 +230,7 @@ class CpuLibrary:
                 slot_mapping=slot_mapping,
             )
         cos, sin = cos.contiguous(), sin.contiguous()
+        head = torch.empty(dim, dtype=q.dtype)
         self._rotary(
             q.data_ptr(),
             k.data_ptr(),
@@ -237,6 +239,9 @@ class CpuLibrary:
             sin.data_ptr(),
             k_cache.data_ptr(),
             v_cache.data_ptr(),
+            None if k_scales is None else k_scales.data_ptr(),
+            None if v_scales is None else v_scales.data_ptr(),
+            head.data_ptr(),
             slot_mapping.data_ptr(),
             tokens,
             q_heads,
@@ -258,11 +263,13 @@ class CpuLibrary:
         batch: AttentionBatch,
         scale: float,
         window: int = 0,
+        k_scales: Tensor | None = None,
+        v_scales: Tensor | None = None,
         *,
         softcap: float = 0.0,
         sinks: Tensor | None = None,
     ) -> Tensor:
-        """sinks may have any dtype."""
+        """Caches with scales are int8; sinks may have any dtype."""
         tokens, q_heads, dim = q.shape
         kv_heads, block_size = k_cache.shape[1:3]
         if not (
@@ -271,12 +278,11 @@ class CpuLibrary:
             and k_cache.shape == v_cache.shape == (k_cache.shape[0], kv_heads, block_size, dim)
             and batch.slot_mapping.shape == (tokens,)
             and q.stride()[1:] == (dim, 1)
-            and k_cache.is_contiguous()
-            and v_cache.is_contiguous()
+            and _caches_match(k_cache, v_cache, k_scales, v_scales)
         ):
             raise _misread(
                 "q (tokens, a multiple of the KV heads, a multiple of 16), the heads of a row "
-                "contiguous; contiguous caches (blocks, KV heads, block size, dim)",
+                f"contiguous; {_CACHES}",
                 q=q,
                 k_cache=k_cache,
                 v_cache=v_cache,
@@ -290,6 +296,8 @@ class CpuLibrary:
             q.data_ptr(),
             k_cache.data_ptr(),
             v_cache.data_ptr(),
+            None if k_scales is None else k_scales.data_ptr(),
+            None if v_scales is None else v_scales.data_ptr(),
             batch.query_start.data_ptr(),
             batch.context_lens.data_ptr(),
             batch.block_tables.data_ptr(),
@@ -379,6 +387,31 @@ class CpuLibrary:
             torch.get_num_threads(),
         )
         return tokens
+
+
+_CACHES = (
+    "contiguous caches (blocks, KV heads, block size, dim), bfloat16, or int8 with contiguous "
+    "float32 scales (blocks, KV heads, block size)"
+)
+
+
+def _caches_match(
+    k_cache: Tensor, v_cache: Tensor, k_scales: Tensor | None, v_scales: Tensor | None
+) -> bool:
+    """Whether the caches, of the right shape, are such as _CACHES says."""
+    both = k_cache, v_cache
+    if k_scales is None or v_scales is None:
+        return k_scales is v_scales and all(
+            cache.dtype == torch.bfloat16 and cache.is_contiguous() for cache in both
+        )
+    return all(
+        cache.dtype == torch.int8
+        and scales.dtype == torch.float32
+        and scales.shape == cache.shape[:3]
+        and cache.is_contiguous()
+        and scales.is_contiguous()
+        for cache, scales in zip(both, (k_scales, v_scales), strict=True)
+    )
 
 
 def _check_memory(status: int, function: Any, arguments: tuple[Any, ...]) -> None:
