@@ -106,7 +106,8 @@ build/peers/.installed: tests/peers/requirements.txt | install-dev
 test-peers: build/peers/.installed
 	packages=$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])'); \
 	PYTHONPATH=src:$$packages build/peers/bin/python -m pytest -q \
-		tests/quantizers/test_in_gptqmodel.py tests/quantizers/test_in_compressed_tensors.py
+		tests/quantizers/test_in_gptqmodel.py tests/quantizers/test_in_compressed_tensors.py \
+		tests/loaders/test_gguf_model.py
 
 # atheris over request bodies, checkpoints and adapters, FUZZ_SECONDS each (five minutes in all);
 # the same targets run for a moment in the tests. Its corpus stays in build/fuzz.

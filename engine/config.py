@@ -48,6 +48,9 @@ class EngineConfig:
     max_model_len: longest prompt plus output, in tokens; None for the model's own limit.
     max_waiting: requests queued beyond max_num_seqs before new ones are refused.
     prefix_caching: whether requests reuse KV blocks of earlier prompts with the same beginning.
+    speculate: ``ngram`` verifies drafts found in each sequence's own tokens; ``auto`` only as many
+        as steps measured so far say are worth it; ``off`` none. Outputs are the same with each.
+    max_draft_tokens: the most draft tokens of a sequence in one step.
     adapters: None if the engine serves no adapters.
     tune: whether to time, at the start, GPU matmul shapes without a known configuration.
     restarts: how often within ten minutes the engine may restart after a failure, with the same
@@ -64,12 +67,20 @@ class EngineConfig:
     max_model_len: int | None = None
     max_waiting: int = 256
     prefix_caching: bool = True
+    speculate: Literal["off", "ngram", "auto"] = "off"
+    max_draft_tokens: int = 8
     adapters: AdapterConfig | None = None
     tune: bool = True
     restarts: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("block_size", "kv_cache_bytes", "max_num_seqs", "max_batched_tokens"):
+        for name in (
+            "block_size",
+            "kv_cache_bytes",
+            "max_num_seqs",
+            "max_batched_tokens",
+            "max_draft_tokens",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}, expected at least 1")

@@ -16,6 +16,8 @@ from pydantic_core import from_json
 from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerBase
 
+from nybble.loaders.templates import TemplateRefusedError
+
 Turn = dict[str, Any]
 
 # Put into what looks like a marker in a message's text, so that it is none in the rendered text. A
@@ -48,17 +50,30 @@ def turn_of(message: Mapping[str, Any]) -> Turn:
 
     What is empty is left out: a template that looks for calls would find a list of none. Arguments
     that are no JSON object, as those of an answer that was cut short, stay the text they are.
+
+    Raises ValueError if it has no role or its content is not text.
     """
     turn = {name: value for name, value in message.items() if value is not None and value != []}
+    if not isinstance(turn.get("role"), str):
+        raise ValueError("a message needs a role: system, user, assistant or tool")
     if turn["role"] == "developer":  # the newer name of the system's role
         turn["role"] = "system"
     content = turn.get("content", "")
     if isinstance(content, list):
-        content = "\n".join(part["text"] for part in content)
+        content = "\n".join(map(_text_of, content))
+    if not isinstance(content, str):
+        raise ValueError(f"the content of a message is {content!r:.50}, expected text")
     turn["content"] = content
     if "tool_calls" in turn:
         turn["tool_calls"] = [_with_arguments(call, _object_or_text) for call in turn["tool_calls"]]
     return turn
+
+
+def _text_of(part: object) -> str:
+    text = part.get("text") if isinstance(part, Mapping) else part
+    if not isinstance(text, str):
+        raise ValueError(f"a part of a message is {part!r:.50}, expected text")
+    return text
 
 
 def has_broken_calls(turns: Sequence[Turn]) -> bool:
@@ -120,6 +135,54 @@ def left_out(turns: Sequence[Turn], text: str) -> int | None:
         else:
             return index
     return None
+
+
+# Makes text of turns by a chat template. Raises TemplateRefusedError if the template refuses them.
+Render = Callable[[Sequence[Turn]], str]
+
+
+def takes_parts(render: Render) -> bool:
+    """Whether a template reads content as a list of parts and shows nothing of a text."""
+
+    def shows(probe: Sequence[Turn]) -> bool:
+        try:
+            return left_out(PROBE, render(probe)) is None
+        except TemplateRefusedError:
+            return False
+
+    return not shows(PROBE) and shows(in_parts(PROBE))
+
+
+def rendered(turns: Sequence[Turn], render: Render, *, parts: bool) -> str:
+    """``turns`` as text, in the form in which the template takes their content.
+
+    parts: what :func:`takes_parts` says of the template. The other form is tried too: a template
+    may take a user's text in one form and a tool's in the other.
+
+    Raises TemplateRefusedError if the template refuses the turns or leaves out the text of one.
+    """
+    refusal: TemplateRefusedError | None = None
+    for in_this_form in (parts, not parts):
+        shown = in_parts(turns) if in_this_form else turns
+        try:
+            try:
+                text = render(shown)
+            except TemplateRefusedError:
+                if not has_broken_calls(shown):
+                    raise
+                text = render(with_whole_calls(shown))
+        except TemplateRefusedError as error:
+            refusal = refusal or error
+            continue
+        missing = left_out(turns, text)
+        if missing is None:
+            return text
+        refusal = refusal or TemplateRefusedError(
+            f"the text of message {missing} (of role {turns[missing]['role']}) is not in the "
+            "prompt it makes"
+        )
+    assert refusal is not None
+    raise refusal
 
 
 class ChatEncoder:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from nybble.engine.parts import (
     AttentionPart,
     KVCache,
+    MixturePart,
     MlpPart,
     NormPart,
     ParallelPart,
@@ -19,12 +21,21 @@ from nybble.engine.parts import (
     Step,
     norm_part,
 )
-from nybble.engine.rotary import identity_table, rotary_table
+from nybble.engine.rotary import identity_table, query_scale_table, rotary_table
 from nybble.engine.weight_store import WeightStore
 from nybble.kernels import DenseWeight, PackedWeight
-from nybble.kernels.matmul import linear
-from nybble.kernels.ops import AttentionBatch
-from nybble.models import Architecture, Layer, LinearGroup
+from nybble.kernels.attention_batch import AttentionBatch
+from nybble.kernels.backend import Backend, backend_for
+from nybble.kernels.packed import Weight
+from nybble.kernels.reference import activate, clamped_swiglu
+from nybble.models import (
+    Architecture,
+    Layer,
+    LinearGroup,
+    Mixture,
+    Mlp,
+    UnsupportedModelError,
+)
 
 if TYPE_CHECKING:
     from nybble.engine.adapter_slots import StepAdapters
@@ -42,18 +53,29 @@ class Decoder:
         dtype: torch.dtype,
         max_model_len: int,
         num_tokens: int | None = None,
+        backend: Backend | None = None,
     ) -> None:
         """Consumes ``weights`` one at a time (names as in transformers' checkpoints).
 
         num_tokens: one more than the tokenizer's highest token id. An output layer may be padded
             with more rows, which are never sampled. None if it has no such rows.
+        backend: whose kernels compute it; None for the fastest there are.
 
-        Raises ValueError naming a weight that is missing, unexpected or of another shape.
+        Raises ValueError naming a weight that is missing, unexpected or of another shape, and
+        UnsupportedModelError for a mixture of experts on a GPU.
         """
+        if architecture.has_experts and device.type != "cpu":
+            raise UnsupportedModelError(
+                f"{architecture.family} models are mixtures of experts, which run on the CPU only "
+                f"so far: there is no kernel for them on {device.type}; use --device cpu"
+            )
         self.architecture = architecture
         self.max_model_len = max_model_len
+        self.backend = backend or backend_for(device, dtype)
+        self._dtype = dtype
         self._num_tokens = architecture.vocab if num_tokens is None else num_tokens
-        self._projections: list[Projection] = []
+        self._weights: list[tuple[Weight, ...]] = []  # of each projection
+        self._expert_weights: list[Weight] = []
         store = WeightStore(weights, architecture, device, dtype)
         self.embedding = store.tensor(
             architecture.embedding + ".weight", architecture.vocab, architecture.hidden
@@ -73,12 +95,18 @@ class Decoder:
             raise ValueError(
                 f"the checkpoint has no {architecture.head} and its embeddings are not tied"
             )
-        self.head = head or DenseWeight(self.embedding)
+        self._head_weight = head or DenseWeight(self.embedding)
+        self._head = self.backend.linear(self._head_weight, dtype)
         store.finish()
         self._rotary = [rotary_table(r, max_model_len, device) for r in architecture.ropes]
-        if any(layer.attention.rope is None for layer in architecture.layers):
+        self._query_scales = [
+            query_scale_table(r, max_model_len, device) for r in architecture.ropes
+        ]
+        attentions = [layer.attention for layer in architecture.layers]
+        if any(about.rope is None or about.rotate_first for about in attentions):
             head_dim = architecture.layers[0].attention.head_dim
             self._rotary.append(identity_table(head_dim, max_model_len, device))
+            self._query_scales.append(None)
 
     def forward(
         self,
@@ -94,7 +122,13 @@ class Decoder:
         caches, batches: one per layer.
         adapters: which tokens use which adapter; None if none does.
         """
-        step = Step([table[:, positions] for table in self._rotary], caches, batches, adapters)
+        step = Step(
+            [table[:, positions] for table in self._rotary],
+            [None if table is None else table[positions] for table in self._query_scales],
+            caches,
+            batches,
+            adapters,
+        )
         residual = self.embedding[token_ids]
         if self._embedding_multiplier != 1:
             residual = residual * self._embedding_multiplier
@@ -105,7 +139,7 @@ class Decoder:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """float32 ``(rows, vocab)`` for hidden states ``(rows, hidden)``; −inf if not a token's."""
-        logits = linear(self.final_norm(hidden), self.head).float()
+        logits = self._head(self.final_norm(hidden)).float()
         if self.architecture.logits_multiplier != 1:
             logits *= self.architecture.logits_multiplier
         if (cap := self.architecture.logits_softcap) is not None:
@@ -116,8 +150,8 @@ class Decoder:
 
     def packed_weights(self) -> Iterator[PackedWeight]:
         """Every 4-bit weight of the model."""
-        weights = [weight for each in self._projections for weight in each.weights]
-        for weight in (*weights, self.head):
+        weights = [weight for group in self._weights for weight in group]
+        for weight in (*weights, *self._expert_weights, self._head_weight):
             if isinstance(weight, PackedWeight):
                 yield weight
 
@@ -129,11 +163,11 @@ class Decoder:
             return self._norm(store, module, self.architecture.hidden)
 
         attention = self._attention(store, index, layer)
-        mlp = MlpPart(
-            layer.mlp,
-            self._projection(store, index, layer.mlp.up),
-            self._projection(store, index, layer.mlp.down),
-        )
+        mlp: MlpPart | MixturePart
+        if isinstance(layer.mlp, Mixture):
+            mlp = self._mixture(store, index, layer.mlp)
+        else:
+            mlp = self._mlp(store, index, layer.mlp)
         multiplier = self.architecture.residual_multiplier
         pre = norm(layer.pre_attention)
         if layer.parallel:
@@ -151,24 +185,79 @@ class Decoder:
                 self._norm(store, module(index, name), *about.norm_shape(heads))
                 for name, heads in ((about.q_norm, about.heads), (about.k_norm, about.kv_heads))
             )
+        sinks = None
+        if about.sinks is not None:
+            sinks = store.tensor(self.architecture.module(index, about.sinks), about.heads)
         ropes = self.architecture.ropes
         return AttentionPart(
             about,
+            sinks=sinks,
             layer=index,
             rope=len(ropes) if about.rope is None else ropes.index(about.rope),
             qkv=self._projection(store, index, about.qkv),
             q_norm=q_norm,
             k_norm=k_norm,
             output=self._projection(store, index, about.output),
+            backend=self.backend,
         )
+
+    def _mlp(self, store: WeightStore, index: int, about: Mlp) -> MlpPart:
+        up = self._projection(store, index, about.up)
+        (*_, weights) = self._weights
+        fused_up = None
+        if about.gated and about.clamp is None and len(weights) == 1:
+            fused_up = self.backend.gated_linear(weights[0], about.activation, self._dtype)
+        return MlpPart(
+            up=up,
+            activate=self._activate(about),
+            down=self._projection(store, index, about.down),
+            fused_up=fused_up,
+        )
+
+    def _mixture(self, store: WeightStore, index: int, mixture: Mixture) -> MixturePart:
+        def module(name: str) -> str:
+            return self.architecture.module(index, name)
+
+        router, experts = mixture.router, len(mixture.experts)
+        weight = store.router(module(router.module), experts, self.architecture.hidden)
+        bias = correction = gate = None
+        if router.bias:
+            bias = store.tensor(module(router.module + ".bias"), experts)
+        if router.correction_bias is not None:
+            correction = store.vector(module(router.correction_bias), experts)
+        if mixture.shared_gate is not None:
+            gate = store.router(module(mixture.shared_gate), 1, self.architecture.hidden)
+        about = mixture.experts[0]
+        up = store.experts(module(""), [expert.up for expert in mixture.experts])
+        (down,) = store.experts(module(""), [expert.down for expert in mixture.experts])
+        for weights in (*up, down):
+            self._expert_weights += weights
+        return MixturePart(
+            mixture,
+            layer=index,
+            router=weight,
+            router_bias=bias,
+            correction_bias=correction,
+            up=tuple(self.backend.grouped_linear(weights, self._dtype) for weights in up),
+            activate=self._activate(about),
+            down=self.backend.grouped_linear(down, self._dtype),
+            shared=None if mixture.shared is None else self._mlp(store, index, mixture.shared),
+            shared_gate=gate,
+        )
+
+    def _activate(self, about: Mlp) -> Callable[[Tensor], Tensor]:
+        if (clamp := about.clamp) is not None:
+            return partial(clamped_swiglu, alpha=clamp.alpha, limit=clamp.limit)
+        function = self.backend.gated if about.gated else activate
+        return partial(function, activation=about.activation)
 
     def _projection(self, store: WeightStore, index: int, group: LinearGroup) -> Projection:
         weights = store.group(self.architecture.module(index, ""), group)
-        projection = Projection(weights, len(self._projections))
-        self._projections.append(projection)
-        return projection
+        self._weights.append(weights)
+        linears = tuple(self.backend.linear(weight, self._dtype) for weight in weights)
+        return Projection(linears, len(self._weights) - 1)
 
     def _norm(self, store: WeightStore, module: str, *shape: int) -> NormPart:
         norm = self.architecture.norm
         bias = store.tensor(module + ".bias", *shape) if norm.bias else None
-        return norm_part(norm, store.tensor(module + ".weight", *shape), bias)
+        return norm_part(norm, store.tensor(module + ".weight", *shape), bias, self.backend)

@@ -57,7 +57,7 @@ class Detokenizer:
             self._bytes.reset()
             at, length = min(found)
             return text[: at + length if self._include_stop else at]
-        keep = self._unsettled(text)
+        keep = self._unsettled(text) if self._stop else 0
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
 
@@ -68,14 +68,14 @@ class Detokenizer:
 
     def _has_text(self, token_id: int) -> bool:
         special = self._skip_special_tokens and token_id in self._vocabulary.special
-        return not special and self._vocabulary.is_known(token_id)
+        return not special and token_id in self._vocabulary.bytes_of
 
     def _step(self, token_id: int) -> str:
         """The whole characters that a token adds."""
         if not self._has_text(token_id):
             return ""
         before, self._before = self._before, token_id
-        data = self._vocabulary.bytes_of(token_id)
+        data = self._vocabulary.bytes_of[token_id]
         if data is not None:
             return self._decode(data)
         text = self._vocabulary.text_after(before, token_id)
@@ -96,7 +96,7 @@ class Detokenizer:
         for token_id in reversed(prompt_token_ids):
             if not self._has_text(token_id):
                 continue
-            data = self._vocabulary.bytes_of(token_id)
+            data = self._vocabulary.bytes_of[token_id]
             if data is None or len(last) >= _MAX_INCOMPLETE:
                 break
             last = data + last

@@ -30,6 +30,7 @@ from nybble.engine.generation_config import (
     sampling_defaults,
 )
 from nybble.engine.kv_cache import KVCacheLayout
+from nybble.engine.ngram_drafter import NgramDrafter
 from nybble.engine.prompt_reader import read_pooling
 from nybble.engine.request import (
     ContextLengthError,
@@ -46,6 +47,7 @@ from nybble.engine.runner import ModelRunner, free_kv_bytes
 from nybble.engine.sampler import SequenceSampler
 from nybble.engine.scheduler import Scheduler
 from nybble.engine.sequence import Sequence
+from nybble.engine.speculation import Speculation
 from nybble.engine.stats import EngineStats
 from nybble.engine.streams import Stream
 from nybble.engine.vocabulary import Vocabulary
@@ -67,6 +69,7 @@ class Engine:
 
     sampling_defaults: what the model's makers recommend for requests that name no value.
     pooling: how they make an embedding of a prompt; None for a way the engine does not know.
+    vocabulary: what the tokenizer's tokens stand for.
     model_type: the architecture's name.
     eos_token_ids: tokens that end a sequence unless its parameters say otherwise.
     max_num_seqs: sequences computed in one step.
@@ -77,6 +80,7 @@ class Engine:
         runner: ModelRunner,
         new_scheduler: Callable[[], Scheduler],
         tokenizer: PreTrainedTokenizerBase,
+        vocabulary: Vocabulary,
         eos_token_ids: frozenset[int],
         sampling_defaults: Mapping[str, float],
         config: EngineConfig,
@@ -85,7 +89,7 @@ class Engine:
         pooling: Pooling | None = "last",
     ) -> None:
         self.tokenizer = tokenizer
-        self._vocabulary = Vocabulary(tokenizer.backend_tokenizer)
+        self.vocabulary = vocabulary
         self.model_type = model_type
         self.pooling = pooling
         self.max_model_len = max_model_len
@@ -145,6 +149,7 @@ class Engine:
         if config.kv_cache_bytes is not None:
             layout.blocks_in(config.kv_cache_bytes)
         tokenizer = load_tokenizer(checkpoint.folder)
+        vocabulary = Vocabulary(tokenizer.backend_tokenizer)
         weights = track(checkpoint.weights(), "Loading weights", progress, unit="tensors")
         decoder = Decoder(
             architecture,
@@ -152,7 +157,7 @@ class Engine:
             device=device,
             dtype=config.dtype,
             max_model_len=max_model_len,
-            num_tokens=Vocabulary(tokenizer.backend_tokenizer).size,
+            num_tokens=vocabulary.size,
         )
         adapters = None
         if config.adapters is not None:
@@ -176,12 +181,20 @@ class Engine:
                 windows=layout.windows,
                 prefix_caching=config.prefix_caching,
             )
-            return Scheduler(blocks, config.max_num_seqs, config.max_batched_tokens)
+            speculation = None
+            if config.speculate != "off":
+                speculation = Speculation(
+                    config.max_draft_tokens, adaptive=config.speculate == "auto"
+                )
+            return Scheduler(
+                blocks, config.max_num_seqs, config.max_batched_tokens, speculation=speculation
+            )
 
         return cls(
             runner=ModelRunner(decoder, config, layout, num_blocks, adapters),
             new_scheduler=new_scheduler,
             tokenizer=tokenizer,
+            vocabulary=vocabulary,
             eos_token_ids=eos_token_ids(settings, checkpoint.config, tokenizer, architecture.vocab),
             sampling_defaults=sampling_defaults(settings),
             config=config,
@@ -332,9 +345,10 @@ class Engine:
         return Sequence(
             request,
             max_tokens=self.check(prompt, params),
-            detokenizer=Detokenizer(self._vocabulary, prompt, params),
+            detokenizer=Detokenizer(self.vocabulary, prompt, params),
             sampler=SequenceSampler(params, prompt, ends=ends, bad_words=self._bad_words(params)),
             stop_token_ids=ends,
+            drafter=None if self._config.speculate == "off" else NgramDrafter(),
         )
 
     def end_tokens(self, params: SamplingParams) -> frozenset[int]:
@@ -344,7 +358,7 @@ class Engine:
         to be found in.
         """
         eos = frozenset[int]() if params.ignore_eos else self.eos_token_ids
-        named = (self._vocabulary.special_id(stop) for stop in params.stop)
+        named = (self.vocabulary.special_id(stop) for stop in params.stop)
         return eos.union(params.stop_token_ids, (token for token in named if token is not None))
 
     def _bad_words(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:

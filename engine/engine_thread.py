@@ -10,15 +10,16 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import islice
 from queue import Empty, SimpleQueue
 
 import torch
+from torch import Tensor
 
 from nybble.engine.adapter_cache import AdapterVersion
 from nybble.engine.adapters import AdapterRegistry
 from nybble.engine.config import EngineConfig
 from nybble.engine.failure import Restarts, describe, is_out_of_memory
-from nybble.engine.outputs import advance, goes_on, output_of
 from nybble.engine.request import (
     AdapterUnavailableError,
     EngineFailedError,
@@ -29,11 +30,12 @@ from nybble.engine.request import (
     RequestOutput,
 )
 from nybble.engine.runner import ModelRunner
-from nybble.engine.sampler import PendingSample, Sampled
+from nybble.engine.sampler import PendingSample, Sampled, SequenceSampler
 from nybble.engine.scheduler import ScheduledBatch, Scheduler
 from nybble.engine.sequence import Sequence
+from nybble.engine.speculation import accepted
 from nybble.engine.stats import Counters, EngineStats
-from nybble.engine.streams import Outbox, Stream
+from nybble.engine.streams import Outputs, Stream, deliver
 from nybble.loaders import AdapterError
 
 logger = logging.getLogger(__name__)
@@ -201,7 +203,7 @@ class EngineThread(threading.Thread):
                 continue
             # Before the outputs: a caller that has its last output must see its blocks freed.
             self.stats = self._counters.snapshot(self._scheduler, self._restarts.taken)
-            outputs.deliver()
+            deliver(outputs)
 
     def _begin_again(self) -> None:
         self._batch = []
@@ -262,24 +264,34 @@ class EngineThread(threading.Thread):
                 self._scheduler.finish(sequence)
 
     @torch.inference_mode()
-    def _step(self) -> Outbox:
+    def _step(self) -> Outputs:
         started = time.monotonic()
         self._batch = []
         batch = self._batch = self._scheduler.schedule()
         # An empty schedule waits for a message (such as "adapter read"): block on the inbox.
         self._idle = not batch
-        outputs = Outbox()
+        outputs: Outputs = []
         if not batch:
-            self._write_deferred()
+            if self._overlap:
+                self._write_deferred()
             return outputs
         logits = self._runner.run(batch)
-        sampling = [item.sequence for item in batch if item.samples]
+        samplers: list[SequenceSampler] = []
+        allowed: list[Tensor | None] = []
+        for item in batch:
+            if item.samples:
+                sampler, guide = item.sequence.sampler, item.sequence.request.guide
+                samplers.append(sampler)
+                samplers += [sampler.after(item.draft[:n]) for n in range(1, item.num_logits)]
+                if guide is None:
+                    allowed += [None] * item.num_logits
+                else:
+                    allowed += guide.allowed_along(item.draft) if item.draft else [guide.allowed()]
         pending = None
-        if sampling:
-            guides = [sequence.request.guide for sequence in sampling]
-            allowed = [None if guide is None else guide.allowed() for guide in guides]
-            pending = PendingSample(logits, [each.sampler for each in sampling], allowed)
-        self._write_deferred()
+        if samplers:
+            pending = PendingSample(self._runner.decoder.backend, logits, samplers, allowed)
+        if self._overlap:
+            self._write_deferred()
         sampled = iter(pending.result() if pending else [])
         # Past this point the step has side effects and cannot be retried after an out-of-memory
         # error.
@@ -288,41 +300,61 @@ class EngineThread(threading.Thread):
             sequence = item.sequence
             if sequence.num_output_tokens == 0:
                 self._counters.prompt_tokens += item.num_tokens
-            self._scheduler.computed(item)
-            if item.completes:
-                output: RequestOutput | GuideError | NoTokenError
-                if not item.samples:
-                    output = output_of(sequence, None, "", "length")
-                elif isinstance(token := next(sampled), NoTokenError):
-                    output = token
-                else:
-                    sequence.token_ids.append(token[0])
-                    self._counters.generation_tokens += 1
-                    if self._overlap and goes_on(sequence):
-                        self._deferred.append((sequence, token))
-                        continue
-                    try:
-                        output = advance(sequence, token)
-                    except GuideError as error:
-                        output = error
-                stream = self._streams[sequence.request_id][1]
-                outputs.add(stream, output)
-                if isinstance(output, Exception) or output.finish_reason is not None:
-                    del self._streams[sequence.request_id]
-                    self._scheduler.finish(sequence)
-        self._counters.add_step(batch, time.monotonic() - started)
+            tokens = list(islice(sampled, item.num_logits))
+            if item.draft:
+                tokens = accepted(item.draft, tokens)
+                self._counters.add_draft(len(item.draft), len(tokens) - 1)
+                sequence.acceptance.observe(len(item.draft), len(tokens) - 1)
+            stream = self._streams[sequence.request_id][1]
+            finished, taken = False, 0
+            for token in tokens:
+                if isinstance(token, NoTokenError):
+                    outputs.append((stream, token))
+                    finished = True
+                    break
+                taken += 1
+                output = self._take(sequence, token)
+                if output is not None:
+                    outputs.append((stream, output))
+                    finished = isinstance(output, Exception) or output.finish_reason is not None
+                    if finished:
+                        break
+            if item.completes and not item.samples:
+                outputs.append((stream, sequence.output(None, "", "length")))
+                finished = True
+            self._scheduler.computed(item, taken)
+            if finished:
+                del self._streams[sequence.request_id]
+                self._scheduler.finish(sequence)
+        seconds = time.monotonic() - started
+        self._counters.add_step(batch, seconds)
+        if self._scheduler.speculation is not None:
+            self._scheduler.speculation.observe(sum(item.num_tokens for item in batch), seconds)
         return outputs
+
+    def _take(self, sequence: Sequence, token: Sampled) -> RequestOutput | GuideError | None:
+        """Give a sequence its next token; returns what to send, None if that is done later."""
+        sequence.sampler.record(token[0])
+        sequence.token_ids.append(token[0])
+        self._counters.generation_tokens += 1
+        if self._overlap and sequence.goes_on:
+            self._deferred.append((sequence, token))
+            return None
+        try:
+            return sequence.advance(token)
+        except GuideError as error:
+            return error
 
     def _write_deferred(self) -> None:
         """Detokenize and send the last step's tokens while the device computes the next step."""
-        outputs = Outbox()
+        outputs: Outputs = []
         for sequence, sampled in self._deferred:
             entry = self._streams.get(sequence.request_id)
             if entry is not None and entry[0] is sequence:  # else it was cancelled
                 text = sequence.detokenizer.add(sampled[0])
-                outputs.add(entry[1], output_of(sequence, sampled, text, None))
+                outputs.append((entry[1], sequence.output(sampled, text, None)))
         self._deferred.clear()
-        outputs.deliver()
+        deliver(outputs)
 
     def _fail_adapter(self, version: AdapterVersion, error: AdapterError) -> None:
         """End the requests that wait for an adapter whose files cannot be read.

@@ -24,12 +24,16 @@ PROMPT_COST, OUTPUT_COST = 1.0, 2.0
 
 
 class FairQueue:
-    """Waiting sequences by tenant. With one tenant it is first come, first served."""
+    """Waiting sequences by tenant. With one tenant it is first come, first served.
+
+    tenants: those with something queued.
+    """
 
     def __init__(self, credit: float) -> None:
         """credit: how far below the lowest counter a returning tenant's may be, in tokens."""
         self._credit = credit
         self._queues: dict[str, deque[Sequence]] = {}
+        self.tenants = self._queues.keys()
         self._counters: dict[str, float] = {}
         self._last: str | None = None  # the last tenant whose queue became empty
 
@@ -39,10 +43,6 @@ class FairQueue:
     def __iter__(self) -> Iterator[Sequence]:
         for queue in self._queues.values():
             yield from queue
-
-    def tenants(self) -> list[str]:
-        """The tenants with something queued."""
-        return list(self._queues)
 
     def of(self, tenant: str) -> SequenceOf[Sequence]:
         """A tenant's sequences, the next first."""

@@ -59,6 +59,16 @@ class GrammarGuide:
             raise GuideError(f"guided decoding failed: {_first_line(self._matcher.get_error())}")
         return bool(self._matcher.is_stopped())
 
+    def accepts(self, tokens: tuple[int, ...]) -> int:
+        return int(self._matcher.validate_tokens(list(tokens)))
+
+    def allowed_along(self, tokens: tuple[int, ...]) -> list[Tensor]:
+        guide, found = self.fork(), [self.allowed()]
+        for token in tokens:
+            guide.accept(token)
+            found.append(guide.allowed())
+        return found
+
 
 class GrammarCompiler:
     """Builds guides for one vocabulary; may be used from any thread."""

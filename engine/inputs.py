@@ -8,7 +8,7 @@ batch, only blocks that a sequence has gained are written.
 from __future__ import annotations
 
 from collections.abc import Sequence as Several
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
 from typing import Any
@@ -52,7 +52,7 @@ def _layout(tokens: int, seqs: int, groups: int) -> tuple[dict[str, tuple[int, i
         "token_ids": (tokens, np.int64),
         "positions": (tokens, np.int64),
         "slot_mapping": (groups * tokens, np.int64),
-        "last_rows": (seqs, np.int64),
+        "last_rows": (tokens, np.int64),
         "query_start": (seqs + 1, np.int32),
         "context_lens": (seqs, np.int32),
         "lora_slots": (tokens, np.int32),
@@ -97,6 +97,8 @@ class InputBuffers:
         tables = torch.zeros(groups, max_seqs, max_blocks, dtype=torch.int32)
         self._tables: NDArray[np.int32] = tables.numpy()
         self._device_tables = tables if not on_gpu else tables.to(device)
+        # Steps of one size have their inputs in the same place: decode steps look them up.
+        self._tensors = lru_cache(maxsize=512)(self._tensors_of_size)
         # Which sequence's tables each row holds, and how many blocks of them. Tables and not
         # sequences: one that loses its blocks may find others, and its old row, in the same step.
         self._written: list[tuple[tuple[BlockTable, ...], int]] = []
@@ -123,7 +125,7 @@ class InputBuffers:
                 token_ids.append(item.sequence.token_ids[start])
             else:
                 counts[row] = item.num_tokens
-                token_ids += item.sequence.token_ids[start : start + item.num_tokens]
+                token_ids += item.token_ids
         tokens = int(counts.sum())
         places, used = _layout(tokens, seqs, self._groups)
 
@@ -151,8 +153,13 @@ class InputBuffers:
         blocks = self._tables[:, rows, positions // self.block_size].astype(np.int64)
         slots[:] = blocks * self.block_size + positions % self.block_size
         slots[:, real:] = -1
-        samples = np.fromiter((item.samples for item in batch), bool, len(batch))
-        last = rows if pad_to else query_start[1 : len(batch) + 1][samples] - 1
+        if pad_to:
+            last = rows
+        else:
+            logits = np.fromiter((item.num_logits for item in batch), np.int64, len(batch))
+            ends = np.repeat(query_start[1 : len(batch) + 1], logits)
+            # Of each sequence its last rows, as many as it samples tokens.
+            last = ends - np.repeat(logits.cumsum(), logits) + np.arange(logits.sum())
         array("last_rows")[: len(last)] = last
         groups = None
         if lora_slots is not None:
@@ -163,30 +170,46 @@ class InputBuffers:
             self._device[:used].copy_(self._host[:used], non_blocking=True)
             self._sent.record()
 
+        return self._tensors(tokens, seqs, len(last), int(counts.max()), groups)
+
+    def _tensors_of_size(
+        self,
+        tokens: int,
+        seqs: int,
+        sampling: int,
+        max_query: int,
+        adapted: tuple[int, int, int] | None,
+    ) -> StepInputs:
+        """Where the inputs of a step of this size lie on the device.
+
+        sampling: rows whose logits are wanted. adapted: what :func:`_group` returns, None if no row
+        has an adapter.
+        """
+        places, _ = _layout(tokens, seqs, self._groups)
+
         def tensor(name: str, length: int | None = None) -> Tensor:
             offset, full, dtype = places[name]
             length = full if length is None else length
             kind = torch.int64 if dtype is np.int64 else torch.int32
             return self._device[offset : offset + length * kind.itemsize].view(kind)
 
-        first = AttentionBatch(
-            query_start=tensor("query_start"),
-            context_lens=tensor("context_lens"),
-            block_tables=self._device_tables[0, :seqs],
-            slot_mapping=tensor("slot_mapping")[:tokens],
-            max_query=int(counts.max()),
-        )
-        of_group = [first]
-        for group in range(1, self._groups):
-            slots_of_group = tensor("slot_mapping")[group * tokens : (group + 1) * tokens]
-            tables = self._device_tables[group, :seqs]
-            of_group.append(replace(first, block_tables=tables, slot_mapping=slots_of_group))
+        slots = tensor("slot_mapping").view(self._groups, tokens)
+        of_group = [
+            AttentionBatch(
+                query_start=tensor("query_start"),
+                context_lens=tensor("context_lens"),
+                block_tables=self._device_tables[group, :seqs],
+                slot_mapping=slots[group],
+                max_query=max_query,
+            )
+            for group in range(self._groups)
+        ]
         lora = None
-        if groups is not None:
-            adapted, segments, longest = groups
+        if adapted is not None:
+            rows, segments, longest = adapted
             lora = LoRABatch(
                 slots=tensor("lora_slots"),
-                order=tensor("lora_order", adapted),
+                order=tensor("lora_order", rows),
                 segment_starts=tensor("lora_starts", segments + 1),
                 segment_slots=tensor("lora_segments", segments),
                 max_segment=longest,
@@ -195,7 +218,7 @@ class InputBuffers:
             token_ids=tensor("token_ids"),
             positions=tensor("positions"),
             attention=[of_group[group] for group in self._group_of_layer],
-            last_rows=tensor("last_rows", len(last)),
+            last_rows=tensor("last_rows", sampling),
             lora=lora,
         )
 

@@ -1,32 +1,24 @@
 """The parts a decoder is composed of: norms, projections, attention, MLP, and residual blocks.
 
-Each holds its weights and its settings from the :class:`nybble.models.Architecture`, and computes
-hidden states ``(tokens, hidden)`` of a whole step.
+Each is made for one back end, and holds its weights and its settings from the
+:class:`nybble.models.Architecture`. It computes hidden states ``(tokens, hidden)`` of a whole step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
-from nybble.engine.weight_store import Weight
-from nybble.kernels.matmul import gated_linear, linear
-from nybble.kernels.ops import (
-    AttentionBatch,
-    activate,
-    add_layer_norm,
-    add_rms_norm,
-    gated,
-    layer_norm,
-    paged_attention,
-    rms_norm,
-    rotary_store,
-)
-from nybble.models import Attention, Mlp, Norm
+from nybble.engine.routing import choose_experts
+from nybble.kernels.attention_batch import AttentionBatch
+from nybble.kernels.backend import Backend
+from nybble.kernels.packed import GroupedKernel, LinearKernel
+from nybble.kernels.reference import add_layer_norm, layer_norm, rotate, weighted_sum
+from nybble.models import Attention, Mixture, Norm
 
 if TYPE_CHECKING:
     from nybble.engine.adapter_slots import StepAdapters
@@ -41,11 +33,13 @@ class Step:
     """What the parts read beside hidden states.
 
     rotary: for each kind of rotary embedding, cos and sin ``(2, tokens, rotary_dim)``.
+    query_scales: for each kind, what rotated queries are multiplied by ``(tokens,)``, or None.
     caches, batches: of each layer.
     adapters: None if no row uses one.
     """
 
     rotary: Sequence[Tensor]
+    query_scales: Sequence[Tensor | None]
     caches: Sequence[KVCache]
     batches: Sequence[AttentionBatch]
     adapters: StepAdapters | None
@@ -70,12 +64,13 @@ class RmsNormPart:
     weight: Tensor
     eps: float
     offset: float
+    backend: Backend
 
     def __call__(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps, self.offset)
+        return self.backend.rms_norm(x, self.weight, self.eps, self.offset)
 
     def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        return add_rms_norm(x, residual, self.weight, self.eps, self.offset)
+        return self.backend.add_rms_norm(x, residual, self.weight, self.eps, self.offset)
 
 
 @dataclass(frozen=True)
@@ -91,10 +86,10 @@ class LayerNormPart:
         return add_layer_norm(x, residual, self.weight, self.bias, self.eps)
 
 
-def norm_part(norm: Norm, weight: Tensor, bias: Tensor | None) -> NormPart:
+def norm_part(norm: Norm, weight: Tensor, bias: Tensor | None, backend: Backend) -> NormPart:
     """The part that computes ``norm``."""
     if norm.kind == "rms":
-        return RmsNormPart(weight, norm.eps, norm.offset)
+        return RmsNormPart(weight, norm.eps, norm.offset, backend)
     return LayerNormPart(weight + norm.offset if norm.offset else weight, bias, norm.eps)
 
 
@@ -105,14 +100,14 @@ class Projection:
     index: its place among the model's projections, by which adapters know it.
     """
 
-    weights: tuple[Weight, ...]
+    linears: tuple[LinearKernel, ...]
     index: int
 
     def __call__(self, x: Tensor, adapters: StepAdapters | None) -> Tensor:
-        if len(self.weights) == 1:
-            out = linear(x, self.weights[0])
+        if len(self.linears) == 1:
+            out = self.linears[0](x)
         else:
-            out = torch.cat([linear(x, weight) for weight in self.weights], dim=-1)
+            out = torch.cat([linear(x) for linear in self.linears], dim=-1)
         if adapters is not None:
             adapters.add(self.index, out, x)
         return out
@@ -122,28 +117,35 @@ class Projection:
 class AttentionPart:
     """Attention of one layer.
 
+    sinks: float32 ``(heads,)``, or None.
     layer: index of the KV cache and of the metadata that it uses.
     rope: index of the step's rotary embedding it uses.
     """
 
     about: Attention
+    sinks: Tensor | None
     layer: int
     rope: int
     qkv: Projection
     q_norm: NormPart | None
     k_norm: NormPart | None
     output: Projection
+    backend: Backend
 
     def __call__(self, x: Tensor, step: Step) -> Tensor:
         about = self.about
         qkv = self.qkv(x, step.adapters).view(x.shape[0], -1, about.head_dim)
         q, k, v = torch.split(qkv, [about.heads, about.kv_heads, about.kv_heads], dim=1)
+        cos, sin = step.rotary[self.rope]
+        interleaved = about.rope is not None and about.rope.interleaved
+        if about.rotate_first:
+            q, k = rotate(q, cos, sin, interleaved), rotate(k, cos, sin, interleaved)
+            cos, sin = step.rotary[-1]  # rotates nothing
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self._normed(q, self.q_norm), self._normed(k, self.k_norm)
-        cos, sin = step.rotary[self.rope]
         keys, values, *kv_scales = step.caches[self.layer]
         batch = step.batches[self.layer]
-        rotary_store(
+        self.backend.rotary_store(
             q,
             k,
             v,
@@ -153,9 +155,11 @@ class AttentionPart:
             values,
             batch.slot_mapping,
             *kv_scales,
-            interleaved=about.rope is not None and about.rope.interleaved,
+            interleaved=interleaved,
         )
-        attended = paged_attention(
+        if (scales := step.query_scales[self.rope]) is not None:
+            q = q * scales[:, None, None].to(q.dtype)
+        attended = self.backend.paged_attention(
             q,
             keys,
             values,
@@ -164,6 +168,7 @@ class AttentionPart:
             about.window,
             *kv_scales,
             softcap=about.softcap or 0.0,
+            sinks=self.sinks,
         )
         return self.output(attended, step.adapters)
 
@@ -176,20 +181,68 @@ class AttentionPart:
 
 @dataclass(frozen=True)
 class MlpPart:
-    about: Mlp
+    """``down(activate(up(x)))``.
+
+    activate: the activation of what ``up`` computes, or its gate if the MLP is gated.
+    fused_up: computes both in one kernel, for steps without adapters; None if there is no such one.
+    """
+
     up: Projection
+    activate: Callable[[Tensor], Tensor]
     down: Projection
+    fused_up: LinearKernel | None = None
 
     def __call__(self, x: Tensor, step: Step) -> Tensor:
-        return self.down(self._hidden(x, step), step.adapters)
+        if self.fused_up is not None and step.adapters is None:
+            hidden = self.fused_up(x)
+        else:
+            hidden = self.activate(self.up(x, step.adapters))
+        return self.down(hidden, step.adapters)
 
-    def _hidden(self, x: Tensor, step: Step) -> Tensor:
-        activation = self.about.activation
-        if not self.about.gated:
-            return activate(self.up(x, step.adapters), activation)
-        if step.adapters is None and len(self.up.weights) == 1:
-            return gated_linear(x, self.up.weights[0], activation)
-        return gated(self.up(x, step.adapters), activation)
+
+@dataclass(frozen=True)
+class MixturePart:
+    """A mixture of experts.
+
+    router: float32 ``(experts, hidden)``; router_bias, correction_bias: ``(experts,)``, or None.
+    up: each computes a part of what the experts' activations read, side by side.
+    activate: the activation of what ``up`` computes, or its gate if experts are gated.
+    shared_gate: float32 ``(1, hidden)``, or None.
+    """
+
+    about: Mixture
+    layer: int
+    router: Tensor
+    router_bias: Tensor | None
+    correction_bias: Tensor | None
+    up: tuple[GroupedKernel, ...]
+    activate: Callable[[Tensor], Tensor]
+    down: GroupedKernel
+    shared: MlpPart | None
+    shared_gate: Tensor | None
+
+    def __call__(self, x: Tensor, step: Step) -> Tensor:
+        logits = torch.nn.functional.linear(x.float(), self.router, self.router_bias)
+        router, top_k = self.about.router, self.about.top_k
+        ids, weights = choose_experts(router, logits, top_k, self.correction_bias)
+        parts = [linear(x, ids, None) for linear in self.up]
+        hidden = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        adapters = step.adapters.on_experts(self.layer, ids) if step.adapters else None
+        if adapters is None:
+            out = self.down(self.activate(hidden), ids, weights)
+        else:
+            adapters.add_up(hidden, x)
+            hidden = self.activate(hidden)
+            each = self.down(hidden, ids, None)
+            adapters.add_down(each, hidden)
+            out = weighted_sum(each, weights)
+        if self.shared is None:
+            return out
+        shared = self.shared(x, step)
+        if self.shared_gate is not None:
+            gate = torch.nn.functional.linear(x.float(), self.shared_gate).sigmoid()
+            shared = shared * gate.to(x.dtype)
+        return out + shared
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from copy import copy
 
 import numpy as np
 import torch
@@ -32,6 +33,15 @@ class SeenTokens:
         self._ids[place] = token
         self._counts[place] += 1
         self._places[token] = place
+
+    def plus(self, tokens: Iterable[int]) -> SeenTokens:
+        """These and more generated tokens; itself unchanged."""
+        more = copy(self)
+        more._ids, more._counts = self._ids.copy(), self._counts.copy()
+        more._places = self._places.copy()
+        for token in tokens:
+            more.add(token)
+        return more
 
     @property
     def ids(self) -> NDArray[np.int64]:

@@ -202,6 +202,14 @@ class Guide(Protocol):
         """Advance by a token; returns True if nothing may follow it. Raises GuideError."""
         ...
 
+    def accepts(self, tokens: tuple[int, ...]) -> int:
+        """How many of ``tokens`` may come next, one after another. Does not advance."""
+        ...
+
+    def allowed_along(self, tokens: tuple[int, ...]) -> list[Tensor]:
+        """:meth:`allowed` now, and after each of ``tokens``, which may come. Does not advance."""
+        ...
+
 
 @dataclass(frozen=True)
 class Request:

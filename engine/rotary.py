@@ -33,10 +33,21 @@ def rotary_table(rope: Rope, length: int, device: torch.device) -> Tensor:
     frequencies: _Frequencies = ROPE_INIT_FUNCTIONS.get(kind, default)
     longest = min(length, rope.original_length + 1) if kind == "longrope" else None
     inverse, scaling = frequencies(config, device=device, seq_len=longest)
+    if longest is not None:  # Phi-3.5-MoE has factors of its own
+        mscale = "long_mscale" if longest > rope.original_length else "short_mscale"
+        scaling = float(rope.parameters.get(mscale) or scaling)
     angles = torch.arange(length, device=device)[:, None] * inverse.to(device, torch.float32)
     angles = torch.cat((angles, angles), dim=-1)
     table: Tensor = torch.stack((angles.cos(), angles.sin())) * scaling
     return table
+
+
+def query_scale_table(rope: Rope, length: int, device: torch.device) -> Tensor | None:
+    """What rotated queries are multiplied by, float32 ``(length,)``; None if by 1 everywhere."""
+    if not rope.query_beta or length <= rope.original_length:
+        return None
+    turns = (torch.arange(length, device=device) / rope.original_length).floor()
+    return 1 + rope.query_beta * turns.log1p()
 
 
 def identity_table(width: int, length: int, device: torch.device) -> Tensor:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from nybble.engine.adapter_slots import AdapterSlots, StepAdapters
+from nybble.engine.adapter_slots import AdapterSlots
 from nybble.engine.config import EngineConfig, resolve_device
 from nybble.engine.decoder import Decoder
 from nybble.engine.graphs import Capture, DecodeGraphs, bucket_sizes, cuda_capture
@@ -16,9 +16,10 @@ from nybble.engine.inputs import InputBuffers, StepInputs
 from nybble.engine.kv_cache import KVCacheLayout
 from nybble.engine.parts import KVCache
 from nybble.engine.scheduler import ScheduledBatch, StepKind
+from nybble.kernels.attention_batch import AttentionBatch
 from nybble.kernels.lora_batch import LoRABatch
-from nybble.kernels.ops import AttentionBatch, TokenChoice, sample_tokens
 from nybble.kernels.progress import Progress, track
+from nybble.kernels.reference import TokenChoice
 from nybble.models import Attention
 
 _ANY_CHOICE = TokenChoice(temperature=1.0, top_k=1, top_p=0.5, min_p=0.1, uniform=0.5)
@@ -88,9 +89,9 @@ class ModelRunner:
     def run(self, batch: ScheduledBatch) -> Tensor:
         """Compute every scheduled token.
 
-        Returns float32 logits ``(sampling, vocab)``, one row for each scheduled sequence that
-        samples, in the order of the batch; they are overwritten by the next run. Prompts that are
-        read are handed to their readers.
+        Returns float32 logits ``(sampling, vocab)``, for each scheduled sequence as many rows as it
+        samples tokens, in the order of the batch; they are overwritten by the next run. Prompts
+        that are read are handed to their readers.
         """
         lora_slots = [item.sequence.adapter_slot for item in batch]
         adapted = any(slot >= 0 for slot in lora_slots)
@@ -114,7 +115,7 @@ class ModelRunner:
     def _forward(self, inputs: StepInputs) -> Tensor:
         adapters = None
         if self.adapters is not None and inputs.lora is not None:
-            adapters = StepAdapters(self.adapters.projections, inputs.lora)
+            adapters = self.adapters.for_step(inputs.lora, self.decoder.backend)
         return self.decoder.forward(
             inputs.token_ids, inputs.positions, self.caches, inputs.attention, adapters
         )
@@ -157,7 +158,9 @@ class ModelRunner:
                     lora = LoRABatch.of(slots, self.device)
                     self._compute(replace(inputs, lora=lora))
             vocab = self.decoder.architecture.vocab
-            sample_tokens(torch.zeros(1, vocab, device=self.device), [_ANY_CHOICE])
+            self.decoder.backend.sample_tokens(
+                torch.zeros(1, vocab, device=self.device), [_ANY_CHOICE]
+            )
         self.capture(cuda_capture(self.device), progress)
 
     @torch.inference_mode()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import secrets
 from collections.abc import Sequence
+from copy import copy
 
 import numpy as np
 import torch
@@ -25,7 +26,8 @@ from nybble.engine.request import (
     TokenLogprob,
 )
 from nybble.engine.transfer import send
-from nybble.kernels.ops import TokenChoice, sample_tokens
+from nybble.kernels.backend import Backend
+from nybble.kernels.reference import TokenChoice
 
 Sampled = tuple[int, TokenLogprob | None]
 
@@ -39,6 +41,9 @@ class SequenceSampler:
     It changes when a token is recorded and not before, so that a step which failed for lack of
     memory can be computed again with the same result.
 
+    penalizes: whether tokens seen before change the logits.
+    constrained: whether the parameters exclude tokens.
+    adjusts: whether the parameters change the logits in any way.
     ends: the tokens that end the sequence. bad_words: the tokens of each that may not come.
     """
 
@@ -51,32 +56,47 @@ class SequenceSampler:
         bad_words: tuple[tuple[int, ...], ...] = (),
     ) -> None:
         self.params = params
+        self.penalizes = bool(
+            params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty
+        )
+        self.constrained = bool(bad_words or params.allowed_token_ids or params.min_tokens)
+        self.adjusts = bool(params.logit_bias) or self.penalizes or self.constrained
         self._ends = sorted(ends)
         self._bad_words = bad_words
         self._output: list[int] = []
         seed = params.seed if params.seed is not None else secrets.randbits(63)
         self._random = np.random.Generator(np.random.PCG64(seed & (1 << 64) - 1))
-        self._uniform: float | None = None  # drawn for the next token
+        self._uniforms: list[float] = []  # drawn for the next tokens
         self._prompt_token_ids = prompt_token_ids
         self._seen: SeenTokens | None = None
-
-    @property
-    def penalizes(self) -> bool:
-        """Whether tokens seen before change the logits."""
-        params = self.params
-        return bool(
-            params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty
-        )
 
     def choice(self) -> TokenChoice:
         """How the next token is chosen: in the same way until it is recorded."""
         params = self.params
         if not params.temperature:
             return TokenChoice(0.0, params.top_k, params.top_p, params.min_p, 0.0)
-        if self._uniform is None:
-            self._uniform = self._random.random()
+        self._draw(1)
         temperature = max(params.temperature, _COLDEST)
-        return TokenChoice(temperature, params.top_k, params.top_p, params.min_p, self._uniform)
+        return TokenChoice(temperature, params.top_k, params.top_p, params.min_p, self._uniforms[0])
+
+    def _draw(self, count: int) -> None:
+        """Have random numbers for the next ``count`` tokens, each token its own."""
+        while len(self._uniforms) < count:
+            self._uniforms.append(self._random.random())
+
+    def after(self, tokens: tuple[int, ...]) -> SequenceSampler:
+        """How the token after these would be chosen, if these were recorded before."""
+        if not tokens:
+            return self
+        ahead = copy(self)
+        if self.params.temperature:
+            self._draw(len(tokens) + 1)
+            ahead._uniforms = self._uniforms[len(tokens) :]
+        if self.constrained:
+            ahead._output = [*self._output, *tokens]
+        if self.penalizes:
+            ahead._seen = self.seen().plus(tokens)
+        return ahead
 
     def seen(self) -> SeenTokens:
         """The tokens that penalties look at."""
@@ -86,16 +106,10 @@ class SequenceSampler:
 
     def record(self, token: int) -> None:
         """Count a generated token; the next is chosen with another random number."""
-        self._uniform = None
+        del self._uniforms[:1]
         self._output.append(token)
         if self._seen is not None:
             self._seen.add(token)
-
-    @property
-    def constrained(self) -> bool:
-        """Whether the parameters exclude tokens."""
-        params = self.params
-        return bool(self._bad_words or params.allowed_token_ids or params.min_tokens)
 
     def barred(self, guided: Tensor | None) -> list[int]:
         """The tokens that may not come next: ends before their time, the last of a bad word.
@@ -119,6 +133,7 @@ class PendingSample:
 
     def __init__(
         self,
+        backend: Backend,
         logits: Tensor,
         samplers: Sequence[SequenceSampler],
         allowed: Sequence[Tensor | None] | None = None,
@@ -131,16 +146,14 @@ class PendingSample:
         self._samplers = samplers
         self._asked = [row for row, each in enumerate(samplers) if each.params.logprobs is not None]
         logprobs = torch.log_softmax(_rows(logits, self._asked), dim=-1) if self._asked else None
-        _bias(logits, samplers)
-        _penalize(logits, samplers)
-        for row, mask in enumerate(allowed or ()):
-            if mask is not None:
-                mask = mask.pin_memory() if logits.is_cuda else mask
-                mask = mask.to(logits.device, non_blocking=True)
-                logits[row].masked_fill_(~mask, float("-inf"))
-        self._masked = [mask is not None for mask in allowed or (None,) * len(samplers)]
-        _exclude(logits, samplers, allowed or (None,) * len(samplers))
-        chosen = sample_tokens(logits, [each.choice() for each in samplers])
+        masks = allowed or [None] * len(samplers)
+        self._masked = [mask is not None for mask in masks]
+        if any(self._masked) or any(each.adjusts for each in samplers):
+            _adjust(logits, samplers, masks)
+        if all(not each.params.temperature for each in samplers):
+            chosen = logits.argmax(-1)
+        else:
+            chosen = backend.sample_tokens(logits, [each.choice() for each in samplers])
         # Of a row with a NaN, NaN; of one with nothing that may follow, −inf.
         self._found = [chosen, logits.amax(-1)]
         if logprobs is not None:
@@ -155,7 +168,10 @@ class PendingSample:
                 self._found.append(logprobs.gather(1, send(padded, torch.int64, logits.device)))
 
     def result(self) -> list[Sampled | NoTokenError]:
-        """The next token of each sequence, once the device has it; an error where it has none."""
+        """The next token of each row, once the device has it; an error if it has none.
+
+        Nothing is recorded.
+        """
         tokens, largest, *reports = _to_host(self._found)
         sampled: list[Sampled | NoTokenError] = []
         rows = zip(self._samplers, tokens.tolist(), largest.tolist(), strict=True)
@@ -170,25 +186,26 @@ class PendingSample:
                 place = self._asked.index(row)
                 report = _report(reports, place, token, each.params)
             sampled.append((token, report))
-        for each, found in zip(self._samplers, sampled, strict=True):
-            if not isinstance(found, NoTokenError):
-                each.record(found[0])
         return sampled
 
 
 def sample(
+    backend: Backend,
     logits: Tensor,
     samplers: Sequence[SequenceSampler],
     allowed: Sequence[Tensor | None] | None = None,
 ) -> list[Sampled]:
     """The next token of each sequence from float32 logits ``(rows, vocab)``; overwrites them.
 
-    allowed: as :class:`PendingSample` takes it. Raises NoTokenError where one has none.
+    allowed: as :class:`PendingSample` takes it. The tokens are recorded. Raises NoTokenError if a
+    sequence has none.
     """
     found: list[Sampled] = []
-    for each in PendingSample(logits, samplers, allowed).result():
+    pending = PendingSample(backend, logits, samplers, allowed)
+    for sampler, each in zip(samplers, pending.result(), strict=True):
         if isinstance(each, NoTokenError):
             raise each
+        sampler.record(each[0])
         found.append(each)
     return found
 
@@ -197,6 +214,20 @@ def _rows(tensor: Tensor, rows: list[int]) -> Tensor:
     if len(rows) == len(tensor):
         return tensor
     return tensor[send(rows, torch.int64, tensor.device)]
+
+
+def _adjust(
+    logits: Tensor, samplers: Sequence[SequenceSampler], masks: Sequence[Tensor | None]
+) -> None:
+    """Everything that changes logits before a token is chosen, each row by its own rules."""
+    _bias(logits, samplers)
+    _penalize(logits, samplers)
+    for row, mask in enumerate(masks):
+        if mask is not None:
+            mask = mask.pin_memory() if logits.is_cuda else mask
+            mask = mask.to(logits.device, non_blocking=True)
+            logits[row].masked_fill_(~mask, float("-inf"))
+    _exclude(logits, samplers, masks)
 
 
 def _bias(logits: Tensor, samplers: Sequence[SequenceSampler]) -> None:

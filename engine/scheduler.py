@@ -31,6 +31,7 @@ from nybble.engine.block_manager import BlockManager
 from nybble.engine.fair_queue import OUTPUT_COST, PROMPT_COST, FairQueue
 from nybble.engine.prompt_reader import PromptReader
 from nybble.engine.sequence import NOTHING_CACHED, CachedPrefix, Sequence, SequenceStatus
+from nybble.engine.speculation import Speculation
 
 # Admissions that may pass a sequence which finds no adapter slot or too few free blocks. After as
 # many, slots or blocks that become free are kept for it.
@@ -48,19 +49,24 @@ class StepKind(Enum):
     """What a sequence does in a step.
 
     PREFILL: computes a part of its prompt, or of what it had before it was preempted. DECODE:
-    computes its newest token alone and samples the next, and nothing else.
+    computes its newest token alone and samples the next, and nothing else. VERIFY: computes draft
+    tokens too, and samples a token after each.
     """
 
     PREFILL = "prefill"
     DECODE = "decode"
+    VERIFY = "verify"
 
 
 @dataclass(frozen=True)
 class ScheduledSequence:
     """What one sequence does in a step, settled when the step is scheduled.
 
-    start, num_tokens: the positions computed. completes: whether they reach the last token known.
+    start, num_tokens: the positions computed, those of draft tokens included.
+    completes: whether they reach the last token known.
     samples: whether a next token is sampled, which a request for the prompt alone does not.
+    num_logits: the last positions after which a token is sampled.
+    draft: tokens that may follow the last token known.
     reader: reads the hidden states of these positions, if the request wants something of its
     prompt.
     """
@@ -71,18 +77,32 @@ class ScheduledSequence:
     num_tokens: int
     completes: bool
     samples: bool
+    num_logits: int
     reader: PromptReader | None = None
+    draft: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, sequence: Sequence, num_tokens: int) -> ScheduledSequence:
-        """The next ``num_tokens`` tokens of a sequence as it is now."""
+    def of(
+        cls, sequence: Sequence, num_tokens: int, draft: tuple[int, ...] = ()
+    ) -> ScheduledSequence:
+        """The next ``num_tokens`` tokens of a sequence as it is now, then a draft of it."""
+        if draft:
+            kind, tokens = StepKind.VERIFY, num_tokens + len(draft)
+            start = sequence.num_computed_tokens
+            return cls(sequence, kind, start, tokens, True, True, 1 + len(draft), draft=draft)
         start = sequence.num_computed_tokens
         completes = num_tokens == sequence.num_uncomputed_tokens
         samples = completes and sequence.max_tokens > 0
         reader = sequence.reader if start < sequence.num_prompt_tokens else None
         decodes = num_tokens == 1 and samples and reader is None
         kind = StepKind.DECODE if decodes else StepKind.PREFILL
-        return cls(sequence, kind, start, num_tokens, completes, samples, reader)
+        return cls(sequence, kind, start, num_tokens, completes, samples, int(samples), reader)
+
+    @property
+    def token_ids(self) -> list[int]:
+        """Of the positions computed."""
+        end = self.start + self.num_tokens - len(self.draft)
+        return [*self.sequence.token_ids[self.start : end], *self.draft]
 
 
 ScheduledBatch = list[ScheduledSequence]
@@ -92,13 +112,15 @@ ScheduledBatch = list[ScheduledSequence]
 class _Plan:
     """A step in the making.
 
-    budget: tokens left. tokens: planned of each sequence. preempted: whether a running sequence
-    lost its blocks for want of others, after which nobody is admitted. slotless, blockless: the
-    sequences which found no adapter slot, and those which found too few free blocks.
+    budget: tokens left. tokens: planned of each sequence. drafts: planned beside them. preempted:
+    whether a running sequence lost its blocks for want of others, after which nobody is admitted.
+    slotless, blockless: the sequences which found no adapter slot, and those which found too few
+    free blocks.
     """
 
     budget: int
     tokens: Counter[Sequence] = field(default_factory=Counter)
+    drafts: dict[Sequence, tuple[int, ...]] = field(default_factory=dict)
     preempted: bool = False
     slotless: list[Sequence] = field(default_factory=list)
     blockless: list[Sequence] = field(default_factory=list)
@@ -113,7 +135,9 @@ class Scheduler:
         max_num_seqs: int,
         max_batched_tokens: int,
         adapters: AdapterCache | None = None,
+        speculation: Speculation | None = None,
     ) -> None:
+        self.speculation = speculation
         self.blocks = blocks
         self.max_num_seqs = max_num_seqs
         self.max_batched_tokens = max_batched_tokens
@@ -141,8 +165,10 @@ class Scheduler:
             if sequence.num_uncomputed_tokens == 1:
                 self._extend(plan, sequence, 1)
         self._prefill(plan)
+        if self.speculation is not None and not plan.preempted:
+            self._draft(plan, self.speculation)
         return [
-            ScheduledSequence.of(sequence, plan.tokens[sequence])
+            ScheduledSequence.of(sequence, plan.tokens[sequence], plan.drafts.get(sequence, ()))
             for sequence in self.running
             if plan.tokens[sequence]
         ]
@@ -154,7 +180,7 @@ class Scheduler:
             if sequence.num_uncomputed_tokens > 1:
                 unfinished[sequence.tenant].append(sequence)
         ranks = {tenant: self._rank(queue[0]) for tenant, queue in unfinished.items()}
-        for tenant in self.waiting.tenants():
+        for tenant in self.waiting.tenants:
             if tenant not in ranks:
                 ranks[tenant] = self._rank(self.waiting.of(tenant)[0])
         while plan.budget and ranks:
@@ -170,6 +196,27 @@ class Scheduler:
                 ranks[tenant] = self._rank(following[0])
             else:
                 del ranks[tenant]
+
+    def _draft(self, plan: _Plan, speculation: Speculation) -> None:
+        """Spend what nobody needs, of the budget and of free blocks, on drafts."""
+        drafts = {}
+        left = plan.budget
+        for sequence in self.running:
+            decodes = plan.tokens[sequence] == sequence.num_uncomputed_tokens == 1
+            if decodes and sequence.reader is None:
+                draft = sequence.draft(min(speculation.max_tokens, left))
+                if draft:
+                    drafts[sequence] = draft
+                    left -= len(draft)
+        if not drafts:
+            return
+        rows = plan.tokens.total()
+        known = [(len(draft), each.acceptance.share) for each, draft in drafts.items()]
+        lengths = speculation.lengths(rows, known)
+        for (sequence, draft), length in zip(drafts.items(), lengths, strict=True):
+            reached = sequence.num_computed_tokens + 1 + length
+            if length and self.blocks.grow(sequence, reached):
+                plan.drafts[sequence] = draft[:length]
 
     def _rank(self, sequence: Sequence) -> tuple[bool, float]:
         """The lowest comes first: who was overtaken too often, then by its finish tag."""
@@ -211,7 +258,8 @@ class Scheduler:
                 return 0
         plan.tokens[sequence] += count
         plan.budget -= count
-        self._charge_prompt(sequence, sequence.num_computed_tokens + planned + count)
+        if sequence.num_charged_tokens < sequence.num_prompt_tokens:
+            self._charge_prompt(sequence, sequence.num_computed_tokens + planned + count)
         return count
 
     def _charge_prompt(self, sequence: Sequence, reached: int) -> None:
@@ -407,7 +455,7 @@ class Scheduler:
 
     def _shares(self, capacity: int) -> dict[str, float]:
         """Each tenant's share of ``capacity``, by weight, of those with anything to compute."""
-        weights = {tenant: self.waiting.of(tenant)[0].weight for tenant in self.waiting.tenants()}
+        weights = {tenant: self.waiting.of(tenant)[0].weight for tenant in self.waiting.tenants}
         weights |= {sequence.tenant: sequence.weight for sequence in self.running}
         unit = capacity / sum(weights.values())
         return {tenant: weight * unit for tenant, weight in weights.items()}
@@ -435,13 +483,18 @@ class Scheduler:
             self._adapters.preempt(sequence.adapter, sequence.tenant)
         self.preemptions += 1
 
-    def computed(self, item: ScheduledSequence) -> None:
-        """Record that a scheduled item's keys and values are in the cache."""
+    def computed(self, item: ScheduledSequence, sampled: int = 1) -> None:
+        """Record that a scheduled item's keys and values are in the cache.
+
+        sampled: the tokens it got, if it samples: one more than were accepted of its draft. What
+        was not accepted is not in the cache, and its tenant does not pay for it.
+        """
         sequence = item.sequence
         if item.samples:
-            self.waiting.charge(sequence, OUTPUT_COST)
+            self.waiting.charge(sequence, OUTPUT_COST * sampled)
         before = sequence.num_computed_tokens
-        sequence.num_computed_tokens += item.num_tokens
+        rejected = len(item.draft) + 1 - max(sampled, 1) if item.draft else 0
+        sequence.num_computed_tokens += item.num_tokens - rejected
         self.blocks.publish(sequence, before)
         # The next step, which may write them for others, runs after the one that read them.
         self.blocks.release_unseen(sequence)

@@ -1,4 +1,4 @@
-"""A request being computed: its tokens, how far they are computed, and the KV blocks it holds."""
+"""A request being computed: its tokens, how far they are, its KV blocks, and its output."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from hashlib import blake2b
 
 from nybble.engine.adapter_cache import AdapterVersion
 from nybble.engine.detokenizer import Detokenizer
+from nybble.engine.ngram_drafter import NgramDrafter
 from nybble.engine.prompt_reader import EmbeddingReader, LogprobReader
-from nybble.engine.request import Request
-from nybble.engine.sampler import SequenceSampler
+from nybble.engine.request import FinishReason, Request, RequestOutput
+from nybble.engine.sampler import Sampled, SequenceSampler
+from nybble.engine.speculation import Acceptance
 
 
 class SequenceStatus(Enum):
@@ -66,6 +68,8 @@ class Sequence:
     prefix_valid_until: the step from which on it is looked up again.
     overtaken: others admitted while it lacked an adapter slot or blocks.
     reader: what is still to be read of the prompt, until its result is taken.
+    drafter: proposes tokens that may come next; None if none are to be drafted.
+    acceptance: what became of its drafts.
     """
 
     def __init__(
@@ -75,8 +79,12 @@ class Sequence:
         detokenizer: Detokenizer,
         sampler: SequenceSampler,
         stop_token_ids: frozenset[int] = frozenset(),
+        drafter: NgramDrafter | None = None,
     ) -> None:
         self.request = request
+        self.request_id = request.request_id
+        self.tenant = request.tenant
+        self.weight = request.weight
         self.max_tokens = max_tokens
         self.stop_token_ids = stop_token_ids
         self.detokenizer = detokenizer
@@ -95,23 +103,13 @@ class Sequence:
         self.cached_prefix = NOTHING_CACHED
         self.prefix_valid_until = 0
         self.overtaken = 0
+        self.drafter = drafter
+        self.acceptance = Acceptance()
         self.reader: LogprobReader | EmbeddingReader | None = None
         if request.pooling is not None:
             self.reader = EmbeddingReader(request.prompt_token_ids, request.pooling)
         elif (alternatives := request.params.prompt_logprobs) is not None:
             self.reader = LogprobReader(request.prompt_token_ids, alternatives)
-
-    @property
-    def request_id(self) -> str:
-        return self.request.request_id
-
-    @property
-    def tenant(self) -> str:
-        return self.request.tenant
-
-    @property
-    def weight(self) -> float:
-        return self.request.weight
 
     @property
     def prefix_root(self) -> bytes:
@@ -149,3 +147,65 @@ class Sequence:
     def num_uncomputed_tokens(self) -> int:
         """1 while decoding; more while the prompt (or a preempted sequence) is prefilled."""
         return len(self.token_ids) - self.num_computed_tokens
+
+    def draft(self, limit: int) -> tuple[int, ...]:
+        """Up to ``limit`` tokens that may follow its newest, none of which its guide forbids."""
+        # The last token that it may have is sampled and never drafted.
+        limit = min(limit, self.max_tokens - self.num_output_tokens - 1)
+        if self.drafter is None or limit <= 0:
+            return ()
+        self.drafter.extend(self.token_ids[len(self.drafter) :])
+        tokens = self.drafter.propose(limit)
+        if tokens and (guide := self.request.guide) is not None:
+            tokens = tokens[: guide.accepts(tokens)]
+        return tokens
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether it certainly continues after its newest token, whatever the text is."""
+        return (
+            not self.request.params.stop
+            and self.request.guide is None
+            and self.num_output_tokens < self.max_tokens
+            and self.token_ids[-1] not in self.stop_token_ids
+        )
+
+    def advance(self, sampled: Sampled) -> RequestOutput:
+        """What its newest token, which was sampled so, adds to its output. Raises GuideError."""
+        token = sampled[0]
+        guide = self.request.guide
+        complete = guide is not None and guide.accept(token)
+        reason: FinishReason | None = None
+        text = ""
+        if token in self.stop_token_ids:
+            reason = "stop"
+            if self.request.params.include_stop_str_in_output:
+                text = self.detokenizer.add(token)
+        else:
+            text = self.detokenizer.add(token)
+            if self.detokenizer.stopped or complete:
+                reason = "stop"
+            elif self.num_output_tokens >= self.max_tokens:
+                reason = "length"
+        if reason is not None:
+            text += self.detokenizer.flush()
+        return self.output(sampled, text, reason)
+
+    def output(
+        self, sampled: Sampled | None, text: str, reason: FinishReason | None
+    ) -> RequestOutput:
+        """The next item of its stream; what was read of the prompt goes with the first."""
+        reader, self.reader = self.reader, None
+        logprob = None if sampled is None else sampled[1]
+        return RequestOutput(
+            text=text,
+            token_ids=() if sampled is None else sampled[:1],
+            logprobs=() if logprob is None else (logprob,),
+            finish_reason=reason,
+            prompt_tokens=self.num_prompt_tokens,
+            completion_tokens=self.num_output_tokens,
+            cached_tokens=self.num_cached_tokens or 0,
+            queue_seconds=self.queue_seconds,
+            prompt_logprobs=reader.result() if isinstance(reader, LogprobReader) else None,
+            embedding=reader.result() if isinstance(reader, EmbeddingReader) else None,
+        )

@@ -5,7 +5,25 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from nybble.engine.scheduler import ScheduledBatch, Scheduler
-from nybble.engine.size_counts import SizeCounts
+
+
+@dataclass(frozen=True)
+class SizeCounts:
+    """How often which size came up.
+
+    counts: ``counts[i]`` sizes were at most 2**i and above 2**(i - 1).
+    total: the sum of all sizes.
+    """
+
+    counts: tuple[int, ...] = ()
+    total: int = 0
+
+    def plus(self, size: int) -> SizeCounts:
+        """These and one more; size ≥ 1."""
+        bucket = (size - 1).bit_length()
+        counts = [*self.counts, *[0] * (bucket + 1 - len(self.counts))]
+        counts[bucket] += 1
+        return SizeCounts(tuple(counts), self.total + size)
 
 
 @dataclass(frozen=True)
@@ -17,6 +35,8 @@ class EngineStats:
     step_tokens: how many tokens each step computed.
     failures: of the engine thread.
     restarts: after failures.
+    draft_tokens, accepted_tokens: verified, and those that were what the model says.
+    accepted_of_draft: how many tokens each draft brought, the one sampled after it included.
     """
 
     running: int = 0
@@ -34,6 +54,9 @@ class EngineStats:
     step_tokens: SizeCounts = field(default_factory=SizeCounts)
     failures: int = 0
     restarts: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
+    accepted_of_draft: SizeCounts = field(default_factory=SizeCounts)
 
     @property
     def computed_tokens(self) -> int:
@@ -52,6 +75,15 @@ class Counters:
     step_sequences: SizeCounts = field(default_factory=SizeCounts)
     step_tokens: SizeCounts = field(default_factory=SizeCounts)
     failures: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
+    accepted_of_draft: SizeCounts = field(default_factory=SizeCounts)
+
+    def add_draft(self, tokens: int, accepted: int) -> None:
+        """Count a draft that was verified."""
+        self.draft_tokens += tokens
+        self.accepted_tokens += accepted
+        self.accepted_of_draft = self.accepted_of_draft.plus(accepted + 1)
 
     def add_step(self, batch: ScheduledBatch, seconds: float) -> None:
         """Count a step that has been computed."""
@@ -77,4 +109,7 @@ class Counters:
             step_tokens=self.step_tokens,
             failures=self.failures,
             restarts=restarts,
+            draft_tokens=self.draft_tokens,
+            accepted_tokens=self.accepted_tokens,
+            accepted_of_draft=self.accepted_of_draft,
         )

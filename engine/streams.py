@@ -21,23 +21,20 @@ class Stream:
         _call(self.loop, self.queue.put_nowait, item)
 
 
-class Outbox:
-    """Outputs to many streams, handed to each event loop in one call."""
-
-    def __init__(self) -> None:
-        self._items: defaultdict[
-            asyncio.AbstractEventLoop, list[tuple[Stream, RequestOutput | Exception]]
-        ] = defaultdict(list)
-
-    def add(self, stream: Stream, item: RequestOutput | Exception) -> None:
-        self._items[stream.loop].append((stream, item))
-
-    def deliver(self) -> None:
-        for loop, items in self._items.items():
-            _call(loop, _put, items)
+# What a step sends, in order.
+Outputs = list[tuple[Stream, RequestOutput | Exception]]
 
 
-def _put(items: list[tuple[Stream, RequestOutput | Exception]]) -> None:
+def deliver(outputs: Outputs) -> None:
+    """Send outputs to many streams: each event loop is called once."""
+    by_loop: defaultdict[asyncio.AbstractEventLoop, Outputs] = defaultdict(list)
+    for stream, item in outputs:
+        by_loop[stream.loop].append((stream, item))
+    for loop, items in by_loop.items():
+        _call(loop, _put, items)
+
+
+def _put(items: Outputs) -> None:
     for stream, item in items:
         stream.queue.put_nowait(item)
 

@@ -19,6 +19,7 @@ class Vocabulary:
     Llama 2, Mistral and Gemma). The others are text, with a space before it or not depending on
     whether another token comes before.
 
+    bytes_of: for each id that a token has, its bytes; None for a token which is text.
     size: one more than the highest token id. The rows of the model's output layer beyond it, which
         round its size up, stand for nothing.
     added: ids of the tokens that were added to the model's own, whole words as they are spelt.
@@ -31,25 +32,23 @@ class Vocabulary:
         self._spelt = {token_id: token.content for token_id, token in added.items()}
         self.added = frozenset(added)
         self.special = frozenset(token_id for token_id, token in added.items() if token.special)
-        self.size = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         decoder = tokenizer.decoder
         kinds = set() if decoder is None else _kinds(json.loads(decoder.__getstate__()))
         self._byte_level = "ByteLevel" in kinds
         self._byte_fallback = "ByteFallback" in kinds
         self._word_starts = bool(kinds & {"Metaspace", "ByteFallback"})
+        # All of them now: a step looks up one for each of its sequences.
+        tokens = {i: token for token, i in tokenizer.get_vocab(with_added_tokens=True).items()}
+        tokens |= self._spelt  # which may take the id of one of the model's own
+        self.size = max(tokens, default=-1) + 1
+        self.bytes_of = {i: self._bytes(token) for i, token in tokens.items()}
 
     def special_id(self, text: str) -> int | None:
         """The special token that is spelled like this, None if there is none."""
         token_id: int | None = self._tokenizer.token_to_id(text)
         return token_id if token_id in self.special else None
 
-    def is_known(self, token_id: int) -> bool:
-        """Whether any token has this id; an embedding may have more rows than there are tokens."""
-        return self._tokenizer.id_to_token(token_id) is not None
-
-    def bytes_of(self, token_id: int) -> bytes | None:
-        """The bytes of a token that is bytes; None for one that is text."""
-        token = self._tokenizer.id_to_token(token_id) or ""
+    def _bytes(self, token: str) -> bytes | None:
         if self._byte_level:
             return _bytes_of_characters(token)
         return _byte_of_name(token) if self._byte_fallback else None
@@ -67,8 +66,7 @@ class Vocabulary:
         """What a token is written as, whatever stands beside it, special tokens too."""
         if (content := self._spelt.get(token_id)) is not None:
             return content.encode()
-        data = self.bytes_of(token_id)
-        if data is not None:
+        if (data := self.bytes_of.get(token_id)) is not None:
             return data
         token = self._tokenizer.id_to_token(token_id) or ""
         return (token.replace(_WORD_START, " ") if self._word_starts else token).encode()
@@ -91,9 +89,10 @@ def _byte_of_name(token: str) -> bytes | None:
 def _bytes_of_characters(token: str) -> bytes:
     """The bytes that GPT-2's characters stand for; a token with any other character is itself."""
     byte_of = _byte_of_character()
-    if all(character in byte_of for character in token):
-        return bytes(byte_of[character] for character in token)
-    return token.encode()
+    try:
+        return bytes([byte_of[character] for character in token])
+    except KeyError:
+        return token.encode()
 
 
 @lru_cache(maxsize=1)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from nybble.kernels import DenseWeight, PackedWeight
 from nybble.kernels.matmul import gated_layout, preferred_layout
-from nybble.models import Architecture, Linear, LinearGroup
-
-Weight = PackedWeight | DenseWeight
+from nybble.kernels.packed import Weight
+from nybble.models import Architecture, Linear, LinearGroup, Mixture, Mlp
 
 
 class WeightStore:
@@ -30,9 +30,10 @@ class WeightStore:
     ) -> None:
         layout = preferred_layout(device)
         gated = {
-            architecture.module(index, layer.mlp.up.name)
+            architecture.module(index, mlp.up.name)
             for index, layer in enumerate(architecture.layers)
-            if layer.mlp.gated
+            for mlp in _mlps(layer.mlp)
+            if mlp.gated
         }
         self._weights: dict[str, PackedWeight | DenseWeight | Tensor] = {}
         for name, weight in weights:
@@ -43,7 +44,9 @@ class WeightStore:
                 bias = None if weight.bias is None else weight.bias.to(device, dtype)
                 self._weights[name] = DenseWeight(weight.weight.to(device, dtype), bias)
             else:
-                self._weights[name] = weight.to(device, dtype)
+                # Routers decide: rounded differently they would choose other experts.
+                wide = torch.float32 if name in architecture.tensors else dtype
+                self._weights[name] = weight.to(device, wide)
 
     def tensor(self, name: str, *shape: int) -> Tensor:
         """The tensor ``name``, which must have this shape."""
@@ -54,6 +57,21 @@ class WeightStore:
             raise ValueError(f"{name} is a linear layer's weight, expected a plain tensor")
         _require_shape(name, tuple(weight.shape), shape)
         return weight
+
+    def vector(self, name: str, size: int) -> Tensor:
+        """The tensor ``name`` of so many numbers, ``(size,)``; it may have dimensions of 1."""
+        found = self._weights.get(name)
+        if isinstance(found, Tensor) and found.numel() == size:
+            self._weights[name] = found.flatten()
+        return self.tensor(name, size)
+
+    def router(self, module: str, out: int, inputs: int) -> Tensor:
+        """The float32 weight ``(out, inputs)`` of a router, also if it was quantized."""
+        weight = self._weights.get(module)
+        if isinstance(weight, PackedWeight):
+            self.optional_linear(module, out, inputs)
+            return weight.dequantize()
+        return self.tensor(module + ".weight", out, inputs)
 
     def optional_linear(self, name: str, out: int, inputs: int) -> Weight | None:
         """The linear layer ``name``; None if the checkpoint has none."""
@@ -77,6 +95,13 @@ class WeightStore:
             return (whole,)
         return tuple(self._linear(module, linear) for linear in group.linears)
 
+    def experts(self, module: str, groups: Sequence[LinearGroup]) -> list[tuple[Weight, ...]]:
+        """The same group of every expert; for each of its weights (:meth:`group`), all experts'."""
+        found = [self.group(module, group) for group in groups]
+        if len({len(weights) for weights in found}) > 1:
+            found = [_separate(*each) for each in zip(found, groups, strict=True)]
+        return list(zip(*found, strict=True))
+
     def _linear(self, module: str, linear: Linear) -> Weight:
         weight = self.optional_linear(module + linear.name, linear.out, linear.inputs)
         if weight is None:
@@ -92,6 +117,33 @@ class WeightStore:
                 f"the checkpoint has {len(names)} weights this architecture does not use, "
                 f"the first is {names[0]}"
             )
+
+
+def _mlps(mlp: Mlp | Mixture) -> Iterable[Mlp]:
+    """The MLPs of a layer."""
+    if isinstance(mlp, Mlp):
+        return (mlp,)
+    return mlp.experts if mlp.shared is None else (*mlp.experts, mlp.shared)
+
+
+def _separate(weights: tuple[Weight, ...], group: LinearGroup) -> tuple[Weight, ...]:
+    """One weight for each linear layer of the group, cut out of the one that holds all."""
+    if len(weights) == len(group.linears):
+        return weights
+    (whole,) = weights
+    parts, start = [], 0
+    for linear in group.linears:
+        stop = start + linear.out
+        parts.append(_cut(whole, start, stop))
+        start = stop
+    return tuple(parts)
+
+
+def _cut(weight: Weight, start: int, stop: int) -> Weight:
+    if isinstance(weight, PackedWeight):
+        return weight.to_layout("rows").rows(start, stop).to_layout(weight.layout)
+    bias = None if weight.bias is None else weight.bias[start:stop]
+    return replace(weight, weight=weight.weight[start:stop], bias=bias)
 
 
 def _require_shape(name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:

@@ -14,8 +14,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from nybble.loaders.safetensors_file import write_safetensors
+from nybble.models import architecture_of
 from nybble.quantizers.packed_model import PackedLinear
 
 _PREFIX = "base_model.model."
@@ -26,6 +28,7 @@ class LoraSettings:
     """How adapters are shaped.
 
     target_modules: the last part of the names of linear layers; None for all of the decoder's.
+        Experts of a mixture are not trained: peft has no modules for them.
     use_rslora: scale by alpha / √rank in place of alpha / rank.
     """
 
@@ -69,23 +72,25 @@ class LoraLinear(nn.Module):
         return result
 
 
-def add_lora(model: nn.Module, settings: LoraSettings) -> dict[str, LoraLinear]:
+def add_lora(model: PreTrainedModel, settings: LoraSettings) -> dict[str, LoraLinear]:
     """Wrap the target layers of ``model`` in place; returns the new layers by name.
 
     Raises ValueError if a target name matches no linear layer.
     """
     wanted_names = settings.target_modules
     targets = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, PackedLinear | nn.Linear)
-        and (".layers." in name if wanted_names is None else _leaf(name) in wanted_names)
+        name: model.get_submodule(name)
+        for name in architecture_of(model.config).dense_linears
+        if wanted_names is None or _leaf(name) in wanted_names
     }
     for wanted in wanted_names or ():
         if not any(name.endswith(wanted) for name in targets):
-            raise ValueError(f"target module {wanted!r} is not a linear layer of the model")
+            raise ValueError(
+                f"target module {wanted!r} is not a linear layer which every token passes"
+            )
     layers = {}
     for name, base in targets.items():
+        assert isinstance(base, PackedLinear | nn.Linear), name
         layers[name] = LoraLinear(base, settings)
         model.set_submodule(name, layers[name])
     return layers

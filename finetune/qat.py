@@ -8,7 +8,6 @@ trained: rounding again changes nothing.
 
 from __future__ import annotations
 
-import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,14 +23,16 @@ from transformers import PreTrainedModel
 from nybble.finetune.data import IGNORED, Batch, Example, pack, read_examples, to_batch
 from nybble.finetune.train import batch_loss, checkpoint_activations, warm_cosine
 from nybble.loaders import CheckpointError, open_checkpoint
+from nybble.loaders.experts import open_shards
 from nybble.loaders.formats import (
     AffineFormat,
     AffineWeight,
     WriteOptions,
     writing_format,
 )
-from nybble.loaders.shards import Shards
+from nybble.loaders.model_config import config_to_write
 from nybble.loaders.tokenizer import load_tokenizer
+from nybble.models import architecture_of
 from nybble.quantizers.affine import grid, nearest_codes
 from nybble.quantizers.packed_model import load_packed_model
 from nybble.quantizers.writer import FolderWriter
@@ -189,7 +190,7 @@ def quantization_aware_train(
     source = open_checkpoint(base)
     if source.format != "none":
         raise CheckpointError(f"{base} is quantized already; give the 16-bit checkpoint")
-    config = json.loads((base / "config.json").read_text())
+    config = config_to_write(base)
     config["quantization_config"] = dict(written.settings)
     with FolderWriter(out, base, config) as writer:
         tokenizer = load_tokenizer(base)
@@ -227,7 +228,7 @@ def quantization_aware_train(
             optimizer.zero_grad()
             losses.append(loss.item())
             bar.set_postfix(loss=f"{losses[-1]:.3f}")
-        shards = Shards(base)
+        shards = open_shards(base, architecture_of(source.config))
         for name in shards.names():
             if name.removesuffix(".weight") not in layers:
                 writer.add({name: shards.read(name)})

@@ -15,15 +15,8 @@ other rows.
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import torch
 from torch import Tensor
-
-from nybble.kernels.cpu.library import library
-from nybble.kernels.lora_batch import LoRABatch
-
-__all__ = ["LoRABatch", "lora_add", "lora_add_reference", "slot_buffers"]
 
 
 def slot_buffers(
@@ -34,7 +27,7 @@ def slot_buffers(
     dtype: torch.dtype,
     device: torch.device | str,
 ) -> tuple[Tensor, Tensor]:
-    """Zeroed ``(a, b)`` for :func:`lora_add`, in the memory order its kernels read fastest.
+    """Zeroed ``(a, b)`` of the slots, in the memory order that ``lora_add`` reads fastest.
 
     a ``(slots, parts · max_rank, in_features)``; b ``(slots, offsets[-1], max_rank)``, a view of
     memory in which the outputs of one rank are contiguous, so that padded ranks are never read.
@@ -43,51 +36,3 @@ def slot_buffers(
     a = torch.zeros(slots, parts * max_rank, in_features, dtype=dtype, device=device)
     b = torch.zeros(slots, max_rank, offsets[-1], dtype=dtype, device=device)
     return a, b.transpose(1, 2)
-
-
-def lora_add(
-    out: Tensor,
-    x: Tensor,
-    a: Tensor,
-    b: Tensor,
-    ranks: Tensor,
-    offsets: tuple[int, ...],
-    batch: LoRABatch,
-) -> None:
-    """Add every row's adapter to ``out (tokens, offsets[-1])`` in place.
-
-    x: ``(tokens, in_features)``; x and out are contiguous.
-    a, b: from :func:`slot_buffers`, zero beyond each slot's rank.
-    ranks: int32 ``(slots,)``, 0 for a slot whose adapter does not change this projection.
-    """
-    if x.is_cuda and x.dtype in (torch.float16, torch.bfloat16):
-        from nybble.kernels.triton import lora
-
-        return lora.lora_add(out, x, a, b, ranks, offsets, batch)
-    alike = out.dtype == x.dtype == a.dtype == b.dtype == torch.bfloat16
-    cpu = library() if x.is_cpu and alike else None
-    kernel = cpu.lora_add if cpu is not None else lora_add_reference
-    kernel(out, x, a, b, ranks, offsets, batch)
-
-
-def lora_add_reference(
-    out: Tensor,
-    x: Tensor,
-    a: Tensor,
-    b: Tensor,
-    ranks: Tensor,
-    offsets: tuple[int, ...],
-    batch: LoRABatch,
-) -> None:
-    """:func:`lora_add` in plain PyTorch, on any device and dtype."""
-    max_rank = b.shape[2]
-    starts = batch.segment_starts.tolist()
-    for index, slot in enumerate(batch.segment_slots.tolist()):
-        rank = int(ranks[slot])
-        rows = batch.order[starts[index] : starts[index + 1]].long()
-        wide = x[rows].float()
-        for part, (start, end) in enumerate(pairwise(offsets)):
-            shrink = a[slot, part * max_rank : part * max_rank + rank]
-            h = (wide @ shrink.float().T).to(x.dtype).float()
-            total = out[rows, start:end].float() + h @ b[slot, start:end, :rank].float().T
-            out[rows, start:end] = total.to(out.dtype)

@@ -28,7 +28,7 @@ moves codes, scales and zeros and never changes a value.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -119,12 +119,12 @@ class PackedWeight:
         if self.bias is not None:
             check("bias shape", tuple(self.bias.shape), (self.out_features,))
 
-    @property
+    @cached_property
     def columns(self) -> int:
         """Stored columns of a row: ``in_features``, unless some features are stored repeatedly."""
         return self.in_features if self.perm is None else self.perm.shape[0]
 
-    @property
+    @cached_property
     def groups(self) -> int:
         """Groups in a row; the last one is short if group_size does not divide ``columns``."""
         return -(-self.columns // self.group_size)
@@ -237,6 +237,13 @@ class PackedWeight:
             by_feature = weight.new_zeros(self.out_features, self.in_features)
             weight = by_feature.index_add_(1, self.perm, weight)
         return weight.to(dtype)
+
+
+Weight = PackedWeight | DenseWeight
+# Computes ``x @ W.T + bias`` of one weight for ``x (..., in_features)``, in the dtype of ``x``.
+LinearKernel = Callable[[Tensor], Tensor]
+# See :func:`nybble.kernels.reference.grouped_matmul`: x, expert_ids, weights.
+GroupedKernel = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 # The digits reach from 16 · −8 − 8 to 16 · 7 + 7; codes are chosen symmetric.

@@ -1,9 +1,14 @@
-"""Plain PyTorch references: what every fast kernel must compute. Correct on any device, slow."""
+"""Plain PyTorch references: what every fast kernel must compute. Correct on any device, slow.
+
+This module is a back end: see :class:`nybble.kernels.backend.Backend`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -11,15 +16,91 @@ from torch import Tensor
 
 from nybble.kernels.activation import Activation, check_activation
 from nybble.kernels.attention_batch import AttentionBatch
-from nybble.kernels.packed import PackedWeight
+from nybble.kernels.lora_batch import LoRABatch
+from nybble.kernels.packed import (
+    DenseWeight,
+    GroupedKernel,
+    LinearKernel,
+    PackedWeight,
+    Weight,
+)
+
+# Output rows dequantized at a time: 16 MiB of float32 at 4096 columns.
+_ROWS_AT_A_TIME = 1024
 
 
-def packed_matmul(x: Tensor, weight: PackedWeight) -> Tensor:
+def linear(weight: Weight, dtype: torch.dtype) -> LinearKernel:
+    """The linear layer with this weight, for inputs of ``dtype``."""
+    if isinstance(weight, PackedWeight):
+        return partial(packed_matmul, weight=weight)
+    return partial(dense_matmul, weight=weight)
+
+
+def gated_linear(weight: Weight, activation: Activation, dtype: torch.dtype) -> None:
+    """None: the product of a linear layer and :func:`gated` are computed one after the other."""
+
+
+def grouped_linear(weights: Sequence[Weight], dtype: torch.dtype) -> GroupedKernel:
+    """A linear layer of every expert, for inputs of ``dtype``."""
+    return partial(grouped_matmul, experts=[linear(weight, dtype) for weight in weights])
+
+
+def grouped_matmul(
+    x: Tensor,
+    expert_ids: Tensor,
+    weights: Tensor | None = None,
+    *,
+    experts: Sequence[LinearKernel],
+) -> Tensor:
+    """``y[r, k] = experts[expert_ids[r, k]](x[r])``, or their weighted sum over k.
+
+    x: ``(rows, in)``, or ``(rows, top_k, in)`` with an input ``x[r, k]`` for each expert.
+    expert_ids: int64 ``(rows, top_k)``.
+    weights: float32 ``(rows, top_k)``.
+
+    Returns ``y (rows, top_k, out)``, or ``Σ_k weights[r, k] · y[r, k]`` ``(rows, out)``, summed in
+    float32 and rounded once, if weights are given. An expert without rows is not called.
+    """
+    inputs = x.flatten(0, 1) if x.ndim == 3 else x
+    # Places in expert_ids, sorted by expert.
+    chosen, places = expert_ids.flatten().sort(stable=True)
+    rows = places if x.ndim == 3 else places // expert_ids.shape[1]
+    counts = chosen.bincount(minlength=len(experts)).tolist()
+    parts = [
+        expert(inputs[part])
+        for expert, part in zip(experts, torch.split(rows, counts), strict=True)
+        if len(part)
+    ]
+    out = torch.cat(parts)[places.argsort()].view(*expert_ids.shape, -1)
+    return out if weights is None else weighted_sum(out, weights)
+
+
+def weighted_sum(out: Tensor, weights: Tensor) -> Tensor:
+    """``Σ_k weights[r, k] · out[r, k]``, summed in float32 and rounded once.
+
+    out: ``(rows, top_k, width)``; weights: float32 ``(rows, top_k)``.
+    """
+    return (out.float() * weights[..., None]).sum(1).to(out.dtype)
+
+
+def packed_matmul(
+    x: Tensor,
+    weight: PackedWeight,
+    dequantize: Callable[[PackedWeight, torch.dtype], Tensor] = PackedWeight.dequantize,
+) -> Tensor:
     """``x @ weight.dequantize().T + bias`` in float32, rounded once to the dtype of ``x``.
 
     x: ``(..., in_features)``. Returns ``(..., out_features)``.
+
+    A few output rows are dequantized at a time, so that no full-precision copy of the weight ever
+    exists.
     """
-    out = x.float() @ weight.dequantize(torch.float32).T
+    wide = x.float()
+    parts = [
+        wide @ dequantize(weight.rows(start, start + _ROWS_AT_A_TIME), torch.float32).T
+        for start in range(0, weight.out_features, _ROWS_AT_A_TIME)
+    ]
+    out = torch.cat(parts, dim=-1)
     if weight.bias is not None:
         out += weight.bias.float()
     return out.to(x.dtype)
@@ -55,6 +136,61 @@ def packed_matmul_int16(x: Tensor, weight: PackedWeight) -> Tensor:
     return out if weight.bias is None else out + weight.bias.double()
 
 
+def dense_matmul(x: Tensor, weight: DenseWeight) -> Tensor:
+    """``x @ W.T + bias`` of a weight in 16 or 32 bits.
+
+    On the CPU the rows of bfloat16 are padded by zeros to :func:`rows_computed`: for every new
+    number of rows and weight shape oneDNN compiles a kernel, which takes milliseconds and more than
+    half a MiB that it keeps. Padding lets only a few numbers of rows occur.
+    """
+    if not x.is_cpu or x.dtype != torch.bfloat16:
+        return torch.nn.functional.linear(x, weight.weight, weight.bias)
+    rows = x.reshape(-1, x.shape[-1])
+    count = rows.shape[0]
+    if (added := rows_computed(count) - count) > 0:
+        rows = torch.nn.functional.pad(rows, (0, 0, 0, added))
+    out = torch.nn.functional.linear(rows, weight.weight, weight.bias)[:count]
+    return out.reshape(*x.shape[:-1], weight.weight.shape[0])
+
+
+def rows_computed(rows: int) -> int:
+    """The next power of two or three quarters of one; multiples of 64 above 128."""
+    if rows > 128:
+        return -(-rows // 64) * 64
+    power = 1 << max(0, rows - 1).bit_length()
+    return 3 * power // 4 if rows <= 3 * power // 4 else power
+
+
+def lora_add(
+    out: Tensor,
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    ranks: Tensor,
+    offsets: tuple[int, ...],
+    batch: LoRABatch,
+) -> None:
+    """Add every row's adapter to ``out (tokens, offsets[-1])`` in place.
+
+    See :mod:`nybble.kernels.lora` for the formula.
+
+    x: ``(tokens, in_features)``; x and out are contiguous.
+    a, b: from :func:`nybble.kernels.lora.slot_buffers`, zero beyond each slot's rank.
+    ranks: int32 ``(slots,)``, 0 for a slot whose adapter does not change this projection.
+    """
+    max_rank = b.shape[2]
+    starts = batch.segment_starts.tolist()
+    for index, slot in enumerate(batch.segment_slots.tolist()):
+        rank = int(ranks[slot])
+        rows = batch.order[starts[index] : starts[index + 1]].long()
+        wide = x[rows].float()
+        for part, (start, end) in enumerate(pairwise(offsets)):
+            shrink = a[slot, part * max_rank : part * max_rank + rank]
+            h = (wide @ shrink.float().T).to(x.dtype).float()
+            total = out[rows, start:end].float() + h @ b[slot, start:end, :rank].float().T
+            out[rows, start:end] = total.to(out.dtype)
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
     """Root-mean-square norm of the last dimension (Zhang and Sennrich 2019).
 
@@ -88,6 +224,16 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Te
         normed = torch.nn.functional.layer_norm(x.float(), x.shape[-1:], eps=eps)
         return (normed * weight.float()).to(x.dtype)
     return torch.nn.functional.layer_norm(x, weight.shape, weight, bias, eps)
+
+
+def clamped_swiglu(gate_up: Tensor, alpha: float, limit: float) -> Tensor:
+    """gpt-oss's gate of ``gate_up (..., 2 · inter)``, gate first, rounded once.
+
+    ``g · sigmoid(alpha · g) · (u + 1)`` with g = min(gate, limit) and u between ±limit.
+    """
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return (gate * torch.sigmoid(alpha * gate) * (up + 1)).to(gate_up.dtype)
 
 
 def add_layer_norm(
@@ -154,14 +300,14 @@ def rotary_store(
     kept = slot_mapping >= 0
     blocks, offsets = slot_mapping[kept] // block_size, slot_mapping[kept] % block_size
     stored = (
-        (_rotate(k, cos, sin, interleaved)[kept], k_cache, k_scales),
+        (rotate(k, cos, sin, interleaved)[kept], k_cache, k_scales),
         (v[kept], v_cache, v_scales),
     )
     for values, cache, scales in stored:
         if scales is not None:
             values, scales[blocks, :, offsets] = _scaled(values, cache.dtype)
         cache[blocks, :, offsets] = values.to(cache.dtype)
-    q.copy_(_rotate(q, cos, sin, interleaved))
+    q.copy_(rotate(q, cos, sin, interleaved))
 
 
 def _scaled(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -181,7 +327,8 @@ def check_rotary_dim(rotary_dim: int, head_dim: int) -> None:
         )
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """``x (tokens, heads, head_dim)`` rotated by its positions, as :func:`rotary_store` does it."""
     rotary_dim = cos.shape[-1]
     wide = x[..., :rotary_dim].float()
     low, high = (wide[..., 0::2], wide[..., 1::2]) if interleaved else wide.chunk(2, dim=-1)

@@ -1,9 +1,10 @@
 """LoRA adapters in PEFT's layout: a folder with adapter_config.json and adapter_model.safetensors.
 
 Per module: ``base_model.model.<module>.lora_A.weight`` ``(rank, in)`` and ``lora_B.weight``
-``(out, rank)``. Some versions put the adapter's name before ``weight``. Some leave out
-``base_model.model``, or, if the model was trained without its head, the base's ``model.``. Training
-the text part of a multimodal model adds that model's prefixes (``model.language_model.layers…``).
+``(out, rank)``; for stacked experts see :mod:`nybble.loaders.adapter_experts`. Some versions put
+the adapter's name before ``weight``. Some leave out ``base_model.model``, or, if the model was
+trained without its head, the base's ``model.``. Training the text part of a multimodal model adds
+that model's prefixes (``model.language_model.layers…``).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
 from nybble.loaders.adapter_config import CONFIG_FILE, MAX_RANK, AdapterSettings
+from nybble.loaders.adapter_experts import expert_changes, is_of_stacked_experts
 from nybble.loaders.errors import AdapterError
 from nybble.models import Architecture
 
@@ -111,7 +113,8 @@ def load_adapter(folder: Path, architecture: Architecture) -> LoRAAdapter:
     digest.update(content)
     names = _Names(path, shapes)
     sides: dict[str, dict[str, Tensor]] = {}
-    for key in sorted(tensors, key=_natural):
+    stacked = {key: tensor for key, tensor in tensors.items() if is_of_stacked_experts(key)}
+    for key in sorted(tensors.keys() - stacked.keys(), key=_natural):
         module, side = names.parse(key)
         rank = settings.rank(names.trained(module))
         _check(path, key, tensors[key], side, rank, shapes[module])
@@ -121,19 +124,27 @@ def load_adapter(folder: Path, architecture: Architecture) -> LoRAAdapter:
     for module in sides:
         if not settings.selects(names.trained(module)):
             raise AdapterError(f"{path} has tensors for {module}, not one of its target_modules")
-    for module in shapes:
+    # Experts that were stacked in training were no modules, whatever target_modules say.
+    separate = any(module not in architecture.dense_linears for module in sides)
+    for module in shapes if separate else architecture.dense_linears:
         missing = {"A", "B"} - sides.get(module, {}).keys()
         if missing and (settings.selects(names.trained(module)) or module in sides):
             raise AdapterError(
                 f"{path} has no lora_{min(missing)} for {module}, which its target_modules select; "
                 "is it for another base model?"
             )
-    if not sides:
-        raise AdapterError(f"{path}: its target_modules select nothing of the base model")
     modules = {
         module: LoRAModule(pair["A"], pair["B"], settings.scale(names.trained(module)))
         for module, pair in sides.items()
     }
+    for key, tensor in stacked.items():
+        _check_values(path, key, tensor)
+    for change in expert_changes(path, settings, stacked, architecture):
+        if change.module in modules:
+            raise AdapterError(f"{path} adapts {change.module} twice: also in {change.parameter}")
+        modules[change.module] = LoRAModule(change.a, change.b, settings.scale(change.parameter))
+    if not modules:
+        raise AdapterError(f"{path}: its target_modules select nothing of the base model")
     if unused := [name for name in _NOT_USED if (folder / name).is_file()]:
         logger.info("%s: %s not used, but the base model's own", folder, ", ".join(unused))
     return LoRAAdapter(modules, digest.digest())
@@ -224,6 +235,10 @@ def _check(
             f"{path}: {key} has shape {tuple(tensor.shape)}, expected {expected} for this base "
             f"model and rank {rank}"
         )
+    _check_values(path, key, tensor)
+
+
+def _check_values(path: Path, key: str, tensor: Tensor) -> None:
     if tensor.dtype not in _DTYPES:
         raise AdapterError(
             f"{path}: {key} is {tensor.dtype}, expected float32, float16 or bfloat16"

@@ -37,7 +37,7 @@ _NO_EFFECT = {
 }
 _READ = {
     *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules"),
-    *("exclude_modules", "layers_to_transform", "layers_pattern"),
+    *("exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters"),
 }
 # Initializations that leave the base weights as they are. The others (PiSSA, OLoRA, …) subtract the
 # initial product from the base, so the adapter does not fit the published base.
@@ -46,7 +46,6 @@ _REFUSED = {
     "use_dora": "DoRA rescales the columns of the merged weight; train without it or merge first",
     "modules_to_save": "whole trained modules; train without them or merge first",
     "trainable_token_indices": "trained embeddings; train without them or merge first",
-    "target_parameters": "adapters on parameters that are not linear layers",
     "lora_bias": "biases beside the low-rank matrices; train without them or merge first",
     "layer_replication": "layers of the base repeated; replicate them in the base model",
     "alora_invocation_tokens": "aLoRA, whose adapter begins in the middle of the text",
@@ -71,6 +70,7 @@ class AdapterSettings:
     exclude_modules: str | tuple[str, ...]
     layers: tuple[int, ...] | None
     layers_pattern: tuple[str, ...]
+    target_parameters: tuple[str, ...]
 
     @classmethod
     def read(cls, folder: Path) -> AdapterSettings:
@@ -99,6 +99,7 @@ class AdapterSettings:
                 if layers is None or layers == []
                 else tuple(layers if isinstance(layers, list) else [int(layers)]),
                 layers_pattern=_listed(config.get("layers_pattern")),
+                target_parameters=_listed(config.get("target_parameters")),
             )
             settings.check_patterns()
         except (TypeError, ValueError, OverflowError, AttributeError, regex.error) as error:
@@ -111,7 +112,7 @@ class AdapterSettings:
         for alpha in (settings.alpha, *settings.alpha_pattern.values()):
             if not math.isfinite(alpha):
                 raise AdapterError(f"{path}: alpha is {alpha}, expected a finite number")
-        if not settings.target_modules:
+        if not settings.target_modules and not settings.target_parameters:
             raise AdapterError(f"{path} names no target_modules")
         return settings
 
@@ -137,6 +138,10 @@ class AdapterSettings:
         found = (_match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", module) for pattern in patterns)
         index = next((int(match[1]) for match in found if match), None)
         return index in self.layers
+
+    def targeting(self, parameter: str) -> set[str]:
+        """Those of ``target_parameters`` by which PEFT would adapt this parameter."""
+        return {name for name in self.target_parameters if _matches((name,), parameter)}
 
     def rank(self, module: str) -> int:
         return _by_pattern(self.rank_pattern, module, self.r)

@@ -9,15 +9,16 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
 from nybble.kernels import DenseWeight, PackedWeight
 from nybble.kernels.packed import stack_outputs
 from nybble.loaders.errors import CheckpointError
+from nybble.loaders.experts import open_shards
 from nybble.loaders.formats import FORMATS, Format, format_of
-from nybble.loaders.formats.settings import read_object
+from nybble.loaders.model_config import load_config
 from nybble.loaders.shards import Shards
-from nybble.models import architecture_of, require_family
+from nybble.models import architecture_of
 
 logger = logging.getLogger(__name__)
 
@@ -54,21 +55,15 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     Raises CheckpointError if something is missing, corrupt or unsupported, and
     UnsupportedModelError naming the families that are supported.
     """
-    path = folder / "config.json"
     if (folder / "nybble.json").is_file():
         # Imported here to avoid a cycle: packed_file imports this module.
         from nybble.loaders.packed_file import PackedCheckpoint
 
         return PackedCheckpoint(folder)
-    if not path.is_file():
+    if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} has no config.json: not a model folder")
-    require_family(read_object(path).get("model_type"))
-    format = format_of(folder)
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # each model's config class raises errors of its own
-        raise CheckpointError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
-    return FolderCheckpoint(folder, config, format)
+    config = load_config(folder)
+    return FolderCheckpoint(folder, config, format_of(folder))
 
 
 def can_be_rounded(checkpoint: Checkpoint) -> bool:
@@ -96,7 +91,15 @@ class FolderCheckpoint:
         Raises CheckpointError for a tensor that no reader here knows, and for a missing one that a
         quantized module or the family needs. Ignoring either would silently change the model.
         """
+        for module in (self.architecture.embedding, *self.architecture.norms):
+            if module not in shards.modules:
+                raise CheckpointError(
+                    f"{self.folder} has no tensor {module}.weight, which "
+                    f"{self.architecture.family} models have"
+                )
         biased = {name for name, linear in self.architecture.linears.items() if linear.bias}
+        if self.architecture.head_bias:
+            biased.add(self.architecture.head)
         ignored: Mapping[str, str] = self.quantization.ignored if self.quantization else {}
         unused: dict[str, list[str]] = {}
         for module, leaves in shards.modules.items():
@@ -113,7 +116,7 @@ class FolderCheckpoint:
             for leaf, name in leaves.items():
                 if leaf in ignored:
                     unused.setdefault(ignored[leaf], []).append(name)
-                elif leaf not in known:
+                elif leaf not in known and name not in self.architecture.tensors:
                     raise self._not_read(name, leaf)
         if self.quantization is not None and self.quantization.in_16_bits:
             logger.warning(
@@ -121,6 +124,15 @@ class FolderCheckpoint:
                 "files, or about a quarter of that with --quantize nf4",
                 self.folder,
                 self.format,
+            )
+        if self.quantization is not None and (rounding := self.quantization.rounding(shards)):
+            logger.info("%s: %s", self.folder, rounding)
+        if shards.other_parts:
+            logger.warning(
+                "%s: %d tensors such as %s are not used: texts are served, nothing else",
+                self.folder,
+                len(shards.other_parts),
+                shards.other_parts[0],
             )
         for reason, names in unused.items():
             logger.warning(
@@ -151,7 +163,7 @@ class FolderCheckpoint:
         return weight
 
     def weights(self) -> Iterator[tuple[str, Weight]]:
-        shards = Shards(self.folder)
+        shards = open_shards(self.folder, self.architecture)
         self.check(shards)
         ignored: Mapping[str, str] = self.quantization.ignored if self.quantization else {}
         modules = {m: found for m, found in shards.modules.items() if found.keys() - ignored.keys()}
@@ -163,11 +175,18 @@ class FolderCheckpoint:
             if siblings and all(sibling in modules for sibling in siblings):
                 done.update(siblings)
                 yield from self._fuse(shards, fused, siblings)
-            else:
+                continue
+            found = modules[module]
+            plain = {leaf: n for leaf, n in found.items() if n in self.architecture.tensors}
+            if self.quantization is not None and self.quantization.owns(found):
+                plain.pop("weight", None)
+            if found.keys() - plain.keys():
                 name, weight = self._read(shards, module)
                 yield name, weight
-                if isinstance(weight, Tensor) and "bias" in modules[module]:  # of a LayerNorm
+                if isinstance(weight, Tensor) and "bias" in found:  # of a LayerNorm
                     yield module + ".bias", shards.read(module + ".bias", tuple(weight.shape))
+            for name in plain.values():
+                yield name, shards.read(name)
 
     def _fuse(
         self, shards: Shards, name: str, modules: Sequence[str]
@@ -194,6 +213,8 @@ class FolderCheckpoint:
 
     def _read(self, shards: Shards, module: str) -> tuple[str, Weight]:
         if self.quantization and self.quantization.owns(shards.modules[module]):
+            if module == self.architecture.embedding:
+                return module + ".weight", self.quantization.embedding(shards, module)
             return module, self.quantization.read(shards, module)
         name = module + ".weight"
         weight = shards.read(name)

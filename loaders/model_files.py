@@ -10,12 +10,14 @@ from pathlib import Path
 
 from nybble.loaders.errors import CheckpointError
 from nybble.loaders.formats import FORMATS
+from nybble.loaders.gguf.index import INDEX as GGUF_INDEX
+from nybble.loaders.gguf.index import SOURCE as GGUF_SOURCE
 
 MODULES = "modules.json"  # sentence-transformers' list of modules after the transformer
 _LARGEST = 128 << 20  # bytes; tokenizers of a quarter of a million tokens take 40 MB
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
 _INDEX = ".index.json"
-_OWN = ("nybble.json", "origin.json")  # of the packed form
+_OWN = ("nybble.json", "origin.json", GGUF_INDEX, GGUF_SOURCE)  # of other forms of the weights
 
 
 def side_files(folder: Path) -> list[Path]:

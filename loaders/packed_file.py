@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig
 
 from nybble.kernels import DenseWeight, PackedWeight
 from nybble.kernels.layout import Layout
 from nybble.kernels.progress import Progress, track
 from nybble.loaders.checkpoint import Checkpoint, Weight
 from nybble.loaders.errors import CheckpointError
+from nybble.loaders.model_config import load_config
 from nybble.loaders.model_files import copy_side_files
 from nybble.loaders.safetensors_file import write_safetensors
 from nybble.loaders.shards import Shards
@@ -130,7 +130,7 @@ class PackedCheckpoint:
                 f"{path} has version {version}, expected {VERSION}: pack it again"
             )
         self.folder = folder
-        self.config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        self.config = load_config(folder)
         self.format = "packed"
 
     def check(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from nybble.loaders.cache import cache_folder
 from nybble.loaders.demo import HUB_NAME, demo_from_packages
 
 DEFAULT_ALIASES = Path.home() / ".config" / "nybble" / "models.toml"
+_LATER_PART = re.compile(r"-(?!00001)\d{5}-of-\d{5}\.gguf$")
 _FILES = ["*.safetensors", "*.json", "tokenizer.model", "*.jinja", "merges.txt"]
 
 
@@ -20,7 +22,8 @@ class ModelNotFoundError(LookupError):
 
 
 def resolve_model(name: str, *, aliases: Path | None = None, download: bool = True) -> Path:
-    """The folder of a model given as a folder, an alias, ``demo``, or a hub name ``org/name``.
+    """The folder of a model given as a folder, a GGUF file or a folder with one, an alias,
+    ``demo``, or a hub name ``org/name``.
 
     aliases: a TOML file of ``alias = "folder or hub name"`` lines; DEFAULT_ALIASES if None.
     download: False takes only what is on this machine. Raises ModelNotFoundError.
@@ -29,6 +32,11 @@ def resolve_model(name: str, *, aliases: Path | None = None, download: bool = Tr
     table = _aliases(aliases)
     target = table.get(name, name)
     folder = Path(target).expanduser()
+    if (file := _gguf(folder)) is not None:
+        # Imported here: reading GGUF needs a package that other models do not.
+        from nybble.loaders.gguf.folder import gguf_folder
+
+        return gguf_folder(file)
     if (folder / "config.json").is_file():
         return folder
     if folder.is_file():
@@ -45,8 +53,26 @@ def resolve_model(name: str, *, aliases: Path | None = None, download: bool = Tr
         tried.append(f"the hub model {target} ({reason})")
     raise ModelNotFoundError(
         f"model {name!r} was not found; tried {', '.join(tried)}. A folder with config.json, "
-        f"a hub name such as {HUB_NAME}, an alias, or 'demo' would work"
+        f"a .gguf file, a hub name such as {HUB_NAME}, an alias, or 'demo' would work"
     )
+
+
+def _gguf(path: Path) -> Path | None:
+    """The GGUF file that ``path`` is, or a folder's whose weights are in no other format.
+
+    The first part of a split one; None if there is none. Raises ModelNotFoundError for a folder
+    with several models.
+    """
+    if path.is_file():
+        return path if path.suffix == ".gguf" else None
+    files = [file for file in sorted(path.glob("*.gguf")) if not file.name.startswith("mmproj")]
+    models = [file for file in files if not _LATER_PART.search(file.name)]
+    if not models or any(path.glob("*.safetensors")):
+        return None
+    if len(models) > 1:
+        names = ", ".join(file.name for file in models)
+        raise ModelNotFoundError(f"{path} holds several models: give the path of one of {names}")
+    return models[0]
 
 
 def _aliases(path: Path | None) -> dict[str, str]:
@@ -89,11 +115,6 @@ def _demo(download: bool) -> Path | None:
 
 def _no_folder(name: str, file: Path) -> str:
     """The hint for a user who gave a file instead of a model folder."""
-    if file.suffix == ".gguf":
-        return (
-            f"model {name!r} is a GGUF file, a format which is not served: give the model's folder "
-            "or hub name with safetensors files instead; --quantize nf4 rounds it to 4 bits"
-        )
     if (file.parent / "config.json").is_file():
         return f"model {name!r} is a file: give its folder, {file.parent}"
     return f"model {name!r} is a file, expected a folder with config.json, or a hub name"

@@ -1,45 +1,66 @@
-"""The safetensors files of a checkpoint folder, read one tensor at a time."""
+"""The tensors of a checkpoint folder, read one at a time from safetensors or GGUF files."""
 
 from __future__ import annotations
 
 import json
-import math
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nybble.loaders.errors import CheckpointError
+from nybble.loaders.gguf.index import INDEX as GGUF_INDEX
+from nybble.loaders.gguf.index import gguf_files
+from nybble.loaders.tensor_file import SafetensorsFile, TensorFile, TensorHeader
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 
 
+_LANGUAGE_MODEL = re.compile(r"(?:model\.)?language_model\.(?:model\.)?(.*)")
+_OTHER_PARTS = re.compile(
+    r"(?:model\.)?(?:vision_tower|vision_model|multi_modal_projector|image_newline)(?:\.|$)"
+)
 _COMPUTED = "inv_freq"  # a buffer in old checkpoints, not read: we compute it
-
-# The digits in the name of a safetensors dtype are its bits.
-_BITS = re.compile(r"[A-Z]+(\d+)")
 
 
 @dataclass(frozen=True)
-class TensorHeader:
-    """A tensor's entry in the header of its file.
+class Part:
+    """A part of a tensor in a file, which is read as a tensor of its own.
 
-    itemsize: in bytes.
+    source: the name of the tensor.
+    index: the entry of its first dimension; None for the whole tensor.
+    share, shares: which part of the rows of that entry, and of how many.
+    interleaved: whether the parts' rows take turns instead of being one after another.
+    transposed: whether the entry is transposed before rows are taken.
     """
 
-    name: str
-    shape: tuple[int, ...]
-    itemsize: int
-    floating: bool
+    source: str
+    index: int | None = None
+    share: int = 0
+    shares: int = 1
+    interleaved: bool = False
+    transposed: bool = False
 
-    @property
-    def elements(self) -> int:
-        return math.prod(self.shape)
+    def shape(self, source: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the part, for the shape of the tensor."""
+        if self.index is None:
+            return source
+        entry = source[1:]
+        rows, *others = (*entry[:-2], *entry[:-3:-1]) if self.transposed else entry
+        return (rows // self.shares, *others)
+
+    def of(self, entry: Tensor) -> Tensor:
+        """The part of an entry."""
+        if self.transposed:
+            entry = entry.mT
+        rows = entry.shape[0] // self.shares
+        if self.interleaved:
+            return entry[self.share :: self.shares].contiguous()
+        return entry[self.share * rows : (self.share + 1) * rows].contiguous()
 
 
 def module_and_leaf(name: str) -> tuple[str, str]:
@@ -51,23 +72,46 @@ def module_and_leaf(name: str) -> tuple[str, str]:
     return module, leaf
 
 
+def _of_language_model(stored: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """Names of tensors with the names they are stored under, and the other parts' tensors."""
+    if not any(_LANGUAGE_MODEL.match(name) for name in stored):
+        return {name: name for name in stored}, []
+    names, others = {}, []
+    for name in stored:
+        if (match := _LANGUAGE_MODEL.match(name)) is not None:
+            rest = match[1]
+            names[rest if rest.startswith("lm_head.") else f"model.{rest}"] = name
+        elif _OTHER_PARTS.match(name):
+            others.append(name)
+        else:
+            names[name] = name
+    return names, others
+
+
 class Shards:
-    """Tensors by name over one file or several; memory-mapped, never unpickled."""
+    """Tensors by name over one file or several; memory-mapped, never unpickled.
+
+    Tensors of a multimodal model's language model have the names that it would have by itself.
+
+    other_parts: the tensors of a multimodal model's other parts, which cannot be read.
+    """
 
     def __init__(self, folder: Path) -> None:
-        """Raises CheckpointError if files are missing, truncated or not safetensors."""
+        """Raises CheckpointError if files are missing, truncated or in another format."""
         self.folder = folder
-        self._file_of: dict[str, Path] = {}
-        for path in self._files():
-            try:
-                with safe_open(path, framework="pt") as file:
-                    names = file.keys()
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"{path} is truncated or not safetensors: {error}") from error
-            self._file_of.update(dict.fromkeys(names, path))
+        self._file_of: dict[str, TensorFile] = {}
+        for file in self._files():
+            self._file_of.update(dict.fromkeys(file.names(), file))
         self._check_index()
+        self._stored, self.other_parts = _of_language_model(list(self._file_of))
+        self._parts: dict[str, Part] = {}
 
-    def _files(self) -> list[Path]:
+    def _files(self) -> Sequence[TensorFile]:
+        if (self.folder / GGUF_INDEX).is_file():
+            return gguf_files(self.folder)
+        return [SafetensorsFile(path) for path in self._paths()]
+
+    def _paths(self) -> list[Path]:
         if (self.folder / _INDEX).is_file():
             files = sorted({self.folder / name for name in self._index().values()})
             for path in files:
@@ -99,14 +143,32 @@ class Shards:
                 if name not in self._file_of:
                     raise CheckpointError(f"{self.folder / file} has no tensor {name}")
 
+    def leave_out(self, prefixes: tuple[str, ...]) -> None:
+        """Show no tensors whose names begin with one of ``prefixes``."""
+        for name in [name for name in self._stored if name.startswith(prefixes)]:
+            del self._stored[name]
+
+    def present(self, parts: Mapping[str, Part]) -> None:
+        """Show ``parts``, by the names of the tensors they are to be, instead of their sources.
+
+        Call it before anything is read. Raises CheckpointError for a name that is there already.
+        """
+        for name, part in parts.items():
+            if name in self._stored:
+                raise CheckpointError(f"{self.folder} has {name} twice: also in {part.source}")
+            self._stored[name] = self._stored[part.source]
+        for source in {part.source for part in parts.values()}:
+            del self._stored[source]
+        self._parts.update(parts)
+
     def names(self) -> list[str]:
-        return list(self._file_of)
+        return list(self._stored)
 
     @cached_property
     def modules(self) -> Mapping[str, Mapping[str, str]]:
         """Modules in file order, each with its tensors: leaf name → full name."""
         modules: dict[str, dict[str, str]] = {}
-        for name in self._file_of:
+        for name in self._stored:
             module, leaf = module_and_leaf(name)
             if leaf != _COMPUTED:
                 modules.setdefault(module, {})[leaf] = name
@@ -114,29 +176,31 @@ class Shards:
 
     def headers(self) -> Iterator[TensorHeader]:
         """The header of every tensor; no tensor data is read."""
-        for path in dict.fromkeys(self._file_of.values()):
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 - not a mapping
-                    tensor = file.get_slice(name)
-                    dtype: str = tensor.get_dtype()
-                    bits = _BITS.match(dtype)
-                    itemsize = int(bits[1]) // 8 if bits else 1
-                    floating = dtype.startswith(("F", "BF"))
-                    yield TensorHeader(name, tuple(tensor.get_shape()), itemsize, floating)
+        names_of: dict[str, list[str]] = {}
+        for name, stored in self._stored.items():
+            names_of.setdefault(stored, []).append(name)
+        for file in dict.fromkeys(self._file_of.values()):
+            for header in file.headers():
+                for name in names_of.get(header.name, ()):
+                    part = self._parts.get(name)
+                    shape = header.shape if part is None else part.shape(header.shape)
+                    yield replace(header, name=name, shape=shape)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._file_of
+        return name in self._stored
 
     def read(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
         """The tensor called ``name``; CheckpointError if it is missing or not of ``shape``."""
-        path = self._file_of.get(name)
-        if path is None:
+        stored = self._stored.get(name)
+        if stored is None:
             raise CheckpointError(f"{self.folder} has no tensor {name}")
-        # Opened again for each read: closing drops the mapping, so pages read do not stay resident.
-        with safe_open(path, framework="pt") as file:
-            tensor: Tensor = file.get_tensor(name)
+        file, part = self._file_of[stored], self._parts.get(name)
+        if part is None or part.index is None:
+            tensor = file.read(stored)
+        else:
+            tensor = part.of(file.read_entry(stored, part.index))
         if shape is not None and tuple(tensor.shape) != shape:
             raise CheckpointError(
-                f"{path}: {name} has shape {tuple(tensor.shape)}, expected {shape}"
+                f"{file.path}: {name} has shape {tuple(tensor.shape)}, expected {shape}"
             )
         return tensor

@@ -8,7 +8,7 @@ them absolute.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
@@ -44,6 +44,8 @@ class Rope:
     max_position_embeddings: the length that config.json names.
     includes_scaling: whether that length is what scaling reaches, not what it starts from. Only
         asked if ``parameters`` do not name the original length.
+    query_beta: rotated queries are multiplied by
+        ``1 + query_beta · ln(1 + ⌊position / original_length⌋)``.
     interleaved: whether entries ``2i`` and ``2i + 1`` form a pair, not ``i`` and
         ``i + rotary_dim / 2``.
     """
@@ -53,6 +55,7 @@ class Rope:
     max_position_embeddings: int
     interleaved: bool = False
     includes_scaling: bool = False
+    query_beta: float = 0.0
 
     @property
     def original_length(self) -> int:
@@ -164,6 +167,9 @@ class Attention:
         its own, ``all`` norms all heads together. Biases are not added.
     q_norm, k_norm: the modules that hold their weights.
     softcap: scores become ``softcap · tanh(score / softcap)``.
+    rotate_first: whether queries and keys are rotated before they are normed, not after.
+    sinks: a tensor ``(heads,)`` of scores that take part in each head's softmax and have no value
+        (Xiao et al. 2023); None for none.
     """
 
     heads: int
@@ -178,6 +184,8 @@ class Attention:
     q_norm: str = "self_attn.q_norm"
     k_norm: str = "self_attn.k_norm"
     softcap: float | None = None
+    rotate_first: bool = False
+    sinks: str | None = None
 
     def norm_shape(self, heads: int) -> tuple[int, ...]:
         """Of the weight of queries' or keys' norm, for as many heads."""
@@ -190,21 +198,133 @@ class Attention:
 
 
 @dataclass(frozen=True)
+class ClampedSwiglu:
+    """gpt-oss's gate: ``g · sigmoid(alpha · g) · (u + 1)``.
+
+    g is gate, at most ``limit``; u is up, between ``−limit`` and ``limit``.
+    """
+
+    alpha: float
+    limit: float
+
+
+@dataclass(frozen=True)
 class Mlp:
     """A feed-forward block: ``down(activation(gate) · up)``, or ``down(activation(up))``.
 
     up: gate and up in one group, gate first, if ``gated``.
+    clamp: instead of ``activation``, if it is not None.
     """
 
     up: LinearGroup
     down: LinearGroup
     activation: Activation = "silu"
     gated: bool = True
+    clamp: ClampedSwiglu | None = None
+
+    @property
+    def groups(self) -> tuple[LinearGroup, ...]:
+        """Its linear layers in the order of computation."""
+        return (self.up, self.down)
+
+
+Scoring = Literal["softmax", "sigmoid", "softmax_of_chosen", "sparsemixer"]
+
+
+@dataclass(frozen=True)
+class Router:
+    """How a mixture chooses a token's experts, and what it multiplies their outputs by.
+
+    module: holds the weight ``(experts, hidden)``. Logits and scores are float32.
+    scoring: what the logits become. ``softmax`` over all experts; ``sigmoid`` of each;
+        ``softmax_of_chosen`` over those with the highest logits; ``sparsemixer`` is Phi-3.5-MoE's.
+    bias: whether the logits have a bias, which ``module`` then holds.
+    correction_bias: a tensor ``(experts,)`` added to the scores for the choice alone; None for
+        none.
+    renormalize: whether the scores of the chosen experts are divided by their sum.
+    least_sum: the least that they are divided by.
+    scaling_factor: of all scores.
+    groups: the experts are in as many groups of equal size, and only the experts of ``topk_groups``
+        groups can be chosen: those with the highest ``group_score``, which is the highest score of
+        a group, or the sum of the two highest.
+    jitter: sparsemixer leaves out logits that are further below the highest than twice this, as a
+        share of the larger of the two.
+    aliases: other names that checkpoints have for its tensors, each with the name here.
+    """
+
+    module: str
+    scoring: Scoring = "softmax"
+    bias: bool = False
+    correction_bias: str | None = None
+    renormalize: bool = False
+    least_sum: float = 1e-20
+    scaling_factor: float = 1.0
+    groups: int = 1
+    topk_groups: int = 1
+    group_score: Literal["max", "top2"] = "max"
+    jitter: float = 0.0
+    aliases: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """The names of its tensors, relative to the layer."""
+        names = (self.module + ".weight", self.module + ".bias" if self.bias else None)
+        return tuple(name for name in (*names, self.correction_bias) if name is not None)
+
+
+@dataclass(frozen=True)
+class Stacked:
+    """One tensor ``(experts, rows, …)`` in which some checkpoints hold tensors of all experts.
+
+    name: of the tensor, relative to the layer.
+    holds: the names of an expert's tensors in it, relative to the layer; ``{}`` is the number of
+        the expert. Each has an equal part of the rows, in this order.
+    interleaved: whether their rows take turns instead.
+    transposed: whether an expert's matrix is stored as ``(inputs, rows)``.
+    """
+
+    name: str
+    holds: tuple[str, ...]
+    interleaved: bool = False
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """A mixture of experts: MLPs of which a router chooses ``top_k`` for every token.
+
+    experts: of one shape, under the names which checkpoints with separate experts have.
+    stacked: the tensors that other checkpoints have instead.
+    shared: an MLP whose output is added for every token; None for none.
+    shared_gate: the module of a weight ``(1, hidden)``; the shared output is multiplied by the
+        sigmoid of its product with the input. None for none.
+    """
+
+    experts: tuple[Mlp, ...]
+    top_k: int
+    router: Router
+    stacked: tuple[Stacked, ...] = ()
+    shared: Mlp | None = None
+    shared_gate: str | None = None
+
+    @property
+    def activation(self) -> Activation:
+        return self.experts[0].activation
+
+    @property
+    def groups(self) -> tuple[LinearGroup, ...]:
+        """The linear layers that every token passes: those of the shared expert."""
+        return () if self.shared is None else self.shared.groups
+
+    @cached_property
+    def expert_groups(self) -> tuple[LinearGroup, ...]:
+        """The linear layers of the experts, expert by expert."""
+        return tuple(group for expert in self.experts for group in expert.groups)
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A decoder layer: attention, then an MLP, each added to the residual stream.
+    """A decoder layer: attention, then an MLP or a mixture, each added to the residual stream.
 
     pre_attention, pre_mlp: norms of what each reads; None if it reads the residual as it is.
     post_attention, post_mlp: norms of what each adds to the residual; None for none.
@@ -212,7 +332,7 @@ class Layer:
     """
 
     attention: Attention
-    mlp: Mlp
+    mlp: Mlp | Mixture
     pre_attention: str | None = "input_layernorm"
     post_attention: str | None = None
     pre_mlp: str | None = "post_attention_layernorm"
@@ -221,13 +341,29 @@ class Layer:
 
     @cached_property
     def groups(self) -> tuple[LinearGroup, ...]:
-        """The layer's linear layers in the order in which they are computed."""
-        return (self.attention.qkv, self.attention.output, self.mlp.up, self.mlp.down)
+        """The linear layers that every token passes, in the order in which they are computed."""
+        return (self.attention.qkv, self.attention.output, *self.mlp.groups)
+
+    @property
+    def expert_groups(self) -> tuple[LinearGroup, ...]:
+        """The linear layers of experts, which only some tokens pass."""
+        return self.mlp.expert_groups if isinstance(self.mlp, Mixture) else ()
 
     @property
     def linears(self) -> Iterator[Linear]:
-        for group in self.groups:
+        """All linear layers, those of experts too. A router is none: it stays in 16 bits."""
+        for group in (*self.groups, *self.expert_groups):
             yield from group.linears
+
+    @property
+    def tensors(self) -> Iterator[str]:
+        """Tensors other than those of norms and linear layers, which are kept in float32."""
+        if self.attention.sinks is not None:
+            yield self.attention.sinks
+        if isinstance(self.mlp, Mixture):
+            yield from self.mlp.router.tensors
+            if self.mlp.shared_gate is not None:
+                yield self.mlp.shared_gate + ".weight"
 
 
 @dataclass(frozen=True)
@@ -241,6 +377,9 @@ class Architecture:
     logits_multiplier: of the logits.
     logits_softcap: logits become ``softcap · tanh(logits / softcap)``.
     tied: whether the output layer is the embedding matrix.
+    head_bias: whether the output layer has a bias.
+    unused: what the names of tensors begin with which checkpoints hold and generating does not
+        read, such as those of layers that predict several tokens at once.
     """
 
     family: str
@@ -257,6 +396,8 @@ class Architecture:
     embedding: str = "model.embed_tokens"
     final_norm: str = "model.norm"
     head: str = "lm_head"
+    head_bias: bool = False
+    unused: tuple[str, ...] = ()
 
     @staticmethod
     def module(layer: int, name: str) -> str:
@@ -294,6 +435,17 @@ class Architecture:
         return max(self.windows) if all(self.windows) else 0
 
     @cached_property
+    def norms(self) -> tuple[str, ...]:
+        """The modules with norms' weights, by their absolute names."""
+        found = []
+        for index, layer in enumerate(self.layers):
+            names = [layer.pre_attention, layer.post_attention, layer.pre_mlp, layer.post_mlp]
+            if layer.attention.qk_norm is not None:
+                names += [layer.attention.q_norm, layer.attention.k_norm]
+            found += [self.module(index, name) for name in names if name is not None]
+        return (*found, self.final_norm)
+
+    @cached_property
     def linears(self) -> Mapping[str, Linear]:
         """The linear layers of all decoder layers, by their absolute names."""
         return {
@@ -303,16 +455,40 @@ class Architecture:
         }
 
     @cached_property
+    def dense_linears(self) -> Mapping[str, Linear]:
+        """The linear layers that every token passes, all but experts', by their absolute names."""
+        return {
+            self.module(index, linear.name): linear
+            for index, layer in enumerate(self.layers)
+            for group in layer.groups
+            for linear in group.linears
+        }
+
+    @cached_property
+    def tensors(self) -> frozenset[str]:
+        """The absolute names of layers' tensors other than those of norms and linear layers."""
+        return frozenset(
+            self.module(index, name)
+            for index, layer in enumerate(self.layers)
+            for name in layer.tensors
+        )
+
+    @cached_property
+    def has_experts(self) -> bool:
+        """Whether any layer is a mixture of experts."""
+        return any(isinstance(layer.mlp, Mixture) for layer in self.layers)
+
+    @cached_property
     def linear_leaves(self) -> tuple[str, ...]:
-        """The last parts of the linear layers' names, in the order of computation."""
-        return tuple(dict.fromkeys(linear.leaf for linear in self.linears.values()))
+        """The last parts of the names of the linear layers that every token passes, in order."""
+        return tuple(dict.fromkeys(linear.leaf for linear in self.dense_linears.values()))
 
     @cached_property
     def fused(self) -> Mapping[str, tuple[str, tuple[str, ...]]]:
         """For a linear layer of a group of several: the group's name, and its members' names."""
         found = {}
         for index, layer in enumerate(self.layers):
-            for group in layer.groups:
+            for group in (*layer.groups, *layer.expert_groups):
                 members = tuple(self.module(index, linear.name) for linear in group.linears)
                 if len(members) > 1:
                     name = self.module(index, group.name)

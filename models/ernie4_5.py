@@ -1,17 +1,24 @@
-"""ERNIE 4.5's dense models: Llama's layers with pairs rotated."""
+"""ERNIE 4.5: Llama's layers with pairs rotated; dense models, and mixtures (text only)."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from transformers import PretrainedConfig
 
 from nybble.models import config as read
-from nybble.models.architecture import Architecture
+from nybble.models.architecture import Architecture, Mixture, Mlp, Router
 from nybble.models.llama import decoder
-from nybble.models.parts import gated_mlp
+from nybble.models.parts import gated_mlp, mixture
 
 
-def ernie4_5(config: PretrainedConfig) -> Architecture:
-    """``use_bias`` is for every linear layer."""
+def ernie4_5(
+    config: PretrainedConfig, experts: Mixture | None = None, **options: Any
+) -> Architecture:
+    """``use_bias`` is for every linear layer.
+
+    experts: what some layers have instead of the MLP; options: fields of :class:`Architecture`.
+    """
     bias = bool(config.use_bias)
     rope = read.rope(config, read.head_sizes(config)[2], interleaved=True)
     mlp = gated_mlp(
@@ -20,12 +27,47 @@ def ernie4_5(config: PretrainedConfig) -> Architecture:
         read.activation(config),
         bias=bias,
     )
+    layers = read.size(config, "num_hidden_layers")
+    mlps: list[Mlp | Mixture] = [mlp] * layers
+    if experts is not None:
+        step = read.size(config, "moe_layer_interval")
+        for index in range(config.moe_layer_start_index, config.moe_layer_end_index + 1):
+            if (index + 1) % step == 0 and index < layers:
+                mlps[index] = experts
     return decoder(
-        config,
-        ropes=(rope,) * read.size(config, "num_hidden_layers"),
-        mlp=mlp,
-        attention_options={"bias": bias},
+        config, ropes=(rope,) * layers, mlps=mlps, attention_options={"bias": bias}, **options
     )
 
 
-FAMILIES = {"ernie4_5": ernie4_5}
+def ernie4_5_moe(config: PretrainedConfig) -> Architecture:
+    """A bias corrects which experts are chosen; shared experts are one MLP.
+
+    Raises UnsupportedModelError for biases of experts, which no published model has.
+    """
+    read.refuse(config, use_bias=False)
+    hidden, activation = read.size(config, "hidden_size"), read.activation(config)
+    intermediate, shared = read.size(config, "moe_intermediate_size"), config.moe_num_shared_experts
+    bias = "mlp.moe_statics.e_score_correction_bias"
+    experts = mixture(
+        hidden,
+        intermediate,
+        activation,
+        experts=read.size(config, "moe_num_experts"),
+        top_k=read.size(config, "moe_k"),
+        router=Router(
+            "mlp.gate",
+            renormalize=True,
+            least_sum=float(config.moe_norm_min),
+            correction_bias=bias,
+            aliases={"mlp.gate.moe_statics.e_score_correction_bias": bias},
+        ),
+        shared=gated_mlp(
+            hidden, intermediate * shared, activation, norm=None, module="mlp.shared_experts"
+        )
+        if shared
+        else None,
+    )
+    return ernie4_5(config, experts, unused=("model.mtp_",))
+
+
+FAMILIES = {"ernie4_5": ernie4_5, "ernie4_5_moe": ernie4_5_moe}

@@ -1,17 +1,22 @@
-"""Granite 3 and the dense Granite 4: Llama's layers with four multipliers."""
+"""Granite 3 and the dense Granite 4: Llama's layers with four multipliers; Granite 3's mixtures."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from transformers import PretrainedConfig
 
-from nybble.models.architecture import Architecture
+from nybble.models import config as read
+from nybble.models.architecture import Architecture, Mixture, Router, Stacked
 from nybble.models.llama import decoder
+from nybble.models.parts import mixture
 
 
-def granite(config: PretrainedConfig) -> Architecture:
+def granite(config: PretrainedConfig, mlps: tuple[Mixture, ...] | None = None) -> Architecture:
     """Of embeddings, attention scores, what a layer adds, and (a divisor) of logits."""
     return decoder(
         config,
+        mlps=mlps,
         attention_options={"scale": float(config.attention_multiplier)},
         embedding_multiplier=float(config.embedding_multiplier),
         residual_multiplier=float(config.residual_multiplier),
@@ -19,4 +24,30 @@ def granite(config: PretrainedConfig) -> Architecture:
     )
 
 
-FAMILIES = {"granite": granite}
+def granitemoe(config: PretrainedConfig) -> Architecture:
+    """Granite 3 1B-A400M and 3B-A800M, whose checkpoints stack the experts."""
+    module = "block_sparse_moe"
+    experts = mixture(
+        read.size(config, "hidden_size"),
+        read.size(config, "intermediate_size"),
+        read.activation(config),
+        experts=read.size(config, "num_local_experts"),
+        top_k=read.size(config, "num_experts_per_tok"),
+        router=Router(
+            f"{module}.router",
+            scoring="softmax_of_chosen",
+            aliases={f"{module}.router.layer.weight": f"{module}.router.weight"},
+        ),
+        module=module,
+        stacked_in=(f"{module}.experts",),
+    )
+    up, down = experts.stacked
+    published = (
+        Stacked(f"{module}.input_linear.weight", up.holds),
+        Stacked(f"{module}.output_linear.weight", down.holds),
+    )
+    experts = replace(experts, stacked=(*published, *experts.stacked))
+    return granite(config, (experts,) * read.size(config, "num_hidden_layers"))
+
+
+FAMILIES = {"granite": granite, "granitemoe": granitemoe}

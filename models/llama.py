@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from nybble.models import config as read
-from nybble.models.architecture import Architecture, Layer, Mlp, Norm, Rope
+from nybble.models.architecture import Architecture, Layer, Mixture, Mlp, Norm, Rope
 from nybble.models.parts import attention, gated_mlp
 
 
@@ -21,6 +21,7 @@ def decoder(
     windows: Sequence[int] | None = None,
     ropes: Sequence[Rope | None] | None = None,
     mlp: Mlp | None = None,
+    mlps: Sequence[Mlp | Mixture] | None = None,
     attention_options: Mapping[str, Any] | None = None,
     layer_options: Mapping[str, Any] | None = None,
     **options: Any,
@@ -30,18 +31,21 @@ def decoder(
     windows: of each layer; None for layers that see all.
     ropes: of each layer, None within it for a layer without positions; None for one of all layers.
     mlp: of all layers; a gated MLP behind ``post_attention_layernorm`` if None.
+    mlps: of each layer, instead of ``mlp``.
     attention_options: further arguments of :func:`nybble.models.parts.attention`.
     layer_options: further fields of :class:`Layer`.
     options: further fields of :class:`Architecture`.
     """
     hidden, layers = read.size(config, "hidden_size"), read.size(config, "num_hidden_layers")
     heads = read.head_sizes(config)
-    mlp = mlp or gated_mlp(
-        hidden,
-        read.size(config, "intermediate_size"),
-        read.activation(config),
-        bias=bool(getattr(config, "mlp_bias", False)),
-    )
+    if mlps is None:
+        mlp = mlp or gated_mlp(
+            hidden,
+            read.size(config, "intermediate_size"),
+            read.activation(config),
+            bias=bool(getattr(config, "mlp_bias", False)),
+        )
+        mlps = (mlp,) * layers
     windows = windows or (0,) * layers
     ropes = ropes or (read.rope(config, heads[2]),) * layers
     about = dict(attention_options or {})
@@ -57,7 +61,7 @@ def decoder(
                 mlp,
                 **(layer_options or {}),
             )
-            for window, rope in zip(windows, ropes, strict=True)
+            for window, rope, mlp in zip(windows, ropes, mlps, strict=True)
         ),
         max_position_embeddings=read.size(config, "max_position_embeddings"),
         tied=bool(config.tie_word_embeddings),

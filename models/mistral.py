@@ -1,6 +1,8 @@
-"""Mistral 7B and Ministral: Llama's layers with sliding windows."""
+"""Mistral 7B, Mistral 3, Ministral and Ministral 3: Llama's layers, with windows if they say so."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from transformers import PretrainedConfig
 
@@ -14,4 +16,12 @@ def mistral(config: PretrainedConfig) -> Architecture:
     return decoder(config, windows=read.windows(config))
 
 
-FAMILIES = {"mistral": mistral, "ministral": mistral}
+def ministral3(config: PretrainedConfig) -> Architecture:
+    """Queries are scaled by their positions beyond the length that YaRN scales from."""
+    rope = read.rope(config, read.head_sizes(config)[2])
+    rope = replace(rope, query_beta=float(rope.parameters.get("llama_4_scaling_beta") or 0.0))
+    windows = read.windows(config)
+    return decoder(config, windows=windows, ropes=(rope,) * len(windows))
+
+
+FAMILIES = {"mistral": mistral, "ministral": mistral, "ministral3": ministral3}

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from nybble.kernels.activation import Activation
-from nybble.models.architecture import Attention, Fold, Linear, LinearGroup, Mlp, Rope
+from nybble.models.architecture import (
+    Attention,
+    Fold,
+    Linear,
+    LinearGroup,
+    Mixture,
+    Mlp,
+    Rope,
+    Router,
+    Stacked,
+    UnsupportedModelError,
+)
 
 
 def attention(
@@ -91,21 +103,80 @@ def gated_mlp(
     *,
     bias: bool = False,
     norm: str | None = "post_attention_layernorm",
+    module: str = "mlp",
+    names: Sequence[str] = ("gate_proj", "up_proj", "down_proj"),
+    fold: bool = True,
 ) -> Mlp:
-    """``down_proj(activation(gate_proj) · up_proj)``."""
-    up = Linear("mlp.up_proj", intermediate, hidden, bias)
+    """``down_proj(activation(gate_proj) · up_proj)``.
+
+    module: what holds the linear layers; names: what they are called there.
+    fold: whether what ``down_proj`` reads is linear in ``up_proj``'s outputs.
+    """
+    gate, up, down = (f"{module}.{name}" for name in names)
     return Mlp(
         up=LinearGroup(
-            "mlp.gate_up_proj",
-            (Linear("mlp.gate_proj", intermediate, hidden, bias), up),
+            f"{module}.gate_up_proj",
+            (Linear(gate, intermediate, hidden, bias), Linear(up, intermediate, hidden, bias)),
             Fold(norm) if norm else None,
         ),
         down=LinearGroup(
-            "mlp.down_proj",
-            (Linear("mlp.down_proj", hidden, intermediate, bias),),
-            Fold(up.name, 0, intermediate),
+            down,
+            (Linear(down, hidden, intermediate, bias),),
+            Fold(up, 0, intermediate) if fold else None,
         ),
         activation=activation,
+    )
+
+
+def mixture(
+    hidden: int,
+    intermediate: int,
+    activation: Activation,
+    *,
+    experts: int,
+    top_k: int,
+    router: Router,
+    module: str = "mlp",
+    names: Sequence[str] = ("gate_proj", "up_proj", "down_proj"),
+    stacked_in: Sequence[str] = ("mlp.experts",),
+    **options: Any,
+) -> Mixture:
+    """Gated experts without biases.
+
+    module: what holds the experts; names: what an expert's linear layers are called.
+    stacked_in: modules that hold ``gate_up_proj (experts, 2 · intermediate, hidden)`` and
+        ``down_proj (experts, hidden, intermediate)`` in checkpoints that stack the experts.
+    options: further fields of :class:`Mixture`.
+
+    Raises UnsupportedModelError if there are fewer experts than a token uses.
+    """
+    if not 1 <= top_k <= experts:
+        raise UnsupportedModelError(f"a token uses {top_k} experts, but there are {experts}")
+    gate, up, down = (f"{module}.experts.{{}}.{name}.weight" for name in names)
+    # What feeds the experts feeds the router too, so nothing is folded into the norm.
+    return Mixture(
+        experts=tuple(
+            gated_mlp(
+                hidden,
+                intermediate,
+                activation,
+                norm=None,
+                module=f"{module}.experts.{expert}",
+                names=names,
+            )
+            for expert in range(experts)
+        ),
+        top_k=top_k,
+        router=router,
+        stacked=tuple(
+            stacked
+            for each in stacked_in
+            for stacked in (
+                Stacked(f"{each}.gate_up_proj", (gate, up)),
+                Stacked(f"{each}.down_proj", (down,)),
+            )
+        ),
+        **options,
     )
 
 

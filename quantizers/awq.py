@@ -133,7 +133,7 @@ def awq_block(
     attention = layer.attention
     unclipped = (attention.heads + attention.kv_heads) * attention.head_dim
     result = {}
-    for group in layer.groups:
+    for group in _groups(layer):
         kept = unclipped if group is attention.qkv else 0
         for linear in group.linears:
             weight, moment = scaled[linear.name]
@@ -173,7 +173,7 @@ def scale_block(
     }
     moments = {
         linear.name: statistics[group.linears[0].name].second_moment
-        for group in layer.groups
+        for group in _groups(layer)
         for linear in group.linears
     }
 
@@ -190,8 +190,8 @@ def scale_block(
         if isinstance(bias, Tensor):
             bias.data[rows] = (bias.data[rows].float() / scale).to(bias.dtype)
 
-    behind_norms = [(g, g.fold) for g in layer.groups if g.fold and not g.fold.is_linear]
-    behind_linears = [(g, g.fold) for g in layer.groups if g.fold and g.fold.is_linear]
+    behind_norms = [(g, g.fold) for g in _groups(layer) if g.fold and not g.fold.is_linear]
+    behind_linears = [(g, g.fold) for g in _groups(layer) if g.fold and g.fold.is_linear]
     # Search before folding: all searches run the block's own modules, which must be unchanged.
     common = [
         search_common_scale(
@@ -215,6 +215,11 @@ def scale_block(
         multiply_inputs(scale, group)
         divide_outputs(scale.view_as(by_row)[:, 0].flatten(), fold)
     return {name: (weight, moments[name]) for name, weight in weights.items()}
+
+
+def _groups(layer: Layer) -> tuple[LinearGroup, ...]:
+    """All linear layers; of a mixture, each expert's down projection is scaled by itself."""
+    return (*layer.groups, *layer.expert_groups)
 
 
 def _fold_into_norm(norm: nn.Module, scale: Tensor, offset: float) -> Tensor:

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig
 
 from nybble.loaders import CheckpointError
-from nybble.loaders.shards import Shards
+from nybble.loaders.experts import open_shards
+from nybble.loaders.model_config import load_config
 from nybble.models import LinearGroup, architecture_of
 from nybble.quantizers.skeleton import model_skeleton
 
@@ -31,10 +31,13 @@ class InputStatistics:
 
     second_moment: float32 ``(in, in)``, XᵀX divided by the number of tokens.
     mean_abs: float32 ``(in,)``, the mean of |x|.
+    tokens: how many tokens reached the layer. If none did, ``second_moment`` is the identity and
+        ``mean_abs`` is 1, so that calibrated methods round to the nearest.
     """
 
     second_moment: Tensor
     mean_abs: Tensor
+    tokens: int
 
 
 def output_error(difference: Tensor, second_moment: Tensor) -> float:
@@ -78,13 +81,13 @@ class DecoderBlocks:
 
         Raises CheckpointError if blocks or sequences of ``length`` are not supported.
         """
-        self._shards = Shards(source)
-        self._read = read or self._shards.read
-        config = AutoConfig.from_pretrained(source, local_files_only=True)
+        config = load_config(source)
         config.quantization_config = (
             None  # blocks are dense here, even if the checkpoint is quantized
         )
         self.architecture = architecture_of(config)
+        self._shards = open_shards(source, self.architecture)
+        self._read = read or self._shards.read
         longest = self.architecture.max_model_len
         if length > longest:
             raise CheckpointError(f"calibration texts of {length} tokens: {source} takes {longest}")
@@ -98,7 +101,8 @@ class DecoderBlocks:
 
     def groups(self, index: int) -> tuple[LinearGroup, ...]:
         """The linear layers of block ``index`` in the order of computation, by shared input."""
-        return self.architecture.layers[index].groups
+        layer = self.architecture.layers[index]
+        return (*layer.groups, *layer.expert_groups)
 
     @torch.no_grad()
     def embed(self, token_ids: Tensor) -> Tensor:
@@ -126,7 +130,7 @@ class DecoderBlocks:
     def load(self, index: int) -> nn.Module:
         """Block ``index`` with its weights, in the precision of the checkpoint; see embed."""
         block: nn.Module = self._skeleton.layers[index]
-        names = [name for name, _ in block.named_parameters()]
+        names = list(block.state_dict())
         prefix = self.architecture.module(index, "")
         state = {name: self._read(prefix + name).to(self._device) for name in names}
         block.load_state_dict(state, assign=True)
@@ -156,13 +160,21 @@ class DecoderBlocks:
             SmolLM2-135M's divergence by half.
         """
         sums: dict[str, tuple[Tensor, Tensor]] = {}
+        tokens = dict.fromkeys(layers, 0)
+        for name in layers:
+            inputs = linear_layer(block, name).in_features
+            zeros = torch.zeros(inputs, device=self._device)
+            sums[name] = zeros.new_zeros(inputs, inputs), zeros
 
         def gather(name: str, x: Tensor) -> None:
-            x = x[:, first:].flatten(0, -2).float()
-            if name not in sums:
-                sums[name] = (x.new_zeros(x.shape[1], x.shape[1]), x.new_zeros(x.shape[1]))
+            # Experts and mixtures are given tokens without the dimension of sequences.
+            rows = getattr(block.get_submodule(name.rpartition(".")[0]), "rows", None)
+            x = x.flatten(0, -2).float()
+            places = (torch.arange(len(x)) if rows is None else rows.cpu()) % hidden.shape[1]
+            x = x[(places >= first).to(x.device)]
             _add_second_moment(sums[name][0], x)
             sums[name][1].add_(x.abs().sum(0))
+            tokens[name] += len(x)
             if name == layers[-1]:
                 raise _Enough
 
@@ -181,9 +193,10 @@ class DecoderBlocks:
         finally:
             for handle in handles:
                 handle.remove()
-        tokens = hidden.shape[0] * (hidden.shape[1] - first)
         return {
-            name: InputStatistics(_mirrored(moment).div_(tokens), total.div_(tokens))
+            name: InputStatistics(_mirrored(moment).div_(count), total.div_(count), count)
+            if (count := tokens[name])
+            else InputStatistics(torch.eye(len(total)).to(total), torch.ones_like(total), 0)
             for name, (moment, total) in sums.items()
         }
 

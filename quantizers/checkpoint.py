@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ from tqdm import tqdm
 from nybble.kernels.progress import Progress, track
 from nybble.loaders import CheckpointError, open_checkpoint
 from nybble.loaders.checkpoint import FolderCheckpoint
+from nybble.loaders.experts import open_shards
 from nybble.loaders.formats import (
     AffineFormat,
     AffineWeight,
@@ -21,8 +22,8 @@ from nybble.loaders.formats import (
     WriteOptions,
     writing_format,
 )
-from nybble.loaders.shards import Shards
-from nybble.models import LinearGroup
+from nybble.loaders.model_config import config_to_write
+from nybble.models import Layer, LinearGroup, Mixture
 from nybble.quantizers.awq import awq_block
 from nybble.quantizers.blocks import (
     DecoderBlocks,
@@ -34,15 +35,23 @@ from nybble.quantizers.gptq import GptqSettings, gptq
 from nybble.quantizers.rtn import round_to_nearest
 from nybble.quantizers.writer import FolderWriter
 
+logger = logging.getLogger(__name__)
+
+# Of the input statistics which are gathered in one pass over the calibration tokens.
+_STATISTICS_BYTES = 2 << 30
 _SEARCHED_TOKENS = 2048  # on which AWQ tries scales; its statistics use all calibration tokens
 
 
 @dataclass(frozen=True)
 class LayerError:
-    """‖(Ŵ − W)x‖² over ‖Wx‖², means over the calibration tokens, for linear layer ``name``."""
+    """‖(Ŵ − W)x‖² over ‖Wx‖², means over the calibration tokens, for linear layer ``name``.
+
+    tokens: how many calibration tokens reached it: all, or those routed to its expert.
+    """
 
     name: str
     relative: float
+    tokens: int
 
 
 def quantize_checkpoint(
@@ -92,9 +101,9 @@ def quantize_checkpoint(
         raise CheckpointError(
             f"{source} is quantized already ({checkpoint.format}); give the 16-bit checkpoint"
         )
-    config = json.loads((source / "config.json").read_text())
+    config = config_to_write(source)
     config["quantization_config"] = dict(written.settings)
-    shards = Shards(source)
+    shards = open_shards(source, checkpoint.architecture)
     checkpoint.check(shards)
     linears = {name + ".weight" for name in checkpoint.architecture.linears}
     for header in shards.headers():
@@ -123,20 +132,23 @@ def quantize_checkpoint(
         for index in track(range(len(blocks)), "Quantizing", progress, unit="blocks"):
             block = blocks.load(index)
             if written.method == "gptq":
-                groups = blocks.groups(index)
-                quantized = _gptq_block(blocks, block, groups, hidden, written, settings)
+                layer = blocks.architecture.layers[index]
+                quantized = _gptq_block(blocks, block, layer, hidden, written, settings)
                 hidden = blocks.outputs(block, hidden)
             else:
                 # Token 0 is left out: its few huge channels would dominate the scales.
                 layer = blocks.architecture.layers[index]
-                names = [group.linears[0].name for group in layer.groups]
+                groups = blocks.groups(index)
+                names = [group.linears[0].name for group in groups]
                 statistics = blocks.statistics(block, hidden, names, first=1)
                 searched = hidden[: max(1, _SEARCHED_TOKENS // hidden.shape[1])]
-                modules = dict.fromkeys(group.module for group in layer.groups)
+                modules = dict.fromkeys(
+                    group.module for group in groups if group.fold and not group.fold.is_linear
+                )
                 outputs = blocks.module_outputs(block, searched, tuple(modules))
                 # The next block's input is that of the full-precision model, as in the paper.
                 hidden = blocks.outputs(block, hidden)
-                quantized = awq_block(
+                rounded = awq_block(
                     block,
                     layer,
                     statistics,
@@ -145,61 +157,119 @@ def quantize_checkpoint(
                     norm_offset=blocks.architecture.norm.offset,
                     clip=clip,
                 )
+                reached = {
+                    linear.name: statistics[group.linears[0].name].tokens
+                    for group in groups
+                    for linear in group.linears
+                }
+                quantized = {
+                    name: (weight, LayerError(name, error, reached[name]))
+                    for name, (weight, error) in rounded.items()
+                }
             prefix = blocks.architecture.module(index, "")
             for name, (weight, error) in quantized.items():
                 writer.add(written.tensors(prefix + name, weight))
-                errors.append(LayerError(prefix + name, error))
+                error = replace(error, name=prefix + name)
+                errors.append(error)
                 if progress is True:
-                    tqdm.write(f"{prefix}{name}: relative output error {error:.2e}")
+                    tqdm.write(f"{error.name}: relative output error {error.relative:.2e}")
             others = block.state_dict()
             for name in quantized:
                 del others[name + ".weight"]
             writer.add({prefix + name: tensor for name, tensor in others.items()})
             blocks.unload(index)
+        _warn_of_few_tokens(errors, written)
         return errors
 
 
 def _gptq_block(
     blocks: DecoderBlocks,
     block: nn.Module,
-    groups: Sequence[LinearGroup],
+    layer: Layer,
     hidden: Tensor,
     written: AffineFormat,
     settings: GptqSettings,
-) -> dict[str, tuple[AffineWeight, float]]:
+) -> dict[str, tuple[AffineWeight, LayerError]]:
     """Quantize the layers of ``block`` in place, those that share an input as one matrix.
 
     Returns the quantized weights and their relative errors by name.
     """
-    result: dict[str, tuple[AffineWeight, float]] = {}
+    result: dict[str, tuple[AffineWeight, LayerError]] = {}
     statistics: dict[str, InputStatistics] = {}
-    stages = [[linear.name for linear in group.linears] for group in groups]
+    stages = _stages(layer)
     if not settings.true_sequential:
-        statistics = blocks.statistics(block, hidden, [stage[0] for stage in stages])
+        every = [group.linears[0].name for stage in stages for group in stage]
+        statistics = blocks.statistics(block, hidden, every)
     for stage in stages:
         if settings.true_sequential:
-            statistics = blocks.statistics(block, hidden, stage[:1])
-        moment = statistics[stage[0]].second_moment
-        layers = [linear_layer(block, name) for name in stage]
-        weights = [layer.weight.detach().float() for layer in layers]
-        whole = gptq(
-            torch.cat(weights),
-            moment,
-            written.group_of(weights[0].shape[1]),
-            sym=written.sym,
-            bits=written.bits,
-            least_zero=written.least_zero,
-            settings=settings,
-        )
-        start = 0
-        for name, layer, weight in zip(stage, layers, weights, strict=True):
-            part = whole.rows(start, start + len(weight))
-            start += len(weight)
-            rounded = part.dequantize()
-            error = output_error(rounded - weight, moment) / output_error(weight, moment)
-            layer.weight.data = rounded.to(layer.weight.dtype)
-            result[name] = (part, error)
+            statistics = blocks.statistics(block, hidden, [g.linears[0].name for g in stage])
+        for group in stage:
+            found = statistics[group.linears[0].name]
+            result |= _gptq_group(block, group, found, written, settings)
     return result
+
+
+def _stages(layer: Layer) -> list[list[LinearGroup]]:
+    """Groups that are quantized after one pass over the calibration tokens, in order.
+
+    The experts' groups in the same place go together, as many as there is memory for.
+    """
+    stages = [[group] for group in layer.groups]
+    if not isinstance(layer.mlp, Mixture):
+        return stages
+    for same in zip(*(expert.groups for expert in layer.mlp.experts), strict=True):
+        at_once = max(1, _STATISTICS_BYTES // (4 * same[0].inputs ** 2))
+        stages += [list(same[i : i + at_once]) for i in range(0, len(same), at_once)]
+    return stages
+
+
+def _gptq_group(
+    block: nn.Module,
+    group: LinearGroup,
+    statistics: InputStatistics,
+    written: AffineFormat,
+    settings: GptqSettings,
+) -> dict[str, tuple[AffineWeight, LayerError]]:
+    moment = statistics.second_moment
+    layers = {linear.name: linear_layer(block, linear.name) for linear in group.linears}
+    weights = {name: layer.weight.detach().float() for name, layer in layers.items()}
+    whole = gptq(
+        torch.cat(list(weights.values())),
+        moment,
+        written.group_of(group.inputs),
+        sym=written.sym,
+        bits=written.bits,
+        least_zero=written.least_zero,
+        settings=settings,
+    )
+    result, start = {}, 0
+    for name, weight in weights.items():
+        part = whole.rows(start, start + len(weight))
+        start += len(weight)
+        rounded = part.dequantize()
+        error = output_error(rounded - weight, moment) / output_error(weight, moment)
+        layers[name].weight.data = rounded.to(layers[name].weight.dtype)
+        result[name] = (part, LayerError(name, error, statistics.tokens))
+    return result
+
+
+def _warn_of_few_tokens(errors: Sequence[LayerError], written: AffineFormat) -> None:
+    """Name the experts whose calibration rests on fewer tokens than a group has inputs."""
+    few = {
+        error.name.rpartition(".")[0]: error.tokens
+        for error in errors
+        if error.tokens < max(written.group_size, 1)
+    }
+    if few:
+        named = ", ".join(f"{name} ({tokens})" for name, tokens in sorted(few.items()))
+        logger.warning(
+            "%d experts saw fewer calibration tokens than a group has inputs (%d), so their "
+            "weights are hardly better than rounded: %s. More or longer texts (--samples, "
+            "--length, --text) would reach them",
+            len(few),
+            written.group_size,
+            named,
+        )
 
 
 def _check_options(

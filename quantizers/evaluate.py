@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from nybble.loaders import open_checkpoint
 from nybble.loaders.shards import Shards
-from nybble.models import architecture_of
+from nybble.models import Mixture, architecture_of
 from nybble.quantizers.packed_model import load_packed_model
 
 # Splits a tensor's name into module and leaf. bitsandbytes names its state ``weight.…``, and the
@@ -217,11 +217,20 @@ def _sizes(folder: Path, model: PreTrainedModel) -> tuple[int, float]:
     shards = Shards(folder)
     architecture = architecture_of(model.config)
     fused = {name for name, _ in architecture.fused.values()}  # in the packed form
+    stacked = {
+        architecture.module(index, each.name)
+        for index, layer in enumerate(architecture.layers)
+        if isinstance(layer.mlp, Mixture)
+        for each in layer.mlp.stacked
+    }
     weights = sum(linear.out * linear.inputs for linear in architecture.linears.values())
     total = linear = 0
     for name in shards.names():
         size = shards.read(name).nbytes
         total += size
+        if name in stacked:
+            linear += size
+            continue
         owner = _TENSOR.fullmatch(name)
         if owner is None:
             continue

@@ -8,7 +8,6 @@ is kept if it has one, and each column's rounding error is compensated by the co
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -23,6 +22,7 @@ from nybble.kernels.progress import Progress, track
 from nybble.loaders import CheckpointError, LoRAAdapter, open_checkpoint
 from nybble.loaders.adapter import LoRAModule
 from nybble.loaders.checkpoint import FolderCheckpoint
+from nybble.loaders.experts import open_shards
 from nybble.loaders.formats import (
     AffineFormat,
     AffineWeight,
@@ -33,6 +33,7 @@ from nybble.loaders.formats import (
     writing_format,
     written_formats,
 )
+from nybble.loaders.model_config import config_to_write
 from nybble.loaders.shards import Shards
 from nybble.quantizers.blocks import DecoderBlocks, linear_layer
 from nybble.quantizers.on_grid import Compensation, Grid
@@ -107,12 +108,12 @@ def merge_adapter(
         raise CheckpointError(
             f"{source} is the packed form: give the checkpoint it was packed from"
         )
-    config = json.loads((source / "config.json").read_text())
+    config = config_to_write(source)
     plan = _plan(checkpoint, config, format)
     if keep_16_bits and (not plan.same or plan.format is None):
         raise ValueError("layers can be kept in 16 bits only in the source's own 4-bit format")
     linears = checkpoint.architecture.linears
-    shards = Shards(source)
+    shards = open_shards(source, checkpoint.architecture)
     checkpoint.check(shards)
     _configure(config, plan, shards, sorted(adapter.modules) if keep_16_bits else [])
     merge = _Merge(checkpoint, shards, adapter, plan, keep_16_bits)

@@ -48,7 +48,11 @@ class Origin:
         """The folder of its packed form. Raises OSError if the source is gone."""
         files = [
             *side_files(self.source),
-            *sorted(file.relative_to(self.source) for file in self.source.glob("*.safetensors")),
+            *sorted(
+                file.relative_to(self.source)
+                for kind in ("*.safetensors", "*.gguf")
+                for file in self.source.glob(kind)
+            ),
         ]
         status = [(self.source / file).stat() for file in files]
         stats = [

@@ -89,7 +89,10 @@ def load_packed_model(
             set_parameter(name, weight)
             continue
         for module, part in _unfused(model, parts.get(name, (name,)), weight):
-            if isinstance(part, PackedWeight):
+            if type(model.get_submodule(module)) is not nn.Linear:  # a router
+                exact = part.dequantize() if isinstance(part, PackedWeight) else part.weight
+                set_parameter(module + ".weight", exact)
+            elif isinstance(part, PackedWeight):
                 bias = None if part.bias is None else part.bias.to(dtype)
                 packed = replace(part, bias=bias).to_layout(layout).to(device)
                 model.set_submodule(module, PackedLinear(packed))
@@ -131,9 +134,10 @@ def _set_parameter(model: PreTrainedModel, name: str, value: Tensor) -> None:
     module, _, leaf = name.rpartition(".")
     try:
         owner = model.get_submodule(module)
-        expected = owner.get_parameter(leaf).shape
+        is_buffer = leaf in dict(owner.named_buffers(recurse=False))
+        expected = (owner.get_buffer if is_buffer else owner.get_parameter)(leaf).shape
     except AttributeError as error:
         raise CheckpointError(f"{name} is not part of a {model.config.model_type} model") from error
     if value.shape != expected:
         raise CheckpointError(f"{name} has shape {tuple(value.shape)}, expected {tuple(expected)}")
-    setattr(owner, leaf, nn.Parameter(value, requires_grad=False))
+    setattr(owner, leaf, value if is_buffer else nn.Parameter(value, requires_grad=False))

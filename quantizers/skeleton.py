@@ -10,6 +10,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from nybble.models import architecture_of
+from nybble.quantizers.separate_experts import separate_experts
 
 
 class _EmptyOnMeta(TorchFunctionMode):
@@ -25,12 +26,16 @@ class _EmptyOnMeta(TorchFunctionMode):
 
 
 def model_skeleton(config: PretrainedConfig) -> PreTrainedModel:
-    """The causal language model of ``config``: linear layers and embeddings on the meta device."""
-    layers = architecture_of(config).layers
+    """The causal language model of ``config``: linear layers and embeddings on the meta device.
+
+    Experts of a mixture are linear layers too: see :mod:`nybble.quantizers.separate_experts`.
+    """
+    architecture = architecture_of(config)
     # transformers' fused attention ignores the soft cap of scores.
-    capped = any(layer.attention.softcap is not None for layer in layers)
+    capped = any(layer.attention.softcap is not None for layer in architecture.layers)
     with _EmptyOnMeta():
         model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
             config, attn_implementation="eager" if capped else None
         )
+        separate_experts(model, architecture)
     return model

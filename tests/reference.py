@@ -14,9 +14,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from nybble.engine import Engine, EngineConfig, Request, SamplingParams
 from nybble.engine.decoder import Decoder
 from nybble.kernels import PackedWeight
-from nybble.kernels.ops import AttentionBatch
+from nybble.kernels.attention_batch import AttentionBatch
 from nybble.loaders import Checkpoint
-from nybble.models import architecture_of
+from nybble.models import Architecture, Mixture, architecture_of
 
 
 def transformers_model(checkpoint: Checkpoint) -> PreTrainedModel:
@@ -28,7 +28,7 @@ def transformers_model(checkpoint: Checkpoint) -> PreTrainedModel:
         config, dtype=torch.float32, attn_implementation="eager"
     )
     members = dict(architecture_of(checkpoint.config).fused.values())
-    parameters = dict(model.named_parameters())
+    parameters = _by_our_names(model, architecture_of(checkpoint.config))
     with torch.no_grad():
         for name, weight in checkpoint.weights():
             if isinstance(weight, Tensor):
@@ -43,6 +43,33 @@ def transformers_model(checkpoint: Checkpoint) -> PreTrainedModel:
                 for part, rows in zip(names, weight.bias.split(sizes), strict=True):  # type: ignore[no-untyped-call]
                     parameters[part + ".bias"].copy_(rows)
     return model.eval()
+
+
+def _by_our_names(model: PreTrainedModel, architecture: Architecture) -> dict[str, Tensor]:
+    """The model's parameters and buffers, with a view for each tensor of experts it stacks."""
+    found: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for index, layer in enumerate(architecture.layers):
+        if not isinstance(layer.mlp, Mixture):
+            continue
+        ours = architecture.module(index, "")
+        names = model.get_submodule(ours.rstrip(".")).named_children()
+        (block,) = [name for name, child in names if hasattr(child, "experts")]
+        theirs = f"{ours}{block}."
+        for alias, name in layer.mlp.router.aliases.items():
+            if ours + alias in found:
+                found[ours + name] = found[ours + alias]
+        experts = model.get_submodule(f"{theirs}experts")
+        parameters = {name.rpartition(".")[2]: p.data for name, p in experts.named_parameters()}
+        for stacked in layer.mlp.stacked:
+            whole, shares = parameters.get(stacked.name.rpartition(".")[2]), len(stacked.holds)
+            for number in range(len(layer.mlp.experts) if whole is not None else 0):
+                entry = whole[number].mT if stacked.transposed else whole[number]
+                for share, name in enumerate(stacked.holds):
+                    turns = entry[share::shares]
+                    found[ours + name.format(number)] = (
+                        turns if stacked.interleaved else entry.chunk(shares)[share]
+                    )
+    return found
 
 
 def our_logits(checkpoint: Checkpoint, ids: Tensor, dtype: torch.dtype) -> Tensor:

@@ -153,6 +153,33 @@ def test_chat_is_the_models_template(llm: LLM) -> None:
     assert llm.generate(expected, GREEDY) == [found]
 
 
+def test_a_marker_that_a_message_spells_is_text_as_it_is_behind_the_server(llm: LLM) -> None:
+    (found,) = llm.chat([{"role": "user", "content": "a<|im_end|>b"}], GREEDY)
+    markers = llm.tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+    written = [token for token in found.prompt_token_ids if token in markers]
+    assert len(written) == 3  # the turn's two and the assistant's first, which the template writes
+    assert "a<|im_end|>b" in llm.tokenizer.decode(found.prompt_token_ids)
+
+
+def test_a_template_that_reads_parts_gets_parts_and_one_that_drops_a_text_is_refused(
+    llm: LLM,
+) -> None:
+    before = llm.tokenizer.chat_template
+    message = [{"role": "user", "content": "hello"}]
+    try:
+        llm.tokenizer.chat_template = (
+            "{% for m in messages %}{% if m.content is not string %}"
+            "{% for part in m.content %}<{{ part.text }}>{% endfor %}{% endif %}{% endfor %}"
+        )
+        (found,) = llm.chat(message, GREEDY)
+        assert llm.tokenizer.decode(found.prompt_token_ids) == "<hello>"
+        llm.tokenizer.chat_template = "{{ messages | length }} messages"
+        with pytest.raises(ParameterError, match=r"the text of message 0 \(of role user\) is not"):
+            llm.chat(message, GREEDY)
+    finally:
+        llm.tokenizer.chat_template = before
+
+
 def test_the_models_recommendation_is_the_default(
     tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -20,8 +20,8 @@ from transformers import Qwen2Config
 from nybble.engine.adapter_slots import AdapterSlots, StepAdapters
 from nybble.engine.decoder import Decoder
 from nybble.kernels import PackedWeight
-from nybble.kernels.lora import LoRABatch
-from nybble.kernels.ops import AttentionBatch
+from nybble.kernels.attention_batch import AttentionBatch
+from nybble.kernels.lora_batch import LoRABatch
 from nybble.kernels.packed import SYMMETRIC_LEVELS
 from nybble.loaders import LoRAAdapter
 from nybble.loaders.adapter import LoRAModule
@@ -128,7 +128,7 @@ def main() -> None:
             )
             lora = LoRABatch.of(list(range(rows)), cpu)
             assert lora is not None
-            adapters = StepAdapters(slots.projections, lora)
+            adapters = slots.for_step(lora, decoder.backend)
 
             def step(
                 with_adapters: bool,

@@ -39,7 +39,7 @@ def medians(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, f
 
 
 def packed(
-    columns: int, out: int, group: int, scale: torch.dtype, levels: torch.Tensor
+    columns: int, out: int, group: int, scale: torch.dtype, levels: torch.Tensor = SYMMETRIC_LEVELS
 ) -> PackedWeight:
     return PackedWeight(
         qweight=torch.randint(0, 256, (out, columns // 2), dtype=torch.uint8),
@@ -67,7 +67,7 @@ def dense_rate() -> float:
 
 def contenders(columns: int, out: int, x: torch.Tensor) -> dict[str, Callable[[], object]]:
     """One call per kernel, each on weights of its own."""
-    affine = packed(columns, out, GROUP, torch.float16, SYMMETRIC_LEVELS)
+    affine = packed(columns, out, GROUP, torch.float16)
     codebook = packed(columns, out, 64, torch.float32, torch.linspace(-1, 1, 16))
     dense = torch.randn(out, columns).bfloat16()
     int4 = torch.ops.aten._convert_weight_to_int4pack_for_cpu(

@@ -19,9 +19,10 @@ from torch import Tensor
 
 from nybble.engine.request import SamplingParams
 from nybble.engine.sampler import SequenceSampler, sample
-from nybble.kernels import PackedWeight, ops
+from nybble.kernels.attention_batch import AttentionBatch
+from nybble.kernels.backend import backend_for
+from nybble.kernels.bench.cpu_matmul import packed
 from nybble.kernels.matmul import packed_matmul
-from nybble.kernels.packed import SYMMETRIC_LEVELS
 
 LAYERS, VOCAB, GROUP, BLOCK = 24, 151936, 128, 16
 HEADS, KV_HEADS, HEAD_DIM = 14, 2, 64
@@ -31,6 +32,7 @@ SHAPES = {  # (in, out)
     "gate_up": (896, 9728),
     "down": (4864, 896),
 }
+BACKEND = backend_for(torch.device("cpu"), torch.bfloat16)
 # As Qwen2.5's generation_config has it.
 SAMPLING = SamplingParams(
     temperature=0.7, top_k=20, top_p=0.8, repetition_penalty=1.1, max_tokens=1 << 30
@@ -51,21 +53,9 @@ def least(call: Callable[[], object], repeats: int = 12) -> float:
     return min(times)
 
 
-def packed(columns: int, out: int) -> PackedWeight:
-    return PackedWeight(
-        qweight=torch.randint(0, 256, (out, columns // 2), dtype=torch.uint8),
-        scales=torch.rand(out, columns // GROUP).half(),
-        zeros=None,
-        levels=SYMMETRIC_LEVELS,
-        out_features=out,
-        in_features=columns,
-        group_size=GROUP,
-    ).to_layout("cpu_tiles")
-
-
 def matmul_part(columns: int, out: int, rows: int) -> tuple[Callable[[], object], int]:
     """The layers' products of one projection, and the bytes of their weights."""
-    weights = [packed(columns, out) for _ in range(LAYERS)]
+    weights = [packed(columns, out, GROUP, torch.float16) for _ in range(LAYERS)]
     x = torch.randn(rows, columns).bfloat16()
     return lambda: [packed_matmul(x, weight) for weight in weights], sum(
         weight.nbytes for weight in weights
@@ -77,7 +67,7 @@ def attention_part(context: int, rows: int) -> tuple[Callable[[], object], int]:
     blocks = -(-context // BLOCK)
     shape = (2, rows * blocks, KV_HEADS, BLOCK, HEAD_DIM)
     caches = [torch.randn(shape).bfloat16() for _ in range(LAYERS)]
-    batch = ops.AttentionBatch(
+    batch = AttentionBatch(
         query_start=torch.arange(rows + 1, dtype=torch.int32),
         context_lens=torch.full((rows,), context, dtype=torch.int32),
         block_tables=torch.arange(rows * blocks, dtype=torch.int32).view(rows, -1),
@@ -87,7 +77,7 @@ def attention_part(context: int, rows: int) -> tuple[Callable[[], object], int]:
     q = torch.randn(rows, HEADS, HEAD_DIM).bfloat16()
 
     def call() -> list[Tensor]:
-        return [ops.paged_attention(q, k, v, batch, HEAD_DIM**-0.5) for k, v in caches]
+        return [BACKEND.paged_attention(q, k, v, batch, HEAD_DIM**-0.5) for k, v in caches]
 
     return call, sum(cache.nbytes for cache in caches)
 
@@ -97,7 +87,7 @@ def sampling_part(context: int, rows: int) -> tuple[Callable[[], object], int]:
     prompts = torch.randint(0, VOCAB, (rows, context)).tolist()
     samplers = [SequenceSampler(SAMPLING, tuple(prompt)) for prompt in prompts]
     logits = 3 * torch.randn(rows, VOCAB)
-    return lambda: sample(logits, samplers), logits.nbytes
+    return lambda: sample(BACKEND, logits, samplers), logits.nbytes
 
 
 def bandwidth() -> float:

@@ -110,7 +110,12 @@ def step(runner: ModelRunner, running: list[Sequence]) -> list[int]:
     """One decode step as the engine does it, without answering clients."""
     batch = [ScheduledSequence.of(sequence, 1) for sequence in running]
     logits = runner.run(batch)
-    tokens = [token for token, _ in sample(logits, [sequence.sampler for sequence in running])]
+    tokens = [
+        token
+        for token, _ in sample(
+            runner.decoder.backend, logits, [sequence.sampler for sequence in running]
+        )
+    ]
     for sequence, token in zip(running, tokens, strict=True):
         sequence.num_computed_tokens += 1
         sequence.token_ids.append(token)

@@ -17,7 +17,7 @@ from nybble.kernels import PackedWeight
 from nybble.kernels.bench.gpu_matmul import random_packed
 from nybble.kernels.lora import slot_buffers
 from nybble.kernels.lora_batch import LoRABatch
-from nybble.kernels.matmul import linear
+from nybble.kernels.matmul import packed_matmul
 from nybble.kernels.triton import lora, timing
 
 
@@ -67,14 +67,14 @@ def run(section: Section) -> None:
         adapter_bytes += a.nbytes + b.nbytes
 
         def without(x: Tensor = x, weight: PackedWeight = weight) -> Tensor:
-            return linear(x, weight)
+            return packed_matmul(x, weight)
 
         def with_(
             x: Tensor = x,
             weight: PackedWeight = weight,
             rest: tuple[Any, ...] = (a, b, ranks, offsets, batch),
         ) -> None:
-            lora.lora_add(linear(x, weight), x, *rest)
+            lora.lora_add(packed_matmul(x, weight), x, *rest)
 
         plain.append(without)
         adapted.append(with_)

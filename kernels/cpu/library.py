@@ -10,17 +10,25 @@ import ctypes
 import logging
 from collections.abc import Sequence
 from ctypes import c_float, c_int, c_int64, c_void_p
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from nybble.kernels import reference
 from nybble.kernels.activation import ACTIVATIONS, Activation, check_activation
 from nybble.kernels.attention_batch import AttentionBatch
 from nybble.kernels.cpu.build import CpuKernelsUnavailableError, load
 from nybble.kernels.lora_batch import LoRABatch
-from nybble.kernels.packed import PackedWeight
+from nybble.kernels.packed import (
+    DenseWeight,
+    GroupedKernel,
+    LinearKernel,
+    PackedWeight,
+    Weight,
+)
 from nybble.kernels.reference import TokenChoice, check_rotary_dim, check_sinks
 
 logger = logging.getLogger(__name__)
@@ -39,11 +47,12 @@ def library() -> CpuLibrary | None:
 
 
 class CpuLibrary:
-    """See kernels/reference.py for what each function computes.
+    """A back end (:class:`nybble.kernels.backend.Backend`) for tensors on the CPU.
 
-    Tensors are on the CPU and, unless stated otherwise, bfloat16; callers ensure this. Shapes and
-    strides are checked, because kernels get only addresses: ValueError names a tensor that they
-    would misread. Indices (slots, blocks, rows) are not checked.
+    See kernels/reference.py for what each function computes. The kernels read bfloat16, unless
+    stated otherwise, and widths that are multiples of their vectors; the reference computes what
+    they do not take. Shapes and strides are checked, because kernels get only addresses: ValueError
+    names a tensor that they would misread. Indices (slots, blocks, rows) are not checked.
     """
 
     def __init__(self, library: ctypes.CDLL) -> None:
@@ -55,11 +64,13 @@ class CpuLibrary:
             return found
 
         def allocating(name: str, *arguments: type) -> Any:
+            """A kernel that returns whether it found no memory for its buffers."""
             found = function(name, *arguments)
-            found.restype, found.errcheck = c_int, _check_memory
+            found.restype = c_int
             return found
 
         self._matmul = allocating("packed_matmul", *[pointer] * 7, *[size] * 5, c_int, c_int)
+        self._grouped = allocating("grouped_matmul", *[pointer] * 6, *[size] * 9, c_int, c_int)
         self._dequantize = allocating(
             "dequantize", *[pointer] * 6, *[size] * 5, c_int, c_int, c_int
         )
@@ -77,6 +88,73 @@ class CpuLibrary:
         in_octets = weight.group_size % 8 == 0 or weight.groups == 1
         return weight.layout == "cpu_tiles" and weight.is_contiguous and in_octets
 
+    def linear(self, weight: Weight, dtype: torch.dtype) -> LinearKernel:
+        """The linear layer with this weight, for inputs of ``dtype``."""
+        if isinstance(weight, DenseWeight):
+            return partial(reference.dense_matmul, weight=weight)
+        if not self.takes(weight):
+            return partial(reference.packed_matmul, weight=weight)
+        if dtype != torch.bfloat16:
+            return partial(reference.packed_matmul, weight=weight, dequantize=self.dequantize)
+        return partial(self.packed_matmul, weight=weight)
+
+    def grouped_linear(self, weights: Sequence[Weight], dtype: torch.dtype) -> GroupedKernel:
+        """A linear layer of every expert, for inputs of ``dtype``.
+
+        The kernel takes experts that are stored in one way: alike but for their order of columns.
+        """
+        packed = [w for w in weights if isinstance(w, PackedWeight) and self.takes(w)]
+        if dtype == torch.bfloat16 and len(packed) == len(weights) and _alike(packed):
+            return partial(self._grouped_matmul, experts=_Experts(packed))
+        experts = [self.linear(weight, dtype) for weight in weights]
+        return partial(reference.grouped_matmul, experts=experts)
+
+    def _grouped_matmul(
+        self, x: Tensor, expert_ids: Tensor, weights: Tensor | None = None, *, experts: _Experts
+    ) -> Tensor:
+        """A row's result is the same in any batch. expert_ids are not checked."""
+        first, (rows, top_k) = experts.weights[0], expert_ids.shape
+        x_shapes = (rows, first.in_features), (rows, top_k, first.in_features)
+        if (
+            x.shape not in x_shapes
+            or x.dtype != torch.bfloat16
+            or expert_ids.dtype != torch.int64
+            or (weights is not None and weights.shape != expert_ids.shape)
+        ):
+            raise _misread(
+                f"bfloat16 {x_shapes[0]} or {x_shapes[1]} and int64 expert_ids", x=x, ids=expert_ids
+            )
+        x, expert_ids = x.contiguous(), expert_ids.contiguous()
+        if weights is not None:
+            weights = weights.float().contiguous()
+        each = (rows, top_k) if weights is None else (rows,)
+        out = torch.empty(*each, first.out_features, dtype=torch.bfloat16)
+        failed = self._grouped(
+            x.data_ptr(),
+            experts.addresses.data_ptr(),
+            first.levels.data_ptr(),
+            expert_ids.data_ptr(),
+            None if weights is None else weights.data_ptr(),
+            out.data_ptr(),
+            rows,
+            top_k,
+            x.ndim == 3,
+            len(experts.weights),
+            first.in_features,
+            first.out_features,
+            first.columns,
+            first.groups,
+            -(-first.group_size // 8),
+            _SCALE_TYPES[first.scales.dtype],
+            torch.get_num_threads(),
+        )
+        if failed:
+            raise _out_of_memory("grouped_matmul")
+        return out
+
+    def gated_linear(self, weight: Weight, activation: Activation, dtype: torch.dtype) -> None:
+        """None: the product and :meth:`gated` are two kernels."""
+
     def packed_matmul(self, x: Tensor, weight: PackedWeight) -> Tensor:
         """A row's result is the same in any batch.
 
@@ -93,7 +171,7 @@ class CpuLibrary:
         rows = rows.contiguous()
         out = torch.empty(rows.shape[0], weight.out_features, dtype=torch.bfloat16)
         bias = weight.wide_bias
-        self._matmul(
+        failed = self._matmul(
             rows.data_ptr(),
             weight.qweight.data_ptr(),
             weight.scales.data_ptr(),
@@ -109,6 +187,8 @@ class CpuLibrary:
             _SCALE_TYPES[weight.scales.dtype],
             torch.get_num_threads(),
         )
+        if failed:
+            raise _out_of_memory("packed_matmul")
         return out.view(*x.shape[:-1], weight.out_features)
 
     def dequantize(self, weight: PackedWeight, dtype: torch.dtype) -> Tensor:
@@ -116,7 +196,7 @@ class CpuLibrary:
         # Every other type is rounded from float32, as by the definition.
         made = dtype if dtype == torch.bfloat16 else torch.float32
         out = torch.empty(weight.out_features, weight.in_features, dtype=made)
-        self._dequantize(
+        failed = self._dequantize(
             weight.qweight.data_ptr(),
             weight.scales.data_ptr(),
             None if weight.zeros is None else weight.zeros.data_ptr(),
@@ -132,12 +212,16 @@ class CpuLibrary:
             made == torch.bfloat16,
             torch.get_num_threads(),
         )
+        if failed:
+            raise _out_of_memory("dequantize")
         return out.to(dtype)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
         width = x.shape[-1]
-        if width % 16 or weight.shape != (width,):
-            raise _misread("x (…, width), weight (width,), a multiple of 16", x=x, weight=weight)
+        if width % 16 or not x.dtype == weight.dtype == torch.bfloat16:
+            return reference.rms_norm(x, weight, eps, offset)
+        if weight.shape != (width,):
+            raise _misread("x (…, width), weight (width,)", x=x, weight=weight)
         x, weight = x.contiguous(), weight.contiguous()
         out = torch.empty_like(x)
         rows = x.numel() // width
@@ -150,8 +234,10 @@ class CpuLibrary:
         self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float = 0.0
     ) -> tuple[Tensor, Tensor]:
         width = x.shape[-1]
-        if width % 16 or weight.shape != (width,) or residual.shape != x.shape:
-            expected = "x and residual (…, width), weight (width,), a multiple of 16"
+        if width % 16 or not x.dtype == residual.dtype == weight.dtype == torch.bfloat16:
+            return reference.add_rms_norm(x, residual, weight, eps, offset)
+        if weight.shape != (width,) or residual.shape != x.shape:
+            expected = "x and residual (…, width), weight (width,)"
             raise _misread(expected, x=x, residual=residual, weight=weight)
         x, weight = x.contiguous(), weight.contiguous()
         total = residual.clone(memory_format=torch.contiguous_format)
@@ -169,10 +255,11 @@ class CpuLibrary:
         return out, total
 
     def gated(self, gate_up: Tensor, activation: Activation) -> Tensor:
-        check_activation(activation)
+        if activation not in ACTIVATIONS:
+            check_activation(activation)
         width = gate_up.shape[-1] // 2
-        if gate_up.shape[-1] % 32:
-            raise _misread("(…, a multiple of 32)", gate_up=gate_up)
+        if gate_up.shape[-1] % 32 or gate_up.dtype != torch.bfloat16:
+            return reference.gated(gate_up, activation)
         gate_up = gate_up.contiguous()
         rows = gate_up.numel() // (2 * width)
         out = torch.empty(*gate_up.shape[:-1], width, dtype=gate_up.dtype)
@@ -202,12 +289,17 @@ class CpuLibrary:
         interleaved: bool = False,
     ) -> None:
         """cos and sin are float32; caches with scales are int8."""
-        tokens, q_heads, dim = q.shape
+        kv_heads, block_size, dim = k_cache.shape[1:]
+        if dim % 16 or q.dtype != torch.bfloat16 or not _takes_cache(k_cache, k_scales):
+            inputs = q, k, v, cos, sin, k_cache, v_cache, slot_mapping, k_scales, v_scales
+            return reference.rotary_store(*inputs, interleaved=interleaved)
+        tokens, q_heads = q.shape[:2]
         rotary_dim = cos.shape[-1]
-        check_rotary_dim(rotary_dim, dim)
-        kv_heads, block_size = k_cache.shape[1:3]
         if not (
-            dim % 16 == 0
+            q.shape[2] == dim
+            and 0 < rotary_dim <= dim
+            and rotary_dim % 2 == 0
+            and k.dtype == v.dtype == torch.bfloat16
             and k.shape == v.shape == (tokens, kv_heads, dim)
             and k_cache.shape == v_cache.shape == (k_cache.shape[0], kv_heads, block_size, dim)
             and cos.shape == sin.shape == (tokens, rotary_dim)
@@ -216,8 +308,9 @@ class CpuLibrary:
             and q.stride()[1:] == k.stride()[1:] == v.stride()[1:] == (dim, 1)
             and _caches_match(k_cache, v_cache, k_scales, v_scales)
         ):
+            check_rotary_dim(rotary_dim, dim)
             raise _misread(
-                "q, k and v (tokens, heads, a multiple of 16), the heads of a row contiguous; "
+                "bfloat16 q, k and v (tokens, heads, dim), the heads of a row contiguous; "
                 "float32 cos and sin (tokens, rotary dim); "
                 f"{_CACHES}",
                 q=q,
@@ -270,10 +363,13 @@ class CpuLibrary:
         sinks: Tensor | None = None,
     ) -> Tensor:
         """Caches with scales are int8; sinks may have any dtype."""
-        tokens, q_heads, dim = q.shape
-        kv_heads, block_size = k_cache.shape[1:3]
+        kv_heads, block_size, dim = k_cache.shape[1:]
+        if dim % 16 or q.dtype != torch.bfloat16 or not _takes_cache(k_cache, k_scales):
+            inputs = q, k_cache, v_cache, batch, scale, window, k_scales, v_scales
+            return reference.paged_attention(*inputs, softcap=softcap, sinks=sinks)
+        tokens, q_heads = q.shape[:2]
         if not (
-            dim % 16 == 0
+            q.shape[2] == dim
             and q_heads % kv_heads == 0
             and k_cache.shape == v_cache.shape == (k_cache.shape[0], kv_heads, block_size, dim)
             and batch.slot_mapping.shape == (tokens,)
@@ -281,7 +377,7 @@ class CpuLibrary:
             and _caches_match(k_cache, v_cache, k_scales, v_scales)
         ):
             raise _misread(
-                "q (tokens, a multiple of the KV heads, a multiple of 16), the heads of a row "
+                "bfloat16 q (tokens, a multiple of the KV heads, dim), the heads of a row "
                 f"contiguous; {_CACHES}",
                 q=q,
                 k_cache=k_cache,
@@ -292,7 +388,7 @@ class CpuLibrary:
             check_sinks(sinks, q_heads)
         wide_sinks = None if sinks is None else sinks.float()
         out = torch.empty(tokens, q_heads * dim, dtype=q.dtype)
-        self._attention(
+        failed = self._attention(
             q.data_ptr(),
             k_cache.data_ptr(),
             v_cache.data_ptr(),
@@ -315,6 +411,8 @@ class CpuLibrary:
             None if wide_sinks is None else wide_sinks.data_ptr(),
             torch.get_num_threads(),
         )
+        if failed:
+            raise _out_of_memory("paged_attention")
         return out
 
     def lora_add(
@@ -328,6 +426,8 @@ class CpuLibrary:
         batch: LoRABatch,
     ) -> None:
         """In ``b`` the outputs of one rank must be contiguous, as ``slot_buffers`` makes them."""
+        if not out.dtype == x.dtype == a.dtype == b.dtype == torch.bfloat16:
+            return reference.lora_add(out, x, a, b, ranks, offsets, batch)
         slots, width, max_rank = b.shape
         tokens, inputs = x.shape
         if not (
@@ -353,7 +453,7 @@ class CpuLibrary:
                 ranks=ranks,
                 slots=batch.slots,
             )
-        self._lora_add(
+        failed = self._lora_add(
             out.data_ptr(),
             x.data_ptr(),
             a.data_ptr(),
@@ -369,6 +469,8 @@ class CpuLibrary:
             inputs,
             torch.get_num_threads(),
         )
+        if failed:
+            raise _out_of_memory("lora_add")
 
     def sample_tokens(self, logits: Tensor, choices: Sequence[TokenChoice]) -> Tensor:
         """logits are float32. Sums are float64, so that tokens at a border may differ."""
@@ -378,7 +480,7 @@ class CpuLibrary:
         logits = logits.contiguous()
         given = torch.tensor(choices, dtype=torch.float64)
         tokens = torch.empty(rows, dtype=torch.int64)
-        self._sample(
+        failed = self._sample(
             logits.data_ptr(),
             given.data_ptr(),
             tokens.data_ptr(),
@@ -386,6 +488,8 @@ class CpuLibrary:
             vocab,
             torch.get_num_threads(),
         )
+        if failed:
+            raise _out_of_memory("sample_tokens")
         return tokens
 
 
@@ -393,6 +497,10 @@ _CACHES = (
     "contiguous caches (blocks, KV heads, block size, dim), bfloat16, or int8 with contiguous "
     "float32 scales (blocks, KV heads, block size)"
 )
+
+
+def _takes_cache(cache: Tensor, scales: Tensor | None) -> bool:
+    return cache.dtype == (torch.bfloat16 if scales is None else torch.int8)
 
 
 def _caches_match(
@@ -414,9 +522,37 @@ def _caches_match(
     )
 
 
-def _check_memory(status: int, function: Any, arguments: tuple[Any, ...]) -> None:
-    if status:
-        raise MemoryError(f"no memory for the buffers of {function.__name__}")
+def _out_of_memory(kernel: str) -> MemoryError:
+    return MemoryError(f"no memory for the buffers of nybble_{kernel}")
+
+
+@dataclass(frozen=True)
+class _Experts:
+    """The weights of experts that are stored alike.
+
+    addresses: int64 ``(experts, 5)``: of codes, scales, zeros, bias (float32) and perm; 0 for none.
+    """
+
+    weights: Sequence[PackedWeight]
+
+    @cached_property
+    def addresses(self) -> Tensor:
+        # wide_bias is kept by the weight, as the other tensors are.
+        tensors = ((w.qweight, w.scales, w.zeros, w.wide_bias, w.perm) for w in self.weights)
+        return torch.tensor([[0 if t is None else t.data_ptr() for t in each] for each in tensors])
+
+
+def _alike(weights: Sequence[PackedWeight]) -> bool:
+    """Whether one call of the kernel can read all ``weights``."""
+    first = weights[0]
+    return all(
+        (w.out_features, w.in_features, w.columns, w.group_size)
+        == (first.out_features, first.in_features, first.columns, first.group_size)
+        and w.scales.dtype == first.scales.dtype
+        and (w.zeros is None) == (first.zeros is None)
+        and torch.equal(w.levels, first.levels)
+        for w in weights
+    )
 
 
 def _misread(expected: str, **given: Tensor) -> ValueError:

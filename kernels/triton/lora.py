@@ -163,7 +163,7 @@ def lora_add(
     offsets: tuple[int, ...],
     batch: LoRABatch,
 ) -> None:
-    """See :func:`nybble.kernels.lora.lora_add`; float16 or bfloat16, up to three fused parts."""
+    """See :func:`nybble.kernels.reference.lora_add`. For 16 bits and up to three fused parts."""
     parts, width, max_rank = len(offsets) - 1, x.shape[1], b.shape[2]
     if parts > MAX_PARTS:
         raise ValueError(f"{parts} fused parts, expected at most {MAX_PARTS}")

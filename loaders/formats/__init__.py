@@ -25,10 +25,14 @@ from nybble.loaders.formats.base import (
 )
 from nybble.loaders.formats.bitsandbytes import BitsAndBytes
 from nybble.loaders.formats.codebook import CodebookWeight
+from nybble.loaders.formats.compressed_fp4 import CompressedTensorsFp4
 from nybble.loaders.formats.compressed_tensors import CompressedTensors, CompressedTensorsFp8
 from nybble.loaders.formats.fp8 import Fp8
+from nybble.loaders.formats.gguf import Gguf
 from nybble.loaders.formats.gptq import Gptq
 from nybble.loaders.formats.hqq import Hqq
+from nybble.loaders.formats.int8 import BitsAndBytesInt8, CompressedTensorsInt8
+from nybble.loaders.formats.mxfp4 import Mxfp4
 from nybble.loaders.formats.settings import Settings, read_object
 
 __all__ = [
@@ -53,12 +57,17 @@ __all__ = [
 FORMATS: tuple[type[Format], ...] = (
     Gptq,
     Awq,
+    BitsAndBytesInt8,
     BitsAndBytes,
     CompressedTensorsFp8,
+    CompressedTensorsFp4,
+    CompressedTensorsInt8,
     CompressedTensors,
     AutoRound,
     Fp8,
     Hqq,
+    Mxfp4,
+    Gguf,
 )
 
 

@@ -52,9 +52,8 @@ class AffineWeight:
     def packed(self) -> PackedWeight:
         """The same weight in the form that kernels read, columns sorted by group.
 
-        Codes of 2 and 3 bits become 4-bit codes that leave some levels unused. An 8-bit code
-        becomes two 4-bit digits, and so does its zero:
-        s · (q − z) = 16 s · (q₁ − z₁) + s · (q₀ − z₀).
+        Codes of 2 and 3 bits become 4-bit codes that leave some levels unused, those of 8 bits
+        become :func:`two_digits`.
 
         Raises ValueError for groups of different sizes, and for an 8-bit weight with a short last
         group or with scales that float16 cannot hold 16 times.
@@ -72,11 +71,7 @@ class AffineWeight:
                     "an 8-bit weight needs whole groups and scales below 4,096; it has "
                     f"{columns} inputs in groups of {group_size}, scales up to {scales.max()}"
                 )
-            codes = torch.cat((codes >> 4, codes & 0xF), dim=1)
-            zeros = torch.cat((zeros >> 4, zeros & 0xF), dim=1)
-            scales = torch.cat((scales * 16, scales), dim=1)
-            in_order = torch.arange(columns, dtype=torch.int32)
-            perm = (in_order if perm is None else perm).repeat(2)
+            codes, scales, zeros, perm = two_digits(codes, scales, zeros, perm)
         return PackedWeight(
             qweight=pack_nibbles(codes),
             scales=scales.contiguous(),
@@ -88,6 +83,29 @@ class AffineWeight:
             perm=perm,
             bias=self.bias,
         )
+
+
+def two_digits(
+    codes: Tensor, scales: Tensor, zeros: Tensor, perm: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """8-bit codes, scales, zeros and perm as those of two 4-bit digits side by side.
+
+    s · (q − z) = 16 s · (q₁ − z₁) + s · (q₀ − z₀), with a whole number z₁, so that each part is
+    small if the sum is.
+
+    codes: uint8 ``(out, in)``.
+    scales, zeros: ``(out, groups)``; zeros may be integers or not.
+    """
+    columns = codes.shape[1]
+    high = (zeros.float() / 16).floor()
+    low = zeros.float() - 16 * high
+    in_order = torch.arange(columns, dtype=torch.int32)
+    return (
+        torch.cat((codes >> 4, codes & 0xF), dim=1),
+        torch.cat((scales * 16, scales), dim=1),
+        torch.cat((high, low), dim=1).to(zeros.dtype),
+        (in_order if perm is None else perm).repeat(2),
+    )
 
 
 @dataclass(frozen=True)

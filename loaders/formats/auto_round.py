@@ -21,7 +21,8 @@ from nybble.loaders.formats.awq import Awq
 from nybble.loaders.formats.base import AffineFormat
 from nybble.loaders.formats.gptq import Gptq
 from nybble.loaders.formats.settings import Settings
-from nybble.loaders.shards import Shards, TensorHeader
+from nybble.loaders.shards import Shards
+from nybble.loaders.tensor_file import TensorHeader
 
 _GPTQ, _AWQ = "auto_round:auto_gptq", "auto_round:auto_awq"
 _GPTQ_V2 = ("auto_round", "auto_round:gptqmodel")

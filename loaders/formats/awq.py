@@ -27,7 +27,8 @@ from nybble.loaders.formats.affine import (
 )
 from nybble.loaders.formats.base import AffineFormat, Method, WriteOptions, read_bias, read_words
 from nybble.loaders.formats.settings import Settings
-from nybble.loaders.shards import Shards, TensorHeader
+from nybble.loaders.shards import Shards
+from nybble.loaders.tensor_file import TensorHeader
 
 _ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # of eight neighbouring outputs in a word, from the low nibble
 _NIBBLE_OF = tuple(_ORDER.index(output) for output in range(8))

@@ -22,7 +22,8 @@ from nybble.loaders.formats.affine import (
 )
 from nybble.loaders.formats.codebook import BLOCKSIZE, CodebookWeight, QuantType
 from nybble.loaders.formats.settings import Settings
-from nybble.loaders.shards import Shards, TensorHeader
+from nybble.loaders.shards import Shards
+from nybble.loaders.tensor_file import TensorHeader
 
 QuantizedWeight = AffineWeight | CodebookWeight
 Method = Literal["gptq", "awq"]
@@ -114,9 +115,23 @@ class Format(ABC):
         """Whether a module with these tensors is quantized."""
         return not self.marks.isdisjoint(leaves)
 
+    def rounding(self, shards: Shards) -> str | None:
+        """Which weights loading rounds, and how; None if it keeps every value."""
+        return None
+
     @abstractmethod
     def read(self, shards: Shards, module: str) -> PackedWeight | DenseWeight:
         """A quantized module's weight. Raises CheckpointError naming the tensor."""
+
+    def embedding(self, shards: Shards, module: str) -> Tensor:
+        """A quantized embedding in bfloat16 ``(vocab, hidden)``: it is looked up, not multiplied.
+
+        Raises as :meth:`read`.
+        """
+        weight = self.read(shards, module)
+        return (
+            weight.weight if isinstance(weight, DenseWeight) else weight.dequantize(torch.bfloat16)
+        )
 
     @abstractmethod
     def loaded_bytes(

@@ -22,7 +22,8 @@ from nybble.loaders.errors import CheckpointError
 from nybble.loaders.formats.base import CodebookFormat, OptionError, WriteOptions, read_bias
 from nybble.loaders.formats.codebook import BLOCKSIZE, CodebookWeight, NestedAbsmax, QuantType
 from nybble.loaders.formats.settings import Settings
-from nybble.loaders.shards import Shards, TensorHeader
+from nybble.loaders.shards import Shards
+from nybble.loaders.tensor_file import TensorHeader
 
 _KINDS: tuple[QuantType, ...] = ("nf4", "fp4")
 _BLOCKSIZES = tuple(32 << n for n in range(8))
@@ -44,8 +45,7 @@ class BitsAndBytes(CodebookFormat):
     def from_settings(cls, settings: Settings) -> Self:
         if not settings.flag(settings.first("load_in_4bit", "_load_in_4bit"), False):
             raise CheckpointError(
-                f"{settings.source}: 8-bit bitsandbytes weights are not supported; supported: "
-                "4 bits (load_in_4bit)"
+                f"{settings.source}: neither load_in_4bit nor load_in_8bit is true"
             )
         return cls(
             {**settings, "quant_method": cls.quant_method},

@@ -32,7 +32,8 @@ from nybble.loaders.formats.base import (
 )
 from nybble.loaders.formats.fp8 import Fp8
 from nybble.loaders.formats.settings import Settings
-from nybble.loaders.shards import Shards, TensorHeader
+from nybble.loaders.shards import Shards
+from nybble.loaders.tensor_file import TensorHeader
 
 _PACKED = "pack-quantized"
 _FLOAT = ("float-quantized", "naive-quantized")
@@ -68,7 +69,7 @@ class CompressedTensors(AffineFormat):
     def from_settings(cls, settings: Settings) -> Self:
         groups = [
             (target, cls._of_group(weights))
-            for target, weights in _groups(settings, (_PACKED,)).items()
+            for target, weights in config_groups(settings, (_PACKED,)).items()
         ]
         first = groups[0][1]
         return replace(
@@ -185,7 +186,7 @@ class CompressedTensors(AffineFormat):
         return AffineSizes(out, words * 32 // self.bits, scales.shape[1], scales.itemsize)
 
 
-def _groups(settings: Settings, formats: Sequence[str]) -> Mapping[str, Settings]:
+def config_groups(settings: Settings, formats: Sequence[str]) -> Mapping[str, Settings]:
     """Each target with the settings of the weights that it matches.
 
     Raises CheckpointError for a group in another format, and for sparse or transformed weights.
@@ -255,12 +256,16 @@ class CompressedTensorsFp8(Fp8):
 
     @classmethod
     def accepts(cls, settings: Settings) -> bool:
-        return super().accepts(settings) and settings.get("format") in _FLOAT
+        format = settings.get("format")
+        if not super().accepts(settings) or format not in _FLOAT:
+            return False
+        groups = config_groups(settings, _FLOAT).values()
+        return format == _FLOAT[0] or any(group.get("type") == "float" for group in groups)
 
     @classmethod
     def from_settings(cls, settings: Settings) -> Self:
         blocks = set()
-        for weights in _groups(settings, _FLOAT).values():
+        for weights in config_groups(settings, _FLOAT).values():
             weights.choice("type", ("float",), "float")
             weights.choice("num_bits", (8,), 8)
             blocks.add(_block(weights))

@@ -20,7 +20,8 @@ from nybble.kernels import DenseWeight
 from nybble.loaders.errors import CheckpointError
 from nybble.loaders.formats.base import Format, read_bias
 from nybble.loaders.formats.settings import Settings
-from nybble.loaders.shards import Shards, TensorHeader
+from nybble.loaders.shards import Shards
+from nybble.loaders.tensor_file import TensorHeader
 
 _ACTIVATIONS = "activations keep the dtype of the computation"
 _CACHE = "the KV cache's dtype is what --kv-cache-dtype says"

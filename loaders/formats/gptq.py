@@ -36,7 +36,8 @@ from nybble.loaders.formats.base import (
     read_words,
 )
 from nybble.loaders.formats.settings import Settings
-from nybble.loaders.shards import Shards, TensorHeader
+from nybble.loaders.shards import Shards
+from nybble.loaders.tensor_file import TensorHeader
 
 _LAYOUTS = ("gptq", "gptq_v2")
 

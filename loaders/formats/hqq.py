@@ -19,9 +19,11 @@ from torch import Tensor
 from nybble.kernels import PackedWeight
 from nybble.kernels.packed import INTEGER_LEVELS, pack_nibbles
 from nybble.loaders.errors import CheckpointError
+from nybble.loaders.formats.affine import two_digits
 from nybble.loaders.formats.base import Format, read_bias
 from nybble.loaders.formats.settings import Settings
-from nybble.loaders.shards import Shards, TensorHeader
+from nybble.loaders.shards import Shards
+from nybble.loaders.tensor_file import TensorHeader
 
 _CODES = {1: 8, 2: 4, 3: 10, 4: 2, 8: 1}  # in a byte, or of 3 bits in an int32
 
@@ -88,11 +90,8 @@ class Hqq(Format):
             )
         codes = codes[: out * groups].reshape(out, columns)
         perm: Tensor | None = None
-        if bits == 8:  # two digits; the zero applies to the lower one
-            codes = torch.cat((codes >> 4, codes & 0xF), dim=1)
-            scales = torch.cat((scales * 16, scales), dim=1)
-            zeros = torch.cat((torch.zeros_like(zeros), zeros), dim=1)
-            perm = torch.arange(columns, dtype=torch.int32).repeat(2)
+        if bits == 8:
+            codes, scales, zeros, perm = two_digits(codes, scales, zeros)
         if not scales.isfinite().all():
             raise CheckpointError(f"{shards.folder}: {module}.scale is too large or not finite")
         return PackedWeight(

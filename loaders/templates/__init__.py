@@ -5,6 +5,5 @@ from nybble.loaders.templates.renderer import (
     TemplateRefusedError,
     TemplateRenderer,
 )
-from nybble.loaders.templates.turns import as_turn
 
-__all__ = ["TemplateFailedError", "TemplateRefusedError", "TemplateRenderer", "as_turn"]
+__all__ = ["TemplateFailedError", "TemplateRefusedError", "TemplateRenderer"]

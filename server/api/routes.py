@@ -76,7 +76,7 @@ class Api:
             templates,
             trust_chat_templates=trust_chat_templates,
         )
-        self._tokens = TokenBytes(engine.tokenizer)
+        self._tokens = TokenBytes(engine.vocabulary)
         self._compiling = CompilePool()
         self._grammars = GrammarCompiler(engine.tokenizer, engine.vocab_size, engine.eos_token_ids)
 

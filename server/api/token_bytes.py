@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from transformers import PreTrainedTokenizerBase
-
 from nybble.engine import Vocabulary
 
 
 class TokenBytes:
     """Maps token ids to bytes and to printable text."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._vocabulary = Vocabulary(tokenizer.backend_tokenizer)
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self._vocabulary = vocabulary
 
     def of(self, token_id: int) -> bytes:
         """A token's bytes; empty for a padding row of the vocabulary."""

@@ -46,6 +46,8 @@ def engine_config(options: ServeOptions) -> EngineConfig:
         max_batched_tokens=memory.max_batched_tokens or max(default_tokens, memory.max_num_seqs),
         max_model_len=model.max_model_len,
         max_waiting=memory.max_waiting,
+        speculate=memory.speculate,
+        max_draft_tokens=memory.max_draft_tokens,
         adapters=_adapter_config(options),
         tune=model.tune,
         restarts=_RESTARTS if options.operation.on_engine_failure == "restart" else 0,

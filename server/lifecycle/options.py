@@ -212,6 +212,17 @@ class MemoryOptions:
             min=1,
         ),
     ] = None
+    speculate: Annotated[
+        Literal["off", "ngram", "auto"],
+        _memory(
+            help="Verify several tokens in a step which are drafted from what a sequence repeats "
+            "(prompt lookup): 'ngram' always, 'auto' if it pays by the steps measured so far. "
+            "Outputs stay the same."
+        ),
+    ] = "off"
+    max_draft_tokens: Annotated[
+        int, _memory(help="Most draft tokens of a sequence in one step.", min=1)
+    ] = 8
     max_waiting: Annotated[
         int, _memory(help="Sequences queued beyond --max-num-seqs; more get 429.", min=0)
     ] = 256

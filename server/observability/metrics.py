@@ -28,7 +28,7 @@ from prometheus_client.metrics_core import (
 from prometheus_client.registry import Collector
 
 from nybble.engine import Engine, Request
-from nybble.engine.size_counts import SizeCounts
+from nybble.engine.stats import SizeCounts
 from nybble.server.tenancy.admission import Admission
 
 _TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
@@ -47,7 +47,7 @@ _CAUSES = (
 )
 _TOKENS = tuple(1 << i for i in range(18))  # up to contexts of 131,072
 # Buckets of a step's sizes, as powers of two: 1,024 sequences and 16,384 tokens.
-_STEP_SEQUENCES, _STEP_TOKENS = 11, 15
+_STEP_SEQUENCES, _STEP_TOKENS, _ACCEPTED_LENGTH = 11, 15, 6
 
 
 class Metrics:
@@ -281,6 +281,11 @@ class _EngineCollector(Collector):
                 "Sequences sent back to wait for KV blocks.",
                 stats.preemptions,
             ),
+            "nybble_draft_tokens": ("Draft tokens verified.", stats.draft_tokens),
+            "nybble_accepted_draft_tokens": (
+                "Draft tokens that were what the model says.",
+                stats.accepted_tokens,
+            ),
             "nybble_engine_failures": ("Failures of the engine.", stats.failures),
             "nybble_engine_restarts": ("Times the engine began again.", stats.restarts),
             "nybble_engine_steps": ("Steps of the engine.", stats.steps),
@@ -310,6 +315,12 @@ class _EngineCollector(Collector):
             "Tokens computed in a step, of prompts and outputs.",
             stats.step_tokens,
             _STEP_TOKENS,
+        )
+        yield _sizes(
+            "nybble_draft_accepted_length",
+            "Tokens that a verified draft brought, the one sampled after it included.",
+            stats.accepted_of_draft,
+            _ACCEPTED_LENGTH,
         )
         for name, (about, value) in gauges.items():
             yield GaugeMetricFamily(name, about, value=float(value))

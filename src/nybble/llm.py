@@ -38,14 +38,17 @@ from nybble.engine import (
     TokenLogprob,
     resolve_device,
 )
+from nybble.engine.conversation import (
+    ChatEncoder,
+    Turn,
+    rendered,
+    takes_parts,
+    template_of,
+    turn_of,
+)
 from nybble.engine.memory import memory_explained
 from nybble.engine.request import FinishReason
-from nybble.loaders.templates import (
-    TemplateFailedError,
-    TemplateRefusedError,
-    TemplateRenderer,
-    as_turn,
-)
+from nybble.loaders.templates import TemplateFailedError, TemplateRefusedError, TemplateRenderer
 from nybble.quantizers.prepare import prepare_checkpoint
 
 T = TypeVar("T")
@@ -97,6 +100,8 @@ class LLM:
         kv_cache_bytes: int | None = None,
         kv_cache_dtype: Literal["auto", "int8", "fp8"] = "auto",
         max_num_seqs: int = 64,
+        speculate: Literal["off", "ngram", "auto"] = "off",
+        max_draft_tokens: int = 8,
         enable_lora: bool = False,
         max_loras: int = 8,
         max_lora_rank: int = 64,
@@ -122,6 +127,8 @@ class LLM:
             max_batched_tokens=max(EngineConfig.max_batched_tokens, max_num_seqs),
             max_model_len=max_model_len,
             max_waiting=max_num_seqs,
+            speculate=speculate,
+            max_draft_tokens=max_draft_tokens,
             adapters=AdapterConfig(max_loras, max_lora_rank) if enable_lora else None,
             tune=tune,
         )
@@ -141,6 +148,8 @@ class LLM:
         self._engine = engine
         self._adapters_enabled = enable_lora
         self._templates = TemplateRenderer()
+        self._chat_encoder = ChatEncoder(engine.tokenizer)
+        self._parts: dict[str, bool] = {}  # by template: whether it reads content as parts
         self._numbers = itertools.count()
         self._places = asyncio.Semaphore(config.max_num_seqs + config.max_waiting)
         # A loop of its own, so that a program with a running loop (a notebook) can call it too.
@@ -201,7 +210,13 @@ class LLM:
         Raises also ParameterError for a model without a chat template and for messages that its
         template refuses.
         """
-        if not self.tokenizer.chat_template:
+        try:
+            template = template_of(self.tokenizer, tools=bool(tools))
+        except ValueError as error:
+            raise ParameterError(
+                "messages", f"the model's chat templates cannot be used: {error}"
+            ) from None
+        if template is None:
             raise ParameterError(
                 "messages",
                 "the model has no chat template: use generate(), or put a chat_template.jinja into "
@@ -209,10 +224,8 @@ class LLM:
             )
         single = len(messages) > 0 and isinstance(messages[0], Mapping)
         conversations = cast(Sequence[Conversation], [messages] if single else messages)
-        template = self.tokenizer.get_chat_template(tools=list(tools) if tools else None)
         variables = {**self.tokenizer.special_tokens_map, **(template_variables or {})}
-        texts = [self._render(template, each, tools, variables) for each in conversations]
-        encoded = self._encode(texts, special_tokens=False)
+        encoded = [self._encode_chat(template, each, tools, variables) for each in conversations]
         return self._run(encoded, params, adapter, progress)
 
     def close(self) -> None:
@@ -230,16 +243,24 @@ class LLM:
     ) -> None:
         self.close()
 
-    def _render(
+    def _encode_chat(
         self,
         template: str,
         messages: Conversation,
         tools: Sequence[dict[str, Any]] | None,
         variables: dict[str, Any],
-    ) -> str:
-        try:
-            turns = [as_turn(message) for message in messages]
+    ) -> tuple[int, ...]:
+        """The token ids that the server makes of a conversation, up to the assistant's turn."""
+
+        def render(turns: Sequence[Turn]) -> str:
             return self._templates.render(template, turns, tools, variables)
+
+        try:
+            turns = self._chat_encoder.shielded([turn_of(each) for each in messages], template)
+            if template not in self._parts:
+                self._parts[template] = takes_parts(render)
+            text = rendered(turns, render, parts=self._parts[template])
+            return tuple(self._chat_encoder.encode(text))
         except (TemplateRefusedError, TemplateFailedError) as error:
             raise ParameterError(
                 "messages", f"the chat template cannot render these messages: {error}"
@@ -247,15 +268,9 @@ class LLM:
         except ValueError as error:
             raise ParameterError("messages", str(error)) from None
 
-    def _encode(
-        self, prompts: Sequence[Prompt], special_tokens: bool = True
-    ) -> list[tuple[int, ...]]:
+    def _encode(self, prompts: Sequence[Prompt]) -> list[tuple[int, ...]]:
         texts = [prompt for prompt in prompts if isinstance(prompt, str)]
-        encodings = iter(
-            self.tokenizer.backend_tokenizer.encode_batch_fast(
-                texts, add_special_tokens=special_tokens
-            )
-        )
+        encodings = iter(self.tokenizer.backend_tokenizer.encode_batch_fast(texts))
         return [
             tuple(next(encodings).ids) if isinstance(prompt, str) else _token_ids(index, prompt)
             for index, prompt in enumerate(prompts)

@@ -10,18 +10,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from nybble.engine import EngineConfig, decoder, parts
+from nybble.engine import EngineConfig
 from nybble.engine.decoder import Decoder
 from nybble.engine.kv_cache import KVCacheLayout
 from nybble.engine.request import Request, SamplingParams
 from nybble.engine.runner import ModelRunner
 from nybble.engine.scheduler import ScheduledSequence
 from nybble.engine.sequence import BlockTable, Sequence
+from nybble.kernels import reference
+from nybble.kernels.packed import LinearKernel, Weight
 from nybble.models import architecture_of
 
 SYNCHRONIZING = ("_local_scalar_dense", "nonzero", "item", "is_nonzero")
@@ -50,6 +51,15 @@ class Recording(TorchDispatchMode):
 RECORDING: list[Recording] = []
 
 
+def recorded(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if RECORDING:
+            return RECORDING[-1].call(kernel, args, kwargs)
+        return kernel(*args, **kwargs)
+
+    return call
+
+
 class Graph:
     def __init__(self, function: Callable[[], Tensor]) -> None:
         function()
@@ -75,19 +85,20 @@ def _tensors(result: Any) -> list[Tensor]:
     return [t for t in result if isinstance(t, Tensor)] if isinstance(result, tuple | list) else []
 
 
-@pytest.fixture(autouse=True)
-def _kernels_are_single_operations(monkeypatch: pytest.MonkeyPatch) -> None:
-    """References read what kernels leave on the device, so each is recorded as one operation."""
-    kernels = ("paged_attention", "rotary_store", "linear", "gated_linear")
-    for module, name in [(decoder, "linear"), *((parts, name) for name in kernels)]:
-        original = getattr(module, name)
+class SingleOperations:
+    """The reference, each kernel of which is recorded as one operation.
 
-        def wrapped(*args: Any, original: Any = original, **kwargs: Any) -> Any:
-            if RECORDING:
-                return RECORDING[-1].call(original, args, kwargs)
-            return original(*args, **kwargs)
+    A kernel reads on the device what its reference reads on the host.
+    """
 
-        monkeypatch.setattr(module, name, wrapped)
+    def __getattr__(self, name: str) -> Any:
+        return getattr(reference, name)
+
+    def linear(self, weight: Weight, dtype: torch.dtype) -> LinearKernel:
+        return recorded(reference.linear(weight, dtype))
+
+    rotary_store = staticmethod(recorded(reference.rotary_store))
+    paged_attention = staticmethod(recorded(reference.paged_attention))
 
 
 def sequence(name: str, prompt: list[int], blocks: list[int]) -> Sequence:
@@ -142,6 +153,7 @@ def test_replayed_operations_give_the_logits_of_every_later_step(
             device=torch.device("cpu"),
             dtype=torch.float32,
             max_model_len=64,
+            backend=SingleOperations(),
         )
         layout = KVCacheLayout.of(model.architecture, CONFIG, 64)
         runner = ModelRunner(model, CONFIG, layout, 16)

@@ -14,7 +14,7 @@ from nybble.engine.inputs import InputBuffers, StepInputs
 from nybble.engine.request import Request, SamplingParams
 from nybble.engine.scheduler import ScheduledBatch, ScheduledSequence, Scheduler
 from nybble.engine.sequence import BlockTable, Sequence
-from nybble.kernels.lora import LoRABatch
+from nybble.kernels.lora_batch import LoRABatch
 
 BLOCK = 4
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nybble.kernels import ops
+from nybble.kernels.triton import norm
 
 from .device import CUDA, Device
 
@@ -148,17 +148,17 @@ def test_graphs_of_one_pool_overwrite_each_other(gpu: Device) -> None:
 
 def test_kernels_are_launched_on_the_device_of_their_tensors(gpu: Device) -> None:
     x, weight = torch.ones(2, 64, device=CUDA).half(), torch.ones(64, device=CUDA).half()
-    assert ops.rms_norm(x, weight, 0.0).tolist() == [[1.0] * 64] * 2
+    assert norm.rms_norm(x, weight, 0.0).tolist() == [[1.0] * 64] * 2
     with pytest.raises(ValueError, match="of the host's memory"):
-        ops.rms_norm(x, weight.cpu(), 0.0)
+        norm.rms_norm(x, weight.cpu(), 0.0)
     torch.cuda.set_device(0)
     with pytest.raises(RuntimeError, match="launched on cuda:0"):
-        ops.rms_norm(x, weight, 0.0)
+        norm.rms_norm(x, weight, 0.0)
 
 
 def test_a_kernel_that_no_one_has_run_before_is_not_captured(gpu: Device) -> None:
     x, weight = torch.ones(2, 64, device=CUDA).half(), torch.ones(64, device=CUDA).half()
     with pytest.raises(RuntimeError, match="would be compiled while a stream is capturing"):
-        capture(lambda: ops.rms_norm(x, weight, 0.0))
-    ops.rms_norm(x, weight, 0.0)
-    capture(lambda: ops.rms_norm(x, weight, 0.0))
+        capture(lambda: norm.rms_norm(x, weight, 0.0))
+    norm.rms_norm(x, weight, 0.0)
+    capture(lambda: norm.rms_norm(x, weight, 0.0))

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from nybble.kernels import DenseWeight, PackedWeight, ops, reference
+from nybble.kernels import DenseWeight, PackedWeight, reference
 from nybble.kernels.activation import ACTIVATIONS, Activation
 from nybble.kernels.attention_batch import AttentionBatch
 from nybble.kernels.cpu.build import (
@@ -34,8 +34,9 @@ from nybble.kernels.cpu.build import (
     wanted_targets,
 )
 from nybble.kernels.cpu.library import CpuLibrary
-from nybble.kernels.lora import LoRABatch, slot_buffers
-from nybble.kernels.matmul import linear, packed_matmul, rows_computed
+from nybble.kernels.lora import slot_buffers
+from nybble.kernels.lora_batch import LoRABatch
+from nybble.kernels.matmul import packed_matmul
 from nybble.kernels.packed import (
     INT8_MAX,
     INTEGER_LEVELS,
@@ -351,6 +352,7 @@ def test_dense_weights_are_multiplied_with_few_numbers_of_rows(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     weight = DenseWeight(torch.randn(48, 64).bfloat16(), torch.randn(48).bfloat16())
+    linear = reference.linear(weight, torch.bfloat16)
     computed: set[int] = set()
     compute = torch.nn.functional.linear
 
@@ -361,13 +363,13 @@ def test_dense_weights_are_multiplied_with_few_numbers_of_rows(
     monkeypatch.setattr(torch.nn.functional, "linear", spy)
     for rows in range(301):
         x = torch.randn(rows, 64).bfloat16()
-        found = linear(x, weight)
+        found = linear(x)
         assert weight.bias is not None
         expected = x.double() @ weight.weight.double().T + weight.bias.double()
         torch.testing.assert_close(found.double(), expected, rtol=2e-2, atol=2e-2)
-        assert rows <= rows_computed(rows) <= 1.5 * rows + 0.5
+        assert rows <= reference.rows_computed(rows) <= 1.5 * rows + 0.5
     assert len(computed) <= 18  # each costs half a MiB, for each shape of weight
-    assert linear(torch.randn(2, 5, 64).bfloat16(), weight).shape == (2, 5, 48)
+    assert linear(torch.randn(2, 5, 64).bfloat16()).shape == (2, 5, 48)
 
 
 def test_norms_and_activation(cpu: CpuLibrary) -> None:
@@ -723,28 +725,55 @@ def test_norms_and_products_refuse_what_they_would_misread(cpu: CpuLibrary) -> N
         cpu.rms_norm(x, weight[:32], 1e-6)
     with pytest.raises(ValueError, match=r"residual: .* \(1, 64\)"):
         cpu.add_rms_norm(x, x[:1], weight, 1e-6)
-    with pytest.raises(ValueError, match=r"gate_up: .* \(3, 48\)"):
-        cpu.gated(x[:, :48], "silu")
     packed = random_weight(16, 64, 32, "sym", torch.float16, act_order=False, bias=False)
     with pytest.raises(ValueError, match=r"x: .* \(3, 32\)"):
         cpu.packed_matmul(x[:, :32], packed.to_layout("cpu_tiles"))
 
 
-def test_attention_over_a_cache_of_another_dtype_is_the_references() -> None:
+def test_what_the_vectors_do_not_divide_is_the_references(cpu: CpuLibrary) -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(3, 40).bfloat16(), torch.rand(40).bfloat16()
+    assert torch.equal(cpu.rms_norm(x, weight, 1e-6), reference.rms_norm(x, weight, 1e-6))
+    for found, expected in zip(
+        cpu.add_rms_norm(x, x, weight, 1e-6),
+        reference.add_rms_norm(x, x, weight, 1e-6),
+        strict=True,
+    ):
+        assert torch.equal(found, expected)
+    assert torch.equal(cpu.gated(x, "silu"), reference.gated(x, "silu"))
+    steps = [Step(), Step()]
+    narrow = []
+    for step in steps:
+        step.q, step.k, step.v = (t[..., :24] for t in (step.q, step.k, step.v))
+        caches = step.k_cache[..., :24], step.v_cache[..., :24]
+        narrow.append((step, caches, (step.cos[:, :24], step.sin[:, :24])))
+    for kernels, (step, caches, angles) in zip((cpu, reference), narrow, strict=True):
+        heads = step.q, step.k, step.v
+        kernels.rotary_store(*heads, *angles, *caches, step.batch.slot_mapping)
+    (one, ours, _), (other, theirs, _) = narrow
+    assert torch.equal(one.q, other.q)
+    assert torch.equal(ours[0], theirs[0])
+    assert torch.equal(
+        cpu.paged_attention(one.q, *ours, one.batch, 0.2),
+        reference.paged_attention(other.q, *theirs, other.batch, 0.2),
+    )
+
+
+def test_attention_over_a_cache_of_another_dtype_is_the_references(cpu: CpuLibrary) -> None:
     step = Step()
     caches = step.k_cache.float(), step.v_cache.float()
-    found = ops.paged_attention(step.q, *caches, step.batch, 0.2)
+    found = cpu.paged_attention(step.q, *caches, step.batch, 0.2)
     assert torch.equal(found, reference.paged_attention(step.q, *caches, step.batch, 0.2))
 
 
-def test_norms_of_other_dtypes_and_strides_are_the_references() -> None:
+def test_norms_of_other_dtypes_and_strides_are_the_references(cpu: CpuLibrary) -> None:
     torch.manual_seed(0)
     x, weight = torch.randn(3, 64).bfloat16(), torch.rand(128)
     expected = reference.rms_norm(x, weight[:64], 1e-6)
-    torch.testing.assert_close(ops.rms_norm(x, weight[:64], 1e-6), expected)
+    torch.testing.assert_close(cpu.rms_norm(x, weight[:64], 1e-6), expected)
     strided = weight.bfloat16()[::2]
     expected = reference.rms_norm(x, strided, 1e-6)
-    torch.testing.assert_close(ops.rms_norm(x, strided, 1e-6), expected, rtol=2**-7, atol=0)
+    torch.testing.assert_close(cpu.rms_norm(x, strided, 1e-6), expected, rtol=2**-7, atol=0)
 
 
 def test_gates_may_have_any_dimensions(cpu: CpuLibrary) -> None:

@@ -23,7 +23,7 @@ from nybble.kernels import PackedWeight, reference
 from nybble.kernels.attention_batch import AttentionBatch
 from nybble.kernels.cpu.build import TARGETS, build, missing_cpu_features
 from nybble.kernels.cpu.library import CpuLibrary
-from nybble.kernels.lora import LoRABatch, lora_add_reference
+from nybble.kernels.lora_batch import LoRABatch
 from nybble.kernels.packed import INTEGER_LEVELS, SYMMETRIC_LEVELS, pack_nibbles
 from nybble.kernels.reference import TokenChoice
 
@@ -140,6 +140,26 @@ def test_packed_weights(
         assert torch.equal(cpu.dequantize(weight, dtype), weight.dequantize(dtype))
 
 
+@pytest.mark.parametrize("out", [1, 63, 144])
+@pytest.mark.parametrize(("columns", "group"), [(1, 1), (7, 7), (40, 16), (129, 64)])
+@pytest.mark.parametrize("rows", [0, 1, 5, 13])
+def test_experts(
+    cpu: CpuLibrary, guard: Guard, rows: int, columns: int, group: int, out: int
+) -> None:
+    torch.manual_seed(0)
+    experts = [packed(guard, out, columns, group, torch.float16, zeros=True) for _ in range(4)]
+    ids = guard(torch.arange(2 * rows).view(rows, 2) % 3)  # expert 3 has no rows
+    kernel = cpu.grouped_linear(experts, torch.bfloat16)
+    linears = [cpu.linear(expert, torch.bfloat16) for expert in experts]
+    for x in (torch.randn(rows, columns), torch.randn(rows, 2, columns)):
+        for weights in (None, guard(torch.rand(rows, 2))):
+            given = guard(x.bfloat16())
+            found = kernel(given, ids, weights)
+            if rows:
+                expected = reference.grouped_matmul(given, ids, weights, experts=linears)
+                assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("rows", [0, 1, 9])
 @pytest.mark.parametrize("width", [16, 48, 160])
 def test_norms_and_gates(cpu: CpuLibrary, guard: Guard, width: int, rows: int) -> None:
@@ -253,6 +273,6 @@ def test_low_rank_additions(
         x = guard(torch.randn(len(slots), inputs).bfloat16())
         found, expected = (guard(torch.ones(len(slots), offsets[-1]).bfloat16()) for _ in range(2))
         cpu.lora_add(found, x, a, b, ranks, offsets, batch)
-        lora_add_reference(expected, x, a, b, ranks, offsets, batch)
+        reference.lora_add(expected, x, a, b, ranks, offsets, batch)
         assert all(start < end for start, end in pairwise(offsets))
         torch.testing.assert_close(found, expected, rtol=2**-6, atol=2**-4 * max_rank)

@@ -13,16 +13,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from nybble.kernels import reference
+from nybble.kernels.backend import backend_for
 from nybble.kernels.cpu.build import TARGETS, build, missing_cpu_features
 from nybble.kernels.cpu.library import CpuLibrary
-from nybble.kernels.lora import LoRABatch, lora_add, lora_add_reference, slot_buffers
+from nybble.kernels.lora import slot_buffers
+from nybble.kernels.lora_batch import LoRABatch
 
 
 @pytest.fixture(scope="module", params=["reference", *TARGETS], ids=lambda p: getattr(p, "name", p))
 def kernel(request: pytest.FixtureRequest) -> Callable[..., None]:
     """The reference, and the kernels compiled for each target this machine runs."""
     if request.param == "reference":
-        return lora_add_reference
+        return reference.lora_add
     if missing := missing_cpu_features(request.param):
         pytest.skip(f"this CPU lacks {', '.join(missing)}")
     return CpuLibrary(ctypes.CDLL(str(build(request.param)))).lora_add
@@ -169,5 +172,6 @@ def test_other_dtypes_are_computed_without_the_kernel() -> None:
     expected = exactly(out, x, a, b, offsets, slots)
     batch = LoRABatch.of(slots, "cpu")
     assert batch is not None
-    lora_add(out, x, a, b, ranks, offsets, batch)
+    cpu = backend_for(torch.device("cpu"), torch.float32)
+    cpu.lora_add(out, x, a, b, ranks, offsets, batch)
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)

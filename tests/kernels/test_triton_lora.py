@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from nybble.kernels.lora import LoRABatch, lora_add_reference, slot_buffers
+from nybble.kernels import reference
+from nybble.kernels.lora import slot_buffers
+from nybble.kernels.lora_batch import LoRABatch
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -56,7 +58,7 @@ def test_every_row_gets_its_adapter(
     batch = LoRABatch.of(slots, DEVICE)
     assert batch is not None
     expected = out.clone()
-    lora_add_reference(expected, x, a, b, ranks, offsets, batch)
+    reference.lora_add(expected, x, a, b, ranks, offsets, batch)
     found = out.clone()
     lora.lora_add(found, x, a, b, ranks, offsets, batch)
     untouched = [row for row, slot in enumerate(slots) if slot <= 0]

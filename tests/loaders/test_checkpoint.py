@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from nybble.kernels import DenseWeight, PackedWeight
 from nybble.loaders import Checkpoint, CheckpointError, open_checkpoint
@@ -216,3 +217,30 @@ def test_a_bias_that_the_family_has_is_missed(
     edit_tensors(folder, leave_out)
     with pytest.raises(CheckpointError, match=f"has no tensor {name}, which qwen2 models have"):
         next(open_checkpoint(folder).weights())
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.1.self_attn.q_norm.weight",
+        "model.layers.0.self_attn.k_norm.weight",
+        "model.layers.1.post_attention_layernorm.weight",
+        "model.norm.weight",
+        "model.embed_tokens.weight",
+    ],
+)
+def test_a_norm_or_the_embedding_that_is_not_there_is_named(
+    tmp_path: Path, tiny_model: Callable[..., Path], name: str
+) -> None:
+    """A model with one of two norms of heads would answer, and be another one."""
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 8}
+    config = AutoConfig.for_model("qwen3", vocab_size=32, num_attention_heads=4, **sizes)
+    config.num_key_value_heads = 2
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+
+    def leave_out(tensors: dict[str, Tensor]) -> None:
+        del tensors[name]
+
+    edit_tensors(tmp_path, leave_out)
+    with pytest.raises(CheckpointError, match=f"has no tensor {name}, which qwen3 models have"):
+        next(open_checkpoint(tmp_path).weights())

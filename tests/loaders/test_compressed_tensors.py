@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from nybble.kernels import DenseWeight, PackedWeight
 from nybble.loaders import CheckpointError, open_checkpoint
@@ -59,6 +59,51 @@ def test_fp8_weights_equal_the_package_s_own() -> None:
         found = checkpoint.projection(shards, name)
         assert isinstance(found, DenseWeight)
         assert torch.equal(found.weight, weight), name
+
+
+@pytest.mark.parametrize(
+    ("kind", "format"), [("nvfp4", "nvfp4"), ("mxfp4", "mxfp4"), ("int", "int8")]
+)
+def test_weights_of_other_numbers_equal_the_package_s_own(
+    kind: str, format: str, tmp_path: Path
+) -> None:
+    """NVFP4 and MXFP4; int8 by output, one a matrix, by group and with zero points. All packed."""
+    folder = Path(shutil.copytree(FILES / kind, tmp_path / kind))
+    expected = load_file(folder / "expected.safetensors")
+    (folder / "expected.safetensors").unlink()
+    checkpoint = open_checkpoint(folder)
+    assert isinstance(checkpoint, FolderCheckpoint)
+    assert checkpoint.format == f"compressed-tensors {format}"
+    shards, total = Shards(folder), 0
+    checkpoint.check(shards)
+    assert len(expected) == 7
+    for name, weight in expected.items():
+        found = checkpoint.projection(shards, name)
+        assert isinstance(found, PackedWeight)
+        assert torch.equal(found.dequantize(weight.dtype), weight), name
+        total += found.nbytes - found.levels.nbytes
+    names = ("model.embed_tokens", "lm_head", "model.norm")
+    layer = ("input_layernorm", "post_attention_layernorm")
+    names += tuple(f"model.layers.0.{norm}" for norm in layer)
+    total += sum(shards.read(f"{name}.weight").nbytes for name in names)
+    assert weight_bytes(folder, torch.bfloat16) == total
+
+
+def test_a_weight_of_4_bit_floats_is_checked(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(FILES / "nvfp4", tmp_path / "nvfp4"))
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj"
+    for leaf, changed, message in [
+        ("weight_scale", lambda t: t[:, :1], "expected \\(48, 2\\) for 32 inputs in groups of 16"),
+        ("weight_scale", lambda t: t.float(), "torch.float32 scales, expected"),
+        ("weight_global_scale", torch.zeros_like, "a scale is not finite"),
+    ]:
+        save_file(
+            {**tensors, f"{name}.{leaf}": changed(tensors[f"{name}.{leaf}"]).contiguous()},
+            folder / "model.safetensors",
+        )
+        with pytest.raises(CheckpointError, match=message):
+            dict(open_checkpoint(folder).weights())
 
 
 @pytest.mark.parametrize("kind", ["schemes", "act_order"])

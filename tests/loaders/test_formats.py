@@ -266,6 +266,38 @@ def test_bitsandbytes_checkpoints_equal_its_own_dequantization(
         assert torch.equal(found.dequantize(), torch.cat(expected).float())
 
 
+def test_llm_int8_checkpoints_equal_bitsandbytes_own_dequantization(
+    tmp_path: Path, tiny_model: Callable[..., Path]
+) -> None:
+    """Equal but for float32's rounding of SCB / 127 and of the two digits' products."""
+    from bitsandbytes.functional import int8_vectorwise_dequant
+
+    model = AutoModelForCausalLM.from_pretrained(
+        tiny_model(),
+        dtype=torch.float16,
+        device_map="cpu",
+        quantization_config=BitsAndBytesConfig(
+            load_in_8bit=True,
+            llm_int8_skip_modules=["lm_head", "model.layers.1.self_attn.k_proj"],
+        ),
+    )
+    model.save_pretrained(tmp_path)
+    checkpoint = open_checkpoint(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    weights = dict(checkpoint.weights())
+    assert checkpoint.format == "LLM.int8"
+    assert isinstance(weights["model.layers.1.self_attn.k_proj"], DenseWeight)
+    for name in ("mlp.down_proj", "self_attn.q_proj"):
+        module = f"model.layers.1.{name}"
+        found = weights[module]
+        assert isinstance(found, PackedWeight)
+        codes, largest = stored[f"{module}.weight"], stored[f"{module}.SCB"]
+        assert codes.dtype == torch.int8
+        expected = int8_vectorwise_dequant(codes, largest)
+        torch.testing.assert_close(found.dequantize(), expected, rtol=1e-6, atol=0)
+    assert isinstance(weights["model.layers.0.mlp.gate_up_proj"], PackedWeight)
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_a_plain_checkpoint_streams_fused_projections_with_their_biases(
     tiny_model: Callable[..., Path], family: str
@@ -334,7 +366,7 @@ def test_uneven_groups_are_refused(tmp_path: Path) -> None:
         ({"quant_method": "awq", "bits": 8}, "quantization_config: bits is 8, expected 4"),
         ({"quant_method": "quip"}, "quant_method 'quip' is not supported; supported are gptq"),
         ({"quant_method": "awq", "version": "marlin"}, "version is 'marlin', expected gemm, gemv"),
-        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "8-bit bitsandbytes weights"),
+        ({"quant_method": "bitsandbytes"}, "neither load_in_4bit nor load_in_8bit is true"),
         ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "checkpoint_format"),
     ],
 )

@@ -45,12 +45,31 @@ MIXED = {
     "sliding_window": WINDOW,
     "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
 }
+# Of mixtures: 3 of 8 experts.
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32}
+GLM_EXPERTS = {"n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32}
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama with biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "mistral": ("mistral", {}),
     "mistral with a window": ("mistral", {"sliding_window": WINDOW}),
     "ministral": ("ministral", MIXED),
+    "ministral3": (
+        "ministral3",
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 32,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+                "llama_4_scaling_beta": 0.5,
+            },
+        },
+    ),
     "qwen2": ("qwen2", {"tie_word_embeddings": True}),
     "qwen2 with windows": ("qwen2", {"use_sliding_window": True, **MIXED}),
     "qwen3": ("qwen3", {}),
@@ -114,9 +133,110 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "cohere2": ("cohere2", MIXED),
     "ernie4_5": ("ernie4_5", {}),
     "ernie4_5 with biases": ("ernie4_5", {"use_bias": True}),
+    "hunyuan_v1_dense": (
+        "hunyuan_v1_dense",
+        {
+            "rope_parameters": {
+                "rope_type": "dynamic",
+                "rope_theta": 10000.0,
+                "factor": 1.0,
+                "alpha": 5.0,
+            }
+        },
+    ),
     "arcee": ("arcee", {"hidden_act": "relu2"}),
     "nemotron": ("nemotron", {"hidden_act": "relu2"}),
     "starcoder2": ("starcoder2", {"head_dim": 16, "sliding_window": WINDOW}),
+    "mixtral": ("mixtral", {"num_local_experts": 4}),
+    "mixtral with a window": ("mixtral", {"num_local_experts": 4, "sliding_window": WINDOW}),
+    "qwen2_moe": ("qwen2_moe", {"head_dim": 16, **EXPERTS, "shared_expert_intermediate_size": 64}),
+    "qwen2_moe with dense layers": (
+        "qwen2_moe",
+        {
+            "head_dim": 16,
+            **EXPERTS,
+            "shared_expert_intermediate_size": 64,
+            "norm_topk_prob": True,
+            "mlp_only_layers": [0],
+        },
+    ),
+    "qwen3_moe": ("qwen3_moe", {**EXPERTS, "norm_topk_prob": True}),
+    "qwen3_moe with dense layers": ("qwen3_moe", {**EXPERTS, "decoder_sparse_step": 2}),
+    "olmoe": ("olmoe", {"head_dim": 16, **EXPERTS, "intermediate_size": 32}),
+    "granitemoe": (
+        "granitemoe",
+        {
+            "num_local_experts": 8,
+            "num_experts_per_tok": 3,
+            "head_dim": 16,
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.5,
+            "attention_multiplier": 0.2,
+            "logits_scaling": 2.0,
+        },
+    ),
+    "glm4_moe": (
+        "glm4_moe",
+        {**GLM_EXPERTS, "use_qk_norm": True, "attention_bias": True, "routed_scaling_factor": 1.5},
+    ),
+    "glm4_moe with groups": (
+        "glm4_moe",
+        {**GLM_EXPERTS, "n_group": 4, "topk_group": 2, "norm_topk_prob": False},
+    ),
+    "ernie4_5_moe": (
+        "ernie4_5_moe",
+        {
+            "moe_num_experts": 8,
+            "moe_k": 3,
+            "moe_intermediate_size": 32,
+            "moe_num_shared_experts": 2,
+            "moe_layer_start_index": 1,
+        },
+    ),
+    "gpt_oss": (
+        "gpt_oss",
+        {
+            **MIXED,
+            "num_local_experts": 6,
+            "num_experts_per_tok": 2,
+            "swiglu_limit": 1.5,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 150000.0,
+                "factor": 4.0,
+                "truncate": False,
+                "original_max_position_embeddings": 64,
+            },
+        },
+    ),
+    "phimoe": (
+        "phimoe",
+        {
+            "head_dim": 16,
+            "num_local_experts": 8,
+            "router_jitter_noise": 0.3,
+            "attention_bias": True,
+            "lm_head_bias": True,
+        },
+    ),
+    "phimoe with longrope": (
+        "phimoe",
+        {
+            "head_dim": 16,
+            "num_local_experts": 4,
+            "original_max_position_embeddings": 256,
+            "max_position_embeddings": 1024,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 10000.0,
+                "original_max_position_embeddings": 256,
+                "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7],
+                "long_factor": [4.0, 4.5, 5.0, 5.5, 6.0, 6.5, 7.0, 7.5],
+                "short_mscale": 1.2,
+                "long_mscale": 1.3,
+            },
+        },
+    ),
 }
 rows = pytest.mark.parametrize("row", ROWS)
 # In `make test`; the other rows vary parts of these, and `make test-all` has them.
@@ -131,6 +251,8 @@ _SHOWN = {
     "phi3 with longrope",
     "cohere with norms of heads",
     "starcoder2",
+    "mixtral",
+    "glm4_moe with groups",
 }
 shown_rows = pytest.mark.parametrize(
     "row", [row if row in _SHOWN else pytest.param(row, marks=pytest.mark.slow) for row in ROWS]
@@ -164,8 +286,11 @@ def folder_of(
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **SIZES | settings))
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
+            for name, buffer in model.named_buffers():
+                if "e_score_correction_bias" in name:
+                    buffer += 0.2 * torch.randn(buffer.shape, generator=generator)
             for name, parameter in model.named_parameters():
-                if parameter.ndim == 1 or "norm" in name:  # of norms, and biases
+                if parameter.ndim == 1 or "norm" in name or "bias" in name:  # of norms, and biases
                     parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
                 else:
                     std = (
@@ -227,8 +352,9 @@ def test_folding_scales_for_awq_changes_nothing(folder_of: Callable[[str], Path]
     hidden = blocks.embed(calibration()) * torch.rand(SIZES["hidden_size"]).mul(3).exp()
     block, layer = blocks.load(0), blocks.architecture.layers[0]
     before = blocks.outputs(block, hidden)
-    first = [group.linears[0].name for group in layer.groups]
-    modules = tuple(dict.fromkeys(group.module for group in layer.groups))
+    groups = blocks.groups(0)
+    first = [group.linears[0].name for group in groups]
+    modules = tuple(dict.fromkeys(group.module for group in groups))
     scaled = scale_block(
         block,
         layer,
@@ -242,7 +368,7 @@ def test_folding_scales_for_awq_changes_nothing(folder_of: Callable[[str], Path]
         linear = linear_layer(block, name)
         changes.append(float((weight / linear.weight).max()))
         linear.weight.data = weight
-    if any(group.fold for group in layer.groups):
+    if any(group.fold for group in groups):
         assert max(changes) > 1.2, "nothing was scaled"
     torch.testing.assert_close(blocks.outputs(block, hidden), before, rtol=1e-4, atol=1e-4)
 
@@ -267,6 +393,7 @@ def test_an_adapter_trained_by_peft_gives_its_outputs(
     base = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager"
     )
+    # Of a mixture, peft adapts its parameters too: those of stacked experts.
     targets = list(architecture_of(base.config).linear_leaves)
     adapted = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules=targets))
     for name, parameter in adapted.named_parameters():

@@ -15,7 +15,6 @@ from nybble.kernels import PackedWeight, reference
 from nybble.kernels.activation import ACTIVATIONS
 from nybble.kernels.bench.gpu_lora import adapters
 from nybble.kernels.bench.gpu_section import in_8_bits, paged
-from nybble.kernels.lora import lora_add_reference
 from nybble.kernels.lora_batch import LoRABatch
 from nybble.kernels.packed import INTEGER_LEVELS, SYMMETRIC_LEVELS, pack_nibbles
 from nybble.kernels.reference import TokenChoice
@@ -171,7 +170,7 @@ def draw_lora(pick: Random, capability: int) -> Iterator[Found]:
     x, out = torch.randn(rows, inputs).to(dtype), torch.randn(rows, offsets[-1]).to(dtype)
     expected = out.double()
     wide = (x.double(), a.double(), b.double())
-    lora_add_reference(expected, *wide, ranks, tuple(offsets), batch)
+    reference.lora_add(expected, *wide, ranks, tuple(offsets), batch)
     lora.lora_add(out, x, a, b, ranks, tuple(offsets), batch)
     name = f"lora_add {str(dtype)[6:]} {inputs}→{offsets} ranks {ranks.tolist()} slots {slots}"
     yield name, out, expected

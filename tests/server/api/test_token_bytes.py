@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from nybble.engine import Vocabulary
 from nybble.server.api.token_bytes import TokenBytes
 
 
@@ -19,7 +20,7 @@ from nybble.server.api.token_bytes import TokenBytes
 @example(text="\uf900")  # Qwen's tokenizer composes characters (NFC) before it cuts them
 def test_byte_level_tokens_join_to_the_text(tiny_model: Callable[..., Path], text: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_model())
-    tokens = TokenBytes(tokenizer)
+    tokens = TokenBytes(Vocabulary(tokenizer.backend_tokenizer))
     ids = tokenizer.encode(text, add_special_tokens=False)
     assert b"".join(map(tokens.of, ids)) == normalize("NFC", text).encode()
 
@@ -35,14 +36,14 @@ def test_metaspace_tokens_with_byte_fallback_join_to_the_text() -> None:
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
-    tokens = TokenBytes(tokenizer)
+    tokens = TokenBytes(Vocabulary(tokenizer.backend_tokenizer))
     ids = backend.encode("a é 🙂 a").ids
     assert b"".join(map(tokens.of, ids)) == " a é 🙂 a".encode()
 
 
 def test_tokens_that_are_no_character_are_spelled_in_hex(tiny_model: Callable[..., Path]) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_model())
-    tokens = TokenBytes(tokenizer)
+    tokens = TokenBytes(Vocabulary(tokenizer.backend_tokenizer))
     (last,) = (i for i in range(len(tokenizer)) if tokens.of(i) == b"\xff")
     assert tokens.text(last) == "bytes:\\xff"
     assert tokens.text(tokenizer.eos_token_id) == tokenizer.eos_token

@@ -110,7 +110,7 @@ def test_expected_errors_are_one_line_and_exit_code_1(
         (("serve", "--model", "no-such-model", "--port", 0), "no-such-model"),
         (("serve", tmp_path / "absent.gguf", "--port", 0), f"there is no {tmp_path}/absent.gguf"),
         (("serve", tmp_path / "emty" / "x", "--port", 0), f"did you mean {tmp_path / 'empty'}?"),
-        (("serve", gguf, "--port", 0), "is a GGUF file"),
+        (("serve", gguf, "--port", 0), "truncated or not GGUF"),
         (("serve", model / "config.json", "--port", 0), f"give its folder, {model}"),
         (("serve", model, "--port", 0, "--host", "192.0.2.1"), "--host '192.0.2.1' is not"),
         (("serve", "--model", model, "--port", 0, "--max-model-len", 10**6), "--max-model-len is"),

@@ -2,6 +2,9 @@
 
     python make.py schemes      with compressed-tensors 0.20.1
     python make.py float        with compressed-tensors 0.20.1
+    python make.py nvfp4        with compressed-tensors 0.20.1
+    python make.py mxfp4        with compressed-tensors 0.20.1
+    python make.py int          with compressed-tensors 0.20.1
     python make.py act_order    with compressed-tensors 0.9.4: later ones do not order by activation
 
 Each folder holds a model of one layer, and expected.safetensors: the weights that the package
@@ -37,6 +40,14 @@ def weights(**settings: object) -> dict[str, object]:
 
 LAYER = "model.layers.0."
 FLOAT = {"num_bits": 8, "type": "float", "symmetric": True}
+FP4 = {"num_bits": 4, "type": "float", "symmetric": True, "strategy": "group"}
+INT8 = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "group"}
+FORMATS = {
+    "float": "float-quantized",
+    "nvfp4": "nvfp4-pack-quantized",
+    "mxfp4": "mxfp4-pack-quantized",
+    "int": "int-quantized",
+}
 SCHEMES = {
     "schemes": {
         "symmetric": (["re:.*q_proj$"], weights(symmetric=True)),
@@ -58,6 +69,17 @@ SCHEMES = {
             {**FLOAT, "strategy": "block", "block_structure": [16, 16]},
         ),
     },
+    "nvfp4": {"all": (["Linear"], {**FP4, "strategy": "tensor_group", "group_size": 16})},
+    "mxfp4": {"all": (["Linear"], {**FP4, "group_size": 32, "scale_dtype": torch.uint8})},
+    "int": {
+        "channel": (["Linear"], {**INT8, "strategy": "channel"}),
+        "tensor": ([f"{LAYER}mlp.down_proj"], {**INT8, "strategy": "tensor"}),
+        "group": (["re:.*self_attn.[kv].*"], {**INT8, "symmetric": False, "group_size": 16}),
+        "asymmetric": (
+            [f"{LAYER}mlp.up_proj"],
+            {**INT8, "symmetric": False, "strategy": "channel"},
+        ),
+    },
     "act_order": {
         "asymmetric": (["re:.*self_attn.*"], weights(symmetric=False, actorder="group")),
         "symmetric": (["Linear"], weights(symmetric=True, actorder="group")),
@@ -70,12 +92,14 @@ MODULES = (
 
 
 def compressed(
-    weight: torch.Tensor, args: QuantizationArgs
+    weight: torch.Tensor, args: QuantizationArgs, kind: str
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """The tensors below a module, and the weight they stand for."""
     out, columns = weight.shape
-    if args.type == "float":
+    if args.type == "float" and args.num_bits == 8:
         return in_float(weight, args)
+    if args.type == "float" or (args.num_bits == 8 and kind == "int"):
+        return by_compressor(weight, args, FORMATS[kind])
     size = args.group_size or columns
     more, grouped = {}, weight
     if args.actorder == "group":
@@ -115,6 +139,35 @@ def in_float(
     return tensors, dequantize(codes, args=args, **known)
 
 
+def by_compressor(
+    weight: torch.Tensor, args: QuantizationArgs, format: str
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """By the package's own compressor for one module."""
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationScheme
+    from compressed_tensors.quantization.utils import generate_gparam
+
+    out, columns = weight.shape
+    size = args.group_size or columns
+    grouped = weight.view(out, columns // size, size)
+    low, high = grouped.amin(-1), grouped.amax(-1)
+    if args.strategy == "tensor":
+        low, high = low.min().reshape(1), high.max().reshape(1)
+    state = {"weight": weight}
+    if args.strategy == "tensor_group":
+        state["weight_global_scale"] = generate_gparam(low.min(), high.max())
+    scale, zero_point = calculate_qparams(
+        low, high, args, global_scale=state.get("weight_global_scale")
+    )
+    state["weight_scale"] = scale
+    if not args.symmetric:
+        state["weight_zero_point"] = zero_point
+    compressor = BaseCompressor.get_value_from_registry(format)
+    scheme = QuantizationScheme(targets=["Linear"], weights=args)
+    stored = compressor.compress(state, scheme)
+    return stored, compressor.decompress(stored, scheme)["weight"]
+
+
 def main(kind: str) -> None:
     torch.manual_seed(0)
     folder = Path(__file__).parent / kind
@@ -122,7 +175,7 @@ def main(kind: str) -> None:
     config = LlamaConfig(
         vocab_size=16,
         hidden_size=32,
-        intermediate_size=48,
+        intermediate_size=64 if kind == "mxfp4" else 48,
         num_hidden_layers=1,
         num_attention_heads=2,
         num_key_value_heads=1,
@@ -135,7 +188,7 @@ def main(kind: str) -> None:
             name: {"targets": targets, "weights": args}
             for name, (targets, args) in SCHEMES[kind].items()
         },
-        format="float-quantized" if kind == "float" else "pack-quantized",
+        format=FORMATS.get(kind, "pack-quantized"),
         quantization_status="compressed",
         ignore=["lm_head"],
     )
@@ -144,7 +197,8 @@ def main(kind: str) -> None:
     expected = {}
     for name in MODULES:
         target = match_targets(name, torch.nn.Linear(1, 1), list(scheme_of))[0]
-        tensors, dequantized = compressed(state.pop(f"{name}.weight") * 10, scheme_of[target])
+        weight = state.pop(f"{name}.weight") * 10
+        tensors, dequantized = compressed(weight, scheme_of[target], kind)
         state |= {f"{name}.{leaf}": tensor for leaf, tensor in tensors.items()}
         expected[name] = dequantized
     state[f"{LAYER}self_attn.k_scale"] = torch.ones(1)  # of a quantized KV cache

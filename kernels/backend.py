@@ -1,0 +1,112 @@
+"""The back ends: who computes a model's operations, chosen once for its device and dtype.
+
+Three compute what :mod:`nybble.kernels.reference` defines: that module itself, the C++ kernels of
+:mod:`nybble.kernels.cpu` and the Triton kernels of :mod:`nybble.kernels.triton`. A back end takes
+every size and falls back to the reference by itself, so callers ask it for an operation and for
+nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from nybble.kernels import reference
+from nybble.kernels.activation import Activation
+from nybble.kernels.attention_batch import AttentionBatch
+from nybble.kernels.cpu.library import library
+from nybble.kernels.lora_batch import LoRABatch
+from nybble.kernels.packed import GroupedKernel, LinearKernel, Weight
+from nybble.kernels.reference import TokenChoice
+
+
+class Backend(Protocol):
+    """See the function of the same name in :mod:`nybble.kernels.reference` for each operation."""
+
+    def linear(self, weight: Weight, dtype: torch.dtype) -> LinearKernel:
+        """The linear layer with this weight, for inputs of ``dtype``: bound to its kernel once."""
+        ...
+
+    def gated_linear(
+        self, weight: Weight, activation: Activation, dtype: torch.dtype
+    ) -> LinearKernel | None:
+        """:meth:`linear` of a fused gate_up_proj and :meth:`gated` of its output in one kernel.
+
+        Returns ``(..., out_features / 2)``. None if no kernel computes both.
+        """
+        ...
+
+    def grouped_linear(self, weights: Sequence[Weight], dtype: torch.dtype) -> GroupedKernel:
+        """A linear layer of every expert, all of one size: bound to its kernel once."""
+        ...
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor: ...
+
+    def add_rms_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float = 0.0
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def gated(self, gate_up: Tensor, activation: Activation) -> Tensor: ...
+
+    def rotary_store(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        slot_mapping: Tensor,
+        k_scales: Tensor | None = None,
+        v_scales: Tensor | None = None,
+        *,
+        interleaved: bool = False,
+    ) -> None:
+        """Heads of a row must be contiguous."""
+        ...
+
+    def paged_attention(
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        batch: AttentionBatch,
+        scale: float,
+        window: int = 0,
+        k_scales: Tensor | None = None,
+        v_scales: Tensor | None = None,
+        *,
+        softcap: float = 0.0,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        """Heads of a row must be contiguous."""
+        ...
+
+    def lora_add(
+        self,
+        out: Tensor,
+        x: Tensor,
+        a: Tensor,
+        b: Tensor,
+        ranks: Tensor,
+        offsets: tuple[int, ...],
+        batch: LoRABatch,
+    ) -> None: ...
+
+    def sample_tokens(self, logits: Tensor, choices: Sequence[TokenChoice]) -> Tensor: ...
+
+
+def backend_for(device: torch.device, dtype: torch.dtype) -> Backend:
+    """The fastest back end for a model computed in ``dtype`` on ``device``."""
+    if device.type == "cuda" and dtype in (torch.float16, torch.bfloat16):
+        # Imported here: Triton exists for Linux only.
+        from nybble.kernels.triton import backend
+
+        return backend
+    if device.type == "cpu" and (cpu := library()) is not None:
+        return cpu
+    return reference

@@ -1,0 +1,53 @@
+"""The Triton kernels as a back end: :class:`nybble.kernels.backend.Backend`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+
+from nybble.kernels.activation import Activation
+from nybble.kernels.packed import DenseWeight, GroupedKernel, LinearKernel, Weight
+from nybble.kernels.reference import packed_matmul as reference_matmul
+from nybble.kernels.triton.activation import gated
+from nybble.kernels.triton.attention import paged_attention
+from nybble.kernels.triton.lora import lora_add
+from nybble.kernels.triton.matmul import packed_matmul, takes
+from nybble.kernels.triton.norm import add_rms_norm, rms_norm
+from nybble.kernels.triton.rotary import rotary_store
+from nybble.kernels.triton.sampling import sample_tokens
+
+__all__ = [
+    "add_rms_norm",
+    "gated",
+    "gated_linear",
+    "grouped_linear",
+    "linear",
+    "lora_add",
+    "paged_attention",
+    "rms_norm",
+    "rotary_store",
+    "sample_tokens",
+]
+
+
+def linear(weight: Weight, dtype: torch.dtype) -> LinearKernel:
+    """The linear layer with this weight, for inputs of ``dtype``."""
+    if isinstance(weight, DenseWeight):
+        return partial(torch.nn.functional.linear, weight=weight.weight, bias=weight.bias)
+    return partial(packed_matmul if takes(weight, dtype) else reference_matmul, weight=weight)
+
+
+def grouped_linear(weights: Sequence[Weight], dtype: torch.dtype) -> GroupedKernel:
+    """Raises NotImplementedError: there is no kernel yet, and the reference would be slow."""
+    raise NotImplementedError("a mixture of experts runs on the CPU only so far")
+
+
+def gated_linear(weight: Weight, activation: Activation, dtype: torch.dtype) -> LinearKernel | None:
+    """The linear layer and its gate in one kernel; None for a weight not in ``gpu_gated_tiles``."""
+    if isinstance(weight, DenseWeight) or weight.layout != "gpu_gated_tiles":
+        return None
+    if not takes(weight, dtype):
+        return None
+    return partial(packed_matmul, weight=weight, activation=activation)

@@ -1,0 +1,62 @@
+"""A folder's config.json: of a model of texts, or of the texts' part of a multimodal one.
+
+The language model of the wrappers here computes texts as a model of its own would. Its tensors have
+``language_model.`` in their names, and those of the other parts are not read
+(:mod:`nybble.loaders.shards`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, PretrainedConfig
+
+from nybble.loaders.errors import CheckpointError
+from nybble.loaders.formats.settings import read_object
+from nybble.models import require_family
+
+_WRAPPERS = frozenset(("gemma3", "llava", "mistral3"))
+# Settings of the whole model that its language model needs.
+_SHARED = ("quantization_config", "dtype", "torch_dtype", "eos_token_id", "bos_token_id")
+
+
+def load_config(folder: Path) -> PretrainedConfig:
+    """Raises CheckpointError for a file that cannot be read, UnsupportedModelError for a family."""
+    path = folder / "config.json"
+    written = read_object(path)
+    wrapper = _is_wrapper(written)
+    require_family(written["text_config"].get("model_type", "") if wrapper else _family(written))
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # each model's config class raises errors of its own
+        raise CheckpointError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+    if not wrapper:
+        return config
+    text: PretrainedConfig = config.get_text_config()
+    # A model whose file has an output layer has it, tied or not.
+    text.tie_word_embeddings = bool(config.tie_word_embeddings or text.tie_word_embeddings)
+    for name in _SHARED:
+        if name in written:
+            setattr(text, name, written[name])
+    return text
+
+
+def config_to_write(folder: Path) -> dict[str, Any]:
+    """What config.json of a model derived from the folder's says: of the texts' part alone."""
+    written = dict(read_object(folder / "config.json"))
+    if not _is_wrapper(written):
+        return written
+    config = load_config(folder)
+    return {**config.to_dict(), "model_type": config.model_type}
+
+
+def _is_wrapper(written: Mapping[str, Any]) -> bool:
+    return _family(written) in _WRAPPERS and isinstance(written.get("text_config"), Mapping)
+
+
+def _family(written: Mapping[str, Any]) -> object:
+    return written.get("model_type")

@@ -1,0 +1,56 @@
+"""GLM-4.5, 4.6 and their Air models: sigmoid routing, shared experts, first layers dense."""
+
+from __future__ import annotations
+
+from transformers import PretrainedConfig
+
+from nybble.models import config as read
+from nybble.models.architecture import Architecture, Router
+from nybble.models.llama import decoder
+from nybble.models.parts import gated_mlp, mixture
+
+
+def glm4_moe(config: PretrainedConfig) -> Architecture:
+    """Checkpoints hold layers after the last, which predict several tokens at once: not used."""
+    hidden, activation = read.size(config, "hidden_size"), read.activation(config)
+    intermediate = read.size(config, "moe_intermediate_size")
+    layers, dense = read.size(config, "num_hidden_layers"), config.first_k_dense_replace
+    first = gated_mlp(hidden, read.size(config, "intermediate_size"), activation)
+    experts = mixture(
+        hidden,
+        intermediate,
+        activation,
+        experts=read.size(config, "n_routed_experts"),
+        top_k=read.size(config, "num_experts_per_tok"),
+        router=Router(
+            "mlp.gate",
+            scoring="sigmoid",
+            correction_bias="mlp.gate.e_score_correction_bias",
+            renormalize=bool(config.norm_topk_prob),
+            scaling_factor=float(config.routed_scaling_factor),
+            groups=read.size(config, "n_group"),
+            topk_groups=read.size(config, "topk_group"),
+            group_score="top2",
+        ),
+        shared=gated_mlp(
+            hidden,
+            intermediate * read.size(config, "n_shared_experts"),
+            activation,
+            norm=None,
+            module="mlp.shared_experts",
+        ),
+    )
+    return decoder(
+        config,
+        mlps=[first if index < dense else experts for index in range(layers)],
+        attention_options={
+            "output_bias": False,
+            "qk_norm": "head" if config.use_qk_norm else None,
+        },
+        unused=tuple(
+            f"model.layers.{layers + index}." for index in range(config.num_nextn_predict_layers)
+        ),
+    )
+
+
+FAMILIES = {"glm4_moe": glm4_moe}

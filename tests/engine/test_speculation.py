@@ -1,0 +1,119 @@
+"""Drafts come from what repeats, and no more of them are verified than pay."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from nybble.engine.ngram_drafter import NgramDrafter
+from nybble.engine.speculation import Acceptance, StepCosts, draft_lengths
+
+
+def test_a_draft_is_what_followed_the_newest_tokens_before() -> None:
+    drafter = NgramDrafter([1, 2, 3, 4, 5, 6, 9, 1, 2, 3])
+    assert drafter.propose(10) == (4, 5, 6, 9, 1, 2), "three agree: up to six may follow"
+    assert drafter.propose(2) == (4, 5)
+    drafter.extend([7])
+    assert drafter.propose(10) == ()
+    drafter.extend([2, 3])
+    assert drafter.propose(1) == (7,), "the newest of two places where as many agree"
+
+
+def test_the_place_where_most_tokens_agree_is_taken_before_the_newest() -> None:
+    drafter = NgramDrafter([8, 1, 2, 50, 9, 1, 2, 60, 8, 1, 2])
+    assert drafter.propose(1) == (50,)
+
+
+def test_what_repeats_without_a_pause_goes_on() -> None:
+    assert NgramDrafter([5, 5, 5, 5]).propose(4) == (5, 5, 5, 5)
+    assert NgramDrafter([1, 2, 1, 2, 1, 2]).propose(5) == (1, 2, 1, 2, 1)
+
+
+@pytest.mark.parametrize("tokens", [[], [1], [1, 2], [1, 2, 3]])
+def test_nothing_is_drafted_if_nothing_repeats(tokens: list[int]) -> None:
+    assert NgramDrafter(tokens).propose(4) == ()
+
+
+def test_drafts_are_found_as_a_search_through_all_places_finds_them() -> None:
+    chance = random.Random(0)
+    found = 0
+    for _ in range(300):
+        tokens = [chance.randrange(4) for _ in range(chance.randint(0, 14))]
+        drafter = NgramDrafter(tokens[:3])
+        drafter.extend(tokens[3:])
+        draft = drafter.propose(1)
+        matches = [
+            (length, end)
+            for end in range(2, len(tokens))
+            for length in range(2, end + 1)
+            if tokens[end - length : end] == tokens[-length:]
+        ]
+        assert draft == ((tokens[max(matches)[1]],) if matches else ())
+        found += bool(matches)
+    assert found > 50
+
+
+def test_costs_are_interpolated_between_steps_that_were_measured() -> None:
+    costs = StepCosts()
+    assert costs.of(3) is None
+    costs.observe(1, 0.010)
+    assert costs.of(8) == 0.010, "what was never tried is tried"
+    costs.observe(5, 0.030)
+    assert costs.of(3) == pytest.approx(0.020)
+    assert costs.of(9) == pytest.approx(0.030)
+
+
+def test_steps_that_grow_with_their_contexts_grow_in_every_estimate() -> None:
+    costs = StepCosts()
+    for _ in range(20):
+        costs.observe(1, 0.010)
+        costs.observe(5, 0.020)
+    for _ in range(100):
+        costs.observe(5, 0.040)
+    assert costs.of(5) == pytest.approx(0.040, rel=0.01)
+    assert costs.of(1) > 0.012  # type: ignore[operator]
+
+
+def test_one_step_that_was_held_up_changes_little() -> None:
+    costs = StepCosts()
+    for _ in range(10):
+        costs.observe(1, 0.010)
+    costs.observe(1, 10.0)
+    assert costs.of(1) < 0.025  # type: ignore[operator]
+
+
+def costs(**seconds: float) -> StepCosts:
+    made = StepCosts()
+    for rows, value in seconds.items():
+        made.observe(int(rows.removeprefix("rows_")), value)
+    return made
+
+
+def test_free_rows_take_every_draft_and_costly_ones_none() -> None:
+    flat = costs(rows_1=0.010, rows_16=0.010)
+    assert draft_lengths(flat, 1, [(8, 0.5)]) == [8]
+    proportional = costs(rows_1=0.010, rows_16=0.160)
+    assert draft_lengths(proportional, 1, [(8, 0.99)]) == [0]
+
+
+def test_as_many_are_verified_as_make_the_most_tokens_a_second() -> None:
+    half = costs(rows_1=0.010, rows_9=0.050)  # another row is half a step
+    # Accepted with .8: 1 / 10, 1.8 / 15, 2.44 / 20, 2.952 / 25 tokens a millisecond …
+    assert draft_lengths(half, 1, [(8, 0.8)]) == [2]
+    assert draft_lengths(half, 1, [(8, 0.4)]) == [0]
+
+
+def test_the_likelier_draft_comes_first() -> None:
+    steps = costs(rows_2=0.010, rows_4=0.011, rows_5=0.050)
+    assert draft_lengths(steps, 2, [(4, 0.3), (4, 0.9)]) == [0, 2]
+
+
+def test_a_share_follows_what_is_accepted() -> None:
+    acceptance = Acceptance()
+    for _ in range(20):
+        acceptance.observe(4, 4)
+    assert acceptance.share > 0.95
+    for _ in range(20):
+        acceptance.observe(4, 0)
+    assert acceptance.share < 0.05

@@ -1,0 +1,186 @@
+"""Drafts change nothing but the speed: whatever is asked, the outputs are those without."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+
+from nybble.engine import AdapterConfig, Engine, EngineConfig, Request, SamplingParams
+from nybble.engine import engine as engine_module
+from nybble.engine.guide import GrammarCompiler
+from nybble.engine.ngram_drafter import NgramDrafter
+from nybble.loaders import open_checkpoint
+
+CONFIG = EngineConfig(
+    dtype=torch.bfloat16,
+    block_size=4,
+    kv_cache_bytes=1 << 22,
+    max_num_seqs=6,
+    max_batched_tokens=24,
+    max_model_len=160,
+    adapters=AdapterConfig(slots=2, max_rank=4),
+)
+Answer = tuple[list[int], str, list[Any], str | None]
+
+
+class Informed(NgramDrafter):
+    """Drafts what the sequence will say, of which it knows most: some tokens are wrong."""
+
+    texts: ClassVar[list[tuple[int, ...]]] = []
+    chance: ClassVar = random.Random(0)
+
+    def propose(self, limit: int) -> tuple[int, ...]:
+        said = tuple(self._tokens)
+        for text in self.texts:
+            if text[: len(said)] == said:
+                draft = text[len(said) : len(said) + limit]
+                return tuple(
+                    token if self.chance.random() < 0.8 else (token + 1) % 300 for token in draft
+                )
+        return tuple(self.chance.randrange(300) for _ in range(limit))
+
+
+def prompt(seed: int, length: int) -> tuple[int, ...]:
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randint(3, 250, (length,), generator=generator).tolist())
+
+
+PATTERN = "([ab]{2,6}-){8}"
+# What is asked of each of several requests that run at the same time.
+ASKED: dict[str, dict[str, Any]] = {
+    "greedy": {"temperature": 0},
+    "sampled": {"seed": 5, "temperature": 1.2, "top_p": 0.9},
+    "few": {"seed": 6, "top_k": 3, "min_p": 0.1},
+    "penalized": {
+        "seed": 7,
+        "repetition_penalty": 1.3,
+        "presence_penalty": 0.5,
+        "frequency_penalty": 0.4,
+    },
+    "biased": {"temperature": 0, "logit_bias": {10: 4.0, 11: -90.0}},
+    "repeating": {"temperature": 0, "logit_bias": {10: 50.0}},
+    "told": {"seed": 8, "logprobs": 3},
+    "stopped": {"temperature": 0, "stop": ("e", "o")},
+    "late": {"seed": 9, "min_tokens": 20, "ignore_eos": False, "temperature": 2.0},
+    "allowed": {"seed": 10, "allowed_token_ids": (50, 51, 52, 53)},
+    "guided": {"seed": 11, "temperature": 1.5, "ignore_eos": False},
+    "adapted": {"temperature": 0, "adapter": "a"},
+}
+
+
+async def ask(engine: Engine, kind: str, ids: tuple[int, ...], guide: Any) -> Answer:
+    options = {"max_tokens": 60, "ignore_eos": True} | ASKED[kind]
+    adapter = options.pop("adapter", None)
+    request = Request(
+        kind,
+        ids,
+        SamplingParams(**options),
+        guide=guide if kind == "guided" else None,
+        adapter=adapter,
+    )
+    tokens: list[int] = []
+    text, logprobs, reason = "", [], None
+    async for output in engine.generate(request):
+        tokens += output.token_ids
+        text += output.text
+        logprobs += output.logprobs
+        reason = output.finish_reason or reason
+    return tokens, text, logprobs, reason
+
+
+def answers(engine: Engine, prompts: dict[str, tuple[int, ...]]) -> dict[str, Answer]:
+    compiler = GrammarCompiler(engine.tokenizer, engine.vocab_size, engine.eos_token_ids)
+
+    async def everyone() -> list[Answer]:
+        guide = compiler.regex(PATTERN)
+        return list(
+            await asyncio.gather(*(ask(engine, kind, ids, guide) for kind, ids in prompts.items()))
+        )
+
+    return dict(zip(prompts, asyncio.run(everyone()), strict=True))
+
+
+@pytest.fixture(scope="module", params=["all tokens seen", "windows"])
+def models(
+    request: pytest.FixtureRequest,
+    tiny_model: Callable[..., Path],
+    tiny_adapter: Callable[..., Path],
+) -> Iterator[Callable[..., Engine]]:
+    windows = {"layers": 3, "sliding_window": 24, "full_layers": 1}
+    folder = tiny_model(**(windows if request.param == "windows" else {}))
+    adapter = tiny_adapter()
+    started: list[Engine] = []
+
+    def start(**settings: Any) -> Engine:
+        config = replace(CONFIG, **settings)
+        engine = Engine.load(open_checkpoint(folder), config, progress=False)
+        engine.start()
+        started.append(engine)
+        if request.param == "all tokens seen":
+            engine.load_adapter("a", str(adapter))
+        return engine
+
+    start.adapters = request.param == "all tokens seen"  # type: ignore[attr-defined]
+    yield start
+    for engine in started:
+        engine.stop()
+
+
+@pytest.mark.parametrize("kv_cache_bytes", [1 << 22, 150 << 10])
+def test_whatever_is_asked_the_answers_are_those_without_drafts(
+    models: Callable[..., Engine], kv_cache_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kinds = [kind for kind in ASKED if kind != "adapted" or models.adapters]  # type: ignore[attr-defined]
+    prompts = {kind: prompt(place, 5 + 6 * place) for place, kind in enumerate(kinds)}
+    plain = models(kv_cache_bytes=kv_cache_bytes)
+    expected = answers(plain, prompts)
+    if kv_cache_bytes < 1 << 20:
+        assert plain.stats().preemptions > 0
+    monkeypatch.setattr(
+        Informed, "texts", [(*prompts[kind], *expected[kind][0]) for kind in prompts]
+    )
+    monkeypatch.setattr(engine_module, "NgramDrafter", Informed)
+    drafting = models(kv_cache_bytes=kv_cache_bytes, speculate="ngram")
+    for _ in range(2):  # the second time with a prefix cache
+        assert answers(drafting, prompts) == expected
+    stats = drafting.stats()
+    assert stats.draft_tokens > stats.accepted_tokens > 300
+    assert stats.kv_blocks_free == stats.kv_blocks_total
+    assert re.fullmatch(PATTERN, expected["guided"][1])
+    steps = plain.stats().steps
+    assert stats.steps < 2 * steps
+
+
+def test_a_text_that_repeats_takes_fewer_steps_and_stays_what_it_was(
+    models: Callable[..., Engine],
+) -> None:
+    prompts = {"repeating": prompt(1, 20)}
+    found = {}
+    for speculate in ("off", "ngram", "auto"):
+        engine = models(speculate=speculate)
+        answer = answers(engine, prompts)
+        found[speculate] = (answer, engine.stats().steps)
+    assert found["off"][0] == found["ngram"][0] == found["auto"][0]
+    assert found["ngram"][1] < found["off"][1] / 3
+
+
+def test_a_draft_never_takes_a_block_or_a_token_of_the_budget_that_another_needs(
+    models: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Informed, "texts", [])
+    monkeypatch.setattr(engine_module, "NgramDrafter", Informed)
+    prompts = {"greedy": prompt(1, 30), "sampled": prompt(2, 30), "few": prompt(3, 30)}
+    plain = models(kv_cache_bytes=100 << 10)
+    expected = answers(plain, prompts)
+    drafting = models(kv_cache_bytes=100 << 10, speculate="ngram")
+    assert answers(drafting, prompts) == expected
+    assert drafting.stats().preemptions <= plain.stats().preemptions + 1
+    assert drafting.stats().draft_tokens > 0

@@ -1,0 +1,209 @@
+"""Experts of a checkpoint: separate or stacked tensors, all that config.json says and no others."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from nybble.engine.decoder import Decoder
+from nybble.loaders import CheckpointError, open_checkpoint
+from nybble.loaders.footprint import weight_bytes
+from nybble.models import UnsupportedModelError, architecture_of
+
+COMMON = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 64,
+}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 3},
+    "qwen3_moe": {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 48},
+    "granitemoe": {"num_local_experts": 3},
+    "phimoe": {"num_local_experts": 3},
+}
+
+
+@pytest.fixture(scope="module")
+def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A random model as transformers writes it: in the published names, or in its own."""
+
+    def build(family: str, *, published: bool = True) -> Path:
+        config = AutoConfig.for_model(family, **COMMON | FAMILIES[family])
+        torch.manual_seed(0)
+        folder = tmp_path_factory.mktemp("experts") / family
+        AutoModelForCausalLM.from_config(config).save_pretrained(
+            folder, save_original_format=published
+        )
+        return folder
+
+    return build
+
+
+def changed(folder: Path, to: Path, change: Callable[[dict[str, Tensor]], None]) -> Path:
+    """A copy of the model with other tensors."""
+    shutil.copytree(folder, to)
+    tensors = load_file(to / "model.safetensors")
+    change(tensors)
+    save_file(tensors, to / "model.safetensors", {"format": "pt"})
+    return to
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    found = {}
+    for name, weight in open_checkpoint(folder).weights():
+        found[name] = weight if isinstance(weight, Tensor) else weight.weight  # type: ignore[union-attr]
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_stacked_and_separate_tensors_are_the_same_weights(
+    folder_of: Callable[..., Path], family: str
+) -> None:
+    published, own = (folder_of(family, published=p) for p in (True, False))
+    names = [set(load_file(folder / "model.safetensors")) for folder in (published, own)]
+    assert names[0] != names[1], "transformers writes one form only"
+    expected, found = weights(published), weights(own)
+    assert found.keys() == expected.keys()
+    for name, weight in found.items():
+        assert torch.equal(weight, expected[name]), name
+
+
+@pytest.mark.parametrize("published", [True, False])
+def test_the_memory_of_a_mixture_is_known_from_its_headers(
+    folder_of: Callable[..., Path], published: bool
+) -> None:
+    folder = folder_of("mixtral", published=published)
+    experts, routers = 2 * 3 * 3 * 32 * 48, 2 * 3 * 32
+    others = sum(weight.numel() for weight in weights(folder).values()) - experts - routers
+    rest = 2 * others + 4 * routers
+    assert weight_bytes(folder, torch.bfloat16) == rest + 2 * experts
+    attention = 2 * (32 * 32 * 2 + 2 * 16 * 32)
+    in_4_bits = weight_bytes(folder, torch.bfloat16, layers="4bit")
+    assert in_4_bits == round(rest - 2 * attention + (experts + attention) * (1 / 2 + 4 / 64))
+
+
+def test_a_missing_expert_is_refused_by_name(
+    folder_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    name = "model.layers.1.mlp.experts.2.up_proj"
+    folder = changed(folder_of("qwen3_moe"), tmp_path / "m", lambda t: t.pop(name + ".weight"))
+    with pytest.raises(CheckpointError, match=rf"no tensor of {name}: config.json says 3 experts"):
+        list(open_checkpoint(folder).weights())
+
+
+def test_an_expert_too_many_is_refused_by_name(
+    folder_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    name = "model.layers.1.block_sparse_moe.experts.{}.w1"
+
+    def add(tensors: dict[str, Tensor]) -> None:
+        tensors[name.format(3) + ".weight"] = tensors[name.format(2) + ".weight"].clone()
+
+    folder = changed(folder_of("mixtral"), tmp_path / "m", add)
+    with pytest.raises(CheckpointError, match=rf"has {name.format(3)}, but config.json says 3"):
+        list(open_checkpoint(folder).weights())
+
+
+def test_experts_both_stacked_and_separate_are_refused_by_name(
+    folder_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    def add(tensors: dict[str, Tensor]) -> None:
+        tensors["model.layers.0.mlp.experts.down_proj"] = torch.zeros(3, 32, 48)
+
+    folder = changed(folder_of("qwen3_moe"), tmp_path / "m", add)
+    with pytest.raises(
+        CheckpointError,
+        match=r"model\.layers\.0\.mlp\.experts\.0\.down_proj\.weight twice: also in model\.layers",
+    ):
+        list(open_checkpoint(folder).weights())
+
+
+def test_stacked_experts_of_another_count_are_refused_by_name(
+    folder_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    name = "model.layers.0.block_sparse_moe.input_linear.weight"
+
+    def cut(tensors: dict[str, Tensor]) -> None:
+        tensors[name] = tensors[name][:2].clone()
+
+    folder = changed(folder_of("granitemoe"), tmp_path / "m", cut)
+    with pytest.raises(CheckpointError, match=rf"{name} holds 2 experts, but config.json says 3"):
+        list(open_checkpoint(folder).weights())
+
+
+def test_stacked_rows_that_are_not_two_layers_are_refused_by_name(
+    folder_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    name = "model.layers.0.block_sparse_moe.input_linear.weight"
+
+    def cut(tensors: dict[str, Tensor]) -> None:
+        tensors[name] = tensors[name][:, 1:].clone()
+
+    folder = changed(folder_of("granitemoe"), tmp_path / "m", cut)
+    with pytest.raises(CheckpointError, match=rf"{name} has shape \(3, 95, 32\)"):
+        list(open_checkpoint(folder).weights())
+
+
+def test_a_missing_router_is_refused_by_name(
+    folder_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    name = "model.layers.0.mlp.gate.weight"
+    folder = changed(folder_of("qwen3_moe"), tmp_path / "m", lambda t: t.pop(name))
+    checkpoint = open_checkpoint(folder)
+    with pytest.raises(ValueError, match=f"has no {name}"):
+        Decoder(
+            architecture_of(checkpoint.config),
+            checkpoint.weights(),
+            device=torch.device("cpu"),
+            dtype=torch.float32,
+            max_model_len=16,
+        )
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "message"),
+    [
+        ("qwen3_moe", {"num_experts_per_tok": 4}, "a token uses 4 experts, but there are 3"),
+        ("qwen3_moe", {"num_experts_per_tok": 0}, "num_experts_per_tok is 0"),
+        ("phimoe", {"num_experts_per_tok": 1}, "num_experts_per_tok is 1, which is not supported"),
+        ("olmoe", {"clip_qkv": 8.0}, "clip_qkv is 8.0, which is not supported for olmoe"),
+        ("deepseek_v3", {}, "model_type 'deepseek_v3' is not supported; supported are"),
+    ],
+)
+def test_mixtures_that_are_not_supported_are_refused_before_anything_is_read(
+    tmp_path: Path, family: str, settings: dict[str, Any], message: str
+) -> None:
+    settings = COMMON | FAMILIES.get(family, {}) | settings
+    config = AutoConfig.for_model(family, **settings).to_dict()
+    (tmp_path / "config.json").write_text(json.dumps(config))  # and no weights
+    with pytest.raises(UnsupportedModelError, match=message):
+        open_checkpoint(tmp_path)
+
+
+def test_a_mixture_on_a_gpu_is_refused_before_anything_is_read(
+    folder_of: Callable[..., Path],
+) -> None:
+    checkpoint = open_checkpoint(folder_of("mixtral"))
+    with pytest.raises(
+        UnsupportedModelError, match="mixtral models are mixtures of experts, which"
+    ):
+        Decoder(
+            architecture_of(checkpoint.config),
+            iter(()),
+            device=torch.device("cuda"),
+            dtype=torch.bfloat16,
+            max_model_len=16,
+        )
