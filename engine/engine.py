@@ -125,9 +125,9 @@ class Engine:
         device = resolve_device(config.device)
         if device.type == "cuda":
             torch.cuda.set_device(device)  # Triton launches on the thread's current device
-        if config.kv_dtype != "auto" and device.type == "cpu":
+        if config.kv_dtype == "fp8" and device.type == "cpu":
             raise ValueError(
-                f"kv_dtype is {config.kv_dtype!r}, which needs a GPU; expected 'auto' on the CPU"
+                "kv_dtype is 'fp8', which needs a GPU; expected 'int8' or 'auto' on the CPU"
             )
         widest = max(layer.attention.head_dim for layer in architecture.layers)
         if device.type == "cuda" and widest > _MAX_GPU_HEAD_DIM:
