@@ -18,7 +18,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from nybble.engine.adapter_slots import AdapterSlots
-from nybble.engine.adapters import AdapterInfo, AdapterRegistry
+from nybble.engine.adapters import AdapterInfo, AdapterRegistry, AdapterUsage
 from nybble.engine.block_manager import BlockManager
 from nybble.engine.config import EngineConfig, resolve_device
 from nybble.engine.decoder import Decoder
@@ -237,6 +237,11 @@ class Engine:
         return self._runner.layout.tokens_in(self.stats().kv_blocks_total, mean)
 
     @property
+    def kv_block_size(self) -> int:
+        """Tokens in a block of the KV cache."""
+        return self._config.block_size
+
+    @property
     def healthy(self) -> bool:
         """Whether the thread runs and requests are taken."""
         return self._thread.healthy
@@ -274,6 +279,10 @@ class Engine:
     def adapters(self) -> list[AdapterInfo]:
         """Every loaded adapter, by name; safe from any thread."""
         return [] if self._adapters is None else self._adapters.infos()
+
+    def adapter_usage(self) -> AdapterUsage:
+        """Where the loaded adapters are, and which are in use; safe from any thread."""
+        return AdapterUsage() if self._adapters is None else self._adapters.usage()
 
     def _require_adapters(self) -> AdapterRegistry:
         if self._adapters is None:

@@ -7,6 +7,7 @@ import logging
 import re
 import time
 from collections.abc import Awaitable, Callable
+from http import HTTPStatus
 from uuid import uuid4
 
 from aiohttp import web
@@ -63,7 +64,7 @@ def make_app(
         settings.max_queue_seconds,
     )
     admission = Admission(capacity, lambda: engine.stats().computed_tokens)
-    metrics = Metrics(engine, admission)
+    metrics = Metrics(engine, admission, models[0] if settings.vllm_metrics else None)
     limiter = Limiter()
     cors = settings.cors
     owners = AdapterOwners()
@@ -167,7 +168,9 @@ def _observe(metrics: Metrics) -> Middleware:
                 **record.usage_fields(),
                 **record.warning_fields(),
             }
-            logger.info(Event("request", fields))
+            # Load balancers and routers ask many times a second, and rarely is the answer news.
+            quiet = route in _PROBES and status == HTTPStatus.OK
+            logger.log(logging.DEBUG if quiet else logging.INFO, Event("request", fields))
 
     return middleware
 

@@ -114,7 +114,7 @@ class Api:
         return json_response({"status": "ok"})
 
     async def metrics(self, _: web.Request) -> web.Response:
-        self._metrics.event_loop_tasks.set(len(asyncio.all_tasks()))
+        self._metrics.event_loop_tasks = len(asyncio.all_tasks())
         return web.Response(
             body=self._metrics.render(),
             headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"},

@@ -101,6 +101,7 @@ def server_settings(options: ServeOptions, device: str, *, loopback: bool) -> Se
         console=not network.no_console,
         unknown_fields=network.unknown_fields,
         trust_chat_templates=network.trust_request_chat_template,
+        vllm_metrics=options.operation.vllm_metrics,
         tracing=None if endpoint is None else _tracing(endpoint),
         training=_training_settings(options, device) if _trains(options.training) else None,
     )
