@@ -8,14 +8,14 @@ from uuid import uuid4
 
 from nybble.engine import RequestOutput
 from nybble.server.api.chat_schema import ChatRequest
-from nybble.server.api.choices import ChoicesShape
+from nybble.server.api.choices import ChoicesFormatter
 from nybble.server.api.generation import Usage
 from nybble.server.api.logprobs import Logprobs
-from nybble.server.api.tool_parser import Arguments, Call, Event, Text, ToolParser
+from nybble.server.api.tool_parser import Arguments, Call, ParsedDelta, Text, ToolParser
 from nybble.server.api.tools import Tools
 
 
-class ChatShape(ChoicesShape):
+class ChatFormatter(ChoicesFormatter):
     """``chat.completion`` and ``chat.completion.chunk``. With tools, calls are parsed from text.
 
     prompts: the token ids of the one prompt.
@@ -120,14 +120,14 @@ class ChatShape(ChoicesShape):
         return {"content": self._logprobs.chat(outputs), "refusal": None}
 
 
-def _events(parser: ToolParser | None, text: str, *, last: bool) -> list[Event]:
+def _events(parser: ToolParser | None, text: str, *, last: bool) -> list[ParsedDelta]:
     if parser is None:
         return [Text(text)] if text else []
     events = parser.feed(text)
     return events + parser.finish() if last else events
 
 
-def _delta(event: Event) -> dict[str, Any]:
+def _delta(event: ParsedDelta) -> dict[str, Any]:
     if isinstance(event, Text):
         return {"content": event.text}
     if isinstance(event, Arguments):

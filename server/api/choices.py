@@ -8,13 +8,13 @@ from typing import Any
 
 from nybble.engine import RequestOutput
 from nybble.server.api.generation import Usage
-from nybble.server.api.respond import Event
+from nybble.server.api.respond import ServerSentEvent
 from nybble.server.api.schema import Sampling
 from nybble.server.http.errors import ApiError
 
 
-class ChoicesShape(ABC):
-    """See :class:`nybble.server.api.respond.Shape`."""
+class ChoicesFormatter(ABC):
+    """See :class:`nybble.server.api.respond.Formatter`."""
 
     terminator: bytes | None = b"[DONE]"
 
@@ -41,7 +41,7 @@ class ChoicesShape(ABC):
         choices = [self.choice(index, sequence) for index, sequence in enumerate(outputs)]
         return self.envelope(choices, chunk=False) | {"usage": _usage(usage)}
 
-    def events(self, index: int, output: RequestOutput, usage: Usage) -> Sequence[Event]:
+    def events(self, index: int, output: RequestOutput, usage: Usage) -> Sequence[ServerSentEvent]:
         extra: dict[str, Any] = {}
         if self._include_usage:
             # OpenAI sends a null usage in every event but the last.
@@ -68,12 +68,12 @@ class ChoicesShape(ABC):
         """The field for a chunk that only says something else, if it is asked for."""
         return self.token_ids([])
 
-    def last_events(self, usage: Usage) -> Sequence[Event]:
+    def last_events(self, usage: Usage) -> Sequence[ServerSentEvent]:
         if not self._include_usage:
             return []
         return [(None, self.envelope([], chunk=True) | {"usage": _usage(usage)})]
 
-    def failure(self, error: ApiError) -> Event:
+    def failure(self, error: ApiError) -> ServerSentEvent:
         return None, error.body()
 
 

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from nybble.engine import PromptLogprobs, RequestOutput
-from nybble.server.api.choices import ChoicesShape
+from nybble.server.api.choices import ChoicesFormatter
 from nybble.server.api.logprobs import Logprobs
 from nybble.server.api.schema import CompletionRequest
 
 
-class CompletionShape(ChoicesShape):
+class CompletionFormatter(ChoicesFormatter):
     """``text_completion``.
 
     logprobs: writes log probabilities; None if none are asked for.

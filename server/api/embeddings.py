@@ -49,8 +49,8 @@ class EmbeddingRequest(Truncated):
         return prompts
 
 
-class EmbeddingsShape:
-    """See :class:`nybble.server.api.respond.WholeShape`."""
+class EmbeddingsFormatter:
+    """See :class:`nybble.server.api.respond.WholeFormatter`."""
 
     def __init__(self, body: EmbeddingRequest) -> None:
         self._model = body.model

@@ -28,13 +28,13 @@ _EMBEDDINGS_IN_FLIGHT = 16
 
 
 @dataclass(frozen=True)
-class Job:
+class SequenceGroup:
     """The sequences of one API request: ``n`` for each prompt.
 
     Sequence ``i`` continues prompt ``i // n``. If there is a seed, sequences of the same prompt get
     different seeds, counted up from it.
 
-    timeout: seconds the job may take.
+    timeout: seconds the group may take.
     priority: of each of its requests.
     cache_salt: of each of its requests.
     pooling: if set, the prompts' embeddings are computed, a few at a time.
@@ -85,9 +85,9 @@ class Job:
 
 @dataclass
 class Usage:
-    """Token counts of a job. A prompt counts once, however many sequences continue it."""
+    """Token counts of a group. A prompt counts once, however many sequences continue it."""
 
-    job: Job
+    group: SequenceGroup
     _latest: dict[int, RequestOutput] = field(default_factory=dict)
 
     def add(self, index: int, output: RequestOutput) -> None:
@@ -95,7 +95,7 @@ class Usage:
 
     @property
     def prompt_tokens(self) -> int:
-        return sum(len(tokens) for tokens in self.job.prompts)
+        return sum(len(tokens) for tokens in self.group.prompts)
 
     @property
     def completion_tokens(self) -> int:
@@ -103,8 +103,8 @@ class Usage:
 
     @property
     def predicted_tokens(self) -> tuple[int, int] | None:
-        """Draft tokens that were accepted, and rejected; None if the job has no prediction."""
-        if self.job.prediction is None:
+        """Draft tokens that were accepted, and rejected; None if the group has no prediction."""
+        if self.group.prediction is None:
             return None
         outputs = self._latest.values()
         accepted = sum(output.accepted_draft_tokens for output in outputs)
@@ -112,12 +112,12 @@ class Usage:
 
     @property
     def cached_tokens(self) -> int:
-        """Prompt tokens that were in the prefix cache before this job."""
+        """Prompt tokens that were in the prefix cache before this group."""
         return sum(
             output.cached_tokens
             for index, output in self._latest.items()
             # A prompt's later sequences hit what its first one has just cached.
-            if index % self.job.n == 0
+            if index % self.group.n == 0
         )
 
 
@@ -146,7 +146,7 @@ class SequenceTimes:
 
 
 class Generation:
-    """Runs jobs on the engine, within the limits of admission and tenants, and measures them."""
+    """Runs groups on the engine, within the limits of admission and tenants, and measures them."""
 
     def __init__(
         self,
@@ -163,76 +163,76 @@ class Generation:
         self._metrics = metrics
         self._admission = admission
 
-    async def run(self, job: Job) -> AsyncGenerator[tuple[int, RequestOutput]]:
+    async def run(self, group: SequenceGroup) -> AsyncGenerator[tuple[int, RequestOutput]]:
         """Yield (index of the sequence, output) as they come; closing cancels all sequences.
 
         Raises ApiError 429 if the server or the tenant is at a limit, and what Engine.generate
         raises.
         """
         most = self._admission.capacity.sequences
-        if self._in_flight(job) > most:
+        if self._in_flight(group) > most:
             raise ApiError(
                 400,
-                f"the request asks for {job.size} sequences, this server takes at most {most} at "
+                f"the request asks for {group.size} sequences, this server takes at most {most} at "
                 "once",
                 param="n",
                 code="invalid_value",
             )
-        with self._admitted(job):
-            if job.size == 1:
-                async with aclosing(self._sequence(job.request(0), job.tenant)) as outputs:
+        with self._admitted(group):
+            if group.size == 1:
+                async with aclosing(self._sequence(group.request(0), group.tenant)) as outputs:
                     async for output in outputs:
                         yield 0, output
             else:
-                async with aclosing(self._merged(job)) as merged:
+                async with aclosing(self._merged(group)) as merged:
                     async for item in merged:
                         yield item
 
-    def _in_flight(self, job: Job) -> int:
-        """The most sequences of a job that are in flight at a time."""
-        if job.pooling is None:
-            return job.size
+    def _in_flight(self, group: SequenceGroup) -> int:
+        """The most sequences of a group that are in flight at a time."""
+        if group.pooling is None:
+            return group.size
         quarter = max(1, self._admission.capacity.sequences // 4)
-        return min(job.size, _EMBEDDINGS_IN_FLIGHT, quarter)
+        return min(group.size, _EMBEDDINGS_IN_FLIGHT, quarter)
 
-    def _needed(self, job: Job) -> float:
-        """Estimated KV cache, in tokens, of the job's sequences in flight."""
+    def _needed(self, group: SequenceGroup) -> float:
+        """Estimated KV cache, in tokens, of the group's sequences in flight."""
         needs, room = self._admission.needs, self.engine.max_model_len
         tokens = 0.0
-        for prompt in job.prompts:
+        for prompt in group.prompts:
             limit = room - len(prompt)
-            if job.pooling is not None:
+            if group.pooling is not None:
                 limit = 0
-            elif job.params.max_tokens is not None:
-                limit = min(limit, job.params.max_tokens)
-            tokens += needs.of_prompt(len(prompt)) + job.n * needs.of_output(limit)
-        return tokens * self._in_flight(job) / job.size
+            elif group.params.max_tokens is not None:
+                limit = min(limit, group.params.max_tokens)
+            tokens += needs.of_prompt(len(prompt)) + group.n * needs.of_output(limit)
+        return tokens * self._in_flight(group) / group.size
 
     @contextmanager
-    def _admitted(self, job: Job) -> Iterator[None]:
+    def _admitted(self, group: SequenceGroup) -> Iterator[None]:
         with ExitStack() as stack:
             enter = stack.enter_context
-            enter(self._admission.admit(job.tenant, self._in_flight(job), self._needed(job)))
-            if job.tenant is not None:
-                enter(self._limiter.admit(job.tenant, sum(map(len, job.prompts))))
+            enter(self._admission.admit(group.tenant, self._in_flight(group), self._needed(group)))
+            if group.tenant is not None:
+                enter(self._limiter.admit(group.tenant, sum(map(len, group.prompts))))
             yield
 
-    async def _merged(self, job: Job) -> AsyncGenerator[tuple[int, RequestOutput]]:
+    async def _merged(self, group: SequenceGroup) -> AsyncGenerator[tuple[int, RequestOutput]]:
         # Bounded: a slow client's outputs wait in the engine's streams, not here as well.
-        queue: asyncio.Queue[tuple[int, RequestOutput] | Exception] = asyncio.Queue(job.size)
+        queue: asyncio.Queue[tuple[int, RequestOutput] | Exception] = asyncio.Queue(group.size)
         # Once a prompt's first sequence has a token, the prompt is in the prefix cache. Its other
         # sequences wait for that.
-        prefilled = [asyncio.Event() for _ in job.prompts]
-        places = asyncio.Semaphore(self._in_flight(job))
+        prefilled = [asyncio.Event() for _ in group.prompts]
+        places = asyncio.Semaphore(self._in_flight(group))
 
         async def pump(index: int) -> None:
-            event = prefilled[index // job.n]
-            if index % job.n:
+            event = prefilled[index // group.n]
+            if index % group.n:
                 await event.wait()
             try:
                 async with (
                     places,
-                    aclosing(self._sequence(job.request(index), job.tenant)) as outputs,
+                    aclosing(self._sequence(group.request(index), group.tenant)) as outputs,
                 ):
                     async for output in outputs:
                         event.set()
@@ -240,9 +240,9 @@ class Generation:
             except Exception as error:
                 await queue.put(error)
 
-        tasks = [asyncio.create_task(pump(index)) for index in range(job.size)]
+        tasks = [asyncio.create_task(pump(index)) for index in range(group.size)]
         try:
-            unfinished = job.size
+            unfinished = group.size
             while unfinished:
                 item = await queue.get()
                 if isinstance(item, Exception):

@@ -1,4 +1,4 @@
-"""Writes a job's outputs as one JSON body or as server-sent events."""
+"""Writes a group's outputs as one JSON body or as server-sent events."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from aiohttp import web
 from pydantic_core import to_json
 
 from nybble.engine import RequestOutput
-from nybble.server.api.generation import Generation, Job, Usage
+from nybble.server.api.generation import Generation, SequenceGroup, Usage
 from nybble.server.http.errors import ApiError
 from nybble.server.observability.request_record import RECORD
 
@@ -21,71 +21,82 @@ _STALL_SECONDS = 60
 T = TypeVar("T")
 
 Results = AsyncGenerator[tuple[int, RequestOutput]]
-Event = tuple[str | None, dict[str, Any]]  # of a server-sent event: name or None, and data
+ServerSentEvent = tuple[
+    str | None, dict[str, Any]
+]  # of a server-sent event: name or None, and data
 
 
-class WholeShape(Protocol):
-    """How an endpoint writes a job's outputs as one body."""
+class WholeFormatter(Protocol):
+    """How an endpoint writes a group's outputs as one body."""
 
     def whole(self, outputs: Sequence[Sequence[RequestOutput]], usage: Usage) -> dict[str, Any]:
         """The body, from all outputs of every sequence."""
         ...
 
 
-class Shape(WholeShape, Protocol):
-    """How an endpoint writes a job's outputs, as one body or as a stream."""
+class Formatter(WholeFormatter, Protocol):
+    """How an endpoint writes a group's outputs, as one body or as a stream."""
 
     # The data that ends a stream, after the last event.
     terminator: bytes | None
 
-    def events(self, index: int, output: RequestOutput, usage: Usage) -> Sequence[Event]:
+    def events(self, index: int, output: RequestOutput, usage: Usage) -> Sequence[ServerSentEvent]:
         """The events for one output of a sequence; called for its outputs in order.
 
         usage: of this output and all before it.
         """
         ...
 
-    def last_events(self, usage: Usage) -> Sequence[Event]:
+    def last_events(self, usage: Usage) -> Sequence[ServerSentEvent]:
         """The events once all sequences are finished."""
         ...
 
-    def failure(self, error: ApiError) -> Event:
+    def failure(self, error: ApiError) -> ServerSentEvent:
         """The event that ends a stream after an error."""
         ...
 
 
 async def respond(
-    request: web.Request, generation: Generation, job: Job, shape: Shape, *, stream: bool
+    request: web.Request,
+    generation: Generation,
+    group: SequenceGroup,
+    formatter: Formatter,
+    *,
+    stream: bool,
 ) -> web.StreamResponse:
-    """Run ``job`` and send its outputs. If the response ends early, its sequences are cancelled.
+    """Run ``group`` and send its outputs. If the response ends early, its sequences are cancelled.
 
     Raises ApiError 504 if its timeout passes before the first byte is sent, and what
     Generation.run raises.
     """
     if not stream:
-        return await respond_whole(request, generation, job, shape)
-    usage = request[RECORD].usage = Usage(job)
-    async with aclosing(generation.run(job)) as results:
-        return await _stream(request, results, usage, shape, _deadline(job))
+        return await respond_whole(request, generation, group, formatter)
+    usage = request[RECORD].usage = Usage(group)
+    async with aclosing(generation.run(group)) as results:
+        return await _stream(request, results, usage, formatter, _deadline(group))
 
 
 async def respond_whole(
-    request: web.Request, generation: Generation, job: Job, shape: WholeShape
+    request: web.Request, generation: Generation, group: SequenceGroup, formatter: WholeFormatter
 ) -> web.Response:
-    """Run ``job`` to its end and send one body. Raises what :func:`respond` does."""
-    usage = request[RECORD].usage = Usage(job)
-    async with aclosing(generation.run(job)) as results:
-        outputs: list[list[RequestOutput]] = [[] for _ in range(job.size)]
-        async with _until(_deadline(job)):
+    """Run ``group`` to its end and send one body. Raises what :func:`respond` does."""
+    usage = request[RECORD].usage = Usage(group)
+    async with aclosing(generation.run(group)) as results:
+        outputs: list[list[RequestOutput]] = [[] for _ in range(group.size)]
+        async with _until(_deadline(group)):
             async for index, output in results:
                 usage.add(index, output)
                 outputs[index].append(output)
-        body = await _written(outputs[0][0], lambda: to_json(shape.whole(outputs, usage)))
+        body = await _written(outputs[0][0], lambda: to_json(formatter.whole(outputs, usage)))
         return web.Response(body=body, content_type="application/json")
 
 
 async def _stream(
-    request: web.Request, results: Results, usage: Usage, shape: Shape, deadline: float | None
+    request: web.Request,
+    results: Results,
+    usage: Usage,
+    formatter: Formatter,
+    deadline: float | None,
 ) -> web.StreamResponse:
     # Wait for the first output before sending headers: a failure until then gets its own status.
     async with _until(deadline):
@@ -95,7 +106,7 @@ async def _stream(
 
     async def tell(index: int, output: RequestOutput) -> None:
         usage.add(index, output)
-        for event in await _written(output, lambda: shape.events(index, output, usage)):
+        for event in await _written(output, lambda: formatter.events(index, output, usage)):
             await stream.send(event)
 
     try:
@@ -103,15 +114,15 @@ async def _stream(
             await tell(*first)
             async for index, output in results:
                 await tell(index, output)
-        for event in shape.last_events(usage):
+        for event in formatter.last_events(usage):
             await stream.send(event)
-        if shape.terminator is not None:
-            await stream.write(b"data: " + shape.terminator + b"\n\n")
+        if formatter.terminator is not None:
+            await stream.write(b"data: " + formatter.terminator + b"\n\n")
     except ConnectionError:
         raise
     except Exception as error:
         # The status 200 has been sent already, so the error is sent as an event.
-        await stream.send(shape.failure(request[RECORD].failed(error)))
+        await stream.send(formatter.failure(request[RECORD].failed(error)))
     await stream.response.write_eof()
     return stream.response
 
@@ -122,8 +133,8 @@ async def _written(output: RequestOutput, write: Callable[[], T]) -> T:
     return await asyncio.to_thread(write) if much else write()
 
 
-def _deadline(job: Job) -> float | None:
-    return None if job.timeout is None else asyncio.get_running_loop().time() + job.timeout
+def _deadline(group: SequenceGroup) -> float | None:
+    return None if group.timeout is None else asyncio.get_running_loop().time() + group.timeout
 
 
 @asynccontextmanager
@@ -152,7 +163,7 @@ class EventStream:
     async def open(self) -> None:
         await self.response.prepare(self._request)
 
-    async def send(self, event: Event) -> None:
+    async def send(self, event: ServerSentEvent) -> None:
         name, data = event
         head = b"" if name is None else b"event: " + name.encode() + b"\n"
         await self.write(head + b"data: " + to_json(data) + b"\n\n")

@@ -8,21 +8,21 @@ from uuid import uuid4
 
 from nybble.engine import RequestOutput
 from nybble.server.api.generation import Usage
-from nybble.server.api.respond import Event
+from nybble.server.api.respond import ServerSentEvent
 from nybble.server.api.responses_schema import ResponsesRequest
 from nybble.server.api.tool_parser import Arguments, Call, Text, ToolParser
 from nybble.server.api.tools import Tools
 from nybble.server.http.errors import ApiError
 
 
-class ResponsesShape:
-    """See :class:`nybble.server.api.respond.Shape`. One sequence each; nothing is stored."""
+class ResponsesFormatter:
+    """See :class:`nybble.server.api.respond.Formatter`. One sequence each; nothing is stored."""
 
     terminator: bytes | None = None
 
     def __init__(self, id: str, body: ResponsesRequest, created: int, tools: Tools | None) -> None:
         self._parser: ToolParser | None = None if tools is None else tools.parser()
-        self._events: list[Event] = []
+        self._events: list[ServerSentEvent] = []
         self._sequence = 0
         self._begun = False
         self._item: dict[str, Any] | None = None  # the output item being written
@@ -64,7 +64,7 @@ class ResponsesShape:
         self.last_events(usage)
         return self._response
 
-    def events(self, index: int, output: RequestOutput, usage: Usage) -> Sequence[Event]:
+    def events(self, index: int, output: RequestOutput, usage: Usage) -> Sequence[ServerSentEvent]:
         if not self._begun:
             self._begun = True
             self._tell("response.created", response=self._response | {"output": []})
@@ -91,7 +91,7 @@ class ResponsesShape:
                 self._response["incomplete_details"] = {"reason": "max_output_tokens"}
         return self._take()
 
-    def last_events(self, usage: Usage) -> Sequence[Event]:
+    def last_events(self, usage: Usage) -> Sequence[ServerSentEvent]:
         self._response["usage"] = {
             "input_tokens": usage.prompt_tokens,
             "input_tokens_details": {
@@ -106,7 +106,7 @@ class ResponsesShape:
         self._tell(f"response.{self._response['status']}", response=self._response)
         return self._take()
 
-    def failure(self, error: ApiError) -> Event:
+    def failure(self, error: ApiError) -> ServerSentEvent:
         self._response["status"] = "failed"
         self._response["error"] = {"code": "server_error", "message": error.message}
         self._tell("response.failed", response=self._response)
@@ -176,7 +176,7 @@ class ResponsesShape:
         self._events.append((kind, event))
         self._sequence += 1
 
-    def _take(self) -> Sequence[Event]:
+    def _take(self) -> Sequence[ServerSentEvent]:
         taken, self._events = self._events, []
         return taken
 

@@ -19,12 +19,12 @@ from nybble.engine import (
     require_known_tokens,
 )
 from nybble.loaders.templates import TemplateRenderer
-from nybble.server.api.chat import ChatShape
+from nybble.server.api.chat import ChatFormatter
 from nybble.server.api.chat_schema import ChatRequest, DetokenizeRequest, TokenizeRequest
 from nybble.server.api.compile_pool import CompilePool
-from nybble.server.api.completions import CompletionShape
-from nybble.server.api.embeddings import EmbeddingRequest, EmbeddingsShape
-from nybble.server.api.generation import Generation, Job, SequenceTimes
+from nybble.server.api.completions import CompletionFormatter
+from nybble.server.api.embeddings import EmbeddingRequest, EmbeddingsFormatter
+from nybble.server.api.generation import Generation, SequenceGroup, SequenceTimes
 from nybble.server.api.guiding import guide_of
 from nybble.server.api.logprobs import Logprobs
 from nybble.server.api.model_names import ModelNames
@@ -32,7 +32,7 @@ from nybble.server.api.openapi import openapi_document
 from nybble.server.api.parse import read_body
 from nybble.server.api.prompts import Prompts
 from nybble.server.api.respond import json_response, respond, respond_whole
-from nybble.server.api.responses import ResponsesShape
+from nybble.server.api.responses import ResponsesFormatter
 from nybble.server.api.responses_schema import ResponsesRequest
 from nybble.server.api.schema import CompletionRequest, Prompt, Sampling
 from nybble.server.api.token_bytes import TokenBytes
@@ -138,30 +138,30 @@ class Api:
         limit = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
         names = {"prompt": "messages", "max_tokens": limit, "logprobs": "top_logprobs"}
         with _parameters_called(names):
-            job, tools = await self._chat_job("chatcmpl-", body, adapter, request)
-        shape = ChatShape(
-            job.id,
+            group, tools = await self._chat_group("chatcmpl-", body, adapter, request)
+        formatter = ChatFormatter(
+            group.id,
             body,
             int(time.time()),
-            self._logprobs(body, job.params),
+            self._logprobs(body, group.params),
             tools,
-            job.prompts,
+            group.prompts,
             body.echoed,
         )
-        return await respond(request, self._generation, job, shape, stream=bool(body.stream))
+        return await respond(request, self._generation, group, formatter, stream=bool(body.stream))
 
     async def responses(self, request: web.Request) -> web.StreamResponse:
         body = await read_body(request, ResponsesRequest)
         adapter = self._adapter_of(request, body.model, body.adapter)
         names = {"prompt": "input", "messages": "input", "max_tokens": "max_output_tokens"}
         with _parameters_called(names | {"response_format": "text.format"}):
-            job, tools = await self._chat_job("resp_", body.chat(), adapter, request)
-        shape = ResponsesShape(job.id, body, int(time.time()), tools)
-        return await respond(request, self._generation, job, shape, stream=bool(body.stream))
+            group, tools = await self._chat_group("resp_", body.chat(), adapter, request)
+        formatter = ResponsesFormatter(group.id, body, int(time.time()), tools)
+        return await respond(request, self._generation, group, formatter, stream=bool(body.stream))
 
-    async def _chat_job(
+    async def _chat_group(
         self, prefix: str, body: ChatRequest, adapter: str | None, request: web.Request
-    ) -> tuple[Job, Tools | None]:
+    ) -> tuple[SequenceGroup, Tools | None]:
         params = body.sampling_params(
             max_tokens=body.limit,
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
@@ -181,7 +181,7 @@ class Api:
             self._grammars, self._compiling, body, request[RECORD], body.response_format, tools
         )
         id, n, tenant = f"{prefix}{uuid4().hex}", body.sequences, request.get(TENANT)
-        job = Job(
+        group = SequenceGroup(
             id,
             (prompt,),
             params,
@@ -194,7 +194,7 @@ class Api:
             body.cache_salt or "",
             prediction=await self._predicted(body),
         )
-        return job, tools
+        return group, tools
 
     async def _predicted(self, body: ChatRequest) -> tuple[int, ...] | None:
         """The tokens of the answer that the client expects."""
@@ -220,7 +220,7 @@ class Api:
             self._grammars, self._compiling, body, request[RECORD], body.response_format
         )
         id, n, tenant = f"cmpl-{uuid4().hex}", body.sequences, request.get(TENANT)
-        job = Job(
+        group = SequenceGroup(
             id,
             tuple(prompts),
             params,
@@ -233,8 +233,10 @@ class Api:
             body.cache_salt or "",
         )
         logprobs = self._logprobs(body, params)
-        shape = CompletionShape(job.id, body, int(time.time()), logprobs, echoes, job.prompts)
-        return await respond(request, self._generation, job, shape, stream=bool(body.stream))
+        formatter = CompletionFormatter(
+            group.id, body, int(time.time()), logprobs, echoes, group.prompts
+        )
+        return await respond(request, self._generation, group, formatter, stream=bool(body.stream))
 
     async def embeddings(self, request: web.Request) -> web.Response:
         body = await read_body(request, EmbeddingRequest)
@@ -259,7 +261,7 @@ class Api:
         params = SamplingParams(max_tokens=0)
         with _parameters_called({"prompt": "input"}):
             prompts = await self._encoded(body, body.prompts, params)
-        job = Job(
+        group = SequenceGroup(
             f"embd-{uuid4().hex}",
             tuple(prompts),
             params,
@@ -269,7 +271,7 @@ class Api:
             priority=body.priority or 0,
             pooling=self._engine.pooling,
         )
-        return await respond_whole(request, self._generation, job, EmbeddingsShape(body))
+        return await respond_whole(request, self._generation, group, EmbeddingsFormatter(body))
 
     async def tokenize(self, request: web.Request) -> web.Response:
         body = await read_body(request, TokenizeRequest)

@@ -46,7 +46,7 @@ class Arguments:
     text: str
 
 
-Event = Text | Call | Arguments
+ParsedDelta = Text | Call | Arguments
 
 
 class ToolParser:
@@ -64,15 +64,15 @@ class ToolParser:
         self._begun = False  # whether an event for the current call has been returned
         self.calls = 0
 
-    def feed(self, text: str) -> list[Event]:
+    def feed(self, text: str) -> list[ParsedDelta]:
         """Add text. Returns the events that are certain now; the rest is held back."""
         self._buffer += text
-        events: list[Event] = []
+        events: list[ParsedDelta] = []
         while self._step(events):
             pass
         return events
 
-    def finish(self) -> list[Event]:
+    def finish(self) -> list[ParsedDelta]:
         """The events of the text that was held back. Call it once, after the last ``feed``."""
         if self._state == "bare":
             if calls := self._bare.whole():
@@ -88,7 +88,7 @@ class ToolParser:
             return []
         return [Text(held)] if held else []
 
-    def _step(self, events: list[Event]) -> bool:
+    def _step(self, events: list[ParsedDelta]) -> bool:
         """Consume something from the buffer; False if more text is needed first."""
         if self._state == "bare":
             text, self._buffer = self._buffer, ""
@@ -116,12 +116,12 @@ class ToolParser:
     def _end_bare(self) -> None:
         self._state, self._buffer = "text", self._bare.text
 
-    def _told(self, name: str, arguments: str) -> list[Event]:
+    def _told(self, name: str, arguments: str) -> list[ParsedDelta]:
         index = self.calls
         self.calls += 1
         return [Call(index, name), Arguments(index, arguments)]
 
-    def _find_hermes(self, events: list[Event]) -> bool:
+    def _find_hermes(self, events: list[ParsedDelta]) -> bool:
         at = self._buffer.find(OPEN)
         if at >= 0:
             before, self._buffer = self._buffer[:at].rstrip(), self._buffer[at + len(OPEN) :]
@@ -155,7 +155,7 @@ class ToolParser:
     def _opening(self) -> str:
         return OPEN if self._hermes else ""
 
-    def _read_call(self, events: list[Event]) -> bool:
+    def _read_call(self, events: list[ParsedDelta]) -> bool:
         scanner = self._scanner
         self._buffer = self._buffer[scanner.feed(self._buffer) :]
         if not self._begun and scanner.name is not None and self._known(scanner.name):

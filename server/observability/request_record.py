@@ -55,8 +55,8 @@ class RequestRecord:
         if self.usage is None:
             return {}
         return {
-            "adapter": self.usage.job.adapter,
-            "sequences": self.usage.job.size,
+            "adapter": self.usage.group.adapter,
+            "sequences": self.usage.group.size,
             "prompt_tokens": self.usage.prompt_tokens,
             "cached_tokens": self.usage.cached_tokens,
             "completion_tokens": self.usage.completion_tokens,

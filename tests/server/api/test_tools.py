@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from nybble.engine import Engine, GrammarCompiler
 from nybble.engine.json_schema import Omission
 from nybble.server.api.chat_schema import ChatRequest
-from nybble.server.api.tool_parser import Arguments, Call, Event, Text, ToolParser
+from nybble.server.api.tool_parser import Arguments, Call, ParsedDelta, Text, ToolParser
 from nybble.server.api.tools import Answer, Tools
 
 from ..client import CHAT, HELLO, Client, refused, run
@@ -85,7 +85,7 @@ HERMES = (
 LLAMA = HERMES.replace("<tool_call>", "<|python_tag|>")
 
 
-def summary(events: list[Event]) -> tuple[str, list[tuple[str, str]]]:
+def summary(events: list[ParsedDelta]) -> tuple[str, list[tuple[str, str]]]:
     """Text, and the name and arguments of each call."""
     text, calls = "", []
     for event in events:
