@@ -30,9 +30,9 @@ from nybble.loaders.cache import cache_folder
 from nybble.loaders.checkpoint import can_be_rounded
 from nybble.loaders.footprint import weight_bytes
 from nybble.loaders.tokenizer import load_tokenizer
+from nybble.model_name import DEMO
 from nybble.models import Architecture, architecture_of
 from nybble.quantizers.in_flight import InFlightFormat
-from nybble.quantizers.prepare import DEMO
 
 State = Literal["ok", "warning", "broken"]
 _PACKAGES = ("nybble", "torch", "transformers", "safetensors", "triton", "aiohttp", "llguidance")

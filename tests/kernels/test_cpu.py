@@ -339,6 +339,36 @@ def test_activations_of_any_size_are_multiplied(integer_cpu: CpuLibrary, exponen
     assert ((found.double() - expected).abs() <= bound + 2.0**-126).all()
 
 
+@pytest.mark.parametrize("dim", [16, 48, 64, 80, 128])
+def test_attention_of_a_token_does_not_depend_on_its_chunk_or_its_company(
+    cpu: CpuLibrary, dim: int
+) -> None:
+    torch.manual_seed(0)
+    tokens, block_size, kv_heads = 70, 16, 2
+    blocks = -(-tokens // block_size)
+    q = torch.randn(tokens, 3 * kv_heads, dim).bfloat16()
+    k_cache, v_cache = torch.randn(2, 2 * blocks, kv_heads, block_size, dim).bfloat16()
+    own, other = torch.randperm(2 * blocks).int().view(2, -1)
+
+    def attend(begin: int, end: int, others: int) -> Tensor:
+        """Tokens ``begin`` to ``end`` of a sequence, behind ``others`` of another one."""
+        batch = AttentionBatch(
+            query_start=torch.tensor([0, others, others + end - begin], dtype=torch.int32),
+            context_lens=torch.tensor([tokens, end], dtype=torch.int32),
+            block_tables=torch.stack((other, own)),
+            slot_mapping=torch.zeros(others + end - begin, dtype=torch.int64),
+            max_query=max(others, end - begin),
+        )
+        rows = torch.cat((q[:others], q[begin:end]))
+        return cpu.paged_attention(rows, k_cache, v_cache, batch, dim**-0.5, 0)[others:]
+
+    whole = attend(0, tokens, others=1)
+    for size, others in ((1, 1), (1, 9), (23, 1), (23, 40)):
+        begins = range(0, tokens, size)
+        parts = [attend(begin, min(tokens, begin + size), others) for begin in begins]
+        assert torch.equal(torch.cat(parts), whole)
+
+
 def test_other_dtypes_and_layouts_are_computed_without_the_kernel() -> None:
     torch.manual_seed(0)
     weight = random_weight(40, 30, 6, "asym", torch.float16, act_order=True, bias=True)
@@ -370,6 +400,7 @@ def test_dense_weights_are_multiplied_with_few_numbers_of_rows(
         torch.testing.assert_close(found.double(), expected, rtol=2e-2, atol=2e-2)
         assert rows <= reference.rows_computed(rows) <= 1.5 * rows + 0.5
     assert len(computed) <= 18  # each costs half a MiB, for each shape of weight
+    assert 1 not in computed  # one row is summed in another order than several
     assert linear(torch.randn(2, 5, 64).bfloat16()).shape == (2, 5, 48)
 
 
