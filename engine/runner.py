@@ -17,6 +17,7 @@ from nybble.engine.kv_cache import KVCacheLayout
 from nybble.engine.parts import KVCache
 from nybble.engine.scheduler import ScheduledBatch, StepKind
 from nybble.kernels.attention_batch import AttentionBatch
+from nybble.kernels.cpu.huge_pages import empty_in_huge_pages
 from nybble.kernels.lora_batch import LoRABatch
 from nybble.kernels.progress import Progress, track
 from nybble.kernels.reference import TokenChoice
@@ -56,6 +57,8 @@ class ModelRunner:
         self._max_blocks = -(-decoder.max_model_len // config.block_size)
 
         def zeros(dtype: torch.dtype, *shape: int) -> Tensor:
+            if self.device.type == "cpu":
+                return empty_in_huge_pages(shape, dtype).zero_()
             return torch.zeros(shape, dtype=dtype, device=self.device)
 
         def cache(attention: Attention) -> KVCache:

@@ -33,6 +33,7 @@ from nybble.kernels.cpu.build import (
     usable_targets,
     wanted_targets,
 )
+from nybble.kernels.cpu.huge_pages import empty_in_huge_pages
 from nybble.kernels.cpu.library import CpuLibrary
 from nybble.kernels.lora import slot_buffers
 from nybble.kernels.lora_batch import LoRABatch
@@ -826,6 +827,22 @@ def test_a_weight_with_gaps_is_not_taken(cpu: CpuLibrary) -> None:
     tiled = weight.to_layout("cpu_tiles")
     assert cpu.takes(tiled)
     assert not cpu.takes(replace(tiled, scales=transposed(tiled.scales)))
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="Linux alone has huge pages")
+def test_memory_asks_for_huge_pages() -> None:
+    """Whether it gets any is the system's affair; small memory is left alone."""
+    assert empty_in_huge_pages((3,), torch.float32).shape == (3,)
+    made = empty_in_huge_pages((8 << 20,), torch.int8).zero_()
+    middle = made.data_ptr() + made.nbytes // 2
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(found[1], 16) <= middle < int(found[2], 16)
+        if inside and line.startswith("VmFlags:"):
+            assert "hg" in line.split()
+            return
+    raise AssertionError("the memory is not mapped")
 
 
 def test_a_missing_compiler_and_a_missing_instruction_set_are_named(tmp_path: Path) -> None:

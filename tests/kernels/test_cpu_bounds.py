@@ -235,6 +235,34 @@ def test_rotary_and_attention(
     torch.testing.assert_close(found.double()[rows], expected[rows], rtol=2**-7, atol=2**-6)
 
 
+@pytest.mark.parametrize("dim", [32, 80])
+@pytest.mark.parametrize("block_size", [1, 5, 16])
+def test_attention_in_8_bits(cpu: CpuLibrary, guard: Guard, block_size: int, dim: int) -> None:
+    torch.manual_seed(0)
+    blocks = [-(-context // block_size) for context in (33, 15)]
+    tables = torch.zeros(2, max(blocks), dtype=torch.int32)
+    tables[0, : blocks[0]] = torch.arange(blocks[0])
+    tables[1, : blocks[1]] = torch.arange(blocks[0], sum(blocks))
+    last = [int(tables[0, 32 // block_size]), int(tables[1, 14 // block_size])]
+    slots = [last[0] * block_size + 32 % block_size, last[1] * block_size + 14 % block_size]
+    batch = AttentionBatch(
+        query_start=guard(torch.tensor([0, 1, 2], dtype=torch.int32)),
+        context_lens=guard(torch.tensor([33, 15], dtype=torch.int32)),
+        block_tables=guard(tables),
+        slot_mapping=guard(torch.tensor(slots)),
+        max_query=1,
+    )
+    q, k, v = guard(torch.randn(2, 10, dim).bfloat16()).split((6, 2, 2), dim=1)  # type: ignore[no-untyped-call]
+    shape = (sum(blocks), 2, block_size, dim)
+    caches = [guard(torch.randint(-127, 128, shape, dtype=torch.int8)) for _ in range(2)]
+    scales = [guard(torch.rand(shape[:3]) / 64) for _ in range(2)]
+    cos, sin = (guard(torch.randn(2, dim)) for _ in range(2))
+    cpu.rotary_store(q, k, v, cos, sin, *caches, batch.slot_mapping, *scales)
+    found = cpu.paged_attention(q, *caches, batch, dim**-0.5, 0, *scales)
+    expected = reference.paged_attention(q.double(), *caches, batch, dim**-0.5, 0, *scales)
+    torch.testing.assert_close(found.double(), expected, rtol=2**-7, atol=2**-6)
+
+
 @pytest.mark.parametrize("vocab", [1, 17, 64, 150])
 def test_sampling(cpu: CpuLibrary, guard: Guard, vocab: int) -> None:
     torch.manual_seed(0)
