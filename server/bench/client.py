@@ -76,7 +76,9 @@ class Client:
                     event = json.loads(line[6:])
                     if "error" in event:
                         return Timing(arrivals, error=str(event["error"]))
-                    if event.get("choices"):
+                    # The last chunk may only say why the text ended.
+                    choices = event.get("choices", ())
+                    if any(each["text"] or not each.get("finish_reason") for each in choices):
                         arrivals.append(time.perf_counter() - start)
                     usage = event.get("usage") or usage
         except (TimeoutError, aiohttp.ClientError) as error:

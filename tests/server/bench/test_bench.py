@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import json
 import math
@@ -10,12 +11,13 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
 from nybble.server.bench import report, workload
-from nybble.server.bench.client import Timing
+from nybble.server.bench.client import Client, Timing
 from nybble.server.bench.drive import Run, Sent
 from nybble.server.cli.main import app
 
@@ -133,6 +135,16 @@ def test_a_server_is_measured(server: ServerProcess, tmp_path: Path, load: tuple
         assert 0 < latency["p50"] <= latency["p99"] <= latency["max"]
     assert image.read_bytes().startswith(b"\x89PNG")
     assert "tokens/s generated" in result.stdout
+
+
+def test_a_chunk_that_only_ends_the_stream_is_no_token(server: ServerProcess) -> None:
+    async def measured() -> Timing:
+        async with aiohttp.ClientSession() as session:
+            return await Client(session, server.url + "/v1", "tiny").complete("the moon", 6)
+
+    timing = asyncio.run(measured())
+    assert timing.tokens == 6
+    assert 1 <= len(timing.arrivals) <= 6
 
 
 def test_failures_are_counted_named_and_the_exit_code(server: ServerProcess) -> None:
