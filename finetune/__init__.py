@@ -1,6 +1,6 @@
 """Adapters trained on a packed 4-bit base."""
 
-from nybble.finetune.lora import LoraSettings
+from nybble.finetune.lora import LoRASettings
 from nybble.finetune.rows import DataError
 from nybble.finetune.train import (
     FinetuneResult,
@@ -14,7 +14,7 @@ __all__ = [
     "DataError",
     "FinetuneResult",
     "FinetuneSettings",
-    "LoraSettings",
+    "LoRASettings",
     "Progress",
     "finetune",
     "plot_losses",

@@ -24,7 +24,7 @@ _PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True)
-class LoraSettings:
+class LoRASettings:
     """How adapters are shaped.
 
     target_modules: the last part of the names of linear layers; None for all of the decoder's.
@@ -49,10 +49,10 @@ class LoraSettings:
         return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
 
 
-class LoraLinear(nn.Module):
+class LoRALinear(nn.Module):
     """h = W₀x + scaling · B A dropout(x), W₀ frozen; A and B are float32 and cast to x's dtype."""
 
-    def __init__(self, base: PackedLinear | nn.Linear, settings: LoraSettings) -> None:
+    def __init__(self, base: PackedLinear | nn.Linear, settings: LoRASettings) -> None:
         super().__init__()
         device = (
             base.packed.qweight.device if isinstance(base, PackedLinear) else base.weight.device
@@ -72,7 +72,7 @@ class LoraLinear(nn.Module):
         return result
 
 
-def add_lora(model: PreTrainedModel, settings: LoraSettings) -> dict[str, LoraLinear]:
+def add_lora(model: PreTrainedModel, settings: LoRASettings) -> dict[str, LoRALinear]:
     """Wrap the target layers of ``model`` in place; returns the new layers by name.
 
     Raises ValueError if a target name matches no linear layer.
@@ -91,7 +91,7 @@ def add_lora(model: PreTrainedModel, settings: LoraSettings) -> dict[str, LoraLi
     layers = {}
     for name, base in targets.items():
         assert isinstance(base, PackedLinear | nn.Linear), name
-        layers[name] = LoraLinear(base, settings)
+        layers[name] = LoRALinear(base, settings)
         model.set_submodule(name, layers[name])
     return layers
 
@@ -101,7 +101,7 @@ def _leaf(name: str) -> str:
 
 
 def optimizer_groups(
-    layers: Mapping[str, LoraLinear], learning_rate: float, ratio: float
+    layers: Mapping[str, LoRALinear], learning_rate: float, ratio: float
 ) -> list[dict[str, object]]:
     """Parameter groups with B learning ``ratio`` times as fast as A.
 
@@ -113,7 +113,7 @@ def optimizer_groups(
     ]
 
 
-def adapter_tensors(layers: Mapping[str, LoraLinear]) -> dict[str, Tensor]:
+def adapter_tensors(layers: Mapping[str, LoRALinear]) -> dict[str, Tensor]:
     """The adapter's float32 tensors under PEFT's names."""
     return {
         f"{_PREFIX}{name}.{part}.weight": getattr(layer, part).detach().cpu().clone()
@@ -122,7 +122,7 @@ def adapter_tensors(layers: Mapping[str, LoraLinear]) -> dict[str, Tensor]:
     }
 
 
-def restore_adapter(layers: Mapping[str, LoraLinear], tensors: Mapping[str, Tensor]) -> None:
+def restore_adapter(layers: Mapping[str, LoRALinear], tensors: Mapping[str, Tensor]) -> None:
     """Copy tensors named as by :func:`adapter_tensors` into ``layers``."""
     with torch.no_grad():
         for name, layer in layers.items():
@@ -131,7 +131,7 @@ def restore_adapter(layers: Mapping[str, LoraLinear], tensors: Mapping[str, Tens
 
 
 def save_adapter(
-    folder: Path, tensors: Mapping[str, Tensor], settings: LoraSettings, base: str
+    folder: Path, tensors: Mapping[str, Tensor], settings: LoRASettings, base: str
 ) -> None:
     """Write ``adapter_config.json`` and ``adapter_model.safetensors`` as PEFT does."""
     folder.mkdir(parents=True, exist_ok=True)

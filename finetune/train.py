@@ -23,8 +23,8 @@ from transformers import PreTrainedModel
 from nybble.finetune.data import IGNORED, Batch, Example, pack, read_examples, to_batch
 from nybble.finetune.identity import base_digest
 from nybble.finetune.lora import (
-    LoraLinear,
-    LoraSettings,
+    LoRALinear,
+    LoRASettings,
     adapter_tensors,
     add_lora,
     optimizer_groups,
@@ -56,7 +56,7 @@ class FinetuneSettings:
     patience: evaluations without a better held-out loss before training stops; 0 for never.
     """
 
-    lora: LoraSettings = field(default_factory=LoraSettings)
+    lora: LoRASettings = field(default_factory=LoRASettings)
     learning_rate: float = 5e-5
     lora_plus: float = 16.0
     weight_decay: float = 0.0
@@ -185,7 +185,7 @@ class _Run:
         self,
         base: Path,
         model: PreTrainedModel,
-        layers: Mapping[str, LoraLinear],
+        layers: Mapping[str, LoRALinear],
         examples: Sequence[Example],
         held_out: Sequence[Example],
         settings: FinetuneSettings,

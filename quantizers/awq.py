@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from nybble.loaders.formats import AffineWeight
 from nybble.models import Fold, Layer, LinearGroup
 from nybble.quantizers.affine import round_trip
-from nybble.quantizers.blocks import InputStatistics, linear_layer, output_error
+from nybble.quantizers.layers import InputStatistics, linear_layer, output_error
 from nybble.quantizers.rtn import quantize_affine
 
 _STEPS = 20

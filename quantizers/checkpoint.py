@@ -24,13 +24,13 @@ from nybble.loaders.formats import (
 from nybble.loaders.model_config import config_to_write
 from nybble.models import Layer, LinearGroup, Mixture
 from nybble.quantizers.awq import awq_block
-from nybble.quantizers.blocks import (
-    DecoderBlocks,
+from nybble.quantizers.gptq import GptqSettings, gptq
+from nybble.quantizers.layers import (
+    DecoderLayers,
     InputStatistics,
     linear_layer,
     output_error,
 )
-from nybble.quantizers.gptq import GptqSettings, gptq
 from nybble.quantizers.rtn import round_to_nearest
 from nybble.quantizers.writer import FolderWriter
 
@@ -126,7 +126,7 @@ def quantize_checkpoint(
         assert isinstance(written, AffineFormat)  # every format with a calibrated method is one
         writer.add({name: shards.read(name) for name in shards.names() if ".layers." not in name})
         errors: list[LayerError] = []
-        blocks = DecoderBlocks(source, device or torch.device("cpu"), calibration.shape[1])
+        blocks = DecoderLayers(source, device or torch.device("cpu"), calibration.shape[1])
         hidden = blocks.embed(calibration)
         for index in track(range(len(blocks)), "Quantizing", progress, unit="blocks"):
             block = blocks.load(index)
@@ -182,7 +182,7 @@ def quantize_checkpoint(
 
 
 def _gptq_block(
-    blocks: DecoderBlocks,
+    blocks: DecoderLayers,
     block: nn.Module,
     layer: Layer,
     hidden: Tensor,

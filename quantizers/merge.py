@@ -35,7 +35,7 @@ from nybble.loaders.formats import (
 )
 from nybble.loaders.model_config import config_to_write
 from nybble.loaders.shards import Shards
-from nybble.quantizers.blocks import DecoderBlocks, linear_layer
+from nybble.quantizers.layers import DecoderLayers, linear_layer
 from nybble.quantizers.on_grid import Compensation, Grid
 from nybble.quantizers.rtn import round_to_nearest
 from nybble.quantizers.writer import FolderWriter
@@ -250,7 +250,7 @@ class _Calibrator:
     def __init__(self, merge: _Merge, token_ids: Tensor, device: torch.device) -> None:
         self._merge = merge
         source = merge.checkpoint.folder
-        self._blocks = DecoderBlocks(source, device, token_ids.shape[1], self._parameter)
+        self._blocks = DecoderLayers(source, device, token_ids.shape[1], self._parameter)
         self._hidden = self._blocks.embed(token_ids)
         self._index = 0
 

@@ -31,7 +31,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from nybble.finetune import FinetuneSettings, LoraSettings, finetune, plot_losses
+from nybble.finetune import FinetuneSettings, LoRASettings, finetune, plot_losses
 from nybble.finetune.train import Point
 from nybble.loaders import resolve_model
 
@@ -134,7 +134,7 @@ def run(
 ) -> Run:
     ratio = args.ratio if method == "LoRA+" else 1.0
     settings = FinetuneSettings(
-        lora=LoraSettings(rank=args.rank, alpha=2 * args.rank),
+        lora=LoRASettings(rank=args.rank, alpha=2 * args.rank),
         learning_rate=rate,
         lora_plus=ratio,
         max_steps=args.steps,

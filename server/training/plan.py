@@ -7,7 +7,7 @@ import secrets
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from nybble.finetune import FinetuneSettings, LoraSettings
+from nybble.finetune import FinetuneSettings, LoRASettings
 from nybble.server.training.schema import CreateJob
 
 _EPOCHS, _MAX_EPOCHS = 3, 25
@@ -62,7 +62,7 @@ def plan_of(body: CreateJob, examples: int) -> Plan:
     seed = secrets.randbelow(1 << 31) if body.seed is None else body.seed
     steps = options.max_steps or epochs * math.ceil(examples / batch)
     settings = FinetuneSettings(
-        lora=LoraSettings(
+        lora=LoRASettings(
             rank=options.rank,
             alpha=options.alpha,
             dropout=options.dropout,
@@ -89,7 +89,7 @@ def settings_of(stored: dict[str, Any]) -> FinetuneSettings:
     lora = dict(stored["lora"])
     if lora["target_modules"] is not None:
         lora["target_modules"] = tuple(lora["target_modules"])
-    return FinetuneSettings(**{**stored, "lora": LoraSettings(**lora)})
+    return FinetuneSettings(**{**stored, "lora": LoRASettings(**lora)})
 
 
 def _auto_epochs(examples: int) -> int:

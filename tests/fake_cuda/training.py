@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from nybble.finetune import FinetuneSettings, LoraSettings, finetune
+from nybble.finetune import FinetuneSettings, LoRASettings, finetune
 from nybble.quantizers import GptqSettings, quantize_checkpoint
 
 from .device import CUDA, DEVICE
@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 
 def losses(base: Path, data: Path, out: Path, device: torch.device) -> list[float]:
     """Held-out losses before and after every step, the last two after a resume."""
-    settings = FinetuneSettings(max_steps=2, accumulation=2, lora=LoraSettings(rank=4, alpha=8))
+    settings = FinetuneSettings(max_steps=2, accumulation=2, lora=LoRASettings(rank=4, alpha=8))
     options: dict[str, Any] = {"settings": settings, "device": device, "progress": False}
     result = finetune(base, data, out, **options)
     return [point.eval_loss for point in result.history]

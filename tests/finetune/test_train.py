@@ -18,10 +18,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from nybble.finetune import FinetuneSettings, LoraSettings, Progress, finetune, plot_losses
+from nybble.finetune import FinetuneSettings, LoRASettings, Progress, finetune, plot_losses
 from nybble.finetune.data import Example, to_batch
 from nybble.finetune.lora import (
-    LoraLinear,
+    LoRALinear,
     adapter_tensors,
     add_lora,
     optimizer_groups,
@@ -33,7 +33,7 @@ from nybble.quantizers import GptqSettings, quantize_checkpoint
 from nybble.quantizers.packed_model import PackedLinear, load_packed_model
 
 CPU = torch.device("cpu")
-LORA = LoraSettings(rank=4, alpha=8)
+LORA = LoRASettings(rank=4, alpha=8)
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +111,7 @@ def dense_twin(packed: PreTrainedModel, source: Path) -> PreTrainedModel:
     return model.requires_grad_(False)
 
 
-def randomised(layers: dict[str, LoraLinear]) -> dict[str, LoraLinear]:
+def randomised(layers: dict[str, LoRALinear]) -> dict[str, LoRALinear]:
     for layer in layers.values():
         nn.init.normal_(layer.lora_B, std=0.05)
     return layers
@@ -163,7 +163,7 @@ def test_examples_in_one_row_do_not_see_each_other(bases: dict[str, Path]) -> No
 def test_peft_loads_the_adapter_and_computes_the_same(
     tmp_path: Path, bases: dict[str, Path], base: str, use_rslora: bool
 ) -> None:
-    settings = LoraSettings(
+    settings = LoRASettings(
         rank=4, alpha=6, use_rslora=use_rslora, target_modules=("q_proj", "down_proj")
     )
     assert settings.scaling == (3 if use_rslora else 1.5)
@@ -199,7 +199,7 @@ def test_lora_plus_gives_b_its_own_rate(bases: dict[str, Path]) -> None:
 
 def test_an_unknown_target_is_named(bases: dict[str, Path]) -> None:
     with pytest.raises(ValueError, match="target module 'c_attn' is not a linear layer"):
-        add_lora(model_of(bases["nf4"]), LoraSettings(target_modules=("q_proj", "c_attn")))
+        add_lora(model_of(bases["nf4"]), LoRASettings(target_modules=("q_proj", "c_attn")))
 
 
 @pytest.mark.parametrize("base", ["16-bit", "nf4"])

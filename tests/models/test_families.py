@@ -16,12 +16,12 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from nybble.engine import AdapterConfig
-from nybble.finetune.lora import LoraSettings, adapter_tensors, add_lora, save_adapter
+from nybble.finetune.lora import LoRASettings, adapter_tensors, add_lora, save_adapter
 from nybble.loaders import Checkpoint, open_checkpoint
 from nybble.models import architecture_of, supported_families
 from nybble.quantizers import quantize_checkpoint
 from nybble.quantizers.awq import scale_block
-from nybble.quantizers.blocks import DecoderBlocks, linear_layer
+from nybble.quantizers.layers import DecoderLayers, linear_layer
 from nybble.quantizers.packed_model import load_packed_model
 
 CPU = torch.device("cpu")
@@ -346,7 +346,7 @@ def test_4_bit_forms_are_written_and_give_the_logits_of_their_dequantized_weight
 
 @shown_rows
 def test_folding_scales_for_awq_changes_nothing(folder_of: Callable[[str], Path], row: str) -> None:
-    blocks = DecoderBlocks(folder_of(row), CPU, 48)
+    blocks = DecoderLayers(folder_of(row), CPU, 48)
     torch.manual_seed(0)
     # Some channels are large, so that scales are far from 1.
     hidden = blocks.embed(calibration()) * torch.rand(SIZES["hidden_size"]).mul(3).exp()
@@ -416,7 +416,7 @@ def test_fine_tuning_a_4_bit_base_learns_what_the_engine_then_says(
     checkpoint = open_checkpoint(tmp_path / "nf4")
     model = load_packed_model(checkpoint, device=CPU, dtype=torch.float32)
     torch.manual_seed(0)
-    settings = LoraSettings(rank=8, alpha=8)
+    settings = LoRASettings(rank=8, alpha=8)
     layers = add_lora(model, settings)
     text = torch.randint(3, 250, (1, 48), generator=torch.Generator().manual_seed(1))
     trained = [p for layer in layers.values() for p in (layer.lora_A, layer.lora_B)]

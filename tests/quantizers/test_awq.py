@@ -17,8 +17,8 @@ from nybble.loaders import open_checkpoint
 from nybble.loaders.shards import Shards
 from nybble.quantizers import quantize_checkpoint
 from nybble.quantizers.awq import scale_block, search_clip, search_common_scale, search_scale
-from nybble.quantizers.blocks import (
-    DecoderBlocks,
+from nybble.quantizers.layers import (
+    DecoderLayers,
     InputStatistics,
     linear_layer,
     output_error,
@@ -56,7 +56,7 @@ def test_layers_that_share_an_input_are_scaled_by_what_they_lead_to(
     tiny_model: Callable[..., Path],
 ) -> None:
     """The best of the grid by the MLP's output, as the block itself computes it."""
-    blocks = DecoderBlocks(tiny_model(), torch.device("cpu"), 64)
+    blocks = DecoderLayers(tiny_model(), torch.device("cpu"), 64)
     torch.manual_seed(0)
     hidden = blocks.embed(calibration()).float() * torch.rand(128).mul(3).exp()
     block = blocks.load(0).float()
@@ -110,7 +110,7 @@ def calibration() -> Tensor:
 def test_folding_leaves_the_block_as_it_was_in_full_precision(
     tiny_model: Callable[..., Path], family: str
 ) -> None:
-    blocks = DecoderBlocks(tiny_model(family=family), torch.device("cpu"), 64)
+    blocks = DecoderLayers(tiny_model(family=family), torch.device("cpu"), 64)
     # Outlier channels, so that the scales are far from 1.
     torch.manual_seed(0)
     hidden = blocks.embed(calibration()).float() * torch.rand(128).mul(3).exp()
@@ -132,7 +132,7 @@ def test_rounding_the_folded_norm_to_16_bits_is_made_up_for(
     tiny_model: Callable[..., Path],
 ) -> None:
     """norm · weight is the same product as before, though the norm's weight is bfloat16."""
-    blocks = DecoderBlocks(tiny_model(), torch.device("cpu"), 64)
+    blocks = DecoderLayers(tiny_model(), torch.device("cpu"), 64)
     hidden = blocks.embed(calibration())
     block = blocks.load(0)
     norm, layer = block.get_submodule("input_layernorm"), linear_layer(block, "self_attn.q_proj")

@@ -19,8 +19,8 @@ from nybble.loaders.formats import AffineFormat, AffineWeight, WriteOptions, wri
 from nybble.loaders.formats.affine import from_words
 from nybble.quantizers import GptqSettings, quantize_checkpoint
 from nybble.quantizers.affine import grid
-from nybble.quantizers.blocks import DecoderBlocks, linear_layer, output_error
 from nybble.quantizers.gptq import gptq, inverse_factor
+from nybble.quantizers.layers import DecoderLayers, linear_layer, output_error
 from nybble.quantizers.rtn import quantize_affine
 
 
@@ -170,7 +170,7 @@ def calibration(samples: int = 24, length: int = 64) -> Tensor:
 
 def layer_errors_by_rounding(source: Path, tokens: Tensor, group_size: int) -> dict[str, float]:
     """Of every layer, on the inputs the full-precision model gives it."""
-    blocks = DecoderBlocks(source, torch.device("cpu"), tokens.shape[1])
+    blocks = DecoderLayers(source, torch.device("cpu"), tokens.shape[1])
     hidden = blocks.embed(tokens)
     errors = {}
     for index in range(len(blocks)):
@@ -241,7 +241,7 @@ def test_the_checkpoint_loads_back_as_it_was_computed(
         settings=settings,
         progress=False,
     )
-    blocks = DecoderBlocks(source, torch.device("cpu"), tokens.shape[1])
+    blocks = DecoderLayers(source, torch.device("cpu"), tokens.shape[1])
     block, name = blocks.load(0), "self_attn.q_proj"
     moment = blocks.statistics(block, blocks.embed(tokens), [name])[name].second_moment
     parts = [linear_layer(block, f"self_attn.{part}_proj").weight.float() for part in "qkv"]
@@ -339,7 +339,7 @@ def test_an_affine_weight_is_cut_by_outputs() -> None:
 
 
 def test_the_first_tokens_of_a_sequence_can_be_left_out(tiny_model: Callable[..., Path]) -> None:
-    blocks = DecoderBlocks(tiny_model(), torch.device("cpu"), 64)
+    blocks = DecoderLayers(tiny_model(), torch.device("cpu"), 64)
     hidden, block = blocks.embed(calibration()), blocks.load(0)
     name = "self_attn.q_proj"
     before = blocks.statistics(block, hidden, [name], first=1)[name]
@@ -358,7 +358,7 @@ def test_gptq_spares_an_attention_sink(tmp_path: Path, tiny_model: Callable[...,
     options = {"format": "gptq", "group_size": 32, "bits": 2, "progress": False}
     quantize_checkpoint(source, tmp_path / "q", calibration=tokens, **options)  # type: ignore[arg-type]
     quantize_checkpoint(source, tmp_path / "rtn", **options)  # type: ignore[arg-type]
-    blocks = DecoderBlocks(source, torch.device("cpu"), 64)
+    blocks = DecoderLayers(source, torch.device("cpu"), 64)
     hidden, name = blocks.embed(tokens), "self_attn.q_proj"
     block = blocks.load(0)
     seen: list[torch.Tensor] = []

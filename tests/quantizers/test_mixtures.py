@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from nybble.loaders import open_checkpoint
 from nybble.quantizers import InFlight, quantize_checkpoint
-from nybble.quantizers.blocks import DecoderBlocks
+from nybble.quantizers.layers import DecoderLayers
 
 CPU = torch.device("cpu")
 EXPERTS, HIDDEN, LAYERS = 4, 64, 2
@@ -61,7 +61,7 @@ def texts() -> torch.Tensor:
 
 
 def test_statistics_of_an_expert_are_those_of_its_tokens(folder: Path) -> None:
-    blocks = DecoderBlocks(folder, CPU, 40)
+    blocks = DecoderLayers(folder, CPU, 40)
     hidden = blocks.embed(texts())
     block = blocks.load(0)
     inputs: dict[int, list[torch.Tensor]] = {expert: [] for expert in range(EXPERTS)}

@@ -64,11 +64,11 @@ def finetune(
     with expected_errors(), interruptible():
         require_model(base, aliases)
         from nybble.engine import resolve_device
-        from nybble.finetune import FinetuneSettings, LoraSettings, plot_losses
+        from nybble.finetune import FinetuneSettings, LoRASettings, plot_losses
         from nybble.finetune import finetune as train
         from nybble.loaders import resolve_model
 
-        lora = LoraSettings(
+        lora = LoRASettings(
             rank=rank,
             alpha=alpha,
             dropout=dropout,

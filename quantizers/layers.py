@@ -1,4 +1,4 @@
-"""The decoder blocks of a checkpoint, one in memory at a time, and their layers' inputs.
+"""The decoder layers of a checkpoint, one in memory at a time, and their layers' inputs.
 
 Blocks are transformers' own modules; weights come straight from the safetensors files.
 """
@@ -67,8 +67,8 @@ class _Enough(Exception):
     """Ends a forward pass once the wanted input has been recorded."""
 
 
-class DecoderBlocks:
-    """Embeds token ids and runs blocks; activations stay on the CPU, a block on ``device``."""
+class DecoderLayers:
+    """Embeds token ids and runs layers; activations stay on the CPU, a layer on ``device``."""
 
     def __init__(
         self,
@@ -79,11 +79,11 @@ class DecoderBlocks:
     ) -> None:
         """read: reads a block's parameter by name; None reads the 16-bit tensor of that name.
 
-        Raises CheckpointError if blocks or sequences of ``length`` are not supported.
+        Raises CheckpointError if layers or sequences of ``length`` are not supported.
         """
         config = load_config(source)
         config.quantization_config = (
-            None  # blocks are dense here, even if the checkpoint is quantized
+            None  # layers are dense here, even if the checkpoint is quantized
         )
         self.architecture = architecture_of(config)
         self._shards = open_shards(source, self.architecture)
