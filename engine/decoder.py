@@ -148,6 +148,11 @@ class Decoder:
             logits[:, self._num_tokens :] = float("-inf")
         return logits
 
+    @property
+    def projection_weights(self) -> Sequence[tuple[Weight, ...]]:
+        """Of each projection that every token passes, one for all its layers or one for each."""
+        return self._weights
+
     def packed_weights(self) -> Iterator[PackedWeight]:
         """Every 4-bit weight of the model."""
         weights = [weight for group in self._weights for weight in group]

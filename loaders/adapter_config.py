@@ -13,7 +13,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import regex
 
@@ -32,21 +32,21 @@ _NO_EFFECT = {
     *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path"),
     *("revision", "inference_mode", "lora_dropout", "megatron_core", "qalora_group_size"),
     *("runtime_config", "eva_config", "loftq_config", "corda_config", "lora_ga_config"),
-    *("ensure_weight_tying", "init_lora_weights", "bias", "velora_config", "megatron_config"),
+    *("ensure_weight_tying", "init_lora_weights", "velora_config", "megatron_config"),
     "fan_in_fan_out",  # for layers with transposed weights; peft resets it for nn.Linear
 }
 _READ = {
     *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules"),
     *("exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters"),
+    *("use_dora", "lora_bias", "bias"),
 }
 # Initializations that leave the base weights as they are. The others (PiSSA, OLoRA, …) subtract the
 # initial product from the base, so the adapter does not fit the published base.
 _INIT_KEEPS_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
+_BIASES = ("none", "lora_only", "all")
 _REFUSED = {
-    "use_dora": "DoRA rescales the columns of the merged weight; train without it or merge first",
     "modules_to_save": "whole trained modules; train without them or merge first",
     "trainable_token_indices": "trained embeddings; train without them or merge first",
-    "lora_bias": "biases beside the low-rank matrices; train without them or merge first",
     "layer_replication": "layers of the base repeated; replicate them in the base model",
     "alora_invocation_tokens": "aLoRA, whose adapter begins in the middle of the text",
     "use_qalora": "QA-LoRA pools the inputs of its matrices; merge first",
@@ -59,7 +59,10 @@ _REFUSED = {
 
 @dataclass(frozen=True)
 class AdapterSettings:
-    """The fields of ``adapter_config.json`` that affect the result."""
+    """The fields of ``adapter_config.json`` that affect the result.
+
+    bias: which of the base's biases were trained: none, those of layers with an adapter, or all.
+    """
 
     r: int
     alpha: float
@@ -71,6 +74,9 @@ class AdapterSettings:
     layers: tuple[int, ...] | None
     layers_pattern: tuple[str, ...]
     target_parameters: tuple[str, ...]
+    dora: bool
+    lora_bias: bool
+    bias: Literal["none", "lora_only", "all"]
 
     @classmethod
     def read(cls, folder: Path) -> AdapterSettings:
@@ -100,6 +106,9 @@ class AdapterSettings:
                 else tuple(layers if isinstance(layers, list) else [int(layers)]),
                 layers_pattern=_listed(config.get("layers_pattern")),
                 target_parameters=_listed(config.get("target_parameters")),
+                dora=bool(config.get("use_dora", False)),
+                lora_bias=bool(config.get("lora_bias", False)),
+                bias=config.get("bias", "none"),
             )
             settings.check_patterns()
         except (TypeError, ValueError, OverflowError, AttributeError, regex.error) as error:
@@ -143,6 +152,22 @@ class AdapterSettings:
         """Those of ``target_parameters`` by which PEFT would adapt this parameter."""
         return {name for name in self.target_parameters if _matches((name,), parameter)}
 
+    def parts(self, module: str, *, has_bias: bool) -> tuple[str, ...]:
+        """The tensors that PEFT saves of this linear layer, as the loader calls them.
+
+        has_bias: whether the base has a bias here.
+        """
+        selected = self.selects(module)
+        trained_bias = has_bias and (self.bias == "all" or (selected and self.bias == "lora_only"))
+        parts = {
+            "lora_A": selected,
+            "lora_B": selected,
+            "lora_magnitude_vector": selected and self.dora,
+            "lora_bias": selected and self.lora_bias,
+            "bias": trained_bias,
+        }
+        return tuple(part for part, present in parts.items() if present)
+
     def rank(self, module: str) -> int:
         return _by_pattern(self.rank_pattern, module, self.r)
 
@@ -157,11 +182,13 @@ def _refuse_unsupported(path: Path, config: Mapping[str, Any]) -> None:
     kind = config.get("peft_type")
     if kind != "LORA":
         raise AdapterError(f"{path}: peft_type {kind!r} is not supported; supported is LORA")
-    if config.get("bias", "none") != "none":
+    if config.get("bias", "none") not in _BIASES:
         raise AdapterError(
-            f"{path}: bias {config['bias']!r} trains the base's biases, which is not supported; "
-            "expected 'none'"
+            f"{path}: bias {config['bias']!r} is not supported, expected one of "
+            f"{', '.join(_BIASES)}"
         )
+    if config.get("use_dora") and config.get("lora_bias"):
+        raise AdapterError(f"{path}: use_dora together with lora_bias has no meaning in peft")
     init = config.get("init_lora_weights")
     if init not in _INIT_KEEPS_BASE:
         raise AdapterError(

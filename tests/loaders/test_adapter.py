@@ -198,11 +198,14 @@ def test_a_tokenizer_beside_an_adapter_is_said_to_be_unused(
     ("changes", "message"),
     [
         ({"peft_type": "LOHA"}, "peft_type 'LOHA' is not supported; supported is LORA"),
-        ({"use_dora": True}, "use_dora is True, which is not supported (DoRA"),
-        ({"bias": "all"}, "bias 'all' trains the base's biases"),
+        ({"use_dora": True}, f"has no lora_magnitude_vector for {DOWN}"),
+        ({"use_dora": True, "lora_bias": True}, "use_dora together with lora_bias has no meaning"),
+        ({"bias": "all"}, "has no bias for model.layers.0.self_attn.k_proj, which its settings"),
+        ({"bias": "lora_only"}, "has no bias for model.layers.0.self_attn.k_proj, which its"),
+        ({"bias": "most"}, "bias 'most' is not supported, expected one of none, lora_only, all"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save is ['lm_head'], which is not"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa' changed the base weights"),
-        ({"lora_bias": True}, "lora_bias is True"),
+        ({"lora_bias": True}, f"has no lora_bias for {DOWN}"),
         ({"layer_replication": [[0, 2]]}, "layer_replication is [[0, 2]]"),
         ({"use_qalora": True}, "use_qalora is True, which is not supported"),
         ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens is [1]"),
@@ -249,8 +252,8 @@ def test_settings_that_cannot_be_honoured_are_refused_by_name(
             "has no lora_A for model.layers.1.self_attn.q_proj, which its target_modules select",
         ),
         (
-            lambda key: key.replace("q_proj.lora_A.weight", "q_proj.lora_magnitude_vector"),
-            "q_proj.lora_magnitude_vector is not supported",
+            lambda key: key.replace("q_proj.lora_A.weight", "q_proj.lora_C.weight"),
+            "q_proj.lora_C.weight is not supported; supported are lora_A, lora_B",
         ),
     ],
 )
@@ -263,6 +266,47 @@ def test_tensors_that_do_not_fit_the_base_are_named(
     rename(editable, change)
     with pytest.raises(AdapterError, match=re.escape(message)):
         load_adapter(editable, architecture)
+
+
+@pytest.mark.parametrize("part", ["lora_magnitude_vector", "lora_B.bias", "base_layer.bias"])
+def test_a_tensor_that_the_settings_do_not_speak_of_is_refused(
+    editable: Path, architecture: Architecture, part: str
+) -> None:
+    tensors = load_file(editable / WEIGHTS)
+    tensors[f"base_model.model.{DOWN}.{part}"] = torch.ones(128)
+    save_file(tensors, editable / WEIGHTS)
+    with pytest.raises(AdapterError, match=rf"for {DOWN}, which its adapter_config\.json does not"):
+        load_adapter(editable, architecture)
+
+
+@pytest.mark.parametrize(
+    ("options", "field", "spellings"),
+    [
+        (
+            {"use_dora": True},
+            "magnitude",
+            ("lora_magnitude_vector", "lora_magnitude_vector.default.weight"),
+        ),
+        ({"lora_bias": True}, "added_bias", ("lora_B.bias", "lora_B.default.bias")),
+        ({"bias": "lora_only"}, "own_bias", ("base_layer.bias", "bias")),
+    ],
+)
+def test_magnitudes_and_biases_are_read_in_the_spelling_of_every_version(
+    tiny_adapter: Callable[..., Path],
+    architecture: Architecture,
+    tmp_path: Path,
+    options: dict[str, Any],
+    field: str,
+    spellings: tuple[str, str],
+) -> None:
+    module = "model.layers.1.self_attn.q_proj"
+    folder = Path(shutil.copytree(tiny_adapter(**options), tmp_path / "adapter"))
+    tensors = load_file(folder / WEIGHTS)
+    rename(folder, lambda key: key.replace(*spellings))
+    assert load_file(folder / WEIGHTS).keys() != tensors.keys()
+    found = load_adapter(folder, architecture).modules[module]
+    expected = tensors[f"base_model.model.{module}.{spellings[0]}"]
+    assert torch.equal(getattr(found, field), expected)
 
 
 def test_the_first_tensor_of_a_wrong_shape_is_named_with_both_shapes(

@@ -1,0 +1,134 @@
+"""Adapters with DoRA, with biases of their own, or with trained biases, against peft."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+
+from nybble.engine import AdapterConfig
+from nybble.engine.adapter_slots import AdapterSlots
+from nybble.loaders import AdapterError, load_adapter, open_checkpoint
+from nybble.quantizers import quantize_checkpoint
+
+WEIGHTS = "adapter_model.safetensors"
+# Each kind once plain, and once beside settings that change scales and which layers have adapters.
+KINDS: dict[str, dict[str, Any]] = {
+    "dora": {"use_dora": True},
+    "dora on some": {
+        "use_dora": True,
+        "target_modules": ["k_proj", "v_proj", "up_proj"],
+        "rank_pattern": {"v_proj": 2},
+        "use_rslora": True,
+    },
+    "dora and biases": {"use_dora": True, "bias": "all", "target_modules": ["q_proj", "o_proj"]},
+    "lora_bias": {"lora_bias": True, "lora_alpha": 6},
+    "lora_only": {"bias": "lora_only", "target_modules": ["v_proj", "down_proj"]},
+    "all": {"bias": "all", "target_modules": ["k_proj", "o_proj"]},
+    "plain": {},
+}
+
+
+@pytest.fixture(scope="session")
+def wild_adapter(
+    tiny_adapter: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """The folder of an adapter of a kind, whose magnitudes and biases are far from the base's."""
+    built: dict[str, Path] = {}
+
+    def build(kind: str) -> Path:
+        if kind not in built:
+            folder = tmp_path_factory.mktemp("kinds") / "adapter"
+            shutil.copytree(tiny_adapter(seed=len(built), **KINDS[kind]), folder)
+            tensors = load_file(folder / WEIGHTS)
+            generator = torch.Generator().manual_seed(len(built))
+            for name, tensor in tensors.items():
+                if "magnitude" in name:
+                    tensor *= 0.5 + torch.rand(tensor.shape, generator=generator)
+                elif name.endswith("bias"):
+                    tensor += 0.3 * torch.randn(tensor.shape, generator=generator)
+            save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+            built[kind] = folder
+        return built[kind]
+
+    return build
+
+
+@pytest.mark.parametrize("format", ["bf16", "gptq", "awq", "nf4"])
+def test_each_kind_says_what_peft_says_alone_and_in_company(
+    reference: Any,
+    tiny_model: Callable[..., Path],
+    wild_adapter: Callable[[str], Path],
+    tmp_path: Path,
+    format: str,
+) -> None:
+    """In two slots, so that each adapter is swapped in where another kind was."""
+    base = tiny_model()
+    if format != "bf16":
+        quantize_checkpoint(base, tmp_path / "q", format=format, group_size=32, progress=False)  # type: ignore[arg-type]
+        base = tmp_path / "q"
+    checkpoint = open_checkpoint(base)
+    (plain,) = reference.greedy(reference.transformers_model(checkpoint), (11,), 12)
+    expected = {}
+    for kind in KINDS:
+        model = PeftModel.from_pretrained(
+            reference.transformers_model(checkpoint), wild_adapter(kind)
+        )
+        (expected[kind],) = reference.greedy(model.eval(), (11,), 12)
+    engine = reference.start(checkpoint, adapters=AdapterConfig(slots=2, max_rank=4))
+    try:
+        for kind, each in expected.items():
+            engine.load_adapter(kind, str(wild_adapter(kind)))
+            assert reference.alone(engine, each.prompt, 12, adapter=kind) == each.tokens, kind
+
+        async def together() -> list[list[int]]:
+            return await asyncio.gather(
+                reference.collect(engine, "base", plain.prompt, max_tokens=12),
+                *(
+                    reference.collect(engine, kind, each.prompt, max_tokens=12, adapter=kind)
+                    for kind, each in expected.items()
+                ),
+            )
+
+        assert asyncio.run(together()) == [plain.tokens, *(e.tokens for e in expected.values())]
+    finally:
+        engine.stop()
+    assert len({tuple(each.tokens) for each in expected.values()}) == len(KINDS)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"), [("dora", "the adapter has DoRA"), ("lora_bias", "the adapter has biases")]
+)
+def test_kinds_without_a_kernel_on_a_gpu_are_refused_before_anything_is_copied(
+    tiny_model: Callable[..., Path], wild_adapter: Callable[[str], Path], kind: str, message: str
+) -> None:
+    architecture = open_checkpoint(tiny_model()).architecture
+    slots = AdapterSlots(
+        architecture, count=1, max_rank=4, device=torch.device("cpu"), dtype=torch.float32
+    )
+    slots.device = torch.device("cuda")
+    adapter = load_adapter(wild_adapter(kind), architecture)
+    with pytest.raises(AdapterError, match=f"{message}, which is served on the CPU only so far"):
+        slots.stage(adapter)
+
+
+def test_magnitudes_take_no_more_than_two_numbers_for_each_output(
+    reference: Any, tiny_model: Callable[..., Path], wild_adapter: Callable[[str], Path]
+) -> None:
+    engine = reference.start(
+        open_checkpoint(tiny_model()), adapters=AdapterConfig(slots=1, max_rank=4)
+    )
+    try:
+        plain = engine.load_adapter("plain", str(wild_adapter("plain")))
+        dora = engine.load_adapter("dora", str(wild_adapter("dora")))
+    finally:
+        engine.stop()
+    # Two layers; q, k, v, o, gate, up, down; float32.
+    assert dora.nbytes - plain.nbytes == 2 * 2 * 4 * (128 + 64 + 64 + 128 + 256 + 256 + 128)
