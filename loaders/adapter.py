@@ -99,7 +99,8 @@ class LoRAModule:
         if self.magnitude is None:
             return None
         magnitude = self.magnitude[start : start + len(weight)].float()
-        return magnitude / self._sum(weight, start).norm(dim=1)
+        norms: Tensor = torch.linalg.vector_norm(self._sum(weight, start), dim=1)
+        return magnitude.to(norms.device) / norms
 
     def merged(self, weight: Tensor) -> Tensor:
         """The changed weight, float32 ``(out, in)``, of the whole W."""

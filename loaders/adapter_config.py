@@ -45,15 +45,15 @@ _READ = {
 _INIT_KEEPS_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
 _BIASES = ("none", "lora_only", "all")
 _REFUSED = {
-    "modules_to_save": "whole trained modules; train without them or merge first",
-    "trainable_token_indices": "trained embeddings; train without them or merge first",
+    "modules_to_save": "whole trained modules; train without them or merge with peft first",
+    "trainable_token_indices": "trained embeddings; train without them or merge with peft first",
     "layer_replication": "layers of the base repeated; replicate them in the base model",
     "alora_invocation_tokens": "aLoRA, whose adapter begins in the middle of the text",
-    "use_qalora": "QA-LoRA pools the inputs of its matrices; merge first",
-    "use_bdlora": "block-diagonal matrices; merge first",
+    "use_qalora": "QA-LoRA pools the inputs of its matrices; merge with peft first",
+    "use_bdlora": "block-diagonal matrices; merge with peft first",
     "arrow_config": "Arrow routes between adapters, token by token",
-    "kasa_config": "KaSA scales the rank's directions; merge first",
-    "monteclora_config": "MonteCLoRA draws its matrices; merge first",
+    "kasa_config": "KaSA scales the rank's directions; merge with peft first",
+    "monteclora_config": "MonteCLoRA draws its matrices; merge with peft first",
 }
 
 
