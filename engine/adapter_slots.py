@@ -191,7 +191,8 @@ class AdapterSlots:
         mixtures = {
             index: layer.mlp
             for index, layer in enumerate(architecture.layers)
-            if isinstance(layer.mlp, Mixture)
+            # A GPU has no kernel for adapters on experts, and slots would take much memory.
+            if isinstance(layer.mlp, Mixture) and device.type == "cpu"
         }
         for index, mixture in mixtures.items():
             groups += [(index, expert.up) for expert in mixture.experts]
@@ -244,12 +245,20 @@ class AdapterSlots:
     def stage(self, adapter: LoRAAdapter) -> StagedAdapter:
         """Copy an adapter to host memory in the slots' layout; pinned if the device is a GPU.
 
-        Raises AdapterError for one with DoRA or biases on a GPU.
+        Raises AdapterError for an adapter on experts, with DoRA or with biases if the device is a
+        GPU.
         """
+        known = {name for slots in self.projections for name in slots.modules}
+        for name in adapter.modules:
+            if name not in known:
+                raise AdapterError(
+                    f"the adapter changes {name}, an expert of a mixture, which a GPU does not "
+                    "compute so far; train an adapter on attention, or use --device cpu"
+                )
         if self.device.type != "cpu" and (kind := _stretching(adapter)):
             raise AdapterError(
-                f"the adapter has {kind}, which is served on the CPU only so far: there is no "
-                f"kernel for it on {self.device.type}; merge the adapter into its base instead"
+                f"the adapter has {kind}, which a GPU does not compute so far; merge the adapter "
+                "into its base, or use --device cpu"
             )
         plans: list[tuple[ProjectionSlots, int, int] | None] = []
         total = 0

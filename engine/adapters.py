@@ -63,6 +63,24 @@ class AdapterInfo:
         )
 
 
+@dataclass(frozen=True)
+class AdapterUsage:
+    """Where the loaded adapters are, in less time than :class:`AdapterInfo` of each takes.
+
+    slots: on the device; 0 if adapters are off.
+    device, host, disk: how many adapters have this as their uppermost tier.
+    in_slots: names of the adapters on the device.
+    waiting: names of the adapters that queued requests use.
+    """
+
+    slots: int = 0
+    device: int = 0
+    host: int = 0
+    disk: int = 0
+    in_slots: tuple[str, ...] = ()
+    waiting: tuple[str, ...] = ()
+
+
 @dataclass
 class AdapterRegistry:
     """Maps names to adapter versions. May be used from any thread.
@@ -126,6 +144,27 @@ class AdapterRegistry:
         """Every loaded adapter, sorted by name."""
         with self._lock:
             return [AdapterInfo.of(self._versions[name]) for name in sorted(self._versions)]
+
+    def usage(self) -> AdapterUsage:
+        """Where the loaded adapters are, and which are in use."""
+        in_slots, waiting, host = [], [], 0
+        with self._lock:
+            for name, version in self._versions.items():
+                if version.slot is not None:
+                    in_slots.append(name)
+                elif version.in_host:
+                    host += 1
+                if version.waiting:
+                    waiting.append(name)
+            disk = len(self._versions) - len(in_slots) - host
+        return AdapterUsage(
+            slots=self.slots.count,
+            device=len(in_slots),
+            host=host,
+            disk=disk,
+            in_slots=tuple(in_slots),
+            waiting=tuple(waiting),
+        )
 
     def submit(self, name: str, send: Callable[[AdapterVersion], None]) -> None:
         """Call ``send`` with the version of this name. Raises ParameterError for an unknown name.

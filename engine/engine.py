@@ -18,7 +18,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from nybble.engine.adapter_slots import AdapterSlots
-from nybble.engine.adapters import AdapterInfo, AdapterRegistry
+from nybble.engine.adapters import AdapterInfo, AdapterRegistry, AdapterUsage
 from nybble.engine.block_manager import BlockManager
 from nybble.engine.config import EngineConfig, resolve_device
 from nybble.engine.decoder import Decoder
@@ -62,6 +62,8 @@ logger = logging.getLogger(__name__)
 
 # Wider heads spill in the prefill kernel, and do not compile for Blackwell.
 _MAX_GPU_HEAD_DIM = 256
+# Tokens of the prompt's end by which a predicted output is found.
+_PREDICTION_CONTEXT = 4
 
 
 class Engine:
@@ -123,9 +125,9 @@ class Engine:
         device = resolve_device(config.device)
         if device.type == "cuda":
             torch.cuda.set_device(device)  # Triton launches on the thread's current device
-        if config.kv_dtype != "auto" and device.type == "cpu":
+        if config.kv_dtype == "fp8" and device.type == "cpu":
             raise ValueError(
-                f"kv_dtype is {config.kv_dtype!r}, which needs a GPU; expected 'auto' on the CPU"
+                "kv_dtype is 'fp8', which needs a GPU; expected 'int8' or 'auto' on the CPU"
             )
         widest = max(layer.attention.head_dim for layer in architecture.layers)
         if device.type == "cuda" and widest > _MAX_GPU_HEAD_DIM:
@@ -236,6 +238,11 @@ class Engine:
         return self._runner.layout.tokens_in(self.stats().kv_blocks_total, mean)
 
     @property
+    def kv_block_size(self) -> int:
+        """Tokens in a block of the KV cache."""
+        return self._config.block_size
+
+    @property
     def healthy(self) -> bool:
         """Whether the thread runs and requests are taken."""
         return self._thread.healthy
@@ -273,6 +280,10 @@ class Engine:
     def adapters(self) -> list[AdapterInfo]:
         """Every loaded adapter, by name; safe from any thread."""
         return [] if self._adapters is None else self._adapters.infos()
+
+    def adapter_usage(self) -> AdapterUsage:
+        """Where the loaded adapters are, and which are in use; safe from any thread."""
+        return AdapterUsage() if self._adapters is None else self._adapters.usage()
 
     def _require_adapters(self) -> AdapterRegistry:
         if self._adapters is None:
@@ -349,7 +360,7 @@ class Engine:
             detokenizer=Detokenizer(self.vocabulary, prompt, params),
             sampler=SequenceSampler(params, prompt, ends=ends, bad_words=self._bad_words(params)),
             stop_token_ids=ends,
-            drafter=None if self._config.speculate == "off" else NgramDrafter(),
+            drafter=None if self._config.speculate == "off" else _drafter(request),
         )
 
     def end_tokens(self, params: SamplingParams) -> frozenset[int]:
@@ -371,6 +382,12 @@ class Engine:
         words = {tuple(each.ids): None for each in encoded if each.ids}
         # A tokenizer may know more tokens than the model can say.
         return tuple(word for word in words if max(word) < self.vocab_size)
+
+
+def _drafter(request: Request) -> NgramDrafter:
+    """Knows what is expected where the prompt ends, too."""
+    prompt, expected = request.prompt_token_ids, request.prediction
+    return NgramDrafter((*prompt[-_PREDICTION_CONTEXT:], *expected) if expected else ())
 
 
 def _require_numbers(output: RequestOutput) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -100,6 +101,7 @@ def server_settings(options: ServeOptions, device: str, *, loopback: bool) -> Se
         console=not network.no_console,
         unknown_fields=network.unknown_fields,
         trust_chat_templates=network.trust_request_chat_template,
+        vllm_metrics=options.operation.vllm_metrics,
         tracing=None if endpoint is None else _tracing(endpoint),
         training=_training_settings(options, device) if _trains(options.training) else None,
     )
@@ -125,15 +127,30 @@ def named_adapters(options: AdapterOptions, models: Sequence[str]) -> dict[str, 
     """Paths of ``--lora-modules`` by name. Raises ValueError for a name that is taken."""
     adapters: dict[str, str] = {}
     for option in options.lora_modules or ():
-        name, separator, path = option.partition("=")
-        if not (name and separator and path):
-            raise ValueError(f"--lora-modules {option!r}: expected NAME=PATH")
+        name, path = _named_adapter(option)
         if name in adapters:
             raise ValueError(f"--lora-modules: two adapters are called {name!r}")
         if name in models:
             raise ValueError(f"--lora-modules: {name!r} is the name of the base model")
         adapters[name] = path
     return adapters
+
+
+def _named_adapter(option: str) -> tuple[str, str]:
+    """Name and path: ``NAME=PATH``, or JSON as in vLLM, ``{"name": …, "path": …}``."""
+    if option.startswith("{"):
+        try:
+            found = json.loads(option)
+            name, path = found["name"], found["path"]
+        except (ValueError, KeyError) as error:
+            raise ValueError(
+                f"--lora-modules {option!r}: expected a JSON object with name and path ({error!r})"
+            ) from None
+    else:
+        name, _, path = option.partition("=")
+    if not (isinstance(name, str) and isinstance(path, str) and name and path):
+        raise ValueError(f"--lora-modules {option!r}: expected NAME=PATH")
+    return name, path
 
 
 def _tracing(endpoint: str) -> Tracing:

@@ -343,6 +343,14 @@ class OperationOptions:
     otlp_endpoint: Annotated[
         str | None, _logs(help="Where to send OpenTelemetry traces: http://HOST:4318/v1/traces.")
     ] = None
+    vllm_metrics: Annotated[
+        bool,
+        _logs(
+            "--vllm-metrics",
+            help="/metrics also under vLLM's names, as routers of the Gateway API inference "
+            "extension (llm-d) ask for them: load, KV cache, and names of adapters in slots.",
+        ),
+    ] = False
     log_level: Annotated[Literal["debug", "info", "warning", "error"], _logs()] = "info"
     log_format: Annotated[
         LogFormat, _logs(help="json: one object per line, without progress bars.")

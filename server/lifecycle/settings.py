@@ -39,6 +39,7 @@ class ServerSettings:
     unknown_fields: how unknown fields of requests are handled.
     trust_chat_templates: whether requests may contain chat templates of their own.
     tracing: None if requests are not traced.
+    vllm_metrics: whether /metrics has vLLM's names too.
     model_folder: the folder of the served model, for training jobs.
     training: None if the server runs no training jobs.
     """
@@ -61,5 +62,6 @@ class ServerSettings:
     unknown_fields: Literal["refuse", "warn", "ignore"] = "refuse"
     trust_chat_templates: bool = False
     tracing: Tracing | None = None
+    vllm_metrics: bool = False
     model_folder: Path | None = None
     training: TrainingSettings | None = None

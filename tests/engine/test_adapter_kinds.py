@@ -115,7 +115,7 @@ def test_kinds_without_a_kernel_on_a_gpu_are_refused_before_anything_is_copied(
     )
     slots.device = torch.device("cuda")
     adapter = load_adapter(wild_adapter(kind), architecture)
-    with pytest.raises(AdapterError, match=f"{message}, which is served on the CPU only so far"):
+    with pytest.raises(AdapterError, match=f"{message}, which a GPU does not compute so far"):
         slots.stage(adapter)
 
 

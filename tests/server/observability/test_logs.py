@@ -116,6 +116,29 @@ def test_a_bug_is_one_line_with_its_traceback_and_the_requests_id(
     assert (request["status"], request["error"]) == (500, "internal_error")
 
 
+def test_probes_and_scrapes_are_logged_only_where_they_fail_or_someone_debugs(
+    engine: Engine, log: io.StringIO
+) -> None:
+    async def scenario(client: Client) -> None:
+        for path in ("/health", "/metrics", "/version", "/v1/models", "/nothing"):
+            await client.get(path)
+        await asyncio.to_thread(engine.stop)
+        await client.get("/health")
+
+    run(engine, scenario)
+    levels = [
+        (entry["route"], entry["level"]) for entry in entries(log) if entry["message"] == "request"
+    ]
+    assert levels == [
+        ("/health", "debug"),
+        ("/metrics", "debug"),
+        ("/version", "debug"),
+        ("/v1/models", "info"),
+        ("unknown", "info"),
+        ("/health", "info"),
+    ]
+
+
 def test_events_are_readable_as_text() -> None:
     assert str(Event("request", {"status": 200, "tenant": None})) == "request status=200"
 

@@ -6,13 +6,13 @@ import asyncio
 import contextlib
 import itertools
 import math
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from aiohttp import ClientError
-from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
 from nybble.engine import AdapterConfig, Engine
@@ -213,11 +213,16 @@ def test_labels_stay_bounded_whatever_clients_send(
 
 def test_the_busiest_have_the_labels_and_what_was_counted_goes_on() -> None:
     now = 0.0
-    registry = CollectorRegistry()
-    shares = _Shares("adapter", registry, lambda: now)
+    shares = _Shares("adapter", lambda: now)
+
+    def samples() -> dict[str, float]:
+        """Of the number of sequences, by adapter."""
+        sequences, _ = shares.families
+        (family,) = text_string_to_metric_families("".join(sequences.write()))
+        return {sample.labels["adapter"]: sample.value for sample in family.samples}
 
     def count(name: str) -> float | None:
-        return registry.get_sample_value("nybble_adapter_sequences_total", {"adapter": name})
+        return samples().get(name)
 
     for index in range(60):
         shares.begin(f"a{index}")
@@ -233,4 +238,85 @@ def test_the_busiest_have_the_labels_and_what_was_counted_goes_on() -> None:
     # One label has changed hands: three requests more are not enough for another's of two.
     assert sum(count(f"a{index}") is None for index in range(50)) == 1
     shares.generated("a1", 7)
-    assert len(next(iter(registry.collect())).samples) <= 2 * 51
+    assert len(samples()) <= 51
+
+
+def test_vllms_names_say_what_an_endpoint_picker_asks_for(
+    tiny_model: Callable[..., Path], tiny_adapter: Callable[..., Path]
+) -> None:
+    """The names and labels of the Gateway API inference extension's model server protocol."""
+    config = replace(CONFIG, adapters=AdapterConfig(slots=2, max_rank=4))
+    engine = Engine.load(open_checkpoint(tiny_model()), config, progress=False)
+    engine.start()
+    for index in range(3):
+        engine.load_adapter(f"a{index}", str(tiny_adapter(seed=index)))
+
+    async def labels_of_adapters(client: Client) -> dict[str, str]:
+        text = await (await client.get("/metrics")).text()
+        families = {family.name: family for family in text_string_to_metric_families(text)}
+        (sample,) = families["vllm:lora_requests_info"].samples
+        assert abs(sample.value - time.time()) < 60
+        return sample.labels
+
+    async def scenario(client: Client) -> None:
+        before = await labels_of_adapters(client)
+        assert before == {
+            "max_lora": "2",
+            "running_lora_adapters": "",
+            "waiting_lora_adapters": "",
+        }
+        for name in ("a2", "a0"):
+            body = {"model": name, "prompt": "a", "max_tokens": 2}
+            assert (await client.post(COMPLETIONS, json=body)).status == 200
+        after = await labels_of_adapters(client)
+        assert set(after["running_lora_adapters"].split(",")) == {"a0", "a2"}
+        samples = await scrape(client)
+        assert samples["nybble_adapters", "device"] == 2
+        for theirs, ours in (
+            ("num_requests_running", "sequences_running"),
+            ("num_requests_waiting", "sequences_waiting"),
+            ("kv_cache_usage_perc", "kv_cache_usage_ratio"),
+        ):
+            assert samples[f"vllm:{theirs}", "tiny"] == samples[f"nybble_{ours}",]
+        sizes = [
+            str(int(samples[f"nybble_kv_cache_{name}",])) for name in ("block_tokens", "blocks")
+        ]
+        assert samples["vllm:cache_config_info", *sizes] == 1
+        assert sizes[0] == str(CONFIG.block_size)
+        models = await (await client.get("/v1/models")).json()
+        parents = {model["id"]: model["parent"] for model in models["data"]}
+        assert parents == {"tiny": None, "a0": "tiny", "a1": "tiny", "a2": "tiny"}
+
+    try:
+        run(engine, scenario, vllm_metrics=True)
+    finally:
+        engine.stop()
+
+
+def test_adapters_that_requests_wait_for_are_named(
+    tiny_model: Callable[..., Path], tiny_adapter: Callable[..., Path]
+) -> None:
+    """The engine's thread is not running, so that nothing gets out of the queue."""
+    config = replace(CONFIG, adapters=AdapterConfig(slots=2, max_rank=4))
+    engine = Engine.load(open_checkpoint(tiny_model()), config, progress=False)
+    engine.load_adapter("poet", str(tiny_adapter(seed=1)))
+    registry = engine._require_adapters()
+    version = registry._versions["poet"]
+    registry.cache.queue(version, "tenant")
+    usage = engine.adapter_usage()
+    assert (usage.slots, usage.waiting, usage.in_slots) == (2, ("poet",), ())
+    assert usage.device + usage.host + usage.disk == 1
+
+
+def test_without_the_flag_or_adapters_there_is_no_name_of_vllms(engine: Engine) -> None:
+    async def scenario(client: Client) -> None:
+        text = await (await client.get("/metrics")).text()
+        assert "vllm:" not in text
+
+    async def flagged(client: Client) -> None:
+        text = await (await client.get("/metrics")).text()
+        assert "vllm:num_requests_running" in text
+        assert "vllm:lora_requests_info" not in text
+
+    run(engine, scenario)
+    run(engine, flagged, vllm_metrics=True)
