@@ -2,11 +2,12 @@
 
 Per module: ``base_model.model.<module>.lora_A.weight`` ``(rank, in)`` and ``lora_B.weight``
 ``(out, rank)``; for stacked experts see :mod:`nybble.loaders.adapter_experts`. With DoRA also
-``lora_magnitude_vector`` ``(out,)``, with ``lora_bias`` ``lora_B.bias`` ``(out,)``, and with
-``bias`` the layer's own ``bias``, before which comes ``base_layer`` if the layer has an adapter.
-Some versions put the adapter's name before ``weight``. Some leave out ``base_model.model``, or, if
-the model was trained without its head, the base's ``model.``. Training the text part of a
-multimodal model adds that model's prefixes (``model.language_model.layers…``).
+``lora_magnitude_vector`` ``(out,)``, with ``lora_bias`` ``lora_B.bias`` ``(out,)``.
+AdaLoRA's are ``lora_A``, ``lora_B`` and the singular values ``lora_E`` ``(rank, 1)``. With
+``bias`` there is the layer's own ``bias``, before which comes ``base_layer`` if the layer has an
+adapter. Some versions put the adapter's name before ``weight``. Some leave out
+``base_model.model``, or, if the model was trained without its head, the base's ``model.``. Training
+the text part of a multimodal model adds that model's prefixes (``model.language_model.layers…``).
 """
 
 from __future__ import annotations
@@ -45,13 +46,14 @@ _SAFETENSORS = "adapter_model.safetensors"
 # What a module can have; the name of the group is the name of the tensor in errors.
 _KEY = re.compile(
     r"(?P<module>.+?)\.(?:"
-    r"(?P<lora_A>lora_A(?:\.[^.]+)?\.weight)"
-    r"|(?P<lora_B>lora_B(?:\.[^.]+)?\.weight)"
+    r"(?P<lora_A>lora_A(?:(?:\.[^.]+)?\.weight)?)"
+    r"|(?P<lora_B>lora_B(?:(?:\.[^.]+)?\.weight)?)"
+    r"|(?P<lora_E>lora_E)"
     r"|(?P<lora_bias>lora_B(?:\.[^.]+)?\.bias)"
     r"|(?P<lora_magnitude_vector>lora_magnitude_vector(?:\.[^.]+){0,2})"
     r"|(?P<bias>(?:base_layer\.)?bias))"
 )
-_SIDES = {"lora_A", "lora_B"}
+_SIDES = {"lora_A", "lora_B", "lora_E"}
 _INDEX = re.compile(r"[0-9]{1,9}")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _PREFIXES = ("base_model.model.", "_orig_mod.", "module.")
@@ -292,7 +294,8 @@ def _check(
     path: Path, key: str, tensor: Tensor, part: str, rank: int, shape: tuple[int, int]
 ) -> None:
     out, inputs = shape
-    expected = {"lora_A": (rank, inputs), "lora_B": (out, rank)}.get(part, (out,))
+    low_rank = {"lora_A": (rank, inputs), "lora_B": (out, rank), "lora_E": (rank, 1)}
+    expected = low_rank.get(part, (out,))
     if tuple(tensor.shape) != expected:
         raise AdapterError(
             f"{path}: {key} has shape {tuple(tensor.shape)}, expected {expected} for this base "
@@ -325,8 +328,11 @@ def _compare(path: Path, module: str, found: Collection[str], expected: Collecti
 
 def _module(parts: Mapping[str, Tensor], scale: float, shape: tuple[int, int]) -> LoRAModule:
     out, inputs = shape
+    a = parts.get("lora_A", torch.zeros(0, inputs))
+    if "lora_E" in parts:
+        a = a.float() * parts["lora_E"].float()
     return LoRAModule(
-        parts.get("lora_A", torch.zeros(0, inputs)),
+        a,
         parts.get("lora_B", torch.zeros(out, 0)),
         scale,
         magnitude=parts.get("lora_magnitude_vector"),

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import AdaLoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from nybble.engine import AdapterConfig
+from nybble.engine import AdapterConfig, Request, SamplingParams
 from nybble.engine.adapter_slots import AdapterSlots
 from nybble.loaders import AdapterError, load_adapter, open_checkpoint
 from nybble.quantizers import quantize_checkpoint
@@ -101,6 +101,83 @@ def test_each_kind_says_what_peft_says_alone_and_in_company(
     finally:
         engine.stop()
     assert len({tuple(each.tokens) for each in expected.values()}) == len(KINDS)
+
+
+def test_in_16_bits_each_kind_says_in_company_what_it_says_alone_to_the_last_bit(
+    reference: Any,
+    tiny_model: Callable[..., Path],
+    wild_adapter: Callable[[str], Path],
+    tmp_path: Path,
+) -> None:
+    """With the compiled kernels, which compute bfloat16."""
+    quantize_checkpoint(tiny_model(), tmp_path / "q", format="gptq", group_size=32, progress=False)
+    engine = reference.start(
+        open_checkpoint(tmp_path / "q"),
+        dtype=torch.bfloat16,
+        adapters=AdapterConfig(slots=8, max_rank=4),
+    )
+    prompts = {kind: tuple(range(5 + i, 25 + i)) for i, kind in enumerate([None, *KINDS])}
+
+    async def said(kind: str | None) -> list[tuple[int, float]]:
+        params = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True, logprobs=0)
+        request = Request(f"{kind}", prompts[kind], params, adapter=kind)
+        found = [output async for output in engine.generate(request)]
+        return [(output.token_ids[0], output.logprobs[0].logprob) for output in found]
+
+    async def together() -> list[list[tuple[int, float]]]:
+        return await asyncio.gather(*map(said, prompts))
+
+    try:
+        for kind in KINDS:
+            engine.load_adapter(kind, str(wild_adapter(kind)))
+        alone = [asyncio.run(said(kind)) for kind in prompts]
+        assert asyncio.run(together()) == alone
+    finally:
+        engine.stop()
+
+
+def test_adalora_with_the_ranks_that_training_kept_says_what_peft_says(
+    reference: Any, tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    steps = 6
+    config = AdaLoraConfig(
+        target_modules=["q_proj", "v_proj", "up_proj"],
+        init_r=6,
+        target_r=2,
+        lora_alpha=40,
+        tinit=1,
+        tfinal=1,
+        total_step=steps,
+        task_type="CAUSAL_LM",
+    )
+    checkpoint = open_checkpoint(tiny_model())
+    torch.manual_seed(0)
+    trained = get_peft_model(reference.transformers_model(checkpoint), config)
+    optimizer = torch.optim.Adam([p for p in trained.parameters() if p.requires_grad], lr=0.05)
+    text = torch.randint(3, 250, (2, 24))
+    for step in range(steps):
+        trained(input_ids=text, labels=text).loss.backward()
+        optimizer.step()
+        trained.base_model.update_and_allocate(step)
+        optimizer.zero_grad()
+    trained.save_pretrained(tmp_path)
+    adapter = load_adapter(tmp_path, checkpoint.architecture)
+    ranks = {module.rank for module in adapter.modules.values()}
+    assert len(ranks) > 1, "training took no ranks away"
+    model = PeftModel.from_pretrained(reference.transformers_model(checkpoint), tmp_path)
+    (expected,) = reference.greedy(model.eval(), (11,), 12)
+    for name, module in adapter.modules.items():
+        layer = model.base_model.model.get_submodule(name)
+        change = module.merged(layer.base_layer.weight) - layer.base_layer.weight
+        torch.testing.assert_close(change, layer.get_delta_weight("default"), atol=1e-5, rtol=1e-4)
+        assert module.rank == 0 or change.abs().max() > 1e-3
+    engine = reference.start(checkpoint, adapters=AdapterConfig(slots=1, max_rank=6))
+    try:
+        engine.load_adapter("a", str(tmp_path))
+        assert reference.alone(engine, expected.prompt, 12, adapter="a") == expected.tokens
+        assert reference.alone(engine, expected.prompt, 12) != expected.tokens
+    finally:
+        engine.stop()
 
 
 @pytest.mark.parametrize(

@@ -130,10 +130,11 @@ def test_settings_of_other_tools_are_left_out_with_a_warning(
 
 def test_every_setting_of_peft_is_known() -> None:
     """A new one changes the result, or does not: somebody has to say which."""
-    from peft import LoraConfig
+    from peft import AdaLoraConfig, LoraConfig
 
     known = adapter_config._READ | adapter_config._NO_EFFECT | adapter_config._REFUSED.keys()
-    assert {field.name for field in dataclasses.fields(LoraConfig)} <= known
+    for settings in (LoraConfig, AdaLoraConfig):
+        assert {field.name for field in dataclasses.fields(settings)} <= known
 
 
 @pytest.mark.parametrize(
@@ -197,7 +198,11 @@ def test_a_tokenizer_beside_an_adapter_is_said_to_be_unused(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"peft_type": "LOHA"}, "peft_type 'LOHA' is not supported; supported is LORA"),
+        ({"peft_type": "LOHA"}, "peft_type 'LOHA' is not supported; supported are LORA, ADALORA"),
+        ({"peft_type": "ADALORA", "init_r": 4}, f"has no lora_E for {DOWN}"),
+        ({"peft_type": "ADALORA", "lora_alpha": 0}, "lora_alpha is 0.0, AdaLoRA needs more"),
+        ({"peft_type": "ADALORA", "target_parameters": ["x"]}, "AdaLoRA has no target_parameters"),
+        ({"peft_type": "ADALORA", "rank_pattern": {"q": 2}}, "has a setting of the wrong type"),
         ({"use_dora": True}, f"has no lora_magnitude_vector for {DOWN}"),
         ({"use_dora": True, "lora_bias": True}, "use_dora together with lora_bias has no meaning"),
         ({"bias": "all"}, "has no bias for model.layers.0.self_attn.k_proj, which its settings"),
@@ -375,7 +380,7 @@ def test_an_adapter_is_found_by_its_folder_only(tmp_path: Path, editable: Path) 
 def test_a_hub_name_is_downloaded_without_what_an_adapter_does_not_need(
     tmp_path: Path, editable: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def snapshot_download(name: str, *, allow_patterns: list[str]) -> str:
+    def snapshot_download(name: str, *, allow_patterns: list[str], tqdm_class: type) -> str:
         if name != "org/poet":
             raise LocalEntryNotFoundError("cannot find it")
         assert sorted(allow_patterns) == [
