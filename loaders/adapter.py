@@ -250,7 +250,8 @@ class _Names:
         if match is None:
             raise AdapterError(
                 f"{self._path}: {key} is not supported; supported are lora_A, lora_B, "
-                "lora_magnitude_vector and biases of attention and MLP projections"
+                "lora_magnitude_vector and biases of attention and MLP projections; peft's "
+                "merge_and_unload makes a model of such an adapter, which can be served"
             )
         trained = match["module"]
         while prefix := next((each for each in _PREFIXES if trained.startswith(each)), None):
@@ -284,7 +285,10 @@ def _unknown(module: str, shapes: Mapping[str, tuple[int, int]]) -> str:
     layer = re.search(rf"\blayers\.({_INDEX.pattern})\.", module)
     layers = len({name.split(".layers.")[-1].split(".")[0] for name in shapes})
     if module.rpartition(".")[2] not in known:
-        return f"which cannot have an adapter here; {', '.join(sorted(known))} can"
+        return (
+            f"which cannot have an adapter here; {', '.join(sorted(known))} can; peft's "
+            "merge_and_unload makes a model of such an adapter, which can be served"
+        )
     if layer and int(layer[1]) >= layers:
         return f"but the base model has {layers} layers"
     return f"which the base model does not have; it has e.g. {next(iter(shapes))}"

@@ -47,8 +47,10 @@ _READ = {
 _INIT_KEEPS_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
 _BIASES = ("none", "lora_only", "all")
 _REFUSED = {
-    "modules_to_save": "whole trained modules; train without them or merge with peft first",
-    "trainable_token_indices": "trained embeddings; train without them or merge with peft first",
+    "modules_to_save": "whole trained modules; train without them, or merge with peft's "
+    "merge_and_unload and serve the merged model",
+    "trainable_token_indices": "trained embeddings; train without them, or merge with peft's "
+    "merge_and_unload and serve the merged model",
     "layer_replication": "layers of the base repeated; replicate them in the base model",
     "alora_invocation_tokens": "aLoRA, whose adapter begins in the middle of the text",
     "use_qalora": "QA-LoRA pools the inputs of its matrices; merge with peft first",

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from nybble.engine import AdapterConfig, Request, SamplingParams
 from nybble.engine.adapter_slots import AdapterSlots
 from nybble.loaders import AdapterError, load_adapter, open_checkpoint
-from nybble.quantizers import quantize_checkpoint
+from nybble.quantizers import merge_adapter, quantize_checkpoint
 
 WEIGHTS = "adapter_model.safetensors"
 # Each kind once plain, and once beside settings that change scales and which layers have adapters.
@@ -178,6 +178,10 @@ def test_adalora_with_the_ranks_that_training_kept_says_what_peft_says(
         assert reference.alone(engine, expected.prompt, 12) != expected.tokens
     finally:
         engine.stop()
+    merge_adapter(tiny_model(), adapter, tmp_path / "merged", progress=False)
+    merged = model.merge_and_unload().state_dict()
+    for name, tensor in load_file(tmp_path / "merged" / "model.safetensors").items():
+        torch.testing.assert_close(tensor.float(), merged[name], rtol=2**-8, atol=1e-5)
 
 
 @pytest.mark.parametrize(

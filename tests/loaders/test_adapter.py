@@ -314,6 +314,25 @@ def test_magnitudes_and_biases_are_read_in_the_spelling_of_every_version(
     assert torch.equal(getattr(found, field), expected)
 
 
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"target_modules": ["q_proj", "lm_head"]}, "lm_head"),
+        ({"target_modules": ["q_proj", "embed_tokens"]}, "embed_tokens"),
+        ({"modules_to_save": ["input_layernorm", "norm"]}, "input_layernorm"),
+        ({"trainable_token_indices": [5, 6]}, "trainable_token_indices"),
+    ],
+)
+def test_adapters_outside_the_projections_are_refused_with_what_to_do(
+    tiny_adapter: Callable[..., Path],
+    architecture: Architecture,
+    options: dict[str, Any],
+    named: str,
+) -> None:
+    with pytest.raises(AdapterError, match=rf"{named}.*merge_and_unload"):
+        load_adapter(tiny_adapter(**options), architecture)
+
+
 def test_the_first_tensor_of_a_wrong_shape_is_named_with_both_shapes(
     editable: Path, tiny_model: Callable[..., Path]
 ) -> None:
