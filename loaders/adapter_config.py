@@ -207,6 +207,9 @@ def _refuse_unsupported(path: Path, config: Mapping[str, Any]) -> None:
         raise AdapterError(
             f"{path}: peft_type {kind!r} is not supported; supported are LORA, ADALORA"
         )
+    for name in ("use_dora", "lora_bias"):
+        if config.get(name) and config.get("target_parameters"):
+            raise AdapterError(f"{path}: {name} with target_parameters has no meaning in peft")
     if kind == "ADALORA" and config.get("target_parameters"):
         raise AdapterError(f"{path}: AdaLoRA has no target_parameters in peft")
     if config.get("bias", "none") not in _BIASES:

@@ -199,6 +199,8 @@ def test_a_tokenizer_beside_an_adapter_is_said_to_be_unused(
     ("changes", "message"),
     [
         ({"peft_type": "LOHA"}, "peft_type 'LOHA' is not supported; supported are LORA, ADALORA"),
+        ({"use_dora": True, "target_parameters": ["x"]}, "use_dora with target_parameters has no"),
+        ({"lora_bias": True, "target_parameters": ["x"]}, "lora_bias with target_parameters has"),
         ({"peft_type": "ADALORA", "init_r": 4}, f"has no lora_E for {DOWN}"),
         ({"peft_type": "ADALORA", "lora_alpha": 0}, "lora_alpha is 0.0, AdaLoRA needs more"),
         ({"peft_type": "ADALORA", "target_parameters": ["x"]}, "AdaLoRA has no target_parameters"),
