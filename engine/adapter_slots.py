@@ -4,34 +4,52 @@ Every projection of every layer has one buffer over all slots. It is zero if the
 does not change that projection. The experts of a mixture have one buffer together, in which slot
 ``s`` of expert ``e`` is number ``e · count + s``. An adapter is *staged* in host memory in the same
 layout, so that filling a slot is only a copy.
+
+An adapter may also change biases, and with DoRA the length of each row of the merged weight. With
+``m`` the magnitudes over the norms of ``W + scale · B·A``, ``c`` the base's bias and ``c'`` the
+adapter's, DoRA computes
+
+    m · (W·x + scale · B·A·x) + c'  =  y + (m − 1) · y + (c' − m · c) + m · scale · B·A·x
+
+from the base's output ``y = W·x + c``. So an adapter has a *gain* ``m − 1`` and a *shift*
+``c' − m · c`` for every output, and ``m`` is part of ``B``. The norms are computed once, when the
+adapter is staged, from the base's weights as they are served, some rows at a time.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from nybble.engine.base_layers import BaseLayers
 from nybble.engine.transfer import send
 from nybble.kernels.backend import Backend
 from nybble.kernels.lora import slot_buffers
 from nybble.kernels.lora_batch import LoRABatch
+from nybble.kernels.packed import Weight
+from nybble.kernels.reference import stretch_add
 from nybble.loaders import AdapterError, LoRAAdapter
+from nybble.loaders.adapter import LoRAModule
 from nybble.models import Architecture, Mixture
 
 
 @dataclass(frozen=True)
 class ProjectionSlots:
-    """The buffers of one (fused) projection; see :mod:`nybble.kernels.lora` for their shapes."""
+    """The buffers of one (fused) projection; see :mod:`nybble.kernels.lora` for their shapes.
+
+    outputs: gains and shifts, float32 ``(2, out)``, of the slots that have any.
+    """
 
     modules: tuple[str, ...]
     a: Tensor
     b: Tensor
     ranks: Tensor
     offsets: tuple[int, ...]
+    outputs: dict[int, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -75,6 +93,7 @@ class StepAdapters:
     experts: those of layers with experts; empty if no adapter in a slot changes an expert.
     count: of slots.
     batch: which slot each row uses.
+    stretched: the slots whose adapters have gains and shifts, with the rows that use them.
     """
 
     projections: Sequence[ProjectionSlots]
@@ -82,6 +101,7 @@ class StepAdapters:
     count: int
     batch: LoRABatch
     backend: Backend
+    stretched: Sequence[tuple[int, Tensor]] = ()
 
     def on_experts(self, layer: int, expert_ids: Tensor) -> ExpertAdapters | None:
         """The adapters of rows with these experts, ``(rows, top_k)``; None if there are none."""
@@ -98,25 +118,44 @@ class StepAdapters:
         projection: index of the projection whose output for ``x`` is ``out``.
         """
         slots = self.projections[projection]
+        for slot, rows in self.stretched:
+            if slot in slots.outputs:
+                stretch_add(out, rows, *slots.outputs[slot])
         self.backend.lora_add(out, x, slots.a, slots.b, slots.ranks, slots.offsets, self.batch)
+
+
+@dataclass(frozen=True)
+class StagedProjection:
+    """What an adapter does to one projection.
+
+    a: ``(parts, rank, in)``.
+    b: ``(rank, out)``, multiplied by α/r and, with DoRA, by 1 + gain.
+    outputs: gains and shifts, float32 ``(2, out)``; None if it has neither.
+    """
+
+    a: Tensor
+    b: Tensor
+    outputs: Tensor | None
+
+    def is_finite(self) -> bool:
+        parts = (self.a, self.b) if self.outputs is None else (self.a, self.b, self.outputs)
+        return all(bool(part.isfinite().all()) for part in parts)
 
 
 @dataclass(frozen=True)
 class StagedAdapter:
     """An adapter in host memory, ready to be copied into a slot.
 
-    projections: for each projection, in the order of the layers, a ``(parts, rank, in)`` and
-        b ``(rank, out)``, the latter scaled by α/r; None if the adapter does not change it.
+    projections: in the order of the layers; None for one that the adapter does not change.
     nbytes: size in host memory.
     """
 
-    projections: Sequence[tuple[Tensor, Tensor] | None]
+    projections: Sequence[StagedProjection | None]
     nbytes: int
 
     def is_finite(self) -> bool:
         """Whether no value overflowed in the slots' dtype."""
-        pairs = (pair for pair in self.projections if pair is not None)
-        return all(bool(part.isfinite().all()) for pair in pairs for part in pair)
+        return all(each is None or each.is_finite() for each in self.projections)
 
 
 class AdapterSlots:
@@ -133,8 +172,12 @@ class AdapterSlots:
         max_rank: int,
         device: torch.device,
         dtype: torch.dtype,
+        base: Sequence[tuple[Weight, ...]] = (),
     ) -> None:
+        """base: the weights of each projection that every token passes, which DoRA and trained
+        biases need (:attr:`nybble.engine.decoder.Decoder.projection_weights`)."""
         self.architecture = architecture
+        self._base = base
         self.count = count
         self.max_rank = max_rank
         self.device = device
@@ -162,6 +205,7 @@ class AdapterSlots:
         self._experts: dict[int, ExpertSlots] = {}
         self._first_of_experts = dense
         self._on_experts: set[int] = set()  # slots of adapters that change any
+        self._stretched: set[int] = set()  # slots of adapters that have gains and shifts
 
         def together(first: int, number: int) -> ProjectionSlots:
             """The buffers of so many groups of one shape; each group's own is a view of them."""
@@ -187,7 +231,8 @@ class AdapterSlots:
     def for_step(self, batch: LoRABatch, backend: Backend) -> StepAdapters:
         """What a step of these rows needs."""
         experts = self._experts if self._on_experts else {}
-        return StepAdapters(self.projections, experts, self.count, batch, backend)
+        stretched = batch.rows_by_slot(self._stretched) if self._stretched else ()
+        return StepAdapters(self.projections, experts, self.count, batch, backend, stretched)
 
     @property
     def nbytes(self) -> int:
@@ -200,7 +245,8 @@ class AdapterSlots:
     def stage(self, adapter: LoRAAdapter) -> StagedAdapter:
         """Copy an adapter to host memory in the slots' layout; pinned if the device is a GPU.
 
-        Raises AdapterError for an adapter on experts if the device is a GPU.
+        Raises AdapterError for an adapter on experts, with DoRA or with biases if the device is a
+        GPU.
         """
         known = {name for slots in self.projections for name in slots.modules}
         for name in adapter.modules:
@@ -209,6 +255,11 @@ class AdapterSlots:
                     f"the adapter changes {name}, an expert of a mixture, which a GPU does not "
                     "compute so far; train an adapter on attention, or use --device cpu"
                 )
+        if self.device.type != "cpu" and (kind := _stretching(adapter)):
+            raise AdapterError(
+                f"the adapter has {kind}, which a GPU does not compute so far; merge the adapter "
+                "into its base, or use --device cpu"
+            )
         plans: list[tuple[ProjectionSlots, int, int] | None] = []
         total = 0
         for slots in self.projections:
@@ -217,8 +268,8 @@ class AdapterSlots:
             plans.append((slots, rank, total) if present else None)
             total += rank * (len(slots.modules) * slots.a.shape[2] + slots.offsets[-1])
         memory = torch.zeros(total, dtype=self.dtype, pin_memory=self.device.type == "cuda")
-        staged: list[tuple[Tensor, Tensor] | None] = []
-        for plan in plans:
+        staged: list[StagedProjection | None] = []
+        for index, plan in enumerate(plans):
             if plan is None:
                 staged.append(None)
                 continue
@@ -227,28 +278,45 @@ class AdapterSlots:
             middle, end = at + parts * rank * inputs, at + rank * (parts * inputs + outputs)
             a = memory[at:middle].view(parts, rank, inputs)
             b = memory[middle:end].view(rank, outputs)
+            changes = {n: adapter.modules[n] for n in slots.modules if n in adapter.modules}
+            vectors = None
+            if any(map(_stretches, changes.values())):
+                vectors = torch.zeros(2, slots.offsets[-1])
+                layers = BaseLayers(self._base[index], slots.offsets)
             for part, name in enumerate(slots.modules):
-                module = adapter.modules.get(name)
-                if module is not None:
-                    a[part, : module.rank] = module.a
-                    scaled = (module.b.float() * module.scale).T
-                    b[: module.rank, slots.offsets[part] : slots.offsets[part + 1]] = scaled
-            staged.append((a, b))
-        return StagedAdapter(staged, memory.nbytes)
+                module = changes.get(name)
+                if module is None:
+                    continue
+                columns = slice(slots.offsets[part], slots.offsets[part + 1])
+                a[part, : module.rank] = module.a
+                scaled = module.b.float() * module.scale
+                if vectors is not None and _stretches(module):
+                    vectors[:, columns] = layers.gains_and_shifts(part, module)
+                    scaled *= 1 + vectors[0, columns, None]
+                b[: module.rank, columns] = scaled.T
+            staged.append(StagedProjection(a, b, vectors))
+        beside = (each.outputs for each in staged if each is not None)
+        nbytes = memory.nbytes + sum(each.nbytes for each in beside if each is not None)
+        return StagedAdapter(staged, nbytes)
 
     def fill(self, slot: int, staged: StagedAdapter) -> None:
         """Copy an adapter into a slot, overwriting it. Kernels launched later see the new one."""
         ranks: list[int] = []
-        for index, (slots, pair) in enumerate(
+        self._stretched.discard(slot)
+        for index, (slots, change) in enumerate(
             zip(self.projections, staged.projections, strict=True)
         ):
+            slots.outputs.pop(slot, None)
             a = slots.a[slot].view(len(slots.modules), self.max_rank, -1)
             b = slots.b[slot].T
             rank = 0
-            if pair is not None:
-                rank = pair[1].shape[0]
-                a[:, :rank].copy_(pair[0], non_blocking=True)
-                b[:rank].copy_(pair[1], non_blocking=True)
+            if change is not None:
+                rank = change.b.shape[0]
+                a[:, :rank].copy_(change.a, non_blocking=True)
+                b[:rank].copy_(change.b, non_blocking=True)
+                if change.outputs is not None:
+                    slots.outputs[slot] = change.outputs
+                    self._stretched.add(slot)
             before = self._rank_of[index][slot]
             if not rank and not before:
                 ranks.append(0)
@@ -263,3 +331,15 @@ class AdapterSlots:
         else:
             self._on_experts.discard(slot)
         self._ranks[:, slot] = send(ranks, torch.int32, self.device)
+
+
+def _stretches(module: LoRAModule) -> bool:
+    """Whether it has gains or shifts."""
+    return module.magnitude is not None or module.changes_bias
+
+
+def _stretching(adapter: LoRAAdapter) -> str | None:
+    """What gives the adapter gains or shifts; None if it has neither."""
+    if any(module.magnitude is not None for module in adapter.modules.values()):
+        return "DoRA"
+    return "biases" if any(map(_stretches, adapter.modules.values())) else None

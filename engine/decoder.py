@@ -147,6 +147,11 @@ class Decoder:
             logits[:, self._num_tokens :] = float("-inf")
         return logits
 
+    @property
+    def projection_weights(self) -> Sequence[tuple[Weight, ...]]:
+        """Of each projection that every token passes, one for all its layers or one for each."""
+        return self._weights
+
     def packed_weights(self) -> Iterator[PackedWeight]:
         """Every 4-bit weight that all tokens pass."""
         weights = [weight for group in self._weights for weight in group]

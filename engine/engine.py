@@ -169,6 +169,7 @@ class Engine:
                 max_rank=config.adapters.max_rank,
                 device=device,
                 dtype=config.dtype,
+                base=decoder.projection_weights,
             )
         # More blocks than every sequence at full length could fill would only waste memory.
         most = config.max_num_seqs * layout.table_blocks(max_model_len)

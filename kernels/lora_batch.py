@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 
@@ -43,6 +43,15 @@ class LoRABatch:
                     f"{name} is {tensor.dtype} {tuple(tensor.shape)} with strides "
                     f"{tensor.stride()}, expected contiguous int32 ({length},)"
                 )
+
+    def rows_by_slot(self, slots: Collection[int]) -> list[tuple[int, Tensor]]:
+        """Those of these slots that any row uses, each with its rows, int64. Waits for a device."""
+        starts = self.segment_starts.tolist()
+        return [
+            (slot, self.order[starts[index] : starts[index + 1]].long())
+            for index, slot in enumerate(self.segment_slots.tolist())
+            if slot in slots
+        ]
 
     @classmethod
     def of(cls, slots: Sequence[int], device: torch.device | str) -> LoRABatch | None:

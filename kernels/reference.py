@@ -197,6 +197,16 @@ def lora_add(
             out[rows, start:end] = total.to(out.dtype)
 
 
+def stretch_add(out: Tensor, rows: Tensor, gains: Tensor, shifts: Tensor) -> None:
+    """``out[rows] += gains · out[rows] + shifts``, in place, computed in float32.
+
+    out: ``(tokens, width)``; rows: int64; gains, shifts: float32 ``(width,)``. This is what an
+    adapter with DoRA or biases does to a projection's output before its low-rank part is added.
+    """
+    before = out[rows].float()
+    out[rows] = (before + (gains * before + shifts)).to(out.dtype)
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
     """Root-mean-square norm of the last dimension (Zhang and Sennrich 2019).
 

@@ -1,17 +1,20 @@
 """LoRA adapters in PEFT's layout: a folder with adapter_config.json and adapter_model.safetensors.
 
 Per module: ``base_model.model.<module>.lora_A.weight`` ``(rank, in)`` and ``lora_B.weight``
-``(out, rank)``; for stacked experts see :mod:`nybble.loaders.adapter_experts`. Some versions put
-the adapter's name before ``weight``. Some leave out ``base_model.model``, or, if the model was
-trained without its head, the base's ``model.``. Training the text part of a multimodal model adds
-that model's prefixes (``model.language_model.layers…``).
+``(out, rank)``; for stacked experts see :mod:`nybble.loaders.adapter_experts`. With DoRA also
+``lora_magnitude_vector`` ``(out,)``, with ``lora_bias`` ``lora_B.bias`` ``(out,)``.
+AdaLoRA's are ``lora_A``, ``lora_B`` and the singular values ``lora_E`` ``(rank, 1)``. With
+``bias`` there is the layer's own ``bias``, before which comes ``base_layer`` if the layer has an
+adapter. Some versions put the adapter's name before ``weight``. Some leave out
+``base_model.model``, or, if the model was trained without its head, the base's ``model.``. Training
+the text part of a multimodal model adds that model's prefixes (``model.language_model.layers…``).
 """
 
 from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -40,7 +43,17 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 _SAFETENSORS = "adapter_model.safetensors"
-_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(\.(?P<name>[^.]+))?\.weight")
+# What a module can have; the name of the group is the name of the tensor in errors.
+_KEY = re.compile(
+    r"(?P<module>.+?)\.(?:"
+    r"(?P<lora_A>lora_A(?:(?:\.[^.]+)?\.weight)?)"
+    r"|(?P<lora_B>lora_B(?:(?:\.[^.]+)?\.weight)?)"
+    r"|(?P<lora_E>lora_E)"
+    r"|(?P<lora_bias>lora_B(?:\.[^.]+)?\.bias)"
+    r"|(?P<lora_magnitude_vector>lora_magnitude_vector(?:\.[^.]+){0,2})"
+    r"|(?P<bias>(?:base_layer\.)?bias))"
+)
+_SIDES = {"lora_A", "lora_B", "lora_E"}
 _INDEX = re.compile(r"[0-9]{1,9}")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _PREFIXES = ("base_model.model.", "_orig_mod.", "module.")
@@ -52,15 +65,63 @@ _NOT_USED = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 @dataclass(frozen=True)
 class LoRAModule:
-    """One projection's change, ``scale · b @ a``: a ``(rank, in)``, b ``(out, rank)``."""
+    """One projection's change: its weight W becomes ``W + scale · b @ a``.
+
+    a: ``(rank, in)``; b: ``(out, rank)``. The rank is 0 if only the bias changes.
+    magnitude: ``(out,)``, the norms that the rows of the sum are given, or None to leave them as
+        they are (DoRA, Liu et al. 2024).
+    added_bias: ``(out,)``, added to the projection's bias after multiplication by ``scale``, or
+        None (peft's ``lora_bias``).
+    own_bias: ``(out,)``, instead of the projection's bias, or None (peft's ``bias``).
+    """
 
     a: Tensor
     b: Tensor
     scale: float
+    magnitude: Tensor | None = None
+    added_bias: Tensor | None = None
+    own_bias: Tensor | None = None
 
     @property
     def rank(self) -> int:
         return self.a.shape[0]
+
+    @property
+    def changes_weight(self) -> bool:
+        return self.rank > 0 or self.magnitude is not None
+
+    @property
+    def changes_bias(self) -> bool:
+        return self.added_bias is not None or self.own_bias is not None
+
+    def stretch(self, weight: Tensor, start: int = 0) -> Tensor | None:
+        """What DoRA multiplies rows of ``W + scale · b @ a`` by, float32 ``(rows,)``; or None.
+
+        weight: rows of W from ``start`` on.
+        """
+        if self.magnitude is None:
+            return None
+        magnitude = self.magnitude[start : start + len(weight)].float()
+        norms: Tensor = torch.linalg.vector_norm(self._sum(weight, start), dim=1)
+        return magnitude.to(norms.device) / norms
+
+    def merged(self, weight: Tensor) -> Tensor:
+        """The changed weight, float32 ``(out, in)``, of the whole W."""
+        stretch = self.stretch(weight)
+        whole = self._sum(weight, 0)
+        return whole if stretch is None else whole * stretch[:, None]
+
+    def bias(self, base: Tensor | None) -> Tensor | None:
+        """The changed bias, float32 ``(out,)``, of the projection's own; None if there is none."""
+        bias = base if self.own_bias is None else self.own_bias
+        if self.added_bias is None:
+            return None if bias is None else bias.float()
+        added = self.scale * self.added_bias.float()
+        return added if bias is None else bias.float() + added
+
+    def _sum(self, weight: Tensor, start: int) -> Tensor:
+        b = self.b[start : start + len(weight)].to(weight.device, torch.float32)
+        return weight.float() + self.scale * (b @ self.a.to(weight.device, torch.float32))
 
 
 @dataclass(frozen=True)
@@ -113,31 +174,32 @@ def load_adapter(folder: Path, architecture: Architecture) -> LoRAAdapter:
     digest = blake2b((folder / CONFIG_FILE).read_bytes(), digest_size=16)
     digest.update(content)
     names = _Names(path, shapes)
-    sides: dict[str, dict[str, Tensor]] = {}
+    parts: dict[str, dict[str, Tensor]] = {}
     stacked = {key: tensor for key, tensor in tensors.items() if is_of_stacked_experts(key)}
     for key in sorted(tensors.keys() - stacked.keys(), key=_natural):
-        module, side = names.parse(key)
+        module, part = names.parse(key)
         rank = settings.rank(names.trained(module))
-        _check(path, key, tensors[key], side, rank, shapes[module])
-        if side in sides.setdefault(module, {}):
-            raise AdapterError(f"{path} has more than one lora_{side} for {module}, e.g. {key}")
-        sides[module][side] = tensors[key]
-    for module in sides:
-        if not settings.selects(names.trained(module)):
-            raise AdapterError(f"{path} has tensors for {module}, not one of its target_modules")
+        _check(path, key, tensors[key], part, rank, shapes[module])
+        if part in parts.setdefault(module, {}):
+            raise AdapterError(f"{path} has more than one {part} for {module}, e.g. {key}")
+        parts[module][part] = tensors[key]
     # Experts that were stacked in training were no modules, whatever target_modules say.
-    separate = any(module not in architecture.dense_linears for module in sides)
-    for module in shapes if separate else architecture.dense_linears:
-        missing = {"A", "B"} - sides.get(module, {}).keys()
-        if missing and (settings.selects(names.trained(module)) or module in sides):
-            raise AdapterError(
-                f"{path} has no lora_{min(missing)} for {module}, which its target_modules select; "
-                "is it for another base model?"
-            )
-    modules = {
-        module: LoRAModule(pair["A"], pair["B"], settings.scale(names.trained(module)))
-        for module, pair in sides.items()
-    }
+    separate = any(module not in architecture.dense_linears for module in parts)
+    modules = {}
+    for module in dict.fromkeys((*parts, *shapes)):
+        if module in parts or separate or module in architecture.dense_linears:
+            found = parts.get(module, {})
+            has_bias = architecture.linears[module].bias or "bias" in found
+            expected = settings.parts(names.trained(module), has_bias=has_bias)
+            _compare(path, module, found, expected)
+        if module in parts:
+            if parts[module].keys() - _SIDES and module not in architecture.dense_linears:
+                raise AdapterError(
+                    f"{path} has a {max(parts[module].keys() - _SIDES)} for the expert {module}; "
+                    "experts can have plain LoRA only: merge the adapter instead"
+                )
+            scale = settings.scale(names.trained(module))
+            modules[module] = _module(parts[module], scale, shapes[module])
     for key, tensor in stacked.items():
         _check_values(path, key, tensor)
     for change in expert_changes(path, settings, stacked, architecture):
@@ -183,12 +245,13 @@ class _Names:
         self._around: str | None = None
 
     def parse(self, key: str) -> tuple[str, str]:
-        """The base's module and the side (A or B) that the tensor ``key`` belongs to."""
+        """The base's module that the tensor ``key`` belongs to, and which of its parts it is."""
         match = _KEY.fullmatch(key)
         if match is None:
             raise AdapterError(
-                f"{self._path}: {key} is not supported; supported are lora_A.weight and "
-                "lora_B.weight of attention and MLP projections"
+                f"{self._path}: {key} is not supported; supported are lora_A, lora_B, "
+                "lora_magnitude_vector and biases of attention and MLP projections; peft's "
+                "merge_and_unload makes a model of such an adapter, which can be served"
             )
         trained = match["module"]
         while prefix := next((each for each in _PREFIXES if trained.startswith(each)), None):
@@ -202,7 +265,8 @@ class _Names:
             )
         if self._around is None:
             self._around = around
-        return module, match["side"]
+        assert match.lastgroup is not None, key
+        return module, match.lastgroup
 
     def trained(self, module: str) -> str:
         """The name of a base module in training, as adapter_config.json uses it."""
@@ -221,22 +285,64 @@ def _unknown(module: str, shapes: Mapping[str, tuple[int, int]]) -> str:
     layer = re.search(rf"\blayers\.({_INDEX.pattern})\.", module)
     layers = len({name.split(".layers.")[-1].split(".")[0] for name in shapes})
     if module.rpartition(".")[2] not in known:
-        return f"which cannot have an adapter here; {', '.join(sorted(known))} can"
+        return (
+            f"which cannot have an adapter here; {', '.join(sorted(known))} can; peft's "
+            "merge_and_unload makes a model of such an adapter, which can be served"
+        )
     if layer and int(layer[1]) >= layers:
         return f"but the base model has {layers} layers"
     return f"which the base model does not have; it has e.g. {next(iter(shapes))}"
 
 
 def _check(
-    path: Path, key: str, tensor: Tensor, side: str, rank: int, shape: tuple[int, int]
+    path: Path, key: str, tensor: Tensor, part: str, rank: int, shape: tuple[int, int]
 ) -> None:
-    expected = (rank, shape[1]) if side == "A" else (shape[0], rank)
+    out, inputs = shape
+    low_rank = {"lora_A": (rank, inputs), "lora_B": (out, rank), "lora_E": (rank, 1)}
+    expected = low_rank.get(part, (out,))
     if tuple(tensor.shape) != expected:
         raise AdapterError(
             f"{path}: {key} has shape {tuple(tensor.shape)}, expected {expected} for this base "
             f"model and rank {rank}"
         )
     _check_values(path, key, tensor)
+
+
+def _compare(path: Path, module: str, found: Collection[str], expected: Collection[str]) -> None:
+    """Refuse parts of a module that the settings do not speak of, and missing ones."""
+    if found and not expected:
+        raise AdapterError(f"{path} has tensors for {module}, not one of its target_modules")
+    for part in found:
+        if part not in expected:
+            raise AdapterError(
+                f"{path} has a {part} for {module}, which its {CONFIG_FILE} does not speak of"
+            )
+    missing = [part for part in expected if part not in found]
+    if missing == ["bias"]:
+        raise AdapterError(
+            f"{path} has no bias for {module}, which its settings say was trained; older "
+            "versions of peft leave it out: save the adapter again with a newer one"
+        )
+    if missing:
+        raise AdapterError(
+            f"{path} has no {missing[0]} for {module}, which its target_modules select; "
+            "is it for another base model?"
+        )
+
+
+def _module(parts: Mapping[str, Tensor], scale: float, shape: tuple[int, int]) -> LoRAModule:
+    out, inputs = shape
+    a = parts.get("lora_A", torch.zeros(0, inputs))
+    if "lora_E" in parts:
+        a = a.float() * parts["lora_E"].float()
+    return LoRAModule(
+        a,
+        parts.get("lora_B", torch.zeros(out, 0)),
+        scale,
+        magnitude=parts.get("lora_magnitude_vector"),
+        added_bias=parts.get("lora_bias"),
+        own_bias=parts.get("bias"),
+    )
 
 
 def _check_values(path: Path, key: str, tensor: Tensor) -> None:

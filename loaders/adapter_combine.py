@@ -24,12 +24,21 @@ def combine_adapters(
     linear: the weighted sums of the A and of the B matrices, each scaled by the square root of the
         weight (with the factor α/r). Their product also mixes one adapter's A with another's B.
         Ranks must be equal.
-    Raises AdapterError if there is not one weight for each adapter, or if ranks differ.
+    Raises AdapterError if there is not one weight for each adapter, if ranks differ, or if an
+    adapter has DoRA or biases, which are not sums.
     """
     if not adapters or len(adapters) != len(weights):
         raise AdapterError(
             f"{len(adapters)} adapters and {len(weights)} weights: give one for each"
         )
+    for adapter in adapters:
+        for name, module in adapter.modules.items():
+            if module.magnitude is not None or module.changes_bias:
+                kind = "biases" if module.magnitude is None else "DoRA"
+                raise AdapterError(
+                    f"an adapter has {kind} on {name}: only plain LoRA can be combined or "
+                    "weighted; merge such adapters one after the other, each with weight 1"
+                )
     names = dict.fromkeys(name for adapter in adapters for name in adapter.modules)
     modules = {}
     for name in names:

@@ -13,7 +13,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import regex
 
@@ -32,34 +32,43 @@ _NO_EFFECT = {
     *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path"),
     *("revision", "inference_mode", "lora_dropout", "megatron_core", "qalora_group_size"),
     *("runtime_config", "eva_config", "loftq_config", "corda_config", "lora_ga_config"),
-    *("ensure_weight_tying", "init_lora_weights", "bias", "velora_config", "megatron_config"),
+    *("ensure_weight_tying", "init_lora_weights", "velora_config", "megatron_config"),
+    # of AdaLoRA's training
+    *("target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step"),
     "fan_in_fan_out",  # for layers with transposed weights; peft resets it for nn.Linear
 }
 _READ = {
     *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules"),
     *("exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters"),
+    *("use_dora", "lora_bias", "bias", "init_r"),
 }
 # Initializations that leave the base weights as they are. The others (PiSSA, OLoRA, …) subtract the
 # initial product from the base, so the adapter does not fit the published base.
 _INIT_KEEPS_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
+_BIASES = ("none", "lora_only", "all")
 _REFUSED = {
-    "use_dora": "DoRA rescales the columns of the merged weight; train without it or merge first",
-    "modules_to_save": "whole trained modules; train without them or merge first",
-    "trainable_token_indices": "trained embeddings; train without them or merge first",
-    "lora_bias": "biases beside the low-rank matrices; train without them or merge first",
+    "modules_to_save": "whole trained modules; train without them, or merge with peft's "
+    "merge_and_unload and serve the merged model",
+    "trainable_token_indices": "trained embeddings; train without them, or merge with peft's "
+    "merge_and_unload and serve the merged model",
     "layer_replication": "layers of the base repeated; replicate them in the base model",
     "alora_invocation_tokens": "aLoRA, whose adapter begins in the middle of the text",
-    "use_qalora": "QA-LoRA pools the inputs of its matrices; merge first",
-    "use_bdlora": "block-diagonal matrices; merge first",
+    "use_qalora": "QA-LoRA pools the inputs of its matrices; merge with peft first",
+    "use_bdlora": "block-diagonal matrices; merge with peft first",
     "arrow_config": "Arrow routes between adapters, token by token",
-    "kasa_config": "KaSA scales the rank's directions; merge first",
-    "monteclora_config": "MonteCLoRA draws its matrices; merge first",
+    "kasa_config": "KaSA scales the rank's directions; merge with peft first",
+    "monteclora_config": "MonteCLoRA draws its matrices; merge with peft first",
 }
 
 
 @dataclass(frozen=True)
 class AdapterSettings:
-    """The fields of ``adapter_config.json`` that affect the result."""
+    """The fields of ``adapter_config.json`` that affect the result.
+
+    singular_values: whether it is an AdaLoRA (Zhang et al. 2023), whose ``r`` is the rank before
+        training took ranks away; ``rank_pattern`` then names modules, and is no pattern.
+    bias: which of the base's biases were trained: none, those of layers with an adapter, or all.
+    """
 
     r: int
     alpha: float
@@ -71,6 +80,10 @@ class AdapterSettings:
     layers: tuple[int, ...] | None
     layers_pattern: tuple[str, ...]
     target_parameters: tuple[str, ...]
+    dora: bool
+    lora_bias: bool
+    bias: Literal["none", "lora_only", "all"]
+    singular_values: bool
 
     @classmethod
     def read(cls, folder: Path) -> AdapterSettings:
@@ -86,12 +99,16 @@ class AdapterSettings:
             raise AdapterError(f"{path} is not a JSON object")
         _refuse_unsupported(path, config)
         layers = config.get("layers_to_transform")
+        adalora = config["peft_type"] == "ADALORA"
+        ranks = config.get("rank_pattern") or {}
         try:
             settings = cls(
-                r=int(config.get("r", 8)),
+                r=int(config.get("init_r", 12) if adalora else config.get("r", 8)),
                 alpha=float(config.get("lora_alpha", 8)),
                 rslora=bool(config.get("use_rslora", False)),
-                rank_pattern={k: int(v) for k, v in (config.get("rank_pattern") or {}).items()},
+                rank_pattern=_kept_ranks(ranks)
+                if adalora
+                else {k: int(v) for k, v in ranks.items()},
                 alpha_pattern={k: float(v) for k, v in (config.get("alpha_pattern") or {}).items()},
                 target_modules=_names(config.get("target_modules")),
                 exclude_modules=_names(config.get("exclude_modules")),
@@ -100,25 +117,32 @@ class AdapterSettings:
                 else tuple(layers if isinstance(layers, list) else [int(layers)]),
                 layers_pattern=_listed(config.get("layers_pattern")),
                 target_parameters=_listed(config.get("target_parameters")),
+                dora=bool(config.get("use_dora", False)),
+                lora_bias=bool(config.get("lora_bias", False)),
+                bias=config.get("bias", "none"),
+                singular_values=adalora,
             )
             settings.check_patterns()
         except (TypeError, ValueError, OverflowError, AttributeError, regex.error) as error:
             raise AdapterError(f"{path} has a setting of the wrong type: {error}") from error
         for rank in (settings.r, *settings.rank_pattern.values()):
-            if not 1 <= rank <= MAX_RANK:
+            if not (0 if adalora else 1) <= rank <= MAX_RANK:
                 raise AdapterError(
                     f"{path}: rank {rank} is not supported, expected 1 to {MAX_RANK}"
                 )
         for alpha in (settings.alpha, *settings.alpha_pattern.values()):
             if not math.isfinite(alpha):
                 raise AdapterError(f"{path}: alpha is {alpha}, expected a finite number")
+        if adalora and settings.alpha <= 0:
+            raise AdapterError(f"{path}: lora_alpha is {settings.alpha}, AdaLoRA needs more than 0")
         if not settings.target_modules and not settings.target_parameters:
             raise AdapterError(f"{path} names no target_modules")
         return settings
 
     def check_patterns(self) -> None:
         """Raises regex.error if a pattern is not a regular expression."""
-        for pattern in (*self.rank_pattern, *self.alpha_pattern, *self.layers_pattern):
+        ranks = () if self.singular_values else self.rank_pattern
+        for pattern in (*ranks, *self.alpha_pattern, *self.layers_pattern):
             regex.compile(pattern)
         for names in (self.target_modules, self.exclude_modules):
             if isinstance(names, str):
@@ -143,11 +167,35 @@ class AdapterSettings:
         """Those of ``target_parameters`` by which PEFT would adapt this parameter."""
         return {name for name in self.target_parameters if _matches((name,), parameter)}
 
+    def parts(self, module: str, *, has_bias: bool) -> tuple[str, ...]:
+        """The tensors that PEFT saves of this linear layer, as the loader calls them.
+
+        has_bias: whether the base has a bias here.
+        """
+        selected = self.selects(module)
+        trained_bias = has_bias and (self.bias == "all" or (selected and self.bias == "lora_only"))
+        parts = {
+            "lora_A": selected,
+            "lora_B": selected,
+            "lora_E": selected and self.singular_values,
+            "lora_magnitude_vector": selected and self.dora,
+            "lora_bias": selected and self.lora_bias,
+            "bias": trained_bias,
+        }
+        return tuple(part for part, present in parts.items() if present)
+
     def rank(self, module: str) -> int:
+        if self.singular_values:
+            return self.rank_pattern.get(module, self.r)
         return _by_pattern(self.rank_pattern, module, self.r)
 
     def scale(self, module: str) -> float:
-        """α/r, or α/√r with rsLoRA (Kalajdzievski 2023)."""
+        """α/r, or α/√r with rsLoRA (Kalajdzievski 2023).
+
+        peft's AdaLoRA divides by the rank before training, and adds 1e-5 to it.
+        """
+        if self.singular_values:
+            return self.alpha / (self.r + 1e-5)
         rank = self.rank(module)
         alpha = _by_pattern(self.alpha_pattern, module, self.alpha)
         return alpha / (math.sqrt(rank) if self.rslora else rank)
@@ -155,13 +203,22 @@ class AdapterSettings:
 
 def _refuse_unsupported(path: Path, config: Mapping[str, Any]) -> None:
     kind = config.get("peft_type")
-    if kind != "LORA":
-        raise AdapterError(f"{path}: peft_type {kind!r} is not supported; supported is LORA")
-    if config.get("bias", "none") != "none":
+    if kind not in ("LORA", "ADALORA"):
         raise AdapterError(
-            f"{path}: bias {config['bias']!r} trains the base's biases, which is not supported; "
-            "expected 'none'"
+            f"{path}: peft_type {kind!r} is not supported; supported are LORA, ADALORA"
         )
+    for name in ("use_dora", "lora_bias"):
+        if config.get(name) and config.get("target_parameters"):
+            raise AdapterError(f"{path}: {name} with target_parameters has no meaning in peft")
+    if kind == "ADALORA" and config.get("target_parameters"):
+        raise AdapterError(f"{path}: AdaLoRA has no target_parameters in peft")
+    if config.get("bias", "none") not in _BIASES:
+        raise AdapterError(
+            f"{path}: bias {config['bias']!r} is not supported, expected one of "
+            f"{', '.join(_BIASES)}"
+        )
+    if config.get("use_dora") and config.get("lora_bias"):
+        raise AdapterError(f"{path}: use_dora together with lora_bias has no meaning in peft")
     init = config.get("init_lora_weights")
     if init not in _INIT_KEEPS_BASE:
         raise AdapterError(
@@ -174,6 +231,14 @@ def _refuse_unsupported(path: Path, config: Mapping[str, Any]) -> None:
     known = _READ | _NO_EFFECT | _REFUSED.keys()
     if unknown := sorted(name for name, value in config.items() if value and name not in known):
         logger.warning("%s: left out, as peft has no such settings: %s", path, ", ".join(unknown))
+
+
+def _kept_ranks(pattern: Mapping[str, list[bool]]) -> dict[str, int]:
+    """The ranks that AdaLoRA's training kept, by module, from which ranks these are."""
+    return {
+        name.removesuffix(".default").removesuffix(".lora_E"): sum(map(bool, kept))
+        for name, kept in pattern.items()
+    }
 
 
 def _names(value: object) -> str | tuple[str, ...]:

@@ -1,5 +1,7 @@
 """A base model and an adapter as one checkpoint: W + (α/r)·B·A, exact in float32, then rounded.
 
+With DoRA the rows of the sum are given their magnitudes. Biases are the adapter's.
+
 On a 4-bit base the sum does not lie on the 4-bit grid, and an adapter's change can be smaller than
 a step of the grid: rounding to the nearest then loses most of it. With calibration, the base's grid
 is kept if it has one, and each column's rounding error is compensated by the columns still to come
@@ -19,7 +21,7 @@ from torch import Tensor
 
 from nybble.kernels import DenseWeight, PackedWeight
 from nybble.kernels.progress import Progress, track
-from nybble.loaders import CheckpointError, LoRAAdapter, open_checkpoint
+from nybble.loaders import AdapterError, CheckpointError, LoRAAdapter, open_checkpoint
 from nybble.loaders.adapter import LoRAModule
 from nybble.loaders.checkpoint import FolderCheckpoint
 from nybble.loaders.experts import open_shards
@@ -50,8 +52,9 @@ class MergedLayer:
     """The rounding error of the merged weight W of one layer.
 
     error: ‖Ŵ − W‖ / ‖W‖.
-    relative_to_change: ‖Ŵ − W‖ / ‖(α/r)·B·A‖. Above 1, rounding moved the layer further than the
-        adapter did. It is infinite for an adapter that changes nothing.
+    relative_to_change: ‖Ŵ − W‖ / ‖W − W₀‖, W₀ being the base's weight. Above 1, rounding
+        moved the layer further than the adapter did. It is infinite for an adapter that changes
+        nothing.
 
     With calibration, ‖D‖ is the root mean square of Dx over the calibration inputs x, otherwise
     Frobenius' norm.
@@ -101,7 +104,7 @@ def merge_adapter(
     Returns the cost of each layer the adapter changes. Raises CheckpointError if the source is
     in the packed form, its format can only be read, or a layer does not fit the format,
     FileExistsError if the target has content, ValueError if keep_16_bits has nothing to keep
-    4-bit.
+    4-bit, AdapterError if the adapter has a bias for a layer that has none.
     """
     checkpoint = open_checkpoint(source)
     if not isinstance(checkpoint, FolderCheckpoint):
@@ -115,7 +118,9 @@ def merge_adapter(
     linears = checkpoint.architecture.linears
     shards = open_shards(source, checkpoint.architecture)
     checkpoint.check(shards)
-    _configure(config, plan, shards, sorted(adapter.modules) if keep_16_bits else [])
+    _refuse_new_biases(adapter, shards)
+    in_16_bits = [name for name, module in adapter.modules.items() if module.changes_weight]
+    _configure(config, plan, shards, sorted(in_16_bits) if keep_16_bits else [])
     merge = _Merge(checkpoint, shards, adapter, plan, keep_16_bits)
     calibrator = None
     if calibration is not None and plan.format is not None and not keep_16_bits:
@@ -131,7 +136,7 @@ def merge_adapter(
             values: dict[str, Tensor] = {}
             for name in block:
                 if name + ".bias" in merge.shards:
-                    writer.add({name + ".bias": merge.shards.read(name + ".bias")})
+                    writer.add({name + ".bias": merge.bias(name)})
                 tensors, values[name], layer = merge.layer(name, moments.get(name))
                 writer.add(tensors)
                 report += [layer] if layer is not None else []
@@ -150,20 +155,35 @@ class _Merge:
 
     def exact(self, name: str) -> Tensor:
         """The merged weight, float32 ``(out, in)``."""
-        weight = _dense(self.checkpoint.projection(self.shards, name))
+        weight = self._base(name)
+        module = self._module(name)
+        return weight if module is None else module.merged(weight)
+
+    def bias(self, name: str) -> Tensor:
+        """The merged bias of a layer that has one, in its own dtype."""
+        base = self.shards.read(name + ".bias")
         module = self.adapter.modules.get(name)
-        return weight if module is None else weight + _change(module)
+        bias = base if module is None else module.bias(base)
+        assert bias is not None, name
+        return bias.to(base.dtype)
 
     def changes(self, name: str) -> bool:
-        return not self.plan.same or name in self.adapter.modules
+        return not self.plan.same or self._module(name) is not None
+
+    def _module(self, name: str) -> LoRAModule | None:
+        """The layer's change, if it changes the weight."""
+        module = self.adapter.modules.get(name)
+        return module if module is not None and module.changes_weight else None
+
+    def _base(self, name: str) -> Tensor:
+        return _dense(self.checkpoint.projection(self.shards, name))
 
     def layer(
         self, name: str, compensation: Compensation | None
     ) -> tuple[Mapping[str, Tensor], Tensor, MergedLayer | None]:
         """The layer's tensors, the weight they stand for, and its cost if an adapter is in it."""
         if not self.changes(name):
-            weight = self.checkpoint.projection(self.shards, name)
-            return self._stored(name), _dense(weight), None
+            return self._stored(name), self._base(name), None
         exact, plan = self.exact(name), self.plan
         in_16_bits = plan.same and not self._quantized(name)
         if plan.format is None or self.keep_16_bits or in_16_bits:
@@ -172,15 +192,19 @@ class _Merge:
         else:
             quantized = self._round(name, exact, plan.format, compensation)
             tensors, rounded = plan.format.tensors(name, quantized), quantized.dequantize()
-        module = self.adapter.modules.get(name)
+        module = self._module(name)
         if module is None:
             return tensors, rounded, None
         difference = rounded.float() - exact
         if compensation is None:
-            moved, whole, change = (float(d.norm()) for d in (difference, exact, _change(module)))
+            moved, whole = float(difference.norm()), float(exact.norm())
+            change = float((exact - self._base(name)).norm())
         else:
             moved, whole = (compensation.output_norm(d) for d in (difference, exact))
-            change = module.scale * compensation.output_norm(module.a, module.b)
+            if module.magnitude is None:
+                change = module.scale * compensation.output_norm(module.a, module.b)
+            else:
+                change = compensation.output_norm(exact - self._base(name))
         relative = moved / change if change else float("inf")
         return tensors, rounded, MergedLayer(name, moved / whole, relative)
 
@@ -284,6 +308,8 @@ class _Calibrator:
         module = name.removesuffix(".weight")
         if module in self._merge.checkpoint.architecture.linears:
             return self._merge.exact(module).to(stored)
+        if name.removesuffix(".bias") in self._merge.checkpoint.architecture.linears:
+            return self._merge.bias(name.removesuffix(".bias")).to(stored)
         return shards.read(name).to(stored)
 
 
@@ -291,8 +317,13 @@ def _dense(weight: PackedWeight | DenseWeight) -> Tensor:
     return weight.dequantize() if isinstance(weight, PackedWeight) else weight.weight.float()
 
 
-def _change(module: LoRAModule) -> Tensor:
-    return module.scale * (module.b.float() @ module.a.float())
+def _refuse_new_biases(adapter: LoRAAdapter, shards: Shards) -> None:
+    for name, module in adapter.modules.items():
+        if module.changes_bias and name + ".bias" not in shards:
+            raise AdapterError(
+                f"the adapter has a bias for {name}, which has none in the base, so the merged "
+                "model could not hold it: serve the adapter beside its base instead"
+            )
 
 
 def _plan(checkpoint: FolderCheckpoint, config: Mapping[str, Any], format: str | None) -> _Target:

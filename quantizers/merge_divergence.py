@@ -11,7 +11,7 @@ from torch.nn.functional import kl_div, log_softmax
 from nybble.kernels.progress import track
 from nybble.loaders import LoRAAdapter, open_checkpoint
 from nybble.loaders.adapter import LoRAModule
-from nybble.quantizers.packed_model import load_packed_model
+from nybble.quantizers.packed_model import PackedLinear, load_packed_model
 
 
 @torch.no_grad()
@@ -53,10 +53,20 @@ def merge_divergence(
 
 
 def _add_lora(layer: nn.Module, lora: LoRAModule, device: torch.device, dtype: torch.dtype) -> None:
+    if isinstance(layer, PackedLinear):
+        weight, old = layer.packed.dequantize(), layer.packed.bias
+    else:
+        assert isinstance(layer, nn.Linear)
+        weight, old = layer.weight, layer.bias
+    stretch, bias = lora.stretch(weight), lora.bias(old)
     a = lora.a.to(device, dtype)
     b = (lora.b.float() * lora.scale).to(device, dtype)
 
     def add(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return output + (inputs[0] @ a.T) @ b.T
+        product = output if old is None else output - old
+        whole = product + (inputs[0] @ a.T) @ b.T
+        if stretch is not None:
+            whole = whole * stretch.to(whole)
+        return whole if bias is None else whole + bias.to(whole)
 
     layer.register_forward_hook(add)

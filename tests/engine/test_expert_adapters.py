@@ -219,3 +219,22 @@ def test_values_that_are_not_finite_are_refused_by_name(
     save_file(tensors, path)
     with pytest.raises(AdapterError, match=r"layers\.0\.mlp\.experts\.lora_B\.weight has values"):
         load(base, tmp_path / "a")
+
+
+def test_magnitudes_on_experts_are_refused_by_name(
+    base_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    base = base_of("mixtral")
+    adapted(base, tmp_path / "stacked")
+    as_modules(tmp_path / "stacked", tmp_path / "modules")
+    path = tmp_path / "modules" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    for name in [name for name in tensors if "lora_B" in name]:
+        magnitude = name.replace("lora_B.weight", "lora_magnitude_vector")
+        tensors[magnitude] = torch.ones(len(tensors[name]))
+    save_file(tensors, path)
+    config = json.loads((tmp_path / "modules" / "adapter_config.json").read_text())
+    config["use_dora"] = True
+    (tmp_path / "modules" / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(AdapterError, match=r"a lora_magnitude_vector for the expert model\.layers"):
+        load(base, tmp_path / "modules")

@@ -130,10 +130,11 @@ def test_settings_of_other_tools_are_left_out_with_a_warning(
 
 def test_every_setting_of_peft_is_known() -> None:
     """A new one changes the result, or does not: somebody has to say which."""
-    from peft import LoraConfig
+    from peft import AdaLoraConfig, LoraConfig
 
     known = adapter_config._READ | adapter_config._NO_EFFECT | adapter_config._REFUSED.keys()
-    assert {field.name for field in dataclasses.fields(LoraConfig)} <= known
+    for settings in (LoraConfig, AdaLoraConfig):
+        assert {field.name for field in dataclasses.fields(settings)} <= known
 
 
 @pytest.mark.parametrize(
@@ -197,12 +198,21 @@ def test_a_tokenizer_beside_an_adapter_is_said_to_be_unused(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"peft_type": "LOHA"}, "peft_type 'LOHA' is not supported; supported is LORA"),
-        ({"use_dora": True}, "use_dora is True, which is not supported (DoRA"),
-        ({"bias": "all"}, "bias 'all' trains the base's biases"),
+        ({"peft_type": "LOHA"}, "peft_type 'LOHA' is not supported; supported are LORA, ADALORA"),
+        ({"use_dora": True, "target_parameters": ["x"]}, "use_dora with target_parameters has no"),
+        ({"lora_bias": True, "target_parameters": ["x"]}, "lora_bias with target_parameters has"),
+        ({"peft_type": "ADALORA", "init_r": 4}, f"has no lora_E for {DOWN}"),
+        ({"peft_type": "ADALORA", "lora_alpha": 0}, "lora_alpha is 0.0, AdaLoRA needs more"),
+        ({"peft_type": "ADALORA", "target_parameters": ["x"]}, "AdaLoRA has no target_parameters"),
+        ({"peft_type": "ADALORA", "rank_pattern": {"q": 2}}, "has a setting of the wrong type"),
+        ({"use_dora": True}, f"has no lora_magnitude_vector for {DOWN}"),
+        ({"use_dora": True, "lora_bias": True}, "use_dora together with lora_bias has no meaning"),
+        ({"bias": "all"}, "has no bias for model.layers.0.self_attn.k_proj, which its settings"),
+        ({"bias": "lora_only"}, "has no bias for model.layers.0.self_attn.k_proj, which its"),
+        ({"bias": "most"}, "bias 'most' is not supported, expected one of none, lora_only, all"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save is ['lm_head'], which is not"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa' changed the base weights"),
-        ({"lora_bias": True}, "lora_bias is True"),
+        ({"lora_bias": True}, f"has no lora_bias for {DOWN}"),
         ({"layer_replication": [[0, 2]]}, "layer_replication is [[0, 2]]"),
         ({"use_qalora": True}, "use_qalora is True, which is not supported"),
         ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens is [1]"),
@@ -249,8 +259,8 @@ def test_settings_that_cannot_be_honoured_are_refused_by_name(
             "has no lora_A for model.layers.1.self_attn.q_proj, which its target_modules select",
         ),
         (
-            lambda key: key.replace("q_proj.lora_A.weight", "q_proj.lora_magnitude_vector"),
-            "q_proj.lora_magnitude_vector is not supported",
+            lambda key: key.replace("q_proj.lora_A.weight", "q_proj.lora_C.weight"),
+            "q_proj.lora_C.weight is not supported; supported are lora_A, lora_B",
         ),
     ],
 )
@@ -263,6 +273,66 @@ def test_tensors_that_do_not_fit_the_base_are_named(
     rename(editable, change)
     with pytest.raises(AdapterError, match=re.escape(message)):
         load_adapter(editable, architecture)
+
+
+@pytest.mark.parametrize("part", ["lora_magnitude_vector", "lora_B.bias", "base_layer.bias"])
+def test_a_tensor_that_the_settings_do_not_speak_of_is_refused(
+    editable: Path, architecture: Architecture, part: str
+) -> None:
+    tensors = load_file(editable / WEIGHTS)
+    tensors[f"base_model.model.{DOWN}.{part}"] = torch.ones(128)
+    save_file(tensors, editable / WEIGHTS)
+    with pytest.raises(AdapterError, match=rf"for {DOWN}, which its adapter_config\.json does not"):
+        load_adapter(editable, architecture)
+
+
+@pytest.mark.parametrize(
+    ("options", "field", "spellings"),
+    [
+        (
+            {"use_dora": True},
+            "magnitude",
+            ("lora_magnitude_vector", "lora_magnitude_vector.default.weight"),
+        ),
+        ({"lora_bias": True}, "added_bias", ("lora_B.bias", "lora_B.default.bias")),
+        ({"bias": "lora_only"}, "own_bias", ("base_layer.bias", "bias")),
+    ],
+)
+def test_magnitudes_and_biases_are_read_in_the_spelling_of_every_version(
+    tiny_adapter: Callable[..., Path],
+    architecture: Architecture,
+    tmp_path: Path,
+    options: dict[str, Any],
+    field: str,
+    spellings: tuple[str, str],
+) -> None:
+    module = "model.layers.1.self_attn.q_proj"
+    folder = Path(shutil.copytree(tiny_adapter(**options), tmp_path / "adapter"))
+    tensors = load_file(folder / WEIGHTS)
+    rename(folder, lambda key: key.replace(*spellings))
+    assert load_file(folder / WEIGHTS).keys() != tensors.keys()
+    found = load_adapter(folder, architecture).modules[module]
+    expected = tensors[f"base_model.model.{module}.{spellings[0]}"]
+    assert torch.equal(getattr(found, field), expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"target_modules": ["q_proj", "lm_head"]}, "lm_head"),
+        ({"target_modules": ["q_proj", "embed_tokens"]}, "embed_tokens"),
+        ({"modules_to_save": ["input_layernorm", "norm"]}, "input_layernorm"),
+        ({"trainable_token_indices": [5, 6]}, "trainable_token_indices"),
+    ],
+)
+def test_adapters_outside_the_projections_are_refused_with_what_to_do(
+    tiny_adapter: Callable[..., Path],
+    architecture: Architecture,
+    options: dict[str, Any],
+    named: str,
+) -> None:
+    with pytest.raises(AdapterError, match=rf"{named}.*merge_and_unload"):
+        load_adapter(tiny_adapter(**options), architecture)
 
 
 def test_the_first_tensor_of_a_wrong_shape_is_named_with_both_shapes(
@@ -331,7 +401,7 @@ def test_an_adapter_is_found_by_its_folder_only(tmp_path: Path, editable: Path) 
 def test_a_hub_name_is_downloaded_without_what_an_adapter_does_not_need(
     tmp_path: Path, editable: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def snapshot_download(name: str, *, allow_patterns: list[str]) -> str:
+    def snapshot_download(name: str, *, allow_patterns: list[str], tqdm_class: type) -> str:
         if name != "org/poet":
             raise LocalEntryNotFoundError("cannot find it")
         assert sorted(allow_patterns) == [

@@ -96,6 +96,90 @@ def test_a_merged_16_bit_model_equals_peft_s(
     AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
 
 
+WITH_MAGNITUDES_OR_BIASES: dict[str, dict[str, Any]] = {
+    "dora": {"use_dora": True, "use_rslora": True},
+    "lora_bias": {"lora_bias": True, "target_modules": ["q_proj", "v_proj"]},
+    "lora_only": {"bias": "lora_only", "target_modules": ["q_proj", "o_proj"]},
+    "dora and all biases": {"use_dora": True, "bias": "all", "target_modules": ["v_proj"]},
+}
+
+
+@pytest.mark.parametrize("kind", WITH_MAGNITUDES_OR_BIASES)
+def test_merged_magnitudes_and_biases_equal_peft_s(
+    tiny_model: Callable[..., Path], tiny_adapter: Callable[..., Path], tmp_path: Path, kind: str
+) -> None:
+    from peft import PeftModel
+
+    folder = tiny_adapter(**WITH_MAGNITUDES_OR_BIASES[kind])
+    base = AutoModelForCausalLM.from_pretrained(tiny_model(), dtype=torch.float32)
+    expected = PeftModel.from_pretrained(base, folder).merge_and_unload().state_dict()
+    adapter = loaded(tiny_model, folder)
+    merge_adapter(tiny_model(), adapter, tmp_path / "merged", progress=False)
+    found = load_file(tmp_path / "merged" / "model.safetensors")
+    before = load_file(tiny_model() / "model.safetensors")
+    assert found.keys() == before.keys()
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor.float(), expected[name], rtol=2**-8, atol=1e-6)
+    for name, module in adapter.modules.items():
+        if module.changes_weight:
+            assert not torch.equal(found[name + ".weight"], before[name + ".weight"])
+        if module.changes_bias:
+            assert not torch.equal(found[name + ".bias"], before[name + ".bias"])
+
+
+@pytest.mark.parametrize("kind", WITH_MAGNITUDES_OR_BIASES)
+@pytest.mark.parametrize("format", ["gptq", "nf4"])
+def test_a_4_bit_base_merged_with_magnitudes_or_biases_says_what_both_say(
+    tiny_model: Callable[..., Path],
+    tiny_adapter: Callable[..., Path],
+    tmp_path: Path,
+    format: str,
+    kind: str,
+) -> None:
+    base = quantized(tiny_model(), tmp_path / "base", format)
+    adapter = loaded(tiny_model, tiny_adapter(**WITH_MAGNITUDES_OR_BIASES[kind]))
+    torch.manual_seed(0)
+    text, calibration = torch.randint(3, 300, (90,)), torch.randint(3, 300, (6, 40))
+
+    def divergence(target: Path, **options: Any) -> float:
+        layers = merge_adapter(base, adapter, target, progress=False, **options)
+        changed = {name for name, module in adapter.modules.items() if module.changes_weight}
+        assert {layer.name for layer in layers} == changed
+        assert max(layer.relative_to_change for layer in layers) < 1
+        return merge_divergence(base, adapter, target, text, length=40, dtype=torch.float32)
+
+    effect = merge_divergence(base, adapter, base, text, length=40, dtype=torch.float32)
+    assert effect > 0.02
+    assert divergence(tmp_path / "16", format="bf16") < 0.01 * effect
+    assert divergence(tmp_path / "4") < 0.7 * effect
+    assert divergence(tmp_path / "calibrated", calibration=calibration) < 0.7 * effect
+
+
+def test_a_bias_for_a_layer_without_one_is_not_merged(
+    tiny_model: Callable[..., Path], tiny_adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    adapter = loaded(tiny_model, tiny_adapter(lora_bias=True, target_modules=["q_proj", "o_proj"]))
+    with pytest.raises(
+        AdapterError, match=r"bias for model\.layers\.0\.self_attn\.o_proj, which has"
+    ):
+        merge_adapter(tiny_model(), adapter, tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "kind"), [({"use_dora": True}, "DoRA"), ({"lora_bias": True}, "biases")]
+)
+def test_only_plain_lora_is_combined(
+    tiny_model: Callable[..., Path],
+    tiny_adapter: Callable[..., Path],
+    options: dict[str, Any],
+    kind: str,
+) -> None:
+    adapters = [loaded(tiny_model, tiny_adapter(**each)) for each in ({}, options)]
+    with pytest.raises(AdapterError, match=f"an adapter has {kind} on .*: only plain LoRA can be"):
+        combine_adapters(adapters, [1, 1])
+
+
 @pytest.mark.parametrize(
     ("format", "variant"),
     [

@@ -1,0 +1,215 @@
+"""Adapters with DoRA, with biases of their own, or with trained biases, against peft."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import AdaLoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+
+from nybble.engine import AdapterConfig, Request, SamplingParams
+from nybble.engine.adapter_slots import AdapterSlots
+from nybble.loaders import AdapterError, load_adapter, open_checkpoint
+from nybble.quantizers import merge_adapter, quantize_checkpoint
+
+WEIGHTS = "adapter_model.safetensors"
+# Each kind once plain, and once beside settings that change scales and which layers have adapters.
+KINDS: dict[str, dict[str, Any]] = {
+    "dora": {"use_dora": True},
+    "dora on some": {
+        "use_dora": True,
+        "target_modules": ["k_proj", "v_proj", "up_proj"],
+        "rank_pattern": {"v_proj": 2},
+        "use_rslora": True,
+    },
+    "dora and biases": {"use_dora": True, "bias": "all", "target_modules": ["q_proj", "o_proj"]},
+    "lora_bias": {"lora_bias": True, "lora_alpha": 6},
+    "lora_only": {"bias": "lora_only", "target_modules": ["v_proj", "down_proj"]},
+    "all": {"bias": "all", "target_modules": ["k_proj", "o_proj"]},
+    "plain": {},
+}
+
+
+@pytest.fixture(scope="session")
+def wild_adapter(
+    tiny_adapter: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """The folder of an adapter of a kind, whose magnitudes and biases are far from the base's."""
+    built: dict[str, Path] = {}
+
+    def build(kind: str) -> Path:
+        if kind not in built:
+            folder = tmp_path_factory.mktemp("kinds") / "adapter"
+            shutil.copytree(tiny_adapter(seed=len(built), **KINDS[kind]), folder)
+            tensors = load_file(folder / WEIGHTS)
+            generator = torch.Generator().manual_seed(len(built))
+            for name, tensor in tensors.items():
+                if "magnitude" in name:
+                    tensor *= 0.5 + torch.rand(tensor.shape, generator=generator)
+                elif name.endswith("bias"):
+                    tensor += 0.3 * torch.randn(tensor.shape, generator=generator)
+            save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+            built[kind] = folder
+        return built[kind]
+
+    return build
+
+
+@pytest.mark.parametrize("format", ["bf16", "gptq", "awq", "nf4"])
+def test_each_kind_says_what_peft_says_alone_and_in_company(
+    reference: Any,
+    tiny_model: Callable[..., Path],
+    wild_adapter: Callable[[str], Path],
+    tmp_path: Path,
+    format: str,
+) -> None:
+    """In two slots, so that each adapter is swapped in where another kind was."""
+    base = tiny_model()
+    if format != "bf16":
+        quantize_checkpoint(base, tmp_path / "q", format=format, group_size=32, progress=False)  # type: ignore[arg-type]
+        base = tmp_path / "q"
+    checkpoint = open_checkpoint(base)
+    (plain,) = reference.greedy(reference.transformers_model(checkpoint), (11,), 12)
+    expected = {}
+    for kind in KINDS:
+        model = PeftModel.from_pretrained(
+            reference.transformers_model(checkpoint), wild_adapter(kind)
+        )
+        (expected[kind],) = reference.greedy(model.eval(), (11,), 12)
+    engine = reference.start(checkpoint, adapters=AdapterConfig(slots=2, max_rank=4))
+    try:
+        for kind, each in expected.items():
+            engine.load_adapter(kind, str(wild_adapter(kind)))
+            assert reference.alone(engine, each.prompt, 12, adapter=kind) == each.tokens, kind
+
+        async def together() -> list[list[int]]:
+            return await asyncio.gather(
+                reference.collect(engine, "base", plain.prompt, max_tokens=12),
+                *(
+                    reference.collect(engine, kind, each.prompt, max_tokens=12, adapter=kind)
+                    for kind, each in expected.items()
+                ),
+            )
+
+        assert asyncio.run(together()) == [plain.tokens, *(e.tokens for e in expected.values())]
+    finally:
+        engine.stop()
+    assert len({tuple(each.tokens) for each in expected.values()}) == len(KINDS)
+
+
+def test_in_16_bits_each_kind_says_in_company_what_it_says_alone_to_the_last_bit(
+    reference: Any,
+    tiny_model: Callable[..., Path],
+    wild_adapter: Callable[[str], Path],
+    tmp_path: Path,
+) -> None:
+    """With the compiled kernels, which compute bfloat16."""
+    quantize_checkpoint(tiny_model(), tmp_path / "q", format="gptq", group_size=32, progress=False)
+    engine = reference.start(
+        open_checkpoint(tmp_path / "q"),
+        dtype=torch.bfloat16,
+        adapters=AdapterConfig(slots=8, max_rank=4),
+    )
+    prompts = {kind: tuple(range(5 + i, 25 + i)) for i, kind in enumerate([None, *KINDS])}
+
+    async def said(kind: str | None) -> list[tuple[int, float]]:
+        params = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True, logprobs=0)
+        request = Request(f"{kind}", prompts[kind], params, adapter=kind)
+        found = [output async for output in engine.generate(request)]
+        return [(output.token_ids[0], output.logprobs[0].logprob) for output in found]
+
+    async def together() -> list[list[tuple[int, float]]]:
+        return await asyncio.gather(*map(said, prompts))
+
+    try:
+        for kind in KINDS:
+            engine.load_adapter(kind, str(wild_adapter(kind)))
+        alone = [asyncio.run(said(kind)) for kind in prompts]
+        assert asyncio.run(together()) == alone
+    finally:
+        engine.stop()
+
+
+def test_adalora_with_the_ranks_that_training_kept_says_what_peft_says(
+    reference: Any, tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    steps = 6
+    config = AdaLoraConfig(
+        target_modules=["q_proj", "v_proj", "up_proj"],
+        init_r=6,
+        target_r=2,
+        lora_alpha=40,
+        tinit=1,
+        tfinal=1,
+        total_step=steps,
+        task_type="CAUSAL_LM",
+    )
+    checkpoint = open_checkpoint(tiny_model())
+    torch.manual_seed(0)
+    trained = get_peft_model(reference.transformers_model(checkpoint), config)
+    optimizer = torch.optim.Adam([p for p in trained.parameters() if p.requires_grad], lr=0.05)
+    text = torch.randint(3, 250, (2, 24))
+    for step in range(steps):
+        trained(input_ids=text, labels=text).loss.backward()
+        optimizer.step()
+        trained.base_model.update_and_allocate(step)
+        optimizer.zero_grad()
+    trained.save_pretrained(tmp_path)
+    adapter = load_adapter(tmp_path, checkpoint.architecture)
+    ranks = {module.rank for module in adapter.modules.values()}
+    assert len(ranks) > 1, "training took no ranks away"
+    model = PeftModel.from_pretrained(reference.transformers_model(checkpoint), tmp_path)
+    (expected,) = reference.greedy(model.eval(), (11,), 12)
+    for name, module in adapter.modules.items():
+        layer = model.base_model.model.get_submodule(name)
+        change = module.merged(layer.base_layer.weight) - layer.base_layer.weight
+        torch.testing.assert_close(change, layer.get_delta_weight("default"), atol=1e-5, rtol=1e-4)
+        assert module.rank == 0 or change.abs().max() > 1e-3
+    engine = reference.start(checkpoint, adapters=AdapterConfig(slots=1, max_rank=6))
+    try:
+        engine.load_adapter("a", str(tmp_path))
+        assert reference.alone(engine, expected.prompt, 12, adapter="a") == expected.tokens
+        assert reference.alone(engine, expected.prompt, 12) != expected.tokens
+    finally:
+        engine.stop()
+    merge_adapter(tiny_model(), adapter, tmp_path / "merged", progress=False)
+    merged = model.merge_and_unload().state_dict()
+    for name, tensor in load_file(tmp_path / "merged" / "model.safetensors").items():
+        torch.testing.assert_close(tensor.float(), merged[name], rtol=2**-8, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"), [("dora", "the adapter has DoRA"), ("lora_bias", "the adapter has biases")]
+)
+def test_kinds_without_a_kernel_on_a_gpu_are_refused_before_anything_is_copied(
+    tiny_model: Callable[..., Path], wild_adapter: Callable[[str], Path], kind: str, message: str
+) -> None:
+    architecture = open_checkpoint(tiny_model()).architecture
+    slots = AdapterSlots(
+        architecture, count=1, max_rank=4, device=torch.device("cpu"), dtype=torch.float32
+    )
+    slots.device = torch.device("cuda")
+    adapter = load_adapter(wild_adapter(kind), architecture)
+    with pytest.raises(AdapterError, match=f"{message}, which a GPU does not compute so far"):
+        slots.stage(adapter)
+
+
+def test_magnitudes_take_no_more_than_two_numbers_for_each_output(
+    reference: Any, tiny_model: Callable[..., Path], wild_adapter: Callable[[str], Path]
+) -> None:
+    engine = reference.start(
+        open_checkpoint(tiny_model()), adapters=AdapterConfig(slots=1, max_rank=4)
+    )
+    try:
+        plain = engine.load_adapter("plain", str(wild_adapter("plain")))
+        dora = engine.load_adapter("dora", str(wild_adapter("dora")))
+    finally:
+        engine.stop()
+    # Two layers; q, k, v, o, gate, up, down; float32.
+    assert dora.nbytes - plain.nbytes == 2 * 2 * 4 * (128 + 64 + 64 + 128 + 256 + 256 + 128)
