@@ -162,7 +162,10 @@ def _model() -> tuple[dict[str, Any], bytes]:
         max_position_embeddings=16,
     ).to_dict() | {"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 8}}
     tensors = {
+        "model.embed_tokens.weight": torch.zeros(8, 8),
         "model.norm.weight": torch.ones(8),
+        "model.layers.0.input_layernorm.weight": torch.ones(8),
+        "model.layers.0.post_attention_layernorm.weight": torch.ones(8),
         "model.layers.0.self_attn.o_proj.qweight": torch.zeros(1, 8, dtype=torch.int32),
         "model.layers.0.self_attn.o_proj.qzeros": torch.zeros(1, 1, dtype=torch.int32),
         "model.layers.0.self_attn.o_proj.scales": torch.ones(1, 8, dtype=torch.float16),
