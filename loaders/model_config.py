@@ -58,5 +58,7 @@ def _is_wrapper(written: Mapping[str, Any]) -> bool:
     return _family(written) in _WRAPPERS and isinstance(written.get("text_config"), Mapping)
 
 
-def _family(written: Mapping[str, Any]) -> object:
-    return written.get("model_type")
+def _family(written: Mapping[str, Any]) -> str | None:
+    """None if it is not a word, which transformers refuses."""
+    family = written.get("model_type")
+    return family if isinstance(family, str) else None
