@@ -7,7 +7,7 @@ MODEL  ?= demo
 PORT   ?= 8000
 
 .PHONY: install install-dev serve format test test-all test-avx2 test-browser test-clients test-peers \
-	audit fuzz emulate sanitize lint lint-deploy gpu clean
+	test-peer-suites audit fuzz emulate sanitize lint lint-deploy gpu clean
 
 # What serving needs; install-dev adds what the tests and lint need.
 install: $(VENV)/.installed
@@ -86,7 +86,7 @@ audit:
 	then echo "*** NOT audited: the database of vulnerabilities cannot be reached from here ***"; \
 		exit 2; fi; exit $$status
 
-# OpenAI's client, LangChain, LlamaIndex, LiteLLM and lm-evaluation-harness against a live server:
+# OpenAI's client, LangChain, LlamaIndex, LiteLLM, lm-evaluation-harness and schemathesis, live:
 # make test-clients, or only one: make test-clients CLIENTS=tests/clients/test_litellm.py
 CLIENTS ?= tests/clients
 build/clients/.installed: tests/clients/requirements.txt
@@ -108,6 +108,27 @@ test-peers: build/peers/.installed
 	PYTHONPATH=src:$$packages build/peers/bin/python -m pytest -q \
 		tests/quantizers/test_in_gptqmodel.py tests/quantizers/test_in_compressed_tensors.py \
 		tests/loaders/test_gguf_model.py
+
+# The suites of llama.cpp's server and of vLLM's, from their source distributions, against servers of
+# ours. docs/testing.md says what they are; make test-peer-suites SUITES=vllm for one of them.
+SUITES ?= llama_cpp vllm
+LLAMA_CPP_SUITE := llama_cpp_python-0.3.36/vendor/llama.cpp/tools/server/tests
+VLLM_SUITE := vllm-0.33.0/tests
+build/peer-suites/.installed: tests/peer_suites/requirements.txt | install-dev
+	$(PYTHON) -m venv build/peer-suites/venv
+	build/peer-suites/venv/bin/pip install --progress-bar on --no-deps -r $<
+	packages=$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])'); \
+	PYTHONPATH=$$packages VLLM_TARGET_DEVICE=empty VLLM_VERSION_OVERRIDE=0.33.0 \
+		build/peer-suites/venv/bin/pip download --no-deps --no-build-isolation --no-binary :all: \
+		--dest build/peer-suites llama-cpp-python==0.3.36 vllm==0.33.0
+	cd build/peer-suites && tar xzf llama_cpp_python-*.tar.gz $(LLAMA_CPP_SUITE) && \
+		tar xzf vllm-*.tar.gz $(VLLM_SUITE)/entrypoints && touch $(VLLM_SUITE)/__init__.py
+	touch $@
+test-peer-suites: build/peer-suites/.installed
+	packages=$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])'); status=0; \
+	for suite in $(SUITES); do PYTHONPATH=src:tests/peer_suites:$$packages \
+		build/peer-suites/venv/bin/python -P tests/peer_suites/run.py $$suite || status=$$?; \
+	done; exit $$status
 
 # atheris over request bodies, checkpoints and adapters, FUZZ_SECONDS each (five minutes in all);
 # the same targets run for a moment in the tests. Its corpus stays in build/fuzz.

@@ -19,7 +19,7 @@ from nybble.engine.transfer import send
 from nybble.kernels.backend import Backend
 from nybble.kernels.lora import slot_buffers
 from nybble.kernels.lora_batch import LoRABatch
-from nybble.loaders import LoRAAdapter
+from nybble.loaders import AdapterError, LoRAAdapter
 from nybble.models import Architecture, Mixture
 
 
@@ -148,7 +148,8 @@ class AdapterSlots:
         mixtures = {
             index: layer.mlp
             for index, layer in enumerate(architecture.layers)
-            if isinstance(layer.mlp, Mixture)
+            # A GPU has no kernel for adapters on experts, and slots would take much memory.
+            if isinstance(layer.mlp, Mixture) and device.type == "cpu"
         }
         for index, mixture in mixtures.items():
             groups += [(index, expert.up) for expert in mixture.experts]
@@ -197,7 +198,17 @@ class AdapterSlots:
         return sum(each.a.nbytes + each.b.nbytes for each in self.projections)
 
     def stage(self, adapter: LoRAAdapter) -> StagedAdapter:
-        """Copy an adapter to host memory in the slots' layout; pinned if the device is a GPU."""
+        """Copy an adapter to host memory in the slots' layout; pinned if the device is a GPU.
+
+        Raises AdapterError for an adapter on experts if the device is a GPU.
+        """
+        known = {name for slots in self.projections for name in slots.modules}
+        for name in adapter.modules:
+            if name not in known:
+                raise AdapterError(
+                    f"the adapter changes {name}, an expert of a mixture, which a GPU does not "
+                    "compute so far; train an adapter on attention, or use --device cpu"
+                )
         plans: list[tuple[ProjectionSlots, int, int] | None] = []
         total = 0
         for slots in self.projections:

@@ -41,8 +41,8 @@ class EngineConfig:
     kv_cache_bytes: memory for the KV cache. None is 1 GiB on the CPU; on a GPU it is what the
         weights leave free, less a tenth of the GPU's memory.
     kv_dtype: ``auto`` stores keys and values in dtype. ``int8`` and ``fp8`` (e4m3) take half the
-        memory, with a scale for each head of each token, and need a GPU. int8 is more accurate;
-        fp8 needs an Ada or Hopper GPU.
+        memory, with a scale for each head of each token. int8 is more accurate; fp8 needs an Ada
+        or Hopper GPU.
     max_num_seqs: most sequences computed in one step.
     max_batched_tokens: the token budget of a step; longer prompts are prefilled in chunks.
     max_model_len: longest prompt plus output, in tokens; None for the model's own limit.

@@ -23,7 +23,7 @@ from nybble.engine.parts import (
 )
 from nybble.engine.rotary import identity_table, query_scale_table, rotary_table
 from nybble.engine.weight_store import WeightStore
-from nybble.kernels import DenseWeight, PackedWeight
+from nybble.kernels import DenseWeight, PackedWeight, reference
 from nybble.kernels.attention_batch import AttentionBatch
 from nybble.kernels.backend import Backend, backend_for
 from nybble.kernels.packed import Weight
@@ -62,20 +62,19 @@ class Decoder:
         backend: whose kernels compute it; None for the fastest there are.
 
         Raises ValueError naming a weight that is missing, unexpected or of another shape, and
-        UnsupportedModelError for a mixture of experts on a GPU.
+        UnsupportedModelError for a mixture of experts that the device has no kernel for.
         """
-        if architecture.has_experts and device.type != "cpu":
-            raise UnsupportedModelError(
-                f"{architecture.family} models are mixtures of experts, which run on the CPU only "
-                f"so far: there is no kernel for them on {device.type}; use --device cpu"
-            )
         self.architecture = architecture
         self.max_model_len = max_model_len
         self.backend = backend or backend_for(device, dtype)
+        if architecture.has_experts and device.type != "cpu" and self.backend is reference:
+            raise UnsupportedModelError(
+                f"{architecture.family} models are mixtures of experts, which {device.type} "
+                f"computes in float16 or bfloat16 only; the dtype is {dtype}"
+            )
         self._dtype = dtype
         self._num_tokens = architecture.vocab if num_tokens is None else num_tokens
         self._weights: list[tuple[Weight, ...]] = []  # of each projection
-        self._expert_weights: list[Weight] = []
         store = WeightStore(weights, architecture, device, dtype)
         self.embedding = store.tensor(
             architecture.embedding + ".weight", architecture.vocab, architecture.hidden
@@ -149,9 +148,9 @@ class Decoder:
         return logits
 
     def packed_weights(self) -> Iterator[PackedWeight]:
-        """Every 4-bit weight of the model."""
+        """Every 4-bit weight that all tokens pass."""
         weights = [weight for group in self._weights for weight in group]
-        for weight in (*weights, *self._expert_weights, self._head_weight):
+        for weight in (*weights, self._head_weight):
             if isinstance(weight, PackedWeight):
                 yield weight
 
@@ -227,22 +226,22 @@ class Decoder:
             correction = store.vector(module(router.correction_bias), experts)
         if mixture.shared_gate is not None:
             gate = store.router(module(mixture.shared_gate), 1, self.architecture.hidden)
+        # See MixturePart.
+        routing = torch.float64 if weight.device.type == "cpu" else torch.float32
         about = mixture.experts[0]
         up = store.experts(module(""), [expert.up for expert in mixture.experts])
         (down,) = store.experts(module(""), [expert.down for expert in mixture.experts])
-        for weights in (*up, down):
-            self._expert_weights += weights
         return MixturePart(
             mixture,
             layer=index,
-            router=weight,
-            router_bias=bias,
+            router=weight.to(routing),
+            router_bias=None if bias is None else bias.to(routing),
             correction_bias=correction,
             up=tuple(self.backend.grouped_linear(weights, self._dtype) for weights in up),
             activate=self._activate(about),
             down=self.backend.grouped_linear(down, self._dtype),
             shared=None if mixture.shared is None else self._mlp(store, index, mixture.shared),
-            shared_gate=gate,
+            shared_gate=None if gate is None else gate.to(routing),
         )
 
     def _activate(self, about: Mlp) -> Callable[[Tensor], Tensor]:

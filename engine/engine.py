@@ -62,6 +62,8 @@ logger = logging.getLogger(__name__)
 
 # Wider heads spill in the prefill kernel, and do not compile for Blackwell.
 _MAX_GPU_HEAD_DIM = 256
+# Tokens of the prompt's end by which a predicted output is found.
+_PREDICTION_CONTEXT = 4
 
 
 class Engine:
@@ -123,9 +125,9 @@ class Engine:
         device = resolve_device(config.device)
         if device.type == "cuda":
             torch.cuda.set_device(device)  # Triton launches on the thread's current device
-        if config.kv_dtype != "auto" and device.type == "cpu":
+        if config.kv_dtype == "fp8" and device.type == "cpu":
             raise ValueError(
-                f"kv_dtype is {config.kv_dtype!r}, which needs a GPU; expected 'auto' on the CPU"
+                "kv_dtype is 'fp8', which needs a GPU; expected 'int8' or 'auto' on the CPU"
             )
         widest = max(layer.attention.head_dim for layer in architecture.layers)
         if device.type == "cuda" and widest > _MAX_GPU_HEAD_DIM:
@@ -357,7 +359,7 @@ class Engine:
             detokenizer=Detokenizer(self.vocabulary, prompt, params),
             sampler=SequenceSampler(params, prompt, ends=ends, bad_words=self._bad_words(params)),
             stop_token_ids=ends,
-            drafter=None if self._config.speculate == "off" else NgramDrafter(),
+            drafter=None if self._config.speculate == "off" else _drafter(request),
         )
 
     def end_tokens(self, params: SamplingParams) -> frozenset[int]:
@@ -379,6 +381,12 @@ class Engine:
         words = {tuple(each.ids): None for each in encoded if each.ids}
         # A tokenizer may know more tokens than the model can say.
         return tuple(word for word in words if max(word) < self.vocab_size)
+
+
+def _drafter(request: Request) -> NgramDrafter:
+    """Knows what is expected where the prompt ends, too."""
+    prompt, expected = request.prompt_token_ids, request.prediction
+    return NgramDrafter((*prompt[-_PREDICTION_CONTEXT:], *expected) if expected else ())
 
 
 def _require_numbers(output: RequestOutput) -> None:

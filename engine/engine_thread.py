@@ -228,7 +228,7 @@ class EngineThread(threading.Thread):
         for item in self._batch:
             # A prompt reader may have seen hidden states of this step and would count them twice
             # when the step is computed again. Preempting makes it start afresh.
-            if item.sequence is not sequence and item.reader is not None:
+            if item.sequence is not sequence and item.prompt_reader is not None:
                 self._scheduler.preempt(item.sequence)
         _, stream = self._streams.pop(sequence.request_id)
         self._scheduler.finish(sequence)

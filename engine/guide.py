@@ -99,13 +99,26 @@ class GrammarCompiler:
     def choice(self, choices: Sequence[str]) -> GrammarGuide:
         """One of ``choices``."""
         rules = " | ".join(json.dumps(choice, ensure_ascii=False) for choice in choices)
-        return self.grammar(f"start: {rules}")
+        return self._lark(f"start: {rules}")
 
-    def grammar(self, lark: str) -> GrammarGuide:
-        """Text of a Lark grammar, as llguidance reads them. Raises ValueError."""
+    def grammar(self, text: str) -> GrammarGuide:
+        """Text of a grammar in Lark's syntax, as llguidance reads it, or in GBNF, llama.cpp's.
+
+        Raises ValueError.
+        """
+        from llguidance.gbnf_to_lark import any_to_lark
+
+        _require_size(text)
+        try:
+            lark = any_to_lark(text)
+        except Exception as error:  # its errors have no class in common but this
+            raise ValueError(str(error)) from None
+        return self._lark(lark)
+
+    def _lark(self, grammar: str) -> GrammarGuide:
         from llguidance import LLMatcher
 
-        return self._guide(LLMatcher.grammar_from_lark(lark))
+        return self._guide(LLMatcher.grammar_from_lark(grammar))
 
     def structural_tags(self, tags: Sequence[StructuralTag]) -> GrammarGuide:
         """Any text, in which each trigger begins one of the tags. Raises ValueError."""
@@ -130,8 +143,7 @@ class GrammarCompiler:
     def _guide(self, grammar: str) -> GrammarGuide:
         from llguidance import LLMatcher, LLTokenizer
 
-        if len(grammar) > MAX_GRAMMAR:
-            raise ValueError(f"it has {len(grammar)} characters, more than {MAX_GRAMMAR}")
+        _require_size(grammar)
         with self._lock:
             if self._tokenizer is None:  # takes seconds, so only if somebody asks
                 self._tokenizer = LLTokenizer(
@@ -172,3 +184,8 @@ def _first_line(error: str) -> str:
     # A regex's error shows the pattern first and says what is wrong in its last "error:" line.
     named = [line for line in lines if line.startswith("error:")]
     return (named or lines or ["no reason given"])[0]
+
+
+def _require_size(grammar: str) -> None:
+    if len(grammar) > MAX_GRAMMAR:
+        raise ValueError(f"it has {len(grammar)} characters, more than {MAX_GRAMMAR}")

@@ -24,15 +24,18 @@ class NgramDrafter:
     bounded time.
     """
 
-    def __init__(self, token_ids: Iterable[int] = ()) -> None:
+    def __init__(self, expected: Iterable[int] = ()) -> None:
+        """expected: what the sequence may say or repeat, beside its own tokens."""
         self._tokens: list[int] = []
         # Where the newest occurrence of two tokens in a row ends, and for each end, the one before.
         self._newest: dict[int, int] = {}
         self._before: list[int] = []
-        self.extend(token_ids)
+        self.extend(expected)
+        self._expected = len(self._tokens)
 
     def __len__(self) -> int:
-        return len(self._tokens)
+        """The sequence's tokens that are known."""
+        return len(self._tokens) - self._expected
 
     def extend(self, token_ids: Iterable[int]) -> None:
         """Add the tokens that follow those known."""

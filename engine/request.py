@@ -79,7 +79,11 @@ class SamplingParams:
     bad_words: texts which are not generated, alone or after a space. The tokenizer's own tokens
         for a text are blocked; the same text may still appear in other tokens.
     allowed_token_ids: the only tokens that may be sampled, end tokens included; None for all.
-    seed: the same seed gives the same text, whatever else is in the batch. None draws one.
+    seed: random numbers depend on it and on nothing else. The same seed gives the same text, alone
+        and in any batch, if the logits are the same to the last bit: in bfloat16 on the CPU, with
+        the compiled kernels, packed weights and a head_dim that is a multiple of 16. Elsewhere
+        (other dtypes, GPUs) the last bits of a logit depend on the batch, which seldom changes a
+        token; see docs/running.md. None draws a seed.
     stop: strings that end the sequence.
     stop_token_ids: tokens that end the sequence, besides the model's end tokens.
     include_stop_str_in_output: whether what ended the sequence, a stop string or an end token, is
@@ -223,6 +227,7 @@ class Request:
     priority: among a tenant's waiting requests the lowest number starts first.
     cache_salt: the prefix cache is shared only among requests with the same salt.
     pooling: if set, the output is the prompt's embedding instead of a continuation.
+    prediction: tokens that the output probably has, from which drafts may be made.
 
     Raises :class:`ParameterError` for a weight that is not positive and finite.
     """
@@ -237,6 +242,7 @@ class Request:
     priority: int = 0
     cache_salt: str = ""
     pooling: Pooling | None = None
+    prediction: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not 0 < self.weight < float("inf"):
@@ -298,6 +304,7 @@ class RequestOutput:
     queue_seconds: how long the request waited before its first step.
     prompt_logprobs: of the whole prompt, with the first output, if asked for.
     embedding: float32 ``(hidden,)`` of unit length, if asked for.
+    draft_tokens, accepted_draft_tokens: verified so far, and those that were what the model says.
     """
 
     text: str
@@ -310,3 +317,5 @@ class RequestOutput:
     queue_seconds: float = 0.0
     prompt_logprobs: PromptLogprobs | None = None
     embedding: Embedding | None = None
+    draft_tokens: int = 0
+    accepted_draft_tokens: int = 0

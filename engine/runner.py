@@ -104,8 +104,10 @@ class ModelRunner:
         hidden = self._forward(inputs)
         row = 0
         for item in batch:
-            if item.reader is not None:
-                item.reader.read(self.decoder, hidden[row : row + item.num_tokens], item.start)
+            if item.prompt_reader is not None:
+                item.prompt_reader.read(
+                    self.decoder, hidden[row : row + item.num_tokens], item.start
+                )
             row += item.num_tokens
         return self._logits(hidden, inputs)
 

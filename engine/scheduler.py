@@ -67,7 +67,7 @@ class ScheduledSequence:
     samples: whether a next token is sampled, which a request for the prompt alone does not.
     num_logits: the last positions after which a token is sampled.
     draft: tokens that may follow the last token known.
-    reader: reads the hidden states of these positions, if the request wants something of its
+    prompt_reader: reads the hidden states of these positions, if the request wants something of its
     prompt.
     """
 
@@ -78,7 +78,7 @@ class ScheduledSequence:
     completes: bool
     samples: bool
     num_logits: int
-    reader: PromptReader | None = None
+    prompt_reader: PromptReader | None = None
     draft: tuple[int, ...] = ()
 
     @classmethod
@@ -93,7 +93,7 @@ class ScheduledSequence:
         start = sequence.num_computed_tokens
         completes = num_tokens == sequence.num_uncomputed_tokens
         samples = completes and sequence.max_tokens > 0
-        reader = sequence.reader if start < sequence.num_prompt_tokens else None
+        reader = sequence.prompt_reader if start < sequence.num_prompt_tokens else None
         decodes = num_tokens == 1 and samples and reader is None
         kind = StepKind.DECODE if decodes else StepKind.PREFILL
         return cls(sequence, kind, start, num_tokens, completes, samples, int(samples), reader)
@@ -131,14 +131,14 @@ class Scheduler:
 
     def __init__(
         self,
-        blocks: BlockManager,
+        block_manager: BlockManager,
         max_num_seqs: int,
         max_batched_tokens: int,
         adapters: AdapterCache | None = None,
         speculation: Speculation | None = None,
     ) -> None:
         self.speculation = speculation
-        self.blocks = blocks
+        self.block_manager = block_manager
         self.max_num_seqs = max_num_seqs
         self.max_batched_tokens = max_batched_tokens
         self.adapters = adapters
@@ -203,7 +203,7 @@ class Scheduler:
         left = plan.budget
         for sequence in self.running:
             decodes = plan.tokens[sequence] == sequence.num_uncomputed_tokens == 1
-            if decodes and sequence.reader is None:
+            if decodes and sequence.prompt_reader is None:
                 draft = sequence.draft(min(speculation.max_tokens, left))
                 if draft:
                     drafts[sequence] = draft
@@ -215,7 +215,7 @@ class Scheduler:
         lengths = speculation.lengths(rows, known)
         for (sequence, draft), length in zip(drafts.items(), lengths, strict=True):
             reached = sequence.num_computed_tokens + 1 + length
-            if length and self.blocks.grow(sequence, reached):
+            if length and self.block_manager.grow(sequence, reached):
                 plan.drafts[sequence] = draft[:length]
 
     def _rank(self, sequence: Sequence) -> tuple[bool, float]:
@@ -239,8 +239,8 @@ class Scheduler:
         if not sequence.may_share_prefix:
             return NOTHING_CACHED
         if self._steps >= sequence.prefix_valid_until:
-            sequence.cached_prefix = self.blocks.cached_prefix(sequence)
-            blocks = len(sequence.token_ids) // self.blocks.block_size
+            sequence.cached_prefix = self.block_manager.cached_prefix(sequence)
+            blocks = len(sequence.token_ids) // self.block_manager.block_size
             sequence.prefix_valid_until = self._steps + 1 + blocks // _LOOKUPS_PER_STEP
         return sequence.cached_prefix
 
@@ -250,7 +250,7 @@ class Scheduler:
         count = min(sequence.num_uncomputed_tokens - planned, limit, plan.budget)
         if count <= 0 or sequence.status is not SequenceStatus.RUNNING:
             return 0
-        while not self.blocks.grow(sequence, sequence.num_computed_tokens + planned + count):
+        while not self.block_manager.grow(sequence, sequence.num_computed_tokens + planned + count):
             plan.preempted = True
             victim = self._victim()
             self._preempt(plan, victim)
@@ -306,7 +306,7 @@ class Scheduler:
         return all(passed.overtaken < _MAX_OVERTAKEN for passed in plan.slotless)
 
     def _begin(self, sequence: Sequence) -> None:
-        cached = self.blocks.share_prefix(sequence) if sequence.may_share_prefix else 0
+        cached = self.block_manager.share_prefix(sequence) if sequence.may_share_prefix else 0
         if sequence.adapter is not None:
             acquired = self._adapters.acquire(sequence.adapter)
             assert acquired, "the slot was found to be free"
@@ -362,14 +362,14 @@ class Scheduler:
         needed = self._most_blocks(sequence)
         reserve = self._reserve(victims)
         # At first as if none of the victims shared a block, which takes no time to find out.
-        missing = needed + reserve - self.blocks.num_free_blocks
+        missing = needed + reserve - self.block_manager.num_free_blocks
         missing -= self._cached_prefix(sequence).blocks_in_use
         missing -= sum(victim.num_held_blocks for victim in victims)
-        while missing > 0 or not self.blocks.fits(sequence, needed + reserve, victims):
+        while missing > 0 or not self.block_manager.fits(sequence, needed + reserve, victims):
             victim = self._above_share(
                 sequence,
                 victims,
-                self.blocks.num_blocks,
+                self.block_manager.num_blocks,
                 lambda running: running.num_held_blocks,
                 needed,
             )
@@ -384,7 +384,7 @@ class Scheduler:
     def _most_blocks(self, sequence: Sequence, more: int = 0, step: int | None = None) -> int:
         """Blocks it holds at once at most, up to ``more`` tokens beyond those it has."""
         step = self.max_batched_tokens if step is None else step
-        return self.blocks.most_blocks(len(sequence.token_ids) + more, step)
+        return self.block_manager.most_blocks(len(sequence.token_ids) + more, step)
 
     def _reserve(self, leaving: Several[Sequence]) -> int:
         """Blocks to keep free for the sequences that run, without those that are leaving.
@@ -403,7 +403,7 @@ class Scheduler:
     def _has_a_claim(self, sequence: Sequence) -> bool:
         """Whether its tenant holds so little that others' blocks are to be kept for it."""
         held = sum(s.num_held_blocks for s in self.running if s.tenant == sequence.tenant)
-        share = self._shares(self.blocks.num_blocks)[sequence.tenant]
+        share = self._shares(self.block_manager.num_blocks)[sequence.tenant]
         return not held or held + self._most_blocks(sequence) <= share + _ROUNDING
 
     def _slot_of(self, tenant: str) -> AdapterVersion | None:
@@ -474,7 +474,7 @@ class Scheduler:
     def preempt(self, sequence: Sequence) -> None:
         """Take a running sequence's blocks back and let it wait at the head of its queue."""
         self.running.remove(sequence)
-        self.blocks.release(sequence)
+        self.block_manager.release(sequence)
         sequence.num_computed_tokens = 0
         sequence.prefix_valid_until = 0
         sequence.status = SequenceStatus.WAITING
@@ -495,9 +495,9 @@ class Scheduler:
         before = sequence.num_computed_tokens
         rejected = len(item.draft) + 1 - max(sampled, 1) if item.draft else 0
         sequence.num_computed_tokens += item.num_tokens - rejected
-        self.blocks.publish(sequence, before)
+        self.block_manager.publish(sequence, before)
         # The next step, which may write them for others, runs after the one that read them.
-        self.blocks.release_unseen(sequence)
+        self.block_manager.release_unseen(sequence)
 
     def finish(self, sequence: Sequence) -> None:
         """Forget a sequence, wherever it is, and take its blocks back."""
@@ -508,7 +508,7 @@ class Scheduler:
             self.waiting.remove(sequence)
         if sequence.adapter is not None:
             self._adapters.release(sequence.adapter, running=running)
-        self.blocks.release(sequence)
+        self.block_manager.release(sequence)
         sequence.status = SequenceStatus.FINISHED
 
     def change_adapter(self, sequence: Sequence, version: AdapterVersion) -> None:

@@ -67,7 +67,7 @@ class Sequence:
     cached_prefix: what the prefix cache held of it when it was last looked up, while it waits.
     prefix_valid_until: the step from which on it is looked up again.
     overtaken: others admitted while it lacked an adapter slot or blocks.
-    reader: what is still to be read of the prompt, until its result is taken.
+    prompt_reader: what is still to be read of the prompt, until its result is taken.
     drafter: proposes tokens that may come next; None if none are to be drafted.
     acceptance: what became of its drafts.
     """
@@ -105,11 +105,11 @@ class Sequence:
         self.overtaken = 0
         self.drafter = drafter
         self.acceptance = Acceptance()
-        self.reader: LogprobReader | EmbeddingReader | None = None
+        self.prompt_reader: LogprobReader | EmbeddingReader | None = None
         if request.pooling is not None:
-            self.reader = EmbeddingReader(request.prompt_token_ids, request.pooling)
+            self.prompt_reader = EmbeddingReader(request.prompt_token_ids, request.pooling)
         elif (alternatives := request.params.prompt_logprobs) is not None:
-            self.reader = LogprobReader(request.prompt_token_ids, alternatives)
+            self.prompt_reader = LogprobReader(request.prompt_token_ids, alternatives)
 
     @property
     def prefix_root(self) -> bytes:
@@ -128,7 +128,7 @@ class Sequence:
     @property
     def may_share_prefix(self) -> bool:
         """Whether its first tokens may be taken from the prefix cache."""
-        return self.reader is None or not self.reader.whole
+        return self.prompt_reader is None or not self.prompt_reader.whole
 
     @property
     def num_held_blocks(self) -> int:
@@ -195,7 +195,7 @@ class Sequence:
         self, sampled: Sampled | None, text: str, reason: FinishReason | None
     ) -> RequestOutput:
         """The next item of its stream; what was read of the prompt goes with the first."""
-        reader, self.reader = self.reader, None
+        reader, self.prompt_reader = self.prompt_reader, None
         logprob = None if sampled is None else sampled[1]
         return RequestOutput(
             text=text,
@@ -208,4 +208,6 @@ class Sequence:
             queue_seconds=self.queue_seconds,
             prompt_logprobs=reader.result() if isinstance(reader, LogprobReader) else None,
             embedding=reader.result() if isinstance(reader, EmbeddingReader) else None,
+            draft_tokens=self.acceptance.drafted,
+            accepted_draft_tokens=self.acceptance.accepted,
         )

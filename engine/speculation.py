@@ -65,14 +65,20 @@ class StepCosts:
 
 @dataclass
 class Acceptance:
-    """Of one sequence's draft tokens, the share that is accepted, the newest counting most.
+    """What became of one sequence's draft tokens.
 
-    What follows a rejected token was not tried and is not counted.
+    drafted, accepted: how many were verified, and how many of them were what the model says.
+    share: of accepted ones, the newest counting most. What follows a rejected token was not tried
+        and does not count.
     """
 
+    drafted: int = 0
+    accepted: int = 0
     share: float = 0.5
 
     def observe(self, drafted: int, accepted: int) -> None:
+        self.drafted += drafted
+        self.accepted += accepted
         for _ in range(accepted):
             self.share += 0.1 * (1 - self.share)
         if accepted < drafted:

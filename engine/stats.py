@@ -96,8 +96,8 @@ class Counters:
         return EngineStats(
             running=len(scheduler.running),
             waiting=len(scheduler.waiting),
-            kv_blocks_total=scheduler.blocks.num_blocks,
-            kv_blocks_free=scheduler.blocks.num_free_blocks,
+            kv_blocks_total=scheduler.block_manager.num_blocks,
+            kv_blocks_free=scheduler.block_manager.num_free_blocks,
             prompt_tokens=self.prompt_tokens,
             generation_tokens=self.generation_tokens,
             prefix_query_tokens=scheduler.prefix_query_tokens,

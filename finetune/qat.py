@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax
 from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from nybble.finetune.data import IGNORED, Batch, Example, pack, read_examples, to_batch
 from nybble.finetune.train import batch_loss, checkpoint_activations, warm_cosine
+from nybble.kernels.progress import Bar
 from nybble.loaders import CheckpointError, open_checkpoint
 from nybble.loaders.experts import open_shards
 from nybble.loaders.formats import (
@@ -212,7 +212,7 @@ def quantization_aware_train(
         order = random.Random(settings.seed)
         rows: list[list[Example]] = []
         losses: list[float] = []
-        bar = tqdm(range(settings.steps), "Training", unit=" steps", disable=not progress)
+        bar = Bar(range(settings.steps), "Training", unit=" steps", disable=not progress)
         for _ in bar:
             if len(rows) < settings.batch_size:
                 rows += pack(order.sample(examples, len(examples)), settings.max_length)
@@ -227,7 +227,7 @@ def quantization_aware_train(
             schedule.step()
             optimizer.zero_grad()
             losses.append(loss.item())
-            bar.set_postfix(loss=f"{losses[-1]:.3f}")
+            bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
         shards = open_shards(base, architecture_of(source.config))
         for name in shards.names():
             if name.removesuffix(".weight") not in layers:

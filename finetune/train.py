@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from nybble.finetune.data import IGNORED, Batch, Example, pack, read_examples, to_batch
@@ -32,6 +31,7 @@ from nybble.finetune.lora import (
     restore_adapter,
     save_adapter,
 )
+from nybble.kernels.progress import Bar
 from nybble.loaders import open_checkpoint
 from nybble.loaders.tokenizer import load_tokenizer
 from nybble.quantizers.packed_model import PackedLinear, load_packed_model
@@ -219,7 +219,7 @@ class _Run:
         if not self._history:
             self._best_loss = self._evaluate()
             self._history.append(Point(0, None, self._best_loss))
-        bar = tqdm(
+        bar = Bar(
             total=self.steps,
             initial=self._step,
             desc="Training",
@@ -246,7 +246,9 @@ class _Run:
             self._history.append(point)
             epoch = self._step / self._steps_per_epoch
             self._told.append(Progress(point, self.steps, epoch, rate, self._tokens))
-            bar.set_postfix(loss=f"{loss:.3f}", held_out=f"{self._last_measured():.3f}")
+            bar.set_postfix(
+                loss=f"{loss:.3f}", held_out=f"{self._last_measured():.3f}", refresh=False
+            )
             bar.update()
             if measured is not None:
                 self.save(out / CHECKPOINT)

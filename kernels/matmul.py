@@ -23,7 +23,8 @@ def preferred_layout(device: torch.device) -> Layout:
 
 def gated_layout(weight: PackedWeight, device: torch.device) -> Layout:
     """:func:`preferred_layout` for a fused gate_up_proj."""
-    from_tiles = weight.groups == 1 or weight.group_size % 32 == 0
+    size = weight.group_size
+    from_tiles = weight.groups == 1 or size % 32 == 0 or size == 16
     if device.type == "cuda" and from_tiles and weight.out_features % 16 == 0:
         return "gpu_gated_tiles"
     return preferred_layout(device)

@@ -154,7 +154,13 @@ def dense_matmul(x: Tensor, weight: DenseWeight) -> Tensor:
 
 
 def rows_computed(rows: int) -> int:
-    """The next power of two or three quarters of one; multiples of 64 above 128."""
+    """The next power of two or three quarters of one, two at least; multiples of 64 above 128.
+
+    PyTorch multiplies a single row in another way, which sums in another order: a row alone would
+    differ in its last bits from the same row in a batch.
+    """
+    if rows == 1:
+        return 2
     if rows > 128:
         return -(-rows // 64) * 64
     power = 1 << max(0, rows - 1).bit_length()

@@ -21,9 +21,9 @@ from typing import Annotated
 
 import aiohttp
 import typer
-from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from nybble.kernels.progress import Bar
 from nybble.loaders import resolve_model
 from nybble.loaders.cache import cache_folder
 from nybble.loaders.demo import demo_gguf
@@ -111,7 +111,7 @@ async def compare(
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=None)) as session:
         async with session.get(f"{server_url}/models") as response:
             client = Client(session, server_url, (await response.json())["data"][0]["id"])
-        for measured in tqdm([False] + [True] * rounds, desc="Rounds (the first is a warm-up)"):
+        for measured in Bar([False] + [True] * rounds, desc="Rounds (the first is a warm-up)"):
             theirs = [await asyncio.to_thread(llama.complete, ids(), max_tokens)]
             ours = [await client.complete(ids(), max_tokens)]
             many = await asyncio.gather(

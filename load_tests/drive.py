@@ -19,8 +19,8 @@ from typing import Annotated
 
 import aiohttp
 import typer
-from tqdm import tqdm
 
+from nybble.kernels.progress import Bar
 from nybble.server.bench.client import Client, Timing
 from nybble.server.bench.workload import random_prompt as prompt
 
@@ -54,7 +54,7 @@ async def measure(client: Client, concurrency: int, requests: int, words: int, o
     todo = iter(range(requests))
     done: list[Timing] = []
     seed = random.randrange(1 << 30)
-    bar = tqdm(total=requests, desc=f"{concurrency} at once", leave=False)
+    bar = Bar(total=requests, desc=f"{concurrency} at once", leave=False)
 
     async def one_client() -> None:
         for index in todo:

@@ -36,8 +36,9 @@ from typing import Annotated, Any
 
 import aiohttp
 import typer
-from tqdm import tqdm
 from traffic import KINDS, Target, Unexpected
+
+from nybble.kernels.progress import Bar
 
 ROOT = Path(__file__).parents[1]
 ADAPTERS = tuple(f"adapter-{index}" for index in range(6))
@@ -193,13 +194,17 @@ class Soak:
 
     async def during(self, seconds: float, clients: int, every: float) -> None:
         """Send traffic for ``seconds`` and fill in ``run``."""
-        with tqdm(total=round(seconds), unit=" s") as bar:
+        with Bar(total=round(seconds), unit=" s") as bar:
             await self._traffic(min(5.0, seconds), clients)  # connections, threads, caches
             while (passed := time.monotonic() - self._began) < seconds:
                 await self._traffic(min(every, seconds - passed), clients)
                 self.run.samples.append(await self._sample())
                 bar.update(round(time.monotonic() - self._began) - bar.n)
-                bar.set_postfix(requests=self.run.counts.total(), lost=len(self.run.unexpected))
+                bar.set_postfix(
+                    requests=self.run.counts.total(),
+                    lost=len(self.run.unexpected),
+                    refresh=False,
+                )
 
     async def _traffic(self, seconds: float, clients: int) -> None:
         end = time.monotonic() + seconds

@@ -5,7 +5,8 @@ from nybble.loaders.adapter_combine import combine_adapters
 from nybble.loaders.checkpoint import Checkpoint, open_checkpoint
 from nybble.loaders.errors import AdapterError, CheckpointError
 from nybble.loaders.packed_file import save_packed
-from nybble.loaders.resolve import ModelNotFoundError, resolve_model
+from nybble.loaders.resolve import resolve_model
+from nybble.model_name import ModelNotFoundError
 
 __all__ = [
     "AdapterError",

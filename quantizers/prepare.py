@@ -30,6 +30,7 @@ from nybble.loaders import (
     resolve_model,
     save_packed,
 )
+from nybble.model_name import DEMO
 from nybble.models import architecture_of
 from nybble.quantizers import InFlight, merge_adapter, quantize_checkpoint
 from nybble.quantizers.corpus import MERGE_CALIBRATION, text_tokens
@@ -37,8 +38,6 @@ from nybble.quantizers.in_flight import InFlightFormat
 from nybble.quantizers.packed_cache import Origin, keep, reserved
 
 logger = logging.getLogger(__name__)
-
-DEMO = "demo"
 
 
 def prepare_checkpoint(

@@ -47,7 +47,7 @@ _CLIENT_CLOSED = 499
 # Load balancers and Prometheus request these without a key.
 _PROBES = ("/health", "/metrics", "/version")
 # The console's files need no key either; the page asks its user for one.
-_OPEN_PATHS = (*_PROBES, "/", "/console/{name}")
+_OPEN_PATHS = frozenset((*_PROBES, "/", "/console/{name}"))
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -81,6 +81,7 @@ def make_app(
         templates,
         ended,
         trust_chat_templates=settings.trust_chat_templates,
+        root_path=settings.root_path,
     )
     admin_keys = Keys(settings.admin_keys, kind="admin key")
     middlewares: list[Middleware] = [_observe(metrics)]
@@ -95,7 +96,7 @@ def make_app(
         middlewares.append(cors.middleware())
     if not keyless:
         keys = Keys(settings.api_keys, kind="API key")
-        middlewares.append(_authenticate(keys, tenants, admin_keys))
+        middlewares.append(_authenticate(keys, tenants, admin_keys, settings.root_path))
     middlewares += [require_json, _enter(gate)]
     app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=middlewares)
     app[LARGE_BODIES] = LargeBodies()
@@ -105,7 +106,7 @@ def make_app(
     admin = AdapterAdmin(engine, models, admin_keys, settings.adapter_roots, state)
     app.add_routes(admin.routes())
     if settings.console:
-        app.add_routes(Console().routes())
+        app.add_routes(Console(settings.root_path).routes())
     if settings.training is not None:
         # Imported only if needed: the training code takes seconds and memory to import.
         from nybble.server.training.service import Training
@@ -200,12 +201,16 @@ async def _report_errors(request: web.Request, handler: Handler) -> web.StreamRe
         return request[RECORD].failed(error).response()
 
 
-def _authenticate(keys: Keys, tenants: Tenants | None, admin_keys: Keys) -> Middleware:
+def _authenticate(
+    keys: Keys, tenants: Tenants | None, admin_keys: Keys, root_path: str
+) -> Middleware:
+    open_paths = _OPEN_PATHS | {root_path}  # it leads to the page
+
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         path = matched_path(request)
         # Administration paths check an admin key themselves.
-        if path not in _OPEN_PATHS and path not in ADMIN_PATHS:
+        if path not in open_paths and path not in ADMIN_PATHS:
             key = bearer(request)
             tenant = tenants.find(key) if tenants is not None and key is not None else None
             if tenant is not None:

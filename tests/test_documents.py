@@ -80,16 +80,25 @@ def option_table() -> str:
             given = [*option.opts, *option.secondary_opts]
             if not option.opts[0].startswith("-"):
                 given = [option.metavar or "MODEL"]
-            names = ", ".join(f"`{name}`" for name in given)
-            default = option.default
-            shown = "" if default is None or callable(default) else f"`{default}`"
-            shown = {"`True`": "on", "`False`": "off"}.get(shown, shown)
+            form = option.metavar if option.opts[0].startswith("-") else None
+            names = ", ".join(f"`{name}{f' {form}' if form else ''}`" for name in given)
+            shown = default_of(option)
             text = getattr(option, "help", None) or ""
             kind = option.type_descriptor.annotation
             if get_origin(kind) is Literal:
                 text = f"{', '.join(get_args(kind))}. {text}"
             rows.append(f"| {names} | {shown} | {text.strip()} |".replace("  ", " "))
     return "\n".join(rows)
+
+
+def default_of(option: Any) -> str:
+    """As a user would write it. Sizes, for which it is a number of bytes, say it in their help."""
+    default = option.default
+    if default is None or default == "" or callable(default) or option.metavar == "SIZE":
+        return ""
+    if isinstance(default, bool):
+        return "on" if default else "off"
+    return f"`{default}`"
 
 
 TABLES = {
@@ -117,6 +126,19 @@ def test_every_module_says_what_it_is_for() -> None:
     assert silent == []
 
 
+def test_the_table_of_options_can_be_copied_from() -> None:
+    """What a value looks like stands beside the option; no default is empty or in raw bytes."""
+    table = option_table()
+    assert "`--lora-modules NAME=PATH`" in table
+    assert "`--root-path /PREFIX`" in table
+    assert "``" not in table
+    assert not re.search(r"`\d{7,}`", table)
+    for options in serve_options().values():
+        for option in options:
+            if option.metavar == "SIZE":
+                assert re.search(r"default: (auto|\d+[GM]iB)", option.help), option.opts
+
+
 def test_every_option_of_serve_is_explained() -> None:
     text = (DOCS / "configuration.md").read_text(encoding="utf-8")
     options = [
@@ -127,7 +149,7 @@ def test_every_option_of_serve_is_explained() -> None:
         if name.startswith("-")
     ]
     assert len(options) > 40
-    assert [name for name in options if f"`{name}`" not in text] == []
+    assert [name for name in options if not re.search(f"`{name}[ `]", text)] == []
 
 
 def test_the_readme_is_read_in_a_sitting() -> None:

@@ -38,12 +38,14 @@ def medians(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, f
     return {name: statistics.median(times[1:]) for name, times in taken.items()}
 
 
-def packed(columns: int, out: int, group: int, scale: torch.dtype) -> PackedWeight:
+def packed(
+    columns: int, out: int, group: int, scale: torch.dtype, levels: torch.Tensor = SYMMETRIC_LEVELS
+) -> PackedWeight:
     return PackedWeight(
         qweight=torch.randint(0, 256, (out, columns // 2), dtype=torch.uint8),
         scales=torch.rand(out, columns // group).to(scale),
         zeros=None,
-        levels=SYMMETRIC_LEVELS,
+        levels=levels,
         out_features=out,
         in_features=columns,
         group_size=group,
@@ -66,7 +68,7 @@ def dense_rate() -> float:
 def contenders(columns: int, out: int, x: torch.Tensor) -> dict[str, Callable[[], object]]:
     """One call per kernel, each on weights of its own."""
     affine = packed(columns, out, GROUP, torch.float16)
-    codebook = packed(columns, out, 64, torch.float32)
+    codebook = packed(columns, out, 64, torch.float32, torch.linspace(-1, 1, 16))
     dense = torch.randn(out, columns).bfloat16()
     int4 = torch.ops.aten._convert_weight_to_int4pack_for_cpu(
         torch.randint(0, 16, (out, columns), dtype=torch.int32), 1
@@ -75,8 +77,9 @@ def contenders(columns: int, out: int, x: torch.Tensor) -> dict[str, Callable[[]
     avx2 = CpuLibrary(ctypes.CDLL(str(build(TARGETS[-1]))))
     return {
         "affine g128": lambda: packed_matmul(x, affine),
-        "on AVX2": lambda: avx2.packed_matmul(x, affine),
+        "affine AVX2": lambda: avx2.packed_matmul(x, affine),
         "codebook g64": lambda: packed_matmul(x, codebook),
+        "codebook AVX2": lambda: avx2.packed_matmul(x, codebook),
         "aten int4": lambda: torch.ops.aten._weight_int4pack_mm_for_cpu(x, int4, GROUP, scales),
         "dense bf16": lambda: torch.nn.functional.linear(x, dense),
     }
@@ -94,13 +97,13 @@ def main() -> None:
             calls = contenders(columns, out, torch.randn(rows, columns).bfloat16())
             if not heading:
                 print(
-                    f"{'in':>6}{'out':>7}{'M':>5}", *(f"{name:>13}" for name in (*calls, "floor"))
+                    f"{'in':>6}{'out':>7}{'M':>5}", *(f"{name:>15}" for name in (*calls, "floor"))
                 )
                 heading = True
             times = medians(calls, 15 if rows <= 32 else 4)
             weight_bytes = columns * out * (4 + 16 / GROUP) / 8
             times["floor"] = max(weight_bytes / read, rows * columns * out / rate) * 1e3
-            print(f"{columns:>6}{out:>7}{rows:>5}", *(f"{ms:>13.2f}" for ms in times.values()))
+            print(f"{columns:>6}{out:>7}{rows:>5}", *(f"{ms:>15.2f}" for ms in times.values()))
 
 
 if __name__ == "__main__":

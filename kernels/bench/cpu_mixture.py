@@ -1,6 +1,6 @@
 """A mixture's MLP on the CPU beside a dense one that reads the same bytes, alternating in one run.
 
-    python kernels/bench/cpu_mixture.py
+    python -m nybble.kernels.bench.cpu_mixture
 
 One token, with the sizes of published models. The dense MLP is as wide as the experts of a token
 together. Each call uses other experts, and other dense weights, so that neither finds its weights
@@ -39,13 +39,15 @@ def calls(
         backend.grouped_linear([packed(*size, group, torch.float16) for _ in range(experts)], BF16)
         for size in up_and_down(width)
     )
-    dense = itertools.cycle(
-        [
+    # Made before they are timed.
+    made = [
+        tuple(
             backend.linear(packed(*size, group, torch.float16), BF16)
             for size in up_and_down(top_k * width)
-        ]
+        )
         for _ in range(max(2, experts // top_k))
-    )
+    ]
+    dense = itertools.cycle(made)
     ids = itertools.cycle([torch.randperm(experts)[None, :top_k] for _ in range(CALLS)])
     x, weights = torch.randn(1, hidden).to(BF16), torch.full((1, top_k), 1 / top_k)
 

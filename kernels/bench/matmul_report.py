@@ -27,7 +27,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 
 from nybble.kernels.bench import cubin
-from nybble.kernels.triton.configs import SHIPPED, Config, default_config, read
+from nybble.kernels.triton.configs import SHIPPED, Config, default_config, for_group, read
 from nybble.kernels.triton.few_rows import few_rows_kernel
 from nybble.kernels.triton.matmul import joined, matmul_kernel, max_registers
 
@@ -105,6 +105,10 @@ def shipped(everything: bool) -> Iterator[Case]:
                 or (capability == 90 and config == most)
             ):
                 yield Case(capability, "fp16", False, True, 32, config)
+        for config in configs if everything else (few, most) if capability < 100 else (few,):
+            if not config.dense:
+                yield Case(capability, "bf16", True, False, 16, for_group(config, 16))
+                yield Case(capability, "fp16", False, True, 16, for_group(config, 16))
         if everything and capability < 100:
             for bucket in (8, 16, 64, 256):
                 odd = replace(default_config(bucket, 22016, 4001, capability=capability), tail=0)

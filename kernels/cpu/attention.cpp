@@ -3,6 +3,9 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <iterator>
+#include <numeric>
+#include <type_traits>
 #include <vector>
 
 #include "simd.h"
@@ -19,36 +22,50 @@ constexpr int64_t kKeys = 16, kValues = 32;
 // of a tile should stay in the second-level cache.
 constexpr int64_t kRows = 32, kScores = 1 << 18;
 
-// What a score is added up from: products of pairs of bf16 if the CPU has them, of floats if not.
-// Keys and queries come in as many units; to move pairs about, they are taken for floats.
-#if defined(__AVX512BF16__)
-constexpr int64_t kElements = 2;
-inline __m256 load_units(const bf16* source, int64_t unit) {
-    return _mm256_loadu_ps(reinterpret_cast<const float*>(source + 2 * unit));
-}
-inline void store_query(float* target, const bf16* query, int64_t dim) {
-    std::memcpy(target, query, dim * sizeof(bf16));
-}
-inline Floats multiply_add(Floats a, Floats b, Floats c) {
-    return {_mm512_dpbf16_ps(c.v, reinterpret_cast<__m512bh>(a.v), reinterpret_cast<__m512bh>(b.v))};
-}
-constexpr int kScoreRows = 8, kMixRows = 4, kMixVectors = 4;
-#else
-constexpr int64_t kElements = 1;
-inline __m256 load_units(const bf16* source, int64_t unit) {
-    const __m128i eight = _mm_loadu_si128(reinterpret_cast<const __m128i*>(source + unit));
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(eight), 16));
-}
-inline void store_query(float* target, const bf16* query, int64_t dim) {
-    for (int64_t i = 0; i < dim; i += 16) store(target + i, load_bf16(query + i));
-}
-inline Floats multiply_add(Floats a, Floats b, Floats c) { return fma(a, b, c); }
 #if defined(__AVX512BW__)
 constexpr int kScoreRows = 8, kMixRows = 4, kMixVectors = 4;
 #else
 constexpr int kScoreRows = 3, kMixRows = 4, kMixVectors = 1;
 #endif
+
+// What a score is added up from: products of pairs of bf16 if the CPU has them, of floats if not.
+// Keys and queries come in as many units; to move pairs about, they are taken for floats.
+#if defined(__AVX512BF16__)
+constexpr int64_t kElements = 2;
+// Eight units of a key; int8 is exact in bf16.
+inline __m256 load_units(const bf16* source) {
+    return _mm256_loadu_ps(reinterpret_cast<const float*>(source));
+}
+inline __m256 load_units(const int8_t* source) {
+    return _mm256_castsi256_ps(round_to_bf16(load_int8(source)));
+}
+inline void store_query(float* target, const bf16* query, int64_t dim) {
+    std::memcpy(target, query, dim * sizeof(bf16));
+}
+inline Floats add_product(Floats a, Floats b, Floats c) {
+    return {_mm512_dpbf16_ps(c.v, reinterpret_cast<__m512bh>(a.v), reinterpret_cast<__m512bh>(b.v))};
+}
+#else
+constexpr int64_t kElements = 1;
+inline __m256 load_units(const bf16* source) {
+    const __m128i eight = _mm_loadu_si128(reinterpret_cast<const __m128i*>(source));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(eight), 16));
+}
+inline __m256 load_units(const int8_t* source) {
+    const __m128i eight = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(source));
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(eight));
+}
+inline void store_query(float* target, const bf16* query, int64_t dim) {
+    for (int64_t i = 0; i < dim; i += 16) store(target + i, load_bf16(query + i));
+}
+inline Floats add_product(Floats a, Floats b, Floats c) { return fma(a, b, c); }
 #endif
+
+// Sixteen elements of a value, times its scale if it has one.
+inline Floats load_value(const bf16* source, const float*, int64_t) { return load_bf16(source); }
+inline Floats load_value(const int8_t* source, const float* scales, int64_t row) {
+    return load_int8(source) * broadcast(scales[row]);
+}
 
 // Eight rows of eight become eight columns, 16 apart.
 inline void transpose(const __m256 (&rows)[8], float* target) {
@@ -73,7 +90,6 @@ inline void transpose(const __m256 (&rows)[8], float* target) {
 
 struct Shape {
     int64_t dim, share, block_size, kv_heads;
-    int64_t units() const { return dim / kElements; }
 };
 
 // Query tokens of one sequence which go together, with what they may see.
@@ -95,70 +111,85 @@ struct Tile {
     }
 };
 
-inline void ask_for(const bf16* row) {
-    _mm_prefetch(reinterpret_cast<const char*>(row), _MM_HINT_T0);
-}
-
-// Where the cache has a KV head's rows for one sequence.
+// Where the cache has a KV head's rows for one sequence; scales are null for bf16.
+template <class Element>
 struct Pages {
-    const bf16* cache;
+    const Element* cache;
+    const float* scales;
     const int32_t* table;
     int64_t head;
 
-    // The rows at positions [first, first + count), and the last again to fill `room`.
-    void find(const Shape& s, int64_t first, int64_t count, const bf16** rows, int64_t room) const {
+    // The numbers of the rows at positions [first, end), at most `room`, and the last again to fill
+    // it. If there are none, those before `end` do as well.
+    void find(const Shape& s, int64_t first, int64_t end, int64_t room, int64_t* rows) const {
+        first = std::min(first, end - 1);
+        const int64_t count = std::min(room, end - first);
         int64_t block = first / s.block_size, offset = first % s.block_size;
         for (int64_t i = 0; i < count; ++i) {
-            rows[i] = cache + ((table[block] * s.kv_heads + head) * s.block_size + offset) * s.dim;
+            rows[i] = (table[block] * s.kv_heads + head) * s.block_size + offset;
             if (++offset == s.block_size) offset = 0, ++block;
         }
         std::fill(rows + count, rows + room, rows[count - 1]);
     }
 };
 
-// Scores of R rows with sixteen keys (units, 16). The order of the additions does not depend on R,
-// here and below, so that a token's result does not depend on its tile.
+// Blocks lie apart in memory, which no CPU foresees.
+inline void prefetch(const void* row) {
+    _mm_prefetch(static_cast<const char*>(row), _MM_HINT_T0);
+}
+
+// Scores of R rows with sixteen keys (units, 16), times their scales. The order of the additions does
+// not depend on R, here and below, so that a token's result does not depend on its tile.
 template <int R>
-void score(const float* keys, int64_t units, const float* queries, float* scores, int64_t stride) {
+void score(const float* keys, Floats scales, int64_t units, const float* queries, float* scores,
+           int64_t stride) {
     Floats even[R], odd[R];
     for (int r = 0; r < R; ++r) even[r] = odd[r] = zero();
     for (int64_t u = 0; u < units; u += 2) {
         const Floats first = load(keys + u * kKeys), second = load(keys + (u + 1) * kKeys);
         for (int r = 0; r < R; ++r) {
-            even[r] = multiply_add(first, broadcast(queries[r * units + u]), even[r]);
-            odd[r] = multiply_add(second, broadcast(queries[r * units + u + 1]), odd[r]);
+            even[r] = add_product(first, broadcast(queries[r * units + u]), even[r]);
+            odd[r] = add_product(second, broadcast(queries[r * units + u + 1]), odd[r]);
         }
     }
-    for (int r = 0; r < R; ++r) store(scores + r * stride, even[r] + odd[r]);
+    for (int r = 0; r < R; ++r) store(scores + r * stride, (even[r] + odd[r]) * scales);
 }
 
-void score_tile(const Shape& s, const Tile& tile, const Pages& keys, const float* queries,
+template <class Element>
+void score_tile(const Shape& s, const Tile& tile, const Pages<Element>& keys, const float* queries,
                 float* scores, int64_t stride, float* columns) {
-    const int64_t units = s.units();
+    const int64_t units = s.dim / kElements;
     for (int64_t start = tile.begin(); start < tile.last(); start += kKeys) {
-        const int64_t count = std::min(kKeys, tile.last() - start);
-        const bf16 *rows[kKeys], *next[kKeys];
-        keys.find(s, start, count, rows, kKeys);
-        const int64_t more = std::min(kKeys, tile.last() - start - count);
-        keys.find(s, more > 0 ? start + count : start, more > 0 ? more : count, next, kKeys);
+        int64_t rows[kKeys], next[kKeys];  // scores of keys beyond the last are not looked at
+        keys.find(s, start, tile.last(), kKeys, rows);
+        keys.find(s, start + kKeys, tile.last(), kKeys, next);
         for (int64_t half = 0; half < kKeys; half += 8)
             for (int64_t u = 0; u < units; u += 8) {
                 __m256 eight[8];
-                for (int i = 0; i < 8; ++i) {
-                    eight[i] = load_units(rows[half + i], u);
-                    ask_for(next[half + i] + u * kElements);
+                for (int64_t i = 0; i < 8; ++i) {
+                    const int64_t at = u * kElements;
+                    eight[i] = load_units(keys.cache + rows[half + i] * s.dim + at);
+                    prefetch(keys.cache + next[half + i] * s.dim + at);
                 }
                 transpose(eight, columns + u * kKeys + half);
             }
+        Floats scales = broadcast(1.0f);
+        if (keys.scales) {
+            float each[kKeys];
+            for (int64_t i = 0; i < kKeys; ++i) each[i] = keys.scales[rows[i]];
+            scales = load(each);
+        }
         int64_t r = tile.first_seeing(start) * s.share;
-        const int64_t end = tile.after_seeing(start + count) * s.share;
-        float* target = scores + start - tile.begin();
-        for (; r + kScoreRows <= end; r += kScoreRows)
-            score<kScoreRows>(columns, units, queries + r * units, target + r * stride, stride);
-        for (; r + 2 <= end; r += 2)
-            score<2>(columns, units, queries + r * units, target + r * stride, stride);
-        for (; r < end; ++r)
-            score<1>(columns, units, queries + r * units, target + r * stride, stride);
+        const int64_t end = tile.after_seeing(start + kKeys) * s.share;
+        const auto some = [&](auto count) {
+            constexpr int R = decltype(count)::value;
+            for (; r + R <= end; r += R)
+                score<R>(columns, scales, units, queries + r * units,
+                            scores + r * stride + start - tile.begin(), stride);
+        };
+        some(std::integral_constant<int, kScoreRows>());
+        some(std::integral_constant<int, 2>());
+        some(std::integral_constant<int, 1>());
     }
 }
 
@@ -189,15 +220,20 @@ void softmax(float* row, int64_t count, float scale, float softcap, const float*
     for (int64_t i = 0; i < count; i += 16) store(row + i, load(row + i) * inverse);
 }
 
-// Sixteen elements of a value, converted before or now.
+// Values of a step, converted before or when they are needed.
 struct Converted {
     const float* values;  // (kValues, dim)
     int64_t dim;
     Floats at(int64_t j, int64_t i) const { return load(values + j * dim + i); }
 };
+template <class Element>
 struct Stored {
-    const bf16* const* rows;
-    Floats at(int64_t j, int64_t i) const { return load_bf16(rows[j] + i); }
+    const Pages<Element>& pages;
+    const int64_t* rows;
+    int64_t dim;
+    Floats at(int64_t j, int64_t i) const {
+        return load_value(pages.cache + rows[j] * dim + i, pages.scales, rows[j]);
+    }
 };
 
 // Adds values [from, to), by their weights, to V vectors, from element `at` on, of R rows of `mixed`.
@@ -256,97 +292,131 @@ void mix_values(const Shape& s, const Tile& tile, int64_t start, int64_t count,
     for (; r < end; ++r) one(r, from(r), to(r));
 }
 
-void mix_tile(const Shape& s, const Tile& tile, const Pages& pages, const float* weights,
+template <class Element>
+void mix_tile(const Shape& s, const Tile& tile, const Pages<Element>& pages, const float* weights,
               int64_t stride, float* mixed, float* converted) {
     for (int64_t start = tile.begin(); start < tile.last(); start += kValues) {
         const int64_t count = std::min(kValues, tile.last() - start);
-        const bf16 *rows[kValues], *next[kValues];
-        pages.find(s, start, count, rows, kValues);
-        const int64_t more = std::min(kValues, tile.last() - start - count);
-        pages.find(s, more > 0 ? start + count : start, more > 0 ? more : count, next, kValues);
+        int64_t rows[kValues], next[kValues];
+        pages.find(s, start, tile.last(), kValues, rows);
+        pages.find(s, start + kValues, tile.last(), kValues, next);
+        const Stored<Element> stored{pages, rows, s.dim};
         const bool once = tile.tokens * s.share <= kMixRows;
         for (int64_t j = 0; j < count; ++j)
             for (int64_t i = 0; i < s.dim; i += 16) {
-                ask_for(next[j] + i);
-                if (!once) store(converted + j * s.dim + i, load_bf16(rows[j] + i));
+                prefetch(pages.cache + next[j] * s.dim + i);
+                if (!once) store(converted + j * s.dim + i, stored.at(j, i));
             }
         if (once)
-            mix_values(s, tile, start, count, Stored{rows}, weights, stride, mixed);
+            mix_values(s, tile, start, count, stored, weights, stride, mixed);
         else
             mix_values(s, tile, start, count, Converted{converted, s.dim}, weights, stride, mixed);
     }
 }
 
+struct Attention {
+    const bf16* q;
+    const void *k_cache, *v_cache;
+    const float *k_scales, *v_scales;  // null for bf16
+    const int32_t *query_start, *context_lens, *block_tables;
+    bf16* out;
+    int64_t seqs, max_blocks, q_heads, kv_heads, dim, block_size, q_stride;
+    float scale;
+    int64_t window;
+    float softcap;
+    const float* sinks;
+    int threads;
+};
+
+template <class Element>
+void attend(const Attention& a) {
+    const Shape s{a.dim, a.q_heads / a.kv_heads, a.block_size, a.kv_heads};
+    int64_t longest = 0;
+    for (int64_t i = 0; i < a.seqs; ++i) longest = std::max<int64_t>(longest, a.context_lens[i]);
+    if (a.window > 0) longest = std::min(longest, a.window + kRows);  // of all tokens of a tile
+    const int64_t stride = (longest + 15) / 16 * 16 + 16;  // scores come in whole vectors
+    // As many tokens to a tile as its buffers allow, but some items for every thread.
+    int64_t each = std::clamp<int64_t>(std::min(kScores / stride, kRows) / s.share, 1, kRows);
+    while (each > 1 && a.query_start[a.seqs] * a.kv_heads / each < 4 * a.threads) each /= 2;
+    std::vector<Tile> tiles;
+    for (int64_t i = 0; i < a.seqs; ++i) {
+        const int64_t end = a.query_start[i + 1];
+        for (int64_t token = a.query_start[i]; token < end; token += each)
+            tiles.push_back({i, token, std::min(each, end - token),
+                             a.context_lens[i] - end + token + 1, a.window});
+    }
+    const int64_t rows = each * s.share, units = s.dim / kElements;
+    const int64_t parts[] = {rows * stride, rows * s.dim, kValues * s.dim, kKeys * units,
+                             rows * units};
+    const int64_t size = std::accumulate(std::begin(parts), std::end(parts), int64_t{0});
+    const int64_t rounded = (size + 15) / 16 * 16;
+    const auto all_buffers = buffers(a.threads, rounded);
+    // Neighbouring items are the tiles of one KV head, whose keys stay in cache.
+    const auto count = static_cast<int64_t>(tiles.size()), items = count * s.kv_heads;
+#pragma omp parallel num_threads(a.threads)
+    {
+        float* scores = all_buffers.get() + omp_get_thread_num() * rounded;
+        float* mixed = scores + parts[0];
+        float* values = mixed + parts[1];
+        float* columns = values + parts[2];
+        float* queries = columns + parts[3];
+#pragma omp for schedule(dynamic)
+        for (int64_t item = 0; item < items; ++item) {
+            const Tile& tile = tiles[item % count];
+            const int64_t head = item / count, tile_rows = tile.tokens * s.share;
+            const auto place = [&](int64_t r) { return head * s.share + r % s.share; };
+            const auto target = [&](int64_t r) {
+                return a.out + ((tile.token + r / s.share) * a.q_heads + place(r)) * s.dim;
+            };
+            if (tile.last() <= 0) {  // a sequence without context, which only pads the batch
+                for (int64_t r = 0; r < tile_rows; ++r)
+                    std::memset(target(r), 0, s.dim * sizeof(bf16));
+                continue;
+            }
+            for (int64_t r = 0; r < tile_rows; ++r)
+                store_query(queries + r * units,
+                            a.q + (tile.token + r / s.share) * a.q_stride + place(r) * s.dim,
+                            s.dim);
+            const int32_t* table = a.block_tables + tile.seq * a.max_blocks;
+            const Pages<Element> keys{static_cast<const Element*>(a.k_cache), a.k_scales, table,
+                                      head};
+            score_tile(s, tile, keys, queries, scores, stride, columns);
+            for (int64_t r = 0; r < tile_rows; ++r) {
+                const int64_t t = r / s.share, begin = tile.begin_of(t);
+                softmax(scores + r * stride + begin - tile.begin(), tile.end_of(t) - begin, a.scale,
+                        a.softcap, a.sinks ? a.sinks + place(r) : nullptr);
+            }
+            std::fill(mixed, mixed + tile_rows * s.dim, 0.0f);
+            const Pages<Element> pages{static_cast<const Element*>(a.v_cache), a.v_scales, table,
+                                       head};
+            mix_tile(s, tile, pages, scores, stride, mixed, values);
+            for (int64_t r = 0; r < tile_rows; ++r)
+                for (int64_t i = 0; i < s.dim; i += 16)
+                    store_bf16(target(r) + i, load(mixed + r * s.dim + i));
+        }
+    }
+}
+
 }  // namespace
 
-// The queries that share a KV head, of some neighbouring tokens, go together. Without a softcap it
-// is 0, without sinks they are null.
-extern "C" int nybble_paged_attention(const bf16* q, const bf16* k_cache, const bf16* v_cache,
+// The queries that share a KV head, of some neighbouring tokens, go together. Caches are int8 if
+// there are scales. Without a softcap it is 0, without sinks they are null.
+extern "C" int nybble_paged_attention(const bf16* q, const void* k_cache, const void* v_cache,
+                                      const float* k_scales, const float* v_scales,
                                       const int32_t* query_start, const int32_t* context_lens,
                                       const int32_t* block_tables, bf16* out, int64_t seqs,
                                       int64_t max_blocks, int64_t q_heads, int64_t kv_heads,
                                       int64_t dim, int64_t block_size, int64_t q_stride,
                                       float scale, int64_t window, float softcap,
                                       const float* sinks, int threads) try {
-    const Shape s{dim, q_heads / kv_heads, block_size, kv_heads};
-    int64_t longest = 0;
-    for (int64_t i = 0; i < seqs; ++i) longest = std::max<int64_t>(longest, context_lens[i]);
-    // A tile sees what its tokens see, and is written in whole vectors.
-    if (window > 0) longest = std::min(longest, window + kRows);
-    const int64_t stride = (longest + 15) / 16 * 16 + 16;
-    // As many tokens to a tile as its buffers allow, but some items for every thread.
-    int64_t each = std::clamp<int64_t>(kScores / stride / s.share, 1, std::max<int64_t>(1, kRows / s.share));
-    while (each > 1 && query_start[seqs] * kv_heads / each < 4 * threads) each /= 2;
-    std::vector<Tile> tiles;
-    for (int64_t i = 0; i < seqs; ++i) {
-        const int64_t first = query_start[i], end = query_start[i + 1];
-        for (int64_t token = first; token < end; token += each)
-            tiles.push_back({i, token, std::min(each, end - token),
-                             context_lens[i] - end + token + 1, window});
-    }
-    const int64_t rows = each * s.share, scores_size = rows * stride, mixed_size = rows * dim;
-    const int64_t size = scores_size + mixed_size + rows * s.units() + kKeys * s.units() + kValues * dim;
-    const int64_t rounded = (size + 15) / 16 * 16;
-    const auto all_buffers = buffers(threads, rounded);
-    // Neighbouring items are the tiles of one KV head, whose keys stay in cache.
-    const auto count = static_cast<int64_t>(tiles.size()), items = count * kv_heads;
-#pragma omp parallel num_threads(threads)
-    {
-        float* scores = all_buffers.get() + omp_get_thread_num() * rounded;
-        float* mixed = scores + scores_size;
-        float* values = mixed + mixed_size;
-        float* columns = values + kValues * dim;
-        float* queries = columns + kKeys * s.units();
-#pragma omp for schedule(dynamic)
-        for (int64_t item = 0; item < items; ++item) {
-            const Tile& tile = tiles[item % count];
-            const int64_t head = item / count;
-            bf16* target = out + (tile.token * q_heads + head * s.share) * dim;
-            if (tile.last() <= 0) {  // a sequence without context, which only pads the batch
-                for (int64_t t = 0; t < tile.tokens; ++t)
-                    std::memset(target + t * q_heads * dim, 0, s.share * dim * sizeof(bf16));
-                continue;
-            }
-            for (int64_t r = 0; r < tile.tokens * s.share; ++r)
-                store_query(queries + r * s.units(),
-                            q + (tile.token + r / s.share) * q_stride +
-                                (head * s.share + r % s.share) * dim,
-                            dim);
-            const int32_t* table = block_tables + tile.seq * max_blocks;
-            score_tile(s, tile, {k_cache, table, head}, queries, scores, stride, columns);
-            for (int64_t r = 0; r < tile.tokens * s.share; ++r) {
-                const int64_t t = r / s.share, begin = tile.begin_of(t);
-                softmax(scores + r * stride + begin - tile.begin(), tile.end_of(t) - begin, scale,
-                        softcap, sinks ? sinks + head * s.share + r % s.share : nullptr);
-            }
-            std::fill(mixed, mixed + tile.tokens * s.share * dim, 0.0f);
-            mix_tile(s, tile, {v_cache, table, head}, scores, stride, mixed, values);
-            for (int64_t r = 0; r < tile.tokens * s.share; ++r)
-                for (int64_t i = 0; i < dim; i += 16)
-                    store_bf16(target + ((r / s.share) * q_heads + r % s.share) * dim + i,
-                               load(mixed + r * dim + i));
-        }
-    }
+    const Attention a{q,        k_cache,  v_cache, k_scales,   v_scales,   query_start,
+                      context_lens, block_tables, out, seqs, max_blocks, q_heads,
+                      kv_heads, dim,      block_size, q_stride, scale, window,
+                      softcap,  sinks,    threads};
+    if (k_scales)
+        attend<int8_t>(a);
+    else
+        attend<bf16>(a);
     return kDone;
 } catch (const std::exception&) {
     return kOutOfMemory;

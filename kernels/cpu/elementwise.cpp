@@ -1,5 +1,7 @@
 // Norms, the gated activation, and rotary with the cache write; kernels/reference.py defines them.
 
+#include <algorithm>
+
 #include "simd.h"
 
 using namespace nybble;
@@ -56,6 +58,21 @@ void gated(Function activation, const bf16* gate_up, bf16* out, int64_t rows, in
     }
 }
 
+// One head of one token in 8 bits; its scale is the largest magnitude over 127. If that is not
+// finite, neither is the scale, and the elements are 0.
+void store_int8(const bf16* x, int64_t dim, int8_t* target, float* scale) {
+    uint16_t top = 0;
+    for (int64_t i = 0; i < dim; ++i) top = std::max<uint16_t>(top, x[i] & 0x7FFF);
+    const float peak = to_float(top);
+    *scale = peak / 127;
+    const float inverse = 1 / peak * 127;  // in this order, as the reference
+    const float by = std::isfinite(inverse) ? inverse : 0;
+    for (int64_t i = 0; i < dim; ++i) {
+        const float value = by > 0 ? to_float(x[i]) * by : 0;
+        target[i] = static_cast<int8_t>(std::floor(value + 0.5f));
+    }
+}
+
 }  // namespace
 
 extern "C" {
@@ -103,11 +120,13 @@ void nybble_gated(const bf16* gate_up, bf16* out, int64_t rows, int64_t width, i
     }
 }
 
-// Rotates q in place, and stores rotated k, and v, in the caches. Row strides are in elements.
+// Rotates q in place, and stores rotated k, and v, in the caches, which are int8 if there are scales.
+// Row strides are in elements. `scratch` has room for a head.
 void nybble_rotary_store(bf16* q, const bf16* k, const bf16* v, const float* cos, const float* sin,
-                         bf16* k_cache, bf16* v_cache, const int64_t* slots, int64_t tokens,
-                         int64_t q_heads, int64_t kv_heads, int64_t dim, int64_t rotary_dim,
-                         int64_t block_size, int64_t q_stride, int64_t k_stride, int64_t v_stride,
+                         void* k_cache, void* v_cache, float* k_scales, float* v_scales,
+                         bf16* scratch, const int64_t* slots, int64_t tokens, int64_t q_heads,
+                         int64_t kv_heads, int64_t dim, int64_t rotary_dim, int64_t block_size,
+                         int64_t q_stride, int64_t k_stride, int64_t v_stride,
                          int interleaved) {
     const int64_t half = rotary_dim / 2;
     auto rotate = [&](const bf16* in, bf16* out, const float* c, const float* s) {
@@ -135,9 +154,16 @@ void nybble_rotary_store(bf16* q, const bf16* k, const bf16* v, const float* cos
         if (slots[t] < 0) continue;
         const int64_t block = slots[t] / block_size, offset = slots[t] % block_size;
         for (int64_t h = 0; h < kv_heads; ++h) {
-            const int64_t at = ((block * kv_heads + h) * block_size + offset) * dim;
-            rotate(k + t * k_stride + h * dim, k_cache + at, c, s);
-            std::memcpy(v_cache + at, v + t * v_stride + h * dim, dim * sizeof(bf16));
+            const int64_t row = (block * kv_heads + h) * block_size + offset, at = row * dim;
+            const bf16 *key = k + t * k_stride + h * dim, *value = v + t * v_stride + h * dim;
+            if (k_scales) {
+                rotate(key, scratch, c, s);
+                store_int8(scratch, dim, static_cast<int8_t*>(k_cache) + at, k_scales + row);
+                store_int8(value, dim, static_cast<int8_t*>(v_cache) + at, v_scales + row);
+            } else {
+                rotate(key, static_cast<bf16*>(k_cache) + at, c, s);
+                std::memcpy(static_cast<bf16*>(v_cache) + at, value, dim * sizeof(bf16));
+            }
         }
     }
 }

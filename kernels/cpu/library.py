@@ -76,9 +76,9 @@ class CpuLibrary:
         )
         self._rms_norm = function("rms_norm", *[pointer] * 4, size, size, c_float, c_float)
         self._gated = function("gated", pointer, pointer, size, size, c_int, c_int)
-        self._rotary = function("rotary_store", *[pointer] * 8, *[size] * 9, c_int)
+        self._rotary = function("rotary_store", *[pointer] * 11, *[size] * 9, c_int)
         self._attention = allocating(
-            "paged_attention", *[pointer] * 7, *[size] * 7, c_float, size, c_float, pointer, c_int
+            "paged_attention", *[pointer] * 9, *[size] * 7, c_float, size, c_float, pointer, c_int
         )
         self._lora_add = allocating("lora_add", *[pointer] * 9, *[size] * 4, c_int)
         self._sample = allocating("sample_tokens", *[pointer] * 3, size, size, c_int)
@@ -288,9 +288,9 @@ class CpuLibrary:
         *,
         interleaved: bool = False,
     ) -> None:
-        """cos and sin are float32."""
+        """cos and sin are float32; caches with scales are int8."""
         kv_heads, block_size, dim = k_cache.shape[1:]
-        if dim % 16 or not q.dtype == k_cache.dtype == torch.bfloat16:
+        if dim % 16 or q.dtype != torch.bfloat16 or not _takes_cache(k_cache, k_scales):
             inputs = q, k, v, cos, sin, k_cache, v_cache, slot_mapping, k_scales, v_scales
             return reference.rotary_store(*inputs, interleaved=interleaved)
         tokens, q_heads = q.shape[:2]
@@ -299,21 +299,20 @@ class CpuLibrary:
             q.shape[2] == dim
             and 0 < rotary_dim <= dim
             and rotary_dim % 2 == 0
-            and k.dtype == v.dtype == v_cache.dtype == torch.bfloat16
+            and k.dtype == v.dtype == torch.bfloat16
             and k.shape == v.shape == (tokens, kv_heads, dim)
             and k_cache.shape == v_cache.shape == (k_cache.shape[0], kv_heads, block_size, dim)
             and cos.shape == sin.shape == (tokens, rotary_dim)
             and slot_mapping.shape == (tokens,)
             and cos.dtype == sin.dtype == torch.float32
             and q.stride()[1:] == k.stride()[1:] == v.stride()[1:] == (dim, 1)
-            and k_cache.is_contiguous()
-            and v_cache.is_contiguous()
+            and _caches_match(k_cache, v_cache, k_scales, v_scales)
         ):
             check_rotary_dim(rotary_dim, dim)
             raise _misread(
                 "bfloat16 q, k and v (tokens, heads, dim), the heads of a row contiguous; "
                 "float32 cos and sin (tokens, rotary dim); "
-                "contiguous caches (blocks, KV heads, block size, dim)",
+                f"{_CACHES}",
                 q=q,
                 k=k,
                 v=v,
@@ -324,6 +323,7 @@ class CpuLibrary:
                 slot_mapping=slot_mapping,
             )
         cos, sin = cos.contiguous(), sin.contiguous()
+        head = torch.empty(dim, dtype=q.dtype)
         self._rotary(
             q.data_ptr(),
             k.data_ptr(),
@@ -332,6 +332,9 @@ class CpuLibrary:
             sin.data_ptr(),
             k_cache.data_ptr(),
             v_cache.data_ptr(),
+            None if k_scales is None else k_scales.data_ptr(),
+            None if v_scales is None else v_scales.data_ptr(),
+            head.data_ptr(),
             slot_mapping.data_ptr(),
             tokens,
             q_heads,
@@ -359,25 +362,23 @@ class CpuLibrary:
         softcap: float = 0.0,
         sinks: Tensor | None = None,
     ) -> Tensor:
-        """sinks may have any dtype."""
+        """Caches with scales are int8; sinks may have any dtype."""
         kv_heads, block_size, dim = k_cache.shape[1:]
-        if dim % 16 or not q.dtype == k_cache.dtype == torch.bfloat16:
+        if dim % 16 or q.dtype != torch.bfloat16 or not _takes_cache(k_cache, k_scales):
             inputs = q, k_cache, v_cache, batch, scale, window, k_scales, v_scales
             return reference.paged_attention(*inputs, softcap=softcap, sinks=sinks)
         tokens, q_heads = q.shape[:2]
         if not (
             q.shape[2] == dim
-            and v_cache.dtype == torch.bfloat16
             and q_heads % kv_heads == 0
             and k_cache.shape == v_cache.shape == (k_cache.shape[0], kv_heads, block_size, dim)
             and batch.slot_mapping.shape == (tokens,)
             and q.stride()[1:] == (dim, 1)
-            and k_cache.is_contiguous()
-            and v_cache.is_contiguous()
+            and _caches_match(k_cache, v_cache, k_scales, v_scales)
         ):
             raise _misread(
                 "bfloat16 q (tokens, a multiple of the KV heads, dim), the heads of a row "
-                "contiguous; contiguous caches (blocks, KV heads, block size, dim)",
+                f"contiguous; {_CACHES}",
                 q=q,
                 k_cache=k_cache,
                 v_cache=v_cache,
@@ -391,6 +392,8 @@ class CpuLibrary:
             q.data_ptr(),
             k_cache.data_ptr(),
             v_cache.data_ptr(),
+            None if k_scales is None else k_scales.data_ptr(),
+            None if v_scales is None else v_scales.data_ptr(),
             batch.query_start.data_ptr(),
             batch.context_lens.data_ptr(),
             batch.block_tables.data_ptr(),
@@ -488,6 +491,35 @@ class CpuLibrary:
         if failed:
             raise _out_of_memory("sample_tokens")
         return tokens
+
+
+_CACHES = (
+    "contiguous caches (blocks, KV heads, block size, dim), bfloat16, or int8 with contiguous "
+    "float32 scales (blocks, KV heads, block size)"
+)
+
+
+def _takes_cache(cache: Tensor, scales: Tensor | None) -> bool:
+    return cache.dtype == (torch.bfloat16 if scales is None else torch.int8)
+
+
+def _caches_match(
+    k_cache: Tensor, v_cache: Tensor, k_scales: Tensor | None, v_scales: Tensor | None
+) -> bool:
+    """Whether the caches, of the right shape, are such as _CACHES says."""
+    both = k_cache, v_cache
+    if k_scales is None or v_scales is None:
+        return k_scales is v_scales and all(
+            cache.dtype == torch.bfloat16 and cache.is_contiguous() for cache in both
+        )
+    return all(
+        cache.dtype == torch.int8
+        and scales.dtype == torch.float32
+        and scales.shape == cache.shape[:3]
+        and cache.is_contiguous()
+        and scales.is_contiguous()
+        for cache, scales in zip(both, (k_scales, v_scales), strict=True)
+    )
 
 
 def _out_of_memory(kernel: str) -> MemoryError:

@@ -69,6 +69,10 @@ inline Floats load_bf16(const bf16* source) {
     const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source));
     return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16))};
 }
+inline Floats load_int8(const int8_t* source) {
+    const __m128i all = _mm_loadu_si128(reinterpret_cast<const __m128i*>(source));
+    return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(all))};
+}
 inline Floats load_fp16(const uint16_t* source) {
     return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(source)))};
 }
@@ -164,6 +168,11 @@ inline __m256 widen_bf16(__m128i halves) {
 inline Floats load_bf16(const bf16* source) {
     const auto* halves = reinterpret_cast<const __m128i*>(source);
     return {widen_bf16(_mm_loadu_si128(halves)), widen_bf16(_mm_loadu_si128(halves + 1))};
+}
+inline Floats load_int8(const int8_t* source) {
+    const __m128i all = _mm_loadu_si128(reinterpret_cast<const __m128i*>(source));
+    return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(all)),
+            _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(all, 8)))};
 }
 inline Floats load_fp16(const uint16_t* source) {
     const auto* halves = reinterpret_cast<const __m128i*>(source);

@@ -8,10 +8,12 @@ from functools import partial
 import torch
 
 from nybble.kernels.activation import Activation
-from nybble.kernels.packed import DenseWeight, GroupedKernel, LinearKernel, Weight
+from nybble.kernels.packed import DenseWeight, GroupedKernel, LinearKernel, PackedWeight, Weight
 from nybble.kernels.reference import packed_matmul as reference_matmul
 from nybble.kernels.triton.activation import gated
 from nybble.kernels.triton.attention import paged_attention
+from nybble.kernels.triton.grouped import StackedExperts, grouped_matmul
+from nybble.kernels.triton.grouped import takes as experts_kernel_takes
 from nybble.kernels.triton.lora import lora_add
 from nybble.kernels.triton.matmul import packed_matmul, takes
 from nybble.kernels.triton.norm import add_rms_norm, rms_norm
@@ -40,8 +42,18 @@ def linear(weight: Weight, dtype: torch.dtype) -> LinearKernel:
 
 
 def grouped_linear(weights: Sequence[Weight], dtype: torch.dtype) -> GroupedKernel:
-    """Raises NotImplementedError: there is no kernel yet, and the reference would be slow."""
-    raise NotImplementedError("a mixture of experts runs on the CPU only so far")
+    """A linear layer of every expert, for inputs of ``dtype``.
+
+    Raises ValueError for experts that the kernel does not take: the reference would wait for the
+    host in every layer.
+    """
+    packed = [w for w in weights if isinstance(w, PackedWeight) and experts_kernel_takes(w)]
+    if len(packed) < len(weights):
+        raise ValueError(
+            "a GPU computes experts in 4 bits, in groups of a multiple of 32 inputs; others run on "
+            "the CPU only so far. Use --quantize nf4, or --device cpu"
+        )
+    return partial(grouped_matmul, experts=StackedExperts.of(packed))
 
 
 def gated_linear(weight: Weight, activation: Activation, dtype: torch.dtype) -> LinearKernel | None:

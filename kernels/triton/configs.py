@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -213,3 +213,22 @@ def choose(
     """The measured choice; the rule's if there is none."""
     found = tuned(device).get(key_of(affine, group, out_features, columns, bucket))
     return found or default_config(bucket, out_features, columns, processors, capability)
+
+
+def for_group(config: Config, group: int) -> Config:
+    """``config``, or what is nearest to it for groups of 16, of which two share a slice.
+
+    Their weights are scaled before the product, each element by its own scale. The scales take
+    registers that larger blocks and the kernel for few rows do not have.
+    """
+    if group != 16:
+        return config
+    if config.parts > 1:
+        config = replace(config, parts=1, block_n=64, block_m=16, splits=8, num_warps=4)
+    return replace(
+        config,
+        scale_first=True,
+        block_n=64,
+        splits=max(1, config.splits * 64 // config.block_n),
+        tail=config.tail * config.block_n // 64,
+    )

@@ -42,12 +42,15 @@ def _store_slice(
     CENTRE: tl.constexpr,
 ):
     """Scale one slice in float32, round it once, and store its columns from ``first``."""
-    group = 0 if GROUP == 0 else tl.minimum(first // GROUP, groups - 1)
+    column = first + tl.arange(0, 32)[None, :]
+    if GROUP == 16:
+        place = at[:, None] + tl.minimum(column // GROUP, groups - 1) * 64
+    else:
+        place = at[:, None] + (0 if GROUP == 0 else tl.minimum(first // GROUP, groups - 1)) * 64
     value = w.to(tl.float32)
     if HAS_ZEROS:
-        value += (CENTRE - tl.load(zeros + at + group * 64).to(tl.float32))[:, None]
-    value *= tl.load(scales + at + group * 64).to(tl.float32)[:, None]
-    column = first + tl.arange(0, 32)[None, :]
+        value += CENTRE - tl.load(zeros + place).to(tl.float32)
+    value *= tl.load(scales + place).to(tl.float32)
     mask = valid[:, None] & (column < columns)
     tl.store(out_row[:, None] + column, value.to(w.dtype), mask=mask)
 

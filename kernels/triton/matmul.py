@@ -24,7 +24,7 @@ from torch import Tensor
 from nybble.kernels.activation import Activation, check_activation
 from nybble.kernels.packed import PackedWeight
 from nybble.kernels.triton.activation import gated
-from nybble.kernels.triton.configs import Config, bucket_of, choose
+from nybble.kernels.triton.configs import Config, bucket_of, choose, for_group
 from nybble.kernels.triton.dequantize import dense_matmul, stored_columns
 from nybble.kernels.triton.device import FUSED, device_traits
 from nybble.kernels.triton.few_rows import few_rows_matmul
@@ -298,11 +298,14 @@ def max_registers(config: Config, capability: int, whole_steps: bool) -> int | N
 
 
 def takes(weight: PackedWeight, dtype: torch.dtype) -> bool:
-    """Whether the kernel computes with this weight: groups must be whole slices of 32 columns."""
+    """Whether the kernel computes with this weight.
+
+    Groups must be whole slices of 32 columns, or halves of them.
+    """
     return (
         weight.layout in ("gpu_tiles", "gpu_gated_tiles")
         and dtype in (torch.float16, torch.bfloat16)
-        and (weight.groups == 1 or weight.group_size % 32 == 0)
+        and (weight.groups == 1 or weight.group_size % 32 == 0 or weight.group_size == 16)
     )
 
 
@@ -332,6 +335,7 @@ def packed_matmul(
     rows, columns = flat.shape
     width = weight.out_features // (2 if activation else 1)
     c = config or chosen(weight, rows, x.device)
+    c = for_group(c, 0 if weight.groups == 1 else weight.group_size)
     if c.dense:
         product = dense_matmul(flat, weight)
         return (gated(product, activation) if activation else product).view(*x.shape[:-1], width)

@@ -18,11 +18,11 @@ TILE_N = tl.constexpr(64)
 
 
 def group_constants(weight: PackedWeight) -> dict[str, int]:
-    """GROUP, 0 if a row has one group, and SETS, how many scales a step can meet: 1, 2 or 4."""
+    """GROUP, 0 if a row has one group, and SETS, how many scales a step can meet: 1, 2, 4 or 8."""
     if weight.groups == 1:
         return {"GROUP": 0, "SETS": 1}
     size = weight.group_size
-    return {"GROUP": size, "SETS": 1 if size % 128 == 0 else 2 if size == 64 else 4}
+    return {"GROUP": size, "SETS": {16: 8, 64: 2}.get(size, 1 if size % 128 == 0 else 4)}
 
 
 @triton.jit
@@ -40,17 +40,35 @@ def group_of(step, part: tl.constexpr, SETS: tl.constexpr, GROUP: tl.constexpr, 
 
 
 @triton.jit
+def of_halves(values, step, slice: tl.constexpr, GROUP: tl.constexpr, groups):
+    """Scale or zero of each element of a slice that has two groups of 16 columns."""
+    first = tl.load(values + group_of(step, 2 * slice, 8, GROUP, groups) * TILE_N)
+    second = tl.load(values + group_of(step, 2 * slice + 1, 8, GROUP, groups) * TILE_N)
+    in_first = tl.arange(0, SLICE) < SLICE // 2
+    return tl.where(in_first[None, :], tl.expand_dims(first, -1), tl.expand_dims(second, -1))
+
+
+@triton.jit
 def of_slices(values, step, SETS: tl.constexpr, GROUP: tl.constexpr, groups):
-    """Scale or zero of each of a step's four slices; slice i is in part ``i · SETS / 4``."""
-    v0 = tl.load(values + group_of(step, 0, SETS, GROUP, groups) * TILE_N)
-    v1, v2, v3 = v0, v0, v0
-    if SETS == 2:
-        v2 = tl.load(values + group_of(step, 1, SETS, GROUP, groups) * TILE_N)
-        v3 = v2
-    if SETS == 4:
-        v1 = tl.load(values + group_of(step, 1, SETS, GROUP, groups) * TILE_N)
-        v2 = tl.load(values + group_of(step, 2, SETS, GROUP, groups) * TILE_N)
-        v3 = tl.load(values + group_of(step, 3, SETS, GROUP, groups) * TILE_N)
+    """Scale or zero of each of a step's four slices; slice i is in part ``i · SETS / 4``.
+
+    One for each row of a slice; in groups of 16, one for each element.
+    """
+    if SETS == 8:
+        v0 = of_halves(values, step, 0, GROUP, groups)
+        v1 = of_halves(values, step, 1, GROUP, groups)
+        v2 = of_halves(values, step, 2, GROUP, groups)
+        v3 = of_halves(values, step, 3, GROUP, groups)
+    else:
+        v0 = tl.load(values + group_of(step, 0, SETS, GROUP, groups) * TILE_N)
+        v1, v2, v3 = v0, v0, v0
+        if SETS == 2:
+            v2 = tl.load(values + group_of(step, 1, SETS, GROUP, groups) * TILE_N)
+            v3 = v2
+        if SETS == 4:
+            v1 = tl.load(values + group_of(step, 1, SETS, GROUP, groups) * TILE_N)
+            v2 = tl.load(values + group_of(step, 2, SETS, GROUP, groups) * TILE_N)
+            v3 = tl.load(values + group_of(step, 3, SETS, GROUP, groups) * TILE_N)
     return v0, v1, v2, v3
 
 
@@ -61,18 +79,29 @@ def by_row(values):
 
 
 @triton.jit
+def along(values, w):
+    """``values`` of the rows of ``w``, or of its elements, to be combined with it."""
+    if len(values.shape) < len(w.shape):
+        values = by_row(values)
+    return values
+
+
+@triton.jit
 def times_plus(w, factor, addend, HAS_ADDEND: tl.constexpr):
-    """``w · factor + addend`` by row, in the dtype of ``w``: the interpreter has no bfloat16."""
+    """``w · factor + addend``, by row or element, in the dtype of ``w``.
+
+    The interpreter has no bfloat16.
+    """
     dtype: tl.constexpr = w.dtype
     if INTERPRETED:
-        wide = w.to(tl.float32) * by_row(factor.to(dtype).to(tl.float32))
+        wide = w.to(tl.float32) * along(factor.to(dtype).to(tl.float32), w)
         if HAS_ADDEND:
-            wide += by_row(addend.to(dtype).to(tl.float32))
+            wide += along(addend.to(dtype).to(tl.float32), w)
         w = wide.to(dtype)
     else:
-        w = w * by_row(factor.to(dtype))
+        w = w * along(factor.to(dtype), w)
         if HAS_ADDEND:
-            w = w + by_row(addend.to(dtype))
+            w = w + along(addend.to(dtype), w)
     return w
 
 

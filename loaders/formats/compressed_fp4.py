@@ -43,11 +43,11 @@ class CompressedTensorsFp4(Format):
 
     @classmethod
     def accepts(cls, settings: Settings) -> bool:
-        return super().accepts(settings) and settings.get("format") in _GROUPS
+        return super().accepts(settings) and settings.get("format") in tuple(_GROUPS)
 
     @classmethod
     def from_settings(cls, settings: Settings) -> Self:
-        format = settings["format"]
+        format = settings.choice("format", tuple(_GROUPS), "nvfp4-pack-quantized")
         for weights in config_groups(settings, (format,)).values():
             weights.choice("type", ("float",), "float")
             weights.choice("num_bits", (4,), 4)

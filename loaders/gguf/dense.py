@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from gguf import GGMLQuantizationType, dequantize
 from torch import Tensor
-from tqdm import tqdm
 
+from nybble.kernels.progress import Bar
 from nybble.loaders.gguf.folder import write_folder
 from nybble.loaders.gguf.index import INDEX
 from nybble.loaders.safetensors_file import write_safetensors
@@ -26,7 +26,7 @@ def convert_gguf(file: Path, folder: Path, *, tied: bool) -> None:
     write_folder([file], folder)
     shards = Shards(folder)
     tensors: dict[str, Tensor] = {}
-    for stored in tqdm(shards.names(), desc="Converting GGUF", unit=" tensors"):
+    for stored in Bar(shards.names(), desc="Converting GGUF", unit=" tensors"):
         tensor = shards.read(stored)
         module, _, kind = stored.rpartition(".weight.")
         if module:
@@ -41,7 +41,7 @@ def convert_gguf(file: Path, folder: Path, *, tied: bool) -> None:
     (folder / INDEX).unlink()
     (folder / file.name).unlink()
     config = json.loads((folder / "config.json").read_text())
-    del config["quantization_config"]
+    config.pop("quantization_config", None)
     if tied:
         config["tie_word_embeddings"] = True
     (folder / "config.json").write_text(json.dumps(config, indent=2))

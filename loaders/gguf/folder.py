@@ -29,7 +29,7 @@ from nybble.loaders.gguf.index import DTYPES, SOURCE, Entry, write_index
 from nybble.loaders.gguf.tokenizer import end_tokens, save_tokenizer
 from nybble.models import Architecture, architecture_of
 
-VERSION = 1
+VERSION = 2
 _PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 
 
@@ -107,7 +107,8 @@ def write_folder(parts: Sequence[Path], folder: Path) -> None:
             if name in tensors
         },
     )
-    config["quantization_config"] = {"quant_method": "gguf"}
+    if any(tensor.tensor_type.name in BLOCK_TYPES for _, tensor in tensors.values()):
+        config["quantization_config"] = {"quant_method": "gguf"}
     for token, name in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
         found = metadata.get(f"tokenizer.ggml.{name}_token_id")
         config[f"{token}_token_id"] = None if found is None else int(found.contents())

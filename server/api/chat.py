@@ -47,6 +47,7 @@ class ChatShape(ChoicesShape):
 
     def whole(self, outputs: Sequence[Sequence[RequestOutput]], usage: Usage) -> dict[str, Any]:
         body = super().whole(outputs, usage) | self.prompt_token_ids(0)
+        body["prompt_logprobs"] = None  # always there, as in vLLM
         prompt = outputs[0][0].prompt_logprobs
         if self._of_prompt is not None and prompt is not None:
             body["prompt_logprobs"] = self._of_prompt.by_id(prompt, self._prompt_alternatives)
@@ -93,14 +94,14 @@ class ChatShape(ChoicesShape):
         logprobs, token_ids = self._content_logprobs([output]), self.token_ids([output])
         if not deltas and ((logprobs and logprobs["content"]) or token_ids.get("token_ids")):
             deltas.append({})
-        chunks = [_chunk(index, delta) for delta in deltas]
+        chunks = [_chunk(index, delta) | self.no_token_ids for delta in deltas]
         if chunks:
             chunks[-1]["logprobs"] = logprobs
             chunks[-1] |= token_ids
         if begins and chunks:
             chunks[0] |= self.prompt_token_ids(index)
         if last:  # in a chunk of its own, as OpenAI does
-            chunks.append(_chunk(index, {}))
+            chunks.append(_chunk(index, {}) | self.no_token_ids)
             chunks[-1]["finish_reason"] = self._finish_reason(output, parser)
         return chunks
 

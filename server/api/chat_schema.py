@@ -152,10 +152,21 @@ class TemplateOptions(Body):
         return self
 
 
+class Prediction(Body):
+    """Text that the answer probably has, from which drafts are made."""
+
+    type: Literal["content"]
+    content: str | list[ContentPart]
+
+    @property
+    def text(self) -> str:
+        if isinstance(self.content, str):
+            return self.content
+        return "".join(part.text for part in self.content)
+
+
 class ChatRequest(Sampling, TemplateOptions):
-    ignored: ClassVar[dict[str, str]] = (
-        OF_THE_SERVICE | foreign.IGNORED | {"prediction": "a hint for speed"}
-    )
+    ignored: ClassVar[dict[str, str]] = OF_THE_SERVICE | foreign.IGNORED
     refused: ClassVar[dict[str, str]] = {
         **foreign.REFUSED,
         **foreign.REFUSED_IN_CHATS,
@@ -178,7 +189,7 @@ class ChatRequest(Sampling, TemplateOptions):
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
     parallel_tool_calls: bool | None = None
-    prediction: dict[str, Any] | None = None
+    prediction: Prediction | None = None
     response_format: ResponseFormat | None = None
 
     @model_validator(mode="after")

@@ -63,6 +63,11 @@ class ChoicesShape(ABC):
             return {}
         return {"token_ids": [token for output in outputs for token in output.token_ids]}
 
+    @property
+    def no_token_ids(self) -> dict[str, Any]:
+        """The field for a chunk that only says something else, if it is asked for."""
+        return self.token_ids([])
+
     def last_events(self, usage: Usage) -> Sequence[Event]:
         if not self._include_usage:
             return []
@@ -73,9 +78,17 @@ class ChoicesShape(ABC):
 
 
 def _usage(usage: Usage) -> dict[str, Any]:
+    details = {}
+    if (predicted := usage.predicted_tokens) is not None:
+        accepted, rejected = predicted
+        details["completion_tokens_details"] = {
+            "accepted_prediction_tokens": accepted,
+            "rejected_prediction_tokens": rejected,
+        }
     return {
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
         "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+        **details,
     }

@@ -46,7 +46,7 @@ class CompletionShape(ChoicesShape):
         return {**self._head, "choices": choices}
 
     def choice(self, index: int, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
-        choice = self._choice(index, outputs)
+        choice = self._choice(index, outputs) | {"prompt_logprobs": None}
         if self._prompt_alternatives is not None and self._logprobs is not None:
             of_prompt = self._of_prompts[index // self._n]
             choice["prompt_logprobs"] = self._logprobs.by_id(of_prompt, self._prompt_alternatives)
@@ -55,9 +55,14 @@ class CompletionShape(ChoicesShape):
     def chunks(self, index: int, output: RequestOutput) -> Sequence[dict[str, Any]]:
         choice = self._choice(index, [output])
         logprobs = choice["logprobs"]
-        wanted = choice["text"] or output.finish_reason or (logprobs and logprobs["tokens"])
-        wanted = wanted or self._prompts is not None
-        return [choice] if wanted else []
+        reason, choice["finish_reason"] = choice["finish_reason"], None
+        wanted = choice["text"] or (logprobs and logprobs["tokens"])
+        wanted = wanted or choice.get("token_ids") or choice.get("prompt_token_ids")
+        chunks = [choice] if wanted else []
+        if reason is not None:  # in a chunk of its own, as OpenAI does
+            end = {"index": index, "text": "", "logprobs": None, "finish_reason": reason}
+            chunks.append(end | self.no_token_ids)
+        return chunks
 
     def _choice(self, index: int, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
         text = "".join(output.text for output in outputs)

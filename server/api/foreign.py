@@ -45,6 +45,7 @@ IGNORED = {
     "repeat_last_n": _OTHER_SAMPLER,
     "request_id": _NAMED_BY_HEADER,
     "return_mm_kwargs": _NO_MEDIA,
+    "return_progress": "prompts are read without a word of how far",
     "rid": _NAMED_BY_HEADER,
     "routed_dp_rank": _ONE_REPLICA,
     "routed_experts_prompt_start": _NO_EXPERTS,
@@ -60,7 +61,6 @@ IGNORED = {
 
 _NO_PLUGINS = "custom samplers are not supported"
 _ONE_SERVER = "prompts are not computed on another server"
-_GRAMMARS = "use guided_grammar (Lark's syntax), guided_regex or guided_json"
 
 REFUSED = {
     "bootstrap_host": _ONE_SERVER,
@@ -70,14 +70,11 @@ REFUSED = {
     "custom_params": _NO_PLUGINS,
     "dry_multiplier": "DRY is not supported: use repetition_penalty or frequency_penalty",
     "dynatemp_range": "dynamic temperature is not supported: use temperature and min_p",
-    "ebnf": f"ebnf is not supported: {_GRAMMARS}",
     "ec_transfer_params": _ONE_SERVER,
     "enable_thinking": "enable_thinking is not supported here: put it into chat_template_kwargs",
     "extra_key": "extra_key is not supported: use cache_salt",
-    "grammar": f"grammar is not supported: {_GRAMMARS}",
     "guided_whitespace_pattern": "guided_whitespace_pattern is not supported: use guided_regex",
     "input_ids": "input_ids is not supported: send token ids to /v1/completions",
-    "json_schema": "json_schema is not supported here: use response_format or guided_json",
     "kv_transfer_params": _ONE_SERVER,
     "logits_processors": _NO_PLUGINS,
     "lora": "lora is not supported: use adapter, or an adapter's name as the model",
@@ -87,7 +84,6 @@ REFUSED = {
     "n_probs": "n_probs is not supported: use logprobs",
     "no_stop_trim": "no_stop_trim is not supported: use include_stop_str_in_output",
     "prompt_embeds": "prompts are text or token ids",
-    "regex": "regex is not supported: use guided_regex",
     "repeat_penalty": "repeat_penalty is not supported: use repetition_penalty",
     "repetition_detection": "repetition_detection is not supported: use repetition_penalty",
     "return_cached_tokens_details": "only the number of cached_tokens is known: see usage",

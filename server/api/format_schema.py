@@ -15,7 +15,7 @@ Choices = Annotated[list[str], Field(min_length=1, max_length=_MAX_CHOICES)]
 
 
 class JsonSchema(Body):
-    name: str
+    name: str | None = None  # OpenAI asks for one, llama.cpp's clients leave it out
     description: str | None = None
     # OpenAI calls this field `schema`, a name that pydantic's BaseModel uses itself.
     strict: bool | None = None  # refuse what cannot be enforced, instead of leaving it to the model
@@ -23,10 +23,14 @@ class JsonSchema(Body):
 
 
 class ResponseFormat(Body):
-    """structures, triggers, format: see :mod:`nybble.server.api.structural_tag`."""
+    """structures, triggers, format: see :mod:`nybble.server.api.structural_tag`.
+
+    definition: the field ``schema``, which llama.cpp's clients write beside ``json_object``.
+    """
 
     type: Literal["text", "json_object", "json_schema", "structural_tag"]
     json_schema: JsonSchema | None = None
+    definition: dict[str, Any] | None = Field(default=None, alias="schema")
     structures: list[Any] | None = None
     triggers: list[Any] | None = None
     format: dict[str, Any] | None = None
@@ -38,6 +42,12 @@ class ResponseFormat(Body):
                 "invalid_value",
                 "json_schema is required with type json_schema, and only with it",
                 {"param": "json_schema"},
+            )
+        if self.definition is not None and self.type != "json_object":
+            raise PydanticCustomError(
+                "invalid_value",
+                "schema goes with type json_object; with json_schema it belongs into that field",
+                {"param": "schema"},
             )
         return self
 

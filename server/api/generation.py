@@ -38,6 +38,7 @@ class Job:
     priority: of each of its requests.
     cache_salt: of each of its requests.
     pooling: if set, the prompts' embeddings are computed, a few at a time.
+    prediction: tokens that the outputs probably have; None if the request says nothing of it.
     """
 
     id: str
@@ -51,6 +52,7 @@ class Job:
     priority: int = 0
     cache_salt: str = ""
     pooling: Pooling | None = None
+    prediction: tuple[int, ...] | None = None
 
     @property
     def size(self) -> int:
@@ -74,6 +76,7 @@ class Job:
             priority=self.priority,
             cache_salt=self.cache_salt,
             pooling=self.pooling,
+            prediction=self.prediction or (),
         )
         if self.tenant is None:
             return request
@@ -97,6 +100,15 @@ class Usage:
     @property
     def completion_tokens(self) -> int:
         return sum(output.completion_tokens for output in self._latest.values())
+
+    @property
+    def predicted_tokens(self) -> tuple[int, int] | None:
+        """Draft tokens that were accepted, and rejected; None if the job has no prediction."""
+        if self.job.prediction is None:
+            return None
+        outputs = self._latest.values()
+        accepted = sum(output.accepted_draft_tokens for output in outputs)
+        return accepted, sum(output.draft_tokens for output in outputs) - accepted
 
     @property
     def cached_tokens(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from nybble.engine import GrammarCompiler, GrammarGuide
@@ -71,7 +72,9 @@ def _answer(response_format: ResponseFormat | None) -> Answer | None:
     if response_format is None or response_format.type in ("text", "structural_tag"):
         return None
     wanted = response_format.json_schema
-    if wanted is None or wanted.definition is None:
+    if wanted is None:
+        return Answer(response_format.definition or _ANY_OBJECT, strict=False)
+    if wanted.definition is None:
         return Answer(_ANY_OBJECT, strict=False)
     return Answer(wanted.definition, strict=wanted.strict is True)
 
@@ -80,14 +83,19 @@ def _always_enforced(
     compiler: GrammarCompiler, body: Sampling
 ) -> dict[str, Callable[[], GrammarGuide | None]]:
     asked: dict[str, Callable[[], GrammarGuide | None]] = {}
-    if (guided_json := body.guided_json) is not None:
-        asked["guided_json"] = lambda: compiler.json_schema(guided_json)
-    if (guided_regex := body.guided_regex) is not None:
-        asked["guided_regex"] = lambda: compiler.regex(guided_regex)
-    if (guided_choice := body.guided_choice) is not None:
-        asked["guided_choice"] = lambda: compiler.choice(guided_choice)
-    if (guided_grammar := body.guided_grammar) is not None:
-        asked["guided_grammar"] = lambda: compiler.grammar(guided_grammar)
+    kinds: dict[str, Callable[[Any], GrammarGuide]] = {
+        "guided_json": compiler.json_schema,
+        "json_schema": compiler.json_schema,
+        "guided_regex": compiler.regex,
+        "regex": compiler.regex,
+        "guided_choice": compiler.choice,
+        "guided_grammar": compiler.grammar,
+        "grammar": compiler.grammar,
+        "ebnf": compiler.grammar,
+    }
+    for name, kind in kinds.items():
+        if (given := getattr(body, name)) is not None:
+            asked[name] = partial(kind, given)
     if (structured := body.structured_outputs) is not None and structured.given:
         asked["structured_outputs"] = lambda: _structured(compiler, structured)
     return asked

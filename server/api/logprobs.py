@@ -88,9 +88,11 @@ class Logprobs:
         text = self._text(token.token_id)
         body["tokens"].append(text)
         body["token_logprobs"].append(_finite(token.logprob))
-        # The chosen token is listed even if it is not one of the likeliest.
-        others = {self._text(other): _finite(logprob) for other, logprob in top}
-        body["top_logprobs"].append(others | {text: _finite(token.logprob)})
+        # The chosen token is listed even if it is not one of the likeliest, and first, as in vLLM.
+        found = {text: _finite(token.logprob)}
+        for other, logprob in top:
+            found.setdefault(self._text(other), _finite(logprob))
+        body["top_logprobs"].append(found)
         body["lengths"].append(_characters(self._tokens.of(token.token_id)))
 
     def _reported(self, outputs: Sequence[RequestOutput]) -> Iterator[TokenLogprob]:

@@ -43,8 +43,11 @@ _ERROR = {
 }
 
 
-def openapi_document() -> dict[str, Any]:
-    """OpenAPI 3.1, of the endpoints in :mod:`nybble.server.api.routes`."""
+def openapi_document(root_path: str = "") -> dict[str, Any]:
+    """OpenAPI 3.1, of the endpoints in :mod:`nybble.server.api.routes`.
+
+    root_path: a proxy's ``/prefix``.
+    """
     _, definitions = models_json_schema(
         [(body, "validation") for body in BODIES.values()], ref_template=_REF
     )
@@ -71,6 +74,8 @@ def openapi_document() -> dict[str, Any]:
     return {
         "openapi": "3.1.0",
         "info": {"title": "nybble", "version": __version__},
+        # Relative to where the document is: scheme and host are those its reader has.
+        "servers": [{"url": root_path or "/"}],
         "paths": paths,
         "components": {
             "schemas": {**definitions["$defs"], "ErrorResponse": _ERROR},

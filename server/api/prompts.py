@@ -356,8 +356,8 @@ class Prompts:
     def _too_long(self, found: str) -> ApiError:
         return ApiError(
             400,
-            f"the text has {found}, but prompt and output together are limited to "
-            f"{self._max_model_len} tokens",
+            f"the text has {found}, but the model's context has {self._max_model_len} tokens, for "
+            "prompt and output together",
             param="prompt",
             code="context_length_exceeded",
         )

@@ -17,7 +17,7 @@ from nybble.server.api.chat_schema import (
     ReasoningEffort,
     require_text,
 )
-from nybble.server.api.schema import OF_THE_SERVICE, OfTheService, Priority, Salt, Timeout
+from nybble.server.api.schema import OF_THE_SERVICE, OfTheService, Priority, Salt, Seed, Timeout
 
 
 class _Item(Body):
@@ -174,6 +174,9 @@ class ResponsesRequest(OfTheService):
     neutral: ClassVar[dict[str, tuple[Any, ...]]] = foreign.NEUTRAL
     refused: ClassVar[dict[str, str]] = {
         **foreign.REFUSED,
+        **dict.fromkeys(
+            ("ebnf", "grammar", "json_schema", "regex"), "use text.format, or /v1/chat/completions"
+        ),
         "previous_response_id": "responses are not stored: send the conversation as input",
         "conversation": "conversations are not stored: send the conversation as input",
         "prompt": "prompt templates are not stored",
@@ -208,7 +211,7 @@ class ResponsesRequest(OfTheService):
     min_p: float | None = None
     priority: Priority | None = None
     repetition_penalty: float | None = None
-    seed: int | None = None
+    seed: Seed | None = None
     timeout: Timeout | None = None
     top_k: int | None = None
 

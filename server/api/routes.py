@@ -61,13 +61,18 @@ class Api:
         ended: Callable[[SequenceTimes], None] | None = None,
         *,
         trust_chat_templates: bool = False,
+        root_path: str = "",
     ) -> None:
-        """trust_chat_templates: whether requests may contain chat templates of their own."""
+        """Make the handlers; nothing is computed yet.
+
+        trust_chat_templates: whether requests may contain chat templates of their own.
+        root_path: a proxy's ``/prefix``.
+        """
         self._gate = gate
         self._engine = engine
         self._metrics = metrics
         self._names = names
-        self._openapi = openapi_document()
+        self._openapi = openapi_document(root_path)
         self._generation = Generation(engine, metrics, admission, limiter, ended)
         self._prompts = Prompts(
             engine.tokenizer,
@@ -187,8 +192,17 @@ class Api:
             body.timeout,
             body.priority or 0,
             body.cache_salt or "",
+            prediction=await self._predicted(body),
         )
         return job, tools
+
+    async def _predicted(self, body: ChatRequest) -> tuple[int, ...] | None:
+        """The tokens of the answer that the client expects."""
+        if body.prediction is None:
+            return None
+        return await self._prompts.encode(
+            body.prediction.text, special_tokens=False, any_length=True
+        )
 
     async def completions(self, request: web.Request) -> web.StreamResponse:
         body = await read_body(request, CompletionRequest)

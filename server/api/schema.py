@@ -23,6 +23,7 @@ _MAX_N = 128
 _MAX_STOPS = 16
 _MAX_STOP_LENGTH = 256
 _MAX_BIASES = 1024
+_NAMED = 8  # of what is wrong
 _MAX_ADAPTER_NAME = 256
 _MAX_WORDS = 256
 _MAX_TOKEN_IDS = 1 << 18
@@ -34,6 +35,7 @@ _COMPLETION_MAX_TOKENS = 16  # OpenAI's default; a chat may go on to the end of 
 
 Priority = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 Salt = Annotated[str, Field(max_length=_MAX_SALT)]
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 Timeout = Annotated[float, Field(gt=0)]
 
 
@@ -58,17 +60,24 @@ def _biases(value: Any) -> Any:
         return value
     if len(value) > _MAX_BIASES:
         raise PydanticCustomError("too_many", f"at most {_MAX_BIASES} biases are allowed")
-    for key in value:
-        if not (key.isascii() and key.isdigit() and len(key) < 10):
-            raise PydanticCustomError(
-                "bad_key", "{key} is not a token id, as keys must be", {"key": repr(key[:40])}
-            )
+    wrong = [key for key in value if not (key.isascii() and key.isdigit() and len(key) < 10)]
+    if wrong:
+        shown = ", ".join(repr(key[:40]) for key in wrong[:_NAMED])
+        verb = "is not a token id" if len(wrong) == 1 else "are not token ids"
+        raise PydanticCustomError(
+            "bad_key", "{keys} {verb}, as keys must be", {"keys": shown, "verb": verb}
+        )
     return {int(key): bias for key, bias in value.items()}
 
 
 def _no_false(value: Any) -> Any:
     """Accept false as null: logprobs is a boolean in chat completions, but a number here."""
     return None if value is False else value
+
+
+def _no_empty(value: Any) -> Any:
+    """Nothing as null: clients of llama.cpp write empty constraints into every request."""
+    return None if value in ("", {}) else value
 
 
 class StreamOptions(Body):
@@ -149,7 +158,7 @@ class Sampling(OfTheService, Truncated):
     max_tokens: int | None = None
     n: Annotated[int, Field(ge=1, le=_MAX_N)] | None = None
     presence_penalty: float | None = None
-    seed: int | None = None
+    seed: Seed | None = None
     stop: Annotated[
         list[str] | None, BeforeValidator(_stops, json_schema_input_type=str | list[str] | None)
     ] = None
@@ -186,6 +195,11 @@ class Sampling(OfTheService, Truncated):
     guided_regex: str | None = None
     guided_choice: Choices | None = None
     guided_grammar: str | None = None
+    # The same in the words of llama.cpp (the first and last) and of SGLang (the last three).
+    grammar: Annotated[str | None, BeforeValidator(_no_empty)] = None
+    ebnf: Annotated[str | None, BeforeValidator(_no_empty)] = None
+    regex: Annotated[str | None, BeforeValidator(_no_empty)] = None
+    json_schema: Annotated[JsonObject | None, BeforeValidator(_no_empty)] = None
     timeout: Timeout | None = None
     prompt_logprobs: int | None = None
     # Whether the text of a special token becomes that token. The default is true for completions

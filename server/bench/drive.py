@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import aiohttp
-from tqdm import tqdm
 
+from nybble.kernels.progress import Bar
 from nybble.server.bench.client import Client, Timing
 from nybble.server.bench.workload import Ask
 
@@ -68,7 +68,7 @@ class _Recorder:
     def __init__(self, client: Client, total: int) -> None:
         self._client = client
         self._sent: list[Sent] = []
-        self._bar = tqdm(total=total, unit="req")
+        self._bar = Bar(total=total, unit="req")
         self.start = time.perf_counter()
 
     async def send(self, ask: Ask) -> None:

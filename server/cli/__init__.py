@@ -1,7 +1,6 @@
 """The command line: `nybble` and `serve`."""
 
 import os
-import sys
 
 # OpenMP's threads spin while they wait for each other. By default they spin so long that, if
 # another process takes a core, most of the time goes into waiting for a thread that does not run.
@@ -9,7 +8,3 @@ import sys
 # when torch loads OpenMP, so it must be set before torch is imported. A user's own policy is kept.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-
-# In a log file, progress bars write a line now and then. tqdm reads this when it is imported.
-if not sys.stderr.isatty():
-    os.environ.setdefault("TQDM_MININTERVAL", "10")

@@ -30,9 +30,9 @@ from nybble.loaders.cache import cache_folder
 from nybble.loaders.checkpoint import can_be_rounded
 from nybble.loaders.footprint import weight_bytes
 from nybble.loaders.tokenizer import load_tokenizer
+from nybble.model_name import DEMO
 from nybble.models import Architecture, architecture_of
 from nybble.quantizers.in_flight import InFlightFormat
-from nybble.quantizers.prepare import DEMO
 
 State = Literal["ok", "warning", "broken"]
 _PACKAGES = ("nybble", "torch", "transformers", "safetensors", "triton", "aiohttp", "llguidance")
@@ -187,8 +187,8 @@ def _model(plan: Plan, memory: Callable[[torch.device], int] | None) -> Iterator
         load_tokenizer(folder)
         _require_unrounded(plan, checkpoint)
         kv_dtype = plan.config.kv_dtype
-        if kv_dtype != "auto" and plan.config.device == "cpu":
-            raise ValueError(f"--kv-cache-dtype {kv_dtype} needs a GPU; expected auto on the CPU")
+        if kv_dtype == "fp8" and plan.config.device == "cpu":
+            raise ValueError("--kv-cache-dtype fp8 needs a GPU; expected int8 or auto on the CPU")
         demo = plan.model == DEMO and checkpoint.format == "none" and plan.quantize is None
         weights = weight_bytes(
             folder,

@@ -1,24 +1,50 @@
-"""Checks a model's path before the imports that load it, which take seconds."""
+"""Checks a model's name before the imports that load the model, which take seconds."""
 
 from __future__ import annotations
 
 import difflib
 from pathlib import Path
 
+from nybble.model_name import (
+    DEFAULT_ALIASES,
+    DEMO,
+    ModelNotFoundError,
+    may_be_on_the_hub,
+    read_aliases,
+)
 
-def require_path(model: str) -> None:
-    """Raises FileNotFoundError for a missing path, and suggests a similar one.
 
-    Names that may be aliases or hub names are left to :func:`nybble.loaders.resolve_model`.
+def require_model(model: str, aliases: Path | None = None) -> None:
+    """Find out at once that a name leads nowhere, unless only the hub can tell.
+
+    aliases: see :func:`nybble.loaders.resolve_model`, which says more about names that lead to
+        something.
+
+    Raises FileNotFoundError for a missing path, and ModelNotFoundError for a missing name. Both
+    suggest what is there and has a similar name.
     """
-    if not (model.startswith((".", "/", "~")) or model.count("/") > 1 or model.endswith(".gguf")):
+    table = read_aliases(aliases)
+    if model in table:
         return
     path = Path(model).expanduser()
-    if path.exists():
+    if model == DEMO or path.exists():
+        return
+    if "/" not in model and not model.startswith("~") and path.suffix != ".gguf":
+        tried = [f"the folder {path}", f"an alias in {aliases or DEFAULT_ALIASES}"]
+        here = [each.name for each in Path().iterdir() if each.is_dir()]
+        error = ModelNotFoundError.after(model, tried)
+        raise ModelNotFoundError(f"{error}{_hint(model, [DEMO, *table, *here])}")
+    if may_be_on_the_hub(model) and path.suffix != ".gguf":
         return
     # The first part of the path that does not exist.
     wrong = next(part for part in (*reversed(path.parents), path) if not part.exists())
     beside = [file.name for file in wrong.parent.iterdir()] if wrong.parent.is_dir() else []
-    near = difflib.get_close_matches(wrong.name, beside, n=1)
-    hint = f"; did you mean {wrong.parent / near[0]}?" if near else ""
-    raise FileNotFoundError(f"--model {model}: there is no {wrong}{hint}")
+    hint = _hint(wrong.name, beside, wrong.parent)
+    raise FileNotFoundError(f"model {model!r}: there is no {wrong}{hint}")
+
+
+def _hint(name: str, known: list[str], folder: Path | None = None) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    if not near:
+        return ""
+    return f"; did you mean {near[0] if folder is None else folder / near[0]}?"

@@ -46,7 +46,9 @@ class _File:
 class Console:
     """The page's files. They need no key, because nothing in them is secret; their requests do."""
 
-    def __init__(self) -> None:
+    def __init__(self, root_path: str = "") -> None:
+        """root_path: a proxy's ``/prefix``, which requests may still have."""
+        self._root_path = root_path
         self._files = {}
         for path in Path(__file__).parent.iterdir():
             if path.suffix in _TYPES:
@@ -55,7 +57,15 @@ class Console:
                 self._files[path.name] = _File(body, _TYPES[path.suffix], etag)
 
     def routes(self) -> list[web.RouteDef]:
-        return [web.get("/", self.index), web.get("/console/{name}", self.file)]
+        routes = [web.get("/", self.index), web.get("/console/{name}", self.file)]
+        if self._root_path:
+            routes.append(web.get(self._root_path, self.below_prefix))
+        return routes
+
+    async def below_prefix(self, _: web.Request) -> web.Response:
+        """The page's links are relative: they need the slash at the end of its address."""
+        headers = {"Location": f"{self._root_path}/"}
+        return web.Response(status=308, headers=headers)
 
     async def index(self, request: web.Request) -> web.Response:
         return self._response(request, self._files["index.html"])

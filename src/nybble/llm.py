@@ -22,7 +22,6 @@ from types import TracebackType
 from typing import Any, Literal, Self, TypeVar, cast
 
 import torch
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from nybble.engine import (
@@ -48,6 +47,7 @@ from nybble.engine.conversation import (
 )
 from nybble.engine.memory import memory_explained
 from nybble.engine.request import FinishReason
+from nybble.kernels.progress import Bar
 from nybble.loaders.templates import TemplateFailedError, TemplateRefusedError, TemplateRenderer
 from nybble.quantizers.prepare import prepare_checkpoint
 
@@ -300,7 +300,7 @@ class LLM:
             Request(f"offline-{next(self._numbers)}", *request)
             for request in zip(prompts, every, [None] * count, adapters, strict=True)
         ]
-        with tqdm(total=count, desc="Generating", unit=" prompts", disable=not progress) as bar:
+        with Bar(total=count, desc="Generating", unit=" prompts", disable=not progress) as bar:
             return self._wait_for(self._all(requests, bar))
 
     def _require_adapter(self, path: str | None) -> None:
@@ -324,7 +324,7 @@ class LLM:
             future.cancel()
             raise
 
-    async def _all(self, requests: Sequence[Request], bar: tqdm[Any]) -> list[Completion]:
+    async def _all(self, requests: Sequence[Request], bar: Bar) -> list[Completion]:
         async def one(index: int, request: Request) -> Completion:
             try:
                 async with self._places:

@@ -16,17 +16,21 @@ TEMPLATE = (
 )
 
 
-def main() -> None:
-    folder = Path(sys.argv[1])
+def write_model(folder: Path, *, max_length: int = 4096) -> None:
     spec = importlib.util.spec_from_file_location("tiny", Path(__file__).parents[1] / "tiny.py")
     assert spec is not None
     assert spec.loader is not None
     tiny = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tiny)
-    tiny.write_tiny_model(folder, max_length=4096)
+    tiny.write_tiny_model(folder, max_length=max_length)
     settings = folder / "tokenizer_config.json"
     config = json.loads(settings.read_text())
     settings.write_text(json.dumps(config | {"chat_template": TEMPLATE}))
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    write_model(folder)
 
     from nybble.server.cli.main import main as nybble
 
@@ -35,4 +39,5 @@ def main() -> None:
     nybble()
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -178,7 +178,7 @@ def test_everyone_comes_to_an_end_whatever_the_others_do(
     assert len(simulation.first_token) == len(requests)
     assert not simulation.scheduler.running
     assert not len(simulation.scheduler.waiting)
-    assert simulation.scheduler.blocks.num_free_blocks == 14
+    assert simulation.scheduler.block_manager.num_free_blocks == 14
 
 
 def crowd(

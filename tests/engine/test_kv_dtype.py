@@ -17,7 +17,9 @@ from nybble.engine.request import Request, SamplingParams
 from nybble.engine.runner import ModelRunner
 from nybble.engine.scheduler import ScheduledSequence
 from nybble.engine.sequence import BlockTable, Sequence
+from nybble.loaders import Checkpoint
 from nybble.models import architecture_of
+from tests.reference import alone, start, together
 
 CONFIG = EngineConfig(dtype=torch.float32, block_size=4, max_num_seqs=2, max_batched_tokens=32)
 
@@ -70,9 +72,18 @@ def test_8_bits_take_half_the_memory_of_16(
     assert share == (head_dim + 4) / (2 * head_dim)
 
 
-@both
-def test_8_bits_are_refused_on_the_cpu(
-    plain_checkpoint: Callable[..., object], kv_dtype: Literal["int8", "fp8"]
+def test_fp8_is_refused_on_the_cpu(plain_checkpoint: Callable[..., object]) -> None:
+    with pytest.raises(ValueError, match="kv_dtype is 'fp8', which needs a GPU"):
+        Engine.load(plain_checkpoint(), replace(CONFIG, kv_dtype="fp8"))  # type: ignore[arg-type]
+
+
+def test_int8_on_the_cpu_answers_alike_alone_and_in_company(
+    plain_checkpoint: Callable[..., Checkpoint],
 ) -> None:
-    with pytest.raises(ValueError, match=f"kv_dtype is '{kv_dtype}', which needs a GPU"):
-        Engine.load(plain_checkpoint(), replace(CONFIG, kv_dtype=kv_dtype))  # type: ignore[arg-type]
+    """With prompts of several chunks, in steps that mix them with decoding."""
+    engine = start(plain_checkpoint(), dtype=torch.bfloat16, kv_dtype="int8")
+    prompts = [range(40, 40 + length) for length in (3, 17, 70)]
+    try:
+        assert together(engine, prompts, 12) == [alone(engine, ids, 12) for ids in prompts]
+    finally:
+        engine.stop()

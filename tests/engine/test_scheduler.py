@@ -114,4 +114,4 @@ def test_what_is_admitted_is_seldom_preempted(seed: int) -> None:
     assert finished > 100
     assert scheduler.preemptions < 0.2 * finished
     assert computed < 1.2 * useful
-    assert scheduler.blocks.num_free_blocks < 100, "the reserve is no more than is needed"
+    assert scheduler.block_manager.num_free_blocks < 100, "the reserve is no more than is needed"

@@ -338,6 +338,36 @@ def test_activations_of_any_size_are_multiplied(integer_cpu: CpuLibrary, exponen
     assert ((found.double() - expected).abs() <= bound + 2.0**-126).all()
 
 
+@pytest.mark.parametrize("dim", [16, 48, 64, 80, 128])
+def test_attention_of_a_token_does_not_depend_on_its_chunk_or_its_company(
+    cpu: CpuLibrary, dim: int
+) -> None:
+    torch.manual_seed(0)
+    tokens, block_size, kv_heads = 70, 16, 2
+    blocks = -(-tokens // block_size)
+    q = torch.randn(tokens, 3 * kv_heads, dim).bfloat16()
+    k_cache, v_cache = torch.randn(2, 2 * blocks, kv_heads, block_size, dim).bfloat16()
+    own, other = torch.randperm(2 * blocks).int().view(2, -1)
+
+    def attend(begin: int, end: int, others: int) -> Tensor:
+        """Tokens ``begin`` to ``end`` of a sequence, behind ``others`` of another one."""
+        batch = AttentionBatch(
+            query_start=torch.tensor([0, others, others + end - begin], dtype=torch.int32),
+            context_lens=torch.tensor([tokens, end], dtype=torch.int32),
+            block_tables=torch.stack((other, own)),
+            slot_mapping=torch.zeros(others + end - begin, dtype=torch.int64),
+            max_query=max(others, end - begin),
+        )
+        rows = torch.cat((q[:others], q[begin:end]))
+        return cpu.paged_attention(rows, k_cache, v_cache, batch, dim**-0.5, 0)[others:]
+
+    whole = attend(0, tokens, others=1)
+    for size, others in ((1, 1), (1, 9), (23, 1), (23, 40)):
+        begins = range(0, tokens, size)
+        parts = [attend(begin, min(tokens, begin + size), others) for begin in begins]
+        assert torch.equal(torch.cat(parts), whole)
+
+
 def test_other_dtypes_and_layouts_are_computed_without_the_kernel() -> None:
     torch.manual_seed(0)
     weight = random_weight(40, 30, 6, "asym", torch.float16, act_order=True, bias=True)
@@ -369,6 +399,7 @@ def test_dense_weights_are_multiplied_with_few_numbers_of_rows(
         torch.testing.assert_close(found.double(), expected, rtol=2e-2, atol=2e-2)
         assert rows <= reference.rows_computed(rows) <= 1.5 * rows + 0.5
     assert len(computed) <= 18  # each costs half a MiB, for each shape of weight
+    assert 1 not in computed  # one row is summed in another order than several
     assert linear(torch.randn(2, 5, 64).bfloat16()).shape == (2, 5, 48)
 
 
@@ -523,14 +554,74 @@ def one_decode(context_lens: list[int], blocks_each: int = 2) -> AttentionBatch:
     )
 
 
+@pytest.mark.parametrize(("share", "dim"), [(1, 128), (3, 80), (7, 64), (40, 16)])
+@pytest.mark.parametrize("window", [0, 21])
+def test_keys_and_values_in_8_bits(cpu: CpuLibrary, share: int, dim: int, window: int) -> None:
+    """Stored to within half a step, and attended to as what is stored."""
+    torch.manual_seed(0)
+    tokens, slots = 70, torch.randperm(7 * 16)[:70]
+    slots[3] = -1
+    q, k, v = (
+        torch.randn(tokens, (share + 2) * 2, dim)
+        .bfloat16()
+        .split(  # type: ignore[no-untyped-call]
+            (share * 2, 2, 2), dim=1
+        )
+    )
+    k[0, 1] = 0
+    angles = torch.rand(tokens, dim) * 6
+    stored = []
+    for kernels in (cpu, reference):
+        caches = [torch.zeros(7, 2, 16, dim, dtype=torch.int8) for _ in range(2)]
+        scales = [torch.zeros(7, 2, 16) for _ in range(2)]
+        kernels.rotary_store(q.clone(), k, v, angles.cos(), angles.sin(), *caches, slots, *scales)
+        stored.append((*caches, *scales))
+    (k_cache, v_cache, k_scales, v_scales), expected = stored
+    assert torch.equal(v_cache, expected[1])
+    assert torch.equal(v_scales, expected[3])
+    rotated, exact = (c * s[..., None] for c, s in ((k_cache, k_scales), expected[::2]))
+    # Half a step, and a rounding of the rotated key, which may carry it over the next one.
+    assert ((rotated - exact).abs() <= expected[2][..., None] * 1.01).all()
+    batch = AttentionBatch(
+        query_start=torch.tensor([0, 40, 70], dtype=torch.int32),
+        context_lens=torch.tensor([60, 30], dtype=torch.int32),
+        block_tables=torch.tensor([[6, 2, 0, 5], [1, 3, 4, 4]], dtype=torch.int32),
+        slot_mapping=slots,
+        max_query=40,
+    )
+    inputs = k_cache, v_cache, batch, dim**-0.5, window, k_scales, v_scales
+    found = cpu.paged_attention(q, *inputs)
+    wanted = reference.paged_attention(q.double(), *inputs)
+    torch.testing.assert_close(found.double(), wanted, rtol=2**-7, atol=2**-7)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_8_bits_hide_nothing_that_is_not_a_number(cpu: CpuLibrary, value: float) -> None:
+    q, k, v = torch.randn(3, 1, 1, 32).bfloat16()
+    caches = [torch.zeros(1, 1, 16, 32, dtype=torch.int8) for _ in range(2)]
+    scales = [torch.zeros(1, 1, 16) for _ in range(2)]
+    for bad in (k, v):
+        before, bad[0, 0, 3] = bad[0, 0, 3].clone(), value
+        slots, turn = torch.zeros(1, dtype=torch.int64), torch.ones(1, 32)
+        cpu.rotary_store(q, k, v, turn, 0 * turn, *caches, slots, *scales)
+        found = cpu.paged_attention(q, *caches, one_decode([1], 1), 0.2, 0, *scales)
+        assert not found.isfinite().all()
+        bad[0, 0, 3] = before
+
+
+@pytest.mark.parametrize("eight_bits", [False, True])
 @pytest.mark.parametrize("window", [0, 1, 21, 50])
 @pytest.mark.parametrize(("share", "dim"), [(1, 128), (3, 80), (7, 64), (40, 16)])
 def test_a_tokens_attention_does_not_depend_on_those_beside_it(
-    cpu: CpuLibrary, share: int, dim: int, window: int
+    cpu: CpuLibrary, share: int, dim: int, window: int, eight_bits: bool
 ) -> None:
     """To the bit: in a prompt, in a piece of it, alone, and whatever later tokens hold."""
     torch.manual_seed(0)
     k_cache, v_cache = torch.randn(2, 7, 2, 16, dim).bfloat16()
+    scales: tuple[Tensor, ...] = ()
+    if eight_bits:
+        k_cache, v_cache = ((32 * cache).clamp(-127, 127).char() for cache in (k_cache, v_cache))
+        scales = tuple(torch.rand(2, 7, 2, 16) / 32)
     q = torch.randn(70, 2 * share, dim).bfloat16()
 
     def attend(first: int, end: int, k: Tensor = k_cache, v: Tensor = v_cache) -> Tensor:
@@ -542,11 +633,13 @@ def test_a_tokens_attention_does_not_depend_on_those_beside_it(
             slot_mapping=torch.zeros(end - first, dtype=torch.int64),
             max_query=end - first,
         )
-        return cpu.paged_attention(q[first:end], k, v, batch, dim**-0.5, window)
+        return cpu.paged_attention(q[first:end], k, v, batch, dim**-0.5, window, *scales)
 
     together = attend(0, 70)
     for first, end in ((0, 1), (0, 33), (33, 34), (34, 70), (69, 70), (5, 12)):
         assert torch.equal(attend(first, end), together[first:end])
+    if eight_bits:
+        return
     k, v = k_cache.clone(), v_cache.clone()
     k[4, :, 3], v[4, :, 3] = float("nan"), float("inf")  # position 99, the last
     found = attend(0, 70, k, v)

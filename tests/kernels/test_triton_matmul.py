@@ -78,7 +78,7 @@ TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 1.2e-2}
 
 
 @pytest.mark.parametrize("kind", ["symmetric", "zeros", "fractional", "codebook"])
-@pytest.mark.parametrize("group", [32, 64, 128, 256])
+@pytest.mark.parametrize("group", [16, 32, 64, 128, 256])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("config", [SMALL, LARGE, PARTS])
 def test_every_format_matches_its_dequantized_weight(
@@ -95,8 +95,9 @@ def test_every_format_matches_its_dequantized_weight(
 def test_odd_sizes_are_masked(rows: int, out: int, columns: int, kind: str, config: Config) -> None:
     torch.manual_seed(1)
     x = torch.randn(rows, columns).half()
-    weight = random_weight(kind, out, columns, 32, perm=True, bias=True)
-    assert error(x, weight, config) < 1e-3
+    for group in (16, 32):
+        weight = random_weight(kind, out, columns, group, perm=True, bias=True)
+        assert error(x, weight, config) < 1e-3
 
 
 @pytest.mark.parametrize("scale", [torch.bfloat16, torch.float32])
@@ -145,6 +146,17 @@ def test_only_the_last_blocks_of_outputs_are_split_where_a_tail_is() -> None:
     assert torch.equal(packed_matmul(x[33:34], weight, TAIL)[0], found[33])
 
 
+@pytest.mark.parametrize("rows", [1, 40])
+def test_groups_of_16_take_their_own_configuration(rows: int) -> None:
+    """NVFP4's, and of GGUF's Q6_K: the rule's choice for other groups is not for them."""
+    torch.manual_seed(12)
+    x = torch.randn(rows, 300).half()
+    for kind, scale in (("codebook", torch.float32), ("fractional", torch.float32)):
+        weight = random_weight(kind, 130, 300, 16, scale=scale, bias=True)
+        assert matmul.takes(weight, x.dtype)
+        assert error(x, weight, None) < 1e-3
+
+
 def test_leading_dimensions_and_empty_batches_keep_their_shape() -> None:
     torch.manual_seed(5)
     weight = random_weight("symmetric", 64, 128, 128)
@@ -156,10 +168,11 @@ def test_leading_dimensions_and_empty_batches_keep_their_shape() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_the_dequantized_weight_is_the_format_rounded_once(kind: str, dtype: torch.dtype) -> None:
     torch.manual_seed(6)
-    weight = random_weight(kind, 130, 200, 64)
-    found = dequantize(weight, dtype, 64).double()
-    expected = weight.dequantize()[64:].double()
-    assert (found - expected).norm() / expected.norm() < TOLERANCE[dtype] / 2
+    for group in (16, 64):
+        weight = random_weight(kind, 130, 200, group)
+        found = dequantize(weight, dtype, 64).double()
+        expected = weight.dequantize()[64:].double()
+        assert (found - expected).norm() / expected.norm() < TOLERANCE[dtype] / 2
 
 
 def test_many_rows_multiply_a_dequantized_weight_a_part_at_a_time() -> None:

@@ -427,6 +427,17 @@ def test_a_file_is_converted_to_16_bits(llama: Callable[..., Path], tmp_path: Pa
         assert torch.equal(dense[name], tensor.bfloat16().float())
 
 
+def test_a_file_without_blocks_is_a_16_bit_model(llama: Callable[..., Path]) -> None:
+    folder = resolve_model(str(llama(kind="BF16")))
+    checkpoint = open_checkpoint(folder)
+    assert checkpoint.format == "none"
+    prepared = prepare_checkpoint(
+        str(folder), device=torch.device("cpu"), quantize="nf4", progress=False
+    )
+    weight = dict(prepared.weights())["model.layers.0.mlp.down_proj"]
+    assert isinstance(weight, PackedWeight)
+
+
 def llama3_table(factor: float) -> np.ndarray[Any, Any]:
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 

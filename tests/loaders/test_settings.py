@@ -191,6 +191,8 @@ def test_strange_values_bring_no_other_error(format: type[Format]) -> None:
         for value in STRANGE:
             given = {**common, "config_groups": groups, field: value}
             with suppress(CheckpointError):
+                format.accepts(Settings(given, "config.json"))
+            with suppress(CheckpointError):
                 found = format.from_settings(Settings(given, "config.json"))
                 if isinstance(found, AffineFormat):
                     found.for_module("model.layers.0.mlp.up_proj")

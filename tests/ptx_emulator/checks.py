@@ -41,6 +41,7 @@ from nybble.kernels.triton import (
     sampling,
 )
 from nybble.kernels.triton.configs import Config, default_config
+from nybble.kernels.triton.grouped import StackedExperts, grouped_matmul
 
 CPU = torch.device("cpu")
 # Relative errors that rounding once to the dtype, and weights to it before, explain.
@@ -80,10 +81,10 @@ def shipped(capability: int) -> Iterator[tuple[int, Config]]:
 
 def check_matmul(capability: int, everything: bool) -> Iterator[Found]:
     """Kinds of weights take turns, or not; dtypes and odd sizes do in any case."""
-    kinds = (("symmetric", 128), ("codebook", 64), ("zeros", 32))
+    kinds = (("symmetric", 128), ("codebook", 64), ("zeros", 32), ("codebook", 16))
     for number, (rows, config) in enumerate(shipped(capability)):
         for turn, (kind, group) in enumerate(kinds):
-            if not everything and turn != number % 3:
+            if not everything and turn != number % len(kinds):
                 continue
             dtype = torch.bfloat16 if (number + turn) % 3 else torch.float16
             columns, out = (424, 272) if (number + turn) % 2 else (512, 192)
@@ -93,7 +94,7 @@ def check_matmul(capability: int, everything: bool) -> Iterator[Found]:
             name = f"{kind} g{group} {str(dtype)[6:]} {columns}→{out} m{rows} {config}"
             plain = weight.to_layout("gpu_tiles")
             yield name, matmul.packed_matmul(x, plain, config), expected
-            if turn != number % 3:
+            if turn != number % len(kinds):
                 continue
             gated = weight.to_layout("gpu_gated_tiles")
             kind = ACTIVATIONS[number % len(ACTIVATIONS)]
@@ -103,8 +104,36 @@ def check_matmul(capability: int, everything: bool) -> Iterator[Found]:
             yield f"{name}: the same within the product", within.float(), after.double()
 
 
+def check_grouped(capability: int, everything: bool) -> Iterator[Found]:
+    """Each block size; rows spread over the experts, or all at the last two."""
+    kinds = (("symmetric", 128), ("codebook", 32), ("zeros", 32))
+    for number, (rows, experts) in enumerate(((3, 5), (24, 2), (40, 2))):
+        for turn, (kind, group) in enumerate(kinds):
+            if not everything and turn != number:
+                continue
+            dtype = torch.bfloat16 if number % 2 else torch.float16
+            columns, out = (200, 80) if turn == 1 else (256, 192)
+            weights = [random_weight(kind, out, columns, group) for _ in range(experts)]
+            dense = torch.stack([weight.dequantize(torch.float64) for weight in weights])
+            biases = torch.stack([weight.bias.double() for weight in weights])
+            ids = torch.stack([torch.randperm(experts)[:2] for _ in range(rows)])
+            if number == 0:
+                ids[:] = torch.tensor([experts - 2, experts - 1])
+            top_k = torch.rand(rows, 2)
+            name = f"experts {kind} g{group} {str(dtype)[6:]} {columns}→{out} m{rows}"
+            for layout in ("gpu_tiles", "gpu_gated_tiles"):
+                stacked = StackedExperts.of([weight.to_layout(layout) for weight in weights])
+                x = torch.randn(rows, columns).to(dtype)
+                expected = torch.einsum("rkoi,ri->rko", dense[ids], x.double()) + biases[ids]
+                yield f"{name} {layout}", grouped_matmul(x, ids, experts=stacked), expected
+            each = torch.randn(rows, 2, columns).to(dtype)
+            expected = torch.einsum("rkoi,rki->rko", dense[ids], each.double()) + biases[ids]
+            found = grouped_matmul(each, ids, top_k, experts=stacked)
+            yield f"{name} weighted", found, (expected * top_k[..., None].double()).sum(1)
+
+
 def check_dequantize(capability: int, everything: bool) -> Iterator[Found]:
-    for kind, group in (("symmetric", 128), ("codebook", 64), ("zeros", 32)):
+    for kind, group in (("symmetric", 128), ("codebook", 64), ("zeros", 32), ("zeros", 16)):
         weight = random_weight(kind, 80, 200, group)
         for layout in ("gpu_tiles", "gpu_gated_tiles"):
             found = dequantize.dequantize(weight.to_layout(layout), torch.bfloat16)
@@ -221,6 +250,7 @@ FAMILIES: dict[str, Callable[[int, bool], Iterator[Found]]] = {
     "lora": check_lora,
     "norm": check_norm,
     "sampling": check_sampling,
+    "grouped": check_grouped,
 }
 
 
@@ -234,7 +264,7 @@ def timings(capability: int, family: str) -> list[Timing]:
     if capability >= 100:
         late = Timing(apart=True, backwards=True)
         early = Timing(WARP_GROUP, apart=True, late=False, seed=1)
-        return [late, early] if family in ("matmul", "attention") else [late]
+        return [late, early] if family in ("matmul", "attention", "grouped") else [late]
     unit = WARP_GROUP if capability == 90 else WARP
     return [Timing(), Timing(unit, backwards=True, late=False, seed=1)]
 

@@ -29,7 +29,7 @@ HEAD_DIMS = (16, 48, 64, 64, 80, 80, 96, 96, 112, 128, 128, 256, 256, 256)
 def draw_weight(pick: Random, out: int, columns: int) -> tuple[str, PackedWeight]:
     """A weight of any kind the loaders make, and its description."""
     kind = pick.choice(("symmetric", "zeros", "nf4", "fp4", "levels"))
-    group = pick.choice((32, 64, 128, columns))
+    group = pick.choice((16, 32, 64, 128, columns))
     groups = -(-columns // group)
     levels = {
         "symmetric": SYMMETRIC_LEVELS,

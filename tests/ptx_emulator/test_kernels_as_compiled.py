@@ -24,6 +24,7 @@ KERNELS = {
     "expand_kernel",
     "few_rows_kernel",
     "gated_kernel",
+    "grouped_kernel",
     "matmul_kernel",
     "prefill_kernel",
     "reduce_kernel",

@@ -33,7 +33,7 @@ def outlier_inputs(tokens: int, columns: int) -> Tensor:
 
 
 def statistics_of(x: Tensor) -> InputStatistics:
-    return InputStatistics(x.T @ x / len(x), x.abs().mean(0))
+    return InputStatistics(x.T @ x / len(x), x.abs().mean(0), len(x))
 
 
 def rounding_error(weight: Tensor, scale: Tensor, x: Tensor) -> float:

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from nybble.server.cli.errors import expected_errors, interruptible
+from nybble.server.cli.model_path import require_model
 from nybble.server.cli.options import TextOption
 from nybble.server.lifecycle.options import AliasesOption, DeviceOption
 
@@ -50,6 +51,7 @@ def evaluate(
     Standard errors are of the differences between models on the same windows of text.
     """
     with expected_errors(), interruptible():
+        require_model(reference, aliases)
         import torch
 
         from nybble.engine import resolve_device

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from nybble.server.cli.errors import expected_errors, interruptible
+from nybble.server.cli.model_path import require_model
 from nybble.server.cli.options import DataArgument, ModelArgument, OutArgument
 from nybble.server.lifecycle.options import AliasesOption, DeviceOption
 
@@ -61,6 +62,7 @@ def finetune(
 ) -> None:
     """Train a LoRA adapter on a frozen base, 4-bit or 16-bit, and save it in PEFT's format."""
     with expected_errors(), interruptible():
+        require_model(base, aliases)
         from nybble.engine import resolve_device
         from nybble.finetune import FinetuneSettings, LoraSettings, plot_losses
         from nybble.finetune import finetune as train

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from nybble.server.cli.errors import expected_errors, interruptible
+from nybble.server.cli.model_path import require_model
 from nybble.server.cli.options import ModelArgument, TargetArgument, WrittenFormat, require_empty
 from nybble.server.lifecycle.options import AliasesOption, DeviceOption
 
@@ -60,6 +61,7 @@ def merge(
     model of 0.5B parameters on two cores, but to the nearest most of a small adapter is lost.
     """
     with expected_errors(), interruptible():
+        require_model(base, aliases)
         if rounding and calibration is not None:
             raise ValueError("--round and --calibration exclude each other")
         require_empty(target)

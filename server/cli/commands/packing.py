@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from nybble.server.cli.errors import expected_errors, interruptible
+from nybble.server.cli.model_path import require_model
 from nybble.server.cli.options import ModelArgument, TargetArgument, require_empty
 from nybble.server.lifecycle.options import AliasesOption
 
@@ -23,6 +24,7 @@ def pack(
 ) -> None:
     """Write a model's packed form, which loads by memory-mapping."""
     with expected_errors(), interruptible():
+        require_model(source, aliases)
         require_empty(target)
         from nybble.engine import resolve_device
         from nybble.kernels.matmul import preferred_layout
@@ -45,10 +47,12 @@ def inspect(
 ) -> None:
     """Show what a model's weights are made of."""
     with expected_errors(), interruptible():
+        require_model(model, aliases)
         from nybble.engine import resolve_device
         from nybble.loaders import open_checkpoint, resolve_model
         from nybble.loaders.inspect import inspect_checkpoint
-        from nybble.quantizers.prepare import DEMO, demo_form
+        from nybble.model_name import DEMO
+        from nybble.quantizers.prepare import demo_form
         from nybble.server.cli.inspect_table import print_table
 
         checkpoint = open_checkpoint(resolve_model(model, aliases=aliases))

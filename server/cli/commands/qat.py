@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from nybble.server.cli.errors import expected_errors, interruptible
+from nybble.server.cli.model_path import require_model
 from nybble.server.cli.options import DataArgument, ModelArgument, OutArgument
 from nybble.server.lifecycle.options import AliasesOption, DeviceOption
 
@@ -36,6 +37,7 @@ def qat(
 ) -> None:
     """Train a 16-bit model on the grid its weights will have; write GPTQ's layout."""
     with expected_errors(), interruptible():
+        require_model(base, aliases)
         from nybble.engine import resolve_device
         from nybble.finetune.qat import QatSettings, quantization_aware_train
         from nybble.loaders import resolve_model

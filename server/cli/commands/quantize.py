@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from nybble.server.cli.errors import expected_errors, interruptible
+from nybble.server.cli.model_path import require_model
 from nybble.server.cli.options import TargetArgument, TextOption, WrittenFormat, require_empty
 from nybble.server.lifecycle.options import AliasesOption, DeviceOption
 
@@ -55,6 +56,7 @@ def quantize(
     GPTQ and AWQ are calibrated on text, unless --round is given; NF4 and FP4 need none.
     """
     with expected_errors(), interruptible():
+        require_model(source, aliases)
         if group_size == 0:
             raise ValueError("--group-size is 0, expected a positive number or -1")
         require_empty(target)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from nybble.server.cli.errors import expected_errors, interruptible, on_stderr
-from nybble.server.cli.model_path import require_path
+from nybble.server.cli.model_path import require_model
 from nybble.server.cli.options_command import takes
 from nybble.server.lifecycle.options import ServeOptions
 from nybble.server.observability import logs
@@ -25,7 +25,7 @@ def serve(options: ServeOptions) -> None:
         from nybble.server.http.listen import bind, bind_unix
 
         # Before anything heavy is imported: a wrong path and a taken port are found out at once.
-        require_path(options.model.model)
+        require_model(options.model.model, options.model.aliases)
         network = options.network
         sock = bind_unix(network.uds) if network.uds else bind(network.host, network.port)
         from nybble.engine import EngineFailedError

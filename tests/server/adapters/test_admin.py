@@ -15,6 +15,8 @@ from openai import OpenAI
 
 from nybble.engine import AdapterConfig, Engine
 from nybble.loaders import open_checkpoint
+from nybble.server.lifecycle.configure import named_adapters
+from nybble.server.lifecycle.options import AdapterOptions
 
 from ..client import COMPLETIONS, Client, refused, run
 from ..conftest import COMMAND, CONFIG, running_server
@@ -317,3 +319,16 @@ def test_an_adapter_changes_embeddings_too(engine: Engine, root: Path) -> None:
         assert cosine < 0.99
 
     serve(engine, root, scenario)
+
+
+def test_adapters_are_named_as_vllms_users_name_them() -> None:
+    written = ['{"name": "poet", "path": "/adapters/a=b", "base_model_name": "x"}', "judge=/j=k"]
+    options = AdapterOptions(lora_modules=written)
+    assert named_adapters(options, ["base"]) == {"poet": "/adapters/a=b", "judge": "/j=k"}
+    for wrong, message in (
+        ('{"name": "poet"}', "expected a JSON object with name and path"),
+        ('{"name": "poet", "path": ', "expected a JSON object with name and path"),
+        ('{"name": "poet", "path": 3}', "expected NAME=PATH"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            named_adapters(AdapterOptions(lora_modules=[wrong]), ["base"])

@@ -26,6 +26,7 @@ from ..client import CHAT, COMPLETIONS, HELLO, RESPONSES, Client, refused, run
     ("extra", "param"),
     [
         ({"temperature": -1}, "temperature"),
+        ({"temperature": 100.5}, "temperature"),
         ({"temperature": "hot"}, "temperature"),
         ({"top_p": 0}, "top_p"),
         ({"min_p": 2}, "min_p"),
@@ -48,6 +49,8 @@ from ..client import CHAT, COMPLETIONS, HELLO, RESPONSES, Client, refused, run
         ({"frequency_penalty": 3}, "frequency_penalty"),
         ({"frequency_penalty": 1e999}, "frequency_penalty"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"seed": 2**63}, "seed"),
+        ({"seed": -(2**63) - 1}, "seed"),
         ({"stream": True, "stream_options": {"other": 1}}, "stream_options.other"),
         ({"reasoning_effort": "high"}, "reasoning_effort"),
         ({"functions": [{}]}, "functions"),

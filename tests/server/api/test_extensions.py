@@ -97,6 +97,8 @@ def test_neutral_values_are_taken(kind: type[Body], extra: dict[str, Any]) -> No
     ("kind", "extra", "says"),
     [
         (ChatRequest, {"logit_bias": {"5": 1, "dog": 1}}, "'dog' is not a token id"),
+        (ResponsesRequest, {"grammar": "root ::= x"}, "use text.format, or /v1/chat/completions"),
+        (ChatRequest, {"logit_bias": {"a": 1, "b": 1}}, "'a', 'b' are not token ids"),
         (ChatRequest, {"logit_bias": {"5": 1, "7": 101}}, "token 7 is 101"),
         (EmbeddingRequest, {"input": []}, "empty"),
         (EmbeddingRequest, {"input": ""}, "empty"),
@@ -306,8 +308,23 @@ def test_a_stream_ends_with_an_empty_delta_that_says_why(engine: Engine) -> None
         chunks = await streamed(
             client, COMPLETIONS, {**PLAIN[CompletionRequest], **GREEDY, **usage}
         )
-        assert [chunk["usage"]["completion_tokens"] for chunk in chunks][-1] == 8
-        assert chunks[0]["usage"]["completion_tokens"] < 8
+        *text, end, total = chunks
+        assert [chunk["choices"][0]["finish_reason"] for chunk in text] == [None] * len(text)
+        assert (end["choices"][0]["text"], end["choices"][0]["finish_reason"]) == ("", "length")
+        counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
+        assert 0 < counts[0] < counts[-1] == 8
+
+    run(engine, scenario)
+
+
+def test_every_chunk_has_its_token_ids_where_they_are_asked_for(engine: Engine) -> None:
+    async def scenario(client: Client) -> None:
+        for path, body in ((CHAT, PLAIN[ChatRequest]), (COMPLETIONS, PLAIN[CompletionRequest])):
+            asked = {**body, **GREEDY, "return_token_ids": True}
+            (whole,) = (await posted(client, path, asked))["choices"]
+            chunks = [chunk["choices"][0] for chunk in await streamed(client, path, asked)]
+            assert [t for chunk in chunks for t in chunk["token_ids"]] == whole["token_ids"]
+            assert chunks[0]["prompt_token_ids"]
 
     run(engine, scenario)
 

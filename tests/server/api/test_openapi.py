@@ -40,6 +40,18 @@ def test_it_is_served_and_has_every_endpoint(engine: Engine) -> None:
     run(engine, scenario)
 
 
+def test_its_paths_are_below_the_prefix_of_a_proxy(engine: Engine) -> None:
+    assert DOCUMENT["servers"] == [{"url": "/"}]
+
+    async def scenario(client: Client) -> None:
+        async with client.get("/openapi.json") as response:
+            servers = (await response.json())["servers"]
+        async with client.get(servers[0]["url"] + "/v1/models") as response:
+            assert (servers, response.status) == ([{"url": "/llm"}], 200)
+
+    run(engine, scenario, root_path="/llm")
+
+
 @pytest.mark.parametrize("path", BODIES)
 def test_its_schemas_are_schemas(path: str) -> None:
     Draft202012Validator.check_schema(DOCUMENT["components"]["schemas"][BODIES[path].__name__])

@@ -98,6 +98,7 @@ def test_the_clients_helper_parses_structured_output(client: OpenAI) -> None:
         ({"max_output_tokens": 0}, "max_output_tokens"),
         ({"temperature": -1}, "temperature"),
         ({"text": {"format": NOT_ENFORCEABLE}}, "text.format"),
+        ({"extra_body": {"seed": 2**63}}, "seed"),
         ({"extra_body": {"unheard_of": 1}}, "unheard_of"),
     ],
 )

@@ -75,6 +75,18 @@ def test_a_json_object_begins_as_one(client: OpenAI) -> None:
         ({"guided_choice": ["yes", 'no "quoted"', "größer\n"]}, 'yes|no "quoted"|größer\n'),
         ({"guided_grammar": 'start: "a" b\nb: "b" | "c" b'}, r"ac*b"),
         ({"guided_json": {"const": "moon"}}, '"moon"'),
+        ({"guided_grammar": 'root ::= "a"{2} sun\nsun ::= "sun" | "moon"'}, "aa(sun|moon)"),
+        ({"guided_choice": ['x ::= "y"']}, 'x ::= "y"'),  # is no grammar
+        ({"grammar": 'root ::= "a"{5}', "json_schema": {}}, "aaaaa"),
+        ({"ebnf": "root ::= [ab]", "regex": ""}, "[ab]"),
+        ({"regex": "[ab]{3}", "ebnf": None, "grammar": ""}, "[ab]{3}"),
+        ({"json_schema": {"const": "moon"}}, '"moon"'),
+        ({"json_schema": '{"const": "moon"}'}, '"moon"'),
+        ({"response_format": {"type": "json_object", "schema": {"const": 42}}}, "42"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {"const": 42}}}},
+            "42",
+        ),
     ],
 )
 def test_guided_answers_match(client: OpenAI, guided: dict[str, Any], pattern: str) -> None:
@@ -98,6 +110,10 @@ def test_an_answer_cut_short_says_so(client: OpenAI) -> None:
     [
         ({"extra_body": {"guided_regex": "("}}, "guided_regex"),
         ({"extra_body": {"guided_grammar": "start: missing"}}, "guided_grammar"),
+        ({"extra_body": {"grammar": "root ::= this is (no grammar"}}, "grammar"),
+        ({"extra_body": {"ebnf": "root ::= missing"}}, "ebnf"),
+        ({"extra_body": {"guided_grammar": "a" * (1 << 20)}}, "guided_grammar"),
+        ({"extra_body": {"grammar": 'root ::= "a"', "regex": "a"}}, "grammar"),
         ({"extra_body": {"guided_choice": []}}, "guided_choice"),
         ({"extra_body": {"guided_json": {"type": "nope"}}}, "guided_json"),
         ({"extra_body": {"guided_json": {"$ref": "http://x.test/y"}}}, "guided_json"),
@@ -105,6 +121,7 @@ def test_an_answer_cut_short_says_so(client: OpenAI) -> None:
         ({"response_format": json_schema({"pattern": "a(?=b)"})}, "response_format"),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
         ({"response_format": {"type": "xml"}}, "response_format.type"),
+        ({"response_format": {"type": "text", "schema": {}}}, "response_format.schema"),
         (
             {"response_format": {"type": "json_object"}, "extra_body": {"guided_regex": "a"}},
             "guided_regex",

@@ -331,6 +331,18 @@ def test_results_of_calls_reach_the_template_with_arguments_as_objects(engine: E
     run(engine, scenario)
 
 
+def test_a_result_whose_call_was_cut_off_is_shown_to_the_template(engine: Engine) -> None:
+    """As clients send it that keep the last turns alone."""
+    engine.tokenizer.chat_template = HERMES
+
+    async def scenario(client: Client) -> None:
+        orphan = {"role": "tool", "content": "sunny", "tool_call_id": "c1"}
+        tokens = await (await client.post("/tokenize", json={"messages": [orphan, *HELLO]})).json()
+        assert "tool\nsunny" in engine.tokenizer.decode(tokens["tokens"])
+
+    run(engine, scenario)
+
+
 def test_a_message_with_an_empty_list_of_calls_is_one_without(engine: Engine) -> None:
     engine.tokenizer.chat_template = HERMES.replace(
         "{{ m.content }}",

@@ -100,7 +100,7 @@ def test_rounding_while_loading_makes_a_model_fit(tiny_model: Callable[..., Path
     [
         (("--model", "org/missing"), "the hub model org/missing (not on this machine)"),
         (("--max-model-len", 100_000), "--max-model-len is 100,000"),
-        (("--kv-cache-dtype", "int8"), "needs a GPU"),
+        (("--kv-cache-dtype", "fp8"), "needs a GPU"),
         (("--device", "cuda"), "device is 'cuda', but"),
         (("--max-num-seqs", 10**9), "does not fit"),
     ],

@@ -13,7 +13,9 @@ import typer
 from typer.testing import CliRunner, Result
 
 from nybble.loaders import open_checkpoint
+from nybble.model_name import ModelNotFoundError
 from nybble.server.cli.main import app
+from nybble.server.cli.model_path import require_model
 from nybble.server.lifecycle.options import parse_bytes
 
 
@@ -151,17 +153,58 @@ def test_the_model_may_be_said_by_name_alone() -> None:
         assert expected in " ".join(result.stderr.replace("│", " ").split())
 
 
-def test_a_wrong_path_is_found_out_before_anything_heavy_is_imported(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "command",
+    [
+        "serve {}",
+        "pack {} OUT",
+        "inspect {}",
+        "merge {} ADAPTER OUT",
+        "quantize {} OUT --format nf4",
+        "finetune {} DATA OUT",
+        "qat {} DATA OUT",
+        "eval {} OTHER",
+    ],
+)
+def test_a_wrong_name_is_found_out_before_anything_heavy_is_imported(
+    command: str, tmp_path: Path
+) -> None:
+    (tmp_path / "my-model").mkdir()
+    names = {
+        f"{tmp_path}/absent": f"model '{tmp_path}/absent': there is no {tmp_path}/absent\n",
+        f"{tmp_path}/my-modl": f"my-modl; did you mean {tmp_path}/my-model?\n",
+        "dmo": "an alias, or 'demo' would work; did you mean demo?\n",
+        "my-modl": "would work; did you mean my-model?\n",
+    }
     code = (
         "import sys; from nybble.server.cli.main import app\n"
-        f"try: app(['serve', '{tmp_path}/absent'])\n"
-        "except SystemExit as end: assert end.code == 1\n"
-        "assert not {'torch', 'transformers', 'aiohttp'} & set(sys.modules)\n"
+        f"for name in {list(names)}:\n"
+        f"    try: app({command.split()!r}[:1] + [name] + {command.split()!r}[2:])\n"
+        "    except SystemExit as end: assert end.code == 1\n"
+        "assert not {'torch', 'transformers', 'aiohttp', 'huggingface_hub'} & set(sys.modules)\n"
     )
     result = subprocess.run(
-        [sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True
+        [sys.executable, "-P", "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=tmp_path,
     )
-    assert result.stderr == f"error: --model {tmp_path}/absent: there is no {tmp_path}/absent\n"
+    lines = result.stderr.splitlines(keepends=True)
+    assert len(lines) == len(names)
+    for line, end in zip(lines, names.values(), strict=True):
+        assert line.startswith("error: model ")
+        assert line.endswith(end)
+
+
+def test_an_alias_and_what_may_be_on_the_hub_are_not_found_wrong(tmp_path: Path) -> None:
+    aliases = tmp_path / "models.toml"
+    aliases.write_text("short = 'org/model'")
+    require_model("short", aliases)
+    require_model("org/model")
+    require_model("demo")
+    with pytest.raises(ModelNotFoundError, match=r"models\.toml.*did you mean short\?"):
+        require_model("shrt", aliases)
 
 
 def test_sizes_are_binary_or_decimal() -> None:
