@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from nybble.server.cli.errors import expected_errors
-from nybble.server.cli.model_path import require_path
+from nybble.server.cli.model_path import require_model
 from nybble.server.observability import logs
 
 # Options of `serve` which would be different for each server, or whose state servers cannot share.
@@ -90,7 +90,7 @@ def _serve_options(context: typer.Context) -> dict[str, Any]:
     model = options["argument"] or options["model"]
     if model is None:
         raise ValueError("say which model: --model NAME")
-    require_path(model)
+    require_model(model, options["aliases"])
     for name, instead in _REFUSED.items():
         if options.get(name):
             raise ValueError(f"--{name.replace('_', '-')} is not for replicas: {instead}")
