@@ -18,6 +18,7 @@ from nybble.server.cli.commands.new_key import new_key
 from nybble.server.cli.commands.packing import inspect, pack
 from nybble.server.cli.commands.qat import qat
 from nybble.server.cli.commands.quantize import quantize
+from nybble.server.cli.commands.replicas import replicas
 from nybble.server.cli.commands.serve import serve
 
 app = typer.Typer(
@@ -29,6 +30,7 @@ app = typer.Typer(
 )
 for command in (serve, bench, pack, inspect, doctor, merge, new_key, quantize, finetune, qat):
     app.command()(command)
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(replicas)
 app.command("eval")(evaluate)
 app.add_typer(cache, name="cache")
 

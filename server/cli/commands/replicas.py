@@ -1,0 +1,136 @@
+"""``nybble replicas``: several servers of one model on this machine, behind HAProxy."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from nybble.server.cli.errors import expected_errors
+from nybble.server.cli.model_path import require_model
+from nybble.server.observability import logs
+
+# Options of `serve` which would be different for each server, or whose state servers cannot share.
+_REFUSED = {
+    "uds": "the servers listen on the ports after --port",
+    "ssl_certfile": "HAProxy speaks to clients: let it end TLS (`bind … ssl crt`)",
+    "root_path": "let HAProxy remove the prefix (`http-request replace-path`)",
+    "fine_tuning": "run jobs on one server by itself (`nybble serve --fine-tuning`)",
+    "state_dir": "run jobs on one server by itself (`nybble serve --state-dir`)",
+    "lora_state": "adapters come from --lora-watch or --lora-modules, which all servers read",
+}
+
+
+def replicas(
+    context: typer.Context,
+    count: Annotated[
+        int | None, typer.Option(help="Servers (default: one for each GPU).", min=1)
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(help="Port; the servers have those after it.", min=1, max=65535)
+    ] = 8000,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Print HAProxy's configuration and end.")
+    ] = False,
+) -> None:
+    """Serve a model from several processes, one a GPU, on http://HOST:PORT/v1.
+
+    All other options are those of `nybble serve`. Needs HAProxy. SIGHUP replaces one server after
+    the other; a server that ends is started again.
+
+    nybble replicas --count 4 --model org/name --lora-watch adapters
+    """
+    with expected_errors():
+        if port + (count or 1) > 65535:
+            raise ValueError(f"--port {port}: the servers' ports after it end at 65535")
+        if print_config:
+            from nybble.server.replicas.haproxy import configuration
+
+            addresses = [f"127.0.0.1:{port + i}" for i in range(1, (count or 2) + 1)]
+            typer.echo(configuration(f"{host}:{port}", addresses), nl=False)
+            return
+        options = _serve_options(context)
+        logs.configure(options["log_level"], options["log_format"])
+        from nybble.server.replicas.supervise import (
+            ReplicaError,
+            ReplicaSettings,
+            Supervisor,
+            find_haproxy,
+        )
+
+        haproxy = find_haproxy()
+        settings = ReplicaSettings(
+            host=host,
+            port=port,
+            arguments=context.args,
+            environments=_environments(count, options),
+            shutdown_timeout=options["shutdown_timeout"],
+        )
+        try:
+            asyncio.run(Supervisor(settings, haproxy).run())
+        except ReplicaError as error:
+            logs.error(str(error))
+            raise typer.Exit(1) from None
+
+
+def _serve_options(context: typer.Context) -> dict[str, Any]:
+    """The values of the options for ``serve``. Wrong ones end the command as they would end it.
+
+    Raises ValueError for an option that several servers cannot have.
+    """
+    assert context.parent is not None
+    group = context.parent.command
+    assert isinstance(group, TyperGroup)
+    with group.commands["serve"].make_context("nybble serve", [*context.args]) as parsed:
+        options = dict(parsed.params)
+    model = options["argument"] or options["model"]
+    if model is None:
+        raise ValueError("say which model: --model NAME")
+    require_model(model, options["aliases"])
+    for name, instead in _REFUSED.items():
+        if options.get(name):
+            raise ValueError(f"--{name.replace('_', '-')} is not for replicas: {instead}")
+    return options
+
+
+def _environments(count: int | None, options: dict[str, Any]) -> list[dict[str, str]]:
+    """What each server's environment has besides this one's: its GPUs, or its share of the cores.
+
+    Raises ValueError for more servers than there are GPUs for.
+    """
+    if options["device"] != "cpu" and (gpus := _gpus()):
+        each = options.get("tensor_parallel_size") or 1
+        most = len(gpus) // each
+        if count is not None and count > most:
+            raise ValueError(
+                f"--count {count}, but the {len(gpus)} GPUs are enough for {most}: a server has "
+                f"{each} of its own"
+            )
+        if not most:
+            raise ValueError(f"a server needs {each} GPUs, and there are {len(gpus)}")
+        return [
+            {"CUDA_VISIBLE_DEVICES": ",".join(gpus[i * each : (i + 1) * each])}
+            for i in range(count or most)
+        ]
+    if count is None:
+        raise ValueError("there is no GPU: say with --count how many servers to start")
+    if "OMP_NUM_THREADS" in os.environ:
+        return [{}] * count
+    threads = max(1, len(os.sched_getaffinity(0)) // count)
+    return [{"OMP_NUM_THREADS": str(threads)}] * count
+
+
+def _gpus() -> list[str]:
+    """Names for ``CUDA_VISIBLE_DEVICES`` of the GPUs which this process may use."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return [name.strip() for name in named.split(",")][: torch.cuda.device_count()]
+    return [str(i) for i in range(torch.cuda.device_count())]

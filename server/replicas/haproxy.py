@@ -1,0 +1,113 @@
+"""HAProxy's configuration for the replicas of one machine.
+
+Needs HAProxy 2.6 or newer. The directives: https://docs.haproxy.org/2.6/configuration.html.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from nybble.server.adapters.admin import ADMIN_PATHS
+
+# A server takes bodies of 16 MiB, but every connection may hold two buffers of this size.
+_BUFFER_BYTES = 1 << 20
+
+_TEMPLATE = """\
+# HAProxy 2.6 or newer in front of several servers of one model on this machine.
+# Written by `nybble replicas --print-config`; run with: haproxy -db -f haproxy.cfg
+
+global
+    # A connection takes two; as many as the system allows, up to this.
+    fd-hard-limit 20000
+    # A request's body must fit, or it is neither sent by its adapter nor tried again.
+    tune.bufsize {buffer}
+    hard-stop-after 10m
+{control}
+defaults
+    mode http
+    # Without this, the chunks of a stream wait for each other.
+    option http-no-delay
+    option redispatch 1
+    retries 3
+    timeout connect 2s
+    timeout http-request 60s
+    timeout http-keep-alive 60s
+    timeout queue 60s
+    # A long answer may take this long before its first byte, or between two.
+    timeout client 1h
+    timeout server 1h
+
+frontend api
+    bind {bind}
+    option http-buffer-request
+    # Is any server up?
+    acl asks_health path /health
+    acl any_is_up nbsrv(servers) gt 0
+    http-request return status 200 content-type application/json {ok} if asks_health any_is_up
+    # These speak of one server, and would reach any.
+    acl scrapes path /metrics
+    acl administers path {paths}
+    acl administers path_beg {every_adapter}/
+    http-request return status 404 content-type application/json {metrics} if scrapes
+    http-request return status 501 content-type application/json {administration} if administers
+    default_backend servers
+
+backend servers
+    # An adapter's requests meet at one server, where it is in a slot, until that server has 25 %
+    # more requests than the mean; then the next one on the circle helps. Requests without an
+    # adapter are spread in the same way by the model's name.
+    acl names_adapter req.body,json_query('$.adapter') -m found
+    acl sends_adapter req.hdr(X-LoRA-Adapter) -m found
+    http-request set-var(txn.key) req.body,json_query('$.model')
+    http-request set-var(txn.key) req.body,json_query('$.adapter') if names_adapter
+    http-request set-var(txn.key) req.hdr(X-LoRA-Adapter) if sends_adapter
+    balance hash var(txn.key)
+    hash-type consistent sdbm avalanche
+    hash-balance-factor 125
+    # A server that is stopping or starting answers 503. One that was killed answers nothing.
+    # Neither has sent a byte to the client, so that another server can take the request.
+    retry-on conn-failure empty-response 503
+    option httpchk GET /health
+    http-check expect status 200
+    # Down within a second. Streams of a server that is stopping go on to their end.
+    default-server check inter 500ms fastinter 200ms fall 2 rise 1
+{servers}
+"""
+
+
+def configuration(bind: str, servers: Sequence[str], control: Path | None = None) -> str:
+    """HAProxy's configuration file.
+
+    bind: ``address:port`` for clients.
+    servers: ``address:port`` of each server.
+    control: path of a socket on which HAProxy takes commands.
+    """
+    lines = [f"    server replica{i} {server}" for i, server in enumerate(servers, 1)]
+    addresses = ", ".join(f"http://{server}/metrics" for server in servers)
+    load, unload, every_adapter, _ = ADMIN_PATHS
+    return _TEMPLATE.format(
+        buffer=_BUFFER_BYTES,
+        bind=bind,
+        control="" if control is None else f"    stats socket {control} mode 600 level admin\n",
+        ok=_string({"status": "ok"}),
+        metrics=_error(f"each replica has metrics of its own: ask {addresses}", "not_found"),
+        administration=_error(
+            "an adapter loaded at one replica would be unknown to the others: put it in the folder "
+            "of --lora-watch, which all of them watch",
+            "not_supported",
+        ),
+        paths=" ".join((load, unload, every_adapter)),
+        every_adapter=every_adapter,
+        servers="\n".join(lines),
+    )
+
+
+def _error(message: str, code: str) -> str:
+    error = {"message": message, "type": "invalid_request_error", "param": None, "code": code}
+    return _string({"error": error})
+
+
+def _string(body: object) -> str:
+    return f"string '{json.dumps(body)}'"

@@ -1,0 +1,237 @@
+"""The real HAProxy before two tiny servers: adapters by affinity, a kill, a rolling restart."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx2 as httpx
+import pytest
+
+from nybble.server.replicas.haproxy import configuration
+
+ROOT = Path(__file__).parents[2]
+COMMAND = [sys.executable, "-P", "-c", "from nybble.server.cli.main import main; main()"]
+needs_haproxy = pytest.mark.skipif(
+    shutil.which("haproxy") is None, reason="haproxy is not installed (apt install haproxy)"
+)
+
+
+@dataclass
+class Site:
+    process: subprocess.Popen[str]
+    port: int
+    lines: list[str]
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def pids(self) -> list[int]:
+        """The process of each server, as the log says it last."""
+        found = dict(re.findall(r"started replica=replica(\d) pid=(\d+)", "".join(self.lines)))
+        return [int(found[name]) for name in sorted(found)]
+
+    def until(self, text: str, times: int = 1) -> None:
+        deadline = time.monotonic() + 120
+        while "".join(self.lines).count(text) < times:
+            assert time.monotonic() < deadline, "".join(self.lines)
+            assert self.process.poll() is None, "".join(self.lines)
+            time.sleep(0.05)
+
+    def ask(self, model: str, tokens: int = 4, **fields: object) -> httpx.Response:
+        body = {"model": model, "prompt": "the fox", "max_tokens": tokens, "ignore_eos": True}
+        return httpx.post(f"{self.url}/v1/completions", json=body | fields, timeout=120)
+
+    def sequences(self) -> list[dict[str, float]]:
+        """Of each server, how many sequences each adapter had."""
+        texts = [httpx.get(f"http://127.0.0.1:{self.port + i}/metrics").text for i in (1, 2)]
+        pattern = r'nybble_adapter_sequences_total\{adapter="(\w+)"\} (\S+)'
+        return [{name: float(n) for name, n in re.findall(pattern, text)} for text in texts]
+
+
+def free_ports(count: int) -> int:
+    """The first of ``count`` ports in a row that nothing listens on."""
+    for port in range(20000 + os.getpid() % 5000, 60000, count):
+        held = [socket.socket() for _ in range(count)]
+        try:
+            for i, each in enumerate(held):
+                each.bind(("127.0.0.1", port + i))
+            return port
+        except OSError:
+            continue
+        finally:
+            for each in held:
+                each.close()
+    raise AssertionError("no free ports")
+
+
+@pytest.fixture(scope="module")
+def site(
+    tiny_model: Callable[..., Path],
+    tiny_adapter: Callable[..., Path],
+) -> Iterator[Site]:
+    port = free_ports(3)
+    adapters = [f"--lora-modules=a{i}={tiny_adapter(seed=1)}" for i in range(8)]
+    options = ["--served-model-name", "tiny", "--kv-cache-memory", "16MiB", "--device", "cpu"]
+    process = subprocess.Popen(
+        [
+            *(*COMMAND, "replicas", "--count", "2", "--port", str(port)),
+            *("--model", str(tiny_model()), *options, *adapters, "--max-lora-rank", "8"),
+        ],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    site = Site(process, port, [])
+    assert process.stderr is not None
+    reader = threading.Thread(target=site.lines.extend, args=(process.stderr,), daemon=True)
+    reader.start()
+    try:
+        site.until("serving url=")
+        for name in ("replica1", "replica2"):
+            site.until(f"servers/{name} is UP")
+        yield site
+        servers = site.pids()
+        process.terminate()
+        assert process.wait(60) == 0, "".join(site.lines)
+        for pid in servers:
+            with pytest.raises(ProcessLookupError):
+                os.kill(pid, 0)
+    finally:
+        process.kill()
+
+
+@needs_haproxy
+def test_an_adapters_requests_meet_at_one_server(site: Site) -> None:
+    for _ in range(3):
+        for i in range(8):
+            assert site.ask(f"a{i}").status_code == 200
+            assert site.ask("tiny", adapter=f"a{i}").status_code == 200
+    first, second = site.sequences()
+    assert first
+    assert second
+    assert not first.keys() & second.keys()
+    assert sum(first.values()) + sum(second.values()) == 48
+
+
+@needs_haproxy
+def test_what_speaks_of_one_server_is_refused_and_says_what_to_do(site: Site) -> None:
+    assert httpx.get(f"{site.url}/health").status_code == 200
+    refused = httpx.get(f"{site.url}/metrics")
+    assert refused.status_code == 404
+    assert f"http://127.0.0.1:{site.port + 1}/metrics" in refused.json()["error"]["message"]
+    refused = httpx.post(f"{site.url}/v1/load_lora_adapter", json={})
+    assert refused.status_code == 501
+    assert "--lora-watch" in refused.json()["error"]["message"]
+    assert {model["id"] for model in httpx.get(f"{site.url}/v1/models").json()["data"]} >= {"tiny"}
+
+
+class Load:
+    """Requests one after the other from a few threads, until it is told to stop."""
+
+    def __init__(self, site: Site) -> None:
+        self._site = site
+        self._stop = threading.Event()
+        self.statuses: list[int | str] = []
+        self._threads = [threading.Thread(target=self._ask, args=(i,)) for i in range(4)]
+
+    def __enter__(self) -> Load:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def _ask(self, i: int) -> None:
+        while not self._stop.is_set():
+            try:
+                answer = self._site.ask(f"a{i}", tokens=8)
+                self.statuses.append(answer.status_code)
+            except httpx.HTTPError as error:
+                self.statuses.append(repr(error))
+            time.sleep(0.02)
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+
+@needs_haproxy
+def test_a_killed_server_loses_no_request_and_its_streams_end_with_an_error(site: Site) -> None:
+    """Streams that began cannot be taken over: their connection breaks instead of ending well."""
+    ended: list[str] = []
+
+    def stream(model: str) -> None:
+        body = {"model": model, "prompt": "a", "max_tokens": 400, "ignore_eos": True}
+        try:
+            with httpx.stream(
+                "POST", f"{site.url}/v1/completions", json={**body, "stream": True}, timeout=120
+            ) as response:
+                assert response.status_code == 200
+                text = ""
+                for piece in response.iter_text():
+                    began.release()
+                    text += piece
+            ended.append("whole" if text.rstrip().endswith("data: [DONE]") else "truncated")
+        except httpx.RemoteProtocolError:
+            ended.append("broken")
+
+    began = threading.Semaphore(0)
+    models = [f"a{i}" for i in range(8)]
+    threads = [threading.Thread(target=stream, args=(model,)) for model in models]
+    with Load(site) as load:
+        for thread in threads:
+            thread.start()
+        for _ in models:
+            assert began.acquire(timeout=60)
+        victim = site.pids()[0]
+        os.kill(victim, signal.SIGKILL)
+        for thread in threads:
+            thread.join()
+        site.until("ready replica=replica1", times=2)
+    assert set(load.statuses) == {200}
+    assert "truncated" not in ended
+    assert {"broken", "whole"} == set(ended)
+    assert site.pids()[0] != victim
+
+
+@needs_haproxy
+def test_a_rolling_restart_loses_nothing(site: Site) -> None:
+    before = site.pids()
+    with Load(site) as load:
+        site.process.send_signal(signal.SIGHUP)
+        site.until("every server has been replaced")
+    assert set(load.statuses) == {200}
+    assert not set(before) & set(site.pids())
+
+
+def test_the_example_is_what_the_command_prints() -> None:
+    example = (ROOT / "deploy/haproxy/haproxy.cfg").read_text()
+    servers = [f"127.0.0.1:{port}" for port in range(8001, 8005)]
+    assert example == configuration("127.0.0.1:8000", servers)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--model", "demo", "--device", "cpu"], "say with --count"),
+        (["--count", "2"], "--model NAME"),
+        (["--count", "2", "--model", "demo", "--fine-tuning"], "--fine-tuning is not for replicas"),
+        (["--count", "2", "--model", "demo", "--no-such"], "No such option: --no-such"),
+        (["--count", "2", "--model", "/nowhere/model"], "there is no /nowhere"),
+    ],
+)
+def test_wrong_options_are_named(options: list[str], message: str) -> None:
+    result = subprocess.run([*COMMAND, "replicas", *options], capture_output=True, text=True)
+    assert result.returncode != 0
+    assert message in " ".join(re.sub("[│╭╮╰╯─]", " ", result.stderr).split())
