@@ -52,7 +52,7 @@ from nybble.engine.stats import EngineStats
 from nybble.engine.streams import Stream
 from nybble.engine.vocabulary import Vocabulary
 from nybble.kernels.progress import Progress, track
-from nybble.loaders.tokenizer import load_tokenizer
+from nybble.loaders.tokenizer import check_vocabulary, load_tokenizer
 from nybble.models import UnsupportedModelError, architecture_of
 
 if TYPE_CHECKING:
@@ -151,6 +151,7 @@ class Engine:
         if config.kv_cache_bytes is not None:
             layout.blocks_in(config.kv_cache_bytes)
         tokenizer = load_tokenizer(checkpoint.folder)
+        check_vocabulary(tokenizer, architecture.vocab)
         vocabulary = Vocabulary(tokenizer.backend_tokenizer)
         weights = track(checkpoint.weights(), "Loading weights", progress, unit="tensors")
         decoder = Decoder(

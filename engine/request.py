@@ -191,7 +191,8 @@ class NotANumberError(NoTokenError):
 
     def __init__(self) -> None:
         super().__init__(
-            "what the model computed for this request is no number; is its adapter sound?"
+            "what the model computed for this request is not a number: the weights of the model, "
+            "or of the request's adapter, are damaged or overflow"
         )
 
 

@@ -29,8 +29,9 @@ def rotary_table(rope: Rope, length: int, device: torch.device) -> Tensor:
         max_position_embeddings=rope.max_position_embeddings,
     )
     kind = rope.parameters["rope_type"]
-    default = LlamaRotaryEmbedding.compute_default_rope_parameters
-    frequencies: _Frequencies = ROPE_INIT_FUNCTIONS.get(kind, default)
+    frequencies: _Frequencies = LlamaRotaryEmbedding.compute_default_rope_parameters
+    if kind != "default":
+        frequencies = ROPE_INIT_FUNCTIONS[kind]
     longest = min(length, rope.original_length + 1) if kind == "longrope" else None
     inverse, scaling = frequencies(config, device=device, seq_len=longest)
     if longest is not None:  # Phi-3.5-MoE has factors of its own

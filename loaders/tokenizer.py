@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from nybble.loaders.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
 
 # What conversions of sentencepiece models are known to get wrong: leading, trailing and repeated
 # spaces, newlines, tabs, characters outside the vocabulary, Unicode variants of a letter, the mark
@@ -42,7 +45,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     except Exception as error:  # tokenizers raise errors of any type, even Exception itself
         reason = " ".join(str(error).split())
         raise CheckpointError(f"the tokenizer of {folder} cannot be read: {reason}") from error
-    if not tokenizer.is_fast:
+    if not tokenizer.is_fast or not _knows_text(tokenizer):
         raise CheckpointError(
             f"{folder} has neither tokenizer.json nor a sentencepiece tokenizer.model: streaming "
             "needs one of them"
@@ -51,6 +54,35 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
     return tokenizer
+
+
+def _knows_text(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """False for what transformers makes without a file: a tokenizer of special tokens alone."""
+    special = {token.content for token in tokenizer.added_tokens_decoder.values()}
+    return bool(tokenizer.backend_tokenizer.get_vocab(False).keys() - special)
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab: int) -> None:
+    """Warn of a tokenizer that is probably another model's.
+
+    vocab: tokens the model knows.
+    """
+    known = tokenizer.get_vocab()
+    beyond = sorted(token for token, id in known.items() if id >= vocab)
+    if beyond:
+        logger.warning(
+            "the tokenizer knows %d tokens, such as %r, beyond the model's vocabulary of %d: "
+            "prompts with them are refused. Is it this model's tokenizer?",
+            len(beyond),
+            beyond[0],
+            vocab,
+        )
+    if len(known) < vocab / 2:
+        logger.warning(
+            "the tokenizer knows %d tokens and the model %d. Is it this model's tokenizer?",
+            len(known),
+            vocab,
+        )
 
 
 def _converted(model: Path) -> PreTrainedTokenizerBase:

@@ -84,6 +84,9 @@ def windows(config: PretrainedConfig) -> tuple[int, ...]:
     return tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
 
 
+_ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
+
+
 def rope(
     config: PretrainedConfig,
     head_dim: int,
@@ -92,11 +95,19 @@ def rope(
     interleaved: bool = False,
     includes_scaling: bool = False,
 ) -> Rope:
-    """The rotary embedding of the layers of ``layer_type``, or of all layers."""
+    """The rotary embedding of the layers of ``layer_type``, or of all layers.
+
+    Raises UnsupportedModelError for a kind of scaling that nothing here computes.
+    """
     parameters: Mapping[str, Any] = config.rope_parameters
     if layer_type is not None:
         parameters = parameters[layer_type]
     parameters = dict(parameters)
+    kind = parameters.get("rope_type")
+    if kind not in _ROPE_TYPES:
+        raise UnsupportedModelError(
+            f"rope_type is {kind!r}; supported are {', '.join(_ROPE_TYPES)}"
+        )
     factor = parameters.pop("partial_rotary_factor", None) or 1.0
     return Rope(
         rotary_dim=int(head_dim * factor),

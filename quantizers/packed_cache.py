@@ -20,7 +20,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from nybble.loaders.cache import cache_folder
+from nybble.loaders.cache import cache_folder, make_folder
 from nybble.loaders.errors import CheckpointError
 from nybble.loaders.model_files import side_files
 from nybble.loaders.packed_file import VERSION, PackedCheckpoint
@@ -92,7 +92,7 @@ def packed_folder() -> Path:
 def reserved(origin: Origin) -> Iterator[tuple[Path, bool]]:
     """Lock an entry: yields its folder, and whether it is missing and has to be packed."""
     packed = origin.place()
-    packed.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(packed.parent)
     with FileLock(_lock(packed)):
         if packed.is_dir():
             try:

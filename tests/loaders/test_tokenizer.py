@@ -13,7 +13,7 @@ from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from transformers import PreTrainedTokenizerBase
 
 from nybble.loaders import CheckpointError
-from nybble.loaders.tokenizer import load_tokenizer
+from nybble.loaders.tokenizer import check_vocabulary, load_tokenizer
 
 CORPUS = (
     "the quick brown fox jumps over the lazy dog and then the other dog barks at the moon",
@@ -180,6 +180,29 @@ def test_a_folder_without_a_tokenizer_is_refused_by_name(tmp_path: Path) -> None
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(CheckpointError, match=str(tmp_path)):
         load_tokenizer(tmp_path)
+
+
+def test_a_model_without_tokenizer_files_is_refused_though_transformers_makes_a_tokenizer(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    for file in ("config.json", "tokenizer_config.json"):
+        (tmp_path / file).write_bytes((tiny_model() / file).read_bytes())
+    with pytest.raises(CheckpointError, match=r"has neither tokenizer\.json nor"):
+        load_tokenizer(tmp_path)
+
+
+def test_another_models_tokenizer_is_warned_of(
+    tiny_model: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer = load_tokenizer(tiny_model())
+    tokens = len(tokenizer)
+    check_vocabulary(tokenizer, tokens)
+    check_vocabulary(tokenizer, 2 * tokens)
+    assert not caplog.records
+    check_vocabulary(tokenizer, 2 * tokens + 1)
+    assert f"knows {tokens} tokens and the model {2 * tokens + 1}" in caplog.text
+    check_vocabulary(tokenizer, tokens - 3)
+    assert "knows 3 tokens, such as" in caplog.text
 
 
 def test_a_tokenizer_that_would_cut_or_pad_does_neither(

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from nybble.engine import AdapterConfig
 from nybble.finetune.lora import LoRASettings, adapter_tensors, add_lora, save_adapter
 from nybble.loaders import Checkpoint, open_checkpoint
-from nybble.models import architecture_of, supported_families
+from nybble.models import UnsupportedModelError, architecture_of, supported_families
 from nybble.quantizers import quantize_checkpoint
 from nybble.quantizers.awq import scale_block
 from nybble.quantizers.layers import DecoderLayers, linear_layer
@@ -261,6 +261,12 @@ shown_rows = pytest.mark.parametrize(
 
 def test_every_family_has_a_row() -> None:
     assert {family for family, _ in ROWS.values()} == set(supported_families())
+
+
+def test_a_kind_of_rope_that_nothing_computes_is_refused_by_name() -> None:
+    config = AutoConfig.for_model("qwen2", rope_scaling={"type": "flurb", "factor": 2})
+    with pytest.raises(UnsupportedModelError, match="rope_type is 'flurb'; supported are default"):
+        architecture_of(config)
 
 
 @pytest.fixture(autouse=True)

@@ -13,6 +13,7 @@ from filelock import FileLock
 from typer.testing import CliRunner
 
 from nybble.loaders import open_checkpoint
+from nybble.loaders.cache import make_folder
 from nybble.quantizers import quantize_checkpoint
 from nybble.quantizers.packed_cache import entries, packed_folder
 from nybble.quantizers.prepare import demo_form, prepare_checkpoint
@@ -88,6 +89,12 @@ def test_prune_removes_what_has_gone_or_changed_and_nothing_else(
     assert packed(snapshots / "snapshots/one") == kept
     cli("prune", "--all")
     assert not kept.exists()
+
+
+def test_a_cache_that_cannot_be_written_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"Not a directory.*: set XDG_CACHE_HOME to a folder"):
+        make_folder(tmp_path / "file" / "packed")
 
 
 def test_an_empty_cache_is_no_error() -> None:
