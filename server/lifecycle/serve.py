@@ -72,7 +72,11 @@ async def serve(
         ready()
         await stopping.wait()
         timeout = settings.shutdown_timeout if engine.failure is None else _FLUSH_SECONDS
-        logger.info("shutting down: finishing requests for at most %g s", timeout)
+        logger.info(
+            "shutting down: finishing requests for at most %g s; a second signal (Ctrl-C) ends "
+            "them at once",
+            timeout,
+        )
         left = await gate.close(timeout)
         if left:
             logger.warning("%d requests did not finish in time and end with an error", left)
