@@ -25,7 +25,7 @@ from nybble.server.cli.commands.serve import serve
 class _Commands(TyperGroup):
     """The commands, whose errors do without the prefix that pydantic gives typer's."""
 
-    def invoke(self, ctx: typer.Context) -> Any:
+    def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except typer.BadParameter as error:
