@@ -134,7 +134,7 @@ class GrammarCompiler:
             StructTag(
                 trigger=tag.trigger,
                 begin=tag.begin,
-                grammar={**tag.schema, "x-guidance": JSON_OPTIONS},
+                grammar=grammar_schema(dict(tag.schema)),
                 end=tag.end,
             )
             for tag in tags

@@ -399,11 +399,16 @@ def _ends(read: _Read) -> bool:
     The definitions of which this is known grow until there is no other.
     """
     known: set[str] = set()
+    # A definition is read after the one that refers to it: backwards, few passes are needed.
+    left = list(reversed(read.definitions))
     while True:
-        found = {name for name, node in read.definitions.items() if _ends_if(node, known)}
-        if found == known:
+        before = len(left)
+        for name in left:
+            if _ends_if(read.definitions[name], known):
+                known.add(name)
+        left = [name for name in left if name not in known]
+        if len(left) == before:
             return _ends_if(read.root, known)
-        known = found
 
 
 def _ends_if(node: Any, known: set[str]) -> bool:
