@@ -55,7 +55,8 @@ class GrammarGuide:
         return torch.from_numpy(weights != 0)
 
     def accept(self, token: int) -> bool:
-        if not self._matcher.consume_token(token):
+        # If nothing may follow, computing the mask is an error, after which only an end is taken.
+        if self._matcher.is_error() or not self._matcher.consume_token(token):
             raise GuideError(f"guided decoding failed: {_first_line(self._matcher.get_error())}")
         return bool(self._matcher.is_stopped())
 
@@ -133,7 +134,7 @@ class GrammarCompiler:
             StructTag(
                 trigger=tag.trigger,
                 begin=tag.begin,
-                grammar={**tag.schema, "x-guidance": JSON_OPTIONS},
+                grammar=grammar_schema(dict(tag.schema)),
                 end=tag.end,
             )
             for tag in tags
@@ -154,6 +155,11 @@ class GrammarCompiler:
         matcher = LLMatcher(self._tokenizer, grammar, log_level=0)
         if matcher.is_error():
             raise ValueError(_first_line(matcher.get_error()))
+        # A grammar of which no text can begin compiles; its first mask is what shows it.
+        started = matcher.deep_copy()
+        started.compute_logit_bias()
+        if started.is_error():
+            raise ValueError("nothing matches it: no text can begin as it says")
         return GrammarGuide(matcher)
 
 
@@ -161,7 +167,9 @@ def grammar_schema(schema: Schema, omissions: list[Omission] | None = None) -> d
     """``schema`` as a grammar's ``%json`` takes it, by itself or as one of several.
 
     omissions: gets what the grammar cannot express of it, which is left to the model. Without it
-    ValueError is raised for the first.
+        ValueError is raised for the first.
+
+    Raises ValueError if no value satisfies the schema.
     """
     expressed, omitted = expressible(schema, _schema_error)
     if omissions is not None:

@@ -42,6 +42,8 @@ _GIVEN_UP = (
     *("allOf", "anyOf", "enum", "const", "additionalProperties", "required"),
     *("prefixItems", "items", "properties", "$ref", "type"),
 )
+# How the library's errors begin for a schema that no value satisfies.
+_CONTRADICTION = "Unsatisfiable schema: "
 _KEYWORDS = frozenset((*_GIVEN_UP, *_INEXPRESSIBLE, "oneOf", "additionalItems"))
 
 
@@ -69,9 +71,17 @@ def expressible(schema: Schema, check: Check) -> tuple[dict[str, Any], list[Omis
     """A schema that ``check`` accepts, and the keywords of ``schema`` which it does not enforce.
 
     Every reference in it is to ``#/$defs/…``. If no keyword can be kept, it allows any value.
+
+    Schemas in ``allOf`` which exclude each other count as not expressible: merged schemas of real
+    tools often do. Raises ValueError naming the path of any other contradiction because of which no
+    value satisfies the schema, and if every value would have to contain itself.
     """
+    if schema is False:
+        raise ValueError("#: nothing matches it: it allows no value")
     reader = _Reader(schema)
     read = reader.read()
+    if not _ends(read):
+        raise ValueError("#: nothing matches it: its references lead to itself without end")
     if check(read.joined()) is not None:
         _Reducer(read, check, reader.omissions).reduce()
     # A part which several references name is read several times, so omissions repeat.
@@ -109,19 +119,12 @@ class _Reader:
 
     def read(self) -> _Read:
         root = self._node(self._schema, "#", self._schema)
-        self._read.root = self._object(root, "#")
+        # The library does not accept a boolean.
+        self._read.root = root if isinstance(root, dict) else self._kept({}, "#")
         while self._waiting:
             name, target, path, resource = self._waiting.pop()
             self._read.definitions[name] = self._node(target, path, resource)
         return self._read
-
-    def _object(self, node: Schema, path: str) -> dict[str, Any]:
-        """``node``. A boolean, which the library does not accept, becomes an equivalent object."""
-        if isinstance(node, dict):
-            return node
-        if not node:
-            self._omit(path, "it allows no value")
-        return self._kept({}, path)
 
     def _kept(self, node: dict[str, Any], path: str) -> dict[str, Any]:
         self._read.paths[id(node)] = path
@@ -151,7 +154,7 @@ class _Reader:
             elif key == "type":
                 self._type(node, value, at)
             elif key == "enum":
-                self._take(node, key, value, at, isinstance(value, list) and bool(value))
+                self._take(node, key, value, at, isinstance(value, list))
             elif key == "const":
                 node[key] = value
             elif key in ("pattern", "format"):
@@ -390,6 +393,45 @@ def _allowed(schema: Any) -> set[str] | None:
     return None
 
 
+def _ends(read: _Read) -> bool:
+    """Whether a value that satisfies the references of a schema can be finite.
+
+    The definitions of which this is known grow until there is no other.
+    """
+    known: set[str] = set()
+    # A definition is read after the one that refers to it: backwards, few passes are needed.
+    left = list(reversed(read.definitions))
+    while True:
+        before = len(left)
+        for name in left:
+            if _ends_if(read.definitions[name], known):
+                known.add(name)
+        left = [name for name in left if name not in known]
+        if len(left) == before:
+            return _ends_if(read.root, known)
+
+
+def _ends_if(node: Any, known: set[str]) -> bool:
+    """Whether a value of ``node`` can be finite if values of the ``known`` definitions can."""
+    if not isinstance(node, dict):
+        return True  # whether false contradicts the rest is for the library to say
+    needed: list[Any] = list(node.get("allOf", ()))
+    if node.get("type") == "object":
+        properties = node.get("properties", {})
+        needed += [properties.get(name) for name in node.get("required", ())]
+    if node.get("type") == "array":
+        first = node.get("prefixItems", [])
+        needed += first[: node.get("minItems", 0)]
+        if node.get("minItems", 0) > len(first):
+            needed.append(node.get("items"))
+    reference = node.get("$ref")
+    return (
+        (reference is None or reference.removeprefix("#/$defs/") in known)
+        and all(_ends_if(each, known) for each in needed)
+        and ("anyOf" not in node or any(_ends_if(each, known) for each in node["anyOf"]))
+    )
+
+
 class _Reducer:
     """Drops keywords of a schema until the library compiles it."""
 
@@ -397,6 +439,7 @@ class _Reducer:
         self._read = read
         self._check = check
         self._omissions = omissions
+        self._contradictions: list[Omission] = []
 
     def reduce(self) -> None:
         definitions = self._read.definitions
@@ -407,6 +450,9 @@ class _Reducer:
                 self._settle(part, known)
             if (wrong := self._check(self._read.joined())) is None:
                 return
+        if self._contradictions:
+            first = self._contradictions[0]
+            raise ValueError(f"{first.path}: nothing matches the schema: {first.reason}")
         self._omissions.append(Omission("#", wrong or ""))
         self._read.root.clear()
         definitions.clear()
@@ -429,13 +475,21 @@ class _Reducer:
                 dropped.append((key, _without(node, key)))
                 wrong = self._wrong(node, known)
         reasons: dict[str, str] = {}
+        contradicting: dict[str, Any] = {}
+        path = self._read.paths.get(id(node), "#")
         for key, value in reversed(dropped):
             _put_back(node, key, value)
             if (now := self._wrong(node, known)) is not None:
                 _without(node, key)
-                reasons[key] = now
-        path = self._read.paths.get(id(node), "#")
+                if now.startswith(_CONTRADICTION) and key != "allOf":
+                    contradicting[key] = value
+                    reason = now.removeprefix(_CONTRADICTION)
+                    self._contradictions.append(Omission(f"{path}/{key}", reason))
+                else:
+                    reasons[key] = now
         self._omissions += [Omission(f"{path}/{key}", why) for key, why in reasons.items()]
+        # A contradiction stays: it may be in a branch or a property that a value can do without.
+        node.update(contradicting)
 
 
 def _without(node: dict[str, Any], key: str) -> Any:

@@ -30,8 +30,15 @@ def memory_explained(checkpoint: Checkpoint, config: EngineConfig) -> Iterator[N
     free = available_bytes(device)
     kv = _kv_bytes(checkpoint, config)
     if device.type == "cpu" and kv > free:
+        asked = config.kv_cache_bytes
+        capped = (
+            f" (of the {gib(asked)} asked for, all that {config.max_num_seqs} sequences at full "
+            "length can fill)"
+            if asked is not None and asked > kv
+            else ""
+        )
         raise ValueError(
-            f"the KV cache of {gib(kv)} does not fit: {gib(free)} are free. "
+            f"the KV cache of {gib(kv)}{capped} does not fit: {gib(free)} are free. "
             f"{_would_fit(free, checkpoint, config)}"
         )
     try:
@@ -75,7 +82,7 @@ def _would_fit(room: int, checkpoint: Checkpoint, config: EngineConfig) -> str:
         )
     tokens = layout.tokens_in(blocks, min(length, layout.longest_sequence(blocks, length)))
     return (
-        f"a KV cache of {blocks * layout.block_bytes >> 20} MiB (--kv-cache-memory) would fit, "
+        f"A KV cache of {blocks * layout.block_bytes >> 20} MiB (--kv-cache-memory) would fit, "
         f"which holds {int(tokens):,} tokens"
     )
 

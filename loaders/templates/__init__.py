@@ -2,8 +2,14 @@
 
 from nybble.loaders.templates.renderer import (
     TemplateFailedError,
+    TemplateInvalidError,
     TemplateRefusedError,
     TemplateRenderer,
 )
 
-__all__ = ["TemplateFailedError", "TemplateRefusedError", "TemplateRenderer"]
+__all__ = [
+    "TemplateFailedError",
+    "TemplateInvalidError",
+    "TemplateRefusedError",
+    "TemplateRenderer",
+]

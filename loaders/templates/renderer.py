@@ -23,6 +23,10 @@ class TemplateRefusedError(Exception):
     """The template does not take these messages."""
 
 
+class TemplateInvalidError(TemplateRefusedError):
+    """The template is not valid Jinja, so it takes no messages at all."""
+
+
 class TemplateFailedError(Exception):
     """The template took too long, too much memory, or made too much text."""
 
@@ -100,6 +104,8 @@ class _Lane:
 
     def _render(self, request: dict[str, Any]) -> str:
         answer = self._ask(json.dumps(request))
+        if "invalid" in answer:
+            raise TemplateInvalidError(answer["invalid"])
         if "refused" in answer:
             raise TemplateRefusedError(answer["refused"])
         if "failed" in answer:

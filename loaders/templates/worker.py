@@ -21,6 +21,7 @@ OUTPUT_CHARACTERS = 32 << 20
 
 
 def _answer(request: dict[str, Any]) -> dict[str, str]:
+    from jinja2 import TemplateSyntaxError
     from transformers.utils.chat_template_utils import render_jinja_template
 
     try:
@@ -32,6 +33,8 @@ def _answer(request: dict[str, Any]) -> dict[str, str]:
         )
     except MemoryError:
         return {"failed": f"it needs more than {MEMORY_BYTES >> 20} MiB"}
+    except TemplateSyntaxError as error:
+        return {"invalid": f"line {error.lineno}: {error.message}"}
     except Exception as error:
         return {"refused": str(error) or type(error).__name__}
     text = rendered[0][0]  # for one conversation; the annotation in transformers is wrong

@@ -157,8 +157,20 @@ def _api_error(error: ErrorDetails, body: dict[str, Any]) -> ApiError:
     elif kind == "unsupported_parameter":
         message, code = error["msg"], "unsupported_parameter"
     else:
-        message, code = f"{param}: {error['msg']}" if param else error["msg"], "invalid_value"
+        text = _in_plain_words(error)
+        message, code = f"{param}: {text}" if param else text, "invalid_value"
     return ApiError(400, message, param=param or None, code=code)
+
+
+def _in_plain_words(error: ErrorDetails) -> str:
+    context = error.get("ctx", {})
+    length = context.get("actual_length")
+    if "min_length" in context and error["type"] == "too_short":
+        return f"expected at least {context['min_length']}, but there are {length or 'none'}"
+    if "max_length" in context and error["type"] == "too_long":
+        there = "more" if length is None else length
+        return f"expected at most {context['max_length']}, but there are {there}"
+    return error["msg"].removeprefix("Value error, ")
 
 
 def _path(error: ErrorDetails, body: Any) -> list[str | int]:

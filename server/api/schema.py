@@ -307,6 +307,12 @@ def prompts_of(value: Any) -> Any:
             return [value]
         if len(value) > _MAX_PROMPTS:
             raise PydanticCustomError("too_many", f"at most {_MAX_PROMPTS} are allowed")
+        if (
+            empty := next((index for index, item in enumerate(value) if item in ("", [])), -1)
+        ) >= 0:
+            raise PydanticCustomError(
+                "prompt_shape", f"expected at least one token in each, but [{empty}] is empty"
+            )
         if all(isinstance(item, str) for item in value):
             return value
         if all(

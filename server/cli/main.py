@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from nybble import __version__
 from nybble.server.cli.commands.bench import bench
@@ -21,8 +22,21 @@ from nybble.server.cli.commands.quantize import quantize
 from nybble.server.cli.commands.replicas import replicas
 from nybble.server.cli.commands.serve import serve
 
+
+class _Commands(TyperGroup):
+    """The commands, whose errors do without the prefix that pydantic gives typer's."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except typer.BadParameter as error:
+            error.message = error.message.removeprefix("Value error, ")
+            raise
+
+
 app = typer.Typer(
     name="nybble",
+    cls=_Commands,
     help="Serve 4-bit language models with an OpenAI-compatible API.",
     no_args_is_help=True,
     add_completion=False,

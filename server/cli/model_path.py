@@ -30,7 +30,9 @@ def require_model(model: str, aliases: Path | None = None) -> None:
     if model == DEMO or path.exists():
         return
     if "/" not in model and not model.startswith("~") and path.suffix != ".gguf":
-        tried = [f"the folder {path}", f"an alias in {aliases or DEFAULT_ALIASES}"]
+        tried = [f"the folder {path}"]
+        if (file := aliases or DEFAULT_ALIASES).is_file():
+            tried.append(f"an alias in {file}")
         here = [each.name for each in Path().iterdir() if each.is_dir()]
         error = ModelNotFoundError.after(model, tried)
         raise ModelNotFoundError(f"{error}{_hint(model, [DEMO, *table, *here])}")

@@ -138,7 +138,12 @@ def as_api_error(error: Exception, request_id: str) -> ApiError:
         return ApiError(413, "the request body is too large", code="request_too_large")
     if isinstance(error, web.HTTPMethodNotAllowed):
         allowed = ", ".join(sorted(error.allowed_methods))
-        return ApiError(405, f"{error.method} is not allowed here, only {allowed}", allow=allowed)
+        return ApiError(
+            405,
+            f"{error.method} is not allowed here, only {allowed}",
+            code="method_not_allowed",
+            allow=allowed,
+        )
     if isinstance(error, web.HTTPNotFound):
         return ApiError(404, "there is nothing at this path", code="not_found")
     if isinstance(error, web.HTTPException):

@@ -8,11 +8,13 @@ import os
 import signal
 import socket
 from collections.abc import Callable
+from concurrent.futures import Future
 
 from aiohttp import web
 
 from nybble.engine import Engine, EngineFailedError
-from nybble.loaders.templates import TemplateRenderer
+from nybble.engine.conversation import template_of
+from nybble.loaders.templates import TemplateFailedError, TemplateInvalidError, TemplateRenderer
 from nybble.server.adapters.watch import AdapterWatch
 from nybble.server.app import make_app
 from nybble.server.http.gate import Gate
@@ -47,6 +49,7 @@ async def serve(
     templates = TemplateRenderer()
     app = make_app(engine, settings, gate, templates)
     templates.start()
+    _try_template(engine, templates)
     # A disconnected client's handler must be cancelled: that cancels its sequences.
     runner = web.AppRunner(
         app,
@@ -72,7 +75,11 @@ async def serve(
         ready()
         await stopping.wait()
         timeout = settings.shutdown_timeout if engine.failure is None else _FLUSH_SECONDS
-        logger.info("shutting down: finishing requests for at most %g s", timeout)
+        logger.info(
+            "shutting down: finishing requests for at most %g s; a second signal (Ctrl-C) ends "
+            "them at once",
+            timeout,
+        )
         left = await gate.close(timeout)
         if left:
             logger.warning("%d requests did not finish in time and end with an error", left)
@@ -87,6 +94,27 @@ async def serve(
             await asyncio.to_thread(settings.tracing.close)
     if engine.failure is not None:
         raise EngineFailedError(f"the engine has failed: {engine.failure}")
+
+
+def _try_template(engine: Engine, templates: TemplateRenderer) -> None:
+    """Warn of a chat template that no chat can use; other requests do without it.
+
+    A template may well refuse this one message, so only what is wrong with any message is told.
+    """
+
+    def tell(future: Future[str]) -> None:
+        error = future.exception()
+        if isinstance(error, TemplateInvalidError | TemplateFailedError):
+            logger.warning("the model's chat template cannot be used: %s", error)
+
+    try:
+        template = template_of(engine.tokenizer, tools=False)
+    except ValueError as error:
+        logger.warning("the model's chat template cannot be used: %s", error)
+        return
+    if template is not None:
+        message = {"role": "user", "content": "x"}
+        templates.submit(template, [message], None, {}).add_done_callback(tell)
 
 
 def _tell(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:

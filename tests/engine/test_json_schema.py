@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -205,7 +206,24 @@ CASES: list[tuple[Schema, list[Any], list[Any], list[str]]] = [
         [{"b": 5}],
         ["#/$defs/A/properties/b/pattern"],
     ),
-    (False, [5], [], ["#"]),
+    # A branch or a property that a value can do without may contradict itself.
+    (
+        {"anyOf": [{"type": "integer", "minimum": 5, "maximum": 3}, {"type": "string"}]},
+        ["x"],
+        [4],
+        [],
+    ),
+    (
+        {
+            "anyOf": [
+                {"type": "integer", "minimum": 5, "maximum": 3},
+                {"type": "string", "pattern": "(?!x)"},
+            ]
+        },
+        ["x"],
+        [4],
+        ["#/anyOf/1/pattern"],
+    ),
 ]
 
 
@@ -238,6 +256,43 @@ def test_a_grammar_allows_what_the_schema_allows_and_enforces_what_it_can(
             grammar_schema(schema)
     else:
         grammar_schema(schema)
+
+
+INVERTED = {"type": "integer", "minimum": 5, "maximum": 3}
+
+
+@pytest.mark.parametrize(
+    ("schema", "path"),
+    [
+        (INVERTED, "#/maximum"),
+        ({**INVERTED, "not": {}}, "#/maximum"),
+        (of("a", **INVERTED), "#/properties/a/maximum"),
+        ({"$ref": "#/$defs/A", "$defs": {"A": INVERTED}}, "#/$defs/A/maximum"),
+        ({"type": "array", "minItems": 1, "items": INVERTED}, "#/items/maximum"),
+        ({"type": "string", "minLength": 5, "maxLength": 2}, "#/maxLength"),
+        ({"type": "string", "const": 1}, "#/const"),
+        ({"enum": []}, "#/enum"),
+        (False, "#"),
+        # References without an end.
+        ({"$ref": "#"}, "#"),
+        ({"anyOf": [{"$ref": "#"}, {"$ref": "#"}]}, "#"),
+        (of("a", **{"$ref": "#"}), "#"),
+        ({"type": "array", "items": {"$ref": "#"}, "minItems": 1}, "#"),
+        (
+            {
+                "$ref": "#/$defs/A",
+                "$defs": {"A": of("b", **{"$ref": "#/$defs/B"}), "B": of("a", **{"$ref": "#"})},
+            },
+            "#",
+        ),
+    ],
+)
+def test_a_schema_that_no_value_satisfies_is_refused_strict_or_not(
+    schema: Schema, path: str
+) -> None:
+    for omissions in (None, []):
+        with pytest.raises(ValueError, match=f"^{re.escape(path)}: nothing matches"):
+            grammar_schema(schema, omissions)
 
 
 def test_a_log_may_have_the_keyword_but_no_name_of_the_schema() -> None:

@@ -79,7 +79,7 @@ def test_prune_removes_what_has_gone_or_changed_and_nothing_else(
         assert "its model has gone" in listed
         assert "its model or the packed form has changed" in listed
         assert "left half done" in listed
-        assert f"in use  {snapshots}/snapshots/one" in listed
+        assert f"kept  {snapshots}/snapshots/one" in listed
         assert "would free" in cli("prune", "--dry-run")
         assert all(path.is_dir() for path in (*stale, killed))
         assert "freed" in cli("prune")

@@ -17,7 +17,10 @@ cache = typer.Typer(help="Packed models in the cache.", no_args_is_help=True)
 
 @cache.command("list")
 def list_entries() -> None:
-    """List packed models: size, what each was made from, and whether a start may use it again."""
+    """List packed models: size, what each was made from, and why a start cannot use it again.
+
+    Those which a start can use again are "kept".
+    """
     with expected_errors():
         from nybble.quantizers.packed_cache import entries, packed_folder
 
@@ -29,7 +32,8 @@ def list_entries() -> None:
 @cache.command()
 def prune(
     every: Annotated[
-        bool, typer.Option("--all", help="Also those in use: the next start packs them again.")
+        bool,
+        typer.Option("--all", help="Also those kept for the next start, which packs them again."),
     ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only show what would be removed.")
@@ -55,4 +59,4 @@ def _print(entries: list[Entry]) -> None:
     for entry in entries:
         origin = entry.origin
         made = "?" if origin is None else f"{origin.source} ({origin.recipe}; {origin.layout})"
-        print(f"{gib(entry.nbytes):>12}  {entry.stale or 'in use'}  {made}  {entry.path.name}")
+        print(f"{gib(entry.nbytes):>12}  {entry.stale or 'kept'}  {made}  {entry.path.name}")

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
+from collections.abc import Callable
+from pathlib import Path
 
 from nybble.engine import Engine
 
 from ..client import CHAT, HELLO, Client, run
+from ..conftest import running_server
 
+# Its loop has no end.
+BROKEN = "{% for message in messages %}\n{{ message.content }}"
 ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 
 
@@ -29,3 +35,15 @@ def test_a_model_whose_template_hangs_answers_what_needs_none(engine: Engine) ->
             assert "takes too long" in error["message"]
 
     run(engine, scenario)
+
+
+def test_a_template_that_is_not_jinja_is_reported_at_the_start(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model(), folder)
+    (folder / "chat_template.jinja").write_text(BROKEN)
+    with running_server(folder) as server:
+        server.terminate()
+        log = server.log()
+    assert "the model's chat template cannot be used: line 2: Unexpected end of template" in log

@@ -199,16 +199,30 @@ def test_stop_strings_that_nearly_match_all_the_time_cost_little(engine: Engine)
     run(engine, scenario)
 
 
+def test_an_empty_list_and_a_long_one_are_refused_in_plain_words(engine: Engine) -> None:
+    async def scenario(client: Client) -> None:
+        body: dict[str, Any] = {"model": "tiny", "messages": []}
+        error = await refused(client, CHAT, body)
+        assert error["message"] == "messages: expected at least 1, but there are none"
+        body = {"model": "tiny", "prompt": ["a", ""]}
+        error = await refused(client, COMPLETIONS, body)
+        assert error["message"].endswith("[1] is empty")
+
+    run(engine, scenario)
+
+
 def test_unknown_paths_and_methods_answer_in_the_same_shape(engine: Engine) -> None:
     async def scenario(client: Client) -> None:
-        for method, path, status in [
-            ("GET", "/v1/nothing", 404),
-            ("GET", CHAT, 405),
-            ("DELETE", "/v1/models", 405),
+        for method, path, status, code in [
+            ("GET", "/v1/nothing", 404, "not_found"),
+            ("GET", CHAT, 405, "method_not_allowed"),
+            ("DELETE", "/v1/models", 405, "method_not_allowed"),
         ]:
             async with client.request(method, path) as response:
                 assert response.status == status
-                assert set((await response.json())["error"]) >= {"message", "type"}
+                error = (await response.json())["error"]
+                assert set(error) >= {"message", "type"}
+                assert error["code"] == code
 
     run(engine, scenario)
 

@@ -399,6 +399,15 @@ def test_constraints_in_vllms_spelling(engine: Engine) -> None:
     run(engine, scenario)
 
 
+@pytest.mark.parametrize("schema", [{"$ref": "#"}, {"minimum": 5, "maximum": 3}])
+def test_a_tag_whose_schema_nothing_matches_is_refused(
+    engine: Engine, schema: dict[str, Any]
+) -> None:
+    compiler = GrammarCompiler(engine.tokenizer, engine.vocab_size, engine.eos_token_ids)
+    with pytest.raises(ValueError, match="nothing matches"):
+        compiler.structural_tags([StructuralTag("<f", "<f=", {"type": "integer", **schema}, ">")])
+
+
 def test_after_a_trigger_only_its_tag_may_come(engine: Engine) -> None:
     compiler = GrammarCompiler(engine.tokenizer, engine.vocab_size, engine.eos_token_ids)
     tag = StructuralTag("<f", "<f=", {"type": "boolean"}, ">")

@@ -136,6 +136,37 @@ def test_what_cannot_be_compiled_is_refused(
     assert refused.value.param == param
 
 
+@pytest.mark.parametrize(
+    ("options", "param"),
+    [
+        ({"extra_body": {"guided_grammar": 'start: start "a"'}}, "guided_grammar"),
+        ({"extra_body": {"ebnf": 'root ::= root "a"'}}, "ebnf"),
+        ({"extra_body": {"guided_regex": "[^\\x00-\\U0010FFFF]"}}, "guided_regex"),
+        ({"extra_body": {"guided_json": {"$ref": "#"}}}, "guided_json"),
+        ({"response_format": json_schema({"$ref": "#"})}, "response_format"),
+        ({"response_format": {"type": "json_object", "schema": {"$ref": "#"}}}, "response_format"),
+        ({"response_format": {"type": "json_object", "schema": {"enum": []}}}, "response_format"),
+    ],
+)
+def test_what_nothing_matches_is_refused(
+    client: OpenAI, options: dict[str, Any], param: str
+) -> None:
+    with pytest.raises(openai.BadRequestError, match="nothing matches") as refused:
+        chat(client, **options)
+    assert refused.value.param == param
+
+
+def test_a_grammar_which_cannot_go_on_fails_instead_of_ending(client: OpenAI) -> None:
+    grammar = {"guided_grammar": 'start: "a" /[^\\x00-\\U0010FFFF]/'}
+    with pytest.raises(openai.InternalServerError, match="guided decoding failed"):
+        chat(client, extra_body=grammar, max_tokens=5)
+
+
+def test_the_empty_text_may_be_all_that_matches(client: OpenAI) -> None:
+    choice = chat(client, extra_body={"guided_choice": [""]}, max_tokens=5).choices[0]
+    assert (choice.message.content or "", choice.finish_reason) == ("", "stop")
+
+
 def test_without_strict_what_no_grammar_can_express_is_left_to_the_model(client: OpenAI) -> None:
     """And the rest is enforced; the header says what is not."""
     schema = {

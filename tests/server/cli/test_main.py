@@ -119,7 +119,11 @@ def test_expected_errors_are_one_line_and_exit_code_1(
         (("serve", "--model", model, "--port", 0, "--kv-cache-memory", "1KiB"), "KV cache"),
         (("serve", "--model", model, "--port", 0, "--max-batched-tokens", 2), "--max-num-seqs 64"),
         (("serve", "--model", model, "--port", 0, "--kv-cache-dtype", "fp8"), "--kv-cache-dtype"),
-        (("serve", "--model", model, "--port", 0, *too_many_sequences), "would fit"),
+        (("serve", "--model", model, "--port", 0, *too_many_sequences), ". A KV cache of "),
+        (
+            ("serve", "--model", model, "--port", 0, *too_many_sequences),
+            "GiB asked for, all that 10000000 sequences at full length can fill) does not fit",
+        ),
         (("serve", "--model", model, "--port", 0, *too_many_slots), "memory of cpu ran out"),
         (("serve", "--model", model, "--host", "no.such.host.invalid"), "no.such.host"),
     ]
@@ -132,7 +136,19 @@ def test_expected_errors_are_one_line_and_exit_code_1(
     assert (full / "precious").read_text() == "x"
 
 
+def test_an_alias_file_which_is_not_there_was_not_tried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "models.toml"
+    monkeypatch.setattr("nybble.server.cli.model_path.DEFAULT_ALIASES", file)
+    assert "an alias in" not in nybble("serve", "no-such-model", "--port", 0).stderr
+    file.write_text("")
+    assert f"an alias in {file}" in nybble("serve", "no-such-model", "--port", 0).stderr
+
+
 def test_wrong_usage_is_exit_code_2() -> None:
+    refused = nybble("serve", "x", "--quantize", "nf5").stderr
+    assert "'--quantize': 'nf5' is not one of 'nf4'" in refused
     assert nybble("serve").exit_code == 2
     assert nybble("serve", "--model", "x", "--port", 70000).exit_code == 2
     for option in ("--kv-cache-memory", "--lora-host-memory", "--max-file-size", "--file-quota"):

@@ -279,6 +279,7 @@ def test_a_second_signal_ends_the_process_at_once(tiny_model: Callable[..., Path
         time.sleep(0.2)
         server.terminate()
         assert server.process.wait(2) == 128 + 15
+        assert "a second signal (Ctrl-C) ends them at once" in server.log()
 
 
 def test_a_taken_port_is_found_before_the_model_is_loaded(tiny_model: Callable[..., Path]) -> None:

@@ -115,7 +115,10 @@ def test_errors_are_counted_by_their_cause(engine: Engine) -> None:
         await client.get("/nothing")
         await client.delete("/health")
         samples = await scrape(client)
-        for cause in ("invalid_value", "invalid_json", "model_not_found", "not_found", "http_405"):
+        for cause in (
+            *("invalid_value", "invalid_json", "model_not_found", "not_found"),
+            "method_not_allowed",
+        ):
             assert samples["nybble_request_errors_total", cause] == 1, cause
         assert samples["nybble_http_requests_total", "DELETE", "unknown", "405"] == 1
 
