@@ -45,8 +45,8 @@ def resolve_model(name: str, *, aliases: Path | None = None, download: bool = Tr
     if folder.is_file():
         raise ModelNotFoundError(_no_folder(name, folder))
     tried.append(f"the folder {folder}" + (" (no config.json in it)" if folder.is_dir() else ""))
-    if name not in table:
-        tried.append(f"an alias in {aliases or DEFAULT_ALIASES}")
+    if name not in table and (file_of_aliases := aliases or DEFAULT_ALIASES).is_file():
+        tried.append(f"an alias in {file_of_aliases}")
     if target == DEMO and (demo := _demo(download)) is not None:
         return demo
     if may_be_on_the_hub(target):
