@@ -299,7 +299,7 @@ class EngineThread(threading.Thread):
         for item in batch:
             sequence = item.sequence
             if sequence.num_output_tokens == 0:
-                self._counters.prompt_tokens += item.num_tokens
+                self._counters.prompt_tokens += item.num_tokens - len(item.draft)
             tokens = list(islice(sampled, item.num_logits))
             if item.draft:
                 tokens = accepted(item.draft, tokens)

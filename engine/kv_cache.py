@@ -8,6 +8,9 @@ the same bytes and any free block serves any group: no part of the memory is set
 layer. A kind with more layers has several groups. A group that is not full wastes the rest of its
 blocks.
 
+Layers of different head shapes cannot share blocks: they are one group, which frees blocks only if
+all of them have windows.
+
 The scheme is that of vLLM's hybrid KV cache manager.
 """
 

@@ -172,6 +172,20 @@ def test_a_text_that_repeats_takes_fewer_steps_and_stays_what_it_was(
     assert found["ngram"][1] < found["off"][1] / 3
 
 
+def test_drafts_behind_a_cached_prompt_are_not_counted_as_prompt_tokens(
+    models: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = {"greedy": prompt(4, 33)}
+    plain = models()
+    expected = answers(plain, prompts)
+    monkeypatch.setattr(Informed, "texts", [(*prompts["greedy"], *expected["greedy"][0])])
+    monkeypatch.setattr(engine_module, "NgramDrafter", Informed)
+    drafting = models(speculate="ngram")
+    for _ in range(2):  # all but the last token of the prompt is cached the second time
+        assert answers(drafting, prompts) == expected
+    assert drafting.stats().prompt_tokens == 33 + 1
+
+
 def test_a_draft_never_takes_a_block_or_a_token_of_the_budget_that_another_needs(
     models: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -100,22 +100,14 @@ def _serve_options(context: typer.Context) -> dict[str, Any]:
 def _environments(count: int | None, options: dict[str, Any]) -> list[dict[str, str]]:
     """What each server's environment has besides this one's: its GPUs, or its share of the cores.
 
-    Raises ValueError for more servers than there are GPUs for.
+    Raises ValueError for more servers than there are GPUs.
     """
     if options["device"] != "cpu" and (gpus := _gpus()):
-        each = options.get("tensor_parallel_size") or 1
-        most = len(gpus) // each
-        if count is not None and count > most:
+        if count is not None and count > len(gpus):
             raise ValueError(
-                f"--count {count}, but the {len(gpus)} GPUs are enough for {most}: a server has "
-                f"{each} of its own"
+                f"--count {count}, but there are {len(gpus)} GPUs, and each server needs one"
             )
-        if not most:
-            raise ValueError(f"a server needs {each} GPUs, and there are {len(gpus)}")
-        return [
-            {"CUDA_VISIBLE_DEVICES": ",".join(gpus[i * each : (i + 1) * each])}
-            for i in range(count or most)
-        ]
+        return [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus[:count]]
     if count is None:
         raise ValueError("there is no GPU: say with --count how many servers to start")
     if "OMP_NUM_THREADS" in os.environ:
