@@ -227,7 +227,8 @@ class Scheduler:
         known = sequence.num_computed_tokens
         if sequence.status is SequenceStatus.WAITING:
             known = self._cached_prefix(sequence).tokens
-        return self.waiting.counter_after(sequence, PROMPT_COST * (len(sequence.token_ids) - known))
+        cost = PROMPT_COST * (len(sequence.token_ids) - known)
+        return sequence.counter.value + cost / sequence.weight
 
     def _cached_prefix(self, sequence: Sequence) -> CachedPrefix:
         """What the prefix cache holds of a waiting sequence, or held a while ago.
@@ -266,7 +267,8 @@ class Scheduler:
         """Charge what was not charged yet: a tenant does not pay for being preempted."""
         charged = sequence.num_charged_tokens
         sequence.num_charged_tokens = max(charged, min(reached, sequence.num_prompt_tokens))
-        self.waiting.charge(sequence, PROMPT_COST * (sequence.num_charged_tokens - charged))
+        cost = PROMPT_COST * (sequence.num_charged_tokens - charged)
+        sequence.counter.value += cost / sequence.weight
 
     def _admit_one(self, plan: _Plan, tenant: str) -> bool:
         """Let the first of a tenant's sequences that can run begin; whether there was one.
@@ -491,7 +493,7 @@ class Scheduler:
         """
         sequence = item.sequence
         if item.samples:
-            self.waiting.charge(sequence, OUTPUT_COST * sampled)
+            sequence.counter.value += OUTPUT_COST * sampled / sequence.weight
         before = sequence.num_computed_tokens
         rejected = len(item.draft) + 1 - max(sampled, 1) if item.draft else 0
         sequence.num_computed_tokens += item.num_tokens - rejected

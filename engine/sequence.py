@@ -54,10 +54,18 @@ class BlockTable:
         return self.blocks[self.num_unseen :]
 
 
+@dataclass
+class VirtualCounter:
+    """What a tenant was served, in tokens divided by its weight; see :mod:`.fair_queue`."""
+
+    value: float = 0.0
+
+
 class Sequence:
     """Mutable state of one request; owned by the engine thread.
 
     stop_token_ids: tokens that end it, those of the model's vocabulary and those the request names.
+    counter: of its tenant, whose sequences share it; settled when it is queued.
     num_computed_tokens: leading tokens whose keys and values are in the cache.
     num_charged_tokens: leading tokens of the prompt that its tenant need not pay for (again).
     block_tables: its KV blocks in each group of layers, all of the same length; another, empty
@@ -85,6 +93,7 @@ class Sequence:
         self.request_id = request.request_id
         self.tenant = request.tenant
         self.weight = request.weight
+        self.counter = VirtualCounter()
         self.max_tokens = max_tokens
         self.stop_token_ids = stop_token_ids
         self.detokenizer = detokenizer
