@@ -27,7 +27,7 @@ from nybble.kernels import DenseWeight, PackedWeight, reference
 from nybble.kernels.attention_batch import AttentionBatch
 from nybble.kernels.backend import Backend, backend_for
 from nybble.kernels.packed import Weight
-from nybble.kernels.reference import activate, clamped_swiglu
+from nybble.kernels.reference import activate, clamped_swiglu, xielu
 from nybble.models import (
     Architecture,
     Layer,
@@ -35,6 +35,7 @@ from nybble.models import (
     Mixture,
     Mlp,
     UnsupportedModelError,
+    Xielu,
 )
 
 if TYPE_CHECKING:
@@ -213,7 +214,7 @@ class Decoder:
             fused_up = self.backend.gated_linear(weights[0], about.activation, self._dtype)
         return MlpPart(
             up=up,
-            activate=self._activate(about),
+            activate=self._activate(store, index, about),
             down=self._projection(store, index, about.down),
             fused_up=fused_up,
         )
@@ -243,17 +244,32 @@ class Decoder:
             router_bias=None if bias is None else bias.to(routing),
             correction_bias=correction,
             up=tuple(self.backend.grouped_linear(weights, self._dtype) for weights in up),
-            activate=self._activate(about),
+            activate=self._activate(store, index, about),
             down=self.backend.grouped_linear(down, self._dtype),
             shared=None if mixture.shared is None else self._mlp(store, index, mixture.shared),
             shared_gate=None if gate is None else gate.to(routing),
         )
 
-    def _activate(self, about: Mlp) -> Callable[[Tensor], Tensor]:
+    def _activate(self, store: WeightStore, index: int, about: Mlp) -> Callable[[Tensor], Tensor]:
+        if about.xielu is not None:
+            return self._xielu(store, index, about.xielu)
         if (clamp := about.clamp) is not None:
             return partial(clamped_swiglu, alpha=clamp.alpha, limit=clamp.limit)
         function = self.backend.gated if about.gated else activate
         return partial(function, activation=about.activation)
+
+    def _xielu(self, store: WeightStore, index: int, about: Xielu) -> Callable[[Tensor], Tensor]:
+        alpha_p, alpha_n, beta, eps = (
+            store.vector(self.architecture.module(index, name), 1) for name in about.tensors
+        )
+        softplus = torch.nn.functional.softplus
+        return partial(
+            xielu,
+            alpha_p=float(softplus(alpha_p)),
+            alpha_n=float(beta + softplus(alpha_n)),
+            beta=float(beta),
+            eps=float(eps),
+        )
 
     def _projection(self, store: WeightStore, index: int, group: LinearGroup) -> Projection:
         weights = store.group(self.architecture.module(index, ""), group)

@@ -63,7 +63,7 @@ class NormPart(Protocol):
 class RmsNormPart:
     weight: Tensor
     eps: float
-    offset: float
+    offset: float | None
     backend: Backend
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -125,6 +125,8 @@ class FolderCheckpoint:
                 self.folder,
                 self.format,
             )
+        if self.quantization is not None and (remark := self.quantization.remark):
+            logger.warning("%s: %s", self.folder, remark)
         if self.quantization is not None and (rounding := self.quantization.rounding(shards)):
             logger.info("%s: %s", self.folder, rounding)
         if shards.other_parts:

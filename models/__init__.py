@@ -19,6 +19,7 @@ from nybble.models.architecture import (
     Router,
     Stacked,
     UnsupportedModelError,
+    Xielu,
 )
 from nybble.models.registry import architecture_of, require_family, supported_families
 
@@ -37,6 +38,7 @@ __all__ = [
     "Router",
     "Stacked",
     "UnsupportedModelError",
+    "Xielu",
     "architecture_of",
     "require_family",
     "supported_families",

@@ -223,7 +223,7 @@ def _lora(half: str, max_rank: int, rows_: int, capability: int) -> Iterator[Row
 
 
 def _elementwise(half: str, capability: int) -> Iterator[Row]:
-    for width, per_program, offset in ((5120, 1, 0.0), (128, 16, 0.0), (5120, 1, 1.0)):
+    for width, per_program, offset in ((5120, 1, None), (128, 16, None), (5120, 1, 1.0)):
         warps = 16 if per_program == 1 else 4
         report = compile_kernel(
             norm.rms_norm_kernel,

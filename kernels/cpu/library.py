@@ -74,7 +74,7 @@ class CpuLibrary:
         self._dequantize = allocating(
             "dequantize", *[pointer] * 6, *[size] * 5, c_int, c_int, c_int
         )
-        self._rms_norm = function("rms_norm", *[pointer] * 4, size, size, c_float, c_float)
+        self._rms_norm = function("rms_norm", *[pointer] * 4, size, size, c_float, c_float, c_int)
         self._gated = function("gated", pointer, pointer, size, size, c_int, c_int)
         self._rotary = function("rotary_store", *[pointer] * 11, *[size] * 9, c_int)
         self._attention = allocating(
@@ -216,7 +216,9 @@ class CpuLibrary:
             raise _out_of_memory("dequantize")
         return out.to(dtype)
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
+    def rms_norm(
+        self, x: Tensor, weight: Tensor, eps: float, offset: float | None = None
+    ) -> Tensor:
         width = x.shape[-1]
         if width % 16 or not x.dtype == weight.dtype == torch.bfloat16:
             return reference.rms_norm(x, weight, eps, offset)
@@ -226,12 +228,20 @@ class CpuLibrary:
         out = torch.empty_like(x)
         rows = x.numel() // width
         self._rms_norm(
-            x.data_ptr(), None, weight.data_ptr(), out.data_ptr(), rows, width, eps, offset
+            x.data_ptr(),
+            None,
+            weight.data_ptr(),
+            out.data_ptr(),
+            rows,
+            width,
+            eps,
+            offset or 0.0,
+            offset is not None,
         )
         return out
 
     def add_rms_norm(
-        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float = 0.0
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float | None = None
     ) -> tuple[Tensor, Tensor]:
         width = x.shape[-1]
         if width % 16 or not x.dtype == residual.dtype == weight.dtype == torch.bfloat16:
@@ -250,7 +260,8 @@ class CpuLibrary:
             x.numel() // width,
             width,
             eps,
-            offset,
+            offset or 0.0,
+            offset is not None,
         )
         return out, total
 

@@ -80,7 +80,12 @@ KVCacheDtypeOption = Annotated[
 class ModelOptions:
     """Which model, under which names, and how its weights are held."""
 
-    model: Annotated[str, _model(help="Model folder, hub name (org/name), alias, or 'demo'.")]
+    model: Annotated[
+        str,
+        _model(
+            help="Model folder, .gguf file, hub name (org/name, org/name:Q4_K_M), alias, or 'demo'."
+        ),
+    ]
     served_model_name: Annotated[
         list[str] | None, _model(help="Name in the API, repeatable (default: --model).")
     ] = None

@@ -425,6 +425,16 @@ def test_norms_and_activation(cpu: CpuLibrary) -> None:
     torch.testing.assert_close(found, expected, rtol=2**-6, atol=1e-30)
 
 
+def test_a_norm_is_rounded_once_or_twice_as_it_is_asked_for(cpu: CpuLibrary) -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(64, 96).bfloat16(), torch.rand(96).bfloat16()
+    twice, once = (reference.rms_norm(x, weight, 1e-6, offset) for offset in (None, 0.0))
+    assert (once != twice).float().mean() > 0.1
+    for offset, expected in ((None, twice), (0.0, once)):
+        # Sums of squares in another order seldom show in bfloat16.
+        assert (cpu.rms_norm(x, weight, 1e-6, offset) != expected).float().mean() < 0.01
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_every_activation_is_the_exact_one_rounded_once(
     cpu: CpuLibrary, activation: Activation
