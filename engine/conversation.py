@@ -24,6 +24,8 @@ Turn = dict[str, Any]
 # code point that Unicode keeps for a program's own use inside; doubled, it stands for itself.
 _SHIELD = "\ufdd0"
 _UNSHIELDED = re.compile(f"{_SHIELD}({_SHIELD}?)")
+# What an assistant thought before it spoke: vLLM's name for it, DeepSeek's and gpt-oss'.
+_THOUGHTS = ("reasoning", "reasoning_content", "thinking")
 # Whose text is the model's own or its developer's, who may write what is no control token.
 _TRUSTED_ROLES = ("system", "assistant")
 
@@ -56,6 +58,12 @@ def turn_of(message: Mapping[str, Any]) -> Turn:
     turn = {name: value for name, value in message.items() if value is not None and value != []}
     if not isinstance(turn.get("role"), str):
         raise ValueError("a message needs a role: system, user, assistant or tool")
+    thought = next((turn.pop(name) for name in _THOUGHTS if isinstance(turn.get(name), str)), None)
+    if thought:
+        # Each family's template reads its own of these names, and leaves out what it does not show.
+        turn |= dict.fromkeys(_THOUGHTS, thought)
+        if turn.get("tool_calls") and turn.get("content"):
+            del turn["thinking"]  # gpt-oss' template takes one of the two before a call
     if turn["role"] == "developer":  # the newer name of the system's role
         turn["role"] = "system"
     content = turn.get("content", "")
@@ -74,6 +82,15 @@ def _text_of(part: object) -> str:
     if not isinstance(text, str):
         raise ValueError(f"a part of a message is {part!r:.50}, expected text")
     return text
+
+
+def with_tools(turns: Sequence[Turn], tools: Sequence[Mapping[str, Any]]) -> list[Turn]:
+    """``turns`` with the functions of ``tools`` in the system's message, as Phi-4-mini reads
+    them."""
+    functions = json.dumps([tool.get("function", tool) for tool in tools], ensure_ascii=False)
+    first = turns[0] if turns and turns[0]["role"] == "system" else None
+    system = {"role": "system", "content": ""} if first is None else first
+    return [{**system, "tools": functions}, *(turns if first is None else turns[1:])]
 
 
 def has_broken_calls(turns: Sequence[Turn]) -> bool:

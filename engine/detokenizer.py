@@ -29,7 +29,9 @@ class Detokenizer:
         self, vocabulary: Vocabulary, prompt_token_ids: SequenceOf[int], params: SamplingParams
     ) -> None:
         self._vocabulary = vocabulary
-        self._skip_special_tokens = params.skip_special_tokens
+        self._left_out = frozenset[int]()
+        if params.skip_special_tokens:
+            self._left_out = vocabulary.special - params.shown_special_tokens
         # Special tokens in a row stand as they are spelt, if the decoder may put no space between.
         self._spell = not (params.skip_special_tokens or params.spaces_between_special_tokens)
         self._bytes = codecs.getincrementaldecoder("utf-8")("replace")
@@ -67,8 +69,7 @@ class Detokenizer:
         return text
 
     def _has_text(self, token_id: int) -> bool:
-        special = self._skip_special_tokens and token_id in self._vocabulary.special
-        return not special and token_id in self._vocabulary.bytes_of
+        return token_id not in self._left_out and token_id in self._vocabulary.bytes_of
 
     def _step(self, token_id: int) -> str:
         """The whole characters that a token adds."""

@@ -19,6 +19,7 @@ from nybble.server.adapters.admin import ADMIN_PATHS, AdapterAdmin
 from nybble.server.adapters.owners import AdapterOwners
 from nybble.server.adapters.state import AdapterState
 from nybble.server.api.model_names import ModelNames
+from nybble.server.api.output.dialect import Dialects
 from nybble.server.api.parse import LARGE_BODIES, UNKNOWN_FIELDS, LargeBodies, UnknownFields
 from nybble.server.api.routes import Api
 from nybble.server.console.page import Console
@@ -81,6 +82,7 @@ def make_app(
         templates,
         ended,
         trust_chat_templates=settings.trust_chat_templates,
+        dialects=Dialects(settings.reasoning_parser, settings.tool_call_parser),
         root_path=settings.root_path,
     )
     admin_keys = Keys(settings.admin_keys, kind="admin key")

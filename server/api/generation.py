@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from nybble.engine import (
     Engine,
-    GrammarGuide,
+    Guide,
     Pooling,
     Request,
     RequestOutput,
@@ -45,7 +45,7 @@ class SequenceGroup:
     prompts: tuple[tuple[int, ...], ...]
     params: SamplingParams
     n: int = 1
-    guide: GrammarGuide | None = None
+    guide: Guide | None = None
     adapter: str | None = None
     tenant: Tenant | None = None
     timeout: float | None = None

@@ -7,11 +7,11 @@ from typing import Any
 from uuid import uuid4
 
 from nybble.engine import RequestOutput
+from nybble.server.api.answer_form import AnswerForm
 from nybble.server.api.generation import Usage
+from nybble.server.api.output.events import Arguments, Call, Reasoning, Text
 from nybble.server.api.respond import ServerSentEvent
 from nybble.server.api.responses_schema import ResponsesRequest
-from nybble.server.api.tool_parser import Arguments, Call, Text, ToolParser
-from nybble.server.api.tools import Tools
 from nybble.server.http.errors import ApiError
 
 
@@ -20,8 +20,8 @@ class ResponsesFormatter:
 
     terminator: bytes | None = None
 
-    def __init__(self, id: str, body: ResponsesRequest, created: int, tools: Tools | None) -> None:
-        self._parser: ToolParser | None = None if tools is None else tools.parser()
+    def __init__(self, id: str, body: ResponsesRequest, created: int, form: AnswerForm) -> None:
+        self._parser = form.parser()
         self._events: list[ServerSentEvent] = []
         self._sequence = 0
         self._begun = False
@@ -69,21 +69,22 @@ class ResponsesFormatter:
             self._begun = True
             self._tell("response.created", response=self._response | {"output": []})
             self._tell("response.in_progress", response=self._response | {"output": []})
-        if self._parser is None:
-            self._text(output.text)
-        else:
-            last = output.finish_reason is not None
-            read = self._parser.feed(output.text) + (self._parser.finish() if last else [])
-            for event in read:
-                if isinstance(event, Text):
-                    self._text(event.text)
-                elif isinstance(event, Call):
-                    self._open_call(event.name)
-                else:
-                    self._arguments(event)
+        read = self._parser.feed(output.text, len(output.token_ids))
+        if output.finish_reason is not None:
+            read += self._parser.finish()
+        for event in read:
+            if isinstance(event, Text):
+                self._text(event.text)
+            elif isinstance(event, Reasoning):
+                self._think(event.text)
+            elif isinstance(event, Call):
+                self._open_call(event.name)
+            else:
+                self._arguments(event)
         if output.finish_reason is not None:
             complete = output.finish_reason == "stop"
-            if not self._response["output"]:  # an empty answer is an empty message
+            spoken = any(item["type"] != "reasoning" for item in self._response["output"])
+            if not spoken and complete:  # an empty answer is an empty message
                 self._open_message()
             self._close_item("completed" if complete else "incomplete")
             self._response["status"] = "completed" if complete else "incomplete"
@@ -100,7 +101,7 @@ class ResponsesFormatter:
                 "cache_write_tokens": usage.prompt_tokens - usage.cached_tokens,
             },
             "output_tokens": usage.completion_tokens,
-            "output_tokens_details": {"reasoning_tokens": 0},
+            "output_tokens_details": {"reasoning_tokens": self._parser.reasoning_tokens},
             "total_tokens": usage.prompt_tokens + usage.completion_tokens,
         }
         self._tell(f"response.{self._response['status']}", response=self._response)
@@ -121,10 +122,22 @@ class ResponsesFormatter:
         self._item["content"][0]["text"] += text
         self._tell_part("response.output_text.delta", delta=text, logprobs=[])
 
+    def _think(self, text: str) -> None:
+        if self._item is None or self._item["type"] != "reasoning":
+            self._close_item("completed")
+            self._open_item("rs", type="reasoning", summary=[], content=[])
+            self._open_part({"type": "reasoning_text", "text": ""})
+        assert self._item is not None
+        self._item["content"][0]["text"] += text
+        self._tell_part("response.reasoning_text.delta", delta=text)
+
     def _open_message(self) -> None:
         self._close_item("completed")
         part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
         self._open_item("msg", type="message", role="assistant", content=[])
+        self._open_part(part)
+
+    def _open_part(self, part: dict[str, Any]) -> None:
         self._tell_part("response.content_part.added", part=dict(part))
         assert self._item is not None
         self._item["content"] = [part]
@@ -151,6 +164,10 @@ class ResponsesFormatter:
         if self._item["type"] == "message":
             (part,) = self._item["content"]
             self._tell_part("response.output_text.done", text=part["text"], logprobs=[])
+            self._tell_part("response.content_part.done", part=part)
+        elif self._item["type"] == "reasoning":
+            (part,) = self._item["content"]
+            self._tell_part("response.reasoning_text.done", text=part["text"])
             self._tell_part("response.content_part.done", part=part)
         else:
             self._tell_item(

@@ -68,10 +68,20 @@ class InputCallOutput(_Item):
         return {"role": "tool", "tool_call_id": self.call_id, "content": _parts(self.output)}
 
 
+class ReasoningText(_Item):
+    type: Literal["reasoning_text", "text"]
+    text: str
+
+
 class InputReasoning(_Item):
-    """Reasoning of an earlier response. It is dropped, as chat templates drop it too."""
+    """Reasoning of an earlier response. The chat template decides what the model sees of it."""
 
     type: Literal["reasoning"]
+    content: list[ReasoningText] | None = None
+
+    @property
+    def text(self) -> str:
+        return "".join(part.text for part in self.content or ())
 
 
 _ITEMS = ("message", "function_call", "function_call_output", "reasoning")
@@ -126,8 +136,8 @@ class Reasoning(Body):
     """How much a model reasons: see the chat's reasoning_effort."""
 
     ignored: ClassVar[dict[str, str]] = {
-        "summary": "there are no reasoning items",
-        "generate_summary": "there are no reasoning items",
+        "summary": "reasoning is returned in full",
+        "generate_summary": "reasoning is returned in full",
     }
 
     effort: ReasoningEffort | None = None
@@ -167,6 +177,7 @@ class ResponsesRequest(OfTheService):
     ignored: ClassVar[dict[str, str]] = {
         **OF_THE_SERVICE,
         **foreign.IGNORED,
+        **foreign.IGNORED_REASONING,
         "metadata": "nothing is stored; it comes back with the response",
         "include": "there are no output items to which it applies",
         "stream_options": "events carry no padding",
@@ -248,16 +259,22 @@ class ResponsesRequest(OfTheService):
             messages.append({"role": "system", "content": self.instructions})
         if isinstance(self.input, str):
             return [*messages, {"role": "user", "content": self.input}]
+        thought = ""  # what goes with the assistant's next turn
         for item in self.input:
             if isinstance(item, InputReasoning):
+                thought = item.text
                 continue
-            if not isinstance(item, InputCall):
+            if isinstance(item, InputCall):
+                # A call belongs to the assistant's turn before it. Add an empty turn if there is
+                # none.
+                if thought or not messages or messages[-1]["role"] != "assistant":
+                    messages.append({"role": "assistant"})
+                messages[-1].setdefault("tool_calls", []).append(item.call())
+            else:
                 messages.append(item.turn())
-                continue
-            # A call belongs to the assistant's turn before it. Add an empty turn if there is none.
-            if not messages or messages[-1]["role"] != "assistant":
-                messages.append({"role": "assistant"})
-            messages[-1].setdefault("tool_calls", []).append(item.call())
+            if thought and messages[-1]["role"] == "assistant":
+                messages[-1]["reasoning_content"] = thought
+            thought = ""
         return messages
 
     def _response_format(self) -> dict[str, Any] | None:

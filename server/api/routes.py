@@ -6,19 +6,23 @@ import asyncio
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from uuid import uuid4
 
 from aiohttp import web
 
 from nybble import __version__
 from nybble.engine import (
+    BudgetGuide,
     Engine,
     GrammarCompiler,
+    Guide,
     ParameterError,
     SamplingParams,
     require_known_tokens,
 )
 from nybble.loaders.templates import TemplateRenderer
+from nybble.server.api.answer_form import AnswerForm
 from nybble.server.api.chat import ChatFormatter
 from nybble.server.api.chat_schema import ChatRequest, DetokenizeRequest, TokenizeRequest
 from nybble.server.api.compile_pool import CompilePool
@@ -29,14 +33,16 @@ from nybble.server.api.guiding import guide_of
 from nybble.server.api.logprobs import Logprobs
 from nybble.server.api.model_names import ModelNames
 from nybble.server.api.openapi import openapi_document
+from nybble.server.api.output.dialect import Dialects
+from nybble.server.api.output.markers import MarkerTokens
 from nybble.server.api.parse import read_body
 from nybble.server.api.prompts import Prompts
 from nybble.server.api.respond import json_response, respond, respond_whole
 from nybble.server.api.responses import ResponsesFormatter
 from nybble.server.api.responses_schema import ResponsesRequest
-from nybble.server.api.schema import CompletionRequest, Prompt, Sampling
+from nybble.server.api.schema import NO_LIMIT, CompletionRequest, Prompt, Sampling
 from nybble.server.api.token_bytes import TokenBytes
-from nybble.server.api.tools import Tools, tools_of
+from nybble.server.api.tools import tools_of
 from nybble.server.http.errors import ApiError
 from nybble.server.http.gate import Gate
 from nybble.server.observability.metrics import Metrics
@@ -61,10 +67,12 @@ class Api:
         ended: Callable[[SequenceTimes], None] | None = None,
         *,
         trust_chat_templates: bool = False,
+        dialects: Dialects | None = None,
         root_path: str = "",
     ) -> None:
         """Make the handlers; nothing is computed yet.
 
+        dialects: how reasoning and tool calls are written; by default as chat templates show.
         trust_chat_templates: whether requests may contain chat templates of their own.
         root_path: a proxy's ``/prefix``.
         """
@@ -81,6 +89,8 @@ class Api:
             templates,
             trust_chat_templates=trust_chat_templates,
         )
+        self._dialects = dialects or Dialects()
+        self._markers = MarkerTokens(engine.tokenizer)
         self._tokens = TokenBytes(engine.vocabulary)
         self._compiling = CompilePool()
         self._grammars = GrammarCompiler(engine.tokenizer, engine.vocab_size, engine.eos_token_ids)
@@ -138,13 +148,13 @@ class Api:
         limit = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
         names = {"prompt": "messages", "max_tokens": limit, "logprobs": "top_logprobs"}
         with _parameters_called(names):
-            group, tools = await self._chat_group("chatcmpl-", body, adapter, request)
+            group, form = await self._chat_group("chatcmpl-", body, adapter, request)
         formatter = ChatFormatter(
             group.id,
             body,
             int(time.time()),
             self._logprobs(body, group.params),
-            tools,
+            form,
             group.prompts,
             body.echoed,
         )
@@ -155,35 +165,50 @@ class Api:
         adapter = self._adapter_of(request, body.model, body.adapter)
         names = {"prompt": "input", "messages": "input", "max_tokens": "max_output_tokens"}
         with _parameters_called(names | {"response_format": "text.format"}):
-            group, tools = await self._chat_group("resp_", body.chat(), adapter, request)
-        formatter = ResponsesFormatter(group.id, body, int(time.time()), tools)
+            group, form = await self._chat_group("resp_", body.chat(), adapter, request)
+        formatter = ResponsesFormatter(group.id, body, int(time.time()), form)
         return await respond(request, self._generation, group, formatter, stream=bool(body.stream))
 
     async def _chat_group(
         self, prefix: str, body: ChatRequest, adapter: str | None, request: web.Request
-    ) -> tuple[SequenceGroup, Tools | None]:
+    ) -> tuple[SequenceGroup, AnswerForm]:
         params = body.sampling_params(
             max_tokens=body.limit,
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
             defaults=self._engine.sampling_defaults,
         )
-        tools = tools_of(body, self._engine.tokenizer, body.model)
+        dialect = self._dialects.of(self._prompts.template(body, tools=bool(body.tools)))
+        tools = tools_of(body, dialect, self._markers, body.model)
         prompt = await self._prompts.chat(
             body.messages,
             body,
             tools=None if tools is None else tools.shown(),
             any_length=body.truncate_prompt_tokens is not None,
             parse_special=bool(body.parse_special),
+            tools_in_system=tools is not None and tools.in_system,
         )
-        prompt = body.truncated(prompt, self._room(params))
-        self._engine.check(prompt, params)
-        guide = await guide_of(
-            self._grammars, self._compiling, body, request[RECORD], body.response_format, tools
+        form = AnswerForm(
+            dialect,
+            self._markers,
+            tools,
+            prompt.text,
+            continued=bool(body.continue_final_message),
+            split=body.splits_reasoning,
+        )
+        params = replace(params, shown_special_tokens=form.shown_special_tokens)
+        token_ids = body.truncated(prompt.token_ids, self._room(params))
+        self._engine.check(token_ids, params)
+        guide = self._limited(
+            body,
+            form,
+            await guide_of(
+                self._grammars, self._compiling, body, request[RECORD], body.response_format, form
+            ),
         )
         id, n, tenant = f"{prefix}{uuid4().hex}", body.sequences, request.get(TENANT)
         group = SequenceGroup(
             id,
-            (prompt,),
+            (token_ids,),
             params,
             n,
             guide,
@@ -194,7 +219,23 @@ class Api:
             body.cache_salt or "",
             prediction=await self._predicted(body),
         )
-        return group, tools
+        return group, form
+
+    def _limited(self, body: ChatRequest, form: AnswerForm, guide: Guide | None) -> Guide | None:
+        """``guide``, and the end of reasoning that has had its tokens, if the request limits it."""
+        budget = body.thinking_token_budget
+        if budget is None or budget == NO_LIMIT:
+            return guide
+        if not form.dialect.reasons:
+            raise ApiError(
+                400,
+                f"thinking_token_budget is {budget}, but the model's chat template shows no format "
+                "of reasoning: start the server with --reasoning-parser if it has one",
+                param="thinking_token_budget",
+                code="unsupported_parameter",
+            )
+        limit = form.limit(budget, self._prompts.markers)
+        return BudgetGuide(limit, self._engine.vocabulary, self._engine.vocab_size, guide)
 
     async def _predicted(self, body: ChatRequest) -> tuple[int, ...] | None:
         """The tokens of the answer that the client expects."""
@@ -279,7 +320,7 @@ class Api:
             self._names.require(body.model, request.get(TENANT))
         if body.messages is not None:
             tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()] or None
-            tokens = await self._prompts.chat(body.messages, body, tools=tools)
+            tokens = (await self._prompts.chat(body.messages, body, tools=tools)).token_ids
         else:
             special = body.add_special_tokens is not False
             tokens = await self._prompts.encode(

@@ -328,6 +328,7 @@ def prompts_of(value: Any) -> Any:
 
 
 class CompletionRequest(Sampling):
+    ignored: ClassVar[dict[str, str]] = OF_THE_SERVICE | foreign.IGNORED | foreign.IGNORED_REASONING
     refused: ClassVar[dict[str, str]] = (
         foreign.REFUSED
         | foreign.REFUSED_IN_COMPLETIONS

@@ -158,6 +158,20 @@ class NetworkOptions:
             help="Accept chat templates in requests; they run in a sandbox.",
         ),
     ] = False
+    reasoning_parser: Annotated[
+        str,
+        _network(
+            help="Format of the model's reasoning, by vLLM's names (qwen3, deepseek_r1, granite, "
+            "…), or 'none' (default: what the chat template shows)."
+        ),
+    ] = "auto"
+    tool_call_parser: Annotated[
+        str,
+        _network(
+            help="Format of the model's tool calls, by vLLM's names (hermes, llama3_json, mistral, "
+            "…), or 'none' (default: what the chat template shows)."
+        ),
+    ] = "auto"
     shutdown_timeout: Annotated[
         float, _network(help="Seconds which requests in flight have to finish.", min=0)
     ] = 30
