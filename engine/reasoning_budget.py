@@ -60,21 +60,22 @@ class BudgetGuide:
         return other
 
     def allowed(self) -> Tensor:
-        if self._forced:
-            only = torch.zeros(self._vocab, dtype=torch.bool)
-            only[self._forced[0]] = True
-            return only
         if self._inner is None:
             found = torch.ones(self._vocab, dtype=torch.bool)
         else:
             found = self._inner.allowed()
+        # A grammar may ask for the rest of a character first.
+        if self._forced and found[self._forced[0]]:
+            only = torch.zeros(self._vocab, dtype=torch.bool)
+            only[self._forced[0]] = True
+            return only
         if self._barred and self._limit.barred is not None:
             found = found.clone()
             found[self._limit.barred] = False
         return found
 
     def accept(self, token: int) -> bool:
-        if self._forced and token != self._forced[0]:
+        if self._forced and token != self._forced[0] and self.allowed().sum() == 1:
             raise GuideError("reasoning went on after its thinking_token_budget")
         complete = self._inner is not None and self._inner.accept(token)
         self._advance(token)
@@ -101,7 +102,7 @@ class BudgetGuide:
         spelling = self._vocabulary.spelling(token)
         self._spelt = (self._spelt + spelling)[-(longest + len(spelling)) :]
         self._barred = False
-        if self._forced:
+        if self._forced and token == self._forced[0]:
             self._forced = self._forced[1:]
             if not self._forced:
                 self._inside, self._barred, self._spelt = False, True, b""

@@ -67,7 +67,7 @@ class ReasoningFormat:
         """A grammar of what comes before the answer, which it calls ``@answer``. "" for nothing."""
         if place == "after" and self.answer is None:
             return ""
-        close, rules = tokens.terminal(self.close), [r"GAP: /[ \n]{0,4}/"]
+        close, rules = tokens.terminal(self.close), [r"GAP: /\n{0,2}/"]
         if tokens.is_token(self.close):
             thought = f"TEXT {close}"
             rules.append(r"TEXT: /(.|\n)*/")

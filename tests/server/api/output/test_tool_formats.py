@@ -102,7 +102,8 @@ CASES: list[tuple[str, str, str, list[tuple[str, Any]]]] = [
     ),
     (
         "deepseek_v3",
-        "Let me see.<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>weather\n```json\n"
+        "Let me see.<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function"
+        "<｜tool▁sep｜>weather\n```json\n"
         '{"city": "Rome", "days": 3}\n```<｜tool▁call▁end｜>\n<｜tool▁call▁begin｜>function'
         "<｜tool▁sep｜>now\n```json\n{}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
         "Let me see.",
@@ -110,7 +111,8 @@ CASES: list[tuple[str, str, str, list[tuple[str, Any]]]] = [
     ),
     (
         "deepseek_v31",
-        '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>weather<｜tool▁sep｜>{"city": "Rome", "days": 3}'
+        "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>weather"
+        '<｜tool▁sep｜>{"city": "Rome", "days": 3}'
         "<｜tool▁call▁end｜><｜tool▁call▁begin｜>now<｜tool▁sep｜>{}<｜tool▁call▁end｜>"
         "<｜tool▁calls▁end｜>",
         "",
