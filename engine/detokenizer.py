@@ -23,6 +23,8 @@ class Detokenizer:
 
     Text comes out in whole characters: bytes that may yet become one are held back, and so is text
     that may be the beginning of a stop string.
+
+    stopped_by: the stop string that was found.
     """
 
     def __init__(
@@ -44,20 +46,24 @@ class Detokenizer:
         self._include_stop = params.include_stop_str_in_output
         self._unchecked = params.min_tokens  # tokens before stop strings are looked for
         self._held = ""
-        self.stopped = False
+        self.stopped_by: str | None = None
+
+    @property
+    def stopped(self) -> bool:
+        return self.stopped_by is not None
 
     def add(self, token_id: int) -> str:
-        """The text that is certain after one more token. Sets ``stopped`` at a stop string."""
+        """The text that is certain after one more token. Sets ``stopped_by`` at a stop string."""
         text = self._held + self._step(token_id)
         if self._unchecked:
             self._unchecked -= 1
             return text
         found = [(at, len(stop)) for stop in self._stop if (at := text.find(stop)) >= 0]
         if found:
-            self.stopped = True
             self._held = ""
             self._bytes.reset()
             at, length = min(found)
+            self.stopped_by = text[at : at + length]
             return text[: at + length if self._include_stop else at]
         keep = self._unsettled(text) if self._stop else 0
         self._held = text[len(text) - keep :]

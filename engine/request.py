@@ -311,6 +311,7 @@ class RequestOutput:
     queue_seconds: how long the request waited before its first step.
     prompt_logprobs: of the whole prompt, with the first output, if asked for.
     embedding: float32 ``(hidden,)`` of unit length, if asked for.
+    stop_string: the one of ``stop`` that ended it, in the last output.
     draft_tokens, accepted_draft_tokens: verified so far, and those that were what the model says.
     """
 
@@ -324,5 +325,6 @@ class RequestOutput:
     queue_seconds: float = 0.0
     prompt_logprobs: PromptLogprobs | None = None
     embedding: Embedding | None = None
+    stop_string: str | None = None
     draft_tokens: int = 0
     accepted_draft_tokens: int = 0

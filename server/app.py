@@ -200,7 +200,8 @@ async def _report_errors(request: web.Request, handler: Handler) -> web.StreamRe
     except ConnectionError:
         raise
     except Exception as error:
-        return request[RECORD].failed(error).response()
+        anthropic = matched_path(request).startswith("/v1/messages")
+        return request[RECORD].failed(error).response(anthropic=anthropic)
 
 
 def _authenticate(

@@ -10,6 +10,7 @@ from nybble import __version__
 from nybble.server.api.body import Body
 from nybble.server.api.chat_schema import ChatRequest, DetokenizeRequest, TokenizeRequest
 from nybble.server.api.embeddings import EmbeddingRequest
+from nybble.server.api.messages_schema import CountTokensRequest, MessagesRequest
 from nybble.server.api.responses_schema import ResponsesRequest
 from nybble.server.api.schema import CompletionRequest
 
@@ -17,11 +18,13 @@ BODIES: dict[str, type[Body]] = {
     "/v1/chat/completions": ChatRequest,
     "/v1/completions": CompletionRequest,
     "/v1/responses": ResponsesRequest,
+    "/v1/messages": MessagesRequest,
+    "/v1/messages/count_tokens": CountTokensRequest,
     "/v1/embeddings": EmbeddingRequest,
     "/tokenize": TokenizeRequest,
     "/detokenize": DetokenizeRequest,
 }
-_STREAMED = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
+_STREAMED = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
 _JSON, _EVENTS, _TEXT = "application/json", "text/event-stream", "text/plain"
 _REF = "#/components/schemas/{model}"
 

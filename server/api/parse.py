@@ -131,6 +131,14 @@ def parse_body(data: bytes, kind: type[BodyT], unknown: UnknownFields = _REFUSE)
     raise ApiError(400, f"more than {_MAX_LEFT_OUT} fields are not known", code="unknown_parameter")
 
 
+def converted(kind: type[BodyT], given: dict[str, Any]) -> BodyT:
+    """Another endpoint's body, made from the fields of a valid one. Raises ApiError 400."""
+    try:
+        return kind.model_validate(given)
+    except ValidationError as invalid:
+        raise _api_error(_deepest(invalid, given), given) from None
+
+
 def _leave_out(body: Any, path: list[str | int]) -> None:
     *outer, last = path
     for key in outer:

@@ -17,6 +17,7 @@ from nybble.server.api.chat_schema import (
     ReasoningEffort,
     require_text,
 )
+from nybble.server.api.parse import converted
 from nybble.server.api.schema import OF_THE_SERVICE, OfTheService, Priority, Salt, Seed, Timeout
 
 
@@ -251,7 +252,7 @@ class ResponsesRequest(OfTheService):
             given["tool_choice"] = {"type": "function", "function": {"name": self.tool_choice.name}}
         else:
             given["tool_choice"] = self.tool_choice
-        return ChatRequest.model_validate(given)
+        return converted(ChatRequest, given)
 
     def _messages(self) -> list[dict[str, Any]]:
         messages: list[dict[str, Any]] = []

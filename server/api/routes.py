@@ -31,6 +31,8 @@ from nybble.server.api.embeddings import EmbeddingRequest, EmbeddingsFormatter
 from nybble.server.api.generation import Generation, SequenceGroup, SequenceTimes
 from nybble.server.api.guiding import guide_of
 from nybble.server.api.logprobs import Logprobs
+from nybble.server.api.messages import MessagesFormatter
+from nybble.server.api.messages_schema import CountTokensRequest, MessagesRequest
 from nybble.server.api.model_names import ModelNames
 from nybble.server.api.openapi import openapi_document
 from nybble.server.api.output.dialect import Dialects
@@ -50,6 +52,15 @@ from nybble.server.observability.request_record import RECORD
 from nybble.server.tenancy.admission import Admission
 from nybble.server.tenancy.limits import Limiter
 from nybble.server.tenancy.tenants import TENANT
+
+# What /v1/messages calls the parameters of a chat.
+_MESSAGES_NAMES = {
+    "prompt": "messages",
+    "stop": "stop_sequences",
+    "thinking_token_budget": "thinking.budget_tokens",
+    "reasoning_effort": "output_config.effort",
+    "response_format": "output_config.format",
+}
 
 
 class Api:
@@ -107,6 +118,8 @@ class Api:
             web.post("/v1/chat/completions", self.chat_completions),
             web.post("/v1/completions", self.completions),
             web.post("/v1/responses", self.responses),
+            web.post("/v1/messages", self.messages),
+            web.post("/v1/messages/count_tokens", self.count_tokens),
             web.post("/v1/embeddings", self.embeddings),
             web.post("/tokenize", self.tokenize),
             web.post("/detokenize", self.detokenize),
@@ -169,6 +182,22 @@ class Api:
         formatter = ResponsesFormatter(group.id, body, int(time.time()), form)
         return await respond(request, self._generation, group, formatter, stream=bool(body.stream))
 
+    async def messages(self, request: web.Request) -> web.StreamResponse:
+        body = await read_body(request, MessagesRequest)
+        adapter = self._adapter_of(request, body.model, body.adapter)
+        with _parameters_called(_MESSAGES_NAMES):
+            chat = body.chat()
+            group, form = await self._chat_group("msg_", chat, adapter, request)
+        formatter = MessagesFormatter(group.id, chat, form)
+        return await respond(request, self._generation, group, formatter, stream=bool(body.stream))
+
+    async def count_tokens(self, request: web.Request) -> web.Response:
+        body = await read_body(request, CountTokensRequest)
+        self._names.require(body.model, request.get(TENANT))
+        with _parameters_called(_MESSAGES_NAMES):
+            token_ids, _ = await self._chat_prompt(body.chat())
+        return json_response({"input_tokens": len(token_ids)})
+
     async def _chat_group(
         self, prefix: str, body: ChatRequest, adapter: str | None, request: web.Request
     ) -> tuple[SequenceGroup, AnswerForm]:
@@ -177,26 +206,9 @@ class Api:
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
             defaults=self._engine.sampling_defaults,
         )
-        dialect = self._dialects.of(self._prompts.template(body, tools=bool(body.tools)))
-        tools = tools_of(body, dialect, self._markers, body.model)
-        prompt = await self._prompts.chat(
-            body.messages,
-            body,
-            tools=None if tools is None else tools.shown(),
-            any_length=body.truncate_prompt_tokens is not None,
-            parse_special=bool(body.parse_special),
-            tools_in_system=tools is not None and tools.in_system,
-        )
-        form = AnswerForm(
-            dialect,
-            self._markers,
-            tools,
-            prompt.text,
-            continued=bool(body.continue_final_message),
-            split=body.splits_reasoning,
-        )
+        token_ids, form = await self._chat_prompt(body)
         params = replace(params, shown_special_tokens=form.shown_special_tokens)
-        token_ids = body.truncated(prompt.token_ids, self._room(params))
+        token_ids = body.truncated(token_ids, self._room(params))
         self._engine.check(token_ids, params)
         guide = self._limited(
             body,
@@ -220,6 +232,28 @@ class Api:
             prediction=await self._predicted(body),
         )
         return group, form
+
+    async def _chat_prompt(self, body: ChatRequest) -> tuple[tuple[int, ...], AnswerForm]:
+        """The token ids of a chat's prompt, and how it is answered."""
+        dialect = self._dialects.of(self._prompts.template(body, tools=bool(body.tools)))
+        tools = tools_of(body, dialect, self._markers, body.model)
+        prompt = await self._prompts.chat(
+            body.messages,
+            body,
+            tools=None if tools is None else tools.shown(),
+            any_length=body.truncate_prompt_tokens is not None,
+            parse_special=bool(body.parse_special),
+            tools_in_system=tools is not None and tools.in_system,
+        )
+        form = AnswerForm(
+            dialect,
+            self._markers,
+            tools,
+            prompt.text,
+            continued=bool(body.continue_final_message),
+            split=body.splits_reasoning,
+        )
+        return prompt.token_ids, form
 
     def _limited(self, body: ChatRequest, form: AnswerForm, guide: Guide | None) -> Guide | None:
         """``guide``, and the end of reasoning that has had its tokens, if the request limits it."""
