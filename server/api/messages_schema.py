@@ -291,7 +291,9 @@ class MessagesRequest(Prompted):
     timeout: Timeout | None = None
 
     def _chat(self) -> dict[str, Any]:
-        names = ("temperature", "top_k", "top_p", "cache_salt", "min_p", "priority", "seed")
-        names += ("repetition_penalty", "timeout", "max_tokens")
+        names = (
+            *("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed"),
+            *("max_tokens", "cache_salt", "priority", "timeout"),
+        )
         same = {name: getattr(self, name) for name in names}
         return super()._chat() | same | {"stop": self.stop_sequences}
