@@ -4,26 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from uuid import uuid4
 
 from aiohttp import web
 
 from nybble import __version__
 from nybble.engine import (
-    BudgetGuide,
     Engine,
     GrammarCompiler,
-    Guide,
-    ParameterError,
     SamplingParams,
     require_known_tokens,
 )
 from nybble.loaders.templates import TemplateRenderer
-from nybble.server.api.answer_form import AnswerForm
 from nybble.server.api.chat import ChatFormatter
+from nybble.server.api.chat_groups import ChatGroups, room_for
 from nybble.server.api.chat_schema import ChatRequest, DetokenizeRequest, TokenizeRequest
 from nybble.server.api.compile_pool import CompilePool
 from nybble.server.api.completions import CompletionFormatter
@@ -36,15 +31,14 @@ from nybble.server.api.messages_schema import CountTokensRequest, MessagesReques
 from nybble.server.api.model_names import ModelNames
 from nybble.server.api.openapi import openapi_document
 from nybble.server.api.output.dialect import Dialects
-from nybble.server.api.output.markers import MarkerTokens
+from nybble.server.api.parameter_names import parameters_called
 from nybble.server.api.parse import read_body
 from nybble.server.api.prompts import Prompts
 from nybble.server.api.respond import json_response, respond, respond_whole
 from nybble.server.api.responses import ResponsesFormatter
 from nybble.server.api.responses_schema import ResponsesRequest
-from nybble.server.api.schema import NO_LIMIT, CompletionRequest, Prompt, Sampling
+from nybble.server.api.schema import CompletionRequest, Prompt, Sampling
 from nybble.server.api.token_bytes import TokenBytes
-from nybble.server.api.tools import tools_of
 from nybble.server.http.errors import ApiError
 from nybble.server.http.gate import Gate
 from nybble.server.observability.metrics import Metrics
@@ -100,11 +94,12 @@ class Api:
             templates,
             trust_chat_templates=trust_chat_templates,
         )
-        self._dialects = dialects or Dialects()
-        self._markers = MarkerTokens(engine.tokenizer)
         self._tokens = TokenBytes(engine.vocabulary)
         self._compiling = CompilePool()
         self._grammars = GrammarCompiler(engine.tokenizer, engine.vocab_size, engine.eos_token_ids)
+        self._chats = ChatGroups(
+            engine, self._prompts, self._grammars, self._compiling, dialects or Dialects()
+        )
 
     def routes(self) -> list[web.RouteDef]:
         return [
@@ -160,8 +155,8 @@ class Api:
         adapter = self._adapter_of(request, body.model, body.adapter)
         limit = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
         names = {"prompt": "messages", "max_tokens": limit, "logprobs": "top_logprobs"}
-        with _parameters_called(names):
-            group, form = await self._chat_group("chatcmpl-", body, adapter, request)
+        with parameters_called(names):
+            group, form = await self._chats.group("chatcmpl-", body, adapter, request)
         formatter = ChatFormatter(
             group.id,
             body,
@@ -177,107 +172,26 @@ class Api:
         body = await read_body(request, ResponsesRequest)
         adapter = self._adapter_of(request, body.model, body.adapter)
         names = {"prompt": "input", "messages": "input", "max_tokens": "max_output_tokens"}
-        with _parameters_called(names | {"response_format": "text.format"}):
-            group, form = await self._chat_group("resp_", body.chat(), adapter, request)
+        with parameters_called(names | {"response_format": "text.format"}):
+            group, form = await self._chats.group("resp_", body.chat(), adapter, request)
         formatter = ResponsesFormatter(group.id, body, int(time.time()), form)
         return await respond(request, self._generation, group, formatter, stream=bool(body.stream))
 
     async def messages(self, request: web.Request) -> web.StreamResponse:
         body = await read_body(request, MessagesRequest)
         adapter = self._adapter_of(request, body.model, body.adapter)
-        with _parameters_called(_MESSAGES_NAMES):
+        with parameters_called(_MESSAGES_NAMES):
             chat = body.chat()
-            group, form = await self._chat_group("msg_", chat, adapter, request)
+            group, form = await self._chats.group("msg_", chat, adapter, request)
         formatter = MessagesFormatter(group.id, chat, form)
         return await respond(request, self._generation, group, formatter, stream=bool(body.stream))
 
     async def count_tokens(self, request: web.Request) -> web.Response:
         body = await read_body(request, CountTokensRequest)
         self._names.require(body.model, request.get(TENANT))
-        with _parameters_called(_MESSAGES_NAMES):
-            token_ids, _ = await self._chat_prompt(body.chat())
+        with parameters_called(_MESSAGES_NAMES):
+            token_ids, _ = await self._chats.prompt(body.chat())
         return json_response({"input_tokens": len(token_ids)})
-
-    async def _chat_group(
-        self, prefix: str, body: ChatRequest, adapter: str | None, request: web.Request
-    ) -> tuple[SequenceGroup, AnswerForm]:
-        params = body.sampling_params(
-            max_tokens=body.limit,
-            logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-            defaults=self._engine.sampling_defaults,
-        )
-        token_ids, form = await self._chat_prompt(body)
-        params = replace(params, shown_special_tokens=form.shown_special_tokens)
-        token_ids = body.truncated(token_ids, self._room(params))
-        self._engine.check(token_ids, params)
-        guide = self._limited(
-            body,
-            form,
-            await guide_of(
-                self._grammars, self._compiling, body, request[RECORD], body.response_format, form
-            ),
-        )
-        id, n, tenant = f"{prefix}{uuid4().hex}", body.sequences, request.get(TENANT)
-        group = SequenceGroup(
-            id,
-            (token_ids,),
-            params,
-            n,
-            guide,
-            adapter,
-            tenant,
-            body.timeout,
-            body.priority or 0,
-            body.cache_salt or "",
-            prediction=await self._predicted(body),
-        )
-        return group, form
-
-    async def _chat_prompt(self, body: ChatRequest) -> tuple[tuple[int, ...], AnswerForm]:
-        """The token ids of a chat's prompt, and how it is answered."""
-        dialect = self._dialects.of(self._prompts.template(body, tools=bool(body.tools)))
-        tools = tools_of(body, dialect, self._markers, body.model)
-        prompt = await self._prompts.chat(
-            body.messages,
-            body,
-            tools=None if tools is None else tools.shown(),
-            any_length=body.truncate_prompt_tokens is not None,
-            parse_special=bool(body.parse_special),
-            tools_in_system=tools is not None and tools.in_system,
-        )
-        form = AnswerForm(
-            dialect,
-            self._markers,
-            tools,
-            prompt.text,
-            continued=bool(body.continue_final_message),
-            split=body.splits_reasoning,
-        )
-        return prompt.token_ids, form
-
-    def _limited(self, body: ChatRequest, form: AnswerForm, guide: Guide | None) -> Guide | None:
-        """``guide``, and the end of reasoning that has had its tokens, if the request limits it."""
-        budget = body.thinking_token_budget
-        if budget is None or budget == NO_LIMIT:
-            return guide
-        if not form.dialect.reasons:
-            raise ApiError(
-                400,
-                f"thinking_token_budget is {budget}, but the model's chat template shows no format "
-                "of reasoning: start the server with --reasoning-parser if it has one",
-                param="thinking_token_budget",
-                code="unsupported_parameter",
-            )
-        limit = form.limit(budget, self._prompts.markers)
-        return BudgetGuide(limit, self._engine.vocabulary, self._engine.vocab_size, guide)
-
-    async def _predicted(self, body: ChatRequest) -> tuple[int, ...] | None:
-        """The tokens of the answer that the client expects."""
-        if body.prediction is None:
-            return None
-        return await self._prompts.encode(
-            body.prediction.text, special_tokens=False, any_length=True
-        )
 
     async def completions(self, request: web.Request) -> web.StreamResponse:
         body = await read_body(request, CompletionRequest)
@@ -334,7 +248,7 @@ class Api:
                 code="unsupported_parameter",
             )
         params = SamplingParams(max_tokens=0)
-        with _parameters_called({"prompt": "input"}):
+        with parameters_called({"prompt": "input"}):
             prompts = await self._encoded(body, body.prompts, params)
         group = SequenceGroup(
             f"embd-{uuid4().hex}",
@@ -386,11 +300,6 @@ class Api:
         as_ids = body.return_tokens_as_token_ids is True
         return Logprobs(self._tokens, ends, as_token_ids=as_ids)
 
-    def _room(self, params: SamplingParams) -> int:
-        """The longest prompt, in tokens, that leaves room for the requested output."""
-        least = 1 if params.max_tokens is None else params.max_tokens
-        return self._engine.max_model_len - least
-
     def _adapter_of(self, request: web.Request, model: str, field: str | None) -> str | None:
         return self._names.adapter(model, field, request.headers, request.get(TENANT))
 
@@ -410,23 +319,9 @@ class Api:
             # Truncation keeps the special tokens around a text; token ids have none added.
             text = isinstance(prompts[0], str) and special
             around = self._prompts.around if text else (0, 0)
-            encoded = [body.truncated(each, self._room(params), around) for each in encoded]
+            encoded = [
+                body.truncated(each, room_for(self._engine, params), around) for each in encoded
+            ]
         for prompt in encoded:
             self._engine.check(prompt, params)
         return encoded
-
-
-@contextmanager
-def _parameters_called(names: Mapping[str, str]) -> Iterator[None]:
-    """Rename the engine's parameters in errors to the endpoint's names for them."""
-    try:
-        yield
-    except ParameterError as error:
-        name = names.get(error.parameter, error.parameter)
-        message = str(error)
-        if message.startswith(error.parameter):
-            message = name + message.removeprefix(error.parameter)
-        raise type(error)(name, message) from None
-    except ApiError as error:
-        error.param = names.get(error.param or "", error.param)
-        raise
