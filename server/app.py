@@ -21,6 +21,7 @@ from nybble.server.adapters.state import AdapterState
 from nybble.server.api.model_names import ModelNames
 from nybble.server.api.output.dialect import Dialects
 from nybble.server.api.parse import LARGE_BODIES, UNKNOWN_FIELDS, LargeBodies, UnknownFields
+from nybble.server.api.response_store import ResponseStore
 from nybble.server.api.routes import Api
 from nybble.server.console.page import Console
 from nybble.server.http.browsers import BrowserGuard, require_json
@@ -83,6 +84,7 @@ def make_app(
         ended,
         trust_chat_templates=settings.trust_chat_templates,
         dialects=Dialects(settings.reasoning_parser, settings.tool_call_parser),
+        response_store=settings.response_store and ResponseStore(*settings.response_store),
         root_path=settings.root_path,
     )
     admin_keys = Keys(settings.admin_keys, kind="admin key")
@@ -104,6 +106,7 @@ def make_app(
     app[LARGE_BODIES] = LargeBodies()
     app[UNKNOWN_FIELDS] = UnknownFields(settings.unknown_fields)
     app.add_routes(api.routes())
+    app.cleanup_ctx.append(api.responses.lifespan)
     state = None if settings.adapter_state is None else AdapterState(settings.adapter_state)
     admin = AdapterAdmin(engine, models, admin_keys, settings.adapter_roots, state)
     app.add_routes(admin.routes())

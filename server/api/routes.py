@@ -35,8 +35,8 @@ from nybble.server.api.parameter_names import parameters_called
 from nybble.server.api.parse import read_body
 from nybble.server.api.prompts import Prompts
 from nybble.server.api.respond import json_response, respond, respond_whole
-from nybble.server.api.responses import ResponsesFormatter
-from nybble.server.api.responses_schema import ResponsesRequest
+from nybble.server.api.response_store import ResponseStore
+from nybble.server.api.responses_routes import ResponsesApi
 from nybble.server.api.schema import CompletionRequest, Prompt, Sampling
 from nybble.server.api.token_bytes import TokenBytes
 from nybble.server.http.errors import ApiError
@@ -73,10 +73,12 @@ class Api:
         *,
         trust_chat_templates: bool = False,
         dialects: Dialects | None = None,
+        response_store: ResponseStore | None = None,
         root_path: str = "",
     ) -> None:
         """Make the handlers; nothing is computed yet.
 
+        response_store: where responses are kept; None if they are not.
         dialects: how reasoning and tool calls are written; by default as chat templates show.
         trust_chat_templates: whether requests may contain chat templates of their own.
         root_path: a proxy's ``/prefix``.
@@ -100,6 +102,7 @@ class Api:
         self._chats = ChatGroups(
             engine, self._prompts, self._grammars, self._compiling, dialects or Dialects()
         )
+        self.responses = ResponsesApi(self._chats, self._generation, names, gate, response_store)
 
     def routes(self) -> list[web.RouteDef]:
         return [
@@ -112,7 +115,7 @@ class Api:
             web.get("/v1/models/{model:.+}", self.get_model),
             web.post("/v1/chat/completions", self.chat_completions),
             web.post("/v1/completions", self.completions),
-            web.post("/v1/responses", self.responses),
+            *self.responses.routes(),
             web.post("/v1/messages", self.messages),
             web.post("/v1/messages/count_tokens", self.count_tokens),
             web.post("/v1/embeddings", self.embeddings),
@@ -166,15 +169,6 @@ class Api:
             group.prompts,
             body.echoed,
         )
-        return await respond(request, self._generation, group, formatter, stream=bool(body.stream))
-
-    async def responses(self, request: web.Request) -> web.StreamResponse:
-        body = await read_body(request, ResponsesRequest)
-        adapter = self._adapter_of(request, body.model, body.adapter)
-        names = {"prompt": "input", "messages": "input", "max_tokens": "max_output_tokens"}
-        with parameters_called(names | {"response_format": "text.format"}):
-            group, form = await self._chats.group("resp_", body.chat(), adapter, request)
-        formatter = ResponsesFormatter(group.id, body, int(time.time()), form)
         return await respond(request, self._generation, group, formatter, stream=bool(body.stream))
 
     async def messages(self, request: web.Request) -> web.StreamResponse:

@@ -104,6 +104,9 @@ def server_settings(options: ServeOptions, device: str, *, loopback: bool) -> Se
         trust_chat_templates=network.trust_request_chat_template,
         reasoning_parser=_known("--reasoning-parser", network.reasoning_parser, REASONING_NAMES),
         tool_call_parser=_known("--tool-call-parser", network.tool_call_parser, TOOL_NAMES),
+        response_store=None
+        if network.response_store is None
+        else (network.response_store, network.response_store_size),
         vllm_metrics=options.operation.vllm_metrics,
         tracing=None if endpoint is None else _tracing(endpoint),
         training=_training_settings(options, device) if _trains(options.training) else None,

@@ -172,6 +172,18 @@ class NetworkOptions:
             "…), or 'none' (default: what the chat template shows)."
         ),
     ] = "auto"
+    response_store: Annotated[
+        Path | None,
+        _network(
+            help="File in which /v1/responses keeps responses, for previous_response_id and "
+            "background (default: they are not kept).",
+            dir_okay=False,
+        ),
+    ] = None
+    response_store_size: Annotated[
+        int,
+        _network(**_SIZE, help="Most bytes of one tenant's responses together (default: 256MiB)."),
+    ] = 256 << 20
     shutdown_timeout: Annotated[
         float, _network(help="Seconds which requests in flight have to finish.", min=0)
     ] = 30

@@ -40,6 +40,8 @@ class ServerSettings:
     trust_chat_templates: whether requests may contain chat templates of their own.
     reasoning_parser: the format of reasoning; "auto" for what the chat template shows.
     tool_call_parser: the format of tool calls; "auto" for what the chat template shows.
+    response_store: the file in which responses are kept, and most bytes of each tenant's; None if
+        they are not kept.
     tracing: None if requests are not traced.
     vllm_metrics: whether /metrics has vLLM's names too.
     model_folder: the folder of the served model, for training jobs.
@@ -65,6 +67,7 @@ class ServerSettings:
     trust_chat_templates: bool = False
     reasoning_parser: str = "auto"
     tool_call_parser: str = "auto"
+    response_store: tuple[Path, int] | None = None
     tracing: Tracing | None = None
     vllm_metrics: bool = False
     model_folder: Path | None = None
