@@ -62,7 +62,7 @@ class ResponseStore:
         self._pending: dict[str, StoredResponse] = {}
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         # What is unfinished here would be another server's.
-        self._lock = FileLock(f"{path}.lock")
+        self._lock = FileLock(f"{path}.lock", thread_local=False)
         try:
             self._lock.acquire(timeout=0)
         except Timeout:
