@@ -32,12 +32,13 @@ from nybble.server.api.model_names import ModelNames
 from nybble.server.api.openapi import openapi_document
 from nybble.server.api.output.dialect import Dialects
 from nybble.server.api.parameter_names import parameters_called
-from nybble.server.api.parse import read_body
+from nybble.server.api.parse import read_body, read_object
 from nybble.server.api.prompts import Prompts
 from nybble.server.api.respond import json_response, respond, respond_whole
 from nybble.server.api.response_store import ResponseStore
 from nybble.server.api.responses_routes import ResponsesApi
-from nybble.server.api.schema import CompletionRequest, Prompt, Sampling
+from nybble.server.api.running import RUNNING
+from nybble.server.api.schema import AbortRequest, CompletionRequest, Prompt, Sampling
 from nybble.server.api.token_bytes import TokenBytes
 from nybble.server.http.errors import ApiError
 from nybble.server.http.gate import Gate
@@ -46,6 +47,7 @@ from nybble.server.observability.request_record import RECORD
 from nybble.server.tenancy.admission import Admission
 from nybble.server.tenancy.limits import Limiter
 from nybble.server.tenancy.tenants import TENANT
+from nybble.server.tenancy.usage import UsageLedger
 
 # What /v1/messages calls the parameters of a chat.
 _MESSAGES_NAMES = {
@@ -68,6 +70,7 @@ class Api:
         admission: Admission,
         gate: Gate,
         limiter: Limiter,
+        ledger: UsageLedger,
         templates: TemplateRenderer,
         ended: Callable[[SequenceTimes], None] | None = None,
         *,
@@ -88,7 +91,7 @@ class Api:
         self._metrics = metrics
         self._names = names
         self._openapi = openapi_document(root_path)
-        self._generation = Generation(engine, metrics, admission, limiter, ended)
+        self._generation = Generation(engine, metrics, admission, limiter, ledger, ended)
         self._prompts = Prompts(
             engine.tokenizer,
             names.first,
@@ -107,6 +110,10 @@ class Api:
     def routes(self) -> list[web.RouteDef]:
         return [
             web.get("/health", self.health),
+            web.get("/ping", self.health),
+            web.post("/ping", self.health),
+            web.post("/invocations", self.invocations),
+            web.post("/abort_request", self.abort),
             web.get("/metrics", self.metrics),
             web.get("/version", self.version),
             web.get("/openapi.json", self.openapi),
@@ -220,6 +227,37 @@ class Api:
             group.id, body, int(time.time()), logprobs, echoes, group.prompts
         )
         return await respond(request, self._generation, group, formatter, stream=bool(body.stream))
+
+    async def invocations(self, request: web.Request) -> web.StreamResponse:
+        """SageMaker's path for all of them: the body says which is meant."""
+        body = await read_object(request)
+        endpoints = {
+            "messages": self.chat_completions,
+            "prompt": self.completions,
+            "input": self.embeddings,
+        }
+        for field, endpoint in endpoints.items():
+            if field in body:
+                return await endpoint(request)
+        raise ApiError(
+            400,
+            "expected messages for a chat, prompt for a completion, or input for embeddings",
+            code="missing_required_parameter",
+        )
+
+    async def abort(self, request: web.Request) -> web.Response:
+        """SGLang's way to cancel a request, by its X-Request-Id or the id of its answer."""
+        body = await read_body(request, AbortRequest)
+        tenant = request.get(TENANT)
+        count = request.app[RUNNING].cancel(body.rid, "" if tenant is None else tenant.name)
+        if not count:
+            raise ApiError(
+                404,
+                f"no request in progress has the id {body.rid!r}",
+                param="rid",
+                code="request_not_found",
+            )
+        return json_response({"cancelled": count})
 
     async def embeddings(self, request: web.Request) -> web.Response:
         body = await read_body(request, EmbeddingRequest)

@@ -376,6 +376,12 @@ class CompletionRequest(Sampling):
         return params
 
 
+class AbortRequest(Body):
+    """rid: the X-Request-Id of a request, or the id of its answer."""
+
+    rid: Annotated[str, Field(min_length=1, max_length=_MAX_SALT)]
+
+
 class LoadAdapterRequest(Body):
     """The fields of vLLM's request to load an adapter.
 
