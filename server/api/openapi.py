@@ -82,10 +82,13 @@ def openapi_document(root_path: str = "") -> dict[str, Any]:
         "paths": paths,
         "components": {
             "schemas": {**definitions["$defs"], "ErrorResponse": _ERROR},
-            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+            "securitySchemes": {
+                "key": {"type": "http", "scheme": "bearer"},
+                "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+            },
         },
         # A key is optional: the server asks for one only if it was started with keys.
-        "security": [{}, {"key": []}],
+        "security": [{}, {"key": []}, {"x-api-key": []}],
     }
 
 

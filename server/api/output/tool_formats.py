@@ -15,6 +15,7 @@ from nybble.server.api.output.calls import (
     PythonCall,
     TaggedCall,
 )
+from nybble.server.api.output.escaped_calls import EscapedCall
 
 Pieces = tuple[str, ...]
 
@@ -79,6 +80,8 @@ class ToolFormat:
             pieces += syntax.between
         elif isinstance(syntax, TaggedCall):
             pieces += [*syntax.name, *syntax.key, *syntax.value, syntax.close]
+        elif isinstance(syntax, EscapedCall):
+            pieces.append(syntax.escape)
         return tuple(piece.strip() for piece in pieces if piece.strip())
 
 
@@ -249,6 +252,13 @@ TOOL_FORMATS: tuple[ToolFormat, ...] = (
         whole=True,
         aliases=("[",),
         mentions=(("<|python_start|>", "tools"),),
+    ),
+    ToolFormat(
+        ("functiongemma",),
+        EscapedCall(),
+        before=("<start_function_call>", "call:"),
+        after=("<end_function_call>",),
+        mentions=(("<start_function_call>",),),
     ),
     ToolFormat(
         ("gemma3",),

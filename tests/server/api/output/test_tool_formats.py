@@ -214,6 +214,20 @@ CASES: list[tuple[str, str, str, list[tuple[str, Any]]]] = [
         "Let me see.",
         TWO,
     ),
+    (
+        "functiongemma",
+        "<start_function_call>call:weather{city:<escape>Rome<escape>,days:3}<end_function_call>"
+        "<start_function_call>call:now{}<end_function_call>",
+        "",
+        TWO,
+    ),
+    (
+        "functiongemma",
+        "<start_function_call>call:weather{city:<escape>a}, b: {1}<escape>,near:[<escape>x<escape>,"
+        "<escape>y<escape>],metric:true,zip:null}<end_function_call>",
+        "",
+        [("weather", {"city": "a}, b: {1}", "near": ["x", "y"], "metric": True, "zip": None})],
+    ),
     ("gemma3", '```tool_code\nweather(city="Rome", days=3)\n```', "", TWO[:1]),
     ("gemma3", "```python\nnow()\n```", "```python\nnow()\n```", []),
     ("pythonic", "[weather(city='Rome', days=3), now()]", "", TWO),
