@@ -1,5 +1,7 @@
-"""A model's dialect: the formats of its reasoning and its tool calls, read from its chat template
-or named by the server's options."""
+"""A model's dialect: the formats of its reasoning and of its tool calls.
+
+It is read from the chat template, or named by the server's options.
+"""
 
 from __future__ import annotations
 
@@ -72,7 +74,7 @@ F = TypeVar("F", bound=_Format)
 @lru_cache(maxsize=16)
 def _dialect(template: str, reasoning: str, tools: str) -> Dialect:
     speaks_harmony = harmony.CHANNEL in template
-    if reasoning in _HARMONY or (reasoning == AUTO and speaks_harmony):
+    if {reasoning, tools} & set(_HARMONY) or (reasoning == AUTO and speaks_harmony):
         return Dialect(harmony=True)
     return Dialect(
         reasoning=_chosen(REASONING_FORMATS, reasoning, template),

@@ -444,6 +444,7 @@ def test_the_format_can_be_named() -> None:
         return Dialects(tools=name).of(template).tools
 
     assert named("none", "{{ tools }}<tool_call>") is None
+    assert Dialects(tools="openai").of("").harmony
     assert named("granite").names == ("granite",)
     assert named("mistral") is MISTRAL_OLD
     assert named("mistral", "[TOOL_CALLS]name[ARGS]").before == ("[TOOL_CALLS]",)
