@@ -16,13 +16,13 @@ from nybble.engine.conversation import (
     PROBE,
     ChatEncoder,
     Turn,
-    has_broken_calls,
+    in_other_forms,
     in_parts,
     left_out,
     template_of,
     turn_of,
+    with_short_ids,
     with_tools,
-    with_whole_calls,
 )
 from nybble.loaders.templates import TemplateFailedError, TemplateRefusedError, TemplateRenderer
 from nybble.server.api.chat_schema import Message, TemplateOptions
@@ -197,10 +197,12 @@ class Prompts:
         any_length: bool = False,
         parse_special: bool = False,
         tools_in_system: bool = False,
+        short_ids: bool = False,
     ) -> ChatPrompt:
         """A conversation in the model's chat template, up to the assistant's turn.
 
         tools_in_system: whether the template reads the tools from the system's message.
+        short_ids: whether the template takes only short ids of calls.
         parse_special: whether the text of a special token in a message becomes that token (see
             :class:`nybble.engine.conversation.ChatEncoder`).
 
@@ -217,6 +219,8 @@ class Prompts:
         if len(messages) > self._max_model_len:  # a message has at least one token
             raise self._too_long(f"{len(messages)} messages")
         turns = [turn_of(message.model_dump(exclude_none=True)) for message in messages]
+        if short_ids:
+            turns = with_short_ids(turns)
         if tools and tools_in_system:
             turns = with_tools(turns, tools)
         if not parse_special:
@@ -324,16 +328,15 @@ class Prompts:
         variables: dict[str, Any],
     ) -> str:
         try:
-            try:
-                future = self._templates.submit(template, turns, tools, variables)
-                return await asyncio.wrap_future(future)
-            except TemplateRefusedError:
-                if not has_broken_calls(turns):
-                    raise
-            whole = with_whole_calls(turns)
-            return await asyncio.wrap_future(
-                self._templates.submit(template, whole, tools, variables)
-            )
+            refusal: TemplateRefusedError | None = None
+            for form in (turns, *in_other_forms(turns)):
+                try:
+                    future = self._templates.submit(template, form, tools, variables)
+                    return await asyncio.wrap_future(future)
+                except TemplateRefusedError as error:
+                    refusal = refusal or error
+            assert refusal is not None
+            raise refusal
         except TemplateFailedError as error:
             raise ApiError(
                 500,

@@ -66,11 +66,6 @@ class Tools:
         """Whether tool_choice names one tool. OpenAI's finish_reason is "stop" in that case."""
         return isinstance(self._choice, NamedToolChoice)
 
-    @property
-    def in_system(self) -> bool:
-        """Whether the chat template reads the tools from the system's message."""
-        return self._dialect.tools is not None and self._dialect.tools.in_system
-
     def shown(self) -> list[dict[str, Any]]:
         """The tools for the chat template."""
         return [tool.model_dump(exclude_none=True) for tool in self._offered]

@@ -53,14 +53,12 @@ class ReasoningFormat:
         continued: whether the prompt ends with a part of the answer.
         """
         end = prompt.rstrip()
-        if continued:
-            opened, closed = end.rfind(self.open), end.rfind(self.close)
-            if opened != closed:  # one of them is there
-                return "inside" if opened > closed else "after"
-        if end.endswith(self.open):
-            return "inside"
-        if end.endswith(self.close):
-            return "after"
+        if not continued:
+            # Templates begin an answer's reasoning in the prompt's last line.
+            end = end[end.rfind("\n") + 1 :]
+        opened, closed = end.rfind(self.open), end.rfind(self.close)
+        if opened != closed:  # one of them is there
+            return "inside" if opened > closed else "after"
         return "inside" if self.implicit else "before"
 
     def lead(self, tokens: MarkerTokens, place: Place) -> str:

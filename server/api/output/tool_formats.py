@@ -35,6 +35,7 @@ class ToolFormat:
     starts: texts with which a call itself may begin, without the pieces before it.
     unmarked: whether an answer may consist of calls in JSON alone, without the pieces.
     in_system: whether the template reads the tools from the system's message.
+    short_ids: whether the template takes only ids of nine letters and digits.
     mentions: rows of texts; the chat template of such a model has all texts of one row.
     """
 
@@ -50,6 +51,7 @@ class ToolFormat:
     starts: Pieces = ()
     unmarked: bool = False
     in_system: bool = False
+    short_ids: bool = False
     mentions: tuple[Pieces, ...] = ()
 
     def fits(self, template: str) -> bool:
@@ -94,11 +96,19 @@ _QWEN_TAGS = TaggedCall(
     close="</function>",
 )
 
+# Seed's values have no line breaks around them.
+_SEED_TAGS = TaggedCall(
+    name=("<function=", ">\n"),
+    key=("<parameter=", ">"),
+    value=("", "</parameter>\n"),
+    close="</function>",
+)
+
 # The first that fits a chat template is its format.
 TOOL_FORMATS: tuple[ToolFormat, ...] = (
     ToolFormat(
         ("seed_oss",),
-        _QWEN_TAGS,
+        _SEED_TAGS,
         before=("<seed:tool_call>", "\n"),
         after=("\n", "</seed:tool_call>"),
         between="\n",
@@ -160,6 +170,7 @@ TOOL_FORMATS: tuple[ToolFormat, ...] = (
         ("mistral",),
         NamedCall(("[ARGS]",), suffix=r"(\[CALL_ID\][A-Za-z0-9]{9})?"),
         before=("[TOOL_CALLS]",),
+        short_ids=True,
         mentions=(("[TOOL_CALLS]", "[ARGS]"),),
     ),
     ToolFormat(
@@ -168,6 +179,7 @@ TOOL_FORMATS: tuple[ToolFormat, ...] = (
         opening=("[TOOL_CALLS]", "["),
         between=", ",
         closing=("]",),
+        short_ids=True,
         mentions=(("[TOOL_CALLS]",),),
     ),
     ToolFormat(

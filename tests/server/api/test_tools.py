@@ -343,6 +343,48 @@ def test_results_of_calls_reach_the_template_with_arguments_as_objects(engine: E
     run(engine, scenario)
 
 
+def test_arguments_are_a_text_for_templates_that_add_them_to_one(engine: Engine) -> None:
+    """As DeepSeek's do."""
+    engine.tokenizer.chat_template = HERMES.replace(
+        "{{ c.function.arguments.city }}", "{{ 'json:' + c.function.arguments }}"
+    )
+    function = {"name": "get_weather", "arguments": '{"city": "Rome"}'}
+    call = {"id": "c1", "type": "function", "function": function}
+
+    async def scenario(client: Client) -> None:
+        messages = [*HELLO, {"role": "assistant", "content": None, "tool_calls": [call]}]
+        tokens = await (await client.post("/tokenize", json={"messages": messages})).json()
+        assert 'assistant\njson:{"city": "Rome"}' in engine.tokenizer.decode(tokens["tokens"])
+
+    run(engine, scenario)
+
+
+def test_mistrals_templates_get_ids_of_nine_characters(engine: Engine) -> None:
+    engine.tokenizer.chat_template = HERMES.replace("<tool_call>", "[TOOL_CALLS]").replace(
+        "{{ m.content }}",
+        "{% for id in (m.tool_calls or [{'id': m.tool_call_id}])|map(attribute='id')|select %}"
+        "{% if id|length != 9 %}{{ raise_exception('nine!') }}{% endif %}{% endfor %}"
+        "{{ m.content }}",
+    )
+    function = {"name": "get_weather", "arguments": '{"city": "Rome"}'}
+
+    async def scenario(client: Client) -> None:
+        for id in ("call_0123456789abcdef", "t1"):
+            messages = [
+                *HELLO,
+                {
+                    "role": "assistant",
+                    "content": None,
+                    "tool_calls": [{"id": id, "type": "function", "function": function}],
+                },
+                {"role": "tool", "content": "sunny", "tool_call_id": id},
+            ]
+            async with client.post(CHAT, json=request(messages=messages, max_tokens=1)) as answer:
+                assert answer.status == 200, await answer.text()
+
+    run(engine, scenario)
+
+
 def test_a_result_whose_call_was_cut_off_is_shown_to_the_template(engine: Engine) -> None:
     """As clients send it that keep the last turns alone."""
     engine.tokenizer.chat_template = HERMES

@@ -148,3 +148,8 @@ def test_the_format_can_be_named() -> None:
     assert named("granite", "<think>").close == "Here is my response:"
     assert Dialects().of("<|channel|>").harmony
     assert not Dialects(reasoning="none").of("<|channel|>").harmony
+
+
+def test_a_template_may_write_more_behind_the_marker() -> None:
+    prompt = "<seed:bos>assistant\n<seed:think><seed:cot_budget_reflect>"  # with no budget
+    assert FORMS["seed_oss"].place(prompt, continued=False) == "inside"
