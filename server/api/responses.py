@@ -30,13 +30,9 @@ class ResponsesFormatter:
         created: int,
         form: AnswerForm,
         *,
-        store: bool,
         ended: Callable[[dict[str, Any]], None],
     ) -> None:
-        """store: whether the response is kept.
-
-        ended: called with the response once it is written, or has failed.
-        """
+        """ended: called with the response once it is written, or has failed."""
         self._ended = ended
         self._parser = form.parser()
         self._events: list[ServerSentEvent] = []
@@ -61,7 +57,6 @@ class ResponsesFormatter:
             "parallel_tool_calls": body.parallel_tool_calls is not False,
             "previous_response_id": body.previous_response_id,
             "background": bool(body.background),
-            "store": store,
             "reasoning": {
                 "effort": None if body.reasoning is None else body.reasoning.effort,
                 "summary": None,

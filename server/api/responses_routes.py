@@ -97,9 +97,7 @@ class ResponsesApi:
             if self._store is not None and kept:
                 self._store.save(StoredResponse(owner, response, items))
 
-        formatter = ResponsesFormatter(
-            group.id, body, int(time.time()), form, store=kept, ended=save
-        )
+        formatter = ResponsesFormatter(group.id, body, int(time.time()), form, ended=save)
         if body.background:
             stored = StoredResponse(
                 owner, formatter.response | {"status": "queued", "output": []}, items
