@@ -7,11 +7,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from openai.types.responses import ResponseStreamEvent
+from pydantic import TypeAdapter
 
 from nybble.engine import Engine
 
 from ..client import CHAT, COMPLETIONS, HELLO, RESPONSES, Client, refused, run
 from ..conftest import started_engine
+from .test_openai_schema import check_event
 
 # As Qwen3's: what was thought before the last question is left out, and the answer begins inside.
 THINKS = (
@@ -165,6 +168,9 @@ def test_responses_have_reasoning_items(engine: Engine) -> None:
         async with client.post(RESPONSES, json=body) as response:
             lines = (await response.text()).strip().split("\n\n")
         events = [json.loads(line.split("data: ", 1)[1]) for line in lines]
+        for event in events:
+            TypeAdapter(ResponseStreamEvent).validate_python(event, extra="forbid")
+            check_event(event)
         kinds = [event["type"] for event in events]
         assert kinds[2:4] == ["response.output_item.added", "response.content_part.added"]
         text = "".join(e["delta"] for e in events if e["type"] == "response.reasoning_text.delta")
