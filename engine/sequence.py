@@ -218,6 +218,7 @@ class Sequence:
             queue_seconds=self.queue_seconds,
             prompt_logprobs=reader.result() if isinstance(reader, LogprobReader) else None,
             embedding=reader.result() if isinstance(reader, EmbeddingReader) else None,
+            stop_string=None if reason is None else self.detokenizer.stopped_by,
             draft_tokens=self.acceptance.drafted,
             accepted_draft_tokens=self.acceptance.accepted,
         )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, ConfigDict, Discriminator, Field, Tag
+from pydantic import AfterValidator, ConfigDict, Discriminator, Field, Tag, TypeAdapter
 from pydantic_core import PydanticCustomError
 
 from nybble.server.api import foreign
@@ -17,6 +18,7 @@ from nybble.server.api.chat_schema import (
     ReasoningEffort,
     require_text,
 )
+from nybble.server.api.parse import converted
 from nybble.server.api.schema import OF_THE_SERVICE, OfTheService, Priority, Salt, Seed, Timeout
 
 
@@ -68,10 +70,20 @@ class InputCallOutput(_Item):
         return {"role": "tool", "tool_call_id": self.call_id, "content": _parts(self.output)}
 
 
+class ReasoningText(_Item):
+    type: Literal["reasoning_text", "text"]
+    text: str
+
+
 class InputReasoning(_Item):
-    """Reasoning of an earlier response. It is dropped, as chat templates drop it too."""
+    """Reasoning of an earlier response. The chat template decides what the model sees of it."""
 
     type: Literal["reasoning"]
+    content: list[ReasoningText] | None = None
+
+    @property
+    def text(self) -> str:
+        return "".join(part.text for part in self.content or ())
 
 
 _ITEMS = ("message", "function_call", "function_call_output", "reasoning")
@@ -97,6 +109,8 @@ InputItem = Annotated[
         "is stored, and there are no built-in tools",
     ),
 ]
+
+_ITEM_LIST: TypeAdapter[list[InputItem]] = TypeAdapter(list[InputItem])
 
 # Extra content for items of built-in tools, reasoning and images; there are no such items here.
 _NOT_INCLUDED = (
@@ -126,8 +140,8 @@ class Reasoning(Body):
     """How much a model reasons: see the chat's reasoning_effort."""
 
     ignored: ClassVar[dict[str, str]] = {
-        "summary": "there are no reasoning items",
-        "generate_summary": "there are no reasoning items",
+        "summary": "reasoning is returned in full",
+        "generate_summary": "reasoning is returned in full",
     }
 
     effort: ReasoningEffort | None = None
@@ -165,9 +179,10 @@ _OF_CHATS = (
 
 class ResponsesRequest(OfTheService):
     ignored: ClassVar[dict[str, str]] = {
-        **OF_THE_SERVICE,
+        **{name: why for name, why in OF_THE_SERVICE.items() if name != "store"},
         **foreign.IGNORED,
-        "metadata": "nothing is stored; it comes back with the response",
+        **foreign.IGNORED_REASONING,
+        "metadata": "it comes back with the response",
         "include": "there are no output items to which it applies",
         "stream_options": "events carry no padding",
     }
@@ -177,10 +192,8 @@ class ResponsesRequest(OfTheService):
         **dict.fromkeys(
             ("ebnf", "grammar", "json_schema", "regex"), "use text.format, or /v1/chat/completions"
         ),
-        "previous_response_id": "responses are not stored: send the conversation as input",
         "conversation": "conversations are not stored: send the conversation as input",
         "prompt": "prompt templates are not stored",
-        "background": "background responses are not supported",
         "max_tool_calls": "max_tool_calls is not supported: there are no built-in tools",
         "moderation": "moderation is not supported: there is no moderation model",
         "context_management": "context_management is not supported: send only what is to be read",
@@ -189,6 +202,8 @@ class ResponsesRequest(OfTheService):
 
     model: str
     input: str | Annotated[list[InputItem], Field(min_length=1, max_length=MAX_MESSAGES)]
+    background: bool | None = None
+    previous_response_id: str | None = None
     include: list[Annotated[str, AfterValidator(_included)]] | None = None
     reasoning: Reasoning | None = None
     instructions: str | None = None
@@ -215,11 +230,17 @@ class ResponsesRequest(OfTheService):
     timeout: Timeout | None = None
     top_k: int | None = None
 
-    def chat(self) -> ChatRequest:
-        """The same request as a chat completion."""
+    def items(self) -> list[dict[str, Any]]:
+        """The input as items."""
+        if isinstance(self.input, str):
+            return [{"type": "message", "role": "user", "content": self.input}]
+        return [item.model_dump(exclude_none=True) for item in self.input]
+
+    def chat(self, history: Sequence[dict[str, Any]] = ()) -> ChatRequest:
+        """The same request as a chat completion. history: items that come before its input."""
         given: dict[str, Any] = {
             "model": self.model,
-            "messages": self._messages(),
+            "messages": self._messages(_ITEM_LIST.validate_python(list(history))),
             "temperature": self.temperature,
             "top_p": self.top_p,
             "max_completion_tokens": self.max_output_tokens,
@@ -240,24 +261,31 @@ class ResponsesRequest(OfTheService):
             given["tool_choice"] = {"type": "function", "function": {"name": self.tool_choice.name}}
         else:
             given["tool_choice"] = self.tool_choice
-        return ChatRequest.model_validate(given)
+        return converted(ChatRequest, given)
 
-    def _messages(self) -> list[dict[str, Any]]:
+    def _messages(self, history: list[InputItem]) -> list[dict[str, Any]]:
         messages: list[dict[str, Any]] = []
         if self.instructions:
             messages.append({"role": "system", "content": self.instructions})
-        if isinstance(self.input, str):
-            return [*messages, {"role": "user", "content": self.input}]
-        for item in self.input:
+        given = self.input
+        if isinstance(given, str):
+            given = [InputMessage(role="user", content=given)]
+        thought = ""  # what goes with the assistant's next turn
+        for item in [*history, *given]:
             if isinstance(item, InputReasoning):
+                thought = item.text
                 continue
-            if not isinstance(item, InputCall):
+            if isinstance(item, InputCall):
+                # A call belongs to the assistant's turn before it. Add an empty turn if there is
+                # none.
+                if thought or not messages or messages[-1]["role"] != "assistant":
+                    messages.append({"role": "assistant"})
+                messages[-1].setdefault("tool_calls", []).append(item.call())
+            else:
                 messages.append(item.turn())
-                continue
-            # A call belongs to the assistant's turn before it. Add an empty turn if there is none.
-            if not messages or messages[-1]["role"] != "assistant":
-                messages.append({"role": "assistant"})
-            messages[-1].setdefault("tool_calls", []).append(item.call())
+            if thought and messages[-1]["role"] == "assistant":
+                messages[-1]["reasoning_content"] = thought
+            thought = ""
         return messages
 
     def _response_format(self) -> dict[str, Any] | None:

@@ -328,6 +328,7 @@ def prompts_of(value: Any) -> Any:
 
 
 class CompletionRequest(Sampling):
+    ignored: ClassVar[dict[str, str]] = OF_THE_SERVICE | foreign.IGNORED | foreign.IGNORED_REASONING
     refused: ClassVar[dict[str, str]] = (
         foreign.REFUSED
         | foreign.REFUSED_IN_COMPLETIONS
@@ -373,6 +374,12 @@ class CompletionRequest(Sampling):
         if self.echo and logprobs is not None:
             return replace(params, prompt_logprobs=max(logprobs, self.prompt_logprobs or 0))
         return params
+
+
+class AbortRequest(Body):
+    """rid: the X-Request-Id of a request, or the id of its answer."""
+
+    rid: Annotated[str, Field(min_length=1, max_length=_MAX_SALT)]
 
 
 class LoadAdapterRequest(Body):

@@ -33,6 +33,12 @@ _TYPES = {
     403: "permission_error",
     429: "rate_limit_error",
 }
+_ANTHROPIC_TYPES = _TYPES | {
+    404: "not_found_error",
+    413: "request_too_large",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
 _MAX_MESSAGE = 500
 # EFBIG: a file-size limit of the process or of the file system.
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -87,7 +93,14 @@ class ApiError(Exception):
             }
         }
 
-    def response(self) -> web.Response:
+    def anthropic_body(self) -> dict[str, Any]:
+        """As the clients of /v1/messages expect it."""
+        fallback = "api_error" if self.status >= 500 else "invalid_request_error"
+        kind = _ANTHROPIC_TYPES.get(self.status, fallback)
+        return {"type": "error", "error": {"type": kind, "message": self.message}}
+
+    def response(self, *, anthropic: bool = False) -> web.Response:
+        """anthropic: whether the body has Anthropic's shape."""
         headers = {}
         if self.retry_after is not None:
             headers["Retry-After"] = str(self.retry_after)
@@ -97,7 +110,7 @@ class ApiError(Exception):
             headers["WWW-Authenticate"] = "Bearer"
         response = web.Response(
             status=self.status,
-            body=to_json(self.body()),
+            body=to_json(self.anthropic_body() if anthropic else self.body()),
             content_type="application/json",
             headers=headers,
         )

@@ -13,6 +13,7 @@ import torch
 
 from nybble.engine import AdapterConfig, EngineConfig, resolve_device
 from nybble.server.adapters.state import default_path
+from nybble.server.api.output.dialect import REASONING_NAMES, TOOL_NAMES
 from nybble.server.http.cors import Cors
 from nybble.server.http.tls import tls_context
 from nybble.server.lifecycle.options import AdapterOptions, ServeOptions, TrainingOptions
@@ -101,10 +102,21 @@ def server_settings(options: ServeOptions, device: str, *, loopback: bool) -> Se
         console=not network.no_console,
         unknown_fields=network.unknown_fields,
         trust_chat_templates=network.trust_request_chat_template,
+        reasoning_parser=_known("--reasoning-parser", network.reasoning_parser, REASONING_NAMES),
+        tool_call_parser=_known("--tool-call-parser", network.tool_call_parser, TOOL_NAMES),
+        response_store=None
+        if network.response_store is None
+        else (network.response_store, network.response_store_size),
         vllm_metrics=options.operation.vllm_metrics,
         tracing=None if endpoint is None else _tracing(endpoint),
         training=_training_settings(options, device) if _trains(options.training) else None,
     )
+
+
+def _known(flag: str, name: str, names: Sequence[str]) -> str:
+    if name not in names:
+        raise ValueError(f"{flag} is {name!r}, expected one of {', '.join(names)}")
+    return name
 
 
 def _trains(options: TrainingOptions) -> bool:

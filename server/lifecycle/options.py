@@ -163,6 +163,32 @@ class NetworkOptions:
             help="Accept chat templates in requests; they run in a sandbox.",
         ),
     ] = False
+    reasoning_parser: Annotated[
+        str,
+        _network(
+            help="Format of the model's reasoning, by vLLM's names (qwen3, deepseek_r1, granite, "
+            "…), or 'none' (default: what the chat template shows)."
+        ),
+    ] = "auto"
+    tool_call_parser: Annotated[
+        str,
+        _network(
+            help="Format of the model's tool calls, by vLLM's names (hermes, llama3_json, mistral, "
+            "…), or 'none' (default: what the chat template shows)."
+        ),
+    ] = "auto"
+    response_store: Annotated[
+        Path | None,
+        _network(
+            help="File in which /v1/responses keeps responses, for previous_response_id and "
+            "background (default: they are not kept).",
+            dir_okay=False,
+        ),
+    ] = None
+    response_store_size: Annotated[
+        int,
+        _network(**_SIZE, help="Most bytes of one tenant's responses together (default: 256MiB)."),
+    ] = 256 << 20
     shutdown_timeout: Annotated[
         float, _network(help="Seconds which requests in flight have to finish.", min=0)
     ] = 30
