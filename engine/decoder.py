@@ -123,7 +123,7 @@ class Decoder:
         adapters: which tokens use which adapter; None if none does.
         """
         step = Step(
-            [table[:, positions] for table in self._rotary],
+            [(cos[positions], sin[positions]) for cos, sin in self._rotary],
             [None if table is None else table[positions] for table in self._query_scales],
             caches,
             batches,

@@ -32,13 +32,13 @@ KVCache = tuple[Tensor, ...]
 class Step:
     """What the parts read beside hidden states.
 
-    rotary: for each kind of rotary embedding, cos and sin ``(2, tokens, rotary_dim)``.
+    rotary: for each kind of rotary embedding, cos and sin, each ``(tokens, rotary_dim)``.
     query_scales: for each kind, what rotated queries are multiplied by ``(tokens,)``, or None.
     caches, batches: of each layer.
     adapters: None if no row uses one.
     """
 
-    rotary: Sequence[Tensor]
+    rotary: Sequence[tuple[Tensor, Tensor]]
     query_scales: Sequence[Tensor | None]
     caches: Sequence[KVCache]
     batches: Sequence[AttentionBatch]
@@ -135,7 +135,7 @@ class AttentionPart:
     def __call__(self, x: Tensor, step: Step) -> Tensor:
         about = self.about
         qkv = self.qkv(x, step.adapters).view(x.shape[0], -1, about.head_dim)
-        q, k, v = torch.split(qkv, [about.heads, about.kv_heads, about.kv_heads], dim=1)
+        q, k, v = qkv.split_with_sizes((about.heads, about.kv_heads, about.kv_heads), 1)
         cos, sin = step.rotary[self.rope]
         interleaved = about.rope is not None and about.rope.interleaved
         if about.rotate_first:

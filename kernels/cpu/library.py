@@ -96,7 +96,37 @@ class CpuLibrary:
             return partial(reference.packed_matmul, weight=weight)
         if dtype != torch.bfloat16:
             return partial(reference.packed_matmul, weight=weight, dequantize=self.dequantize)
-        return partial(self.packed_matmul, weight=weight)
+        if weight.perm is not None or weight.columns % 8:
+            return partial(self.packed_matmul, weight=weight)
+        return self._bound_matmul(weight)
+
+    def _bound_matmul(self, weight: PackedWeight) -> LinearKernel:
+        """:meth:`packed_matmul` of one weight, which looks up once what is the same in every call.
+
+        A decode step calls it a hundred times, and the cores wait meanwhile.
+        """
+        inputs, outputs = weight.in_features, weight.out_features
+        tensors, sizes = _matmul_arguments(weight)
+
+        def linear(x: Tensor) -> Tensor:
+            if x.ndim != 2 or x.shape[1] != inputs or not x.is_contiguous():
+                return self.packed_matmul(x, weight)
+            rows = x.shape[0]
+            out = torch.empty(rows, outputs, dtype=torch.bfloat16)
+            if self._matmul(
+                x.data_ptr(),
+                *tensors,
+                out.data_ptr(),
+                rows,
+                outputs,
+                inputs,
+                *sizes,
+                torch.get_num_threads(),
+            ):
+                raise _out_of_memory("packed_matmul")
+            return out
+
+        return linear
 
     def grouped_linear(self, weights: Sequence[Weight], dtype: torch.dtype) -> GroupedKernel:
         """A linear layer of every expert, for inputs of ``dtype``.
@@ -170,21 +200,15 @@ class CpuLibrary:
             rows = torch.nn.functional.pad(rows, (0, -weight.columns % 8))
         rows = rows.contiguous()
         out = torch.empty(rows.shape[0], weight.out_features, dtype=torch.bfloat16)
-        bias = weight.wide_bias
+        tensors, sizes = _matmul_arguments(weight)
         failed = self._matmul(
             rows.data_ptr(),
-            weight.qweight.data_ptr(),
-            weight.scales.data_ptr(),
-            None if weight.zeros is None else weight.zeros.data_ptr(),
-            weight.levels.data_ptr(),
-            None if bias is None else bias.data_ptr(),
+            *tensors,
             out.data_ptr(),
             rows.shape[0],
             weight.out_features,
             rows.shape[1],
-            weight.groups,
-            -(-weight.group_size // 8),
-            _SCALE_TYPES[weight.scales.dtype],
+            *sizes,
             torch.get_num_threads(),
         )
         if failed:
@@ -531,6 +555,17 @@ def _caches_match(
         and scales.is_contiguous()
         for cache, scales in zip(both, (k_scales, v_scales), strict=True)
     )
+
+
+def _matmul_arguments(weight: PackedWeight) -> tuple[tuple[int | None, ...], tuple[int, ...]]:
+    """The matmul's arguments that depend on the weight alone: addresses; sizes after x's.
+
+    The tensors are the weight's own, and live as long as it does.
+    """
+    tensors = weight.qweight, weight.scales, weight.zeros, weight.levels, weight.wide_bias
+    addresses = tuple(None if tensor is None else tensor.data_ptr() for tensor in tensors)
+    sizes = weight.groups, -(-weight.group_size // 8), _SCALE_TYPES[weight.scales.dtype]
+    return addresses, sizes
 
 
 def _out_of_memory(kernel: str) -> MemoryError:
