@@ -1,0 +1,67 @@
+"""``deterministic``: tokens and log probabilities are the same bit for bit alone and in company."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nybble.engine import Engine, Request
+from nybble.loaders import open_checkpoint
+
+from .device import Device
+from .test_serving import GPU, request, running
+
+ONE_ORDER = replace(GPU, deterministic=True, max_batched_tokens=24)
+
+
+def answers(engine: Engine, requests: list[Request]) -> list[Any]:
+    """Token ids and log probabilities of each request, all asked at once."""
+
+    async def one(request: Request) -> Any:
+        outputs = [output async for output in engine.generate(request)]
+        tokens = [token for output in outputs for token in output.token_ids]
+        return tokens, [each for output in outputs for each in output.logprobs]
+
+    async def all_at_once() -> list[Any]:
+        return await asyncio.gather(*map(one, requests))
+
+    return asyncio.run(all_at_once())
+
+
+@pytest.fixture(scope="session")
+def adapter(tiny_adapter: Callable[..., Path]) -> Path:
+    return tiny_adapter(seed=0, layers_to_transform=[0])
+
+
+def subjects() -> list[Request]:
+    """A prompt of two chunks with an adapter, and a short one that is drawn."""
+    long = request("long", 40, 30, adapter="a", logprobs=3, max_tokens=3)
+    drawn = request("drawn", 60, 5, temperature=0.8, seed=3, logprobs=3, max_tokens=3)
+    return [long, drawn]
+
+
+def test_a_request_alone_is_what_it_is_in_company_and_in_other_chunks(
+    gpu: Device, checkpoint: Path, adapter: Path
+) -> None:
+    with running(checkpoint, ONE_ORDER) as engine:
+        warm = set(gpu.launched)
+        engine.load_adapter("a", str(adapter))
+        alone = [answers(engine, [each])[0] for each in subjects()]
+        replays = gpu.replays
+        assert replays > 0
+        # The first prompt is now read in smaller chunks, and its beginning is cached.
+        company = [request("x", 90, 17, logprobs=1), request("y", 120, 2, adapter="a")]
+        again = [replace(each, request_id=each.request_id + "-again") for each in subjects()]
+        crowded = answers(engine, [*company, *again])[2:]
+        assert set(gpu.launched) - warm == set()
+        names = {str(launch) for launch in gpu.launched}
+    assert crowded == alone
+    for kernel in ("fixed_order_kernel", "spans_kernel"):
+        assert any(kernel in name for name in names)
+    for kernel in ("few_rows_kernel", "prefill_kernel", "decode_kernel"):
+        assert not any(kernel in name for name in names)
