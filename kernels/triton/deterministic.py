@@ -46,7 +46,11 @@ def gated_linear(weight: Weight, activation: Activation, dtype: torch.dtype) -> 
     """The linear layer and its gate in one kernel; None for a weight not in ``gpu_gated_tiles``."""
     if isinstance(weight, DenseWeight) or weight.layout != "gpu_gated_tiles":
         return None
-    return partial(fixed_order_matmul, weight=weight, activation=activation) if takes(weight, dtype) else None
+    return (
+        partial(fixed_order_matmul, weight=weight, activation=activation)
+        if takes(weight, dtype)
+        else None
+    )
 
 
 def grouped_linear(weights: Sequence[Weight], dtype: torch.dtype) -> GroupedKernel:

@@ -23,12 +23,10 @@ from torch import Tensor
 from nybble.kernels.activation import Activation, check_activation
 from nybble.kernels.packed import DenseWeight, PackedWeight, Weight
 from nybble.kernels.triton.configs import balanced_splits
-from nybble.kernels.triton.dequantize import stored_columns
 from nybble.kernels.triton.device import FUSED, device_traits
 from nybble.kernels.triton.matmul import arrivals, block_of, takes
 from nybble.kernels.triton.step import (
     SLICE,
-    STEP,
     TILE_N,
     group_constants,
     of_slices,
@@ -121,7 +119,9 @@ def fixed_order_kernel(
                 if WHOLE_STEPS:
                     w = tl.load(w_at + step * WIDTH)
                 else:
-                    w = tl.load(w_at + step * WIDTH, mask=k[None, :] < columns - step * WIDTH, other=0.0)
+                    w = tl.load(
+                        w_at + step * WIDTH, mask=k[None, :] < columns - step * WIDTH, other=0.0
+                    )
                 acc = product(w, xs, acc)
             else:
                 q = tl.load(w_at + step * (TILE_N * SLICE))
@@ -179,9 +179,7 @@ class Order(NamedTuple):
     num_stages: int
 
 
-def order_of(
-    out_features: int, columns: int, group: int, processors: int, *, dense: bool
-) -> Order:
+def order_of(out_features: int, columns: int, group: int, processors: int, *, dense: bool) -> Order:
     """The one order of a weight's sums on a device with so many multiprocessors.
 
     group: columns of a scale, 0 for one a row.
@@ -203,9 +201,12 @@ def joined(dense: bool, capability: int, whole_steps: bool) -> bool:
     return dense or 100 <= capability < 120 or (capability == 90 and whole_steps)
 
 
-def fixed_order_matmul(
-    x: Tensor, weight: Weight, activation: Activation | None = None
-) -> Tensor:
+def max_registers(dense: bool, capability: int, whole_steps: bool) -> int | None:
+    """How many registers a thread may take. Left alone, ptxas aims at 128 on Ada, and spills."""
+    return 168 if capability == 89 and whole_steps and not dense else None
+
+
+def fixed_order_matmul(x: Tensor, weight: Weight, activation: Activation | None = None) -> Tensor:
     """``x @ W.T + bias``: ``(..., in_features)`` to ``(..., out_features)``, in one order.
 
     x: float16 or bfloat16; a 16-bit weight has its dtype. A packed weight which the kernel does not
@@ -268,6 +269,7 @@ def fixed_order_matmul(
         BLOCK_M=order.block_m,
         num_warps=order.num_warps,
         num_stages=order.num_stages,
+        maxnreg=max_registers(packed is None, capability, columns % 128 == 0),
         **FUSED,
     )
     return out

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from nybble.engine import Engine, Request
-from nybble.loaders import open_checkpoint
+from nybble.engine import Engine, Request, SamplingParams
 
 from .device import Device
 from .test_serving import GPU, request, running
 
+GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 8, "ignore_eos": True, "logprobs": 2}
 ONE_ORDER = replace(GPU, deterministic=True, max_batched_tokens=24)
 
 
@@ -65,3 +65,15 @@ def test_a_request_alone_is_what_it_is_in_company_and_in_other_chunks(
         assert any(kernel in name for name in names)
     for kernel in ("few_rows_kernel", "prefill_kernel", "decode_kernel"):
         assert not any(kernel in name for name in names)
+
+
+def test_a_drafted_answer_is_the_same_bit_for_bit(gpu: Device, checkpoint: Path) -> None:
+    prompt = Request("r", (7, 8, 9, 10) * 4, SamplingParams(**GREEDY))
+    found = []
+    for speculate in ("off", "ngram"):
+        config = replace(ONE_ORDER, adapters=None, speculate=speculate)
+        with running(checkpoint, config) as engine:
+            found += answers(engine, [prompt])
+            drafted = engine.stats().draft_tokens
+    assert drafted > 0
+    assert found[0] == found[1]

@@ -17,9 +17,9 @@ from nybble.kernels.lora_batch import LoRABatch
 
 pytest.importorskip("triton", reason="Triton is for Linux")
 
-from nybble.kernels.triton import attention_fixed, fixed_order, lora  # noqa: E402
+from nybble.kernels.triton import attention_fixed, fixed_order, lora
 
-from .test_triton_matmul import random_weight  # noqa: E402
+from .test_triton_matmul import random_weight
 
 CPU = torch.device("cpu")
 # As many that 64 rows leave some without work, and 130 do not: parts side by side, and in turn.
@@ -177,7 +177,14 @@ def test_a_tokens_attention_is_the_same_alone_and_in_any_chunk(
     whole = attended(q, batch)
     wide = (keys, values) if scales else (keys.double(), values.double())
     expected = reference.paged_attention(
-        q.double(), *wide, batch, dim**-0.5, window, *scales, **capped, **sinks  # type: ignore[arg-type]
+        q.double(),
+        *wide,
+        batch,
+        dim**-0.5,
+        window,
+        *scales,
+        **capped,
+        **sinks,  # type: ignore[arg-type]
     )
     close(whole, expected, 2e-3)
     for seq, first, stop in ((1, 0, 1), (2, 39, 40), (2, 5, 31), (3, 3, 20)):
