@@ -247,7 +247,7 @@ def merge_kernel(
 
 def spans_in(keys: int) -> int:
     """How many spans ``keys`` keys are cut into."""
-    first = FIRST_SPAN.value
+    first: int = FIRST_SPAN.value
     doubled = max(0, ((keys - 1) // first + 8).bit_length() - 4)
     return 8 * doubled + -(-(keys + 8 * first) // (first << doubled)) - 8
 

@@ -1,5 +1,7 @@
-"""The Triton kernels whose sums have one order, as a back end: a row's result is the same in any
-batch, bit for bit. What :mod:`nybble.kernels.triton.backend` computes so anyway is taken from there.
+"""The Triton kernels whose sums have one order, as a back end.
+
+A row's result is the same in any batch, bit for bit. What :mod:`nybble.kernels.triton.backend`
+computes so anyway is taken from there.
 """
 
 from __future__ import annotations

@@ -241,7 +241,9 @@ def fixed_order_matmul(x: Tensor, weight: Weight, activation: Activation | None 
     size = blocks * order.parts * order.block_n * order.block_m if apart > 1 else 1
     fixed_order_kernel[(blocks, apart)](
         flat,
-        weight.weight.contiguous() if packed is None else packed.qweight.view(torch.int16),
+        weight.weight.contiguous()
+        if isinstance(weight, DenseWeight)
+        else weight.qweight.view(torch.int16),
         None if packed is None else packed.scales,
         None if packed is None else packed.zeros,
         None if packed is None else packed.levels,

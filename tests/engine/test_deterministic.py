@@ -62,5 +62,5 @@ def test_a_weight_that_the_kernels_do_not_take_is_refused_with_its_group(
         in_features=24,
         group_size=12,
     ).to_layout("cpu_tiles")
-    with pytest.raises(ValueError, match="deterministic: .* these are in groups of 12"):
+    with pytest.raises(ValueError, match=r"deterministic: .* these are in groups of 12"):
         library.linear(weight, torch.bfloat16)

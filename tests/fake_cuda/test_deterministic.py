@@ -16,7 +16,7 @@ from .device import Device
 from .test_serving import GPU, request, running
 
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 8, "ignore_eos": True, "logprobs": 2}
-ONE_ORDER = replace(GPU, deterministic=True, max_batched_tokens=24)
+ONE_ORDER = replace(GPU, deterministic=True, max_batched_tokens=48)
 
 
 def answers(engine: Engine, requests: list[Request]) -> list[Any]:
@@ -40,7 +40,7 @@ def adapter(tiny_adapter: Callable[..., Path]) -> Path:
 
 def subjects() -> list[Request]:
     """A prompt of two chunks with an adapter, and a short one that is drawn."""
-    long = request("long", 40, 30, adapter="a", logprobs=3, max_tokens=3)
+    long = request("long", 40, 55, adapter="a", logprobs=3, max_tokens=3)
     drawn = request("drawn", 60, 5, temperature=0.8, seed=3, logprobs=3, max_tokens=3)
     return [long, drawn]
 
@@ -54,7 +54,9 @@ def test_a_request_alone_is_what_it_is_in_company_and_in_other_chunks(
         alone = [answers(engine, [each])[0] for each in subjects()]
         replays = gpu.replays
         assert replays > 0
-        # The first prompt is now read in smaller chunks, and its beginning is cached.
+        # The long prompt was read in chunks of 48 and 7 rows; its beginning is now cached, and the
+        # rest is computed among others. How kernels round is compared in tests/kernels and in the
+        # emulator; here, that the engine asks for those of one order and for no other.
         company = [request("x", 90, 17, logprobs=1), request("y", 120, 2, adapter="a")]
         again = [replace(each, request_id=each.request_id + "-again") for each in subjects()]
         crowded = answers(engine, [*company, *again])[2:]
@@ -68,7 +70,9 @@ def test_a_request_alone_is_what_it_is_in_company_and_in_other_chunks(
 
 
 def test_a_drafted_answer_is_the_same_bit_for_bit(gpu: Device, checkpoint: Path) -> None:
-    prompt = Request("r", (7, 8, 9, 10) * 4, SamplingParams(**GREEDY))
+    # An answer of two tokens, which stand in the prompt in every order.
+    bias = {7: 8.0, 8: 8.0}
+    prompt = Request("r", (7, 7, 8, 8) * 4, SamplingParams(**GREEDY, logit_bias=bias))
     found = []
     for speculate in ("off", "ngram"):
         config = replace(ONE_ORDER, adapters=None, speculate=speculate)
