@@ -107,14 +107,16 @@ def check_matmul(capability: int, everything: bool) -> Iterator[Found]:
 
 
 def check_grouped(capability: int, everything: bool) -> Iterator[Found]:
-    """Each block size; rows spread over the experts, or all at the last two."""
-    kinds = (("symmetric", 128), ("codebook", 32), ("zeros", 32))
-    for number, (rows, experts) in enumerate(((3, 5), (24, 2), (40, 2))):
+    """Few rows, and each block size; rows spread over the experts, or all at the last two."""
+    kinds = (("symmetric", 128), ("codebook", 32), ("zeros", 32), ("symmetric", 64))
+    for number, (rows, experts) in enumerate(((3, 5), (24, 2), (40, 2), (9, 5))):
         for turn, (kind, group) in enumerate(kinds):
             if not everything and turn != number:
                 continue
             dtype = torch.bfloat16 if number % 2 else torch.float16
             columns, out = (200, 80) if turn == 1 else (256, 192)
+            if number == 3:
+                columns, out = 256, 80
             weights = [random_weight(kind, out, columns, group) for _ in range(experts)]
             dense = torch.stack([weight.dequantize(torch.float64) for weight in weights])
             biases = torch.stack([weight.bias.double() for weight in weights])

@@ -25,6 +25,7 @@ KERNELS = {
     "few_rows_kernel",
     "fixed_order_kernel",
     "gated_kernel",
+    "grouped_few_rows_kernel",
     "grouped_kernel",
     "matmul_kernel",
     "merge_kernel",
