@@ -51,6 +51,8 @@ class EngineConfig:
     speculate: ``ngram`` verifies drafts found in each sequence's own tokens; ``auto`` only as many
         as steps measured so far say are worth it; ``off`` none. Outputs are the same with each.
     max_draft_tokens: the most draft tokens of a sequence in one step.
+    deterministic: whether a request's logits are the same bit for bit alone and in any company.
+        On a GPU that costs time: see docs/running.md.
     adapters: None if the engine serves no adapters.
     tune: whether to time, at the start, GPU matmul shapes without a known configuration.
     restarts: how often within ten minutes the engine may restart after a failure, with the same
@@ -69,6 +71,7 @@ class EngineConfig:
     prefix_caching: bool = True
     speculate: Literal["off", "ngram", "auto"] = "off"
     max_draft_tokens: int = 8
+    deterministic: bool = False
     adapters: AdapterConfig | None = None
     tune: bool = True
     restarts: int = 0

@@ -51,6 +51,7 @@ from nybble.engine.speculation import Speculation
 from nybble.engine.stats import EngineStats
 from nybble.engine.streams import Stream
 from nybble.engine.vocabulary import Vocabulary
+from nybble.kernels.backend import backend_for
 from nybble.kernels.progress import Progress, track
 from nybble.loaders.tokenizer import check_vocabulary, load_tokenizer
 from nybble.models import UnsupportedModelError, architecture_of
@@ -147,6 +148,13 @@ class Engine:
                 "at every step, many times slower",
                 str(config.dtype).removeprefix("torch."),
             )
+        if config.deterministic and device.type == "cpu":
+            for layer in architecture.layers:
+                if layer.attention.head_dim % 16:
+                    raise ValueError(
+                        f"deterministic: the model's heads have {layer.attention.head_dim} entries,"
+                        " and the CPU kernels take multiples of 16"
+                    )
         layout = KVCacheLayout.of(architecture, config, max_model_len)
         if config.kv_cache_bytes is not None:
             layout.blocks_in(config.kv_cache_bytes)
@@ -161,6 +169,7 @@ class Engine:
             dtype=config.dtype,
             max_model_len=max_model_len,
             num_tokens=vocabulary.size,
+            backend=backend_for(device, config.dtype, deterministic=config.deterministic),
         )
         adapters = None
         if config.adapters is not None:

@@ -344,6 +344,9 @@ class EngineThread(threading.Thread):
         if self._overlap and sequence.goes_on:
             self._deferred.append((sequence, token))
             return None
+        if any(each is sequence for each, _ in self._deferred):
+            # Accepted draft tokens come before the last, after which nothing more is sent.
+            self._write_deferred()
         try:
             return sequence.advance(token)
         except GuideError as error:

@@ -22,9 +22,9 @@ from nybble.loaders.model_files import embedding_modules
 if TYPE_CHECKING:
     from nybble.engine.decoder import Decoder
 
-# Logits of a prompt in memory at once: a chunk of 512 tokens would have 300 MB for a vocabulary of
-# 150,000.
-_MAX_LOGITS_BYTES = 64 << 20
+# Logits of a prompt in memory at once, and as much again for log probabilities: of a chunk of 512
+# tokens the logits alone would be 300 MB for a vocabulary of 150,000.
+_MAX_LOGITS_BYTES = 32 << 20
 
 
 class PromptReader(Protocol):
@@ -71,12 +71,13 @@ class LogprobReader:
     def _write(self, at: slice, logits: Tensor, targets: Tensor) -> None:
         assert self._found is not None
         logprobs, ranks, top_logprobs, top_ids = self._found
-        total = logits.logsumexp(-1)
+        # On a GPU the order of its sum, unlike logsumexp's, does not depend on the number of rows.
+        normed = torch.log_softmax(logits, dim=-1)
         own = logits.gather(1, targets[:, None])
-        logprobs[at] = own[:, 0] - total
+        logprobs[at] = normed.gather(1, targets[:, None])[:, 0]
         ranks[at] = (logits > own).sum(-1, dtype=torch.int32) + 1
         top = logits.topk(top_ids.shape[1])
-        top_logprobs[at] = top.values - total[:, None]
+        top_logprobs[at] = normed.gather(1, top.indices)
         top_ids[at] = top.indices.int()
 
     def result(self) -> PromptLogprobs:

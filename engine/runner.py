@@ -53,6 +53,8 @@ class ModelRunner:
         self.device = resolve_device(config.device)
         self._max_num_seqs = config.max_num_seqs
         self._max_batched_tokens = config.max_batched_tokens
+        # Kernels of one order have one configuration for all numbers of rows, and no other.
+        self._one_order = config.deterministic
         self._tune = config.tune
         self._max_blocks = -(-decoder.max_model_len // config.block_size)
 
@@ -148,12 +150,14 @@ class ModelRunner:
         from nybble.kernels.triton.warmup import warmup
 
         with torch.inference_mode():
-            weights = list(self.decoder.packed_weights())
-            if self._tune:
-                tune_unknown(weights, self._dtype, self._max_batched_tokens, progress=progress)
-            # Every family here has one activation in all its layers.
-            activation = self.decoder.architecture.layers[0].mlp.activation
-            warmup(weights, self._dtype, self._max_batched_tokens, activation, progress=progress)
+            if not self._one_order:
+                weights = list(self.decoder.packed_weights())
+                if self._tune:
+                    tune_unknown(weights, self._dtype, self._max_batched_tokens, progress=progress)
+                # Every family here has one activation in all its layers.
+                activation = self.decoder.architecture.layers[0].mlp.activation
+                most = self._max_batched_tokens
+                warmup(weights, self._dtype, most, activation, progress=progress)
             for tokens, seqs in track(self._warm_up_sizes(), "Compiling kernels", progress):
                 inputs = self._idle_prefill(tokens, seqs)
                 self._compute(inputs)

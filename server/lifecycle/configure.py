@@ -50,6 +50,7 @@ def engine_config(options: ServeOptions) -> EngineConfig:
         max_waiting=memory.max_waiting,
         speculate=memory.speculate,
         max_draft_tokens=memory.max_draft_tokens,
+        deterministic=model.deterministic,
         adapters=_adapter_config(options),
         tune=model.tune,
         restarts=_RESTARTS if options.operation.on_engine_failure == "restart" else 0,

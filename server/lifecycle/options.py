@@ -104,6 +104,14 @@ class ModelOptions:
             "start (in minutes) and keep them for later starts."
         ),
     ] = True
+    deterministic: Annotated[
+        bool,
+        _model(
+            "--deterministic",
+            help="A request's logits are the same bit for bit alone and in any company. On a GPU "
+            "this costs time; models and settings for which it does not hold are refused.",
+        ),
+    ] = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -102,6 +102,7 @@ class LLM:
         max_num_seqs: int = 64,
         speculate: Literal["off", "ngram", "auto"] = "off",
         max_draft_tokens: int = 8,
+        deterministic: bool = False,
         enable_lora: bool = False,
         max_loras: int = 8,
         max_lora_rank: int = 64,
@@ -129,6 +130,7 @@ class LLM:
             max_waiting=max_num_seqs,
             speculate=speculate,
             max_draft_tokens=max_draft_tokens,
+            deterministic=deterministic,
             adapters=AdapterConfig(max_loras, max_lora_rank) if enable_lora else None,
             tune=tune,
         )

@@ -203,6 +203,6 @@ def test_an_engine_that_is_gone_leaves_nothing_on_the_device(gpu: Device, checkp
         assert gpu.allocated == loaded
     del engine
     gpu.start_anew()  # the graphs
-    matmul._arrivals.cache_clear()  # the matmuls' counters
+    matmul.arrivals.cache_clear()  # the matmuls' counters
     gc.collect()
     assert gpu.allocated == before

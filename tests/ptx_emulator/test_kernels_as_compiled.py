@@ -23,15 +23,19 @@ KERNELS = {
     "dequantize_kernel",
     "expand_kernel",
     "few_rows_kernel",
+    "fixed_order_kernel",
     "gated_kernel",
+    "grouped_few_rows_kernel",
     "grouped_kernel",
     "matmul_kernel",
+    "merge_kernel",
     "prefill_kernel",
     "reduce_kernel",
     "rms_norm_kernel",
     "rotary_store_kernel",
     "sample_kernel",
     "shrink_kernel",
+    "spans_kernel",
 }
 
 
