@@ -209,6 +209,17 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
             },
         },
     ),
+    "lfm2": ("lfm2", {"head_dim": 16, "layer_types": ["conv", "full_attention", "conv"]}),
+    "lfm2 with biases": (
+        "lfm2",
+        {
+            "head_dim": 16,
+            "conv_bias": True,
+            "conv_L_cache": 4,
+            "block_auto_adjust_ff_dim": False,
+            "full_attn_idxs": [2],
+        },
+    ),
     "phimoe": (
         "phimoe",
         {
@@ -253,6 +264,7 @@ _SHOWN = {
     "starcoder2",
     "mixtral",
     "glm4_moe with groups",
+    "lfm2",
 }
 shown_rows = pytest.mark.parametrize(
     "row", [row if row in _SHOWN else pytest.param(row, marks=pytest.mark.slow) for row in ROWS]
