@@ -17,7 +17,7 @@ from nybble.loaders.errors import CheckpointError
 from nybble.loaders.formats.settings import read_object
 from nybble.models import require_family
 
-_WRAPPERS = frozenset(("gemma3", "llava", "mistral3"))
+_WRAPPERS = frozenset(("gemma3", "llava", "mistral3", "qwen3_5", "qwen3_5_moe"))
 # Settings of the whole model that its language model needs.
 _SHARED = ("quantization_config", "dtype", "torch_dtype", "eos_token_id", "bos_token_id")
 

@@ -48,6 +48,13 @@ MIXED = {
 # Of mixtures: 3 of 8 experts.
 EXPERTS = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32}
 GLM_EXPERTS = {"n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32}
+DELTA_NET = {
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 32,
+}
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama with biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
@@ -220,6 +227,15 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
             "full_attn_idxs": [2],
         },
     ),
+    "qwen3_next": (
+        "qwen3_next",
+        {**DELTA_NET, **EXPERTS, "shared_expert_intermediate_size": 64, "mlp_only_layers": [2]},
+    ),
+    "qwen3_5": ("qwen3_5_text", {**DELTA_NET, "linear_num_value_heads": 8}),
+    "qwen3_5_moe": (
+        "qwen3_5_moe_text",
+        {**DELTA_NET, **EXPERTS, "shared_expert_intermediate_size": 64},
+    ),
     "phimoe": (
         "phimoe",
         {
@@ -265,6 +281,8 @@ _SHOWN = {
     "mixtral",
     "glm4_moe with groups",
     "lfm2",
+    "qwen3_next",
+    "qwen3_5",
 }
 shown_rows = pytest.mark.parametrize(
     "row", [row if row in _SHOWN else pytest.param(row, marks=pytest.mark.slow) for row in ROWS]
