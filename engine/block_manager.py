@@ -9,7 +9,8 @@ sequence. A block whose reference count falls to zero keeps its content and can 
 key until it is handed out for other tokens; the least recently freed goes first.
 
 In a group whose layers have a sliding window, blocks that it no longer sees are taken back while
-their sequence runs. A prefix is found if each group still has what the next token sees of it.
+their sequence runs. A prefix is found if each group still has what the next token sees of it, and,
+if layers keep states, if there is a snapshot of them at its end (:mod:`nybble.engine.state_cache`).
 """
 
 from __future__ import annotations
@@ -19,18 +20,35 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Several
 from hashlib import blake2b
+from typing import NamedTuple
 
 from nybble.engine.kv_cache import most_blocks
 from nybble.engine.sequence import BlockTable, CachedPrefix, Sequence
+from nybble.engine.state_cache import StateCache
 
 # Stands in a block table for a block that is no longer seen. Nothing reads what it names.
 _UNSEEN = 0
+
+
+class _Prefix(NamedTuple):
+    """What is cached of a sequence's beginning.
+
+    tables: blocks of the longest prefix of which each group has all that the next token sees, and
+        of which there is a snapshot if layers keep states. Empty if there is none.
+    length: blocks of that prefix.
+    branch: blocks of the longest prefix that would be found if it had a snapshot.
+    """
+
+    tables: tuple[BlockTable, ...] = ()
+    length: int = 0
+    branch: int = 0
 
 
 class BlockManager:
     """Hands out ``num_blocks`` blocks of ``block_size`` tokens each.
 
     windows: for each group of layers, the tokens that one sees, itself included; 0 for all.
+    states: of layers that keep no keys and values; None if there are none.
     """
 
     def __init__(
@@ -40,11 +58,13 @@ class BlockManager:
         *,
         windows: Several[int] = (0,),
         prefix_caching: bool = True,
+        states: StateCache | None = None,
     ) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.windows = tuple(windows)
         self.prefix_caching = prefix_caching
+        self.states = states
         self._references = [0] * num_blocks
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
         self._key_of: dict[int, tuple[int, bytes]] = {}
@@ -62,25 +82,26 @@ class BlockManager:
         """Give a sequence without blocks the longest prefix of its tokens that is cached.
 
         At least one token is left to compute, because the next token is sampled from its logits.
-        Returns the number of tokens found.
+        If layers keep states, it gets a slot for them too. Returns the number of tokens found.
         """
         assert not sequence.block_tables
-        tables = self._cached_tables(sequence)
-        if not tables:
-            return 0
-        for table in tables:
-            for block in table.held:
-                if self._references[block] == 0:
-                    del self._free[block]
-                self._references[block] += 1
-        sequence.block_tables = tables
-        return sequence.num_table_blocks * self.block_size
+        prefix = self._cached(sequence) if sequence.may_share_prefix else _Prefix()
+        for block in _held(prefix.tables):
+            if self._references[block] == 0:
+                del self._free[block]
+            self._references[block] += 1
+        if prefix.tables:
+            sequence.block_tables = prefix.tables
+        if self.states is not None:
+            key = self._hash(sequence, prefix.length - 1) if prefix.length else None
+            sequence.state = self.states.begin(key, prefix.branch * self.block_size)
+        return prefix.length * self.block_size
 
     def cached_prefix(self, sequence: Sequence) -> CachedPrefix:
         """What :meth:`share_prefix` would find now; takes time in proportion to the tokens."""
-        tables = self._cached_tables(sequence)
-        tokens = len(tables[0].blocks) * self.block_size if tables else 0
-        return CachedPrefix(tokens, sum(self._references[block] > 0 for block in _held(tables)))
+        tables, length, _ = self._cached(sequence)
+        in_use = sum(self._references[block] > 0 for block in _held(tables))
+        return CachedPrefix(length * self.block_size, in_use)
 
     def fits(self, sequence: Sequence, needed: int, leaving: Several[Sequence]) -> bool:
         """Whether a waiting sequence can hold ``needed`` blocks, those of its prefix shared.
@@ -91,19 +112,15 @@ class BlockManager:
         freed = {block for block, count in held.items() if count == self._references[block]}
         shared = 0
         if sequence.may_share_prefix:
-            found = _held(self._cached_tables(sequence))
+            found = _held(self._cached(sequence).tables)
             shared = sum(self._references[block] > 0 and block not in freed for block in found)
         return needed - shared <= len(self._free) + len(freed)
 
-    def _cached_tables(self, sequence: Sequence) -> tuple[BlockTable, ...]:
-        """Blocks of the longest prefix of which each group has all that the next token sees.
-
-        No tables if there is none.
-        """
+    def _cached(self, sequence: Sequence) -> _Prefix:
         if not self.prefix_caching:
-            return ()
+            return _Prefix()
         tables = tuple(BlockTable() for _ in self.windows)
-        length = 0  # blocks of that prefix
+        length = branch = 0
         lacking = [0] * len(tables)  # of each group: blocks up to the last one that is not cached
         for index in range((len(sequence.token_ids) - 1) // self.block_size):
             key = self._hash(sequence, index)
@@ -118,12 +135,14 @@ class BlockManager:
             if all(
                 lacks <= self._unseen_blocks(group, tokens) for group, lacks in enumerate(lacking)
             ):
-                length = index + 1
+                branch = index + 1
+                if self.states is None or self.states.has(key):
+                    length = branch
         for group, table in enumerate(tables):
             unseen = self._unseen_blocks(group, length * self.block_size)
             table.blocks = [_UNSEEN] * unseen + table.blocks[unseen:length]
             table.num_unseen = unseen
-        return tables if length else ()
+        return _Prefix(tables if length else (), length, branch)
 
     def _unseen_blocks(self, group: int, tokens: int) -> int:
         """Leading blocks that none of the tokens after the first ``tokens`` sees in a group."""
@@ -149,11 +168,17 @@ class BlockManager:
         key = self._key_of.pop(block, None)
         if key is not None:
             del self._block_of[key]
+            group, digest = key
+            if self.states is not None and not self.windows[group]:
+                self.states.forget(digest)
         self._references[block] = 1
         return block
 
     def publish(self, sequence: Sequence, computed_before: int) -> None:
-        """Make the blocks filled since ``computed_before`` tokens findable by their prefix."""
+        """Make what was computed since ``computed_before`` tokens findable by its prefix."""
+        if self.states is not None and (state := sequence.state) is not None:
+            last = state.snapshot_tokens // self.block_size - 1
+            self.states.computed(state, self._hash(sequence, last) if state.snapshot >= 0 else None)
         if not self.prefix_caching:
             return
         first, last = (
@@ -184,6 +209,9 @@ class BlockManager:
             self._take_back(table.blocks[index] for table in tables if index >= table.num_unseen)
         # Another tuple: InputBuffers recognises rows by its identity.
         sequence.block_tables = ()
+        if self.states is not None and sequence.state is not None:
+            self.states.release(sequence.state)
+            sequence.state = None
 
     def _take_back(self, blocks: Iterable[int]) -> None:
         for block in blocks:

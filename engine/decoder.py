@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from itertools import count
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,11 +17,14 @@ from nybble.engine.parts import (
     MlpPart,
     NormPart,
     ParallelPart,
+    Part,
     Projection,
     ResidualBlock,
+    States,
     Step,
     norm_part,
 )
+from nybble.engine.recurrent_parts import GatedDeltaNetPart, ShortConvolutionPart
 from nybble.engine.rotary import identity_table, query_scale_table, rotary_table
 from nybble.engine.weight_store import WeightStore
 from nybble.kernels import DenseWeight, PackedWeight, reference
@@ -28,12 +32,16 @@ from nybble.kernels.attention_batch import AttentionBatch
 from nybble.kernels.backend import Backend, backend_for
 from nybble.kernels.packed import Weight
 from nybble.kernels.reference import activate, clamped_swiglu, xielu
+from nybble.kernels.state_batch import StateBatch
 from nybble.models import (
     Architecture,
+    Attention,
     Layer,
     LinearGroup,
     Mixture,
     Mlp,
+    Recurrent,
+    ShortConvolution,
     UnsupportedModelError,
     Xielu,
 )
@@ -84,6 +92,8 @@ class Decoder:
         self._embedding_multiplier = float(
             torch.tensor(architecture.embedding_multiplier, dtype=dtype)
         )
+        # Of each layer with attention, and of each of the others: its number among its like.
+        self._numbers = count(), count()
         self._blocks = [
             block
             for index, layer in enumerate(architecture.layers)
@@ -102,9 +112,9 @@ class Decoder:
         self._query_scales = [
             query_scale_table(r, max_model_len, device) for r in architecture.ropes
         ]
-        attentions = [layer.attention for layer in architecture.layers]
+        attentions = architecture.attentions
         if any(about.rope is None or about.rotate_first for about in attentions):
-            head_dim = architecture.layers[0].attention.head_dim
+            head_dim = attentions[0].head_dim
             self._rotary.append(identity_table(head_dim, max_model_len, device))
             self._query_scales.append(None)
 
@@ -115,12 +125,15 @@ class Decoder:
         caches: Sequence[KVCache],
         batches: Sequence[AttentionBatch],
         adapters: StepAdapters | None = None,
+        states: Sequence[States] = (),
+        state_batch: StateBatch | None = None,
     ) -> Tensor:
         """Hidden states ``(tokens, hidden)`` after the last layer, before the final norm.
 
         token_ids, positions: int64 ``(tokens,)``, the scheduled tokens of all sequences in a row.
-        caches, batches: one per layer.
+        caches, batches: one per layer with attention.
         adapters: which tokens use which adapter; None if none does.
+        states: one per layer without attention; state_batch: what these read and write.
         """
         step = Step(
             [(cos[positions], sin[positions]) for cos, sin in self._rotary],
@@ -128,6 +141,8 @@ class Decoder:
             caches,
             batches,
             adapters,
+            states,
+            state_batch,
         )
         residual = self.embedding[token_ids]
         if self._embedding_multiplier != 1:
@@ -167,7 +182,11 @@ class Decoder:
             module = self.architecture.module(index, name)
             return self._norm(store, module, self.architecture.hidden)
 
-        attention = self._attention(store, index, layer)
+        mixer: Part
+        if isinstance(layer.mixer, Attention):
+            mixer = self._attention(store, index, layer.mixer)
+        else:
+            mixer = self._recurrent(store, index, layer.mixer)
         mlp: MlpPart | MixturePart
         if isinstance(layer.mlp, Mixture):
             mlp = self._mixture(store, index, layer.mlp)
@@ -176,13 +195,12 @@ class Decoder:
         multiplier = self.architecture.residual_multiplier
         pre = norm(layer.pre_attention)
         if layer.parallel:
-            yield ResidualBlock(pre, ParallelPart((attention, mlp)), None, multiplier)
+            yield ResidualBlock(pre, ParallelPart((mixer, mlp)), None, multiplier)
             return
-        yield ResidualBlock(pre, attention, norm(layer.post_attention), multiplier)
+        yield ResidualBlock(pre, mixer, norm(layer.post_attention), multiplier)
         yield ResidualBlock(norm(layer.pre_mlp), mlp, norm(layer.post_mlp), multiplier)
 
-    def _attention(self, store: WeightStore, index: int, layer: Layer) -> AttentionPart:
-        about = layer.attention
+    def _attention(self, store: WeightStore, index: int, about: Attention) -> AttentionPart:
         q_norm = k_norm = None
         if about.qk_norm is not None:
             module = self.architecture.module
@@ -197,12 +215,39 @@ class Decoder:
         return AttentionPart(
             about,
             sinks=sinks,
-            layer=index,
+            layer=next(self._numbers[0]),
             rope=len(ropes) if about.rope is None else ropes.index(about.rope),
             qkv=self._projection(store, index, about.qkv),
             q_norm=q_norm,
             k_norm=k_norm,
             output=self._projection(store, index, about.output),
+            backend=self.backend,
+        )
+
+    def _recurrent(
+        self, store: WeightStore, index: int, about: Recurrent
+    ) -> ShortConvolutionPart | GatedDeltaNetPart:
+        def tensor(name: str, *shape: int) -> Tensor:
+            return store.tensor(self.architecture.module(index, name), *shape)
+
+        def taps(name: str) -> Tensor:
+            return tensor(name, about.channels, 1, about.taps)[:, 0].T.contiguous()
+
+        layer = next(self._numbers[1])
+        source, output = (self._projection(store, index, group) for group in about.groups)
+        if isinstance(about, ShortConvolution):
+            bias = tensor(about.conv + ".bias", about.channels) if about.bias else None
+            weight = taps(about.conv + ".weight")
+            return ShortConvolutionPart(layer, source, weight, bias, output, self.backend)
+        return GatedDeltaNetPart(
+            about,
+            layer=layer,
+            input=source,
+            conv=taps(about.conv),
+            decay=tensor(about.decay, about.value_heads).exp(),
+            time_bias=tensor(about.time_bias, about.value_heads),
+            norm=tensor(about.norm, about.value_dim).to(self._dtype),
+            output=output,
             backend=self.backend,
         )
 

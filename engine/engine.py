@@ -48,6 +48,7 @@ from nybble.engine.sampler import SequenceSampler
 from nybble.engine.scheduler import Scheduler
 from nybble.engine.sequence import Sequence
 from nybble.engine.speculation import Speculation
+from nybble.engine.state_cache import StateCache, cache_sizes
 from nybble.engine.stats import EngineStats
 from nybble.engine.streams import Stream
 from nybble.engine.vocabulary import Vocabulary
@@ -130,7 +131,7 @@ class Engine:
             raise ValueError(
                 "kv_dtype is 'fp8', which needs a GPU; expected 'int8' or 'auto' on the CPU"
             )
-        widest = max(layer.attention.head_dim for layer in architecture.layers)
+        widest = max(attention.head_dim for attention in architecture.attentions)
         if device.type == "cuda" and widest > _MAX_GPU_HEAD_DIM:
             raise UnsupportedModelError(
                 f"the model's heads have {widest} entries; on a GPU {_MAX_GPU_HEAD_DIM} is the most"
@@ -149,15 +150,20 @@ class Engine:
                 str(config.dtype).removeprefix("torch."),
             )
         if config.deterministic and device.type == "cpu":
-            for layer in architecture.layers:
-                if layer.attention.head_dim % 16:
+            for attention in architecture.attentions:
+                if attention.head_dim % 16:
                     raise ValueError(
-                        f"deterministic: the model's heads have {layer.attention.head_dim} entries,"
+                        f"deterministic: the model's heads have {attention.head_dim} entries,"
                         " and the CPU kernels take multiples of 16"
                     )
+        if architecture.recurrents and config.speculate != "off":
+            raise ValueError(
+                f"speculate is {config.speculate!r}, expected 'off': {architecture.family} models "
+                "have layers whose states cannot be taken back to before a draft"
+            )
         layout = KVCacheLayout.of(architecture, config, max_model_len)
         if config.kv_cache_bytes is not None:
-            layout.blocks_in(config.kv_cache_bytes)
+            cache_sizes(architecture, config, layout, max_model_len, config.kv_cache_bytes)
         tokenizer = load_tokenizer(checkpoint.folder)
         check_vocabulary(tokenizer, architecture.vocab)
         vocabulary = Vocabulary(tokenizer.backend_tokenizer)
@@ -183,16 +189,35 @@ class Engine:
             )
         # More blocks than every sequence at full length could fill would only waste memory.
         most = config.max_num_seqs * layout.table_blocks(max_model_len)
-        num_blocks = min(layout.blocks_in(config.kv_cache_bytes or free_kv_bytes(device)), most)
+        nbytes = config.kv_cache_bytes or free_kv_bytes(device)
+        num_blocks, num_states = cache_sizes(architecture, config, layout, max_model_len, nbytes)
+        num_blocks = min(num_blocks, most)
+        if num_states and num_states < config.max_num_seqs:
+            logger.warning(
+                "the KV cache has room for the states of %d sequences: no more run at once, though "
+                "max_num_seqs is %d",
+                num_states,
+                config.max_num_seqs,
+            )
+            config = replace(config, max_num_seqs=num_states)
         max_model_len = layout.longest_sequence(num_blocks, max_model_len)
         settings = read_generation_config(checkpoint.folder)
 
         def new_scheduler() -> Scheduler:
+            states = None
+            if num_states:
+                states = StateCache(
+                    num_states,
+                    config.max_num_seqs,
+                    config.block_size,
+                    snapshots=config.prefix_caching,
+                )
             blocks = BlockManager(
                 num_blocks,
                 config.block_size,
                 windows=layout.windows,
                 prefix_caching=config.prefix_caching,
+                states=states,
             )
             speculation = None
             if config.speculate != "off":
@@ -204,7 +229,7 @@ class Engine:
             )
 
         return cls(
-            runner=ModelRunner(decoder, config, layout, num_blocks, adapters),
+            runner=ModelRunner(decoder, config, layout, num_blocks, adapters, num_states),
             new_scheduler=new_scheduler,
             tokenizer=tokenizer,
             vocabulary=vocabulary,

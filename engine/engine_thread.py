@@ -228,7 +228,9 @@ class EngineThread(threading.Thread):
         for item in self._batch:
             # A prompt reader may have seen hidden states of this step and would count them twice
             # when the step is computed again. Preempting makes it start afresh.
-            if item.sequence is not sequence and item.prompt_reader is not None:
+            # So may the states of layers that keep them.
+            seen = item.prompt_reader is not None or item.sequence.state is not None
+            if item.sequence is not sequence and seen:
                 self._scheduler.preempt(item.sequence)
         _, stream = self._streams.pop(sequence.request_id)
         self._scheduler.finish(sequence)

@@ -7,6 +7,7 @@ batch, only blocks that a sequence has gained are written.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Several
 from dataclasses import dataclass
 from functools import lru_cache
@@ -23,8 +24,10 @@ from nybble.engine.sequence import BlockTable
 from nybble.engine.transfer import send
 from nybble.kernels.attention_batch import AttentionBatch
 from nybble.kernels.lora_batch import LoRABatch
+from nybble.kernels.state_batch import StateBatch
 
 _ALIGNMENT = 16  # of each array, which kernels are compiled for
+_STATES = ("read", "write", "snapshot", "snapshot_rows")  # of StateBatch
 
 
 @dataclass(frozen=True)
@@ -32,9 +35,10 @@ class StepInputs:
     """What the decoder computes in one step, on its device.
 
     token_ids, positions: int64 ``(tokens,)``.
-    attention: for each layer; layers of one group share it.
+    attention: for each layer that has it; layers of one group share it.
     last_rows: int64 ``(sampling,)``, the rows whose logits are wanted.
     lora: the adapters of the rows, None if no row has one.
+    states: of the layers without attention, None if there are none.
     """
 
     token_ids: Tensor
@@ -42,10 +46,13 @@ class StepInputs:
     attention: Several[AttentionBatch]
     last_rows: Tensor
     lora: LoRABatch | None
+    states: StateBatch | None = None
 
 
 @lru_cache(maxsize=512)
-def _layout(tokens: int, seqs: int, groups: int) -> tuple[dict[str, tuple[int, int, Any]], int]:
+def _layout(
+    tokens: int, seqs: int, groups: int, states: bool
+) -> tuple[dict[str, tuple[int, int, Any]], int]:
     """Where each array lies, as (offset, length, dtype), and the bytes of all. Fixed for a size, so
     that a captured graph finds its inputs where they were."""
     sizes = {
@@ -60,6 +67,8 @@ def _layout(tokens: int, seqs: int, groups: int) -> tuple[dict[str, tuple[int, i
         "lora_starts": (seqs + 1, np.int32),
         "lora_segments": (seqs, np.int32),
     }
+    if states:
+        sizes |= dict.fromkeys(_STATES, (seqs, np.int32))
     places, offset = {}, 0
     for name, (length, dtype) in sizes.items():
         places[name] = (offset, length, dtype)
@@ -70,7 +79,9 @@ def _layout(tokens: int, seqs: int, groups: int) -> tuple[dict[str, tuple[int, i
 class InputBuffers:
     """The memory that inputs are built in. Inputs are valid until the next are built.
 
-    group_of_layer: the index of each layer's group, which has block tables of its own.
+    group_of_layer: the index of the group of each layer with attention, which has block tables of
+        its own.
+    states: whether there are layers that keep states.
     """
 
     def __init__(
@@ -82,13 +93,15 @@ class InputBuffers:
         block_size: int,
         group_of_layer: Several[int],
         device: torch.device,
+        states: bool = False,
     ) -> None:
         on_gpu = device.type == "cuda"
         self.block_size = block_size
         self.max_blocks = max_blocks
         self._group_of_layer = group_of_layer
         groups = self._groups = max(group_of_layer) + 1
-        _, size = _layout(max(max_tokens, max_seqs), max_seqs, groups)
+        self._states = states
+        _, size = _layout(max(max_tokens, max_seqs), max_seqs, groups, states)
         self._host = torch.zeros(size, dtype=torch.uint8, pin_memory=on_gpu)
         self._bytes: NDArray[np.uint8] = self._host.numpy()
         self._device = self._host if not on_gpu else torch.zeros_like(self._host, device=device)
@@ -127,7 +140,7 @@ class InputBuffers:
                 counts[row] = item.num_tokens
                 token_ids += item.token_ids
         tokens = int(counts.sum())
-        places, used = _layout(tokens, seqs, self._groups)
+        places, used = _layout(tokens, seqs, self._groups, self._states)
 
         def array(name: str) -> NDArray[Any]:
             offset, length, dtype = places[name]
@@ -161,6 +174,8 @@ class InputBuffers:
             # Of each sequence its last rows, as many as it samples tokens.
             last = ends - np.repeat(logits.cumsum(), logits) + np.arange(logits.sum())
         array("last_rows")[: len(last)] = last
+        if self._states:
+            self._write_states(batch, array)
         groups = None
         if lora_slots is not None:
             of_sequence = np.full(seqs, -1, np.int32)
@@ -185,7 +200,7 @@ class InputBuffers:
         sampling: rows whose logits are wanted. adapted: what :func:`_group` returns, None if no row
         has an adapter.
         """
-        places, _ = _layout(tokens, seqs, self._groups)
+        places, _ = _layout(tokens, seqs, self._groups, self._states)
 
         def tensor(name: str, length: int | None = None) -> Tensor:
             offset, full, dtype = places[name]
@@ -214,13 +229,33 @@ class InputBuffers:
                 segment_slots=tensor("lora_segments", segments),
                 max_segment=longest,
             )
+        states = None
+        if self._states:
+            states = StateBatch(
+                query_start=tensor("query_start"),
+                max_query=max_query,
+                **{name: tensor(name) for name in _STATES},
+            )
         return StepInputs(
             token_ids=tensor("token_ids"),
             positions=tensor("positions"),
             attention=[of_group[group] for group in self._group_of_layer],
             last_rows=tensor("last_rows", sampling),
             lora=lora,
+            states=states,
         )
+
+    def _write_states(self, batch: ScheduledBatch, array: Callable[[str], NDArray[Any]]) -> None:
+        """Which states each sequence reads and writes; rows that pad the batch write none."""
+        read, write, snapshot, rows = map(array, _STATES)
+        for each in (read, write, snapshot):
+            each[len(batch) :] = -1
+        rows[len(batch) :] = 1
+        for row, item in enumerate(batch):
+            state = item.sequence.state
+            assert state is not None, "a sequence that runs has states"
+            read[row], write[row], snapshot[row] = state.read, state.slot, state.snapshot
+            rows[row] = state.snapshot_tokens - item.start if state.snapshot >= 0 else 1
 
     def _update_tables(self, batch: ScheduledBatch) -> None:
         """Write the blocks each row's sequence has gained, or all where the row changed hands."""

@@ -9,7 +9,8 @@ layer. A kind with more layers has several groups. A group that is not full wast
 blocks.
 
 Layers of different head shapes cannot share blocks: they are one group, which frees blocks only if
-all of them have windows.
+all of them have windows. Layers without attention are in no group: what they keep does not grow
+(:mod:`nybble.engine.state_cache`).
 
 The scheme is that of vLLM's hybrid KV cache manager.
 """
@@ -52,7 +53,7 @@ class KVCacheGroup:
 
     window: tokens that one sees in these layers, itself included; 0 for all before it. If the
         layers differ, the widest.
-    layers: their indexes.
+    layers: their indexes among the layers with attention.
     """
 
     window: int
@@ -80,7 +81,7 @@ class KVCacheLayout:
         Of the possible groupings the one with the fewest groups among those in which the longest
         sequence takes hardly more than the least memory.
         """
-        layers = [layer.attention for layer in architecture.layers]
+        layers = architecture.attentions
         # A window that no sequence outgrows is none.
         windows = [each.window if each.window < max_model_len else 0 for each in layers]
 
@@ -110,13 +111,13 @@ class KVCacheLayout:
 
     @cached_property
     def group_of_layer(self) -> tuple[int, ...]:
-        """For each layer, the index of its group."""
+        """For each layer with attention, the index of its group."""
         found = {layer: index for index, group in enumerate(self.groups) for layer in group.layers}
         return tuple(found[layer] for layer in range(len(found)))
 
     @cached_property
     def place_in_block(self) -> tuple[int, ...]:
-        """For each layer, its place among the layers of its group."""
+        """For each layer with attention, its place among the layers of its group."""
         found = {layer: place for group in self.groups for place, layer in enumerate(group.layers)}
         return tuple(found[layer] for layer in range(len(found)))
 

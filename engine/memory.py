@@ -13,6 +13,7 @@ from nybble.engine import EngineConfig
 from nybble.engine.failure import is_out_of_memory
 from nybble.engine.kv_cache import KVCacheLayout
 from nybble.engine.runner import free_kv_bytes
+from nybble.engine.state_cache import cache_sizes, state_bytes, state_slots
 from nybble.loaders import Checkpoint
 from nybble.loaders.footprint import weight_bytes
 from nybble.models import architecture_of
@@ -68,21 +69,26 @@ def _kv_bytes(checkpoint: Checkpoint, config: EngineConfig) -> int:
     layout, length = _layout(checkpoint, config)
     most = config.max_num_seqs * layout.table_blocks(length)
     nbytes = config.kv_cache_bytes or free_kv_bytes(torch.device(config.device))
-    return min(nbytes, most * layout.block_bytes)
+    architecture = architecture_of(checkpoint.config)
+    states = state_slots(architecture, config, length, nbytes)
+    states *= state_bytes(architecture, config.dtype)
+    return min(nbytes, states + most * layout.block_bytes)
 
 
 def _would_fit(room: int, checkpoint: Checkpoint, config: EngineConfig) -> str:
     layout, length = _layout(checkpoint, config)
     # A tenth of it is left for activations and other processes.
-    blocks = int(0.9 * room) // layout.block_bytes
-    if blocks < len(layout.groups):
+    nbytes, architecture = max(0, int(0.9 * room)), architecture_of(checkpoint.config)
+    try:
+        blocks, _ = cache_sizes(architecture, config, layout, length, nbytes)
+    except ValueError:
         return (
             "A model that takes less memory would fit: a smaller one, one in 4 bits "
             "(--quantize nf4), or this one with fewer adapter slots (--max-loras)"
         )
     tokens = layout.tokens_in(blocks, min(length, layout.longest_sequence(blocks, length)))
     return (
-        f"A KV cache of {blocks * layout.block_bytes >> 20} MiB (--kv-cache-memory) would fit, "
+        f"A KV cache of {nbytes >> 20} MiB (--kv-cache-memory) would fit, "
         f"which holds {int(tokens):,} tokens"
     )
 

@@ -18,6 +18,7 @@ from nybble.kernels.attention_batch import AttentionBatch
 from nybble.kernels.backend import Backend
 from nybble.kernels.packed import GroupedKernel, LinearKernel
 from nybble.kernels.reference import add_layer_norm, layer_norm, rotate, weighted_sum
+from nybble.kernels.state_batch import StateBatch
 from nybble.models import Attention, Mixture, Norm
 
 if TYPE_CHECKING:
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 # Keys and values ``(blocks, kv_heads, block_size, head_dim)`` of a layer. If they are int8 or fp8,
 # the scales of both follow: see :func:`nybble.kernels.reference.rotary_store`.
 KVCache = tuple[Tensor, ...]
+# What a layer without attention keeps of sequences: each tensor of its mixer's ``states`` for every
+# slot, ``(slots, …)``.
+States = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -34,8 +38,10 @@ class Step:
 
     rotary: for each kind of rotary embedding, cos and sin, each ``(tokens, rotary_dim)``.
     query_scales: for each kind, what rotated queries are multiplied by ``(tokens,)``, or None.
-    caches, batches: of each layer.
+    caches, batches: of each layer with attention.
     adapters: None if no row uses one.
+    states: of each layer without attention.
+    state_batch: what these layers read and write; None if there are none.
     """
 
     rotary: Sequence[tuple[Tensor, Tensor]]
@@ -43,6 +49,8 @@ class Step:
     caches: Sequence[KVCache]
     batches: Sequence[AttentionBatch]
     adapters: StepAdapters | None
+    states: Sequence[States] = ()
+    state_batch: StateBatch | None = None
 
 
 class Part(Protocol):
@@ -118,7 +126,7 @@ class AttentionPart:
     """Attention of one layer.
 
     sinks: float32 ``(heads,)``, or None.
-    layer: index of the KV cache and of the metadata that it uses.
+    layer: index of the KV cache and of the metadata that it uses, among layers with attention.
     rope: index of the step's rotary embedding it uses.
     """
 
@@ -135,7 +143,11 @@ class AttentionPart:
     def __call__(self, x: Tensor, step: Step) -> Tensor:
         about = self.about
         qkv = self.qkv(x, step.adapters).view(x.shape[0], -1, about.head_dim)
-        q, k, v = qkv.split_with_sizes((about.heads, about.kv_heads, about.kv_heads), 1)
+        queries = 2 * about.heads if about.gated else about.heads
+        q, k, v = qkv.split_with_sizes((queries, about.kv_heads, about.kv_heads), 1)
+        gate = None
+        if about.gated:
+            q, gate = q[:, ::2].contiguous(), q[:, 1::2]
         cos, sin = step.rotary[self.rope]
         interleaved = about.rope is not None and about.rope.interleaved
         if about.rotate_first:
@@ -170,6 +182,8 @@ class AttentionPart:
             softcap=about.softcap or 0.0,
             sinks=self.sinks,
         )
+        if gate is not None:
+            attended = attended * gate.sigmoid().flatten(1)
         return self.output(attended, step.adapters)
 
     def _normed(self, heads: Tensor, norm: NormPart) -> Tensor:

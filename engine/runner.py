@@ -14,14 +14,15 @@ from nybble.engine.decoder import Decoder
 from nybble.engine.graphs import Capture, DecodeGraphs, bucket_sizes, cuda_capture
 from nybble.engine.inputs import InputBuffers, StepInputs
 from nybble.engine.kv_cache import KVCacheLayout
-from nybble.engine.parts import KVCache
+from nybble.engine.parts import KVCache, States
 from nybble.engine.scheduler import ScheduledBatch, StepKind
 from nybble.kernels.attention_batch import AttentionBatch
 from nybble.kernels.cpu.huge_pages import empty_in_huge_pages
 from nybble.kernels.lora_batch import LoRABatch
 from nybble.kernels.progress import Progress, track
 from nybble.kernels.reference import TokenChoice
-from nybble.models import Attention
+from nybble.kernels.state_batch import StateBatch
+from nybble.models import Attention, Recurrent
 
 _ANY_CHOICE = TokenChoice(temperature=1.0, top_k=1, top_p=0.5, min_p=0.1, uniform=0.5)
 
@@ -37,7 +38,10 @@ def free_kv_bytes(device: torch.device) -> int:
 
 
 class ModelRunner:
-    """Owns the KV cache tensors and turns scheduled sequences into model inputs."""
+    """Owns the KV cache tensors and turns scheduled sequences into model inputs.
+
+    num_states: slots for the states of layers that keep no keys and values.
+    """
 
     def __init__(
         self,
@@ -46,6 +50,7 @@ class ModelRunner:
         layout: KVCacheLayout,
         num_blocks: int,
         adapters: AdapterSlots | None = None,
+        num_states: int = 0,
     ) -> None:
         self.adapters = adapters
         self.layout = layout
@@ -73,13 +78,21 @@ class ModelRunner:
             return keys, values, zeros(torch.float32, *heads), zeros(torch.float32, *heads)
 
         # Layers at the same place of their groups use the same memory, for blocks of their own.
-        layers = [layer.attention for layer in decoder.architecture.layers]
+        layers = decoder.architecture.attentions
         places = [
             cache(layers[layer])
             for layer, place in enumerate(layout.place_in_block)
             if place not in layout.place_in_block[:layer]
         ]
         self.caches = [places[place] for place in layout.place_in_block]
+
+        def states(mixer: Recurrent) -> States:
+            return tuple(
+                zeros(torch.float32 if state.wide else config.dtype, num_states, *state.shape)
+                for state in mixer.states
+            )
+
+        self.states = [states(mixer) for mixer in decoder.architecture.recurrents]
         self._dtype = config.dtype
         self._inputs = InputBuffers(
             max_seqs=config.max_num_seqs,
@@ -88,6 +101,7 @@ class ModelRunner:
             block_size=config.block_size,
             group_of_layer=layout.group_of_layer,
             device=self.device,
+            states=bool(self.states),
         )
         self._graphs: DecodeGraphs | None = None
 
@@ -124,7 +138,13 @@ class ModelRunner:
         if self.adapters is not None and inputs.lora is not None:
             adapters = self.adapters.for_step(inputs.lora, self.decoder.backend)
         return self.decoder.forward(
-            inputs.token_ids, inputs.positions, self.caches, inputs.attention, adapters
+            inputs.token_ids,
+            inputs.positions,
+            self.caches,
+            inputs.attention,
+            adapters,
+            self.states,
+            inputs.states,
         )
 
     def _logits(self, hidden: Tensor, inputs: StepInputs) -> Tensor:
@@ -134,7 +154,7 @@ class ModelRunner:
 
     def reset(self) -> None:
         """Empty the KV cache in place: graphs that were captured go on reading it."""
-        for cache in self.caches:
+        for cache in (*self.caches, *self.states):
             for tensor in cache:
                 tensor.zero_()
 
@@ -213,10 +233,15 @@ class ModelRunner:
             slot_mapping=full(tokens, -1),
             max_query=max(length, 2),
         )
+        states = None
+        if self.states:
+            none, one = full(seqs, -1, torch.int32), full(seqs, 1, torch.int32)
+            states = StateBatch(starts, none, none, none, one, max_query=max(length, 2))
         return StepInputs(
             token_ids=full(tokens, 0),
             positions=full(tokens, 0),
             attention=[attention] * len(self.caches),
             last_rows=starts[1:].long() - 1,
             lora=None,
+            states=states,
         )

@@ -176,11 +176,17 @@ class Scheduler:
         self._prefill(plan)
         if self.speculation is not None and not plan.preempted:
             self._draft(plan, self.speculation)
-        return [
+        batch = [
             ScheduledSequence.of(sequence, plan.tokens[sequence], *plan.drafts.get(sequence, ()))
             for sequence in self.running
             if plan.tokens[sequence]
         ]
+        if (states := self.block_manager.states) is not None:
+            for item in batch:
+                if (state := item.sequence.state) is not None:
+                    known = len(item.sequence.token_ids)
+                    states.plan(state, item.start, item.start + item.num_tokens, known)
+        return batch
 
     def _prefill(self, plan: _Plan) -> None:
         """Spend what is left of the budget on prompts that are being read and on new ones."""
@@ -258,6 +264,8 @@ class Scheduler:
         """Plan up to ``limit`` more tokens of a running sequence; returns how many."""
         planned = plan.tokens[sequence]
         count = min(sequence.num_uncomputed_tokens - planned, limit, plan.budget)
+        if (states := self.block_manager.states) is not None and sequence.state is not None:
+            count = states.limit(sequence.state, sequence.num_computed_tokens + planned, count)
         if count <= 0 or sequence.status is not SequenceStatus.RUNNING:
             return 0
         while not self.block_manager.grow(sequence, sequence.num_computed_tokens + planned + count):
@@ -317,7 +325,7 @@ class Scheduler:
         return all(passed.overtaken < _MAX_OVERTAKEN for passed in plan.slotless)
 
     def _begin(self, sequence: Sequence) -> None:
-        cached = self.block_manager.share_prefix(sequence) if sequence.may_share_prefix else 0
+        cached = self.block_manager.share_prefix(sequence)
         if sequence.adapter is not None:
             acquired = self._adapters.acquire(sequence.adapter)
             assert acquired, "the slot was found to be free"

@@ -14,6 +14,7 @@ from nybble.engine.prompt_reader import EmbeddingReader, LogprobReader
 from nybble.engine.request import FinishReason, Request, RequestOutput
 from nybble.engine.sampler import Sampled, SequenceSampler
 from nybble.engine.speculation import Acceptance
+from nybble.engine.state_cache import SequenceState
 
 
 class SequenceStatus(Enum):
@@ -70,6 +71,7 @@ class Sequence:
     num_charged_tokens: leading tokens of the prompt that its tenant need not pay for (again).
     block_tables: its KV blocks in each group of layers, all of the same length; another, empty
         tuple once all are taken back.
+    state: what it holds of layers that keep states, while it runs; None if the model has none.
     block_hashes: the prefix-cache keys of the leading full blocks, as far as they are known.
     adapter: the version of the request's adapter, settled when the request is taken.
     cached_prefix: what the prefix cache held of it when it was last looked up, while it waits.
@@ -107,6 +109,7 @@ class Sequence:
         self.arrived = time.monotonic()
         self.queue_seconds = 0.0
         self.block_tables: tuple[BlockTable, ...] = ()
+        self.state: SequenceState | None = None
         self.block_hashes: list[bytes] = []
         self.adapter: AdapterVersion | None = None
         self.cached_prefix = NOTHING_CACHED

@@ -37,6 +37,8 @@ class EngineStats:
     restarts: after failures.
     draft_tokens, accepted_tokens: verified, and those that were what the model says.
     accepted_of_draft: how many tokens each draft brought, the one sampled after it included.
+    state_slots_total, state_slots_held, state_snapshots: slots for states of layers that keep
+        them, those of running sequences, and those with snapshots for the prefix cache.
     """
 
     running: int = 0
@@ -57,6 +59,9 @@ class EngineStats:
     draft_tokens: int = 0
     accepted_tokens: int = 0
     accepted_of_draft: SizeCounts = field(default_factory=SizeCounts)
+    state_slots_total: int = 0
+    state_slots_held: int = 0
+    state_snapshots: int = 0
 
     @property
     def computed_tokens(self) -> int:
@@ -93,6 +98,7 @@ class Counters:
         self.step_tokens = self.step_tokens.plus(sum(item.num_tokens for item in batch))
 
     def snapshot(self, scheduler: Scheduler, restarts: int) -> EngineStats:
+        states = scheduler.block_manager.states
         return EngineStats(
             running=len(scheduler.running),
             waiting=len(scheduler.waiting),
@@ -112,4 +118,7 @@ class Counters:
             draft_tokens=self.draft_tokens,
             accepted_tokens=self.accepted_tokens,
             accepted_of_draft=self.accepted_of_draft,
+            state_slots_total=states.num_slots if states else 0,
+            state_slots_held=states.num_held if states else 0,
+            state_snapshots=states.num_snapshots if states else 0,
         )

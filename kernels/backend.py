@@ -22,6 +22,7 @@ from nybble.kernels.cpu.library import library
 from nybble.kernels.lora_batch import LoRABatch
 from nybble.kernels.packed import GroupedKernel, LinearKernel, Weight
 from nybble.kernels.reference import TokenChoice
+from nybble.kernels.state_batch import StateBatch
 
 
 class Backend(Protocol):
@@ -88,6 +89,23 @@ class Backend(Protocol):
     ) -> Tensor:
         """Heads of a row must be contiguous."""
         ...
+
+    def short_convolution(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, batch: StateBatch
+    ) -> Tensor:
+        """Channels of a row must be contiguous."""
+        ...
+
+    def gated_delta_rule(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        g: Tensor,
+        beta: Tensor,
+        state: Tensor,
+        batch: StateBatch,
+    ) -> Tensor: ...
 
     def lora_add(
         self,

@@ -24,6 +24,8 @@ from nybble.kernels.packed import (
     PackedWeight,
     Weight,
 )
+from nybble.kernels.recurrent import gated_delta_rule as gated_delta_rule
+from nybble.kernels.recurrent import short_convolution as short_convolution
 
 # Output rows dequantized at a time: 16 MiB of float32 at 4096 columns.
 _ROWS_AT_A_TIME = 1024

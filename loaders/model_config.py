@@ -19,7 +19,7 @@ from nybble.loaders.errors import CheckpointError
 from nybble.loaders.formats.settings import read_object
 from nybble.models import UnsupportedModelError, require_family
 
-_WRAPPERS = frozenset(("gemma3", "llava", "mistral3"))
+_WRAPPERS = frozenset(("gemma3", "llava", "mistral3", "qwen3_5", "qwen3_5_moe"))
 _INTERNLM3 = "internlm3"
 # Settings of the whole model that its language model needs.
 _SHARED = ("quantization_config", "dtype", "torch_dtype", "eos_token_id", "bos_token_id")

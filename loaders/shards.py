@@ -22,7 +22,8 @@ _SINGLE = "model.safetensors"
 
 _LANGUAGE_MODEL = re.compile(r"(?:model\.)?language_model\.(?:model\.)?(.*)")
 _OTHER_PARTS = re.compile(
-    r"(?:model\.)?(?:vision_tower|vision_model|multi_modal_projector|image_newline)(?:\.|$)"
+    r"(?:model\.)?"
+    r"(?:vision_tower|vision_model|visual|multi_modal_projector|image_newline)(?:\.|$)"
 )
 _COMPUTED = "inv_freq"  # a buffer in old checkpoints, not read: we compute it
 

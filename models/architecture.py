@@ -172,6 +172,8 @@ class Attention:
     rotate_first: whether queries and keys are rotated before they are normed, not after.
     sinks: a tensor ``(heads,)`` of scores that take part in each head's softmax and have no value
         (Xiao et al. 2023); None for none.
+    gated: whether the layer that computes queries computes a gate after each head's query, as wide
+        as the head; what the head attends to is multiplied by the gate's sigmoid.
     """
 
     heads: int
@@ -188,6 +190,22 @@ class Attention:
     softcap: float | None = None
     rotate_first: bool = False
     sinks: str | None = None
+    gated: bool = False
+
+    @property
+    def groups(self) -> tuple[LinearGroup, ...]:
+        """Its linear layers in the order of computation."""
+        return (self.qkv, self.output)
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """Tensors other than those of norms and linear layers."""
+        return () if self.sinks is None else (self.sinks,)
+
+    @property
+    def norms(self) -> tuple[str, ...]:
+        """The modules with norms' weights."""
+        return () if self.qk_norm is None else (self.q_norm, self.k_norm)
 
     def norm_shape(self, heads: int) -> tuple[int, ...]:
         """Of the weight of queries' or keys' norm, for as many heads."""
@@ -197,6 +215,131 @@ class Attention:
             "all": (heads * self.head_dim,),
         }
         return shapes[self.qk_norm] if self.qk_norm is not None else ()
+
+
+@dataclass(frozen=True)
+class StateTensor:
+    """A tensor that a layer keeps of each sequence, of one size however long the sequence is.
+
+    wide: whether it is float32; otherwise it has the model's dtype.
+    """
+
+    shape: tuple[int, ...]
+    wide: bool = False
+
+
+@dataclass(frozen=True)
+class ShortConvolution:
+    """A causal convolution over a few tokens, each channel by itself, between two gates (LFM2).
+
+    input: computes ``B``, ``C`` and ``x``, side by side, each ``channels`` wide.
+    output: reads ``C · convolution(B · x)``.
+    taps: tokens that the convolution sees, the newest included.
+    conv: the module of its weight ``(channels, 1, taps)`` and, if ``bias``, bias ``(channels,)``.
+    """
+
+    channels: int
+    taps: int
+    input: LinearGroup
+    output: LinearGroup
+    conv: str
+    bias: bool = False
+
+    @property
+    def groups(self) -> tuple[LinearGroup, ...]:
+        """Its linear layers in the order of computation."""
+        return (self.input, self.output)
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """Tensors other than those of norms and linear layers."""
+        return (self.conv + ".weight", *([self.conv + ".bias"] if self.bias else ()))
+
+    @property
+    def norms(self) -> tuple[str, ...]:
+        return ()
+
+    @property
+    def states(self) -> tuple[StateTensor, ...]:
+        """The last inputs of the convolution."""
+        return (StateTensor((self.taps - 1, self.channels)),)
+
+
+@dataclass(frozen=True)
+class GatedDeltaNet:
+    """Linear attention with a decaying state, corrected by the delta rule (Yang et al. 2024).
+
+    Queries, keys and values pass a causal convolution and SiLU. Each value head keeps a matrix
+    ``S (key_dim, value_dim)``, which a token changes so: ``S ← e^g · S``, then
+    ``S ← S + k ⊗ β · (v − kᵀS)``. It reads ``qᵀS``.
+
+    key_heads, value_heads: a key head serves ``value_heads / key_heads`` consecutive value heads.
+    key_dim, value_dim: of one head.
+    taps: tokens that the convolution sees, the newest included.
+    input: computes queries, keys, values, the output gate ``z``, and for each value head ``b`` and
+        ``a``, in this order: ``β = sigmoid(b)``, ``g = −e^A_log · softplus(a + dt_bias)``.
+    interleaved: whether the first four are stored key head by key head, and so are the last two.
+    output: reads each head's RMSNorm times ``silu(z)``.
+    conv: a tensor ``(2 · key_heads · key_dim + value_heads · value_dim, 1, taps)``.
+    decay, time_bias: tensors ``(value_heads,)``: ``A_log`` and ``dt_bias``.
+    norm: a tensor ``(value_dim,)``, the weight of the norm of all heads; norm_eps: its epsilon.
+    """
+
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+    taps: int
+    input: LinearGroup
+    output: LinearGroup
+    norm_eps: float
+    interleaved: bool
+    conv: str = "linear_attn.conv1d.weight"
+    decay: str = "linear_attn.A_log"
+    time_bias: str = "linear_attn.dt_bias"
+    norm: str = "linear_attn.norm.weight"
+
+    @property
+    def keys(self) -> int:
+        """Entries of all heads' keys; of queries as many."""
+        return self.key_heads * self.key_dim
+
+    @property
+    def values(self) -> int:
+        """Entries of all heads' values."""
+        return self.value_heads * self.value_dim
+
+    @property
+    def channels(self) -> int:
+        """Of the convolution."""
+        return 2 * self.keys + self.values
+
+    @property
+    def groups(self) -> tuple[LinearGroup, ...]:
+        """Its linear layers in the order of computation."""
+        return (self.input, self.output)
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """Tensors other than those of norms of hidden states and linear layers."""
+        return (self.conv, self.decay, self.time_bias, self.norm)
+
+    @property
+    def norms(self) -> tuple[str, ...]:
+        return ()
+
+    @property
+    def states(self) -> tuple[StateTensor, ...]:
+        """The last inputs of the convolution, and the matrix of each head."""
+        return (
+            StateTensor((self.taps - 1, self.channels)),
+            StateTensor((self.value_heads, self.key_dim, self.value_dim), wide=True),
+        )
+
+
+# What mixes the tokens of a sequence.
+Recurrent = ShortConvolution | GatedDeltaNet
+Mixer = Attention | Recurrent
 
 
 @dataclass(frozen=True)
@@ -344,14 +487,15 @@ class Mixture:
 
 @dataclass(frozen=True)
 class Layer:
-    """A decoder layer: attention, then an MLP or a mixture, each added to the residual stream.
+    """A decoder layer: a mixer, then an MLP or a mixture, each added to the residual stream.
 
+    mixer: attention, or what the layer has instead.
     pre_attention, pre_mlp: norms of what each reads; None if it reads the residual as it is.
     post_attention, post_mlp: norms of what each adds to the residual; None for none.
     parallel: whether attention and MLP both read ``pre_attention``'s output.
     """
 
-    attention: Attention
+    mixer: Mixer
     mlp: Mlp | Mixture
     pre_attention: str | None = "input_layernorm"
     post_attention: str | None = None
@@ -362,7 +506,7 @@ class Layer:
     @cached_property
     def groups(self) -> tuple[LinearGroup, ...]:
         """The linear layers that every token passes, in the order in which they are computed."""
-        return (self.attention.qkv, self.attention.output, *self.mlp.groups)
+        return (*self.mixer.groups, *self.mlp.groups)
 
     @property
     def expert_groups(self) -> tuple[LinearGroup, ...]:
@@ -378,8 +522,7 @@ class Layer:
     @property
     def tensors(self) -> Iterator[str]:
         """Tensors other than those of norms and linear layers, which are kept in float32."""
-        if self.attention.sinks is not None:
-            yield self.attention.sinks
+        yield from self.mixer.tensors
         if isinstance(self.mlp, Mixture):
             yield from self.mlp.router.tensors
             if self.mlp.shared_gate is not None:
@@ -427,13 +570,22 @@ class Architecture:
         return f"model.layers.{layer}.{name}"
 
     @cached_property
+    def attentions(self) -> tuple[Attention, ...]:
+        """The attention of the layers that have it, in their order."""
+        return tuple(each.mixer for each in self.layers if isinstance(each.mixer, Attention))
+
+    @cached_property
+    def recurrents(self) -> tuple[Recurrent, ...]:
+        """What the other layers have instead, in their order."""
+        return tuple(each.mixer for each in self.layers if not isinstance(each.mixer, Attention))
+
+    @cached_property
     def ropes(self) -> tuple[Rope, ...]:
         """The different rotary embeddings of the model's layers."""
         found: list[Rope] = []
-        for layer in self.layers:
-            rope = layer.attention.rope
-            if rope is not None and rope not in found:
-                found.append(rope)
+        for attention in self.attentions:
+            if attention.rope is not None and attention.rope not in found:
+                found.append(attention.rope)
         return tuple(found)
 
     @cached_property
@@ -448,8 +600,8 @@ class Architecture:
 
     @cached_property
     def windows(self) -> tuple[int, ...]:
-        """For each layer, how many tokens one sees, itself included; 0 for all before it."""
-        return tuple(layer.attention.window for layer in self.layers)
+        """For each layer with attention, how many tokens one sees, itself included; 0 for all."""
+        return tuple(attention.window for attention in self.attentions)
 
     @property
     def window(self) -> int:
@@ -462,8 +614,7 @@ class Architecture:
         found = []
         for index, layer in enumerate(self.layers):
             names = [layer.pre_attention, layer.post_attention, layer.pre_mlp, layer.post_mlp]
-            if layer.attention.qk_norm is not None:
-                names += [layer.attention.q_norm, layer.attention.k_norm]
+            names += layer.mixer.norms
             found += [self.module(index, name) for name in names if name is not None]
         return (*found, self.final_norm)
 

@@ -69,19 +69,25 @@ def refuse(config: PretrainedConfig, **neutral: object) -> None:
 
 def windows(config: PretrainedConfig) -> tuple[int, ...]:
     """Each layer's window by ``layer_types`` and ``sliding_window``; 0 for layers that see all."""
-    layers = size(config, "num_hidden_layers")
     window = int(getattr(config, "sliding_window", None) or 0)
-    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * layers
+    kinds = layer_types(config, "sliding_attention", "full_attention")
+    return tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
+
+
+def layer_types(config: PretrainedConfig, *supported: str) -> tuple[str, ...]:
+    """Each layer's kind, one of ``supported``, by ``layer_types``; the first if that is not set."""
+    layers = size(config, "num_hidden_layers")
+    kinds = getattr(config, "layer_types", None) or supported[:1] * layers
     for kind in kinds:
-        if kind not in ("sliding_attention", "full_attention"):
+        if kind not in supported:
             raise UnsupportedModelError(
-                f"layer_types has {kind!r}; supported are sliding_attention and full_attention"
+                f"layer_types has {kind!r}; supported are {' and '.join(supported)}"
             )
     if len(kinds) != layers:
         raise UnsupportedModelError(
             f"layer_types has {len(kinds)} entries, but num_hidden_layers is {layers}"
         )
-    return tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
+    return tuple(kinds)
 
 
 _ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")

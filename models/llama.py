@@ -11,7 +11,16 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from nybble.models import config as read
-from nybble.models.architecture import Architecture, Layer, Mixture, Mlp, Norm, Rope
+from nybble.models.architecture import (
+    Architecture,
+    Layer,
+    Mixture,
+    Mlp,
+    Norm,
+    Recurrent,
+    Rope,
+    UnsupportedModelError,
+)
 from nybble.models.parts import attention, gated_mlp
 
 
@@ -22,6 +31,7 @@ def decoder(
     ropes: Sequence[Rope | None] | None = None,
     mlp: Mlp | None = None,
     mlps: Sequence[Mlp | Mixture] | None = None,
+    mixers: Sequence[Recurrent | None] | None = None,
     attention_options: Mapping[str, Any] | None = None,
     layer_options: Mapping[str, Any] | None = None,
     **options: Any,
@@ -32,6 +42,8 @@ def decoder(
     ropes: of each layer, None within it for a layer without positions; None for one of all layers.
     mlp: of all layers; a gated MLP behind ``post_attention_layernorm`` if None.
     mlps: of each layer, instead of ``mlp``.
+    mixers: of each layer, what it has instead of attention, None within it for attention; None if
+        all have attention.
     attention_options: further arguments of :func:`nybble.models.parts.attention`.
     layer_options: further fields of :class:`Layer`.
     options: further fields of :class:`Architecture`.
@@ -50,6 +62,9 @@ def decoder(
     ropes = ropes or (read.rope(config, heads[2]),) * layers
     about = dict(attention_options or {})
     about.setdefault("bias", bool(getattr(config, "attention_bias", False)))
+    mixers = mixers or (None,) * layers
+    if all(mixers):
+        raise UnsupportedModelError("no layer has attention, which is not supported")
     options.setdefault("norm", Norm(float(getattr(config, "rms_norm_eps", 0))))
     return Architecture(
         family=config.model_type,
@@ -57,11 +72,11 @@ def decoder(
         hidden=hidden,
         layers=tuple(
             Layer(
-                attention(hidden, *heads, rope=rope, window=window, **about),
+                mixer or attention(hidden, *heads, rope=rope, window=window, **about),
                 mlp,
                 **(layer_options or {}),
             )
-            for window, rope, mlp in zip(windows, ropes, mlps, strict=True)
+            for window, rope, mlp, mixer in zip(windows, ropes, mlps, mixers, strict=True)
         ),
         max_position_embeddings=read.size(config, "max_position_embeddings"),
         tied=bool(config.tie_word_embeddings),

@@ -34,16 +34,19 @@ def attention(
     output_bias: bool | None = None,
     norm: str | None = "input_layernorm",
     output: str = "o_proj",
+    gated: bool = False,
     **options: Any,
 ) -> Attention:
     """Attention with separate ``q_proj``, ``k_proj`` and ``v_proj``, and ``o_proj``.
 
     scale: head_dim ** −0.5 if None.
     bias: whether q, k and v have one; output_bias: whether o has one, as ``bias`` if None.
+    gated: see :class:`Attention`.
     norm: the norm whose output is read, None if the residual is read as it is.
     options: further fields of :class:`Attention`.
     """
-    queries, keys = heads * head_dim, kv_heads * head_dim
+    attended, keys = heads * head_dim, kv_heads * head_dim
+    queries = 2 * attended if gated else attended
     values = Linear("self_attn.v_proj", keys, hidden, bias)
     return Attention(
         heads=heads,
@@ -64,7 +67,7 @@ def attention(
                 Linear(
                     f"self_attn.{output}",
                     hidden,
-                    queries,
+                    attended,
                     bias if output_bias is None else output_bias,
                 ),
             ),
@@ -73,6 +76,7 @@ def attention(
         scale=head_dim**-0.5 if scale is None else scale,
         rope=rope,
         window=window,
+        gated=gated,
         **options,
     )
 

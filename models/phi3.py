@@ -20,8 +20,8 @@ def phi3(config: PretrainedConfig) -> Architecture:
     return replace(
         separate,
         layers=tuple(
-            replace(layer, attention=fused_attention(hidden, layer.attention))
-            for layer in separate.layers
+            replace(layer, mixer=fused_attention(hidden, attention))
+            for layer, attention in zip(separate.layers, separate.attentions, strict=True)
         ),
     )
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from nybble.loaders.formats import AffineWeight
-from nybble.models import Fold, Layer, LinearGroup
+from nybble.models import Attention, Fold, Layer, LinearGroup
 from nybble.quantizers.affine import round_trip
 from nybble.quantizers.layers import InputStatistics, linear_layer, output_error
 from nybble.quantizers.rtn import quantize_affine
@@ -130,11 +130,12 @@ def awq_block(
     """
     scaled = scale_block(block, layer, statistics, outputs, group_size, norm_offset=norm_offset)
     # q and k are not clipped: their outputs are multiplied with each other, so errors grow.
-    attention = layer.attention
-    unclipped = (attention.heads + attention.kv_heads) * attention.head_dim
+    mixer, unclipped = layer.mixer, 0
+    if isinstance(mixer, Attention):
+        unclipped = mixer.qkv.out - mixer.kv_heads * mixer.head_dim
     result = {}
     for group in _groups(layer):
-        kept = unclipped if group is attention.qkv else 0
+        kept = unclipped if group is mixer.groups[0] else 0
         for linear in group.linears:
             weight, moment = scaled[linear.name]
             size = weight.shape[1] if group_size == -1 else group_size

@@ -110,16 +110,20 @@ class DecoderLayers:
 
         The model's own code makes masks and positions, which later calls pass to the blocks.
         """
-        model, layers, norm = self._skeleton, self._skeleton.layers, self._skeleton.norm
+        model, layers = self._skeleton, self._skeleton.layers
+        last = self.architecture.final_norm.rpartition(".")[2]
+        norm = getattr(model, last)
         weight = self._shards.read(self.architecture.embedding + ".weight")
         model.embed_tokens.weight = nn.Parameter(weight, requires_grad=False)
         stand_ins = [_StandIn(layer) for layer in layers]
-        model.layers, model.norm = nn.ModuleList(stand_ins), nn.Identity()
+        model.layers = nn.ModuleList(stand_ins)
+        setattr(model, last, nn.Identity())
         try:
             parts = self._parts(token_ids)
             hidden = [model(part, use_cache=False).last_hidden_state for part in parts]
         finally:
-            model.layers, model.norm = layers, norm
+            model.layers = layers
+            setattr(model, last, norm)
             model.embed_tokens.to("meta")
         self._options = [
             {name: _to(value, self._device) for name, value in stand_in.options.items()}

@@ -15,6 +15,7 @@ from nybble.engine import Engine, EngineConfig, Request, SamplingParams
 from nybble.engine.decoder import Decoder
 from nybble.kernels import PackedWeight
 from nybble.kernels.attention_batch import AttentionBatch
+from nybble.kernels.state_batch import StateBatch
 from nybble.loaders import Checkpoint
 from nybble.models import Architecture, Mixture, architecture_of
 
@@ -84,12 +85,8 @@ def our_logits(checkpoint: Checkpoint, ids: Tensor, dtype: torch.dtype) -> Tenso
     )
     blocks = -(-tokens // 16)
     caches = [
-        tuple(
-            torch.zeros(
-                2, blocks, layer.attention.kv_heads, 16, layer.attention.head_dim, dtype=dtype
-            )
-        )
-        for layer in decoder.architecture.layers
+        tuple(torch.zeros(2, blocks, attention.kv_heads, 16, attention.head_dim, dtype=dtype))
+        for attention in decoder.architecture.attentions
     ]
     batch = AttentionBatch(
         query_start=torch.tensor([0, tokens], dtype=torch.int32),
@@ -98,10 +95,20 @@ def our_logits(checkpoint: Checkpoint, ids: Tensor, dtype: torch.dtype) -> Tenso
         slot_mapping=torch.arange(tokens),
         max_query=tokens,
     )
+    states = [
+        tuple(
+            torch.zeros(1, *state.shape, dtype=torch.float32 if state.wide else dtype)
+            for state in mixer.states
+        )
+        for mixer in decoder.architecture.recurrents
+    ]
+    slot, none = torch.tensor([0], dtype=torch.int32), torch.tensor([-1], dtype=torch.int32)
+    state_batch = (
+        StateBatch(batch.query_start, none, slot, none, slot + 1, tokens) if states else None
+    )
+    inputs = ids, torch.arange(tokens), caches, [batch] * len(caches), None
     with torch.inference_mode():
-        return decoder.logits(
-            decoder.forward(ids, torch.arange(tokens), caches, [batch] * len(caches))
-        )  # type: ignore[arg-type]
+        return decoder.logits(decoder.forward(*inputs, states, state_batch))
 
 
 def assert_same_logits(checkpoint: Checkpoint) -> None:

@@ -29,7 +29,9 @@ from nybble.kernels.packed import (
     PackedWeight,
     Weight,
 )
+from nybble.kernels.recurrent import L2_EPS
 from nybble.kernels.reference import TokenChoice, check_rotary_dim, check_sinks
+from nybble.kernels.state_batch import StateBatch
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +81,12 @@ class CpuLibrary:
         self._rotary = function("rotary_store", *[pointer] * 11, *[size] * 9, c_int)
         self._attention = allocating(
             "paged_attention", *[pointer] * 9, *[size] * 7, c_float, size, c_float, pointer, c_int
+        )
+        self._convolution = function(
+            "short_convolution", *[pointer] * 10, *[size] * 4, c_int, c_int
+        )
+        self._delta_rule = allocating(
+            "gated_delta_rule", *[pointer] * 12, *[size] * 5, c_float, c_int
         )
         self._lora_add = allocating("lora_add", *[pointer] * 9, *[size] * 4, c_int)
         self._sample = allocating("sample_tokens", *[pointer] * 3, size, size, c_int)
@@ -450,6 +458,102 @@ class CpuLibrary:
             raise _out_of_memory("paged_attention")
         return out
 
+    def short_convolution(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, batch: StateBatch
+    ) -> Tensor:
+        """In bfloat16 or float32, the same to the bit as the reference."""
+        taps, channels = weight.shape
+        if channels % 16 or x.dtype not in (torch.bfloat16, torch.float32):
+            return reference.short_convolution(x, weight, bias, state, batch)
+        if not (
+            x.ndim == 2
+            and x.shape[1] == channels
+            and x.stride(1) == 1
+            and state.shape[1:] == (taps - 1, channels)
+            and state.dtype == x.dtype
+            and state.is_contiguous()
+            and weight.dtype == torch.float32
+            and weight.is_contiguous()
+            and (bias is None or (bias.dtype == torch.float32 and bias.shape == (channels,)))
+        ):
+            raise _misread(
+                f"x (tokens, {channels}), the channels of a row contiguous; contiguous float32 "
+                f"weight (taps, channels); a contiguous state (slots, {taps - 1}, {channels}) of "
+                "the dtype of x",
+                x=x,
+                weight=weight,
+                state=state,
+            )
+        out = torch.empty(x.shape, dtype=x.dtype)
+        self._convolution(
+            x.data_ptr(),
+            weight.data_ptr(),
+            None if bias is None else bias.contiguous().data_ptr(),
+            state.data_ptr(),
+            *_addresses(batch),
+            out.data_ptr(),
+            len(batch.read),
+            channels,
+            taps,
+            x.stride(0),
+            x.dtype == torch.bfloat16,
+            torch.get_num_threads(),
+        )
+        return out
+
+    def gated_delta_rule(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        g: Tensor,
+        beta: Tensor,
+        state: Tensor,
+        batch: StateBatch,
+    ) -> Tensor:
+        """A row's result is the same in any batch and however its prompt is cut into chunks."""
+        (tokens, key_heads, key_dim), (value_heads, value_dim) = k.shape, v.shape[1:]
+        if key_dim % 16 or value_dim % 16:
+            return reference.gated_delta_rule(q, k, v, g, beta, state, batch)
+        if not (
+            q.shape == k.shape
+            and v.shape[0] == tokens
+            and value_heads % key_heads == 0
+            and g.shape == beta.shape == (tokens, value_heads)
+            and state.shape[1:] == (value_heads, key_dim, value_dim)
+            and state.dtype == torch.float32
+            and state.is_contiguous()
+        ):
+            raise _misread(
+                "q and k (tokens, key heads, key dim), v (tokens, a multiple of the key heads, "
+                "value dim), g and beta (tokens, value heads), and a contiguous float32 state "
+                "(slots, value heads, key dim, value dim)",
+                q=q,
+                k=k,
+                v=v,
+                g=g,
+                beta=beta,
+                state=state,
+            )
+        wide = [each.float().contiguous() for each in (q, k, v, g, beta)]
+        out = torch.empty(v.shape)
+        failed = self._delta_rule(
+            *(each.data_ptr() for each in wide),
+            state.data_ptr(),
+            *_addresses(batch),
+            out.data_ptr(),
+            len(batch.read),
+            key_heads,
+            value_heads,
+            key_dim,
+            value_dim,
+            L2_EPS,
+            torch.get_num_threads(),
+        )
+        if failed:
+            raise _out_of_memory("gated_delta_rule")
+        return out.to(v.dtype)
+
     def lora_add(
         self,
         out: Tensor,
@@ -566,6 +670,11 @@ def _matmul_arguments(weight: PackedWeight) -> tuple[tuple[int | None, ...], tup
     addresses = tuple(None if tensor is None else tensor.data_ptr() for tensor in tensors)
     sizes = weight.groups, -(-weight.group_size // 8), _SCALE_TYPES[weight.scales.dtype]
     return addresses, sizes
+
+
+def _addresses(batch: StateBatch) -> tuple[int, ...]:
+    fields = batch.query_start, batch.read, batch.write, batch.snapshot, batch.snapshot_rows
+    return tuple(field.data_ptr() for field in fields)
 
 
 def _out_of_memory(kernel: str) -> MemoryError:

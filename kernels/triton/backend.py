@@ -17,12 +17,14 @@ from nybble.kernels.triton.grouped import takes as experts_kernel_takes
 from nybble.kernels.triton.lora import lora_add
 from nybble.kernels.triton.matmul import packed_matmul, takes
 from nybble.kernels.triton.norm import add_rms_norm, rms_norm
+from nybble.kernels.triton.recurrent import gated_delta_rule, short_convolution
 from nybble.kernels.triton.rotary import rotary_store
 from nybble.kernels.triton.sampling import sample_tokens
 
 __all__ = [
     "add_rms_norm",
     "gated",
+    "gated_delta_rule",
     "gated_linear",
     "grouped_linear",
     "linear",
@@ -31,6 +33,7 @@ __all__ = [
     "rms_norm",
     "rotary_store",
     "sample_tokens",
+    "short_convolution",
 ]
 
 

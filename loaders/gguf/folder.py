@@ -27,7 +27,7 @@ from nybble.loaders.gguf.config import FAMILIES, ROPE_FACTORS, ROPE_FREQS, Metad
 from nybble.loaders.gguf.index import DTYPES, SOURCE, Entry, write_index
 from nybble.loaders.gguf.names import parts_of
 from nybble.loaders.gguf.tokenizer import end_tokens, save_tokenizer
-from nybble.models import Architecture, architecture_of
+from nybble.models import Architecture, Attention, architecture_of
 
 VERSION = 2
 
@@ -169,7 +169,9 @@ def _modules(model: Architecture) -> Iterator[tuple[str, int, bool]]:
     yield model.embedding, 0, False
     yield model.head, 0, False
     for index, layer in enumerate(model.layers):
-        heads = {"q_proj": layer.attention.heads, "k_proj": layer.attention.kv_heads}
+        heads = {}
+        if isinstance(layer.mixer, Attention):
+            heads = {"q_proj": layer.mixer.heads, "k_proj": layer.mixer.kv_heads}
         for linear in layer.linears:
             yield model.module(index, linear.name), heads.get(linear.leaf, 0), False
     for norm in model.norms:

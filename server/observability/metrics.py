@@ -290,6 +290,18 @@ _GAUGES: Mapping[str, tuple[str, _Read]] = {
         "Part of the KV cache's blocks held by sequences, 0 to 1.",
         _kv_cache_usage,
     ),
+    "nybble_state_slots": (
+        "Slots for the states of layers without attention; 0 if the model has none.",
+        lambda s: s.state_slots_total,
+    ),
+    "nybble_state_slots_held": (
+        "Slots for states held by sequences.",
+        lambda s: s.state_slots_held,
+    ),
+    "nybble_state_snapshots": (
+        "Slots with states that the prefix cache keeps.",
+        lambda s: s.state_snapshots,
+    ),
 }
 _COUNTERS: Mapping[str, tuple[str, _Read]] = {
     "nybble_prompt_tokens": ("Prompt tokens computed.", lambda s: s.prompt_tokens),

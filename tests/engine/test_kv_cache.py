@@ -47,7 +47,7 @@ def test_gemma_3_keeps_less_than_a_quarter_of_the_bytes_of_one_group(size: str) 
     of_each_layer = [layout.groups[group].window for group in layout.group_of_layer]
     assert of_each_layer == list(architecture.windows)
     assert of_each_layer.count(0) == GEMMA_3[size][0]
-    attention = architecture.layers[0].attention
+    attention = architecture.attentions[0]
     whole = 2 * attention.kv_heads * attention.head_dim * 2 * len(architecture.layers) * 32_768
     assert 0.15 * whole < layout.sequence_bytes(32_768) < 0.25 * whole
 
@@ -82,7 +82,7 @@ def test_one_layer_without_a_window_among_many_costs_no_more_than_sixteen_groups
 def test_layers_of_different_shapes_are_one_group() -> None:
     architecture = architecture_of(gemma3("270m"))
     first, *others = architecture.layers
-    wider = replace(first, attention=replace(first.attention, head_dim=512))
+    wider = replace(first, mixer=replace(architecture.attentions[0], head_dim=512))
     layout = KVCacheLayout.of(
         replace(architecture, layers=(wider, *others)), EngineConfig(), 32_768
     )
@@ -90,7 +90,7 @@ def test_layers_of_different_shapes_are_one_group() -> None:
     narrow = KVCacheLayout.of(
         replace(architecture, layers=tuple(others)), EngineConfig(), 512
     ).block_bytes
-    attention = first.attention
+    attention = architecture.attentions[0]
     assert layout.block_bytes == narrow + 2 * attention.kv_heads * 512 * 2 * 16
 
 

@@ -68,7 +68,7 @@ def test_8_bits_take_half_the_memory_of_16(
     eighth = replace(half, kv_dtype=kv_dtype)
     sizes = [KVCacheLayout.of(architecture, each, 64).block_bytes for each in (eighth, half)]
     share = sizes[0] / sizes[1]
-    head_dim = architecture.layers[0].attention.head_dim
+    head_dim = architecture.attentions[0].head_dim
     assert share == (head_dim + 4) / (2 * head_dim)
 
 

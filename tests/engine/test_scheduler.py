@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 
 from nybble.engine import Request, SamplingParams
 from nybble.engine.block_manager import BlockManager
 from nybble.engine.scheduler import ScheduledBatch, Scheduler, StepKind
-from nybble.engine.sequence import BlockTable, Sequence
+from nybble.engine.sequence import Sequence
 
 BLOCK = 16
 
@@ -72,15 +73,15 @@ def test_a_long_cached_prompt_that_waits_is_not_looked_up_at_every_step(
     for tenant in range(tenants):
         add(scheduler, (*prompt, 1), 10, f"{tenant}")
     looked_up = 0
-    cached_tables = BlockManager._cached_tables
+    cached = BlockManager._cached
 
-    def counted(self: BlockManager, sequence: Sequence) -> tuple[BlockTable, ...]:
+    def counted(self: BlockManager, sequence: Sequence) -> Any:
         nonlocal looked_up
-        found = cached_tables(self, sequence)
-        looked_up += sum(len(table.blocks) for table in found)
+        found = cached(self, sequence)
+        looked_up += sum(len(table.blocks) for table in found.tables)
         return found
 
-    monkeypatch.setattr(BlockManager, "_cached_tables", counted)
+    monkeypatch.setattr(BlockManager, "_cached", counted)
     for _ in range(steps):
         step(scheduler)
     blocks = tokens // BLOCK

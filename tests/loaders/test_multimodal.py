@@ -36,6 +36,27 @@ VISION = {
     "image_size": 28,
     "patch_size": 14,
 }
+DELTA_NET = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 10000.0,
+        "partial_rotary_factor": 0.5,
+        "mrope_section": [2, 1, 1],
+        "mrope_interleaved": True,
+    },
+}
+TILES = {"depth": 1, "num_heads": 2, "out_hidden_size": 64}
+EXPERTS = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+}
 # A wrapper's own settings, its language model and its vision tower.
 ROWS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "gemma3": (
@@ -67,6 +88,16 @@ ROWS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
         {"tie_word_embeddings": False},
         {"model_type": "llama", "tie_word_embeddings": False},
         {"model_type": "clip_vision_model"},
+    ),
+    "qwen3_5": (
+        {},
+        {"model_type": "qwen3_5_text", **DELTA_NET},
+        {"model_type": "qwen3_5_vision", **TILES},
+    ),
+    "qwen3_5_moe": (
+        {},
+        {"model_type": "qwen3_5_moe_text", **DELTA_NET, **EXPERTS},
+        {"model_type": "qwen3_5_moe_vision", **TILES},
     ),
 }
 

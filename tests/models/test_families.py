@@ -20,7 +20,12 @@ from nybble.engine.parts import norm_part
 from nybble.finetune.lora import LoRASettings, adapter_tensors, add_lora, save_adapter
 from nybble.kernels import reference as reference_kernels
 from nybble.loaders import Checkpoint, open_checkpoint
-from nybble.models import UnsupportedModelError, architecture_of, supported_families
+from nybble.models import (
+    Attention,
+    UnsupportedModelError,
+    architecture_of,
+    supported_families,
+)
 from nybble.quantizers import quantize_checkpoint
 from nybble.quantizers.awq import scale_block
 from nybble.quantizers.layers import DecoderLayers, linear_layer
@@ -50,6 +55,13 @@ MIXED = {
 # Of mixtures: 3 of 8 experts.
 EXPERTS = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32}
 GLM_EXPERTS = {"n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32}
+DELTA_NET = {
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 32,
+}
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama with biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
@@ -213,6 +225,26 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
             },
         },
     ),
+    "lfm2": ("lfm2", {"head_dim": 16, "layer_types": ["conv", "full_attention", "conv"]}),
+    "lfm2 with biases": (
+        "lfm2",
+        {
+            "head_dim": 16,
+            "conv_bias": True,
+            "conv_L_cache": 4,
+            "block_auto_adjust_ff_dim": False,
+            "full_attn_idxs": [2],
+        },
+    ),
+    "qwen3_next": (
+        "qwen3_next",
+        {**DELTA_NET, **EXPERTS, "shared_expert_intermediate_size": 64, "mlp_only_layers": [2]},
+    ),
+    "qwen3_5": ("qwen3_5_text", {**DELTA_NET, "linear_num_value_heads": 8}),
+    "qwen3_5_moe": (
+        "qwen3_5_moe_text",
+        {**DELTA_NET, **EXPERTS, "shared_expert_intermediate_size": 64},
+    ),
     "phimoe": (
         "phimoe",
         {
@@ -258,6 +290,9 @@ _SHOWN = {
     "apertus",
     "mixtral",
     "glm4_moe with groups",
+    "lfm2",
+    "qwen3_next",
+    "qwen3_5",
 }
 shown_rows = pytest.mark.parametrize(
     "row", [row if row in _SHOWN else pytest.param(row, marks=pytest.mark.slow) for row in ROWS]
@@ -345,10 +380,10 @@ def test_norms_in_bfloat16_round_as_those_of_transformers(row: str) -> None:
     model, architecture = AutoModelForCausalLM.from_config(config), architecture_of(config)
     norms = {architecture.final_norm: (config.hidden_size,)}
     for index, layer in enumerate(architecture.layers):
-        about = layer.attention
+        about = layer.mixer
         hidden = (layer.pre_attention, layer.post_attention, layer.pre_mlp, layer.post_mlp)
         shapes = {name: (config.hidden_size,) for name in hidden if name is not None}
-        if about.qk_norm is not None:
+        if isinstance(about, Attention) and about.qk_norm is not None:
             shapes[about.q_norm] = about.norm_shape(about.heads)
             shapes[about.k_norm] = about.norm_shape(about.kv_heads)
         norms.update((architecture.module(index, name), shape) for name, shape in shapes.items())

@@ -1,0 +1,203 @@
+"""Layers with states: the kernels against their references, and chunks against whole prompts."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+
+from nybble.kernels import recurrent
+from nybble.kernels.backend import Backend
+from nybble.kernels.cpu.library import library
+from nybble.kernels.state_batch import StateBatch
+
+TAPS, CHANNELS, SLOTS = 4, 48, 6
+KEY_HEADS, VALUE_HEADS, KEY_DIM, VALUE_DIM = 2, 4, 16, 80
+
+
+@pytest.fixture(scope="module")
+def cpu() -> Backend:
+    found = library()
+    if found is None:
+        pytest.skip("no CPU kernels here")
+    return found
+
+
+def batch(
+    lengths: list[int],
+    read: list[int],
+    write: list[int],
+    snapshot: list[int] | None = None,
+    rows: list[int] | None = None,
+) -> StateBatch:
+    def of(values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int32)
+
+    starts = [0, *torch.tensor(lengths).cumsum(0).tolist()]
+    none = [-1] * len(lengths)
+    return StateBatch(
+        of(starts), of(read), of(write), of(snapshot or none), of(rows or lengths), max(lengths)
+    )
+
+
+def convolution_inputs(tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(tokens)
+    x = torch.randn(tokens, CHANNELS, generator=generator).to(dtype)
+    weight = torch.randn(TAPS, CHANNELS, generator=generator)
+    return x, weight, torch.randn(CHANNELS, generator=generator)
+
+
+def convolution_state(dtype: torch.dtype) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(SLOTS, TAPS - 1, CHANNELS, generator=generator).to(dtype)
+
+
+def delta_inputs(tokens: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(tokens)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(tokens, *shape, generator=generator)
+
+    q, k = random(KEY_HEADS, KEY_DIM).to(dtype), random(KEY_HEADS, KEY_DIM).to(dtype)
+    v = random(VALUE_HEADS, VALUE_DIM).to(dtype)
+    return q, k, v, -random(VALUE_HEADS).exp(), random(VALUE_HEADS).sigmoid()
+
+
+def delta_state() -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(SLOTS, VALUE_HEADS, KEY_DIM, VALUE_DIM, generator=generator)
+
+
+# A decode, a prompt's beginning with a snapshot within it, one that goes on from another slot and
+# keeps its own end, a short one, and padding, which keeps nothing.
+MIXED = batch(
+    [1, 9, 7, 2, 1], [0, -1, 5, 2, -1], [0, 1, 3, 2, -1], [-1, 4, -1, -1, -1], [1, 6, 7, 2, 1]
+)
+TOKENS = 20
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("biased", [False, True])
+def test_the_convolution_is_that_of_torch(dtype: torch.dtype, biased: bool) -> None:
+    x, weight, bias = convolution_inputs(30, dtype)
+    state = convolution_state(dtype)
+    found = recurrent.short_convolution(
+        x, weight, bias if biased else None, state, batch([30], [-1], [2])
+    )
+    expected = torch.nn.functional.conv1d(
+        x.float().T[None],
+        weight.T[:, None],
+        bias if biased else None,
+        padding=TAPS - 1,
+        groups=CHANNELS,
+    )[0, :, :30].T
+    torch.testing.assert_close(found, expected.to(dtype), rtol=1e-2, atol=1e-5)
+    assert torch.equal(state[2], x[-TAPS + 1 :])
+
+
+def test_the_delta_rule_is_that_of_transformers() -> None:
+    from transformers.models.qwen3_next import modeling_qwen3_next as theirs
+
+    inputs, state = delta_inputs(70, torch.float32), delta_state()
+    before = state[1:2].clone()
+    expected, last = theirs.torch_chunk_gated_delta_rule(
+        *(each[None] for each in inputs),
+        initial_state=before,
+        output_final_state=True,
+        use_qk_l2norm_in_kernel=True,
+    )
+    found = recurrent.gated_delta_rule(*inputs, state, batch([70], [1], [3]))
+    torch.testing.assert_close(found, expected[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(state[3], last[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("strided", [False, True])
+def test_the_cpu_convolution_is_its_reference_to_the_bit(
+    cpu: Backend, dtype: torch.dtype, strided: bool
+) -> None:
+    x, weight, bias = convolution_inputs(TOKENS, dtype)
+    if strided:
+        x = torch.cat((x, x), dim=1)[:, :CHANNELS]
+    expected_state, state = convolution_state(dtype), convolution_state(dtype)
+    expected = recurrent.short_convolution(x, weight, bias, expected_state, MIXED)
+    assert torch.equal(cpu.short_convolution(x, weight, bias, state, MIXED), expected)
+    assert torch.equal(state, expected_state)
+    assert not torch.equal(state[4], convolution_state(dtype)[4]), "no snapshot was kept"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_cpu_delta_rule_is_its_reference(cpu: Backend, dtype: torch.dtype) -> None:
+    inputs = delta_inputs(TOKENS, dtype)
+    expected_state, state = delta_state(), delta_state()
+    expected = recurrent.gated_delta_rule(*inputs, expected_state, MIXED)
+    found = cpu.gated_delta_rule(*inputs, state, MIXED)
+    tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(state, expected_state, rtol=1e-5, atol=1e-5)
+    assert not torch.equal(state[4], delta_state()[4]), "no snapshot was kept"
+
+
+@pytest.mark.parametrize("cuts", [[1, 2, 3], [5], [19], list(range(1, 20))])
+def test_chunks_give_the_bits_of_the_whole(cpu: Backend, cuts: list[int]) -> None:
+    x, weight, bias = convolution_inputs(TOKENS, torch.bfloat16)
+    inputs = delta_inputs(TOKENS, torch.bfloat16)
+    for backend in (recurrent, cpu):
+        small, large = convolution_state(torch.bfloat16), delta_state()
+        whole = batch([TOKENS], [-1], [0])
+        convolved = backend.short_convolution(x, weight, bias, small, whole)
+        attended = backend.gated_delta_rule(*inputs, large, whole)
+        for start, stop in pairwise([0, *cuts, TOKENS]):
+            chunk = batch([stop - start], [1 if start else -1], [1])
+            rows = slice(start, stop)
+            part = backend.short_convolution(x[rows], weight, bias, small, chunk)
+            assert torch.equal(part, convolved[rows])
+            part = backend.gated_delta_rule(*(each[rows] for each in inputs), large, chunk)
+            assert torch.equal(part, attended[rows])
+        assert torch.equal(small[1], small[0])
+        assert torch.equal(large[1], large[0])
+
+
+def test_tensors_that_the_kernels_would_misread_are_refused(cpu: Backend) -> None:
+    x, weight, bias = convolution_inputs(TOKENS, torch.bfloat16)
+    with pytest.raises(ValueError, match="the CPU kernels take x"):
+        cpu.short_convolution(x, weight, bias, convolution_state(torch.float32), MIXED)
+    with pytest.raises(ValueError, match="contiguous float32 state"):
+        cpu.gated_delta_rule(*delta_inputs(TOKENS, torch.bfloat16), delta_state()[:, :2], MIXED)
+    with pytest.raises(ValueError, match=r"snapshot_rows is torch\.int64"):
+        StateBatch(
+            MIXED.query_start, MIXED.read, MIXED.write, MIXED.snapshot, torch.ones(5).long(), 9
+        )
+
+
+@pytest.fixture(scope="module")
+def triton() -> Backend:
+    pytest.importorskip("triton", reason="Triton is for Linux")
+    from nybble.kernels.triton import backend
+
+    return backend
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_the_gpu_convolution_is_its_reference(triton: Backend, biased: bool) -> None:
+    x, weight, bias = convolution_inputs(TOKENS, torch.bfloat16)
+    x = torch.cat((x, x), dim=1)[:, :CHANNELS]
+    expected_state, state = convolution_state(torch.bfloat16), convolution_state(torch.bfloat16)
+    added = bias if biased else None
+    expected = recurrent.short_convolution(x, weight, added, expected_state, MIXED)
+    found = triton.short_convolution(x, weight, added, state, MIXED)
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-5)
+    assert torch.equal(state, expected_state)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_gpu_delta_rule_is_its_reference(triton: Backend, dtype: torch.dtype) -> None:
+    inputs = delta_inputs(TOKENS, dtype)
+    expected_state, state = delta_state(), delta_state()
+    expected = recurrent.gated_delta_rule(*inputs, expected_state, MIXED)
+    found = triton.gated_delta_rule(*inputs, state, MIXED)
+    tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(state, expected_state, rtol=1e-5, atol=1e-5)
