@@ -97,8 +97,10 @@ class ResponsesFormatter:
                 self._arguments(event)
         if output.finish_reason is not None:
             complete = output.finish_reason == "stop"
-            spoken = any(item["type"] != "reasoning" for item in self.response["output"])
-            if not spoken and complete:  # an empty answer is an empty message
+            items = self.response["output"]
+            thoughts_alone = all(item["type"] == "reasoning" for item in items)
+            # An empty answer is an empty message.
+            if not items or (thoughts_alone and complete):
                 self._open_message()
             self._close_item("completed" if complete else "incomplete")
             self.response["status"] = "completed" if complete else "incomplete"

@@ -20,6 +20,7 @@ _REFUSED = {
     "root_path": "let HAProxy remove the prefix (`http-request replace-path`)",
     "fine_tuning": "run jobs on one server by itself (`nybble serve --fine-tuning`)",
     "state_dir": "run jobs on one server by itself (`nybble serve --state-dir`)",
+    "response_store": "keep responses on one server by itself (`nybble serve --response-store`)",
     "lora_state": "adapters come from --lora-watch or --lora-modules, which all servers read",
 }
 
