@@ -19,7 +19,7 @@ _SHARED = ("architecture", "config", "parts", "registry")
 _LACKING = {
     "multi-head latent attention": ("deepseek_v2", "deepseek_v3", "kimi_k2", "minicpm3"),
     "layers of linear attention or state spaces": (
-        *("bamba", "falcon_h1", "granitemoehybrid", "jamba", "lfm2", "nemotron_h", "qwen3_next"),
+        *("bamba", "falcon_h1", "jamba", "lfm2", "nemotron_h", "qwen3_next"),
     ),
 }
 
