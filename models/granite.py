@@ -68,7 +68,7 @@ def granite4(config: PretrainedConfig) -> Architecture:
     """
     read.refuse(config, num_local_experts=0)
     kinds = set(config.layers_block_type)
-    if not kinds <= {"attention", "full_attention"}:
+    if kinds != {"full_attention"}:
         raise UnsupportedModelError(
             f"layer_types has {', '.join(sorted(kinds))}; of {config.model_type} models those are "
             "supported whose layers are attention alone"
