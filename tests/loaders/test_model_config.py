@@ -71,6 +71,20 @@ def test_internlm_3_is_llama_under_another_name(
     reference.assert_same_logits(open_checkpoint(tmp_path / "nf4"))
 
 
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [
+        ("deepseek_v3", r"is not supported \(multi-head latent attention\); supported are apertus"),
+        ("qwen3_next", r"is not supported \(layers of linear attention or state spaces\); "),
+        (["llama"], "model_type None is not supported; "),
+    ],
+)
+def test_what_a_family_would_need_is_said(tmp_path: Path, family: Any, reason: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
+    with pytest.raises(UnsupportedModelError, match=reason):
+        open_checkpoint(tmp_path)
+
+
 def test_biases_that_llama_cannot_have_are_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(INTERNLM3 | {"qkv_bias": True}))
     with pytest.raises(UnsupportedModelError, match="qkv_bias is True and bias is False"):

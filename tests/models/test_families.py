@@ -96,6 +96,20 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
             "logits_scaling": 0.5,
         },
     ),
+    "granite 4": (
+        "granitemoehybrid",
+        {
+            "head_dim": 16,
+            "num_local_experts": 0,
+            "shared_intermediate_size": 128,
+            "layer_types": ["attention"] * 3,
+            "position_embedding_type": "rope",
+            "embedding_multiplier": 1.5,
+            "attention_multiplier": 0.3,
+            "residual_multiplier": 0.7,
+            "logits_scaling": 0.5,
+        },
+    ),
     "olmo2": ("olmo2", {}),
     "olmo3": ("olmo3", MIXED),
     "smollm3": ("smollm3", {"no_rope_layers": [1, 0, 1]}),
@@ -281,6 +295,7 @@ _SHOWN = {
     "qwen2",
     "qwen3",
     "granite",
+    "granite 4",
     "olmo3",
     "gemma2",
     "gemma3",
@@ -307,6 +322,15 @@ def test_a_kind_of_rope_that_nothing_computes_is_refused_by_name() -> None:
     config = AutoConfig.for_model("qwen2", rope_scaling={"type": "flurb", "factor": 2})
     with pytest.raises(UnsupportedModelError, match="rope_type is 'flurb'; supported are default"):
         architecture_of(config)
+
+
+def test_granite_4_is_taken_only_without_state_spaces_and_experts() -> None:
+    dense = {"num_local_experts": 0, "num_hidden_layers": 2}
+    kinds = {"layer_types": ["attention", "mamba"]}
+    with pytest.raises(UnsupportedModelError, match="layer_types has full_attention, linear_"):
+        architecture_of(AutoConfig.for_model("granitemoehybrid", **dense, **kinds))
+    with pytest.raises(UnsupportedModelError, match="num_local_experts is 8"):
+        architecture_of(AutoConfig.for_model("granitemoehybrid"))
 
 
 @pytest.fixture(autouse=True)
