@@ -156,11 +156,6 @@ class Rank:
         self._group.broadcast(memory)
         self._adapters.fill(slot, self._adapters.views(memory, ranks))
 
-    def unload(self) -> Answer:
-        """Forget the model."""
-        del self._runner, self._decoder, self._adapters
-        return Answer(None)
-
 
 def main(place: Place, commands: Connection, reports: Connection) -> None:
     """Obey until rank 0 closes ``commands``; ends the process."""
