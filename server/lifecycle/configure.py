@@ -30,6 +30,7 @@ _FLAGS = {
     "kv_cache_bytes": "--kv-cache-memory",
     "kv_dtype": "--kv-cache-dtype",
     "max_rank": "--max-lora-rank",
+    "on_engine_failure": "--on-engine-failure",
 }
 
 
@@ -51,6 +52,7 @@ def engine_config(options: ServeOptions) -> EngineConfig:
         max_draft_tokens=memory.max_draft_tokens,
         adapters=_adapter_config(options),
         tune=model.tune,
+        tensor_parallel_size=model.tensor_parallel_size,
         restarts=_RESTARTS if options.operation.on_engine_failure == "restart" else 0,
     )
 
