@@ -38,7 +38,7 @@ from nybble.models import Architecture
 logger = logging.getLogger(__name__)
 
 # Ranks say every half a second that they are alive. One that is silent for so long hangs.
-_SILENCE = 6.0
+_SILENCE = 5.0
 # A machine that sleeps, or a process that is stopped, is not taken for a rank that hangs: of the
 # time between two looks no more than this counts.
 _LONGEST_LOOK = 1.0

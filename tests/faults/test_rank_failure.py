@@ -149,6 +149,7 @@ def test_requests_finish_when_all_processes_are_told_to_end(server: Process) -> 
     assert gone(ranks)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "said"),
     [
