@@ -41,10 +41,15 @@ class PeerLostError(RuntimeError):
 
 @dataclass(frozen=True)
 class TensorParallel:
-    """One of ``size`` ranks that compute a model together. One alone has everything."""
+    """One of ``size`` ranks that compute a model together. One alone has everything.
+
+    through_host: whether what is on a GPU is exchanged in the host's memory: ranks that share a GPU
+        cannot do it otherwise, and no graph can be captured.
+    """
 
     rank: int = 0
     size: int = 1
+    through_host: bool = False
 
     def check(self, architecture: Architecture) -> None:
         """Raises ValueError, which names the size, for a model that cannot be cut like this."""
@@ -186,13 +191,15 @@ class TensorParallel:
         width = own.shape[-1]
         flat = own.reshape(-1, width).contiguous()
         rows = len(flat)
-        out = torch.empty(self.size * rows, width, dtype=own.dtype, device=own.device)
+        if self.through_host:
+            flat = flat.cpu()
+        out = torch.empty(self.size * rows, width, dtype=own.dtype, device=flat.device)
         # As bytes: not every transport knows every dtype.
         try:
             _all_gather(out.view(torch.uint8), flat.view(torch.uint8))
         except RuntimeError as error:
             raise PeerLostError(str(error)) from error
-        by_row = out.view(self.size, rows, width).transpose(0, 1)
+        by_row = out.to(own.device).view(self.size, rows, width).transpose(0, 1)
         return by_row.reshape(*own.shape[:-1], self.size * width)
 
     def gathered(self, function: Callable[P, Tensor]) -> Callable[P, Tensor]:
@@ -234,10 +241,13 @@ class TensorParallel:
 
     def broadcast(self, tensor: Tensor) -> None:
         """Overwrite a contiguous tensor by rank 0's."""
+        here = tensor.cpu() if self.through_host else tensor
         try:
-            torch.distributed.broadcast(tensor.view(torch.uint8), src=0)
+            torch.distributed.broadcast(here.view(torch.uint8), src=0)
         except RuntimeError as error:
             raise PeerLostError(str(error)) from error
+        if self.through_host:
+            tensor.copy_(here)
 
 
 ALONE = TensorParallel()

@@ -28,6 +28,7 @@ from nybble.engine.adapter_slots import AdapterSlots
 from nybble.engine.config import EngineConfig
 from nybble.engine.decoder import Decoder
 from nybble.engine.failure import describe
+from nybble.engine.graphs import cuda_capture
 from nybble.engine.inputs import StepMessage
 from nybble.engine.kv_cache import KVCacheLayout
 from nybble.engine.parallel import PeerLostError, TensorParallel
@@ -44,6 +45,7 @@ class Place:
 
     store: a file through which they find each other.
     threads: of each rank on the CPU; None to leave what is set.
+    shared: whether ranks have the same GPU, as in a test on a machine that has one.
     """
 
     rank: int
@@ -51,6 +53,7 @@ class Place:
     device: torch.device
     store: Path
     threads: int | None
+    shared: bool
 
     @classmethod
     def of(cls, rank: int, devices: Sequence[torch.device], store: Path) -> Place:
@@ -58,23 +61,25 @@ class Place:
         threads = None
         if devices[rank].type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
             threads = max(1, torch.get_num_threads() // len(devices))
-        return cls(rank, len(devices), devices[rank], store, threads)
+        on_gpu = devices[rank].type == "cuda"
+        shared = on_gpu and len(set(devices)) < len(devices)
+        return cls(rank, len(devices), devices[rank], store, threads, shared)
 
     def join(self) -> TensorParallel:
         """Meet the other ranks. Returns when all are there."""
-        on_gpu = self.device.type == "cuda"
-        # All are on this machine: nothing listens for others.
-        os.environ.setdefault("NCCL_SOCKET_IFNAME" if on_gpu else "GLOO_SOCKET_IFNAME", "lo")
-        if on_gpu:
+        if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
+        nccl = self.device.type == "cuda" and not self.shared
+        # All are on this machine: nothing listens for others.
+        os.environ.setdefault("NCCL_SOCKET_IFNAME" if nccl else "GLOO_SOCKET_IFNAME", "lo")
         torch.distributed.init_process_group(
-            "nccl" if on_gpu else "gloo",
+            "nccl" if nccl else "gloo",
             store=torch.distributed.FileStore(str(self.store), self.size),  # type: ignore[attr-defined]
             rank=self.rank,
             world_size=self.size,
-            device_id=self.device if on_gpu else None,
+            device_id=self.device if nccl else None,
         )
-        return TensorParallel(self.rank, self.size)
+        return TensorParallel(self.rank, self.size, self.shared)
 
 
 @dataclass(frozen=True)
@@ -141,6 +146,10 @@ class Rank:
 
     def warm_up(self) -> None:
         self._runner.warm_up(lambda *_: None)
+
+    def capture(self, sizes: Sequence[int]) -> None:
+        """Capture decode steps of these sizes alone."""
+        self._runner.capture(cuda_capture(self._device), False, sizes)
 
     @torch.inference_mode()
     def follow(self, message: StepMessage) -> None:
