@@ -227,9 +227,12 @@ class AdapterSlots:
             """The buffers of so many groups of one shape; each group's own is a view of them."""
             index, group = groups[first]
             all_offsets = (0, *itertools.accumulate(linear.out for linear in group.linears))
-            each = [outputs[architecture.module(index, linear.name)] for linear in group.linears]
-            offsets = (0, *itertools.accumulate(map(length, each)))
-            own = tuple(outputs[architecture.module(index, group.name)])
+            parts = [
+                outputs.get(architecture.module(index, linear.name), [(0, linear.out)])
+                for linear in group.linears
+            ]
+            offsets = (0, *itertools.accumulate(map(length, parts)))
+            own = tuple(outputs.get(architecture.module(index, group.name), [(0, group.out)]))
             a, b = slot_buffers(number * count, max_rank, group.inputs, offsets, dtype, device)
             ranks = self._ranks[first : first + number]
             for place, (layer, one) in enumerate(groups[first : first + number]):

@@ -54,7 +54,7 @@ class TensorParallel:
     def check(self, architecture: Architecture) -> None:
         """Raises ValueError, which names the size, for a model that cannot be cut like this."""
         for index, layer in enumerate(architecture.layers):
-            attention = layer.attention
+            attention = _attention(layer)
             self._divide(attention.heads, f"attention heads (layer {index})")
             kv_heads = attention.kv_heads
             if kv_heads % self.size and self.size % kv_heads:
@@ -101,7 +101,7 @@ class TensorParallel:
         def cut_mlp(mlp: Mlp) -> Mlp:
             return replace(mlp, up=cut(mlp.up), down=cut(mlp.down))
 
-        about, mlp = layer.attention, layer.mlp
+        about, mlp = _attention(layer), layer.mlp
         attention = replace(
             about,
             heads=about.heads // self.size,
@@ -134,7 +134,7 @@ class TensorParallel:
 
     def _groups(self, layer: Layer) -> Iterator[tuple[LinearGroup, list[Range]]]:
         """The layer's groups of linear layers, each with the outputs that are this rank's."""
-        about = layer.attention
+        about = _attention(layer)
         heads, kv_heads = self.share(about.heads), self.kv_heads(about)
         keys, values = about.heads, about.heads + about.kv_heads
         yield (
@@ -154,6 +154,8 @@ class TensorParallel:
 
     def outputs(self, architecture: Architecture) -> Mapping[str, list[Range]]:
         """Of every weight that is cut, by its name, the outputs that are this rank's."""
+        if self.size == 1:
+            return {}
         found = {architecture.head: [self.share(architecture.vocab)]}
         for index, layer in enumerate(architecture.layers):
             for group, ranges in self._groups(layer):
@@ -161,7 +163,7 @@ class TensorParallel:
                 for linear, start, stop in _places(group):
                     name = architecture.module(index, linear.name)
                     found[name] = _within(ranges, start, stop)
-            about = layer.attention
+            about = _attention(layer)
             if about.sinks is not None:
                 found[architecture.module(index, about.sinks)] = [self.share(about.heads)]
             if about.qk_norm == "each":
@@ -251,6 +253,10 @@ class TensorParallel:
 
 
 ALONE = TensorParallel()
+
+
+def _attention(layer: Layer) -> Attention:
+    return layer.attention
 
 
 def mlps(mlp: Mlp | Mixture) -> Iterable[Mlp]:

@@ -46,7 +46,7 @@ def count_gathers() -> Counted:
         counted.nbytes += own.numel() * own.itemsize * (group.size - 1)
         return whole
 
-    TensorParallel.gather = timed  # type: ignore[method-assign]
+    TensorParallel.gather = timed  # type: ignore[method-assign, assignment]
     return counted
 
 
@@ -77,9 +77,9 @@ def measure(model: str, ranks: int, streams: list[int], rounds: int, tokens: int
                     if size > 1:
                         gathers[count] = replace(counted), steps
     print(f"{'streams':>8}{'ranks':>7}{'tokens/s':>10}{'in gathers':>12}")
-    for (size, count), seconds in sorted(taken.items(), key=lambda item: (item[0][1], item[0][0])):
-        rate = count * tokens / statistics.median(seconds)
-        share = f"{gathers[count][0].seconds / seconds[-1]:.0%}" if size > 1 else ""
+    for (size, count), times in sorted(taken.items(), key=lambda item: (item[0][1], item[0][0])):
+        rate = count * tokens / statistics.median(times)
+        share = f"{gathers[count][0].seconds / times[-1]:.0%}" if size > 1 else ""
         print(f"{count:>8}{size:>7}{rate:>10.1f}{share:>12}")
     for count, (seen, steps) in gathers.items():
         if not seen.calls:

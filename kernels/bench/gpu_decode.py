@@ -43,6 +43,7 @@ def random_weights(
 ) -> Iterator[tuple[str, PackedWeight | DenseWeight | Tensor]]:
     """Random weights in 4 bits, made on the device as they are asked for."""
     hidden, inter = config.hidden_size, config.intermediate_size
+    assert config.num_key_value_heads is not None
     kv = hidden * config.num_key_value_heads // config.num_attention_heads
     dense = partial(torch.randn, dtype=dtype, device=device)
     yield "model.embed_tokens.weight", dense(config.vocab_size, hidden)
