@@ -112,8 +112,13 @@ class Ranks(NoRanks):
     def __init__(self, devices: Sequence[torch.device]) -> None:
         """Start a process for each device but the first, which is this process's.
 
-        Raises RankFailedError if one does not start.
+        Raises RankFailedError if one does not start, and ValueError if this process has others.
         """
+        if torch.distributed.is_initialized():
+            raise ValueError(
+                "tensor_parallel_size is above 1 for another model of this process: close that "
+                "one first, or use another process"
+            )
         self.failure: str | None = None
         self._changed = threading.Condition()
         self._on_failure: Callable[[RankFailedError], None] = lambda error: None
