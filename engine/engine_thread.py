@@ -40,6 +40,8 @@ from nybble.loaders import AdapterError
 
 logger = logging.getLogger(__name__)
 
+_PATIENCE_SECONDS = 3.0
+
 
 @dataclass(frozen=True)
 class _Add:
@@ -117,7 +119,7 @@ class EngineThread(threading.Thread):
         self._stopping = True
         self._inbox.put(_Stop())
         if self.is_alive():
-            self.join()
+            self.join(_PATIENCE_SECONDS if self._dead else None)
         if self.adapters is not None:
             self.adapters.close()
 
@@ -153,6 +155,18 @@ class EngineThread(threading.Thread):
             assert self.adapters is not None
             self.adapters.submit(name, send)
 
+    def fail(self, error: Exception) -> None:
+        """Have the engine fail, also if the thread waits for a device that does not answer."""
+
+        def raise_it() -> None:
+            raise error
+
+        self._inbox.put(raise_it)
+        self.join(_PATIENCE_SECONDS)
+        if self.is_alive() and not self._stopping:
+            logger.error("the engine thread does not answer; %s", error)
+            self._die(describe(error))
+
     def cancel(self, request_id: str) -> None:
         """Drop a request before the next step."""
         self._inbox.put(_Cancel(request_id))
@@ -170,6 +184,8 @@ class EngineThread(threading.Thread):
                 logger.exception("the engine thread failed")
                 failure = describe(error)
             with self._entrance:
+                if self._dead:
+                    return
                 self._stopping |= failure is None
                 self.failure = failure
             if failure is None:
@@ -183,13 +199,19 @@ class EngineThread(threading.Thread):
                 failures=self._counters.failures,
                 restarts=self._restarts.taken,
             )
-            self._fail_all(EngineFailedError(f"the engine has failed: {failure}"))
             if self._stopping or not self._restarts.take():
-                with self._entrance:
-                    self._dead, told = True, self._when_dead
-                told()
+                self._die(failure)
                 return
+            self._fail_all(EngineFailedError(f"the engine has failed: {failure}"))
             logger.warning("the engine begins again, with an empty KV cache")
+
+    def _die(self, failure: str) -> None:
+        """Fail for good."""
+        with self._entrance:
+            self.failure = failure
+            self._dead, told = True, self._when_dead
+        self._fail_all(EngineFailedError(f"the engine has failed: {failure}"))
+        told()
 
     def _serve(self) -> None:
         """Apply messages and compute steps until told to stop."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
+from nybble.engine.parallel import TensorParallel
 from nybble.engine.routing import choose_experts
 from nybble.kernels.attention_batch import AttentionBatch
 from nybble.kernels.backend import Backend
@@ -94,6 +95,30 @@ class LayerNormPart:
         return add_layer_norm(x, residual, self.weight, self.bias, self.eps)
 
 
+@dataclass(frozen=True)
+class AllHeadsNormPart:
+    """A norm of all heads together, of which this rank has some.
+
+    whole: norms all of them. first, last: which of its outputs are this rank's.
+    copies: how many ranks have the same heads.
+    """
+
+    whole: NormPart
+    group: TensorParallel
+    first: int
+    last: int
+    copies: int
+
+    def __call__(self, x: Tensor) -> Tensor:
+        ranks = self.group.gather(x).view(len(x), self.group.size, -1)
+        normed = self.whole(ranks[:, :: self.copies].flatten(1))
+        return normed[:, self.first : self.last].contiguous()
+
+    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        residual = residual + x
+        return self(residual), residual
+
+
 def norm_part(norm: Norm, weight: Tensor, bias: Tensor | None, backend: Backend) -> NormPart:
     """The part that computes ``norm``."""
     if norm.kind == "rms":
@@ -128,6 +153,7 @@ class AttentionPart:
     sinks: float32 ``(heads,)``, or None.
     layer: index of the KV cache and of the metadata that it uses, among layers with attention.
     rope: index of the step's rotary embedding it uses.
+    output: the projection of all heads' values, with the adapters on it.
     """
 
     about: Attention
@@ -137,7 +163,7 @@ class AttentionPart:
     qkv: Projection
     q_norm: NormPart | None
     k_norm: NormPart | None
-    output: Projection
+    output: Callable[[Tensor, StepAdapters | None], Tensor]
     backend: Backend
 
     def __call__(self, x: Tensor, step: Step) -> Tensor:

@@ -12,9 +12,10 @@ from nybble.engine.adapter_slots import AdapterSlots
 from nybble.engine.config import EngineConfig, resolve_device
 from nybble.engine.decoder import Decoder
 from nybble.engine.graphs import Capture, DecodeGraphs, bucket_sizes, cuda_capture
-from nybble.engine.inputs import InputBuffers, StepInputs
+from nybble.engine.inputs import InputBuffers, StepInputs, StepMessage
 from nybble.engine.kv_cache import KVCacheLayout
 from nybble.engine.parts import KVCache, States
+from nybble.engine.prompt_reader import logit_chunks
 from nybble.engine.scheduler import ScheduledBatch, StepKind
 from nybble.kernels.attention_batch import AttentionBatch
 from nybble.kernels.cpu.huge_pages import empty_in_huge_pages
@@ -51,11 +52,13 @@ class ModelRunner:
         num_blocks: int,
         adapters: AdapterSlots | None = None,
         num_states: int = 0,
+        device: torch.device | None = None,
     ) -> None:
+        """device: None for the config's."""
         self.adapters = adapters
         self.layout = layout
         self.decoder = decoder
-        self.device = resolve_device(config.device)
+        self.device = device or resolve_device(config.device)
         self._max_num_seqs = config.max_num_seqs
         self._max_batched_tokens = config.max_batched_tokens
         # Kernels of one order have one configuration for all numbers of rows, and no other.
@@ -129,6 +132,19 @@ class ModelRunner:
                 )
             row += item.num_tokens
         return self._logits(hidden, inputs)
+
+    def follow(self, message: StepMessage) -> None:
+        """Compute this rank's part of a step that :meth:`run` computes at rank 0."""
+        inputs = self._inputs.follow(message)
+        if message.padded_to and self._graphs is not None:
+            self._graphs.run(message.padded_to, inputs.lora is not None)
+            return
+        hidden = self._forward(inputs)
+        for first, count in message.reads:
+            read = hidden[first : first + count]
+            for start, stop in logit_chunks(count, self.decoder.architecture.vocab):
+                self.decoder.logits(read[start:stop])
+        self._logits(hidden, inputs)
 
     def _compute(self, inputs: StepInputs) -> Tensor:
         return self._logits(self._forward(inputs), inputs)

@@ -31,6 +31,7 @@ _FLAGS = {
     "kv_cache_bytes": "--kv-cache-memory",
     "kv_dtype": "--kv-cache-dtype",
     "max_rank": "--max-lora-rank",
+    "on_engine_failure": "--on-engine-failure",
 }
 
 
@@ -53,6 +54,7 @@ def engine_config(options: ServeOptions) -> EngineConfig:
         deterministic=model.deterministic,
         adapters=_adapter_config(options),
         tune=model.tune,
+        tensor_parallel_size=model.tensor_parallel_size,
         restarts=_RESTARTS if options.operation.on_engine_failure == "restart" else 0,
     )
 

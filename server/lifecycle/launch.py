@@ -15,6 +15,8 @@ import torch
 
 from nybble.engine import Engine, EngineConfig
 from nybble.engine.memory import memory_explained
+from nybble.engine.ranks import check_ranks
+from nybble.models import architecture_of
 from nybble.quantizers.prepare import prepare_checkpoint
 from nybble.server.adapters.admin import restore, restore_uploads
 from nybble.server.http.listen import BACKLOG, is_loopback
@@ -113,6 +115,7 @@ def _load(
         quantize=options.model.quantize,
         head=options.model.head,
         adapter=options.adapters.merge_adapter,
+        check=lambda model: check_ranks(architecture_of(model), config),
         progress=startup.report,
     )
     with memory_explained(checkpoint, config):

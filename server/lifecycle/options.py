@@ -94,6 +94,14 @@ class ModelOptions:
     head: HeadOption = None
     device: DeviceOption = "auto"
     dtype: DtypeOption = "auto"
+    tensor_parallel_size: Annotated[
+        int,
+        _model(
+            help="GPUs (processes on the CPU) that compute the model together, each with a part of "
+            "every weight. Outputs stay the same.",
+            min=1,
+        ),
+    ] = 1
     max_model_len: Annotated[
         int | None, _model(help="Tokens of prompt and output together.", min=1)
     ] = None
