@@ -172,9 +172,8 @@ class Engine:
                 dtype=config.dtype,
                 base=decoder.projection_weights,
             )
-        # More blocks than every sequence at full length could fill would only waste memory.
-        most = config.max_num_seqs * layout.table_blocks(max_model_len)
-        num_blocks = min(layout.blocks_in(config.kv_cache_bytes or free_kv_bytes(device)), most)
+        nbytes = config.kv_cache_bytes or free_kv_bytes(device)
+        num_blocks = layout.blocks_for(nbytes, config.max_num_seqs, max_model_len)
         max_model_len = layout.longest_sequence(num_blocks, max_model_len)
         settings = read_generation_config(checkpoint.folder)
 

@@ -64,11 +64,9 @@ def _layout(checkpoint: Checkpoint, config: EngineConfig) -> tuple[KVCacheLayout
 
 
 def _kv_bytes(checkpoint: Checkpoint, config: EngineConfig) -> int:
-    """Size of the KV cache: at most what all sequences at full length would fill."""
     layout, length = _layout(checkpoint, config)
-    most = config.max_num_seqs * layout.table_blocks(length)
     nbytes = config.kv_cache_bytes or free_kv_bytes(torch.device(config.device))
-    return min(nbytes, most * layout.block_bytes)
+    return layout.blocks_for(nbytes, config.max_num_seqs, length) * layout.block_bytes
 
 
 def _would_fit(room: int, checkpoint: Checkpoint, config: EngineConfig) -> str:
