@@ -8,6 +8,7 @@ from uuid import uuid4
 
 from nybble.engine import RequestOutput
 from nybble.server.api.generation import Usage
+from nybble.server.api.logprobs import Logprobs
 from nybble.server.api.respond import ServerSentEvent
 from nybble.server.api.responses_schema import ResponsesRequest
 from nybble.server.api.tool_parser import Arguments, Call, Text, ToolParser
@@ -16,11 +17,24 @@ from nybble.server.http.errors import ApiError
 
 
 class ResponsesFormatter:
-    """See :class:`nybble.server.api.respond.Formatter`. One sequence each; nothing is stored."""
+    """See :class:`nybble.server.api.respond.Formatter`. One sequence each; nothing is stored.
+
+    logprobs: None if none are asked for. Those of a message's tokens are reported with the text
+        which the tokens complete; those of calls are not reported, as OpenAI does.
+    """
 
     terminator: bytes | None = None
 
-    def __init__(self, id: str, body: ResponsesRequest, created: int, tools: Tools | None) -> None:
+    def __init__(
+        self,
+        id: str,
+        body: ResponsesRequest,
+        created: int,
+        tools: Tools | None,
+        logprobs: Logprobs | None = None,
+    ) -> None:
+        self._logprobs = logprobs
+        self._unsent: list[dict[str, Any]] = []  # log probabilities whose text is still to come
         self._parser: ToolParser | None = None if tools is None else tools.parser()
         self._events: list[ServerSentEvent] = []
         self._sequence = 0
@@ -54,6 +68,7 @@ class ResponsesFormatter:
                 {"parameters": None, "strict": None, **tool.model_dump(exclude_none=True)}
                 for tool in body.tools or ()
             ],
+            "top_logprobs": body.top_logprobs or 0,
             "top_p": 1.0 if body.top_p is None else body.top_p,
             "truncation": "disabled",
         }
@@ -69,6 +84,8 @@ class ResponsesFormatter:
             self._begun = True
             self._tell("response.created", response=self._response | {"output": []})
             self._tell("response.in_progress", response=self._response | {"output": []})
+        if self._logprobs is not None:
+            self._unsent += self._logprobs.chat([output])
         if self._parser is None:
             self._text(output.text)
         else:
@@ -85,6 +102,9 @@ class ResponsesFormatter:
             complete = output.finish_reason == "stop"
             if not self._response["output"]:  # an empty answer is an empty message
                 self._open_message()
+            assert self._item is not None
+            if self._item["type"] == "message":  # tokens that are no text, such as markers
+                self._item["content"][0]["logprobs"] += self._unsent
             self._close_item("completed" if complete else "incomplete")
             self._response["status"] = "completed" if complete else "incomplete"
             if not complete:
@@ -118,24 +138,29 @@ class ResponsesFormatter:
         if self._item is None or self._item["type"] != "message":
             self._open_message()
         assert self._item is not None
-        self._item["content"][0]["text"] += text
-        self._tell_part("response.output_text.delta", delta=text, logprobs=[])
+        part, logprobs = self._item["content"][0], self._unsent
+        part["text"] += text
+        part["logprobs"] += logprobs
+        self._unsent = []
+        self._tell_part("response.output_text.delta", delta=text, logprobs=logprobs)
 
     def _open_message(self) -> None:
         self._close_item("completed")
         part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
         self._open_item("msg", type="message", role="assistant", content=[])
-        self._tell_part("response.content_part.added", part=dict(part))
+        self._tell_part("response.content_part.added", part=part | {"logprobs": []})
         assert self._item is not None
         self._item["content"] = [part]
 
     def _open_call(self, name: str) -> None:
         self._close_item("completed")
+        self._unsent = []
         call = {"call_id": f"call_{uuid4().hex[:24]}", "name": name, "arguments": ""}
         self._open_item("fc", type="function_call", **call)
 
     def _arguments(self, event: Arguments) -> None:
         assert self._item is not None
+        self._unsent = []
         self._item["arguments"] += event.text
         self._tell_item("response.function_call_arguments.delta", delta=event.text)
 
@@ -150,7 +175,9 @@ class ResponsesFormatter:
         self._item["status"] = status
         if self._item["type"] == "message":
             (part,) = self._item["content"]
-            self._tell_part("response.output_text.done", text=part["text"], logprobs=[])
+            self._tell_part(
+                "response.output_text.done", text=part["text"], logprobs=part["logprobs"]
+            )
             self._tell_part("response.content_part.done", part=part)
         else:
             self._tell_item(

@@ -153,10 +153,17 @@ class Api:
     async def responses(self, request: web.Request) -> web.StreamResponse:
         body = await read_body(request, ResponsesRequest)
         adapter = self._adapter_of(request, body.model, body.adapter)
-        names = {"prompt": "input", "messages": "input", "max_tokens": "max_output_tokens"}
+        names = {
+            "prompt": "input",
+            "messages": "input",
+            "max_tokens": "max_output_tokens",
+            "logprobs": "top_logprobs",
+        }
         with _parameters_called(names | {"response_format": "text.format"}):
-            group, tools = await self._chat_group("resp_", body.chat(), adapter, request)
-        formatter = ResponsesFormatter(group.id, body, int(time.time()), tools)
+            chat = body.chat()
+            group, tools = await self._chat_group("resp_", chat, adapter, request)
+        logprobs = self._logprobs(chat, group.params)
+        formatter = ResponsesFormatter(group.id, body, int(time.time()), tools, logprobs)
         return await respond(request, self._generation, group, formatter, stream=bool(body.stream))
 
     async def _chat_group(

@@ -71,6 +71,9 @@ LIMITS = {
     (CompletionRequest, "stop"): "up to 16",
     (EmbeddingRequest, "normalize"): "only true",
     (EmbeddingRequest, "dimensions"): "only the model's own number",
+    (ResponsesRequest, "include"): "`message.output_text.logprobs`; the rest belongs to items that "
+    "there are not",
+    (ResponsesRequest, "top_logprobs"): "up to 20; asks for log probabilities by itself too",
     (ResponsesRequest, "input"): "text, function calls and their outputs; reasoning is dropped",
     (ResponsesRequest, "tools"): "functions",
     (ResponsesRequest, "truncation"): "only `disabled`",
