@@ -17,7 +17,15 @@ from nybble.server.api.chat_schema import (
     ReasoningEffort,
     require_text,
 )
-from nybble.server.api.schema import OF_THE_SERVICE, OfTheService, Priority, Salt, Seed, Timeout
+from nybble.server.api.schema import (
+    OF_THE_SERVICE,
+    ModelName,
+    OfTheService,
+    Priority,
+    Salt,
+    Seed,
+    Timeout,
+)
 
 
 class _Item(Body):
@@ -184,7 +192,7 @@ class ResponsesRequest(OfTheService):
         "context_management": "context_management is not supported: send only what is to be read",
     }
 
-    model: str
+    model: ModelName = ""
     input: str | Annotated[list[InputItem], Field(min_length=1, max_length=MAX_MESSAGES)]
     include: list[Annotated[str, AfterValidator(_included)]] | None = None
     reasoning: Reasoning | None = None

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 from uuid import uuid4
 
 from aiohttp import web
@@ -44,6 +45,10 @@ from nybble.server.observability.request_record import RECORD
 from nybble.server.tenancy.admission import Admission
 from nybble.server.tenancy.limits import Limiter
 from nybble.server.tenancy.tenants import TENANT
+
+ModelBodyT = TypeVar(
+    "ModelBodyT", ChatRequest, CompletionRequest, EmbeddingRequest, ResponsesRequest
+)
 
 
 class Api:
@@ -133,7 +138,7 @@ class Api:
         return json_response(self._names.body(request.match_info["model"], request.get(TENANT)))
 
     async def chat_completions(self, request: web.Request) -> web.StreamResponse:
-        body = await read_body(request, ChatRequest)
+        body = await self._read(request, ChatRequest)
         adapter = self._adapter_of(request, body.model, body.adapter)
         limit = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
         names = {"prompt": "messages", "max_tokens": limit, "logprobs": "top_logprobs"}
@@ -151,7 +156,7 @@ class Api:
         return await respond(request, self._generation, group, formatter, stream=bool(body.stream))
 
     async def responses(self, request: web.Request) -> web.StreamResponse:
-        body = await read_body(request, ResponsesRequest)
+        body = await self._read(request, ResponsesRequest)
         adapter = self._adapter_of(request, body.model, body.adapter)
         names = {
             "prompt": "input",
@@ -212,7 +217,7 @@ class Api:
         )
 
     async def completions(self, request: web.Request) -> web.StreamResponse:
-        body = await read_body(request, CompletionRequest)
+        body = await self._read(request, CompletionRequest)
         adapter = self._adapter_of(request, body.model, body.adapter)
         params = body.sampling_params(body.limit, body.logprobs, self._engine.sampling_defaults)
         parse_special = body.parse_special is not False  # rendered chat templates contain markers
@@ -246,7 +251,7 @@ class Api:
         return await respond(request, self._generation, group, formatter, stream=bool(body.stream))
 
     async def embeddings(self, request: web.Request) -> web.Response:
-        body = await read_body(request, EmbeddingRequest)
+        body = await self._read(request, EmbeddingRequest)
         adapter = self._adapter_of(request, body.model, body.adapter)
         if self._engine.pooling is None:
             raise ApiError(
@@ -308,6 +313,11 @@ class Api:
             self._names.require(body.model, request.get(TENANT))
         require_known_tokens("tokens", body.tokens, len(self._engine.tokenizer))
         return json_response({"prompt": await self._prompts.decode(body.tokens)})
+
+    async def _read(self, request: web.Request, kind: type[ModelBodyT]) -> ModelBodyT:
+        """The validated body, with the base model's name if it names none."""
+        body = await read_body(request, kind)
+        return body if body.model else body.model_copy(update={"model": self._names.first})
 
     def _logprobs(self, body: Sampling, params: SamplingParams) -> Logprobs | None:
         if params.logprobs is None and params.prompt_logprobs is None:

@@ -104,7 +104,6 @@ def test_neutral_values_are_taken(kind: type[Body], extra: dict[str, Any]) -> No
         (EmbeddingRequest, {"input": ""}, "empty"),
         (CompletionRequest, {"prompt": ""}, "empty"),
         (ResponsesRequest, {"include": ["everything"]}, "expected one of"),
-        (ResponsesRequest, {"include": ["message.output_text.logprobs"]}, "not supported"),
         (ResponsesRequest, {"input": [{"type": "web_search_call"}]}, "function_call_output"),
         (ResponsesRequest, {"input": [{"type": "function_call", "name": "f"}]}, "call_id"),
         (
