@@ -100,6 +100,14 @@ class ModelOptions:
     max_model_len: Annotated[
         int | None, _model(help="Tokens of prompt and output together.", min=1)
     ] = None
+    chat_template: Annotated[
+        Path | None,
+        _model(
+            help="Jinja file to use in place of the model's chat template.",
+            dir_okay=False,
+            exists=True,
+        ),
+    ] = None
     tune: Annotated[
         bool,
         _model(

@@ -1,8 +1,9 @@
 """pytest plugin: llama.cpp's server tests, whose servers become ours.
 
-Paths get their ``/v1``. llama-server's own ``/completion``, ``/tokenize`` and ``/detokenize`` are
-asked for under OpenAI's and vLLM's names, as far as those have the same. What has no counterpart
-skips the test, and of a text which a certain model would write only its type is looked at.
+Paths get their ``/v1``. llama-server's own ``/completion``, ``/tokenize``, ``/detokenize`` and
+``/apply-template`` are asked for under OpenAI's and vLLM's names, as far as those have the same. What
+has no counterpart skips the test, and of a text which a certain model would write only its type is
+looked at.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ _LEFT_OUT = {
     "kv_unified", "swa_full", "fa", "jinja", "log_path", "process", "external_server",
     "ready", "pooling", "reasoning_format", "reasoning",
 }  # fmt: skip
-_MAPPED = {"model_alias", "no_ui", "n_ctx", "n_slots", "api_key"}
+_MAPPED = {"model_alias", "no_ui", "n_ctx", "n_slots", "api_key", "chat_template_file"}
 _OWN = {
-    "/apply-template", "/chat/completions/input_tokens", "/embedding", "/infill", "/lora-adapters",
-    "/props", "/slots", "/v1/messages",
+    "/chat/completions/input_tokens", "/embedding", "/infill", "/lora-adapters", "/props", "/slots",
+    "/v1/messages",
 }  # fmt: skip
 # Their names for the fields of a request, and ours.
 _COMPLETION = {
@@ -52,7 +53,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_sessionstart() -> None:
-    import utils  # type: ignore[import-not-found]  # theirs, which their conftest.py has imported
+    # Theirs, which their conftest.py has imported.
+    import utils  # type: ignore[import-not-found]
 
     process = utils.ServerProcess
     ask, stream, match = process.make_request, process.make_stream_request, utils.match_regex
@@ -70,6 +72,11 @@ def pytest_sessionstart() -> None:
             if answer.status_code == 200 and (pieces := answer.body["token_strs"]):
                 pairs = zip(answer.body["tokens"], pieces, strict=True)
                 answer.body["tokens"] = [{"id": token, "piece": piece} for token, piece in pairs]
+        elif path == "/apply-template":
+            answer = ask(self, method, "/tokenize", data, *more, **options)
+            if answer.status_code == 200:
+                tokens = {"tokens": answer.body["tokens"]}
+                answer = ask(self, method, "/detokenize", tokens, *more, **options)
         elif path == "/detokenize":
             answer = ask(self, method, path, data, *more, **options)
             answer.body = {"content": answer.body["prompt"]}
@@ -109,6 +116,10 @@ def _start(self: Any, timeout_seconds: int = 60) -> None:
     options = [f"--served-model-name={name}" for name in dict.fromkeys(names)]
     if context := asked.get("n_ctx"):
         options.append(f"--max-model-len={context // asked.get('n_slots', 1)}")
+    if template := asked.get("chat_template_file"):  # seen from the folder of the tests
+        import utils
+
+        options.append(f"--chat-template={(Path(utils.__file__).parent / template).resolve()}")
     if asked.get("no_ui"):
         options.append("--no-console")
     if key := asked.get("api_key"):
