@@ -1,9 +1,9 @@
 """pytest plugin: llama.cpp's server tests, whose servers become ours.
 
 Paths get their ``/v1``. llama-server's own ``/completion``, ``/tokenize``, ``/detokenize`` and
-``/apply-template`` are asked for under OpenAI's and vLLM's names, as far as those have the same. What
-has no counterpart skips the test, and of a text which a certain model would write only its type is
-looked at.
+``/apply-template`` are asked for under OpenAI's and vLLM's names, as far as those have the same.
+What has no counterpart skips the test, and of a text which a certain model would write only its type
+is looked at.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _TOKENIZE = {
     "content": "prompt", "add_special": "add_special_tokens", "with_pieces": "return_token_strs",
 }  # fmt: skip
 # How the expressions begin that look for the words of a certain model.
-_WORDS = ("(going", "(Suddenly", "Sure, here")
+_WORDS = ("(going", "(Suddenly", "(little", "Sure, here")
 # Those that the tests give to OpenAI's client, which llama-server does not look at.
 _NAMES = (
     "default", "gpt-3.5-turbo-instruct", "gpt-4.1", "davinci-002", "text-embedding-3-small",
