@@ -304,7 +304,11 @@ class EngineThread(threading.Thread):
             if item.draft:
                 tokens = accepted(item.draft, tokens)
                 self._counters.add_draft(len(item.draft), len(tokens) - 1)
-                sequence.acceptance.observe(len(item.draft), len(tokens) - 1)
+                sequence.acceptance.drafted += len(item.draft)
+                sequence.acceptance.accepted += len(tokens) - 1
+            if item.proposal is not None and (speculation := self._scheduler.speculation):
+                found = [token[0] for token in tokens if not isinstance(token, NoTokenError)]
+                speculation.observe_tokens(item.proposal, found, sequence.acceptance)
             stream = self._streams[sequence.request_id][1]
             finished, taken = False, 0
             for token in tokens:

@@ -27,7 +27,7 @@ from nybble.server.http.cors import WARNING
 from nybble.server.http.gate import Gate
 from nybble.server.http.paths import OtherSpellings, matched_path
 from nybble.server.lifecycle.settings import ServerSettings
-from nybble.server.observability.logs import Event
+from nybble.server.observability.logs import LogEvent
 from nybble.server.observability.metrics import Metrics
 from nybble.server.observability.request_record import RECORD, RequestRecord
 from nybble.server.tenancy.admission import Admission, Capacity
@@ -170,7 +170,7 @@ def _observe(metrics: Metrics) -> Middleware:
             }
             # Load balancers and routers ask many times a second, and rarely is the answer news.
             quiet = route in _PROBES and status == HTTPStatus.OK
-            logger.log(logging.DEBUG if quiet else logging.INFO, Event("request", fields))
+            logger.log(logging.DEBUG if quiet else logging.INFO, LogEvent("request", fields))
 
     return middleware
 

@@ -24,7 +24,7 @@ from nybble.engine import (
     ParameterError,
 )
 from nybble.server.http import retry_after
-from nybble.server.observability.logs import Event
+from nybble.server.observability.logs import LogEvent
 
 logger = logging.getLogger(__name__)
 
@@ -149,9 +149,9 @@ def as_api_error(error: Exception, request_id: str) -> ApiError:
     if isinstance(error, web.HTTPException):
         return ApiError(error.status, error.reason)
     if _is_full_disk(error):
-        logger.error(Event(f"the disk is full: {error}", {"request_id": request_id}))
+        logger.error(LogEvent(f"the disk is full: {error}", {"request_id": request_id}))
         return ApiError(507, "the server's disk is full", code="disk_full")
-    logger.error(Event("a request failed", {"request_id": request_id}), exc_info=error)
+    logger.error(LogEvent("a request failed", {"request_id": request_id}), exc_info=error)
     return ApiError(500, "internal error: the server's log has the details", code="internal_error")
 
 

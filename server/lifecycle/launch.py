@@ -28,7 +28,7 @@ from nybble.server.lifecycle.options import ServeOptions
 from nybble.server.lifecycle.serve import serve
 from nybble.server.lifecycle.settings import ServerSettings
 from nybble.server.lifecycle.startup import Startup, load_behind
-from nybble.server.observability.logs import Event, LogFormat
+from nybble.server.observability.logs import LogEvent, LogFormat
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ async def _load_and_serve(
     log_format = options.operation.log_format
     startup = Startup(bars=log_format == "text" and sys.stderr.isatty())
     sock.listen(BACKLOG)  # before the log says where
-    logger.info(Event("starting", {"health": f"{_origin(sock, settings)}/health"}))
+    logger.info(LogEvent("starting", {"health": f"{_origin(sock, settings)}/health"}))
 
     def load() -> tuple[Engine, Path]:
         return _load(options, config, settings, adapters, startup)
@@ -85,7 +85,7 @@ def _announce(
     models = settings.models
     if log_format == "json":
         fields = {"url": f"{origin}/v1", "models": models, "device": config.device}
-        logger.info(Event("serving", fields | {"kv_tokens": tokens}))
+        logger.info(LogEvent("serving", fields | {"kv_tokens": tokens}))
         return
     print(
         f"Serving {', '.join(models)} ({engine.model_type}) on {config.device}\n"

@@ -105,7 +105,9 @@ def expected(checkpoint: Path, folders: list[Path]) -> list[list[int]]:
         return ask(engine, REQUESTS)
 
 
-@pytest.mark.parametrize("kv_dtype", ["auto", "fp8", pytest.param("int8", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "kv_dtype", ["auto", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("fp8", "int8"))]
+)
 def test_answers_are_as_on_the_cpu_with_one_wait_a_step_and_no_compiling(
     gpu: Device,
     checkpoint: Path,
