@@ -2,8 +2,8 @@
 
 Paths get their ``/v1``. llama-server's own ``/completion``, ``/tokenize``, ``/detokenize`` and
 ``/apply-template`` are asked for under OpenAI's and vLLM's names, as far as those have the same.
-What has no counterpart skips the test, and of a text which a certain model would write only its type
-is looked at.
+What has no counterpart skips the test. Of a text which a certain model would write only the type is
+looked at.
 """
 
 from __future__ import annotations
