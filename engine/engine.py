@@ -220,12 +220,9 @@ class Engine:
                 dtype=config.dtype,
                 base=decoder.projection_weights,
             )
-        # More blocks than every sequence at full length could fill would only waste memory.
-        most = config.max_num_seqs * layout.table_blocks(max_model_len)
         free = min([free_kv_bytes(device), *ranks.answers()])
         nbytes = config.kv_cache_bytes or free
         num_blocks, num_states = cache_sizes(own, config, layout, max_model_len, nbytes)
-        num_blocks = min(num_blocks, most)
         if num_states and num_states < config.max_num_seqs:
             logger.warning(
                 "the KV cache has room for the states of %d sequences: no more run at once, though "

@@ -14,7 +14,7 @@ from nybble.engine.failure import is_out_of_memory
 from nybble.engine.kv_cache import KVCacheLayout
 from nybble.engine.parallel import TensorParallel
 from nybble.engine.runner import free_kv_bytes
-from nybble.engine.state_cache import cache_sizes, state_bytes, state_slots
+from nybble.engine.state_cache import cache_sizes, state_bytes
 from nybble.loaders import Checkpoint
 from nybble.loaders.footprint import weight_bytes
 from nybble.models import architecture_of
@@ -69,14 +69,11 @@ def _layout(checkpoint: Checkpoint, config: EngineConfig) -> tuple[KVCacheLayout
 
 
 def _kv_bytes(checkpoint: Checkpoint, config: EngineConfig) -> int:
-    """Size of the KV cache: at most what all sequences at full length would fill."""
     layout, length = _layout(checkpoint, config)
-    most = config.max_num_seqs * layout.table_blocks(length)
     nbytes = config.kv_cache_bytes or free_kv_bytes(torch.device(config.device))
     architecture = architecture_of(checkpoint.config)
-    states = state_slots(architecture, config, length, nbytes)
-    states *= state_bytes(architecture, config.dtype)
-    return min(nbytes, states + most * layout.block_bytes)
+    blocks, states = cache_sizes(architecture, config, layout, length, nbytes)
+    return blocks * layout.block_bytes + states * state_bytes(architecture, config.dtype)
 
 
 def _would_fit(room: int, checkpoint: Checkpoint, config: EngineConfig) -> str:

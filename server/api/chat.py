@@ -112,10 +112,11 @@ class ChatFormatter(ChoicesFormatter):
                 deltas.append({"content": self._echo})
         parser = self._parsers[index]
         last = output.finish_reason is not None
-        deltas += map(_delta, self._events(parser, output))
+        said = [_delta(event) for event in self._events(parser, output)]
         logprobs, token_ids = self._content_logprobs([output]), self.token_ids([output])
-        if not deltas and ((logprobs and logprobs["content"]) or token_ids.get("token_ids")):
-            deltas.append({})
+        if not said and ((logprobs and logprobs["content"]) or token_ids.get("token_ids")):
+            said.append({})
+        deltas += said
         chunks = [_chunk(index, delta) | self.no_token_ids for delta in deltas]
         if chunks:
             chunks[-1]["logprobs"] = logprobs

@@ -47,12 +47,18 @@ class ChoicesFormatter(ABC):
         return self.envelope(choices, chunk=False) | {"usage": self._usage(usage)}
 
     def events(self, index: int, output: RequestOutput, usage: Usage) -> Sequence[ServerSentEvent]:
-        choices = self.chunks(index, output)
-        extra: dict[str, Any] = {}
-        if self._include_usage:
-            # OpenAI sends a null usage in every event but the last.
-            extra["usage"] = self._usage(usage) if self._continuous_usage else None
-        return [(None, self.envelope([choice], chunk=True) | extra) for choice in choices]
+        events: list[ServerSentEvent] = []
+        for choice in self.chunks(index, output):
+            body = self.envelope([choice], chunk=True)
+            if self._include_usage:
+                # OpenAI sends a null usage in every event but the last.
+                body["usage"] = self._usage(usage) if self._continuous_usage else None
+            if body.get("usage") and "role" in choice.get("delta", ()):
+                # It comes before the sequence's first tokens, which this output has.
+                body["usage"]["completion_tokens"] -= output.completion_tokens
+                body["usage"]["total_tokens"] -= output.completion_tokens
+            events.append((None, body))
+        return events
 
     def prompt_token_ids(self, index: int) -> dict[str, Any]:
         """The field for a sequence's prompt, if it is asked for."""

@@ -9,6 +9,7 @@ from uuid import uuid4
 from nybble.engine import RequestOutput
 from nybble.server.api.answer_form import AnswerForm
 from nybble.server.api.generation import Usage
+from nybble.server.api.logprobs import Logprobs
 from nybble.server.api.output.events import Arguments, Call, Reasoning, Text
 from nybble.server.api.respond import ServerSentEvent
 from nybble.server.api.responses_schema import ResponsesRequest
@@ -19,6 +20,8 @@ class ResponsesFormatter:
     """See :class:`nybble.server.api.respond.Formatter`. One sequence each.
 
     response: as far as it is written.
+    logprobs: None if none are asked for. Those of a message's tokens are reported with the text
+        which the tokens complete; those of reasoning and calls are not reported, as OpenAI does.
     """
 
     terminator: bytes | None = None
@@ -29,12 +32,17 @@ class ResponsesFormatter:
         body: ResponsesRequest,
         created: int,
         form: AnswerForm,
+        logprobs: Logprobs | None = None,
         *,
         ended: Callable[[dict[str, Any]], None],
     ) -> None:
         """ended: called with the response once it is written, or has failed."""
         self._ended = ended
         self._parser = form.parser()
+        self._logprobs = logprobs
+        # Log probabilities whose text is still to come, and those of the newest output.
+        self._unsent: list[dict[str, Any]] = []
+        self._newest: list[dict[str, Any]] = []
         self._events: list[ServerSentEvent] = []
         self._sequence = 0
         self._begun = False
@@ -68,6 +76,7 @@ class ResponsesFormatter:
                 {"parameters": None, "strict": None, **tool.model_dump(exclude_none=True)}
                 for tool in body.tools or ()
             ],
+            "top_logprobs": body.top_logprobs or 0,
             "top_p": 1.0 if body.top_p is None else body.top_p,
             "truncation": "disabled",
         }
@@ -83,6 +92,9 @@ class ResponsesFormatter:
             self._begun = True
             self._tell("response.created", response=self.response | {"output": []})
             self._tell("response.in_progress", response=self.response | {"output": []})
+        if self._logprobs is not None:
+            self._newest = self._logprobs.chat([output])
+            self._unsent += self._newest
         read = self._parser.feed(output.text, len(output.token_ids))
         if output.finish_reason is not None:
             read += self._parser.finish()
@@ -102,6 +114,9 @@ class ResponsesFormatter:
             # An empty answer is an empty message.
             if not items or (thoughts_alone and complete):
                 self._open_message()
+            assert self._item is not None
+            if self._item["type"] == "message":  # tokens that are no text, such as markers
+                self._item["content"][0]["logprobs"] += self._unsent
             self._close_item("completed" if complete else "incomplete")
             self.response["status"] = "completed" if complete else "incomplete"
             if not complete:
@@ -137,8 +152,11 @@ class ResponsesFormatter:
         if self._item is None or self._item["type"] != "message":
             self._open_message()
         assert self._item is not None
-        self._item["content"][0]["text"] += text
-        self._tell_part("response.output_text.delta", delta=text, logprobs=[])
+        part, logprobs = self._item["content"][0], self._unsent
+        part["text"] += text
+        part["logprobs"] += logprobs
+        self._unsent = []
+        self._tell_part("response.output_text.delta", delta=text, logprobs=logprobs)
 
     def _think(self, text: str) -> None:
         if self._item is None or self._item["type"] != "reasoning":
@@ -147,26 +165,32 @@ class ResponsesFormatter:
             self._open_part({"type": "reasoning_text", "text": ""})
         assert self._item is not None
         self._item["content"][0]["text"] += text
+        self._unsent = []
         self._tell_part("response.reasoning_text.delta", delta=text)
 
     def _open_message(self) -> None:
+        if self._item is not None and self._item["type"] == "reasoning":
+            self._unsent = list(self._newest)  # not those of the marker behind the reasoning
         self._close_item("completed")
         part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
         self._open_item("msg", type="message", role="assistant", content=[])
         self._open_part(part)
 
     def _open_part(self, part: dict[str, Any]) -> None:
-        self._tell_part("response.content_part.added", part=dict(part))
+        told = part | {"logprobs": []} if "logprobs" in part else dict(part)
+        self._tell_part("response.content_part.added", part=told)
         assert self._item is not None
         self._item["content"] = [part]
 
     def _open_call(self, name: str) -> None:
         self._close_item("completed")
+        self._unsent = []
         call = {"call_id": f"call_{uuid4().hex[:24]}", "name": name, "arguments": ""}
         self._open_item("fc", type="function_call", **call)
 
     def _arguments(self, event: Arguments) -> None:
         assert self._item is not None
+        self._unsent = []
         self._item["arguments"] += event.text
         self._tell_item("response.function_call_arguments.delta", delta=event.text)
 
@@ -181,7 +205,9 @@ class ResponsesFormatter:
         self._item["status"] = status
         if self._item["type"] == "message":
             (part,) = self._item["content"]
-            self._tell_part("response.output_text.done", text=part["text"], logprobs=[])
+            self._tell_part(
+                "response.output_text.done", text=part["text"], logprobs=part["logprobs"]
+            )
             self._tell_part("response.content_part.done", part=part)
         elif self._item["type"] == "reasoning":
             (part,) = self._item["content"]

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
 
 from aiohttp import web
 
-from nybble.engine import RequestOutput
+from nybble.engine import RequestOutput, SamplingParams
 from nybble.server.api.chat_groups import ChatGroups
 from nybble.server.api.generation import Generation, SequenceGroup, Usage
+from nybble.server.api.logprobs import Logprobs
 from nybble.server.api.model_names import ModelNames
 from nybble.server.api.parameter_names import parameters_called
 from nybble.server.api.parse import read_body
@@ -21,6 +22,7 @@ from nybble.server.api.respond import json_response, respond
 from nybble.server.api.response_store import ResponseStore, StoredResponse, failed
 from nybble.server.api.responses import ResponsesFormatter
 from nybble.server.api.responses_schema import ResponsesRequest
+from nybble.server.api.schema import Sampling
 from nybble.server.http.errors import ApiError
 from nybble.server.http.gate import Gate
 from nybble.server.observability.request_record import RECORD, RequestRecord
@@ -30,6 +32,7 @@ _NAMES = {
     "prompt": "input",
     "messages": "input",
     "max_tokens": "max_output_tokens",
+    "logprobs": "top_logprobs",
     "response_format": "text.format",
 }
 
@@ -44,13 +47,16 @@ class ResponsesApi:
         names: ModelNames,
         gate: Gate,
         store: ResponseStore | None,
+        logprobs: Callable[[Sampling, SamplingParams], Logprobs | None],
     ) -> None:
-        """store: where responses are kept; None if they are not."""
+        """store: where responses are kept; None if they are not. logprobs: writes those that a
+        request asks for; None if it asks for none."""
         self._chats = chats
         self._generation = generation
         self._names = names
         self._gate = gate
         self._store = store
+        self._logprobs = logprobs
         # Those being made in the background, with their states so far.
         self._running: dict[str, tuple[asyncio.Task[None], StoredResponse]] = {}
 
@@ -75,6 +81,8 @@ class ResponsesApi:
 
     async def create(self, request: web.Request) -> web.StreamResponse:
         body = await read_body(request, ResponsesRequest)
+        if not body.model:
+            body = body.model_copy(update={"model": self._names.first})
         owner, kept = _owner(request), self._store is not None and body.store is not False
         if body.background and (body.stream or not kept):
             raise ApiError(
@@ -90,14 +98,16 @@ class ResponsesApi:
         )
         history = await self._history(body.previous_response_id, owner)
         with parameters_called(_NAMES):
-            group, form = await self._chats.group("resp_", body.chat(history), adapter, request)
+            chat = body.chat(history)
+            group, form = await self._chats.group("resp_", chat, adapter, request)
         items = [*history, *body.items()]
 
         def save(response: dict[str, Any]) -> None:
             if self._store is not None and kept:
                 self._store.save(StoredResponse(owner, response, items))
 
-        formatter = ResponsesFormatter(group.id, body, int(time.time()), form, ended=save)
+        logprobs = self._logprobs(chat, group.params)
+        formatter = ResponsesFormatter(group.id, body, int(time.time()), form, logprobs, ended=save)
         if body.background:
             stored = StoredResponse(
                 owner, formatter.response | {"status": "queued", "output": []}, items

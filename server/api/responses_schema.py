@@ -19,7 +19,15 @@ from nybble.server.api.chat_schema import (
     require_text,
 )
 from nybble.server.api.parse import converted
-from nybble.server.api.schema import OF_THE_SERVICE, OfTheService, Priority, Salt, Seed, Timeout
+from nybble.server.api.schema import (
+    OF_THE_SERVICE,
+    ModelName,
+    OfTheService,
+    Priority,
+    Salt,
+    Seed,
+    Timeout,
+)
 
 
 class _Item(Body):
@@ -112,8 +120,11 @@ InputItem = Annotated[
 
 _ITEM_LIST: TypeAdapter[list[InputItem]] = TypeAdapter(list[InputItem])
 
-# Extra content for items of built-in tools, reasoning and images; there are no such items here.
-_NOT_INCLUDED = (
+_LOGPROBS = "message.output_text.logprobs"
+# The others are extra content for items of built-in tools, reasoning and images; there are no such
+# items here.
+_INCLUDED = (
+    _LOGPROBS,
     "reasoning.encrypted_content",
     "file_search_call.results",
     "web_search_call.results",
@@ -125,13 +136,9 @@ _NOT_INCLUDED = (
 
 
 def _included(value: str) -> str:
-    if value == "message.output_text.logprobs":
+    if value not in _INCLUDED:
         raise PydanticCustomError(
-            "unsupported_parameter", "logprobs are not supported here: use /v1/chat/completions"
-        )
-    if value not in _NOT_INCLUDED:
-        raise PydanticCustomError(
-            "invalid_value", "expected one of {names}", {"names": ", ".join(_NOT_INCLUDED)}
+            "invalid_value", "expected one of {names}", {"names": ", ".join(_INCLUDED)}
         )
     return value
 
@@ -183,7 +190,6 @@ class ResponsesRequest(OfTheService):
         **foreign.IGNORED,
         **foreign.IGNORED_REASONING,
         "metadata": "it comes back with the response",
-        "include": "there are no output items to which it applies",
         "stream_options": "events carry no padding",
     }
     neutral: ClassVar[dict[str, tuple[Any, ...]]] = foreign.NEUTRAL
@@ -197,10 +203,9 @@ class ResponsesRequest(OfTheService):
         "max_tool_calls": "max_tool_calls is not supported: there are no built-in tools",
         "moderation": "moderation is not supported: there is no moderation model",
         "context_management": "context_management is not supported: send only what is to be read",
-        "top_logprobs": "logprobs are not supported here: use /v1/chat/completions",
     }
 
-    model: str
+    model: ModelName = ""
     input: str | Annotated[list[InputItem], Field(min_length=1, max_length=MAX_MESSAGES)]
     background: bool | None = None
     previous_response_id: str | None = None
@@ -214,6 +219,7 @@ class ResponsesRequest(OfTheService):
     text: TextOptions | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedFunction | None = None
     tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS)] | None = None
+    top_logprobs: int | None = None
     top_p: float | None = None
     truncation: Literal["disabled"] | None = None
 
@@ -230,6 +236,11 @@ class ResponsesRequest(OfTheService):
     timeout: Timeout | None = None
     top_k: int | None = None
 
+    @property
+    def logprobs(self) -> bool:
+        """Whether to report log probabilities: ``include`` or ``top_logprobs`` asks for them."""
+        return _LOGPROBS in (self.include or ()) or bool(self.top_logprobs)
+
     def items(self) -> list[dict[str, Any]]:
         """The input as items."""
         if isinstance(self.input, str):
@@ -244,6 +255,8 @@ class ResponsesRequest(OfTheService):
             "temperature": self.temperature,
             "top_p": self.top_p,
             "max_completion_tokens": self.max_output_tokens,
+            "logprobs": self.logprobs,
+            "top_logprobs": self.top_logprobs,
             "parallel_tool_calls": self.parallel_tool_calls,
             "response_format": self._response_format(),
             **{name: getattr(self, name) for name in _OF_CHATS},

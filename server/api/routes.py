@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 from uuid import uuid4
 
 from aiohttp import web
@@ -58,6 +59,8 @@ _MESSAGES_NAMES = {
     "response_format": "output_config.format",
 }
 
+ModelBodyT = TypeVar("ModelBodyT", ChatRequest, CompletionRequest, EmbeddingRequest)
+
 
 class Api:
     """Handlers over one engine."""
@@ -105,7 +108,9 @@ class Api:
         self._chats = ChatGroups(
             engine, self._prompts, self._grammars, self._compiling, dialects or Dialects()
         )
-        self.responses = ResponsesApi(self._chats, self._generation, names, gate, response_store)
+        self.responses = ResponsesApi(
+            self._chats, self._generation, names, gate, response_store, self._logprobs
+        )
 
     def routes(self) -> list[web.RouteDef]:
         return [
@@ -161,7 +166,7 @@ class Api:
         return json_response(self._names.body(request.match_info["model"], request.get(TENANT)))
 
     async def chat_completions(self, request: web.Request) -> web.StreamResponse:
-        body = await read_body(request, ChatRequest)
+        body = await self._read(request, ChatRequest)
         adapter = self._adapter_of(request, body.model, body.adapter)
         limit = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
         names = {"prompt": "messages", "max_tokens": limit, "logprobs": "top_logprobs"}
@@ -195,7 +200,7 @@ class Api:
         return json_response({"input_tokens": len(token_ids)})
 
     async def completions(self, request: web.Request) -> web.StreamResponse:
-        body = await read_body(request, CompletionRequest)
+        body = await self._read(request, CompletionRequest)
         adapter = self._adapter_of(request, body.model, body.adapter)
         params = body.sampling_params(body.limit, body.logprobs, self._engine.sampling_defaults)
         parse_special = body.parse_special is not False  # rendered chat templates contain markers
@@ -260,7 +265,7 @@ class Api:
         return json_response({"cancelled": count})
 
     async def embeddings(self, request: web.Request) -> web.Response:
-        body = await read_body(request, EmbeddingRequest)
+        body = await self._read(request, EmbeddingRequest)
         adapter = self._adapter_of(request, body.model, body.adapter)
         if self._engine.pooling is None:
             raise ApiError(
@@ -322,6 +327,11 @@ class Api:
             self._names.require(body.model, request.get(TENANT))
         require_known_tokens("tokens", body.tokens, len(self._engine.tokenizer))
         return json_response({"prompt": await self._prompts.decode(body.tokens)})
+
+    async def _read(self, request: web.Request, kind: type[ModelBodyT]) -> ModelBodyT:
+        """The validated body, with the base model's name if it names none."""
+        body = await read_body(request, kind)
+        return body if body.model else body.model_copy(update={"model": self._names.first})
 
     def _logprobs(self, body: Sampling, params: SamplingParams) -> Logprobs | None:
         if params.logprobs is None and params.prompt_logprobs is None:

@@ -39,14 +39,14 @@ def engine_config(options: ServeOptions) -> EngineConfig:
     """The engine's settings. Raises ValueError for a missing device and for contradictions."""
     model, memory = options.model, options.memory
     device = resolve_device(model.device)
-    default_tokens = 128 if device.type == "cpu" else 512
     return EngineConfig(
         device=str(device),
         dtype=torch.bfloat16 if model.dtype == "auto" else getattr(torch, model.dtype),
         kv_cache_bytes=memory.kv_cache_memory,
         kv_dtype=memory.kv_cache_dtype,
         max_num_seqs=memory.max_num_seqs,
-        max_batched_tokens=memory.max_batched_tokens or max(default_tokens, memory.max_num_seqs),
+        max_batched_tokens=memory.max_batched_tokens
+        or default_batched_tokens(device, memory.max_num_seqs),
         max_model_len=model.max_model_len,
         max_waiting=memory.max_waiting,
         speculate=memory.speculate,
@@ -57,6 +57,11 @@ def engine_config(options: ServeOptions) -> EngineConfig:
         tensor_parallel_size=model.tensor_parallel_size,
         restarts=_RESTARTS if options.operation.on_engine_failure == "restart" else 0,
     )
+
+
+def default_batched_tokens(device: torch.device, max_num_seqs: int) -> int:
+    """Tokens of a step, if ``--max-batched-tokens`` is not given."""
+    return max(128 if device.type == "cpu" else 512, max_num_seqs)
 
 
 def _adapter_config(options: ServeOptions) -> AdapterConfig | None:

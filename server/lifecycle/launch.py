@@ -107,6 +107,7 @@ def _load(
     adapters: Mapping[str, str],
     startup: Startup,
 ) -> tuple[Engine, Path]:
+    template = _own_template(options.model.chat_template)
     startup.report("Preparing kernels", 0, None)  # the first start on a machine compiles them
     checkpoint = prepare_checkpoint(
         options.model.model,
@@ -120,6 +121,8 @@ def _load(
     )
     with memory_explained(checkpoint, config):
         engine = Engine.load(checkpoint, config, startup.report)
+        if template is not None:
+            engine.tokenizer.chat_template = template
         startup.status = "warming"
         engine.warm_up(startup.report)
     for name, path in adapters.items():
@@ -128,6 +131,16 @@ def _load(
     restore_uploads(engine, settings.models, settings.adapter_roots)
     engine.start()
     return engine, checkpoint.folder
+
+
+def _own_template(path: Path | None) -> str | None:
+    """The template of ``--chat-template``. Raises ValueError and OSError."""
+    if path is None:
+        return None
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"--chat-template {path} is not a text in UTF-8") from None
 
 
 def _origin(sock: socket, settings: ServerSettings) -> str:

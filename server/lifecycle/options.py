@@ -70,6 +70,14 @@ QuantizeOption = Annotated[
     Literal["nf4"] | None, _model(help="Round a 16-bit model to 4 bits while loading.")
 ]
 HeadOption = Annotated[Literal["int8"] | None, _model(help="Round the output layer to 8 bits.")]
+KVCacheMemoryOption = Annotated[
+    int | None,
+    _memory(
+        parser=_parse_kv_cache_memory,
+        metavar="SIZE",
+        help="For example 2GiB (default: auto: 1GiB on the CPU, most free memory of a GPU).",
+    ),
+]
 KVCacheDtypeOption = Annotated[
     Literal["auto", "int8", "fp8"],
     _memory(help="int8 or fp8 halve the KV cache's memory (GPU)."),
@@ -104,6 +112,14 @@ class ModelOptions:
     ] = 1
     max_model_len: Annotated[
         int | None, _model(help="Tokens of prompt and output together.", min=1)
+    ] = None
+    chat_template: Annotated[
+        Path | None,
+        _model(
+            help="Jinja file to use in place of the model's chat template.",
+            dir_okay=False,
+            exists=True,
+        ),
     ] = None
     tune: Annotated[
         bool,
@@ -241,14 +257,7 @@ class MemoryOptions:
     kv_cache_memory: bytes; None for ``auto``.
     """
 
-    kv_cache_memory: Annotated[
-        int | None,
-        _memory(
-            parser=_parse_kv_cache_memory,
-            metavar="SIZE",
-            help="For example 2GiB (default: auto: 1GiB on the CPU, most free memory of a GPU).",
-        ),
-    ] = None
+    kv_cache_memory: KVCacheMemoryOption = None
     kv_cache_dtype: KVCacheDtypeOption = "auto"
     max_num_seqs: Annotated[int, _memory(help="Sequences computed in one step.", min=1)] = 64
     max_batched_tokens: Annotated[

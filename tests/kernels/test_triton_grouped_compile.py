@@ -50,12 +50,7 @@ def test_the_inner_loop_converts_no_integer_and_stores_no_weight(
     assert {entry["row"]["int_to_float"] for entry in table} == {0}
     for entry in table:
         case = entry["case"]
-<<<<<<< HEAD
-        # Of few rows, whose warps share columns, scales and zeros are stored, as in the
-        # 4-bit matmul.
-=======
         # For few rows scales and zeros are stored, as in the 4-bit matmul.
->>>>>>> det
         vectors = max(1, 128 // case["group"]) * (1 + case["zeros"]) if case["block_m"] == 8 else 0
         assert entry["row"]["shared_stores"] <= vectors, entry
 

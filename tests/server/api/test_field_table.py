@@ -76,6 +76,9 @@ LIMITS = {
     (CompletionRequest, "stop"): "up to 16",
     (EmbeddingRequest, "normalize"): "only true",
     (EmbeddingRequest, "dimensions"): "only the model's own number",
+    (ResponsesRequest, "include"): "`message.output_text.logprobs`; the rest belongs to items that "
+    "there are not",
+    (ResponsesRequest, "top_logprobs"): "up to 20; asks for log probabilities by itself too",
     (ResponsesRequest, "input"): "text, function calls and their outputs, reasoning",
     (ResponsesRequest, "tools"): "functions",
     (ResponsesRequest, "truncation"): "only `disabled`",
