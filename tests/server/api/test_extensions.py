@@ -302,7 +302,8 @@ def test_a_stream_ends_with_an_empty_delta_that_says_why(engine: Engine) -> None
         assert (end["choices"][0]["delta"], end["choices"][0]["finish_reason"]) == ({}, "length")
         counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
         assert counts == sorted(counts)
-        assert 0 < counts[0] < counts[-1] == 8
+        assert counts[0] == 0, "the role comes before the first token"
+        assert 0 < counts[1] < counts[-1] == 8
         assert total["choices"] == []
         chunks = await streamed(
             client, COMPLETIONS, {**PLAIN[CompletionRequest], **GREEDY, **usage}
