@@ -112,7 +112,8 @@ test-peers: build/peers/.installed
 # The suites of llama.cpp's server and of vLLM's, from their source distributions, against servers of
 # ours. docs/testing.md says what they are; make test-peer-suites SUITES=vllm for one of them.
 SUITES ?= llama_cpp vllm
-LLAMA_CPP_SUITE := llama_cpp_python-0.3.36/vendor/llama.cpp/tools/server/tests
+LLAMA_CPP := llama_cpp_python-0.3.36/vendor/llama.cpp
+LLAMA_CPP_SUITE := $(LLAMA_CPP)/tools/server/tests $(LLAMA_CPP)/models/templates
 VLLM_SUITE := vllm-0.33.0/tests
 build/peer-suites/.installed: tests/peer_suites/requirements.txt | install-dev
 	$(PYTHON) -m venv build/peer-suites/venv

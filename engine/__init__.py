@@ -4,6 +4,7 @@ from nybble.engine.adapters import AdapterInfo
 from nybble.engine.config import AdapterConfig, EngineConfig, resolve_device
 from nybble.engine.engine import Engine
 from nybble.engine.guide import GrammarCompiler, GrammarGuide, StructuralTag
+from nybble.engine.reasoning_budget import BudgetGuide, ReasoningLimit
 from nybble.engine.request import (
     AdapterUnavailableError,
     ContextLengthError,
@@ -34,6 +35,7 @@ __all__ = [
     "AdapterError",
     "AdapterInfo",
     "AdapterUnavailableError",
+    "BudgetGuide",
     "ContextLengthError",
     "Engine",
     "EngineConfig",
@@ -52,6 +54,7 @@ __all__ = [
     "ParameterError",
     "Pooling",
     "PromptLogprobs",
+    "ReasoningLimit",
     "Request",
     "RequestOutput",
     "SamplingParams",

@@ -20,12 +20,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from nybble.engine.base_layers import BaseLayers
+from nybble.engine.parallel import ALONE, Range, TensorParallel, length
 from nybble.engine.transfer import send
 from nybble.kernels.backend import Backend
 from nybble.kernels.lora import slot_buffers
@@ -41,6 +42,7 @@ from nybble.models import Architecture, Mixture
 class ProjectionSlots:
     """The buffers of one (fused) projection; see :mod:`nybble.kernels.lora` for their shapes.
 
+    all_offsets: ``offsets`` of all ranks' outputs, of which ``own`` are this rank's.
     outputs: gains and shifts, float32 ``(2, out)``, of the slots that have any.
     """
 
@@ -49,6 +51,8 @@ class ProjectionSlots:
     b: Tensor
     ranks: Tensor
     offsets: tuple[int, ...]
+    all_offsets: tuple[int, ...]
+    own: tuple[Range, ...]
     outputs: dict[int, Tensor] = field(default_factory=dict)
 
 
@@ -148,10 +152,17 @@ class StagedAdapter:
 
     projections: in the order of the layers; None for one that the adapter does not change.
     nbytes: size in host memory.
+    memory: ``(numbers,)``, which holds all but their ``outputs``.
     """
 
     projections: Sequence[StagedProjection | None]
     nbytes: int
+    memory: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    @property
+    def ranks(self) -> list[int | None]:
+        """The rank of each projection's change; None for one that is not changed."""
+        return [None if each is None else len(each.b) for each in self.projections]
 
     def is_finite(self) -> bool:
         """Whether no value overflowed in the slots' dtype."""
@@ -173,10 +184,15 @@ class AdapterSlots:
         device: torch.device,
         dtype: torch.dtype,
         base: Sequence[tuple[Weight, ...]] = (),
+        group: TensorParallel = ALONE,
     ) -> None:
         """base: the weights of each projection that every token passes, which DoRA and trained
-        biases need (:attr:`nybble.engine.decoder.Decoder.projection_weights`)."""
+        biases need (:attr:`nybble.engine.decoder.Decoder.projection_weights`).
+        group: which rank this is. Adapters are staged for all ranks, and cut when a slot is filled.
+        """
         self.architecture = architecture
+        self._group = group
+        outputs = group.outputs(architecture)
         self._base = base
         self.count = count
         self.max_rank = max_rank
@@ -209,17 +225,23 @@ class AdapterSlots:
 
         def together(first: int, number: int) -> ProjectionSlots:
             """The buffers of so many groups of one shape; each group's own is a view of them."""
-            _, group = groups[first]
-            offsets = (0, *itertools.accumulate(linear.out for linear in group.linears))
+            index, group = groups[first]
+            all_offsets = (0, *itertools.accumulate(linear.out for linear in group.linears))
+            parts = [
+                outputs.get(architecture.module(index, linear.name), [(0, linear.out)])
+                for linear in group.linears
+            ]
+            offsets = (0, *itertools.accumulate(map(length, parts)))
+            own = tuple(outputs.get(architecture.module(index, group.name), [(0, group.out)]))
             a, b = slot_buffers(number * count, max_rank, group.inputs, offsets, dtype, device)
             ranks = self._ranks[first : first + number]
-            for place, (index, each) in enumerate(groups[first : first + number]):
-                modules = tuple(architecture.module(index, linear.name) for linear in each.linears)
-                own = slice(place * count, (place + 1) * count)
+            for place, (layer, one) in enumerate(groups[first : first + number]):
+                modules = tuple(architecture.module(layer, linear.name) for linear in one.linears)
+                at = slice(place * count, (place + 1) * count)
                 self.projections.append(
-                    ProjectionSlots(modules, a[own], b[own], ranks[place], offsets)
+                    ProjectionSlots(modules, a[at], b[at], ranks[place], offsets, all_offsets, own)
                 )
-            return ProjectionSlots((), a, b, ranks.view(-1), offsets)
+            return ProjectionSlots((), a, b, ranks.view(-1), offsets, all_offsets, own)
 
         for first in range(dense):
             together(first, 1)
@@ -246,7 +268,7 @@ class AdapterSlots:
         """Copy an adapter to host memory in the slots' layout; pinned if the device is a GPU.
 
         Raises AdapterError for an adapter on experts, with DoRA or with biases if the device is a
-        GPU.
+        GPU, and with DoRA or with biases if there are several ranks.
         """
         known = {name for slots in self.projections for name in slots.modules}
         for name in adapter.modules:
@@ -260,26 +282,24 @@ class AdapterSlots:
                 f"the adapter has {kind}, which a GPU does not compute so far; merge the adapter "
                 "into its base, or use --device cpu"
             )
-        plans: list[tuple[ProjectionSlots, int, int] | None] = []
-        total = 0
+        if self._group.size > 1 and (kind := _stretching(adapter)):
+            raise AdapterError(
+                f"the adapter has {kind}, which tensor parallelism does not compute so far; merge "
+                "the adapter into its base, or serve it with one rank"
+            )
+        found: list[int | None] = []
         for slots in self.projections:
             present = [adapter.modules[m] for m in slots.modules if m in adapter.modules]
-            rank = max((module.rank for module in present), default=0)
-            plans.append((slots, rank, total) if present else None)
-            total += rank * (len(slots.modules) * slots.a.shape[2] + slots.offsets[-1])
-        memory = torch.zeros(total, dtype=self.dtype, pin_memory=self.device.type == "cuda")
-        staged: list[StagedProjection | None] = []
-        for index, plan in enumerate(plans):
-            if plan is None:
-                staged.append(None)
+            found.append(max(module.rank for module in present) if present else None)
+        memory = torch.zeros(
+            self.staged_size(found), dtype=self.dtype, pin_memory=self.device.type == "cuda"
+        )
+        staged = list(self.views(memory, found).projections)
+        for index, (slots, change) in enumerate(zip(self.projections, staged, strict=True)):
+            if change is None:
                 continue
-            slots, rank, at = plan
-            parts, inputs, outputs = len(slots.modules), slots.a.shape[2], slots.offsets[-1]
-            middle, end = at + parts * rank * inputs, at + rank * (parts * inputs + outputs)
-            a = memory[at:middle].view(parts, rank, inputs)
-            b = memory[middle:end].view(rank, outputs)
             changes = {n: adapter.modules[n] for n in slots.modules if n in adapter.modules}
-            vectors = None
+            vectors, b = None, change.b
             if any(map(_stretches, changes.values())):
                 vectors = torch.zeros(2, slots.offsets[-1])
                 layers = BaseLayers(self._base[index], slots.offsets)
@@ -287,17 +307,39 @@ class AdapterSlots:
                 module = changes.get(name)
                 if module is None:
                     continue
-                columns = slice(slots.offsets[part], slots.offsets[part + 1])
-                a[part, : module.rank] = module.a
+                columns = slice(slots.all_offsets[part], slots.all_offsets[part + 1])
+                change.a[part, : module.rank] = module.a
                 scaled = module.b.float() * module.scale
                 if vectors is not None and _stretches(module):
                     vectors[:, columns] = layers.gains_and_shifts(part, module)
                     scaled *= 1 + vectors[0, columns, None]
                 b[: module.rank, columns] = scaled.T
-            staged.append(StagedProjection(a, b, vectors))
+            staged[index] = replace(change, outputs=vectors)
         beside = (each.outputs for each in staged if each is not None)
         nbytes = memory.nbytes + sum(each.nbytes for each in beside if each is not None)
-        return StagedAdapter(staged, nbytes)
+        return StagedAdapter(staged, nbytes, memory)
+
+    def staged_size(self, ranks: Sequence[int | None]) -> int:
+        """Numbers of an adapter whose changes of the projections have these ranks."""
+        return sum(
+            (rank or 0) * (len(slots.modules) * slots.a.shape[2] + slots.all_offsets[-1])
+            for slots, rank in zip(self.projections, ranks, strict=True)
+        )
+
+    def views(self, memory: Tensor, ranks: Sequence[int | None]) -> StagedAdapter:
+        """An adapter in ``memory``, as it is laid out for changes of these ranks."""
+        staged: list[StagedProjection | None] = []
+        at = 0
+        for slots, rank in zip(self.projections, ranks, strict=True):
+            if rank is None:
+                staged.append(None)
+                continue
+            parts, inputs, outputs = len(slots.modules), slots.a.shape[2], slots.all_offsets[-1]
+            middle, end = at + parts * rank * inputs, at + rank * (parts * inputs + outputs)
+            a = memory[at:middle].view(parts, rank, inputs)
+            staged.append(StagedProjection(a, memory[middle:end].view(rank, outputs), None))
+            at = end
+        return StagedAdapter(staged, memory.nbytes, memory)
 
     def fill(self, slot: int, staged: StagedAdapter) -> None:
         """Copy an adapter into a slot, overwriting it. Kernels launched later see the new one."""
@@ -313,7 +355,8 @@ class AdapterSlots:
             if change is not None:
                 rank = change.b.shape[0]
                 a[:, :rank].copy_(change.a, non_blocking=True)
-                b[:rank].copy_(change.b, non_blocking=True)
+                own = [change.b[:, first:last] for first, last in slots.own]
+                b[:rank].copy_(own[0] if len(own) == 1 else torch.cat(own, 1), non_blocking=True)
                 if change.outputs is not None:
                     slots.outputs[slot] = change.outputs
                     self._stretched.add(slot)

@@ -51,8 +51,13 @@ class EngineConfig:
     speculate: ``ngram`` verifies drafts found in each sequence's own tokens; ``auto`` only as many
         as steps measured so far say are worth it; ``off`` none. Outputs are the same with each.
     max_draft_tokens: the most draft tokens of a sequence in one step.
+    deterministic: whether a request's logits are the same bit for bit alone and in any company.
+        On a GPU that costs time: see docs/running.md.
     adapters: None if the engine serves no adapters.
     tune: whether to time, at the start, GPU matmul shapes without a known configuration.
+    tensor_parallel_size: ranks that compute the model together, each in a process of its own and
+        with a part of every weight; on GPUs as many, from ``device`` on. kv_cache_bytes and the
+        memory for adapters are those of each rank.
     restarts: how often within ten minutes the engine may restart after a failure, with the same
         weights.
     """
@@ -69,8 +74,10 @@ class EngineConfig:
     prefix_caching: bool = True
     speculate: Literal["off", "ngram", "auto"] = "off"
     max_draft_tokens: int = 8
+    deterministic: bool = False
     adapters: AdapterConfig | None = None
     tune: bool = True
+    tensor_parallel_size: int = 1
     restarts: int = 0
 
     def __post_init__(self) -> None:
@@ -80,6 +87,7 @@ class EngineConfig:
             "max_num_seqs",
             "max_batched_tokens",
             "max_draft_tokens",
+            "tensor_parallel_size",
         ):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -92,6 +100,12 @@ class EngineConfig:
         for name in ("max_waiting", "restarts"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected 0 or more")
+        if self.restarts and self.tensor_parallel_size > 1:
+            raise ValueError(
+                f"tensor_parallel_size is {self.tensor_parallel_size}, and ranks that have failed "
+                "cannot begin again in the same process: the process has to exit, and a supervisor "
+                "to start it (on_engine_failure 'exit')"
+            )
 
 
 def resolve_device(name: str) -> torch.device:

@@ -24,6 +24,8 @@ Turn = dict[str, Any]
 # code point that Unicode keeps for a program's own use inside; doubled, it stands for itself.
 _SHIELD = "\ufdd0"
 _UNSHIELDED = re.compile(f"{_SHIELD}({_SHIELD}?)")
+# What an assistant thought before it spoke: vLLM's name for it, DeepSeek's and gpt-oss'.
+_THOUGHTS = ("reasoning", "reasoning_content", "thinking")
 # Whose text is the model's own or its developer's, who may write what is no control token.
 _TRUSTED_ROLES = ("system", "assistant")
 
@@ -56,6 +58,12 @@ def turn_of(message: Mapping[str, Any]) -> Turn:
     turn = {name: value for name, value in message.items() if value is not None and value != []}
     if not isinstance(turn.get("role"), str):
         raise ValueError("a message needs a role: system, user, assistant or tool")
+    thought = next((turn.pop(name) for name in _THOUGHTS if isinstance(turn.get(name), str)), None)
+    if thought:
+        # Each family's template reads its own of these names, and leaves out what it does not show.
+        turn |= dict.fromkeys(_THOUGHTS, thought)
+        if turn.get("tool_calls") and turn.get("content"):
+            del turn["thinking"]  # gpt-oss' template takes one of the two before a call
     if turn["role"] == "developer":  # the newer name of the system's role
         turn["role"] = "system"
     content = turn.get("content", "")
@@ -74,6 +82,21 @@ def _text_of(part: object) -> str:
     if not isinstance(text, str):
         raise ValueError(f"a part of a message is {part!r:.50}, expected text")
     return text
+
+
+def in_other_forms(turns: Sequence[Turn]) -> list[list[Turn]]:
+    """``turns`` in the other forms in which templates take the arguments of calls."""
+    whole = [with_whole_calls(turns)] if has_broken_calls(turns) else []
+    return [*whole, with_text_calls(turns)] if has_calls(turns) else []
+
+
+def with_tools(turns: Sequence[Turn], tools: Sequence[Mapping[str, Any]]) -> list[Turn]:
+    """``turns`` with the functions of ``tools`` in the system's message, as Phi-4-mini reads
+    them."""
+    functions = json.dumps([tool.get("function", tool) for tool in tools], ensure_ascii=False)
+    first = turns[0] if turns and turns[0]["role"] == "system" else None
+    system = {"role": "system", "content": ""} if first is None else first
+    return [{**system, "tools": functions}, *(turns if first is None else turns[1:])]
 
 
 def has_broken_calls(turns: Sequence[Turn]) -> bool:
@@ -96,6 +119,42 @@ def with_whole_calls(turns: Sequence[Turn]) -> list[Turn]:
         }
         for turn in turns
     ]
+
+
+def with_text_calls(turns: Sequence[Turn]) -> list[Turn]:
+    """For templates that put the text of arguments together with other texts, as DeepSeek's."""
+    return [
+        turn
+        if "tool_calls" not in turn
+        else {
+            **turn,
+            "tool_calls": [_with_arguments(call, _as_text) for call in turn["tool_calls"]],
+        }
+        for turn in turns
+    ]
+
+
+def has_calls(turns: Sequence[Turn]) -> bool:
+    """Whether a tool is called in some turn."""
+    return any("tool_calls" in turn for turn in turns)
+
+
+def with_short_ids(turns: Sequence[Turn]) -> list[Turn]:
+    """For Mistral's templates, which take ids of calls of nine letters and digits only."""
+    found = []
+    for turn in map(dict, turns):
+        if "tool_call_id" in turn:
+            turn["tool_call_id"] = _short(turn["tool_call_id"])
+        if "tool_calls" in turn:
+            calls = turn["tool_calls"]
+            turn["tool_calls"] = [{**call, "id": _short(call.get("id"))} for call in calls]
+        found.append(turn)
+    return found
+
+
+def _short(id: object) -> str:
+    letters = re.sub("[^A-Za-z0-9]", "", id if isinstance(id, str) else "")
+    return letters[-9:].rjust(9, "0")
 
 
 def in_parts(turns: Sequence[Turn]) -> list[Turn]:
@@ -164,15 +223,14 @@ def rendered(turns: Sequence[Turn], render: Render, *, parts: bool) -> str:
     refusal: TemplateRefusedError | None = None
     for in_this_form in (parts, not parts):
         shown = in_parts(turns) if in_this_form else turns
-        try:
+        text = None
+        for form in (shown, *in_other_forms(shown)):
             try:
-                text = render(shown)
-            except TemplateRefusedError:
-                if not has_broken_calls(shown):
-                    raise
-                text = render(with_whole_calls(shown))
-        except TemplateRefusedError as error:
-            refusal = refusal or error
+                text = render(form)
+                break
+            except TemplateRefusedError as error:
+                refusal = refusal or error
+        if text is None:
             continue
         missing = left_out(turns, text)
         if missing is None:
@@ -357,6 +415,10 @@ def _object_or_text(arguments: Any) -> Any:
     except ValueError:
         return arguments
     return value if isinstance(value, dict) else arguments
+
+
+def _as_text(arguments: Any) -> str:
+    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
 
 
 def _as_object(arguments: Any) -> Any:

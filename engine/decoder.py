@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from nybble.engine.parallel import ALONE, TensorParallel
 from nybble.engine.parts import (
+    AllHeadsNormPart,
     AttentionPart,
     KVCache,
     MixturePart,
@@ -31,7 +33,7 @@ from nybble.kernels import DenseWeight, PackedWeight, reference
 from nybble.kernels.attention_batch import AttentionBatch
 from nybble.kernels.backend import Backend, backend_for
 from nybble.kernels.packed import Weight
-from nybble.kernels.reference import activate, clamped_swiglu
+from nybble.kernels.reference import activate, clamped_swiglu, xielu
 from nybble.kernels.state_batch import StateBatch
 from nybble.models import (
     Architecture,
@@ -43,6 +45,7 @@ from nybble.models import (
     Recurrent,
     ShortConvolution,
     UnsupportedModelError,
+    Xielu,
 )
 
 if TYPE_CHECKING:
@@ -62,17 +65,22 @@ class Decoder:
         max_model_len: int,
         num_tokens: int | None = None,
         backend: Backend | None = None,
+        group: TensorParallel = ALONE,
     ) -> None:
         """Consumes ``weights`` one at a time (names as in transformers' checkpoints).
 
         num_tokens: one more than the tokenizer's highest token id. An output layer may be padded
             with more rows, which are never sampled. None if it has no such rows.
         backend: whose kernels compute it; None for the fastest there are.
+        group: which rank this is, and of how many. ``architecture`` and ``weights`` are the whole
+            model's; :attr:`architecture` is then this rank's part.
 
         Raises ValueError naming a weight that is missing, unexpected or of another shape, and
         UnsupportedModelError for a mixture of experts that the device has no kernel for.
         """
-        self.architecture = architecture
+        self._group, self._whole = group, architecture
+        weights = group.own_weights(architecture, weights)
+        self.architecture = architecture = group.part_of(architecture)
         self.max_model_len = max_model_len
         self.backend = backend or backend_for(device, dtype)
         if architecture.has_experts and device.type != "cpu" and self.backend is reference:
@@ -99,13 +107,15 @@ class Decoder:
             for block in self._layer(store, index, layer)
         ]
         self.final_norm = self._norm(store, architecture.final_norm, architecture.hidden)
-        head = store.optional_linear(architecture.head, architecture.vocab, architecture.hidden)
+        first, last = group.share(architecture.vocab)
+        head = store.optional_linear(architecture.head, last - first, architecture.hidden)
         if head is None and not architecture.tied:
             raise ValueError(
                 f"the checkpoint has no {architecture.head} and its embeddings are not tied"
             )
-        self._head_weight = head or DenseWeight(self.embedding)
-        self._head = self.backend.linear(self._head_weight, dtype)
+        self._head_weight = head or DenseWeight(self.embedding[first:last])
+        own_head = self.backend.linear(self._head_weight, dtype)
+        self._head = group.gathered_head(own_head, architecture.vocab)
         store.finish()
         self._rotary = [rotary_table(r, max_model_len, device) for r in architecture.ropes]
         self._query_scales = [
@@ -135,7 +145,7 @@ class Decoder:
         states: one per layer without attention; state_batch: what these read and write.
         """
         step = Step(
-            [table[:, positions] for table in self._rotary],
+            [(cos[positions], sin[positions]) for cos, sin in self._rotary],
             [None if table is None else table[positions] for table in self._query_scales],
             caches,
             batches,
@@ -193,20 +203,18 @@ class Decoder:
             mlp = self._mlp(store, index, layer.mlp)
         multiplier = self.architecture.residual_multiplier
         pre = norm(layer.pre_attention)
+        gathered = self._group.gathered
         if layer.parallel:
-            yield ResidualBlock(pre, ParallelPart((mixer, mlp)), None, multiplier)
+            both = gathered(ParallelPart((mixer, mlp)))
+            yield ResidualBlock(pre, both, None, multiplier)
             return
-        yield ResidualBlock(pre, mixer, norm(layer.post_attention), multiplier)
-        yield ResidualBlock(norm(layer.pre_mlp), mlp, norm(layer.post_mlp), multiplier)
+        yield ResidualBlock(pre, gathered(mixer), norm(layer.post_attention), multiplier)
+        yield ResidualBlock(norm(layer.pre_mlp), gathered(mlp), norm(layer.post_mlp), multiplier)
 
     def _attention(self, store: WeightStore, index: int, about: Attention) -> AttentionPart:
         q_norm = k_norm = None
         if about.qk_norm is not None:
-            module = self.architecture.module
-            q_norm, k_norm = (
-                self._norm(store, module(index, name), *about.norm_shape(heads))
-                for name, heads in ((about.q_norm, about.heads), (about.k_norm, about.kv_heads))
-            )
+            q_norm, k_norm = self._head_norms(store, index, about)
         sinks = None
         if about.sinks is not None:
             sinks = store.tensor(self.architecture.module(index, about.sinks), about.heads)
@@ -219,7 +227,7 @@ class Decoder:
             qkv=self._projection(store, index, about.qkv),
             q_norm=q_norm,
             k_norm=k_norm,
-            output=self._projection(store, index, about.output),
+            output=self._group.gathering(self._projection(store, index, about.output)),
             backend=self.backend,
         )
 
@@ -250,15 +258,35 @@ class Decoder:
             backend=self.backend,
         )
 
+    def _head_norms(self, store: WeightStore, index: int, own: Attention) -> list[NormPart]:
+        """Of the queries and of the keys."""
+        whole, group = self._whole.layers[index].mixer, self._group
+        assert isinstance(whole, Attention)
+        all_together = own.qk_norm == "all" and group.size > 1
+        found = []
+        for name, heads, all_heads, (first, last), copies in (
+            (own.q_norm, own.heads, whole.heads, group.share(whole.heads), 1),
+            (own.k_norm, own.kv_heads, whole.kv_heads, group.kv_heads(whole), group.copies(whole)),
+        ):
+            shape = own.norm_shape(all_heads if all_together else heads)
+            norm = self._norm(store, self.architecture.module(index, name), *shape)
+            if all_together:
+                ends = first * own.head_dim, last * own.head_dim
+                norm = AllHeadsNormPart(norm, group, *ends, copies)
+            found.append(norm)
+        return found
+
     def _mlp(self, store: WeightStore, index: int, about: Mlp) -> MlpPart:
         up = self._projection(store, index, about.up)
         (*_, weights) = self._weights
         fused_up = None
         if about.gated and about.clamp is None and len(weights) == 1:
             fused_up = self.backend.gated_linear(weights[0], about.activation, self._dtype)
+        if fused_up is not None:
+            fused_up = self._group.gathered(fused_up)
         return MlpPart(
             up=up,
-            activate=self._activate(about),
+            activate=self._activate(store, index, about),
             down=self._projection(store, index, about.down),
             fused_up=fused_up,
         )
@@ -288,17 +316,36 @@ class Decoder:
             router_bias=None if bias is None else bias.to(routing),
             correction_bias=correction,
             up=tuple(self.backend.grouped_linear(weights, self._dtype) for weights in up),
-            activate=self._activate(about),
+            activate=self._activate(store, index, about),
             down=self.backend.grouped_linear(down, self._dtype),
             shared=None if mixture.shared is None else self._mlp(store, index, mixture.shared),
             shared_gate=None if gate is None else gate.to(routing),
         )
 
-    def _activate(self, about: Mlp) -> Callable[[Tensor], Tensor]:
-        if (clamp := about.clamp) is not None:
-            return partial(clamped_swiglu, alpha=clamp.alpha, limit=clamp.limit)
-        function = self.backend.gated if about.gated else activate
-        return partial(function, activation=about.activation)
+    def _activate(self, store: WeightStore, index: int, about: Mlp) -> Callable[[Tensor], Tensor]:
+        function: Callable[[Tensor], Tensor]
+        if about.xielu is not None:
+            function = self._xielu(store, index, about.xielu)
+        elif (clamp := about.clamp) is not None:
+            function = partial(clamped_swiglu, alpha=clamp.alpha, limit=clamp.limit)
+        else:
+            function = partial(
+                self.backend.gated if about.gated else activate, activation=about.activation
+            )
+        return self._group.gathered(function)
+
+    def _xielu(self, store: WeightStore, index: int, about: Xielu) -> Callable[[Tensor], Tensor]:
+        alpha_p, alpha_n, beta, eps = (
+            store.vector(self.architecture.module(index, name), 1) for name in about.tensors
+        )
+        softplus = torch.nn.functional.softplus
+        return partial(
+            xielu,
+            alpha_p=float(softplus(alpha_p)),
+            alpha_n=float(beta + softplus(alpha_n)),
+            beta=float(beta),
+            eps=float(eps),
+        )
 
     def _projection(self, store: WeightStore, index: int, group: LinearGroup) -> Projection:
         weights = store.group(self.architecture.module(index, ""), group)

@@ -23,13 +23,17 @@ class Detokenizer:
 
     Text comes out in whole characters: bytes that may yet become one are held back, and so is text
     that may be the beginning of a stop string.
+
+    stopped_by: the stop string that was found.
     """
 
     def __init__(
         self, vocabulary: Vocabulary, prompt_token_ids: SequenceOf[int], params: SamplingParams
     ) -> None:
         self._vocabulary = vocabulary
-        self._skip_special_tokens = params.skip_special_tokens
+        self._left_out = frozenset[int]()
+        if params.skip_special_tokens:
+            self._left_out = vocabulary.special - params.shown_special_tokens
         # Special tokens in a row stand as they are spelt, if the decoder may put no space between.
         self._spell = not (params.skip_special_tokens or params.spaces_between_special_tokens)
         self._bytes = codecs.getincrementaldecoder("utf-8")("replace")
@@ -42,20 +46,24 @@ class Detokenizer:
         self._include_stop = params.include_stop_str_in_output
         self._unchecked = params.min_tokens  # tokens before stop strings are looked for
         self._held = ""
-        self.stopped = False
+        self.stopped_by: str | None = None
+
+    @property
+    def stopped(self) -> bool:
+        return self.stopped_by is not None
 
     def add(self, token_id: int) -> str:
-        """The text that is certain after one more token. Sets ``stopped`` at a stop string."""
+        """The text that is certain after one more token. Sets ``stopped_by`` at a stop string."""
         text = self._held + self._step(token_id)
         if self._unchecked:
             self._unchecked -= 1
             return text
         found = [(at, len(stop)) for stop in self._stop if (at := text.find(stop)) >= 0]
         if found:
-            self.stopped = True
             self._held = ""
             self._bytes.reset()
             at, length = min(found)
+            self.stopped_by = text[at : at + length]
             return text[: at + length if self._include_stop else at]
         keep = self._unsettled(text) if self._stop else 0
         self._held = text[len(text) - keep :]
@@ -67,8 +75,7 @@ class Detokenizer:
         return text
 
     def _has_text(self, token_id: int) -> bool:
-        special = self._skip_special_tokens and token_id in self._vocabulary.special
-        return not special and token_id in self._vocabulary.bytes_of
+        return token_id not in self._left_out and token_id in self._vocabulary.bytes_of
 
     def _step(self, token_id: int) -> str:
         """The whole characters that a token adds."""

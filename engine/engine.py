@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from nybble.engine.adapter_slots import AdapterSlots
 from nybble.engine.adapters import AdapterInfo, AdapterRegistry, AdapterUsage
 from nybble.engine.block_manager import BlockManager
 from nybble.engine.config import EngineConfig, resolve_device
@@ -31,7 +30,9 @@ from nybble.engine.generation_config import (
 )
 from nybble.engine.kv_cache import KVCacheLayout
 from nybble.engine.ngram_drafter import NgramDrafter
+from nybble.engine.parallel import TensorParallel
 from nybble.engine.prompt_reader import read_pooling
+from nybble.engine.ranks import NoRanks, check_ranks, start_ranks
 from nybble.engine.request import (
     ContextLengthError,
     EngineOverloadedError,
@@ -52,9 +53,10 @@ from nybble.engine.state_cache import StateCache, cache_sizes
 from nybble.engine.stats import EngineStats
 from nybble.engine.streams import Stream
 from nybble.engine.vocabulary import Vocabulary
+from nybble.kernels.backend import backend_for
 from nybble.kernels.progress import Progress, track
 from nybble.loaders.tokenizer import check_vocabulary, load_tokenizer
-from nybble.models import UnsupportedModelError, architecture_of
+from nybble.models import Architecture, UnsupportedModelError, architecture_of
 
 if TYPE_CHECKING:
     from nybble.loaders import Checkpoint
@@ -105,18 +107,47 @@ class Engine:
         self._config = config
         self._max_in_flight = config.max_num_seqs + config.max_waiting
         self._in_flight: set[str] = set()
+        self._ranks = NoRanks()  # that end with the engine
 
     @classmethod
     def load(
-        cls, checkpoint: Checkpoint, config: EngineConfig, progress: Progress = True
+        cls,
+        checkpoint: Checkpoint,
+        config: EngineConfig,
+        progress: Progress = True,
+        ranks: NoRanks | None = None,
     ) -> Engine:
         """Build an engine from a checkpoint; ``warm_up`` and ``start`` come next.
 
+        ranks: processes to compute it with, which can compute other models afterwards; None to
+            start those that the config asks for, which end with the engine.
+
         Raises UnsupportedModelError for an architecture the decoder does not compute, and
         ValueError where the KV cache cannot hold a single block, the device cannot be used or the
-        settings contradict.
+        settings contradict, and RankFailedError if a rank ends meanwhile.
         """
         architecture = architecture_of(checkpoint.config)
+        check_ranks(architecture, config)
+        if ranks is not None:
+            return cls._load(checkpoint, architecture, config, progress, ranks)
+        ranks = start_ranks(config)
+        try:
+            engine = cls._load(checkpoint, architecture, config, progress, ranks)
+        except BaseException:
+            ranks.close()
+            raise
+        engine._ranks = ranks
+        return engine
+
+    @classmethod
+    def _load(
+        cls,
+        checkpoint: Checkpoint,
+        architecture: Architecture,
+        config: EngineConfig,
+        progress: Progress,
+        ranks: NoRanks,
+    ) -> Engine:
         max_model_len = config.max_model_len or architecture.default_max_model_len
         if max_model_len > architecture.max_model_len:
             raise ValueError(
@@ -148,17 +179,26 @@ class Engine:
                 "at every step, many times slower",
                 str(config.dtype).removeprefix("torch."),
             )
+        if config.deterministic and device.type == "cpu":
+            for attention in architecture.attentions:
+                if attention.head_dim % 16:
+                    raise ValueError(
+                        f"deterministic: the model's heads have {attention.head_dim} entries,"
+                        " and the CPU kernels take multiples of 16"
+                    )
         if architecture.recurrents and config.speculate != "off":
             raise ValueError(
                 f"speculate is {config.speculate!r}, expected 'off': {architecture.family} models "
                 "have layers whose states cannot be taken back to before a draft"
             )
-        layout = KVCacheLayout.of(architecture, config, max_model_len)
+        own = TensorParallel(0, config.tensor_parallel_size).part_of(architecture)
+        layout = KVCacheLayout.of(own, config, max_model_len)
         if config.kv_cache_bytes is not None:
-            cache_sizes(architecture, config, layout, max_model_len, config.kv_cache_bytes)
+            cache_sizes(own, config, layout, max_model_len, config.kv_cache_bytes)
         tokenizer = load_tokenizer(checkpoint.folder)
         check_vocabulary(tokenizer, architecture.vocab)
         vocabulary = Vocabulary(tokenizer.backend_tokenizer)
+        ranks.tell("load", checkpoint, config, max_model_len, vocabulary.size)
         weights = track(checkpoint.weights(), "Loading weights", progress, unit="tensors")
         decoder = Decoder(
             architecture,
@@ -167,10 +207,12 @@ class Engine:
             dtype=config.dtype,
             max_model_len=max_model_len,
             num_tokens=vocabulary.size,
+            backend=backend_for(device, config.dtype, deterministic=config.deterministic),
+            group=ranks.group,
         )
         adapters = None
         if config.adapters is not None:
-            adapters = AdapterSlots(
+            adapters = ranks.new_slots(
                 architecture,
                 count=config.adapters.slots,
                 max_rank=config.adapters.max_rank,
@@ -178,11 +220,9 @@ class Engine:
                 dtype=config.dtype,
                 base=decoder.projection_weights,
             )
-        # More blocks than every sequence at full length could fill would only waste memory.
-        most = config.max_num_seqs * layout.table_blocks(max_model_len)
-        nbytes = config.kv_cache_bytes or free_kv_bytes(device)
-        num_blocks, num_states = cache_sizes(architecture, config, layout, max_model_len, nbytes)
-        num_blocks = min(num_blocks, most)
+        free = min([free_kv_bytes(device), *ranks.answers()])
+        nbytes = config.kv_cache_bytes or free
+        num_blocks, num_states = cache_sizes(own, config, layout, max_model_len, nbytes)
         if num_states and num_states < config.max_num_seqs:
             logger.warning(
                 "the KV cache has room for the states of %d sequences: no more run at once, though "
@@ -191,6 +231,7 @@ class Engine:
                 config.max_num_seqs,
             )
             config = replace(config, max_num_seqs=num_states)
+        ranks.tell("begin", layout, num_blocks)
         max_model_len = layout.longest_sequence(num_blocks, max_model_len)
         settings = read_generation_config(checkpoint.folder)
 
@@ -219,8 +260,10 @@ class Engine:
                 blocks, config.max_num_seqs, config.max_batched_tokens, speculation=speculation
             )
 
+        runner = ranks.new_runner(decoder, config, layout, num_blocks, adapters, num_states)
+        ranks.answers()
         return cls(
-            runner=ModelRunner(decoder, config, layout, num_blocks, adapters, num_states),
+            runner=runner,
             new_scheduler=new_scheduler,
             tokenizer=tokenizer,
             vocabulary=vocabulary,
@@ -238,11 +281,13 @@ class Engine:
 
     def start(self) -> None:
         """Start the engine thread."""
+        self._ranks.serve(self._thread.fail)
         self._thread.start()
 
     def stop(self) -> None:
         """Stop the thread; requests in flight raise EngineStoppedError."""
         self._thread.stop()
+        self._ranks.close()
 
     @property
     def vocab_size(self) -> int:
@@ -277,6 +322,11 @@ class Engine:
     def failure(self) -> str | None:
         """Why the engine takes no requests, where it has failed and not begun again."""
         return self._thread.failure
+
+    @property
+    def stuck(self) -> bool:
+        """Whether the engine has failed and its thread waits for a device that does not answer."""
+        return self.failure is not None and self._thread.is_alive()
 
     def when_dead(self, function: Callable[[], None]) -> None:
         """Have ``function`` called, on any thread, when the engine has failed for good."""

@@ -40,6 +40,8 @@ from nybble.loaders import AdapterError
 
 logger = logging.getLogger(__name__)
 
+_PATIENCE_SECONDS = 3.0
+
 
 @dataclass(frozen=True)
 class _Add:
@@ -117,7 +119,7 @@ class EngineThread(threading.Thread):
         self._stopping = True
         self._inbox.put(_Stop())
         if self.is_alive():
-            self.join()
+            self.join(_PATIENCE_SECONDS if self._dead else None)
         if self.adapters is not None:
             self.adapters.close()
 
@@ -153,6 +155,18 @@ class EngineThread(threading.Thread):
             assert self.adapters is not None
             self.adapters.submit(name, send)
 
+    def fail(self, error: Exception) -> None:
+        """Have the engine fail, also if the thread waits for a device that does not answer."""
+
+        def raise_it() -> None:
+            raise error
+
+        self._inbox.put(raise_it)
+        self.join(_PATIENCE_SECONDS)
+        if self.is_alive() and not self._stopping:
+            logger.error("the engine thread does not answer; %s", error)
+            self._die(describe(error))
+
     def cancel(self, request_id: str) -> None:
         """Drop a request before the next step."""
         self._inbox.put(_Cancel(request_id))
@@ -170,6 +184,8 @@ class EngineThread(threading.Thread):
                 logger.exception("the engine thread failed")
                 failure = describe(error)
             with self._entrance:
+                if self._dead:
+                    return
                 self._stopping |= failure is None
                 self.failure = failure
             if failure is None:
@@ -183,13 +199,19 @@ class EngineThread(threading.Thread):
                 failures=self._counters.failures,
                 restarts=self._restarts.taken,
             )
-            self._fail_all(EngineFailedError(f"the engine has failed: {failure}"))
             if self._stopping or not self._restarts.take():
-                with self._entrance:
-                    self._dead, told = True, self._when_dead
-                told()
+                self._die(failure)
                 return
+            self._fail_all(EngineFailedError(f"the engine has failed: {failure}"))
             logger.warning("the engine begins again, with an empty KV cache")
+
+    def _die(self, failure: str) -> None:
+        """Fail for good."""
+        with self._entrance:
+            self.failure = failure
+            self._dead, told = True, self._when_dead
+        self._fail_all(EngineFailedError(f"the engine has failed: {failure}"))
+        told()
 
     def _serve(self) -> None:
         """Apply messages and compute steps until told to stop."""
@@ -306,7 +328,11 @@ class EngineThread(threading.Thread):
             if item.draft:
                 tokens = accepted(item.draft, tokens)
                 self._counters.add_draft(len(item.draft), len(tokens) - 1)
-                sequence.acceptance.observe(len(item.draft), len(tokens) - 1)
+                sequence.acceptance.drafted += len(item.draft)
+                sequence.acceptance.accepted += len(tokens) - 1
+            if item.proposal is not None and (speculation := self._scheduler.speculation):
+                found = [token[0] for token in tokens if not isinstance(token, NoTokenError)]
+                speculation.observe_tokens(item.proposal, found, sequence.acceptance)
             stream = self._streams[sequence.request_id][1]
             finished, taken = False, 0
             for token in tokens:
@@ -342,6 +368,9 @@ class EngineThread(threading.Thread):
         if self._overlap and sequence.goes_on:
             self._deferred.append((sequence, token))
             return None
+        if any(each is sequence for each, _ in self._deferred):
+            # Accepted draft tokens come before the last, after which nothing more is sent.
+            self._write_deferred()
         try:
             return sequence.advance(token)
         except GuideError as error:

@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
 
-from nybble.engine.sequence import Sequence
+from nybble.engine.sequence import Sequence, VirtualCounter
 
 # An output token costs as much as two prompt tokens (the weights in Sheng et al.'s evaluation).
 PROMPT_COST, OUTPUT_COST = 1.0, 2.0
@@ -34,7 +34,7 @@ class FairQueue:
         self._credit = credit
         self._queues: dict[str, deque[Sequence]] = {}
         self.tenants = self._queues.keys()
-        self._counters: dict[str, float] = {}
+        self._counters: dict[str, VirtualCounter] = {}
         self._last: str | None = None  # the last tenant whose queue became empty
 
     def __len__(self) -> int:
@@ -48,12 +48,10 @@ class FairQueue:
         """A tenant's sequences, the next first."""
         return self._queues.get(tenant, ())
 
-    def counter_after(self, sequence: Sequence, cost: float) -> float:
-        """The counter of the sequence's tenant once ``cost`` more is charged."""
-        return self._counters[sequence.tenant] + cost / sequence.weight
-
     def push(self, sequence: Sequence, *, front: bool = False) -> None:
         """Queue a sequence behind those of its tenant with an equal or lower priority number.
+
+        It gets its tenant's counter, to which whoever serves it adds.
 
         front: put it before all of them instead, because it was preempted.
         """
@@ -61,9 +59,11 @@ class FairQueue:
         if tenant not in self._queues:
             # If no tenant is queued, compare with the last one that was.
             others = self._queues or ([self._last] if self._last is not None else [])
-            lowest = min((self._counters[other] for other in others), default=0.0)
-            self._counters[tenant] = max(self._counters.get(tenant, 0.0), lowest - self._credit)
+            lowest = min((self._counters[other].value for other in others), default=0.0)
+            counter = self._counters.setdefault(tenant, VirtualCounter())
+            counter.value = max(counter.value, lowest - self._credit)
             self._queues[tenant] = deque()
+        sequence.counter = self._counters[tenant]
         if front:
             self._queues[tenant].appendleft(sequence)
             return
@@ -79,7 +79,3 @@ class FairQueue:
         if not self._queues[tenant]:
             del self._queues[tenant]
             self._last = tenant
-
-    def charge(self, sequence: Sequence, cost: float) -> None:
-        """Count service to the sequence's tenant."""
-        self._counters[sequence.tenant] += cost / sequence.weight

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -78,10 +79,17 @@ class GrammarCompiler:
         self, tokenizer: PreTrainedTokenizerBase, vocab: int, eos_token_ids: frozenset[int]
     ) -> None:
         self._backend = tokenizer.backend_tokenizer
-        self._vocab = vocab
-        self._eos_token_ids = sorted(eos_token_ids)
-        self._lock = threading.Lock()
-        self._tokenizer: LLTokenizer | None = None
+        self._vocabulary = _LazyVocabulary(tokenizer, vocab, eos_token_ids)
+        self._lead = ""
+
+    def after(self, lead: str) -> GrammarCompiler:
+        """A compiler whose guides begin with something else.
+
+        lead: a grammar in Lark's syntax of what comes first; it calls the rest ``@answer``.
+        """
+        compiler = copy(self)
+        compiler._lead = lead
+        return compiler
 
     def json_schema(self, schema: Schema, omissions: list[Omission] | None = None) -> GrammarGuide:
         """JSON that is valid under ``schema``. See :func:`grammar_schema` for ``omissions``."""
@@ -142,17 +150,12 @@ class GrammarCompiler:
         return self._guide(StructTag.to_grammar(rules, assume_special=special == {True}))
 
     def _guide(self, grammar: str) -> GrammarGuide:
-        from llguidance import LLMatcher, LLTokenizer
+        from llguidance import LLMatcher
 
         _require_size(grammar)
-        with self._lock:
-            if self._tokenizer is None:  # takes seconds, so only if somebody asks
-                self._tokenizer = LLTokenizer(
-                    self._backend.to_str(),
-                    n_vocab=self._vocab,
-                    eos_token=self._eos_token_ids or None,
-                )
-        matcher = LLMatcher(self._tokenizer, grammar, log_level=0)
+        if self._lead:
+            grammar = _behind(self._lead, grammar)
+        matcher = LLMatcher(self._vocabulary.get(), grammar, log_level=0)
         if matcher.is_error():
             raise ValueError(_first_line(matcher.get_error()))
         # A grammar of which no text can begin compiles; its first mask is what shows it.
@@ -161,6 +164,42 @@ class GrammarCompiler:
         if started.is_error():
             raise ValueError("nothing matches it: no text can begin as it says")
         return GrammarGuide(matcher)
+
+
+class _LazyVocabulary:
+    """A vocabulary as the library reads it. That takes seconds, so it is done once it is needed."""
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, size: int, eos_token_ids: frozenset[int]
+    ) -> None:
+        self._backend = tokenizer.backend_tokenizer
+        self._size = size
+        self._eos_token_ids = sorted(eos_token_ids)
+        self._lock = threading.Lock()
+        self._read: LLTokenizer | None = None
+
+    def get(self) -> LLTokenizer:
+        from llguidance import LLTokenizer
+
+        with self._lock:
+            if self._read is None:
+                self._read = LLTokenizer(
+                    self._backend.to_str(),
+                    n_vocab=self._size,
+                    eos_token=self._eos_token_ids or None,
+                )
+            return self._read
+
+
+def _behind(lead: str, grammar: str) -> str:
+    """``grammar`` as the ``@answer`` of ``lead``. The library writes it as Lark's text or as
+    JSON."""
+    (answer,) = (
+        json.loads(grammar)["grammars"]
+        if grammar.lstrip().startswith("{")
+        else [{"lark_grammar": grammar}]
+    )
+    return json.dumps({"grammars": [{"lark_grammar": lead}, {**answer, "name": "answer"}]})
 
 
 def grammar_schema(schema: Schema, omissions: list[Omission] | None = None) -> dict[str, Any]:

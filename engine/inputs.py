@@ -49,6 +49,25 @@ class StepInputs:
     states: StateBatch | None = None
 
 
+@dataclass(frozen=True)
+class StepMessage:
+    """A step as rank 0 tells it to the other ranks: what it has written, not what it means.
+
+    size: what :meth:`InputBuffers._tensors_of_size` takes.
+    data: the bytes of all inputs but the block tables.
+    blocks_at, blocks: the entries of the block tables that have changed, and what they are now.
+    padded_to: rows that the batch is padded to, whose graph is run; 0 if it is not.
+    reads: the first row and the number of rows of which prompt readers want all logits.
+    """
+
+    size: tuple[int, int, int, int, tuple[int, int, int] | None]
+    data: bytes
+    blocks_at: list[int]
+    blocks: list[int]
+    padded_to: int
+    reads: list[tuple[int, int]]
+
+
 @lru_cache(maxsize=512)
 def _layout(
     tokens: int, seqs: int, groups: int, states: bool
@@ -82,6 +101,7 @@ class InputBuffers:
     group_of_layer: the index of the group of each layer with attention, which has block tables of
         its own.
     states: whether there are layers that keep states.
+    tell: called with every step of a batch, for the other ranks; None if there are none.
     """
 
     def __init__(
@@ -95,6 +115,7 @@ class InputBuffers:
         device: torch.device,
         states: bool = False,
     ) -> None:
+        self.tell: Callable[[StepMessage], None] | None = None
         on_gpu = device.type == "cuda"
         self.block_size = block_size
         self.max_blocks = max_blocks
@@ -127,7 +148,7 @@ class InputBuffers:
         """
         if self._sent is not None:
             self._sent.synchronize()
-        self._update_tables(batch)
+        updates = self._update_tables(batch)
         seqs = max(len(batch), pad_to)
         counts = np.ones(seqs, np.int64)
         starts = np.zeros(seqs, np.int64)
@@ -181,11 +202,27 @@ class InputBuffers:
             of_sequence = np.full(seqs, -1, np.int32)
             of_sequence[: len(batch)] = lora_slots
             groups = _group(of_sequence[rows], array, padded=pad_to > 0)
+        size = (tokens, seqs, len(last), int(counts.max()), groups)
+        if self.tell is not None and batch:
+            data, reads = self._bytes[:used].tobytes(), _reads(batch, query_start)
+            self.tell(StepMessage(size, data, *updates, pad_to, reads))
         if self._sent is not None:
             self._device[:used].copy_(self._host[:used], non_blocking=True)
             self._sent.record()
+        return self._tensors(*size)
 
-        return self._tensors(tokens, seqs, len(last), int(counts.max()), groups)
+    def follow(self, message: StepMessage) -> StepInputs:
+        """The inputs that rank 0 has built."""
+        if self._sent is not None:
+            self._sent.synchronize()
+        used = len(message.data)
+        self._bytes[:used] = np.frombuffer(message.data, np.uint8)
+        self._tables.reshape(-1)[message.blocks_at] = message.blocks
+        if self._sent is not None:
+            self._send_tables(message.blocks_at, message.blocks)
+            self._device[:used].copy_(self._host[:used], non_blocking=True)
+            self._sent.record()
+        return self._tensors(*message.size)
 
     def _tensors_of_size(
         self,
@@ -257,8 +294,11 @@ class InputBuffers:
             read[row], write[row], snapshot[row] = state.read, state.slot, state.snapshot
             rows[row] = state.snapshot_tokens - item.start if state.snapshot >= 0 else 1
 
-    def _update_tables(self, batch: ScheduledBatch) -> None:
-        """Write the blocks each row's sequence has gained, or all where the row changed hands."""
+    def _update_tables(self, batch: ScheduledBatch) -> tuple[list[int], list[int]]:
+        """Write the blocks each row's sequence has gained, or all where the row changed hands.
+
+        Returns where in the tables they are, and the blocks.
+        """
         at: list[range] = []
         values: list[int] = []
         del self._written[len(batch) :]
@@ -277,13 +317,28 @@ class InputBuffers:
             for group, table in enumerate(tables):
                 gained = table.blocks[written:]
                 self._tables[group, row, written:length] = gained
-                if self._device is not self._host:
+                if self._sent is not None or self.tell is not None:
                     first = (group * len(self._tables[0]) + row) * self.max_blocks + written
                     at.append(range(first, first + len(gained)))
                     values += gained
+        places = list(chain(*at))
+        if self._sent is not None:
+            self._send_tables(places, values)
+        return places, values
+
+    def _send_tables(self, at: list[int], blocks: list[int]) -> None:
         if at:
-            update = send([list(chain(*at)), values], torch.int64, self._device.device)
+            update = send([at, blocks], torch.int64, self._device.device)
             self._device_tables.view(-1).index_copy_(0, update[0], update[1].int())
+
+
+def _reads(batch: ScheduledBatch, query_start: NDArray[np.int32]) -> list[tuple[int, int]]:
+    """See :class:`StepMessage`."""
+    return [
+        (int(query_start[row]), item.prompt_reader.logit_rows(item.num_tokens, item.start))
+        for row, item in enumerate(batch)
+        if item.prompt_reader is not None
+    ]
 
 
 def _group(slots: NDArray[np.int32], array: Any, padded: bool) -> tuple[int, int, int]:

@@ -151,6 +151,14 @@ class KVCacheLayout:
             )
         return nbytes // self.block_bytes
 
+    def blocks_for(self, nbytes: int, max_num_seqs: int, max_model_len: int) -> int:
+        """Blocks of a KV cache that may take ``nbytes``.
+
+        More than every sequence at full length could fill would only waste memory. Raises
+        ValueError like :meth:`blocks_in`.
+        """
+        return min(self.blocks_in(nbytes), max_num_seqs * self.table_blocks(max_model_len))
+
     def longest_sequence(self, num_blocks: int, max_model_len: int) -> int:
         """Tokens of the longest sequence that ``num_blocks`` hold, up to ``max_model_len``."""
         if self.sequence_blocks(max_model_len) <= num_blocks:

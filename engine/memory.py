@@ -12,8 +12,9 @@ import torch
 from nybble.engine import EngineConfig
 from nybble.engine.failure import is_out_of_memory
 from nybble.engine.kv_cache import KVCacheLayout
+from nybble.engine.parallel import TensorParallel
 from nybble.engine.runner import free_kv_bytes
-from nybble.engine.state_cache import cache_sizes, state_bytes, state_slots
+from nybble.engine.state_cache import cache_sizes, state_bytes
 from nybble.loaders import Checkpoint
 from nybble.loaders.footprint import weight_bytes
 from nybble.models import architecture_of
@@ -29,6 +30,8 @@ def memory_explained(checkpoint: Checkpoint, config: EngineConfig) -> Iterator[N
     """
     device = torch.device(config.device)
     free = available_bytes(device)
+    if device.type == "cpu":
+        free //= config.tensor_parallel_size  # for each rank, which have the same memory
     kv = _kv_bytes(checkpoint, config)
     if device.type == "cpu" and kv > free:
         asked = config.kv_cache_bytes
@@ -47,7 +50,7 @@ def memory_explained(checkpoint: Checkpoint, config: EngineConfig) -> Iterator[N
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        weights = weight_bytes(checkpoint.folder, config.dtype)
+        weights = weight_bytes(checkpoint.folder, config.dtype) // config.tensor_parallel_size
         raise ValueError(
             f"the memory of {device} ran out while loading: the weights take {gib(weights)} and "
             f"the KV cache {gib(kv)}, and {gib(free)} were free. "
@@ -56,23 +59,21 @@ def memory_explained(checkpoint: Checkpoint, config: EngineConfig) -> Iterator[N
 
 
 def _layout(checkpoint: Checkpoint, config: EngineConfig) -> tuple[KVCacheLayout, int]:
-    """The layout of the KV cache, and the tokens of the longest sequence."""
+    """The layout of a rank's KV cache, and the tokens of the longest sequence."""
     architecture = architecture_of(checkpoint.config)
+    own = TensorParallel(0, config.tensor_parallel_size).part_of(architecture)
     length = min(
         config.max_model_len or architecture.default_max_model_len, architecture.max_model_len
     )
-    return KVCacheLayout.of(architecture, config, length), length
+    return KVCacheLayout.of(own, config, length), length
 
 
 def _kv_bytes(checkpoint: Checkpoint, config: EngineConfig) -> int:
-    """Size of the KV cache: at most what all sequences at full length would fill."""
     layout, length = _layout(checkpoint, config)
-    most = config.max_num_seqs * layout.table_blocks(length)
     nbytes = config.kv_cache_bytes or free_kv_bytes(torch.device(config.device))
     architecture = architecture_of(checkpoint.config)
-    states = state_slots(architecture, config, length, nbytes)
-    states *= state_bytes(architecture, config.dtype)
-    return min(nbytes, states + most * layout.block_bytes)
+    blocks, states = cache_sizes(architecture, config, layout, length, nbytes)
+    return blocks * layout.block_bytes + states * state_bytes(architecture, config.dtype)
 
 
 def _would_fit(room: int, checkpoint: Checkpoint, config: EngineConfig) -> str:

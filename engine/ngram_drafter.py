@@ -10,11 +10,23 @@ Source: Saxena, "Prompt Lookup Decoding", 2023; the draft grows with the match a
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 _SHORTEST = 2  # tokens that must agree
 _LONGEST = 32  # tokens that are compared
 _CANDIDATES = 16  # places that are compared, the newest first
 _SHIFT = 32  # bits of a token id in a key
+
+
+@dataclass(frozen=True)
+class Draft:
+    """Tokens that may follow a sequence.
+
+    agreeing: how many tokens before them agree with those before the place where they were found.
+    """
+
+    tokens: tuple[int, ...]
+    agreeing: int
 
 
 class NgramDrafter:
@@ -50,7 +62,7 @@ class NgramDrafter:
             before.append(newest.get(key, 0))
             newest[key] = end
 
-    def propose(self, limit: int) -> tuple[int, ...]:
+    def propose(self, limit: int) -> Draft | None:
         """Up to ``limit`` tokens that may follow: no more than twice as many as agree before them.
 
         Of the newest places where the last tokens stood before, the one where most of them agree.
@@ -68,12 +80,12 @@ class NgramDrafter:
                     break
             end = self._before[end - 1]
         if length < _SHORTEST:
-            return ()
+            return None
         count = min(limit, 2 * length)
         draft = tokens[best : best + count]
         while len(draft) < count:  # what repeats without a pause goes on repeating
             draft += draft[: count - len(draft)]
-        return tuple(draft)
+        return Draft(tuple(draft), length)
 
     def _agreeing(self, end: int) -> int:
         """How many tokens before ``end`` are those before the end of all."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
+from nybble.engine.parallel import TensorParallel
 from nybble.engine.routing import choose_experts
 from nybble.kernels.attention_batch import AttentionBatch
 from nybble.kernels.backend import Backend
@@ -36,7 +37,7 @@ States = tuple[Tensor, ...]
 class Step:
     """What the parts read beside hidden states.
 
-    rotary: for each kind of rotary embedding, cos and sin ``(2, tokens, rotary_dim)``.
+    rotary: for each kind of rotary embedding, cos and sin, each ``(tokens, rotary_dim)``.
     query_scales: for each kind, what rotated queries are multiplied by ``(tokens,)``, or None.
     caches, batches: of each layer with attention.
     adapters: None if no row uses one.
@@ -44,7 +45,7 @@ class Step:
     state_batch: what these layers read and write; None if there are none.
     """
 
-    rotary: Sequence[Tensor]
+    rotary: Sequence[tuple[Tensor, Tensor]]
     query_scales: Sequence[Tensor | None]
     caches: Sequence[KVCache]
     batches: Sequence[AttentionBatch]
@@ -71,7 +72,7 @@ class NormPart(Protocol):
 class RmsNormPart:
     weight: Tensor
     eps: float
-    offset: float
+    offset: float | None
     backend: Backend
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -92,6 +93,30 @@ class LayerNormPart:
 
     def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         return add_layer_norm(x, residual, self.weight, self.bias, self.eps)
+
+
+@dataclass(frozen=True)
+class AllHeadsNormPart:
+    """A norm of all heads together, of which this rank has some.
+
+    whole: norms all of them. first, last: which of its outputs are this rank's.
+    copies: how many ranks have the same heads.
+    """
+
+    whole: NormPart
+    group: TensorParallel
+    first: int
+    last: int
+    copies: int
+
+    def __call__(self, x: Tensor) -> Tensor:
+        ranks = self.group.gather(x).view(len(x), self.group.size, -1)
+        normed = self.whole(ranks[:, :: self.copies].flatten(1))
+        return normed[:, self.first : self.last].contiguous()
+
+    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        residual = residual + x
+        return self(residual), residual
 
 
 def norm_part(norm: Norm, weight: Tensor, bias: Tensor | None, backend: Backend) -> NormPart:
@@ -128,6 +153,7 @@ class AttentionPart:
     sinks: float32 ``(heads,)``, or None.
     layer: index of the KV cache and of the metadata that it uses, among layers with attention.
     rope: index of the step's rotary embedding it uses.
+    output: the projection of all heads' values, with the adapters on it.
     """
 
     about: Attention
@@ -137,14 +163,14 @@ class AttentionPart:
     qkv: Projection
     q_norm: NormPart | None
     k_norm: NormPart | None
-    output: Projection
+    output: Callable[[Tensor, StepAdapters | None], Tensor]
     backend: Backend
 
     def __call__(self, x: Tensor, step: Step) -> Tensor:
         about = self.about
         qkv = self.qkv(x, step.adapters).view(x.shape[0], -1, about.head_dim)
         queries = 2 * about.heads if about.gated else about.heads
-        q, k, v = torch.split(qkv, [queries, about.kv_heads, about.kv_heads], dim=1)
+        q, k, v = qkv.split_with_sizes((queries, about.kv_heads, about.kv_heads), 1)
         gate = None
         if about.gated:
             q, gate = q[:, ::2].contiguous(), q[:, 1::2]

@@ -6,7 +6,7 @@ preempted and computed again, it is read again, which gives the same result.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -22,9 +22,9 @@ from nybble.loaders.model_files import embedding_modules
 if TYPE_CHECKING:
     from nybble.engine.decoder import Decoder
 
-# Logits of a prompt in memory at once: a chunk of 512 tokens would have 300 MB for a vocabulary of
-# 150,000.
-_MAX_LOGITS_BYTES = 64 << 20
+# Logits of a prompt in memory at once, and as much again for log probabilities: of a chunk of 512
+# tokens the logits alone would be 300 MB for a vocabulary of 150,000.
+_MAX_LOGITS_BYTES = 32 << 20
 
 
 class PromptReader(Protocol):
@@ -35,6 +35,20 @@ class PromptReader(Protocol):
     def read(self, decoder: Decoder, hidden: Tensor, start: int) -> None:
         """Take hidden states ``(tokens, hidden)`` of the prompt's positions from ``start`` on."""
         ...
+
+    def logit_rows(self, tokens: int, start: int) -> int:
+        """Of how many of so many positions, from the first, :meth:`read` wants logits.
+
+        It asks for those of :func:`logit_chunks`, as other ranks must know.
+        """
+        ...
+
+
+def logit_chunks(rows: int, vocab: int) -> Iterator[tuple[int, int]]:
+    """So many rows in pieces, the logits of which are in memory one piece at a time."""
+    step = max(1, _MAX_LOGITS_BYTES // (4 * vocab))
+    for first in range(0, rows, step):
+        yield first, min(first + step, rows)
 
 
 class LogprobReader:
@@ -61,22 +75,23 @@ class LogprobReader:
         targets = send(
             self._prompt[start + 1 : start + 1 + len(hidden)], torch.int64, hidden.device
         )
-        step = max(1, _MAX_LOGITS_BYTES // (4 * vocab))
-        for first in range(0, len(targets), step):
-            wanted = targets[first : first + step]
-            logits = decoder.logits(hidden[first : first + len(wanted)])
-            at = slice(start + first, start + first + len(wanted))
-            self._write(at, logits, wanted)
+        for first, last in logit_chunks(len(targets), vocab):
+            logits = decoder.logits(hidden[first:last])
+            self._write(slice(start + first, start + last), logits, targets[first:last])
+
+    def logit_rows(self, tokens: int, start: int) -> int:
+        return min(tokens, len(self._prompt) - 1 - start)
 
     def _write(self, at: slice, logits: Tensor, targets: Tensor) -> None:
         assert self._found is not None
         logprobs, ranks, top_logprobs, top_ids = self._found
-        total = logits.logsumexp(-1)
+        # On a GPU the order of its sum, unlike logsumexp's, does not depend on the number of rows.
+        normed = torch.log_softmax(logits, dim=-1)
         own = logits.gather(1, targets[:, None])
-        logprobs[at] = own[:, 0] - total
+        logprobs[at] = normed.gather(1, targets[:, None])[:, 0]
         ranks[at] = (logits > own).sum(-1, dtype=torch.int32) + 1
         top = logits.topk(top_ids.shape[1])
-        top_logprobs[at] = top.values - total[:, None]
+        top_logprobs[at] = normed.gather(1, top.indices)
         top_ids[at] = top.indices.int()
 
     def result(self) -> PromptLogprobs:
@@ -100,6 +115,9 @@ class EmbeddingReader:
             self._sum = part if self._sum is None or start == 0 else self._sum + part
         elif start + len(hidden) == self._length:
             self._sum = decoder.final_norm(hidden[-1:]).float()[0]
+
+    def logit_rows(self, tokens: int, start: int) -> int:
+        return 0
 
     def result(self) -> Embedding:
         """Once the whole prompt was read; waits for the device."""

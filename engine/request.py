@@ -90,6 +90,7 @@ class SamplingParams:
         part of the output text.
     ignore_eos: whether the model's end tokens do not end the sequence.
     skip_special_tokens: whether special tokens are left out of the text.
+    shown_special_tokens: ids of special tokens that are in the text although others are left out.
     spaces_between_special_tokens: whether the decoder may put spaces between special tokens that
         follow each other, if they are not left out.
     logprobs: how many alternatives to report per token (0–20); None for no logprobs at all.
@@ -118,6 +119,7 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     skip_special_tokens: bool = True
+    shown_special_tokens: frozenset[int] = frozenset()
     spaces_between_special_tokens: bool = True
     logprobs: int | None = None
     logprob_token_ids: tuple[int, ...] = ()
@@ -197,7 +199,11 @@ class NotANumberError(NoTokenError):
 
 
 class Guide(Protocol):
-    """Restricts the output of one sequence. Used by the engine thread alone."""
+    """Restricts the output of one sequence. Used by the engine thread alone, but for ``fork``."""
+
+    def fork(self) -> Guide:
+        """Another at the same place, for another sequence."""
+        ...
 
     def allowed(self) -> Tensor:
         """The tokens that may come next, bool ``(vocab,)`` on the CPU. Never raises."""
@@ -305,6 +311,7 @@ class RequestOutput:
     queue_seconds: how long the request waited before its first step.
     prompt_logprobs: of the whole prompt, with the first output, if asked for.
     embedding: float32 ``(hidden,)`` of unit length, if asked for.
+    stop_string: the one of ``stop`` that ended it, in the last output.
     draft_tokens, accepted_draft_tokens: verified so far, and those that were what the model says.
     """
 
@@ -318,5 +325,6 @@ class RequestOutput:
     queue_seconds: float = 0.0
     prompt_logprobs: PromptLogprobs | None = None
     embedding: Embedding | None = None
+    stop_string: str | None = None
     draft_tokens: int = 0
     accepted_draft_tokens: int = 0

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from nybble.models import Rope
-
-# Inverse frequencies, and what cos and sin are multiplied by.
-_Frequencies = Callable[..., tuple[Tensor, float]]
 
 
 def rotary_table(rope: Rope, length: int, device: torch.device) -> Tensor:
@@ -22,25 +16,32 @@ def rotary_table(rope: Rope, length: int, device: torch.device) -> Tensor:
     Both halves of the last dimension hold the same angles. A ``longrope`` table that goes beyond
     the original length has the long factors throughout.
     """
+    inverse, scaling = _frequencies(rope, length, device)
+    angles = torch.arange(length, device=device)[:, None] * inverse.to(device, torch.float32)
+    angles = torch.cat((angles, angles), dim=-1)
+    table: Tensor = torch.stack((angles.cos(), angles.sin())) * scaling
+    return table
+
+
+def _frequencies(rope: Rope, length: int, device: torch.device) -> tuple[Tensor, float]:
+    """The angle of each pair at position 1, and what cos and sin are multiplied by."""
+    kind = rope.parameters["rope_type"]
+    if kind == "default":
+        # As transformers' models have it. Importing one of them would take seconds at every start.
+        exponents = torch.arange(0, rope.rotary_dim, 2, dtype=torch.float32) / rope.rotary_dim
+        return 1.0 / rope.parameters["rope_theta"] ** exponents, 1.0
     # transformers' functions read these settings of a config and no other.
     config = LlamaConfig(
         head_dim=rope.rotary_dim,
         rope_parameters=dict(rope.parameters),
         max_position_embeddings=rope.max_position_embeddings,
     )
-    kind = rope.parameters["rope_type"]
-    frequencies: _Frequencies = LlamaRotaryEmbedding.compute_default_rope_parameters
-    if kind != "default":
-        frequencies = ROPE_INIT_FUNCTIONS[kind]
     longest = min(length, rope.original_length + 1) if kind == "longrope" else None
-    inverse, scaling = frequencies(config, device=device, seq_len=longest)
+    inverse, scaling = ROPE_INIT_FUNCTIONS[kind](config, device=device, seq_len=longest)
     if longest is not None:  # Phi-3.5-MoE has factors of its own
         mscale = "long_mscale" if longest > rope.original_length else "short_mscale"
         scaling = float(rope.parameters.get(mscale) or scaling)
-    angles = torch.arange(length, device=device)[:, None] * inverse.to(device, torch.float32)
-    angles = torch.cat((angles, angles), dim=-1)
-    table: Tensor = torch.stack((angles.cos(), angles.sin())) * scaling
-    return table
+    return inverse, scaling
 
 
 def query_scale_table(rope: Rope, length: int, device: torch.device) -> Tensor | None:

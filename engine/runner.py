@@ -12,9 +12,10 @@ from nybble.engine.adapter_slots import AdapterSlots
 from nybble.engine.config import EngineConfig, resolve_device
 from nybble.engine.decoder import Decoder
 from nybble.engine.graphs import Capture, DecodeGraphs, bucket_sizes, cuda_capture
-from nybble.engine.inputs import InputBuffers, StepInputs
+from nybble.engine.inputs import InputBuffers, StepInputs, StepMessage
 from nybble.engine.kv_cache import KVCacheLayout
 from nybble.engine.parts import KVCache, States
+from nybble.engine.prompt_reader import logit_chunks
 from nybble.engine.scheduler import ScheduledBatch, StepKind
 from nybble.kernels.attention_batch import AttentionBatch
 from nybble.kernels.cpu.huge_pages import empty_in_huge_pages
@@ -51,13 +52,17 @@ class ModelRunner:
         num_blocks: int,
         adapters: AdapterSlots | None = None,
         num_states: int = 0,
+        device: torch.device | None = None,
     ) -> None:
+        """device: None for the config's."""
         self.adapters = adapters
         self.layout = layout
         self.decoder = decoder
-        self.device = resolve_device(config.device)
+        self.device = device or resolve_device(config.device)
         self._max_num_seqs = config.max_num_seqs
         self._max_batched_tokens = config.max_batched_tokens
+        # Kernels of one order have one configuration for all numbers of rows, and no other.
+        self._one_order = config.deterministic
         self._tune = config.tune
         self._max_blocks = -(-decoder.max_model_len // config.block_size)
 
@@ -128,6 +133,19 @@ class ModelRunner:
             row += item.num_tokens
         return self._logits(hidden, inputs)
 
+    def follow(self, message: StepMessage) -> None:
+        """Compute this rank's part of a step that :meth:`run` computes at rank 0."""
+        inputs = self._inputs.follow(message)
+        if message.padded_to and self._graphs is not None:
+            self._graphs.run(message.padded_to, inputs.lora is not None)
+            return
+        hidden = self._forward(inputs)
+        for first, count in message.reads:
+            read = hidden[first : first + count]
+            for start, stop in logit_chunks(count, self.decoder.architecture.vocab):
+                self.decoder.logits(read[start:stop])
+        self._logits(hidden, inputs)
+
     def _compute(self, inputs: StepInputs) -> Tensor:
         return self._logits(self._forward(inputs), inputs)
 
@@ -168,12 +186,14 @@ class ModelRunner:
         from nybble.kernels.triton.warmup import warmup
 
         with torch.inference_mode():
-            weights = list(self.decoder.packed_weights())
-            if self._tune:
-                tune_unknown(weights, self._dtype, self._max_batched_tokens, progress=progress)
-            # Every family here has one activation in all its layers.
-            activation = self.decoder.architecture.layers[0].mlp.activation
-            warmup(weights, self._dtype, self._max_batched_tokens, activation, progress=progress)
+            if not self._one_order:
+                weights = list(self.decoder.packed_weights())
+                if self._tune:
+                    tune_unknown(weights, self._dtype, self._max_batched_tokens, progress=progress)
+                # Every family here has one activation in all its layers.
+                activation = self.decoder.architecture.layers[0].mlp.activation
+                most = self._max_batched_tokens
+                warmup(weights, self._dtype, most, activation, progress=progress)
             for tokens, seqs in track(self._warm_up_sizes(), "Compiling kernels", progress):
                 inputs = self._idle_prefill(tokens, seqs)
                 self._compute(inputs)

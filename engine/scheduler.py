@@ -29,6 +29,7 @@ from enum import Enum
 from nybble.engine.adapter_cache import AdapterCache, AdapterVersion
 from nybble.engine.block_manager import BlockManager
 from nybble.engine.fair_queue import OUTPUT_COST, PROMPT_COST, FairQueue
+from nybble.engine.ngram_drafter import Draft
 from nybble.engine.prompt_reader import PromptReader
 from nybble.engine.sequence import NOTHING_CACHED, CachedPrefix, Sequence, SequenceStatus
 from nybble.engine.speculation import Speculation
@@ -66,7 +67,8 @@ class ScheduledSequence:
     completes: whether they reach the last token known.
     samples: whether a next token is sampled, which a request for the prompt alone does not.
     num_logits: the last positions after which a token is sampled.
-    draft: tokens that may follow the last token known.
+    draft: tokens that may follow the last token known, and are verified.
+    proposal: what was drafted, of which ``draft`` is the beginning or nothing.
     prompt_reader: reads the hidden states of these positions, if the request wants something of its
     prompt.
     """
@@ -80,17 +82,23 @@ class ScheduledSequence:
     num_logits: int
     prompt_reader: PromptReader | None = None
     draft: tuple[int, ...] = ()
+    proposal: Draft | None = None
 
     @classmethod
     def of(
-        cls, sequence: Sequence, num_tokens: int, draft: tuple[int, ...] = ()
+        cls,
+        sequence: Sequence,
+        num_tokens: int,
+        proposal: Draft | None = None,
+        verified: int = 0,
     ) -> ScheduledSequence:
-        """The next ``num_tokens`` tokens of a sequence as it is now, then a draft of it."""
-        if draft:
-            kind, tokens = StepKind.VERIFY, num_tokens + len(draft)
-            start = sequence.num_computed_tokens
-            return cls(sequence, kind, start, tokens, True, True, 1 + len(draft), draft=draft)
+        """The next ``num_tokens`` tokens of a sequence as it is now, then some of its proposal."""
         start = sequence.num_computed_tokens
+        if proposal is not None:
+            draft = proposal.tokens[:verified]
+            kind = StepKind.VERIFY if draft else StepKind.DECODE
+            tokens, logits = num_tokens + verified, 1 + verified
+            return cls(sequence, kind, start, tokens, True, True, logits, None, draft, proposal)
         completes = num_tokens == sequence.num_uncomputed_tokens
         samples = completes and sequence.max_tokens > 0
         reader = sequence.prompt_reader if start < sequence.num_prompt_tokens else None
@@ -112,7 +120,8 @@ ScheduledBatch = list[ScheduledSequence]
 class _Plan:
     """A step in the making.
 
-    budget: tokens left. tokens: planned of each sequence. drafts: planned beside them. preempted:
+    budget: tokens left. tokens: planned of each sequence. drafts: proposed beside them, and how
+    many tokens of each are verified. preempted:
     whether a running sequence lost its blocks for want of others, after which nobody is admitted.
     slotless, blockless: the sequences which found no adapter slot, and those which found too few
     free blocks.
@@ -120,7 +129,7 @@ class _Plan:
 
     budget: int
     tokens: Counter[Sequence] = field(default_factory=Counter)
-    drafts: dict[Sequence, tuple[int, ...]] = field(default_factory=dict)
+    drafts: dict[Sequence, tuple[Draft, int]] = field(default_factory=dict)
     preempted: bool = False
     slotless: list[Sequence] = field(default_factory=list)
     blockless: list[Sequence] = field(default_factory=list)
@@ -168,7 +177,7 @@ class Scheduler:
         if self.speculation is not None and not plan.preempted:
             self._draft(plan, self.speculation)
         batch = [
-            ScheduledSequence.of(sequence, plan.tokens[sequence], plan.drafts.get(sequence, ()))
+            ScheduledSequence.of(sequence, plan.tokens[sequence], *plan.drafts.get(sequence, ()))
             for sequence in self.running
             if plan.tokens[sequence]
         ]
@@ -211,18 +220,18 @@ class Scheduler:
             decodes = plan.tokens[sequence] == sequence.num_uncomputed_tokens == 1
             if decodes and sequence.prompt_reader is None:
                 draft = sequence.draft(min(speculation.max_tokens, left))
-                if draft:
+                if draft is not None:
                     drafts[sequence] = draft
-                    left -= len(draft)
+                    left -= len(draft.tokens)
         if not drafts:
             return
         rows = plan.tokens.total()
-        known = [(len(draft), each.acceptance.share) for each, draft in drafts.items()]
+        known = [(draft, each.acceptance) for each, draft in drafts.items()]
         lengths = speculation.lengths(rows, known)
         for (sequence, draft), length in zip(drafts.items(), lengths, strict=True):
             reached = sequence.num_computed_tokens + 1 + length
-            if length and self.block_manager.grow(sequence, reached):
-                plan.drafts[sequence] = draft[:length]
+            fits = length and self.block_manager.grow(sequence, reached)
+            plan.drafts[sequence] = draft, length if fits else 0
 
     def _rank(self, sequence: Sequence) -> tuple[bool, float]:
         """The lowest comes first: who was overtaken too often, then by its finish tag."""
@@ -233,7 +242,8 @@ class Scheduler:
         known = sequence.num_computed_tokens
         if sequence.status is SequenceStatus.WAITING:
             known = self._cached_prefix(sequence).tokens
-        return self.waiting.counter_after(sequence, PROMPT_COST * (len(sequence.token_ids) - known))
+        cost = PROMPT_COST * (len(sequence.token_ids) - known)
+        return sequence.counter.value + cost / sequence.weight
 
     def _cached_prefix(self, sequence: Sequence) -> CachedPrefix:
         """What the prefix cache holds of a waiting sequence, or held a while ago.
@@ -274,7 +284,8 @@ class Scheduler:
         """Charge what was not charged yet: a tenant does not pay for being preempted."""
         charged = sequence.num_charged_tokens
         sequence.num_charged_tokens = max(charged, min(reached, sequence.num_prompt_tokens))
-        self.waiting.charge(sequence, PROMPT_COST * (sequence.num_charged_tokens - charged))
+        cost = PROMPT_COST * (sequence.num_charged_tokens - charged)
+        sequence.counter.value += cost / sequence.weight
 
     def _admit_one(self, plan: _Plan, tenant: str) -> bool:
         """Let the first of a tenant's sequences that can run begin; whether there was one.
@@ -499,7 +510,7 @@ class Scheduler:
         """
         sequence = item.sequence
         if item.samples:
-            self.waiting.charge(sequence, OUTPUT_COST * sampled)
+            sequence.counter.value += OUTPUT_COST * sampled / sequence.weight
         before = sequence.num_computed_tokens
         rejected = len(item.draft) + 1 - max(sampled, 1) if item.draft else 0
         sequence.num_computed_tokens += item.num_tokens - rejected

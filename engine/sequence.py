@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from hashlib import blake2b
 
 from nybble.engine.adapter_cache import AdapterVersion
 from nybble.engine.detokenizer import Detokenizer
-from nybble.engine.ngram_drafter import NgramDrafter
+from nybble.engine.ngram_drafter import Draft, NgramDrafter
 from nybble.engine.prompt_reader import EmbeddingReader, LogprobReader
 from nybble.engine.request import FinishReason, Request, RequestOutput
 from nybble.engine.sampler import Sampled, SequenceSampler
@@ -55,10 +55,18 @@ class BlockTable:
         return self.blocks[self.num_unseen :]
 
 
+@dataclass
+class VirtualCounter:
+    """What a tenant was served, in tokens divided by its weight; see :mod:`.fair_queue`."""
+
+    value: float = 0.0
+
+
 class Sequence:
     """Mutable state of one request; owned by the engine thread.
 
     stop_token_ids: tokens that end it, those of the model's vocabulary and those the request names.
+    counter: of its tenant, whose sequences share it; settled when it is queued.
     num_computed_tokens: leading tokens whose keys and values are in the cache.
     num_charged_tokens: leading tokens of the prompt that its tenant need not pay for (again).
     block_tables: its KV blocks in each group of layers, all of the same length; another, empty
@@ -87,6 +95,7 @@ class Sequence:
         self.request_id = request.request_id
         self.tenant = request.tenant
         self.weight = request.weight
+        self.counter = VirtualCounter()
         self.max_tokens = max_tokens
         self.stop_token_ids = stop_token_ids
         self.detokenizer = detokenizer
@@ -151,17 +160,18 @@ class Sequence:
         """1 while decoding; more while the prompt (or a preempted sequence) is prefilled."""
         return len(self.token_ids) - self.num_computed_tokens
 
-    def draft(self, limit: int) -> tuple[int, ...]:
+    def draft(self, limit: int) -> Draft | None:
         """Up to ``limit`` tokens that may follow its newest, none of which its guide forbids."""
         # The last token that it may have is sampled and never drafted.
         limit = min(limit, self.max_tokens - self.num_output_tokens - 1)
         if self.drafter is None or limit <= 0:
-            return ()
+            return None
         self.drafter.extend(self.token_ids[len(self.drafter) :])
-        tokens = self.drafter.propose(limit)
-        if tokens and (guide := self.request.guide) is not None:
-            tokens = tokens[: guide.accepts(tokens)]
-        return tokens
+        draft = self.drafter.propose(limit)
+        if draft is not None and (guide := self.request.guide) is not None:
+            allowed = draft.tokens[: guide.accepts(draft.tokens)]
+            return replace(draft, tokens=allowed) if allowed else None
+        return draft
 
     @property
     def goes_on(self) -> bool:
@@ -211,6 +221,7 @@ class Sequence:
             queue_seconds=self.queue_seconds,
             prompt_logprobs=reader.result() if isinstance(reader, LogprobReader) else None,
             embedding=reader.result() if isinstance(reader, EmbeddingReader) else None,
+            stop_string=None if reason is None else self.detokenizer.stopped_by,
             draft_tokens=self.acceptance.drafted,
             accepted_draft_tokens=self.acceptance.accepted,
         )

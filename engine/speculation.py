@@ -6,16 +6,21 @@ draft that is certain of its tokens, that is rejection sampling.
 
 A step over several rows takes longer than one over few, and a draft token that is rejected was
 computed in vain. Both are measured while the engine runs: the seconds of a step by its rows, and
-for each sequence the share of draft tokens that was accepted. A step verifies as many draft tokens
-as make the most tokens a second, which may be none: under load a row costs more than it earns.
+how often draft tokens are right, by how many tokens agree before them. A step verifies as many
+draft tokens as make the most tokens a second, which may be none: under load a row costs more than
+it earns. A draft that is not verified teaches as well: its first token is compared with the one
+that was sampled.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence as Several
 from dataclasses import dataclass
+from itertools import accumulate
+from operator import mul
 
+from nybble.engine.ngram_drafter import Draft
 from nybble.engine.request import NoTokenError
 from nybble.engine.sampler import Sampled
 
@@ -24,6 +29,18 @@ from nybble.engine.sampler import Sampled
 _OWN, _COMMON = 0.3, 0.1
 # A longer step than expected by this factor was held up by something else.
 _OUTLIER = 4.0
+# A step with drafts must promise so much more than one without: the most promising of several
+# estimates is too high on average.
+_MARGIN = 1.03
+
+# How many tokens agree before a draft token, and what is taken for its chance until it is known,
+# with the weight of so many observations. An observation's weight falls with each later one.
+_AGREEING = (2, 3, 4, 6, 8, 12, 16, 24)
+_FIRST_GUESS = (0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.8, 0.9)
+_GUESS_WEIGHT, _KEPT = 8.0, 0.98
+# A sequence's own chances differ from those of all by what it got over what was to be expected;
+# both begin with so many tokens.
+_CAUTION, _OWN_KEPT, _HIGHEST = 1.0, 0.95, 0.98
 
 
 class StepCosts:
@@ -63,26 +80,48 @@ class StepCosts:
         return self._seconds[at - 1] * (1 - part) + self._seconds[at] * part
 
 
+class Odds:
+    """How often draft tokens are right, in all sequences, by how many tokens agree before them."""
+
+    def __init__(self) -> None:
+        self._tries = [_GUESS_WEIGHT] * len(_AGREEING)
+        self._right = [_GUESS_WEIGHT * guess for guess in _FIRST_GUESS]
+
+    def of(self, agreeing: int) -> float:
+        """The chance of a draft token before which so many agree (at least 2)."""
+        at = bisect_right(_AGREEING, agreeing) - 1
+        return self._right[at] / self._tries[at]
+
+    def observe(self, agreeing: int, right: bool) -> None:
+        """Learn from a draft token all before which were right."""
+        at = bisect_right(_AGREEING, agreeing) - 1
+        self._tries[at] = _KEPT * self._tries[at] + 1
+        self._right[at] = _KEPT * self._right[at] + right
+
+
 @dataclass
 class Acceptance:
     """What became of one sequence's draft tokens.
 
     drafted, accepted: how many were verified, and how many of them were what the model says.
-    share: of accepted ones, the newest counting most. What follows a rejected token was not tried
-        and does not count.
+    right, expected: how many were right, and would have been by the odds of all sequences; the
+        newest count most, and those that were not verified count too.
     """
 
     drafted: int = 0
     accepted: int = 0
-    share: float = 0.5
+    right: float = 0.0
+    expected: float = 0.0
 
-    def observe(self, drafted: int, accepted: int) -> None:
-        self.drafted += drafted
-        self.accepted += accepted
-        for _ in range(accepted):
-            self.share += 0.1 * (1 - self.share)
-        if accepted < drafted:
-            self.share -= 0.2 * self.share
+    def chance(self, odds: float) -> float:
+        """A draft token's, if its odds in all sequences are these."""
+        own = odds * (self.right + _CAUTION) / (self.expected + _CAUTION)
+        return min(own, _HIGHEST)
+
+    def observe(self, odds: float, right: bool) -> None:
+        """Learn from a draft token all before which were right."""
+        self.right = _OWN_KEPT * self.right + right
+        self.expected = _OWN_KEPT * self.expected + odds
 
 
 def accepted(
@@ -104,52 +143,69 @@ def accepted(
 class Speculation:
     """Decides how many draft tokens are verified.
 
-    max_tokens: the most of one sequence in one step. adaptive: whether costs decide; otherwise all
-    drafts are verified.
+    max_tokens: the most of one sequence in one step. adaptive: whether costs and chances decide;
+    otherwise all drafts are verified.
     """
 
     def __init__(self, max_tokens: int, *, adaptive: bool) -> None:
         self.max_tokens = max_tokens
-        self._costs = StepCosts() if adaptive else None
+        self._adaptive = adaptive
+        self._costs = StepCosts()
+        self._odds = Odds()
 
     def observe(self, rows: int, seconds: float) -> None:
         """Learn from a step."""
-        if self._costs is not None:
+        if self._adaptive:
             self._costs.observe(rows, seconds)
 
-    def lengths(self, rows: int, drafts: Several[tuple[int, float]]) -> list[int]:
+    def observe_tokens(self, draft: Draft, tokens: Several[int], acceptance: Acceptance) -> None:
+        """Learn from the tokens that followed where ``draft`` was proposed (one or more).
+
+        draft: all of it, whether it was verified or not.
+        """
+        if not self._adaptive:
+            return
+        for place, (token, found) in enumerate(zip(draft.tokens, tokens, strict=False)):
+            agreeing = draft.agreeing + place
+            acceptance.observe(self._odds.of(agreeing), token == found)
+            self._odds.observe(agreeing, token == found)
+            if token != found:
+                break
+
+    def lengths(self, rows: int, drafts: Several[tuple[Draft, Acceptance]]) -> list[int]:
         """How many tokens of each draft to verify; see :func:`draft_lengths`."""
-        if self._costs is None:
-            return [length for length, _ in drafts]
-        return draft_lengths(self._costs, rows, drafts)
+        if not self._adaptive:
+            return [len(draft.tokens) for draft, _ in drafts]
+        chances = []
+        for draft, acceptance in drafts:
+            shares = (
+                acceptance.chance(self._odds.of(draft.agreeing + place))
+                for place in range(len(draft.tokens))
+            )
+            chances.append(list(accumulate(shares, mul)))
+        return draft_lengths(self._costs, rows, chances)
 
 
-def draft_lengths(costs: StepCosts, rows: int, drafts: Several[tuple[int, float]]) -> list[int]:
+def draft_lengths(costs: StepCosts, rows: int, chances: Several[Several[float]]) -> list[int]:
     """How many of each sequence's draft tokens to verify, so that tokens a second are most.
 
-    rows: of the step without drafts. drafts: for each sequence the tokens drafted and its share of
-    accepted ones.
+    rows: of the step without drafts. chances: for each sequence and each token of its draft, that
+    it and all before it are accepted.
     """
-    # The n-th draft token of a sequence is worth something only if all before it are accepted.
-    worth = sorted(
-        (
-            (share**place, index)
-            for index, (length, share) in enumerate(drafts)
-            for place in range(1, length + 1)
-        ),
-        reverse=True,
-    )
-    expected = float(len(drafts))
     base = costs.of(rows)
-    best, count = expected / base if base else 0.0, 0
     if base is None:
-        return [length for length, _ in drafts]
+        return [len(own) for own in chances]
+    worth = sorted(
+        ((chance, index) for index, own in enumerate(chances) for chance in own), reverse=True
+    )
+    expected = float(len(chances))
+    best, count = _MARGIN * expected / base, 0
     for taken, (value, _) in enumerate(worth, 1):
         expected += value
         rate = expected / (costs.of(rows + taken) or base)
         if rate > best:
             best, count = rate, taken
-    lengths = [0] * len(drafts)
+    lengths = [0] * len(chances)
     for _, index in worth[:count]:
         lengths[index] += 1
     return lengths

@@ -96,7 +96,8 @@ def cache_sizes(
 ) -> tuple[int, int]:
     """Blocks, and slots for states, of a cache of ``nbytes``. Raises ValueError if too few."""
     slots = state_slots(architecture, config, max_model_len, nbytes)
-    return layout.blocks_in(nbytes - slots * state_bytes(architecture, config.dtype)), slots
+    left = nbytes - slots * state_bytes(architecture, config.dtype)
+    return layout.blocks_for(left, config.max_num_seqs, max_model_len), slots
 
 
 class StateCache:

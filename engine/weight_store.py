@@ -8,10 +8,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from nybble.engine.parallel import mlps
 from nybble.kernels import DenseWeight, PackedWeight
 from nybble.kernels.matmul import gated_layout, preferred_layout
 from nybble.kernels.packed import Weight
-from nybble.models import Architecture, Linear, LinearGroup, Mixture, Mlp
+from nybble.models import Architecture, Linear, LinearGroup
 
 
 class WeightStore:
@@ -32,7 +33,7 @@ class WeightStore:
         gated = {
             architecture.module(index, mlp.up.name)
             for index, layer in enumerate(architecture.layers)
-            for mlp in _mlps(layer.mlp)
+            for mlp in mlps(layer.mlp)
             if mlp.gated
         }
         self._weights: dict[str, PackedWeight | DenseWeight | Tensor] = {}
@@ -117,13 +118,6 @@ class WeightStore:
                 f"the checkpoint has {len(names)} weights this architecture does not use, "
                 f"the first is {names[0]}"
             )
-
-
-def _mlps(mlp: Mlp | Mixture) -> Iterable[Mlp]:
-    """The MLPs of a layer."""
-    if isinstance(mlp, Mlp):
-        return (mlp,)
-    return mlp.experts if mlp.shared is None else (*mlp.experts, mlp.shared)
 
 
 def _separate(weights: tuple[Weight, ...], group: LinearGroup) -> tuple[Weight, ...]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from nybble.kernels import reference
 from nybble.kernels.activation import Activation
 from nybble.kernels.attention_batch import AttentionBatch
+from nybble.kernels.cpu.deterministic import deterministic_library
 from nybble.kernels.cpu.library import library
 from nybble.kernels.lora_batch import LoRABatch
 from nybble.kernels.packed import GroupedKernel, LinearKernel, Weight
@@ -44,10 +45,12 @@ class Backend(Protocol):
         """A linear layer of every expert, all of one size: bound to its kernel once."""
         ...
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor: ...
+    def rms_norm(
+        self, x: Tensor, weight: Tensor, eps: float, offset: float | None = None
+    ) -> Tensor: ...
 
     def add_rms_norm(
-        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float = 0.0
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float | None = None
     ) -> tuple[Tensor, Tensor]: ...
 
     def gated(self, gate_up: Tensor, activation: Activation) -> Tensor: ...
@@ -118,13 +121,22 @@ class Backend(Protocol):
     def sample_tokens(self, logits: Tensor, choices: Sequence[TokenChoice]) -> Tensor: ...
 
 
-def backend_for(device: torch.device, dtype: torch.dtype) -> Backend:
-    """The fastest back end for a model computed in ``dtype`` on ``device``."""
+def backend_for(
+    device: torch.device, dtype: torch.dtype, *, deterministic: bool = False
+) -> Backend:
+    """The fastest back end for a model computed in ``dtype`` on ``device``.
+
+    deterministic: one that computes a row alike in every batch, bit for bit. Raises ValueError if
+    there is none.
+    """
     if device.type == "cuda" and dtype in (torch.float16, torch.bfloat16):
         # Imported here: Triton exists for Linux only.
         from nybble.kernels.triton import backend
+        from nybble.kernels.triton import deterministic as in_one_order
 
-        return backend
+        return in_one_order if deterministic else backend
+    if deterministic:
+        return deterministic_library(dtype)
     if device.type == "cpu" and (cpu := library()) is not None:
         return cpu
     return reference

@@ -208,6 +208,22 @@ class PackedWeight:
             out_features=stop - start,
         )
 
+    def outputs(self, ranges: Sequence[tuple[int, int]]) -> PackedWeight:
+        """The outputs ``start``…``stop``−1 of each range, one after another, in the same layout.
+
+        One range of whole tiles is not copied.
+        """
+        tile, end = tile_rows(self.layout), self.out_features
+        whole = all(start % tile == 0 for start, _ in ranges)
+        whole &= all(stop % tile == 0 for _, stop in ranges[:-1])
+        whole &= ranges[-1][1] % tile == 0 or ranges[-1][1] == end
+        if self.layout == "gpu_gated_tiles" or not whole:
+            return self.to_layout("rows").outputs(ranges).to_layout(self.layout)
+        parts = [self.rows(start, stop) for start, stop in ranges]
+        stacked = parts[0] if len(parts) == 1 else stack_outputs(parts)
+        assert stacked is not None  # they are of one weight
+        return stacked
+
     def codes(self) -> Tensor:
         """The 4-bit codes, uint8 ``(out_features, columns)``, in stored column order."""
         return unpack_nibbles(self.to_layout("rows").qweight, self.columns)
@@ -276,8 +292,8 @@ def pack_int8(codes: Tensor, scales: Tensor, group_size: int) -> PackedWeight:
 def stack_outputs(weights: Sequence[PackedWeight]) -> PackedWeight | None:
     """One weight computing the concatenated outputs of several that share an input.
 
-    All must be in the ``rows`` layout. Returns None if they cannot be stacked: levels,
-    group_size, perm, scale dtype, or the presence of zeros or of a bias differ.
+    All must be in one layout, and all but the last whole tiles of it. Returns None if they cannot
+    be stacked: levels, group_size, perm, scale dtype, or the presence of zeros or of a bias differ.
     """
     first = weights[0]
 

@@ -209,22 +209,22 @@ def stretch_add(out: Tensor, rows: Tensor, gains: Tensor, shifts: Tensor) -> Non
     out[rows] = (before + (gains * before + shifts)).to(out.dtype)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float | None = None) -> Tensor:
     """Root-mean-square norm of the last dimension (Zhang and Sennrich 2019).
 
     Computed in float32 and rounded to the dtype of ``x`` before the multiplication by ``weight``,
     as in the Llama family. With an ``offset``, the multiplication is by ``offset + weight`` in
-    float32 and the result is rounded once, as in Gemma (offset 1).
+    float32 and the result is rounded once, as in Gemma (offset 1) and OLMo 2 (offset 0).
     """
     wide = x.float()
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    if offset:
+    if offset is not None:
         return (normed * (offset + weight.float())).to(x.dtype)
     return weight * normed.to(x.dtype)
 
 
 def add_rms_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float = 0.0
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float | None = None
 ) -> tuple[Tensor, Tensor]:
     """``(rms_norm(x + residual), x + residual)``."""
     total = x + residual
@@ -238,9 +238,10 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Te
     ``(..., heads, width)``, as in Cohere's norms of queries and keys. For Nemotron's layernorm1p,
     whose stored weight is centred on zero, pass the stored weight plus 1.
     """
-    if weight.dim() > 1:
-        normed = torch.nn.functional.layer_norm(x.float(), x.shape[-1:], eps=eps)
-        return (normed * weight.float()).to(x.dtype)
+    if bias is None:  # as Cohere's own, of which torch's differs in float32's last bit
+        centred = x.float() - x.float().mean(-1, keepdim=True)
+        inverse = torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
+        return (weight.float() * (centred * inverse)).to(x.dtype)
     return torch.nn.functional.layer_norm(x, weight.shape, weight, bias, eps)
 
 
@@ -252,6 +253,17 @@ def clamped_swiglu(gate_up: Tensor, alpha: float, limit: float) -> Tensor:
     gate, up = gate_up.float().chunk(2, dim=-1)
     gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
     return (gate * torch.sigmoid(alpha * gate) * (up + 1)).to(gate_up.dtype)
+
+
+def xielu(x: Tensor, alpha_p: float, alpha_n: float, beta: float, eps: float) -> Tensor:
+    """Apertus's activation (Huang and Schlag 2024), in float32 at least and rounded once.
+
+    ``alpha_p · x² + beta · x`` if x is positive, else
+    ``alpha_n · (exp(min(x, eps)) − 1 − x) + beta · x``.
+    """
+    wide = x if x.dtype == torch.float64 else x.float()
+    below = alpha_n * (torch.expm1(wide.clamp(max=eps)) - wide)
+    return (torch.where(wide > 0, alpha_p * wide.square(), below) + beta * wide).to(x.dtype)
 
 
 def add_layer_norm(

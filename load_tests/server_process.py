@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -58,16 +58,26 @@ def running_server(model: str, *options: str, cores: int | None = None) -> Itera
         process.wait()
 
 
-def write_adapters(folder: Path, model: str, count: int, targets: tuple[str, ...]) -> list[str]:
-    """Random adapters of ranks 8 and 16 in PEFT's layout, one folder each; returns their names."""
+def write_adapters(
+    folder: Path, model: str, count: int, targets: Sequence[str], ranks: Sequence[int] = (16, 8)
+) -> list[str]:
+    """Random adapters in PEFT's layout, one folder each; returns their names.
+
+    ranks: the first adapter has the first rank, and so on in turns.
+    """
     linears = architecture_of(open_checkpoint(resolve_model(model)).config).linears
     generator = torch.Generator().manual_seed(0)
     names = []
     for index in range(count):
-        rank = 8 if index % 2 else 16
+        rank = ranks[index % len(ranks)]
         path = folder / f"adapter-{index:04}"
         path.mkdir(parents=True)
-        config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": targets}
+        config = {
+            "peft_type": "LORA",
+            "r": rank,
+            "lora_alpha": rank,
+            "target_modules": list(targets),
+        }
         (path / "adapter_config.json").write_text(json.dumps(config))
         tensors = {}
         for name, each in linears.items():

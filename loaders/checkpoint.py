@@ -25,6 +25,16 @@ logger = logging.getLogger(__name__)
 Weight = PackedWeight | DenseWeight | Tensor
 
 _DENSE = frozenset(("weight", "bias"))
+# Where configs name modules that are not quantized, or have settings of their own.
+_LEFT_OUT = (
+    "dynamic",
+    "extra_config",
+    "ignore",
+    "llm_int8_skip_modules",
+    "modules_in_block_to_quantize",
+    "modules_to_not_convert",
+    "skip_modules",
+)
 
 
 class Checkpoint(Protocol):
@@ -118,6 +128,7 @@ class FolderCheckpoint:
                     unused.setdefault(ignored[leaf], []).append(name)
                 elif leaf not in known and name not in self.architecture.tensors:
                     raise self._not_read(name, leaf)
+        self._require_quantized(shards)
         if self.quantization is not None and self.quantization.in_16_bits:
             logger.warning(
                 "%s: %s weights are dequantized to 16 bits: they take twice the memory of the "
@@ -125,6 +136,8 @@ class FolderCheckpoint:
                 self.folder,
                 self.format,
             )
+        if self.quantization is not None and (remark := self.quantization.remark):
+            logger.warning("%s: %s", self.folder, remark)
         if self.quantization is not None and (rounding := self.quantization.rounding(shards)):
             logger.info("%s: %s", self.folder, rounding)
         if shards.other_parts:
@@ -141,6 +154,22 @@ class FolderCheckpoint:
                 names[0],
                 len(names),
                 reason,
+            )
+
+    def _require_quantized(self, shards: Shards) -> None:
+        """Refuse a quantization that no tensor has, unless the config leaves out modules by name.
+
+        The config is then another checkpoint's, or the files are.
+        """
+        format = self.quantization
+        if format is None or any(map(format.owns, shards.modules.values())):
+            return
+        left_out = {name for names in _LEFT_OUT for name in format.settings.get(names) or ()}
+        if left_out <= {self.architecture.head}:
+            raise CheckpointError(
+                f"{self.folder}: config.json says that the weights are quantized (quant_method "
+                f"{format.quant_method!r}), but no tensor is: remove quantization_config from it "
+                "if the weights are meant to be 16-bit, or get the files it belongs to"
             )
 
     def _not_read(self, name: str, leaf: str) -> CheckpointError:

@@ -1,5 +1,7 @@
 """A folder's config.json: of a model of texts, or of the texts' part of a multimodal one.
 
+InternLM 3 has a config of its own for what is Llama otherwise; it is read as Llama's.
+
 The language model of the wrappers here computes texts as a model of its own would. Its tensors have
 ``language_model.`` in their names, and those of the other parts are not read
 (:mod:`nybble.loaders.shards`).
@@ -11,13 +13,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, PretrainedConfig
+from transformers import AutoConfig, LlamaConfig, PretrainedConfig
 
 from nybble.loaders.errors import CheckpointError
 from nybble.loaders.formats.settings import read_object
-from nybble.models import require_family
+from nybble.models import UnsupportedModelError, require_family
 
 _WRAPPERS = frozenset(("gemma3", "llava", "mistral3", "qwen3_5", "qwen3_5_moe"))
+_INTERNLM3 = "internlm3"
 # Settings of the whole model that its language model needs.
 _SHARED = ("quantization_config", "dtype", "torch_dtype", "eos_token_id", "bos_token_id")
 
@@ -27,10 +30,15 @@ def load_config(folder: Path) -> PretrainedConfig:
     path = folder / "config.json"
     written = read_object(path)
     wrapper = _is_wrapper(written)
-    require_family(written["text_config"].get("model_type", "") if wrapper else _family(written))
+    renamed = _as_llama(written) if _family(written) == _INTERNLM3 else None
+    if renamed is None:
+        own = written["text_config"].get("model_type", "") if wrapper else _family(written)
+        require_family(own)
     try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
+        config: PretrainedConfig = (
+            AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            if renamed is None
+            else LlamaConfig.from_dict(renamed)
         )
     except Exception as error:  # each model's config class raises errors of its own
         raise CheckpointError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
@@ -45,10 +53,23 @@ def load_config(folder: Path) -> PretrainedConfig:
     return text
 
 
+def _as_llama(written: Mapping[str, Any]) -> dict[str, Any]:
+    """InternLM 3's settings under Llama's names. Raises UnsupportedModelError for other layers."""
+    bias, qkv_bias = (bool(written.get(name, False)) for name in ("bias", "qkv_bias"))
+    if bias != qkv_bias:
+        raise UnsupportedModelError(
+            f"qkv_bias is {qkv_bias} and bias is {bias}, which is not supported for {_INTERNLM3}; "
+            "expected the same"
+        )
+    about = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+    others = {name: value for name, value in written.items() if name != "auto_map"}
+    return {**others, **about, "attention_bias": bias, "mlp_bias": bias}
+
+
 def config_to_write(folder: Path) -> dict[str, Any]:
     """What config.json of a model derived from the folder's says: of the texts' part alone."""
     written = dict(read_object(folder / "config.json"))
-    if not _is_wrapper(written):
+    if not _is_wrapper(written) and _family(written) != _INTERNLM3:
         return written
     config = load_config(folder)
     return {**config.to_dict(), "model_type": config.model_type}

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import list_repo_files, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from nybble.kernels.progress import Bar
 from nybble.loaders.cache import cache_folder
 from nybble.loaders.demo import demo_from_packages
+from nybble.loaders.gguf.names import choose, models_among, parts_of
 from nybble.model_name import (
     DEFAULT_ALIASES,
     DEMO,
@@ -20,13 +20,12 @@ from nybble.model_name import (
     read_aliases,
 )
 
-_LATER_PART = re.compile(r"-(?!00001)\d{5}-of-\d{5}\.gguf$")
 _FILES = ["*.safetensors", "*.json", "tokenizer.model", "*.jinja", "merges.txt"]
 
 
 def resolve_model(name: str, *, aliases: Path | None = None, download: bool = True) -> Path:
     """The folder of a model given as a folder, a GGUF file or a folder with one, an alias,
-    ``demo``, or a hub name ``org/name``.
+    ``demo``, or a hub name ``org/name``. Of a repository of GGUF files, ``org/name:Q4_K_M`` is one.
 
     aliases: a TOML file of ``alias = "folder or hub name"`` lines; DEFAULT_ALIASES if None.
     download: False takes only what is on this machine. Raises ModelNotFoundError.
@@ -36,10 +35,7 @@ def resolve_model(name: str, *, aliases: Path | None = None, download: bool = Tr
     target = table.get(name, name)
     folder = Path(target).expanduser()
     if (file := _gguf(folder)) is not None:
-        # Imported here: reading GGUF needs a package that other models do not.
-        from nybble.loaders.gguf.folder import gguf_folder
-
-        return gguf_folder(file)
+        return _gguf_folder(file)
     if (folder / "config.json").is_file():
         return folder
     if folder.is_file():
@@ -65,25 +61,56 @@ def _gguf(path: Path) -> Path | None:
     """
     if path.is_file():
         return path if path.suffix == ".gguf" else None
-    files = [file for file in sorted(path.glob("*.gguf")) if not file.name.startswith("mmproj")]
-    models = [file for file in files if not _LATER_PART.search(file.name)]
+    models = models_among([file.name for file in path.glob("*.gguf")])
     if not models or any(path.glob("*.safetensors")):
         return None
     if len(models) > 1:
-        names = ", ".join(file.name for file in models)
+        names = ", ".join(models)
         raise ModelNotFoundError(f"{path} holds several models: give the path of one of {names}")
-    return models[0]
+    return path / models[0]
+
+
+def _gguf_folder(file: Path) -> Path:
+    # Imported here: reading GGUF needs a package that other models do not.
+    from nybble.loaders.gguf.folder import gguf_folder
+
+    return gguf_folder(file)
 
 
 def _from_hub(name: str, download: bool) -> tuple[Path | None, str]:
-    """The model's folder in the hub's cache, downloading it if need be; or None and the reason."""
+    """The model's folder in the hub's cache, downloading it if need be; or None and the reason.
+
+    Raises ModelNotFoundError for a repository of several GGUF files without a tag for one of them.
+    """
+    repository, _, tag = name.partition(":")
     try:
-        return Path(snapshot_download(name, allow_patterns=_FILES, local_files_only=True)), ""
+        cached = Path(snapshot_download(repository, allow_patterns=_FILES, local_files_only=True))
+        files = [str(file.relative_to(cached)) for file in cached.rglob("*.gguf")]
+        if not tag and any(cached.glob("*.safetensors")):
+            return cached, ""
+        chosen = choose(repository, files, tag)
+        if chosen is not None and set(parts_of(chosen)) <= set(files):
+            return _gguf_folder(cached / chosen), ""
     except (LocalEntryNotFoundError, HFValidationError):
-        if not download:
-            return None, "not on this machine"
+        pass
+    if not download:
+        return None, "not on this machine"
     try:
-        return Path(snapshot_download(name, allow_patterns=_FILES, tqdm_class=Bar)), ""
+        if not tag:
+            folder = Path(snapshot_download(repository, allow_patterns=_FILES, tqdm_class=Bar))
+            if any(folder.glob("*.safetensors")):
+                return folder, ""
+        files = list_repo_files(repository)
+        chosen = choose(repository, files, tag)
+        if chosen is None:
+            there = ", ".join(models_among(files)) or "none"
+            return (
+                None,
+                f"no .gguf file is {tag}; there are {there}" if tag else "it has no weights",
+            )
+        parts = parts_of(chosen)
+        folder = Path(snapshot_download(repository, allow_patterns=parts, tqdm_class=Bar))
+        return _gguf_folder(folder / chosen), ""
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
         return None, str(error).splitlines()[0]
 

@@ -39,7 +39,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         if model.is_file() and not (folder / "tokenizer.json").is_file():
             tokenizer = _converted(model)
         else:
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
     except CheckpointError:
         raise
     except Exception as error:  # tokenizers raise errors of any type, even Exception itself

@@ -23,6 +23,7 @@ from nybble.models.architecture import (
     Stacked,
     StateTensor,
     UnsupportedModelError,
+    Xielu,
 )
 from nybble.models.registry import architecture_of, require_family, supported_families
 
@@ -45,6 +46,7 @@ __all__ = [
     "Stacked",
     "StateTensor",
     "UnsupportedModelError",
+    "Xielu",
     "architecture_of",
     "require_family",
     "supported_families",

@@ -24,13 +24,15 @@ class Norm:
     """A normalization of hidden states.
 
     kind: ``rms`` is RMSNorm, ``layer`` is LayerNorm.
-    offset: added to the stored weight (Gemma stores ``weight − 1``).
+    offset: added to the stored weight (Gemma stores ``weight − 1``). An RMSNorm with one, 0 too,
+        multiplies by the weight in float32 and rounds once; without, normed values are rounded
+        before they are multiplied.
     bias: whether a bias is stored beside the weight.
     """
 
     eps: float
     kind: Literal["rms", "layer"] = "rms"
-    offset: float = 0.0
+    offset: float | None = None
     bias: bool = False
 
 
@@ -352,11 +354,28 @@ class ClampedSwiglu:
 
 
 @dataclass(frozen=True)
+class Xielu:
+    """Apertus's activation, whose numbers each layer has learned.
+
+    module: holds ``alpha_p``, ``alpha_n``, ``beta`` and ``eps``, a number each. See
+        :func:`nybble.kernels.reference.xielu`, which gets the first as ``softplus(alpha_p)``, the
+        second as ``beta + softplus(alpha_n)``.
+    """
+
+    module: str
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """The names of its tensors, relative to the layer."""
+        return tuple(f"{self.module}.{leaf}" for leaf in ("alpha_p", "alpha_n", "beta", "eps"))
+
+
+@dataclass(frozen=True)
 class Mlp:
     """A feed-forward block: ``down(activation(gate) · up)``, or ``down(activation(up))``.
 
     up: gate and up in one group, gate first, if ``gated``.
-    clamp: instead of ``activation``, if it is not None.
+    clamp, xielu: instead of ``activation``, if it is not None.
     """
 
     up: LinearGroup
@@ -364,6 +383,7 @@ class Mlp:
     activation: Activation = "silu"
     gated: bool = True
     clamp: ClampedSwiglu | None = None
+    xielu: Xielu | None = None
 
     @property
     def groups(self) -> tuple[LinearGroup, ...]:
@@ -507,6 +527,8 @@ class Layer:
             yield from self.mlp.router.tensors
             if self.mlp.shared_gate is not None:
                 yield self.mlp.shared_gate + ".weight"
+        elif self.mlp.xielu is not None:
+            yield from self.mlp.xielu.tensors
 
 
 @dataclass(frozen=True)

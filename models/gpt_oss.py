@@ -7,7 +7,7 @@ from dataclasses import replace
 from transformers import PretrainedConfig
 
 from nybble.models import config as read
-from nybble.models.architecture import Architecture, ClampedSwiglu, Mixture, Router, Stacked
+from nybble.models.architecture import Architecture, ClampedSwiglu, Mixture, Norm, Router, Stacked
 from nybble.models.llama import decoder
 from nybble.models.parts import gated_mlp
 
@@ -49,6 +49,7 @@ def gpt_oss(config: PretrainedConfig) -> Architecture:
             "bias": bool(config.attention_bias),
             "sinks": "self_attn.sinks",
         },
+        norm=Norm(float(config.rms_norm_eps), offset=0.0),  # rounded once
     )
 
 

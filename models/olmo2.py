@@ -5,7 +5,7 @@ from __future__ import annotations
 from transformers import PretrainedConfig
 
 from nybble.models import config as read
-from nybble.models.architecture import Architecture, Rope
+from nybble.models.architecture import Architecture, Norm, Rope
 from nybble.models.llama import decoder
 from nybble.models.parts import gated_mlp
 
@@ -36,6 +36,7 @@ def olmo2(
         mlp=mlp,
         attention_options={"norm": None, "qk_norm": "all"},
         layer_options=_NORMS,
+        norm=Norm(float(config.rms_norm_eps), offset=0.0),  # rounded once
     )
 
 

@@ -190,14 +190,16 @@ def fused_gated_mlp(
     activation: Activation,
     *,
     norm: str | None = "post_attention_layernorm",
+    names: Sequence[str] = ("mlp.gate_up_proj", "mlp.down_proj"),
 ) -> Mlp:
-    """A gated MLP whose checkpoints hold gate and up as one ``gate_up_proj`` (Phi-3, GLM-4)."""
-    both = Linear("mlp.gate_up_proj", 2 * intermediate, hidden)
+    """A gated MLP whose checkpoints hold gate and up as one matrix (Phi-3, GLM-4, Granite 4)."""
+    up, down = names
+    both = Linear(up, 2 * intermediate, hidden)
     return Mlp(
         up=LinearGroup(both.name, (both,), Fold(norm) if norm else None),
         down=LinearGroup(
-            "mlp.down_proj",
-            (Linear("mlp.down_proj", hidden, intermediate),),
+            down,
+            (Linear(down, hidden, intermediate),),
             Fold(both.name, intermediate, 2 * intermediate),
         ),
         activation=activation,

@@ -15,6 +15,13 @@ from nybble.models.architecture import Architecture, UnsupportedModelError
 Describe = Callable[[PretrainedConfig], Architecture]
 # Modules of this package that describe no family.
 _SHARED = ("architecture", "config", "parts", "registry")
+# Layers that nothing here computes, and model types that have them: nothing less would serve these.
+_LACKING = {
+    "multi-head latent attention": ("deepseek_v2", "deepseek_v3", "kimi_k2", "minicpm3"),
+    "layers of linear attention or state spaces": (
+        *("bamba", "falcon_h1", "jamba", "lfm2", "nemotron_h", "qwen3_next"),
+    ),
+}
 
 
 @cache
@@ -45,7 +52,8 @@ def architecture_of(config: PretrainedConfig) -> Architecture:
 def require_family(model_type: object) -> None:
     """Raises UnsupportedModelError for a family that is not known, which names those that are."""
     if not isinstance(model_type, str) or model_type not in _families():
+        lacking = [f" ({what})" for what, types in _LACKING.items() if model_type in types]
         raise UnsupportedModelError(
-            f"model_type {model_type!r} is not supported; "
+            f"model_type {model_type!r} is not supported{''.join(lacking)}; "
             f"supported are {', '.join(supported_families())}"
         )

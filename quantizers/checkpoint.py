@@ -153,7 +153,7 @@ def quantize_checkpoint(
                     statistics,
                     outputs,
                     written.group_size,
-                    norm_offset=blocks.architecture.norm.offset,
+                    norm_offset=blocks.architecture.norm.offset or 0.0,
                     clip=clip,
                 )
                 reached = {

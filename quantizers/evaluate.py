@@ -8,17 +8,20 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
-from transformers import PreTrainedModel
 
 from nybble.kernels.progress import Bar
 from nybble.loaders import open_checkpoint
 from nybble.loaders.shards import Shards
 from nybble.models import Mixture, architecture_of
 from nybble.quantizers.packed_model import load_packed_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # Splits a tensor's name into module and leaf. bitsandbytes names its state ``weight.…``, and the
 # packed form puts a bar before its fields.

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from nybble.kernels import DenseWeight, PackedWeight
 from nybble.kernels.matmul import dequantize, packed_matmul, preferred_layout
 from nybble.loaders import Checkpoint, CheckpointError
 from nybble.models import architecture_of
 from nybble.quantizers.skeleton import model_skeleton
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # Rows dequantized at a time in the backward pass; a multiple of every layout's tile.
 _ROWS_AT_A_TIME = 1024

@@ -6,12 +6,16 @@ need linear layers, whose names here are those of checkpoints.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from nybble.kernels.reference import activate, clamped_swiglu, gated
 from nybble.models import Architecture, LinearGroup, Mixture, Mlp
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class Expert(nn.Module):

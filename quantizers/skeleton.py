@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.overrides import TorchFunctionMode
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from nybble.models import architecture_of
 from nybble.quantizers.separate_experts import separate_experts
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 class _EmptyOnMeta(TorchFunctionMode):
@@ -30,6 +32,9 @@ def model_skeleton(config: PretrainedConfig) -> PreTrainedModel:
 
     Experts of a mixture are linear layers too: see :mod:`nybble.quantizers.separate_experts`.
     """
+    # It takes a second to import, and a server seldom needs it.
+    from transformers import AutoModelForCausalLM
+
     architecture = architecture_of(config)
     # transformers' fused attention ignores the soft cap of scores.
     capped = any(attention.softcap is not None for attention in architecture.attentions)

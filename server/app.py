@@ -19,21 +19,26 @@ from nybble.server.adapters.admin import ADMIN_PATHS, AdapterAdmin
 from nybble.server.adapters.owners import AdapterOwners
 from nybble.server.adapters.state import AdapterState
 from nybble.server.api.model_names import ModelNames
+from nybble.server.api.output.dialect import Dialects
 from nybble.server.api.parse import LARGE_BODIES, UNKNOWN_FIELDS, LargeBodies, UnknownFields
+from nybble.server.api.respond import json_response
+from nybble.server.api.response_store import ResponseStore
 from nybble.server.api.routes import Api
+from nybble.server.api.running import RUNNING, RunningRequests
 from nybble.server.console.page import Console
 from nybble.server.http.browsers import BrowserGuard, require_json
 from nybble.server.http.cors import WARNING
 from nybble.server.http.gate import Gate
 from nybble.server.http.paths import OtherSpellings, matched_path
 from nybble.server.lifecycle.settings import ServerSettings
-from nybble.server.observability.logs import Event
+from nybble.server.observability.logs import LogEvent
 from nybble.server.observability.metrics import Metrics
 from nybble.server.observability.request_record import RECORD, RequestRecord
 from nybble.server.tenancy.admission import Admission, Capacity
 from nybble.server.tenancy.keys import Keys, bearer
 from nybble.server.tenancy.limits import Limiter
 from nybble.server.tenancy.tenants import TENANT, Tenants
+from nybble.server.tenancy.usage import UsageLedger
 from nybble.server.training.access import needs_right
 
 logger = logging.getLogger(__name__)
@@ -45,9 +50,11 @@ _ACCEPTABLE_ID = re.compile(r"[\x21-\x7e]{1,128}")
 # nginx's status for a client that disconnected before its answer.
 _CLIENT_CLOSED = 499
 # Load balancers and Prometheus request these without a key.
-_PROBES = ("/health", "/metrics", "/version")
+_PROBES = ("/health", "/ping", "/metrics", "/version")
 # The console's files need no key either; the page asks its user for one.
 _OPEN_PATHS = frozenset((*_PROBES, "/", "/console/{name}"))
+
+_USAGE = "/v1/usage"
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -65,7 +72,7 @@ def make_app(
     )
     admission = Admission(capacity, lambda: engine.stats().computed_tokens)
     metrics = Metrics(engine, admission, models[0] if settings.vllm_metrics else None)
-    limiter = Limiter()
+    limiter, ledger = Limiter(), UsageLedger()
     cors = settings.cors
     owners = AdapterOwners()
     names = ModelNames(engine, models, owners)
@@ -78,9 +85,12 @@ def make_app(
         admission,
         gate,
         limiter,
+        ledger,
         templates,
         ended,
         trust_chat_templates=settings.trust_chat_templates,
+        dialects=Dialects(settings.reasoning_parser, settings.tool_call_parser),
+        response_store=settings.response_store and ResponseStore(*settings.response_store),
         root_path=settings.root_path,
     )
     admin_keys = Keys(settings.admin_keys, kind="admin key")
@@ -100,8 +110,11 @@ def make_app(
     middlewares += [require_json, _enter(gate)]
     app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=middlewares)
     app[LARGE_BODIES] = LargeBodies()
+    app[RUNNING] = RunningRequests()
     app[UNKNOWN_FIELDS] = UnknownFields(settings.unknown_fields)
     app.add_routes(api.routes())
+    app.router.add_get(_USAGE, _usage(ledger, admin_keys, keyless=keyless))
+    app.cleanup_ctx.append(api.responses.lifespan)
     state = None if settings.adapter_state is None else AdapterState(settings.adapter_state)
     admin = AdapterAdmin(engine, models, admin_keys, settings.adapter_roots, state)
     app.add_routes(admin.routes())
@@ -170,9 +183,26 @@ def _observe(metrics: Metrics) -> Middleware:
             }
             # Load balancers and routers ask many times a second, and rarely is the answer news.
             quiet = route in _PROBES and status == HTTPStatus.OK
-            logger.log(logging.DEBUG if quiet else logging.INFO, Event("request", fields))
+            logger.log(logging.DEBUG if quiet else logging.INFO, LogEvent("request", fields))
 
     return middleware
+
+
+def _usage(ledger: UsageLedger, admin_keys: Keys, *, keyless: bool) -> Handler:
+    """What was used: a tenant sees its own, and an admin key shows all."""
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        tenant, key = request.get(TENANT), bearer(request)
+        owner = "" if tenant is None else tenant.name
+        sees_all = keyless or (key is not None and admin_keys.hold(key))
+        rows = ledger.rows(None if sees_all else owner)
+        return json_response({"object": "list", "since": ledger.since, "data": rows})
+
+    return handler
+
+
+def _takes_admin_key(request: web.Request) -> bool:
+    return needs_right(request) or matched_path(request) == _USAGE
 
 
 async def _send_record(request: web.Request, response: web.StreamResponse) -> None:
@@ -198,7 +228,8 @@ async def _report_errors(request: web.Request, handler: Handler) -> web.StreamRe
     except ConnectionError:
         raise
     except Exception as error:
-        return request[RECORD].failed(error).response()
+        anthropic = matched_path(request).startswith("/v1/messages")
+        return request[RECORD].failed(error).response(anthropic=anthropic)
 
 
 def _authenticate(
@@ -216,7 +247,7 @@ def _authenticate(
             if tenant is not None:
                 request[TENANT] = tenant
             elif key is None or not (
-                keys.hold(key) or (needs_right(request) and admin_keys.hold(key))
+                keys.hold(key) or (_takes_admin_key(request) and admin_keys.hold(key))
             ):
                 raise keys.refusal()
         return await handler(request)

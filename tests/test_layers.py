@@ -48,3 +48,12 @@ def test_a_model_is_prepared_without_the_server() -> None:
         "            if name.startswith(('nybble.server', 'aiohttp.', 'typer'))]\n"
     )
     subprocess.run([sys.executable, "-P", "-c", code], check=True)
+
+
+def test_a_server_starts_without_the_code_of_transformers_models() -> None:
+    """It would take more than a second: it imports PyTorch's compiler."""
+    code = (
+        "import sys, nybble.server.lifecycle.launch\n"
+        "assert not {'transformers.modeling_utils', 'torch._dynamo.convert_frame'} & {*sys.modules}"
+    )
+    subprocess.run([sys.executable, "-P", "-c", code], check=True)

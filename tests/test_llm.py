@@ -280,6 +280,21 @@ def test_a_running_event_loop_is_no_hindrance(llm: LLM) -> None:
     assert asyncio.run(notebook()) == llm.generate([[5, 6]], GREEDY)
 
 
+@pytest.mark.slow
+def test_several_ranks_say_the_same_one_model_at_a_time(tiny_model: Callable[..., Path]) -> None:
+    said = []
+    prompts = [list(range(3, 20)), list(range(5, 9))]
+    params = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
+    for ranks in (1, 2, 2):
+        options = {"device": "cpu", "progress": False, "tensor_parallel_size": ranks}
+        with LLM(tiny_model(), **options) as llm:
+            said.append([each.token_ids for each in llm.generate(prompts, params)])
+            if ranks > 1:
+                with pytest.raises(ValueError, match="for another model of this process"):
+                    LLM(tiny_model(), **options)
+    assert said[0] == said[1] == said[2]
+
+
 def test_closing_ends_who_waits_and_refuses_who_comes(tiny_model: Callable[..., Path]) -> None:
     before = set(threading.enumerate())
     llm = LLM(tiny_model(), **SMALL)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 # Share of the time of each section. They run in order of importance: whether the kernels are
 # correct, how fast a whole decode step is, and then the single kernels.
-SECTIONS = {"checks": 4, "decode": 4, "matmul": 6, "attention": 4, "lora": 2, "step": 2}
+SECTIONS = {"checks": 4, "decode": 4, "ranks": 2, "matmul": 6, "attention": 4, "lora": 2, "step": 2}
 _GRACE_SECONDS = 30  # for the process to start, and to finish what it has begun
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 
@@ -12,13 +13,22 @@ from nybble.kernels.bench.gpu_section import BLOCK, Section, in_8_bits, kv_dtype
 # isort: split
 import torch
 
-from nybble.kernels import reference
+from nybble.kernels import DenseWeight, reference
 from nybble.kernels.activation import ACTIVATIONS
 from nybble.kernels.bench.gpu_lora import adapters
-from nybble.kernels.bench.gpu_matmul import check_matmul
+from nybble.kernels.bench.gpu_matmul import check_matmul, random_packed
 from nybble.kernels.lora_batch import LoRABatch
 from nybble.kernels.reference import TokenChoice
-from nybble.kernels.triton import activation, attention, lora, norm, rotary, sampling
+from nybble.kernels.triton import (
+    activation,
+    attention,
+    attention_fixed,
+    lora,
+    norm,
+    rotary,
+    sampling,
+)
+from nybble.kernels.triton.fixed_order import fixed_order_matmul
 
 
 def run(section: Section) -> None:
@@ -28,6 +38,7 @@ def run(section: Section) -> None:
         for kept in kv_dtypes(section):
             section.attempt(f"{dtype} {kept} caches", partial(check_8_bits, section, dtype, kept))
         section.attempt(f"{dtype} LoRA", partial(check_lora, section, dtype))
+        section.attempt(f"{dtype} in one order", partial(check_one_order, section, dtype))
     section.attempt("sampling", lambda: check_sampling(section))
 
 
@@ -120,6 +131,44 @@ def check_lora(section: Section, dtype: torch.dtype) -> None:
     assert one is not None
     lora.lora_add(alone, x[2:3], a, b, ranks, offsets, one)
     section.holds("lora_add: a row alone as in its batch", torch.equal(alone, together))
+
+
+def check_one_order(section: Section, dtype: torch.dtype) -> None:
+    """The kernels of ``--deterministic``: near the reference, and a row alone as in its batch."""
+    device, dry, name = section.device, section.dry, str(dtype)[6:]
+    rows, columns, outputs = (70, 1024, 96) if dry else (700, 5120, 5120)
+    x = torch.randn(rows, columns, dtype=dtype, device=device)
+    dense = DenseWeight(torch.randn(outputs, columns, dtype=dtype, device=device))
+    packed = random_packed(columns, outputs, device)
+    tiled, wide = packed.to_layout("gpu_tiles"), packed.dequantize(torch.float64)
+    for kind, weight, exact in (("16-bit", dense, dense.weight.double()), ("4-bit", tiled, wide)):
+        whole = fixed_order_matmul(x, weight)
+        section.close(f"{name} {kind} product in one order", whole, x.double() @ exact.T)
+        same = all(
+            torch.equal(fixed_order_matmul(x[part], weight), whole[part])
+            for part in (slice(0, 1), slice(rows - 1, rows), slice(3, 60))
+        )
+        section.holds(f"{name} {kind} product: rows alone as in their batch", same)
+    lengths = [(540, 1), (530, 40)] if dry else [(5000, 1), (4097, 700), (9, 2)]
+    batch, keys, values = paged(lengths, 2, 64, dtype, device)
+    q = torch.randn(sum(new for _, new in lengths), 8, 64, dtype=dtype, device=device)
+    whole = attention_fixed.paged_attention(q, keys, values, batch, 0.1)
+    expected = reference.paged_attention(q.double(), keys.double(), values.double(), batch, 0.1)
+    section.close(f"{name} attention in one order", whole, expected)
+    context, new = lengths[1]
+    alone = replace(
+        batch,
+        query_start=torch.tensor([0, 1], dtype=torch.int32, device=device),
+        context_lens=torch.tensor([context - new + 6], dtype=torch.int32, device=device),
+        block_tables=batch.block_tables[1:2],
+        slot_mapping=batch.slot_mapping[:1],
+        max_query=1,
+    )
+    row = slice(1 + 5, 1 + 6)
+    found = attention_fixed.paged_attention(q[row], keys, values, alone, 0.1)
+    section.holds(
+        f"{name} attention: a token alone as in its prompt", torch.equal(found, whole[row])
+    )
 
 
 def check_sampling(section: Section) -> None:

@@ -38,37 +38,46 @@ from nybble.kernels.bench.gpu_matmul import random_packed
 from nybble.kernels.triton.warmup import warmup
 
 
+def random_weights(
+    config: LlamaConfig, dtype: torch.dtype, device: torch.device
+) -> Iterator[tuple[str, PackedWeight | DenseWeight | Tensor]]:
+    """Random weights in 4 bits, made on the device as they are asked for."""
+    hidden, inter = config.hidden_size, config.intermediate_size
+    assert config.num_key_value_heads is not None
+    kv = hidden * config.num_key_value_heads // config.num_attention_heads
+    dense = partial(torch.randn, dtype=dtype, device=device)
+    yield "model.embed_tokens.weight", dense(config.vocab_size, hidden)
+    yield "model.norm.weight", torch.ones(hidden, dtype=dtype, device=device)
+    yield "lm_head", DenseWeight(dense(config.vocab_size, hidden) * hidden**-0.5)
+    for layer in range(config.num_hidden_layers):
+        prefix = f"model.layers.{layer}."
+        ones = torch.ones(hidden, dtype=dtype, device=device)
+        yield prefix + "input_layernorm.weight", ones
+        yield prefix + "post_attention_layernorm.weight", ones.clone()
+        for name, inputs, outputs in (
+            ("self_attn.qkv_proj", hidden, hidden + 2 * kv),
+            ("self_attn.o_proj", hidden, hidden),
+            ("mlp.gate_up_proj", hidden, 2 * inter),
+            ("mlp.down_proj", inter, hidden),
+        ):
+            yield prefix + name, random_packed(inputs, outputs, device)
+
+
 def random_decoder(
     shape: dict[str, Any], dtype: torch.dtype, device: torch.device
 ) -> tuple[Decoder, int]:
     """A 4-bit decoder of random weights on the device, and the bytes a step reads of it."""
     config = LlamaConfig(**shape)
-    hidden, inter = config.hidden_size, config.intermediate_size
-    kv = hidden * shape["num_key_value_heads"] // shape["num_attention_heads"]
-    dense = partial(torch.randn, dtype=dtype, device=device)
     total = 0
 
     def weights() -> Iterator[tuple[str, PackedWeight | DenseWeight | Tensor]]:
         nonlocal total
-        yield "model.embed_tokens.weight", dense(config.vocab_size, hidden)
-        yield "model.norm.weight", torch.ones(hidden, dtype=dtype, device=device)
-        head = DenseWeight(dense(config.vocab_size, hidden) * hidden**-0.5)
-        total += head.weight.nbytes
-        yield "lm_head", head
-        for layer in range(config.num_hidden_layers):
-            prefix = f"model.layers.{layer}."
-            ones = torch.ones(hidden, dtype=dtype, device=device)
-            yield prefix + "input_layernorm.weight", ones
-            yield prefix + "post_attention_layernorm.weight", ones.clone()
-            for name, inputs, outputs in (
-                ("self_attn.qkv_proj", hidden, hidden + 2 * kv),
-                ("self_attn.o_proj", hidden, hidden),
-                ("mlp.gate_up_proj", hidden, 2 * inter),
-                ("mlp.down_proj", inter, hidden),
-            ):
-                packed = random_packed(inputs, outputs, device)
-                total += packed.nbytes
-                yield prefix + name, packed
+        for name, weight in random_weights(config, dtype, device):
+            if isinstance(weight, DenseWeight):
+                total += weight.weight.nbytes
+            elif isinstance(weight, PackedWeight):
+                total += weight.nbytes
+            yield name, weight
 
     length = int(config.max_position_embeddings)
     decoder = Decoder(

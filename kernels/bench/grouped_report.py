@@ -16,10 +16,16 @@ from dataclasses import asdict, dataclass
 
 from nybble.kernels.bench import cubin
 from nybble.kernels.triton.grouped import block_sizes, grouped_kernel
+from nybble.kernels.triton.grouped_few_rows import (
+    BLOCK_N,
+    FEW_ROWS,
+    PARTS,
+    grouped_few_rows_kernel,
+)
 
 CAPABILITIES = (80, 89, 90, 100, 120)
-# Rows of all experts together, of 128: one block size each.
-PLACES = (8, 4000, 8000)
+# Rows of all experts together, of 128: one block size each. 0 stands for a step of few rows.
+PLACES = (0, 100, 4000, 8000)
 
 
 @dataclass(frozen=True)
@@ -58,12 +64,13 @@ def cases(quick: bool) -> Iterator[Case]:
     """quick: few of each kind."""
     kinds = (("bf16", False, False, 128), ("fp16", False, True, 32), ("bf16", True, False, 32))
     for capability, places in itertools.product(CAPABILITIES, PLACES):
-        if quick and (places not in (PLACES[0], PLACES[-1]) or capability in (89, 100)):
+        if quick and (places == 4000 or (places and capability in (89, 100))):
             continue
         # All kinds are compiled for Hopper, one of each generation beside it.
         for kind in kinds if capability == 90 else kinds[:1]:
             for up in (True,) if quick and capability != 90 else (True, False):
-                yield Case(capability, *kind, up, *block_sizes(places, 128))
+                sizes = block_sizes(places, 128) if places else (BLOCK_N, FEW_ROWS, PARTS)
+                yield Case(capability, *kind, up, *sizes)
 
 
 def compiled(case: Case) -> cubin.Report:
@@ -92,9 +99,13 @@ def compiled(case: Case) -> cubin.Report:
         "WHOLE_STEPS": True,
         "BLOCK_N": case.block_n,
         "BLOCK_M": case.block_m,
+        "PARTS": PARTS,
     }
+    few = case.block_m == FEW_ROWS
+    if not few:
+        del constants["PARTS"]
     return cubin.compile_kernel(
-        grouped_kernel,
+        grouped_few_rows_kernel if few else grouped_kernel,
         types,
         constants,
         capability=case.capability,

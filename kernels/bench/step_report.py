@@ -19,7 +19,9 @@ from nybble.kernels.bench.cubin import COMPILERS, TENSOR_CORE, Report, compile_k
 from nybble.kernels.triton import (
     activation,
     attention_decode,
+    attention_fixed,
     attention_prefill,
+    fixed_order,
     lora,
     norm,
     rotary,
@@ -73,6 +75,23 @@ _QUICK = {
     "gemma-2-9b bf16": CAPABILITIES,
     "gpt-oss-20b bf16": (80, 90, 100),
 }
+# Of the kernels of one order: --quick compiles attention for these,
+_QUICK_SPANS = ("llama-3-8b bf16", "gpt-oss-20b bf16")
+# and of the products, which have a group (0: 16 bits), a dtype and perhaps a gate, those here.
+_FIXED_ORDER = {
+    "affine g128": (128, "*bf16", False),
+    "affine g128, gated": (128, "*bf16", True),
+    "codebook g64": (64, "*bf16", False),
+    "affine g32 with zeros": (32, "*fp16", False),
+    "16 bits": (0, "*bf16", False),
+}
+_QUICK_FIXED_ORDER = {
+    "affine g128": (89, 100),
+    "affine g128, gated": (90,),
+    "codebook g64": (90,),
+    "affine g32 with zeros": (80,),
+    "16 bits": (80, 90),
+}
 
 
 @dataclass(frozen=True)
@@ -121,7 +140,10 @@ def rows(capability: int, quick: bool = False) -> Iterator[Row]:
             if kv == "*fp8e4nv" and capability < 89:
                 continue
             if not quick or capability in _QUICK.get(variant, ()):
-                yield from _attention(variant, heads, dtype, capability, kv)
+                yield from _attention(variant, heads, dtype, capability, kv, quick)
+    for kind in _FIXED_ORDER:
+        if not quick or capability in _QUICK_FIXED_ORDER[kind]:
+            yield _fixed_order(kind, capability)
     half = "*bf16"
     for max_rank in (16, 64):
         for rows_ in (16, 32):
@@ -136,7 +158,7 @@ def _all_rows(capability: int, quick: bool) -> list[Row]:
 
 
 def _attention(
-    variant: str, heads: Heads, half: str, capability: int, kv: str | None
+    variant: str, heads: Heads, half: str, capability: int, kv: str | None, quick: bool
 ) -> Iterator[Row]:
     int32, fp32 = "*i32", "*fp32"
     quantized = kv is not None
@@ -184,6 +206,58 @@ def _attention(
         aligned=aligned,
     )
     yield Row.of("prefill", variant, capability, report)
+    if quick and variant not in _QUICK_SPANS:
+        return
+    constants = attention_fixed.fixed_constants(*sizes, capability, quantized=quantized)
+    warps = constants.pop("num_warps")
+    report = compile_kernel(
+        attention_fixed.spans_kernel,
+        shared | {"span_out": fp32, "span_peak": fp32, "span_total": fp32},
+        {**constants, **variants},
+        capability=capability,
+        num_warps=warps,
+        aligned=aligned,
+    )
+    yield Row.of("spans", variant, capability, report)
+
+
+def _fixed_order(kind: str, capability: int) -> Row:
+    """The product of one order, for 4096 inputs and outputs."""
+    group, dtype, gated = _FIXED_ORDER[kind]
+    dense = group == 0
+    order = fixed_order.order_of(4096, 4096, group, 132, dense=dense)
+    types = {"x": dtype, "weight": dtype if dense else "*i16", "bias": dtype, "out": dtype}
+    constants: dict[str, object] = {"GROUP": group, "SETS": 1 if dense else 128 // group}
+    for name, type_ in (("scales", "*fp16"), ("zeros", "*fp16"), ("levels", "*fp32")):
+        if dense:
+            constants[name] = None
+        else:
+            types[name] = type_
+    numbers = ("rows", "out_features", "columns", "groups", "parts", "steps_each")
+    constants |= {
+        "DENSE": dense,
+        "CODEBOOK": "codebook" in kind,
+        "HAS_ZEROS": "zeros" in kind,
+        "HAS_BIAS": True,
+        "GATED": gated,
+        "ACTIVATION": "silu" if gated else None,
+        "JOINED": fixed_order.joined(dense, capability, True),
+        "WHOLE_STEPS": True,
+        "WIDTH": order.width,
+        "BLOCK_N": order.block_n,
+        "BLOCK_M": order.block_m,
+    }
+    report = compile_kernel(
+        fixed_order.fixed_order_kernel,
+        types | {"sums": "*fp32", "arrived": "*i32"} | dict.fromkeys(numbers, "i32"),
+        constants,
+        capability=capability,
+        num_warps=order.num_warps,
+        num_stages=order.num_stages,
+        max_registers=fixed_order.max_registers(dense, capability, True),
+        aligned=("out_features", "columns"),
+    )
+    return Row.of("fixed order", kind, capability, report)
 
 
 def _lora(half: str, max_rank: int, rows_: int, capability: int) -> Iterator[Row]:
@@ -223,7 +297,7 @@ def _lora(half: str, max_rank: int, rows_: int, capability: int) -> Iterator[Row
 
 
 def _elementwise(half: str, capability: int) -> Iterator[Row]:
-    for width, per_program, offset in ((5120, 1, 0.0), (128, 16, 0.0), (5120, 1, 1.0)):
+    for width, per_program, offset in ((5120, 1, None), (128, 16, None), (5120, 1, 1.0)):
         warps = 16 if per_program == 1 else 4
         report = compile_kernel(
             norm.rms_norm_kernel,

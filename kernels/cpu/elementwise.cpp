@@ -78,9 +78,9 @@ void store_int8(const bf16* x, int64_t dim, int8_t* target, float* scale) {
 extern "C" {
 
 // out = rms_norm(x + residual) · (offset + weight). If residual is not null, it is replaced by the
-// sum.
+// sum. Unless the result is rounded once, the norm is rounded before the product, without an offset.
 void nybble_rms_norm(const bf16* x, bf16* residual, const bf16* weight, bf16* out, int64_t rows,
-                     int64_t width, float eps, float offset) {
+                     int64_t width, float eps, float offset, int rounded_once) {
     for (int64_t r = 0; r < rows; ++r) {
         const bf16* row = x + r * width;
         if (residual) {
@@ -96,8 +96,8 @@ void nybble_rms_norm(const bf16* x, bf16* residual, const bf16* weight, bf16* ou
         }
         const Floats inverse = broadcast(1.0f / std::sqrt(sum(squares) / width + eps));
         bf16* target = out + r * width;
-        if (offset == 0.0f) {
-            for (int64_t i = 0; i < width; i += 16) {  // rounded to bf16 before the product, too
+        if (!rounded_once) {
+            for (int64_t i = 0; i < width; i += 16) {
                 store_bf16(target + i, load_bf16(row + i) * inverse);
                 store_bf16(target + i, load_bf16(target + i) * load_bf16(weight + i));
             }

@@ -76,7 +76,7 @@ class CpuLibrary:
         self._dequantize = allocating(
             "dequantize", *[pointer] * 6, *[size] * 5, c_int, c_int, c_int
         )
-        self._rms_norm = function("rms_norm", *[pointer] * 4, size, size, c_float, c_float)
+        self._rms_norm = function("rms_norm", *[pointer] * 4, size, size, c_float, c_float, c_int)
         self._gated = function("gated", pointer, pointer, size, size, c_int, c_int)
         self._rotary = function("rotary_store", *[pointer] * 11, *[size] * 9, c_int)
         self._attention = allocating(
@@ -104,7 +104,37 @@ class CpuLibrary:
             return partial(reference.packed_matmul, weight=weight)
         if dtype != torch.bfloat16:
             return partial(reference.packed_matmul, weight=weight, dequantize=self.dequantize)
-        return partial(self.packed_matmul, weight=weight)
+        if weight.perm is not None or weight.columns % 8:
+            return partial(self.packed_matmul, weight=weight)
+        return self._bound_matmul(weight)
+
+    def _bound_matmul(self, weight: PackedWeight) -> LinearKernel:
+        """:meth:`packed_matmul` of one weight, which looks up once what is the same in every call.
+
+        A decode step calls it a hundred times, and the cores wait meanwhile.
+        """
+        inputs, outputs = weight.in_features, weight.out_features
+        tensors, sizes = _matmul_arguments(weight)
+
+        def linear(x: Tensor) -> Tensor:
+            if x.ndim != 2 or x.shape[1] != inputs or not x.is_contiguous():
+                return self.packed_matmul(x, weight)
+            rows = x.shape[0]
+            out = torch.empty(rows, outputs, dtype=torch.bfloat16)
+            if self._matmul(
+                x.data_ptr(),
+                *tensors,
+                out.data_ptr(),
+                rows,
+                outputs,
+                inputs,
+                *sizes,
+                torch.get_num_threads(),
+            ):
+                raise _out_of_memory("packed_matmul")
+            return out
+
+        return linear
 
     def grouped_linear(self, weights: Sequence[Weight], dtype: torch.dtype) -> GroupedKernel:
         """A linear layer of every expert, for inputs of ``dtype``.
@@ -178,21 +208,15 @@ class CpuLibrary:
             rows = torch.nn.functional.pad(rows, (0, -weight.columns % 8))
         rows = rows.contiguous()
         out = torch.empty(rows.shape[0], weight.out_features, dtype=torch.bfloat16)
-        bias = weight.wide_bias
+        tensors, sizes = _matmul_arguments(weight)
         failed = self._matmul(
             rows.data_ptr(),
-            weight.qweight.data_ptr(),
-            weight.scales.data_ptr(),
-            None if weight.zeros is None else weight.zeros.data_ptr(),
-            weight.levels.data_ptr(),
-            None if bias is None else bias.data_ptr(),
+            *tensors,
             out.data_ptr(),
             rows.shape[0],
             weight.out_features,
             rows.shape[1],
-            weight.groups,
-            -(-weight.group_size // 8),
-            _SCALE_TYPES[weight.scales.dtype],
+            *sizes,
             torch.get_num_threads(),
         )
         if failed:
@@ -224,7 +248,9 @@ class CpuLibrary:
             raise _out_of_memory("dequantize")
         return out.to(dtype)
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
+    def rms_norm(
+        self, x: Tensor, weight: Tensor, eps: float, offset: float | None = None
+    ) -> Tensor:
         width = x.shape[-1]
         if width % 16 or not x.dtype == weight.dtype == torch.bfloat16:
             return reference.rms_norm(x, weight, eps, offset)
@@ -234,12 +260,20 @@ class CpuLibrary:
         out = torch.empty_like(x)
         rows = x.numel() // width
         self._rms_norm(
-            x.data_ptr(), None, weight.data_ptr(), out.data_ptr(), rows, width, eps, offset
+            x.data_ptr(),
+            None,
+            weight.data_ptr(),
+            out.data_ptr(),
+            rows,
+            width,
+            eps,
+            offset or 0.0,
+            offset is not None,
         )
         return out
 
     def add_rms_norm(
-        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float = 0.0
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float | None = None
     ) -> tuple[Tensor, Tensor]:
         width = x.shape[-1]
         if width % 16 or not x.dtype == residual.dtype == weight.dtype == torch.bfloat16:
@@ -258,7 +292,8 @@ class CpuLibrary:
             x.numel() // width,
             width,
             eps,
-            offset,
+            offset or 0.0,
+            offset is not None,
         )
         return out, total
 
@@ -624,6 +659,17 @@ def _caches_match(
         and scales.is_contiguous()
         for cache, scales in zip(both, (k_scales, v_scales), strict=True)
     )
+
+
+def _matmul_arguments(weight: PackedWeight) -> tuple[tuple[int | None, ...], tuple[int, ...]]:
+    """The matmul's arguments that depend on the weight alone: addresses; sizes after x's.
+
+    The tensors are the weight's own, and live as long as it does.
+    """
+    tensors = weight.qweight, weight.scales, weight.zeros, weight.levels, weight.wide_bias
+    addresses = tuple(None if tensor is None else tensor.data_ptr() for tensor in tensors)
+    sizes = weight.groups, -(-weight.group_size // 8), _SCALE_TYPES[weight.scales.dtype]
+    return addresses, sizes
 
 
 def _addresses(batch: StateBatch) -> tuple[int, ...]:

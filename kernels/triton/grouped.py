@@ -6,7 +6,9 @@ and those that are left over end at once. So nothing waits for the host, shapes 
 routing, and a CUDA graph can hold it. Only experts with rows are read.
 
 A block computes as the 4-bit matmul does (:mod:`nybble.kernels.triton.matmul`), with scales applied
-after the product. The order of a row's sums does not depend on the other rows.
+after the product. Up to 8 rows have a kernel of their own
+(:mod:`nybble.kernels.triton.grouped_few_rows`), which sums in another order; beside that, the order
+of a row's sums does not depend on the other rows.
 """
 
 from __future__ import annotations
@@ -21,6 +23,12 @@ from torch import Tensor
 
 from nybble.kernels.packed import PackedWeight
 from nybble.kernels.triton.device import FUSED
+from nybble.kernels.triton.grouped_few_rows import (
+    BLOCK_N,
+    FEW_ROWS,
+    PARTS,
+    grouped_few_rows_kernel,
+)
 from nybble.kernels.triton.step import (
     SLICE,
     STEP,
@@ -258,9 +266,14 @@ def grouped_matmul(
     dtype = x.dtype if weights is None else torch.float32
     out = torch.empty(rows, top_k, like.out_features, dtype=dtype, device=x.device)
     if places:
-        block_n, block_m, num_warps = block_sizes(places, experts.count)
+        few = rows <= FEW_ROWS  # of which an expert has no more
+        if few:
+            block_n, block_m, num_warps = BLOCK_N, FEW_ROWS, PARTS
+        else:
+            block_n, block_m, num_warps = block_sizes(places, experts.count)
         blocks = Blocks.of(expert_ids, experts.count, block_m)
-        grouped_kernel[(len(blocks.expert_of), triton.cdiv(like.out_features, block_n))](
+        kernel = grouped_few_rows_kernel if few else grouped_kernel
+        kernel[(len(blocks.expert_of), triton.cdiv(like.out_features, block_n))](
             x,
             experts.qweight.view(torch.int16),
             experts.scales,
@@ -288,6 +301,7 @@ def grouped_matmul(
             WHOLE_STEPS=columns % 128 == 0,
             BLOCK_N=block_n,
             BLOCK_M=block_m,
+            **({"PARTS": PARTS} if few else {}),
             num_warps=num_warps,
             num_stages=3,
             **FUSED,

@@ -265,7 +265,7 @@ _ARRIVALS = 1 << 14
 
 
 @lru_cache
-def _arrivals(device: torch.device) -> Tensor:
+def arrivals(device: torch.device) -> Tensor:
     """Counters of finished parts, zero between launches. One stream of a device uses them."""
     return torch.zeros(_ARRIVALS, dtype=torch.int32, device=device)
 
@@ -367,7 +367,7 @@ def packed_matmul(
         weight.bias,
         out,
         parts,
-        _arrivals(x.device),
+        arrivals(x.device),
         rows,
         weight.out_features,
         columns,

@@ -45,27 +45,27 @@ def rms_norm_kernel(
     inverse = 1.0 / tl.sqrt(tl.sum(wide * wide, 1) / width + eps)
     normed = wide * inverse[:, None]
     scale = tl.load(weight + column, column < width, 0.0).to(tl.float32)
-    if OFFSET == 0:
+    if OFFSET is None:
         normed = normed.to(value.dtype).to(tl.float32)
     else:
         scale += OFFSET
     tl.store(out + at, (normed * scale[None, :]).to(value.dtype), mask)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float | None = None) -> Tensor:
     """See :func:`nybble.kernels.reference.rms_norm`; float16, bfloat16 or float32."""
     return _launch(x.contiguous(), None, weight, eps, offset)[0]
 
 
 def add_rms_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float = 0.0
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float | None = None
 ) -> tuple[Tensor, Tensor]:
     """See :func:`nybble.kernels.reference.add_rms_norm`."""
     return _launch(x.contiguous(), residual.contiguous(), weight, eps, offset)
 
 
 def _launch(
-    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset: float
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset: float | None
 ) -> tuple[Tensor, Tensor]:
     width = x.shape[-1]
     rows = x.numel() // width

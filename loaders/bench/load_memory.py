@@ -3,8 +3,8 @@
     python loaders/bench/load_memory.py MODEL [...]
     python loaders/bench/load_memory.py --sample FOLDER
 
-A model is a folder or a GGUF file. ``--sample`` writes a random model in every format that can be
-written, and measures those. Each is loaded in a process of its own, as the engine does on a CPU:
+A model is a folder or a GGUF file. ``--sample`` writes a random model in every format, and measures
+those. Each is loaded in a process of its own, as the engine does on a CPU:
 one weight at a time, laid out for the kernels.
 """
 
@@ -22,6 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from nybble.kernels import DenseWeight, PackedWeight
 from nybble.kernels.matmul import preferred_layout
 from nybble.loaders import open_checkpoint, resolve_model
+from nybble.loaders.bench.read_only import write_read_only
 from nybble.loaders.formats import written_formats
 from nybble.quantizers import quantize_checkpoint
 
@@ -62,7 +63,7 @@ def _own(weight: PackedWeight | DenseWeight | Tensor) -> PackedWeight | DenseWei
 
 
 def sample(folder: Path) -> list[str]:
-    """A random model in 16 bits and in every format, rounded to the nearest."""
+    """A random model in 16 bits and in every format."""
     config = LlamaConfig(
         vocab_size=32_000,
         hidden_size=2048,
@@ -78,7 +79,10 @@ def sample(folder: Path) -> list[str]:
     for name in written_formats():
         if not (folder / name).is_dir():
             quantize_checkpoint(plain, folder / name, format=name, progress=False)
-    return [str(folder / name) for name in ("16-bit", *written_formats())]
+    if not (wide := folder / "gptq-8-bit").is_dir():
+        quantize_checkpoint(plain, wide, format="gptq", bits=8, progress=False)
+    written = [plain, *(folder / name for name in written_formats()), wide]
+    return list(map(str, [*written, *write_read_only(plain, folder / "gptq", folder)]))
 
 
 def main() -> None:

@@ -155,18 +155,19 @@ def words_for(bits: int) -> int:
     return 32 // math.gcd(bits, 32)
 
 
-def to_words(codes: Tensor, bits: int) -> Tensor:
-    """uint8 ``(rows, n)`` to int32 ``(rows, n · bits / 32)``, codes one after another, low first.
+def to_words(codes: Tensor, bits: int, dtype: torch.dtype = torch.int32) -> Tensor:
+    """uint8 ``(rows, n)`` to words ``(rows, n · bits / 32)``, codes one after another, low first.
 
-    A code of 3 bits may lie across two words. ``n`` codes must fill whole words.
+    dtype: of the words; the number of them is for int32. A code of 3 bits may lie across two words.
+    ``n`` codes must fill whole words.
     """
     each = np.unpackbits(codes.cpu().numpy()[..., None], axis=-1, count=bits, bitorder="little")
     packed = np.packbits(each.reshape(len(codes), -1), axis=-1, bitorder="little")
-    return torch.from_numpy(packed).view(torch.int32)
+    return torch.from_numpy(packed).view(dtype)
 
 
 def from_words(words: Tensor, bits: int) -> Tensor:
-    """Invert :func:`to_words`: int32 ``(rows, n)`` to uint8 ``(rows, n · 32 / bits)``."""
+    """Invert :func:`to_words`: words of any dtype to uint8 ``(rows, codes)``."""
     octets = words.clone(memory_format=torch.contiguous_format).view(torch.uint8)
     if bits == 8:
         return octets

@@ -115,6 +115,11 @@ class Format(ABC):
         """Whether a module with these tensors is quantized."""
         return not self.marks.isdisjoint(leaves)
 
+    @property
+    def remark(self) -> str | None:
+        """What of the settings is not used, and why, for one line in the log; None if nothing."""
+        return None
+
     def rounding(self, shards: Shards) -> str | None:
         """Which weights loading rounds, and how; None if it keeps every value."""
         return None
@@ -259,13 +264,18 @@ def read_bias(shards: Shards, module: str, out: int) -> Tensor | None:
     return shards.read(name, (out,)) if name in shards else None
 
 
-def read_words(shards: Shards, name: str) -> Tensor:
-    """A matrix of int32 words. Raises CheckpointError."""
-    words = shards.read(name)
-    if words.dtype != torch.int32 or words.ndim != 2:
+def read_words(
+    shards: Shards,
+    name: str,
+    dtype: torch.dtype = torch.int32,
+    shape: tuple[int, ...] | None = None,
+) -> Tensor:
+    """A matrix of words. Raises CheckpointError."""
+    words = shards.read(name, shape)
+    if words.dtype != dtype or words.ndim != 2:
         raise CheckpointError(
-            f"{shards.folder}: {name} is {words.dtype} {tuple(words.shape)}, expected an int32 "
-            "matrix"
+            f"{shards.folder}: {name} is {words.dtype} {tuple(words.shape)}, expected an "
+            f"{str(dtype).removeprefix('torch.')} matrix"
         )
     return words
 

@@ -15,8 +15,8 @@ import torch
 
 from nybble.kernels import PackedWeight
 from nybble.loaders.errors import CheckpointError
-from nybble.loaders.formats.base import Format, read_bias
-from nybble.loaders.formats.compressed_tensors import CompressedTensors, config_groups
+from nybble.loaders.formats.base import read_bias
+from nybble.loaders.formats.compressed_tensors import OfCompressedTensors, config_groups
 from nybble.loaders.formats.microscaling import mxfp4, nvfp4
 from nybble.loaders.formats.settings import Settings
 from nybble.loaders.shards import Shards
@@ -26,16 +26,14 @@ _GROUPS = {"nvfp4-pack-quantized": 16, "mxfp4-pack-quantized": 32}
 
 
 @dataclass(frozen=True)
-class CompressedTensorsFp4(Format):
+class CompressedTensorsFp4(OfCompressedTensors):
     """group: weights that share a scale, which tells the two formats apart."""
 
     group: int = 16
 
-    quant_method: ClassVar[str] = CompressedTensors.quant_method
     marks: ClassVar[frozenset[str]] = frozenset(("weight_packed",))
     required: ClassVar[frozenset[str]] = frozenset(("weight_packed", "weight_scale"))
     optional: ClassVar[frozenset[str]] = frozenset(("weight_global_scale",))
-    ignored: ClassVar[Mapping[str, str]] = CompressedTensors.ignored
 
     @property
     def name(self) -> str:

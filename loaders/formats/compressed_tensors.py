@@ -24,6 +24,7 @@ from nybble.loaders.errors import CheckpointError
 from nybble.loaders.formats.affine import AffineSizes, AffineWeight, from_words, to_words
 from nybble.loaders.formats.base import (
     AffineFormat,
+    Format,
     Method,
     WriteOptions,
     read_bias,
@@ -44,12 +45,31 @@ _ACTIVATIONS = "activations keep the dtype of the computation"
 
 
 @dataclass(frozen=True)
-class CompressedTensors(AffineFormat):
+class OfCompressedTensors(Format):
+    """What all formats of the package have in common."""
+
+    quant_method: ClassVar[str] = "compressed-tensors"
+    ignored: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(("q_scale", "k_scale", "v_scale", "output_scale"), _CACHE),
+        **dict.fromkeys(("k_zero_point", "v_zero_point", "output_zero_point"), _CACHE),
+        **dict.fromkeys(("input_scale", "input_zero_point", "input_global_scale"), _ACTIVATIONS),
+    }
+
+    @property
+    def remark(self) -> str | None:
+        """Of weights that were calibrated for quantized activations (W8A8, W4A8)."""
+        groups = self.settings["config_groups"].values()
+        if not any(group.get("input_activations") for group in groups):
+            return None
+        return f"input_activations of config_groups are not used: {_ACTIVATIONS}"
+
+
+@dataclass(frozen=True)
+class CompressedTensors(OfCompressedTensors, AffineFormat):
     """groups: targets, with the settings of the modules they match."""
 
     groups: tuple[tuple[str, CompressedTensors], ...] = ()
 
-    quant_method: ClassVar[str] = "compressed-tensors"
     writes: ClassVar[tuple[str, ...]] = ("compressed-tensors",)
     options: ClassVar[frozenset[str]] = frozenset(("group_size", "bits", "sym"))
     method: ClassVar[Method | None] = "gptq"
@@ -59,11 +79,6 @@ class CompressedTensors(AffineFormat):
     optional: ClassVar[frozenset[str]] = frozenset(
         ("weight_zero_point", "weight_shape", "weight_g_idx")
     )
-    ignored: ClassVar[Mapping[str, str]] = {
-        **dict.fromkeys(("q_scale", "k_scale", "v_scale", "output_scale"), _CACHE),
-        **dict.fromkeys(("k_zero_point", "v_zero_point", "output_zero_point"), _CACHE),
-        **dict.fromkeys(("input_scale", "input_zero_point", "input_global_scale"), _ACTIVATIONS),
-    }
 
     @classmethod
     def from_settings(cls, settings: Settings) -> Self:
@@ -244,11 +259,8 @@ def _by_rank(
 
 
 @dataclass(frozen=True)
-class CompressedTensorsFp8(Fp8):
+class CompressedTensorsFp8(OfCompressedTensors, Fp8):
     """The same package's FP8 (``float-quantized``): ``weight`` with ``weight_scale``."""
-
-    quant_method: ClassVar[str] = CompressedTensors.quant_method
-    ignored: ClassVar[Mapping[str, str]] = CompressedTensors.ignored
 
     @property
     def name(self) -> str:

@@ -3,7 +3,8 @@
 Per module, for codes of b bits: ``qweight`` int32 (in · b/32, out), codes one after another along
 *in*, low bits first (one of 3 bits may lie across two words); ``qzeros`` int32 (groups,
 out · b/32), likewise along *out*, holding zero − 1 in v1 and zero in v2; ``scales`` float16
-(groups, out); ``g_idx`` int32 (in), the group of every input feature.
+(groups, out); ``g_idx`` int32 (in), the group of every input feature. ``pack_dtype`` may name words
+of another width, which hold the same codes one after another.
 
 GPTQModel's ``dynamic`` maps regular expressions to settings that override the general ones. The
 first expression that matches the beginning of a module's name is used. The prefix ``-:`` leaves the
@@ -17,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
+import torch
 from torch import Tensor
 
 from nybble.loaders.errors import CheckpointError
@@ -40,6 +42,7 @@ from nybble.loaders.shards import Shards
 from nybble.loaders.tensor_file import TensorHeader
 
 _LAYOUTS = ("gptq", "gptq_v2")
+_WORDS = {"int32": torch.int32, "int8": torch.int8, "int16": torch.int16, "int64": torch.int64}
 
 
 @dataclass(frozen=True)
@@ -47,10 +50,12 @@ class Gptq(AffineFormat):
     """The settings of one GPTQ checkpoint.
 
     zeros_are_one_less: whether it is format v1.
+    words: the dtype of the words that hold codes.
     dynamic: patterns, each with the settings it overrides.
     """
 
     zeros_are_one_less: bool = True
+    words: torch.dtype = torch.int32
     dynamic: tuple[tuple[re.Pattern[str], Mapping[str, Any]], ...] = ()
 
     quant_method: ClassVar[str] = "gptq"
@@ -65,7 +70,7 @@ class Gptq(AffineFormat):
 
     @classmethod
     def from_settings(cls, settings: Settings) -> Self:
-        settings.choice("pack_dtype", ("int32",), "int32")
+        words = settings.choice("pack_dtype", tuple(_WORDS), "int32")
         layout = settings.choice(settings.first("checkpoint_format", "format"), _LAYOUTS, "gptq")
         return cls(
             {**settings, "quant_method": cls.quant_method},
@@ -74,6 +79,7 @@ class Gptq(AffineFormat):
             sym=settings.flag("sym", False),
             desc_act=settings.flag("desc_act", False),
             zeros_are_one_less=layout == "gptq",
+            words=_WORDS[words],
             dynamic=_dynamic(settings),
         )
 
@@ -95,6 +101,10 @@ class Gptq(AffineFormat):
         # to whole words, others do not mask the sum to the code's width. So it is never written.
         return 1 if self.zeros_are_one_less else 0
 
+    @property
+    def _word_bits(self) -> int:
+        return self.words.itemsize * 8
+
     def for_module(self, module: str) -> Self:
         for pattern, overrides in self.dynamic:
             if pattern.match(module):
@@ -111,11 +121,12 @@ class Gptq(AffineFormat):
 
     def quantized(self, shards: Shards, module: str) -> AffineWeight:
         own = self.for_module(module)
-        qweight = read_words(shards, module + ".qweight")
-        columns, out = qweight.shape[0] * 32 // own.bits, qweight.shape[1]
+        qweight = read_words(shards, module + ".qweight", self.words)
+        columns, out = qweight.shape[0] * self._word_bits // own.bits, qweight.shape[1]
         groups = -(-columns // own.group_of(columns))
         scales = shards.read(module + ".scales", (groups, out)).T.contiguous()
-        qzeros = shards.read(module + ".qzeros", (groups, -(-out * own.bits // 32)))
+        shape = (groups, -(-out * own.bits // self._word_bits))
+        qzeros = read_words(shards, module + ".qzeros", self.words, shape)
         zeros = from_words(qzeros, own.bits)[:, :out].T
         if self.zeros_are_one_less:
             zeros = (zeros + 1) & (2**own.bits - 1)  # a zero of 0 was stored as −1
@@ -128,8 +139,8 @@ class Gptq(AffineFormat):
         if self.zeros_are_one_less:
             zeros = (zeros - 1) & (2**weight.bits - 1)
         return {
-            f"{module}.qweight": to_words(weight.codes, weight.bits).T.contiguous(),
-            f"{module}.qzeros": to_words(zeros, weight.bits),
+            f"{module}.qweight": to_words(weight.codes, weight.bits, self.words).T.contiguous(),
+            f"{module}.qzeros": to_words(zeros, weight.bits, self.words),
             f"{module}.scales": weight.scales.T.contiguous(),
             f"{module}.g_idx": weight.g_idx.int(),
         }
@@ -145,7 +156,8 @@ class Gptq(AffineFormat):
     def sizes(self, leaves: Mapping[str, TensorHeader]) -> AffineSizes:
         words, out = leaves["qweight"].shape
         scales = leaves["scales"]
-        return AffineSizes(out, words * 32 // self.bits, scales.shape[0], scales.itemsize)
+        columns = words * self._word_bits // self.bits
+        return AffineSizes(out, columns, scales.shape[0], scales.itemsize)
 
 
 def _dynamic(settings: Settings) -> tuple[tuple[re.Pattern[str], Mapping[str, Any]], ...]:

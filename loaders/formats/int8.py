@@ -22,7 +22,7 @@ from nybble.kernels import PackedWeight
 from nybble.loaders.errors import CheckpointError
 from nybble.loaders.formats.affine import AffineWeight, consecutive_groups
 from nybble.loaders.formats.base import Format, read_bias
-from nybble.loaders.formats.compressed_tensors import CompressedTensors, config_groups
+from nybble.loaders.formats.compressed_tensors import OfCompressedTensors, config_groups
 from nybble.loaders.formats.settings import Settings
 from nybble.loaders.shards import Shards
 from nybble.loaders.tensor_file import TensorHeader
@@ -31,12 +31,10 @@ _INTEGERS = ("int-quantized", "naive-quantized")
 
 
 @dataclass(frozen=True)
-class CompressedTensorsInt8(Format):
-    quant_method: ClassVar[str] = CompressedTensors.quant_method
+class CompressedTensorsInt8(OfCompressedTensors):
     marks: ClassVar[frozenset[str]] = frozenset(("weight_scale",))
     required: ClassVar[frozenset[str]] = frozenset(("weight", "weight_scale"))
     optional: ClassVar[frozenset[str]] = frozenset(("weight_zero_point",))
-    ignored: ClassVar[Mapping[str, str]] = CompressedTensors.ignored
 
     @property
     def name(self) -> str:

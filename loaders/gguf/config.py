@@ -100,10 +100,27 @@ def _gemma(metadata: Metadata, config: dict[str, Any], large_layers: int, patter
     by_hidden = layers == large_layers
     scalar = config["hidden_size"] // heads if by_hidden else config["head_dim"]
     config["query_pre_attn_scalar"] = scalar
-    config["sliding_window"] = metadata.need("attention.sliding_window")
+    metadata.need("attention.sliding_window")
+    _windows(metadata, config, pattern)
+
+
+def _windows(metadata: Metadata, config: dict[str, Any], period: int) -> None:
+    """The windows of a model that may have some.
+
+    period: a layer sees everything after one less than as many with a window, unless the file says
+        which layers have one, or another period.
+    """
+    layers, window = config["num_hidden_layers"], metadata.get("attention.sliding_window")
+    pattern = metadata.get("attention.sliding_window_pattern", period)
+    config["sliding_window"] = window or None
+    if not window:
+        pattern = [False] * layers
+    elif isinstance(pattern, int):
+        pattern = [index % pattern != pattern - 1 for index in range(layers)]
+    if len(pattern) != layers:
+        raise metadata.error(f"has a sliding_window_pattern of {len(pattern)} for {layers} layers")
     config["layer_types"] = [
-        "full_attention" if index % pattern == pattern - 1 else "sliding_attention"
-        for index in range(layers)
+        "sliding_attention" if has_one else "full_attention" for has_one in pattern
     ]
 
 
@@ -114,10 +131,7 @@ def _gemma2(metadata: Metadata, config: dict[str, Any]) -> None:
 
 
 def _gemma3(metadata: Metadata, config: dict[str, Any]) -> None:
-    pattern = metadata.get("attention.sliding_window_pattern", 6)
-    if not isinstance(pattern, int):
-        raise metadata.error("has a sliding_window_pattern by layer, which is not supported")
-    _gemma(metadata, config, large_layers=62, pattern=pattern)
+    _gemma(metadata, config, large_layers=62, pattern=6)
     config["final_logit_softcapping"] = metadata.get("final_logit_softcapping")
     local = metadata.get("rope.freq_base_swa", 10000.0)
     config["rope_parameters"] = {
@@ -165,6 +179,43 @@ def _seed_oss(metadata: Metadata, config: dict[str, Any]) -> None:
     config["attention_out_bias"] = "blk.0.attn_output.bias" in metadata.tensors
 
 
+def _cohere2(metadata: Metadata, config: dict[str, Any]) -> None:
+    config["logit_scale"] = metadata.need("logit_scale")
+    _windows(metadata, config, period=4)
+
+
+def _exaone4(metadata: Metadata, config: dict[str, Any]) -> None:
+    _windows(metadata, config, period=4)
+
+
+def _ernie(metadata: Metadata, config: dict[str, Any]) -> None:
+    config["use_bias"] = config["mlp_bias"]
+
+
+def _olmo(metadata: Metadata, config: dict[str, Any]) -> None:
+    """OLMo 3 is OLMo 2 with windows, whose layers do not scale their frequencies."""
+    if not metadata.get("attention.sliding_window"):
+        return
+    config["model_type"] = "olmo3"
+    _windows(metadata, config, period=4)
+    rope = config["rope_parameters"]
+    local = {"rope_type": "default", "rope_theta": rope["rope_theta"]}
+    config["rope_parameters"] = {"full_attention": rope, "sliding_attention": local}
+
+
+def _mistral3(metadata: Metadata, config: dict[str, Any]) -> None:
+    rope = config["rope_parameters"]
+    if rope["rope_type"] != "yarn":
+        raise metadata.error("has no rotary scaling of type 'yarn'")
+    names = {"beta_fast": "yarn_beta_fast", "beta_slow": "yarn_beta_slow"}
+    rope |= {name: metadata.need(f"rope.scaling.{key}") for name, key in names.items()}
+    # llama.cpp and transformers agree on other values only if both scales are this one.
+    if metadata.get("rope.scaling.yarn_log_multiplier", 1.0) != 1.0:
+        raise metadata.error("has a rope.scaling.yarn_log_multiplier other than 1")
+    rope |= {"mscale": 1.0, "mscale_all_dim": 1.0}
+    rope["llama_4_scaling_beta"] = metadata.need("attention.temperature_scale")
+
+
 FAMILIES = {
     "llama": Family("llama", permuted=True),
     "qwen2": Family("qwen2"),
@@ -178,9 +229,16 @@ FAMILIES = {
     "granite": Family("granite", _granite, permuted=True),
     "smollm3": Family("smollm3", _smollm3, permuted=True),
     "arcee": Family("arcee", _activation("relu2"), permuted=True),
-    "olmo2": Family("olmo2"),
+    "olmo2": Family("olmo2", _olmo),
+    "mistral3": Family("ministral3", _mistral3, permuted=True),
+    "exaone4": Family("exaone4", _exaone4),
+    "chatglm": Family("glm"),
+    "glm4": Family("glm4"),
+    "ernie4_5": Family("ernie4_5", _ernie),
+    "hunyuan-dense": Family("hunyuan_v1_dense"),
     "seed_oss": Family("seed_oss", _seed_oss),
     "command-r": Family("cohere", _cohere, eps="layer_norm_eps"),
+    "cohere2": Family("cohere2", _cohere2, eps="layer_norm_eps"),
 }
 
 
@@ -227,7 +285,7 @@ def config_of(
     }
     config["rope_parameters"] = _rope(metadata, config, rope_tensors)
     family.settings(metadata, config)
-    if architecture not in ("gemma2", "gemma3", "phi3", "starcoder2"):
+    if "sliding_window" not in config:
         window = metadata.get("attention.sliding_window")
         if window and window < config["max_position_embeddings"]:
             raise metadata.error(f"has a window of {window} tokens, which is not supported")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -26,11 +25,11 @@ from nybble.loaders.errors import CheckpointError
 from nybble.loaders.formats.gguf_blocks import BLOCK_TYPES
 from nybble.loaders.gguf.config import FAMILIES, ROPE_FACTORS, ROPE_FREQS, Metadata, config_of
 from nybble.loaders.gguf.index import DTYPES, SOURCE, Entry, write_index
+from nybble.loaders.gguf.names import parts_of
 from nybble.loaders.gguf.tokenizer import end_tokens, save_tokenizer
 from nybble.models import Architecture, Attention, architecture_of
 
 VERSION = 2
-_PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 
 
 def gguf_folder(file: Path) -> Path:
@@ -38,7 +37,8 @@ def gguf_folder(file: Path) -> Path:
 
     Raises CheckpointError if the file is damaged, or has something that is not supported.
     """
-    file = file.resolve()
+    # The file's own name: in the hub's cache it is a link to one that says nothing.
+    file = file.parent.resolve() / file.name
     parts = _parts(file)
     digest = hashlib.sha256(str(file).encode()).hexdigest()[:16]
     folder = cache_folder() / "gguf" / f"{file.stem}-{digest}"
@@ -68,14 +68,12 @@ def _read(path: Path) -> str | None:
 
 
 def _parts(file: Path) -> list[Path]:
-    match = _PART.search(file.name)
-    if match is None:
-        return [file]
-    stem, count = file.name[: match.start()], int(match[2])
-    parts = [file.with_name(f"{stem}-{part:05}-of-{count:05}.gguf") for part in range(1, count + 1)]
+    parts = [file.with_name(name) for name in parts_of(file.name)]
     for part in parts:
         if not part.is_file():
-            raise CheckpointError(f"{file} is one part of {count}, and there is no {part.name}")
+            raise CheckpointError(
+                f"{file} is one part of {len(parts)}, and there is no {part.name}"
+            )
     return parts
 
 

@@ -169,7 +169,7 @@ class AdapterAdmin:
         if not replace and self._engine.adapter(name) is not None:
             raise ApiError(
                 400,
-                f"adapter {name!r} is loaded already; load_inplace replaces it",
+                f"adapter {name!r} has already been loaded; load_inplace replaces it",
                 param="lora_name",
                 code="adapter_exists",
             )
@@ -247,10 +247,10 @@ def _allowed(path: str, roots: Sequence[Path]) -> Path:
         except (OSError, RuntimeError, ValueError):
             continue  # too long, a loop of links, a null byte
     raise ApiError(
-        400,
+        404,
         f"lora_path is not a folder below an allowed root: {path!r}",
         param="lora_path",
-        code="invalid_value",
+        code="not_found",
     )
 
 

@@ -7,17 +7,28 @@ from typing import Any
 from uuid import uuid4
 
 from nybble.engine import RequestOutput
+from nybble.server.api.answer_form import AnswerForm
 from nybble.server.api.chat_schema import ChatRequest
 from nybble.server.api.choices import ChoicesFormatter
 from nybble.server.api.generation import Usage
 from nybble.server.api.logprobs import Logprobs
-from nybble.server.api.tool_parser import Arguments, Call, ParsedDelta, Text, ToolParser
-from nybble.server.api.tools import Tools
+from nybble.server.api.output.events import (
+    Arguments,
+    Call,
+    OutputParser,
+    ParsedDelta,
+    Reasoning,
+    Text,
+)
 
 
 class ChatFormatter(ChoicesFormatter):
-    """``chat.completion`` and ``chat.completion.chunk``. With tools, calls are parsed from text.
+    """``chat.completion`` and ``chat.completion.chunk``, with reasoning and calls parsed from text.
 
+    Reasoning has two names: ``reasoning`` is vLLM's and OpenRouter's, ``reasoning_content`` that of
+    DeepSeek, SGLang and llama.cpp. Clients read one of them.
+
+    form: of the answers.
     prompts: the token ids of the one prompt.
     echo: text that every answer begins with, before the generated text.
     """
@@ -28,7 +39,7 @@ class ChatFormatter(ChoicesFormatter):
         body: ChatRequest,
         created: int,
         logprobs: Logprobs | None,
-        tools: Tools | None,
+        form: AnswerForm,
         prompts: Sequence[tuple[int, ...]],
         echo: str = "",
     ) -> None:
@@ -38,8 +49,9 @@ class ChatFormatter(ChoicesFormatter):
         self._logprobs = logprobs if body.logprobs else None
         self._of_prompt = logprobs if body.prompt_logprobs is not None else None
         self._prompt_alternatives = body.prompt_logprobs or 0
-        self._tools = tools
-        self._parsers: dict[int, ToolParser | None] = {}
+        self._form = form
+        self._shows_reasoning = body.include_reasoning is not False
+        self._parsers: dict[int, OutputParser] = {}
 
     def envelope(self, choices: Sequence[dict[str, Any]], *, chunk: bool) -> dict[str, Any]:
         name = "chat.completion.chunk" if chunk else "chat.completion"
@@ -53,22 +65,32 @@ class ChatFormatter(ChoicesFormatter):
             body["prompt_logprobs"] = self._of_prompt.by_id(prompt, self._prompt_alternatives)
         return body
 
+    @property
+    def reasoning_tokens(self) -> int | None:
+        if not self._form.reasons:
+            return None
+        return sum(parser.reasoning_tokens for parser in self._parsers.values())
+
     def choice(self, index: int, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
-        parser = self._new_parser()
-        text = "".join(output.text for output in outputs)
+        parser = self._parsers[index] = self._form.parser()
         message: dict[str, Any] = {
             "role": "assistant",
             "content": self._echo,
             "refusal": None,
         }
         calls: list[dict[str, Any]] = []
-        for event in _events(parser, text, last=True):
+        reasoning = ""
+        for event in (event for output in outputs for event in self._events(parser, output)):
             if isinstance(event, Text):
                 message["content"] += event.text
+            elif isinstance(event, Reasoning):
+                reasoning += event.text
             elif isinstance(event, Call):
                 calls.append(_call(event.name))
             else:
                 calls[-1]["function"]["arguments"] += event.text
+        if reasoning:
+            message |= _reasoning(reasoning)
         if calls:
             message["tool_calls"] = calls
             message["content"] = message["content"] or None
@@ -84,16 +106,17 @@ class ChatFormatter(ChoicesFormatter):
         begins = index not in self._parsers
         deltas: list[dict[str, Any]] = []
         if begins:
-            self._parsers[index] = self._new_parser()
+            self._parsers[index] = self._form.parser()
             deltas.append({"role": "assistant", "content": ""})
             if self._echo:
                 deltas.append({"content": self._echo})
         parser = self._parsers[index]
         last = output.finish_reason is not None
-        deltas += [_delta(event) for event in _events(parser, output.text, last=last)]
+        said = [_delta(event) for event in self._events(parser, output)]
         logprobs, token_ids = self._content_logprobs([output]), self.token_ids([output])
-        if not deltas and ((logprobs and logprobs["content"]) or token_ids.get("token_ids")):
-            deltas.append({})
+        if not said and ((logprobs and logprobs["content"]) or token_ids.get("token_ids")):
+            said.append({})
+        deltas += said
         chunks = [_chunk(index, delta) | self.no_token_ids for delta in deltas]
         if chunks:
             chunks[-1]["logprobs"] = logprobs
@@ -105,12 +128,18 @@ class ChatFormatter(ChoicesFormatter):
             chunks[-1]["finish_reason"] = self._finish_reason(output, parser)
         return chunks
 
-    def _new_parser(self) -> ToolParser | None:
-        return None if self._tools is None else self._tools.parser()
+    def _events(self, parser: OutputParser, output: RequestOutput) -> list[ParsedDelta]:
+        """What an output adds to the answer, as far as it is shown."""
+        events = parser.feed(output.text, len(output.token_ids))
+        if output.finish_reason is not None:
+            events += parser.finish()
+        if self._shows_reasoning:
+            return events
+        return [event for event in events if not isinstance(event, Reasoning)]
 
-    def _finish_reason(self, output: RequestOutput, parser: ToolParser | None) -> str | None:
-        called = parser is not None and parser.calls > 0
-        if output.finish_reason == "stop" and called and self._tools and not self._tools.named:
+    def _finish_reason(self, output: RequestOutput, parser: OutputParser) -> str | None:
+        tools = self._form.tools
+        if output.finish_reason == "stop" and parser.calls and tools and not tools.named:
             return "tool_calls"
         return output.finish_reason
 
@@ -120,20 +149,19 @@ class ChatFormatter(ChoicesFormatter):
         return {"content": self._logprobs.chat(outputs), "refusal": None}
 
 
-def _events(parser: ToolParser | None, text: str, *, last: bool) -> list[ParsedDelta]:
-    if parser is None:
-        return [Text(text)] if text else []
-    events = parser.feed(text)
-    return events + parser.finish() if last else events
-
-
 def _delta(event: ParsedDelta) -> dict[str, Any]:
     if isinstance(event, Text):
         return {"content": event.text}
+    if isinstance(event, Reasoning):
+        return _reasoning(event.text)
     if isinstance(event, Arguments):
         function = {"arguments": event.text}
         return {"tool_calls": [{"index": event.index, "function": function}]}
     return {"tool_calls": [{"index": event.index, **_call(event.name)}]}
+
+
+def _reasoning(text: str) -> dict[str, Any]:
+    return {"reasoning": text, "reasoning_content": text}
 
 
 def _call(name: str) -> dict[str, Any]:

@@ -85,6 +85,10 @@ class Message(Body):
     name: str | None = None
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
+    # What the assistant thought, in the words of vLLM and of DeepSeek. The template decides what of
+    # it the model sees again.
+    reasoning: str | None = None
+    reasoning_content: str | None = None
 
     @model_validator(mode="after")
     def _has_content(self) -> Message:
@@ -130,6 +134,8 @@ class TemplateOptions(Body):
 
     add_special_tokens: whether the tokenizer adds its special tokens (such as BOS) to what the
         template wrote.
+    thinking_token_budget: how many tokens reasoning may have; −1 for any number. Some templates
+        tell the model.
     chat_template: used instead of the model's own, if the server allows it.
     """
 
@@ -140,6 +146,7 @@ class TemplateOptions(Body):
     chat_template_kwargs: dict[str, Any] | None = None
     documents: list[dict[str, Any]] | None = None
     reasoning_effort: ReasoningEffort | None = None
+    thinking_token_budget: Annotated[int, Field(ge=NO_LIMIT)] | None = None
 
     @model_validator(mode="after")
     def _new_turn_or_old(self) -> TemplateOptions:
@@ -166,7 +173,11 @@ class Prediction(Body):
 
 
 class ChatRequest(Sampling, TemplateOptions):
-    ignored: ClassVar[dict[str, str]] = OF_THE_SERVICE | foreign.IGNORED
+    ignored: ClassVar[dict[str, str]] = {
+        **OF_THE_SERVICE,
+        **foreign.IGNORED,
+        "stream_reasoning": "reasoning is streamed as it is generated",
+    }
     refused: ClassVar[dict[str, str]] = {
         **foreign.REFUSED,
         **foreign.REFUSED_IN_CHATS,
@@ -191,6 +202,10 @@ class ChatRequest(Sampling, TemplateOptions):
     parallel_tool_calls: bool | None = None
     prediction: Prediction | None = None
     response_format: ResponseFormat | None = None
+    include_reasoning: bool | None = None  # false: reasoning is left out of the answer
+    # Whether reasoning is told apart from content, in the words of SGLang and of llama.cpp.
+    separate_reasoning: bool | None = None
+    reasoning_format: Literal["none", "auto", "deepseek"] | None = None
 
     @model_validator(mode="after")
     def _logprobs_first(self) -> ChatRequest:
@@ -201,6 +216,11 @@ class ChatRequest(Sampling, TemplateOptions):
                 {"param": "top_logprobs"},
             )
         return self
+
+    @property
+    def splits_reasoning(self) -> bool:
+        """Whether reasoning is told apart from content."""
+        return self.separate_reasoning is not False and self.reasoning_format != "none"
 
     @property
     def echoed(self) -> str:

@@ -25,6 +25,11 @@ class ChoicesFormatter(ABC):
         self._n = body.sequences
         self._prompts = prompts if body.return_token_ids else None
 
+    @property
+    def reasoning_tokens(self) -> int | None:
+        """How many of the tokens so far were reasoning; None if that is not told apart."""
+        return None
+
     @abstractmethod
     def envelope(self, choices: Sequence[dict[str, Any]], *, chunk: bool) -> dict[str, Any]:
         """A body with these choices: a whole response, or one event if ``chunk``."""
@@ -39,17 +44,21 @@ class ChoicesFormatter(ABC):
 
     def whole(self, outputs: Sequence[Sequence[RequestOutput]], usage: Usage) -> dict[str, Any]:
         choices = [self.choice(index, sequence) for index, sequence in enumerate(outputs)]
-        return self.envelope(choices, chunk=False) | {"usage": _usage(usage)}
+        return self.envelope(choices, chunk=False) | {"usage": self._usage(usage)}
 
     def events(self, index: int, output: RequestOutput, usage: Usage) -> Sequence[ServerSentEvent]:
-        extra: dict[str, Any] = {}
-        if self._include_usage:
-            # OpenAI sends a null usage in every event but the last.
-            extra["usage"] = _usage(usage) if self._continuous_usage else None
-        return [
-            (None, self.envelope([choice], chunk=True) | extra)
-            for choice in self.chunks(index, output)
-        ]
+        events: list[ServerSentEvent] = []
+        for choice in self.chunks(index, output):
+            body = self.envelope([choice], chunk=True)
+            if self._include_usage:
+                # OpenAI sends a null usage in every event but the last.
+                body["usage"] = self._usage(usage) if self._continuous_usage else None
+            if body.get("usage") and "role" in choice.get("delta", ()):
+                # It comes before the sequence's first tokens, which this output has.
+                body["usage"]["completion_tokens"] -= output.completion_tokens
+                body["usage"]["total_tokens"] -= output.completion_tokens
+            events.append((None, body))
+        return events
 
     def prompt_token_ids(self, index: int) -> dict[str, Any]:
         """The field for a sequence's prompt, if it is asked for."""
@@ -71,24 +80,23 @@ class ChoicesFormatter(ABC):
     def last_events(self, usage: Usage) -> Sequence[ServerSentEvent]:
         if not self._include_usage:
             return []
-        return [(None, self.envelope([], chunk=True) | {"usage": _usage(usage)})]
+        return [(None, self.envelope([], chunk=True) | {"usage": self._usage(usage)})]
 
     def failure(self, error: ApiError) -> ServerSentEvent:
         return None, error.body()
 
-
-def _usage(usage: Usage) -> dict[str, Any]:
-    details = {}
-    if (predicted := usage.predicted_tokens) is not None:
-        accepted, rejected = predicted
-        details["completion_tokens_details"] = {
-            "accepted_prediction_tokens": accepted,
-            "rejected_prediction_tokens": rejected,
+    def _usage(self, usage: Usage) -> dict[str, Any]:
+        details: dict[str, Any] = {}
+        if (reasoning := self.reasoning_tokens) is not None:
+            details["reasoning_tokens"] = reasoning
+        if (predicted := usage.predicted_tokens) is not None:
+            accepted, rejected = predicted
+            details["accepted_prediction_tokens"] = accepted
+            details["rejected_prediction_tokens"] = rejected
+        return {
+            "prompt_tokens": usage.prompt_tokens,
+            "completion_tokens": usage.completion_tokens,
+            "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+            **({"completion_tokens_details": details} if details else {}),
         }
-    return {
-        "prompt_tokens": usage.prompt_tokens,
-        "completion_tokens": usage.completion_tokens,
-        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
-        **details,
-    }

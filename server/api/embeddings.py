@@ -13,6 +13,7 @@ from nybble.server.api import foreign
 from nybble.server.api.generation import Usage
 from nybble.server.api.schema import (
     OF_THE_SERVICE,
+    ModelName,
     Priority,
     Prompt,
     PromptShapes,
@@ -30,7 +31,7 @@ class EmbeddingRequest(Truncated):
         "rid": foreign.IGNORED["rid"],
     }
 
-    model: str
+    model: ModelName = ""
     input: Annotated[Any, BeforeValidator(prompts_of, json_schema_input_type=PromptShapes)]
     dimensions: Annotated[int, Field(ge=1)] | None = None
     encoding_format: Literal["float", "base64"] | None = None

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 _NO_MEDIA = "the models here read text only"
-_NO_REASONING = "reasoning is not separated from the rest of the text"
+_NO_REASONING = "only chats tell reasoning from the rest of the text"
 _OTHER_SAMPLER = "belongs to a sampler that is refused"
 _BEAM_SEARCH = "belongs to beam search, which is refused"
 _ONE_REPLICA = "there is only one replica"
@@ -32,7 +32,6 @@ IGNORED = {
     "guided_decoding_backend": "there is only one backend",
     "id_slot": _HINT,
     "images_config": _NO_MEDIA,
-    "include_reasoning": _NO_REASONING,
     "length_penalty": _BEAM_SEARCH,
     "max_dynamic_patch": _NO_MEDIA,
     "media_io_kwargs": _NO_MEDIA,
@@ -41,7 +40,6 @@ IGNORED = {
     "mirostat_tau": _OTHER_SAMPLER,
     "mm_processor_kwargs": _NO_MEDIA,
     "ngram_corpus_id": _HINT,
-    "reasoning_format": _NO_REASONING,
     "repeat_last_n": _OTHER_SAMPLER,
     "request_id": _NAMED_BY_HEADER,
     "return_mm_kwargs": _NO_MEDIA,
@@ -50,14 +48,18 @@ IGNORED = {
     "routed_dp_rank": _ONE_REPLICA,
     "routed_experts_prompt_start": _NO_EXPERTS,
     "routed_experts_start_len": _NO_EXPERTS,
-    "separate_reasoning": _NO_REASONING,
     "session_id": _HINT,
     "stream_interval": "every token is sent as soon as it is generated",
-    "stream_reasoning": _NO_REASONING,
     "timings_per_token": "timings are in the metrics",
     "use_audio_in_video": _NO_MEDIA,
     "xtc_threshold": _OTHER_SAMPLER,
 }
+
+# Ignored where there is no chat.
+IGNORED_REASONING = dict.fromkeys(
+    ("include_reasoning", "reasoning_format", "separate_reasoning", "stream_reasoning"),
+    _NO_REASONING,
+)
 
 _NO_PLUGINS = "custom samplers are not supported"
 _ONE_SERVER = "prompts are not computed on another server"
@@ -100,7 +102,6 @@ REFUSED = {
     "t_max_predict_ms": "t_max_predict_ms is not supported: use timeout",
     "task": "task is not supported: put it into the messages",
     "tfs_z": "tail-free sampling is not supported: use min_p",
-    "thinking_token_budget": "thinking_token_budget is not supported: use max_tokens",
     "top_n_sigma": "top_n_sigma is not supported: use min_p",
     "typical_p": "typical_p is not supported: use top_p or min_p",
     "use_beam_search": "beam search is not supported",
@@ -114,7 +115,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n_predict": (-1,),
     "repeat_penalty": (1,),
     "tfs_z": (1,),
-    "thinking_token_budget": (-1,),
     "top_n_sigma": (-1,),
     "typical_p": (1,),
 }
@@ -134,6 +134,7 @@ REFUSED_IN_COMPLETIONS = {
         "modalities",
         "parallel_tool_calls",
         "reasoning_effort",
+        "thinking_token_budget",
         "tool_choice",
         "tools",
         "top_logprobs",
@@ -145,6 +146,7 @@ NEUTRAL_IN_COMPLETIONS = NEUTRAL | {
     "modalities": (["text"],),
     "parallel_tool_calls": (True,),
     "reasoning_effort": ("none",),
+    "thinking_token_budget": (-1,),
     "tool_choice": ("none", "auto"),
     "verbosity": ("medium",),
 }

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from nybble.engine import (
     Engine,
-    GrammarGuide,
+    Guide,
     Pooling,
     Request,
     RequestOutput,
@@ -21,6 +21,7 @@ from nybble.server.observability.metrics import Metrics
 from nybble.server.tenancy.admission import Admission
 from nybble.server.tenancy.limits import Limiter
 from nybble.server.tenancy.tenants import Tenant
+from nybble.server.tenancy.usage import UsageLedger
 
 # Enough short texts to fill a step's token budget. On a small server at most a quarter of its
 # sequences is used, so that embeddings do not crowd out other requests.
@@ -45,7 +46,7 @@ class SequenceGroup:
     prompts: tuple[tuple[int, ...], ...]
     params: SamplingParams
     n: int = 1
-    guide: GrammarGuide | None = None
+    guide: Guide | None = None
     adapter: str | None = None
     tenant: Tenant | None = None
     timeout: float | None = None
@@ -92,6 +93,11 @@ class Usage:
 
     def add(self, index: int, output: RequestOutput) -> None:
         self._latest[index] = output
+
+    @property
+    def begun(self) -> bool:
+        """Whether there has been an output."""
+        return bool(self._latest)
 
     @property
     def prompt_tokens(self) -> int:
@@ -154,11 +160,13 @@ class Generation:
         metrics: Metrics,
         admission: Admission,
         limiter: Limiter,
+        ledger: UsageLedger,
         ended: Callable[[SequenceTimes], None] | None = None,
     ) -> None:
         """ended: called for every finished sequence, in the context of its HTTP request."""
         self.engine = engine
         self._limiter = limiter
+        self._ledger = ledger
         self._ended = ended
         self._metrics = metrics
         self._admission = admission
@@ -178,15 +186,33 @@ class Generation:
                 param="n",
                 code="invalid_value",
             )
-        with self._admitted(group):
+        with self._admitted(group), self._counted(group) as usage:
             if group.size == 1:
                 async with aclosing(self._sequence(group.request(0), group.tenant)) as outputs:
                     async for output in outputs:
+                        usage.add(0, output)
                         yield 0, output
             else:
                 async with aclosing(self._merged(group)) as merged:
                     async for item in merged:
+                        usage.add(*item)
                         yield item
+
+    @contextmanager
+    def _counted(self, group: SequenceGroup) -> Iterator[Usage]:
+        """Counts what a group has used, however it ends, unless it never began."""
+        usage = Usage(group)
+        try:
+            yield usage
+        finally:
+            if usage.begun:
+                self._ledger.add(
+                    "" if group.tenant is None else group.tenant.name,
+                    group.adapter,
+                    prompt=usage.prompt_tokens,
+                    cached=usage.cached_tokens,
+                    completion=usage.completion_tokens,
+                )
 
     def _in_flight(self, group: SequenceGroup) -> int:
         """The most sequences of a group that are in flight at a time."""

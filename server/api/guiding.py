@@ -8,11 +8,12 @@ from typing import Any
 
 from nybble.engine import GrammarCompiler, GrammarGuide
 from nybble.engine.json_schema import Omission
+from nybble.server.api.answer_form import AnswerForm
 from nybble.server.api.compile_pool import CompilePool
 from nybble.server.api.format_schema import ResponseFormat, StructuredOutputs
 from nybble.server.api.schema import Sampling
 from nybble.server.api.structural_tag import tags_of
-from nybble.server.api.tools import Answer, AnswerError, Tools
+from nybble.server.api.tools import Answer, AnswerError
 from nybble.server.http.errors import ApiError
 from nybble.server.observability.request_record import RequestRecord
 
@@ -25,9 +26,11 @@ async def guide_of(
     body: Sampling,
     record: RequestRecord,
     response_format: ResponseFormat | None = None,
-    tools: Tools | None = None,
+    form: AnswerForm | None = None,
 ) -> GrammarGuide | None:
     """The guide a request asks for, or None. It is compiled in ``pool`` before admission.
+
+    form: of a chat's answers. What is guided begins after their reasoning.
 
     If a schema is not ``strict``, the keywords which no grammar can enforce are left to the model,
     as OpenAI does, and noted in ``record``. Tools can be combined with a response format: calls
@@ -37,6 +40,11 @@ async def guide_of(
     compiled or takes too long; ApiError 503 if the pool is busy.
     """
     omissions: list[Omission] = []
+    tools = None if form is None else form.tools
+    calling = compiler
+    if form is not None:
+        calling = compiler.after(form.lead(calls=True))
+        compiler = compiler.after(form.lead(calls=False))
     answer = _answer(response_format)
     asked: dict[str, Callable[[], GrammarGuide | None]] = {}
     if tools is None and answer is not None:
@@ -47,7 +55,7 @@ async def guide_of(
         asked["response_format"] = lambda: compiler.structural_tags(tags_of(tag))
     asked |= _always_enforced(compiler, body)
     if tools is not None:
-        asked["tools"] = lambda: tools.guide(compiler, omissions, answer)
+        asked["tools"] = lambda: tools.guide(calling, omissions, answer)
     if not asked:
         return None
     if len(asked) > 1:

@@ -10,18 +10,28 @@ from nybble import __version__
 from nybble.server.api.body import Body
 from nybble.server.api.chat_schema import ChatRequest, DetokenizeRequest, TokenizeRequest
 from nybble.server.api.embeddings import EmbeddingRequest
+from nybble.server.api.messages_schema import CountTokensRequest, MessagesRequest
 from nybble.server.api.responses_schema import ResponsesRequest
-from nybble.server.api.schema import CompletionRequest
+from nybble.server.api.schema import AbortRequest, CompletionRequest
 
 BODIES: dict[str, type[Body]] = {
     "/v1/chat/completions": ChatRequest,
     "/v1/completions": CompletionRequest,
     "/v1/responses": ResponsesRequest,
+    "/v1/messages": MessagesRequest,
+    "/v1/messages/count_tokens": CountTokensRequest,
     "/v1/embeddings": EmbeddingRequest,
     "/tokenize": TokenizeRequest,
     "/detokenize": DetokenizeRequest,
+    "/abort_request": AbortRequest,
 }
-_STREAMED = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
+_STREAMED = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
+_BY_NAME = {
+    "/v1/models/{model}": ("get",),
+    "/v1/responses/{id}": ("get", "delete"),
+    "/v1/responses/{id}/input_items": ("get",),
+    "/v1/responses/{id}/cancel": ("post",),
+}
 _JSON, _EVENTS, _TEXT = "application/json", "text/event-stream", "text/plain"
 _REF = "#/components/schemas/{model}"
 
@@ -65,12 +75,17 @@ def openapi_document(root_path: str = "") -> dict[str, Any]:
                 "responses": _responses(answers),
             }
         }
-    for path in ("/health", "/version", "/v1/models", "/openapi.json"):
+    for path in ("/health", "/ping", "/version", "/v1/models", "/v1/usage", "/openapi.json"):
         paths[path] = {"get": {"responses": _responses({_JSON: {"type": "object"}})}}
     paths["/metrics"] = {"get": {"responses": _responses({_TEXT: {"type": "string"}})}}
-    name = {"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}
-    found = {"responses": _responses({_JSON: {"type": "object"}}), "parameters": [name]}
-    paths["/v1/models/{model}"] = {"get": found}
+    any_object = {"content": {_JSON: {"schema": {"type": "object"}}}}
+    answered = {"responses": _responses({_JSON: {"type": "object"}})}
+    paths["/ping"]["post"] = answered
+    paths["/invocations"] = {"post": {"requestBody": {"required": True, **any_object}, **answered}}
+    for path, methods in _BY_NAME.items():
+        name = path.partition("{")[2].partition("}")[0]
+        named = {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+        paths[path] = {method: {**answered, "parameters": [named]} for method in methods}
     return {
         "openapi": "3.1.0",
         "info": {"title": "nybble", "version": __version__},
@@ -79,10 +94,13 @@ def openapi_document(root_path: str = "") -> dict[str, Any]:
         "paths": paths,
         "components": {
             "schemas": {**definitions["$defs"], "ErrorResponse": _ERROR},
-            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+            "securitySchemes": {
+                "key": {"type": "http", "scheme": "bearer"},
+                "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+            },
         },
         # A key is optional: the server asks for one only if it was started with keys.
-        "security": [{}, {"key": []}],
+        "security": [{}, {"key": []}, {"x-api-key": []}],
     }
 
 

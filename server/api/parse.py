@@ -92,6 +92,14 @@ async def read_body(request: web.Request, kind: type[BodyT]) -> BodyT:
         large.taken -= 1
 
 
+async def read_object(request: web.Request) -> dict[str, Any]:
+    """The body of a request, which another reader will validate. Raises ApiError 400 and 408."""
+    data = await _read(request)
+    return await asyncio.get_running_loop().run_in_executor(
+        request.app[LARGE_BODIES].parser, _object, data
+    )
+
+
 async def _read(request: web.Request) -> bytes:
     try:
         async with asyncio.timeout(_READ_SECONDS):
@@ -111,13 +119,7 @@ async def _read(request: web.Request) -> bytes:
 
 def parse_body(data: bytes, kind: type[BodyT], unknown: UnknownFields = _REFUSE) -> BodyT:
     """Parse and validate a body. Raises ApiError 400 naming the parameter at fault."""
-    try:
-        # This parser refuses NaN, invalid UTF-8, lone surrogates, deep nesting and huge numbers.
-        body = from_json(data, allow_inf_nan=False)
-    except ValueError as error:
-        raise ApiError(400, f"the body is not valid JSON: {error}", code="invalid_json") from None
-    if not isinstance(body, dict):
-        raise ApiError(400, "the body must be a JSON object", code="invalid_json")
+    body = _object(data)
     for _ in range(1 if unknown.refused else _MAX_LEFT_OUT):
         try:
             return kind.model_validate(body)
@@ -129,6 +131,25 @@ def parse_body(data: bytes, kind: type[BodyT], unknown: UnknownFields = _REFUSE)
         unknown.leave_out(_join(path))
         _leave_out(body, path)
     raise ApiError(400, f"more than {_MAX_LEFT_OUT} fields are not known", code="unknown_parameter")
+
+
+def _object(data: bytes) -> dict[str, Any]:
+    try:
+        # This parser refuses NaN, invalid UTF-8, lone surrogates, deep nesting and huge numbers.
+        body = from_json(data, allow_inf_nan=False)
+    except ValueError as error:
+        raise ApiError(400, f"the body is not valid JSON: {error}", code="invalid_json") from None
+    if not isinstance(body, dict):
+        raise ApiError(400, "the body must be a JSON object", code="invalid_json")
+    return body
+
+
+def converted(kind: type[BodyT], given: dict[str, Any]) -> BodyT:
+    """Another endpoint's body, made from the fields of a valid one. Raises ApiError 400."""
+    try:
+        return kind.model_validate(given)
+    except ValidationError as invalid:
+        raise _api_error(_deepest(invalid, given), given) from None
 
 
 def _leave_out(body: Any, path: list[str | int]) -> None:

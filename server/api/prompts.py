@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, TypeVar
 
@@ -14,15 +16,17 @@ from nybble.engine.conversation import (
     PROBE,
     ChatEncoder,
     Turn,
-    has_broken_calls,
+    in_other_forms,
     in_parts,
     left_out,
     template_of,
     turn_of,
-    with_whole_calls,
+    with_short_ids,
+    with_tools,
 )
 from nybble.loaders.templates import TemplateFailedError, TemplateRefusedError, TemplateRenderer
 from nybble.server.api.chat_schema import Message, TemplateOptions
+from nybble.server.api.output.harmony import CHANNEL
 from nybble.server.api.schema import Prompt
 from nybble.server.http.errors import ApiError
 
@@ -40,6 +44,14 @@ _MAX_TOGETHER = 300_000
 # Templates about which something is remembered. A model has one or two; trusted clients may send
 # their own.
 _MAX_TEMPLATES = 16
+
+
+@dataclass(frozen=True)
+class ChatPrompt:
+    """A conversation as token ids, and as the text of which they were made."""
+
+    token_ids: tuple[int, ...]
+    text: str
 
 
 class Prompts:
@@ -97,6 +109,10 @@ class Prompts:
             return self._encode(text, special_tokens)
 
         return await self._off_loop(len(text), work)
+
+    def markers(self, text: str) -> tuple[int, ...]:
+        """Token ids of markers and short text between them."""
+        return self._encode(text, special_tokens=False)
 
     async def encode_all(
         self,
@@ -180,9 +196,13 @@ class Prompts:
         tools: Sequence[dict[str, Any]] | None = None,
         any_length: bool = False,
         parse_special: bool = False,
-    ) -> tuple[int, ...]:
-        """Token ids of a conversation in the model's chat template, up to the assistant's turn.
+        tools_in_system: bool = False,
+        short_ids: bool = False,
+    ) -> ChatPrompt:
+        """A conversation in the model's chat template, up to the assistant's turn.
 
+        tools_in_system: whether the template reads the tools from the system's message.
+        short_ids: whether the template takes only short ids of calls.
         parse_special: whether the text of a special token in a message becomes that token (see
             :class:`nybble.engine.conversation.ChatEncoder`).
 
@@ -195,19 +215,14 @@ class Prompts:
 
         and ApiError 500 if the template takes too much time or memory.
         """
-        template = options.chat_template
-        if template is None:
-            template = self._template(tools=bool(tools))
-        elif not self._trust_chat_templates:
-            raise ApiError(
-                400,
-                "chat_template is accepted only if the server has --trust-request-chat-template",
-                param="chat_template",
-                code="unsupported_parameter",
-            )
+        template = self.template(options, tools=bool(tools))
         if len(messages) > self._max_model_len:  # a message has at least one token
             raise self._too_long(f"{len(messages)} messages")
         turns = [turn_of(message.model_dump(exclude_none=True)) for message in messages]
+        if short_ids:
+            turns = with_short_ids(turns)
+        if tools and tools_in_system:
+            turns = with_tools(turns, tools)
         if not parse_special:
             turns = self._chat_encoder.shielded(turns, template)
         variables = {**self._tokenizer.special_tokens_map, **_variables(options, template)}
@@ -224,7 +239,21 @@ class Prompts:
             ids = self._chat_encoder.encode(text, shielded=not parse_special)
             return (*before, *ids, *after)
 
-        return await self._off_loop(len(text), work)
+        return ChatPrompt(await self._off_loop(len(text), work), text)
+
+    def template(self, options: TemplateOptions, *, tools: bool) -> str:
+        """The chat template of a request with or without tools. Raises ApiError 400 as
+        :meth:`chat` does."""
+        if options.chat_template is None:
+            return self._template(tools=tools)
+        if not self._trust_chat_templates:
+            raise ApiError(
+                400,
+                "chat_template is accepted only if the server has --trust-request-chat-template",
+                param="chat_template",
+                code="unsupported_parameter",
+            )
+        return options.chat_template
 
     def _template(self, *, tools: bool) -> str:
         try:
@@ -299,16 +328,15 @@ class Prompts:
         variables: dict[str, Any],
     ) -> str:
         try:
-            try:
-                future = self._templates.submit(template, turns, tools, variables)
-                return await asyncio.wrap_future(future)
-            except TemplateRefusedError:
-                if not has_broken_calls(turns):
-                    raise
-            whole = with_whole_calls(turns)
-            return await asyncio.wrap_future(
-                self._templates.submit(template, whole, tools, variables)
-            )
+            refusal: TemplateRefusedError | None = None
+            for form in (turns, *in_other_forms(turns)):
+                try:
+                    future = self._templates.submit(template, form, tools, variables)
+                    return await asyncio.wrap_future(future)
+                except TemplateRefusedError as error:
+                    refusal = refusal or error
+            assert refusal is not None
+            raise refusal
         except TemplateFailedError as error:
             raise ApiError(
                 500,
@@ -429,21 +457,38 @@ def _variables(options: TemplateOptions, template: str) -> dict[str, Any]:
         variables["documents"] = options.documents
     return {
         **variables,
-        **_reasoning(options.reasoning_effort, template),
+        **_reasoning(options, template),
         **_checked(options.chat_template_kwargs or {}),
     }
 
 
-def _reasoning(effort: str | None, template: str) -> dict[str, Any]:
-    """An effort as variables of the template. Raises ApiError 400 if it has none for reasoning."""
-    if effort is None:
-        return {}
+# A variable, not a field of a message or a word of the prompt.
+_THINKING = re.compile(r"\b(?:if|not|set|elif|and|or)\s+thinking\b")
+# What gpt-oss was trained to read, and what is nearest to the others.
+_HARMONY_EFFORTS = {"none": "low", "minimal": "low", "xhigh": "high", "max": "high"}
+
+
+def _reasoning(options: TemplateOptions, template: str) -> dict[str, Any]:
+    """Effort and budget as variables of the template, each in the words of its family.
+
+    Raises ApiError 400 if the template has none for an effort.
+    """
     variables: dict[str, Any] = {}
+    budget = options.thinking_token_budget
+    if budget is not None and "thinking_budget" in template:  # Seed-OSS
+        variables["thinking_budget"] = budget
+    effort = options.reasoning_effort
+    if effort is None:
+        return variables
+    asked = dict[str, Any]()
     if "reasoning_effort" in template:
-        variables["reasoning_effort"] = effort
+        harmony = CHANNEL in template
+        asked["reasoning_effort"] = _HARMONY_EFFORTS.get(effort, effort) if harmony else effort
     if "enable_thinking" in template:
-        variables["enable_thinking"] = effort != "none"
-    if not variables and effort != "none":
+        asked["enable_thinking"] = effort != "none"
+    if _THINKING.search(template):  # Granite, DeepSeek V3.1
+        asked["thinking"] = effort != "none"
+    if not asked and effort != "none":
         raise ApiError(
             400,
             f"reasoning_effort is {effort!r}, but the model's chat template does not support "
@@ -451,7 +496,7 @@ def _reasoning(effort: str | None, template: str) -> dict[str, Any]:
             param="reasoning_effort",
             code="unsupported_parameter",
         )
-    return variables
+    return variables | asked
 
 
 def _checked(template_kwargs: dict[str, Any]) -> dict[str, Any]:

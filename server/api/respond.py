@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import aclosing, asynccontextmanager
+from contextlib import AbstractContextManager, aclosing
 from typing import Any, Protocol, TypeVar
 
 from aiohttp import web
@@ -12,6 +12,7 @@ from pydantic_core import to_json
 
 from nybble.engine import RequestOutput
 from nybble.server.api.generation import Generation, SequenceGroup, Usage
+from nybble.server.api.running import RUNNING, RunningRequest
 from nybble.server.http.errors import ApiError
 from nybble.server.observability.request_record import RECORD
 
@@ -66,14 +67,15 @@ async def respond(
 ) -> web.StreamResponse:
     """Run ``group`` and send its outputs. If the response ends early, its sequences are cancelled.
 
-    Raises ApiError 504 if its timeout passes before the first byte is sent, and what
-    Generation.run raises.
+    Raises ApiError 504 if its timeout passes before the first byte is sent, ApiError 499 if it is
+    cancelled until then, and what Generation.run raises.
     """
     if not stream:
         return await respond_whole(request, generation, group, formatter)
     usage = request[RECORD].usage = Usage(group)
-    async with aclosing(generation.run(group)) as results:
-        return await _stream(request, results, usage, formatter, _deadline(group))
+    with _running(request, group) as running:
+        async with aclosing(generation.run(group)) as results:
+            return await _stream(request, results, usage, formatter, running)
 
 
 async def respond_whole(
@@ -81,9 +83,9 @@ async def respond_whole(
 ) -> web.Response:
     """Run ``group`` to its end and send one body. Raises what :func:`respond` does."""
     usage = request[RECORD].usage = Usage(group)
-    async with aclosing(generation.run(group)) as results:
-        outputs: list[list[RequestOutput]] = [[] for _ in range(group.size)]
-        async with _until(_deadline(group)):
+    outputs: list[list[RequestOutput]] = [[] for _ in range(group.size)]
+    with _running(request, group) as running:
+        async with aclosing(generation.run(group)) as results, running.limited():
             async for index, output in results:
                 usage.add(index, output)
                 outputs[index].append(output)
@@ -96,10 +98,10 @@ async def _stream(
     results: Results,
     usage: Usage,
     formatter: Formatter,
-    deadline: float | None,
+    running: RunningRequest,
 ) -> web.StreamResponse:
     # Wait for the first output before sending headers: a failure until then gets its own status.
-    async with _until(deadline):
+    async with running.limited():
         first = await anext(results)
     stream = EventStream(request)
     await stream.open()
@@ -110,7 +112,7 @@ async def _stream(
             await stream.send(event)
 
     try:
-        async with _until(deadline):
+        async with running.limited():
             await tell(*first)
             async for index, output in results:
                 await tell(index, output)
@@ -133,18 +135,10 @@ async def _written(output: RequestOutput, write: Callable[[], T]) -> T:
     return await asyncio.to_thread(write) if much else write()
 
 
-def _deadline(group: SequenceGroup) -> float | None:
-    return None if group.timeout is None else asyncio.get_running_loop().time() + group.timeout
-
-
-@asynccontextmanager
-async def _until(deadline: float | None) -> AsyncGenerator[None]:
-    """Raises ApiError 504 at ``deadline``, on the event loop's clock."""
-    try:
-        async with asyncio.timeout_at(deadline):
-            yield
-    except TimeoutError:
-        raise ApiError(504, "the request's timeout has passed", code="timeout") from None
+def _running(request: web.Request, group: SequenceGroup) -> AbstractContextManager[RunningRequest]:
+    owner = "" if group.tenant is None else group.tenant.name
+    ids = (request[RECORD].id, group.id)
+    return request.app[RUNNING].entered(ids, owner, group.timeout)
 
 
 class EventStream:

@@ -2,26 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 from uuid import uuid4
 
 from nybble.engine import RequestOutput
+from nybble.server.api.answer_form import AnswerForm
 from nybble.server.api.generation import Usage
+from nybble.server.api.logprobs import Logprobs
+from nybble.server.api.output.events import Arguments, Call, Reasoning, Text
 from nybble.server.api.respond import ServerSentEvent
 from nybble.server.api.responses_schema import ResponsesRequest
-from nybble.server.api.tool_parser import Arguments, Call, Text, ToolParser
-from nybble.server.api.tools import Tools
 from nybble.server.http.errors import ApiError
 
 
 class ResponsesFormatter:
-    """See :class:`nybble.server.api.respond.Formatter`. One sequence each; nothing is stored."""
+    """See :class:`nybble.server.api.respond.Formatter`. One sequence each.
+
+    response: as far as it is written.
+    logprobs: None if none are asked for. Those of a message's tokens are reported with the text
+        which the tokens complete; those of reasoning and calls are not reported, as OpenAI does.
+    """
 
     terminator: bytes | None = None
 
-    def __init__(self, id: str, body: ResponsesRequest, created: int, tools: Tools | None) -> None:
-        self._parser: ToolParser | None = None if tools is None else tools.parser()
+    def __init__(
+        self,
+        id: str,
+        body: ResponsesRequest,
+        created: int,
+        form: AnswerForm,
+        logprobs: Logprobs | None = None,
+        *,
+        ended: Callable[[dict[str, Any]], None],
+    ) -> None:
+        """ended: called with the response once it is written, or has failed."""
+        self._ended = ended
+        self._parser = form.parser()
+        self._logprobs = logprobs
+        # Log probabilities whose text is still to come, and those of the newest output.
+        self._unsent: list[dict[str, Any]] = []
+        self._newest: list[dict[str, Any]] = []
         self._events: list[ServerSentEvent] = []
         self._sequence = 0
         self._begun = False
@@ -29,7 +50,7 @@ class ResponsesFormatter:
         text = {"format": {"type": "text"}}
         if body.text is not None and body.text.format is not None:
             text["format"] = body.text.format.model_dump(by_alias=True, exclude_none=True)
-        self._response: dict[str, Any] = {
+        self.response: dict[str, Any] = {
             "id": id,
             "object": "response",
             "created_at": created,
@@ -42,7 +63,8 @@ class ResponsesFormatter:
             "model": body.model,
             "output": [],
             "parallel_tool_calls": body.parallel_tool_calls is not False,
-            "previous_response_id": None,
+            "previous_response_id": body.previous_response_id,
+            "background": bool(body.background),
             "reasoning": {
                 "effort": None if body.reasoning is None else body.reasoning.effort,
                 "summary": None,
@@ -54,6 +76,7 @@ class ResponsesFormatter:
                 {"parameters": None, "strict": None, **tool.model_dump(exclude_none=True)}
                 for tool in body.tools or ()
             ],
+            "top_logprobs": body.top_logprobs or 0,
             "top_p": 1.0 if body.top_p is None else body.top_p,
             "truncation": "disabled",
         }
@@ -62,37 +85,46 @@ class ResponsesFormatter:
         for output in outputs[0]:
             self.events(0, output, usage)
         self.last_events(usage)
-        return self._response
+        return self.response
 
     def events(self, index: int, output: RequestOutput, usage: Usage) -> Sequence[ServerSentEvent]:
         if not self._begun:
             self._begun = True
-            self._tell("response.created", response=self._response | {"output": []})
-            self._tell("response.in_progress", response=self._response | {"output": []})
-        if self._parser is None:
-            self._text(output.text)
-        else:
-            last = output.finish_reason is not None
-            read = self._parser.feed(output.text) + (self._parser.finish() if last else [])
-            for event in read:
-                if isinstance(event, Text):
-                    self._text(event.text)
-                elif isinstance(event, Call):
-                    self._open_call(event.name)
-                else:
-                    self._arguments(event)
+            self._tell("response.created", response=self.response | {"output": []})
+            self._tell("response.in_progress", response=self.response | {"output": []})
+        if self._logprobs is not None:
+            self._newest = self._logprobs.chat([output])
+            self._unsent += self._newest
+        read = self._parser.feed(output.text, len(output.token_ids))
+        if output.finish_reason is not None:
+            read += self._parser.finish()
+        for event in read:
+            if isinstance(event, Text):
+                self._text(event.text)
+            elif isinstance(event, Reasoning):
+                self._think(event.text)
+            elif isinstance(event, Call):
+                self._open_call(event.name)
+            else:
+                self._arguments(event)
         if output.finish_reason is not None:
             complete = output.finish_reason == "stop"
-            if not self._response["output"]:  # an empty answer is an empty message
+            items = self.response["output"]
+            thoughts_alone = all(item["type"] == "reasoning" for item in items)
+            # An empty answer is an empty message.
+            if not items or (thoughts_alone and complete):
                 self._open_message()
+            assert self._item is not None
+            if self._item["type"] == "message":  # tokens that are no text, such as markers
+                self._item["content"][0]["logprobs"] += self._unsent
             self._close_item("completed" if complete else "incomplete")
-            self._response["status"] = "completed" if complete else "incomplete"
+            self.response["status"] = "completed" if complete else "incomplete"
             if not complete:
-                self._response["incomplete_details"] = {"reason": "max_output_tokens"}
+                self.response["incomplete_details"] = {"reason": "max_output_tokens"}
         return self._take()
 
     def last_events(self, usage: Usage) -> Sequence[ServerSentEvent]:
-        self._response["usage"] = {
+        self.response["usage"] = {
             "input_tokens": usage.prompt_tokens,
             "input_tokens_details": {
                 "cached_tokens": usage.cached_tokens,
@@ -100,16 +132,18 @@ class ResponsesFormatter:
                 "cache_write_tokens": usage.prompt_tokens - usage.cached_tokens,
             },
             "output_tokens": usage.completion_tokens,
-            "output_tokens_details": {"reasoning_tokens": 0},
+            "output_tokens_details": {"reasoning_tokens": self._parser.reasoning_tokens},
             "total_tokens": usage.prompt_tokens + usage.completion_tokens,
         }
-        self._tell(f"response.{self._response['status']}", response=self._response)
+        self._ended(self.response)
+        self._tell(f"response.{self.response['status']}", response=self.response)
         return self._take()
 
     def failure(self, error: ApiError) -> ServerSentEvent:
-        self._response["status"] = "failed"
-        self._response["error"] = {"code": "server_error", "message": error.message}
-        self._tell("response.failed", response=self._response)
+        self.response["status"] = "failed"
+        self.response["error"] = {"code": "server_error", "message": error.message}
+        self._ended(self.response)
+        self._tell("response.failed", response=self.response)
         return self._take()[-1]
 
     def _text(self, text: str) -> None:
@@ -118,30 +152,51 @@ class ResponsesFormatter:
         if self._item is None or self._item["type"] != "message":
             self._open_message()
         assert self._item is not None
+        part, logprobs = self._item["content"][0], self._unsent
+        part["text"] += text
+        part["logprobs"] += logprobs
+        self._unsent = []
+        self._tell_part("response.output_text.delta", delta=text, logprobs=logprobs)
+
+    def _think(self, text: str) -> None:
+        if self._item is None or self._item["type"] != "reasoning":
+            self._close_item("completed")
+            self._open_item("rs", type="reasoning", summary=[], content=[])
+            self._open_part({"type": "reasoning_text", "text": ""})
+        assert self._item is not None
         self._item["content"][0]["text"] += text
-        self._tell_part("response.output_text.delta", delta=text, logprobs=[])
+        self._unsent = []
+        self._tell_part("response.reasoning_text.delta", delta=text)
 
     def _open_message(self) -> None:
+        if self._item is not None and self._item["type"] == "reasoning":
+            self._unsent = list(self._newest)  # not those of the marker behind the reasoning
         self._close_item("completed")
         part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
         self._open_item("msg", type="message", role="assistant", content=[])
-        self._tell_part("response.content_part.added", part=dict(part))
+        self._open_part(part)
+
+    def _open_part(self, part: dict[str, Any]) -> None:
+        told = part | {"logprobs": []} if "logprobs" in part else dict(part)
+        self._tell_part("response.content_part.added", part=told)
         assert self._item is not None
         self._item["content"] = [part]
 
     def _open_call(self, name: str) -> None:
         self._close_item("completed")
+        self._unsent = []
         call = {"call_id": f"call_{uuid4().hex[:24]}", "name": name, "arguments": ""}
         self._open_item("fc", type="function_call", **call)
 
     def _arguments(self, event: Arguments) -> None:
         assert self._item is not None
+        self._unsent = []
         self._item["arguments"] += event.text
         self._tell_item("response.function_call_arguments.delta", delta=event.text)
 
     def _open_item(self, prefix: str, **fields: Any) -> None:
         self._item = {"id": f"{prefix}_{uuid4().hex}", "status": "in_progress", **fields}
-        self._response["output"].append(self._item)
+        self.response["output"].append(self._item)
         self._tell("response.output_item.added", output_index=self._index(), item=dict(self._item))
 
     def _close_item(self, status: str) -> None:
@@ -150,7 +205,13 @@ class ResponsesFormatter:
         self._item["status"] = status
         if self._item["type"] == "message":
             (part,) = self._item["content"]
-            self._tell_part("response.output_text.done", text=part["text"], logprobs=[])
+            self._tell_part(
+                "response.output_text.done", text=part["text"], logprobs=part["logprobs"]
+            )
+            self._tell_part("response.content_part.done", part=part)
+        elif self._item["type"] == "reasoning":
+            (part,) = self._item["content"]
+            self._tell_part("response.reasoning_text.done", text=part["text"])
             self._tell_part("response.content_part.done", part=part)
         else:
             self._tell_item(
@@ -162,7 +223,7 @@ class ResponsesFormatter:
         self._item = None
 
     def _index(self) -> int:
-        return len(self._response["output"]) - 1
+        return len(self.response["output"]) - 1
 
     def _tell_part(self, kind: str, /, **fields: Any) -> None:
         self._tell_item(kind, content_index=0, **fields)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, ConfigDict, Discriminator, Field, Tag
+from pydantic import AfterValidator, ConfigDict, Discriminator, Field, Tag, TypeAdapter
 from pydantic_core import PydanticCustomError
 
 from nybble.server.api import foreign
@@ -17,7 +18,16 @@ from nybble.server.api.chat_schema import (
     ReasoningEffort,
     require_text,
 )
-from nybble.server.api.schema import OF_THE_SERVICE, OfTheService, Priority, Salt, Seed, Timeout
+from nybble.server.api.parse import converted
+from nybble.server.api.schema import (
+    OF_THE_SERVICE,
+    ModelName,
+    OfTheService,
+    Priority,
+    Salt,
+    Seed,
+    Timeout,
+)
 
 
 class _Item(Body):
@@ -68,10 +78,20 @@ class InputCallOutput(_Item):
         return {"role": "tool", "tool_call_id": self.call_id, "content": _parts(self.output)}
 
 
+class ReasoningText(_Item):
+    type: Literal["reasoning_text", "text"]
+    text: str
+
+
 class InputReasoning(_Item):
-    """Reasoning of an earlier response. It is dropped, as chat templates drop it too."""
+    """Reasoning of an earlier response. The chat template decides what the model sees of it."""
 
     type: Literal["reasoning"]
+    content: list[ReasoningText] | None = None
+
+    @property
+    def text(self) -> str:
+        return "".join(part.text for part in self.content or ())
 
 
 _ITEMS = ("message", "function_call", "function_call_output", "reasoning")
@@ -98,8 +118,13 @@ InputItem = Annotated[
     ),
 ]
 
-# Extra content for items of built-in tools, reasoning and images; there are no such items here.
-_NOT_INCLUDED = (
+_ITEM_LIST: TypeAdapter[list[InputItem]] = TypeAdapter(list[InputItem])
+
+_LOGPROBS = "message.output_text.logprobs"
+# The others are extra content for items of built-in tools, reasoning and images; there are no such
+# items here.
+_INCLUDED = (
+    _LOGPROBS,
     "reasoning.encrypted_content",
     "file_search_call.results",
     "web_search_call.results",
@@ -111,13 +136,9 @@ _NOT_INCLUDED = (
 
 
 def _included(value: str) -> str:
-    if value == "message.output_text.logprobs":
+    if value not in _INCLUDED:
         raise PydanticCustomError(
-            "unsupported_parameter", "logprobs are not supported here: use /v1/chat/completions"
-        )
-    if value not in _NOT_INCLUDED:
-        raise PydanticCustomError(
-            "invalid_value", "expected one of {names}", {"names": ", ".join(_NOT_INCLUDED)}
+            "invalid_value", "expected one of {names}", {"names": ", ".join(_INCLUDED)}
         )
     return value
 
@@ -126,8 +147,8 @@ class Reasoning(Body):
     """How much a model reasons: see the chat's reasoning_effort."""
 
     ignored: ClassVar[dict[str, str]] = {
-        "summary": "there are no reasoning items",
-        "generate_summary": "there are no reasoning items",
+        "summary": "reasoning is returned in full",
+        "generate_summary": "reasoning is returned in full",
     }
 
     effort: ReasoningEffort | None = None
@@ -165,10 +186,10 @@ _OF_CHATS = (
 
 class ResponsesRequest(OfTheService):
     ignored: ClassVar[dict[str, str]] = {
-        **OF_THE_SERVICE,
+        **{name: why for name, why in OF_THE_SERVICE.items() if name != "store"},
         **foreign.IGNORED,
-        "metadata": "nothing is stored; it comes back with the response",
-        "include": "there are no output items to which it applies",
+        **foreign.IGNORED_REASONING,
+        "metadata": "it comes back with the response",
         "stream_options": "events carry no padding",
     }
     neutral: ClassVar[dict[str, tuple[Any, ...]]] = foreign.NEUTRAL
@@ -177,18 +198,17 @@ class ResponsesRequest(OfTheService):
         **dict.fromkeys(
             ("ebnf", "grammar", "json_schema", "regex"), "use text.format, or /v1/chat/completions"
         ),
-        "previous_response_id": "responses are not stored: send the conversation as input",
         "conversation": "conversations are not stored: send the conversation as input",
         "prompt": "prompt templates are not stored",
-        "background": "background responses are not supported",
         "max_tool_calls": "max_tool_calls is not supported: there are no built-in tools",
         "moderation": "moderation is not supported: there is no moderation model",
         "context_management": "context_management is not supported: send only what is to be read",
-        "top_logprobs": "logprobs are not supported here: use /v1/chat/completions",
     }
 
-    model: str
+    model: ModelName = ""
     input: str | Annotated[list[InputItem], Field(min_length=1, max_length=MAX_MESSAGES)]
+    background: bool | None = None
+    previous_response_id: str | None = None
     include: list[Annotated[str, AfterValidator(_included)]] | None = None
     reasoning: Reasoning | None = None
     instructions: str | None = None
@@ -199,6 +219,7 @@ class ResponsesRequest(OfTheService):
     text: TextOptions | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedFunction | None = None
     tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS)] | None = None
+    top_logprobs: int | None = None
     top_p: float | None = None
     truncation: Literal["disabled"] | None = None
 
@@ -215,14 +236,27 @@ class ResponsesRequest(OfTheService):
     timeout: Timeout | None = None
     top_k: int | None = None
 
-    def chat(self) -> ChatRequest:
-        """The same request as a chat completion."""
+    @property
+    def logprobs(self) -> bool:
+        """Whether to report log probabilities: ``include`` or ``top_logprobs`` asks for them."""
+        return _LOGPROBS in (self.include or ()) or bool(self.top_logprobs)
+
+    def items(self) -> list[dict[str, Any]]:
+        """The input as items."""
+        if isinstance(self.input, str):
+            return [{"type": "message", "role": "user", "content": self.input}]
+        return [item.model_dump(exclude_none=True) for item in self.input]
+
+    def chat(self, history: Sequence[dict[str, Any]] = ()) -> ChatRequest:
+        """The same request as a chat completion. history: items that come before its input."""
         given: dict[str, Any] = {
             "model": self.model,
-            "messages": self._messages(),
+            "messages": self._messages(_ITEM_LIST.validate_python(list(history))),
             "temperature": self.temperature,
             "top_p": self.top_p,
             "max_completion_tokens": self.max_output_tokens,
+            "logprobs": self.logprobs,
+            "top_logprobs": self.top_logprobs,
             "parallel_tool_calls": self.parallel_tool_calls,
             "response_format": self._response_format(),
             **{name: getattr(self, name) for name in _OF_CHATS},
@@ -240,24 +274,31 @@ class ResponsesRequest(OfTheService):
             given["tool_choice"] = {"type": "function", "function": {"name": self.tool_choice.name}}
         else:
             given["tool_choice"] = self.tool_choice
-        return ChatRequest.model_validate(given)
+        return converted(ChatRequest, given)
 
-    def _messages(self) -> list[dict[str, Any]]:
+    def _messages(self, history: list[InputItem]) -> list[dict[str, Any]]:
         messages: list[dict[str, Any]] = []
         if self.instructions:
             messages.append({"role": "system", "content": self.instructions})
-        if isinstance(self.input, str):
-            return [*messages, {"role": "user", "content": self.input}]
-        for item in self.input:
+        given = self.input
+        if isinstance(given, str):
+            given = [InputMessage(role="user", content=given)]
+        thought = ""  # what goes with the assistant's next turn
+        for item in [*history, *given]:
             if isinstance(item, InputReasoning):
+                thought = item.text
                 continue
-            if not isinstance(item, InputCall):
+            if isinstance(item, InputCall):
+                # A call belongs to the assistant's turn before it. Add an empty turn if there is
+                # none.
+                if thought or not messages or messages[-1]["role"] != "assistant":
+                    messages.append({"role": "assistant"})
+                messages[-1].setdefault("tool_calls", []).append(item.call())
+            else:
                 messages.append(item.turn())
-                continue
-            # A call belongs to the assistant's turn before it. Add an empty turn if there is none.
-            if not messages or messages[-1]["role"] != "assistant":
-                messages.append({"role": "assistant"})
-            messages[-1].setdefault("tool_calls", []).append(item.call())
+            if thought and messages[-1]["role"] == "assistant":
+                messages[-1]["reasoning_content"] = thought
+            thought = ""
         return messages
 
     def _response_format(self) -> dict[str, Any] | None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 from uuid import uuid4
 
 from aiohttp import web
@@ -14,12 +14,12 @@ from nybble import __version__
 from nybble.engine import (
     Engine,
     GrammarCompiler,
-    ParameterError,
     SamplingParams,
     require_known_tokens,
 )
 from nybble.loaders.templates import TemplateRenderer
 from nybble.server.api.chat import ChatFormatter
+from nybble.server.api.chat_groups import ChatGroups, room_for
 from nybble.server.api.chat_schema import ChatRequest, DetokenizeRequest, TokenizeRequest
 from nybble.server.api.compile_pool import CompilePool
 from nybble.server.api.completions import CompletionFormatter
@@ -27,16 +27,20 @@ from nybble.server.api.embeddings import EmbeddingRequest, EmbeddingsFormatter
 from nybble.server.api.generation import Generation, SequenceGroup, SequenceTimes
 from nybble.server.api.guiding import guide_of
 from nybble.server.api.logprobs import Logprobs
+from nybble.server.api.messages import MessagesFormatter
+from nybble.server.api.messages_schema import CountTokensRequest, MessagesRequest
 from nybble.server.api.model_names import ModelNames
 from nybble.server.api.openapi import openapi_document
-from nybble.server.api.parse import read_body
+from nybble.server.api.output.dialect import Dialects
+from nybble.server.api.parameter_names import parameters_called
+from nybble.server.api.parse import read_body, read_object
 from nybble.server.api.prompts import Prompts
 from nybble.server.api.respond import json_response, respond, respond_whole
-from nybble.server.api.responses import ResponsesFormatter
-from nybble.server.api.responses_schema import ResponsesRequest
-from nybble.server.api.schema import CompletionRequest, Prompt, Sampling
+from nybble.server.api.response_store import ResponseStore
+from nybble.server.api.responses_routes import ResponsesApi
+from nybble.server.api.running import RUNNING
+from nybble.server.api.schema import AbortRequest, CompletionRequest, Prompt, Sampling
 from nybble.server.api.token_bytes import TokenBytes
-from nybble.server.api.tools import Tools, tools_of
 from nybble.server.http.errors import ApiError
 from nybble.server.http.gate import Gate
 from nybble.server.observability.metrics import Metrics
@@ -44,6 +48,18 @@ from nybble.server.observability.request_record import RECORD
 from nybble.server.tenancy.admission import Admission
 from nybble.server.tenancy.limits import Limiter
 from nybble.server.tenancy.tenants import TENANT
+from nybble.server.tenancy.usage import UsageLedger
+
+# What /v1/messages calls the parameters of a chat.
+_MESSAGES_NAMES = {
+    "prompt": "messages",
+    "stop": "stop_sequences",
+    "thinking_token_budget": "thinking.budget_tokens",
+    "reasoning_effort": "output_config.effort",
+    "response_format": "output_config.format",
+}
+
+ModelBodyT = TypeVar("ModelBodyT", ChatRequest, CompletionRequest, EmbeddingRequest)
 
 
 class Api:
@@ -57,14 +73,19 @@ class Api:
         admission: Admission,
         gate: Gate,
         limiter: Limiter,
+        ledger: UsageLedger,
         templates: TemplateRenderer,
         ended: Callable[[SequenceTimes], None] | None = None,
         *,
         trust_chat_templates: bool = False,
+        dialects: Dialects | None = None,
+        response_store: ResponseStore | None = None,
         root_path: str = "",
     ) -> None:
         """Make the handlers; nothing is computed yet.
 
+        response_store: where responses are kept; None if they are not.
+        dialects: how reasoning and tool calls are written; by default as chat templates show.
         trust_chat_templates: whether requests may contain chat templates of their own.
         root_path: a proxy's ``/prefix``.
         """
@@ -73,7 +94,7 @@ class Api:
         self._metrics = metrics
         self._names = names
         self._openapi = openapi_document(root_path)
-        self._generation = Generation(engine, metrics, admission, limiter, ended)
+        self._generation = Generation(engine, metrics, admission, limiter, ledger, ended)
         self._prompts = Prompts(
             engine.tokenizer,
             names.first,
@@ -84,10 +105,20 @@ class Api:
         self._tokens = TokenBytes(engine.vocabulary)
         self._compiling = CompilePool()
         self._grammars = GrammarCompiler(engine.tokenizer, engine.vocab_size, engine.eos_token_ids)
+        self._chats = ChatGroups(
+            engine, self._prompts, self._grammars, self._compiling, dialects or Dialects()
+        )
+        self.responses = ResponsesApi(
+            self._chats, self._generation, names, gate, response_store, self._logprobs
+        )
 
     def routes(self) -> list[web.RouteDef]:
         return [
             web.get("/health", self.health),
+            web.get("/ping", self.health),
+            web.post("/ping", self.health),
+            web.post("/invocations", self.invocations),
+            web.post("/abort_request", self.abort),
             web.get("/metrics", self.metrics),
             web.get("/version", self.version),
             web.get("/openapi.json", self.openapi),
@@ -96,7 +127,9 @@ class Api:
             web.get("/v1/models/{model:.+}", self.get_model),
             web.post("/v1/chat/completions", self.chat_completions),
             web.post("/v1/completions", self.completions),
-            web.post("/v1/responses", self.responses),
+            *self.responses.routes(),
+            web.post("/v1/messages", self.messages),
+            web.post("/v1/messages/count_tokens", self.count_tokens),
             web.post("/v1/embeddings", self.embeddings),
             web.post("/tokenize", self.tokenize),
             web.post("/detokenize", self.detokenize),
@@ -133,79 +166,41 @@ class Api:
         return json_response(self._names.body(request.match_info["model"], request.get(TENANT)))
 
     async def chat_completions(self, request: web.Request) -> web.StreamResponse:
-        body = await read_body(request, ChatRequest)
+        body = await self._read(request, ChatRequest)
         adapter = self._adapter_of(request, body.model, body.adapter)
         limit = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
         names = {"prompt": "messages", "max_tokens": limit, "logprobs": "top_logprobs"}
-        with _parameters_called(names):
-            group, tools = await self._chat_group("chatcmpl-", body, adapter, request)
+        with parameters_called(names):
+            group, form = await self._chats.group("chatcmpl-", body, adapter, request)
         formatter = ChatFormatter(
             group.id,
             body,
             int(time.time()),
             self._logprobs(body, group.params),
-            tools,
+            form,
             group.prompts,
             body.echoed,
         )
         return await respond(request, self._generation, group, formatter, stream=bool(body.stream))
 
-    async def responses(self, request: web.Request) -> web.StreamResponse:
-        body = await read_body(request, ResponsesRequest)
+    async def messages(self, request: web.Request) -> web.StreamResponse:
+        body = await read_body(request, MessagesRequest)
         adapter = self._adapter_of(request, body.model, body.adapter)
-        names = {"prompt": "input", "messages": "input", "max_tokens": "max_output_tokens"}
-        with _parameters_called(names | {"response_format": "text.format"}):
-            group, tools = await self._chat_group("resp_", body.chat(), adapter, request)
-        formatter = ResponsesFormatter(group.id, body, int(time.time()), tools)
+        with parameters_called(_MESSAGES_NAMES):
+            chat = body.chat()
+            group, form = await self._chats.group("msg_", chat, adapter, request)
+        formatter = MessagesFormatter(group.id, chat, form)
         return await respond(request, self._generation, group, formatter, stream=bool(body.stream))
 
-    async def _chat_group(
-        self, prefix: str, body: ChatRequest, adapter: str | None, request: web.Request
-    ) -> tuple[SequenceGroup, Tools | None]:
-        params = body.sampling_params(
-            max_tokens=body.limit,
-            logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-            defaults=self._engine.sampling_defaults,
-        )
-        tools = tools_of(body, self._engine.tokenizer, body.model)
-        prompt = await self._prompts.chat(
-            body.messages,
-            body,
-            tools=None if tools is None else tools.shown(),
-            any_length=body.truncate_prompt_tokens is not None,
-            parse_special=bool(body.parse_special),
-        )
-        prompt = body.truncated(prompt, self._room(params))
-        self._engine.check(prompt, params)
-        guide = await guide_of(
-            self._grammars, self._compiling, body, request[RECORD], body.response_format, tools
-        )
-        id, n, tenant = f"{prefix}{uuid4().hex}", body.sequences, request.get(TENANT)
-        group = SequenceGroup(
-            id,
-            (prompt,),
-            params,
-            n,
-            guide,
-            adapter,
-            tenant,
-            body.timeout,
-            body.priority or 0,
-            body.cache_salt or "",
-            prediction=await self._predicted(body),
-        )
-        return group, tools
-
-    async def _predicted(self, body: ChatRequest) -> tuple[int, ...] | None:
-        """The tokens of the answer that the client expects."""
-        if body.prediction is None:
-            return None
-        return await self._prompts.encode(
-            body.prediction.text, special_tokens=False, any_length=True
-        )
+    async def count_tokens(self, request: web.Request) -> web.Response:
+        body = await read_body(request, CountTokensRequest)
+        self._names.require(body.model, request.get(TENANT))
+        with parameters_called(_MESSAGES_NAMES):
+            token_ids, _ = await self._chats.prompt(body.chat())
+        return json_response({"input_tokens": len(token_ids)})
 
     async def completions(self, request: web.Request) -> web.StreamResponse:
-        body = await read_body(request, CompletionRequest)
+        body = await self._read(request, CompletionRequest)
         adapter = self._adapter_of(request, body.model, body.adapter)
         params = body.sampling_params(body.limit, body.logprobs, self._engine.sampling_defaults)
         parse_special = body.parse_special is not False  # rendered chat templates contain markers
@@ -238,8 +233,39 @@ class Api:
         )
         return await respond(request, self._generation, group, formatter, stream=bool(body.stream))
 
+    async def invocations(self, request: web.Request) -> web.StreamResponse:
+        """SageMaker's path for all of them: the body says which is meant."""
+        body = await read_object(request)
+        endpoints = {
+            "messages": self.chat_completions,
+            "prompt": self.completions,
+            "input": self.embeddings,
+        }
+        for field, endpoint in endpoints.items():
+            if field in body:
+                return await endpoint(request)
+        raise ApiError(
+            400,
+            "expected messages for a chat, prompt for a completion, or input for embeddings",
+            code="missing_required_parameter",
+        )
+
+    async def abort(self, request: web.Request) -> web.Response:
+        """SGLang's way to cancel a request, by its X-Request-Id or the id of its answer."""
+        body = await read_body(request, AbortRequest)
+        tenant = request.get(TENANT)
+        count = request.app[RUNNING].cancel(body.rid, "" if tenant is None else tenant.name)
+        if not count:
+            raise ApiError(
+                404,
+                f"no request in progress has the id {body.rid!r}",
+                param="rid",
+                code="request_not_found",
+            )
+        return json_response({"cancelled": count})
+
     async def embeddings(self, request: web.Request) -> web.Response:
-        body = await read_body(request, EmbeddingRequest)
+        body = await self._read(request, EmbeddingRequest)
         adapter = self._adapter_of(request, body.model, body.adapter)
         if self._engine.pooling is None:
             raise ApiError(
@@ -259,7 +285,7 @@ class Api:
                 code="unsupported_parameter",
             )
         params = SamplingParams(max_tokens=0)
-        with _parameters_called({"prompt": "input"}):
+        with parameters_called({"prompt": "input"}):
             prompts = await self._encoded(body, body.prompts, params)
         group = SequenceGroup(
             f"embd-{uuid4().hex}",
@@ -279,7 +305,7 @@ class Api:
             self._names.require(body.model, request.get(TENANT))
         if body.messages is not None:
             tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()] or None
-            tokens = await self._prompts.chat(body.messages, body, tools=tools)
+            tokens = (await self._prompts.chat(body.messages, body, tools=tools)).token_ids
         else:
             special = body.add_special_tokens is not False
             tokens = await self._prompts.encode(
@@ -302,6 +328,11 @@ class Api:
         require_known_tokens("tokens", body.tokens, len(self._engine.tokenizer))
         return json_response({"prompt": await self._prompts.decode(body.tokens)})
 
+    async def _read(self, request: web.Request, kind: type[ModelBodyT]) -> ModelBodyT:
+        """The validated body, with the base model's name if it names none."""
+        body = await read_body(request, kind)
+        return body if body.model else body.model_copy(update={"model": self._names.first})
+
     def _logprobs(self, body: Sampling, params: SamplingParams) -> Logprobs | None:
         if params.logprobs is None and params.prompt_logprobs is None:
             return None
@@ -310,11 +341,6 @@ class Api:
             ends = frozenset()
         as_ids = body.return_tokens_as_token_ids is True
         return Logprobs(self._tokens, ends, as_token_ids=as_ids)
-
-    def _room(self, params: SamplingParams) -> int:
-        """The longest prompt, in tokens, that leaves room for the requested output."""
-        least = 1 if params.max_tokens is None else params.max_tokens
-        return self._engine.max_model_len - least
 
     def _adapter_of(self, request: web.Request, model: str, field: str | None) -> str | None:
         return self._names.adapter(model, field, request.headers, request.get(TENANT))
@@ -335,23 +361,9 @@ class Api:
             # Truncation keeps the special tokens around a text; token ids have none added.
             text = isinstance(prompts[0], str) and special
             around = self._prompts.around if text else (0, 0)
-            encoded = [body.truncated(each, self._room(params), around) for each in encoded]
+            encoded = [
+                body.truncated(each, room_for(self._engine, params), around) for each in encoded
+            ]
         for prompt in encoded:
             self._engine.check(prompt, params)
         return encoded
-
-
-@contextmanager
-def _parameters_called(names: Mapping[str, str]) -> Iterator[None]:
-    """Rename the engine's parameters in errors to the endpoint's names for them."""
-    try:
-        yield
-    except ParameterError as error:
-        name = names.get(error.parameter, error.parameter)
-        message = str(error)
-        if message.startswith(error.parameter):
-            message = name + message.removeprefix(error.parameter)
-        raise type(error)(name, message) from None
-    except ApiError as error:
-        error.param = names.get(error.param or "", error.param)
-        raise

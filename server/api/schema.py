@@ -80,6 +80,14 @@ def _no_empty(value: Any) -> Any:
     return None if value in ("", {}) else value
 
 
+def _empty_if_null(value: Any) -> Any:
+    return "" if value is None else value
+
+
+# Empty, null or left out, it is the base model's, as with vLLM and llama.cpp.
+ModelName = Annotated[str, BeforeValidator(_empty_if_null, json_schema_input_type=str | None)]
+
+
 class StreamOptions(Body):
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None  # vLLM's: usage in every event, with include_usage
@@ -149,7 +157,7 @@ class Sampling(OfTheService, Truncated):
     refused: ClassVar[dict[str, str]] = foreign.REFUSED
     neutral: ClassVar[dict[str, tuple[Any, ...]]] = foreign.NEUTRAL
 
-    model: str
+    model: ModelName = ""
     frequency_penalty: float | None = None
     logit_bias: Annotated[
         dict[int, float] | None,
@@ -328,6 +336,7 @@ def prompts_of(value: Any) -> Any:
 
 
 class CompletionRequest(Sampling):
+    ignored: ClassVar[dict[str, str]] = OF_THE_SERVICE | foreign.IGNORED | foreign.IGNORED_REASONING
     refused: ClassVar[dict[str, str]] = (
         foreign.REFUSED
         | foreign.REFUSED_IN_COMPLETIONS
@@ -373,6 +382,12 @@ class CompletionRequest(Sampling):
         if self.echo and logprobs is not None:
             return replace(params, prompt_logprobs=max(logprobs, self.prompt_logprobs or 0))
         return params
+
+
+class AbortRequest(Body):
+    """rid: the X-Request-Id of a request, or the id of its answer."""
+
+    rid: Annotated[str, Field(min_length=1, max_length=_MAX_SALT)]
 
 
 class LoadAdapterRequest(Body):

@@ -1,18 +1,21 @@
-"""Tool calling: which convention a model follows, and grammars that make it call a tool."""
+"""Tool calling: the tools of a request, and grammars that make a model call them."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
 from nybble.engine import GrammarCompiler, GrammarGuide
-from nybble.engine.guide import JSON_OPTIONS, grammar_schema
+from nybble.engine.guide import grammar_schema
 from nybble.engine.json_schema import Omission
 from nybble.server.api.chat_schema import ChatRequest, NamedToolChoice, Tool
-from nybble.server.api.tool_parser import CLOSE, OPEN, Convention, ToolParser
+from nybble.server.api.output import harmony
+from nybble.server.api.output.calls import WHITE_SPACE
+from nybble.server.api.output.dialect import Dialect
+from nybble.server.api.output.markers import MarkerTokens, quoted, terminals
+from nybble.server.api.output.tool_formats import ToolFormat
 from nybble.server.http.errors import ApiError
 
 
@@ -31,20 +34,16 @@ class AnswerError(ValueError):
     """The schema of the answer cannot be enforced; those of the tools raise ValueError itself."""
 
 
-# The white space which the library allows inside JSON.
-_WHITE_SPACE = f"WS: /{JSON_OPTIONS['whitespace_pattern']}/"
-
-
 class Tools:
     """The tools of one request: for the chat template, the grammar and the parser."""
 
-    def __init__(self, convention: Convention, body: ChatRequest, marked: bool) -> None:
-        """marked: whether the markers around a call are single tokens of the vocabulary.
+    def __init__(self, dialect: Dialect, body: ChatRequest, tokens: MarkerTokens) -> None:
+        """tokens: which markers are tokens of the vocabulary.
 
         Raises ApiError 400 if tool_choice names a tool that is not among the tools.
         """
-        self._convention: Convention = convention
-        self._marked = marked
+        self._dialect = dialect
+        self._tokens = tokens
         self._parallel = body.parallel_tool_calls is not False
         self._offered = body.tools or []
         self._choice = body.tool_choice or "auto"
@@ -71,9 +70,10 @@ class Tools:
         """The tools for the chat template."""
         return [tool.model_dump(exclude_none=True) for tool in self._offered]
 
-    def parser(self) -> ToolParser:
-        """A parser for the text of one sequence."""
-        return ToolParser(self._convention, {tool.function.name for tool in self._offered})
+    @property
+    def schemas(self) -> Mapping[str, Mapping[str, Any]]:
+        """The schemas of the parameters, by the names of the tools."""
+        return {tool.function.name: tool.function.parameters or {} for tool in self._offered}
 
     def guide(
         self,
@@ -91,85 +91,97 @@ class Tools:
         Raises ValueError if a strict tool, and AnswerError if a strict answer, has such a keyword.
         """
         voluntary = self._choice == "auto"
-        told_apart = answer is not None or (self._convention == "hermes" and self._marked)
-        if voluntary and not told_apart:
+        form = self._dialect.tools
+        told_apart = form is None or not form.bare or self._marked(form)
+        if voluntary and answer is None and not told_apart:
             for tool in self._callable:
                 if tool.function.strict:
                     _parameters(tool, None)
             return None
-        rules = [_WHITE_SPACE, *self._call_rules(omissions)]
-        between = r'"\n"' if self._convention == "hermes" else '"; "'
-        more = f" ({between} call)*" if self._parallel and not self.named else ""
-        start = f"call{more}"
-        if voluntary and answer is not None:
-            start += " | answer"
+        offered = [(tool.function.name, self._schema(tool, omissions)) for tool in self._callable]
+        rules = [WHITE_SPACE]
+        if answer is not None and voluntary:
             rules.append(f"answer: %json {json.dumps(_answer_schema(answer, omissions))}")
-        elif voluntary:
-            # TEXT cannot contain the marker's token, so the marker always begins a valid call.
-            start = f"TEXT ({start})?"
-            rules.append(r"TEXT: /(.|\n)*/")
-        return compiler.grammar("\n".join([f"start: {start}", *rules]))
+        if form is None:
+            said = "answer" if answer is not None and voluntary else None
+            rules += harmony.call_rules(offered, self._tokens, answer=said, required=not voluntary)
+        else:
+            rules += self._call_rules(form, offered)
+            rules += self._start(form, voluntary=voluntary, answered=answer is not None)
+        return compiler.grammar("\n".join(rules))
 
-    def _call_rules(self, omissions: list[Omission]) -> list[str]:
+    def _marked(self, form: ToolFormat) -> bool:
+        """Whether calls begin with a token that no text has."""
+        return bool(form.lead) and self._tokens.is_token(form.lead[0])
+
+    def _schema(self, tool: Tool, omissions: list[Omission]) -> dict[str, Any]:
+        """The parameters of a tool, as a grammar takes them."""
+        found: list[Omission] | None = None if tool.function.strict else []
+        schema = _parameters(tool, found)
+        omissions += found or ()
+        return schema
+
+    def _call_rules(
+        self, form: ToolFormat, offered: Sequence[tuple[str, dict[str, Any]]]
+    ) -> list[str]:
         """The rule ``call``, and the rules it needs.
 
         Each tool's parameters are a schema of their own, because references in it are to its own
         parts.
         """
-        parameter = "arguments" if self._convention == "hermes" else "parameters"
-        names, rules = [], []
-        for index, tool in enumerate(self._callable):
-            found: list[Omission] | None = None if tool.function.strict else []
-            schema = _parameters(tool, found)
-            omissions += found or ()
-            parts = [
-                *("{", json.dumps("name"), ":", json.dumps(tool.function.name), ","),
-                *(json.dumps(parameter), ":"),
-            ]
-            tokens = [json.dumps(part) for part in parts] + [f"arguments_{index}", json.dumps("}")]
-            names.append(f"json_{index}")
-            rules.append(f"json_{index}: " + " WS? ".join(tokens))
-            rules.append(f"arguments_{index}: %json {json.dumps(schema)}")
-        json_of_any = " | ".join(names)
-        if self._convention != "hermes":
-            return [f"call: {json_of_any}", *rules]
-        # In the grammar an unquoted marker is the single token, and a quoted one is its text.
-        first, last = (OPEN, CLOSE) if self._marked else (f'"{OPEN}"', f'"{CLOSE}"')
-        return [rf'call: {first} "\n" ({json_of_any}) "\n" {last}', *rules]
+        rules, names = [], []
+        for index, (name, schema) in enumerate(offered):
+            names.append(f"call_{index}")
+            rules += form.call.rules(f"call_{index}", name, schema, self._tokens)
+        before, after = (terminals(self._tokens, each) for each in (form.before, form.after))
+        return [f"any: {' | '.join(names)}", f"call: {before} any {after}", *rules]
+
+    def _start(self, form: ToolFormat, *, voluntary: bool, answered: bool) -> list[str]:
+        """The rule ``start``, and the rules it needs."""
+        between = quoted(form.between) if form.between else ""
+        more = f"({between} call)*" if self._parallel and not self.named else ""
+        opening, closing = (terminals(self._tokens, each) for each in (form.opening, form.closing))
+        rules = [f"calls: {opening} call {more} {closing}"]
+        if not voluntary:
+            return ["start: calls", *rules]
+        if answered:
+            return ["start: calls | answer", *rules]
+        rules.append(r"TEXT: /(.|\n)*/")
+        if form.bare:
+            return ["start: calls | TEXT", *rules]
+        if self._marked(form):
+            # TEXT cannot contain the marker's token, so the marker always begins a valid call.
+            return ["start: TEXT calls?", *rules]
+        # A text before calls ends with the first marker in it.
+        if form.opening:
+            rest = f"{terminals(self._tokens, form.opening[1:])} call"
+        else:
+            around = (form.before[1:], form.after)
+            before, after = (terminals(self._tokens, each) for each in around)
+            rest = f"{before} any {after}"
+        intro = rf"intro[suffix={quoted(form.lead[0])}]: /(.|\n)*/"
+        return [f"start: TEXT | intro {rest} {more} {closing}", intro, *rules[1:]]
 
 
-def tools_of(body: ChatRequest, tokenizer: PreTrainedTokenizerBase, model: str) -> Tools | None:
+def tools_of(body: ChatRequest, dialect: Dialect, tokens: MarkerTokens, model: str) -> Tools | None:
     """The tools which a request offers; None if it offers none.
 
-    Raises ApiError 400 if the model's chat template supports no known convention for tools, or if
+    Raises ApiError 400 if the model's chat template supports no known format for tools, or if
     tool_choice demands a call and there are no tools.
     """
     if not body.tools or body.tool_choice == "none":
         if body.tool_choice not in (None, "none", "auto"):
             raise ApiError(400, "tool_choice needs tools", param="tool_choice")
         return None
-    convention = _convention(body.chat_template or tokenizer.chat_template)
-    if convention is None:
+    if not dialect.calls_tools:
         raise ApiError(
             400,
-            f"the chat template of model {model!r} has no tools in a supported convention "
-            "(Hermes and Qwen's <tool_call>, Llama 3's JSON)",
+            f"the chat template of model {model!r} has no tools in a format that is known: start "
+            "the server with --tool-call-parser if it has",
             param="tools",
             code="unsupported_parameter",
         )
-    markers = {token.content for token in tokenizer.added_tokens_decoder.values()}
-    return Tools(convention, body, marked={OPEN, CLOSE} <= markers)
-
-
-def _convention(template: str | dict[str, str] | None) -> Convention | None:
-    text = template if isinstance(template, str) else "".join((template or {}).values())
-    if "tools" not in text:
-        return None
-    if OPEN in text:
-        return "hermes"
-    if "<|python_tag|>" in text or '"parameters"' in text:
-        return "llama3"
-    return None
+    return Tools(dialect, body, tokens)
 
 
 def _parameters(tool: Tool, omissions: list[Omission] | None) -> dict[str, Any]:

@@ -38,13 +38,14 @@ class Timing:
 
 @dataclass(frozen=True)
 class Client:
-    """Sends completions to ``url`` (…/v1) for ``model``."""
+    """Sends completions to ``url`` (…/v1) for ``model``. extra: further fields of each request."""
 
     session: aiohttp.ClientSession
     url: str
     model: str
     headers: dict[str, str] = field(default_factory=dict)
     ignore_eos: bool = True
+    extra: dict[str, Any] = field(default_factory=dict)
 
     async def complete(self, prompt: str | list[int], max_tokens: int) -> Timing:
         """Generate up to ``max_tokens`` greedy tokens. A failure is returned as ``error``.
@@ -58,6 +59,7 @@ class Client:
             "temperature": 0,
             "stream": True,
             "stream_options": {"include_usage": True},
+            **self.extra,
         }
         if self.ignore_eos:
             body["ignore_eos"] = True

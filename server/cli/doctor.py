@@ -24,6 +24,7 @@ from rich.text import Text
 from nybble.engine import EngineConfig, resolve_device
 from nybble.engine.kv_cache import KVCacheLayout
 from nybble.engine.memory import available_bytes, gib
+from nybble.engine.runner import free_kv_bytes
 from nybble.kernels.cpu.build import CpuKernelsUnavailableError, build_fastest
 from nybble.loaders import Checkpoint, open_checkpoint, resolve_model
 from nybble.loaders.cache import cache_folder
@@ -36,7 +37,6 @@ from nybble.quantizers.in_flight import InFlightFormat
 
 State = Literal["ok", "warning", "broken"]
 _PACKAGES = ("nybble", "torch", "transformers", "safetensors", "triton", "aiohttp", "llguidance")
-_DEFAULT_LEN = 8192
 _MIN_CACHE_BYTES = 1 << 30
 
 
@@ -53,9 +53,9 @@ class Finding:
 class Plan:
     """The model to be served, and how; as the options of ``nybble serve``.
 
-    config: max_model_len None stands for 8,192 tokens or the model's own limit, if that is less.
-    needed: sequences of that length that have to fit at once, or serving is broken; None for all of
-        the config's max_num_seqs. The others wait.
+    config: max_model_len None stands for the model's own limit, or what the KV cache holds.
+    needed: sequences of that length that have to fit into the KV cache at once, or serving is
+        broken; None for all of the config's max_num_seqs. The others wait.
     """
 
     model: str
@@ -229,22 +229,39 @@ def _fit(
     needed: int,
     memory: Callable[[torch.device], int],
 ) -> Finding:
-    tokens = config.max_model_len or min(_DEFAULT_LEN, architecture.default_max_model_len)
-    layout = KVCacheLayout.of(architecture, config, tokens)
-    kv = config.max_num_seqs * layout.sequence_bytes(tokens)
-    free = memory(torch.device(config.device))
-    text = (
-        f"weights {gib(weights)}, KV at {tokens:,} tokens × {config.max_num_seqs} sequences "
-        f"{gib(kv)}, free {gib(free)}: "
-    )
-    if weights + kv <= free:
-        return Finding("memory", text + "fits")
-    per_sequence = kv // config.max_num_seqs
-    most = max(0, free - weights) // per_sequence
-    if most >= needed:
-        return Finding("memory", f"{text}{most} of them fit at once, the others wait")
+    """Whether weights and KV cache fit; the cache as :meth:`Engine.load` would make it."""
+    device = torch.device(config.device)
+    free = memory(device)
     if weights >= free:
-        text += "does not fit, not even the weights"
-    else:
-        text += f"does not fit; {most} sequences of that length would"
-    return Finding("memory", text, "broken")
+        text = f"weights {gib(weights)}, free {gib(free)}: does not fit, not even the weights"
+        return Finding("memory", text, "broken")
+    length = config.max_model_len or architecture.default_max_model_len
+    layout = KVCacheLayout.of(architecture, config, length)
+    # A GPU's cache takes what its weights leave.
+    left = free - weights if device.type == "cuda" else free_kv_bytes(device)
+    try:
+        blocks = layout.blocks_for(config.kv_cache_bytes or left, config.max_num_seqs, length)
+    except ValueError as error:
+        return Finding("memory", str(error), "broken")
+    longest = layout.longest_sequence(blocks, length)
+    kv = blocks * layout.block_bytes
+    text = (
+        f"weights {gib(weights)}, KV cache {gib(kv)} ({blocks * layout.block_size:,} tokens; a "
+        f"sequence may have {longest:,}), free {gib(free)}: "
+    )
+    if weights + kv > free:
+        least = len(layout.groups) * layout.block_bytes
+        smaller = f"; --kv-cache-memory {free - weights} would" if free - weights >= least else ""
+        return Finding("memory", f"{text}does not fit{smaller}", "broken")
+    wanted = config.max_model_len or longest
+    at_once = blocks // layout.sequence_blocks(wanted)
+    if at_once < needed:
+        text += (
+            f"has room for {at_once} sequences of {wanted:,} tokens; {needed} need "
+            f"--kv-cache-memory {needed * layout.sequence_bytes(wanted)}"
+        )
+        return Finding("memory", text, "broken")
+    if at_once < config.max_num_seqs:
+        text += f"fits; {at_once} sequences of {wanted:,} tokens at once, the others wait"
+        return Finding("memory", text)
+    return Finding("memory", f"{text}fits")

@@ -36,7 +36,7 @@ def require_model(model: str, aliases: Path | None = None) -> None:
         here = [each.name for each in Path().iterdir() if each.is_dir()]
         error = ModelNotFoundError.after(model, tried)
         raise ModelNotFoundError(f"{error}{_hint(model, [DEMO, *table, *here])}")
-    if may_be_on_the_hub(model) and path.suffix != ".gguf":
+    if may_be_on_the_hub(model) and (":" in model or path.suffix != ".gguf"):
         return
     # The first part of the path that does not exist.
     wrong = next(part for part in (*reversed(path.parents), path) if not part.exists())

@@ -47,7 +47,7 @@ export class Conversation {
     answer.article.classList.add("busy");
     this.#abort = new AbortController();
     this.changed();
-    const progress = { text: "", started: performance.now(), first: 0, last: 0, events: 0 };
+    const progress = { text: "", thought: "", started: performance.now(), first: 0, last: 0, events: 0 };
     const draw = throttled(() => this.#draw(answer, progress));
     let failure = null;
     let stopped = false;
@@ -57,11 +57,13 @@ export class Conversation {
         const [choice] = event.choices;
         if (event.usage) progress.usage = event.usage;
         if (choice?.finish_reason) progress.reason = choice.finish_reason;
-        if (!choice?.delta?.content) continue;
+        const { content, reasoning } = choice?.delta ?? {};
+        if (!content && !reasoning) continue;
         progress.last = performance.now();
         progress.first ||= progress.last;
         progress.events += 1;
-        progress.text += choice.delta.content;
+        progress.text += content ?? "";
+        progress.thought += reasoning ?? "";
         draw();
       }
     } catch (error) {
@@ -90,10 +92,13 @@ export class Conversation {
     return { article, body };
   }
 
-  #draw({ body }, { text }) {
+  #draw({ body }, { text, thought }) {
     const { list } = this;
     const following = list.scrollHeight - list.scrollTop - list.clientHeight < 60;
-    body.replaceChildren(markdown(text));
+    // Reasoning stays folded, or as the reader has left it.
+    const folded = thought ? [body.querySelector("details.thought") ?? foldedThought()] : [];
+    for (const { lastElementChild } of folded) lastElementChild.textContent = thought;
+    body.replaceChildren(...folded, markdown(text));
     if (following) list.scrollTop = list.scrollHeight;
   }
 
@@ -122,6 +127,13 @@ export class Conversation {
     if (failure) this.announce(`Error: ${failure.message}`);
     else this.announce(stopped ? "Stopped." : `Answer: ${progress.text}`);
   }
+}
+
+function foldedThought() {
+  const details = Object.assign(document.createElement("details"), { className: "thought" });
+  const summary = Object.assign(document.createElement("summary"), { textContent: "Reasoning" });
+  details.append(summary, document.createElement("p"));
+  return details;
 }
 
 /** Calls a function at most once every DRAW_MILLISECONDS; .now() calls it at once. */

@@ -24,7 +24,7 @@ from nybble.engine import (
     ParameterError,
 )
 from nybble.server.http import retry_after
-from nybble.server.observability.logs import Event
+from nybble.server.observability.logs import LogEvent
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +32,12 @@ _TYPES = {
     401: "authentication_error",
     403: "permission_error",
     429: "rate_limit_error",
+}
+_ANTHROPIC_TYPES = _TYPES | {
+    404: "not_found_error",
+    413: "request_too_large",
+    503: "overloaded_error",
+    504: "timeout_error",
 }
 _MAX_MESSAGE = 500
 # EFBIG: a file-size limit of the process or of the file system.
@@ -87,7 +93,14 @@ class ApiError(Exception):
             }
         }
 
-    def response(self) -> web.Response:
+    def anthropic_body(self) -> dict[str, Any]:
+        """As the clients of /v1/messages expect it."""
+        fallback = "api_error" if self.status >= 500 else "invalid_request_error"
+        kind = _ANTHROPIC_TYPES.get(self.status, fallback)
+        return {"type": "error", "error": {"type": kind, "message": self.message}}
+
+    def response(self, *, anthropic: bool = False) -> web.Response:
+        """anthropic: whether the body has Anthropic's shape."""
         headers = {}
         if self.retry_after is not None:
             headers["Retry-After"] = str(self.retry_after)
@@ -97,7 +110,7 @@ class ApiError(Exception):
             headers["WWW-Authenticate"] = "Bearer"
         response = web.Response(
             status=self.status,
-            body=to_json(self.body()),
+            body=to_json(self.anthropic_body() if anthropic else self.body()),
             content_type="application/json",
             headers=headers,
         )
@@ -149,9 +162,9 @@ def as_api_error(error: Exception, request_id: str) -> ApiError:
     if isinstance(error, web.HTTPException):
         return ApiError(error.status, error.reason)
     if _is_full_disk(error):
-        logger.error(Event(f"the disk is full: {error}", {"request_id": request_id}))
+        logger.error(LogEvent(f"the disk is full: {error}", {"request_id": request_id}))
         return ApiError(507, "the server's disk is full", code="disk_full")
-    logger.error(Event("a request failed", {"request_id": request_id}), exc_info=error)
+    logger.error(LogEvent("a request failed", {"request_id": request_id}), exc_info=error)
     return ApiError(500, "internal error: the server's log has the details", code="internal_error")
 
 

@@ -13,6 +13,7 @@ import torch
 
 from nybble.engine import AdapterConfig, EngineConfig, resolve_device
 from nybble.server.adapters.state import default_path
+from nybble.server.api.output.dialect import REASONING_NAMES, TOOL_NAMES
 from nybble.server.http.cors import Cors
 from nybble.server.http.tls import tls_context
 from nybble.server.lifecycle.options import AdapterOptions, ServeOptions, TrainingOptions
@@ -30,6 +31,7 @@ _FLAGS = {
     "kv_cache_bytes": "--kv-cache-memory",
     "kv_dtype": "--kv-cache-dtype",
     "max_rank": "--max-lora-rank",
+    "on_engine_failure": "--on-engine-failure",
 }
 
 
@@ -37,22 +39,29 @@ def engine_config(options: ServeOptions) -> EngineConfig:
     """The engine's settings. Raises ValueError for a missing device and for contradictions."""
     model, memory = options.model, options.memory
     device = resolve_device(model.device)
-    default_tokens = 128 if device.type == "cpu" else 512
     return EngineConfig(
         device=str(device),
         dtype=torch.bfloat16 if model.dtype == "auto" else getattr(torch, model.dtype),
         kv_cache_bytes=memory.kv_cache_memory,
         kv_dtype=memory.kv_cache_dtype,
         max_num_seqs=memory.max_num_seqs,
-        max_batched_tokens=memory.max_batched_tokens or max(default_tokens, memory.max_num_seqs),
+        max_batched_tokens=memory.max_batched_tokens
+        or default_batched_tokens(device, memory.max_num_seqs),
         max_model_len=model.max_model_len,
         max_waiting=memory.max_waiting,
         speculate=memory.speculate,
         max_draft_tokens=memory.max_draft_tokens,
+        deterministic=model.deterministic,
         adapters=_adapter_config(options),
         tune=model.tune,
+        tensor_parallel_size=model.tensor_parallel_size,
         restarts=_RESTARTS if options.operation.on_engine_failure == "restart" else 0,
     )
+
+
+def default_batched_tokens(device: torch.device, max_num_seqs: int) -> int:
+    """Tokens of a step, if ``--max-batched-tokens`` is not given."""
+    return max(128 if device.type == "cpu" else 512, max_num_seqs)
 
 
 def _adapter_config(options: ServeOptions) -> AdapterConfig | None:
@@ -101,10 +110,21 @@ def server_settings(options: ServeOptions, device: str, *, loopback: bool) -> Se
         console=not network.no_console,
         unknown_fields=network.unknown_fields,
         trust_chat_templates=network.trust_request_chat_template,
+        reasoning_parser=_known("--reasoning-parser", network.reasoning_parser, REASONING_NAMES),
+        tool_call_parser=_known("--tool-call-parser", network.tool_call_parser, TOOL_NAMES),
+        response_store=None
+        if network.response_store is None
+        else (network.response_store, network.response_store_size),
         vllm_metrics=options.operation.vllm_metrics,
         tracing=None if endpoint is None else _tracing(endpoint),
         training=_training_settings(options, device) if _trains(options.training) else None,
     )
+
+
+def _known(flag: str, name: str, names: Sequence[str]) -> str:
+    if name not in names:
+        raise ValueError(f"{flag} is {name!r}, expected one of {', '.join(names)}")
+    return name
 
 
 def _trains(options: TrainingOptions) -> bool:

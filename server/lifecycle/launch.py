@@ -15,6 +15,8 @@ import torch
 
 from nybble.engine import Engine, EngineConfig
 from nybble.engine.memory import memory_explained
+from nybble.engine.ranks import check_ranks
+from nybble.models import architecture_of
 from nybble.quantizers.prepare import prepare_checkpoint
 from nybble.server.adapters.admin import restore, restore_uploads
 from nybble.server.http.listen import BACKLOG, is_loopback
@@ -28,7 +30,7 @@ from nybble.server.lifecycle.options import ServeOptions
 from nybble.server.lifecycle.serve import serve
 from nybble.server.lifecycle.settings import ServerSettings
 from nybble.server.lifecycle.startup import Startup, load_behind
-from nybble.server.observability.logs import Event, LogFormat
+from nybble.server.observability.logs import LogEvent, LogFormat
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +59,7 @@ async def _load_and_serve(
     log_format = options.operation.log_format
     startup = Startup(bars=log_format == "text" and sys.stderr.isatty())
     sock.listen(BACKLOG)  # before the log says where
-    logger.info(Event("starting", {"health": f"{_origin(sock, settings)}/health"}))
+    logger.info(LogEvent("starting", {"health": f"{_origin(sock, settings)}/health"}))
 
     def load() -> tuple[Engine, Path]:
         return _load(options, config, settings, adapters, startup)
@@ -85,7 +87,7 @@ def _announce(
     models = settings.models
     if log_format == "json":
         fields = {"url": f"{origin}/v1", "models": models, "device": config.device}
-        logger.info(Event("serving", fields | {"kv_tokens": tokens}))
+        logger.info(LogEvent("serving", fields | {"kv_tokens": tokens}))
         return
     print(
         f"Serving {', '.join(models)} ({engine.model_type}) on {config.device}\n"
@@ -105,6 +107,7 @@ def _load(
     adapters: Mapping[str, str],
     startup: Startup,
 ) -> tuple[Engine, Path]:
+    template = _own_template(options.model.chat_template)
     startup.report("Preparing kernels", 0, None)  # the first start on a machine compiles them
     checkpoint = prepare_checkpoint(
         options.model.model,
@@ -113,10 +116,13 @@ def _load(
         quantize=options.model.quantize,
         head=options.model.head,
         adapter=options.adapters.merge_adapter,
+        check=lambda model: check_ranks(architecture_of(model), config),
         progress=startup.report,
     )
     with memory_explained(checkpoint, config):
         engine = Engine.load(checkpoint, config, startup.report)
+        if template is not None:
+            engine.tokenizer.chat_template = template
         startup.status = "warming"
         engine.warm_up(startup.report)
     for name, path in adapters.items():
@@ -125,6 +131,16 @@ def _load(
     restore_uploads(engine, settings.models, settings.adapter_roots)
     engine.start()
     return engine, checkpoint.folder
+
+
+def _own_template(path: Path | None) -> str | None:
+    """The template of ``--chat-template``. Raises ValueError and OSError."""
+    if path is None:
+        return None
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"--chat-template {path} is not a text in UTF-8") from None
 
 
 def _origin(sock: socket, settings: ServerSettings) -> str:

@@ -70,6 +70,14 @@ QuantizeOption = Annotated[
     Literal["nf4"] | None, _model(help="Round a 16-bit model to 4 bits while loading.")
 ]
 HeadOption = Annotated[Literal["int8"] | None, _model(help="Round the output layer to 8 bits.")]
+KVCacheMemoryOption = Annotated[
+    int | None,
+    _memory(
+        parser=_parse_kv_cache_memory,
+        metavar="SIZE",
+        help="For example 2GiB (default: auto: 1GiB on the CPU, most free memory of a GPU).",
+    ),
+]
 KVCacheDtypeOption = Annotated[
     Literal["auto", "int8", "fp8"],
     _memory(help="int8 or fp8 halve the KV cache's memory (GPU)."),
@@ -80,7 +88,12 @@ KVCacheDtypeOption = Annotated[
 class ModelOptions:
     """Which model, under which names, and how its weights are held."""
 
-    model: Annotated[str, _model(help="Model folder, hub name (org/name), alias, or 'demo'.")]
+    model: Annotated[
+        str,
+        _model(
+            help="Model folder, .gguf file, hub name (org/name, org/name:Q4_K_M), alias, or 'demo'."
+        ),
+    ]
     served_model_name: Annotated[
         list[str] | None, _model(help="Name in the API, repeatable (default: --model).")
     ] = None
@@ -89,8 +102,24 @@ class ModelOptions:
     head: HeadOption = None
     device: DeviceOption = "auto"
     dtype: DtypeOption = "auto"
+    tensor_parallel_size: Annotated[
+        int,
+        _model(
+            help="GPUs (processes on the CPU) that compute the model together, each with a part of "
+            "every weight. Outputs stay the same.",
+            min=1,
+        ),
+    ] = 1
     max_model_len: Annotated[
         int | None, _model(help="Tokens of prompt and output together.", min=1)
+    ] = None
+    chat_template: Annotated[
+        Path | None,
+        _model(
+            help="Jinja file to use in place of the model's chat template.",
+            dir_okay=False,
+            exists=True,
+        ),
     ] = None
     tune: Annotated[
         bool,
@@ -99,6 +128,14 @@ class ModelOptions:
             "start (in minutes) and keep them for later starts."
         ),
     ] = True
+    deterministic: Annotated[
+        bool,
+        _model(
+            "--deterministic",
+            help="A request's logits are the same bit for bit alone and in any company. On a GPU "
+            "this costs time; models and settings for which it does not hold are refused.",
+        ),
+    ] = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,6 +195,32 @@ class NetworkOptions:
             help="Accept chat templates in requests; they run in a sandbox.",
         ),
     ] = False
+    reasoning_parser: Annotated[
+        str,
+        _network(
+            help="Format of the model's reasoning, by vLLM's names (qwen3, deepseek_r1, granite, "
+            "…), or 'none' (default: what the chat template shows)."
+        ),
+    ] = "auto"
+    tool_call_parser: Annotated[
+        str,
+        _network(
+            help="Format of the model's tool calls, by vLLM's names (hermes, llama3_json, mistral, "
+            "…), or 'none' (default: what the chat template shows)."
+        ),
+    ] = "auto"
+    response_store: Annotated[
+        Path | None,
+        _network(
+            help="File in which /v1/responses keeps responses, for previous_response_id and "
+            "background (default: they are not kept).",
+            dir_okay=False,
+        ),
+    ] = None
+    response_store_size: Annotated[
+        int,
+        _network(**_SIZE, help="Most bytes of one tenant's responses together (default: 256MiB)."),
+    ] = 256 << 20
     shutdown_timeout: Annotated[
         float, _network(help="Seconds which requests in flight have to finish.", min=0)
     ] = 30
@@ -194,14 +257,7 @@ class MemoryOptions:
     kv_cache_memory: bytes; None for ``auto``.
     """
 
-    kv_cache_memory: Annotated[
-        int | None,
-        _memory(
-            parser=_parse_kv_cache_memory,
-            metavar="SIZE",
-            help="For example 2GiB (default: auto: 1GiB on the CPU, most free memory of a GPU).",
-        ),
-    ] = None
+    kv_cache_memory: KVCacheMemoryOption = None
     kv_cache_dtype: KVCacheDtypeOption = "auto"
     max_num_seqs: Annotated[int, _memory(help="Sequences computed in one step.", min=1)] = 64
     max_batched_tokens: Annotated[

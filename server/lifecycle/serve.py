@@ -29,6 +29,10 @@ _KEEPALIVE_SECONDS = 75
 _FLUSH_SECONDS = 5
 
 
+class EngineStuckError(EngineFailedError):
+    """The engine's thread still waits, for a device that does not answer."""
+
+
 async def serve(
     engine: Engine,
     sock: socket.socket,
@@ -93,7 +97,8 @@ async def serve(
         if settings.tracing is not None:
             await asyncio.to_thread(settings.tracing.close)
     if engine.failure is not None:
-        raise EngineFailedError(f"the engine has failed: {engine.failure}")
+        kind = EngineStuckError if engine.stuck else EngineFailedError
+        raise kind(f"the engine has failed: {engine.failure}")
 
 
 def _try_template(engine: Engine, templates: TemplateRenderer) -> None:

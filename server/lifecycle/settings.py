@@ -38,6 +38,10 @@ class ServerSettings:
     console: whether there is a page at ``/``.
     unknown_fields: how unknown fields of requests are handled.
     trust_chat_templates: whether requests may contain chat templates of their own.
+    reasoning_parser: the format of reasoning; "auto" for what the chat template shows.
+    tool_call_parser: the format of tool calls; "auto" for what the chat template shows.
+    response_store: the file in which responses are kept, and most bytes of each tenant's; None if
+        they are not kept.
     tracing: None if requests are not traced.
     vllm_metrics: whether /metrics has vLLM's names too.
     model_folder: the folder of the served model, for training jobs.
@@ -61,6 +65,9 @@ class ServerSettings:
     console: bool = True
     unknown_fields: Literal["refuse", "warn", "ignore"] = "refuse"
     trust_chat_templates: bool = False
+    reasoning_parser: str = "auto"
+    tool_call_parser: str = "auto"
+    response_store: tuple[Path, int] | None = None
     tracing: Tracing | None = None
     vllm_metrics: bool = False
     model_folder: Path | None = None

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from nybble.server.http import retry_after
 from nybble.server.http.errors import ApiError
 from nybble.server.http.listen import BACKLOG
-from nybble.server.observability.logs import Event
+from nybble.server.observability.logs import LogEvent
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ class Startup:
         elif began or time.monotonic() - self._logged > _LOG_SECONDS:
             self._logged = time.monotonic()
             fields = {"status": self.status, "done": done, "total": total}
-            logger.info(Event(what[0].lower() + what[1:], fields))
+            logger.info(LogEvent(what[0].lower() + what[1:], fields))
 
     def close(self) -> None:
         """End the last bar."""

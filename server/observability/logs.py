@@ -16,7 +16,7 @@ _OWN = ("time", "level", "logger", "message")
 
 
 @dataclass(frozen=True)
-class Event:
+class LogEvent:
     """A log message with fields: ``name key=value …`` in text, members of the object in JSON.
 
     Fields that are None are left out.
@@ -36,10 +36,10 @@ class Event:
 
 
 class JsonFormatter(logging.Formatter):
-    """Time (RFC 3339, UTC), level, logger, message, the fields of an Event, and a traceback."""
+    """Time (RFC 3339, UTC), level, logger, message, the fields of an LogEvent, and a traceback."""
 
     def format(self, record: logging.LogRecord) -> str:
-        event = record.msg if isinstance(record.msg, Event) else None
+        event = record.msg if isinstance(record.msg, LogEvent) else None
         entry: dict[str, Any] = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),

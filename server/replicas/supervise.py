@@ -17,7 +17,7 @@ from typing import Any
 
 from aiohttp import ClientError, ClientSession, ClientTimeout
 
-from nybble.server.observability.logs import Event
+from nybble.server.observability.logs import LogEvent
 from nybble.server.replicas.haproxy import configuration
 
 logger = logging.getLogger(__name__)
@@ -99,7 +99,7 @@ class Replica:
             # Ctrl-C is for this process, which then stops the servers in order.
             start_new_session=True,
         )
-        logger.info(Event("started", {"replica": self.name, "pid": self.process.pid}))
+        logger.info(LogEvent("started", {"replica": self.name, "pid": self.process.pid}))
         return self.process
 
     async def become_ready(self, process: Process, http: ClientSession) -> bool:
@@ -110,7 +110,7 @@ class Replica:
                     # Another process may hold the port: then ours ends by itself.
                     if response.status == 200 and process.returncode is None:
                         self.ready.set()
-                        logger.info(Event("ready", {"replica": self.name}))
+                        logger.info(LogEvent("ready", {"replica": self.name}))
                         return True
             except (ClientError, TimeoutError):
                 pass
@@ -126,7 +126,7 @@ class Replica:
         try:
             await asyncio.wait_for(self.process.wait(), seconds)
         except TimeoutError:
-            logger.warning(Event("killed", {"replica": self.name}))
+            logger.warning(LogEvent("killed", {"replica": self.name}))
             self.process.kill()
             await self.process.wait()
 
@@ -195,7 +195,7 @@ class Supervisor:
         for group in (self.replicas[:1], self.replicas[1:]):
             await asyncio.gather(*(self._first_start(each) for each in group))
         fields = {"url": f"http://{self._settings.bind}/v1", "replicas": len(self.replicas)}
-        logger.info(Event("serving", fields))
+        logger.info(LogEvent("serving", fields))
 
     async def _first_start(self, replica: Replica) -> None:
         process = await replica.start()
@@ -222,7 +222,7 @@ class Supervisor:
                 pause = _FIRST_PAUSE
             else:
                 fields = {"replica": replica.name, "code": code, "again_in_seconds": pause}
-                logger.error(Event("ended", fields))
+                logger.error(LogEvent("ended", fields))
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE)
             process = await replica.start()
@@ -237,7 +237,7 @@ class Supervisor:
         async with self._rolling:
             for replica in self.replicas:
                 await asyncio.gather(*(each.ready.wait() for each in self.replicas))
-                logger.info(Event("replacing", {"replica": replica.name}))
+                logger.info(LogEvent("replacing", {"replica": replica.name}))
                 replica.ready.clear()
                 # Not left to the health check: until it fails, requests would get 503.
                 await self._tell_haproxy(f"set server servers/{replica.name} state drain")

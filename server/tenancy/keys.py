@@ -47,6 +47,8 @@ def _digest(key: str) -> bytes:
 
 
 def bearer(request: web.Request) -> str | None:
-    """The bearer key of a request; None if it has none."""
+    """The key of a request, as a bearer or in Anthropic's header; None if it has none."""
     scheme, _, key = request.headers.get("Authorization", "").partition(" ")
-    return key.strip() if scheme.lower() == "bearer" else None
+    if scheme.lower() == "bearer":
+        return key.strip()
+    return request.headers.get("X-Api-Key")

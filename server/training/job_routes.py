@@ -18,7 +18,7 @@ from nybble.server.http.errors import ApiError
 from nybble.server.tenancy.tenants import Tenant
 from nybble.server.training.access import Access, owner_of, visible_to
 from nybble.server.training.files import Files
-from nybble.server.training.jobs import UNFINISHED, Event, Job, Jobs
+from nybble.server.training.jobs import UNFINISHED, Job, JobEvent, Jobs
 from nybble.server.training.paging import Page
 from nybble.server.training.plan import plan_of
 from nybble.server.training.runner import Runner
@@ -165,7 +165,7 @@ class JobRoutes:
         job = await self._job(request)
         page = Page.of(request, default=20, most=1000)
         events = await asyncio.to_thread(self._jobs.events, job, page)
-        return json_response(page.body(events, Event.body))
+        return json_response(page.body(events, JobEvent.body))
 
     async def checkpoints(self, request: web.Request) -> web.Response:
         """The only checkpoint: the served adapter, from the step with the lowest loss."""

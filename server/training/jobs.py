@@ -69,7 +69,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Event:
+class JobEvent:
     number: int
     id: str
     job: str
@@ -215,7 +215,7 @@ class Jobs:
                 _add_event(connection, job.id, "info", message, data)
         return bool(changed)
 
-    def events(self, job: Job, page: Page) -> list[Event]:
+    def events(self, job: Job, page: Page) -> list[JobEvent]:
         """Newest first, one more than the page takes. Raises ApiError 404 for an unknown after."""
         after = None
         if page.after is not None:
@@ -241,9 +241,9 @@ class Jobs:
         return [data for row in rows if (data := _event(row).data) is not None]
 
 
-def _event(row: Row) -> Event:
+def _event(row: Row) -> JobEvent:
     values = dict(row)
-    return Event(**{**values, "data": values["data"] and json.loads(values["data"])})
+    return JobEvent(**{**values, "data": values["data"] and json.loads(values["data"])})
 
 
 def _add_event(

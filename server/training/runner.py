@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from nybble.finetune import Progress
 from nybble.finetune.train import Point
-from nybble.server.observability.logs import Event
+from nybble.server.observability.logs import LogEvent
 from nybble.server.training.files import Files
 from nybble.server.training.jobs import Job, Jobs
 from nybble.server.training.results import results_csv
@@ -164,7 +164,9 @@ class Runner:
         """The worker's last report; None if the job was cancelled."""
         if not await asyncio.to_thread(self._jobs.move, job, "running", "Fine-tuning job started"):
             return None
-        logger.info(Event("fine_tuning", {"job": job.id, "owner": job.owner, "status": "running"}))
+        logger.info(
+            LogEvent("fine_tuning", {"job": job.id, "owner": job.owner, "status": "running"})
+        )
         folder = self.folder(job)
         folder.mkdir(parents=True, exist_ok=True)
         spec = folder / "spec.json"
@@ -261,12 +263,12 @@ class Runner:
             return
         fields = {"job": job.id, "status": "succeeded", "model": model}
         memory = {name: done[name] for name in ("peak_bytes", "base_bytes")}
-        logger.info(Event("fine_tuning", {**fields, **memory}))
+        logger.info(LogEvent("fine_tuning", {**fields, **memory}))
 
     def _fail(self, job: Job, error: dict[str, Any]) -> None:
         if self._jobs.move(job, "failed", error["message"], level="error", error=error):
             fields = {"job": job.id, "status": "failed", "error": error["message"]}
-            logger.warning(Event("fine_tuning", fields))
+            logger.warning(LogEvent("fine_tuning", fields))
         shutil.rmtree(self.adapter_folder(job), ignore_errors=True)  # the log stays
 
 

@@ -46,9 +46,11 @@ from nybble.engine.conversation import (
     turn_of,
 )
 from nybble.engine.memory import memory_explained
+from nybble.engine.ranks import check_ranks
 from nybble.engine.request import FinishReason
 from nybble.kernels.progress import Bar
 from nybble.loaders.templates import TemplateFailedError, TemplateRefusedError, TemplateRenderer
+from nybble.models import architecture_of
 from nybble.quantizers.prepare import prepare_checkpoint
 
 T = TypeVar("T")
@@ -102,16 +104,20 @@ class LLM:
         max_num_seqs: int = 64,
         speculate: Literal["off", "ngram", "auto"] = "off",
         max_draft_tokens: int = 8,
+        deterministic: bool = False,
         enable_lora: bool = False,
         max_loras: int = 8,
         max_lora_rank: int = 64,
         tune: bool = True,
+        tensor_parallel_size: int = 1,
         progress: bool = True,
     ) -> None:
         """Load a model: a folder, a hub name, an alias, or ``demo``.
 
         The options are those of ``nybble serve`` and have its defaults. enable_lora makes room for
-        adapters. progress shows bars on stderr while loading.
+        adapters. progress shows bars on stderr while loading. A script that gives a
+        tensor_parallel_size above 1 needs ``if __name__ == "__main__":``, because the other ranks'
+        processes import it; one such LLM can be open at a time.
 
         Raises ModelNotFoundError for a name that leads nowhere, CheckpointError and
         UnsupportedModelError for a model that cannot be loaded, and ValueError for settings that
@@ -129,8 +135,10 @@ class LLM:
             max_waiting=max_num_seqs,
             speculate=speculate,
             max_draft_tokens=max_draft_tokens,
+            deterministic=deterministic,
             adapters=AdapterConfig(max_loras, max_lora_rank) if enable_lora else None,
             tune=tune,
+            tensor_parallel_size=tensor_parallel_size,
         )
         checkpoint = prepare_checkpoint(
             str(model),
@@ -139,6 +147,7 @@ class LLM:
             quantize=quantize,
             head=head,
             adapter=None if merge_adapter is None else str(merge_adapter),
+            check=lambda model: check_ranks(architecture_of(model), config),
             progress=progress,
         )
         with memory_explained(checkpoint, config):

@@ -9,8 +9,9 @@ import schemathesis
 
 @schemathesis.hook
 def map_body(context: Any, body: Any) -> Any:
-    if isinstance(body, dict) and isinstance(body.get("model"), str):
-        body["model"] = "tiny"
+    if isinstance(body, dict):
+        if isinstance(body.get("model"), str) and body["model"]:
+            body["model"] = "tiny"
         if isinstance(body.get("adapter"), str):
             del body["adapter"]  # there is none
         if isinstance(body.get("timeout"), int | float) and body["timeout"] > 0:

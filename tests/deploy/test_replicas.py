@@ -205,6 +205,7 @@ def test_a_killed_server_loses_no_request_and_its_streams_end_with_an_error(site
     assert site.pids()[0] != victim
 
 
+@pytest.mark.slow
 @needs_haproxy
 def test_a_rolling_restart_loses_nothing(site: Site) -> None:
     before = site.pids()

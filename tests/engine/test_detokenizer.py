@@ -377,3 +377,24 @@ def test_stop_strings_are_not_looked_for_before_min_tokens(byte_level: Tokenizer
     first = byte_level.encode("one two").ids
     text, stopped = spoken(byte_level, output, stop=("two",), min_tokens=len(first))
     assert (text, stopped) == ("one two three ", True)
+
+
+def test_special_tokens_that_are_shown_stand_in_the_text(byte_level: Tokenizer) -> None:
+    """As a parser of an answer needs to see some markers, and no others."""
+    vocabulary = Vocabulary(byte_level)
+    first, second = sorted(vocabulary.special)[:2]
+    marker = vocabulary.spelling(first).decode()
+    tokens = [*byte_level.encode("fox").ids, first, second, *byte_level.encode("dog").ids]
+    for shown, text in ((frozenset({first}), f"fox{marker}dog"), (frozenset(), "foxdog")):
+        params = SamplingParams(shown_special_tokens=shown)
+        detokenizer = Detokenizer(vocabulary, [], params)
+        assert "".join(map(detokenizer.add, tokens)) + detokenizer.flush() == text
+
+
+def test_the_stop_string_that_was_found_is_told(byte_level: Tokenizer) -> None:
+    detokenizer = Detokenizer(Vocabulary(byte_level), [], SamplingParams(stop=("cat", "dog")))
+    for token in byte_level.encode("the dog and").ids:
+        detokenizer.add(token)
+        if detokenizer.stopped:
+            break
+    assert detokenizer.stopped_by == "dog"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -70,6 +71,43 @@ def fails(
         return compute(batch)
 
     monkeypatch.setattr(engine._runner, "run", run)
+
+
+def test_a_thread_that_waits_for_a_dead_device_keeps_no_client_waiting(
+    tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where another rank is gone in the middle of what a GPU exchanges."""
+    monkeypatch.setattr("nybble.engine.engine_thread._PATIENCE_SECONDS", 0.05)
+    entered, answered, dead = threading.Event(), threading.Event(), threading.Event()
+
+    def wait(batch: Any) -> torch.Tensor:
+        entered.set()
+        answered.wait()
+        raise RuntimeError("the device was reset")
+
+    with running(tiny_model()) as engine:
+        engine.when_dead(dead.set)
+        monkeypatch.setattr(engine._runner, "run", wait)
+
+        async def ask() -> list[Any]:
+            asking = asyncio.gather(
+                *(tokens(engine, request(n)) for n in "ab"), return_exceptions=True
+            )
+            await asyncio.to_thread(entered.wait)
+            await asyncio.to_thread(engine._thread.fail, EngineFailedError("rank 1 ended"))
+            return await asking
+
+        for error in asyncio.run(ask()):
+            assert isinstance(error, EngineFailedError)
+            assert "rank 1 ended" in str(error)
+        assert dead.is_set()
+        assert engine.stuck
+        assert not engine.healthy
+        engine.stop()
+        answered.set()
+        engine._thread.join()
+        assert engine.failure is not None
+        assert "rank 1 ended" in engine.failure
 
 
 def first(times: int) -> Callable[[Any], bool]:

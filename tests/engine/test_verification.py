@@ -16,7 +16,7 @@ import torch
 from nybble.engine import AdapterConfig, Engine, EngineConfig, Request, SamplingParams
 from nybble.engine import engine as engine_module
 from nybble.engine.guide import GrammarCompiler
-from nybble.engine.ngram_drafter import NgramDrafter
+from nybble.engine.ngram_drafter import Draft, NgramDrafter
 from nybble.loaders import open_checkpoint
 
 CONFIG = EngineConfig(
@@ -37,7 +37,10 @@ class Informed(NgramDrafter):
     texts: ClassVar[list[tuple[int, ...]]] = []
     chance: ClassVar = random.Random(0)
 
-    def propose(self, limit: int) -> tuple[int, ...]:
+    def propose(self, limit: int) -> Draft:
+        return Draft(self._next(limit), agreeing=4)
+
+    def _next(self, limit: int) -> tuple[int, ...]:
         said = tuple(self._tokens)
         for text in self.texts:
             if text[: len(said)] == said:

@@ -31,7 +31,7 @@ def gpu() -> Iterator[Device]:
     with fake_cuda():
         torch.cuda.set_device(CUDA)
         yield DEVICE
-    matmul._arrivals.cache_clear()  # counters on the device
+    matmul.arrivals.cache_clear()  # counters on the device
 
 
 @pytest.fixture(scope="session")

@@ -81,3 +81,10 @@ def test_answers_are_as_on_the_cpu_with_one_wait_a_step_and_no_compiling(
 def test_experts_in_16_bits_are_refused_by_name(gpu: Device, folder: Path) -> None:
     with pytest.raises(ValueError, match="a GPU computes experts in 4 bits"):
         Engine.load(open_checkpoint(folder), replace(GPU, adapters=None), progress=False)
+
+
+def test_mixtures_in_one_order_are_refused_by_name(gpu: Device, folder: Path) -> None:
+    in_4_bits = InFlight(open_checkpoint(folder), layers="nf4")
+    config = replace(GPU, adapters=None, deterministic=True)
+    with pytest.raises(ValueError, match="deterministic: a GPU computes mixtures of experts"):
+        Engine.load(in_4_bits, config, progress=False)

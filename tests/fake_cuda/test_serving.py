@@ -105,7 +105,9 @@ def expected(checkpoint: Path, folders: list[Path]) -> list[list[int]]:
         return ask(engine, REQUESTS)
 
 
-@pytest.mark.parametrize("kv_dtype", ["auto", "fp8", pytest.param("int8", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "kv_dtype", ["auto", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("fp8", "int8"))]
+)
 def test_answers_are_as_on_the_cpu_with_one_wait_a_step_and_no_compiling(
     gpu: Device,
     checkpoint: Path,
@@ -201,6 +203,6 @@ def test_an_engine_that_is_gone_leaves_nothing_on_the_device(gpu: Device, checkp
         assert gpu.allocated == loaded
     del engine
     gpu.start_anew()  # the graphs
-    matmul._arrivals.cache_clear()  # the matmuls' counters
+    matmul.arrivals.cache_clear()  # the matmuls' counters
     gc.collect()
     assert gpu.allocated == before

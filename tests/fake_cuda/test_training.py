@@ -22,6 +22,7 @@ training.main()
 """
 
 
+@pytest.mark.slow
 def test_training_and_calibration_on_the_device_find_what_the_cpu_finds(
     checkpoint: Path, tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:

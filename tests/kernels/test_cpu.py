@@ -369,6 +369,25 @@ def test_attention_of_a_token_does_not_depend_on_its_chunk_or_its_company(
         assert torch.equal(torch.cat(parts), whole)
 
 
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_linear_layer_is_the_product_with_its_weight(
+    cpu: CpuLibrary, act_order: bool, bias: bool
+) -> None:
+    torch.manual_seed(0)
+    weight = random_weight(72, 48, 16, "asym", torch.float16, act_order=act_order, bias=bias)
+    packed = weight.to_layout("cpu_tiles")
+    linear = cpu.linear(packed, torch.bfloat16)
+    x = torch.randn(6, 48).bfloat16()
+    expected = cpu.packed_matmul(x, packed)
+    assert expected.any()
+    inputs = x, x.view(2, 3, 48), x[0], torch.cat([x, x], dim=1)[:, :48], x[:0]
+    for rows in inputs:
+        assert torch.equal(linear(rows), expected[: rows.numel() // 48].view(*rows.shape[:-1], 72))
+    with pytest.raises(ValueError, match="take \\(…, 48\\)"):
+        linear(x[:, :40])
+
+
 def test_other_dtypes_and_layouts_are_computed_without_the_kernel() -> None:
     torch.manual_seed(0)
     weight = random_weight(40, 30, 6, "asym", torch.float16, act_order=True, bias=True)
@@ -423,6 +442,16 @@ def test_norms_and_activation(cpu: CpuLibrary) -> None:
     both = torch.cat((extremes, torch.randn(1, 64).bfloat16()), dim=1)
     found, expected = cpu.gated(both, "silu"), reference.gated(both, "silu")
     torch.testing.assert_close(found, expected, rtol=2**-6, atol=1e-30)
+
+
+def test_a_norm_is_rounded_once_or_twice_as_it_is_asked_for(cpu: CpuLibrary) -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(64, 96).bfloat16(), torch.rand(96).bfloat16()
+    twice, once = (reference.rms_norm(x, weight, 1e-6, offset) for offset in (None, 0.0))
+    assert (once != twice).float().mean() > 0.1
+    for offset, expected in ((None, twice), (0.0, once)):
+        # Sums of squares in another order seldom show in bfloat16.
+        assert (cpu.rms_norm(x, weight, 1e-6, offset) != expected).float().mean() < 0.01
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

@@ -168,7 +168,7 @@ def test_norms_and_gates(cpu: CpuLibrary, guard: Guard, width: int, rows: int) -
     weight = guard(torch.rand(width).bfloat16())
     found, total = cpu.add_rms_norm(x, residual, weight, 1e-6)
     torch.testing.assert_close(found, reference.rms_norm(total, weight, 1e-6), rtol=2**-7, atol=0)
-    for offset in (0.0, 1.0):
+    for offset in (None, 0.0, 1.0):
         found = cpu.rms_norm(x, weight, 1e-6, offset)
         expected = reference.rms_norm(x, weight, 1e-6, offset)
         torch.testing.assert_close(found, expected, rtol=2**-7, atol=0)

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import Tensor
-from transformers.activations import ACT2FN
+from torch import Tensor, nn
+from transformers.activations import ACT2FN, XIELUActivation
 from transformers.models.cohere.modeling_cohere import CohereLayerNorm
 from transformers.models.cohere.modeling_cohere import apply_rotary_pos_emb as cohere_rotary
 from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward as gemma2_attention
@@ -19,6 +19,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import (
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as llama_rotary
 from transformers.models.nemotron.modeling_nemotron import NemotronLayerNorm1P
+from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 from transformers.models.stablelm.modeling_stablelm import apply_rotary_pos_emb as stablelm_rotary
 
 from nybble.kernels import reference
@@ -52,10 +53,25 @@ def test_activations(activation: Activation, named: str, dtype: torch.dtype) -> 
 
 
 @dtypes
-def test_llama_rounds_before_the_weight_and_gemma_after_one_plus_it(dtype: torch.dtype) -> None:
+def test_xielu(dtype: torch.dtype) -> None:
+    theirs = XIELUActivation(0.7, 0.9, beta=0.3, eps=-0.1, dtype=torch.float32)
+    numbers = {
+        "alpha_p": float(nn.functional.softplus(theirs.alpha_p)),
+        "alpha_n": float(theirs.beta + nn.functional.softplus(theirs.alpha_n)),
+        "beta": float(theirs.beta),
+        "eps": float(theirs.eps),
+    }
+    x = 4 * random(5, 128, dtype=dtype)
+    found, expected = reference.xielu(x, **numbers), theirs(x.float()).to(dtype)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found, expected, rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
+@dtypes
+def test_llama_rounds_before_the_weight_gemma_and_olmo_after_it(dtype: torch.dtype) -> None:
     x, residual, weight = (random(n, 160, dtype=dtype) for n in (7, 7, 1))
-    llama, gemma = LlamaRMSNorm(160, 1e-5), Gemma3RMSNorm(160, 1e-5)
-    for norm, offset in ((llama, 0.0), (gemma, 1.0)):
+    llama, gemma, olmo = (kind(160, 1e-5) for kind in (LlamaRMSNorm, Gemma3RMSNorm, Olmo2RMSNorm))
+    for norm, offset in ((llama, None), (gemma, 1.0), (olmo, 0.0)):
         norm.weight.data = weight[0]
         assert torch.equal(reference.rms_norm(x, weight[0], 1e-5, offset), norm(x))
         found, total = reference.add_rms_norm(x, residual, weight[0], 1e-5, offset)
@@ -71,10 +87,9 @@ def test_layer_norms_with_and_without_a_bias(dtype: torch.dtype) -> None:
     nemotron.weight.data, nemotron.bias.data, cohere.weight.data = weight, bias, weight
     found = reference.layer_norm(x, weight + 1, bias, 1e-5)
     assert torch.equal(found, nemotron(x))
-    tolerance = 4 * torch.finfo(dtype).eps
     found, total = reference.add_layer_norm(x, residual, weight, None, 1e-5)
     assert torch.equal(total, x + residual)
-    torch.testing.assert_close(found, cohere(x + residual), rtol=tolerance, atol=tolerance)
+    assert torch.equal(found, cohere(x + residual))
 
 
 @dtypes
@@ -82,9 +97,7 @@ def test_a_layer_norm_may_have_a_weight_for_each_head(dtype: torch.dtype) -> Non
     x, weight = random(5, 4, 32, dtype=dtype), random(4, 32, dtype=dtype)
     cohere = CohereLayerNorm((4, 32))
     cohere.weight.data = weight
-    tolerance = 4 * torch.finfo(dtype).eps
-    found = reference.layer_norm(x, weight, None, 1e-5)
-    torch.testing.assert_close(found, cohere(x), rtol=tolerance, atol=tolerance)
+    assert torch.equal(reference.layer_norm(x, weight, None, 1e-5), cohere(x))
 
 
 @pytest.mark.parametrize("family", ["llama", "stablelm", "glm", "cohere"])

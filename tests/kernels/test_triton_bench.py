@@ -20,8 +20,8 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     "sections",
     [
-        ["decode", "step"],  # all of them run on the emulated GPU
-        pytest.param(["checks", "matmul", "attention", "lora"], marks=pytest.mark.slow),
+        ["decode", "step"],  # all but "ranks" run on the emulated GPU
+        pytest.param(["checks", "matmul", "attention", "lora", "ranks"], marks=pytest.mark.slow),
     ],
     ids=",".join,
 )

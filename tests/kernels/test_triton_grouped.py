@@ -62,10 +62,13 @@ def error(x: Tensor, ids: Tensor, weights: Tensor | None, experts: list[PackedWe
 @pytest.mark.parametrize("group", [32, 64, 128])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("load", ["even", "skewed"])
-def test_every_kind_of_weight(kind: str, group: int, dtype: torch.dtype, load: str) -> None:
+@pytest.mark.parametrize("rows", [4, 9], ids=["few rows", "more"])
+def test_every_kind_of_weight(
+    kind: str, group: int, dtype: torch.dtype, load: str, rows: int
+) -> None:
     torch.manual_seed(0)
     experts = [random_weight(kind, 64, 128, group) for _ in range(5)]
-    x, ids = torch.randn(4, 128).to(dtype), route(4, 5, 2, load)
+    x, ids = torch.randn(rows, 128).to(dtype), route(rows, 5, 2, load)
     assert error(x, ids, None, experts) < TOLERANCE[dtype]
 
 
@@ -80,24 +83,35 @@ def test_odd_sizes_orders_of_columns_and_biases(rows: int, each: bool, weighted:
     assert error(x, ids, torch.rand(rows, 2) if weighted else None, experts) < 1e-3
 
 
-def test_gate_and_up_keep_their_interleaved_layout() -> None:
+@pytest.mark.parametrize("rows", [5, 11])
+def test_gate_and_up_keep_their_interleaved_layout(rows: int) -> None:
     torch.manual_seed(2)
     experts = [random_weight("symmetric", 96, 128, 64, bias=True) for _ in range(3)]
     gated = [expert.to_layout("gpu_gated_tiles") for expert in experts]
-    x, ids = torch.randn(5, 128).half(), route(5, 3, 2, "even")
+    x, ids = torch.randn(rows, 128).half(), route(rows, 3, 2, "even")
     plain = grouped_matmul(x, ids, experts=StackedExperts.of(experts))
     assert torch.equal(grouped_matmul(x, ids, experts=StackedExperts.of(gated)), plain)
 
 
-def test_a_row_does_not_depend_on_the_others() -> None:
+@pytest.mark.parametrize(("rows", "fewer"), [(8, 1), (40, 9)])
+def test_a_row_does_not_depend_on_the_others_of_one_kernel(rows: int, fewer: int) -> None:
     torch.manual_seed(3)
     stacked = StackedExperts.of([random_weight("zeros", 64, 256, 64) for _ in range(4)])
-    x, ids, weights = torch.randn(40, 256).half(), route(40, 4, 2, "even"), torch.rand(40, 2)
+    x, ids, weights = torch.randn(rows, 256).half(), route(rows, 4, 2, "even"), torch.rand(rows, 2)
     together = grouped_matmul(x, ids, weights, experts=stacked)
-    for row in (0, 17, 39):
-        own = slice(row, row + 1)
+    for row in (0, rows // 2, rows - fewer):
+        own = slice(row, row + fewer)
         alone = grouped_matmul(x[own], ids[own], weights[own], experts=stacked)
-        assert torch.equal(alone[0], together[row])
+        assert torch.equal(alone, together[own])
+
+
+def test_columns_are_shared_by_the_warps_of_a_block_whatever_their_number() -> None:
+    """Few rows: 8 warps take steps of 128 columns in turn, the last of which may be short."""
+    torch.manual_seed(5)
+    for columns in (96, 1024, 1120, 1300):
+        experts = [random_weight("symmetric", 40, columns, 32, bias=True) for _ in range(3)]
+        x, ids = torch.randn(3, columns).half(), route(3, 3, 2, "skewed")
+        assert error(x, ids, None, experts) < 1e-3
 
 
 @pytest.mark.parametrize("experts", [1, 3, 128])

@@ -48,11 +48,16 @@ def test_the_inner_loop_converts_no_integer_and_stores_no_weight(
     table: list[dict[str, Any]],
 ) -> None:
     assert {entry["row"]["int_to_float"] for entry in table} == {0}
-    assert {entry["row"]["shared_stores"] for entry in table} == {0}
+    for entry in table:
+        case = entry["case"]
+        # For few rows scales and zeros are stored, as in the 4-bit matmul.
+        vectors = max(1, 128 // case["group"]) * (1 + case["zeros"]) if case["block_m"] == 8 else 0
+        assert entry["row"]["shared_stores"] <= vectors, entry
 
 
 def test_weights_arrive_in_sixteen_byte_copies(table: list[dict[str, Any]]) -> None:
     for entry in table:
         case = entry["case"]
-        bytes_each_lane = case["block_n"] * 64 // (32 * case["num_warps"])
+        steps = case["num_warps"] if case["block_m"] == 8 else 1  # at once
+        bytes_each_lane = case["block_n"] * 64 * steps // (32 * case["num_warps"])
         assert entry["row"]["wide_copies"] >= bytes_each_lane // 16

@@ -47,9 +47,18 @@ def close(found: Tensor, expected: Tensor, tolerance: float | None = None) -> No
 @pytest.mark.parametrize(("rows", "width"), [(1, 5120), (3, 96), (7, 128), (33, 64), (2, 1000)])
 def test_rms_norm_equals_the_reference(dtype: torch.dtype, rows: int, width: int) -> None:
     x, weight = random(rows, width, dtype=dtype), random(width, dtype=dtype)
-    for offset in (0.0, 1.0):
+    for offset in (None, 0.0, 1.0):
         expected = reference.rms_norm(x, weight, 1e-5, offset)
         close(norm.rms_norm(x, weight, 1e-5, offset), expected)
+
+
+def test_a_norm_is_rounded_once_or_twice_as_it_is_asked_for() -> None:
+    # In float16: the interpreter cuts bfloat16 off.
+    x, weight = (random(*shape, dtype=torch.float16) for shape in ((33, 200), (200,)))
+    twice, once = (reference.rms_norm(x, weight, 1e-6, offset) for offset in (None, 0.0))
+    assert (once != twice).float().mean() > 0.1
+    for offset, expected in ((None, twice), (0.0, once)):
+        assert (norm.rms_norm(x, weight, 1e-6, offset) != expected).float().mean() < 0.02
 
 
 @dtypes

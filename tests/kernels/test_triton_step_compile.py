@@ -54,7 +54,7 @@ def test_soft_caps_and_sinks_are_compiled() -> None:
 
 
 def test_products_run_on_tensor_cores() -> None:
-    for row in of("decode", "prefill", "lora shrink", "lora expand"):
+    for row in of("decode", "prefill", "spans", "fixed order", "lora shrink", "lora expand"):
         assert row["tensor_core"] >= 2, row
 
 
@@ -67,5 +67,7 @@ def test_keys_values_and_adapters_are_loaded_sixteen_bytes_at_a_time() -> None:
         narrow = row["variant"].startswith(("qwen", "gpt-oss"))
         tile = 1 if narrow else 2
         assert row["wide_loads"] >= (3 * tile + 1 if "KV" in row["variant"] else 16 * tile), row
+    for row in of("spans", "fixed order"):
+        assert row["wide_loads"] >= 6, row
     for row in of("lora shrink", "rotary_store", "gated", "add_rms_norm", "sample"):
         assert row["wide_loads"] >= 2, row

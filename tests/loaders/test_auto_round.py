@@ -1,10 +1,11 @@
 """auto-round checkpoints: files that its own layers packed, against what these compute with.
 
-``data/auto_round/make.py`` made the files.
+``data/auto_round/make.py`` made the files, ``exports.py`` beside it those of whole exports.
 """
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,48 @@ def test_what_is_written_is_what_the_package_wrote(packing: str) -> None:
             for n, tensor in stored.items()
             if n.startswith(name + ".")
         )
+
+
+# What each export is to us, and how many of its seven linear layers are in 16 bits.
+EXPORTS = {
+    "auto_gptq": ("gptq", 2),
+    "auto_gptq_asym": ("gptq", 2),
+    "auto_awq": ("awq", 2),
+    "mixed": ("auto-round", 3),
+    "mixed_gptqmodel": ("auto-round", 3),
+    "mixed_awq": ("auto-round", 5),
+    "int8": ("compressed-tensors int8", 0),
+    "nvfp4": ("compressed-tensors nvfp4", 0),
+    "mxfp4": ("compressed-tensors mxfp4", 0),
+    "fp8": ("compressed-tensors fp8", 7),  # is dequantized
+}
+
+
+@pytest.mark.parametrize("name", EXPORTS)
+def test_its_exports_are_the_weights_of_its_dequantized_export(
+    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of its own format, and of those of GPTQ, AWQ and llm-compressor; all layers alike, or not."""
+    format, in_16_bits = EXPORTS[name]
+    folder = Path(shutil.copytree(FILES / "exports" / name, tmp_path / name))
+    expected = load_file(folder / "expected.safetensors")
+    (folder / "expected.safetensors").unlink()
+    checkpoint = open_checkpoint(folder)
+    assert isinstance(checkpoint, FolderCheckpoint)
+    assert checkpoint.format == format
+    dict(checkpoint.weights())
+    assert len(expected) == 7
+    shards, dense = Shards(folder), 0
+    for module, weight in expected.items():
+        found = checkpoint.projection(shards, module)
+        dense += not isinstance(found, PackedWeight)
+        values = found.dequantize() if isinstance(found, PackedWeight) else found.weight.float()
+        # Theirs are rounded to bfloat16, and its scales to float16.
+        largest = float(weight.abs().max())
+        torch.testing.assert_close(values, weight.float(), rtol=2**-7, atol=largest * 2**-10)
+    assert dense == in_16_bits
+    quantized = format.startswith("compressed-tensors")
+    assert ("input_activations of config_groups are not used" in caplog.text) == quantized
 
 
 def test_a_name_comes_before_patterns_and_the_first_pattern_before_others() -> None:

@@ -154,6 +154,38 @@ def test_tensors_of_another_format_are_refused(gptq: Path, tmp_path: Path) -> No
         values(open_checkpoint(gptq))
 
 
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": 64, "zero_point": True, "version": "gemm"}
+NF4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+
+
+@pytest.mark.parametrize(
+    ("settings", "sound"),
+    [
+        (AWQ, False),
+        (NF4, False),
+        (FP8, False),
+        # The output layer is 16-bit in nearly every checkpoint: naming it says nothing of the rest.
+        (AWQ | {"modules_to_not_convert": ["lm_head"]}, False),
+        (AWQ | {"modules_to_not_convert": ["model.layers"]}, True),
+        (None, True),
+    ],
+    ids=str,
+)
+def test_a_quantization_that_no_tensor_has_is_refused(
+    tmp_path: Path, tiny_model: Callable[..., Path], settings: dict[str, object] | None, sound: bool
+) -> None:
+    folder = Path(shutil.copytree(tiny_model(), tmp_path / "model"))
+    config = json.loads((folder / "config.json").read_text())
+    config |= {} if settings is None else {"quantization_config": settings}
+    (folder / "config.json").write_text(json.dumps(config))
+    if sound:
+        assert_same(values(open_checkpoint(folder)), values(open_checkpoint(tiny_model())))
+        return
+    with pytest.raises(CheckpointError, match=r"quant_method '\w+'\), but no tensor is: remove"):
+        values(open_checkpoint(folder))
+
+
 def test_codes_that_are_not_int32_are_refused(gptq: Path) -> None:
     name = "model.layers.0.mlp.up_proj.qweight"
 

@@ -62,12 +62,17 @@ def test_fp8_weights_equal_the_package_s_own() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "format"), [("nvfp4", "nvfp4"), ("mxfp4", "mxfp4"), ("int", "int8")]
+    ("kind", "format"),
+    [
+        *(("nvfp4", "nvfp4"), ("mxfp4", "mxfp4")),
+        *((kind, "int8") for kind in ("int", "naive", "w4a8")),
+    ],
 )
 def test_weights_of_other_numbers_equal_the_package_s_own(
-    kind: str, format: str, tmp_path: Path
+    kind: str, format: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """NVFP4 and MXFP4; int8 by output, one a matrix, by group and with zero points. All packed."""
+    """NVFP4 and MXFP4; int8 by output, one a matrix, by group and with zero points; 4 bits in
+    bytes, for 8-bit activations. All packed."""
     folder = Path(shutil.copytree(FILES / kind, tmp_path / kind))
     expected = load_file(folder / "expected.safetensors")
     (folder / "expected.safetensors").unlink()
@@ -87,6 +92,8 @@ def test_weights_of_other_numbers_equal_the_package_s_own(
     names += tuple(f"model.layers.0.{norm}" for norm in layer)
     total += sum(shards.read(f"{name}.weight").nbytes for name in names)
     assert weight_bytes(folder, torch.bfloat16) == total
+    # W4A8 as W4A16, with a line.
+    assert ("input_activations of config_groups are not used" in caplog.text) == (kind == "w4a8")
 
 
 def test_a_weight_of_4_bit_floats_is_checked(tmp_path: Path) -> None:

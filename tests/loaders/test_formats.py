@@ -76,7 +76,7 @@ def random_int32(*shape: int) -> Tensor:
     return torch.randint(-(1 << 31), 1 << 31, shape, dtype=torch.int64).int()
 
 
-@pytest.mark.parametrize("group_size", [32, 64, 128, -1])
+@pytest.mark.parametrize("group_size", [16, 32, 64, 128, -1])
 @pytest.mark.parametrize("act_order", [False, True])
 @pytest.mark.parametrize("v1", [False, True])
 def test_gptq_equals_the_published_formula(
@@ -136,6 +136,46 @@ def test_gptq_of_other_widths_equals_the_published_formula(
     torch.testing.assert_close(packed_matmul(x, weight), x @ expected, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("words", [torch.int8, torch.int16, torch.int64], ids=str)
+def test_gptq_words_may_have_another_width(tmp_path: Path, bits: int, words: torch.dtype) -> None:
+    """GPTQModel's ``pack_dtype``: each word has as many codes as fit, the first in its low bits."""
+    torch.manual_seed(bits)
+    columns, out, group_size = 128, 64, 32
+    codes = torch.randint(0, 2**bits, (columns, out))
+    zeros = torch.randint(1, 2**bits, (columns // group_size, out))
+    scales = torch.rand(columns // group_size, out).half()
+    width, count = words.itemsize * 8, words.itemsize * 8 // bits
+
+    def packed(numbers: Tensor) -> Tensor:  # (rows, n) along n
+        found = [
+            [
+                sum(int(code) << bits * place for place, code in enumerate(row[at : at + count]))
+                for at in range(0, len(row), count)
+            ]
+            for row in numbers.tolist()
+        ]
+        signed = [[n - (1 << width) if n >> (width - 1) else n for n in row] for row in found]
+        return torch.tensor(signed, dtype=words)
+
+    name = str(words).removeprefix("torch.")
+    settings = {"bits": bits, "group_size": group_size, "pack_dtype": name}
+    format = Gptq.from_settings(Settings(settings, "config.json"))
+    shards = one_module(
+        tmp_path,
+        qweight=packed(codes.T).T.contiguous(),
+        qzeros=packed(zeros - 1),
+        scales=scales,
+    )
+    weight = format.read(shards, "layer")
+    group = torch.arange(columns) // group_size
+    expected = scales[group].float() * (codes - zeros[group])
+    assert torch.equal(weight.dequantize(), expected.T)
+    for leaf, tensor in format.tensors("layer", format.quantized(shards, "layer")).items():
+        if not leaf.endswith("g_idx"):
+            assert torch.equal(tensor, shards.read(leaf)), leaf
+
+
 def test_a_3_bit_code_lies_across_two_words(tmp_path: Path) -> None:
     """Code 10 has its low bits at the top of the first word, its high bit at the second's start."""
     shards = one_module(
@@ -180,7 +220,7 @@ def test_settings_of_single_modules_override_the_common_ones(tmp_path: Path) -> 
         assert torch.equal(format.read(shards, name).dequantize(), weight.dequantize())  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("group_size", [32, 128, -1])
+@pytest.mark.parametrize("group_size", [16, 32, 128, -1])
 def test_awq_equals_the_published_formula(tmp_path: Path, group_size: int) -> None:
     columns, out = 128, 40
     size = columns if group_size == -1 else group_size
@@ -225,7 +265,10 @@ def test_awq_gemv_equals_the_published_formula(tmp_path: Path, group_size: int, 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 @pytest.mark.parametrize(
     ("nested", "storage"),
-    [(False, "uint8"), (True, "uint8"), (True, "bfloat16"), (False, "float32")],
+    [
+        *((False, "uint8"), (True, "uint8"), (False, "int8")),
+        *((True, "bfloat16"), (False, "float16"), (False, "float32"), (True, "float64")),
+    ],
 )
 def test_bitsandbytes_checkpoints_equal_its_own_dequantization(
     tmp_path: Path, tiny_model: Callable[..., Path], kind: str, nested: bool, storage: str

@@ -175,6 +175,58 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "arcee": ({"hidden_act": "relu2"}, {}),
     "olmo2": ({}, {}),
+    "mistral3": (
+        {
+            "rope_parameters": {
+                **THETA,
+                "rope_type": "yarn",
+                "factor": 4.0,
+                "original_max_position_embeddings": 32,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+                "llama_4_scaling_beta": 0.5,
+            }
+        },
+        {
+            "rope.freq_base": 5000.0,
+            "rope.scaling.type": "yarn",
+            "rope.scaling.factor": 4.0,
+            "rope.scaling.original_context_length": 32,
+            "rope.scaling.yarn_beta_fast": 32.0,
+            "rope.scaling.yarn_beta_slow": 1.0,
+            "rope.scaling.yarn_log_multiplier": 1.0,
+            "attention.temperature_scale": 0.5,
+        },
+    ),
+    "exaone4": (
+        {"num_hidden_layers": 4, "sliding_window": 24, "rope_parameters": THETA},
+        {"attention.sliding_window": 24, "rope.freq_base": 5000.0},
+    ),
+    "chatglm": (
+        {"attention_bias": True, "rope_parameters": {**THETA, "partial_rotary_factor": 0.5}},
+        {"rope.freq_base": 5000.0, "rope.dimension_count": 8},
+    ),
+    "glm4": (
+        {"attention_bias": True, "rope_parameters": {**THETA, "partial_rotary_factor": 0.5}},
+        {"rope.freq_base": 5000.0, "rope.dimension_count": 8},
+    ),
+    "ernie4_5": ({"rope_parameters": THETA}, {"rope.freq_base": 5000.0}),
+    "hunyuan-dense": (
+        {"rope_parameters": {**THETA, "rope_type": "dynamic", "factor": 1.0, "alpha": 10.0}},
+        {"rope.freq_base": 5000.0 * 10.0 ** (16 / 14), "rope.scaling.type": "none"},
+    ),
+    "cohere2": (
+        {
+            **TIED,
+            "num_hidden_layers": 4,
+            "logit_scale": 0.5,
+            "sliding_window": 24,
+            "rope_parameters": THETA,
+        },
+        {"attention.sliding_window": 24, "logit_scale": 0.5, "rope.freq_base": 5000.0},
+    ),
     "seed_oss": ({"attention_bias": True, "attention_out_bias": False}, {}),
     "command-r": (
         TIED | {"logit_scale": 0.5, "use_qk_norm": False, "rope_parameters": THETA},
@@ -202,7 +254,7 @@ def stored_tensors(architecture: str, model: Any) -> Iterator[tuple[str, Tensor]
             continue
         found = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert found is not None, name
-        if architecture in ("llama", "granite", "smollm3", "arcee"):
+        if architecture in ("llama", "granite", "smollm3", "arcee", "mistral3"):
             if ".q_proj." in name:
                 tensor = llama_cpp_permutes(tensor, config.num_attention_heads)
             if ".k_proj." in name:
@@ -254,11 +306,13 @@ def write_gguf(
         "attention.value_length": getattr(config, "head_dim", None) or 16,
         "attention.layer_norm_rms_epsilon": 1e-5,
     }
-    if architecture in ("starcoder2", "nemotron", "command-r"):
+    if architecture in ("starcoder2", "nemotron", "command-r", "cohere2"):
         common["attention.layer_norm_epsilon"] = common.pop("attention.layer_norm_rms_epsilon")
     for key, value in (common | MODELS[architecture][1] | dict(keys or {})).items():
         add = {str: writer.add_string, float: writer.add_float32, int: writer.add_uint32}
-        if value is not None:
+        if isinstance(value, list):
+            writer.add_array(f"{architecture}.{key}", value)
+        elif value is not None:
             add[type(value)](f"{architecture}.{key}", value)
     tokenizer_fields(writer, tokenizer)
     for name, tensor in stored_tensors(architecture, model):
@@ -329,6 +383,47 @@ def test_a_file_is_the_model_that_was_converted(
     with torch.no_grad():
         logits = model(ids[None]).logits[0]
     ours = reference.our_logits(open_checkpoint(folder), ids, torch.float32)
+    assert (ours - logits).abs().max() < 1e-4 * logits.abs().max()
+
+
+def test_olmo_3_is_olmo_2_with_windows(
+    tmp_path: Path, tiny_model: Callable[..., Path], reference: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which layers have one is in the file, layer by layer; the others scale their frequencies."""
+    kinds = ["full_attention", "sliding_attention", "sliding_attention"]
+    scaled = {
+        **THETA,
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 64,
+        "attention_factor": 1.2,
+    }
+    config = AutoConfig.for_model(
+        "olmo3",
+        **SIZES,
+        rms_norm_eps=1e-5,
+        sliding_window=24,
+        layer_types=kinds,
+        rope_parameters={"full_attention": scaled, "sliding_attention": THETA},
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    keys = {
+        "attention.sliding_window": 24,
+        "attention.sliding_window_pattern": [kind == "sliding_attention" for kind in kinds],
+        "rope.freq_base": 5000.0,
+        "rope.scaling.type": "yarn",
+        "rope.scaling.factor": 4.0,
+        "rope.scaling.attn_factor": 1.2,
+        "rope.scaling.original_context_length": 64,
+    }
+    file = write_gguf(tmp_path / "model.gguf", "olmo2", model, tiny_model(), keys=keys)
+    ids = torch.randint(0, 300, (60,), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        logits = model(ids[None]).logits[0]
+    checkpoint = open_checkpoint(resolve_model(str(file)))
+    assert checkpoint.config.model_type == "olmo3"
+    ours = reference.our_logits(checkpoint, ids, torch.float32)
     assert (ours - logits).abs().max() < 1e-4 * logits.abs().max()
 
 

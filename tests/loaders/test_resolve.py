@@ -9,6 +9,7 @@ import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from nybble.loaders import ModelNotFoundError, resolve, resolve_model
+from nybble.server.cli.model_path import require_model
 
 
 @pytest.fixture(autouse=True)
@@ -75,3 +76,96 @@ def test_an_alias_file_that_makes_no_sense_is_named(tmp_path: Path, content: str
     file.write_text(content)
     with pytest.raises(ModelNotFoundError, match=r"bad\.toml"):
         resolve_model("anything", aliases=file)
+
+
+class GgufHub:
+    """A hub with a repository of GGUF files, of which the cache holds those that were fetched."""
+
+    def __init__(self, cache: Path, files: list[str], source: Path) -> None:
+        self.cache, self.files, self.source = cache, files, source
+        self.fetched: list[str] = []
+
+    def list_repo_files(self, name: str) -> list[str]:
+        assert name == "org/tiny-GGUF"
+        return ["README.md", *self.files]
+
+    def snapshot_download(
+        self, name: str, *, allow_patterns: list[str], local_files_only: bool = False, **_: object
+    ) -> str:
+        if local_files_only:
+            if not self.fetched:
+                raise LocalEntryNotFoundError("cannot find it")
+            return str(self.cache)
+        self.cache.mkdir(exist_ok=True)
+        for file in self.files:
+            if (
+                file in allow_patterns and file not in self.fetched
+            ):  # links to blobs, as the hub's cache has them
+                (self.cache / file).parent.mkdir(exist_ok=True)
+                (self.cache / file).symlink_to(self.source)
+                self.fetched.append(file)
+        return str(self.cache)
+
+
+@pytest.fixture
+def gguf_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model: Callable[..., Path]
+) -> Callable[..., GgufHub]:
+    def build(*files: str) -> GgufHub:
+        hub = GgufHub(tmp_path / "snapshot", list(files), tmp_path / "blob")
+        hub.source.touch()
+        monkeypatch.setattr(resolve, "snapshot_download", hub.snapshot_download)
+        monkeypatch.setattr(resolve, "list_repo_files", hub.list_repo_files)
+        monkeypatch.setattr(resolve, "_gguf_folder", lambda file: file.relative_to(hub.cache))
+        return hub
+
+    return build
+
+
+FILES = ("mmproj-tiny-f16.gguf", "tiny-Q4_K_M.gguf", "tiny-Q4_K_S.gguf", "tiny.Q8_0.gguf")
+SPLIT = tuple(f"BF16/tiny-BF16-0000{part}-of-00002.gguf" for part in (1, 2))
+
+
+@pytest.mark.parametrize(
+    ("tag", "file"),
+    [
+        ("Q4_K_M", "tiny-Q4_K_M.gguf"),
+        ("q8_0", "tiny.Q8_0.gguf"),
+        ("BF16", SPLIT[0]),
+        ("tiny-Q4_K_S.gguf", "tiny-Q4_K_S.gguf"),
+    ],
+)
+def test_a_tag_names_one_file_of_a_repository(
+    gguf_hub: Callable[..., GgufHub], tag: str, file: str
+) -> None:
+    """As llama.cpp's -hf takes it. Nothing else is downloaded, and nothing twice."""
+    hub = gguf_hub(*FILES, *SPLIT)
+    name = f"org/tiny-GGUF:{tag}"
+    require_model(name)
+    assert resolve_model(name) == Path(file)
+    assert hub.fetched == (list(SPLIT) if tag == "BF16" else [file])
+    assert resolve_model(name, download=False) == Path(file)
+    with pytest.raises(ModelNotFoundError, match=r"org/tiny-GGUF:IQ4_XS \(not on this machine\)"):
+        resolve_model("org/tiny-GGUF:IQ4_XS", download=False)
+
+
+def test_a_repository_with_one_file_needs_no_tag(gguf_hub: Callable[..., GgufHub]) -> None:
+    gguf_hub(*FILES[:2])
+    assert resolve_model("org/tiny-GGUF") == Path("tiny-Q4_K_M.gguf")
+
+
+def test_a_repository_with_several_files_asks_which(gguf_hub: Callable[..., GgufHub]) -> None:
+    gguf_hub(*FILES)
+    with pytest.raises(ModelNotFoundError, match=r"give one of org/tiny-GGUF:Q4_K_M, .*:Q8_0$"):
+        resolve_model("org/tiny-GGUF")
+    with pytest.raises(ModelNotFoundError, match=r"no \.gguf file is Q4_K; there are tiny-Q4_K_M"):
+        resolve_model("org/tiny-GGUF:Q4_K")
+
+
+def test_a_split_file_of_which_a_part_is_missing_is_completed(
+    gguf_hub: Callable[..., GgufHub],
+) -> None:
+    hub = gguf_hub(*SPLIT)
+    hub.snapshot_download("org/tiny-GGUF", allow_patterns=[SPLIT[0]])
+    assert resolve_model("org/tiny-GGUF") == Path(SPLIT[0])
+    assert hub.fetched == list(SPLIT)

@@ -56,7 +56,7 @@ def test_forms_that_can_mean_one_thing_only_are_understood(four: Any, true: Any)
         ({"sym": "maybe"}, "config.json: sym is 'maybe', expected true or false"),
         ({"dynamic": ["x"]}, r"config.json: dynamic is \['x'\], expected an object"),
         ({"dynamic": {"(": {}}}, r"dynamic has '\(', which is not a regular expression"),
-        ({"pack_dtype": "int16"}, "config.json: pack_dtype is 'int16', expected int32"),
+        ({"pack_dtype": "int4"}, "pack_dtype is 'int4', expected int32, int8, int16, int64"),
     ],
 )
 def test_an_error_names_the_field(given: dict[str, Any], message: str) -> None:

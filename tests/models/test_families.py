@@ -16,9 +16,16 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from nybble.engine import AdapterConfig
+from nybble.engine.parts import norm_part
 from nybble.finetune.lora import LoRASettings, adapter_tensors, add_lora, save_adapter
+from nybble.kernels import reference as reference_kernels
 from nybble.loaders import Checkpoint, open_checkpoint
-from nybble.models import UnsupportedModelError, architecture_of, supported_families
+from nybble.models import (
+    Attention,
+    UnsupportedModelError,
+    architecture_of,
+    supported_families,
+)
 from nybble.quantizers import quantize_checkpoint
 from nybble.quantizers.awq import scale_block
 from nybble.quantizers.layers import DecoderLayers, linear_layer
@@ -89,6 +96,20 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
             "logits_scaling": 0.5,
         },
     ),
+    "granite 4": (
+        "granitemoehybrid",
+        {
+            "head_dim": 16,
+            "num_local_experts": 0,
+            "shared_intermediate_size": 128,
+            "layer_types": ["attention"] * 3,
+            "position_embedding_type": "rope",
+            "embedding_multiplier": 1.5,
+            "attention_multiplier": 0.3,
+            "residual_multiplier": 0.7,
+            "logits_scaling": 0.5,
+        },
+    ),
     "olmo2": ("olmo2", {}),
     "olmo3": ("olmo3", MIXED),
     "smollm3": ("smollm3", {"no_rope_layers": [1, 0, 1]}),
@@ -153,6 +174,8 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "arcee": ("arcee", {"hidden_act": "relu2"}),
     "nemotron": ("nemotron", {"hidden_act": "relu2"}),
+    "apertus": ("apertus", {}),
+    "apertus with biases": ("apertus", {"attention_bias": True, "hidden_act": "relu2"}),
     "starcoder2": ("starcoder2", {"head_dim": 16, "sliding_window": WINDOW}),
     "mixtral": ("mixtral", {"num_local_experts": 4}),
     "mixtral with a window": ("mixtral", {"num_local_experts": 4, "sliding_window": WINDOW}),
@@ -272,12 +295,14 @@ _SHOWN = {
     "qwen2",
     "qwen3",
     "granite",
+    "granite 4",
     "olmo3",
     "gemma2",
     "gemma3",
     "phi3 with longrope",
     "cohere with norms of heads",
     "starcoder2",
+    "apertus",
     "mixtral",
     "glm4_moe with groups",
     "lfm2",
@@ -297,6 +322,15 @@ def test_a_kind_of_rope_that_nothing_computes_is_refused_by_name() -> None:
     config = AutoConfig.for_model("qwen2", rope_scaling={"type": "flurb", "factor": 2})
     with pytest.raises(UnsupportedModelError, match="rope_type is 'flurb'; supported are default"):
         architecture_of(config)
+
+
+def test_granite_4_is_taken_only_without_state_spaces_and_experts() -> None:
+    dense = {"num_local_experts": 0, "num_hidden_layers": 2}
+    kinds = {"layer_types": ["attention", "mamba"]}
+    with pytest.raises(UnsupportedModelError, match="layer_types has full_attention, linear_"):
+        architecture_of(AutoConfig.for_model("granitemoehybrid", **dense, **kinds))
+    with pytest.raises(UnsupportedModelError, match="num_local_experts is 8"):
+        architecture_of(AutoConfig.for_model("granitemoehybrid"))
 
 
 @pytest.fixture(autouse=True)
@@ -323,7 +357,7 @@ def folder_of(
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for name, buffer in model.named_buffers():
-                if "e_score_correction_bias" in name:
+                if "e_score_correction_bias" in name or "act_fn.beta" in name:
                     buffer += 0.2 * torch.randn(buffer.shape, generator=generator)
             for name, parameter in model.named_parameters():
                 if parameter.ndim == 1 or "norm" in name or "bias" in name:  # of norms, and biases
@@ -363,6 +397,34 @@ def test_64_greedy_tokens_equal_transformers_alone_and_in_company(
         engine.stop()
 
 
+@rows
+def test_norms_in_bfloat16_round_as_those_of_transformers(row: str) -> None:
+    family, settings = ROWS[row]
+    config = AutoConfig.for_model(family, **SIZES | settings, dtype=torch.bfloat16)
+    model, architecture = AutoModelForCausalLM.from_config(config), architecture_of(config)
+    norms = {architecture.final_norm: (config.hidden_size,)}
+    for index, layer in enumerate(architecture.layers):
+        about = layer.mixer
+        hidden = (layer.pre_attention, layer.post_attention, layer.pre_mlp, layer.post_mlp)
+        shapes = {name: (config.hidden_size,) for name in hidden if name is not None}
+        if isinstance(about, Attention) and about.qk_norm is not None:
+            shapes[about.q_norm] = about.norm_shape(about.heads)
+            shapes[about.k_norm] = about.norm_shape(about.kv_heads)
+        norms.update((architecture.module(index, name), shape) for name, shape in shapes.items())
+    assert norms.keys() == set(architecture.norms)
+    generator = torch.Generator().manual_seed(0)
+    for name, shape in norms.items():
+        theirs = model.get_submodule(name)
+        for parameter in theirs.parameters():
+            parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
+            assert parameter.dtype == torch.bfloat16
+        bias = getattr(theirs, "bias", None)
+        ours = norm_part(architecture.norm, theirs.weight, bias, reference_kernels)
+        x = (3 * torch.randn(64, *shape, generator=generator)).bfloat16()
+        with torch.no_grad():
+            assert torch.equal(ours(x), theirs(x)), name
+
+
 @shown_rows
 @pytest.mark.parametrize("format", ["gptq", "awq", "nf4"])
 def test_4_bit_forms_are_written_and_give_the_logits_of_their_dequantized_weights(
@@ -397,7 +459,7 @@ def test_folding_scales_for_awq_changes_nothing(folder_of: Callable[[str], Path]
         blocks.statistics(block, hidden, first),
         blocks.module_outputs(block, hidden, modules),
         32,
-        norm_offset=blocks.architecture.norm.offset,
+        norm_offset=blocks.architecture.norm.offset or 0.0,
     )
     changes = []
     for name, (weight, _) in scaled.items():

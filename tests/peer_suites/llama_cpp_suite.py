@@ -1,7 +1,9 @@
 """pytest plugin: llama.cpp's server tests, whose servers become ours.
 
-Paths get their ``/v1``, and requests a model's name, which llama-server does not ask for. An option
-of llama-server that has no counterpart skips the test.
+Paths get their ``/v1``. llama-server's own ``/completion``, ``/tokenize``, ``/detokenize`` and
+``/apply-template`` are asked for under OpenAI's and vLLM's names, as far as those have the same.
+What has no counterpart skips the test. Of a text which a certain model would write only the type is
+looked at.
 """
 
 from __future__ import annotations
@@ -22,11 +24,21 @@ _LEFT_OUT = {
     "kv_unified", "swa_full", "fa", "jinja", "log_path", "process", "external_server",
     "ready", "pooling", "reasoning_format", "reasoning",
 }  # fmt: skip
-_MAPPED = {"model_alias", "no_ui", "n_ctx", "n_slots", "api_key"}
+_MAPPED = {"model_alias", "no_ui", "n_ctx", "n_slots", "api_key", "chat_template_file"}
 _OWN = {
-    "/apply-template", "/chat/completions/input_tokens", "/completion", "/detokenize", "/embedding",
-    "/infill", "/lora-adapters", "/props", "/slots", "/tokenize", "/v1/messages",
+    "/chat/completions/input_tokens", "/embedding", "/infill", "/lora-adapters", "/props", "/slots",
+    "/v1/messages",
 }  # fmt: skip
+# Their names for the fields of a request, and ours.
+_COMPLETION = {
+    "prompt": "prompt", "n_predict": "max_tokens", "seed": "seed", "temperature": "temperature",
+    "logit_bias": "logit_bias", "stream": "stream",
+}  # fmt: skip
+_TOKENIZE = {
+    "content": "prompt", "add_special": "add_special_tokens", "with_pieces": "return_token_strs",
+}  # fmt: skip
+# How the expressions begin that look for the words of a certain model.
+_WORDS = ("(going", "(Suddenly", "(little", "Sure, here")
 # Those that the tests give to OpenAI's client, which llama-server does not look at.
 _NAMES = (
     "default", "gpt-3.5-turbo-instruct", "gpt-4.1", "davinci-002", "text-embedding-3-small",
@@ -41,21 +53,51 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_sessionstart() -> None:
-    import utils  # type: ignore[import-not-found]  # theirs, which their conftest.py has imported
+    # Theirs, which their conftest.py has imported.
+    import utils  # type: ignore[import-not-found]
 
     process = utils.ServerProcess
-    ask, stream = process.make_request, process.make_stream_request
+    ask, stream, match = process.make_request, process.make_stream_request, utils.match_regex
 
     def make_request(
         self: Any, method: str, path: str, data: Any = None, *more: Any, **options: Any
     ) -> Any:
-        return ask(self, method, path, _named(path, data), *more, **options)
+        if path == "/completion":
+            answer = ask(self, method, "/completions", _completion(self, data), *more, **options)
+            if answer.status_code == 200:
+                texts = [{"content": choice["text"]} for choice in answer.body["choices"]]
+                answer.body = texts[0] if len(texts) == 1 else texts
+        elif path == "/tokenize":
+            answer = ask(self, method, path, _tokenize(data), *more, **options)
+            if answer.status_code == 200 and (pieces := answer.body["token_strs"]):
+                pairs = zip(answer.body["tokens"], pieces, strict=True)
+                answer.body["tokens"] = [{"id": token, "piece": piece} for token, piece in pairs]
+        elif path == "/apply-template":
+            answer = ask(self, method, "/tokenize", data, *more, **options)
+            if answer.status_code == 200:
+                tokens = {"tokens": answer.body["tokens"]}
+                answer = ask(self, method, "/detokenize", tokens, *more, **options)
+        elif path == "/detokenize":
+            answer = ask(self, method, path, data, *more, **options)
+            answer.body = {"content": answer.body["prompt"]}
+        else:
+            answer = ask(self, method, path, data, *more, **options)
+        return answer
 
     def make_stream_request(
         self: Any, method: str, path: str, data: Any = None, *more: Any, **options: Any
     ) -> Any:
-        return stream(self, method, path, _named(path, data), *more, **options)
+        if path != "/completion":
+            yield from stream(self, method, path, data, *more, **options)
+            return
+        for event in stream(self, method, "/completions", _completion(self, data), *more):
+            choice = event["choices"][0]
+            yield {"content": choice["text"], "stop": choice["finish_reason"] is not None}
 
+    def match_regex(regex: str, text: str) -> bool:
+        return isinstance(text, str) if regex.startswith(_WORDS) else match(regex, text)
+
+    utils.match_regex = match_regex
     process.start, process.stop = _start, lambda self: None
     process.make_request, process.make_stream_request = make_request, make_stream_request
     process.make_url = _make_url
@@ -74,6 +116,10 @@ def _start(self: Any, timeout_seconds: int = 60) -> None:
     options = [f"--served-model-name={name}" for name in dict.fromkeys(names)]
     if context := asked.get("n_ctx"):
         options.append(f"--max-model-len={context // asked.get('n_slots', 1)}")
+    if template := asked.get("chat_template_file"):  # seen from the folder of the tests
+        import utils
+
+        options.append(f"--chat-template={(Path(utils.__file__).parent / template).resolve()}")
     if asked.get("no_ui"):
         options.append("--no-console")
     if key := asked.get("api_key"):
@@ -89,7 +135,18 @@ def _make_url(self: Any, path: str, host: str | None = None) -> str:
     return f"http://{host or self.server_host}:{self.server_port}{prefix}{path}"
 
 
-def _named(path: str, data: Any) -> Any:
-    if not path.endswith(_OF_OPENAI) or not isinstance(data, dict):
-        return data
-    return data | {"model": _NAMES[0]}
+def _completion(self: Any, data: dict[str, Any]) -> dict[str, Any]:
+    """A request for /completion as one for OpenAI's completions, with the server's own defaults."""
+    asked = {name: value for name, value in data.items() if name != "cache_prompt"}
+    if unknown := sorted(asked.keys() - _COMPLETION.keys()):
+        pytest.skip(f"OpenAI's completions have no {', '.join(unknown)}")
+    bias = asked.get("logit_bias", {})
+    if isinstance(bias, list) or any(isinstance(token, str) for token in bias):
+        pytest.skip("OpenAI's logit_bias is an object of token ids")
+    defaults = {"n_predict": self.n_predict, "seed": self.seed, "temperature": self.temperature}
+    return {_COMPLETION[name]: value for name, value in {**defaults, **asked}.items()}
+
+
+def _tokenize(data: dict[str, Any]) -> dict[str, Any]:
+    asked = {"add_special": False, **data}
+    return {_TOKENIZE[name]: value for name, value in asked.items()}

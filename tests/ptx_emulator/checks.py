@@ -23,7 +23,7 @@ from machine import WARP, Timing
 from tensor_cores import WARP_GROUP
 from torch import Tensor
 
-from nybble.kernels import PackedWeight, reference
+from nybble.kernels import DenseWeight, PackedWeight, reference
 from nybble.kernels.activation import ACTIVATIONS
 from nybble.kernels.bench.gpu_lora import adapters
 from nybble.kernels.bench.gpu_section import BLOCK, error, in_8_bits, paged
@@ -33,7 +33,9 @@ from nybble.kernels.reference import TokenChoice
 from nybble.kernels.triton import (
     activation,
     attention,
+    attention_fixed,
     dequantize,
+    fixed_order,
     lora,
     matmul,
     norm,
@@ -105,14 +107,16 @@ def check_matmul(capability: int, everything: bool) -> Iterator[Found]:
 
 
 def check_grouped(capability: int, everything: bool) -> Iterator[Found]:
-    """Each block size; rows spread over the experts, or all at the last two."""
-    kinds = (("symmetric", 128), ("codebook", 32), ("zeros", 32))
-    for number, (rows, experts) in enumerate(((3, 5), (24, 2), (40, 2))):
+    """Few rows, and each block size; rows spread over the experts, or all at the last two."""
+    kinds = (("symmetric", 128), ("codebook", 32), ("zeros", 32), ("symmetric", 64))
+    for number, (rows, experts) in enumerate(((3, 5), (24, 2), (40, 2), (9, 5))):
         for turn, (kind, group) in enumerate(kinds):
             if not everything and turn != number:
                 continue
             dtype = torch.bfloat16 if number % 2 else torch.float16
             columns, out = (200, 80) if turn == 1 else (256, 192)
+            if number == 3:
+                columns, out = 256, 80
             weights = [random_weight(kind, out, columns, group) for _ in range(experts)]
             dense = torch.stack([weight.dequantize(torch.float64) for weight in weights])
             biases = torch.stack([weight.bias.double() for weight in weights])
@@ -242,6 +246,80 @@ def check_sampling(capability: int, everything: bool) -> Iterator[Found]:
         yield f"sampling of {vocab}", found.float() + 1, expected.double() + 1
 
 
+def check_fixed_order(capability: int, everything: bool) -> Iterator[Found]:
+    """Rows of a batch against the reference; and alone, where not one bit may differ."""
+    rows, columns = 193, 1024  # parts in turn; alone they are side by side
+    x = torch.randn(rows, columns)
+    kinds = (("symmetric", 128), ("codebook", 64), ("zeros", 32), ("16 bits", 0))
+    for number, (kind, group) in enumerate(kinds):
+        if not everything and number % 2 == (capability == 90):
+            continue
+        dtype = torch.float16 if number % 2 else torch.bfloat16
+        own = x.to(dtype)
+        weight: PackedWeight | DenseWeight = DenseWeight(torch.randn(40, columns).to(dtype))
+        dense = weight.weight.double() if isinstance(weight, DenseWeight) else None
+        if group:
+            packed = random_weight(kind, 40, columns, group)
+            weight, dense = packed.to_layout("gpu_tiles"), packed.dequantize(torch.float64)
+        expected = own.double() @ dense.T + (0 if weight.bias is None else weight.bias.double())
+        whole = fixed_order.fixed_order_matmul(own, weight)
+        name = f"one order: {kind} g{group} {str(dtype)[6:]}"
+        yield name, whole, expected
+        for alone in (slice(0, 1), slice(rows - 2, rows)):
+            found = fixed_order.fixed_order_matmul(own[alone], weight)
+            yield f"{name} alone", found.float(), whole[alone].double()
+
+
+def check_fixed_attention(capability: int, everything: bool) -> Iterator[Found]:
+    """Spans of keys in turn against the reference, and tokens alone, whose spans are apart."""
+    lengths = [(530, 1), (520, 20)]
+    for number, (heads, dim, cache) in enumerate(((4, 64, None), (2, 128, torch.int8))):
+        if not everything and number != (capability == 80):
+            continue
+        dtype = torch.bfloat16 if number else torch.float16
+        batch, keys, values = paged(lengths, 1, dim, dtype, CPU)
+        scales: list[Tensor] = []
+        if cache is not None:
+            keys, values, *scales = in_8_bits(keys, cache)
+        q = torch.randn(21, heads, dim).to(dtype)
+        inputs = (dim**-0.5, 0, *scales)
+        wide = (keys, values) if scales else (keys.double(), values.double())
+        expected = reference.paged_attention(q.double(), *wide, batch, *inputs)
+        workspace, attention_fixed.WORKSPACE = attention_fixed.WORKSPACE, 0
+        whole = attention_fixed.paged_attention(q, keys, values, batch, *inputs)
+        attention_fixed.WORKSPACE = workspace
+        name = f"attention in one order: {heads}×{dim} {cache}"
+        yield name, whole, expected
+        for seq, row in ((0, 0), (1, 1), (1, 20)):
+            context = 530 if seq == 0 else 500 + row
+            own = replace(
+                batch,
+                query_start=torch.tensor([0, 1], dtype=torch.int32),
+                context_lens=torch.tensor([context], dtype=torch.int32),
+                block_tables=batch.block_tables[seq : seq + 1],
+                slot_mapping=batch.slot_mapping[:1],
+                max_query=1,
+            )
+            found = attention_fixed.paged_attention(q[row : row + 1], keys, values, own, *inputs)
+            yield f"{name} alone", found.float(), whole[row : row + 1].double()
+
+
+def check_lora_alone(capability: int, everything: bool) -> Iterator[Found]:
+    """A row among so many that tiles are taller, and alone: not one bit may differ."""
+    rows, rank, inputs, offsets = 260, 16, 264, (0, 40)
+    a, b, ranks = adapters(3, rank, inputs, offsets, torch.bfloat16, CPU)
+    x, whole = torch.randn(rows, inputs).bfloat16(), torch.randn(rows, 40).bfloat16()
+    alone = whole[258:259].clone()
+    for out, given, slots in (
+        (whole, x, [row % 3 for row in range(rows)]),
+        (alone, x[258:259], [0]),
+    ):
+        batch = LoRABatch.of(slots, CPU)
+        assert batch is not None
+        lora.lora_add(out, given, a, b, ranks, offsets, batch)
+    yield "lora_add alone", alone.float(), whole[258:259].double()
+
+
 FAMILIES: dict[str, Callable[[int, bool], Iterator[Found]]] = {
     "matmul": check_matmul,
     "dequantize": check_dequantize,
@@ -251,6 +329,9 @@ FAMILIES: dict[str, Callable[[int, bool], Iterator[Found]]] = {
     "norm": check_norm,
     "sampling": check_sampling,
     "grouped": check_grouped,
+    "fixed order": check_fixed_order,
+    "fixed attention": check_fixed_attention,
+    "lora alone": check_lora_alone,
 }
 
 
@@ -264,7 +345,8 @@ def timings(capability: int, family: str) -> list[Timing]:
     if capability >= 100:
         late = Timing(apart=True, backwards=True)
         early = Timing(WARP_GROUP, apart=True, late=False, seed=1)
-        return [late, early] if family in ("matmul", "attention", "grouped") else [late]
+        on_tensor_memory = ("matmul", "attention", "grouped", "fixed order", "fixed attention")
+        return [late, early] if family in on_tensor_memory else [late]
     unit = WARP_GROUP if capability == 90 else WARP
     return [Timing(), Timing(unit, backwards=True, late=False, seed=1)]
 

@@ -48,7 +48,7 @@ class Timing:
         """The threads of a block that run in step."""
         size = self.unit or threads
         starts = [*range(0, threads, size)]
-        if self.apart and size > WARP:
+        if self.apart and min(size, threads) > WARP:
             starts.insert(1, WARP)
         ends = [*starts[1:], threads]
         found = [range(*each) for each in zip(starts, ends, strict=True)]

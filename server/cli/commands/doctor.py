@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Annotated
 
 import typer
@@ -13,6 +14,7 @@ from nybble.server.lifecycle.options import (
     DtypeOption,
     HeadOption,
     KVCacheDtypeOption,
+    KVCacheMemoryOption,
     MemoryOptions,
     QuantizeOption,
 )
@@ -25,18 +27,23 @@ def doctor(
     ] = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
+    kv_cache_memory: KVCacheMemoryOption = None,
     kv_cache_dtype: KVCacheDtypeOption = "auto",
     quantize: QuantizeOption = None,
     head: HeadOption = None,
     max_model_len: Annotated[
         int | None,
-        typer.Option(help="Tokens a sequence may have (default: 8192, or the model's).", min=1),
+        typer.Option(
+            help="Tokens a sequence has to have room for (default: the model's, or as many as the "
+            "KV cache holds).",
+            min=1,
+        ),
     ] = None,
     max_num_seqs: Annotated[
         int | None,
         typer.Option(
-            help="Sequences of that length which have to fit at once (default: one, of the "
-            f"{MemoryOptions.max_num_seqs} that `serve` computes at most).",
+            help="Sequences of that length which have to fit at once (default: one; `serve` "
+            f"computes {MemoryOptions.max_num_seqs} at most).",
             min=1,
         ),
     ] = None,
@@ -46,17 +53,22 @@ def doctor(
     with expected_errors(), interruptible():
         import torch
 
-        from nybble.engine import EngineConfig
+        from nybble.engine import EngineConfig, resolve_device
         from nybble.server.cli.doctor import Plan, examine, print_findings
+        from nybble.server.lifecycle.configure import default_batched_tokens
 
         plan = None
         if model is not None:
             sequences = max_num_seqs or MemoryOptions.max_num_seqs
+            found = torch.device("cpu")
+            with suppress(ValueError):  # that it is missing is a finding
+                found = resolve_device(device)
             config = EngineConfig(
                 dtype=torch.bfloat16 if dtype == "auto" else getattr(torch, dtype),
+                kv_cache_bytes=kv_cache_memory,
                 kv_dtype=kv_cache_dtype,
                 max_num_seqs=sequences,
-                max_batched_tokens=max(512, sequences),
+                max_batched_tokens=default_batched_tokens(found, sequences),
                 max_model_len=max_model_len,
             )
             needed = max_num_seqs or 1

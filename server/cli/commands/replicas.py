@@ -20,6 +20,7 @@ _REFUSED = {
     "root_path": "let HAProxy remove the prefix (`http-request replace-path`)",
     "fine_tuning": "run jobs on one server by itself (`nybble serve --fine-tuning`)",
     "state_dir": "run jobs on one server by itself (`nybble serve --state-dir`)",
+    "response_store": "keep responses on one server by itself (`nybble serve --response-store`)",
     "lora_state": "adapters come from --lora-watch or --lora-modules, which all servers read",
 }
 
@@ -102,17 +103,22 @@ def _environments(count: int | None, options: dict[str, Any]) -> list[dict[str, 
 
     Raises ValueError for more servers than there are GPUs.
     """
+    size: int = options["tensor_parallel_size"]
     if options["device"] != "cpu" and (gpus := _gpus()):
-        if count is not None and count > len(gpus):
+        most = len(gpus) // size
+        if (count or 1) > most:
+            each = "one" if size == 1 else f"{size} (--tensor-parallel-size)"
             raise ValueError(
-                f"--count {count}, but there are {len(gpus)} GPUs, and each server needs one"
+                f"--count {count or 1}, but there are {len(gpus)} GPUs, and each server needs "
+                f"{each}"
             )
-        return [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus[:count]]
+        lots = (gpus[first : first + size] for first in range(0, most * size, size))
+        return [{"CUDA_VISIBLE_DEVICES": ",".join(lot)} for lot in lots][:count]
     if count is None:
         raise ValueError("there is no GPU: say with --count how many servers to start")
     if "OMP_NUM_THREADS" in os.environ:
         return [{}] * count
-    threads = max(1, len(os.sched_getaffinity(0)) // count)
+    threads = max(1, len(os.sched_getaffinity(0)) // (count * size))
     return [{"OMP_NUM_THREADS": str(threads)}] * count
 
 

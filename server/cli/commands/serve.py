@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import typer
 
 from nybble.server.cli.errors import expected_errors, interruptible, on_stderr
@@ -30,11 +32,14 @@ def serve(options: ServeOptions) -> None:
         sock = bind_unix(network.uds) if network.uds else bind(network.host, network.port)
         from nybble.engine import EngineFailedError
         from nybble.server.lifecycle.launch import launch
+        from nybble.server.lifecycle.serve import EngineStuckError
 
         try:
             launch(options, sock)
         except EngineFailedError as error:
             report(str(error))
+            if isinstance(error, EngineStuckError):
+                os._exit(_ENGINE_FAILED)  # what its thread waits for could keep the process too
             raise typer.Exit(_ENGINE_FAILED) from None
         finally:
             if network.uds:

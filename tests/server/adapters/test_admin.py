@@ -177,7 +177,7 @@ def test_only_folders_below_a_root_can_be_loaded(
 
     async def scenario(client: Client) -> None:
         for path in paths:
-            error = await admin(client, LOAD, {"lora_name": "a", "lora_path": path}, 400)
+            error = await admin(client, LOAD, {"lora_name": "a", "lora_path": path}, 404)
             assert "is not a folder below an allowed root" in error["message"], path
             assert error["param"] == "lora_path"
         await load(client, "a", "inside")

@@ -95,6 +95,19 @@ def test_logprobs_spell_the_answer_in_bytes(client: OpenAI) -> None:
         assert token.top_logprobs[0].bytes == token.bytes
 
 
+def test_usage_in_every_event_counts_the_tokens_so_far(client: OpenAI) -> None:
+    options: Any = {"include_usage": True, "continuous_usage_stats": True}
+    chunks = list(chat(client, stream=True, stream_options=options, max_tokens=5, logprobs=True))
+    seen = 0
+    for chunk in chunks:
+        for choice in chunk.choices:
+            seen += len(choice.logprobs.content) if choice.logprobs else 0
+        assert chunk.usage.completion_tokens == seen
+        assert chunk.usage.total_tokens == chunk.usage.prompt_tokens + seen
+    assert chunks[0].usage.completion_tokens == 0
+    assert seen == 5
+
+
 def test_logprobs_stream_one_entry_per_token(client: OpenAI) -> None:
     options: Any = {"logprobs": True, "top_logprobs": 1, "max_tokens": 20}
     entries = [

@@ -110,10 +110,30 @@ def test_a_bad_completion_parameter_is_named(
     run(engine, scenario)
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (CHAT, {"messages": HELLO, "max_tokens": 2}),
+        (COMPLETIONS, {"prompt": "x", "max_tokens": 2}),
+        (RESPONSES, {"input": "x", "max_output_tokens": 2}),
+        ("/v1/embeddings", {"input": "x"}),
+    ],
+)
+@pytest.mark.parametrize("model", [{}, {"model": None}, {"model": ""}], ids=str)
+def test_a_request_without_a_model_is_for_the_base_model(
+    engine: Engine, path: str, body: dict[str, Any], model: dict[str, Any]
+) -> None:
+    async def scenario(client: Client) -> None:
+        async with client.post(path, json=body | model) as response:
+            assert response.status == 200, await response.text()
+            assert (await response.json())["model"] == "tiny"
+
+    run(engine, scenario)
+
+
 def test_missing_unknown_and_too_much_have_codes_of_their_own(engine: Engine) -> None:
     async def scenario(client: Client) -> None:
         cases = [
-            ({"messages": HELLO}, 400, "missing_required_parameter"),
             ({"model": "tiny"}, 400, "missing_required_parameter"),
             ({"model": "tiny", "messages": HELLO, "x": 1}, 400, "unknown_parameter"),
             ({"model": "other", "messages": HELLO}, 404, "model_not_found"),

@@ -47,7 +47,12 @@ LIMITS = {
     (ChatRequest, "max_completion_tokens"): NO_LIMIT,
     (ChatRequest, "max_tokens"): NO_LIMIT,
     (ChatRequest, "reasoning_effort"): "only `none`, unless the chat template reads "
-    "`reasoning_effort` or `enable_thinking`",
+    "`reasoning_effort`, `enable_thinking` or `thinking`",
+    (ChatRequest, "thinking_token_budget"): "-1: no limit",
+    (ChatRequest, "include_reasoning"): "false: reasoning is left out",
+    (ResponsesRequest, "store"): "with `--response-store`",
+    (ResponsesRequest, "previous_response_id"): "with `--response-store`",
+    (ResponsesRequest, "background"): "with `--response-store`, and without stream",
     (ChatRequest, "temperature"): TEMPERATURE,
     (CompletionRequest, "temperature"): TEMPERATURE,
     (ResponsesRequest, "temperature"): TEMPERATURE,
@@ -71,7 +76,10 @@ LIMITS = {
     (CompletionRequest, "stop"): "up to 16",
     (EmbeddingRequest, "normalize"): "only true",
     (EmbeddingRequest, "dimensions"): "only the model's own number",
-    (ResponsesRequest, "input"): "text, function calls and their outputs; reasoning is dropped",
+    (ResponsesRequest, "include"): "`message.output_text.logprobs`; the rest belongs to items that "
+    "there are not",
+    (ResponsesRequest, "top_logprobs"): "up to 20; asks for log probabilities by itself too",
+    (ResponsesRequest, "input"): "text, function calls and their outputs, reasoning",
     (ResponsesRequest, "tools"): "functions",
     (ResponsesRequest, "truncation"): "only `disabled`",
 }

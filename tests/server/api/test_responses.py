@@ -77,6 +77,38 @@ def test_events_come_in_order_and_add_up(client: OpenAI) -> None:
     assert final.output_text == respond(client).output_text
 
 
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"include": ["message.output_text.logprobs"], "top_logprobs": 2},
+        {"include": ["message.output_text.logprobs"]},
+        {"top_logprobs": 2},
+    ],
+)
+def test_log_probabilities_are_those_of_a_chat(client: OpenAI, asked: dict[str, Any]) -> None:
+    top = asked.get("top_logprobs", 0)
+    messages: Any = [{"role": "user", "content": "the quick fox"}]
+    said = chat(client, messages=messages, max_tokens=12, logprobs=True, top_logprobs=top)
+    expected = [entry.model_dump() for entry in said.choices[0].logprobs.content]
+    assert len(expected[0]["top_logprobs"]) == top
+
+    answer = respond(client, **asked)
+    assert answer.top_logprobs == top
+    (part,) = answer.output[0].content
+    assert [entry.model_dump() for entry in part.logprobs] == expected
+
+    events = list(respond(client, stream=True, **asked))
+    deltas = [event for event in events if event.type == "response.output_text.delta"]
+    streamed = [entry.model_dump() for event in deltas for entry in event.logprobs]
+    assert [entry["logprob"] for entry in streamed] == [entry["logprob"] for entry in expected]
+    assert all(len(event.logprobs) > 0 for event in deltas)
+    assert events[-1].response.output[0].content[0].logprobs == part.logprobs
+
+
+def test_without_being_asked_for_there_are_no_log_probabilities(client: OpenAI) -> None:
+    assert respond(client).output[0].content[0].logprobs == []
+
+
 def test_the_clients_helper_parses_structured_output(client: OpenAI) -> None:
     class Flag(BaseModel):
         on: bool
@@ -97,6 +129,8 @@ def test_the_clients_helper_parses_structured_output(client: OpenAI) -> None:
         ({"input": "x " * 1000}, "input"),
         ({"max_output_tokens": 0}, "max_output_tokens"),
         ({"temperature": -1}, "temperature"),
+        ({"top_logprobs": 21}, "top_logprobs"),
+        ({"include": ["message.everything"]}, "include[0]"),
         ({"text": {"format": NOT_ENFORCEABLE}}, "text.format"),
         ({"extra_body": {"seed": 2**63}}, "seed"),
         ({"extra_body": {"unheard_of": 1}}, "unheard_of"),

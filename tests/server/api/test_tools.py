@@ -15,7 +15,11 @@ from transformers import AutoTokenizer
 from nybble.engine import Engine, GrammarCompiler
 from nybble.engine.json_schema import Omission
 from nybble.server.api.chat_schema import ChatRequest
-from nybble.server.api.tool_parser import Arguments, Call, ParsedDelta, Text, ToolParser
+from nybble.server.api.output.dialect import Dialect
+from nybble.server.api.output.events import Arguments, Call, ParsedDelta, Text
+from nybble.server.api.output.markers import MarkerTokens
+from nybble.server.api.output.tool_formats import TOOL_FORMATS
+from nybble.server.api.output.tool_parser import ToolParser
 from nybble.server.api.tools import Answer, Tools
 
 from ..client import CHAT, HELLO, Client, refused, run
@@ -85,6 +89,14 @@ HERMES = (
 LLAMA = HERMES.replace("<tool_call>", "<|python_tag|>")
 
 
+FORMATS = {name: form for form in TOOL_FORMATS for name in form.names}
+
+
+def tools_in(name: str, body: ChatRequest, tokenizer: Any) -> Tools:
+    """The tools of a request to a model which calls them in a format."""
+    return Tools(Dialect(tools=FORMATS[name]), body, MarkerTokens(tokenizer))
+
+
 def summary(events: list[ParsedDelta]) -> tuple[str, list[tuple[str, str]]]:
     """Text, and the name and arguments of each call."""
     text, calls = "", []
@@ -102,7 +114,7 @@ def summary(events: list[ParsedDelta]) -> tuple[str, list[tuple[str, str]]]:
 
 
 def parse(convention: Any, pieces: list[str]) -> tuple[str, list[tuple[str, str]]]:
-    parser = ToolParser(convention, {"f", "g"})
+    parser = ToolParser(FORMATS[convention], {"f": {}, "g": {}})
     events = [event for piece in pieces for event in parser.feed(piece)]
     return summary(events + parser.finish())
 
@@ -155,17 +167,17 @@ CASES: list[tuple[str, str, str, list[tuple[str, str]]]] = [
         [("f", "{}")],
     ),
     ("hermes", "ends in <tool_", "ends in <tool_", []),
-    ("llama3", ' {"name": "f", "parameters": {"a": 1}}', "", [("f", '{"a": 1}')]),
+    ("llama3_json", ' {"name": "f", "parameters": {"a": 1}}', "", [("f", '{"a": 1}')]),
     (
-        "llama3",
+        "llama3_json",
         '{"name": "f", "parameters": {}}; {"name": "g", "parameters": {"b": null}}',
         "",
         [("f", "{}"), ("g", '{"b": null}')],
     ),
-    ("llama3", '{"name": "Bob", "age": 5}', '{"name": "Bob", "age": 5}', []),
-    ("llama3", '{"age": 5}', '{"age": 5}', []),
-    ("llama3", "no, {is it}", "no, {is it}", []),
-    ("llama3", '{"name": "f", "name": "Bob"}', "", [("f", "{}")]),
+    ("llama3_json", '{"name": "Bob", "age": 5}', '{"name": "Bob", "age": 5}', []),
+    ("llama3_json", '{"age": 5}', '{"age": 5}', []),
+    ("llama3_json", "no, {is it}", "no, {is it}", []),
+    ("llama3_json", '{"name": "f", "name": "Bob"}', "", [("f", "{}")]),
     # Half a surrogate pair: nothing that has it can be sent.
     (
         "hermes",
@@ -216,7 +228,7 @@ PIECES = (
         st.text(alphabet='<tool_cal>/{}":,\\nf 1'),
         st.lists(st.sampled_from(PIECES), max_size=14).map("".join),
     ),
-    convention=st.sampled_from(["hermes", "llama3"]),
+    convention=st.sampled_from(["hermes", "llama3_json"]),
 )
 def test_no_text_is_too_strange_to_read(text: str, convention: str) -> None:
     whole = parse(convention, [text])
@@ -327,6 +339,48 @@ def test_results_of_calls_reach_the_template_with_arguments_as_objects(engine: E
             tokens = await (await client.post("/tokenize", json={"messages": messages})).json()
             text = engine.tokenizer.decode(tokens["tokens"])
             assert f"assistant\n{read}<|im_end|>" in text
+
+    run(engine, scenario)
+
+
+def test_arguments_are_a_text_for_templates_that_add_them_to_one(engine: Engine) -> None:
+    """As DeepSeek's do."""
+    engine.tokenizer.chat_template = HERMES.replace(
+        "{{ c.function.arguments.city }}", "{{ 'json:' + c.function.arguments }}"
+    )
+    function = {"name": "get_weather", "arguments": '{"city": "Rome"}'}
+    call = {"id": "c1", "type": "function", "function": function}
+
+    async def scenario(client: Client) -> None:
+        messages = [*HELLO, {"role": "assistant", "content": None, "tool_calls": [call]}]
+        tokens = await (await client.post("/tokenize", json={"messages": messages})).json()
+        assert 'assistant\njson:{"city": "Rome"}' in engine.tokenizer.decode(tokens["tokens"])
+
+    run(engine, scenario)
+
+
+def test_mistrals_templates_get_ids_of_nine_characters(engine: Engine) -> None:
+    engine.tokenizer.chat_template = HERMES.replace("<tool_call>", "[TOOL_CALLS]").replace(
+        "{{ m.content }}",
+        "{% for id in (m.tool_calls or [{'id': m.tool_call_id}])|map(attribute='id')|select %}"
+        "{% if id|length != 9 %}{{ raise_exception('nine!') }}{% endif %}{% endfor %}"
+        "{{ m.content }}",
+    )
+    function = {"name": "get_weather", "arguments": '{"city": "Rome"}'}
+
+    async def scenario(client: Client) -> None:
+        for id in ("call_0123456789abcdef", "t1"):
+            messages = [
+                *HELLO,
+                {
+                    "role": "assistant",
+                    "content": None,
+                    "tool_calls": [{"id": id, "type": "function", "function": function}],
+                },
+                {"role": "tool", "content": "sunny", "tool_call_id": id},
+            ]
+            async with client.post(CHAT, json=request(messages=messages, max_tokens=1)) as answer:
+                assert answer.status == 200, await answer.text()
 
     run(engine, scenario)
 
@@ -455,7 +509,7 @@ def said(name: str, arguments: Any) -> str:
 def test_parameters_are_a_schema_of_their_own(marked: Any) -> None:
     """Their references are to their own parts, of two tools with the same names too."""
     body = offered(TREE, LIST, tool_choice="required")
-    speaker = Speaker(marked, Tools("hermes", body, marked=True))
+    speaker = Speaker(marked, tools_in("hermes", body, marked))
     leaf = {"color": "red", "children": []}
     assert speaker.says(said("f0", {"root": {"color": "blue", "children": [leaf, leaf]}}))
     assert not speaker.says(said("f0", {"root": {"color": "green", "children": []}}))
@@ -470,7 +524,7 @@ def test_arguments_are_an_object_whatever_the_schema_leaves_out(
     marked: Any, parameters: Any
 ) -> None:
     body = offered(parameters, tool_choice="required")
-    speaker = Speaker(marked, Tools("hermes", body, marked=True))
+    speaker = Speaker(marked, tools_in("hermes", body, marked))
     assert speaker.says(said("f0", {"a": 5}))
     assert not speaker.says(said("f0", [5]))
 
@@ -480,17 +534,17 @@ ANSWER = Answer({"type": "object", "required": ["x"], "additionalProperties": {"
 
 @pytest.mark.parametrize("tokens", [True, False])
 def test_with_a_response_format_an_answer_is_a_call_or_has_the_format(
-    marked: Any, tokens: bool
+    marked: Any, engine: Engine, tokens: bool
 ) -> None:
     body = offered(LIST)
-    speaker = Speaker(marked, Tools("hermes", body, marked=tokens), ANSWER)
+    tokenizer = marked if tokens else engine.tokenizer
+    speaker = Speaker(tokenizer, tools_in("hermes", body, tokenizer), ANSWER)
     assert speaker.says('{"x": 1}')
     assert not speaker.says("text")
     assert not speaker.says('{"x": 2}')
-    if tokens:
-        assert speaker.says(said("f0", {"head": 1}))
-        assert not speaker.says(said("f0", {"head": "x"}))
-    speaker = Speaker(marked, Tools("llama3", body, marked=False), ANSWER)
+    assert speaker.says(said("f0", {"head": 1}))
+    assert not speaker.says(said("f0", {"head": "x"}))
+    speaker = Speaker(marked, tools_in("llama3_json", body, marked), ANSWER)
     assert speaker.says('{"name": "f0", "parameters": {"head": 1}}')
     assert not speaker.says('{"name": "f0", "parameters": {"head": "x"}}')
     assert speaker.says('{"x": 1}')
@@ -498,7 +552,7 @@ def test_with_a_response_format_an_answer_is_a_call_or_has_the_format(
 
 def test_a_required_call_is_a_call_whatever_the_format(marked: Any) -> None:
     body = offered(LIST, tool_choice="required")
-    speaker = Speaker(marked, Tools("hermes", body, marked=True), ANSWER)
+    speaker = Speaker(marked, tools_in("hermes", body, marked), ANSWER)
     assert speaker.says(said("f0", {"head": 1}))
     assert not speaker.says('{"x": 1}')
 
@@ -525,7 +579,7 @@ def test_what_no_grammar_can_express_of_parameters_is_told(engine: Engine) -> No
 
 
 def test_where_markers_are_tokens_a_voluntary_call_is_held_to_its_schema(marked: Any) -> None:
-    speaker = Speaker(marked, Tools("hermes", ChatRequest.model_validate(request()), marked=True))
+    speaker = Speaker(marked, tools_in("hermes", ChatRequest.model_validate(request()), marked))
     assert speaker.says("")
     assert speaker.says("free <text> {\n")
     assert not speaker.says("free </tool_call>", end=False)

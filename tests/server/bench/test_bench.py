@@ -147,6 +147,15 @@ def test_a_chunk_that_only_ends_the_stream_is_no_token(server: ServerProcess) ->
     assert 1 <= len(timing.arrivals) <= 6
 
 
+def test_a_client_sends_further_fields(server: ServerProcess) -> None:
+    async def measured() -> Timing:
+        async with aiohttp.ClientSession() as session:
+            client = Client(session, server.url + "/v1", "tiny", extra={"max_tokens": 3})
+            return await client.complete("the moon", 6)
+
+    assert asyncio.run(measured()).tokens == 3
+
+
 def test_failures_are_counted_named_and_the_exit_code(server: ServerProcess) -> None:
     options = ("--url", server.url + "/v1", "--requests", 2, "--prompt-words", 3)
     result = bench(*options, "--max-tokens", 10**6)

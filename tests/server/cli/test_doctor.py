@@ -20,6 +20,8 @@ from nybble.server.cli.doctor import Finding, Plan, examine
 from nybble.server.cli.main import app
 
 CONFIG = EngineConfig(device="cpu", max_num_seqs=4, max_model_len=100)
+# Of the tiny model: 2 layers of keys and values for 2 heads of 32, 2 bytes each.
+KV_TOKEN = 2 * 2 * 2 * 32 * 2
 
 
 def doctor(*arguments: object) -> Result:
@@ -35,8 +37,8 @@ def test_a_sound_machine_and_a_model_that_fits(tiny_model: Callable[..., Path]) 
     assert result.exit_code == 0, result.output
     assert f"torch {torch.__version__}" in result.stdout
     assert "qwen2, 16 bits, up to 512 tokens" in result.stdout
-    # 8,192 by default, were the model made for so many.
-    assert "KV at 512 tokens × 64 sequences" in result.stdout
+    # `serve` computes 64 sequences at most, which fill less than its 1 GiB.
+    assert "KV cache 16.0 MiB (32,768 tokens; a sequence may have 512)" in result.stdout
     assert ": fits" in result.stdout
 
 
@@ -48,44 +50,61 @@ def test_the_machine_is_examined_without_a_model_too() -> None:
     assert "memory" not in result.stdout
 
 
+@pytest.mark.parametrize("asked", [None, 8 * KV_TOKEN * 16], ids=["auto", "kv-cache-memory"])
+@pytest.mark.parametrize("context", [None, 100])
+@pytest.mark.parametrize("family", ["qwen2", "mistral"])
+def test_the_kv_cache_is_the_one_that_serve_takes(
+    tiny_model: Callable[..., Path], family: str, context: int | None, asked: int | None
+) -> None:
+    window = {"sliding_window": 24} if family == "mistral" else {}
+    folder = tiny_model(family=family, **window)
+    config = replace(CONFIG, max_model_len=context, kv_cache_bytes=asked)
+    engine = Engine.load(open_checkpoint(folder), config, False)
+    tokens = engine.stats().kv_blocks_total * config.block_size
+    told = findings(Plan(str(folder), config, needed=1))["memory"].text
+    assert f"({tokens:,} tokens; a sequence may have {engine.max_model_len:,})" in told
+
+
 def test_a_model_fits_as_long_as_weights_and_kv_cache_do(tiny_model: Callable[..., Path]) -> None:
     folder = tiny_model()
     weights = weight_bytes(folder, torch.bfloat16)
-    # 4 sequences of 7 blocks; 2 layers of keys and values for 2 heads of 32, 2 bytes each.
-    kv = 4 * 7 * 16 * 2 * 2 * 2 * 32 * 2
-    engine = Engine.load(open_checkpoint(folder), replace(CONFIG, kv_cache_bytes=kv), False)
-    assert engine.stats().kv_blocks_total == 4 * 7
+    kv = 4 * 7 * 16 * KV_TOKEN  # 4 sequences of 7 blocks
     plan = Plan(str(folder), CONFIG)
     assert findings(plan, free=weights + kv)["memory"].state == "ok"
     short = findings(plan, free=weights + kv - 1)["memory"]
     assert short.state == "broken"
-    assert short.text.endswith("does not fit; 3 sequences of that length would")
+    assert short.text.endswith(f"does not fit; --kv-cache-memory {kv - 1} would")
     none = findings(plan, free=weights)["memory"]
     assert none.text.endswith("does not fit, not even the weights")
 
 
-def test_sequences_that_nobody_asked_for_may_wait(tiny_model: Callable[..., Path]) -> None:
+def test_more_sequences_than_the_cache_holds_wait(tiny_model: Callable[..., Path]) -> None:
     """`serve` computes 64 at most, and starts with memory for fewer."""
-    folder = tiny_model()
-    weights, kv = weight_bytes(folder, torch.bfloat16), 4 * 7 * 16 * 2 * 2 * 2 * 32 * 2
-    plan = Plan(str(folder), CONFIG, needed=1)
-    found = findings(plan, free=weights + kv - 1)["memory"]
+    config = replace(CONFIG, kv_cache_bytes=3 * 7 * 16 * KV_TOKEN)
+    plan = Plan(str(tiny_model()), config, needed=1)
+    found = findings(plan)["memory"]
     assert found.state == "ok"
-    assert found.text.endswith(": 3 of them fit at once, the others wait")
-    assert findings(plan, free=weights + kv // 4 - 1)["memory"].state == "broken"
+    assert found.text.endswith(": fits; 3 sequences of 100 tokens at once, the others wait")
+    asked = findings(replace(plan, needed=4))["memory"]
+    assert asked.state == "broken"
+    enough = 4 * 7 * 16 * KV_TOKEN
+    assert asked.text.endswith(
+        f"has room for 3 sequences of 100 tokens; 4 need --kv-cache-memory {enough}"
+    )
+    larger = replace(config, kv_cache_bytes=enough)
+    assert findings(Plan(str(tiny_model()), larger, needed=4))["memory"].state == "ok"
 
 
 def test_of_a_sliding_window_the_part_that_is_kept_has_to_fit(
     tiny_model: Callable[..., Path],
 ) -> None:
-    folder = tiny_model(family="mistral", sliding_window=24)
-    weights = weight_bytes(folder, torch.bfloat16)
-    # 4 sequences of 24 + 64 − 1 tokens, in 7 blocks of 512 numbers; they may have 512 tokens.
-    config = replace(CONFIG, max_model_len=512, max_batched_tokens=64)
-    kv = 4 * 7 * 16 * 2 * 2 * 2 * 32 * 2
-    plan = Plan(str(folder), config)
-    assert findings(plan, free=weights + kv)["memory"].state == "ok"
-    assert findings(plan, free=weights + kv - 1)["memory"].state == "broken"
+    # 4 sequences of 24 + 64 − 1 tokens, in 7 blocks; they may have 512 tokens.
+    kept = 4 * 7 * 16 * KV_TOKEN
+    config = replace(CONFIG, max_model_len=512, max_batched_tokens=64, kv_cache_bytes=kept)
+    folder = str(tiny_model(family="mistral", sliding_window=24))
+    assert findings(Plan(folder, config))["memory"].state == "ok"
+    less = replace(config, kv_cache_bytes=kept - 1)
+    assert findings(Plan(folder, less))["memory"].state == "broken"
 
 
 def test_rounding_while_loading_makes_a_model_fit(tiny_model: Callable[..., Path]) -> None:
@@ -102,7 +121,8 @@ def test_rounding_while_loading_makes_a_model_fit(tiny_model: Callable[..., Path
         (("--max-model-len", 100_000), "--max-model-len is 100,000"),
         (("--kv-cache-dtype", "fp8"), "needs a GPU"),
         (("--device", "cuda"), "device is 'cuda', but"),
-        (("--max-num-seqs", 10**9), "does not fit"),
+        (("--max-num-seqs", 10**9), "1000000000 need --kv-cache-memory"),
+        (("--kv-cache-memory", 100), "the KV cache of 100 bytes holds no block"),
     ],
     ids=str,
 )

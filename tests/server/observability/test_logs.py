@@ -18,7 +18,7 @@ import httpx2 as httpx
 import pytest
 
 from nybble.engine import Engine
-from nybble.server.observability.logs import Event, JsonFormatter
+from nybble.server.observability.logs import JsonFormatter, LogEvent
 from nybble.server.tenancy.tenants import new_key
 
 from ..client import COMPLETIONS, Client, run
@@ -140,7 +140,7 @@ def test_probes_and_scrapes_are_logged_only_where_they_fail_or_someone_debugs(
 
 
 def test_events_are_readable_as_text() -> None:
-    assert str(Event("request", {"status": 200, "tenant": None})) == "request status=200"
+    assert str(LogEvent("request", {"status": 200, "tenant": None})) == "request status=200"
 
 
 @pytest.mark.parametrize("format", ["json", "text"])

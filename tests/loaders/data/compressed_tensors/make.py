@@ -5,6 +5,8 @@
     python make.py nvfp4        with compressed-tensors 0.20.1
     python make.py mxfp4        with compressed-tensors 0.20.1
     python make.py int          with compressed-tensors 0.20.1
+    python make.py naive        with compressed-tensors 0.20.1
+    python make.py w4a8         with compressed-tensors 0.20.1
     python make.py act_order    with compressed-tensors 0.9.4: later ones do not order by activation
 
 Each folder holds a model of one layer, and expected.safetensors: the weights that the package
@@ -47,6 +49,8 @@ FORMATS = {
     "nvfp4": "nvfp4-pack-quantized",
     "mxfp4": "mxfp4-pack-quantized",
     "int": "int-quantized",
+    "naive": "naive-quantized",
+    "w4a8": "int-quantized",
 }
 SCHEMES = {
     "schemes": {
@@ -80,9 +84,32 @@ SCHEMES = {
             {**INT8, "symmetric": False, "strategy": "channel"},
         ),
     },
+    "naive": {
+        "channel": (["Linear"], {**INT8, "strategy": "channel"}),
+        "asymmetric": (
+            ["re:.*mlp.*"],
+            {**INT8, "symmetric": False, "strategy": "channel", "actorder": None},
+        ),
+    },
+    "w4a8": {
+        "four": (["Linear"], weights(symmetric=True, strategy="channel", group_size=None)),
+        "groups": (["re:.*self_attn.*"], weights(symmetric=True)),
+    },
     "act_order": {
         "asymmetric": (["re:.*self_attn.*"], weights(symmetric=False, actorder="group")),
         "symmetric": (["Linear"], weights(symmetric=True, actorder="group")),
+    },
+}
+# Of each token, while it is computed.
+ACTIVATIONS = {
+    "w4a8": {
+        "input_activations": {
+            "num_bits": 8,
+            "type": "int",
+            "symmetric": True,
+            "strategy": "token",
+            "dynamic": True,
+        }
     },
 }
 MODULES = (
@@ -98,7 +125,7 @@ def compressed(
     out, columns = weight.shape
     if args.type == "float" and args.num_bits == 8:
         return in_float(weight, args)
-    if args.type == "float" or (args.num_bits == 8 and kind == "int"):
+    if args.type == "float" or kind in FORMATS:
         return by_compressor(weight, args, FORMATS[kind])
     size = args.group_size or columns
     more, grouped = {}, weight
@@ -185,7 +212,7 @@ def main(kind: str) -> None:
     state = LlamaForCausalLM(config).bfloat16().state_dict()
     quantization = QuantizationConfig(
         config_groups={
-            name: {"targets": targets, "weights": args}
+            name: {"targets": targets, "weights": args, **ACTIVATIONS.get(kind, {})}
             for name, (targets, args) in SCHEMES[kind].items()
         },
         format=FORMATS.get(kind, "pack-quantized"),

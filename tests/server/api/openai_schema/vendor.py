@@ -35,7 +35,7 @@ ROOTS = [
     "ResponseStreamEvent",
 ]
 UNIONS = {
-    "OutputItem": ["OutputMessage", "FunctionToolCall"],
+    "OutputItem": ["OutputMessage", "FunctionToolCall", "ReasoningItem"],
     "Tool": ["FunctionTool"],
     "Annotation": [],
     "InputItem": [],
@@ -52,6 +52,8 @@ UNIONS = {
         "ResponseIncompleteEvent",
         "ResponseOutputItemAddedEvent",
         "ResponseOutputItemDoneEvent",
+        "ResponseReasoningTextDeltaEvent",
+        "ResponseReasoningTextDoneEvent",
         "ResponseTextDeltaEvent",
         "ResponseTextDoneEvent",
     ],

@@ -1,0 +1,136 @@
+"""From a chat's body to the sequences that answer it: its prompt, its guide, its limits."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from uuid import uuid4
+
+from aiohttp import web
+
+from nybble.engine import BudgetGuide, Engine, GrammarCompiler, Guide, SamplingParams
+from nybble.server.api.answer_form import AnswerForm
+from nybble.server.api.chat_schema import ChatRequest
+from nybble.server.api.compile_pool import CompilePool
+from nybble.server.api.generation import SequenceGroup
+from nybble.server.api.guiding import guide_of
+from nybble.server.api.output.dialect import Dialects
+from nybble.server.api.output.markers import MarkerTokens
+from nybble.server.api.prompts import Prompts
+from nybble.server.api.schema import NO_LIMIT
+from nybble.server.api.tools import tools_of
+from nybble.server.http.errors import ApiError
+from nybble.server.observability.request_record import RECORD
+from nybble.server.tenancy.tenants import TENANT
+
+
+class ChatGroups:
+    """Makes the sequences of chats, whichever endpoint they come from."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        prompts: Prompts,
+        grammars: GrammarCompiler,
+        compiling: CompilePool,
+        dialects: Dialects,
+    ) -> None:
+        """dialects: how reasoning and tool calls are written."""
+        self._engine = engine
+        self._prompts = prompts
+        self._grammars = grammars
+        self._compiling = compiling
+        self._dialects = dialects
+        self._markers = MarkerTokens(engine.tokenizer)
+
+    async def group(
+        self, prefix: str, body: ChatRequest, adapter: str | None, request: web.Request
+    ) -> tuple[SequenceGroup, AnswerForm]:
+        """The sequences that answer a chat, and how they are read. Raises ApiError 400 and
+        ParameterError.
+
+        prefix: of the id of the answer.
+        """
+        params = body.sampling_params(
+            max_tokens=body.limit,
+            logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+            defaults=self._engine.sampling_defaults,
+        )
+        token_ids, form = await self.prompt(body)
+        params = replace(params, shown_special_tokens=form.shown_special_tokens)
+        token_ids = body.truncated(token_ids, room_for(self._engine, params))
+        self._engine.check(token_ids, params)
+        guide = self._limited(
+            body,
+            form,
+            await guide_of(
+                self._grammars, self._compiling, body, request[RECORD], body.response_format, form
+            ),
+        )
+        id, n, tenant = f"{prefix}{uuid4().hex}", body.sequences, request.get(TENANT)
+        group = SequenceGroup(
+            id,
+            (token_ids,),
+            params,
+            n,
+            guide,
+            adapter,
+            tenant,
+            body.timeout,
+            body.priority or 0,
+            body.cache_salt or "",
+            prediction=await self._predicted(body),
+        )
+        return group, form
+
+    async def prompt(self, body: ChatRequest) -> tuple[tuple[int, ...], AnswerForm]:
+        """The token ids of a chat's prompt, and how it is answered."""
+        dialect = self._dialects.of(self._prompts.template(body, tools=bool(body.tools)))
+        tools = tools_of(body, dialect, self._markers, body.model)
+        prompt = await self._prompts.chat(
+            body.messages,
+            body,
+            tools=None if tools is None else tools.shown(),
+            any_length=body.truncate_prompt_tokens is not None,
+            parse_special=bool(body.parse_special),
+            tools_in_system=dialect.tools is not None and dialect.tools.in_system,
+            short_ids=dialect.tools is not None and dialect.tools.short_ids,
+        )
+        form = AnswerForm(
+            dialect,
+            self._markers,
+            tools,
+            prompt.text,
+            continued=bool(body.continue_final_message),
+            split=body.splits_reasoning,
+        )
+        return prompt.token_ids, form
+
+    def _limited(self, body: ChatRequest, form: AnswerForm, guide: Guide | None) -> Guide | None:
+        """``guide``, and the end of reasoning that has had its tokens, if the request limits it."""
+        budget = body.thinking_token_budget
+        if budget is None or budget == NO_LIMIT:
+            return guide
+        if not form.dialect.reasons:
+            raise ApiError(
+                400,
+                f"thinking_token_budget is {budget}, but the model's chat template shows no format "
+                "of reasoning: start the server with --reasoning-parser if it has one",
+                param="thinking_token_budget",
+                code="unsupported_parameter",
+            )
+        limit = form.limit(budget, self._prompts.markers)
+        return BudgetGuide(limit, self._engine.vocabulary, self._engine.vocab_size, guide)
+
+    async def _predicted(self, body: ChatRequest) -> tuple[int, ...] | None:
+        """The tokens of the answer that the client expects."""
+        if body.prediction is None:
+            return None
+        return await self._prompts.encode(
+            body.prediction.text, special_tokens=False, any_length=True
+        )
+
+
+def room_for(engine: Engine, params: SamplingParams) -> int:
+    """The longest prompt, in tokens, that leaves room for the requested output."""
+    least = 1 if params.max_tokens is None else params.max_tokens
+    return engine.max_model_len - least

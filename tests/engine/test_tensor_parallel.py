@@ -1,0 +1,320 @@
+"""Several ranks give the tokens and the log probabilities of one, bit for bit.
+
+The ranks of a size are started once for all tests of it. Each test loads a model with one rank and
+with several, and asks both for the same.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from nybble.engine import (
+    AdapterConfig,
+    AdapterError,
+    Engine,
+    EngineConfig,
+    GrammarCompiler,
+    Request,
+    RequestOutput,
+    SamplingParams,
+)
+from nybble.engine.kv_cache import KVCacheLayout
+from nybble.engine.parallel import TensorParallel
+from nybble.engine.ranks import Ranks
+from nybble.loaders import open_checkpoint, save_packed
+from nybble.models import architecture_of
+from nybble.quantizers import InFlight, quantize_checkpoint
+from nybble.quantizers.gptq import GptqSettings
+
+CPU = torch.device("cpu")
+CONFIG = EngineConfig(block_size=4, max_num_seqs=6, max_batched_tokens=16, max_model_len=128)
+SIZES = {
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": False,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen2_moe": {**EXPERTS, "shared_expert_intermediate_size": 64},
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 24},
+    "olmoe": {**EXPERTS, "intermediate_size": 32},
+    "olmo2": {},
+    "cohere": {"use_qk_norm": True},
+    "gemma2": {"sliding_window": 24, "tie_word_embeddings": True},
+    "phi3": {"pad_token_id": 0},
+    "nemotron": {"hidden_act": "relu2"},
+    # Fewer KV heads than ranks: several ranks have the same one.
+    "llama": {"num_key_value_heads": 1, "vocab_size": 301},
+    "olmo3": {"num_key_value_heads": 1, "sliding_window": 24},
+}
+
+
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
+def ranks(request: pytest.FixtureRequest) -> Iterator[Ranks]:
+    torch.set_num_threads(1)
+    found = Ranks([CPU] * request.param)
+    yield found
+    found.close()
+
+
+@pytest.fixture(scope="module")
+def model(
+    tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """The folder of a small model: of a format, of a family, or ``family in nf4``."""
+    built: dict[str, Path] = {}
+
+    def quantized(name: str) -> Path:
+        folder = tmp_path_factory.mktemp("quantized") / "model"
+        kind, _, detail = name.partition(" ")
+        calibration = torch.randint(0, 300, (8, 64), generator=torch.Generator().manual_seed(0))
+        act_order = detail == "act-order"
+        quantize_checkpoint(
+            tiny_model(),
+            folder,
+            format=kind,  # type: ignore[arg-type]
+            group_size=32,
+            calibration=calibration if act_order else None,
+            settings=GptqSettings(desc_act=True) if act_order else None,
+            progress=False,
+        )
+        return folder
+
+    def of_family(name: str) -> Path:
+        family, _, format = name.partition(" in ")
+        folder = tmp_path_factory.mktemp("family") / family
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(family, **SIZES | FAMILIES[family])
+        made = AutoModelForCausalLM.from_config(config)
+        with torch.no_grad():
+            for tensor in made.parameters():
+                tensor.add_(0.2 * torch.randn(tensor.shape))
+        made.to(torch.bfloat16).save_pretrained(folder)
+        for file in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(tiny_model() / file, folder / file)
+        if not format:
+            return folder
+        rounded = folder.with_name("rounded")
+        quantize_checkpoint(folder, rounded, format="nf4", group_size=32, progress=False)
+        return rounded
+
+    def build(name: str) -> Path:
+        if name == "16 bits":
+            return tiny_model()
+        if name not in built:
+            is_family = name.partition(" ")[0] in FAMILIES
+            built[name] = of_family(name) if is_family else quantized(name)
+        return built[name]
+
+    return build
+
+
+def blocks_of(folder: Path, blocks: int, size: int, config: EngineConfig) -> int:
+    """The bytes of so many blocks of the KV cache at each of ``size`` ranks."""
+    part = TensorParallel(0, size).part_of(architecture_of(open_checkpoint(folder).config))
+    return blocks * KVCacheLayout.of(part, config, 128).block_bytes
+
+
+Asked = Sequence[tuple[Sequence[int], SamplingParams, str | None]]
+
+
+def answers(
+    folder: Path,
+    ranks: Ranks | None,
+    asked: Asked,
+    *,
+    blocks: int = 200,
+    adapters: dict[str, Path] | None = None,
+    adapter_slots: AdapterConfig | None = None,
+    pattern: str | None = None,
+    **settings: Any,
+) -> tuple[list[Any], Engine]:
+    """What each request gets, asked all at once, twice: at first and from the prefix cache."""
+    size = 1 if ranks is None else ranks.group.size
+    config = replace(CONFIG, **settings, adapters=adapter_slots, tensor_parallel_size=size)
+    config = replace(config, kv_cache_bytes=blocks_of(folder, blocks, size, config))
+    engine = Engine.load(open_checkpoint(folder), config, progress=False, ranks=ranks)
+    for name, path in (adapters or {}).items():
+        engine.load_adapter(name, str(path))
+    compiler = GrammarCompiler(engine.tokenizer, engine.vocab_size, engine.eos_token_ids)
+    engine.start()
+
+    async def one(name: str, prompt: Sequence[int], params: SamplingParams, use: str | None) -> Any:
+        guide = None if pattern is None else compiler.regex(pattern)
+        request = Request(name, tuple(prompt), params, guide, use)
+        return seen([output async for output in engine.generate(request)])
+
+    async def all_of_them() -> list[Any]:
+        found = []
+        for turn in "ab":
+            each = [one(f"{turn}{index}", *request) for index, request in enumerate(asked)]
+            found += await asyncio.gather(*each)
+        return found
+
+    try:
+        return asyncio.run(all_of_them()), engine
+    finally:
+        engine.stop()
+
+
+def seen(outputs: list[RequestOutput]) -> Any:
+    """Everything of the outputs that a client sees, comparable."""
+    read = [
+        [array.tobytes() for array in vars(output.prompt_logprobs).values() if _is_array(array)]
+        for output in outputs
+        if output.prompt_logprobs is not None
+    ]
+    tokens = [(output.token_ids, output.text, output.logprobs) for output in outputs]
+    return tokens, read, outputs[-1].finish_reason
+
+
+def _is_array(value: object) -> bool:
+    return isinstance(value, np.ndarray)
+
+
+def asked(vocab: int = 290, adapters: Sequence[str | None] = (None,), tokens: int = 12) -> Asked:
+    """Prompts of one step and of several, greedy, random, with penalties and with log
+    probabilities."""
+    generator = torch.Generator().manual_seed(1)
+    found = []
+    for index, length in enumerate((5, 40, 9, 17, 1, 30, 26, 12)):
+        prompt = torch.randint(3, vocab, (length,), generator=generator).tolist()
+        params = SamplingParams(
+            max_tokens=tokens,
+            temperature=0.8 if index % 3 == 2 else 0,
+            seed=index,
+            ignore_eos=True,
+            logprobs=3 if index % 2 else None,
+            prompt_logprobs=2 if index in (1, 3) else None,
+            repetition_penalty=1.2 if index == 4 else 1.0,
+        )
+        found.append((prompt, params, adapters[index % len(adapters)]))
+    return found
+
+
+def assert_equal(folder: Path, ranks: Ranks, requests: Asked, **settings: Any) -> tuple[Any, Any]:
+    """Returns the engines of one rank and of all, which have stopped."""
+    expected, alone = answers(folder, None, requests, **settings)
+    found, together = answers(folder, ranks, requests, **settings)
+    for index, (mine, theirs) in enumerate(zip(found, expected, strict=True)):
+        assert mine == theirs, f"request {index}"
+    return alone, together
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "gptq act-order",
+        "qwen2_moe in nf4",
+        "llama",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("16 bits", "gptq", "awq", "nf4", "fp4", *FAMILIES, "gpt_oss in nf4")
+            if name != "llama"
+        ),
+    ],
+)
+def test_tokens_and_logprobs_are_those_of_one_rank(
+    model: Callable[[str], Path], ranks: Ranks, name: str
+) -> None:
+    assert_equal(model(name), ranks, asked())
+
+
+def test_adapters_are_cut_along_their_outputs(
+    model: Callable[[str], Path], tiny_adapter: Callable[..., Path], ranks: Ranks
+) -> None:
+    """Three adapters that change different layers go through two slots."""
+    adapters = {
+        "all": tiny_adapter(),
+        "some": tiny_adapter(target_modules=["q_proj", "v_proj", "up_proj"], r=2, seed=1),
+        "last": tiny_adapter(target_modules=["o_proj", "down_proj"], r=8, seed=2),
+    }
+    requests = asked(adapters=(None, "all", "some", "last"))
+    slots = AdapterConfig(slots=2, max_rank=8)
+    assert_equal(model("gptq act-order"), ranks, requests, adapters=adapters, adapter_slots=slots)
+
+
+def test_an_adapter_that_no_rank_can_apply_alone_is_refused(
+    model: Callable[[str], Path], tiny_adapter: Callable[..., Path], ranks: Ranks
+) -> None:
+    dora = tiny_adapter(use_dora=True)
+    with pytest.raises(AdapterError, match="has DoRA, which tensor parallelism does not compute"):
+        answers(
+            model("gptq act-order"),
+            ranks,
+            [],
+            adapters={"d": dora},
+            adapter_slots=AdapterConfig(slots=1),
+        )
+
+
+def test_preempted_sequences_go_on_as_with_one_rank(
+    model: Callable[[str], Path], ranks: Ranks
+) -> None:
+    """Room for about 100 tokens of the 240 that eight requests have together."""
+    alone, together = assert_equal(
+        model("gptq act-order"), ranks, asked(tokens=24), blocks=25, kv_dtype="int8"
+    )
+    assert together.stats().preemptions == alone.stats().preemptions > 0
+
+
+def test_drafts_and_grammars_change_nothing(model: Callable[[str], Path], ranks: Ranks) -> None:
+    _, together = assert_equal(
+        model("gptq act-order"),
+        ranks,
+        [(tuple(range(5, 25)) * 2, params, adapter) for _, params, adapter in asked()[:4]],
+        speculate="ngram",
+        pattern="(ab|cd|the )*",
+    )
+    assert together.stats().draft_tokens > 0
+
+
+@pytest.mark.slow
+def test_a_packed_model_is_cut_where_it_lies(
+    model: Callable[[str], Path], tmp_path: Path, ranks: Ranks
+) -> None:
+    source = InFlight(open_checkpoint(model("16 bits")), layers="nf4", head="int8")
+    save_packed(source, tmp_path / "packed", layout="cpu_tiles", progress=False)
+    assert_equal(tmp_path / "packed", ranks, asked())
+
+
+def test_each_layer_gathers_four_times_and_a_step_once_more(
+    model: Callable[[str], Path], ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What docs/scaling.md says of the bytes that a rank receives."""
+    gathered: list[tuple[int, int]] = []
+    gather = TensorParallel.gather
+
+    def counted(group: TensorParallel, own: torch.Tensor) -> torch.Tensor:
+        gathered.append((own.numel() * own.itemsize, len(own)))
+        return gather(group, own)
+
+    monkeypatch.setattr(TensorParallel, "gather", counted)
+    prompt = (3, 4, 5)
+    params = SamplingParams(max_tokens=2, temperature=0, ignore_eos=True)
+    _, engine = answers(model("16 bits"), ranks, [(prompt, params, None)], prefix_caching=False)
+    size, layers, hidden, inner, vocab = ranks.group.size, 2, 128, 256, engine.vocab_size
+    of_a_token = layers * (3 * hidden + inner) // size * 2
+    head = -(-vocab // size) * 2
+    steps = [3 * of_a_token + head, of_a_token + head] * 2  # two turns of a prompt and a token
+    assert len(gathered) == len(steps) * (4 * layers + 1)
+    assert sum(nbytes for nbytes, _ in gathered) == sum(steps)

@@ -1,0 +1,168 @@
+"""Ranks that die or hang under clients: these are told, and no process is left."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .conftest import Process, ask, opened
+
+COMPLETIONS = "/v1/completions"
+LONG: dict[str, Any] = {
+    "model": "tiny",
+    "prompt": "x",
+    "max_tokens": 4000,
+    "temperature": 0,
+    "ignore_eos": True,
+}
+SHORT = LONG | {"max_tokens": 5}
+
+
+def ranks_of(server: Process) -> list[int]:
+    """The processes of the ranks above 0, in their order."""
+    found = []
+    for folder in sorted(Path("/proc").glob("[0-9]*"), key=lambda path: int(path.name)):
+        try:
+            parent = (folder / "stat").read_text().rpartition(")")[2].split()[1]
+            command = (folder / "cmdline").read_bytes()
+        except OSError:
+            continue
+        if int(parent) == server.process.pid and b"--multiprocessing-fork" in command:
+            found.append(int(folder.name))
+    return found
+
+
+def gone(pids: list[int], seconds: float = 10) -> bool:
+    """Whether no such process runs any more, after so long at most."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if not any(_runs(pid) for pid in pids):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+
+
+@contextmanager
+def streaming(server: Process) -> Iterator[Any]:
+    """A stream that has begun."""
+    with opened(server.origin + COMPLETIONS, LONG | {"stream": True}) as response:
+        assert response.status == 200
+        response.readline()
+        yield response
+
+
+@pytest.fixture
+def server(launch: Callable[..., Process], tiny_model: Callable[..., Path]) -> Process:
+    server: Process = launch(tiny_model(max_length=4096), "--tensor-parallel-size", "2")
+    server.ready()
+    return server
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [
+        (signal.SIGKILL, "rank 1 was ended by SIGKILL"),
+        pytest.param(signal.SIGSTOP, "rank 1 does not answer", marks=pytest.mark.slow),
+    ],
+)
+def test_a_rank_that_dies_or_hangs_in_a_step_ends_the_server(
+    server: Process, number: int, said: str
+) -> None:
+    ranks = ranks_of(server)
+    assert len(ranks) == 1
+    plain: list[tuple[int, Any]] = []
+    with streaming(server) as response:
+        asking = threading.Thread(
+            target=lambda: plain.append(ask(server.origin + COMPLETIONS, LONG))
+        )
+        asking.start()
+        time.sleep(0.5)
+        os.kill(ranks[0], number)
+        began = time.monotonic()
+        last = [line for line in response.read().splitlines() if line][-1]
+    asking.join()
+    event = json.loads(last.removeprefix(b"data: "))
+    ((status, body),) = plain
+    assert event["error"]["code"] == body["error"]["code"] == "engine_failed"
+    assert status == 500
+    assert said in body["error"]["message"]
+    assert server.exit_code() == 70
+    assert time.monotonic() - began < 60  # 10 on a machine that does nothing else
+    assert said in server.lines[-1]
+    assert gone(ranks)
+
+
+@pytest.mark.slow
+def test_an_idle_server_whose_rank_dies_ends(server: Process) -> None:
+    assert ask(server.origin + COMPLETIONS, SHORT)[0] == 200
+    ranks = ranks_of(server)
+    os.kill(ranks[0], signal.SIGKILL)
+    assert server.exit_code() == 70
+    assert "rank 1 was ended by SIGKILL" in server.lines[-1]
+
+
+@pytest.mark.slow
+def test_no_rank_outlives_the_server(server: Process) -> None:
+    ranks = ranks_of(server)
+    with streaming(server):
+        server.signal(signal.SIGKILL)
+        server.exit_code()
+        assert gone(ranks, 30)
+
+
+@pytest.mark.slow
+def test_requests_finish_when_all_processes_are_told_to_end(server: Process) -> None:
+    """As systemd and a terminal's Ctrl-C tell every process of a service."""
+    ranks = ranks_of(server)
+    expected = ask(server.origin + COMPLETIONS, LONG | {"max_tokens": 400})
+    found: list[tuple[int, Any]] = []
+    asking = threading.Thread(
+        target=lambda: found.append(ask(server.origin + COMPLETIONS, LONG | {"max_tokens": 400}))
+    )
+    asking.start()
+    time.sleep(0.3)
+    for pid in ranks:
+        os.kill(pid, signal.SIGTERM)
+        os.kill(pid, signal.SIGINT)
+    server.signal(signal.SIGTERM)
+    asking.join()
+    assert found[0][0] == 200
+    assert found[0][1]["choices"] == expected[1]["choices"]
+    assert server.exit_code() == 0
+    assert gone(ranks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--tensor-parallel-size", "3"), "which does not divide the model's 4 attention heads"),
+        (
+            ("--tensor-parallel-size", "2", "--on-engine-failure", "restart"),
+            r"the process has to exit.*--on-engine-failure 'exit'",
+        ),
+    ],
+)
+def test_impossible_settings_are_refused_before_anything_is_loaded(
+    launch: Callable[..., Process], tiny_model: Callable[..., Path], options: Any, said: str
+) -> None:
+    server = launch(tiny_model(max_length=4096), *options, stderr=subprocess.PIPE)
+    server.find(f"--tensor-parallel-size is .*{said}")
+    assert server.exit_code() == 1

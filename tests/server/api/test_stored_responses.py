@@ -1,0 +1,241 @@
+"""/v1/responses with a store: conversations by id, responses in the background, and their ends."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+from collections.abc import Iterator
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nybble.engine import Engine
+from nybble.server.api.response_store import ResponseStore, StoredResponse
+from nybble.server.tenancy.tenants import Tenants
+
+from ..client import RESPONSES, Client, refused, run
+from ..conftest import started_engine
+
+BODY: dict[str, Any] = {
+    "model": "tiny",
+    "input": "the quick fox",
+    "max_output_tokens": 6,
+    "seed": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_model: Any) -> Iterator[Engine]:
+    with started_engine(tiny_model(max_length=2048)) as engine:
+        yield engine
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> tuple[Path, int]:
+    return tmp_path / "responses.db", 1 << 20
+
+
+async def respond(client: Client, headers: Any = None, **options: Any) -> dict[str, Any]:
+    async with client.post(RESPONSES, json={**BODY, **options}, headers=headers) as response:
+        assert response.status == 200, await response.text()
+        if options.get("stream"):
+            text = await response.text()
+            return dict(json.loads(text.strip().split("data: ")[-1])["response"])
+        return dict(await response.json())
+
+
+async def get(client: Client, id: str, headers: Any = None, of: str = "") -> tuple[int, Any]:
+    async with client.get(f"{RESPONSES}/{id}{of}", headers=headers) as response:
+        return response.status, await response.json()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_conversation_goes_on_by_the_id_of_its_last_response(
+    engine: Engine, store: tuple[Path, int], stream: bool
+) -> None:
+    async def scenario(client: Client) -> None:
+        first = await respond(client, instructions="be brief", stream=stream)
+        assert await get(client, first["id"]) == (200, first)
+        second = await respond(client, input="and then?", previous_response_id=first["id"])
+        assert second["previous_response_id"] == first["id"]
+        # The instructions are not of the conversation.
+        whole = [{"role": "user", "content": BODY["input"]}, *first["output"]]
+        asked = {"role": "user", "content": "and then?"}
+        same = await respond(client, input=[*whole, asked])
+        assert same["output"][0]["content"] == second["output"][0]["content"]
+        assert same["usage"]["input_tokens"] == second["usage"]["input_tokens"]
+        _, items = await get(client, second["id"], of="/input_items?order=asc")
+        assert [item["role"] for item in items["data"]] == ["user", "assistant", "user"]
+        third = await respond(client, input="why?", previous_response_id=second["id"])
+        assert third["usage"]["input_tokens"] > second["usage"]["input_tokens"]
+
+    run(engine, scenario, response_store=store)
+
+
+def test_a_deleted_response_is_gone(engine: Engine, store: tuple[Path, int]) -> None:
+    async def scenario(client: Client) -> None:
+        id = (await respond(client))["id"]
+        async with client.delete(f"{RESPONSES}/{id}") as response:
+            assert await response.json() == {"id": id, "object": "response", "deleted": True}
+        status, error = await get(client, id)
+        assert (status, error["error"]["code"]) == (404, "response_not_found")
+        body = {**BODY, "previous_response_id": id}
+        assert (await refused(client, RESPONSES, body, 404))["param"] == "previous_response_id"
+        unkept = await respond(client, store=False)
+        assert (await get(client, unkept["id"]))[0] == 404
+
+    run(engine, scenario, response_store=store)
+
+
+def test_a_response_is_made_in_the_background(engine: Engine, store: tuple[Path, int]) -> None:
+    async def scenario(client: Client) -> None:
+        queued = await respond(client, background=True)
+        assert (queued["status"], queued["output"]) == ("queued", [])
+        for _ in range(500):
+            _, found = await get(client, queued["id"])
+            if found["status"] not in ("queued", "in_progress"):
+                break
+            await asyncio.sleep(0.02)
+        assert found["status"] in ("completed", "incomplete")
+        assert found["output"][0]["type"] == "message"
+        assert found["usage"]["output_tokens"] <= 6
+        assert (await respond(client, previous_response_id=queued["id"]))["output"]
+
+    run(engine, scenario, response_store=store)
+
+
+def test_a_response_in_the_background_is_cancelled(engine: Engine, store: tuple[Path, int]) -> None:
+    async def scenario(client: Client) -> None:
+        queued = await respond(client, background=True, max_output_tokens=2000)
+        body = {**BODY, "previous_response_id": queued["id"]}
+        assert "not finished" in (await refused(client, RESPONSES, body))["message"]
+        async with client.post(f"{RESPONSES}/{queued['id']}/cancel", json={}) as response:
+            assert (await response.json())["status"] == "cancelled"
+        assert (await get(client, queued["id"]))[1]["status"] == "cancelled"
+        whole = await respond(client)
+        error = await refused(client, f"{RESPONSES}/{whole['id']}/cancel", {})
+        assert "background" in error["message"]
+
+    run(engine, scenario, response_store=store)
+
+
+def test_what_the_server_ended_before_is_told(engine: Engine, store: tuple[Path, int]) -> None:
+    ids = []
+
+    async def begin(client: Client) -> None:
+        ids.append((await respond(client, background=True, max_output_tokens=2000))["id"])
+        ids.append((await respond(client))["id"])
+
+    async def look(client: Client) -> None:
+        assert (await get(client, ids[0]))[1]["status"] == "cancelled"
+        assert (await get(client, ids[1]))[0] == 200
+
+    run(engine, begin, response_store=store)
+    run(engine, look, response_store=store)
+
+
+def test_tenants_have_responses_of_their_own(
+    engine: Engine, store: tuple[Path, int], tmp_path: Path
+) -> None:
+    file = tmp_path / "tenants.toml"
+    file.write_text(
+        "".join(
+            f'[tenants.{name}]\nkeys = ["sha256:{sha256(name.encode()).hexdigest()}"]\n'
+            for name in ("ann", "bob")
+        )
+    )
+
+    async def scenario(client: Client) -> None:
+        ann, bob = ({"Authorization": f"Bearer {name}"} for name in ("ann", "bob"))
+        id = (await respond(client, ann))["id"]
+        assert (await get(client, id, ann))[0] == 200
+        assert (await get(client, id, bob))[0] == 404
+        async with client.delete(f"{RESPONSES}/{id}", headers=bob) as response:
+            assert response.status == 404
+
+    run(engine, scenario, response_store=store, tenants=Tenants(file))
+
+
+@pytest.mark.parametrize(
+    ("options", "param"),
+    [
+        ({"previous_response_id": "resp_1"}, "previous_response_id"),
+        ({"background": True}, "background"),
+    ],
+)
+def test_without_a_store_nothing_is_kept(
+    engine: Engine, options: dict[str, Any], param: str
+) -> None:
+    async def scenario(client: Client) -> None:
+        error = await refused(client, RESPONSES, {**BODY, **options})
+        assert error["param"] == param
+        assert "--response-store" in error["message"]
+        kept = await respond(client, store=True)
+        assert (await get(client, kept["id"]))[0] == 404
+
+    run(engine, scenario)
+
+
+def stored(number: int, owner: str = "", status: str = "completed", size: int = 300) -> Any:
+    text = random.Random(number).randbytes(size).hex()
+    response = {"id": f"resp_{number}", "status": status, "output": [], "error": None}
+    return StoredResponse(owner, response, [{"role": "user", "content": text}])
+
+
+def kept(store: ResponseStore, owner: str = "") -> list[int]:
+    async def main() -> list[int]:
+        return [n for n in range(20) if await store.get(f"resp_{n}", owner) is not None]
+
+    return asyncio.run(main())
+
+
+def test_the_oldest_responses_of_an_owner_give_way(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "responses.db"
+    store = ResponseStore(path, 2000)
+    store.save(stored(9, "bob"))
+    for number in range(8):
+        store.save(stored(number))
+    store.save(stored(15, size=5000))  # more than there is room
+    store.close()
+    store = ResponseStore(path, 2000)
+    found = kept(store)
+    assert found == list(range(found[0], 8))
+    assert 1 < len(found) < 8
+    assert kept(store, "bob") == [9]
+    store.close()
+    assert path.stat().st_mode & 0o077 == 0
+
+
+def test_a_response_that_was_not_finished_has_failed_at_the_next_start(tmp_path: Path) -> None:
+    path = tmp_path / "responses.db"
+    store = ResponseStore(path, 1 << 20)
+    store.save(stored(1, status="queued"))
+    store.save(stored(2))
+    store.close()
+    store = ResponseStore(path, 1 << 20)
+    one, two = (asyncio.run(store.get(f"resp_{n}", "")) for n in (1, 2))
+    store.close()
+    assert one is not None
+    assert one.response["status"] == "failed"
+    assert "ended" in one.response["error"]["message"]
+    assert two is not None
+    assert two.response["status"] == "completed"
+
+
+def test_a_file_that_is_no_store_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "responses.db"
+    path.write_text("no database" * 100)
+    with pytest.raises(OSError, match=r"responses\.db cannot be used"):
+        ResponseStore(path, 1)
+
+
+def test_two_servers_do_not_share_a_store(tmp_path: Path) -> None:
+    path = tmp_path / "responses.db"
+    first = ResponseStore(path, 1)
+    with pytest.raises(OSError, match="in use by another server"):
+        ResponseStore(path, 1)
+    first.close()
+    ResponseStore(path, 1).close()
