@@ -201,3 +201,19 @@ def test_the_gpu_delta_rule_is_its_reference(triton: Backend, dtype: torch.dtype
     tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-5
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(state, expected_state, rtol=1e-5, atol=1e-5)
+
+
+# Two prompts in chunks, one with a border that ends no chunk, beside a decode and a short prompt.
+LONG = batch(
+    [70, 1, 100, 31, 32], [-1, 0, 5, -1, 2], [1, 0, 3, 2, -1], [4, -1, -1, -1, -1], [45, 1, 1, 1, 1]
+)
+
+
+def test_the_gpu_delta_rule_in_chunks_is_its_reference(triton: Backend) -> None:
+    inputs = delta_inputs(234, torch.float32)
+    expected_state, state = delta_state(), delta_state()
+    expected = recurrent.gated_delta_rule(*inputs, expected_state, LONG)
+    found = triton.gated_delta_rule(*inputs, state, LONG)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(state, expected_state, rtol=1e-4, atol=1e-5)
+    assert not torch.equal(state[4], delta_state()[4]), "no snapshot was kept"

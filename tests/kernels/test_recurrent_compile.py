@@ -1,0 +1,44 @@
+"""What the machine code of the kernels of layers with states must look like, on an absent GPU."""
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is for Linux")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[["--quick"], pytest.param([], marks=pytest.mark.slow)],
+    ids=["some", "all"],
+)
+def table(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+    """One row per compiled kernel; the compiler needs a process without the interpreter."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    module = "nybble.kernels.bench.recurrent_report"
+    command = [sys.executable, "-m", module, *request.param, "--json"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_they_compile_for_ampere_and_hopper(table: list[dict[str, Any]]) -> None:
+    assert {80, 90} <= {entry["case"]["capability"] for entry in table}
+
+
+def test_what_runs_in_every_decode_step_spills_no_register(table: list[dict[str, Any]]) -> None:
+    decoding = [e for e in table if e["case"]["kernel"] != "by chunks"]
+    assert [e for e in decoding if e["row"]["local"]] == []
+
+
+def test_the_products_of_chunks_run_on_tensor_cores(table: list[dict[str, Any]]) -> None:
+    chunks = [entry["row"] for entry in table if entry["case"]["kernel"] == "by chunks"]
+    assert min(row["tensor_core"] for row in chunks) >= 8
+
+
+def test_shared_memory_fits_every_device(table: list[dict[str, Any]]) -> None:
+    assert max(entry["row"]["shared"] for entry in table) <= 99 << 10
