@@ -353,6 +353,7 @@ def folder_of(
             return built[row]
         family, settings = ROWS[row]
         folder = built[row] = tmp_path_factory.mktemp("family") / family
+        torch.manual_seed(0)  # some parameters are random from the start, such as decays
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **SIZES | settings))
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
