@@ -71,7 +71,9 @@ class Recorder:
         found: dict[tuple[str, str], None] = {}
         for code in codes or ():
             file = Path(code.co_filename).resolve()
-            inside = file.is_relative_to(ROOT) and ".venv" not in file.parts
+            # Code that is made while running has no file: `<string>`.
+            inside = code.co_filename[0] != "<" and file.is_relative_to(ROOT)
+            inside = inside and ".venv" not in file.parts
             if inside and file != Path(__file__).resolve() and "<" not in code.co_name:
                 found[str(file.relative_to(ROOT)), code.co_qualname] = None
         return list(found)

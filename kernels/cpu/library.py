@@ -104,7 +104,7 @@ class CpuLibrary:
             return partial(reference.packed_matmul, weight=weight)
         if dtype != torch.bfloat16:
             return partial(reference.packed_matmul, weight=weight, dequantize=self.dequantize)
-        if weight.perm is not None or weight.columns % 8:
+        if weight.columns % 8:
             return partial(self.packed_matmul, weight=weight)
         return self._bound_matmul(weight)
 
@@ -113,13 +113,15 @@ class CpuLibrary:
 
         A decode step calls it a hundred times, and the cores wait meanwhile.
         """
-        inputs, outputs = weight.in_features, weight.out_features
+        inputs, outputs, perm = weight.in_features, weight.out_features, weight.perm
         tensors, sizes = _matmul_arguments(weight)
 
         def linear(x: Tensor) -> Tensor:
             if x.ndim != 2 or x.shape[1] != inputs or not x.is_contiguous():
                 return self.packed_matmul(x, weight)
-            rows = x.shape[0]
+            if perm is not None:
+                x = x.index_select(1, perm)
+            rows, columns = x.shape
             out = torch.empty(rows, outputs, dtype=torch.bfloat16)
             if self._matmul(
                 x.data_ptr(),
@@ -127,7 +129,7 @@ class CpuLibrary:
                 out.data_ptr(),
                 rows,
                 outputs,
-                inputs,
+                columns,
                 *sizes,
                 torch.get_num_threads(),
             ):

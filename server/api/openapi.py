@@ -52,6 +52,20 @@ _ERROR = {
     },
 }
 
+# Of Anthropic's API.
+_MESSAGES_ERROR = {
+    "type": "object",
+    "required": ["type", "error"],
+    "properties": {
+        "type": {"const": "error"},
+        "error": {
+            "type": "object",
+            "required": ["type", "message"],
+            "properties": {"type": {"type": "string"}, "message": {"type": "string"}},
+        },
+    },
+}
+
 
 def openapi_document(root_path: str = "") -> dict[str, Any]:
     """OpenAPI 3.1, of the endpoints in :mod:`nybble.server.api.routes`.
@@ -72,7 +86,10 @@ def openapi_document(root_path: str = "") -> dict[str, Any]:
                     "required": True,
                     "content": {_JSON: {"schema": {"$ref": _REF.format(model=body.__name__)}}},
                 },
-                "responses": _responses(answers),
+                "responses": _responses(
+                    answers,
+                    "MessagesErrorResponse" if path.startswith("/v1/messages") else "ErrorResponse",
+                ),
             }
         }
     for path in ("/health", "/ping", "/version", "/v1/models", "/v1/usage", "/openapi.json"):
@@ -93,7 +110,11 @@ def openapi_document(root_path: str = "") -> dict[str, Any]:
         "servers": [{"url": root_path or "/"}],
         "paths": paths,
         "components": {
-            "schemas": {**definitions["$defs"], "ErrorResponse": _ERROR},
+            "schemas": {
+                **definitions["$defs"],
+                "ErrorResponse": _ERROR,
+                "MessagesErrorResponse": _MESSAGES_ERROR,
+            },
             "securitySchemes": {
                 "key": {"type": "http", "scheme": "bearer"},
                 "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
@@ -104,10 +125,12 @@ def openapi_document(root_path: str = "") -> dict[str, Any]:
     }
 
 
-def _responses(answers: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def _responses(
+    answers: dict[str, dict[str, Any]], error_model: str = "ErrorResponse"
+) -> dict[str, Any]:
     def response(about: str, content: dict[str, dict[str, Any]]) -> dict[str, Any]:
         schemas = {kind: {"schema": schema} for kind, schema in content.items()}
         return {"description": about, "content": schemas}
 
-    error = {"$ref": _REF.format(model="ErrorResponse")}
+    error = {"$ref": _REF.format(model=error_model)}
     return {"200": response("OK", answers), "default": response("An error", {_JSON: error})}

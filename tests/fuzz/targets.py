@@ -26,6 +26,7 @@ from nybble.loaders.adapter import load_adapter
 from nybble.loaders.errors import AdapterError, CheckpointError
 from nybble.models import UnsupportedModelError, architecture_of
 from nybble.server.api.chat_schema import ChatRequest
+from nybble.server.api.messages_schema import CountTokensRequest, MessagesRequest
 from nybble.server.api.openapi import BODIES
 from nybble.server.api.parse import parse_body
 from nybble.server.api.responses_schema import ResponsesRequest
@@ -121,6 +122,31 @@ EXAMPLES: dict[str, list[dict[str, Any]]] = {
             "max_output_tokens": 5,
         }
     ],
+    "/v1/messages": [
+        {
+            "model": "m",
+            "max_tokens": 5,
+            "system": [{"type": "text", "text": "s"}],
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": "a"}]},
+                {
+                    "role": "assistant",
+                    "content": [{"type": "tool_use", "id": "1", "name": "f", "input": {}}],
+                },
+                {
+                    "role": "user",
+                    "content": [{"type": "tool_result", "tool_use_id": "1", "content": "x"}],
+                },
+            ],
+            "tools": [{"name": "f", "input_schema": {"type": "object"}}],
+            "tool_choice": {"type": "auto"},
+            "thinking": {"type": "disabled"},
+        }
+    ],
+    "/v1/messages/count_tokens": [
+        {"model": "m", "messages": [{"role": "user", "content": "a"}], "system": "s"}
+    ],
+    "/abort_request": [{"rid": "r"}],
     "/v1/embeddings": [{"model": "m", "input": ["a", "b"], "encoding_format": "base64"}],
     "/tokenize": [{"prompt": "a"}, {"messages": [{"role": "user", "content": "a"}]}],
     "/detokenize": [{"tokens": [1, 2]}],
@@ -136,7 +162,7 @@ def request_body(data: bytes) -> None:
     sent = rest if way % 4 == 0 else changed(examples[way % len(examples)], rest)
     try:
         body = parse_body(sent, BODIES[path])
-        if isinstance(body, ResponsesRequest):
+        if isinstance(body, ResponsesRequest | MessagesRequest | CountTokensRequest):
             body = body.chat()
         if isinstance(body, ChatRequest | CompletionRequest):
             body.sampling_params(1, None, {})

@@ -1,9 +1,30 @@
-"""What Triton's interpreter lacks to stand in for a GPU."""
+"""Which CPU kernels the default suite tests, and what Triton's interpreter lacks for a GPU."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+
+from nybble.kernels.cpu.build import TARGETS, Target, missing_cpu_features
+
+HERE = Path(__file__).parent
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of the CPU kernels those this machine would use and the plainest are tested by default.
+
+    To compile those of another target takes a quarter of a minute.
+    """
+    native = next((target for target in TARGETS if not missing_cpu_features(target)), None)
+    for item in items:
+        if HERE in item.path.parents and isinstance(item, pytest.Function):
+            values = getattr(item, "callspec", None)
+            targets = [v for v in values.params.values() if isinstance(v, Target)] if values else []
+            if any(target not in (native, TARGETS[-1]) for target in targets):
+                item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True)

@@ -276,6 +276,7 @@ def test_a_row_does_not_depend_on_its_batch(cpu: CpuLibrary, kind: str) -> None:
             assert torch.equal(cpu.packed_matmul(x[rows], weight), together[rows])
 
 
+@pytest.mark.slow
 def test_integer_kernels_agree_to_the_bit() -> None:
     """The sums of spans are exact, so that they do not depend on the instructions.
 

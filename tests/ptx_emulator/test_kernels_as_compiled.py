@@ -96,7 +96,7 @@ def test_amperes_products_are_what_the_references_compute() -> None:
 @pytest.mark.parametrize(
     ("capability", "family", "instruction"),
     [
-        ("80", "lora", "bar.sync"),
+        pytest.param("80", "lora", "bar.sync", marks=pytest.mark.slow),
         ("90", "attention", "wgmma.wait_group"),
         pytest.param("80", "lora", "cp.async.wait_group", marks=pytest.mark.slow),
         pytest.param("100", "attention", "tcgen05.wait::st", marks=pytest.mark.slow),
@@ -131,6 +131,7 @@ def test_random_problems_are_computed_as_their_references_do(capability: str) ->
         assert subject in names
 
 
+@pytest.mark.slow
 def test_a_random_problem_that_comes_out_wrong_fails_the_run() -> None:
     options = ("--capability", "80", "--only", "97", "--without", "bar.sync")
     done = run(*options, script="random_checks.py")
