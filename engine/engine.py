@@ -186,6 +186,11 @@ class Engine:
                         f"deterministic: the model's heads have {attention.head_dim} entries,"
                         " and the CPU kernels take multiples of 16"
                     )
+        if config.deterministic and device.type == "cuda" and architecture.recurrents:
+            raise ValueError(
+                f"deterministic: a GPU reads prompts of {architecture.family} models in chunks, and "
+                "rounds as they are cut; turn deterministic off, or choose the device cpu"
+            )
         if architecture.recurrents and config.speculate != "off":
             raise ValueError(
                 f"speculate is {config.speculate!r}, expected 'off': {architecture.family} models "

@@ -17,10 +17,12 @@ from nybble.kernels.triton.attention_fixed import paged_attention
 from nybble.kernels.triton.backend import (
     add_rms_norm,
     gated,
+    gated_delta_rule,
     lora_add,
     rms_norm,
     rotary_store,
     sample_tokens,
+    short_convolution,
 )
 from nybble.kernels.triton.fixed_order import fixed_order_matmul
 from nybble.kernels.triton.matmul import takes
@@ -28,6 +30,7 @@ from nybble.kernels.triton.matmul import takes
 __all__ = [
     "add_rms_norm",
     "gated",
+    "gated_delta_rule",
     "gated_linear",
     "grouped_linear",
     "linear",
@@ -36,6 +39,7 @@ __all__ = [
     "rms_norm",
     "rotary_store",
     "sample_tokens",
+    "short_convolution",
 ]
 
 
