@@ -188,8 +188,8 @@ class Engine:
                     )
         if config.deterministic and device.type == "cuda" and architecture.recurrents:
             raise ValueError(
-                f"deterministic: a GPU reads prompts of {architecture.family} models in chunks, and "
-                "rounds as they are cut; turn deterministic off, or choose the device cpu"
+                f"deterministic: a GPU reads prompts of {architecture.family} models in chunks, "
+                "and rounds as they are cut; turn deterministic off, or choose the device cpu"
             )
         if architecture.recurrents and config.speculate != "off":
             raise ValueError(
