@@ -58,7 +58,7 @@ GLM_EXPERTS = {"n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediat
 DELTA_NET = {
     "layer_types": ["linear_attention", "full_attention", "linear_attention"],
     "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
+    "linear_num_value_heads": 8,
     "linear_key_head_dim": 16,
     "linear_value_head_dim": 32,
 }
@@ -254,7 +254,7 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
         "qwen3_next",
         {**DELTA_NET, **EXPERTS, "shared_expert_intermediate_size": 64, "mlp_only_layers": [2]},
     ),
-    "qwen3_5": ("qwen3_5_text", {**DELTA_NET, "linear_num_value_heads": 8}),
+    "qwen3_5": ("qwen3_5_text", DELTA_NET),
     "qwen3_5_moe": (
         "qwen3_5_moe_text",
         {**DELTA_NET, **EXPERTS, "shared_expert_intermediate_size": 64},
