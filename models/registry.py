@@ -18,9 +18,7 @@ _SHARED = ("architecture", "config", "parts", "registry")
 # Layers that nothing here computes, and model types that have them: nothing less would serve these.
 _LACKING = {
     "multi-head latent attention": ("deepseek_v2", "deepseek_v3", "kimi_k2", "minicpm3"),
-    "layers of linear attention or state spaces": (
-        *("bamba", "falcon_h1", "jamba", "lfm2", "nemotron_h", "qwen3_next"),
-    ),
+    "layers of linear attention or state spaces": (*("bamba", "falcon_h1", "jamba", "nemotron_h"),),
 }
 
 

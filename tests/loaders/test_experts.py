@@ -180,7 +180,7 @@ def test_a_missing_router_is_refused_by_name(
         ("qwen3_moe", {"num_experts_per_tok": 0}, "num_experts_per_tok is 0"),
         ("phimoe", {"num_experts_per_tok": 1}, "num_experts_per_tok is 1, which is not supported"),
         ("olmoe", {"clip_qkv": 8.0}, "clip_qkv is 8.0, which is not supported for olmoe"),
-        ("deepseek_v3", {}, "model_type 'deepseek_v3' is not supported; supported are"),
+        ("deepseek_v3", {}, r"'deepseek_v3' is not supported \(multi-head latent attention\); "),
     ],
 )
 def test_mixtures_that_are_not_supported_are_refused_before_anything_is_read(

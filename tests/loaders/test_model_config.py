@@ -75,7 +75,7 @@ def test_internlm_3_is_llama_under_another_name(
     ("family", "reason"),
     [
         ("deepseek_v3", r"is not supported \(multi-head latent attention\); supported are apertus"),
-        ("qwen3_next", r"is not supported \(layers of linear attention or state spaces\); "),
+        ("bamba", r"is not supported \(layers of linear attention or state spaces\); "),
         (["llama"], "model_type None is not supported; "),
     ],
 )
