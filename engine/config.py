@@ -9,6 +9,17 @@ import torch
 
 from nybble.loaders.adapter import MAX_RANK
 
+_CHOICES = {"kv_dtype": ("auto", "int8", "fp8"), "speculate": ("off", "ngram", "auto")}
+
+
+def require_whole(name: str, value: object) -> None:
+    """Raises ValueError, which names the setting, for what is no int.
+
+    Programs set these too, whose types nobody has checked.
+    """
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError(f"{name} is {value!r}, expected a whole number")
+
 
 @dataclass(frozen=True)
 class AdapterConfig:
@@ -25,6 +36,7 @@ class AdapterConfig:
 
     def __post_init__(self) -> None:
         for name in ("slots", "max_rank", "host_bytes"):
+            require_whole(name, getattr(self, name))
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
         if self.max_rank > MAX_RANK:
@@ -87,17 +99,25 @@ class EngineConfig:
             "max_num_seqs",
             "max_batched_tokens",
             "max_draft_tokens",
+            "max_model_len",
             "tensor_parallel_size",
         ):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}, expected at least 1")
+            if value is not None:
+                require_whole(name, value)
+                if value < 1:
+                    raise ValueError(f"{name} is {value}, expected at least 1")
+        for name, expected in _CHOICES.items():
+            if getattr(self, name) not in expected:
+                names = ", ".join(expected)
+                raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {names}")
         if self.max_batched_tokens < self.max_num_seqs:
             raise ValueError(
                 f"max_batched_tokens {self.max_batched_tokens} is below max_num_seqs "
                 f"{self.max_num_seqs}: every running sequence needs one token of the budget"
             )
         for name in ("max_waiting", "restarts"):
+            require_whole(name, getattr(self, name))
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected 0 or more")
         if self.restarts and self.tensor_parallel_size > 1:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from huggingface_hub import list_repo_files, snapshot_download
+from huggingface_hub import model_info, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from nybble.kernels.progress import Bar
@@ -100,7 +100,7 @@ def _from_hub(name: str, download: bool) -> tuple[Path | None, str]:
             folder = Path(snapshot_download(repository, allow_patterns=_FILES, tqdm_class=Bar))
             if any(folder.glob("*.safetensors")):
                 return folder, ""
-        files = list_repo_files(repository)
+        files = _files_of(repository)
         chosen = choose(repository, files, tag)
         if chosen is None:
             there = ", ".join(models_among(files)) or "none"
@@ -113,6 +113,17 @@ def _from_hub(name: str, download: bool) -> tuple[Path | None, str]:
         return _gguf_folder(folder / chosen), ""
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
         return None, str(error).splitlines()[0]
+
+
+def _files_of(repository: str) -> list[str]:
+    """The files of a repository, asked for once. Raises OSError if the hub cannot be reached."""
+    try:
+        found = model_info(repository).siblings or []
+    except (HfHubHTTPError, HFValidationError, OSError):
+        raise
+    except Exception as error:  # of its transport, another package in each version of the client
+        raise OSError(f"the hub cannot be reached: {error}") from error
+    return [file.rfilename for file in found]
 
 
 def _demo(download: bool) -> Path | None:

@@ -9,6 +9,8 @@ from typing import Literal
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    Lfm2Config,
+    Lfm2ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -69,7 +71,7 @@ def write_tokenizer(folder: Path, *, vocab_size: int, max_length: int) -> int:
 def write_tiny_model(
     folder: Path,
     *,
-    family: Literal["llama", "mistral", "qwen2"] = "qwen2",
+    family: Literal["lfm2", "llama", "mistral", "qwen2"] = "qwen2",
     vocab_size: int = 320,
     hidden_size: int = 128,
     layers: int = 2,
@@ -82,17 +84,21 @@ def write_tiny_model(
     """Write config.json, model.safetensors (bfloat16) and a tokenizer to ``folder``; returns it.
 
     Four query heads share two key/value heads; ``qwen2`` has biases on q, k and v. ``mistral`` may
-    have a sliding window in all layers, ``qwen2`` in those after ``full_layers``. The weights are
-    scaled so that logits spread over several units: greedy choices are not decided by rounding.
+    have a sliding window in all layers, ``qwen2`` in those after ``full_layers``. The first layer
+    of ``lfm2`` keeps states. The weights are scaled so that logits spread over several units:
+    greedy choices are not decided by rounding.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tokens = write_tokenizer(folder, vocab_size=vocab_size, max_length=max_length)
     config_class, model_class = {
+        "lfm2": (Lfm2Config, Lfm2ForCausalLM),
         "llama": (LlamaConfig, LlamaForCausalLM),
         "mistral": (MistralConfig, MistralForCausalLM),
         "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     }[family]
     window: dict[str, object] = {}
+    if family == "lfm2":
+        window["layer_types"] = ["conv", *["full_attention"] * (layers - 1)]
     if sliding_window is not None:
         window["sliding_window"] = sliding_window
         if family == "qwen2":

@@ -16,10 +16,16 @@ def parameters_called(names: Mapping[str, str]) -> Iterator[None]:
         yield
     except ParameterError as error:
         name = names.get(error.parameter, error.parameter)
-        message = str(error)
-        if message.startswith(error.parameter):
-            message = name + message.removeprefix(error.parameter)
-        raise type(error)(name, message) from None
+        raise type(error)(name, _renamed(str(error), error.parameter, name)) from None
     except ApiError as error:
-        error.param = names.get(error.param or "", error.param)
+        if error.param is not None and error.param in names:
+            error.message = _renamed(error.message, error.param, names[error.param])
+            error.param = names[error.param]
         raise
+
+
+def _renamed(message: str, parameter: str, name: str) -> str:
+    """A message that begins with the parameter's name."""
+    if message.startswith(parameter):
+        return name + message.removeprefix(parameter)
+    return message

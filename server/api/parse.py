@@ -162,10 +162,40 @@ def _leave_out(body: Any, path: list[str | int]) -> None:
 def _deepest(invalid: ValidationError, body: dict[str, Any]) -> ErrorDetails:
     """The most deeply nested error: in a union, it belongs to the branch that was meant.
 
-    A wrong value is preferred to a missing one, which may be missing because of it.
+    A wrong value is preferred to a missing one, which may be missing because of it, and to a wrong
+    type, which other branches have because another one was meant. If no branch has the type, all
+    types are named.
     """
     errors = invalid.errors(include_url=False, include_input=False)
-    return max(errors, key=lambda error: (len(_path(error, body)), error["type"] != "missing"))
+
+    def rank(error: ErrorDetails) -> tuple[int, bool, bool]:
+        wrong_type = error["type"].endswith("_type")
+        return len(_path(error, body)), error["type"] != "missing", not wrong_type
+
+    found = max(errors, key=rank)
+    if found["type"].endswith("_type"):
+        path = _path(found, body)
+        alike = (e for e in errors if e["type"].endswith("_type") and _path(e, body) == path)
+        types = dict.fromkeys(_type_named(each) for each in alike)
+        found["msg"] = f"expected {' or '.join(types)}"
+    return found
+
+
+_TYPES = {
+    "string_type": "a string",
+    "list_type": "a list",
+    "dict_type": "an object",
+    "model_type": "an object",
+    "model_attributes_type": "an object",
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+}
+
+
+def _type_named(error: ErrorDetails) -> str:
+    known = _TYPES.get(error["type"])
+    return known or error["msg"].removeprefix("Input should be ")
 
 
 def _api_error(error: ErrorDetails, body: dict[str, Any]) -> ApiError:

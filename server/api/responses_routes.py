@@ -135,7 +135,7 @@ class ResponsesApi:
 
     async def input_items(self, request: web.Request) -> web.Response:
         stored = await self._found(request)
-        items = [{"id": f"item_{at}", **each} for at, each in enumerate(stored.items)]
+        items = [{"id": f"item_{at}", **_in_parts(item)} for at, item in enumerate(stored.items)]
         if request.query.get("order", "desc") != "asc":
             items.reverse()
         return json_response(
@@ -247,6 +247,16 @@ class ResponsesApi:
         task, _ = self._running[id]
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
+
+
+def _in_parts(item: dict[str, Any]) -> dict[str, Any]:
+    """An item whose content is a list of parts, as OpenAI returns what was sent as a text."""
+    text = item.get("content")
+    if not isinstance(text, str):
+        return item
+    kind = "output_text" if item.get("role") == "assistant" else "input_text"
+    part: dict[str, Any] = {"type": kind, "text": text}
+    return item | {"content": [part | {"annotations": []} if kind == "output_text" else part]}
 
 
 def _owner(request: web.Request) -> str:

@@ -25,6 +25,7 @@ from nybble.engine import EngineConfig, resolve_device
 from nybble.engine.kv_cache import KVCacheLayout
 from nybble.engine.memory import available_bytes, gib
 from nybble.engine.runner import free_kv_bytes
+from nybble.engine.state_cache import cache_sizes, state_bytes
 from nybble.kernels.cpu.build import CpuKernelsUnavailableError, build_fastest
 from nybble.loaders import Checkpoint, open_checkpoint, resolve_model
 from nybble.loaders.cache import cache_folder
@@ -240,25 +241,29 @@ def _fit(
     # A GPU's cache takes what its weights leave.
     left = free - weights if device.type == "cuda" else free_kv_bytes(device)
     try:
-        blocks = layout.blocks_for(config.kv_cache_bytes or left, config.max_num_seqs, length)
+        nbytes = config.kv_cache_bytes or left
+        blocks, states = cache_sizes(architecture, config, layout, length, nbytes)
     except ValueError as error:
         return Finding("memory", str(error), "broken")
     longest = layout.longest_sequence(blocks, length)
-    kv = blocks * layout.block_bytes
+    each_state = state_bytes(architecture, config.dtype)
+    kv = blocks * layout.block_bytes + states * each_state
     text = (
         f"weights {gib(weights)}, KV cache {gib(kv)} ({blocks * layout.block_size:,} tokens; a "
         f"sequence may have {longest:,}), free {gib(free)}: "
     )
     if weights + kv > free:
-        least = len(layout.groups) * layout.block_bytes
+        least = len(layout.groups) * layout.block_bytes + 2 * each_state
         smaller = f"; --kv-cache-memory {free - weights} would" if free - weights >= least else ""
         return Finding("memory", f"{text}does not fit{smaller}", "broken")
     wanted = config.max_model_len or longest
-    at_once = blocks // layout.sequence_blocks(wanted)
+    at_once, bytes_needed = blocks // layout.sequence_blocks(wanted), layout.sequence_bytes(wanted)
+    if each_state:  # states take up to half of the memory
+        at_once, bytes_needed = min(at_once, states), 2 * max(bytes_needed, each_state)
     if at_once < needed:
         text += (
             f"has room for {at_once} sequences of {wanted:,} tokens; {needed} need "
-            f"--kv-cache-memory {needed * layout.sequence_bytes(wanted)}"
+            f"--kv-cache-memory {needed * bytes_needed}"
         )
         return Finding("memory", text, "broken")
     if at_once < config.max_num_seqs:

@@ -37,6 +37,7 @@ from nybble.engine import (
     TokenLogprob,
     resolve_device,
 )
+from nybble.engine.config import require_whole
 from nybble.engine.conversation import (
     ChatEncoder,
     Turn,
@@ -123,6 +124,15 @@ class LLM:
         UnsupportedModelError for a model that cannot be loaded, and ValueError for settings that
         contradict each other or need more memory than there is.
         """
+        for name, value, expected in (
+            ("quantize", quantize, (None, "nf4")),
+            ("head", head, (None, "int8")),
+            ("dtype", dtype, ("auto", "bfloat16", "float16", "float32")),
+        ):
+            if value not in expected:
+                names = ", ".join(map(str, expected))
+                raise ValueError(f"{name} is {value!r}, expected one of {names}")
+        require_whole("max_num_seqs", max_num_seqs)
         chosen = resolve_device(device)
         config = EngineConfig(
             device=str(chosen),

@@ -91,21 +91,8 @@ def test_mixtures_in_one_order_are_refused_by_name(gpu: Device, folder: Path) ->
 
 
 def test_hybrid_models_in_one_order_are_refused_by_name(
-    gpu: Device, folder: Path, tmp_path: Path
+    gpu: Device, tiny_model: Callable[..., Path]
 ) -> None:
-    config = AutoConfig.for_model(
-        "lfm2",
-        vocab_size=300,
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        layer_types=["conv", "full_attention"],
-    )
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(folder / name, tmp_path / name)
-    one_order = replace(GPU, adapters=None, deterministic=True, max_model_len=64)
+    one_order = replace(GPU, adapters=None, deterministic=True)
     with pytest.raises(ValueError, match="deterministic: a GPU reads prompts of lfm2 models"):
-        Engine.load(open_checkpoint(tmp_path), one_order, progress=False)
+        Engine.load(open_checkpoint(tiny_model(family="lfm2")), one_order, progress=False)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from huggingface_hub import ModelInfo
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from nybble.loaders import ModelNotFoundError, resolve, resolve_model
@@ -85,9 +86,10 @@ class GgufHub:
         self.cache, self.files, self.source = cache, files, source
         self.fetched: list[str] = []
 
-    def list_repo_files(self, name: str) -> list[str]:
+    def model_info(self, name: str) -> ModelInfo:
         assert name == "org/tiny-GGUF"
-        return ["README.md", *self.files]
+        files = [{"rfilename": file} for file in ("README.md", *self.files)]
+        return ModelInfo(id=name, siblings=files)
 
     def snapshot_download(
         self, name: str, *, allow_patterns: list[str], local_files_only: bool = False, **_: object
@@ -115,7 +117,7 @@ def gguf_hub(
         hub = GgufHub(tmp_path / "snapshot", list(files), tmp_path / "blob")
         hub.source.touch()
         monkeypatch.setattr(resolve, "snapshot_download", hub.snapshot_download)
-        monkeypatch.setattr(resolve, "list_repo_files", hub.list_repo_files)
+        monkeypatch.setattr(resolve, "model_info", hub.model_info)
         monkeypatch.setattr(resolve, "_gguf_folder", lambda file: file.relative_to(hub.cache))
         return hub
 
@@ -160,6 +162,24 @@ def test_a_repository_with_several_files_asks_which(gguf_hub: Callable[..., Gguf
         resolve_model("org/tiny-GGUF")
     with pytest.raises(ModelNotFoundError, match=r"no \.gguf file is Q4_K; there are tiny-Q4_K_M"):
         resolve_model("org/tiny-GGUF:Q4_K")
+
+
+def test_a_tag_without_a_network_is_an_error_of_one_line(
+    gguf_hub: Callable[..., GgufHub], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hub's client lets its transport's errors through, which have no base of their own."""
+
+    class ConnectError(Exception):
+        pass
+
+    def unreachable(name: str) -> None:
+        raise ConnectError("Name or service not known")
+
+    gguf_hub(*FILES)
+    monkeypatch.setattr(resolve, "model_info", unreachable)
+    with pytest.raises(ModelNotFoundError, match="the hub cannot be reached: Name or service") as e:
+        resolve_model("org/tiny-GGUF:Q4_K_M")
+    assert "\n" not in str(e.value)
 
 
 def test_a_split_file_of_which_a_part_is_missing_is_completed(

@@ -224,9 +224,44 @@ def test_an_empty_list_and_a_long_one_are_refused_in_plain_words(engine: Engine)
         body: dict[str, Any] = {"model": "tiny", "messages": []}
         error = await refused(client, CHAT, body)
         assert error["message"] == "messages: expected at least 1, but there are none"
+        error = await refused(client, "/v1/responses", {"model": "tiny", "input": []})
+        assert error["message"] == "input: expected at least 1, but there are none"
         body = {"model": "tiny", "prompt": ["a", ""]}
         error = await refused(client, COMPLETIONS, body)
         assert error["message"].endswith("[1] is empty")
+
+    run(engine, scenario)
+
+
+def test_a_value_of_a_wrong_type_is_told_every_type_that_is_right(engine: Engine) -> None:
+    async def scenario(client: Client) -> None:
+        error = await refused(client, "/v1/responses", {"model": "tiny", "input": 5})
+        assert error["message"] == "input: expected a string or a list"
+        body = {"model": "tiny", "prompt": "a", "max_tokens": "5"}
+        error = await refused(client, COMPLETIONS, body)
+        assert error["message"] == "max_tokens: expected a whole number"
+
+    run(engine, scenario)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "begins"),
+    [
+        ("thinking", {"type": "enabled", "budget_tokens": 100}, "thinking.budget_tokens is 100"),
+        ("output_config", {"effort": "low"}, "output_config.effort is 'low'"),
+    ],
+)
+def test_errors_name_the_fields_of_messages_that_were_sent(
+    engine: Engine, field: str, value: Any, begins: str
+) -> None:
+    """The tiny model's template knows no reasoning."""
+
+    async def scenario(client: Client) -> None:
+        hello = [{"role": "user", "content": "hello"}]
+        body = {"model": "tiny", "messages": hello, "max_tokens": 200, field: value}
+        async with client.post("/v1/messages", json=body) as response:
+            assert response.status == 400
+            assert (await response.json())["error"]["message"].startswith(begins)
 
     run(engine, scenario)
 

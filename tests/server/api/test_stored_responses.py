@@ -69,6 +69,10 @@ def test_a_conversation_goes_on_by_the_id_of_its_last_response(
         assert same["usage"]["input_tokens"] == second["usage"]["input_tokens"]
         _, items = await get(client, second["id"], of="/input_items?order=asc")
         assert [item["role"] for item in items["data"]] == ["user", "assistant", "user"]
+        # What was sent as a text comes back as a list of parts, as OpenAI's schema has it.
+        asked_part = {"type": "input_text", "text": "and then?"}
+        assert items["data"][-1]["content"] == [asked_part]
+        assert [part["type"] for part in items["data"][1]["content"]] == ["output_text"]
         third = await respond(client, input="why?", previous_response_id=second["id"])
         assert third["usage"]["input_tokens"] > second["usage"]["input_tokens"]
 

@@ -13,7 +13,7 @@ import torch
 from typer.testing import CliRunner, Result
 
 from nybble.engine import Engine, EngineConfig
-from nybble.engine.memory import container_bytes
+from nybble.engine.memory import container_bytes, gib
 from nybble.loaders import open_checkpoint
 from nybble.loaders.footprint import weight_bytes
 from nybble.server.cli.doctor import Finding, Plan, examine
@@ -52,7 +52,7 @@ def test_the_machine_is_examined_without_a_model_too() -> None:
 
 @pytest.mark.parametrize("asked", [None, 8 * KV_TOKEN * 16], ids=["auto", "kv-cache-memory"])
 @pytest.mark.parametrize("context", [None, 100])
-@pytest.mark.parametrize("family", ["qwen2", "mistral"])
+@pytest.mark.parametrize("family", ["qwen2", "mistral", "lfm2"])
 def test_the_kv_cache_is_the_one_that_serve_takes(
     tiny_model: Callable[..., Path], family: str, context: int | None, asked: int | None
 ) -> None:
@@ -93,6 +93,19 @@ def test_more_sequences_than_the_cache_holds_wait(tiny_model: Callable[..., Path
     )
     larger = replace(config, kv_cache_bytes=enough)
     assert findings(Plan(str(tiny_model()), larger, needed=4))["memory"].state == "ok"
+
+
+def test_states_of_sequences_have_to_fit_too(tiny_model: Callable[..., Path]) -> None:
+    """A convolution of LFM2 keeps two rows of its 128 channels for each sequence."""
+    folder = tiny_model(family="lfm2")
+    plan = Plan(str(folder), replace(CONFIG, kv_cache_bytes=8 << 10), needed=1)
+    told = findings(plan)["memory"].text
+    of_blocks = 16 * KV_TOKEN // 2  # one of the two layers has keys and values
+    states = 2 * 2 * 128
+    # 4 running sequences and what they leave behind, which is more than an eighth of 8 KiB.
+    slots = 4
+    blocks = ((8 << 10) - slots * states) // of_blocks
+    assert f"KV cache {gib(blocks * of_blocks + slots * states)} ({16 * blocks} tokens" in told
 
 
 def test_of_a_sliding_window_the_part_that_is_kept_has_to_fit(
