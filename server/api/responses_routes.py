@@ -228,6 +228,8 @@ class ResponsesApi:
                     aclosing(self._generation.run(group)) as results,
                 ):
                     async for index, output in results:
+                        if not outputs:
+                            self._begun(group.id)
                         usage.add(index, output)
                         outputs.append(output)
             formatter.whole([outputs], usage)
@@ -242,6 +244,11 @@ class ResponsesApi:
             self._store.save(replace(stored, response=stored.response | reason))
         finally:
             del self._running[group.id]
+
+    def _begun(self, id: str) -> None:
+        task, stored = self._running[id]
+        begun = replace(stored, response=stored.response | {"status": "in_progress"})
+        self._running[id] = task, begun
 
     async def _stop(self, id: str) -> None:
         task, _ = self._running[id]

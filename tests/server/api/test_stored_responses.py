@@ -114,6 +114,9 @@ def test_a_response_is_made_in_the_background(engine: Engine, store: tuple[Path,
 def test_a_response_in_the_background_is_cancelled(engine: Engine, store: tuple[Path, int]) -> None:
     async def scenario(client: Client) -> None:
         queued = await respond(client, background=True, max_output_tokens=2000)
+        while (await get(client, queued["id"]))[1]["status"] == "queued":
+            await asyncio.sleep(0.02)
+        assert (await get(client, queued["id"]))[1]["status"] == "in_progress"
         body = {**BODY, "previous_response_id": queued["id"]}
         assert "not finished" in (await refused(client, RESPONSES, body))["message"]
         async with client.post(f"{RESPONSES}/{queued['id']}/cancel", json={}) as response:
