@@ -8,14 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from nybble.server.api.output.calls import (
-    CallSyntax,
-    JsonCall,
-    NamedCall,
-    PythonCall,
-    TaggedCall,
-)
+from nybble.server.api.output.calls import CallSyntax
 from nybble.server.api.output.escaped_calls import EscapedCall
+from nybble.server.api.output.json_calls import JsonCall, NamedCall
+from nybble.server.api.output.python_calls import PythonCall
+from nybble.server.api.output.tagged_calls import TaggedCall
 
 Pieces = tuple[str, ...]
 

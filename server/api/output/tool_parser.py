@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from nybble.server.api.output.calls import CallReader, JsonReader
+from nybble.server.api.output.calls import CallReader
 from nybble.server.api.output.events import Arguments, Call, ParsedDelta, Text
+from nybble.server.api.output.json_calls import JsonReader
 from nybble.server.api.output.markers import first_of, may_become, unsettled
 from nybble.server.api.output.tool_formats import ToolFormat
 
