@@ -1,13 +1,22 @@
-"""Which CPU kernels the default suite tests, and what Triton's interpreter lacks for a GPU."""
+"""The CPU kernels, which of them are tested by default, and what Triton's interpreter lacks."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from nybble.kernels.cpu.build import TARGETS, Target, missing_cpu_features
+from nybble.kernels.cpu.build import (
+    TARGETS,
+    Target,
+    missing_cpu_features,
+    usable_targets,
+)
+from nybble.kernels.cpu.library import CpuLibrary
+
+from .cpu_kernels import compiled
 
 HERE = Path(__file__).parent
 
@@ -25,6 +34,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             targets = [v for v in values.params.values() if isinstance(v, Target)] if values else []
             if any(target not in (native, TARGETS[-1]) for target in targets):
                 item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture(scope="module", params=TARGETS, ids=lambda target: target.name)
+def cpu(request: pytest.FixtureRequest) -> CpuLibrary:
+    """The kernels compiled for each target this machine runs, which must be one at least."""
+    usable_targets()
+    return compiled(request.param)
+
+
+@pytest.fixture(scope="module")
+def two_threads() -> Iterator[None]:
+    """The kernels split their work among torch's threads, however many processes run tests."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

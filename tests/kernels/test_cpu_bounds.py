@@ -21,7 +21,6 @@ from torch import Tensor
 
 from nybble.kernels import PackedWeight, reference
 from nybble.kernels.attention_batch import AttentionBatch
-from nybble.kernels.cpu.build import TARGETS, build, missing_cpu_features
 from nybble.kernels.cpu.library import CpuLibrary
 from nybble.kernels.lora_batch import LoRABatch
 from nybble.kernels.packed import INTEGER_LEVELS, SYMMETRIC_LEVELS, pack_nibbles
@@ -60,13 +59,6 @@ def guard(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Gu
     monkeypatch.setattr(torch, "empty", guard.empty)
     monkeypatch.setattr(torch, "empty_like", lambda x: guard.empty(*x.shape, dtype=x.dtype))
     return guard
-
-
-@pytest.fixture(scope="module", params=TARGETS, ids=lambda target: target.name)
-def cpu(request: pytest.FixtureRequest) -> CpuLibrary:
-    if missing := missing_cpu_features(request.param):
-        pytest.skip(f"this CPU lacks {', '.join(missing)}")
-    return CpuLibrary(ctypes.CDLL(str(build(request.param))))
 
 
 def test_a_guarded_tensor_has_no_neighbour(guard: Guard) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -14,26 +12,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from nybble.kernels import DenseWeight, PackedWeight, reference
-from nybble.kernels.cpu.build import TARGETS, build, missing_cpu_features
 from nybble.kernels.cpu.library import CpuLibrary
 from nybble.kernels.packed import INTEGER_LEVELS, SYMMETRIC_LEVELS, pack_nibbles
 
-CODEBOOK = torch.linspace(-1, 1, 16).bfloat16().float()
+from .cpu_kernels import CODEBOOK
 
-
-@pytest.fixture(scope="module", params=TARGETS, ids=lambda target: target.name)
-def cpu(request: pytest.FixtureRequest) -> CpuLibrary:
-    if missing := missing_cpu_features(request.param):
-        pytest.skip(f"this CPU lacks {', '.join(missing)}")
-    return CpuLibrary(ctypes.CDLL(str(build(request.param))))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _two_threads() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("two_threads")
 
 
 def random_experts(

@@ -1,0 +1,54 @@
+"""CPU kernels compiled for a target, and weights for them."""
+
+from __future__ import annotations
+
+import ctypes
+
+import pytest
+import torch
+from torch import Tensor
+
+from nybble.kernels import PackedWeight
+from nybble.kernels.cpu.build import Target, build, missing_cpu_features
+from nybble.kernels.cpu.library import CpuLibrary
+from nybble.kernels.packed import INTEGER_LEVELS, SYMMETRIC_LEVELS, pack_nibbles
+
+CODEBOOK = torch.linspace(-1, 1, 16).bfloat16().float()
+
+
+def compiled(target: Target) -> CpuLibrary:
+    """The kernels for a target; a test of one that this machine lacks is skipped."""
+    if missing := missing_cpu_features(target):
+        pytest.skip(f"this CPU lacks {', '.join(missing)}")
+    return CpuLibrary(ctypes.CDLL(str(build(target))))
+
+
+def random_weight(
+    out: int,
+    columns: int,
+    group: int,
+    kind: str,
+    dtype: torch.dtype,
+    *,
+    act_order: bool,
+    bias: bool,
+) -> PackedWeight:
+    groups = -(-columns // group)
+    zeros = torch.randint(0, 16, (out, groups)).to(dtype) if kind == "asym" else None
+    levels = {"asym": INTEGER_LEVELS, "sym": SYMMETRIC_LEVELS, "codebook": CODEBOOK}[kind]
+    return PackedWeight(
+        qweight=pack_nibbles(torch.randint(0, 16, (out, columns), dtype=torch.uint8)),
+        scales=torch.rand(out, groups).to(dtype),
+        zeros=zeros,
+        levels=levels,
+        out_features=out,
+        in_features=columns,
+        group_size=group,
+        perm=torch.randperm(columns).int() if act_order else None,
+        bias=torch.randn(out).bfloat16() if bias else None,
+    )
+
+
+def transposed(x: Tensor) -> Tensor:
+    """The same values and shape, the first two dimensions' strides exchanged."""
+    return x.transpose(0, 1).contiguous().transpose(0, 1)

@@ -1,0 +1,130 @@
+"""How the CPU kernels are compiled: which target, by which compiler, and what may fail."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from nybble.kernels.cpu.build import (
+    CpuKernelsUnavailableError,
+    build_fastest,
+    load,
+    usable_targets,
+    wanted_targets,
+)
+from nybble.kernels.cpu.library import CpuLibrary
+
+
+def test_a_missing_compiler_and_a_missing_instruction_set_are_named(tmp_path: Path) -> None:
+    with pytest.raises(CpuKernelsUnavailableError, match="no C\\+\\+ compiler: no-such-compiler"):
+        build_fastest(compiler="no-such-compiler", cache=tmp_path)
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text("flags\t: fpu sse avx2 fma\n")
+    with pytest.raises(CpuKernelsUnavailableError, match="this CPU lacks f16c"):
+        usable_targets(cpuinfo)
+
+
+@pytest.mark.parametrize(
+    ("added", "best"),
+    [
+        ("", "avx2"),
+        ("avx_vnni", "avx2_vnni"),
+        ("avx512f avx512bw avx512vl", "avx2"),  # Knights Landing and the like lack some
+        ("avx512f avx512bw avx512vl avx512dq", "avx512"),
+        ("avx512f avx512bw avx512vl avx512dq avx512_vnni", "avx512_vnni"),
+        ("avx512f avx512bw avx512vl avx512dq avx512_vnni avx512_bf16", "avx512_bf16"),
+    ],
+)
+def test_the_best_target_is_chosen_by_the_flags_of_the_cpu(
+    tmp_path: Path, added: str, best: str
+) -> None:
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(f"flags\t: avx2 fma f16c {added}\n")
+    assert usable_targets(cpuinfo)[0].name == best
+
+
+def test_a_target_may_be_named_and_another_one_is_not_taken_in_its_place(tmp_path: Path) -> None:
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text("flags\t: avx2 fma f16c avx512f avx512bw avx512vl avx512dq avx512_bf16\n")
+    assert [target.name for target in wanted_targets("avx2", cpuinfo)] == ["avx2"]
+    assert [target.name for target in wanted_targets("", cpuinfo)] == [
+        "avx512_bf16",
+        "avx512",
+        "avx2",
+    ]
+    with pytest.raises(ValueError, match="is 'sse', expected avx512_bf16, avx512_vnni, avx512, "):
+        wanted_targets("sse", cpuinfo)
+    cpuinfo.write_text("flags\t: avx2 fma f16c avx512f avx512bw avx512vl avx512dq\n")
+    with pytest.raises(ValueError, match="is avx512_bf16, but this CPU lacks avx512_bf16"):
+        wanted_targets("avx512_bf16", cpuinfo)
+
+
+def test_the_environment_names_the_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    touched = compiler_script(tmp_path, 'while [ "$1" != -o ]; do shift; done; touch "$2"')
+    for target in usable_targets():
+        monkeypatch.setenv("NYBBLE_CPU_TARGET", target.name)
+        library = build_fastest(compiler=touched, cache=tmp_path / "cache")
+        assert library.name.startswith(f"cpu-{target.name}-")
+
+
+def compiler_script(folder: Path, body: str) -> str:
+    path = folder / "g++"
+    path.write_text(f"#!/bin/sh\n{body}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_a_compiler_too_old_for_the_best_target_builds_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    if len(usable_targets()) < 2:
+        pytest.skip("this CPU runs no target but the last")
+    best, second, *_ = usable_targets()
+    flag = next(flag for flag in best.flags if flag not in second.flags)
+    monkeypatch.delenv("NYBBLE_CPU_TARGET", raising=False)
+    old = compiler_script(
+        tmp_path,
+        f'case "$*" in *{flag}*) echo unrecognized option >&2; exit 1;; esac\n'
+        'while [ "$1" != -o ]; do shift; done; touch "$2"',
+    )
+    library = build_fastest(compiler=old, cache=tmp_path / "cache")
+    assert library.name.startswith(f"cpu-{second.name}-")
+    assert f"no {best.name} kernels" in caplog.text
+    assert "unrecognized option" in caplog.text
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(CpuKernelsUnavailableError, match=r"file/kernels cannot be written .*XDG_"):
+        build_fastest(cache=tmp_path / "file" / "kernels")
+
+
+@pytest.mark.parametrize("content", [b"", b"not a library"])
+def test_a_library_that_cannot_be_loaded_is_built_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes
+) -> None:
+    whole = build_fastest()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    spoilt = tmp_path / "nybble" / "kernels" / whole.name
+    spoilt.parent.mkdir(parents=True)
+    spoilt.write_bytes(content)
+    copying = compiler_script(tmp_path, f'while [ "$1" != -o ]; do shift; done; cp "{whole}" "$2"')
+    monkeypatch.setenv("PATH", f"{Path(copying).parent}:{os.environ['PATH']}")
+    CpuLibrary(load())
+    assert spoilt.read_bytes() == whole.read_bytes()
+
+
+def test_builds_at_once_do_not_disturb_each_other(tmp_path: Path) -> None:
+    slow = compiler_script(
+        tmp_path, 'while [ "$1" != -o ]; do shift; done; sleep 0.2; echo whole > "$2"'
+    )
+    with ThreadPoolExecutor(4) as pool:
+        calls = [
+            pool.submit(build_fastest, compiler=slow, cache=tmp_path / "cache") for _ in range(4)
+        ]
+        (library,) = {call.result() for call in calls}
+    assert library.read_text() == "whole\n"
+    assert [path.name for path in library.parent.iterdir()] == [library.name]
