@@ -100,7 +100,7 @@ def pack_gemv(awq: Path, target: Path) -> None:
     for module, weight in expected.items():
         del tensors[f"{module}.qzeros"]
         out, columns = weight.shape
-        # The least group that the packing has, of scales and zeros that represent the weights' range.
+        # The least group that the packing has.
         groups = weight.float().view(out, columns // size, size)
         low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
         scales = ((high - low) / 15).half()
