@@ -23,6 +23,7 @@ _network = partial(typer.Option, rich_help_panel="Network")
 _keys = partial(typer.Option, rich_help_panel="Keys")
 _memory = partial(typer.Option, rich_help_panel="Memory and batching")
 _adapters = partial(typer.Option, rich_help_panel="Adapters")
+_storage = partial(typer.Option, rich_help_panel="Files and batches")
 _training = partial(typer.Option, rich_help_panel="Fine-tuning")
 _failures = partial(typer.Option, rich_help_panel="Failures")
 _logs = partial(typer.Option, rich_help_panel="Logging")
@@ -357,28 +358,42 @@ class AdapterOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingOptions:
-    """Training over the API. Sizes are bytes."""
+class StorageOptions:
+    """Files over the API, and the batches of requests in them. Sizes are bytes."""
 
-    fine_tuning: Annotated[
-        bool, _training("--fine-tuning", help="Accept training files and jobs over the API.")
+    batches: Annotated[
+        bool,
+        _storage(
+            "--batches",
+            help="Accept files of requests over the API, and batches, which run in the room that "
+            "other requests leave.",
+        ),
     ] = False
     state_dir: Annotated[
         Path | None,
-        _training(
-            help="Folder for files, jobs and trained adapters (default: ~/.local/state/nybble); "
-            "implies --fine-tuning.",
+        _storage(
+            help="Folder for files, batches, jobs and trained adapters (default: "
+            "~/.local/state/nybble); without --batches it implies --fine-tuning.",
             file_okay=False,
         ),
     ] = None
     max_file_size: Annotated[
         int,
-        _training(**_SIZE, help="Largest file that can be uploaded (default: 512MiB)."),
+        _storage(**_SIZE, help="Largest file that can be uploaded (default: 512MiB)."),
     ] = 512 << 20
     file_quota: Annotated[
         int,
-        _training(**_SIZE, help="Most bytes of one tenant's files together (default: 4GiB)."),
+        _storage(**_SIZE, help="Most bytes of one tenant's files together (default: 4GiB)."),
     ] = 4 << 30
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions:
+    """Training over the API."""
+
+    fine_tuning: Annotated[
+        bool, _training("--fine-tuning", help="Accept training files and jobs over the API.")
+    ] = False
     fine_tuning_threads: Annotated[
         int | None,
         _training(help="Threads of a job on the CPU (default: half of the processors).", min=1),
@@ -422,8 +437,15 @@ class ServeOptions:
     keys: KeyOptions = KeyOptions()
     memory: MemoryOptions = MemoryOptions()
     adapters: AdapterOptions = AdapterOptions()
+    storage: StorageOptions = StorageOptions()
     training: TrainingOptions = TrainingOptions()
     operation: OperationOptions = OperationOptions()
+
+    @property
+    def trains(self) -> bool:
+        """Whether the server runs training jobs."""
+        named = self.storage.state_dir is not None and not self.storage.batches
+        return self.training.fine_tuning or named
 
     @property
     def served_names(self) -> tuple[str, ...]:

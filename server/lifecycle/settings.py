@@ -8,6 +8,7 @@ from pathlib import Path
 from ssl import SSLContext
 from typing import TYPE_CHECKING, Literal
 
+from nybble.server.files.storage import StorageSettings
 from nybble.server.http.cors import Cors
 from nybble.server.tenancy.tenants import Tenants
 from nybble.server.training.settings import TrainingSettings
@@ -45,6 +46,8 @@ class ServerSettings:
     tracing: None if requests are not traced.
     vllm_metrics: whether /metrics has vLLM's names too.
     model_folder: the folder of the served model, for training jobs.
+    storage: where files are kept; needed for batches and training.
+    batches: whether the server runs batches of requests.
     training: None if the server runs no training jobs.
     """
 
@@ -71,4 +74,6 @@ class ServerSettings:
     tracing: Tracing | None = None
     vllm_metrics: bool = False
     model_folder: Path | None = None
+    storage: StorageSettings | None = None
+    batches: bool = False
     training: TrainingSettings | None = None
