@@ -19,7 +19,6 @@ from nybble.server.adapters.admin import ADMIN_PATHS, AdapterAdmin
 from nybble.server.adapters.owners import AdapterOwners
 from nybble.server.adapters.state import AdapterState
 from nybble.server.api.model_names import ModelNames
-from nybble.server.api.output.dialect import Dialects
 from nybble.server.api.parse import LARGE_BODIES, UNKNOWN_FIELDS, LargeBodies, UnknownFields
 from nybble.server.api.respond import json_response
 from nybble.server.api.response_store import ResponseStore
@@ -95,7 +94,7 @@ def make_app(
         templates,
         ended,
         trust_chat_templates=settings.trust_chat_templates,
-        dialects=Dialects(settings.reasoning_parser, settings.tool_call_parser),
+        dialects=settings.dialects,
         response_store=settings.response_store and ResponseStore(*settings.response_store),
         root_path=settings.root_path,
     )

@@ -20,15 +20,18 @@ class Results:
     bytes: of both files.
     """
 
-    def __init__(self, folder: Path) -> None:
-        """Open or create the files; what a killed server wrote of a line is removed."""
-        folder.mkdir(parents=True, exist_ok=True)
-        self.output, self.errors = folder / "output.jsonl", folder / "errors.jsonl"
+    def __init__(self, output: Path, errors: Path) -> None:
+        """Open or create the files, which may be one; what a killed process wrote of a line is
+        removed.
+
+        output: of requests that succeeded. errors: of the others.
+        """
+        self.output, self.errors = output, errors
         self.done: set[str] = set()
         self.expired = False
         self._counts: dict[Path, int] = {}
         self._sizes: dict[Path, int] = {}
-        for path in (self.output, self.errors):
+        for path in {output, errors}:
             self._open(path)
 
     @property
@@ -42,6 +45,11 @@ class Results:
     @property
     def bytes(self) -> int:
         return sum(self._sizes.values())
+
+    @classmethod
+    def in_folder(cls, folder: Path) -> Results:
+        folder.mkdir(parents=True, exist_ok=True)
+        return cls(folder / "output.jsonl", folder / "errors.jsonl")
 
     def add(self, custom_id: str, answer: Answer) -> None:
         """Append a result. Raises OSError, and then the files are as they were."""
@@ -66,8 +74,11 @@ class Results:
             for line in file:
                 if not line.endswith(b"\n"):
                     break
-                result = from_json(line)
-                self.done.add(result["custom_id"])
+                try:
+                    result = from_json(line)
+                    self.done.add(result["custom_id"])
+                except (ValueError, LookupError, TypeError):
+                    raise ValueError(f"{path} has a line that is no result of a batch") from None
                 self.expired |= (result["error"] or {}).get("code") == EXPIRED
                 size += len(line)
                 count += 1

@@ -177,7 +177,7 @@ class Runner:
 
     def _begin(self, batch: Batch, index: LineIndex) -> Results | None:
         """The results so far; None if servers end before a line is finished."""
-        results = Results(self._folder / batch.id)
+        results = Results.in_folder(self._folder / batch.id)
         counts = {"completed": results.completed, "failed": results.failed}
         if batch.status == "validating":
             told = {"total": len(index.offsets), "model": index.model or self._names.first}
@@ -296,7 +296,7 @@ class Runner:
     def _fail(self, batch: Batch, errors: list[dict[str, Any]]) -> None:
         """End a batch by errors; what has a result already keeps it."""
         errors = [{"line": None, "param": None, **error} for error in errors]
-        results = Results(self._folder / batch.id)
+        results = Results.in_folder(self._folder / batch.id)
         self._publish(batch, results)
         counts = {"completed": results.completed, "failed": results.failed}
         self._batches.move(batch, "failed", since=UNFINISHED, errors=errors, **counts)

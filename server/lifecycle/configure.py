@@ -13,7 +13,7 @@ import torch
 
 from nybble.engine import AdapterConfig, EngineConfig, resolve_device
 from nybble.server.adapters.state import default_path
-from nybble.server.api.output.dialect import REASONING_NAMES, TOOL_NAMES
+from nybble.server.api.output.dialect import REASONING_NAMES, TOOL_NAMES, Dialects
 from nybble.server.files.storage import StorageSettings, default_state
 from nybble.server.http.cors import Cors
 from nybble.server.http.tls import tls_context
@@ -112,8 +112,7 @@ def server_settings(options: ServeOptions, device: str, *, loopback: bool) -> Se
         console=not network.no_console,
         unknown_fields=network.unknown_fields,
         trust_chat_templates=network.trust_request_chat_template,
-        reasoning_parser=_known("--reasoning-parser", network.reasoning_parser, REASONING_NAMES),
-        tool_call_parser=_known("--tool-call-parser", network.tool_call_parser, TOOL_NAMES),
+        dialects=dialects_of(options),
         response_store=None
         if network.response_store is None
         else (network.response_store, network.response_store_size),
@@ -122,6 +121,15 @@ def server_settings(options: ServeOptions, device: str, *, loopback: bool) -> Se
         storage=_storage_settings(options),
         batches=options.storage.batches,
         training=_training_settings(options, device) if options.trains else None,
+    )
+
+
+def dialects_of(options: ServeOptions) -> Dialects:
+    """How the model's reasoning and tool calls are written. Raises ValueError."""
+    network = options.network
+    return Dialects(
+        _known("--reasoning-parser", network.reasoning_parser, REASONING_NAMES),
+        _known("--tool-call-parser", network.tool_call_parser, TOOL_NAMES),
     )
 
 

@@ -84,6 +84,38 @@ KVCacheDtypeOption = Annotated[
     _memory(help="int8 or fp8 halve the KV cache's memory (GPU)."),
 ]
 
+LoraModulesOption = Annotated[
+    list[str] | None,
+    _adapters(
+        metavar="NAME=PATH",
+        help="Adapter to load at the start (folder or hub name), repeatable.",
+    ),
+]
+MergeAdapterOption = Annotated[
+    str | None,
+    _adapters(
+        help="Adapter (folder or hub name) to merge into the model, so that it does not slow "
+        "requests. On a 4-bit base the first start calibrates, which takes minutes."
+    ),
+]
+MaxLoraRankOption = Annotated[
+    int, _adapters(help="Highest rank; every slot takes memory for it.", min=1, max=256)
+]
+ReasoningParserOption = Annotated[
+    str,
+    _network(
+        help="Format of the model's reasoning, by vLLM's names (qwen3, deepseek_r1, granite, "
+        "…), or 'none' (default: what the chat template shows)."
+    ),
+]
+ToolCallParserOption = Annotated[
+    str,
+    _network(
+        help="Format of the model's tool calls, by vLLM's names (hermes, llama3_json, mistral, "
+        "…), or 'none' (default: what the chat template shows)."
+    ),
+]
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
@@ -196,20 +228,8 @@ class NetworkOptions:
             help="Accept chat templates in requests; they run in a sandbox.",
         ),
     ] = False
-    reasoning_parser: Annotated[
-        str,
-        _network(
-            help="Format of the model's reasoning, by vLLM's names (qwen3, deepseek_r1, granite, "
-            "…), or 'none' (default: what the chat template shows)."
-        ),
-    ] = "auto"
-    tool_call_parser: Annotated[
-        str,
-        _network(
-            help="Format of the model's tool calls, by vLLM's names (hermes, llama3_json, mistral, "
-            "…), or 'none' (default: what the chat template shows)."
-        ),
-    ] = "auto"
+    reasoning_parser: ReasoningParserOption = "auto"
+    tool_call_parser: ToolCallParserOption = "auto"
     response_store: Annotated[
         Path | None,
         _network(
@@ -308,20 +328,8 @@ class AdapterOptions:
             help="Reserve memory for adapters; the other adapter options imply it.",
         ),
     ] = False
-    lora_modules: Annotated[
-        list[str] | None,
-        _adapters(
-            metavar="NAME=PATH",
-            help="Adapter to load at the start (folder or hub name), repeatable.",
-        ),
-    ] = None
-    merge_adapter: Annotated[
-        str | None,
-        _adapters(
-            help="Adapter (folder or hub name) to merge into the model, so that it does not slow "
-            "requests. On a 4-bit base the first start calibrates, which takes minutes."
-        ),
-    ] = None
+    lora_modules: LoraModulesOption = None
+    merge_adapter: MergeAdapterOption = None
     lora_root: Annotated[
         list[Path] | None,
         _adapters(
@@ -348,9 +356,7 @@ class AdapterOptions:
         ),
     ] = None
     max_loras: Annotated[int, _adapters(help="Most adapters in one step.", min=1)] = 8
-    max_lora_rank: Annotated[
-        int, _adapters(help="Highest rank; every slot takes memory for it.", min=1, max=256)
-    ] = 64
+    max_lora_rank: MaxLoraRankOption = 64
     lora_host_memory: Annotated[
         int,
         _adapters(**_SIZE, help="Memory for adapters which are in no slot (default: 4GiB)."),

@@ -30,7 +30,6 @@ Clock = Callable[[], float]
 _MEMORY_SECONDS = 60.0  # after this, an observed rate's weight falls to a third
 _MIN_SECONDS = 1.0  # of a queue, before its rate is used
 _MEMORY_SEQUENCES = 200
-_BACKGROUND_SECONDS = 0.02  # between two looks for free seats
 _FIRST_GUESS = 256.0  # mean output in tokens, before any is observed
 
 
@@ -105,6 +104,7 @@ class Admission:
         self._seen = (clock(), computed())
         self._in_background = 0
         self._turn = asyncio.Lock()  # which is first come, first served
+        self._freed = asyncio.Event()  # set when sequences have ended
 
     @property
     def rate(self) -> float | None:
@@ -137,6 +137,7 @@ class Admission:
             yield
         finally:
             self._observe()
+            self._freed.set()
             self._sequences[name] -= sequences
             self._tokens[name] -= need
             if not self._sequences[name]:
@@ -153,12 +154,14 @@ class Admission:
                 self._in_background
                 and self._sequences.total() + self._in_background + sequences > self.capacity.seats
             ):
-                await asyncio.sleep(_BACKGROUND_SECONDS)
+                self._freed.clear()
+                await self._freed.wait()
             self._in_background += sequences
         try:
             yield
         finally:
             self._in_background -= sequences
+            self._freed.set()
 
     def _require_place(self, tenant: Tenant | None, sequences: int) -> None:
         total, most = self._sequences.total(), self.capacity.sequences
