@@ -65,8 +65,6 @@ logger = logging.getLogger(__name__)
 
 # Wider heads spill in the prefill kernel, and do not compile for Blackwell.
 _MAX_GPU_HEAD_DIM = 256
-# Tokens of the prompt's end by which a predicted output is found.
-_PREDICTION_CONTEXT = 4
 
 
 class Engine:
@@ -259,7 +257,7 @@ class Engine:
             speculation = None
             if config.speculate != "off":
                 speculation = Speculation(
-                    config.max_draft_tokens, adaptive=config.speculate == "auto"
+                    NgramDrafter(), config.max_draft_tokens, adaptive=config.speculate == "auto"
                 )
             return Scheduler(
                 blocks, config.max_num_seqs, config.max_batched_tokens, speculation=speculation
@@ -441,7 +439,6 @@ class Engine:
             detokenizer=Detokenizer(self.vocabulary, prompt, params),
             sampler=SequenceSampler(params, prompt, ends=ends, bad_words=self._bad_words(params)),
             stop_token_ids=ends,
-            drafter=None if self._config.speculate == "off" else _drafter(request),
         )
 
     def end_tokens(self, params: SamplingParams) -> frozenset[int]:
@@ -463,12 +460,6 @@ class Engine:
         words = {tuple(each.ids): None for each in encoded if each.ids}
         # A tokenizer may know more tokens than the model can say.
         return tuple(word for word in words if max(word) < self.vocab_size)
-
-
-def _drafter(request: Request) -> NgramDrafter:
-    """Knows what is expected where the prompt ends, too."""
-    prompt, expected = request.prompt_token_ids, request.prediction
-    return NgramDrafter((*prompt[-_PREDICTION_CONTEXT:], *expected) if expected else ())
 
 
 def _require_numbers(output: RequestOutput) -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import Enum
 from hashlib import blake2b
 
 from nybble.engine.adapter_cache import AdapterVersion
 from nybble.engine.detokenizer import Detokenizer
-from nybble.engine.ngram_drafter import Draft, NgramDrafter
 from nybble.engine.prompt_reader import EmbeddingReader, LogprobReader
 from nybble.engine.request import FinishReason, Request, RequestOutput
 from nybble.engine.sampler import Sampled, SequenceSampler
@@ -78,7 +77,6 @@ class Sequence:
     prefix_valid_until: the step from which on it is looked up again.
     overtaken: others admitted while it lacked an adapter slot or blocks.
     prompt_reader: what is still to be read of the prompt, until its result is taken.
-    drafter: proposes tokens that may come next; None if none are to be drafted.
     acceptance: what became of its drafts.
     """
 
@@ -89,7 +87,6 @@ class Sequence:
         detokenizer: Detokenizer,
         sampler: SequenceSampler,
         stop_token_ids: frozenset[int] = frozenset(),
-        drafter: NgramDrafter | None = None,
     ) -> None:
         self.request = request
         self.request_id = request.request_id
@@ -115,7 +112,6 @@ class Sequence:
         self.cached_prefix = NOTHING_CACHED
         self.prefix_valid_until = 0
         self.overtaken = 0
-        self.drafter = drafter
         self.acceptance = Acceptance()
         self.prompt_reader: LogprobReader | EmbeddingReader | None = None
         if request.pooling is not None:
@@ -160,18 +156,10 @@ class Sequence:
         """1 while decoding; more while the prompt (or a preempted sequence) is prefilled."""
         return len(self.token_ids) - self.num_computed_tokens
 
-    def draft(self, limit: int) -> Draft | None:
-        """Up to ``limit`` tokens that may follow its newest, none of which its guide forbids."""
-        # The last token that it may have is sampled and never drafted.
-        limit = min(limit, self.max_tokens - self.num_output_tokens - 1)
-        if self.drafter is None or limit <= 0:
-            return None
-        self.drafter.extend(self.token_ids[len(self.drafter) :])
-        draft = self.drafter.propose(limit)
-        if draft is not None and (guide := self.request.guide) is not None:
-            allowed = draft.tokens[: guide.accepts(draft.tokens)]
-            return replace(draft, tokens=allowed) if allowed else None
-        return draft
+    @property
+    def draft_room(self) -> int:
+        """The most draft tokens it can use: the last token that it may have is sampled."""
+        return self.max_tokens - self.num_output_tokens - 1
 
     @property
     def goes_on(self) -> bool:

@@ -13,10 +13,16 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-from nybble.engine import AdapterConfig, Engine, EngineConfig, Request, SamplingParams
-from nybble.engine import engine as engine_module
+from nybble.engine import (
+    AdapterConfig,
+    Engine,
+    EngineConfig,
+    Request,
+    SamplingParams,
+    ngram_drafter,
+)
 from nybble.engine.guide import GrammarCompiler
-from nybble.engine.ngram_drafter import Draft, NgramDrafter
+from nybble.engine.ngram_drafter import Match, Ngrams
 from nybble.loaders import open_checkpoint
 
 CONFIG = EngineConfig(
@@ -31,14 +37,14 @@ CONFIG = EngineConfig(
 Answer = tuple[list[int], str, list[Any], str | None]
 
 
-class Informed(NgramDrafter):
+class Informed(Ngrams):
     """Drafts what the sequence will say, of which it knows most: some tokens are wrong."""
 
     texts: ClassVar[list[tuple[int, ...]]] = []
     chance: ClassVar = random.Random(0)
 
-    def propose(self, limit: int) -> Draft:
-        return Draft(self._next(limit), agreeing=4)
+    def find(self, limit: int) -> Match:
+        return Match(self._next(limit), agreeing=4)
 
     def _next(self, limit: int) -> tuple[int, ...]:
         said = tuple(self._tokens)
@@ -150,7 +156,7 @@ def test_whatever_is_asked_the_answers_are_those_without_drafts(
     monkeypatch.setattr(
         Informed, "texts", [(*prompts[kind], *expected[kind][0]) for kind in prompts]
     )
-    monkeypatch.setattr(engine_module, "NgramDrafter", Informed)
+    monkeypatch.setattr(ngram_drafter, "Ngrams", Informed)
     drafting = models(kv_cache_bytes=kv_cache_bytes, speculate="ngram")
     for _ in range(2):  # the second time with a prefix cache
         assert answers(drafting, prompts) == expected
@@ -182,7 +188,7 @@ def test_drafts_behind_a_cached_prompt_are_not_counted_as_prompt_tokens(
     plain = models()
     expected = answers(plain, prompts)
     monkeypatch.setattr(Informed, "texts", [(*prompts["greedy"], *expected["greedy"][0])])
-    monkeypatch.setattr(engine_module, "NgramDrafter", Informed)
+    monkeypatch.setattr(ngram_drafter, "Ngrams", Informed)
     drafting = models(speculate="ngram")
     for _ in range(2):  # all but the last token of the prompt is cached the second time
         assert answers(drafting, prompts) == expected
@@ -193,7 +199,7 @@ def test_a_draft_never_takes_a_block_or_a_token_of_the_budget_that_another_needs
     models: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Informed, "texts", [])
-    monkeypatch.setattr(engine_module, "NgramDrafter", Informed)
+    monkeypatch.setattr(ngram_drafter, "Ngrams", Informed)
     prompts = {"greedy": prompt(1, 30), "sampled": prompt(2, 30), "few": prompt(3, 30)}
     plain = models(kv_cache_bytes=100 << 10)
     expected = answers(plain, prompts)
