@@ -107,6 +107,10 @@ class ScheduledSequence:
         return cls(sequence, kind, start, num_tokens, completes, samples, int(samples), reader)
 
     @property
+    def decodes(self) -> bool:
+        return self.kind is StepKind.DECODE
+
+    @property
     def token_ids(self) -> list[int]:
         """Of the positions computed."""
         end = self.start + self.num_tokens - len(self.draft)
