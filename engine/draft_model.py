@@ -19,11 +19,17 @@ if TYPE_CHECKING:
 MAX_GPU_HEAD_DIM = 256
 
 
-def check_draft_model(target: Checkpoint, draft: Checkpoint | None, config: EngineConfig) -> None:
+def check_speculation(target: Checkpoint, draft: Checkpoint | None, config: EngineConfig) -> None:
     """Raises ValueError, which says why, if a model cannot be drafted for as the config asks.
 
     draft: None for no draft model.
     """
+    served = architecture_of(target.config)
+    if served.recurrents and config.speculate != "off":
+        raise ValueError(
+            f"speculate is {config.speculate!r}, expected 'off': {served.family} models have "
+            "layers whose states cannot be taken back to before a draft"
+        )
     if draft is None:
         if config.speculate == "draft":
             raise ValueError(
@@ -57,8 +63,7 @@ def check_draft_model(target: Checkpoint, draft: Checkpoint | None, config: Engi
                 f"the draft model {name} has another vocabulary: token {id} is {other!r} there and "
                 f"{token!r} in {target.folder.name}; expected a model with the same tokenizer"
             )
-    vocab = architecture_of(target.config).vocab
-    most = max(id for id in known if id < vocab)
+    most = max(id for id in known if id < served.vocab)
     if most >= architecture.vocab:
         raise ValueError(
             f"the draft model {name} has {architecture.vocab} tokens and {target.folder.name} "

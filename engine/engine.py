@@ -11,7 +11,7 @@ import logging
 from collections.abc import AsyncGenerator, Callable, Mapping
 from collections.abc import Sequence as Several
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from nybble.engine.detokenizer import Detokenizer
 from nybble.engine.draft_model import (
     MAX_GPU_HEAD_DIM,
     DraftCache,
-    check_draft_model,
+    check_speculation,
     load_draft_decoder,
 )
 from nybble.engine.drafter import Drafter
@@ -136,7 +136,7 @@ class Engine:
         """
         architecture = architecture_of(checkpoint.config)
         check_ranks(architecture, config)
-        check_draft_model(checkpoint, draft, config)
+        check_speculation(checkpoint, draft, config)
         if ranks is not None:
             return cls._load(checkpoint, architecture, config, progress, ranks, draft)
         ranks = start_ranks(config)
@@ -200,11 +200,6 @@ class Engine:
             raise ValueError(
                 f"deterministic: a GPU reads prompts of {architecture.family} models in chunks, "
                 "and rounds as they are cut; turn deterministic off, or choose the device cpu"
-            )
-        if architecture.recurrents and config.speculate != "off":
-            raise ValueError(
-                f"speculate is {config.speculate!r}, expected 'off': {architecture.family} models "
-                "have layers whose states cannot be taken back to before a draft"
             )
         own = TensorParallel(0, config.tensor_parallel_size).part_of(architecture)
         layout = KVCacheLayout.of(own, config, max_model_len)
@@ -346,6 +341,13 @@ class Engine:
     def vocab_size(self) -> int:
         """Rows of the logits; a tokenizer may know fewer tokens."""
         return self._runner.decoder.architecture.vocab
+
+    @property
+    def draft_method(self) -> Literal["ngram", "draft"] | None:
+        """By what tokens are drafted; None if they are not."""
+        if self._config.speculate == "off":
+            return None
+        return "ngram" if self._draft_runner is None else "draft"
 
     @property
     def adapter_targets(self) -> tuple[str, ...]:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # it needs packages of its own
 _RESTARTS = 3
 # Engine settings whose flags have other names.
 _FLAGS = {
+    "draft_model": "--draft-model",
     "host_bytes": "--lora-host-memory",
     "kv_cache_bytes": "--kv-cache-memory",
     "kv_dtype": "--kv-cache-dtype",
@@ -49,7 +50,7 @@ def engine_config(options: ServeOptions) -> EngineConfig:
         or default_batched_tokens(device, memory.max_num_seqs),
         max_model_len=model.max_model_len,
         max_waiting=memory.max_waiting,
-        speculate=memory.speculate,
+        speculate=memory.speculate or ("auto" if model.draft_model else "off"),
         max_draft_tokens=memory.max_draft_tokens,
         deterministic=model.deterministic,
         adapters=_adapter_config(options),
