@@ -12,11 +12,10 @@ from nybble.engine.adapter_slots import AdapterSlots
 from nybble.engine.config import EngineConfig, resolve_device
 from nybble.engine.decoder import Decoder
 from nybble.engine.graphs import Capture, DecodeGraphs, bucket_sizes, cuda_capture
-from nybble.engine.inputs import InputBuffers, StepInputs, StepMessage
+from nybble.engine.inputs import InputBuffers, StepInputs, StepItem, StepMessage
 from nybble.engine.kv_cache import KVCacheLayout
 from nybble.engine.parts import KVCache, States
 from nybble.engine.prompt_reader import logit_chunks
-from nybble.engine.scheduler import ScheduledBatch, StepKind
 from nybble.kernels.attention_batch import AttentionBatch
 from nybble.kernels.cpu.huge_pages import empty_in_huge_pages
 from nybble.kernels.lora_batch import LoRABatch
@@ -108,7 +107,7 @@ class ModelRunner:
         )
         self._graphs: DecodeGraphs | None = None
 
-    def run(self, batch: ScheduledBatch) -> Tensor:
+    def run(self, batch: Sequence[StepItem]) -> Tensor:
         """Compute every scheduled token.
 
         Returns float32 logits ``(sampling, vocab)``, for each scheduled sequence as many rows as it
@@ -117,7 +116,7 @@ class ModelRunner:
         """
         lora_slots = [item.sequence.adapter_slot for item in batch]
         adapted = any(slot >= 0 for slot in lora_slots)
-        if self._graphs is not None and all(item.kind is StepKind.DECODE for item in batch):
+        if self._graphs is not None and all(item.decodes for item in batch):
             size = self._graphs.size_for(len(batch), adapted)
             if size is not None:
                 self._inputs.build(batch, lora_slots if adapted else None, pad_to=size)
