@@ -1,4 +1,4 @@
-"""What latent attention computes beside attention, in PyTorch: see ``LatentAttention`` in models."""
+"""What latent attention computes beside attention, in PyTorch; see ``models.LatentAttention``."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -478,12 +479,14 @@ def test_norms_in_bfloat16_round_as_those_of_transformers(row: str) -> None:
     config = AutoConfig.for_model(family, **SIZES | settings, dtype=torch.bfloat16)
     model, architecture = AutoModelForCausalLM.from_config(config), architecture_of(config)
     norms = {architecture.final_norm: (config.hidden_size,)}
+    latent = {}  # norms of latents, with their epsilons
     for index, layer in enumerate(architecture.layers):
         about = layer.mixer
         hidden = (layer.pre_attention, layer.post_attention, layer.pre_mlp, layer.post_mlp)
         shapes = {name: (config.hidden_size,) for name in hidden if name is not None}
         if isinstance(about, LatentAttention):
             shapes.update((name, (about.norm_size(name),)) for name in about.norms)
+            latent |= {architecture.module(index, name): about.norm_eps for name in about.norms}
         if isinstance(about, Attention) and about.qk_norm is not None:
             shapes[about.q_norm] = about.norm_shape(about.heads)
             shapes[about.k_norm] = about.norm_shape(about.kv_heads)
@@ -496,7 +499,8 @@ def test_norms_in_bfloat16_round_as_those_of_transformers(row: str) -> None:
             parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
             assert parameter.dtype == torch.bfloat16
         bias = getattr(theirs, "bias", None)
-        ours = norm_part(architecture.norm, theirs.weight, bias, reference_kernels)
+        norm = replace(architecture.norm, eps=latent.get(name, architecture.norm.eps))
+        ours = norm_part(norm, theirs.weight, bias, reference_kernels)
         x = (3 * torch.randn(64, *shape, generator=generator)).bfloat16()
         with torch.no_grad():
             assert torch.equal(ours(x), theirs(x)), name
