@@ -171,6 +171,11 @@ class Engine:
             raise ValueError(
                 "kv_dtype is 'fp8', which needs a GPU; expected 'int8' or 'auto' on the CPU"
             )
+        if device.type != "cpu" and architecture.latents:
+            raise UnsupportedModelError(
+                f"{architecture.family} models have latent attention, which {device.type} does not "
+                "compute so far; use --device cpu"
+            )
         widest = max(attention.head_dim for attention in architecture.attentions)
         if device.type == "cuda" and widest > MAX_GPU_HEAD_DIM:
             raise UnsupportedModelError(

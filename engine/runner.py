@@ -22,7 +22,7 @@ from nybble.kernels.lora_batch import LoRABatch
 from nybble.kernels.progress import Progress, track
 from nybble.kernels.reference import TokenChoice
 from nybble.kernels.state_batch import StateBatch
-from nybble.models import Attention, Recurrent
+from nybble.models import AnyAttention, Recurrent
 
 _ANY_CHOICE = TokenChoice(temperature=1.0, top_k=1, top_p=0.5, min_p=0.1, uniform=0.5)
 
@@ -70,14 +70,15 @@ class ModelRunner:
                 return empty_in_huge_pages(shape, dtype).zero_()
             return torch.zeros(shape, dtype=dtype, device=self.device)
 
-        def cache(attention: Attention) -> KVCache:
+        def cache(attention: AnyAttention) -> KVCache:
             heads = (num_blocks, attention.kv_heads, config.block_size)
             whole = (*heads, attention.head_dim)
+            tensors = range(attention.cache_tensors)
             if config.kv_dtype == "auto":
-                return zeros(config.dtype, *whole), zeros(config.dtype, *whole)
+                return tuple(zeros(config.dtype, *whole) for _ in tensors)
             kind = torch.int8 if config.kv_dtype == "int8" else torch.float8_e4m3fn
-            keys, values = zeros(kind, *whole), zeros(kind, *whole)
-            return keys, values, zeros(torch.float32, *heads), zeros(torch.float32, *heads)
+            entries = [zeros(kind, *whole) for _ in tensors]
+            return (*entries, *(zeros(torch.float32, *heads) for _ in tensors))
 
         # Layers at the same place of their groups use the same memory, for blocks of their own.
         layers = decoder.architecture.attentions
