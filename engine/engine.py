@@ -223,7 +223,7 @@ class Engine:
                 max_rank=config.adapters.max_rank,
                 device=device,
                 dtype=config.dtype,
-                base=decoder.projection_weights,
+                base=decoder.base,
             )
         free = min([free_kv_bytes(device), *ranks.answers()])
         nbytes = config.kv_cache_bytes or free
