@@ -243,7 +243,7 @@ class Engine:
                 max_rank=config.adapters.max_rank,
                 device=device,
                 dtype=config.dtype,
-                base=decoder.projection_weights,
+                base=decoder.base,
             )
         draft_decoder = None
         if draft is not None and draft_cache is not None:
