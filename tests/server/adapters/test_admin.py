@@ -22,6 +22,7 @@ from nybble.server.lifecycle.options import AdapterOptions
 from ..client import COMPLETIONS, Client, refused, run
 from ..conftest import CONFIG, running_server
 
+README = Path(__file__).parents[3] / "README.md"
 ADMIN = {"Authorization": "Bearer admin-secret"}
 LOAD, UNLOAD, LIST = "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/lora_adapters"
 ASK: dict[str, Any] = {
@@ -291,6 +292,7 @@ def test_the_merge_command_reports_what_rounding_cost(
     done = command(
         *("merge", str(tiny_model()), *adapters, str(target)),
         *("--out", "nf4", "--weights", "0.5,0.5", "--text", str(sample)),
+        *("--calibration", str(README), "--samples", "4"),
     )
     assert done.exit_code == 0, done.stderr
     assert f"{target}: 14 layers merged" in done.stdout
