@@ -116,13 +116,15 @@ def test_a_hundred_adapters_go_through_eight_slots_under_random_traffic(
 
     async def traffic() -> None:
         await asyncio.gather(*(client(number) for number in range(300)))
+        # Those who went away early are noticed at the next step.
+        while any(info.running or info.waiting for info in engine.adapters()):
+            await asyncio.sleep(0.01)
 
     try:
-        asyncio.run(traffic())
+        asyncio.run(asyncio.wait_for(traffic(), 300))
         infos = engine.adapters()
         assert sum(info.residency == "device" for info in infos) == 8
         assert sum(info.residency == "host" for info in infos) <= 20
-        assert all(info.running == info.waiting == 0 for info in infos)
         assert sum(info.hits for info in infos) > 250
         stats = engine.stats()
         assert stats.kv_blocks_free == stats.kv_blocks_total
