@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -20,6 +19,8 @@ from openai import OpenAI
 from nybble.engine import Engine, EngineConfig
 from nybble.loaders import open_checkpoint
 
+from .forked import ForkedServer
+
 COMMAND = [sys.executable, "-P", "-c", "from nybble.server.cli.main import main; main()"]
 MODEL = "tiny"
 CONFIG = EngineConfig(
@@ -33,7 +34,7 @@ CONFIG = EngineConfig(
 
 @dataclass
 class ServerProcess:
-    process: subprocess.Popen[str]
+    process: ForkedServer
     url: str
     lines: list[str]
     reader: threading.Thread
@@ -51,16 +52,13 @@ class ServerProcess:
 @contextmanager
 def running_server(folder: Path, *options: str) -> Iterator[ServerProcess]:
     """``nybble serve`` on a free port, as its own process."""
-    process = subprocess.Popen(
+    process = ForkedServer(
         [
-            *(*COMMAND, "serve", "--model", str(folder), "--served-model-name", MODEL),
+            *("serve", "--model", str(folder), "--served-model-name", MODEL),
             *("--port", "0", "--kv-cache-memory", "16MiB", *options),
         ],
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        {**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    assert process.stderr is not None
     lines: list[str] = []
     try:
         for line in process.stderr:

@@ -1,0 +1,59 @@
+"""Server processes that start in a second: each is forked from one that has imported everything.
+
+To import PyTorch and transformers takes 4 of the 5 seconds in which a server of a tiny model starts.
+The start itself, imports included, is tested in tests/faults and tests/server/cli.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import runpy
+import signal
+import subprocess
+from pathlib import Path
+
+_BECOME_SERVER = Path(__file__).with_name("become_server.py")
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["nybble.server.cli.main", "nybble.server.lifecycle.serve"])
+
+
+class ForkedServer:
+    """The ``nybble`` command as a process of its own, with what tests use of subprocess.Popen.
+
+    stderr: text lines of its standard error.
+    """
+
+    def __init__(self, arguments: list[str], environment: dict[str, str]) -> None:
+        reader, writer = _CONTEXT.Pipe(duplex=False)
+        given = {"arguments": arguments, "environment": environment, "errors": writer}
+        self._process = _CONTEXT.Process(
+            target=runpy.run_path, args=(str(_BECOME_SERVER), given, "__main__"), daemon=False
+        )
+        self._process.start()
+        writer.close()
+        self.stderr = os.fdopen(os.dup(reader.fileno()), encoding="utf-8", errors="replace")
+        reader.close()
+
+    @property
+    def pid(self) -> int:
+        assert self._process.pid is not None
+        return self._process.pid
+
+    def poll(self) -> int | None:
+        """Its exit code, or None while it runs."""
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Its exit code. Raises subprocess.TimeoutExpired after ``timeout`` seconds."""
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            raise subprocess.TimeoutExpired("nybble", timeout or 0)
+        return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
