@@ -1,6 +1,6 @@
-"""Run in a process forked for ``forked.ForkedServer``: from here on it is the ``nybble`` command.
+"""Run in a process forked for ``forked.ForkedServer``: from here on it is ``nybble``.
 
-Its globals: ``arguments`` and ``environment`` of the command, and ``errors``, the pipe which becomes
+``given`` is among its globals: the command's arguments and environment, and the pipe which becomes
 its standard error.
 """
 
@@ -12,10 +12,8 @@ from multiprocessing.connection import Connection
 
 from nybble.server.cli.main import main
 
-arguments: list[str]
-environment: dict[str, str]
-errors: Connection
-
+given: tuple[list[str], dict[str, str], Connection] = globals()["given"]
+arguments, environment, errors = given
 os.dup2(errors.fileno(), 2)
 errors.close()
 os.environ.clear()

@@ -1,4 +1,4 @@
-"""Server processes that start in a second: each is forked from one that has imported everything.
+"""Server processes that start in a second: forked from one that has imported everything.
 
 To import PyTorch and transformers takes 4 of the 5 seconds in which a server of a tiny model starts.
 The start itself, imports included, is tested in tests/faults and tests/server/cli.
@@ -26,7 +26,7 @@ class ForkedServer:
 
     def __init__(self, arguments: list[str], environment: dict[str, str]) -> None:
         reader, writer = _CONTEXT.Pipe(duplex=False)
-        given = {"arguments": arguments, "environment": environment, "errors": writer}
+        given = {"given": (arguments, environment, writer)}
         self._process = _CONTEXT.Process(
             target=runpy.run_path, args=(str(_BECOME_SERVER), given, "__main__"), daemon=False
         )
