@@ -1,6 +1,6 @@
 """Server processes that start in a second: forked from one that has imported everything.
 
-To import PyTorch and transformers takes 4 of the 5 seconds in which a server of a tiny model starts.
+To import PyTorch and transformers takes 4 of the 5 seconds in which such a server starts.
 The start itself, imports included, is tested in tests/faults and tests/server/cli.
 """
 
