@@ -171,6 +171,11 @@ class Engine:
             raise ValueError(
                 "kv_dtype is 'fp8', which needs a GPU; expected 'int8' or 'auto' on the CPU"
             )
+        if device.type != "cpu" and architecture.latents:
+            raise UnsupportedModelError(
+                f"{architecture.family} models have latent attention, which {device.type} does not "
+                "compute so far; use --device cpu"
+            )
         widest = max(attention.head_dim for attention in architecture.attentions)
         if device.type == "cuda" and widest > MAX_GPU_HEAD_DIM:
             raise UnsupportedModelError(
@@ -238,7 +243,7 @@ class Engine:
                 max_rank=config.adapters.max_rank,
                 device=device,
                 dtype=config.dtype,
-                base=decoder.projection_weights,
+                base=decoder.base,
             )
         draft_decoder = None
         if draft is not None and draft_cache is not None:

@@ -109,6 +109,20 @@ def _load(
     adapters: Mapping[str, str],
     startup: Startup,
 ) -> tuple[Engine, Path]:
+    engine, folder = load_engine(options, config, adapters, startup)
+    restore(engine, settings.models, settings.adapter_roots, settings.adapter_state)
+    restore_uploads(engine, settings.models, settings.adapter_roots)
+    engine.start()
+    return engine, folder
+
+
+def load_engine(
+    options: ServeOptions, config: EngineConfig, adapters: Mapping[str, str], startup: Startup
+) -> tuple[Engine, Path]:
+    """An engine with its adapters, to be started, and the folder of its model.
+
+    Raises ValueError and OSError for options that cannot be met, and what loading raises.
+    """
     template = _own_template(options.model.chat_template)
     startup.report("Preparing kernels", 0, None)  # the first start on a machine compiles them
     device, draft = torch.device(config.device), None
@@ -143,9 +157,6 @@ def _load(
         engine.warm_up(startup.report)
     for name, path in adapters.items():
         engine.load_adapter(name, path)
-    restore(engine, settings.models, settings.adapter_roots, settings.adapter_state)
-    restore_uploads(engine, settings.models, settings.adapter_roots)
-    engine.start()
     return engine, checkpoint.folder
 
 
