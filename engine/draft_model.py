@@ -111,7 +111,7 @@ def load_draft_decoder(
 ) -> Decoder:
     """The decoder of a draft model.
 
-    num_tokens: one more than the highest token id of the model it drafts for.
+    num_tokens: one more than the highest token id that it may draft.
     """
     architecture = architecture_of(draft.config)
     device = resolve_device(config.device)

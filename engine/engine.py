@@ -248,7 +248,11 @@ class Engine:
         draft_decoder = None
         if draft is not None and draft_cache is not None:
             draft_decoder = load_draft_decoder(
-                draft, config, draft_cache.max_model_len, vocabulary.size, progress
+                draft,
+                config,
+                draft_cache.max_model_len,
+                min(vocabulary.size, architecture.vocab),
+                progress,
             )
         free = min([free_kv_bytes(device), *ranks.answers()])
         nbytes = config.kv_cache_bytes or free

@@ -129,6 +129,7 @@ class ModelDrafter:
                 sequence
                 for sequence in active
                 if len(found[sequence][0]) < wanted[sequence][1]
+                and found[sequence][0][-1] not in sequence.stop_token_ids
                 and worth(sequence, found[sequence][1])
             ]:
                 for sequence in active:

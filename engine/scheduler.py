@@ -218,16 +218,20 @@ class Scheduler:
 
     def _draft(self, plan: _Plan, speculation: Speculation) -> None:
         """Spend what nobody needs, of the budget and of free blocks, on drafts."""
-        room = {
-            sequence: sequence.draft_room
+        decoding = [
+            sequence
             for sequence in self.running
             if plan.tokens[sequence] == sequence.num_uncomputed_tokens == 1
-            and sequence.prompt_reader is None
-            and sequence.draft_room > 0
+        ]
+        room = {
+            sequence: sequence.draft_room
+            for sequence in decoding
+            if sequence.prompt_reader is None and sequence.draft_room > 0
         }
         if not room or not plan.budget:
             return
-        proposed = speculation.propose(plan.tokens.total(), room, plan.budget)
+        rows = plan.tokens.total()
+        proposed = speculation.propose(rows, len(decoding), room, plan.budget)
         for sequence, (draft, length) in proposed.items():
             reached = sequence.num_computed_tokens + 1 + length
             fits = length and self.block_manager.grow(sequence, reached)

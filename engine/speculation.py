@@ -40,9 +40,9 @@ if TYPE_CHECKING:
 _OWN, _COMMON = 0.3, 0.1
 # A longer step than expected by this factor was held up by something else.
 _OUTLIER = 4.0
-# A step with drafts must promise so much more than one without: the most promising of several
-# estimates is too high on average.
-_MARGIN = 1.03
+# A step with drafts must promise so many more tokens for each sequence than one without: the most
+# promising of several estimates is too high on average.
+_MARGIN = 0.03
 
 # What is taken for a chance until it is known has the weight of so many observations. An
 # observation's weight falls with each later one.
@@ -183,23 +183,24 @@ class Speculation:
         return self._drafter.method
 
     def propose(
-        self, rows: int, room: Mapping[Sequence, int], budget: int
+        self, rows: int, decoding: int, room: Mapping[Sequence, int], budget: int
     ) -> dict[Sequence, tuple[Draft, int]]:
         """Drafts of sequences that decode, and how many tokens of each to verify in this step.
 
-        rows: of the step without drafts. room: the most tokens that a sequence can still be given
+        rows: of the step without drafts. decoding: of those, the ones of sequences that decode.
+        room: the most tokens that a sequence can still be given
         as drafts. budget: the most tokens of all to verify.
         """
         started = time.monotonic()
         limits = {each: min(own, self.max_tokens) for each, own in room.items()}
         if self._adaptive and self._drafter.costs is not None:
-            limits = self._limits(rows, limits, budget, self._drafter.costs)
+            limits = self._limits(rows, decoding, limits, budget, self._drafter.costs)
         drafts = {}
         if limits:
             found = self._drafter.draft(limits, self._worth)
             drafts = {each: own for each, draft in found.items() if (own := _allowed(each, draft))}
         known = [(draft, each.acceptance) for each, draft in drafts.items()]
-        lengths = self.lengths(rows, known, budget)
+        lengths = self.lengths(rows, decoding, known, budget)
         self._drafting = time.monotonic() - started
         return dict(zip(drafts, zip(drafts.values(), lengths, strict=True), strict=True))
 
@@ -228,7 +229,7 @@ class Speculation:
                 break
 
     def lengths(
-        self, rows: int, drafts: Several[tuple[Draft, Acceptance]], budget: int
+        self, rows: int, decoding: int, drafts: Several[tuple[Draft, Acceptance]], budget: int
     ) -> list[int]:
         """How many tokens of each draft to verify; see :func:`draft_lengths`."""
         if not self._adaptive:
@@ -241,17 +242,22 @@ class Speculation:
         for draft, acceptance in drafts:
             own = (acceptance.chance(self._odds.of(grade)) for grade in draft.grades)
             chances.append(list(accumulate(own, mul)))
-        return draft_lengths(self._costs, rows, chances, budget)
+        return draft_lengths(self._costs, rows, decoding, chances, budget)
 
     def _limits(
-        self, rows: int, limits: dict[Sequence, int], budget: int, passes: StepCosts
+        self,
+        rows: int,
+        decoding: int,
+        limits: dict[Sequence, int],
+        budget: int,
+        passes: StepCosts,
     ) -> dict[Sequence, int]:
         """How many tokens of each sequence to draft, if passes that draft cost time."""
         chances = [
             list(accumulate(repeat(each.acceptance.chance(self._odds.of_any), limit), mul))
             for each, limit in limits.items()
         ]
-        lengths = draft_lengths(self._costs, rows, chances, budget, passes)
+        lengths = draft_lengths(self._costs, rows, decoding, chances, budget, passes)
         chosen = {each: count for each, count in zip(limits, lengths, strict=True) if count}
         self._floor = 0.0
         base, one = self._costs.of(rows), passes.of(len(chosen) or 1)
@@ -263,7 +269,7 @@ class Speculation:
         # A token earns its chance of what a token takes without drafts; it costs its part of a pass
         # and a row.
         row = (self._costs.of(rows + len(chosen)) or base) - base
-        self._floor = (one + row) / len(chosen) * len(limits) / base
+        self._floor = (one + row) / len(chosen) * decoding / (self._costs.of(decoding) or base)
         return chosen
 
     def _trial(self, limits: dict[Sequence, int], passes: StepCosts) -> dict[Sequence, int]:
@@ -294,15 +300,18 @@ def _allowed(sequence: Sequence, draft: Draft) -> Draft | None:
 def draft_lengths(
     costs: StepCosts,
     rows: int,
+    decoding: int,
     chances: Several[Several[float]],
     budget: int,
     passes: StepCosts | None = None,
 ) -> list[int]:
     """How many of each sequence's draft tokens to verify, so that tokens a second are most.
 
-    rows: of the step without drafts. chances: for each sequence and each token of its draft, that
-    it and all before it are accepted. budget: the most tokens. passes: if the tokens are still to
-    be drafted, what a pass takes that drafts one of each of several sequences.
+    rows: of the step without drafts. decoding: of those, the ones of sequences that decode. A token
+    of each is made whatever is drafted; what else the step computes counts as the tokens that could
+    be decoded in that time. chances: for each draft and each of its tokens, that it and all before
+    it are accepted. budget: the most tokens. passes: if the tokens are still to be drafted, what a
+    pass takes that drafts one of each of several sequences.
     """
     lengths = [0] * len(chances)
     base = costs.of(rows)
@@ -314,8 +323,8 @@ def draft_lengths(
     worth = sorted(
         ((chance, index) for index, own in enumerate(chances) for chance in own), reverse=True
     )[:budget]
-    expected = float(len(chances))
-    best, count = _MARGIN * expected / base, 0
+    expected = decoding * base / (costs.of(decoding) or base)
+    best, count = (expected + _MARGIN * decoding) / base, 0
     drafting, sizes = 0.0, [0] * max(map(len, chances), default=0)
     taken_of = [0] * len(chances)
     for taken, (value, index) in enumerate(worth, 1):

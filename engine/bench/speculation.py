@@ -1,9 +1,14 @@
-"""Tokens a second with drafts by prompt lookup and without, on texts that repeat and that do not.
+"""Tokens a second with drafts and without, on texts that repeat and that do not.
 
-    python engine/bench/speculation.py MODEL [--rounds 3] [--streams 1 8]
+    python engine/bench/speculation.py MODEL [--draft-model MODEL] [--rounds 3] [--streams 1 8]
 
 The ways take turns within each round, so that whatever else the machine does meets all of them. The
 outputs are compared: they must be the same.
+
+Beside the rates it says what a draft brought, and what it has to bring: a step that drafts and
+verifies takes longer than one that does not, by as many tokens as would have been made in that time
+without drafts. So many must be accepted of a draft on average: the break-even. Where more are, the
+ratio is above 1.
 """
 
 from __future__ import annotations
@@ -14,11 +19,62 @@ import json
 import random
 import statistics
 import time
+from dataclasses import dataclass, field
 from typing import Literal
 
 from nybble import LLM, SamplingParams
 
-WAYS: tuple[Literal["off", "ngram", "auto"], ...] = ("off", "ngram", "auto")
+
+@dataclass
+class Way:
+    """One way to speculate, and what was measured of it.
+
+    rates: tokens a second, of each round.
+    tokens, steps, seconds: of all rounds; seconds are those of the steps.
+    drafts, drafted, accepted: drafts that were verified, their tokens, and how many were accepted.
+    """
+
+    model: LLM
+    rates: list[float] = field(default_factory=list)
+    tokens: int = 0
+    steps: int = 0
+    seconds: float = 0.0
+    drafts: int = 0
+    drafted: int = 0
+    accepted: int = 0
+
+    def time(
+        self, conversations: list[list[dict[str, str]]], params: SamplingParams
+    ) -> tuple[tuple[int, ...], ...]:
+        """Answer conversations; returns the answers' tokens."""
+        # So that the prompts are cached, and decoding alone is timed.
+        self.model.chat(conversations, SamplingParams(max_tokens=1))
+        before, started = self.model._engine.stats(), time.perf_counter()
+        answers = self.model.chat(conversations, params)
+        taken, after = time.perf_counter() - started, self.model._engine.stats()
+        tokens = sum(len(answer.token_ids) for answer in answers)
+        self.rates.append(tokens / taken)
+        self.tokens += tokens
+        self.steps += after.steps - before.steps
+        self.seconds += after.step_seconds - before.step_seconds
+        self.drafts += sum(after.accepted_of_draft.counts) - sum(before.accepted_of_draft.counts)
+        self.drafted += after.draft_tokens - before.draft_tokens
+        self.accepted += after.accepted_tokens - before.accepted_tokens
+        return tuple(answer.token_ids for answer in answers)
+
+    def report(self, off: Way) -> str:
+        """Tokens a second, their ratio to those without drafts, and what drafts brought."""
+        rate = statistics.median(self.rates)
+        line = f"{rate:.1f} (× {rate / statistics.median(off.rates):.2f})"
+        if not self.drafts:
+            return line
+        longer = (self.seconds / self.steps) / (off.seconds / off.steps)
+        needed = (longer - 1) * off.tokens / off.steps * self.steps  # tokens to be accepted
+        return (
+            f"{line}; {self.drafted / self.drafts:.1f} tokens a draft, "
+            f"{self.accepted / self.drafted:.0%} of them accepted, break-even at "
+            f"{needed / self.drafted:.0%}"
+        )
 
 
 def prompts() -> dict[str, list[str]]:
@@ -59,27 +115,36 @@ def prompts() -> dict[str, list[str]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("model")
+    parser.add_argument("--draft-model")
+    parser.add_argument("--quantize", choices=["nf4"])
+    parser.add_argument("--draft-quantize", choices=["nf4"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--tokens", type=int, default=200)
-    parser.add_argument("--draft", type=int, default=8)
+    parser.add_argument("--draft", type=int, default=8, help="most tokens of a draft")
     args = parser.parse_args()
-    models = {
-        way: LLM(
+
+    def load(way: Literal["off", "ngram", "draft", "auto"]) -> LLM:
+        drafts = way in ("draft", "auto")
+        return LLM(
             args.model,
+            quantize=args.quantize,
             speculate=way,
+            draft_model=args.draft_model if drafts else None,
+            draft_quantize=args.draft_quantize if drafts else None,
             max_draft_tokens=args.draft,
             kv_cache_bytes=256 << 20,
             progress=False,
         )
-        for way in WAYS
-    }
+
+    always: Literal["ngram", "draft"] = "ngram" if args.draft_model is None else "draft"
+    models = {way: load(way) for way in ("off", always, "auto")}
     for streams in args.streams:
         print(f"{streams} streams: tokens a second, and ratios to no drafts")
         for kind, asked in prompts().items():
-            rates: dict[str, list[float]] = {way: [] for way in WAYS}
+            ways = {name: Way(model) for name, model in models.items()}
             params = SamplingParams(
                 max_tokens=args.tokens,
                 temperature=1 if kind == "tell a story" else 0,
@@ -89,21 +154,13 @@ def main() -> None:
             for turn in range(args.rounds):
                 texts = set()
                 batch = [asked[(turn + n) % len(asked)] for n in range(streams)]
-                for way, model in models.items():
-                    conversations = [[{"role": "user", "content": text}] for text in batch]
-                    # So that the prompts are cached, and decoding alone is timed.
-                    model.chat(conversations, SamplingParams(max_tokens=1))
-                    started = time.perf_counter()
-                    answers = model.chat(conversations, params)
-                    taken = time.perf_counter() - started
-                    rates[way].append(sum(len(a.token_ids) for a in answers) / taken)
-                    texts.add(tuple(answer.token_ids for answer in answers))
+                conversations = [[{"role": "user", "content": text}] for text in batch]
+                for way in ways.values():
+                    texts.add(way.time(conversations, params))
                 assert len(texts) == 1, "drafts changed the output"
-            medians = {way: statistics.median(each) for way, each in rates.items()}
-            ratios = ", ".join(
-                f"{way} {medians[way]:.1f} (× {medians[way] / medians['off']:.2f})" for way in WAYS
-            )
-            print(f"  {kind}: {ratios}", flush=True)
+            print(f"  {kind}")
+            for name, way in ways.items():
+                print(f"    {name}: {way.report(ways['off'])}", flush=True)
     for model in models.values():
         model.close()
 

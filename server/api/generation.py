@@ -118,9 +118,15 @@ class Usage:
         """Draft tokens that were accepted, and rejected; None if the group has no prediction."""
         if not self.group.prediction:
             return None if self.group.prediction is None else (0, 0)
+        drafted, accepted = self.draft_tokens
+        return accepted, drafted - accepted
+
+    @property
+    def draft_tokens(self) -> tuple[int, int]:
+        """Draft tokens that were verified, and those of them that were accepted."""
         outputs = self._latest.values()
         accepted = sum(output.accepted_draft_tokens for output in outputs)
-        return accepted, sum(output.draft_tokens for output in outputs) - accepted
+        return sum(output.draft_tokens for output in outputs), accepted
 
     @property
     def cached_tokens(self) -> int:
@@ -300,11 +306,16 @@ class Generation:
         metrics.begin(request)
         arrived = started = first = previous = time.monotonic()
         tokens, cached, reason = 0, 0, "cancelled"
+        drafted = accepted = 0
         awaited = not group.background  # nobody waits for a batch: its times would hide others'
         try:
             async with aclosing(self.engine.generate(request)) as outputs:
                 async for output in outputs:
                     metrics.generated(request, len(output.token_ids))
+                    if output.draft_tokens > drafted:  # the first token of a step
+                        brought = output.accepted_draft_tokens - accepted
+                        metrics.drafted(request, output.draft_tokens - drafted, brought)
+                        drafted, accepted = output.draft_tokens, output.accepted_draft_tokens
                     if tenant is not None:
                         self._limiter.spend(tenant, len(output.token_ids))
                     now = time.monotonic()

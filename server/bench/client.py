@@ -17,6 +17,7 @@ class Timing:
 
     arrivals: when each event with text arrived.
     tokens: generated tokens, as the server counts them.
+    draft_tokens, accepted_draft_tokens: verified, and those that were what the model says.
     error: what went wrong; None if nothing did.
     """
 
@@ -24,6 +25,8 @@ class Timing:
     prompt_tokens: int = 0
     tokens: int = 0
     error: str | None = None
+    draft_tokens: int = 0
+    accepted_draft_tokens: int = 0
 
     @property
     def first(self) -> float:
@@ -65,7 +68,7 @@ class Client:
             body["ignore_eos"] = True
         start = time.perf_counter()
         arrivals: list[float] = []
-        usage: dict[str, int] = {}
+        usage: dict[str, Any] = {}
         try:
             async with self.session.post(
                 f"{self.url}/completions", json=body, headers=self.headers
@@ -87,4 +90,11 @@ class Client:
             return Timing(arrivals, error=repr(error))
         if not usage:
             return Timing(arrivals, error="the stream ended without a usage event")
-        return Timing(arrivals, usage["prompt_tokens"], usage["completion_tokens"])
+        drafts = usage.get("draft_tokens_details") or {}  # if the server speculates and says so
+        return Timing(
+            arrivals,
+            usage["prompt_tokens"],
+            usage["completion_tokens"],
+            draft_tokens=drafts.get("draft_tokens", 0),
+            accepted_draft_tokens=drafts.get("accepted_draft_tokens", 0),
+        )

@@ -81,6 +81,10 @@ def summarize(run: Run, slo: Mapping[str, float]) -> dict[str, Any]:
         "output_tokens_per_second": sum(timing.tokens for timing in good) / run.seconds,
         "latencies_ms": {},
     }
+    if drafted := sum(timing.draft_tokens for timing in good):
+        accepted = sum(timing.accepted_draft_tokens for timing in good)
+        summary["draft_tokens_per_second"] = drafted / run.seconds
+        summary["draft_acceptance_ratio"] = accepted / drafted
     for name in LATENCIES:
         values = sorted(value for each in found for value in each[name])
         summary["latencies_ms"][name] = {
@@ -103,6 +107,11 @@ def table(summary: Mapping[str, Any]) -> str:
         f"{summary['output_tokens_per_second']:.1f} tokens/s generated, "
         f"{summary['prompt_tokens_per_second']:.1f} of prompts",
     ]
+    if "draft_acceptance_ratio" in summary:
+        lines.append(
+            f"  {summary['draft_tokens_per_second']:.1f} draft tokens/s verified, "
+            f"{summary['draft_acceptance_ratio']:.0%} accepted"
+        )
     if "slo_ms" in summary:
         slo = ", ".join(f"{name} ≤ {value:g} ms" for name, value in summary["slo_ms"].items())
         lines.append(

@@ -112,6 +112,10 @@ export class Conversation {
         parts.push(`${((1000 * (tokens - 1)) / (last - first)).toFixed(1)} tokens/s`);
       }
       parts.push(`${tokens} ${tokens === 1 ? "token" : "tokens"}`);
+      const drafts = usage?.draft_tokens_details;
+      if (drafts) {
+        parts.push(`${drafts.accepted_draft_tokens} of ${drafts.draft_tokens} drafts accepted`);
+      }
     }
     if (stopped) parts.push("stopped");
     else if (reason === "length") parts.push("cut at max tokens");

@@ -123,9 +123,10 @@ class Family(Generic[S]):
             series = self._series[values] = self._make(self._name, labels)
         return series
 
-    def remove(self, *values: str) -> None:
-        """End the series with these values, if there is one."""
-        self._series.pop(values, None)
+    def remove(self, *first: str) -> None:
+        """End the series whose first labels have these values, if there are any."""
+        for values in [each for each in self._series if each[: len(first)] == first]:
+            del self._series[values]
 
     def write(self) -> Iterator[str]:
         yield self._header

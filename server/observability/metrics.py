@@ -143,7 +143,7 @@ class Metrics:
         for cause in _CAUSES:
             self._errors.labels(cause)
         self._by_adapter = _Shares("adapter")
-        self._by_tenant = _Shares("tenant")
+        self._by_tenant = _Shares("tenant", method=engine.draft_method)
         self._families += [self.finished, self._http_requests, self._http_seconds, self._errors]
         self._families += [*self._by_adapter.families, *self._by_tenant.families]
 
@@ -173,6 +173,10 @@ class Metrics:
         """Count generated tokens for a sequence's adapter and tenant."""
         self._by_adapter.generated(request.adapter, tokens)
         self._by_tenant.generated(request.tenant, tokens)
+
+    def drafted(self, request: Request, tokens: int, accepted: int) -> None:
+        """Count a draft that was verified for a sequence's tenant."""
+        self._by_tenant.drafted(request.tenant, tokens, accepted)
 
     def register(self, collector: Collector) -> None:
         """Add another collector's metrics."""
@@ -205,17 +209,37 @@ class _Shares:
     which Prometheus treats as a counter reset.
     """
 
-    def __init__(self, kind: str, clock: Callable[[], float] = time.monotonic) -> None:
-        def shares(what: str, about: str) -> Family[CounterSeries]:
-            return counter(
-                f"nybble_{kind}_{what}",
-                f"{about} by {kind}: the {_LABELS} busiest, and '{_OTHER}'.",
-                [kind],
-            )
+    def __init__(
+        self,
+        kind: str,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        method: str | None = None,
+    ) -> None:
+        """method: by what tokens are drafted, if drafts are counted too."""
+        busiest = f"by {kind}: the {_LABELS} busiest, and '{_OTHER}'."
+
+        def shares(what: str, about: str, *labels: str) -> Family[CounterSeries]:
+            return counter(f"nybble_{kind}_{what}", f"{about} {busiest}", [kind, *labels])
 
         self._sequences = shares("sequences", "Sequences")
         self._tokens = shares("generation_tokens", "Tokens generated")
-        self.families = (self._sequences, self._tokens)
+        self.families: list[Family[CounterSeries] | Family[HistogramSeries]]
+        self.families = [self._sequences, self._tokens]
+        self._method = method
+        if method is not None:
+            self._drafted = shares("draft_tokens", "Draft tokens verified", "method")
+            self._accepted = shares(
+                "accepted_draft_tokens", "Draft tokens that were what the model says", "method"
+            )
+            self._accepted_length = histogram(
+                f"nybble_{kind}_draft_accepted_length",
+                "Tokens that a verified draft brought, the one sampled after it included, "
+                + busiest,
+                [1 << i for i in range(_ACCEPTED_LENGTH)],
+                [kind, "method"],
+            )
+            self.families += [self._drafted, self._accepted, self._accepted_length]
         self._labels: set[str] = set()
         self._clock = clock
         self._window_ends = clock() + _WINDOW_SECONDS
@@ -234,6 +258,14 @@ class _Shares:
     def generated(self, name: str | None, tokens: int) -> None:
         if name:
             self._tokens.labels(self._label(name)).inc(tokens)
+
+    def drafted(self, name: str | None, tokens: int, accepted: int) -> None:
+        """Count a draft that was verified."""
+        if name and self._method is not None:
+            labels = self._label(name), self._method
+            self._drafted.labels(*labels).inc(tokens)
+            self._accepted.labels(*labels).inc(accepted)
+            self._accepted_length.labels(*labels).observe(accepted + 1)
 
     def _label(self, name: str) -> str:
         return name if name in self._labels else _OTHER
@@ -318,11 +350,6 @@ _COUNTERS: Mapping[str, tuple[str, _Read]] = {
         "Sequences sent back to wait for KV blocks.",
         lambda s: s.preemptions,
     ),
-    "nybble_draft_tokens": ("Draft tokens verified.", lambda s: s.draft_tokens),
-    "nybble_accepted_draft_tokens": (
-        "Draft tokens that were what the model says.",
-        lambda s: s.accepted_tokens,
-    ),
     "nybble_engine_failures": ("Failures of the engine.", lambda s: s.failures),
     "nybble_engine_restarts": ("Times the engine began again.", lambda s: s.restarts),
     "nybble_engine_steps": ("Steps of the engine.", lambda s: s.steps),
@@ -338,6 +365,15 @@ _OF_STATS = tuple(
         for name, (about, read) in _COUNTERS.items()
     ]
 )
+
+
+_DRAFTS: Mapping[str, tuple[str, _Read]] = {
+    "nybble_draft_tokens": ("Draft tokens verified.", lambda s: s.draft_tokens),
+    "nybble_accepted_draft_tokens": (
+        "Draft tokens that were what the model says.",
+        lambda s: s.accepted_tokens,
+    ),
+}
 
 
 class _EngineMetrics:
@@ -368,15 +404,22 @@ class _EngineMetrics:
             "Tokens computed in a step, of prompts and outputs.",
             _STEP_TOKENS,
         )
+        # The series exist without drafts too: see Metrics.finished.
+        method = {"method": engine.draft_method or "none"}
         self._accepted_length = _Sizes(
             "nybble_draft_accepted_length",
             "Tokens that a verified draft brought, the one sampled after it included.",
             _ACCEPTED_LENGTH,
+            method,
         )
+        self._drafts = [
+            (header(f"{name}_total", "counter", about) + labelled(f"{name}_total", method), read)
+            for name, (about, read) in _DRAFTS.items()
+        ]
 
     def write(self) -> Iterator[str]:
         stats = self._engine.stats()
-        for line, read in _OF_STATS:
+        for line, read in (*_OF_STATS, *self._drafts):
             yield f"{line} {number(read(stats))}\n"
         yield f"{self._healthy} {number(self._engine.healthy)}\n"
         yield self._constant
@@ -449,11 +492,15 @@ class _VllmMetrics:
 class _Sizes:
     """A histogram of sizes which the engine counts by powers of two."""
 
-    def __init__(self, name: str, about: str, count: int) -> None:
+    def __init__(
+        self, name: str, about: str, count: int, labels: Mapping[str, str] | None = None
+    ) -> None:
         """count: the buckets besides the one up to infinity."""
+        labels = labels or {}
         self._header = header(name, "histogram", about)
-        self._lines = buckets(name, [1 << i for i in range(count)], {})
-        self._sum_line, self._count_line = f"{name}_sum", f"{name}_count"
+        self._lines = buckets(name, [1 << i for i in range(count)], labels)
+        self._sum_line = labelled(f"{name}_sum", labels)
+        self._count_line = labelled(f"{name}_count", labels)
 
     def write(self, sizes: SizeCounts) -> Iterator[str]:
         bounded = len(self._lines) - 1

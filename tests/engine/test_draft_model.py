@@ -249,7 +249,7 @@ def proposals(drafter: Recorder, steps: int, right: bool) -> Speculation:
     decides._costs.observe(1, 0.010)
     decides._costs.observe(5, 0.014)
     for _ in range(steps):
-        for draft, length in decides.propose(1, {sequence: 9}, 99).values():  # type: ignore[dict-item]
+        for draft, length in decides.propose(1, 1, {sequence: 9}, 99).values():  # type: ignore[dict-item]
             tokens = [1] * length + [1] if right else [2]
             decides.observe_tokens(draft, tokens, sequence.acceptance)
         decides.observe(1, 0.010 + decides._drafting)
@@ -288,7 +288,7 @@ def test_passes_count_as_much_as_they_take() -> None:
     passes = StepCosts()
     passes.observe(1, 0.005)
     # A token more with a chance of .8 takes half a step: 1 / 10, 1.8 / 15, 2.44 / 20, 2.95 / 25.
-    assert draft_lengths(steps, 1, [[0.8, 0.64, 0.512]], 99, passes) == [2]
-    assert draft_lengths(steps, 1, [[0.4, 0.16, 0.064]], 99, passes) == [0]
+    assert draft_lengths(steps, 1, 1, [[0.8, 0.64, 0.512]], 99, passes) == [2]
+    assert draft_lengths(steps, 1, 1, [[0.4, 0.16, 0.064]], 99, passes) == [0]
     # One pass serves both: 3.1 / 15 is more than 2 / 10.
-    assert draft_lengths(steps, 2, [[0.5], [0.6]], 99, passes) == [1, 1]
+    assert draft_lengths(steps, 2, 2, [[0.5], [0.6]], 99, passes) == [1, 1]

@@ -98,21 +98,38 @@ def falling(share: float, length: int) -> list[float]:
 
 def test_free_rows_take_every_draft_and_costly_ones_none() -> None:
     flat = costs(rows_1=0.010, rows_16=0.010)
-    assert draft_lengths(flat, 1, [falling(0.7, 8)], 99) == [8]
+    assert draft_lengths(flat, 1, 1, [falling(0.7, 8)], 99) == [8]
     proportional = costs(rows_1=0.010, rows_16=0.160)
-    assert draft_lengths(proportional, 1, [falling(0.99, 8)], 99) == [0]
+    assert draft_lengths(proportional, 1, 1, [falling(0.99, 8)], 99) == [0]
 
 
 def test_as_many_are_verified_as_make_the_most_tokens_a_second() -> None:
     half = costs(rows_1=0.010, rows_9=0.050)  # another row is half a step
     # Accepted with .8: 1 / 10, 1.8 / 15, 2.44 / 20, 2.952 / 25 tokens a millisecond …
-    assert draft_lengths(half, 1, [falling(0.8, 8)], 99) == [2]
-    assert draft_lengths(half, 1, [falling(0.4, 8)], 99) == [0]
+    assert draft_lengths(half, 1, 1, [falling(0.8, 8)], 99) == [2]
+    assert draft_lengths(half, 1, 1, [falling(0.4, 8)], 99) == [0]
 
 
 def test_the_likelier_draft_comes_first() -> None:
     steps = costs(rows_2=0.010, rows_4=0.011, rows_5=0.050)
-    assert draft_lengths(steps, 2, [falling(0.3, 4), falling(0.9, 4)], 99) == [0, 2]
+    assert draft_lengths(steps, 2, 2, [falling(0.3, 4), falling(0.9, 4)], 99) == [0, 2]
+
+
+def test_tokens_that_other_sequences_get_anyway_count() -> None:
+    # Seven of eight sequences have no draft, and wait for the eighth's: a row takes 8 % of the step
+    # in which eight tokens are made, so that a draft token must be right more often than .6.
+    steps = costs(rows_8=0.057, rows_16=0.0922)
+    assert draft_lengths(steps, 8, 8, [[0.5]], 99) == [0]
+    assert draft_lengths(steps, 8, 8, [[0.95]], 99) == [1]
+
+
+def test_what_a_prompt_takes_of_a_step_is_neither_for_nor_against_drafts() -> None:
+    # 100 rows of a prompt make the step ten times as long; a row still takes a fifth of the time in
+    # which a token is decoded.
+    steps = costs(rows_1=0.010, rows_2=0.012, rows_101=0.100, rows_102=0.102)
+    for rows in (1, 101):
+        assert draft_lengths(steps, rows, 1, [[0.15]], 99) == [0]
+        assert draft_lengths(steps, rows, 1, [[0.3]], 99) == [1]
 
 
 def speculation() -> Speculation:
@@ -129,8 +146,8 @@ def test_matches_of_a_length_that_mostly_fail_are_not_verified_in_any_sequence()
     for _ in range(40):
         decides.observe_tokens(short, [9], Acceptance())
         decides.observe_tokens(long, [1, 2, 3, 4, 9], Acceptance())
-    assert decides.lengths(1, [(short, Acceptance())], 99) == [0]
-    assert decides.lengths(1, [(long, Acceptance())], 99) == [4]
+    assert decides.lengths(1, 1, [(short, Acceptance())], 99) == [0]
+    assert decides.lengths(1, 1, [(long, Acceptance())], 99) == [4]
 
 
 def test_what_is_not_verified_teaches_too_so_that_drafts_come_back() -> None:
@@ -138,10 +155,10 @@ def test_what_is_not_verified_teaches_too_so_that_drafts_come_back() -> None:
     draft = Match((1, 2, 3, 4), agreeing=3).draft()
     for _ in range(40):
         decides.observe_tokens(draft, [9], own)
-    assert decides.lengths(1, [(draft, own)], 99) == [0]
+    assert decides.lengths(1, 1, [(draft, own)], 99) == [0]
     for _ in range(80):  # the first token alone is seen, and is what was sampled
         decides.observe_tokens(draft, [1], own)
-    assert decides.lengths(1, [(draft, own)], 99)[0] > 0
+    assert decides.lengths(1, 1, [(draft, own)], 99)[0] > 0
 
 
 def test_a_sequence_that_repeats_more_than_others_has_better_chances() -> None:
@@ -151,5 +168,5 @@ def test_a_sequence_that_repeats_more_than_others_has_better_chances() -> None:
         decides.observe_tokens(draft, [9], Acceptance())
         if number % 6 == 0:
             decides.observe_tokens(draft, [1, 2, 9], repeats)
-    assert decides.lengths(1, [(draft, Acceptance())], 99) == [0]
-    assert decides.lengths(1, [(draft, repeats)], 99) == [2]
+    assert decides.lengths(1, 1, [(draft, Acceptance())], 99) == [0]
+    assert decides.lengths(1, 1, [(draft, repeats)], 99) == [2]

@@ -54,8 +54,15 @@ def test_an_answer_that_was_expected_is_accepted_in_drafts_and_the_same(
         assert answer.choices[0].message.content == text
         details = answer.usage.completion_tokens_details
         assert details.accepted_prediction_tokens > 20
+        drafts = answer.usage.draft_tokens_details
+        assert drafts["accepted_draft_tokens"] == details.accepted_prediction_tokens
+        assert drafts["draft_tokens"] - drafts["accepted_draft_tokens"] == (
+            details.rejected_prediction_tokens
+        )
     metrics = urlopen(drafting.url + "/metrics").read().decode()
-    accepted = re.search(r"^nybble_accepted_draft_tokens_total ([\d.]+)$", metrics, re.MULTILINE)
+    accepted = re.search(
+        r"^nybble_accepted_draft_tokens_total{method=.ngram.} ([\d.]+)$", metrics, re.MULTILINE
+    )
     assert accepted is not None
     assert float(accepted[1]) >= 2 * details.accepted_prediction_tokens
 
@@ -92,4 +99,4 @@ def test_a_server_with_a_draft_model_drafts_without_the_prediction_and_counts_no
         details = answer.usage.completion_tokens_details
         assert details.accepted_prediction_tokens == details.rejected_prediction_tokens == 0
         metrics = urlopen(process.url + "/metrics").read().decode()
-        assert re.search(r"^nybble_draft_tokens_total [1-9]", metrics, re.MULTILINE)
+        assert re.search(r"^nybble_draft_tokens_total{method=.draft.} [1-9]", metrics, re.MULTILINE)

@@ -7,7 +7,10 @@ import itertools
 import json
 import math
 import random
+import re
 import statistics
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,7 @@ from nybble.server.bench.client import Client, Timing
 from nybble.server.bench.drive import Run, Sent
 from nybble.server.cli.main import app
 
-from ..conftest import ServerProcess
+from ..conftest import ServerProcess, running_server
 
 
 def bench(*arguments: object) -> Result:
@@ -116,6 +119,27 @@ def test_the_summary_counts_what_met_the_slo() -> None:
     assert "20% had ttft ≤ 500 ms" in report.table(found)
     with pytest.raises(ValueError, match="--slo"):
         report.parse_slo("ttft=5")
+
+
+def test_the_summary_says_which_part_of_drafts_was_accepted() -> None:
+    with_drafts = replace(timing(0.1, 0.01, 11), draft_tokens=20, accepted_draft_tokens=8)
+    found = report.summarize(
+        Run([Sent(0.0, with_drafts), Sent(0.1, timing(0.1, 0.01, 11))], 2.0), {}
+    )
+    assert found["draft_acceptance_ratio"] == pytest.approx(0.4)
+    assert "10.0 draft tokens/s verified, 40% accepted" in report.table(found)
+    assert "draft" not in report.table(report.summarize(Run([Sent(0, timing(1, 1, 2))], 2.0), {}))
+
+
+def test_a_server_with_drafts_tells_the_benchmark(tiny_model: Callable[..., Path]) -> None:
+    draft = ("--draft-model", str(tiny_model()), "--speculate", "draft")
+    with running_server(tiny_model(), *draft) as process:
+        result = bench(
+            *("--url", process.url + "/v1", "--concurrency", 2, "--requests", 4),
+            *("--prompt-words", "2-4", "--max-tokens", 8),
+        )
+    assert result.exit_code == 0, result.output
+    assert re.search(r"[\d.]+ draft tokens/s verified, \d+% accepted", result.stdout)
 
 
 @pytest.mark.parametrize("load", [("--concurrency", 3), ("--rate", 50)])

@@ -28,6 +28,7 @@ class Scripted:
     error: tuple[int, str] | None = None
     metrics: str = "nybble_engine_healthy 1.0\n"
     models: tuple[tuple[str, str | None], ...] = (("base", None), ("pirate", "base"))
+    usage: dict[str, Any] = field(default_factory=dict)
     asked: list[dict[str, Any]] = field(default_factory=list)
     whole: int = 0
     cut: int = 0
@@ -74,7 +75,7 @@ class Scripted:
                 await _send(response, [{"delta": {"content": piece}}])
                 await asyncio.sleep(self.pause)
             await _send(response, [{"delta": {}, "finish_reason": "stop"}])
-            await _send(response, [], {"completion_tokens": len(pieces)})
+            await _send(response, [], {"completion_tokens": len(pieces), **self.usage})
             await response.write(b"data: [DONE]\n\n")
             self.whole += 1
         except (ConnectionError, asyncio.CancelledError):

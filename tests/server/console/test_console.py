@@ -87,6 +87,13 @@ def test_an_answer_streams_in_with_its_rate_and_the_next_question_knows_it(
     assert page.complaints() == []
 
 
+def test_drafts_that_were_accepted_are_shown(page: Page, server: Scripted) -> None:
+    server.usage = {"draft_tokens_details": {"draft_tokens": 9, "accepted_draft_tokens": 6}}
+    answer = page.ask("Count.")
+    page.answered()
+    assert "6 of 9 drafts accepted" in answer.find_element(By.CSS_SELECTOR, ".stats").text
+
+
 @pytest.mark.parametrize("by", ["button", "escape"])
 def test_stopping_keeps_what_came_and_tells_the_server(
     page: Page, server: Scripted, by: str

@@ -220,7 +220,7 @@ def test_the_busiest_have_the_labels_and_what_was_counted_goes_on() -> None:
 
     def samples() -> dict[str, float]:
         """Of the number of sequences, by adapter."""
-        sequences, _ = shares.families
+        sequences, *_ = shares.families
         (family,) = text_string_to_metric_families("".join(sequences.write()))
         return {sample.labels["adapter"]: sample.value for sample in family.samples}
 
@@ -242,6 +242,44 @@ def test_the_busiest_have_the_labels_and_what_was_counted_goes_on() -> None:
     assert sum(count(f"a{index}") is None for index in range(50)) == 1
     shares.generated("a1", 7)
     assert len(samples()) <= 51
+
+
+def test_drafts_are_counted_by_tenant_and_end_with_its_label() -> None:
+    now = 0.0
+    shares = _Shares("tenant", lambda: now, method="ngram")
+
+    def samples() -> dict[tuple[str, str], float]:
+        text = "".join(itertools.chain.from_iterable(each.write() for each in shares.families))
+        return {
+            (sample.name, sample.labels["tenant"]): sample.value
+            for family in text_string_to_metric_families(text)
+            for sample in family.samples
+            if "le" not in sample.labels and (sample.labels.get("method") == "ngram")
+        }
+
+    for index in range(50):
+        shares.begin(f"t{index}")
+    shares.drafted("t0", 8, 3)
+    shares.drafted("t0", 4, 0)
+    shares.drafted("new", 5, 5)
+    shares.drafted("", 5, 5)
+    assert samples() == {
+        ("nybble_tenant_draft_tokens_total", "t0"): 12,
+        ("nybble_tenant_draft_tokens_total", "other"): 5,
+        ("nybble_tenant_accepted_draft_tokens_total", "t0"): 3,
+        ("nybble_tenant_accepted_draft_tokens_total", "other"): 5,
+        ("nybble_tenant_draft_accepted_length_count", "t0"): 2,
+        ("nybble_tenant_draft_accepted_length_sum", "t0"): 5,
+        ("nybble_tenant_draft_accepted_length_count", "other"): 1,
+        ("nybble_tenant_draft_accepted_length_sum", "other"): 6,
+    }
+    # Fifty busier tenants take the labels over.
+    for index in range(50):
+        for _ in range(3):
+            shares.begin(f"u{index}")
+    now = 601.0
+    shares.begin("u0")
+    assert {tenant for _, tenant in samples()} == {"other"}
 
 
 def test_vllms_names_say_what_an_endpoint_picker_asks_for(
