@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from nybble.engine.base_layers import BaseModel
+from nybble.engine.fused_layers import BuiltLayer, fused
 from nybble.engine.latent_parts import Expansion, LatentAttentionPart
 from nybble.engine.parallel import ALONE, TensorParallel
 from nybble.engine.parts import (
@@ -108,11 +109,12 @@ class Decoder:
         )
         # Of each layer with attention, and of each of the others: its number among its like.
         self._numbers = count(), count()
-        self._blocks = [
-            block
-            for index, layer in enumerate(architecture.layers)
-            for block in self._layer(store, index, layer)
-        ]
+        layers: list[BuiltLayer] = []
+        for index, layer in enumerate(architecture.layers):
+            blocks = tuple(self._layer(store, index, layer))
+            known = sum(len(each.weights) for each in layers)
+            layers.append(BuiltLayer(layer, blocks, self._weights[known:]))
+        self._blocks = list(fused(layers, self.backend, dtype))
         self.final_norm = self._norm(store, architecture.final_norm, architecture.hidden)
         first, last = group.share(architecture.vocab)
         head = store.optional_linear(architecture.head, last - first, architecture.hidden)

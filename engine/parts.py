@@ -337,6 +337,14 @@ class ParallelPart:
         return first
 
 
+class Block(Protocol):
+    """Computes one part of the decoder, or several."""
+
+    def __call__(self, added: Tensor | None, residual: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        """What is to be added to the residual next, and the residual with what ``added`` was."""
+        ...
+
+
 @dataclass(frozen=True)
 class ResidualBlock:
     """``residual + multiplier · post(part(pre(residual)))``.

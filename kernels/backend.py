@@ -19,6 +19,7 @@ from nybble.kernels.activation import Activation
 from nybble.kernels.attention_batch import AttentionBatch
 from nybble.kernels.cpu.deterministic import deterministic_library
 from nybble.kernels.cpu.library import library
+from nybble.kernels.decoder_layer import DecoderLayer, DecoderLayersKernel
 from nybble.kernels.lora_batch import LoRABatch
 from nybble.kernels.packed import GroupedKernel, LinearKernel, Weight
 from nybble.kernels.reference import TokenChoice
@@ -39,6 +40,12 @@ class Backend(Protocol):
 
         Returns ``(..., out_features / 2)``. None if no kernel computes both.
         """
+        ...
+
+    def decoder_layers(
+        self, layers: Sequence[DecoderLayer], dtype: torch.dtype
+    ) -> DecoderLayersKernel | None:
+        """These layers, one after another, in one call. None if no kernel computes them."""
         ...
 
     def grouped_linear(self, weights: Sequence[Weight], dtype: torch.dtype) -> GroupedKernel:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from nybble.kernels.activation import Activation, check_activation
 from nybble.kernels.attention_batch import AttentionBatch
+from nybble.kernels.decoder_layer import DecoderLayer
 from nybble.kernels.lora_batch import LoRABatch
 from nybble.kernels.packed import (
     DenseWeight,
@@ -40,6 +41,10 @@ def linear(weight: Weight, dtype: torch.dtype) -> LinearKernel:
 
 def gated_linear(weight: Weight, activation: Activation, dtype: torch.dtype) -> None:
     """None: the product of a linear layer and :func:`gated` are computed one after the other."""
+
+
+def decoder_layers(layers: Sequence[DecoderLayer], dtype: torch.dtype) -> None:
+    """None: layers are computed by one operation after another."""
 
 
 def grouped_linear(weights: Sequence[Weight], dtype: torch.dtype) -> GroupedKernel:

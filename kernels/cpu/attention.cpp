@@ -8,6 +8,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "kernels.h"
 #include "simd.h"
 #include "status.h"
 

@@ -21,6 +21,10 @@ from nybble.kernels import reference
 from nybble.kernels.activation import ACTIVATIONS, Activation, check_activation
 from nybble.kernels.attention_batch import AttentionBatch
 from nybble.kernels.cpu.build import CpuKernelsUnavailableError, load
+from nybble.kernels.cpu.checks import CACHES, caches_match, misread, out_of_memory, takes_cache
+from nybble.kernels.cpu.decoder_layers import DecoderLayers
+from nybble.kernels.cpu.stored_weight import SCALE_TYPES, StoredWeight
+from nybble.kernels.decoder_layer import DecoderLayer
 from nybble.kernels.lora_batch import LoRABatch
 from nybble.kernels.packed import (
     DenseWeight,
@@ -34,8 +38,6 @@ from nybble.kernels.reference import TokenChoice, check_rotary_dim, check_sinks
 from nybble.kernels.state_batch import StateBatch
 
 logger = logging.getLogger(__name__)
-
-_SCALE_TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 
 
 @cache
@@ -88,6 +90,9 @@ class CpuLibrary:
         self._delta_rule = allocating(
             "gated_delta_rule", *[pointer] * 12, *[size] * 5, c_float, c_int
         )
+        self._decoder_layers = allocating(
+            "decoder_layers", pointer, pointer, size, *[pointer] * 3, size, size, c_int
+        )
         self._lora_add = allocating("lora_add", *[pointer] * 9, *[size] * 4, c_int)
         self._sample = allocating("sample_tokens", *[pointer] * 3, size, size, c_int)
 
@@ -111,7 +116,7 @@ class CpuLibrary:
 
         A decode step calls it a hundred times, and the cores wait meanwhile.
         """
-        stored = _Stored(weight)
+        stored = StoredWeight(weight)
         if stored.columns % 8:
             return partial(self.packed_matmul, weight=weight)
         inputs, outputs, perm = weight.in_features, weight.out_features, stored.perm
@@ -133,7 +138,7 @@ class CpuLibrary:
                 *stored.sizes,
                 torch.get_num_threads(),
             ):
-                raise _out_of_memory("packed_matmul")
+                raise out_of_memory("packed_matmul")
             return out
 
         return linear
@@ -161,7 +166,7 @@ class CpuLibrary:
             or expert_ids.dtype != torch.int64
             or (weights is not None and weights.shape != expert_ids.shape)
         ):
-            raise _misread(
+            raise misread(
                 f"bfloat16 {x_shapes[0]} or {x_shapes[1]} and int64 expert_ids", x=x, ids=expert_ids
             )
         x, expert_ids = x.contiguous(), expert_ids.contiguous()
@@ -185,15 +190,27 @@ class CpuLibrary:
             first.columns,
             first.groups,
             -(-first.group_size // 8),
-            _SCALE_TYPES[first.scales.dtype],
+            SCALE_TYPES[first.scales.dtype],
             torch.get_num_threads(),
         )
         if failed:
-            raise _out_of_memory("grouped_matmul")
+            raise out_of_memory("grouped_matmul")
         return out
 
     def gated_linear(self, weight: Weight, activation: Activation, dtype: torch.dtype) -> None:
         """None: the product and :meth:`gated` are two kernels."""
+
+    def decoder_layers(
+        self, layers: Sequence[DecoderLayer], dtype: torch.dtype
+    ) -> DecoderLayers | None:
+        """In bfloat16, if the kernels take every weight."""
+        for layer in layers:
+            weights = layer.qkv, layer.output, layer.gate_up, layer.down
+            if not all(isinstance(w, PackedWeight) and self.takes(w) for w in weights):
+                return None
+            if dtype != torch.bfloat16 or not DecoderLayers.take(layer):
+                return None
+        return DecoderLayers(self._decoder_layers, layers)
 
     def packed_matmul(self, x: Tensor, weight: PackedWeight) -> Tensor:
         """A row's result is the same in any batch.
@@ -202,8 +219,8 @@ class CpuLibrary:
         others :func:`nybble.kernels.reference.packed_matmul_int16` is computed.
         """
         if x.shape[-1] != weight.in_features:
-            raise _misread(f"(…, {weight.in_features})", x=x)
-        stored = _Stored(weight)
+            raise misread(f"(…, {weight.in_features})", x=x)
+        stored = StoredWeight(weight)
         rows = x.reshape(-1, weight.in_features)
         if stored.perm is not None:
             rows = rows[:, stored.perm]
@@ -222,7 +239,7 @@ class CpuLibrary:
             torch.get_num_threads(),
         )
         if failed:
-            raise _out_of_memory("packed_matmul")
+            raise out_of_memory("packed_matmul")
         return out.view(*x.shape[:-1], weight.out_features)
 
     def dequantize(self, weight: PackedWeight, dtype: torch.dtype) -> Tensor:
@@ -242,12 +259,12 @@ class CpuLibrary:
             weight.columns,
             weight.groups,
             -(-weight.group_size // 8),
-            _SCALE_TYPES[weight.scales.dtype],
+            SCALE_TYPES[weight.scales.dtype],
             made == torch.bfloat16,
             torch.get_num_threads(),
         )
         if failed:
-            raise _out_of_memory("dequantize")
+            raise out_of_memory("dequantize")
         return out.to(dtype)
 
     def rms_norm(
@@ -257,7 +274,7 @@ class CpuLibrary:
         if width % 16 or not x.dtype == weight.dtype == torch.bfloat16:
             return reference.rms_norm(x, weight, eps, offset)
         if weight.shape != (width,):
-            raise _misread("x (…, width), weight (width,)", x=x, weight=weight)
+            raise misread("x (…, width), weight (width,)", x=x, weight=weight)
         x, weight = x.contiguous(), weight.contiguous()
         out = torch.empty_like(x)
         rows = x.numel() // width
@@ -282,7 +299,7 @@ class CpuLibrary:
             return reference.add_rms_norm(x, residual, weight, eps, offset)
         if weight.shape != (width,) or residual.shape != x.shape:
             expected = "x and residual (…, width), weight (width,)"
-            raise _misread(expected, x=x, residual=residual, weight=weight)
+            raise misread(expected, x=x, residual=residual, weight=weight)
         x, weight = x.contiguous(), weight.contiguous()
         total = residual.clone(memory_format=torch.contiguous_format)
         out = torch.empty_like(x)
@@ -335,7 +352,7 @@ class CpuLibrary:
     ) -> None:
         """cos and sin are float32; caches with scales are int8."""
         kv_heads, block_size, dim = k_cache.shape[1:]
-        if dim % 16 or q.dtype != torch.bfloat16 or not _takes_cache(k_cache, k_scales):
+        if dim % 16 or q.dtype != torch.bfloat16 or not takes_cache(k_cache, k_scales):
             inputs = q, k, v, cos, sin, k_cache, v_cache, slot_mapping, k_scales, v_scales
             return reference.rotary_store(*inputs, interleaved=interleaved)
         tokens, q_heads = q.shape[:2]
@@ -351,13 +368,13 @@ class CpuLibrary:
             and slot_mapping.shape == (tokens,)
             and cos.dtype == sin.dtype == torch.float32
             and q.stride()[1:] == k.stride()[1:] == v.stride()[1:] == (dim, 1)
-            and _caches_match(k_cache, v_cache, k_scales, v_scales)
+            and caches_match(k_cache, v_cache, k_scales, v_scales)
         ):
             check_rotary_dim(rotary_dim, dim)
-            raise _misread(
+            raise misread(
                 "bfloat16 q, k and v (tokens, heads, dim), the heads of a row contiguous; "
                 "float32 cos and sin (tokens, rotary dim); "
-                f"{_CACHES}",
+                f"{CACHES}",
                 q=q,
                 k=k,
                 v=v,
@@ -409,7 +426,7 @@ class CpuLibrary:
     ) -> Tensor:
         """Caches with scales are int8; sinks may have any dtype."""
         kv_heads, block_size, dim = k_cache.shape[1:]
-        if dim % 16 or q.dtype != torch.bfloat16 or not _takes_cache(k_cache, k_scales):
+        if dim % 16 or q.dtype != torch.bfloat16 or not takes_cache(k_cache, k_scales):
             inputs = q, k_cache, v_cache, batch, scale, window, k_scales, v_scales
             return reference.paged_attention(*inputs, softcap=softcap, sinks=sinks)
         tokens, q_heads = q.shape[:2]
@@ -419,11 +436,11 @@ class CpuLibrary:
             and k_cache.shape == v_cache.shape == (k_cache.shape[0], kv_heads, block_size, dim)
             and batch.slot_mapping.shape == (tokens,)
             and q.stride()[1:] == (dim, 1)
-            and _caches_match(k_cache, v_cache, k_scales, v_scales)
+            and caches_match(k_cache, v_cache, k_scales, v_scales)
         ):
-            raise _misread(
+            raise misread(
                 "bfloat16 q (tokens, a multiple of the KV heads, dim), the heads of a row "
-                f"contiguous; {_CACHES}",
+                f"contiguous; {CACHES}",
                 q=q,
                 k_cache=k_cache,
                 v_cache=v_cache,
@@ -457,7 +474,7 @@ class CpuLibrary:
             torch.get_num_threads(),
         )
         if failed:
-            raise _out_of_memory("paged_attention")
+            raise out_of_memory("paged_attention")
         return out
 
     def short_convolution(
@@ -478,7 +495,7 @@ class CpuLibrary:
             and weight.is_contiguous()
             and (bias is None or (bias.dtype == torch.float32 and bias.shape == (channels,)))
         ):
-            raise _misread(
+            raise misread(
                 f"x (tokens, {channels}), the channels of a row contiguous; contiguous float32 "
                 f"weight (taps, channels); a contiguous state (slots, {taps - 1}, {channels}) of "
                 "the dtype of x",
@@ -526,7 +543,7 @@ class CpuLibrary:
             and state.dtype == torch.float32
             and state.is_contiguous()
         ):
-            raise _misread(
+            raise misread(
                 "q and k (tokens, key heads, key dim), v (tokens, a multiple of the key heads, "
                 "value dim), g and beta (tokens, value heads), and a contiguous float32 state "
                 "(slots, value heads, key dim, value dim)",
@@ -553,7 +570,7 @@ class CpuLibrary:
             torch.get_num_threads(),
         )
         if failed:
-            raise _out_of_memory("gated_delta_rule")
+            raise out_of_memory("gated_delta_rule")
         return out.to(v.dtype)
 
     def lora_add(
@@ -584,7 +601,7 @@ class CpuLibrary:
             and a.is_contiguous()
             and ranks.is_contiguous()
         ):
-            raise _misread(
+            raise misread(
                 f"contiguous x (tokens, inputs) and out (tokens, {offsets[-1]}); a and b as "
                 "slot_buffers makes them; int32 ranks (slots,)",
                 x=x,
@@ -611,13 +628,13 @@ class CpuLibrary:
             torch.get_num_threads(),
         )
         if failed:
-            raise _out_of_memory("lora_add")
+            raise out_of_memory("lora_add")
 
     def sample_tokens(self, logits: Tensor, choices: Sequence[TokenChoice]) -> Tensor:
         """logits are float32. Sums are float64, so that tokens at a border may differ."""
         rows, vocab = logits.shape
         if logits.dtype != torch.float32 or len(choices) != rows or not vocab:
-            raise _misread(f"float32 ({len(choices)}, a vocabulary)", logits=logits)
+            raise misread(f"float32 ({len(choices)}, a vocabulary)", logits=logits)
         logits = logits.contiguous()
         given = torch.tensor(choices, dtype=torch.float64)
         tokens = torch.empty(rows, dtype=torch.int64)
@@ -630,73 +647,13 @@ class CpuLibrary:
             torch.get_num_threads(),
         )
         if failed:
-            raise _out_of_memory("sample_tokens")
+            raise out_of_memory("sample_tokens")
         return tokens
-
-
-_CACHES = (
-    "contiguous caches (blocks, KV heads, block size, dim), bfloat16, or int8 with contiguous "
-    "float32 scales (blocks, KV heads, block size)"
-)
-
-
-def _takes_cache(cache: Tensor, scales: Tensor | None) -> bool:
-    return cache.dtype == (torch.bfloat16 if scales is None else torch.int8)
-
-
-def _caches_match(
-    k_cache: Tensor, v_cache: Tensor, k_scales: Tensor | None, v_scales: Tensor | None
-) -> bool:
-    """Whether the caches, of the right shape, are such as _CACHES says."""
-    both = k_cache, v_cache
-    if k_scales is None or v_scales is None:
-        return k_scales is v_scales and all(
-            cache.dtype == torch.bfloat16 and cache.is_contiguous() for cache in both
-        )
-    return all(
-        cache.dtype == torch.int8
-        and scales.dtype == torch.float32
-        and scales.shape == cache.shape[:3]
-        and cache.is_contiguous()
-        and scales.is_contiguous()
-        for cache, scales in zip(both, (k_scales, v_scales), strict=True)
-    )
 
 
 def _addresses(batch: StateBatch) -> tuple[int, ...]:
     fields = batch.query_start, batch.read, batch.write, batch.snapshot, batch.snapshot_rows
     return tuple(field.data_ptr() for field in fields)
-
-
-def _out_of_memory(kernel: str) -> MemoryError:
-    return MemoryError(f"no memory for the buffers of nybble_{kernel}")
-
-
-class _Stored:
-    """What the matmul is told of a weight, beside the rows and the outputs.
-
-    A weight of two digits is multiplied in one pass over columns that each have both.
-
-    columns: stored for each output.
-    perm: the input feature of each; None if column k is feature k.
-    addresses: of codes, scales, zeros, levels and bias. The tensors are the weight's own, and live
-        as long as it does.
-    sizes: groups, octets of columns in a group, type of scales, digits.
-    """
-
-    def __init__(self, weight: PackedWeight) -> None:
-        digits = 2 if weight.has_two_digits else 1
-        self.columns = weight.columns // digits
-        self.perm = weight.perm
-        if digits == 2 and self.perm is not None:
-            self.perm = self.perm[: self.columns]
-            if torch.equal(self.perm, torch.arange(self.columns)):
-                self.perm = None
-        tensors = weight.qweight, weight.scales, weight.zeros, weight.levels, weight.wide_bias
-        self.addresses = tuple(None if tensor is None else tensor.data_ptr() for tensor in tensors)
-        octets_per_group = -(-weight.group_size // 8)
-        scale_type = _SCALE_TYPES[weight.scales.dtype]
-        self.sizes = weight.groups // digits, octets_per_group, scale_type, digits
 
 
 @dataclass(frozen=True)
@@ -726,10 +683,3 @@ def _alike(weights: Sequence[PackedWeight]) -> bool:
         and torch.equal(w.levels, first.levels)
         for w in weights
     )
-
-
-def _misread(expected: str, **given: Tensor) -> ValueError:
-    shown = (
-        f"{name}: {t.dtype} {tuple(t.shape)} strides {t.stride()}" for name, t in given.items()
-    )
-    return ValueError(f"the CPU kernels take {expected}; given {', '.join(shown)}")

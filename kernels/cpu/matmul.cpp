@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "kernels.h"
 #include "status.h"
 
 #if defined(__AVX512BF16__)

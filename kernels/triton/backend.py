@@ -9,6 +9,7 @@ import torch
 
 from nybble.kernels.activation import Activation
 from nybble.kernels.packed import DenseWeight, GroupedKernel, LinearKernel, PackedWeight, Weight
+from nybble.kernels.reference import decoder_layers
 from nybble.kernels.reference import packed_matmul as reference_matmul
 from nybble.kernels.triton.activation import gated
 from nybble.kernels.triton.attention import paged_attention
@@ -23,6 +24,7 @@ from nybble.kernels.triton.sampling import sample_tokens
 
 __all__ = [
     "add_rms_norm",
+    "decoder_layers",
     "gated",
     "gated_delta_rule",
     "gated_linear",

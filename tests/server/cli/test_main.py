@@ -235,7 +235,7 @@ def test_sizes_are_binary_or_decimal() -> None:
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ({}, "GOMP_SPINCOUNT = '10000'"),
+        ({}, "GOMP_SPINCOUNT = '1000'"),
         ({"GOMP_SPINCOUNT": "77"}, "GOMP_SPINCOUNT = '77'"),
         ({"OMP_WAIT_POLICY": "passive"}, "GOMP_SPINCOUNT = '0'"),
     ],

@@ -1,0 +1,140 @@
+"""Decoder layers that the back end computes in one call, instead of part by part."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from nybble.engine.parts import (
+    AttentionPart,
+    Block,
+    MlpPart,
+    NormPart,
+    ResidualBlock,
+    RmsNormPart,
+    Step,
+)
+from nybble.kernels.backend import Backend
+from nybble.kernels.decoder_layer import DecoderLayer, DecoderLayersKernel, RmsNorm
+from nybble.kernels.packed import Weight
+from nybble.models import Layer, Mlp
+
+
+@dataclass(frozen=True)
+class BuiltLayer:
+    """A layer as data, and what computes it part by part.
+
+    weights: of each of its projections.
+    """
+
+    about: Layer
+    blocks: tuple[ResidualBlock, ...]
+    weights: Sequence[tuple[Weight, ...]]
+
+    def as_decoder_layer(self) -> DecoderLayer | None:
+        """None if it has other parts than such a layer, or several weights for one input."""
+        mlp, (first, *others) = self.about.mlp, self.blocks
+        if not others or not isinstance(mlp, Mlp) or any(len(each) > 1 for each in self.weights):
+            return None
+        attention, feed_forward = first.part, others[0].part
+        # Ranks of several gather what they compute in between: their parts are other functions.
+        if not isinstance(attention, AttentionPart) or not isinstance(feed_forward, MlpPart):
+            return None
+        about = attention.about
+        if about.gated or about.rotate_first or about.qk_norm not in (None, "head"):
+            return None
+        if about.rope is not None and about.rope.query_beta:
+            return None
+        if not mlp.gated or mlp.clamp is not None or mlp.xielu is not None:
+            return None
+        norms = [block.pre for block in self.blocks]
+        optional = [attention.q_norm, attention.k_norm, *(block.post for block in self.blocks)]
+        if not all(isinstance(norm, RmsNormPart) for norm in norms + [n for n in optional if n]):
+            return None
+        if any(block.multiplier != 1 for block in self.blocks):
+            return None
+        (qkv,), (output,), (gate_up,), (down,) = self.weights
+        attention_norm, mlp_norm = map(_norm, norms)
+        assert attention_norm is not None
+        assert mlp_norm is not None
+        q_norm, k_norm, post_attention_norm, post_mlp_norm = map(_norm, optional)
+        return DecoderLayer(
+            attention_norm=attention_norm,
+            qkv=qkv,
+            q_norm=q_norm,
+            k_norm=k_norm,
+            output=output,
+            post_attention_norm=post_attention_norm,
+            mlp_norm=mlp_norm,
+            gate_up=gate_up,
+            activation=mlp.activation,
+            down=down,
+            post_mlp_norm=post_mlp_norm,
+            heads=about.heads,
+            kv_heads=about.kv_heads,
+            head_dim=about.head_dim,
+            scale=about.scale,
+            window=about.window,
+            softcap=about.softcap or 0.0,
+            sinks=attention.sinks,
+            interleaved=about.rope is not None and about.rope.interleaved,
+        )
+
+
+def _norm(norm: NormPart | None) -> RmsNorm | None:
+    assert norm is None or isinstance(norm, RmsNormPart)
+    return None if norm is None else RmsNorm(norm.weight, norm.eps, norm.offset)
+
+
+@dataclass(frozen=True)
+class FusedLayers:
+    """Layers one after another, in one call if no row of the step uses an adapter.
+
+    blocks: compute the same part by part.
+    ropes: of each layer, the index of the rotary embedding.
+    first: the number of the first layer among those with attention; the others follow.
+    """
+
+    kernel: DecoderLayersKernel
+    blocks: tuple[ResidualBlock, ...]
+    ropes: tuple[int, ...]
+    first: int
+
+    def __call__(self, added: Tensor | None, residual: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        if step.adapters is None:
+            rotary = [step.rotary[rope] for rope in self.ropes]
+            caches, batches = step.caches, step.batches
+            if len(caches) > len(rotary):
+                own = slice(self.first, self.first + len(rotary))
+                caches, batches = caches[own], batches[own]
+            if (done := self.kernel(added, residual, rotary, caches, batches)) is not None:
+                return done
+        for block in self.blocks:
+            added, residual = block(added, residual, step)
+        assert added is not None
+        return added, residual
+
+
+def fused(layers: Sequence[BuiltLayer], backend: Backend, dtype: torch.dtype) -> Iterator[Block]:
+    """What computes ``layers`` one after another: as many as possible in one call."""
+
+    def as_one(layer: BuiltLayer) -> DecoderLayer | None:
+        about = layer.as_decoder_layer()
+        taken = about is not None and backend.decoder_layers([about], dtype) is not None
+        return about if taken else None
+
+    each = [(layer, as_one(layer)) for layer in layers]
+    for together, run in groupby(each, key=lambda pair: pair[1] is not None):
+        built, about = zip(*run, strict=True)
+        blocks = tuple(block for layer in built for block in layer.blocks)
+        kernel = backend.decoder_layers(about, dtype) if together else None
+        if kernel is None:
+            yield from blocks
+        else:
+            parts = [layer.blocks[0].part for layer in built]
+            ropes = tuple(part.rope for part in parts)
+            yield FusedLayers(kernel, blocks, ropes, parts[0].layer)

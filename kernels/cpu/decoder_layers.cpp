@@ -1,0 +1,157 @@
+// Whole decoder layers (kernels/decoder_layer.py) in one call: between the kernels of a decode step
+// Python would take as long as some of them do.
+
+#include <algorithm>
+#include <memory>
+
+#include "kernels.h"
+#include "status.h"
+
+using namespace nybble;
+
+namespace {
+
+// kernels/cpu/decoder_layers.py has the same fields in the same order.
+
+struct Norm {
+    const bf16* weight;  // null for no norm
+    float eps, offset;
+    int32_t rounded_once;
+};
+
+struct Weight {
+    const uint8_t* codes;
+    const void *scales, *zeros;
+    const float *levels, *bias;
+    const int32_t* perm;  // or null
+    int64_t inputs, outputs, columns, groups, octets_per_group;
+    int32_t scale_type, digits;
+};
+
+struct Layer {
+    Norm attention_norm, q_norm, k_norm, post_attention_norm, mlp_norm, post_mlp_norm;
+    Weight qkv, output, gate_up, down;
+    const float* sinks;
+    int64_t heads, kv_heads, dim, window;
+    float scale, softcap;
+    int32_t interleaved, activation;
+};
+
+// Of one layer in one step. Each field has 8 bytes.
+struct Inputs {
+    const float *cos, *sin;
+    int64_t rotary_dim;
+    void *k_cache, *v_cache;
+    float *k_scales, *v_scales;  // null for bf16
+    int64_t block_size;
+    const int32_t *query_start, *context_lens, *block_tables;
+    const int64_t* slots;
+    int64_t seqs, max_blocks;
+};
+
+// Memory for `count` rows that the layers use in turn.
+class Rows {
+   public:
+    Rows(int64_t count, int64_t width) : data_(new bf16[count * width]) {}
+    operator bf16*() const { return data_.get(); }
+
+   private:
+    std::unique_ptr<bf16[]> data_;
+};
+
+struct Run {
+    int64_t tokens, hidden;
+    int threads;
+    Rows normed, qkv, attended, gate_up, gated, permuted, head;
+    int status = kDone;
+
+    // Does nothing once memory was missing.
+    void multiply(const Weight& w, const bf16* x, bf16* out) {
+        if (status != kDone) return;
+        if (w.perm) {
+            for (int64_t row = 0; row < tokens; ++row)
+                for (int64_t k = 0; k < w.columns; ++k)
+                    permuted[row * w.columns + k] = x[row * w.inputs + w.perm[k]];
+            x = permuted;
+        }
+        status = nybble_packed_matmul(x, w.codes, w.scales, w.zeros, w.levels, w.bias, out, tokens,
+                                      w.outputs, w.columns, w.groups, w.octets_per_group,
+                                      w.scale_type, w.digits, threads);
+    }
+
+    // What is added is null or belongs to the residual first.
+    void norm(const Norm& n, const bf16* added, bf16* residual, bf16* out) const {
+        nybble_rms_norm(added ? added : residual, added ? residual : nullptr, n.weight, out, tokens,
+                        hidden, n.eps, n.offset, n.rounded_once);
+    }
+
+    void norm_in_place(const Norm& n, bf16* x, int64_t rows, int64_t width) const {
+        if (n.weight)
+            nybble_rms_norm(x, nullptr, n.weight, x, rows, width, n.eps, n.offset, n.rounded_once);
+    }
+
+    // `added` and `out` may be the same.
+    void layer(const Layer& l, const Inputs& in, const bf16* added, bf16* residual, bf16* out) {
+        norm(l.attention_norm, added, residual, normed);
+        multiply(l.qkv, normed, qkv);
+        const int64_t stride = l.qkv.outputs;
+        bf16 *q = qkv, *k = q + l.heads * l.dim, *v = k + l.kv_heads * l.dim;
+        for (int64_t row = 0; row < tokens; ++row) {
+            norm_in_place(l.q_norm, q + row * stride, l.heads, l.dim);
+            norm_in_place(l.k_norm, k + row * stride, l.kv_heads, l.dim);
+        }
+        nybble_rotary_store(q, k, v, in.cos, in.sin, in.k_cache, in.v_cache, in.k_scales,
+                            in.v_scales, head, in.slots, tokens, l.heads, l.kv_heads, l.dim,
+                            in.rotary_dim, in.block_size, stride, stride, stride, l.interleaved);
+        if (status == kDone)
+            status = nybble_paged_attention(
+                q, in.k_cache, in.v_cache, in.k_scales, in.v_scales, in.query_start,
+                in.context_lens, in.block_tables, attended, in.seqs, in.max_blocks, l.heads,
+                l.kv_heads, l.dim, in.block_size, stride, l.scale, l.window, l.softcap, l.sinks,
+                threads);
+        multiply(l.output, attended, out);
+        norm_in_place(l.post_attention_norm, out, tokens, hidden);
+        norm(l.mlp_norm, out, residual, normed);
+        multiply(l.gate_up, normed, gate_up);
+        nybble_gated(gate_up, gated, tokens, l.gate_up.outputs / 2, l.activation, threads);
+        multiply(l.down, gated, out);
+        norm_in_place(l.post_mlp_norm, out, tokens, hidden);
+    }
+};
+
+}  // namespace
+
+// residual and out are (tokens, hidden). What the last layer adds is left in `out`; `added` is null
+// or is added to the residual first.
+extern "C" int nybble_decoder_layers(const void* layers, const void* inputs, int64_t count,
+                                     const bf16* added, bf16* residual, bf16* out, int64_t tokens,
+                                     int64_t hidden, int threads) try {
+    const auto* all = static_cast<const Layer*>(layers);
+    const auto* steps = static_cast<const Inputs*>(inputs);
+    int64_t qkv = 0, heads = 0, gate_up = 0, permuted = 0, dim = 0;
+    for (const Layer* l = all; l < all + count; ++l) {
+        qkv = std::max(qkv, l->qkv.outputs);
+        heads = std::max(heads, l->heads * l->dim);
+        gate_up = std::max(gate_up, l->gate_up.outputs);
+        dim = std::max(dim, l->dim);
+        for (const Weight* w : {&l->qkv, &l->output, &l->gate_up, &l->down})
+            if (w->perm) permuted = std::max(permuted, w->columns);
+    }
+    Run run{tokens,
+            hidden,
+            threads,
+            {tokens, hidden},
+            {tokens, qkv},
+            {tokens, heads},
+            {tokens, gate_up},
+            {tokens, gate_up / 2},
+            {tokens, permuted},
+            {1, dim}};
+    for (int64_t i = 0; i < count; ++i) {
+        run.layer(all[i], steps[i], added, residual, out);
+        added = out;
+    }
+    return run.status;
+} catch (const std::exception&) {
+    return kOutOfMemory;
+}

@@ -1,0 +1,202 @@
+"""Layers in one call are to the bit what their parts compute, whatever the family and the step."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from nybble.engine import EngineConfig
+from nybble.engine.decoder import Decoder
+from nybble.engine.fused_layers import FusedLayers
+from nybble.engine.kv_cache import KVCacheLayout
+from nybble.engine.parts import Block, Step
+from nybble.engine.request import Request, SamplingParams
+from nybble.engine.runner import ModelRunner
+from nybble.engine.scheduler import ScheduledSequence
+from nybble.engine.sequence import BlockTable, Sequence
+from nybble.kernels.attention_batch import AttentionBatch
+from nybble.kernels.cpu.library import library
+from nybble.loaders import open_checkpoint
+from nybble.models import architecture_of
+from nybble.quantizers.in_flight import InFlight
+
+pytestmark = pytest.mark.skipif(library() is None, reason="needs the C++ kernels")
+
+CONFIG = EngineConfig(block_size=16, max_num_seqs=4, max_batched_tokens=128)
+
+# What each family has beside Llama's layers, and how many calls its six layers become.
+FAMILIES: dict[str, tuple[dict[str, Any], int]] = {
+    "llama": ({}, 1),
+    "qwen2": ({}, 1),  # biases
+    "qwen3": ({"head_dim": 32}, 1),  # norms of heads
+    "gemma3_text": ({"head_dim": 32, "sliding_window": 16}, 1),  # norms after, offsets, windows
+    "gemma2": ({"head_dim": 32, "sliding_window": 16}, 1),  # softcaps
+    "phi3": ({"pad_token_id": 0}, 1),  # fused projections
+    "glm4": ({"head_dim": 32, "pad_token_id": 0}, 1),  # pairs rotated
+    "smollm3": ({"pad_token_id": 0}, 1),  # layers without positions
+    "granite": ({"residual_multiplier": 0.5}, 0),
+    "olmo2": ({}, 0),  # no norm before
+    "starcoder2": ({}, 0),  # LayerNorms
+}
+
+
+@pytest.fixture(scope="module")
+def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    def build(family: str) -> Path:
+        options, _ = FAMILIES[family]
+        folder = tmp_path_factory.mktemp(family)
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(
+            family,
+            **{
+                "vocab_size": 320,
+                "hidden_size": 128,
+                "intermediate_size": 192,
+                "num_hidden_layers": 6,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 2,
+                "max_position_embeddings": 256,
+                **options,
+            },
+        )
+        model = AutoModelForCausalLM.from_config(config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        model.to(torch.bfloat16).save_pretrained(folder)
+        return folder
+
+    return build
+
+
+def decoder_of(folder: Path) -> Decoder:
+    checkpoint = open_checkpoint(folder)
+    return Decoder(
+        architecture_of(checkpoint.config),
+        InFlight(checkpoint, layers="nf4").weights(),
+        device=torch.device("cpu"),
+        dtype=torch.bfloat16,
+        max_model_len=256,
+    )
+
+
+def steps(decoder: Decoder, kv_dtype: Literal["auto", "int8", "fp8"]) -> list[Tensor]:
+    """Logits of a prompt, of its rest beside another, and of one token of each."""
+    config = replace(CONFIG, kv_dtype=kv_dtype)
+    layout = KVCacheLayout.of(decoder.architecture, config, 256)
+    runner = ModelRunner(decoder, config, layout, 16 * len(layout.groups))
+    sequences = []
+    for number, length in enumerate((60, 33)):
+        prompt = tuple(range(40 + number, 40 + number + length))
+        request = Request("r", prompt, SamplingParams())
+        one = Sequence(request, 1, None, None)  # type: ignore[arg-type]
+        one.block_tables = tuple(
+            BlockTable([8 * number + n + 16 * group for n in range(8)])
+            for group in range(len(layout.groups))
+        )
+        sequences.append(one)
+    found = []
+    with torch.inference_mode():
+        for counts in ((30, 0), (29, 32), (1, 1)):
+            batch = [(one, count) for one, count in zip(sequences, counts, strict=True) if count]
+            found.append(runner.run([ScheduledSequence.of(*each) for each in batch]).clone())
+            for one, count in batch:
+                one.num_computed_tokens += count
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_in_one_call(folder_of: Callable[[str], Path], family: str) -> None:
+    decoder = decoder_of(folder_of(family))
+    calls = [block for block in decoder._blocks if isinstance(block, FusedLayers)]
+    assert len(calls) == FAMILIES[family][1]
+    if not calls:
+        return
+    assert len(decoder._blocks) == 1
+    parts: list[Block] = list(calls[0].blocks)
+    assert len(parts) == 12
+    kv_dtypes: tuple[Literal["auto", "int8"], ...] = ("auto", "int8")
+    for kv_dtype in kv_dtypes:
+        decoder._blocks = [calls[0]]
+        together = steps(decoder, kv_dtype)
+        decoder._blocks = parts
+        assert all(map(torch.equal, steps(decoder, kv_dtype), together))
+        assert all(logits.isfinite().all() for logits in together)
+
+
+class Counted:
+    """A kernel or a block, and how often it was called."""
+
+    def __init__(self, function: Any) -> None:
+        self.function, self.calls = function, 0
+
+    def __call__(self, *arguments: Any) -> Any:
+        self.calls += 1
+        return self.function(*arguments)
+
+
+def test_the_parts_compute_what_the_kernel_does_not_take(
+    folder_of: Callable[[str], Path],
+) -> None:
+    """Caches in fp8, and rows with adapters."""
+    decoder = decoder_of(folder_of("llama"))
+    (whole,) = decoder._blocks
+    assert isinstance(whole, FusedLayers)
+    blocks = tuple(map(Counted, whole.blocks))
+    kernel = Counted(whole.kernel)
+    decoder._blocks = [replace(whole, kernel=kernel, blocks=blocks)]
+    in_fp8 = steps(decoder, "fp8")
+    assert [block.calls for block in blocks] == [len(in_fp8)] * 12
+    steps(decoder, "auto")
+    assert [block.calls for block in blocks] == [len(in_fp8)] * 12
+    called = kernel.calls
+    step = Step([], [], [], [], adapters=object())  # type: ignore[arg-type]
+    one = replace(whole, kernel=kernel, blocks=(lambda added, residual, step: (added, residual),))  # type: ignore[arg-type]
+    x = torch.zeros(1, 128)
+    assert one(x, x, step) == (x, x)
+    assert kernel.calls == called
+
+
+def test_tensors_that_the_kernel_would_misread_are_named(
+    folder_of: Callable[[str], Path],
+) -> None:
+    decoder = decoder_of(folder_of("llama"))
+    (whole,) = decoder._blocks
+    assert isinstance(whole, FusedLayers)
+    x, turns = torch.zeros(2, 128).bfloat16(), (torch.zeros(2, 32), torch.zeros(2, 32))
+    cache = torch.zeros(2, 3, 2, 16, 32).bfloat16()
+    batch = AttentionBatch(
+        query_start=torch.tensor([0, 2], dtype=torch.int32),
+        context_lens=torch.tensor([2], dtype=torch.int32),
+        block_tables=torch.zeros(1, 1, dtype=torch.int32),
+        slot_mapping=torch.tensor([0, 1]),
+        max_query=2,
+    )
+
+    def call(x: Tensor = x, turns: Any = turns, cache: Tensor = cache, batch: Any = batch) -> Any:
+        return whole.kernel(None, x, [turns] * 6, [tuple(cache)] * 6, [batch] * 6)
+
+    assert call() is not None
+    for wrong, named in (
+        ({"x": x[:, :112]}, "x: torch.bfloat16 (2, 112)"),
+        ({"x": x.float()}, "x: torch.float32"),
+        ({"turns": (turns[0][:1], turns[1])}, "cos: torch.float32 (1, 32)"),
+        ({"turns": (turns[0].double(), turns[1].double())}, "cos: torch.float64"),
+        ({"cache": cache[..., :16]}, "k_cache: torch.bfloat16 (3, 2, 16, 16)"),
+        ({"cache": cache[:, :, :1]}, "k_cache: torch.bfloat16 (3, 1, 16, 32)"),
+        ({"cache": cache.transpose(2, 3).contiguous().transpose(2, 3)}, "k_cache"),
+        (
+            {"batch": replace(batch, slot_mapping=torch.tensor([0]))},
+            "slot_mapping: torch.int64 (1,)",
+        ),
+    ):
+        with pytest.raises(ValueError, match=re.escape(named)):
+            call(**wrong)
