@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -41,7 +42,7 @@ class Metadata:
         """
         self._source = source
         self.tensors = tensors
-        self._values = dict(values)
+        self._values = {name: _shortest(value) for name, value in values.items()}
         self._asked = set(_REDUNDANT)
 
     def get(self, name: str, default: Any = None) -> Any:
@@ -66,6 +67,13 @@ class Metadata:
 
     def error(self, reason: str) -> CheckpointError:
         return CheckpointError(f"{self._source} {reason}")
+
+
+def _shortest(value: Any) -> Any:
+    """Of a number in float32, the decimal that it was written for: 1e-05, not 9.99999974e-06."""
+    if isinstance(value, float) and np.float32(value) == value:
+        return float(str(np.float32(value)))
+    return value
 
 
 @dataclass(frozen=True)
