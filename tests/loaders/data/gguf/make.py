@@ -57,7 +57,12 @@ MODELS: dict[str, dict[str, Any]] = {
         "norm_topk_prob": False,
     },
     "qwen3_moe": {**EXPERTS, "moe_intermediate_size": 96, "norm_topk_prob": True},
-    "olmoe": {**EXPERTS, "num_key_value_heads": 2, "norm_topk_prob": False, "rope_parameters": THETA},
+    "olmoe": {
+        **EXPERTS,
+        "num_key_value_heads": 2,
+        "norm_topk_prob": False,
+        "rope_parameters": THETA,
+    },
     "gpt_oss": {**LOCAL_EXPERTS, "sliding_window": 24, "rope_parameters": YARN},
     "apertus": {"hidden_act": "xielu", "max_position_embeddings": 65536, "rope_parameters": LLAMA3},
 }
