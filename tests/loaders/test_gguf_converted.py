@@ -39,7 +39,7 @@ def weights_of(folder: Path) -> dict[str, Tensor]:
 def test_a_converted_file_is_the_model_bit_for_bit(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same layers with the same settings, and the same weights: gpt-oss's from MXFP4 to MXFP4."""
+    """The same layers, settings and weights; gpt-oss from MXFP4 to MXFP4."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     file = Path(shutil.copy(FILES / name / "model.gguf", tmp_path / "model.gguf"))
     folder = resolve_model(str(file))
