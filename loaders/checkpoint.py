@@ -16,6 +16,7 @@ from nybble.kernels.packed import stack_outputs
 from nybble.loaders.errors import CheckpointError
 from nybble.loaders.experts import open_shards
 from nybble.loaders.formats import FORMATS, Format, format_of
+from nybble.loaders.memory import trimmed
 from nybble.loaders.model_config import load_config
 from nybble.loaders.shards import Shards
 from nybble.models import architecture_of
@@ -192,6 +193,9 @@ class FolderCheckpoint:
         return weight
 
     def weights(self) -> Iterator[tuple[str, Weight]]:
+        return trimmed(self._weights())
+
+    def _weights(self) -> Iterator[tuple[str, Weight]]:
         shards = open_shards(self.folder, self.architecture)
         self.check(shards)
         ignored: Mapping[str, str] = self.quantization.ignored if self.quantization else {}

@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from nybble.kernels import DenseWeight, PackedWeight
 from nybble.kernels.matmul import preferred_layout
 from nybble.loaders import open_checkpoint, resolve_model
-from nybble.loaders.bench.read_only import write_read_only
+from nybble.loaders.bench.read_only import write_gpt_oss, write_read_only
 from nybble.loaders.formats import written_formats
 from nybble.quantizers import quantize_checkpoint
 
@@ -82,7 +82,8 @@ def sample(folder: Path) -> list[str]:
     if not (wide := folder / "gptq-8-bit").is_dir():
         quantize_checkpoint(plain, wide, format="gptq", bits=8, progress=False)
     written = [plain, *(folder / name for name in written_formats()), wide]
-    return list(map(str, [*written, *write_read_only(plain, folder / "gptq", folder)]))
+    others = [*write_read_only(plain, folder / "gptq", folder), write_gpt_oss(folder)]
+    return list(map(str, [*written, *others]))
 
 
 def main() -> None:

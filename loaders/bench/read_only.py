@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
 
 Write = Callable[[int, int], Mapping[str, Tensor]]
 
@@ -113,6 +114,30 @@ def write_read_only(plain: Path, gptq: Path, folder: Path) -> list[Path]:
         about = {"bits": 4, "group_size": 128, "sym": False}
         _write_config(plain, auto_round, {"quant_method": "auto-round", **about})
     return [*written, auto_round]
+
+
+def write_gpt_oss(folder: Path) -> Path:
+    """Two layers of gpt-oss 20B, with random experts in MXFP4 as it is published."""
+    target = folder / "gpt-oss"
+    if target.is_dir():
+        return target
+    sizes = {"num_hidden_layers": 2, "num_local_experts": 32, "vocab_size": 8000}
+    config = AutoConfig.for_model("gpt_oss", **sizes, dtype="bfloat16")
+    with torch.device("meta"):
+        shapes = AutoModelForCausalLM.from_config(config).state_dict()  # type: ignore[no-untyped-call]
+    tensors = {}
+    for name, about in shapes.items():
+        if name.endswith(("gate_up_proj", "down_proj")):
+            experts, inputs, out = about.shape
+            tensors[name + "_blocks"] = _bytes(experts, out, inputs // 32, 16)
+            tensors[name + "_scales"] = torch.full((experts, out, inputs // 32), 120).byte()
+        else:
+            tensors[name] = torch.rand(about.shape).bfloat16()
+    target.mkdir(parents=True)
+    save_file(tensors, target / "model.safetensors", {"format": "pt"})
+    config.save_pretrained(target)
+    _write_config(target, target, {"quant_method": "mxfp4"})
+    return target
 
 
 def _write_config(plain: Path, target: Path, settings: Mapping[str, Any]) -> None:

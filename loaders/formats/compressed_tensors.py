@@ -57,11 +57,15 @@ class OfCompressedTensors(Format):
 
     @property
     def remark(self) -> str | None:
-        """Of weights that were calibrated for quantized activations (W8A8, W4A8)."""
+        """Of weights that were calibrated for quantized activations (W8A8, W4A8) or a quantized
+        cache."""
         groups = self.settings["config_groups"].values()
-        if not any(group.get("input_activations") for group in groups):
-            return None
-        return f"input_activations of config_groups are not used: {_ACTIVATIONS}"
+        found = []
+        if any(group.get("input_activations") for group in groups):
+            found.append(f"input_activations of config_groups are not used: {_ACTIVATIONS}")
+        if self.settings.get("kv_cache_scheme"):
+            found.append(f"kv_cache_scheme is not used: {_CACHE}")
+        return "; ".join(found) or None
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -41,7 +42,7 @@ class Metadata:
         """
         self._source = source
         self.tensors = tensors
-        self._values = dict(values)
+        self._values = {name: _shortest(value) for name, value in values.items()}
         self._asked = set(_REDUNDANT)
 
     def get(self, name: str, default: Any = None) -> Any:
@@ -66,6 +67,13 @@ class Metadata:
 
     def error(self, reason: str) -> CheckpointError:
         return CheckpointError(f"{self._source} {reason}")
+
+
+def _shortest(value: Any) -> Any:
+    """Of a number in float32, the decimal that it was written for: 1e-05, not 9.99999974e-06."""
+    if isinstance(value, float) and np.float32(value) == value:
+        return float(str(np.float32(value)))
+    return value
 
 
 @dataclass(frozen=True)
@@ -216,8 +224,56 @@ def _mistral3(metadata: Metadata, config: dict[str, Any]) -> None:
     rope["llama_4_scaling_beta"] = metadata.need("attention.temperature_scale")
 
 
+def _llama(metadata: Metadata, config: dict[str, Any]) -> None:
+    """Mixtral is Llama with experts."""
+    if metadata.get("expert_count"):
+        config["model_type"] = "mixtral"
+        config["sliding_window"] = None
+        _experts(metadata, config, "num_local_experts")
+
+
+def _experts(metadata: Metadata, config: dict[str, Any], count: str) -> None:
+    config[count] = metadata.need("expert_count")
+    config["num_experts_per_tok"] = metadata.need("expert_used_count")
+
+
+def _qwen_moe(metadata: Metadata, config: dict[str, Any]) -> None:
+    """llama.cpp renormalizes the scores of Qwen3's experts, and not those of Qwen2's."""
+    _experts(metadata, config, "num_experts")
+    config["norm_topk_prob"] = config["model_type"] == "qwen3_moe"
+    width = config["intermediate_size"] // config["num_experts_per_tok"]
+    config["moe_intermediate_size"] = metadata.get("expert_feed_forward_length", width)
+    config |= {"decoder_sparse_step": 1, "mlp_only_layers": []}
+
+
+def _qwen2_moe(metadata: Metadata, config: dict[str, Any]) -> None:
+    _qwen_moe(metadata, config)
+    shared = metadata.get("expert_shared_feed_forward_length", config["intermediate_size"])
+    config["shared_expert_intermediate_size"] = shared
+
+
+def _olmoe(metadata: Metadata, config: dict[str, Any]) -> None:
+    _experts(metadata, config, "num_experts")
+    config["norm_topk_prob"] = False
+
+
+def _gpt_oss(metadata: Metadata, config: dict[str, Any]) -> None:
+    """The constants of its gate, and that the borders of YaRN's ramp are not rounded, are not in
+    the file: they are the published models'."""
+    _experts(metadata, config, "num_local_experts")
+    config["intermediate_size"] = metadata.need("expert_feed_forward_length")
+    config |= {"hidden_act": "silu", "swiglu_alpha": 1.702, "swiglu_limit": 7.0}
+    metadata.need("attention.sliding_window")
+    _windows(metadata, config, period=2)
+    rope = config["rope_parameters"]
+    if rope["rope_type"] == "yarn":
+        for name, default in (("beta_fast", 32.0), ("beta_slow", 1.0)):
+            rope[name] = metadata.get(f"rope.scaling.yarn_{name}", default)
+        rope["truncate"] = False
+
+
 FAMILIES = {
-    "llama": Family("llama", permuted=True),
+    "llama": Family("llama", _llama, permuted=True),
     "qwen2": Family("qwen2"),
     "qwen3": Family("qwen3"),
     "gemma": Family("gemma", _activation("gelu_pytorch_tanh"), norm_offset=1.0),
@@ -230,6 +286,11 @@ FAMILIES = {
     "smollm3": Family("smollm3", _smollm3, permuted=True),
     "arcee": Family("arcee", _activation("relu2"), permuted=True),
     "olmo2": Family("olmo2", _olmo),
+    "olmoe": Family("olmoe", _olmoe),
+    "qwen2moe": Family("qwen2_moe", _qwen2_moe),
+    "qwen3moe": Family("qwen3_moe", _qwen_moe),
+    "gpt-oss": Family("gpt_oss", _gpt_oss),
+    "apertus": Family("apertus", _activation("xielu")),
     "mistral3": Family("ministral3", _mistral3, permuted=True),
     "exaone4": Family("exaone4", _exaone4),
     "chatglm": Family("glm"),
@@ -271,7 +332,7 @@ def config_of(
         "model_type": family.model_type,
         "vocab_size": vocab,
         "hidden_size": hidden,
-        "intermediate_size": metadata.need("feed_forward_length"),
+        "intermediate_size": _width(metadata),
         "num_hidden_layers": metadata.need("block_count"),
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
@@ -291,6 +352,14 @@ def config_of(
             raise metadata.error(f"has a window of {window} tokens, which is not supported")
     metadata.finish()
     return config
+
+
+def _width(metadata: Metadata) -> int:
+    """Of the MLPs; a file whose layers are all mixtures may state that of the experts alone."""
+    width = metadata.get("feed_forward_length") or metadata.get("expert_feed_forward_length")
+    if not isinstance(width, int):
+        raise metadata.error("has no feed_forward_length that is a number")
+    return width
 
 
 def _rope(

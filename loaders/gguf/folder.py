@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from filelock import FileLock
-from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, GGUFReader, get_tensor_name_map
+from gguf import (
+    MODEL_ARCH,
+    MODEL_ARCH_NAMES,
+    GGUFReader,
+    TensorNameMap,
+    get_tensor_name_map,
+)
 from gguf.gguf_reader import ReaderTensor
 from transformers import AutoConfig
 
@@ -27,9 +34,10 @@ from nybble.loaders.gguf.config import FAMILIES, ROPE_FACTORS, ROPE_FREQS, Metad
 from nybble.loaders.gguf.index import DTYPES, SOURCE, Entry, write_index
 from nybble.loaders.gguf.names import parts_of
 from nybble.loaders.gguf.tokenizer import end_tokens, save_tokenizer
-from nybble.models import Architecture, Attention, architecture_of
+from nybble.models import Architecture, Attention, Mixture, Mlp, architecture_of
 
-VERSION = 2
+VERSION = 3
+_EXPERT = re.compile(r"\.experts\.(\d+)\.")
 
 
 def gguf_folder(file: Path) -> Path:
@@ -79,12 +87,10 @@ def _parts(file: Path) -> list[Path]:
 
 def write_folder(parts: Sequence[Path], folder: Path) -> None:
     """Write config, tokenizer, index and links to ``folder``. Raises as :func:`gguf_folder`."""
-    readers = [_reader(part) for part in parts]
-    file, metadata = parts[0], readers[0].fields
+    readers = {part: _reader(part) for part in parts}
+    file, metadata = parts[0], readers[parts[0]].fields
     tensors = {
-        tensor.name: (part, tensor)
-        for part, reader in zip(parts, readers, strict=True)
-        for tensor in reader.tensors
+        tensor.name: (part, tensor) for part, reader in readers.items() for tensor in reader.tensors
     }
     if "token_embd.weight" not in tensors:
         raise CheckpointError(f"{file} has no token_embd.weight: not a language model")
@@ -111,7 +117,7 @@ def write_folder(parts: Sequence[Path], folder: Path) -> None:
         found = metadata.get(f"tokenizer.ggml.{name}_token_id")
         config[f"{token}_token_id"] = None if found is None else int(found.contents())
     (folder / "config.json").write_text(json.dumps(config, indent=2))
-    write_index(folder, _entries(folder, architecture, file, tensors))
+    write_index(folder, _entries(folder, architecture, readers, tensors))
     for part in parts:
         (folder / part.name).symlink_to(part)
     tokenizer = save_tokenizer(file, metadata, folder)
@@ -131,7 +137,7 @@ def _reader(part: Path) -> GGUFReader:
 def _entries(
     folder: Path,
     architecture: str,
-    file: Path,
+    readers: Mapping[Path, GGUFReader],
     tensors: Mapping[str, tuple[Path, ReaderTensor]],
 ) -> dict[str, Entry]:
     """The index. Raises CheckpointError for a tensor that is missing, or not of the model."""
@@ -139,50 +145,110 @@ def _entries(
     kinds = {name: kind for kind, name in MODEL_ARCH_NAMES.items()}
     kind: MODEL_ARCH = kinds[architecture]
     names = get_tensor_name_map(kind, len(model.layers))
-    entries: dict[str, Entry] = {}
+    family, entries = FAMILIES[architecture], dict[str, Entry]()
+    file = next(iter(readers))
     used = {ROPE_FREQS, *ROPE_FACTORS}
-    for module, heads, is_norm in _modules(model):
-        base = names.get_name(module)
-        for leaf in ("weight", "bias"):
-            found = tensors.get(f"{base}.{leaf}")
-            if found is None:
-                continue
-            used.add(f"{base}.{leaf}")
-            part, tensor = found
-            entries.update(
-                _entry(
-                    part,
-                    tensor,
-                    f"{module}.{leaf}",
-                    heads if FAMILIES[architecture].permuted else 0,
-                    FAMILIES[architecture].norm_offset if is_norm and leaf == "weight" else 0.0,
-                )
-            )
+    experts = max(
+        (len(each.mlp.experts) for each in model.layers if isinstance(each.mlp, Mixture)), default=0
+    )
+    for name, heads, is_norm in _names(model):
+        stored = _stored_name(names, name)
+        if stored not in tensors:
+            continue
+        used.add(stored)
+        part, tensor = tensors[stored]
+        expert = _EXPERT.search(name)
+        entries |= _entry(
+            part,
+            tensor,
+            name,
+            heads=heads if family.permuted else 0,
+            subtract=family.norm_offset if is_norm and name.endswith(".weight") else 0.0,
+            expert=None if expert is None else int(expert[1]),
+            experts=experts,
+        )
     for name in tensors:
         if name not in used:
             raise CheckpointError(f"{file}: nothing here reads the tensor {name}")
+    for index, layer in enumerate(model.layers):
+        if isinstance(layer.mlp, Mlp) and layer.mlp.xielu is not None:
+            for name in layer.mlp.xielu.tensors:
+                key = f"xielu.{name.rpartition('.')[2]}"
+                entries[model.module(index, name)] = _number(file, readers[file], key, index)
     return entries
 
 
-def _modules(model: Architecture) -> Iterator[tuple[str, int, bool]]:
-    """Every module with weights, the heads its rows belong to if it is of q or k, and if a norm."""
-    yield model.embedding, 0, False
-    yield model.head, 0, False
+def _stored_name(names: TensorNameMap, name: str) -> str:
+    """A tensor's name in the file, in which those of all experts are one."""
+    name = _EXPERT.sub(".experts.", name)
+    for suffix, leaf in (
+        (".weight", "weight"),
+        (".bias", "bias"),
+        ("_bias", "bias"),
+        ("", "weight"),
+    ):
+        base = names.get_name(name.removesuffix(suffix)) if name.endswith(suffix) else None
+        if base is not None:
+            return f"{base}.{leaf}"
+    return name
+
+
+def _names(model: Architecture) -> Iterator[tuple[str, int, bool]]:
+    """Every tensor's name, the heads its rows belong to if it is of q or k, and if of a norm."""
+    for module in (model.embedding, model.head):
+        yield from _of_module(module, 0, False)
     for index, layer in enumerate(model.layers):
         heads = {}
         if isinstance(layer.mixer, Attention):
             heads = {"q_proj": layer.mixer.heads, "k_proj": layer.mixer.kv_heads}
         for linear in layer.linears:
-            yield model.module(index, linear.name), heads.get(linear.leaf, 0), False
+            yield from _of_module(
+                model.module(index, linear.name), heads.get(linear.leaf, 0), False
+            )
+        for name in layer.tensors:
+            yield model.module(index, name), 0, False
     for norm in model.norms:
-        yield norm, 0, True
+        yield from _of_module(norm, 0, True)
+
+
+def _of_module(module: str, heads: int, is_norm: bool) -> Iterator[tuple[str, int, bool]]:
+    for leaf in ("weight", "bias"):
+        yield f"{module}.{leaf}", heads, is_norm
+
+
+def _number(file: Path, reader: GGUFReader, key: str, index: int) -> Entry:
+    """The number ``index`` of a list in the metadata, as a tensor; or the one for all layers."""
+    field = reader.fields.get(key)
+    found = [] if field is None else [field.parts[at] for at in field.data]
+    if len(found) != 1 and len(found) <= index:
+        raise CheckpointError(f"{file} has no {key} of layer {index}")
+    number = found[index if len(found) > 1 else 0]
+    if number.dtype != np.float32:
+        raise CheckpointError(f"{file}: {key} is not a list of float32 numbers")
+    shape = (1,) if "alpha" in key else ()  # as transformers has them
+    return Entry(file.name, number.ctypes.data - reader.data.ctypes.data, shape, "F32")
 
 
 def _entry(
-    part: Path, tensor: ReaderTensor, name: str, heads: int, subtract: float
+    part: Path,
+    tensor: ReaderTensor,
+    name: str,
+    *,
+    heads: int,
+    subtract: float,
+    expert: int | None,
+    experts: int,
 ) -> dict[str, Entry]:
-    kind = tensor.tensor_type.name
+    """expert: whose tensor it is, in one of all ``experts``; None for the whole tensor."""
+    kind, offset = tensor.tensor_type.name, int(tensor.data_offset)
     shape = tuple(int(n) for n in reversed(tensor.shape))
+    if expert is not None:
+        if shape[0] != experts:
+            raise CheckpointError(
+                f"{part}: {tensor.name} holds {shape[0]} experts, but the metadata says {experts}"
+            )
+        offset += int(tensor.n_bytes) // experts * expert
+        shape = shape[1:]
     if kind in BLOCK_TYPES:
         block = BLOCK_TYPES[kind]
         if len(shape) != 2 or shape[1] % block.weights:
@@ -195,5 +261,6 @@ def _entry(
             f"{part}: {tensor.name} is of type {kind}, which is not supported; supported are "
             f"{known}"
         )
-    entry = Entry(part.name, int(tensor.data_offset), shape, kind, heads, subtract)
-    return {name: entry}
+    if name.endswith("_gate.weight") and len(shape) == 1:  # of a shared expert: one row
+        shape = (1, *shape)
+    return {name: Entry(part.name, offset, shape, kind, heads, subtract)}

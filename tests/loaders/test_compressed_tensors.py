@@ -167,6 +167,16 @@ def test_scales_of_a_quantized_cache_are_passed_over_with_a_line(
     assert "model.layers.0.self_attn.k_scale (1) are not used: the KV cache's dtype" in caplog.text
 
 
+def test_a_scheme_for_the_cache_is_passed_over_with_a_line() -> None:
+    scheme = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False}
+    given = settings(kv_cache_scheme=scheme)
+    assert CompressedTensors.from_settings(settings(kv_cache_scheme=None)).remark is None
+    remark = CompressedTensors.from_settings(given).remark
+    assert remark == (
+        "kv_cache_scheme is not used: the KV cache's dtype is what --kv-cache-dtype says"
+    )
+
+
 def settings(group: dict[str, Any] | None = None, **more: Any) -> Settings:
     weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
     given = {"targets": ["Linear"], "weights": weights | (group or {})}

@@ -227,6 +227,47 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         },
         {"attention.sliding_window": 24, "logit_scale": 0.5, "rope.freq_base": 5000.0},
     ),
+    "qwen2moe": (
+        {
+            **{"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 96},
+            **{"shared_expert_intermediate_size": 64, "norm_topk_prob": False},
+        },
+        {
+            **{"expert_count": 3, "expert_used_count": 2, "expert_feed_forward_length": 96},
+            "expert_shared_feed_forward_length": 64,
+        },
+    ),
+    "qwen3moe": (
+        {
+            **{"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 96},
+            "norm_topk_prob": True,
+        },
+        {"expert_count": 3, "expert_used_count": 2, "expert_feed_forward_length": 96},
+    ),
+    "olmoe": (
+        {"num_experts": 3, "num_experts_per_tok": 2, "norm_topk_prob": False},
+        {"expert_count": 3, "expert_used_count": 2},
+    ),
+    "gpt-oss": (
+        {
+            **{"num_local_experts": 3, "num_experts_per_tok": 2, "sliding_window": 24},
+            "rope_parameters": {
+                **THETA,
+                **{"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+                **{"beta_fast": 32.0, "beta_slow": 1.0, "truncate": False},
+            },
+        },
+        {
+            **{"expert_count": 3, "expert_used_count": 2, "expert_feed_forward_length": 128},
+            **{"attention.sliding_window": 24, "rope.freq_base": 5000.0},
+            **{"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0},
+            "rope.scaling.original_context_length": 64,
+        },
+    ),
+    "apertus": (
+        {"rope_parameters": THETA, "hidden_act": "xielu"},
+        {"rope.freq_base": 5000.0},
+    ),
     "seed_oss": ({"attention_bias": True, "attention_out_bias": False}, {}),
     "command-r": (
         TIED | {"logit_scale": 0.5, "use_qk_norm": False, "rope_parameters": THETA},
@@ -244,12 +285,33 @@ def llama_cpp_permutes(weight: Tensor, heads: int) -> Tensor:
     return halves.transpose(1, 2).reshape(weight.shape)
 
 
+def separated(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """The model's tensors, with gate and up of its experts apart and rows first, as the converter
+    has them. Those of a learned activation are no tensors of the file."""
+    transposed = model.config.model_type == "gpt_oss"
+    for name, tensor in model.state_dict().items():
+        if ".act_fn." in name:
+            continue
+        if name.endswith(".sinks"):
+            name += ".weight"
+        if ".experts." in name:
+            name = name.removesuffix("_bias") + (".bias" if name.endswith("_bias") else ".weight")
+            if transposed and tensor.ndim == 3:
+                tensor = tensor.mT
+        if ".experts.gate_up_proj" not in name:
+            yield name, tensor
+            continue
+        halves = (tensor[:, 0::2], tensor[:, 1::2]) if transposed else tensor.chunk(2, dim=1)
+        for part, rows in zip(("gate_proj", "up_proj"), halves, strict=True):
+            yield name.replace("gate_up_proj", part), rows
+
+
 def stored_tensors(architecture: str, model: Any) -> Iterator[tuple[str, Tensor]]:
     """The model's tensors under GGUF names, changed as llama.cpp's converter does."""
     family, config = FAMILIES[architecture], model.config
     kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
     names = get_tensor_name_map(kinds[architecture], config.num_hidden_layers)
-    for name, tensor in model.state_dict().items():
+    for name, tensor in separated(model):
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         found = names.get_name(name, try_suffixes=(".weight", ".bias"))
@@ -279,6 +341,13 @@ def tokenizer_fields(writer: GGUFWriter, folder: Path) -> None:
     writer.add_pad_token_id(0)
     writer.add_add_bos_token(False)
     writer.add_chat_template(tokenizer.chat_template)
+
+
+def add_learned_activations(writer: GGUFWriter, model: Any) -> None:
+    functions = [layer.mlp.act_fn for layer in model.model.layers]
+    for leaf in ("alpha_p", "alpha_n", "beta", "eps"):
+        numbers = [getattr(function, leaf).item() for function in functions]
+        getattr(writer, f"add_xielu_{leaf}")(numbers)
 
 
 def write_gguf(
@@ -314,10 +383,14 @@ def write_gguf(
             writer.add_array(f"{architecture}.{key}", value)
         elif value is not None:
             add[type(value)](f"{architecture}.{key}", value)
+    if getattr(config, "hidden_act", None) == "xielu":
+        add_learned_activations(writer, model)
     tokenizer_fields(writer, tokenizer)
     for name, tensor in stored_tensors(architecture, model):
         values = tensor.float().numpy()
-        if tensor.ndim == 2 and kind != "F32":
+        # Routers and the biases of experts are kept whole.
+        is_matrix = tensor.ndim > 1 and "ffn_gate_inp" not in name and name.endswith(".weight")
+        if is_matrix and kind != "F32":
             raw = gguf.quantize(values, GGMLQuantizationType[kind])
             writer.add_tensor(name, raw, raw_dtype=GGMLQuantizationType[kind])
         else:
@@ -334,7 +407,10 @@ def write_gguf(
 def random_model(architecture: str) -> Any:
     settings = SIZES | MODELS[architecture][0]
     settings[FAMILIES[architecture].eps] = 1e-5
-    config = AutoConfig.for_model(FAMILIES[architecture].model_type, **settings)
+    return random_weights(AutoConfig.for_model(FAMILIES[architecture].model_type, **settings))
+
+
+def random_weights(config: Any) -> Any:
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -373,9 +449,8 @@ def test_a_file_is_the_model_that_was_converted(
     model = random_model(architecture)
     file = write_gguf(tmp_path / "model.gguf", architecture, model, tiny_model())
     folder = resolve_model(str(file))
-    found, expected = weights_of(folder), model.state_dict()
-    if model.config.tie_word_embeddings:
-        del expected["lm_head.weight"]
+    model.save_pretrained(tmp_path / "converted")
+    found, expected = weights_of(folder), weights_of(tmp_path / "converted")
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-6)
@@ -425,6 +500,71 @@ def test_olmo_3_is_olmo_2_with_windows(
     assert checkpoint.config.model_type == "olmo3"
     ours = reference.our_logits(checkpoint, ids, torch.float32)
     assert (ours - logits).abs().max() < 1e-4 * logits.abs().max()
+
+
+def test_mixtral_is_llama_with_experts(
+    tmp_path: Path, tiny_model: Callable[..., Path], reference: Any
+) -> None:
+    """Rows of queries and keys are permuted as Llama's are."""
+    experts = {"num_local_experts": 3, "num_experts_per_tok": 2}
+    config = AutoConfig.for_model(
+        "mixtral", **SIZES, **experts, rms_norm_eps=1e-5, sliding_window=None, rope_parameters=THETA
+    )
+    model = random_weights(config)
+    keys = {"expert_count": 3, "expert_used_count": 2}
+    file = write_gguf(tmp_path / "model.gguf", "llama", model, tiny_model(), keys=keys)
+    folder = resolve_model(str(file))
+    model.save_pretrained(tmp_path / "converted")
+    found, expected = weights_of(folder), weights_of(tmp_path / "converted")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    ids = torch.randint(0, 300, (60,), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        logits = model(ids[None]).logits[0]
+    ours = reference.our_logits(open_checkpoint(folder), ids, torch.float32)
+    assert (ours - logits).abs().max() < 1e-4 * logits.abs().max()
+
+
+@pytest.mark.parametrize("kind", ["MXFP4", "Q8_0", "Q4_0"])
+def test_experts_are_kept_in_blocks_and_are_what_gguf_dequantizes(
+    tmp_path: Path, tiny_model: Callable[..., Path], kind: str
+) -> None:
+    model = random_model("gpt-oss")
+    file = write_gguf(tmp_path / "model.gguf", "gpt-oss", model, tiny_model(), kind=kind)
+    folder = resolve_model(str(file))
+    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
+    found, total = weights_of(folder), 0
+    for leaf in ("gate", "up", "down"):
+        whole = stored[f"blk.1.ffn_{leaf}_exps.weight"]
+        expected = torch.from_numpy(gguf.dequantize(whole.data, whole.tensor_type))
+        assert whole.tensor_type.name == kind
+        for expert, weight in enumerate(expected):
+            name = f"model.layers.1.mlp.experts.{expert}.{leaf}_proj.weight"
+            assert torch.equal(found[name], weight)
+    for name, weight in open_checkpoint(folder).weights():
+        assert isinstance(weight, PackedWeight) == ("proj" in name or name == "lm_head"), name
+        total += 1
+    assert total > 3 * 6
+
+
+def test_experts_of_another_count_are_refused_by_name(
+    tmp_path: Path, tiny_model: Callable[..., Path]
+) -> None:
+    model, keys = random_model("olmoe"), {"expert_count": 4}
+    file = write_gguf(tmp_path / "model.gguf", "olmoe", model, tiny_model(), keys=keys)
+    reason = r"blk\.0\.ffn_gate_exps\.weight holds 3 experts, but the metadata says 4"
+    with pytest.raises(CheckpointError, match=reason):
+        resolve_model(str(file))
+
+
+def test_an_activation_without_its_numbers_is_refused_by_name(
+    tmp_path: Path, tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = random_model("apertus")
+    monkeypatch.setattr(GGUFWriter, "add_xielu_beta", lambda self, numbers: None)
+    file = write_gguf(tmp_path / "model.gguf", "apertus", model, tiny_model())
+    with pytest.raises(CheckpointError, match=r"has no xielu\.beta of layer 0"):
+        resolve_model(str(file))
 
 
 def test_every_architecture_that_is_read_is_tried() -> None:
@@ -644,7 +784,9 @@ def test_what_is_damaged_or_not_supported_is_refused_by_name(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(CheckpointError, match=r"architecture 'mamba'; supported are arcee, "):
+    with pytest.raises(
+        CheckpointError, match=r"architecture 'mamba'; supported are apertus, arcee, "
+    ):
         resolve_model(str(tmp_path / "new.gguf"))
 
 
