@@ -28,7 +28,11 @@ from nybble.engine.parts import (
     Step,
     norm_part,
 )
-from nybble.engine.recurrent_parts import GatedDeltaNetPart, ShortConvolutionPart
+from nybble.engine.recurrent_parts import (
+    GatedDeltaNetPart,
+    ShortConvolutionPart,
+    StateSpacePart,
+)
 from nybble.engine.rotary import identity_table, query_scale_table, rotary_table
 from nybble.engine.weight_store import WeightStore
 from nybble.kernels import DenseWeight, PackedWeight, reference
@@ -47,6 +51,7 @@ from nybble.models import (
     Mlp,
     Recurrent,
     ShortConvolution,
+    StateSpace,
     UnsupportedModelError,
     Xielu,
 )
@@ -277,7 +282,7 @@ class Decoder:
 
     def _recurrent(
         self, store: WeightStore, index: int, about: Recurrent
-    ) -> ShortConvolutionPart | GatedDeltaNetPart:
+    ) -> ShortConvolutionPart | GatedDeltaNetPart | StateSpacePart:
         def tensor(name: str, *shape: int) -> Tensor:
             return store.tensor(self.architecture.module(index, name), *shape)
 
@@ -290,6 +295,20 @@ class Decoder:
             bias = tensor(about.conv + ".bias", about.channels) if about.bias else None
             weight = taps(about.conv + ".weight")
             return ShortConvolutionPart(layer, source, weight, bias, output, self.backend)
+        if isinstance(about, StateSpace):
+            return StateSpacePart(
+                about,
+                layer=layer,
+                input=source,
+                conv=taps(about.conv + ".weight"),
+                bias=tensor(about.conv + ".bias", about.channels) if about.bias else None,
+                decay=tensor(about.decay, about.heads).exp(),
+                skip=tensor(about.skip, about.heads),
+                time_bias=tensor(about.time_bias, about.heads),
+                norm=tensor(about.norm, about.values).to(self._dtype),
+                output=output,
+                backend=self.backend,
+            )
         return GatedDeltaNetPart(
             about,
             layer=layer,

@@ -107,6 +107,17 @@ class Backend(Protocol):
         batch: StateBatch,
     ) -> Tensor: ...
 
+    def state_space_scan(
+        self,
+        x: Tensor,
+        b: Tensor,
+        c: Tensor,
+        dt: Tensor,
+        g: Tensor,
+        state: Tensor,
+        batch: StateBatch,
+    ) -> Tensor: ...
+
     def lora_add(
         self,
         out: Tensor,

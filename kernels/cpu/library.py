@@ -88,6 +88,7 @@ class CpuLibrary:
         self._delta_rule = allocating(
             "gated_delta_rule", *[pointer] * 12, *[size] * 5, c_float, c_int
         )
+        self._scan = allocating("state_space_scan", *[pointer] * 12, *[size] * 5, c_int)
         self._lora_add = allocating("lora_add", *[pointer] * 9, *[size] * 4, c_int)
         self._sample = allocating("sample_tokens", *[pointer] * 3, size, size, c_int)
 
@@ -555,6 +556,58 @@ class CpuLibrary:
         if failed:
             raise _out_of_memory("gated_delta_rule")
         return out.to(v.dtype)
+
+    def state_space_scan(
+        self,
+        x: Tensor,
+        b: Tensor,
+        c: Tensor,
+        dt: Tensor,
+        g: Tensor,
+        state: Tensor,
+        batch: StateBatch,
+    ) -> Tensor:
+        """A row's result is the same in any batch and however its prompt is cut into chunks."""
+        (tokens, groups, state_dim), (heads, head_dim) = b.shape, x.shape[1:]
+        if head_dim % 16:
+            return reference.state_space_scan(x, b, c, dt, g, state, batch)
+        if not (
+            b.shape == c.shape
+            and x.shape[0] == tokens
+            and heads % groups == 0
+            and dt.shape == g.shape == (tokens, heads)
+            and state.shape[1:] == (heads, state_dim, head_dim)
+            and state.dtype == torch.float32
+            and state.is_contiguous()
+        ):
+            raise _misread(
+                "b and c (tokens, groups, state dim), x (tokens, a multiple of the groups, head "
+                "dim), dt and g (tokens, heads), and a contiguous float32 state (slots, heads, "
+                "state dim, head dim)",
+                x=x,
+                b=b,
+                c=c,
+                dt=dt,
+                g=g,
+                state=state,
+            )
+        wide = [each.float().contiguous() for each in (x, b, c, dt, g)]
+        out = torch.empty(x.shape)
+        failed = self._scan(
+            *(each.data_ptr() for each in wide),
+            state.data_ptr(),
+            *_addresses(batch),
+            out.data_ptr(),
+            len(batch.read),
+            groups,
+            heads,
+            state_dim,
+            head_dim,
+            torch.get_num_threads(),
+        )
+        if failed:
+            raise _out_of_memory("state_space_scan")
+        return out
 
     def lora_add(
         self,

@@ -9,6 +9,7 @@ import torch
 
 from nybble.kernels.activation import Activation
 from nybble.kernels.packed import DenseWeight, GroupedKernel, LinearKernel, PackedWeight, Weight
+from nybble.kernels.recurrent import state_space_scan  # no kernel so far: engines refuse it
 from nybble.kernels.reference import packed_matmul as reference_matmul
 from nybble.kernels.triton.activation import gated
 from nybble.kernels.triton.attention import paged_attention
@@ -34,6 +35,7 @@ __all__ = [
     "rotary_store",
     "sample_tokens",
     "short_convolution",
+    "state_space_scan",
 ]
 
 

@@ -23,6 +23,7 @@ from nybble.kernels.triton.backend import (
     rotary_store,
     sample_tokens,
     short_convolution,
+    state_space_scan,
 )
 from nybble.kernels.triton.fixed_order import fixed_order_matmul
 from nybble.kernels.triton.matmul import takes
@@ -40,6 +41,7 @@ __all__ = [
     "rotary_store",
     "sample_tokens",
     "short_convolution",
+    "state_space_scan",
 ]
 
 

@@ -38,11 +38,24 @@ CONFIG = EngineConfig(
 
 
 @pytest.fixture(scope="module")
-def hybrid(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..., Path]) -> Checkpoint:
+def build(
+    tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..., Path]
+) -> Callable[..., Checkpoint]:
+    """A random model of a family and with these settings."""
+    return lambda *given, **settings: _built(
+        tmp_path_factory.mktemp("hybrid"), tiny_model(), *given, **settings
+    )
+
+
+@pytest.fixture(scope="module")
+def hybrid(build: Callable[..., Checkpoint]) -> Checkpoint:
     """Two layers with convolutions around one with attention."""
-    folder = tmp_path_factory.mktemp("hybrid") / "lfm2"
+    return build("lfm2", layer_types=["conv", "full_attention", "conv"])
+
+
+def _built(folder: Path, tokenizer: Path, family: str, **settings: Any) -> Checkpoint:
     config = AutoConfig.for_model(
-        "lfm2",
+        family,
         vocab_size=300,
         hidden_size=64,
         intermediate_size=128,
@@ -50,8 +63,8 @@ def hybrid(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..., P
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=512,
-        layer_types=["conv", "full_attention", "conv"],
         eos_token_id=2,
+        **settings,
     )
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
@@ -61,7 +74,7 @@ def hybrid(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..., P
                 parameter.normal_(std=0.3)
     model.save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(tiny_model() / name, folder / name)
+        shutil.copy(tokenizer / name, folder / name)
     return open_checkpoint(folder)
 
 
@@ -169,6 +182,35 @@ def test_sequences_that_preempt_each_other_give_the_tokens_of_transformers(
         assert tokens(engine, prompts, 60) == wanted
         assert engine.stats().preemptions > 0
         assert engine.stats().state_slots_held == 0
+
+
+def test_state_spaces_go_on_from_their_snapshots_and_after_preemption(
+    build: Callable[..., Checkpoint],
+) -> None:
+    spaces = build(
+        "granitemoehybrid",
+        layer_types=["linear_attention", "full_attention", "linear_attention"],
+        num_local_experts=0,
+        shared_intermediate_size=128,
+        mamba_n_heads=8,
+        mamba_d_head=16,
+        mamba_d_state=16,
+    )
+    prompts = [prompt(seed, 40) for seed in range(4)]
+    wanted = [expected(spaces, ids, 60) for ids in prompts]
+    architecture = architecture_of(spaces.config)
+    states = state_bytes(architecture, torch.float32)
+    assert states == 2 * 4 * (3 * (128 + 2 * 16) + 8 * 16 * 16), "convolution and matrices"
+    # Half of it is for four slots; the other has less than the 100 tokens of each of four.
+    assert 4 * states < 400 * KVCacheLayout.of(architecture, CONFIG, 512).block_bytes // BLOCK
+    with running(spaces, kv_cache_bytes=8 * states) as engine:
+        assert tokens(engine, prompts, 60) == wanted
+        assert engine.stats().preemptions > 0
+        assert engine.stats().state_slots_held == 0
+    with running(spaces) as engine:
+        assert [tokens(engine, [ids], 60) for ids in prompts] == [[each] for each in wanted]
+        assert [cached(engine, ids) for ids in prompts] == [36] * 4
+        assert tokens(engine, prompts, 60) == wanted
 
 
 def test_fewer_sequences_run_at_once_if_states_take_more_than_half_of_the_memory(
