@@ -146,6 +146,21 @@ def test_a_prompt_is_found_again_up_to_its_last_border(hybrid: Checkpoint) -> No
         assert 0 < stats.state_snapshots <= stats.state_slots_total
 
 
+def test_a_prompt_is_found_as_far_as_before_if_there_are_no_more_slots_than_sequences(
+    hybrid: Checkpoint,
+) -> None:
+    """Sent again, it reads a snapshot at its last border, and takes none that could replace it."""
+    ids = prompt(0, 50)
+    slots = 4 * state_bytes(architecture_of(hybrid.config), torch.float32)
+    with running(hybrid, kv_cache_bytes=8 * slots) as engine:
+        assert engine.stats().state_slots_total == engine.max_num_seqs == 4
+        assert [cached(engine, ids) for _ in range(5)] == [0, 48, 48, 48, 48]
+        # All at once they still find it, each as far as its slots allow.
+        found = asyncio.run(generate(engine, [ids] * 8, 12))
+        assert [each for each, _ in found] == [expected(hybrid, ids, 12)] * 8
+        assert [cached(engine, ids) for _ in range(3)][1:] == [48, 48]
+
+
 def test_a_beginning_that_prompts_share_is_found_from_the_third_of_them_on(
     hybrid: Checkpoint,
 ) -> None:
@@ -207,7 +222,7 @@ def test_state_spaces_go_on_from_their_snapshots_and_after_preemption(
         assert tokens(engine, prompts, 60) == wanted
         assert engine.stats().preemptions > 0
         assert engine.stats().state_slots_held == 0
-    with running(spaces) as engine:
+    with running(spaces, kv_cache_bytes=1 << 22) as engine:
         assert [tokens(engine, [ids], 60) for ids in prompts] == [[each] for each in wanted]
         assert [cached(engine, ids) for ids in prompts] == [36] * 4
         assert tokens(engine, prompts, 60) == wanted
@@ -309,7 +324,7 @@ class ShadowStates:
             device=torch.device("cpu"),
             states=True,
         )
-        self.snapshots = self.taken_over = 0
+        self.snapshots = 0
 
     def add(self, ids: tuple[int, ...], max_tokens: int, tenant: str = "") -> Sequence:
         request = Request("r", ids, SamplingParams(max_tokens=max_tokens), tenant=tenant)
