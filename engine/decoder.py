@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from nybble.engine.base_layers import BaseModel
 from nybble.engine.latent_parts import Expansion, LatentAttentionPart
 from nybble.engine.parallel import ALONE, TensorParallel
 from nybble.engine.parts import (
@@ -27,6 +28,7 @@ from nybble.engine.parts import (
     States,
     Step,
     norm_part,
+    renorm,
 )
 from nybble.engine.recurrent_parts import (
     GatedDeltaNetPart,
@@ -57,6 +59,7 @@ from nybble.models import (
 )
 
 if TYPE_CHECKING:
+    from nybble.engine.adapter_ends import StepEnds
     from nybble.engine.adapter_slots import StepAdapters
 
 
@@ -99,6 +102,7 @@ class Decoder:
         self._dtype = dtype
         self._num_tokens = architecture.vocab if num_tokens is None else num_tokens
         self._weights: list[tuple[Weight, ...]] = []  # of each projection
+        self._norm_tensors: dict[str, tuple[Tensor, Tensor | None]] = {}
         store = WeightStore(weights, architecture, device, dtype)
         self.embedding = store.tensor(
             architecture.embedding + ".weight", architecture.vocab, architecture.hidden
@@ -162,6 +166,8 @@ class Decoder:
             state_batch,
         )
         residual = self.embedding[token_ids]
+        if (ends := step.ends) is not None:
+            ends.embed(residual, token_ids)
         if self._embedding_multiplier != 1:
             residual = residual * self._embedding_multiplier
         added: Tensor | None = None
@@ -169,9 +175,23 @@ class Decoder:
             added, residual = block(added, residual, step)
         return residual if added is None else residual + added
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """float32 ``(rows, vocab)`` for hidden states ``(rows, hidden)``; −inf if not a token's."""
-        logits = self._head(self.final_norm(hidden)).float()
+    def normed(self, hidden: Tensor, ends: StepEnds | None = None) -> Tensor:
+        """Hidden states ``(rows, hidden)`` after the final norm.
+
+        ends: what the rows' adapters change; None if nothing.
+        """
+        return renorm(self.final_norm, self.final_norm(hidden), hidden, ends)
+
+    def logits(self, hidden: Tensor, ends: StepEnds | None = None) -> Tensor:
+        """float32 ``(rows, vocab)`` for hidden states ``(rows, hidden)``; −inf if not a token's.
+
+        ends: what the rows' adapters change; None if nothing.
+        """
+        normed = self.normed(hidden, ends)
+        logits = self._head(normed)
+        if ends is not None:
+            ends.head(logits, normed)
+        logits = logits.float()
         if self.architecture.logits_multiplier != 1:
             logits *= self.architecture.logits_multiplier
         if (cap := self.architecture.logits_softcap) is not None:
@@ -181,9 +201,15 @@ class Decoder:
         return logits
 
     @property
-    def projection_weights(self) -> Sequence[tuple[Weight, ...]]:
-        """Of each projection that every token passes, one for all its layers or one for each."""
-        return self._weights
+    def base(self) -> BaseModel:
+        """What adapters need to know of it."""
+        return BaseModel(
+            projections=self._weights,
+            embedding=self.embedding,
+            head=self._head_weight,
+            norm_tensors=self._norm_tensors,
+            backend=self.backend,
+        )
 
     def packed_weights(self) -> Iterator[PackedWeight]:
         """Every 4-bit weight that all tokens pass."""
@@ -419,4 +445,6 @@ class Decoder:
     def _norm(self, store: WeightStore, module: str, *shape: int) -> NormPart:
         norm = self.architecture.norm
         bias = store.tensor(module + ".bias", *shape) if norm.bias else None
-        return norm_part(norm, store.tensor(module + ".weight", *shape), bias, self.backend)
+        weight = store.tensor(module + ".weight", *shape)
+        self._norm_tensors[module] = weight, bias
+        return norm_part(norm, weight, bias, self.backend, module)
