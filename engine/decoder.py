@@ -393,22 +393,21 @@ class Decoder:
             correction = store.vector(module(router.correction_bias), experts)
         if mixture.shared_gate is not None:
             gate = store.router(module(mixture.shared_gate), 1, self.architecture.hidden)
-        # See MixturePart.
-        routing = torch.float64 if weight.device.type == "cpu" else torch.float32
         about = mixture.experts[0]
         up = store.experts(module(""), [expert.up for expert in mixture.experts])
         (down,) = store.experts(module(""), [expert.down for expert in mixture.experts])
         return MixturePart(
             mixture,
             layer=index,
-            router=weight.to(routing),
-            router_bias=None if bias is None else bias.to(routing),
+            router=weight.float().contiguous(),
+            router_bias=None if bias is None else bias.float(),
             correction_bias=correction,
             up=tuple(self.backend.grouped_linear(weights, self._dtype) for weights in up),
             activate=self._activate(store, index, about),
             down=self.backend.grouped_linear(down, self._dtype),
             shared=None if mixture.shared is None else self._mlp(store, index, mixture.shared),
-            shared_gate=None if gate is None else gate.to(routing),
+            shared_gate=None if gate is None else gate.float().contiguous(),
+            backend=self.backend,
         )
 
     def _activate(self, store: WeightStore, index: int, about: Mlp) -> Callable[[Tensor], Tensor]:

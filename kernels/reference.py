@@ -86,6 +86,18 @@ def weighted_sum(out: Tensor, weights: Tensor) -> Tensor:
     return (out.float() * weights[..., None]).sum(1).to(out.dtype)
 
 
+def router_logits(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``x @ weight.T + bias`` in float32, of which a router chooses experts.
+
+    x: ``(rows, hidden)``; weight, bias: float32 ``(experts, hidden)`` and ``(experts,)``.
+
+    A product in float32 is summed in another order for another number of rows, and a token would be
+    routed otherwise in company; in float64, rounded to float32, the order does not show.
+    """
+    added = None if bias is None else bias.double()
+    return torch.nn.functional.linear(x.double(), weight.double(), added).float()
+
+
 def packed_matmul(
     x: Tensor,
     weight: PackedWeight,

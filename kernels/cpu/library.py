@@ -89,6 +89,7 @@ class CpuLibrary:
             "gated_delta_rule", *[pointer] * 12, *[size] * 5, c_float, c_int
         )
         self._scan = allocating("state_space_scan", *[pointer] * 12, *[size] * 5, c_int)
+        self._router = function("router_logits", *[pointer] * 4, *[size] * 3, c_int, c_int)
         self._lora_add = allocating("lora_add", *[pointer] * 9, *[size] * 4, c_int)
         self._sample = allocating("sample_tokens", *[pointer] * 3, size, size, c_int)
 
@@ -191,6 +192,34 @@ class CpuLibrary:
         )
         if failed:
             raise _out_of_memory("grouped_matmul")
+        return out
+
+    def router_logits(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Summed in float32, in the same order for a row in any batch; in bfloat16 or float32."""
+        experts, hidden = weight.shape
+        if hidden % 16 or x.dtype not in (torch.bfloat16, torch.float32):
+            return reference.router_logits(x, weight, bias)
+        if not (
+            x.shape == (len(x), hidden)
+            and weight.dtype == torch.float32
+            and weight.is_contiguous()
+            and (bias is None or (bias.dtype == torch.float32 and bias.shape == (experts,)))
+        ):
+            raise _misread(
+                f"x (rows, {hidden}) and a contiguous float32 weight", x=x, weight=weight
+            )
+        x, out = x.contiguous(), torch.empty(len(x), experts)
+        self._router(
+            x.data_ptr(),
+            weight.data_ptr(),
+            None if bias is None else bias.contiguous().data_ptr(),
+            out.data_ptr(),
+            len(x),
+            hidden,
+            experts,
+            x.dtype == torch.bfloat16,
+            torch.get_num_threads(),
+        )
         return out
 
     def gated_linear(self, weight: Weight, activation: Activation, dtype: torch.dtype) -> None:
