@@ -163,10 +163,6 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
             "residual_multiplier": 0.7,
         },
     ),
-    "bamba": (
-        "bamba",
-        {**STATE_SPACE, "head_dim": 16, "attn_layer_indices": [1], "mamba_conv_bias": False},
-    ),
     "olmo2": ("olmo2", {}),
     "olmo3": ("olmo3", MIXED),
     "smollm3": ("smollm3", {"no_rope_layers": [1, 0, 1]}),
