@@ -358,6 +358,7 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
             "q_lora_rank": None,
             "n_group": 1,
             "topk_group": 1,
+            "first_k_dense_replace": 1,
             "norm_topk_prob": False,
             "rope_interleave": False,
         },
