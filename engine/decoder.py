@@ -31,7 +31,11 @@ from nybble.engine.parts import (
     norm_part,
     renorm,
 )
-from nybble.engine.recurrent_parts import GatedDeltaNetPart, ShortConvolutionPart
+from nybble.engine.recurrent_parts import (
+    GatedDeltaNetPart,
+    ShortConvolutionPart,
+    StateSpacePart,
+)
 from nybble.engine.rotary import identity_table, query_scale_table, rotary_table
 from nybble.engine.weight_store import WeightStore
 from nybble.kernels import DenseWeight, PackedWeight, reference
@@ -50,6 +54,7 @@ from nybble.models import (
     Mlp,
     Recurrent,
     ShortConvolution,
+    StateSpace,
     UnsupportedModelError,
     Xielu,
 )
@@ -305,7 +310,7 @@ class Decoder:
 
     def _recurrent(
         self, store: WeightStore, index: int, about: Recurrent
-    ) -> ShortConvolutionPart | GatedDeltaNetPart:
+    ) -> ShortConvolutionPart | GatedDeltaNetPart | StateSpacePart:
         def tensor(name: str, *shape: int) -> Tensor:
             return store.tensor(self.architecture.module(index, name), *shape)
 
@@ -318,6 +323,20 @@ class Decoder:
             bias = tensor(about.conv + ".bias", about.channels) if about.bias else None
             weight = taps(about.conv + ".weight")
             return ShortConvolutionPart(layer, source, weight, bias, output, self.backend)
+        if isinstance(about, StateSpace):
+            return StateSpacePart(
+                about,
+                layer=layer,
+                input=source,
+                conv=taps(about.conv + ".weight"),
+                bias=tensor(about.conv + ".bias", about.channels) if about.bias else None,
+                decay=tensor(about.decay, about.heads).exp(),
+                skip=tensor(about.skip, about.heads),
+                time_bias=tensor(about.time_bias, about.heads),
+                norm=tensor(about.norm, about.values).to(self._dtype),
+                output=output,
+                backend=self.backend,
+            )
         return GatedDeltaNetPart(
             about,
             layer=layer,
@@ -376,22 +395,21 @@ class Decoder:
             correction = store.vector(module(router.correction_bias), experts)
         if mixture.shared_gate is not None:
             gate = store.router(module(mixture.shared_gate), 1, self.architecture.hidden)
-        # See MixturePart.
-        routing = torch.float64 if weight.device.type == "cpu" else torch.float32
         about = mixture.experts[0]
         up = store.experts(module(""), [expert.up for expert in mixture.experts])
         (down,) = store.experts(module(""), [expert.down for expert in mixture.experts])
         return MixturePart(
             mixture,
             layer=index,
-            router=weight.to(routing),
-            router_bias=None if bias is None else bias.to(routing),
+            router=weight.float().contiguous(),
+            router_bias=None if bias is None else bias.float(),
             correction_bias=correction,
             up=tuple(self.backend.grouped_linear(weights, self._dtype) for weights in up),
             activate=self._activate(store, index, about),
             down=self.backend.grouped_linear(down, self._dtype),
             shared=None if mixture.shared is None else self._mlp(store, index, mixture.shared),
-            shared_gate=None if gate is None else gate.to(routing),
+            shared_gate=None if gate is None else gate.float().contiguous(),
+            backend=self.backend,
         )
 
     def _activate(self, store: WeightStore, index: int, about: Mlp) -> Callable[[Tensor], Tensor]:

@@ -64,7 +64,7 @@ from nybble.engine.vocabulary import Vocabulary
 from nybble.kernels.backend import backend_for
 from nybble.kernels.progress import Progress, track
 from nybble.loaders.tokenizer import check_vocabulary, load_tokenizer
-from nybble.models import Architecture, UnsupportedModelError, architecture_of
+from nybble.models import Architecture, StateSpace, UnsupportedModelError, architecture_of
 
 if TYPE_CHECKING:
     from nybble.loaders import Checkpoint
@@ -174,6 +174,13 @@ class Engine:
         if device.type != "cpu" and architecture.latents:
             raise UnsupportedModelError(
                 f"{architecture.family} models have latent attention, which {device.type} does not "
+                "compute so far; use --device cpu"
+            )
+        if device.type != "cpu" and any(
+            isinstance(mixer, StateSpace) for mixer in architecture.recurrents
+        ):
+            raise UnsupportedModelError(
+                f"{architecture.family} models have state spaces, which {device.type} does not "
                 "compute so far; use --device cpu"
             )
         widest = max(attention.head_dim for attention in architecture.attentions)

@@ -279,13 +279,11 @@ class MlpPart:
 class MixturePart:
     """A mixture of experts.
 
-    router: ``(experts, hidden)``, float64 on the CPU and float32 on a GPU. A product in float32 is
-        summed in another order for another number of rows, and a token would be routed otherwise
-        in company; in float64, rounded to float32, the order does not show.
-    router_bias: of the router's dtype, or None. correction_bias: ``(experts,)``, or None.
+    router: float32 ``(experts, hidden)``. router_bias, correction_bias: float32 ``(experts,)``, or
+        None.
     up: each computes a part of what the experts' activations read, side by side.
     activate: the activation of what ``up`` computes, or its gate if experts are gated.
-    shared_gate: of the router's dtype, ``(1, hidden)``, or None.
+    shared_gate: float32 ``(1, hidden)``, or None.
     """
 
     about: Mixture
@@ -298,10 +296,10 @@ class MixturePart:
     down: GroupedKernel
     shared: MlpPart | None
     shared_gate: Tensor | None
+    backend: Backend
 
     def __call__(self, x: Tensor, step: Step) -> Tensor:
-        exact = x.to(self.router.dtype)
-        logits = torch.nn.functional.linear(exact, self.router, self.router_bias).float()
+        logits = self.backend.router_logits(x, self.router, self.router_bias)
         router, top_k = self.about.router, self.about.top_k
         ids, weights = choose_experts(router, logits, top_k, self.correction_bias)
         parts = [linear(x, ids, None) for linear in self.up]
@@ -319,7 +317,7 @@ class MixturePart:
             return out
         shared = self.shared(x, step)
         if self.shared_gate is not None:
-            gate = torch.nn.functional.linear(exact, self.shared_gate).float().sigmoid()
+            gate = self.backend.router_logits(x, self.shared_gate, None).sigmoid()
             shared = shared * gate.to(x.dtype)
         return out + shared
 

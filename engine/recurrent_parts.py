@@ -13,7 +13,8 @@ from torch import Tensor
 
 from nybble.engine.parts import Projection, Step
 from nybble.kernels.backend import Backend
-from nybble.models import GatedDeltaNet
+from nybble.kernels.recurrent import gated_rms_norm
+from nybble.models import GatedDeltaNet, StateSpace
 
 
 @dataclass(frozen=True)
@@ -98,3 +99,52 @@ class GatedDeltaNetPart:
         b, a = projected[:, wide:].reshape(tokens, about.key_heads, -1).chunk(2, dim=-1)
         mixed = torch.cat([each.reshape(tokens, -1) for each in (q, k, v)], dim=-1)
         return mixed, z.contiguous(), b.reshape(tokens, heads), a.reshape(tokens, heads)
+
+
+@dataclass(frozen=True)
+class StateSpacePart:
+    """A state space (Mamba-2).
+
+    layer: index of the states that it uses.
+    conv: float32 ``(taps, channels)``; bias: float32 ``(channels,)`` or None.
+    decay: float32 ``(heads,)``, ``e^A_log``. skip, time_bias: float32 ``(heads,)``.
+    norm: ``(heads · head_dim,)`` of the model's dtype.
+    """
+
+    about: StateSpace
+    layer: int
+    input: Projection
+    conv: Tensor
+    bias: Tensor | None
+    decay: Tensor
+    skip: Tensor
+    time_bias: Tensor
+    norm: Tensor
+    output: Projection
+    backend: Backend
+
+    def __call__(self, x: Tensor, step: Step) -> Tensor:
+        assert step.state_batch is not None
+        about, batch, tokens = self.about, step.state_batch, len(x)
+        projected = self.input(x, step.adapters)
+        gate, mixed, dt = projected.split_with_sizes(
+            (about.values, about.channels, about.heads), -1
+        )
+        recent, states = step.states[self.layer]
+        mixed = self.backend.short_convolution(mixed, self.conv, self.bias, recent, batch)
+        mixed = torch.nn.functional.silu(mixed)
+        values, b, c = mixed.split_with_sizes((about.values, about.keys, about.keys), -1)
+        by_head = values.reshape(tokens, about.heads, about.head_dim)
+        dt = torch.nn.functional.softplus(dt.float() + self.time_bias)
+        read = self.backend.state_space_scan(
+            by_head,
+            b.reshape(tokens, about.key_groups, about.state_dim),
+            c.reshape(tokens, about.key_groups, about.state_dim),
+            dt,
+            -self.decay * dt,
+            states,
+            batch,
+        )
+        read = (read + self.skip[:, None] * by_head.float()).flatten(1)
+        normed = gated_rms_norm(read, gate, self.norm, about.key_groups, about.norm_eps)
+        return self.output(normed, step.adapters)

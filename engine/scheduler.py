@@ -299,6 +299,8 @@ class Scheduler:
         """
         if any(passed.overtaken >= _MAX_OVERTAKEN for passed in plan.blockless):
             return False
+        if (states := self.block_manager.states) is not None and not states.has_room():
+            return False  # once this step is computed, there is
         for sequence in self.waiting.of(tenant):
             if sequence in plan.slotless or not self._may_run(plan, sequence):
                 continue

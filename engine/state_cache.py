@@ -101,9 +101,10 @@ def cache_sizes(
 
 
 class StateCache:
-    """Hands out ``num_slots`` slots to up to ``max_num_seqs`` sequences, and keeps snapshots.
+    """Hands out ``num_slots`` slots to sequences, and keeps snapshots in the others.
 
-    There are at least as many slots as sequences, so a sequence that runs always finds one.
+    There are at least as many slots as sequences that run at once. Snapshots that a step reads
+    keep theirs until it is computed, so a sequence may have to wait a step: :meth:`has_room`.
     """
 
     def __init__(
@@ -111,7 +112,6 @@ class StateCache:
     ) -> None:
         assert num_slots >= max_num_seqs
         self.num_slots = num_slots
-        self._max_num_seqs = max_num_seqs
         self._block_size = block_size
         self._snapshots = snapshots
         self._free = list(range(num_slots))
@@ -125,6 +125,10 @@ class StateCache:
     def num_held(self) -> int:
         """Slots of running sequences."""
         return self._holders
+
+    def has_room(self) -> bool:
+        """Whether a sequence can begin now."""
+        return len(self._free) + len(self._slot_of) > len(self._readers)
 
     @property
     def num_snapshots(self) -> int:
@@ -145,14 +149,15 @@ class StateCache:
             return SequenceState(self._take(), branch=branch)
         snapshot = self._slot_of[key]
         self._slot_of.move_to_end(key)
-        # A snapshot that is being read is no longer there for other sequences to take. If they
-        # could come to need it, this one goes on in the snapshot's own slot.
-        spare = self.num_slots - self._max_num_seqs
-        if snapshot not in self._readers and len(self._readers) >= spare:
-            del self._slot_of[key]
-            return SequenceState(snapshot, read=snapshot, branch=branch)
+        # A snapshot that is being read is no longer there for other sequences to take.
         self._readers[snapshot] += 1
-        return SequenceState(self._take(), read=snapshot, branch=branch)
+        slot = self._find()
+        if slot is not None:
+            return SequenceState(slot, read=snapshot, branch=branch)
+        # There is no other slot, so this one goes on in the snapshot's own.
+        assert self._readers[snapshot] == 1, "a sequence began for which there was no slot"
+        del self._readers[snapshot], self._slot_of[key]
+        return SequenceState(snapshot, read=snapshot, branch=branch)
 
     def limit(self, state: SequenceState, start: int, count: int) -> int:
         """How many of the next ``count`` tokens a step may compute that begins at ``start``."""

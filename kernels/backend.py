@@ -52,6 +52,8 @@ class Backend(Protocol):
         """A linear layer of every expert, all of one size: bound to its kernel once."""
         ...
 
+    def router_logits(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor: ...
+
     def rms_norm(
         self, x: Tensor, weight: Tensor, eps: float, offset: float | None = None
     ) -> Tensor: ...
@@ -110,6 +112,17 @@ class Backend(Protocol):
         v: Tensor,
         g: Tensor,
         beta: Tensor,
+        state: Tensor,
+        batch: StateBatch,
+    ) -> Tensor: ...
+
+    def state_space_scan(
+        self,
+        x: Tensor,
+        b: Tensor,
+        c: Tensor,
+        dt: Tensor,
+        g: Tensor,
         state: Tensor,
         batch: StateBatch,
     ) -> Tensor: ...

@@ -90,6 +90,53 @@ def gated_delta_rule(
     return out.to(v.dtype)
 
 
+def state_space_scan(
+    x: Tensor,
+    b: Tensor,
+    c: Tensor,
+    dt: Tensor,
+    g: Tensor,
+    state: Tensor,
+    batch: StateBatch,
+) -> Tensor:
+    """A state space with a scalar decay for each head (Mamba-2, Dao and Gu 2024).
+
+    Of each head a row changes the state ``S (state_dim, head_dim)`` so:
+    ``S ← e^g · S + b ⊗ (dt · x)``; it reads ``cᵀS``. All is computed in float32.
+
+    x: ``(tokens, heads, head_dim)``.
+    b, c: ``(tokens, key_groups, state_dim)``. Each serves consecutive heads.
+    dt, g: float32 ``(tokens, heads)``, ``g ≤ 0``.
+    state: float32 ``(slots, heads, state_dim, head_dim)``. Written in place.
+
+    Returns float32 ``(tokens, heads, head_dim)``.
+    """
+    shared = x.shape[1] // b.shape[1]
+    keys, queries = (each.float().repeat_interleave(shared, dim=1) for each in (b, c))
+    values, decay = x.float() * dt[..., None], g.exp()
+    out = torch.empty_like(values)
+    for index, first, stop in _sequences(batch):
+        s = _before(state, batch, index)
+        for row in range(first, stop):
+            s = s * decay[row][:, None, None] + keys[row][:, :, None] * values[row][:, None]
+            out[row] = (s * queries[row][:, :, None]).sum(1)
+            if row - first + 1 == int(batch.snapshot_rows[index]):
+                _keep(state, int(batch.snapshot[index]), s)
+        _keep(state, int(batch.write[index]), s)
+    return out
+
+
+def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, groups: int, eps: float) -> Tensor:
+    """``x · silu(gate)``, RMS-normed in ``groups`` equal parts, and multiplied by ``weight``.
+
+    x: float32 ``(tokens, width)``; gate: of the model's dtype. Computed in float32 and rounded to
+    the dtype of ``gate`` before the multiplication by ``weight``, which has that dtype too.
+    """
+    gated = (x * torch.nn.functional.silu(gate.float())).view(len(x), groups, -1)
+    normed = gated * torch.rsqrt(gated.square().mean(-1, keepdim=True) + eps)
+    return weight * normed.view(x.shape).to(gate.dtype)
+
+
 def _unit(x: Tensor) -> Tensor:
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + L2_EPS)
 

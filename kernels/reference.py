@@ -27,6 +27,7 @@ from nybble.kernels.packed import (
 )
 from nybble.kernels.recurrent import gated_delta_rule as gated_delta_rule
 from nybble.kernels.recurrent import short_convolution as short_convolution
+from nybble.kernels.recurrent import state_space_scan as state_space_scan
 
 # Output rows dequantized at a time: 16 MiB of float32 at 4096 columns.
 _ROWS_AT_A_TIME = 1024
@@ -88,6 +89,18 @@ def weighted_sum(out: Tensor, weights: Tensor) -> Tensor:
     out: ``(rows, top_k, width)``; weights: float32 ``(rows, top_k)``.
     """
     return (out.float() * weights[..., None]).sum(1).to(out.dtype)
+
+
+def router_logits(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``x @ weight.T + bias`` in float32, of which a router chooses experts.
+
+    x: ``(rows, hidden)``; weight, bias: float32 ``(experts, hidden)`` and ``(experts,)``.
+
+    A product in float32 is summed in another order for another number of rows, and a token would be
+    routed otherwise in company; in float64, rounded to float32, the order does not show.
+    """
+    added = None if bias is None else bias.double()
+    return torch.nn.functional.linear(x.double(), weight.double(), added).float()
 
 
 def packed_matmul(

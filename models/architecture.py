@@ -418,9 +418,81 @@ class GatedDeltaNet:
         )
 
 
+@dataclass(frozen=True)
+class StateSpace:
+    """A state space with a scalar decay for each head, "Mamba-2" (Dao and Gu 2024).
+
+    ``x``, ``B`` and ``C`` pass a causal convolution and SiLU. Each head keeps a matrix
+    ``S (state_dim, head_dim)``, which a token changes so: ``S ← e^(Δ·A) · S + Δ · B ⊗ x``. It reads
+    ``CᵀS + D · x``, with ``A = −e^A_log`` and ``Δ = softplus(dt + dt_bias)``.
+
+    key_groups: so many ``B`` and ``C``, each of which serves consecutive heads.
+    taps: tokens that the convolution sees, the newest included.
+    input: computes the output gate ``z``, ``x``, ``B``, ``C``, and for each head ``dt``, side by
+        side.
+    output: reads what is read, times ``silu(z)``, then normed: an RMSNorm of each key group's part.
+    conv: the module of its weight ``(channels, 1, taps)`` and, if ``bias``, bias ``(channels,)``.
+    decay, skip, time_bias: tensors ``(heads,)``: ``A_log``, ``D`` and ``dt_bias``.
+    norm: a tensor ``(heads · head_dim,)``, the norm's weight; norm_eps: its epsilon.
+    """
+
+    heads: int
+    head_dim: int
+    key_groups: int
+    state_dim: int
+    taps: int
+    input: LinearGroup
+    output: LinearGroup
+    norm_eps: float
+    bias: bool
+    conv: str = "mamba.conv1d"
+    decay: str = "mamba.A_log"
+    skip: str = "mamba.D"
+    time_bias: str = "mamba.dt_bias"
+    norm: str = "mamba.norm.weight"
+
+    @property
+    def values(self) -> int:
+        """Entries of all heads' ``x``."""
+        return self.heads * self.head_dim
+
+    @property
+    def keys(self) -> int:
+        """Entries of all ``B``; of ``C`` as many."""
+        return self.key_groups * self.state_dim
+
+    @property
+    def channels(self) -> int:
+        """Of the convolution."""
+        return self.values + 2 * self.keys
+
+    @property
+    def groups(self) -> tuple[LinearGroup, ...]:
+        """Its linear layers in the order of computation."""
+        return (self.input, self.output)
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """Tensors other than those of norms of hidden states and linear layers."""
+        convolution = (self.conv + ".weight", *([self.conv + ".bias"] if self.bias else ()))
+        return (*convolution, self.decay, self.skip, self.time_bias, self.norm)
+
+    @property
+    def norms(self) -> tuple[str, ...]:
+        return ()
+
+    @property
+    def states(self) -> tuple[StateTensor, ...]:
+        """The last inputs of the convolution, and the matrix of each head."""
+        return (
+            StateTensor((self.taps - 1, self.channels)),
+            StateTensor((self.heads, self.state_dim, self.head_dim), wide=True),
+        )
+
+
 # What mixes the tokens of a sequence.
 AnyAttention = Attention | LatentAttention
-Recurrent = ShortConvolution | GatedDeltaNet
+Recurrent = ShortConvolution | GatedDeltaNet | StateSpace
 Mixer = AnyAttention | Recurrent
 
 

@@ -1,4 +1,4 @@
-"""Granite 3 and the dense Granite 4: Llama's layers with four multipliers; Granite 3's mixtures."""
+"""Granite 3 and 4: Llama's layers with four multipliers; mixtures; Granite 4's state spaces."""
 
 from __future__ import annotations
 
@@ -10,10 +10,14 @@ from transformers import PretrainedConfig
 from nybble.models import config as read
 from nybble.models.architecture import (
     Architecture,
+    Fold,
+    Linear,
+    LinearGroup,
     Mixture,
     Mlp,
     Router,
     Stacked,
+    StateSpace,
     UnsupportedModelError,
 )
 from nybble.models.llama import decoder
@@ -36,7 +40,62 @@ def granite(
 
 
 def granitemoe(config: PretrainedConfig) -> Architecture:
-    """Granite 3 1B-A400M and 3B-A800M, whose checkpoints stack the experts."""
+    """Granite 3 1B-A400M and 3B-A800M."""
+    return granite(config, (_experts(config),) * read.size(config, "num_hidden_layers"))
+
+
+def granite4(config: PretrainedConfig) -> Architecture:
+    """Granite 4: state spaces in most layers, or in none; an MLP beside the mixture, or alone."""
+    layers = read.size(config, "num_hidden_layers")
+    kinds = read.layer_types(config, "full_attention", "linear_attention")
+    sparse = config.num_local_experts > 0
+    shared = fused_gated_mlp(
+        read.size(config, "hidden_size"),
+        read.size(config, "shared_intermediate_size"),
+        read.activation(config),
+        # What feeds the experts feeds the router too, so nothing is folded into the norm.
+        norm=None if sparse else "post_attention_layernorm",
+        names=("shared_mlp.input_linear", "shared_mlp.output_linear"),
+    )
+    mixer = _state_space(config) if "linear_attention" in kinds else None
+    rotates = config.position_embedding_type == "rope"
+    return granite(
+        config,
+        (_experts(config, shared=shared) if sparse else shared,) * layers,
+        mixers=tuple(mixer if kind == "linear_attention" else None for kind in kinds),
+        ropes=None if rotates else (None,) * layers,
+    )
+
+
+def _state_space(config: PretrainedConfig) -> StateSpace:
+    """The mixer of a layer without attention, Mamba-2."""
+    read.refuse(config, hidden_act="silu", time_step_limit=(0.0, float("inf")))
+    hidden, bias = read.size(config, "hidden_size"), bool(config.mamba_proj_bias)
+    heads, head_dim = read.size(config, "mamba_n_heads"), read.size(config, "mamba_d_head")
+    key_groups, state_dim = read.size(config, "mamba_n_groups"), read.size(config, "mamba_d_state")
+    values = heads * head_dim
+    if heads % key_groups or values != int(config.mamba_expand * hidden):
+        raise UnsupportedModelError(
+            f"mamba_n_heads is {heads}, expected a multiple of mamba_n_groups ({key_groups}), and "
+            f"with mamba_d_head ({head_dim}) mamba_expand · hidden_size entries together"
+        )
+    source = Linear("mamba.in_proj", 2 * values + 2 * key_groups * state_dim + heads, hidden, bias)
+    output = Linear("mamba.out_proj", hidden, values, bias)
+    return StateSpace(
+        heads=heads,
+        head_dim=head_dim,
+        key_groups=key_groups,
+        state_dim=state_dim,
+        taps=read.size(config, "mamba_d_conv"),
+        input=LinearGroup(source.name, (source,), Fold("input_layernorm")),
+        output=LinearGroup(output.name, (output,)),
+        norm_eps=float(config.rms_norm_eps),
+        bias=bool(config.mamba_conv_bias),
+    )
+
+
+def _experts(config: PretrainedConfig, **options: Any) -> Mixture:
+    """A mixture whose checkpoints stack the experts."""
     module = "block_sparse_moe"
     experts = mixture(
         read.size(config, "hidden_size"),
@@ -51,38 +110,14 @@ def granitemoe(config: PretrainedConfig) -> Architecture:
         ),
         module=module,
         stacked_in=(f"{module}.experts",),
+        **options,
     )
     up, down = experts.stacked
     published = (
         Stacked(f"{module}.input_linear.weight", up.holds),
         Stacked(f"{module}.output_linear.weight", down.holds),
     )
-    experts = replace(experts, stacked=(*published, *experts.stacked))
-    return granite(config, (experts,) * read.size(config, "num_hidden_layers"))
-
-
-def granite4(config: PretrainedConfig) -> Architecture:
-    """The dense Granite 4, whose config is that of the hybrids; gate and up are one matrix.
-
-    Raises UnsupportedModelError for layers of state spaces and for mixtures.
-    """
-    read.refuse(config, num_local_experts=0)
-    kinds = set(config.layers_block_type)
-    if kinds != {"full_attention"}:
-        raise UnsupportedModelError(
-            f"layer_types has {', '.join(sorted(kinds))}; of {config.model_type} models those are "
-            "supported whose layers are attention alone"
-        )
-    layers = read.size(config, "num_hidden_layers")
-    mlp = fused_gated_mlp(
-        read.size(config, "hidden_size"),
-        read.size(config, "shared_intermediate_size"),
-        read.activation(config),
-        names=("shared_mlp.input_linear", "shared_mlp.output_linear"),
-    )
-    rotates = config.position_embedding_type == "rope"
-    ropes = None if rotates else (None,) * layers
-    return granite(config, (mlp,) * layers, ropes=ropes)
+    return replace(experts, stacked=(*published, *experts.stacked))
 
 
 FAMILIES = {"granitemoehybrid": granite4, "granite": granite, "granitemoe": granitemoe}

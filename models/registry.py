@@ -18,7 +18,14 @@ _SHARED = ("architecture", "config", "parts", "registry")
 # Layers that nothing here computes, and model types that have them: nothing less would serve these.
 _LACKING = {
     "latent attention in layouts of their own": ("deepseek_v32", "kimi_linear", "longcat_flash"),
-    "layers of linear attention or state spaces": (*("bamba", "falcon_h1", "jamba", "nemotron_h"),),
+    "state spaces in layouts of their own": (
+        "bamba",
+        "falcon_h1",
+        "jamba",
+        "mamba",
+        "mamba2",
+        "nemotron_h",
+    ),
 }
 
 

@@ -93,6 +93,8 @@ class CpuLibrary:
         self._decoder_layers = allocating(
             "decoder_layers", pointer, pointer, size, *[pointer] * 3, size, size, c_int
         )
+        self._scan = allocating("state_space_scan", *[pointer] * 12, *[size] * 5, c_int)
+        self._router = function("router_logits", *[pointer] * 4, *[size] * 3, c_int, c_int)
         self._lora_add = allocating("lora_add", *[pointer] * 9, *[size] * 4, c_int)
         self._sample = allocating("sample_tokens", *[pointer] * 3, size, size, c_int)
 
@@ -195,6 +197,32 @@ class CpuLibrary:
         )
         if failed:
             raise out_of_memory("grouped_matmul")
+        return out
+
+    def router_logits(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Summed in float32, in the same order for a row in any batch; in bfloat16 or float32."""
+        experts, hidden = weight.shape
+        if hidden % 16 or x.dtype not in (torch.bfloat16, torch.float32):
+            return reference.router_logits(x, weight, bias)
+        if not (
+            x.shape == (len(x), hidden)
+            and weight.dtype == torch.float32
+            and weight.is_contiguous()
+            and (bias is None or (bias.dtype == torch.float32 and bias.shape == (experts,)))
+        ):
+            raise misread(f"x (rows, {hidden}) and a contiguous float32 weight", x=x, weight=weight)
+        x, out = x.contiguous(), torch.empty(len(x), experts)
+        self._router(
+            x.data_ptr(),
+            weight.data_ptr(),
+            None if bias is None else bias.contiguous().data_ptr(),
+            out.data_ptr(),
+            len(x),
+            hidden,
+            experts,
+            x.dtype == torch.bfloat16,
+            torch.get_num_threads(),
+        )
         return out
 
     def gated_linear(self, weight: Weight, activation: Activation, dtype: torch.dtype) -> None:
@@ -572,6 +600,58 @@ class CpuLibrary:
         if failed:
             raise out_of_memory("gated_delta_rule")
         return out.to(v.dtype)
+
+    def state_space_scan(
+        self,
+        x: Tensor,
+        b: Tensor,
+        c: Tensor,
+        dt: Tensor,
+        g: Tensor,
+        state: Tensor,
+        batch: StateBatch,
+    ) -> Tensor:
+        """A row's result is the same in any batch and however its prompt is cut into chunks."""
+        (tokens, groups, state_dim), (heads, head_dim) = b.shape, x.shape[1:]
+        if head_dim % 16:
+            return reference.state_space_scan(x, b, c, dt, g, state, batch)
+        if not (
+            b.shape == c.shape
+            and x.shape[0] == tokens
+            and heads % groups == 0
+            and dt.shape == g.shape == (tokens, heads)
+            and state.shape[1:] == (heads, state_dim, head_dim)
+            and state.dtype == torch.float32
+            and state.is_contiguous()
+        ):
+            raise misread(
+                "b and c (tokens, groups, state dim), x (tokens, a multiple of the groups, head "
+                "dim), dt and g (tokens, heads), and a contiguous float32 state (slots, heads, "
+                "state dim, head dim)",
+                x=x,
+                b=b,
+                c=c,
+                dt=dt,
+                g=g,
+                state=state,
+            )
+        wide = [each.float().contiguous() for each in (x, b, c, dt, g)]
+        out = torch.empty(x.shape)
+        failed = self._scan(
+            *(each.data_ptr() for each in wide),
+            state.data_ptr(),
+            *_addresses(batch),
+            out.data_ptr(),
+            len(batch.read),
+            groups,
+            heads,
+            state_dim,
+            head_dim,
+            torch.get_num_threads(),
+        )
+        if failed:
+            raise out_of_memory("state_space_scan")
+        return out
 
     def lora_add(
         self,

@@ -110,6 +110,69 @@ void delta_row(float* state, const float* q, const float* k, const float* v, flo
     for (int i = 0; i < kVectors; ++i) store(out + i * 16, read[i]);
 }
 
+// One row for `kVectors` vectors of a head: state and values begin there.
+template <int kVectors>
+void scan_row(float* state, const float* b, const float* c, const float* x, float decay, float dt,
+              float* out, int64_t state_dim, int64_t head_dim) {
+    Floats added[kVectors], read[kVectors];
+    const Floats by = broadcast(decay);
+    for (int i = 0; i < kVectors; ++i) {
+        added[i] = load(x + i * 16) * broadcast(dt);
+        read[i] = zero();
+    }
+    for (int64_t d = 0; d < state_dim; ++d) {
+        const Floats key = broadcast(b[d]), query = broadcast(c[d]);
+        for (int i = 0; i < kVectors; ++i) {
+            float* entry = state + d * head_dim + i * 16;
+            const Floats next = fma(key, added[i], load(entry) * by);
+            store(entry, next);
+            read[i] = fma(next, query, read[i]);
+        }
+    }
+    for (int i = 0; i < kVectors; ++i) store(out + i * 16, read[i]);
+}
+
+// Which slots a batch's sequences read and write.
+struct Slots {
+    const int32_t *starts, *read, *write, *snapshot, *snapshot_rows;
+    int64_t seqs;
+};
+
+// Takes each head of each sequence through its rows: `step(s, row, head, scratch)` changes the
+// head's state s, of `size` floats, by a row. Each thread has `room` floats for its own use.
+template <typename Step>
+int recur(const Slots& slots, float* state, int64_t heads, int64_t size, int64_t room, int threads,
+          Step step) try {
+    const int64_t slot_size = heads * size;
+    const auto all_buffers = buffers(threads, room + size);
+#pragma omp parallel num_threads(threads) if (slots.seqs * heads > 1)
+    {
+        float* scratch = all_buffers.get() + omp_get_thread_num() * (room + size);
+        float* unkept = scratch + room;
+#pragma omp for schedule(static)
+        for (int64_t task = 0; task < slots.seqs * heads; ++task) {
+            const int64_t seq = task / heads, head = task % heads;
+            const int32_t read = slots.read[seq], write = slots.write[seq];
+            const int32_t snapshot = slots.snapshot[seq];
+            float* s = write < 0 ? unkept : state + write * slot_size + head * size;
+            if (read < 0)
+                std::memset(s, 0, size * sizeof(float));
+            else if (read != write)
+                std::memcpy(s, state + read * slot_size + head * size, size * sizeof(float));
+            const int64_t first = slots.starts[seq];
+            for (int64_t row = first; row < slots.starts[seq + 1]; ++row) {
+                step(s, row, head, scratch);
+                if (snapshot >= 0 && row - first + 1 == slots.snapshot_rows[seq])
+                    std::memcpy(state + snapshot * slot_size + head * size, s,
+                                size * sizeof(float));
+            }
+        }
+    }
+    return kDone;
+} catch (const std::exception&) {
+    return kOutOfMemory;
+}
+
 }  // namespace
 
 extern "C" {
@@ -136,46 +199,51 @@ int nybble_gated_delta_rule(const float* q, const float* k, const float* v, cons
                             const int32_t* read, const int32_t* write, const int32_t* snapshot,
                             const int32_t* snapshot_rows, float* out, int64_t seqs,
                             int64_t key_heads, int64_t value_heads, int64_t key_dim,
-                            int64_t value_dim, float eps, int threads) try {
-    const int64_t size = key_dim * value_dim, slot_size = value_heads * size;
-    const auto all_buffers = buffers(threads, 2 * key_dim + size);
-#pragma omp parallel num_threads(threads) if (seqs * value_heads > 1)
-    {
-        float* query = all_buffers.get() + omp_get_thread_num() * (2 * key_dim + size);
-        float *key = query + key_dim, *unkept = key + key_dim;
-#pragma omp for schedule(static)
-        for (int64_t task = 0; task < seqs * value_heads; ++task) {
-            const int64_t seq = task / value_heads, head = task % value_heads;
-            const int64_t shared = head / (value_heads / key_heads);
-            float* s = write[seq] < 0 ? unkept : state + write[seq] * slot_size + head * size;
-            if (read[seq] < 0)
-                std::memset(s, 0, size * sizeof(float));
-            else if (read[seq] != write[seq])
-                std::memcpy(s, state + read[seq] * slot_size + head * size, size * sizeof(float));
-            for (int64_t row = starts[seq]; row < starts[seq + 1]; ++row) {
-                const int64_t from = (row * key_heads + shared) * key_dim;
-                unit(q + from, key_dim, eps, 1 / std::sqrt(static_cast<float>(key_dim)), query);
-                unit(k + from, key_dim, eps, 1.0f, key);
-                const int64_t at = row * value_heads + head;
-                const float decay = std::exp(g[at]), rate = beta[at];
-                const float* values = v + at * value_dim;
-                float* target = out + at * value_dim;
-                int64_t i = 0;
-                for (; i + 64 <= value_dim; i += 64)
-                    delta_row<4>(s + i, query, key, values + i, decay, rate, target + i, key_dim,
-                                 value_dim);
-                for (; i < value_dim; i += 16)
-                    delta_row<1>(s + i, query, key, values + i, decay, rate, target + i, key_dim,
-                                 value_dim);
-                if (snapshot[seq] >= 0 && row - starts[seq] + 1 == snapshot_rows[seq])
-                    std::memcpy(state + snapshot[seq] * slot_size + head * size, s,
-                                size * sizeof(float));
-            }
-        }
-    }
-    return kDone;
-} catch (const std::exception&) {
-    return kOutOfMemory;
+                            int64_t value_dim, float eps, int threads) {
+    const Slots slots{starts, read, write, snapshot, snapshot_rows, seqs};
+    const auto step = [&](float* s, int64_t row, int64_t head, float* query) {
+        float* key = query + key_dim;
+        const int64_t shared = head / (value_heads / key_heads);
+        const int64_t from = (row * key_heads + shared) * key_dim;
+        unit(q + from, key_dim, eps, 1 / std::sqrt(static_cast<float>(key_dim)), query);
+        unit(k + from, key_dim, eps, 1.0f, key);
+        const int64_t at = row * value_heads + head;
+        const float decay = std::exp(g[at]), rate = beta[at];
+        const float* values = v + at * value_dim;
+        float* target = out + at * value_dim;
+        int64_t i = 0;
+        for (; i + 64 <= value_dim; i += 64)
+            delta_row<4>(s + i, query, key, values + i, decay, rate, target + i, key_dim,
+                         value_dim);
+        for (; i < value_dim; i += 16)
+            delta_row<1>(s + i, query, key, values + i, decay, rate, target + i, key_dim,
+                         value_dim);
+    };
+    return recur(slots, state, value_heads, key_dim * value_dim, 2 * key_dim, threads, step);
+}
+
+// All contiguous float32. head_dim is a multiple of 16.
+int nybble_state_space_scan(const float* x, const float* b, const float* c, const float* dt,
+                            const float* g, float* state, const int32_t* starts,
+                            const int32_t* read, const int32_t* write, const int32_t* snapshot,
+                            const int32_t* snapshot_rows, float* out, int64_t seqs, int64_t groups,
+                            int64_t heads, int64_t state_dim, int64_t head_dim, int threads) {
+    const Slots slots{starts, read, write, snapshot, snapshot_rows, seqs};
+    const auto step = [&](float* s, int64_t row, int64_t head, float*) {
+        const int64_t from = (row * groups + head / (heads / groups)) * state_dim;
+        const int64_t at = row * heads + head;
+        const float decay = std::exp(g[at]);
+        const float* values = x + at * head_dim;
+        float* target = out + at * head_dim;
+        int64_t i = 0;
+        for (; i + 64 <= head_dim; i += 64)
+            scan_row<4>(s + i, b + from, c + from, values + i, decay, dt[at], target + i, state_dim,
+                        head_dim);
+        for (; i < head_dim; i += 16)
+            scan_row<1>(s + i, b + from, c + from, values + i, decay, dt[at], target + i, state_dim,
+                        head_dim);
+    };
+    return recur(slots, state, heads, state_dim * head_dim, 0, threads, step);
 }
 
 }  // extern "C"

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from nybble.kernels.activation import Activation
 from nybble.kernels.packed import DenseWeight, GroupedKernel, LinearKernel, PackedWeight, Weight
+from nybble.kernels.recurrent import state_space_scan  # no kernel so far: engines refuse it
 from nybble.kernels.reference import decoder_layers
 from nybble.kernels.reference import packed_matmul as reference_matmul
 from nybble.kernels.triton.activation import gated
@@ -34,8 +36,10 @@ __all__ = [
     "paged_attention",
     "rms_norm",
     "rotary_store",
+    "router_logits",
     "sample_tokens",
     "short_convolution",
+    "state_space_scan",
 ]
 
 
@@ -59,6 +63,11 @@ def grouped_linear(weights: Sequence[Weight], dtype: torch.dtype) -> GroupedKern
             "the CPU only so far. Use --quantize nf4, or --device cpu"
         )
     return partial(grouped_matmul, experts=StackedExperts.of(packed))
+
+
+def router_logits(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """See :func:`nybble.kernels.reference.router_logits`; in float32, by the vendor's library."""
+    return torch.nn.functional.linear(x.float(), weight, bias)
 
 
 def gated_linear(weight: Weight, activation: Activation, dtype: torch.dtype) -> LinearKernel | None:

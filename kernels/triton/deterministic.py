@@ -22,8 +22,10 @@ from nybble.kernels.triton.backend import (
     lora_add,
     rms_norm,
     rotary_store,
+    router_logits,
     sample_tokens,
     short_convolution,
+    state_space_scan,
 )
 from nybble.kernels.triton.fixed_order import fixed_order_matmul
 from nybble.kernels.triton.matmul import takes
@@ -40,8 +42,10 @@ __all__ = [
     "paged_attention",
     "rms_norm",
     "rotary_store",
+    "router_logits",
     "sample_tokens",
     "short_convolution",
+    "state_space_scan",
 ]
 
 

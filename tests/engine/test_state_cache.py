@@ -38,11 +38,24 @@ CONFIG = EngineConfig(
 
 
 @pytest.fixture(scope="module")
-def hybrid(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..., Path]) -> Checkpoint:
+def build(
+    tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..., Path]
+) -> Callable[..., Checkpoint]:
+    """A random model of a family and with these settings."""
+    return lambda *given, **settings: _built(
+        tmp_path_factory.mktemp("hybrid"), tiny_model(), *given, **settings
+    )
+
+
+@pytest.fixture(scope="module")
+def hybrid(build: Callable[..., Checkpoint]) -> Checkpoint:
     """Two layers with convolutions around one with attention."""
-    folder = tmp_path_factory.mktemp("hybrid") / "lfm2"
+    return build("lfm2", layer_types=["conv", "full_attention", "conv"])
+
+
+def _built(folder: Path, tokenizer: Path, family: str, **settings: Any) -> Checkpoint:
     config = AutoConfig.for_model(
-        "lfm2",
+        family,
         vocab_size=300,
         hidden_size=64,
         intermediate_size=128,
@@ -50,8 +63,8 @@ def hybrid(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..., P
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=512,
-        layer_types=["conv", "full_attention", "conv"],
         eos_token_id=2,
+        **settings,
     )
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
@@ -61,7 +74,7 @@ def hybrid(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..., P
                 parameter.normal_(std=0.3)
     model.save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(tiny_model() / name, folder / name)
+        shutil.copy(tokenizer / name, folder / name)
     return open_checkpoint(folder)
 
 
@@ -133,6 +146,21 @@ def test_a_prompt_is_found_again_up_to_its_last_border(hybrid: Checkpoint) -> No
         assert 0 < stats.state_snapshots <= stats.state_slots_total
 
 
+def test_a_prompt_is_found_as_far_as_before_if_there_are_no_more_slots_than_sequences(
+    hybrid: Checkpoint,
+) -> None:
+    """Sent again, it reads a snapshot at its last border, and takes none that could replace it."""
+    ids = prompt(0, 50)
+    slots = 4 * state_bytes(architecture_of(hybrid.config), torch.float32)
+    with running(hybrid, kv_cache_bytes=8 * slots) as engine:
+        assert engine.stats().state_slots_total == engine.max_num_seqs == 4
+        assert [cached(engine, ids) for _ in range(5)] == [0, 48, 48, 48, 48]
+        # All at once they still find it, each as far as its slots allow.
+        found = asyncio.run(generate(engine, [ids] * 8, 12))
+        assert [each for each, _ in found] == [expected(hybrid, ids, 12)] * 8
+        assert [cached(engine, ids) for _ in range(3)][1:] == [48, 48]
+
+
 def test_a_beginning_that_prompts_share_is_found_from_the_third_of_them_on(
     hybrid: Checkpoint,
 ) -> None:
@@ -169,6 +197,35 @@ def test_sequences_that_preempt_each_other_give_the_tokens_of_transformers(
         assert tokens(engine, prompts, 60) == wanted
         assert engine.stats().preemptions > 0
         assert engine.stats().state_slots_held == 0
+
+
+def test_state_spaces_go_on_from_their_snapshots_and_after_preemption(
+    build: Callable[..., Checkpoint],
+) -> None:
+    spaces = build(
+        "granitemoehybrid",
+        layer_types=["linear_attention", "full_attention", "linear_attention"],
+        num_local_experts=0,
+        shared_intermediate_size=128,
+        mamba_n_heads=8,
+        mamba_d_head=16,
+        mamba_d_state=16,
+    )
+    prompts = [prompt(seed, 40) for seed in range(4)]
+    wanted = [expected(spaces, ids, 60) for ids in prompts]
+    architecture = architecture_of(spaces.config)
+    states = state_bytes(architecture, torch.float32)
+    assert states == 2 * 4 * (3 * (128 + 2 * 16) + 8 * 16 * 16), "convolution and matrices"
+    # Half of it is for four slots; the other has less than the 100 tokens of each of four.
+    assert 4 * states < 400 * KVCacheLayout.of(architecture, CONFIG, 512).block_bytes // BLOCK
+    with running(spaces, kv_cache_bytes=8 * states) as engine:
+        assert tokens(engine, prompts, 60) == wanted
+        assert engine.stats().preemptions > 0
+        assert engine.stats().state_slots_held == 0
+    with running(spaces, kv_cache_bytes=1 << 22) as engine:
+        assert [tokens(engine, [ids], 60) for ids in prompts] == [[each] for each in wanted]
+        assert [cached(engine, ids) for ids in prompts] == [36] * 4
+        assert tokens(engine, prompts, 60) == wanted
 
 
 def test_fewer_sequences_run_at_once_if_states_take_more_than_half_of_the_memory(
@@ -267,7 +324,7 @@ class ShadowStates:
             device=torch.device("cpu"),
             states=True,
         )
-        self.snapshots = self.taken_over = 0
+        self.snapshots = 0
 
     def add(self, ids: tuple[int, ...], max_tokens: int, tenant: str = "") -> Sequence:
         request = Request("r", ids, SamplingParams(max_tokens=max_tokens), tenant=tenant)

@@ -183,3 +183,23 @@ def test_what_the_kernel_would_misread_is_refused(cpu: CpuLibrary) -> None:
     ):
         with pytest.raises(ValueError, match="CPU kernels take"):
             kernel(x, bad_ids, None)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("hidden", [48, 2048])
+def test_a_routers_logits_are_those_of_float64_and_the_same_in_company(
+    cpu: CpuLibrary, dtype: torch.dtype, hidden: int
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(37, hidden, generator=generator).to(dtype)
+    weight, bias = torch.randn(9, hidden, generator=generator), torch.randn(9, generator=generator)
+    for added in (bias, None):
+        found = cpu.router_logits(x, weight, added)
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(
+            found, reference.router_logits(x, weight, added), rtol=1e-5, atol=1e-4
+        )
+        each = [cpu.router_logits(row[None], weight, added) for row in x]
+        assert torch.equal(torch.cat(each), found)
+    with pytest.raises(ValueError, match="contiguous float32 weight"):
+        cpu.router_logits(x, weight.double(), None)

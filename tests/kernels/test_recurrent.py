@@ -70,6 +70,21 @@ def delta_state() -> Tensor:
     return torch.randn(SLOTS, VALUE_HEADS, KEY_DIM, VALUE_DIM, generator=generator)
 
 
+def scan_inputs(tokens: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(tokens)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(tokens, *shape, generator=generator)
+
+    x, b, c = random(VALUE_HEADS, VALUE_DIM), random(KEY_HEADS, KEY_DIM), random(KEY_HEADS, KEY_DIM)
+    dt = random(VALUE_HEADS).exp()
+    return x.to(dtype), b.to(dtype), c.to(dtype), dt, -dt * random(VALUE_HEADS).sigmoid()
+
+
+def scan_state() -> Tensor:
+    return delta_state()
+
+
 # A decode, a prompt's beginning with a snapshot within it, one that goes on from another slot and
 # keeps its own end, a short one, and padding, which keeps nothing.
 MIXED = batch(
@@ -113,6 +128,26 @@ def test_the_delta_rule_is_that_of_transformers() -> None:
     torch.testing.assert_close(state[3], last[0], rtol=1e-4, atol=1e-5)
 
 
+def test_the_state_space_is_that_of_transformers() -> None:
+    from transformers.models.granitemoehybrid import modeling_granitemoehybrid as theirs
+
+    (x, b, c, dt, _), state = scan_inputs(70, torch.float32), scan_state()
+    a = -torch.rand(VALUE_HEADS, generator=torch.Generator().manual_seed(0))
+    expected, last = theirs.mamba2_chunk_scan(
+        *(each[None] for each in (x, dt)),
+        a,
+        *(each[None] for each in (b, c)),
+        chunk_size=16,
+        initial_states=state[1:2].mT.contiguous(),
+        return_final_states=True,
+        dt_limit=(0.0, float("inf")),
+        dt_softplus=False,
+    )
+    found = recurrent.state_space_scan(x, b, c, dt, dt * a, state, batch([70], [1], [3]))
+    torch.testing.assert_close(found, expected[0].view(found.shape), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(state[3], last[0].mT, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("strided", [False, True])
 def test_the_cpu_convolution_is_its_reference_to_the_bit(
@@ -126,6 +161,17 @@ def test_the_cpu_convolution_is_its_reference_to_the_bit(
     assert torch.equal(cpu.short_convolution(x, weight, bias, state, MIXED), expected)
     assert torch.equal(state, expected_state)
     assert not torch.equal(state[4], convolution_state(dtype)[4]), "no snapshot was kept"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_cpu_scan_is_its_reference(cpu: Backend, dtype: torch.dtype) -> None:
+    inputs = scan_inputs(TOKENS, dtype)
+    expected_state, state = scan_state(), scan_state()
+    expected = recurrent.state_space_scan(*inputs, expected_state, MIXED)
+    found = cpu.state_space_scan(*inputs, state, MIXED)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(state, expected_state, rtol=1e-5, atol=1e-5)
+    assert not torch.equal(state[4], scan_state()[4]), "no snapshot was kept"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -143,12 +189,13 @@ def test_the_cpu_delta_rule_is_its_reference(cpu: Backend, dtype: torch.dtype) -
 @pytest.mark.parametrize("cuts", [[1, 2, 3], [5], [19], list(range(1, 20))])
 def test_chunks_give_the_bits_of_the_whole(cpu: Backend, cuts: list[int]) -> None:
     x, weight, bias = convolution_inputs(TOKENS, torch.bfloat16)
-    inputs = delta_inputs(TOKENS, torch.bfloat16)
+    inputs, scanned = delta_inputs(TOKENS, torch.bfloat16), scan_inputs(TOKENS, torch.bfloat16)
     for backend in (recurrent, cpu):
-        small, large = convolution_state(torch.bfloat16), delta_state()
+        small, large, spaces = convolution_state(torch.bfloat16), delta_state(), scan_state()
         whole = batch([TOKENS], [-1], [0])
         convolved = backend.short_convolution(x, weight, bias, small, whole)
         attended = backend.gated_delta_rule(*inputs, large, whole)
+        read = backend.state_space_scan(*scanned, spaces, whole)
         for start, stop in pairwise([0, *cuts, TOKENS]):
             chunk = batch([stop - start], [1 if start else -1], [1])
             rows = slice(start, stop)
@@ -156,8 +203,11 @@ def test_chunks_give_the_bits_of_the_whole(cpu: Backend, cuts: list[int]) -> Non
             assert torch.equal(part, convolved[rows])
             part = backend.gated_delta_rule(*(each[rows] for each in inputs), large, chunk)
             assert torch.equal(part, attended[rows])
+            part = backend.state_space_scan(*(each[rows] for each in scanned), spaces, chunk)
+            assert torch.equal(part, read[rows])
         assert torch.equal(small[1], small[0])
         assert torch.equal(large[1], large[0])
+        assert torch.equal(spaces[1], spaces[0])
 
 
 def test_tensors_that_the_kernels_would_misread_are_refused(cpu: Backend) -> None:
@@ -166,6 +216,8 @@ def test_tensors_that_the_kernels_would_misread_are_refused(cpu: Backend) -> Non
         cpu.short_convolution(x, weight, bias, convolution_state(torch.float32), MIXED)
     with pytest.raises(ValueError, match="contiguous float32 state"):
         cpu.gated_delta_rule(*delta_inputs(TOKENS, torch.bfloat16), delta_state()[:, :2], MIXED)
+    with pytest.raises(ValueError, match="contiguous float32 state"):
+        cpu.state_space_scan(*scan_inputs(TOKENS, torch.bfloat16), scan_state()[:, :2], MIXED)
     with pytest.raises(ValueError, match=r"snapshot_rows is torch\.int64"):
         StateBatch(
             MIXED.query_start, MIXED.read, MIXED.write, MIXED.snapshot, torch.ones(5).long(), 9

@@ -75,7 +75,7 @@ def test_internlm_3_is_llama_under_another_name(
     ("family", "reason"),
     [
         ("kimi_linear", r"\(latent attention in layouts of their own\); supported are apertus"),
-        ("bamba", r"is not supported \(layers of linear attention or state spaces\); "),
+        ("jamba", r"is not supported \(state spaces in layouts of their own\); "),
         (["llama"], "model_type None is not supported; "),
     ],
 )

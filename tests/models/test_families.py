@@ -64,6 +64,14 @@ DELTA_NET = {
     "linear_key_head_dim": 16,
     "linear_value_head_dim": 32,
 }
+STATE_SPACE = {
+    "mamba_n_heads": 8,
+    "mamba_d_head": 16,
+    "mamba_n_groups": 2,
+    "mamba_d_state": 16,
+    "mamba_expand": 2,
+    "mamba_chunk_size": 16,
+}
 LATENT = {
     "head_dim": 8,
     "num_key_value_heads": 4,
@@ -126,6 +134,33 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
             "attention_multiplier": 0.3,
             "residual_multiplier": 0.7,
             "logits_scaling": 0.5,
+        },
+    ),
+    "granite 4 hybrid": (
+        "granitemoehybrid",
+        {
+            **STATE_SPACE,
+            "head_dim": 16,
+            "num_local_experts": 0,
+            "shared_intermediate_size": 128,
+            "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+            "residual_multiplier": 0.7,
+        },
+    ),
+    "granite 4 hybrid mixture": (
+        "granitemoehybrid",
+        {
+            **STATE_SPACE,
+            "head_dim": 16,
+            "mamba_n_groups": 1,
+            "mamba_conv_bias": False,
+            "mamba_proj_bias": True,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 3,
+            "intermediate_size": 32,
+            "shared_intermediate_size": 64,
+            "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+            "residual_multiplier": 0.7,
         },
     ),
     "olmo2": ("olmo2", {}),
@@ -323,6 +358,7 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
             "q_lora_rank": None,
             "n_group": 1,
             "topk_group": 1,
+            "first_k_dense_replace": 1,
             "norm_topk_prob": False,
             "rope_interleave": False,
         },
@@ -369,6 +405,8 @@ _SHOWN = {
     "qwen3",
     "granite",
     "granite 4",
+    "granite 4 hybrid",
+    "granite 4 hybrid mixture",
     "olmo3",
     "gemma2",
     "gemma3",
@@ -399,13 +437,16 @@ def test_a_kind_of_rope_that_nothing_computes_is_refused_by_name() -> None:
         architecture_of(config)
 
 
-def test_granite_4_is_taken_only_without_state_spaces_and_experts() -> None:
-    dense = {"num_local_experts": 0, "num_hidden_layers": 2}
-    kinds = {"layer_types": ["attention", "mamba"]}
-    with pytest.raises(UnsupportedModelError, match="layer_types has full_attention, linear_"):
-        architecture_of(AutoConfig.for_model("granitemoehybrid", **dense, **kinds))
-    with pytest.raises(UnsupportedModelError, match="num_local_experts is 8"):
-        architecture_of(AutoConfig.for_model("granitemoehybrid"))
+def test_state_spaces_are_refused_by_the_settings_that_nothing_computes() -> None:
+    kinds = {"num_hidden_layers": 2, "layer_types": ["attention", "mamba"], "hidden_size": 64}
+    settings = {**kinds, "mamba_n_heads": 8}
+    with pytest.raises(UnsupportedModelError, match=r"time_step_limit is \(0.1, 0.2\)"):
+        architecture_of(
+            AutoConfig.for_model("granitemoehybrid", **settings, time_step_limit=[0.1, 0.2])
+        )
+    alone = AutoConfig.for_model("granitemoehybrid", **settings | {"layer_types": ["mamba"] * 2})
+    with pytest.raises(UnsupportedModelError, match="no layer has attention"):
+        architecture_of(alone)
 
 
 @pytest.fixture(autouse=True)
