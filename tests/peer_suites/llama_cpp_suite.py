@@ -82,6 +82,11 @@ def pytest_sessionstart() -> None:
             answer.body = {"content": answer.body["prompt"]}
         else:
             answer = ask(self, method, path, data, *more, **options)
+            if path == "/chat/completions" and self.debug and answer.status_code == 200:
+                # llama-server's own field, in the part of it that tests look at.
+                chat = {name: value for name, value in data.items() if name != "max_tokens"}
+                shown = make_request(self, "POST", "/apply-template", chat)
+                answer.body["__verbose"] = {"prompt": shown.body["prompt"]}
         return answer
 
     def make_stream_request(
