@@ -93,6 +93,13 @@ def test_neutral_values_are_taken(kind: type[Body], extra: dict[str, Any]) -> No
     parsed(kind, extra)
 
 
+@pytest.mark.parametrize("kind", [ChatRequest, CompletionRequest, ResponsesRequest])
+def test_temperatures_may_be_above_openais_2(kind: type[Body]) -> None:
+    """As with vLLM and llama.cpp; the table of fields says so."""
+    params = parsed(kind, {"temperature": 2.5}).sampling_params(None, None, {})
+    assert params.temperature == 2.5
+
+
 @pytest.mark.parametrize(
     ("kind", "extra", "says"),
     [
