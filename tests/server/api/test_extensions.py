@@ -13,7 +13,13 @@ from typing import Any
 import httpx2 as httpx
 import pytest
 
-from nybble.engine import Engine, GrammarCompiler, ParameterError, StructuralTag
+from nybble.engine import (
+    Engine,
+    GrammarCompiler,
+    ParameterError,
+    SamplingParams,
+    StructuralTag,
+)
 from nybble.server.api import foreign
 from nybble.server.api.body import Body
 from nybble.server.api.chat_schema import ChatRequest, TokenizeRequest
@@ -96,8 +102,8 @@ def test_neutral_values_are_taken(kind: type[Body], extra: dict[str, Any]) -> No
 @pytest.mark.parametrize("kind", [ChatRequest, CompletionRequest, ResponsesRequest])
 def test_temperatures_may_be_above_openais_2(kind: type[Body]) -> None:
     """As with vLLM and llama.cpp; the table of fields says so."""
-    params = parsed(kind, {"temperature": 2.5}).sampling_params(None, None, {})
-    assert params.temperature == 2.5
+    assert parsed(kind, {"temperature": 2.5}).temperature == 2.5
+    assert SamplingParams(temperature=100).temperature == 100
 
 
 @pytest.mark.parametrize(
