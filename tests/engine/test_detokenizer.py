@@ -279,6 +279,8 @@ def test_characters_of_a_prompt_of_many_bytes_are_not_garbled(byte_fallback: Tok
     for length in range(1, 12):
         prompt = ids_of(byte_fallback, ("☃" * length).encode())
         assert streamed(byte_fallback, prompt, ids_of(byte_fallback, "▁dog", "s")) == " dogs"
+        first = ids_of(byte_fallback, "☃".encode(), "▁dog")
+        assert streamed(byte_fallback, prompt, first) == "☃ dog"
         cut = ids_of(byte_fallback, ("☃" * length).encode()[:-1])
         rest = ids_of(byte_fallback, "☃".encode()[-1:], "▁dog")
         assert streamed(byte_fallback, cut, rest) == "☃ dog"

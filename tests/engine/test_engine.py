@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from nybble.engine import (
     EngineConfig,
     EngineOverloadedError,
     EngineStoppedError,
+    GrammarCompiler,
     ParameterError,
     Request,
     RequestOutput,
@@ -355,6 +357,10 @@ def test_rows_of_the_output_layer_that_stand_for_no_token_are_never_drawn(
             (*_, last) = outputs = asyncio.run(collect(engine, Request("r", prompt(0, 12), each)))
             assert last.completion_tokens > 0
             assert all(token < known for token in tokens(outputs))
+        guide = GrammarCompiler(engine.tokenizer, engine.vocab_size, engine.eos_token_ids)
+        guided = Request("g", prompt(0, 12), params[0], guide.regex("[ab]{3}"))
+        held = asyncio.run(collect(engine, guided))
+        assert re.fullmatch("[ab]{3}", "".join(output.text for output in held))
         report, scores = outputs[0].logprobs[0], outputs[0].prompt_logprobs
         assert scores is not None
         assert all(token < known for token, _ in report.top)

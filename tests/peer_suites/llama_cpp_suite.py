@@ -37,6 +37,8 @@ _COMPLETION = {
 _TOKENIZE = {
     "content": "prompt", "add_special": "add_special_tokens", "with_pieces": "return_token_strs",
 }  # fmt: skip
+# Of a chat's fields, those that its prompt is made of.
+_RENDERED = {"messages", "tools", "add_generation_prompt", "continue_final_message"}
 # How the expressions begin that look for the words of a certain model.
 _WORDS = ("(going", "(Suddenly", "(little", "Sure, here")
 # Those that the tests give to OpenAI's client, which llama-server does not look at.
@@ -82,6 +84,11 @@ def pytest_sessionstart() -> None:
             answer.body = {"content": answer.body["prompt"]}
         else:
             answer = ask(self, method, path, data, *more, **options)
+            if path == "/chat/completions" and self.debug and answer.status_code == 200:
+                # llama-server's own field, in the part of it that tests look at.
+                chat = {name: value for name, value in data.items() if name in _RENDERED}
+                shown = make_request(self, "POST", "/apply-template", chat)
+                answer.body["__verbose"] = {"prompt": shown.body["prompt"]}
         return answer
 
     def make_stream_request(

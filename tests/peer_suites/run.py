@@ -12,7 +12,7 @@ BUILD = Path(__file__).parents[2] / "build" / "peer-suites"
 # Where a suite's tests lie, as `make test-peer-suites` has unpacked them.
 FOLDERS = {
     "llama_cpp": "llama_cpp_python-*/vendor/llama.cpp/tools/server/tests",
-    "vllm": "vllm-*",
+    "vllm": "vllm-*/",  # the folder, not the archive
 }
 
 

@@ -13,7 +13,13 @@ from typing import Any
 import httpx2 as httpx
 import pytest
 
-from nybble.engine import Engine, GrammarCompiler, ParameterError, StructuralTag
+from nybble.engine import (
+    Engine,
+    GrammarCompiler,
+    ParameterError,
+    SamplingParams,
+    StructuralTag,
+)
 from nybble.server.api import foreign
 from nybble.server.api.body import Body
 from nybble.server.api.chat_schema import ChatRequest, TokenizeRequest
@@ -91,6 +97,13 @@ def test_what_routers_add_is_taken_at_the_value_that_asks_for_nothing(kind: type
 )
 def test_neutral_values_are_taken(kind: type[Body], extra: dict[str, Any]) -> None:
     parsed(kind, extra)
+
+
+@pytest.mark.parametrize("kind", [ChatRequest, CompletionRequest, ResponsesRequest])
+def test_temperatures_may_be_above_openais_2(kind: type[Body]) -> None:
+    """As with vLLM and llama.cpp; the table of fields says so."""
+    assert parsed(kind, {"temperature": 2.5}).temperature == 2.5
+    assert SamplingParams(temperature=100).temperature == 100
 
 
 @pytest.mark.parametrize(

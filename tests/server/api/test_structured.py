@@ -167,6 +167,21 @@ def test_the_empty_text_may_be_all_that_matches(client: OpenAI) -> None:
     assert (choice.message.content or "", choice.finish_reason) == ("", "stop")
 
 
+def test_white_space_inside_json_has_an_end(engine: Engine) -> None:
+    """A model may prefer it to every token that goes on, and would fill its answer with it."""
+    compiler = GrammarCompiler(engine.tokenizer, engine.vocab_size, engine.eos_token_ids)
+    guide = compiler.json_schema({"type": "object", "required": ["a"]})
+    guide.accept(engine.tokenizer.convert_tokens_to_ids("{"))
+    for space in "\n\t":
+        (token,) = engine.tokenizer.encode(space, add_special_tokens=False)
+        begun, count = guide.fork(), 0
+        while begun.allowed()[token]:
+            begun.accept(token)
+            count += 1
+            assert count < 100
+        assert count > 0
+
+
 def test_without_strict_what_no_grammar_can_express_is_left_to_the_model(client: OpenAI) -> None:
     """And the rest is enforced; the header says what is not."""
     schema = {
