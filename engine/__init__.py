@@ -6,6 +6,8 @@ from nybble.engine.engine import Engine
 from nybble.engine.guide import GrammarCompiler, GrammarGuide, StructuralTag
 from nybble.engine.reasoning_budget import BudgetGuide, ReasoningLimit
 from nybble.engine.request import (
+    MAX_MIXED_ADAPTERS,
+    AdapterMixture,
     AdapterUnavailableError,
     ContextLengthError,
     EngineFailedError,
@@ -31,9 +33,11 @@ from nybble.engine.vocabulary import Vocabulary
 from nybble.loaders import AdapterError
 
 __all__ = [
+    "MAX_MIXED_ADAPTERS",
     "AdapterConfig",
     "AdapterError",
     "AdapterInfo",
+    "AdapterMixture",
     "AdapterUnavailableError",
     "BudgetGuide",
     "ContextLengthError",

@@ -23,6 +23,16 @@ Residency = Literal["device", "host", "disk"]
 _READS_AT_ONCE = 2
 
 
+@dataclass(frozen=True)
+class MixturePart:
+    """An adapter in a mixture: where it is, the digest of its files' content, and its weight."""
+
+    name: str
+    folder: Path
+    digest: bytes
+    weight: float
+
+
 @dataclass(eq=False)
 class AdapterVersion:
     """An adapter as it was loaded under a name. A request keeps the version it began with.
@@ -37,6 +47,8 @@ class AdapterVersion:
     slot: its slot on the device; None if it is in none.
     in_host: whether a staged copy is in host memory.
     retired: replaced or unloaded; it is forgotten once its last request is done.
+    parts: of a mixture, whose ``folder`` is that of the first; empty for another adapter.
+    not_a_sum: why it cannot be part of a mixture; None if it can.
     """
 
     name: str
@@ -52,6 +64,8 @@ class AdapterVersion:
     slot: int | None = None
     in_host: bool = False
     retired: bool = False
+    parts: tuple[MixturePart, ...] = ()
+    not_a_sum: str | None = None
 
     @property
     def residency(self) -> Residency:
@@ -213,7 +227,7 @@ class AdapterCache:
             v
             for v in self._host
             if not (v.retired and (v.waiting or v.running))
-            and not (v.running and self._host[v].ends is not None)
+            and not (self._slot_refers_to(v) and (v.waiting or v.running))
         )
         by_use = sorted(replaceable, key=self._needed_beside_slot)
         for version in by_use:
@@ -237,11 +251,16 @@ class AdapterCache:
         return version.slot is None and version.waiting > 0
 
     def _drop(self, version: AdapterVersion) -> None:
-        staged = self._host.pop(version)
+        refers = self._slot_refers_to(version)
+        del self._host[version]
         version.in_host = False
         self._free_bytes += version.nbytes
-        if staged.ends is not None and version.slot is not None:
-            self._empty(version.slot)  # it refers to this copy
+        if refers and version.slot is not None:
+            self._empty(version.slot)
+
+    def _slot_refers_to(self, version: AdapterVersion) -> bool:
+        """Whether the version's slot is of no use without its host copy."""
+        return version.slot is not None and self._host[version].ends is not None
 
     def _fill(self, version: AdapterVersion) -> bool:
         staged = self._host.get(version)
@@ -287,7 +306,6 @@ class AdapterCache:
         # belong to another.
         if version.slot is not None and self._in_slot[version.slot] is version:
             self._empty(version.slot)
-            version.slot = None
 
     def _empty(self, slot: int) -> None:
         """Let go of what is in a slot that is not in use."""

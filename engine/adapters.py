@@ -8,19 +8,24 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from nybble.engine.adapter_cache import AdapterCache, AdapterVersion, Residency
+from nybble.engine.adapter_cache import AdapterCache, AdapterVersion, MixturePart, Residency
 from nybble.engine.adapter_slots import AdapterSlots, StagedAdapter
-from nybble.engine.request import ParameterError
+from nybble.engine.request import AdapterMixture, ParameterError
 from nybble.loaders import AdapterError, load_adapter, resolve_adapter
+from nybble.loaders.adapter_combine import combine_adapters, combined_digest, not_a_sum
 
 logger = logging.getLogger(__name__)
 
 _NAMES_IN_ERRORS = 10
+# Mixtures that requests have asked for and that are kept for the next such request.
+_MIXTURES = 256
+_MixtureKey = tuple[AdapterMixture | AdapterVersion, ...]
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,8 @@ class AdapterInfo:
     hits: requests so far.
     running: running requests.
     waiting: queued requests.
+    mixture: the weights of the adapters it was mixed of, by name; None if it was not mixed. It then
+        has no path.
     """
 
     name: str
@@ -46,12 +53,13 @@ class AdapterInfo:
     hits: int
     running: int
     waiting: int
+    mixture: Mapping[str, float] | None = None
 
     @classmethod
     def of(cls, version: AdapterVersion) -> AdapterInfo:
         return cls(
             name=version.name,
-            path=str(version.folder),
+            path="" if version.parts else str(version.folder),
             version=version.digest.hex(),
             rank=version.rank,
             nbytes=version.nbytes,
@@ -60,6 +68,7 @@ class AdapterInfo:
             hits=version.hits,
             running=version.running,
             waiting=version.waiting,
+            mixture={part.name: part.weight for part in version.parts} or None,
         )
 
 
@@ -96,6 +105,8 @@ class AdapterRegistry:
     on_failure: Callable[[AdapterVersion, AdapterError], None]
     _versions: dict[str, AdapterVersion] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
+    # By the mixture and the versions of its adapters; the one last asked for comes last.
+    _mixtures: OrderedDict[_MixtureKey, AdapterVersion] = field(default_factory=OrderedDict)
 
     def __post_init__(self) -> None:
         self.cache = self._empty_cache()
@@ -116,14 +127,32 @@ class AdapterRegistry:
         if not replace:
             self._refuse_taken(name)  # before reading, and again after it
         folder = resolve_adapter(path)
-        version, staged = self._read(name, folder)
+        return self._serve(*self._read(name, folder), replace=replace)
+
+    def load_mixture(self, name: str, mixture: AdapterMixture, *, replace: bool) -> AdapterInfo:
+        """Serve a mixture of loaded adapters, as they are now, as ``name``; see :meth:`load`.
+
+        Raises ParameterError too, if an adapter is not loaded or cannot be mixed.
+        """
+        if not name:
+            raise AdapterError("an adapter needs a name")
+        if not replace:
+            self._refuse_taken(name)
+        with self._lock:
+            parts = self._parts(mixture)
+        return self._serve(*self._read(name, parts[0].folder, parts), replace=replace)
+
+    def _serve(
+        self, version: AdapterVersion, staged: StagedAdapter, *, replace: bool
+    ) -> AdapterInfo:
+        name = version.name
         with self._lock:
             if not replace:
                 self._refuse_taken(name)
             before = self._versions.get(name)
             if before is not None:
                 version.hits = before.hits
-                self.post(lambda: self.cache.retire(before))
+                self._retire(before)
             self._versions[name] = version
             self.post(lambda: self.cache.offer(version, staged))
         return AdapterInfo.of(version)
@@ -133,7 +162,7 @@ class AdapterRegistry:
         with self._lock:
             version = self._find(name)
             del self._versions[name]
-            self.post(lambda: self.cache.retire(version))
+            self._retire(version)
 
     def info(self, name: str) -> AdapterInfo | None:
         """The adapter of this name; None if there is none."""
@@ -167,14 +196,62 @@ class AdapterRegistry:
         )
 
     def submit(self, name: str, send: Callable[[AdapterVersion], None]) -> None:
-        """Call ``send`` with the version of this name. Raises ParameterError for an unknown name.
+        """Call ``send`` with the version of this name, or of a mixture.
+
+        Raises ParameterError for an unknown name, or for adapters that cannot be mixed.
 
         The lock is held meanwhile: the version cannot be retired before the request is queued.
         """
         with self._lock:
-            version = self._find(name)
+            version = self._mixed(name) if isinstance(name, AdapterMixture) else self._find(name)
             version.hits += 1
             send(version)
+
+    def _mixed(self, mixture: AdapterMixture) -> AdapterVersion:
+        """The version of a mixture, which is kept while it is among those last asked for."""
+        used = [self._find(name) for name, _ in mixture.parts]
+        for version in used:
+            version.hits += 1
+        key: _MixtureKey = (mixture, *used)
+        if key in self._mixtures:
+            self._mixtures.move_to_end(key)
+            return self._mixtures[key]
+        parts = self._parts(mixture)
+        rank, nbytes = (sum(getattr(each, of) for each in used) for of in ("rank", "nbytes"))
+        try:
+            self._check_room(mixture, rank, nbytes)
+        except AdapterError as error:
+            raise ParameterError("adapter", str(error)) from None
+        version = AdapterVersion(
+            mixture, parts[0].folder, _digest(parts), rank, nbytes, parts=parts
+        )
+        self._mixtures[key] = version
+        if len(self._mixtures) > _MIXTURES:
+            _, oldest = self._mixtures.popitem(last=False)
+            self.post(lambda: self.cache.retire(oldest))
+        return version
+
+    def _parts(self, mixture: AdapterMixture) -> tuple[MixturePart, ...]:
+        """The adapters of a mixture, mixtures among them taken apart."""
+        parts: list[MixturePart] = []
+        for name, weight in mixture.parts:
+            version = self._find(name)
+            if version.not_a_sum is not None:
+                raise ParameterError(
+                    "adapter",
+                    f"adapter {name!r} {version.not_a_sum}: only plain LoRA can be mixed",
+                )
+            own = MixturePart(name, version.folder, version.digest, 1.0)
+            parts += [
+                replace(each, weight=weight * each.weight) for each in version.parts or (own,)
+            ]
+        return tuple(parts)
+
+    def _retire(self, version: AdapterVersion) -> None:
+        """Take a version away from new requests, and the mixtures that have it."""
+        gone = [key for key in self._mixtures if version in key[1:]]
+        for each in (version, *(self._mixtures.pop(key) for key in gone)):
+            self.post(lambda each=each: self.cache.retire(each))  # type: ignore[misc]
 
     def successor(self, version: AdapterVersion) -> AdapterVersion | None:
         """The version now served under this version's name; None if it is the same or none."""
@@ -188,7 +265,7 @@ class AdapterRegistry:
     def restart(self) -> None:
         """Keep every name, but forget host copies and slots: the engine restarts from empty."""
         with self._lock:
-            for version in self._versions.values():
+            for version in (*self._versions.values(), *self._mixtures.values()):
                 version.waiting = version.running = 0
                 version.slot, version.in_host = None, False
             self.cache = self._empty_cache()
@@ -212,24 +289,44 @@ class AdapterRegistry:
             raise ParameterError("adapter", f"adapter {name!r} is not loaded; loaded: {known}")
         return version
 
-    def _read(self, name: str, folder: Path) -> tuple[AdapterVersion, StagedAdapter]:
-        adapter = load_adapter(folder, self.slots.architecture)
-        if adapter.rank > self.slots.max_rank:
+    def _check_room(self, what: object, rank: int, nbytes: int) -> None:
+        """Raises AdapterError for an adapter of a higher rank or more bytes than there is room."""
+        if rank > self.slots.max_rank:
             raise AdapterError(
-                f"{folder} has rank {adapter.rank}, but this server holds adapters up to rank "
+                f"{what} has rank {rank}, but this server holds adapters up to rank "
                 f"{self.slots.max_rank}: raise max_rank"
             )
-        staged = self.slots.stage(adapter)
-        if staged.nbytes > self.host_bytes:
+        if nbytes > self.host_bytes:
             raise AdapterError(
-                f"{folder} takes {staged.nbytes} bytes, but the host memory for adapters is "
+                f"{what} takes {nbytes} bytes, but the host memory for adapters is "
                 f"{self.host_bytes}: raise host_bytes"
             )
+
+    def _read(
+        self, name: str, folder: Path, parts: tuple[MixturePart, ...] = ()
+    ) -> tuple[AdapterVersion, StagedAdapter]:
+        architecture = self.slots.architecture
+        if parts:
+            mixed = [load_adapter(part.folder, architecture) for part in parts]
+            adapter = combine_adapters(mixed, [part.weight for part in parts])
+        else:
+            adapter = load_adapter(folder, architecture)
+        self._check_room(folder, adapter.rank, 0)
+        staged = self.slots.stage(adapter)
+        self._check_room(folder, 0, staged.nbytes)
         if not staged.is_finite():
             raise AdapterError(
                 f"{folder} has values that, times alpha / r, {self.slots.dtype} cannot hold"
             )
-        version = AdapterVersion(name, folder, adapter.digest, adapter.rank, staged.nbytes)
+        version = AdapterVersion(
+            name,
+            folder,
+            adapter.digest,
+            adapter.rank,
+            staged.nbytes,
+            parts=parts,
+            not_a_sum=not_a_sum(adapter),
+        )
         return version, staged
 
     def _load_later(self, version: AdapterVersion, cache: AdapterCache) -> None:
@@ -239,7 +336,7 @@ class AdapterRegistry:
 
         def read() -> None:
             try:
-                again, staged = self._read(version.name, version.folder)
+                again, staged = self._read(version.name, version.folder, version.parts)
                 if again.digest != version.digest:
                     raise AdapterError(
                         f"{version.folder} has changed since adapter {version.name!r} was loaded "
@@ -258,3 +355,7 @@ class AdapterRegistry:
     def _failed(self, version: AdapterVersion, error: AdapterError) -> None:
         self.cache.failed(version)
         self.on_failure(version, error)
+
+
+def _digest(parts: tuple[MixturePart, ...]) -> bytes:
+    return combined_digest([part.digest for part in parts], [part.weight for part in parts])

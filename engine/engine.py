@@ -34,6 +34,7 @@ from nybble.engine.parallel import TensorParallel
 from nybble.engine.prompt_reader import read_pooling
 from nybble.engine.ranks import NoRanks, check_ranks, start_ranks
 from nybble.engine.request import (
+    AdapterMixture,
     ContextLengthError,
     EngineOverloadedError,
     NotANumberError,
@@ -349,6 +350,15 @@ class Engine:
         nothing, and ParameterError where adapters are off.
         """
         return self._require_adapters().load(name, path, replace=replace)
+
+    def load_mixture(
+        self, name: str, mixture: AdapterMixture, *, replace: bool = True
+    ) -> AdapterInfo:
+        """Serve a mixture of loaded adapters, as they are now, as ``name``; see load_adapter.
+
+        Raises ParameterError if an adapter is not loaded or cannot be mixed.
+        """
+        return self._require_adapters().load_mixture(name, mixture, replace=replace)
 
     def unload_adapter(self, name: str) -> None:
         """Take an adapter away from new requests. Raises ParameterError for an unknown name."""

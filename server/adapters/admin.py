@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from aiohttp import web
 
-from nybble.engine import AdapterError, AdapterInfo, Engine
+from nybble.engine import AdapterError, AdapterInfo, AdapterMixture, Engine, ParameterError
 from nybble.server.adapters.archive import ArchiveError
 from nybble.server.adapters.form import AdapterForm, read_adapter_form
 from nybble.server.adapters.state import AdapterState
@@ -80,8 +80,11 @@ class AdapterAdmin:
         return json_response(_body(info))
 
     def _load(self, body: LoadAdapterRequest) -> AdapterInfo:
-        folder = _allowed(body.lora_path, self._roots)
         replace = bool(body.load_inplace)
+        if body.mixture is not None:
+            return self._mix(body.lora_name, body.mixture, replace=replace)
+        assert body.lora_path is not None
+        folder = _allowed(body.lora_path, self._roots)
         info = self._engine.load_adapter(body.lora_name, str(folder), replace=replace)
         uploads, state = self._uploads, self._state
         if uploads is not None and uploads.is_current(body.lora_name, folder):
@@ -93,6 +96,21 @@ class AdapterAdmin:
             state.keep(body.lora_name, str(folder))
         if uploads is not None and not uploads.holds(folder):
             uploads.retire(body.lora_name)  # else a restart would find two of this name
+        return info
+
+    def _mix(self, name: str, weights: Mapping[str, float], *, replace: bool) -> AdapterInfo:
+        if name in weights:
+            raise ApiError(
+                400,
+                f"a mixture cannot have the name of an adapter that it is made of: {name!r}",
+                param="lora_name",
+                code="invalid_value",
+            )
+        info = self._engine.load_mixture(name, AdapterMixture(weights), replace=replace)
+        if self._state is not None:
+            self._state.keep(name, dict(weights))
+        if self._uploads is not None:
+            self._uploads.retire(name)  # else a restart would find two of this name
         return info
 
     async def unload(self, request: web.Request) -> web.Response:
@@ -204,6 +222,8 @@ def restore(
         return
     allowed = [root.resolve() for root in roots]
     for name, path in AdapterState(state).paths().items():
+        if not isinstance(path, str):
+            continue
         if name in models or engine.adapter(name) is not None:
             continue  # the command line takes precedence
         try:
@@ -211,6 +231,18 @@ def restore(
             logger.info("adapter %s is loaded again", name)
         except (ApiError, AdapterError, OSError) as error:
             logger.error("adapter %s cannot be loaded again: %s", name, error)
+
+
+def restore_mixtures(engine: Engine, models: Sequence[str], state: Path | None) -> None:
+    """Mix again what the API had mixed before the restart, of adapters that are loaded. Blocks."""
+    for name, weights in (AdapterState(state).paths() if state is not None else {}).items():
+        if isinstance(weights, str) or name in models or engine.adapter(name) is not None:
+            continue
+        try:
+            engine.load_mixture(name, AdapterMixture(weights))
+            logger.info("adapter %s is mixed again", name)
+        except (AdapterError, ParameterError, OSError) as error:
+            logger.error("adapter %s cannot be mixed again: %s", name, error)
 
 
 def restore_uploads(engine: Engine, models: Sequence[str], roots: Sequence[Path]) -> None:

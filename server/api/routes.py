@@ -39,7 +39,13 @@ from nybble.server.api.respond import json_response, respond, respond_whole
 from nybble.server.api.response_store import ResponseStore
 from nybble.server.api.responses_routes import ResponsesApi
 from nybble.server.api.running import RUNNING
-from nybble.server.api.schema import AbortRequest, CompletionRequest, Prompt, Sampling
+from nybble.server.api.schema import (
+    AbortRequest,
+    AdapterChoice,
+    CompletionRequest,
+    Prompt,
+    Sampling,
+)
 from nybble.server.api.token_bytes import TokenBytes
 from nybble.server.http.errors import ApiError
 from nybble.server.http.gate import Gate
@@ -342,7 +348,9 @@ class Api:
         as_ids = body.return_tokens_as_token_ids is True
         return Logprobs(self._tokens, ends, as_token_ids=as_ids)
 
-    def _adapter_of(self, request: web.Request, model: str, field: str | None) -> str | None:
+    def _adapter_of(
+        self, request: web.Request, model: str, field: AdapterChoice | None
+    ) -> str | None:
         return self._names.adapter(model, field, request.headers, request.get(TENANT))
 
     async def _encoded(

@@ -18,7 +18,7 @@ from nybble.engine.memory import memory_explained
 from nybble.engine.ranks import check_ranks
 from nybble.models import architecture_of
 from nybble.quantizers.prepare import prepare_checkpoint
-from nybble.server.adapters.admin import restore, restore_uploads
+from nybble.server.adapters.admin import restore, restore_mixtures, restore_uploads
 from nybble.server.http.listen import BACKLOG, is_loopback
 from nybble.server.lifecycle.configure import (
     engine_config,
@@ -129,6 +129,7 @@ def _load(
         engine.load_adapter(name, path)
     restore(engine, settings.models, settings.adapter_roots, settings.adapter_state)
     restore_uploads(engine, settings.models, settings.adapter_roots)
+    restore_mixtures(engine, settings.models, settings.adapter_state)
     engine.start()
     return engine, checkpoint.folder
 

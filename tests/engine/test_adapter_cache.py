@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from nybble.engine.adapter_cache import AdapterCache, AdapterVersion
+from nybble.engine.adapter_ends import StagedEnds
 from nybble.engine.adapter_slots import StagedAdapter
 
 NAMES = st.integers(0, 5)
@@ -28,6 +29,9 @@ class Slots:
         self.content[slot] = staged
         self.fills += 1
 
+    def clear(self, slot: int) -> None:
+        self.content[slot] = None
+
 
 class CacheUnderTraffic(RuleBasedStateMachine):
     """Names are replaced and unloaded; requests queue, run, are preempted and leave."""
@@ -45,7 +49,9 @@ class CacheUnderTraffic(RuleBasedStateMachine):
         self.fills_before_step = 0
 
     def staged(self, version: AdapterVersion) -> StagedAdapter:
-        copy = StagedAdapter([], version.nbytes)
+        # Slots refer to what some copies hold.
+        ends = StagedEnds(None, None, {}, ()) if version.nbytes % 2 else None
+        copy = StagedAdapter([], version.nbytes, ends=ends)
         self.copies[id(copy)] = version
         self._alive = [*getattr(self, "_alive", []), copy]  # so that no id is used twice
         return copy
