@@ -1,6 +1,6 @@
 """Sequences, paged KV cache, scheduler, models and sampling: continuous batching."""
 
-from nybble.engine.adapters import AdapterInfo
+from nybble.engine.adapters import AdapterConflictError, AdapterInfo
 from nybble.engine.config import AdapterConfig, EngineConfig, resolve_device
 from nybble.engine.engine import Engine
 from nybble.engine.guide import GrammarCompiler, GrammarGuide, StructuralTag
@@ -35,6 +35,7 @@ from nybble.loaders import AdapterError
 __all__ = [
     "MAX_MIXED_ADAPTERS",
     "AdapterConfig",
+    "AdapterConflictError",
     "AdapterError",
     "AdapterInfo",
     "AdapterMixture",

@@ -43,7 +43,10 @@ class AdapterVersion:
     hits: requests so far.
     waiting: queued requests that use it.
     running: running requests that use it.
+    last_used: when a request last asked for it, in seconds since 1970; None if none has.
     tenant: the tenant whose request queued for it last.
+    tenants: those whose requests have asked for it, up to a number of them.
+    pinned: whether its host copy and its slot are the last to be given to another.
     slot: its slot on the device; None if it is in none.
     in_host: whether a staged copy is in host memory.
     retired: replaced or unloaded; it is forgotten once its last request is done.
@@ -60,7 +63,10 @@ class AdapterVersion:
     hits: int = 0
     waiting: int = 0
     running: int = 0
+    last_used: int | None = None
     tenant: str = ""
+    tenants: set[str] = field(default_factory=set)
+    pinned: bool = False
     slot: int | None = None
     in_host: bool = False
     retired: bool = False
@@ -148,9 +154,18 @@ class AdapterCache:
         self._forget_if_unused(version)
         self._start_loading()
 
+    def pin(self, version: AdapterVersion, pinned: bool) -> None:
+        """Have a version stay in host memory while there is room, beginning now, or no longer."""
+        version.pinned = pinned and not version.retired
+        if version.pinned:
+            self._want(version)
+        else:
+            self._start_loading()  # its copy can make room now
+
     def retire(self, version: AdapterVersion) -> None:
         """Mark the version as replaced or unloaded. Requests that use it keep it."""
         version.retired = True
+        version.pinned = False
         self._forget_if_unused(version)
 
     def offer(self, version: AdapterVersion, staged: StagedAdapter) -> None:
@@ -177,7 +192,8 @@ class AdapterCache:
         version.in_host = True
 
     def _want(self, version: AdapterVersion) -> None:
-        if not self.ready(version) and version not in self._loading:
+        there = version in self._host if version.pinned else self.ready(version)
+        if not there and version not in self._loading:
             self._wanted.setdefault(version.tenant, OrderedDict())[version] = None
             self._start_loading()
 
@@ -207,13 +223,16 @@ class AdapterCache:
         return True
 
     def _needs_reading(self, version: AdapterVersion) -> bool:
-        return bool(version.waiting) and not self.ready(version) and version not in self._loading
+        wanted = version.waiting or (version.pinned and version not in self._host)
+        there = version in self._host if version.pinned else self.ready(version)
+        return bool(wanted) and not there and version not in self._loading
 
     def _make_room(self, newcomer: AdapterVersion) -> bool:
         """Drop host copies until the newcomer fits. If it cannot fit, drop none and return False.
 
         Copies that no queued request needs go first. Then come copies of a tenant which, after
-        losing one, still holds at least as many bytes as the newcomer's tenant would.
+        losing one, still holds at least as many bytes as the newcomer's tenant would. Pinned ones
+        go last.
         """
         free, dropped = self._free_bytes, []
         held: Counter[str] = Counter()
@@ -229,7 +248,7 @@ class AdapterCache:
             if not (v.retired and (v.waiting or v.running))
             and not (self._slot_refers_to(v) and (v.waiting or v.running))
         )
-        by_use = sorted(replaceable, key=self._needed_beside_slot)
+        by_use = sorted(replaceable, key=lambda v: (v.pinned, self._needed_beside_slot(v)))
         for version in by_use:
             if free >= newcomer.nbytes:
                 break
@@ -288,14 +307,16 @@ class AdapterCache:
         """The slot to overwrite; None if a running request uses every one.
 
         In order of preference: an empty slot, or the least recently used of an adapter without
-        requests; then the least recently used of an adapter that only waiting requests want.
+        requests; then the least recently used of an adapter that only waiting requests want; then
+        that of a pinned one.
         """
-        idle = [slot for slot, held in self._in_slot.items() if held is None or not held.running]
-        for slot in idle:
+
+        def worth(slot: int) -> tuple[bool, bool]:
             held = self._in_slot[slot]
-            if held is None or not held.waiting:
-                return slot
-        return idle[0] if idle else None
+            return (False, False) if held is None else (held.pinned, held.waiting > 0)
+
+        idle = [slot for slot, held in self._in_slot.items() if held is None or not held.running]
+        return min(idle, key=worth, default=None)
 
     def _forget_if_unused(self, version: AdapterVersion) -> None:
         if not version.retired or version.waiting or version.running:

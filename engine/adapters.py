@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +26,15 @@ logger = logging.getLogger(__name__)
 _NAMES_IN_ERRORS = 10
 # Mixtures that requests have asked for and that are kept for the next such request.
 _MIXTURES = 256
+# Earlier versions that are known of a name, and names of which any are.
+_EARLIER = 8
+_EARLIER_NAMES = 1000
+_TENANTS = 100  # that are listed for an adapter
 _MixtureKey = tuple[AdapterMixture | AdapterVersion, ...]
+
+
+class AdapterConflictError(AdapterError):
+    """An adapter has another version than the caller expected."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +48,9 @@ class AdapterInfo:
     hits: requests so far.
     running: running requests.
     waiting: queued requests.
+    last_used: when a request last asked for it, in seconds since 1970; None if none has.
+    tenants: those whose requests have asked for it, sorted; of many only some.
+    pinned: whether it stays in host memory while others can make room.
     mixture: the weights of the adapters it was mixed of, by name; None if it was not mixed. It then
         has no path.
     """
@@ -53,6 +65,9 @@ class AdapterInfo:
     hits: int
     running: int
     waiting: int
+    last_used: int | None = None
+    tenants: tuple[str, ...] = ()
+    pinned: bool = False
     mixture: Mapping[str, float] | None = None
 
     @classmethod
@@ -68,6 +83,9 @@ class AdapterInfo:
             hits=version.hits,
             running=version.running,
             waiting=version.waiting,
+            last_used=version.last_used,
+            tenants=tuple(sorted(version.tenants)),
+            pinned=version.pinned,
             mixture={part.name: part.weight for part in version.parts} or None,
         )
 
@@ -105,6 +123,8 @@ class AdapterRegistry:
     on_failure: Callable[[AdapterVersion, AdapterError], None]
     _versions: dict[str, AdapterVersion] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
+    # What names stood for before, the oldest first; the name that changed last comes last.
+    _earlier: OrderedDict[str, list[AdapterVersion]] = field(default_factory=OrderedDict)
     # By the mixture and the versions of its adapters; the one last asked for comes last.
     _mixtures: OrderedDict[_MixtureKey, AdapterVersion] = field(default_factory=OrderedDict)
 
@@ -112,57 +132,124 @@ class AdapterRegistry:
         self.cache = self._empty_cache()
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="nybble-adapters")
 
-    def load(self, name: str, path: str, *, replace: bool) -> AdapterInfo:
+    def load(
+        self, name: str, path: str, *, replace: bool, expected: str | None = None
+    ) -> AdapterInfo:
         """Read and check an adapter, then serve it as ``name``.
 
         path: a folder or hub name.
         replace: whether the name may be taken already; requests that have begun keep the version
             they began with.
+        expected: the version that it is to replace; None for any or none.
 
         Raises AdapterError, and changes nothing, if the adapter does not fit the model or the
-        limits, or if the name is taken and ``replace`` is false.
+        limits, or if the name is taken and ``replace`` is false, and AdapterConflictError if the
+        name has another version than is expected.
         """
-        if not name:
-            raise AdapterError("an adapter needs a name")
-        if not replace:
-            self._refuse_taken(name)  # before reading, and again after it
+        self._check_name(name, replace, expected)  # before reading, and again after it
         folder = resolve_adapter(path)
-        return self._serve(*self._read(name, folder), replace=replace)
+        return self._serve(*self._read(name, folder), replace=replace, expected=expected)
 
-    def load_mixture(self, name: str, mixture: AdapterMixture, *, replace: bool) -> AdapterInfo:
+    def load_mixture(
+        self, name: str, mixture: AdapterMixture, *, replace: bool, expected: str | None = None
+    ) -> AdapterInfo:
         """Serve a mixture of loaded adapters, as they are now, as ``name``; see :meth:`load`.
 
         Raises ParameterError too, if an adapter is not loaded or cannot be mixed.
         """
-        if not name:
-            raise AdapterError("an adapter needs a name")
-        if not replace:
-            self._refuse_taken(name)
+        self._check_name(name, replace, expected)
         with self._lock:
             parts = self._parts(mixture)
-        return self._serve(*self._read(name, parts[0].folder, parts), replace=replace)
+        read = self._read(name, parts[0].folder, parts)
+        return self._serve(*read, replace=replace, expected=expected)
+
+    def roll_back(
+        self, name: str, to: str, *, folder: Path | None = None, expected: str | None = None
+    ) -> AdapterInfo:
+        """Serve an earlier version of a name again; see :meth:`load`.
+
+        to: one of those of :meth:`versions`.
+        folder: where its files are now; None if they are where they were.
+
+        Raises AdapterError too, if its files have changed, and ParameterError if there is no such
+        version.
+        """
+        self._check_name(name, True, expected)
+        with self._lock:
+            found = [each for each in self._earlier.get(name, ()) if each.digest.hex() == to]
+        if not found:
+            raise ParameterError("version", f"adapter {name!r} has had no version {to!r}")
+        version, staged = self._read(name, folder or found[-1].folder, found[-1].parts)
+        if version.digest != found[-1].digest:
+            raise AdapterError(f"the files of version {to} of adapter {name!r} have changed since")
+        return self._serve(version, staged, replace=True, expected=expected)
 
     def _serve(
-        self, version: AdapterVersion, staged: StagedAdapter, *, replace: bool
+        self,
+        version: AdapterVersion,
+        staged: StagedAdapter,
+        *,
+        replace: bool,
+        expected: str | None,
     ) -> AdapterInfo:
         name = version.name
         with self._lock:
-            if not replace:
-                self._refuse_taken(name)
+            self._check_name(name, replace, expected)
             before = self._versions.get(name)
             if before is not None:
-                version.hits = before.hits
+                version.hits, version.last_used = before.hits, before.last_used
+                version.tenants, version.pinned = before.tenants, before.pinned
                 self._retire(before)
             self._versions[name] = version
             self.post(lambda: self.cache.offer(version, staged))
+            if version.pinned:
+                self.post(lambda: self.cache.pin(version, True))
         return AdapterInfo.of(version)
 
-    def unload(self, name: str) -> None:
-        """Remove the name; requests that have begun finish. Raises ParameterError if unknown."""
+    def unload(self, name: str, *, expected: str | None = None) -> None:
+        """Remove the name; requests that have begun finish.
+
+        Raises ParameterError if it is unknown, and AdapterConflictError if it has another version
+        than is expected.
+        """
         with self._lock:
             version = self._find(name)
+            self._check_name(name, True, expected)
             del self._versions[name]
             self._retire(version)
+
+    def pin(self, name: str, pinned: bool, *, expected: str | None = None) -> AdapterInfo:
+        """Have an adapter read now and stay in memory while others can make room, or no longer.
+
+        Raises ParameterError if it is unknown, or if pinned adapters would take more than half of
+        the memory, and AdapterConflictError if it has another version than is expected.
+        """
+        with self._lock:
+            version = self._find(name)
+            self._check_name(name, True, expected)
+            others = (each for each in self._versions.values() if each is not version)
+            taken = version.nbytes + sum(each.nbytes for each in others if each.pinned)
+            if pinned and taken > self.host_bytes // 2:
+                raise ParameterError(
+                    "pinned",
+                    f"pinned adapters would take {taken} bytes, more than half of the host memory "
+                    f"for adapters ({self.host_bytes}): raise host_bytes, or unpin another",
+                )
+            version.pinned = pinned
+            self.post(lambda: self.cache.pin(version, pinned))
+            return AdapterInfo.of(version)
+
+    def versions(self, name: str) -> list[AdapterInfo]:
+        """What the name stands for and has stood for since the start, the newest first.
+
+        Of earlier versions the last few are known.
+        """
+        with self._lock:
+            current = self._versions.get(name)
+            found = [*self._earlier.get(name, ()), *([] if current is None else [current])]
+            by_digest = {each.digest: each for each in found}
+            newest = sorted(by_digest.values(), key=found.index, reverse=True)
+            return [AdapterInfo.of(each) for each in newest]
 
     def info(self, name: str) -> AdapterInfo | None:
         """The adapter of this name; None if there is none."""
@@ -195,7 +282,7 @@ class AdapterRegistry:
             waiting=tuple(waiting),
         )
 
-    def submit(self, name: str, send: Callable[[AdapterVersion], None]) -> None:
+    def submit(self, name: str, send: Callable[[AdapterVersion], None], tenant: str = "") -> None:
         """Call ``send`` with the version of this name, or of a mixture.
 
         Raises ParameterError for an unknown name, or for adapters that cannot be mixed.
@@ -203,15 +290,17 @@ class AdapterRegistry:
         The lock is held meanwhile: the version cannot be retired before the request is queued.
         """
         with self._lock:
-            version = self._mixed(name) if isinstance(name, AdapterMixture) else self._find(name)
-            version.hits += 1
+            version = (
+                self._mixed(name, tenant) if isinstance(name, AdapterMixture) else self._find(name)
+            )
+            _count(version, tenant)
             send(version)
 
-    def _mixed(self, mixture: AdapterMixture) -> AdapterVersion:
+    def _mixed(self, mixture: AdapterMixture, tenant: str) -> AdapterVersion:
         """The version of a mixture, which is kept while it is among those last asked for."""
         used = [self._find(name) for name, _ in mixture.parts]
         for version in used:
-            version.hits += 1
+            _count(version, tenant)
         key: _MixtureKey = (mixture, *used)
         if key in self._mixtures:
             self._mixtures.move_to_end(key)
@@ -249,6 +338,11 @@ class AdapterRegistry:
 
     def _retire(self, version: AdapterVersion) -> None:
         """Take a version away from new requests, and the mixtures that have it."""
+        earlier = self._earlier.setdefault(version.name, [])
+        earlier[:] = [*earlier, version][-_EARLIER:]
+        self._earlier.move_to_end(version.name)
+        if len(self._earlier) > _EARLIER_NAMES:
+            self._earlier.popitem(last=False)
         gone = [key for key in self._mixtures if version in key[1:]]
         for each in (version, *(self._mixtures.pop(key) for key in gone)):
             self.post(lambda each=each: self.cache.retire(each))  # type: ignore[misc]
@@ -269,15 +363,28 @@ class AdapterRegistry:
                 version.waiting = version.running = 0
                 version.slot, version.in_host = None, False
             self.cache = self._empty_cache()
+            for version in self._versions.values():
+                if version.pinned:
+                    self.cache.pin(version, True)
 
     def _empty_cache(self) -> AdapterCache:
         cache: AdapterCache
         cache = AdapterCache(self.slots, self.host_bytes, lambda v: self._load_later(v, cache))
         return cache
 
-    def _refuse_taken(self, name: str) -> None:
-        if name in self._versions:
+    def _check_name(self, name: str, replace: bool, expected: str | None) -> None:
+        """Raises AdapterError if the name cannot be given to a version now."""
+        if not name:
+            raise AdapterError("an adapter needs a name")
+        version = self._versions.get(name)
+        if version is not None and not replace:
             raise AdapterError(f"adapter {name!r} is loaded already: replace it or unload it first")
+        found = None if version is None else version.digest.hex()
+        if expected is not None and expected != found:
+            now = "not loaded" if found is None else f"version {found}"
+            raise AdapterConflictError(
+                f"adapter {name!r} is {now}, expected was version {expected}; nothing was changed"
+            )
 
     def _find(self, name: str) -> AdapterVersion:
         version = self._versions.get(name)
@@ -359,3 +466,11 @@ class AdapterRegistry:
 
 def _digest(parts: tuple[MixturePart, ...]) -> bytes:
     return combined_digest([part.digest for part in parts], [part.weight for part in parts])
+
+
+def _count(version: AdapterVersion, tenant: str) -> None:
+    """Count a request."""
+    version.hits += 1
+    version.last_used = int(time.time())
+    if tenant and len(version.tenants) < _TENANTS:
+        version.tenants.add(tenant)

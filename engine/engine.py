@@ -11,6 +11,7 @@ import logging
 from collections.abc import AsyncGenerator, Callable, Mapping
 from collections.abc import Sequence as Several
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -342,27 +343,67 @@ class Engine:
         """Figures of the last step; safe from any thread."""
         return self._thread.stats
 
-    def load_adapter(self, name: str, path: str, *, replace: bool = True) -> AdapterInfo:
+    def load_adapter(
+        self, name: str, path: str, *, replace: bool = True, expected: str | None = None
+    ) -> AdapterInfo:
         """Read an adapter (a folder or hub name) and serve it as ``name``; blocks while reading.
 
         A name that is taken changes hands at once, and requests that have begun keep the version
-        they began with; unless ``replace``, it is refused. Raises AdapterError, which changes
-        nothing, and ParameterError where adapters are off.
+        they began with; unless ``replace``, it is refused.
+
+        expected: the version that it is to replace; None for any or none.
+
+        Raises AdapterError, which changes nothing, AdapterConflictError if the name has another
+        version than is expected, and ParameterError if adapters are off.
         """
-        return self._require_adapters().load(name, path, replace=replace)
+        return self._require_adapters().load(name, path, replace=replace, expected=expected)
 
     def load_mixture(
-        self, name: str, mixture: AdapterMixture, *, replace: bool = True
+        self,
+        name: str,
+        mixture: AdapterMixture,
+        *,
+        replace: bool = True,
+        expected: str | None = None,
     ) -> AdapterInfo:
         """Serve a mixture of loaded adapters, as they are now, as ``name``; see load_adapter.
 
         Raises ParameterError if an adapter is not loaded or cannot be mixed.
         """
-        return self._require_adapters().load_mixture(name, mixture, replace=replace)
+        adapters = self._require_adapters()
+        return adapters.load_mixture(name, mixture, replace=replace, expected=expected)
 
-    def unload_adapter(self, name: str) -> None:
-        """Take an adapter away from new requests. Raises ParameterError for an unknown name."""
-        self._require_adapters().unload(name)
+    def roll_back_adapter(
+        self, name: str, to: str, *, folder: Path | None = None, expected: str | None = None
+    ) -> AdapterInfo:
+        """Serve an earlier version of a name again; see load_adapter.
+
+        to: one of those of :meth:`adapter_versions`.
+        folder: where its files are now; None if they are where they were.
+
+        Raises AdapterError too if its files have changed, ParameterError if it is unknown.
+        """
+        return self._require_adapters().roll_back(name, to, folder=folder, expected=expected)
+
+    def unload_adapter(self, name: str, *, expected: str | None = None) -> None:
+        """Take an adapter away from new requests. Those that have begun finish.
+
+        Raises ParameterError for an unknown name, and AdapterConflictError if it has another
+        version than is expected.
+        """
+        self._require_adapters().unload(name, expected=expected)
+
+    def pin_adapter(self, name: str, pinned: bool, *, expected: str | None = None) -> AdapterInfo:
+        """Have an adapter read now and stay in memory while others can make room, or no longer.
+
+        Raises ParameterError for an unknown name, and if pinned adapters would take more than half
+        of the memory, AdapterConflictError if it has another version than is expected.
+        """
+        return self._require_adapters().pin(name, pinned, expected=expected)
+
+    def adapter_versions(self, name: str) -> list[AdapterInfo]:
+        """What a name has stood for since the start, the newest first; empty if nothing."""
+        return [] if self._adapters is None else self._adapters.versions(name)
 
     def adapter(self, name: str) -> AdapterInfo | None:
         """The loaded adapter of this name; safe from any thread."""

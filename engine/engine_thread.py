@@ -153,7 +153,7 @@ class EngineThread(threading.Thread):
                 self._inbox.put(_Add(sequence, stream))
 
             assert self.adapters is not None
-            self.adapters.submit(name, send)
+            self.adapters.submit(name, send, sequence.tenant)
 
     def fail(self, error: Exception) -> None:
         """Have the engine fail, also if the thread waits for a device that does not answer."""

@@ -403,12 +403,14 @@ class LoadAdapterRequest(Body):
     lora_path: a folder below an allowed root.
     mixture: instead of a path, the weights of loaded adapters.
     load_inplace: replace an adapter of the same name.
+    expected_version: the version to replace; nothing is done if it is another by now.
     """
 
     lora_name: Annotated[str, Field(min_length=1, max_length=_MAX_ADAPTER_NAME)]
     lora_path: Annotated[str, Field(min_length=1)] | None = None
     mixture: Mixture | None = None
     load_inplace: bool | None = None
+    expected_version: str | None = None
     # Ignored: vLLM's clients may send it, but the tensors show whether the adapter fits the model.
     base_model_name: str | None = None
 
@@ -423,4 +425,19 @@ class LoadAdapterRequest(Body):
 
 class UnloadAdapterRequest(Body):
     lora_name: str
+    expected_version: str | None = None
     lora_int_id: int | None = None  # ignored: vLLM's own numbering of adapters
+
+
+class ChangeAdapterRequest(Body):
+    """pinned: whether the adapter stays in host memory."""
+
+    pinned: bool
+    expected_version: str | None = None
+
+
+class RollBackRequest(Body):
+    """version: an earlier one; the one before if it is left out."""
+
+    version: str | None = None
+    expected_version: str | None = None
