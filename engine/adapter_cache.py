@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -51,6 +51,7 @@ class AdapterVersion:
     in_host: whether a staged copy is in host memory.
     retired: replaced or unloaded; it is forgotten once its last request is done.
     parts: of a mixture, whose ``folder`` is that of the first; empty for another adapter.
+    invocation: of an aLoRA, the tokens from whose last occurrence in the prompt on it is active.
     not_a_sum: why it cannot be part of a mixture; None if it can.
     """
 
@@ -72,6 +73,15 @@ class AdapterVersion:
     retired: bool = False
     parts: tuple[MixturePart, ...] = ()
     not_a_sum: str | None = None
+    invocation: tuple[int, ...] = ()
+
+    def start(self, prompt: Sequence[int]) -> int | None:
+        """The first position at which it is active in a text with this prompt; None for never."""
+        wanted = self.invocation
+        for at in range(len(prompt) - len(wanted), -1, -1) if wanted else ():
+            if tuple(prompt[at : at + len(wanted)]) == wanted:
+                return at
+        return None if wanted else 0
 
     @property
     def residency(self) -> Residency:

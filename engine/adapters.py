@@ -433,6 +433,7 @@ class AdapterRegistry:
             staged.nbytes,
             parts=parts,
             not_a_sum=not_a_sum(adapter),
+            invocation=adapter.invocation,
         )
         return version, staged
 

@@ -74,6 +74,7 @@ class Sequence:
     state: what it holds of layers that keep states, while it runs; None if the model has none.
     block_hashes: the prefix-cache keys of the leading full blocks, as far as they are known.
     adapter: the version of the request's adapter, settled when the request is taken.
+    adapter_start: the first position at which it is active; None for never.
     cached_prefix: what the prefix cache held of it when it was last looked up, while it waits.
     prefix_valid_until: the step from which on it is looked up again.
     overtaken: others admitted while it lacked an adapter slot or blocks.
@@ -111,7 +112,8 @@ class Sequence:
         self.block_tables: tuple[BlockTable, ...] = ()
         self.state: SequenceState | None = None
         self.block_hashes: list[bytes] = []
-        self.adapter: AdapterVersion | None = None
+        self._adapter: AdapterVersion | None = None
+        self.adapter_start: int | None = 0
         self.cached_prefix = NOTHING_CACHED
         self.prefix_valid_until = 0
         self.overtaken = 0
@@ -124,17 +126,36 @@ class Sequence:
             self.prompt_reader = LogprobReader(request.prompt_token_ids, alternatives)
 
     @property
+    def adapter(self) -> AdapterVersion | None:
+        return self._adapter
+
+    @adapter.setter
+    def adapter(self, version: AdapterVersion) -> None:
+        self._adapter = version
+        self.adapter_start = version.start(self.request.prompt_token_ids)
+
+    @property
     def prefix_root(self) -> bytes:
-        """What the keys of the prefix cache begin with: an adapter changes every key and value, and
-        a salt keeps the blocks to those who know it."""
-        root = self.adapter.digest if self.adapter is not None else b""
+        """What the keys of the prefix cache begin with: a salt keeps the blocks to those who know
+        it."""
+        root = b""
         if salt := self.request.cache_salt:
             root += blake2b(salt.encode(), digest_size=16, person=b"cache_salt").digest()
         return root
 
+    def prefix_mark(self, first: int, last: int) -> bytes:
+        """What the key of the block of these positions is marked with, beside its tokens.
+
+        An adapter changes every key and value from where it is active on.
+        """
+        begins = self.adapter_start is not None and first <= self.adapter_start < last
+        return self.adapter.digest if begins and self.adapter is not None else b""
+
     @property
     def adapter_slot(self) -> int:
-        """The device slot of the adapter while running, −1 for the base model."""
+        """The device slot of the adapter while running, −1 if the base model computes all."""
+        if self.adapter_start is None:
+            return -1
         return -1 if self.adapter is None or self.adapter.slot is None else self.adapter.slot
 
     @property

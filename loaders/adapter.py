@@ -135,7 +135,13 @@ def load_adapter(folder: Path, architecture: Architecture) -> LoRAAdapter:
         raise AdapterError(f"{path}: its target_modules select nothing of the base model")
     if unused := [name for name in _NOT_USED if (folder / name).is_file()]:
         logger.info("%s: %s not used, but the base model's own", folder, ", ".join(unused))
-    return LoRAAdapter(modules, digest.digest(), ends.embedding, ends.head, ends.norms)
+    if settings.invocation and (ends.embedding or settings.bias != "none"):
+        raise AdapterError(
+            f"{path}: an aLoRA on the embedding or with biases has no meaning in peft, which would "
+            "apply these everywhere"
+        )
+    changes = ends.embedding, ends.head, ends.norms
+    return LoRAAdapter(modules, digest.digest(), *changes, settings.invocation)
 
 
 def _read(folder: Path) -> tuple[Path, bytes, dict[str, Tensor]]:

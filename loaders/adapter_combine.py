@@ -66,6 +66,8 @@ def not_a_sum(adapter: LoRAAdapter) -> str | None:
     for name, module in adapter.modules.items():
         if module.magnitude is not None or module.changes_bias:
             return f"has {'biases' if module.magnitude is None else 'DoRA'} on {name}"
+    if adapter.invocation:
+        return "is an aLoRA, which is active in a part of the text"
     if adapter.norms:
         return "has norms of its own"
     for end in (adapter.embedding, adapter.head):

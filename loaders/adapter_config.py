@@ -42,14 +42,15 @@ _READ = {
     *("exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters"),
     *("use_dora", "lora_bias", "bias", "init_r"),
     *("modules_to_save", "trainable_token_indices", "ensure_weight_tying"),
+    "alora_invocation_tokens",
 }
 # Initializations that leave the base weights as they are. The others (PiSSA, OLoRA, …) subtract the
 # initial product from the base, so the adapter does not fit the published base.
 _INIT_KEEPS_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
+_WHOLE = ("modules_to_save", "trainable_token_indices")
 _BIASES = ("none", "lora_only", "all")
 _REFUSED = {
     "layer_replication": "layers of the base repeated; replicate them in the base model",
-    "alora_invocation_tokens": "aLoRA, whose adapter begins in the middle of the text",
     "use_qalora": "QA-LoRA pools the inputs of its matrices; merge with peft first",
     "use_bdlora": "block-diagonal matrices; merge with peft first",
     "arrow_config": "Arrow routes between adapters, token by token",
@@ -69,6 +70,8 @@ class AdapterSettings:
     token_indices: tokens whose rows were trained, of the embedding or by the ends of modules'
         names; None for none.
     tying: whether the output layer was kept tied to the embedding if it is in the base.
+    invocation: of an aLoRA (Greenewald et al. 2025), the tokens from whose last occurrence in the
+        prompt on it is active; empty for another adapter.
     """
 
     r: int
@@ -88,6 +91,7 @@ class AdapterSettings:
     modules_to_save: tuple[str, ...]
     token_indices: tuple[int, ...] | Mapping[str, tuple[int, ...]] | None
     tying: bool
+    invocation: tuple[int, ...]
 
     @classmethod
     def read(cls, folder: Path) -> AdapterSettings:
@@ -128,6 +132,7 @@ class AdapterSettings:
                 modules_to_save=_listed(config.get("modules_to_save")),
                 token_indices=_token_indices(config.get("trainable_token_indices")),
                 tying=bool(config.get("ensure_weight_tying", False)),
+                invocation=tuple(map(int, config.get("alora_invocation_tokens") or ())),
             )
             settings.check_patterns()
         except (TypeError, ValueError, OverflowError, AttributeError, regex.error) as error:
@@ -243,6 +248,9 @@ def _refuse_unsupported(path: Path, config: Mapping[str, Any]) -> None:
             f"{path}: bias {config['bias']!r} is not supported, expected one of "
             f"{', '.join(_BIASES)}"
         )
+    for name in ("use_dora", "lora_bias", "target_parameters", *_WHOLE):
+        if config.get("alora_invocation_tokens") and config.get(name):
+            raise AdapterError(f"{path}: {name} with alora_invocation_tokens is not supported")
     if config.get("use_dora") and config.get("lora_bias"):
         raise AdapterError(f"{path}: use_dora together with lora_bias has no meaning in peft")
     init = config.get("init_lora_weights")

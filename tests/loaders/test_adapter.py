@@ -220,7 +220,12 @@ def test_a_tokenizer_beside_an_adapter_is_said_to_be_unused(
         ({"lora_bias": True}, f"has no lora_bias for {DOWN}"),
         ({"layer_replication": [[0, 2]]}, "layer_replication is [[0, 2]]"),
         ({"use_qalora": True}, "use_qalora is True, which is not supported"),
-        ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens is [1]"),
+        (
+            {"alora_invocation_tokens": [1], "use_dora": True},
+            "use_dora with alora_invocation_tokens",
+        ),
+        ({"alora_invocation_tokens": [1], "bias": "all"}, "has no bias for model.layers.0"),
+        ({"alora_invocation_tokens": "<a>"}, "has a setting of the wrong type"),
         ({"r": 257}, "rank 257 is not supported, expected 1 to 256"),
         ({"r": "many"}, "has a setting of the wrong type"),
         ({"target_modules": "(q_proj"}, "has a setting of the wrong type"),
