@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -52,6 +52,9 @@ class AdapterVersion:
     retired: replaced or unloaded; it is forgotten once its last request is done.
     parts: of a mixture, whose ``folder`` is that of the first; empty for another adapter.
     invocation: of an aLoRA, the tokens from whose last occurrence in the prompt on it is active.
+    template: its own chat template, or several by name; None for the base model's.
+    sampling: what its makers recommend for requests that name no value; None for the base model's.
+    end_tokens: its own, beside the base model's.
     not_a_sum: why it cannot be part of a mixture; None if it can.
     """
 
@@ -74,6 +77,9 @@ class AdapterVersion:
     parts: tuple[MixturePart, ...] = ()
     not_a_sum: str | None = None
     invocation: tuple[int, ...] = ()
+    template: str | Mapping[str, str] | None = None
+    sampling: Mapping[str, float] | None = None
+    end_tokens: frozenset[int] = frozenset()
 
     def start(self, prompt: Sequence[int]) -> int | None:
         """The first position at which it is active in a text with this prompt; None for never."""

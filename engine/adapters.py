@@ -6,6 +6,7 @@ in host memory and on the device.
 
 from __future__ import annotations
 
+import json
 import logging
 import threading
 import time
@@ -13,13 +14,16 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from hashlib import blake2b
 from pathlib import Path
 
 from nybble.engine.adapter_cache import AdapterCache, AdapterVersion, MixturePart, Residency
 from nybble.engine.adapter_slots import AdapterSlots, StagedAdapter
+from nybble.engine.generation_config import own_end_tokens, sampling_defaults
 from nybble.engine.request import AdapterMixture, ParameterError
 from nybble.loaders import AdapterError, load_adapter, resolve_adapter
 from nybble.loaders.adapter_combine import combine_adapters, combined_digest, not_a_sum
+from nybble.loaders.adapter_settings import OwnSettings, read_own_settings
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +54,8 @@ class AdapterInfo:
     waiting: queued requests.
     last_used: when a request last asked for it, in seconds since 1970; None if none has.
     tenants: those whose requests have asked for it, sorted; of many only some.
+    own_template: whether it has a chat template of its own.
+    sampling: what it recommends for requests that name no value; None for what the base does.
     pinned: whether it stays in host memory while others can make room.
     mixture: the weights of the adapters it was mixed of, by name; None if it was not mixed. It then
         has no path.
@@ -67,6 +73,8 @@ class AdapterInfo:
     waiting: int
     last_used: int | None = None
     tenants: tuple[str, ...] = ()
+    own_template: bool = False
+    sampling: Mapping[str, float] | None = None
     pinned: bool = False
     mixture: Mapping[str, float] | None = None
 
@@ -85,6 +93,8 @@ class AdapterInfo:
             waiting=version.waiting,
             last_used=version.last_used,
             tenants=tuple(sorted(version.tenants)),
+            own_template=version.template is not None,
+            sampling=version.sampling,
             pinned=version.pinned,
             mixture={part.name: part.weight for part in version.parts} or None,
         )
@@ -113,12 +123,14 @@ class AdapterRegistry:
     """Maps names to adapter versions. May be used from any thread.
 
     host_bytes: memory for host copies.
+    own_settings: whether adapters' own chat templates and generation configs are read.
     post: runs a function on the engine thread, in the order of the calls.
     on_failure: called on the engine thread if a version that requests wait for cannot be read.
     """
 
     slots: AdapterSlots
     host_bytes: int
+    own_settings: bool
     post: Callable[[Callable[[], None]], None]
     on_failure: Callable[[AdapterVersion, AdapterError], None]
     _versions: dict[str, AdapterVersion] = field(default_factory=dict)
@@ -250,6 +262,12 @@ class AdapterRegistry:
             by_digest = {each.digest: each for each in found}
             newest = sorted(by_digest.values(), key=found.index, reverse=True)
             return [AdapterInfo.of(each) for each in newest]
+
+    def version(self, name: str | None) -> AdapterVersion | None:
+        """The version of this name; None if there is none, or for a mixture or the base model."""
+        if name is None or isinstance(name, AdapterMixture):
+            return None
+        return self._versions.get(name)
 
     def info(self, name: str) -> AdapterInfo | None:
         """The adapter of this name; None if there is none."""
@@ -435,7 +453,22 @@ class AdapterRegistry:
             not_a_sum=not_a_sum(adapter),
             invocation=adapter.invocation,
         )
+        if self.own_settings and not parts:
+            self._read_settings(version)
         return version, staged
+
+    def _read_settings(self, version: AdapterVersion) -> None:
+        own = read_own_settings(version.folder)
+        version.template = own.template
+        if own != OwnSettings():
+            content = json.dumps([own.template, own.generation], default=dict).encode()
+            version.digest = blake2b(version.digest + content, digest_size=16).digest()
+        if own.generation is not None:
+            try:
+                version.sampling = sampling_defaults(own.generation)
+                version.end_tokens = own_end_tokens(own.generation, self.slots.architecture.vocab)
+            except ValueError as error:
+                raise AdapterError(f"{version.folder}: {error}") from error
 
     def _load_later(self, version: AdapterVersion, cache: AdapterCache) -> None:
         def answer(function: Callable[[], None]) -> None:

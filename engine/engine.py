@@ -409,6 +409,17 @@ class Engine:
         """The loaded adapter of this name; safe from any thread."""
         return None if self._adapters is None else self._adapters.info(name)
 
+    def defaults_for(self, adapter: str | None) -> Mapping[str, float]:
+        """What is recommended for requests to an adapter that name no value; None for the base."""
+        version = None if self._adapters is None else self._adapters.version(adapter)
+        own = None if version is None else version.sampling
+        return self.sampling_defaults if own is None else own
+
+    def chat_templates_of(self, adapter: str | None) -> str | Mapping[str, str] | None:
+        """An adapter's own chat template, or several by name; None for the base model's."""
+        version = None if self._adapters is None else self._adapters.version(adapter)
+        return None if version is None else version.template
+
     def adapters(self) -> list[AdapterInfo]:
         """Every loaded adapter, by name; safe from any thread."""
         return [] if self._adapters is None else self._adapters.infos()
@@ -485,7 +496,7 @@ class Engine:
         prompt, params = request.prompt_token_ids, request.params
         if request.pooling is not None:
             params = replace(params, max_tokens=0)
-        ends = self.end_tokens(params)
+        ends = self.end_tokens(params, request.adapter)
         return Sequence(
             request,
             max_tokens=self.check(prompt, params),
@@ -495,13 +506,16 @@ class Engine:
             drafter=None if self._config.speculate == "off" else _drafter(request),
         )
 
-    def end_tokens(self, params: SamplingParams) -> frozenset[int]:
-        """The tokens that end a sequence with these parameters.
+    def end_tokens(self, params: SamplingParams, adapter: str | None = None) -> frozenset[int]:
+        """The tokens that end a sequence with these parameters, of this adapter.
 
         A stop string that is the name of a special token stands for that token, which has no text
         to be found in.
         """
         eos = frozenset[int]() if params.ignore_eos else self.eos_token_ids
+        version = None if self._adapters is None else self._adapters.version(adapter)
+        if version is not None and not params.ignore_eos:
+            eos |= version.end_tokens
         named = (self.vocabulary.special_id(stop) for stop in params.stop)
         return eos.union(params.stop_token_ids, (token for token in named if token is not None))
 

@@ -87,6 +87,7 @@ class EngineThread(threading.Thread):
             self.adapters = AdapterRegistry(
                 runner.adapters,
                 config.adapters.host_bytes,
+                config.adapters.own_settings,
                 post=self._inbox.put,
                 on_failure=self._fail_adapter,
             )

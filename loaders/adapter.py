@@ -31,6 +31,7 @@ from nybble.loaders.adapter_changes import LoRAAdapter, LoRAModule
 from nybble.loaders.adapter_config import CONFIG_FILE, MAX_RANK, AdapterSettings
 from nybble.loaders.adapter_ends import end_keys, read_ends
 from nybble.loaders.adapter_experts import expert_changes, is_of_stacked_experts
+from nybble.loaders.adapter_settings import SETTINGS_FILES
 from nybble.loaders.adapter_tensors import AROUND, after_prefixes, check_values
 from nybble.loaders.errors import AdapterError
 from nybble.models import Architecture
@@ -58,8 +59,8 @@ _KEY = re.compile(
 )
 _SIDES = {"lora_A", "lora_B", "lora_E"}
 _INDEX = re.compile(r"[0-9]{1,9}")
-# Files that training may save with an adapter. The base model's own are used instead.
-_NOT_USED = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+# A file that training may save with an adapter. The base model's own is used instead.
+_NOT_USED = "tokenizer.json"
 
 
 def resolve_adapter(name: str) -> Path:
@@ -72,7 +73,7 @@ def resolve_adapter(name: str) -> Path:
         return folder
     reason = f"the folder {folder} has no {CONFIG_FILE}" if folder.is_dir() else "no such folder"
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
-        files = [CONFIG_FILE, _SAFETENSORS]
+        files = [CONFIG_FILE, _SAFETENSORS, *SETTINGS_FILES]
         try:
             return Path(snapshot_download(name, allow_patterns=files, tqdm_class=Bar))
         except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
@@ -133,8 +134,8 @@ def load_adapter(folder: Path, architecture: Architecture) -> LoRAAdapter:
     ends = read_ends(path, settings, of_ends, at_ends, architecture)
     if not (modules or ends.embedding or ends.head or ends.norms):
         raise AdapterError(f"{path}: its target_modules select nothing of the base model")
-    if unused := [name for name in _NOT_USED if (folder / name).is_file()]:
-        logger.info("%s: %s not used, but the base model's own", folder, ", ".join(unused))
+    if (folder / _NOT_USED).is_file():
+        logger.info("%s: %s not used, but the base model's own", folder, _NOT_USED)
     if settings.invocation and (ends.embedding or settings.bias != "none"):
         raise AdapterError(
             f"{path}: an aLoRA on the embedding or with biases has no meaning in peft, which would "

@@ -200,15 +200,15 @@ class Api:
 
     async def count_tokens(self, request: web.Request) -> web.Response:
         body = await read_body(request, CountTokensRequest)
-        self._names.require(body.model, request.get(TENANT))
+        adapter = self._adapter_of(request, body.model, None)
         with parameters_called(_MESSAGES_NAMES):
-            token_ids, _ = await self._chats.prompt(body.chat())
+            token_ids, _ = await self._chats.prompt(body.chat(), adapter)
         return json_response({"input_tokens": len(token_ids)})
 
     async def completions(self, request: web.Request) -> web.StreamResponse:
         body = await self._read(request, CompletionRequest)
         adapter = self._adapter_of(request, body.model, body.adapter)
-        params = body.sampling_params(body.limit, body.logprobs, self._engine.sampling_defaults)
+        params = body.sampling_params(body.limit, body.logprobs, self._engine.defaults_for(adapter))
         parse_special = body.parse_special is not False  # rendered chat templates contain markers
         prompts = await self._encoded(body, body.prompts, params, parse_special=parse_special)
         echoes = None
@@ -307,11 +307,12 @@ class Api:
 
     async def tokenize(self, request: web.Request) -> web.Response:
         body = await read_body(request, TokenizeRequest)
+        own = None
         if body.model is not None:
-            self._names.require(body.model, request.get(TENANT))
+            own = self._engine.chat_templates_of(self._adapter_of(request, body.model, None))
         if body.messages is not None:
             tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()] or None
-            tokens = (await self._prompts.chat(body.messages, body, tools=tools)).token_ids
+            tokens = (await self._prompts.chat(body.messages, body, own, tools=tools)).token_ids
         else:
             special = body.add_special_tokens is not False
             tokens = await self._prompts.encode(

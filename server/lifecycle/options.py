@@ -350,6 +350,14 @@ class AdapterOptions:
     max_lora_rank: Annotated[
         int, _adapters(help="Highest rank; every slot takes memory for it.", min=1, max=256)
     ] = 64
+    lora_own_settings: Annotated[
+        bool,
+        _adapters(
+            "--lora-own-settings/--no-lora-own-settings",
+            help="Whether requests to an adapter get the chat template and the generation config "
+            "that are in its folder, if it has any.",
+        ),
+    ] = True
     lora_host_memory: Annotated[
         int,
         _adapters(**_SIZE, help="Memory for adapters which are in no slot (default: 4GiB)."),

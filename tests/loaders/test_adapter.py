@@ -191,9 +191,9 @@ def test_a_tokenizer_beside_an_adapter_is_said_to_be_unused(
     with caplog.at_level(logging.INFO):
         load_adapter(editable, architecture)
         assert not caplog.messages
-        (editable / "chat_template.jinja").write_text("")
+        (editable / "tokenizer.json").write_text("")
         load_adapter(editable, architecture)
-    assert "chat_template.jinja not used" in caplog.text
+    assert "tokenizer.json not used" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -483,6 +483,9 @@ def test_a_hub_name_is_downloaded_without_what_an_adapter_does_not_need(
         assert sorted(allow_patterns) == [
             "adapter_config.json",
             "adapter_model.safetensors",
+            "chat_template.jinja",
+            "generation_config.json",
+            "tokenizer_config.json",
         ]
         return str(editable)
 
