@@ -67,6 +67,8 @@ logger = logging.getLogger(__name__)
 
 # Wider heads spill in the prefill kernel, and do not compile for Blackwell.
 _MAX_GPU_HEAD_DIM = 256
+# The LoRA kernels hold a tile of so many ranks in registers.
+_MAX_GPU_LORA_RANK = 256
 # Tokens of the prompt's end by which a predicted output is found.
 _PREDICTION_CONTEXT = 4
 
@@ -181,6 +183,12 @@ class Engine:
                 "at every step, many times slower",
                 str(config.dtype).removeprefix("torch."),
             )
+        if device.type == "cuda" and config.adapters is not None:
+            rank = config.adapters.max_rank
+            if rank > _MAX_GPU_LORA_RANK:
+                raise ValueError(
+                    f"max_rank is {rank}, expected at most {_MAX_GPU_LORA_RANK} on a GPU"
+                )
         if config.deterministic and device.type == "cpu":
             for attention in architecture.attentions:
                 if attention.head_dim % 16:

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 _Number = TypeVar("_Number", int, float)
 
 CONFIG_FILE = "adapter_config.json"
-MAX_RANK = 256
+MAX_RANK = 512
 _MATCH_SECONDS = 1.0
 
 # Accepted but ignored: they concern only training, file paths, or how peft itself computes.

@@ -348,7 +348,7 @@ class AdapterOptions:
     ] = None
     max_loras: Annotated[int, _adapters(help="Most adapters in one step.", min=1)] = 8
     max_lora_rank: Annotated[
-        int, _adapters(help="Highest rank; every slot takes memory for it.", min=1, max=256)
+        int, _adapters(help="Highest rank; every slot takes memory for it.", min=1, max=512)
     ] = 64
     lora_own_settings: Annotated[
         bool,

@@ -226,7 +226,7 @@ def test_a_tokenizer_beside_an_adapter_is_said_to_be_unused(
         ),
         ({"alora_invocation_tokens": [1], "bias": "all"}, "has no bias for model.layers.0"),
         ({"alora_invocation_tokens": "<a>"}, "has a setting of the wrong type"),
-        ({"r": 257}, "rank 257 is not supported, expected 1 to 256"),
+        ({"r": 513}, "rank 513 is not supported, expected 1 to 512"),
         ({"r": "many"}, "has a setting of the wrong type"),
         ({"target_modules": "(q_proj"}, "has a setting of the wrong type"),
         ({"target_modules": r"((.|..|...)+)+(?<=\d\d)"}, "takes over 1.0 s to match model.layers"),
