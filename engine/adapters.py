@@ -230,6 +230,11 @@ class AdapterRegistry:
             del self._versions[name]
             self._retire(version)
 
+    def forget(self, name: str) -> None:
+        """Forget the earlier versions of a name."""
+        with self._lock:
+            self._earlier.pop(name, None)
+
     def pin(self, name: str, pinned: bool, *, expected: str | None = None) -> AdapterInfo:
         """Have an adapter read now and stay in memory while others can make room, or no longer.
 

@@ -401,6 +401,10 @@ class Engine:
         """
         self._require_adapters().unload(name, expected=expected)
 
+    def forget_adapter(self, name: str) -> None:
+        """Forget the earlier versions of a name, whose files are being removed."""
+        self._require_adapters().forget(name)
+
     def pin_adapter(self, name: str, pinned: bool, *, expected: str | None = None) -> AdapterInfo:
         """Have an adapter read now and stay in memory while others can make room, or no longer.
 

@@ -190,6 +190,7 @@ class AdapterAdmin:
             await asyncio.to_thread(self._state.forget, name)
         if uploads is not None:
             await asyncio.to_thread(uploads.retire, name)
+        self._engine.forget_adapter(name)
         return json_response({"object": "lora_adapter", "name": name, "deleted": True})
 
     async def change(self, request: web.Request) -> web.Response:

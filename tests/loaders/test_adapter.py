@@ -131,10 +131,10 @@ def test_settings_of_other_tools_are_left_out_with_a_warning(
 
 def test_every_setting_of_peft_is_known() -> None:
     """A new one changes the result, or does not: somebody has to say which."""
-    from peft import AdaLoraConfig, LoraConfig
+    from peft import AdaLoraConfig, LoraConfig, VeraConfig
 
     known = adapter_config._READ | adapter_config._NO_EFFECT | adapter_config._REFUSED.keys()
-    for settings in (LoraConfig, AdaLoraConfig):
+    for settings in (LoraConfig, AdaLoraConfig, VeraConfig):
         assert {field.name for field in dataclasses.fields(settings)} <= known
 
 
@@ -199,9 +199,15 @@ def test_a_tokenizer_beside_an_adapter_is_said_to_be_unused(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"peft_type": "LOHA"}, "peft_type 'LOHA' is not supported; supported are LORA, ADALORA"),
+        (
+            {"peft_type": "LOHA"},
+            "peft_type 'LOHA' is not supported; supported are LORA, ADALORA, VERA",
+        ),
         ({"use_dora": True, "target_parameters": ["x"]}, "use_dora with target_parameters has no"),
         ({"lora_bias": True, "target_parameters": ["x"]}, "lora_bias with target_parameters has"),
+        ({"peft_type": "VERA"}, "has no vera_A and vera_B: peft would draw them at random again"),
+        ({"peft_type": "VERA", "bias": "all"}, "VeRA with bias 'all' is not supported"),
+        ({"peft_type": "IA3"}, "peft_type 'IA3' is not supported; supported are LORA, ADALORA"),
         ({"peft_type": "ADALORA", "init_r": 4}, f"has no lora_E for {DOWN}"),
         ({"peft_type": "ADALORA", "lora_alpha": 0}, "lora_alpha is 0.0, AdaLoRA needs more"),
         ({"peft_type": "ADALORA", "target_parameters": ["x"]}, "AdaLoRA has no target_parameters"),

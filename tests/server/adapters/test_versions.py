@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -154,9 +155,12 @@ def test_an_upload_goes_back_to_an_earlier_one_and_stays_so_after_a_restart(
         assert await said(client, "u") == text
         uploads = tmp_path / "uploads" / "u"
         assert back["path"] == str(max(uploads.iterdir()))
-        await ask(client, "DELETE", f"{LIST}/u")
+        shutil.rmtree(second["path"])
         gone = await ask(client, "POST", f"{LIST}/u/rollback", {}, 404)
         assert "was uploaded and has been removed" in gone["message"]
+        await ask(client, "DELETE", f"{LIST}/u")
+        gone = await ask(client, "POST", f"{LIST}/u/rollback", {}, 404)
+        assert gone["message"] == "adapter 'u' was never loaded"
 
     serve(engine, tmp_path, scenario)
 
