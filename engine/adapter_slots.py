@@ -19,7 +19,7 @@ adapter is staged, from the base's weights as they are served, some rows at a ti
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -117,6 +117,19 @@ class StepAdapters:
         each = torch.where(slots < 0, -1, expert_ids * self.count + slots)
         batch = LoRABatch.of(each.flatten().tolist(), each.device)
         return None if batch is None else ExpertAdapters(self.experts[layer], batch, self.backend)
+
+    def by_slot(self, projection: int) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
+        """The adapters that change a projection of one linear layer, one after the other.
+
+        Each with the rows that use it, int64; its ``a (rank, in)`` and ``b (out, rank)``; and its
+        gains and shifts, None if it has neither.
+        """
+        slots = self.projections[projection]
+        ranks = {slot: rank for slot, rank in enumerate(slots.ranks.tolist()) if rank}
+        for slot, rows in self.batch.rows_by_slot(ranks):
+            rank = ranks[slot]
+            b = slots.b[slot, :, :rank]
+            yield rows, slots.a[slot, :rank], b, slots.outputs.get(slot)
 
     def add(self, projection: int, out: Tensor, x: Tensor) -> None:
         """Add the adapters' part to ``out``, in place.

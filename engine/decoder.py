@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from nybble.engine.base_layers import BaseModel
+from nybble.engine.latent_parts import Expansion, LatentAttentionPart
 from nybble.engine.parallel import ALONE, TensorParallel
 from nybble.engine.parts import (
     AllHeadsNormPart,
@@ -40,6 +42,7 @@ from nybble.kernels.state_batch import StateBatch
 from nybble.models import (
     Architecture,
     Attention,
+    LatentAttention,
     Layer,
     LinearGroup,
     Mixture,
@@ -125,9 +128,9 @@ class Decoder:
         self._query_scales = [
             query_scale_table(r, max_model_len, device) for r in architecture.ropes
         ]
-        attentions = architecture.attentions
-        if any(about.rope is None or about.rotate_first for about in attentions):
-            head_dim = attentions[0].head_dim
+        plain = architecture.plain_attentions
+        if any(about.rope is None or about.rotate_first for about in plain):
+            head_dim = plain[0].head_dim
             self._rotary.append(identity_table(head_dim, max_model_len, device))
             self._query_scales.append(None)
 
@@ -220,6 +223,8 @@ class Decoder:
         mixer: Part
         if isinstance(layer.mixer, Attention):
             mixer = self._attention(store, index, layer.mixer)
+        elif isinstance(layer.mixer, LatentAttention):
+            mixer = self._latent_attention(store, index, layer.mixer)
         else:
             mixer = self._recurrent(store, index, layer.mixer)
         mlp: MlpPart | MixturePart
@@ -255,6 +260,45 @@ class Decoder:
             k_norm=k_norm,
             output=self._group.gathering(self._projection(store, index, about.output)),
             backend=self.backend,
+        )
+
+    def _latent_attention(
+        self, store: WeightStore, index: int, about: LatentAttention
+    ) -> LatentAttentionPart:
+        def norm(name: str) -> NormPart:
+            weight = store.tensor(
+                self.architecture.module(index, name) + ".weight", about.norm_size(name)
+            )
+            own = replace(self.architecture.norm, eps=about.norm_eps)
+            return norm_part(own, weight, None, self.backend)
+
+        source = self._projection(store, index, about.input)
+        query = None if about.query is None else self._projection(store, index, about.query)
+        return LatentAttentionPart(
+            about,
+            layer=next(self._numbers[0]),
+            rope=self.architecture.ropes.index(about.rope),
+            input=source,
+            query_norm=None if query is None else norm(about.query_norm),
+            query=query,
+            latent_norm=norm(about.latent_norm),
+            expand=self._expansion(store, index, about),
+            output=self._projection(store, index, about.output),
+            backend=self.backend,
+        )
+
+    def _expansion(self, store: WeightStore, index: int, about: LatentAttention) -> Expansion:
+        (weight,) = store.group(self.architecture.module(index, ""), about.expand)
+        if isinstance(weight, PackedWeight):
+            # Heads' parts of it are multiplied from both sides, which no packed kernel does.
+            weight = DenseWeight(weight.to_layout("rows").dequantize().to(self._dtype), weight.bias)
+        self._weights.append((weight,))
+        by_head = about.heads, about.key_dim + about.value_dim
+        return Expansion(
+            index=len(self._weights) - 1,
+            key_dim=about.key_dim,
+            weight=weight.weight.view(*by_head, about.latent_dim),
+            bias=None if weight.bias is None else weight.bias.to(self._dtype).view(by_head),
         )
 
     def _recurrent(

@@ -13,18 +13,17 @@ from nybble.engine.adapter_slots import AdapterSlots, StepAdapters
 from nybble.engine.config import EngineConfig, resolve_device
 from nybble.engine.decoder import Decoder
 from nybble.engine.graphs import Capture, DecodeGraphs, bucket_sizes, cuda_capture
-from nybble.engine.inputs import InputBuffers, StepInputs, StepMessage
+from nybble.engine.inputs import InputBuffers, StepInputs, StepItem, StepMessage
 from nybble.engine.kv_cache import KVCacheLayout
 from nybble.engine.parts import KVCache, States
 from nybble.engine.prompt_reader import logit_chunks
-from nybble.engine.scheduler import ScheduledBatch, StepKind
 from nybble.kernels.attention_batch import AttentionBatch
 from nybble.kernels.cpu.huge_pages import empty_in_huge_pages
 from nybble.kernels.lora_batch import LoRABatch
 from nybble.kernels.progress import Progress, track
 from nybble.kernels.reference import TokenChoice
 from nybble.kernels.state_batch import StateBatch
-from nybble.models import Attention, Recurrent
+from nybble.models import AnyAttention, Recurrent
 
 _ANY_CHOICE = TokenChoice(temperature=1.0, top_k=1, top_p=0.5, min_p=0.1, uniform=0.5)
 
@@ -72,14 +71,15 @@ class ModelRunner:
                 return empty_in_huge_pages(shape, dtype).zero_()
             return torch.zeros(shape, dtype=dtype, device=self.device)
 
-        def cache(attention: Attention) -> KVCache:
+        def cache(attention: AnyAttention) -> KVCache:
             heads = (num_blocks, attention.kv_heads, config.block_size)
             whole = (*heads, attention.head_dim)
+            tensors = range(attention.cache_tensors)
             if config.kv_dtype == "auto":
-                return zeros(config.dtype, *whole), zeros(config.dtype, *whole)
+                return tuple(zeros(config.dtype, *whole) for _ in tensors)
             kind = torch.int8 if config.kv_dtype == "int8" else torch.float8_e4m3fn
-            keys, values = zeros(kind, *whole), zeros(kind, *whole)
-            return keys, values, zeros(torch.float32, *heads), zeros(torch.float32, *heads)
+            entries = [zeros(kind, *whole) for _ in tensors]
+            return (*entries, *(zeros(torch.float32, *heads) for _ in tensors))
 
         # Layers at the same place of their groups use the same memory, for blocks of their own.
         layers = decoder.architecture.attentions
@@ -109,7 +109,7 @@ class ModelRunner:
         )
         self._graphs: DecodeGraphs | None = None
 
-    def run(self, batch: ScheduledBatch) -> Tensor:
+    def run(self, batch: Sequence[StepItem]) -> Tensor:
         """Compute every scheduled token.
 
         Returns float32 logits ``(sampling, vocab)``, for each scheduled sequence as many rows as it
@@ -118,7 +118,7 @@ class ModelRunner:
         """
         lora_slots = [item.sequence.adapter_slot for item in batch]
         adapted = any(slot >= 0 for slot in lora_slots)
-        if self._graphs is not None and all(item.kind is StepKind.DECODE for item in batch):
+        if self._graphs is not None and all(item.decodes for item in batch):
             size = self._graphs.size_for(len(batch), adapted)
             if size is not None:
                 self._inputs.build(batch, lora_slots if adapted else None, pad_to=size)

@@ -9,7 +9,8 @@ VeRA's are ``vera_lambda_d`` ``(rank,)`` and ``vera_lambda_b`` ``(out,)``, besid
 ``base_layer`` if the layer has an adapter. Some versions put the adapter's name before ``weight``.
 Some leave out ``base_model.model``, or, if the model was trained without its head, the base's
 ``model.``. For the embedding, the output layer and norms see :mod:`nybble.loaders.adapter_ends`.
-Training the text part of a multimodal model adds that model's prefixes (``model.language_model.layers…``).
+Training the text part of a multimodal model adds that model's prefixes
+(``model.language_model.layers…``).
 """
 
 from __future__ import annotations
@@ -237,6 +238,7 @@ def _check(
     path: Path, key: str, tensor: Tensor, part: str, rank: int, shape: tuple[int, int]
 ) -> None:
     out, inputs = shape
+    low_rank: dict[str, tuple[int, ...]]
     low_rank = {"lora_A": (rank, inputs), "lora_B": (out, rank), "lora_E": (rank, 1)}
     low_rank["vera_lambda_d"] = (rank,)
     expected = low_rank.get(part, (out,))

@@ -54,7 +54,7 @@ def exported(
     tenants = tmp_path_factory.mktemp("tenants") / "tenants.toml"
     tenants.write_text(f'[tenants.acme]\nkeys = ["{stored}"]\n')
     adapter = ("--lora-modules", f"poet={tiny_adapter(seed=1)}", "--max-lora-rank", "8")
-    state = ("--state-dir", str(tmp_path_factory.mktemp("state")))
+    state = ("--state-dir", str(tmp_path_factory.mktemp("state")), "--batches", "--fine-tuning")
     with running_server(tiny_model(), "--tenants", str(tenants), *adapter, *state) as server:
         body = {"model": "poet", "prompt": "the fox", "max_tokens": 3, "ignore_eos": True}
         url, headers = f"{server.url}/v1/completions", {"Authorization": f"Bearer {key}"}
