@@ -1,11 +1,13 @@
 """Sequences, paged KV cache, scheduler, models and sampling: continuous batching."""
 
-from nybble.engine.adapters import AdapterInfo
+from nybble.engine.adapters import AdapterConflictError, AdapterInfo
 from nybble.engine.config import AdapterConfig, EngineConfig, resolve_device
 from nybble.engine.engine import Engine
 from nybble.engine.guide import GrammarCompiler, GrammarGuide, StructuralTag
 from nybble.engine.reasoning_budget import BudgetGuide, ReasoningLimit
 from nybble.engine.request import (
+    MAX_MIXED_ADAPTERS,
+    AdapterMixture,
     AdapterUnavailableError,
     ContextLengthError,
     EngineFailedError,
@@ -31,9 +33,12 @@ from nybble.engine.vocabulary import Vocabulary
 from nybble.loaders import AdapterError
 
 __all__ = [
+    "MAX_MIXED_ADAPTERS",
     "AdapterConfig",
+    "AdapterConflictError",
     "AdapterError",
     "AdapterInfo",
+    "AdapterMixture",
     "AdapterUnavailableError",
     "BudgetGuide",
     "ContextLengthError",

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -23,6 +23,16 @@ Residency = Literal["device", "host", "disk"]
 _READS_AT_ONCE = 2
 
 
+@dataclass(frozen=True)
+class MixturePart:
+    """An adapter in a mixture: where it is, the digest of its files' content, and its weight."""
+
+    name: str
+    folder: Path
+    digest: bytes
+    weight: float
+
+
 @dataclass(eq=False)
 class AdapterVersion:
     """An adapter as it was loaded under a name. A request keeps the version it began with.
@@ -33,10 +43,19 @@ class AdapterVersion:
     hits: requests so far.
     waiting: queued requests that use it.
     running: running requests that use it.
+    last_used: when a request last asked for it, in seconds since 1970; None if none has.
     tenant: the tenant whose request queued for it last.
+    tenants: those whose requests have asked for it, up to a number of them.
+    pinned: whether its host copy and its slot are the last to be given to another.
     slot: its slot on the device; None if it is in none.
     in_host: whether a staged copy is in host memory.
     retired: replaced or unloaded; it is forgotten once its last request is done.
+    parts: of a mixture, whose ``folder`` is that of the first; empty for another adapter.
+    invocation: of an aLoRA, the tokens from whose last occurrence in the prompt on it is active.
+    template: its own chat template, or several by name; None for the base model's.
+    sampling: what its makers recommend for requests that name no value; None for the base model's.
+    end_tokens: its own, beside the base model's.
+    not_a_sum: why it cannot be part of a mixture; None if it can.
     """
 
     name: str
@@ -48,10 +67,27 @@ class AdapterVersion:
     hits: int = 0
     waiting: int = 0
     running: int = 0
+    last_used: int | None = None
     tenant: str = ""
+    tenants: set[str] = field(default_factory=set)
+    pinned: bool = False
     slot: int | None = None
     in_host: bool = False
     retired: bool = False
+    parts: tuple[MixturePart, ...] = ()
+    not_a_sum: str | None = None
+    invocation: tuple[int, ...] = ()
+    template: str | Mapping[str, str] | None = None
+    sampling: Mapping[str, float] | None = None
+    end_tokens: frozenset[int] = frozenset()
+
+    def start(self, prompt: Sequence[int]) -> int | None:
+        """The first position at which it is active in a text with this prompt; None for never."""
+        wanted = self.invocation
+        for at in range(len(prompt) - len(wanted), -1, -1) if wanted else ():
+            if tuple(prompt[at : at + len(wanted)]) == wanted:
+                return at
+        return None if wanted else 0
 
     @property
     def residency(self) -> Residency:
@@ -134,9 +170,18 @@ class AdapterCache:
         self._forget_if_unused(version)
         self._start_loading()
 
+    def pin(self, version: AdapterVersion, pinned: bool) -> None:
+        """Have a version stay in host memory while there is room, beginning now, or no longer."""
+        version.pinned = pinned and not version.retired
+        if version.pinned:
+            self._want(version)
+        else:
+            self._start_loading()  # its copy can make room now
+
     def retire(self, version: AdapterVersion) -> None:
         """Mark the version as replaced or unloaded. Requests that use it keep it."""
         version.retired = True
+        version.pinned = False
         self._forget_if_unused(version)
 
     def offer(self, version: AdapterVersion, staged: StagedAdapter) -> None:
@@ -163,7 +208,8 @@ class AdapterCache:
         version.in_host = True
 
     def _want(self, version: AdapterVersion) -> None:
-        if not self.ready(version) and version not in self._loading:
+        there = version in self._host if version.pinned else self.ready(version)
+        if not there and version not in self._loading:
             self._wanted.setdefault(version.tenant, OrderedDict())[version] = None
             self._start_loading()
 
@@ -193,13 +239,16 @@ class AdapterCache:
         return True
 
     def _needs_reading(self, version: AdapterVersion) -> bool:
-        return bool(version.waiting) and not self.ready(version) and version not in self._loading
+        wanted = version.waiting or (version.pinned and version not in self._host)
+        there = version in self._host if version.pinned else self.ready(version)
+        return bool(wanted) and not there and version not in self._loading
 
     def _make_room(self, newcomer: AdapterVersion) -> bool:
         """Drop host copies until the newcomer fits. If it cannot fit, drop none and return False.
 
         Copies that no queued request needs go first. Then come copies of a tenant which, after
-        losing one, still holds at least as many bytes as the newcomer's tenant would.
+        losing one, still holds at least as many bytes as the newcomer's tenant would. Pinned ones
+        go last.
         """
         free, dropped = self._free_bytes, []
         held: Counter[str] = Counter()
@@ -213,9 +262,9 @@ class AdapterCache:
             v
             for v in self._host
             if not (v.retired and (v.waiting or v.running))
-            and not (v.running and self._host[v].ends is not None)
+            and not (self._slot_refers_to(v) and (v.waiting or v.running))
         )
-        by_use = sorted(replaceable, key=self._needed_beside_slot)
+        by_use = sorted(replaceable, key=lambda v: (v.pinned, self._needed_beside_slot(v)))
         for version in by_use:
             if free >= newcomer.nbytes:
                 break
@@ -237,11 +286,16 @@ class AdapterCache:
         return version.slot is None and version.waiting > 0
 
     def _drop(self, version: AdapterVersion) -> None:
-        staged = self._host.pop(version)
+        refers = self._slot_refers_to(version)
+        del self._host[version]
         version.in_host = False
         self._free_bytes += version.nbytes
-        if staged.ends is not None and version.slot is not None:
-            self._empty(version.slot)  # it refers to this copy
+        if refers and version.slot is not None:
+            self._empty(version.slot)
+
+    def _slot_refers_to(self, version: AdapterVersion) -> bool:
+        """Whether the version's slot is of no use without its host copy."""
+        return version.slot is not None and self._host[version].ends is not None
 
     def _fill(self, version: AdapterVersion) -> bool:
         staged = self._host.get(version)
@@ -269,14 +323,16 @@ class AdapterCache:
         """The slot to overwrite; None if a running request uses every one.
 
         In order of preference: an empty slot, or the least recently used of an adapter without
-        requests; then the least recently used of an adapter that only waiting requests want.
+        requests; then the least recently used of an adapter that only waiting requests want; then
+        that of a pinned one.
         """
-        idle = [slot for slot, held in self._in_slot.items() if held is None or not held.running]
-        for slot in idle:
+
+        def worth(slot: int) -> tuple[bool, bool]:
             held = self._in_slot[slot]
-            if held is None or not held.waiting:
-                return slot
-        return idle[0] if idle else None
+            return (False, False) if held is None else (held.pinned, held.waiting > 0)
+
+        idle = [slot for slot, held in self._in_slot.items() if held is None or not held.running]
+        return min(idle, key=worth, default=None)
 
     def _forget_if_unused(self, version: AdapterVersion) -> None:
         if not version.retired or version.waiting or version.running:
@@ -287,7 +343,6 @@ class AdapterCache:
         # belong to another.
         if version.slot is not None and self._in_slot[version.slot] is version:
             self._empty(version.slot)
-            version.slot = None
 
     def _empty(self, slot: int) -> None:
         """Let go of what is in a slot that is not in use."""

@@ -6,21 +6,39 @@ in host memory and on the device.
 
 from __future__ import annotations
 
+import json
 import logging
 import threading
-from collections.abc import Callable
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from hashlib import blake2b
 from pathlib import Path
 
-from nybble.engine.adapter_cache import AdapterCache, AdapterVersion, Residency
+from nybble.engine.adapter_cache import AdapterCache, AdapterVersion, MixturePart, Residency
 from nybble.engine.adapter_slots import AdapterSlots, StagedAdapter
-from nybble.engine.request import ParameterError
+from nybble.engine.generation_config import own_end_tokens, sampling_defaults
+from nybble.engine.request import AdapterMixture, ParameterError
 from nybble.loaders import AdapterError, load_adapter, resolve_adapter
+from nybble.loaders.adapter_combine import combine_adapters, combined_digest, not_a_sum
+from nybble.loaders.adapter_settings import OwnSettings, read_own_settings
 
 logger = logging.getLogger(__name__)
 
 _NAMES_IN_ERRORS = 10
+# Mixtures that requests have asked for and that are kept for the next such request.
+_MIXTURES = 256
+# Earlier versions that are known of a name, and names of which any are.
+_EARLIER = 8
+_EARLIER_NAMES = 1000
+_TENANTS = 100  # that are listed for an adapter
+_MixtureKey = tuple[AdapterMixture | AdapterVersion, ...]
+
+
+class AdapterConflictError(AdapterError):
+    """An adapter has another version than the caller expected."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +52,13 @@ class AdapterInfo:
     hits: requests so far.
     running: running requests.
     waiting: queued requests.
+    last_used: when a request last asked for it, in seconds since 1970; None if none has.
+    tenants: those whose requests have asked for it, sorted; of many only some.
+    own_template: whether it has a chat template of its own.
+    sampling: what it recommends for requests that name no value; None for what the base does.
+    pinned: whether it stays in host memory while others can make room.
+    mixture: the weights of the adapters it was mixed of, by name; None if it was not mixed. It then
+        has no path.
     """
 
     name: str
@@ -46,12 +71,18 @@ class AdapterInfo:
     hits: int
     running: int
     waiting: int
+    last_used: int | None = None
+    tenants: tuple[str, ...] = ()
+    own_template: bool = False
+    sampling: Mapping[str, float] | None = None
+    pinned: bool = False
+    mixture: Mapping[str, float] | None = None
 
     @classmethod
     def of(cls, version: AdapterVersion) -> AdapterInfo:
         return cls(
             name=version.name,
-            path=str(version.folder),
+            path="" if version.parts else str(version.folder),
             version=version.digest.hex(),
             rank=version.rank,
             nbytes=version.nbytes,
@@ -60,6 +91,12 @@ class AdapterInfo:
             hits=version.hits,
             running=version.running,
             waiting=version.waiting,
+            last_used=version.last_used,
+            tenants=tuple(sorted(version.tenants)),
+            own_template=version.template is not None,
+            sampling=version.sampling,
+            pinned=version.pinned,
+            mixture={part.name: part.weight for part in version.parts} or None,
         )
 
 
@@ -86,54 +123,156 @@ class AdapterRegistry:
     """Maps names to adapter versions. May be used from any thread.
 
     host_bytes: memory for host copies.
+    own_settings: whether adapters' own chat templates and generation configs are read.
     post: runs a function on the engine thread, in the order of the calls.
     on_failure: called on the engine thread if a version that requests wait for cannot be read.
     """
 
     slots: AdapterSlots
     host_bytes: int
+    own_settings: bool
     post: Callable[[Callable[[], None]], None]
     on_failure: Callable[[AdapterVersion, AdapterError], None]
     _versions: dict[str, AdapterVersion] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
+    # What names stood for before, the oldest first; the name that changed last comes last.
+    _earlier: OrderedDict[str, list[AdapterVersion]] = field(default_factory=OrderedDict)
+    # By the mixture and the versions of its adapters; the one last asked for comes last.
+    _mixtures: OrderedDict[_MixtureKey, AdapterVersion] = field(default_factory=OrderedDict)
 
     def __post_init__(self) -> None:
         self.cache = self._empty_cache()
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="nybble-adapters")
 
-    def load(self, name: str, path: str, *, replace: bool) -> AdapterInfo:
+    def load(
+        self, name: str, path: str, *, replace: bool, expected: str | None = None
+    ) -> AdapterInfo:
         """Read and check an adapter, then serve it as ``name``.
 
         path: a folder or hub name.
         replace: whether the name may be taken already; requests that have begun keep the version
             they began with.
+        expected: the version that it is to replace; None for any or none.
 
         Raises AdapterError, and changes nothing, if the adapter does not fit the model or the
-        limits, or if the name is taken and ``replace`` is false.
+        limits, or if the name is taken and ``replace`` is false, and AdapterConflictError if the
+        name has another version than is expected.
         """
-        if not name:
-            raise AdapterError("an adapter needs a name")
-        if not replace:
-            self._refuse_taken(name)  # before reading, and again after it
+        self._check_name(name, replace, expected)  # before reading, and again after it
         folder = resolve_adapter(path)
-        version, staged = self._read(name, folder)
+        return self._serve(*self._read(name, folder), replace=replace, expected=expected)
+
+    def load_mixture(
+        self, name: str, mixture: AdapterMixture, *, replace: bool, expected: str | None = None
+    ) -> AdapterInfo:
+        """Serve a mixture of loaded adapters, as they are now, as ``name``; see :meth:`load`.
+
+        Raises ParameterError too, if an adapter is not loaded or cannot be mixed.
+        """
+        self._check_name(name, replace, expected)
         with self._lock:
-            if not replace:
-                self._refuse_taken(name)
+            parts = self._parts(mixture)
+        read = self._read(name, parts[0].folder, parts)
+        return self._serve(*read, replace=replace, expected=expected)
+
+    def roll_back(
+        self, name: str, to: str, *, folder: Path | None = None, expected: str | None = None
+    ) -> AdapterInfo:
+        """Serve an earlier version of a name again; see :meth:`load`.
+
+        to: one of those of :meth:`versions`.
+        folder: where its files are now; None if they are where they were.
+
+        Raises AdapterError too, if its files have changed, and ParameterError if there is no such
+        version.
+        """
+        self._check_name(name, True, expected)
+        with self._lock:
+            found = [each for each in self._earlier.get(name, ()) if each.digest.hex() == to]
+        if not found:
+            raise ParameterError("version", f"adapter {name!r} has had no version {to!r}")
+        version, staged = self._read(name, folder or found[-1].folder, found[-1].parts)
+        if version.digest != found[-1].digest:
+            raise AdapterError(f"the files of version {to} of adapter {name!r} have changed since")
+        return self._serve(version, staged, replace=True, expected=expected)
+
+    def _serve(
+        self,
+        version: AdapterVersion,
+        staged: StagedAdapter,
+        *,
+        replace: bool,
+        expected: str | None,
+    ) -> AdapterInfo:
+        name = version.name
+        with self._lock:
+            self._check_name(name, replace, expected)
             before = self._versions.get(name)
             if before is not None:
-                version.hits = before.hits
-                self.post(lambda: self.cache.retire(before))
+                version.hits, version.last_used = before.hits, before.last_used
+                version.tenants, version.pinned = before.tenants, before.pinned
+                self._retire(before)
             self._versions[name] = version
             self.post(lambda: self.cache.offer(version, staged))
+            if version.pinned:
+                self.post(lambda: self.cache.pin(version, True))
         return AdapterInfo.of(version)
 
-    def unload(self, name: str) -> None:
-        """Remove the name; requests that have begun finish. Raises ParameterError if unknown."""
+    def unload(self, name: str, *, expected: str | None = None) -> None:
+        """Remove the name; requests that have begun finish.
+
+        Raises ParameterError if it is unknown, and AdapterConflictError if it has another version
+        than is expected.
+        """
         with self._lock:
             version = self._find(name)
+            self._check_name(name, True, expected)
             del self._versions[name]
-            self.post(lambda: self.cache.retire(version))
+            self._retire(version)
+
+    def forget(self, name: str) -> None:
+        """Forget the earlier versions of a name."""
+        with self._lock:
+            self._earlier.pop(name, None)
+
+    def pin(self, name: str, pinned: bool, *, expected: str | None = None) -> AdapterInfo:
+        """Have an adapter read now and stay in memory while others can make room, or no longer.
+
+        Raises ParameterError if it is unknown, or if pinned adapters would take more than half of
+        the memory, and AdapterConflictError if it has another version than is expected.
+        """
+        with self._lock:
+            version = self._find(name)
+            self._check_name(name, True, expected)
+            others = (each for each in self._versions.values() if each is not version)
+            taken = version.nbytes + sum(each.nbytes for each in others if each.pinned)
+            if pinned and taken > self.host_bytes // 2:
+                raise ParameterError(
+                    "pinned",
+                    f"pinned adapters would take {taken} bytes, more than half of the host memory "
+                    f"for adapters ({self.host_bytes}): raise host_bytes, or unpin another",
+                )
+            version.pinned = pinned
+            self.post(lambda: self.cache.pin(version, pinned))
+            return AdapterInfo.of(version)
+
+    def versions(self, name: str) -> list[AdapterInfo]:
+        """What the name stands for and has stood for since the start, the newest first.
+
+        Of earlier versions the last few are known.
+        """
+        with self._lock:
+            current = self._versions.get(name)
+            found = [*self._earlier.get(name, ()), *([] if current is None else [current])]
+            by_digest = {each.digest: each for each in found}
+            newest = sorted(by_digest.values(), key=found.index, reverse=True)
+            return [AdapterInfo.of(each) for each in newest]
+
+    def version(self, name: str | None) -> AdapterVersion | None:
+        """The version of this name; None if there is none, or for a mixture or the base model."""
+        if name is None or isinstance(name, AdapterMixture):
+            return None
+        return self._versions.get(name)
 
     def info(self, name: str) -> AdapterInfo | None:
         """The adapter of this name; None if there is none."""
@@ -166,15 +305,70 @@ class AdapterRegistry:
             waiting=tuple(waiting),
         )
 
-    def submit(self, name: str, send: Callable[[AdapterVersion], None]) -> None:
-        """Call ``send`` with the version of this name. Raises ParameterError for an unknown name.
+    def submit(self, name: str, send: Callable[[AdapterVersion], None], tenant: str = "") -> None:
+        """Call ``send`` with the version of this name, or of a mixture.
+
+        Raises ParameterError for an unknown name, or for adapters that cannot be mixed.
 
         The lock is held meanwhile: the version cannot be retired before the request is queued.
         """
         with self._lock:
-            version = self._find(name)
-            version.hits += 1
+            version = (
+                self._mixed(name, tenant) if isinstance(name, AdapterMixture) else self._find(name)
+            )
+            _count(version, tenant)
             send(version)
+
+    def _mixed(self, mixture: AdapterMixture, tenant: str) -> AdapterVersion:
+        """The version of a mixture, which is kept while it is among those last asked for."""
+        used = [self._find(name) for name, _ in mixture.parts]
+        for version in used:
+            _count(version, tenant)
+        key: _MixtureKey = (mixture, *used)
+        if key in self._mixtures:
+            self._mixtures.move_to_end(key)
+            return self._mixtures[key]
+        parts = self._parts(mixture)
+        rank, nbytes = (sum(getattr(each, of) for each in used) for of in ("rank", "nbytes"))
+        try:
+            self._check_room(mixture, rank, nbytes)
+        except AdapterError as error:
+            raise ParameterError("adapter", str(error)) from None
+        version = AdapterVersion(
+            mixture, parts[0].folder, _digest(parts), rank, nbytes, parts=parts
+        )
+        self._mixtures[key] = version
+        if len(self._mixtures) > _MIXTURES:
+            _, oldest = self._mixtures.popitem(last=False)
+            self.post(lambda: self.cache.retire(oldest))
+        return version
+
+    def _parts(self, mixture: AdapterMixture) -> tuple[MixturePart, ...]:
+        """The adapters of a mixture, mixtures among them taken apart."""
+        parts: list[MixturePart] = []
+        for name, weight in mixture.parts:
+            version = self._find(name)
+            if version.not_a_sum is not None:
+                raise ParameterError(
+                    "adapter",
+                    f"adapter {name!r} {version.not_a_sum}: only plain LoRA can be mixed",
+                )
+            own = MixturePart(name, version.folder, version.digest, 1.0)
+            parts += [
+                replace(each, weight=weight * each.weight) for each in version.parts or (own,)
+            ]
+        return tuple(parts)
+
+    def _retire(self, version: AdapterVersion) -> None:
+        """Take a version away from new requests, and the mixtures that have it."""
+        earlier = self._earlier.setdefault(version.name, [])
+        earlier[:] = [*earlier, version][-_EARLIER:]
+        self._earlier.move_to_end(version.name)
+        if len(self._earlier) > _EARLIER_NAMES:
+            self._earlier.popitem(last=False)
+        gone = [key for key in self._mixtures if version in key[1:]]
+        for each in (version, *(self._mixtures.pop(key) for key in gone)):
+            self.post(lambda each=each: self.cache.retire(each))  # type: ignore[misc]
 
     def successor(self, version: AdapterVersion) -> AdapterVersion | None:
         """The version now served under this version's name; None if it is the same or none."""
@@ -188,19 +382,32 @@ class AdapterRegistry:
     def restart(self) -> None:
         """Keep every name, but forget host copies and slots: the engine restarts from empty."""
         with self._lock:
-            for version in self._versions.values():
+            for version in (*self._versions.values(), *self._mixtures.values()):
                 version.waiting = version.running = 0
                 version.slot, version.in_host = None, False
             self.cache = self._empty_cache()
+            for version in self._versions.values():
+                if version.pinned:
+                    self.cache.pin(version, True)
 
     def _empty_cache(self) -> AdapterCache:
         cache: AdapterCache
         cache = AdapterCache(self.slots, self.host_bytes, lambda v: self._load_later(v, cache))
         return cache
 
-    def _refuse_taken(self, name: str) -> None:
-        if name in self._versions:
+    def _check_name(self, name: str, replace: bool, expected: str | None) -> None:
+        """Raises AdapterError if the name cannot be given to a version now."""
+        if not name:
+            raise AdapterError("an adapter needs a name")
+        version = self._versions.get(name)
+        if version is not None and not replace:
             raise AdapterError(f"adapter {name!r} is loaded already: replace it or unload it first")
+        found = None if version is None else version.digest.hex()
+        if expected is not None and expected != found:
+            now = "not loaded" if found is None else f"version {found}"
+            raise AdapterConflictError(
+                f"adapter {name!r} is {now}, expected was version {expected}; nothing was changed"
+            )
 
     def _find(self, name: str) -> AdapterVersion:
         version = self._versions.get(name)
@@ -212,25 +419,61 @@ class AdapterRegistry:
             raise ParameterError("adapter", f"adapter {name!r} is not loaded; loaded: {known}")
         return version
 
-    def _read(self, name: str, folder: Path) -> tuple[AdapterVersion, StagedAdapter]:
-        adapter = load_adapter(folder, self.slots.architecture)
-        if adapter.rank > self.slots.max_rank:
+    def _check_room(self, what: object, rank: int, nbytes: int) -> None:
+        """Raises AdapterError for an adapter of a higher rank or more bytes than there is room."""
+        if rank > self.slots.max_rank:
             raise AdapterError(
-                f"{folder} has rank {adapter.rank}, but this server holds adapters up to rank "
+                f"{what} has rank {rank}, but this server holds adapters up to rank "
                 f"{self.slots.max_rank}: raise max_rank"
             )
-        staged = self.slots.stage(adapter)
-        if staged.nbytes > self.host_bytes:
+        if nbytes > self.host_bytes:
             raise AdapterError(
-                f"{folder} takes {staged.nbytes} bytes, but the host memory for adapters is "
+                f"{what} takes {nbytes} bytes, but the host memory for adapters is "
                 f"{self.host_bytes}: raise host_bytes"
             )
+
+    def _read(
+        self, name: str, folder: Path, parts: tuple[MixturePart, ...] = ()
+    ) -> tuple[AdapterVersion, StagedAdapter]:
+        architecture = self.slots.architecture
+        if parts:
+            mixed = [load_adapter(part.folder, architecture) for part in parts]
+            adapter = combine_adapters(mixed, [part.weight for part in parts])
+        else:
+            adapter = load_adapter(folder, architecture)
+        self._check_room(folder, adapter.rank, 0)
+        staged = self.slots.stage(adapter)
+        self._check_room(folder, 0, staged.nbytes)
         if not staged.is_finite():
             raise AdapterError(
                 f"{folder} has values that, times alpha / r, {self.slots.dtype} cannot hold"
             )
-        version = AdapterVersion(name, folder, adapter.digest, adapter.rank, staged.nbytes)
+        version = AdapterVersion(
+            name,
+            folder,
+            adapter.digest,
+            adapter.rank,
+            staged.nbytes,
+            parts=parts,
+            not_a_sum=not_a_sum(adapter),
+            invocation=adapter.invocation,
+        )
+        if self.own_settings and not parts:
+            self._read_settings(version)
         return version, staged
+
+    def _read_settings(self, version: AdapterVersion) -> None:
+        own = read_own_settings(version.folder)
+        version.template = own.template
+        if own != OwnSettings():
+            content = json.dumps([own.template, own.generation], default=dict).encode()
+            version.digest = blake2b(version.digest + content, digest_size=16).digest()
+        if own.generation is not None:
+            try:
+                version.sampling = sampling_defaults(own.generation)
+                version.end_tokens = own_end_tokens(own.generation, self.slots.architecture.vocab)
+            except ValueError as error:
+                raise AdapterError(f"{version.folder}: {error}") from error
 
     def _load_later(self, version: AdapterVersion, cache: AdapterCache) -> None:
         def answer(function: Callable[[], None]) -> None:
@@ -239,7 +482,7 @@ class AdapterRegistry:
 
         def read() -> None:
             try:
-                again, staged = self._read(version.name, version.folder)
+                again, staged = self._read(version.name, version.folder, version.parts)
                 if again.digest != version.digest:
                     raise AdapterError(
                         f"{version.folder} has changed since adapter {version.name!r} was loaded "
@@ -258,3 +501,15 @@ class AdapterRegistry:
     def _failed(self, version: AdapterVersion, error: AdapterError) -> None:
         self.cache.failed(version)
         self.on_failure(version, error)
+
+
+def _digest(parts: tuple[MixturePart, ...]) -> bytes:
+    return combined_digest([part.digest for part in parts], [part.weight for part in parts])
+
+
+def _count(version: AdapterVersion, tenant: str) -> None:
+    """Count a request."""
+    version.hits += 1
+    version.last_used = int(time.time())
+    if tenant and len(version.tenants) < _TENANTS:
+        version.tenants.add(tenant)

@@ -225,7 +225,8 @@ class BlockManager:
             start = len(hashes) * self.block_size
             tokens = array("q", sequence.token_ids[start : start + self.block_size])
             parent = hashes[-1] if hashes else sequence.prefix_root
-            hashes.append(blake2b(parent + tokens.tobytes(), digest_size=16).digest())
+            mark = sequence.prefix_mark(start, start + self.block_size)
+            hashes.append(blake2b(parent + mark + tokens.tobytes(), digest_size=16).digest())
         return hashes[index]
 
 

@@ -28,11 +28,13 @@ class AdapterConfig:
     slots: adapters that one step can mix.
     max_rank: the highest rank an adapter may have. Every slot takes memory for this rank.
     host_bytes: host memory for adapters that are ready to be copied into a slot.
+    own_settings: whether an adapter's own chat template and generation config are used.
     """
 
     slots: int = 8
     max_rank: int = 64
     host_bytes: int = 4 << 30
+    own_settings: bool = True
 
     def __post_init__(self) -> None:
         for name in ("slots", "max_rank", "host_bytes"):

@@ -35,8 +35,12 @@ def template_of(tokenizer: PreTrainedTokenizerBase, *, tools: bool) -> str | Non
 
     Raises ValueError where a checkpoint has several and none of them is the default.
     """
-    templates = tokenizer.chat_template
-    if not isinstance(templates, dict):
+    return chosen_template(tokenizer.chat_template, tools=tools)
+
+
+def chosen_template(templates: str | Mapping[str, str] | None, *, tools: bool) -> str | None:
+    """As :func:`template_of`, of a template or of several by name."""
+    if not isinstance(templates, Mapping):
         return templates or None
     if tools and "tool_use" in templates:
         return str(templates["tool_use"])

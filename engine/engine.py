@@ -11,6 +11,7 @@ import logging
 from collections.abc import AsyncGenerator, Callable, Mapping
 from collections.abc import Sequence as Several
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -42,6 +43,7 @@ from nybble.engine.parallel import TensorParallel
 from nybble.engine.prompt_reader import read_pooling
 from nybble.engine.ranks import NoRanks, check_ranks, start_ranks
 from nybble.engine.request import (
+    AdapterMixture,
     ContextLengthError,
     EngineOverloadedError,
     NotANumberError,
@@ -70,6 +72,9 @@ if TYPE_CHECKING:
     from nybble.loaders import Checkpoint
 
 logger = logging.getLogger(__name__)
+
+# The LoRA kernels hold a tile of so many ranks in registers.
+_MAX_GPU_LORA_RANK = 256
 
 
 class Engine:
@@ -201,6 +206,12 @@ class Engine:
                 "at every step, many times slower",
                 str(config.dtype).removeprefix("torch."),
             )
+        if device.type == "cuda" and config.adapters is not None:
+            rank = config.adapters.max_rank
+            if rank > _MAX_GPU_LORA_RANK:
+                raise ValueError(
+                    f"max_rank is {rank}, expected at most {_MAX_GPU_LORA_RANK} on a GPU"
+                )
         if config.deterministic and device.type == "cpu":
             for attention in architecture.attentions:
                 if attention.head_dim % 16:
@@ -407,22 +418,86 @@ class Engine:
         """Figures of the last step; safe from any thread."""
         return self._thread.stats
 
-    def load_adapter(self, name: str, path: str, *, replace: bool = True) -> AdapterInfo:
+    def load_adapter(
+        self, name: str, path: str, *, replace: bool = True, expected: str | None = None
+    ) -> AdapterInfo:
         """Read an adapter (a folder or hub name) and serve it as ``name``; blocks while reading.
 
         A name that is taken changes hands at once, and requests that have begun keep the version
-        they began with; unless ``replace``, it is refused. Raises AdapterError, which changes
-        nothing, and ParameterError where adapters are off.
-        """
-        return self._require_adapters().load(name, path, replace=replace)
+        they began with; unless ``replace``, it is refused.
 
-    def unload_adapter(self, name: str) -> None:
-        """Take an adapter away from new requests. Raises ParameterError for an unknown name."""
-        self._require_adapters().unload(name)
+        expected: the version that it is to replace; None for any or none.
+
+        Raises AdapterError, which changes nothing, AdapterConflictError if the name has another
+        version than is expected, and ParameterError if adapters are off.
+        """
+        return self._require_adapters().load(name, path, replace=replace, expected=expected)
+
+    def load_mixture(
+        self,
+        name: str,
+        mixture: AdapterMixture,
+        *,
+        replace: bool = True,
+        expected: str | None = None,
+    ) -> AdapterInfo:
+        """Serve a mixture of loaded adapters, as they are now, as ``name``; see load_adapter.
+
+        Raises ParameterError if an adapter is not loaded or cannot be mixed.
+        """
+        adapters = self._require_adapters()
+        return adapters.load_mixture(name, mixture, replace=replace, expected=expected)
+
+    def roll_back_adapter(
+        self, name: str, to: str, *, folder: Path | None = None, expected: str | None = None
+    ) -> AdapterInfo:
+        """Serve an earlier version of a name again; see load_adapter.
+
+        to: one of those of :meth:`adapter_versions`.
+        folder: where its files are now; None if they are where they were.
+
+        Raises AdapterError too if its files have changed, ParameterError if it is unknown.
+        """
+        return self._require_adapters().roll_back(name, to, folder=folder, expected=expected)
+
+    def unload_adapter(self, name: str, *, expected: str | None = None) -> None:
+        """Take an adapter away from new requests. Those that have begun finish.
+
+        Raises ParameterError for an unknown name, and AdapterConflictError if it has another
+        version than is expected.
+        """
+        self._require_adapters().unload(name, expected=expected)
+
+    def forget_adapter(self, name: str) -> None:
+        """Forget the earlier versions of a name, whose files are being removed."""
+        self._require_adapters().forget(name)
+
+    def pin_adapter(self, name: str, pinned: bool, *, expected: str | None = None) -> AdapterInfo:
+        """Have an adapter read now and stay in memory while others can make room, or no longer.
+
+        Raises ParameterError for an unknown name, and if pinned adapters would take more than half
+        of the memory, AdapterConflictError if it has another version than is expected.
+        """
+        return self._require_adapters().pin(name, pinned, expected=expected)
+
+    def adapter_versions(self, name: str) -> list[AdapterInfo]:
+        """What a name has stood for since the start, the newest first; empty if nothing."""
+        return [] if self._adapters is None else self._adapters.versions(name)
 
     def adapter(self, name: str) -> AdapterInfo | None:
         """The loaded adapter of this name; safe from any thread."""
         return None if self._adapters is None else self._adapters.info(name)
+
+    def defaults_for(self, adapter: str | None) -> Mapping[str, float]:
+        """What is recommended for requests to an adapter that name no value; None for the base."""
+        version = None if self._adapters is None else self._adapters.version(adapter)
+        own = None if version is None else version.sampling
+        return self.sampling_defaults if own is None else own
+
+    def chat_templates_of(self, adapter: str | None) -> str | Mapping[str, str] | None:
+        """An adapter's own chat template, or several by name; None for the base model's."""
+        version = None if self._adapters is None else self._adapters.version(adapter)
+        return None if version is None else version.template
 
     def adapters(self) -> list[AdapterInfo]:
         """Every loaded adapter, by name; safe from any thread."""
@@ -500,7 +575,7 @@ class Engine:
         prompt, params = request.prompt_token_ids, request.params
         if request.pooling is not None:
             params = replace(params, max_tokens=0)
-        ends = self.end_tokens(params)
+        ends = self.end_tokens(params, request.adapter)
         return Sequence(
             request,
             max_tokens=self.check(prompt, params),
@@ -509,13 +584,16 @@ class Engine:
             stop_token_ids=ends,
         )
 
-    def end_tokens(self, params: SamplingParams) -> frozenset[int]:
-        """The tokens that end a sequence with these parameters.
+    def end_tokens(self, params: SamplingParams, adapter: str | None = None) -> frozenset[int]:
+        """The tokens that end a sequence with these parameters, of this adapter.
 
         A stop string that is the name of a special token stands for that token, which has no text
         to be found in.
         """
         eos = frozenset[int]() if params.ignore_eos else self.eos_token_ids
+        version = None if self._adapters is None else self._adapters.version(adapter)
+        if version is not None and not params.ignore_eos:
+            eos |= version.end_tokens
         named = (self.vocabulary.special_id(stop) for stop in params.stop)
         return eos.union(params.stop_token_ids, (token for token in named if token is not None))
 

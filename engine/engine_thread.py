@@ -87,6 +87,7 @@ class EngineThread(threading.Thread):
             self.adapters = AdapterRegistry(
                 runner.adapters,
                 config.adapters.host_bytes,
+                config.adapters.own_settings,
                 post=self._inbox.put,
                 on_failure=self._fail_adapter,
             )
@@ -153,7 +154,7 @@ class EngineThread(threading.Thread):
                 self._inbox.put(_Add(sequence, stream))
 
             assert self.adapters is not None
-            self.adapters.submit(name, send)
+            self.adapters.submit(name, send, sequence.tenant)
 
     def fail(self, error: Exception) -> None:
         """Have the engine fail, also if the thread waits for a device that does not answer."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ def read_generation_config(folder: Path) -> dict[str, Any]:
     return read_json_object(path) if path.is_file() else {}
 
 
-def sampling_defaults(settings: dict[str, Any]) -> dict[str, float]:
+def sampling_defaults(settings: Mapping[str, Any]) -> dict[str, float]:
     """The sampling parameters the model's makers recommend, for requests that name none.
 
     Without ``do_sample`` transformers ignores them, and so does this. Raises ValueError naming a
@@ -85,6 +85,12 @@ def eos_token_ids(
                     "%s is %d, outside the vocabulary of %d, and left out", source, token, vocab
                 )
     return frozenset(found)
+
+
+def own_end_tokens(settings: Mapping[str, Any], vocab: int) -> frozenset[int]:
+    """The end tokens that a generation config names. Raises ValueError if they are no token ids."""
+    found = _token_ids(f"eos_token_id in {_FILE}", settings.get("eos_token_id"))
+    return frozenset(token for token in found if 0 <= token < vocab)
 
 
 def _token_ids(source: str, value: Any) -> Iterator[int]:

@@ -170,6 +170,7 @@ class InputBuffers:
         """The inputs of a scheduled batch.
 
         lora_slots: the adapter slot of each scheduled sequence, −1 for none; None for none at all.
+            It is used from the position on at which the sequence's adapter is active.
         pad_to: for a batch of one token each that all sample, the rows to pad it to, with rows
         that have no context and write nothing. Logits are then wanted of every row.
         """
@@ -228,7 +229,11 @@ class InputBuffers:
         if lora_slots is not None:
             of_sequence = np.full(seqs, -1, np.int32)
             of_sequence[: len(batch)] = lora_slots
-            groups = _group(of_sequence[rows], array, padded=pad_to > 0)
+            active = np.zeros(seqs, np.int64)
+            active[: len(batch)] = [item.sequence.adapter_start or 0 for item in batch]
+            in_use = np.where(positions >= active[rows], of_sequence[rows], -1).astype(np.int32)
+            if pad_to or (in_use >= 0).any():
+                groups = _group(in_use, array, padded=pad_to > 0)
         size = (tokens, seqs, len(last), int(counts.max()), groups)
         if self.tell is not None and batch:
             data, reads = self._bytes[:used].tobytes(), _reads(batch, query_start)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
@@ -16,6 +17,7 @@ Pooling = Literal["last", "mean"]
 FinishReason = Literal["stop", "length"]
 
 MAX_LOGPROBS = 20
+MAX_MIXED_ADAPTERS = 8
 
 
 class ParameterError(ValueError):
@@ -222,13 +224,41 @@ class Guide(Protocol):
         ...
 
 
+class AdapterMixture(str):
+    """Loaded adapters with weights: what they add to the base is multiplied by these and summed.
+
+    The text shows it, such as ``0.7*a + 0.3*b``, as an adapter's name does elsewhere.
+
+    parts: the adapters' names with their weights, sorted by name.
+    """
+
+    parts: tuple[tuple[str, float], ...]
+
+    def __new__(cls, weights: Mapping[str, float]) -> AdapterMixture:
+        """Raises ParameterError for no adapters, too many, or a weight that is not finite."""
+        if not 0 < len(weights) <= MAX_MIXED_ADAPTERS:
+            raise ParameterError(
+                "adapter",
+                f"a mixture of {len(weights)} adapters, expected 1 to {MAX_MIXED_ADAPTERS}",
+            )
+        for name, weight in weights.items():
+            if not math.isfinite(weight):
+                raise ParameterError(
+                    "adapter", f"adapter {name!r} has the weight {weight}, expected a finite number"
+                )
+        parts = tuple(sorted((name, float(weight)) for name, weight in weights.items()))
+        self = super().__new__(cls, " + ".join(f"{weight!r}*{name}" for name, weight in parts))
+        self.parts = parts
+        return self
+
+
 @dataclass(frozen=True)
 class Request:
     """One prompt to continue.
 
     request_id: must be unique among the requests in flight.
     guide: restricts the output to a grammar; None for free text.
-    adapter: the name of a loaded adapter; None for the base model.
+    adapter: the name of a loaded adapter, or a mixture of some; None for the base model.
     tenant: the tenant that the tokens count for.
     weight: tenants share the engine in proportion to this.
     priority: among a tenant's waiting requests the lowest number starts first.

@@ -70,6 +70,7 @@ class CachedTokens:
         tuple once all are taken back.
     state: what is held of layers that keep states; None if the model has none.
     block_hashes: the prefix-cache keys of the leading full blocks, as far as they are known.
+    adapter_start: the first position at which an adapter is active; None for never.
     """
 
     def __init__(self, token_ids: Several[int], cache_salt: str = "") -> None:
@@ -79,6 +80,7 @@ class CachedTokens:
         self.block_tables: tuple[BlockTable, ...] = ()
         self.state: SequenceState | None = None
         self.block_hashes: list[bytes] = []
+        self.adapter_start: int | None = 0
         self._cache_salt = cache_salt
 
     @property
@@ -88,6 +90,10 @@ class CachedTokens:
         if not self._cache_salt:
             return b""
         return blake2b(self._cache_salt.encode(), digest_size=16, person=b"cache_salt").digest()
+
+    def prefix_mark(self, first: int, last: int) -> bytes:
+        """What the key of the block of these positions is marked with, beside its tokens."""
+        return b""
 
     @property
     def may_share_prefix(self) -> bool:
@@ -152,7 +158,7 @@ class Sequence(CachedTokens):
         self.num_charged_tokens = 0
         self.arrived = time.monotonic()
         self.queue_seconds = 0.0
-        self.adapter: AdapterVersion | None = None
+        self._adapter: AdapterVersion | None = None
         self.cached_prefix = NOTHING_CACHED
         self.prefix_valid_until = 0
         self.overtaken = 0
@@ -164,14 +170,27 @@ class Sequence(CachedTokens):
             self.prompt_reader = LogprobReader(request.prompt_token_ids, alternatives)
 
     @property
-    def prefix_root(self) -> bytes:
-        """An adapter changes every key and value."""
-        root = self.adapter.digest if self.adapter is not None else b""
-        return root + super().prefix_root
+    def adapter(self) -> AdapterVersion | None:
+        return self._adapter
+
+    @adapter.setter
+    def adapter(self, version: AdapterVersion) -> None:
+        self._adapter = version
+        self.adapter_start = version.start(self.request.prompt_token_ids)
+
+    def prefix_mark(self, first: int, last: int) -> bytes:
+        """What the key of the block of these positions is marked with, beside its tokens.
+
+        An adapter changes every key and value from where it is active on.
+        """
+        begins = self.adapter_start is not None and first <= self.adapter_start < last
+        return self.adapter.digest if begins and self.adapter is not None else b""
 
     @property
     def adapter_slot(self) -> int:
-        """The device slot of the adapter while running, −1 for the base model."""
+        """The device slot of the adapter while running, −1 if the base model computes all."""
+        if self.adapter_start is None:
+            return -1
         return -1 if self.adapter is None or self.adapter.slot is None else self.adapter.slot
 
     @property

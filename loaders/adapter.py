@@ -3,12 +3,14 @@
 Per module: ``base_model.model.<module>.lora_A.weight`` ``(rank, in)`` and ``lora_B.weight``
 ``(out, rank)``; for stacked experts see :mod:`nybble.loaders.adapter_experts`. With DoRA also
 ``lora_magnitude_vector`` ``(out,)``, with ``lora_bias`` ``lora_B.bias`` ``(out,)``.
-AdaLoRA's are ``lora_A``, ``lora_B`` and the singular values ``lora_E`` ``(rank, 1)``. With
-``bias`` there is the layer's own ``bias``, before which comes ``base_layer`` if the layer has an
-adapter. For the embedding, the output layer and norms see :mod:`nybble.loaders.adapter_ends`. Some
-versions put the adapter's name before ``weight``. Some leave out
-``base_model.model``, or, if the model was trained without its head, the base's ``model.``. Training
-the text part of a multimodal model adds that model's prefixes (``model.language_model.layers…``).
+VeRA's are ``vera_lambda_d`` ``(rank,)`` and ``vera_lambda_b`` ``(out,)``, beside ``vera_A`` and
+``vera_B``, which all modules share. AdaLoRA's are ``lora_A``, ``lora_B`` and the singular values
+``lora_E`` ``(rank, 1)``. With ``bias`` there is the layer's own ``bias``, before which comes
+``base_layer`` if the layer has an adapter. Some versions put the adapter's name before ``weight``.
+Some leave out ``base_model.model``, or, if the model was trained without its head, the base's
+``model.``. For the embedding, the output layer and norms see :mod:`nybble.loaders.adapter_ends`.
+Training the text part of a multimodal model adds that model's prefixes
+(``model.language_model.layers…``).
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from nybble.loaders.adapter_changes import LoRAAdapter, LoRAModule
 from nybble.loaders.adapter_config import CONFIG_FILE, MAX_RANK, AdapterSettings
 from nybble.loaders.adapter_ends import end_keys, read_ends
 from nybble.loaders.adapter_experts import expert_changes, is_of_stacked_experts
+from nybble.loaders.adapter_settings import SETTINGS_FILES
 from nybble.loaders.adapter_tensors import AROUND, after_prefixes, check_values
 from nybble.loaders.errors import AdapterError
 from nybble.models import Architecture
@@ -52,14 +55,18 @@ _KEY = re.compile(
     r"(?P<lora_A>lora_A(?:(?:\.[^.]+)?\.weight)?)"
     r"|(?P<lora_B>lora_B(?:(?:\.[^.]+)?\.weight)?)"
     r"|(?P<lora_E>lora_E)"
+    r"|(?P<vera_lambda_b>vera_lambda_b(?:\.[^.]+)?)"
+    r"|(?P<vera_lambda_d>vera_lambda_d(?:\.[^.]+)?)"
     r"|(?P<lora_bias>lora_B(?:\.[^.]+)?\.bias)"
     r"|(?P<lora_magnitude_vector>lora_magnitude_vector(?:\.[^.]+){0,2})"
     r"|(?P<bias>(?:base_layer\.)?bias))"
 )
-_SIDES = {"lora_A", "lora_B", "lora_E"}
+_SIDES = {"lora_A", "lora_B", "lora_E", "vera_lambda_b", "vera_lambda_d"}
+# What all modules of a VeRA share.
+_SHARED = re.compile(r"(?:.*\.)?vera_(?P<side>[AB])(?:\.[^.]+)?")
 _INDEX = re.compile(r"[0-9]{1,9}")
-# Files that training may save with an adapter. The base model's own are used instead.
-_NOT_USED = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+# A file that training may save with an adapter. The base model's own is used instead.
+_NOT_USED = "tokenizer.json"
 
 
 def resolve_adapter(name: str) -> Path:
@@ -72,7 +79,7 @@ def resolve_adapter(name: str) -> Path:
         return folder
     reason = f"the folder {folder} has no {CONFIG_FILE}" if folder.is_dir() else "no such folder"
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
-        files = [CONFIG_FILE, _SAFETENSORS]
+        files = [CONFIG_FILE, _SAFETENSORS, *SETTINGS_FILES]
         try:
             return Path(snapshot_download(name, allow_patterns=files, tqdm_class=Bar))
         except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
@@ -98,7 +105,11 @@ def load_adapter(folder: Path, architecture: Architecture) -> LoRAAdapter:
     parts: dict[str, dict[str, Tensor]] = {}
     stacked = {key: tensor for key, tensor in tensors.items() if is_of_stacked_experts(key)}
     at_ends = end_keys(tensors, architecture)
+    selected = [shape for name, shape in shapes.items() if settings.selects(name)]
+    shared = _shared(path, settings, tensors, selected or list(shapes.values()))
     inside = tensors.keys() - stacked.keys() - at_ends.keys()
+    if shared is not None:
+        inside = {key for key in inside if not _SHARED.fullmatch(key)}
     for key in sorted(inside, key=_natural):
         module, part = names.parse(key)
         rank = settings.rank(names.trained(module))
@@ -122,7 +133,7 @@ def load_adapter(folder: Path, architecture: Architecture) -> LoRAAdapter:
                     "experts can have plain LoRA only: merge the adapter instead"
                 )
             scale = settings.scale(names.trained(module))
-            modules[module] = _module(parts[module], scale, shapes[module])
+            modules[module] = _module(parts[module], scale, shapes[module], shared)
     for key, tensor in stacked.items():
         check_values(path, key, tensor)
     for change in expert_changes(path, settings, stacked, architecture):
@@ -133,9 +144,15 @@ def load_adapter(folder: Path, architecture: Architecture) -> LoRAAdapter:
     ends = read_ends(path, settings, of_ends, at_ends, architecture)
     if not (modules or ends.embedding or ends.head or ends.norms):
         raise AdapterError(f"{path}: its target_modules select nothing of the base model")
-    if unused := [name for name in _NOT_USED if (folder / name).is_file()]:
-        logger.info("%s: %s not used, but the base model's own", folder, ", ".join(unused))
-    return LoRAAdapter(modules, digest.digest(), ends.embedding, ends.head, ends.norms)
+    if (folder / _NOT_USED).is_file():
+        logger.info("%s: %s not used, but the base model's own", folder, _NOT_USED)
+    if settings.invocation and (ends.embedding or settings.bias != "none"):
+        raise AdapterError(
+            f"{path}: an aLoRA on the embedding or with biases has no meaning in peft, which would "
+            "apply these everywhere"
+        )
+    changes = ends.embedding, ends.head, ends.norms
+    return LoRAAdapter(modules, digest.digest(), *changes, settings.invocation)
 
 
 def _read(folder: Path) -> tuple[Path, bytes, dict[str, Tensor]]:
@@ -221,7 +238,9 @@ def _check(
     path: Path, key: str, tensor: Tensor, part: str, rank: int, shape: tuple[int, int]
 ) -> None:
     out, inputs = shape
+    low_rank: dict[str, tuple[int, ...]]
     low_rank = {"lora_A": (rank, inputs), "lora_B": (out, rank), "lora_E": (rank, 1)}
+    low_rank["vera_lambda_d"] = (rank,)
     expected = low_rank.get(part, (out,))
     if tuple(tensor.shape) != expected:
         raise AdapterError(
@@ -253,8 +272,55 @@ def _compare(path: Path, module: str, found: Collection[str], expected: Collecti
         )
 
 
-def _module(parts: Mapping[str, Tensor], scale: float, shape: tuple[int, int]) -> LoRAModule:
+def _shared(
+    path: Path,
+    settings: AdapterSettings,
+    tensors: Mapping[str, Tensor],
+    shapes: Collection[tuple[int, int]],
+) -> tuple[Tensor, Tensor] | None:
+    """The matrices ``(rank, inputs)`` and ``(outputs, rank)`` that a VeRA's modules share.
+
+    shapes: of the modules, ``(outputs, inputs)``. None for an adapter of another kind.
+    """
+    found = {}
+    for key, tensor in tensors.items():
+        if settings.shared and (match := _SHARED.fullmatch(key)):
+            check_values(path, key, tensor)
+            found[match["side"]] = tensor
+    if not settings.shared:
+        return None
+    if found.keys() != {"A", "B"}:
+        raise AdapterError(
+            f"{path} has no vera_A and vera_B: peft would draw them at random again; save the "
+            "adapter with save_projection"
+        )
+    a, b = found["A"], found["B"]
+    inputs, outputs = (max(shape[at] for shape in shapes) for at in (1, 0))
+    if a.ndim != 2 or b.ndim != 2 or len(a) != settings.r or b.shape[1] != settings.r:
+        raise AdapterError(
+            f"{path}: vera_A has shape {tuple(a.shape)} and vera_B {tuple(b.shape)}, expected "
+            f"({settings.r}, inputs) and (outputs, {settings.r})"
+        )
+    if a.shape[1] < inputs or len(b) < outputs:
+        raise AdapterError(
+            f"{path}: vera_A and vera_B are for {a.shape[1]} inputs and {len(b)} outputs, but a "
+            f"module of this base model has {inputs} or {outputs}"
+        )
+    return a, b
+
+
+def _module(
+    parts: Mapping[str, Tensor],
+    scale: float,
+    shape: tuple[int, int],
+    shared: tuple[Tensor, Tensor] | None,
+) -> LoRAModule:
     out, inputs = shape
+    if shared is not None:
+        # Both matrices are cut to the module's size.
+        a = parts["vera_lambda_d"].float()[:, None] * shared[0][:, :inputs].float()
+        b = parts["vera_lambda_b"].float()[:, None] * shared[1][:out].float()
+        return LoRAModule(a, b, scale)
     a = parts.get("lora_A", torch.zeros(0, inputs))
     if "lora_E" in parts:
         a = a.float() * parts["lora_E"].float()

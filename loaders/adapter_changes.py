@@ -117,6 +117,8 @@ class LoRAAdapter:
     digest: 16 bytes that differ if the files' content differs.
     embedding, head: changes of the embedding and of the output layer; None if there is none. If
         these are one matrix in the base, each is changed by its own change alone.
+    invocation: of an aLoRA, the tokens from whose last occurrence in the prompt on it is active;
+        empty for an adapter that is active everywhere.
     norms: weights and biases instead of the base's, by the absolute names of the tensors.
     """
 
@@ -125,6 +127,7 @@ class LoRAAdapter:
     embedding: MatrixChange | None = None
     head: MatrixChange | None = None
     norms: Mapping[str, Tensor] = field(default_factory=dict)
+    invocation: tuple[int, ...] = ()
 
     @property
     def rank(self) -> int:

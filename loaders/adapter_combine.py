@@ -33,25 +33,9 @@ def combine_adapters(
             f"{len(adapters)} adapters and {len(weights)} weights: give one for each"
         )
     for adapter in adapters:
-        for name, module in adapter.modules.items():
-            if module.magnitude is not None or module.changes_bias:
-                kind = "biases" if module.magnitude is None else "DoRA"
-                raise AdapterError(
-                    f"an adapter has {kind} on {name}: only plain LoRA can be combined or "
-                    "weighted; merge such adapters one after the other, each with weight 1"
-                )
+        if (reason := not_a_sum(adapter)) is not None:
+            raise AdapterError(f"an adapter {reason}: only plain LoRA can be combined or weighted")
     join = _cat if combination == "cat" else _linear
-    for adapter in adapters:
-        if adapter.norms:
-            raise AdapterError(
-                "an adapter has norms of its own: only plain LoRA can be combined or weighted"
-            )
-        for end in (adapter.embedding, adapter.head):
-            if end is not None and not end.is_low_rank:
-                raise AdapterError(
-                    "an adapter has rows or a matrix of its own for the embedding or the output "
-                    "layer: only plain LoRA can be combined or weighted"
-                )
     names = dict.fromkeys(name for adapter in adapters for name in adapter.modules)
     modules = {}
     for name in names:
@@ -63,10 +47,33 @@ def combine_adapters(
         modules[name] = join(name, factors)
     embedding = _end([adapter.embedding for adapter in adapters], weights, "the embedding", join)
     head = _end([adapter.head for adapter in adapters], weights, "the output layer", join)
+    digest = combined_digest([adapter.digest for adapter in adapters], weights, combination)
+    return LoRAAdapter(modules, digest, embedding, head)
+
+
+def combined_digest(
+    digests: Sequence[bytes], weights: Sequence[float], combination: Combination = "cat"
+) -> bytes:
+    """The digest of what :func:`combine_adapters` makes of adapters with these digests."""
     digest = blake2b(repr((combination, list(weights))).encode(), digest_size=16)
-    for adapter in adapters:
-        digest.update(adapter.digest)
-    return LoRAAdapter(modules, digest.digest(), embedding, head)
+    for each in digests:
+        digest.update(each)
+    return digest.digest()
+
+
+def not_a_sum(adapter: LoRAAdapter) -> str | None:
+    """Why an adapter cannot be weighted and added to others; None if it can."""
+    for name, module in adapter.modules.items():
+        if module.magnitude is not None or module.changes_bias:
+            return f"has {'biases' if module.magnitude is None else 'DoRA'} on {name}"
+    if adapter.invocation:
+        return "is an aLoRA, which is active in a part of the text"
+    if adapter.norms:
+        return "has norms of its own"
+    for end in (adapter.embedding, adapter.head):
+        if end is not None and not end.is_low_rank:
+            return "has rows or a matrix of its own for the embedding or the output layer"
+    return None
 
 
 def _end(

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 _Number = TypeVar("_Number", int, float)
 
 CONFIG_FILE = "adapter_config.json"
-MAX_RANK = 256
+MAX_RANK = 512
 _MATCH_SECONDS = 1.0
 
 # Accepted but ignored: they concern only training, file paths, or how peft itself computes.
@@ -35,6 +35,13 @@ _NO_EFFECT = {
     *("init_lora_weights", "velora_config", "megatron_config"),
     # of AdaLoRA's training
     *("target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step"),
+    *(
+        "projection_prng_key",
+        "save_projection",
+        "vera_dropout",
+        "d_initial",
+        "init_weights",
+    ),  # of VeRA
     "fan_in_fan_out",  # for layers with transposed weights; peft resets it for nn.Linear
 }
 _READ = {
@@ -42,14 +49,16 @@ _READ = {
     *("exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters"),
     *("use_dora", "lora_bias", "bias", "init_r"),
     *("modules_to_save", "trainable_token_indices", "ensure_weight_tying"),
+    "alora_invocation_tokens",
 }
 # Initializations that leave the base weights as they are. The others (PiSSA, OLoRA, …) subtract the
 # initial product from the base, so the adapter does not fit the published base.
 _INIT_KEEPS_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
+_WHOLE = ("modules_to_save", "trainable_token_indices")
+_KINDS = ("LORA", "ADALORA", "VERA")
 _BIASES = ("none", "lora_only", "all")
 _REFUSED = {
     "layer_replication": "layers of the base repeated; replicate them in the base model",
-    "alora_invocation_tokens": "aLoRA, whose adapter begins in the middle of the text",
     "use_qalora": "QA-LoRA pools the inputs of its matrices; merge with peft first",
     "use_bdlora": "block-diagonal matrices; merge with peft first",
     "arrow_config": "Arrow routes between adapters, token by token",
@@ -64,11 +73,14 @@ class AdapterSettings:
 
     singular_values: whether it is an AdaLoRA (Zhang et al. 2023), whose ``r`` is the rank before
         training took ranks away; ``rank_pattern`` then names modules, and is no pattern.
+    shared: whether it is a VeRA (Kopiczko et al. 2024), whose matrices all modules share.
     bias: which of the base's biases were trained: none, those of layers with an adapter, or all.
     modules_to_save: the ends of the names of modules that were trained whole.
     token_indices: tokens whose rows were trained, of the embedding or by the ends of modules'
         names; None for none.
     tying: whether the output layer was kept tied to the embedding if it is in the base.
+    invocation: of an aLoRA (Greenewald et al. 2025), the tokens from whose last occurrence in the
+        prompt on it is active; empty for another adapter.
     """
 
     r: int
@@ -85,9 +97,11 @@ class AdapterSettings:
     lora_bias: bool
     bias: Literal["none", "lora_only", "all"]
     singular_values: bool
+    shared: bool
     modules_to_save: tuple[str, ...]
     token_indices: tuple[int, ...] | Mapping[str, tuple[int, ...]] | None
     tying: bool
+    invocation: tuple[int, ...]
 
     @classmethod
     def read(cls, folder: Path) -> AdapterSettings:
@@ -125,9 +139,11 @@ class AdapterSettings:
                 lora_bias=bool(config.get("lora_bias", False)),
                 bias=config.get("bias", "none"),
                 singular_values=adalora,
+                shared=config["peft_type"] == "VERA",
                 modules_to_save=_listed(config.get("modules_to_save")),
                 token_indices=_token_indices(config.get("trainable_token_indices")),
                 tying=bool(config.get("ensure_weight_tying", False)),
+                invocation=tuple(map(int, config.get("alora_invocation_tokens") or ())),
             )
             settings.check_patterns()
         except (TypeError, ValueError, OverflowError, AttributeError, regex.error) as error:
@@ -199,6 +215,8 @@ class AdapterSettings:
         has_bias: whether the base has a bias here.
         """
         selected = self.selects(module)
+        if self.shared:
+            return ("vera_lambda_b", "vera_lambda_d") if selected else ()
         trained_bias = has_bias and (self.bias == "all" or (selected and self.bias == "lora_only"))
         parts = {
             "lora_A": selected,
@@ -218,8 +236,12 @@ class AdapterSettings:
     def scale(self, module: str) -> float:
         """α/r, or α/√r with rsLoRA (Kalajdzievski 2023).
 
+        VeRA has none.
+
         peft's AdaLoRA divides by the rank before training, and adds 1e-5 to it.
         """
+        if self.shared:
+            return 1.0
         if self.singular_values:
             return self.alpha / (self.r + 1e-5)
         rank = self.rank(module)
@@ -229,13 +251,15 @@ class AdapterSettings:
 
 def _refuse_unsupported(path: Path, config: Mapping[str, Any]) -> None:
     kind = config.get("peft_type")
-    if kind not in ("LORA", "ADALORA"):
+    if kind not in _KINDS:
         raise AdapterError(
-            f"{path}: peft_type {kind!r} is not supported; supported are LORA, ADALORA"
+            f"{path}: peft_type {kind!r} is not supported; supported are {', '.join(_KINDS)}"
         )
     for name in ("use_dora", "lora_bias"):
         if config.get(name) and config.get("target_parameters"):
             raise AdapterError(f"{path}: {name} with target_parameters has no meaning in peft")
+    if kind == "VERA" and config.get("bias", "none") != "none":
+        raise AdapterError(f"{path}: VeRA with bias {config['bias']!r} is not supported")
     if kind == "ADALORA" and config.get("target_parameters"):
         raise AdapterError(f"{path}: AdaLoRA has no target_parameters in peft")
     if config.get("bias", "none") not in _BIASES:
@@ -243,6 +267,9 @@ def _refuse_unsupported(path: Path, config: Mapping[str, Any]) -> None:
             f"{path}: bias {config['bias']!r} is not supported, expected one of "
             f"{', '.join(_BIASES)}"
         )
+    for name in ("use_dora", "lora_bias", "target_parameters", *_WHOLE):
+        if config.get("alora_invocation_tokens") and config.get(name):
+            raise AdapterError(f"{path}: {name} with alora_invocation_tokens is not supported")
     if config.get("use_dora") and config.get("lora_bias"):
         raise AdapterError(f"{path}: use_dora together with lora_bias has no meaning in peft")
     init = config.get("init_lora_weights")

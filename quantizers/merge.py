@@ -124,7 +124,7 @@ def merge_adapter(
     in_16_bits = [name for name, module in adapter.modules.items() if module.changes_weight]
     _configure(config, plan, shards, sorted(in_16_bits) if keep_16_bits else [])
     merge = _Merge(checkpoint, shards, adapter, plan, keep_16_bits)
-    merge.check_ends()
+    merge.check()
     if merge.unties:
         _untie(config)
     calibrator = None
@@ -174,8 +174,14 @@ class _Merge:
         assert bias is not None, name
         return bias.to(base.dtype)
 
-    def check_ends(self) -> None:
-        """Raises CheckpointError if the adapter changes an output layer that stays quantized."""
+    def check(self) -> None:
+        """Raises AdapterError for an aLoRA, and CheckpointError if the adapter changes an output
+        layer that stays quantized."""
+        if self.adapter.invocation:
+            raise AdapterError(
+                "the adapter is an aLoRA, which is active in a part of the text: it cannot be "
+                "merged; serve it beside its base"
+            )
         head = self.checkpoint.architecture.head
         stays = self.plan.format is not None and self.plan.same
         changed = self.adapter.head is not None and head in self.shards.modules

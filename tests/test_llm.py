@@ -390,3 +390,21 @@ def test_options_with_wrong_values_are_named_before_a_model_is_read(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         LLM("no-such-model", **SMALL | options)
+
+
+def test_a_chat_with_an_adapter_is_in_the_adapters_own_template(
+    tiny_model: Callable[..., Path], tiny_adapter: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny_adapter(), tmp_path / "adapter"))
+    (folder / "chat_template.jinja").write_text("{{ messages[0]['content'] }}:")
+    settings = {"do_sample": True, "temperature": 0.25, "eos_token_id": [2, 300]}
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    messages = [{"role": "user", "content": "hi"}]
+    with LLM(tiny_model(), enable_lora=True, max_loras=1, **SMALL) as llm:
+        own, base = (
+            llm.chat([messages], SamplingParams(max_tokens=1), adapter=adapter)[0]
+            for adapter in (folder, None)
+        )
+        assert llm.tokenizer.decode(own.prompt_token_ids) == "hi:"
+        assert llm.tokenizer.decode(base.prompt_token_ids).startswith("<|im_start|>user")
+        assert llm._default_params(str(folder)).temperature == 0.25

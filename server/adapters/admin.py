@@ -8,21 +8,29 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from aiohttp import web
 
-from nybble.engine import AdapterError, AdapterInfo, Engine
+from nybble.engine import AdapterError, AdapterInfo, AdapterMixture, Engine, ParameterError
+from nybble.server.adapters.archive import CONFIG as ADAPTER_CONFIG
+from nybble.server.adapters.archive import WEIGHTS as ADAPTER_WEIGHTS
 from nybble.server.adapters.archive import ArchiveError
 from nybble.server.adapters.form import AdapterForm, read_adapter_form
 from nybble.server.adapters.state import AdapterState
 from nybble.server.adapters.uploads import AdapterUploads
 from nybble.server.api.parse import read_body
 from nybble.server.api.respond import json_response
-from nybble.server.api.schema import LoadAdapterRequest, UnloadAdapterRequest
+from nybble.server.api.schema import (
+    ChangeAdapterRequest,
+    LoadAdapterRequest,
+    RollBackRequest,
+    UnloadAdapterRequest,
+)
 from nybble.server.http.errors import ApiError
 from nybble.server.tenancy.keys import Keys
 
@@ -33,7 +41,11 @@ ADMIN_PATHS = (
     "/v1/unload_lora_adapter",
     "/v1/lora_adapters",
     "/v1/lora_adapters/{name}",
+    "/v1/lora_adapters/{name}/versions",
+    "/v1/lora_adapters/{name}/rollback",
 )
+# Earlier uploads that are left on disk, to roll back to.
+_UPLOADS_KEPT = 4
 
 
 class AdapterAdmin:
@@ -62,14 +74,17 @@ class AdapterAdmin:
         self._uploads = AdapterUploads(uploads_folder(roots)) if roots else None
 
     def routes(self) -> list[web.RouteDef]:
-        load, unload, every, one = ADMIN_PATHS
+        load, unload, every, one, versions, rollback = ADMIN_PATHS
         return [
             web.post(load, self.load),
             web.post(unload, self.unload),
             web.get(every, self.list),
             web.post(every, self.upload),
             web.get(one, self.get),
+            web.patch(one, self.change),
             web.delete(one, self.delete),
+            web.get(versions, self.versions),
+            web.post(rollback, self.roll_back),
         ]
 
     async def load(self, request: web.Request) -> web.Response:
@@ -80,9 +95,14 @@ class AdapterAdmin:
         return json_response(_body(info))
 
     def _load(self, body: LoadAdapterRequest) -> AdapterInfo:
-        folder = _allowed(body.lora_path, self._roots)
         replace = bool(body.load_inplace)
-        info = self._engine.load_adapter(body.lora_name, str(folder), replace=replace)
+        if body.mixture is not None:
+            return self._mix(body, body.mixture)
+        assert body.lora_path is not None
+        folder = _allowed(body.lora_path, self._roots)
+        info = self._engine.load_adapter(
+            body.lora_name, str(folder), replace=replace, expected=body.expected_version
+        )
         uploads, state = self._uploads, self._state
         if uploads is not None and uploads.is_current(body.lora_name, folder):
             uploads.set_unloaded(body.lora_name, False)
@@ -95,6 +115,27 @@ class AdapterAdmin:
             uploads.retire(body.lora_name)  # else a restart would find two of this name
         return info
 
+    def _mix(self, body: LoadAdapterRequest, weights: Mapping[str, float]) -> AdapterInfo:
+        name = body.lora_name
+        if name in weights:
+            raise ApiError(
+                400,
+                f"a mixture cannot have the name of an adapter that it is made of: {name!r}",
+                param="lora_name",
+                code="invalid_value",
+            )
+        info = self._engine.load_mixture(
+            name,
+            AdapterMixture(weights),
+            replace=bool(body.load_inplace),
+            expected=body.expected_version,
+        )
+        if self._state is not None:
+            self._state.keep(name, dict(weights))
+        if self._uploads is not None:
+            self._uploads.retire(name)  # else a restart would find two of this name
+        return info
+
     async def unload(self, request: web.Request) -> web.Response:
         self._require_admin(request)
         body = await read_body(request, UnloadAdapterRequest)
@@ -102,7 +143,7 @@ class AdapterAdmin:
             # Forget an adapter that failed to load at the start too, or every start tries it.
             await asyncio.to_thread(self._state.forget, body.lora_name)
         info = self._find(body.lora_name)
-        self._engine.unload_adapter(body.lora_name)
+        self._engine.unload_adapter(body.lora_name, expected=body.expected_version)
         if self._state is not None:
             await asyncio.to_thread(self._state.forget, body.lora_name)
         if self._uploads is not None:
@@ -126,11 +167,13 @@ class AdapterAdmin:
     def _publish(self, uploads: AdapterUploads, form: AdapterForm, scratch: Path) -> AdapterInfo:
         version = uploads.publish(form.name, scratch)
         try:
-            info = self._engine.load_adapter(form.name, str(version), replace=form.replace)
+            info = self._engine.load_adapter(
+                form.name, str(version), replace=form.replace, expected=form.expected
+            )
         except BaseException:
             uploads.discard(version)
             raise
-        uploads.retire(form.name, but=version)
+        uploads.retire(form.name, but=version, keep=_UPLOADS_KEPT)
         if self._state is not None:
             self._state.forget(form.name)  # a restart finds it among the uploads
         return info
@@ -141,12 +184,105 @@ class AdapterAdmin:
         name, uploads = request.match_info["name"], self._uploads
         kept = uploads is not None and await asyncio.to_thread(uploads.has, name)
         if not kept or self._engine.adapter(name) is not None:
-            self._engine.unload_adapter(self._find(name).name)
+            expected = request.query.get("expected_version")
+            self._engine.unload_adapter(self._find(name).name, expected=expected)
         if self._state is not None:
             await asyncio.to_thread(self._state.forget, name)
         if uploads is not None:
             await asyncio.to_thread(uploads.retire, name)
+        self._engine.forget_adapter(name)
         return json_response({"object": "lora_adapter", "name": name, "deleted": True})
+
+    async def change(self, request: web.Request) -> web.Response:
+        """Pin an adapter, or no longer."""
+        self._require_admin(request)
+        body = await read_body(request, ChangeAdapterRequest)
+        name = self._find(request.match_info["name"]).name
+        info = self._engine.pin_adapter(name, body.pinned, expected=body.expected_version)
+        return json_response(_body(info))
+
+    async def versions(self, request: web.Request) -> web.Response:
+        """What a name has stood for since the start, the newest first."""
+        self._require_admin(request)
+        name = request.match_info["name"]
+        found, current = self._versions(name), self._engine.adapter(name)
+        data = [
+            {
+                "object": "lora_adapter.version",
+                "version": info.version,
+                "path": info.path,
+                "mixture": info.mixture,
+                "rank": info.rank,
+                "loaded": info.loaded,
+                "current": current is not None and info.version == current.version,
+            }
+            for info in found
+        ]
+        return json_response({"object": "list", "data": data})
+
+    async def roll_back(self, request: web.Request) -> web.Response:
+        self._require_admin(request)
+        body = await read_body(request, RollBackRequest)
+        info = await asyncio.to_thread(self._roll_back, request.match_info["name"], body)
+        return json_response(_body(info))
+
+    def _roll_back(self, name: str, body: RollBackRequest) -> AdapterInfo:
+        current = self._engine.adapter(name)
+        others = [
+            info
+            for info in self._versions(name)
+            if (current is None or info.version != current.version)
+            and body.version in (None, info.version)
+        ]
+        if not others:
+            raise ApiError(
+                404,
+                f"adapter {name!r} has no earlier version"
+                + ("" if body.version is None else f" {body.version!r}"),
+                param="version",
+                code="not_found",
+            )
+        target, uploads = others[0], self._uploads
+        if uploads is None or not target.path or not uploads.holds(Path(target.path)):
+            info = self._engine.roll_back_adapter(
+                name, target.version, expected=body.expected_version
+            )
+            if self._state is not None:
+                self._state.keep(name, dict(info.mixture) if info.mixture else info.path)
+            if uploads is not None:
+                uploads.retire(name)  # else a restart would find two of this name
+            return info
+        if not Path(target.path).is_dir():
+            raise ApiError(
+                404,
+                f"version {target.version} of adapter {name!r} was uploaded and has been removed",
+                param="version",
+                code="not_found",
+            )
+        # The greatest upload is the current one.
+        with uploads.scratch() as scratch:
+            for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+                shutil.copyfile(Path(target.path) / file, scratch / file)
+            version = uploads.publish(name, scratch)
+        try:
+            info = self._engine.roll_back_adapter(
+                name, target.version, folder=version, expected=body.expected_version
+            )
+        except BaseException:
+            uploads.discard(version)
+            raise
+        uploads.retire(name, but=version, keep=_UPLOADS_KEPT)
+        if self._state is not None:
+            self._state.forget(name)
+        return info
+
+    def _versions(self, name: str) -> Sequence[AdapterInfo]:
+        found = self._engine.adapter_versions(name)
+        if not found:
+            raise ApiError(
+                404, f"adapter {name!r} was never loaded", param="lora_name", code="not_found"
+            )
+        return found
 
     async def list(self, request: web.Request) -> web.Response:
         self._require_admin(request)
@@ -204,6 +340,8 @@ def restore(
         return
     allowed = [root.resolve() for root in roots]
     for name, path in AdapterState(state).paths().items():
+        if not isinstance(path, str):
+            continue
         if name in models or engine.adapter(name) is not None:
             continue  # the command line takes precedence
         try:
@@ -211,6 +349,18 @@ def restore(
             logger.info("adapter %s is loaded again", name)
         except (ApiError, AdapterError, OSError) as error:
             logger.error("adapter %s cannot be loaded again: %s", name, error)
+
+
+def restore_mixtures(engine: Engine, models: Sequence[str], state: Path | None) -> None:
+    """Mix again what the API had mixed before the restart, of adapters that are loaded. Blocks."""
+    for name, weights in (AdapterState(state).paths() if state is not None else {}).items():
+        if isinstance(weights, str) or name in models or engine.adapter(name) is not None:
+            continue
+        try:
+            engine.load_mixture(name, AdapterMixture(weights))
+            logger.info("adapter %s is mixed again", name)
+        except (AdapterError, ParameterError, OSError) as error:
+            logger.error("adapter %s cannot be mixed again: %s", name, error)
 
 
 def restore_uploads(engine: Engine, models: Sequence[str], roots: Sequence[Path]) -> None:

@@ -20,13 +20,14 @@ from nybble.server.http import form_parts
 from nybble.server.http.errors import ApiError
 
 _ARCHIVE = "archive"
-_FIELDS = ("lora_name", "load_inplace")
+_FIELDS = ("lora_name", "load_inplace", "expected_version")
 
 
 @dataclass(frozen=True)
 class AdapterForm:
     name: str
     replace: bool
+    expected: str | None
 
 
 async def read_adapter_form(request: web.Request, folder: Path) -> AdapterForm:
@@ -73,7 +74,7 @@ def _checked(fields: dict[str, str]) -> AdapterForm:
             param="load_inplace",
             code="invalid_value",
         )
-    return AdapterForm(name, inplace == "true")
+    return AdapterForm(name, inplace == "true", fields.get("expected_version"))
 
 
 async def _receive(part: BodyPartReader, folder: Path) -> None:

@@ -14,6 +14,8 @@ from nybble.loaders.cache import cache_folder
 
 logger = logging.getLogger(__name__)
 
+Source = str | dict[str, float]
+
 
 def default_path(model: str, place: int | Path, roots: Iterable[Path]) -> Path:
     """A file in the cache folder, different for each model, port or socket, and set of roots."""
@@ -27,7 +29,9 @@ def default_path(model: str, place: int | Path, roots: Iterable[Path]) -> Path:
 
 
 class AdapterState:
-    """Adapter paths by name. Thread-safe; every change is written atomically before it returns.
+    """Adapter paths by name, or the weights of adapters in a mixture, also by name.
+
+    Thread-safe; every change is written atomically before it returns.
 
     A file that cannot be read is put aside, and a failure to write is logged. Neither keeps the
     server from serving.
@@ -38,12 +42,12 @@ class AdapterState:
         self._lock = threading.Lock()
         self._paths = self._read()
 
-    def paths(self) -> dict[str, str]:
+    def paths(self) -> dict[str, Source]:
         """The adapters that a start loads again."""
         with self._lock:
             return dict(self._paths)
 
-    def keep(self, name: str, path: str) -> None:
+    def keep(self, name: str, path: Source) -> None:
         """Record an adapter that was loaded or replaced."""
         self._change(lambda paths: paths.__setitem__(name, path))
 
@@ -51,7 +55,7 @@ class AdapterState:
         """Remove an adapter that was unloaded, if it is recorded."""
         self._change(lambda paths: paths.pop(name, None))
 
-    def _change(self, change: Callable[[dict[str, str]], object]) -> None:
+    def _change(self, change: Callable[[dict[str, Source]], object]) -> None:
         with self._lock:
             before = dict(self._paths)
             change(self._paths)
@@ -69,12 +73,12 @@ class AdapterState:
                 partial.unlink(missing_ok=True)
                 logger.error("the next start will not know this change of adapters: %s", error)
 
-    def _read(self) -> dict[str, str]:
+    def _read(self) -> dict[str, Source]:
         try:
             paths = json.loads(self._path.read_text())["adapters"]
-            if all(isinstance(part, str) for pair in paths.items() for part in pair):
+            if all(isinstance(path, str) or _is_mixture(path) for path in paths.values()):
                 return dict(paths)
-            raise ValueError("a name or path is not a string")
+            raise ValueError("a path is not a string")
         except FileNotFoundError:
             return {}
         except OSError as error:
@@ -85,3 +89,9 @@ class AdapterState:
             logger.error("%s is not a list of adapters, put aside: %r", self._path, error)
             self._path.replace(aside)
             return {}
+
+
+def _is_mixture(value: object) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(weight, int | float) for weight in value.values()
+    )

@@ -96,12 +96,18 @@ class AdapterUploads:
             shutil.rmtree(version, ignore_errors=True)
             self._remove_if_empty(version.parent)
 
-    def retire(self, name: str, *, but: Path | None = None) -> None:
-        """Mark all versions of ``name``, or those before ``but``. Later calls remove them."""
+    def retire(self, name: str, *, but: Path | None = None, keep: int = 0) -> None:
+        """Mark all versions of ``name``, or those before ``but``. Later calls remove them.
+
+        keep: how many of those before ``but`` are left, the newest ones.
+        """
         with self._lock:
-            for version in self._versions(name):
-                if but is None or version.name < but.name:
-                    (version / _RETIRED).touch()
+            versions = self._versions(name)
+            if but is not None:
+                before = [version for version in versions if version.name < but.name]
+                versions = before[: len(before) - keep] if keep < len(before) else []
+            for version in versions:
+                (version / _RETIRED).touch()
             self._remove_retired(older_than=_KEEP_SECONDS)
 
     def _versions(self, name: str) -> list[Path]:

@@ -50,9 +50,9 @@ class ChatGroups:
         params = body.sampling_params(
             max_tokens=body.limit,
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-            defaults=self._engine.sampling_defaults,
+            defaults=self._engine.defaults_for(adapter),
         )
-        token_ids, form = await self.prompt(body)
+        token_ids, form = await self.prompt(body, adapter)
         params = replace(params, shown_special_tokens=form.shown_special_tokens)
         token_ids = body.truncated(token_ids, room_for(self._engine, params))
         self._engine.check(token_ids, params)
@@ -79,13 +79,17 @@ class ChatGroups:
         )
         return group, form
 
-    async def prompt(self, body: ChatRequest) -> tuple[tuple[int, ...], AnswerForm]:
+    async def prompt(
+        self, body: ChatRequest, adapter: str | None
+    ) -> tuple[tuple[int, ...], AnswerForm]:
         """The token ids of a chat's prompt, and how it is answered."""
-        dialect = self._dialects.of(self._prompts.template(body, tools=bool(body.tools)))
+        own = self._engine.chat_templates_of(adapter)
+        dialect = self._dialects.of(self._prompts.template(body, own, tools=bool(body.tools)))
         tools = tools_of(body, dialect, self._markers, body.model)
         prompt = await self._prompts.chat(
             body.messages,
             body,
+            own,
             tools=None if tools is None else tools.shown(),
             any_length=body.truncate_prompt_tokens is not None,
             parse_special=bool(body.parse_special),

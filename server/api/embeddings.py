@@ -13,6 +13,7 @@ from nybble.server.api import foreign
 from nybble.server.api.generation import Usage
 from nybble.server.api.schema import (
     OF_THE_SERVICE,
+    AdapterChoice,
     ModelName,
     Priority,
     Prompt,
@@ -38,7 +39,7 @@ class EmbeddingRequest(Truncated):
 
     user: str | None = None
 
-    adapter: str | None = None
+    adapter: AdapterChoice | None = None
     normalize: Literal[True] | None = None  # from vLLM; embeddings always have length 1
     add_special_tokens: bool | None = None
     priority: Priority | None = None

@@ -91,7 +91,8 @@ class Endpoints:
     ) -> tuple[SequenceGroup, CompletionFormatter]:
         body = self._named(body)
         adapter = self._adapter(body, call)
-        params = body.sampling_params(body.limit, body.logprobs, self._engine.sampling_defaults)
+        defaults = self._engine.defaults_for(adapter)
+        params = body.sampling_params(body.limit, body.logprobs, defaults)
         parse_special = body.parse_special is not False  # rendered chat templates contain markers
         prompts = await self._encoded(body, body.prompts, params, parse_special=parse_special)
         echoes = None

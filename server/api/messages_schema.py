@@ -17,7 +17,7 @@ from nybble.server.api.chat_schema import (
     require_text,
 )
 from nybble.server.api.parse import converted
-from nybble.server.api.schema import Priority, Salt, Seed, Timeout
+from nybble.server.api.schema import AdapterChoice, Priority, Salt, Seed, Timeout
 
 _PREFIXES_KEPT = "prefixes are kept while there is room"
 _CACHED = {"cache_control": _PREFIXES_KEPT}
@@ -217,7 +217,7 @@ class Prompted(Body):
     output_config: OutputConfig | None = None
 
     # As in chat completions.
-    adapter: str | None = None
+    adapter: AdapterChoice | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
     def chat(self) -> ChatRequest:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from nybble.engine import AdapterInfo, Engine
+from nybble.engine import AdapterInfo, AdapterMixture, Engine
 from nybble.server.adapters.owners import AdapterOwners
 from nybble.server.http.errors import ApiError
 from nybble.server.tenancy.tenants import Tenant
@@ -50,13 +50,24 @@ class ModelNames:
             raise self._unknown(name, "model", tenant)
 
     def adapter(
-        self, model: str, field: str | None, headers: Mapping[str, str], tenant: Tenant | None
+        self,
+        model: str,
+        field: str | Mapping[str, float] | None,
+        headers: Mapping[str, str],
+        tenant: Tenant | None,
     ) -> str | None:
         """The adapter that the model's name, the field or the header asks for; None for the base.
+
+        field: a name, or a mixture: the weights of several adapters.
 
         Raises ApiError if a name is unknown, or if they ask for different adapters.
         """
         self.require(model, tenant)
+        if isinstance(field, Mapping):
+            for name in field:
+                if not self._has_adapter(name, tenant):
+                    raise self._unknown(name, "adapter", tenant)
+            field = AdapterMixture(field)
         asked = {
             "model": None if model in self._base else model,
             "adapter": field,
@@ -64,7 +75,7 @@ class ModelNames:
         }
         chosen = {param: name for param, name in asked.items() if name is not None}
         for param, name in chosen.items():
-            if not self._has_adapter(name, tenant):
+            if not isinstance(name, AdapterMixture) and not self._has_adapter(name, tenant):
                 raise self._unknown(name, param, tenant)
         if len(set(chosen.values())) > 1:
             raise ApiError(

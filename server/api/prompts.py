@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -16,10 +16,10 @@ from nybble.engine.conversation import (
     PROBE,
     ChatEncoder,
     Turn,
+    chosen_template,
     in_other_forms,
     in_parts,
     left_out,
-    template_of,
     turn_of,
     with_short_ids,
     with_tools,
@@ -52,6 +52,9 @@ class ChatPrompt:
 
     token_ids: tuple[int, ...]
     text: str
+
+
+Templates = str | Mapping[str, str] | None  # one, or several by name
 
 
 class Prompts:
@@ -192,6 +195,7 @@ class Prompts:
         self,
         messages: Sequence[Message],
         options: TemplateOptions,
+        own: Templates = None,
         *,
         tools: Sequence[dict[str, Any]] | None = None,
         any_length: bool = False,
@@ -201,6 +205,7 @@ class Prompts:
     ) -> ChatPrompt:
         """A conversation in the model's chat template, up to the assistant's turn.
 
+        own: the templates of the request's adapter, instead of the model's; None without any.
         tools_in_system: whether the template reads the tools from the system's message.
         short_ids: whether the template takes only short ids of calls.
         parse_special: whether the text of a special token in a message becomes that token (see
@@ -215,7 +220,7 @@ class Prompts:
 
         and ApiError 500 if the template takes too much time or memory.
         """
-        template = self.template(options, tools=bool(tools))
+        template = self.template(options, own, tools=bool(tools))
         if len(messages) > self._max_model_len:  # a message has at least one token
             raise self._too_long(f"{len(messages)} messages")
         turns = [turn_of(message.model_dump(exclude_none=True)) for message in messages]
@@ -241,11 +246,11 @@ class Prompts:
 
         return ChatPrompt(await self._off_loop(len(text), work), text)
 
-    def template(self, options: TemplateOptions, *, tools: bool) -> str:
+    def template(self, options: TemplateOptions, own: Templates = None, *, tools: bool) -> str:
         """The chat template of a request with or without tools. Raises ApiError 400 as
         :meth:`chat` does."""
         if options.chat_template is None:
-            return self._template(tools=tools)
+            return self._template(own or self._tokenizer.chat_template, tools=tools)
         if not self._trust_chat_templates:
             raise ApiError(
                 400,
@@ -255,9 +260,9 @@ class Prompts:
             )
         return options.chat_template
 
-    def _template(self, *, tools: bool) -> str:
+    def _template(self, templates: Templates, *, tools: bool) -> str:
         try:
-            template = template_of(self._tokenizer, tools=tools)
+            template = chosen_template(templates, tools=tools)
         except ValueError as error:
             raise ApiError(
                 400,

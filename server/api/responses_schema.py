@@ -21,6 +21,7 @@ from nybble.server.api.chat_schema import (
 from nybble.server.api.parse import converted
 from nybble.server.api.schema import (
     OF_THE_SERVICE,
+    AdapterChoice,
     ModelName,
     OfTheService,
     Priority,
@@ -226,7 +227,7 @@ class ResponsesRequest(OfTheService):
     stream_options: dict[str, Any] | None = None  # ignored
 
     # As in chat completions.
-    adapter: str | None = None
+    adapter: AdapterChoice | None = None
     cache_salt: Salt | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     min_p: float | None = None

@@ -172,9 +172,9 @@ class Api:
 
     async def count_tokens(self, request: web.Request) -> web.Response:
         body = await read_body(request, CountTokensRequest)
-        self._names.require(body.model, request.get(TENANT))
+        adapter = self._names.adapter(body.model, None, request.headers, request.get(TENANT))
         with parameters_called(_MESSAGES_NAMES):
-            token_ids, _ = await self._chats.prompt(body.chat())
+            token_ids, _ = await self._chats.prompt(body.chat(), adapter)
         return json_response({"input_tokens": len(token_ids)})
 
     async def completions(self, request: web.Request) -> web.StreamResponse:
@@ -220,11 +220,14 @@ class Api:
 
     async def tokenize(self, request: web.Request) -> web.Response:
         body = await read_body(request, TokenizeRequest)
+        own = None
         if body.model is not None:
-            self._names.require(body.model, request.get(TENANT))
+            tenant = request.get(TENANT)
+            adapter = self._names.adapter(body.model, None, request.headers, tenant)
+            own = self._engine.chat_templates_of(adapter)
         if body.messages is not None:
             tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()] or None
-            tokens = (await self._prompts.chat(body.messages, body, tools=tools)).token_ids
+            tokens = (await self._prompts.chat(body.messages, body, own, tools=tools)).token_ids
         else:
             special = body.add_special_tokens is not False
             tokens = await self._prompts.encode(

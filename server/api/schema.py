@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from nybble.engine import SamplingParams
+from nybble.engine import MAX_MIXED_ADAPTERS, SamplingParams
 from nybble.server.api import foreign
 from nybble.server.api.body import Body, JsonObject
 from nybble.server.api.format_schema import Choices, ResponseFormat, StructuredOutputs
@@ -37,6 +37,13 @@ Priority = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 Salt = Annotated[str, Field(max_length=_MAX_SALT)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 Timeout = Annotated[float, Field(gt=0)]
+_AdapterName = Annotated[str, Field(max_length=_MAX_ADAPTER_NAME)]
+Mixture = Annotated[
+    dict[_AdapterName, Annotated[float, Field(allow_inf_nan=False)]],
+    Field(min_length=1, max_length=MAX_MIXED_ADAPTERS),
+]
+# The name of a loaded adapter, or the weights of several that are added together.
+AdapterChoice = _AdapterName | Mixture
 
 
 def _stops(value: Any) -> Any:
@@ -175,7 +182,7 @@ class Sampling(OfTheService, Truncated):
     temperature: float | None = None
     top_p: float | None = None
 
-    adapter: str | None = None  # a loaded LoRA adapter, for clients whose model name is fixed
+    adapter: AdapterChoice | None = None  # for clients whose model name is fixed, or mixtures
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
@@ -394,16 +401,43 @@ class LoadAdapterRequest(Body):
     """The fields of vLLM's request to load an adapter.
 
     lora_path: a folder below an allowed root.
+    mixture: instead of a path, the weights of loaded adapters.
     load_inplace: replace an adapter of the same name.
+    expected_version: the version to replace; nothing is done if it is another by now.
     """
 
     lora_name: Annotated[str, Field(min_length=1, max_length=_MAX_ADAPTER_NAME)]
-    lora_path: Annotated[str, Field(min_length=1)]
+    lora_path: Annotated[str, Field(min_length=1)] | None = None
+    mixture: Mixture | None = None
     load_inplace: bool | None = None
+    expected_version: str | None = None
     # Ignored: vLLM's clients may send it, but the tensors show whether the adapter fits the model.
     base_model_name: str | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> LoadAdapterRequest:
+        if (self.lora_path is None) == (self.mixture is None):
+            raise PydanticCustomError(
+                "invalid_value", "give either lora_path or mixture", {"param": "lora_path"}
+            )
+        return self
 
 
 class UnloadAdapterRequest(Body):
     lora_name: str
+    expected_version: str | None = None
     lora_int_id: int | None = None  # ignored: vLLM's own numbering of adapters
+
+
+class ChangeAdapterRequest(Body):
+    """pinned: whether the adapter stays in host memory."""
+
+    pinned: bool
+    expected_version: str | None = None
+
+
+class RollBackRequest(Body):
+    """version: an earlier one; the one before if it is left out."""
+
+    version: str | None = None
+    expected_version: str | None = None

@@ -11,6 +11,7 @@ from aiohttp import web
 from pydantic_core import to_json
 
 from nybble.engine import (
+    AdapterConflictError,
     AdapterError,
     AdapterUnavailableError,
     ContextLengthError,
@@ -133,6 +134,8 @@ def as_api_error(error: Exception, request_id: str) -> ApiError:
         return ApiError(400, str(error), code="nothing_allowed")
     if isinstance(error, NotANumberError):
         return ApiError(500, str(error), code="not_a_number")
+    if isinstance(error, AdapterConflictError):
+        return ApiError(409, str(error), param="expected_version", code="version_conflict")
     if isinstance(error, AdapterError):
         return ApiError(400, str(error), param="lora_path", code="invalid_adapter")
     if isinstance(error, AdapterUnavailableError):

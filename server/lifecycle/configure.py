@@ -73,7 +73,9 @@ def _adapter_config(options: ServeOptions) -> AdapterConfig | None:
     named = asked.enable_lora or asked.lora_modules or asked.lora_root or asked.lora_watch
     if not (named or options.trains):
         return None
-    return AdapterConfig(asked.max_loras, asked.max_lora_rank, asked.lora_host_memory)
+    return AdapterConfig(
+        asked.max_loras, asked.max_lora_rank, asked.lora_host_memory, asked.lora_own_settings
+    )
 
 
 def server_settings(options: ServeOptions, device: str, *, loopback: bool) -> ServerSettings:

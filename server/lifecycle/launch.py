@@ -20,7 +20,7 @@ from nybble.engine.ranks import check_ranks
 from nybble.loaders import Checkpoint
 from nybble.models import architecture_of
 from nybble.quantizers.prepare import prepare_checkpoint
-from nybble.server.adapters.admin import restore, restore_uploads
+from nybble.server.adapters.admin import restore, restore_mixtures, restore_uploads
 from nybble.server.http.listen import BACKLOG, is_loopback
 from nybble.server.lifecycle.configure import (
     engine_config,
@@ -112,6 +112,7 @@ def _load(
     engine, folder = load_engine(options, config, adapters, startup)
     restore(engine, settings.models, settings.adapter_roots, settings.adapter_state)
     restore_uploads(engine, settings.models, settings.adapter_roots)
+    restore_mixtures(engine, settings.models, settings.adapter_state)
     engine.start()
     return engine, folder
 

@@ -99,7 +99,7 @@ MergeAdapterOption = Annotated[
     ),
 ]
 MaxLoraRankOption = Annotated[
-    int, _adapters(help="Highest rank; every slot takes memory for it.", min=1, max=256)
+    int, _adapters(help="Highest rank; every slot takes memory for it.", min=1, max=512)
 ]
 ReasoningParserOption = Annotated[
     str,
@@ -369,6 +369,14 @@ class AdapterOptions:
     ] = None
     max_loras: Annotated[int, _adapters(help="Most adapters in one step.", min=1)] = 8
     max_lora_rank: MaxLoraRankOption = 64
+    lora_own_settings: Annotated[
+        bool,
+        _adapters(
+            "--lora-own-settings/--no-lora-own-settings",
+            help="Whether requests to an adapter get the chat template and the generation config "
+            "that are in its folder, if it has any.",
+        ),
+    ] = True
     lora_host_memory: Annotated[
         int,
         _adapters(**_SIZE, help="Memory for adapters which are in no slot (default: 4GiB)."),

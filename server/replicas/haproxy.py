@@ -86,7 +86,7 @@ def configuration(bind: str, servers: Sequence[str], control: Path | None = None
     """
     lines = [f"    server replica{i} {server}" for i, server in enumerate(servers, 1)]
     addresses = ", ".join(f"http://{server}/metrics" for server in servers)
-    load, unload, every_adapter, _ = ADMIN_PATHS
+    load, unload, every_adapter, *_ = ADMIN_PATHS
     return _TEMPLATE.format(
         buffer=_BUFFER_BYTES,
         bind=bind,

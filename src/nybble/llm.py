@@ -41,9 +41,9 @@ from nybble.engine.config import require_whole
 from nybble.engine.conversation import (
     ChatEncoder,
     Turn,
+    chosen_template,
     rendered,
     takes_parts,
-    template_of,
     turn_of,
 )
 from nybble.engine.draft_model import check_speculation
@@ -205,7 +205,10 @@ class LLM:
     @property
     def default_params(self) -> SamplingParams:
         """What is used if a call names none: what the model's generation_config.json recommends."""
-        return SamplingParams(**cast(dict[str, Any], dict(self._engine.sampling_defaults)))
+        return self._default_params(None)
+
+    def _default_params(self, adapter: str | None) -> SamplingParams:
+        return SamplingParams(**cast(dict[str, Any], dict(self._engine.defaults_for(adapter))))
 
     def generate(
         self,
@@ -218,7 +221,8 @@ class LLM:
         """Continue every prompt; the completions come in the order of the prompts.
 
         prompts: texts, or token ids, which are taken as they are. One alone is a list of one.
-        params: for all prompts, or one for each; :attr:`default_params` if None.
+        params: for all prompts, or one for each; :attr:`default_params` if None, or what the
+            adapter's own generation_config.json recommends.
         adapter: the folder or hub name of a LoRA adapter, for all prompts or one for each; None for
             the base model. It is read when it is first asked for.
         progress: show how many are done, on stderr.
@@ -227,7 +231,8 @@ class LLM:
         that cannot be read, EngineStoppedError once the LLM is closed, and EngineFailedError if the
         engine fails. The other prompts are then given up.
         """
-        return self._run(self._encode(_as_list(prompts)), params, adapter, progress)
+        encoded = self._encode(_as_list(prompts))
+        return self._run(encoded, params, self._adapters_of(adapter, len(encoded)), progress)
 
     def chat(
         self,
@@ -248,8 +253,21 @@ class LLM:
         Raises also ParameterError for a model without a chat template and for messages that its
         template refuses.
         """
+        single = len(messages) > 0 and isinstance(messages[0], Mapping)
+        conversations = cast(Sequence[Conversation], [messages] if single else messages)
+        variables = {**self.tokenizer.special_tokens_map, **(template_variables or {})}
+        adapters = self._adapters_of(adapter, len(conversations))
+        encoded = [
+            self._encode_chat(self._template(own, tools=bool(tools)), each, tools, variables)
+            for each, own in zip(conversations, adapters, strict=True)
+        ]
+        return self._run(encoded, params, adapters, progress)
+
+    def _template(self, adapter: str | None, *, tools: bool) -> str:
+        """The chat template of an adapter, or else the model's."""
+        templates = self._engine.chat_templates_of(adapter) or self.tokenizer.chat_template
         try:
-            template = template_of(self.tokenizer, tools=bool(tools))
+            template = chosen_template(templates, tools=tools)
         except ValueError as error:
             raise ParameterError(
                 "messages", f"the model's chat templates cannot be used: {error}"
@@ -260,11 +278,7 @@ class LLM:
                 "the model has no chat template: use generate(), or put a chat_template.jinja into "
                 "the model's folder",
             )
-        single = len(messages) > 0 and isinstance(messages[0], Mapping)
-        conversations = cast(Sequence[Conversation], [messages] if single else messages)
-        variables = {**self.tokenizer.special_tokens_map, **(template_variables or {})}
-        encoded = [self._encode_chat(template, each, tools, variables) for each in conversations]
-        return self._run(encoded, params, adapter, progress)
+        return template
 
     def close(self) -> None:
         """End the engine and free its memory. Calls in progress raise an error."""
@@ -318,28 +332,39 @@ class LLM:
         self,
         prompts: Sequence[tuple[int, ...]],
         params: SamplingParams | Sequence[SamplingParams] | None,
-        adapter: str | Path | Sequence[str | Path | None] | None,
+        adapters: Sequence[str | None],
         progress: bool,
     ) -> list[Completion]:
         count = len(prompts)
-        params = self.default_params if params is None else params
-        every = [params] * count if isinstance(params, SamplingParams) else list(params)
-        single = adapter is None or isinstance(adapter, str | Path)
-        adapters = [
-            None if each is None else str(each)
-            for each in cast(Sequence[str | Path | None], [adapter] * count if single else adapter)
-        ]
-        for name, values in (("params", every), ("adapter", adapters)):
-            if len(values) != count:
-                raise ParameterError(name, f"{name} has {len(values)} entries for {count} prompts")
-        for path in dict.fromkeys(adapters):
-            self._require_adapter(path)
+        if params is None:
+            every = [self._default_params(each) for each in adapters]
+        else:
+            every = [params] * count if isinstance(params, SamplingParams) else list(params)
+        if len(every) != count:
+            raise ParameterError("params", f"params has {len(every)} entries for {count} prompts")
         requests = [
             Request(f"offline-{next(self._numbers)}", *request)
             for request in zip(prompts, every, [None] * count, adapters, strict=True)
         ]
         with Bar(total=count, desc="Generating", unit=" prompts", disable=not progress) as bar:
             return self._wait_for(self._all(requests, bar))
+
+    def _adapters_of(
+        self, adapter: str | Path | Sequence[str | Path | None] | None, count: int
+    ) -> list[str | None]:
+        """The adapter of each prompt, all of them loaded."""
+        single = adapter is None or isinstance(adapter, str | Path)
+        adapters = [
+            None if each is None else str(each)
+            for each in cast(Sequence[str | Path | None], [adapter] * count if single else adapter)
+        ]
+        if len(adapters) != count:
+            raise ParameterError(
+                "adapter", f"adapter has {len(adapters)} entries for {count} prompts"
+            )
+        for path in dict.fromkeys(adapters):
+            self._require_adapter(path)
+        return adapters
 
     def _require_adapter(self, path: str | None) -> None:
         if path is None:

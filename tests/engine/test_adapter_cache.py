@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from nybble.engine.adapter_cache import AdapterCache, AdapterVersion
+from nybble.engine.adapter_ends import StagedEnds
 from nybble.engine.adapter_slots import StagedAdapter
 
 NAMES = st.integers(0, 5)
@@ -28,6 +29,9 @@ class Slots:
         self.content[slot] = staged
         self.fills += 1
 
+    def clear(self, slot: int) -> None:
+        self.content[slot] = None
+
 
 class CacheUnderTraffic(RuleBasedStateMachine):
     """Names are replaced and unloaded; requests queue, run, are preempted and leave."""
@@ -45,7 +49,9 @@ class CacheUnderTraffic(RuleBasedStateMachine):
         self.fills_before_step = 0
 
     def staged(self, version: AdapterVersion) -> StagedAdapter:
-        copy = StagedAdapter([], version.nbytes)
+        # Slots refer to what some copies hold.
+        ends = StagedEnds(None, None, {}, ()) if version.nbytes % 2 else None
+        copy = StagedAdapter([], version.nbytes, ends=ends)
         self.copies[id(copy)] = version
         self._alive = [*getattr(self, "_alive", []), copy]  # so that no id is used twice
         return copy
@@ -83,6 +89,11 @@ class CacheUnderTraffic(RuleBasedStateMachine):
         if self.cache.ready(version) and self.cache.acquire(version):
             del self.waiting[index]
             self.running.append((version, tenant))
+
+    @precondition(lambda self: self.named)
+    @rule(data=st.data(), pinned=st.booleans())
+    def pin(self, data: st.DataObject, pinned: bool) -> None:
+        self.cache.pin(self.named[data.draw(st.sampled_from(sorted(self.named)))], pinned)
 
     @precondition(lambda self: self.running)
     @rule(data=st.data(), preempted=st.booleans())
@@ -209,3 +220,29 @@ def test_a_slot_is_filled_though_its_host_copy_makes_room_for_what_is_taken_out(
     assert cache.acquire(first)
     assert (first.residency, awaited.residency) == ("device", "disk")
     assert reading == [awaited]  # where first's copy was
+
+
+def test_a_pinned_adapter_is_read_and_stays_while_others_can_make_room() -> None:
+    reading: list[AdapterVersion] = []
+    cache = AdapterCache(Slots(2), 12, reading.append)  # type: ignore[arg-type]
+    pinned, *others = (AdapterVersion(name, Path(name), b"", 8, nbytes=4) for name in "p1234")
+
+    def use(version: AdapterVersion) -> None:
+        cache.queue(version, "a")
+        while reading:
+            cache.staged(found := reading.pop(0), StagedAdapter([], found.nbytes))
+        cache.begin_step()
+        assert cache.acquire(version)
+        cache.release(version, running=True)
+
+    cache.pin(pinned, True)
+    assert reading == [pinned]
+    use(pinned)
+    for other in others:
+        use(other)
+    assert pinned.residency == "device"
+    assert [other.residency for other in others] == ["disk", "disk", "host", "device"]
+    cache.pin(pinned, False)
+    use(others[0])
+    use(others[1])
+    assert (pinned.residency, pinned.in_host) == ("disk", False)

@@ -23,6 +23,9 @@ class Slots:
     def fill(self, slot: int, staged: StagedAdapter) -> None:
         pass
 
+    def clear(self, slot: int) -> None:
+        pass
+
 
 class World:
     """A scheduler whose adapters are read when the test says so."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import AdaLoraConfig, PeftModel, get_peft_model
+from peft import AdaLoraConfig, PeftModel, VeraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from nybble.engine import AdapterConfig, Request, SamplingParams
@@ -182,6 +182,41 @@ def test_adalora_with_the_ranks_that_training_kept_says_what_peft_says(
     merged = model.merge_and_unload().state_dict()
     for name, tensor in load_file(tmp_path / "merged" / "model.safetensors").items():
         torch.testing.assert_close(tensor.float(), merged[name], rtol=2**-8, atol=1e-5)
+
+
+def test_vera_whose_matrices_all_modules_share_says_what_peft_says(
+    reference: Any, tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    modules = ["q_proj", "v_proj", "up_proj", "down_proj"]
+    config = VeraConfig(r=12, target_modules=modules, task_type="CAUSAL_LM")
+    checkpoint = open_checkpoint(tiny_model())
+    torch.manual_seed(0)
+    trained = get_peft_model(reference.transformers_model(checkpoint), config)
+    for name, parameter in trained.named_parameters():
+        if parameter.requires_grad:
+            parameter.data += torch.randn_like(parameter) * (1 if "lambda_b" in name else 0.1)
+    trained.save_pretrained(tmp_path)
+    adapter = load_adapter(tmp_path, checkpoint.architecture)
+    model = PeftModel.from_pretrained(reference.transformers_model(checkpoint), tmp_path)
+    (expected,) = reference.greedy(model.eval(), (11,), 12)
+    assert {name.rpartition(".")[2] for name in adapter.modules} == set(modules)
+    for name, module in adapter.modules.items():
+        layer = model.base_model.model.get_submodule(name)
+        change = module.merged(layer.base_layer.weight) - layer.base_layer.weight
+        torch.testing.assert_close(change, layer.get_delta_weight("default"), atol=1e-5, rtol=1e-4)
+        assert change.abs().max() > 1e-3
+    engine = reference.start(checkpoint, adapters=AdapterConfig(slots=1, max_rank=12))
+    try:
+        engine.load_adapter("a", str(tmp_path))
+        assert reference.alone(engine, expected.prompt, 12, adapter="a") == expected.tokens
+        assert reference.alone(engine, expected.prompt, 12) != expected.tokens
+    finally:
+        engine.stop()
+    tensors = load_file(tmp_path / WEIGHTS)
+    tensors["base_model.vera_A"] = tensors["base_model.vera_A"][:, :100].contiguous()
+    save_file(tensors, tmp_path / WEIGHTS, {"format": "pt"})
+    with pytest.raises(AdapterError, match="are for 100 inputs and 256 outputs, but a module of"):
+        load_adapter(tmp_path, checkpoint.architecture)
 
 
 @pytest.mark.parametrize(

@@ -498,3 +498,65 @@ def test_an_adapter_beyond_the_slots_dtype_is_refused(
     with pytest.raises(AdapterError, match=r"times alpha / r, torch\.float32 cannot hold"):
         engine.load_adapter("huge", huge)
     assert engine.adapter("huge") is None
+
+
+def test_an_adapter_may_have_rank_512(
+    reference: Any, tiny_model: Callable[..., Path], tiny_adapter: Callable[..., Path]
+) -> None:
+    from peft import PeftModel
+
+    checkpoint, folder = open_checkpoint(tiny_model()), tiny_adapter(r=512, use_rslora=True)
+    model = PeftModel.from_pretrained(reference.transformers_model(checkpoint), folder)
+    (expected,) = reference.greedy(model.eval(), (11,), 12)
+    engine = reference.start(checkpoint, adapters=AdapterConfig(slots=1, max_rank=512))
+    try:
+        assert engine.load_adapter("wide", str(folder)).rank == 512
+        assert reference.alone(engine, expected.prompt, 12, adapter="wide") == expected.tokens
+        assert reference.alone(engine, expected.prompt, 12) != expected.tokens
+    finally:
+        engine.stop()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_a_step_mixes_64_adapters(
+    reference: Any,
+    tiny_model: Callable[..., Path],
+    tiny_adapter: Callable[..., Path],
+    tmp_path: Path,
+    dtype: torch.dtype,
+) -> None:
+    """Of one training, each with the half of its ranks that its number names."""
+    tensors = load_file(tiny_adapter(r=8) / "adapter_model.safetensors")
+    names = [f"{number}" for number in range(64)]
+    for name in names:
+        folder = Path(shutil.copytree(tiny_adapter(r=8), tmp_path / name))
+        keep = torch.tensor([(int(name) * 7 + rank * 5) % 8 < 4 for rank in range(8)])
+        scale = 1 + int(name) / 16
+        changed = {k: t * keep * scale if "lora_B" in k else t for k, t in tensors.items()}
+        save_file(changed, folder / "adapter_model.safetensors", {"format": "pt"})
+    engine = reference.start(
+        open_checkpoint(tiny_model()),
+        dtype=dtype,
+        adapters=AdapterConfig(slots=64, max_rank=8),
+        max_num_seqs=64,
+        max_batched_tokens=128,
+    )
+    asked = range(3, 12)
+
+    async def together() -> list[list[int]]:
+        each = (
+            reference.collect(engine, name, asked, max_tokens=6, adapter=name) for name in names
+        )
+        return await asyncio.gather(*each)
+
+    try:
+        for name in names:
+            engine.load_adapter(name, str(tmp_path / name))
+        found = asyncio.run(together())  # which also fills the slots
+        assert len({tuple(tokens) for tokens in found}) > 8
+        assert engine.adapter_usage().device == 64
+        assert asyncio.run(together()) == found
+        for name, tokens in list(zip(names, found, strict=True))[::5]:
+            assert reference.alone(engine, asked, 6, adapter=name) == tokens
+    finally:
+        engine.stop()

@@ -131,10 +131,10 @@ def test_settings_of_other_tools_are_left_out_with_a_warning(
 
 def test_every_setting_of_peft_is_known() -> None:
     """A new one changes the result, or does not: somebody has to say which."""
-    from peft import AdaLoraConfig, LoraConfig
+    from peft import AdaLoraConfig, LoraConfig, VeraConfig
 
     known = adapter_config._READ | adapter_config._NO_EFFECT | adapter_config._REFUSED.keys()
-    for settings in (LoraConfig, AdaLoraConfig):
+    for settings in (LoraConfig, AdaLoraConfig, VeraConfig):
         assert {field.name for field in dataclasses.fields(settings)} <= known
 
 
@@ -191,17 +191,23 @@ def test_a_tokenizer_beside_an_adapter_is_said_to_be_unused(
     with caplog.at_level(logging.INFO):
         load_adapter(editable, architecture)
         assert not caplog.messages
-        (editable / "chat_template.jinja").write_text("")
+        (editable / "tokenizer.json").write_text("")
         load_adapter(editable, architecture)
-    assert "chat_template.jinja not used" in caplog.text
+    assert "tokenizer.json not used" in caplog.text
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"peft_type": "LOHA"}, "peft_type 'LOHA' is not supported; supported are LORA, ADALORA"),
+        (
+            {"peft_type": "LOHA"},
+            "peft_type 'LOHA' is not supported; supported are LORA, ADALORA, VERA",
+        ),
         ({"use_dora": True, "target_parameters": ["x"]}, "use_dora with target_parameters has no"),
         ({"lora_bias": True, "target_parameters": ["x"]}, "lora_bias with target_parameters has"),
+        ({"peft_type": "VERA"}, "has no vera_A and vera_B: peft would draw them at random again"),
+        ({"peft_type": "VERA", "bias": "all"}, "VeRA with bias 'all' is not supported"),
+        ({"peft_type": "IA3"}, "peft_type 'IA3' is not supported; supported are LORA, ADALORA"),
         ({"peft_type": "ADALORA", "init_r": 4}, f"has no lora_E for {DOWN}"),
         ({"peft_type": "ADALORA", "lora_alpha": 0}, "lora_alpha is 0.0, AdaLoRA needs more"),
         ({"peft_type": "ADALORA", "target_parameters": ["x"]}, "AdaLoRA has no target_parameters"),
@@ -220,8 +226,13 @@ def test_a_tokenizer_beside_an_adapter_is_said_to_be_unused(
         ({"lora_bias": True}, f"has no lora_bias for {DOWN}"),
         ({"layer_replication": [[0, 2]]}, "layer_replication is [[0, 2]]"),
         ({"use_qalora": True}, "use_qalora is True, which is not supported"),
-        ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens is [1]"),
-        ({"r": 257}, "rank 257 is not supported, expected 1 to 256"),
+        (
+            {"alora_invocation_tokens": [1], "use_dora": True},
+            "use_dora with alora_invocation_tokens",
+        ),
+        ({"alora_invocation_tokens": [1], "bias": "all"}, "has no bias for model.layers.0"),
+        ({"alora_invocation_tokens": "<a>"}, "has a setting of the wrong type"),
+        ({"r": 513}, "rank 513 is not supported, expected 1 to 512"),
         ({"r": "many"}, "has a setting of the wrong type"),
         ({"target_modules": "(q_proj"}, "has a setting of the wrong type"),
         ({"target_modules": r"((.|..|...)+)+(?<=\d\d)"}, "takes over 1.0 s to match model.layers"),
@@ -478,6 +489,9 @@ def test_a_hub_name_is_downloaded_without_what_an_adapter_does_not_need(
         assert sorted(allow_patterns) == [
             "adapter_config.json",
             "adapter_model.safetensors",
+            "chat_template.jinja",
+            "generation_config.json",
+            "tokenizer_config.json",
         ]
         return str(editable)
 

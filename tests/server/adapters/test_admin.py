@@ -15,9 +15,11 @@ from typer.testing import CliRunner, Result
 
 from nybble.engine import AdapterConfig, Engine
 from nybble.loaders import open_checkpoint
+from nybble.server.adapters.admin import restore, restore_mixtures
 from nybble.server.cli.main import app
 from nybble.server.lifecycle.configure import named_adapters
 from nybble.server.lifecycle.options import AdapterOptions
+from nybble.server.tenancy.tenants import Tenants, new_key
 
 from ..client import COMPLETIONS, Client, refused, run
 from ..conftest import CONFIG, running_server
@@ -89,6 +91,96 @@ def test_an_adapter_is_chosen_by_model_field_or_header(engine: Engine, root: Pat
         assert "model 'one', adapter 'two'" in error["message"]
 
     serve(engine, root, scenario)
+
+
+def test_adapters_are_mixed_by_request_and_under_a_name(engine: Engine, root: Path) -> None:
+    half = {"one": 0.5, "two": 0.5}
+
+    async def scenario(client: Client) -> None:
+        for name in ("one", "two"):
+            await load(client, name, name)
+        mixed = await text(client, adapter=half)
+        assert mixed not in [await text(client), await text(client, adapter="one")]
+        assert await text(client, adapter={"two": 1.0}) == await text(client, model="two")
+        chat = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 6, "temperature": 0}
+        answers = []
+        for path, body in (
+            ("/v1/chat/completions", chat),
+            ("/v1/messages", {**chat, "model": "tiny"}),
+            ("/v1/responses", {"input": "hi", "max_output_tokens": 6, "temperature": 0}),
+        ):
+            for adapter in (None, half):
+                async with client.post(path, json={**body, "adapter": adapter}) as response:
+                    assert response.status == 200, await response.text()
+                    answers.append(await response.json())
+        assert answers[0]["choices"] != answers[1]["choices"]
+        assert answers[2]["content"] != answers[3]["content"]
+        assert answers[4]["output"][0]["content"] != answers[5]["output"][0]["content"]
+        stored = {"lora_name": "half", "mixture": half}
+        info = await admin(client, LOAD, stored)
+        assert (info["mixture"], info["path"], info["rank"]) == (half, "", 8)
+        assert await text(client, model="half") == mixed
+        for body, message in (
+            ({"lora_name": "one", "mixture": half, "load_inplace": True}, "cannot have the name"),
+            ({"lora_name": "x", "mixture": {"one": 1, "nobody": 1}}, "'nobody' is not loaded"),
+            ({"lora_name": "x", "mixture": {}}, "at least 1"),
+            ({"lora_name": "x", "mixture": half, "lora_path": "one"}, "either lora_path or"),
+            ({"lora_name": "x"}, "either lora_path or"),
+        ):
+            assert message in (await admin(client, LOAD, body, 400))["message"]
+        for adapter, message in (
+            ({"one": 1, "nobody": 1}, "the adapter 'nobody' does not exist"),
+            ({"one": "much"}, "adapter"),
+        ):
+            async with client.post(COMPLETIONS, json={**ASK, "adapter": adapter}) as response:
+                assert response.status in (400, 404)
+                assert message in (await response.json())["error"]["message"]
+        async with client.post(COMPLETIONS, json={**ASK, "model": "one", "adapter": half}) as found:
+            error = (await found.json())["error"]
+            assert "different adapters are named: model 'one', adapter '0.5*one" in error["message"]
+
+    serve(engine, root, scenario)
+
+
+def test_a_stored_mixture_outlives_the_server_with_its_adapters(
+    engine: Engine, root: Path, tmp_path: Path
+) -> None:
+    state = tmp_path / "state.json"
+
+    async def scenario(client: Client) -> None:
+        await load(client, "one", "one")
+        await load(client, "two", "two")
+        await admin(client, LOAD, {"lora_name": "a mix", "mixture": {"one": 1, "two": -0.5}})
+
+    serve(engine, root, scenario, adapter_state=state)
+    version = {info.name: info.version for info in engine.adapters()}
+    for name in version:
+        engine.unload_adapter(name)
+    restore(engine, [], [root], state)
+    assert {info.name for info in engine.adapters()} == {"one", "two"}
+    restore_mixtures(engine, [], state)
+    assert {info.name: info.version for info in engine.adapters()} == version
+
+
+def test_a_tenant_mixes_only_the_adapters_that_are_its_own(
+    engine: Engine, root: Path, tmp_path: Path
+) -> None:
+    tenants = tmp_path / "tenants.toml"
+    key, hashed = new_key()
+    tenants.write_text(f'[tenants.acme]\nkeys = ["{hashed}"]\nadapters = ["on*"]\n')
+
+    async def scenario(client: Client) -> None:
+        await load(client, "one", "one")
+        await load(client, "two", "two")
+        headers = {"Authorization": f"Bearer {key}"}
+        assert await text(client, headers, adapter={"one": 0.5})
+        body = {**ASK, "adapter": {"one": 0.5, "two": 0.5}}
+        async with client.post(COMPLETIONS, json=body, headers=headers) as response:
+            error = (await response.json())["error"]
+            assert (response.status, error["param"]) == (404, "adapter")
+            assert error["message"] == "the adapter 'two' does not exist; this server has one"
+
+    serve(engine, root, scenario, tenants=Tenants(tenants))
 
 
 def test_adapters_are_listed_as_models_with_their_parent(engine: Engine, root: Path) -> None:

@@ -114,9 +114,11 @@ def test_an_upload_is_served_replaced_and_deleted(
             replaced = await upload(client, {name: packed}, lora_name="mine", load_inplace="true")
             assert replaced["version"] != info["version"]
         assert await text(client, "mine") != first
-        # Only what is current and what requests may still read is there.
+        # What is current and four to roll back to; what is older may still be read by requests.
+        for _ in range(3):
+            await upload(client, files, lora_name="mine", load_inplace="true")
         versions = sorted((tmp_path / "uploads" / "mine").iterdir())
-        assert [(v / ".retired").exists() for v in versions] == [True, True, False]
+        assert [(v / ".retired").exists() for v in versions] == [True, *[False] * 5]
         assert sorted(f.name for f in versions[-1].iterdir()) == [CONFIG, WEIGHTS]
         async with client.delete(f"{PATH}/mine", headers=ADMIN) as response:
             assert await response.json() == {
