@@ -77,7 +77,7 @@ LIMITS = {
     (ChatRequest, "include_reasoning"): "false: reasoning is left out",
     (ResponsesRequest, "store"): "with `--response-store`",
     (ResponsesRequest, "previous_response_id"): "with `--response-store`",
-    (ResponsesRequest, "background"): "with `--response-store`, and without stream",
+    (ResponsesRequest, "background"): "with `--response-store`",
     (ChatRequest, "temperature"): TEMPERATURE,
     (CompletionRequest, "temperature"): TEMPERATURE,
     (ResponsesRequest, "temperature"): TEMPERATURE,
