@@ -119,9 +119,11 @@ class ChatGroups:
         return BudgetGuide(limit, self._engine.vocabulary, self._engine.vocab_size, guide)
 
     async def _predicted(self, body: ChatRequest) -> tuple[int, ...] | None:
-        """The tokens of the answer that the client expects."""
+        """The tokens of the answer that the client expects; none if they are not drafted."""
         if body.prediction is None:
             return None
+        if self._engine.draft_method != "ngram":
+            return ()
         return await self._prompts.encode(
             body.prediction.text, special_tokens=False, any_length=True
         )

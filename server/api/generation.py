@@ -118,8 +118,8 @@ class Usage:
     @property
     def predicted_tokens(self) -> tuple[int, int] | None:
         """Draft tokens that were accepted, and rejected; None if the group has no prediction."""
-        if self.group.prediction is None:
-            return None
+        if not self.group.prediction:
+            return None if self.group.prediction is None else (0, 0)
         outputs = self._latest.values()
         accepted = sum(output.accepted_draft_tokens for output in outputs)
         return accepted, sum(output.draft_tokens for output in outputs) - accepted

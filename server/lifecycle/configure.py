@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # it needs packages of its own
 _RESTARTS = 3
 # Engine settings whose flags have other names.
 _FLAGS = {
+    "draft_model": "--draft-model",
     "host_bytes": "--lora-host-memory",
     "kv_cache_bytes": "--kv-cache-memory",
     "kv_dtype": "--kv-cache-dtype",
@@ -51,7 +52,7 @@ def engine_config(options: ServeOptions) -> EngineConfig:
         max_model_len=model.max_model_len,
         # Lines of batches may fill all seats, and must not take the places of requests that wait.
         max_waiting=memory.max_waiting + (memory.max_num_seqs if options.storage.batches else 0),
-        speculate=memory.speculate,
+        speculate=memory.speculate or ("auto" if model.draft_model else "off"),
         max_draft_tokens=memory.max_draft_tokens,
         deterministic=model.deterministic,
         adapters=_adapter_config(options),

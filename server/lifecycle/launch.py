@@ -14,8 +14,10 @@ from urllib.parse import quote
 import torch
 
 from nybble.engine import Engine, EngineConfig
+from nybble.engine.draft_model import check_speculation
 from nybble.engine.memory import memory_explained
 from nybble.engine.ranks import check_ranks
+from nybble.loaders import Checkpoint
 from nybble.models import architecture_of
 from nybble.quantizers.prepare import prepare_checkpoint
 from nybble.server.adapters.admin import restore, restore_uploads
@@ -123,18 +125,32 @@ def load_engine(
     """
     template = _own_template(options.model.chat_template)
     startup.report("Preparing kernels", 0, None)  # the first start on a machine compiles them
+    device, draft = torch.device(config.device), None
+    if (name := options.model.draft_model) is not None:
+        draft = prepare_checkpoint(
+            name,
+            device=device,
+            aliases=options.model.aliases,
+            quantize=options.model.draft_quantize,
+            progress=startup.report,
+        )
+
+    def check(model: Checkpoint) -> None:
+        check_ranks(architecture_of(model.config), config)
+        check_speculation(model, draft, config)
+
     checkpoint = prepare_checkpoint(
         options.model.model,
-        device=torch.device(config.device),
+        device=device,
         aliases=options.model.aliases,
         quantize=options.model.quantize,
         head=options.model.head,
         adapter=options.adapters.merge_adapter,
-        check=lambda model: check_ranks(architecture_of(model), config),
+        check=check,
         progress=startup.report,
     )
-    with memory_explained(checkpoint, config):
-        engine = Engine.load(checkpoint, config, startup.report)
+    with memory_explained(checkpoint, config, draft):
+        engine = Engine.load(checkpoint, config, startup.report, draft=draft)
         if template is not None:
             engine.tokenizer.chat_template = template
         startup.status = "warming"

@@ -133,6 +133,17 @@ class ModelOptions:
     aliases: AliasesOption = None
     quantize: QuantizeOption = None
     head: HeadOption = None
+    draft_model: Annotated[
+        str | None,
+        _model(
+            help="Smaller model with the same tokenizer (folder, hub name, alias) that drafts "
+            "tokens for --speculate."
+        ),
+    ] = None
+    draft_quantize: Annotated[
+        Literal["nf4"] | None,
+        _model(help="Round a 16-bit draft model to 4 bits while loading."),
+    ] = None
     device: DeviceOption = "auto"
     dtype: DtypeOption = "auto"
     tensor_parallel_size: Annotated[
@@ -298,13 +309,14 @@ class MemoryOptions:
         ),
     ] = None
     speculate: Annotated[
-        Literal["off", "ngram", "auto"],
+        Literal["off", "ngram", "draft", "auto"] | None,
         _memory(
-            help="Verify several tokens in a step which are drafted from what a sequence repeats "
-            "(prompt lookup): 'ngram' always, 'auto' if it pays by the steps measured so far. "
-            "Outputs stay the same."
+            help="Verify several tokens in a step which are drafted: 'ngram' from what a sequence "
+            "repeats (prompt lookup), 'draft' by --draft-model, 'auto' by whichever there is, and "
+            "only as many as pay by the steps measured so far. Outputs stay the same (default: "
+            "off, or auto with --draft-model)."
         ),
-    ] = "off"
+    ] = None
     max_draft_tokens: Annotated[
         int, _memory(help="Most draft tokens of a sequence in one step.", min=1)
     ] = 8
