@@ -137,9 +137,9 @@ def test_logits_of_a_long_prompt_are_made_a_few_rows_at_a_time(
     sizes: list[int] = []
     original = engine._runner.decoder.logits
 
-    def logits(hidden: Tensor) -> Tensor:
+    def logits(hidden: Tensor, *ends: Any) -> Tensor:
         sizes.append(len(hidden))
-        return original(hidden)
+        return original(hidden, *ends)
 
     monkeypatch.setattr(engine._runner.decoder, "logits", logits)
     tokens = prompt(1, 40)
