@@ -64,6 +64,9 @@ if TYPE_CHECKING:
     from nybble.engine.adapter_slots import StepAdapters
 
 
+_SCORE = "score.weight"  # transformers' name in all `…ForSequenceClassification`
+
+
 class Decoder:
     """Computes hidden states and logits; holds weights and no per-sequence state."""
 
@@ -130,6 +133,8 @@ class Decoder:
         self._head_weight = head or DenseWeight(self.embedding[first:last])
         own_head = self.backend.linear(self._head_weight, dtype)
         self._head = group.gathered_head(own_head, architecture.vocab)
+        # Of a model that classifies sequences: (labels, hidden).
+        self.score = store.optional_tensor(_SCORE, architecture.hidden)
         store.finish()
         self._rotary = [rotary_table(r, max_model_len, device) for r in architecture.ropes]
         self._query_scales = [

@@ -40,7 +40,11 @@ from nybble.engine.kv_cache import KVCacheLayout
 from nybble.engine.model_drafter import ModelDrafter
 from nybble.engine.ngram_drafter import NgramDrafter
 from nybble.engine.parallel import TensorParallel
-from nybble.engine.prompt_reader import read_pooling
+from nybble.engine.prompt_reader import (
+    EmbeddingSettings,
+    read_embedding_settings,
+    read_pooling,
+)
 from nybble.engine.ranks import NoRanks, check_ranks, start_ranks
 from nybble.engine.request import (
     AdapterMixture,
@@ -65,6 +69,7 @@ from nybble.engine.streams import Stream
 from nybble.engine.vocabulary import Vocabulary
 from nybble.kernels.backend import backend_for
 from nybble.kernels.progress import Progress, track
+from nybble.loaders.model_config import generates
 from nybble.loaders.tokenizer import check_vocabulary, load_tokenizer
 from nybble.models import Architecture, StateSpace, UnsupportedModelError, architecture_of
 
@@ -82,6 +87,9 @@ class Engine:
 
     sampling_defaults: what the model's makers recommend for requests that name no value.
     pooling: how they make an embedding of a prompt; None for a way the engine does not know.
+    embedding: what else they say of embeddings.
+    generates: whether it has an output layer.
+    num_labels: of a model that classifies sequences, which has scores for them; 0 for others.
     vocabulary: what the tokenizer's tokens stand for.
     model_type: the architecture's name.
     eos_token_ids: tokens that end a sequence unless its parameters say otherwise.
@@ -102,11 +110,18 @@ class Engine:
         model_type: str,
         pooling: Pooling | None = "last",
         draft_runner: ModelRunner | None = None,
+        *,
+        embedding: EmbeddingSettings | None = None,
+        generates: bool = True,
     ) -> None:
         self.tokenizer = tokenizer
         self.vocabulary = vocabulary
         self.model_type = model_type
         self.pooling = pooling
+        self.embedding = embedding or EmbeddingSettings()
+        self.generates = generates
+        score = runner.decoder.score
+        self.num_labels = 0 if score is None else len(score)
         self.max_model_len = max_model_len
         self.sampling_defaults = sampling_defaults
         self.eos_token_ids = eos_token_ids
@@ -346,6 +361,8 @@ class Engine:
             model_type=str(checkpoint.config.model_type),
             pooling=read_pooling(checkpoint.folder),
             draft_runner=draft_runner,
+            embedding=read_embedding_settings(checkpoint),
+            generates=generates(checkpoint.config),
         )
 
     def warm_up(self, progress: Progress = True) -> None:
@@ -573,6 +590,9 @@ class Engine:
 
     def _new_sequence(self, request: Request) -> Sequence:
         prompt, params = request.prompt_token_ids, request.params
+        if request.pooling is None and not self.generates:
+            kind = "classifies" if self.num_labels else "makes embeddings"
+            raise ParameterError("model", f"this model {kind}: it has no output layer for text")
         if request.pooling is not None:
             params = replace(params, max_tokens=0)
         ends = self.end_tokens(params, request.adapter)

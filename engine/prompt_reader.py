@@ -6,17 +6,19 @@ preempted and computed again, it is read again, which gives the same result.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from nybble.engine.request import Embedding, Pooling, PromptLogprobs
 from nybble.engine.transfer import send
-from nybble.loaders import CheckpointError
+from nybble.loaders import Checkpoint, CheckpointError
 from nybble.loaders.json_file import read_json_object
+from nybble.loaders.model_config import generates, num_labels
 from nybble.loaders.model_files import embedding_modules
 
 if TYPE_CHECKING:
@@ -110,7 +112,10 @@ class LogprobReader:
 
 
 class EmbeddingReader:
-    """The final hidden states as transformers' ``last_hidden_state``, pooled, of unit length."""
+    """The final hidden states as transformers' ``last_hidden_state``, pooled, of unit length.
+
+    Of a classifier, the logits of its head for the last one.
+    """
 
     def __init__(self, prompt: Sequence[int], pooling: Pooling) -> None:
         self._length = len(prompt)
@@ -127,6 +132,9 @@ class EmbeddingReader:
         elif start + len(hidden) == self._length:
             last = None if ends is None else ends.of(torch.tensor([len(hidden) - 1]))
             self._sum = decoder.normed(hidden[-1:], last).float()[0]
+            if self._pooling == "score":
+                assert decoder.score is not None
+                self._sum = decoder.score.float() @ self._sum
 
     def logit_rows(self, tokens: int, start: int) -> int:
         return 0
@@ -134,9 +142,46 @@ class EmbeddingReader:
     def result(self) -> Embedding:
         """Once the whole prompt was read; waits for the device."""
         assert self._sum is not None
+        if self._pooling == "score":
+            scores: Embedding = self._sum.cpu().numpy()
+            return scores
         # A mean and a sum have the same direction.
         vector: Embedding = torch.nn.functional.normalize(self._sum, dim=0).cpu().numpy()
         return vector
+
+
+@dataclass(frozen=True)
+class EmbeddingSettings:
+    """What a checkpoint says of the embeddings it makes, besides pooling.
+
+    made_for: whether it is a model of embeddings.
+    sizes: to which they may be cut; "any" for all below their own.
+    prompts: what stands before a text, by the name of its use; default: the name of the usual one.
+    """
+
+    made_for: bool = False
+    sizes: tuple[int, ...] | Literal["any"] = ()
+    prompts: Mapping[str, str] = field(default_factory=dict)
+    default: str | None = None
+
+
+def read_embedding_settings(checkpoint: Checkpoint) -> EmbeddingSettings:
+    """From sentence-transformers' files, and vLLM's fields of ``config.json``.
+
+    Raises CheckpointError and ValueError for files that cannot be read.
+    """
+    folder, config = checkpoint.folder, checkpoint.config
+    sizes = getattr(config, "matryoshka_dimensions", None)
+    if not sizes and getattr(config, "is_matryoshka", False):
+        sizes = "any"
+    path = folder / "config_sentence_transformers.json"
+    own = read_json_object(path) if path.is_file() else {}
+    prompts = own.get("prompts") or {}
+    default = own.get("default_prompt_name")
+    made_for = bool(embedding_modules(folder)) or not (generates(config) or num_labels(config))
+    return EmbeddingSettings(
+        made_for, sizes if sizes == "any" else tuple(sizes or ()), prompts, default
+    )
 
 
 _MODULES = ("Transformer", "Pooling", "Normalize")  # of sentence-transformers
@@ -160,6 +205,8 @@ def read_pooling(folder: Path) -> Pooling | None:
         if module.kind == "Pooling":
             path = folder / module.path
     path = path / "config.json"
+    if embedding_modules(folder) and "AutoModel" in _own_code(folder):
+        return None  # GTE-Qwen's attends to later tokens
     if not path.is_file():
         return "last"
     config = read_json_object(path)
@@ -173,3 +220,10 @@ def read_pooling(folder: Path) -> Pooling | None:
     }
     modes = [each for each in modes if each != "include_prompt"]
     return known.get(modes[0]) if len(modes) == 1 else None
+
+
+def _own_code(folder: Path) -> Collection[str]:
+    """The classes for which the checkpoint has code of its own."""
+    path = folder / "config.json"
+    classes = read_json_object(path).get("auto_map") if path.is_file() else None
+    return classes if isinstance(classes, dict) else ()

@@ -12,7 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Embedding = NDArray[np.float32]
-Pooling = Literal["last", "mean"]
+# What is made of a prompt's final hidden states: an embedding of the last one or of their mean, or
+# the scores that a classifier's head gives the last one.
+Pooling = Literal["last", "mean", "score"]
 
 FinishReason = Literal["stop", "length"]
 
@@ -263,7 +265,7 @@ class Request:
     weight: tenants share the engine in proportion to this.
     priority: among a tenant's waiting requests the lowest number starts first.
     cache_salt: the prefix cache is shared only among requests with the same salt.
-    pooling: if set, the output is the prompt's embedding instead of a continuation.
+    pooling: if set, the output is the prompt's embedding, or its scores, instead of a continuation.
     prediction: tokens that the output probably has, from which drafts may be made.
 
     Raises :class:`ParameterError` for a weight that is not positive and finite.

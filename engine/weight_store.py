@@ -59,6 +59,13 @@ class WeightStore:
         _require_shape(name, tuple(weight.shape), shape)
         return weight
 
+    def optional_tensor(self, name: str, columns: int) -> Tensor | None:
+        """The tensor ``name``, ``(any number, columns)``; None if the checkpoint has none."""
+        found = self._weights.get(name)
+        if not isinstance(found, Tensor):
+            return None
+        return self.tensor(name, found.shape[0], columns)
+
     def vector(self, name: str, size: int) -> Tensor:
         """The tensor ``name`` of so many numbers, ``(size,)``; it may have dimensions of 1."""
         found = self._weights.get(name)

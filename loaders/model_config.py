@@ -34,6 +34,10 @@ def load_config(folder: Path) -> PretrainedConfig:
     if renamed is None:
         own = written["text_config"].get("model_type", "") if wrapper else _family(written)
         require_family(own)
+    if written.get("is_causal") is False:
+        raise UnsupportedModelError(
+            f"{path} says is_causal: false, but attention to later tokens is not supported"
+        )
     try:
         config: PretrainedConfig = (
             AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -42,6 +46,8 @@ def load_config(folder: Path) -> PretrainedConfig:
         )
     except Exception as error:  # each model's config class raises errors of its own
         raise CheckpointError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+    if not generates(config):  # the embedding stands in for the output layer, which nothing reads
+        config.tie_word_embeddings = True
     if not wrapper:
         return config
     text: PretrainedConfig = config.get_text_config()
@@ -51,6 +57,20 @@ def load_config(folder: Path) -> PretrainedConfig:
         if name in written:
             setattr(text, name, written[name])
     return text
+
+
+def generates(config: PretrainedConfig) -> bool:
+    """Whether the model has an output layer. Models of embeddings, and those that classify, may
+    have none."""
+    names = config.architectures or ()
+    return not any(name.endswith(("Model", "ForSequenceClassification")) for name in names)
+
+
+def num_labels(config: PretrainedConfig) -> int:
+    """What a sequence's classification has scores for; 0 if the model classifies nothing."""
+    names = config.architectures or ()
+    classifies = any(name.endswith("ForSequenceClassification") for name in names)
+    return (config.num_labels or 0) if classifies else 0
 
 
 def _as_llama(written: Mapping[str, Any]) -> dict[str, Any]:

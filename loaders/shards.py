@@ -74,7 +74,14 @@ def module_and_leaf(name: str) -> tuple[str, str]:
 
 
 def _of_language_model(stored: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """Names of tensors with the names they are stored under, and the other parts' tensors."""
+    """Names of tensors with the names they are stored under, and the other parts' tensors.
+
+    A model that was saved without what is after its last norm, as models of embeddings are, has no
+    ``model.`` in its names.
+    """
+    if "embed_tokens.weight" in stored:
+        own = ("lm_head.", "score.")
+        return {name if name.startswith(own) else f"model.{name}": name for name in stored}, []
     if not any(_LANGUAGE_MODEL.match(name) for name in stored):
         return {name: name for name in stored}, []
     names, others = {}, []

@@ -96,6 +96,7 @@ def make_app(
         trust_chat_templates=settings.trust_chat_templates,
         dialects=settings.dialects,
         response_store=settings.response_store and ResponseStore(*settings.response_store),
+        matryoshka=settings.matryoshka,
         root_path=settings.root_path,
     )
     admin_keys = Keys(settings.admin_keys, kind="admin key")

@@ -6,6 +6,7 @@ from base64 import b64encode
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
+import numpy as np
 from pydantic import BeforeValidator, Field
 
 from nybble.engine import RequestOutput
@@ -41,6 +42,7 @@ class EmbeddingRequest(Truncated):
 
     adapter: AdapterChoice | None = None
     normalize: Literal[True] | None = None  # from vLLM; embeddings always have length 1
+    prompt_name: str | None = None  # from sentence-transformers
     add_special_tokens: bool | None = None
     priority: Priority | None = None
     timeout: Timeout | None = None
@@ -57,6 +59,7 @@ class EmbeddingsFormatter:
     def __init__(self, body: EmbeddingRequest) -> None:
         self._model = body.model
         self._base64 = body.encoding_format == "base64"
+        self._size = body.dimensions
 
     def whole(self, outputs: Sequence[Sequence[RequestOutput]], usage: Usage) -> dict[str, Any]:
         return {
@@ -70,8 +73,12 @@ class EmbeddingsFormatter:
         }
 
     def _vector(self, output: RequestOutput) -> str | list[float]:
-        assert output.embedding is not None
+        vector = output.embedding
+        assert vector is not None
+        if self._size is not None and self._size < len(vector):
+            vector = vector[: self._size]
+            vector = vector / np.linalg.norm(vector)
         if self._base64:  # of little-endian float32
-            return b64encode(output.embedding.astype("<f4").tobytes()).decode()
-        numbers: list[float] = output.embedding.tolist()
+            return b64encode(vector.astype("<f4").tobytes()).decode()
+        numbers: list[float] = vector.tolist()
         return numbers

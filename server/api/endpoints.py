@@ -28,6 +28,9 @@ from nybble.server.api.response_store import ResponseStore, StoredResponse
 from nybble.server.api.responses import ResponsesFormatter
 from nybble.server.api.responses_schema import ResponsesRequest
 from nybble.server.api.schema import CompletionRequest, Prompt, Sampling
+from nybble.server.api.scores import RerankFormatter, ScoreFormatter
+from nybble.server.api.scoring import Scoring
+from nybble.server.api.scoring_schema import RerankRequest, ScoreRequest
 from nybble.server.api.token_bytes import TokenBytes
 from nybble.server.http.errors import ApiError
 
@@ -41,7 +44,13 @@ _RESPONSES_NAMES = {
 }
 
 ModelBodyT = TypeVar(
-    "ModelBodyT", ChatRequest, CompletionRequest, EmbeddingRequest, ResponsesRequest
+    "ModelBodyT",
+    ChatRequest,
+    CompletionRequest,
+    EmbeddingRequest,
+    ResponsesRequest,
+    RerankRequest,
+    ScoreRequest,
 )
 
 
@@ -57,8 +66,11 @@ class Endpoints:
         grammars: GrammarCompiler,
         compiling: CompilePool,
         store: ResponseStore | None,
+        *,
+        matryoshka: bool = False,
     ) -> None:
-        """store: where responses are kept; None if they are not."""
+        """store: where responses are kept; None if they are not. matryoshka: whether embeddings may
+        be cut to any size."""
         self._engine = engine
         self._names = names
         self._prompts = prompts
@@ -66,7 +78,9 @@ class Endpoints:
         self._grammars = grammars
         self._compiling = compiling
         self._store = store
+        self._matryoshka = matryoshka
         self._tokens = TokenBytes(engine.vocabulary)
+        self._scoring = Scoring(engine, prompts, chats)
 
     async def chat(self, body: ChatRequest, call: Call) -> tuple[SequenceGroup, ChatFormatter]:
         body = self._named(body)
@@ -134,18 +148,10 @@ class Endpoints:
                 param="model",
                 code="unsupported_parameter",
             )
-        size = self._engine.hidden_size
-        if body.dimensions not in (None, size):
-            raise ApiError(
-                400,
-                f"dimensions is {body.dimensions}, but this model's embeddings have {size} and "
-                "were not trained to be cut short",
-                param="dimensions",
-                code="unsupported_parameter",
-            )
+        self._require_size(body.dimensions)
         params = SamplingParams(max_tokens=0)
         with parameters_called({"prompt": "input"}):
-            prompts = await self._encoded(body, body.prompts, params)
+            prompts = await self._encoded(body, self._prompted(body), params)
         group = SequenceGroup(
             f"embd-{uuid4().hex}",
             tuple(prompts),
@@ -157,6 +163,64 @@ class Endpoints:
             pooling=self._engine.pooling,
         )
         return group, EmbeddingsFormatter(body)
+
+    def _require_size(self, size: int | None) -> None:
+        """Raises ApiError 400 if embeddings cannot be cut to it."""
+        own, sizes = self._engine.hidden_size, self._engine.embedding.sizes
+        if self._matryoshka:
+            sizes = "any"
+        if size in (None, own) or (size < own if sizes == "any" else size in sizes):
+            return
+        known = ", ".join(map(str, sizes))
+        cut = f"can be cut to {known}" if sizes else "were not trained to be cut short"
+        if sizes == "any":
+            cut = "cannot be longer"
+        raise ApiError(
+            400,
+            f"dimensions is {size}, but this model's embeddings have {own} and {cut}",
+            param="dimensions",
+            code="unsupported_parameter",
+        )
+
+    def _prompted(self, body: EmbeddingRequest) -> Sequence[Prompt]:
+        """The inputs with what the model's makers put before them."""
+        settings = self._engine.embedding
+        name = settings.default if body.prompt_name is None else body.prompt_name
+        if name is None:
+            return body.prompts
+        if name not in settings.prompts:
+            known = ", ".join(map(repr, settings.prompts)) or "none"
+            raise ApiError(
+                400,
+                f"prompt_name is {name!r}, the model has {known}",
+                param="prompt_name",
+                code="invalid_value",
+            )
+        texts = [each for each in body.prompts if isinstance(each, str)]
+        if len(texts) != len(body.prompts):
+            if body.prompt_name is None:
+                return body.prompts
+            raise ApiError(
+                400,
+                "prompt_name is for texts: nothing is put before token ids",
+                param="prompt_name",
+                code="invalid_value",
+            )
+        return [settings.prompts[name] + text for text in texts]
+
+    async def score(self, body: ScoreRequest, call: Call) -> tuple[SequenceGroup, ScoreFormatter]:
+        body = self._named(body)
+        scores = await self._scoring.scores(body.pairs, body, self._adapter(body, call), call)
+        return scores.group, ScoreFormatter(body, scores)
+
+    async def rerank(
+        self, body: RerankRequest, call: Call, *, cohere: bool
+    ) -> tuple[SequenceGroup, RerankFormatter]:
+        """cohere: whether the answer has the form of Cohere's second version."""
+        body = self._named(body)
+        pairs = [(body.query, document) for document in body.documents]
+        scores = await self._scoring.scores(pairs, body, self._adapter(body, call), call)
+        return scores.group, RerankFormatter(body, scores, cohere=cohere)
 
     async def response(
         self, body: ResponsesRequest, call: Call

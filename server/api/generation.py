@@ -43,6 +43,7 @@ class SequenceGroup:
     priority: of each of its requests.
     cache_salt: of each of its requests.
     pooling: if set, the prompts' embeddings are computed, a few at a time.
+    few_at_a_time: whether only a few sequences are in flight, however many prompts there are.
     prediction: tokens that the outputs probably have; None if the request says nothing of it.
     """
 
@@ -59,6 +60,7 @@ class SequenceGroup:
     pooling: Pooling | None = None
     prediction: tuple[int, ...] | None = None
     background: bool = False
+    few_at_a_time: bool = False
 
     @property
     def size(self) -> int:
@@ -230,7 +232,7 @@ class Generation:
 
     def _in_flight(self, group: SequenceGroup) -> int:
         """The most sequences of a group that are in flight at a time."""
-        if group.pooling is None:
+        if group.pooling is None and not group.few_at_a_time:
             return group.size
         capacity = self._admission.capacity
         most = capacity.seats if group.background else max(1, capacity.sequences // 4)

@@ -181,7 +181,10 @@ class AnthropicToolChoice(Body):
 
 
 class Thinking(Body):
-    """budget_tokens: how many tokens the model may think, with ``enabled``."""
+    """``adaptive`` leaves it to the model's chat template, as leaving ``thinking`` out does.
+
+    budget_tokens: how many tokens the model may think, with ``enabled``.
+    """
 
     type: Literal["enabled", "disabled", "adaptive"]
     budget_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -206,6 +209,12 @@ class Prompted(Body):
         "mcp_servers": "MCP servers are not called from here: offer their tools",
         "container": "there are no containers",
         "context_management": "context_management is not supported: send what is to be read",
+    }
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "context_management": (
+            {"edits": []},
+            {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]},
+        )
     }
 
     model: str

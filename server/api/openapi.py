@@ -13,6 +13,7 @@ from nybble.server.api.embeddings import EmbeddingRequest
 from nybble.server.api.messages_schema import CountTokensRequest, MessagesRequest
 from nybble.server.api.responses_schema import ResponsesRequest
 from nybble.server.api.schema import AbortRequest, CompletionRequest
+from nybble.server.api.scoring_schema import RerankRequest, ScoreRequest
 
 BODIES: dict[str, type[Body]] = {
     "/v1/chat/completions": ChatRequest,
@@ -21,6 +22,11 @@ BODIES: dict[str, type[Body]] = {
     "/v1/messages": MessagesRequest,
     "/v1/messages/count_tokens": CountTokensRequest,
     "/v1/embeddings": EmbeddingRequest,
+    "/score": ScoreRequest,
+    "/v1/score": ScoreRequest,
+    "/rerank": RerankRequest,
+    "/v1/rerank": RerankRequest,
+    "/v2/rerank": RerankRequest,
     "/tokenize": TokenizeRequest,
     "/detokenize": DetokenizeRequest,
     "/abort_request": AbortRequest,

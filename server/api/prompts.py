@@ -117,6 +117,16 @@ class Prompts:
         """Token ids of markers and short text between them."""
         return self._encode(text, special_tokens=False)
 
+    async def pair(self, first: str, second: str) -> tuple[int, ...]:
+        """Token ids of two texts as the tokenizer joins them, for models that compare them."""
+        _require_size("prompt", len((first + second).encode()), MAX_TEXT_BYTES, "bytes")
+
+        def work() -> tuple[int, ...]:
+            (encoding,) = self._backend.encode_batch_fast([(first, second)])
+            return tuple(encoding.ids)
+
+        return await self._off_loop(len(first) + len(second), work)
+
     async def encode_all(
         self,
         prompts: Sequence[Prompt],

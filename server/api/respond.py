@@ -172,9 +172,7 @@ class EventStream:
         await self.response.prepare(self._request)
 
     async def send(self, event: ServerSentEvent) -> None:
-        name, data = event
-        head = b"" if name is None else b"event: " + name.encode() + b"\n"
-        await self.write(head + b"data: " + to_json(data) + b"\n\n")
+        await self.write(event_bytes(event))
 
     async def write(self, data: bytes) -> None:
         """Raises ConnectionError if the client is gone or has stalled."""
@@ -185,6 +183,13 @@ class EventStream:
             if self._request.transport is not None:
                 self._request.transport.abort()
             raise ConnectionResetError("the client stopped reading") from None
+
+
+def event_bytes(event: ServerSentEvent) -> bytes:
+    """An event as it is sent."""
+    name, data = event
+    head = b"" if name is None else b"event: " + name.encode() + b"\n"
+    return head + b"data: " + to_json(data) + b"\n\n"
 
 
 def json_response(body: dict[str, Any]) -> web.Response:

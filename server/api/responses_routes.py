@@ -3,25 +3,34 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+import re
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from aiohttp import web
 
-from nybble.engine import RequestOutput
 from nybble.server.api.call import Call
 from nybble.server.api.endpoints import Endpoints, unknown_response
+from nybble.server.api.event_log import EventLog, EventLogs
 from nybble.server.api.generation import Generation, SequenceGroup, Usage
 from nybble.server.api.parse import read_body
-from nybble.server.api.respond import json_response, respond
-from nybble.server.api.response_store import ResponseStore, StoredResponse, failed
+from nybble.server.api.respond import (
+    EventStream,
+    ServerSentEvent,
+    event_bytes,
+    json_response,
+    respond,
+)
+from nybble.server.api.response_store import ResponseStore, StoredResponse
 from nybble.server.api.responses import ResponsesFormatter
 from nybble.server.api.responses_schema import ResponsesRequest
 from nybble.server.http.errors import ApiError
 from nybble.server.http.gate import Gate
 from nybble.server.observability.request_record import RECORD, RequestRecord
+
+_NUMBER = re.compile(r"-1|[0-9]{1,9}")
 
 
 class ResponsesApi:
@@ -39,8 +48,8 @@ class ResponsesApi:
         self._generation = generation
         self._gate = gate
         self._store = store
-        # Those being made in the background, with their states so far.
-        self._running: dict[str, tuple[asyncio.Task[None], StoredResponse]] = {}
+        self._running: dict[str, Running] = {}
+        self._logs = EventLogs()
 
     def routes(self) -> list[web.RouteDef]:
         return [
@@ -54,7 +63,7 @@ class ResponsesApi:
     async def lifespan(self, _: web.Application) -> AsyncGenerator[None]:
         """Ends what runs in the background when the server does, and closes the store."""
         yield
-        tasks = [task for task, _ in self._running.values()]
+        tasks = [running.task for running in self._running.values()]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -64,29 +73,43 @@ class ResponsesApi:
     async def create(self, request: web.Request) -> web.StreamResponse:
         body = await read_body(request, ResponsesRequest)
         kept = self._store is not None and body.store is not False
-        if body.background and (body.stream or not kept):
+        if body.background and not kept:
             raise ApiError(
                 400,
-                "background is not supported with stream: ask for the response by its id"
-                if body.stream
-                else "background needs store, and a server with --response-store",
+                "background needs store, and a server with --response-store",
                 param="background",
                 code="unsupported_parameter",
             )
         group, formatter, stored = await self._endpoints.response(body, Call.of(request))
         if body.background:
-            return self._in_background(request, group, formatter, stored)
+            log = self._logs.begin(group.id) if body.stream else None
+            self._in_background(request[RECORD], group, formatter, stored, log)
+            return json_response(stored.response) if log is None else await _follow(request, log, 0)
         return await respond(request, self._generation, group, formatter, stream=bool(body.stream))
 
-    async def retrieve(self, request: web.Request) -> web.Response:
-        if request.query.get("stream", "false").lower() not in ("false", "0"):
+    async def retrieve(self, request: web.Request) -> web.StreamResponse:
+        """The response, or with ``stream`` its events behind number ``starting_after``."""
+        stored = await self._found(request)
+        if request.query.get("stream", "false").lower() in ("false", "0"):
+            return json_response(stored.response)
+        log = self._logs.find(stored.id)
+        if log is None:
             raise ApiError(
                 400,
-                "a stored response is not streamed: ask without stream",
+                "there are no events of this response: it was not made with background and stream, "
+                "or is too long ago; ask without stream",
                 param="stream",
                 code="unsupported_parameter",
             )
-        return json_response((await self._found(request)).response)
+        given = request.query.get("starting_after", "-1")
+        if not _NUMBER.fullmatch(given):
+            raise ApiError(
+                400,
+                f"starting_after is {given!r:.50}, expected the number of an event",
+                param="starting_after",
+                code="invalid_value",
+            )
+        return await _follow(request, log, int(given) + 1)
 
     async def delete(self, request: web.Request) -> web.Response:
         stored = await self._found(request)
@@ -94,6 +117,7 @@ class ResponsesApi:
             await self._stop(stored.id)
         assert self._store is not None
         await self._store.delete(stored.id, stored.owner)
+        self._logs.forget(stored.id)
         return json_response({"id": stored.id, "object": "response", "deleted": True})
 
     async def input_items(self, request: web.Request) -> web.Response:
@@ -128,8 +152,9 @@ class ResponsesApi:
     async def _found(self, request: web.Request) -> StoredResponse:
         """The response that the path names. Raises ApiError 404."""
         id, owner = request.match_info["id"], Call.of(request).owner
-        if id in self._running and self._running[id][1].owner == owner:
-            return self._running[id][1]
+        running = self._running.get(id)
+        if running is not None and running.stored.owner == owner:
+            return running.stored
         stored = None if self._store is None else await self._store.get(id, owner)
         if stored is None:
             raise unknown_response(id, "id")
@@ -137,17 +162,16 @@ class ResponsesApi:
 
     def _in_background(
         self,
-        request: web.Request,
+        record: RequestRecord,
         group: SequenceGroup,
         formatter: ResponsesFormatter,
         stored: StoredResponse,
-    ) -> web.Response:
+        log: EventLog | None,
+    ) -> None:
         assert self._store is not None
         self._store.save(stored)
-        record = request[RECORD]
-        task = asyncio.create_task(self._run(record, group, formatter, stored))
-        self._running[group.id] = task, stored
-        return json_response(stored.response)
+        task = asyncio.create_task(self._run(record, group, formatter, stored, log))
+        self._running[group.id] = Running(task, stored)
 
     async def _run(
         self,
@@ -155,11 +179,17 @@ class ResponsesApi:
         group: SequenceGroup,
         formatter: ResponsesFormatter,
         stored: StoredResponse,
+        log: EventLog | None,
     ) -> None:
         """Make a response, whose every end is saved."""
         assert self._store is not None
         usage = record.usage = Usage(group)
-        outputs: list[RequestOutput] = []
+
+        def tell(events: Sequence[ServerSentEvent]) -> None:
+            if log is not None:
+                for event in events:
+                    log.add(event_bytes(event))
+
         try:
             with self._gate.passed():
                 async with (
@@ -167,32 +197,52 @@ class ResponsesApi:
                     aclosing(self._generation.run(group)) as results,
                 ):
                     async for index, output in results:
-                        if not outputs:
-                            self._begun(group.id)
+                        self._running[group.id].begin()
                         usage.add(index, output)
-                        outputs.append(output)
-            formatter.whole([outputs], usage)
+                        tell(formatter.events(index, output, usage))
+            tell(formatter.last_events(usage))
         except asyncio.CancelledError:
             self._store.save(replace(stored, response=stored.response | {"status": "cancelled"}))
             raise
         except TimeoutError:
-            reason = failed("the response's timeout has passed")
-            self._store.save(replace(stored, response=stored.response | reason))
+            late = ApiError(504, "the response's timeout has passed", code="timeout")
+            tell([formatter.failure(late)])
         except Exception as error:
-            reason = failed(record.failed(error).message)
-            self._store.save(replace(stored, response=stored.response | reason))
+            tell([formatter.failure(record.failed(error))])
         finally:
             del self._running[group.id]
-
-    def _begun(self, id: str) -> None:
-        task, stored = self._running[id]
-        begun = replace(stored, response=stored.response | {"status": "in_progress"})
-        self._running[id] = task, begun
+            if log is not None:
+                self._logs.end(group.id)
 
     async def _stop(self, id: str) -> None:
-        task, _ = self._running[id]
+        task = self._running[id].task
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
+
+
+@dataclass
+class Running:
+    """A response being made in the background. stored: its state so far."""
+
+    task: asyncio.Task[None]
+    stored: StoredResponse
+
+    def begin(self) -> None:
+        """Its first tokens are there."""
+        if self.stored.response["status"] == "queued":
+            response = self.stored.response | {"status": "in_progress"}
+            self.stored = replace(self.stored, response=response)
+
+
+async def _follow(request: web.Request, log: EventLog, start: int) -> web.StreamResponse:
+    """Send events as they come. The response is made whether or not anybody follows."""
+    stream = EventStream(request)
+    await stream.open()
+    async with aclosing(log.after(start)) as events:
+        async for event in events:
+            await stream.write(event)
+    await stream.response.write_eof()
+    return stream.response
 
 
 def _in_parts(item: dict[str, Any]) -> dict[str, Any]:

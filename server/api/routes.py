@@ -35,6 +35,7 @@ from nybble.server.api.response_store import ResponseStore
 from nybble.server.api.responses_routes import ResponsesApi
 from nybble.server.api.running import RUNNING
 from nybble.server.api.schema import AbortRequest, CompletionRequest
+from nybble.server.api.scoring_schema import RerankRequest, ScoreRequest
 from nybble.server.http.errors import ApiError
 from nybble.server.http.gate import Gate
 from nybble.server.observability.metrics import Metrics
@@ -73,12 +74,14 @@ class Api:
         trust_chat_templates: bool = False,
         dialects: Dialects | None = None,
         response_store: ResponseStore | None = None,
+        matryoshka: bool = False,
         root_path: str = "",
     ) -> None:
         """Make the handlers; nothing is computed yet.
 
         response_store: where responses are kept; None if they are not.
         dialects: how reasoning and tool calls are written; by default as chat templates show.
+        matryoshka: whether embeddings may be cut to any size.
         trust_chat_templates: whether requests may contain chat templates of their own.
         root_path: a proxy's ``/prefix``.
         """
@@ -99,7 +102,14 @@ class Api:
         grammars = GrammarCompiler(engine.tokenizer, engine.vocab_size, engine.eos_token_ids)
         self._chats = ChatGroups(engine, self._prompts, grammars, compiling, dialects or Dialects())
         self.endpoints = Endpoints(
-            engine, names, self._prompts, self._chats, grammars, compiling, response_store
+            engine,
+            names,
+            self._prompts,
+            self._chats,
+            grammars,
+            compiling,
+            response_store,
+            matryoshka=matryoshka,
         )
         self.responses = ResponsesApi(self.endpoints, self.generation, gate, response_store)
 
@@ -122,6 +132,11 @@ class Api:
             web.post("/v1/messages", self.messages),
             web.post("/v1/messages/count_tokens", self.count_tokens),
             web.post("/v1/embeddings", self.embeddings),
+            web.post("/score", self.score),
+            web.post("/v1/score", self.score),
+            web.post("/rerank", self.rerank),
+            web.post("/v1/rerank", self.rerank),
+            web.post("/v2/rerank", self.rerank_as_cohere),
             web.post("/tokenize", self.tokenize),
             web.post("/detokenize", self.detokenize),
         ]
@@ -216,6 +231,22 @@ class Api:
     async def embeddings(self, request: web.Request) -> web.Response:
         body = await read_body(request, EmbeddingRequest)
         group, formatter = await self.endpoints.embedding(body, Call.of(request))
+        return await respond_whole(request, self.generation, group, formatter)
+
+    async def score(self, request: web.Request) -> web.Response:
+        body = await read_body(request, ScoreRequest)
+        group, formatter = await self.endpoints.score(body, Call.of(request))
+        return await respond_whole(request, self.generation, group, formatter)
+
+    async def rerank(self, request: web.Request) -> web.Response:
+        return await self._ranked(request, cohere=False)
+
+    async def rerank_as_cohere(self, request: web.Request) -> web.Response:
+        return await self._ranked(request, cohere=True)
+
+    async def _ranked(self, request: web.Request, *, cohere: bool) -> web.Response:
+        body = await read_body(request, RerankRequest)
+        group, formatter = await self.endpoints.rerank(body, Call.of(request), cohere=cohere)
         return await respond_whole(request, self.generation, group, formatter)
 
     async def tokenize(self, request: web.Request) -> web.Response:

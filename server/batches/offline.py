@@ -51,6 +51,7 @@ async def answer_file(
     dialects: Dialects,
     *,
     max_waiting: int,
+    matryoshka: bool = False,
     progress: bool = True,
 ) -> Done:
     """Answer the lines that have no result in ``output`` yet, with a started engine.
@@ -73,6 +74,7 @@ async def answer_file(
         UsageLedger(),
         templates,
         dialects=dialects,
+        matryoshka=matryoshka,
     )
     # As in the background of a server: a line waits for seats, and is never refused.
     answers = Answers(api.endpoints, api.generation, UnknownFields(), background=True)

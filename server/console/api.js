@@ -1,5 +1,8 @@
 // The server's API, as any other client uses it. Paths are relative: a proxy may add a prefix.
 
+// Token counts come with every event, for a rate while the answer is made.
+const STREAM_OPTIONS = { include_usage: true, continuous_usage_stats: true };
+
 let key = sessionStorage.getItem("api-key") ?? "";
 
 export const apiKey = () => key;
@@ -46,7 +49,7 @@ export async function* chat(body, signal) {
   const response = await ask("v1/chat/completions", {
     method: "POST",
     headers: { "Content-Type": "application/json" },
-    body: JSON.stringify({ ...body, stream: true, stream_options: { include_usage: true } }),
+    body: JSON.stringify({ ...body, stream: true, stream_options: STREAM_OPTIONS }),
     signal,
   });
   for await (const data of serverSentEvents(response.body)) {

@@ -15,32 +15,43 @@ const announce = (text) => ($("announce").textContent = text);
 
 themeToggle($("theme"));
 
-const conversation = new Conversation($("messages"), {
-  announce,
-  changed(failure) {
-    $("send").hidden = conversation.busy;
-    $("stop").hidden = !conversation.busy;
-    $("empty").hidden = $("messages").querySelector("article") !== null;
-    if (failure?.status === 401) $("key").focus();
-    else if (!conversation.busy) $("prompt").focus();
-  },
-});
+function changed(failure) {
+  $("send").hidden = busy();
+  $("stop").hidden = !busy();
+  $("empty").hidden = $("messages").querySelector("article") !== null;
+  if (failure?.status === 401) $("key").focus();
+  else if (!busy()) $("prompt").focus();
+}
+
+const conversation = new Conversation($("messages"), { announce, changed });
+const other = new Conversation($("others"), { announce, changed });
+const busy = () => conversation.busy || other.busy;
+
+function stop() {
+  conversation.stop();
+  other.stop();
+}
 
 function settings() {
   const chosen = { model: $("model").value, system: $("system").value.trim() };
   for (const name of SAMPLING) {
     if ($(name).value !== "") chosen[name] = Number($(name).value);
   }
+  const tools = $("tools").value.trim();
+  if (tools) chosen.tools = JSON.parse(tools);
   return chosen;
 }
 
 async function send() {
   const text = $("prompt").value.trim();
-  if (!text || conversation.busy || !$("settings").reportValidity()) return;
+  if (!text || busy() || !$("settings").reportValidity()) return;
   if (!$("model").value) await showModels();
   $("prompt").value = "";
   grow();
-  await conversation.ask(text, settings());
+  const chosen = settings();
+  const asked = [conversation.ask(text, chosen)];
+  if ($("other").value) asked.push(other.ask(text, { ...chosen, model: $("other").value }));
+  await Promise.all(asked);
 }
 
 function grow() {
@@ -57,7 +68,7 @@ async function showModels() {
   try {
     const served = await models();
     const list = JSON.stringify(served.map(({ id, parent }) => [id, parent]));
-    if (list === listed || document.activeElement === select) return;
+    if (list === listed || [select, $("other")].includes(document.activeElement)) return;
     listed = list;
     const chosen = select.value;
     const group = (label, members) => {
@@ -70,12 +81,34 @@ async function showModels() {
     select.replaceChildren(group("Base model", bases));
     if (adapters.length) select.append(group("Adapters", adapters));
     if (served.some(({ id }) => id === chosen)) select.value = chosen;
+    const compared = $("other").value;
+    $("other").replaceChildren(new Option("nothing", ""), ...served.map(({ id }) => new Option(id, id)));
+    if (served.some(({ id }) => id === compared)) $("other").value = compared;
+    else showOther();
   } catch (error) {
     listed = "";
     select.replaceChildren(new Option(error.status === 401 ? "needs an API key" : "unknown", ""));
   }
 }
 
+/** Show the other model's conversation, if one is chosen; it knows what was said before. */
+function showOther() {
+  const hidden = !$("other").value;
+  if (hidden) other.clear();
+  else if ($("others").hidden) other.adopt(conversation);
+  $("others").hidden = hidden;
+}
+
+$("other").addEventListener("change", showOther);
+$("tools").addEventListener("input", ({ target }) => {
+  let problem = "";
+  try {
+    if (target.value.trim() && !Array.isArray(JSON.parse(target.value))) problem = "Expected a JSON list.";
+  } catch (error) {
+    problem = error.message;
+  }
+  target.setCustomValidity(problem);
+});
 $("composer").addEventListener("submit", (event) => {
   event.preventDefault();
   send();
@@ -89,11 +122,12 @@ $("prompt").addEventListener("keydown", (event) => {
   }
 });
 document.addEventListener("keydown", (event) => {
-  if (event.key === "Escape" && conversation.busy) conversation.stop();
+  if (event.key === "Escape" && busy()) stop();
 });
-$("stop").addEventListener("click", () => conversation.stop());
+$("stop").addEventListener("click", stop);
 $("clear").addEventListener("click", () => {
   conversation.clear();
+  other.clear();
   $("empty").hidden = false;
   $("prompt").focus();
   announce("New chat.");

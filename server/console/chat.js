@@ -37,17 +37,32 @@ export class Conversation {
     for (const article of this.list.querySelectorAll("article")) article.remove();
   }
 
-  /** Ask, and show the answer. settings: {model, system, …sampling}. */
+  /** Begin with what was said to another model. */
+  adopt(other) {
+    this.clear();
+    this.#said = [...other.#said];
+  }
+
+  /** The turns that a text from the user makes: the results of the calls that wait for them. */
+  #turnsOf(text) {
+    const calls = this.#said.at(-1)?.tool_calls ?? [];
+    if (!calls.length) return [{ role: "user", content: text }];
+    return calls.map(({ id }) => ({ role: "tool", tool_call_id: id, content: text }));
+  }
+
+  /** Ask, and show the answer. settings: {model, system, tools, …sampling}. */
   async ask(text, { system, ...settings }) {
     const said = this.#said;
-    const turns = [...said, { role: "user", content: text }];
-    const question = this.#article("user", "You");
+    const asked = this.#turnsOf(text);
+    const turns = [...said, ...asked];
+    const question = this.#article("user", asked[0].role === "tool" ? "Result of the call" : "You");
     question.body.textContent = text;
     const answer = this.#article("assistant", settings.model);
     answer.article.classList.add("busy");
     this.#abort = new AbortController();
     this.changed();
-    const progress = { text: "", thought: "", started: performance.now(), first: 0, last: 0, events: 0 };
+    const started = performance.now();
+    const progress = { text: "", thought: "", calls: [], started, first: 0, last: 0, events: 0 };
     const draw = throttled(() => this.#draw(answer, progress));
     let failure = null;
     let stopped = false;
@@ -57,13 +72,14 @@ export class Conversation {
         const [choice] = event.choices;
         if (event.usage) progress.usage = event.usage;
         if (choice?.finish_reason) progress.reason = choice.finish_reason;
-        const { content, reasoning } = choice?.delta ?? {};
-        if (!content && !reasoning) continue;
+        const { content, reasoning, tool_calls: calls } = choice?.delta ?? {};
+        if (!content && !reasoning && !calls) continue;
         progress.last = performance.now();
         progress.first ||= progress.last;
         progress.events += 1;
         progress.text += content ?? "";
         progress.thought += reasoning ?? "";
+        for (const part of calls ?? []) addCall(progress.calls, part);
         draw();
       }
     } catch (error) {
@@ -75,7 +91,10 @@ export class Conversation {
     this.#abort = null;
     this.#finish(answer, progress, stopped, failure);
     if (said === this.#said && (progress.text || !failure)) {
-      said.push(turns.at(-1), { role: "assistant", content: progress.text });
+      const turn = { role: "assistant", content: progress.text };
+      // A call that was cut off is not to be answered.
+      if (progress.calls.length && progress.reason === "tool_calls") turn.tool_calls = progress.calls;
+      said.push(...asked, turn);
     }
     this.changed(failure);
   }
@@ -86,42 +105,37 @@ export class Conversation {
     const heading = Object.assign(document.createElement("h2"), { textContent: name });
     const body = Object.assign(document.createElement("div"), { className: "body" });
     if (role === "assistant") body.classList.add("markdown");
+    const stats = Object.assign(document.createElement("p"), { className: "stats" });
     article.append(heading, body);
+    if (role === "assistant") article.append(stats);
     this.list.append(article);
     this.list.scrollTop = this.list.scrollHeight;
-    return { article, body };
+    return { article, body, stats };
   }
 
-  #draw({ body }, { text, thought }) {
+  #draw({ body, stats }, progress) {
+    const { text, thought, calls } = progress;
     const { list } = this;
     const following = list.scrollHeight - list.scrollTop - list.clientHeight < 60;
     // Reasoning stays folded, or as the reader has left it.
     const folded = thought ? [body.querySelector("details.thought") ?? foldedThought()] : [];
     for (const { lastElementChild } of folded) lastElementChild.textContent = thought;
-    body.replaceChildren(...folded, markdown(text));
+    body.replaceChildren(...folded, markdown(text), ...calls.map(shownCall));
+    stats.textContent = rates(progress).join(" · ");
     if (following) list.scrollTop = list.scrollHeight;
   }
 
-  #finish({ article }, progress, stopped, failure) {
-    const parts = [];
-    const { first, last, started, events, usage, reason } = progress;
-    const tokens = usage?.completion_tokens ?? events;
-    if (first) {
-      parts.push(`${((first - started) / 1000).toFixed(2)} s to first token`);
-      if (tokens > 1 && last > first) {
-        parts.push(`${((1000 * (tokens - 1)) / (last - first)).toFixed(1)} tokens/s`);
-      }
-      parts.push(`${tokens} ${tokens === 1 ? "token" : "tokens"}`);
-      const drafts = usage?.draft_tokens_details;
-      if (drafts) {
-        parts.push(`${drafts.accepted_draft_tokens} of ${drafts.draft_tokens} drafts accepted`);
-      }
+  #finish({ article, stats }, progress, stopped, failure) {
+    const { first, started, reason } = progress;
+    const parts = first ? [`${((first - started) / 1000).toFixed(2)} s to first token`] : [];
+    parts.push(...rates(progress));
+    const drafts = progress.usage?.draft_tokens_details;
+    if (drafts) {
+      parts.push(`${drafts.accepted_draft_tokens} of ${drafts.draft_tokens} drafts accepted`);
     }
     if (stopped) parts.push("stopped");
     else if (reason === "length") parts.push("cut at max tokens");
-    const stats = Object.assign(document.createElement("p"), { className: "stats" });
     stats.textContent = parts.join(" · ");
-    article.append(stats);
     if (failure) {
       const problem = Object.assign(document.createElement("p"), { className: "problem" });
       problem.textContent = failure.message;
@@ -129,8 +143,40 @@ export class Conversation {
     }
     this.list.scrollTop = this.list.scrollHeight;
     if (failure) this.announce(`Error: ${failure.message}`);
-    else this.announce(stopped ? "Stopped." : `Answer: ${progress.text}`);
+    else if (stopped) this.announce("Stopped.");
+    else {
+      const called = progress.calls.map((call) => `Calls ${call.function.name}.`);
+      this.announce([`Answer: ${progress.text}`, ...called].join(" "));
+    }
   }
+}
+
+/** What is known of an answer's speed, while it is made and afterwards. */
+function rates({ first, last, events, usage }) {
+  if (!first) return [];
+  const tokens = usage?.completion_tokens ?? events;
+  const parts = [`${tokens} ${tokens === 1 ? "token" : "tokens"}`];
+  if (tokens > 1 && last > first) {
+    parts.unshift(`${((1000 * (tokens - 1)) / (last - first)).toFixed(1)} tokens/s`);
+  }
+  return parts;
+}
+
+/** Add a piece of a streamed call to the calls so far. */
+function addCall(calls, { index, id, function: piece }) {
+  calls[index] ??= { id, type: "function", function: { name: "", arguments: "" } };
+  calls[index].function.name += piece?.name ?? "";
+  calls[index].function.arguments += piece?.arguments ?? "";
+}
+
+function shownCall({ function: { name, arguments: text } }) {
+  const figure = Object.assign(document.createElement("figure"), { className: "code call" });
+  const caption = Object.assign(document.createElement("figcaption"), { textContent: `Calls ${name}` });
+  const code = Object.assign(document.createElement("code"), { textContent: text });
+  const pre = document.createElement("pre");
+  pre.append(code);
+  figure.append(caption, pre);
+  return figure;
 }
 
 function foldedThought() {

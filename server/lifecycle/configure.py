@@ -116,6 +116,7 @@ def server_settings(options: ServeOptions, device: str, *, loopback: bool) -> Se
         unknown_fields=network.unknown_fields,
         trust_chat_templates=network.trust_request_chat_template,
         dialects=dialects_of(options),
+        matryoshka=model.matryoshka,
         response_store=None
         if network.response_store is None
         else (network.response_store, network.response_store_size),

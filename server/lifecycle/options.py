@@ -165,6 +165,14 @@ class ModelOptions:
             exists=True,
         ),
     ] = None
+    matryoshka: Annotated[
+        bool,
+        _model(
+            "--matryoshka",
+            help="Embeddings were trained to be cut short (Qwen3-Embedding), though config.json "
+            "does not say so: requests may ask for fewer dimensions.",
+        ),
+    ] = False
     tune: Annotated[
         bool,
         _model(

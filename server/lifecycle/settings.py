@@ -40,6 +40,7 @@ class ServerSettings:
     console: whether there is a page at ``/``.
     unknown_fields: how unknown fields of requests are handled.
     trust_chat_templates: whether requests may contain chat templates of their own.
+    matryoshka: whether embeddings may be cut to any size.
     dialects: how reasoning and tool calls are written.
     response_store: the file in which responses are kept, and most bytes of each tenant's; None if
         they are not kept.
@@ -68,6 +69,7 @@ class ServerSettings:
     console: bool = True
     unknown_fields: Literal["refuse", "warn", "ignore"] = "refuse"
     trust_chat_templates: bool = False
+    matryoshka: bool = False
     dialects: Dialects = field(default_factory=Dialects)
     response_store: tuple[Path, int] | None = None
     tracing: Tracing | None = None

@@ -254,3 +254,13 @@ def test_modules_after_the_transformer_are_computed_or_refused_by_name(tmp_path:
     (tmp_path / "modules.json").write_text(json.dumps(modules))
     with pytest.raises(CheckpointError, match=r"the module Dense \(2_Dense\) is not supported"):
         read_pooling(tmp_path)
+
+
+def test_embeddings_of_a_models_own_code_are_not_imitated(tmp_path: Path) -> None:
+    """GTE-Qwen attends to later tokens, which only its code says."""
+    config = {"auto_map": {"AutoModel": "modeling_qwen.Qwen2Model"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert read_pooling(tmp_path) == "last"  # a model that generates, whatever its code is
+    modules = [{"path": "", "type": "sentence_transformers.models.Transformer"}]
+    (tmp_path / "modules.json").write_text(json.dumps(modules))
+    assert read_pooling(tmp_path) is None

@@ -89,3 +89,11 @@ def test_biases_that_llama_cannot_have_are_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(INTERNLM3 | {"qkv_bias": True}))
     with pytest.raises(UnsupportedModelError, match="qkv_bias is True and bias is False"):
         open_checkpoint(tmp_path)
+
+
+def test_attention_to_later_tokens_is_refused_by_name(tmp_path: Path) -> None:
+    config = LlamaConfig(hidden_size=64, num_attention_heads=4, num_hidden_layers=1)
+    written = config.to_dict() | {"is_causal": False, "model_type": "llama"}
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    with pytest.raises(UnsupportedModelError, match="is_causal: false"):
+        open_checkpoint(tmp_path)

@@ -108,6 +108,7 @@ def batch(options: BatchOptions) -> None:
                     served.served_names,
                     dialects,
                     max_waiting=config.max_waiting,
+                    matryoshka=served.model.matryoshka,
                 )
             )
         finally:

@@ -1,4 +1,4 @@
-"""The README's tables name every field of OpenAI's requests, and say what the server makes of it.
+"""The README's tables name every field of others' requests, and say what the server makes of it.
 
 The tables are generated: run this file (``.venv/bin/python tests/server/api/test_field_table.py``)
 after a change of the request models or of the vendored schema.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -16,19 +17,40 @@ import nybble.server.api
 from nybble.server.api.body import Body
 from nybble.server.api.chat_schema import ChatRequest
 from nybble.server.api.embeddings import EmbeddingRequest
+from nybble.server.api.messages_schema import MessagesRequest
 from nybble.server.api.parse import parse_body
 from nybble.server.api.responses_schema import ResponsesRequest
 from nybble.server.api.schema import CompletionRequest
+from nybble.server.api.scoring_schema import RerankRequest, ScoreRequest
+from nybble.server.batches.schema import CreateBatch
 from nybble.server.http.errors import ApiError
 
 README = Path(nybble.server.api.__path__[0]) / "README.md"
 SCHEMAS = Path(__file__).parent / "openai_schema" / "schemas.json"
 FIELDS: dict[str, list[str]] = json.loads(SCHEMAS.read_text())["request_fields"]
-ENDPOINTS: dict[str, tuple[str, type[Body]]] = {
-    "/v1/chat/completions": ("CreateChatCompletionRequest", ChatRequest),
-    "/v1/completions": ("CreateCompletionRequest", CompletionRequest),
-    "/v1/responses": ("CreateResponse", ResponsesRequest),
-    "/v1/embeddings": ("CreateEmbeddingRequest", EmbeddingRequest),
+# Of Anthropic's messages and their beta, as their client has them.
+ANTHROPIC = (
+    *("cache_control", "container", "context_management", "inference_geo", "max_tokens"),
+    *("mcp_servers", "messages", "metadata", "model", "output_config", "service_tier"),
+    *("stop_sequences", "stream", "system", "temperature", "thinking", "tool_choice", "tools"),
+    *("top_k", "top_p"),
+)
+# Of Jina's and Cohere's documents.
+RERANKING = (
+    *("documents", "max_chunks_per_doc", "max_tokens_per_doc", "model", "priority", "query"),
+    *("rank_fields", "return_documents", "return_embeddings", "top_n"),
+)
+SCORING = ("model", "text_1", "text_2", "truncate_prompt_tokens", "use_activation")  # vLLM's
+BATCHES = (*("completion_window", "endpoint", "input_file_id", "metadata", "output_expires_after"),)
+ENDPOINTS: dict[str, tuple[Sequence[str], type[Body]]] = {
+    "/v1/chat/completions": (FIELDS["CreateChatCompletionRequest"], ChatRequest),
+    "/v1/completions": (FIELDS["CreateCompletionRequest"], CompletionRequest),
+    "/v1/responses": (FIELDS["CreateResponse"], ResponsesRequest),
+    "/v1/messages": (ANTHROPIC, MessagesRequest),
+    "/v1/embeddings": (FIELDS["CreateEmbeddingRequest"], EmbeddingRequest),
+    "/v1/rerank": (RERANKING, RerankRequest),
+    "/v1/score": (SCORING, ScoreRequest),
+    "/v1/batches": (BATCHES, CreateBatch),
 }
 BEGIN, END = "<!-- fields: {} -->", "<!-- end -->"
 
@@ -36,6 +58,9 @@ TEMPERATURE = "0 to 100 (0 to 2 in OpenAI's API)"
 CONSTRAINTS = "json, json_object, regex, choice, grammar or structural_tag"
 PRIORITY = "among a tenant's waiting requests, the one with the lowest number is next"
 TRUNCATION = "-1: as many as leave room for the output"
+CUT = "of both texts; the document is cut. -1: as many as the context has"
+ACTIVATION = "false: the logit of a classifier with one label"
+JUDGED = "for models that judge by yes and no"
 NO_LIMIT = "-1: no limit but the context length"
 
 # Notes on supported fields, most of them on values which are not supported.
@@ -52,7 +77,7 @@ LIMITS = {
     (ChatRequest, "include_reasoning"): "false: reasoning is left out",
     (ResponsesRequest, "store"): "with `--response-store`",
     (ResponsesRequest, "previous_response_id"): "with `--response-store`",
-    (ResponsesRequest, "background"): "with `--response-store`, and without stream",
+    (ResponsesRequest, "background"): "with `--response-store`",
     (ChatRequest, "temperature"): TEMPERATURE,
     (CompletionRequest, "temperature"): TEMPERATURE,
     (ResponsesRequest, "temperature"): TEMPERATURE,
@@ -75,7 +100,26 @@ LIMITS = {
     (CompletionRequest, "n"): "up to 128, and no more than the server accepts at once",
     (CompletionRequest, "stop"): "up to 16",
     (EmbeddingRequest, "normalize"): "only true",
-    (EmbeddingRequest, "dimensions"): "only the model's own number",
+    (EmbeddingRequest, "dimensions"): "the model's own number, fewer if it was trained for that",
+    (EmbeddingRequest, "prompt_name"): "of `config_sentence_transformers.json`",
+    (RerankRequest, "return_documents"): "they are returned by default, but not by `/v2/rerank`",
+    (RerankRequest, "max_tokens_per_doc"): "longer documents are cut",
+    (RerankRequest, "truncate_prompt_tokens"): CUT,
+    (ScoreRequest, "truncate_prompt_tokens"): CUT,
+    (RerankRequest, "use_activation"): ACTIVATION,
+    (ScoreRequest, "use_activation"): ACTIVATION,
+    (RerankRequest, "instruction"): JUDGED,
+    (ScoreRequest, "instruction"): JUDGED,
+    (RerankRequest, "priority"): PRIORITY,
+    (ScoreRequest, "priority"): PRIORITY,
+    (ScoreRequest, "text_1"): "one text, or as many as text_2 has",
+    (CreateBatch, "endpoint"): "chat completions, completions, embeddings or responses",
+    (CreateBatch, "completion_window"): "`24h`",
+    (MessagesRequest, "messages"): "text, thinking, tool use and results: images are refused",
+    (MessagesRequest, "tools"): "the client's; no built-in ones",
+    (MessagesRequest, "thinking"): "`adaptive`: as the chat template has it",
+    (MessagesRequest, "output_config"): "effort, and a JSON schema in format",
+    (MessagesRequest, "priority"): PRIORITY,
     (ResponsesRequest, "include"): "`message.output_text.logprobs`; the rest belongs to items that "
     "there are not",
     (ResponsesRequest, "top_logprobs"): "up to 20; asks for log probabilities by itself too",
@@ -86,10 +130,10 @@ LIMITS = {
 
 
 def table(path: str) -> str:
-    name, kind = ENDPOINTS[path]
-    openai = set(FIELDS[name])
+    names, kind = ENDPOINTS[path]
+    theirs = set(names)
     lines = ["| field | | |", "| --- | --- | --- |"]
-    for field in sorted(openai | set(kind.model_fields) | set(kind.refused) | set(kind.ignored)):
+    for field in sorted(theirs | set(kind.model_fields) | set(kind.refused) | set(kind.ignored)):
         if field in kind.refused:
             state, note = "refused", kind.refused[field]
         elif field in kind.ignored:
@@ -98,7 +142,7 @@ def table(path: str) -> str:
             state, note = "supported", LIMITS.get((kind, field), "")
         else:
             state, note = "refused as unknown", ""
-        if field not in openai:
+        if field not in theirs:
             state += ", an extension"
         lines.append(f"| `{field}` | {state} | {note} |".replace("  ", " "))
     return "\n".join(lines)
@@ -118,9 +162,9 @@ def test_the_table_of_fields_is_what_the_code_does(path: str) -> None:
 
 
 @pytest.mark.parametrize("path", ENDPOINTS)
-def test_every_field_of_openais_document_is_known_by_name(path: str) -> None:
-    name, kind = ENDPOINTS[path]
-    assert set(FIELDS[name]) <= set(kind.model_fields) | set(kind.refused) | set(kind.ignored)
+def test_every_field_of_others_documents_is_known_by_name(path: str) -> None:
+    names, kind = ENDPOINTS[path]
+    assert set(names) <= set(kind.model_fields) | set(kind.refused) | set(kind.ignored)
     assert not set(kind.ignored) & set(kind.refused)
 
 

@@ -276,3 +276,18 @@ def test_the_key_may_come_in_anthropics_header(engine: Engine, tmp_path: Any) ->
             assert response.status == 200
 
     run(engine, scenario, api_keys=("secret",))
+
+
+def test_what_asks_for_nothing_is_accepted(engine: Engine) -> None:
+    """As agents send it with every request."""
+    kept = {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]}
+
+    async def scenario(client: Client) -> None:
+        plain = await ask(client, seed=1, max_tokens=8)
+        for nothing in ({"edits": []}, kept):
+            found = await ask(client, seed=1, max_tokens=8, context_management=nothing)
+            assert same(found) == same(plain)
+        adaptive = await ask(client, seed=1, max_tokens=8, thinking={"type": "adaptive"})
+        assert same(adaptive) == same(plain)
+
+    run(engine, scenario)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from nybble.engine import Engine
+from nybble.server.api.event_log import EventLogs
 from nybble.server.api.response_store import ResponseStore, StoredResponse
 from nybble.server.tenancy.tenants import Tenants
 
@@ -125,6 +126,72 @@ def test_a_response_in_the_background_is_cancelled(engine: Engine, store: tuple[
         whole = await respond(client)
         error = await refused(client, f"{RESPONSES}/{whole['id']}/cancel", {})
         assert "background" in error["message"]
+
+    run(engine, scenario, response_store=store)
+
+
+async def events_of(response: Any, most: int = 10**6) -> list[dict[str, Any]]:
+    events: list[dict[str, Any]] = []
+    async for line in response.content:
+        if line.startswith(b"data: "):
+            events.append(json.loads(line[6:]))
+            if len(events) == most:
+                break
+    return events
+
+
+def test_the_stream_of_a_response_in_the_background_goes_on_where_it_was_left(
+    engine: Engine, store: tuple[Path, int]
+) -> None:
+    body = {**BODY, "background": True, "stream": True, "max_output_tokens": 60}
+
+    async def scenario(client: Client) -> None:
+        async with client.post(RESPONSES, json=body) as response:
+            assert response.content_type == "text/event-stream"
+            first = await events_of(response, most=5)
+            response.close()  # the client is gone; the response is made all the same
+        id, last = first[0]["response"]["id"], first[-1]["sequence_number"]
+        path = f"{RESPONSES}/{id}?stream=true"
+        async with client.get(f"{path}&starting_after={last}") as response:
+            rest = await events_of(response)
+        events = [*first, *rest]
+        assert [event["sequence_number"] for event in events] == list(range(len(events)))
+        ended = events[-1]
+        assert ended["type"] in ("response.completed", "response.incomplete")
+        assert await get(client, id) == (200, ended["response"])
+        text = "".join(e["delta"] for e in events if e["type"] == "response.output_text.delta")
+        assert text == ended["response"]["output"][0]["content"][0]["text"]
+        # And again once it has ended.
+        async with client.get(path) as response:
+            assert await events_of(response) == events
+        for wrong in ("x", "-2", "1.5"):
+            status, error = await get(client, id, of=f"?stream=true&starting_after={wrong}")
+            assert (status, error["error"]["param"]) == (400, "starting_after")
+        plain = await respond(client)
+        assert (await get(client, plain["id"], of="?stream=true"))[0] == 400
+        await client.delete(f"{RESPONSES}/{id}")
+        assert (await get(client, id, of="?stream=true"))[0] == 404
+
+    run(engine, scenario, response_store=store)
+
+
+def test_a_stream_ends_when_its_response_is_cancelled_or_fails(
+    engine: Engine, store: tuple[Path, int]
+) -> None:
+    body = {**BODY, "background": True, "stream": True, "max_output_tokens": 1500}
+
+    async def scenario(client: Client) -> None:
+        async with client.post(RESPONSES, json=body) as response:
+            (created,) = await events_of(response, most=1)
+            id = created["response"]["id"]
+            await client.post(f"{RESPONSES}/{id}/cancel", json={})
+            await events_of(response)
+        assert (await get(client, id))[1]["status"] == "cancelled"
+        async with client.post(RESPONSES, json=body | {"timeout": 0.3}) as response:
+            failed = (await events_of(response))[-1]
+        assert failed["type"] == "response.failed"
+        assert "timeout" in failed["response"]["error"]["message"]
+        assert await get(client, failed["response"]["id"]) == (200, failed["response"])
 
     run(engine, scenario, response_store=store)
 
@@ -246,3 +313,14 @@ def test_two_servers_do_not_share_a_store(tmp_path: Path) -> None:
         ResponseStore(path, 1)
     first.close()
     ResponseStore(path, 1).close()
+
+
+def test_the_events_of_the_oldest_responses_give_way() -> None:
+    logs = EventLogs(most_bytes=25)
+    for id in "abcd":
+        logs.begin(id).add(b"x" * 10)
+    logs.end("b")  # which alone may be forgotten: the others are being made
+    assert [id for id in "abcd" if logs.find(id)] == ["a", "c", "d"]
+    logs.end("d")
+    logs.end("a")
+    assert [id for id in "abcd" if logs.find(id)] == ["a", "c"]

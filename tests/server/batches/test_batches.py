@@ -158,7 +158,11 @@ def test_a_batch_has_the_results_that_its_requests_have_alone(serve: Callable[..
                         item.pop("id")
                     for details in ("prompt_tokens_details", "input_tokens_details"):
                         each["usage"].pop(details, None)
-                assert result["response"]["body"] == alone
+                found_body = result["response"]["body"]
+                if endpoint == "/v1/embeddings":  # float32 rounds as rows are computed together
+                    for mine, theirs in zip(found_body.pop("data"), alone.pop("data"), strict=True):
+                        assert mine["embedding"] == pytest.approx(theirs["embedding"], abs=1e-5)
+                assert found_body == alone
         output = await api.files.retrieve(batch.output_file_id)
         assert (output.purpose, output.filename) == ("batch_output", f"{batch.id}_output.jsonl")
         listed = await api.batches.list(limit=2)

@@ -17,11 +17,14 @@ from nybble.server.console.page import Console
 
 @dataclass
 class Scripted:
-    """answer: sent in pieces, seconds apart. key: needed, if any. asked: the bodies of requests,
-    ended: how many answers were sent whole; cut: how many the client went away from."""
+    """answer: sent in pieces, seconds apart; {model} stands for the request's. thought: sent before
+    it. call: name and arguments, sent behind it. key: needed, if any. asked: the bodies of
+    requests, ended: how many answers were sent whole; cut: how many the client went away from."""
 
     url: str = ""
     answer: str = "Hello."
+    thought: str = ""
+    call: tuple[str, str] | None = None
     pause: float = 0.0
     piece: int = 7
     key: str | None = None
@@ -67,14 +70,25 @@ class Scripted:
         self.asked.append(await request.json())
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
-        pieces = [
-            self.answer[at : at + self.piece] for at in range(0, len(self.answer), self.piece)
-        ]
+        answer = self.answer.replace("{model}", self.asked[-1]["model"])
+        pieces = [answer[at : at + self.piece] for at in range(0, len(answer), self.piece)]
         try:
+            if self.thought:
+                await _send(response, [{"delta": {"reasoning": self.thought}}])
             for piece in pieces:
                 await _send(response, [{"delta": {"content": piece}}])
                 await asyncio.sleep(self.pause)
-            await _send(response, [{"delta": {}, "finish_reason": "stop"}])
+            reason = "stop"
+            if self.call is not None:
+                name, arguments = self.call
+                half = len(arguments) // 2
+                begun = {"index": 0, "id": "call_1", "function": {"name": name, "arguments": ""}}
+                await _send(response, [{"delta": {"tool_calls": [begun]}}])
+                for part in (arguments[:half], arguments[half:]):
+                    more = {"index": 0, "function": {"arguments": part}}
+                    await _send(response, [{"delta": {"tool_calls": [more]}}])
+                reason = "tool_calls"
+            await _send(response, [{"delta": {}, "finish_reason": reason}])
             await _send(response, [], {"completion_tokens": len(pieces), **self.usage})
             await response.write(b"data: [DONE]\n\n")
             self.whole += 1

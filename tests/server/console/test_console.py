@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -131,6 +132,83 @@ def test_model_system_prompt_and_sampling_are_sent(page: Page, server: Scripted)
     page.find("temperature").send_keys("999")
     page.find("prompt").send_keys("No.", Keys.ENTER)
     assert len(page.all("article.assistant")) == 1  # the field is invalid and says so
+
+
+def test_the_rate_is_shown_while_the_answer_comes(page: Page, server: Scripted) -> None:
+    server.answer, server.pause = "word " * 400, 0.05
+    answer = page.ask("Talk.")
+    stats = answer.find_element(By.CSS_SELECTOR, ".stats")
+    page.until(lambda: "tokens/s" in stats.text)
+    assert page.all("article.busy")
+    assert server.asked[0]["stream_options"]["continuous_usage_stats"] is True
+    page.find("stop").click()
+    page.answered()
+    assert "tokens/s" in stats.text
+
+
+def test_reasoning_is_folded_and_not_sent_back(page: Page, server: Scripted) -> None:
+    server.thought, server.answer = "First, I count.", "Four."
+    answer = page.ask("Two and two?")
+    page.answered()
+    (folded,) = answer.find_elements(By.CSS_SELECTOR, "details.thought")
+    assert folded.get_attribute("open") is None
+    assert "First" not in answer.text
+    folded.find_element(By.CSS_SELECTOR, "summary").click()
+    assert "First, I count." in answer.text
+    page.ask("Sure?")
+    page.answered()
+    assert server.asked[1]["messages"][1] == {"role": "assistant", "content": "Four."}
+
+
+def test_a_tool_call_is_shown_and_the_next_message_is_its_result(
+    page: Page, server: Scripted
+) -> None:
+    tools = '[{"type": "function", "function": {"name": "clock"}}]'
+    page.find("tools").send_keys(tools)
+    server.answer, server.call = "", ("clock", '{"zone": "<b>utc"}')
+    answer = page.ask("What time is it?")
+    page.answered()
+    (call,) = answer.find_elements(By.CSS_SELECTOR, "figure.call")
+    assert call.text.split("\n") == ["Calls clock", '{"zone": "<b>utc"}']
+    assert server.asked[0]["tools"] == json.loads(tools)
+    server.answer, server.call = "Noon.", None
+    page.ask("12:00")
+    page.answered()
+    _, called, result = server.asked[1]["messages"]
+    assert called["tool_calls"][0]["function"]["arguments"] == '{"zone": "<b>utc"}'
+    assert result == {"role": "tool", "tool_call_id": "call_1", "content": "12:00"}
+    assert page.all("article.user h2")[-1].text == "Result of the call"
+    # What is no list of tools is not sent.
+    page.find("tools").send_keys("]")
+    page.find("prompt").send_keys("And now?", Keys.ENTER)
+    assert page.find("tools").get_property("validationMessage")
+    assert len(server.asked) == 2
+
+
+def test_two_models_answer_one_prompt_side_by_side(page: Page, server: Scripted) -> None:
+    server.answer = "I am {model}."
+    page.ask("Before.")
+    page.answered()
+    assert not page.find("others").is_displayed()
+    Select(page.find("other")).select_by_value("pirate")
+    page.find("prompt").send_keys("Who are you?", Keys.ENTER)
+    page.until(lambda: len(page.all("article.assistant")) == 3)
+    page.answered()
+    columns = [page.find(id) for id in ("messages", "others")]
+    last = [each.find_elements(By.CSS_SELECTOR, "article.assistant")[-1] for each in columns]
+    assert [each.find_element(By.CSS_SELECTOR, ".body").text for each in last] == [
+        "I am base.",
+        "I am pirate.",
+    ]
+    first, second = server.asked[1:]
+    assert {first["model"], second["model"]} == {"base", "pirate"}
+    assert first["messages"] == second["messages"]  # the other knows what was said before
+    left, right = (each.rect for each in columns)
+    assert left["x"] + left["width"] <= right["x"] + 1
+    assert left["y"] == right["y"]
+    Select(page.find("other")).select_by_value("")
+    assert not page.find("others").is_displayed()
+    assert page.complaints() == []
 
 
 def test_it_can_be_used_with_the_keyboard_alone(page: Page, server: Scripted) -> None:

@@ -1,0 +1,248 @@
+"""How relevant a document is to a query, by whichever way the model has.
+
+A classifier (``…ForSequenceClassification``) reads both texts as its tokenizer joins a pair. The
+score is the sigmoid of its logit, or of two labels the probability of the second. A model of
+embeddings compares those of both texts by their cosine. Any other model with a chat template
+judges: it is asked in the words of Qwen3-Reranker whether the document meets the requirements, and
+the score is the probability of "yes" among "yes" and "no" (Zhang et al. 2025, Qwen3 Embedding).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+from uuid import uuid4
+
+import numpy as np
+
+from nybble.engine import Engine, Pooling, RequestOutput, SamplingParams
+from nybble.server.api.call import Call
+from nybble.server.api.chat_groups import ChatGroups
+from nybble.server.api.chat_schema import ChatRequest
+from nybble.server.api.generation import SequenceGroup
+from nybble.server.api.parameter_names import parameters_called
+from nybble.server.api.prompts import Prompts
+from nybble.server.api.scoring_schema import RerankRequest, ScoreRequest
+from nybble.server.http.errors import ApiError
+
+Outputs = Sequence[Sequence[RequestOutput]]
+Pair = tuple[str, str]  # a query and a document
+
+_SYSTEM = (
+    "Judge whether the Document meets the requirements based on the Query and the Instruct "
+    'provided. Note that the answer can only be "yes" or "no".'
+)
+_INSTRUCTION = "Given a web search query, retrieve relevant passages that answer the query"
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How the scores of pairs are read from a group's outputs.
+
+    read: from all outputs of every sequence to one score for each pair.
+    """
+
+    group: SequenceGroup
+    read: Callable[[Outputs], list[float]]
+
+
+class Scoring:
+    def __init__(self, engine: Engine, prompts: Prompts, chats: ChatGroups) -> None:
+        self._engine = engine
+        self._prompts = prompts
+        self._chats = chats
+
+    async def scores(
+        self,
+        pairs: Sequence[Pair],
+        body: RerankRequest | ScoreRequest,
+        adapter: str | None,
+        call: Call,
+    ) -> Scores:
+        """The sequences that score pairs. Raises ApiError 400 and ParameterError."""
+        if isinstance(body, RerankRequest) and (most := body.max_tokens_per_doc) is not None:
+            pairs = [(query, await self._cut(document, most)) for query, document in pairs]
+        classifies, embeds = bool(self._engine.num_labels), self._engine.embedding.made_for
+        if body.instruction is not None and (classifies or embeds):
+            raise _unsupported("instruction", "instruction is for models that judge by yes and no")
+        if body.use_activation is False and self._engine.num_labels != 1:
+            raise _unsupported(
+                "use_activation", "only the logit of a classifier with one label can be asked for"
+            )
+        with parameters_called({"prompt": "documents", "messages": "documents"}):
+            if classifies:
+                return await self._classified(pairs, body, adapter, call)
+            if embeds:
+                return await self._compared(pairs, body, adapter, call)
+            return await self._judged(pairs, body, adapter, call)
+
+    async def _classified(
+        self,
+        pairs: Sequence[Pair],
+        body: RerankRequest | ScoreRequest,
+        adapter: str | None,
+        call: Call,
+    ) -> Scores:
+        labels = self._engine.num_labels
+        if labels > 2:
+            raise _unsupported("model", f"this model tells {labels} labels apart, expected 1 or 2")
+        prompts = [await self._fitting(pair, body, self._prompts.pair) for pair in pairs]
+        group = self._group(prompts, body, adapter, call, "score")
+
+        def read(outputs: Outputs) -> list[float]:
+            logits = np.stack([_vector(output) for (output,) in outputs]).astype(np.float64)
+            if labels == 2:
+                logits = logits[:, 1:] - logits[:, :1]
+            if body.use_activation is False:
+                return [float(each) for each in logits[:, 0]]
+            return [float(each) for each in 1 / (1 + np.exp(-logits[:, 0]))]
+
+        return Scores(group, read)
+
+    async def _compared(
+        self,
+        pairs: Sequence[Pair],
+        body: RerankRequest | ScoreRequest,
+        adapter: str | None,
+        call: Call,
+    ) -> Scores:
+        if self._engine.pooling is None:
+            raise _unsupported(
+                "model", "this model makes embeddings in a way that is not supported"
+            )
+        prompts = self._engine.embedding.prompts if isinstance(body, RerankRequest) else {}
+        before = prompts.get("query", ""), prompts.get("document", prompts.get("passage", ""))
+        # The same text has the same embedding: a query is computed once.
+        texts = {(role, text): None for pair in pairs for role, text in enumerate(pair)}
+        encoded = [
+            await self._fitting(("", before[role] + text), body, lambda _, t: self._encode(t))
+            for role, text in texts
+        ]
+        numbers = {key: number for number, key in enumerate(texts)}
+        group = self._group(encoded, body, adapter, call, self._engine.pooling)
+
+        def read(outputs: Outputs) -> list[float]:
+            vectors = [_vector(output) for (output,) in outputs]
+            return [
+                float(vectors[numbers[0, first]] @ vectors[numbers[1, second]])
+                for first, second in pairs
+            ]
+
+        return Scores(group, read)
+
+    async def _judged(
+        self,
+        pairs: Sequence[Pair],
+        body: RerankRequest | ScoreRequest,
+        adapter: str | None,
+        call: Call,
+    ) -> Scores:
+        answers = [self._prompts.markers(word) for word in ("yes", "no")]
+        if any(len(answer) != 1 for answer in answers):
+            raise _unsupported(
+                "model", "this model has no tokens for yes and no, by which a model judges"
+            )
+        yes, no = (answer[0] for answer in answers)
+
+        async def asked(query: str, document: str) -> tuple[int, ...]:
+            instruction = body.instruction or _INSTRUCTION
+            told = f"<Instruct>: {instruction}\n<Query>: {query}\n<Document>: {document}"
+            chat = ChatRequest.model_validate(
+                {
+                    "model": body.model,
+                    "messages": [
+                        {"role": "system", "content": _SYSTEM},
+                        {"role": "user", "content": told},
+                    ],
+                    "chat_template_kwargs": {"enable_thinking": False},
+                    "truncate_prompt_tokens": None,
+                }
+            )
+            token_ids, _ = await self._chats.prompt(chat)
+            return token_ids
+
+        prompts = [await self._fitting(pair, body, asked) for pair in pairs]
+        params = SamplingParams(
+            max_tokens=1, temperature=0, logprobs=0, logprob_token_ids=(yes, no)
+        )
+        group = self._group(prompts, body, adapter, call, None, params)
+
+        def read(outputs: Outputs) -> list[float]:
+            scores = []
+            for output, *_ in outputs:
+                (_, of_yes), (_, of_no) = output.logprobs[0].top
+                scores.append(float(1 / (1 + np.exp(of_no - of_yes))))
+            return scores
+
+        return Scores(group, read)
+
+    def _group(
+        self,
+        prompts: Sequence[tuple[int, ...]],
+        body: RerankRequest | ScoreRequest,
+        adapter: str | None,
+        call: Call,
+        pooling: Pooling | None,
+        params: SamplingParams | None = None,
+    ) -> SequenceGroup:
+        params = params or SamplingParams(max_tokens=0)
+        for prompt in prompts:
+            self._engine.check(prompt, params)
+        kind = "rerank" if isinstance(body, RerankRequest) else "score"
+        return SequenceGroup(
+            f"{kind}-{uuid4().hex}",
+            tuple(prompts),
+            params,
+            adapter=adapter,
+            tenant=call.tenant,
+            timeout=body.timeout,
+            priority=body.priority or 0,
+            pooling=pooling,
+            few_at_a_time=True,
+        )
+
+    async def _encode(self, text: str) -> tuple[int, ...]:
+        return await self._prompts.encode(text, any_length=True)
+
+    async def _fitting(
+        self,
+        pair: Pair,
+        body: RerankRequest | ScoreRequest,
+        encode: Callable[[str, str], Awaitable[tuple[int, ...]]],
+    ) -> tuple[int, ...]:
+        """A pair's tokens; its document is cut if the request says to how many."""
+        query, document = pair
+        found, most = await encode(query, document), body.truncate_prompt_tokens
+        if most is None:
+            return found
+        most = self._engine.max_model_len - 1 if most == -1 else most
+        while len(found) > most:
+            size = len(await self._encode(document)) - (len(found) - most)
+            if size <= 0:
+                raise ApiError(
+                    400,
+                    f"truncate_prompt_tokens is {most}, which leaves nothing of a document",
+                    param="truncate_prompt_tokens",
+                    code="invalid_value",
+                )
+            document = await self._cut(document, size)
+            found = await encode(query, document)
+        return found
+
+    async def _cut(self, text: str, tokens: int) -> str:
+        """The beginning of a text, of so many tokens or fewer."""
+        found = await self._prompts.encode(text, special_tokens=False, any_length=True)
+        if len(found) <= tokens:
+            return text
+        # A cut may leave a part of a character.
+        return (await self._prompts.decode(found[:tokens])).rstrip("\ufffd")
+
+
+def _vector(output: RequestOutput) -> np.ndarray[Any, np.dtype[np.float32]]:
+    assert output.embedding is not None
+    return output.embedding
+
+
+def _unsupported(param: str, message: str) -> ApiError:
+    return ApiError(400, message, param=param, code="unsupported_parameter")
