@@ -16,7 +16,9 @@ from aiohttp.typedefs import Middleware
 from nybble.engine import Engine
 from nybble.loaders.templates import TemplateRenderer
 from nybble.server.adapters.admin import ADMIN_PATHS, AdapterAdmin
+from nybble.server.adapters.disk_cache import AdapterDiskCache
 from nybble.server.adapters.owners import AdapterOwners
+from nybble.server.adapters.resolver import AdapterResolver
 from nybble.server.adapters.state import AdapterState
 from nybble.server.api.model_names import ModelNames
 from nybble.server.api.output.dialect import Dialects
@@ -75,7 +77,8 @@ def make_app(
     limiter, ledger = Limiter(), UsageLedger()
     cors = settings.cors
     owners = AdapterOwners()
-    names = ModelNames(engine, models, owners)
+    resolver = _resolver(engine, settings)
+    names = ModelNames(engine, models, owners, resolver)
     tracing = settings.tracing
     ended = None if tracing is None else tracing.sequence
     api = Api(
@@ -108,6 +111,9 @@ def make_app(
         keys = Keys(settings.api_keys, kind="API key")
         middlewares.append(_authenticate(keys, tenants, admin_keys, settings.root_path))
     middlewares += [require_json, _enter(gate)]
+    if resolver is not None:
+        metrics.add(resolver.metrics.families)
+        middlewares.append(resolver.middleware())
     app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=middlewares)
     app[LARGE_BODIES] = LargeBodies()
     app[RUNNING] = RunningRequests()
@@ -116,8 +122,10 @@ def make_app(
     app.router.add_get(_USAGE, _usage(ledger, admin_keys, keyless=keyless))
     app.cleanup_ctx.append(api.responses.lifespan)
     state = None if settings.adapter_state is None else AdapterState(settings.adapter_state)
-    admin = AdapterAdmin(engine, models, admin_keys, settings.adapter_roots, state)
+    admin = AdapterAdmin(engine, models, admin_keys, settings.adapter_roots, state, resolver)
     app.add_routes(admin.routes())
+    if resolver is not None:
+        app.cleanup_ctx.append(resolver.lifespan)
     if settings.console:
         app.add_routes(Console(settings.root_path).routes())
     if settings.training is not None:
@@ -142,6 +150,20 @@ def make_app(
         app.on_response_prepare.append(cors.send)
     app.on_response_prepare.append(_send_limits(limiter))
     return app
+
+
+def _resolver(engine: Engine, settings: ServerSettings) -> AdapterResolver | None:
+    shared = settings.shared_adapters
+    if shared is None:
+        return None
+    return AdapterResolver(
+        engine,
+        settings.models,
+        shared.sources,
+        shared.registry,
+        AdapterDiskCache(*shared.cache),
+        refresh_seconds=shared.refresh_seconds,
+    )
 
 
 def _observe(metrics: Metrics) -> Middleware:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from aiohttp import web
 from nybble.engine import AdapterError, AdapterInfo, Engine
 from nybble.server.adapters.archive import ArchiveError
 from nybble.server.adapters.form import AdapterForm, read_adapter_form
+from nybble.server.adapters.resolver import AdapterResolver
 from nybble.server.adapters.state import AdapterState
 from nybble.server.adapters.uploads import AdapterUploads
 from nybble.server.api.parse import read_body
@@ -46,6 +49,7 @@ class AdapterAdmin:
         keys: Keys,
         roots: Sequence[Path],
         state: AdapterState | None,
+        resolver: AdapterResolver | None = None,
     ) -> None:
         """Set what is allowed.
 
@@ -53,7 +57,11 @@ class AdapterAdmin:
         keys: admin keys; without any, administration gets 403.
         roots: folders to load from; without any, loading gets 403. The first one holds uploads.
         state: remembers loaded adapters for the next start; None to forget them.
+        resolver: of adapters in shared places. With a registry, loaded and uploaded adapters are
+            written there, and neither the state nor the roots keep them.
         """
+        self._resolver = resolver
+        self._registered = resolver is not None and resolver.registry is not None
         self._state = state
         self._engine = engine
         self._models = models
@@ -82,6 +90,8 @@ class AdapterAdmin:
     def _load(self, body: LoadAdapterRequest) -> AdapterInfo:
         folder = _allowed(body.lora_path, self._roots)
         replace = bool(body.load_inplace)
+        if self._resolver is not None and self._registered:
+            return self._resolver.publish(body.lora_name, folder, replace=replace)
         info = self._engine.load_adapter(body.lora_name, str(folder), replace=replace)
         uploads, state = self._uploads, self._state
         if uploads is not None and uploads.is_current(body.lora_name, folder):
@@ -98,6 +108,10 @@ class AdapterAdmin:
     async def unload(self, request: web.Request) -> web.Response:
         self._require_admin(request)
         body = await read_body(request, UnloadAdapterRequest)
+        if await self._withdrawn(body.lora_name, delete=False):
+            return json_response(
+                {"object": "lora_adapter", "name": body.lora_name, "unloaded": True}
+            )
         if self._state is not None and self._engine.adapter(body.lora_name) is None:
             # Forget an adapter that failed to load at the start too, or every start tries it.
             await asyncio.to_thread(self._state.forget, body.lora_name)
@@ -112,9 +126,9 @@ class AdapterAdmin:
     async def upload(self, request: web.Request) -> web.Response:
         self._require_admin(request)
         uploads = self._uploads
-        if uploads is None:
+        if uploads is None and not self._registered:
             raise self._no_roots()
-        with uploads.scratch() as scratch:
+        with self._scratch() as scratch:
             try:
                 form = await read_adapter_form(request, scratch)
             except ArchiveError as error:
@@ -123,7 +137,18 @@ class AdapterAdmin:
             info = await asyncio.to_thread(self._publish, uploads, form, scratch)
         return json_response(_body(info))
 
-    def _publish(self, uploads: AdapterUploads, form: AdapterForm, scratch: Path) -> AdapterInfo:
+    def _scratch(self) -> AbstractContextManager[Path]:
+        """A folder to receive an upload in, which is removed afterwards."""
+        if self._uploads is not None:
+            return self._uploads.scratch()
+        return _temporary_folder()
+
+    def _publish(
+        self, uploads: AdapterUploads | None, form: AdapterForm, scratch: Path
+    ) -> AdapterInfo:
+        if self._resolver is not None and self._registered:
+            return self._resolver.publish(form.name, scratch, replace=form.replace)
+        assert uploads is not None
         version = uploads.publish(form.name, scratch)
         try:
             info = self._engine.load_adapter(form.name, str(version), replace=form.replace)
@@ -139,6 +164,8 @@ class AdapterAdmin:
         """Unload an adapter if it is loaded, and remove its files if they were uploaded."""
         self._require_admin(request)
         name, uploads = request.match_info["name"], self._uploads
+        if await self._withdrawn(name, delete=True):
+            return json_response({"object": "lora_adapter", "name": name, "deleted": True})
         kept = uploads is not None and await asyncio.to_thread(uploads.has, name)
         if not kept or self._engine.adapter(name) is not None:
             self._engine.unload_adapter(self._find(name).name)
@@ -157,6 +184,12 @@ class AdapterAdmin:
     async def get(self, request: web.Request) -> web.Response:
         self._require_admin(request)
         return json_response(_body(self._find(request.match_info["name"])))
+
+    async def _withdrawn(self, name: str, *, delete: bool) -> bool:
+        """Whether a shared place had the name, and no longer has."""
+        if self._resolver is None:
+            return False
+        return await asyncio.to_thread(self._resolver.withdraw, name, delete=delete)
 
     def _require_free(self, name: str, *, replace: bool) -> None:
         if name in self._models:
@@ -191,6 +224,12 @@ class AdapterAdmin:
 
     def _no_roots(self) -> ApiError:
         return ApiError(403, "this server was started without --lora-root", code="admin_disabled")
+
+
+@contextmanager
+def _temporary_folder() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="nybble-upload-") as folder:
+        yield Path(folder)
 
 
 def restore(

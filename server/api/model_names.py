@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from typing import Any
+
+from aiohttp import web
 
 from nybble.engine import AdapterInfo, Engine
 from nybble.server.adapters.owners import AdapterOwners
+from nybble.server.adapters.resolver import LEASES, AdapterResolver
 from nybble.server.http.errors import ApiError
-from nybble.server.tenancy.tenants import Tenant
+from nybble.server.tenancy.tenants import TENANT, Tenant
 
 ADAPTER_HEADER = "X-LoRA-Adapter"
 _NAMES_IN_ERRORS = 20
@@ -18,8 +20,16 @@ _NAMES_IN_ERRORS = 20
 class ModelNames:
     """Resolves model names. ``base`` are the names of the base model, its own first."""
 
-    def __init__(self, engine: Engine, base: tuple[str, ...], owners: AdapterOwners) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        base: tuple[str, ...],
+        owners: AdapterOwners,
+        resolver: AdapterResolver | None = None,
+    ) -> None:
+        """resolver: looks for adapters which are not loaded; None if nothing does."""
         self._engine = engine
+        self._resolver = resolver
         self._owners = owners
         self._base = base
         self._created = int(time.time())
@@ -35,37 +45,41 @@ class ModelNames:
         return [self._model(name) for name in self._models(tenant)] + adapters
 
     def body(self, name: str, tenant: Tenant | None) -> dict[str, Any]:
-        """OpenAI's model object for a name. Raises ApiError 404."""
-        self.require(name, tenant)
+        """OpenAI's model object for a name; of an adapter, if it is loaded. Raises ApiError 404."""
         info = None if name in self._base else self._engine.adapter(name)
-        return self._model(name) if info is None else self._adapter(info)
+        if info is not None and self._owners.may_use(tenant, name):
+            return self._adapter(info)
+        if name in self._models(tenant):
+            return self._model(name)
+        raise self._unknown(name, "model", tenant)
 
-    def require(self, name: str, tenant: Tenant | None) -> None:
+    async def require(self, name: str, request: web.Request) -> None:
         """Raises ApiError 404 for a name that is unknown or that the tenant may not use."""
+        tenant = request.get(TENANT)
         if name in self._base:
             known = tenant is None or tenant.may_use_model(name)
         else:
-            known = self._has_adapter(name, tenant)
+            known = await self._has_adapter(name, request)
         if not known:
             raise self._unknown(name, "model", tenant)
 
-    def adapter(
-        self, model: str, field: str | None, headers: Mapping[str, str], tenant: Tenant | None
-    ) -> str | None:
+    async def adapter(self, model: str, field: str | None, request: web.Request) -> str | None:
         """The adapter that the model's name, the field or the header asks for; None for the base.
+
+        It is loaded if need be, and stays loaded until the request ends.
 
         Raises ApiError if a name is unknown, or if they ask for different adapters.
         """
-        self.require(model, tenant)
+        await self.require(model, request)
         asked = {
             "model": None if model in self._base else model,
             "adapter": field,
-            ADAPTER_HEADER: headers.get(ADAPTER_HEADER),
+            ADAPTER_HEADER: request.headers.get(ADAPTER_HEADER),
         }
         chosen = {param: name for param, name in asked.items() if name is not None}
         for param, name in chosen.items():
-            if not self._has_adapter(name, tenant):
-                raise self._unknown(name, param, tenant)
+            if param != "model" and not await self._has_adapter(name, request):
+                raise self._unknown(name, param, request.get(TENANT))
         if len(set(chosen.values())) > 1:
             raise ApiError(
                 400,
@@ -76,8 +90,12 @@ class ModelNames:
             )
         return next(iter(chosen.values()), None)
 
-    def _has_adapter(self, name: str, tenant: Tenant | None) -> bool:
-        return self._owners.may_use(tenant, name) and self._engine.adapter(name) is not None
+    async def _has_adapter(self, name: str, request: web.Request) -> bool:
+        if not self._owners.may_use(request.get(TENANT), name):
+            return False
+        if self._resolver is None:
+            return self._engine.adapter(name) is not None
+        return await self._resolver.obtain(name, request.get(LEASES))
 
     def _models(self, tenant: Tenant | None) -> list[str]:
         return [name for name in self._base if tenant is None or tenant.may_use_model(name)]

@@ -93,9 +93,7 @@ class ResponsesApi:
                 param="background",
                 code="unsupported_parameter",
             )
-        adapter = self._names.adapter(
-            body.model, body.adapter, request.headers, request.get(TENANT)
-        )
+        adapter = await self._names.adapter(body.model, body.adapter, request)
         history = await self._history(body.previous_response_id, owner)
         with parameters_called(_NAMES):
             chat = body.chat(history)

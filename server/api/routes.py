@@ -167,7 +167,7 @@ class Api:
 
     async def chat_completions(self, request: web.Request) -> web.StreamResponse:
         body = await self._read(request, ChatRequest)
-        adapter = self._adapter_of(request, body.model, body.adapter)
+        adapter = await self._adapter_of(request, body.model, body.adapter)
         limit = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
         names = {"prompt": "messages", "max_tokens": limit, "logprobs": "top_logprobs"}
         with parameters_called(names):
@@ -185,7 +185,7 @@ class Api:
 
     async def messages(self, request: web.Request) -> web.StreamResponse:
         body = await read_body(request, MessagesRequest)
-        adapter = self._adapter_of(request, body.model, body.adapter)
+        adapter = await self._adapter_of(request, body.model, body.adapter)
         with parameters_called(_MESSAGES_NAMES):
             chat = body.chat()
             group, form = await self._chats.group("msg_", chat, adapter, request)
@@ -194,14 +194,14 @@ class Api:
 
     async def count_tokens(self, request: web.Request) -> web.Response:
         body = await read_body(request, CountTokensRequest)
-        self._names.require(body.model, request.get(TENANT))
+        await self._names.require(body.model, request)
         with parameters_called(_MESSAGES_NAMES):
             token_ids, _ = await self._chats.prompt(body.chat())
         return json_response({"input_tokens": len(token_ids)})
 
     async def completions(self, request: web.Request) -> web.StreamResponse:
         body = await self._read(request, CompletionRequest)
-        adapter = self._adapter_of(request, body.model, body.adapter)
+        adapter = await self._adapter_of(request, body.model, body.adapter)
         params = body.sampling_params(body.limit, body.logprobs, self._engine.sampling_defaults)
         parse_special = body.parse_special is not False  # rendered chat templates contain markers
         prompts = await self._encoded(body, body.prompts, params, parse_special=parse_special)
@@ -266,7 +266,7 @@ class Api:
 
     async def embeddings(self, request: web.Request) -> web.Response:
         body = await self._read(request, EmbeddingRequest)
-        adapter = self._adapter_of(request, body.model, body.adapter)
+        adapter = await self._adapter_of(request, body.model, body.adapter)
         if self._engine.pooling is None:
             raise ApiError(
                 400,
@@ -302,7 +302,7 @@ class Api:
     async def tokenize(self, request: web.Request) -> web.Response:
         body = await read_body(request, TokenizeRequest)
         if body.model is not None:
-            self._names.require(body.model, request.get(TENANT))
+            await self._names.require(body.model, request)
         if body.messages is not None:
             tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()] or None
             tokens = (await self._prompts.chat(body.messages, body, tools=tools)).token_ids
@@ -324,7 +324,7 @@ class Api:
     async def detokenize(self, request: web.Request) -> web.Response:
         body = await read_body(request, DetokenizeRequest)
         if body.model is not None:
-            self._names.require(body.model, request.get(TENANT))
+            await self._names.require(body.model, request)
         require_known_tokens("tokens", body.tokens, len(self._engine.tokenizer))
         return json_response({"prompt": await self._prompts.decode(body.tokens)})
 
@@ -342,8 +342,8 @@ class Api:
         as_ids = body.return_tokens_as_token_ids is True
         return Logprobs(self._tokens, ends, as_token_ids=as_ids)
 
-    def _adapter_of(self, request: web.Request, model: str, field: str | None) -> str | None:
-        return self._names.adapter(model, field, request.headers, request.get(TENANT))
+    async def _adapter_of(self, request: web.Request, model: str, field: str | None) -> str | None:
+        return await self._names.adapter(model, field, request)
 
     async def _encoded(
         self,

@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from nybble.engine import AdapterConfig, EngineConfig, resolve_device
+from nybble.loaders.cache import cache_folder
+from nybble.server.adapters.places import AdapterRegistry, AdapterSource
 from nybble.server.adapters.state import default_path
 from nybble.server.api.output.dialect import REASONING_NAMES, TOOL_NAMES
 from nybble.server.http.cors import Cors
 from nybble.server.http.tls import tls_context
 from nybble.server.lifecycle.options import AdapterOptions, ServeOptions, TrainingOptions
-from nybble.server.lifecycle.settings import ServerSettings
+from nybble.server.lifecycle.settings import ServerSettings, SharedAdapters
 from nybble.server.tenancy.tenants import Tenants
 from nybble.server.training.settings import TrainingSettings, default_state, default_threads
 
@@ -68,7 +70,8 @@ def _adapter_config(options: ServeOptions) -> AdapterConfig | None:
     """None if the server has no adapter slots."""
     asked = options.adapters
     named = asked.enable_lora or asked.lora_modules or asked.lora_root or asked.lora_watch
-    if not (named or _trains(options.training)):
+    shared = asked.lora_source or asked.lora_registry
+    if not (named or shared or _trains(options.training)):
         return None
     return AdapterConfig(asked.max_loras, asked.max_lora_rank, asked.lora_host_memory)
 
@@ -101,6 +104,7 @@ def server_settings(options: ServeOptions, device: str, *, loopback: bool) -> Se
         adapter_state=state,
         tenants=None if keys.tenants is None else Tenants(keys.tenants),
         adapter_watch=adapters.lora_watch,
+        shared_adapters=_shared_adapters(options),
         shutdown_timeout=network.shutdown_timeout,
         tls=tls,
         cors=Cors(network.allowed_origins) if network.allowed_origins else None,
@@ -118,6 +122,23 @@ def server_settings(options: ServeOptions, device: str, *, loopback: bool) -> Se
         vllm_metrics=options.operation.vllm_metrics,
         tracing=None if endpoint is None else _tracing(endpoint),
         training=_training_settings(options, device) if _trains(options.training) else None,
+    )
+
+
+def _shared_adapters(options: ServeOptions) -> SharedAdapters | None:
+    asked = options.adapters
+    if not (asked.lora_source or asked.lora_registry):
+        return None
+    network = options.network
+    own = default_path(options.model.model, network.uds or network.port, ()).stem
+    return SharedAdapters(
+        sources=[AdapterSource(rule) for rule in asked.lora_source or ()],
+        registry=None if asked.lora_registry is None else AdapterRegistry(asked.lora_registry),
+        cache=(
+            asked.lora_cache_dir or cache_folder() / "fetched-adapters" / own,
+            asked.lora_cache_size,
+        ),
+        refresh_seconds=asked.lora_refresh_seconds,
     )
 
 

@@ -297,7 +297,7 @@ class AdapterOptions:
     """LoRA adapters: which ones, where they are, and the memory they get.
 
     lora_modules: each ``NAME=PATH``.
-    lora_host_memory: bytes.
+    lora_host_memory, lora_cache_size: bytes.
     """
 
     enable_lora: Annotated[
@@ -346,6 +346,42 @@ class AdapterOptions:
             file_okay=False,
         ),
     ] = None
+    lora_source: Annotated[
+        list[str] | None,
+        _adapters(
+            metavar="[NAMES=]URL",
+            help="Where adapters are looked for when a request first names them, repeatable: a "
+            "folder, s3://, gs:// or hf:// (any of fsspec's), with {name} for the name; only "
+            "names that match NAMES, a shell pattern.",
+        ),
+    ] = None
+    lora_registry: Annotated[
+        str | None,
+        _adapters(
+            metavar="URL",
+            help="Shared place to which adapters loaded over the API are written, and from which "
+            "all servers that have it load them.",
+        ),
+    ] = None
+    lora_cache_dir: Annotated[
+        Path | None,
+        _adapters(
+            help="Folder for copies of adapters from --lora-source and --lora-registry (default: "
+            "in the cache, one per model and port).",
+            file_okay=False,
+        ),
+    ] = None
+    lora_cache_size: Annotated[
+        int, _adapters(**_SIZE, help="Most bytes of these copies (default: 20GiB).")
+    ] = 20 << 30
+    lora_refresh_seconds: Annotated[
+        float,
+        _adapters(
+            help="How old the answer of a shared place may be: after so long another server's "
+            "change is seen.",
+            min=0.1,
+        ),
+    ] = 2.0
     max_loras: Annotated[int, _adapters(help="Most adapters in one step.", min=1)] = 8
     max_lora_rank: Annotated[
         int, _adapters(help="Highest rank; every slot takes memory for it.", min=1, max=256)

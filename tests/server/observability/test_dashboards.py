@@ -55,7 +55,9 @@ def exported(
     tenants.write_text(f'[tenants.acme]\nkeys = ["{stored}"]\n')
     adapter = ("--lora-modules", f"poet={tiny_adapter(seed=1)}", "--max-lora-rank", "8")
     state = ("--state-dir", str(tmp_path_factory.mktemp("state")))
-    with running_server(tiny_model(), "--tenants", str(tenants), *adapter, *state) as server:
+    shared = ("--lora-registry", str(tmp_path_factory.mktemp("registry")))
+    options = ("--tenants", str(tenants), *adapter, *state, *shared)
+    with running_server(tiny_model(), *options) as server:
         body = {"model": "poet", "prompt": "the fox", "max_tokens": 3, "ignore_eos": True}
         url, headers = f"{server.url}/v1/completions", {"Authorization": f"Bearer {key}"}
         assert httpx.post(url, json=body, headers=headers).status_code == 200
