@@ -38,7 +38,7 @@ from nybble.server.observability.metrics import Metrics
 from nybble.server.observability.request_record import RECORD, RequestRecord
 from nybble.server.tenancy.admission import Admission, Capacity
 from nybble.server.tenancy.keys import Keys, bearer
-from nybble.server.tenancy.limits import Limiter
+from nybble.server.tenancy.limits import Limiter, Limits
 from nybble.server.tenancy.tenants import TENANT, Tenants
 from nybble.server.tenancy.usage import UsageLedger
 from nybble.server.training.access import needs_right
@@ -74,7 +74,7 @@ def make_app(
     )
     admission = Admission(capacity, lambda: engine.stats().computed_tokens)
     metrics = Metrics(engine, admission, models[0] if settings.vllm_metrics else None)
-    limiter, ledger = Limiter(), UsageLedger()
+    limits, ledger = settings.quotas or Limiter(), UsageLedger()
     cors = settings.cors
     owners = AdapterOwners()
     resolver = _resolver(engine, settings)
@@ -87,7 +87,7 @@ def make_app(
         names,
         admission,
         gate,
-        limiter,
+        limits,
         ledger,
         templates,
         ended,
@@ -126,6 +126,9 @@ def make_app(
     app.add_routes(admin.routes())
     if resolver is not None:
         app.cleanup_ctx.append(resolver.lifespan)
+    if settings.quotas is not None:
+        metrics.add(settings.quotas.families)
+        app.cleanup_ctx.append(settings.quotas.lifespan)
     if settings.console:
         app.add_routes(Console(settings.root_path).routes())
     if settings.training is not None:
@@ -148,7 +151,7 @@ def make_app(
     app.on_response_prepare.append(_send_record)
     if cors is not None:
         app.on_response_prepare.append(cors.send)
-    app.on_response_prepare.append(_send_limits(limiter))
+    app.on_response_prepare.append(_send_limits(limits))
     return app
 
 
@@ -235,10 +238,10 @@ async def _send_record(request: web.Request, response: web.StreamResponse) -> No
             response.headers[WARNING] = warning
 
 
-def _send_limits(limiter: Limiter) -> Callable[[web.Request, web.StreamResponse], Awaitable[None]]:
+def _send_limits(limits: Limits) -> Callable[[web.Request, web.StreamResponse], Awaitable[None]]:
     async def send(request: web.Request, response: web.StreamResponse) -> None:
         if TENANT in request:
-            response.headers.update(limiter.headers(request[TENANT]))
+            response.headers.update(limits.headers(request[TENANT]))
 
     return send
 

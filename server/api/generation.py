@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator
-from contextlib import ExitStack, aclosing, contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
 
 from nybble.engine import (
@@ -19,7 +19,7 @@ from nybble.engine import (
 from nybble.server.http.errors import ApiError
 from nybble.server.observability.metrics import Metrics
 from nybble.server.tenancy.admission import Admission
-from nybble.server.tenancy.limits import Limiter
+from nybble.server.tenancy.limits import Limits
 from nybble.server.tenancy.tenants import Tenant
 from nybble.server.tenancy.usage import UsageLedger
 
@@ -159,13 +159,13 @@ class Generation:
         engine: Engine,
         metrics: Metrics,
         admission: Admission,
-        limiter: Limiter,
+        limits: Limits,
         ledger: UsageLedger,
         ended: Callable[[SequenceTimes], None] | None = None,
     ) -> None:
         """ended: called for every finished sequence, in the context of its HTTP request."""
         self.engine = engine
-        self._limiter = limiter
+        self._limits = limits
         self._ledger = ledger
         self._ended = ended
         self._metrics = metrics
@@ -186,17 +186,22 @@ class Generation:
                 param="n",
                 code="invalid_value",
             )
-        with self._admitted(group), self._counted(group) as usage:
-            if group.size == 1:
-                async with aclosing(self._sequence(group.request(0), group.tenant)) as outputs:
-                    async for output in outputs:
-                        usage.add(0, output)
-                        yield 0, output
-            else:
-                async with aclosing(self._merged(group)) as merged:
-                    async for item in merged:
-                        usage.add(*item)
-                        yield item
+        async with self._admitted(group):
+            with self._counted(group) as usage:
+                async with aclosing(self._outputs(group)) as outputs:
+                    async for index, output in outputs:
+                        usage.add(index, output)
+                        yield index, output
+
+    async def _outputs(self, group: SequenceGroup) -> AsyncGenerator[tuple[int, RequestOutput]]:
+        if group.size > 1:
+            async with aclosing(self._merged(group)) as merged:
+                async for item in merged:
+                    yield item
+            return
+        async with aclosing(self._sequence(group.request(0), group.tenant)) as outputs:
+            async for output in outputs:
+                yield 0, output
 
     @contextmanager
     def _counted(self, group: SequenceGroup) -> Iterator[Usage]:
@@ -234,14 +239,15 @@ class Generation:
             tokens += needs.of_prompt(len(prompt)) + group.n * needs.of_output(limit)
         return tokens * self._in_flight(group) / group.size
 
-    @contextmanager
-    def _admitted(self, group: SequenceGroup) -> Iterator[None]:
-        with ExitStack() as stack:
-            enter = stack.enter_context
-            enter(self._admission.admit(group.tenant, self._in_flight(group), self._needed(group)))
-            if group.tenant is not None:
-                enter(self._limiter.admit(group.tenant, sum(map(len, group.prompts))))
-            yield
+    @asynccontextmanager
+    async def _admitted(self, group: SequenceGroup) -> AsyncIterator[None]:
+        tenant = group.tenant
+        with self._admission.admit(tenant, self._in_flight(group), self._needed(group)):
+            if tenant is None:
+                yield
+                return
+            async with self._limits.admit(tenant, sum(map(len, group.prompts))):
+                yield
 
     async def _merged(self, group: SequenceGroup) -> AsyncGenerator[tuple[int, RequestOutput]]:
         # Bounded: a slow client's outputs wait in the engine's streams, not here as well.
@@ -292,7 +298,7 @@ class Generation:
                 async for output in outputs:
                     metrics.generated(request, len(output.token_ids))
                     if tenant is not None:
-                        self._limiter.spend(tenant, len(output.token_ids))
+                        self._limits.spend(tenant, len(output.token_ids))
                     now = time.monotonic()
                     if request.pooling is not None:
                         metrics.queue_time.observe(output.queue_seconds)

@@ -46,7 +46,7 @@ from nybble.server.http.gate import Gate
 from nybble.server.observability.metrics import Metrics
 from nybble.server.observability.request_record import RECORD
 from nybble.server.tenancy.admission import Admission
-from nybble.server.tenancy.limits import Limiter
+from nybble.server.tenancy.limits import Limits
 from nybble.server.tenancy.tenants import TENANT
 from nybble.server.tenancy.usage import UsageLedger
 
@@ -72,7 +72,7 @@ class Api:
         names: ModelNames,
         admission: Admission,
         gate: Gate,
-        limiter: Limiter,
+        limits: Limits,
         ledger: UsageLedger,
         templates: TemplateRenderer,
         ended: Callable[[SequenceTimes], None] | None = None,
@@ -94,7 +94,7 @@ class Api:
         self._metrics = metrics
         self._names = names
         self._openapi = openapi_document(root_path)
-        self._generation = Generation(engine, metrics, admission, limiter, ledger, ended)
+        self._generation = Generation(engine, metrics, admission, limits, ledger, ended)
         self._prompts = Prompts(
             engine.tokenizer,
             names.first,

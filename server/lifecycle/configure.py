@@ -18,13 +18,19 @@ from nybble.server.adapters.state import default_path
 from nybble.server.api.output.dialect import REASONING_NAMES, TOOL_NAMES
 from nybble.server.http.cors import Cors
 from nybble.server.http.tls import tls_context
-from nybble.server.lifecycle.options import AdapterOptions, ServeOptions, TrainingOptions
+from nybble.server.lifecycle.options import (
+    AdapterOptions,
+    KeyOptions,
+    ServeOptions,
+    TrainingOptions,
+)
 from nybble.server.lifecycle.settings import ServerSettings, SharedAdapters
 from nybble.server.tenancy.tenants import Tenants
 from nybble.server.training.settings import TrainingSettings, default_state, default_threads
 
-if TYPE_CHECKING:  # it needs packages of its own
+if TYPE_CHECKING:  # they need packages of its own
     from nybble.server.observability.tracing import Tracing
+    from nybble.server.tenancy.shared_limits import SharedLimiter
 
 _RESTARTS = 3
 # Engine settings whose flags have other names.
@@ -103,6 +109,7 @@ def server_settings(options: ServeOptions, device: str, *, loopback: bool) -> Se
         adapter_roots=roots,
         adapter_state=state,
         tenants=None if keys.tenants is None else Tenants(keys.tenants),
+        quotas=None if keys.quota_store is None else _quotas(keys),
         adapter_watch=adapters.lora_watch,
         shared_adapters=_shared_adapters(options),
         shutdown_timeout=network.shutdown_timeout,
@@ -192,6 +199,22 @@ def _named_adapter(option: str) -> tuple[str, str]:
     if not (isinstance(name, str) and isinstance(path, str) and name and path):
         raise ValueError(f"--lora-modules {option!r}: expected NAME=PATH")
     return name, path
+
+
+def _quotas(options: KeyOptions) -> SharedLimiter:
+    assert options.quota_store is not None
+    if options.tenants is None:
+        raise ValueError("--quota-store counts what tenants use: give --tenants too")
+    try:
+        from nybble.server.tenancy.shared_limits import SharedLimiter
+    except ImportError as error:
+        raise ValueError(
+            f"--quota-store needs redis-py ({error.name} is missing): pip install 'nybble[redis]'"
+        ) from None
+    try:
+        return SharedLimiter(options.quota_store, options.quota_store_failure)
+    except ValueError as error:
+        raise ValueError(f"--quota-store {options.quota_store}: {error}") from None
 
 
 def _tracing(endpoint: str) -> Tracing:

@@ -245,6 +245,22 @@ class KeyOptions:
             dir_okay=False,
         ),
     ] = None
+    quota_store: Annotated[
+        str | None,
+        _keys(
+            metavar="URL",
+            help="Redis or Valkey in which tenants' rates and running requests are counted over "
+            "all servers: redis://HOST:6379/0, rediss://, unix://PATH (default: each server "
+            "counts its own).",
+        ),
+    ] = None
+    quota_store_failure: Annotated[
+        Literal["open", "closed"],
+        _keys(
+            help="While the store does not answer: count in this server alone (open), or refuse "
+            "tenants' requests with 503 (closed).",
+        ),
+    ] = "open"
     admin_key: Annotated[
         list[str] | None, _keys(help="Key for administration, repeatable (default: off).")
     ] = None

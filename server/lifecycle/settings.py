@@ -13,8 +13,9 @@ from nybble.server.http.cors import Cors
 from nybble.server.tenancy.tenants import Tenants
 from nybble.server.training.settings import TrainingSettings
 
-if TYPE_CHECKING:  # it needs packages of its own
+if TYPE_CHECKING:  # they need packages of its own
     from nybble.server.observability.tracing import Tracing
+    from nybble.server.tenancy.shared_limits import SharedLimiter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +46,7 @@ class ServerSettings:
     adapter_roots: folders that adapters may be loaded from.
     adapter_state: the file in which loaded adapters are kept for the next start.
     tenants: their keys are accepted too, each with its own limits.
+    quotas: counts tenants' limits over all servers; None to count in this one.
     adapter_watch: a folder whose subfolders are loaded and unloaded as they come and go.
     shared_adapters: where adapters are looked for when a request first names them; None if nowhere.
     shutdown_timeout: seconds for requests in flight to finish.
@@ -74,6 +76,7 @@ class ServerSettings:
     adapter_roots: Sequence[Path] = ()
     adapter_state: Path | None = None
     tenants: Tenants | None = None
+    quotas: SharedLimiter | None = None
     adapter_watch: Path | None = None
     shared_adapters: SharedAdapters | None = None
     shutdown_timeout: float = 30

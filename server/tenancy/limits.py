@@ -1,4 +1,4 @@
-"""Rates and concurrency per tenant, and the headers that tell clients about them.
+"""Rates and concurrency per tenant in one server, and the headers that tell clients about them.
 
 A rate is a token bucket: it holds one minute's worth and fills steadily. How much a request
 generates is known only afterwards. So tokens are taken as they are served, and the bucket may go
@@ -11,8 +11,9 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Protocol
 
 from nybble.server.http.errors import ApiError
 from nybble.server.tenancy.tenants import Tenant
@@ -46,6 +47,16 @@ class Bucket:
         return max(0.0, missing * 60 / self.per_minute)
 
 
+class Limits(Protocol):
+    """What counts tenants' requests and tokens, here or over all servers."""
+
+    def admit(self, tenant: Tenant, prompt_tokens: int) -> AbstractAsyncContextManager[None]: ...
+
+    def spend(self, tenant: Tenant, tokens: int) -> None: ...
+
+    def headers(self, tenant: Tenant) -> dict[str, str]: ...
+
+
 class Limiter:
     """The state of every tenant's limits. It survives a reload of the tenants file."""
 
@@ -54,18 +65,18 @@ class Limiter:
         self._buckets: dict[tuple[str, str], Bucket] = {}
         self._running: Counter[str] = Counter()
 
-    @contextmanager
-    def admit(self, tenant: Tenant, prompt_tokens: int) -> Iterator[None]:
+    @asynccontextmanager
+    async def admit(self, tenant: Tenant, prompt_tokens: int) -> AsyncIterator[None]:
         """Count a request while it runs. Raises ApiError 429 at a limit, and counts nothing."""
         if (
             tenant.max_concurrency is not None
             and self._running[tenant.name] >= tenant.max_concurrency
         ):
-            raise _refused(f"{tenant.max_concurrency} concurrent requests", 1)
+            raise refused(f"{tenant.max_concurrency} concurrent requests", 1)
         requests, tokens = self._rates(tenant)
         for bucket, amount, kind in ((requests, 1, "requests"), (tokens, prompt_tokens, "tokens")):
             if bucket is not None and (wait := bucket.seconds_until(amount)) > 0:
-                raise _refused(f"{bucket.per_minute} {kind} per minute", wait)
+                raise refused(f"{bucket.per_minute} {kind} per minute", wait)
         if requests is not None:
             requests.take(1)
         self.spend(tenant, prompt_tokens)
@@ -83,14 +94,14 @@ class Limiter:
 
     def headers(self, tenant: Tenant) -> dict[str, str]:
         """OpenAI's ``x-ratelimit-*`` for the limits the tenant has."""
-        headers = {}
-        for kind, bucket in zip(("requests", "tokens"), self._rates(tenant), strict=True):
-            if bucket is not None:
-                headers[f"x-ratelimit-limit-{kind}"] = str(bucket.per_minute)
-                headers[f"x-ratelimit-remaining-{kind}"] = str(max(0, math.floor(bucket.level)))
-                wait = bucket.seconds_until(bucket.per_minute)
-                headers[f"x-ratelimit-reset-{kind}"] = f"{wait:.3f}s"
-        return headers
+        kinds = zip(("requests", "tokens"), self._rates(tenant), strict=True)
+        return limit_headers(
+            {
+                kind: (bucket.per_minute, bucket.level, bucket.seconds_until(bucket.per_minute))
+                for kind, bucket in kinds
+                if bucket is not None
+            }
+        )
 
     def _rates(self, tenant: Tenant) -> tuple[Bucket | None, Bucket | None]:
         return (
@@ -107,7 +118,19 @@ class Limiter:
         return bucket
 
 
-def _refused(limit: str, seconds: float) -> ApiError:
+def limit_headers(levels: Mapping[str, tuple[int, float, float]]) -> dict[str, str]:
+    """OpenAI's ``x-ratelimit-*``: by kind, the rate a minute, what is left of it, and the seconds
+    until it is whole."""
+    headers = {}
+    for kind, (per_minute, level, seconds) in levels.items():
+        headers[f"x-ratelimit-limit-{kind}"] = str(per_minute)
+        headers[f"x-ratelimit-remaining-{kind}"] = str(max(0, math.floor(level)))
+        headers[f"x-ratelimit-reset-{kind}"] = f"{seconds:.3f}s"
+    return headers
+
+
+def refused(limit: str, seconds: float) -> ApiError:
+    """The error of a tenant that has reached a limit."""
     return ApiError(
         429,
         f"the limit of {limit} is reached: try again in {math.ceil(seconds)} s",

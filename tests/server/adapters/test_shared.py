@@ -13,6 +13,7 @@ from typing import Any
 
 import fsspec
 import pytest
+from aiohttp import FormData
 from aiohttp.test_utils import TestClient, TestServer
 
 from nybble.engine import AdapterConfig, Engine
@@ -219,9 +220,11 @@ def test_an_upload_goes_to_the_registry_and_a_deleted_one_leaves_it(
     tmp_path: Path,
 ) -> None:
     async def scenario(first: Client, second: Client) -> None:
-        form = {"lora_name": "b"}
-        files = {f.name: f.open("rb") for f in tiny_adapter(seed=1).iterdir()}
-        async with first.post("/v1/lora_adapters", data=form | files, headers=ADMIN) as response:
+        form, files = FormData({"lora_name": "b"}), (CONFIG_FILE, WEIGHTS)
+        for file in files:
+            content = (tiny_adapter(seed=1) / file).read_bytes()
+            form.add_field("file", content, filename=file)
+        async with first.post("/v1/lora_adapters", data=form, headers=ADMIN) as response:
             assert response.status == 200, await response.text()
         assert (await ask(second, "b"))[0] == 200
         (pointer,) = tmp_path.glob("registry/b/*.json")
