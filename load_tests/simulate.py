@@ -140,7 +140,9 @@ def capacity(arguments: argparse.Namespace) -> None:
             one, other = rng.choice(to), rng.choice(to)
             return one if one.load <= other.load else other
 
-        choose = {"random": spread, "two": two, "hash": hashed}[name]
+        policies: dict[str, Callable[[int], Replica]]
+        policies = {"random": spread, "two": two, "hash": hashed}
+        choose = policies[name]
         now = 0.0
         seen: list[set[int]] = [set() for _ in replicas]
         for i, (adapter, gap) in enumerate(zip(drawn, gaps, strict=True)):

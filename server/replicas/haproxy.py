@@ -38,6 +38,7 @@ defaults
     # A long answer may take this long before its first byte, or between two.
     timeout client 1h
     timeout server 1h
+    http-error status 503 content-type application/json {unavailable} hdr Retry-After 5
 
 frontend api
     bind {bind}
@@ -82,7 +83,7 @@ _ADMINISTRATION = """\
 
 def configuration(
     bind: str,
-    servers: Sequence[str],
+    servers: Sequence[str | None],
     control: Path | None = None,
     *,
     shared_registry: bool = False,
@@ -90,16 +91,19 @@ def configuration(
     """HAProxy's configuration file.
 
     bind: ``address:port`` for clients.
-    servers: ``address:port`` of each server.
+    servers: ``address:port`` of each server; None for a place that no server has now. Each place
+        keeps its part of the adapters.
     control: path of a socket on which HAProxy takes commands.
     shared_registry: whether an adapter loaded at one server is known to all.
     """
-    lines = [f"    server replica{i} {server}" for i, server in enumerate(servers, 1)]
-    addresses = ", ".join(f"http://{server}/metrics" for server in servers)
+    placed = [(i, server) for i, server in enumerate(servers, 1) if server is not None]
+    lines = [f"    server replica{i} {server} id {i}" for i, server in placed]
+    addresses = ", ".join(f"http://{server}/metrics" for _, server in placed)
     return _TEMPLATE.format(
         buffer=_BUFFER_BYTES,
         bind=bind,
         control="" if control is None else f"    stats socket {control} mode 600 level admin\n",
+        unavailable=_error("no server is ready: try again in 5 s", "unavailable"),
         ok=_string({"status": "ok"}),
         metrics=_error(f"each replica has metrics of its own: ask {addresses}", "not_found"),
         administration="" if shared_registry else _administration_refused(),
@@ -119,7 +123,8 @@ def _administration_refused() -> str:
 
 
 def _error(message: str, code: str) -> str:
-    error = {"message": message, "type": "invalid_request_error", "param": None, "code": code}
+    kind = "server_error" if code == "unavailable" else "invalid_request_error"
+    error = {"message": message, "type": kind, "param": None, "code": code}
     return _string({"error": error})
 
 
