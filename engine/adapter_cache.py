@@ -207,8 +207,14 @@ class AdapterCache:
             if version.waiting and version.slot is None:
                 held[version.tenant] += version.nbytes
         mine = held[newcomer.tenant] + newcomer.nbytes
-        # A retired version's files may be gone from disk, so its copy is kept while in use.
-        replaceable = (v for v in self._host if not (v.retired and (v.waiting or v.running)))
+        # A retired version's files may be gone from disk, so its copy is kept while in use. So is
+        # one that a slot in use refers to.
+        replaceable = (
+            v
+            for v in self._host
+            if not (v.retired and (v.waiting or v.running))
+            and not (v.running and self._host[v].ends is not None)
+        )
         by_use = sorted(replaceable, key=self._needed_beside_slot)
         for version in by_use:
             if free >= newcomer.nbytes:
@@ -231,9 +237,11 @@ class AdapterCache:
         return version.slot is None and version.waiting > 0
 
     def _drop(self, version: AdapterVersion) -> None:
-        del self._host[version]
+        staged = self._host.pop(version)
         version.in_host = False
         self._free_bytes += version.nbytes
+        if staged.ends is not None and version.slot is not None:
+            self._empty(version.slot)  # it refers to this copy
 
     def _fill(self, version: AdapterVersion) -> bool:
         staged = self._host.get(version)
@@ -278,6 +286,14 @@ class AdapterCache:
         # A version retired before an engine restart still has its old slot number, which may now
         # belong to another.
         if version.slot is not None and self._in_slot[version.slot] is version:
-            self._in_slot[version.slot] = None
-            self._in_slot.move_to_end(version.slot, last=False)
+            self._empty(version.slot)
             version.slot = None
+
+    def _empty(self, slot: int) -> None:
+        """Let go of what is in a slot that is not in use."""
+        held = self._in_slot[slot]
+        if held is not None:
+            held.slot = None
+        self._in_slot[slot] = None
+        self._in_slot.move_to_end(slot, last=False)
+        self._slots.clear(slot)

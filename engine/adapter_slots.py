@@ -19,19 +19,19 @@ adapter is staged, from the base's weights as they are served, some rows at a ti
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from nybble.engine.base_layers import BaseLayers
+from nybble.engine.adapter_ends import StagedEnds, StepEnds, stage_ends
+from nybble.engine.base_layers import BaseLayers, BaseModel
 from nybble.engine.parallel import ALONE, Range, TensorParallel, length
 from nybble.engine.transfer import send
 from nybble.kernels.backend import Backend
 from nybble.kernels.lora import slot_buffers
 from nybble.kernels.lora_batch import LoRABatch
-from nybble.kernels.packed import Weight
 from nybble.kernels.reference import stretch_add
 from nybble.loaders import AdapterError, LoRAAdapter
 from nybble.loaders.adapter import LoRAModule
@@ -98,6 +98,7 @@ class StepAdapters:
     count: of slots.
     batch: which slot each row uses.
     stretched: the slots whose adapters have gains and shifts, with the rows that use them.
+    ends: what adapters change of the embedding, the output layer and norms; None if nothing.
     """
 
     projections: Sequence[ProjectionSlots]
@@ -106,6 +107,7 @@ class StepAdapters:
     batch: LoRABatch
     backend: Backend
     stretched: Sequence[tuple[int, Tensor]] = ()
+    ends: StepEnds | None = None
 
     def on_experts(self, layer: int, expert_ids: Tensor) -> ExpertAdapters | None:
         """The adapters of rows with these experts, ``(rows, top_k)``; None if there are none."""
@@ -115,6 +117,19 @@ class StepAdapters:
         each = torch.where(slots < 0, -1, expert_ids * self.count + slots)
         batch = LoRABatch.of(each.flatten().tolist(), each.device)
         return None if batch is None else ExpertAdapters(self.experts[layer], batch, self.backend)
+
+    def by_slot(self, projection: int) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
+        """The adapters that change a projection of one linear layer, one after the other.
+
+        Each with the rows that use it, int64; its ``a (rank, in)`` and ``b (out, rank)``; and its
+        gains and shifts, None if it has neither.
+        """
+        slots = self.projections[projection]
+        ranks = {slot: rank for slot, rank in enumerate(slots.ranks.tolist()) if rank}
+        for slot, rows in self.batch.rows_by_slot(ranks):
+            rank = ranks[slot]
+            b = slots.b[slot, :, :rank]
+            yield rows, slots.a[slot, :rank], b, slots.outputs.get(slot)
 
     def add(self, projection: int, out: Tensor, x: Tensor) -> None:
         """Add the adapters' part to ``out``, in place.
@@ -153,11 +168,14 @@ class StagedAdapter:
     projections: in the order of the layers; None for one that the adapter does not change.
     nbytes: size in host memory.
     memory: ``(numbers,)``, which holds all but their ``outputs``.
+    ends: what it changes of the embedding, the output layer and norms, which its slot refers to;
+        None if nothing.
     """
 
     projections: Sequence[StagedProjection | None]
     nbytes: int
     memory: Tensor = field(default_factory=lambda: torch.empty(0))
+    ends: StagedEnds | None = None
 
     @property
     def ranks(self) -> list[int | None]:
@@ -166,7 +184,7 @@ class StagedAdapter:
 
     def is_finite(self) -> bool:
         """Whether no value overflowed in the slots' dtype."""
-        return all(each is None or each.is_finite() for each in self.projections)
+        return all(each is None or each.is_finite() for each in (*self.projections, self.ends))
 
 
 class AdapterSlots:
@@ -183,11 +201,11 @@ class AdapterSlots:
         max_rank: int,
         device: torch.device,
         dtype: torch.dtype,
-        base: Sequence[tuple[Weight, ...]] = (),
+        base: BaseModel | None = None,
         group: TensorParallel = ALONE,
     ) -> None:
-        """base: the weights of each projection that every token passes, which DoRA and trained
-        biases need (:attr:`nybble.engine.decoder.Decoder.projection_weights`).
+        """base: what DoRA, trained biases and changes outside of the projections need
+        (:attr:`nybble.engine.decoder.Decoder.base`).
         group: which rank this is. Adapters are staged for all ranks, and cut when a slot is filled.
         """
         self.architecture = architecture
@@ -222,6 +240,7 @@ class AdapterSlots:
         self._first_of_experts = dense
         self._on_experts: set[int] = set()  # slots of adapters that change any
         self._stretched: set[int] = set()  # slots of adapters that have gains and shifts
+        self._ends: dict[int, StagedEnds] = {}  # by slot
 
         def together(first: int, number: int) -> ProjectionSlots:
             """The buffers of so many groups of one shape; each group's own is a view of them."""
@@ -254,7 +273,10 @@ class AdapterSlots:
         """What a step of these rows needs."""
         experts = self._experts if self._on_experts else {}
         stretched = batch.rows_by_slot(self._stretched) if self._stretched else ()
-        return StepAdapters(self.projections, experts, self.count, batch, backend, stretched)
+        ends = None
+        if self._ends and (rows := batch.rows_by_slot(self._ends)):
+            ends = StepEnds([(self._ends[slot], own) for slot, own in rows])
+        return StepAdapters(self.projections, experts, self.count, batch, backend, stretched, ends)
 
     @property
     def nbytes(self) -> int:
@@ -268,7 +290,8 @@ class AdapterSlots:
         """Copy an adapter to host memory in the slots' layout; pinned if the device is a GPU.
 
         Raises AdapterError for an adapter on experts, with DoRA or with biases if the device is a
-        GPU, and with DoRA or with biases if there are several ranks.
+        GPU, and with DoRA or with biases if there are several ranks. Nor can it change the
+        embedding, the output layer or norms then.
         """
         known = {name for slots in self.projections for name in slots.modules}
         for name in adapter.modules:
@@ -302,7 +325,8 @@ class AdapterSlots:
             vectors, b = None, change.b
             if any(map(_stretches, changes.values())):
                 vectors = torch.zeros(2, slots.offsets[-1])
-                layers = BaseLayers(self._base[index], slots.offsets)
+                assert self._base is not None
+                layers = BaseLayers(self._base.projections[index], slots.offsets)
             for part, name in enumerate(slots.modules):
                 module = changes.get(name)
                 if module is None:
@@ -315,9 +339,13 @@ class AdapterSlots:
                     scaled *= 1 + vectors[0, columns, None]
                 b[: module.rank, columns] = scaled.T
             staged[index] = replace(change, outputs=vectors)
-        beside = (each.outputs for each in staged if each is not None)
+        ends = None
+        if _changes_ends(adapter):
+            assert self._base is not None
+            ends = stage_ends(adapter, self.architecture, self._base, self.dtype)
+        beside = (*(each.outputs for each in staged if each is not None), ends)
         nbytes = memory.nbytes + sum(each.nbytes for each in beside if each is not None)
-        return StagedAdapter(staged, nbytes, memory)
+        return StagedAdapter(staged, nbytes, memory, ends)
 
     def staged_size(self, ranks: Sequence[int | None]) -> int:
         """Numbers of an adapter whose changes of the projections have these ranks."""
@@ -341,10 +369,17 @@ class AdapterSlots:
             at = end
         return StagedAdapter(staged, memory.nbytes, memory)
 
+    def clear(self, slot: int) -> None:
+        """Let go of what a slot refers to in host memory. Its buffers are left as they are."""
+        self._ends.pop(slot, None)
+
     def fill(self, slot: int, staged: StagedAdapter) -> None:
         """Copy an adapter into a slot, overwriting it. Kernels launched later see the new one."""
         ranks: list[int] = []
         self._stretched.discard(slot)
+        self._ends.pop(slot, None)
+        if staged.ends is not None:
+            self._ends[slot] = staged.ends
         for index, (slots, change) in enumerate(
             zip(self.projections, staged.projections, strict=True)
         ):
@@ -381,8 +416,14 @@ def _stretches(module: LoRAModule) -> bool:
     return module.magnitude is not None or module.changes_bias
 
 
+def _changes_ends(adapter: LoRAAdapter) -> bool:
+    return bool(adapter.embedding or adapter.head or adapter.norms)
+
+
 def _stretching(adapter: LoRAAdapter) -> str | None:
-    """What gives the adapter gains or shifts; None if it has neither."""
+    """What the adapter has beside low-rank changes of projections; None if nothing."""
+    if _changes_ends(adapter):
+        return "changes of embeddings, the output layer or norms"
     if any(module.magnitude is not None for module in adapter.modules.values()):
         return "DoRA"
     return "biases" if any(map(_stretches, adapter.modules.values())) else None

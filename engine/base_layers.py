@@ -1,19 +1,36 @@
-"""What an adapter needs to know of the base's linear layers: norms of rows, and biases."""
+"""What an adapter needs to know of the base: its weights, norms of their rows, and biases."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from nybble.kernels import PackedWeight
+from nybble.kernels.backend import Backend
 from nybble.kernels.packed import Weight
 from nybble.loaders.adapter import LoRAModule
 
 # Rows dequantized at a time: 16 MiB of float32 at 4096 columns.
 _ROWS_AT_A_TIME = 1024
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """The weights of a decoder.
+
+    projections: of each projection that every token passes, one for all its layers or one for each.
+    embedding: ``(vocab, hidden)``. head: of the output layer.
+    norm_tensors: weights and biases of norms as stored, by the names of their modules.
+    """
+
+    projections: Sequence[tuple[Weight, ...]]
+    embedding: Tensor
+    head: Weight
+    norm_tensors: Mapping[str, tuple[Tensor, Tensor | None]]
+    backend: Backend
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from hashlib import blake2b
 from typing import NamedTuple
 
 from nybble.engine.kv_cache import most_blocks
-from nybble.engine.sequence import BlockTable, CachedPrefix, Sequence
+from nybble.engine.sequence import BlockTable, CachedPrefix, CachedTokens
 from nybble.engine.state_cache import StateCache
 
 # Stands in a block table for a block that is no longer seen. Nothing reads what it names.
@@ -78,7 +78,7 @@ class BlockManager:
         """Blocks that a sequence holds at once at most; see :func:`most_blocks`."""
         return most_blocks(tokens, self.block_size, self.windows, step_tokens)
 
-    def share_prefix(self, sequence: Sequence) -> int:
+    def share_prefix(self, sequence: CachedTokens) -> int:
         """Give a sequence without blocks the longest prefix of its tokens that is cached.
 
         At least one token is left to compute, because the next token is sampled from its logits.
@@ -97,13 +97,13 @@ class BlockManager:
             sequence.state = self.states.begin(key, prefix.branch * self.block_size)
         return prefix.length * self.block_size
 
-    def cached_prefix(self, sequence: Sequence) -> CachedPrefix:
+    def cached_prefix(self, sequence: CachedTokens) -> CachedPrefix:
         """What :meth:`share_prefix` would find now; takes time in proportion to the tokens."""
         tables, length, _ = self._cached(sequence)
         in_use = sum(self._references[block] > 0 for block in _held(tables))
         return CachedPrefix(length * self.block_size, in_use)
 
-    def fits(self, sequence: Sequence, needed: int, leaving: Several[Sequence]) -> bool:
+    def fits(self, sequence: CachedTokens, needed: int, leaving: Several[CachedTokens]) -> bool:
         """Whether a waiting sequence can hold ``needed`` blocks, those of its prefix shared.
 
         leaving: sequences whose blocks would be taken back before.
@@ -116,7 +116,7 @@ class BlockManager:
             shared = sum(self._references[block] > 0 and block not in freed for block in found)
         return needed - shared <= len(self._free) + len(freed)
 
-    def _cached(self, sequence: Sequence) -> _Prefix:
+    def _cached(self, sequence: CachedTokens) -> _Prefix:
         if not self.prefix_caching:
             return _Prefix()
         tables = tuple(BlockTable() for _ in self.windows)
@@ -149,7 +149,7 @@ class BlockManager:
         window = self.windows[group]
         return max(0, tokens - window + 1) // self.block_size if window else 0
 
-    def grow(self, sequence: Sequence, tokens: int) -> bool:
+    def grow(self, sequence: CachedTokens, tokens: int) -> bool:
         """Give the sequence blocks for its first ``tokens`` tokens, or nothing and return False."""
         needed = -(-tokens // self.block_size) - sequence.num_table_blocks
         if needed <= 0:
@@ -174,7 +174,7 @@ class BlockManager:
         self._references[block] = 1
         return block
 
-    def publish(self, sequence: Sequence, computed_before: int) -> None:
+    def publish(self, sequence: CachedTokens, computed_before: int) -> None:
         """Make what was computed since ``computed_before`` tokens findable by its prefix."""
         if self.states is not None and (state := sequence.state) is not None:
             last = state.snapshot_tokens // self.block_size - 1
@@ -192,7 +192,7 @@ class BlockManager:
                     self._block_of[key] = block
                     self._key_of[block] = key
 
-    def release_unseen(self, sequence: Sequence) -> None:
+    def release_unseen(self, sequence: CachedTokens) -> None:
         """Take back the blocks that no token still to be computed sees."""
         for group, table in enumerate(sequence.block_tables):
             before = table.num_unseen
@@ -202,7 +202,7 @@ class BlockManager:
                 table.blocks[before:unseen] = [_UNSEEN] * (unseen - before)
                 table.num_unseen = unseen
 
-    def release(self, sequence: Sequence) -> None:
+    def release(self, sequence: CachedTokens) -> None:
         """Take back all blocks of a sequence; the deepest are reused first."""
         tables = sequence.block_tables
         for index in reversed(range(sequence.num_table_blocks)):
@@ -219,7 +219,7 @@ class BlockManager:
             if self._references[block] == 0:
                 self._free[block] = None
 
-    def _hash(self, sequence: Sequence, index: int) -> bytes:
+    def _hash(self, sequence: CachedTokens, index: int) -> bytes:
         hashes = sequence.block_hashes
         while len(hashes) <= index:
             start = len(hashes) * self.block_size

@@ -9,7 +9,7 @@ import torch
 
 from nybble.loaders.adapter import MAX_RANK
 
-_CHOICES = {"kv_dtype": ("auto", "int8", "fp8"), "speculate": ("off", "ngram", "auto")}
+_CHOICES = {"kv_dtype": ("auto", "int8", "fp8"), "speculate": ("off", "ngram", "draft", "auto")}
 
 
 def require_whole(name: str, value: object) -> None:
@@ -60,8 +60,9 @@ class EngineConfig:
     max_model_len: longest prompt plus output, in tokens; None for the model's own limit.
     max_waiting: requests queued beyond max_num_seqs before new ones are refused.
     prefix_caching: whether requests reuse KV blocks of earlier prompts with the same beginning.
-    speculate: ``ngram`` verifies drafts found in each sequence's own tokens; ``auto`` only as many
-        as steps measured so far say are worth it; ``off`` none. Outputs are the same with each.
+    speculate: ``ngram`` verifies drafts found in each sequence's own tokens, ``draft`` those of a
+        draft model; ``auto`` those of the draft model if there is one, and only as many as steps
+        measured so far say are worth it; ``off`` none. Outputs are the same with each.
     max_draft_tokens: the most draft tokens of a sequence in one step.
     deterministic: whether a request's logits are the same bit for bit alone and in any company.
         On a GPU that costs time: see docs/running.md.
@@ -84,7 +85,7 @@ class EngineConfig:
     max_model_len: int | None = None
     max_waiting: int = 256
     prefix_caching: bool = True
-    speculate: Literal["off", "ngram", "auto"] = "off"
+    speculate: Literal["off", "ngram", "draft", "auto"] = "off"
     max_draft_tokens: int = 8
     deterministic: bool = False
     adapters: AdapterConfig | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING
@@ -10,6 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from nybble.engine.base_layers import BaseModel
+from nybble.engine.latent_parts import Expansion, LatentAttentionPart
 from nybble.engine.parallel import ALONE, TensorParallel
 from nybble.engine.parts import (
     AllHeadsNormPart,
@@ -25,6 +28,7 @@ from nybble.engine.parts import (
     States,
     Step,
     norm_part,
+    renorm,
 )
 from nybble.engine.recurrent_parts import GatedDeltaNetPart, ShortConvolutionPart
 from nybble.engine.rotary import identity_table, query_scale_table, rotary_table
@@ -38,6 +42,7 @@ from nybble.kernels.state_batch import StateBatch
 from nybble.models import (
     Architecture,
     Attention,
+    LatentAttention,
     Layer,
     LinearGroup,
     Mixture,
@@ -49,6 +54,7 @@ from nybble.models import (
 )
 
 if TYPE_CHECKING:
+    from nybble.engine.adapter_ends import StepEnds
     from nybble.engine.adapter_slots import StepAdapters
 
 
@@ -91,6 +97,7 @@ class Decoder:
         self._dtype = dtype
         self._num_tokens = architecture.vocab if num_tokens is None else num_tokens
         self._weights: list[tuple[Weight, ...]] = []  # of each projection
+        self._norm_tensors: dict[str, tuple[Tensor, Tensor | None]] = {}
         store = WeightStore(weights, architecture, device, dtype)
         self.embedding = store.tensor(
             architecture.embedding + ".weight", architecture.vocab, architecture.hidden
@@ -121,9 +128,9 @@ class Decoder:
         self._query_scales = [
             query_scale_table(r, max_model_len, device) for r in architecture.ropes
         ]
-        attentions = architecture.attentions
-        if any(about.rope is None or about.rotate_first for about in attentions):
-            head_dim = attentions[0].head_dim
+        plain = architecture.plain_attentions
+        if any(about.rope is None or about.rotate_first for about in plain):
+            head_dim = plain[0].head_dim
             self._rotary.append(identity_table(head_dim, max_model_len, device))
             self._query_scales.append(None)
 
@@ -154,6 +161,8 @@ class Decoder:
             state_batch,
         )
         residual = self.embedding[token_ids]
+        if (ends := step.ends) is not None:
+            ends.embed(residual, token_ids)
         if self._embedding_multiplier != 1:
             residual = residual * self._embedding_multiplier
         added: Tensor | None = None
@@ -161,9 +170,23 @@ class Decoder:
             added, residual = block(added, residual, step)
         return residual if added is None else residual + added
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """float32 ``(rows, vocab)`` for hidden states ``(rows, hidden)``; −inf if not a token's."""
-        logits = self._head(self.final_norm(hidden)).float()
+    def normed(self, hidden: Tensor, ends: StepEnds | None = None) -> Tensor:
+        """Hidden states ``(rows, hidden)`` after the final norm.
+
+        ends: what the rows' adapters change; None if nothing.
+        """
+        return renorm(self.final_norm, self.final_norm(hidden), hidden, ends)
+
+    def logits(self, hidden: Tensor, ends: StepEnds | None = None) -> Tensor:
+        """float32 ``(rows, vocab)`` for hidden states ``(rows, hidden)``; −inf if not a token's.
+
+        ends: what the rows' adapters change; None if nothing.
+        """
+        normed = self.normed(hidden, ends)
+        logits = self._head(normed)
+        if ends is not None:
+            ends.head(logits, normed)
+        logits = logits.float()
         if self.architecture.logits_multiplier != 1:
             logits *= self.architecture.logits_multiplier
         if (cap := self.architecture.logits_softcap) is not None:
@@ -173,9 +196,15 @@ class Decoder:
         return logits
 
     @property
-    def projection_weights(self) -> Sequence[tuple[Weight, ...]]:
-        """Of each projection that every token passes, one for all its layers or one for each."""
-        return self._weights
+    def base(self) -> BaseModel:
+        """What adapters need to know of it."""
+        return BaseModel(
+            projections=self._weights,
+            embedding=self.embedding,
+            head=self._head_weight,
+            norm_tensors=self._norm_tensors,
+            backend=self.backend,
+        )
 
     def packed_weights(self) -> Iterator[PackedWeight]:
         """Every 4-bit weight that all tokens pass."""
@@ -194,6 +223,8 @@ class Decoder:
         mixer: Part
         if isinstance(layer.mixer, Attention):
             mixer = self._attention(store, index, layer.mixer)
+        elif isinstance(layer.mixer, LatentAttention):
+            mixer = self._latent_attention(store, index, layer.mixer)
         else:
             mixer = self._recurrent(store, index, layer.mixer)
         mlp: MlpPart | MixturePart
@@ -229,6 +260,45 @@ class Decoder:
             k_norm=k_norm,
             output=self._group.gathering(self._projection(store, index, about.output)),
             backend=self.backend,
+        )
+
+    def _latent_attention(
+        self, store: WeightStore, index: int, about: LatentAttention
+    ) -> LatentAttentionPart:
+        def norm(name: str) -> NormPart:
+            weight = store.tensor(
+                self.architecture.module(index, name) + ".weight", about.norm_size(name)
+            )
+            own = replace(self.architecture.norm, eps=about.norm_eps)
+            return norm_part(own, weight, None, self.backend)
+
+        source = self._projection(store, index, about.input)
+        query = None if about.query is None else self._projection(store, index, about.query)
+        return LatentAttentionPart(
+            about,
+            layer=next(self._numbers[0]),
+            rope=self.architecture.ropes.index(about.rope),
+            input=source,
+            query_norm=None if query is None else norm(about.query_norm),
+            query=query,
+            latent_norm=norm(about.latent_norm),
+            expand=self._expansion(store, index, about),
+            output=self._projection(store, index, about.output),
+            backend=self.backend,
+        )
+
+    def _expansion(self, store: WeightStore, index: int, about: LatentAttention) -> Expansion:
+        (weight,) = store.group(self.architecture.module(index, ""), about.expand)
+        if isinstance(weight, PackedWeight):
+            # Heads' parts of it are multiplied from both sides, which no packed kernel does.
+            weight = DenseWeight(weight.to_layout("rows").dequantize().to(self._dtype), weight.bias)
+        self._weights.append((weight,))
+        by_head = about.heads, about.key_dim + about.value_dim
+        return Expansion(
+            index=len(self._weights) - 1,
+            key_dim=about.key_dim,
+            weight=weight.weight.view(*by_head, about.latent_dim),
+            bias=None if weight.bias is None else weight.bias.to(self._dtype).view(by_head),
         )
 
     def _recurrent(
@@ -356,4 +426,6 @@ class Decoder:
     def _norm(self, store: WeightStore, module: str, *shape: int) -> NormPart:
         norm = self.architecture.norm
         bias = store.tensor(module + ".bias", *shape) if norm.bias else None
-        return norm_part(norm, store.tensor(module + ".weight", *shape), bias, self.backend)
+        weight = store.tensor(module + ".weight", *shape)
+        self._norm_tensors[module] = weight, bias
+        return norm_part(norm, weight, bias, self.backend, module)

@@ -11,7 +11,7 @@ import logging
 from collections.abc import AsyncGenerator, Callable, Mapping
 from collections.abc import Sequence as Several
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -22,6 +22,13 @@ from nybble.engine.block_manager import BlockManager
 from nybble.engine.config import EngineConfig, resolve_device
 from nybble.engine.decoder import Decoder
 from nybble.engine.detokenizer import Detokenizer
+from nybble.engine.draft_model import (
+    MAX_GPU_HEAD_DIM,
+    DraftCache,
+    check_speculation,
+    load_draft_decoder,
+)
+from nybble.engine.drafter import Drafter
 from nybble.engine.engine_thread import EngineThread
 from nybble.engine.generation_config import (
     eos_token_ids,
@@ -29,6 +36,7 @@ from nybble.engine.generation_config import (
     sampling_defaults,
 )
 from nybble.engine.kv_cache import KVCacheLayout
+from nybble.engine.model_drafter import ModelDrafter
 from nybble.engine.ngram_drafter import NgramDrafter
 from nybble.engine.parallel import TensorParallel
 from nybble.engine.prompt_reader import read_pooling
@@ -63,11 +71,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Wider heads spill in the prefill kernel, and do not compile for Blackwell.
-_MAX_GPU_HEAD_DIM = 256
-# Tokens of the prompt's end by which a predicted output is found.
-_PREDICTION_CONTEXT = 4
-
 
 class Engine:
     """Continuous batching over one model.
@@ -78,6 +81,7 @@ class Engine:
     model_type: the architecture's name.
     eos_token_ids: tokens that end a sequence unless its parameters say otherwise.
     max_num_seqs: sequences computed in one step.
+    draft_runner: of the draft model; None if there is none.
     """
 
     def __init__(
@@ -92,6 +96,7 @@ class Engine:
         max_model_len: int,
         model_type: str,
         pooling: Pooling | None = "last",
+        draft_runner: ModelRunner | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.vocabulary = vocabulary
@@ -101,6 +106,7 @@ class Engine:
         self.sampling_defaults = sampling_defaults
         self.eos_token_ids = eos_token_ids
         self._runner = runner
+        self._draft_runner = draft_runner
         self._thread = EngineThread(runner, new_scheduler, config)
         self._adapters = self._thread.adapters
         self.max_num_seqs = config.max_num_seqs
@@ -116,9 +122,11 @@ class Engine:
         config: EngineConfig,
         progress: Progress = True,
         ranks: NoRanks | None = None,
+        draft: Checkpoint | None = None,
     ) -> Engine:
         """Build an engine from a checkpoint; ``warm_up`` and ``start`` come next.
 
+        draft: of a draft model, if one is to draft.
         ranks: processes to compute it with, which can compute other models afterwards; None to
             start those that the config asks for, which end with the engine.
 
@@ -128,11 +136,12 @@ class Engine:
         """
         architecture = architecture_of(checkpoint.config)
         check_ranks(architecture, config)
+        check_speculation(checkpoint, draft, config)
         if ranks is not None:
-            return cls._load(checkpoint, architecture, config, progress, ranks)
+            return cls._load(checkpoint, architecture, config, progress, ranks, draft)
         ranks = start_ranks(config)
         try:
-            engine = cls._load(checkpoint, architecture, config, progress, ranks)
+            engine = cls._load(checkpoint, architecture, config, progress, ranks, draft)
         except BaseException:
             ranks.close()
             raise
@@ -147,6 +156,7 @@ class Engine:
         config: EngineConfig,
         progress: Progress,
         ranks: NoRanks,
+        draft: Checkpoint | None,
     ) -> Engine:
         max_model_len = config.max_model_len or architecture.default_max_model_len
         if max_model_len > architecture.max_model_len:
@@ -161,10 +171,15 @@ class Engine:
             raise ValueError(
                 "kv_dtype is 'fp8', which needs a GPU; expected 'int8' or 'auto' on the CPU"
             )
-        widest = max(attention.head_dim for attention in architecture.attentions)
-        if device.type == "cuda" and widest > _MAX_GPU_HEAD_DIM:
+        if device.type != "cpu" and architecture.latents:
             raise UnsupportedModelError(
-                f"the model's heads have {widest} entries; on a GPU {_MAX_GPU_HEAD_DIM} is the most"
+                f"{architecture.family} models have latent attention, which {device.type} does not "
+                "compute so far; use --device cpu"
+            )
+        widest = max(attention.head_dim for attention in architecture.attentions)
+        if device.type == "cuda" and widest > MAX_GPU_HEAD_DIM:
+            raise UnsupportedModelError(
+                f"the model's heads have {widest} entries; on a GPU {MAX_GPU_HEAD_DIM} is the most"
             )
         if config.kv_dtype == "fp8" and torch.cuda.get_device_capability(device) < (8, 9):
             raise ValueError(
@@ -191,15 +206,20 @@ class Engine:
                 f"deterministic: a GPU reads prompts of {architecture.family} models in chunks, "
                 "and rounds as they are cut; turn deterministic off, or choose the device cpu"
             )
-        if architecture.recurrents and config.speculate != "off":
-            raise ValueError(
-                f"speculate is {config.speculate!r}, expected 'off': {architecture.family} models "
-                "have layers whose states cannot be taken back to before a draft"
-            )
         own = TensorParallel(0, config.tensor_parallel_size).part_of(architecture)
         layout = KVCacheLayout.of(own, config, max_model_len)
+        draft_cache = None if draft is None else DraftCache(draft, config, max_model_len)
+
+        def sizes(nbytes: int) -> tuple[int, int, int]:
+            """Blocks, states, and blocks of the draft model."""
+            if draft_cache is None:
+                return *cache_sizes(own, config, layout, max_model_len, nbytes), 0
+            drafts = draft_cache.bytes_of(nbytes, layout.sequence_bytes(max_model_len))
+            blocks = cache_sizes(own, config, layout, max_model_len, nbytes - drafts)
+            return *blocks, draft_cache.blocks_in(drafts)
+
         if config.kv_cache_bytes is not None:
-            cache_sizes(own, config, layout, max_model_len, config.kv_cache_bytes)
+            sizes(config.kv_cache_bytes)
         tokenizer = load_tokenizer(checkpoint.folder)
         check_vocabulary(tokenizer, architecture.vocab)
         vocabulary = Vocabulary(tokenizer.backend_tokenizer)
@@ -223,11 +243,16 @@ class Engine:
                 max_rank=config.adapters.max_rank,
                 device=device,
                 dtype=config.dtype,
-                base=decoder.projection_weights,
+                base=decoder.base,
+            )
+        draft_decoder = None
+        if draft is not None and draft_cache is not None:
+            draft_decoder = load_draft_decoder(
+                draft, config, draft_cache.max_model_len, vocabulary.size, progress
             )
         free = min([free_kv_bytes(device), *ranks.answers()])
         nbytes = config.kv_cache_bytes or free
-        num_blocks, num_states = cache_sizes(own, config, layout, max_model_len, nbytes)
+        num_blocks, num_states, num_draft_blocks = sizes(nbytes)
         if num_states and num_states < config.max_num_seqs:
             logger.warning(
                 "the KV cache has room for the states of %d sequences: no more run at once, though "
@@ -258,12 +283,32 @@ class Engine:
             )
             speculation = None
             if config.speculate != "off":
-                speculation = Speculation(
-                    config.max_draft_tokens, adaptive=config.speculate == "auto"
-                )
+                drafter = new_drafter()
+                adaptive = config.speculate == "auto"
+                speculation = Speculation(drafter, config.max_draft_tokens, adaptive=adaptive)
             return Scheduler(
                 blocks, config.max_num_seqs, config.max_batched_tokens, speculation=speculation
             )
+
+        draft_runner = None
+        if draft_cache is not None and draft_decoder is not None:
+            # Kernels of one order are not needed: drafts change no output.
+            draft_config = replace(config, adapters=None, deterministic=False)
+            draft_runner = ModelRunner(
+                draft_decoder, draft_config, draft_cache.layout, num_draft_blocks
+            )
+
+        def new_drafter() -> Drafter:
+            if draft_cache is None or draft_runner is None:
+                return NgramDrafter()
+            draft_runner.reset()
+            blocks = BlockManager(
+                num_draft_blocks,
+                config.block_size,
+                windows=draft_cache.layout.windows,
+                prefix_caching=config.prefix_caching,
+            )
+            return ModelDrafter(draft_runner, blocks, config.max_batched_tokens)
 
         runner = ranks.new_runner(decoder, config, layout, num_blocks, adapters, num_states)
         ranks.answers()
@@ -278,11 +323,14 @@ class Engine:
             max_model_len=max_model_len,
             model_type=str(checkpoint.config.model_type),
             pooling=read_pooling(checkpoint.folder),
+            draft_runner=draft_runner,
         )
 
     def warm_up(self, progress: Progress = True) -> None:
         """Compile and measure what a GPU needs before its first request; nothing on the CPU."""
         self._runner.warm_up(progress)
+        if self._draft_runner is not None:
+            self._draft_runner.warm_up(progress)
 
     def start(self) -> None:
         """Start the engine thread."""
@@ -298,6 +346,13 @@ class Engine:
     def vocab_size(self) -> int:
         """Rows of the logits; a tokenizer may know fewer tokens."""
         return self._runner.decoder.architecture.vocab
+
+    @property
+    def draft_method(self) -> Literal["ngram", "draft"] | None:
+        """By what tokens are drafted; None if they are not."""
+        if self._config.speculate == "off":
+            return None
+        return "ngram" if self._draft_runner is None else "draft"
 
     @property
     def adapter_targets(self) -> tuple[str, ...]:
@@ -441,7 +496,6 @@ class Engine:
             detokenizer=Detokenizer(self.vocabulary, prompt, params),
             sampler=SequenceSampler(params, prompt, ends=ends, bad_words=self._bad_words(params)),
             stop_token_ids=ends,
-            drafter=None if self._config.speculate == "off" else _drafter(request),
         )
 
     def end_tokens(self, params: SamplingParams) -> frozenset[int]:
@@ -463,12 +517,6 @@ class Engine:
         words = {tuple(each.ids): None for each in encoded if each.ids}
         # A tokenizer may know more tokens than the model can say.
         return tuple(word for word in words if max(word) < self.vocab_size)
-
-
-def _drafter(request: Request) -> NgramDrafter:
-    """Knows what is expected where the prompt ends, too."""
-    prompt, expected = request.prompt_token_ids, request.prediction
-    return NgramDrafter((*prompt[-_PREDICTION_CONTEXT:], *expected) if expected else ())
 
 
 def _require_numbers(output: RequestOutput) -> None:

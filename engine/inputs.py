@@ -12,15 +12,15 @@ from collections.abc import Sequence as Several
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nybble.engine.scheduler import ScheduledBatch
-from nybble.engine.sequence import BlockTable
+from nybble.engine.prompt_reader import PromptReader
+from nybble.engine.sequence import BlockTable, CachedTokens
 from nybble.engine.transfer import send
 from nybble.kernels.attention_batch import AttentionBatch
 from nybble.kernels.lora_batch import LoRABatch
@@ -28,6 +28,33 @@ from nybble.kernels.state_batch import StateBatch
 
 _ALIGNMENT = 16  # of each array, which kernels are compiled for
 _STATES = ("read", "write", "snapshot", "snapshot_rows")  # of StateBatch
+
+
+class StepItem(Protocol):
+    """What is computed of one sequence; see :class:`nybble.engine.scheduler.ScheduledSequence`."""
+
+    @property
+    def sequence(self) -> CachedTokens: ...
+
+    @property
+    def start(self) -> int: ...
+
+    @property
+    def num_tokens(self) -> int: ...
+
+    @property
+    def token_ids(self) -> list[int]: ...
+
+    @property
+    def num_logits(self) -> int: ...
+
+    @property
+    def decodes(self) -> bool:
+        """Whether it is one token, after which the next is sampled, and nothing else."""
+        ...
+
+    @property
+    def prompt_reader(self) -> PromptReader | None: ...
 
 
 @dataclass(frozen=True)
@@ -138,7 +165,7 @@ class InputBuffers:
         self._written: list[tuple[tuple[BlockTable, ...], int]] = []
 
     def build(
-        self, batch: ScheduledBatch, lora_slots: Several[int] | None = None, pad_to: int = 0
+        self, batch: Several[StepItem], lora_slots: Several[int] | None = None, pad_to: int = 0
     ) -> StepInputs:
         """The inputs of a scheduled batch.
 
@@ -282,7 +309,7 @@ class InputBuffers:
             states=states,
         )
 
-    def _write_states(self, batch: ScheduledBatch, array: Callable[[str], NDArray[Any]]) -> None:
+    def _write_states(self, batch: Several[StepItem], array: Callable[[str], NDArray[Any]]) -> None:
         """Which states each sequence reads and writes; rows that pad the batch write none."""
         read, write, snapshot, rows = map(array, _STATES)
         for each in (read, write, snapshot):
@@ -294,7 +321,7 @@ class InputBuffers:
             read[row], write[row], snapshot[row] = state.read, state.slot, state.snapshot
             rows[row] = state.snapshot_tokens - item.start if state.snapshot >= 0 else 1
 
-    def _update_tables(self, batch: ScheduledBatch) -> tuple[list[int], list[int]]:
+    def _update_tables(self, batch: Several[StepItem]) -> tuple[list[int], list[int]]:
         """Write the blocks each row's sequence has gained, or all where the row changed hands.
 
         Returns where in the tables they are, and the blocks.
@@ -332,7 +359,7 @@ class InputBuffers:
             self._device_tables.view(-1).index_copy_(0, update[0], update[1].int())
 
 
-def _reads(batch: ScheduledBatch, query_start: NDArray[np.int32]) -> list[tuple[int, int]]:
+def _reads(batch: Several[StepItem], query_start: NDArray[np.int32]) -> list[tuple[int, int]]:
     """See :class:`StepMessage`."""
     return [
         (int(query_start[row]), item.prompt_reader.logit_rows(item.num_tokens, item.start))

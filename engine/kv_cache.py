@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from nybble.engine.config import EngineConfig
-from nybble.models import Architecture, Attention
+from nybble.models import AnyAttention, Architecture
 
 # Each group costs the host a row of a block table for each sequence and new block.
 _MOST_GROUPS = 16
@@ -173,11 +173,12 @@ class KVCacheLayout:
         return fits * self.block_size
 
 
-def _token_bytes(attention: Attention, config: EngineConfig) -> int:
-    """Of the keys and values of one token in one layer; 8-bit ones have a float32 scale each."""
+def _token_bytes(attention: AnyAttention, config: EngineConfig) -> int:
+    """Of what is cached of one token in one layer; 8-bit tensors have a float32 scale a head."""
+    heads = attention.cache_tensors * attention.kv_heads
     if config.kv_dtype != "auto":
-        return 2 * attention.kv_heads * (attention.head_dim + 4)
-    return 2 * attention.kv_heads * attention.head_dim * config.dtype.itemsize
+        return heads * (attention.head_dim + 4)
+    return heads * attention.head_dim * config.dtype.itemsize
 
 
 def _grouped(windows: Sequence[int], size: int) -> Iterator[KVCacheGroup]:

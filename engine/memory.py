@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from nybble.engine import EngineConfig
+from nybble.engine.draft_model import DraftCache
 from nybble.engine.failure import is_out_of_memory
 from nybble.engine.kv_cache import KVCacheLayout
 from nybble.engine.parallel import TensorParallel
@@ -21,8 +22,12 @@ from nybble.models import architecture_of
 
 
 @contextmanager
-def memory_explained(checkpoint: Checkpoint, config: EngineConfig) -> Iterator[None]:
+def memory_explained(
+    checkpoint: Checkpoint, config: EngineConfig, draft: Checkpoint | None = None
+) -> Iterator[None]:
     """Raises ValueError, with what would fit, instead of running out of memory in this context.
+
+    draft: of the draft model, if there is one.
 
     On the CPU the KV cache is checked against free memory beforehand, because Linux overcommits
     memory and would later kill the process. Weights are memory-mapped there, so they may be larger
@@ -32,7 +37,7 @@ def memory_explained(checkpoint: Checkpoint, config: EngineConfig) -> Iterator[N
     free = available_bytes(device)
     if device.type == "cpu":
         free //= config.tensor_parallel_size  # for each rank, which have the same memory
-    kv = _kv_bytes(checkpoint, config)
+    kv = _kv_bytes(checkpoint, config, draft)
     if device.type == "cpu" and kv > free:
         asked = config.kv_cache_bytes
         capped = (
@@ -43,7 +48,7 @@ def memory_explained(checkpoint: Checkpoint, config: EngineConfig) -> Iterator[N
         )
         raise ValueError(
             f"the KV cache of {gib(kv)}{capped} does not fit: {gib(free)} are free. "
-            f"{_would_fit(free, checkpoint, config)}"
+            f"{_would_fit(free, checkpoint, config, draft)}"
         )
     try:
         yield
@@ -51,10 +56,12 @@ def memory_explained(checkpoint: Checkpoint, config: EngineConfig) -> Iterator[N
         if not is_out_of_memory(error):
             raise
         weights = weight_bytes(checkpoint.folder, config.dtype) // config.tensor_parallel_size
+        if draft is not None:
+            weights += weight_bytes(draft.folder, config.dtype)
         raise ValueError(
             f"the memory of {device} ran out while loading: the weights take {gib(weights)} and "
             f"the KV cache {gib(kv)}, and {gib(free)} were free. "
-            f"{_would_fit(free - weights, checkpoint, config)}"
+            f"{_would_fit(free - weights, checkpoint, config, draft)}"
         ) from error
 
 
@@ -68,20 +75,32 @@ def _layout(checkpoint: Checkpoint, config: EngineConfig) -> tuple[KVCacheLayout
     return KVCacheLayout.of(own, config, length), length
 
 
-def _kv_bytes(checkpoint: Checkpoint, config: EngineConfig) -> int:
+def _kv_bytes(checkpoint: Checkpoint, config: EngineConfig, draft: Checkpoint | None) -> int:
+    """Of the model and of its draft model."""
     layout, length = _layout(checkpoint, config)
     nbytes = config.kv_cache_bytes or free_kv_bytes(torch.device(config.device))
     architecture = architecture_of(checkpoint.config)
+    drafts = 0
+    if draft is not None:
+        cache = DraftCache(draft, config, length)
+        part = cache.bytes_of(nbytes, layout.sequence_bytes(length))
+        drafts, nbytes = cache.blocks_in(part) * cache.layout.block_bytes, nbytes - part
     blocks, states = cache_sizes(architecture, config, layout, length, nbytes)
-    return blocks * layout.block_bytes + states * state_bytes(architecture, config.dtype)
+    return blocks * layout.block_bytes + states * state_bytes(architecture, config.dtype) + drafts
 
 
-def _would_fit(room: int, checkpoint: Checkpoint, config: EngineConfig) -> str:
+def _would_fit(
+    room: int, checkpoint: Checkpoint, config: EngineConfig, draft: Checkpoint | None
+) -> str:
     layout, length = _layout(checkpoint, config)
     # A tenth of it is left for activations and other processes.
     nbytes, architecture = max(0, int(0.9 * room)), architecture_of(checkpoint.config)
+    own = nbytes
+    if draft is not None:
+        cache = DraftCache(draft, config, length)
+        own -= cache.bytes_of(nbytes, layout.sequence_bytes(length))
     try:
-        blocks, _ = cache_sizes(architecture, config, layout, length, nbytes)
+        blocks, _ = cache_sizes(architecture, config, layout, length, own)
     except ValueError:
         return (
             "A model that takes less memory would fit: a smaller one, one in 4 bits "

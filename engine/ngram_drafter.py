@@ -9,18 +9,31 @@ Source: Saxena, "Prompt Lookup Decoding", 2023; the draft grows with the match a
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from nybble.engine.drafter import Draft, Worth
+
+if TYPE_CHECKING:
+    from nybble.engine.sequence import Sequence
 
 _SHORTEST = 2  # tokens that must agree
 _LONGEST = 32  # tokens that are compared
 _CANDIDATES = 16  # places that are compared, the newest first
 _SHIFT = 32  # bits of a token id in a key
+# Tokens of the prompt's end by which a predicted output is found.
+_PREDICTION_CONTEXT = 4
+
+# A token's grade is by how many tokens agree before it, those of its draft included.
+_AGREEING = (2, 3, 4, 6, 8, 12, 16, 24)
+_FIRST_GUESS = (0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.8, 0.9)
 
 
 @dataclass(frozen=True)
-class Draft:
-    """Tokens that may follow a sequence.
+class Match:
+    """Tokens that followed where the newest tokens stood before.
 
     agreeing: how many tokens before them agree with those before the place where they were found.
     """
@@ -28,11 +41,49 @@ class Draft:
     tokens: tuple[int, ...]
     agreeing: int
 
+    def draft(self) -> Draft:
+        places = range(self.agreeing, self.agreeing + len(self.tokens))
+        return Draft(self.tokens, tuple(bisect_right(_AGREEING, place) - 1 for place in places))
+
 
 class NgramDrafter:
+    """Drafts by prompt lookup; see :class:`nybble.engine.drafter.Drafter`."""
+
+    method = "ngram"
+    first_guess = _FIRST_GUESS
+    costs = None
+
+    def __init__(self) -> None:
+        self._known: dict[Sequence, Ngrams] = {}
+
+    def draft(self, limits: Mapping[Sequence, int], worth: Worth) -> dict[Sequence, Draft]:
+        drafts = {}
+        for sequence, limit in limits.items():
+            ngrams = self._known.get(sequence)
+            if ngrams is None:
+                ngrams = self._known[sequence] = Ngrams(_expected(sequence))
+            ngrams.extend(sequence.token_ids[len(ngrams) :])
+            if (match := ngrams.find(limit)) is not None:
+                drafts[sequence] = match.draft()
+        return drafts
+
+    def behind(self, sequence: Sequence) -> int:
+        return 0
+
+    def release(self, sequence: Sequence) -> None:
+        self._known.pop(sequence, None)
+
+
+def _expected(sequence: Sequence) -> tuple[int, ...]:
+    """What a request says that its output probably is, found where its prompt ends, too."""
+    prompt, expected = sequence.request.prompt_token_ids, sequence.request.prediction
+    return (*prompt[-_PREDICTION_CONTEXT:], *expected) if expected else ()
+
+
+class Ngrams:
     """Finds continuations in one sequence's own tokens.
 
-    Memory and the time of :meth:`extend` are proportional to the tokens; :meth:`propose` takes
+    Memory and the time of :meth:`extend` are proportional to the tokens; :meth:`find` takes
     bounded time.
     """
 
@@ -62,7 +113,7 @@ class NgramDrafter:
             before.append(newest.get(key, 0))
             newest[key] = end
 
-    def propose(self, limit: int) -> Draft | None:
+    def find(self, limit: int) -> Match | None:
         """Up to ``limit`` tokens that may follow: no more than twice as many as agree before them.
 
         Of the newest places where the last tokens stood before, the one where most of them agree.
@@ -85,7 +136,7 @@ class NgramDrafter:
         draft = tokens[best : best + count]
         while len(draft) < count:  # what repeats without a pause goes on repeating
             draft += draft[: count - len(draft)]
-        return Draft(tuple(draft), length)
+        return Match(tuple(draft), length)
 
     def _agreeing(self, end: int) -> int:
         """How many tokens before ``end`` are those before the end of all."""

@@ -68,6 +68,11 @@ class TensorParallel:
                 f"tensor_parallel_size is {self.size}, expected 1: {architecture.family} models "
                 "have layers that keep states, which are not cut"
             )
+        if architecture.latents:
+            raise UnsupportedModelError(
+                f"tensor_parallel_size is {self.size}, expected 1: {architecture.family} models "
+                "have latent attention, whose cache is not cut"
+            )
         for index, layer in enumerate(architecture.layers):
             attention = _attention(layer)
             self._divide(attention.heads, f"attention heads (layer {index})")

@@ -23,6 +23,7 @@ from nybble.kernels.state_batch import StateBatch
 from nybble.models import Attention, Mixture, Norm
 
 if TYPE_CHECKING:
+    from nybble.engine.adapter_ends import StepEnds
     from nybble.engine.adapter_slots import StepAdapters
 
 # Keys and values ``(blocks, kv_heads, block_size, head_dim)`` of a layer. If they are int8 or fp8,
@@ -53,6 +54,11 @@ class Step:
     states: Sequence[States] = ()
     state_batch: StateBatch | None = None
 
+    @property
+    def ends(self) -> StepEnds | None:
+        """What the adapters change at the ends and of the norms; None if nothing."""
+        return None if self.adapters is None else self.adapters.ends
+
 
 class Part(Protocol):
     """Computes what is added to the residual stream."""
@@ -61,7 +67,13 @@ class Part(Protocol):
 
 
 class NormPart(Protocol):
-    """Norms the last dimension of ``x``; :meth:`add` also adds ``x`` to the residual before."""
+    """Norms the last dimension of ``x``; :meth:`add` also adds ``x`` to the residual before.
+
+    name: the absolute name of its module, by which adapters know it; empty if they do not.
+    """
+
+    @property
+    def name(self) -> str: ...
 
     def __call__(self, x: Tensor) -> Tensor: ...
 
@@ -74,6 +86,7 @@ class RmsNormPart:
     eps: float
     offset: float | None
     backend: Backend
+    name: str = ""
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.backend.rms_norm(x, self.weight, self.eps, self.offset)
@@ -87,6 +100,7 @@ class LayerNormPart:
     weight: Tensor
     bias: Tensor | None
     eps: float
+    name: str = ""
 
     def __call__(self, x: Tensor) -> Tensor:
         return layer_norm(x, self.weight, self.bias, self.eps)
@@ -108,6 +122,7 @@ class AllHeadsNormPart:
     first: int
     last: int
     copies: int
+    name: str = ""
 
     def __call__(self, x: Tensor) -> Tensor:
         ranks = self.group.gather(x).view(len(x), self.group.size, -1)
@@ -119,11 +134,27 @@ class AllHeadsNormPart:
         return self(residual), residual
 
 
-def norm_part(norm: Norm, weight: Tensor, bias: Tensor | None, backend: Backend) -> NormPart:
+def norm_part(
+    norm: Norm, weight: Tensor, bias: Tensor | None, backend: Backend, name: str = ""
+) -> NormPart:
     """The part that computes ``norm``."""
     if norm.kind == "rms":
-        return RmsNormPart(weight, norm.eps, norm.offset, backend)
-    return LayerNormPart(weight + norm.offset if norm.offset else weight, bias, norm.eps)
+        return RmsNormPart(weight, norm.eps, norm.offset, backend, name)
+    return LayerNormPart(weight + norm.offset if norm.offset else weight, bias, norm.eps, name)
+
+
+def renorm(
+    norm: NormPart,
+    out: Tensor,
+    x: Tensor,
+    ends: StepEnds | None,
+    compute: Callable[[Tensor, NormPart], Tensor] = lambda x, norm: norm(x),
+) -> Tensor:
+    """``out``, which ``norm`` has computed of ``x``, with the rows whose adapters have another."""
+    if ends is not None:
+        for rows, own in ends.norms(norm.name):
+            out[rows] = compute(x[rows], own)
+    return out
 
 
 @dataclass(frozen=True)
@@ -180,7 +211,11 @@ class AttentionPart:
             q, k = rotate(q, cos, sin, interleaved), rotate(k, cos, sin, interleaved)
             cos, sin = step.rotary[-1]  # rotates nothing
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self._normed(q, self.q_norm), self._normed(k, self.k_norm)
+            ends = step.ends
+            q, k = (
+                renorm(norm, self._normed(each, norm), each, ends, self._normed)
+                for norm, each in ((self.q_norm, q), (self.k_norm, k))
+            )
         keys, values, *kv_scales = step.caches[self.layer]
         batch = step.batches[self.layer]
         self.backend.rotary_store(
@@ -322,9 +357,11 @@ class ResidualBlock:
             x = residual = residual + added
         else:
             x, residual = self.pre.add(added, residual)
+        if self.pre is not None:
+            x = renorm(self.pre, x, residual, step.ends)
         x = self.part(x, step)
         if self.post is not None:
-            x = self.post(x)
+            x = renorm(self.post, self.post(x), x, step.ends)
         if self.multiplier != 1:
             x = x * self.multiplier
         return x, residual

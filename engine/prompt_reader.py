@@ -20,6 +20,7 @@ from nybble.loaders.json_file import read_json_object
 from nybble.loaders.model_files import embedding_modules
 
 if TYPE_CHECKING:
+    from nybble.engine.adapter_ends import StepEnds
     from nybble.engine.decoder import Decoder
 
 # Logits of a prompt in memory at once, and as much again for log probabilities: of a chunk of 512
@@ -32,8 +33,13 @@ class PromptReader(Protocol):
 
     whole: bool
 
-    def read(self, decoder: Decoder, hidden: Tensor, start: int) -> None:
-        """Take hidden states ``(tokens, hidden)`` of the prompt's positions from ``start`` on."""
+    def read(
+        self, decoder: Decoder, hidden: Tensor, start: int, ends: StepEnds | None = None
+    ) -> None:
+        """Take hidden states ``(tokens, hidden)`` of the prompt's positions from ``start`` on.
+
+        ends: what the adapter changes outside of the projections; None if nothing.
+        """
         ...
 
     def logit_rows(self, tokens: int, start: int) -> int:
@@ -61,7 +67,9 @@ class LogprobReader:
         self._alternatives = alternatives
         self._found: tuple[Tensor, ...] | None = None  # one row per token but the first
 
-    def read(self, decoder: Decoder, hidden: Tensor, start: int) -> None:
+    def read(
+        self, decoder: Decoder, hidden: Tensor, start: int, ends: StepEnds | None = None
+    ) -> None:
         vocab = decoder.architecture.vocab
         if self._found is None:
             rows, top = len(self._prompt) - 1, min(self._alternatives, vocab)
@@ -76,7 +84,8 @@ class LogprobReader:
             self._prompt[start + 1 : start + 1 + len(hidden)], torch.int64, hidden.device
         )
         for first, last in logit_chunks(len(targets), vocab):
-            logits = decoder.logits(hidden[first:last])
+            own = None if ends is None else ends.of(torch.arange(first, last))
+            logits = decoder.logits(hidden[first:last], own)
             self._write(slice(start + first, start + last), logits, targets[first:last])
 
     def logit_rows(self, tokens: int, start: int) -> int:
@@ -109,12 +118,15 @@ class EmbeddingReader:
         self.whole = pooling == "mean"
         self._sum: Tensor | None = None
 
-    def read(self, decoder: Decoder, hidden: Tensor, start: int) -> None:
+    def read(
+        self, decoder: Decoder, hidden: Tensor, start: int, ends: StepEnds | None = None
+    ) -> None:
         if self._pooling == "mean":
-            part = decoder.final_norm(hidden).float().sum(0)
+            part = decoder.normed(hidden, ends).float().sum(0)
             self._sum = part if self._sum is None or start == 0 else self._sum + part
         elif start + len(hidden) == self._length:
-            self._sum = decoder.final_norm(hidden[-1:]).float()[0]
+            last = None if ends is None else ends.of(torch.tensor([len(hidden) - 1]))
+            self._sum = decoder.normed(hidden[-1:], last).float()[0]
 
     def logit_rows(self, tokens: int, start: int) -> int:
         return 0

@@ -27,11 +27,11 @@ import torch.multiprocessing
 from nybble.engine.adapter_slots import AdapterSlots, StagedAdapter
 from nybble.engine.config import EngineConfig, resolve_device
 from nybble.engine.failure import describe
+from nybble.engine.inputs import StepItem
 from nybble.engine.parallel import ALONE, PeerLostError, TensorParallel
 from nybble.engine.rank_worker import Answer, Failed, Lost, Place, main
 from nybble.engine.request import EngineFailedError
 from nybble.engine.runner import ModelRunner
-from nybble.engine.scheduler import ScheduledBatch
 from nybble.kernels.progress import Progress
 from nybble.models import Architecture
 
@@ -299,7 +299,7 @@ class LeadingRunner(ModelRunner):
         self._ranks = ranks
         self._threads = ranks.threads
 
-    def run(self, batch: ScheduledBatch) -> torch.Tensor:
+    def run(self, batch: Sequence[StepItem]) -> torch.Tensor:
         if self._threads is not None:
             torch.set_num_threads(self._threads)  # of this thread, which is the engine's
             self._threads = None

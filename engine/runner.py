@@ -8,22 +8,22 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from nybble.engine.adapter_slots import AdapterSlots
+from nybble.engine.adapter_ends import StepEnds
+from nybble.engine.adapter_slots import AdapterSlots, StepAdapters
 from nybble.engine.config import EngineConfig, resolve_device
 from nybble.engine.decoder import Decoder
 from nybble.engine.graphs import Capture, DecodeGraphs, bucket_sizes, cuda_capture
-from nybble.engine.inputs import InputBuffers, StepInputs, StepMessage
+from nybble.engine.inputs import InputBuffers, StepInputs, StepItem, StepMessage
 from nybble.engine.kv_cache import KVCacheLayout
 from nybble.engine.parts import KVCache, States
 from nybble.engine.prompt_reader import logit_chunks
-from nybble.engine.scheduler import ScheduledBatch, StepKind
 from nybble.kernels.attention_batch import AttentionBatch
 from nybble.kernels.cpu.huge_pages import empty_in_huge_pages
 from nybble.kernels.lora_batch import LoRABatch
 from nybble.kernels.progress import Progress, track
 from nybble.kernels.reference import TokenChoice
 from nybble.kernels.state_batch import StateBatch
-from nybble.models import Attention, Recurrent
+from nybble.models import AnyAttention, Recurrent
 
 _ANY_CHOICE = TokenChoice(temperature=1.0, top_k=1, top_p=0.5, min_p=0.1, uniform=0.5)
 
@@ -71,14 +71,15 @@ class ModelRunner:
                 return empty_in_huge_pages(shape, dtype).zero_()
             return torch.zeros(shape, dtype=dtype, device=self.device)
 
-        def cache(attention: Attention) -> KVCache:
+        def cache(attention: AnyAttention) -> KVCache:
             heads = (num_blocks, attention.kv_heads, config.block_size)
             whole = (*heads, attention.head_dim)
+            tensors = range(attention.cache_tensors)
             if config.kv_dtype == "auto":
-                return zeros(config.dtype, *whole), zeros(config.dtype, *whole)
+                return tuple(zeros(config.dtype, *whole) for _ in tensors)
             kind = torch.int8 if config.kv_dtype == "int8" else torch.float8_e4m3fn
-            keys, values = zeros(kind, *whole), zeros(kind, *whole)
-            return keys, values, zeros(torch.float32, *heads), zeros(torch.float32, *heads)
+            entries = [zeros(kind, *whole) for _ in tensors]
+            return (*entries, *(zeros(torch.float32, *heads) for _ in tensors))
 
         # Layers at the same place of their groups use the same memory, for blocks of their own.
         layers = decoder.architecture.attentions
@@ -108,7 +109,7 @@ class ModelRunner:
         )
         self._graphs: DecodeGraphs | None = None
 
-    def run(self, batch: ScheduledBatch) -> Tensor:
+    def run(self, batch: Sequence[StepItem]) -> Tensor:
         """Compute every scheduled token.
 
         Returns float32 logits ``(sampling, vocab)``, for each scheduled sequence as many rows as it
@@ -117,21 +118,22 @@ class ModelRunner:
         """
         lora_slots = [item.sequence.adapter_slot for item in batch]
         adapted = any(slot >= 0 for slot in lora_slots)
-        if self._graphs is not None and all(item.kind is StepKind.DECODE for item in batch):
+        if self._graphs is not None and all(item.decodes for item in batch):
             size = self._graphs.size_for(len(batch), adapted)
             if size is not None:
                 self._inputs.build(batch, lora_slots if adapted else None, pad_to=size)
                 return self._graphs.run(size, adapted)[: len(batch)]
         inputs = self._inputs.build(batch, lora_slots if adapted else None)
-        hidden = self._forward(inputs)
+        adapters = self._step_adapters(inputs)
+        hidden, ends = self._forward(inputs, adapters), None if adapters is None else adapters.ends
         row = 0
         for item in batch:
             if item.prompt_reader is not None:
-                item.prompt_reader.read(
-                    self.decoder, hidden[row : row + item.num_tokens], item.start
-                )
+                rows = slice(row, row + item.num_tokens)
+                own = None if ends is None else ends.of(torch.arange(rows.start, rows.stop))
+                item.prompt_reader.read(self.decoder, hidden[rows], item.start, own)
             row += item.num_tokens
-        return self._logits(hidden, inputs)
+        return self._logits(hidden, inputs, ends)
 
     def follow(self, message: StepMessage) -> None:
         """Compute this rank's part of a step that :meth:`run` computes at rank 0."""
@@ -139,7 +141,7 @@ class ModelRunner:
         if message.padded_to and self._graphs is not None:
             self._graphs.run(message.padded_to, inputs.lora is not None)
             return
-        hidden = self._forward(inputs)
+        hidden = self._forward(inputs, self._step_adapters(inputs))
         for first, count in message.reads:
             read = hidden[first : first + count]
             for start, stop in logit_chunks(count, self.decoder.architecture.vocab):
@@ -147,12 +149,14 @@ class ModelRunner:
         self._logits(hidden, inputs)
 
     def _compute(self, inputs: StepInputs) -> Tensor:
-        return self._logits(self._forward(inputs), inputs)
+        return self._logits(self._forward(inputs, self._step_adapters(inputs)), inputs)
 
-    def _forward(self, inputs: StepInputs) -> Tensor:
-        adapters = None
-        if self.adapters is not None and inputs.lora is not None:
-            adapters = self.adapters.for_step(inputs.lora, self.decoder.backend)
+    def _step_adapters(self, inputs: StepInputs) -> StepAdapters | None:
+        if self.adapters is None or inputs.lora is None:
+            return None
+        return self.adapters.for_step(inputs.lora, self.decoder.backend)
+
+    def _forward(self, inputs: StepInputs, adapters: StepAdapters | None) -> Tensor:
         return self.decoder.forward(
             inputs.token_ids,
             inputs.positions,
@@ -163,10 +167,11 @@ class ModelRunner:
             inputs.states,
         )
 
-    def _logits(self, hidden: Tensor, inputs: StepInputs) -> Tensor:
+    def _logits(self, hidden: Tensor, inputs: StepInputs, ends: StepEnds | None = None) -> Tensor:
         if not len(inputs.last_rows):
             return torch.empty(0, self.decoder.architecture.vocab, device=self.device)
-        return self.decoder.logits(hidden[inputs.last_rows])
+        own = None if ends is None else ends.of(inputs.last_rows)
+        return self.decoder.logits(hidden[inputs.last_rows], own)
 
     def reset(self) -> None:
         """Empty the KV cache in place: graphs that were captured go on reading it."""

@@ -28,8 +28,8 @@ from enum import Enum
 
 from nybble.engine.adapter_cache import AdapterCache, AdapterVersion
 from nybble.engine.block_manager import BlockManager
+from nybble.engine.drafter import Draft
 from nybble.engine.fair_queue import OUTPUT_COST, PROMPT_COST, FairQueue
-from nybble.engine.ngram_drafter import Draft
 from nybble.engine.prompt_reader import PromptReader
 from nybble.engine.sequence import NOTHING_CACHED, CachedPrefix, Sequence, SequenceStatus
 from nybble.engine.speculation import Speculation
@@ -105,6 +105,10 @@ class ScheduledSequence:
         decodes = num_tokens == 1 and samples and reader is None
         kind = StepKind.DECODE if decodes else StepKind.PREFILL
         return cls(sequence, kind, start, num_tokens, completes, samples, int(samples), reader)
+
+    @property
+    def decodes(self) -> bool:
+        return self.kind is StepKind.DECODE
 
     @property
     def token_ids(self) -> list[int]:
@@ -214,21 +218,17 @@ class Scheduler:
 
     def _draft(self, plan: _Plan, speculation: Speculation) -> None:
         """Spend what nobody needs, of the budget and of free blocks, on drafts."""
-        drafts = {}
-        left = plan.budget
-        for sequence in self.running:
-            decodes = plan.tokens[sequence] == sequence.num_uncomputed_tokens == 1
-            if decodes and sequence.prompt_reader is None:
-                draft = sequence.draft(min(speculation.max_tokens, left))
-                if draft is not None:
-                    drafts[sequence] = draft
-                    left -= len(draft.tokens)
-        if not drafts:
+        room = {
+            sequence: sequence.draft_room
+            for sequence in self.running
+            if plan.tokens[sequence] == sequence.num_uncomputed_tokens == 1
+            and sequence.prompt_reader is None
+            and sequence.draft_room > 0
+        }
+        if not room or not plan.budget:
             return
-        rows = plan.tokens.total()
-        known = [(draft, each.acceptance) for each, draft in drafts.items()]
-        lengths = speculation.lengths(rows, known)
-        for (sequence, draft), length in zip(drafts.items(), lengths, strict=True):
+        proposed = speculation.propose(plan.tokens.total(), room, plan.budget)
+        for sequence, (draft, length) in proposed.items():
             reached = sequence.num_computed_tokens + 1 + length
             fits = length and self.block_manager.grow(sequence, reached)
             plan.drafts[sequence] = draft, length if fits else 0
@@ -494,6 +494,8 @@ class Scheduler:
         """Take a running sequence's blocks back and let it wait at the head of its queue."""
         self.running.remove(sequence)
         self.block_manager.release(sequence)
+        if self.speculation is not None:
+            self.speculation.release(sequence)
         sequence.num_computed_tokens = 0
         sequence.prefix_valid_until = 0
         sequence.status = SequenceStatus.WAITING
@@ -528,6 +530,8 @@ class Scheduler:
         if sequence.adapter is not None:
             self._adapters.release(sequence.adapter, running=running)
         self.block_manager.release(sequence)
+        if self.speculation is not None:
+            self.speculation.release(sequence)
         sequence.status = SequenceStatus.FINISHED
 
     def change_adapter(self, sequence: Sequence, version: AdapterVersion) -> None:

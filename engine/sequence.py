@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence as Several
+from dataclasses import dataclass, field
 from enum import Enum
 from hashlib import blake2b
 
 from nybble.engine.adapter_cache import AdapterVersion
 from nybble.engine.detokenizer import Detokenizer
-from nybble.engine.ngram_drafter import Draft, NgramDrafter
 from nybble.engine.prompt_reader import EmbeddingReader, LogprobReader
 from nybble.engine.request import FinishReason, Request, RequestOutput
 from nybble.engine.sampler import Sampled, SequenceSampler
@@ -62,23 +62,69 @@ class VirtualCounter:
     value: float = 0.0
 
 
-class Sequence:
+class CachedTokens:
+    """Tokens whose keys and values are computed into blocks of a KV cache, from the first on.
+
+    num_computed_tokens: leading tokens whose keys and values are in the cache.
+    block_tables: the KV blocks in each group of layers, all of the same length; another, empty
+        tuple once all are taken back.
+    state: what is held of layers that keep states; None if the model has none.
+    block_hashes: the prefix-cache keys of the leading full blocks, as far as they are known.
+    """
+
+    def __init__(self, token_ids: Several[int], cache_salt: str = "") -> None:
+        """cache_salt: the prefix cache is shared only among those with the same salt."""
+        self.token_ids: list[int] = list(token_ids)
+        self.num_computed_tokens = 0
+        self.block_tables: tuple[BlockTable, ...] = ()
+        self.state: SequenceState | None = None
+        self.block_hashes: list[bytes] = []
+        self._cache_salt = cache_salt
+
+    @property
+    def prefix_root(self) -> bytes:
+        """What the keys of the prefix cache begin with: a salt keeps the blocks to those who know
+        it."""
+        if not self._cache_salt:
+            return b""
+        return blake2b(self._cache_salt.encode(), digest_size=16, person=b"cache_salt").digest()
+
+    @property
+    def may_share_prefix(self) -> bool:
+        """Whether the first tokens may be taken from the prefix cache."""
+        return True
+
+    @property
+    def adapter_slot(self) -> int:
+        """The device slot of the adapter, −1 for the base model."""
+        return -1
+
+    @property
+    def num_held_blocks(self) -> int:
+        return sum(len(table.blocks) - table.num_unseen for table in self.block_tables)
+
+    @property
+    def num_table_blocks(self) -> int:
+        """The length of the block tables."""
+        return len(self.block_tables[0].blocks) if self.block_tables else 0
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        """1 while decoding; more while the prompt (or a preempted sequence) is prefilled."""
+        return len(self.token_ids) - self.num_computed_tokens
+
+
+class Sequence(CachedTokens):
     """Mutable state of one request; owned by the engine thread.
 
     stop_token_ids: tokens that end it, those of the model's vocabulary and those the request names.
     counter: of its tenant, whose sequences share it; settled when it is queued.
-    num_computed_tokens: leading tokens whose keys and values are in the cache.
     num_charged_tokens: leading tokens of the prompt that its tenant need not pay for (again).
-    block_tables: its KV blocks in each group of layers, all of the same length; another, empty
-        tuple once all are taken back.
-    state: what it holds of layers that keep states, while it runs; None if the model has none.
-    block_hashes: the prefix-cache keys of the leading full blocks, as far as they are known.
     adapter: the version of the request's adapter, settled when the request is taken.
     cached_prefix: what the prefix cache held of it when it was last looked up, while it waits.
     prefix_valid_until: the step from which on it is looked up again.
     overtaken: others admitted while it lacked an adapter slot or blocks.
     prompt_reader: what is still to be read of the prompt, until its result is taken.
-    drafter: proposes tokens that may come next; None if none are to be drafted.
     acceptance: what became of its drafts.
     """
 
@@ -89,8 +135,8 @@ class Sequence:
         detokenizer: Detokenizer,
         sampler: SequenceSampler,
         stop_token_ids: frozenset[int] = frozenset(),
-        drafter: NgramDrafter | None = None,
     ) -> None:
+        super().__init__(request.prompt_token_ids, request.cache_salt)
         self.request = request
         self.request_id = request.request_id
         self.tenant = request.tenant
@@ -101,21 +147,15 @@ class Sequence:
         self.detokenizer = detokenizer
         self.sampler = sampler
         self.status = SequenceStatus.WAITING
-        self.token_ids: list[int] = list(request.prompt_token_ids)
         self.num_prompt_tokens = len(request.prompt_token_ids)
-        self.num_computed_tokens = 0
         self.num_cached_tokens: int | None = None
         self.num_charged_tokens = 0
         self.arrived = time.monotonic()
         self.queue_seconds = 0.0
-        self.block_tables: tuple[BlockTable, ...] = ()
-        self.state: SequenceState | None = None
-        self.block_hashes: list[bytes] = []
         self.adapter: AdapterVersion | None = None
         self.cached_prefix = NOTHING_CACHED
         self.prefix_valid_until = 0
         self.overtaken = 0
-        self.drafter = drafter
         self.acceptance = Acceptance()
         self.prompt_reader: LogprobReader | EmbeddingReader | None = None
         if request.pooling is not None:
@@ -125,12 +165,9 @@ class Sequence:
 
     @property
     def prefix_root(self) -> bytes:
-        """What the keys of the prefix cache begin with: an adapter changes every key and value, and
-        a salt keeps the blocks to those who know it."""
+        """An adapter changes every key and value."""
         root = self.adapter.digest if self.adapter is not None else b""
-        if salt := self.request.cache_salt:
-            root += blake2b(salt.encode(), digest_size=16, person=b"cache_salt").digest()
-        return root
+        return root + super().prefix_root
 
     @property
     def adapter_slot(self) -> int:
@@ -143,35 +180,13 @@ class Sequence:
         return self.prompt_reader is None or not self.prompt_reader.whole
 
     @property
-    def num_held_blocks(self) -> int:
-        return sum(len(table.blocks) - table.num_unseen for table in self.block_tables)
-
-    @property
-    def num_table_blocks(self) -> int:
-        """The length of its block tables."""
-        return len(self.block_tables[0].blocks) if self.block_tables else 0
-
-    @property
     def num_output_tokens(self) -> int:
         return len(self.token_ids) - self.num_prompt_tokens
 
     @property
-    def num_uncomputed_tokens(self) -> int:
-        """1 while decoding; more while the prompt (or a preempted sequence) is prefilled."""
-        return len(self.token_ids) - self.num_computed_tokens
-
-    def draft(self, limit: int) -> Draft | None:
-        """Up to ``limit`` tokens that may follow its newest, none of which its guide forbids."""
-        # The last token that it may have is sampled and never drafted.
-        limit = min(limit, self.max_tokens - self.num_output_tokens - 1)
-        if self.drafter is None or limit <= 0:
-            return None
-        self.drafter.extend(self.token_ids[len(self.drafter) :])
-        draft = self.drafter.propose(limit)
-        if draft is not None and (guide := self.request.guide) is not None:
-            allowed = draft.tokens[: guide.accepts(draft.tokens)]
-            return replace(draft, tokens=allowed) if allowed else None
-        return draft
+    def draft_room(self) -> int:
+        """The most draft tokens it can use: the last token that it may have is sampled."""
+        return self.max_tokens - self.num_output_tokens - 1
 
     @property
     def goes_on(self) -> bool:

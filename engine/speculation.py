@@ -6,23 +6,34 @@ draft that is certain of its tokens, that is rejection sampling.
 
 A step over several rows takes longer than one over few, and a draft token that is rejected was
 computed in vain. Both are measured while the engine runs: the seconds of a step by its rows, and
-how often draft tokens are right, by how many tokens agree before them. A step verifies as many
-draft tokens as make the most tokens a second, which may be none: under load a row costs more than
-it earns. A draft that is not verified teaches as well: its first token is compared with the one
-that was sampled.
+how often draft tokens are right, by how sure the drafter is of them. A step verifies as many draft
+tokens as make the most tokens a second, which may be none: under load a row costs more than it
+earns. A draft that is not verified teaches as well: its first token is compared with the one that
+was sampled.
+
+Drafting may cost time too: a draft model makes a pass for each token. Then the same is decided
+before drafting, by what passes take and how often this drafter was right. If drafting does not pay,
+a small part of the time is spent on finding out whether it does again.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
+import time
+from bisect import bisect_left
+from collections.abc import Mapping
 from collections.abc import Sequence as Several
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, repeat
+from math import prod
 from operator import mul
+from typing import TYPE_CHECKING
 
-from nybble.engine.ngram_drafter import Draft
+from nybble.engine.drafter import Draft, Drafter
 from nybble.engine.request import NoTokenError
 from nybble.engine.sampler import Sampled
+
+if TYPE_CHECKING:
+    from nybble.engine.sequence import Sequence
 
 # Weights of the newest measurement: of its own number of rows, and of all steps, whose contexts
 # grow together.
@@ -33,14 +44,16 @@ _OUTLIER = 4.0
 # estimates is too high on average.
 _MARGIN = 1.03
 
-# How many tokens agree before a draft token, and what is taken for its chance until it is known,
-# with the weight of so many observations. An observation's weight falls with each later one.
-_AGREEING = (2, 3, 4, 6, 8, 12, 16, 24)
-_FIRST_GUESS = (0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.8, 0.9)
+# What is taken for a chance until it is known has the weight of so many observations. An
+# observation's weight falls with each later one.
 _GUESS_WEIGHT, _KEPT = 8.0, 0.98
+# The chance of a token of which nothing is known but that some drafter will draft it.
+_ANY_GUESS = 0.6
 # A sequence's own chances differ from those of all by what it got over what was to be expected;
 # both begin with so many tokens.
 _CAUTION, _OWN_KEPT, _HIGHEST = 1.0, 0.95, 0.98
+# Of the time in which drafting does not pay, what is spent on drafts to learn from.
+_TRIAL_SHARE = 0.01
 
 
 class StepCosts:
@@ -81,22 +94,29 @@ class StepCosts:
 
 
 class Odds:
-    """How often draft tokens are right, in all sequences, by how many tokens agree before them."""
+    """How often draft tokens are right, in all sequences, by their grades.
 
-    def __init__(self) -> None:
-        self._tries = [_GUESS_WEIGHT] * len(_AGREEING)
-        self._right = [_GUESS_WEIGHT * guess for guess in _FIRST_GUESS]
+    first_guess: of each grade, what is taken for its chance until it is known.
+    """
 
-    def of(self, agreeing: int) -> float:
-        """The chance of a draft token before which so many agree (at least 2)."""
-        at = bisect_right(_AGREEING, agreeing) - 1
-        return self._right[at] / self._tries[at]
+    def __init__(self, first_guess: Several[float]) -> None:
+        self._tries = [_GUESS_WEIGHT] * (len(first_guess) + 1)  # the last: whatever the grade
+        self._right = [_GUESS_WEIGHT * guess for guess in (*first_guess, _ANY_GUESS)]
 
-    def observe(self, agreeing: int, right: bool) -> None:
+    def of(self, grade: int) -> float:
+        """The chance of a draft token with this grade."""
+        return self._right[grade] / self._tries[grade]
+
+    @property
+    def of_any(self) -> float:
+        """The chance of a draft token whose grade is not known yet."""
+        return self.of(-1)
+
+    def observe(self, grade: int, right: bool) -> None:
         """Learn from a draft token all before which were right."""
-        at = bisect_right(_AGREEING, agreeing) - 1
-        self._tries[at] = _KEPT * self._tries[at] + 1
-        self._right[at] = _KEPT * self._right[at] + right
+        for at in (grade, -1):
+            self._tries[at] = _KEPT * self._tries[at] + 1
+            self._right[at] = _KEPT * self._right[at] + right
 
 
 @dataclass
@@ -141,22 +161,58 @@ def accepted(
 
 
 class Speculation:
-    """Decides how many draft tokens are verified.
+    """Decides how many tokens are drafted, and how many of them are verified.
 
     max_tokens: the most of one sequence in one step. adaptive: whether costs and chances decide;
-    otherwise all drafts are verified.
+    otherwise as many are drafted as can be, and all verified.
     """
 
-    def __init__(self, max_tokens: int, *, adaptive: bool) -> None:
+    def __init__(self, drafter: Drafter, max_tokens: int, *, adaptive: bool) -> None:
         self.max_tokens = max_tokens
+        self._drafter = drafter
         self._adaptive = adaptive
         self._costs = StepCosts()
-        self._odds = Odds()
+        self._odds = Odds(drafter.first_guess)
+        self._drafting = 0.0  # seconds of this step
+        self._without = 0.0  # seconds of steps since anything was drafted
+        self._floor = 0.0  # the least chance for which another token is drafted
+
+    @property
+    def method(self) -> str:
+        """The drafter's."""
+        return self._drafter.method
+
+    def propose(
+        self, rows: int, room: Mapping[Sequence, int], budget: int
+    ) -> dict[Sequence, tuple[Draft, int]]:
+        """Drafts of sequences that decode, and how many tokens of each to verify in this step.
+
+        rows: of the step without drafts. room: the most tokens that a sequence can still be given
+        as drafts. budget: the most tokens of all to verify.
+        """
+        started = time.monotonic()
+        limits = {each: min(own, self.max_tokens) for each, own in room.items()}
+        if self._adaptive and self._drafter.costs is not None:
+            limits = self._limits(rows, limits, budget, self._drafter.costs)
+        drafts = {}
+        if limits:
+            found = self._drafter.draft(limits, self._worth)
+            drafts = {each: own for each, draft in found.items() if (own := _allowed(each, draft))}
+        known = [(draft, each.acceptance) for each, draft in drafts.items()]
+        lengths = self.lengths(rows, known, budget)
+        self._drafting = time.monotonic() - started
+        return dict(zip(drafts, zip(drafts.values(), lengths, strict=True), strict=True))
+
+    def release(self, sequence: Sequence) -> None:
+        """Forget what is kept of a sequence, which has ended or gives its memory back."""
+        self._drafter.release(sequence)
 
     def observe(self, rows: int, seconds: float) -> None:
-        """Learn from a step."""
+        """Learn from a step, which took so long with its drafting."""
         if self._adaptive:
-            self._costs.observe(rows, seconds)
+            self._costs.observe(rows, max(seconds - self._drafting, 0.0))
+            self._without += seconds
+        self._drafting = 0.0
 
     def observe_tokens(self, draft: Draft, tokens: Several[int], acceptance: Acceptance) -> None:
         """Learn from the tokens that followed where ``draft`` was proposed (one or more).
@@ -165,47 +221,113 @@ class Speculation:
         """
         if not self._adaptive:
             return
-        for place, (token, found) in enumerate(zip(draft.tokens, tokens, strict=False)):
-            agreeing = draft.agreeing + place
-            acceptance.observe(self._odds.of(agreeing), token == found)
-            self._odds.observe(agreeing, token == found)
+        for token, grade, found in zip(draft.tokens, draft.grades, tokens, strict=False):
+            acceptance.observe(self._odds.of(grade), token == found)
+            self._odds.observe(grade, token == found)
             if token != found:
                 break
 
-    def lengths(self, rows: int, drafts: Several[tuple[Draft, Acceptance]]) -> list[int]:
+    def lengths(
+        self, rows: int, drafts: Several[tuple[Draft, Acceptance]], budget: int
+    ) -> list[int]:
         """How many tokens of each draft to verify; see :func:`draft_lengths`."""
         if not self._adaptive:
-            return [len(draft.tokens) for draft, _ in drafts]
+            lengths = []
+            for draft, _ in drafts:
+                lengths.append(min(len(draft.tokens), budget))
+                budget -= lengths[-1]
+            return lengths
         chances = []
         for draft, acceptance in drafts:
-            shares = (
-                acceptance.chance(self._odds.of(draft.agreeing + place))
-                for place in range(len(draft.tokens))
-            )
-            chances.append(list(accumulate(shares, mul)))
-        return draft_lengths(self._costs, rows, chances)
+            own = (acceptance.chance(self._odds.of(grade)) for grade in draft.grades)
+            chances.append(list(accumulate(own, mul)))
+        return draft_lengths(self._costs, rows, chances, budget)
+
+    def _limits(
+        self, rows: int, limits: dict[Sequence, int], budget: int, passes: StepCosts
+    ) -> dict[Sequence, int]:
+        """How many tokens of each sequence to draft, if passes that draft cost time."""
+        chances = [
+            list(accumulate(repeat(each.acceptance.chance(self._odds.of_any), limit), mul))
+            for each, limit in limits.items()
+        ]
+        lengths = draft_lengths(self._costs, rows, chances, budget, passes)
+        chosen = {each: count for each, count in zip(limits, lengths, strict=True) if count}
+        self._floor = 0.0
+        base, one = self._costs.of(rows), passes.of(len(chosen) or 1)
+        if base is None or one is None:
+            return chosen
+        if not chosen:
+            return self._trial(limits, passes)
+        self._without = 0.0
+        # A token earns its chance of what a token takes without drafts; it costs its part of a pass
+        # and a row.
+        row = (self._costs.of(rows + len(chosen)) or base) - base
+        self._floor = (one + row) / len(chosen) * len(limits) / base
+        return chosen
+
+    def _trial(self, limits: dict[Sequence, int], passes: StepCosts) -> dict[Sequence, int]:
+        """One token of the sequence that costs least, if the time for that has come."""
+        cheapest = min(limits, key=self._drafter.behind)
+        seconds = passes.of(self._drafter.behind(cheapest)) or 0.0
+        if seconds > _TRIAL_SHARE * self._without:
+            return {}
+        self._without = 0.0
+        return {cheapest: 1}
+
+    def _worth(self, sequence: Sequence, grades: Several[int]) -> bool:
+        """See :data:`nybble.engine.drafter.Worth`."""
+        if not self._floor:
+            return True
+        own = [self._odds.of_any, *map(self._odds.of, grades)]
+        return prod(map(sequence.acceptance.chance, own)) >= self._floor
 
 
-def draft_lengths(costs: StepCosts, rows: int, chances: Several[Several[float]]) -> list[int]:
+def _allowed(sequence: Sequence, draft: Draft) -> Draft | None:
+    """The beginning of a draft that its sequence's guide allows; None if nothing is left."""
+    guide = sequence.request.guide
+    if guide is not None:
+        draft = draft.first(guide.accepts(draft.tokens))
+    return draft if draft.tokens else None
+
+
+def draft_lengths(
+    costs: StepCosts,
+    rows: int,
+    chances: Several[Several[float]],
+    budget: int,
+    passes: StepCosts | None = None,
+) -> list[int]:
     """How many of each sequence's draft tokens to verify, so that tokens a second are most.
 
     rows: of the step without drafts. chances: for each sequence and each token of its draft, that
-    it and all before it are accepted.
+    it and all before it are accepted. budget: the most tokens. passes: if the tokens are still to
+    be drafted, what a pass takes that drafts one of each of several sequences.
     """
+    lengths = [0] * len(chances)
     base = costs.of(rows)
     if base is None:
-        return [len(own) for own in chances]
+        for index, own in enumerate(chances):
+            lengths[index] = min(len(own), budget)
+            budget -= lengths[index]
+        return lengths
     worth = sorted(
         ((chance, index) for index, own in enumerate(chances) for chance in own), reverse=True
-    )
+    )[:budget]
     expected = float(len(chances))
     best, count = _MARGIN * expected / base, 0
-    for taken, (value, _) in enumerate(worth, 1):
+    drafting, sizes = 0.0, [0] * max(map(len, chances), default=0)
+    taken_of = [0] * len(chances)
+    for taken, (value, index) in enumerate(worth, 1):
         expected += value
-        rate = expected / (costs.of(rows + taken) or base)
+        if passes is not None:
+            place = taken_of[index]
+            taken_of[index] += 1
+            before, sizes[place] = sizes[place], sizes[place] + 1
+            drafting += (passes.of(before + 1) or 0.0) - ((passes.of(before) or 0.0) * (before > 0))
+        rate = expected / ((costs.of(rows + taken) or base) + drafting)
         if rate > best:
             best, count = rate, taken
-    lengths = [0] * len(chances)
     for _, index in worth[:count]:
         lengths[index] += 1
     return lengths

@@ -151,6 +151,20 @@ class PackedWeight:
         first = -8 if self.zeros is None else 0
         return self.level_values == tuple(range(first, first + 16))
 
+    @cached_property
+    def has_two_digits(self) -> bool:
+        """Whether this is an 8-bit weight as two planes of digits, side by side along the columns.
+
+        Then stored column ``k`` of the second half has the low digit of that of the first half, of
+        the same feature, and its scale is a sixteenth. The first call waits for the device.
+        """
+        half, odd = divmod(self.columns, 2)
+        if odd or self.perm is None or half % self.group_size or not self.is_affine:
+            return False
+        high, low = self.scales.chunk(2, dim=1)  # groups are the second dimension in every layout
+        same_features = torch.equal(self.perm[:half], self.perm[half:])
+        return same_features and torch.equal(high, low * 16)
+
     @property
     def nbytes(self) -> int:
         """Bytes held by all tensors of the weight."""

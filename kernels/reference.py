@@ -335,12 +335,12 @@ def rotary_store(
     )
     for values, cache, scales in stored:
         if scales is not None:
-            values, scales[blocks, :, offsets] = _scaled(values, cache.dtype)
+            values, scales[blocks, :, offsets] = scaled_to_8_bits(values, cache.dtype)
         cache[blocks, :, offsets] = values.to(cache.dtype)
     q.copy_(rotate(q, cos, sin, interleaved))
 
 
-def _scaled(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def scaled_to_8_bits(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Values of ``dtype`` and their scale, one for each row of the last dimension."""
     most = 127 if dtype == torch.int8 else 448
     peak = x.float().abs().amax(-1)

@@ -5,7 +5,8 @@ Per module: ``base_model.model.<module>.lora_A.weight`` ``(rank, in)`` and ``lor
 ``lora_magnitude_vector`` ``(out,)``, with ``lora_bias`` ``lora_B.bias`` ``(out,)``.
 AdaLoRA's are ``lora_A``, ``lora_B`` and the singular values ``lora_E`` ``(rank, 1)``. With
 ``bias`` there is the layer's own ``bias``, before which comes ``base_layer`` if the layer has an
-adapter. Some versions put the adapter's name before ``weight``. Some leave out
+adapter. For the embedding, the output layer and norms see :mod:`nybble.loaders.adapter_ends`. Some
+versions put the adapter's name before ``weight``. Some leave out
 ``base_model.model``, or, if the model was trained without its head, the base's ``model.``. Training
 the text part of a multimodal model adds that model's prefixes (``model.language_model.layers…``).
 """
@@ -15,7 +16,6 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 
@@ -27,8 +27,11 @@ from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
 from nybble.kernels.progress import Bar
+from nybble.loaders.adapter_changes import LoRAAdapter, LoRAModule
 from nybble.loaders.adapter_config import CONFIG_FILE, MAX_RANK, AdapterSettings
+from nybble.loaders.adapter_ends import end_keys, read_ends
 from nybble.loaders.adapter_experts import expert_changes, is_of_stacked_experts
+from nybble.loaders.adapter_tensors import AROUND, after_prefixes, check_values
 from nybble.loaders.errors import AdapterError
 from nybble.models import Architecture
 
@@ -57,90 +60,8 @@ _KEY = re.compile(
 )
 _SIDES = {"lora_A", "lora_B", "lora_E"}
 _INDEX = re.compile(r"[0-9]{1,9}")
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_PREFIXES = ("base_model.model.", "_orig_mod.", "module.")
-# Prefixes of the text model's layers inside larger models.
-_AROUND = re.compile(r"((model|language_model|text_model|llm|thinker|module|_orig_mod)\.)*")
 # Files that training may save with an adapter. The base model's own are used instead.
 _NOT_USED = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-
-
-@dataclass(frozen=True)
-class LoRAModule:
-    """One projection's change: its weight W becomes ``W + scale · b @ a``.
-
-    a: ``(rank, in)``; b: ``(out, rank)``. The rank is 0 if only the bias changes.
-    magnitude: ``(out,)``, the norms that the rows of the sum are given, or None to leave them as
-        they are (DoRA, Liu et al. 2024).
-    added_bias: ``(out,)``, added to the projection's bias after multiplication by ``scale``, or
-        None (peft's ``lora_bias``).
-    own_bias: ``(out,)``, instead of the projection's bias, or None (peft's ``bias``).
-    """
-
-    a: Tensor
-    b: Tensor
-    scale: float
-    magnitude: Tensor | None = None
-    added_bias: Tensor | None = None
-    own_bias: Tensor | None = None
-
-    @property
-    def rank(self) -> int:
-        return self.a.shape[0]
-
-    @property
-    def changes_weight(self) -> bool:
-        return self.rank > 0 or self.magnitude is not None
-
-    @property
-    def changes_bias(self) -> bool:
-        return self.added_bias is not None or self.own_bias is not None
-
-    def stretch(self, weight: Tensor, start: int = 0) -> Tensor | None:
-        """What DoRA multiplies rows of ``W + scale · b @ a`` by, float32 ``(rows,)``; or None.
-
-        weight: rows of W from ``start`` on.
-        """
-        if self.magnitude is None:
-            return None
-        magnitude = self.magnitude[start : start + len(weight)].float()
-        norms: Tensor = torch.linalg.vector_norm(self._sum(weight, start), dim=1)
-        return magnitude.to(norms.device) / norms
-
-    def merged(self, weight: Tensor) -> Tensor:
-        """The changed weight, float32 ``(out, in)``, of the whole W."""
-        stretch = self.stretch(weight)
-        whole = self._sum(weight, 0)
-        return whole if stretch is None else whole * stretch[:, None]
-
-    def bias(self, base: Tensor | None) -> Tensor | None:
-        """The changed bias, float32 ``(out,)``, of the projection's own; None if there is none."""
-        bias = base if self.own_bias is None else self.own_bias
-        if self.added_bias is None:
-            return None if bias is None else bias.float()
-        added = self.scale * self.added_bias.float()
-        return added if bias is None else bias.float() + added
-
-    def _sum(self, weight: Tensor, start: int) -> Tensor:
-        b = self.b[start : start + len(weight)].to(weight.device, torch.float32)
-        return weight.float() + self.scale * (b @ self.a.to(weight.device, torch.float32))
-
-
-@dataclass(frozen=True)
-class LoRAAdapter:
-    """An adapter that fits its base.
-
-    modules: by the name of the base's linear layer in transformers.
-    digest: 16 bytes that differ if the files' content differs.
-    """
-
-    modules: Mapping[str, LoRAModule]
-    digest: bytes
-
-    @property
-    def rank(self) -> int:
-        """The highest rank of any module."""
-        return max(module.rank for module in self.modules.values())
 
 
 def resolve_adapter(name: str) -> Path:
@@ -187,7 +108,9 @@ def load_adapter(folder: Path, architecture: Architecture) -> LoRAAdapter:
     names = _Names(path, shapes)
     parts: dict[str, dict[str, Tensor]] = {}
     stacked = {key: tensor for key, tensor in tensors.items() if is_of_stacked_experts(key)}
-    for key in sorted(tensors.keys() - stacked.keys(), key=_natural):
+    at_ends = end_keys(tensors, architecture)
+    inside = tensors.keys() - stacked.keys() - at_ends.keys()
+    for key in sorted(inside, key=_natural):
         module, part = names.parse(key)
         rank = settings.rank(names.trained(module))
         _check(path, key, tensors[key], part, rank, shapes[module])
@@ -212,16 +135,18 @@ def load_adapter(folder: Path, architecture: Architecture) -> LoRAAdapter:
             scale = settings.scale(names.trained(module))
             modules[module] = _module(parts[module], scale, shapes[module])
     for key, tensor in stacked.items():
-        _check_values(path, key, tensor)
+        check_values(path, key, tensor)
     for change in expert_changes(path, settings, stacked, architecture):
         if change.module in modules:
             raise AdapterError(f"{path} adapts {change.module} twice: also in {change.parameter}")
         modules[change.module] = LoRAModule(change.a, change.b, settings.scale(change.parameter))
-    if not modules:
+    of_ends = {key: tensors[key] for key in at_ends}
+    ends = read_ends(path, settings, of_ends, at_ends, architecture)
+    if not (modules or ends.embedding or ends.head or ends.norms):
         raise AdapterError(f"{path}: its target_modules select nothing of the base model")
     if unused := [name for name in _NOT_USED if (folder / name).is_file()]:
         logger.info("%s: %s not used, but the base model's own", folder, ", ".join(unused))
-    return LoRAAdapter(modules, digest.digest())
+    return LoRAAdapter(modules, digest.digest(), ends.embedding, ends.head, ends.norms)
 
 
 def _read(folder: Path) -> tuple[Path, bytes, dict[str, Tensor]]:
@@ -264,13 +189,11 @@ class _Names:
                 "lora_magnitude_vector and biases of attention and MLP projections; peft's "
                 "merge_and_unload makes a model of such an adapter, which can be served"
             )
-        trained = match["module"]
-        while prefix := next((each for each in _PREFIXES if trained.startswith(each)), None):
-            trained = trained.removeprefix(prefix)
+        trained = after_prefixes(match["module"])
         inside = _in_layer(trained)
         around = trained.removesuffix(inside)
         module = self._by_layer.get(inside)
-        if module is None or not _AROUND.fullmatch(around):
+        if module is None or not AROUND.fullmatch(around):
             raise AdapterError(
                 f"{self._path}: {key} is for {trained}, {_unknown(trained, self._shapes)}"
             )
@@ -316,7 +239,7 @@ def _check(
             f"{path}: {key} has shape {tuple(tensor.shape)}, expected {expected} for this base "
             f"model and rank {rank}"
         )
-    _check_values(path, key, tensor)
+    check_values(path, key, tensor)
 
 
 def _compare(path: Path, module: str, found: Collection[str], expected: Collection[str]) -> None:
@@ -354,12 +277,3 @@ def _module(parts: Mapping[str, Tensor], scale: float, shape: tuple[int, int]) -
         added_bias=parts.get("lora_bias"),
         own_bias=parts.get("bias"),
     )
-
-
-def _check_values(path: Path, key: str, tensor: Tensor) -> None:
-    if tensor.dtype not in _DTYPES:
-        raise AdapterError(
-            f"{path}: {key} is {tensor.dtype}, expected float32, float16 or bfloat16"
-        )
-    if not tensor.isfinite().all():
-        raise AdapterError(f"{path}: {key} has values that are not finite")

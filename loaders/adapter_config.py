@@ -32,7 +32,7 @@ _NO_EFFECT = {
     *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path"),
     *("revision", "inference_mode", "lora_dropout", "megatron_core", "qalora_group_size"),
     *("runtime_config", "eva_config", "loftq_config", "corda_config", "lora_ga_config"),
-    *("ensure_weight_tying", "init_lora_weights", "velora_config", "megatron_config"),
+    *("init_lora_weights", "velora_config", "megatron_config"),
     # of AdaLoRA's training
     *("target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step"),
     "fan_in_fan_out",  # for layers with transposed weights; peft resets it for nn.Linear
@@ -41,16 +41,13 @@ _READ = {
     *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules"),
     *("exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters"),
     *("use_dora", "lora_bias", "bias", "init_r"),
+    *("modules_to_save", "trainable_token_indices", "ensure_weight_tying"),
 }
 # Initializations that leave the base weights as they are. The others (PiSSA, OLoRA, …) subtract the
 # initial product from the base, so the adapter does not fit the published base.
 _INIT_KEEPS_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
 _BIASES = ("none", "lora_only", "all")
 _REFUSED = {
-    "modules_to_save": "whole trained modules; train without them, or merge with peft's "
-    "merge_and_unload and serve the merged model",
-    "trainable_token_indices": "trained embeddings; train without them, or merge with peft's "
-    "merge_and_unload and serve the merged model",
     "layer_replication": "layers of the base repeated; replicate them in the base model",
     "alora_invocation_tokens": "aLoRA, whose adapter begins in the middle of the text",
     "use_qalora": "QA-LoRA pools the inputs of its matrices; merge with peft first",
@@ -68,6 +65,10 @@ class AdapterSettings:
     singular_values: whether it is an AdaLoRA (Zhang et al. 2023), whose ``r`` is the rank before
         training took ranks away; ``rank_pattern`` then names modules, and is no pattern.
     bias: which of the base's biases were trained: none, those of layers with an adapter, or all.
+    modules_to_save: the ends of the names of modules that were trained whole.
+    token_indices: tokens whose rows were trained, of the embedding or by the ends of modules'
+        names; None for none.
+    tying: whether the output layer was kept tied to the embedding if it is in the base.
     """
 
     r: int
@@ -84,6 +85,9 @@ class AdapterSettings:
     lora_bias: bool
     bias: Literal["none", "lora_only", "all"]
     singular_values: bool
+    modules_to_save: tuple[str, ...]
+    token_indices: tuple[int, ...] | Mapping[str, tuple[int, ...]] | None
+    tying: bool
 
     @classmethod
     def read(cls, folder: Path) -> AdapterSettings:
@@ -121,6 +125,9 @@ class AdapterSettings:
                 lora_bias=bool(config.get("lora_bias", False)),
                 bias=config.get("bias", "none"),
                 singular_values=adalora,
+                modules_to_save=_listed(config.get("modules_to_save")),
+                token_indices=_token_indices(config.get("trainable_token_indices")),
+                tying=bool(config.get("ensure_weight_tying", False)),
             )
             settings.check_patterns()
         except (TypeError, ValueError, OverflowError, AttributeError, regex.error) as error:
@@ -162,6 +169,25 @@ class AdapterSettings:
         found = (_match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", module) for pattern in patterns)
         index = next((int(match[1]) for match in found if match), None)
         return index in self.layers
+
+    def saves(self, module: str) -> bool:
+        """Whether the module is one of ``modules_to_save``, by the end of its name, as in PEFT."""
+        return any(module.endswith(name) for name in self.modules_to_save)
+
+    @property
+    def token_modules(self) -> tuple[str, ...]:
+        """The ends of the names of modules of which single rows were trained."""
+        return tuple(self.token_indices) if isinstance(self.token_indices, Mapping) else ()
+
+    def token_ids(self, module: str, *, embedding: bool) -> tuple[int, ...] | None:
+        """The tokens whose rows of a module were trained; None if none were.
+
+        embedding: whether it is the embedding, which a list of tokens speaks of.
+        """
+        if isinstance(self.token_indices, Mapping):
+            ends = (name for name in self.token_indices if module.endswith(name))
+            return next((self.token_indices[name] for name in ends), None)
+        return self.token_indices if embedding else None
 
     def targeting(self, parameter: str) -> set[str]:
         """Those of ``target_parameters`` by which PEFT would adapt this parameter."""
@@ -253,6 +279,12 @@ def _listed(value: object) -> tuple[str, ...]:
     if isinstance(value, list) and all(isinstance(item, str) for item in value):
         return tuple(value)
     raise TypeError(f"{value!r} is not a list of names")
+
+
+def _token_indices(value: Any) -> tuple[int, ...] | dict[str, tuple[int, ...]] | None:
+    if isinstance(value, dict):
+        return {name: tuple(map(int, ids)) for name, ids in value.items() if ids} or None
+    return tuple(map(int, value)) if value else None
 
 
 def _match(pattern: str, module: str, *, whole: bool = False) -> regex.Match[str] | None:

@@ -39,16 +39,20 @@ def weight_bytes(
     layers, head: which parts of a 16-bit model are quantized while loading.
     Raises CheckpointError if files are missing or broken.
     """
+    architecture = architecture_of(load_config(folder))
     if (folder / "nybble.json").is_file():  # the packed form: nothing is quantized anew
         shards, linears, wide = Shards(folder), frozenset[str](), frozenset[str]()
     else:
-        architecture = architecture_of(load_config(folder))
         shards, wide = open_shards(folder, architecture), architecture.tensors
         linears = frozenset(name + ".weight" for name in architecture.linears)
     format = format_of(folder)
     headers = {header.name: header for header in shards.headers()}
     total = 0.0
+    for linear in architecture.computed_in_16_bits.values():
+        total += linear.out * linear.inputs * dtype.itemsize
     for module, names in shards.modules.items():
+        if module.partition("|")[0] in architecture.computed_in_16_bits:
+            continue
         leaves = {leaf: headers[name] for leaf, name in names.items()}
         if format is not None and format.owns(names):
             for leaf in sorted(format.required.difference(leaves)):

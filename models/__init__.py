@@ -5,11 +5,13 @@ architecture and knows no family.
 """
 
 from nybble.models.architecture import (
+    AnyAttention,
     Architecture,
     Attention,
     ClampedSwiglu,
     Fold,
     GatedDeltaNet,
+    LatentAttention,
     Layer,
     Linear,
     LinearGroup,
@@ -28,11 +30,13 @@ from nybble.models.architecture import (
 from nybble.models.registry import architecture_of, require_family, supported_families
 
 __all__ = [
+    "AnyAttention",
     "Architecture",
     "Attention",
     "ClampedSwiglu",
     "Fold",
     "GatedDeltaNet",
+    "LatentAttention",
     "Layer",
     "Linear",
     "LinearGroup",

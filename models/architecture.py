@@ -198,6 +198,11 @@ class Attention:
         return (self.qkv, self.output)
 
     @property
+    def cache_tensors(self) -> int:
+        """How many tensors hold what is cached of a token: keys, and values."""
+        return 2
+
+    @property
     def tensors(self) -> tuple[str, ...]:
         """Tensors other than those of norms and linear layers."""
         return () if self.sinks is None else (self.sinks,)
@@ -215,6 +220,82 @@ class Attention:
             "all": (heads * self.head_dim,),
         }
         return shapes[self.qk_norm] if self.qk_norm is not None else ()
+
+
+@dataclass(frozen=True)
+class LatentAttention:
+    """Causal multi-head latent attention (MLA; DeepSeek-AI 2024, "DeepSeek-V2").
+
+    Of a token one latent is cached, which all heads share: normed, ``latent_dim`` wide. A head's
+    key is ``key_dim`` entries that ``expand`` computes from it, behind ``rope.rotary_dim`` entries
+    that are rotated and the same for all heads; its value is computed from the latent alone.
+
+    The keys are never computed: a head's query is multiplied by its rows of ``expand`` instead,
+    and what it attends to are latents ("absorbed" weights). So attention is that of ``heads``
+    query heads that share one key head, whose leading entries are rotated.
+
+    input: computes the queries, or what they are computed from, and then ``latent_dim`` entries of
+        the latent and those of the key that are rotated.
+    query: computes the queries from the normed output of ``input``; None if that computes them. Of
+        a head, ``key_dim`` entries come first and those that are rotated last.
+    expand: for each head ``key_dim`` rows, and then ``value_dim``.
+    query_norm, latent_norm: the modules of their norms' weights. norm_eps: the epsilon of both.
+    """
+
+    heads: int
+    latent_dim: int
+    key_dim: int
+    value_dim: int
+    input: LinearGroup
+    query: LinearGroup | None
+    expand: LinearGroup
+    output: LinearGroup
+    scale: float
+    rope: Rope
+    norm_eps: float
+    query_norm: str = "self_attn.q_a_layernorm"
+    latent_norm: str = "self_attn.kv_a_layernorm"
+    window: int = 0
+
+    @property
+    def kv_heads(self) -> int:
+        """In the cache."""
+        return 1
+
+    @property
+    def head_dim(self) -> int:
+        """Entries of a token in the cache: the rotated ones, then the latent."""
+        return self.rope.rotary_dim + self.latent_dim
+
+    @property
+    def cache_tensors(self) -> int:
+        """How many tensors hold what is cached of a token: values are part of the keys."""
+        return 1
+
+    @property
+    def query_inputs(self) -> int:
+        """The first outputs of ``input``, which queries are or are computed from."""
+        return self.input.out - self.head_dim
+
+    @property
+    def groups(self) -> tuple[LinearGroup, ...]:
+        """Its linear layers in the order of computation."""
+        query = () if self.query is None else (self.query,)
+        return (self.input, *query, self.expand, self.output)
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """Tensors other than those of norms and linear layers."""
+        return ()
+
+    @property
+    def norms(self) -> tuple[str, ...]:
+        """The modules with norms' weights."""
+        return (self.latent_norm,) if self.query is None else (self.query_norm, self.latent_norm)
+
+    def norm_size(self, name: str) -> int:
+        """Of the weight of one of ``norms``."""
+        return self.query_inputs if name == self.query_norm else self.latent_dim
 
 
 @dataclass(frozen=True)
@@ -338,8 +419,9 @@ class GatedDeltaNet:
 
 
 # What mixes the tokens of a sequence.
+AnyAttention = Attention | LatentAttention
 Recurrent = ShortConvolution | GatedDeltaNet
-Mixer = Attention | Recurrent
+Mixer = AnyAttention | Recurrent
 
 
 @dataclass(frozen=True)
@@ -570,14 +652,34 @@ class Architecture:
         return f"model.layers.{layer}.{name}"
 
     @cached_property
-    def attentions(self) -> tuple[Attention, ...]:
+    def attentions(self) -> tuple[AnyAttention, ...]:
         """The attention of the layers that have it, in their order."""
-        return tuple(each.mixer for each in self.layers if isinstance(each.mixer, Attention))
+        return tuple(each.mixer for each in self.layers if isinstance(each.mixer, AnyAttention))
 
     @cached_property
     def recurrents(self) -> tuple[Recurrent, ...]:
         """What the other layers have instead, in their order."""
-        return tuple(each.mixer for each in self.layers if not isinstance(each.mixer, Attention))
+        return tuple(each.mixer for each in self.layers if not isinstance(each.mixer, AnyAttention))
+
+    @cached_property
+    def plain_attentions(self) -> tuple[Attention, ...]:
+        """Those of ``attentions`` that cache keys and values."""
+        return tuple(each for each in self.attentions if isinstance(each, Attention))
+
+    @cached_property
+    def latents(self) -> tuple[LatentAttention, ...]:
+        """Those of ``attentions`` that cache latents."""
+        return tuple(each for each in self.attentions if isinstance(each, LatentAttention))
+
+    @cached_property
+    def computed_in_16_bits(self) -> Mapping[str, Linear]:
+        """Linear layers whose weights are dequantized when they are loaded, by absolute names."""
+        return {
+            self.module(index, linear.name): linear
+            for index, layer in enumerate(self.layers)
+            if isinstance(layer.mixer, LatentAttention)
+            for linear in layer.mixer.expand.linears
+        }
 
     @cached_property
     def ropes(self) -> tuple[Rope, ...]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from transformers import PretrainedConfig
 
 from nybble.models import config as read
-from nybble.models.architecture import Architecture, Router
+from nybble.models.architecture import Architecture
+from nybble.models.deepseek import layers_after, sigmoid_router
 from nybble.models.llama import decoder
 from nybble.models.parts import gated_mlp, mixture
 
@@ -22,16 +23,7 @@ def glm4_moe(config: PretrainedConfig) -> Architecture:
         activation,
         experts=read.size(config, "n_routed_experts"),
         top_k=read.size(config, "num_experts_per_tok"),
-        router=Router(
-            "mlp.gate",
-            scoring="sigmoid",
-            correction_bias="mlp.gate.e_score_correction_bias",
-            renormalize=bool(config.norm_topk_prob),
-            scaling_factor=float(config.routed_scaling_factor),
-            groups=read.size(config, "n_group"),
-            topk_groups=read.size(config, "topk_group"),
-            group_score="top2",
-        ),
+        router=sigmoid_router(config),
         shared=gated_mlp(
             hidden,
             intermediate * read.size(config, "n_shared_experts"),
@@ -47,9 +39,7 @@ def glm4_moe(config: PretrainedConfig) -> Architecture:
             "output_bias": False,
             "qk_norm": "head" if config.use_qk_norm else None,
         },
-        unused=tuple(
-            f"model.layers.{layers + index}." for index in range(config.num_nextn_predict_layers)
-        ),
+        unused=layers_after(layers, config.num_nextn_predict_layers),
     )
 
 

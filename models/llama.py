@@ -12,7 +12,9 @@ from transformers import PretrainedConfig
 
 from nybble.models import config as read
 from nybble.models.architecture import (
+    AnyAttention,
     Architecture,
+    LatentAttention,
     Layer,
     Mixture,
     Mlp,
@@ -31,7 +33,7 @@ def decoder(
     ropes: Sequence[Rope | None] | None = None,
     mlp: Mlp | None = None,
     mlps: Sequence[Mlp | Mixture] | None = None,
-    mixers: Sequence[Recurrent | None] | None = None,
+    mixers: Sequence[LatentAttention | Recurrent | None] | None = None,
     attention_options: Mapping[str, Any] | None = None,
     layer_options: Mapping[str, Any] | None = None,
     **options: Any,
@@ -42,8 +44,8 @@ def decoder(
     ropes: of each layer, None within it for a layer without positions; None for one of all layers.
     mlp: of all layers; a gated MLP behind ``post_attention_layernorm`` if None.
     mlps: of each layer, instead of ``mlp``.
-    mixers: of each layer, what it has instead of attention, None within it for attention; None if
-        all have attention.
+    mixers: of each layer, what it has instead of Llama's attention, None within it for that; None
+        if all have it.
     attention_options: further arguments of :func:`nybble.models.parts.attention`.
     layer_options: further fields of :class:`Layer`.
     options: further fields of :class:`Architecture`.
@@ -63,7 +65,7 @@ def decoder(
     about = dict(attention_options or {})
     about.setdefault("bias", bool(getattr(config, "attention_bias", False)))
     mixers = mixers or (None,) * layers
-    if all(mixers):
+    if not any(mixer is None or isinstance(mixer, AnyAttention) for mixer in mixers):
         raise UnsupportedModelError("no layer has attention, which is not supported")
     options.setdefault("norm", Norm(float(getattr(config, "rms_norm_eps", 0))))
     return Architecture(

@@ -21,7 +21,7 @@ def phi3(config: PretrainedConfig) -> Architecture:
         separate,
         layers=tuple(
             replace(layer, mixer=fused_attention(hidden, attention))
-            for layer, attention in zip(separate.layers, separate.attentions, strict=True)
+            for layer, attention in zip(separate.layers, separate.plain_attentions, strict=True)
         ),
     )
 

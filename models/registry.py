@@ -17,7 +17,7 @@ Describe = Callable[[PretrainedConfig], Architecture]
 _SHARED = ("architecture", "config", "parts", "registry")
 # Layers that nothing here computes, and model types that have them: nothing less would serve these.
 _LACKING = {
-    "multi-head latent attention": ("deepseek_v2", "deepseek_v3", "kimi_k2", "minicpm3"),
+    "latent attention in layouts of their own": ("deepseek_v32", "kimi_linear", "longcat_flash"),
     "layers of linear attention or state spaces": (*("bamba", "falcon_h1", "jamba", "nemotron_h"),),
 }
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from nybble.loaders.formats import AffineWeight
-from nybble.models import Attention, Fold, Layer, LinearGroup
+from nybble.models import Attention, Fold, LatentAttention, Layer, LinearGroup
 from nybble.quantizers.affine import round_trip
 from nybble.quantizers.layers import InputStatistics, linear_layer, output_error
 from nybble.quantizers.rtn import quantize_affine
@@ -129,13 +129,9 @@ def awq_block(
     checkpoint needs; the linear layers' weights are left scaled and not rounded.
     """
     scaled = scale_block(block, layer, statistics, outputs, group_size, norm_offset=norm_offset)
-    # q and k are not clipped: their outputs are multiplied with each other, so errors grow.
-    mixer, unclipped = layer.mixer, 0
-    if isinstance(mixer, Attention):
-        unclipped = mixer.qkv.out - mixer.kv_heads * mixer.head_dim
     result = {}
     for group in _groups(layer):
-        kept = unclipped if group is mixer.groups[0] else 0
+        kept = _unclipped(layer, group)
         for linear in group.linears:
             weight, moment = scaled[linear.name]
             size = weight.shape[1] if group_size == -1 else group_size
@@ -148,6 +144,19 @@ def awq_block(
             error = output_error(difference, moment) / output_error(weight, moment)
             result[linear.name] = (rounded, error)
     return result
+
+
+def _unclipped(layer: Layer, group: LinearGroup) -> int:
+    """The first outputs of a group which are not clipped: those of queries and keys.
+
+    They are multiplied with each other, so errors grow.
+    """
+    mixer = layer.mixer
+    if isinstance(mixer, Attention) and group is mixer.qkv:
+        return group.out - mixer.kv_heads * mixer.head_dim
+    if isinstance(mixer, LatentAttention) and group in mixer.groups[:-1]:
+        return group.out
+    return 0
 
 
 def scale_block(

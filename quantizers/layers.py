@@ -77,7 +77,8 @@ class DecoderLayers:
         length: int,
         read: Callable[[str], Tensor] | None = None,
     ) -> None:
-        """read: reads a block's parameter by name; None reads the 16-bit tensor of that name.
+        """read: reads the embedding's or a block's parameter by name; None reads the 16-bit tensor
+        of that name.
 
         Raises CheckpointError if layers or sequences of ``length`` are not supported.
         """
@@ -113,7 +114,7 @@ class DecoderLayers:
         model, layers = self._skeleton, self._skeleton.layers
         last = self.architecture.final_norm.rpartition(".")[2]
         norm = getattr(model, last)
-        weight = self._shards.read(self.architecture.embedding + ".weight")
+        weight = self._read(self.architecture.embedding + ".weight")
         model.embed_tokens.weight = nn.Parameter(weight, requires_grad=False)
         stand_ins = [_StandIn(layer) for layer in layers]
         model.layers = nn.ModuleList(stand_ins)

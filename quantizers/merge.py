@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -115,13 +116,17 @@ def merge_adapter(
     plan = _plan(checkpoint, config, format)
     if keep_16_bits and (not plan.same or plan.format is None):
         raise ValueError("layers can be kept in 16 bits only in the source's own 4-bit format")
-    linears = checkpoint.architecture.linears
-    shards = open_shards(source, checkpoint.architecture)
+    architecture = checkpoint.architecture
+    linears = architecture.linears
+    shards = open_shards(source, architecture)
     checkpoint.check(shards)
     _refuse_new_biases(adapter, shards)
     in_16_bits = [name for name, module in adapter.modules.items() if module.changes_weight]
     _configure(config, plan, shards, sorted(in_16_bits) if keep_16_bits else [])
     merge = _Merge(checkpoint, shards, adapter, plan, keep_16_bits)
+    merge.check_ends()
+    if merge.unties:
+        _untie(config)
     calibrator = None
     if calibration is not None and plan.format is not None and not keep_16_bits:
         calibrator = _Calibrator(merge, calibration, device or torch.device("cpu"))
@@ -131,6 +136,8 @@ def merge_adapter(
         for module in shards.modules:
             if module not in linears:
                 writer.add(merge.other(module))
+        if merge.unties and architecture.head not in shards.modules:
+            writer.add({architecture.head + ".weight": merge.end(architecture.head)})
         for _, block in groupby(names, lambda name: name.split(".")[2]):
             moments = calibrator.moments() if calibrator else {}
             values: dict[str, Tensor] = {}
@@ -166,6 +173,36 @@ class _Merge:
         bias = base if module is None else module.bias(base)
         assert bias is not None, name
         return bias.to(base.dtype)
+
+    def check_ends(self) -> None:
+        """Raises CheckpointError if the adapter changes an output layer that stays quantized."""
+        head = self.checkpoint.architecture.head
+        stays = self.plan.format is not None and self.plan.same
+        changed = self.adapter.head is not None and head in self.shards.modules
+        if changed and stays and self._quantized(head):
+            raise CheckpointError(
+                f"the adapter changes {head}, which {self.checkpoint.folder} has quantized: "
+                f"merge into 16 bits (--out {BF16}), or serve the adapter beside its base"
+            )
+
+    @cached_property
+    def unties(self) -> bool:
+        """Whether embedding and output layer are one in the base, and no longer afterwards."""
+        about, adapter = self.checkpoint.architecture, self.adapter
+        if not about.tied or (adapter.embedding is None and adapter.head is None):
+            return False
+        return not torch.equal(self.end(about.embedding), self.end(about.head))
+
+    def end(self, module: str) -> Tensor:
+        """The merged weight of the embedding or the output layer, in its own dtype."""
+        about = self.checkpoint.architecture
+        change = self.adapter.embedding if module == about.embedding else self.adapter.head
+        stored = about.embedding if about.tied and module not in self.shards.modules else module
+        if self._quantized(stored):
+            base = _dense(self.checkpoint.projection(self.shards, stored)).to(self.plan.dtype)
+        else:
+            base = self.shards.read(stored + ".weight")
+        return base if change is None else change.merged(base).to(base.dtype)
 
     def changes(self, name: str) -> bool:
         return not self.plan.same or self._module(name) is not None
@@ -209,13 +246,26 @@ class _Merge:
         return tensors, rounded, MergedLayer(name, moved / whole, relative)
 
     def other(self, module: str) -> Mapping[str, Tensor]:
-        """The tensors of a module that no adapter changes: norms, embeddings, the output layer."""
+        """The tensors of what is no projection: norms, embeddings, the output layer."""
+        about = self.checkpoint.architecture
+        if module in (about.embedding, about.head):
+            change = self.adapter.embedding if module == about.embedding else self.adapter.head
+            if change is not None:
+                bias = module + ".bias"
+                stored = {bias: self.shards.read(bias)} if bias in self.shards else {}
+                return {module + ".weight": self.end(module)} | stored
         if self.plan.same or not self._quantized(module):
-            return {n: self.shards.read(n) for n in self._names(module)}
+            return {n: self.tensor(n) for n in self._names(module)}
         weight = _dense(self.checkpoint.projection(self.shards, module))
         bias = module + ".bias"
         stored = {bias: self.shards.read(bias)} if bias in self.shards else {}
         return {module + ".weight": weight.to(self.plan.dtype)} | stored
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor of a norm or another module, as the adapter has it or else the base."""
+        base = self.shards.read(name)
+        own = self.adapter.norms.get(name)
+        return base if own is None else own.to(base.dtype).view(base.shape)
 
     def _names(self, module: str) -> list[str]:
         return list(self.shards.modules[module].values())
@@ -304,13 +354,22 @@ class _Calibrator:
         self._index += 1
 
     def _parameter(self, name: str) -> Tensor:
-        stored, shards = self._hidden.dtype, self._merge.shards
         module = name.removesuffix(".weight")
+        if module == self._merge.checkpoint.architecture.embedding:
+            return self._merge.end(module)
+        stored = self._hidden.dtype
         if module in self._merge.checkpoint.architecture.linears:
             return self._merge.exact(module).to(stored)
         if name.removesuffix(".bias") in self._merge.checkpoint.architecture.linears:
             return self._merge.bias(name.removesuffix(".bias")).to(stored)
-        return shards.read(name).to(stored)
+        return self._merge.tensor(name).to(stored)
+
+
+def _untie(config: dict[str, Any]) -> None:
+    """Record in config.json that the output layer is no longer the embedding."""
+    config["tie_word_embeddings"] = False
+    if isinstance(text := config.get("text_config"), dict):
+        text["tie_word_embeddings"] = False
 
 
 def _dense(weight: PackedWeight | DenseWeight) -> Tensor:

@@ -37,6 +37,8 @@ def merge_divergence(
         model = load_packed_model(open_checkpoint(folder), device=device, dtype=dtype)
         for name, module in lora.modules.items() if lora is not None else ():
             _add_lora(model.get_submodule(name), module, device, dtype)
+        if lora is not None:
+            _change_ends(model, lora)
         reading = track(windows, "Measuring", progress, unit="windows")
         states = [model.base_model(ids[None], use_cache=False)[0][0] for ids in reading]
         return model.get_submodule("lm_head"), states
@@ -50,6 +52,33 @@ def merge_divergence(
             kl_div(log_softmax(head(after).float(), -1), wanted, reduction="sum", log_target=True)
         )
     return total / len(token_ids)
+
+
+def _change_ends(model: nn.Module, adapter: LoRAAdapter) -> None:
+    """The embedding, the output layer and norms as the adapter has them."""
+    embedding, head = model.get_submodule("model.embed_tokens"), model.get_submodule("lm_head")
+    assert isinstance(embedding, nn.Embedding)
+    before = embedding.weight
+    if adapter.head is not None:
+        if isinstance(head, PackedLinear):
+            weight, bias = head.packed.dequantize(), head.packed.bias
+        else:
+            assert isinstance(head, nn.Linear)
+            weight, bias = head.weight, head.bias
+        outputs, inputs = weight.shape
+        dense = nn.Linear(inputs, outputs, bias=bias is not None, device="meta")
+        dense.weight = _frozen(adapter.head.merged(weight).to(before))
+        if bias is not None:
+            dense.bias = _frozen(bias)
+        model.set_submodule("lm_head", dense)
+    if adapter.embedding is not None:
+        embedding.weight = _frozen(adapter.embedding.merged(before).to(before))
+    for name, tensor in adapter.norms.items():
+        model.get_parameter(name).copy_(tensor)
+
+
+def _frozen(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)
 
 
 def _add_lora(layer: nn.Module, lora: LoRAModule, device: torch.device, dtype: torch.dtype) -> None:

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from transformers import PretrainedConfig
 
 from nybble.kernels.matmul import preferred_layout
 from nybble.kernels.progress import Progress
@@ -49,7 +48,7 @@ def prepare_checkpoint(
     quantize: InFlightFormat | None = None,
     head: Literal["int8"] | None = None,
     adapter: str | None = None,
-    check: Callable[[PretrainedConfig], None] = lambda config: None,
+    check: Callable[[Checkpoint], None] = lambda source: None,
     progress: Progress = True,
 ) -> Checkpoint:
     """Resolve ``name``, pack it into the cache unless it is there, and open it.
@@ -57,14 +56,15 @@ def prepare_checkpoint(
     quantize and head: what to round while reading, see :class:`nybble.quantizers.InFlight`.
     adapter: a folder or hub name of what to merge first, in the model's own format, a 4-bit one
         calibrated on Python's sources.
-    check: called with the model's config before anything is computed; what it raises ends it.
+    check: called with the model as it is stored before anything is computed; what it raises ends
+        it.
 
     Raises what resolve_model, open_checkpoint, load_adapter, merge_adapter and save_packed do, and
     ValueError if a packed model is to be changed.
     """
     folder = resolve_model(name, aliases=aliases)
     source = open_checkpoint(folder)
-    check(source.config)
+    check(source)
     if source.format == "packed":
         if quantize or head or adapter:
             raise ValueError(f"{folder} is packed already: give the model it was packed from")

@@ -37,7 +37,7 @@ def model_skeleton(config: PretrainedConfig) -> PreTrainedModel:
 
     architecture = architecture_of(config)
     # transformers' fused attention ignores the soft cap of scores.
-    capped = any(attention.softcap is not None for attention in architecture.attentions)
+    capped = any(attention.softcap is not None for attention in architecture.plain_attentions)
     with _EmptyOnMeta():
         model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
             config, attn_implementation="eager" if capped else None

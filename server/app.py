@@ -21,13 +21,19 @@ from nybble.server.adapters.owners import AdapterOwners
 from nybble.server.adapters.resolver import AdapterResolver
 from nybble.server.adapters.state import AdapterState
 from nybble.server.api.model_names import ModelNames
-from nybble.server.api.output.dialect import Dialects
 from nybble.server.api.parse import LARGE_BODIES, UNKNOWN_FIELDS, LargeBodies, UnknownFields
 from nybble.server.api.respond import json_response
 from nybble.server.api.response_store import ResponseStore
 from nybble.server.api.routes import Api
 from nybble.server.api.running import RUNNING, RunningRequests
+from nybble.server.batches.answers import Answers
+from nybble.server.batches.batches import PURPOSE
+from nybble.server.batches.service import BatchService
 from nybble.server.console.page import Console
+from nybble.server.files.access import Access, takes_admin_key
+from nybble.server.files.files import Check
+from nybble.server.files.routes import FileRoutes
+from nybble.server.files.storage import FilesCollector, Storage
 from nybble.server.http.browsers import BrowserGuard, require_json
 from nybble.server.http.cors import WARNING
 from nybble.server.http.gate import Gate
@@ -41,7 +47,6 @@ from nybble.server.tenancy.keys import Keys, bearer
 from nybble.server.tenancy.limits import Limiter, Limits
 from nybble.server.tenancy.tenants import TENANT, Tenants
 from nybble.server.tenancy.usage import UsageLedger
-from nybble.server.training.access import needs_right
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +97,7 @@ def make_app(
         templates,
         ended,
         trust_chat_templates=settings.trust_chat_templates,
-        dialects=Dialects(settings.reasoning_parser, settings.tool_call_parser),
+        dialects=settings.dialects,
         response_store=settings.response_store and ResponseStore(*settings.response_store),
         root_path=settings.root_path,
     )
@@ -131,22 +136,46 @@ def make_app(
         app.cleanup_ctx.append(settings.quotas.lifespan)
     if settings.console:
         app.add_routes(Console(settings.root_path).routes())
-    if settings.training is not None:
-        # Imported only if needed: the training code takes seconds and memory to import.
-        from nybble.server.training.service import Training
+    if settings.storage is not None:
+        access = Access(admin_keys)
+        checks: dict[str, Check] = {}
+        if settings.batches:
+            checks[PURPOSE] = lambda _: (0, 0)  # a batch looks at its lines
+        if settings.training is not None:
+            # Imported only if needed: the training code takes seconds and memory to import.
+            from nybble.server.training.examples import count_examples
+            from nybble.server.training.service import Training
 
-        assert settings.model_folder is not None
-        training = Training(
-            engine,
-            settings.training,
-            base=settings.model_folder,
-            models=models,
-            owners=owners,
-            admin_keys=admin_keys,
-        )
-        metrics.register(training.collector)
-        app.add_routes(training.routes())
-        app.cleanup_ctx.append(training.lifespan)
+            checks["fine-tune"] = count_examples
+        storage = Storage(settings.storage, checks)
+        metrics.register(FilesCollector(storage.files))
+        app.cleanup_ctx.append(storage.lifespan)
+        services: list[BatchService | Training] = []
+        if settings.training is not None:
+            assert settings.model_folder is not None
+            training = Training(
+                engine,
+                settings.training,
+                storage,
+                base=settings.model_folder,
+                models=models,
+                owners=owners,
+                access=access,
+            )
+            metrics.register(training.collector)
+            services.append(training)
+        if settings.batches:
+            answers = Answers(api.endpoints, api.generation, app[UNKNOWN_FIELDS], background=True)
+            batches = BatchService(
+                storage, answers, access, names, tenants, places=engine.max_num_seqs
+            )
+            metrics.register(batches)
+            services.append(batches)
+        users = [service.user_of for service in services]
+        app.add_routes(FileRoutes(storage.files, access, users).routes())
+        for service in services:
+            app.add_routes(service.routes())
+            app.cleanup_ctx.append(service.lifespan)
     app.router.register_resource(OtherSpellings(app.router, settings.root_path))
     app.on_response_prepare.append(_send_record)
     if cors is not None:
@@ -227,7 +256,7 @@ def _usage(ledger: UsageLedger, admin_keys: Keys, *, keyless: bool) -> Handler:
 
 
 def _takes_admin_key(request: web.Request) -> bool:
-    return needs_right(request) or matched_path(request) == _USAGE
+    return takes_admin_key(request) or matched_path(request) == _USAGE
 
 
 async def _send_record(request: web.Request, response: web.StreamResponse) -> None:

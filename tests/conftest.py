@@ -67,15 +67,17 @@ def tiny_adapter(
 ) -> Callable[..., Path]:
     """``tiny_adapter(family, **options)`` is the folder of a LoRA trained on that tiny model.
 
-    See ``write_tiny_adapter``. Folders are shared: do not write to them.
+    tied: whether that model's output layer is its embedding. See ``write_tiny_adapter``. Folders
+    are shared: do not write to them.
     """
     built: dict[str, Path] = {}
 
-    def build(family: str = "qwen2", **options: object) -> Path:
-        key = repr((family, sorted(options.items())))
+    def build(family: str = "qwen2", *, tied: bool = False, **options: object) -> Path:
+        key = repr((family, tied, sorted(options.items())))
         if key not in built:
+            model = tiny_model(family=family, tie_word_embeddings=tied)
             built[key] = _tiny.write_tiny_adapter(
-                tmp_path_factory.mktemp("adapter"), tiny_model(family=family), **options
+                tmp_path_factory.mktemp("adapter"), model, **options
             )
         return built[key]
 

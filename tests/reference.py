@@ -85,7 +85,10 @@ def our_logits(checkpoint: Checkpoint, ids: Tensor, dtype: torch.dtype) -> Tenso
     )
     blocks = -(-tokens // 16)
     caches = [
-        tuple(torch.zeros(2, blocks, attention.kv_heads, 16, attention.head_dim, dtype=dtype))
+        tuple(
+            torch.zeros(blocks, attention.kv_heads, 16, attention.head_dim, dtype=dtype)
+            for _ in range(attention.cache_tensors)
+        )
         for attention in decoder.architecture.attentions
     ]
     batch = AttentionBatch(

@@ -87,6 +87,7 @@ def commands(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_finetune(tiny_model: Callable[..., Path], tmp_path: Path, commands: Path) -> None:
     data = tmp_path / "data.jsonl"
     row = {"prompt": "the quick brown", "completion": " fox jumps"}

@@ -26,6 +26,7 @@ from nybble.engine import (
     RequestOutput,
 )
 from nybble.loaders import AdapterError, ModelNotFoundError, open_checkpoint
+from nybble.quantizers import prepare
 
 SMALL: dict[str, Any] = {
     "device": "cpu",
@@ -344,6 +345,28 @@ def test_the_offline_api_needs_no_server() -> None:
     )
 
 
+def test_a_draft_model_changes_no_output(llm: LLM, tiny_model: Callable[..., Path]) -> None:
+    draft = tiny_model(seed=1)
+    with LLM(tiny_model(), draft_model=draft, speculate="draft", **SMALL) as drafting:
+        assert drafting.generate(PROMPTS, GREEDY) == llm.generate(PROMPTS, GREEDY)
+        assert drafting._engine.draft_method == "draft"
+        assert drafting._engine.stats().draft_tokens > 0
+    with LLM(tiny_model(), draft_model=draft, draft_quantize="nf4", **SMALL) as drafting:
+        assert drafting.generate(PROMPTS, GREEDY) == llm.generate(PROMPTS, GREEDY)
+
+
+def test_a_draft_model_that_does_not_fit_is_refused_before_the_model_is_packed(
+    tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def packed(*arguments: Any, **options: Any) -> None:
+        raise AssertionError("the model was packed")
+
+    monkeypatch.setattr(prepare, "save_packed", packed)
+    options = {"quantize": "nf4", "draft_model": tiny_model(family="lfm2", layers=3)}
+    with pytest.raises(ValueError, match=r"the draft model .* cannot be taken back"):
+        LLM(tiny_model(), **SMALL | options)
+
+
 def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no attribute 'LLMs'"):
         nybble.LLMs  # noqa: B018
@@ -352,7 +375,7 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"speculate": "maybe"}, "speculate is 'maybe', expected one of off, ngram, auto"),
+        ({"speculate": "maybe"}, "speculate is 'maybe', expected one of off, ngram, draft, auto"),
         ({"kv_cache_dtype": "int4"}, "kv_dtype is 'int4', expected one of auto, int8, fp8"),
         ({"dtype": "float8"}, "dtype is 'float8', expected one of auto, bfloat16"),
         ({"quantize": "awq"}, "quantize is 'awq', expected one of None, nf4"),

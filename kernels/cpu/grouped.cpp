@@ -110,7 +110,8 @@ void run(const Grouped& g) {
                               padded / 8,
                               g.groups,
                               octets_per_group,
-                              g.scale_type};
+                              g.scale_type,
+                              1};
         products.push_back(std::make_unique<AnyProduct>(args, g.threads));
         size = std::max(size, products.back()->buffer_size());
     }
@@ -156,14 +157,7 @@ extern "C" int nybble_grouped_matmul(const bf16* x, const void* experts, const f
                     columns, groups,
                     octets_per_group, scale_type,
                     threads};
-#if defined(__AVX512BF16__)
-    run<Product>(g);
-#else
-    if (IntegerCodes::fits(levels))
-        run<Product<IntegerCodes>>(g);
-    else
-        run<Product<LevelCodes>>(g);
-#endif
+    with_product(levels, 1, [&](auto tag) { run<typename decltype(tag)::type>(g); });
     return kDone;
 } catch (const std::exception&) {
     return kOutOfMemory;

@@ -22,6 +22,12 @@ inline Ints load_ints(const void* source) { return {_mm512_loadu_si512(source)};
 inline void store_ints(void* target, Ints a) { _mm512_storeu_si512(target, a.v); }
 inline Ints operator+(Ints a, Ints b) { return {_mm512_add_epi32(a.v, b.v)}; }
 inline Ints operator&(Ints a, Ints b) { return {_mm512_and_si512(a.v, b.v)}; }
+inline Ints operator|(Ints a, Ints b) { return {_mm512_or_si512(a.v, b.v)}; }
+inline Ints and_not(Ints mask, Ints a) { return {_mm512_andnot_si512(mask.v, a.v)}; }
+template <int Bits>
+Ints shift_left(Ints a) {
+    return {_mm512_slli_epi32(a.v, Bits)};
+}
 template <int Bits>
 Ints shift_right(Ints a) {
     return {_mm512_srli_epi32(a.v, Bits)};
@@ -60,6 +66,16 @@ inline Ints operator+(Ints a, Ints b) {
 }
 inline Ints operator&(Ints a, Ints b) {
     return {_mm256_and_si256(a.low, b.low), _mm256_and_si256(a.high, b.high)};
+}
+inline Ints operator|(Ints a, Ints b) {
+    return {_mm256_or_si256(a.low, b.low), _mm256_or_si256(a.high, b.high)};
+}
+inline Ints and_not(Ints mask, Ints a) {
+    return {_mm256_andnot_si256(mask.low, a.low), _mm256_andnot_si256(mask.high, a.high)};
+}
+template <int Bits>
+Ints shift_left(Ints a) {
+    return {_mm256_slli_epi32(a.low, Bits), _mm256_slli_epi32(a.high, Bits)};
 }
 template <int Bits>
 Ints shift_right(Ints a) {

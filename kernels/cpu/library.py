@@ -71,7 +71,7 @@ class CpuLibrary:
             found.restype = c_int
             return found
 
-        self._matmul = allocating("packed_matmul", *[pointer] * 7, *[size] * 5, c_int, c_int)
+        self._matmul = allocating("packed_matmul", *[pointer] * 7, *[size] * 5, *[c_int] * 3)
         self._grouped = allocating("grouped_matmul", *[pointer] * 6, *[size] * 9, c_int, c_int)
         self._dequantize = allocating(
             "dequantize", *[pointer] * 6, *[size] * 5, c_int, c_int, c_int
@@ -104,8 +104,6 @@ class CpuLibrary:
             return partial(reference.packed_matmul, weight=weight)
         if dtype != torch.bfloat16:
             return partial(reference.packed_matmul, weight=weight, dequantize=self.dequantize)
-        if weight.columns % 8:
-            return partial(self.packed_matmul, weight=weight)
         return self._bound_matmul(weight)
 
     def _bound_matmul(self, weight: PackedWeight) -> LinearKernel:
@@ -113,8 +111,10 @@ class CpuLibrary:
 
         A decode step calls it a hundred times, and the cores wait meanwhile.
         """
-        inputs, outputs, perm = weight.in_features, weight.out_features, weight.perm
-        tensors, sizes = _matmul_arguments(weight)
+        stored = _Stored(weight)
+        if stored.columns % 8:
+            return partial(self.packed_matmul, weight=weight)
+        inputs, outputs, perm = weight.in_features, weight.out_features, stored.perm
 
         def linear(x: Tensor) -> Tensor:
             if x.ndim != 2 or x.shape[1] != inputs or not x.is_contiguous():
@@ -125,12 +125,12 @@ class CpuLibrary:
             out = torch.empty(rows, outputs, dtype=torch.bfloat16)
             if self._matmul(
                 x.data_ptr(),
-                *tensors,
+                *stored.addresses,
                 out.data_ptr(),
                 rows,
                 outputs,
                 columns,
-                *sizes,
+                *stored.sizes,
                 torch.get_num_threads(),
             ):
                 raise _out_of_memory("packed_matmul")
@@ -203,22 +203,22 @@ class CpuLibrary:
         """
         if x.shape[-1] != weight.in_features:
             raise _misread(f"(…, {weight.in_features})", x=x)
+        stored = _Stored(weight)
         rows = x.reshape(-1, weight.in_features)
-        if weight.perm is not None:
-            rows = rows[:, weight.perm]
-        if weight.columns % 8:
-            rows = torch.nn.functional.pad(rows, (0, -weight.columns % 8))
+        if stored.perm is not None:
+            rows = rows[:, stored.perm]
+        if stored.columns % 8:
+            rows = torch.nn.functional.pad(rows, (0, -stored.columns % 8))
         rows = rows.contiguous()
         out = torch.empty(rows.shape[0], weight.out_features, dtype=torch.bfloat16)
-        tensors, sizes = _matmul_arguments(weight)
         failed = self._matmul(
             rows.data_ptr(),
-            *tensors,
+            *stored.addresses,
             out.data_ptr(),
             rows.shape[0],
             weight.out_features,
             rows.shape[1],
-            *sizes,
+            *stored.sizes,
             torch.get_num_threads(),
         )
         if failed:
@@ -663,17 +663,6 @@ def _caches_match(
     )
 
 
-def _matmul_arguments(weight: PackedWeight) -> tuple[tuple[int | None, ...], tuple[int, ...]]:
-    """The matmul's arguments that depend on the weight alone: addresses; sizes after x's.
-
-    The tensors are the weight's own, and live as long as it does.
-    """
-    tensors = weight.qweight, weight.scales, weight.zeros, weight.levels, weight.wide_bias
-    addresses = tuple(None if tensor is None else tensor.data_ptr() for tensor in tensors)
-    sizes = weight.groups, -(-weight.group_size // 8), _SCALE_TYPES[weight.scales.dtype]
-    return addresses, sizes
-
-
 def _addresses(batch: StateBatch) -> tuple[int, ...]:
     fields = batch.query_start, batch.read, batch.write, batch.snapshot, batch.snapshot_rows
     return tuple(field.data_ptr() for field in fields)
@@ -681,6 +670,33 @@ def _addresses(batch: StateBatch) -> tuple[int, ...]:
 
 def _out_of_memory(kernel: str) -> MemoryError:
     return MemoryError(f"no memory for the buffers of nybble_{kernel}")
+
+
+class _Stored:
+    """What the matmul is told of a weight, beside the rows and the outputs.
+
+    A weight of two digits is multiplied in one pass over columns that each have both.
+
+    columns: stored for each output.
+    perm: the input feature of each; None if column k is feature k.
+    addresses: of codes, scales, zeros, levels and bias. The tensors are the weight's own, and live
+        as long as it does.
+    sizes: groups, octets of columns in a group, type of scales, digits.
+    """
+
+    def __init__(self, weight: PackedWeight) -> None:
+        digits = 2 if weight.has_two_digits else 1
+        self.columns = weight.columns // digits
+        self.perm = weight.perm
+        if digits == 2 and self.perm is not None:
+            self.perm = self.perm[: self.columns]
+            if torch.equal(self.perm, torch.arange(self.columns)):
+                self.perm = None
+        tensors = weight.qweight, weight.scales, weight.zeros, weight.levels, weight.wide_bias
+        self.addresses = tuple(None if tensor is None else tensor.data_ptr() for tensor in tensors)
+        octets_per_group = -(-weight.group_size // 8)
+        scale_type = _SCALE_TYPES[weight.scales.dtype]
+        self.sizes = weight.groups // digits, octets_per_group, scale_type, digits
 
 
 @dataclass(frozen=True)

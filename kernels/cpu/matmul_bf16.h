@@ -1,5 +1,5 @@
-// The packed matmul's inner loops in AVX-512 BF16: a tile's codes become bf16 pairs by one permute
-// each and are multiplied in registers.
+// The packed matmul's inner loops in AVX-512 BF16: a tile's codes become pairs of bf16 and are
+// multiplied in registers.
 
 #pragma once
 
@@ -13,24 +13,90 @@ namespace nybble {
 // total + scale · (sum − zero · Σx): one group's part of one tile of one row.
 inline Floats add_group(const PackedArgs& a, const float* group_sums, int64_t row, int64_t tile,
                         int64_t group, Floats sum, Floats total) {
-    const int64_t at = (tile * a.groups + group) * 16;
     if (a.zeros)
-        sum = fnma(load_scales(a.zeros, at, a.scale_type),
-                   broadcast(group_sums[row * a.groups + group]), sum);
-    return fma(load_scales(a.scales, at, a.scale_type), sum, total);
+        sum = fnma(a.zero_point(tile, group), broadcast(group_sums[row * a.groups + group]), sum);
+    return fma(a.scale(tile, group), sum, total);
 }
+
+// Codes of 4 bits, which stand for any levels.
+struct LevelCodes {
+    static constexpr int kDigits = 1;
+
+    __m512i levels;  // in bf16, twice
+
+    explicit LevelCodes(const float* values) {
+        alignas(64) bf16 table[32];
+        for (int i = 0; i < 32; ++i) table[i] = to_bf16(values[i & 15]);
+        levels = _mm512_load_si512(table);
+    }
+
+    struct Octet {
+        __m512i codes;
+    };
+    Octet load(const uint8_t* octet, int64_t) const { return {_mm512_loadu_si512(octet)}; }
+
+    // Columns 2S and 2S + 1 of an octet.
+    template <int S>
+    __m512bh pair(const Octet& octet) const {
+        const __m512i shifted = S ? _mm512_srli_epi32(octet.codes, 4 * S) : octet.codes;
+        return reinterpret_cast<__m512bh>(_mm512_permutexvar_epi16(shifted, levels));
+    }
+};
+
+// Codes of two digits: whole numbers, which bf16 holds exactly once kByteCenter is subtracted.
+struct ByteCodes {
+    static constexpr int kDigits = 2;
+
+    explicit ByteCodes(const float*) {}
+
+    struct Octet {
+        __m512i even, odd;  // bytes of each lane: columns 0, 4, 1, 5, and 2, 6, 3, 7
+    };
+    Octet load(const uint8_t* octet, int64_t digit) const {
+        const __m512i high = _mm512_loadu_si512(octet), low = _mm512_loadu_si512(octet + digit);
+        const __m512i lower = _mm512_set1_epi8(0x0F);
+        constexpr int kSelect = 0xCA;  // the second where the first has ones, else the third
+        return {_mm512_ternarylogic_epi32(lower, low, _mm512_slli_epi32(high, 4), kSelect),
+                _mm512_ternarylogic_epi32(lower, _mm512_srli_epi32(low, 4), high, kSelect)};
+    }
+
+    template <int S>
+    __m512bh pair(const Octet& octet) const {
+        const __m512i bytes = S % 2 ? octet.odd : octet.even;
+        constexpr int kByte = S / 2;
+        const __m512i first = centered<kByte>(bytes);
+        const __m512i second = centered<kByte>(_mm512_srli_epi32(bytes, 16));
+        // The lower halves of these floats are zero.
+        return reinterpret_cast<__m512bh>(_mm512_or_si512(_mm512_srli_epi32(first, 16), second));
+    }
+
+   private:
+    // Byte 0 or 1 of each lane as a float, less kByteCenter. It is made the last bits before the
+    // point of a float whose other bits are those of a power of two, which is subtracted too.
+    template <int Byte>
+    static __m512i centered(__m512i lanes) {
+        constexpr float kPower = Byte ? 1 << 15 : 1 << 23;
+        constexpr int kOrAnd = 0xF8;  // the first, or both the second and the third
+        const __m512i power = _mm512_castps_si512(_mm512_set1_ps(kPower));
+        const __m512i mask = _mm512_set1_epi32(0xFF << 8 * Byte);
+        const __m512i sum = _mm512_ternarylogic_epi32(power, lanes, mask, kOrAnd);
+        return _mm512_castps_si512(
+            _mm512_sub_ps(_mm512_castsi512_ps(sum), _mm512_set1_ps(kPower + kByteCenter)));
+    }
+};
 
 // Rows [row, row + R) of tiles [tile, tile + T). The order of the additions for one output does not
 // depend on R or T, so a row's result does not depend on the batch it is computed in.
-template <int R, int T>
-void packed_block(const PackedArgs& a, const float* group_sums, __m512i levels, int64_t row,
+template <int R, int T, class Codes>
+void packed_block(const PackedArgs& a, const float* group_sums, const Codes& decoder, int64_t row,
                   int64_t tile) {
     Floats total[R][T];
     for (auto& r : total)
         for (auto& t : r) t = zero();
     const uint8_t* codes[T];
-    for (int t = 0; t < T; ++t) codes[t] = a.codes + (tile + t) * a.octets * 64;
+    for (int t = 0; t < T; ++t) codes[t] = a.codes_of(tile + t);
     const bf16* x = a.x + row * a.columns;
+    const int64_t digit = a.octets * 64;
 
     for (int64_t group = 0; group < a.groups; ++group) {
         __m512 sum[R][T];
@@ -39,20 +105,18 @@ void packed_block(const PackedArgs& a, const float* group_sums, __m512i levels, 
         const int64_t first = group * a.octets_per_group;
         const int64_t last = std::min(a.octets, first + a.octets_per_group);
         for (int64_t octet = first; octet < last; ++octet) {
-            __m512i packed[T];
+            typename Codes::Octet packed[T];
+            const int64_t ahead = prefetched<T, Codes::kDigits>(octet, a.octets);
             for (int t = 0; t < T; ++t) {
-                packed[t] = _mm512_loadu_si512(codes[t] + octet * 64);
-                // Far enough ahead to cover memory latency at one cache line per octet.
+                const uint8_t* at_octet = codes[t] + octet * 64;
+                packed[t] = decoder.load(at_octet, digit);
                 if (R <= 4)
-                    _mm_prefetch(reinterpret_cast<const char*>(codes[t] + octet * 64 + 1536),
-                                 _MM_HINT_T0);
+                    for (int d = 0; d < Codes::kDigits; ++d) prefetch(at_octet + d * digit + ahead);
             }
 #define NYBBLE_PAIR(s)                                                                          \
     {                                                                                           \
         __m512bh w[T];                                                                          \
-        for (int t = 0; t < T; ++t)                                                             \
-            w[t] = reinterpret_cast<__m512bh>(_mm512_permutexvar_epi16(                         \
-                s ? _mm512_srli_epi32(packed[t], 4 * (s)) : packed[t], levels));                \
+        for (int t = 0; t < T; ++t) w[t] = decoder.template pair<s>(packed[t]);                 \
         for (int r = 0; r < R; ++r) {                                                           \
             int32_t pair;                                                                       \
             std::memcpy(&pair, x + r * a.columns + octet * 8 + 2 * (s), sizeof pair);           \
@@ -74,13 +138,11 @@ void packed_block(const PackedArgs& a, const float* group_sums, __m512i levels, 
         for (int r = 0; r < R; ++r) store_tile(a, row + r, tile + t, total[r][t]);
 }
 
+template <class Codes>
 class Product {
    public:
-    Product(const PackedArgs& args, int) : a(args) {
+    Product(const PackedArgs& args, int) : a(args), decoder_(args.levels) {
         if (a.zeros) sum_groups();
-        alignas(64) bf16 table[32];  // the sixteen levels, twice
-        for (int i = 0; i < 32; ++i) table[i] = to_bf16(a.levels[i & 15]);
-        levels_ = _mm512_load_si512(table);
     }
 
     // All is done in registers.
@@ -105,7 +167,7 @@ class Product {
 
    private:
     const PackedArgs a;
-    __m512i levels_;
+    const Codes decoder_;
     std::vector<float> group_sums_;  // (rows, groups) sums of x, if there are zeros
 
     void sum_groups() {
@@ -127,9 +189,19 @@ class Product {
     void rows(int64_t row, int64_t tile, int64_t count) const {
         constexpr int T = R <= 2 ? 4 : 2;
         int64_t t = 0;
-        for (; t + T <= count; t += T) packed_block<R, T>(a, group_sums_.data(), levels_, row, tile + t);
-        for (; t < count; ++t) packed_block<R, 1>(a, group_sums_.data(), levels_, row, tile + t);
+        for (; t + T <= count; t += T)
+            packed_block<R, T>(a, group_sums_.data(), decoder_, row, tile + t);
+        for (; t < count; ++t) packed_block<R, 1>(a, group_sums_.data(), decoder_, row, tile + t);
     }
 };
+
+// Calls `use` with a tag of the Product that computes with such levels and digits.
+template <class Use>
+void with_product(const float*, int digits, Use use) {
+    if (digits == 2)
+        use(Tag<Product<ByteCodes>>{});
+    else
+        use(Tag<Product<LevelCodes>>{});
+}
 
 }  // namespace nybble

@@ -20,15 +20,20 @@ struct IntegerCodes {
     static constexpr int kBits = 15;
     static constexpr int64_t kSpanOctets = 16;
 
+    static constexpr int kDigits = 1;
+
     int32_t offset;
     Ints mask = broadcast_int(0x000F000F);
 
     explicit IntegerCodes(const float* levels) : offset(static_cast<int32_t>(levels[0])) {}
 
+    using Octet = Ints;
+    Octet load(const uint8_t* octet, int64_t) const { return load_ints(octet); }
+
     float unit() const { return 1; }
     // Columns 2S and 2S + 1 of an octet, less the offset.
     template <int S>
-    Ints pair(Ints octet) const {
+    Ints pair(const Octet& octet) const {
         return shift_right<4 * S>(octet) & mask;
     }
 
@@ -40,12 +45,46 @@ struct IntegerCodes {
     }
 };
 
+// Codes of two digits, of which kByteCenter is subtracted.
+struct ByteCodes {
+    // Activations of up to 2^15 times codes of up to 255 in up to 128 columns stay below 2^31, and
+    // so they do less the offset.
+    static constexpr int kBits = 15;
+    static constexpr int64_t kSpanOctets = 16;
+    static constexpr int kDigits = 2;
+    static constexpr int32_t offset = -kByteCenter;
+
+    Ints lower = broadcast_int(0x0F0F0F0F), mask = broadcast_int(0x00FF00FF);
+
+    explicit ByteCodes(const float*) {}
+
+    struct Octet {
+        Ints even, odd;  // bytes of each lane: columns 0, 4, 1, 5, and 2, 6, 3, 7
+    };
+    Octet load(const uint8_t* octet, int64_t digit) const {
+        const Ints high = load_ints(octet), low = load_ints(octet + digit);
+        return {(low & lower) | shift_left<4>(high & lower),
+                (shift_right<4>(low) & lower) | and_not(lower, high)};
+    }
+
+    float unit() const { return 1; }
+    template <int S>
+    Ints pair(const Octet& octet) const {
+        const Ints& bytes = S % 2 ? octet.odd : octet.even;
+        return (S < 2 ? bytes : shift_right<8>(bytes)) & mask;
+    }
+};
+
 // Any sixteen levels, rounded to multiples of a 2047th of the largest.
 struct LevelCodes {
     // 2^14 times 2047 in 64 columns stays below 2^31.
     static constexpr int kBits = 14;
     static constexpr int64_t kSpanOctets = 8;
+    static constexpr int kDigits = 1;
     static constexpr int32_t offset = 0;
+
+    using Octet = Ints;
+    Octet load(const uint8_t* octet, int64_t) const { return load_ints(octet); }
 
     float step;
 
@@ -60,7 +99,7 @@ struct LevelCodes {
         table = load_ints(all);
     }
     template <int S>
-    Ints pair(Ints octet) const {
+    Ints pair(const Octet& octet) const {
         // The permute reads the lowest five bits.
         return {_mm512_permutexvar_epi16(shift_right<4 * S>(octet).v, table.v)};
     }
@@ -91,7 +130,7 @@ struct LevelCodes {
                                _mm256_andnot_si256(_mm256_set1_epi16(0x00FF), highs));
     }
     template <int S>
-    Ints pair(Ints octet) const {
+    Ints pair(const Octet& octet) const {
         return {pair<S>(octet.low), pair<S>(octet.high)};
     }
 #endif
@@ -212,15 +251,15 @@ class Product {
     // total + scale · (Σ (code + offset) · x − zero · Σx), of one span of one tile of one row.
     Floats add_span(size_t index, int64_t row, int64_t tile, Ints sum,
                     Floats total) const {
-        const int64_t scale_at = (tile * a.groups + spans_[index].group) * 16;
+        const int64_t group = spans_[index].group;
         const int32_t of_x = sums_[index * a.rows + row];
         const float factor = factors_[index * a.rows + row];
         if (codes_.offset) sum = sum + broadcast_int(codes_.offset * of_x);
         Floats value = to_floats(sum) * broadcast(factor * codes_.unit());
         if (a.zeros)
-            value = fnma(load_scales(a.zeros, scale_at, a.scale_type),
+            value = fnma(a.zero_point(tile, group),
                          broadcast(static_cast<float>(of_x) * factor), value);
-        return fma(load_scales(a.scales, scale_at, a.scale_type), value, total);
+        return fma(a.scale(tile, group), value, total);
     }
 
     // No more at once than there are registers for.
@@ -270,7 +309,8 @@ class Product {
         for (auto& r : total)
             for (auto& t : r) t = zero();
         const uint8_t* codes[T];
-        for (int t = 0; t < T; ++t) codes[t] = a.codes + (tile + t) * a.octets * 64;
+        for (int t = 0; t < T; ++t) codes[t] = a.codes_of(tile + t);
+        const int64_t digit = a.octets * 64;
         for (size_t index = 0; index < spans_.size(); ++index) {
             const Span& span = spans_[index];
             const int16_t* x = x_.get() + at(span, row);
@@ -278,12 +318,13 @@ class Product {
             for (auto& r : sum)
                 for (auto& t : r) t = broadcast_int(0);
             for (int64_t octet = 0; octet < span.octets; ++octet) {
-                Ints packed[T];
+                typename Codes::Octet packed[T];
+                const int64_t ahead =
+                    prefetched<T, Codes::kDigits>(span.first + octet, a.octets);
                 for (int t = 0; t < T; ++t) {
                     const uint8_t* at_octet = codes[t] + (span.first + octet) * 64;
-                    packed[t] = load_ints(at_octet);
-                    // Far enough ahead to cover memory latency at one cache line per octet.
-                    _mm_prefetch(reinterpret_cast<const char*>(at_octet + 1536), _MM_HINT_T0);
+                    packed[t] = codes_.load(at_octet, digit);
+                    for (int d = 0; d < Codes::kDigits; ++d) prefetch(at_octet + d * digit + ahead);
                 }
                 add_pairs<0, R, T>(packed, x + octet * 8, span.octets * 8, sum);
                 add_pairs<2, R, T>(packed, x + octet * 8, span.octets * 8, sum);
@@ -300,7 +341,7 @@ class Product {
 
     // Columns 2S and 2S + 1 of an octet.
     template <int S, int R, int T>
-    void add_pairs(const Ints (&packed)[T], const int16_t* x, int64_t stride,
+    void add_pairs(const typename Codes::Octet (&packed)[T], const int16_t* x, int64_t stride,
                    Ints (&sum)[R][T]) const {
         Ints pairs[T];
         for (int t = 0; t < T; ++t) pairs[t] = codes_.template pair<S>(packed[t]);
@@ -334,9 +375,9 @@ class Product {
     }
 
     void unpack(const Span& span, int64_t tile, float* pairs) const {
-        const uint8_t* codes = a.codes + (tile * a.octets + span.first) * 64;
+        const uint8_t* codes = a.codes_of(tile) + span.first * 64;
         for (int64_t octet = 0; octet < span.octets; ++octet) {
-            const Ints packed = load_ints(codes + octet * 64);
+            const auto packed = codes_.load(codes + octet * 64, a.octets * 64);
             float* target = pairs + octet * 64;
             store_ints(target, codes_.template pair<0>(packed));
             store_ints(target + 16, codes_.template pair<1>(packed));
@@ -370,5 +411,16 @@ class Product {
                   add_span(index, row + r, tile, sum[r], load(totals + r * 16)));
     }
 };
+
+// Calls `use` with a tag of the Product that computes with such levels and digits.
+template <class Use>
+void with_product(const float* levels, int digits, Use use) {
+    if (digits == 2)
+        use(Tag<Product<ByteCodes>>{});
+    else if (IntegerCodes::fits(levels))
+        use(Tag<Product<IntegerCodes>>{});
+    else
+        use(Tag<Product<LevelCodes>>{});
+}
 
 }  // namespace nybble

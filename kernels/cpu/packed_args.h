@@ -9,6 +9,9 @@ namespace nybble {
 // How scales and zeros are stored; the Python side passes the number.
 enum ScaleType { kFloat16 = 0, kBFloat16 = 1, kFloat32 = 2 };
 
+// What the kernels subtract from a code of two digits, which has no zero of its own: 16 · 8 + 8.
+constexpr int kByteCenter = 136;
+
 inline Floats load_scales(const void* base, int64_t index, int type) {
     switch (type) {
         case kFloat16: return load_fp16(static_cast<const uint16_t*>(base) + index);
@@ -17,16 +20,39 @@ inline Floats load_scales(const void* base, int64_t index, int type) {
     }
 }
 
+// If an 8-bit weight is computed in one pass, its high and low digits are not columns of their own:
+// `digits` is 2, and columns, octets and groups are those of one digit.
 struct PackedArgs {
     const bf16* x;            // (rows, columns), columns padded to a multiple of 8 with zeros
-    const uint8_t* codes;     // (tiles, octets, 64)
-    const void* scales;       // (tiles, groups, 16)
+    const uint8_t* codes;     // (tiles, digits, octets, 64)
+    const void* scales;       // (tiles, digits, groups, 16)
     const void* zeros;        // as scales, or null
     const float* levels;      // (16)
     const float* bias;        // (outputs) or null
     bf16* out;                // (rows, outputs)
     int64_t rows, outputs, columns, octets, groups, octets_per_group;
     int scale_type;
+    int digits;
+
+    const uint8_t* codes_of(int64_t tile) const { return codes + tile * digits * octets * 64; }
+
+    // The scale of a whole code is that of its low digit.
+    Floats scale(int64_t tile, int64_t group) const {
+        return load_scales(scales, at(tile, digits - 1, group), scale_type);
+    }
+
+    // What is to be subtracted from a code; a code of two digits is less kByteCenter already.
+    Floats zero_point(int64_t tile, int64_t group) const {
+        const Floats low = load_scales(zeros, at(tile, digits - 1, group), scale_type);
+        if (digits == 1) return low;
+        const Floats high = load_scales(zeros, at(tile, 0, group), scale_type);
+        return fma(high, broadcast(16), low) - broadcast(kByteCenter);
+    }
+
+   private:
+    int64_t at(int64_t tile, int64_t digit, int64_t group) const {
+        return ((tile * digits + digit) * groups + group) * 16;
+    }
 };
 
 inline void store_tile(const PackedArgs& a, int64_t row, int64_t tile, Floats total) {
@@ -34,5 +60,24 @@ inline void store_tile(const PackedArgs& a, int64_t row, int64_t tile, Floats to
     if (a.bias) total = total + load_first(a.bias + first, count);
     store_bf16_first(a.out + row * a.outputs + first, total, count);
 }
+
+// How many bytes after an octet of T tiles, which are read side by side, that lies which is read so
+// many octets later as memory needs: in the next T tiles if there are no more octets in these.
+template <int T, int Digits>
+int64_t prefetched(int64_t octet, int64_t octets) {
+    constexpr int64_t kOctets = 24;
+    const int64_t skipped = octet + kOctets < octets ? 0 : (T * Digits - 1) * octets;
+    return (kOctets + skipped) * 64;
+}
+
+inline void prefetch(const void* line) {
+    _mm_prefetch(static_cast<const char*>(line), _MM_HINT_T0);
+}
+
+// Stands for a type in a call.
+template <class Type>
+struct Tag {
+    using type = Type;
+};
 
 }  // namespace nybble

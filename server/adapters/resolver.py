@@ -128,6 +128,10 @@ class AdapterResolver:
 
     # On the event loop.
 
+    def covers(self, name: str) -> bool:
+        """Whether a name may be looked for."""
+        return name not in self._models and any(place.covers(name) for place in self._places)
+
     async def obtain(self, name: str, leases: ExitStack | None = None) -> bool:
         """Whether an adapter of this name is loaded, after looking for it if need be.
 
@@ -135,7 +139,7 @@ class AdapterResolver:
 
         Raises ApiError if it exists but cannot be served now, or at all.
         """
-        if name in self._models or not any(place.covers(name) for place in self._places):
+        if not self.covers(name):
             return self._engine.adapter(name) is not None
         held = self._held.get(name)
         if held is None and self._engine.adapter(name) is not None:

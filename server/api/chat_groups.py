@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from uuid import uuid4
 
-from aiohttp import web
-
 from nybble.engine import BudgetGuide, Engine, GrammarCompiler, Guide, SamplingParams
 from nybble.server.api.answer_form import AnswerForm
+from nybble.server.api.call import Call
 from nybble.server.api.chat_schema import ChatRequest
 from nybble.server.api.compile_pool import CompilePool
 from nybble.server.api.generation import SequenceGroup
@@ -19,8 +18,6 @@ from nybble.server.api.prompts import Prompts
 from nybble.server.api.schema import NO_LIMIT
 from nybble.server.api.tools import tools_of
 from nybble.server.http.errors import ApiError
-from nybble.server.observability.request_record import RECORD
-from nybble.server.tenancy.tenants import TENANT
 
 
 class ChatGroups:
@@ -43,7 +40,7 @@ class ChatGroups:
         self._markers = MarkerTokens(engine.tokenizer)
 
     async def group(
-        self, prefix: str, body: ChatRequest, adapter: str | None, request: web.Request
+        self, prefix: str, body: ChatRequest, adapter: str | None, call: Call
     ) -> tuple[SequenceGroup, AnswerForm]:
         """The sequences that answer a chat, and how they are read. Raises ApiError 400 and
         ParameterError.
@@ -63,10 +60,10 @@ class ChatGroups:
             body,
             form,
             await guide_of(
-                self._grammars, self._compiling, body, request[RECORD], body.response_format, form
+                self._grammars, self._compiling, body, call.record, body.response_format, form
             ),
         )
-        id, n, tenant = f"{prefix}{uuid4().hex}", body.sequences, request.get(TENANT)
+        id, n = f"{prefix}{uuid4().hex}", body.sequences
         group = SequenceGroup(
             id,
             (token_ids,),
@@ -74,7 +71,7 @@ class ChatGroups:
             n,
             guide,
             adapter,
-            tenant,
+            call.tenant,
             body.timeout,
             body.priority or 0,
             body.cache_salt or "",
@@ -122,9 +119,11 @@ class ChatGroups:
         return BudgetGuide(limit, self._engine.vocabulary, self._engine.vocab_size, guide)
 
     async def _predicted(self, body: ChatRequest) -> tuple[int, ...] | None:
-        """The tokens of the answer that the client expects."""
+        """The tokens of the answer that the client expects; none if they are not drafted."""
         if body.prediction is None:
             return None
+        if self._engine.draft_method != "ngram":
+            return ()
         return await self._prompts.encode(
             body.prediction.text, special_tokens=False, any_length=True
         )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
-from contextlib import aclosing, asynccontextmanager, contextmanager
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
 
 from nybble.engine import (
@@ -26,6 +26,9 @@ from nybble.server.tenancy.usage import UsageLedger
 # Enough short texts to fill a step's token budget. On a small server at most a quarter of its
 # sequences is used, so that embeddings do not crowd out other requests.
 _EMBEDDINGS_IN_FLIGHT = 16
+# To the engine, a tenant's lines of batches are a tenant of their own with this part of its weight.
+# So seats, KV blocks and the steps' tokens go to others first, and are taken back for them.
+_BACKGROUND_WEIGHT = 1e-4
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class SequenceGroup:
     different seeds, counted up from it.
 
     timeout: seconds the group may take.
+    background: whether it takes only the room that others leave: a line of a batch.
     priority: of each of its requests.
     cache_salt: of each of its requests.
     pooling: if set, the prompts' embeddings are computed, a few at a time.
@@ -54,6 +58,7 @@ class SequenceGroup:
     cache_salt: str = ""
     pooling: Pooling | None = None
     prediction: tuple[int, ...] | None = None
+    background: bool = False
 
     @property
     def size(self) -> int:
@@ -79,9 +84,10 @@ class SequenceGroup:
             pooling=self.pooling,
             prediction=self.prediction or (),
         )
-        if self.tenant is None:
-            return request
-        return replace(request, tenant=self.tenant.name, weight=self.tenant.weight)
+        name, weight = ("", 1.0) if self.tenant is None else (self.tenant.name, self.tenant.weight)
+        if self.background:
+            name, weight = f"{name} (batches)", weight * _BACKGROUND_WEIGHT
+        return replace(request, tenant=name, weight=weight)
 
 
 @dataclass
@@ -110,8 +116,8 @@ class Usage:
     @property
     def predicted_tokens(self) -> tuple[int, int] | None:
         """Draft tokens that were accepted, and rejected; None if the group has no prediction."""
-        if self.group.prediction is None:
-            return None
+        if not self.group.prediction:
+            return None if self.group.prediction is None else (0, 0)
         outputs = self._latest.values()
         accepted = sum(output.accepted_draft_tokens for output in outputs)
         return accepted, sum(output.draft_tokens for output in outputs) - accepted
@@ -177,29 +183,26 @@ class Generation:
         Raises ApiError 429 if the server or the tenant is at a limit, and what Engine.generate
         raises.
         """
-        most = self._admission.capacity.sequences
+        capacity = self._admission.capacity
+        most = capacity.seats if group.background else capacity.sequences
         if self._in_flight(group) > most:
+            where = "in a batch at most" if group.background else "this server takes at most"
             raise ApiError(
                 400,
-                f"the request asks for {group.size} sequences, this server takes at most {most} at "
-                "once",
+                f"the request asks for {group.size} sequences, {where} {most} at once",
                 param="n",
                 code="invalid_value",
             )
         async with self._admitted(group):
             with self._counted(group) as usage:
-                async with aclosing(self._outputs(group)) as outputs:
-                    async for index, output in outputs:
-                        usage.add(index, output)
-                        yield index, output
+                outputs = self._alone(group) if group.size == 1 else self._merged(group)
+                async with aclosing(outputs):
+                    async for item in outputs:
+                        usage.add(*item)
+                        yield item
 
-    async def _outputs(self, group: SequenceGroup) -> AsyncGenerator[tuple[int, RequestOutput]]:
-        if group.size > 1:
-            async with aclosing(self._merged(group)) as merged:
-                async for item in merged:
-                    yield item
-            return
-        async with aclosing(self._sequence(group.request(0), group.tenant)) as outputs:
+    async def _alone(self, group: SequenceGroup) -> AsyncGenerator[tuple[int, RequestOutput]]:
+        async with aclosing(self._sequence(group, 0)) as outputs:
             async for output in outputs:
                 yield 0, output
 
@@ -223,8 +226,9 @@ class Generation:
         """The most sequences of a group that are in flight at a time."""
         if group.pooling is None:
             return group.size
-        quarter = max(1, self._admission.capacity.sequences // 4)
-        return min(group.size, _EMBEDDINGS_IN_FLIGHT, quarter)
+        capacity = self._admission.capacity
+        most = capacity.seats if group.background else max(1, capacity.sequences // 4)
+        return min(group.size, _EMBEDDINGS_IN_FLIGHT, most)
 
     def _needed(self, group: SequenceGroup) -> float:
         """Estimated KV cache, in tokens, of the group's sequences in flight."""
@@ -240,14 +244,19 @@ class Generation:
         return tokens * self._in_flight(group) / group.size
 
     @asynccontextmanager
-    async def _admitted(self, group: SequenceGroup) -> AsyncIterator[None]:
-        tenant = group.tenant
-        with self._admission.admit(tenant, self._in_flight(group), self._needed(group)):
-            if tenant is None:
-                yield
-                return
-            async with self._limits.admit(tenant, sum(map(len, group.prompts))):
-                yield
+    async def _admitted(self, group: SequenceGroup) -> AsyncGenerator[None]:
+        admission, sequences = self._admission, self._in_flight(group)
+        async with AsyncExitStack() as stack:
+            if group.background:
+                await stack.enter_async_context(admission.in_background(sequences))
+            else:
+                stack.enter_context(admission.admit(group.tenant, sequences, self._needed(group)))
+            if group.tenant is not None:
+                tokens = sum(map(len, group.prompts))
+                await stack.enter_async_context(
+                    self._limits.admit(group.tenant, tokens, background=group.background)
+                )
+            yield
 
     async def _merged(self, group: SequenceGroup) -> AsyncGenerator[tuple[int, RequestOutput]]:
         # Bounded: a slow client's outputs wait in the engine's streams, not here as well.
@@ -264,7 +273,7 @@ class Generation:
             try:
                 async with (
                     places,
-                    aclosing(self._sequence(group.request(index), group.tenant)) as outputs,
+                    aclosing(self._sequence(group, index)) as outputs,
                 ):
                     async for output in outputs:
                         event.set()
@@ -286,13 +295,12 @@ class Generation:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _sequence(
-        self, request: Request, tenant: Tenant | None
-    ) -> AsyncGenerator[RequestOutput]:
-        metrics = self._metrics
+    async def _sequence(self, group: SequenceGroup, index: int) -> AsyncGenerator[RequestOutput]:
+        request, tenant, metrics = group.request(index), group.tenant, self._metrics
         metrics.begin(request)
         arrived = started = first = previous = time.monotonic()
         tokens, cached, reason = 0, 0, "cancelled"
+        awaited = not group.background  # nobody waits for a batch: its times would hide others'
         try:
             async with aclosing(self.engine.generate(request)) as outputs:
                 async for output in outputs:
@@ -301,28 +309,31 @@ class Generation:
                         self._limits.spend(tenant, len(output.token_ids))
                     now = time.monotonic()
                     if request.pooling is not None:
-                        metrics.queue_time.observe(output.queue_seconds)
+                        if awaited:
+                            metrics.queue_time.observe(output.queue_seconds)
                         reason = "stop"
                         yield output
                         return
                     if not tokens:
                         cached = output.cached_tokens
                         first, started = now, arrived + output.queue_seconds
-                        metrics.time_to_first_token.observe(now - arrived)
-                        metrics.queue_time.observe(output.queue_seconds)
-                        metrics.prefill_time.observe(now - started)
-                    else:
+                        if awaited:
+                            metrics.time_to_first_token.observe(now - arrived)
+                            metrics.queue_time.observe(output.queue_seconds)
+                            metrics.prefill_time.observe(now - started)
+                    elif awaited:
                         metrics.inter_token_latency.observe(now - previous)
                     previous = now
                     tokens += len(output.token_ids)
                     if output.finish_reason is not None:
                         reason = output.finish_reason
-                        metrics.e2e_latency.observe(now - arrived)
-                        metrics.decode_time.observe(now - first)
-                        metrics.inference_time.observe(now - started)
-                        metrics.output_tokens.observe(tokens)
-                        if tokens > 1:
-                            metrics.time_per_output_token.observe((now - first) / (tokens - 1))
+                        if awaited:
+                            metrics.e2e_latency.observe(now - arrived)
+                            metrics.decode_time.observe(now - first)
+                            metrics.inference_time.observe(now - started)
+                            metrics.output_tokens.observe(tokens)
+                            if tokens > 1:
+                                metrics.time_per_output_token.observe((now - first) / (tokens - 1))
                     yield output
         except Exception:
             reason = "error"
@@ -330,7 +341,7 @@ class Generation:
         finally:
             metrics.finished.labels(reason).inc()
             prompt_tokens = len(request.prompt_token_ids)
-            if tokens:
+            if tokens and awaited:
                 ended = reason == "stop"
                 self._admission.needs.add(prompt_tokens, cached, tokens, ended=ended)
             if self._ended is not None:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from aiohttp import web
-
 from nybble.engine import AdapterInfo, Engine
 from nybble.server.adapters.owners import AdapterOwners
-from nybble.server.adapters.resolver import LEASES, AdapterResolver
+from nybble.server.adapters.resolver import AdapterResolver
+from nybble.server.api.call import Call
 from nybble.server.http.errors import ApiError
-from nybble.server.tenancy.tenants import TENANT, Tenant
+from nybble.server.tenancy.tenants import Tenant
 
 ADAPTER_HEADER = "X-LoRA-Adapter"
 _NAMES_IN_ERRORS = 20
@@ -53,33 +52,45 @@ class ModelNames:
             return self._model(name)
         raise self._unknown(name, "model", tenant)
 
-    async def require(self, name: str, request: web.Request) -> None:
+    def require_possible(self, name: str, tenant: Tenant | None) -> None:
+        """Raises ApiError 404 for a name that no later request could use either, as far as is known
+        without asking a shared place."""
+        possible = name in self._base or self._engine.adapter(name) is not None
+        if not possible and self._resolver is not None:
+            possible = self._resolver.covers(name)
+        may = tenant is None or tenant.may_use_model(name)
+        if name not in self._base:
+            may = self._owners.may_use(tenant, name)
+        if not (possible and may):
+            raise self._unknown(name, "model", tenant)
+
+    async def require(self, name: str, call: Call) -> None:
         """Raises ApiError 404 for a name that is unknown or that the tenant may not use."""
-        tenant = request.get(TENANT)
+        tenant = call.tenant
         if name in self._base:
             known = tenant is None or tenant.may_use_model(name)
         else:
-            known = await self._has_adapter(name, request)
+            known = await self._has_adapter(name, call)
         if not known:
             raise self._unknown(name, "model", tenant)
 
-    async def adapter(self, model: str, field: str | None, request: web.Request) -> str | None:
+    async def adapter(self, model: str, field: str | None, call: Call) -> str | None:
         """The adapter that the model's name, the field or the header asks for; None for the base.
 
         It is loaded if need be, and stays loaded until the request ends.
 
         Raises ApiError if a name is unknown, or if they ask for different adapters.
         """
-        await self.require(model, request)
+        await self.require(model, call)
         asked = {
             "model": None if model in self._base else model,
             "adapter": field,
-            ADAPTER_HEADER: request.headers.get(ADAPTER_HEADER),
+            ADAPTER_HEADER: call.headers.get(ADAPTER_HEADER),
         }
         chosen = {param: name for param, name in asked.items() if name is not None}
         for param, name in chosen.items():
-            if param != "model" and not await self._has_adapter(name, request):
-                raise self._unknown(name, param, request.get(TENANT))
+            if param != "model" and not await self._has_adapter(name, call):
+                raise self._unknown(name, param, call.tenant)
         if len(set(chosen.values())) > 1:
             raise ApiError(
                 400,
@@ -90,12 +101,12 @@ class ModelNames:
             )
         return next(iter(chosen.values()), None)
 
-    async def _has_adapter(self, name: str, request: web.Request) -> bool:
-        if not self._owners.may_use(request.get(TENANT), name):
+    async def _has_adapter(self, name: str, call: Call) -> bool:
+        if not self._owners.may_use(call.tenant, name):
             return False
         if self._resolver is None:
             return self._engine.adapter(name) is not None
-        return await self._resolver.obtain(name, request.get(LEASES))
+        return await self._resolver.obtain(name, call.leases)
 
     def _models(self, tenant: Tenant | None) -> list[str]:
         return [name for name in self._base if tenant is None or tenant.may_use_model(name)]

@@ -119,7 +119,11 @@ async def _read(request: web.Request) -> bytes:
 
 def parse_body(data: bytes, kind: type[BodyT], unknown: UnknownFields = _REFUSE) -> BodyT:
     """Parse and validate a body. Raises ApiError 400 naming the parameter at fault."""
-    body = _object(data)
+    return validated(_object(data), kind, unknown)
+
+
+def validated(body: dict[str, Any], kind: type[BodyT], unknown: UnknownFields = _REFUSE) -> BodyT:
+    """Validate a body, whose unknown fields may be removed. Raises ApiError 400."""
     for _ in range(1 if unknown.refused else _MAX_LEFT_OUT):
         try:
             return kind.model_validate(body)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import AbstractContextManager, aclosing
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, aclosing
 from typing import Any, Protocol, TypeVar
 
 from aiohttp import web
@@ -14,7 +14,7 @@ from nybble.engine import RequestOutput
 from nybble.server.api.generation import Generation, SequenceGroup, Usage
 from nybble.server.api.running import RUNNING, RunningRequest
 from nybble.server.http.errors import ApiError
-from nybble.server.observability.request_record import RECORD
+from nybble.server.observability.request_record import RECORD, RequestRecord
 
 # A client that reads nothing for this long while its buffers are full is disconnected.
 _STALL_SECONDS = 60
@@ -82,15 +82,29 @@ async def respond_whole(
     request: web.Request, generation: Generation, group: SequenceGroup, formatter: WholeFormatter
 ) -> web.Response:
     """Run ``group`` to its end and send one body. Raises what :func:`respond` does."""
-    usage = request[RECORD].usage = Usage(group)
-    outputs: list[list[RequestOutput]] = [[] for _ in range(group.size)]
     with _running(request, group) as running:
-        async with aclosing(generation.run(group)) as results, running.limited():
-            async for index, output in results:
-                usage.add(index, output)
-                outputs[index].append(output)
-        body = await _written(outputs[0][0], lambda: to_json(formatter.whole(outputs, usage)))
+        body = await whole_body(generation, group, formatter, request[RECORD], running.limited())
         return web.Response(body=body, content_type="application/json")
+
+
+async def whole_body(
+    generation: Generation,
+    group: SequenceGroup,
+    formatter: WholeFormatter,
+    record: RequestRecord,
+    limited: AbstractAsyncContextManager[None],
+) -> bytes:
+    """Run ``group`` to its end and return its body as JSON.
+
+    limited: the time that running it may take.
+    """
+    usage = record.usage = Usage(group)
+    outputs: list[list[RequestOutput]] = [[] for _ in range(group.size)]
+    async with aclosing(generation.run(group)) as results, limited:
+        async for index, output in results:
+            usage.add(index, output)
+            outputs[index].append(output)
+    return await _written(outputs[0][0], lambda: to_json(formatter.whole(outputs, usage)))
 
 
 async def _stream(

@@ -3,38 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
 
 from aiohttp import web
 
-from nybble.engine import RequestOutput, SamplingParams
-from nybble.server.api.chat_groups import ChatGroups
+from nybble.engine import RequestOutput
+from nybble.server.api.call import Call
+from nybble.server.api.endpoints import Endpoints, unknown_response
 from nybble.server.api.generation import Generation, SequenceGroup, Usage
-from nybble.server.api.logprobs import Logprobs
-from nybble.server.api.model_names import ModelNames
-from nybble.server.api.parameter_names import parameters_called
 from nybble.server.api.parse import read_body
 from nybble.server.api.respond import json_response, respond
 from nybble.server.api.response_store import ResponseStore, StoredResponse, failed
 from nybble.server.api.responses import ResponsesFormatter
 from nybble.server.api.responses_schema import ResponsesRequest
-from nybble.server.api.schema import Sampling
 from nybble.server.http.errors import ApiError
 from nybble.server.http.gate import Gate
 from nybble.server.observability.request_record import RECORD, RequestRecord
-from nybble.server.tenancy.tenants import TENANT
-
-_NAMES = {
-    "prompt": "input",
-    "messages": "input",
-    "max_tokens": "max_output_tokens",
-    "logprobs": "top_logprobs",
-    "response_format": "text.format",
-}
 
 
 class ResponsesApi:
@@ -42,21 +29,16 @@ class ResponsesApi:
 
     def __init__(
         self,
-        chats: ChatGroups,
+        endpoints: Endpoints,
         generation: Generation,
-        names: ModelNames,
         gate: Gate,
         store: ResponseStore | None,
-        logprobs: Callable[[Sampling, SamplingParams], Logprobs | None],
     ) -> None:
-        """store: where responses are kept; None if they are not. logprobs: writes those that a
-        request asks for; None if it asks for none."""
-        self._chats = chats
+        """store: where responses are kept; None if they are not."""
+        self._endpoints = endpoints
         self._generation = generation
-        self._names = names
         self._gate = gate
         self._store = store
-        self._logprobs = logprobs
         # Those being made in the background, with their states so far.
         self._running: dict[str, tuple[asyncio.Task[None], StoredResponse]] = {}
 
@@ -81,9 +63,7 @@ class ResponsesApi:
 
     async def create(self, request: web.Request) -> web.StreamResponse:
         body = await read_body(request, ResponsesRequest)
-        if not body.model:
-            body = body.model_copy(update={"model": self._names.first})
-        owner, kept = _owner(request), self._store is not None and body.store is not False
+        kept = self._store is not None and body.store is not False
         if body.background and (body.stream or not kept):
             raise ApiError(
                 400,
@@ -93,23 +73,8 @@ class ResponsesApi:
                 param="background",
                 code="unsupported_parameter",
             )
-        adapter = await self._names.adapter(body.model, body.adapter, request)
-        history = await self._history(body.previous_response_id, owner)
-        with parameters_called(_NAMES):
-            chat = body.chat(history)
-            group, form = await self._chats.group("resp_", chat, adapter, request)
-        items = [*history, *body.items()]
-
-        def save(response: dict[str, Any]) -> None:
-            if self._store is not None and kept:
-                self._store.save(StoredResponse(owner, response, items))
-
-        logprobs = self._logprobs(chat, group.params)
-        formatter = ResponsesFormatter(group.id, body, int(time.time()), form, logprobs, ended=save)
+        group, formatter, stored = await self._endpoints.response(body, Call.of(request))
         if body.background:
-            stored = StoredResponse(
-                owner, formatter.response | {"status": "queued", "output": []}, items
-            )
             return self._in_background(request, group, formatter, stored)
         return await respond(request, self._generation, group, formatter, stream=bool(body.stream))
 
@@ -160,38 +125,14 @@ class ResponsesApi:
             await self._stop(stored.id)
         return json_response((await self._found(request)).response)
 
-    async def _history(self, previous: str | None, owner: str) -> list[dict[str, Any]]:
-        """The items of the conversation that is continued."""
-        if previous is None:
-            return []
-        if self._store is None:
-            raise ApiError(
-                400,
-                "responses are not stored here: start the server with --response-store, or send "
-                "the conversation as input",
-                param="previous_response_id",
-                code="unsupported_parameter",
-            )
-        stored = await self._store.get(previous, owner)
-        if stored is None:
-            raise _unknown(previous, "previous_response_id")
-        if stored.response["status"] in ("queued", "in_progress"):
-            raise ApiError(
-                400,
-                f"the response {previous!r} is not finished",
-                param="previous_response_id",
-                code="invalid_value",
-            )
-        return stored.conversation
-
     async def _found(self, request: web.Request) -> StoredResponse:
         """The response that the path names. Raises ApiError 404."""
-        id, owner = request.match_info["id"], _owner(request)
+        id, owner = request.match_info["id"], Call.of(request).owner
         if id in self._running and self._running[id][1].owner == owner:
             return self._running[id][1]
         stored = None if self._store is None else await self._store.get(id, owner)
         if stored is None:
-            raise _unknown(id, "id")
+            raise unknown_response(id, "id")
         return stored
 
     def _in_background(
@@ -262,14 +203,3 @@ def _in_parts(item: dict[str, Any]) -> dict[str, Any]:
     kind = "output_text" if item.get("role") == "assistant" else "input_text"
     part: dict[str, Any] = {"type": kind, "text": text}
     return item | {"content": [part | {"annotations": []} if kind == "output_text" else part]}
-
-
-def _owner(request: web.Request) -> str:
-    tenant = request.get(TENANT)
-    return "" if tenant is None else tenant.name
-
-
-def _unknown(id: str, param: str) -> ApiError:
-    return ApiError(
-        404, f"there is no stored response {id!r}", param=param, code="response_not_found"
-    )

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TypeVar
-from uuid import uuid4
 
 from aiohttp import web
 
@@ -14,19 +12,16 @@ from nybble import __version__
 from nybble.engine import (
     Engine,
     GrammarCompiler,
-    SamplingParams,
     require_known_tokens,
 )
 from nybble.loaders.templates import TemplateRenderer
-from nybble.server.api.chat import ChatFormatter
-from nybble.server.api.chat_groups import ChatGroups, room_for
+from nybble.server.api.call import Call
+from nybble.server.api.chat_groups import ChatGroups
 from nybble.server.api.chat_schema import ChatRequest, DetokenizeRequest, TokenizeRequest
 from nybble.server.api.compile_pool import CompilePool
-from nybble.server.api.completions import CompletionFormatter
-from nybble.server.api.embeddings import EmbeddingRequest, EmbeddingsFormatter
-from nybble.server.api.generation import Generation, SequenceGroup, SequenceTimes
-from nybble.server.api.guiding import guide_of
-from nybble.server.api.logprobs import Logprobs
+from nybble.server.api.embeddings import EmbeddingRequest
+from nybble.server.api.endpoints import Endpoints
+from nybble.server.api.generation import Generation, SequenceTimes
 from nybble.server.api.messages import MessagesFormatter
 from nybble.server.api.messages_schema import CountTokensRequest, MessagesRequest
 from nybble.server.api.model_names import ModelNames
@@ -39,12 +34,10 @@ from nybble.server.api.respond import json_response, respond, respond_whole
 from nybble.server.api.response_store import ResponseStore
 from nybble.server.api.responses_routes import ResponsesApi
 from nybble.server.api.running import RUNNING
-from nybble.server.api.schema import AbortRequest, CompletionRequest, Prompt, Sampling
-from nybble.server.api.token_bytes import TokenBytes
+from nybble.server.api.schema import AbortRequest, CompletionRequest
 from nybble.server.http.errors import ApiError
 from nybble.server.http.gate import Gate
 from nybble.server.observability.metrics import Metrics
-from nybble.server.observability.request_record import RECORD
 from nybble.server.tenancy.admission import Admission
 from nybble.server.tenancy.limits import Limits
 from nybble.server.tenancy.tenants import TENANT
@@ -94,7 +87,7 @@ class Api:
         self._metrics = metrics
         self._names = names
         self._openapi = openapi_document(root_path)
-        self._generation = Generation(engine, metrics, admission, limits, ledger, ended)
+        self.generation = Generation(engine, metrics, admission, limits, ledger, ended)
         self._prompts = Prompts(
             engine.tokenizer,
             names.first,
@@ -102,15 +95,13 @@ class Api:
             templates,
             trust_chat_templates=trust_chat_templates,
         )
-        self._tokens = TokenBytes(engine.vocabulary)
-        self._compiling = CompilePool()
-        self._grammars = GrammarCompiler(engine.tokenizer, engine.vocab_size, engine.eos_token_ids)
-        self._chats = ChatGroups(
-            engine, self._prompts, self._grammars, self._compiling, dialects or Dialects()
+        compiling = CompilePool()
+        grammars = GrammarCompiler(engine.tokenizer, engine.vocab_size, engine.eos_token_ids)
+        self._chats = ChatGroups(engine, self._prompts, grammars, compiling, dialects or Dialects())
+        self.endpoints = Endpoints(
+            engine, names, self._prompts, self._chats, grammars, compiling, response_store
         )
-        self.responses = ResponsesApi(
-            self._chats, self._generation, names, gate, response_store, self._logprobs
-        )
+        self.responses = ResponsesApi(self.endpoints, self.generation, gate, response_store)
 
     def routes(self) -> list[web.RouteDef]:
         return [
@@ -166,72 +157,30 @@ class Api:
         return json_response(self._names.body(request.match_info["model"], request.get(TENANT)))
 
     async def chat_completions(self, request: web.Request) -> web.StreamResponse:
-        body = await self._read(request, ChatRequest)
-        adapter = await self._adapter_of(request, body.model, body.adapter)
-        limit = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
-        names = {"prompt": "messages", "max_tokens": limit, "logprobs": "top_logprobs"}
-        with parameters_called(names):
-            group, form = await self._chats.group("chatcmpl-", body, adapter, request)
-        formatter = ChatFormatter(
-            group.id,
-            body,
-            int(time.time()),
-            self._logprobs(body, group.params),
-            form,
-            group.prompts,
-            body.echoed,
-        )
-        return await respond(request, self._generation, group, formatter, stream=bool(body.stream))
+        body = await read_body(request, ChatRequest)
+        group, formatter = await self.endpoints.chat(body, Call.of(request))
+        return await respond(request, self.generation, group, formatter, stream=bool(body.stream))
 
     async def messages(self, request: web.Request) -> web.StreamResponse:
-        body = await read_body(request, MessagesRequest)
-        adapter = await self._adapter_of(request, body.model, body.adapter)
+        body, call = await read_body(request, MessagesRequest), Call.of(request)
+        adapter = await self._names.adapter(body.model, body.adapter, call)
         with parameters_called(_MESSAGES_NAMES):
             chat = body.chat()
-            group, form = await self._chats.group("msg_", chat, adapter, request)
+            group, form = await self._chats.group("msg_", chat, adapter, call)
         formatter = MessagesFormatter(group.id, chat, form)
-        return await respond(request, self._generation, group, formatter, stream=bool(body.stream))
+        return await respond(request, self.generation, group, formatter, stream=bool(body.stream))
 
     async def count_tokens(self, request: web.Request) -> web.Response:
         body = await read_body(request, CountTokensRequest)
-        await self._names.require(body.model, request)
+        await self._names.require(body.model, Call.of(request))
         with parameters_called(_MESSAGES_NAMES):
             token_ids, _ = await self._chats.prompt(body.chat())
         return json_response({"input_tokens": len(token_ids)})
 
     async def completions(self, request: web.Request) -> web.StreamResponse:
-        body = await self._read(request, CompletionRequest)
-        adapter = await self._adapter_of(request, body.model, body.adapter)
-        params = body.sampling_params(body.limit, body.logprobs, self._engine.sampling_defaults)
-        parse_special = body.parse_special is not False  # rendered chat templates contain markers
-        prompts = await self._encoded(body, body.prompts, params, parse_special=parse_special)
-        echoes = None
-        if body.echo:
-            echoes = [
-                prompt if isinstance(prompt, str) else await self._prompts.decode(prompt)
-                for prompt in body.prompts
-            ]
-        guide = await guide_of(
-            self._grammars, self._compiling, body, request[RECORD], body.response_format
-        )
-        id, n, tenant = f"cmpl-{uuid4().hex}", body.sequences, request.get(TENANT)
-        group = SequenceGroup(
-            id,
-            tuple(prompts),
-            params,
-            n,
-            guide,
-            adapter,
-            tenant,
-            body.timeout,
-            body.priority or 0,
-            body.cache_salt or "",
-        )
-        logprobs = self._logprobs(body, params)
-        formatter = CompletionFormatter(
-            group.id, body, int(time.time()), logprobs, echoes, group.prompts
-        )
-        return await respond(request, self._generation, group, formatter, stream=bool(body.stream))
+        body = await read_body(request, CompletionRequest)
+        group, formatter = await self.endpoints.completion(body, Call.of(request))
+        return await respond(request, self.generation, group, formatter, stream=bool(body.stream))
 
     async def invocations(self, request: web.Request) -> web.StreamResponse:
         """SageMaker's path for all of them: the body says which is meant."""
@@ -265,44 +214,14 @@ class Api:
         return json_response({"cancelled": count})
 
     async def embeddings(self, request: web.Request) -> web.Response:
-        body = await self._read(request, EmbeddingRequest)
-        adapter = await self._adapter_of(request, body.model, body.adapter)
-        if self._engine.pooling is None:
-            raise ApiError(
-                400,
-                f"the model {body.model!r} makes embeddings in a way that is not supported: "
-                "expected the last token's or the mean in its 1_Pooling/config.json",
-                param="model",
-                code="unsupported_parameter",
-            )
-        size = self._engine.hidden_size
-        if body.dimensions not in (None, size):
-            raise ApiError(
-                400,
-                f"dimensions is {body.dimensions}, but this model's embeddings have {size} and "
-                "were not trained to be cut short",
-                param="dimensions",
-                code="unsupported_parameter",
-            )
-        params = SamplingParams(max_tokens=0)
-        with parameters_called({"prompt": "input"}):
-            prompts = await self._encoded(body, body.prompts, params)
-        group = SequenceGroup(
-            f"embd-{uuid4().hex}",
-            tuple(prompts),
-            params,
-            adapter=adapter,
-            tenant=request.get(TENANT),
-            timeout=body.timeout,
-            priority=body.priority or 0,
-            pooling=self._engine.pooling,
-        )
-        return await respond_whole(request, self._generation, group, EmbeddingsFormatter(body))
+        body = await read_body(request, EmbeddingRequest)
+        group, formatter = await self.endpoints.embedding(body, Call.of(request))
+        return await respond_whole(request, self.generation, group, formatter)
 
     async def tokenize(self, request: web.Request) -> web.Response:
         body = await read_body(request, TokenizeRequest)
         if body.model is not None:
-            await self._names.require(body.model, request)
+            await self._names.require(body.model, Call.of(request))
         if body.messages is not None:
             tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()] or None
             tokens = (await self._prompts.chat(body.messages, body, tools=tools)).token_ids
@@ -324,46 +243,6 @@ class Api:
     async def detokenize(self, request: web.Request) -> web.Response:
         body = await read_body(request, DetokenizeRequest)
         if body.model is not None:
-            await self._names.require(body.model, request)
+            await self._names.require(body.model, Call.of(request))
         require_known_tokens("tokens", body.tokens, len(self._engine.tokenizer))
         return json_response({"prompt": await self._prompts.decode(body.tokens)})
-
-    async def _read(self, request: web.Request, kind: type[ModelBodyT]) -> ModelBodyT:
-        """The validated body, with the base model's name if it names none."""
-        body = await read_body(request, kind)
-        return body if body.model else body.model_copy(update={"model": self._names.first})
-
-    def _logprobs(self, body: Sampling, params: SamplingParams) -> Logprobs | None:
-        if params.logprobs is None and params.prompt_logprobs is None:
-            return None
-        ends = self._engine.eos_token_ids | self._engine.end_tokens(params)
-        if params.include_stop_str_in_output:
-            ends = frozenset()
-        as_ids = body.return_tokens_as_token_ids is True
-        return Logprobs(self._tokens, ends, as_token_ids=as_ids)
-
-    async def _adapter_of(self, request: web.Request, model: str, field: str | None) -> str | None:
-        return await self._names.adapter(model, field, request)
-
-    async def _encoded(
-        self,
-        body: CompletionRequest | EmbeddingRequest,
-        prompts: Sequence[Prompt],
-        params: SamplingParams,
-        *,
-        parse_special: bool = True,
-    ) -> list[tuple[int, ...]]:
-        special, cut = body.add_special_tokens is not False, body.truncate_prompt_tokens is not None
-        encoded = await self._prompts.encode_all(
-            prompts, special_tokens=special, any_length=cut, parse_special=parse_special
-        )
-        if cut:
-            # Truncation keeps the special tokens around a text; token ids have none added.
-            text = isinstance(prompts[0], str) and special
-            around = self._prompts.around if text else (0, 0)
-            encoded = [
-                body.truncated(each, room_for(self._engine, params), around) for each in encoded
-            ]
-        for prompt in encoded:
-            self._engine.check(prompt, params)
-        return encoded

@@ -9,6 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from nybble import __version__
+from nybble.server.cli.commands.batch import batch
 from nybble.server.cli.commands.bench import bench
 from nybble.server.cli.commands.cache import cache
 from nybble.server.cli.commands.doctor import doctor
@@ -42,7 +43,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (serve, bench, pack, inspect, doctor, merge, new_key, quantize, finetune, qat):
+for command in (serve, batch, bench, pack, inspect, doctor, merge):
+    app.command()(command)
+for command in (new_key, quantize, finetune, qat):
     app.command()(command)
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(replicas)
 app.command("eval")(evaluate)

@@ -74,7 +74,8 @@ def merge_and_report(
         device=device,
     )
     print(f"{target}: {len(layers)} layers merged")
-    _print_layers(layers)
+    if layers:
+        _print_layers(layers)
     divergence = merge_divergence(source, adapter, target, measured, device=device, progress=True)
     effect = merge_divergence(source, adapter, source, measured, device=device, progress=True)
     where = text or "Python's own sources"

@@ -40,12 +40,14 @@ def filled(options: type[T], values: dict[str, Any]) -> T:
 
 
 def takes(
-    options: type[T], *, positional: str
+    options: type[T], *, positional: str | None = None
 ) -> Callable[[Callable[[T], None]], Callable[..., None]]:
     """Make a command of a function of ``options``: with its flags, and ``--config`` for a file.
 
     positional: a required field, which may be given by its flag or as the command's argument.
     """
+    if positional is None:
+        return _with_flags(options)
     flag = f"--{positional.replace('_', '-')}"
     argument = typer.Argument(metavar=positional.upper(), help=f"The same as {flag}.")
 
@@ -70,6 +72,20 @@ def takes(
                 _keyword("config", ConfigOption, None),
             ]
         )
+        command.__annotations__ = {}
+        command.__name__, command.__doc__ = run.__name__, run.__doc__
+        return command
+
+    return decorate
+
+
+def _with_flags(options: type[T]) -> Callable[[Callable[[T], None]], Callable[..., None]]:
+    def decorate(run: Callable[[T], None]) -> Callable[..., None]:
+        def command(**values: Any) -> None:
+            run(filled(options, values))
+
+        config = _keyword("config", ConfigOption, None)
+        command.__signature__ = Signature([*parameters(options), config])  # type: ignore[attr-defined]
         command.__annotations__ = {}
         command.__name__, command.__doc__ = run.__name__, run.__doc__
         return command

@@ -15,26 +15,23 @@ from nybble.engine import AdapterConfig, EngineConfig, resolve_device
 from nybble.loaders.cache import cache_folder
 from nybble.server.adapters.places import AdapterRegistry, AdapterSource
 from nybble.server.adapters.state import default_path
-from nybble.server.api.output.dialect import REASONING_NAMES, TOOL_NAMES
+from nybble.server.api.output.dialect import REASONING_NAMES, TOOL_NAMES, Dialects
+from nybble.server.files.storage import StorageSettings, default_state
 from nybble.server.http.cors import Cors
 from nybble.server.http.tls import tls_context
-from nybble.server.lifecycle.options import (
-    AdapterOptions,
-    KeyOptions,
-    ServeOptions,
-    TrainingOptions,
-)
+from nybble.server.lifecycle.options import AdapterOptions, KeyOptions, ServeOptions
 from nybble.server.lifecycle.settings import ServerSettings, SharedAdapters
 from nybble.server.tenancy.tenants import Tenants
-from nybble.server.training.settings import TrainingSettings, default_state, default_threads
+from nybble.server.training.settings import TrainingSettings, default_threads
 
-if TYPE_CHECKING:  # they need packages of its own
+if TYPE_CHECKING:  # they need packages of their own
     from nybble.server.observability.tracing import Tracing
     from nybble.server.tenancy.shared_limits import SharedLimiter
 
 _RESTARTS = 3
 # Engine settings whose flags have other names.
 _FLAGS = {
+    "draft_model": "--draft-model",
     "host_bytes": "--lora-host-memory",
     "kv_cache_bytes": "--kv-cache-memory",
     "kv_dtype": "--kv-cache-dtype",
@@ -56,8 +53,9 @@ def engine_config(options: ServeOptions) -> EngineConfig:
         max_batched_tokens=memory.max_batched_tokens
         or default_batched_tokens(device, memory.max_num_seqs),
         max_model_len=model.max_model_len,
-        max_waiting=memory.max_waiting,
-        speculate=memory.speculate,
+        # Lines of batches may fill all seats, and must not take the places of requests that wait.
+        max_waiting=memory.max_waiting + (memory.max_num_seqs if options.storage.batches else 0),
+        speculate=memory.speculate or ("auto" if model.draft_model else "off"),
         max_draft_tokens=memory.max_draft_tokens,
         deterministic=model.deterministic,
         adapters=_adapter_config(options),
@@ -77,7 +75,7 @@ def _adapter_config(options: ServeOptions) -> AdapterConfig | None:
     asked = options.adapters
     named = asked.enable_lora or asked.lora_modules or asked.lora_root or asked.lora_watch
     shared = asked.lora_source or asked.lora_registry
-    if not (named or shared or _trains(options.training)):
+    if not (named or shared or options.trains):
         return None
     return AdapterConfig(asked.max_loras, asked.max_lora_rank, asked.lora_host_memory)
 
@@ -121,31 +119,24 @@ def server_settings(options: ServeOptions, device: str, *, loopback: bool) -> Se
         console=not network.no_console,
         unknown_fields=network.unknown_fields,
         trust_chat_templates=network.trust_request_chat_template,
-        reasoning_parser=_known("--reasoning-parser", network.reasoning_parser, REASONING_NAMES),
-        tool_call_parser=_known("--tool-call-parser", network.tool_call_parser, TOOL_NAMES),
+        dialects=dialects_of(options),
         response_store=None
         if network.response_store is None
         else (network.response_store, network.response_store_size),
         vllm_metrics=options.operation.vllm_metrics,
         tracing=None if endpoint is None else _tracing(endpoint),
-        training=_training_settings(options, device) if _trains(options.training) else None,
+        storage=_storage_settings(options),
+        batches=options.storage.batches,
+        training=_training_settings(options, device) if options.trains else None,
     )
 
 
-def _shared_adapters(options: ServeOptions) -> SharedAdapters | None:
-    asked = options.adapters
-    if not (asked.lora_source or asked.lora_registry):
-        return None
+def dialects_of(options: ServeOptions) -> Dialects:
+    """How the model's reasoning and tool calls are written. Raises ValueError."""
     network = options.network
-    own = default_path(options.model.model, network.uds or network.port, ()).stem
-    return SharedAdapters(
-        sources=[AdapterSource(rule) for rule in asked.lora_source or ()],
-        registry=None if asked.lora_registry is None else AdapterRegistry(asked.lora_registry),
-        cache=(
-            asked.lora_cache_dir or cache_folder() / "fetched-adapters" / own,
-            asked.lora_cache_size,
-        ),
-        refresh_seconds=asked.lora_refresh_seconds,
+    return Dialects(
+        _known("--reasoning-parser", network.reasoning_parser, REASONING_NAMES),
+        _known("--tool-call-parser", network.tool_call_parser, TOOL_NAMES),
     )
 
 
@@ -155,19 +146,22 @@ def _known(flag: str, name: str, names: Sequence[str]) -> str:
     return name
 
 
-def _trains(options: TrainingOptions) -> bool:
-    return options.fine_tuning or options.state_dir is not None
-
-
 def _training_settings(options: ServeOptions, device: str) -> TrainingSettings:
-    asked = options.training
     return TrainingSettings(
-        state=asked.state_dir or default_state(),
         device=device,
         max_rank=options.adapters.max_lora_rank,
+        threads=options.training.fine_tuning_threads or default_threads(),
+    )
+
+
+def _storage_settings(options: ServeOptions) -> StorageSettings | None:
+    asked = options.storage
+    if not (asked.batches or options.trains):
+        return None
+    return StorageSettings(
+        state=asked.state_dir or default_state(),
         max_file_bytes=asked.max_file_size,
         quota_bytes=asked.file_quota,
-        threads=asked.fine_tuning_threads or default_threads(),
     )
 
 
@@ -199,6 +193,23 @@ def _named_adapter(option: str) -> tuple[str, str]:
     if not (isinstance(name, str) and isinstance(path, str) and name and path):
         raise ValueError(f"--lora-modules {option!r}: expected NAME=PATH")
     return name, path
+
+
+def _shared_adapters(options: ServeOptions) -> SharedAdapters | None:
+    asked = options.adapters
+    if not (asked.lora_source or asked.lora_registry):
+        return None
+    network = options.network
+    own = default_path(options.model.model, network.uds or network.port, ()).stem
+    return SharedAdapters(
+        sources=[AdapterSource(rule) for rule in asked.lora_source or ()],
+        registry=None if asked.lora_registry is None else AdapterRegistry(asked.lora_registry),
+        cache=(
+            asked.lora_cache_dir or cache_folder() / "fetched-adapters" / own,
+            asked.lora_cache_size,
+        ),
+        refresh_seconds=asked.lora_refresh_seconds,
+    )
 
 
 def _quotas(options: KeyOptions) -> SharedLimiter:

@@ -14,8 +14,10 @@ from urllib.parse import quote
 import torch
 
 from nybble.engine import Engine, EngineConfig
+from nybble.engine.draft_model import check_speculation
 from nybble.engine.memory import memory_explained
 from nybble.engine.ranks import check_ranks
+from nybble.loaders import Checkpoint
 from nybble.models import architecture_of
 from nybble.quantizers.prepare import prepare_checkpoint
 from nybble.server.adapters.admin import restore, restore_uploads
@@ -107,29 +109,54 @@ def _load(
     adapters: Mapping[str, str],
     startup: Startup,
 ) -> tuple[Engine, Path]:
+    engine, folder = load_engine(options, config, adapters, startup)
+    restore(engine, settings.models, settings.adapter_roots, settings.adapter_state)
+    restore_uploads(engine, settings.models, settings.adapter_roots)
+    engine.start()
+    return engine, folder
+
+
+def load_engine(
+    options: ServeOptions, config: EngineConfig, adapters: Mapping[str, str], startup: Startup
+) -> tuple[Engine, Path]:
+    """An engine with its adapters, to be started, and the folder of its model.
+
+    Raises ValueError and OSError for options that cannot be met, and what loading raises.
+    """
     template = _own_template(options.model.chat_template)
     startup.report("Preparing kernels", 0, None)  # the first start on a machine compiles them
+    device, draft = torch.device(config.device), None
+    if (name := options.model.draft_model) is not None:
+        draft = prepare_checkpoint(
+            name,
+            device=device,
+            aliases=options.model.aliases,
+            quantize=options.model.draft_quantize,
+            progress=startup.report,
+        )
+
+    def check(model: Checkpoint) -> None:
+        check_ranks(architecture_of(model.config), config)
+        check_speculation(model, draft, config)
+
     checkpoint = prepare_checkpoint(
         options.model.model,
-        device=torch.device(config.device),
+        device=device,
         aliases=options.model.aliases,
         quantize=options.model.quantize,
         head=options.model.head,
         adapter=options.adapters.merge_adapter,
-        check=lambda model: check_ranks(architecture_of(model), config),
+        check=check,
         progress=startup.report,
     )
-    with memory_explained(checkpoint, config):
-        engine = Engine.load(checkpoint, config, startup.report)
+    with memory_explained(checkpoint, config, draft):
+        engine = Engine.load(checkpoint, config, startup.report, draft=draft)
         if template is not None:
             engine.tokenizer.chat_template = template
         startup.status = "warming"
         engine.warm_up(startup.report)
     for name, path in adapters.items():
         engine.load_adapter(name, path)
-    restore(engine, settings.models, settings.adapter_roots, settings.adapter_state)
-    restore_uploads(engine, settings.models, settings.adapter_roots)
-    engine.start()
     return engine, checkpoint.folder
 
 

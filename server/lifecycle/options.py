@@ -23,6 +23,7 @@ _network = partial(typer.Option, rich_help_panel="Network")
 _keys = partial(typer.Option, rich_help_panel="Keys")
 _memory = partial(typer.Option, rich_help_panel="Memory and batching")
 _adapters = partial(typer.Option, rich_help_panel="Adapters")
+_storage = partial(typer.Option, rich_help_panel="Files and batches")
 _training = partial(typer.Option, rich_help_panel="Fine-tuning")
 _failures = partial(typer.Option, rich_help_panel="Failures")
 _logs = partial(typer.Option, rich_help_panel="Logging")
@@ -83,6 +84,38 @@ KVCacheDtypeOption = Annotated[
     _memory(help="int8 or fp8 halve the KV cache's memory (GPU)."),
 ]
 
+LoraModulesOption = Annotated[
+    list[str] | None,
+    _adapters(
+        metavar="NAME=PATH",
+        help="Adapter to load at the start (folder or hub name), repeatable.",
+    ),
+]
+MergeAdapterOption = Annotated[
+    str | None,
+    _adapters(
+        help="Adapter (folder or hub name) to merge into the model, so that it does not slow "
+        "requests. On a 4-bit base the first start calibrates, which takes minutes."
+    ),
+]
+MaxLoraRankOption = Annotated[
+    int, _adapters(help="Highest rank; every slot takes memory for it.", min=1, max=256)
+]
+ReasoningParserOption = Annotated[
+    str,
+    _network(
+        help="Format of the model's reasoning, by vLLM's names (qwen3, deepseek_r1, granite, "
+        "…), or 'none' (default: what the chat template shows)."
+    ),
+]
+ToolCallParserOption = Annotated[
+    str,
+    _network(
+        help="Format of the model's tool calls, by vLLM's names (hermes, llama3_json, mistral, "
+        "…), or 'none' (default: what the chat template shows)."
+    ),
+]
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
@@ -100,6 +133,17 @@ class ModelOptions:
     aliases: AliasesOption = None
     quantize: QuantizeOption = None
     head: HeadOption = None
+    draft_model: Annotated[
+        str | None,
+        _model(
+            help="Smaller model with the same tokenizer (folder, hub name, alias) that drafts "
+            "tokens for --speculate."
+        ),
+    ] = None
+    draft_quantize: Annotated[
+        Literal["nf4"] | None,
+        _model(help="Round a 16-bit draft model to 4 bits while loading."),
+    ] = None
     device: DeviceOption = "auto"
     dtype: DtypeOption = "auto"
     tensor_parallel_size: Annotated[
@@ -195,20 +239,8 @@ class NetworkOptions:
             help="Accept chat templates in requests; they run in a sandbox.",
         ),
     ] = False
-    reasoning_parser: Annotated[
-        str,
-        _network(
-            help="Format of the model's reasoning, by vLLM's names (qwen3, deepseek_r1, granite, "
-            "…), or 'none' (default: what the chat template shows)."
-        ),
-    ] = "auto"
-    tool_call_parser: Annotated[
-        str,
-        _network(
-            help="Format of the model's tool calls, by vLLM's names (hermes, llama3_json, mistral, "
-            "…), or 'none' (default: what the chat template shows)."
-        ),
-    ] = "auto"
+    reasoning_parser: ReasoningParserOption = "auto"
+    tool_call_parser: ToolCallParserOption = "auto"
     response_store: Annotated[
         Path | None,
         _network(
@@ -285,13 +317,14 @@ class MemoryOptions:
         ),
     ] = None
     speculate: Annotated[
-        Literal["off", "ngram", "auto"],
+        Literal["off", "ngram", "draft", "auto"] | None,
         _memory(
-            help="Verify several tokens in a step which are drafted from what a sequence repeats "
-            "(prompt lookup): 'ngram' always, 'auto' if it pays by the steps measured so far. "
-            "Outputs stay the same."
+            help="Verify several tokens in a step which are drafted: 'ngram' from what a sequence "
+            "repeats (prompt lookup), 'draft' by --draft-model, 'auto' by whichever there is, and "
+            "only as many as pay by the steps measured so far. Outputs stay the same (default: "
+            "off, or auto with --draft-model)."
         ),
-    ] = "off"
+    ] = None
     max_draft_tokens: Annotated[
         int, _memory(help="Most draft tokens of a sequence in one step.", min=1)
     ] = 8
@@ -323,20 +356,8 @@ class AdapterOptions:
             help="Reserve memory for adapters; the other adapter options imply it.",
         ),
     ] = False
-    lora_modules: Annotated[
-        list[str] | None,
-        _adapters(
-            metavar="NAME=PATH",
-            help="Adapter to load at the start (folder or hub name), repeatable.",
-        ),
-    ] = None
-    merge_adapter: Annotated[
-        str | None,
-        _adapters(
-            help="Adapter (folder or hub name) to merge into the model, so that it does not slow "
-            "requests. On a 4-bit base the first start calibrates, which takes minutes."
-        ),
-    ] = None
+    lora_modules: LoraModulesOption = None
+    merge_adapter: MergeAdapterOption = None
     lora_root: Annotated[
         list[Path] | None,
         _adapters(
@@ -399,9 +420,7 @@ class AdapterOptions:
         ),
     ] = 2.0
     max_loras: Annotated[int, _adapters(help="Most adapters in one step.", min=1)] = 8
-    max_lora_rank: Annotated[
-        int, _adapters(help="Highest rank; every slot takes memory for it.", min=1, max=256)
-    ] = 64
+    max_lora_rank: MaxLoraRankOption = 64
     lora_host_memory: Annotated[
         int,
         _adapters(**_SIZE, help="Memory for adapters which are in no slot (default: 4GiB)."),
@@ -409,28 +428,42 @@ class AdapterOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingOptions:
-    """Training over the API. Sizes are bytes."""
+class StorageOptions:
+    """Files over the API, and the batches of requests in them. Sizes are bytes."""
 
-    fine_tuning: Annotated[
-        bool, _training("--fine-tuning", help="Accept training files and jobs over the API.")
+    batches: Annotated[
+        bool,
+        _storage(
+            "--batches",
+            help="Accept files of requests over the API, and batches, which run in the room that "
+            "other requests leave.",
+        ),
     ] = False
     state_dir: Annotated[
         Path | None,
-        _training(
-            help="Folder for files, jobs and trained adapters (default: ~/.local/state/nybble); "
-            "implies --fine-tuning.",
+        _storage(
+            help="Folder for files, batches, jobs and trained adapters (default: "
+            "~/.local/state/nybble); without --batches it implies --fine-tuning.",
             file_okay=False,
         ),
     ] = None
     max_file_size: Annotated[
         int,
-        _training(**_SIZE, help="Largest file that can be uploaded (default: 512MiB)."),
+        _storage(**_SIZE, help="Largest file that can be uploaded (default: 512MiB)."),
     ] = 512 << 20
     file_quota: Annotated[
         int,
-        _training(**_SIZE, help="Most bytes of one tenant's files together (default: 4GiB)."),
+        _storage(**_SIZE, help="Most bytes of one tenant's files together (default: 4GiB)."),
     ] = 4 << 30
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions:
+    """Training over the API."""
+
+    fine_tuning: Annotated[
+        bool, _training("--fine-tuning", help="Accept training files and jobs over the API.")
+    ] = False
     fine_tuning_threads: Annotated[
         int | None,
         _training(help="Threads of a job on the CPU (default: half of the processors).", min=1),
@@ -474,8 +507,15 @@ class ServeOptions:
     keys: KeyOptions = KeyOptions()
     memory: MemoryOptions = MemoryOptions()
     adapters: AdapterOptions = AdapterOptions()
+    storage: StorageOptions = StorageOptions()
     training: TrainingOptions = TrainingOptions()
     operation: OperationOptions = OperationOptions()
+
+    @property
+    def trains(self) -> bool:
+        """Whether the server runs training jobs."""
+        named = self.storage.state_dir is not None and not self.storage.batches
+        return self.training.fine_tuning or named
 
     @property
     def served_names(self) -> tuple[str, ...]:

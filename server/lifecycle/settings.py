@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from ssl import SSLContext
 from typing import TYPE_CHECKING, Literal
 
 from nybble.server.adapters.places import AdapterRegistry, AdapterSource
+from nybble.server.api.output.dialect import Dialects
+from nybble.server.files.storage import StorageSettings
 from nybble.server.http.cors import Cors
 from nybble.server.tenancy.tenants import Tenants
 from nybble.server.training.settings import TrainingSettings
 
-if TYPE_CHECKING:  # they need packages of its own
+if TYPE_CHECKING:  # they need packages of their own
     from nybble.server.observability.tracing import Tracing
     from nybble.server.tenancy.shared_limits import SharedLimiter
 
@@ -58,13 +60,14 @@ class ServerSettings:
     console: whether there is a page at ``/``.
     unknown_fields: how unknown fields of requests are handled.
     trust_chat_templates: whether requests may contain chat templates of their own.
-    reasoning_parser: the format of reasoning; "auto" for what the chat template shows.
-    tool_call_parser: the format of tool calls; "auto" for what the chat template shows.
+    dialects: how reasoning and tool calls are written.
     response_store: the file in which responses are kept, and most bytes of each tenant's; None if
         they are not kept.
     tracing: None if requests are not traced.
     vllm_metrics: whether /metrics has vLLM's names too.
     model_folder: the folder of the served model, for training jobs.
+    storage: where files are kept; needed for batches and training.
+    batches: whether the server runs batches of requests.
     training: None if the server runs no training jobs.
     """
 
@@ -87,10 +90,11 @@ class ServerSettings:
     console: bool = True
     unknown_fields: Literal["refuse", "warn", "ignore"] = "refuse"
     trust_chat_templates: bool = False
-    reasoning_parser: str = "auto"
-    tool_call_parser: str = "auto"
+    dialects: Dialects = field(default_factory=Dialects)
     response_store: tuple[Path, int] | None = None
     tracing: Tracing | None = None
     vllm_metrics: bool = False
     model_folder: Path | None = None
+    storage: StorageSettings | None = None
+    batches: bool = False
     training: TrainingSettings | None = None

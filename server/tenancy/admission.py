@@ -13,11 +13,12 @@ in flight is admitted. A bound on the number of sequences applies as well.
 
 from __future__ import annotations
 
+import asyncio
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 
 from nybble.server.http import retry_after
@@ -101,6 +102,9 @@ class Admission:
         # Seconds with a queue and tokens computed in them, both with exponential decay.
         self._seconds = self._work = 0.0
         self._seen = (clock(), computed())
+        self._in_background = 0
+        self._turn = asyncio.Lock()  # which is first come, first served
+        self._freed = asyncio.Event()  # set when sequences have ended
 
     @property
     def rate(self) -> float | None:
@@ -133,10 +137,31 @@ class Admission:
             yield
         finally:
             self._observe()
+            self._freed.set()
             self._sequences[name] -= sequences
             self._tokens[name] -= need
             if not self._sequences[name]:
                 del self._sequences[name], self._tokens[name], self._weights[name]
+
+    @asynccontextmanager
+    async def in_background(self, sequences: int) -> AsyncGenerator[None]:
+        """Count sequences which take only seats that others leave, and wait for such seats.
+
+        One request at a time goes on even if there are none: the engine serves it last.
+        """
+        async with self._turn:
+            while (
+                self._in_background
+                and self._sequences.total() + self._in_background + sequences > self.capacity.seats
+            ):
+                self._freed.clear()
+                await self._freed.wait()
+            self._in_background += sequences
+        try:
+            yield
+        finally:
+            self._in_background -= sequences
+            self._freed.set()
 
     def _require_place(self, tenant: Tenant | None, sequences: int) -> None:
         total, most = self._sequences.total(), self.capacity.sequences

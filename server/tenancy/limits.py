@@ -1,4 +1,4 @@
-"""Rates and concurrency per tenant in one server, and the headers that tell clients about them.
+"""Rates and concurrency per tenant, and the headers that tell clients about them.
 
 A rate is a token bucket: it holds one minute's worth and fills steadily. How much a request
 generates is known only afterwards. So tokens are taken as they are served, and the bucket may go
@@ -50,7 +50,9 @@ class Bucket:
 class Limits(Protocol):
     """What counts tenants' requests and tokens, here or over all servers."""
 
-    def admit(self, tenant: Tenant, prompt_tokens: int) -> AbstractAsyncContextManager[None]: ...
+    def admit(
+        self, tenant: Tenant, prompt_tokens: int, *, background: bool = False
+    ) -> AbstractAsyncContextManager[None]: ...
 
     def spend(self, tenant: Tenant, tokens: int) -> None: ...
 
@@ -64,27 +66,38 @@ class Limiter:
         self._clock = clock
         self._buckets: dict[tuple[str, str], Bucket] = {}
         self._running: Counter[str] = Counter()
+        self._in_background: Counter[str] = Counter()
 
     @asynccontextmanager
-    async def admit(self, tenant: Tenant, prompt_tokens: int) -> AsyncIterator[None]:
-        """Count a request while it runs. Raises ApiError 429 at a limit, and counts nothing."""
-        if (
-            tenant.max_concurrency is not None
-            and self._running[tenant.name] >= tenant.max_concurrency
-        ):
-            raise refused(f"{tenant.max_concurrency} concurrent requests", 1)
+    async def admit(
+        self, tenant: Tenant, prompt_tokens: int, *, background: bool = False
+    ) -> AsyncIterator[None]:
+        """Count a request while it runs. Raises ApiError 429 at a limit, and counts nothing.
+
+        background: leave the tenant's other requests half of each rate, and count for nothing
+            against its concurrency when they come.
+        """
+        most, running = tenant.max_concurrency, self._running[tenant.name]
+        if background:
+            running += self._in_background[tenant.name]
+        if most is not None and running >= most:
+            raise refused(f"{most} concurrent requests", 1)
         requests, tokens = self._rates(tenant)
         for bucket, amount, kind in ((requests, 1, "requests"), (tokens, prompt_tokens, "tokens")):
-            if bucket is not None and (wait := bucket.seconds_until(amount)) > 0:
+            if bucket is None:
+                continue
+            left = bucket.per_minute // 2 if background else 0
+            if (wait := bucket.seconds_until(amount + left)) > 0:
                 raise refused(f"{bucket.per_minute} {kind} per minute", wait)
         if requests is not None:
             requests.take(1)
         self.spend(tenant, prompt_tokens)
-        self._running[tenant.name] += 1
+        counted = self._in_background if background else self._running
+        counted[tenant.name] += 1
         try:
             yield
         finally:
-            self._running[tenant.name] -= 1
+            counted[tenant.name] -= 1
 
     def spend(self, tenant: Tenant, tokens: int) -> None:
         """Count tokens served."""

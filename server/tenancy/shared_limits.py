@@ -45,8 +45,8 @@ _LEASE_SECONDS = 15.0
 _MINUTE = 60.0
 
 # KEYS: requests, tokens, running. ARGV: requests a minute, tokens a minute, most running (0: no
-# limit), prompt tokens, the lease and its seconds. Returns which limit is reached ("" for none) and
-# the seconds to wait, then the seconds until each bucket is full.
+# limit), prompt tokens, the lease and its seconds, 1 for a background request. Returns which limit
+# is reached ("" for none) and the seconds to wait, then the seconds until each bucket is full.
 _ADMIT = """
 local time = redis.call('TIME')
 local now = time[1] + time[2] / 1e6
@@ -65,12 +65,21 @@ local requests, tokens = tonumber(ARGV[1]), tonumber(ARGV[2])
 local most, prompt = tonumber(ARGV[3]), tonumber(ARGV[4])
 redis.call('ZREMRANGEBYSCORE', KEYS[3], '-inf', now)
 local limit, seconds = '', 0
-if most > 0 and redis.call('ZCARD', KEYS[3]) >= most then
+local background, running = ARGV[7] == '1', redis.call('ZCARD', KEYS[3])
+if most > 0 and not background then
+  for _, lease in ipairs(redis.call('ZRANGE', KEYS[3], 0, -1)) do
+    if lease:sub(1, 1) == 'b' then running = running - 1 end
+  end
+end
+local function left_to_others(per_minute)
+  return background and math.floor(per_minute / 2) or 0
+end
+if most > 0 and running >= most then
   limit, seconds = 'running', 1
-elseif wait(KEYS[1], requests, 1) > 1e-6 then
-  limit, seconds = 'requests', wait(KEYS[1], requests, 1)
-elseif wait(KEYS[2], tokens, prompt) > 1e-6 then
-  limit, seconds = 'tokens', wait(KEYS[2], tokens, prompt)
+elseif wait(KEYS[1], requests, 1 + left_to_others(requests)) > 1e-6 then
+  limit, seconds = 'requests', wait(KEYS[1], requests, 1 + left_to_others(requests))
+elseif wait(KEYS[2], tokens, prompt + left_to_others(tokens)) > 1e-6 then
+  limit, seconds = 'tokens', wait(KEYS[2], tokens, prompt + left_to_others(tokens))
 else
   take(KEYS[1], requests, 1)
   take(KEYS[2], tokens, prompt)
@@ -152,12 +161,18 @@ class SharedLimiter:
         return (self._failures, self._unshared)
 
     @asynccontextmanager
-    async def admit(self, tenant: Tenant, prompt_tokens: int) -> AsyncIterator[None]:
-        """Count a request while it runs. Raises ApiError 429 at a limit, and counts nothing."""
+    async def admit(
+        self, tenant: Tenant, prompt_tokens: int, *, background: bool = False
+    ) -> AsyncIterator[None]:
+        """Count a request while it runs. Raises ApiError 429 at a limit, and counts nothing.
+
+        background: leave the tenant's other requests half of each rate, and count for nothing
+            against its concurrency when they come.
+        """
         self._tenants[tenant.name] = tenant
         async with AsyncExitStack() as stack:
-            lease = f"{self._server}:{uuid4().hex}"
-            if await self._admitted(tenant, prompt_tokens, lease):
+            lease = f"{'b' if background else 'f'}:{self._server}:{uuid4().hex}"
+            if await self._admitted(tenant, prompt_tokens, lease, background):
                 stack.push_async_callback(self._release, tenant, lease)
             elif self._closed:
                 self._unshared.labels("refused").inc()
@@ -169,7 +184,8 @@ class SharedLimiter:
                 )
             else:
                 self._unshared.labels("alone").inc()
-                await stack.enter_async_context(self._alone.admit(tenant, prompt_tokens))
+                alone = self._alone.admit(tenant, prompt_tokens, background=background)
+                await stack.enter_async_context(alone)
                 self._unsent[tenant.name] += prompt_tokens
             yield
 
@@ -233,7 +249,9 @@ class SharedLimiter:
             await asyncio.sleep(_FLUSH_SECONDS)
             await self.flush()
 
-    async def _admitted(self, tenant: Tenant, prompt_tokens: int, lease: str) -> bool:
+    async def _admitted(
+        self, tenant: Tenant, prompt_tokens: int, lease: str, background: bool
+    ) -> bool:
         """Whether the store has counted the request; False if it does not answer."""
         if self._is_away():
             return False
@@ -248,6 +266,7 @@ class SharedLimiter:
                     prompt_tokens,
                     lease,
                     _LEASE_SECONDS,
+                    int(background),
                 ],
             )
         if answer is None:

@@ -118,6 +118,9 @@ class Tenants:
                 tenant = owner
         return tenant
 
+    def named(self, name: str) -> Tenant | None:
+        return next((tenant for _, tenant in self._digests if tenant.name == name), None)
+
     def _read(self) -> Sequence[tuple[bytes, Tenant]]:
         try:
             file = _File.model_validate(tomllib.loads(self._path.read_text()))

@@ -13,13 +13,13 @@ from aiohttp import web
 
 from nybble.server.api.parse import read_body
 from nybble.server.api.respond import json_response
+from nybble.server.files.access import Access, Caller
+from nybble.server.files.files import Files
+from nybble.server.files.paging import Page
 from nybble.server.http import retry_after
 from nybble.server.http.errors import ApiError
 from nybble.server.tenancy.tenants import Tenant
-from nybble.server.training.access import Access, owner_of, visible_to
-from nybble.server.training.files import Files
 from nybble.server.training.jobs import UNFINISHED, Job, JobEvent, Jobs
-from nybble.server.training.paging import Page
 from nybble.server.training.plan import plan_of
 from nybble.server.training.runner import Runner
 from nybble.server.training.schema import CreateJob
@@ -68,13 +68,14 @@ class JobRoutes:
         ]
 
     async def create(self, request: web.Request) -> web.Response:
-        tenant = self._access.tenant(request)
+        caller = self._access.trainer(request)
         body = await read_body(request, CreateJob)
-        job = await asyncio.to_thread(self._create, body, tenant)
+        job = await asyncio.to_thread(self._create, body, caller)
         self._runner.wake()
         return json_response(_body(job))
 
-    def _create(self, body: CreateJob, tenant: Tenant | None) -> Job:
+    def _create(self, body: CreateJob, caller: Caller) -> Job:
+        tenant = caller.tenant
         known = [name for name in self._models if tenant is None or tenant.may_use_model(name)]
         if body.model not in known:
             raise ApiError(
@@ -84,9 +85,9 @@ class JobRoutes:
                 param="model",
                 code="model_not_found",
             )
-        examples = self._examples(body.training_file, "training_file", tenant)
+        examples = self._examples(body.training_file, "training_file", caller)
         if body.validation_file is not None:
-            self._examples(body.validation_file, "validation_file", tenant)
+            self._examples(body.validation_file, "validation_file", caller)
         rank, most = body.nybble.rank, self._settings.max_rank
         if rank > most:
             raise ApiError(
@@ -104,7 +105,7 @@ class JobRoutes:
                     param="nybble.target_modules",
                     code="invalid_value",
                 )
-        owner = owner_of(tenant)
+        owner = caller.owner
         unfinished = self._jobs.with_status(*UNFINISHED)
         if sum(job.owner == owner for job in unfinished) >= _MAX_UNFINISHED:
             raise ApiError(
@@ -120,8 +121,8 @@ class JobRoutes:
         plan["model"] = self._model_name(body, tenant)
         return self._jobs.create(owner, body.kept(), plan)
 
-    def _examples(self, id: str, param: str, tenant: Tenant | None) -> int:
-        file = self._files.find(id, visible_to(tenant))
+    def _examples(self, id: str, param: str, caller: Caller) -> int:
+        file = self._files.find(id, caller.sees)
         if file is None:
             raise ApiError(404, f"there is no file {id!r}", param=param, code="not_found")
         if file.purpose != "fine-tune":
@@ -141,7 +142,7 @@ class JobRoutes:
         return ":".join(["ft", *parts, id])
 
     async def list(self, request: web.Request) -> web.Response:
-        owner = visible_to(self._access.tenant(request))
+        owner = self._access.trainer(request).sees
         page = Page.of(request, default=20, most=100)
         jobs = await asyncio.to_thread(self._jobs.page, owner, page)
         return json_response(page.body(jobs, _body))
@@ -175,7 +176,7 @@ class JobRoutes:
         return json_response(page.body(found, _checkpoint))
 
     async def _job(self, request: web.Request) -> Job:
-        owner = visible_to(self._access.tenant(request))
+        owner = self._access.trainer(request).sees
         return await asyncio.to_thread(self._jobs.get, request.match_info["id"], owner)
 
 

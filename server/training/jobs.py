@@ -11,9 +11,9 @@ from sqlite3 import Connection, Row
 from typing import Any, Literal
 
 from nybble.finetune import Progress
+from nybble.server.files.database import Database
+from nybble.server.files.paging import Page
 from nybble.server.http.errors import ApiError
-from nybble.server.training.database import Database
-from nybble.server.training.paging import Page
 
 Status = Literal["validating_files", "queued", "running", "succeeded", "failed", "cancelled"]
 STATUSES: tuple[Status, ...] = (

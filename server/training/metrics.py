@@ -1,4 +1,4 @@
-"""The metrics of files and jobs."""
+"""The metrics of jobs."""
 
 from __future__ import annotations
 
@@ -7,14 +7,12 @@ from collections.abc import Iterator
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from nybble.server.training.files import Files
 from nybble.server.training.jobs import Jobs
 
 
 class TrainingCollector(Collector):
-    def __init__(self, jobs: Jobs, files: Files) -> None:
+    def __init__(self, jobs: Jobs) -> None:
         self._jobs = jobs
-        self._files = files
 
     def collect(self) -> Iterator[Metric]:
         jobs = GaugeMetricFamily(
@@ -32,6 +30,3 @@ class TrainingCollector(Collector):
         yield GaugeMetricFamily(
             "nybble_fine_tuning_steps", "Steps that the running job has to make.", value=steps
         )
-        count, size = self._files.totals()
-        yield GaugeMetricFamily("nybble_files", "Files stored.", value=count)
-        yield GaugeMetricFamily("nybble_file_bytes", "Bytes of the files stored.", value=size)

@@ -7,18 +7,18 @@ import json
 import logging
 import os
 import shutil
-import sqlite3
 import sys
 from asyncio.subprocess import PIPE, Process
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from nybble.finetune import Progress
 from nybble.finetune.train import Point
+from nybble.server.files.database import until_recorded
+from nybble.server.files.files import Files
 from nybble.server.observability.logs import LogEvent
-from nybble.server.training.files import Files
 from nybble.server.training.jobs import Job, Jobs
 from nybble.server.training.results import results_csv
 from nybble.server.training.settings import TrainingSettings
@@ -30,14 +30,13 @@ _WORKER = "nybble.server.training.worker"
 _MAX_ATTEMPTS = 3
 _LINE_BYTES = 1 << 20
 _LOG_TAIL = 2000
-_RETRY_SECONDS = 10.0
-
-T = TypeVar("T")
 
 
 class Runner:
     """Runs the jobs in the database, oldest first, and records their results there.
 
+    base: the folder of the model.
+    folder: of the jobs.
     publish: serves a finished job's adapter by the name ``Job.model``.
     withdraw: stops serving the adapter of this name.
     """
@@ -48,6 +47,7 @@ class Runner:
         files: Files,
         settings: TrainingSettings,
         base: Path,
+        folder: Path,
         *,
         models: tuple[str, ...],
         publish: Callable[[Job, str], None],
@@ -58,6 +58,7 @@ class Runner:
         self._files = files
         self._settings = settings
         self._base = base
+        self._folder = folder
         self._models = models
         self._publish = publish
         self._withdraw = withdraw
@@ -66,7 +67,7 @@ class Runner:
         self._running: tuple[str, Process] | None = None
 
     def folder(self, job: Job) -> Path:
-        return self._settings.state / "jobs" / job.id
+        return self._folder / job.id
 
     def adapter_folder(self, job: Job) -> Path:
         return self.folder(job) / "adapter"
@@ -90,7 +91,7 @@ class Runner:
 
     async def run(self) -> None:
         """Run jobs until cancelled. The next server continues a job that is running then."""
-        await _until_recorded(self._requeue)
+        await until_recorded(self._requeue)
         async with asyncio.TaskGroup() as both:
             both.create_task(self._validate_created())
             both.create_task(self._train_queued())
@@ -98,14 +99,14 @@ class Runner:
     async def _validate_created(self) -> None:
         while True:
             self._created.clear()
-            await _until_recorded(self._validate_new)
+            await until_recorded(self._validate_new)
             self._queued.set()
             await self._created.wait()
 
     async def _train_queued(self) -> None:
         while True:
             self._queued.clear()
-            queued = await _until_recorded(self._jobs.with_status, "queued")
+            queued = await until_recorded(self._jobs.with_status, "queued")
             if queued:
                 await self._run(queued[0])
             else:
@@ -158,7 +159,7 @@ class Runner:
         except Exception as error:
             # One job's failure must not stop the queue.
             logger.error("fine-tuning job %s failed", job.id, exc_info=True)
-            await _until_recorded(self._fail, job, _error("server_error", str(error)))
+            await until_recorded(self._fail, job, _error("server_error", str(error)))
 
     async def _train(self, job: Job) -> dict[str, Any] | None:
         """The worker's last report; None if the job was cancelled."""
@@ -270,16 +271,6 @@ class Runner:
             fields = {"job": job.id, "status": "failed", "error": error["message"]}
             logger.warning(LogEvent("fine_tuning", fields))
         shutil.rmtree(self.adapter_folder(job), ignore_errors=True)  # the log stays
-
-
-async def _until_recorded(change: Callable[..., T], *arguments: Any) -> T:
-    """Call a function that uses the database; retry while the database cannot be used."""
-    while True:
-        try:
-            return await asyncio.to_thread(change, *arguments)
-        except (sqlite3.Error, OSError) as error:  # most likely the disk is full
-            logger.error("fine-tuning jobs wait %g s: %s", _RETRY_SECONDS, error)
-            await asyncio.sleep(_RETRY_SECONDS)
 
 
 def _progress(told: dict[str, Any]) -> Progress:

@@ -14,14 +14,11 @@ from aiohttp import web
 from nybble.engine import AdapterError, Engine, ParameterError
 from nybble.server.adapters.owners import AdapterOwners
 from nybble.server.api.respond import json_response
+from nybble.server.files.access import OPERATOR, Access
+from nybble.server.files.storage import Storage
 from nybble.server.http.errors import ApiError
-from nybble.server.tenancy.keys import Keys
-from nybble.server.training.access import OPERATOR, Access, visible_to
-from nybble.server.training.database import Database
-from nybble.server.training.file_routes import FileRoutes
-from nybble.server.training.files import Files
 from nybble.server.training.job_routes import JobRoutes
-from nybble.server.training.jobs import Job, Jobs
+from nybble.server.training.jobs import UNFINISHED, Job, Jobs
 from nybble.server.training.metrics import TrainingCollector
 from nybble.server.training.runner import Runner
 from nybble.server.training.settings import TrainingSettings
@@ -36,51 +33,42 @@ class Training:
         self,
         engine: Engine,
         settings: TrainingSettings,
+        storage: Storage,
         *,
         base: Path,
         models: tuple[str, ...],
         owners: AdapterOwners,
-        admin_keys: Keys,
+        access: Access,
     ) -> None:
-        """base: the folder of the model that ``engine`` serves by the names ``models``.
-
-        Raises OSError or ValueError if the state folder cannot be used."""
+        """base: the folder of the model that ``engine`` serves by the names ``models``."""
         self._engine = engine
         self._owners = owners
-        self._database = Database(settings.state)
-        self._jobs = Jobs(self._database)
-        self._files = Files(
-            settings.state / "files",
-            self._database,
-            max_file_bytes=settings.max_file_bytes,
-            quota_bytes=settings.quota_bytes,
-        )
+        self._jobs, files = Jobs(storage.database), storage.files
         self._runner = Runner(
             self._jobs,
-            self._files,
+            files,
             settings,
             base,
+            storage.folder / "jobs",
             models=models,
             publish=self._publish,
             withdraw=self._withdraw,
             has_template=bool(engine.tokenizer.chat_template),
         )
-        self._access = Access(admin_keys)
-        self._file_routes = FileRoutes(self._files, self._jobs, self._access)
+        self._access = access
         self._job_routes = JobRoutes(
             self._jobs,
-            self._files,
+            files,
             self._runner,
             self._access,
             models,
             settings,
             engine.adapter_targets,
         )
-        self.collector = TrainingCollector(self._jobs, self._files)
+        self.collector = TrainingCollector(self._jobs)
 
     def routes(self) -> list[web.RouteDef]:
         return [
-            *self._file_routes.routes(),
             *self._job_routes.routes(),
             web.delete("/v1/models/{model:.+}", self.delete_model),
         ]
@@ -89,16 +77,20 @@ class Training:
         """Serve earlier jobs' adapters, and run jobs until the application ends."""
         await asyncio.to_thread(self._publish_all)
         running = asyncio.create_task(self._runner.run())
-        try:
-            yield
-            running.cancel()
-            with suppress(asyncio.CancelledError):
-                await running
-        finally:
-            self._database.close()
+        yield
+        running.cancel()
+        with suppress(asyncio.CancelledError):
+            await running
+
+    def user_of(self, file: str) -> str | None:
+        """The unfinished job that uses a file, in words."""
+        for job in self._jobs.with_status(*UNFINISHED):
+            if file in job.files:
+                return f"fine-tuning job {job.id}, which is {job.status}"
+        return None
 
     async def delete_model(self, request: web.Request) -> web.Response:
-        owner = visible_to(self._access.tenant(request))
+        owner = self._access.trainer(request).sees
         name = request.match_info["model"]
         job = await asyncio.to_thread(self._jobs.by_model, name)
         if job is None or owner not in (None, job.owner):

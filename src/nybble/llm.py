@@ -46,10 +46,12 @@ from nybble.engine.conversation import (
     template_of,
     turn_of,
 )
+from nybble.engine.draft_model import check_speculation
 from nybble.engine.memory import memory_explained
 from nybble.engine.ranks import check_ranks
 from nybble.engine.request import FinishReason
 from nybble.kernels.progress import Bar
+from nybble.loaders import Checkpoint
 from nybble.loaders.templates import TemplateFailedError, TemplateRefusedError, TemplateRenderer
 from nybble.models import architecture_of
 from nybble.quantizers.prepare import prepare_checkpoint
@@ -103,7 +105,9 @@ class LLM:
         kv_cache_bytes: int | None = None,
         kv_cache_dtype: Literal["auto", "int8", "fp8"] = "auto",
         max_num_seqs: int = 64,
-        speculate: Literal["off", "ngram", "auto"] = "off",
+        speculate: Literal["off", "ngram", "draft", "auto"] | None = None,
+        draft_model: str | Path | None = None,
+        draft_quantize: Literal["nf4"] | None = None,
         max_draft_tokens: int = 8,
         deterministic: bool = False,
         enable_lora: bool = False,
@@ -126,6 +130,7 @@ class LLM:
         """
         for name, value, expected in (
             ("quantize", quantize, (None, "nf4")),
+            ("draft_quantize", draft_quantize, (None, "nf4")),
             ("head", head, (None, "int8")),
             ("dtype", dtype, ("auto", "bfloat16", "float16", "float32")),
         ):
@@ -143,13 +148,27 @@ class LLM:
             max_batched_tokens=max(EngineConfig.max_batched_tokens, max_num_seqs),
             max_model_len=max_model_len,
             max_waiting=max_num_seqs,
-            speculate=speculate,
+            speculate=speculate or ("off" if draft_model is None else "auto"),
             max_draft_tokens=max_draft_tokens,
             deterministic=deterministic,
             adapters=AdapterConfig(max_loras, max_lora_rank) if enable_lora else None,
             tune=tune,
             tensor_parallel_size=tensor_parallel_size,
         )
+        draft = None
+        if draft_model is not None:
+            draft = prepare_checkpoint(
+                str(draft_model),
+                device=chosen,
+                aliases=aliases,
+                quantize=draft_quantize,
+                progress=progress,
+            )
+
+        def check(model: Checkpoint) -> None:
+            check_ranks(architecture_of(model.config), config)
+            check_speculation(model, draft, config)
+
         checkpoint = prepare_checkpoint(
             str(model),
             device=chosen,
@@ -157,11 +176,11 @@ class LLM:
             quantize=quantize,
             head=head,
             adapter=None if merge_adapter is None else str(merge_adapter),
-            check=lambda model: check_ranks(architecture_of(model), config),
+            check=check,
             progress=progress,
         )
-        with memory_explained(checkpoint, config):
-            engine = Engine.load(checkpoint, config, progress)
+        with memory_explained(checkpoint, config, draft):
+            engine = Engine.load(checkpoint, config, progress, draft=draft)
             engine.warm_up(progress)
         self.tokenizer: PreTrainedTokenizerBase = engine.tokenizer
         self._engine = engine

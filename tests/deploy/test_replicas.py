@@ -17,7 +17,9 @@ from pathlib import Path
 
 import httpx2 as httpx
 import pytest
+from typer.testing import CliRunner
 
+from nybble.server.cli.main import app
 from nybble.server.replicas.haproxy import configuration
 
 ROOT = Path(__file__).parents[2]
@@ -238,6 +240,6 @@ def test_the_example_is_what_the_command_prints() -> None:
     ],
 )
 def test_wrong_options_are_named(options: list[str], message: str) -> None:
-    result = subprocess.run([*COMMAND, "replicas", *options], capture_output=True, text=True)
-    assert result.returncode != 0
+    result = CliRunner().invoke(app, ["replicas", *options])
+    assert result.exit_code != 0
     assert message in " ".join(re.sub("[│╭╮╰╯─]", " ", result.stderr).split())

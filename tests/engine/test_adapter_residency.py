@@ -26,7 +26,7 @@ CONFIG = EngineConfig(
     max_model_len=48,
     max_waiting=1000,
 )
-COUNT = 200
+COUNT = 100
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def expected(
     engine.stop()
 
 
-def test_two_hundred_adapters_go_through_eight_slots_under_random_traffic(
+def test_a_hundred_adapters_go_through_eight_slots_under_random_traffic(
     tiny_model: Callable[..., Path],
     folders: list[Path],
     expected: dict[str | None, list[int]],
@@ -115,15 +115,17 @@ def test_two_hundred_adapters_go_through_eight_slots_under_random_traffic(
         assert found == expected[adapter][: min(count, stop)]
 
     async def traffic() -> None:
-        await asyncio.gather(*(client(number) for number in range(600)))
+        await asyncio.gather(*(client(number) for number in range(300)))
+        # Those who went away early are noticed at the next step.
+        while any(info.running or info.waiting for info in engine.adapters()):
+            await asyncio.sleep(0.01)
 
     try:
-        asyncio.run(traffic())
+        asyncio.run(asyncio.wait_for(traffic(), 300))
         infos = engine.adapters()
         assert sum(info.residency == "device" for info in infos) == 8
         assert sum(info.residency == "host" for info in infos) <= 20
-        assert all(info.running == info.waiting == 0 for info in infos)
-        assert sum(info.hits for info in infos) > 500
+        assert sum(info.hits for info in infos) > 250
         stats = engine.stats()
         assert stats.kv_blocks_free == stats.kv_blocks_total
     finally:

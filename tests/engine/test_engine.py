@@ -132,7 +132,7 @@ arrivals = st.lists(
 
 
 @given(arrivals)
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_any_mix_of_requests_gives_each_its_own_output_and_leaks_no_block(
     engine: Engine, requests: list[tuple[int, int, int, int, int | None, str]]
 ) -> None:

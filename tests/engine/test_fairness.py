@@ -91,7 +91,9 @@ def polite(seed: int, weight: float = 1.0) -> list[tuple[float, str, int, int, f
     return arrivals
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    "seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))]
+)
 @pytest.mark.parametrize(
     ("prompt", "output"),
     [(40, 200), (900, 20), (200, 60), (16, 100), (4000, 4)],

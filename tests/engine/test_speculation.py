@@ -6,33 +6,33 @@ import random
 
 import pytest
 
-from nybble.engine.ngram_drafter import Draft, NgramDrafter
+from nybble.engine.ngram_drafter import Match, NgramDrafter, Ngrams
 from nybble.engine.speculation import Acceptance, Speculation, StepCosts, draft_lengths
 
 
 def test_a_draft_is_what_followed_the_newest_tokens_before() -> None:
-    drafter = NgramDrafter([1, 2, 3, 4, 5, 6, 9, 1, 2, 3])
-    assert drafter.propose(10) == Draft((4, 5, 6, 9, 1, 2), 3), "three agree: up to six may follow"
-    assert drafter.propose(2) == Draft((4, 5), 3)
-    drafter.extend([7])
-    assert drafter.propose(10) is None
-    drafter.extend([2, 3])
-    assert drafter.propose(1) == Draft((7,), 2), "the newest of two places where as many agree"
+    ngrams = Ngrams([1, 2, 3, 4, 5, 6, 9, 1, 2, 3])
+    assert ngrams.find(10) == Match((4, 5, 6, 9, 1, 2), 3), "three agree: up to six may follow"
+    assert ngrams.find(2) == Match((4, 5), 3)
+    ngrams.extend([7])
+    assert ngrams.find(10) is None
+    ngrams.extend([2, 3])
+    assert ngrams.find(1) == Match((7,), 2), "the newest of two places where as many agree"
 
 
 def test_the_place_where_most_tokens_agree_is_taken_before_the_newest() -> None:
-    drafter = NgramDrafter([8, 1, 2, 50, 9, 1, 2, 60, 8, 1, 2])
-    assert drafter.propose(1) == Draft((50,), 3)
+    ngrams = Ngrams([8, 1, 2, 50, 9, 1, 2, 60, 8, 1, 2])
+    assert ngrams.find(1) == Match((50,), 3)
 
 
 def test_what_repeats_without_a_pause_goes_on() -> None:
-    assert NgramDrafter([5, 5, 5, 5]).propose(4) == Draft((5, 5, 5, 5), 3)
-    assert NgramDrafter([1, 2, 1, 2, 1, 2]).propose(5) == Draft((1, 2, 1, 2, 1), 4)
+    assert Ngrams([5, 5, 5, 5]).find(4) == Match((5, 5, 5, 5), 3)
+    assert Ngrams([1, 2, 1, 2, 1, 2]).find(5) == Match((1, 2, 1, 2, 1), 4)
 
 
 @pytest.mark.parametrize("tokens", [[], [1], [1, 2], [1, 2, 3]])
 def test_nothing_is_drafted_if_nothing_repeats(tokens: list[int]) -> None:
-    assert NgramDrafter(tokens).propose(4) is None
+    assert Ngrams(tokens).find(4) is None
 
 
 def test_drafts_are_found_as_a_search_through_all_places_finds_them() -> None:
@@ -40,16 +40,16 @@ def test_drafts_are_found_as_a_search_through_all_places_finds_them() -> None:
     found = 0
     for _ in range(300):
         tokens = [chance.randrange(4) for _ in range(chance.randint(0, 14))]
-        drafter = NgramDrafter(tokens[:3])
-        drafter.extend(tokens[3:])
-        draft = drafter.propose(1)
+        ngrams = Ngrams(tokens[:3])
+        ngrams.extend(tokens[3:])
+        draft = ngrams.find(1)
         matches = [
             (length, end)
             for end in range(2, len(tokens))
             for length in range(2, end + 1)
             if tokens[end - length : end] == tokens[-length:]
         ]
-        expected = Draft((tokens[max(matches)[1]],), max(matches)[0]) if matches else None
+        expected = Match((tokens[max(matches)[1]],), max(matches)[0]) if matches else None
         assert draft == expected
         found += bool(matches)
     assert found > 50
@@ -98,26 +98,26 @@ def falling(share: float, length: int) -> list[float]:
 
 def test_free_rows_take_every_draft_and_costly_ones_none() -> None:
     flat = costs(rows_1=0.010, rows_16=0.010)
-    assert draft_lengths(flat, 1, [falling(0.7, 8)]) == [8]
+    assert draft_lengths(flat, 1, [falling(0.7, 8)], 99) == [8]
     proportional = costs(rows_1=0.010, rows_16=0.160)
-    assert draft_lengths(proportional, 1, [falling(0.99, 8)]) == [0]
+    assert draft_lengths(proportional, 1, [falling(0.99, 8)], 99) == [0]
 
 
 def test_as_many_are_verified_as_make_the_most_tokens_a_second() -> None:
     half = costs(rows_1=0.010, rows_9=0.050)  # another row is half a step
     # Accepted with .8: 1 / 10, 1.8 / 15, 2.44 / 20, 2.952 / 25 tokens a millisecond …
-    assert draft_lengths(half, 1, [falling(0.8, 8)]) == [2]
-    assert draft_lengths(half, 1, [falling(0.4, 8)]) == [0]
+    assert draft_lengths(half, 1, [falling(0.8, 8)], 99) == [2]
+    assert draft_lengths(half, 1, [falling(0.4, 8)], 99) == [0]
 
 
 def test_the_likelier_draft_comes_first() -> None:
     steps = costs(rows_2=0.010, rows_4=0.011, rows_5=0.050)
-    assert draft_lengths(steps, 2, [falling(0.3, 4), falling(0.9, 4)]) == [0, 2]
+    assert draft_lengths(steps, 2, [falling(0.3, 4), falling(0.9, 4)], 99) == [0, 2]
 
 
 def speculation() -> Speculation:
     """With steps of which each further row takes a fifth of the first."""
-    made = Speculation(8, adaptive=True)
+    made = Speculation(NgramDrafter(), 8, adaptive=True)
     for rows in (1, 9):
         made.observe(rows, 0.008 + 0.002 * rows)
     return made
@@ -125,31 +125,31 @@ def speculation() -> Speculation:
 
 def test_matches_of_a_length_that_mostly_fail_are_not_verified_in_any_sequence() -> None:
     decides = speculation()
-    short, long = Draft((1, 2, 3, 4), agreeing=2), Draft((1, 2, 3, 4), agreeing=20)
+    short, long = Match((1, 2, 3, 4), agreeing=2).draft(), Match((1, 2, 3, 4), agreeing=20).draft()
     for _ in range(40):
         decides.observe_tokens(short, [9], Acceptance())
         decides.observe_tokens(long, [1, 2, 3, 4, 9], Acceptance())
-    assert decides.lengths(1, [(short, Acceptance())]) == [0]
-    assert decides.lengths(1, [(long, Acceptance())]) == [4]
+    assert decides.lengths(1, [(short, Acceptance())], 99) == [0]
+    assert decides.lengths(1, [(long, Acceptance())], 99) == [4]
 
 
 def test_what_is_not_verified_teaches_too_so_that_drafts_come_back() -> None:
     decides, own = speculation(), Acceptance()
-    draft = Draft((1, 2, 3, 4), agreeing=3)
+    draft = Match((1, 2, 3, 4), agreeing=3).draft()
     for _ in range(40):
         decides.observe_tokens(draft, [9], own)
-    assert decides.lengths(1, [(draft, own)]) == [0]
+    assert decides.lengths(1, [(draft, own)], 99) == [0]
     for _ in range(80):  # the first token alone is seen, and is what was sampled
         decides.observe_tokens(draft, [1], own)
-    assert decides.lengths(1, [(draft, own)])[0] > 0
+    assert decides.lengths(1, [(draft, own)], 99)[0] > 0
 
 
 def test_a_sequence_that_repeats_more_than_others_has_better_chances() -> None:
     decides, repeats = speculation(), Acceptance()
-    draft = Draft((1, 2), agreeing=3)
+    draft = Match((1, 2), agreeing=3).draft()
     for number in range(60):
         decides.observe_tokens(draft, [9], Acceptance())
         if number % 6 == 0:
             decides.observe_tokens(draft, [1, 2, 9], repeats)
-    assert decides.lengths(1, [(draft, Acceptance())]) == [0]
-    assert decides.lengths(1, [(draft, repeats)]) == [2]
+    assert decides.lengths(1, [(draft, Acceptance())], 99) == [0]
+    assert decides.lengths(1, [(draft, repeats)], 99) == [2]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,11 +13,20 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from nybble.engine import AdapterConfig, Engine, EngineConfig, Request, SamplingParams
-from nybble.engine import engine as engine_module
+from nybble.engine import (
+    AdapterConfig,
+    Engine,
+    EngineConfig,
+    Request,
+    SamplingParams,
+    ngram_drafter,
+)
 from nybble.engine.guide import GrammarCompiler
-from nybble.engine.ngram_drafter import Draft, NgramDrafter
+from nybble.engine.model_drafter import ModelDrafter
+from nybble.engine.ngram_drafter import Match, Ngrams
+from nybble.engine.scheduler import ScheduledBatch
 from nybble.loaders import open_checkpoint
 
 CONFIG = EngineConfig(
@@ -31,14 +41,14 @@ CONFIG = EngineConfig(
 Answer = tuple[list[int], str, list[Any], str | None]
 
 
-class Informed(NgramDrafter):
+class Informed(Ngrams):
     """Drafts what the sequence will say, of which it knows most: some tokens are wrong."""
 
     texts: ClassVar[list[tuple[int, ...]]] = []
     chance: ClassVar = random.Random(0)
 
-    def propose(self, limit: int) -> Draft:
-        return Draft(self._next(limit), agreeing=4)
+    def find(self, limit: int) -> Match:
+        return Match(self._next(limit), agreeing=4)
 
     def _next(self, limit: int) -> tuple[int, ...]:
         said = tuple(self._tokens)
@@ -122,15 +132,17 @@ def models(
     adapter = tiny_adapter()
     started: list[Engine] = []
 
-    def start(**settings: Any) -> Engine:
+    def start(draft: Path | None = None, **settings: Any) -> Engine:
         config = replace(CONFIG, **settings)
-        engine = Engine.load(open_checkpoint(folder), config, progress=False)
+        drafting = None if draft is None else open_checkpoint(draft)
+        engine = Engine.load(open_checkpoint(folder), config, progress=False, draft=drafting)
         engine.start()
         started.append(engine)
         if request.param == "all tokens seen":
             engine.load_adapter("a", str(adapter))
         return engine
 
+    start.folder = folder  # type: ignore[attr-defined]
     start.adapters = request.param == "all tokens seen"  # type: ignore[attr-defined]
     yield start
     for engine in started:
@@ -150,7 +162,7 @@ def test_whatever_is_asked_the_answers_are_those_without_drafts(
     monkeypatch.setattr(
         Informed, "texts", [(*prompts[kind], *expected[kind][0]) for kind in prompts]
     )
-    monkeypatch.setattr(engine_module, "NgramDrafter", Informed)
+    monkeypatch.setattr(ngram_drafter, "Ngrams", Informed)
     drafting = models(kv_cache_bytes=kv_cache_bytes, speculate="ngram")
     for _ in range(2):  # the second time with a prefix cache
         assert answers(drafting, prompts) == expected
@@ -182,7 +194,7 @@ def test_drafts_behind_a_cached_prompt_are_not_counted_as_prompt_tokens(
     plain = models()
     expected = answers(plain, prompts)
     monkeypatch.setattr(Informed, "texts", [(*prompts["greedy"], *expected["greedy"][0])])
-    monkeypatch.setattr(engine_module, "NgramDrafter", Informed)
+    monkeypatch.setattr(ngram_drafter, "Ngrams", Informed)
     drafting = models(speculate="ngram")
     for _ in range(2):  # all but the last token of the prompt is cached the second time
         assert answers(drafting, prompts) == expected
@@ -193,7 +205,7 @@ def test_a_draft_never_takes_a_block_or_a_token_of_the_budget_that_another_needs
     models: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Informed, "texts", [])
-    monkeypatch.setattr(engine_module, "NgramDrafter", Informed)
+    monkeypatch.setattr(ngram_drafter, "Ngrams", Informed)
     prompts = {"greedy": prompt(1, 30), "sampled": prompt(2, 30), "few": prompt(3, 30)}
     plain = models(kv_cache_bytes=100 << 10)
     expected = answers(plain, prompts)
@@ -201,3 +213,77 @@ def test_a_draft_never_takes_a_block_or_a_token_of_the_budget_that_another_needs
     assert answers(drafting, prompts) == expected
     assert drafting.stats().preemptions <= plain.stats().preemptions + 1
     assert drafting.stats().draft_tokens > 0
+
+
+@pytest.fixture
+def draft_model(models: Callable[..., Engine], tmp_path: Path) -> Callable[[float], Path]:
+    """``draft_model(noise)``: the model itself, its weights changed by so much of their spread."""
+
+    def make(noise: float) -> Path:
+        folder = tmp_path / "draft"
+        shutil.copytree(models.folder, folder)  # type: ignore[attr-defined]
+        tensors = load_file(folder / "model.safetensors")
+        generator = torch.Generator().manual_seed(0)
+        for name, tensor in tensors.items():
+            change = torch.randn(tensor.shape, generator=generator) * tensor.float().std()
+            tensors[name] = (tensor.float() + noise * change).to(tensor.dtype)
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        return folder
+
+    return make
+
+
+@pytest.mark.parametrize("preempting", [False, True])
+@pytest.mark.parametrize("speculate", ["draft", "auto"])
+def test_the_answers_are_those_without_a_draft_model(
+    models: Callable[..., Engine],
+    draft_model: Callable[[float], Path],
+    speculate: str,
+    preempting: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    kinds = [kind for kind in ASKED if kind != "adapted" or models.adapters]  # type: ignore[attr-defined]
+    prompts = {kind: prompt(place, 5 + 6 * place) for place, kind in enumerate(kinds)}
+    expected = answers(models(), prompts)
+    drafting = models(draft_model(0.03), speculate=speculate)
+    scheduler = drafting._thread._scheduler
+    schedule, steps = scheduler.schedule, 0
+
+    def preempt_now_and_then() -> ScheduledBatch:
+        nonlocal steps
+        steps += 1
+        if preempting and steps % 4 == 0 and scheduler.running:
+            scheduler.preempt(scheduler.running[steps // 4 % len(scheduler.running)])
+        return schedule()
+
+    monkeypatch.setattr(scheduler, "schedule", preempt_now_and_then)
+    for _ in range(2):  # the second time with prefix caches
+        assert answers(drafting, prompts) == expected
+    stats = drafting.stats()
+    assert (stats.preemptions > 0) == preempting
+    if speculate == "draft":
+        assert stats.draft_tokens > stats.accepted_tokens > 100
+    assert stats.kv_blocks_free == stats.kv_blocks_total
+    assert no_drafts_kept(drafting)
+
+
+def no_drafts_kept(engine: Engine) -> bool:
+    speculation = engine._thread._scheduler.speculation
+    assert speculation is not None
+    drafter = speculation._drafter
+    assert isinstance(drafter, ModelDrafter)
+    blocks = drafter._blocks
+    return not drafter._drafted and blocks.num_free_blocks == blocks.num_blocks
+
+
+def test_a_model_that_drafts_for_itself_is_always_right(
+    models: Callable[..., Engine], draft_model: Callable[[float], Path]
+) -> None:
+    prompts = {"greedy": prompt(1, 30)}
+    plain = models()
+    expected = answers(plain, prompts)
+    drafting = models(draft_model(0.0), speculate="draft", max_draft_tokens=5)
+    assert answers(drafting, prompts) == expected
+    stats = drafting.stats()
+    assert stats.accepted_tokens == stats.draft_tokens
+    assert stats.steps <= 2 + 60 // 6 + 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,14 @@ from torch import Tensor
 from nybble.kernels import PackedWeight
 from nybble.kernels.cpu.build import Target, build, missing_cpu_features
 from nybble.kernels.cpu.library import CpuLibrary
-from nybble.kernels.packed import INTEGER_LEVELS, SYMMETRIC_LEVELS, pack_nibbles
+from nybble.kernels.packed import (
+    INT8_MAX,
+    INTEGER_LEVELS,
+    SYMMETRIC_LEVELS,
+    pack_int8,
+    pack_nibbles,
+)
+from nybble.loaders.formats.affine import two_digits
 
 CODEBOOK = torch.linspace(-1, 1, 16).bfloat16().float()
 
@@ -47,6 +55,42 @@ def random_weight(
         perm=torch.randperm(columns).int() if act_order else None,
         bias=torch.randn(out).bfloat16() if bias else None,
     )
+
+
+def random_8_bit_weight(
+    out: int,
+    columns: int,
+    group: int,
+    dtype: torch.dtype,
+    *,
+    zeros: bool,
+    act_order: bool,
+    bias: bool,
+) -> PackedWeight:
+    """A weight as two planes of digits. ``group`` must divide ``columns``."""
+    scales = torch.rand(out, columns // group).to(dtype)
+    if zeros:
+        codes = torch.randint(0, 256, (out, columns), dtype=torch.uint8)
+        # Such as GPTQ's, or not whole, as GGUF's.
+        points = torch.randint(0, 256, scales.shape) + (torch.rand(scales.shape) - 0.5) * bias
+        order = torch.randperm(columns).int() if act_order else None
+        codes, scales, points, perm = two_digits(codes, scales, points, order)
+        weight = PackedWeight(
+            qweight=pack_nibbles(codes),
+            scales=scales,
+            zeros=points.to(dtype),
+            levels=INTEGER_LEVELS,
+            out_features=out,
+            in_features=columns,
+            group_size=group,
+            perm=perm,
+        )
+    else:
+        signed = torch.randint(-INT8_MAX, INT8_MAX + 1, (out, columns), dtype=torch.int16)
+        weight = pack_int8(signed, scales, group)
+        if act_order:
+            weight = replace(weight, perm=torch.randperm(columns).int().repeat(2))
+    return replace(weight, bias=torch.randn(out).bfloat16() if bias else None)
 
 
 def transposed(x: Tensor) -> Tensor:

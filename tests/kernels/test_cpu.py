@@ -27,9 +27,11 @@ from nybble.kernels.packed import (
     INTEGER_LEVELS,
     SYMMETRIC_LEVELS,
     pack_int8,
+    pack_nibbles,
 )
+from nybble.loaders.formats.affine import two_digits
 
-from .cpu_kernels import CODEBOOK, compiled, random_weight, transposed
+from .cpu_kernels import CODEBOOK, compiled, random_8_bit_weight, random_weight, transposed
 
 pytestmark = pytest.mark.usefixtures("two_threads")
 
@@ -93,13 +95,19 @@ class Problem:
         torch.manual_seed(seed)
         columns = groups * group - short
         weight = random_weight(out, columns, group, kind, dtype, act_order=act_order, bias=bias)
+        return cls.with_weight(rows, weight, 32 if kind == "asym" else None)
+
+    @classmethod
+    def with_weight(cls, rows: int, weight: PackedWeight, spread: int | None) -> Problem:
+        """spread: scales by which the terms of one weight may be apart before they cancel."""
+        columns = weight.in_features
         # Activations of models: a few columns are far larger than the others.
         x = (torch.randn(rows, columns) * 2.0 ** torch.randint(-4, 3, (columns,))).bfloat16()
         dense = weight.dequantize().double()
         exact = x.double() @ dense.T
         # The terms actually added: a code's and its zero's separately, before they cancel.
-        spread = 32 * weight.scales.double().max() if kind == "asym" else dense.abs().max()
-        magnitude = (x.double().abs().sum(1, keepdim=True) * spread).expand_as(exact)
+        apart = dense.abs().max() if spread is None else spread * weight.scales.double().max()
+        magnitude = (x.double().abs().sum(1, keepdim=True) * apart).expand_as(exact)
         if weight.bias is not None:
             exact += weight.bias.double()
         return cls(x, weight, exact, magnitude)
@@ -111,6 +119,84 @@ def test_matmul(bf16_cpu: CpuLibrary, **shape: Any) -> None:
     problem = Problem.of(**shape)
     found = bf16_cpu.packed_matmul(problem.x, problem.weight.to_layout("cpu_tiles"))
     assert_close(found, problem.exact, problem.magnitude)
+
+
+BYTE_SHAPES = {
+    "rows": st.sampled_from([1, 2, 3, 5, 8, 9, 10, 11, 23]),
+    "out": st.integers(1, 150),
+    "groups": st.integers(1, 4),
+    "group": st.sampled_from([8, 16, 64, 128, 136, 264]),
+    "dtype": st.sampled_from([torch.float16, torch.bfloat16, torch.float32]),
+    "zeros": st.booleans(),
+    "act_order": st.booleans(),
+    "bias": st.booleans(),
+    "seed": st.integers(0, 99),
+}
+
+
+def byte_problem(
+    rows: int,
+    out: int,
+    groups: int,
+    group: int,
+    dtype: torch.dtype,
+    zeros: bool,
+    act_order: bool,
+    bias: bool,
+    seed: int,
+) -> Problem:
+    torch.manual_seed(seed)
+    weight = random_8_bit_weight(
+        out, groups * group, group, dtype, zeros=zeros, act_order=act_order, bias=bias
+    )
+    assert weight.has_two_digits
+    # The scales of high digits are 16 times as large.
+    return Problem.with_weight(rows, weight, 32 if zeros else None)
+
+
+@given(**BYTE_SHAPES)
+@settings(max_examples=100, deadline=None)
+def test_8_bit_weights_are_multiplied_in_one_pass(bf16_cpu: CpuLibrary, **shape: Any) -> None:
+    problem = byte_problem(**shape)
+    found = bf16_cpu.packed_matmul(problem.x, problem.weight.to_layout("cpu_tiles"))
+    assert_close(found, problem.exact, problem.magnitude)
+
+
+@given(**BYTE_SHAPES)
+@settings(max_examples=100, deadline=None)
+def test_8_bit_weights_in_integers_err_by_the_rounding_of_activations_alone(
+    integer_cpu: CpuLibrary, **shape: Any
+) -> None:
+    problem = byte_problem(**shape)
+    found = integer_cpu.packed_matmul(problem.x, problem.weight.to_layout("cpu_tiles"))
+    rounded = reference.packed_matmul_int16(problem.x, problem.weight)
+    assert_close(found, rounded, problem.magnitude)
+
+
+def test_every_8_bit_code_is_multiplied_exactly(cpu: CpuLibrary) -> None:
+    """One column is 1: the outputs are its codes, less the zero."""
+    codes = torch.arange(256, dtype=torch.uint8)[:, None].repeat(1, 8)
+    for zero in (0, 9, 136, 255):
+        digits, scales, zeros, perm = two_digits(
+            codes, torch.ones(256, 1), torch.full((256, 1), float(zero))
+        )
+        weight = PackedWeight(
+            qweight=pack_nibbles(digits),
+            scales=scales,
+            zeros=zeros,
+            levels=INTEGER_LEVELS,
+            out_features=256,
+            in_features=8,
+            group_size=8,
+            perm=perm,
+        )
+        assert weight.has_two_digits
+        for rows in (1, 8, 20):
+            for column in range(8):
+                x = torch.zeros(rows, 8).bfloat16()
+                x[:, column] = 1
+                found = cpu.packed_matmul(x, weight.to_layout("cpu_tiles"))
+                assert torch.equal(found.float(), (codes[:, 0].float() - zero).expand(rows, 256))
 
 
 @given(**SHAPES)
@@ -200,10 +286,15 @@ def assert_same_bits(found: Tensor, expected: Tensor) -> None:
     assert torch.equal(found.view(bits), expected.contiguous().view(bits))
 
 
-@pytest.mark.parametrize("kind", ["asym", "sym", "codebook"])
+@pytest.mark.parametrize("kind", ["asym", "sym", "codebook", "8 bits", "8 bits, zeros"])
 def test_a_row_does_not_depend_on_its_batch(cpu: CpuLibrary, kind: str) -> None:
     """To the bit, whether the rows are those of a decode step or of prompts."""
-    weight = random_weight(200, 288, 144, kind, torch.float16, act_order=False, bias=True)
+    if kind.startswith("8"):
+        weight = random_8_bit_weight(
+            200, 288, 144, torch.float16, zeros="zeros" in kind, act_order=False, bias=True
+        )
+    else:
+        weight = random_weight(200, 288, 144, kind, torch.float16, act_order=False, bias=True)
     weight = weight.to_layout("cpu_tiles")
     x = torch.randn(300, 288).bfloat16()
     together = cpu.packed_matmul(x, weight)
@@ -223,12 +314,18 @@ def test_integer_kernels_agree_to_the_bit() -> None:
     encoded = Target("avx2_vnni_as_avx512", ("avx512f", "avx512vl", "avx512_vnni"), flags)
     targets = [each for each in (*TARGETS[1:], encoded) if not missing_cpu_features(each)]
     libraries = [compiled(target) for target in targets]
-    for kind in ("asym", "codebook"):
-        torch.manual_seed(0)
-        weight = random_weight(100, 300, 128, kind, torch.float16, act_order=False, bias=True)
+    torch.manual_seed(0)
+    byte_codes = random_8_bit_weight(
+        100, 288, 96, torch.float16, zeros=True, act_order=False, bias=True
+    )
+    nibbles = (
+        random_weight(100, 300, 128, kind, torch.float16, act_order=False, bias=True)
+        for kind in ("asym", "codebook")
+    )
+    for weight in (byte_codes, *nibbles):
         tiled = weight.to_layout("cpu_tiles")
         for rows in (1, 2, 3, 8, 20):
-            x = torch.randn(rows, 300).bfloat16()
+            x = torch.randn(rows, weight.in_features).bfloat16()
             first, *others = (library.packed_matmul(x, tiled) for library in libraries)
             assert all(torch.equal(other, first) for other in others)
 
@@ -250,6 +347,12 @@ def test_the_largest_sums_of_integers_do_not_overflow(integer_cpu: CpuLibrary) -
             found = integer_cpu.packed_matmul(x, weight.to_layout("cpu_tiles"))
             exact = 256 * 1.9921875 * levels[code].expand_as(found)
             torch.testing.assert_close(found.float(), exact, rtol=2**-8, atol=0)
+    for code in (-INT8_MAX, INT8_MAX):
+        codes = torch.full((16, 256), code, dtype=torch.int16)
+        weight = pack_int8(codes, torch.ones(16, 1), 256).to_layout("cpu_tiles")
+        found = integer_cpu.packed_matmul(x, weight)
+        exact = torch.full((20, 16), 256 * 1.9921875 * code)
+        torch.testing.assert_close(found.float(), exact, rtol=2**-8, atol=0)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])

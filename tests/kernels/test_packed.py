@@ -157,3 +157,22 @@ def test_an_8_bit_weight_is_two_planes_of_4_bit_digits() -> None:
     x = torch.randn(2, 24, generator=generator)
     torch.testing.assert_close(packed_matmul(x, weight), (x.double() @ exact.T).float())
     assert torch.equal(weight.to_layout("cpu_tiles").dequantize(), weight.dequantize())
+
+
+def test_an_8_bit_weight_is_known_by_its_digits() -> None:
+    codes = torch.randint(-INT8_MAX, INT8_MAX + 1, (32, 256), dtype=torch.int16)
+    weight = pack_int8(codes, torch.rand(32, 2).half(), 128)
+    assert weight.perm is not None
+    for layout in ("rows", "cpu_tiles", "gpu_tiles"):
+        assert weight.to_layout(layout).has_two_digits  # type: ignore[arg-type]
+    levels = torch.linspace(-1, 1, 16)
+    for other in (
+        replace(weight, perm=torch.arange(512).int() // 2),
+        replace(weight, scales=weight.scales.roll(1, dims=1)),
+        replace(weight, levels=levels),
+        replace(weight, levels=INTEGER_LEVELS),
+        random_weight(32, 512, 128, zeros=True),
+        # Groups that hold digits of both kinds.
+        replace(weight, group_size=512, scales=torch.ones(32, 1)),
+    ):
+        assert not other.has_two_digits

@@ -59,9 +59,9 @@ def error(x: Tensor, ids: Tensor, weights: Tensor | None, experts: list[PackedWe
 
 
 @pytest.mark.parametrize("kind", ["symmetric", "zeros", "codebook"])
-@pytest.mark.parametrize("group", [32, 64, 128])
+@pytest.mark.parametrize("group", [32, pytest.param(64, marks=pytest.mark.slow), 128])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("load", ["even", "skewed"])
+@pytest.mark.parametrize("load", [pytest.param("even", marks=pytest.mark.slow), "skewed"])
 @pytest.mark.parametrize("rows", [4, 9], ids=["few rows", "more"])
 def test_every_kind_of_weight(
     kind: str, group: int, dtype: torch.dtype, load: str, rows: int

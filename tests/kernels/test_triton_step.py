@@ -197,9 +197,20 @@ def test_paged_attention_equals_the_reference(
     close(attention.paged_attention(q, keys, values, batch, dim**-0.5, window), expected)
 
 
-@pytest.mark.parametrize("kept", [None, torch.int8])
-@pytest.mark.parametrize("window", [0, 40])
-@pytest.mark.parametrize(("softcap", "sinks"), [(2.0, False), (0.0, True), (3.0, True)])
+@pytest.mark.parametrize(
+    ("softcap", "sinks", "window", "kept"),
+    [
+        (2.0, False, 40, None),
+        (0.0, True, 0, None),
+        (3.0, True, 40, torch.int8),
+        *(
+            pytest.param(*logits, window, kept, marks=pytest.mark.slow)
+            for logits in ((2.0, False), (0.0, True), (3.0, True))
+            for window in (0, 40)
+            for kept in (None, torch.int8)
+        ),
+    ],
+)
 def test_capped_logits_and_sinks_equal_the_reference(
     softcap: float, sinks: bool, window: int, kept: torch.dtype | None
 ) -> None:
@@ -254,8 +265,18 @@ def test_attention_equals_the_reference_with_every_devices_settings(
     close(attention.paged_attention(q, *caches, *options), expected, 1e-3)
 
 
-@pytest.mark.parametrize("block_size", [4, 16])
-@pytest.mark.parametrize("window", [1, 40, 100])
+@pytest.mark.parametrize(
+    ("window", "block_size"),
+    [
+        (1, 16),
+        (40, 4),
+        *(
+            pytest.param(window, block_size, marks=pytest.mark.slow)
+            for window in (1, 40, 100)
+            for block_size in (4, 16)
+        ),
+    ],
+)
 def test_blocks_that_no_new_token_sees_are_not_read(block_size: int, window: int) -> None:
     """They may have been given to another sequence, whose values need not even be numbers."""
     lengths, dim = [(700, 1), (300, 70), (150, 1), (261, 2), (20, 9)], 32
@@ -272,12 +293,10 @@ def test_blocks_that_no_new_token_sees_are_not_read(block_size: int, window: int
 
 @pytest.mark.parametrize("kept", [torch.int8, torch.float8_e4m3fn])
 @pytest.mark.parametrize(("rotary_dim", "interleaved"), [(48, False), (32, False), (20, True)])
-def test_8_bit_caches_hold_each_head_to_its_precision_and_are_attended_as_they_stand(
+def test_8_bit_caches_hold_each_head_to_its_precision(
     kept: torch.dtype, rotary_dim: int, interleaved: bool
 ) -> None:
-    lengths, kv_heads, dim, block_size = [(300, 1), (70, 40)], 2, 48, 16
-    batch, _, _ = paged(lengths, kv_heads, dim, block_size, torch.float16)
-    blocks = int(batch.block_tables.max()) + 1
+    kv_heads, dim, block_size, blocks = 2, 48, 16, 24
     slots = torch.randperm(blocks * block_size)[:100].to(DEVICE)
     fused = random(100, 4 + 2 * kv_heads, dim, dtype=torch.float16)
     fused[3, 4:] = 0  # a head of zeros has no scale
@@ -307,8 +326,13 @@ def test_8_bit_caches_hold_each_head_to_its_precision_and_are_attended_as_they_s
     bound = peak / 127 * 0.502 if kept == torch.int8 else exact.abs() / 15.9 + peak / 448 / 2**10
     assert ((stored - exact).abs() <= bound).all()
 
-    caches = torch.randint(-127, 128, caches.shape).to(DEVICE, kept)
-    scales = random(2, blocks, kv_heads, block_size).abs()
+
+@pytest.mark.parametrize("kept", [torch.int8, torch.float8_e4m3fn])
+def test_8_bit_caches_are_attended_as_they_stand(kept: torch.dtype) -> None:
+    kv_heads, dim, block_size = 2, 48, 16
+    batch, keys, _ = paged([(300, 1), (70, 40)], kv_heads, dim, block_size, torch.float16)
+    caches = torch.randint(-127, 128, (2, *keys.shape)).to(DEVICE, kept)
+    scales = random(2, *keys.shape[:3]).abs()
     q = random(41, 4, dim, dtype=torch.float16)
     expected = reference.paged_attention(q.double(), *caches, batch, 0.02, 0, *scales)
     close(attention.paged_attention(q, *caches, batch, 0.02, 0, *scales), expected, 1e-3)

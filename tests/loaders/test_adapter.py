@@ -23,6 +23,7 @@ from nybble.models import Architecture, architecture_of
 
 DOWN = "model.layers.0.mlp.down_proj"
 WEIGHTS = "adapter_model.safetensors"
+ONE = torch.ones(4, 128)
 
 
 @pytest.fixture
@@ -210,7 +211,11 @@ def test_a_tokenizer_beside_an_adapter_is_said_to_be_unused(
         ({"bias": "all"}, "has no bias for model.layers.0.self_attn.k_proj, which its settings"),
         ({"bias": "lora_only"}, "has no bias for model.layers.0.self_attn.k_proj, which its"),
         ({"bias": "most"}, "bias 'most' is not supported, expected one of none, lora_only, all"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save is ['lm_head'], which is not"),
+        ({"modules_to_save": ["lm_head"]}, "has no weight for lm_head, which its modules_to_save"),
+        ({"modules_to_save": ["o_proj"]}, "modules_to_save has 'o_proj', which is not supported"),
+        ({"modules_to_save": ["score"]}, "modules_to_save has 'score', which is not supported"),
+        ({"trainable_token_indices": {"wte": [1]}}, "trainable_token_indices has 'wte', which is"),
+        ({"trainable_token_indices": [1]}, "has no trainable_tokens_delta for model.embed_tokens"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa' changed the base weights"),
         ({"lora_bias": True}, f"has no lora_bias for {DOWN}"),
         ({"layer_replication": [[0, 2]]}, "layer_replication is [[0, 2]]"),
@@ -316,23 +321,89 @@ def test_magnitudes_and_biases_are_read_in_the_spelling_of_every_version(
     assert torch.equal(getattr(found, field), expected)
 
 
+def test_changes_of_embeddings_output_layer_and_norms_are_what_peft_merges(
+    tiny_adapter: Callable[..., Path], tiny_model: Callable[..., Path], architecture: Architecture
+) -> None:
+    from peft import PeftModel
+
+    options: dict[str, Any] = {
+        "target_modules": ["embed_tokens", "q_proj"],
+        "trainable_token_indices": {"lm_head": [9, 5]},
+        "modules_to_save": ["norm"],
+        "use_rslora": True,
+    }
+    folder = tiny_adapter(**options)
+    base = AutoModelForCausalLM.from_pretrained(tiny_model(), dtype=torch.float32)
+    embedding, head = base.model.embed_tokens.weight.clone(), base.lm_head.weight.clone()
+    found = load_adapter(folder, architecture)
+    merged = PeftModel.from_pretrained(base, folder).merge_and_unload().state_dict()
+    assert found.embedding is not None
+    assert found.head is not None
+    torch.testing.assert_close(
+        found.embedding.merged(embedding), merged["model.embed_tokens.weight"]
+    )
+    torch.testing.assert_close(found.head.merged(head), merged["lm_head.weight"])
+    assert sorted(found.norms) == sorted(name for name in merged if "norm" in name)
+    for name, tensor in found.norms.items():
+        assert torch.equal(tensor, merged[name])
+
+
 @pytest.mark.parametrize(
-    ("options", "named"),
+    ("options", "change", "message"),
     [
-        ({"target_modules": ["q_proj", "lm_head"]}, "lm_head"),
-        ({"target_modules": ["q_proj", "embed_tokens"]}, "embed_tokens"),
-        ({"modules_to_save": ["input_layernorm", "norm"]}, "input_layernorm"),
-        ({"trainable_token_indices": [5, 6]}, "trainable_token_indices"),
+        (
+            {"target_modules": ["q_proj", "embed_tokens"], "use_dora": True},
+            lambda tensors: None,
+            "DoRA on model.embed_tokens is not supported",
+        ),
+        (
+            {"target_modules": ["q_proj", "embed_tokens"]},
+            lambda tensors: tensors.pop("base_model.model.model.embed_tokens.lora_embedding_B"),
+            "has no lora_embedding_B for model.embed_tokens, which its target_modules select",
+        ),
+        (
+            {"modules_to_save": ["lm_head"]},
+            lambda tensors: tensors.update({"base_model.model.lm_head.lora_A.weight": ONE}),
+            "has base_model.model.lm_head.lora_A.weight, which its adapter_config.json does not",
+        ),
+        (
+            {"modules_to_save": ["lm_head"]},
+            lambda tensors: tensors.update({"base_model.model.lm_head.weight": ONE}),
+            "lm_head.weight has 4 tokens and the base's vocabulary 320: adapters with a resized",
+        ),
+        (
+            {"modules_to_save": ["lm_head"]},
+            lambda tensors: tensors["base_model.model.lm_head.weight"].fill_(float("nan")),
+            "lm_head.weight has values that are not finite",
+        ),
+        (
+            {"trainable_token_indices": [5, 6]},
+            lambda tensors: tensors.update(
+                {"base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta": ONE}
+            ),
+            "trainable_tokens_delta has shape (4, 128), expected (2, 128)",
+        ),
+        (
+            {},
+            lambda tensors: tensors.update({"base_model.model.model.norm.weight": ONE[0]}),
+            "has base_model.model.model.norm.weight, which its adapter_config.json does not speak",
+        ),
     ],
 )
-def test_adapters_outside_the_projections_are_refused_with_what_to_do(
+def test_what_does_not_fit_the_ends_is_named(
     tiny_adapter: Callable[..., Path],
     architecture: Architecture,
+    tmp_path: Path,
     options: dict[str, Any],
-    named: str,
+    change: Callable[[dict[str, Tensor]], object],
+    message: str,
 ) -> None:
-    with pytest.raises(AdapterError, match=rf"{named}.*merge_and_unload"):
-        load_adapter(tiny_adapter(**options), architecture)
+    folder = Path(shutil.copytree(tiny_adapter(**options), tmp_path / "adapter"))
+    tensors = load_file(folder / WEIGHTS)
+    change(tensors)
+    save_file(tensors, folder / WEIGHTS)
+    with pytest.raises(AdapterError, match=re.escape(message)):
+        load_adapter(folder, architecture)
 
 
 def test_the_first_tensor_of_a_wrong_shape_is_named_with_both_shapes(

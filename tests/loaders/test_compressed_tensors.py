@@ -47,12 +47,33 @@ def test_every_weight_equals_the_package_s_own(kind: str) -> None:
         assert (found.perm is not None) == (kind == "act_order" or found.columns > len(weight[0]))
 
 
-def test_fp8_weights_equal_the_package_s_own() -> None:
-    """Scales by output, by block of 16×16 and one a matrix; loaded in 16 bits."""
-    checkpoint = open_checkpoint(FILES / "float")
+@pytest.mark.parametrize("kind", ["group", "weight", "weight_new"])
+def test_files_of_llm_compressor_ordered_by_activation(kind: str, tmp_path: Path) -> None:
+    """With ``group`` the file says which group an input is of; with ``weight`` it needs not.
+    ``data/compressed_tensors/oneshot.py`` made the files."""
+    folder = Path(shutil.copytree(FILES / f"oneshot_{kind}", tmp_path / kind))
+    expected = load_file(folder / "expected.safetensors")
+    (folder / "expected.safetensors").unlink()
+    checkpoint, _ = opened(folder)
+    shards = Shards(folder)
+    checkpoint.check(shards)
+    assert len(expected) == 7
+    for name, weight in expected.items():
+        assert (name + ".weight_g_idx" in shards) == (kind == "group")
+        found = checkpoint.projection(shards, name)
+        assert isinstance(found, PackedWeight)
+        assert (found.perm is not None) == (kind == "group")
+        assert torch.equal(found.dequantize(weight.dtype), weight), name
+
+
+@pytest.mark.parametrize("kind", ["float", "oneshot_fp8_block"])
+def test_fp8_weights_equal_the_package_s_own(kind: str) -> None:
+    """Scales by output, by block (with partial ones at the ends) and one a matrix; loaded in 16
+    bits. llm-compressor quantized the second model."""
+    checkpoint = open_checkpoint(FILES / kind)
     assert isinstance(checkpoint, FolderCheckpoint)
     assert isinstance(checkpoint.quantization, CompressedTensorsFp8)
-    shards, expected = Shards(FILES / "float"), load_file(FILES / "float" / "expected.safetensors")
+    shards, expected = Shards(FILES / kind), load_file(FILES / kind / "expected.safetensors")
     checkpoint.check(shards)
     assert len(expected) == 7
     for name, weight in expected.items():

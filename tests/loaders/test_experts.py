@@ -180,7 +180,9 @@ def test_a_missing_router_is_refused_by_name(
         ("qwen3_moe", {"num_experts_per_tok": 0}, "num_experts_per_tok is 0"),
         ("phimoe", {"num_experts_per_tok": 1}, "num_experts_per_tok is 1, which is not supported"),
         ("olmoe", {"clip_qkv": 8.0}, "clip_qkv is 8.0, which is not supported for olmoe"),
-        ("deepseek_v3", {}, r"'deepseek_v3' is not supported \(multi-head latent attention\); "),
+        ("deepseek_v2", {"topk_method": "any"}, "topk_method is 'any'; supported are greedy and g"),
+        ("deepseek_v2", {"norm_topk_prob": True}, "norm_topk_prob is True, which is not supported"),
+        ("glm4_moe_lite", {"mlp_layer_types": ["dense"]}, r"mlp_layer_types is \['dense'\], expe"),
     ],
 )
 def test_mixtures_that_are_not_supported_are_refused_before_anything_is_read(

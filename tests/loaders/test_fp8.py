@@ -24,6 +24,7 @@ from nybble.loaders.shards import Shards
 from nybble.quantizers import InFlight, merge_adapter
 
 BLOCK = 64
+FILES = Path(__file__).parent / "data" / "fp8"
 
 
 def written(source: Path, folder: Path, scheme: str) -> Path:
@@ -69,6 +70,27 @@ def dense(folder: Path) -> dict[str, Tensor]:
         assert isinstance(weight, DenseWeight)
         found[name] = weight.weight
     return found
+
+
+@pytest.mark.parametrize("name", ["float", "ue8m0", "experts"])
+def test_files_that_transformers_quantized_have_the_weights_it_finds_in_them(
+    name: str, tmp_path: Path
+) -> None:
+    """Blocks of 32×16 with scales in float32 and in powers of two, and those of experts.
+    ``data/fp8/make.py`` made the files."""
+    folder = Path(shutil.copytree(FILES / name, tmp_path / name))
+    expected = load_file(folder / "expected.safetensors")
+    (folder / "expected.safetensors").unlink()
+    for stacked in [name for name in expected if name.endswith(("gate_up_proj", "down_proj"))]:
+        prefix, _, leaf = stacked.rpartition(".")
+        parts = ("gate_proj", "up_proj") if leaf == "gate_up_proj" else (leaf,)
+        for expert, both in enumerate(expected.pop(stacked)):
+            for part, weight in zip(parts, both.chunk(len(parts)), strict=True):
+                expected[f"{prefix}.{expert}.{part}.weight"] = weight
+    found = dense(folder)
+    assert found.keys() == {name.removesuffix(".weight") for name in expected}
+    for module, weight in found.items():
+        assert torch.equal(weight, expected[module + ".weight"]), module
 
 
 def test_blocks_are_dequantized_as_transformers_does_it(

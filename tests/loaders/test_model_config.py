@@ -74,7 +74,7 @@ def test_internlm_3_is_llama_under_another_name(
 @pytest.mark.parametrize(
     ("family", "reason"),
     [
-        ("deepseek_v3", r"is not supported \(multi-head latent attention\); supported are apertus"),
+        ("kimi_linear", r"\(latent attention in layouts of their own\); supported are apertus"),
         ("bamba", r"is not supported \(layers of linear attention or state spaces\); "),
         (["llama"], "model_type None is not supported; "),
     ],

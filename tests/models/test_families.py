@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from nybble.kernels import reference as reference_kernels
 from nybble.loaders import Checkpoint, open_checkpoint
 from nybble.models import (
     Attention,
+    LatentAttention,
     UnsupportedModelError,
     architecture_of,
     supported_families,
@@ -61,6 +63,22 @@ DELTA_NET = {
     "linear_num_value_heads": 8,
     "linear_key_head_dim": 16,
     "linear_value_head_dim": 32,
+}
+LATENT = {
+    "head_dim": 8,
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 24,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+    "beta_fast": 32,
+    "beta_slow": 1,
 }
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
@@ -259,6 +277,61 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
         "qwen3_5_moe_text",
         {**DELTA_NET, **EXPERTS, "shared_expert_intermediate_size": 64},
     ),
+    "deepseek_v2": (
+        "deepseek_v2",
+        {
+            **LATENT,
+            **GLM_EXPERTS,
+            "q_lora_rank": None,
+            "n_shared_experts": 2,
+            "first_k_dense_replace": 1,
+            "rope_parameters": {**YARN, "mscale": 0.707, "mscale_all_dim": 0.707},
+        },
+    ),
+    "deepseek_v2 with groups": (
+        "deepseek_v2",
+        {
+            **LATENT,
+            **GLM_EXPERTS,
+            "q_lora_rank": 32,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "topk_method": "group_limited_greedy",
+            "n_group": 4,
+            "topk_group": 2,
+            "routed_scaling_factor": 1.5,
+        },
+    ),
+    "deepseek_v3": (
+        "deepseek_v3",
+        {
+            **LATENT,
+            **GLM_EXPERTS,
+            "q_lora_rank": 32,
+            "n_group": 4,
+            "topk_group": 2,
+            "first_k_dense_replace": 1,
+            "attention_bias": True,
+            "rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0},
+        },
+    ),
+    "deepseek_v3 without queries' latents": (
+        "deepseek_v3",
+        {
+            **LATENT,
+            **GLM_EXPERTS,
+            "q_lora_rank": None,
+            "n_group": 1,
+            "topk_group": 1,
+            "norm_topk_prob": False,
+            "rope_interleave": False,
+        },
+    ),
+    "glm4_moe_lite": (
+        "glm4_moe_lite",
+        {**LATENT, **GLM_EXPERTS, "q_lora_rank": 32, "rms_norm_eps": 1e-3},
+    ),
+    "youtu": ("youtu", {**LATENT, "q_lora_rank": 32, "tie_word_embeddings": True}),
     "phimoe": (
         "phimoe",
         {
@@ -305,6 +378,8 @@ _SHOWN = {
     "apertus",
     "mixtral",
     "glm4_moe with groups",
+    "deepseek_v2",
+    "deepseek_v3",
     "lfm2",
     "qwen3_next",
     "qwen3_5",
@@ -404,10 +479,14 @@ def test_norms_in_bfloat16_round_as_those_of_transformers(row: str) -> None:
     config = AutoConfig.for_model(family, **SIZES | settings, dtype=torch.bfloat16)
     model, architecture = AutoModelForCausalLM.from_config(config), architecture_of(config)
     norms = {architecture.final_norm: (config.hidden_size,)}
+    latent = {}  # norms of latents, with their epsilons
     for index, layer in enumerate(architecture.layers):
         about = layer.mixer
         hidden = (layer.pre_attention, layer.post_attention, layer.pre_mlp, layer.post_mlp)
         shapes = {name: (config.hidden_size,) for name in hidden if name is not None}
+        if isinstance(about, LatentAttention):
+            shapes.update((name, (about.norm_size(name),)) for name in about.norms)
+            latent |= {architecture.module(index, name): about.norm_eps for name in about.norms}
         if isinstance(about, Attention) and about.qk_norm is not None:
             shapes[about.q_norm] = about.norm_shape(about.heads)
             shapes[about.k_norm] = about.norm_shape(about.kv_heads)
@@ -420,7 +499,8 @@ def test_norms_in_bfloat16_round_as_those_of_transformers(row: str) -> None:
             parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
             assert parameter.dtype == torch.bfloat16
         bias = getattr(theirs, "bias", None)
-        ours = norm_part(architecture.norm, theirs.weight, bias, reference_kernels)
+        norm = replace(architecture.norm, eps=latent.get(name, architecture.norm.eps))
+        ours = norm_part(norm, theirs.weight, bias, reference_kernels)
         x = (3 * torch.randn(64, *shape, generator=generator)).bfloat16()
         with torch.no_grad():
             assert torch.equal(ours(x), theirs(x)), name

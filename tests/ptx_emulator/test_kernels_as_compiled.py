@@ -86,6 +86,7 @@ def test_every_kernel_was_run(comparisons: dict[int, list[dict[str, Any]]]) -> N
         assert run_there == KERNELS
 
 
+@pytest.mark.slow
 def test_amperes_products_are_what_the_references_compute() -> None:
     """It has instructions of its own for them; the other kernels are compiled to much the same."""
     done = run("--quick", "--capability", "80", "--families", "matmul", "attention")
@@ -118,7 +119,8 @@ def test_a_wait_that_nothing_ends_is_an_error() -> None:
     assert "a wait that never ends" in done.stderr
 
 
-@pytest.mark.parametrize("capability", ["90", pytest.param("80", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", ["80", "90"])
 def test_random_problems_are_computed_as_their_references_do(capability: str) -> None:
     """Small ones that have both codebooks and the head_dims that the fixed comparisons lack."""
     seeds = ("45", "50", "53", "97", "210")

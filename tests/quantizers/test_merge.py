@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from nybble.loaders import (
     save_packed,
 )
 from nybble.loaders.adapter import LoRAModule
+from nybble.loaders.adapter_changes import MatrixChange
 from nybble.loaders.checkpoint import FolderCheckpoint
 from nybble.loaders.formats import Settings
 from nybble.loaders.formats.awq import Awq
@@ -600,3 +602,12 @@ def test_a_quantized_output_layer_follows_the_format_that_is_written(
         found = dict(open_checkpoint(tmp_path / str(format)).weights())["lm_head"]
         assert isinstance(found, PackedWeight if format is None else DenseWeight)
         torch.testing.assert_close(dense(found), dense(expected), rtol=2**-8, atol=0)
+    changed = replace(adapter, head=MatrixChange(ids=torch.tensor([3]), rows=torch.ones(1, 128)))
+    with pytest.raises(
+        CheckpointError, match=r"changes lm_head, which .* has quantized: merge into"
+    ):
+        merge_adapter(base, changed, tmp_path / "refused", progress=False)
+    merge_adapter(base, changed, tmp_path / "changed", format="bf16", progress=False)
+    found = dense(dict(open_checkpoint(tmp_path / "changed").weights())["lm_head"])  # type: ignore[arg-type]
+    assert (found[3] == 1).all()
+    torch.testing.assert_close(found[4:], dense(expected)[4:], rtol=2**-8, atol=0)

@@ -19,6 +19,7 @@ _REFUSED = {
     "ssl_certfile": "HAProxy speaks to clients: let it end TLS (`bind … ssl crt`)",
     "root_path": "let HAProxy remove the prefix (`http-request replace-path`)",
     "fine_tuning": "run jobs on one server by itself (`nybble serve --fine-tuning`)",
+    "batches": "run batches on one server by itself (`nybble serve --batches`)",
     "state_dir": "run jobs on one server by itself (`nybble serve --state-dir`)",
     "response_store": "keep responses on one server by itself (`nybble serve --response-store`)",
     "lora_state": "the servers share what --lora-registry or --lora-watch has",

@@ -80,3 +80,16 @@ def test_a_server_without_drafts_takes_predictions_and_counts_none(client: OpenA
 def test_a_prediction_of_another_form_is_refused(client: OpenAI, prediction: Any) -> None:
     with pytest.raises(openai.BadRequestError, match="prediction"):
         ask(str(client.base_url).removesuffix("/v1/"), prediction=prediction)
+
+
+def test_a_server_with_a_draft_model_drafts_without_the_prediction_and_counts_none_of_it(
+    tiny_model: Callable[..., Path],
+) -> None:
+    draft = str(tiny_model(seed=1))
+    options = ("--draft-model", draft, "--speculate", "draft")
+    with running_server(tiny_model(), *options) as process:
+        answer = ask(process.url, prediction=predicted("QZQZ"))
+        details = answer.usage.completion_tokens_details
+        assert details.accepted_prediction_tokens == details.rejected_prediction_tokens == 0
+        metrics = urlopen(process.url + "/metrics").read().decode()
+        assert re.search(r"^nybble_draft_tokens_total [1-9]", metrics, re.MULTILINE)

@@ -11,6 +11,7 @@ from openai.types.responses import ResponseStreamEvent
 from pydantic import TypeAdapter
 
 from nybble.engine import Engine
+from nybble.server.api.output.dialect import Dialects
 
 from ..client import CHAT, COMPLETIONS, HELLO, RESPONSES, Client, refused, run
 from ..conftest import started_engine
@@ -151,7 +152,7 @@ def test_a_format_that_is_named_or_switched_off(engine: Engine) -> None:
             message = (await response.json())["choices"][0]["message"]
         assert message["content"] == "yes or no"
 
-    run(engine, off, reasoning_parser="none")
+    run(engine, off, dialects=Dialects("none"))
 
     async def refused_elsewhere(client: Client) -> None:
         body = {"model": "tiny", "prompt": "a", "thinking_token_budget": 5}

@@ -54,7 +54,7 @@ def exported(
     tenants = tmp_path_factory.mktemp("tenants") / "tenants.toml"
     tenants.write_text(f'[tenants.acme]\nkeys = ["{stored}"]\n')
     adapter = ("--lora-modules", f"poet={tiny_adapter(seed=1)}", "--max-lora-rank", "8")
-    state = ("--state-dir", str(tmp_path_factory.mktemp("state")))
+    state = ("--state-dir", str(tmp_path_factory.mktemp("state")), "--batches", "--fine-tuning")
     shared = ("--lora-registry", str(tmp_path_factory.mktemp("registry")))
     quotas = ("--quota-store", "unix:///nowhere/redis.sock")  # away: each server counts alone
     options = ("--tenants", str(tenants), *adapter, *state, *shared, *quotas)

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from nybble.server.files import files as module
+from nybble.server.files.database import Database
+from nybble.server.files.files import Files, StoredFile
 from nybble.server.http.errors import as_api_error
-from nybble.server.training import files as module
-from nybble.server.training.database import Database
-from nybble.server.training.files import Files, StoredFile
+from nybble.server.training.examples import count_examples
 
 LINE = b'{"text": "the quick brown fox"}\n'
 
@@ -26,7 +27,8 @@ def database(tmp_path: Path) -> Iterator[Database]:
 
 @pytest.fixture
 def files(database: Database, tmp_path: Path) -> Files:
-    return Files(tmp_path / "files", database, max_file_bytes=1 << 20, quota_bytes=1 << 30)
+    limits = {"max_file_bytes": 1 << 20, "quota_bytes": 1 << 30}
+    return Files(tmp_path / "files", database, **limits, checks={"fine-tune": count_examples})
 
 
 def upload(files: Files, name: str) -> StoredFile:

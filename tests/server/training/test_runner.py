@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 
-from nybble.server.training import runner as module
-from nybble.server.training.database import Database
-from nybble.server.training.files import Files, StoredFile
+from nybble.server.files import database as database_module
+from nybble.server.files.database import Database
+from nybble.server.files.files import Files, StoredFile
+from nybble.server.files.paging import Page
+from nybble.server.training.examples import count_examples
 from nybble.server.training.jobs import UNFINISHED, Job, Jobs, Status
-from nybble.server.training.paging import Page
 from nybble.server.training.runner import Runner
 from nybble.server.training.settings import TrainingSettings
 
@@ -25,6 +26,7 @@ class Parts:
     jobs: Jobs
     files: Files
     settings: TrainingSettings
+    folder: Path
     served: set[str]
 
     def runner(self, *, has_template: bool = True) -> Runner:
@@ -33,6 +35,7 @@ class Parts:
             self.files,
             self.settings,
             Path("base"),
+            self.folder,
             models=("tiny",),
             publish=lambda job, name: self.served.add(name),
             withdraw=self.served.discard,
@@ -54,9 +57,11 @@ class Parts:
 @pytest.fixture
 def parts(tmp_path: Path) -> Iterator[Parts]:
     database = Database(tmp_path)
-    settings = TrainingSettings(state=tmp_path, device="cpu", max_rank=8)
-    files = Files(tmp_path / "files", database, max_file_bytes=1 << 20, quota_bytes=1 << 20)
-    yield Parts(Jobs(database), files, settings, set())
+    settings = TrainingSettings(device="cpu", max_rank=8)
+    limits = {"max_file_bytes": 1 << 20, "quota_bytes": 1 << 20}
+    checks = {"fine-tune": count_examples}
+    files = Files(tmp_path / "files", database, **limits, checks=checks)
+    yield Parts(Jobs(database), files, settings, tmp_path / "jobs", set())
     database.close()
 
 
@@ -141,7 +146,7 @@ def test_an_adapter_whose_job_fails_at_the_very_end_is_not_served(
 def test_a_disk_that_is_full_for_a_while_ends_no_queue(
     parts: Parts, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(module, "_RETRY_SECONDS", 0.01)
+    monkeypatch.setattr(database_module, "RETRY_SECONDS", 0.01)
     job, failures = parts.job(), iter(range(12))
 
     def sometimes(function: Any) -> Any:

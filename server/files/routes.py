@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Sequence
 from pathlib import PurePath
 
 from aiohttp import web
 
 from nybble.server.api.respond import json_response
+from nybble.server.files.access import Access
+from nybble.server.files.files import Files, StoredFile, Upload
+from nybble.server.files.paging import Page
 from nybble.server.http import form_parts
 from nybble.server.http.errors import ApiError
-from nybble.server.training.access import Access, owner_of, visible_to
-from nybble.server.training.files import Files, StoredFile, Upload
-from nybble.server.training.jobs import UNFINISHED, Jobs
-from nybble.server.training.paging import Page
 
 FILES = "/v1/files"
 _MAX_NAME = 255
 
 
 class FileRoutes:
-    def __init__(self, files: Files, jobs: Jobs, access: Access) -> None:
+    def __init__(
+        self, files: Files, access: Access, users: Sequence[Callable[[str], str | None]]
+    ) -> None:
+        """users: each says what unfinished work uses the file of an id, if any does."""
         self._files = files
-        self._jobs = jobs
         self._access = access
+        self._users = users
 
     def routes(self) -> list[web.RouteDef]:
         return [
@@ -35,27 +38,32 @@ class FileRoutes:
         ]
 
     async def upload(self, request: web.Request) -> web.Response:
-        owner = owner_of(self._access.tenant(request))
-        with self._files.upload(owner) as upload:
+        caller = self._access.caller(request)
+        purposes = self._files.purposes
+        if purposes == {"fine-tune"}:
+            caller.require_fine_tuning()  # before anything is read
+        with self._files.upload(caller.owner) as upload:
             purpose, filename = await _read_form(request, upload)
             if filename is None:
                 raise _missing("file")
             if purpose is None:
                 raise _missing("purpose")
-            if purpose != "fine-tune":
+            if purpose not in purposes:
                 raise ApiError(
                     400,
-                    f"purpose is {purpose!r}, expected 'fine-tune'",
+                    f"purpose is {purpose!r}, expected {' or '.join(map(repr, purposes))}",
                     param="purpose",
                     code="invalid_value",
                 )
+            if purpose == "fine-tune":
+                caller.require_fine_tuning()
             file = await asyncio.to_thread(
-                self._files.add, upload, filename=filename, purpose=purpose, owner=owner
+                self._files.add, upload, filename=filename, purpose=purpose, owner=caller.owner
             )
         return json_response(file.body())
 
     async def list(self, request: web.Request) -> web.Response:
-        owner = visible_to(self._access.tenant(request))
+        owner = self._access.caller(request).sees
         page = Page.of(request, default=10_000, most=10_000, others=("purpose", "order"))
         purpose = request.query.get("purpose")
         files = await asyncio.to_thread(self._files.page, owner, purpose, page)
@@ -72,12 +80,11 @@ class FileRoutes:
 
     async def delete(self, request: web.Request) -> web.Response:
         file = await self._file(request)
-        for job in await asyncio.to_thread(self._jobs.with_status, *UNFINISHED):
-            if file.id in job.files:
+        for user_of in self._users:
+            if (user := await asyncio.to_thread(user_of, file.id)) is not None:
                 raise ApiError(
                     409,
-                    f"the file is used by fine-tuning job {job.id}, which is {job.status}: "
-                    "cancel it first",
+                    f"the file is used by {user}: cancel it first",
                     param="file_id",
                     code="file_in_use",
                 )
@@ -85,7 +92,7 @@ class FileRoutes:
         return json_response({"id": file.id, "object": "file", "deleted": True})
 
     async def _file(self, request: web.Request) -> StoredFile:
-        owner = visible_to(self._access.tenant(request))
+        owner = self._access.caller(request).sees
         return await asyncio.to_thread(self._files.get, request.match_info["id"], owner)
 
 

@@ -1,17 +1,24 @@
-"""The SQLite database of files, jobs and events."""
+"""The SQLite database of files, jobs, events and batches."""
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import sqlite3
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from filelock import FileLock, Timeout
 
-_VERSION = 1
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+RETRY_SECONDS = 10.0
+_VERSION = 2
 # `number` orders rows created within the same second, and is the cursor of pages.
 _SCHEMA = """
 CREATE TABLE files (
@@ -33,6 +40,19 @@ CREATE TABLE events (
     type TEXT NOT NULL, message TEXT NOT NULL, data TEXT
 );
 CREATE INDEX events_by_job ON events (job, number);
+"""
+# What format 2 has and format 1 had not. `request`: the body that created the batch. `times`: when
+# each status began, by its name. `stuck`: starts of a server since a line was finished.
+_BATCHES = """
+CREATE TABLE batches (
+    number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT UNIQUE NOT NULL, owner TEXT NOT NULL,
+    created INTEGER NOT NULL, expires INTEGER NOT NULL, status TEXT NOT NULL,
+    request TEXT NOT NULL, model TEXT, errors TEXT, times TEXT NOT NULL,
+    total INTEGER NOT NULL DEFAULT 0, completed INTEGER NOT NULL DEFAULT 0,
+    failed INTEGER NOT NULL DEFAULT 0, output_file TEXT, error_file TEXT,
+    stuck INTEGER NOT NULL DEFAULT 0
+);
+CREATE INDEX batches_by_status ON batches (status);
 """
 
 
@@ -63,9 +83,10 @@ class Database:
         (version,) = self._connection.execute("PRAGMA user_version").fetchone()
         if version > _VERSION:
             raise ValueError(f"{state}/state.db has format {version}, this server knows {_VERSION}")
-        if version == 0:
+        if version < _VERSION:
+            lacking = (_SCHEMA if version == 0 else "") + _BATCHES
             self._connection.executescript(
-                f"BEGIN; {_SCHEMA} PRAGMA user_version = {_VERSION}; COMMIT;"
+                f"BEGIN; {lacking} PRAGMA user_version = {_VERSION}; COMMIT;"
             )
 
     @contextmanager
@@ -89,3 +110,13 @@ class Database:
         with self._mutex:
             self._connection.close()
         self._lock_file.release()
+
+
+async def until_recorded(change: Callable[..., T], *arguments: Any) -> T:
+    """Call a function that writes to the folder; retry while that cannot be done."""
+    while True:
+        try:
+            return await asyncio.to_thread(change, *arguments)
+        except (sqlite3.Error, OSError) as error:  # most likely the disk is full
+            logger.error("batches and fine-tuning jobs wait %g s: %s", RETRY_SECONDS, error)
+            await asyncio.sleep(RETRY_SECONDS)

@@ -5,17 +5,18 @@ from __future__ import annotations
 import os
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from sqlite3 import Row
-from typing import Any, BinaryIO
+from sqlite3 import Connection, Row
+from typing import Any, BinaryIO, TypeVar
 
-from nybble.finetune.rows import DataError, read_rows
+from nybble.server.files.database import Database
+from nybble.server.files.paging import Page
 from nybble.server.http.errors import ApiError
-from nybble.server.training.database import Database
-from nybble.server.training.paging import Page
+
+GrowingT = TypeVar("GrowingT", bound="Growing")
 
 _PARTIAL = ".partial"
 
@@ -56,17 +57,30 @@ class StoredFile:
         }
 
 
-class Upload:
-    """A file being uploaded. It counts against its owner's quota as it grows."""
+# Looks at a file that was uploaded: its lines of training data, and those of them with messages.
+# Raises ApiError 400 naming the first bad line.
+Check = Callable[[Path], tuple[int, int]]
+
+
+@dataclass(eq=False)
+class Growing:
+    """What is being written for an owner, and counts against the owner's quota."""
+
+    owner: str
+    bytes: int = 0
+
+
+class Upload(Growing):
+    """A file being uploaded."""
 
     def __init__(self, files: Files, owner: str, path: Path, file: BinaryIO) -> None:
-        self._files, self._owner, self.path, self._file = files, owner, path, file
-        self.bytes = 0
+        super().__init__(owner)
+        self._files, self.path, self._file = files, path, file
 
     def write(self, chunk: bytes) -> None:
         """Raises ApiError 413 beyond a limit, and OSError if the disk is full."""
         self.bytes += len(chunk)
-        self._files.require_room(self._owner, self.bytes)
+        self._files.require_room(self.owner, self.bytes)
         self._file.write(chunk)
 
     def finish(self) -> None:
@@ -78,13 +92,21 @@ class Files:
     """Files by id. Every listed file is complete; an interrupted upload is removed."""
 
     def __init__(
-        self, folder: Path, database: Database, *, max_file_bytes: int, quota_bytes: int
+        self,
+        folder: Path,
+        database: Database,
+        *,
+        max_file_bytes: int,
+        quota_bytes: int,
+        checks: Mapping[str, Check],
     ) -> None:
+        """checks: by the purpose of files that may be uploaded."""
         self._folder = folder
         self._database = database
         self._max_file_bytes = max_file_bytes
         self._quota_bytes = quota_bytes
-        self._uploads: list[Upload] = []
+        self._growing: list[Growing] = []
+        self._checks = checks
         folder.mkdir(parents=True, exist_ok=True)
         known = {row["id"] for row in database.rows("SELECT id FROM files")}
         for path in folder.iterdir():
@@ -96,13 +118,20 @@ class Files:
         """A file to write to. It is removed at the end unless :meth:`add` took it."""
         path = self._folder / (secrets.token_hex(12) + _PARTIAL)
         with path.open("wb") as file:
-            upload = Upload(self, owner, path, file)
-            self._uploads.append(upload)
             try:
-                yield upload
+                with self.growing(Upload(self, owner, path, file)) as upload:
+                    yield upload
             finally:
-                self._uploads.remove(upload)
                 path.unlink(missing_ok=True)
+
+    @contextmanager
+    def growing(self, what: GrowingT) -> Iterator[GrowingT]:
+        """Count ``what`` against its owner's quota meanwhile."""
+        self._growing.append(what)
+        try:
+            yield what
+        finally:
+            self._growing.remove(what)
 
     def require_room(self, owner: str, size: int) -> None:
         """Raises ApiError 413 if an upload of ``size`` bytes exceeds a limit."""
@@ -113,8 +142,7 @@ class Files:
                 param="file",
                 code="file_too_large",
             )
-        arriving = sum(upload.bytes for upload in self._uploads if upload._owner == owner)
-        if self.bytes_of(owner) + arriving > self._quota_bytes:
+        if self.room(owner) < 0:
             raise ApiError(
                 413,
                 f"your files together would be larger than the limit of {self._quota_bytes} bytes: "
@@ -123,35 +151,64 @@ class Files:
                 code="storage_limit_exceeded",
             )
 
+    def room(self, owner: str) -> int:
+        """Bytes that the owner may still store; negative if what is being written is too much."""
+        growing = sum(each.bytes for each in self._growing if each.owner == owner)
+        return self._quota_bytes - self.bytes_of(owner) - growing
+
     def add(self, upload: Upload, *, filename: str, purpose: str, owner: str) -> StoredFile:
-        """Check every line of training data and list the file.
+        """Check the file as its purpose wants it, and list it.
 
         Raises ApiError 400 naming the first bad line.
         """
         upload.finish()
-        examples = chats = 0
-        if purpose == "fine-tune":
-            examples, chats = _examples(upload.path)
-        return self._list(upload.path, upload.bytes, filename, purpose, owner, examples, chats)
+        counts = self._checks[purpose](upload.path)
+        return self._list(upload.path, upload.bytes, filename, purpose, owner, *counts)
+
+    @property
+    def purposes(self) -> Collection[str]:
+        """Those of files that may be uploaded."""
+        return self._checks.keys()
 
     def add_result(self, content: bytes, *, filename: str, owner: str) -> StoredFile:
         """Add a file that the server made, without checking the quota."""
         path = self._folder / (secrets.token_hex(12) + _PARTIAL)
         try:
-            with path.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            return self._list(path, len(content), filename, "fine-tune-results", owner, 0, 0)
+            path.write_bytes(content)
+            return self.take(path, filename=filename, purpose="fine-tune-results", owner=owner)
         finally:
             path.unlink(missing_ok=True)
 
+    def take(
+        self,
+        path: Path,
+        *,
+        filename: str,
+        purpose: str,
+        owner: str,
+        note: Callable[[Connection, str], None] = lambda *_: None,
+    ) -> StoredFile:
+        """Add a file that the server wrote. Its bytes stay at ``path`` until it is listed.
+
+        note: records the file's id, in the transaction that lists it.
+        """
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        return self._list(path, path.stat().st_size, filename, purpose, owner, 0, 0, note=note)
+
     def _list(
-        self, path: Path, size: int, name: str, purpose: str, owner: str, *n: int
+        self,
+        path: Path,
+        size: int,
+        name: str,
+        purpose: str,
+        owner: str,
+        *n: int,
+        note: Callable[[Connection, str], None] = lambda *_: None,
     ) -> StoredFile:
         id = "file-" + secrets.token_hex(12)
-        # Move first, list second: if the server is killed in between, a start removes the file.
-        path.replace(self.path(id))
+        # A link first, listed second: if the server is killed in between, a start removes the link.
+        os.link(path, self.path(id))
         try:
             with self._database.transaction() as connection:
                 connection.execute(
@@ -159,6 +216,7 @@ class Files:
                     "chats) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
                     (id, owner, int(time.time()), name, purpose, size, *n),
                 )
+                note(connection, id)
         except BaseException:
             self.path(id).unlink(missing_ok=True)
             raise
@@ -209,17 +267,3 @@ class Files:
             "SELECT COUNT(*) AS files, COALESCE(SUM(bytes), 0) AS total FROM files"
         )
         return int(row["files"]), int(row["total"])
-
-
-def _examples(path: Path) -> tuple[int, int]:
-    examples = chats = 0
-    try:
-        for _, row in read_rows(path):
-            examples += 1
-            chats += isinstance(row.get("messages"), list)
-    except DataError as error:
-        where = "the file" if error.line is None else f"line {error.line}:"
-        raise ApiError(400, f"{where} {error.reason}", param="file", code="invalid_file") from None
-    if not examples:
-        raise ApiError(400, "the file has no examples", param="file", code="invalid_file")
-    return examples, chats

@@ -1,0 +1,248 @@
+"""The changes that adapters make to the embedding, the output layer and norms.
+
+They have no slots: such a matrix is large, few adapters have one, and they differ in what they
+change. An adapter in a slot refers to its tensors in host memory, whose bytes count towards the
+host memory for adapters. So they are computed on the CPU only. Every row is computed by the kernels
+that compute the base's, and does not depend on the other rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from nybble.engine.base_layers import BaseLayers, BaseModel
+from nybble.engine.parts import NormPart, norm_part
+from nybble.kernels import DenseWeight, PackedWeight
+from nybble.kernels.backend import Backend
+from nybble.kernels.lora import slot_buffers
+from nybble.kernels.lora_batch import LoRABatch
+from nybble.kernels.packed import LinearKernel
+from nybble.kernels.reference import stretch_add
+from nybble.loaders import LoRAAdapter
+from nybble.loaders.adapter import LoRAModule
+from nybble.loaders.adapter_changes import MatrixChange
+from nybble.models import Architecture
+
+
+@dataclass(frozen=True)
+class _LowRank:
+    """A single adapter in the buffers that :meth:`Backend.lora_add` reads."""
+
+    a: Tensor
+    b: Tensor
+    ranks: Tensor
+    backend: Backend
+
+    @classmethod
+    def of(cls, a: Tensor, b: Tensor, dtype: torch.dtype, backend: Backend) -> _LowRank:
+        """a: ``(rank, in)``; b: ``(out, rank)``, multiplied by α/r."""
+        offsets = (0, len(b))
+        buffers = slot_buffers(1, len(a), a.shape[1], offsets, dtype, "cpu")
+        buffers[0][0].copy_(a)
+        buffers[1][0].copy_(b)
+        return cls(*buffers, torch.tensor([len(a)], dtype=torch.int32), backend)
+
+    def add(self, out: Tensor, x: Tensor) -> None:
+        batch = LoRABatch.of([0] * len(x), x.device)
+        if batch is not None:
+            self.backend.lora_add(out, x, self.a, self.b, self.ranks, (0, out.shape[1]), batch)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.a, self.b
+
+
+@dataclass(frozen=True)
+class _Embedding:
+    """See :class:`nybble.loaders.adapter_changes.MatrixChange`.
+
+    table: ``(vocab, rank)``, what ``low_rank`` expands for each token; both None without LoRA.
+    """
+
+    matrix: Tensor | None
+    ids: Tensor | None
+    rows: Tensor | None
+    table: Tensor | None
+    low_rank: _LowRank | None
+
+    def __call__(self, token_ids: Tensor, base: Tensor) -> Tensor:
+        """The embeddings of tokens, of which the base's are ``base``."""
+        out = base if self.matrix is None else self.matrix[token_ids]
+        if self.ids is not None and self.rows is not None:
+            at = torch.searchsorted(self.ids, token_ids).clamp_(max=len(self.ids) - 1)
+            out = torch.where((self.ids[at] == token_ids)[:, None], self.rows[at], out)
+        if self.low_rank is not None and self.table is not None:
+            out = out.contiguous()
+            self.low_rank.add(out, self.table[token_ids])
+        return out
+
+    @property
+    def tensors(self) -> Iterator[Tensor | None]:
+        yield from (self.matrix, self.ids, self.rows, self.table)
+        if self.low_rank is not None:
+            yield from self.low_rank.tensors
+
+
+@dataclass(frozen=True)
+class _Head:
+    """See :class:`nybble.loaders.adapter_changes.MatrixChange`.
+
+    whole, some: compute the logits of all tokens, or of ``ids``, instead of the base's.
+    outputs: gains and shifts, float32 ``(2, vocab)``, as of projections (DoRA and biases).
+    tensors: what these hold.
+    """
+
+    whole: LinearKernel | None
+    ids: Tensor | None
+    some: LinearKernel | None
+    outputs: Tensor | None
+    low_rank: _LowRank | None
+    tensors: Sequence[Tensor | None]
+
+    def __call__(self, x: Tensor, base: Tensor) -> Tensor:
+        """The logits of normed hidden states, of which the base's are ``base``."""
+        out = base if self.whole is None else self.whole(x)
+        if self.ids is not None and self.some is not None:
+            out[:, self.ids] = self.some(x)
+        if self.outputs is not None:
+            stretch_add(out, torch.arange(len(out)), *self.outputs)
+        if self.low_rank is not None:
+            out = out.contiguous()
+            self.low_rank.add(out, x)
+        return out
+
+
+@dataclass(frozen=True)
+class StagedEnds:
+    """What one adapter changes at the ends. norms: instead of the base's, by their names."""
+
+    embedding: _Embedding | None
+    head: _Head | None
+    norms: Mapping[str, NormPart]
+    tensors: tuple[Tensor, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors together."""
+        return sum(each.nbytes for each in self.tensors)
+
+    def is_finite(self) -> bool:
+        return all(bool(each.isfinite().all()) for each in self.tensors)
+
+
+@dataclass(frozen=True)
+class StepEnds:
+    """The ends of the adapters in a step: each with the rows that use it, int64."""
+
+    entries: Sequence[tuple[StagedEnds, Tensor]]
+
+    def of(self, rows: Tensor) -> StepEnds | None:
+        """The same for these rows of the step, int64; None if none of them uses any."""
+        found = [(ends, torch.isin(rows, own).nonzero()[:, 0]) for ends, own in self.entries]
+        found = [(ends, own) for ends, own in found if len(own)]
+        return StepEnds(found) if found else None
+
+    def embed(self, out: Tensor, token_ids: Tensor) -> None:
+        """Write the adapters' embeddings over the base's in ``out``."""
+        for ends, rows in self.entries:
+            if ends.embedding is not None:
+                out[rows] = ends.embedding(token_ids[rows], out[rows])
+
+    def norms(self, name: str) -> Iterator[tuple[Tensor, NormPart]]:
+        """Rows that have another norm of this name, and the norm."""
+        for ends, rows in self.entries:
+            if name in ends.norms:
+                yield rows, ends.norms[name]
+
+    def head(self, logits: Tensor, x: Tensor) -> None:
+        """Write the adapters' logits of normed hidden states over the base's."""
+        for ends, rows in self.entries:
+            if ends.head is not None:
+                logits[rows] = ends.head(x[rows], logits[rows])
+
+
+def stage_ends(
+    adapter: LoRAAdapter, architecture: Architecture, base: BaseModel, dtype: torch.dtype
+) -> StagedEnds | None:
+    """What the adapter changes at the ends, in ``dtype``; None if nothing."""
+    embedding = head = None
+    tensors: list[Tensor | None] = []
+    if (change := adapter.embedding) is not None:
+        embedding = _staged_embedding(_without_base(change, base.embedding), base.backend, dtype)
+        tensors += embedding.tensors
+    if (change := adapter.head) is not None:
+        head = _staged_head(_without_base(change, base.head), base, dtype)
+        tensors += head.tensors
+    norms: dict[str, NormPart] = {}
+    for name in dict.fromkeys(each.rpartition(".")[0] for each in adapter.norms):
+        shape = base.norm_tensors[name][0].shape
+        own = {
+            part: adapter.norms[f"{name}.{part}"].to(dtype).view(shape)
+            for part in ("weight", "bias")
+            if f"{name}.{part}" in adapter.norms
+        }
+        weight, bias = base.norm_tensors[name]
+        norms[name] = norm_part(
+            architecture.norm,
+            own.get("weight", weight),
+            own.get("bias", bias),
+            base.backend,
+            name,
+        )
+        tensors += own.values()
+    if embedding is None and head is None and not norms:
+        return None
+    return StagedEnds(embedding, head, norms, tuple(t for t in tensors if t is not None))
+
+
+def _without_base(change: MatrixChange, base: Tensor | DenseWeight | PackedWeight) -> MatrixChange:
+    """The change without what it was trained on, if that is what the base has."""
+    if change.base is None:
+        return change
+    if isinstance(base, DenseWeight):
+        base = base.weight
+    same = isinstance(base, Tensor) and torch.equal(change.base.to(base.dtype), base)
+    return replace(change, base=None) if same or change.whole is not None else change
+
+
+def _staged_embedding(change: MatrixChange, backend: Backend, dtype: torch.dtype) -> _Embedding:
+    table = low_rank = None
+    if (module := change.low_rank) is not None:
+        # The kernel takes what is shrunk already: its first matrix is the identity.
+        table = module.b.to(dtype)
+        expand = (module.a.float() * module.scale).T
+        low_rank = _LowRank.of(torch.eye(module.rank), expand, dtype, backend)
+    matrix = None if change.matrix is None else change.matrix.to(dtype)
+    rows = None if change.rows is None else change.rows.to(dtype)
+    return _Embedding(matrix, change.ids, rows, table, low_rank)
+
+
+def _staged_head(change: MatrixChange, base: BaseModel, dtype: torch.dtype) -> _Head:
+    def dense(matrix: Tensor | None) -> DenseWeight | None:
+        return None if matrix is None else DenseWeight(matrix.to(dtype))
+
+    def kernel(weight: DenseWeight | None) -> LinearKernel | None:
+        return None if weight is None else base.backend.linear(weight, dtype)
+
+    whole, some = dense(change.matrix), dense(change.rows)
+    outputs = low_rank = None
+    if (module := change.low_rank) is not None:
+        outputs = _outputs(module, whole or base.head)
+        b = module.b.float() * module.scale
+        if outputs is not None:
+            b *= 1 + outputs[0, :, None]
+        low_rank = _LowRank.of(module.a, b, dtype, base.backend)
+    tensors = [weight.weight for weight in (whole, some) if weight is not None]
+    tensors += [each for each in (change.ids, outputs) if each is not None]
+    tensors += () if low_rank is None else low_rank.tensors
+    return _Head(kernel(whole), change.ids, kernel(some), outputs, low_rank, tensors)
+
+
+def _outputs(module: LoRAModule, weight: DenseWeight | PackedWeight) -> Tensor | None:
+    if module.magnitude is None and not module.changes_bias:
+        return None
+    return BaseLayers((weight,), (0, len(module.b))).gains_and_shifts(0, module)

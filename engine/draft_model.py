@@ -1,0 +1,126 @@
+"""A draft model before it drafts: whether it fits a model, its memory, its weights."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from nybble.engine.config import EngineConfig, resolve_device
+from nybble.engine.decoder import Decoder
+from nybble.engine.kv_cache import KVCacheLayout
+from nybble.kernels.backend import backend_for
+from nybble.kernels.progress import Progress, track
+from nybble.loaders.tokenizer import load_tokenizer
+from nybble.models import architecture_of
+
+if TYPE_CHECKING:
+    from nybble.loaders import Checkpoint
+
+# Wider heads spill in the prefill kernel, and do not compile for Blackwell.
+MAX_GPU_HEAD_DIM = 256
+
+
+def check_speculation(target: Checkpoint, draft: Checkpoint | None, config: EngineConfig) -> None:
+    """Raises ValueError, which says why, if a model cannot be drafted for as the config asks.
+
+    draft: None for no draft model.
+    """
+    served = architecture_of(target.config)
+    if served.recurrents and config.speculate != "off":
+        raise ValueError(
+            f"speculate is {config.speculate!r}, expected 'off': {served.family} models have "
+            "layers whose states cannot be taken back to before a draft"
+        )
+    if draft is None:
+        if config.speculate == "draft":
+            raise ValueError(
+                "speculate is 'draft', which needs a draft model (draft_model), or 'ngram'"
+            )
+        return
+    name = draft.folder.name
+    if config.speculate not in ("draft", "auto"):
+        raise ValueError(
+            f"speculate is {config.speculate!r}, expected 'draft' or 'auto' with a draft model"
+        )
+    if config.tensor_parallel_size > 1:
+        raise ValueError(
+            f"tensor_parallel_size is {config.tensor_parallel_size}, expected 1 with a draft "
+            "model: ranks do not draft"
+        )
+    architecture = architecture_of(draft.config)
+    if architecture.recurrents:
+        raise ValueError(
+            f"the draft model {name} is a {architecture.family} model, which has layers whose "
+            "states cannot be taken back to before a draft; expected one with attention alone"
+        )
+    known, drafted = (
+        {id: token for token, id in load_tokenizer(folder).get_vocab().items()}
+        for folder in (target.folder, draft.folder)
+    )
+    for id, token in sorted(known.items()):
+        other = drafted.get(id)
+        if other is not None and other != token:
+            raise ValueError(
+                f"the draft model {name} has another vocabulary: token {id} is {other!r} there and "
+                f"{token!r} in {target.folder.name}; expected a model with the same tokenizer"
+            )
+    most = max(id for id in known if id < served.vocab)
+    if most >= architecture.vocab:
+        raise ValueError(
+            f"the draft model {name} has {architecture.vocab} tokens and {target.folder.name} "
+            f"{most + 1}; expected a model with the same tokenizer"
+        )
+    widest = max(attention.head_dim for attention in architecture.attentions)
+    if resolve_device(config.device).type == "cuda" and widest > MAX_GPU_HEAD_DIM:
+        raise ValueError(
+            f"the draft model's heads have {widest} entries; on a GPU {MAX_GPU_HEAD_DIM} is the "
+            "most"
+        )
+
+
+class DraftCache:
+    """The KV cache of a draft model beside that of the model it drafts for.
+
+    max_model_len: the most tokens of a sequence that is drafted.
+    """
+
+    def __init__(self, draft: Checkpoint, config: EngineConfig, max_model_len: int) -> None:
+        self.architecture = architecture_of(draft.config)
+        self.max_model_len = min(max_model_len, self.architecture.max_model_len)
+        self.layout = KVCacheLayout.of(self.architecture, config, self.max_model_len)
+        self._max_num_seqs = config.max_num_seqs
+
+    def bytes_of(self, nbytes: int, others: int) -> int:
+        """Its part of ``nbytes`` for both caches, in which both hold as many tokens.
+
+        others: bytes that a sequence of ``max_model_len`` tokens takes in the other cache.
+        """
+        own = self.layout.sequence_bytes(self.max_model_len)
+        return nbytes * own // (own + others)
+
+    def blocks_in(self, nbytes: int) -> int:
+        """Blocks of ``nbytes``. Raises ValueError if there is none."""
+        return self.layout.blocks_for(nbytes, self._max_num_seqs, self.max_model_len)
+
+
+def load_draft_decoder(
+    draft: Checkpoint,
+    config: EngineConfig,
+    max_model_len: int,
+    num_tokens: int,
+    progress: Progress,
+) -> Decoder:
+    """The decoder of a draft model.
+
+    num_tokens: one more than the highest token id of the model it drafts for.
+    """
+    architecture = architecture_of(draft.config)
+    device = resolve_device(config.device)
+    return Decoder(
+        architecture,
+        track(draft.weights(), "Loading the draft model", progress, unit="tensors"),
+        device=device,
+        dtype=config.dtype,
+        max_model_len=max_model_len,
+        num_tokens=min(num_tokens, architecture.vocab),
+        backend=backend_for(device, config.dtype),
+    )

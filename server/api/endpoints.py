@@ -1,0 +1,249 @@
+"""From an endpoint's body to the sequences that answer it, and what writes them.
+
+What is the same over HTTP and in a batch is here.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any, TypeVar
+from uuid import uuid4
+
+from nybble.engine import Engine, GrammarCompiler, SamplingParams
+from nybble.server.api.call import Call
+from nybble.server.api.chat import ChatFormatter
+from nybble.server.api.chat_groups import ChatGroups, room_for
+from nybble.server.api.chat_schema import ChatRequest
+from nybble.server.api.compile_pool import CompilePool
+from nybble.server.api.completions import CompletionFormatter
+from nybble.server.api.embeddings import EmbeddingRequest, EmbeddingsFormatter
+from nybble.server.api.generation import SequenceGroup
+from nybble.server.api.guiding import guide_of
+from nybble.server.api.logprobs import Logprobs
+from nybble.server.api.model_names import ModelNames
+from nybble.server.api.parameter_names import parameters_called
+from nybble.server.api.prompts import Prompts
+from nybble.server.api.response_store import ResponseStore, StoredResponse
+from nybble.server.api.responses import ResponsesFormatter
+from nybble.server.api.responses_schema import ResponsesRequest
+from nybble.server.api.schema import CompletionRequest, Prompt, Sampling
+from nybble.server.api.token_bytes import TokenBytes
+from nybble.server.http.errors import ApiError
+
+# What /v1/responses calls the parameters of a chat.
+_RESPONSES_NAMES = {
+    "prompt": "input",
+    "messages": "input",
+    "max_tokens": "max_output_tokens",
+    "logprobs": "top_logprobs",
+    "response_format": "text.format",
+}
+
+ModelBodyT = TypeVar(
+    "ModelBodyT", ChatRequest, CompletionRequest, EmbeddingRequest, ResponsesRequest
+)
+
+
+class Endpoints:
+    """Over one engine. All methods raise ApiError and ParameterError naming the parameter."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        names: ModelNames,
+        prompts: Prompts,
+        chats: ChatGroups,
+        grammars: GrammarCompiler,
+        compiling: CompilePool,
+        store: ResponseStore | None,
+    ) -> None:
+        """store: where responses are kept; None if they are not."""
+        self._engine = engine
+        self._names = names
+        self._prompts = prompts
+        self._chats = chats
+        self._grammars = grammars
+        self._compiling = compiling
+        self._store = store
+        self._tokens = TokenBytes(engine.vocabulary)
+
+    async def chat(self, body: ChatRequest, call: Call) -> tuple[SequenceGroup, ChatFormatter]:
+        body = self._named(body)
+        adapter = await self._adapter(body, call)
+        limit = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
+        names = {"prompt": "messages", "max_tokens": limit, "logprobs": "top_logprobs"}
+        with parameters_called(names):
+            group, form = await self._chats.group("chatcmpl-", body, adapter, call)
+        formatter = ChatFormatter(
+            group.id,
+            body,
+            int(time.time()),
+            self._logprobs(body, group.params),
+            form,
+            group.prompts,
+            body.echoed,
+        )
+        return group, formatter
+
+    async def completion(
+        self, body: CompletionRequest, call: Call
+    ) -> tuple[SequenceGroup, CompletionFormatter]:
+        body = self._named(body)
+        adapter = await self._adapter(body, call)
+        params = body.sampling_params(body.limit, body.logprobs, self._engine.sampling_defaults)
+        parse_special = body.parse_special is not False  # rendered chat templates contain markers
+        prompts = await self._encoded(body, body.prompts, params, parse_special=parse_special)
+        echoes = None
+        if body.echo:
+            echoes = [
+                prompt if isinstance(prompt, str) else await self._prompts.decode(prompt)
+                for prompt in body.prompts
+            ]
+        guide = await guide_of(
+            self._grammars, self._compiling, body, call.record, body.response_format
+        )
+        group = SequenceGroup(
+            f"cmpl-{uuid4().hex}",
+            tuple(prompts),
+            params,
+            body.sequences,
+            guide,
+            adapter,
+            call.tenant,
+            body.timeout,
+            body.priority or 0,
+            body.cache_salt or "",
+        )
+        logprobs = self._logprobs(body, params)
+        return group, CompletionFormatter(
+            group.id, body, int(time.time()), logprobs, echoes, group.prompts
+        )
+
+    async def embedding(
+        self, body: EmbeddingRequest, call: Call
+    ) -> tuple[SequenceGroup, EmbeddingsFormatter]:
+        body = self._named(body)
+        adapter = await self._adapter(body, call)
+        if self._engine.pooling is None:
+            raise ApiError(
+                400,
+                f"the model {body.model!r} makes embeddings in a way that is not supported: "
+                "expected the last token's or the mean in its 1_Pooling/config.json",
+                param="model",
+                code="unsupported_parameter",
+            )
+        size = self._engine.hidden_size
+        if body.dimensions not in (None, size):
+            raise ApiError(
+                400,
+                f"dimensions is {body.dimensions}, but this model's embeddings have {size} and "
+                "were not trained to be cut short",
+                param="dimensions",
+                code="unsupported_parameter",
+            )
+        params = SamplingParams(max_tokens=0)
+        with parameters_called({"prompt": "input"}):
+            prompts = await self._encoded(body, body.prompts, params)
+        group = SequenceGroup(
+            f"embd-{uuid4().hex}",
+            tuple(prompts),
+            params,
+            adapter=adapter,
+            tenant=call.tenant,
+            timeout=body.timeout,
+            priority=body.priority or 0,
+            pooling=self._engine.pooling,
+        )
+        return group, EmbeddingsFormatter(body)
+
+    async def response(
+        self, body: ResponsesRequest, call: Call
+    ) -> tuple[SequenceGroup, ResponsesFormatter, StoredResponse]:
+        """The third is the response as it is stored before it begins."""
+        body = self._named(body)
+        adapter = await self._adapter(body, call)
+        store = None if body.store is False else self._store
+        history = await self._history(body.previous_response_id, call.owner)
+        with parameters_called(_RESPONSES_NAMES):
+            chat = body.chat(history)
+            group, form = await self._chats.group("resp_", chat, adapter, call)
+        items = [*history, *body.items()]
+
+        def save(response: dict[str, Any]) -> None:
+            if store is not None:
+                store.save(StoredResponse(call.owner, response, items))
+
+        logprobs = self._logprobs(chat, group.params)
+        formatter = ResponsesFormatter(group.id, body, int(time.time()), form, logprobs, ended=save)
+        queued = formatter.response | {"status": "queued", "output": []}
+        return group, formatter, StoredResponse(call.owner, queued, items)
+
+    async def _history(self, previous: str | None, owner: str) -> list[dict[str, Any]]:
+        """The items of the conversation that is continued."""
+        if previous is None:
+            return []
+        if self._store is None:
+            raise ApiError(
+                400,
+                "responses are not stored here: start the server with --response-store, or send "
+                "the conversation as input",
+                param="previous_response_id",
+                code="unsupported_parameter",
+            )
+        stored = await self._store.get(previous, owner)
+        if stored is None:
+            raise unknown_response(previous, "previous_response_id")
+        if stored.response["status"] in ("queued", "in_progress"):
+            raise ApiError(
+                400,
+                f"the response {previous!r} is not finished",
+                param="previous_response_id",
+                code="invalid_value",
+            )
+        return stored.conversation
+
+    def _named(self, body: ModelBodyT) -> ModelBodyT:
+        """The body, with the base model's name if it names none."""
+        return body if body.model else body.model_copy(update={"model": self._names.first})
+
+    async def _adapter(self, body: ModelBodyT, call: Call) -> str | None:
+        return await self._names.adapter(body.model, body.adapter, call)
+
+    def _logprobs(self, body: Sampling, params: SamplingParams) -> Logprobs | None:
+        if params.logprobs is None and params.prompt_logprobs is None:
+            return None
+        ends = self._engine.eos_token_ids | self._engine.end_tokens(params)
+        if params.include_stop_str_in_output:
+            ends = frozenset()
+        as_ids = body.return_tokens_as_token_ids is True
+        return Logprobs(self._tokens, ends, as_token_ids=as_ids)
+
+    async def _encoded(
+        self,
+        body: CompletionRequest | EmbeddingRequest,
+        prompts: Sequence[Prompt],
+        params: SamplingParams,
+        *,
+        parse_special: bool = True,
+    ) -> list[tuple[int, ...]]:
+        special, cut = body.add_special_tokens is not False, body.truncate_prompt_tokens is not None
+        encoded = await self._prompts.encode_all(
+            prompts, special_tokens=special, any_length=cut, parse_special=parse_special
+        )
+        if cut:
+            # Truncation keeps the special tokens around a text; token ids have none added.
+            text = isinstance(prompts[0], str) and special
+            around = self._prompts.around if text else (0, 0)
+            encoded = [
+                body.truncated(each, room_for(self._engine, params), around) for each in encoded
+            ]
+        for prompt in encoded:
+            self._engine.check(prompt, params)
+        return encoded
+
+
+def unknown_response(id: str, param: str) -> ApiError:
+    return ApiError(
+        404, f"there is no stored response {id!r}", param=param, code="response_not_found"
+    )
