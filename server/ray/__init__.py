@@ -1,1 +1,0 @@
-"""Servers placed, restarted and scaled by Ray Serve, behind HAProxy. Needs ``nybble[ray]``."""
