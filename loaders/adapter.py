@@ -42,6 +42,7 @@ __all__ = [
     "MAX_RANK",
     "LoRAAdapter",
     "LoRAModule",
+    "content_digest",
     "load_adapter",
     "resolve_adapter",
 ]
@@ -49,6 +50,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 _SAFETENSORS = "adapter_model.safetensors"
+_DIGEST_BYTES = 16
 # What a module can have; the name of the group is the name of the tensor in errors.
 _KEY = re.compile(
     r"(?P<module>.+?)\.(?:"
@@ -90,6 +92,15 @@ def resolve_adapter(name: str) -> Path:
     )
 
 
+def content_digest(folder: Path) -> str:
+    """The :attr:`LoRAAdapter.digest` of a folder's files, in hexadecimal, without loading them."""
+    digest = blake2b((folder / CONFIG_FILE).read_bytes(), digest_size=_DIGEST_BYTES)
+    with (folder / _SAFETENSORS).open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
 def load_adapter(folder: Path, architecture: Architecture) -> LoRAAdapter:
     """Read an adapter for a base of this architecture.
 
@@ -99,7 +110,7 @@ def load_adapter(folder: Path, architecture: Architecture) -> LoRAAdapter:
     shapes = {name: (each.out, each.inputs) for name, each in architecture.linears.items()}
     settings = AdapterSettings.read(folder)
     path, content, tensors = _read(folder)
-    digest = blake2b((folder / CONFIG_FILE).read_bytes(), digest_size=16)
+    digest = blake2b((folder / CONFIG_FILE).read_bytes(), digest_size=_DIGEST_BYTES)
     digest.update(content)
     names = _Names(path, shapes)
     parts: dict[str, dict[str, Tensor]] = {}

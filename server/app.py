@@ -16,7 +16,9 @@ from aiohttp.typedefs import Middleware
 from nybble.engine import Engine
 from nybble.loaders.templates import TemplateRenderer
 from nybble.server.adapters.admin import ADMIN_PATHS, AdapterAdmin
+from nybble.server.adapters.disk_cache import AdapterDiskCache
 from nybble.server.adapters.owners import AdapterOwners
+from nybble.server.adapters.resolver import AdapterResolver
 from nybble.server.adapters.state import AdapterState
 from nybble.server.api.model_names import ModelNames
 from nybble.server.api.parse import LARGE_BODIES, UNKNOWN_FIELDS, LargeBodies, UnknownFields
@@ -42,7 +44,7 @@ from nybble.server.observability.metrics import Metrics
 from nybble.server.observability.request_record import RECORD, RequestRecord
 from nybble.server.tenancy.admission import Admission, Capacity
 from nybble.server.tenancy.keys import Keys, bearer
-from nybble.server.tenancy.limits import Limiter
+from nybble.server.tenancy.limits import Limiter, Limits
 from nybble.server.tenancy.tenants import TENANT, Tenants
 from nybble.server.tenancy.usage import UsageLedger
 
@@ -77,10 +79,11 @@ def make_app(
     )
     admission = Admission(capacity, lambda: engine.stats().computed_tokens)
     metrics = Metrics(engine, admission, models[0] if settings.vllm_metrics else None)
-    limiter, ledger = Limiter(), UsageLedger()
+    limits, ledger = settings.quotas or Limiter(), UsageLedger()
     cors = settings.cors
     owners = AdapterOwners()
-    names = ModelNames(engine, models, owners)
+    resolver = _resolver(engine, settings)
+    names = ModelNames(engine, models, owners, resolver)
     tracing = settings.tracing
     ended = None if tracing is None else tracing.sequence
     api = Api(
@@ -89,7 +92,7 @@ def make_app(
         names,
         admission,
         gate,
-        limiter,
+        limits,
         ledger,
         templates,
         ended,
@@ -114,6 +117,9 @@ def make_app(
         keys = Keys(settings.api_keys, kind="API key")
         middlewares.append(_authenticate(keys, tenants, admin_keys, settings.root_path))
     middlewares += [require_json, _enter(gate)]
+    if resolver is not None:
+        metrics.add(resolver.metrics.families)
+        middlewares.append(resolver.middleware())
     app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=middlewares)
     app[LARGE_BODIES] = LargeBodies()
     app[RUNNING] = RunningRequests()
@@ -122,8 +128,13 @@ def make_app(
     app.router.add_get(_USAGE, _usage(ledger, admin_keys, keyless=keyless))
     app.cleanup_ctx.append(api.responses.lifespan)
     state = None if settings.adapter_state is None else AdapterState(settings.adapter_state)
-    admin = AdapterAdmin(engine, models, admin_keys, settings.adapter_roots, state)
+    admin = AdapterAdmin(engine, models, admin_keys, settings.adapter_roots, state, resolver)
     app.add_routes(admin.routes())
+    if resolver is not None:
+        app.cleanup_ctx.append(resolver.lifespan)
+    if settings.quotas is not None:
+        metrics.add(settings.quotas.families)
+        app.cleanup_ctx.append(settings.quotas.lifespan)
     if settings.console:
         app.add_routes(Console(settings.root_path).routes())
     if settings.storage is not None:
@@ -170,8 +181,22 @@ def make_app(
     app.on_response_prepare.append(_send_record)
     if cors is not None:
         app.on_response_prepare.append(cors.send)
-    app.on_response_prepare.append(_send_limits(limiter))
+    app.on_response_prepare.append(_send_limits(limits))
     return app
+
+
+def _resolver(engine: Engine, settings: ServerSettings) -> AdapterResolver | None:
+    shared = settings.shared_adapters
+    if shared is None:
+        return None
+    return AdapterResolver(
+        engine,
+        settings.models,
+        shared.sources,
+        shared.registry,
+        AdapterDiskCache(*shared.cache),
+        refresh_seconds=shared.refresh_seconds,
+    )
 
 
 def _observe(metrics: Metrics) -> Middleware:
@@ -243,10 +268,10 @@ async def _send_record(request: web.Request, response: web.StreamResponse) -> No
             response.headers[WARNING] = warning
 
 
-def _send_limits(limiter: Limiter) -> Callable[[web.Request, web.StreamResponse], Awaitable[None]]:
+def _send_limits(limits: Limits) -> Callable[[web.Request, web.StreamResponse], Awaitable[None]]:
     async def send(request: web.Request, response: web.StreamResponse) -> None:
         if TENANT in request:
-            response.headers.update(limiter.headers(request[TENANT]))
+            response.headers.update(limits.headers(request[TENANT]))
 
     return send
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from nybble.server.adapters.archive import CONFIG as ADAPTER_CONFIG
 from nybble.server.adapters.archive import WEIGHTS as ADAPTER_WEIGHTS
 from nybble.server.adapters.archive import ArchiveError
 from nybble.server.adapters.form import AdapterForm, read_adapter_form
+from nybble.server.adapters.resolver import AdapterResolver
 from nybble.server.adapters.state import AdapterState
 from nybble.server.adapters.uploads import AdapterUploads
 from nybble.server.api.parse import read_body
@@ -58,6 +61,7 @@ class AdapterAdmin:
         keys: Keys,
         roots: Sequence[Path],
         state: AdapterState | None,
+        resolver: AdapterResolver | None = None,
     ) -> None:
         """Set what is allowed.
 
@@ -65,7 +69,11 @@ class AdapterAdmin:
         keys: admin keys; without any, administration gets 403.
         roots: folders to load from; without any, loading gets 403. The first one holds uploads.
         state: remembers loaded adapters for the next start; None to forget them.
+        resolver: of adapters in shared places. With a registry, loaded and uploaded adapters are
+            written there, and neither the state nor the roots keep them.
         """
+        self._resolver = resolver
+        self._registered = resolver is not None and resolver.registry is not None
         self._state = state
         self._engine = engine
         self._models = models
@@ -96,6 +104,8 @@ class AdapterAdmin:
 
     def _load(self, body: LoadAdapterRequest) -> AdapterInfo:
         replace = bool(body.load_inplace)
+        if self._resolver is not None and self._registered:
+            return self._register(self._resolver, body, replace=replace)
         if body.mixture is not None:
             return self._mix(body, body.mixture)
         assert body.lora_path is not None
@@ -114,6 +124,16 @@ class AdapterAdmin:
         if uploads is not None and not uploads.holds(folder):
             uploads.retire(body.lora_name)  # else a restart would find two of this name
         return info
+
+    def _register(
+        self, resolver: AdapterResolver, body: LoadAdapterRequest, *, replace: bool
+    ) -> AdapterInfo:
+        for field in ("mixture", "expected_version"):
+            if getattr(body, field) is not None:
+                raise _not_registered(field)
+        assert body.lora_path is not None
+        folder = _allowed(body.lora_path, self._roots)
+        return resolver.publish(body.lora_name, folder, replace=replace)
 
     def _mix(self, body: LoadAdapterRequest, weights: Mapping[str, float]) -> AdapterInfo:
         name = body.lora_name
@@ -139,6 +159,10 @@ class AdapterAdmin:
     async def unload(self, request: web.Request) -> web.Response:
         self._require_admin(request)
         body = await read_body(request, UnloadAdapterRequest)
+        if await self._withdrawn(body.lora_name, delete=False):
+            return json_response(
+                {"object": "lora_adapter", "name": body.lora_name, "unloaded": True}
+            )
         if self._state is not None and self._engine.adapter(body.lora_name) is None:
             # Forget an adapter that failed to load at the start too, or every start tries it.
             await asyncio.to_thread(self._state.forget, body.lora_name)
@@ -153,9 +177,9 @@ class AdapterAdmin:
     async def upload(self, request: web.Request) -> web.Response:
         self._require_admin(request)
         uploads = self._uploads
-        if uploads is None:
+        if uploads is None and not self._registered:
             raise self._no_roots()
-        with uploads.scratch() as scratch:
+        with self._scratch() as scratch:
             try:
                 form = await read_adapter_form(request, scratch)
             except ArchiveError as error:
@@ -164,7 +188,20 @@ class AdapterAdmin:
             info = await asyncio.to_thread(self._publish, uploads, form, scratch)
         return json_response(_body(info))
 
-    def _publish(self, uploads: AdapterUploads, form: AdapterForm, scratch: Path) -> AdapterInfo:
+    def _scratch(self) -> AbstractContextManager[Path]:
+        """A folder to receive an upload in, which is removed afterwards."""
+        if self._uploads is not None:
+            return self._uploads.scratch()
+        return _temporary_folder()
+
+    def _publish(
+        self, uploads: AdapterUploads | None, form: AdapterForm, scratch: Path
+    ) -> AdapterInfo:
+        if self._resolver is not None and self._registered:
+            if form.expected is not None:
+                raise _not_registered("expected_version")
+            return self._resolver.publish(form.name, scratch, replace=form.replace)
+        assert uploads is not None
         version = uploads.publish(form.name, scratch)
         try:
             info = self._engine.load_adapter(
@@ -182,6 +219,8 @@ class AdapterAdmin:
         """Unload an adapter if it is loaded, and remove its files if they were uploaded."""
         self._require_admin(request)
         name, uploads = request.match_info["name"], self._uploads
+        if await self._withdrawn(name, delete=True):
+            return json_response({"object": "lora_adapter", "name": name, "deleted": True})
         kept = uploads is not None and await asyncio.to_thread(uploads.has, name)
         if not kept or self._engine.adapter(name) is not None:
             expected = request.query.get("expected_version")
@@ -294,6 +333,12 @@ class AdapterAdmin:
         self._require_admin(request)
         return json_response(_body(self._find(request.match_info["name"])))
 
+    async def _withdrawn(self, name: str, *, delete: bool) -> bool:
+        """Whether a shared place had the name, and no longer has."""
+        if self._resolver is None:
+            return False
+        return await asyncio.to_thread(self._resolver.withdraw, name, delete=delete)
+
     def _require_free(self, name: str, *, replace: bool) -> None:
         if name in self._models:
             raise ApiError(
@@ -327,6 +372,12 @@ class AdapterAdmin:
 
     def _no_roots(self) -> ApiError:
         return ApiError(403, "this server was started without --lora-root", code="admin_disabled")
+
+
+@contextmanager
+def _temporary_folder() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="nybble-upload-") as folder:
+        yield Path(folder)
 
 
 def restore(
@@ -411,3 +462,12 @@ def uploads_folder(roots: Sequence[Path]) -> Path:
 
 def _body(info: AdapterInfo) -> dict[str, Any]:
     return {"object": "lora_adapter", **asdict(info)}
+
+
+def _not_registered(param: str) -> ApiError:
+    return ApiError(
+        400,
+        f"{param} is for adapters of one server; those of --lora-registry are shared by all",
+        param=param,
+        code="unsupported_parameter",
+    )

@@ -84,7 +84,7 @@ class Endpoints:
 
     async def chat(self, body: ChatRequest, call: Call) -> tuple[SequenceGroup, ChatFormatter]:
         body = self._named(body)
-        adapter = self._adapter(body, call)
+        adapter = await self._adapter(body, call)
         limit = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
         names = {"prompt": "messages", "max_tokens": limit, "logprobs": "top_logprobs"}
         with parameters_called(names):
@@ -104,7 +104,7 @@ class Endpoints:
         self, body: CompletionRequest, call: Call
     ) -> tuple[SequenceGroup, CompletionFormatter]:
         body = self._named(body)
-        adapter = self._adapter(body, call)
+        adapter = await self._adapter(body, call)
         defaults = self._engine.defaults_for(adapter)
         params = body.sampling_params(body.limit, body.logprobs, defaults)
         parse_special = body.parse_special is not False  # rendered chat templates contain markers
@@ -139,7 +139,7 @@ class Endpoints:
         self, body: EmbeddingRequest, call: Call
     ) -> tuple[SequenceGroup, EmbeddingsFormatter]:
         body = self._named(body)
-        adapter = self._adapter(body, call)
+        adapter = await self._adapter(body, call)
         if self._engine.pooling is None:
             raise ApiError(
                 400,
@@ -210,7 +210,7 @@ class Endpoints:
 
     async def score(self, body: ScoreRequest, call: Call) -> tuple[SequenceGroup, ScoreFormatter]:
         body = self._named(body)
-        scores = await self._scoring.scores(body.pairs, body, self._adapter(body, call), call)
+        scores = await self._scoring.scores(body.pairs, body, await self._adapter(body, call), call)
         return scores.group, ScoreFormatter(body, scores)
 
     async def rerank(
@@ -219,7 +219,7 @@ class Endpoints:
         """cohere: whether the answer has the form of Cohere's second version."""
         body = self._named(body)
         pairs = [(body.query, document) for document in body.documents]
-        scores = await self._scoring.scores(pairs, body, self._adapter(body, call), call)
+        scores = await self._scoring.scores(pairs, body, await self._adapter(body, call), call)
         return scores.group, RerankFormatter(body, scores, cohere=cohere)
 
     async def response(
@@ -227,7 +227,7 @@ class Endpoints:
     ) -> tuple[SequenceGroup, ResponsesFormatter, StoredResponse]:
         """The third is the response as it is stored before it begins."""
         body = self._named(body)
-        adapter = self._adapter(body, call)
+        adapter = await self._adapter(body, call)
         store = None if body.store is False else self._store
         history = await self._history(body.previous_response_id, call.owner)
         with parameters_called(_RESPONSES_NAMES):
@@ -272,8 +272,8 @@ class Endpoints:
         """The body, with the base model's name if it names none."""
         return body if body.model else body.model_copy(update={"model": self._names.first})
 
-    def _adapter(self, body: ModelBodyT, call: Call) -> str | None:
-        return self._names.adapter(body.model, body.adapter, call.headers, call.tenant)
+    async def _adapter(self, body: ModelBodyT, call: Call) -> str | None:
+        return await self._names.adapter(body.model, body.adapter, call)
 
     def _logprobs(self, body: Sampling, params: SamplingParams) -> Logprobs | None:
         if params.logprobs is None and params.prompt_logprobs is None:

@@ -19,7 +19,7 @@ from nybble.engine import (
 from nybble.server.http.errors import ApiError
 from nybble.server.observability.metrics import Metrics
 from nybble.server.tenancy.admission import Admission
-from nybble.server.tenancy.limits import Limiter
+from nybble.server.tenancy.limits import Limits
 from nybble.server.tenancy.tenants import Tenant
 from nybble.server.tenancy.usage import UsageLedger
 
@@ -173,13 +173,13 @@ class Generation:
         engine: Engine,
         metrics: Metrics,
         admission: Admission,
-        limiter: Limiter,
+        limits: Limits,
         ledger: UsageLedger,
         ended: Callable[[SequenceTimes], None] | None = None,
     ) -> None:
         """ended: called for every finished sequence, in the context of its HTTP request."""
         self.engine = engine
-        self._limiter = limiter
+        self._limits = limits
         self._ledger = ledger
         self._ended = ended
         self._metrics = metrics
@@ -261,8 +261,8 @@ class Generation:
                 stack.enter_context(admission.admit(group.tenant, sequences, self._needed(group)))
             if group.tenant is not None:
                 tokens = sum(map(len, group.prompts))
-                stack.enter_context(
-                    self._limiter.admit(group.tenant, tokens, background=group.background)
+                await stack.enter_async_context(
+                    self._limits.admit(group.tenant, tokens, background=group.background)
                 )
             yield
 
@@ -319,7 +319,7 @@ class Generation:
                         metrics.drafted(request, output.draft_tokens - drafted, brought)
                         drafted, accepted = output.draft_tokens, output.accepted_draft_tokens
                     if tenant is not None:
-                        self._limiter.spend(tenant, len(output.token_ids))
+                        self._limits.spend(tenant, len(output.token_ids))
                     now = time.monotonic()
                     if request.pooling is not None:
                         if awaited:

@@ -8,6 +8,8 @@ from typing import Any
 
 from nybble.engine import AdapterInfo, AdapterMixture, Engine
 from nybble.server.adapters.owners import AdapterOwners
+from nybble.server.adapters.resolver import AdapterResolver
+from nybble.server.api.call import Call
 from nybble.server.http.errors import ApiError
 from nybble.server.tenancy.tenants import Tenant
 
@@ -18,8 +20,16 @@ _NAMES_IN_ERRORS = 20
 class ModelNames:
     """Resolves model names. ``base`` are the names of the base model, its own first."""
 
-    def __init__(self, engine: Engine, base: tuple[str, ...], owners: AdapterOwners) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        base: tuple[str, ...],
+        owners: AdapterOwners,
+        resolver: AdapterResolver | None = None,
+    ) -> None:
+        """resolver: looks for adapters which are not loaded; None if nothing does."""
         self._engine = engine
+        self._resolver = resolver
         self._owners = owners
         self._base = base
         self._created = int(time.time())
@@ -35,48 +45,63 @@ class ModelNames:
         return [self._model(name) for name in self._models(tenant)] + adapters
 
     def body(self, name: str, tenant: Tenant | None) -> dict[str, Any]:
-        """OpenAI's model object for a name. Raises ApiError 404."""
-        self.require(name, tenant)
+        """OpenAI's model object for a name; of an adapter, if it is loaded. Raises ApiError 404."""
         info = None if name in self._base else self._engine.adapter(name)
-        return self._model(name) if info is None else self._adapter(info)
+        if info is not None and self._owners.may_use(tenant, name):
+            return self._adapter(info)
+        if name in self._models(tenant):
+            return self._model(name)
+        raise self._unknown(name, "model", tenant)
 
-    def require(self, name: str, tenant: Tenant | None) -> None:
+    def require_possible(self, name: str, tenant: Tenant | None) -> None:
+        """Raises ApiError 404 for a name that no later request could use either, as far as is known
+        without asking a shared place."""
+        possible = name in self._base or self._engine.adapter(name) is not None
+        if not possible and self._resolver is not None:
+            possible = self._resolver.covers(name)
+        may = tenant is None or tenant.may_use_model(name)
+        if name not in self._base:
+            may = self._owners.may_use(tenant, name)
+        if not (possible and may):
+            raise self._unknown(name, "model", tenant)
+
+    async def require(self, name: str, call: Call) -> None:
         """Raises ApiError 404 for a name that is unknown or that the tenant may not use."""
+        tenant = call.tenant
         if name in self._base:
             known = tenant is None or tenant.may_use_model(name)
         else:
-            known = self._has_adapter(name, tenant)
+            known = await self._has_adapter(name, call)
         if not known:
             raise self._unknown(name, "model", tenant)
 
-    def adapter(
-        self,
-        model: str,
-        field: str | Mapping[str, float] | None,
-        headers: Mapping[str, str],
-        tenant: Tenant | None,
+    async def adapter(
+        self, model: str, field: str | Mapping[str, float] | None, call: Call
     ) -> str | None:
         """The adapter that the model's name, the field or the header asks for; None for the base.
+
+        It is loaded if need be, and stays loaded until the request ends.
 
         field: a name, or a mixture: the weights of several adapters.
 
         Raises ApiError if a name is unknown, or if they ask for different adapters.
         """
-        self.require(model, tenant)
+        await self.require(model, call)
         if isinstance(field, Mapping):
             for name in field:
-                if not self._has_adapter(name, tenant):
-                    raise self._unknown(name, "adapter", tenant)
+                if not await self._has_adapter(name, call):
+                    raise self._unknown(name, "adapter", call.tenant)
             field = AdapterMixture(field)
         asked = {
             "model": None if model in self._base else model,
             "adapter": field,
-            ADAPTER_HEADER: headers.get(ADAPTER_HEADER),
+            ADAPTER_HEADER: call.headers.get(ADAPTER_HEADER),
         }
         chosen = {param: name for param, name in asked.items() if name is not None}
         for param, name in chosen.items():
-            if not isinstance(name, AdapterMixture) and not self._has_adapter(name, tenant):
-                raise self._unknown(name, param, tenant)
+            known = param == "model" or isinstance(name, AdapterMixture)
+            if not known and not await self._has_adapter(name, call):
+                raise self._unknown(name, param, call.tenant)
         if len(set(chosen.values())) > 1:
             raise ApiError(
                 400,
@@ -87,8 +112,12 @@ class ModelNames:
             )
         return next(iter(chosen.values()), None)
 
-    def _has_adapter(self, name: str, tenant: Tenant | None) -> bool:
-        return self._owners.may_use(tenant, name) and self._engine.adapter(name) is not None
+    async def _has_adapter(self, name: str, call: Call) -> bool:
+        if not self._owners.may_use(call.tenant, name):
+            return False
+        if self._resolver is None:
+            return self._engine.adapter(name) is not None
+        return await self._resolver.obtain(name, call.leases)
 
     def _models(self, tenant: Tenant | None) -> list[str]:
         return [name for name in self._base if tenant is None or tenant.may_use_model(name)]

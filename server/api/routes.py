@@ -40,7 +40,7 @@ from nybble.server.http.errors import ApiError
 from nybble.server.http.gate import Gate
 from nybble.server.observability.metrics import Metrics
 from nybble.server.tenancy.admission import Admission
-from nybble.server.tenancy.limits import Limiter
+from nybble.server.tenancy.limits import Limits
 from nybble.server.tenancy.tenants import TENANT
 from nybble.server.tenancy.usage import UsageLedger
 
@@ -66,7 +66,7 @@ class Api:
         names: ModelNames,
         admission: Admission,
         gate: Gate,
-        limiter: Limiter,
+        limits: Limits,
         ledger: UsageLedger,
         templates: TemplateRenderer,
         ended: Callable[[SequenceTimes], None] | None = None,
@@ -90,7 +90,7 @@ class Api:
         self._metrics = metrics
         self._names = names
         self._openapi = openapi_document(root_path)
-        self.generation = Generation(engine, metrics, admission, limiter, ledger, ended)
+        self.generation = Generation(engine, metrics, admission, limits, ledger, ended)
         self._prompts = Prompts(
             engine.tokenizer,
             names.first,
@@ -178,7 +178,7 @@ class Api:
 
     async def messages(self, request: web.Request) -> web.StreamResponse:
         body, call = await read_body(request, MessagesRequest), Call.of(request)
-        adapter = self._names.adapter(body.model, body.adapter, call.headers, call.tenant)
+        adapter = await self._names.adapter(body.model, body.adapter, call)
         with parameters_called(_MESSAGES_NAMES):
             chat = body.chat()
             group, form = await self._chats.group("msg_", chat, adapter, call)
@@ -187,7 +187,7 @@ class Api:
 
     async def count_tokens(self, request: web.Request) -> web.Response:
         body = await read_body(request, CountTokensRequest)
-        adapter = self._names.adapter(body.model, None, request.headers, request.get(TENANT))
+        adapter = await self._names.adapter(body.model, None, Call.of(request))
         with parameters_called(_MESSAGES_NAMES):
             token_ids, _ = await self._chats.prompt(body.chat(), adapter)
         return json_response({"input_tokens": len(token_ids)})
@@ -253,8 +253,7 @@ class Api:
         body = await read_body(request, TokenizeRequest)
         own = None
         if body.model is not None:
-            tenant = request.get(TENANT)
-            adapter = self._names.adapter(body.model, None, request.headers, tenant)
+            adapter = await self._names.adapter(body.model, None, Call.of(request))
             own = self._engine.chat_templates_of(adapter)
         if body.messages is not None:
             tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()] or None
@@ -277,6 +276,6 @@ class Api:
     async def detokenize(self, request: web.Request) -> web.Response:
         body = await read_body(request, DetokenizeRequest)
         if body.model is not None:
-            self._names.require(body.model, request.get(TENANT))
+            await self._names.require(body.model, Call.of(request))
         require_known_tokens("tokens", body.tokens, len(self._engine.tokenizer))
         return json_response({"prompt": await self._prompts.decode(body.tokens)})

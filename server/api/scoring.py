@@ -159,7 +159,7 @@ class Scoring:
                     "truncate_prompt_tokens": None,
                 }
             )
-            token_ids, _ = await self._chats.prompt(chat)
+            token_ids, _ = await self._chats.prompt(chat, adapter)
             return token_ids
 
         prompts = [await self._fitting(pair, body, asked) for pair in pairs]

@@ -172,7 +172,7 @@ class Runner:
             raise ApiError(404, message, param="input_file_id", code="file_not_found")
         index = LineIndex.read(self._files.path(batch.input_file), batch.endpoint)
         if not index.errors:
-            self._names.require(index.model or self._names.first, tenant)
+            self._names.require_possible(index.model or self._names.first, tenant)
         return index
 
     def _begin(self, batch: Batch, index: LineIndex) -> Results | None:

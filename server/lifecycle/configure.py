@@ -12,18 +12,21 @@ from typing import TYPE_CHECKING
 import torch
 
 from nybble.engine import AdapterConfig, EngineConfig, resolve_device
+from nybble.loaders.cache import cache_folder
+from nybble.server.adapters.places import AdapterRegistry, AdapterSource
 from nybble.server.adapters.state import default_path
 from nybble.server.api.output.dialect import REASONING_NAMES, TOOL_NAMES, Dialects
 from nybble.server.files.storage import StorageSettings, default_state
 from nybble.server.http.cors import Cors
 from nybble.server.http.tls import tls_context
-from nybble.server.lifecycle.options import AdapterOptions, ServeOptions
-from nybble.server.lifecycle.settings import ServerSettings
+from nybble.server.lifecycle.options import AdapterOptions, KeyOptions, ServeOptions
+from nybble.server.lifecycle.settings import ServerSettings, SharedAdapters
 from nybble.server.tenancy.tenants import Tenants
 from nybble.server.training.settings import TrainingSettings, default_threads
 
-if TYPE_CHECKING:  # it needs packages of its own
+if TYPE_CHECKING:  # they need packages of their own
     from nybble.server.observability.tracing import Tracing
+    from nybble.server.tenancy.shared_limits import SharedLimiter
 
 _RESTARTS = 3
 # Engine settings whose flags have other names.
@@ -71,7 +74,8 @@ def _adapter_config(options: ServeOptions) -> AdapterConfig | None:
     """None if the server has no adapter slots."""
     asked = options.adapters
     named = asked.enable_lora or asked.lora_modules or asked.lora_root or asked.lora_watch
-    if not (named or options.trains):
+    shared = asked.lora_source or asked.lora_registry
+    if not (named or shared or options.trains):
         return None
     return AdapterConfig(
         asked.max_loras, asked.max_lora_rank, asked.lora_host_memory, asked.lora_own_settings
@@ -105,7 +109,9 @@ def server_settings(options: ServeOptions, device: str, *, loopback: bool) -> Se
         adapter_roots=roots,
         adapter_state=state,
         tenants=None if keys.tenants is None else Tenants(keys.tenants),
+        quotas=None if keys.quota_store is None else _quotas(keys),
         adapter_watch=adapters.lora_watch,
+        shared_adapters=_shared_adapters(options),
         shutdown_timeout=network.shutdown_timeout,
         tls=tls,
         cors=Cors(network.allowed_origins) if network.allowed_origins else None,
@@ -190,6 +196,39 @@ def _named_adapter(option: str) -> tuple[str, str]:
     if not (isinstance(name, str) and isinstance(path, str) and name and path):
         raise ValueError(f"--lora-modules {option!r}: expected NAME=PATH")
     return name, path
+
+
+def _shared_adapters(options: ServeOptions) -> SharedAdapters | None:
+    asked = options.adapters
+    if not (asked.lora_source or asked.lora_registry):
+        return None
+    network = options.network
+    own = default_path(options.model.model, network.uds or network.port, ()).stem
+    return SharedAdapters(
+        sources=[AdapterSource(rule) for rule in asked.lora_source or ()],
+        registry=None if asked.lora_registry is None else AdapterRegistry(asked.lora_registry),
+        cache=(
+            asked.lora_cache_dir or cache_folder() / "fetched-adapters" / own,
+            asked.lora_cache_size,
+        ),
+        refresh_seconds=asked.lora_refresh_seconds,
+    )
+
+
+def _quotas(options: KeyOptions) -> SharedLimiter:
+    assert options.quota_store is not None
+    if options.tenants is None:
+        raise ValueError("--quota-store counts what tenants use: give --tenants too")
+    try:
+        from nybble.server.tenancy.shared_limits import SharedLimiter
+    except ImportError as error:
+        raise ValueError(
+            f"--quota-store needs redis-py ({error.name} is missing): pip install 'nybble[redis]'"
+        ) from None
+    try:
+        return SharedLimiter(options.quota_store, options.quota_store_failure)
+    except ValueError as error:
+        raise ValueError(f"--quota-store {options.quota_store}: {error}") from None
 
 
 def _tracing(endpoint: str) -> Tracing:

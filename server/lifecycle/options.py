@@ -285,6 +285,22 @@ class KeyOptions:
             dir_okay=False,
         ),
     ] = None
+    quota_store: Annotated[
+        str | None,
+        _keys(
+            metavar="URL",
+            help="Redis or Valkey in which tenants' rates and running requests are counted over "
+            "all servers: redis://HOST:6379/0, rediss://, unix://PATH (default: each server "
+            "counts its own).",
+        ),
+    ] = None
+    quota_store_failure: Annotated[
+        Literal["open", "closed"],
+        _keys(
+            help="While the store does not answer: count in this server alone (open), or refuse "
+            "tenants' requests with 503 (closed).",
+        ),
+    ] = "open"
     admin_key: Annotated[
         list[str] | None, _keys(help="Key for administration, repeatable (default: off).")
     ] = None
@@ -338,7 +354,7 @@ class AdapterOptions:
     """LoRA adapters: which ones, where they are, and the memory they get.
 
     lora_modules: each ``NAME=PATH``.
-    lora_host_memory: bytes.
+    lora_host_memory, lora_cache_size: bytes.
     """
 
     enable_lora: Annotated[
@@ -375,6 +391,42 @@ class AdapterOptions:
             file_okay=False,
         ),
     ] = None
+    lora_source: Annotated[
+        list[str] | None,
+        _adapters(
+            metavar="[NAMES=]URL",
+            help="Where adapters are looked for when a request first names them, repeatable: a "
+            "folder, s3://, gs:// or hf:// (any of fsspec's), with {name} for the name; only "
+            "names that match NAMES, a shell pattern.",
+        ),
+    ] = None
+    lora_registry: Annotated[
+        str | None,
+        _adapters(
+            metavar="URL",
+            help="Shared place to which adapters loaded over the API are written, and from which "
+            "all servers that have it load them.",
+        ),
+    ] = None
+    lora_cache_dir: Annotated[
+        Path | None,
+        _adapters(
+            help="Folder for copies of adapters from --lora-source and --lora-registry (default: "
+            "in the cache, one per model and port).",
+            file_okay=False,
+        ),
+    ] = None
+    lora_cache_size: Annotated[
+        int, _adapters(**_SIZE, help="Most bytes of these copies (default: 20GiB).")
+    ] = 20 << 30
+    lora_refresh_seconds: Annotated[
+        float,
+        _adapters(
+            help="How old the answer of a shared place may be: after so long another server's "
+            "change is seen.",
+            min=0.1,
+        ),
+    ] = 2.0
     max_loras: Annotated[int, _adapters(help="Most adapters in one step.", min=1)] = 8
     max_lora_rank: MaxLoraRankOption = 64
     lora_own_settings: Annotated[

@@ -8,14 +8,32 @@ from pathlib import Path
 from ssl import SSLContext
 from typing import TYPE_CHECKING, Literal
 
+from nybble.server.adapters.places import AdapterRegistry, AdapterSource
 from nybble.server.api.output.dialect import Dialects
 from nybble.server.files.storage import StorageSettings
 from nybble.server.http.cors import Cors
 from nybble.server.tenancy.tenants import Tenants
 from nybble.server.training.settings import TrainingSettings
 
-if TYPE_CHECKING:  # it needs packages of its own
+if TYPE_CHECKING:  # they need packages of their own
     from nybble.server.observability.tracing import Tracing
+    from nybble.server.tenancy.shared_limits import SharedLimiter
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedAdapters:
+    """Places of adapters which other servers have too.
+
+    sources: asked in this order, after the registry.
+    registry: to which adapters loaded over the API are written.
+    cache: the folder of local copies, and most bytes in it.
+    refresh_seconds: how old the answer of a place may be.
+    """
+
+    sources: Sequence[AdapterSource]
+    registry: AdapterRegistry | None
+    cache: tuple[Path, int]
+    refresh_seconds: float = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +48,9 @@ class ServerSettings:
     adapter_roots: folders that adapters may be loaded from.
     adapter_state: the file in which loaded adapters are kept for the next start.
     tenants: their keys are accepted too, each with its own limits.
+    quotas: counts tenants' limits over all servers; None to count in this one.
     adapter_watch: a folder whose subfolders are loaded and unloaded as they come and go.
+    shared_adapters: where adapters are looked for when a request first names them; None if nowhere.
     shutdown_timeout: seconds for requests in flight to finish.
     tls: the certificate, for https.
     cors: pages of other origins that may call the API.
@@ -60,7 +80,9 @@ class ServerSettings:
     adapter_roots: Sequence[Path] = ()
     adapter_state: Path | None = None
     tenants: Tenants | None = None
+    quotas: SharedLimiter | None = None
     adapter_watch: Path | None = None
+    shared_adapters: SharedAdapters | None = None
     shutdown_timeout: float = 30
     tls: SSLContext | None = None
     cors: Cors | None = None

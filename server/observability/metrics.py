@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.metadata import version
 
 from aiohttp import hdrs
@@ -181,6 +181,10 @@ class Metrics:
     def register(self, collector: Collector) -> None:
         """Add another collector's metrics."""
         self._registry.register(collector)
+
+    def add(self, families: Iterable[Family[CounterSeries]]) -> None:
+        """Add another part's counters, which the event loop counts."""
+        self._families += families
 
     def render(self) -> bytes:
         """The exposition in Prometheus' text format."""

@@ -38,6 +38,7 @@ defaults
     # A long answer may take this long before its first byte, or between two.
     timeout client 1h
     timeout server 1h
+    http-error status 503 content-type application/json {unavailable} hdr Retry-After 5
 
 frontend api
     bind {bind}
@@ -46,13 +47,10 @@ frontend api
     acl asks_health path /health
     acl any_is_up nbsrv(servers) gt 0
     http-request return status 200 content-type application/json {ok} if asks_health any_is_up
-    # These speak of one server, and would reach any.
+    # This speaks of one server, and would reach any.
     acl scrapes path /metrics
-    acl administers path {paths}
-    acl administers path_beg {every_adapter}/
     http-request return status 404 content-type application/json {metrics} if scrapes
-    http-request return status 501 content-type application/json {administration} if administers
-    default_backend servers
+{administration}    default_backend servers
 
 backend servers
     # An adapter's requests meet at one server, where it is in a slot, until that server has 25 %
@@ -76,36 +74,55 @@ backend servers
 {servers}
 """
 
+_ADMINISTRATION = """\
+    acl administers path {paths}
+    acl administers path_beg {every_adapter}/
+    http-request return status 501 content-type application/json {error} if administers
+"""
 
-def configuration(bind: str, servers: Sequence[str], control: Path | None = None) -> str:
+
+def configuration(
+    bind: str,
+    servers: Sequence[str],
+    control: Path | None = None,
+    *,
+    shared_registry: bool = False,
+) -> str:
     """HAProxy's configuration file.
 
     bind: ``address:port`` for clients.
     servers: ``address:port`` of each server.
     control: path of a socket on which HAProxy takes commands.
+    shared_registry: whether an adapter loaded at one server is known to all.
     """
     lines = [f"    server replica{i} {server}" for i, server in enumerate(servers, 1)]
     addresses = ", ".join(f"http://{server}/metrics" for server in servers)
-    load, unload, every_adapter, *_ = ADMIN_PATHS
     return _TEMPLATE.format(
         buffer=_BUFFER_BYTES,
         bind=bind,
         control="" if control is None else f"    stats socket {control} mode 600 level admin\n",
+        unavailable=_error("no server is ready: try again in 5 s", "unavailable"),
         ok=_string({"status": "ok"}),
         metrics=_error(f"each replica has metrics of its own: ask {addresses}", "not_found"),
-        administration=_error(
-            "an adapter loaded at one replica would be unknown to the others: put it in the folder "
-            "of --lora-watch, which all of them watch",
-            "not_supported",
-        ),
-        paths=" ".join((load, unload, every_adapter)),
-        every_adapter=every_adapter,
+        administration="" if shared_registry else _administration_refused(),
         servers="\n".join(lines),
     )
 
 
+def _administration_refused() -> str:
+    load, unload, every_adapter, *_ = ADMIN_PATHS
+    error = _error(
+        "an adapter loaded at one replica would be unknown to the others: start them with "
+        "--lora-registry, a shared place which all of them read",
+        "not_supported",
+    )
+    paths = " ".join((load, unload, every_adapter))
+    return _ADMINISTRATION.format(paths=paths, every_adapter=every_adapter, error=error)
+
+
 def _error(message: str, code: str) -> str:
-    error = {"message": message, "type": "invalid_request_error", "param": None, "code": code}
+    kind = "server_error" if code == "unavailable" else "invalid_request_error"
+    error = {"message": message, "type": kind, "param": None, "code": code}
     return _string({"error": error})
 
 

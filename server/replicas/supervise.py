@@ -39,6 +39,7 @@ class ReplicaSettings:
     arguments: of each ``nybble serve``, besides its address.
     environments: what each server's environment has besides this process's; one for each server.
     shutdown_timeout: seconds which a server's requests in flight have to finish.
+    shared_registry: whether the servers share adapters that are loaded over the API.
     """
 
     host: str
@@ -46,6 +47,7 @@ class ReplicaSettings:
     arguments: Sequence[str]
     environments: Sequence[Mapping[str, str]]
     shutdown_timeout: float = 30
+    shared_registry: bool = False
 
     @property
     def bind(self) -> str:
@@ -163,7 +165,12 @@ class Supervisor:
                     file = Path(folder) / "haproxy.cfg"
                     self._control = Path(folder) / "control"
                     file.write_text(
-                        configuration(self._settings.bind, self._settings.addresses, self._control)
+                        configuration(
+                            self._settings.bind,
+                            self._settings.addresses,
+                            self._control,
+                            shared_registry=self._settings.shared_registry,
+                        )
                     )
                     # Before the servers: a port that is taken is found out at once.
                     balancer = await asyncio.create_subprocess_exec(

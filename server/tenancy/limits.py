@@ -11,8 +11,9 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Protocol
 
 from nybble.server.http.errors import ApiError
 from nybble.server.tenancy.tenants import Tenant
@@ -46,6 +47,18 @@ class Bucket:
         return max(0.0, missing * 60 / self.per_minute)
 
 
+class Limits(Protocol):
+    """What counts tenants' requests and tokens, here or over all servers."""
+
+    def admit(
+        self, tenant: Tenant, prompt_tokens: int, *, background: bool = False
+    ) -> AbstractAsyncContextManager[None]: ...
+
+    def spend(self, tenant: Tenant, tokens: int) -> None: ...
+
+    def headers(self, tenant: Tenant) -> dict[str, str]: ...
+
+
 class Limiter:
     """The state of every tenant's limits. It survives a reload of the tenants file."""
 
@@ -55,10 +68,10 @@ class Limiter:
         self._running: Counter[str] = Counter()
         self._in_background: Counter[str] = Counter()
 
-    @contextmanager
-    def admit(
+    @asynccontextmanager
+    async def admit(
         self, tenant: Tenant, prompt_tokens: int, *, background: bool = False
-    ) -> Iterator[None]:
+    ) -> AsyncIterator[None]:
         """Count a request while it runs. Raises ApiError 429 at a limit, and counts nothing.
 
         background: leave the tenant's other requests half of each rate, and count for nothing
@@ -68,14 +81,14 @@ class Limiter:
         if background:
             running += self._in_background[tenant.name]
         if most is not None and running >= most:
-            raise _refused(f"{most} concurrent requests", 1)
+            raise refused(f"{most} concurrent requests", 1)
         requests, tokens = self._rates(tenant)
         for bucket, amount, kind in ((requests, 1, "requests"), (tokens, prompt_tokens, "tokens")):
             if bucket is None:
                 continue
             left = bucket.per_minute // 2 if background else 0
             if (wait := bucket.seconds_until(amount + left)) > 0:
-                raise _refused(f"{bucket.per_minute} {kind} per minute", wait)
+                raise refused(f"{bucket.per_minute} {kind} per minute", wait)
         if requests is not None:
             requests.take(1)
         self.spend(tenant, prompt_tokens)
@@ -94,14 +107,14 @@ class Limiter:
 
     def headers(self, tenant: Tenant) -> dict[str, str]:
         """OpenAI's ``x-ratelimit-*`` for the limits the tenant has."""
-        headers = {}
-        for kind, bucket in zip(("requests", "tokens"), self._rates(tenant), strict=True):
-            if bucket is not None:
-                headers[f"x-ratelimit-limit-{kind}"] = str(bucket.per_minute)
-                headers[f"x-ratelimit-remaining-{kind}"] = str(max(0, math.floor(bucket.level)))
-                wait = bucket.seconds_until(bucket.per_minute)
-                headers[f"x-ratelimit-reset-{kind}"] = f"{wait:.3f}s"
-        return headers
+        kinds = zip(("requests", "tokens"), self._rates(tenant), strict=True)
+        return limit_headers(
+            {
+                kind: (bucket.per_minute, bucket.level, bucket.seconds_until(bucket.per_minute))
+                for kind, bucket in kinds
+                if bucket is not None
+            }
+        )
 
     def _rates(self, tenant: Tenant) -> tuple[Bucket | None, Bucket | None]:
         return (
@@ -118,7 +131,19 @@ class Limiter:
         return bucket
 
 
-def _refused(limit: str, seconds: float) -> ApiError:
+def limit_headers(levels: Mapping[str, tuple[int, float, float]]) -> dict[str, str]:
+    """OpenAI's ``x-ratelimit-*``: by kind, the rate a minute, what is left of it, and the seconds
+    until it is whole."""
+    headers = {}
+    for kind, (per_minute, level, seconds) in levels.items():
+        headers[f"x-ratelimit-limit-{kind}"] = str(per_minute)
+        headers[f"x-ratelimit-remaining-{kind}"] = str(max(0, math.floor(level)))
+        headers[f"x-ratelimit-reset-{kind}"] = f"{seconds:.3f}s"
+    return headers
+
+
+def refused(limit: str, seconds: float) -> ApiError:
+    """The error of a tenant that has reached a limit."""
     return ApiError(
         429,
         f"the limit of {limit} is reached: try again in {math.ceil(seconds)} s",

@@ -8,6 +8,7 @@ import re
 import subprocess
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +26,13 @@ class Server:
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A tiny random model in a process of the server's own environment."""
-    folder = tmp_path_factory.mktemp("clients") / "tiny"
+    with running_server(tmp_path_factory.mktemp("clients") / "tiny") as server:
+        yield server
+
+
+@contextmanager
+def running_server(folder: Path) -> Iterator[Server]:
+    """A server of a model which it writes into this folder."""
     command = [ROOT / ".venv/bin/python", Path(__file__).with_name("serve_tiny.py"), folder]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)

@@ -135,7 +135,7 @@ def test_what_speaks_of_one_server_is_refused_and_says_what_to_do(site: Site) ->
     assert f"http://127.0.0.1:{site.port + 1}/metrics" in refused.json()["error"]["message"]
     refused = httpx.post(f"{site.url}/v1/load_lora_adapter", json={})
     assert refused.status_code == 501
-    assert "--lora-watch" in refused.json()["error"]["message"]
+    assert "--lora-registry" in refused.json()["error"]["message"]
     assert {model["id"] for model in httpx.get(f"{site.url}/v1/models").json()["data"]} >= {"tiny"}
 
 
@@ -222,6 +222,11 @@ def test_the_example_is_what_the_command_prints() -> None:
     example = (ROOT / "deploy/haproxy/haproxy.cfg").read_text()
     servers = [f"127.0.0.1:{port}" for port in range(8001, 8005)]
     assert example == configuration("127.0.0.1:8000", servers)
+    # With a registry an adapter may be loaded at any server.
+    shared = configuration("127.0.0.1:8000", servers, shared_registry=True)
+    lines = set(example.splitlines()) - set(shared.splitlines())
+    assert len(lines) == 3
+    assert all("administers" in line for line in lines)
 
 
 @pytest.mark.parametrize(

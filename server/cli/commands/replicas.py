@@ -22,7 +22,8 @@ _REFUSED = {
     "batches": "run batches on one server by itself (`nybble serve --batches`)",
     "state_dir": "run jobs on one server by itself (`nybble serve --state-dir`)",
     "response_store": "keep responses on one server by itself (`nybble serve --response-store`)",
-    "lora_state": "adapters come from --lora-watch or --lora-modules, which all servers read",
+    "lora_state": "the servers share what --lora-registry or --lora-watch has",
+    "lora_cache_dir": "each server has one of its own, below XDG_CACHE_HOME",
 }
 
 
@@ -44,7 +45,7 @@ def replicas(
     All other options are those of `nybble serve`. Needs HAProxy. SIGHUP replaces one server after
     the other; a server that ends is started again.
 
-    nybble replicas --count 4 --model org/name --lora-watch adapters
+    nybble replicas --count 4 --model org/name --lora-source adapters
     """
     with expected_errors():
         if port + (count or 1) > 65535:
@@ -53,7 +54,9 @@ def replicas(
             from nybble.server.replicas.haproxy import configuration
 
             addresses = [f"127.0.0.1:{port + i}" for i in range(1, (count or 2) + 1)]
-            typer.echo(configuration(f"{host}:{port}", addresses), nl=False)
+            shared = any(each.startswith("--lora-registry") for each in context.args)
+            text = configuration(f"{host}:{port}", addresses, shared_registry=shared)
+            typer.echo(text, nl=False)
             return
         options = _serve_options(context)
         logs.configure(options["log_level"], options["log_format"])
@@ -71,6 +74,7 @@ def replicas(
             arguments=context.args,
             environments=_environments(count, options),
             shutdown_timeout=options["shutdown_timeout"],
+            shared_registry=bool(options["lora_registry"]),
         )
         try:
             asyncio.run(Supervisor(settings, haproxy).run())

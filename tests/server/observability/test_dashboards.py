@@ -56,7 +56,9 @@ def exported(
     adapter = ("--lora-modules", f"poet={tiny_adapter(seed=1)}", "--max-lora-rank", "8")
     state = ("--state-dir", str(tmp_path_factory.mktemp("state")), "--batches", "--fine-tuning")
     drafts = ("--draft-model", str(tiny_model()), "--speculate", "draft")
-    options = ("--tenants", str(tenants), *adapter, *state, *drafts)
+    shared = ("--lora-registry", str(tmp_path_factory.mktemp("registry")))
+    quotas = ("--quota-store", "unix:///nowhere/redis.sock")  # away: each server counts alone
+    options = ("--tenants", str(tenants), *adapter, *state, *drafts, *shared, *quotas)
     with running_server(tiny_model(), *options) as server:
         body = {"model": "poet", "prompt": "the fox", "max_tokens": 3, "ignore_eos": True}
         url, headers = f"{server.url}/v1/completions", {"Authorization": f"Bearer {key}"}

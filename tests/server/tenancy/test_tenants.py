@@ -7,7 +7,7 @@ import logging
 import re
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import pytest
 from nybble.engine import AdapterConfig, Engine, Request
 from nybble.loaders import open_checkpoint
 from nybble.server.http.errors import ApiError
-from nybble.server.tenancy.limits import Limiter
+from nybble.server.tenancy.limits import Limiter, Limits
 from nybble.server.tenancy.tenants import Tenant, Tenants, TenantsError, new_key
 
 from ..client import COMPLETIONS, Client, run
@@ -116,17 +116,18 @@ def tenant(**limits: Any) -> Tenant:
     return Tenant(name="t", keys=(STORED,), **limits)
 
 
-def test_requests_per_minute_refill_steadily() -> None:
+async def use(limits: Limits, tenant: Tenant, prompt: int = 1, generated: int = 0) -> None:
+    async with limits.admit(tenant, prompt):
+        limits.spend(tenant, generated)
+
+
+async def requests_per_minute_refill_steadily() -> None:
     clock, one = Clock(), tenant(requests_per_minute=2)
     limiter = Limiter(clock)
     for _ in range(2):
-        with limiter.admit(one, 10):
-            pass
-    with (
-        pytest.raises(ApiError, match="limit of 2 requests per minute") as refused,
-        limiter.admit(one, 1),
-    ):
-        pass
+        await use(limiter, one, 10)
+    with pytest.raises(ApiError, match="limit of 2 requests per minute") as refused:
+        await use(limiter, one)
     assert (refused.value.status, refused.value.retry_after) == (429, 30)
     assert limiter.headers(one) == {
         "x-ratelimit-limit-requests": "2",
@@ -134,55 +135,58 @@ def test_requests_per_minute_refill_steadily() -> None:
         "x-ratelimit-reset-requests": "60.000s",
     }
     clock.now += 30
-    with limiter.admit(one, 1):
-        pass
-    with pytest.raises(ApiError), limiter.admit(one, 1):
-        pass
+    await use(limiter, one)
+    with pytest.raises(ApiError):
+        await use(limiter, one)
 
 
-def test_generated_tokens_are_paid_back() -> None:
+async def generated_tokens_are_paid_back() -> None:
     clock, one = Clock(), tenant(tokens_per_minute=60)
     limiter = Limiter(clock)
-    with limiter.admit(one, 20):
-        limiter.spend(one, 100)
+    await use(limiter, one, 20, generated=100)
     clock.now += 59
-    with pytest.raises(ApiError, match="60 tokens per minute") as refused, limiter.admit(one, 1):
-        pass
+    with pytest.raises(ApiError, match="60 tokens per minute") as refused:
+        await use(limiter, one)
     assert refused.value.retry_after == 2
     clock.now += 2
-    with limiter.admit(one, 1):
-        pass
+    await use(limiter, one)
     # A prompt above the limit waits for a full minute's worth, not for ever.
     clock.now += 120
-    with limiter.admit(one, 1000):
-        pass
-    with pytest.raises(ApiError) as refused, limiter.admit(one, 1):
-        pass
+    await use(limiter, one, 1000)
+    with pytest.raises(ApiError) as refused:
+        await use(limiter, one)
     assert refused.value.retry_after == 941
 
 
-def test_a_refused_request_counts_nothing_and_concurrency_ends_with_the_request() -> None:
+async def a_refused_request_counts_nothing_and_concurrency_ends_with_the_request() -> None:
     one = tenant(max_concurrency=1, requests_per_minute=5)
     limiter = Limiter(Clock())
-    with (
-        limiter.admit(one, 1),
-        pytest.raises(ApiError, match="1 concurrent"),
-        limiter.admit(one, 1),
-    ):
-        pass
-    with limiter.admit(one, 1):
-        pass
+    async with limiter.admit(one, 1):
+        with pytest.raises(ApiError, match="1 concurrent"):
+            await use(limiter, one)
+    await use(limiter, one)
     assert limiter.headers(one)["x-ratelimit-remaining-requests"] == "3"
 
 
-def test_a_new_limit_in_the_file_begins_anew_and_an_old_one_goes_on() -> None:
+async def a_new_limit_in_the_file_begins_anew_and_an_old_one_goes_on() -> None:
     limiter = Limiter(Clock())
-    with limiter.admit(tenant(requests_per_minute=1), 1):
-        pass
-    with pytest.raises(ApiError), limiter.admit(tenant(requests_per_minute=1, weight=2.0), 1):
-        pass
-    with limiter.admit(tenant(requests_per_minute=3), 1):
-        pass
+    await use(limiter, tenant(requests_per_minute=1))
+    with pytest.raises(ApiError):
+        await use(limiter, tenant(requests_per_minute=1, weight=2.0))
+    await use(limiter, tenant(requests_per_minute=3))
+
+
+@pytest.mark.parametrize(
+    "scenario",
+    [
+        requests_per_minute_refill_steadily,
+        generated_tokens_are_paid_back,
+        a_refused_request_counts_nothing_and_concurrency_ends_with_the_request,
+        a_new_limit_in_the_file_begins_anew_and_an_old_one_goes_on,
+    ],
+)
+def test_limits(scenario: Callable[[], Coroutine[None, None, None]]) -> None:
+    asyncio.run(scenario())
 
 
 def test_limits_and_their_headers_over_http(engine: Engine, file: Callable[..., Path]) -> None:
