@@ -75,6 +75,8 @@ def changed(valid: Any, data: bytes) -> bytes:
     return json.dumps(value).encode()
 
 
+_SCORES = [{"model": "m", "text_1": "a", "text_2": ["b", "c"]}]
+_RANKINGS = [{"model": "m", "query": "a", "documents": ["b", {"text": "c"}], "top_n": 1}]
 EXAMPLES: dict[str, list[dict[str, Any]]] = {
     "/v1/chat/completions": [
         {
@@ -148,6 +150,11 @@ EXAMPLES: dict[str, list[dict[str, Any]]] = {
     ],
     "/abort_request": [{"rid": "r"}],
     "/v1/embeddings": [{"model": "m", "input": ["a", "b"], "encoding_format": "base64"}],
+    "/score": _SCORES,
+    "/v1/score": _SCORES,
+    "/rerank": _RANKINGS,
+    "/v1/rerank": _RANKINGS,
+    "/v2/rerank": _RANKINGS,
     "/tokenize": [{"prompt": "a"}, {"messages": [{"role": "user", "content": "a"}]}],
     "/detokenize": [{"tokens": [1, 2]}],
 }

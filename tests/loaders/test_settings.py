@@ -110,7 +110,7 @@ def test_what_is_written_says_what_it_is(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "mamba"}, "model_type 'mamba' is not supported; supported are"),
+        ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported; supported are"),
         ({"model_type": "no-such"}, "model_type 'no-such' is not supported; supported are"),
         (
             {"quantization_config": {"quant_method": "quip"}},

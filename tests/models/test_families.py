@@ -425,6 +425,14 @@ _SHOWN = {
 shown_rows = pytest.mark.parametrize(
     "row", [row if row in _SHOWN else pytest.param(row, marks=pytest.mark.slow) for row in ROWS]
 )
+# A family once, and its variants in `make test-all`.
+quick_rows = pytest.mark.parametrize(
+    "row",
+    [
+        pytest.param(row, marks=pytest.mark.slow) if " with" in row and row not in _SHOWN else row
+        for row in ROWS
+    ],
+)
 
 
 def test_every_family_has_a_row() -> None:
@@ -496,7 +504,7 @@ def calibration() -> torch.Tensor:
     return torch.randint(3, 300, (4, 48), generator=torch.Generator().manual_seed(0))
 
 
-@rows
+@quick_rows
 def test_64_greedy_tokens_equal_transformers_alone_and_in_company(
     reference: Any, folder_of: Callable[[str], Path], row: str
 ) -> None:
