@@ -38,6 +38,11 @@ def load_config(folder: Path) -> PretrainedConfig:
         raise UnsupportedModelError(
             f"{path} says is_causal: false, but attention to later tokens is not supported"
         )
+    architectures = written.get("architectures") or []
+    if not isinstance(architectures, list) or not all(isinstance(n, str) for n in architectures):
+        raise CheckpointError(
+            f"{path}: architectures is {architectures!r}, expected a list of names"
+        )
     try:
         config: PretrainedConfig = (
             AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)

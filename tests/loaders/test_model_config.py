@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
-from nybble.loaders import open_checkpoint
+from nybble.loaders import CheckpointError, open_checkpoint
 from nybble.models import UnsupportedModelError
 from nybble.quantizers import quantize_checkpoint
 
@@ -96,4 +96,12 @@ def test_attention_to_later_tokens_is_refused_by_name(tmp_path: Path) -> None:
     written = config.to_dict() | {"is_causal": False, "model_type": "llama"}
     (tmp_path / "config.json").write_text(json.dumps(written))
     with pytest.raises(UnsupportedModelError, match="is_causal: false"):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("architectures", [True, "LlamaModel", [{}], {"LlamaModel": 1}])
+def test_architectures_that_are_no_names_are_refused(tmp_path: Path, architectures: object) -> None:
+    written = LlamaConfig().to_dict() | {"model_type": "llama", "architectures": architectures}
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    with pytest.raises(CheckpointError, match="architectures is .*expected names"):
         open_checkpoint(tmp_path)
