@@ -40,9 +40,7 @@ def load_config(folder: Path) -> PretrainedConfig:
         )
     architectures = written.get("architectures") or []
     if not isinstance(architectures, list) or not all(isinstance(n, str) for n in architectures):
-        raise CheckpointError(
-            f"{path}: architectures is {architectures!r}, expected a list of names"
-        )
+        raise CheckpointError(f"{path}: architectures is {architectures!r}, expected names")
     try:
         config: PretrainedConfig = (
             AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)

@@ -103,5 +103,5 @@ def test_attention_to_later_tokens_is_refused_by_name(tmp_path: Path) -> None:
 def test_architectures_that_are_no_names_are_refused(tmp_path: Path, architectures: object) -> None:
     written = LlamaConfig().to_dict() | {"model_type": "llama", "architectures": architectures}
     (tmp_path / "config.json").write_text(json.dumps(written))
-    with pytest.raises(CheckpointError, match="architectures is .*expected names"):
+    with pytest.raises(CheckpointError, match=r"architectures is .*expected names"):
         open_checkpoint(tmp_path)
