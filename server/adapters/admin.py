@@ -128,9 +128,8 @@ class AdapterAdmin:
     def _register(
         self, resolver: AdapterResolver, body: LoadAdapterRequest, *, replace: bool
     ) -> AdapterInfo:
-        for field in ("mixture", "expected_version"):
-            if getattr(body, field) is not None:
-                raise _not_registered(field)
+        self._require_own("mixture", body.mixture)
+        self._require_own("expected_version", body.expected_version)
         assert body.lora_path is not None
         folder = _allowed(body.lora_path, self._roots)
         return resolver.publish(body.lora_name, folder, replace=replace)
@@ -159,6 +158,7 @@ class AdapterAdmin:
     async def unload(self, request: web.Request) -> web.Response:
         self._require_admin(request)
         body = await read_body(request, UnloadAdapterRequest)
+        self._require_own("expected_version", body.expected_version)
         if await self._withdrawn(body.lora_name, delete=False):
             return json_response(
                 {"object": "lora_adapter", "name": body.lora_name, "unloaded": True}
@@ -198,8 +198,7 @@ class AdapterAdmin:
         self, uploads: AdapterUploads | None, form: AdapterForm, scratch: Path
     ) -> AdapterInfo:
         if self._resolver is not None and self._registered:
-            if form.expected is not None:
-                raise _not_registered("expected_version")
+            self._require_own("expected_version", form.expected)
             return self._resolver.publish(form.name, scratch, replace=form.replace)
         assert uploads is not None
         version = uploads.publish(form.name, scratch)
@@ -219,11 +218,12 @@ class AdapterAdmin:
         """Unload an adapter if it is loaded, and remove its files if they were uploaded."""
         self._require_admin(request)
         name, uploads = request.match_info["name"], self._uploads
+        expected = request.query.get("expected_version")
+        self._require_own("expected_version", expected)
         if await self._withdrawn(name, delete=True):
             return json_response({"object": "lora_adapter", "name": name, "deleted": True})
         kept = uploads is not None and await asyncio.to_thread(uploads.has, name)
         if not kept or self._engine.adapter(name) is not None:
-            expected = request.query.get("expected_version")
             self._engine.unload_adapter(self._find(name).name, expected=expected)
         if self._state is not None:
             await asyncio.to_thread(self._state.forget, name)
@@ -262,6 +262,7 @@ class AdapterAdmin:
     async def roll_back(self, request: web.Request) -> web.Response:
         self._require_admin(request)
         body = await read_body(request, RollBackRequest)
+        self._require_own(None, "a rollback")
         info = await asyncio.to_thread(self._roll_back, request.match_info["name"], body)
         return json_response(_body(info))
 
@@ -332,6 +333,17 @@ class AdapterAdmin:
     async def get(self, request: web.Request) -> web.Response:
         self._require_admin(request)
         return json_response(_body(self._find(request.match_info["name"])))
+
+    def _require_own(self, param: str | None, given: object) -> None:
+        """Raises ApiError 400 for what changes this server alone, if it shares its adapters."""
+        if given is not None and self._registered:
+            raise ApiError(
+                400,
+                f"{param or given} is for adapters of one server; those of --lora-registry are "
+                "shared by all",
+                param=param,
+                code="unsupported_parameter",
+            )
 
     async def _withdrawn(self, name: str, *, delete: bool) -> bool:
         """Whether a shared place had the name, and no longer has."""
@@ -462,12 +474,3 @@ def uploads_folder(roots: Sequence[Path]) -> Path:
 
 def _body(info: AdapterInfo) -> dict[str, Any]:
     return {"object": "lora_adapter", **asdict(info)}
-
-
-def _not_registered(param: str) -> ApiError:
-    return ApiError(
-        400,
-        f"{param} is for adapters of one server; those of --lora-registry are shared by all",
-        param=param,
-        code="unsupported_parameter",
-    )

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ _PART = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
 NAME = re.compile(rf"{_PART}(/{_PART})?")
 _DIGEST = re.compile(r"[0-9a-f]{8,128}")
 _POINTER = "current.json"
+# The hub's file system raises the last for a path that can be no repository.
 _ABSENT = (FileNotFoundError, NotADirectoryError, NotImplementedError)
 
 
@@ -104,7 +106,7 @@ def asked(url: str, action: Callable[[], T]) -> T:
         raise PlaceError(f"{url} cannot be used: {reason.splitlines()[0]}") from error
 
 
-class Place:
+class Place(ABC):
     """A file system and a path in it."""
 
     def __init__(self, url: str) -> None:
@@ -118,13 +120,13 @@ class Place:
         except (ImportError, ValueError, OSError) as error:
             raise ValueError(f"adapters cannot be read from {url}: {error}") from error
 
+    @abstractmethod
     def covers(self, name: str) -> bool:
         """Whether a name may be looked for here."""
-        raise NotImplementedError
 
+    @abstractmethod
     def find(self, name: str) -> Found | None:
         """The version of this name that is served now. Blocks. Raises PlaceError."""
-        raise NotImplementedError
 
     def _found(
         self, name: str, folder: str, digest: str | None, infos: dict[str, dict[str, Any]]

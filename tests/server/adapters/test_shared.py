@@ -215,6 +215,40 @@ def test_what_one_server_loads_is_served_by_all_and_what_it_unloads_by_none(
     serve(engines, settings, scenario, adapter_roots=[tmp_path / "roots"])
 
 
+def test_what_changes_one_server_alone_is_refused_of_shared_adapters(
+    engines: list[Engine],
+    shared: Callable[..., SharedAdapters],
+    tiny_adapter: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    shutil.copytree(tiny_adapter(seed=1), tmp_path / "roots" / "1")
+
+    async def scenario(client: Client) -> None:
+        async def send(method: str, path: str, **body: Any) -> tuple[int, dict[str, Any]]:
+            url = f"/v1/{path}"
+            async with client.request(method, url, json=body or None, headers=ADMIN) as response:
+                return response.status, await response.json()
+
+        load = {"lora_name": "a", "lora_path": "1"}
+        assert (await send("POST", "load_lora_adapter", **load))[0] == 200
+        mixture = {"lora_name": "b", "mixture": {"a": 0.5}}
+        expected = {"expected_version": "0"}
+        for method, path, body in (
+            ("POST", "load_lora_adapter", mixture),
+            ("POST", "load_lora_adapter", {**load, "load_inplace": True, **expected}),
+            ("POST", "unload_lora_adapter", {"lora_name": "a", **expected}),
+            ("DELETE", "lora_adapters/a?expected_version=0", {}),
+            ("POST", "lora_adapters/a/rollback", {"version": "0"}),
+        ):
+            status, answer = await send(method, path, **body)
+            assert status == 400, (path, answer)
+            assert "--lora-registry" in answer["error"]["message"]
+        assert (await ask(client, "a"))[0] == 200
+
+    settings = [shared(registry=str(tmp_path / "registry"))]
+    serve(engines, settings, scenario, adapter_roots=[tmp_path / "roots"])
+
+
 def test_an_upload_goes_to_the_registry_and_a_deleted_one_leaves_it(
     engines: list[Engine],
     shared: Callable[..., SharedAdapters],
