@@ -8,7 +8,8 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from nybble.kernels.activation import Activation
-from nybble.models.architecture import Rope, UnsupportedModelError
+from nybble.models.errors import UnsupportedModelError
+from nybble.models.linears import Rope
 
 _ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from transformers import PretrainedConfig
 
-from nybble.models.architecture import Architecture, UnsupportedModelError
+from nybble.models.architecture import Architecture
+from nybble.models.errors import UnsupportedModelError
 
 Describe = Callable[[PretrainedConfig], Architecture]
 # Modules of this package that describe no family.
