@@ -37,8 +37,8 @@ class Drafter(Protocol):
     method: its name in metrics.
     first_guess: of each grade, what is taken for the chance that a token is right until it is
         known.
-    costs: seconds of a pass that drafts a token of each of several sequences, by their number; None
-        if drafting costs next to nothing.
+    costs: seconds of a pass that drafts a token of each of several sequences, by the tokens that it
+        computes; None if drafting costs next to nothing.
     """
 
     @property
@@ -57,8 +57,11 @@ class Drafter(Protocol):
         """
         ...
 
-    def behind(self, sequence: Sequence) -> int:
-        """Tokens that a sequence's first pass would compute."""
+    def reading(self, sequence: Sequence) -> float:
+        """Seconds that it takes to read a sequence before it can be drafted, its prompt above all.
+
+        0 if there is little to be read, or if it is not known yet.
+        """
         ...
 
     def release(self, sequence: Sequence) -> None:

@@ -67,8 +67,8 @@ class NgramDrafter:
                 drafts[sequence] = match.draft()
         return drafts
 
-    def behind(self, sequence: Sequence) -> int:
-        return 0
+    def reading(self, sequence: Sequence) -> float:
+        return 0.0
 
     def release(self, sequence: Sequence) -> None:
         self._known.pop(sequence, None)
