@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Several
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    from nybble.engine.inputs import StepItem
     from nybble.engine.sequence import Sequence
     from nybble.engine.speculation import StepCosts
 
 # Whether another token of a sequence's draft may be worth what it costs, after tokens so graded.
 Worth = Callable[["Sequence", Several[int]], bool]
+
+
+# Of drafters that know how likely a token is, its grade is by its probability.
+_PROBABILITIES = (0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 0.98)
+FIRST_GUESS = (0.15, 0.3, 0.5, 0.65, 0.8, 0.88, 0.93, 0.96)
+
+
+def grade(probability: float) -> int:
+    """The grade of a token that a drafter gives this probability; of as many as FIRST_GUESS has."""
+    return bisect_right(_PROBABILITIES, probability)
 
 
 @dataclass(frozen=True)
@@ -62,6 +74,10 @@ class Drafter(Protocol):
 
         0 if there is little to be read, or if it is not known yet.
         """
+        ...
+
+    def see(self, batch: Iterable[StepItem]) -> None:
+        """Learn of a step that is computed: its sequences have their next tokens, and blocks."""
         ...
 
     def release(self, sequence: Sequence) -> None:

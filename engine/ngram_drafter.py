@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from nybble.engine.drafter import Draft, Worth
 
 if TYPE_CHECKING:
+    from nybble.engine.inputs import StepItem
     from nybble.engine.sequence import Sequence
 
 _SHORTEST = 2  # tokens that must agree
@@ -69,6 +70,8 @@ class NgramDrafter:
 
     def reading(self, sequence: Sequence) -> float:
         return 0.0
+
+    def see(self, batch: Iterable[StepItem]) -> None: ...
 
     def release(self, sequence: Sequence) -> None:
         self._known.pop(sequence, None)

@@ -12,17 +12,17 @@ earns. A draft that is not verified teaches as well: its first token is compared
 was sampled.
 
 Drafting may cost time too: a draft model makes a pass for each token. Then the same is decided
-before drafting, by what passes take and how often this drafter was right. Before the first draft of
-a sequence the draft model reads the prompt: that is done if the tokens that the sequence is expected
-to still get earn it. If drafting does not pay, a small part of the time is spent on finding out
-whether it does again.
+before drafting, by what passes take and how often this drafter was right. Before the first draft
+of a sequence the draft model reads the prompt: that is done if the tokens that the sequence is
+expected to still get earn it. If drafting does not pay, a small part of the time is spent on
+finding out whether it does again.
 """
 
 from __future__ import annotations
 
 import time
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Several
 from dataclasses import dataclass
 from itertools import accumulate, repeat
@@ -35,6 +35,7 @@ from nybble.engine.request import NoTokenError
 from nybble.engine.sampler import Sampled
 
 if TYPE_CHECKING:
+    from nybble.engine.inputs import StepItem
     from nybble.engine.sequence import Sequence
 
 # The weight of the newest measurement of a number of rows, and the power of its change by which all
@@ -212,6 +213,10 @@ class Speculation:
         lengths = [1] if self._tries and drafts else self.lengths(rows, decoding, known, budget)
         self._drafting = time.monotonic() - started
         return dict(zip(drafts, zip(drafts.values(), lengths, strict=True), strict=True))
+
+    def see(self, batch: Iterable[StepItem]) -> None:
+        """Show the drafter a step that is computed; see :class:`nybble.engine.drafter.Drafter`."""
+        self._drafter.see(batch)
 
     def release(self, sequence: Sequence) -> None:
         """Forget what is kept of a sequence, which has ended or gives its memory back."""

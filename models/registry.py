@@ -14,7 +14,7 @@ from nybble.models.architecture import Architecture, UnsupportedModelError
 
 Describe = Callable[[PretrainedConfig], Architecture]
 # Modules of this package that describe no family.
-_SHARED = ("architecture", "config", "parts", "registry")
+_SHARED = ("architecture", "config", "eagle3", "parts", "registry")
 # Layers that nothing here computes, and model types that have them: nothing less would serve these.
 _LACKING = {
     "latent attention in layouts of their own": ("deepseek_v32", "kimi_linear", "longcat_flash"),

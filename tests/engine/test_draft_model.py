@@ -237,6 +237,8 @@ class Recorder:
         self._prompt = 0.0
         return {each: Draft((1,) * count, (1,) * count) for each, count in limits.items()}
 
+    def see(self, batch: Any) -> None: ...
+
     def release(self, sequence: Any) -> None: ...
 
 
