@@ -4,18 +4,30 @@ Everything else (decoder, loaders, adapters, quantizers, fine-tuning, memory est
 architecture and knows no family.
 """
 
-from nybble.models.architecture import Architecture, Layer
-from nybble.models.attention import AnyAttention, Attention, LatentAttention
-from nybble.models.errors import UnsupportedModelError
-from nybble.models.feed_forward import ClampedSwiglu, Mixture, Mlp, Router, Stacked, Xielu
-from nybble.models.linears import Fold, Linear, LinearGroup, Norm, Rope
-from nybble.models.recurrent import (
+from nybble.models.anatomy import (
+    AnyAttention,
+    Architecture,
+    Attention,
+    ClampedSwiglu,
+    Fold,
     GatedDeltaNet,
+    LatentAttention,
+    Layer,
+    Linear,
+    LinearGroup,
+    Mixture,
+    Mlp,
+    Norm,
     Recurrent,
+    Rope,
+    Router,
     ShortConvolution,
+    Stacked,
     StateSpace,
     StateTensor,
+    Xielu,
 )
+from nybble.models.config import UnsupportedModelError
 from nybble.models.registry import architecture_of, require_family, supported_families
 
 __all__ = [

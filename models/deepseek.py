@@ -8,11 +8,18 @@ from collections.abc import Sequence
 from transformers import PretrainedConfig
 
 from nybble.models import config as read
-from nybble.models.architecture import Architecture
-from nybble.models.attention import LatentAttention
-from nybble.models.errors import UnsupportedModelError
-from nybble.models.feed_forward import Mixture, Mlp, Router
-from nybble.models.linears import Fold, Linear, LinearGroup, Rope
+from nybble.models.anatomy import (
+    Architecture,
+    Fold,
+    LatentAttention,
+    Linear,
+    LinearGroup,
+    Mixture,
+    Mlp,
+    Rope,
+    Router,
+)
+from nybble.models.config import UnsupportedModelError
 from nybble.models.llama import decoder
 from nybble.models.parts import gated_mlp, mixture
 

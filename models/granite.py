@@ -8,13 +8,20 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from nybble.models import config as read
-from nybble.models.architecture import Architecture
-from nybble.models.errors import UnsupportedModelError
-from nybble.models.feed_forward import Mixture, Mlp, Router, Stacked
-from nybble.models.linears import Fold, Linear, LinearGroup
+from nybble.models.anatomy import (
+    Architecture,
+    Fold,
+    Linear,
+    LinearGroup,
+    Mixture,
+    Mlp,
+    Router,
+    Stacked,
+    StateSpace,
+)
+from nybble.models.config import UnsupportedModelError
 from nybble.models.llama import decoder
 from nybble.models.parts import fused_gated_mlp, mixture
-from nybble.models.recurrent import StateSpace
 
 
 def granite(

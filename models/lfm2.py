@@ -5,11 +5,9 @@ from __future__ import annotations
 from transformers import PretrainedConfig
 
 from nybble.models import config as read
-from nybble.models.architecture import Architecture
-from nybble.models.linears import Fold, Linear, LinearGroup, Norm
+from nybble.models.anatomy import Architecture, Fold, Linear, LinearGroup, Norm, ShortConvolution
 from nybble.models.llama import decoder
 from nybble.models.parts import gated_mlp
-from nybble.models.recurrent import ShortConvolution
 
 
 def lfm2(config: PretrainedConfig) -> Architecture:

@@ -11,13 +11,19 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from nybble.models import config as read
-from nybble.models.architecture import Architecture, Layer
-from nybble.models.attention import AnyAttention, LatentAttention
-from nybble.models.errors import UnsupportedModelError
-from nybble.models.feed_forward import Mixture, Mlp
-from nybble.models.linears import Norm, Rope
+from nybble.models.anatomy import (
+    AnyAttention,
+    Architecture,
+    LatentAttention,
+    Layer,
+    Mixture,
+    Mlp,
+    Norm,
+    Recurrent,
+    Rope,
+)
+from nybble.models.config import UnsupportedModelError
 from nybble.models.parts import attention, gated_mlp
-from nybble.models.recurrent import Recurrent
 
 
 def decoder(

@@ -7,10 +7,18 @@ from dataclasses import replace
 from typing import Any
 
 from nybble.kernels.activation import Activation
-from nybble.models.attention import Attention
-from nybble.models.errors import UnsupportedModelError
-from nybble.models.feed_forward import Mixture, Mlp, Router, Stacked
-from nybble.models.linears import Fold, Linear, LinearGroup, Rope
+from nybble.models.anatomy import (
+    Attention,
+    Fold,
+    Linear,
+    LinearGroup,
+    Mixture,
+    Mlp,
+    Rope,
+    Router,
+    Stacked,
+)
+from nybble.models.config import UnsupportedModelError
 
 
 def attention(

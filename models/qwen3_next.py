@@ -11,12 +11,10 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from nybble.models import config as read
-from nybble.models.architecture import Architecture
-from nybble.models.errors import UnsupportedModelError
-from nybble.models.linears import Fold, Linear, LinearGroup, Norm
+from nybble.models.anatomy import Architecture, Fold, GatedDeltaNet, Linear, LinearGroup, Norm
+from nybble.models.config import UnsupportedModelError
 from nybble.models.llama import decoder
 from nybble.models.qwen_moe import mlps, shared_expert, sparse_mlp
-from nybble.models.recurrent import GatedDeltaNet
 
 # Layers that predict several tokens at once.
 _UNUSED = ("mtp.",)

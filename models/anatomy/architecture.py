@@ -11,10 +11,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from nybble.models.attention import AnyAttention, Attention, LatentAttention
-from nybble.models.feed_forward import Mixture, Mlp
-from nybble.models.linears import Linear, LinearGroup, Norm, Rope
-from nybble.models.recurrent import Recurrent
+from nybble.models.anatomy.attention import AnyAttention, Attention, LatentAttention
+from nybble.models.anatomy.feed_forward import Mixture, Mlp
+from nybble.models.anatomy.linears import Linear, LinearGroup, Norm, Rope
+from nybble.models.anatomy.recurrent import Recurrent
 
 # What mixes the tokens of a sequence.
 Mixer = AnyAttention | Recurrent

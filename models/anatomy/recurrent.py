@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nybble.models.linears import LinearGroup
+from nybble.models.anatomy.linears import LinearGroup
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Literal
 
 from nybble.kernels.activation import Activation
-from nybble.models.linears import LinearGroup
+from nybble.models.anatomy.linears import LinearGroup
 
 
 @dataclass(frozen=True)

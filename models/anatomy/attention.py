@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from nybble.models.linears import LinearGroup, Rope
+from nybble.models.anatomy.linears import LinearGroup, Rope
 
 
 @dataclass(frozen=True)
