@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from nybble.engine.parallel import TensorParallel
-from nybble.engine.routing import choose_experts
 from nybble.kernels.attention_batch import AttentionBatch
 from nybble.kernels.backend import Backend
 from nybble.kernels.packed import GroupedKernel, LinearKernel
@@ -301,7 +300,7 @@ class MixturePart:
     def __call__(self, x: Tensor, step: Step) -> Tensor:
         logits = self.backend.router_logits(x, self.router, self.router_bias)
         router, top_k = self.about.router, self.about.top_k
-        ids, weights = choose_experts(router, logits, top_k, self.correction_bias)
+        ids, weights = self.backend.choose_experts(router, logits, top_k, self.correction_bias)
         parts = [linear(x, ids, None) for linear in self.up]
         hidden = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
         adapters = step.adapters.on_experts(self.layer, ids) if step.adapters else None

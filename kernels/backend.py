@@ -23,6 +23,7 @@ from nybble.kernels.decoder_layer import DecoderLayer, DecoderLayersKernel
 from nybble.kernels.lora_batch import LoRABatch
 from nybble.kernels.packed import GroupedKernel, LinearKernel, Weight
 from nybble.kernels.reference import TokenChoice
+from nybble.kernels.routing import Routing
 from nybble.kernels.state_batch import StateBatch
 
 
@@ -53,6 +54,10 @@ class Backend(Protocol):
         ...
 
     def router_logits(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor: ...
+
+    def choose_experts(
+        self, router: Routing, logits: Tensor, top_k: int, correction_bias: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]: ...
 
     def rms_norm(
         self, x: Tensor, weight: Tensor, eps: float, offset: float | None = None

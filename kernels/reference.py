@@ -28,6 +28,7 @@ from nybble.kernels.packed import (
 from nybble.kernels.recurrent import gated_delta_rule as gated_delta_rule
 from nybble.kernels.recurrent import short_convolution as short_convolution
 from nybble.kernels.recurrent import state_space_scan as state_space_scan
+from nybble.kernels.routing import choose_experts as choose_experts
 
 # Output rows dequantized at a time: 16 MiB of float32 at 4096 columns.
 _ROWS_AT_A_TIME = 1024

@@ -35,9 +35,13 @@ from nybble.kernels.packed import (
 )
 from nybble.kernels.recurrent import L2_EPS
 from nybble.kernels.reference import TokenChoice, check_rotary_dim, check_sinks
+from nybble.kernels.routing import Routing
 from nybble.kernels.state_batch import StateBatch
 
 logger = logging.getLogger(__name__)
+
+# kernels/cpu/routing.cpp has the same numbers.
+_SCORINGS = "softmax", "sigmoid", "softmax_of_chosen"
 
 
 @cache
@@ -95,6 +99,12 @@ class CpuLibrary:
         )
         self._scan = allocating("state_space_scan", *[pointer] * 12, *[size] * 5, c_int)
         self._router = function("router_logits", *[pointer] * 4, *[size] * 3, c_int, c_int)
+        self._choose = allocating(
+            "choose_experts",
+            *[pointer] * 4,
+            *[size] * 3,
+            *(c_int, c_int, c_float, c_float, size, size, c_int, c_int),
+        )
         self._lora_add = allocating("lora_add", *[pointer] * 9, *[size] * 4, c_int)
         self._sample = allocating("sample_tokens", *[pointer] * 3, size, size, c_int)
 
@@ -224,6 +234,52 @@ class CpuLibrary:
             torch.get_num_threads(),
         )
         return out
+
+    def choose_experts(
+        self, router: Routing, logits: Tensor, top_k: int, correction_bias: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """A row's result is the same in any batch. Of equal experts the first is chosen.
+
+        Sparsemixer's are the reference's.
+        """
+        if router.scoring not in _SCORINGS:
+            return reference.choose_experts(router, logits, top_k, correction_bias)
+        rows, experts = logits.shape
+        if not (
+            logits.dtype == torch.float32
+            and logits.is_contiguous()
+            and experts % router.groups == 0
+            and experts // router.groups >= (2 if router.group_score == "top2" else 1)
+            and 0 < top_k <= experts // router.groups * router.topk_groups
+            and (
+                correction_bias is None
+                or (correction_bias.dtype == torch.float32 and correction_bias.shape == (experts,))
+            )
+        ):
+            raise misread("contiguous float32 logits (rows, experts)", logits=logits)
+        ids = torch.empty(rows, top_k, dtype=torch.int64)
+        weights = torch.empty(rows, top_k)
+        if correction_bias is not None:
+            correction_bias = correction_bias.contiguous()
+        if self._choose(
+            logits.data_ptr(),
+            None if correction_bias is None else correction_bias.data_ptr(),
+            ids.data_ptr(),
+            weights.data_ptr(),
+            rows,
+            experts,
+            top_k,
+            _SCORINGS.index(router.scoring),
+            router.renormalize,
+            router.least_sum,
+            router.scaling_factor,
+            router.groups,
+            router.topk_groups,
+            router.group_score == "top2",
+            torch.get_num_threads(),
+        ):
+            raise out_of_memory("choose_experts")
+        return ids, weights
 
     def gated_linear(self, weight: Weight, activation: Activation, dtype: torch.dtype) -> None:
         """None: the product and :meth:`gated` are two kernels."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from nybble.kernels.activation import Activation
 from nybble.kernels.packed import DenseWeight, GroupedKernel, LinearKernel, PackedWeight, Weight
 from nybble.kernels.recurrent import state_space_scan  # no kernel so far: engines refuse it
-from nybble.kernels.reference import decoder_layers
+from nybble.kernels.reference import choose_experts, decoder_layers
 from nybble.kernels.reference import packed_matmul as reference_matmul
 from nybble.kernels.triton.activation import gated
 from nybble.kernels.triton.attention import paged_attention
@@ -26,6 +26,7 @@ from nybble.kernels.triton.sampling import sample_tokens
 
 __all__ = [
     "add_rms_norm",
+    "choose_experts",
     "decoder_layers",
     "gated",
     "gated_delta_rule",

@@ -16,6 +16,7 @@ from nybble.kernels.packed import DenseWeight, GroupedKernel, LinearKernel, Weig
 from nybble.kernels.triton.attention_fixed import paged_attention
 from nybble.kernels.triton.backend import (
     add_rms_norm,
+    choose_experts,
     decoder_layers,
     gated,
     gated_delta_rule,
@@ -32,6 +33,7 @@ from nybble.kernels.triton.matmul import takes
 
 __all__ = [
     "add_rms_norm",
+    "choose_experts",
     "decoder_layers",
     "gated",
     "gated_delta_rule",

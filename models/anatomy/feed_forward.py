@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Literal
 
 from nybble.kernels.activation import Activation
+from nybble.kernels.routing import Scoring
 from nybble.models.anatomy.linears import LinearGroup
 
 
@@ -58,9 +59,6 @@ class Mlp:
     def groups(self) -> tuple[LinearGroup, ...]:
         """Its linear layers in the order of computation."""
         return (self.up, self.down)
-
-
-Scoring = Literal["softmax", "sigmoid", "softmax_of_chosen", "sparsemixer"]
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from torch import Tensor
 from nybble.kernels import DenseWeight, PackedWeight, reference
 from nybble.kernels.cpu.library import CpuLibrary
 from nybble.kernels.packed import INTEGER_LEVELS, SYMMETRIC_LEVELS, pack_nibbles
+from nybble.models import Router
 
 from .cpu_kernels import CODEBOOK
 
@@ -203,3 +204,42 @@ def test_a_routers_logits_are_those_of_float64_and_the_same_in_company(
         assert torch.equal(torch.cat(each), found)
     with pytest.raises(ValueError, match="contiguous float32 weight"):
         cpu.router_logits(x, weight.double(), None)
+
+
+ROUTERS = {
+    "softmax": Router("gate"),
+    "softmax, renormalized": Router("gate", renormalize=True, scaling_factor=2.5),
+    "sigmoid, renormalized": Router("gate", scoring="sigmoid", renormalize=True),
+    "softmax of chosen": Router("gate", scoring="softmax_of_chosen"),
+    "two best of groups": Router(
+        "gate", scoring="sigmoid", groups=4, topk_groups=2, group_score="top2"
+    ),
+    "best of groups": Router("gate", groups=4, topk_groups=3, scaling_factor=16.0),
+    "sparsemixer": Router("gate", scoring="sparsemixer", jitter=0.01),
+}
+
+
+@pytest.mark.parametrize("corrected", [False, True])
+@pytest.mark.parametrize("router", ROUTERS.values(), ids=ROUTERS)
+@pytest.mark.parametrize(("experts", "top_k"), [(8, 2), (64, 8), (128, 1)])
+def test_the_c_kernel_chooses_the_experts_of_the_reference(
+    cpu: CpuLibrary, router: Router, corrected: bool, experts: int, top_k: int
+) -> None:
+    logits = 3 * torch.randn(67, experts, generator=torch.Generator().manual_seed(experts))
+    correction = torch.linspace(-0.2, 0.2, experts) if corrected else None
+    ids, weights = cpu.choose_experts(router, logits, top_k, correction)
+    expected_ids, expected = reference.choose_experts(router, logits, top_k, correction)
+    assert torch.equal(ids, expected_ids)
+    torch.testing.assert_close(weights, expected, rtol=1e-5, atol=1e-7)
+    alone = [cpu.choose_experts(router, row[None], top_k, correction)[1] for row in logits]
+    assert torch.equal(torch.cat(alone), weights)
+
+
+def test_experts_are_chosen_by_logits_that_are_no_numbers_too(cpu: CpuLibrary) -> None:
+    """Whatever comes of them, no expert is asked for that does not exist, or twice."""
+    logits = torch.full((3, 8), torch.nan)
+    logits[1, 5], logits[2] = 1.0, -torch.inf
+    for router in list(ROUTERS.values())[:5]:
+        ids, weights = cpu.choose_experts(router, logits, 3)
+        assert all(len(set(row)) == 3 and set(row) <= set(range(8)) for row in ids.tolist())
+        assert weights[0].isnan().all()

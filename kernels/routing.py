@@ -2,16 +2,41 @@
 
 from __future__ import annotations
 
+from typing import Literal, Protocol
+
 import torch
 from torch import Tensor
 
-from nybble.models import Router
+Scoring = Literal["softmax", "sigmoid", "softmax_of_chosen", "sparsemixer"]
+
+
+class Routing(Protocol):
+    """How experts are chosen by their logits: see :class:`nybble.models.Router`."""
+
+    @property
+    def scoring(self) -> Scoring: ...
+    @property
+    def renormalize(self) -> bool: ...
+    @property
+    def least_sum(self) -> float: ...
+    @property
+    def scaling_factor(self) -> float: ...
+    @property
+    def groups(self) -> int: ...
+    @property
+    def topk_groups(self) -> int: ...
+    @property
+    def group_score(self) -> Literal["max", "top2"]: ...
+    @property
+    def jitter(self) -> float: ...
 
 
 def choose_experts(
-    router: Router, logits: Tensor, top_k: int, correction_bias: Tensor | None = None
+    router: Routing, logits: Tensor, top_k: int, correction_bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """The experts of each row, int64 ``(rows, top_k)``, and their weights, float32 of that shape.
+
+    The experts with the highest scores, the highest first.
 
     logits: float32 ``(rows, experts)``.
     correction_bias: float32 ``(experts,)``, added to the scores for the choice alone.
@@ -19,8 +44,9 @@ def choose_experts(
     if router.scoring == "sparsemixer":
         return _sparsemixer(logits, top_k, router.jitter)
     if router.scoring == "softmax_of_chosen":
-        chosen, ids = logits.topk(top_k, dim=-1)
-        return ids, chosen.softmax(-1) * router.scaling_factor
+        preference = logits if correction_bias is None else logits + correction_bias
+        ids = preference.topk(top_k, dim=-1).indices
+        return ids, logits.gather(1, ids).softmax(-1) * router.scaling_factor
     scores = logits.sigmoid() if router.scoring == "sigmoid" else logits.softmax(-1)
     preference = scores if correction_bias is None else scores + correction_bias
     if router.groups > 1:
@@ -32,7 +58,7 @@ def choose_experts(
     return ids, weights * router.scaling_factor
 
 
-def _of_best_groups(preference: Tensor, router: Router) -> Tensor:
+def _of_best_groups(preference: Tensor, router: Routing) -> Tensor:
     """``preference`` with −inf for the experts of other groups (DeepSeek-V2 and V3)."""
     grouped = preference.view(len(preference), router.groups, -1)
     if router.group_score == "max":
