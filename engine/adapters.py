@@ -434,12 +434,12 @@ class AdapterRegistry:
         if rank > self.slots.max_rank:
             raise AdapterError(
                 f"{what} has rank {rank}, but this server holds adapters up to rank "
-                f"{self.slots.max_rank}: raise max_rank"
+                f"{self.slots.max_rank}: raise max_rank (--max-lora-rank)"
             )
         if nbytes > self.host_bytes:
             raise AdapterError(
                 f"{what} takes {nbytes} bytes, but the host memory for adapters is "
-                f"{self.host_bytes}: raise host_bytes"
+                f"{self.host_bytes}: raise host_bytes (--lora-host-memory)"
             )
 
     def _read(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
@@ -20,6 +19,7 @@ FinishReason = Literal["stop", "length"]
 
 MAX_LOGPROBS = 20
 MAX_MIXED_ADAPTERS = 8
+MAX_MIXTURE_WEIGHT = 1000.0
 
 
 class ParameterError(ValueError):
@@ -133,6 +133,8 @@ class SamplingParams:
         def require(condition: bool, parameter: str, expected: str) -> None:
             if not condition:
                 found = getattr(self, parameter)
+                if isinstance(found, tuple):
+                    found = list(found)  # as it is written in JSON
                 raise ParameterError(parameter, f"{parameter} is {found}, expected {expected}")
 
         require(self.max_tokens is None or self.max_tokens >= 0, "max_tokens", "0 or more")
@@ -237,16 +239,19 @@ class AdapterMixture(str):
     parts: tuple[tuple[str, float], ...]
 
     def __new__(cls, weights: Mapping[str, float]) -> AdapterMixture:
-        """Raises ParameterError for no adapters, too many, or a weight that is not finite."""
+        """Raises ParameterError for no adapters, too many, or a weight that is no number or too
+        large for a product in 16 bits."""
         if not 0 < len(weights) <= MAX_MIXED_ADAPTERS:
             raise ParameterError(
                 "adapter",
                 f"a mixture of {len(weights)} adapters, expected 1 to {MAX_MIXED_ADAPTERS}",
             )
         for name, weight in weights.items():
-            if not math.isfinite(weight):
+            if not abs(weight) <= MAX_MIXTURE_WEIGHT:
                 raise ParameterError(
-                    "adapter", f"adapter {name!r} has the weight {weight}, expected a finite number"
+                    "adapter",
+                    f"adapter {name!r} has the weight {weight}, expected at most "
+                    f"{MAX_MIXTURE_WEIGHT:.0f} and at least −{MAX_MIXTURE_WEIGHT:.0f}",
                 )
         parts = tuple(sorted((name, float(weight)) for name, weight in weights.items()))
         self = super().__new__(cls, " + ".join(f"{weight!r}*{name}" for name, weight in parts))

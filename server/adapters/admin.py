@@ -271,7 +271,9 @@ class AdapterAdmin:
 
     async def roll_back(self, request: web.Request) -> web.Response:
         self._require_admin(request)
-        body = await read_body(request, RollBackRequest)
+        body = RollBackRequest()
+        if request.can_read_body:
+            body = await read_body(request, RollBackRequest)
         self._require_own(None, "a rollback")
         info = await asyncio.to_thread(self._roll_back, request.match_info["name"], body)
         return json_response(_body(info))

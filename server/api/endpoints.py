@@ -240,7 +240,9 @@ class Endpoints:
                 store.save(StoredResponse(call.owner, response, items))
 
         logprobs = self._logprobs(chat, group.params)
-        formatter = ResponsesFormatter(group.id, body, int(time.time()), form, logprobs, ended=save)
+        formatter = ResponsesFormatter(
+            group.id, body, int(time.time()), group.params, form, logprobs, ended=save
+        )
         queued = formatter.response | {"status": "queued", "output": []}
         return group, formatter, StoredResponse(call.owner, queued, items)
 

@@ -228,7 +228,7 @@ class Prompts:
         - the request brings a template of its own and this is not allowed,
         - the text is too long, as in :meth:`encode`;
 
-        and ApiError 500 if the template takes too much time or memory.
+        and ApiError 500 if the template takes too much time or memory, 400 if it is the request's.
         """
         template = self.template(options, own, tools=bool(tools))
         if len(messages) > self._max_model_len:  # a message has at least one token
@@ -241,7 +241,18 @@ class Prompts:
         if not parse_special:
             turns = self._chat_encoder.shielded(turns, template)
         variables = {**self._tokenizer.special_tokens_map, **_variables(options, template)}
-        text = await self._rendered(template, turns, tools, variables)
+        try:
+            text = await self._rendered(template, turns, tools, variables)
+        except TemplateFailedError as error:
+            # A template which the request brought is the client's fault.
+            brought = options.chat_template is not None
+            raise ApiError(
+                400 if brought else 500,
+                f"the chat template of {'the request' if brought else repr(self._model)} cannot be "
+                f"used: {error}",
+                param="chat_template" if brought else None,
+                code="chat_template_failed",
+            ) from None
         if any_length:
             _require_size("messages", len(text.encode()), MAX_TEXT_BYTES, "bytes")
         else:
@@ -342,22 +353,15 @@ class Prompts:
         tools: Sequence[dict[str, Any]] | None,
         variables: dict[str, Any],
     ) -> str:
-        try:
-            refusal: TemplateRefusedError | None = None
-            for form in (turns, *in_other_forms(turns)):
-                try:
-                    future = self._templates.submit(template, form, tools, variables)
-                    return await asyncio.wrap_future(future)
-                except TemplateRefusedError as error:
-                    refusal = refusal or error
-            assert refusal is not None
-            raise refusal
-        except TemplateFailedError as error:
-            raise ApiError(
-                500,
-                f"the chat template of {self._model!r} cannot be used: {error}",
-                code="chat_template_failed",
-            ) from None
+        refusal: TemplateRefusedError | None = None
+        for form in (turns, *in_other_forms(turns)):
+            try:
+                future = self._templates.submit(template, form, tools, variables)
+                return await asyncio.wrap_future(future)
+            except TemplateRefusedError as error:
+                refusal = refusal or error
+        assert refusal is not None
+        raise refusal
 
     def _refused(self, reason: str) -> ApiError:
         return ApiError(

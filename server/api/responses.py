@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 from uuid import uuid4
 
-from nybble.engine import RequestOutput
+from nybble.engine import RequestOutput, SamplingParams
 from nybble.server.api.answer_form import AnswerForm
 from nybble.server.api.generation import Usage
 from nybble.server.api.logprobs import Logprobs
@@ -31,6 +31,7 @@ class ResponsesFormatter:
         id: str,
         body: ResponsesRequest,
         created: int,
+        params: SamplingParams,
         form: AnswerForm,
         logprobs: Logprobs | None = None,
         *,
@@ -69,7 +70,7 @@ class ResponsesFormatter:
                 "effort": None if body.reasoning is None else body.reasoning.effort,
                 "summary": None,
             },
-            "temperature": 1.0 if body.temperature is None else body.temperature,
+            "temperature": params.temperature,
             "text": text,
             "tool_choice": _plain(body.tool_choice) or "auto",
             "tools": [
@@ -77,7 +78,7 @@ class ResponsesFormatter:
                 for tool in body.tools or ()
             ],
             "top_logprobs": body.top_logprobs or 0,
-            "top_p": 1.0 if body.top_p is None else body.top_p,
+            "top_p": params.top_p,
             "truncation": "disabled",
         }
 

@@ -130,12 +130,10 @@ def table(summary: Mapping[str, Any]) -> str:
 def plot(run: Run, path: Path, title: str) -> None:
     """Draw the distributions of the latencies, and tokens per second over the run, to an image.
 
-    Raises ValueError if matplotlib is missing.
+    Raises ModuleNotFoundError if matplotlib is not installed.
     """
-    try:
-        import matplotlib
-    except ImportError:
-        raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
+    import matplotlib
+
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 

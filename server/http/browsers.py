@@ -40,7 +40,8 @@ async def require_json(request: web.Request, handler: Handler) -> web.StreamResp
         raise ApiError(
             415,
             f"the Content-Type is {given!r}, expected application/json "
-            "(curl: -H 'Content-Type: application/json')",
+            "(curl: -H 'Content-Type: application/json'), or multipart/form-data for files "
+            "(curl: -F)",
             code="unsupported_media_type",
         )
     return await handler(request)

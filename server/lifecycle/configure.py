@@ -21,6 +21,7 @@ from nybble.server.http.cors import Cors
 from nybble.server.http.tls import tls_context
 from nybble.server.lifecycle.options import AdapterOptions, KeyOptions, ServeOptions
 from nybble.server.lifecycle.settings import ServerSettings, SharedAdapters
+from nybble.server.tenancy.keys import require_keys
 from nybble.server.tenancy.tenants import Tenants
 from nybble.server.training.settings import TrainingSettings, default_threads
 
@@ -104,8 +105,8 @@ def server_settings(options: ServeOptions, device: str, *, loopback: bool) -> Se
         models=options.served_names,
         max_sequences=memory.max_num_seqs + memory.max_waiting,
         max_queue_seconds=memory.max_queue_seconds,
-        api_keys=tuple(keys.api_key or ()),
-        admin_keys=tuple(keys.admin_key or ()),
+        api_keys=require_keys(keys.api_key or (), "--api-key"),
+        admin_keys=require_keys(keys.admin_key or (), "--admin-key"),
         adapter_roots=roots,
         adapter_state=state,
         tenants=None if keys.tenants is None else Tenants(keys.tenants),

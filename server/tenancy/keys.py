@@ -15,7 +15,12 @@ class Keys:
     """A set of keys, any of which grants access."""
 
     def __init__(self, keys: Iterable[str], *, kind: str) -> None:
-        """kind: what the error calls them, such as ``API key``."""
+        """kind: what the error calls them, such as ``API key``.
+
+        Raises ValueError for a key that is empty or begins or ends with a space: anyone, or nobody,
+        could send it.
+        """
+        keys = require_keys(keys, kind)
         # Hashes of equal length, all of which are compared: timing reveals nothing about a key.
         self._digests = [_digest(key) for key in keys]
         self._kind = kind
@@ -39,6 +44,17 @@ class Keys:
             f"a valid {self._kind} is required: Authorization: Bearer KEY",
             code="invalid_api_key",
         )
+
+
+def require_keys(keys: Iterable[str], kind: str) -> tuple[str, ...]:
+    """The same keys. Raises ValueError as :class:`Keys` does, which calls a key ``kind``."""
+    keys = tuple(keys)
+    for key in keys:
+        if not key.strip():
+            raise ValueError(f"{kind} is empty: anyone could send it")
+        if key != key.strip():
+            raise ValueError(f"{kind} begins or ends with a space, which no request can send")
+    return keys
 
 
 def _digest(key: str) -> bytes:

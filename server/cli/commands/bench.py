@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from nybble.server.cli.errors import expected_errors, interruptible
+from nybble.server.cli.plotting import require_plot
 
 # Options by the panel that `--help` shows them in.
 _load = partial(typer.Option, rich_help_panel="Load")
@@ -63,6 +64,7 @@ def bench(
         from nybble.server.bench.client import Client
         from nybble.server.bench.drive import Run, closed_loop, first_model, open_loop
 
+        require_plot(plot)
         if rate is not None and concurrency is not None:
             raise ValueError("--rate and --concurrency exclude each other")
         limits = report.parse_slo(slo) if slo else {}

@@ -10,6 +10,7 @@ import typer
 from nybble.server.cli.errors import expected_errors, interruptible
 from nybble.server.cli.model_path import require_model
 from nybble.server.cli.options import TextOption
+from nybble.server.cli.plotting import require_plot
 from nybble.server.lifecycle.options import AliasesOption, DeviceOption
 
 EvaluationPart = Literal["validation", "held-out"]
@@ -51,6 +52,7 @@ def evaluate(
     Standard errors are of the differences between models on the same windows of text.
     """
     with expected_errors(), interruptible():
+        require_plot(plot)
         require_model(reference, aliases)
         import torch
 

@@ -12,6 +12,7 @@ import typer
 from nybble.server.cli.errors import expected_errors, interruptible
 from nybble.server.cli.model_path import require_model
 from nybble.server.cli.options import DataArgument, ModelArgument, OutArgument
+from nybble.server.cli.plotting import require_plot
 from nybble.server.lifecycle.options import AliasesOption, DeviceOption
 
 # Options by the panel that `--help` shows them in.
@@ -62,6 +63,7 @@ def finetune(
 ) -> None:
     """Train a LoRA adapter on a frozen base, 4-bit or 16-bit, and save it in PEFT's format."""
     with expected_errors(), interruptible():
+        require_plot(plot)
         require_model(base, aliases)
         from nybble.engine import resolve_device
         from nybble.finetune import FinetuneSettings, LoRASettings, plot_losses

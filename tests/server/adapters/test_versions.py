@@ -151,7 +151,7 @@ def test_an_upload_goes_back_to_an_earlier_one_and_stays_so_after_a_restart(
         first = await upload(client, folders[0])
         text = await said(client, "u")
         second = await upload(client, folders[1], expected_version=first["version"])
-        back = await ask(client, "POST", f"{LIST}/u/rollback", {})
+        back = await ask(client, "POST", f"{LIST}/u/rollback")
         assert back["version"] == first["version"] != second["version"]
         assert await said(client, "u") == text
         uploads = tmp_path / "uploads" / "u"

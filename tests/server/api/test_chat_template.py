@@ -37,6 +37,17 @@ def test_a_model_whose_template_hangs_answers_what_needs_none(engine: Engine) ->
     run(engine, scenario)
 
 
+def test_a_template_of_the_request_that_hangs_is_the_requests_fault(engine: Engine) -> None:
+    async def scenario(client: Client) -> None:
+        body = {"model": "tiny", "messages": HELLO, "chat_template": ENDLESS}
+        async with client.post(CHAT, json=body) as response:
+            error = (await response.json())["error"]
+            assert (response.status, error["param"]) == (400, "chat_template")
+            assert error["message"].startswith("the chat template of the request cannot be used")
+
+    run(engine, scenario, trust_chat_templates=True)
+
+
 def test_a_template_that_is_not_jinja_is_reported_at_the_start(
     tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -41,6 +41,14 @@ def test_a_response_says_what_a_chat_says(client: OpenAI) -> None:
     assert (answer.incomplete_details is not None) == cut
 
 
+def test_a_response_says_by_what_it_was_sampled(client: OpenAI, engine: Engine) -> None:
+    own = {"temperature": 1.0, "top_p": 1.0, **engine.sampling_defaults}
+    answer = client.responses.create(model="tiny", input="the quick fox", max_output_tokens=4)
+    assert (answer.temperature, answer.top_p) == (own["temperature"], own["top_p"])
+    answer = respond(client, temperature=0.25, top_p=0.5)
+    assert (answer.temperature, answer.top_p) == (0.25, 0.5)
+
+
 def test_a_conversation_goes_on_from_the_output_of_a_response(client: OpenAI) -> None:
     first = respond(client)
     turns: Any = [{"role": "user", "content": "the quick fox"}, *first.output]

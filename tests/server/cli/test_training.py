@@ -56,6 +56,22 @@ def test_calibrated_quantization_then_evaluation(
     assert "--baseline c is not one of the models to compare" in refused.output
 
 
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [("loss.txt", "has to end in .png"), ("none/loss.png", "there is no folder")],
+)
+def test_an_image_that_cannot_be_drawn_is_refused_before_the_work(
+    tiny_model: Callable[..., Path], tmp_path: Path, image: str, message: str
+) -> None:
+    plot = ["--plot", str(tmp_path / image)]
+    model, data, out = str(tiny_model()), tmp_path / "data.jsonl", str(tmp_path / "out")
+    data.write_text(json.dumps({"text": TEXT}))
+    for command in (["finetune", model, str(data), out], ["eval", model, model]):
+        refused = CliRunner().invoke(app, [*command, *plot])
+        assert refused.exit_code == 1
+        assert message in " ".join(refused.output.split())
+
+
 def test_fine_tuning_writes_an_adapter(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
     data = tmp_path / "data.jsonl"
     data.write_text("\n".join(json.dumps({"text": TEXT[i : i + 80]}) for i in range(8)))
