@@ -520,6 +520,14 @@ class Engine:
         """
         return self._require_adapters().pin(name, pinned, expected=expected)
 
+    def prefetch_adapter(self, name: str) -> AdapterInfo:
+        """Have an adapter read into memory before requests come for it, if there is room.
+
+        Copies that are pinned, or that requests wait for, do not make room for it. Raises
+        ParameterError for an unknown name.
+        """
+        return self._require_adapters().prefetch(name)
+
     def adapter_versions(self, name: str) -> list[AdapterInfo]:
         """What a name has stood for since the start, the newest first; empty if nothing."""
         return [] if self._adapters is None else self._adapters.versions(name)

@@ -17,14 +17,8 @@ from dataclasses import dataclass, replace
 from transformers import PretrainedConfig
 
 from nybble.models import config as read
-from nybble.models.architecture import (
-    Architecture,
-    Attention,
-    Layer,
-    Mlp,
-    Norm,
-    UnsupportedModelError,
-)
+from nybble.models.anatomy import Architecture, Attention, Layer, Mlp, Norm
+from nybble.models.config import UnsupportedModelError
 from nybble.models.parts import attention, gated_mlp
 
 _NAMES = ("LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM")

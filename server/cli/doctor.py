@@ -32,7 +32,11 @@ from nybble.engine.kv_cache import KVCacheLayout
 from nybble.engine.memory import available_bytes, gib
 from nybble.engine.runner import free_kv_bytes
 from nybble.engine.state_cache import cache_sizes, state_bytes
-from nybble.kernels.cpu.build import CpuKernelsUnavailableError, build_fastest
+from nybble.kernels.cpu.build import (
+    CpuKernelsUnavailableError,
+    build_fastest,
+    default_compiler,
+)
 from nybble.loaders import Checkpoint, open_checkpoint, resolve_model
 from nybble.loaders.cache import cache_folder
 from nybble.loaders.checkpoint import can_be_rounded
@@ -148,7 +152,7 @@ def _cpu_kernels(device: torch.device) -> Finding:
         reason = " ".join(str(error).split())[:300]
         text = f"none ({reason}): the CPU will use PyTorch's slower operations"
         return Finding("CPU kernels", text, "warning" if device.type == "cpu" else "ok")
-    return Finding("CPU kernels", f"{library}; compiler: {_compiler('g++')}")
+    return Finding("CPU kernels", f"{library}; compiler: {_compiler(default_compiler())}")
 
 
 def _gpu_kernels() -> Finding:
