@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -565,12 +566,15 @@ def test_a_checkpoint_may_name_its_layer_as_models_do_and_bring_an_embedding(
 ) -> None:
     head, other = tiny_eagle3(tmp_path / "head", target), tmp_path / "other"
     other.mkdir()
-    (other / "config.json").write_text((head / "config.json").read_text())
     stored = load_file(head / "model.safetensors")
     renamed = {name.replace("midlayer.", "model.layers.0."): each for name, each in stored.items()}
     embedding = load_file(target / "model.safetensors")["model.embed_tokens.weight"]
     renamed["model.embed_tokens.weight"] = embedding
     save_file(renamed, other / "model.safetensors", {"format": "pt"})
+    # The EAGLE repository's own heads have the name of a whole model in their configs.
+    config = json.loads((head / "config.json").read_text())
+    config |= {"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True}
+    (other / "config.json").write_text(json.dumps(config))
     found = []
     for folder in (head, other):
         engine = start(target, folder)
