@@ -68,7 +68,10 @@ _SCORE = "score.weight"  # transformers' name in all `…ForSequenceClassificati
 
 
 class Decoder:
-    """Computes hidden states and logits; holds weights and no per-sequence state."""
+    """Computes hidden states and logits; holds weights and no per-sequence state.
+
+    captures: layers whose inputs :meth:`forward` captures.
+    """
 
     def __init__(
         self,
@@ -96,6 +99,7 @@ class Decoder:
         Raises ValueError naming a weight that is missing, unexpected or of another shape, and
         UnsupportedModelError for a mixture of experts that the device has no kernel for.
         """
+        self.captures = tuple(captures)
         self._group, self._whole = group, architecture
         weights = group.own_weights(architecture, weights)
         self.architecture = architecture = group.part_of(architecture)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
+
+import torch
 
 from nybble.engine.config import EngineConfig, resolve_device
 from nybble.engine.decoder import Decoder
@@ -10,7 +13,7 @@ from nybble.engine.kv_cache import KVCacheLayout
 from nybble.kernels.backend import backend_for
 from nybble.kernels.progress import Progress, track
 from nybble.loaders.tokenizer import load_tokenizer
-from nybble.models import Architecture, UnsupportedModelError, architecture_of
+from nybble.models import AnyAttention, Architecture, UnsupportedModelError, architecture_of
 from nybble.models.eagle3 import eagle3_head, is_eagle3
 
 if TYPE_CHECKING:
@@ -54,12 +57,9 @@ def check_speculation(target: Checkpoint, draft: Checkpoint | None, config: Engi
         )
     device = resolve_device(config.device)
     if is_eagle3(draft.config):
-        if device.type != "cpu":
-            raise UnsupportedModelError(
-                f"the draft model {name} is an EAGLE-3 head, which {device.type} does not compute "
-                "so far; use --device cpu, or a draft model that is a whole model"
-            )
-        eagle3_head(draft.config).captured_of(served)
+        head = eagle3_head(draft.config)
+        head.captured_of(served)
+        _require_narrow_heads([head.attention], device)
         return
     architecture = architecture_of(draft.config)
     if architecture.recurrents:
@@ -84,7 +84,11 @@ def check_speculation(target: Checkpoint, draft: Checkpoint | None, config: Engi
             f"the draft model {name} has {architecture.vocab} tokens and {target.folder.name} "
             f"{most + 1}; expected a model with the same tokenizer"
         )
-    widest = max(attention.head_dim for attention in architecture.attentions)
+    _require_narrow_heads(architecture.attentions, device)
+
+
+def _require_narrow_heads(attentions: Sequence[AnyAttention], device: torch.device) -> None:
+    widest = max(attention.head_dim for attention in attentions)
     if device.type == "cuda" and widest > MAX_GPU_HEAD_DIM:
         raise ValueError(
             f"the draft model's heads have {widest} entries; on a GPU {MAX_GPU_HEAD_DIM} is the "

@@ -33,6 +33,7 @@ from nybble.engine.inputs import InputBuffers, StepItem
 from nybble.engine.runner import ModelRunner
 from nybble.engine.sequence import Sequence
 from nybble.engine.speculation import StepCosts
+from nybble.engine.transfer import send
 
 logger = logging.getLogger(__name__)
 
@@ -116,12 +117,13 @@ class Eagle3Drafter:
             row += item.num_tokens
         try:
             if items:
-                self._pass(items, self._head.fuse(captured[rows]))
+                at = send(rows, torch.int64, self._runner.device)
+                self._pass(items, self._head.fuse(captured[at]))
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
             # It has not read these tokens, which may cost drafts and nothing else.
-            logger.warning("out of memory while an EAGLE-3 head read %d tokens", len(rows))
+            self._give_up(f"an EAGLE-3 head read {len(rows)} tokens")
 
     def draft(self, limits: Mapping[Sequence, int], worth: Worth) -> dict[Sequence, Draft]:
         room = {
@@ -159,13 +161,18 @@ class Eagle3Drafter:
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            logger.warning("out of memory while drafting for %d sequences", len(room))
+            self._give_up(f"drafting for {len(room)} sequences")
         self._last |= ends
         return {
             sequence: Draft(tuple(tokens), tuple(grades))
             for sequence, (tokens, grades) in found.items()
             if tokens
         }
+
+    def _give_up(self, doing: str) -> None:
+        logger.warning("out of memory while %s", doing)
+        if self._runner.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _reserve(self, sequence: Sequence, limit: int) -> int:
         """How many tokens can be drafted, up to ``limit``; takes blocks for all but the last."""

@@ -102,7 +102,7 @@ class Engine:
     eos_token_ids: tokens that end a sequence unless its parameters say otherwise.
     max_num_seqs: sequences computed in one step.
     draft_method: by what tokens are drafted; None if they are not.
-    draft_runner: of the draft model; None if there is none.
+    draft_runner: of the draft model; None if there is none. draft_head: an EAGLE-3 head, likewise.
     """
 
     def __init__(
@@ -122,7 +122,9 @@ class Engine:
         embedding: EmbeddingSettings | None = None,
         generates: bool = True,
         draft_method: DraftMethod | None = None,
+        draft_head: Eagle3Module | None = None,
     ) -> None:
+        self._draft_head = draft_head
         self.draft_method = draft_method
         self.tokenizer = tokenizer
         self.vocabulary = vocabulary
@@ -388,6 +390,7 @@ class Engine:
             embedding=read_embedding_settings(checkpoint),
             generates=generates(checkpoint.config),
             draft_method=method,
+            draft_head=head_module,
         )
 
     def warm_up(self, progress: Progress = True) -> None:
@@ -395,6 +398,8 @@ class Engine:
         self._runner.warm_up(progress)
         if self._draft_runner is not None:
             self._draft_runner.warm_up(progress)
+        if self._draft_head is not None:
+            self._draft_head.warm_up(self._runner)
 
     def start(self) -> None:
         """Start the engine thread."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -111,6 +111,7 @@ class ModelRunner:
         )
         self._graphs: DecodeGraphs | None = None
         self.captured: Tensor | None = None
+        self._in_graphs: Tensor | None = None  # where graphs leave what they capture
 
     def run(self, batch: Sequence[StepItem]) -> Tensor:
         """Compute every scheduled token.
@@ -125,7 +126,9 @@ class ModelRunner:
             size = self._graphs.size_for(len(batch), adapted)
             if size is not None:
                 self._inputs.build(batch, lora_slots if adapted else None, pad_to=size)
-                return self._graphs.run(size, adapted)[: len(batch)]
+                logits = self._graphs.run(size, adapted)[: len(batch)]
+                self.captured = None if self._in_graphs is None else self._in_graphs[: len(batch)]
+                return logits
         inputs = self._inputs.build(batch, lora_slots if adapted else None)
         adapters = self._step_adapters(inputs)
         captured: list[Tensor] = []
@@ -234,14 +237,35 @@ class ModelRunner:
         # One place for the logits of all graphs: each would keep its own, gigabytes where the
         # vocabulary is large.
         logits = torch.empty(max(sizes), self.decoder.architecture.vocab, device=self.device)
+        if captures := self.decoder.captures:
+            width = len(captures) * self.decoder.architecture.hidden
+            self._in_graphs = torch.empty(max(sizes), width, dtype=self._dtype, device=self.device)
+
+        def compute(inputs: StepInputs) -> Tensor:
+            captured: list[Tensor] = []
+            hidden = self._forward(inputs, self._step_adapters(inputs), captured)
+            if self._in_graphs is not None:
+                self._in_graphs[: len(hidden)].copy_(torch.cat(captured, dim=-1))
+            return logits[: len(inputs.last_rows)].copy_(self._logits(hidden, inputs))
+
         self._graphs = DecodeGraphs(
             capture,
             sizes,
             lambda size, adapted: self._inputs.build([], [] if adapted else None, pad_to=size),
-            lambda inputs: logits[: len(inputs.last_rows)].copy_(self._compute(inputs)),
+            compute,
             adapters=self.adapters is not None,
             progress=progress,
         )
+
+    def idle_inputs(self) -> Iterator[StepInputs]:
+        """Inputs of the sizes that steps have, which write nothing to the cache: prompts, decodes.
+
+        Those of one size are valid until the next are made.
+        """
+        for tokens, seqs in self._warm_up_sizes():
+            yield self._idle_prefill(tokens, seqs)
+        for size in bucket_sizes(self._max_num_seqs):
+            yield self._inputs.build([], pad_to=size)
 
     def _warm_up_sizes(self) -> list[tuple[int, int]]:
         """(tokens, sequences): each size of matmul for one prompt, each size of batch for many."""

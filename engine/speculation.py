@@ -67,6 +67,7 @@ class StepCosts:
     def __init__(self) -> None:
         self._rows: list[int] = []
         self._seconds: list[float] = []
+        self._once: set[int] = set()  # numbers of rows that were measured once
 
     def observe(self, rows: int, seconds: float) -> None:
         """Learn from a step."""
@@ -74,7 +75,13 @@ class StepCosts:
         if at == len(self._rows) or self._rows[at] != rows:
             self._rows.insert(at, rows)
             self._seconds.insert(at, seconds)
+            self._once.add(rows)
             return
+        if rows in self._once:
+            self._once.remove(rows)
+            if seconds < self._seconds[at]:  # the first was held up by something else
+                self._seconds[at] = seconds
+                return
         own = 1 + _OWN * (min(seconds / self._seconds[at], _OUTLIER) - 1)
         # A power: what comes and goes at one number of rows leaves the others where they were, and
         # those that are not measured for long do not drift away.
@@ -209,8 +216,11 @@ class Speculation:
             found = self._drafter.draft(limits, self._worth)
             drafts = {each: own for each, draft in found.items() if (own := _allowed(each, draft))}
         known = [(draft, each.acceptance) for each, draft in drafts.items()]
-        # What is drafted to learn is verified: a step's cost is learned too.
-        lengths = [1] if self._tries and drafts else self.lengths(rows, decoding, known, budget)
+        lengths = self.lengths(rows, decoding, known, budget)
+        if self._adaptive and known and not any(lengths):
+            lengths = self._verified_to_learn(rows, known, budget)
+        elif any(lengths):
+            self._without = 0.0
         self._drafting = time.monotonic() - started
         return dict(zip(drafts, zip(drafts.values(), lengths, strict=True), strict=True))
 
@@ -312,6 +322,24 @@ class Speculation:
             return {}
         self._without, self._tries = 0.0, True
         return {cheapest: 1}
+
+    def _verified_to_learn(
+        self, rows: int, drafts: Several[tuple[Draft, Acceptance]], budget: int
+    ) -> list[int]:
+        """How many tokens of each draft to verify, none of which pays by what is known.
+
+        What was drafted to learn is verified, and else one draft if the time for that has come:
+        what a step takes may have been measured wrongly, and would never be measured again.
+        """
+        lengths = [0] * len(drafts)
+        longest = max(range(len(drafts)), key=lambda place: len(drafts[place][0].tokens))
+        length = min(len(drafts[longest][0].tokens), budget)
+        base = self._costs.of(rows) or 0.0
+        # Each row as much as a step without: more is hardly true.
+        more = min((self._costs.of(rows + length) or 0.0) - base, base * length)
+        if self._tries or more <= _TRIAL_SHARE * self._without:
+            lengths[longest], self._without = length, 0.0
+        return lengths
 
     def _worth(self, sequence: Sequence, grades: Several[int]) -> bool:
         """See :data:`nybble.engine.drafter.Worth`."""

@@ -114,7 +114,7 @@ class Eagle3Head:
 
 
 def is_eagle3(config: PretrainedConfig) -> bool:
-    """Whether a config is that of an EAGLE-3 head.
+    """Whether a config is that of an EAGLE-3 head, by its name or a vocabulary of its own.
 
     Raises UnsupportedModelError for heads of other kinds, which would load as models that are not.
     """
@@ -124,7 +124,8 @@ def is_eagle3(config: PretrainedConfig) -> bool:
             raise UnsupportedModelError(
                 f"{name} heads are not supported; supported are {' and '.join(_NAMES)}"
             )
-    return any(name in _NAMES for name in names)
+    own_vocabulary = getattr(config, "draft_vocab_size", None) is not None
+    return own_vocabulary or any(name in _NAMES for name in names)
 
 
 def eagle3_head(config: PretrainedConfig) -> Eagle3Head:
@@ -135,7 +136,6 @@ def eagle3_head(config: PretrainedConfig) -> Eagle3Head:
         attention_bias=False,
         mlp_bias=False,
         bias=False,
-        tie_word_embeddings=False,
         use_sliding_window=False,
         logit_scale=1.0,
     )

@@ -82,3 +82,12 @@ def tiny_adapter(
         return built[key]
 
     return build
+
+
+@pytest.fixture(scope="session")
+def tiny_eagle3() -> Callable[..., Path]:
+    """``tiny_eagle3(folder, target, **options)`` writes a head of a tiny model to ``folder``.
+
+    See ``write_tiny_eagle3``.
+    """
+    return _tiny.write_tiny_eagle3  # type: ignore[no-any-return]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 import torch
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     Lfm2Config,
@@ -159,4 +161,69 @@ def write_tiny_adapter(
         optimizer.step()
         optimizer.zero_grad()
     adapted.save_pretrained(folder)
+    return folder
+
+
+def write_tiny_eagle3(
+    folder: Path,
+    target: Path,
+    *,
+    vocab: int = 200,
+    seed: int = 0,
+    captured: Sequence[int] = (0, 1, 2),
+    **settings: object,
+) -> Path:
+    """Write an EAGLE-3 head of a tiny model, with random weights, as SpecForge saves one.
+
+    It shares the model's embedding. vocab: tokens that it drafts. captured: layers whose inputs it
+    reads. settings: of its config.json, beside or instead of those here.
+    """
+    about = json.loads((target / "config.json").read_text())
+    hidden, whole = about["hidden_size"], about["vocab_size"]
+    generator = torch.Generator().manual_seed(seed)
+
+    def weight(rows: int, columns: int) -> torch.Tensor:
+        return torch.randn(rows, columns, generator=generator) * columns**-0.5
+
+    config: dict[str, object] = {
+        "architectures": ["LlamaForCausalLMEagle3"],
+        "model_type": "llama",
+        "hidden_size": hidden,
+        "intermediate_size": 192,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 512,
+        "vocab_size": whole,
+        "draft_vocab_size": vocab,
+        "tie_word_embeddings": False,
+        "eagle_aux_hidden_state_layer_ids": list(captured),
+    }
+    drafted = torch.randperm(whole, generator=generator)[:vocab].sort().values
+    tensors = {
+        "fc.weight": weight(hidden, len(captured) * hidden),
+        "midlayer.self_attn.q_proj.weight": weight(128, 2 * hidden),
+        "midlayer.self_attn.k_proj.weight": weight(64, 2 * hidden),
+        "midlayer.self_attn.v_proj.weight": weight(64, 2 * hidden),
+        "midlayer.self_attn.o_proj.weight": weight(hidden, 128),
+        "midlayer.mlp.gate_proj.weight": weight(192, hidden),
+        "midlayer.mlp.up_proj.weight": weight(192, hidden),
+        "midlayer.mlp.down_proj.weight": weight(hidden, 192),
+        **{
+            f"{name}.weight": torch.rand(hidden, generator=generator) + 0.5
+            for name in (
+                *("midlayer.hidden_norm", "midlayer.input_layernorm"),
+                *("midlayer.post_attention_layernorm", "norm"),
+            )
+        },
+        "lm_head.weight": weight(vocab, hidden),
+        "d2t": drafted - torch.arange(vocab),
+        "t2d": torch.isin(torch.arange(whole), drafted),
+    }
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config | settings))
     return folder

@@ -122,61 +122,6 @@ def captured_of(folder: Path, tokens: list[int]) -> Tensor:
     return torch.cat([states[0][0], states[1][0], before_norm[0][0]], dim=-1)
 
 
-def write_head(
-    folder: Path, target: Path, *, vocab: int = 200, seed: int = 0, **settings: Any
-) -> Path:
-    """A head with random weights, as SpecForge saves one: it shares the target's embedding."""
-    whole = json.loads((target / "config.json").read_text())["vocab_size"]
-    generator = torch.Generator().manual_seed(seed)
-
-    def weight(rows: int, columns: int) -> Tensor:
-        return torch.randn(rows, columns, generator=generator) * columns**-0.5
-
-    q, kv, inner = HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM, 192
-    drafted = torch.randperm(whole, generator=generator)[:vocab].sort().values
-    tensors = {
-        "fc.weight": weight(HIDDEN, 3 * HIDDEN),
-        "midlayer.self_attn.q_proj.weight": weight(q, 2 * HIDDEN),
-        "midlayer.self_attn.k_proj.weight": weight(kv, 2 * HIDDEN),
-        "midlayer.self_attn.v_proj.weight": weight(kv, 2 * HIDDEN),
-        "midlayer.self_attn.o_proj.weight": weight(HIDDEN, q),
-        "midlayer.mlp.gate_proj.weight": weight(inner, HIDDEN),
-        "midlayer.mlp.up_proj.weight": weight(inner, HIDDEN),
-        "midlayer.mlp.down_proj.weight": weight(HIDDEN, inner),
-        **{
-            f"{name}.weight": torch.rand(HIDDEN, generator=generator) + 0.5
-            for name in (
-                *("midlayer.hidden_norm", "midlayer.input_layernorm"),
-                *("midlayer.post_attention_layernorm", "norm"),
-            )
-        },
-        "lm_head.weight": weight(vocab, HIDDEN),
-        "d2t": drafted - torch.arange(vocab),
-        "t2d": torch.isin(torch.arange(whole), drafted),
-    }
-    config = {
-        "architectures": ["LlamaForCausalLMEagle3"],
-        "model_type": "llama",
-        "hidden_size": HIDDEN,
-        "intermediate_size": inner,
-        "num_hidden_layers": 1,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": KV_HEADS,
-        "head_dim": HEAD_DIM,
-        "hidden_act": "silu",
-        "rms_norm_eps": EPS,
-        "max_position_embeddings": 512,
-        "vocab_size": whole,
-        "draft_vocab_size": vocab,
-        "tie_word_embeddings": False,
-        "eagle_aux_hidden_state_layer_ids": CAPTURED,
-    }
-    folder.mkdir()
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(config | settings))
-    return folder
-
-
 def train(head: Path, target: Path, texts: list[list[int]], steps: int = 120) -> None:
     """Teach a head what follows in ``texts``, two tokens ahead (training-time test)."""
     stored = load_file(head / "model.safetensors")
@@ -274,7 +219,9 @@ def target(tiny_model: Callable[..., Path]) -> Path:
 
 
 @pytest.fixture(scope="module")
-def trained(target: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(
+    tiny_eagle3: Callable[..., Path], target: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """A head that has learnt what the target says greedily after some prompts."""
     engine = Engine.load(open_checkpoint(target), CONFIG, progress=False)
     engine.start()
@@ -288,13 +235,14 @@ def trained(target: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     said = asyncio.run(texts())
     engine.stop()
-    head = write_head(tmp_path_factory.mktemp("eagle3") / "head", target, vocab=300)
+    head = tiny_eagle3(tmp_path_factory.mktemp("eagle3") / "head", target, vocab=300)
     train(head, target, said)
     return head
 
 
 @pytest.mark.parametrize("normed", [False, True])
 def test_drafts_are_those_of_the_reference(
+    tiny_eagle3: Callable[..., Path],
     target: Path,
     start: Callable[..., Engine],
     tmp_path: Path,
@@ -302,7 +250,7 @@ def test_drafts_are_those_of_the_reference(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Of a prompt read in chunks, at every step of two answers at the same time."""
-    head = write_head(tmp_path / "head", target, norm_before_residual=normed)
+    head = tiny_eagle3(tmp_path / "head", target, norm_before_residual=normed)
     engine = start(target, head, dtype=torch.float32, adapters=None)
     drafts = recorded(engine, monkeypatch)
 
@@ -436,10 +384,13 @@ def test_layers_of_4_bits_are_computed_in_calls_between_what_the_head_reads(
 
 
 def test_layers_with_windows_and_a_head_that_sees_all(
-    tiny_model: Callable[..., Path], start: Callable[..., Engine], tmp_path: Path
+    tiny_eagle3: Callable[..., Path],
+    tiny_model: Callable[..., Path],
+    start: Callable[..., Engine],
+    tmp_path: Path,
 ) -> None:
     target = tiny_model(layers=3, sliding_window=24, full_layers=1)
-    head = write_head(tmp_path / "head", target)
+    head = tiny_eagle3(tmp_path / "head", target)
     kinds = [kind for kind in ASKED if kind != "adapted"]
     expected = asyncio.run(everyone(start(target, adapters=None), kinds))
     for nbytes in (1 << 22, 80 << 10):
@@ -452,11 +403,15 @@ def test_layers_with_windows_and_a_head_that_sees_all(
 
 
 def test_a_prefix_from_the_cache_was_read_by_the_head_too(
-    target: Path, start: Callable[..., Engine], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_eagle3: Callable[..., Path],
+    target: Path,
+    start: Callable[..., Engine],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Its hidden states are nowhere, and the drafts are those of a prompt that is read."""
     engine = start(
-        target, write_head(tmp_path / "head", target), dtype=torch.float32, adapters=None
+        target, tiny_eagle3(tmp_path / "head", target), dtype=torch.float32, adapters=None
     )
     drafts = recorded(engine, monkeypatch)
     asyncio.run(complete(engine, "a", prompt(1, 50)))
@@ -508,18 +463,18 @@ def test_an_engine_that_begins_again_reads_anew(
 
 
 def test_its_keys_and_values_take_a_part_of_the_cache(
-    target: Path, start: Callable[..., Engine], tmp_path: Path
+    tiny_eagle3: Callable[..., Path], target: Path, start: Callable[..., Engine], tmp_path: Path
 ) -> None:
-    head = write_head(tmp_path / "head", target)
+    head = tiny_eagle3(tmp_path / "head", target)
     alone = start(target, kv_cache_bytes=300 << 10).stats().kv_blocks_total
     both = start(target, head, kv_cache_bytes=300 << 10).stats().kv_blocks_total
     assert both == pytest.approx(alone * 2 / 3, abs=1), "a layer of three, of the same size"
 
 
 def test_what_it_takes_is_known_before_it_is_loaded(
-    target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_eagle3: Callable[..., Path], target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    head = write_head(tmp_path / "head", target)
+    head = tiny_eagle3(tmp_path / "head", target)
     tensors = load_file(head / "model.safetensors")
     numbers = sum(each.numel() for name, each in tensors.items() if name != "t2d")
     assert weight_bytes(head, torch.bfloat16) == 2 * numbers
@@ -558,29 +513,30 @@ def test_what_it_takes_is_known_before_it_is_loaded(
     ],
 )
 def test_a_head_of_another_model_or_kind_is_refused(
+    tiny_eagle3: Callable[..., Path],
     target: Path,
     start: Callable[..., Engine],
     tmp_path: Path,
     settings: dict[str, Any],
     message: str,
 ) -> None:
-    head = write_head(tmp_path / "head", target, **settings)
+    head = tiny_eagle3(tmp_path / "head", target, **settings)
     with pytest.raises(UnsupportedModelError, match=message):
         start(target, head)
 
 
 def test_a_head_by_itself_is_no_model(
-    target: Path, start: Callable[..., Engine], tmp_path: Path
+    tiny_eagle3: Callable[..., Path], target: Path, start: Callable[..., Engine], tmp_path: Path
 ) -> None:
-    head = write_head(tmp_path / "head", target)
+    head = tiny_eagle3(tmp_path / "head", target)
     with pytest.raises(UnsupportedModelError, match="head is an EAGLE-3 head, which drafts for"):
         start(head)
 
 
 def test_tensors_that_are_missing_unknown_or_of_another_shape_are_refused(
-    target: Path, start: Callable[..., Engine], tmp_path: Path
+    tiny_eagle3: Callable[..., Path], target: Path, start: Callable[..., Engine], tmp_path: Path
 ) -> None:
-    head = write_head(tmp_path / "head", target)
+    head = tiny_eagle3(tmp_path / "head", target)
     stored = load_file(head / "model.safetensors")
 
     def having(**changes: Tensor | None) -> None:
@@ -602,16 +558,23 @@ def test_tensors_that_are_missing_unknown_or_of_another_shape_are_refused(
 
 
 def test_a_checkpoint_may_name_its_layer_as_models_do_and_bring_an_embedding(
-    target: Path, start: Callable[..., Engine], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_eagle3: Callable[..., Path],
+    target: Path,
+    start: Callable[..., Engine],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    head, other = write_head(tmp_path / "head", target), tmp_path / "other"
+    head, other = tiny_eagle3(tmp_path / "head", target), tmp_path / "other"
     other.mkdir()
-    (other / "config.json").write_text((head / "config.json").read_text())
     stored = load_file(head / "model.safetensors")
     renamed = {name.replace("midlayer.", "model.layers.0."): each for name, each in stored.items()}
     embedding = load_file(target / "model.safetensors")["model.embed_tokens.weight"]
     renamed["model.embed_tokens.weight"] = embedding
     save_file(renamed, other / "model.safetensors", {"format": "pt"})
+    # The EAGLE repository's own heads have the name of a whole model in their configs.
+    config = json.loads((head / "config.json").read_text())
+    config |= {"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True}
+    (other / "config.json").write_text(json.dumps(config))
     found = []
     for folder in (head, other):
         engine = start(target, folder)
@@ -621,8 +584,10 @@ def test_a_checkpoint_may_name_its_layer_as_models_do_and_bring_an_embedding(
     assert found[0] == found[1] != []
 
 
-def test_a_head_is_not_rounded(target: Path, tmp_path: Path) -> None:
-    head = open_checkpoint(write_head(tmp_path / "head", target))
+def test_a_head_is_not_rounded(
+    tiny_eagle3: Callable[..., Path], target: Path, tmp_path: Path
+) -> None:
+    head = open_checkpoint(tiny_eagle3(tmp_path / "head", target))
     with pytest.raises(
         ValueError, match=r"draft_quantize is 'nf4', expected None: .* EAGLE-3 head"
     ):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import time
+from typing import Any
 
 import pytest
 
@@ -92,6 +94,46 @@ def test_steps_that_take_turns_being_fast_and_slow_change_no_other_estimate() ->
         costs.observe(1, 0.015)
         costs.observe(1, 0.006)
     assert costs.of(5) == pytest.approx(0.020, rel=0.2)
+
+
+def test_a_first_step_that_was_held_up_is_forgotten_with_the_second() -> None:
+    costs = StepCosts()
+    costs.observe(1, 0.010)
+    costs.observe(5, 3.0)
+    costs.observe(5, 0.014)
+    assert costs.of(5) == pytest.approx(0.014)
+    costs.observe(5, 0.007)
+    assert costs.of(5) == pytest.approx(0.012, abs=0.001), "from then on little by little"
+
+
+def test_a_step_that_was_measured_wrongly_is_measured_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Drafts of a text that repeats are all right, but the first step that verified one stood."""
+    monkeypatch.setattr(time, "monotonic", lambda: 0.0)
+    decides = Speculation(NgramDrafter(), 8, adaptive=True)
+    decides.observe(1, 0.010)
+    decides.observe(9, 60.0)
+    decides._without = 0.0  # the time from here on
+    sequence = repeating()
+    verified = []
+    for _ in range(1000):
+        ((draft, length),) = decides.propose(1, 1, {sequence: 99}, 99).values()
+        verified.append(length)
+        decides.observe_tokens(draft, [5] * (length + 1), sequence.acceptance)
+        decides.observe(1 + length, 0.010 + 0.0005 * length)
+    # A draft of eight may take as long as eight steps: a hundredth of the time is one in 800.
+    first = next(step for step, length in enumerate(verified) if length)
+    assert first == pytest.approx(100 * verified[first], abs=10)
+    assert verified[-1] == verified[first]
+
+
+def repeating() -> Any:
+    """Stands in for a sequence that says one token again and again."""
+    about = {"guide": None, "prediction": None, "prompt_token_ids": ()}
+    request = type("Request", (), about)()
+    fields = {"token_ids": [5] * 20, "acceptance": Acceptance(), "request": request}
+    return type("Repeating", (), fields)()
 
 
 def costs(**seconds: float) -> StepCosts:
