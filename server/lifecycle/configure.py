@@ -162,8 +162,13 @@ def _storage_settings(options: ServeOptions) -> StorageSettings | None:
     asked = options.storage
     if not (asked.batches or options.trains):
         return None
+    state = asked.state_dir or default_state()
+    try:  # before the model is loaded
+        state.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise ValueError(f"--state-dir {state} cannot be made: {error.strerror}") from None
     return StorageSettings(
-        state=asked.state_dir or default_state(),
+        state=state,
         max_file_bytes=asked.max_file_size,
         quota_bytes=asked.file_quota,
     )

@@ -126,6 +126,7 @@ def test_expected_errors_are_one_line_and_exit_code_1(
         ),
         (("serve", "--model", model, "--port", 0, *too_many_slots), "memory of cpu ran out"),
         (("serve", "--model", model, "--host", "no.such.host.invalid"), "no.such.host"),
+        (("serve", model, "--batches", "--state-dir", full / "precious" / "x"), "--state-dir"),
     ]
     for arguments, expected in cases:
         result = nybble(*arguments)
