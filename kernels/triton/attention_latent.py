@@ -19,6 +19,7 @@ from nybble.kernels.attention_batch import AttentionBatch
 from nybble.kernels.triton.attention_decode import MIN_SPLIT, max_splits, reduce_kernel, splits_of
 from nybble.kernels.triton.device import FUSED, device_traits
 from nybble.kernels.triton.online_softmax import padded_seqs, power_scale
+from nybble.kernels.triton.opaque import opaque_zero
 
 _ROWS = 32  # the most query rows of a program
 
@@ -294,6 +295,12 @@ def latent_prefill_kernel(
                 QUANTIZED,
                 True,
             )
+        # Recomputed: otherwise the row mapping would stay in registers through the loop.
+        row = tl.arange(0, ROWS) + opaque_zero()
+        local = offset + row // GROUP
+        head = tl.program_id(0) % groups * GROUP + row % GROUP
+        valid = (row // GROUP < TOKENS) & (local < length) & (head < heads)
+        at = (begin + local).to(tl.int64) * heads + head
         lane = tl.arange(0, LATENT_PADDED)
         result = (accumulator / total[:, None]).to(out.dtype.element_ty)
         mask = valid[:, None] & (lane < LATENT)[None, :]
@@ -382,18 +389,19 @@ def latent_constants(
     # The number of programs a token takes; of equal ones the fewest that read the cache.
     groups = min(counts, key=lambda count: count / (_ROWS // triton.cdiv(heads, count)))
     group = int(triton.cdiv(heads, groups))
+    rows = max(16, int(triton.next_power_of_2(group))) if decode else _ROWS
     # Two tiles of 32 keys and the queries take 110 KiB of shared memory, one of them 74 KiB; two of
-    # 16 keys in 8 bits, loaded twice, 71 KiB.
+    # 8 bits, loaded twice, at most 87 KiB.
     roomy = quantized or capability == 80 or 90 <= capability < 120
     return {
         "GROUP": group,
-        "ROWS": max(16, int(triton.next_power_of_2(group))) if decode else _ROWS,
+        "ROWS": rows,
         "ROTATED": rotated,
         "ROTATED_PADDED": max(16, int(triton.next_power_of_2(rotated))),
         "LATENT": latent,
         "LATENT_PADDED": max(16, int(triton.next_power_of_2(latent))),
         "BLOCK_SIZE": block_size,
-        "TILE": 16 if quantized else 32,
+        "TILE": 16 if quantized and rows > 16 else 32,
         "QUANTIZED": quantized,
         "STAGES": 5 if roomy else 3,
         "num_warps": 8,
