@@ -302,9 +302,9 @@ class AdapterSlots:
     def stage(self, adapter: LoRAAdapter) -> StagedAdapter:
         """Copy an adapter to host memory in the slots' layout; pinned if the device is a GPU.
 
-        Raises AdapterError for an adapter on experts, on layers that latent attention absorbs, with
-        DoRA or with biases if the device is a GPU, and with DoRA or with biases if there are several ranks. Nor can it change the
-        embedding, the output layer or norms then.
+        Raises AdapterError for an adapter on experts, on layers that latent attention absorbs,
+        with DoRA or with biases if the device is a GPU, and with DoRA or with biases if there are
+        several ranks. Nor can it change the embedding, the output layer or norms then.
         """
         known = {name for slots in self.projections for name in slots.modules}
         for name in adapter.modules:
@@ -316,8 +316,8 @@ class AdapterSlots:
         absorbed = self.architecture.computed_in_16_bits.keys() & adapter.modules.keys()
         if self.device.type != "cpu" and absorbed:
             raise AdapterError(
-                f"the adapter changes {min(absorbed)}, which latent attention absorbs and a GPU does "
-                "not compute so far; train an adapter without it, or use --device cpu"
+                f"the adapter changes {min(absorbed)}, which latent attention absorbs; a GPU does not "
+                "compute that so far: train an adapter without it, or use --device cpu"
             )
         if self.device.type != "cpu" and (kind := _stretching(adapter)):
             raise AdapterError(

@@ -233,8 +233,8 @@ class Engine:
                     )
         if config.deterministic and device.type == "cuda" and architecture.latents:
             raise ValueError(
-                f"deterministic: a GPU attends to the latents of {architecture.family} models in an "
-                "order that depends on the batch; turn deterministic off, or choose the device cpu"
+                f"deterministic: a GPU reads the latents of {architecture.family} models in an order "
+                "that depends on what a step holds; turn deterministic off, or choose the device cpu"
             )
         if config.deterministic and device.type == "cuda" and architecture.recurrents:
             raise ValueError(

@@ -262,9 +262,7 @@ def latent_prefill_kernel(
         head = tl.program_id(0) % groups * GROUP + row % GROUP
         valid = (row // GROUP < TOKENS) & (local < length) & (head < heads)
         at = (begin + local).to(tl.int64) * heads + head
-        turned, query = _load_queries(
-            q, at, valid, ROTATED, ROTATED_PADDED, LATENT, LATENT_PADDED
-        )
+        turned, query = _load_queries(q, at, valid, ROTATED, ROTATED_PADDED, LATENT, LATENT_PADDED)
         position = context - length + local
         accumulator = tl.zeros([ROWS, LATENT_PADDED], tl.float32)
         peak = tl.full([ROWS], float("-inf"), tl.float32)

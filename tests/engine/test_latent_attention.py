@@ -16,7 +16,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from nybble.engine import AdapterConfig, Engine, EngineConfig
+from nybble.engine import AdapterConfig, EngineConfig
 from nybble.engine.kv_cache import KVCacheLayout
 from nybble.engine.parallel import TensorParallel
 from nybble.kernels.latent import per_head

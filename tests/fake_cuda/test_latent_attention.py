@@ -116,9 +116,7 @@ def test_answers_are_as_on_the_cpu_with_one_wait_a_step_and_no_compiling(
 def test_a_mixture_in_4_bits_answers_as_on_the_cpu(
     gpu: Device, tmp_path: Path, tiny_model: Callable[..., Path]
 ) -> None:
-    folder = saved(
-        tmp_path / "mixture", tiny_model(), num_hidden_layers=2, first_k_dense_replace=1
-    )
+    folder = saved(tmp_path / "mixture", tiny_model(), num_hidden_layers=2, first_k_dense_replace=1)
     requests = [request("one", 5, 3), request("long", 40, 37), request("late", 120, 2)]
     answers = []
     for config in (CPU, GPU):
@@ -142,5 +140,5 @@ def test_adapters_on_what_is_absorbed_are_refused_by_name(
 
 def test_latents_in_one_order_are_refused_by_name(gpu: Device, dense: Path) -> None:
     one_order = replace(GPU, adapters=None, deterministic=True)
-    with pytest.raises(ValueError, match="deterministic: a GPU attends to the latents of deepseek"):
+    with pytest.raises(ValueError, match="deterministic: a GPU reads the latents of deepseek"):
         Engine.load(open_checkpoint(dense), one_order, progress=False)

@@ -13,9 +13,9 @@ from nybble.kernels import reference
 from nybble.kernels.attention_batch import AttentionBatch
 
 pytest.importorskip("triton")
-from nybble.kernels.triton import attention_latent, latent  # noqa: E402
+from nybble.kernels.triton import attention_latent, latent
 
-from .test_triton_step import DEVICE, close, paged, random  # noqa: E402
+from .test_triton_step import DEVICE, close, paged, random
 
 
 def in_8_bits(cache: Tensor, kept: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -81,9 +81,8 @@ def test_what_is_attended_to_equals_the_reference(
     close(*compared(lengths, heads, rotated, latents, dtype=dtype, block_size=block_size))
 
 
-@pytest.mark.parametrize(
-    "kept", [torch.int8, pytest.param(torch.float8_e4m3fn, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kept", [torch.int8, torch.float8_e4m3fn])
 def test_8_bit_rows_are_attended_to_as_they_stand(kept: torch.dtype) -> None:
     close(*compared([(300, 1), (70, 3)], 4, 16, 32, kept=kept), 1e-3)
 
