@@ -52,10 +52,10 @@ def test_products_run_on_tensor_cores(table: list[dict[str, Any]]) -> None:
         assert row["tensor_core"] >= heads * (36 + 8 * slices), row
 
 
-def test_rows_are_loaded_once_and_sixteen_bytes_at_a_time(table: list[dict[str, Any]]) -> None:
+def test_rows_are_loaded_once_by_sixteen_bytes(table: list[dict[str, Any]]) -> None:
     for row in attention(table):
         # A tile is loaded at each of its places: once or twice before the loop, and in it. The
-        # latents of 8-bit ones are loaded as values too, 8 bytes at a time. Queries are loaded once.
+        # latents of 8-bit ones are loaded as values too, 8 bytes at a time. Queries come once.
         few = row["kernel"] == "latent decode" and "v2-lite" in row["variant"]
         if "KV" in row["variant"]:
             tiles = 3 * (4 if few else 2)
