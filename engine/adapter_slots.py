@@ -45,6 +45,7 @@ class ProjectionSlots:
 
     all_offsets: ``offsets`` of all ranks' outputs, of which ``own`` are this rank's.
     outputs: gains and shifts, float32 ``(2, out)``, of the slots that have any.
+    rank_of: ``ranks`` in the host's memory, 0 for a slot that does not change the projection.
     """
 
     modules: tuple[str, ...]
@@ -55,6 +56,7 @@ class ProjectionSlots:
     all_offsets: tuple[int, ...]
     own: tuple[Range, ...]
     outputs: dict[int, Tensor] = field(default_factory=dict)
+    rank_of: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,9 @@ class StepAdapters:
         gains and shifts, None if it has neither.
         """
         slots = self.projections[projection]
-        ranks = {slot: rank for slot, rank in enumerate(slots.ranks.tolist()) if rank}
+        ranks = {slot: rank for slot, rank in enumerate(slots.rank_of) if rank}
+        if not ranks:  # as always on a GPU, which this would wait for
+            return
         for slot, rows in self.batch.rows_by_slot(ranks):
             rank = ranks[slot]
             b = slots.b[slot, :, :rank]
@@ -259,7 +263,16 @@ class AdapterSlots:
                 modules = tuple(architecture.module(layer, linear.name) for linear in one.linears)
                 at = slice(place * count, (place + 1) * count)
                 self.projections.append(
-                    ProjectionSlots(modules, a[at], b[at], ranks[place], offsets, all_offsets, own)
+                    ProjectionSlots(
+                        modules,
+                        a[at],
+                        b[at],
+                        ranks[place],
+                        offsets,
+                        all_offsets,
+                        own,
+                        rank_of=self._rank_of[first + place],
+                    )
                 )
             return ProjectionSlots((), a, b, ranks.view(-1), offsets, all_offsets, own)
 
@@ -290,9 +303,9 @@ class AdapterSlots:
     def stage(self, adapter: LoRAAdapter) -> StagedAdapter:
         """Copy an adapter to host memory in the slots' layout; pinned if the device is a GPU.
 
-        Raises AdapterError for an adapter on experts, with DoRA, (IA)³ or biases if the device is a
-        GPU, and with DoRA, (IA)³ or biases if there are several ranks. Nor can it change the
-        embedding, the output layer or norms then.
+        Raises AdapterError for an adapter on experts, on layers that latent attention absorbs,
+        with DoRA, (IA)³ or biases if the device is a GPU, and with DoRA, (IA)³ or biases if there
+        are several ranks. Nor can it change the embedding, the output layer or norms then.
         """
         known = {name for slots in self.projections for name in slots.modules}
         for name in adapter.modules:
@@ -301,6 +314,12 @@ class AdapterSlots:
                     f"the adapter changes {name}, an expert of a mixture, which a GPU does not "
                     "compute so far; train an adapter on attention, or use --device cpu"
                 )
+        absorbed = self.architecture.computed_in_16_bits.keys() & adapter.modules.keys()
+        if self.device.type != "cpu" and absorbed:
+            raise AdapterError(
+                f"the adapter changes {min(absorbed)}, which latent attention absorbs; a GPU does "
+                "not compute that so far: train an adapter without it, or use --device cpu"
+            )
         if self.device.type != "cpu" and (kind := _stretching(adapter)):
             raise AdapterError(
                 f"the adapter has {kind}, which a GPU does not compute so far; merge the adapter "

@@ -203,11 +203,6 @@ class Engine:
             raise ValueError(
                 "kv_dtype is 'fp8', which needs a GPU; expected 'int8' or 'auto' on the CPU"
             )
-        if device.type != "cpu" and architecture.latents:
-            raise UnsupportedModelError(
-                f"{architecture.family} models have latent attention, which {device.type} does not "
-                "compute so far; use --device cpu"
-            )
         if device.type != "cpu" and any(
             isinstance(mixer, StateSpace) for mixer in architecture.recurrents
         ):
@@ -215,7 +210,9 @@ class Engine:
                 f"{architecture.family} models have state spaces, which {device.type} does not "
                 "compute so far; use --device cpu"
             )
-        widest = max(attention.head_dim for attention in architecture.attentions)
+        # Latents are no heads: their kernels have tiles of their own.
+        heads = [each for each in architecture.attentions if each not in architecture.latents]
+        widest = max((attention.head_dim for attention in heads), default=0)
         if device.type == "cuda" and widest > MAX_GPU_HEAD_DIM:
             raise UnsupportedModelError(
                 f"the model's heads have {widest} entries; on a GPU {MAX_GPU_HEAD_DIM} is the most"
@@ -246,6 +243,11 @@ class Engine:
                         f"deterministic: the model's heads have {attention.head_dim} entries,"
                         " and the CPU kernels take multiples of 16"
                     )
+        if config.deterministic and device.type == "cuda" and architecture.latents:
+            raise ValueError(
+                f"deterministic: a GPU reads the latents of {architecture.family} models in an "
+                "order that depends on the step; turn deterministic off, or choose the device cpu"
+            )
         if config.deterministic and device.type == "cuda" and architecture.recurrents:
             raise ValueError(
                 f"deterministic: a GPU reads prompts of {architecture.family} models in chunks, "

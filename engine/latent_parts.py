@@ -11,8 +11,7 @@ from torch import Tensor
 
 from nybble.engine.parts import NormPart, Projection, Step
 from nybble.kernels.backend import Backend
-from nybble.kernels.latent import per_head, store_latents
-from nybble.kernels.reference import rotate
+from nybble.kernels.latent import per_head
 from nybble.models import LatentAttention
 
 if TYPE_CHECKING:
@@ -107,19 +106,22 @@ class LatentAttentionPart:
             q = self.query(self.query_norm(q.contiguous()), step.adapters)
         by_head = q.reshape(tokens, about.heads, -1)
         of_keys, turned = by_head.split_with_sizes((about.key_dim, rotated), -1)
-        cos, sin = step.rotary[self.rope]
-        interleaved = about.rope.interleaved
-        turned = rotate(turned, cos, sin, interleaved)
-        key = rotate(key[:, None], cos, sin, interleaved)[:, 0]
         latents = self.latent_norm(latents.contiguous())
         cache, *scales = step.caches[self.layer]
         batch = step.batches[self.layer]
-        store_latents(torch.cat((key, latents), dim=-1), cache, batch.slot_mapping, *scales)
-        queries = torch.cat((turned, self.expand.absorb(of_keys, step.adapters)), dim=-1)
-        # The values are the keys; of their sums the rotated entries mean nothing.
-        attended = self.backend.paged_attention(
-            queries, cache, cache, batch, about.scale, 0, *scales, *scales
+        self.backend.latent_store(
+            turned,
+            key,
+            latents,
+            *step.rotary[self.rope],
+            cache,
+            batch.slot_mapping,
+            *scales,
+            interleaved=about.rope.interleaved,
         )
-        latents = attended.view(tokens, about.heads, -1)[:, :, rotated:]
-        values = self.expand.values(latents, step.adapters)
+        queries = torch.cat((turned, self.expand.absorb(of_keys, step.adapters)), dim=-1)
+        attended = self.backend.latent_attention(
+            queries, cache, batch, about.scale, about.latent_dim, *scales
+        )
+        values = self.expand.values(attended, step.adapters)
         return self.output(values.flatten(1), step.adapters)

@@ -104,6 +104,34 @@ class Backend(Protocol):
         """Heads of a row must be contiguous."""
         ...
 
+    def latent_store(
+        self,
+        q: Tensor,
+        key: Tensor,
+        latents: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        cache: Tensor,
+        slot_mapping: Tensor,
+        scales: Tensor | None = None,
+        *,
+        interleaved: bool = False,
+    ) -> None:
+        """Entries of a head and of a row must be contiguous."""
+        ...
+
+    def latent_attention(
+        self,
+        q: Tensor,
+        cache: Tensor,
+        batch: AttentionBatch,
+        scale: float,
+        latent_dim: int,
+        scales: Tensor | None = None,
+    ) -> Tensor:
+        """Queries must be contiguous."""
+        ...
+
     def short_convolution(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, batch: StateBatch
     ) -> Tensor:

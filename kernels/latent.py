@@ -1,28 +1,11 @@
-"""What latent attention computes beside attention, in PyTorch; see ``models.LatentAttention``."""
+"""Products of heads with matrices of their own, as latent attention has them, in PyTorch."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from nybble.kernels.reference import rows_computed, scaled_to_8_bits
-
-
-def store_latents(
-    latents: Tensor, cache: Tensor, slot_mapping: Tensor, scales: Tensor | None = None
-) -> None:
-    """Write ``latents (tokens, dim)`` into ``cache (blocks, 1, block_size, dim)``.
-
-    slot_mapping: int64 ``(tokens,)``: block · block_size + offset, or −1 to write nothing.
-    scales: float32 ``(blocks, 1, block_size)`` of a cache of 8 bits, as in
-        :func:`nybble.kernels.reference.rotary_store`.
-    """
-    kept = slot_mapping >= 0
-    slots, latents = slot_mapping[kept], latents[kept]
-    if scales is not None:
-        latents, found = scaled_to_8_bits(latents, cache.dtype)
-        scales.view(-1)[slots] = found
-    cache.view(-1, cache.shape[-1])[slots] = latents.to(cache.dtype)
+from nybble.kernels.reference import rows_computed
 
 
 def per_head(x: Tensor, weight: Tensor) -> Tensor:

@@ -455,6 +455,55 @@ def paged_attention(
     return out.flatten(1)
 
 
+def latent_store(
+    q: Tensor,
+    key: Tensor,
+    latents: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    cache: Tensor,
+    slot_mapping: Tensor,
+    scales: Tensor | None = None,
+    *,
+    interleaved: bool = False,
+) -> None:
+    """Rotate ``q`` in place; write each rotated ``key`` and its latent as one row of the cache.
+
+    q ``(tokens, heads, rotary_dim)``, key ``(tokens, rotary_dim)``, latents ``(tokens,
+    latent_dim)``; cache ``(blocks, 1, block_size, rotary_dim + latent_dim)``. All else is as in
+    :func:`rotary_store`. An 8-bit cache has one scale for a row: float32 ``(blocks, 1,
+    block_size)``.
+    """
+    check_rotary_dim(cos.shape[-1], q.shape[-1])
+    kept = slot_mapping >= 0
+    turned = rotate(key[:, None], cos, sin, interleaved)[:, 0]
+    slots, rows = slot_mapping[kept], torch.cat((turned, latents), dim=-1)[kept]
+    if scales is not None:
+        rows, found = scaled_to_8_bits(rows, cache.dtype)
+        scales.view(-1)[slots] = found
+    cache.view(-1, cache.shape[-1])[slots] = rows.to(cache.dtype)
+    q.copy_(rotate(q, cos, sin, interleaved))
+
+
+def latent_attention(
+    q: Tensor,
+    cache: Tensor,
+    batch: AttentionBatch,
+    scale: float,
+    latent_dim: int,
+    scales: Tensor | None = None,
+) -> Tensor:
+    """What each head attends to, in latents: :func:`paged_attention` without expanded values.
+
+    q ``(tokens, heads, rotary_dim + latent_dim)``; cache and scales as in :func:`latent_store`. All
+    heads read the same rows: whole ones as keys, and their latents as values.
+
+    Returns ``(tokens, heads, latent_dim)``.
+    """
+    out = paged_attention(q, cache, cache, batch, scale, 0, scales, scales)
+    return out.view(q.shape)[..., -latent_dim:]
+
+
 def check_sinks(sinks: Tensor, q_heads: int) -> None:
     """Raises ValueError if ``sinks`` are not contiguous floats, one for each query head."""
     if sinks.shape != (q_heads,) or not sinks.is_contiguous() or not sinks.is_floating_point():

@@ -561,6 +561,35 @@ class CpuLibrary:
             raise out_of_memory("paged_attention")
         return out
 
+    def latent_store(
+        self,
+        q: Tensor,
+        key: Tensor,
+        latents: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        cache: Tensor,
+        slot_mapping: Tensor,
+        scales: Tensor | None = None,
+        *,
+        interleaved: bool = False,
+    ) -> None:
+        options = {"interleaved": interleaved}
+        reference.latent_store(q, key, latents, cos, sin, cache, slot_mapping, scales, **options)
+
+    def latent_attention(
+        self,
+        q: Tensor,
+        cache: Tensor,
+        batch: AttentionBatch,
+        scale: float,
+        latent_dim: int,
+        scales: Tensor | None = None,
+    ) -> Tensor:
+        # The values are the keys; of their sums the rotated entries mean nothing.
+        out = self.paged_attention(q, cache, cache, batch, scale, 0, scales, scales)
+        return out.view(q.shape)[..., -latent_dim:]
+
     def short_convolution(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, batch: StateBatch
     ) -> Tensor:

@@ -30,7 +30,7 @@ PROGRAMS_PER_SM = 3  # that fit on an H100 by registers and shared memory; 2 of 
 
 
 @triton.jit
-def _splits(visible, MAX_SPLITS: tl.constexpr, MIN_SPLIT: tl.constexpr):
+def splits_of(visible, MAX_SPLITS: tl.constexpr, MIN_SPLIT: tl.constexpr):
     """How many splits ``visible`` keys are cut into: 0 for none."""
     return tl.minimum((visible + MIN_SPLIT - 1) // MIN_SPLIT, MAX_SPLITS)
 
@@ -81,7 +81,7 @@ def decode_kernel(
     starts = tl.load(query_start + each, known, 0)
     ends = tl.load(query_start + each + 1, known, 0)
     visibles = visible_keys(tl.load(context_lens + each, known, 0), window)
-    splits = tl.where(ends - starts == 1, _splits(visibles, MAX_SPLITS, MIN_SPLIT), 0)
+    splits = tl.where(ends - starts == 1, splits_of(visibles, MAX_SPLITS, MIN_SPLIT), 0)
     borders = tl.cumsum(splits, 0)
     items = tl.sum(splits, 0) * kv_heads
 
@@ -95,7 +95,7 @@ def decode_kernel(
         split = rank - tl.sum(tl.where(each < seq, splits, 0), 0)
         context = tl.load(context_lens + seq)
         visible = visible_keys(context, window)
-        count = _splits(visible, MAX_SPLITS, MIN_SPLIT)
+        count = splits_of(visible, MAX_SPLITS, MIN_SPLIT)
         # Whole tiles, so that only the last one of a sequence is masked.
         length = tl.cdiv(tl.cdiv(visible, count), TILE) * TILE
         key_begin = context - visible + split * length
@@ -174,7 +174,7 @@ def reduce_kernel(
     token = tl.load(query_start + seq).to(tl.int64)
     is_decode = tl.load(query_start + seq + 1) - token == 1
     visible = visible_keys(tl.load(context_lens + seq), window)
-    count = tl.where(is_decode, _splits(visible, MAX_SPLITS, MIN_SPLIT), 0)
+    count = tl.where(is_decode, splits_of(visible, MAX_SPLITS, MIN_SPLIT), 0)
     if count > 1:
         # Rounding splits up to whole tiles can leave the last ones without keys; they have stored
         # a peak of −∞ and weigh nothing.

@@ -15,8 +15,10 @@ from nybble.kernels.reference import choose_experts, decoder_layers
 from nybble.kernels.reference import packed_matmul as reference_matmul
 from nybble.kernels.triton.activation import gated
 from nybble.kernels.triton.attention import paged_attention
+from nybble.kernels.triton.attention_latent import latent_attention
 from nybble.kernels.triton.grouped import StackedExperts, grouped_matmul
 from nybble.kernels.triton.grouped import takes as experts_kernel_takes
+from nybble.kernels.triton.latent import latent_store
 from nybble.kernels.triton.lora import lora_add
 from nybble.kernels.triton.matmul import packed_matmul, takes
 from nybble.kernels.triton.norm import add_rms_norm, rms_norm
@@ -32,6 +34,8 @@ __all__ = [
     "gated_delta_rule",
     "gated_linear",
     "grouped_linear",
+    "latent_attention",
+    "latent_store",
     "linear",
     "lora_add",
     "paged_attention",

@@ -13,7 +13,7 @@ _HEADS = 8  # heads of one token that a program takes
 
 
 @triton.jit
-def _load_head(
+def load_head(
     x,
     heads,
     ROTARY_DIM: tl.constexpr,
@@ -42,7 +42,7 @@ def _load_head(
 
 
 @triton.jit
-def _store_head(
+def store_head(
     x,
     heads,
     parts,
@@ -52,7 +52,7 @@ def _store_head(
     REST_PADDED: tl.constexpr,
     INTERLEAVED: tl.constexpr,
 ):
-    """Store what :func:`_load_head` loads, or only the pairs."""
+    """Store what :func:`load_head` loads, or only the pairs."""
     if INTERLEAVED:
         lane = tl.arange(0, 2 * HALF)
         mask = heads[:, None] & (lane < ROTARY_DIM)[None, :]
@@ -70,7 +70,7 @@ def _store_head(
 
 
 @triton.jit
-def _turned(parts, cos, sin, ROTARY_DIM: tl.constexpr, HALF: tl.constexpr):
+def turned(parts, cos, sin, ROTARY_DIM: tl.constexpr, HALF: tl.constexpr):
     """The same heads with their pairs rotated."""
     first, second = parts[0], parts[1]
     lane = tl.arange(0, HALF)
@@ -86,14 +86,14 @@ def _turned(parts, cos, sin, ROTARY_DIM: tl.constexpr, HALF: tl.constexpr):
     a, b = first.to(tl.float32), second.to(tl.float32)
     first = (a * cos_first - b * sin_first).to(first.dtype)
     second = (b * cos_second + a * sin_second).to(second.dtype)
-    turned = (first, second)  # type: tuple[object, ...]
+    pairs = (first, second)  # type: tuple[object, ...]
     if len(parts) > 2:
-        turned += (parts[2],)
-    return turned
+        pairs += (parts[2],)
+    return pairs
 
 
 @triton.jit
-def _in_8_bits(parts, scales, heads, dtype: tl.constexpr):
+def in_8_bits(parts, scales, heads, dtype: tl.constexpr):
     """The same heads in 8 bits; stores at ``scales`` what each was scaled by."""
     MOST: tl.constexpr = 127.0 if dtype == tl.int8 else 448.0
     peak = tl.zeros([parts[0].shape[0]], tl.float32)
@@ -146,9 +146,9 @@ def rotary_store_kernel(
         head = part * HEADS + tl.arange(0, HEADS)
         heads = head < q_heads
         at = q + token * q_stride + head * DIM
-        pairs = _load_head(at, heads, ROTARY_DIM, HALF, 0, 0, INTERLEAVED)
-        pairs = _turned(pairs, cos, sin, ROTARY_DIM, HALF)
-        _store_head(at, heads, pairs, ROTARY_DIM, HALF, 0, 0, INTERLEAVED)
+        pairs = load_head(at, heads, ROTARY_DIM, HALF, 0, 0, INTERLEAVED)
+        pairs = turned(pairs, cos, sin, ROTARY_DIM, HALF)
+        store_head(at, heads, pairs, ROTARY_DIM, HALF, 0, 0, INTERLEAVED)
     else:
         slot = tl.load(slot_mapping + token)
         if slot >= 0:
@@ -156,18 +156,18 @@ def rotary_store_kernel(
             heads = head < kv_heads
             row = (slot // BLOCK_SIZE * kv_heads + head) * BLOCK_SIZE + slot % BLOCK_SIZE
             at = k + token * k_stride + head * DIM
-            key = _load_head(at, heads, ROTARY_DIM, HALF, REST, REST_PADDED, INTERLEAVED)
-            key = _turned(key, cos, sin, ROTARY_DIM, HALF)
+            key = load_head(at, heads, ROTARY_DIM, HALF, REST, REST_PADDED, INTERLEAVED)
+            key = turned(key, cos, sin, ROTARY_DIM, HALF)
             if QUANTIZED:
-                key = _in_8_bits(key, k_scales + row, heads, k_cache.dtype.element_ty)
+                key = in_8_bits(key, k_scales + row, heads, k_cache.dtype.element_ty)
             to = k_cache + row * DIM
-            _store_head(to, heads, key, ROTARY_DIM, HALF, REST, REST_PADDED, INTERLEAVED)
+            store_head(to, heads, key, ROTARY_DIM, HALF, REST, REST_PADDED, INTERLEAVED)
             at = v + token * v_stride + head * DIM
-            value = _load_head(at, heads, ROTARY_DIM, HALF, REST, REST_PADDED, INTERLEAVED)
+            value = load_head(at, heads, ROTARY_DIM, HALF, REST, REST_PADDED, INTERLEAVED)
             if QUANTIZED:
-                value = _in_8_bits(value, v_scales + row, heads, v_cache.dtype.element_ty)
+                value = in_8_bits(value, v_scales + row, heads, v_cache.dtype.element_ty)
             to = v_cache + row * DIM
-            _store_head(to, heads, value, ROTARY_DIM, HALF, REST, REST_PADDED, INTERLEAVED)
+            store_head(to, heads, value, ROTARY_DIM, HALF, REST, REST_PADDED, INTERLEAVED)
 
 
 def rotary_store(

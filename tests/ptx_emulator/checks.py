@@ -34,8 +34,10 @@ from nybble.kernels.triton import (
     activation,
     attention,
     attention_fixed,
+    attention_latent,
     dequantize,
     fixed_order,
+    latent,
     lora,
     matmul,
     norm,
@@ -171,6 +173,42 @@ def check_attention(capability: int, everything: bool) -> Iterator[Found]:
                 expected = reference.paged_attention(q.double(), *wide, *inputs, **options)
                 found = attention.paged_attention(q, keys, values, *inputs, **options)
                 yield f"{name}, capped, with sinks", found, expected
+
+
+def check_latent(capability: int, everything: bool) -> Iterator[Found]:
+    """Rows stored, then attended to: decodes in one and in several splits, and prompts."""
+    lengths, latents = [(1, 1), (270, 1), (40, 9), (33, 33)], 64
+    tokens = sum(new for _, new in lengths)
+    caches: list[tuple[torch.dtype, torch.dtype | None, int]] = [(torch.bfloat16, None, 20)]
+    caches += [(torch.float16, torch.int8, 4)]
+    caches += [(torch.bfloat16, torch.float8_e4m3fn, 40)] if capability >= 89 else []
+    for number, (dtype, kept, heads) in enumerate(caches):
+        if not everything and number != capability // 10 % len(caches):
+            continue
+        batch, cache, _ = paged(lengths, 1, 16 + latents, dtype, CPU)
+        scales: list[Tensor] = []
+        if kept is not None:
+            cache, _, *both = in_8_bits(cache, kept)
+            scales = both[:1]
+        name = f"latent attention {str(dtype)[6:]} {heads} {kept}"
+        angle, slots = torch.randn(tokens, 16), torch.randperm(cache.shape[0] * BLOCK)[:tokens]
+        slots[3] = -1
+        projected = torch.randn(tokens, heads * 24 + latents + 16).to(dtype)
+        results = []
+        for function in (latent.latent_store, reference.latent_store):
+            queries, own, key = projected.clone().split([heads * 24, latents, 16], dim=1)
+            filled, given = cache.clone(), [each.clone() for each in scales]
+            q = queries.view(tokens, heads, 24)[..., 8:]
+            angles = angle.cos(), angle.sin()
+            function(q, key, own, *angles, filled, slots, *given, interleaved=heads == 20)
+            stored = filled.double() * given[0][..., None] if given else filled.double()
+            results.append(torch.cat((queries.flatten().double(), stored.flatten())).to(dtype))
+        yield f"{name}: stored", results[0], results[1].double()
+        q = torch.randn(tokens, heads, 16 + latents).to(dtype)
+        wide = cache if scales else cache.double()
+        options = (batch, 0.1, latents, *scales)
+        found = attention_latent.latent_attention(q, cache, *options)
+        yield name, found, reference.latent_attention(q.double(), wide, *options)
 
 
 def check_rotary(capability: int, everything: bool) -> Iterator[Found]:
@@ -324,6 +362,7 @@ FAMILIES: dict[str, Callable[[int, bool], Iterator[Found]]] = {
     "matmul": check_matmul,
     "dequantize": check_dequantize,
     "attention": check_attention,
+    "latent": check_latent,
     "rotary": check_rotary,
     "lora": check_lora,
     "norm": check_norm,
@@ -388,7 +427,9 @@ def outcomes_on(
     without: str,
 ) -> list[str]:
     """All families' on one GPU."""
-    own = [each for each in families if capability != 89 or each in ("attention", "rotary")]
+    own = [
+        each for each in families if capability != 89 or each in ("attention", "latent", "rotary")
+    ]
     return [
         outcome
         for family in own
