@@ -99,7 +99,7 @@ def test_drafts_that_were_accepted_are_shown(page: Page, server: Scripted) -> No
 def test_stopping_keeps_what_came_and_tells_the_server(
     page: Page, server: Scripted, by: str
 ) -> None:
-    server.answer, server.pause = "word " * 2000, 0.05
+    server.answer, server.pause = "word " * 2, 3600  # nothing on the page moves until it is stopped
     answer = page.ask("Talk.")
     page.until(lambda: "word" in answer.text)
     if by == "button":
