@@ -45,6 +45,15 @@ class AnswerForm:
         assert form is not None
         return form.place(self.prompt, continued=self.continued)
 
+    @property
+    def without_reasoning(self) -> str:
+        """What stands behind the prompt if the answer comes next, whether the template can be told
+        so or not. "" if the prompt has opened no reasoning."""
+        if self.dialect.harmony:
+            return harmony.FINAL
+        form = self.dialect.reasoning
+        return f"\n{form.close}\n\n" if form is not None and self._place == "inside" else ""
+
     def parser(self) -> OutputParser:
         """A parser for the text of one sequence."""
         if self.dialect.harmony:

@@ -29,7 +29,7 @@ from nybble.server.api.responses import ResponsesFormatter
 from nybble.server.api.responses_schema import ResponsesRequest
 from nybble.server.api.schema import CompletionRequest, Prompt, Sampling
 from nybble.server.api.scores import RerankFormatter, ScoreFormatter
-from nybble.server.api.scoring import Scoring
+from nybble.server.api.scoring import Asked, Scoring
 from nybble.server.api.scoring_schema import RerankRequest, ScoreRequest
 from nybble.server.api.token_bytes import TokenBytes
 from nybble.server.http.errors import ApiError
@@ -210,7 +210,8 @@ class Endpoints:
 
     async def score(self, body: ScoreRequest, call: Call) -> tuple[SequenceGroup, ScoreFormatter]:
         body = self._named(body)
-        scores = await self._scoring.scores(body.pairs, body, await self._adapter(body, call), call)
+        asked = Asked(body, await self._adapter(body, call), call)
+        scores = await self._scoring.scores(body.pairs, asked)
         return scores.group, ScoreFormatter(body, scores)
 
     async def rerank(
@@ -219,7 +220,8 @@ class Endpoints:
         """cohere: whether the answer has the form of Cohere's second version."""
         body = self._named(body)
         pairs = [(body.query, document) for document in body.documents]
-        scores = await self._scoring.scores(pairs, body, await self._adapter(body, call), call)
+        asked = Asked(body, await self._adapter(body, call), call)
+        scores = await self._scoring.scores(pairs, asked)
         return scores.group, RerankFormatter(body, scores, cohere=cohere)
 
     async def response(

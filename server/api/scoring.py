@@ -4,7 +4,8 @@ A classifier (``…ForSequenceClassification``) reads both texts as its tokenize
 score is the sigmoid of its logit, or of two labels the probability of the second. A model of
 embeddings compares those of both texts by their cosine. Any other model with a chat template
 judges: it is asked in the words of Qwen3-Reranker whether the document meets the requirements, and
-the score is the probability of "yes" among "yes" and "no" (Zhang et al. 2025, Qwen3 Embedding).
+the score is the probability of "yes" among "yes" and "no" (Zhang et al. 2025, Qwen3 Embedding). It
+does not reason: if its template always opens reasoning, that is closed at once.
 """
 
 from __future__ import annotations
@@ -47,20 +48,24 @@ class Scores:
     read: Callable[[Outputs], list[float]]
 
 
+@dataclass(frozen=True)
+class Asked:
+    """A request for the scores of pairs. adapter: its adapter's name; None for the base model."""
+
+    body: RerankRequest | ScoreRequest
+    adapter: str | None
+    call: Call
+
+
 class Scoring:
     def __init__(self, engine: Engine, prompts: Prompts, chats: ChatGroups) -> None:
         self._engine = engine
         self._prompts = prompts
         self._chats = chats
 
-    async def scores(
-        self,
-        pairs: Sequence[Pair],
-        body: RerankRequest | ScoreRequest,
-        adapter: str | None,
-        call: Call,
-    ) -> Scores:
+    async def scores(self, pairs: Sequence[Pair], asked: Asked) -> Scores:
         """The sequences that score pairs. Raises ApiError 400 and ParameterError."""
+        body = asked.body
         if isinstance(body, RerankRequest) and (most := body.max_tokens_per_doc) is not None:
             pairs = [(query, await self._cut(document, most)) for query, document in pairs]
         classifies, embeds = bool(self._engine.num_labels), self._engine.embedding.made_for
@@ -72,55 +77,43 @@ class Scoring:
             )
         with parameters_called({"prompt": "documents", "messages": "documents"}):
             if classifies:
-                return await self._classified(pairs, body, adapter, call)
+                return await self._classified(pairs, asked)
             if embeds:
-                return await self._compared(pairs, body, adapter, call)
-            return await self._judged(pairs, body, adapter, call)
+                return await self._compared(pairs, asked)
+            return await self._judged(pairs, asked)
 
-    async def _classified(
-        self,
-        pairs: Sequence[Pair],
-        body: RerankRequest | ScoreRequest,
-        adapter: str | None,
-        call: Call,
-    ) -> Scores:
-        labels = self._engine.num_labels
+    async def _classified(self, pairs: Sequence[Pair], asked: Asked) -> Scores:
+        labels, as_logits = self._engine.num_labels, asked.body.use_activation is False
         if labels > 2:
             raise _unsupported("model", f"this model tells {labels} labels apart, expected 1 or 2")
-        prompts = [await self._fitting(pair, body, self._prompts.pair) for pair in pairs]
-        group = self._group(prompts, body, adapter, call, "score")
+        prompts = [await self._fitting(pair, asked.body, self._prompts.pair) for pair in pairs]
+        group = self._group(prompts, asked, "score")
 
         def read(outputs: Outputs) -> list[float]:
             logits = np.stack([_vector(output) for (output,) in outputs]).astype(np.float64)
             if labels == 2:
                 logits = logits[:, 1:] - logits[:, :1]
-            if body.use_activation is False:
+            if as_logits:
                 return [float(each) for each in logits[:, 0]]
             return [float(each) for each in 1 / (1 + np.exp(-logits[:, 0]))]
 
         return Scores(group, read)
 
-    async def _compared(
-        self,
-        pairs: Sequence[Pair],
-        body: RerankRequest | ScoreRequest,
-        adapter: str | None,
-        call: Call,
-    ) -> Scores:
+    async def _compared(self, pairs: Sequence[Pair], asked: Asked) -> Scores:
         if self._engine.pooling is None:
             raise _unsupported(
                 "model", "this model makes embeddings in a way that is not supported"
             )
-        prompts = self._engine.embedding.prompts if isinstance(body, RerankRequest) else {}
+        prompts = self._engine.embedding.prompts if isinstance(asked.body, RerankRequest) else {}
         before = prompts.get("query", ""), prompts.get("document", prompts.get("passage", ""))
         # The same text has the same embedding: a query is computed once.
         texts = {(role, text): None for pair in pairs for role, text in enumerate(pair)}
         encoded = [
-            await self._fitting(("", before[role] + text), body, lambda _, t: self._encode(t))
+            await self._fitting(("", before[role] + text), asked.body, lambda _, t: self._encode(t))
             for role, text in texts
         ]
         numbers = {key: number for number, key in enumerate(texts)}
-        group = self._group(encoded, body, adapter, call, self._engine.pooling)
+        group = self._group(encoded, asked, self._engine.pooling)
 
         def read(outputs: Outputs) -> list[float]:
             vectors = [_vector(output) for (output,) in outputs]
@@ -131,13 +124,7 @@ class Scoring:
 
         return Scores(group, read)
 
-    async def _judged(
-        self,
-        pairs: Sequence[Pair],
-        body: RerankRequest | ScoreRequest,
-        adapter: str | None,
-        call: Call,
-    ) -> Scores:
+    async def _judged(self, pairs: Sequence[Pair], asked: Asked) -> Scores:
         answers = [self._prompts.markers(word) for word in ("yes", "no")]
         if any(len(answer) != 1 for answer in answers):
             raise _unsupported(
@@ -145,12 +132,12 @@ class Scoring:
             )
         yes, no = (answer[0] for answer in answers)
 
-        async def asked(query: str, document: str) -> tuple[int, ...]:
-            instruction = body.instruction or _INSTRUCTION
+        async def judging(query: str, document: str) -> tuple[int, ...]:
+            instruction = asked.body.instruction or _INSTRUCTION
             told = f"<Instruct>: {instruction}\n<Query>: {query}\n<Document>: {document}"
             chat = ChatRequest.model_validate(
                 {
-                    "model": body.model,
+                    "model": asked.body.model,
                     "messages": [
                         {"role": "system", "content": _SYSTEM},
                         {"role": "user", "content": told},
@@ -159,14 +146,14 @@ class Scoring:
                     "truncate_prompt_tokens": None,
                 }
             )
-            token_ids, _ = await self._chats.prompt(chat, adapter)
-            return token_ids
+            token_ids, form = await self._chats.prompt(chat, asked.adapter)
+            return token_ids + self._prompts.markers(form.without_reasoning)
 
-        prompts = [await self._fitting(pair, body, asked) for pair in pairs]
+        prompts = [await self._fitting(pair, asked.body, judging) for pair in pairs]
         params = SamplingParams(
             max_tokens=1, temperature=0, logprobs=0, logprob_token_ids=(yes, no)
         )
-        group = self._group(prompts, body, adapter, call, None, params)
+        group = self._group(prompts, asked, None, params)
 
         def read(outputs: Outputs) -> list[float]:
             scores = []
@@ -180,22 +167,21 @@ class Scoring:
     def _group(
         self,
         prompts: Sequence[tuple[int, ...]],
-        body: RerankRequest | ScoreRequest,
-        adapter: str | None,
-        call: Call,
+        asked: Asked,
         pooling: Pooling | None,
         params: SamplingParams | None = None,
     ) -> SequenceGroup:
         params = params or SamplingParams(max_tokens=0)
         for prompt in prompts:
             self._engine.check(prompt, params)
+        body = asked.body
         kind = "rerank" if isinstance(body, RerankRequest) else "score"
         return SequenceGroup(
             f"{kind}-{uuid4().hex}",
             tuple(prompts),
             params,
-            adapter=adapter,
-            tenant=call.tenant,
+            adapter=asked.adapter,
+            tenant=asked.call.tenant,
             timeout=body.timeout,
             priority=body.priority or 0,
             pooling=pooling,

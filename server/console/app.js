@@ -32,6 +32,18 @@ function stop() {
   other.stop();
 }
 
+/** The weights of adapters in "first=0.7, second=0.3"; throws an error that says what is wrong. */
+function mixtureIn(text) {
+  const weights = {};
+  for (const part of text.split(",")) {
+    const [, name, weight] = part.match(/^\s*(.*?)\s*=\s*(\S+)\s*$/) ?? [];
+    if (!name || !Number.isFinite(Number(weight))) throw new Error("Expected name=weight, …");
+    if (name in weights) throw new Error(`${name} is there twice.`);
+    weights[name] = Number(weight);
+  }
+  return weights;
+}
+
 function settings() {
   const chosen = { model: $("model").value, system: $("system").value.trim() };
   for (const name of SAMPLING) {
@@ -39,6 +51,11 @@ function settings() {
   }
   const tools = $("tools").value.trim();
   if (tools) chosen.tools = JSON.parse(tools);
+  const mixture = $("mixture").value.trim();
+  if (mixture) {
+    // Of the base model, which is the first of the list.
+    Object.assign(chosen, { model: $("model").options[0].value, title: mixture, adapter: mixtureIn(mixture) });
+  }
   return chosen;
 }
 
@@ -50,7 +67,10 @@ async function send() {
   grow();
   const chosen = settings();
   const asked = [conversation.ask(text, chosen)];
-  if ($("other").value) asked.push(other.ask(text, { ...chosen, model: $("other").value }));
+  const compared = $("other").value;
+  if (compared) {
+    asked.push(other.ask(text, { ...chosen, model: compared, title: compared, adapter: undefined }));
+  }
   await Promise.all(asked);
 }
 
@@ -100,14 +120,23 @@ function showOther() {
 }
 
 $("other").addEventListener("change", showOther);
-$("tools").addEventListener("input", ({ target }) => {
-  let problem = "";
-  try {
-    if (target.value.trim() && !Array.isArray(JSON.parse(target.value))) problem = "Expected a JSON list.";
-  } catch (error) {
-    problem = error.message;
-  }
-  target.setCustomValidity(problem);
+
+/** Say in the field what is wrong with its text. check: throws if something is. */
+function validated(field, check) {
+  field.addEventListener("input", () => {
+    let problem = "";
+    try {
+      if (field.value.trim()) check(field.value);
+    } catch (error) {
+      problem = error.message;
+    }
+    field.setCustomValidity(problem);
+  });
+}
+
+validated($("mixture"), mixtureIn);
+validated($("tools"), (text) => {
+  if (!Array.isArray(JSON.parse(text))) throw new Error("Expected a JSON list.");
 });
 $("composer").addEventListener("submit", (event) => {
   event.preventDefault();

@@ -50,14 +50,15 @@ export class Conversation {
     return calls.map(({ id }) => ({ role: "tool", tool_call_id: id, content: text }));
   }
 
-  /** Ask, and show the answer. settings: {model, system, tools, …sampling}. */
-  async ask(text, { system, ...settings }) {
+  /** Ask, and show the answer. settings: {model, title, system, tools, …sampling}, where the
+   * title is shown instead of the model. */
+  async ask(text, { system, title, ...settings }) {
     const said = this.#said;
     const asked = this.#turnsOf(text);
     const turns = [...said, ...asked];
     const question = this.#article("user", asked[0].role === "tool" ? "Result of the call" : "You");
     question.body.textContent = text;
-    const answer = this.#article("assistant", settings.model);
+    const answer = this.#article("assistant", title ?? settings.model);
     answer.article.classList.add("busy");
     this.#abort = new AbortController();
     this.changed();

@@ -89,7 +89,14 @@ def site(
     process = subprocess.Popen(
         [
             *(*COMMAND, "replicas", "--count", "2", "--port", str(port)),
-            *("--model", str(tiny_model()), *options, *adapters, "--max-lora-rank", "8"),
+            *(
+                "--model",
+                str(tiny_model(max_length=4096)),
+                *options,
+                *adapters,
+                "--max-lora-rank",
+                "8",
+            ),
         ],
         stderr=subprocess.PIPE,
         text=True,
@@ -171,10 +178,10 @@ class Load:
 @needs_haproxy
 def test_a_killed_server_loses_no_request_and_its_streams_end_with_an_error(site: Site) -> None:
     """Streams that began cannot be taken over: their connection breaks instead of ending well."""
-    ended: list[str] = []
+    ended: dict[str, str] = {}
 
-    def stream(model: str) -> None:
-        body = {"model": model, "prompt": "a", "max_tokens": 400, "ignore_eos": True}
+    def stream(model: str, tokens: int) -> None:
+        body = {"model": model, "prompt": "a", "max_tokens": tokens, "ignore_eos": True}
         try:
             with httpx.stream(
                 "POST", f"{site.url}/v1/completions", json={**body, "stream": True}, timeout=120
@@ -182,28 +189,35 @@ def test_a_killed_server_loses_no_request_and_its_streams_end_with_an_error(site
                 assert response.status_code == 200
                 text = ""
                 for piece in response.iter_text():
-                    began.release()
+                    began[model].set()
                     text += piece
-            ended.append("whole" if text.rstrip().endswith("data: [DONE]") else "truncated")
+            whole = text.rstrip().endswith("data: [DONE]")
+            ended[model] = "whole" if whole else "truncated"
         except httpx.RemoteProtocolError:
-            ended.append("broken")
+            ended[model] = "broken"
 
-    began = threading.Semaphore(0)
     models = [f"a{i}" for i in range(8)]
-    threads = [threading.Thread(target=stream, args=(model,)) for model in models]
+    for model in models:
+        assert site.ask(model).status_code == 200
+    # The streams of the server that is killed are so long that none of them ends before.
+    killed = site.sequences()[0].keys() & set(models)
+    began = {model: threading.Event() for model in models}
+    threads = [
+        threading.Thread(target=stream, args=(model, 4000 if model in killed else 100))
+        for model in models
+    ]
     with Load(site) as load:
         for thread in threads:
             thread.start()
-        for _ in models:
-            assert began.acquire(timeout=60)
+        for each in began.values():
+            assert each.wait(60)
         victim = site.pids()[0]
         os.kill(victim, signal.SIGKILL)
         for thread in threads:
             thread.join()
         site.until("ready replica=replica1", times=2)
     assert set(load.statuses) == {200}
-    assert "truncated" not in ended
-    assert {"broken", "whole"} == set(ended)
+    assert ended == {model: "broken" if model in killed else "whole" for model in models}
     assert site.pids()[0] != victim
 
 

@@ -22,6 +22,8 @@ MARKERS = (START, CHANNEL, MESSAGE, CONSTRAIN, END, CALL, RETURN)
 # What begins and ends reasoning, and what is written to end it early: the next channel is to come.
 OPEN, CLOSE = f"{CHANNEL}analysis{MESSAGE}", END
 CLOSING, BARRED = f"{END}{START}assistant{CHANNEL}", "analysis"
+# What the answer itself is written behind.
+FINAL = f"{CHANNEL}final{MESSAGE}"
 
 _ENDS = (END, CALL, RETURN, START)
 _RECIPIENT = re.compile(r"to=([^\s<]+)")

@@ -201,18 +201,28 @@ def test_a_model_without_an_output_layer_generates_nothing(classifying: Engine) 
 
 
 @pytest.fixture(scope="module")
-def judge(tiny_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A chat model whose tokenizer has tokens for yes and no."""
-    folder = tmp_path_factory.mktemp("judge")
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model())
+def judges(tiny_model: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Chat models whose tokenizer has tokens for yes and no: one which can be told not to reason,
+    and one whose template always opens reasoning."""
+    thinks = {
+        "if told": "{% if enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{% endif %}",
+        "always": "{{ '<think>\n' }}",
+    }
+    return {
+        name: write_judge(tiny_model(), tmp_path_factory.mktemp("judge"), think)
+        for name, think in thinks.items()
+    }
+
+
+def write_judge(base: Path, folder: Path, think: str) -> Path:
+    tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.add_tokens(["yes", "no"])
     tokenizer.chat_template = tokenizer.chat_template.replace(
         "{{ '<|im_start|>assistant\n' }}",
-        "{{ '<|im_start|>assistant\n' }}"
-        "{% if enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{% endif %}",
+        "{{ '<|im_start|>assistant\n' }}" + think,
     )
     tokenizer.save_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(tiny_model(), dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
     torch.manual_seed(0)
     model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     with torch.no_grad():
@@ -221,7 +231,11 @@ def judge(tiny_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_chat_model_judges_in_the_words_of_qwen3_reranker(judge: Path) -> None:
+@pytest.mark.parametrize("reasons", ["if told", "always"])
+def test_a_chat_model_judges_in_the_words_of_qwen3_reranker(
+    judges: dict[str, Path], reasons: str
+) -> None:
+    judge = judges[reasons]
     model = AutoModelForCausalLM.from_pretrained(judge, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(judge)
     # As the model's card has it.

@@ -99,7 +99,7 @@ def test_drafts_that_were_accepted_are_shown(page: Page, server: Scripted) -> No
 def test_stopping_keeps_what_came_and_tells_the_server(
     page: Page, server: Scripted, by: str
 ) -> None:
-    server.answer, server.pause = "word " * 2000, 0.05
+    server.answer, server.pause = "word " * 2, 3600  # nothing on the page moves until it is stopped
     answer = page.ask("Talk.")
     page.until(lambda: "word" in answer.text)
     if by == "button":
@@ -211,11 +211,31 @@ def test_two_models_answer_one_prompt_side_by_side(page: Page, server: Scripted)
     assert page.complaints() == []
 
 
+def test_a_mixture_of_adapters_is_sent_and_compared(page: Page, server: Scripted) -> None:
+    Select(page.find("model")).select_by_value("pirate")
+    Select(page.find("other")).select_by_value("pirate")
+    page.find("mixture").send_keys("pirate=0.7, a poet = -0.5")
+    page.find("prompt").send_keys("Who are you?", Keys.ENTER)
+    page.until(lambda: len(page.all("article.assistant")) == 2)
+    page.answered()
+    assert [each.text for each in page.all("article.assistant h2")] == [
+        "pirate=0.7, a poet = -0.5",
+        "pirate",
+    ]
+    asked = sorted((body["model"], body.get("adapter")) for body in server.asked)
+    assert asked == [("base", {"pirate": 0.7, "a poet": -0.5}), ("pirate", None)]
+    for wrong in ("pirate", "=1", "pirate=x", "pirate=1, pirate=2"):
+        page.find("mixture").clear()
+        page.find("mixture").send_keys(wrong)
+        assert page.all("#mixture:invalid"), wrong
+    assert page.complaints() == []
+
+
 def test_it_can_be_used_with_the_keyboard_alone(page: Page, server: Scripted) -> None:
     assert page.focused() == "prompt"
     page.chrome.execute_script("document.activeElement.blur()")
     order = []
-    for _ in range(18):
+    for _ in range(19):
         ActionChains(page.chrome).send_keys(Keys.TAB).perform()
         focused = page.chrome.switch_to.active_element
         if focused.tag_name == "body":
