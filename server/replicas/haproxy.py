@@ -83,7 +83,7 @@ _ADMINISTRATION = """\
 
 def configuration(
     bind: str,
-    servers: Sequence[str],
+    servers: Sequence[str | None],
     control: Path | None = None,
     *,
     shared_registry: bool = False,
@@ -91,12 +91,14 @@ def configuration(
     """HAProxy's configuration file.
 
     bind: ``address:port`` for clients.
-    servers: ``address:port`` of each server.
+    servers: ``address:port`` of each server; None for a place that no server has now. Each place
+        keeps its part of the adapters.
     control: path of a socket on which HAProxy takes commands.
     shared_registry: whether an adapter loaded at one server is known to all.
     """
-    lines = [f"    server replica{i} {server}" for i, server in enumerate(servers, 1)]
-    addresses = ", ".join(f"http://{server}/metrics" for server in servers)
+    placed = [(i, server) for i, server in enumerate(servers, 1) if server is not None]
+    lines = [f"    server replica{i} {server} id {i}" for i, server in placed]
+    addresses = ", ".join(f"http://{server}/metrics" for _, server in placed)
     return _TEMPLATE.format(
         buffer=_BUFFER_BYTES,
         bind=bind,
