@@ -4,7 +4,7 @@ Everything else (decoder, loaders, adapters, quantizers, fine-tuning, memory est
 architecture and knows no family.
 """
 
-from nybble.models.architecture import (
+from nybble.models.anatomy import (
     AnyAttention,
     Architecture,
     Attention,
@@ -25,9 +25,9 @@ from nybble.models.architecture import (
     Stacked,
     StateSpace,
     StateTensor,
-    UnsupportedModelError,
     Xielu,
 )
+from nybble.models.config import UnsupportedModelError
 from nybble.models.registry import architecture_of, require_family, supported_families
 
 __all__ = [

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from nybble.kernels.activation import Activation
-from nybble.models.architecture import Rope, UnsupportedModelError
+from nybble.models.anatomy import Rope
 
 _ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",
@@ -18,6 +18,10 @@ _ACTIVATIONS: dict[str, Activation] = {
     "gelu_new": "gelu_tanh",
     "relu2": "relu2",
 }
+
+
+class UnsupportedModelError(ValueError):
+    """The model's family, or a setting in its config.json, is not supported."""
 
 
 def size(config: PretrainedConfig, name: str) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from transformers import PretrainedConfig
 
 from nybble.models import config as read
-from nybble.models.architecture import (
+from nybble.models.anatomy import (
     Architecture,
     Fold,
     LatentAttention,
@@ -18,8 +18,8 @@ from nybble.models.architecture import (
     Mlp,
     Rope,
     Router,
-    UnsupportedModelError,
 )
+from nybble.models.config import UnsupportedModelError
 from nybble.models.llama import decoder
 from nybble.models.parts import gated_mlp, mixture
 

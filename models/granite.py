@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from nybble.models import config as read
-from nybble.models.architecture import (
+from nybble.models.anatomy import (
     Architecture,
     Fold,
     Linear,
@@ -18,8 +18,8 @@ from nybble.models.architecture import (
     Router,
     Stacked,
     StateSpace,
-    UnsupportedModelError,
 )
+from nybble.models.config import UnsupportedModelError
 from nybble.models.llama import decoder
 from nybble.models.parts import fused_gated_mlp, mixture
 

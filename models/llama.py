@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from nybble.models import config as read
-from nybble.models.architecture import (
+from nybble.models.anatomy import (
     AnyAttention,
     Architecture,
     LatentAttention,
@@ -21,8 +21,8 @@ from nybble.models.architecture import (
     Norm,
     Recurrent,
     Rope,
-    UnsupportedModelError,
 )
+from nybble.models.config import UnsupportedModelError
 from nybble.models.parts import attention, gated_mlp
 
 

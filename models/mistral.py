@@ -7,7 +7,7 @@ from dataclasses import replace
 from transformers import PretrainedConfig
 
 from nybble.models import config as read
-from nybble.models.architecture import Architecture
+from nybble.models.anatomy import Architecture
 from nybble.models.llama import decoder
 
 

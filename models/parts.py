@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from nybble.kernels.activation import Activation
-from nybble.models.architecture import (
+from nybble.models.anatomy import (
     Attention,
     Fold,
     Linear,
@@ -17,8 +17,8 @@ from nybble.models.architecture import (
     Rope,
     Router,
     Stacked,
-    UnsupportedModelError,
 )
+from nybble.models.config import UnsupportedModelError
 
 
 def attention(

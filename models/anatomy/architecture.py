@@ -1,0 +1,224 @@
+"""A decoder-only transformer, as data.
+
+Module names are those of transformers' models, which checkpoints and adapters use too. Names of a
+layer's modules are relative to the layer (``self_attn.q_proj``); :meth:`Architecture.module` makes
+them absolute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from nybble.models.anatomy.attention import AnyAttention, Attention, LatentAttention
+from nybble.models.anatomy.feed_forward import Mixture, Mlp
+from nybble.models.anatomy.linears import Linear, LinearGroup, Norm, Rope
+from nybble.models.anatomy.recurrent import Recurrent
+
+# What mixes the tokens of a sequence.
+Mixer = AnyAttention | Recurrent
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A decoder layer: a mixer, then an MLP or a mixture, each added to the residual stream.
+
+    mixer: attention, or what the layer has instead.
+    pre_attention, pre_mlp: norms of what each reads; None if it reads the residual as it is.
+    post_attention, post_mlp: norms of what each adds to the residual; None for none.
+    parallel: whether attention and MLP both read ``pre_attention``'s output.
+    """
+
+    mixer: Mixer
+    mlp: Mlp | Mixture
+    pre_attention: str | None = "input_layernorm"
+    post_attention: str | None = None
+    pre_mlp: str | None = "post_attention_layernorm"
+    post_mlp: str | None = None
+    parallel: bool = False
+
+    @cached_property
+    def groups(self) -> tuple[LinearGroup, ...]:
+        """The linear layers that every token passes, in the order in which they are computed."""
+        return (*self.mixer.groups, *self.mlp.groups)
+
+    @property
+    def expert_groups(self) -> tuple[LinearGroup, ...]:
+        """The linear layers of experts, which only some tokens pass."""
+        return self.mlp.expert_groups if isinstance(self.mlp, Mixture) else ()
+
+    @property
+    def linears(self) -> Iterator[Linear]:
+        """All linear layers, those of experts too. A router is none: it stays in 16 bits."""
+        for group in (*self.groups, *self.expert_groups):
+            yield from group.linears
+
+    @property
+    def tensors(self) -> Iterator[str]:
+        """Tensors other than those of norms and linear layers, which are kept in float32."""
+        yield from self.mixer.tensors
+        if isinstance(self.mlp, Mixture):
+            yield from self.mlp.router.tensors
+            if self.mlp.shared_gate is not None:
+                yield self.mlp.shared_gate + ".weight"
+        elif self.mlp.xielu is not None:
+            yield from self.mlp.xielu.tensors
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A decoder-only model.
+
+    family: transformers' ``model_type``.
+    norm: what all norms of hidden states are; query and key norms too.
+    embedding_multiplier: of the embeddings.
+    residual_multiplier: of what attention and MLP add to the residual stream.
+    logits_multiplier: of the logits.
+    logits_softcap: logits become ``softcap · tanh(logits / softcap)``.
+    tied: whether the output layer is the embedding matrix.
+    head_bias: whether the output layer has a bias.
+    unused: what the names of tensors begin with which checkpoints hold and generating does not
+        read, such as those of layers that predict several tokens at once.
+    """
+
+    family: str
+    vocab: int
+    hidden: int
+    layers: tuple[Layer, ...]
+    norm: Norm
+    max_position_embeddings: int
+    tied: bool
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    logits_multiplier: float = 1.0
+    logits_softcap: float | None = None
+    embedding: str = "model.embed_tokens"
+    final_norm: str = "model.norm"
+    head: str = "lm_head"
+    head_bias: bool = False
+    unused: tuple[str, ...] = ()
+
+    @staticmethod
+    def module(layer: int, name: str) -> str:
+        """The absolute name of a layer's module."""
+        return f"model.layers.{layer}.{name}"
+
+    @cached_property
+    def attentions(self) -> tuple[AnyAttention, ...]:
+        """The attention of the layers that have it, in their order."""
+        return tuple(each.mixer for each in self.layers if isinstance(each.mixer, AnyAttention))
+
+    @cached_property
+    def recurrents(self) -> tuple[Recurrent, ...]:
+        """What the other layers have instead, in their order."""
+        return tuple(each.mixer for each in self.layers if not isinstance(each.mixer, AnyAttention))
+
+    @cached_property
+    def plain_attentions(self) -> tuple[Attention, ...]:
+        """Those of ``attentions`` that cache keys and values."""
+        return tuple(each for each in self.attentions if isinstance(each, Attention))
+
+    @cached_property
+    def latents(self) -> tuple[LatentAttention, ...]:
+        """Those of ``attentions`` that cache latents."""
+        return tuple(each for each in self.attentions if isinstance(each, LatentAttention))
+
+    @cached_property
+    def computed_in_16_bits(self) -> Mapping[str, Linear]:
+        """Linear layers whose weights are dequantized when they are loaded, by absolute names."""
+        return {
+            self.module(index, linear.name): linear
+            for index, layer in enumerate(self.layers)
+            if isinstance(layer.mixer, LatentAttention)
+            for linear in layer.mixer.expand.linears
+        }
+
+    @cached_property
+    def ropes(self) -> tuple[Rope, ...]:
+        """The different rotary embeddings of the model's layers."""
+        found: list[Rope] = []
+        for attention in self.attentions:
+            if attention.rope is not None and attention.rope not in found:
+                found.append(attention.rope)
+        return tuple(found)
+
+    @cached_property
+    def default_max_model_len(self) -> int:
+        """The longest sequence that is exactly what transformers computes."""
+        return min((r.longest_exact for r in self.ropes), default=self.max_position_embeddings)
+
+    @cached_property
+    def max_model_len(self) -> int:
+        """The longest sequence that can be asked for; see :attr:`Rope.longest`."""
+        return min((rope.longest for rope in self.ropes), default=self.max_position_embeddings)
+
+    @cached_property
+    def windows(self) -> tuple[int, ...]:
+        """For each layer with attention, how many tokens one sees, itself included; 0 for all."""
+        return tuple(attention.window for attention in self.attentions)
+
+    @property
+    def window(self) -> int:
+        """Tokens that one sees in any layer, itself included; 0 if a layer sees all."""
+        return max(self.windows) if all(self.windows) else 0
+
+    @cached_property
+    def norms(self) -> tuple[str, ...]:
+        """The modules with norms' weights, by their absolute names."""
+        found = []
+        for index, layer in enumerate(self.layers):
+            names = [layer.pre_attention, layer.post_attention, layer.pre_mlp, layer.post_mlp]
+            names += layer.mixer.norms
+            found += [self.module(index, name) for name in names if name is not None]
+        return (*found, self.final_norm)
+
+    @cached_property
+    def linears(self) -> Mapping[str, Linear]:
+        """The linear layers of all decoder layers, by their absolute names."""
+        return {
+            self.module(index, linear.name): linear
+            for index, layer in enumerate(self.layers)
+            for linear in layer.linears
+        }
+
+    @cached_property
+    def dense_linears(self) -> Mapping[str, Linear]:
+        """The linear layers that every token passes, all but experts', by their absolute names."""
+        return {
+            self.module(index, linear.name): linear
+            for index, layer in enumerate(self.layers)
+            for group in layer.groups
+            for linear in group.linears
+        }
+
+    @cached_property
+    def tensors(self) -> frozenset[str]:
+        """The absolute names of layers' tensors other than those of norms and linear layers."""
+        return frozenset(
+            self.module(index, name)
+            for index, layer in enumerate(self.layers)
+            for name in layer.tensors
+        )
+
+    @cached_property
+    def has_experts(self) -> bool:
+        """Whether any layer is a mixture of experts."""
+        return any(isinstance(layer.mlp, Mixture) for layer in self.layers)
+
+    @cached_property
+    def linear_leaves(self) -> tuple[str, ...]:
+        """The last parts of the names of the linear layers that every token passes, in order."""
+        return tuple(dict.fromkeys(linear.leaf for linear in self.dense_linears.values()))
+
+    @cached_property
+    def fused(self) -> Mapping[str, tuple[str, tuple[str, ...]]]:
+        """For a linear layer of a group of several: the group's name, and its members' names."""
+        found = {}
+        for index, layer in enumerate(self.layers):
+            for group in (*layer.groups, *layer.expert_groups):
+                members = tuple(self.module(index, linear.name) for linear in group.linears)
+                if len(members) > 1:
+                    name = self.module(index, group.name)
+                    found.update(dict.fromkeys(members, (name, members)))
+        return found
