@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 FOLDERS = sorted(link.name for link in (ROOT / "src" / "nybble").iterdir() if link.is_symlink())
 # Only imported if the extra of that name is installed.
-OPTIONAL = "otel"
+OPTIONAL = ("otel", "redis")
 
 
 def named(requirements: list[str]) -> set[str]:
@@ -46,7 +46,9 @@ def imported() -> dict[str, str]:
 
 
 def test_every_package_that_is_imported_is_a_dependency() -> None:
-    needed = named(PROJECT["dependencies"]) | named(PROJECT["optional-dependencies"][OPTIONAL])
+    needed = named(PROJECT["dependencies"])
+    for extra in OPTIONAL:
+        needed |= named(PROJECT["optional-dependencies"][extra])
     # What comes with one of them, by its own declaration.
     needed |= {"pydantic-core", "rich", "tokenizers", "yarl", "opentelemetry-api"}
     needed |= {"matplotlib"}  # `nybble bench --plot` says that it needs it
