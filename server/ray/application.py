@@ -13,11 +13,10 @@ import asyncio
 import logging
 import math
 import shutil
-import signal
 import socket
 import sys
 import tempfile
-from asyncio.subprocess import Process
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from ray import serve
 
 from nybble.server.replicas.haproxy import configuration
+from nybble.server.replicas.parent import end_with_parent
 from nybble.server.replicas.supervise import find_haproxy
 
 logger = logging.getLogger("ray.serve")
@@ -37,6 +37,9 @@ _POLL_SECONDS = 0.2
 # Between leaving HAProxy's configuration and SIGTERM: requests that were on their way arrive.
 _LEAVE_SECONDS = 1.0
 _GRACE_SECONDS = 15.0
+# A server renews its place at every health check. One which does not, and which HAProxy does not
+# reach either, has lost it: its machine is gone, or its process was killed with all above it.
+_LEASE_SECONDS = 30.0
 # What the autoscaler sums up over servers.
 _LOAD = ("nybble_sequences_running", "nybble_sequences_waiting")
 
@@ -48,6 +51,7 @@ class BalancerArguments(BaseModel):
     servers: name of the servers' application.
     shared_registry: whether the servers have a ``lora-registry``, so that an adapter which is
         loaded over the API at one is known to all.
+    most_servers: places for servers, those included which finish their last requests.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -56,6 +60,7 @@ class BalancerArguments(BaseModel):
     port: int = 8000
     servers: str = "nybble"
     shared_registry: bool = False
+    most_servers: int = Field(256, ge=1)
 
 
 class ServerArguments(BaseModel):
@@ -69,6 +74,9 @@ class ServerArguments(BaseModel):
     gpus: of one server; more than one for ``tensor-parallel-size``.
     cpus: of one server, as Ray counts them.
     shutdown_timeout: seconds which a server's requests in flight have to finish.
+    surge_percent: how many servers of another version may start before those they replace stop, in
+        percent of all; each needs free GPUs. With 0 the old one stops first, so that of one server
+        there is none for a while.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -84,6 +92,7 @@ class ServerArguments(BaseModel):
     gpus: float = Field(0, ge=0)
     cpus: float = Field(1, ge=0)
     shutdown_timeout: float = Field(30, ge=0)
+    surge_percent: int = Field(0, ge=0, le=100)
 
     @model_validator(mode="after")
     def _in_order(self) -> ServerArguments:
@@ -116,6 +125,7 @@ class Server:
     ) -> None:
         """seconds: which the process has to end. balancer: name of its application."""
         self._seconds = seconds
+        self._leaving = False
         self._balancer = serve.get_deployment_handle(BALANCER, balancer)
         host = ray.util.get_node_ip_address()
         with socket.socket() as sock:
@@ -152,7 +162,8 @@ class Server:
         if not await self._healthy():
             raise RuntimeError("the server is not healthy")
         # The balancer may have been started again, and know nothing.
-        self._balancer.add.remote(self._address)
+        if not self._leaving:
+            self._balancer.add.remote(self._address)
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """The sequences this server has, running and waiting."""
@@ -167,6 +178,7 @@ class Server:
 
     async def __del__(self) -> None:
         """Leave the balancer, and let the process finish its requests."""
+        self._leaving = True
         await self._balancer.remove.remote(self._address)
         await asyncio.sleep(_LEAVE_SECONDS)
         if self._process.returncode is None:
@@ -186,37 +198,63 @@ class Server:
 
 
 class Balancer:
-    """HAProxy, and which servers it knows."""
+    """HAProxy, and which servers it knows.
+
+    Servers come and go by commands to the running HAProxy: it is never started again for them, so
+    that streams, connections and what it knows of the other servers' health stay.
+    """
 
     async def __init__(self, arguments: BalancerArguments) -> None:  # type: ignore[misc] # likewise
-        self._bind = f"{arguments.host}:{arguments.port}"
         self._application = arguments.servers
-        self._shared = arguments.shared_registry
         self._folder = Path(tempfile.mkdtemp(prefix="nybble-"))
-        self._file = self._folder / "haproxy.cfg"
-        # A server's place stays its own, and a new server takes a free one with its adapters.
-        self._places: list[str | None] = []
-        self._write()
-        self._process: Process = await asyncio.create_subprocess_exec(
-            *(haproxy_path(), "-W", "-f", str(self._file))
+        self._control = self._folder / "control"
+        # Of each place, the server that has it. A server which comes later takes a free place
+        # with its adapters.
+        self._places: list[str | None] = [None] * arguments.most_servers
+        self._renewed: dict[str, float] = {}
+        bind = f"{arguments.host}:{arguments.port}"
+        shared = arguments.shared_registry
+        text = configuration(bind, self._places, self._control, shared_registry=shared)
+        (self._folder / "haproxy.cfg").write_text(text)
+        self._process = await asyncio.create_subprocess_exec(
+            *(haproxy_path(), "-db", "-f", str(self._folder / "haproxy.cfg")),
+            preexec_fn=end_with_parent,
         )
-        self._waking = asyncio.create_task(self._wake())
+        while not await self._commanded("show info"):
+            await self.check_health()
+            await asyncio.sleep(_POLL_SECONDS)
+        self._changing = asyncio.Lock()
+        self._watching = asyncio.create_task(self._watch())
 
     async def add(self, address: str) -> None:
-        """Send requests to this server too."""
-        if address in self._places:
-            return
-        if None in self._places:
-            self._places[self._places.index(None)] = address
-        else:
-            self._places.append(address)
-        self._reload()
+        """Send requests to this server too. Raises RuntimeError if there is no place for it."""
+        async with self._changing:
+            self._renewed[address] = time.monotonic()
+            if address in self._places:
+                return
+            if None not in self._places:
+                raise RuntimeError(
+                    f"there are {len(self._places)} servers already: give the balancer a larger "
+                    "most_servers"
+                )
+            place = self._places.index(None)
+            host, _, port = address.rpartition(":")
+            server = f"set server servers/replica{place + 1}"
+            answer = await self._commanded(
+                f"{server} addr {host} port {port}; {server} state ready"
+            )
+            if "changed" not in answer and "no need" not in answer:
+                raise RuntimeError(f"haproxy did not take the server {address}: {answer or None}")
+            self._places[place] = address
 
     async def remove(self, address: str) -> None:
         """Send no new requests to this server; its streams go on."""
-        if address in self._places:
-            self._places[self._places.index(address)] = None
-            self._reload()
+        async with self._changing:
+            self._renewed.pop(address, None)
+            if address in self._places:
+                place = self._places.index(address)
+                await self._commanded(f"set server servers/replica{place + 1} state maint")
+                self._places[place] = None
 
     async def servers(self) -> list[str]:
         return [address for address in self._places if address is not None]
@@ -226,49 +264,50 @@ class Balancer:
             raise RuntimeError(f"haproxy ended with code {self._process.returncode}")
 
     async def __del__(self) -> None:
-        self._waking.cancel()
+        self._watching.cancel()
         if self._process.returncode is None:
             self._process.terminate()
             await self._process.wait()
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _write(self) -> None:
-        control = self._folder / "control"
-        text = configuration(self._bind, self._places, control, shared_registry=self._shared)
-        self._file.write_text(text)
-
-    def _reload(self) -> None:
-        """A new worker takes over the socket; the one before it ends with its last stream."""
-        self._write()
-        self._process.send_signal(signal.SIGUSR2)
-
-    async def _wake(self) -> None:
-        """If requests come and there is no server, ask Ray for one."""
+    async def _watch(self) -> None:
+        """If requests come and there is no server, ask Ray for one; free the places of lost ones."""
         seen = 0
         while True:
             await asyncio.sleep(_POLL_SECONDS)
-            if await self.servers():
-                seen = 0  # each reload begins to count anew
-                continue
-            count = await self._requests()
-            if count > seen:
+            rows = await self._rows()
+            came = sum(int(row["stot"]) for row in rows if row["svname"] == "BACKEND")
+            if came > seen and not await self.servers():
                 logger.info("a request came, and there is no server: one is started")
                 server = serve.get_deployment_handle(SERVER, self._application)
                 # It waits in the handle until there is a server, and this is what Ray scales by.
                 await server.remote()
-            seen = count
+            seen = came
+            down = {row["svname"] for row in rows if row["status"].startswith("DOWN")}
+            old = time.monotonic() - _LEASE_SECONDS
+            for place, address in enumerate(self._places, 1):
+                if address and f"replica{place}" in down and self._renewed.get(address, old) <= old:
+                    logger.warning("the server %s is gone: its place is free", address)
+                    await self.remove(address)
 
-    async def _requests(self) -> int:
-        """How many requests came to the servers' backend since HAProxy's last reload."""
-        try:
-            reader, writer = await asyncio.open_unix_connection(str(self._folder / "control"))
-            writer.write(b"show stat servers 2 -1\n")
-            lines = (await reader.read()).decode().splitlines()
-            writer.close()
-        except OSError:
-            return 0
+    async def _rows(self) -> list[dict[str, str]]:
+        """HAProxy's statistics of the servers and of all of them together."""
+        lines = (await self._commanded("show stat servers 6 -1")).splitlines()
+        if not lines:
+            return []
         names = lines[0].removeprefix("# ").split(",")
-        return sum(int(line.split(",")[names.index("stot")]) for line in lines[1:] if line)
+        return [dict(zip(names, line.split(","), strict=False)) for line in lines[1:] if line]
+
+    async def _commanded(self, commands: str) -> str:
+        """What HAProxy answers, "" if it does not."""
+        try:
+            reader, writer = await asyncio.open_unix_connection(self._control)
+        except OSError:
+            return ""
+        writer.write(f"{commands}\n".encode())
+        answer = (await reader.read()).decode().strip()
+        writer.close()
+        return answer
 
 
 class SequencePolicy:
@@ -333,6 +372,7 @@ def servers(arguments: dict[str, Any]) -> serve.Application:
         ray_actor_options={"num_cpus": settings.cpus, "num_gpus": settings.gpus},
         health_check_period_s=1,
         graceful_shutdown_timeout_s=seconds + _LEAVE_SECONDS + 5,
+        max_surge_percent=settings.surge_percent,
         **scaling,
     )
     return deployment.bind(settings.command(), seconds, settings.balancer)
