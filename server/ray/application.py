@@ -47,7 +47,7 @@ _LOAD = ("nybble_sequences_running", "nybble_sequences_waiting")
 class BalancerArguments(BaseModel):
     """The arguments of the application ``balancer``.
 
-    host, port: of HAProxy, on the machine that Ray chooses for it.
+    host, port: of HAProxy, on the machine of Ray's head.
     servers: name of the servers' application.
     shared_registry: whether the servers have a ``lora-registry``, so that an adapter which is
         loaded over the API at one is known to all.
@@ -340,7 +340,8 @@ def balancer(arguments: dict[str, Any]) -> serve.Application:
         Balancer,
         name=BALANCER,
         num_replicas=1,
-        ray_actor_options={"num_cpus": 0},
+        # Where clients find it; a cluster that has lost its head has to be started again anyway.
+        ray_actor_options={"num_cpus": 0, "resources": {"node:__internal_head__": 0.001}},
         health_check_period_s=1,
     )
     return deployment.bind(BalancerArguments.model_validate(arguments))
