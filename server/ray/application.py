@@ -271,7 +271,7 @@ class Balancer:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     async def _watch(self) -> None:
-        """If requests come and there is no server, ask Ray for one; free the places of lost ones."""
+        """Ask Ray for a server if requests come and there is none; free the places of lost ones."""
         seen = 0
         while True:
             await asyncio.sleep(_POLL_SECONDS)

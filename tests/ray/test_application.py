@@ -61,14 +61,21 @@ class Site:
         body = {"model": model, "prompt": "the fox", "max_tokens": tokens, "ignore_eos": True}
         return httpx.post(f"{self.url}/v1/completions", json=body, timeout=120)
 
-    def stream(self, model: str, tokens: int = 400) -> str:
-        """The body of a streamed answer. Raises httpx.RemoteProtocolError if it breaks."""
+    def stream(self, model: str, began: Callable[[], object], tokens: int = 400) -> str:
+        """The body of a streamed answer. Raises httpx.RemoteProtocolError if it breaks.
+
+        began: called with each piece.
+        """
         body = {"model": model, "prompt": "a", "max_tokens": tokens, "ignore_eos": True}
         with httpx.stream(
             "POST", f"{self.url}/v1/completions", json={**body, "stream": True}, timeout=120
         ) as response:
             assert response.status_code == 200
-            return "".join(response.iter_text())
+            text = ""
+            for piece in response.iter_text():
+                began()
+                text += piece
+            return text
 
     def servers(self) -> list[str]:
         handle = serve.get_deployment_handle("Balancer", "balancer")
@@ -145,8 +152,10 @@ def test_affinity_a_kill_and_a_rolling_update(site: Callable[..., Site]) -> None
     broken: list[str] = []
     whole: list[str] = []
 
+    pieces = threading.Semaphore(0)
+
     def stream(model: str) -> None:
-        last = nybble.stream(model).strip().splitlines()[-1].removeprefix("data: ")
+        last = nybble.stream(model, pieces.release).strip().splitlines()[-1].removeprefix("data: ")
         if last == "[DONE]":
             whole.append(model)
         else:
@@ -157,7 +166,8 @@ def test_affinity_a_kill_and_a_rolling_update(site: Callable[..., Site]) -> None
     with Load(nybble) as load:
         for thread in threads:
             thread.start()
-        time.sleep(0.5)
+        for _ in threads:
+            assert pieces.acquire(timeout=60)
         os.kill(nybble.pid(before[0]), signal.SIGKILL)
         for thread in threads:
             thread.join()
@@ -171,6 +181,16 @@ def test_affinity_a_kill_and_a_rolling_update(site: Callable[..., Site]) -> None
     with Load(nybble) as load:
         site(min_replicas=2, max_replicas=2, options={"max-num-seqs": 32})
         nybble.until(lambda: len(nybble.servers()) == 2 and not set(nybble.servers()) & set(before))
+    assert set(load.statuses) == {200}
+
+
+def test_a_single_server_is_replaced_without_a_moment_with_none(site: Callable[..., Site]) -> None:
+    alone = {"min_replicas": 1, "max_replicas": 1, "surge_percent": 100}
+    nybble = site(**alone)
+    (before,) = nybble.servers()
+    with Load(nybble) as load:
+        site(**alone, options={"max-num-seqs": 32})
+        nybble.until(lambda: len(nybble.servers()) == 1 and before not in nybble.servers())
     assert set(load.statuses) == {200}
 
 
