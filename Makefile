@@ -6,8 +6,8 @@ BIN    := $(VENV)/bin
 MODEL  ?= demo
 PORT   ?= 8000
 
-.PHONY: install install-dev serve format test test-all test-avx2 test-arm test-browser test-clients test-peers \
-	test-peer-suites audit fuzz emulate sanitize lint lint-deploy gpu clean
+.PHONY: install install-dev serve format test test-all test-avx2 test-arm test-browser test-clients test-ray \
+	test-buckets test-peers test-peer-suites audit fuzz emulate sanitize lint lint-deploy gpu clean
 
 # What serving needs; install-dev adds what the tests and lint need.
 install: $(VENV)/.installed
@@ -113,6 +113,28 @@ build/clients/.installed: tests/clients/requirements.txt
 test-clients: install-dev build/clients/.installed
 	build/clients/bin/pytest -q -c /dev/null --rootdir=. --confcutdir=tests/clients \
 		--import-mode=importlib -p no:cacheprovider -W ignore $(CLIENTS)
+
+# Real Ray, whose processes run servers of a tiny model. Ray is in an environment of its own, on top of
+# which come the packages of the server's.
+build/ray/.installed: tests/ray/requirements.txt | install-dev
+	$(PYTHON) -m venv build/ray
+	build/ray/bin/pip install --progress-bar on -r $<
+	touch $@
+test-ray: build/ray/.installed
+	packages=$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])'); \
+	PYTHONPATH=src:$$packages OMP_NUM_THREADS=1 build/ray/bin/python -m pytest -q -c /dev/null --rootdir=. \
+		--confcutdir=tests/ray --import-mode=importlib -p no:cacheprovider -W ignore tests/ray
+
+# Adapters in S3 and Google Cloud Storage, as emulators speak them.
+build/buckets/.installed: tests/buckets/requirements.txt | install-dev
+	$(PYTHON) -m venv build/buckets
+	build/buckets/bin/pip install --progress-bar on -r $<
+	touch $@
+test-buckets: build/buckets/.installed
+	packages=$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])'); \
+	PYTHONPATH=src:$$packages OMP_NUM_THREADS=1 build/buckets/bin/python -m pytest -q -c /dev/null \
+		--rootdir=. --confcutdir=tests/buckets --import-mode=importlib -p no:cacheprovider -W ignore \
+		tests/buckets
 
 # Our checkpoints in transformers with GPTQModel, and in compressed-tensors, on top of the
 # environment's torch.

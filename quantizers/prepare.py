@@ -40,6 +40,11 @@ from nybble.quantizers.packed_cache import Origin, keep, reserved
 logger = logging.getLogger(__name__)
 
 
+def opened(name: str, *, aliases: Path | None = None) -> Checkpoint:
+    """What ``name`` is, as it is stored. Raises what resolve_model and open_checkpoint do."""
+    return open_checkpoint(resolve_model(name, aliases=aliases))
+
+
 def prepare_checkpoint(
     name: str,
     *,
@@ -62,8 +67,8 @@ def prepare_checkpoint(
     Raises what resolve_model, open_checkpoint, load_adapter, merge_adapter and save_packed do, and
     ValueError if a packed model is to be changed.
     """
-    folder = resolve_model(name, aliases=aliases)
-    source = open_checkpoint(folder)
+    source = opened(name, aliases=aliases)
+    folder = source.folder
     check(source)
     if source.format == "packed":
         if quantize or head or adapter:

@@ -367,6 +367,31 @@ def test_a_draft_model_that_does_not_fit_is_refused_before_the_model_is_packed(
         LLM(tiny_model(), **SMALL | options)
 
 
+@pytest.mark.parametrize(
+    ("size", "options", "said"),
+    [
+        (3, {}, r"is 3, which does not divide the model's 4 attention heads .*these do: 2, 4"),
+        (3, {"draft_quantize": "nf4"}, "is 3, which does not divide the model's 4 attention"),
+        (2, {"draft_quantize": "nf4"}, "is 2, expected 1 with a draft model"),
+    ],
+)
+def test_ranks_that_cannot_be_are_refused_before_any_model_is_packed(
+    tiny_model: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    size: int,
+    options: dict[str, Any],
+    said: str,
+) -> None:
+    def packed(*arguments: Any, **options: Any) -> None:
+        raise AssertionError("a model was packed")
+
+    monkeypatch.setattr(prepare, "save_packed", packed)
+    if options:
+        options = options | {"draft_model": tiny_model(seed=1)}
+    with pytest.raises(ValueError, match=f"tensor_parallel_size {said}"):
+        LLM(tiny_model(), quantize="nf4", tensor_parallel_size=size, **SMALL | options)
+
+
 def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no attribute 'LLMs'"):
         nybble.LLMs  # noqa: B018

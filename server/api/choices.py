@@ -85,6 +85,8 @@ class ChoicesFormatter(ABC):
     def failure(self, error: ApiError) -> ServerSentEvent:
         return None, error.body()
 
+    lost = failure
+
     def _usage(self, usage: Usage) -> dict[str, Any]:
         details: dict[str, Any] = {}
         if (reasoning := self.reasoning_tokens) is not None:

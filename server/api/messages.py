@@ -90,6 +90,8 @@ class MessagesFormatter:
     def failure(self, error: ApiError) -> ServerSentEvent:
         return "error", error.anthropic_body()
 
+    lost = failure
+
     def _stop_reason(self, output: RequestOutput) -> str:
         if output.finish_reason == "length":
             return "max_tokens"

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, AbstractContextManager, aclosing
+from contextlib import (
+    AbstractAsyncContextManager,
+    AbstractContextManager,
+    aclosing,
+    nullcontext,
+)
 from typing import Any, Protocol, TypeVar
 
 from aiohttp import web
@@ -15,6 +20,7 @@ from nybble.server.api.generation import Generation, SequenceGroup, Usage
 from nybble.server.api.running import RUNNING, RunningRequest
 from nybble.server.http.errors import ApiError
 from nybble.server.observability.request_record import RECORD, RequestRecord
+from nybble.server.replicas.last_words import LAST_WORDS
 
 # A client that reads nothing for this long while its buffers are full is disconnected.
 _STALL_SECONDS = 60
@@ -54,6 +60,10 @@ class Formatter(WholeFormatter, Protocol):
 
     def failure(self, error: ApiError) -> ServerSentEvent:
         """The event that ends a stream after an error."""
+        ...
+
+    def lost(self, error: ApiError) -> ServerSentEvent:
+        """The event that ends a stream whose server is gone; made before, it changes nothing."""
         ...
 
 
@@ -125,22 +135,31 @@ async def _stream(
         for event in await _written(output, lambda: formatter.events(index, output, usage)):
             await stream.send(event)
 
-    try:
-        async with running.limited():
-            await tell(*first)
-            async for index, output in results:
-                await tell(index, output)
-        for event in formatter.last_events(usage):
-            await stream.send(event)
-        if formatter.terminator is not None:
-            await stream.write(b"data: " + formatter.terminator + b"\n\n")
-    except ConnectionError:
-        raise
-    except Exception as error:
-        # The status 200 has been sent already, so the error is sent as an event.
-        await stream.send(formatter.failure(request[RECORD].failed(error)))
-    await stream.response.write_eof()
+    with stream.kept(formatter.lost(_killed())):
+        try:
+            async with running.limited():
+                await tell(*first)
+                async for index, output in results:
+                    await tell(index, output)
+            for event in formatter.last_events(usage):
+                await stream.send(event)
+            if formatter.terminator is not None:
+                await stream.write(b"data: " + formatter.terminator + b"\n\n")
+        except ConnectionError:
+            raise
+        except Exception as error:
+            # The status 200 has been sent already, so the error is sent as an event.
+            await stream.send(formatter.failure(request[RECORD].failed(error)))
+        await stream.response.write_eof()
     return stream.response
+
+
+def _killed() -> ApiError:
+    return ApiError(
+        500,
+        "the server was killed during this answer: send the request again",
+        code="engine_failed",
+    )
 
 
 async def _written(output: RequestOutput, write: Callable[[], T]) -> T:
@@ -170,6 +189,13 @@ class EventStream:
 
     async def open(self) -> None:
         await self.response.prepare(self._request)
+
+    def kept(self, last: ServerSentEvent) -> AbstractContextManager[None]:
+        """If the process is killed inside, the client gets ``last`` by the one beside it."""
+        words = self._request.app.get(LAST_WORDS)
+        if words is None:
+            return nullcontext()
+        return words.held(self.response, self._request, event_bytes(last))
 
     async def send(self, event: ServerSentEvent) -> None:
         await self.write(event_bytes(event))

@@ -147,6 +147,11 @@ class ResponsesFormatter:
         self._tell("response.failed", response=self.response)
         return self._take()[-1]
 
+    def lost(self, error: ApiError) -> ServerSentEvent:
+        """OpenAI's event for an error of the stream; its number among the others is not known."""
+        body = {"code": error.code, "message": error.message, "param": None, "sequence_number": 0}
+        return "error", {"type": "error", **body}
+
     def _text(self, text: str) -> None:
         if not text:
             return

@@ -7,7 +7,6 @@ import logging
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from socket import AF_UNIX, socket
 from urllib.parse import quote
@@ -20,7 +19,7 @@ from nybble.engine.memory import memory_explained
 from nybble.engine.ranks import check_ranks
 from nybble.loaders import Checkpoint
 from nybble.models import architecture_of
-from nybble.quantizers.prepare import prepare_checkpoint
+from nybble.quantizers.prepare import opened, prepare_checkpoint
 from nybble.server.adapters.admin import restore, restore_mixtures, restore_uploads
 from nybble.server.http.listen import BACKLOG, is_loopback
 from nybble.server.lifecycle.configure import (
@@ -127,31 +126,36 @@ def load_engine(
     """
     template = _own_template(options.model.chat_template)
     startup.report("Preparing kernels", 0, None)  # the first start on a machine compiles them
-    device, draft = torch.device(config.device), None
-    if (name := options.model.draft_model) is not None:
-        draft = prepare_checkpoint(
-            name,
-            device=device,
-            aliases=options.model.aliases,
-            quantize=options.model.draft_quantize,
-            check=partial(check_rounding, quantize=options.model.draft_quantize),
-            progress=startup.report,
-        )
+    device, aliases = torch.device(config.device), options.model.aliases
+    draft_name = options.model.draft_model
 
     def check(model: Checkpoint) -> None:
+        """Before anything is packed, the draft model included."""
         check_ranks(architecture_of(model.config), config)
-        check_speculation(model, draft, config)
+        stored = None if draft_name is None else opened(draft_name, aliases=aliases)
+        check_speculation(model, stored, config)
+        if stored is not None:
+            check_rounding(stored, options.model.draft_quantize)
 
     checkpoint = prepare_checkpoint(
         options.model.model,
         device=device,
-        aliases=options.model.aliases,
+        aliases=aliases,
         quantize=options.model.quantize,
         head=options.model.head,
         adapter=options.adapters.merge_adapter,
         check=check,
         progress=startup.report,
     )
+    draft = None
+    if draft_name is not None:
+        draft = prepare_checkpoint(
+            draft_name,
+            device=device,
+            aliases=aliases,
+            quantize=options.model.draft_quantize,
+            progress=startup.report,
+        )
     with memory_explained(checkpoint, config, draft):
         engine = Engine.load(checkpoint, config, startup.report, draft=draft)
         if template is not None:

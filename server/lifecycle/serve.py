@@ -20,6 +20,7 @@ from nybble.server.app import make_app
 from nybble.server.http.gate import Gate
 from nybble.server.http.listen import BACKLOG
 from nybble.server.lifecycle.settings import ServerSettings
+from nybble.server.replicas.last_words import LAST_WORDS, LastWords
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +53,8 @@ async def serve(
     gate = Gate()
     templates = TemplateRenderer()
     app = make_app(engine, settings, gate, templates)
+    if (words := LastWords.of_this_process()) is not None:
+        app[LAST_WORDS] = words
     templates.start()
     _try_template(engine, templates)
     # A disconnected client's handler must be cancelled: that cancels its sequences.

@@ -35,6 +35,7 @@ defaults
     timeout http-request 60s
     timeout http-keep-alive 60s
     timeout queue 60s
+    timeout check 3s
     # A long answer may take this long before its first byte, or between two.
     timeout client 1h
     timeout server 1h
@@ -69,8 +70,12 @@ backend servers
     retry-on conn-failure empty-response 503
     option httpchk GET /health
     http-check expect status 200
-    # Down within a second. Streams of a server that is stopping go on to their end.
+    # A server that was killed refuses connections, and one that is stopping says so: down within a
+    # second. A busy one may take longer to answer. Streams go on to their end.
     default-server check inter 500ms fastinter 200ms fall 2 rise 1
+    # The first connection that fails counts as well: the bounded hash would send the next try to
+    # the same server, if all others have more than their bound.
+    default-server observe layer4 error-limit 1 on-error mark-down
 {servers}
 """
 
@@ -83,7 +88,7 @@ _ADMINISTRATION = """\
 
 def configuration(
     bind: str,
-    servers: Sequence[str],
+    servers: Sequence[str | None],
     control: Path | None = None,
     *,
     shared_registry: bool = False,
@@ -91,19 +96,25 @@ def configuration(
     """HAProxy's configuration file.
 
     bind: ``address:port`` for clients.
-    servers: ``address:port`` of each server.
+    servers: ``address:port`` of each server; None for a place which gets one later, by a command.
     control: path of a socket on which HAProxy takes commands.
     shared_registry: whether an adapter loaded at one server is known to all.
     """
-    lines = [f"    server replica{i} {server}" for i, server in enumerate(servers, 1)]
-    addresses = ", ".join(f"http://{server}/metrics" for server in servers)
+    # The number is its place on the circle of adapters, whatever its address.
+    lines = [
+        f"    server replica{i} {server or '127.0.0.1:1'} id {i}{'' if server else ' disabled'}"
+        for i, server in enumerate(servers, 1)
+    ]
+    addresses = ", ".join(f"http://{server}/metrics" for server in servers if server is not None)
     return _TEMPLATE.format(
         buffer=_BUFFER_BYTES,
         bind=bind,
         control="" if control is None else f"    stats socket {control} mode 600 level admin\n",
         unavailable=_error("no server is ready: try again in 5 s", "unavailable"),
         ok=_string({"status": "ok"}),
-        metrics=_error(f"each replica has metrics of its own: ask {addresses}", "not_found"),
+        metrics=_error(
+            f"each replica has metrics of its own: ask {addresses or 'its own port'}", "not_found"
+        ),
         administration="" if shared_registry else _administration_refused(),
         servers="\n".join(lines),
     )

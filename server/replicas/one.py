@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import ctypes
-import signal
-import sys
-
 from nybble.server.cli.main import serve_main
-
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+from nybble.server.replicas.last_words import fork_keeper
+from nybble.server.replicas.parent import end_with_parent
 
 
 def main() -> None:
-    """Serve, and stop as after SIGTERM once the supervisor is gone, however it went."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    """Serve until a signal, or until the supervisor is gone."""
+    fork_keeper()
+    end_with_parent()
     serve_main()
 
 

@@ -19,6 +19,7 @@ from aiohttp import ClientError, ClientSession, ClientTimeout
 
 from nybble.server.observability.logs import LogEvent
 from nybble.server.replicas.haproxy import configuration
+from nybble.server.replicas.parent import end_with_parent
 
 logger = logging.getLogger(__name__)
 
@@ -174,7 +175,9 @@ class Supervisor:
                     )
                     # Before the servers: a port that is taken is found out at once.
                     balancer = await asyncio.create_subprocess_exec(
-                        self._haproxy, "-db", "-f", str(file), start_new_session=True
+                        *(self._haproxy, "-db", "-f", str(file)),
+                        start_new_session=True,
+                        preexec_fn=end_with_parent,
                     )
                     await self._serve(balancer)
         finally:

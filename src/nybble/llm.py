@@ -17,7 +17,6 @@ import weakref
 from collections.abc import Coroutine, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar, cast
@@ -55,7 +54,7 @@ from nybble.kernels.progress import Bar
 from nybble.loaders import Checkpoint
 from nybble.loaders.templates import TemplateFailedError, TemplateRefusedError, TemplateRenderer
 from nybble.models import architecture_of
-from nybble.quantizers.prepare import prepare_checkpoint
+from nybble.quantizers.prepare import opened, prepare_checkpoint
 
 T = TypeVar("T")
 
@@ -156,20 +155,14 @@ class LLM:
             tune=tune,
             tensor_parallel_size=tensor_parallel_size,
         )
-        draft = None
-        if draft_model is not None:
-            draft = prepare_checkpoint(
-                str(draft_model),
-                device=chosen,
-                aliases=aliases,
-                quantize=draft_quantize,
-                check=partial(check_rounding, quantize=draft_quantize),
-                progress=progress,
-            )
 
         def check(model: Checkpoint) -> None:
+            """Before anything is packed, the draft model included."""
             check_ranks(architecture_of(model.config), config)
-            check_speculation(model, draft, config)
+            stored = None if draft_model is None else opened(str(draft_model), aliases=aliases)
+            check_speculation(model, stored, config)
+            if stored is not None:
+                check_rounding(stored, draft_quantize)
 
         checkpoint = prepare_checkpoint(
             str(model),
@@ -181,6 +174,15 @@ class LLM:
             check=check,
             progress=progress,
         )
+        draft = None
+        if draft_model is not None:
+            draft = prepare_checkpoint(
+                str(draft_model),
+                device=chosen,
+                aliases=aliases,
+                quantize=draft_quantize,
+                progress=progress,
+            )
         with memory_explained(checkpoint, config, draft):
             engine = Engine.load(checkpoint, config, progress, draft=draft)
             engine.warm_up(progress)

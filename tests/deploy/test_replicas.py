@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -12,7 +13,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import httpx2 as httpx
@@ -177,24 +180,20 @@ class Load:
 
 @needs_haproxy
 def test_a_killed_server_loses_no_request_and_its_streams_end_with_an_error(site: Site) -> None:
-    """Streams that began cannot be taken over: their connection breaks instead of ending well."""
+    """Streams that began cannot be taken over; their clients are told."""
     ended: dict[str, str] = {}
 
     def stream(model: str, tokens: int) -> None:
         body = {"model": model, "prompt": "a", "max_tokens": tokens, "ignore_eos": True}
-        try:
-            with httpx.stream(
-                "POST", f"{site.url}/v1/completions", json={**body, "stream": True}, timeout=120
-            ) as response:
-                assert response.status_code == 200
-                text = ""
-                for piece in response.iter_text():
-                    began[model].set()
-                    text += piece
-            whole = text.rstrip().endswith("data: [DONE]")
-            ended[model] = "whole" if whole else "truncated"
-        except httpx.RemoteProtocolError:
-            ended[model] = "broken"
+        with httpx.stream(
+            "POST", f"{site.url}/v1/completions", json={**body, "stream": True}, timeout=120
+        ) as response:
+            assert response.status_code == 200
+            text = ""
+            for piece in response.iter_text():
+                began[model].set()
+                text += piece
+        ended[model] = text.strip().splitlines()[-1].removeprefix("data: ")
 
     models = [f"a{i}" for i in range(8)]
     for model in models:
@@ -217,8 +216,91 @@ def test_a_killed_server_loses_no_request_and_its_streams_end_with_an_error(site
             thread.join()
         site.until("ready replica=replica1", times=2)
     assert set(load.statuses) == {200}
-    assert ended == {model: "broken" if model in killed else "whole" for model in models}
+    assert {model for model, last in ended.items() if last != "[DONE]"} == killed
+    errors = [json.loads(ended[model])["error"] for model in killed]
+    assert {error["code"] for error in errors} == {"engine_failed"}
+    assert all("was killed" in error["message"] for error in errors)
     assert site.pids()[0] != victim
+
+
+class Fake(ThreadingHTTPServer):
+    """A server whose answers to requests for the model ``slow…`` wait for ``go``."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Answer)
+        self.go = threading.Event()
+        self.waiting = 0
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
+
+
+class Answer(BaseHTTPRequestHandler):
+    server: Fake
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        if b"slow" in body:
+            self.server.waiting += 1
+            self.server.go.wait(30)
+        self.do_GET()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@needs_haproxy
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_server_is_left_by_all_though_the_other_is_busy(
+    tmp_path: Path, victim: int
+) -> None:
+    """The busy one has more than its bound, so that the hash would return to the killed one."""
+    fakes = [Fake(), Fake()]
+    port = free_ports(1)
+    servers = [f"127.0.0.1:{fake.server_port}" for fake in fakes]
+    (tmp_path / "haproxy.cfg").write_text(configuration(f"127.0.0.1:{port}", servers))
+    process = subprocess.Popen(
+        ["haproxy", "-db", "-f", str(tmp_path / "haproxy.cfg")],
+        env={**os.environ, "PATH": os.environ["PATH"] + ":/usr/sbin"},
+    )
+    url = f"http://127.0.0.1:{port}/v1/completions"
+
+    def ask(model: str) -> int:
+        return httpx.post(url, json={"model": model}, timeout=60).status_code
+
+    try:
+        with ThreadPoolExecutor(32) as pool:
+            until(lambda: not refuses(port))
+            slow = [pool.submit(ask, f"slow{i}") for i in range(16)]
+            until(lambda: sum(fake.waiting for fake in fakes) == 16)
+            killed, busy = fakes[victim], fakes[1 - victim]
+            assert busy.waiting
+            killed.go.set()
+            until(lambda: sum(each.done() for each in slow) == killed.waiting)
+            killed.shutdown()
+            killed.server_close()
+            assert [ask(f"m{i}") for i in range(16)] == [200] * 16
+            busy.go.set()
+            assert {each.result() for each in slow} == {200}
+    finally:
+        process.kill()
+        for fake in fakes:
+            fake.go.set()
+            fake.server_close()
+
+
+def until(done: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not done():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def refuses(port: int) -> bool:
+    with socket.socket() as sock:
+        return sock.connect_ex(("127.0.0.1", port)) != 0
 
 
 @pytest.mark.slow

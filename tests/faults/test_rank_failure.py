@@ -127,24 +127,24 @@ def test_no_rank_outlives_the_server(server: Process) -> None:
         assert gone(ranks, 30)
 
 
-@pytest.mark.slow
-def test_requests_finish_when_all_processes_are_told_to_end(server: Process) -> None:
-    """As systemd and a terminal's Ctrl-C tell every process of a service."""
-    ranks = ranks_of(server)
-    expected = ask(server.origin + COMPLETIONS, LONG | {"max_tokens": 400})
-    found: list[tuple[int, Any]] = []
-    asking = threading.Thread(
-        target=lambda: found.append(ask(server.origin + COMPLETIONS, LONG | {"max_tokens": 400}))
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
+def test_requests_finish_when_all_processes_are_told_to_end(
+    launch: Callable[..., Process], tiny_model: Callable[..., Path], number: int
+) -> None:
+    """As a terminal's Ctrl-C tells every process of a service, and systemd does."""
+    server = launch(
+        tiny_model(max_length=4096), "--tensor-parallel-size", "2", start_new_session=True
     )
-    asking.start()
-    time.sleep(0.3)
-    for pid in ranks:
-        os.kill(pid, signal.SIGTERM)
-        os.kill(pid, signal.SIGINT)
-    server.signal(signal.SIGTERM)
-    asking.join()
-    assert found[0][0] == 200
-    assert found[0][1]["choices"] == expected[1]["choices"]
+    server.ready()
+    ranks = ranks_of(server)
+    with opened(server.origin + COMPLETIONS, LONG | {"stream": True, "max_tokens": 100}) as stream:
+        stream.readline()
+        os.killpg(server.process.pid, number)
+        events = [line for line in stream.read().splitlines() if line]
+    assert events[-1] == b"data: [DONE]"
+    assert json.loads(events[-2].removeprefix(b"data: "))["choices"][0]["finish_reason"] == "length"
     assert server.exit_code() == 0
     assert gone(ranks)
 
@@ -153,7 +153,10 @@ def test_requests_finish_when_all_processes_are_told_to_end(server: Process) -> 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (("--tensor-parallel-size", "3"), "which does not divide the model's 4 attention heads"),
+        (
+            ("--tensor-parallel-size", "3", "--quantize", "nf4"),
+            "which does not divide the model's 4 attention heads",
+        ),
         (
             ("--tensor-parallel-size", "2", "--on-engine-failure", "restart"),
             r"the process has to exit.*--on-engine-failure 'exit'",
@@ -161,8 +164,13 @@ def test_requests_finish_when_all_processes_are_told_to_end(server: Process) -> 
     ],
 )
 def test_impossible_settings_are_refused_before_anything_is_loaded(
-    launch: Callable[..., Process], tiny_model: Callable[..., Path], options: Any, said: str
+    launch: Callable[..., Process],
+    tiny_model: Callable[..., Path],
+    tmp_path: Path,
+    options: Any,
+    said: str,
 ) -> None:
     server = launch(tiny_model(max_length=4096), *options, stderr=subprocess.PIPE)
     server.find(f"--tensor-parallel-size is .*{said}")
     assert server.exit_code() == 1
+    assert not list((tmp_path / "c/nybble").rglob("*.safetensors"))  # nothing was packed

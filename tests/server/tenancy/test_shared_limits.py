@@ -150,6 +150,33 @@ def test_running_requests_are_counted_until_they_end_or_their_server_is_gone(
     servers(store, scenario)
 
 
+def test_a_background_request_takes_no_place_of_the_others_at_any_server(store: Store) -> None:
+    async def scenario(first: SharedLimiter, second: SharedLimiter) -> None:
+        one = tenant(max_concurrency=1, requests_per_minute=6)
+        async with first.admit(one, 1, background=True):
+            # The others' place is free; there is none beside another in the background.
+            async with second.admit(one, 1):
+                pass
+            with pytest.raises(ApiError, match="1 concurrent"):
+                async with second.admit(one, 1, background=True):
+                    pass
+        # One beside an ordinary request waits too: it takes only the room that others leave.
+        async with first.admit(one, 1):
+            with pytest.raises(ApiError, match="1 concurrent"):
+                async with second.admit(one, 1, background=True):
+                    pass
+        # Three of six are used: the half that is left is the others'.
+        with pytest.raises(ApiError, match="6 requests per minute"):
+            async with second.admit(one, 1, background=True):
+                pass
+        for _ in range(3):
+            await use(second, one)
+        with pytest.raises(ApiError, match="6 requests per minute"):
+            await use(first, one)
+
+    servers(store, scenario)
+
+
 def test_while_the_store_is_away_each_server_counts_for_itself(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:

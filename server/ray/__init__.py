@@ -1,0 +1,1 @@
+"""Servers placed, restarted and scaled by Ray Serve, behind HAProxy. Needs ``nybble[ray]``."""

@@ -1,0 +1,49 @@
+"""Real Ray with servers of a tiny model; `make test-ray` runs it in an environment of its own."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import ray
+from ray import serve
+
+
+@pytest.fixture(scope="session")
+def tiny() -> ModuleType:
+    """tests/tiny.py, which writes models and adapters."""
+    spec = importlib.util.spec_from_file_location("tiny", Path(__file__).parents[1] / "tiny.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def model(tiny: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    tiny.write_tiny_model(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def adapters(tiny: ModuleType, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the adapters a0 to a7."""
+    folder = tmp_path_factory.mktemp("adapters")
+    for i in range(8):
+        (folder / f"a{i}").mkdir()
+        tiny.write_tiny_adapter(folder / f"a{i}", model, seed=1)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[None]:
+    ray.init(num_cpus=8, include_dashboard=False, log_to_driver=True)
+    serve.start(proxy_location="Disabled")
+    yield
+    serve.shutdown()
+    ray.shutdown()

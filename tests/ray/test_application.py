@@ -1,0 +1,245 @@
+"""The Ray Serve application: affinity, a killed server, scaling, rolling updates."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2 as httpx
+import pytest
+from ray import serve
+
+from nybble.server.ray.application import ServerArguments, balancer, servers
+
+
+@pytest.fixture
+def site(cluster: None, model: Path, adapters: Path) -> Iterator[Callable[..., Site]]:
+    """``site(**arguments)`` runs the application, or updates it."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+    options = {
+        "served-model-name": "tiny",
+        "device": "cpu",
+        "kv-cache-memory": "16MiB",
+        "max-lora-rank": 8,
+        "lora-source": str(adapters),
+    }
+
+    first = balancer({"host": "127.0.0.1", "port": port})
+    serve.run(first, name="balancer", route_prefix="/balancer")
+
+    def run(**arguments: Any) -> Site:
+        options.update(arguments.pop("options", {}))
+        whole = {
+            "model": str(model),
+            "shutdown_timeout": 60,
+            "options": options,
+            **arguments,
+        }
+        serve.run(servers(whole), name="nybble", route_prefix="/servers")
+        return Site(f"http://127.0.0.1:{port}")
+
+    yield run
+    serve.delete("nybble")
+    serve.delete("balancer")
+
+
+class Site:
+    def __init__(self, url: str) -> None:
+        self.url = url
+
+    def ask(self, model: str, tokens: int = 4) -> httpx.Response:
+        body = {"model": model, "prompt": "the fox", "max_tokens": tokens, "ignore_eos": True}
+        return httpx.post(f"{self.url}/v1/completions", json=body, timeout=120)
+
+    def stream(self, model: str, began: Callable[[], object], tokens: int = 400) -> str:
+        """The body of a streamed answer. Raises httpx.RemoteProtocolError if it breaks.
+
+        began: called with each piece.
+        """
+        body = {"model": model, "prompt": "a", "max_tokens": tokens, "ignore_eos": True}
+        with httpx.stream(
+            "POST", f"{self.url}/v1/completions", json={**body, "stream": True}, timeout=120
+        ) as response:
+            assert response.status_code == 200
+            text = ""
+            for piece in response.iter_text():
+                began()
+                text += piece
+            return text
+
+    def servers(self) -> list[str]:
+        handle = serve.get_deployment_handle("Balancer", "balancer")
+        return sorted(handle.servers.remote().result())
+
+    def until(self, done: Callable[[], bool], seconds: float = 120) -> None:
+        deadline = time.monotonic() + seconds
+        while not done():
+            assert time.monotonic() < deadline, self.servers()
+            time.sleep(0.2)
+
+    def pid(self, address: str) -> int:
+        port = address.rsplit(":", 1)[1]
+        found = subprocess.run(
+            ["pgrep", "-f", f"nybble.server.replicas.one .*--port {port}$"],
+            capture_output=True,
+            text=True,
+        )
+        return min(map(int, found.stdout.split()))  # the process beside it was forked later
+
+    def sequences(self) -> list[set[str]]:
+        """Of each server, which adapters it had."""
+        found = []
+        for address in self.servers():
+            lines = httpx.get(f"http://{address}/metrics").text.splitlines()
+            head = 'nybble_adapter_sequences_total{adapter="'
+            found.append({line.removeprefix(head).split('"')[0] for line in lines if head in line})
+        return found
+
+
+class Load:
+    """Requests one after the other from a few threads, until it is told to stop."""
+
+    def __init__(self, site: Site) -> None:
+        self._site = site
+        self._stop = threading.Event()
+        self.statuses: list[int | str] = []
+        self._threads = [threading.Thread(target=self._ask, args=(i,)) for i in range(4)]
+
+    def __enter__(self) -> Load:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def _ask(self, i: int) -> None:
+        while not self._stop.is_set():
+            try:
+                answer = self._site.ask(f"a{i}", tokens=8)
+                self.statuses.append(200 if answer.status_code == 200 else answer.text)
+            except httpx.HTTPError as error:
+                self.statuses.append(repr(error))
+            time.sleep(0.05)
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+
+def test_affinity_a_kill_and_a_rolling_update(site: Callable[..., Site]) -> None:
+    nybble = site(min_replicas=2, max_replicas=2)
+    nybble.until(lambda: len(nybble.servers()) == 2)
+    # An adapter's requests meet at one server.
+    for _ in range(3):
+        for i in range(8):
+            assert nybble.ask(f"a{i}").status_code == 200
+    first, second = nybble.sequences()
+    assert first | second == {f"a{i}" for i in range(8)}
+    assert not first & second
+
+    # A killed server: its streams end with an error, other requests go elsewhere, and Ray starts
+    # another.
+    before = nybble.servers()
+    broken: list[str] = []
+    whole: list[str] = []
+
+    pieces = threading.Semaphore(0)
+
+    def stream(model: str) -> None:
+        last = nybble.stream(model, pieces.release).strip().splitlines()[-1].removeprefix("data: ")
+        if last == "[DONE]":
+            whole.append(model)
+        else:
+            assert json.loads(last)["error"]["code"] == "engine_failed"
+            broken.append(model)
+
+    threads = [threading.Thread(target=stream, args=(f"a{i}",)) for i in range(8)]
+    with Load(nybble) as load:
+        for thread in threads:
+            thread.start()
+        for _ in threads:
+            assert pieces.acquire(timeout=60)
+        os.kill(nybble.pid(before[0]), signal.SIGKILL)
+        for thread in threads:
+            thread.join()
+        nybble.until(lambda: len(nybble.servers()) == 2 and nybble.servers() != before)
+    assert set(load.statuses) == {200}
+    assert broken
+    assert len(broken) + len(whole) == 8
+
+    # A rolling update: other servers, no request lost.
+    before = nybble.servers()
+    with Load(nybble) as load:
+        site(min_replicas=2, max_replicas=2, options={"max-num-seqs": 32})
+        nybble.until(lambda: len(nybble.servers()) == 2 and not set(nybble.servers()) & set(before))
+    assert set(load.statuses) == {200}
+
+
+def test_a_single_server_is_replaced_without_a_moment_with_none(site: Callable[..., Site]) -> None:
+    alone = {"min_replicas": 1, "max_replicas": 1, "surge_percent": 100}
+    nybble = site(**alone)
+    (before,) = nybble.servers()
+    with Load(nybble) as load:
+        site(**alone, options={"max-num-seqs": 32})
+        nybble.until(lambda: len(nybble.servers()) == 1 and before not in nybble.servers())
+    assert set(load.statuses) == {200}
+
+
+def test_it_scales_with_the_load_and_to_zero_and_back(site: Callable[..., Site]) -> None:
+    nybble = site(
+        min_replicas=0, max_replicas=2, target_sequences=4, upscale_delay_s=1, downscale_delay_s=3
+    )
+    # Nobody asks: no server. The first request wakes one; clients try again meanwhile.
+    nybble.until(lambda: nybble.servers() == [])
+    assert nybble.ask("tiny").status_code == 503
+    nybble.until(lambda: nybble.ask("tiny").status_code == 200)
+    assert len(nybble.servers()) == 1
+    # More than four at once: a second.
+    stop = threading.Event()
+
+    def ask() -> None:
+        while not stop.is_set():
+            nybble.ask("tiny", tokens=100)
+
+    threads = [threading.Thread(target=ask) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    try:
+        nybble.until(lambda: len(nybble.servers()) == 2)
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    nybble.until(lambda: nybble.servers() == [])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "model"),
+        ({"model": "demo", "min_replicas": 3}, "min_replicas is 3, more than max_replicas 1"),
+        ({"model": "demo", "options": {"port": 1}}, "port is set by the application"),
+        ({"model": "demo", "replicas": 3}, "replicas"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        servers(arguments)
+
+
+def test_options_become_flags() -> None:
+    options: dict[str, Any] = {"enable-lora": True, "api-key": ["a", "b"], "no-console": False}
+    command = ServerArguments(model="demo", shutdown_timeout=2.5, options=options).command()
+    assert command == [
+        *("--model=demo", "--shutdown-timeout=2.5"),
+        *("--enable-lora", "--api-key=a", "--api-key=b"),
+    ]
