@@ -241,6 +241,24 @@ def test_a_prompt_that_cannot_be_served_is_named(
     assert len(llm.generate([[5]], GREEDY)) == 1
 
 
+def test_what_is_of_another_type_is_named(llm: LLM) -> None:
+    wrong: Any
+    for wrong in (None, 5):
+        with pytest.raises(ParameterError, match=f"prompts is {wrong}, expected texts or lists"):
+            llm.generate(wrong)
+    for wrong in ({"max_tokens": 2}, [{"max_tokens": 2}]):
+        with pytest.raises(ParameterError, match="in params, expected SamplingParams"):
+            llm.generate(["a"], wrong)
+    for wrong, message in (
+        ("hi", "messages is 'hi', expected a list"),
+        (None, "messages is None, expected a list"),
+        (["hi"], "'hi' in messages, expected a list"),
+        ([["hi"]], "'hi' in messages, expected a dict"),
+    ):
+        with pytest.raises(ParameterError, match=message):
+            llm.chat(wrong)
+
+
 def test_messages_that_cannot_be_rendered_are_refused(llm: LLM) -> None:
     for messages, message in (
         ([{"role": "pirate", "content": "arr"}], "unknown role pirate"),

@@ -257,8 +257,7 @@ class LLM:
         Raises also ParameterError for a model without a chat template and for messages that its
         template refuses.
         """
-        single = len(messages) > 0 and isinstance(messages[0], Mapping)
-        conversations = cast(Sequence[Conversation], [messages] if single else messages)
+        conversations = _conversations(messages)
         variables = {**self.tokenizer.special_tokens_map, **(template_variables or {})}
         adapters = self._adapters_of(adapter, len(conversations))
         encoded = [
@@ -344,6 +343,9 @@ class LLM:
             every = [self._default_params(each) for each in adapters]
         else:
             every = [params] * count if isinstance(params, SamplingParams) else list(params)
+        for one in every:
+            if not isinstance(one, SamplingParams):
+                raise ParameterError("params", f"{one!r:.50} in params, expected SamplingParams")
         if len(every) != count:
             raise ParameterError("params", f"params has {len(every)} entries for {count} prompts")
         requests = [
@@ -458,10 +460,34 @@ def _close(engine: Engine, templates: TemplateRenderer, loop: _LoopThread) -> No
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if isinstance(prompts, str):
         return [prompts]
+    if not isinstance(prompts, Sequence):
+        raise ParameterError(
+            "prompts", f"prompts is {prompts!r:.50}, expected texts or lists of token ids"
+        )
     many = list(prompts)
     if many and isinstance(many[0], int):
         return [cast(Sequence[int], many)]
     return cast(list[Prompt], many)
+
+
+def _conversations(messages: Conversation | Sequence[Conversation]) -> Sequence[Conversation]:
+    """Several conversations, or one as a list of one."""
+    if isinstance(messages, str) or not isinstance(messages, Sequence):
+        raise ParameterError("messages", f"messages is {messages!r:.50}, expected a list of them")
+    single = len(messages) > 0 and isinstance(messages[0], Mapping)
+    found = cast(Sequence[Conversation], [messages] if single else messages)
+    for conversation in found:
+        if isinstance(conversation, str) or not isinstance(conversation, Sequence):
+            raise ParameterError(
+                "messages", f"{conversation!r:.50} in messages, expected a list of messages"
+            )
+        for message in conversation:
+            if not isinstance(message, Mapping):
+                raise ParameterError(
+                    "messages",
+                    f"{message!r:.50} in messages, expected a dict with role and content",
+                )
+    return found
 
 
 def _token_ids(index: int, prompt: Sequence[int]) -> tuple[int, ...]:
