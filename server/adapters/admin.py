@@ -428,14 +428,26 @@ def restore(
 
 def restore_mixtures(engine: Engine, models: Sequence[str], state: Path | None) -> None:
     """Mix again what the API had mixed before the restart, of adapters that are loaded. Blocks."""
-    for name, weights in (AdapterState(state).paths() if state is not None else {}).items():
-        if isinstance(weights, str) or name in models or engine.adapter(name) is not None:
-            continue
-        try:
-            engine.load_mixture(name, AdapterMixture(weights))
-            logger.info("adapter %s is mixed again", name)
-        except (AdapterError, ParameterError, OSError) as error:
-            logger.error("adapter %s cannot be mixed again: %s", name, error)
+    kept = AdapterState(state).paths() if state is not None else {}
+    left = {
+        name: weights
+        for name, weights in kept.items()
+        if not isinstance(weights, str) and name not in models and engine.adapter(name) is None
+    }
+    # A mixture may be of others, which come later: go on while any could be mixed.
+    while left:
+        failed: dict[str, Exception] = {}
+        for name, weights in left.items():
+            try:
+                engine.load_mixture(name, AdapterMixture(weights))
+                logger.info("adapter %s is mixed again", name)
+            except (AdapterError, ParameterError, OSError) as error:
+                failed[name] = error
+        if len(failed) == len(left):
+            for name, error in failed.items():
+                logger.error("adapter %s cannot be mixed again: %s", name, error)
+            return
+        left = {name: left[name] for name in failed}
 
 
 def restore_uploads(engine: Engine, models: Sequence[str], roots: Sequence[Path]) -> None:

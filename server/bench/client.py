@@ -87,7 +87,7 @@ class Client:
                         arrivals.append(time.perf_counter() - start)
                     usage = event.get("usage") or usage
         except (TimeoutError, aiohttp.ClientError) as error:
-            return Timing(arrivals, error=repr(error))
+            return Timing(arrivals, error=f"{type(error).__name__}: {error}")
         if not usage:
             return Timing(arrivals, error="the stream ended without a usage event")
         drafts = usage.get("draft_tokens_details") or {}  # if the server speculates and says so

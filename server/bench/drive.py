@@ -38,7 +38,9 @@ async def first_model(session: aiohttp.ClientSession, url: str, headers: dict[st
                 raise ValueError(f"{url}/models answers {response.status}")
             return str((await response.json())["data"][0]["id"])
     except (aiohttp.ClientError, TimeoutError, LookupError, TypeError) as error:
-        raise ValueError(f"{url} does not list its models: {error!r}") from error
+        raise ValueError(
+            f"{url} does not list its models: {type(error).__name__}: {error}"
+        ) from error
 
 
 async def closed_loop(client: Client, asks: Sequence[Ask], concurrency: int) -> Run:

@@ -150,7 +150,9 @@ def test_a_stored_mixture_outlives_the_server_with_its_adapters(
     async def scenario(client: Client) -> None:
         await load(client, "one", "one")
         await load(client, "two", "two")
-        await admin(client, LOAD, {"lora_name": "a mix", "mixture": {"one": 1, "two": -0.5}})
+        await admin(client, LOAD, {"lora_name": "mix", "mixture": {"one": 1, "two": -0.5}})
+        # It is stored before what it is made of.
+        await admin(client, LOAD, {"lora_name": "a mix of it", "mixture": {"mix": 0.5}})
 
     serve(engine, root, scenario, adapter_state=state)
     version = {info.name: info.version for info in engine.adapters()}
