@@ -150,9 +150,11 @@ def test_a_stored_mixture_outlives_the_server_with_its_adapters(
     async def scenario(client: Client) -> None:
         await load(client, "one", "one")
         await load(client, "two", "two")
+        again = {"lora_name": "again", "load_inplace": True}
+        await admin(client, LOAD, {**again, "mixture": {"one": 1}})
         await admin(client, LOAD, {"lora_name": "mix", "mixture": {"one": 1, "two": -0.5}})
-        # It is stored before what it is made of.
-        await admin(client, LOAD, {"lora_name": "a mix of it", "mixture": {"mix": 0.5}})
+        # Its place in the file is before what it is made of now.
+        await admin(client, LOAD, {**again, "mixture": {"mix": 0.5}})
 
     serve(engine, root, scenario, adapter_state=state)
     version = {info.name: info.version for info in engine.adapters()}
