@@ -3,8 +3,8 @@
 Each script is a text in pieces, each of which is a token of its own, and stands in the script once.
 The output layer knows which piece follows which. A piece may stand in several scripts; which of
 them is written is told by the last token of the prompt, to which all heads attend. The chat
-template chooses it by what the conversation has come to: a model that was not given a tool's result
-does not speak of it.
+template chooses it by what the conversation has come to: the result is spoken of only behind a turn
+which has asked for it.
 """
 
 from __future__ import annotations
