@@ -6,8 +6,8 @@ BIN    := $(VENV)/bin
 MODEL  ?= demo
 PORT   ?= 8000
 
-.PHONY: install install-dev serve format test test-all test-avx2 test-arm test-browser test-clients test-ray \
-	test-buckets test-peers test-peer-suites audit fuzz emulate sanitize lint lint-deploy gpu clean
+.PHONY: install install-dev serve format test test-all test-avx2 test-arm test-browser test-clients test-agents \
+	test-ray test-buckets test-peers test-peer-suites audit fuzz emulate sanitize lint lint-deploy gpu clean
 
 # What serving needs; install-dev adds what the tests and lint need.
 install: $(VENV)/.installed
@@ -110,9 +110,19 @@ build/clients/.installed: tests/clients/requirements.txt
 	$(PYTHON) -m venv build/clients
 	build/clients/bin/pip install --progress-bar on -r $<
 	touch $@
+CLIENT_OPTIONS := -q -c /dev/null --rootdir=. --confcutdir=tests/clients --import-mode=importlib \
+	-p no:cacheprovider -W ignore
 test-clients: install-dev build/clients/.installed
-	build/clients/bin/pytest -q -c /dev/null --rootdir=. --confcutdir=tests/clients \
-		--import-mode=importlib -p no:cacheprovider -W ignore $(CLIENTS)
+	build/clients/bin/pytest $(CLIENT_OPTIONS) --ignore=tests/clients/agents $(CLIENTS)
+
+# Loops of agents by LangGraph, OpenAI's Agents SDK, pydantic-ai and smolagents, which need another
+# release of OpenAI's client.
+build/agents/.installed: tests/clients/agents/requirements.txt
+	$(PYTHON) -m venv build/agents
+	build/agents/bin/pip install --progress-bar on -r $<
+	touch $@
+test-agents: install-dev build/agents/.installed
+	build/agents/bin/pytest $(CLIENT_OPTIONS) tests/clients/agents
 
 # Real Ray, whose processes run servers of a tiny model. Ray is in an environment of its own, on top of
 # which come the packages of the server's.

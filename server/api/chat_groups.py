@@ -40,12 +40,20 @@ class ChatGroups:
         self._markers = MarkerTokens(engine.tokenizer)
 
     async def group(
-        self, prefix: str, body: ChatRequest, adapter: str | None, call: Call
+        self,
+        prefix: str,
+        body: ChatRequest,
+        adapter: str | None,
+        call: Call,
+        *,
+        cut_to_room: bool = False,
     ) -> tuple[SequenceGroup, AnswerForm]:
         """The sequences that answer a chat, and how they are read. Raises ApiError 400 and
         ParameterError.
 
         prefix: of the id of the answer.
+        cut_to_room: a limit of tokens for which there is no room behind the prompt is no error but
+            none: the answer may go on to the end of the context.
         """
         params = body.sampling_params(
             max_tokens=body.limit,
@@ -55,6 +63,9 @@ class ChatGroups:
         token_ids, form = await self.prompt(body, adapter)
         params = replace(params, shown_special_tokens=form.shown_special_tokens)
         token_ids = body.truncated(token_ids, room_for(self._engine, params))
+        room = self._engine.max_model_len - len(token_ids)
+        if cut_to_room and params.max_tokens is not None and params.max_tokens > room:
+            params = replace(params, max_tokens=None)
         self._engine.check(token_ids, params)
         guide = self._limited(
             body,

@@ -29,8 +29,10 @@ class MessagesFormatter:
 
     terminator: bytes | None = None
 
-    def __init__(self, id: str, body: ChatRequest, form: AnswerForm) -> None:
-        """body: the request as a chat completion."""
+    def __init__(self, id: str, body: ChatRequest, form: AnswerForm, *, limited: bool) -> None:
+        """body: the request as a chat completion. limited: whether the answer ends at its
+        max_tokens, before the end of the context."""
+        self._at_length = "max_tokens" if limited else "model_context_window_exceeded"
         self._parser = form.parser()
         self._shows_reasoning = body.include_reasoning is not False
         self._events: list[ServerSentEvent] = []
@@ -94,7 +96,7 @@ class MessagesFormatter:
 
     def _stop_reason(self, output: RequestOutput) -> str:
         if output.finish_reason == "length":
-            return "max_tokens"
+            return self._at_length
         if output.stop_string is not None:
             return "stop_sequence"
         return "tool_use" if self._parser.calls else "end_turn"

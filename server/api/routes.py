@@ -181,8 +181,10 @@ class Api:
         adapter = await self._names.adapter(body.model, body.adapter, call)
         with parameters_called(_MESSAGES_NAMES):
             chat = body.chat()
-            group, form = await self._chats.group("msg_", chat, adapter, call)
-        formatter = MessagesFormatter(group.id, chat, form)
+            # Clients have to name a limit, and name one that suits models with a long context.
+            group, form = await self._chats.group("msg_", chat, adapter, call, cut_to_room=True)
+        limited = group.params.max_tokens is not None
+        formatter = MessagesFormatter(group.id, chat, form, limited=limited)
         return await respond(request, self.generation, group, formatter, stream=bool(body.stream))
 
     async def count_tokens(self, request: web.Request) -> web.Response:

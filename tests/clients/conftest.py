@@ -31,9 +31,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 @contextmanager
-def running_server(folder: Path) -> Iterator[Server]:
-    """A server of a model which it writes into this folder."""
-    command = [ROOT / ".venv/bin/python", Path(__file__).with_name("serve_tiny.py"), folder]
+def running_server(folder: Path, program: str = "serve_tiny.py") -> Iterator[Server]:
+    """A server of a model which the program writes into this folder."""
+    command = [ROOT / ".venv/bin/python", Path(__file__).parent / program, folder]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
     assert process.stderr is not None

@@ -251,7 +251,12 @@ IMAGE = {"type": "image", "source": {"type": "url", "url": "http://x"}}
         ({"temperature": -1.0}, 400, "invalid_request_error", "temperature"),
         ({"colour": "red"}, 400, "invalid_request_error", "colour"),
         ({"mcp_servers": [{}]}, 400, "invalid_request_error", "MCP"),
-        ({"max_tokens": 5000}, 400, "invalid_request_error", "5000"),
+        (
+            {"messages": [{"role": "user", "content": "fox " * 5000}]},
+            400,
+            "invalid_request_error",
+            "tokens",
+        ),
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])
@@ -263,6 +268,24 @@ def test_errors_have_anthropics_shape(
             body = await response.json()
             assert (response.status, body["type"], body["error"]["type"]) == (status, "error", kind)
             assert message in body["error"]["message"]
+
+    run(engine, scenario)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_may_be_limited_beyond_the_context_and_says_if_it_ends_there(
+    engine: Engine, stream: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with Anthropic's models of 2025 on: clients name a limit without knowing the prompt."""
+    monkeypatch.setattr(engine, "eos_token_ids", frozenset())
+    long = [{"role": "user", "content": "fox " * 600}]
+
+    async def scenario(client: Client) -> None:
+        body = {**BODY, "messages": long, "max_tokens": 10**6, "stream": stream}
+        async with client.post(MESSAGES, json=body) as response:
+            text = await response.text()
+            assert response.status == 200, text
+        assert '"stop_reason":"model_context_window_exceeded"' in text.replace('": ', '":')
 
     run(engine, scenario)
 
