@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -27,17 +27,17 @@ from .emulated_arm import emulated
 CODEBOOK = torch.linspace(-1, 1, 16).bfloat16().float()
 
 
-def compiled(target: Target) -> CpuLibrary:
+def compiled(target: Target, activation_bits: Literal[8, 16] = 16) -> CpuLibrary:
     """The kernels for a target; a test of one that this machine lacks is skipped.
 
     Those for ARM are emulated on other machines.
     """
     if target in ARM_TARGETS and machine() != target.machine:
         library: Any = emulated(target)
-        return CpuLibrary(library)
+        return CpuLibrary(library, activation_bits)
     if missing := missing_cpu_features(target):
         pytest.skip(f"this CPU lacks {', '.join(missing)}")
-    return CpuLibrary(ctypes.CDLL(str(build(target))))
+    return CpuLibrary(ctypes.CDLL(str(build(target))), activation_bits)
 
 
 def random_weight(

@@ -6,6 +6,7 @@ tests/engine/test_fused_layers.py compares them by families, with the kernels of
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from nybble.kernels.cpu.library import CpuLibrary
 from nybble.kernels.decoder_layer import DecoderLayer, RmsNorm
 from nybble.kernels.packed import PackedWeight
 
-from .cpu_kernels import random_weight
+from .cpu_kernels import compiled, random_weight
 
 HIDDEN, HEADS, KV_HEADS, DIM, MLP, BLOCK = 96, 4, 2, 32, 64, 16
 
@@ -89,9 +90,18 @@ def one_by_one(
     return norm(layer.post_mlp_norm, multiply(layer.down, gated)), residual
 
 
+@pytest.mark.parametrize("bits", [16, 8])
 @pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("lengths", [(1, 1, 1), (21, 1)])
-def test_layers_in_one_call(cpu: CpuLibrary, lengths: tuple[int, ...], int8: bool) -> None:
+def test_layers_in_one_call(
+    cpu: CpuLibrary,
+    lengths: tuple[int, ...],
+    int8: bool,
+    bits: Literal[8, 16],
+    request: pytest.FixtureRequest,
+) -> None:
+    if bits == 8:
+        cpu = compiled(request.node.callspec.params["cpu"], 8)
     torch.manual_seed(0)
     tokens, blocks = sum(lengths), 2 * len(lengths)
     starts = torch.tensor([0, *lengths]).cumsum(0).int()
