@@ -24,6 +24,13 @@ from nybble.loaders.formats.affine import two_digits
 
 from .emulated_arm import emulated
 
+# The instructions of AVX-VNNI for CPUs which have them as a part of AVX-512 alone.
+AVX_VNNI_ENCODED = Target(
+    "avx2_vnni_as_avx512",
+    ("avx512f", "avx512vl", "avx512_vnni"),
+    ("-march=haswell", "-mavx512f", "-mavx512vl", "-mavx512vnni"),
+)
+
 CODEBOOK = torch.linspace(-1, 1, 16).bfloat16().float()
 
 
