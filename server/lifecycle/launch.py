@@ -7,6 +7,7 @@ import logging
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from socket import AF_UNIX, socket
 from urllib.parse import quote
@@ -14,7 +15,7 @@ from urllib.parse import quote
 import torch
 
 from nybble.engine import Engine, EngineConfig
-from nybble.engine.draft_model import check_speculation
+from nybble.engine.draft_model import check_rounding, check_speculation
 from nybble.engine.memory import memory_explained
 from nybble.engine.ranks import check_ranks
 from nybble.loaders import Checkpoint
@@ -133,6 +134,7 @@ def load_engine(
             device=device,
             aliases=options.model.aliases,
             quantize=options.model.draft_quantize,
+            check=partial(check_rounding, quantize=options.model.draft_quantize),
             progress=startup.report,
         )
 

@@ -17,6 +17,7 @@ import weakref
 from collections.abc import Coroutine, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar, cast
@@ -46,7 +47,7 @@ from nybble.engine.conversation import (
     takes_parts,
     turn_of,
 )
-from nybble.engine.draft_model import check_speculation
+from nybble.engine.draft_model import check_rounding, check_speculation
 from nybble.engine.memory import memory_explained
 from nybble.engine.ranks import check_ranks
 from nybble.engine.request import FinishReason
@@ -164,6 +165,7 @@ class LLM:
                 device=chosen,
                 aliases=aliases,
                 quantize=draft_quantize,
+                check=partial(check_rounding, quantize=draft_quantize),
                 progress=progress,
             )
 
