@@ -9,7 +9,11 @@ import torch
 
 from nybble.loaders.adapter import MAX_RANK
 
-_CHOICES = {"kv_dtype": ("auto", "int8", "fp8"), "speculate": ("off", "ngram", "draft", "auto")}
+_CHOICES = {
+    "kv_dtype": ("auto", "int8", "fp8"),
+    "speculate": ("off", "ngram", "draft", "auto"),
+    "activations": ("auto", "int8"),
+}
 
 
 def require_whole(name: str, value: object) -> None:
@@ -68,6 +72,8 @@ class EngineConfig:
     max_draft_tokens: the most draft tokens of a sequence in one step.
     deterministic: whether a request's logits are the same bit for bit alone and in any company.
         On a GPU that costs time: see docs/running.md.
+    activations: ``int8`` rounds what 4- and 8-bit weights are multiplied with to 8 bits for each
+        token and group of weights, which is faster on a CPU and less exact: see docs/running.md.
     adapters: None if the engine serves no adapters.
     tune: whether to time, at the start, GPU matmul shapes without a known configuration.
     tensor_parallel_size: ranks that compute the model together, each in a process of its own and
@@ -90,6 +96,7 @@ class EngineConfig:
     speculate: Literal["off", "ngram", "draft", "auto"] = "off"
     max_draft_tokens: int = 8
     deterministic: bool = False
+    activations: Literal["auto", "int8"] = "auto"
     adapters: AdapterConfig | None = None
     tune: bool = True
     tensor_parallel_size: int = 1

@@ -283,7 +283,12 @@ class Engine:
             dtype=config.dtype,
             max_model_len=max_model_len,
             num_tokens=vocabulary.size,
-            backend=backend_for(device, config.dtype, deterministic=config.deterministic),
+            backend=backend_for(
+                device,
+                config.dtype,
+                deterministic=config.deterministic,
+                activations=config.activations,
+            ),
             group=ranks.group,
             captures=captures,
         )

@@ -124,7 +124,12 @@ class Rank:
             dtype=config.dtype,
             max_model_len=max_model_len,
             num_tokens=num_tokens,
-            backend=backend_for(self._device, config.dtype, deterministic=config.deterministic),
+            backend=backend_for(
+                self._device,
+                config.dtype,
+                deterministic=config.deterministic,
+                activations=config.activations,
+            ),
             group=self._group,
         )
         self._adapters = None

@@ -9,7 +9,7 @@ nothing else.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -17,8 +17,9 @@ from torch import Tensor
 from nybble.kernels import reference
 from nybble.kernels.activation import Activation
 from nybble.kernels.attention_batch import AttentionBatch
+from nybble.kernels.cpu.build import load
 from nybble.kernels.cpu.deterministic import deterministic_library
-from nybble.kernels.cpu.library import library
+from nybble.kernels.cpu.library import CpuLibrary, library
 from nybble.kernels.decoder_layer import DecoderLayer, DecoderLayersKernel
 from nybble.kernels.lora_batch import LoRABatch
 from nybble.kernels.packed import GroupedKernel, LinearKernel, Weight
@@ -175,13 +176,25 @@ class Backend(Protocol):
 
 
 def backend_for(
-    device: torch.device, dtype: torch.dtype, *, deterministic: bool = False
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    deterministic: bool = False,
+    activations: Literal["auto", "int8"] = "auto",
 ) -> Backend:
     """The fastest back end for a model computed in ``dtype`` on ``device``.
 
-    deterministic: one that computes a row alike in every batch, bit for bit. Raises ValueError if
-    there is none.
+    deterministic: one that computes a row alike in every batch, bit for bit.
+    activations: ``int8`` for one that multiplies packed weights with activations in 8 bits.
+    Raises ValueError if there is none.
     """
+    bits: Literal[8, 16] = 8 if activations == "int8" else 16
+    if bits == 8 and (device.type != "cpu" or dtype != torch.bfloat16 or library() is None):
+        raise ValueError(
+            f"activations are int8: the C++ kernels on a CPU compute them, in bfloat16, but the "
+            f"device is {device.type}, the dtype {str(dtype).removeprefix('torch.')}"
+            + ("" if library() else ", and the kernels cannot run here (the log says why)")
+        )
     if device.type == "cuda" and dtype in (torch.float16, torch.bfloat16):
         # Imported here: Triton exists for Linux only.
         from nybble.kernels.triton import backend
@@ -189,7 +202,7 @@ def backend_for(
 
         return in_one_order if deterministic else backend
     if deterministic:
-        return deterministic_library(dtype)
+        return deterministic_library(dtype, bits)
     if device.type == "cpu" and (cpu := library()) is not None:
-        return cpu
+        return cpu if bits == 16 else CpuLibrary(load(), bits)
     return reference

@@ -157,6 +157,29 @@ def packed_matmul_int16(x: Tensor, weight: PackedWeight) -> Tensor:
     return out if weight.bias is None else out + weight.bias.double()
 
 
+def packed_matmul_int8(x: Tensor, weight: PackedWeight) -> Tensor:
+    """What the kernels compute with activations in 8 bits, not rounded: float64.
+
+    Each group of columns is cut into spans of 128. In a span x is rounded to a multiple of a 127th
+    of the span's largest. Levels that are no consecutive integers are rounded to 255ths of their
+    range. All else is exact.
+    """
+    levels = weight.levels
+    rounded = (x if weight.perm is None else x[..., weight.perm]).float()
+    for group in range(0, weight.columns, weight.group_size):
+        end = min(group + weight.group_size, weight.columns)
+        for start in range(group, end, 128):
+            part = rounded[..., start : min(start + 128, end)]
+            step = (part.abs().amax(-1, keepdim=True) / 127).clamp(min=2.0**-126)
+            part.copy_((part * (1 / step)).round() * step)
+    if not bool((levels.diff() == 1).all()):
+        step = (levels.max() - levels.min()) / 255
+        levels = ((levels - levels.min()) / step).round() * step + levels.min()
+    stored = replace(weight, levels=levels, perm=None, in_features=weight.columns)
+    out = rounded.double() @ stored.dequantize().double().T
+    return out if weight.bias is None else out + weight.bias.double()
+
+
 def dense_matmul(x: Tensor, weight: DenseWeight) -> Tensor:
     """``x @ W.T + bias`` of a weight in 16 or 32 bits.
 

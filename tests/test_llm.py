@@ -25,6 +25,7 @@ from nybble.engine import (
     Request,
     RequestOutput,
 )
+from nybble.kernels.cpu.library import library
 from nybble.loaders import AdapterError, ModelNotFoundError, open_checkpoint
 from nybble.quantizers import prepare
 
@@ -451,3 +452,18 @@ def test_a_chat_with_an_adapter_is_in_the_adapters_own_template(
         assert llm.tokenizer.decode(own.prompt_token_ids) == "hi:"
         assert llm.tokenizer.decode(base.prompt_token_ids).startswith("<|im_start|>user")
         assert llm._default_params(str(folder)).temperature == 0.25
+
+
+def test_with_activations_in_8_bits_a_request_answers_alike_in_any_company(
+    tiny_model: Callable[..., Path],
+) -> None:
+    """``activations="int8"`` reaches the kernels, and refuses what they do not compute."""
+    if library() is None:
+        pytest.skip("needs the C++ kernels")
+    options: dict[str, Any] = {**SMALL, "quantize": "nf4", "head": "int8"}
+    with LLM(tiny_model(), activations="int8", **options) as llm:
+        assert llm._engine._runner.decoder.backend._bits == 8  # type: ignore[attr-defined]
+        alone = [llm.generate(prompt, GREEDY) for prompt in PROMPTS]
+        assert [[one] for one in llm.generate(PROMPTS, GREEDY)] == alone
+    with pytest.raises(ValueError, match=r"activations are int8: .* the dtype float32"):
+        LLM(tiny_model(), activations="int8", dtype="float32", **options)

@@ -48,7 +48,11 @@ _AVX512 = ("avx512f", "avx512bw", "avx512vl", "avx512dq")
 _AVX512_FLAGS = ("-march=haswell", *(f"-m{feature}" for feature in _AVX512))
 TARGETS = (  # the fastest first
     # Zen 4, Sapphire Rapids, Cooper Lake and later
-    Target("avx512_bf16", (*_AVX512, "avx512_bf16"), (*_AVX512_FLAGS, "-mavx512bf16")),
+    Target(
+        "avx512_bf16",
+        (*_AVX512, "avx512_vnni", "avx512_bf16"),
+        (*_AVX512_FLAGS, "-mavx512vnni", "-mavx512bf16"),
+    ),
     # Cascade Lake, Ice Lake, Tiger Lake
     Target("avx512_vnni", (*_AVX512, "avx512_vnni"), (*_AVX512_FLAGS, "-mavx512vnni")),
     Target("avx512", _AVX512, _AVX512_FLAGS),  # Skylake-X

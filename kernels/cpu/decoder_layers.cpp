@@ -61,7 +61,7 @@ class Rows {
 
 struct Run {
     int64_t tokens, hidden;
-    int threads;
+    int activation_bits, threads;
     Rows normed, qkv, attended, gate_up, gated, permuted, head;
     int status = kDone;
 
@@ -76,7 +76,7 @@ struct Run {
         }
         status = nybble_packed_matmul(x, w.codes, w.scales, w.zeros, w.levels, w.bias, out, tokens,
                                       w.outputs, w.columns, w.groups, w.octets_per_group,
-                                      w.scale_type, w.digits, threads);
+                                      w.scale_type, w.digits, activation_bits, threads);
     }
 
     // What is added is null or belongs to the residual first.
@@ -125,7 +125,7 @@ struct Run {
 // or is added to the residual first.
 extern "C" int nybble_decoder_layers(const void* layers, const void* inputs, int64_t count,
                                      const bf16* added, bf16* residual, bf16* out, int64_t tokens,
-                                     int64_t hidden, int threads) try {
+                                     int64_t hidden, int activation_bits, int threads) try {
     const auto* all = static_cast<const Layer*>(layers);
     const auto* steps = static_cast<const Inputs*>(inputs);
     int64_t qkv = 0, heads = 0, gate_up = 0, permuted = 0, dim = 0;
@@ -139,6 +139,7 @@ extern "C" int nybble_decoder_layers(const void* layers, const void* inputs, int
     }
     Run run{tokens,
             hidden,
+            activation_bits,
             threads,
             {tokens, hidden},
             {tokens, qkv},

@@ -57,9 +57,11 @@ class DecoderLayers:
     A row's result is that of the kernels called one by one, to the bit.
     """
 
-    def __init__(self, function: Callable[..., int], layers: Sequence[DecoderLayer]) -> None:
+    def __init__(
+        self, function: Callable[..., int], layers: Sequence[DecoderLayer], activation_bits: int
+    ) -> None:
         """layers: such as :meth:`take` says, with weights that the kernels take."""
-        self._function, self._given = function, layers
+        self._function, self._given, self._bits = function, layers, activation_bits
         self._kept: list[Tensor] = []  # tensors of which the structures hold the addresses
         self._layers = (_Layer * len(layers))(*map(self._layer, layers))
         self._hidden = layers[0].qkv.in_features
@@ -119,6 +121,7 @@ class DecoderLayers:
             out.data_ptr(),
             tokens,
             self._hidden,
+            self._bits,
             torch.get_num_threads(),
         )
         if failed:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 
@@ -38,7 +39,7 @@ class DeterministicLibrary(CpuLibrary):
             )
 
 
-def deterministic_library(dtype: torch.dtype) -> DeterministicLibrary:
+def deterministic_library(dtype: torch.dtype, bits: Literal[8, 16] = 16) -> DeterministicLibrary:
     """Raises ValueError for another dtype than bfloat16, and if the kernels cannot run."""
     if dtype != torch.bfloat16:
         raise ValueError(
@@ -50,4 +51,4 @@ def deterministic_library(dtype: torch.dtype) -> DeterministicLibrary:
             "deterministic: the CPU kernels cannot run here (the log says why), and PyTorch sums "
             "in an order that depends on the batch"
         )
-    return DeterministicLibrary(load())
+    return DeterministicLibrary(load(), bits)

@@ -141,7 +141,7 @@ extern "C" int nybble_grouped_matmul(const bf16* x, const void* experts, const f
                                      int64_t rows, int64_t top_k, int64_t x_per_expert,
                                      int64_t count, int64_t inputs, int64_t outputs,
                                      int64_t columns, int64_t groups, int64_t octets_per_group,
-                                     int scale_type, int threads) try {
+                                     int scale_type, int activation_bits, int threads) try {
     const Grouped g{x,     static_cast<const Expert*>(experts),
                     levels, ids,
                     weights, out,
@@ -151,7 +151,7 @@ extern "C" int nybble_grouped_matmul(const bf16* x, const void* experts, const f
                     columns, groups,
                     octets_per_group, scale_type,
                     threads};
-    with_product(levels, 1, [&](auto tag) { run<typename decltype(tag)::type>(g); });
+    with_product(levels, 1, activation_bits, [&](auto tag) { run<typename decltype(tag)::type>(g); });
     return kDone;
 } catch (const std::exception&) {
     return kOutOfMemory;

@@ -10,7 +10,7 @@ int nybble_packed_matmul(const nybble::bf16* x, const uint8_t* codes, const void
                          const void* zeros, const float* levels, const float* bias,
                          nybble::bf16* out, int64_t rows, int64_t outputs, int64_t columns,
                          int64_t groups, int64_t octets_per_group, int scale_type, int digits,
-                         int threads);
+                         int activation_bits, int threads);
 
 void nybble_rms_norm(const nybble::bf16* x, nybble::bf16* residual, const nybble::bf16* weight,
                      nybble::bf16* out, int64_t rows, int64_t width, float eps, float offset,

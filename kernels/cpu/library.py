@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from ctypes import c_float, c_int, c_int64, c_void_p
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -63,7 +63,13 @@ class CpuLibrary:
     names a tensor that they would misread. Indices (slots, blocks, rows) are not checked.
     """
 
-    def __init__(self, library: ctypes.CDLL) -> None:
+    def __init__(self, library: ctypes.CDLL, activation_bits: Literal[8, 16] = 16) -> None:
+        """activation_bits: 8 rounds what packed weights are multiplied with to 8 bits.
+
+        See :func:`nybble.kernels.reference.packed_matmul_int8`. Weights whose codes the CPU
+        does not multiply as bytes are computed as with 16.
+        """
+        self._bits = activation_bits
         pointer, size = c_void_p, c_int64
 
         def function(name: str, *arguments: type) -> Any:
@@ -77,8 +83,8 @@ class CpuLibrary:
             found.restype = c_int
             return found
 
-        self._matmul = allocating("packed_matmul", *[pointer] * 7, *[size] * 5, *[c_int] * 3)
-        self._grouped = allocating("grouped_matmul", *[pointer] * 6, *[size] * 9, c_int, c_int)
+        self._matmul = allocating("packed_matmul", *[pointer] * 7, *[size] * 5, *[c_int] * 4)
+        self._grouped = allocating("grouped_matmul", *[pointer] * 6, *[size] * 9, *[c_int] * 3)
         self._dequantize = allocating(
             "dequantize", *[pointer] * 6, *[size] * 5, c_int, c_int, c_int
         )
@@ -95,7 +101,7 @@ class CpuLibrary:
             "gated_delta_rule", *[pointer] * 12, *[size] * 5, c_float, c_int
         )
         self._decoder_layers = allocating(
-            "decoder_layers", pointer, pointer, size, *[pointer] * 3, size, size, c_int
+            "decoder_layers", pointer, pointer, size, *[pointer] * 3, size, size, c_int, c_int
         )
         self._scan = allocating("state_space_scan", *[pointer] * 12, *[size] * 5, c_int)
         self._router = function("router_logits", *[pointer] * 4, *[size] * 3, c_int, c_int)
@@ -148,6 +154,7 @@ class CpuLibrary:
                 outputs,
                 columns,
                 *stored.sizes,
+                self._bits,
                 torch.get_num_threads(),
             ):
                 raise out_of_memory("packed_matmul")
@@ -203,6 +210,7 @@ class CpuLibrary:
             first.groups,
             -(-first.group_size // 8),
             SCALE_TYPES[first.scales.dtype],
+            self._bits,
             torch.get_num_threads(),
         )
         if failed:
@@ -294,7 +302,7 @@ class CpuLibrary:
                 return None
             if dtype != torch.bfloat16 or not DecoderLayers.take(layer):
                 return None
-        return DecoderLayers(self._decoder_layers, layers)
+        return DecoderLayers(self._decoder_layers, layers, self._bits)
 
     def packed_matmul(self, x: Tensor, weight: PackedWeight) -> Tensor:
         """A row's result is the same in any batch.
@@ -320,6 +328,7 @@ class CpuLibrary:
             weight.out_features,
             rows.shape[1],
             *stored.sizes,
+            self._bits,
             torch.get_num_threads(),
         )
         if failed:

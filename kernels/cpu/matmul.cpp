@@ -28,13 +28,13 @@ extern "C" int nybble_packed_matmul(const bf16* x, const uint8_t* codes, const v
                                     const void* zeros, const float* levels, const float* bias,
                                     bf16* out, int64_t rows, int64_t outputs, int64_t columns,
                                     int64_t groups, int64_t octets_per_group, int scale_type,
-                                    int digits, int threads) try {
+                                    int digits, int activation_bits, int threads) try {
     // A group may be larger than the weight, and buffers are made for one.
     octets_per_group = std::min(octets_per_group, columns / 8);
     const PackedArgs a{x,       codes,       scales,      zeros,  levels,           bias,       out,
                        rows,    outputs,     columns,     columns / 8, groups, octets_per_group,
                        scale_type, digits};
-    with_product(levels, digits, [&](auto tag) {
+    with_product(levels, digits, activation_bits, [&](auto tag) {
         multiply(typename decltype(tag)::type(a, threads), outputs, threads);
     });
     return kDone;

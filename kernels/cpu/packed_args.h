@@ -70,6 +70,14 @@ int64_t prefetched(int64_t octet, int64_t octets) {
     return (kOctets + skipped) * 64;
 }
 
+// Whether levels are consecutive whole numbers, the first of at most 15 in size.
+inline bool are_integers(const float* levels) {
+    if (std::fabs(levels[0]) > 15 || levels[0] != std::nearbyint(levels[0])) return false;
+    for (int i = 1; i < 16; ++i)
+        if (levels[i] != levels[0] + i) return false;
+    return true;
+}
+
 // Stands for a type in a call.
 template <class Type>
 struct Tag {

@@ -9,20 +9,26 @@
 #else
 #include "matmul_int16.h"
 #endif
+#include "matmul_int8.h"
 
 namespace nybble {
 
-// Calls `use` with a tag of the Product that computes with such levels and digits.
+// Calls `use` with a tag of the Product that computes with such levels and digits, and activations in
+// 8 bits if they are asked for and the CPU multiplies such codes as bytes.
 template <class Use>
-void with_product([[maybe_unused]] const float* levels, int digits, Use use) {
-    if (digits == 2)
-        use(Tag<Product<ByteCodes>>{});
-#if !defined(__AVX512BF16__)
-    else if (IntegerCodes::fits(levels))
-        use(Tag<Product<IntegerCodes>>{});
+void with_product(const float* levels, int digits, int activation_bits, Use use) {
+    if (activation_bits == 8) {
+        if (digits == 1 && are_integers(levels)) return use(Tag<ByteProduct<IntegerBytes>>{});
+#if defined(NYBBLE_LARGE_BYTES)
+        if (digits == 1) return use(Tag<ByteProduct<LevelBytes>>{});
+        return use(Tag<ByteProduct<ByteBytes>>{});
 #endif
-    else
-        use(Tag<Product<LevelCodes>>{});
+    }
+    if (digits == 2) return use(Tag<Product<ByteCodes>>{});
+#if !defined(__AVX512BF16__)
+    if (are_integers(levels)) return use(Tag<Product<IntegerCodes>>{});
+#endif
+    use(Tag<Product<LevelCodes>>{});
 }
 
 }  // namespace nybble

@@ -26,13 +26,6 @@ struct IntegerLevels {
     explicit IntegerLevels(const float* levels) : offset(static_cast<int32_t>(levels[0])) {}
 
     float unit() const { return 1; }
-
-    static bool fits(const float* levels) {
-        if (std::fabs(levels[0]) > 15 || levels[0] != std::nearbyint(levels[0])) return false;
-        for (int i = 1; i < 16; ++i)
-            if (levels[i] != levels[0] + i) return false;
-        return true;
-    }
 };
 
 // Codes of two digits, of which kByteCenter is subtracted.

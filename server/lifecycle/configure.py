@@ -59,6 +59,7 @@ def engine_config(options: ServeOptions) -> EngineConfig:
         speculate=memory.speculate or ("auto" if model.draft_model else "off"),
         max_draft_tokens=memory.max_draft_tokens,
         deterministic=model.deterministic,
+        activations=model.activations,
         adapters=_adapter_config(options),
         tune=model.tune,
         tensor_parallel_size=model.tensor_parallel_size,

@@ -188,6 +188,13 @@ class ModelOptions:
             "this costs time; models and settings for which it does not hold are refused.",
         ),
     ] = False
+    activations: Annotated[
+        Literal["auto", "int8"],
+        _model(
+            help="int8: on a CPU, round what 4- and 8-bit weights are multiplied with to 8 bits, "
+            "for each token and group. Faster, above all for prompts, and less exact.",
+        ),
+    ] = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -24,20 +24,27 @@ from nybble.loaders.formats.affine import two_digits
 
 from .emulated_arm import emulated
 
+# The instructions of AVX-VNNI for CPUs which have them as a part of AVX-512 alone.
+AVX_VNNI_ENCODED = Target(
+    "avx2_vnni_as_avx512",
+    ("avx512f", "avx512vl", "avx512_vnni"),
+    ("-march=haswell", "-mavx512f", "-mavx512vl", "-mavx512vnni"),
+)
+
 CODEBOOK = torch.linspace(-1, 1, 16).bfloat16().float()
 
 
-def compiled(target: Target) -> CpuLibrary:
+def compiled(target: Target, activation_bits: Literal[8, 16] = 16) -> CpuLibrary:
     """The kernels for a target; a test of one that this machine lacks is skipped.
 
     Those for ARM are emulated on other machines.
     """
     if target in ARM_TARGETS and machine() != target.machine:
         library: Any = emulated(target)
-        return CpuLibrary(library)
+        return CpuLibrary(library, activation_bits)
     if missing := missing_cpu_features(target):
         pytest.skip(f"this CPU lacks {', '.join(missing)}")
-    return CpuLibrary(ctypes.CDLL(str(build(target))))
+    return CpuLibrary(ctypes.CDLL(str(build(target))), activation_bits)
 
 
 def random_weight(

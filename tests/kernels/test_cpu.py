@@ -32,7 +32,14 @@ from nybble.kernels.packed import (
 )
 from nybble.loaders.formats.affine import two_digits
 
-from .cpu_kernels import CODEBOOK, compiled, random_8_bit_weight, random_weight, transposed
+from .cpu_kernels import (
+    AVX_VNNI_ENCODED,
+    CODEBOOK,
+    compiled,
+    random_8_bit_weight,
+    random_weight,
+    transposed,
+)
 
 pytestmark = pytest.mark.usefixtures("two_threads")
 
@@ -307,13 +314,9 @@ def test_a_row_does_not_depend_on_its_batch(cpu: CpuLibrary, kind: str) -> None:
 
 @pytest.mark.slow
 def test_integer_kernels_agree_to_the_bit() -> None:
-    """The sums of spans are exact, so that they do not depend on the instructions.
-
-    AVX-VNNI is also tested on CPUs which have its instructions as a part of AVX-512 alone.
-    """
-    flags = ("-march=haswell", "-mavx512f", "-mavx512vl", "-mavx512vnni")
-    encoded = Target("avx2_vnni_as_avx512", ("avx512f", "avx512vl", "avx512_vnni"), flags)
-    targets = [each for each in (*TARGETS[1:], encoded) if not missing_cpu_features(each)]
+    """The sums of spans are exact, so that they do not depend on the instructions."""
+    targets = (*TARGETS[1:], AVX_VNNI_ENCODED)
+    targets = tuple(each for each in targets if not missing_cpu_features(each))
     assert_agree([compiled(target) for target in targets])
 
 

@@ -88,17 +88,22 @@ def test_without_openmp_macos_builds_for_one_thread_and_says_so(
 
 def test_a_target_may_be_named_and_another_one_is_not_taken_in_its_place(tmp_path: Path) -> None:
     cpuinfo = tmp_path / "cpuinfo"
-    cpuinfo.write_text("flags\t: avx2 fma f16c avx512f avx512bw avx512vl avx512dq avx512_bf16\n")
+    cpuinfo.write_text(
+        "flags\t: avx2 fma f16c avx512f avx512bw avx512vl avx512dq avx512_vnni avx512_bf16\n"
+    )
     assert [target.name for target in wanted_targets("avx2", cpuinfo, "x86_64")] == ["avx2"]
     assert [target.name for target in wanted_targets("", cpuinfo, "x86_64")] == [
         "avx512_bf16",
+        "avx512_vnni",
         "avx512",
         "avx2",
     ]
     with pytest.raises(ValueError, match="is 'sse', expected avx512_bf16, avx512_vnni, avx512, "):
         wanted_targets("sse", cpuinfo, "x86_64")
     cpuinfo.write_text("flags\t: avx2 fma f16c avx512f avx512bw avx512vl avx512dq\n")
-    with pytest.raises(ValueError, match="is avx512_bf16, but this CPU lacks avx512_bf16"):
+    with pytest.raises(
+        ValueError, match="is avx512_bf16, but this CPU lacks avx512_vnni, avx512_bf16"
+    ):
         wanted_targets("avx512_bf16", cpuinfo, "x86_64")
 
 
