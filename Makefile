@@ -6,8 +6,8 @@ BIN    := $(VENV)/bin
 MODEL  ?= demo
 PORT   ?= 8000
 
-.PHONY: install install-dev serve format test test-all test-avx2 test-browser test-clients test-ray \
-	test-buckets test-peers test-peer-suites audit fuzz emulate sanitize lint lint-deploy gpu clean
+.PHONY: install install-dev serve format test test-all test-avx2 test-arm test-browser test-clients \
+	test-ray test-buckets test-peers test-peer-suites audit fuzz emulate sanitize lint lint-deploy gpu clean
 
 # What serving needs; install-dev adds what the tests and lint need.
 install: $(VENV)/.installed
@@ -61,6 +61,11 @@ test-avx2: install-dev
 	NYBBLE_CPU_TARGET=avx2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 \
 		MKL_ENABLE_INSTRUCTIONS=AVX2 $(PYTEST) $(or $(ARGS),tests/engine tests/models \
 		tests/finetune tests/quantizers tests/loaders tests/server tests/faults)
+
+# The CPU kernels for ARM in an emulator, by the tests of the kernels; on a machine with an ARM CPU
+# `make test` runs them. Debian has the tools in g++-aarch64-linux-gnu and qemu-user.
+test-arm: install-dev
+	$(BIN)/pytest -m "" -k "neon" $(or $(ARGS),tests/kernels)
 
 # The page in a headless Chromium, which root has installed where apt is.
 test-browser: install-dev

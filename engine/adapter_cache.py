@@ -109,6 +109,7 @@ class AdapterCache:
         self._load = load
         self._host: OrderedDict[AdapterVersion, StagedAdapter] = OrderedDict()
         self._loading: set[AdapterVersion] = set()
+        self._expected: set[AdapterVersion] = set()  # to read, though no request waits for them
         # Versions to read, by tenant. The tenant whose turn is next comes first.
         self._wanted: OrderedDict[str, OrderedDict[AdapterVersion, None]] = OrderedDict()
         # Least recently used first.
@@ -178,9 +179,20 @@ class AdapterCache:
         else:
             self._start_loading()  # its copy can make room now
 
+    def prefetch(self, version: AdapterVersion) -> None:
+        """Read a version that requests are expected for, unless only copies in need make room."""
+        if version.retired:
+            return
+        if version in self._host:
+            self._host.move_to_end(version)
+        elif not self.ready(version):
+            self._expected.add(version)
+            self._want(version)
+
     def retire(self, version: AdapterVersion) -> None:
         """Mark the version as replaced or unloaded. Requests that use it keep it."""
         version.retired = True
+        self._expected.discard(version)
         version.pinned = False
         self._forget_if_unused(version)
 
@@ -224,14 +236,19 @@ class AdapterCache:
     def _start_one(self, tenant: str) -> bool:
         """Start reading the first version a tenant wants; False if none or no room for it."""
         queue = self._wanted[tenant]
-        while queue and not self._needs_reading(next(iter(queue))):
-            queue.popitem(last=False)
-        if not queue:
+        while queue:
+            version = next(iter(queue))
+            if self._needs_reading(version):
+                if self._make_room(version):
+                    break
+                if not self._is_only_expected(version):
+                    return False
+            self._expected.discard(version)
+            del queue[version]
+        else:
             del self._wanted[tenant]
             return False
-        version = next(iter(queue))
-        if not self._make_room(version):
-            return False
+        self._expected.discard(version)
         del queue[version]
         self._free_bytes -= version.nbytes
         self._loading.add(version)
@@ -239,16 +256,20 @@ class AdapterCache:
         return True
 
     def _needs_reading(self, version: AdapterVersion) -> bool:
-        wanted = version.waiting or (version.pinned and version not in self._host)
+        pinned = version.pinned and version not in self._host
+        wanted = version.waiting or pinned or version in self._expected
         there = version in self._host if version.pinned else self.ready(version)
         return bool(wanted) and not there and version not in self._loading
+
+    def _is_only_expected(self, version: AdapterVersion) -> bool:
+        return version in self._expected and not (version.waiting or version.pinned)
 
     def _make_room(self, newcomer: AdapterVersion) -> bool:
         """Drop host copies until the newcomer fits. If it cannot fit, drop none and return False.
 
         Copies that no queued request needs go first. Then come copies of a tenant which, after
         losing one, still holds at least as many bytes as the newcomer's tenant would. Pinned ones
-        go last.
+        go last. For one that no request waits for, only the first go.
         """
         free, dropped = self._free_bytes, []
         held: Counter[str] = Counter()
@@ -266,7 +287,8 @@ class AdapterCache:
         )
         by_use = sorted(replaceable, key=lambda v: (v.pinned, self._needed_beside_slot(v)))
         for version in by_use:
-            if free >= newcomer.nbytes:
+            needed = version.pinned or self._needed_beside_slot(version)
+            if free >= newcomer.nbytes or (needed and self._is_only_expected(newcomer)):
                 break
             if self._needed_beside_slot(version):
                 if held[version.tenant] - version.nbytes < mine:

@@ -243,6 +243,6 @@ def _staged_head(change: MatrixChange, base: BaseModel, dtype: torch.dtype) -> _
 
 
 def _outputs(module: LoRAModule, weight: DenseWeight | PackedWeight) -> Tensor | None:
-    if module.magnitude is None and not module.changes_bias:
+    if module.is_low_rank:
         return None
     return BaseLayers((weight,), (0, len(module.b))).gains_and_shifts(0, module)

@@ -11,7 +11,8 @@ adapter's, DoRA computes
 
     m · (W·x + scale · B·A·x) + c'  =  y + (m − 1) · y + (c' − m · c) + m · scale · B·A·x
 
-from the base's output ``y = W·x + c``. So an adapter has a *gain* ``m − 1`` and a *shift*
+from the base's output ``y = W·x + c``. (IA)³ has ``m`` itself, and ``m · c`` for ``c'``. So such an
+adapter has a *gain* ``m − 1`` and a *shift*
 ``c' − m · c`` for every output, and ``m`` is part of ``B``. The norms are computed once, when the
 adapter is staged, from the base's weights as they are served, some rows at a time.
 """
@@ -34,7 +35,7 @@ from nybble.kernels.lora import slot_buffers
 from nybble.kernels.lora_batch import LoRABatch
 from nybble.kernels.reference import stretch_add
 from nybble.loaders import AdapterError, LoRAAdapter
-from nybble.loaders.adapter import LoRAModule
+from nybble.loaders.adapter_combine import kind_of
 from nybble.models import Architecture, Mixture
 
 
@@ -289,8 +290,8 @@ class AdapterSlots:
     def stage(self, adapter: LoRAAdapter) -> StagedAdapter:
         """Copy an adapter to host memory in the slots' layout; pinned if the device is a GPU.
 
-        Raises AdapterError for an adapter on experts, with DoRA or with biases if the device is a
-        GPU, and with DoRA or with biases if there are several ranks. Nor can it change the
+        Raises AdapterError for an adapter on experts, with DoRA, (IA)³ or biases if the device is a
+        GPU, and with DoRA, (IA)³ or biases if there are several ranks. Nor can it change the
         embedding, the output layer or norms then.
         """
         known = {name for slots in self.projections for name in slots.modules}
@@ -323,7 +324,7 @@ class AdapterSlots:
                 continue
             changes = {n: adapter.modules[n] for n in slots.modules if n in adapter.modules}
             vectors, b = None, change.b
-            if any(map(_stretches, changes.values())):
+            if not all(module.is_low_rank for module in changes.values()):
                 vectors = torch.zeros(2, slots.offsets[-1])
                 assert self._base is not None
                 layers = BaseLayers(self._base.projections[index], slots.offsets)
@@ -334,7 +335,7 @@ class AdapterSlots:
                 columns = slice(slots.all_offsets[part], slots.all_offsets[part + 1])
                 change.a[part, : module.rank] = module.a
                 scaled = module.b.float() * module.scale
-                if vectors is not None and _stretches(module):
+                if vectors is not None and not module.is_low_rank:
                     vectors[:, columns] = layers.gains_and_shifts(part, module)
                     scaled *= 1 + vectors[0, columns, None]
                 b[: module.rank, columns] = scaled.T
@@ -411,11 +412,6 @@ class AdapterSlots:
         self._ranks[:, slot] = send(ranks, torch.int32, self.device)
 
 
-def _stretches(module: LoRAModule) -> bool:
-    """Whether it has gains or shifts."""
-    return module.magnitude is not None or module.changes_bias
-
-
 def _changes_ends(adapter: LoRAAdapter) -> bool:
     return bool(adapter.embedding or adapter.head or adapter.norms)
 
@@ -424,6 +420,6 @@ def _stretching(adapter: LoRAAdapter) -> str | None:
     """What the adapter has beside low-rank changes of projections; None if nothing."""
     if _changes_ends(adapter):
         return "changes of embeddings, the output layer or norms"
-    if any(module.magnitude is not None for module in adapter.modules.values()):
-        return "DoRA"
-    return "biases" if any(map(_stretches, adapter.modules.values())) else None
+    other = [each for each in adapter.modules.values() if not each.is_low_rank]
+    # Those that stretch first: DoRA may be beside biases.
+    return kind_of(max(other, key=lambda each: each.stretches)) if other else None

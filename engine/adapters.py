@@ -256,6 +256,16 @@ class AdapterRegistry:
             self.post(lambda: self.cache.pin(version, pinned))
             return AdapterInfo.of(version)
 
+    def prefetch(self, name: str) -> AdapterInfo:
+        """Have an adapter read into host memory before requests come for it, if there is room.
+
+        Raises ParameterError if it is unknown.
+        """
+        with self._lock:
+            version = self._find(name)
+            self.post(lambda: self.cache.prefetch(version))
+            return AdapterInfo.of(version)
+
     def versions(self, name: str) -> list[AdapterInfo]:
         """What the name stands for and has stood for since the start, the newest first.
 

@@ -52,7 +52,9 @@ class BaseLayers:
         out = self.offsets[layer + 1] - self.offsets[layer]
         bias, changed = self._bias(layer), module.bias(self._bias(layer))
         gains = torch.zeros(out)
-        if module.magnitude is not None:
+        if module.factors is not None:
+            gains = module.factors.float() - 1
+        elif module.magnitude is not None:
             for start, rows in self._rows(layer):
                 stretch = module.stretch(rows, start)
                 assert stretch is not None

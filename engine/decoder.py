@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import count
+from itertools import count, pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -81,6 +81,7 @@ class Decoder:
         num_tokens: int | None = None,
         backend: Backend | None = None,
         group: TensorParallel = ALONE,
+        captures: Sequence[int] = (),
     ) -> None:
         """Consumes ``weights`` one at a time (names as in transformers' checkpoints).
 
@@ -89,6 +90,8 @@ class Decoder:
         backend: whose kernels compute it; None for the fastest there are.
         group: which rank this is, and of how many. ``architecture`` and ``weights`` are the whole
             model's; :attr:`architecture` is then this rank's part.
+        captures: layers whose inputs :meth:`forward` captures, in ascending order; as many as there
+            are layers means the output of the last.
 
         Raises ValueError naming a weight that is missing, unexpected or of another shape, and
         UnsupportedModelError for a mixture of experts that the device has no kernel for.
@@ -122,7 +125,11 @@ class Decoder:
             blocks = tuple(self._layer(store, index, layer))
             known = sum(len(each.weights) for each in layers)
             layers.append(BuiltLayer(layer, blocks, self._weights[known:]))
-        self._blocks = list(fused(layers, self.backend, dtype))
+        # Layers between which nothing is captured can be computed in one call.
+        self._blocks = [
+            list(fused(layers[first:last], self.backend, dtype))
+            for first, last in pairwise((0, *captures, len(layers)))
+        ]
         self.final_norm = self._norm(store, architecture.final_norm, architecture.hidden)
         first, last = group.share(architecture.vocab)
         head = store.optional_linear(architecture.head, last - first, architecture.hidden)
@@ -155,6 +162,7 @@ class Decoder:
         adapters: StepAdapters | None = None,
         states: Sequence[States] = (),
         state_batch: StateBatch | None = None,
+        captured: list[Tensor] | None = None,
     ) -> Tensor:
         """Hidden states ``(tokens, hidden)`` after the last layer, before the final norm.
 
@@ -162,6 +170,7 @@ class Decoder:
         caches, batches: one per layer with attention.
         adapters: which tokens use which adapter; None if none does.
         states: one per layer without attention; state_batch: what these read and write.
+        captured: gets the inputs of the layers that are to be captured, ``(tokens, hidden)`` each.
         """
         step = Step(
             [(cos[positions], sin[positions]) for cos, sin in self._rotary],
@@ -178,8 +187,11 @@ class Decoder:
         if self._embedding_multiplier != 1:
             residual = residual * self._embedding_multiplier
         added: Tensor | None = None
-        for block in self._blocks:
-            added, residual = block(added, residual, step)
+        for place, blocks in enumerate(self._blocks):
+            if place and captured is not None:
+                captured.append(residual if added is None else residual + added)
+            for block in blocks:
+                added, residual = block(added, residual, step)
         return residual if added is None else residual + added
 
     def normed(self, hidden: Tensor, ends: StepEnds | None = None) -> Tensor:

@@ -10,7 +10,8 @@ from nybble.engine.kv_cache import KVCacheLayout
 from nybble.kernels.backend import backend_for
 from nybble.kernels.progress import Progress, track
 from nybble.loaders.tokenizer import load_tokenizer
-from nybble.models import architecture_of
+from nybble.models import Architecture, UnsupportedModelError, architecture_of
+from nybble.models.eagle3 import eagle3_head, is_eagle3
 
 if TYPE_CHECKING:
     from nybble.loaders import Checkpoint
@@ -24,6 +25,11 @@ def check_speculation(target: Checkpoint, draft: Checkpoint | None, config: Engi
 
     draft: None for no draft model.
     """
+    if is_eagle3(target.config):
+        raise UnsupportedModelError(
+            f"{target.folder.name} is an EAGLE-3 head, which drafts for a model and is none: "
+            "give it as draft_model"
+        )
     served = architecture_of(target.config)
     if served.recurrents and config.speculate != "off":
         raise ValueError(
@@ -46,6 +52,15 @@ def check_speculation(target: Checkpoint, draft: Checkpoint | None, config: Engi
             f"tensor_parallel_size is {config.tensor_parallel_size}, expected 1 with a draft "
             "model: ranks do not draft"
         )
+    device = resolve_device(config.device)
+    if is_eagle3(draft.config):
+        if device.type != "cpu":
+            raise UnsupportedModelError(
+                f"the draft model {name} is an EAGLE-3 head, which {device.type} does not compute "
+                "so far; use --device cpu, or a draft model that is a whole model"
+            )
+        eagle3_head(draft.config).captured_of(served)
+        return
     architecture = architecture_of(draft.config)
     if architecture.recurrents:
         raise ValueError(
@@ -70,11 +85,36 @@ def check_speculation(target: Checkpoint, draft: Checkpoint | None, config: Engi
             f"{most + 1}; expected a model with the same tokenizer"
         )
     widest = max(attention.head_dim for attention in architecture.attentions)
-    if resolve_device(config.device).type == "cuda" and widest > MAX_GPU_HEAD_DIM:
+    if device.type == "cuda" and widest > MAX_GPU_HEAD_DIM:
         raise ValueError(
             f"the draft model's heads have {widest} entries; on a GPU {MAX_GPU_HEAD_DIM} is the "
             "most"
         )
+
+
+def check_rounding(draft: Checkpoint, quantize: str | None) -> None:
+    """Raises ValueError for a draft model that cannot be rounded while it is loaded."""
+    if quantize is not None and is_eagle3(draft.config):
+        raise ValueError(
+            f"draft_quantize is {quantize!r}, expected None: the draft model {draft.folder.name} "
+            "is an EAGLE-3 head, which is computed in 16 bits"
+        )
+
+
+def cached_architecture(architecture: Architecture, draft: Checkpoint | None) -> Architecture:
+    """A model with what its KV cache holds beside it: the layer of an EAGLE-3 head."""
+    if draft is None or not is_eagle3(draft.config):
+        return architecture
+    return eagle3_head(draft.config).beside(architecture)
+
+
+def draft_cache(
+    draft: Checkpoint | None, config: EngineConfig, max_model_len: int
+) -> DraftCache | None:
+    """The KV cache of a draft model; None if it needs none."""
+    if draft is None or is_eagle3(draft.config):
+        return None
+    return DraftCache(draft, config, max_model_len)
 
 
 class DraftCache:

@@ -25,11 +25,14 @@ from nybble.engine.decoder import Decoder
 from nybble.engine.detokenizer import Detokenizer
 from nybble.engine.draft_model import (
     MAX_GPU_HEAD_DIM,
-    DraftCache,
+    cached_architecture,
     check_speculation,
+    draft_cache,
     load_draft_decoder,
 )
 from nybble.engine.drafter import Drafter
+from nybble.engine.eagle3_drafter import Eagle3Drafter
+from nybble.engine.eagle3_head import Eagle3Module
 from nybble.engine.engine_thread import EngineThread
 from nybble.engine.generation_config import (
     eos_token_ids,
@@ -69,14 +72,18 @@ from nybble.engine.streams import Stream
 from nybble.engine.vocabulary import Vocabulary
 from nybble.kernels.backend import backend_for
 from nybble.kernels.progress import Progress, track
+from nybble.loaders.eagle3 import read_eagle3
 from nybble.loaders.model_config import generates
 from nybble.loaders.tokenizer import check_vocabulary, load_tokenizer
 from nybble.models import Architecture, StateSpace, UnsupportedModelError, architecture_of
+from nybble.models.eagle3 import eagle3_head, is_eagle3
 
 if TYPE_CHECKING:
     from nybble.loaders import Checkpoint
 
 logger = logging.getLogger(__name__)
+
+DraftMethod = Literal["ngram", "draft", "eagle3"]
 
 # The LoRA kernels hold a tile of so many ranks in registers.
 _MAX_GPU_LORA_RANK = 256
@@ -94,6 +101,7 @@ class Engine:
     model_type: the architecture's name.
     eos_token_ids: tokens that end a sequence unless its parameters say otherwise.
     max_num_seqs: sequences computed in one step.
+    draft_method: by what tokens are drafted; None if they are not.
     draft_runner: of the draft model; None if there is none.
     """
 
@@ -113,7 +121,9 @@ class Engine:
         *,
         embedding: EmbeddingSettings | None = None,
         generates: bool = True,
+        draft_method: DraftMethod | None = None,
     ) -> None:
+        self.draft_method = draft_method
         self.tokenizer = tokenizer
         self.vocabulary = vocabulary
         self.model_type = model_type
@@ -240,16 +250,20 @@ class Engine:
                 "and rounds as they are cut; turn deterministic off, or choose the device cpu"
             )
         own = TensorParallel(0, config.tensor_parallel_size).part_of(architecture)
-        layout = KVCacheLayout.of(own, config, max_model_len)
-        draft_cache = None if draft is None else DraftCache(draft, config, max_model_len)
+        head = None
+        if draft is not None and is_eagle3(draft.config):
+            head = eagle3_head(draft.config)
+        captures = () if head is None else head.captured_of(architecture)
+        layout = KVCacheLayout.of(cached_architecture(own, draft), config, max_model_len)
+        drafts_cache = draft_cache(draft, config, max_model_len)
 
         def sizes(nbytes: int) -> tuple[int, int, int]:
             """Blocks, states, and blocks of the draft model."""
-            if draft_cache is None:
+            if drafts_cache is None:
                 return *cache_sizes(own, config, layout, max_model_len, nbytes), 0
-            drafts = draft_cache.bytes_of(nbytes, layout.sequence_bytes(max_model_len))
+            drafts = drafts_cache.bytes_of(nbytes, layout.sequence_bytes(max_model_len))
             blocks = cache_sizes(own, config, layout, max_model_len, nbytes - drafts)
-            return *blocks, draft_cache.blocks_in(drafts)
+            return *blocks, drafts_cache.blocks_in(drafts)
 
         if config.kv_cache_bytes is not None:
             sizes(config.kv_cache_bytes)
@@ -267,7 +281,12 @@ class Engine:
             num_tokens=vocabulary.size,
             backend=backend_for(device, config.dtype, deterministic=config.deterministic),
             group=ranks.group,
+            captures=captures,
         )
+        head_module = None
+        if draft is not None and head is not None:
+            tensors = read_eagle3(draft.folder, head, len(captures))
+            head_module = Eagle3Module(head, tensors, decoder, device, config.dtype)
         adapters = None
         if config.adapters is not None:
             adapters = ranks.new_slots(
@@ -279,11 +298,11 @@ class Engine:
                 base=decoder.base,
             )
         draft_decoder = None
-        if draft is not None and draft_cache is not None:
+        if draft is not None and drafts_cache is not None:
             draft_decoder = load_draft_decoder(
                 draft,
                 config,
-                draft_cache.max_model_len,
+                drafts_cache.max_model_len,
                 min(vocabulary.size, architecture.vocab),
                 progress,
             )
@@ -320,7 +339,7 @@ class Engine:
             )
             speculation = None
             if config.speculate != "off":
-                drafter = new_drafter()
+                drafter = new_drafter(blocks)
                 adaptive = config.speculate == "auto"
                 speculation = Speculation(drafter, config.max_draft_tokens, adaptive=adaptive)
             return Scheduler(
@@ -328,27 +347,32 @@ class Engine:
             )
 
         draft_runner = None
-        if draft_cache is not None and draft_decoder is not None:
+        if drafts_cache is not None and draft_decoder is not None:
             # Kernels of one order are not needed: drafts change no output.
             draft_config = replace(config, adapters=None, deterministic=False)
             draft_runner = ModelRunner(
-                draft_decoder, draft_config, draft_cache.layout, num_draft_blocks
+                draft_decoder, draft_config, drafts_cache.layout, num_draft_blocks
             )
 
-        def new_drafter() -> Drafter:
-            if draft_cache is None or draft_runner is None:
+        def new_drafter(blocks: BlockManager) -> Drafter:
+            if head_module is not None:
+                return Eagle3Drafter(head_module, runner, blocks, config)
+            if drafts_cache is None or draft_runner is None:
                 return NgramDrafter()
             draft_runner.reset()
-            blocks = BlockManager(
+            own_blocks = BlockManager(
                 num_draft_blocks,
                 config.block_size,
-                windows=draft_cache.layout.windows,
+                windows=drafts_cache.layout.windows,
                 prefix_caching=config.prefix_caching,
             )
-            return ModelDrafter(draft_runner, blocks, config.max_batched_tokens)
+            return ModelDrafter(draft_runner, own_blocks, config.max_batched_tokens)
 
         runner = ranks.new_runner(decoder, config, layout, num_blocks, adapters, num_states)
         ranks.answers()
+        method: DraftMethod | None = None
+        if config.speculate != "off":
+            method = "eagle3" if head else "ngram" if draft is None else "draft"
         return cls(
             runner=runner,
             new_scheduler=new_scheduler,
@@ -363,6 +387,7 @@ class Engine:
             draft_runner=draft_runner,
             embedding=read_embedding_settings(checkpoint),
             generates=generates(checkpoint.config),
+            draft_method=method,
         )
 
     def warm_up(self, progress: Progress = True) -> None:
@@ -385,13 +410,6 @@ class Engine:
     def vocab_size(self) -> int:
         """Rows of the logits; a tokenizer may know fewer tokens."""
         return self._runner.decoder.architecture.vocab
-
-    @property
-    def draft_method(self) -> Literal["ngram", "draft"] | None:
-        """By what tokens are drafted; None if they are not."""
-        if self._config.speculate == "off":
-            return None
-        return "ngram" if self._draft_runner is None else "draft"
 
     @property
     def adapter_targets(self) -> tuple[str, ...]:
@@ -496,6 +514,14 @@ class Engine:
         of the memory, AdapterConflictError if it has another version than is expected.
         """
         return self._require_adapters().pin(name, pinned, expected=expected)
+
+    def prefetch_adapter(self, name: str) -> AdapterInfo:
+        """Have an adapter read into memory before requests come for it, if there is room.
+
+        Copies that are pinned, or that requests wait for, do not make room for it. Raises
+        ParameterError for an unknown name.
+        """
+        return self._require_adapters().prefetch(name)
 
     def adapter_versions(self, name: str) -> list[AdapterInfo]:
         """What a name has stood for since the start, the newest first; empty if nothing."""

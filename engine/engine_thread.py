@@ -321,6 +321,7 @@ class EngineThread(threading.Thread):
         # Past this point the step has side effects and cannot be retried after an out-of-memory
         # error.
         self._batch = []
+        ended: list[Sequence] = []
         for item in batch:
             sequence = item.sequence
             if sequence.num_output_tokens == 0:
@@ -354,7 +355,11 @@ class EngineThread(threading.Thread):
             self._scheduler.computed(item, taken)
             if finished:
                 del self._streams[sequence.request_id]
-                self._scheduler.finish(sequence)
+                ended.append(sequence)
+        if self._scheduler.speculation is not None:
+            self._scheduler.speculation.see(batch)
+        for sequence in ended:
+            self._scheduler.finish(sequence)
         seconds = time.monotonic() - started
         self._counters.add_step(batch, seconds)
         if self._scheduler.speculation is not None:

@@ -182,12 +182,9 @@ class InputBuffers:
         starts = np.zeros(seqs, np.int64)
         token_ids: list[int] = []
         for row, item in enumerate(batch):
-            start = starts[row] = item.start
-            if item.num_tokens == 1:
-                token_ids.append(item.sequence.token_ids[start])
-            else:
-                counts[row] = item.num_tokens
-                token_ids += item.token_ids
+            starts[row] = item.start
+            counts[row] = item.num_tokens
+            token_ids += item.token_ids
         tokens = int(counts.sum())
         places, used = _layout(tokens, seqs, self._groups, self._states)
 

@@ -64,12 +64,14 @@ class KVCacheGroup:
 class KVCacheLayout:
     """The groups of a model's layers, and what a block of them takes.
 
+    layers: those with attention.
     block_size: tokens in a block.
     block_bytes: of keys, values and their scales for the tokens of a block, in one group.
     step_tokens: the most tokens that a step computes.
     """
 
     groups: tuple[KVCacheGroup, ...]
+    layers: tuple[AnyAttention, ...]
     block_size: int
     block_bytes: int
     step_tokens: int
@@ -90,7 +92,8 @@ class KVCacheLayout:
             # With several groups all layers have the same shape; one group has all the layers.
             entries = sum(_token_bytes(each, config) for each in layers[:size])
             step = config.max_batched_tokens
-            return KVCacheLayout(groups, config.block_size, config.block_size * entries, step)
+            size = config.block_size
+            return KVCacheLayout(groups, tuple(layers), size, size * entries, step)
 
         widest = max(windows) if all(windows) else 0
         choices = [layout(KVCacheGroup(widest, tuple(range(len(layers)))))]

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from nybble.engine import EngineConfig
-from nybble.engine.draft_model import DraftCache
+from nybble.engine.draft_model import cached_architecture, draft_cache
 from nybble.engine.failure import is_out_of_memory
 from nybble.engine.kv_cache import KVCacheLayout
 from nybble.engine.parallel import TensorParallel
@@ -65,24 +65,25 @@ def memory_explained(
         ) from error
 
 
-def _layout(checkpoint: Checkpoint, config: EngineConfig) -> tuple[KVCacheLayout, int]:
+def _layout(
+    checkpoint: Checkpoint, config: EngineConfig, draft: Checkpoint | None
+) -> tuple[KVCacheLayout, int]:
     """The layout of a rank's KV cache, and the tokens of the longest sequence."""
     architecture = architecture_of(checkpoint.config)
     own = TensorParallel(0, config.tensor_parallel_size).part_of(architecture)
     length = min(
         config.max_model_len or architecture.default_max_model_len, architecture.max_model_len
     )
-    return KVCacheLayout.of(own, config, length), length
+    return KVCacheLayout.of(cached_architecture(own, draft), config, length), length
 
 
 def _kv_bytes(checkpoint: Checkpoint, config: EngineConfig, draft: Checkpoint | None) -> int:
     """Of the model and of its draft model."""
-    layout, length = _layout(checkpoint, config)
+    layout, length = _layout(checkpoint, config, draft)
     nbytes = config.kv_cache_bytes or free_kv_bytes(torch.device(config.device))
     architecture = architecture_of(checkpoint.config)
     drafts = 0
-    if draft is not None:
-        cache = DraftCache(draft, config, length)
+    if (cache := draft_cache(draft, config, length)) is not None:
         part = cache.bytes_of(nbytes, layout.sequence_bytes(length))
         drafts, nbytes = cache.blocks_in(part) * cache.layout.block_bytes, nbytes - part
     blocks, states = cache_sizes(architecture, config, layout, length, nbytes)
@@ -92,12 +93,11 @@ def _kv_bytes(checkpoint: Checkpoint, config: EngineConfig, draft: Checkpoint | 
 def _would_fit(
     room: int, checkpoint: Checkpoint, config: EngineConfig, draft: Checkpoint | None
 ) -> str:
-    layout, length = _layout(checkpoint, config)
+    layout, length = _layout(checkpoint, config, draft)
     # A tenth of it is left for activations and other processes.
     nbytes, architecture = max(0, int(0.9 * room)), architecture_of(checkpoint.config)
     own = nbytes
-    if draft is not None:
-        cache = DraftCache(draft, config, length)
+    if (cache := draft_cache(draft, config, length)) is not None:
         own -= cache.bytes_of(nbytes, layout.sequence_bytes(length))
     try:
         blocks, _ = cache_sizes(architecture, config, layout, length, own)

@@ -16,25 +16,25 @@ from __future__ import annotations
 
 import logging
 import time
-from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Several
 from dataclasses import dataclass
 
 import torch
 
 from nybble.engine.block_manager import BlockManager
-from nybble.engine.drafter import Draft, Worth
+from nybble.engine.drafter import FIRST_GUESS, Draft, Worth, grade
 from nybble.engine.failure import is_out_of_memory
+from nybble.engine.inputs import StepItem
 from nybble.engine.runner import ModelRunner
 from nybble.engine.sequence import CachedTokens, Sequence
 from nybble.engine.speculation import StepCosts
 
 logger = logging.getLogger(__name__)
 
-# A token's grade is by the probability that the draft model gives it.
-_PROBABILITIES = (0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 0.98)
-_FIRST_GUESS = (0.15, 0.3, 0.5, 0.65, 0.8, 0.88, 0.93, 0.96)
+# A pass over more tokens of a sequence reads a prompt. It says nothing of what a draft costs.
+_FEW = 16
+_NEWEST = 0.3  # the weight of the newest measurement of what a prompt's token takes
 
 
 class _Drafted(CachedTokens):
@@ -97,7 +97,7 @@ class ModelDrafter:
     """
 
     method = "draft"
-    first_guess = _FIRST_GUESS
+    first_guess = FIRST_GUESS
 
     def __init__(self, runner: ModelRunner, blocks: BlockManager, max_batched_tokens: int) -> None:
         """max_batched_tokens: the most that a pass computes."""
@@ -106,12 +106,23 @@ class ModelDrafter:
         self._blocks = blocks
         self._most = max_batched_tokens
         self._drafted: dict[Sequence, _Drafted] = {}
+        self._cached: dict[Sequence, int] = {}  # tokens of sequences that have not begun
+        self._seconds_per_token = 0.0  # of prompts
 
-    def behind(self, sequence: Sequence) -> int:
-        own = self._drafted.get(sequence)
-        return len(sequence.token_ids) - (0 if own is None else own.num_computed_tokens)
+    def reading(self, sequence: Sequence) -> float:
+        if (own := self._drafted.get(sequence)) is not None:
+            computed = own.num_computed_tokens
+        else:
+            if sequence not in self._cached:  # what is found there takes time to look up
+                self._cached[sequence] = self._blocks.cached_prefix(_Drafted(sequence)).tokens
+            computed = self._cached[sequence]
+        tokens = len(sequence.token_ids) - computed
+        return tokens * self._seconds_per_token if tokens > _FEW else 0.0
+
+    def see(self, batch: Iterable[StepItem]) -> None: ...
 
     def release(self, sequence: Sequence) -> None:
+        self._cached.pop(sequence, None)
         own = self._drafted.pop(sequence, None)
         if own is not None:
             self._blocks.release(own)
@@ -163,6 +174,7 @@ class ModelDrafter:
             return None
         own = _Drafted(sequence)
         own.num_computed_tokens = own.num_published = self._blocks.share_prefix(own)
+        self._cached.pop(sequence, None)
         # All at once: sequences that have a part each could wait for each other.
         if not self._blocks.grow(own, known):
             self._blocks.release(own)
@@ -215,5 +227,12 @@ class ModelDrafter:
             item.sequence.num_computed_tokens += item.num_tokens
         for sequence, token, share in zip(sampling, *chosen, strict=True):
             found[sequence][0].append(int(token))
-            found[sequence][1].append(bisect_right(_PROBABILITIES, share))
-        self.costs.observe(rows, time.monotonic() - started)
+            found[sequence][1].append(grade(share))
+        seconds = time.monotonic() - started
+        if all(item.num_tokens <= _FEW for item, _ in items):
+            self.costs.observe(rows, seconds)
+            return
+        newest = seconds / rows
+        if known := self._seconds_per_token:
+            newest = known + _NEWEST * (newest - known)
+        self._seconds_per_token = newest

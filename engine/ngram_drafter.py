@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from nybble.engine.drafter import Draft, Worth
 
 if TYPE_CHECKING:
+    from nybble.engine.inputs import StepItem
     from nybble.engine.sequence import Sequence
 
 _SHORTEST = 2  # tokens that must agree
@@ -67,8 +68,10 @@ class NgramDrafter:
                 drafts[sequence] = match.draft()
         return drafts
 
-    def behind(self, sequence: Sequence) -> int:
-        return 0
+    def reading(self, sequence: Sequence) -> float:
+        return 0.0
+
+    def see(self, batch: Iterable[StepItem]) -> None: ...
 
     def release(self, sequence: Sequence) -> None:
         self._known.pop(sequence, None)

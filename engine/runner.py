@@ -42,6 +42,9 @@ class ModelRunner:
     """Owns the KV cache tensors and turns scheduled sequences into model inputs.
 
     num_states: slots for the states of layers that keep no keys and values.
+    caches: of each layer with attention, and of those that the layout has beside them.
+    captured: what the decoder has captured in the last run, ``(rows, layers · hidden)``; None if it
+        captures nothing.
     """
 
     def __init__(
@@ -82,9 +85,8 @@ class ModelRunner:
             return (*entries, *(zeros(torch.float32, *heads) for _ in tensors))
 
         # Layers at the same place of their groups use the same memory, for blocks of their own.
-        layers = decoder.architecture.attentions
         places = [
-            cache(layers[layer])
+            cache(layout.layers[layer])
             for layer, place in enumerate(layout.place_in_block)
             if place not in layout.place_in_block[:layer]
         ]
@@ -108,6 +110,7 @@ class ModelRunner:
             states=bool(self.states),
         )
         self._graphs: DecodeGraphs | None = None
+        self.captured: Tensor | None = None
 
     def run(self, batch: Sequence[StepItem]) -> Tensor:
         """Compute every scheduled token.
@@ -125,7 +128,10 @@ class ModelRunner:
                 return self._graphs.run(size, adapted)[: len(batch)]
         inputs = self._inputs.build(batch, lora_slots if adapted else None)
         adapters = self._step_adapters(inputs)
-        hidden, ends = self._forward(inputs, adapters), None if adapters is None else adapters.ends
+        captured: list[Tensor] = []
+        hidden = self._forward(inputs, adapters, captured)
+        self.captured = torch.cat(captured, dim=-1) if captured else None
+        ends = None if adapters is None else adapters.ends
         row = 0
         for item in batch:
             if item.prompt_reader is not None:
@@ -156,7 +162,12 @@ class ModelRunner:
             return None
         return self.adapters.for_step(inputs.lora, self.decoder.backend)
 
-    def _forward(self, inputs: StepInputs, adapters: StepAdapters | None) -> Tensor:
+    def _forward(
+        self,
+        inputs: StepInputs,
+        adapters: StepAdapters | None,
+        captured: list[Tensor] | None = None,
+    ) -> Tensor:
         return self.decoder.forward(
             inputs.token_ids,
             inputs.positions,
@@ -165,6 +176,7 @@ class ModelRunner:
             adapters,
             self.states,
             inputs.states,
+            captured,
         )
 
     def _logits(self, hidden: Tensor, inputs: StepInputs, ends: StepEnds | None = None) -> Tensor:

@@ -113,6 +113,8 @@ class ScheduledSequence:
     @property
     def token_ids(self) -> list[int]:
         """Of the positions computed."""
+        if not self.draft:
+            return self.sequence.token_ids[self.start : self.start + self.num_tokens]
         end = self.start + self.num_tokens - len(self.draft)
         return [*self.sequence.token_ids[self.start : end], *self.draft]
 

@@ -12,15 +12,17 @@ earns. A draft that is not verified teaches as well: its first token is compared
 was sampled.
 
 Drafting may cost time too: a draft model makes a pass for each token. Then the same is decided
-before drafting, by what passes take and how often this drafter was right. If drafting does not pay,
-a small part of the time is spent on finding out whether it does again.
+before drafting, by what passes take and how often this drafter was right. Before the first draft
+of a sequence the draft model reads the prompt: that is done if the tokens that the sequence is
+expected to still get earn it. If drafting does not pay, a small part of the time is spent on
+finding out whether it does again.
 """
 
 from __future__ import annotations
 
 import time
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Several
 from dataclasses import dataclass
 from itertools import accumulate, repeat
@@ -33,11 +35,12 @@ from nybble.engine.request import NoTokenError
 from nybble.engine.sampler import Sampled
 
 if TYPE_CHECKING:
+    from nybble.engine.inputs import StepItem
     from nybble.engine.sequence import Sequence
 
-# Weights of the newest measurement: of its own number of rows, and of all steps, whose contexts
-# grow together.
-_OWN, _COMMON = 0.3, 0.1
+# The weight of the newest measurement of a number of rows, and the power of its change by which all
+# others change: contexts grow together.
+_OWN, _COMMON = 0.3, 0.33
 # A longer step than expected by this factor was held up by something else.
 _OUTLIER = 4.0
 # A step with drafts must promise so many more tokens for each sequence than one without: the most
@@ -54,6 +57,8 @@ _ANY_GUESS = 0.6
 _CAUTION, _OWN_KEPT, _HIGHEST = 1.0, 0.95, 0.98
 # Of the time in which drafting does not pay, what is spent on drafts to learn from.
 _TRIAL_SHARE = 0.01
+# Tokens that a sequence is taken to still get, unless it may get fewer or got more already.
+_USUAL_REST = 256
 
 
 class StepCosts:
@@ -70,10 +75,12 @@ class StepCosts:
             self._rows.insert(at, rows)
             self._seconds.insert(at, seconds)
             return
-        ratio = min(seconds / self._seconds[at], _OUTLIER)
-        common = 1 + _COMMON * (ratio - 1)
+        own = 1 + _OWN * (min(seconds / self._seconds[at], _OUTLIER) - 1)
+        # A power: what comes and goes at one number of rows leaves the others where they were, and
+        # those that are not measured for long do not drift away.
+        common = own**_COMMON
         self._seconds = [each * common for each in self._seconds]
-        self._seconds[at] *= (1 + _OWN * (ratio - 1)) / common
+        self._seconds[at] *= own / common
 
     def of(self, rows: int) -> float | None:
         """Seconds that a step of so many rows is expected to take; None if nothing is known.
@@ -176,6 +183,7 @@ class Speculation:
         self._drafting = 0.0  # seconds of this step
         self._without = 0.0  # seconds of steps since anything was drafted
         self._floor = 0.0  # the least chance for which another token is drafted
+        self._tries = False  # whether this step drafts to learn
 
     @property
     def method(self) -> str:
@@ -193,16 +201,22 @@ class Speculation:
         """
         started = time.monotonic()
         limits = {each: min(own, self.max_tokens) for each, own in room.items()}
+        self._tries = False
         if self._adaptive and self._drafter.costs is not None:
-            limits = self._limits(rows, decoding, limits, budget, self._drafter.costs)
+            limits = self._limits(rows, decoding, limits, room, budget, self._drafter.costs)
         drafts = {}
         if limits:
             found = self._drafter.draft(limits, self._worth)
             drafts = {each: own for each, draft in found.items() if (own := _allowed(each, draft))}
         known = [(draft, each.acceptance) for each, draft in drafts.items()]
-        lengths = self.lengths(rows, decoding, known, budget)
+        # What is drafted to learn is verified: a step's cost is learned too.
+        lengths = [1] if self._tries and drafts else self.lengths(rows, decoding, known, budget)
         self._drafting = time.monotonic() - started
         return dict(zip(drafts, zip(drafts.values(), lengths, strict=True), strict=True))
+
+    def see(self, batch: Iterable[StepItem]) -> None:
+        """Show the drafter a step that is computed; see :class:`nybble.engine.drafter.Drafter`."""
+        self._drafter.see(batch)
 
     def release(self, sequence: Sequence) -> None:
         """Forget what is kept of a sequence, which has ended or gives its memory back."""
@@ -249,10 +263,14 @@ class Speculation:
         rows: int,
         decoding: int,
         limits: dict[Sequence, int],
+        room: Mapping[Sequence, int],
         budget: int,
         passes: StepCosts,
     ) -> dict[Sequence, int]:
-        """How many tokens of each sequence to draft, if passes that draft cost time."""
+        """How many tokens of each sequence to draft, if passes that draft cost time.
+
+        room: the most tokens that each can still be given as drafts, in all its steps.
+        """
         chances = [
             list(accumulate(repeat(each.acceptance.chance(self._odds.of_any), limit), mul))
             for each, limit in limits.items()
@@ -261,24 +279,38 @@ class Speculation:
         chosen = {each: count for each, count in zip(limits, lengths, strict=True) if count}
         self._floor = 0.0
         base, one = self._costs.of(rows), passes.of(len(chosen) or 1)
-        if base is None or one is None:
+        if base is None:
             return chosen
+        if chosen:
+            # What a token takes without drafts, and what one takes that is drafted: its part of a
+            # pass, and a row.
+            token = (self._costs.of(decoding) or base) / decoding
+            row = (self._costs.of(rows + len(chosen)) or base) - base
+            cost = ((one or 0.0) + row) / len(chosen)
+            chosen = {
+                each: count
+                for each, count, own in zip(limits, lengths, chances, strict=True)
+                if count
+                and (
+                    not (reading := self._drafter.reading(each))
+                    or reading
+                    < _earned(sum(own[:count]), count, token, cost) * _rest(each, room[each])
+                )
+            }
         if not chosen:
             return self._trial(limits, passes)
         self._without = 0.0
-        # A token earns its chance of what a token takes without drafts; it costs its part of a pass
-        # and a row.
-        row = (self._costs.of(rows + len(chosen)) or base) - base
-        self._floor = (one + row) / len(chosen) * decoding / (self._costs.of(decoding) or base)
+        if one is not None:
+            self._floor = cost / token
         return chosen
 
     def _trial(self, limits: dict[Sequence, int], passes: StepCosts) -> dict[Sequence, int]:
         """One token of the sequence that costs least, if the time for that has come."""
-        cheapest = min(limits, key=self._drafter.behind)
-        seconds = passes.of(self._drafter.behind(cheapest)) or 0.0
+        cheapest = min(limits, key=self._drafter.reading)
+        seconds = self._drafter.reading(cheapest) + (passes.of(1) or 0.0)
         if seconds > _TRIAL_SHARE * self._without:
             return {}
-        self._without = 0.0
+        self._without, self._tries = 0.0, True
         return {cheapest: 1}
 
     def _worth(self, sequence: Sequence, grades: Several[int]) -> bool:
@@ -287,6 +319,23 @@ class Speculation:
             return True
         own = [self._odds.of_any, *map(self._odds.of, grades)]
         return prod(map(sequence.acceptance.chance, own)) >= self._floor
+
+
+def _earned(accepted: float, drafted: int, token: float, cost: float) -> float:
+    """Seconds that drafts save with each token of a sequence.
+
+    accepted, drafted: tokens of a draft. token: seconds of a token without drafts. cost: seconds of
+    drafting and verifying one.
+    """
+    return (accepted * token - drafted * cost) / (1 + accepted)
+
+
+def _rest(sequence: Sequence, room: int) -> int:
+    """How many tokens a sequence is expected to still get, which may get ``room`` and one.
+
+    Of an end that is not known half is expected to be over.
+    """
+    return min(room + 1, max(_USUAL_REST, sequence.num_output_tokens))
 
 
 def _allowed(sequence: Sequence, draft: Draft) -> Draft | None:

@@ -5,7 +5,8 @@ Per module: ``base_model.model.<module>.lora_A.weight`` ``(rank, in)`` and ``lor
 ``lora_magnitude_vector`` ``(out,)``, with ``lora_bias`` ``lora_B.bias`` ``(out,)``.
 VeRA's are ``vera_lambda_d`` ``(rank,)`` and ``vera_lambda_b`` ``(out,)``, beside ``vera_A`` and
 ``vera_B``, which all modules share. AdaLoRA's are ``lora_A``, ``lora_B`` and the singular values
-``lora_E`` ``(rank, 1)``. With ``bias`` there is the layer's own ``bias``, before which comes
+``lora_E`` ``(rank, 1)``. For (IA)³ see :mod:`nybble.loaders.adapter_vectors`.
+With ``bias`` there is the layer's own ``bias``, before which comes
 ``base_layer`` if the layer has an adapter. Some versions put the adapter's name before ``weight``.
 Some leave out ``base_model.model``, or, if the model was trained without its head, the base's
 ``model.``. For the embedding, the output layer and norms see :mod:`nybble.loaders.adapter_ends`.
@@ -35,6 +36,7 @@ from nybble.loaders.adapter_ends import end_keys, read_ends
 from nybble.loaders.adapter_experts import expert_changes, is_of_stacked_experts
 from nybble.loaders.adapter_settings import SETTINGS_FILES
 from nybble.loaders.adapter_tensors import AROUND, after_prefixes, check_values
+from nybble.loaders.adapter_vectors import vector_changes
 from nybble.loaders.errors import AdapterError
 from nybble.models import Architecture
 
@@ -59,6 +61,7 @@ _KEY = re.compile(
     r"|(?P<lora_E>lora_E)"
     r"|(?P<vera_lambda_b>vera_lambda_b(?:\.[^.]+)?)"
     r"|(?P<vera_lambda_d>vera_lambda_d(?:\.[^.]+)?)"
+    r"|(?P<ia3_l>ia3_l(?:\.[^.]+)?)"
     r"|(?P<lora_bias>lora_B(?:\.[^.]+)?\.bias)"
     r"|(?P<lora_magnitude_vector>lora_magnitude_vector(?:\.[^.]+){0,2})"
     r"|(?P<bias>(?:base_layer\.)?bias))"
@@ -123,8 +126,9 @@ def load_adapter(folder: Path, architecture: Architecture) -> LoRAAdapter:
         inside = {key for key in inside if not _SHARED.fullmatch(key)}
     for key in sorted(inside, key=_natural):
         module, part = names.parse(key)
-        rank = settings.rank(names.trained(module))
-        _check(path, key, tensors[key], part, rank, shapes[module])
+        trained = names.trained(module)
+        expected = _expected(part, settings, trained, shapes[module])
+        _check(path, key, tensors[key], expected, settings.rank(trained))
         if part in parts.setdefault(module, {}):
             raise AdapterError(f"{path} has more than one {part} for {module}, e.g. {key}")
         parts[module][part] = tensors[key]
@@ -135,8 +139,7 @@ def load_adapter(folder: Path, architecture: Architecture) -> LoRAAdapter:
         if module in parts or separate or module in architecture.dense_linears:
             found = parts.get(module, {})
             has_bias = architecture.linears[module].bias or "bias" in found
-            expected = settings.parts(names.trained(module), has_bias=has_bias)
-            _compare(path, module, found, expected)
+            _compare(path, module, found, settings.parts(names.trained(module), has_bias=has_bias))
         if module in parts:
             if parts[module].keys() - _SIDES and module not in architecture.dense_linears:
                 raise AdapterError(
@@ -145,6 +148,10 @@ def load_adapter(folder: Path, architecture: Architecture) -> LoRAAdapter:
                 )
             scale = settings.scale(names.trained(module))
             modules[module] = _module(parts[module], scale, shapes[module], shared)
+    if settings.vectors:
+        vectors = {module: found["ia3_l"] for module, found in parts.items()}
+        feedforward = {module for module in vectors if settings.feeds(names.trained(module))}
+        modules = vector_changes(path, vectors, feedforward, architecture)
     for key, tensor in stacked.items():
         check_values(path, key, tensor)
     for change in expert_changes(path, settings, stacked, architecture):
@@ -245,14 +252,19 @@ def _unknown(module: str, shapes: Mapping[str, tuple[int, int]]) -> str:
     return f"which the base model does not have; it has e.g. {next(iter(shapes))}"
 
 
-def _check(
-    path: Path, key: str, tensor: Tensor, part: str, rank: int, shape: tuple[int, int]
-) -> None:
-    out, inputs = shape
-    low_rank: dict[str, tuple[int, ...]]
-    low_rank = {"lora_A": (rank, inputs), "lora_B": (out, rank), "lora_E": (rank, 1)}
-    low_rank["vera_lambda_d"] = (rank,)
-    expected = low_rank.get(part, (out,))
+def _expected(
+    part: str, settings: AdapterSettings, trained: str, shape: tuple[int, int]
+) -> tuple[int, ...]:
+    """The shape of a part of a module, whose name in training is ``trained``."""
+    rank, (out, inputs) = settings.rank(trained), shape
+    shapes: dict[str, tuple[int, ...]]
+    shapes = {"lora_A": (rank, inputs), "lora_B": (out, rank), "lora_E": (rank, 1)}
+    shapes["vera_lambda_d"] = (rank,)
+    shapes["ia3_l"] = (1, inputs) if settings.feeds(trained) else (out, 1)
+    return shapes.get(part, (out,))
+
+
+def _check(path: Path, key: str, tensor: Tensor, expected: tuple[int, ...], rank: int) -> None:
     if tuple(tensor.shape) != expected:
         raise AdapterError(
             f"{path}: {key} has shape {tuple(tensor.shape)}, expected {expected} for this base "

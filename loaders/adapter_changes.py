@@ -19,6 +19,8 @@ class LoRAModule:
     added_bias: ``(out,)``, added to the projection's bias after multiplication by ``scale``, or
         None (peft's ``lora_bias``).
     own_bias: ``(out,)``, instead of the projection's bias, or None (peft's ``bias``).
+    factors: ``(out,)``, what outputs are multiplied by, the base's bias among them, or None
+        ((IA)³, Liu et al. 2022).
     """
 
     a: Tensor
@@ -27,6 +29,7 @@ class LoRAModule:
     magnitude: Tensor | None = None
     added_bias: Tensor | None = None
     own_bias: Tensor | None = None
+    factors: Tensor | None = None
 
     @property
     def rank(self) -> int:
@@ -34,17 +37,29 @@ class LoRAModule:
 
     @property
     def changes_weight(self) -> bool:
-        return self.rank > 0 or self.magnitude is not None
+        return self.rank > 0 or self.stretches
+
+    @property
+    def stretches(self) -> bool:
+        """Whether rows of the weight are multiplied by numbers (DoRA, (IA)³)."""
+        return self.magnitude is not None or self.factors is not None
 
     @property
     def changes_bias(self) -> bool:
         return self.added_bias is not None or self.own_bias is not None
 
+    @property
+    def is_low_rank(self) -> bool:
+        """Whether it is a plain LoRA, so that it can be weighted and added to others."""
+        return not (self.stretches or self.changes_bias)
+
     def stretch(self, weight: Tensor, start: int = 0) -> Tensor | None:
-        """What DoRA multiplies rows of ``W + scale · b @ a`` by, float32 ``(rows,)``; or None.
+        """What rows of ``W + scale · b @ a`` are multiplied by, float32 ``(rows,)``; or None.
 
         weight: rows of W from ``start`` on.
         """
+        if self.factors is not None:
+            return self.factors[start : start + len(weight)].to(weight.device, torch.float32)
         if self.magnitude is None:
             return None
         magnitude = self.magnitude[start : start + len(weight)].float()
@@ -60,6 +75,8 @@ class LoRAModule:
     def bias(self, base: Tensor | None) -> Tensor | None:
         """The changed bias, float32 ``(out,)``, of the projection's own; None if there is none."""
         bias = base if self.own_bias is None else self.own_bias
+        if bias is not None and self.factors is not None:
+            bias = bias.float() * self.factors.to(bias.device, torch.float32)
         if self.added_bias is None:
             return None if bias is None else bias.float()
         added = self.scale * self.added_bias.float()
@@ -96,10 +113,8 @@ class MatrixChange:
     @property
     def is_low_rank(self) -> bool:
         """Whether it is a plain LoRA, so that it can be weighted and added to others."""
-        module = self.low_rank
-        if module is not None and (module.magnitude is not None or module.changes_bias):
-            return False
-        return self.whole is None and self.ids is None
+        plain = self.low_rank is None or self.low_rank.is_low_rank
+        return plain and self.whole is None and self.ids is None
 
     def merged(self, weight: Tensor) -> Tensor:
         """The changed matrix, float32."""

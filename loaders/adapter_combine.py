@@ -26,7 +26,7 @@ def combine_adapters(
         weight (with the factor α/r). Their product also mixes one adapter's A with another's B.
         Ranks must be equal.
     Raises AdapterError if there is not one weight for each adapter, if ranks differ, or if an
-    adapter is no sum: if it has DoRA, biases, norms, or matrices or rows of its own.
+    adapter is no sum: if it has DoRA, (IA)³, biases, norms, or matrices or rows of its own.
     """
     if not adapters or len(adapters) != len(weights):
         raise AdapterError(
@@ -61,11 +61,18 @@ def combined_digest(
     return digest.digest()
 
 
+def kind_of(module: LoRAModule) -> str:
+    """What a module that is no plain LoRA has."""
+    if module.factors is not None:
+        return "(IA)³"
+    return "biases" if module.magnitude is None else "DoRA"
+
+
 def not_a_sum(adapter: LoRAAdapter) -> str | None:
     """Why an adapter cannot be weighted and added to others; None if it can."""
     for name, module in adapter.modules.items():
-        if module.magnitude is not None or module.changes_bias:
-            return f"has {'biases' if module.magnitude is None else 'DoRA'} on {name}"
+        if not module.is_low_rank:
+            return f"has {kind_of(module)} on {name}"
     if adapter.invocation:
         return "is an aLoRA, which is active in a part of the text"
     if adapter.norms:

@@ -42,6 +42,7 @@ _NO_EFFECT = {
         "d_initial",
         "init_weights",
     ),  # of VeRA
+    "init_ia3_weights",
     "fan_in_fan_out",  # for layers with transposed weights; peft resets it for nn.Linear
 }
 _READ = {
@@ -49,13 +50,13 @@ _READ = {
     *("exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters"),
     *("use_dora", "lora_bias", "bias", "init_r"),
     *("modules_to_save", "trainable_token_indices", "ensure_weight_tying"),
-    "alora_invocation_tokens",
+    *("alora_invocation_tokens", "feedforward_modules"),
 }
 # Initializations that leave the base weights as they are. The others (PiSSA, OLoRA, …) subtract the
 # initial product from the base, so the adapter does not fit the published base.
 _INIT_KEEPS_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
 _WHOLE = ("modules_to_save", "trainable_token_indices")
-_KINDS = ("LORA", "ADALORA", "VERA")
+_KINDS = ("LORA", "ADALORA", "VERA", "IA3")
 _BIASES = ("none", "lora_only", "all")
 _REFUSED = {
     "layer_replication": "layers of the base repeated; replicate them in the base model",
@@ -74,6 +75,8 @@ class AdapterSettings:
     singular_values: whether it is an AdaLoRA (Zhang et al. 2023), whose ``r`` is the rank before
         training took ranks away; ``rank_pattern`` then names modules, and is no pattern.
     shared: whether it is a VeRA (Kopiczko et al. 2024), whose matrices all modules share.
+    vectors: whether it is an (IA)³ (Liu et al. 2022), which multiplies outputs, or the inputs of
+        ``feedforward_modules``.
     bias: which of the base's biases were trained: none, those of layers with an adapter, or all.
     modules_to_save: the ends of the names of modules that were trained whole.
     token_indices: tokens whose rows were trained, of the embedding or by the ends of modules'
@@ -98,6 +101,8 @@ class AdapterSettings:
     bias: Literal["none", "lora_only", "all"]
     singular_values: bool
     shared: bool
+    vectors: bool
+    feedforward_modules: str | tuple[str, ...]
     modules_to_save: tuple[str, ...]
     token_indices: tuple[int, ...] | Mapping[str, tuple[int, ...]] | None
     tying: bool
@@ -140,6 +145,8 @@ class AdapterSettings:
                 bias=config.get("bias", "none"),
                 singular_values=adalora,
                 shared=config["peft_type"] == "VERA",
+                vectors=config["peft_type"] == "IA3",
+                feedforward_modules=_names(config.get("feedforward_modules")),
                 modules_to_save=_listed(config.get("modules_to_save")),
                 token_indices=_token_indices(config.get("trainable_token_indices")),
                 tying=bool(config.get("ensure_weight_tying", False)),
@@ -167,7 +174,7 @@ class AdapterSettings:
         ranks = () if self.singular_values else self.rank_pattern
         for pattern in (*ranks, *self.alpha_pattern, *self.layers_pattern):
             regex.compile(pattern)
-        for names in (self.target_modules, self.exclude_modules):
+        for names in (self.target_modules, self.exclude_modules, self.feedforward_modules):
             if isinstance(names, str):
                 regex.compile(names)
 
@@ -185,6 +192,13 @@ class AdapterSettings:
         found = (_match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", module) for pattern in patterns)
         index = next((int(match[1]) for match in found if match), None)
         return index in self.layers
+
+    def feeds(self, module: str) -> bool:
+        """Whether (IA)³ multiplies the module's inputs, and not its outputs."""
+        names = self.feedforward_modules
+        if isinstance(names, str):
+            return _matches(names, module)
+        return any(module.endswith(name) for name in names)
 
     def saves(self, module: str) -> bool:
         """Whether the module is one of ``modules_to_save``, by the end of its name, as in PEFT."""
@@ -217,6 +231,8 @@ class AdapterSettings:
         selected = self.selects(module)
         if self.shared:
             return ("vera_lambda_b", "vera_lambda_d") if selected else ()
+        if self.vectors:
+            return ("ia3_l",) if selected else ()
         trained_bias = has_bias and (self.bias == "all" or (selected and self.bias == "lora_only"))
         parts = {
             "lora_A": selected,
@@ -236,11 +252,11 @@ class AdapterSettings:
     def scale(self, module: str) -> float:
         """α/r, or α/√r with rsLoRA (Kalajdzievski 2023).
 
-        VeRA has none.
+        VeRA and (IA)³ have none.
 
         peft's AdaLoRA divides by the rank before training, and adds 1e-5 to it.
         """
-        if self.shared:
+        if self.shared or self.vectors:
             return 1.0
         if self.singular_values:
             return self.alpha / (self.r + 1e-5)
@@ -258,6 +274,8 @@ def _refuse_unsupported(path: Path, config: Mapping[str, Any]) -> None:
     for name in ("use_dora", "lora_bias"):
         if config.get(name) and config.get("target_parameters"):
             raise AdapterError(f"{path}: {name} with target_parameters has no meaning in peft")
+    if kind in ("VERA", "IA3") and config.get("target_parameters"):
+        raise AdapterError(f"{path}: {kind} has no target_parameters in peft")
     if kind == "VERA" and config.get("bias", "none") != "none":
         raise AdapterError(f"{path}: VeRA with bias {config['bias']!r} is not supported")
     if kind == "ADALORA" and config.get("target_parameters"):

@@ -16,6 +16,7 @@ from nybble.loaders.model_config import load_config
 from nybble.loaders.shards import Shards
 from nybble.loaders.tensor_file import TensorHeader
 from nybble.models import architecture_of
+from nybble.models.eagle3 import is_eagle3
 
 # Bytes of a weight with its share of the scales. In 4 bits: blocks of 64 with a float32 scale, or
 # with a scale and a zero of 16 bits. In 8 bits: two 16-bit scales for 128 weights.
@@ -24,6 +25,7 @@ _EIGHT_BITS = 1 + 4 / 128
 _PERM_BYTES = 8  # for a column of an 8-bit weight: two int32
 _PACKED_FIELDS = ("scales", "zeros")  # fields of the packed form other than the codes
 _HEAD = "lm_head.weight"
+_UNREAD = "t2d"  # of an EAGLE-3 head
 _EMBEDDING = "embed_tokens.weight"
 
 
@@ -39,7 +41,11 @@ def weight_bytes(
     layers, head: which parts of a 16-bit model are quantized while loading.
     Raises CheckpointError if files are missing or broken.
     """
-    architecture = architecture_of(load_config(folder))
+    config = load_config(folder)
+    if is_eagle3(config):  # in 16 bits whatever is asked
+        own = Shards(folder).headers()
+        return sum(each.elements * dtype.itemsize for each in own if each.name != _UNREAD)
+    architecture = architecture_of(config)
     if (folder / "nybble.json").is_file():  # the packed form: nothing is quantized anew
         shards, linears, wide = Shards(folder), frozenset[str](), frozenset[str]()
     else:

@@ -15,7 +15,7 @@ from nybble.models.config import UnsupportedModelError
 
 Describe = Callable[[PretrainedConfig], Architecture]
 # Modules of this package that describe no family.
-_SHARED = ("anatomy", "config", "parts", "registry")
+_SHARED = ("anatomy", "config", "eagle3", "parts", "registry")
 # Layers that nothing here computes, and model types that have them: nothing less would serve these.
 _LACKING = {
     "latent attention in layouts of their own": ("deepseek_v32", "kimi_linear", "longcat_flash"),

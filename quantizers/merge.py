@@ -244,7 +244,7 @@ class _Merge:
             change = float((exact - self._base(name)).norm())
         else:
             moved, whole = (compensation.output_norm(d) for d in (difference, exact))
-            if module.magnitude is None:
+            if not module.stretches:
                 change = module.scale * compensation.output_norm(module.a, module.b)
             else:
                 change = compensation.output_norm(exact - self._base(name))
@@ -289,12 +289,14 @@ class _Merge:
         """With calibration: on the base's own grid if it is coarse, else on newly fitted scales.
 
         An 8-bit grid is not kept: a change is larger than its steps and would be cut off at its
-        ends.
+        ends. So would rows that (IA)³ multiplies.
         """
         base = format.quantized(self.shards, name) if self.plan.same else None
         try:
             fine = isinstance(base, AffineWeight) and base.bits > _COARSE_BITS
-            if base is None or compensation is None or fine:
+            module = self._module(name)
+            multiplied = module is not None and module.factors is not None
+            if base is None or compensation is None or fine or multiplied:
                 base = _fitted(exact, self.plan.dtype, format, name, base)
         except ValueError as misfit:
             raise CheckpointError(f"{name}: {misfit}") from misfit

@@ -69,7 +69,7 @@ def main() -> None:
     layout = KVCacheLayout.of(decoder.architecture, config, length)
     blocks = layout.table_blocks(length)
     runner = ModelRunner(decoder, config, layout, blocks * most)
-    together = list(decoder._blocks)
+    (together,) = decoder._blocks
     parts: list[Block] = []
     for block in together:
         parts += block.blocks if isinstance(block, FusedLayers) else [block]
@@ -100,13 +100,13 @@ def main() -> None:
         functions = {}
         for _ in range(1 + (options.rounds if name != "prompt" else options.rounds // 5)):
             for way, way_blocks in (("parts", parts), ("together", together)):
-                decoder._blocks = way_blocks
+                decoder._blocks = [way_blocks]
                 clock, processor = time.perf_counter(), time.process_time()
                 with torch.inference_mode():
                     runner.run(batch)
                 taken[way].append((time.perf_counter() - clock, time.process_time() - processor))
         for way, way_blocks in (("parts", parts), ("together", together)):
-            decoder._blocks = way_blocks
+            decoder._blocks = [way_blocks]
             with torch.inference_mode():
                 functions[way] = calls_of(partial(runner.run, batch))
         row = f"{name:20}"

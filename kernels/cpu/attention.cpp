@@ -1,16 +1,16 @@
 // Causal attention over paged keys and values; kernels/reference.py defines it.
 
-#include <omp.h>
-
 #include <algorithm>
 #include <iterator>
 #include <numeric>
 #include <type_traits>
 #include <vector>
 
+#include "eight.h"
 #include "kernels.h"
 #include "simd.h"
 #include "status.h"
+#include "threads.h"
 
 using namespace nybble;
 
@@ -25,6 +25,8 @@ constexpr int64_t kRows = 32, kScores = 1 << 18;
 
 #if defined(__AVX512BW__)
 constexpr int kScoreRows = 8, kMixRows = 4, kMixVectors = 4;
+#elif defined(__aarch64__)
+constexpr int kScoreRows = 2, kMixRows = 4, kMixVectors = 1;
 #else
 constexpr int kScoreRows = 3, kMixRows = 4, kMixVectors = 1;
 #endif
@@ -34,10 +36,10 @@ constexpr int kScoreRows = 3, kMixRows = 4, kMixVectors = 1;
 #if defined(__AVX512BF16__)
 constexpr int64_t kElements = 2;
 // Eight units of a key; int8 is exact in bf16.
-inline __m256 load_units(const bf16* source) {
+inline Eight load_units(const bf16* source) {
     return _mm256_loadu_ps(reinterpret_cast<const float*>(source));
 }
-inline __m256 load_units(const int8_t* source) {
+inline Eight load_units(const int8_t* source) {
     return _mm256_castsi256_ps(round_to_bf16(load_int8(source)));
 }
 inline void store_query(float* target, const bf16* query, int64_t dim) {
@@ -48,14 +50,8 @@ inline Floats add_product(Floats a, Floats b, Floats c) {
 }
 #else
 constexpr int64_t kElements = 1;
-inline __m256 load_units(const bf16* source) {
-    const __m128i eight = _mm_loadu_si128(reinterpret_cast<const __m128i*>(source));
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(eight), 16));
-}
-inline __m256 load_units(const int8_t* source) {
-    const __m128i eight = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(source));
-    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(eight));
-}
+inline Eight load_units(const bf16* source) { return load_eight(source); }
+inline Eight load_units(const int8_t* source) { return load_eight(source); }
 inline void store_query(float* target, const bf16* query, int64_t dim) {
     for (int64_t i = 0; i < dim; i += 16) store(target + i, load_bf16(query + i));
 }
@@ -66,27 +62,6 @@ inline Floats add_product(Floats a, Floats b, Floats c) { return fma(a, b, c); }
 inline Floats load_value(const bf16* source, const float*, int64_t) { return load_bf16(source); }
 inline Floats load_value(const int8_t* source, const float* scales, int64_t row) {
     return load_int8(source) * broadcast(scales[row]);
-}
-
-// Eight rows of eight become eight columns, 16 apart.
-inline void transpose(const __m256 (&rows)[8], float* target) {
-    __m256 pairs[8], fours[8];
-    for (int i = 0; i < 4; ++i) {
-        pairs[2 * i] = _mm256_unpacklo_ps(rows[2 * i], rows[2 * i + 1]);
-        pairs[2 * i + 1] = _mm256_unpackhi_ps(rows[2 * i], rows[2 * i + 1]);
-    }
-    for (int i = 0; i < 2; ++i) {
-        const __m256 *low = pairs + 4 * i, *high = low + 2;
-        fours[4 * i] = _mm256_shuffle_ps(low[0], high[0], 0x44);
-        fours[4 * i + 1] = _mm256_shuffle_ps(low[0], high[0], 0xEE);
-        fours[4 * i + 2] = _mm256_shuffle_ps(low[1], high[1], 0x44);
-        fours[4 * i + 3] = _mm256_shuffle_ps(low[1], high[1], 0xEE);
-    }
-    for (int i = 0; i < 4; ++i) {
-        _mm256_storeu_ps(target + i * kKeys, _mm256_permute2f128_ps(fours[i], fours[i + 4], 0x20));
-        _mm256_storeu_ps(target + (i + 4) * kKeys,
-                         _mm256_permute2f128_ps(fours[i], fours[i + 4], 0x31));
-    }
 }
 
 struct Shape {
@@ -134,11 +109,6 @@ struct Pages {
     }
 };
 
-// Blocks lie apart in memory, which no CPU foresees.
-inline void prefetch(const void* row) {
-    _mm_prefetch(static_cast<const char*>(row), _MM_HINT_T0);
-}
-
 // Scores of R rows with sixteen keys (units, 16), times their scales. The order of the additions does
 // not depend on R, here and below, so that a token's result does not depend on its tile.
 template <int R>
@@ -166,13 +136,14 @@ void score_tile(const Shape& s, const Tile& tile, const Pages<Element>& keys, co
         keys.find(s, start + kKeys, tile.last(), kKeys, next);
         for (int64_t half = 0; half < kKeys; half += 8)
             for (int64_t u = 0; u < units; u += 8) {
-                __m256 eight[8];
+                Eight eight[8];
                 for (int64_t i = 0; i < 8; ++i) {
                     const int64_t at = u * kElements;
                     eight[i] = load_units(keys.cache + rows[half + i] * s.dim + at);
+                    // Blocks lie apart in memory, which no CPU foresees.
                     prefetch(keys.cache + next[half + i] * s.dim + at);
                 }
-                transpose(eight, columns + u * kKeys + half);
+                transpose(eight, columns + u * kKeys + half, kKeys);
             }
         Floats scales = broadcast(1.0f);
         if (keys.scales) {
@@ -356,7 +327,7 @@ void attend(const Attention& a) {
     const auto count = static_cast<int64_t>(tiles.size()), items = count * s.kv_heads;
 #pragma omp parallel num_threads(a.threads)
     {
-        float* scores = all_buffers.get() + omp_get_thread_num() * rounded;
+        float* scores = all_buffers.get() + thread_number() * rounded;
         float* mixed = scores + parts[0];
         float* values = mixed + parts[1];
         float* columns = values + parts[2];

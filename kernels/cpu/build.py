@@ -10,16 +10,18 @@ import ctypes
 import hashlib
 import logging
 import os
+import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
 _FLAGS = (
-    *("-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp"),
+    *("-O3", "-std=c++17", "-shared", "-fPIC"),
     # Without this GCC may split one loop's additions differently from another's and a row's result
     # would depend on its batch.
     "-ffp-contract=off",
@@ -32,11 +34,13 @@ class Target:
 
     features: what the CPU must have, as named in /proc/cpuinfo.
     flags: for the compiler.
+    machine: the CPU's architecture, as Linux names it.
     """
 
     name: str
     features: tuple[str, ...]
     flags: tuple[str, ...]
+    machine: str = "x86_64"
 
 
 _AVX2 = ("avx2", "fma", "f16c")
@@ -52,6 +56,30 @@ TARGETS = (  # the fastest first
     Target("avx2_vnni", (*_AVX2, "avx_vnni"), ("-march=haswell", "-mavxvnni")),
     Target("avx2", _AVX2, ("-march=haswell",)),
 )
+_ARM = "aarch64"
+_NEON_DOTPROD = ("asimd", "asimddp")
+ARM_TARGETS = (  # the fastest first
+    # Neoverse N2 and V1 (Graviton 3) and later, Apple M2 and later
+    Target(
+        "neon_i8mm", (*_NEON_DOTPROD, "i8mm", "bf16"), ("-march=armv8.2-a+dotprod+i8mm+bf16",), _ARM
+    ),
+    # Neoverse N1 (Graviton 2, Ampere Altra), Cortex-A76 as in the Raspberry Pi 5, Apple M1
+    Target("neon_dotprod", _NEON_DOTPROD, ("-march=armv8.2-a+dotprod",), _ARM),
+    # Any 64-bit ARM: Cortex-A72 as in the Raspberry Pi 4
+    Target("neon", ("asimd",), ("-march=armv8-a",), _ARM),
+)
+_TARGETS_OF = {"x86_64": TARGETS, _ARM: ARM_TARGETS}
+# What Linux calls a feature of ARM is this key of macOS's sysctl.
+_MACOS_KEYS = {
+    "asimd": "hw.optional.neon",
+    "asimddp": "hw.optional.arm.FEAT_DotProd",
+    "i8mm": "hw.optional.arm.FEAT_I8MM",
+    "bf16": "hw.optional.arm.FEAT_BF16",
+}
+
+
+# Where Homebrew has it, on Apple silicon and on Intel.
+_LIBOMP_FOLDERS = "/opt/homebrew/opt/libomp", "/usr/local/opt/libomp"
 
 
 class CpuKernelsUnavailableError(RuntimeError):
@@ -62,36 +90,66 @@ class CompilerError(CpuKernelsUnavailableError):
     """The compiler does not take the sources or the flags of a target."""
 
 
+def machine() -> str:
+    """This CPU's architecture as Linux names it."""
+    name = platform.machine()
+    return {"arm64": "aarch64", "AMD64": "x86_64"}.get(name, name)
+
+
+def cpu_features(cpuinfo: Path = Path("/proc/cpuinfo")) -> set[str]:
+    """The CPU's instruction sets, as Linux names them."""
+    if platform.system() == "Darwin" and not cpuinfo.is_file():
+        return {name for name, key in _MACOS_KEYS.items() if _macos_has(key)}
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    # The list's name on x86 and on ARM.
+    found = (line.split() for line in lines if line.startswith(("flags", "Features")))
+    return set(next(found, ()))
+
+
+def _macos_has(key: str) -> bool:
+    result = subprocess.run(["sysctl", "-n", key], capture_output=True, text=True)
+    return result.stdout.strip() == "1"
+
+
 def missing_cpu_features(target: Target, cpuinfo: Path = Path("/proc/cpuinfo")) -> list[str]:
     """The instruction sets of ``target`` this CPU lacks."""
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    flags = next((line.split() for line in lines if line.startswith("flags")), [])
-    return [feature for feature in target.features if feature not in flags]
+    features = cpu_features(cpuinfo)
+    return [feature for feature in target.features if feature not in features]
 
 
-def usable_targets(cpuinfo: Path = Path("/proc/cpuinfo")) -> list[Target]:
+def usable_targets(
+    cpuinfo: Path = Path("/proc/cpuinfo"), machine_name: str | None = None
+) -> list[Target]:
     """The targets this CPU runs, the fastest first: one at least.
 
     Raises CpuKernelsUnavailableError naming what it lacks.
     """
-    lacking = [missing_cpu_features(target, cpuinfo) for target in TARGETS]
-    usable = [target for target, missing in zip(TARGETS, lacking, strict=True) if not missing]
+    name = machine_name or machine()
+    if name not in _TARGETS_OF:
+        raise CpuKernelsUnavailableError(
+            f"they are for x86-64 and 64-bit ARM (aarch64), and this CPU is {name}"
+        )
+    targets = _TARGETS_OF[name]
+    lacking = [missing_cpu_features(target, cpuinfo) for target in targets]
+    usable = [target for target, missing in zip(targets, lacking, strict=True) if not missing]
     if not usable:
         raise CpuKernelsUnavailableError(f"this CPU lacks {', '.join(lacking[-1])}")
     return usable
 
 
-def wanted_targets(name: str | None, cpuinfo: Path = Path("/proc/cpuinfo")) -> list[Target]:
+def wanted_targets(
+    name: str | None, cpuinfo: Path = Path("/proc/cpuinfo"), machine_name: str | None = None
+) -> list[Target]:
     """The usable targets, or the one which NYBBLE_CPU_TARGET is set to, ``name``.
 
     Raises ValueError if it is no target or if this CPU does not run it. There is no fallback to
     another target. Raises CpuKernelsUnavailableError as :func:`usable_targets` does.
     """
     if not name:
-        return usable_targets(cpuinfo)
-    known = {target.name: target for target in TARGETS}
+        return usable_targets(cpuinfo, machine_name)
+    known = {target.name: target for target in _TARGETS_OF.get(machine_name or machine(), ())}
     if name not in known:
-        expected = ", ".join(known)
+        expected = ", ".join(known) or "no target: there is none for this CPU"
         raise ValueError(f"NYBBLE_CPU_TARGET is {name!r}, expected {expected}; or leave it unset")
     if missing := missing_cpu_features(known[name], cpuinfo):
         raise ValueError(
@@ -115,7 +173,12 @@ def load() -> ctypes.CDLL:
         return ctypes.CDLL(str(build_fastest()))
 
 
-def build_fastest(*, compiler: str = "g++", cache: Path | None = None) -> Path:
+def default_compiler() -> str:
+    """macOS calls clang g++ too, but under its own name it is clear what it is."""
+    return "clang++" if platform.system() == "Darwin" else "g++"
+
+
+def build_fastest(*, compiler: str | None = None, cache: Path | None = None) -> Path:
     """:func:`build` for the first wanted target that the compiler, which may be old, knows."""
     *faster, last = wanted_targets(os.environ.get("NYBBLE_CPU_TARGET"))
     for target in faster:
@@ -126,14 +189,16 @@ def build_fastest(*, compiler: str = "g++", cache: Path | None = None) -> Path:
     return build(last, compiler=compiler, cache=cache)
 
 
-def build(target: Target, *, compiler: str = "g++", cache: Path | None = None) -> Path:
+def build(target: Target, *, compiler: str | None = None, cache: Path | None = None) -> Path:
     """The path of the library for ``target``, compiling it if it is not cached.
 
     Raises CpuKernelsUnavailableError naming what is missing.
     """
+    compiler = compiler or default_compiler()
+    system_flags = linking_flags()
     folder_here = Path(__file__).parent
     sources = sorted(folder_here.glob("*.cpp"))
-    key = hashlib.sha256(repr((_FLAGS, target)).encode())
+    key = hashlib.sha256(repr((_FLAGS, target, system_flags)).encode())
     for source in (*sources, *sorted(folder_here.glob("*.h"))):
         key.update(source.read_bytes())
     folder = cache or _user_cache() / "kernels"
@@ -147,7 +212,7 @@ def build(target: Target, *, compiler: str = "g++", cache: Path | None = None) -
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             output = Path(scratch) / "kernels.so"
-            _compile(found, target, sources, output)
+            _compile(found, (*target.flags, *system_flags), sources, output)
             os.replace(output, library)  # atomic, even if other processes build it too
     except OSError as error:
         raise CpuKernelsUnavailableError(
@@ -156,11 +221,31 @@ def build(target: Target, *, compiler: str = "g++", cache: Path | None = None) -
     return library
 
 
-def _compile(compiler: str, target: Target, sources: list[Path], output: Path) -> None:
-    # OpenMP's symbols resolve to the runtime torch has loaded: a second one would start a second
-    # pool of threads on the same cores. -nodefaultlibs keeps the driver from adding it.
-    command = [compiler, *_FLAGS, *target.flags, *map(str, sources), "-o", str(output)]
-    command += ["-nodefaultlibs", "-lstdc++", "-lm", "-lc", "-lgcc"]
+def linking_flags(system: str | None = None) -> tuple[str, ...]:
+    """How this system compiles and links OpenMP, which may be missing on macOS.
+
+    OpenMP's symbols resolve to the runtime torch has loaded: a second one would start a second pool
+    of threads on the same cores.
+    """
+    if (system or platform.system()) != "Darwin":
+        # -nodefaultlibs keeps the driver from adding a runtime.
+        return "-fopenmp", "-nodefaultlibs", "-lstdc++", "-lm", "-lc", "-lgcc"
+    for folder in filter(None, (os.environ.get("OMP_PREFIX"), *_LIBOMP_FOLDERS)):
+        include = Path(folder) / "include"
+        if (include / "omp.h").is_file():
+            compiling = "-Xpreprocessor", "-fopenmp", f"-I{include}"
+            return (*compiling, "-undefined", "dynamic_lookup")
+    logger.warning(
+        "no omp.h: the CPU kernels will use one thread. Install libomp (brew install libomp), or "
+        "set OMP_PREFIX to a folder which has include/omp.h"
+    )
+    return ()
+
+
+def _compile(compiler: str, flags: Sequence[str], sources: list[Path], output: Path) -> None:
+    options = [flag for flag in flags if not flag.startswith("-l")]
+    libraries = [flag for flag in flags if flag.startswith("-l")]  # behind what needs them
+    command = [compiler, *_FLAGS, *options, *map(str, sources), "-o", str(output), *libraries]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
         raise CompilerError(f"{compiler} failed:\n{result.stderr.strip()}")

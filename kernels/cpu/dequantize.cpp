@@ -1,13 +1,12 @@
 // A packed weight as a dense matrix. PackedWeight.dequantize in kernels/packed.py defines the
 // result, and these kernels give the same bits.
 
-#include <omp.h>
-
 #include <algorithm>
 
 #include "levels.h"
 #include "packed_args.h"
 #include "status.h"
+#include "threads.h"
 
 using namespace nybble;
 
@@ -62,7 +61,7 @@ extern "C" int nybble_dequantize(const uint8_t* codes, const void* scales, const
     const auto all_buffers = buffers(threads, size);
 #pragma omp parallel num_threads(threads)
     {
-        float* tile_scales = all_buffers.get() + omp_get_thread_num() * size;
+        float* tile_scales = all_buffers.get() + thread_number() * size;
         float* tile_zeros = tile_scales + groups * 16;
         float* stored = tile_zeros + groups * 16;
         float* features = stored + row_size;

@@ -2,20 +2,14 @@
 // (grouped_matmul) defines it. Only experts with rows are read; each is multiplied as by
 // nybble_packed_matmul, so that a row's result does not depend on the others.
 
-#include <omp.h>
-
 #include <algorithm>
 #include <memory>
 #include <numeric>
 #include <vector>
 
+#include "product.h"
 #include "status.h"
-
-#if defined(__AVX512BF16__)
-#include "matmul_bf16.h"
-#else
-#include "matmul_int16.h"
-#endif
+#include "threads.h"
 
 using namespace nybble;
 
@@ -124,7 +118,7 @@ void run(const Grouped& g) {
     for (int64_t task = 0; task < tasks; ++task) {
         const int64_t tile = task % chunks * kChunk;
         products[task / chunks]->tiles(tile, std::min(kChunk, tiles - tile),
-                                       all_buffers.get() + omp_get_thread_num() * size);
+                                       all_buffers.get() + thread_number() * size);
     }
 #pragma omp parallel for num_threads(g.threads) if (places > 64)
     for (int64_t row = 0; row < g.rows; ++row) {

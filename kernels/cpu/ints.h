@@ -1,4 +1,4 @@
-// Sixteen 32-bit integers at a time, or as many pairs of 16-bit ones, on AVX-512 or AVX2.
+// Sixteen 32-bit integers at a time, or as many pairs of 16-bit ones, on AVX-512, AVX2 or NEON.
 
 #pragma once
 
@@ -11,7 +11,67 @@
 
 namespace nybble {
 
-#if defined(__AVX512BW__)
+#if defined(__aarch64__)
+
+struct Ints {
+    int32x4_t v[4];
+};
+
+// The vectors that `of` makes of the numbers 0 to 3.
+template <class Of>
+inline Ints four_ints(Of of) {
+    return {{of(0), of(1), of(2), of(3)}};
+}
+
+inline Ints broadcast_int(int32_t value) {
+    return four_ints([=](int) { return vdupq_n_s32(value); });
+}
+inline Ints load_ints(const void* source) {
+    const auto* bytes = static_cast<const uint8_t*>(source);  // which need no alignment
+    return four_ints([=](int i) { return vreinterpretq_s32_u8(vld1q_u8(bytes + 16 * i)); });
+}
+inline void store_ints(void* target, Ints a) {
+    auto* bytes = static_cast<uint8_t*>(target);
+    for (int i = 0; i < 4; ++i) vst1q_u8(bytes + 16 * i, vreinterpretq_u8_s32(a.v[i]));
+}
+inline Ints operator+(Ints a, Ints b) {
+    return four_ints([&](int i) { return vaddq_s32(a.v[i], b.v[i]); });
+}
+inline Ints operator&(Ints a, Ints b) {
+    return four_ints([&](int i) { return vandq_s32(a.v[i], b.v[i]); });
+}
+inline Ints operator|(Ints a, Ints b) {
+    return four_ints([&](int i) { return vorrq_s32(a.v[i], b.v[i]); });
+}
+inline Ints and_not(Ints mask, Ints a) {
+    return four_ints([&](int i) { return vbicq_s32(a.v[i], mask.v[i]); });
+}
+template <int Bits>
+Ints shift_left(Ints a) {
+    return four_ints([&](int i) { return vshlq_n_s32(a.v[i], Bits); });
+}
+template <int Bits>
+Ints shift_right(Ints a) {
+    if constexpr (Bits == 0) return a;
+    return four_ints([&](int i) {
+        constexpr int kBits = Bits ? Bits : 1;  // NEON has no shift by 0
+        return vreinterpretq_s32_u32(vshrq_n_u32(vreinterpretq_u32_s32(a.v[i]), kBits));
+    });
+}
+inline Floats to_floats(Ints a) {
+    return four([&](int i) { return vcvtq_f32_s32(a.v[i]); });
+}
+
+// total + the products of the pairs, of 16 bits with sign, added up in each lane.
+inline Ints add_products(Ints total, Ints a, Ints b) {
+    return four_ints([&](int i) {
+        const int16x8_t left = vreinterpretq_s16_s32(a.v[i]), right = vreinterpretq_s16_s32(b.v[i]);
+        const int32x4_t low = vmull_s16(vget_low_s16(left), vget_low_s16(right));
+        return vaddq_s32(total.v[i], vpaddq_s32(low, vmull_high_s16(left, right)));
+    });
+}
+
+#elif defined(__AVX512BW__)
 
 struct Ints {
     __m512i v;

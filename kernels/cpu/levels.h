@@ -9,7 +9,34 @@ namespace nybble {
 // Bit at which column c of an octet lies in its lane.
 constexpr int shift_of(int column) { return 4 * (column / 2) + 16 * (column % 2); }
 
-#if defined(__AVX512BW__)
+#if defined(__aarch64__)
+
+struct Levels {
+    uint8x16x4_t all;
+
+    explicit Levels(const float* levels) {
+        for (int i = 0; i < 4; ++i) all.val[i] = vreinterpretq_u8_f32(vld1q_f32(levels + 4 * i));
+    }
+
+    // Those of four codes.
+    float32x4_t of(uint32x4_t codes) const {
+        // Four codes become the numbers of their levels' bytes in the table.
+        const uint32x4_t bytes = vmlaq_u32(vdupq_n_u32(0x03020100), codes, vdupq_n_u32(0x04040404));
+        return vreinterpretq_f32_u8(vqtbl4q_u8(all, vreinterpretq_u8_u32(bytes)));
+    }
+
+    // The sixteen columns of two octets of one output, whose lanes are given.
+    Floats of_octets(uint32_t first, uint32_t second) const {
+        return four([&](int i) {
+            const int32x4_t right = i % 2 ? int32x4_t{-shift_of(4), -shift_of(5), -shift_of(6), -shift_of(7)}
+                                          : int32x4_t{-shift_of(0), -shift_of(1), -shift_of(2), -shift_of(3)};
+            const uint32x4_t lane = vdupq_n_u32(i < 2 ? first : second);
+            return of(vandq_u32(vshlq_u32(lane, right), vdupq_n_u32(15)));
+        });
+    }
+};
+
+#elif defined(__AVX512BW__)
 
 struct Levels {
     __m512 all;

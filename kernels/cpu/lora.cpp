@@ -14,10 +14,6 @@ using namespace nybble;
 
 namespace {
 
-inline void prefetch(const bf16* where) {
-    _mm_prefetch(reinterpret_cast<const char*>(where), _MM_HINT_T0);
-}
-
 inline float rounded(float value) { return to_float(to_bf16(value)); }
 
 #if defined(__AVX512BF16__)

@@ -1,17 +1,11 @@
 // out = x · Wᵀ + bias for a packed weight W; kernels/reference.py defines it.
 
-#include <omp.h>
-
 #include <algorithm>
 
 #include "kernels.h"
+#include "product.h"
 #include "status.h"
-
-#if defined(__AVX512BF16__)
-#include "matmul_bf16.h"
-#else
-#include "matmul_int16.h"
-#endif
+#include "threads.h"
 
 using namespace nybble;
 
@@ -27,7 +21,7 @@ void multiply(const Product& product, int64_t outputs, int threads) {
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
     for (int64_t chunk = 0; chunk < chunks; ++chunk)
         product.tiles(chunk * kChunk, std::min(kChunk, tiles - chunk * kChunk),
-                      all_buffers.get() + omp_get_thread_num() * size);
+                      all_buffers.get() + thread_number() * size);
 }
 
 extern "C" int nybble_packed_matmul(const bf16* x, const uint8_t* codes, const void* scales,

@@ -195,13 +195,4 @@ class Product {
     }
 };
 
-// Calls `use` with a tag of the Product that computes with such levels and digits.
-template <class Use>
-void with_product(const float*, int digits, Use use) {
-    if (digits == 2)
-        use(Tag<Product<ByteCodes>>{});
-    else
-        use(Tag<Product<LevelCodes>>{});
-}
-
 }  // namespace nybble

@@ -1,62 +1,34 @@
-// The packed matmul's inner loops in integers, for CPUs that do not multiply bf16: activations are
-// rounded to 16 bits by spans of columns, multiplied with codes and added up without error; only
-// the sums of spans are floats. What a row's result is does not depend on the other rows.
+// The packed matmul's inner loops by products of pairs of 16-bit integers; see spans.h.
 
 #pragma once
 
 #include <algorithm>
-#include <cmath>
-#include <memory>
-#include <vector>
 
 #include "ints.h"
-#include "packed_args.h"
+#include "spans.h"
 
 namespace nybble {
 
-// Codes of consecutive whole numbers, the first level `offset` (of at most 15 in size).
-struct IntegerCodes {
-    // Activations of up to 2^15 times codes of up to 15 in up to 128 columns stay below 2^31.
-    static constexpr int kBits = 15;
-    static constexpr int64_t kSpanOctets = 16;
+// Levels of which an octet's lanes give pairs of 16-bit numbers.
+struct IntegerCodes : IntegerLevels {
+    using IntegerLevels::IntegerLevels;
 
-    static constexpr int kDigits = 1;
-
-    int32_t offset;
     Ints mask = broadcast_int(0x000F000F);
-
-    explicit IntegerCodes(const float* levels) : offset(static_cast<int32_t>(levels[0])) {}
 
     using Octet = Ints;
     Octet load(const uint8_t* octet, int64_t) const { return load_ints(octet); }
 
-    float unit() const { return 1; }
     // Columns 2S and 2S + 1 of an octet, less the offset.
     template <int S>
     Ints pair(const Octet& octet) const {
         return shift_right<4 * S>(octet) & mask;
     }
-
-    static bool fits(const float* levels) {
-        if (std::fabs(levels[0]) > 15 || levels[0] != std::nearbyint(levels[0])) return false;
-        for (int i = 1; i < 16; ++i)
-            if (levels[i] != levels[0] + i) return false;
-        return true;
-    }
 };
 
-// Codes of two digits, of which kByteCenter is subtracted.
-struct ByteCodes {
-    // Activations of up to 2^15 times codes of up to 255 in up to 128 columns stay below 2^31, and
-    // so they do less the offset.
-    static constexpr int kBits = 15;
-    static constexpr int64_t kSpanOctets = 16;
-    static constexpr int kDigits = 2;
-    static constexpr int32_t offset = -kByteCenter;
+struct ByteCodes : ByteLevels {
+    using ByteLevels::ByteLevels;
 
     Ints lower = broadcast_int(0x0F0F0F0F), mask = broadcast_int(0x00FF00FF);
-
-    explicit ByteCodes(const float*) {}
 
     struct Octet {
         Ints even, odd;  // bytes of each lane: columns 0, 4, 1, 5, and 2, 6, 3, 7
@@ -67,7 +39,6 @@ struct ByteCodes {
                 (shift_right<4>(low) & lower) | and_not(lower, high)};
     }
 
-    float unit() const { return 1; }
     template <int S>
     Ints pair(const Octet& octet) const {
         const Ints& bytes = S % 2 ? octet.odd : octet.even;
@@ -75,25 +46,38 @@ struct ByteCodes {
     }
 };
 
-// Any sixteen levels, rounded to multiples of a 2047th of the largest.
-struct LevelCodes {
-    // 2^14 times 2047 in 64 columns stays below 2^31.
-    static constexpr int kBits = 14;
-    static constexpr int64_t kSpanOctets = 8;
-    static constexpr int kDigits = 1;
-    static constexpr int32_t offset = 0;
-
+struct LevelCodes : RoundedLevels {
     using Octet = Ints;
     Octet load(const uint8_t* octet, int64_t) const { return load_ints(octet); }
 
-    float step;
+#if defined(__aarch64__)
+    uint8x16_t low, high;  // the bytes of the levels
 
-    float unit() const { return step; }
-
-#if defined(__AVX512BW__)
+    explicit LevelCodes(const float* levels) : RoundedLevels(levels) {
+        uint8_t bytes[2][16];
+        for (int i = 0; i < 16; ++i) {
+            const auto level = static_cast<uint16_t>(rounded(levels[i]));
+            bytes[0][i] = static_cast<uint8_t>(level);
+            bytes[1][i] = static_cast<uint8_t>(level >> 8);
+        }
+        low = vld1q_u8(bytes[0]);
+        high = vld1q_u8(bytes[1]);
+    }
+    template <int S>
+    Ints pair(const Octet& octet) const {
+        return four_ints([&](int i) {
+            // Bytes 0 and 2 of a lane are pair S % 2, bytes 1 and 3 the pair two further on.
+            const uint8x16_t lanes = vreinterpretq_u8_s32(octet.v[i]);
+            const uint8x16_t codes =
+                S % 2 ? vshrq_n_u8(lanes, 4) : vandq_u8(lanes, vdupq_n_u8(0x0F));
+            const uint8x16_t lows = vqtbl1q_u8(low, codes), highs = vqtbl1q_u8(high, codes);
+            return vreinterpretq_s32_u8(S < 2 ? vtrn1q_u8(lows, highs) : vtrn2q_u8(lows, highs));
+        });
+    }
+#elif defined(__AVX512BW__)
     Ints table;  // the levels, twice
 
-    explicit LevelCodes(const float* levels) : step(step_of(levels)) {
+    explicit LevelCodes(const float* levels) : RoundedLevels(levels) {
         int16_t all[32];
         for (int i = 0; i < 32; ++i) all[i] = rounded(levels[i & 15]);
         table = load_ints(all);
@@ -106,7 +90,7 @@ struct LevelCodes {
 #else
     __m256i low, high;  // the bytes of the levels, twice
 
-    explicit LevelCodes(const float* levels) : step(step_of(levels)) {
+    explicit LevelCodes(const float* levels) : RoundedLevels(levels) {
         uint8_t bytes[2][32];
         for (int i = 0; i < 32; ++i) {
             const auto level = static_cast<uint16_t>(rounded(levels[i & 15]));
@@ -135,70 +119,15 @@ struct LevelCodes {
     }
 #endif
 
-   private:
-    static float step_of(const float* levels) {
-        float largest = 0;
-        for (int i = 0; i < 16; ++i) largest = std::max(largest, std::fabs(levels[i]));
-        return largest > 0 ? largest / 2047 : 1;
-    }
-    int16_t rounded(float level) const {
-        return static_cast<int16_t>(std::lrint(std::clamp(level / step, -2047.0f, 2047.0f)));
-    }
-};
-
-// A row's columns of one span: rounded[i] · factor is x[i], to half a factor; sum is that of
-// `rounded`. The factor is a power of two, so that most of x is exact: all that is not below
-// 2^(8 − bits) of the span's largest. It is NaN if x has an infinity or NaN.
-inline void round_span(const bf16* x, int64_t octets, int bits, int16_t* rounded, float* factor,
-                       int32_t* sum) {
-    __m128i largest = _mm_setzero_si128();
-    for (int64_t i = 0; i < octets; ++i) {
-        const __m128i eight = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x + 8 * i));
-        largest = _mm_max_epu16(largest, _mm_and_si128(eight, _mm_set1_epi16(0x7FFF)));
-    }
-    // The minimum is that of the complements.
-    const int top = 0xFFFF - _mm_extract_epi16(
-        _mm_minpos_epu16(_mm_xor_si128(largest, _mm_set1_epi16(-1))), 0);
-    // |x| < 2^(biased − 126); neither the factor nor its inverse may be subnormal.
-    const int biased = top >> 7, exponent = std::max(biased - 126 - bits, -126);
-    *factor = biased == 255 ? std::nanf("") : std::ldexp(1.0f, exponent);
-    const __m256 inverse = _mm256_set1_ps(std::ldexp(1.0f, -exponent));
-    __m256i total = _mm256_setzero_si256();
-    for (int64_t i = 0; i < octets; ++i) {
-        const __m256i bits32 = _mm256_slli_epi32(
-            _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x + 8 * i))), 16);
-        const __m256i whole = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_castsi256_ps(bits32), inverse));
-        total = _mm256_add_epi32(total, whole);
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(rounded + 8 * i),
-                         _mm_packs_epi32(_mm256_castsi256_si128(whole),
-                                         _mm256_extracti128_si256(whole, 1)));
-    }
-    __m128i four = _mm_add_epi32(_mm256_castsi256_si128(total), _mm256_extracti128_si256(total, 1));
-    four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4E));
-    *sum = _mm_cvtsi128_si32(_mm_add_epi32(four, _mm_shuffle_epi32(four, 0xB1)));
-}
-
-// A span is as much of a group as an int32 can add up.
-struct Span {
-    int64_t group, first, octets;  // first and octets of the row's
 };
 
 template <class Codes>
 class Product {
+    static constexpr int64_t kFewRows = 8;
+
    public:
     Product(const PackedArgs& args, int threads)
-        : a(args), codes_(args.levels), spans_(spans_of(args)),
-          factors_(new float[args.rows * spans_.size()]),
-          sums_(new int32_t[args.rows * spans_.size()]),
-          x_(new int16_t[args.rows * args.columns]) {
-        const auto spans = static_cast<int64_t>(spans_.size());
-#pragma omp parallel for schedule(static) num_threads(threads) if (a.rows > kFewRows)
-        for (int64_t index = 0; index < spans; ++index)
-            for (int64_t row = 0; row < a.rows; ++row)
-                round_span(a.x + row * a.columns + spans_[index].first * 8, spans_[index].octets,
-                           Codes::kBits, x_.get() + at(spans_[index], row),
-                           &factors_[index * a.rows + row], &sums_[index * a.rows + row]);
-    }
+        : a(args), codes_(args.levels), spans_(args, codes_, threads) {}
 
     // Floats that `tiles` needs a buffer of: a span of one tile, unpacked, and the totals of some.
     int64_t buffer_size() const {
@@ -214,52 +143,18 @@ class Product {
     }
 
    private:
-    static constexpr int64_t kFewRows = 8;
     static constexpr int64_t kPairs = Codes::kSpanOctets * 4;
     // Their columns of one span stay in the second-level cache.
     static constexpr int64_t kRowsAtATime = 256;
 
     const PackedArgs a;
     const Codes codes_;
-    const std::vector<Span> spans_;
-    std::unique_ptr<float[]> factors_;  // (spans, rows)
-    std::unique_ptr<int32_t[]> sums_;   // (spans, rows)
-    std::unique_ptr<int16_t[]> x_;      // by spans, each (rows, columns of the span)
-
-    static std::vector<Span> spans_of(const PackedArgs& a) {
-        std::vector<Span> spans;
-        for (int64_t group = 0; group < a.groups; ++group) {
-            int64_t first = group * a.octets_per_group;
-            const int64_t end = std::min(a.octets, first + a.octets_per_group);
-            for (; first < end; first += Codes::kSpanOctets)
-                spans.push_back({group, first, std::min(Codes::kSpanOctets, end - first)});
-        }
-        return spans;
-    }
-
-    // Where a row's columns of a span begin.
-    int64_t at(const Span& span, int64_t row) const {
-        return (span.first * a.rows + row * span.octets) * 8;
-    }
+    const Spans spans_;
 
     static Ints pair_of(const int16_t* x) {
         int32_t both;
         std::memcpy(&both, x, sizeof both);
         return broadcast_int(both);
-    }
-
-    // total + scale · (Σ (code + offset) · x − zero · Σx), of one span of one tile of one row.
-    Floats add_span(size_t index, int64_t row, int64_t tile, Ints sum,
-                    Floats total) const {
-        const int64_t group = spans_[index].group;
-        const int32_t of_x = sums_[index * a.rows + row];
-        const float factor = factors_[index * a.rows + row];
-        if (codes_.offset) sum = sum + broadcast_int(codes_.offset * of_x);
-        Floats value = to_floats(sum) * broadcast(factor * codes_.unit());
-        if (a.zeros)
-            value = fnma(a.zero_point(tile, group),
-                         broadcast(static_cast<float>(of_x) * factor), value);
-        return fma(a.scale(tile, group), value, total);
     }
 
     // No more at once than there are registers for.
@@ -311,9 +206,9 @@ class Product {
         const uint8_t* codes[T];
         for (int t = 0; t < T; ++t) codes[t] = a.codes_of(tile + t);
         const int64_t digit = a.octets * 64;
-        for (size_t index = 0; index < spans_.size(); ++index) {
+        for (int64_t index = 0; index < spans_.size(); ++index) {
             const Span& span = spans_[index];
-            const int16_t* x = x_.get() + at(span, row);
+            const int16_t* x = spans_.x(span, row);
             Ints sum[R][T];
             for (auto& r : sum)
                 for (auto& t : r) t = broadcast_int(0);
@@ -333,7 +228,7 @@ class Product {
             }
             for (int t = 0; t < T; ++t)
                 for (int r = 0; r < R; ++r)
-                    total[r][t] = add_span(index, row + r, tile + t, sum[r][t], total[r][t]);
+                    total[r][t] = spans_.add(index, row + r, tile + t, sum[r][t], total[r][t]);
         }
         for (int t = 0; t < T; ++t)
             for (int r = 0; r < R; ++r) store_tile(a, row + r, tile + t, total[r][t]);
@@ -355,7 +250,7 @@ class Product {
     void many_rows(int64_t row, int64_t rows, int64_t tile, int64_t count, float* buffer) const {
         float* totals = buffer + kPairs * 16;
         std::fill(totals, totals + count * rows * 16, 0.0f);
-        for (size_t index = 0; index < spans_.size(); ++index) {
+        for (int64_t index = 0; index < spans_.size(); ++index) {
             const Span& span = spans_[index];
             for (int64_t t = 0; t < count; ++t) {
                 unpack(span, tile + t, buffer);
@@ -394,12 +289,12 @@ class Product {
 
     // R rows against an unpacked span (pairs, 16), added to totals (R, 16).
     template <int R>
-    void block(size_t index, int64_t row, int64_t tile, const float* pairs,
+    void block(int64_t index, int64_t row, int64_t tile, const float* pairs,
                float* totals) const {
         const Span& span = spans_[index];
         Ints sum[R];
         for (auto& r : sum) r = broadcast_int(0);
-        const int16_t* x = x_.get() + at(span, row);
+        const int16_t* x = spans_.x(span, row);
         const int64_t stride = span.octets * 8, count = span.octets * 4;
         for (int64_t k = 0; k < count; ++k) {
             const Ints w = load_ints(pairs + k * 16);
@@ -408,19 +303,8 @@ class Product {
         }
         for (int r = 0; r < R; ++r)
             store(totals + r * 16,
-                  add_span(index, row + r, tile, sum[r], load(totals + r * 16)));
+                  spans_.add(index, row + r, tile, sum[r], load(totals + r * 16)));
     }
 };
-
-// Calls `use` with a tag of the Product that computes with such levels and digits.
-template <class Use>
-void with_product(const float* levels, int digits, Use use) {
-    if (digits == 2)
-        use(Tag<Product<ByteCodes>>{});
-    else if (IntegerCodes::fits(levels))
-        use(Tag<Product<IntegerCodes>>{});
-    else
-        use(Tag<Product<LevelCodes>>{});
-}
 
 }  // namespace nybble

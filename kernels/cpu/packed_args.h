@@ -70,10 +70,6 @@ int64_t prefetched(int64_t octet, int64_t octets) {
     return (kOctets + skipped) * 64;
 }
 
-inline void prefetch(const void* line) {
-    _mm_prefetch(static_cast<const char*>(line), _MM_HINT_T0);
-}
-
 // Stands for a type in a call.
 template <class Type>
 struct Tag {

@@ -3,13 +3,12 @@
 // Rows of a sequence are computed one after the other, always in the same order of additions, so
 // that cutting a prompt into chunks changes no bit.
 
-#include <omp.h>
-
 #include <algorithm>
 #include <cstring>
 
 #include "simd.h"
 #include "status.h"
+#include "threads.h"
 
 using namespace nybble;
 
@@ -147,7 +146,7 @@ int recur(const Slots& slots, float* state, int64_t heads, int64_t size, int64_t
     const auto all_buffers = buffers(threads, room + size);
 #pragma omp parallel num_threads(threads) if (slots.seqs * heads > 1)
     {
-        float* scratch = all_buffers.get() + omp_get_thread_num() * (room + size);
+        float* scratch = all_buffers.get() + thread_number() * (room + size);
         float* unkept = scratch + room;
 #pragma omp for schedule(static)
         for (int64_t task = 0; task < slots.seqs * heads; ++task) {

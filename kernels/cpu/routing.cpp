@@ -1,7 +1,5 @@
 // The logits of a mixture's router; kernels/reference.py defines them.
 
-#include <omp.h>
-
 #include "simd.h"
 
 using namespace nybble;

@@ -1,8 +1,6 @@
 // A token for every row of logits; sample_tokens in kernels/reference.py defines it. All sums are
 // doubles, so that in which order they are taken decides next to nothing. NaN is passed over.
 
-#include <omp.h>
-
 #include <algorithm>
 #include <cmath>
 #include <functional>
@@ -13,6 +11,7 @@
 
 #include "simd.h"
 #include "status.h"
+#include "threads.h"
 
 using namespace nybble;
 
@@ -259,7 +258,7 @@ extern "C" int nybble_sample_tokens(const float* logits, const double* choices, 
 #pragma omp parallel for schedule(dynamic) num_threads(scratch.size()) if (rows > 1)
     for (int64_t r = 0; r < rows; ++r) {
         const double* c = choices + 5 * r;
-        tokens[r] = Row(logits + r * vocab, vocab, scratch[omp_get_thread_num()])
+        tokens[r] = Row(logits + r * vocab, vocab, scratch[thread_number()])
                         .sample({c[0], c[1], c[2], c[3], c[4]});
     }
     return kDone;

@@ -1,10 +1,11 @@
-// Sixteen floats at a time, on AVX-512 (with BF16 or without) or on AVX2 with FMA and F16C; bf16
-// conversions. All compute the same values, except for the order of additions in a
-// sum.
+// Sixteen floats at a time, on AVX-512 (with BF16 or without), on AVX2 with FMA and F16C, or on NEON;
+// bf16 conversions. All compute the same values, except for the order of additions in a sum.
 
 #pragma once
 
+#if !defined(__aarch64__)
 #include <immintrin.h>
+#endif
 
 #include <cmath>
 #include <cstdint>
@@ -29,7 +30,22 @@ inline bf16 to_bf16(float value) {
     return static_cast<bf16>(bits >> 16);
 }
 
-#if defined(__AVX512BW__)
+// Memory of which the CPU does not foresee that it is read soon.
+inline void prefetch(const void* line) { __builtin_prefetch(line); }
+
+}  // namespace nybble
+
+#if defined(__aarch64__)
+#include "simd_neon.h"
+#endif
+
+namespace nybble {
+
+#if defined(__aarch64__)
+
+// In simd_neon.h.
+
+#elif defined(__AVX512BW__)
 
 struct Floats {
     __m512 v;

@@ -46,6 +46,7 @@ ADMIN_PATHS = (
     "/v1/lora_adapters/{name}",
     "/v1/lora_adapters/{name}/versions",
     "/v1/lora_adapters/{name}/rollback",
+    "/v1/lora_adapters/{name}/prefetch",
 )
 # Earlier uploads that are left on disk, to roll back to.
 _UPLOADS_KEPT = 4
@@ -82,7 +83,7 @@ class AdapterAdmin:
         self._uploads = AdapterUploads(uploads_folder(roots)) if roots else None
 
     def routes(self) -> list[web.RouteDef]:
-        load, unload, every, one, versions, rollback = ADMIN_PATHS
+        load, unload, every, one, versions, rollback, prefetch = ADMIN_PATHS
         return [
             web.post(load, self.load),
             web.post(unload, self.unload),
@@ -93,6 +94,7 @@ class AdapterAdmin:
             web.delete(one, self.delete),
             web.get(versions, self.versions),
             web.post(rollback, self.roll_back),
+            web.post(prefetch, self.prefetch),
         ]
 
     async def load(self, request: web.Request) -> web.Response:
@@ -239,6 +241,14 @@ class AdapterAdmin:
         name = self._find(request.match_info["name"]).name
         info = self._engine.pin_adapter(name, body.pinned, expected=body.expected_version)
         return json_response(_body(info))
+
+    async def prefetch(self, request: web.Request) -> web.Response:
+        """Have an adapter read into memory before requests come for it. Does not wait for that."""
+        self._require_admin(request)
+        name = request.match_info["name"]
+        if self._resolver is not None:
+            await self._resolver.obtain(name)
+        return json_response(_body(self._engine.prefetch_adapter(self._find(name).name)))
 
     async def versions(self, request: web.Request) -> web.Response:
         """What a name has stood for since the start, the newest first."""

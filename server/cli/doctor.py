@@ -22,11 +22,21 @@ from rich.table import Table
 from rich.text import Text
 
 from nybble.engine import EngineConfig, resolve_device
+from nybble.engine.draft_model import (
+    cached_architecture,
+    check_rounding,
+    check_speculation,
+    draft_cache,
+)
 from nybble.engine.kv_cache import KVCacheLayout
 from nybble.engine.memory import available_bytes, gib
 from nybble.engine.runner import free_kv_bytes
 from nybble.engine.state_cache import cache_sizes, state_bytes
-from nybble.kernels.cpu.build import CpuKernelsUnavailableError, build_fastest
+from nybble.kernels.cpu.build import (
+    CpuKernelsUnavailableError,
+    build_fastest,
+    default_compiler,
+)
 from nybble.loaders import Checkpoint, open_checkpoint, resolve_model
 from nybble.loaders.cache import cache_folder
 from nybble.loaders.checkpoint import can_be_rounded
@@ -57,6 +67,7 @@ class Plan:
     config: max_model_len None stands for the model's own limit, or what the KV cache holds.
     needed: sequences of that length that have to fit into the KV cache at once, or serving is
         broken; None for all of the config's max_num_seqs. The others wait.
+    draft: a draft model, draft_quantize: how it is rounded.
     """
 
     model: str
@@ -65,6 +76,8 @@ class Plan:
     quantize: InFlightFormat | None = None
     head: Literal["int8"] | None = None
     needed: int | None = None
+    draft: str | None = None
+    draft_quantize: InFlightFormat | None = None
 
 
 def examine(
@@ -139,7 +152,7 @@ def _cpu_kernels(device: torch.device) -> Finding:
         reason = " ".join(str(error).split())[:300]
         text = f"none ({reason}): the CPU will use PyTorch's slower operations"
         return Finding("CPU kernels", text, "warning" if device.type == "cpu" else "ok")
-    return Finding("CPU kernels", f"{library}; compiler: {_compiler('g++')}")
+    return Finding("CPU kernels", f"{library}; compiler: {_compiler(default_compiler())}")
 
 
 def _gpu_kernels() -> Finding:
@@ -197,6 +210,16 @@ def _model(plan: Plan, memory: Callable[[torch.device], int] | None) -> Iterator
             layers="4bit" if demo or plan.quantize else None,
             head="int8" if demo else plan.head,
         )
+        draft = _draft(plan, checkpoint)
+        drafts = 0
+        if draft is not None:
+            rounded = plan.draft_quantize or (plan.draft == DEMO and draft.format == "none")
+            drafts = weight_bytes(
+                draft.folder,
+                plan.config.dtype,
+                layers="4bit" if rounded else None,
+                head="int8" if rounded and not plan.draft_quantize else None,
+            )
     except (LookupError, ValueError, OSError) as error:
         yield Finding("model", " ".join(str(error).split()), "broken")
         return
@@ -210,8 +233,25 @@ def _model(plan: Plan, memory: Callable[[torch.device], int] | None) -> Iterator
         yield Finding("model", f"{text}, but --max-model-len is {wanted:,}", "broken")
         return
     yield Finding("model", text)
+    if draft is not None:
+        yield Finding("draft model", f"{draft.folder}: weights {gib(drafts)}")
     needed = plan.needed or plan.config.max_num_seqs
-    yield _fit(plan.config, architecture, weights, needed, memory or available_bytes)
+    free = memory or available_bytes
+    yield _fit(plan.config, architecture, draft, weights + drafts, needed, free)
+
+
+def _draft(plan: Plan, checkpoint: Checkpoint) -> Checkpoint | None:
+    """Raises ValueError if it cannot draft for the model."""
+    if plan.draft is None:
+        return None
+    draft = open_checkpoint(resolve_model(plan.draft, aliases=plan.aliases, download=False))
+    check_rounding(draft, plan.draft_quantize)
+    if plan.draft_quantize and not can_be_rounded(draft):
+        raise ValueError(
+            f"{draft.folder} is quantized already ({draft.format}): leave --draft-quantize out"
+        )
+    check_speculation(checkpoint, draft, replace(plan.config, speculate="auto"))
+    return draft
 
 
 def _require_unrounded(plan: Plan, checkpoint: Checkpoint) -> None:
@@ -226,6 +266,7 @@ def _require_unrounded(plan: Plan, checkpoint: Checkpoint) -> None:
 def _fit(
     config: EngineConfig,
     architecture: Architecture,
+    draft: Checkpoint | None,
     weights: int,
     needed: int,
     memory: Callable[[torch.device], int],
@@ -237,27 +278,36 @@ def _fit(
         text = f"weights {gib(weights)}, free {gib(free)}: does not fit, not even the weights"
         return Finding("memory", text, "broken")
     length = config.max_model_len or architecture.default_max_model_len
-    layout = KVCacheLayout.of(architecture, config, length)
+    layout = KVCacheLayout.of(cached_architecture(architecture, draft), config, length)
+    beside = draft_cache(draft, config, length)
     # A GPU's cache takes what its weights leave.
     left = free - weights if device.type == "cuda" else free_kv_bytes(device)
     try:
-        nbytes = config.kv_cache_bytes or left
+        nbytes, drafts = config.kv_cache_bytes or left, 0
+        if beside is not None:
+            part = beside.bytes_of(nbytes, layout.sequence_bytes(length))
+            nbytes -= part
+            drafts = beside.blocks_in(part) * beside.layout.block_bytes
         blocks, states = cache_sizes(architecture, config, layout, length, nbytes)
     except ValueError as error:
         return Finding("memory", str(error), "broken")
     longest = layout.longest_sequence(blocks, length)
     each_state = state_bytes(architecture, config.dtype)
-    kv = blocks * layout.block_bytes + states * each_state
+    kv = blocks * layout.block_bytes + states * each_state + drafts
     text = (
         f"weights {gib(weights)}, KV cache {gib(kv)} ({blocks * layout.block_size:,} tokens; a "
         f"sequence may have {longest:,}), free {gib(free)}: "
     )
     if weights + kv > free:
         least = len(layout.groups) * layout.block_bytes + 2 * each_state
+        if beside is not None:
+            least += len(beside.layout.groups) * beside.layout.block_bytes
         smaller = f"; --kv-cache-memory {free - weights} would" if free - weights >= least else ""
         return Finding("memory", f"{text}does not fit{smaller}", "broken")
     wanted = config.max_model_len or longest
     at_once, bytes_needed = blocks // layout.sequence_blocks(wanted), layout.sequence_bytes(wanted)
+    if beside is not None:
+        bytes_needed += beside.layout.sequence_bytes(min(wanted, beside.max_model_len))
     if each_state:  # states take up to half of the memory
         at_once, bytes_needed = min(at_once, states), 2 * max(bytes_needed, each_state)
     if at_once < needed:

@@ -14,7 +14,7 @@ from urllib.parse import quote
 import torch
 
 from nybble.engine import Engine, EngineConfig
-from nybble.engine.draft_model import check_speculation
+from nybble.engine.draft_model import check_rounding, check_speculation
 from nybble.engine.memory import memory_explained
 from nybble.engine.ranks import check_ranks
 from nybble.loaders import Checkpoint
@@ -132,8 +132,11 @@ def load_engine(
     def check(model: Checkpoint) -> None:
         """Before anything is packed, the draft model included."""
         check_ranks(architecture_of(model.config), config)
-        stored = None if draft_name is None else opened(draft_name, aliases=aliases)
-        check_speculation(model, stored, config)
+        draft_stored = None
+        if draft_name is not None:
+            draft_stored = opened(draft_name, aliases=aliases)
+            check_rounding(draft_stored, quantize=options.model.draft_quantize)
+        check_speculation(model, draft_stored, config)
 
     checkpoint = prepare_checkpoint(
         options.model.model,

@@ -136,8 +136,8 @@ class ModelOptions:
     draft_model: Annotated[
         str | None,
         _model(
-            help="Smaller model with the same tokenizer (folder, hub name, alias) that drafts "
-            "tokens for --speculate."
+            help="Smaller model with the same tokenizer, or EAGLE-3 head of the model (folder, hub "
+            "name, alias), that drafts tokens for --speculate."
         ),
     ] = None
     draft_quantize: Annotated[

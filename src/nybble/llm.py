@@ -46,7 +46,7 @@ from nybble.engine.conversation import (
     takes_parts,
     turn_of,
 )
-from nybble.engine.draft_model import check_speculation
+from nybble.engine.draft_model import check_rounding, check_speculation
 from nybble.engine.memory import memory_explained
 from nybble.engine.ranks import check_ranks
 from nybble.engine.request import FinishReason
@@ -159,8 +159,11 @@ class LLM:
         def check(model: Checkpoint) -> None:
             """Before anything is packed, the draft model included."""
             check_ranks(architecture_of(model.config), config)
-            stored = None if draft_model is None else opened(str(draft_model), aliases=aliases)
-            check_speculation(model, stored, config)
+            draft_stored = None
+            if draft_model is not None:
+                draft_stored = opened(str(draft_model), aliases=aliases)
+                check_rounding(draft_stored, quantize=draft_quantize)
+            check_speculation(model, draft_stored, config)
 
         checkpoint = prepare_checkpoint(
             str(model),

@@ -95,6 +95,15 @@ class CacheUnderTraffic(RuleBasedStateMachine):
     def pin(self, data: st.DataObject, pinned: bool) -> None:
         self.cache.pin(self.named[data.draw(st.sampled_from(sorted(self.named)))], pinned)
 
+    @precondition(lambda self: self.named)
+    @rule(data=st.data())
+    def prefetch(self, data: st.DataObject) -> None:
+        before = [v for v in self.versions if v.in_host and (v.pinned or v.waiting)]
+        version = self.named[data.draw(st.sampled_from(sorted(self.named)))]
+        asked = version.pinned or version.waiting
+        self.cache.prefetch(version)
+        assert asked or all(each.in_host or each.slot is not None for each in before)
+
     @precondition(lambda self: self.running)
     @rule(data=st.data(), preempted=st.booleans())
     def finish_or_preempt(self, data: st.DataObject, preempted: bool) -> None:
@@ -246,3 +255,35 @@ def test_a_pinned_adapter_is_read_and_stays_while_others_can_make_room() -> None
     use(others[0])
     use(others[1])
     assert (pinned.residency, pinned.in_host) == ("disk", False)
+
+
+def test_a_prefetched_adapter_takes_the_place_of_what_nobody_needs_and_of_nothing_else() -> None:
+    reading: list[AdapterVersion] = []
+    cache = AdapterCache(Slots(1), 8, reading.append)  # type: ignore[arg-type]
+    first, second, third, large = (
+        AdapterVersion(name, Path(name), b"", 8, nbytes=8 if name == "large" else 4)
+        for name in ("1", "2", "3", "large")
+    )
+
+    def read_all() -> list[str]:
+        names = []
+        while reading:
+            names.append(reading[0].name)
+            cache.staged(found := reading.pop(0), StagedAdapter([], found.nbytes))
+        return names
+
+    cache.prefetch(first)
+    cache.prefetch(second)
+    assert read_all() == ["1", "2"]
+    cache.prefetch(first)  # is there: it only counts as the last used
+    cache.prefetch(third)
+    assert read_all() == ["3"]
+    assert [each.residency for each in (first, second, third)] == ["host", "disk", "host"]
+    cache.queue(first, "a")
+    cache.pin(third, True)
+    cache.prefetch(second)
+    cache.prefetch(large)
+    assert read_all() == []
+    cache.queue(second, "a")  # the hint that was given up does not keep requests from their turn
+    assert read_all() == ["2"]
+    assert (first.in_host, second.in_host, third.in_host) == (True, True, False)

@@ -1,21 +1,27 @@
-"""Adapters with DoRA, with biases of their own, or with trained biases, against peft."""
+"""Adapters with DoRA, with biases of their own or trained ones, AdaLoRA, VeRA, (IA)³: as peft."""
 
 from __future__ import annotations
 
 import asyncio
+import copy
+import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import AdaLoraConfig, PeftModel, VeraConfig, get_peft_model
+from peft import AdaLoraConfig, IA3Config, PeftModel, VeraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from nybble.engine import AdapterConfig, Request, SamplingParams
 from nybble.engine.adapter_slots import AdapterSlots
 from nybble.loaders import AdapterError, load_adapter, open_checkpoint
+from nybble.loaders.adapter import LoRAModule
+from nybble.loaders.adapter_vectors import vector_changes
+from nybble.models import architecture_of
 from nybble.quantizers import merge_adapter, quantize_checkpoint
 
 WEIGHTS = "adapter_model.safetensors"
@@ -217,6 +223,90 @@ def test_vera_whose_matrices_all_modules_share_says_what_peft_says(
     save_file(tensors, tmp_path / WEIGHTS, {"format": "pt"})
     with pytest.raises(AdapterError, match="are for 100 inputs and 256 outputs, but a module of"):
         load_adapter(tmp_path, checkpoint.architecture)
+
+
+def wild_ia3(model: PreTrainedModel, modules: list[str]) -> PeftModel:
+    config = IA3Config(
+        target_modules=modules, feedforward_modules=["down_proj"], task_type="CAUSAL_LM"
+    )
+    torch.manual_seed(0)
+    trained = get_peft_model(model, config)
+    for parameter in trained.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.7 * torch.randn_like(parameter)
+    return trained
+
+
+def change(model: PreTrainedModel, modules: Mapping[str, LoRAModule]) -> None:
+    with torch.no_grad():
+        for name, module in modules.items():
+            layer = model.get_submodule(name)
+            layer.weight.copy_(module.merged(layer.weight))
+            if layer.bias is not None:
+                layer.bias.copy_(module.bias(layer.bias))
+
+
+def test_ia3_which_multiplies_outputs_and_inputs_of_the_mlp_s_last_layer_says_what_peft_says(
+    reference: Any, tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Of k and v, whose biases are multiplied too; and of ``up`` twice."""
+    modules = ["k_proj", "v_proj", "up_proj", "down_proj"]
+    checkpoint = open_checkpoint(tiny_model())
+    wild_ia3(reference.transformers_model(checkpoint), modules).save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(reference.transformers_model(checkpoint), tmp_path)
+    (expected,) = reference.greedy(model.eval(), (11,), 12)
+    engine = reference.start(checkpoint, adapters=AdapterConfig(slots=1, max_rank=1))
+    try:
+        engine.load_adapter("a", str(tmp_path))
+        assert reference.alone(engine, expected.prompt, 12, adapter="a") == expected.tokens
+        assert reference.alone(engine, expected.prompt, 12) != expected.tokens
+    finally:
+        engine.stop()
+    adapter = load_adapter(tmp_path, checkpoint.architecture)
+    merge_adapter(tiny_model(), adapter, tmp_path / "merged", progress=False)
+    merged = reference.transformers_model(checkpoint)
+    change(merged, adapter.modules)
+    ids = torch.tensor([expected.prompt])
+    torch.testing.assert_close(merged(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
+    exact = merged.state_dict()
+    for name, tensor in load_file(tmp_path / "merged" / "model.safetensors").items():
+        assert torch.equal(tensor, exact[name].bfloat16())
+    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+    first = modules[0]
+    settings["feedforward_modules"] = ["down_proj", f"layers.0.self_attn.{first}"]
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    tensors = load_file(tmp_path / WEIGHTS)
+    key = f"base_model.model.model.layers.0.self_attn.{first}.ia3_l"
+    tensors[key] = torch.ones(1, checkpoint.architecture.linears[key[17:-6]].inputs)
+    save_file(tensors, tmp_path / WEIGHTS, {"format": "pt"})
+    with pytest.raises(AdapterError, match=f"layers.0.self_attn.{first}, whose inputs cannot be"):
+        load_adapter(tmp_path, checkpoint.architecture)
+
+
+def test_ia3_on_an_mlp_whose_gate_and_up_are_one_layer_computes_what_peft_does() -> None:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "phi3",
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        pad_token_id=0,
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    plain = copy.deepcopy(model)
+    trained = wild_ia3(model, ["o_proj", "gate_up_proj", "down_proj"])
+    vectors = {
+        name.removesuffix(".ia3_l.default").removeprefix("base_model.model."): parameter.detach()
+        for name, parameter in trained.named_parameters()
+        if parameter.requires_grad
+    }
+    feedforward = [name for name in vectors if name.endswith("down_proj")]
+    change(plain, vector_changes(Path("a"), vectors, feedforward, architecture_of(config)))
+    ids = torch.arange(1, 20)[None]
+    torch.testing.assert_close(plain(ids).logits, trained(ids).logits, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

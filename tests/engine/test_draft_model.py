@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -214,23 +215,29 @@ def test_an_engine_that_begins_again_drafts_from_an_empty_cache(
 
 
 class Recorder:
-    """Stands in for a draft model: what it was asked for, and drafts of one grade."""
+    """Stands in for a draft model: what it was asked for, and drafts of one grade.
+
+    prompt: seconds that it takes to read a prompt, which it has not read yet.
+    """
 
     method = "draft"
     first_guess = (0.2, 0.5, 0.9)
 
-    def __init__(self, pass_seconds: float, behind: int = 1) -> None:
+    def __init__(self, pass_seconds: float, prompt: float = 0.0) -> None:
         self.costs = StepCosts()
         self.costs.observe(1, pass_seconds)
         self.asked: list[list[int]] = []
-        self._behind = behind
+        self._prompt = prompt
 
-    def behind(self, sequence: Any) -> int:
-        return self._behind
+    def reading(self, sequence: Any) -> float:
+        return self._prompt
 
     def draft(self, limits: Any, worth: Any) -> dict[Any, Draft]:
         self.asked.append(list(limits.values()))
+        self._prompt = 0.0
         return {each: Draft((1,) * count, (1,) * count) for each, count in limits.items()}
+
+    def see(self, batch: Any) -> None: ...
 
     def release(self, sequence: Any) -> None: ...
 
@@ -238,18 +245,20 @@ class Recorder:
 class Decoding:
     """Stands in for a sequence that decodes."""
 
+    num_output_tokens = 1
+
     def __init__(self) -> None:
         self.acceptance = Acceptance()
         self.request = type("Request", (), {"guide": None})()
 
 
-def proposals(drafter: Recorder, steps: int, right: bool) -> Speculation:
+def proposals(drafter: Recorder, steps: int, right: bool, room: int = 9) -> Speculation:
     """A loop of steps of 10 ms, of which another row takes a tenth."""
     decides, sequence = Speculation(drafter, 4, adaptive=True), Decoding()
     decides._costs.observe(1, 0.010)
     decides._costs.observe(5, 0.014)
     for _ in range(steps):
-        for draft, length in decides.propose(1, 1, {sequence: 9}, 99).values():  # type: ignore[dict-item]
+        for draft, length in decides.propose(1, 1, {sequence: room}, 99).values():  # type: ignore[dict-item]
             tokens = [1] * length + [1] if right else [2]
             decides.observe_tokens(draft, tokens, sequence.acceptance)
         decides.observe(1, 0.010 + decides._drafting)
@@ -269,9 +278,52 @@ def test_one_that_is_wrong_stops_but_for_a_hundredth_of_the_time() -> None:
     learnt = next(n for n, asked in enumerate(drafter.asked) if asked == [1])
     # A trial takes a tenth of a step: one in ten steps may have one.
     assert len(drafter.asked) - learnt == pytest.approx(100, rel=0.2)
-    far_behind = Recorder(pass_seconds=0.010)
-    proposals(far_behind, 1000, right=False)
-    assert len(far_behind.asked) < 40
+    slow = Recorder(pass_seconds=0.010)
+    proposals(slow, 1000, right=False)
+    assert len(slow.asked) < 40
+
+
+def test_a_prompt_is_read_if_the_rest_of_the_sequence_is_worth_it() -> None:
+    # Of a draft of two .6 + .36 tokens are expected, so that 1.96 take 10 + 2 + 2 ms: a token saves
+    # 2.9 ms, and a hundred of them 0.29 s.
+    for room, seconds, worth in ((100, 0.1, True), (100, 0.4, False), (9, 0.1, False)):
+        drafter = Recorder(pass_seconds=0.001, prompt=seconds)
+        proposals(drafter, 5, right=True, room=room)
+        assert len(drafter.asked) == (5 if worth else 0)
+    # The end of an answer is not known: no more than usual is expected of one that may be endless.
+    endless = Recorder(pass_seconds=0.001, prompt=10.0)
+    proposals(endless, 5, right=True, room=10**6)
+    assert not endless.asked
+
+
+def test_what_a_prompt_takes_is_not_what_a_draft_takes(
+    start: Callable[..., Engine], tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a prompt longer than a pass, the first pass drafts nothing and takes very long."""
+    engine = start(tiny_model(), speculate="auto", max_batched_tokens=24)
+    drafter, now = drafter_of(engine), 0.0
+    run = drafter._runner.run
+
+    def taking(batch: Any) -> torch.Tensor:
+        nonlocal now
+        now += 0.001 * sum(item.num_tokens for item in batch)
+        return run(batch)
+
+    monkeypatch.setattr(drafter._runner, "run", taking)
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    target = engine._runner.run
+
+    def slow(batch: Any) -> torch.Tensor:
+        nonlocal now
+        now += 0.010
+        return target(batch)
+
+    monkeypatch.setattr(engine._runner, "run", slow)
+    asyncio.run(complete(engine, "a", prompt(1, 60), 40))
+    assert drafter.costs.of(1) == pytest.approx(0.001)
+    assert drafter._seconds_per_token == pytest.approx(0.001)
+    # Drafts are right and cost a tenth: from the first on, all but the first three steps have some.
+    assert engine.stats().accepted_tokens > 25
 
 
 def test_one_as_slow_as_the_model_itself_never_pays() -> None:

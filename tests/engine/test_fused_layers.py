@@ -77,7 +77,7 @@ def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
     return build
 
 
-def decoder_of(folder: Path) -> Decoder:
+def decoder_of(folder: Path, captures: tuple[int, ...] = ()) -> Decoder:
     checkpoint = open_checkpoint(folder)
     return Decoder(
         architecture_of(checkpoint.config),
@@ -85,6 +85,7 @@ def decoder_of(folder: Path) -> Decoder:
         device=torch.device("cpu"),
         dtype=torch.bfloat16,
         max_model_len=256,
+        captures=captures,
     )
 
 
@@ -116,20 +117,52 @@ def steps(decoder: Decoder, kv_dtype: Literal["auto", "int8", "fp8"]) -> list[Te
 @pytest.mark.parametrize("family", FAMILIES)
 def test_layers_in_one_call(folder_of: Callable[[str], Path], family: str) -> None:
     decoder = decoder_of(folder_of(family))
-    calls = [block for block in decoder._blocks if isinstance(block, FusedLayers)]
+    calls = [block for block in decoder._blocks[0] if isinstance(block, FusedLayers)]
     assert len(calls) == FAMILIES[family][1]
     if not calls:
         return
-    assert len(decoder._blocks) == 1
+    assert len(decoder._blocks[0]) == 1
     parts: list[Block] = list(calls[0].blocks)
     assert len(parts) == 12
     kv_dtypes: tuple[Literal["auto", "int8"], ...] = ("auto", "int8")
     for kv_dtype in kv_dtypes:
-        decoder._blocks = [calls[0]]
+        decoder._blocks = [[calls[0]]]
         together = steps(decoder, kv_dtype)
-        decoder._blocks = parts
+        decoder._blocks = [parts]
         assert all(map(torch.equal, steps(decoder, kv_dtype), together))
         assert all(logits.isfinite().all() for logits in together)
+
+
+def test_what_is_captured_between_calls_is_what_the_parts_compute(
+    folder_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layers 2, 3 and the output of the last; the logits stay what they were."""
+    folder = folder_of("qwen2")
+    whole = steps(decoder_of(folder), "auto")
+    decoder = decoder_of(folder, captures=(2, 3, 6))
+    calls = [blocks[0] for blocks in decoder._blocks if blocks]
+    assert all(isinstance(call, FusedLayers) for call in calls)
+    assert list(map(len, decoder._blocks)) == [1, 1, 1, 0]
+    found: list[list[Tensor]] = []
+    forward = decoder.forward
+
+    def keeping(*given: Any) -> Tensor:
+        hidden = forward(*given)
+        found[-1] += [each.clone() for each in given[-1]] + [hidden]
+        return hidden
+
+    monkeypatch.setattr(decoder, "forward", keeping)
+    for blocks in (decoder._blocks, [list(call.blocks) for call in calls] + [[]]):  # type: ignore[union-attr]
+        found.append([])
+        decoder._blocks = blocks
+        assert all(map(torch.equal, steps(decoder, "auto"), whole))
+    together, by_part = found
+    assert len(together) == 3 * 4
+    assert all(map(torch.equal, together, by_part))
+    for place in (0, 4, 8):
+        captured, hidden = together[place : place + 3], together[place + 3]
+        assert torch.equal(captured[2], hidden)
+        assert not torch.equal(captured[0], captured[1])
 
 
 class Counted:
@@ -148,11 +181,11 @@ def test_the_parts_compute_what_the_kernel_does_not_take(
 ) -> None:
     """Caches in fp8, and rows with adapters."""
     decoder = decoder_of(folder_of("llama"))
-    (whole,) = decoder._blocks
+    ((whole,),) = decoder._blocks
     assert isinstance(whole, FusedLayers)
     blocks = tuple(map(Counted, whole.blocks))
     kernel = Counted(whole.kernel)
-    decoder._blocks = [replace(whole, kernel=kernel, blocks=blocks)]
+    decoder._blocks = [[replace(whole, kernel=kernel, blocks=blocks)]]
     in_fp8 = steps(decoder, "fp8")
     assert [block.calls for block in blocks] == [len(in_fp8)] * 12
     steps(decoder, "auto")
@@ -169,7 +202,7 @@ def test_tensors_that_the_kernel_would_misread_are_named(
     folder_of: Callable[[str], Path],
 ) -> None:
     decoder = decoder_of(folder_of("llama"))
-    (whole,) = decoder._blocks
+    ((whole,),) = decoder._blocks
     assert isinstance(whole, FusedLayers)
     x, turns = torch.zeros(2, 128).bfloat16(), (torch.zeros(2, 32), torch.zeros(2, 32))
     cache = torch.zeros(2, 3, 2, 16, 32).bfloat16()

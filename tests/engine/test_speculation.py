@@ -84,6 +84,16 @@ def test_one_step_that_was_held_up_changes_little() -> None:
     assert costs.of(1) < 0.025  # type: ignore[operator]
 
 
+def test_steps_that_take_turns_being_fast_and_slow_change_no_other_estimate() -> None:
+    costs = StepCosts()
+    costs.observe(1, 0.010)
+    costs.observe(5, 0.020)
+    for _ in range(1000):
+        costs.observe(1, 0.015)
+        costs.observe(1, 0.006)
+    assert costs.of(5) == pytest.approx(0.020, rel=0.2)
+
+
 def costs(**seconds: float) -> StepCosts:
     made = StepCosts()
     for rows, value in seconds.items():

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from nybble.kernels.cpu.build import (
+    ARM_TARGETS,
     TARGETS,
     Target,
     missing_cpu_features,
@@ -27,18 +28,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     To compile those of another target takes a quarter of a minute.
     """
-    native = next((target for target in TARGETS if not missing_cpu_features(target)), None)
+    targets = (*TARGETS, *ARM_TARGETS)
+    native = next((target for target in targets if not missing_cpu_features(target)), None)
     for item in items:
         if HERE in item.path.parents and isinstance(item, pytest.Function):
             values = getattr(item, "callspec", None)
-            targets = [v for v in values.params.values() if isinstance(v, Target)] if values else []
-            if any(target not in (native, TARGETS[-1]) for target in targets):
+            used = [v for v in values.params.values() if isinstance(v, Target)] if values else []
+            if any(target not in (native, TARGETS[-1]) for target in used):
                 item.add_marker(pytest.mark.slow)
 
 
-@pytest.fixture(scope="module", params=TARGETS, ids=lambda target: target.name)
+@pytest.fixture(scope="module", params=(*TARGETS, *ARM_TARGETS), ids=lambda target: target.name)
 def cpu(request: pytest.FixtureRequest) -> CpuLibrary:
-    """The kernels compiled for each target this machine runs, which must be one at least."""
+    """The kernels compiled for each target this machine runs, which must be one at least.
+
+    On x86 those for ARM are emulated.
+    """
     usable_targets()
     return compiled(request.param)
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from nybble.kernels import PackedWeight
-from nybble.kernels.cpu.build import Target, build, missing_cpu_features
+from nybble.kernels.cpu.build import ARM_TARGETS, Target, build, machine, missing_cpu_features
 from nybble.kernels.cpu.library import CpuLibrary
 from nybble.kernels.packed import (
     INT8_MAX,
@@ -21,11 +22,19 @@ from nybble.kernels.packed import (
 )
 from nybble.loaders.formats.affine import two_digits
 
+from .emulated_arm import emulated
+
 CODEBOOK = torch.linspace(-1, 1, 16).bfloat16().float()
 
 
 def compiled(target: Target) -> CpuLibrary:
-    """The kernels for a target; a test of one that this machine lacks is skipped."""
+    """The kernels for a target; a test of one that this machine lacks is skipped.
+
+    Those for ARM are emulated on other machines.
+    """
+    if target in ARM_TARGETS and machine() != target.machine:
+        library: Any = emulated(target)
+        return CpuLibrary(library)
     if missing := missing_cpu_features(target):
         pytest.skip(f"this CPU lacks {', '.join(missing)}")
     return CpuLibrary(ctypes.CDLL(str(build(target))))

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from nybble.kernels import DenseWeight, PackedWeight, reference
 from nybble.kernels.cpu.build import (
+    ARM_TARGETS,
     TARGETS,
     Target,
     missing_cpu_features,
@@ -42,7 +43,7 @@ def bf16_cpu(request: pytest.FixtureRequest) -> CpuLibrary:
     return compiled(request.param)
 
 
-@pytest.fixture(scope="module", params=TARGETS[1:], ids=lambda target: target.name)
+@pytest.fixture(scope="module", params=(*TARGETS[1:], *ARM_TARGETS), ids=lambda target: target.name)
 def integer_cpu(request: pytest.FixtureRequest) -> CpuLibrary:
     """The kernels that multiply integers."""
     return compiled(request.param)
@@ -313,7 +314,15 @@ def test_integer_kernels_agree_to_the_bit() -> None:
     flags = ("-march=haswell", "-mavx512f", "-mavx512vl", "-mavx512vnni")
     encoded = Target("avx2_vnni_as_avx512", ("avx512f", "avx512vl", "avx512_vnni"), flags)
     targets = [each for each in (*TARGETS[1:], encoded) if not missing_cpu_features(each)]
-    libraries = [compiled(target) for target in targets]
+    assert_agree([compiled(target) for target in targets])
+
+
+@pytest.mark.parametrize("target", ARM_TARGETS, ids=lambda target: target.name)
+def test_integer_kernels_of_arm_agree_with_those_of_x86_to_the_bit(target: Target) -> None:
+    assert_agree([compiled(TARGETS[-1]), compiled(target)])
+
+
+def assert_agree(libraries: list[CpuLibrary]) -> None:
     torch.manual_seed(0)
     byte_codes = random_8_bit_weight(
         100, 288, 96, torch.float16, zeros=True, act_order=False, bias=True

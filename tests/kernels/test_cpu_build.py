@@ -11,6 +11,7 @@ import pytest
 from nybble.kernels.cpu.build import (
     CpuKernelsUnavailableError,
     build_fastest,
+    linking_flags,
     load,
     usable_targets,
     wanted_targets,
@@ -24,7 +25,9 @@ def test_a_missing_compiler_and_a_missing_instruction_set_are_named(tmp_path: Pa
     cpuinfo = tmp_path / "cpuinfo"
     cpuinfo.write_text("flags\t: fpu sse avx2 fma\n")
     with pytest.raises(CpuKernelsUnavailableError, match="this CPU lacks f16c"):
-        usable_targets(cpuinfo)
+        usable_targets(cpuinfo, "x86_64")
+    with pytest.raises(CpuKernelsUnavailableError, match=r"64-bit ARM .* this CPU is riscv64"):
+        usable_targets(cpuinfo, "riscv64")
 
 
 @pytest.mark.parametrize(
@@ -43,23 +46,60 @@ def test_the_best_target_is_chosen_by_the_flags_of_the_cpu(
 ) -> None:
     cpuinfo = tmp_path / "cpuinfo"
     cpuinfo.write_text(f"flags\t: avx2 fma f16c {added}\n")
-    assert usable_targets(cpuinfo)[0].name == best
+    assert usable_targets(cpuinfo, "x86_64")[0].name == best
+
+
+@pytest.mark.parametrize(
+    ("added", "names"),
+    [
+        ("", ["neon"]),
+        ("asimddp", ["neon_dotprod", "neon"]),
+        ("asimddp bf16", ["neon_dotprod", "neon"]),
+        ("asimddp i8mm bf16", ["neon_i8mm", "neon_dotprod", "neon"]),
+    ],
+)
+def test_targets_of_arm_are_chosen_by_its_features(
+    tmp_path: Path, added: str, names: list[str]
+) -> None:
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(f"processor\t: 0\nFeatures\t: fp asimd evtstrm aes {added}\n")
+    assert [target.name for target in usable_targets(cpuinfo, "aarch64")] == names
+    cpuinfo.write_text("Features\t: fp\n")
+    with pytest.raises(CpuKernelsUnavailableError, match="this CPU lacks asimd"):
+        usable_targets(cpuinfo, "aarch64")
+    with pytest.raises(ValueError, match="is neon_dotprod, but this CPU lacks asimd, asimddp"):
+        wanted_targets("neon_dotprod", cpuinfo, "aarch64")
+    with pytest.raises(ValueError, match="is 'avx2', expected neon_i8mm, neon_dotprod, neon; or"):
+        wanted_targets("avx2", cpuinfo, "aarch64")
+
+
+def test_without_openmp_macos_builds_for_one_thread_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("nybble.kernels.cpu.build._LIBOMP_FOLDERS", ())
+    monkeypatch.delenv("OMP_PREFIX", raising=False)
+    assert not any("openmp" in flag for flag in linking_flags("Darwin"))
+    assert "one thread. Install libomp (brew install libomp)" in caplog.text
+    (tmp_path / "include").mkdir()
+    (tmp_path / "include" / "omp.h").touch()
+    monkeypatch.setenv("OMP_PREFIX", str(tmp_path))
+    assert "-fopenmp" in linking_flags("Darwin")
 
 
 def test_a_target_may_be_named_and_another_one_is_not_taken_in_its_place(tmp_path: Path) -> None:
     cpuinfo = tmp_path / "cpuinfo"
     cpuinfo.write_text("flags\t: avx2 fma f16c avx512f avx512bw avx512vl avx512dq avx512_bf16\n")
-    assert [target.name for target in wanted_targets("avx2", cpuinfo)] == ["avx2"]
-    assert [target.name for target in wanted_targets("", cpuinfo)] == [
+    assert [target.name for target in wanted_targets("avx2", cpuinfo, "x86_64")] == ["avx2"]
+    assert [target.name for target in wanted_targets("", cpuinfo, "x86_64")] == [
         "avx512_bf16",
         "avx512",
         "avx2",
     ]
     with pytest.raises(ValueError, match="is 'sse', expected avx512_bf16, avx512_vnni, avx512, "):
-        wanted_targets("sse", cpuinfo)
+        wanted_targets("sse", cpuinfo, "x86_64")
     cpuinfo.write_text("flags\t: avx2 fma f16c avx512f avx512bw avx512vl avx512dq\n")
     with pytest.raises(ValueError, match="is avx512_bf16, but this CPU lacks avx512_bf16"):
-        wanted_targets("avx512_bf16", cpuinfo)
+        wanted_targets("avx512_bf16", cpuinfo, "x86_64")
 
 
 def test_the_environment_names_the_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

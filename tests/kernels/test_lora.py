@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,20 +14,23 @@ from torch import Tensor
 
 from nybble.kernels import reference
 from nybble.kernels.backend import backend_for
-from nybble.kernels.cpu.build import TARGETS, build, missing_cpu_features
-from nybble.kernels.cpu.library import CpuLibrary
+from nybble.kernels.cpu.build import ARM_TARGETS, TARGETS
 from nybble.kernels.lora import slot_buffers
 from nybble.kernels.lora_batch import LoRABatch
 
+from .cpu_kernels import compiled
 
-@pytest.fixture(scope="module", params=["reference", *TARGETS], ids=lambda p: getattr(p, "name", p))
+
+@pytest.fixture(
+    scope="module",
+    params=["reference", *TARGETS, *ARM_TARGETS],
+    ids=lambda p: getattr(p, "name", p),
+)
 def kernel(request: pytest.FixtureRequest) -> Callable[..., None]:
     """The reference, and the kernels compiled for each target this machine runs."""
     if request.param == "reference":
         return reference.lora_add
-    if missing := missing_cpu_features(request.param):
-        pytest.skip(f"this CPU lacks {', '.join(missing)}")
-    return CpuLibrary(ctypes.CDLL(str(build(request.param)))).lora_add
+    return compiled(request.param).lora_add
 
 
 def random_slots(

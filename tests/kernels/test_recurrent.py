@@ -10,19 +10,10 @@ from torch import Tensor
 
 from nybble.kernels import recurrent
 from nybble.kernels.backend import Backend
-from nybble.kernels.cpu.library import library
 from nybble.kernels.state_batch import StateBatch
 
 TAPS, CHANNELS, SLOTS = 4, 48, 6
 KEY_HEADS, VALUE_HEADS, KEY_DIM, VALUE_DIM = 2, 4, 16, 80
-
-
-@pytest.fixture(scope="module")
-def cpu() -> Backend:
-    found = library()
-    if found is None:
-        pytest.skip("no CPU kernels here")
-    return found
 
 
 def batch(

@@ -201,13 +201,14 @@ def test_a_tokenizer_beside_an_adapter_is_said_to_be_unused(
     [
         (
             {"peft_type": "LOHA"},
-            "peft_type 'LOHA' is not supported; supported are LORA, ADALORA, VERA",
+            "peft_type 'LOHA' is not supported; supported are LORA, ADALORA, VERA, IA3",
         ),
         ({"use_dora": True, "target_parameters": ["x"]}, "use_dora with target_parameters has no"),
         ({"lora_bias": True, "target_parameters": ["x"]}, "lora_bias with target_parameters has"),
         ({"peft_type": "VERA"}, "has no vera_A and vera_B: peft would draw them at random again"),
         ({"peft_type": "VERA", "bias": "all"}, "VeRA with bias 'all' is not supported"),
-        ({"peft_type": "IA3"}, "peft_type 'IA3' is not supported; supported are LORA, ADALORA"),
+        ({"peft_type": "IA3"}, f"has a lora_A for {DOWN}, which its adapter_config.json does not"),
+        ({"peft_type": "IA3", "target_parameters": ["x"]}, "IA3 has no target_parameters in peft"),
         ({"peft_type": "ADALORA", "init_r": 4}, f"has no lora_E for {DOWN}"),
         ({"peft_type": "ADALORA", "lora_alpha": 0}, "lora_alpha is 0.0, AdaLoRA needs more"),
         ({"peft_type": "ADALORA", "target_parameters": ["x"]}, "AdaLoRA has no target_parameters"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -47,6 +47,12 @@ def doctor(
             min=1,
         ),
     ] = None,
+    draft_model: Annotated[
+        str | None, typer.Option(help="See whether this draft model fits beside it.")
+    ] = None,
+    draft_quantize: Annotated[
+        Literal["nf4"] | None, typer.Option(help="Round a 16-bit draft model to 4 bits.")
+    ] = None,
     aliases: AliasesOption = None,
 ) -> None:
     """Check this machine, and whether a model fits it; downloads and loads nothing."""
@@ -72,6 +78,6 @@ def doctor(
                 max_model_len=max_model_len,
             )
             needed = max_num_seqs or 1
-            plan = Plan(model, config, aliases, quantize, head, needed)
+            plan = Plan(model, config, aliases, quantize, head, needed, draft_model, draft_quantize)
         if not print_findings(examine(device, plan)):
             raise typer.Exit(1)

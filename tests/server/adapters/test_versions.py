@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -191,6 +192,37 @@ def test_the_list_tells_who_used_an_adapter_and_when_and_what_is_pinned(
         await ask(client, "PATCH", f"{LIST}/b", {"pinned": True}, 404)
 
     serve(engine, tmp_path, scenario, tenants=Tenants(file))
+
+
+def test_a_hint_has_an_adapter_read_before_requests_come_for_it(
+    tiny_model: Callable[..., Path], folders: list[Path], tmp_path: Path
+) -> None:
+    """Memory holds one adapter, that of the last request."""
+    adapters = AdapterConfig(slots=1, max_rank=8, host_bytes=100_000)
+    config = replace(CONFIG, adapters=adapters)
+    engine = Engine.load(open_checkpoint(tiny_model()), config, progress=False)
+    engine.start()
+
+    async def scenario(client: Client) -> None:
+        size = (await load(client, folders[0]))["nbytes"]
+        assert size <= 100_000 < 2 * size
+        await load(client, folders[1], lora_name="b")
+        await said(client, "a")
+        await said(client, "b")
+        path = f"{LIST}/a/prefetch"
+        assert (await ask(client, "POST", path))["residency"] == "disk"
+        while (await ask(client, "GET", f"{LIST}/a"))["residency"] != "host":
+            await asyncio.sleep(0.01)
+        info = await ask(client, "GET", f"{LIST}/a")
+        assert (info["hits"], info["pinned"]) == (1, False)
+        await ask(client, "POST", f"{LIST}/nobody/prefetch", status=404)
+        async with client.post(path) as response:
+            assert response.status == 401
+
+    try:
+        serve(engine, tmp_path, scenario)
+    finally:
+        engine.stop()
 
 
 def test_pinned_adapters_leave_half_of_the_memory_to_others(

@@ -78,6 +78,34 @@ def test_a_model_fits_as_long_as_weights_and_kv_cache_do(tiny_model: Callable[..
     assert none.text.endswith("does not fit, not even the weights")
 
 
+def test_a_draft_model_has_to_fit_too(tiny_model: Callable[..., Path]) -> None:
+    folder, draft = tiny_model(), tiny_model(seed=1, layers=1)
+    weights = weight_bytes(folder, torch.bfloat16) + weight_bytes(draft, torch.bfloat16)
+    kv = 4 * 7 * 16 * (KV_TOKEN + KV_TOKEN // 2)
+    plan = Plan(str(folder), CONFIG, draft=str(draft))
+    assert findings(plan, free=weights + kv)["memory"].state == "ok"
+    assert findings(plan, free=weights + kv - 1)["memory"].state == "broken"
+    rounded = findings(replace(plan, draft_quantize="nf4"), free=weights + kv - 1)
+    assert rounded["memory"].state == "ok"
+    engine = Engine.load(
+        open_checkpoint(folder),
+        replace(CONFIG, speculate="draft", kv_cache_bytes=1 << 20),
+        False,
+        draft=open_checkpoint(draft),
+    )
+    tokens = engine.stats().kv_blocks_total * CONFIG.block_size
+    told = findings(replace(plan, config=replace(CONFIG, kv_cache_bytes=1 << 20)))["memory"].text
+    assert f"({tokens:,} tokens; " in told
+    result = doctor("--model", folder, "--draft-model", draft, "--device", "cpu")
+    assert result.exit_code == 0
+    assert "draft model" in result.stdout
+    result = doctor(
+        *("--model", folder, "--device", "cpu"), "--draft-model", tiny_model(family="lfm2")
+    )
+    assert result.exit_code == 1
+    assert "cannot be taken back" in result.stdout
+
+
 def test_more_sequences_than_the_cache_holds_wait(tiny_model: Callable[..., Path]) -> None:
     """`serve` computes 64 at most, and starts with memory for fewer."""
     config = replace(CONFIG, kv_cache_bytes=3 * 7 * 16 * KV_TOKEN)
