@@ -132,10 +132,11 @@ def load_engine(
     def check(model: Checkpoint) -> None:
         """Before anything is packed, the draft model included."""
         check_ranks(architecture_of(model.config), config)
-        stored = None if draft_name is None else opened(draft_name, aliases=aliases)
-        check_speculation(model, stored, config)
-        if stored is not None:
-            check_rounding(stored, options.model.draft_quantize)
+        draft_stored = None
+        if draft_name is not None:
+            draft_stored = opened(draft_name, aliases=aliases)
+            check_rounding(draft_stored, quantize=options.model.draft_quantize)
+        check_speculation(model, draft_stored, config)
 
     checkpoint = prepare_checkpoint(
         options.model.model,

@@ -161,10 +161,11 @@ class LLM:
         def check(model: Checkpoint) -> None:
             """Before anything is packed, the draft model included."""
             check_ranks(architecture_of(model.config), config)
-            stored = None if draft_model is None else opened(str(draft_model), aliases=aliases)
-            check_speculation(model, stored, config)
-            if stored is not None:
-                check_rounding(stored, draft_quantize)
+            draft_stored = None
+            if draft_model is not None:
+                draft_stored = opened(str(draft_model), aliases=aliases)
+                check_rounding(draft_stored, quantize=draft_quantize)
+            check_speculation(model, draft_stored, config)
 
         checkpoint = prepare_checkpoint(
             str(model),
