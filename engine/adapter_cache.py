@@ -1,9 +1,9 @@
 """Which adapters are in host memory and in device slots.
 
 There are three tiers: the adapter's folder on disk, a staged copy in host memory, a slot on the
-device. The upper two evict the least recently used. Reading from disk begins when a request queues:
-at most two adapters at a time, tenants in turn. The engine thread copies staged adapters into
-slots, at most one a step.
+device, which on the CPU refers to the copy in host memory. The upper two evict the least recently
+used. Reading from disk begins when a request queues: at most two adapters at a time, tenants in
+turn. The engine thread puts staged adapters into slots, at most one a step.
 """
 
 from __future__ import annotations
@@ -122,11 +122,6 @@ class AdapterCache:
     def slots(self) -> int:
         return self._slots.count
 
-    @property
-    def all_pinned(self) -> bool:
-        """Whether every slot is in use by a running request."""
-        return all(held is not None and held.running for held in self._in_slot.values())
-
     def begin_step(self) -> None:
         self.filled_in_step = False
 
@@ -140,20 +135,31 @@ class AdapterCache:
         """Whether it is in a slot, or needs nothing but a free one."""
         return version.slot is not None or version in self._host
 
-    def can_acquire(self, version: AdapterVersion) -> bool:
-        """Whether :meth:`acquire` would succeed now."""
+    def can_acquire(
+        self, version: AdapterVersion, *, instead_of: AdapterVersion | None = None
+    ) -> bool:
+        """Whether :meth:`acquire` would succeed now.
+
+        instead_of: counts as if no running request used it.
+        """
         if version.slot is not None:
             return True
-        return version in self._host and not self.filled_in_step and not self.all_pinned
+        if version not in self._host or self.filled_in_step:
+            return False
+        return self._slots_for(version, instead_of) is not None
 
     def acquire(self, version: AdapterVersion) -> bool:
         """Pin the version in a slot for a request that starts running; False if none is free."""
-        if version.slot is None and not self._fill(version):
+        evicted = self._fill(version) if version.slot is None else []
+        if evicted is None:
             return False
         assert version.slot is not None
         self._in_slot.move_to_end(version.slot)
         version.waiting -= 1
         version.running += 1
+        for each in evicted:
+            if each.waiting:
+                self._want(each)
         self._start_loading()
         return True
 
@@ -274,7 +280,7 @@ class AdapterCache:
         free, dropped = self._free_bytes, []
         held: Counter[str] = Counter()
         for version in (*self._host, *self._loading):
-            if version.waiting and version.slot is None:
+            if self._needed(version):
                 held[version.tenant] += version.nbytes
         mine = held[newcomer.tenant] + newcomer.nbytes
         # A retired version's files may be gone from disk, so its copy is kept while in use. So is
@@ -283,14 +289,14 @@ class AdapterCache:
             v
             for v in self._host
             if not (v.retired and (v.waiting or v.running))
-            and not (self._slot_refers_to(v) and (v.waiting or v.running))
+            and not (self._slot_refers_to(v) and v.running)
         )
-        by_use = sorted(replaceable, key=lambda v: (v.pinned, self._needed_beside_slot(v)))
+        by_use = sorted(replaceable, key=lambda v: (v.pinned, self._needed(v)))
         for version in by_use:
-            needed = version.pinned or self._needed_beside_slot(version)
+            needed = version.pinned or self._needed(version)
             if free >= newcomer.nbytes or (needed and self._is_only_expected(newcomer)):
                 break
-            if self._needed_beside_slot(version):
+            if self._needed(version):
                 if held[version.tenant] - version.nbytes < mine:
                     continue
                 held[version.tenant] -= version.nbytes
@@ -300,12 +306,13 @@ class AdapterCache:
             return False
         for version in dropped:
             self._drop(version)
-            if self._needed_beside_slot(version):
+            if self._needed(version):
                 self._wanted.setdefault(version.tenant, OrderedDict())[version] = None
         return True
 
-    def _needed_beside_slot(self, version: AdapterVersion) -> bool:
-        return version.slot is None and version.waiting > 0
+    def _needed(self, version: AdapterVersion) -> bool:
+        """Whether requests wait for it that could not run without its host copy."""
+        return version.waiting > 0 and (version.slot is None or self._slot_refers_to(version))
 
     def _drop(self, version: AdapterVersion) -> None:
         refers = self._slot_refers_to(version)
@@ -317,32 +324,40 @@ class AdapterCache:
 
     def _slot_refers_to(self, version: AdapterVersion) -> bool:
         """Whether the version's slot is of no use without its host copy."""
-        return version.slot is not None and self._host[version].ends is not None
+        if version.slot is None or version not in self._host:
+            return False
+        return self._slots.refer_to_host or self._host[version].ends is not None
 
-    def _fill(self, version: AdapterVersion) -> bool:
+    def _fill(self, version: AdapterVersion) -> list[AdapterVersion] | None:
+        """Put the version into a slot. Returns those that were there; None if it cannot be now."""
         staged = self._host.get(version)
         if staged is None:
             self._want(version)
-            return False
+            return None
         if self.filled_in_step:
-            return False
-        slot = self._least_useful_slot()
-        if slot is None:
-            return False
-        evicted = self._in_slot[slot]
-        if evicted is not None:
-            evicted.slot = None
+            return None
+        slots = self._slots_for(version)
+        if slots is None:
+            return None
+        slot, *others = slots
+        evicted = [held for each in slots if (held := self._in_slot[each]) is not None]
+        for each in others:
+            self._empty(each)
+        if (held := self._in_slot[slot]) is not None:
+            held.slot = None
         self._slots.fill(slot, staged)
         self.filled_in_step = True
         self._host.move_to_end(version)
         self._in_slot[slot] = version
         version.slot = slot
-        if evicted is not None and evicted.waiting:
-            self._want(evicted)  # last: this may evict the host copy just used
-        return True
+        return evicted
 
-    def _least_useful_slot(self) -> int | None:
-        """The slot to overwrite; None if a running request uses every one.
+    def _slots_for(
+        self, version: AdapterVersion, instead_of: AdapterVersion | None = None
+    ) -> list[int] | None:
+        """The slot to overwrite, and others to empty if it takes more memory than is free.
+
+        None if running requests use every slot, or too much of the memory.
 
         In order of preference: an empty slot, or the least recently used of an adapter without
         requests; then the least recently used of an adapter that only waiting requests want; then
@@ -353,8 +368,22 @@ class AdapterCache:
             held = self._in_slot[slot]
             return (False, False) if held is None else (held.pinned, held.waiting > 0)
 
-        idle = [slot for slot, held in self._in_slot.items() if held is None or not held.running]
-        return min(idle, key=worth, default=None)
+        free, wanted = self._slots.free_bytes, self._slots.bytes_for(self._host[version])
+        first, held_there = next(iter(self._in_slot.items()))
+        if held_there is None and free >= wanted:
+            return [first]  # the empty ones come first
+        idle = [
+            slot
+            for slot, held in self._in_slot.items()
+            if held is None or held is instead_of or not held.running
+        ]
+        found: list[int] = []
+        for slot in sorted(idle, key=worth):
+            if found and free >= wanted:
+                break
+            found.append(slot)
+            free += self._slots.bytes_in(slot)
+        return found if found and free >= wanted else None
 
     def _forget_if_unused(self, version: AdapterVersion) -> None:
         if not version.retired or version.waiting or version.running:

@@ -18,7 +18,7 @@ from nybble.engine.base_layers import BaseLayers, BaseModel
 from nybble.engine.parts import NormPart, norm_part
 from nybble.kernels import DenseWeight, PackedWeight
 from nybble.kernels.backend import Backend
-from nybble.kernels.lora import slot_buffers
+from nybble.kernels.lora import LoRASlots
 from nybble.kernels.lora_batch import LoRABatch
 from nybble.kernels.packed import LinearKernel
 from nybble.kernels.reference import stretch_add
@@ -30,30 +30,25 @@ from nybble.models import Architecture
 
 @dataclass(frozen=True)
 class _LowRank:
-    """A single adapter in the buffers that :meth:`Backend.lora_add` reads."""
+    """A single adapter in a slot by itself."""
 
-    a: Tensor
-    b: Tensor
-    ranks: Tensor
+    slots: LoRASlots
     backend: Backend
 
     @classmethod
     def of(cls, a: Tensor, b: Tensor, dtype: torch.dtype, backend: Backend) -> _LowRank:
         """a: ``(rank, in)``; b: ``(out, rank)``, multiplied by α/r."""
-        offsets = (0, len(b))
-        buffers = slot_buffers(1, len(a), a.shape[1], offsets, dtype, "cpu")
-        buffers[0][0].copy_(a)
-        buffers[1][0].copy_(b)
-        return cls(*buffers, torch.tensor([len(a)], dtype=torch.int32), backend)
+        matrices = a.to(dtype).contiguous(), b.to(dtype).T.contiguous()
+        return cls(LoRASlots.of([[matrices]], a.shape[1], (0, len(b))), backend)
 
     def add(self, out: Tensor, x: Tensor) -> None:
         batch = LoRABatch.of([0] * len(x), x.device)
         if batch is not None:
-            self.backend.lora_add(out, x, self.a, self.b, self.ranks, (0, out.shape[1]), batch)
+            self.backend.lora_add(out, x, self.slots, batch)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        return self.a, self.b
+        return self.slots.matrices[0][0] or ()
 
 
 @dataclass(frozen=True)
@@ -151,6 +146,10 @@ class StepEnds:
         for ends, rows in self.entries:
             if ends.embedding is not None:
                 out[rows] = ends.embedding(token_ids[rows], out[rows])
+
+    @property
+    def change_norms(self) -> bool:
+        return any(ends.norms for ends, _ in self.entries)
 
     def norms(self, name: str) -> Iterator[tuple[Tensor, NormPart]]:
         """Rows that have another norm of this name, and the norm."""

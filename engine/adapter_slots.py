@@ -1,9 +1,9 @@
-"""Adapter weights on the device, in a fixed number of slots which the kernels read.
+"""Adapters in slots, which the kernels read.
 
-Every projection of every layer has one buffer over all slots. It is zero if the adapter in a slot
-does not change that projection. The experts of a mixture have one buffer together, in which slot
-``s`` of expert ``e`` is number ``e · count + s``. An adapter is *staged* in host memory in the same
-layout, so that filling a slot is only a copy.
+A slot refers to the matrices of one adapter: of every linear layer that it changes, as many rows as
+its rank there. On the CPU these are the adapter's in host memory, where it was *staged*, so that
+filling a slot copies nothing. They are copied on a GPU, whose memory for adapters is one buffer
+(:mod:`nybble.engine.adapter_memory`), and if a process computes only some of the outputs.
 
 An adapter may also change biases, and with DoRA the length of each row of the merged weight. With
 ``m`` the magnitudes over the norms of ``W + scale · B·A``, ``c`` the base's bias and ``c'`` the
@@ -12,9 +12,9 @@ adapter's, DoRA computes
     m · (W·x + scale · B·A·x) + c'  =  y + (m − 1) · y + (c' − m · c) + m · scale · B·A·x
 
 from the base's output ``y = W·x + c``. (IA)³ has ``m`` itself, and ``m · c`` for ``c'``. So such an
-adapter has a *gain* ``m − 1`` and a *shift*
-``c' − m · c`` for every output, and ``m`` is part of ``B``. The norms are computed once, when the
-adapter is staged, from the base's weights as they are served, some rows at a time.
+adapter has a *gain* ``m − 1`` and a *shift* ``c' − m · c`` for every output, and ``m`` is part of
+``B``. The norms are computed once, when the adapter is staged, from the base's weights as they are
+served, some rows at a time.
 """
 
 from __future__ import annotations
@@ -27,11 +27,13 @@ import torch
 from torch import Tensor
 
 from nybble.engine.adapter_ends import StagedEnds, StepEnds, stage_ends
+from nybble.engine.adapter_memory import AdapterMemory
 from nybble.engine.base_layers import BaseLayers, BaseModel
 from nybble.engine.parallel import ALONE, Range, TensorParallel, length
 from nybble.engine.transfer import send
 from nybble.kernels.backend import Backend
-from nybble.kernels.lora import slot_buffers
+from nybble.kernels.cpu.huge_pages import empty_in_huge_pages
+from nybble.kernels.lora import ALIGNMENT, LoRASlots, LowRank
 from nybble.kernels.lora_batch import LoRABatch
 from nybble.kernels.reference import stretch_add
 from nybble.loaders import AdapterError, LoRAAdapter
@@ -41,30 +43,31 @@ from nybble.models import Architecture, Mixture
 
 @dataclass(frozen=True)
 class ProjectionSlots:
-    """The buffers of one (fused) projection; see :mod:`nybble.kernels.lora` for their shapes.
+    """The adapters on one (fused) projection.
 
-    all_offsets: ``offsets`` of all ranks' outputs, of which ``own`` are this rank's.
+    low_rank: of this rank's outputs, in the slots from ``first`` on.
+    all_offsets: where the outputs of each layer begin, then their number, of all ranks together.
+    own: which outputs of each layer are this rank's.
     outputs: gains and shifts, float32 ``(2, out)``, of the slots that have any.
-    rank_of: ``ranks`` in the host's memory, 0 for a slot that does not change the projection.
     """
 
     modules: tuple[str, ...]
-    a: Tensor
-    b: Tensor
-    ranks: Tensor
-    offsets: tuple[int, ...]
+    low_rank: LoRASlots
     all_offsets: tuple[int, ...]
-    own: tuple[Range, ...]
+    own: tuple[tuple[Range, ...], ...]
+    first: int = 0
     outputs: dict[int, Tensor] = field(default_factory=dict)
-    rank_of: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class ExpertSlots:
-    """The buffers of a layer's experts: of their gate and up, and of their down projections."""
+    """The adapters on a layer's experts: on their gate and up, and on their down projections.
 
-    up: ProjectionSlots
-    down: ProjectionSlots
+    Slot ``s`` of expert ``e`` is number ``e · count + s``.
+    """
+
+    up: LoRASlots
+    down: LoRASlots
 
 
 @dataclass(frozen=True)
@@ -87,16 +90,15 @@ class ExpertAdapters:
         """Add to ``out (rows, top_k, …)``, in place, for ``x (rows, top_k, in)``."""
         self._add(self.slots.down, out, x.flatten(0, 1))
 
-    def _add(self, slots: ProjectionSlots, out: Tensor, x: Tensor) -> None:
-        rows, buffers = out.view(len(x), -1), (slots.a, slots.b, slots.ranks, slots.offsets)
-        self.backend.lora_add(rows, x, *buffers, self.batch)
+    def _add(self, slots: LoRASlots, out: Tensor, x: Tensor) -> None:
+        self.backend.lora_add(out.view(len(x), -1), x, slots, self.batch)
 
 
 @dataclass(frozen=True)
 class StepAdapters:
     """What one step needs to apply adapters.
 
-    projections: the buffers, in the order in which the model computes them.
+    projections: in the order in which the model computes them.
     experts: those of layers with experts; empty if no adapter in a slot changes an expert.
     count: of slots.
     batch: which slot each row uses.
@@ -128,13 +130,21 @@ class StepAdapters:
         gains and shifts, None if it has neither.
         """
         slots = self.projections[projection]
-        ranks = {slot: rank for slot, rank in enumerate(slots.rank_of) if rank}
-        if not ranks:  # as always on a GPU, which this would wait for
+        empty = torch.empty(0, slots.low_rank.inputs), torch.empty(0, slots.low_rank.offsets[-1])
+        changed = {
+            slot for slot, (pair,) in enumerate(slots.low_rank.matrices) if pair is not None
+        } | slots.outputs.keys()
+        if not changed:  # as always on a GPU, which this would wait for
             return
-        for slot, rows in self.batch.rows_by_slot(ranks):
-            rank = ranks[slot]
-            b = slots.b[slot, :, :rank]
-            yield rows, slots.a[slot, :rank], b, slots.outputs.get(slot)
+        for slot, rows in self.batch.rows_by_slot(changed):
+            a, b = slots.low_rank.matrices[slot][0] or empty
+            yield rows, a, b.T, slots.outputs.get(slot)
+
+    def only_low_rank(self, projections: Sequence[int]) -> list[LoRASlots] | None:
+        """Those on these projections; None if an adapter of the step changes layers otherwise."""
+        if self.stretched or (self.ends is not None and self.ends.change_norms):
+            return None
+        return [self.projections[each].low_rank for each in projections]
 
     def add(self, projection: int, out: Tensor, x: Tensor) -> None:
         """Add the adapters' part to ``out``, in place.
@@ -145,57 +155,61 @@ class StepAdapters:
         for slot, rows in self.stretched:
             if slot in slots.outputs:
                 stretch_add(out, rows, *slots.outputs[slot])
-        self.backend.lora_add(out, x, slots.a, slots.b, slots.ranks, slots.offsets, self.batch)
+        self.backend.lora_add(out, x, slots.low_rank, self.batch)
 
 
 @dataclass(frozen=True)
 class StagedProjection:
     """What an adapter does to one projection.
 
-    a: ``(parts, rank, in)``.
-    b: ``(rank, out)``, multiplied by α/r and, with DoRA, by 1 + gain.
+    low_rank: of each linear layer; ``b`` is multiplied by α/r and, with DoRA, by 1 + gain.
     outputs: gains and shifts, float32 ``(2, out)``; None if it has neither.
     """
 
-    a: Tensor
-    b: Tensor
-    outputs: Tensor | None
+    low_rank: tuple[LowRank, ...]
+    outputs: Tensor | None = None
 
     def is_finite(self) -> bool:
-        parts = (self.a, self.b) if self.outputs is None else (self.a, self.b, self.outputs)
+        parts = [matrix for pair in self.low_rank if pair is not None for matrix in pair]
+        parts += [] if self.outputs is None else [self.outputs]
         return all(bool(part.isfinite().all()) for part in parts)
 
 
 @dataclass(frozen=True)
 class StagedAdapter:
-    """An adapter in host memory, ready to be copied into a slot.
+    """An adapter in memory, ready to be referred to by a slot.
 
-    projections: in the order of the layers; None for one that the adapter does not change.
+    projections: in the order of the layers.
     nbytes: size in host memory.
     memory: ``(numbers,)``, which holds all but their ``outputs``.
     ends: what it changes of the embedding, the output layer and norms, which its slot refers to;
         None if nothing.
     """
 
-    projections: Sequence[StagedProjection | None]
+    projections: Sequence[StagedProjection]
     nbytes: int
     memory: Tensor = field(default_factory=lambda: torch.empty(0))
     ends: StagedEnds | None = None
 
     @property
-    def ranks(self) -> list[int | None]:
-        """The rank of each projection's change; None for one that is not changed."""
-        return [None if each is None else len(each.b) for each in self.projections]
+    def ranks(self) -> list[int]:
+        """The rank of the change of each linear layer, in their order; 0 for none."""
+        return [
+            0 if pair is None else len(pair[0])
+            for each in self.projections
+            for pair in each.low_rank
+        ]
 
     def is_finite(self) -> bool:
         """Whether no value overflowed in the slots' dtype."""
-        return all(each is None or each.is_finite() for each in (*self.projections, self.ends))
+        changes = (*self.projections, *(() if self.ends is None else (self.ends,)))
+        return all(each.is_finite() for each in changes)
 
 
 class AdapterSlots:
     """``count`` slots for adapters of rank up to ``max_rank``.
 
-    projections: the buffers of each group of linear layers, in the order of computation.
+    projections: of each group of linear layers, in the order of computation.
     """
 
     def __init__(
@@ -206,12 +220,16 @@ class AdapterSlots:
         max_rank: int,
         device: torch.device,
         dtype: torch.dtype,
+        device_bytes: int | None = None,
         base: BaseModel | None = None,
         group: TensorParallel = ALONE,
     ) -> None:
         """base: what DoRA, trained biases and changes outside of the projections need
         (:attr:`nybble.engine.decoder.Decoder.base`).
+        device_bytes: a GPU's memory for adapters; None for ``count`` of the highest rank.
         group: which rank this is. Adapters are staged for all ranks, and cut when a slot is filled.
+
+        Raises ValueError if device_bytes do not hold an adapter of the highest rank.
         """
         self.architecture = architecture
         self._group = group
@@ -230,15 +248,15 @@ class AdapterSlots:
         mixtures = {
             index: layer.mlp
             for index, layer in enumerate(architecture.layers)
-            # A GPU has no kernel for adapters on experts, and slots would take much memory.
+            # A GPU has no kernel for adapters on experts.
             if isinstance(layer.mlp, Mixture) and device.type == "cpu"
         }
         for index, mixture in mixtures.items():
             groups += [(index, expert.up) for expert in mixture.experts]
             groups += [(index, expert.down) for expert in mixture.experts]
-        # One tensor for all ranks, so that filling a slot writes them in one copy.
-        self._ranks = torch.zeros(len(groups), count, dtype=torch.int32, device=device)
-        self._rank_of = [[0] * count for _ in groups]
+        # One table for all layers, so that filling a slot writes it in one copy.
+        linears = sum(len(group.linears) for _, group in groups)
+        self._table = torch.zeros(3, linears * count, dtype=torch.int64, device=device)
         # The experts' follow those of the projections; groups of one kind lie together.
         self.projections: list[ProjectionSlots] = []
         self._experts: dict[int, ExpertSlots] = {}
@@ -246,35 +264,34 @@ class AdapterSlots:
         self._on_experts: set[int] = set()  # slots of adapters that change any
         self._stretched: set[int] = set()  # slots of adapters that have gains and shifts
         self._ends: dict[int, StagedEnds] = {}  # by slot
+        starts: list[int] = []  # of each linear layer, where the first slot is in the table
+        steps: list[int] = []  # and how far the next one is from it
+        at = 0
 
-        def together(first: int, number: int) -> ProjectionSlots:
-            """The buffers of so many groups of one shape; each group's own is a view of them."""
+        def together(first: int, number: int) -> LoRASlots:
+            """The slots of so many groups of one shape, one group after the other."""
+            nonlocal at
             index, group = groups[first]
-            all_offsets = (0, *itertools.accumulate(linear.out for linear in group.linears))
-            parts = [
-                outputs.get(architecture.module(index, linear.name), [(0, linear.out)])
+            parts, end = len(group.linears), at + number * count * len(group.linears)
+            own = tuple(
+                tuple(outputs.get(architecture.module(index, linear.name), [(0, linear.out)]))
                 for linear in group.linears
-            ]
-            offsets = (0, *itertools.accumulate(map(length, parts)))
-            own = tuple(outputs.get(architecture.module(index, group.name), [(0, group.out)]))
-            a, b = slot_buffers(number * count, max_rank, group.inputs, offsets, dtype, device)
-            ranks = self._ranks[first : first + number]
+            )
+            all_offsets = (0, *itertools.accumulate(linear.out for linear in group.linears))
+            offsets = (0, *itertools.accumulate(map(length, own)))
+            nothing: list[tuple[LowRank, ...]] = [(None,) * parts] * (number * count)
+            table = self._table[:, at:end].view(3, number * count, parts)
+            slots = LoRASlots(nothing, table, group.inputs, offsets, max_rank, dtype)
             for place, (layer, one) in enumerate(groups[first : first + number]):
-                modules = tuple(architecture.module(layer, linear.name) for linear in one.linears)
-                at = slice(place * count, (place + 1) * count)
+                names = tuple(architecture.module(layer, linear.name) for linear in one.linears)
                 self.projections.append(
-                    ProjectionSlots(
-                        modules,
-                        a[at],
-                        b[at],
-                        ranks[place],
-                        offsets,
-                        all_offsets,
-                        own,
-                        rank_of=self._rank_of[first + place],
-                    )
+                    ProjectionSlots(names, slots, all_offsets, own, place * count)
                 )
-            return ProjectionSlots((), a, b, ranks.view(-1), offsets, all_offsets, own)
+                begin = at + place * count * parts
+                starts.extend(range(begin, begin + parts))
+                steps.extend([parts] * parts)
+            at = end
+            return slots
 
         for first in range(dense):
             together(first, 1)
@@ -282,6 +299,18 @@ class AdapterSlots:
             first, experts = len(self.projections), len(mixture.experts)
             up = together(first, experts)
             self._experts[index] = ExpertSlots(up, together(first + experts, experts))
+        self._starts = torch.tensor(starts, device=device)
+        self._steps = torch.tensor(steps, device=device)
+        self._memory = None
+        if device.type != "cpu":
+            whole = self._size([max_rank] * linears, own=True)
+            numbers = count * whole if device_bytes is None else device_bytes // dtype.itemsize
+            if numbers < whole:
+                raise ValueError(
+                    f"device_bytes is {device_bytes}, but an adapter of rank {max_rank} on all "
+                    f"layers takes {whole * dtype.itemsize}: raise it, or lower max_rank"
+                )
+            self._memory = AdapterMemory(numbers, dtype, device)
 
     def for_step(self, batch: LoRABatch, backend: Backend) -> StepAdapters:
         """What a step of these rows needs."""
@@ -293,15 +322,27 @@ class AdapterSlots:
         return StepAdapters(self.projections, experts, self.count, batch, backend, stretched, ends)
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of all slots together.
+    def free_bytes(self) -> int:
+        """What a GPU's memory for adapters has left; 0 on the CPU, where slots take none."""
+        return 0 if self._memory is None else self._memory.free * self.dtype.itemsize
 
-        Those of experts are many. On the CPU they take memory once they are filled.
-        """
-        return sum(each.a.nbytes + each.b.nbytes for each in self.projections)
+    def bytes_in(self, slot: int) -> int:
+        """What of a GPU's memory for adapters a slot takes."""
+        return 0 if self._memory is None else self._memory.length(slot) * self.dtype.itemsize
+
+    def bytes_for(self, staged: StagedAdapter) -> int:
+        """What of a GPU's memory for adapters a slot takes with this adapter in it."""
+        if self._memory is None:
+            return 0
+        return self._size(staged.ranks, own=True) * self.dtype.itemsize
+
+    @property
+    def refer_to_host(self) -> bool:
+        """Whether slots refer to adapters in host memory, instead of having copies."""
+        return self._memory is None and self._group.size == 1
 
     def stage(self, adapter: LoRAAdapter) -> StagedAdapter:
-        """Copy an adapter to host memory in the slots' layout; pinned if the device is a GPU.
+        """Copy an adapter to host memory, as slots refer to it; pinned if the device is a GPU.
 
         Raises AdapterError for an adapter on experts, on layers that latent attention absorbs,
         with DoRA, (IA)³ or biases if the device is a GPU, and with DoRA, (IA)³ or biases if there
@@ -330,105 +371,146 @@ class AdapterSlots:
                 f"the adapter has {kind}, which tensor parallelism does not compute so far; merge "
                 "the adapter into its base, or serve it with one rank"
             )
-        found: list[int | None] = []
-        for slots in self.projections:
-            present = [adapter.modules[m] for m in slots.modules if m in adapter.modules]
-            found.append(max(module.rank for module in present) if present else None)
-        memory = torch.zeros(
-            self.staged_size(found), dtype=self.dtype, pin_memory=self.device.type == "cuda"
-        )
-        staged = list(self.views(memory, found).projections)
+        names = [name for slots in self.projections for name in slots.modules]
+        ranks = [adapter.modules[n].rank if n in adapter.modules else 0 for n in names]
+        size = self.staged_size(ranks)
+        if self.device.type == "cuda":
+            memory = torch.zeros(size, dtype=self.dtype, pin_memory=True)
+        else:  # where the kernels read it
+            memory = empty_in_huge_pages((size,), self.dtype).zero_()
+        staged = list(self.views(memory, ranks).projections)
         for index, (slots, change) in enumerate(zip(self.projections, staged, strict=True)):
-            if change is None:
-                continue
             changes = {n: adapter.modules[n] for n in slots.modules if n in adapter.modules}
-            vectors, b = None, change.b
+            vectors = None
             if not all(module.is_low_rank for module in changes.values()):
-                vectors = torch.zeros(2, slots.offsets[-1])
+                vectors = torch.zeros(2, slots.all_offsets[-1])
                 assert self._base is not None
-                layers = BaseLayers(self._base.projections[index], slots.offsets)
+                layers = BaseLayers(self._base.projections[index], slots.all_offsets)
             for part, name in enumerate(slots.modules):
                 module = changes.get(name)
                 if module is None:
                     continue
                 columns = slice(slots.all_offsets[part], slots.all_offsets[part + 1])
-                change.a[part, : module.rank] = module.a
                 scaled = module.b.float() * module.scale
                 if vectors is not None and not module.is_low_rank:
                     vectors[:, columns] = layers.gains_and_shifts(part, module)
                     scaled *= 1 + vectors[0, columns, None]
-                b[: module.rank, columns] = scaled.T
+                if (pair := change.low_rank[part]) is not None:
+                    pair[0].copy_(module.a)
+                    pair[1].copy_(scaled.T)
             staged[index] = replace(change, outputs=vectors)
         ends = None
         if _changes_ends(adapter):
             assert self._base is not None
             ends = stage_ends(adapter, self.architecture, self._base, self.dtype)
-        beside = (*(each.outputs for each in staged if each is not None), ends)
+        beside = (*(each.outputs for each in staged), ends)
         nbytes = memory.nbytes + sum(each.nbytes for each in beside if each is not None)
         return StagedAdapter(staged, nbytes, memory, ends)
 
-    def staged_size(self, ranks: Sequence[int | None]) -> int:
-        """Numbers of an adapter whose changes of the projections have these ranks."""
-        return sum(
-            (rank or 0) * (len(slots.modules) * slots.a.shape[2] + slots.all_offsets[-1])
-            for slots, rank in zip(self.projections, ranks, strict=True)
-        )
+    def staged_size(self, ranks: Sequence[int]) -> int:
+        """Numbers of an adapter whose changes of the linear layers have these ranks."""
+        return self._size(ranks, own=False)
 
-    def views(self, memory: Tensor, ranks: Sequence[int | None]) -> StagedAdapter:
+    def views(self, memory: Tensor, ranks: Sequence[int]) -> StagedAdapter:
         """An adapter in ``memory``, as it is laid out for changes of these ranks."""
-        staged: list[StagedProjection | None] = []
-        at = 0
-        for slots, rank in zip(self.projections, ranks, strict=True):
-            if rank is None:
-                staged.append(None)
-                continue
-            parts, inputs, outputs = len(slots.modules), slots.a.shape[2], slots.all_offsets[-1]
-            middle, end = at + parts * rank * inputs, at + rank * (parts * inputs + outputs)
-            a = memory[at:middle].view(parts, rank, inputs)
-            staged.append(StagedProjection(a, memory[middle:end].view(rank, outputs), None))
-            at = end
-        return StagedAdapter(staged, memory.nbytes, memory)
+        return self._views(memory, ranks, own=False)
 
     def clear(self, slot: int) -> None:
-        """Let go of what a slot refers to in host memory. Its buffers are left as they are."""
+        """Let go of what a slot refers to. Nothing may use the slot until it is filled again."""
+        self._let_go(slot)
+
+    def _let_go(self, slot: int) -> None:
+        self._table[2, self._starts + slot * self._steps] = 0  # ranks
         self._ends.pop(slot, None)
+        self._stretched.discard(slot)
+        self._on_experts.discard(slot)
+        for slots in self.projections:
+            slots.outputs.pop(slot, None)
+            slots.low_rank.matrices[slots.first + slot] = (None,) * len(slots.modules)
+        if self._memory is not None:
+            self._memory.release(slot)
 
     def fill(self, slot: int, staged: StagedAdapter) -> None:
-        """Copy an adapter into a slot, overwriting it. Kernels launched later see the new one."""
-        ranks: list[int] = []
-        self._stretched.discard(slot)
-        self._ends.pop(slot, None)
+        """Put an adapter into a slot in place of another. Kernels launched later see the new one.
+
+        On a GPU there must be room for it: see :meth:`bytes_for`.
+        """
+        self._let_go(slot)
+        own = staged if self._group.size == 1 else self._cut(staged)
+        if self._memory is not None:
+            for moved, memory in self._memory.put(slot, own.memory, own.ranks):
+                self._refer(moved, self._views(memory, self._memory.ranks(moved), own=True))
+        else:
+            self._refer(slot, own)
         if staged.ends is not None:
             self._ends[slot] = staged.ends
-        for index, (slots, change) in enumerate(
-            zip(self.projections, staged.projections, strict=True)
-        ):
-            slots.outputs.pop(slot, None)
-            a = slots.a[slot].view(len(slots.modules), self.max_rank, -1)
-            b = slots.b[slot].T
-            rank = 0
-            if change is not None:
-                rank = change.b.shape[0]
-                a[:, :rank].copy_(change.a, non_blocking=True)
-                own = [change.b[:, first:last] for first, last in slots.own]
-                b[:rank].copy_(own[0] if len(own) == 1 else torch.cat(own, 1), non_blocking=True)
-                if change.outputs is not None:
-                    slots.outputs[slot] = change.outputs
-                    self._stretched.add(slot)
-            before = self._rank_of[index][slot]
-            if not rank and not before:
-                ranks.append(0)
-                continue
-            if before > rank:
-                a[:, rank:before].zero_()
-                b[rank:before].zero_()
-            self._rank_of[index][slot] = rank
-            ranks.append(rank)
-        if any(ranks[self._first_of_experts :]):
+        for slots, change in zip(self.projections, staged.projections, strict=True):
+            if change.outputs is not None:
+                slots.outputs[slot] = change.outputs
+                self._stretched.add(slot)
+        of_experts = staged.projections[self._first_of_experts :]
+        if any(pair is not None for change in of_experts for pair in change.low_rank):
             self._on_experts.add(slot)
-        else:
-            self._on_experts.discard(slot)
-        self._ranks[:, slot] = send(ranks, torch.int32, self.device)
+
+    def _refer(self, slot: int, own: StagedAdapter) -> None:
+        """Have a slot refer to these matrices, which are where the kernels read them."""
+        entries: list[list[int]] = [[], [], []]
+        for slots, change in zip(self.projections, own.projections, strict=True):
+            for all_of, found in zip(
+                entries, slots.low_rank.put(slots.first + slot, change.low_rank), strict=True
+            ):
+                all_of += found
+        places = self._starts + slot * self._steps
+        self._table[:, places] = send(entries, torch.int64, self.device)
+
+    def _cut(self, staged: StagedAdapter) -> StagedAdapter:
+        """The outputs of this rank alone."""
+        device = staged.memory.device
+        memory = torch.empty(self._size(staged.ranks, own=True), dtype=self.dtype, device=device)
+        found = self._views(memory, staged.ranks, own=True)
+        for slots, change, into in zip(
+            self.projections, staged.projections, found.projections, strict=True
+        ):
+            for pair, target, ranges in zip(change.low_rank, into.low_rank, slots.own, strict=True):
+                if pair is not None and target is not None:
+                    target[0].copy_(pair[0])
+                    torch.cat([pair[1][:, start:stop] for start, stop in ranges], 1, out=target[1])
+        return found
+
+    def _shapes(self, own: bool) -> Iterator[tuple[int, int]]:
+        """Inputs and outputs of each linear layer; own: those of this rank alone."""
+        for slots in self.projections:
+            offsets = slots.low_rank.offsets if own else slots.all_offsets
+            for start, end in itertools.pairwise(offsets):
+                yield slots.low_rank.inputs, end - start
+
+    def _size(self, ranks: Sequence[int], *, own: bool) -> int:
+        shapes = zip(ranks, self._shapes(own), strict=True)
+        return sum(
+            self._padded(rank * inputs) + self._padded(rank * out) for rank, (inputs, out) in shapes
+        )
+
+    def _padded(self, numbers: int) -> int:
+        each = ALIGNMENT // self.dtype.itemsize
+        return -(-numbers // each) * each
+
+    def _views(self, memory: Tensor, ranks: Sequence[int], *, own: bool) -> StagedAdapter:
+        pairs: list[LowRank] = []
+        at = 0
+        for rank, (inputs, out) in zip(ranks, self._shapes(own), strict=True):
+            if not rank:
+                pairs.append(None)
+                continue
+            a = memory[at : at + rank * inputs].view(rank, inputs)
+            at += self._padded(rank * inputs)
+            pairs.append((a, memory[at : at + rank * out].view(rank, out)))
+            at += self._padded(rank * out)
+        each = iter(pairs)
+        projections = [
+            StagedProjection(tuple(itertools.islice(each, len(slots.modules))))
+            for slots in self.projections
+        ]
+        return StagedAdapter(projections, memory.nbytes, memory)
 
 
 def _changes_ends(adapter: LoRAAdapter) -> bool:

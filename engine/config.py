@@ -29,22 +29,29 @@ def require_whole(name: str, value: object) -> None:
 class AdapterConfig:
     """Memory for LoRA adapters.
 
-    slots: adapters that one step can mix.
-    max_rank: the highest rank an adapter may have. Every slot takes memory for this rank.
-    host_bytes: host memory for adapters that are ready to be copied into a slot.
+    slots: adapters that one step can mix. A slot takes as much memory as the adapter in it.
+    max_rank: the highest rank an adapter may have.
+    host_bytes: host memory for adapters. On the CPU slots refer to it.
     own_settings: whether an adapter's own chat template and generation config are used.
+    device_bytes: a GPU's memory for adapters in slots; None for as many of the highest rank, on all
+        layers, as there are slots.
     """
 
     slots: int = 8
     max_rank: int = 64
     host_bytes: int = 4 << 30
     own_settings: bool = True
+    device_bytes: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("slots", "max_rank", "host_bytes"):
             require_whole(name, getattr(self, name))
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+        if self.device_bytes is not None:
+            require_whole("device_bytes", self.device_bytes)
+            if self.device_bytes < 1:
+                raise ValueError(f"device_bytes is {self.device_bytes}, expected at least 1")
         if self.max_rank > MAX_RANK:
             raise ValueError(f"max_rank is {self.max_rank}, expected at most {MAX_RANK}")
 

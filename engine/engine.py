@@ -302,6 +302,7 @@ class Engine:
                 architecture,
                 count=config.adapters.slots,
                 max_rank=config.adapters.max_rank,
+                device_bytes=config.adapters.device_bytes,
                 device=device,
                 dtype=config.dtype,
                 base=decoder.base,

@@ -14,6 +14,7 @@ from nybble.engine.parts import (
     Block,
     MlpPart,
     NormPart,
+    Projection,
     ResidualBlock,
     RmsNormPart,
     Step,
@@ -92,26 +93,33 @@ def _norm(norm: NormPart | None) -> RmsNorm | None:
 
 @dataclass(frozen=True)
 class FusedLayers:
-    """Layers one after another, in one call if no row of the step uses an adapter.
+    """Layers one after another, in one call if adapters do no more than add to projections.
 
     blocks: compute the same part by part.
     ropes: of each layer, the index of the rotary embedding.
     first: the number of the first layer among those with attention; the others follow.
+    projections: the indices of each layer's.
     """
 
     kernel: DecoderLayersKernel
     blocks: tuple[ResidualBlock, ...]
     ropes: tuple[int, ...]
     first: int
+    projections: tuple[int, ...]
 
     def __call__(self, added: Tensor | None, residual: Tensor, step: Step) -> tuple[Tensor, Tensor]:
-        if step.adapters is None:
+        adapters, low_rank = step.adapters, None
+        if adapters is not None:
+            low_rank = adapters.only_low_rank(self.projections)
+        if adapters is None or low_rank is not None:
             rotary = [step.rotary[rope] for rope in self.ropes]
             caches, batches = step.caches, step.batches
             if len(caches) > len(rotary):
                 own = slice(self.first, self.first + len(rotary))
                 caches, batches = caches[own], batches[own]
-            if (done := self.kernel(added, residual, rotary, caches, batches)) is not None:
+            lora = None if adapters is None else adapters.batch
+            done = self.kernel(added, residual, rotary, caches, batches, low_rank or (), lora)
+            if done is not None:
                 return done
         for block in self.blocks:
             added, residual = block(added, residual, step)
@@ -137,4 +145,15 @@ def fused(layers: Sequence[BuiltLayer], backend: Backend, dtype: torch.dtype) ->
         else:
             parts = [layer.blocks[0].part for layer in built]
             ropes = tuple(part.rope for part in parts)
-            yield FusedLayers(kernel, blocks, ropes, parts[0].layer)
+            projections = tuple(index for layer in built for index in _projections(layer))
+            yield FusedLayers(kernel, blocks, ropes, parts[0].layer, projections)
+
+
+def _projections(layer: BuiltLayer) -> Iterator[int]:
+    """The indices of a decoder layer's projections, in the order of computation."""
+    attention, mlp = (block.part for block in layer.blocks)
+    assert isinstance(attention, AttentionPart)
+    assert isinstance(attention.output, Projection)
+    assert isinstance(mlp, MlpPart)
+    for projection in (attention.qkv, attention.output, mlp.up, mlp.down):
+        yield projection.index

@@ -138,6 +138,7 @@ class Rank:
                 architecture,
                 count=config.adapters.slots,
                 max_rank=config.adapters.max_rank,
+                device_bytes=config.adapters.device_bytes,
                 device=self._device,
                 dtype=config.dtype,
                 group=self._group,
@@ -164,13 +165,18 @@ class Rank:
         self._runner.follow(message)
 
     @torch.inference_mode()
-    def fill(self, slot: int, ranks: list[int | None]) -> None:
+    def fill(self, slot: int, ranks: list[int]) -> None:
         """Take an adapter, whose changes have these ranks, into a slot."""
         assert self._adapters is not None
         size = self._adapters.staged_size(ranks)
         memory = torch.empty(size, dtype=self._config.dtype, device=self._device)
         self._group.broadcast(memory)
         self._adapters.fill(slot, self._adapters.views(memory, ranks))
+
+    def clear(self, slot: int) -> None:
+        """Let go of the adapter in a slot."""
+        assert self._adapters is not None
+        self._adapters.clear(slot)
 
 
 def main(place: Place, commands: Connection, reports: Connection) -> None:

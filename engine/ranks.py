@@ -329,3 +329,10 @@ class LeadingSlots(AdapterSlots):
         except Exception as error:
             raise self._leading.cause(error) from error
         super().fill(slot, self.views(memory, staged.ranks))
+
+    def clear(self, slot: int) -> None:
+        try:
+            self._leading.tell("clear", slot)
+        except Exception as error:
+            raise self._leading.cause(error) from error
+        super().clear(slot)

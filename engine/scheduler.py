@@ -354,7 +354,7 @@ class Scheduler:
         adapter = sequence.adapter
         if adapter is None or self._adapters.can_acquire(adapter):
             return []
-        if self._adapters.filled_in_step or not self._adapters.all_pinned:
+        if self._adapters.filled_in_step or not self._adapters.ready(adapter):
             return None
 
         def slots(running: Sequence) -> float:
@@ -363,7 +363,7 @@ class Scheduler:
 
         tenant = self._tenant_above_share(sequence, self.running, self._adapters.slots, slots, 1)
         taken = None if tenant is None else self._slot_of(tenant)
-        if taken is None:
+        if taken is None or not self._adapters.can_acquire(adapter, instead_of=taken):
             return None
         return [running for running in reversed(self.running) if running.adapter is taken]
 

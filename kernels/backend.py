@@ -21,6 +21,7 @@ from nybble.kernels.cpu.build import load
 from nybble.kernels.cpu.deterministic import deterministic_library
 from nybble.kernels.cpu.library import CpuLibrary, library
 from nybble.kernels.decoder_layer import DecoderLayer, DecoderLayersKernel
+from nybble.kernels.lora import LoRASlots
 from nybble.kernels.lora_batch import LoRABatch
 from nybble.kernels.packed import GroupedKernel, LinearKernel, Weight
 from nybble.kernels.reference import TokenChoice
@@ -161,16 +162,7 @@ class Backend(Protocol):
         batch: StateBatch,
     ) -> Tensor: ...
 
-    def lora_add(
-        self,
-        out: Tensor,
-        x: Tensor,
-        a: Tensor,
-        b: Tensor,
-        ranks: Tensor,
-        offsets: tuple[int, ...],
-        batch: LoRABatch,
-    ) -> None: ...
+    def lora_add(self, out: Tensor, x: Tensor, slots: LoRASlots, batch: LoRABatch) -> None: ...
 
     def sample_tokens(self, logits: Tensor, choices: Sequence[TokenChoice]) -> Tensor: ...
 

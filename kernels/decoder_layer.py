@@ -10,6 +10,8 @@ from torch import Tensor
 
 from nybble.kernels.activation import Activation
 from nybble.kernels.attention_batch import AttentionBatch
+from nybble.kernels.lora import LoRASlots
+from nybble.kernels.lora_batch import LoRABatch
 from nybble.kernels.packed import Weight
 
 
@@ -65,11 +67,15 @@ class DecoderLayersKernel(Protocol):
         rotary: Sequence[tuple[Tensor, Tensor]],
         caches: Sequence[tuple[Tensor, ...]],
         batches: Sequence[AttentionBatch],
+        adapters: Sequence[LoRASlots] = (),
+        lora: LoRABatch | None = None,
     ) -> tuple[Tensor, Tensor] | None:
         """What the last layer's MLP adds, and the residual before it is added.
 
         added: is added to ``residual`` first, ``(tokens, hidden)`` both; None for nothing.
         rotary: of each layer cos and sin.
+        adapters: of each layer those on qkv, output, gate_up and down; lora: which rows use them,
+            None if none does.
         caches: of each layer keys and values, and the scales of both if they have any.
         Returns None if the kernel does not take these caches.
         """

@@ -17,6 +17,7 @@ from torch import Tensor
 from nybble.kernels.activation import Activation, check_activation
 from nybble.kernels.attention_batch import AttentionBatch
 from nybble.kernels.decoder_layer import DecoderLayer
+from nybble.kernels.lora import LoRASlots
 from nybble.kernels.lora_batch import LoRABatch
 from nybble.kernels.packed import (
     DenseWeight,
@@ -211,34 +212,25 @@ def rows_computed(rows: int) -> int:
     return 3 * power // 4 if rows <= 3 * power // 4 else power
 
 
-def lora_add(
-    out: Tensor,
-    x: Tensor,
-    a: Tensor,
-    b: Tensor,
-    ranks: Tensor,
-    offsets: tuple[int, ...],
-    batch: LoRABatch,
-) -> None:
+def lora_add(out: Tensor, x: Tensor, slots: LoRASlots, batch: LoRABatch) -> None:
     """Add every row's adapter to ``out (tokens, offsets[-1])`` in place.
 
     See :mod:`nybble.kernels.lora` for the formula.
 
     x: ``(tokens, in_features)``; x and out are contiguous.
-    a, b: from :func:`nybble.kernels.lora.slot_buffers`, zero beyond each slot's rank.
-    ranks: int32 ``(slots,)``, 0 for a slot whose adapter does not change this projection.
     """
-    max_rank = b.shape[2]
     starts = batch.segment_starts.tolist()
     for index, slot in enumerate(batch.segment_slots.tolist()):
-        rank = int(ranks[slot])
         rows = batch.order[starts[index] : starts[index + 1]].long()
+        if not len(rows):
+            continue
         wide = x[rows].float()
-        for part, (start, end) in enumerate(pairwise(offsets)):
-            shrink = a[slot, part * max_rank : part * max_rank + rank]
-            h = (wide @ shrink.float().T).to(x.dtype).float()
-            total = out[rows, start:end].float() + h @ b[slot, start:end, :rank].float().T
-            out[rows, start:end] = total.to(out.dtype)
+        for pair, (start, end) in zip(slots.matrices[slot], pairwise(slots.offsets), strict=True):
+            if pair is not None:
+                a, b = pair
+                h = (wide @ a.float().T).to(x.dtype).float()
+                total = out[rows, start:end].float() + h @ b.float()
+                out[rows, start:end] = total.to(out.dtype)
 
 
 def stretch_add(out: Tensor, rows: Tensor, gains: Tensor, shifts: Tensor) -> None:

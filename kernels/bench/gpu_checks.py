@@ -111,25 +111,26 @@ def check_lora(section: Section, dtype: torch.dtype) -> None:
     device, dry = section.device, section.dry
     inputs, outputs = (70, (40, 24, 24)) if dry else (5120, (5120, 1024, 1024))
     offsets = (0, outputs[0], sum(outputs[:2]), sum(outputs))
-    a, b, ranks = adapters(5, 20, inputs, offsets, dtype, device)
-    ranks[0], ranks[3] = 0, 7
+    given = adapters(5, 20, inputs, offsets, dtype, device, [0, 20, 20, 7, 20])
     slots = [row % 6 - 1 for row in range(20 if dry else 70)]
     batch = LoRABatch.of(slots, device)
     assert batch is not None
     x = torch.randn(len(slots), inputs, dtype=dtype, device=device)
     out = torch.randn(len(slots), offsets[-1], dtype=dtype, device=device)
     found, expected = out.clone(), out.double()
-    lora.lora_add(found, x, a, b, ranks, offsets, batch)
+    lora.lora_add(found, x, given, batch)
     for row, slot in enumerate(slots):
-        rank = int(ranks[slot]) if slot >= 0 else 0
-        for part, (start, end) in enumerate(pairwise(offsets)):
-            h = a[slot, part * 20 : part * 20 + rank].double() @ x[row].double()
-            expected[row, start:end] += b[slot, start:end, :rank].double() @ h
+        for pair, (start, end) in zip(
+            given.matrices[slot] if slot >= 0 else (), pairwise(offsets), strict=False
+        ):
+            if pair is not None:
+                a, b = pair
+                expected[row, start:end] += a.double() @ x[row].double() @ b.double()
     section.close(f"{str(dtype)[6:]} lora_add", found, expected)
     together = found[2:3].clone()
     alone, one = out[2:3].clone(), LoRABatch.of([slots[2]], device)
     assert one is not None
-    lora.lora_add(alone, x[2:3], a, b, ranks, offsets, one)
+    lora.lora_add(alone, x[2:3], given, one)
     section.holds("lora_add: a row alone as in its batch", torch.equal(alone, together))
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 from nybble.kernels.bench import gpu_section
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from nybble.kernels import PackedWeight
 from nybble.kernels.bench.gpu_matmul import random_packed
-from nybble.kernels.lora import slot_buffers
+from nybble.kernels.lora import LoRASlots
 from nybble.kernels.lora_batch import LoRABatch
 from nybble.kernels.matmul import packed_matmul
 from nybble.kernels.triton import lora, timing
@@ -28,15 +30,23 @@ def adapters(
     offsets: tuple[int, ...],
     dtype: torch.dtype,
     device: torch.device,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Random adapters in ``count`` slots.
+    ranks: Sequence[int] | None = None,
+) -> LoRASlots:
+    """Random adapters in ``count`` slots, of ``rank`` or of these ``ranks``."""
 
-    Returns a and b, in the shapes of ``slot_buffers``, and the int32 ranks [count].
-    """
-    a, b = slot_buffers(count, rank, inputs, offsets, dtype, device)
-    a.copy_(torch.randn(a.shape, device=device) * inputs**-0.5)
-    b.copy_(torch.randn(b.shape, device=device))
-    return a, b, torch.full((count,), rank, dtype=torch.int32, device=device)
+    def matrix(rank: int, width: int, size: float = 1) -> Tensor:
+        return (torch.randn(rank, width, device=device) * size).to(dtype)
+
+    found = [
+        [
+            (matrix(own, inputs, inputs**-0.5), matrix(own, end - start)) if own else None
+            for start, end in pairwise(offsets)
+        ]
+        for own in ranks or [rank] * count
+    ]
+    if not any(ranks or [rank]):
+        return LoRASlots.empty(count, inputs, offsets, rank, dtype, device)
+    return replace(LoRASlots.of(found, inputs, offsets), max_rank=rank)
 
 
 def run(section: Section) -> None:
@@ -61,10 +71,10 @@ def run(section: Section) -> None:
     for inputs, outputs in parts.values():
         offsets = tuple(sum(outputs[:part]) for part in range(len(outputs) + 1))
         weight = random_packed(inputs, offsets[-1], device).to_layout(layout)  # type: ignore[arg-type]
-        a, b, ranks = adapters(rows, rank, inputs, offsets, dtype, device)
+        slots = adapters(rows, rank, inputs, offsets, dtype, device)
         x = torch.randn(rows, inputs, dtype=dtype, device=device)
         weight_bytes += weight.nbytes
-        adapter_bytes += a.nbytes + b.nbytes
+        adapter_bytes += rows * rank * (len(outputs) * inputs + offsets[-1]) * dtype.itemsize
 
         def without(x: Tensor = x, weight: PackedWeight = weight) -> Tensor:
             return packed_matmul(x, weight)
@@ -72,7 +82,7 @@ def run(section: Section) -> None:
         def with_(
             x: Tensor = x,
             weight: PackedWeight = weight,
-            rest: tuple[Any, ...] = (a, b, ranks, offsets, batch),
+            rest: tuple[Any, ...] = (slots, batch),
         ) -> None:
             lora.lora_add(packed_matmul(x, weight), x, *rest)
 

@@ -262,7 +262,7 @@ def _fixed_order(kind: str, capability: int) -> Row:
 
 def _lora(half: str, max_rank: int, rows_: int, capability: int) -> Iterator[Row]:
     places = {"order": "*i32", "segment_starts": "*i32", "segment_slots": "*i32"}
-    counts = {"segments": "i32", "places": "i32"}
+    counts = {"segments": "i32", "places": "i32", "plane": "i32"}
     sizes = {
         "PARTS": 3,
         "MAX_RANK": max_rank,
@@ -273,23 +273,20 @@ def _lora(half: str, max_rank: int, rows_: int, capability: int) -> Iterator[Row
     variant = f"rank {max_rank}, {rows_} rows"
     report = compile_kernel(
         lora.shrink_kernel,
-        {"x": half, "a": half, "ranks": "*i32", **places, "partial": "*fp32"}
-        | counts
-        | {"width": "i32"},
+        {"x": half, "table": "*i64", **places, "partial": "*fp32"} | counts | {"width": "i32"},
         sizes | {"CHUNK": lora.SHRINK_CHUNK, "TILE": lora.SHRINK_TILE},
         capability=capability,
         aligned=("width",),
     )
     yield Row.of("lora shrink", variant, capability, report)
-    strides = ("b_slot", "b_rank", "out_stride", "begin_1", "begin_2", "end")
+    strides = ("out_stride", "begin_1", "begin_2", "end")
     report = compile_kernel(
         lora.expand_kernel,
-        {"partial": "*fp32", "b": half, "ranks": "*i32", "out": half}
+        {"partial": "*fp32", "table": "*i64", "out": half}
         | places
         | counts
         | dict.fromkeys(strides, "i32"),
-        # Outputs are contiguous: the launcher makes a stride of 1 a constant.
-        sizes | {"CHUNKS": 5, "TILE": lora.EXPAND_TILE, "b_out": 1},
+        sizes | {"CHUNKS": 5, "TILE": lora.EXPAND_TILE},
         capability=capability,
         aligned=strides,
     )

@@ -49,6 +49,23 @@ struct Inputs {
     int64_t seqs, max_blocks;
 };
 
+// The adapters on one projection; kernels/lora.py defines them. Each field has 8 bytes.
+struct Adapters {
+    const int64_t *a, *b, *ranks, *offsets;
+    int64_t parts;
+};
+
+// Of one layer.
+struct LayerAdapters {
+    Adapters qkv, output, gate_up, down;
+};
+
+// Which rows of a step use which adapter; no segments if none does.
+struct Adapted {
+    const int32_t *order, *starts, *slots;
+    int64_t segments;
+};
+
 // Memory for `count` rows that the layers use in turn.
 class Rows {
    public:
@@ -62,12 +79,14 @@ class Rows {
 struct Run {
     int64_t tokens, hidden;
     int activation_bits, threads;
+    Adapted adapted;
     Rows normed, qkv, attended, gate_up, gated, permuted, head;
     int status = kDone;
 
     // Does nothing once memory was missing.
-    void multiply(const Weight& w, const bf16* x, bf16* out) {
+    void multiply(const Weight& w, const Adapters& adapters, const bf16* x, bf16* out) {
         if (status != kDone) return;
+        const bf16* given = x;
         if (w.perm) {
             for (int64_t row = 0; row < tokens; ++row)
                 for (int64_t k = 0; k < w.columns; ++k)
@@ -77,6 +96,11 @@ struct Run {
         status = nybble_packed_matmul(x, w.codes, w.scales, w.zeros, w.levels, w.bias, out, tokens,
                                       w.outputs, w.columns, w.groups, w.octets_per_group,
                                       w.scale_type, w.digits, activation_bits, threads);
+        if (status == kDone && adapted.segments)
+            status = nybble_lora_add(out, given, adapters.a, adapters.b, adapters.ranks,
+                                     adapted.order, adapted.starts, adapted.slots,
+                                     adapters.offsets, adapted.segments, adapters.parts, w.inputs,
+                                     threads);
     }
 
     // What is added is null or belongs to the residual first.
@@ -91,9 +115,10 @@ struct Run {
     }
 
     // `added` and `out` may be the same.
-    void layer(const Layer& l, const Inputs& in, const bf16* added, bf16* residual, bf16* out) {
+    void layer(const Layer& l, const Inputs& in, const LayerAdapters& own, const bf16* added,
+               bf16* residual, bf16* out) {
         norm(l.attention_norm, added, residual, normed);
-        multiply(l.qkv, normed, qkv);
+        multiply(l.qkv, own.qkv, normed, qkv);
         const int64_t stride = l.qkv.outputs;
         bf16 *q = qkv, *k = q + l.heads * l.dim, *v = k + l.kv_heads * l.dim;
         for (int64_t row = 0; row < tokens; ++row) {
@@ -109,12 +134,12 @@ struct Run {
                 in.context_lens, in.block_tables, attended, in.seqs, in.max_blocks, l.heads,
                 l.kv_heads, l.dim, in.block_size, stride, l.scale, l.window, l.softcap, l.sinks,
                 threads);
-        multiply(l.output, attended, out);
+        multiply(l.output, own.output, attended, out);
         norm_in_place(l.post_attention_norm, out, tokens, hidden);
         norm(l.mlp_norm, out, residual, normed);
-        multiply(l.gate_up, normed, gate_up);
+        multiply(l.gate_up, own.gate_up, normed, gate_up);
         nybble_gated(gate_up, gated, tokens, l.gate_up.outputs / 2, l.activation, threads);
-        multiply(l.down, gated, out);
+        multiply(l.down, own.down, gated, out);
         norm_in_place(l.post_mlp_norm, out, tokens, hidden);
     }
 };
@@ -122,10 +147,13 @@ struct Run {
 }  // namespace
 
 // residual and out are (tokens, hidden). What the last layer adds is left in `out`; `added` is null
-// or is added to the residual first.
+// or is added to the residual first. Without segments no row has an adapter, and `adapters` is not
+// read.
 extern "C" int nybble_decoder_layers(const void* layers, const void* inputs, int64_t count,
                                      const bf16* added, bf16* residual, bf16* out, int64_t tokens,
-                                     int64_t hidden, int activation_bits, int threads) try {
+                                     int64_t hidden, const void* adapters, const int32_t* order,
+                                     const int32_t* starts, const int32_t* slots, int64_t segments,
+                                     int activation_bits, int threads) try {
     const auto* all = static_cast<const Layer*>(layers);
     const auto* steps = static_cast<const Inputs*>(inputs);
     int64_t qkv = 0, heads = 0, gate_up = 0, permuted = 0, dim = 0;
@@ -141,6 +169,7 @@ extern "C" int nybble_decoder_layers(const void* layers, const void* inputs, int
             hidden,
             activation_bits,
             threads,
+            {order, starts, slots, segments},
             {tokens, hidden},
             {tokens, qkv},
             {tokens, heads},
@@ -148,8 +177,9 @@ extern "C" int nybble_decoder_layers(const void* layers, const void* inputs, int
             {tokens, gate_up / 2},
             {tokens, permuted},
             {1, dim}};
+    const auto* of_layers = static_cast<const LayerAdapters*>(adapters);
     for (int64_t i = 0; i < count; ++i) {
-        run.layer(all[i], steps[i], added, residual, out);
+        run.layer(all[i], steps[i], segments ? of_layers[i] : LayerAdapters{}, added, residual, out);
         added = out;
     }
     return run.status;

@@ -15,6 +15,8 @@ from nybble.kernels.attention_batch import AttentionBatch
 from nybble.kernels.cpu.checks import CACHES, caches_match, misread, out_of_memory, takes_cache
 from nybble.kernels.cpu.stored_weight import StoredWeight
 from nybble.kernels.decoder_layer import DecoderLayer, RmsNorm
+from nybble.kernels.lora import LoRASlots
+from nybble.kernels.lora_batch import LoRABatch
 from nybble.kernels.packed import PackedWeight, Weight
 from nybble.kernels.reference import check_rotary_dim, check_sinks
 
@@ -67,12 +69,15 @@ class DecoderLayers:
         self._hidden = layers[0].qkv.in_features
         self._caches: Sequence[tuple[Tensor, ...]] = ()  # of the last step
         self._of_caches: list[tuple[int, ...]] | None = None
+        self._adapters: tuple[LoRASlots, ...] = ()  # of the last step that had any
+        self._offsets: dict[tuple[int, ...], ctypes.Array[c_int64]] = {}
+        self._of_adapters: ctypes.Array[c_int64] | None = None
 
     @staticmethod
     def take(layer: DecoderLayer) -> bool:
         """Whether the kernels read vectors of these widths, and norms of this dtype."""
         norms = [getattr(layer, name) for name in _NORMS]
-        weights: list[Weight] = [getattr(layer, name) for name in _WEIGHTS]
+        weights = _weights(layer)
         return (
             layer.head_dim % 16 == 0
             and layer.qkv.in_features % 16 == 0
@@ -90,6 +95,8 @@ class DecoderLayers:
         rotary: Sequence[tuple[Tensor, Tensor]],
         caches: Sequence[tuple[Tensor, ...]],
         batches: Sequence[AttentionBatch],
+        adapters: Sequence[LoRASlots] = (),
+        lora: LoRABatch | None = None,
     ) -> tuple[Tensor, Tensor] | None:
         of_caches = self._fields_of_caches(caches)
         if of_caches is None:
@@ -121,6 +128,7 @@ class DecoderLayers:
             out.data_ptr(),
             tokens,
             self._hidden,
+            *self._fields_of_adapters(tokens, adapters, lora),
             self._bits,
             torch.get_num_threads(),
         )
@@ -139,6 +147,33 @@ class DecoderLayers:
             )
             self._of_caches = list(map(_cache_fields, self._given, caches)) if taken else None
         return self._of_caches
+
+    def _fields_of_adapters(
+        self, tokens: int, adapters: Sequence[LoRASlots], lora: LoRABatch | None
+    ) -> tuple[object, ...]:
+        """All steps with adapters have the same slots, whatever is in them."""
+        if lora is None:
+            return None, None, None, None, 0
+        if lora.slots.shape != (tokens,):
+            raise misread(f"slots ({tokens},)", slots=lora.slots)
+        if len(adapters) != len(self._adapters) or not all(map(is_, adapters, self._adapters)):
+            widths = [
+                (w.in_features, w.out_features) for each in self._given for w in _weights(each)
+            ]
+            found = [(slots.inputs, slots.offsets[-1]) for slots in adapters]
+            if found != widths or any(slots.dtype != torch.bfloat16 for slots in adapters):
+                raise ValueError(f"adapters in {found}, expected bfloat16 in {widths}")
+            fields: list[int] = []
+            for slots in adapters:
+                offsets = self._offsets.setdefault(
+                    slots.offsets, (c_int64 * len(slots.offsets))(*slots.offsets)
+                )
+                fields += [each.data_ptr() for each in slots.table]
+                fields += [ctypes.addressof(offsets), slots.parts]
+            self._of_adapters = (c_int64 * len(fields))(*fields)
+            self._adapters = tuple(adapters)
+        places = lora.order, lora.segment_starts, lora.segment_slots
+        return self._of_adapters, *(each.data_ptr() for each in places), len(lora.segment_slots)
 
     def _layer(self, about: DecoderLayer) -> _Layer:
         sinks = None
@@ -198,6 +233,10 @@ _NORMS = (
     *("post_attention_norm", "mlp_norm", "post_mlp_norm"),
 )
 _WEIGHTS = "qkv", "output", "gate_up", "down"
+
+
+def _weights(layer: DecoderLayer) -> Sequence[Weight]:
+    return layer.qkv, layer.output, layer.gate_up, layer.down
 
 
 def _cache_fields(layer: DecoderLayer, cache: tuple[Tensor, ...]) -> tuple[int, ...]:

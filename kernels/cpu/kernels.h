@@ -33,4 +33,9 @@ int nybble_paged_attention(const nybble::bf16* q, const void* k_cache, const voi
                            int64_t max_blocks, int64_t q_heads, int64_t kv_heads, int64_t dim,
                            int64_t block_size, int64_t q_stride, float scale, int64_t window,
                            float softcap, const float* sinks, int threads);
+
+int nybble_lora_add(nybble::bf16* out, const nybble::bf16* x, const int64_t* a, const int64_t* b,
+                    const int64_t* ranks, const int32_t* order, const int32_t* starts,
+                    const int32_t* slots, const int64_t* offsets, int64_t segments, int64_t parts,
+                    int64_t inputs, int threads);
 }

@@ -25,6 +25,7 @@ from nybble.kernels.cpu.checks import CACHES, caches_match, misread, out_of_memo
 from nybble.kernels.cpu.decoder_layers import DecoderLayers
 from nybble.kernels.cpu.stored_weight import SCALE_TYPES, StoredWeight
 from nybble.kernels.decoder_layer import DecoderLayer
+from nybble.kernels.lora import LoRASlots
 from nybble.kernels.lora_batch import LoRABatch
 from nybble.kernels.packed import (
     DenseWeight,
@@ -101,7 +102,10 @@ class CpuLibrary:
             "gated_delta_rule", *[pointer] * 12, *[size] * 5, c_float, c_int
         )
         self._decoder_layers = allocating(
-            "decoder_layers", pointer, pointer, size, *[pointer] * 3, size, size, c_int, c_int
+            "decoder_layers",
+            *(pointer, pointer, size, *[pointer] * 3, size, size),
+            *([pointer] * 4),
+            *(size, c_int, c_int),
         )
         self._scan = allocating("state_space_scan", *[pointer] * 12, *[size] * 5, c_int)
         self._router = function("router_logits", *[pointer] * 4, *[size] * 3, c_int, c_int)
@@ -111,7 +115,7 @@ class CpuLibrary:
             *[size] * 3,
             *(c_int, c_int, c_float, c_float, size, size, c_int, c_int),
         )
-        self._lora_add = allocating("lora_add", *[pointer] * 9, *[size] * 4, c_int)
+        self._lora_add = allocating("lora_add", *[pointer] * 9, *[size] * 3, c_int)
         self._sample = allocating("sample_tokens", *[pointer] * 3, size, size, c_int)
 
     def takes(self, weight: PackedWeight) -> bool:
@@ -747,57 +751,33 @@ class CpuLibrary:
             raise out_of_memory("state_space_scan")
         return out
 
-    def lora_add(
-        self,
-        out: Tensor,
-        x: Tensor,
-        a: Tensor,
-        b: Tensor,
-        ranks: Tensor,
-        offsets: tuple[int, ...],
-        batch: LoRABatch,
-    ) -> None:
-        """In ``b`` the outputs of one rank must be contiguous, as ``slot_buffers`` makes them."""
-        if not out.dtype == x.dtype == a.dtype == b.dtype == torch.bfloat16:
-            return reference.lora_add(out, x, a, b, ranks, offsets, batch)
-        slots, width, max_rank = b.shape
+    def lora_add(self, out: Tensor, x: Tensor, slots: LoRASlots, batch: LoRABatch) -> None:
+        if not out.dtype == x.dtype == slots.dtype == torch.bfloat16:
+            return reference.lora_add(out, x, slots, batch)
         tokens, inputs = x.shape
         if not (
-            out.shape == (tokens, width)
+            out.shape == (tokens, slots.offsets[-1])
             and batch.slots.shape == (tokens,)
-            and offsets[-1] == width
-            and a.shape == (slots, (len(offsets) - 1) * max_rank, inputs)
-            and ranks.shape == (slots,)
-            and ranks.dtype == torch.int32
-            and b.stride() == (width * max_rank, 1, width)
+            and inputs == slots.inputs
             and out.is_contiguous()
             and x.is_contiguous()
-            and a.is_contiguous()
-            and ranks.is_contiguous()
         ):
             raise misread(
-                f"contiguous x (tokens, inputs) and out (tokens, {offsets[-1]}); a and b as "
-                "slot_buffers makes them; int32 ranks (slots,)",
+                f"contiguous x (tokens, {slots.inputs}) and out (tokens, {slots.offsets[-1]})",
                 x=x,
                 out=out,
-                a=a,
-                b=b,
-                ranks=ranks,
                 slots=batch.slots,
             )
         failed = self._lora_add(
             out.data_ptr(),
             x.data_ptr(),
-            a.data_ptr(),
-            b.data_ptr(),
-            ranks.data_ptr(),
+            *(each.data_ptr() for each in slots.table),
             batch.order.data_ptr(),
             batch.segment_starts.data_ptr(),
             batch.segment_slots.data_ptr(),
-            (c_int64 * len(offsets))(*offsets),
+            (c_int64 * len(slots.offsets))(*slots.offsets),
             batch.segment_slots.shape[0],
-            len(offsets) - 1,
-            max_rank,
+            slots.parts,
             inputs,
             torch.get_num_threads(),
         )

@@ -7,7 +7,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "simd.h"
+#include "kernels.h"
 #include "status.h"
 
 using namespace nybble;
@@ -65,24 +65,28 @@ constexpr int kRanks = 8;      // ranks per work item of the shrink pass
 constexpr int kOutputs = 512;  // outputs per work item of the expand pass
 
 struct Args {
-    bf16* out;             // (tokens, outputs)
-    const bf16* x;         // (tokens, inputs)
-    const bf16* a;         // (slots, parts * max_rank, inputs)
-    const bf16* b;         // (slots, max_rank, outputs)
-    const int32_t* order;  // the adapted rows
-    float* h;              // (adapted rows, parts * max_rank)
-    int64_t parts, max_rank, inputs, outputs;
+    bf16* out;               // (tokens, outputs)
+    const bf16* x;           // (tokens, inputs)
+    const int64_t* a;        // (slots, parts), addresses of (rank, inputs)
+    const int64_t* b;        // (slots, parts), addresses of (rank, outputs of the part)
+    const int64_t* ranks;    // (slots, parts)
+    const int32_t* order;    // the adapted rows
+    const int64_t* offsets;  // where each part's outputs begin, then their number
+    float* h;                // of each block (rows, ranks of all parts)
+    int64_t parts, inputs;
 };
 
 // Up to kRows rows of one adapter.
 struct Block {
-    int64_t slot, first, count, rank;
+    int64_t slot, first, count;
+    int64_t ranks;  // of all parts together
+    int64_t h;      // where its part of h begins
 };
 
-// Computes h of R rows for N ranks, whose rows of `a` begin at `ranks`. The rows of `a` at `ahead`
-// are prefetched, because they are needed next.
+// Computes h of R rows for N ranks, whose rows of `a` are `ranks`; the first of them is number
+// `at`. The rows of `a` at `ahead` are prefetched, because they are needed next.
 template <int R, int N>
-void shrink(const Args& p, const Block& block, const bf16* const* ranks, const int64_t* at,
+void shrink(const Args& p, const Block& block, const bf16* const* ranks, int64_t at,
             const bf16* ahead) {
     const bf16* x[R];
     for (int r = 0; r < R; ++r) x[r] = p.x + p.order[block.first + r] * p.inputs;
@@ -100,66 +104,95 @@ void shrink(const Args& p, const Block& block, const bf16* const* ranks, const i
     }
     for (int r = 0; r < R; ++r)
         for (int n = 0; n < N; ++n)
-            p.h[(block.first + r) * p.parts * p.max_rank + at[n]] = rounded(sum(total[r][n]));
+            p.h[block.h + r * block.ranks + at + n] = rounded(sum(total[r][n]));
 }
 
 // The row of `a` for the n-th rank of a block, with ranks counted through all parts.
 const bf16* rank_row(const Args& p, const Block& block, int64_t n) {
-    const int64_t row = block.slot * p.parts * p.max_rank + n / block.rank * p.max_rank;
-    return p.a + (row + n % block.rank) * p.inputs;
+    const int64_t* ranks = p.ranks + block.slot * p.parts;
+    int64_t part = 0;
+    for (; n >= ranks[part]; ++part) n -= ranks[part];
+    return reinterpret_cast<const bf16*>(p.a[block.slot * p.parts + part]) + n * p.inputs;
+}
+
+template <int R, int N>
+void shrink_next(const Args& p, const Block& block, int64_t& first, int64_t last,
+                 const bf16* ahead) {
+    const bf16* ranks[N];
+    for (; first + N <= last; first += N) {
+        for (int i = 0; i < N; ++i) ranks[i] = rank_row(p, block, first + i);
+        shrink<R, N>(p, block, ranks, first,
+                     first + N < last ? ranks[N - 1] + p.inputs : ahead);
+    }
 }
 
 template <int R>
 void shrink_ranks(const Args& p, const Block& block, int64_t first, int64_t last,
                   const bf16* ahead) {
-    constexpr int N = R == 1 ? kVectors : kVectors / 2;
-    const bf16* ranks[N];
-    int64_t at[N];
-    auto locate = [&](int64_t n, int i) {
-        at[i] = n / block.rank * p.max_rank + n % block.rank;
-        ranks[i] = rank_row(p, block, n);
-    };
-    for (; first + N <= last; first += N) {
-        for (int i = 0; i < N; ++i) locate(first + i, i);
-        shrink<R, N>(p, block, ranks, at, first + N < last ? ranks[N - 1] + p.inputs : ahead);
-    }
-    for (; first < last; ++first) {
-        locate(first, 0);
-        shrink<R, 1>(p, block, ranks, at, ahead);
-    }
+    if (R == 1) shrink_next<R, kVectors>(p, block, first, last, ahead);
+    shrink_next<R, kVectors / 2>(p, block, first, last, ahead);
+    shrink_next<R, 1>(p, block, first, last, ahead);
 }
 
-// Adds to the 16 · T outputs from `first` on, for R rows. Only `count` of the last 16 exist.
-template <int R, int T>
-void expand(const Args& p, const Block& block, int64_t part, int64_t first, int64_t count) {
-    const bf16* b = p.b + block.slot * p.max_rank * p.outputs + first;
-    const float* h = p.h + (block.first * p.parts + part) * p.max_rank;
-    Floats total[R][T];
-    for (auto& row : total)
-        for (auto& value : row) value = zero();
-    for (int64_t rank = 0; rank < block.rank; ++rank, b += p.outputs) {
-        for (int t = 0; t < T; ++t) {
-            const Floats w = t + 1 < T ? load_bf16(b + 16 * t) : load_bf16_first(b + 16 * t, count);
-            if (t % 2 == 0) prefetch(b + 16 * (T + t));
-            for (int r = 0; r < R; ++r)
-                total[r][t] = fma(w, broadcast(h[r * p.parts * p.max_rank + rank]), total[r][t]);
+// What one part of a block adds: its `b`, and where its h and its outputs begin.
+struct Part {
+    const bf16* b;
+    int64_t rank, h, offset, outputs;
+};
+
+Part part_of(const Args& p, const Block& block, int64_t part) {
+    const int64_t* ranks = p.ranks + block.slot * p.parts;
+    int64_t h = block.h;
+    for (int64_t before = 0; before < part; ++before) h += ranks[before];
+    return {reinterpret_cast<const bf16*>(p.b[block.slot * p.parts + part]), ranks[part], h,
+            p.offsets[part], p.offsets[part + 1] - p.offsets[part]};
+}
+
+// Adds K ranks of a part to `count` outputs of R rows, whose sums so far are `total`. The next K
+// ranks are prefetched: what is read of each is short.
+template <int R, int K>
+void add_ranks(const bf16* b, int64_t outputs, const float* h, int64_t ranks, int64_t count,
+               float (*total)[kOutputs]) {
+    for (int64_t o = 0; o < count; o += 16) {
+        Floats w[K];
+        for (int k = 0; k < K; ++k) {
+            const bf16* from = b + k * outputs + o;
+            w[k] = count - o >= 16 ? load_bf16(from) : load_bf16_first(from, count - o);
+            if (o % 32 == 0) prefetch(from + K * outputs);
+        }
+        for (int r = 0; r < R; ++r) {
+            Floats value = load(total[r] + o);
+            for (int k = 0; k < K; ++k) value = fma(w[k], broadcast(h[r * ranks + k]), value);
+            store(total[r] + o, value);
         }
     }
-    for (int r = 0; r < R; ++r) {
-        bf16* out = p.out + p.order[block.first + r] * p.outputs + first;
-        for (int t = 0; t + 1 < T; ++t)
-            store_bf16(out + 16 * t, load_bf16(out + 16 * t) + total[r][t]);
-        bf16* last = out + 16 * (T - 1);
-        store_bf16_first(last, load_bf16_first(last, count) + total[r][T - 1], count);
-    }
 }
 
+// Adds to the outputs of a part from `first` to `last`, at most kOutputs, for R rows.
 template <int R>
-void expand_outputs(const Args& p, const Block& block, int64_t part, int64_t first, int64_t last) {
-    constexpr int T = R == 1 ? kVectors : kVectors / 2;
-    for (; first + 16 * T <= last; first += 16 * T) expand<R, T>(p, block, part, first, 16);
-    for (; first < last; first += 16)
-        expand<R, 1>(p, block, part, first, std::min<int64_t>(16, last - first));
+void expand_outputs(const Args& p, const Block& block, const Part& part, int64_t first,
+                    int64_t last) {
+    constexpr int K = 4;
+    const int64_t count = last - first;
+    alignas(64) float total[R][kOutputs] = {};
+    const bf16* b = part.b + first;
+    const float* h = p.h + part.h;
+    int64_t rank = 0;
+    for (; rank + K <= part.rank; rank += K)
+        add_ranks<R, K>(b + rank * part.outputs, part.outputs, h + rank, block.ranks, count, total);
+    for (; rank < part.rank; ++rank)
+        add_ranks<R, 1>(b + rank * part.outputs, part.outputs, h + rank, block.ranks, count, total);
+    for (int r = 0; r < R; ++r) {
+        const int64_t row = p.order[block.first + r] * p.offsets[p.parts];
+        bf16* out = p.out + row + part.offset + first;
+        for (int64_t o = 0; o < count; o += 16) {
+            const Floats value = load(total[r] + o);
+            if (count - o >= 16)
+                store_bf16(out + o, load_bf16(out + o) + value);
+            else
+                store_bf16_first(out + o, load_bf16_first(out + o, count - o) + value, count - o);
+        }
+    }
 }
 
 struct Item {
@@ -177,27 +210,36 @@ struct Item {
 
 }  // namespace
 
-extern "C" int nybble_lora_add(bf16* out, const bf16* x, const bf16* a, const bf16* b,
-                               const int32_t* ranks, const int32_t* order, const int32_t* starts,
+extern "C" int nybble_lora_add(bf16* out, const bf16* x, const int64_t* a, const int64_t* b,
+                               const int64_t* ranks, const int32_t* order, const int32_t* starts,
                                const int32_t* slots, const int64_t* offsets, int64_t segments,
-                               int64_t parts, int64_t max_rank, int64_t inputs, int threads) try {
-    std::vector<float> h(starts[segments] * parts * max_rank);
-    const Args p{out, x, a, b, order, h.data(), parts, max_rank, inputs, offsets[parts]};
+                               int64_t parts, int64_t inputs, int threads) try {
     std::vector<Block> blocks;
     std::vector<Item> shrinks, expands;
+    int64_t h_size = 0;
     for (int64_t s = 0; s < segments; ++s) {
-        const int64_t rank = ranks[slots[s]];
-        if (rank == 0) continue;
+        if (starts[s] == starts[s + 1]) continue;
+        const int64_t* own = ranks + slots[s] * parts;
+        int64_t all = 0;
+        for (int64_t part = 0; part < parts; ++part) all += own[part];
+        if (all == 0) continue;
         for (int64_t first = starts[s]; first < starts[s + 1]; first += kRows) {
             const int32_t index = static_cast<int32_t>(blocks.size());
-            blocks.push_back({slots[s], first, std::min<int64_t>(kRows, starts[s + 1] - first), rank});
-            for (int64_t n = 0; n < parts * rank; n += kRanks)
-                shrinks.push_back({index, 0, n, std::min(n + kRanks, parts * rank)});
-            for (int32_t part = 0; part < parts; ++part)
-                for (int64_t o = offsets[part]; o < offsets[part + 1]; o += kOutputs)
-                    expands.push_back({index, part, o, std::min(o + kOutputs, offsets[part + 1])});
+            const int64_t count = std::min<int64_t>(kRows, starts[s + 1] - first);
+            blocks.push_back({slots[s], first, count, all, h_size});
+            h_size += count * all;
+            for (int64_t n = 0; n < all; n += kRanks)
+                shrinks.push_back({index, 0, n, std::min(n + kRanks, all)});
+            for (int32_t part = 0; part < parts; ++part) {
+                if (own[part] == 0) continue;
+                const int64_t outputs = offsets[part + 1] - offsets[part];
+                for (int64_t o = 0; o < outputs; o += kOutputs)
+                    expands.push_back({index, part, o, std::min(o + kOutputs, outputs)});
+            }
         }
     }
+    std::vector<float> h(h_size);
+    const Args p{out, x, a, b, ranks, order, offsets, h.data(), parts, inputs};
     const int64_t shrink_count = static_cast<int64_t>(shrinks.size());
     const int64_t expand_count = static_cast<int64_t>(expands.size());
 #pragma omp parallel num_threads(threads)
@@ -214,7 +256,8 @@ extern "C" int nybble_lora_add(bf16* out, const bf16* x, const bf16* a, const bf
         for (int64_t i = 0; i < expand_count; ++i) {
             const Item& item = expands[i];
             const Block& block = blocks[item.block];
-            NYBBLE_BY_ROWS(expand_outputs, p, block, item.part, item.first, item.last)
+            const Part part = part_of(p, block, item.part);
+            NYBBLE_BY_ROWS(expand_outputs, p, block, part, item.first, item.last)
         }
     }
     return kDone;

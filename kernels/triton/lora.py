@@ -1,10 +1,10 @@
 """LoRA additions for rows of many adapters and ranks: one launch to shrink, one to expand.
 
 A program takes rows that share an adapter (up to 16, or 32 if there are many), so every
-adapter's matrices are read once for them; padded ranks are masked and never read. The inner
-dimension of the shrink is cut at fixed places, and the expand adds the pieces in order, so that a
-row's result does not depend on the other rows. After Punica's SGMV (Chen et al. 2023) and S-LoRA
-(Sheng et al. 2023).
+adapter's matrices are read once for them, at the addresses in the slots' table; padded ranks are
+masked and never read. The inner dimension of the shrink is cut at fixed places, and the expand adds
+the pieces in order, so that a row's result does not depend on the other rows. After Punica's SGMV
+(Chen et al. 2023) and S-LoRA (Sheng et al. 2023).
 """
 
 from __future__ import annotations
@@ -16,9 +16,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nybble.kernels.lora import ALIGNMENT as _ALIGNMENT
+from nybble.kernels.lora import LoRASlots
 from nybble.kernels.lora_batch import LoRABatch
 from nybble.kernels.triton.device import FUSED
 
+ALIGNMENT = tl.constexpr(_ALIGNMENT)
 SHRINK_CHUNK = 1024  # inner columns of one program
 SHRINK_TILE = 128
 EXPAND_TILE = 128
@@ -44,17 +47,23 @@ def _rows_of_tile(
     return slot, first + local, local < length
 
 
-@triton.jit(do_not_specialize=["segments", "places"])
+@triton.jit
+def _matrix(address, DTYPE: tl.constexpr):
+    """A matrix of which the table has the address; see kernels/lora.py."""
+    return tl.multiple_of(tl.load(address).to(tl.pointer_type(DTYPE)), ALIGNMENT)
+
+
+@triton.jit(do_not_specialize=["segments", "places", "plane"])
 def shrink_kernel(
     x,
-    a,
-    ranks,
+    table,
     order,
     segment_starts,
     segment_slots,
     partial,
     segments,
     places,
+    plane,
     width,
     PARTS: tl.constexpr,
     MAX_RANK: tl.constexpr,
@@ -70,11 +79,12 @@ def shrink_kernel(
     part = tl.program_id(1)
     chunk = tl.program_id(2)
     if slot >= 0:
-        rank = tl.load(ranks + slot)
+        entry = table + slot * PARTS + part
+        rank = tl.load(entry + 2 * plane).to(tl.int32)
         if rank > 0:
+            a = _matrix(entry, x.dtype.element_ty)
             token = tl.load(order + place, exists, 0).to(tl.int64)
             r = tl.arange(0, RANK_PADDED)
-            row = (slot.to(tl.int64) * PARTS + part) * MAX_RANK + r
             total = tl.zeros([ROWS, RANK_PADDED], tl.float32)
             end = tl.minimum(chunk * CHUNK + CHUNK, width)
             for first in tl.range(chunk * CHUNK, end, TILE, num_stages=3):
@@ -86,7 +96,7 @@ def shrink_kernel(
                     0.0,
                 )
                 matrix = tl.load(
-                    a + row[:, None] * width + column[None, :],
+                    a + r[:, None] * width + column[None, :],
                     (r < rank)[:, None] & inside[None, :],
                     0.0,
                 )
@@ -99,20 +109,17 @@ def shrink_kernel(
             )
 
 
-@triton.jit(do_not_specialize=["segments", "places"])
+@triton.jit(do_not_specialize=["segments", "places", "plane"])
 def expand_kernel(
     partial,
-    b,
-    ranks,
+    table,
     out,
     order,
     segment_starts,
     segment_slots,
     segments,
     places,
-    b_slot,
-    b_out,
-    b_rank,
+    plane,
     out_stride,
     begin_1,
     begin_2,
@@ -131,10 +138,13 @@ def expand_kernel(
     part = tl.program_id(2)
     begin = tl.where(part == 0, 0, tl.where(part == 1, begin_1, begin_2))
     stop = tl.where(part == PARTS - 1, end, tl.where(part == 0, begin_1, begin_2))
-    column = begin + tl.program_id(1) * TILE + tl.arange(0, TILE)
+    local = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    column = begin + local
     if (slot >= 0) & (begin + tl.program_id(1) * TILE < stop):
-        rank = tl.load(ranks + slot)
+        entry = table + slot * PARTS + part
+        rank = tl.load(entry + 2 * plane).to(tl.int32)
         if rank > 0:
+            b = _matrix(entry + plane, out.dtype.element_ty)
             token = tl.load(order + place, exists, 0).to(tl.int64)
             r = tl.arange(0, RANK_PADDED)
             real = exists[:, None] & (r < rank)[None, :]
@@ -143,7 +153,7 @@ def expand_kernel(
                 at = ((chunk * places + place) * PARTS + part) * MAX_RANK
                 h += tl.load(partial + at[:, None] + r[None, :], real, 0.0)
             matrix = tl.load(
-                b + slot.to(tl.int64) * b_slot + r[:, None] * b_rank + column[None, :] * b_out,
+                b + r[:, None] * (stop - begin) + local[None, :],
                 (r < rank)[:, None] & (column < stop)[None, :],
                 0.0,
             )
@@ -154,19 +164,17 @@ def expand_kernel(
             tl.store(out + at, added.to(before.dtype), mask)
 
 
-def lora_add(
-    out: Tensor,
-    x: Tensor,
-    a: Tensor,
-    b: Tensor,
-    ranks: Tensor,
-    offsets: tuple[int, ...],
-    batch: LoRABatch,
-) -> None:
+def lora_add(out: Tensor, x: Tensor, slots: LoRASlots, batch: LoRABatch) -> None:
     """See :func:`nybble.kernels.reference.lora_add`. For 16 bits and up to three fused parts."""
-    parts, width, max_rank = len(offsets) - 1, x.shape[1], b.shape[2]
+    parts, offsets = slots.parts, slots.offsets
+    width, max_rank = slots.inputs, slots.max_rank
     if parts > MAX_PARTS:
         raise ValueError(f"{parts} fused parts, expected at most {MAX_PARTS}")
+    if not x.dtype == out.dtype == slots.dtype or x.shape[1] != width:
+        raise ValueError(
+            f"x is {x.dtype} {tuple(x.shape)} and out {out.dtype}, expected {slots.dtype} "
+            f"(tokens, {width})"
+        )
     segments, places = batch.segment_slots.shape[0], batch.order.shape[0]
     # Taller tiles read an adapter less often if a prompt has many rows. A decode step has few rows
     # for each adapter, and a captured step does not know how many.
@@ -185,12 +193,12 @@ def lora_add(
     places_of = (batch.order, batch.segment_starts, batch.segment_slots)
     shrink_kernel[(tiles, parts, chunks)](
         x,
-        a,
-        ranks,
+        slots.table,
         *places_of,
         partial,
         segments,
         places,
+        slots.table.stride(0),
         width,
         **sizes,
         CHUNK=SHRINK_CHUNK,
@@ -201,13 +209,12 @@ def lora_add(
     widest = max(end - start for start, end in pairwise(offsets))
     expand_kernel[(tiles, triton.cdiv(widest, EXPAND_TILE), parts)](
         partial,
-        b,
-        ranks,
+        slots.table,
         out,
         *places_of,
         segments,
         places,
-        *b.stride(),
+        slots.table.stride(0),
         out.stride(0),
         inner[0],
         inner[1],

@@ -32,6 +32,7 @@ if TYPE_CHECKING:  # they need packages of their own
 _RESTARTS = 3
 # Engine settings whose flags have other names.
 _FLAGS = {
+    "device_bytes": "--lora-device-memory",
     "draft_model": "--draft-model",
     "host_bytes": "--lora-host-memory",
     "kv_cache_bytes": "--kv-cache-memory",
@@ -80,7 +81,11 @@ def _adapter_config(options: ServeOptions) -> AdapterConfig | None:
     if not (named or shared or options.trains):
         return None
     return AdapterConfig(
-        asked.max_loras, asked.max_lora_rank, asked.lora_host_memory, asked.lora_own_settings
+        asked.max_loras,
+        asked.max_lora_rank,
+        asked.lora_host_memory,
+        asked.lora_own_settings,
+        asked.lora_device_memory,
     )
 
 

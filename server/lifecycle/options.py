@@ -98,9 +98,7 @@ MergeAdapterOption = Annotated[
         "requests. On a 4-bit base the first start calibrates, which takes minutes."
     ),
 ]
-MaxLoraRankOption = Annotated[
-    int, _adapters(help="Highest rank; every slot takes memory for it.", min=1, max=512)
-]
+MaxLoraRankOption = Annotated[int, _adapters(help="Highest rank of an adapter.", min=1, max=512)]
 ReasoningParserOption = Annotated[
     str,
     _network(
@@ -361,7 +359,7 @@ class AdapterOptions:
     """LoRA adapters: which ones, where they are, and the memory they get.
 
     lora_modules: each ``NAME=PATH``.
-    lora_host_memory, lora_cache_size: bytes.
+    lora_host_memory, lora_device_memory, lora_cache_size: bytes.
     """
 
     enable_lora: Annotated[
@@ -446,8 +444,19 @@ class AdapterOptions:
     ] = True
     lora_host_memory: Annotated[
         int,
-        _adapters(**_SIZE, help="Memory for adapters which are in no slot (default: 4GiB)."),
+        _adapters(
+            **_SIZE,
+            help="Host memory for adapters (default: 4GiB). On the CPU the slots refer to it.",
+        ),
     ] = 4 << 30
+    lora_device_memory: Annotated[
+        int | None,
+        _adapters(
+            **_SIZE,
+            help="A GPU's memory for adapters in slots (default: auto, for --max-loras of them of "
+            "--max-lora-rank on all layers).",
+        ),
+    ] = None
 
 
 @dataclass(frozen=True, kw_only=True)

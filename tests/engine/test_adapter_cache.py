@@ -18,27 +18,47 @@ TENANTS = st.sampled_from(["a", "b"])
 
 
 class Slots:
-    """In place of the device's: what was last copied into each."""
+    """In place of the device's: what was last put into each.
 
-    def __init__(self, count: int) -> None:
-        self.count = count
+    memory: bytes of all slots together, if they have copies; None if they refer to host memory.
+    """
+
+    def __init__(self, count: int, memory: int | None = 1000) -> None:
+        self.count, self.memory = count, memory
+        self.refer_to_host = memory is None
         self.content: list[StagedAdapter | None] = [None] * count
         self.fills = 0
 
     def fill(self, slot: int, staged: StagedAdapter) -> None:
         self.content[slot] = staged
         self.fills += 1
+        assert self.free_bytes >= 0
 
     def clear(self, slot: int) -> None:
         self.content[slot] = None
+
+    def bytes_in(self, slot: int) -> int:
+        held = self.content[slot]
+        return 0 if held is None else self.bytes_for(held)
+
+    def bytes_for(self, staged: StagedAdapter) -> int:
+        return 0 if self.memory is None else staged.nbytes
+
+    @property
+    def free_bytes(self) -> int:
+        return (self.memory or 0) - sum(map(self.bytes_in, range(self.count)))
 
 
 class CacheUnderTraffic(RuleBasedStateMachine):
     """Names are replaced and unloaded; requests queue, run, are preempted and leave."""
 
-    @initialize(slots=st.integers(1, 3), host=st.integers(4, 12))
-    def start(self, slots: int, host: int) -> None:
-        self.slots, self.host = Slots(slots), host
+    @initialize(
+        slots=st.integers(1, 3),
+        host=st.integers(4, 12),
+        memory=st.one_of(st.none(), st.integers(4, 12)),
+    )
+    def start(self, slots: int, host: int, memory: int | None) -> None:
+        self.slots, self.host = Slots(slots, memory), host
         self.reading: list[AdapterVersion] = []
         self.cache = AdapterCache(self.slots, host, self.reading.append)  # type: ignore[arg-type]
         self.named: dict[int, AdapterVersion] = {}

@@ -141,9 +141,10 @@ def test_others_go_on_while_an_adapter_is_read(
     engine = start(tiny_model(), slots=1)
     nbytes = engine.load_adapter("0", str(folders[0])).nbytes
     engine.stop()
-    # Room for one copy, so that the second adapter has to be read when it is asked for.
-    engine = start(tiny_model(), slots=2, host_bytes=nbytes)
+    # Room for two, so that the third has to be read when it is asked for, instead of the second.
+    engine = start(tiny_model(), slots=2, host_bytes=2 * nbytes)
     engine.load_adapter("0", str(folders[0]))
+    engine.load_adapter("2", str(folders[2]))
     engine.load_adapter("1", str(folders[1]))
     disk = threading.Event()
     read = adapters.load_adapter

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import pytest
@@ -14,6 +15,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from nybble.engine import EngineConfig
+from nybble.engine.adapter_cache import AdapterVersion
+from nybble.engine.adapter_slots import AdapterSlots
 from nybble.engine.decoder import Decoder
 from nybble.engine.fused_layers import FusedLayers
 from nybble.engine.kv_cache import KVCacheLayout
@@ -23,8 +26,12 @@ from nybble.engine.runner import ModelRunner
 from nybble.engine.scheduler import ScheduledSequence
 from nybble.engine.sequence import BlockTable, Sequence
 from nybble.kernels.attention_batch import AttentionBatch
+from nybble.kernels.cpu.decoder_layers import DecoderLayers
 from nybble.kernels.cpu.library import library
-from nybble.loaders import open_checkpoint
+from nybble.kernels.lora import LoRASlots
+from nybble.kernels.lora_batch import LoRABatch
+from nybble.loaders import LoRAAdapter, open_checkpoint
+from nybble.loaders.adapter import LoRAModule
 from nybble.models import architecture_of
 from nybble.quantizers.in_flight import InFlight
 
@@ -89,16 +96,43 @@ def decoder_of(folder: Path, captures: tuple[int, ...] = ()) -> Decoder:
     )
 
 
-def steps(decoder: Decoder, kv_dtype: Literal["auto", "int8", "fp8"]) -> list[Tensor]:
-    """Logits of a prompt, of its rest beside another, and of one token of each."""
+def adapters_of(decoder: Decoder) -> AdapterSlots:
+    """Two adapters, of different ranks and layers."""
+    architecture = decoder.architecture
+    slots = AdapterSlots(
+        architecture, count=2, max_rank=8, device=torch.device("cpu"), dtype=torch.bfloat16
+    )
+    torch.manual_seed(1)
+    for slot, rank in enumerate((8, 3)):
+        modules = {
+            name: LoRAModule(torch.randn(rank, each.inputs), torch.randn(each.out, rank), 0.1)
+            for name, each in architecture.linears.items()
+            if slot == 0 or "layers.1." not in name
+        }
+        slots.fill(slot, slots.stage(LoRAAdapter(modules, bytes([slot]))))
+    return slots
+
+
+def steps(
+    decoder: Decoder,
+    kv_dtype: Literal["auto", "int8", "fp8"],
+    adapters: AdapterSlots | None = None,
+    used: tuple[int | None, int | None] = (None, None),
+) -> list[Tensor]:
+    """Logits of a prompt, of its rest beside another, and of one token of each.
+
+    used: the slots of the two sequences' adapters.
+    """
     config = replace(CONFIG, kv_dtype=kv_dtype)
     layout = KVCacheLayout.of(decoder.architecture, config, 256)
-    runner = ModelRunner(decoder, config, layout, 16 * len(layout.groups))
+    runner = ModelRunner(decoder, config, layout, 16 * len(layout.groups), adapters)
     sequences = []
     for number, length in enumerate((60, 33)):
         prompt = tuple(range(40 + number, 40 + number + length))
         request = Request("r", prompt, SamplingParams())
         one = Sequence(request, 1, None, None)  # type: ignore[arg-type]
+        if (slot := used[number]) is not None:
+            one.adapter = AdapterVersion("a", Path("a"), b"a", 8, 1, slot=slot)
         one.block_tables = tuple(
             BlockTable([8 * number + n + 16 * group for n in range(8)])
             for group in range(len(layout.groups))
@@ -131,6 +165,38 @@ def test_layers_in_one_call(folder_of: Callable[[str], Path], family: str) -> No
         decoder._blocks = [parts]
         assert all(map(torch.equal, steps(decoder, kv_dtype), together))
         assert all(logits.isfinite().all() for logits in together)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "phi3", "gemma3_text"])
+def test_layers_with_adapters_in_one_call(folder_of: Callable[[str], Path], family: str) -> None:
+    decoder = decoder_of(folder_of(family))
+    ((whole,),) = decoder._blocks
+    assert isinstance(whole, FusedLayers)
+    called = Counted(whole.kernel)
+    adapters = adapters_of(decoder)
+    plain = steps(decoder, "auto")
+    for used in ((0, 1), (None, 0), (1, None), (1, 1)):
+        decoder._blocks = [[replace(whole, kernel=called)]]
+        together = steps(decoder, "auto", adapters, used)
+        decoder._blocks = [list(whole.blocks)]
+        apart = steps(decoder, "auto", adapters, used)
+        assert all(map(torch.equal, apart, together))
+        for row, slot in enumerate(used):
+            assert torch.equal(together[-1][row], plain[-1][row]) == (slot is None)
+    assert called.calls == 4 * 3
+
+
+def test_adapters_of_other_layers_are_refused(folder_of: Callable[[str], Path]) -> None:
+    decoder = decoder_of(folder_of("llama"))
+    ((whole,),) = decoder._blocks
+    assert isinstance(whole, FusedLayers)
+    kernel, slots = whole.kernel, [LoRASlots.empty(1, 128, (0, 128), 8, torch.bfloat16, "cpu")] * 24
+    lora = LoRABatch.of([0, -1], "cpu")
+    assert isinstance(kernel, DecoderLayers)
+    with pytest.raises(ValueError, match=r"adapters in \[\(128, 128\), "):
+        kernel._fields_of_adapters(2, slots, lora)
+    with pytest.raises(ValueError, match=r"slots: torch.int32 \(2,\)"):
+        kernel._fields_of_adapters(3, slots, lora)
 
 
 def test_what_is_captured_between_calls_is_what_the_parts_compute(
@@ -179,7 +245,7 @@ class Counted:
 def test_the_parts_compute_what_the_kernel_does_not_take(
     folder_of: Callable[[str], Path],
 ) -> None:
-    """Caches in fp8, and rows with adapters."""
+    """Caches in fp8, and rows whose adapters have gains or norms."""
     decoder = decoder_of(folder_of("llama"))
     ((whole,),) = decoder._blocks
     assert isinstance(whole, FusedLayers)
@@ -191,7 +257,8 @@ def test_the_parts_compute_what_the_kernel_does_not_take(
     steps(decoder, "auto")
     assert [block.calls for block in blocks] == [len(in_fp8)] * 12
     called = kernel.calls
-    step = Step([], [], [], [], adapters=object())  # type: ignore[arg-type]
+    adapters = SimpleNamespace(only_low_rank=lambda projections: None)
+    step = Step([], [], [], [], adapters=adapters)  # type: ignore[arg-type]
     one = replace(whole, kernel=kernel, blocks=(lambda added, residual, step: (added, residual),))  # type: ignore[arg-type]
     x = torch.zeros(1, 128)
     assert one(x, x, step) == (x, x)

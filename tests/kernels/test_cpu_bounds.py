@@ -12,6 +12,7 @@ import faulthandler
 import mmap
 import os
 import signal
+from dataclasses import replace
 from itertools import pairwise
 from math import prod
 
@@ -22,6 +23,7 @@ from torch import Tensor
 from nybble.kernels import PackedWeight, reference
 from nybble.kernels.attention_batch import AttentionBatch
 from nybble.kernels.cpu.library import CpuLibrary
+from nybble.kernels.lora import LoRASlots, LowRank
 from nybble.kernels.lora_batch import LoRABatch
 from nybble.kernels.packed import INTEGER_LEVELS, SYMMETRIC_LEVELS, pack_nibbles
 from nybble.kernels.reference import TokenChoice
@@ -273,13 +275,14 @@ def test_low_rank_additions(
     cpu: CpuLibrary, guard: Guard, max_rank: int, offsets: tuple[int, ...], inputs: int
 ) -> None:
     torch.manual_seed(0)
-    ranks = guard(torch.tensor([max_rank, 0, 1], dtype=torch.int32))
-    a = torch.zeros(3, len(offsets) - 1, max_rank, inputs)
-    b = torch.zeros(3, max_rank, offsets[-1])
-    for slot, rank in enumerate(ranks.tolist()):
-        a[slot, :, :rank] = torch.randn(len(offsets) - 1, rank, inputs) * inputs**-0.5
-        b[slot, :rank] = torch.randn(rank, offsets[-1])
-    a, b = guard(a.flatten(1, 2).bfloat16()), guard(b.bfloat16()).transpose(1, 2)
+
+    def part(rank: int, out: int) -> LowRank:
+        a, b = torch.randn(rank, inputs) * inputs**-0.5, torch.randn(rank, out)
+        return (guard(a.bfloat16()), guard(b.bfloat16())) if rank else None
+
+    widths = [end - start for start, end in pairwise(offsets)]
+    lora = LoRASlots.of([[part(r, w) for w in widths] for r in (max_rank, 0, 1)], inputs, offsets)
+    lora = replace(lora, table=guard(lora.table))
     for slots in ([0], [2, -1, 0, 1], [0] * 6 + [2] * 3):
         given = LoRABatch.of(slots, "cpu")
         assert given is not None
@@ -292,7 +295,7 @@ def test_low_rank_additions(
         )
         x = guard(torch.randn(len(slots), inputs).bfloat16())
         found, expected = (guard(torch.ones(len(slots), offsets[-1]).bfloat16()) for _ in range(2))
-        cpu.lora_add(found, x, a, b, ranks, offsets, batch)
-        reference.lora_add(expected, x, a, b, ranks, offsets, batch)
-        assert all(start < end for start, end in pairwise(offsets))
+        cpu.lora_add(found, x, lora, batch)
+        reference.lora_add(expected, x, lora, batch)
+        assert all(widths)
         torch.testing.assert_close(found, expected, rtol=2**-6, atol=2**-4 * max_rank)

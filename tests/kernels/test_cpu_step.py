@@ -22,7 +22,7 @@ from nybble.kernels.activation import ACTIVATIONS, Activation
 from nybble.kernels.attention_batch import AttentionBatch
 from nybble.kernels.cpu.build import machine
 from nybble.kernels.cpu.library import CpuLibrary
-from nybble.kernels.lora import slot_buffers
+from nybble.kernels.lora import LoRASlots
 from nybble.kernels.lora_batch import LoRABatch
 
 from .cpu_kernels import random_weight, transposed
@@ -527,14 +527,14 @@ def test_running_out_of_memory_is_an_error_of_the_call(
             return cpu.paged_attention(q, *caches, batch, 1.0)
 
     else:
-        a, b = slot_buffers(1, 1 << 14, 8, (0, 8), torch.bfloat16, "cpu")
+        matrices = torch.zeros(2, 1 << 14, 8).bfloat16()
+        slots = LoRASlots.of([[(matrices[0], matrices[1])]], 8, (0, 8))
         rows = LoRABatch.of([0] * 1024, "cpu")
         assert rows is not None
         low = torch.zeros(1024, 8).bfloat16()
 
         def call() -> object:
-            ranks = torch.ones(1, dtype=torch.int32)
-            return cpu.lora_add(low.clone(), low, a, b, ranks, (0, 8), rows)
+            return cpu.lora_add(low.clone(), low, slots, rows)
 
     with little_memory(), pytest.raises(MemoryError, match=f"buffers of nybble_{kernel}"):
         call()

@@ -197,16 +197,16 @@ def test_a_tokens_attention_is_the_same_alone_and_in_any_chunk(
 
 def test_a_rows_lora_is_the_same_alone_and_among_many() -> None:
     rows, rank, inputs, offsets = 258, 16, 500, (0, 40, 64)
-    a, b, ranks = adapters(3, rank, inputs, offsets, torch.float16, CPU)
+    given = adapters(3, rank, inputs, offsets, torch.float16, CPU)
     x, before = torch.randn(rows, inputs).half(), torch.randn(rows, 64).half()
     slots = [row % 4 - 1 for row in range(rows)]
     whole = before.clone()
     batch = LoRABatch.of(slots, CPU)
     assert batch is not None
-    lora.lora_add(whole, x, a, b, ranks, offsets, batch)
+    lora.lora_add(whole, x, given, batch)
     for row in (1, 257):
         alone = before[row : row + 1].clone()
         own = LoRABatch.of(slots[row : row + 1], CPU)
         assert own is not None
-        lora.lora_add(alone, x[row : row + 1], a, b, ranks, offsets, own)
+        lora.lora_add(alone, x[row : row + 1], given, own)
         assert torch.equal(alone, whole[row : row + 1])

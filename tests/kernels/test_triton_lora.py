@@ -5,12 +5,14 @@ On a machine without a GPU they run through Triton's interpreter.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 from nybble.kernels import reference
-from nybble.kernels.lora import slot_buffers
+from nybble.kernels.lora import LoRASlots
 from nybble.kernels.lora_batch import LoRABatch
 
 pytest.importorskip("triton")
@@ -18,27 +20,28 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 from nybble.kernels.triton import lora  # noqa: E402
 
-Problem = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-
 
 def problem(
     rows: int, ranks: list[int], max_rank: int, inputs: int, outputs: tuple[int, ...], seed: int = 0
-) -> tuple[Problem, tuple[int, ...]]:
-    """Random (out, x, a, b, ranks); padded ranks hold NaN, which reading would spread."""
+) -> tuple[Tensor, Tensor, LoRASlots]:
+    """Random (out, x, slots). What lies behind each matrix is NaN, which reading would spread."""
     torch.manual_seed(seed)
     offsets = tuple(sum(outputs[:part]) for part in range(len(outputs) + 1))
-    a, b = slot_buffers(len(ranks), max_rank, inputs, offsets, torch.float16, "cpu")
-    used = torch.tensor(ranks, dtype=torch.int32)
-    a.view(len(ranks), len(outputs), max_rank, inputs).fill_(float("nan"))
-    b.fill_(float("nan"))
-    for slot, rank in enumerate(ranks):
-        for part in range(len(outputs)):
-            section = a[slot, part * max_rank : part * max_rank + rank]
-            section.copy_(torch.randn(section.shape) * inputs**-0.5)
-        b[slot, :, :rank] = torch.randn(offsets[-1], rank).half()
+
+    def matrix(rank: int, width: int) -> Tensor:
+        whole = torch.full((rank + 1, width), float("nan"), dtype=torch.float16)
+        whole[:rank] = torch.randn(rank, width) * width**-0.5
+        return whole.to(DEVICE)[:rank]
+
+    adapters = [
+        [(matrix(rank, inputs), matrix(rank, out) * out**0.5) if rank else None for out in outputs]
+        for rank in ranks
+    ]
+    if len(outputs) > 1:
+        adapters[-1][1] = None  # a part that one adapter leaves as it is
+    slots = replace(LoRASlots.of(adapters, inputs, offsets), max_rank=max_rank)
     x, out = torch.randn(rows, inputs).half(), torch.randn(rows, offsets[-1]).half()
-    tensors = tuple(t.to(DEVICE) for t in (out, x, a, b, used))
-    return tensors, offsets  # type: ignore[return-value]
+    return out.to(DEVICE), x.to(DEVICE), slots
 
 
 @pytest.mark.parametrize(
@@ -54,13 +57,13 @@ def problem(
 def test_every_row_gets_its_adapter(
     slots: list[int], outputs: tuple[int, ...], inputs: int
 ) -> None:
-    (out, x, a, b, ranks), offsets = problem(len(slots), [0, 5, 16, 20], 20, inputs, outputs)
+    out, x, given = problem(len(slots), [0, 5, 16, 20], 20, inputs, outputs)
     batch = LoRABatch.of(slots, DEVICE)
     assert batch is not None
     expected = out.clone()
-    reference.lora_add(expected, x, a, b, ranks, offsets, batch)
+    reference.lora_add(expected, x, given, batch)
     found = out.clone()
-    lora.lora_add(found, x, a, b, ranks, offsets, batch)
+    lora.lora_add(found, x, given, batch)
     untouched = [row for row, slot in enumerate(slots) if slot <= 0]
     assert torch.equal(found[untouched], out[untouched])
     error = (found.double() - expected.double()).norm() / expected.double().norm()
@@ -69,21 +72,21 @@ def test_every_row_gets_its_adapter(
 
 def test_a_row_does_not_depend_on_its_batch() -> None:
     slots = [row % 4 for row in range(23)]
-    (out, x, a, b, ranks), offsets = problem(23, [8, 1, 16, 3], 16, 96, (40, 24))
+    out, x, given = problem(23, [8, 1, 16, 3], 16, 96, (40, 24))
     together = out.clone()
     batch = LoRABatch.of(slots, DEVICE)
     assert batch is not None
-    lora.lora_add(together, x, a, b, ranks, offsets, batch)
+    lora.lora_add(together, x, given, batch)
     for row in (0, 7, 22):
         one = LoRABatch.of([slots[row]], DEVICE)
         assert one is not None
         alone = out[row : row + 1].clone()
-        lora.lora_add(alone, x[row : row + 1], a, b, ranks, offsets, one)
+        lora.lora_add(alone, x[row : row + 1], given, one)
         assert torch.equal(alone[0], together[row])
 
 
 def test_empty_segments_that_pad_a_captured_batch_add_nothing() -> None:
-    (out, x, a, b, ranks), offsets = problem(4, [4, 4], 8, 32, (24,))
+    out, x, given = problem(4, [4, 4], 8, 32, (24,))
     real = LoRABatch.of([1, -1, -1, -1], DEVICE)
     assert real is not None
 
@@ -98,6 +101,6 @@ def test_empty_segments_that_pad_a_captured_batch_add_nothing() -> None:
         max_segment=4,
     )
     expected, found = out.clone(), out.clone()
-    lora.lora_add(expected, x, a, b, ranks, offsets, real)
-    lora.lora_add(found, x, a, b, ranks, offsets, padded)
+    lora.lora_add(expected, x, given, real)
+    lora.lora_add(found, x, given, padded)
     assert torch.equal(found, expected)

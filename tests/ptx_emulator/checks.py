@@ -238,19 +238,19 @@ def check_lora(capability: int, everything: bool) -> Iterator[Found]:
     for dtype, rank, rows in ((torch.float16, 20, 20), (torch.bfloat16, 64, 300)):
         # Rows of the second lie at multiples of 16 bytes, and are copied asynchronously.
         inputs, offsets = 1100 if rank == 20 else 1104, (0, 40, 64, 200)
-        a, b, ranks = adapters(5, rank, inputs, offsets, dtype, CPU)
-        ranks[0], ranks[3] = 0, 7
+        given = adapters(5, rank, inputs, offsets, dtype, CPU, [0, rank, rank, 7, rank])
         slots = [row % 6 - 1 for row in range(rows)]
         x, out = torch.randn(rows, inputs).to(dtype), torch.randn(rows, 200).to(dtype)
         expected = out.double()
         batch = LoRABatch.of(slots, CPU)
         assert batch is not None
-        lora.lora_add(out, x, a, b, ranks, offsets, batch)
+        lora.lora_add(out, x, given, batch)
         for row, slot in enumerate(slots):
-            own = int(ranks[slot]) if slot >= 0 else 0
-            for part, (start, end) in enumerate(pairwise(offsets)):
-                h = a[slot, part * rank : part * rank + own].double() @ x[row].double()
-                expected[row, start:end] += b[slot, start:end, :own].double() @ h
+            found = given.matrices[slot] if slot >= 0 else ()
+            for pair, (start, end) in zip(found, pairwise(offsets), strict=False):
+                if pair is not None:
+                    a, b = pair
+                    expected[row, start:end] += a.double() @ x[row].double() @ b.double()
         yield f"lora_add {str(dtype)[6:]} rank {rank} rows {rows}", out, expected
 
 
@@ -345,7 +345,7 @@ def check_fixed_attention(capability: int, everything: bool) -> Iterator[Found]:
 def check_lora_alone(capability: int, everything: bool) -> Iterator[Found]:
     """A row among so many that tiles are taller, and alone: not one bit may differ."""
     rows, rank, inputs, offsets = 260, 16, 264, (0, 40)
-    a, b, ranks = adapters(3, rank, inputs, offsets, torch.bfloat16, CPU)
+    slots_of = adapters(3, rank, inputs, offsets, torch.bfloat16, CPU)
     x, whole = torch.randn(rows, inputs).bfloat16(), torch.randn(rows, 40).bfloat16()
     alone = whole[258:259].clone()
     for out, given, slots in (
@@ -354,7 +354,7 @@ def check_lora_alone(capability: int, everything: bool) -> Iterator[Found]:
     ):
         batch = LoRABatch.of(slots, CPU)
         assert batch is not None
-        lora.lora_add(out, given, a, b, ranks, offsets, batch)
+        lora.lora_add(out, given, slots_of, batch)
     yield "lora_add alone", alone.float(), whole[258:259].double()
 
 

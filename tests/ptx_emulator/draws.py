@@ -162,17 +162,16 @@ def draw_lora(pick: Random, capability: int) -> Iterator[Found]:
     offsets = [0]
     for _ in range(pick.randint(1, 3)):
         offsets.append(offsets[-1] + pick.randint(1, 150))
-    a, b, ranks = adapters(count, rank, inputs, tuple(offsets), dtype, CPU)
-    ranks.copy_(torch.tensor([pick.randint(0, rank) for _ in range(count)]))
+    ranks = [pick.randint(0, rank) for _ in range(count)]
+    given = adapters(count, rank, inputs, tuple(offsets), dtype, CPU, ranks)
     slots = [pick.randint(-1, count - 1) for _ in range(rows - 1)] + [pick.randrange(count)]
     batch = LoRABatch.of(slots, CPU)
     assert batch is not None
     x, out = torch.randn(rows, inputs).to(dtype), torch.randn(rows, offsets[-1]).to(dtype)
     expected = out.double()
-    wide = (x.double(), a.double(), b.double())
-    reference.lora_add(expected, *wide, ranks, tuple(offsets), batch)
-    lora.lora_add(out, x, a, b, ranks, tuple(offsets), batch)
-    name = f"lora_add {str(dtype)[6:]} {inputs}→{offsets} ranks {ranks.tolist()} slots {slots}"
+    reference.lora_add(expected, x.double(), given, batch)
+    lora.lora_add(out, x, given, batch)
+    name = f"lora_add {str(dtype)[6:]} {inputs}→{offsets} ranks {ranks} slots {slots}"
     yield name, out, expected
 
 
