@@ -444,8 +444,8 @@ def restore_mixtures(engine: Engine, models: Sequence[str], state: Path | None) 
             except (AdapterError, ParameterError, OSError) as error:
                 failed[name] = error
         if len(failed) == len(left):
-            for name, error in failed.items():
-                logger.error("adapter %s cannot be mixed again: %s", name, error)
+            for name, reason in failed.items():
+                logger.error("adapter %s cannot be mixed again: %s", name, reason)
             return
         left = {name: left[name] for name in failed}
 
