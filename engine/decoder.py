@@ -428,6 +428,7 @@ class Decoder:
             up=tuple(self.backend.grouped_linear(weights, self._dtype) for weights in up),
             activate=self._activate(store, index, about),
             down=self.backend.grouped_linear(down, self._dtype),
+            weights=(*up, down) if self.embedding.device.type == "cpu" else (),
             shared=None if mixture.shared is None else self._mlp(store, index, mixture.shared),
             shared_gate=None if gate is None else gate.float().contiguous(),
             backend=self.backend,

@@ -12,15 +12,23 @@ from torch import Tensor
 from nybble.engine.parts import (
     AttentionPart,
     Block,
+    MixturePart,
     MlpPart,
     NormPart,
+    Part,
     Projection,
     ResidualBlock,
     RmsNormPart,
     Step,
 )
 from nybble.kernels.backend import Backend
-from nybble.kernels.decoder_layer import DecoderLayer, DecoderLayersKernel, RmsNorm
+from nybble.kernels.decoder_layer import (
+    DecoderLayer,
+    DecoderLayersKernel,
+    ExpertMlps,
+    GatedMlp,
+    RmsNorm,
+)
 from nybble.kernels.packed import Weight
 from nybble.models import Layer, Mlp
 
@@ -38,19 +46,17 @@ class BuiltLayer:
 
     def as_decoder_layer(self) -> DecoderLayer | None:
         """None if it has other parts than such a layer, or several weights for one input."""
-        mlp, (first, *others) = self.about.mlp, self.blocks
-        if not others or not isinstance(mlp, Mlp) or any(len(each) > 1 for each in self.weights):
+        first, *others = self.blocks
+        if not others or any(len(each) > 1 for each in self.weights):
             return None
-        attention, feed_forward = first.part, others[0].part
+        attention, mlp = first.part, self._mlp(others[0].part)
         # Ranks of several gather what they compute in between: their parts are other functions.
-        if not isinstance(attention, AttentionPart) or not isinstance(feed_forward, MlpPart):
+        if not isinstance(attention, AttentionPart) or mlp is None:
             return None
         about = attention.about
         if about.gated or about.rotate_first or about.qk_norm not in (None, "head"):
             return None
         if about.rope is not None and about.rope.query_beta:
-            return None
-        if not mlp.gated or mlp.clamp is not None or mlp.xielu is not None:
             return None
         norms = [block.pre for block in self.blocks]
         optional = [attention.q_norm, attention.k_norm, *(block.post for block in self.blocks)]
@@ -58,7 +64,7 @@ class BuiltLayer:
             return None
         if any(block.multiplier != 1 for block in self.blocks):
             return None
-        (qkv,), (output,), (gate_up,), (down,) = self.weights
+        (qkv,), (output,), *_ = self.weights
         attention_norm, mlp_norm = map(_norm, norms)
         assert attention_norm is not None
         assert mlp_norm is not None
@@ -71,9 +77,7 @@ class BuiltLayer:
             output=output,
             post_attention_norm=post_attention_norm,
             mlp_norm=mlp_norm,
-            gate_up=gate_up,
-            activation=mlp.activation,
-            down=down,
+            mlp=mlp,
             post_mlp_norm=post_mlp_norm,
             heads=about.heads,
             kv_heads=about.kv_heads,
@@ -84,6 +88,42 @@ class BuiltLayer:
             sinks=attention.sinks,
             interleaved=about.rope is not None and about.rope.interleaved,
         )
+
+    def _mlp(self, part: Part) -> GatedMlp | ExpertMlps | None:
+        """None if it is of another kind."""
+        about, (_, _, *weights) = self.about.mlp, self.weights
+        if isinstance(about, Mlp):
+            return _gated(about, weights) if isinstance(part, MlpPart) else None
+        # One product for gate and up, and one for down.
+        if not isinstance(part, MixturePart) or len(part.weights) != 2:
+            return None
+        if part.shared_gate is not None:
+            return None
+        shared = None if about.shared is None else _gated(about.shared, weights)
+        if not _is_gated(about.experts[0]) or (shared is None) != (about.shared is None):
+            return None
+        return ExpertMlps(
+            router=part.router,
+            router_bias=part.router_bias,
+            routing=about.router,
+            correction_bias=part.correction_bias,
+            top_k=about.top_k,
+            gate_up=part.weights[0],
+            activation=about.activation,
+            down=part.weights[1],
+            shared=shared,
+        )
+
+
+def _is_gated(mlp: Mlp) -> bool:
+    return mlp.gated and mlp.clamp is None and mlp.xielu is None
+
+
+def _gated(mlp: Mlp, weights: Sequence[tuple[Weight, ...]]) -> GatedMlp | None:
+    if not _is_gated(mlp):
+        return None
+    (gate_up,), (down,) = weights
+    return GatedMlp(gate_up, mlp.activation, down)
 
 
 def _norm(norm: NormPart | None) -> RmsNorm | None:
@@ -98,18 +138,19 @@ class FusedLayers:
     blocks: compute the same part by part.
     ropes: of each layer, the index of the rotary embedding.
     first: the number of the first layer among those with attention; the others follow.
-    projections: the indices of each layer's.
+    projections: the indices of each layer's; None if some are mixtures, whose adapters are added
+        part by part.
     """
 
     kernel: DecoderLayersKernel
     blocks: tuple[ResidualBlock, ...]
     ropes: tuple[int, ...]
     first: int
-    projections: tuple[int, ...]
+    projections: tuple[int, ...] | None
 
     def __call__(self, added: Tensor | None, residual: Tensor, step: Step) -> tuple[Tensor, Tensor]:
         adapters, low_rank = step.adapters, None
-        if adapters is not None:
+        if adapters is not None and self.projections is not None:
             low_rank = adapters.only_low_rank(self.projections)
         if adapters is None or low_rank is not None:
             rotary = [step.rotary[rope] for rope in self.ropes]
@@ -145,7 +186,9 @@ def fused(layers: Sequence[BuiltLayer], backend: Backend, dtype: torch.dtype) ->
         else:
             parts = [layer.blocks[0].part for layer in built]
             ropes = tuple(part.rope for part in parts)
-            projections = tuple(index for layer in built for index in _projections(layer))
+            projections = None
+            if all(isinstance(layer.about.mlp, Mlp) for layer in built):
+                projections = tuple(index for layer in built for index in _projections(layer))
             yield FusedLayers(kernel, blocks, ropes, parts[0].layer, projections)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from nybble.engine.parallel import TensorParallel
 from nybble.kernels.attention_batch import AttentionBatch
 from nybble.kernels.backend import Backend
-from nybble.kernels.packed import GroupedKernel, LinearKernel
+from nybble.kernels.packed import GroupedKernel, LinearKernel, Weight
 from nybble.kernels.reference import add_layer_norm, layer_norm, rotate, weighted_sum
 from nybble.kernels.state_batch import StateBatch
 from nybble.models import Attention, Mixture, Norm
@@ -281,6 +281,8 @@ class MixturePart:
     router: float32 ``(experts, hidden)``. router_bias, correction_bias: float32 ``(experts,)``, or
         None.
     up: each computes a part of what the experts' activations read, side by side.
+    weights: of the experts, for each kernel of ``up`` and for ``down``; empty on a GPU, whose kernels
+        have copies.
     activate: the activation of what ``up`` computes, or its gate if experts are gated.
     shared_gate: float32 ``(1, hidden)``, or None.
     """
@@ -293,6 +295,7 @@ class MixturePart:
     up: tuple[GroupedKernel, ...]
     activate: Callable[[Tensor], Tensor]
     down: GroupedKernel
+    weights: Sequence[Sequence[Weight]]
     shared: MlpPart | None
     shared_gate: Tensor | None
     backend: Backend

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nybble.kernels.routing import Routing
+
 CACHES = (
     "contiguous caches (blocks, KV heads, block size, dim), bfloat16, or int8 with contiguous "
     "float32 scales (blocks, KV heads, block size)"
@@ -43,3 +45,17 @@ def misread(expected: str, **given: Tensor) -> ValueError:
         f"{name}: {t.dtype} {tuple(t.shape)} strides {t.stride()}" for name, t in given.items()
     )
     return ValueError(f"the CPU kernels take {expected}; given {', '.join(shown)}")
+
+
+# kernels/cpu/routing.cpp has the same numbers.
+SCORINGS = "softmax", "sigmoid", "softmax_of_chosen"
+
+
+def takes_choice(router: Routing, experts: int, top_k: int) -> bool:
+    """Whether so many of these experts can be chosen, by groups if the router has any."""
+    each = experts // router.groups
+    return (
+        experts % router.groups == 0
+        and each >= (2 if router.group_score == "top2" else 1)
+        and 0 < top_k <= each * router.topk_groups
+    )

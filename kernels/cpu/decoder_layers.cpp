@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <vector>
 
 #include "kernels.h"
 #include "status.h"
@@ -28,9 +29,25 @@ struct Weight {
     int32_t scale_type, digits;
 };
 
+// One of the two linear layers of all experts.
+struct Experts {
+    const void* addresses;
+    const float* levels;
+    int64_t inputs, outputs, columns, groups, octets_per_group, scale_type;
+};
+
+struct Mixture {
+    const float *router, *router_bias, *correction;  // the latter two may be null
+    int64_t count, top_k, groups, topk_groups;       // 0 experts: the layer is no mixture
+    int32_t scoring, renormalize, by_two_best, activation;
+    float least_sum, scaling_factor;
+    Experts up, down;
+};
+
 struct Layer {
     Norm attention_norm, q_norm, k_norm, post_attention_norm, mlp_norm, post_mlp_norm;
-    Weight qkv, output, gate_up, down;
+    Weight qkv, output, gate_up, down;  // the latter two of a mixture are its shared expert's
+    Mixture mixture;
     const float* sinks;
     int64_t heads, kv_heads, dim, window;
     float scale, softcap;
@@ -80,7 +97,9 @@ struct Run {
     int64_t tokens, hidden;
     int activation_bits, threads;
     Adapted adapted;
-    Rows normed, qkv, attended, gate_up, gated, permuted, head;
+    Rows normed, qkv, attended, gate_up, gated, permuted, head, shared;
+    std::vector<float> logits, weights;
+    std::vector<int64_t> chosen;
     int status = kDone;
 
     // Does nothing once memory was missing.
@@ -114,6 +133,42 @@ struct Run {
             nybble_rms_norm(x, nullptr, n.weight, x, rows, width, n.eps, n.offset, n.rounded_once);
     }
 
+    // Of the rows that are normed.
+    void mlp(const Layer& l, const LayerAdapters& own, bf16* out) {
+        multiply(l.gate_up, own.gate_up, normed, gate_up);
+        nybble_gated(gate_up, gated, tokens, l.gate_up.outputs / 2, l.activation, threads);
+        multiply(l.down, own.down, gated, out);
+    }
+
+    void multiply(const Mixture& m, const Experts& e, const bf16* x, const float* factors,
+                  bool x_per_expert, bf16* out) {
+        if (status == kDone)
+            status = nybble_grouped_matmul(
+                x, e.addresses, e.levels, chosen.data(), factors, out, tokens, m.top_k,
+                x_per_expert, m.count, e.inputs, e.outputs, e.columns, e.groups,
+                e.octets_per_group, static_cast<int>(e.scale_type), activation_bits, threads);
+    }
+
+    // Of the rows that are normed.
+    void mixture(const Mixture& m, bf16* out) {
+        nybble_router_logits(normed, m.router, m.router_bias, logits.data(), tokens, hidden,
+                             m.count, 1, threads);
+        if (status == kDone)
+            status = nybble_choose_experts(logits.data(), m.correction, chosen.data(),
+                                           weights.data(), tokens, m.count, m.top_k, m.scoring,
+                                           m.renormalize, m.least_sum, m.scaling_factor, m.groups,
+                                           m.topk_groups, m.by_two_best, threads);
+        multiply(m, m.up, normed, nullptr, false, gate_up);
+        nybble_gated(gate_up, gated, tokens * m.top_k, m.up.outputs / 2, m.activation, threads);
+        multiply(m, m.down, gated, weights.data(), true, out);
+    }
+
+    // out += x, each sum rounded once.
+    void add(const bf16* x, bf16* out) const {
+        for (int64_t i = 0; i < tokens * hidden; i += 16)
+            store_bf16(out + i, load_bf16(out + i) + load_bf16(x + i));
+    }
+
     // `added` and `out` may be the same.
     void layer(const Layer& l, const Inputs& in, const LayerAdapters& own, const bf16* added,
                bf16* residual, bf16* out) {
@@ -137,9 +192,15 @@ struct Run {
         multiply(l.output, own.output, attended, out);
         norm_in_place(l.post_attention_norm, out, tokens, hidden);
         norm(l.mlp_norm, out, residual, normed);
-        multiply(l.gate_up, own.gate_up, normed, gate_up);
-        nybble_gated(gate_up, gated, tokens, l.gate_up.outputs / 2, l.activation, threads);
-        multiply(l.down, own.down, gated, out);
+        if (l.mixture.count) {
+            mixture(l.mixture, out);
+            if (l.gate_up.codes) {
+                mlp(l, own, shared);
+                add(shared, out);
+            }
+        } else {
+            mlp(l, own, out);
+        }
         norm_in_place(l.post_mlp_norm, out, tokens, hidden);
     }
 };
@@ -157,11 +218,15 @@ extern "C" int nybble_decoder_layers(const void* layers, const void* inputs, int
     const auto* all = static_cast<const Layer*>(layers);
     const auto* steps = static_cast<const Inputs*>(inputs);
     int64_t qkv = 0, heads = 0, gate_up = 0, permuted = 0, dim = 0;
+    int64_t shared = 0, experts = 0, top_k = 0;
     for (const Layer* l = all; l < all + count; ++l) {
         qkv = std::max(qkv, l->qkv.outputs);
         heads = std::max(heads, l->heads * l->dim);
-        gate_up = std::max(gate_up, l->gate_up.outputs);
+        gate_up = std::max({gate_up, l->gate_up.outputs, l->mixture.top_k * l->mixture.up.outputs});
         dim = std::max(dim, l->dim);
+        if (l->mixture.count && l->gate_up.codes) shared = hidden;
+        experts = std::max(experts, l->mixture.count);
+        top_k = std::max(top_k, l->mixture.top_k);
         for (const Weight* w : {&l->qkv, &l->output, &l->gate_up, &l->down})
             if (w->perm) permuted = std::max(permuted, w->columns);
     }
@@ -176,7 +241,11 @@ extern "C" int nybble_decoder_layers(const void* layers, const void* inputs, int
             {tokens, gate_up},
             {tokens, gate_up / 2},
             {tokens, permuted},
-            {1, dim}};
+            {1, dim},
+            {tokens, shared},
+            std::vector<float>(tokens * experts),
+            std::vector<float>(tokens * top_k),
+            std::vector<int64_t>(tokens * top_k)};
     const auto* of_layers = static_cast<const LayerAdapters*>(adapters);
     for (int64_t i = 0; i < count; ++i) {
         run.layer(all[i], steps[i], segments ? of_layers[i] : LayerAdapters{}, added, residual, out);

@@ -12,9 +12,17 @@ from torch import Tensor
 
 from nybble.kernels.activation import ACTIVATIONS
 from nybble.kernels.attention_batch import AttentionBatch
-from nybble.kernels.cpu.checks import CACHES, caches_match, misread, out_of_memory, takes_cache
-from nybble.kernels.cpu.stored_weight import StoredWeight
-from nybble.kernels.decoder_layer import DecoderLayer, RmsNorm
+from nybble.kernels.cpu.checks import (
+    CACHES,
+    SCORINGS,
+    caches_match,
+    misread,
+    out_of_memory,
+    takes_cache,
+    takes_choice,
+)
+from nybble.kernels.cpu.stored_weight import StoredExperts, StoredWeight
+from nybble.kernels.decoder_layer import DecoderLayer, ExpertMlps, GatedMlp, RmsNorm
 from nybble.kernels.lora import LoRASlots
 from nybble.kernels.lora_batch import LoRABatch
 from nybble.kernels.packed import PackedWeight, Weight
@@ -41,11 +49,31 @@ class _Weight(ctypes.Structure):
     )
 
 
+class _Experts(ctypes.Structure):
+    _fields_ = (
+        ("addresses", c_void_p),
+        ("levels", c_void_p),
+        *((name, c_int64) for name in ("inputs", "outputs", "columns", "groups")),
+        *((name, c_int64) for name in ("octets_per_group", "scale_type")),
+    )
+
+
+class _Mixture(ctypes.Structure):
+    _fields_ = (
+        *((name, c_void_p) for name in ("router", "router_bias", "correction")),
+        *((name, c_int64) for name in ("count", "top_k", "groups", "topk_groups")),
+        *((name, c_int32) for name in ("scoring", "renormalize", "by_two_best", "activation")),
+        *((name, c_float) for name in ("least_sum", "scaling_factor")),
+        *((name, _Experts) for name in ("up", "down")),
+    )
+
+
 class _Layer(ctypes.Structure):
     _fields_ = (
         *((name, _Norm) for name in ("attention_norm", "q_norm", "k_norm")),
         *((name, _Norm) for name in ("post_attention_norm", "mlp_norm", "post_mlp_norm")),
         *((name, _Weight) for name in ("qkv", "output", "gate_up", "down")),
+        ("mixture", _Mixture),
         ("sinks", c_void_p),
         *((name, c_int64) for name in ("heads", "kv_heads", "dim", "window")),
         *((name, c_float) for name in ("scale", "softcap")),
@@ -77,14 +105,23 @@ class DecoderLayers:
     def take(layer: DecoderLayer) -> bool:
         """Whether the kernels read vectors of these widths, and norms of this dtype."""
         norms = [getattr(layer, name) for name in _NORMS]
-        weights = _weights(layer)
+        mlp, dense = layer.mlp, layer.dense_mlp
         return (
             layer.head_dim % 16 == 0
             and layer.qkv.in_features % 16 == 0
-            and layer.gate_up.out_features % 32 == 0
+            and (dense is None or dense.gate_up.out_features % 32 == 0)
+            and (
+                isinstance(mlp, GatedMlp)
+                or (
+                    mlp.gate_up[0].out_features % 32 == 0
+                    and mlp.routing.scoring in SCORINGS
+                    and takes_choice(mlp.routing, len(mlp.router), mlp.top_k)
+                )
+            )
             and all(norm is None or norm.weight.dtype == torch.bfloat16 for norm in norms)
             and all(
-                isinstance(w, PackedWeight) and StoredWeight(w).columns % 8 == 0 for w in weights
+                isinstance(w, PackedWeight) and StoredWeight(w).columns % 8 == 0
+                for w in layer.dense_weights
             )
         )
 
@@ -158,7 +195,7 @@ class DecoderLayers:
             raise misread(f"slots ({tokens},)", slots=lora.slots)
         if len(adapters) != len(self._adapters) or not all(map(is_, adapters, self._adapters)):
             widths = [
-                (w.in_features, w.out_features) for each in self._given for w in _weights(each)
+                (w.in_features, w.out_features) for each in self._given for w in each.dense_weights
             ]
             found = [(slots.inputs, slots.offsets[-1]) for slots in adapters]
             if found != widths or any(slots.dtype != torch.bfloat16 for slots in adapters):
@@ -176,13 +213,17 @@ class DecoderLayers:
         return self._of_adapters, *(each.data_ptr() for each in places), len(lora.segment_slots)
 
     def _layer(self, about: DecoderLayer) -> _Layer:
-        sinks = None
+        sinks, mlp, dense = None, about.mlp, about.dense_mlp
         if about.sinks is not None:
             check_sinks(about.sinks, about.heads)
             sinks = self._keep(about.sinks.float())
         return _Layer(
             **{name: self._norm(getattr(about, name)) for name in _NORMS},
-            **{name: self._weight(getattr(about, name)) for name in _WEIGHTS},
+            qkv=self._weight(about.qkv),
+            output=self._weight(about.output),
+            gate_up=_Weight() if dense is None else self._weight(dense.gate_up),
+            down=_Weight() if dense is None else self._weight(dense.down),
+            mixture=_Mixture() if isinstance(mlp, GatedMlp) else self._mixture(mlp),
             sinks=sinks,
             heads=about.heads,
             kv_heads=about.kv_heads,
@@ -191,8 +232,27 @@ class DecoderLayers:
             scale=about.scale,
             softcap=about.softcap,
             interleaved=about.interleaved,
-            activation=ACTIVATIONS.index(about.activation),
+            activation=0 if dense is None else ACTIVATIONS.index(dense.activation),
         )
+
+    def _mixture(self, about: ExpertMlps) -> _Mixture:
+        routing = about.routing
+        biases = about.router_bias, about.correction_bias
+        return _Mixture(
+            self._keep(about.router),
+            *(None if bias is None else self._keep(bias) for bias in biases),
+            *(len(about.router), about.top_k, routing.groups, routing.topk_groups),
+            *(SCORINGS.index(routing.scoring), routing.renormalize, routing.group_score == "top2"),
+            ACTIVATIONS.index(about.activation),
+            *(routing.least_sum, routing.scaling_factor),
+            *map(self._experts, (about.gate_up, about.down)),
+        )
+
+    def _experts(self, weights: Sequence[Weight]) -> _Experts:
+        experts = StoredExperts([w for w in weights if isinstance(w, PackedWeight)])
+        first = experts.weights[0]
+        sizes = first.in_features, first.out_features, *experts.sizes
+        return _Experts(self._keep(experts.addresses), self._keep(first.levels), *sizes)
 
     def _norm(self, norm: RmsNorm | None) -> _Norm:
         if norm is None:
@@ -204,7 +264,8 @@ class DecoderLayers:
             rounded_once=norm.offset is not None,
         )
 
-    def _weight(self, weight: PackedWeight) -> _Weight:
+    def _weight(self, weight: Weight) -> _Weight:
+        assert isinstance(weight, PackedWeight)
         stored = StoredWeight(weight)
         perm = None if stored.perm is None else self._keep(stored.perm)
         sizes = weight.in_features, weight.out_features, stored.columns
@@ -232,11 +293,6 @@ _NORMS = (
     *("attention_norm", "q_norm", "k_norm"),
     *("post_attention_norm", "mlp_norm", "post_mlp_norm"),
 )
-_WEIGHTS = "qkv", "output", "gate_up", "down"
-
-
-def _weights(layer: DecoderLayer) -> Sequence[Weight]:
-    return layer.qkv, layer.output, layer.gate_up, layer.down
 
 
 def _cache_fields(layer: DecoderLayer, cache: tuple[Tensor, ...]) -> tuple[int, ...]:

@@ -38,4 +38,19 @@ int nybble_lora_add(nybble::bf16* out, const nybble::bf16* x, const int64_t* a, 
                     const int64_t* ranks, const int32_t* order, const int32_t* starts,
                     const int32_t* slots, const int64_t* offsets, int64_t segments, int64_t parts,
                     int64_t inputs, int threads);
+
+void nybble_router_logits(const void* x, const float* weight, const float* bias, float* out,
+                          int64_t rows, int64_t inputs, int64_t outputs, int is_bf16, int threads);
+
+int nybble_choose_experts(const float* logits, const float* correction, int64_t* ids,
+                          float* weights, int64_t rows, int64_t experts, int64_t top_k,
+                          int scoring, int renormalize, float least_sum, float scaling_factor,
+                          int64_t groups, int64_t topk_groups, int by_two_best, int threads);
+
+int nybble_grouped_matmul(const nybble::bf16* x, const void* experts, const float* levels,
+                          const int64_t* ids, const float* weights, nybble::bf16* out,
+                          int64_t rows, int64_t top_k, int64_t x_per_expert, int64_t count,
+                          int64_t inputs, int64_t outputs, int64_t columns, int64_t groups,
+                          int64_t octets_per_group, int scale_type, int activation_bits,
+                          int threads);
 }

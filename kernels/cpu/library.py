@@ -10,8 +10,7 @@ import ctypes
 import logging
 from collections.abc import Sequence
 from ctypes import c_float, c_int, c_int64, c_void_p
-from dataclasses import dataclass
-from functools import cache, cached_property, partial
+from functools import cache, partial
 from typing import Any, Literal
 
 import torch
@@ -21,10 +20,18 @@ from nybble.kernels import reference
 from nybble.kernels.activation import ACTIVATIONS, Activation, check_activation
 from nybble.kernels.attention_batch import AttentionBatch
 from nybble.kernels.cpu.build import CpuKernelsUnavailableError, load
-from nybble.kernels.cpu.checks import CACHES, caches_match, misread, out_of_memory, takes_cache
+from nybble.kernels.cpu.checks import (
+    CACHES,
+    SCORINGS,
+    caches_match,
+    misread,
+    out_of_memory,
+    takes_cache,
+    takes_choice,
+)
 from nybble.kernels.cpu.decoder_layers import DecoderLayers
-from nybble.kernels.cpu.stored_weight import SCALE_TYPES, StoredWeight
-from nybble.kernels.decoder_layer import DecoderLayer
+from nybble.kernels.cpu.stored_weight import SCALE_TYPES, StoredExperts, StoredWeight, alike
+from nybble.kernels.decoder_layer import DecoderLayer, ExpertMlps
 from nybble.kernels.lora import LoRASlots
 from nybble.kernels.lora_batch import LoRABatch
 from nybble.kernels.packed import (
@@ -40,9 +47,6 @@ from nybble.kernels.routing import Routing
 from nybble.kernels.state_batch import StateBatch
 
 logger = logging.getLogger(__name__)
-
-# kernels/cpu/routing.cpp has the same numbers.
-_SCORINGS = "softmax", "sigmoid", "softmax_of_chosen"
 
 
 @cache
@@ -172,13 +176,18 @@ class CpuLibrary:
         The kernel takes experts that are stored in one way: alike but for their order of columns.
         """
         packed = [w for w in weights if isinstance(w, PackedWeight) and self.takes(w)]
-        if dtype == torch.bfloat16 and len(packed) == len(weights) and _alike(packed):
-            return partial(self._grouped_matmul, experts=_Experts(packed))
+        if dtype == torch.bfloat16 and len(packed) == len(weights) and alike(packed):
+            return partial(self._grouped_matmul, experts=StoredExperts(packed))
         experts = [self.linear(weight, dtype) for weight in weights]
         return partial(reference.grouped_matmul, experts=experts)
 
     def _grouped_matmul(
-        self, x: Tensor, expert_ids: Tensor, weights: Tensor | None = None, *, experts: _Experts
+        self,
+        x: Tensor,
+        expert_ids: Tensor,
+        weights: Tensor | None = None,
+        *,
+        experts: StoredExperts,
     ) -> Tensor:
         """A row's result is the same in any batch. expert_ids are not checked."""
         first, (rows, top_k) = experts.weights[0], expert_ids.shape
@@ -210,10 +219,7 @@ class CpuLibrary:
             len(experts.weights),
             first.in_features,
             first.out_features,
-            first.columns,
-            first.groups,
-            -(-first.group_size // 8),
-            SCALE_TYPES[first.scales.dtype],
+            *experts.sizes,
             self._bits,
             torch.get_num_threads(),
         )
@@ -254,15 +260,13 @@ class CpuLibrary:
 
         Sparsemixer's are the reference's.
         """
-        if router.scoring not in _SCORINGS:
+        if router.scoring not in SCORINGS:
             return reference.choose_experts(router, logits, top_k, correction_bias)
         rows, experts = logits.shape
         if not (
             logits.dtype == torch.float32
             and logits.is_contiguous()
-            and experts % router.groups == 0
-            and experts // router.groups >= (2 if router.group_score == "top2" else 1)
-            and 0 < top_k <= experts // router.groups * router.topk_groups
+            and takes_choice(router, experts, top_k)
             and (
                 correction_bias is None
                 or (correction_bias.dtype == torch.float32 and correction_bias.shape == (experts,))
@@ -281,7 +285,7 @@ class CpuLibrary:
             rows,
             experts,
             top_k,
-            _SCORINGS.index(router.scoring),
+            SCORINGS.index(router.scoring),
             router.renormalize,
             router.least_sum,
             router.scaling_factor,
@@ -301,9 +305,13 @@ class CpuLibrary:
     ) -> DecoderLayers | None:
         """In bfloat16, if the kernels take every weight."""
         for layer in layers:
-            weights = layer.qkv, layer.output, layer.gate_up, layer.down
-            if not all(isinstance(w, PackedWeight) and self.takes(w) for w in weights):
-                return None
+            groups: list[Sequence[Weight]] = [[weight] for weight in layer.dense_weights]
+            if isinstance(layer.mlp, ExpertMlps):
+                groups += layer.mlp.gate_up, layer.mlp.down
+            for group in groups:
+                packed = [w for w in group if isinstance(w, PackedWeight) and self.takes(w)]
+                if len(packed) < len(group) or not alike(packed):
+                    return None
             if dtype != torch.bfloat16 or not DecoderLayers.take(layer):
                 return None
         return DecoderLayers(self._decoder_layers, layers, self._bits)
@@ -808,32 +816,3 @@ class CpuLibrary:
 def _addresses(batch: StateBatch) -> tuple[int, ...]:
     fields = batch.query_start, batch.read, batch.write, batch.snapshot, batch.snapshot_rows
     return tuple(field.data_ptr() for field in fields)
-
-
-@dataclass(frozen=True)
-class _Experts:
-    """The weights of experts that are stored alike.
-
-    addresses: int64 ``(experts, 5)``: of codes, scales, zeros, bias (float32) and perm; 0 for none.
-    """
-
-    weights: Sequence[PackedWeight]
-
-    @cached_property
-    def addresses(self) -> Tensor:
-        # wide_bias is kept by the weight, as the other tensors are.
-        tensors = ((w.qweight, w.scales, w.zeros, w.wide_bias, w.perm) for w in self.weights)
-        return torch.tensor([[0 if t is None else t.data_ptr() for t in each] for each in tensors])
-
-
-def _alike(weights: Sequence[PackedWeight]) -> bool:
-    """Whether one call of the kernel can read all ``weights``."""
-    first = weights[0]
-    return all(
-        (w.out_features, w.in_features, w.columns, w.group_size)
-        == (first.out_features, first.in_features, first.columns, first.group_size)
-        and w.scales.dtype == first.scales.dtype
-        and (w.zeros is None) == (first.zeros is None)
-        and torch.equal(w.levels, first.levels)
-        for w in weights
-    )

@@ -1,8 +1,13 @@
-"""What the C++ matmul is told of a packed weight."""
+"""What the C++ matmuls are told of packed weights."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
 import torch
+from torch import Tensor
 
 from nybble.kernels.packed import PackedWeight
 
@@ -34,3 +39,40 @@ class StoredWeight:
         octets_per_group = -(-weight.group_size // 8)
         scale_type = SCALE_TYPES[weight.scales.dtype]
         self.sizes = weight.groups // digits, octets_per_group, scale_type, digits
+
+
+@dataclass(frozen=True)
+class StoredExperts:
+    """What the matmul of a mixture's experts is told of their weights, which are :func:`alike`.
+
+    addresses: int64 ``(experts, 5)``: of codes, scales, zeros, bias (float32) and perm; 0 for none.
+        The tensors are the weights' own, and live as long as they do.
+    sizes: columns stored for each output, groups, octets of columns in a group, type of scales.
+    """
+
+    weights: Sequence[PackedWeight]
+
+    @cached_property
+    def addresses(self) -> Tensor:
+        # wide_bias is kept by the weight, as the other tensors are.
+        tensors = ((w.qweight, w.scales, w.zeros, w.wide_bias, w.perm) for w in self.weights)
+        return torch.tensor([[0 if t is None else t.data_ptr() for t in each] for each in tensors])
+
+    @cached_property
+    def sizes(self) -> tuple[int, int, int, int]:
+        first = self.weights[0]
+        octets_per_group = -(-first.group_size // 8)
+        return first.columns, first.groups, octets_per_group, SCALE_TYPES[first.scales.dtype]
+
+
+def alike(weights: Sequence[PackedWeight]) -> bool:
+    """Whether one call of the kernel can read all ``weights``."""
+    first = weights[0]
+    return all(
+        (w.out_features, w.in_features, w.columns, w.group_size)
+        == (first.out_features, first.in_features, first.columns, first.group_size)
+        and w.scales.dtype == first.scales.dtype
+        and (w.zeros is None) == (first.zeros is None)
+        and torch.equal(w.levels, first.levels)
+        for w in weights
+    )

@@ -39,6 +39,7 @@ pytestmark = pytest.mark.skipif(library() is None, reason="needs the C++ kernels
 
 CONFIG = EngineConfig(block_size=16, max_num_seqs=4, max_batched_tokens=128)
 
+MOE = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 64, "pad_token_id": 0}
 # What each family has beside Llama's layers, and how many calls its six layers become.
 FAMILIES: dict[str, tuple[dict[str, Any], int]] = {
     "llama": ({}, 1),
@@ -49,6 +50,13 @@ FAMILIES: dict[str, tuple[dict[str, Any], int]] = {
     "phi3": ({"pad_token_id": 0}, 1),  # fused projections
     "glm4": ({"head_dim": 32, "pad_token_id": 0}, 1),  # pairs rotated
     "smollm3": ({"pad_token_id": 0}, 1),  # layers without positions
+    "mixtral": ({"num_local_experts": 4}, 1),
+    "qwen3_moe": ({"head_dim": 32, **MOE}, 1),
+    "glm4_moe": (  # a dense layer first, shared experts, sigmoids with a bias
+        {"head_dim": 32, "n_routed_experts": 8, "n_shared_experts": 1, "n_group": 2, **MOE},
+        1,
+    ),
+    "qwen2_moe": (MOE, 0),  # a gate of the shared expert
     "granite": ({"residual_multiplier": 0.5}, 0),
     "olmo2": ({}, 0),  # no norm before
     "starcoder2": ({}, 0),  # LayerNorms

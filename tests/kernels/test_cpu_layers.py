@@ -14,21 +14,38 @@ from torch import Tensor
 
 from nybble.kernels.attention_batch import AttentionBatch
 from nybble.kernels.cpu.library import CpuLibrary
-from nybble.kernels.decoder_layer import DecoderLayer, RmsNorm
+from nybble.kernels.decoder_layer import DecoderLayer, ExpertMlps, GatedMlp, RmsNorm
 from nybble.kernels.packed import PackedWeight
+from nybble.models import Router
 
 from .cpu_kernels import compiled, random_weight
 
 HIDDEN, HEADS, KV_HEADS, DIM, MLP, BLOCK = 96, 4, 2, 32, 64, 16
 
 
-def random_layer(window: int) -> DecoderLayer:
+def random_layer(window: int, *, mixture: bool) -> DecoderLayer:
     def weight(out: int, columns: int, kind: str, *, act_order: bool = False) -> PackedWeight:
         made = random_weight(out, columns, 32, kind, torch.half, act_order=act_order, bias=True)
         return replace(made, scales=made.scales / 16).to_layout("cpu_tiles")
 
     def norm(width: int, offset: float | None = None) -> RmsNorm:
         return RmsNorm(torch.rand(width).bfloat16(), 1e-6, offset)
+
+    def mlp(kind: str) -> GatedMlp:
+        return GatedMlp(weight(2 * MLP, HIDDEN, kind), "gelu_tanh", weight(HIDDEN, MLP, kind))
+
+    def experts() -> ExpertMlps:
+        return ExpertMlps(
+            router=torch.randn(6, HIDDEN),
+            router_bias=torch.randn(6),
+            routing=Router("gate", scoring="sigmoid", renormalize=True, groups=3, topk_groups=2),
+            correction_bias=torch.rand(6),
+            top_k=3,
+            gate_up=[weight(2 * MLP, HIDDEN, "asym", act_order=True) for _ in range(6)],
+            activation="silu",
+            down=[weight(HIDDEN, MLP, "codebook") for _ in range(6)],
+            shared=mlp("sym"),
+        )
 
     return DecoderLayer(
         attention_norm=norm(HIDDEN),
@@ -38,9 +55,7 @@ def random_layer(window: int) -> DecoderLayer:
         output=weight(HIDDEN, HEADS * DIM, "sym", act_order=True),
         post_attention_norm=norm(HIDDEN, 1.0),
         mlp_norm=norm(HIDDEN),
-        gate_up=weight(2 * MLP, HIDDEN, "asym"),
-        activation="gelu_tanh",
-        down=weight(HIDDEN, MLP, "asym"),
+        mlp=experts() if mixture else mlp("asym"),
         post_mlp_norm=None,
         heads=HEADS,
         kv_heads=KV_HEADS,
@@ -86,8 +101,21 @@ def one_by_one(
     x, residual = add_norm(
         layer.mlp_norm, norm(layer.post_attention_norm, multiply(layer.output, attended))
     )
-    gated = cpu.gated(multiply(layer.gate_up, x), layer.activation)
-    return norm(layer.post_mlp_norm, multiply(layer.down, gated)), residual
+
+    def dense(mlp: GatedMlp) -> Tensor:
+        return multiply(mlp.down, cpu.gated(multiply(mlp.gate_up, x), mlp.activation))
+
+    if isinstance(layer.mlp, GatedMlp):
+        return norm(layer.post_mlp_norm, dense(layer.mlp)), residual
+    mlp = layer.mlp
+    logits = cpu.router_logits(x, mlp.router, mlp.router_bias)
+    ids, factors = cpu.choose_experts(mlp.routing, logits, mlp.top_k, mlp.correction_bias)
+    up = cpu.grouped_linear(mlp.gate_up, torch.bfloat16)(x, ids, None)
+    down = cpu.grouped_linear(mlp.down, torch.bfloat16)
+    out = down(cpu.gated(up, mlp.activation), ids, factors)
+    if mlp.shared is not None:
+        out = out + dense(mlp.shared)
+    return norm(layer.post_mlp_norm, out), residual
 
 
 @pytest.mark.parametrize("bits", [16, 8])
@@ -112,7 +140,7 @@ def test_layers_in_one_call(
         slot_mapping=torch.randperm(blocks * BLOCK)[:tokens],
         max_query=max(lengths),
     )
-    layers = [random_layer(window) for window in (0, 7)]
+    layers = [random_layer(0, mixture=False), random_layer(7, mixture=True)]
     shape = blocks, KV_HEADS, BLOCK, DIM
 
     def cache() -> tuple[Tensor, ...]:
