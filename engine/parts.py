@@ -281,8 +281,8 @@ class MixturePart:
     router: float32 ``(experts, hidden)``. router_bias, correction_bias: float32 ``(experts,)``, or
         None.
     up: each computes a part of what the experts' activations read, side by side.
-    weights: of the experts, for each kernel of ``up`` and for ``down``; empty on a GPU, whose kernels
-        have copies.
+    weights: of the experts, for each kernel of ``up`` and for ``down``; empty on a GPU, whose
+        kernels have copies.
     activate: the activation of what ``up`` computes, or its gate if experts are gated.
     shared_gate: float32 ``(1, hidden)``, or None.
     """
