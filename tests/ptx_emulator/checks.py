@@ -18,7 +18,7 @@ from itertools import pairwise
 from multiprocessing import get_context
 
 import torch
-from launch import emulated
+from launch import emulated, reachable
 from machine import WARP, Timing
 from tensor_cores import WARP_GROUP
 from torch import Tensor
@@ -27,6 +27,7 @@ from nybble.kernels import DenseWeight, PackedWeight, reference
 from nybble.kernels.activation import ACTIVATIONS
 from nybble.kernels.bench.gpu_lora import adapters
 from nybble.kernels.bench.gpu_section import BLOCK, error, in_8_bits, paged
+from nybble.kernels.lora import LoRASlots
 from nybble.kernels.lora_batch import LoRABatch
 from nybble.kernels.packed import INTEGER_LEVELS, SYMMETRIC_LEVELS, pack_nibbles
 from nybble.kernels.reference import TokenChoice
@@ -234,6 +235,13 @@ def check_rotary(capability: int, everything: bool) -> Iterator[Found]:
         yield f"rotary_store {str(dtype)[6:]} {rotary_dim} {interleaved}", results[0], results[1]
 
 
+def lora_add(out: Tensor, x: Tensor, given: LoRASlots, batch: LoRABatch) -> None:
+    """The kernels', which find the adapters by a table of addresses."""
+    pairs = [pair for slot in given.matrices for pair in slot if pair is not None]
+    with reachable(matrix for pair in pairs for matrix in pair):
+        lora.lora_add(out, x, given, batch)
+
+
 def check_lora(capability: int, everything: bool) -> Iterator[Found]:
     for dtype, rank, rows in ((torch.float16, 20, 20), (torch.bfloat16, 64, 300)):
         # Rows of the second lie at multiples of 16 bytes, and are copied asynchronously.
@@ -244,7 +252,7 @@ def check_lora(capability: int, everything: bool) -> Iterator[Found]:
         expected = out.double()
         batch = LoRABatch.of(slots, CPU)
         assert batch is not None
-        lora.lora_add(out, x, given, batch)
+        lora_add(out, x, given, batch)
         for row, slot in enumerate(slots):
             found = given.matrices[slot] if slot >= 0 else ()
             for pair, (start, end) in zip(found, pairwise(offsets), strict=False):
@@ -354,7 +362,7 @@ def check_lora_alone(capability: int, everything: bool) -> Iterator[Found]:
     ):
         batch = LoRABatch.of(slots, CPU)
         assert batch is not None
-        lora.lora_add(out, given, slots_of, batch)
+        lora_add(out, given, slots_of, batch)
     yield "lora_add alone", alone.float(), whole[258:259].double()
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from random import Random
 
 import torch
-from checks import BLOCK, CPU, Found
+from checks import BLOCK, CPU, Found, lora_add
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
@@ -18,7 +18,7 @@ from nybble.kernels.bench.gpu_section import in_8_bits, paged
 from nybble.kernels.lora_batch import LoRABatch
 from nybble.kernels.packed import INTEGER_LEVELS, SYMMETRIC_LEVELS, pack_nibbles
 from nybble.kernels.reference import TokenChoice
-from nybble.kernels.triton import attention, dequantize, lora, matmul, rotary, sampling, tune
+from nybble.kernels.triton import attention, dequantize, matmul, rotary, sampling, tune
 from nybble.kernels.triton.configs import Config, default_config
 from nybble.loaders.formats.codebook import LEVELS
 
@@ -170,7 +170,7 @@ def draw_lora(pick: Random, capability: int) -> Iterator[Found]:
     x, out = torch.randn(rows, inputs).to(dtype), torch.randn(rows, offsets[-1]).to(dtype)
     expected = out.double()
     reference.lora_add(expected, x.double(), given, batch)
-    lora.lora_add(out, x, given, batch)
+    lora_add(out, x, given, batch)
     name = f"lora_add {str(dtype)[6:]} {inputs}→{offsets} ranks {ranks} slots {slots}"
     yield name, out, expected
 

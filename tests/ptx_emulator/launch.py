@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -39,6 +39,19 @@ class _StandInDriver:
 
     def get_current_target(self) -> GPUTarget:
         return self._target
+
+
+_reachable: list[Tensor] = []
+
+
+@contextmanager
+def reachable(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Kernels launched inside find these by addresses that are in tensors they are given."""
+    _reachable.extend(tensors)
+    try:
+        yield
+    finally:
+        _reachable.clear()
 
 
 @contextmanager
@@ -79,7 +92,8 @@ def emulated(capability: int, timing: Timing, without: str = "") -> Iterator[lis
         # What instrumented kernels would write to; none of these is.
         scratch = len(kernel.program.parameters) - len(arguments)
         arguments += [np.zeros(1, np.uint64)] * scratch
-        memory = GlobalMemory(value for _, value in passed if isinstance(value, Tensor))
+        given = [value for _, value in passed if isinstance(value, Tensor)]
+        memory = GlobalMemory([*given, *_reachable])
         sizes = (*grid, 1, 1)[:3]
         kernel.launch(sizes, arguments, memory, timing)
         launched.append(self.__name__)
