@@ -60,6 +60,7 @@ def test_an_unknown_gpu_is_tuned_by_measuring_at_the_first_start_and_not_at_the_
     assert json.loads(cache.read_text()) == kept
 
 
+@pytest.mark.slow
 def test_llama_2_13b_and_its_graphs_fit_a_10_gib_device_beside_the_cache_it_is_given(
     gpu: Device,
 ) -> None:

@@ -134,6 +134,7 @@ def calibration_text() -> str:
     return standard_library_text("calibration")[:400_000]
 
 
+@pytest.mark.slow
 def test_training_on_the_grid_beats_gptq_and_rounding_on_text_it_has_not_seen(
     tmp_path: Path, trained_model: Path
 ) -> None:

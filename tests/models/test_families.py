@@ -422,9 +422,27 @@ _SHOWN = {
     "qwen3_next",
     "qwen3_5",
 }
-shown_rows = pytest.mark.parametrize(
-    "row", [row if row in _SHOWN else pytest.param(row, marks=pytest.mark.slow) for row in ROWS]
-)
+# Of these, what is also trained there: a model of each kind of layers.
+_TRAINED = {
+    "llama with biases",
+    "gemma3",
+    "granite 4 hybrid",
+    "glm4_moe with groups",
+    "deepseek_v3",
+    "lfm2",
+    "qwen3_next",
+}
+
+
+def only(shown: set[str]) -> pytest.MarkDecorator:
+    """Rows in `make test`; the others are in `make test-all`."""
+    slow = pytest.mark.slow
+    return pytest.mark.parametrize(
+        "row", [row if row in shown else pytest.param(row, marks=slow) for row in ROWS]
+    )
+
+
+shown_rows, trained_rows = only(_SHOWN), only(_TRAINED)
 # A family once, and its variants in `make test-all`.
 quick_rows = pytest.mark.parametrize(
     "row",
@@ -634,7 +652,7 @@ def test_an_adapter_trained_by_peft_gives_its_outputs(
     assert found != without
 
 
-@shown_rows
+@trained_rows
 def test_fine_tuning_a_4_bit_base_learns_what_the_engine_then_says(
     reference: Any, folder_of: Callable[[str], Path], tmp_path: Path, row: str
 ) -> None:
