@@ -49,9 +49,9 @@ class BuiltLayer:
         first, *others = self.blocks
         if not others or any(len(each) > 1 for each in self.weights):
             return None
-        attention, mlp = first.part, self._mlp(others[0].part)
+        attention = first.part
         # Ranks of several gather what they compute in between: their parts are other functions.
-        if not isinstance(attention, AttentionPart) or mlp is None:
+        if not isinstance(attention, AttentionPart) or (mlp := self._mlp(others[0].part)) is None:
             return None
         about = attention.about
         if about.gated or about.rotate_first or about.qk_norm not in (None, "head"):
@@ -100,7 +100,7 @@ class BuiltLayer:
         if part.shared_gate is not None:
             return None
         shared = None if about.shared is None else _gated(about.shared, weights)
-        if not _is_gated(about.experts[0]) or (shared is None) != (about.shared is None):
+        if not _is_gated(about.experts[0]) or (about.shared is not None and shared is None):
             return None
         return ExpertMlps(
             router=part.router,
