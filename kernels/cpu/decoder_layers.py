@@ -94,6 +94,7 @@ class DecoderLayers:
         self._function, self._given, self._bits = function, layers, activation_bits
         self._kept: list[Tensor] = []  # tensors of which the structures hold the addresses
         self._layers = (_Layer * len(layers))(*map(self._layer, layers))
+        self._rotary_dims: set[int] = set()  # that were checked
         self._hidden = layers[0].qkv.in_features
         self._caches: Sequence[tuple[Tensor, ...]] = ()  # of the last step
         self._of_caches: list[tuple[int, ...]] | None = None
@@ -277,7 +278,9 @@ class DecoderLayers:
 
     def _rotary_fields(self, tokens: int, cos: Tensor, sin: Tensor) -> tuple[int, ...]:
         dim = cos.shape[-1]
-        check_rotary_dim(dim, min(layer.head_dim for layer in self._given))
+        if dim not in self._rotary_dims:  # every step has the same
+            check_rotary_dim(dim, min(layer.head_dim for layer in self._given))
+            self._rotary_dims.add(dim)
         if not (
             cos.shape == sin.shape == (tokens, dim)
             and cos.dtype == sin.dtype == torch.float32

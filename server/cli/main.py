@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
@@ -67,11 +70,25 @@ def _root(
     pass
 
 
+@contextmanager
+def _whatever_becomes_of_the_log() -> Iterator[None]:
+    """Python ends with status 120 if a full disk does not take what stderr still has to write."""
+    try:
+        yield
+    finally:
+        try:
+            sys.stderr.flush()
+        except OSError:
+            sys.stderr = open(os.devnull, "w")  # noqa: SIM115  (for as long as the process lives)
+
+
 def main() -> None:
     """The ``nybble`` command."""
-    app()
+    with _whatever_becomes_of_the_log():
+        app()
 
 
 def serve_main() -> None:
     """The ``serve`` command: ``nybble serve`` by its short name."""
-    app(["serve", *sys.argv[1:]], prog_name="nybble")
+    with _whatever_becomes_of_the_log():
+        app(["serve", *sys.argv[1:]], prog_name="nybble")

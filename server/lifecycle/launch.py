@@ -17,7 +17,7 @@ from nybble.engine import Engine, EngineConfig
 from nybble.engine.draft_model import check_rounding, check_speculation
 from nybble.engine.memory import memory_explained
 from nybble.engine.ranks import check_ranks
-from nybble.loaders import Checkpoint
+from nybble.loaders import Checkpoint, resolve_model
 from nybble.models import architecture_of
 from nybble.quantizers.prepare import opened, prepare_checkpoint
 from nybble.server.adapters.admin import restore, restore_mixtures, restore_uploads
@@ -125,9 +125,13 @@ def load_engine(
     Raises ValueError and OSError for options that cannot be met, and what loading raises.
     """
     template = _own_template(options.model.chat_template)
-    startup.report("Preparing kernels", 0, None)  # the first start on a machine compiles them
     device, aliases = torch.device(config.device), options.model.aliases
     draft_name = options.model.draft_model
+    startup.report("Finding the model", 0, None)  # which may have to be downloaded
+    for name in (options.model.model, draft_name):
+        if name is not None:
+            resolve_model(name, aliases=aliases)
+    startup.report("Preparing kernels", 0, None)  # the first start on a machine compiles them
 
     def check(model: Checkpoint) -> None:
         """Before anything is packed, the draft model included."""

@@ -84,6 +84,9 @@ def launch(tmp_path: Path) -> Iterator[Callable[..., Process]]:
         arguments = ("serve", "--model", str(model), "--served-model-name", "tiny", "--port", "0")
         small = ("--kv-cache-memory", "16MiB", "--log-format", "json")
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(tmp_path / "c")}
+        environment.pop("PYTHONUNBUFFERED", None)  # with it no log is lost at the end
+        # Where files may not grow, Python would leave compiled modules cut off.
+        environment["PYTHONDONTWRITEBYTECODE"] = "1"
         process = subprocess.Popen(
             [*command, *arguments, *small, *options],
             **{"stderr": subprocess.PIPE, "text": True, "env": environment, **more},
