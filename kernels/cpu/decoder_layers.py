@@ -166,7 +166,7 @@ class DecoderLayers:
             out.data_ptr(),
             tokens,
             self._hidden,
-            *self._fields_of_adapters(tokens, adapters, lora),
+            *(_NO_ADAPTERS if lora is None else self._fields_of_adapters(tokens, adapters, lora)),
             self._bits,
             torch.get_num_threads(),
         )
@@ -187,11 +187,9 @@ class DecoderLayers:
         return self._of_caches
 
     def _fields_of_adapters(
-        self, tokens: int, adapters: Sequence[LoRASlots], lora: LoRABatch | None
+        self, tokens: int, adapters: Sequence[LoRASlots], lora: LoRABatch
     ) -> tuple[object, ...]:
         """All steps with adapters have the same slots, whatever is in them."""
-        if lora is None:
-            return None, None, None, None, 0
         if lora.slots.shape != (tokens,):
             raise misread(f"slots ({tokens},)", slots=lora.slots)
         if len(adapters) != len(self._adapters) or not all(map(is_, adapters, self._adapters)):
@@ -291,6 +289,7 @@ class DecoderLayers:
         return cos.data_ptr(), sin.data_ptr(), dim
 
 
+_NO_ADAPTERS = (None, None, None, None, 0)
 # Fields of DecoderLayer and of _Layer.
 _NORMS = (
     *("attention_norm", "q_norm", "k_norm"),
