@@ -154,8 +154,11 @@ class WritableFormat(Format):
 
     @classmethod
     def for_writing(cls, name: str, options: WriteOptions) -> Self:
-        """The format as ``nybble quantize`` writes it under ``name``, one of ``writes``."""
-        raise NotImplementedError(f"{cls.quant_method} is written only if a base has it")
+        """The format as ``nybble quantize`` writes it under ``name``, one of ``writes``.
+
+        Raises ValueError for a format that is written only because a base has it.
+        """
+        raise ValueError(f"{cls.quant_method} is written only if a base has it")
 
     @property
     def written(self) -> WriteOptions:

@@ -8,6 +8,7 @@ SIGKILL or for want of memory, the connection is still open here, and the event 
 
 from __future__ import annotations
 
+import logging
 import os
 import select
 import signal
@@ -17,6 +18,8 @@ from contextlib import contextmanager, suppress
 from itertools import count
 
 from aiohttp import web
+
+logger = logging.getLogger(__name__)
 
 _FD = "NYBBLE_LAST_WORDS_FD"
 _BEGIN, _END = b"b", b"e"
@@ -110,12 +113,13 @@ class LastWords:
             self._tell(_END + key)
 
     def _tell(self, message: bytes, *fds: int) -> None:
-        """If the keeper is gone or stopped, it is needed no more: no stream may wait for it."""
+        """No stream may wait for the keeper: if it is gone or does not read, it is given up."""
         if self._keeper is None:
             return
         try:
             socket.send_fds(self._keeper, [message], fds)
-        except OSError:
+        except OSError as error:
+            logger.warning("streams will break without a last event if the server dies: %s", error)
             self._keeper.close()
             self._keeper = None
 
