@@ -4,28 +4,16 @@ Everything else (decoder, loaders, adapters, quantizers, fine-tuning, memory est
 architecture and knows no family.
 """
 
-from nybble.models.anatomy import (
-    AnyAttention,
-    Architecture,
-    Attention,
-    ClampedSwiglu,
-    Fold,
+from nybble.models.anatomy.architecture import Architecture, Layer
+from nybble.models.anatomy.attention import AnyAttention, Attention, LatentAttention
+from nybble.models.anatomy.feed_forward import ClampedSwiglu, Mixture, Mlp, Router, Stacked, Xielu
+from nybble.models.anatomy.linears import Fold, Linear, LinearGroup, Norm, Rope
+from nybble.models.anatomy.recurrent import (
     GatedDeltaNet,
-    LatentAttention,
-    Layer,
-    Linear,
-    LinearGroup,
-    Mixture,
-    Mlp,
-    Norm,
     Recurrent,
-    Rope,
-    Router,
     ShortConvolution,
-    Stacked,
     StateSpace,
     StateTensor,
-    Xielu,
 )
 from nybble.models.config import UnsupportedModelError
 from nybble.models.registry import architecture_of, require_family, supported_families

@@ -6,8 +6,8 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from nybble.models import Architecture, Norm, Rope
 from nybble.models import config as read
-from nybble.models.anatomy import Architecture, Norm, Rope
 from nybble.models.llama import decoder
 from nybble.models.parts import gated_mlp
 

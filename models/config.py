@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from nybble.kernels.activation import Activation
-from nybble.models.anatomy import Rope
+from nybble.models.anatomy.linears import Rope
 
 _ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",

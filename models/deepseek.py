@@ -7,8 +7,7 @@ from collections.abc import Sequence
 
 from transformers import PretrainedConfig
 
-from nybble.models import config as read
-from nybble.models.anatomy import (
+from nybble.models import (
     Architecture,
     Fold,
     LatentAttention,
@@ -19,6 +18,7 @@ from nybble.models.anatomy import (
     Rope,
     Router,
 )
+from nybble.models import config as read
 from nybble.models.config import UnsupportedModelError
 from nybble.models.llama import decoder
 from nybble.models.parts import gated_mlp, mixture

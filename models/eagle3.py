@@ -16,8 +16,8 @@ from dataclasses import dataclass, replace
 
 from transformers import PretrainedConfig
 
+from nybble.models import Architecture, Attention, Layer, Mlp, Norm
 from nybble.models import config as read
-from nybble.models.anatomy import Architecture, Attention, Layer, Mlp, Norm
 from nybble.models.config import UnsupportedModelError
 from nybble.models.parts import attention, gated_mlp
 

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 from transformers import PretrainedConfig
 
+from nybble.models import Architecture, ClampedSwiglu, Mixture, Norm, Router, Stacked
 from nybble.models import config as read
-from nybble.models.anatomy import Architecture, ClampedSwiglu, Mixture, Norm, Router, Stacked
 from nybble.models.llama import decoder
 from nybble.models.parts import gated_mlp
 

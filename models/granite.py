@@ -7,8 +7,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from nybble.models import config as read
-from nybble.models.anatomy import (
+from nybble.models import (
     Architecture,
     Fold,
     Linear,
@@ -19,6 +18,7 @@ from nybble.models.anatomy import (
     Stacked,
     StateSpace,
 )
+from nybble.models import config as read
 from nybble.models.config import UnsupportedModelError
 from nybble.models.llama import decoder
 from nybble.models.parts import fused_gated_mlp, mixture

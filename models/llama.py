@@ -10,8 +10,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from nybble.models import config as read
-from nybble.models.anatomy import (
+from nybble.models import (
     AnyAttention,
     Architecture,
     LatentAttention,
@@ -22,6 +21,7 @@ from nybble.models.anatomy import (
     Recurrent,
     Rope,
 )
+from nybble.models import config as read
 from nybble.models.config import UnsupportedModelError
 from nybble.models.parts import attention, gated_mlp
 

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 from transformers import PretrainedConfig
 
+from nybble.models import Architecture
 from nybble.models import config as read
-from nybble.models.anatomy import Architecture
 from nybble.models.llama import decoder
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from transformers import PretrainedConfig
 
+from nybble.models import Architecture, Norm
 from nybble.models import config as read
-from nybble.models.anatomy import Architecture, Norm
 from nybble.models.llama import decoder
 from nybble.models.parts import plain_mlp
 

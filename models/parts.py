@@ -7,17 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from nybble.kernels.activation import Activation
-from nybble.models.anatomy import (
-    Attention,
-    Fold,
-    Linear,
-    LinearGroup,
-    Mixture,
-    Mlp,
-    Rope,
-    Router,
-    Stacked,
-)
+from nybble.models import Attention, Fold, Linear, LinearGroup, Mixture, Mlp, Rope, Router, Stacked
 from nybble.models.config import UnsupportedModelError
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from transformers import PretrainedConfig
 
+from nybble.models import Architecture
 from nybble.models import config as read
-from nybble.models.anatomy import Architecture
 from nybble.models.llama import decoder
 
 

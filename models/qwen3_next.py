@@ -10,8 +10,8 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from nybble.models import Architecture, Fold, GatedDeltaNet, Linear, LinearGroup, Norm
 from nybble.models import config as read
-from nybble.models.anatomy import Architecture, Fold, GatedDeltaNet, Linear, LinearGroup, Norm
 from nybble.models.config import UnsupportedModelError
 from nybble.models.llama import decoder
 from nybble.models.qwen_moe import mlps, shared_expert, sparse_mlp

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from transformers import PretrainedConfig
 
-from nybble.models.anatomy import Architecture
+from nybble.models.anatomy.architecture import Architecture
 from nybble.models.config import UnsupportedModelError
 
 Describe = Callable[[PretrainedConfig], Architecture]

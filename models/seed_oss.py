@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers import PretrainedConfig
 
-from nybble.models.anatomy import Architecture
+from nybble.models import Architecture
 from nybble.models.llama import decoder
 
 
