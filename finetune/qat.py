@@ -34,7 +34,7 @@ from nybble.loaders.model_config import config_to_write
 from nybble.loaders.tokenizer import load_tokenizer
 from nybble.models import architecture_of
 from nybble.quantizers.affine import grid, nearest_codes
-from nybble.quantizers.packed_model import load_packed_model
+from nybble.quantizers.packed_model import load_packed_model, training_dtype
 from nybble.quantizers.writer import FolderWriter
 
 _ROWS_AT_A_TIME = 256  # tokens whose logits are in memory at once
@@ -173,7 +173,7 @@ def quantization_aware_train(
     *,
     settings: QatSettings | None = None,
     device: torch.device | None = None,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype | None = None,
     progress: bool = True,
 ) -> list[float]:
     """Train the linear layers of the 16-bit checkpoint ``base`` on their grid.
@@ -196,6 +196,7 @@ def quantization_aware_train(
         tokenizer = load_tokenizer(base)
         examples = read_examples(data, tokenizer, max_length=settings.max_length)
         device = device or torch.device("cpu")
+        dtype = dtype or training_dtype(device)
         model = load_packed_model(source, device=device, dtype=dtype)
         layers = fake_quantize_model(
             model, settings.group_size, sym=settings.sym, bits=settings.bits

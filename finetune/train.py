@@ -34,7 +34,7 @@ from nybble.finetune.lora import (
 from nybble.kernels.progress import Bar
 from nybble.loaders import open_checkpoint
 from nybble.loaders.tokenizer import load_tokenizer
-from nybble.quantizers.packed_model import PackedLinear, load_packed_model
+from nybble.quantizers.packed_model import PackedLinear, load_packed_model, training_dtype
 
 _ROWS_AT_A_TIME = 256  # tokens whose logits are in memory at once
 CHECKPOINT = "checkpoint.pt"
@@ -126,7 +126,7 @@ def finetune(
     eval_data: Path | None = None,
     resume: bool = False,
     device: torch.device | None = None,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype | None = None,
     progress: bool = True,
     on_step: Callable[[Progress], None] = lambda _: None,
 ) -> FinetuneResult:
@@ -134,7 +134,8 @@ def finetune(
 
     out: gets the adapter with the lowest held-out loss in PEFT's format and ``history.json``. While
         training runs it has a ``checkpoint.pt``. ``resume`` continues from it to the same result.
-    dtype: of the activations; adapters and optimizer states are float32.
+    dtype: of the activations; :func:`training_dtype` of the device if it is not given. Adapters and
+        optimizer states are float32.
     on_step: called after every step. A resumed run first repeats the steps before its checkpoint,
         because the callback may have missed some.
 
@@ -157,6 +158,7 @@ def finetune(
         held_out = read_examples(eval_data, tokenizer, max_length=settings.max_length)
     torch.manual_seed(settings.seed)
     device = device or torch.device("cpu")
+    dtype = dtype or training_dtype(device)
     model = load_packed_model(source, device=device, dtype=dtype)
     layers = add_lora(model, settings.lora)
     if settings.gradient_checkpointing:

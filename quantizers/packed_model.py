@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from nybble.kernels import DenseWeight, PackedWeight
+from nybble.kernels.cpu.build import multiplies_bfloat16
 from nybble.kernels.matmul import dequantize, packed_matmul, preferred_layout
 from nybble.loaders import Checkpoint, CheckpointError
 from nybble.models import architecture_of
@@ -64,6 +65,14 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return packed_linear(x, self.packed)
+
+
+def training_dtype(device: torch.device) -> torch.dtype:
+    """The dtype of activations in which PyTorch trains fastest: bfloat16, or float32 on a CPU that
+    does not multiply bfloat16 itself.
+    """
+    native = device.type != "cpu" or multiplies_bfloat16()
+    return torch.bfloat16 if native else torch.float32
 
 
 def load_packed_model(

@@ -28,9 +28,10 @@ from nybble.finetune.lora import (
     save_adapter,
 )
 from nybble.finetune.train import batch_loss, checkpoint_activations
+from nybble.kernels.cpu import build
 from nybble.loaders import open_checkpoint
 from nybble.quantizers import GptqSettings, quantize_checkpoint
-from nybble.quantizers.packed_model import PackedLinear, load_packed_model
+from nybble.quantizers.packed_model import PackedLinear, load_packed_model, training_dtype
 
 CPU = torch.device("cpu")
 LORA = LoRASettings(rank=4, alpha=8)
@@ -373,3 +374,16 @@ def test_accumulation_weighs_every_token_alike(tmp_path: Path, bases: dict[str, 
         )
         losses[batch_size] = [point.train_loss for point in result.history[1:]]
     assert losses[1] == pytest.approx(losses[2], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("target", "dtype"),
+    [("avx512_bf16", torch.bfloat16), ("avx2", torch.float32)],
+)
+def test_a_cpu_that_does_not_multiply_bfloat16_trains_in_float32(
+    monkeypatch: pytest.MonkeyPatch, target: str, dtype: torch.dtype
+) -> None:
+    wanted = next(each for each in build.TARGETS if each.name == target)
+    monkeypatch.setattr(build, "wanted_targets", lambda name: [wanted])
+    assert training_dtype(CPU) == dtype
+    assert training_dtype(torch.device("cuda")) == torch.bfloat16
