@@ -234,7 +234,7 @@ def draft_model(models: Callable[..., Engine], tmp_path: Path) -> Callable[[floa
 
 
 @pytest.mark.parametrize("preempting", [False, True])
-@pytest.mark.parametrize("speculate", ["draft", "auto"])
+@pytest.mark.parametrize("speculate", [pytest.param("draft", marks=pytest.mark.slow), "auto"])
 def test_the_answers_are_those_without_a_draft_model(
     models: Callable[..., Engine],
     draft_model: Callable[[float], Path],

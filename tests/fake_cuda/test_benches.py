@@ -27,7 +27,17 @@ FEWER: dict[str, tuple[Any, str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", ["checks", "decode", "matmul", "attention", "lora", "step"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "decode",
+        "lora",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("checks", "matmul", "attention", "step")
+        ),
+    ],
+)
 def test_a_section_runs_to_its_end_in_the_memory_of_an_h100(
     gpu: Device,
     name: str,

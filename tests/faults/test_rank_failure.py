@@ -128,7 +128,7 @@ def test_no_rank_outlives_the_server(server: Process) -> None:
 
 
 @pytest.mark.parametrize(
-    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+    "number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM]
 )
 def test_requests_finish_when_all_processes_are_told_to_end(
     launch: Callable[..., Process], tiny_model: Callable[..., Path], number: int

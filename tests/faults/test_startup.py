@@ -64,6 +64,7 @@ def test_the_port_answers_at_once_and_says_how_far_the_start_is(
     assert ask(server.origin + COMPLETIONS, HELLO)[0] == 200
 
 
+@pytest.mark.slow
 def test_ended_or_killed_while_packing_the_next_start_packs_again(
     launch: Callable[..., Process], gptq: Path, tmp_path: Path
 ) -> None:

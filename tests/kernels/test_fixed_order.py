@@ -146,7 +146,7 @@ def cut(batch: AttentionBatch, seq: int, first: int, stop: int) -> AttentionBatc
 @pytest.mark.parametrize(
     ("heads", "dim", "window", "options", "cache"),
     [
-        (4, 64, 0, {}, None),
+        pytest.param(4, 64, 0, {}, None, marks=pytest.mark.slow),
         (7, 64, 100, {"softcap": 2.0, "sinks": True}, torch.int8),
         pytest.param(1, 80, 0, {"softcap": 2.0}, None, marks=pytest.mark.slow),
         pytest.param(2, 256, 530, {"sinks": True}, None, marks=pytest.mark.slow),

@@ -89,7 +89,10 @@ def test_every_format_matches_its_dequantized_weight(
     assert error(x, random_weight(kind, 64, 256, group), config) < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize(("rows", "out", "columns"), [(1, 1, 32), (17, 65, 129), (5, 130, 200)])
+@pytest.mark.parametrize(
+    ("rows", "out", "columns"),
+    [(1, 1, 32), (17, 65, 129), pytest.param(5, 130, 200, marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("kind", ["zeros", "codebook"])
 @pytest.mark.parametrize("config", [SMALL, LARGE, SPLIT, TAIL, PARTS])
 def test_odd_sizes_are_masked(rows: int, out: int, columns: int, kind: str, config: Config) -> None:
@@ -133,6 +136,7 @@ def test_elsewhere_than_on_hopper_a_step_is_four_products(
     torch.testing.assert_close(packed_matmul(x, weight, LARGE), on_hopper, rtol=1e-3, atol=1e-2)
 
 
+@pytest.mark.slow
 def test_only_the_last_blocks_of_outputs_are_split_where_a_tail_is() -> None:
     torch.manual_seed(8)
     x, weight = torch.randn(40, 1100).half(), random_weight("zeros", 200, 1100, 64, bias=True)
@@ -189,18 +193,13 @@ def test_many_rows_multiply_a_dequantized_weight_a_part_at_a_time() -> None:
 @pytest.mark.parametrize(
     ("kind", "config"),
     [
-        ("symmetric", SMALL),
         ("zeros", SMALL),
-        ("codebook", SMALL),
         ("codebook", LARGE),
         ("symmetric", SPLIT),
-        ("codebook", TAIL),
-        ("zeros", PARTS),
-        ("zeros", DENSE),
         *(
             pytest.param(kind, config, marks=pytest.mark.slow)
             for kind in ("symmetric", "zeros", "codebook")
-            for config in (LARGE, SPLIT, TAIL, PARTS, DENSE)
+            for config in (SMALL, LARGE, SPLIT, TAIL, PARTS, DENSE)
         ),
     ],
 )

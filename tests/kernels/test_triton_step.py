@@ -165,9 +165,9 @@ def paged(
     ("q_heads", "kv_heads", "dim", "block_size", "dtype"),
     [
         (4, 2, 64, 16, torch.float16),
-        (3, 3, 32, 8, torch.bfloat16),
+        pytest.param(3, 3, 32, 8, torch.bfloat16, marks=pytest.mark.slow),
         (7, 1, 80, 4, torch.bfloat16),
-        (32, 1, 16, 32, torch.float16),
+        pytest.param(32, 1, 16, 32, torch.float16, marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.parametrize(
@@ -268,7 +268,6 @@ def test_attention_equals_the_reference_with_every_devices_settings(
 @pytest.mark.parametrize(
     ("window", "block_size"),
     [
-        (1, 16),
         (40, 4),
         *(
             pytest.param(window, block_size, marks=pytest.mark.slow)
@@ -292,7 +291,10 @@ def test_blocks_that_no_new_token_sees_are_not_read(block_size: int, window: int
 
 
 @pytest.mark.parametrize("kept", [torch.int8, torch.float8_e4m3fn])
-@pytest.mark.parametrize(("rotary_dim", "interleaved"), [(48, False), (32, False), (20, True)])
+@pytest.mark.parametrize(
+    ("rotary_dim", "interleaved"),
+    [(48, False), pytest.param(32, False, marks=pytest.mark.slow), (20, True)],
+)
 def test_8_bit_caches_hold_each_head_to_its_precision(
     kept: torch.dtype, rotary_dim: int, interleaved: bool
 ) -> None:

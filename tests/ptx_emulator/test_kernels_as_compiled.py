@@ -101,7 +101,7 @@ def test_amperes_products_are_what_the_references_compute() -> None:
     ("capability", "family", "instruction"),
     [
         pytest.param("80", "lora", "bar.sync", marks=pytest.mark.slow),
-        ("90", "attention", "wgmma.wait_group"),
+        pytest.param("90", "attention", "wgmma.wait_group", marks=pytest.mark.slow),
         pytest.param("80", "lora", "cp.async.wait_group", marks=pytest.mark.slow),
         pytest.param("100", "attention", "tcgen05.wait::st", marks=pytest.mark.slow),
         pytest.param("100", "attention", "fence.proxy.async", marks=pytest.mark.slow),

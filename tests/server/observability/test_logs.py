@@ -143,7 +143,7 @@ def test_events_are_readable_as_text() -> None:
     assert str(LogEvent("request", {"status": 200, "tenant": None})) == "request status=200"
 
 
-@pytest.mark.parametrize("format", ["json", "text"])
+@pytest.mark.parametrize("format", ["json", pytest.param("text", marks=pytest.mark.slow)])
 def test_neither_prompts_nor_outputs_nor_keys_are_logged(
     format: str, tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:
