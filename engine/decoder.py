@@ -50,6 +50,7 @@ from nybble.models import (
     LatentAttention,
     Layer,
     LinearGroup,
+    Mixer,
     Mixture,
     Mlp,
     Recurrent,
@@ -248,27 +249,35 @@ class Decoder:
             module = self.architecture.module(index, name)
             return self._norm(store, module, self.architecture.hidden)
 
-        mixer: Part
-        if isinstance(layer.mixer, Attention):
-            mixer = self._attention(store, index, layer.mixer)
-        elif isinstance(layer.mixer, LatentAttention):
-            mixer = self._latent_attention(store, index, layer.mixer)
-        else:
-            mixer = self._recurrent(store, index, layer.mixer)
-        mlp: MlpPart | MixturePart
+        def block(pre: str | None, parts: Sequence[Part], post: str | None = None) -> ResidualBlock:
+            part = parts[0] if len(parts) == 1 else ParallelPart(tuple(parts))
+            return ResidualBlock(
+                norm(pre),
+                self._group.gathered(part),
+                norm(post),
+                self.architecture.residual_multiplier,
+            )
+
+        mixers = [self._mixer(store, index, mixer) for mixer in layer.mixers]
+        mlps: list[Part] = []
         if isinstance(layer.mlp, Mixture):
-            mlp = self._mixture(store, index, layer.mlp)
-        else:
-            mlp = self._mlp(store, index, layer.mlp)
-        multiplier = self.architecture.residual_multiplier
-        pre = norm(layer.pre_attention)
-        gathered = self._group.gathered
+            mlps.append(self._mixture(store, index, layer.mlp))
+        elif layer.mlp is not None:
+            mlps.append(self._mlp(store, index, layer.mlp))
         if layer.parallel:
-            both = gathered(ParallelPart((mixer, mlp)))
-            yield ResidualBlock(pre, both, None, multiplier)
+            yield block(layer.pre_attention, mixers + mlps)
             return
-        yield ResidualBlock(pre, gathered(mixer), norm(layer.post_attention), multiplier)
-        yield ResidualBlock(norm(layer.pre_mlp), gathered(mlp), norm(layer.post_mlp), multiplier)
+        if mixers:
+            yield block(layer.pre_attention, mixers, layer.post_attention)
+        if mlps:
+            yield block(layer.pre_mlp, mlps, layer.post_mlp)
+
+    def _mixer(self, store: WeightStore, index: int, mixer: Mixer) -> Part:
+        if isinstance(mixer, Attention):
+            return self._attention(store, index, mixer)
+        if isinstance(mixer, LatentAttention):
+            return self._latent_attention(store, index, mixer)
+        return self._recurrent(store, index, mixer)
 
     def _attention(self, store: WeightStore, index: int, about: Attention) -> AttentionPart:
         q_norm = k_norm = None
@@ -345,6 +354,9 @@ class Decoder:
             weight = taps(about.conv + ".weight")
             return ShortConvolutionPart(layer, source, weight, bias, output, self.backend)
         if isinstance(about, StateSpace):
+            norm = None
+            if about.norm is not None:
+                norm = tensor(about.norm, about.values).to(self._dtype)
             return StateSpacePart(
                 about,
                 layer=layer,
@@ -354,7 +366,7 @@ class Decoder:
                 decay=tensor(about.decay, about.heads).exp(),
                 skip=tensor(about.skip, about.heads),
                 time_bias=tensor(about.time_bias, about.heads),
-                norm=tensor(about.norm, about.values).to(self._dtype),
+                norm=norm,
                 output=output,
                 backend=self.backend,
             )
@@ -372,7 +384,7 @@ class Decoder:
 
     def _head_norms(self, store: WeightStore, index: int, own: Attention) -> list[NormPart]:
         """Of the queries and of the keys."""
-        whole, group = self._whole.layers[index].mixer, self._group
+        (whole,), group = self._whole.layers[index].mixers, self._group
         assert isinstance(whole, Attention)
         all_together = own.qk_norm == "all" and group.size > 1
         found = []
@@ -392,7 +404,7 @@ class Decoder:
         up = self._projection(store, index, about.up)
         (*_, weights) = self._weights
         fused_up = None
-        if about.gated and about.clamp is None and len(weights) == 1:
+        if about.gated and about.clamp is None and len(weights) == 1 and not about.up.multipliers:
             fused_up = self.backend.gated_linear(weights[0], about.activation, self._dtype)
         if fused_up is not None:
             fused_up = self._group.gathered(fused_up)
@@ -463,7 +475,13 @@ class Decoder:
         weights = store.group(self.architecture.module(index, ""), group)
         self._weights.append(weights)
         linears = tuple(self.backend.linear(weight, self._dtype) for weight in weights)
-        return Projection(linears, len(self._weights) - 1)
+        multiplier: float | Tensor | None = None
+        if len(group.multipliers) == 1:
+            multiplier = group.multipliers[0][1]
+        elif group.multipliers:
+            runs, values = torch.tensor(group.multipliers, device=self.embedding.device).unbind(1)
+            multiplier = values.repeat_interleave(runs.long())
+        return Projection(linears, len(self._weights) - 1, multiplier)
 
     def _norm(self, store: WeightStore, module: str, *shape: int) -> NormPart:
         norm = self.architecture.norm

@@ -75,7 +75,7 @@ from nybble.kernels.progress import Progress, track
 from nybble.loaders.eagle3 import read_eagle3
 from nybble.loaders.model_config import generates
 from nybble.loaders.tokenizer import check_vocabulary, load_tokenizer
-from nybble.models import Architecture, StateSpace, UnsupportedModelError, architecture_of
+from nybble.models import Architecture, UnsupportedModelError, architecture_of
 from nybble.models.eagle3 import eagle3_head, is_eagle3
 
 if TYPE_CHECKING:
@@ -202,13 +202,6 @@ class Engine:
         if config.kv_dtype == "fp8" and device.type == "cpu":
             raise ValueError(
                 "kv_dtype is 'fp8', which needs a GPU; expected 'int8' or 'auto' on the CPU"
-            )
-        if device.type != "cpu" and any(
-            isinstance(mixer, StateSpace) for mixer in architecture.recurrents
-        ):
-            raise UnsupportedModelError(
-                f"{architecture.family} models have state spaces, which {device.type} does not "
-                "compute so far; use --device cpu"
             )
         # Latents are no heads: their kernels have tiles of their own.
         heads = [each for each in architecture.attentions if each not in architecture.latents]

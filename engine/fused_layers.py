@@ -49,6 +49,8 @@ class BuiltLayer:
         first, *others = self.blocks
         if not others or any(len(each) > 1 for each in self.weights):
             return None
+        if any(group.multipliers for group in self.about.groups):
+            return None
         attention = first.part
         # Ranks of several gather what they compute in between: their parts are other functions.
         if not isinstance(attention, AttentionPart) or (mlp := self._mlp(others[0].part)) is None:
@@ -95,7 +97,7 @@ class BuiltLayer:
         if isinstance(about, Mlp):
             return _gated(about, weights) if isinstance(part, MlpPart) else None
         # One product for gate and up, and one for down.
-        if not isinstance(part, MixturePart) or len(part.weights) != 2:
+        if about is None or not isinstance(part, MixturePart) or len(part.weights) != 2:
             return None
         if part.shared_gate is not None:
             return None

@@ -122,6 +122,7 @@ class TensorParallel:
             return replace(mlp, up=cut(mlp.up), down=cut(mlp.down))
 
         about, mlp = _attention(layer), layer.mlp
+        assert mlp is not None  # check() refuses models with such layers
         attention = replace(
             about,
             heads=about.heads // self.size,
@@ -130,10 +131,11 @@ class TensorParallel:
             output=cut(about.output),
         )
         if isinstance(mlp, Mlp):
-            return replace(layer, mixer=attention, mlp=cut_mlp(mlp))
+            return replace(layer, mixers=(attention,), mlp=cut_mlp(mlp))
         shared = None if mlp.shared is None else cut_mlp(mlp.shared)
         experts = tuple(map(cut_mlp, mlp.experts))
-        return replace(layer, mixer=attention, mlp=replace(mlp, experts=experts, shared=shared))
+        mlp = replace(mlp, experts=experts, shared=shared)
+        return replace(layer, mixers=(attention,), mlp=mlp)
 
     def share(self, number: int) -> Range:
         """This rank's part of so many outputs; the last one's is smaller if it does not divide."""
@@ -276,12 +278,15 @@ ALONE = TensorParallel()
 
 
 def _attention(layer: Layer) -> Attention:
-    assert isinstance(layer.mixer, Attention)  # check() refuses the others
-    return layer.mixer
+    (mixer,) = layer.mixers
+    assert isinstance(mixer, Attention)  # check() refuses the others
+    return mixer
 
 
-def mlps(mlp: Mlp | Mixture) -> Iterable[Mlp]:
+def mlps(mlp: Mlp | Mixture | None) -> Iterable[Mlp]:
     """The MLPs of a layer: its only one, or a mixture's experts and the shared one."""
+    if mlp is None:
+        return ()
     if isinstance(mlp, Mlp):
         return (mlp,)
     return mlp.experts if mlp.shared is None else (*mlp.experts, mlp.shared)

@@ -161,10 +161,12 @@ class Projection:
     """Linear layers that read the same input, their outputs side by side, and adapters on them.
 
     index: its place among the model's projections, by which adapters know it.
+    multiplier: of the outputs, float32 ``(out,)`` if it is not the same for all; None for 1.
     """
 
     linears: tuple[LinearKernel, ...]
     index: int
+    multiplier: float | Tensor | None = None
 
     def __call__(self, x: Tensor, adapters: StepAdapters | None) -> Tensor:
         if len(self.linears) == 1:
@@ -173,6 +175,8 @@ class Projection:
             out = torch.cat([linear(x) for linear in self.linears], dim=-1)
         if adapters is not None:
             adapters.add(self.index, out, x)
+        if self.multiplier is not None:
+            out = (out * self.multiplier).to(out.dtype)
         return out
 
 

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from nybble.engine.parts import Projection, Step
 from nybble.kernels.backend import Backend
-from nybble.kernels.recurrent import gated_rms_norm
 from nybble.models import GatedDeltaNet, StateSpace
 
 
@@ -108,7 +107,7 @@ class StateSpacePart:
     layer: index of the states that it uses.
     conv: float32 ``(taps, channels)``; bias: float32 ``(channels,)`` or None.
     decay: float32 ``(heads,)``, ``e^A_log``. skip, time_bias: float32 ``(heads,)``.
-    norm: ``(heads · head_dim,)`` of the model's dtype.
+    norm: ``(heads · head_dim,)`` of the model's dtype, or None.
     """
 
     about: StateSpace
@@ -119,7 +118,7 @@ class StateSpacePart:
     decay: Tensor
     skip: Tensor
     time_bias: Tensor
-    norm: Tensor
+    norm: Tensor | None
     output: Projection
     backend: Backend
 
@@ -146,5 +145,10 @@ class StateSpacePart:
             batch,
         )
         read = (read + self.skip[:, None] * by_head.float()).flatten(1)
-        normed = gated_rms_norm(read, gate, self.norm, about.key_groups, about.norm_eps)
+        if self.norm is None:
+            gated = (read * torch.nn.functional.silu(gate.float())).to(x.dtype)
+            return self.output(gated, step.adapters)
+        normed = self.backend.gated_rms_norm(
+            read, gate, self.norm, about.key_groups, about.norm_eps
+        )
         return self.output(normed, step.adapters)

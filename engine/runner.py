@@ -211,7 +211,8 @@ class ModelRunner:
                 if self._tune:
                     tune_unknown(weights, self._dtype, self._max_batched_tokens, progress=progress)
                 # Every family here has one activation in all its layers.
-                activation = self.decoder.architecture.layers[0].mlp.activation
+                layers = self.decoder.architecture.layers
+                activation = next(each.mlp.activation for each in layers if each.mlp is not None)
                 most = self._max_batched_tokens
                 warmup(weights, self._dtype, most, activation, progress=progress)
             for tokens, seqs in track(self._warm_up_sizes(), "Compiling kernels", progress):

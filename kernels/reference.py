@@ -27,6 +27,7 @@ from nybble.kernels.packed import (
     Weight,
 )
 from nybble.kernels.recurrent import gated_delta_rule as gated_delta_rule
+from nybble.kernels.recurrent import gated_rms_norm as gated_rms_norm
 from nybble.kernels.recurrent import short_convolution as short_convolution
 from nybble.kernels.recurrent import state_space_scan as state_space_scan
 from nybble.kernels.routing import choose_experts as choose_experts

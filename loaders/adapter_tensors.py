@@ -13,7 +13,7 @@ from nybble.loaders.errors import AdapterError
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _PREFIXES = ("base_model.model.", "_orig_mod.", "module.")
 # Prefixes of the text model's layers inside larger models.
-AROUND = re.compile(r"((model|language_model|text_model|llm|thinker|module|_orig_mod)\.)*")
+AROUND = re.compile(r"((model|backbone|language_model|text_model|llm|thinker|module|_orig_mod)\.)*")
 
 
 def after_prefixes(name: str) -> str:

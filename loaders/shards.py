@@ -20,6 +20,7 @@ _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 
 
+_BACKBONE = re.compile(r"^backbone\.")
 _LANGUAGE_MODEL = re.compile(r"(?:model\.)?language_model\.(?:model\.)?(.*)")
 _OTHER_PARTS = re.compile(
     r"(?:model\.)?"
@@ -77,13 +78,13 @@ def _of_language_model(stored: Sequence[str]) -> tuple[dict[str, str], list[str]
     """Names of tensors with the names they are stored under, and the other parts' tensors.
 
     A model that was saved without what is after its last norm, as models of embeddings are, has no
-    ``model.`` in its names.
+    ``model.`` in its names. Nemotron-H has ``backbone.`` instead.
     """
     if "embed_tokens.weight" in stored:
         own = ("lm_head.", "score.")
         return {name if name.startswith(own) else f"model.{name}": name for name in stored}, []
     if not any(_LANGUAGE_MODEL.match(name) for name in stored):
-        return {name: name for name in stored}, []
+        return {_BACKBONE.sub("model.", name): name for name in stored}, []
     names, others = {}, []
     for name in stored:
         if (match := _LANGUAGE_MODEL.match(name)) is not None:

@@ -4,7 +4,7 @@ Everything else (decoder, loaders, adapters, quantizers, fine-tuning, memory est
 architecture and knows no family.
 """
 
-from nybble.models.anatomy.architecture import Architecture, Layer
+from nybble.models.anatomy.architecture import Architecture, Layer, Mixer
 from nybble.models.anatomy.attention import AnyAttention, Attention, LatentAttention
 from nybble.models.anatomy.feed_forward import ClampedSwiglu, Mixture, Mlp, Router, Stacked, Xielu
 from nybble.models.anatomy.linears import Fold, Linear, LinearGroup, Norm, Rope
@@ -29,6 +29,7 @@ __all__ = [
     "Layer",
     "Linear",
     "LinearGroup",
+    "Mixer",
     "Mixture",
     "Mlp",
     "Norm",

@@ -64,6 +64,8 @@ def refuse(config: PretrainedConfig, **neutral: object) -> None:
     """Refuse settings that have another value than the one this family computes; None is unset."""
     for name, value in neutral.items():
         found = getattr(config, name, value)
+        if isinstance(found, list):  # as JSON has a tuple
+            found = tuple(found)
         if found is not None and found != value:
             raise UnsupportedModelError(
                 f"{name} is {found!r}, which is not supported for {config.model_type}; "

@@ -99,12 +99,12 @@ def _decoder(
     return decoder(config, mlps=mlps, mixers=(latent,) * layers, unused=unused)
 
 
-def sigmoid_router(config: PretrainedConfig) -> Router:
+def sigmoid_router(config: PretrainedConfig, module: str = "mlp.gate") -> Router:
     """V3's: each expert's score is a sigmoid, and a bias counts for the choice alone."""
     return Router(
-        "mlp.gate",
+        module,
         scoring="sigmoid",
-        correction_bias="mlp.gate.e_score_correction_bias",
+        correction_bias=f"{module}.e_score_correction_bias",
         renormalize=bool(config.norm_topk_prob),
         scaling_factor=float(config.routed_scaling_factor),
         groups=read.size(config, "n_group"),

@@ -79,7 +79,7 @@ class Eagle3Head:
 
     def beside(self, target: Architecture) -> Architecture:
         """The target with the head's layer as its last: what the KV cache holds of both."""
-        return replace(target, layers=(*target.layers, Layer(self.attention, self.mlp)))
+        return replace(target, layers=(*target.layers, Layer((self.attention,), self.mlp)))
 
     def tensors(self, captured: int) -> Mapping[str, tuple[int, ...]]:
         """The tensors that a checkpoint must have, by name, for so many captured layers."""

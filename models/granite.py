@@ -9,19 +9,14 @@ from transformers import PretrainedConfig
 
 from nybble.models import (
     Architecture,
-    Fold,
-    Linear,
-    LinearGroup,
     Mixture,
     Mlp,
     Router,
     Stacked,
-    StateSpace,
 )
 from nybble.models import config as read
-from nybble.models.config import UnsupportedModelError
 from nybble.models.llama import decoder
-from nybble.models.parts import fused_gated_mlp, mixture
+from nybble.models.parts import fused_gated_mlp, mamba, mixture
 
 
 def granite(
@@ -57,40 +52,13 @@ def granite4(config: PretrainedConfig) -> Architecture:
         norm=None if sparse else "post_attention_layernorm",
         names=("shared_mlp.input_linear", "shared_mlp.output_linear"),
     )
-    mixer = _state_space(config) if "linear_attention" in kinds else None
+    mixer = mamba(config) if "linear_attention" in kinds else None
     rotates = config.position_embedding_type == "rope"
     return granite(
         config,
         (_experts(config, shared=shared) if sparse else shared,) * layers,
         mixers=tuple(mixer if kind == "linear_attention" else None for kind in kinds),
         ropes=None if rotates else (None,) * layers,
-    )
-
-
-def _state_space(config: PretrainedConfig) -> StateSpace:
-    """The mixer of a layer without attention, Mamba-2."""
-    read.refuse(config, hidden_act="silu", time_step_limit=(0.0, float("inf")))
-    hidden, bias = read.size(config, "hidden_size"), bool(config.mamba_proj_bias)
-    heads, head_dim = read.size(config, "mamba_n_heads"), read.size(config, "mamba_d_head")
-    key_groups, state_dim = read.size(config, "mamba_n_groups"), read.size(config, "mamba_d_state")
-    values = heads * head_dim
-    if heads % key_groups or values != int(config.mamba_expand * hidden):
-        raise UnsupportedModelError(
-            f"mamba_n_heads is {heads}, expected a multiple of mamba_n_groups ({key_groups}), and "
-            f"with mamba_d_head ({head_dim}) mamba_expand · hidden_size entries together"
-        )
-    source = Linear("mamba.in_proj", 2 * values + 2 * key_groups * state_dim + heads, hidden, bias)
-    output = Linear("mamba.out_proj", hidden, values, bias)
-    return StateSpace(
-        heads=heads,
-        head_dim=head_dim,
-        key_groups=key_groups,
-        state_dim=state_dim,
-        taps=read.size(config, "mamba_d_conv"),
-        input=LinearGroup(source.name, (source,), Fold("input_layernorm")),
-        output=LinearGroup(output.name, (output,)),
-        norm_eps=float(config.rms_norm_eps),
-        bias=bool(config.mamba_conv_bias),
     )
 
 

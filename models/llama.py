@@ -11,7 +11,6 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from nybble.models import (
-    AnyAttention,
     Architecture,
     LatentAttention,
     Layer,
@@ -22,7 +21,6 @@ from nybble.models import (
     Rope,
 )
 from nybble.models import config as read
-from nybble.models.config import UnsupportedModelError
 from nybble.models.parts import attention, gated_mlp
 
 
@@ -65,8 +63,6 @@ def decoder(
     about = dict(attention_options or {})
     about.setdefault("bias", bool(getattr(config, "attention_bias", False)))
     mixers = mixers or (None,) * layers
-    if not any(mixer is None or isinstance(mixer, AnyAttention) for mixer in mixers):
-        raise UnsupportedModelError("no layer has attention, which is not supported")
     options.setdefault("norm", Norm(float(getattr(config, "rms_norm_eps", 0))))
     return Architecture(
         family=config.model_type,
@@ -74,7 +70,7 @@ def decoder(
         hidden=hidden,
         layers=tuple(
             Layer(
-                mixer or attention(hidden, *heads, rope=rope, window=window, **about),
+                (mixer or attention(hidden, *heads, rope=rope, window=window, **about),),
                 mlp,
                 **(layer_options or {}),
             )

@@ -20,7 +20,7 @@ def phi3(config: PretrainedConfig) -> Architecture:
     return replace(
         separate,
         layers=tuple(
-            replace(layer, mixer=fused_attention(hidden, attention))
+            replace(layer, mixers=(fused_attention(hidden, attention),))
             for layer, attention in zip(separate.layers, separate.plain_attentions, strict=True)
         ),
     )

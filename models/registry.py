@@ -19,14 +19,7 @@ _SHARED = ("anatomy", "config", "eagle3", "parts", "registry")
 # Layers that nothing here computes, and model types that have them: nothing less would serve these.
 _LACKING = {
     "latent attention in layouts of their own": ("deepseek_v32", "kimi_linear", "longcat_flash"),
-    "state spaces in layouts of their own": (
-        "bamba",
-        "falcon_h1",
-        "jamba",
-        "mamba",
-        "mamba2",
-        "nemotron_h",
-    ),
+    "state spaces in layouts of their own": ("jamba", "mamba", "mamba2", "zamba2"),
 }
 
 
@@ -52,7 +45,10 @@ def architecture_of(config: PretrainedConfig) -> Architecture:
     Raises UnsupportedModelError naming the family or setting that is not supported.
     """
     require_family(config.model_type)
-    return _families()[config.model_type](config)
+    architecture = _families()[config.model_type](config)
+    if not architecture.attentions:
+        raise UnsupportedModelError("no layer has attention, which is not supported")
+    return architecture
 
 
 def require_family(model_type: object) -> None:

@@ -151,11 +151,11 @@ def _unclipped(layer: Layer, group: LinearGroup) -> int:
 
     They are multiplied with each other, so errors grow.
     """
-    mixer = layer.mixer
-    if isinstance(mixer, Attention) and group is mixer.qkv:
-        return group.out - mixer.kv_heads * mixer.head_dim
-    if isinstance(mixer, LatentAttention) and group in mixer.groups[:-1]:
-        return group.out
+    for mixer in layer.mixers:
+        if isinstance(mixer, Attention) and group is mixer.qkv:
+            return group.out - mixer.kv_heads * mixer.head_dim
+        if isinstance(mixer, LatentAttention) and group in mixer.groups[:-1]:
+            return group.out
     return 0
 
 

@@ -5,6 +5,9 @@ Blocks are transformers' own modules; weights come straight from the safetensors
 
 from __future__ import annotations
 
+import ast
+import inspect
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -115,7 +118,7 @@ class DecoderLayers:
         last = self.architecture.final_norm.rpartition(".")[2]
         norm = getattr(model, last)
         weight = self._read(self.architecture.embedding + ".weight")
-        model.embed_tokens.weight = nn.Parameter(weight, requires_grad=False)
+        model.get_input_embeddings().weight = nn.Parameter(weight, requires_grad=False)
         stand_ins = [_StandIn(layer) for layer in layers]
         model.layers = nn.ModuleList(stand_ins)
         setattr(model, last, nn.Identity())
@@ -125,7 +128,7 @@ class DecoderLayers:
         finally:
             model.layers = layers
             setattr(model, last, norm)
-            model.embed_tokens.to("meta")
+            model.get_input_embeddings().to("meta")
         self._options = [
             {name: _to(value, self._device) for name, value in stand_in.options.items()}
             for stand_in in stand_ins
@@ -246,8 +249,9 @@ class DecoderLayers:
     def _forward(self, block: nn.Module, part: Tensor) -> Tensor:
         index = next(i for i, layer in enumerate(self._skeleton.layers) if layer is block)
         result = block(part.to(self._device), **self._options[index])
-        assert isinstance(result, Tensor)
-        return result
+        hidden = result[0] if isinstance(result, tuple) else result
+        assert isinstance(hidden, Tensor)
+        return hidden
 
 
 class _StandIn(nn.Module):
@@ -256,6 +260,7 @@ class _StandIn(nn.Module):
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
         self._block = [block]  # in a list, so that it is not registered as a submodule
+        self._returned = _returned(block)
         self.options: dict[str, Any] = {}
 
     def __getattr__(self, name: str) -> Any:
@@ -264,10 +269,20 @@ class _StandIn(nn.Module):
         except AttributeError:
             return getattr(self.__dict__["_block"][0], name)
 
-    def forward(self, hidden: Tensor, **options: Any) -> Tensor:
+    def forward(self, hidden: Tensor, **options: Any) -> Any:
         if not self.options:
             self.options = {name: _first_sample(value) for name, value in options.items()}
-        return hidden
+        return (hidden, *[None] * (self._returned - 1)) if self._returned else hidden
+
+
+def _returned(block: nn.Module) -> int:
+    """How many values a block returns in a tuple; 0 if it returns its output alone.
+
+    Found in its code: some of transformers' blocks are annotated with a tuple and return none.
+    """
+    code = ast.parse(textwrap.dedent(inspect.getsource(type(block).forward)))
+    values = [each.value for each in ast.walk(code) if isinstance(each, ast.Return)]
+    return max((len(each.elts) for each in values if isinstance(each, ast.Tuple)), default=0)
 
 
 def _first_sample(value: Any) -> Any:

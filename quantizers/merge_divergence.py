@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,9 @@ from nybble.kernels.progress import track
 from nybble.loaders import LoRAAdapter, open_checkpoint
 from nybble.loaders.adapter import LoRAModule
 from nybble.quantizers.packed_model import PackedLinear, load_packed_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @torch.no_grad()
@@ -54,9 +58,9 @@ def merge_divergence(
     return total / len(token_ids)
 
 
-def _change_ends(model: nn.Module, adapter: LoRAAdapter) -> None:
+def _change_ends(model: PreTrainedModel, adapter: LoRAAdapter) -> None:
     """The embedding, the output layer and norms as the adapter has them."""
-    embedding, head = model.get_submodule("model.embed_tokens"), model.get_submodule("lm_head")
+    embedding, head = model.get_input_embeddings(), model.get_submodule("lm_head")
     assert isinstance(embedding, nn.Embedding)
     before = embedding.weight
     if adapter.head is not None:

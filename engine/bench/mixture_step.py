@@ -62,7 +62,7 @@ def random_weights(
     for index, layer in enumerate(about.layers):
         for name in (layer.pre_attention, layer.pre_mlp):
             yield about.module(index, f"{name}.weight"), torch.ones(about.hidden, dtype=BF16)
-        for name in layer.mixer.norms:
+        for name in (name for mixer in layer.mixers for name in mixer.norms):
             yield about.module(index, name + ".weight"), torch.ones(SIZES["head_dim"], dtype=BF16)
         for name in layer.tensors:
             yield about.module(index, name), torch.randn(EXPERTS, about.hidden)

@@ -2,7 +2,7 @@
 
     python -m nybble.kernels.bench.recurrent_report [--quick] [--json]
 
-Needs no GPU. The sizes are those of LFM2, Qwen3-Next and Qwen3.5.
+Needs no GPU. The sizes are those of LFM2, Qwen3-Next, Qwen3.5, Granite 4 and Falcon-H1.
 """
 
 from __future__ import annotations
@@ -14,23 +14,36 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 
 from nybble.kernels.bench import cubin
-from nybble.kernels.triton import recurrent
+from nybble.kernels.triton import recurrent, state_space
 
 CAPABILITIES = (80, 89, 90, 100, 120)
 KERNELS = {
     "convolution": recurrent.convolution_kernel,
     "by rows": recurrent.delta_rule_by_rows_kernel,
     "by chunks": recurrent.delta_rule_by_chunks_kernel,
+    "scan by rows": state_space.scan_by_rows_kernel,
+    "scan by chunks": state_space.scan_by_chunks_kernel,
+    "gated norm": state_space.gated_norm_kernel,
+}
+_WARPS = {
+    "by chunks": 8,
+    "scan by rows": state_space.BY_ROWS_WARPS,
+    "scan by chunks": state_space.BY_CHUNKS_WARPS,
+    "gated norm": 8,
 }
 
 
 @dataclass(frozen=True)
 class Case:
-    """One compilation."""
+    """One compilation.
+
+    state_dim: of a state space; 128 for the other kernels.
+    """
 
     kernel: str
     capability: int
     dtype: str
+    state_dim: int = 128
 
 
 @dataclass(frozen=True)
@@ -46,9 +59,14 @@ class Row:
 def cases(quick: bool) -> Iterator[Case]:
     """quick: few of each kind."""
     for kernel in KERNELS:
-        for capability in (80, 90) if quick else CAPABILITIES:
+        scans = kernel.startswith("scan")
+        some = (80,) if scans else (80, 90)
+        for capability in some if quick else CAPABILITIES:
             for dtype in ("bf16",) if quick else ("bf16", "fp16"):
-                yield Case(kernel, capability, dtype)
+                if not (scans and quick):
+                    yield Case(kernel, capability, dtype)
+                if scans:
+                    yield Case(kernel, capability, dtype, state_dim=256)
 
 
 def row(case: Case) -> Row:
@@ -62,6 +80,18 @@ def row(case: Case) -> Row:
         types |= batch | {"channels": "i32", "stride": "i32"}
         constants = {"TAPS": 4, "PADDED": 4, "HAS_BIAS": False, "ROWS": 16, "BLOCK": 64}
         aligned = ("channels", "stride")
+    elif case.kernel == "gated norm":
+        types = {"x": "*fp32", "gate": model, "weight": model, "out": model}
+        types |= {"gate_stride": "i32", "groups": "i32", "width": "i32", "eps": "fp32"}
+        constants = {"WIDTH": 2048}
+        aligned = ("gate_stride", "width")
+    elif case.kernel.startswith("scan"):
+        types = {"x": model, "b": model, "c": model, "dt": "*fp32", "g": "*fp32"}
+        types |= {"state": "*fp32", "out": "*fp32"} | batch
+        aligned = ("x_stride", "b_stride", "c_stride")
+        types |= dict.fromkeys((*aligned, "groups", "heads"), "i32")
+        constants = {"STATE_DIM": case.state_dim, "HEAD_DIM": 64, "KEYS": case.state_dim}
+        constants |= {"VALUES": state_space.VALUES, "CHUNK": state_space.CHUNK}
     else:
         types = {"q": model, "k": model, "v": model, "g": "*fp32", "beta": "*fp32"}
         types |= {"state": "*fp32", "out": model} | batch
@@ -74,7 +104,7 @@ def row(case: Case) -> Row:
         types,
         constants,
         capability=case.capability,
-        num_warps=8 if case.kernel == "by chunks" else 4,
+        num_warps=_WARPS.get(case.kernel, 4),
         aligned=aligned,
     )
     return Row(

@@ -759,6 +759,12 @@ class CpuLibrary:
             raise out_of_memory("state_space_scan")
         return out
 
+    def gated_rms_norm(
+        self, x: Tensor, gate: Tensor, weight: Tensor, groups: int, eps: float
+    ) -> Tensor:
+        """Computed by PyTorch."""
+        return reference.gated_rms_norm(x, gate, weight, groups, eps)
+
     def lora_add(self, out: Tensor, x: Tensor, slots: LoRASlots, batch: LoRABatch) -> None:
         if not out.dtype == x.dtype == slots.dtype == torch.bfloat16:
             return reference.lora_add(out, x, slots, batch)

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from nybble.kernels.activation import Activation
 from nybble.kernels.packed import DenseWeight, GroupedKernel, LinearKernel, PackedWeight, Weight
-from nybble.kernels.recurrent import state_space_scan  # no kernel so far: engines refuse it
 from nybble.kernels.reference import choose_experts, decoder_layers
 from nybble.kernels.reference import packed_matmul as reference_matmul
 from nybble.kernels.triton.activation import gated
@@ -25,6 +24,7 @@ from nybble.kernels.triton.norm import add_rms_norm, rms_norm
 from nybble.kernels.triton.recurrent import gated_delta_rule, short_convolution
 from nybble.kernels.triton.rotary import rotary_store
 from nybble.kernels.triton.sampling import sample_tokens
+from nybble.kernels.triton.state_space import gated_rms_norm, state_space_scan
 
 __all__ = [
     "add_rms_norm",
@@ -33,6 +33,7 @@ __all__ = [
     "gated",
     "gated_delta_rule",
     "gated_linear",
+    "gated_rms_norm",
     "grouped_linear",
     "latent_attention",
     "latent_store",

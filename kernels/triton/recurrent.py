@@ -130,7 +130,7 @@ def short_convolution(
 
 
 @triton.jit
-def _state(slot, entry, is_value, KEY_DIM: tl.constexpr):
+def stored(slot, entry, is_value, KEY_DIM: tl.constexpr):
     """Which entries of a state there are: none if the slot is −1."""
     return (entry < tl.where(slot >= 0, KEY_DIM, 0))[:, None] & is_value[None, :]
 
@@ -173,7 +173,7 @@ def delta_rule_by_rows_kernel(
     place = head * (KEY_DIM * VALUE_DIM) + entry[:, None] * VALUE_DIM + column[None, :]
     size = (value_heads * (KEY_DIM * VALUE_DIM)).to(tl.int64)
     slot = tl.load(read + seq)
-    s = tl.load(state + slot * size + place, _state(slot, entry, is_value, KEY_DIM), 0.0)
+    s = tl.load(state + slot * size + place, stored(slot, entry, is_value, KEY_DIM), 0.0)
     to, border = tl.load(snapshot + seq), first + tl.load(snapshot_rows + seq) - 1
     shared = head // (value_heads // key_heads) * KEY_DIM
     for row in range(first, stop):
@@ -190,10 +190,10 @@ def delta_rule_by_rows_kernel(
         value = tl.sum(s * query[:, None], 0).to(out.dtype.element_ty)
         tl.store(out + (row * value_heads + head) * VALUE_DIM + column, value, is_value)
         if row == border:
-            kept = _state(to, entry, is_value, KEY_DIM)
+            kept = stored(to, entry, is_value, KEY_DIM)
             tl.store(state + to * size + place, s, kept)
     to = tl.load(write + seq)
-    tl.store(state + to * size + place, s, _state(to, entry, is_value, KEY_DIM))
+    tl.store(state + to * size + place, s, stored(to, entry, is_value, KEY_DIM))
 
 
 @triton.jit
@@ -234,7 +234,7 @@ def delta_rule_by_chunks_kernel(
     place = head * (KEY_DIM * VALUE_DIM) + entry[:, None] * VALUE_DIM + column[None, :]
     size = (value_heads * (KEY_DIM * VALUE_DIM)).to(tl.int64)
     slot = tl.load(read + seq)
-    s = tl.load(state + slot * size + place, _state(slot, entry, is_value, KEY_DIM), 0.0)
+    s = tl.load(state + slot * size + place, stored(slot, entry, is_value, KEY_DIM), 0.0)
     shared = head // (value_heads // key_heads) * KEY_DIM
     # A chunk ends at the border of the snapshot, so that the state there is known.
     to = tl.load(snapshot + seq)
@@ -287,10 +287,10 @@ def delta_rule_by_chunks_kernel(
         left = key * tl.exp(whole - total)[:, None]
         s = tl.dot(tl.trans(left), delta, s * tl.exp(whole), input_precision=PRECISION)
         if chunk == before - 1:
-            kept = _state(to, entry, is_value, KEY_DIM)
+            kept = stored(to, entry, is_value, KEY_DIM)
             tl.store(state + to * size + place, s, kept)
     to = tl.load(write + seq)
-    tl.store(state + to * size + place, s, _state(to, entry, is_value, KEY_DIM))
+    tl.store(state + to * size + place, s, stored(to, entry, is_value, KEY_DIM))
 
 
 def gated_delta_rule(

@@ -199,8 +199,9 @@ def _names(model: Architecture) -> Iterator[tuple[str, int, bool]]:
         yield from _of_module(module, 0, False)
     for index, layer in enumerate(model.layers):
         heads = {}
-        if isinstance(layer.mixer, Attention):
-            heads = {"q_proj": layer.mixer.heads, "k_proj": layer.mixer.kv_heads}
+        for mixer in layer.mixers:
+            if isinstance(mixer, Attention):
+                heads = {"q_proj": mixer.heads, "k_proj": mixer.kv_heads}
         for linear in layer.linears:
             yield from _of_module(
                 model.module(index, linear.name), heads.get(linear.leaf, 0), False

@@ -22,16 +22,18 @@ Mixer = AnyAttention | Recurrent
 
 @dataclass(frozen=True)
 class Layer:
-    """A decoder layer: a mixer, then an MLP or a mixture, each added to the residual stream.
+    """A decoder layer: mixers, then an MLP or a mixture, each added to the residual stream.
 
-    mixer: attention, or what the layer has instead.
+    mixers: attention, or what the layer has instead. Several read the same, and are added together;
+        a layer that is only an MLP has none.
+    mlp: None in a layer that has only mixers.
     pre_attention, pre_mlp: norms of what each reads; None if it reads the residual as it is.
     post_attention, post_mlp: norms of what each adds to the residual; None for none.
     parallel: whether attention and MLP both read ``pre_attention``'s output.
     """
 
-    mixer: Mixer
-    mlp: Mlp | Mixture
+    mixers: tuple[Mixer, ...]
+    mlp: Mlp | Mixture | None
     pre_attention: str | None = "input_layernorm"
     post_attention: str | None = None
     pre_mlp: str | None = "post_attention_layernorm"
@@ -41,7 +43,8 @@ class Layer:
     @cached_property
     def groups(self) -> tuple[LinearGroup, ...]:
         """The linear layers that every token passes, in the order in which they are computed."""
-        return (*self.mixer.groups, *self.mlp.groups)
+        mlp = () if self.mlp is None else self.mlp.groups
+        return (*(group for mixer in self.mixers for group in mixer.groups), *mlp)
 
     @property
     def expert_groups(self) -> tuple[LinearGroup, ...]:
@@ -57,12 +60,13 @@ class Layer:
     @property
     def tensors(self) -> Iterator[str]:
         """Tensors other than those of norms and linear layers, which are kept in float32."""
-        yield from self.mixer.tensors
+        for mixer in self.mixers:
+            yield from mixer.tensors
         if isinstance(self.mlp, Mixture):
             yield from self.mlp.router.tensors
             if self.mlp.shared_gate is not None:
                 yield self.mlp.shared_gate + ".weight"
-        elif self.mlp.xielu is not None:
+        elif self.mlp is not None and self.mlp.xielu is not None:
             yield from self.mlp.xielu.tensors
 
 
@@ -107,12 +111,16 @@ class Architecture:
     @cached_property
     def attentions(self) -> tuple[AnyAttention, ...]:
         """The attention of the layers that have it, in their order."""
-        return tuple(each.mixer for each in self.layers if isinstance(each.mixer, AnyAttention))
+        return tuple(each for each in self._mixers if isinstance(each, AnyAttention))
 
     @cached_property
     def recurrents(self) -> tuple[Recurrent, ...]:
-        """What the other layers have instead, in their order."""
-        return tuple(each.mixer for each in self.layers if not isinstance(each.mixer, AnyAttention))
+        """What layers have instead of attention or beside it, in their order."""
+        return tuple(each for each in self._mixers if not isinstance(each, AnyAttention))
+
+    @property
+    def _mixers(self) -> Iterator[Mixer]:
+        return (mixer for layer in self.layers for mixer in layer.mixers)
 
     @cached_property
     def plain_attentions(self) -> tuple[Attention, ...]:
@@ -130,8 +138,9 @@ class Architecture:
         return {
             self.module(index, linear.name): linear
             for index, layer in enumerate(self.layers)
-            if isinstance(layer.mixer, LatentAttention)
-            for linear in layer.mixer.expand.linears
+            for mixer in layer.mixers
+            if isinstance(mixer, LatentAttention)
+            for linear in mixer.expand.linears
         }
 
     @cached_property
@@ -169,7 +178,7 @@ class Architecture:
         found = []
         for index, layer in enumerate(self.layers):
             names = [layer.pre_attention, layer.post_attention, layer.pre_mlp, layer.post_mlp]
-            names += layer.mixer.norms
+            names += [name for mixer in layer.mixers for name in mixer.norms]
             found += [self.module(index, name) for name in names if name is not None]
         return (*found, self.final_norm)
 

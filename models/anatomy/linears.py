@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 
@@ -126,11 +126,14 @@ class LinearGroup:
 
     name: of the weight that holds them all.
     fold: None if what produces the input is not linear in each of its outputs.
+    multipliers: of the outputs, with what adapters add to them: runs of so many, each multiplied by
+        the same, one after the other; none for 1.
     """
 
     name: str
     linears: tuple[Linear, ...]
     fold: Fold | None = None
+    multipliers: tuple[tuple[int, float], ...] = ()
 
     @property
     def out(self) -> int:
@@ -139,6 +142,13 @@ class LinearGroup:
     @property
     def inputs(self) -> int:
         return self.linears[0].inputs
+
+    def multiplied(self, *runs: tuple[int, float]) -> LinearGroup:
+        """This group with these ``multipliers``."""
+        first = runs[0][1]
+        if any(value != first for _, value in runs):
+            return replace(self, multipliers=runs)
+        return self if first == 1 else replace(self, multipliers=((self.out, first),))
 
     @property
     def module(self) -> str:

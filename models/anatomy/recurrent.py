@@ -139,10 +139,12 @@ class StateSpace:
     taps: tokens that the convolution sees, the newest included.
     input: computes the output gate ``z``, ``x``, ``B``, ``C``, and for each head ``dt``, side by
         side.
-    output: reads what is read, times ``silu(z)``, then normed: an RMSNorm of each key group's part.
+    output: reads what is read, times ``silu(z)``, then normed, if there is a norm: an RMSNorm of
+        each key group's part.
     conv: the module of its weight ``(channels, 1, taps)`` and, if ``bias``, bias ``(channels,)``.
     decay, skip, time_bias: tensors ``(heads,)``: ``A_log``, ``D`` and ``dt_bias``.
-    norm: a tensor ``(heads · head_dim,)``, the norm's weight; norm_eps: its epsilon.
+    norm: a tensor ``(heads · head_dim,)``, the norm's weight, None for no norm; norm_eps: its
+        epsilon.
     """
 
     heads: int
@@ -158,7 +160,7 @@ class StateSpace:
     decay: str = "mamba.A_log"
     skip: str = "mamba.D"
     time_bias: str = "mamba.dt_bias"
-    norm: str = "mamba.norm.weight"
+    norm: str | None = "mamba.norm.weight"
 
     @property
     def values(self) -> int:
@@ -184,7 +186,8 @@ class StateSpace:
     def tensors(self) -> tuple[str, ...]:
         """Tensors other than those of norms of hidden states and linear layers."""
         convolution = (self.conv + ".weight", *([self.conv + ".bias"] if self.bias else ()))
-        return (*convolution, self.decay, self.skip, self.time_bias, self.norm)
+        norm = () if self.norm is None else (self.norm,)
+        return (*convolution, self.decay, self.skip, self.time_bias, *norm)
 
     @property
     def norms(self) -> tuple[str, ...]:

@@ -82,7 +82,7 @@ def test_one_layer_without_a_window_among_many_costs_no_more_than_sixteen_groups
 def test_layers_of_different_shapes_are_one_group() -> None:
     architecture = architecture_of(gemma3("270m"))
     first, *others = architecture.layers
-    wider = replace(first, mixer=replace(architecture.attentions[0], head_dim=512))
+    wider = replace(first, mixers=(replace(architecture.attentions[0], head_dim=512),))
     layout = KVCacheLayout.of(
         replace(architecture, layers=(wider, *others)), EngineConfig(), 32_768
     )

@@ -52,7 +52,8 @@ def test_every_output_is_some_ranks_and_only_shared_kv_heads_are_of_several(size
 def test_a_part_has_the_outputs_of_its_rank_and_all_inputs() -> None:
     part = TensorParallel(1, 4).part_of(architecture())
     (layer,) = part.layers
-    assert (layer.mixer.heads, layer.mixer.kv_heads) == (3, 1)
+    (mixer,) = layer.mixers
+    assert (mixer.heads, mixer.kv_heads) == (3, 1)
     sizes = {linear.leaf: (linear.out, linear.inputs) for linear in layer.linears}
     assert sizes["q_proj"] == (48, 96)
     assert sizes["v_proj"] == (16, 96)

@@ -76,6 +76,13 @@ def scan_state() -> Tensor:
     return delta_state()
 
 
+# (heads, key groups, state dim, head dim); a few heads of each group.
+PUBLISHED = {
+    "Granite 4, Bamba": (4, 1, 128, 64),
+    "Falcon-H1": (4, 2, 256, 64),
+    "Falcon-H1 34B": (2, 2, 256, 128),
+    "Nemotron-H": (8, 4, 128, 64),
+}
 # A decode, a prompt's beginning with a snapshot within it, one that goes on from another slot and
 # keeps its own end, a short one, and padding, which keeps nothing.
 MIXED = batch(
@@ -246,6 +253,19 @@ def test_the_gpu_delta_rule_is_its_reference(triton: Backend, dtype: torch.dtype
     torch.testing.assert_close(state, expected_state, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.slow)]
+)
+def test_the_gpu_scan_is_its_reference(triton: Backend, dtype: torch.dtype) -> None:
+    inputs = scan_inputs(TOKENS, dtype)
+    expected_state, state = scan_state(), scan_state()
+    expected = recurrent.state_space_scan(*inputs, expected_state, MIXED)
+    found = triton.state_space_scan(*inputs, state, MIXED)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(state, expected_state, rtol=1e-5, atol=1e-5)
+    assert not torch.equal(state[4], scan_state()[4]), "no snapshot was kept"
+
+
 # Two prompts in chunks, one with a border that ends no chunk, beside a decode and a short prompt.
 LONG = batch(
     [70, 1, 100, 31, 32], [-1, 0, 5, -1, 2], [1, 0, 3, 2, -1], [4, -1, -1, -1, -1], [45, 1, 1, 1, 1]
@@ -260,3 +280,67 @@ def test_the_gpu_delta_rule_in_chunks_is_its_reference(triton: Backend) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(state, expected_state, rtol=1e-4, atol=1e-5)
     assert not torch.equal(state[4], delta_state()[4]), "no snapshot was kept"
+
+
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(torch.bfloat16, marks=pytest.mark.slow), torch.float32]
+)
+def test_the_gpu_scan_in_chunks_is_its_reference(triton: Backend, dtype: torch.dtype) -> None:
+    inputs = scan_inputs(234, dtype)
+    expected_state, state = scan_state(), scan_state()
+    expected = recurrent.state_space_scan(*inputs, expected_state, LONG)
+    # As a layer has them: parts of one row.
+    values, keys = VALUE_HEADS * VALUE_DIM, KEY_HEADS * KEY_DIM
+    mixed = torch.cat([each.flatten(1) for each in inputs[:3]], dim=1)
+    x, b, c = mixed.split([values, keys, keys], dim=1)
+    found = triton.state_space_scan(
+        x.view(-1, VALUE_HEADS, VALUE_DIM),
+        b.view(-1, KEY_HEADS, KEY_DIM),
+        c.view(-1, KEY_HEADS, KEY_DIM),
+        *inputs[3:],
+        state,
+        LONG,
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(state, expected_state, rtol=1e-4, atol=1e-4)
+    assert not torch.equal(state[4], scan_state()[4]), "no snapshot was kept"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("heads", "groups", "state_dim", "head_dim"), PUBLISHED.values(), ids=PUBLISHED
+)
+def test_the_gpu_scan_is_its_reference_at_published_sizes(
+    triton: Backend, heads: int, groups: int, state_dim: int, head_dim: int
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(100, *shape, generator=generator).bfloat16()
+
+    inputs = random(heads, head_dim), random(groups, state_dim), random(groups, state_dim)
+    dt = random(heads).float().exp()
+    state = torch.randn(3, heads, state_dim, head_dim, generator=generator)
+    expected_state = state.clone()
+    rows = batch([97, 3], [-1, 0], [1, 0], [2, -1], [64, 1])
+    g = -dt * torch.rand(heads, generator=generator)
+    expected = recurrent.state_space_scan(*inputs, dt, g, expected_state, rows)
+    found = triton.state_space_scan(*inputs, dt, g, state, rows)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(state, expected_state, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_gpu_gated_norm_is_its_reference(
+    triton: Backend, dtype: torch.dtype, groups: int
+) -> None:
+    generator = torch.Generator().manual_seed(groups)
+    x, gate = torch.randn(2, 7, 96, generator=generator).unbind(0)
+    weight = torch.randn(96, generator=generator).to(dtype)
+    gate = torch.cat((gate, gate), dim=1).to(dtype)[:, :96]  # a part of a row
+    expected = recurrent.gated_rms_norm(x, gate, weight, groups, 1e-5)
+    found = triton.gated_rms_norm(x, gate, weight, groups, 1e-5)
+    # The interpreter cuts both roundings off.
+    tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=1e-5)

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -88,6 +89,15 @@ YARN = {
     "beta_fast": 32,
     "beta_slow": 1,
 }
+NEMOTRON_SPACE = {
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 16,
+    "n_groups": 2,
+    "ssm_state_size": 16,
+    "chunk_size": 16,
+    # Below it transformers clamps what prompts decay by, and not what answers do.
+    "time_step_min": 1e-30,
+}
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama with biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
@@ -161,6 +171,53 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
             "shared_intermediate_size": 64,
             "layer_types": ["linear_attention", "full_attention", "linear_attention"],
             "residual_multiplier": 0.7,
+        },
+    ),
+    "bamba": ("bamba", {**STATE_SPACE, "head_dim": 16, "attn_layer_indices": [1]}),
+    "falcon_h1": (
+        "falcon_h1",
+        {
+            **STATE_SPACE,
+            "head_dim": 16,
+            "mamba_d_ssm": 128,
+            "embedding_multiplier": 1.5,
+            "lm_head_multiplier": 0.5,
+            "mlp_multipliers": [0.7, 1.3],
+            "key_multiplier": 0.8,
+            "attention_in_multiplier": 1.2,
+            "attention_out_multiplier": 0.9,
+            "ssm_multipliers": [0.7, 0.8, 0.9, 1.1, 1.2],
+            "ssm_in_multiplier": 1.25,
+            "ssm_out_multiplier": 0.6,
+        },
+    ),
+    "falcon_h1 with norms": (
+        "falcon_h1",
+        {
+            **STATE_SPACE,
+            "head_dim": 16,
+            "mamba_d_ssm": 128,
+            "mamba_rms_norm": True,
+            "mamba_norm_before_gate": False,
+            "projectors_bias": True,
+            "mlp_bias": True,
+        },
+    ),
+    "nemotron_h": (
+        "nemotron_h",
+        {
+            **NEMOTRON_SPACE,
+            "layers_block_type": ["linear_attention", "mlp", "full_attention", "mlp"],
+        },
+    ),
+    "nemotron_h with mixtures": (
+        "nemotron_h",
+        {
+            **NEMOTRON_SPACE,
+            **GLM_EXPERTS,
+            "layers_block_type": ["linear_attention", "moe", "full_attention", "moe"],
+            "moe_shared_expert_intermediate_size": 64,
+            "routed_scaling_factor": 1.5,
         },
     ),
     "olmo2": ("olmo2", {}),
@@ -473,6 +530,24 @@ def test_state_spaces_are_refused_by_the_settings_that_nothing_computes() -> Non
     alone = AutoConfig.for_model("granitemoehybrid", **settings | {"layer_types": ["mamba"] * 2})
     with pytest.raises(UnsupportedModelError, match="no layer has attention"):
         architecture_of(alone)
+    normed = AutoConfig.for_model("falcon_h1", mamba_rms_norm=True, mamba_norm_before_gate=True)
+    with pytest.raises(UnsupportedModelError, match="mamba_norm_before_gate is True"):
+        architecture_of(normed)
+    with pytest.raises(UnsupportedModelError, match="multiple of its 3 groups"):
+        architecture_of(AutoConfig.for_model("bamba", attn_layer_indices=[1], mamba_n_groups=3))
+    experts = {"layers_block_type": ["moe", "full_attention"], "moe_latent_size": 64}
+    with pytest.raises(UnsupportedModelError, match="moe_latent_size is 64"):
+        architecture_of(AutoConfig.for_model("nemotron_h", **experts))
+
+
+def test_nemotron_h_is_read_under_the_names_of_published_checkpoints(
+    folder_of: Callable[[str], Path],
+) -> None:
+    folder = folder_of("nemotron_h")
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        assert "backbone.layers.0.mixer.A_log" in set(file.keys())
+    names = {name for name, _ in open_checkpoint(folder).weights()}
+    assert {"model.embeddings.weight", "model.layers.0.mixer.A_log", "model.norm_f.weight"} <= names
 
 
 @pytest.fixture(autouse=True)
@@ -548,15 +623,15 @@ def test_norms_in_bfloat16_round_as_those_of_transformers(row: str) -> None:
     norms = {architecture.final_norm: (config.hidden_size,)}
     latent = {}  # norms of latents, with their epsilons
     for index, layer in enumerate(architecture.layers):
-        about = layer.mixer
         hidden = (layer.pre_attention, layer.post_attention, layer.pre_mlp, layer.post_mlp)
         shapes = {name: (config.hidden_size,) for name in hidden if name is not None}
-        if isinstance(about, LatentAttention):
-            shapes.update((name, (about.norm_size(name),)) for name in about.norms)
-            latent |= {architecture.module(index, name): about.norm_eps for name in about.norms}
-        if isinstance(about, Attention) and about.qk_norm is not None:
-            shapes[about.q_norm] = about.norm_shape(about.heads)
-            shapes[about.k_norm] = about.norm_shape(about.kv_heads)
+        for about in layer.mixers:
+            if isinstance(about, LatentAttention):
+                shapes.update((name, (about.norm_size(name),)) for name in about.norms)
+                latent |= {architecture.module(index, name): about.norm_eps for name in about.norms}
+            if isinstance(about, Attention) and about.qk_norm is not None:
+                shapes[about.q_norm] = about.norm_shape(about.heads)
+                shapes[about.k_norm] = about.norm_shape(about.kv_heads)
         norms.update((architecture.module(index, name), shape) for name, shape in shapes.items())
     assert norms.keys() == set(architecture.norms)
     generator = torch.Generator().manual_seed(0)
@@ -641,6 +716,8 @@ def test_an_adapter_trained_by_peft_gives_its_outputs(
     )
     # Of a mixture, peft adapts its parameters too: those of stacked experts.
     targets = list(architecture_of(base.config).linear_leaves)
+    if base.config.model_type in ("falcon_h1", "nemotron_h"):
+        targets.remove("out_proj")  # peft refuses it: the fused kernel of training passes it by
     adapted = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules=targets))
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
