@@ -334,7 +334,9 @@ class EngineThread(threading.Thread):
                 sequence.acceptance.accepted += len(tokens) - 1
             if item.proposal is not None and (speculation := self._scheduler.speculation):
                 found = [token[0] for token in tokens if not isinstance(token, NoTokenError)]
-                speculation.observe_tokens(item.proposal, found, sequence.acceptance)
+                speculation.observe_tokens(
+                    item.proposal, len(item.draft), found, sequence.acceptance
+                )
             stream = self._streams[sequence.request_id][1]
             finished, taken = False, 0
             for token in tokens:

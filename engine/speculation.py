@@ -45,7 +45,7 @@ _OWN, _COMMON = 0.3, 0.33
 _OUTLIER = 4.0
 # A step with drafts must promise so many more tokens for each sequence than one without: the most
 # promising of several estimates is too high on average.
-_MARGIN = 0.03
+_MARGIN = 0.05
 
 # What is taken for a chance until it is known has the weight of so many observations. An
 # observation's weight falls with each later one.
@@ -54,9 +54,12 @@ _GUESS_WEIGHT, _KEPT = 8.0, 0.98
 _ANY_GUESS = 0.6
 # A sequence's own chances differ from those of all by what it got over what was to be expected;
 # both begin with so many tokens.
-_CAUTION, _OWN_KEPT, _HIGHEST = 1.0, 0.95, 0.98
+_CAUTION, _OWN_KEPT, _HIGHEST = 3.0, 0.95, 0.98
+# The drafts that are verified are those of which most is expected, so that less comes of them than
+# that: which share is learned. What is known of it fades with every token that was expected.
+_KEPT_WEIGHT, _KEPT_FADES = 10.0, 0.98
 # Of the time in which drafting does not pay, what is spent on drafts to learn from.
-_TRIAL_SHARE = 0.01
+_TRIAL_SHARE = 0.005
 # Tokens that a sequence is taken to still get, unless it may get fewer or got more already.
 _USUAL_REST = 256
 
@@ -186,6 +189,7 @@ class Speculation:
         self._drafter = drafter
         self._adaptive = adaptive
         self._costs = StepCosts()
+        self._came = self._hoped = 0.0  # tokens of verified drafts, and what was expected of them
         self._odds = Odds(drafter.first_guess)
         self._drafting = 0.0  # seconds of this step
         self._without = 0.0  # seconds of steps since anything was drafted
@@ -239,13 +243,20 @@ class Speculation:
             self._without += seconds
         self._drafting = 0.0
 
-    def observe_tokens(self, draft: Draft, tokens: Several[int], acceptance: Acceptance) -> None:
+    def observe_tokens(
+        self, draft: Draft, verified: int, tokens: Several[int], acceptance: Acceptance
+    ) -> None:
         """Learn from the tokens that followed where ``draft`` was proposed (one or more).
 
-        draft: all of it, whether it was verified or not.
+        draft: all of it, of which the first ``verified`` tokens were.
         """
         if not self._adaptive:
             return
+        if verified:
+            hoped = sum(self._chances(draft.first(verified), acceptance))
+            fading = _KEPT_FADES**hoped
+            self._hoped = fading * self._hoped + hoped
+            self._came = fading * self._came + len(tokens) - 1
         for token, grade, found in zip(draft.tokens, draft.grades, tokens, strict=False):
             acceptance.observe(self._odds.of(grade), token == found)
             self._odds.observe(grade, token == found)
@@ -262,11 +273,19 @@ class Speculation:
                 lengths.append(min(len(draft.tokens), budget))
                 budget -= lengths[-1]
             return lengths
-        chances = []
-        for draft, acceptance in drafts:
-            own = (acceptance.chance(self._odds.of(grade)) for grade in draft.grades)
-            chances.append(list(accumulate(own, mul)))
+        kept = self._kept
+        chances = [[kept * own for own in self._chances(*each)] for each in drafts]
         return draft_lengths(self._costs, rows, decoding, chances, budget)
+
+    @property
+    def _kept(self) -> float:
+        """What comes of verified drafts, over what was expected."""
+        return min((self._came + _KEPT_WEIGHT) / (self._hoped + _KEPT_WEIGHT), 1.0)
+
+    def _chances(self, draft: Draft, acceptance: Acceptance) -> list[float]:
+        """Of each token of a draft, that it and all before it are accepted."""
+        own = (acceptance.chance(self._odds.of(grade)) for grade in draft.grades)
+        return list(accumulate(own, mul))
 
     def _limits(
         self,

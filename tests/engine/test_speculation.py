@@ -117,14 +117,14 @@ def test_a_step_that_was_measured_wrongly_is_measured_again(
     decides._without = 0.0  # the time from here on
     sequence = repeating()
     verified = []
-    for _ in range(1000):
+    for _ in range(2000):
         ((draft, length),) = decides.propose(1, 1, {sequence: 99}, 99).values()
         verified.append(length)
-        decides.observe_tokens(draft, [5] * (length + 1), sequence.acceptance)
+        decides.observe_tokens(draft, length, [5] * (length + 1), sequence.acceptance)
         decides.observe(1 + length, 0.010 + 0.0005 * length)
-    # A draft of eight may take as long as eight steps: a hundredth of the time is one in 800.
+    # A draft of eight may take as long as eight steps: half a hundredth of the time is one in 1600.
     first = next(step for step, length in enumerate(verified) if length)
-    assert first == pytest.approx(100 * verified[first], abs=10)
+    assert first == pytest.approx(200 * verified[first], abs=10)
     assert verified[-1] == verified[first]
 
 
@@ -196,8 +196,8 @@ def test_matches_of_a_length_that_mostly_fail_are_not_verified_in_any_sequence()
     decides = speculation()
     short, long = Match((1, 2, 3, 4), agreeing=2).draft(), Match((1, 2, 3, 4), agreeing=20).draft()
     for _ in range(40):
-        decides.observe_tokens(short, [9], Acceptance())
-        decides.observe_tokens(long, [1, 2, 3, 4, 9], Acceptance())
+        decides.observe_tokens(short, 0, [9], Acceptance())
+        decides.observe_tokens(long, 4, [1, 2, 3, 4, 9], Acceptance())
     assert decides.lengths(1, 1, [(short, Acceptance())], 99) == [0]
     assert decides.lengths(1, 1, [(long, Acceptance())], 99) == [4]
 
@@ -206,10 +206,10 @@ def test_what_is_not_verified_teaches_too_so_that_drafts_come_back() -> None:
     decides, own = speculation(), Acceptance()
     draft = Match((1, 2, 3, 4), agreeing=3).draft()
     for _ in range(40):
-        decides.observe_tokens(draft, [9], own)
+        decides.observe_tokens(draft, 0, [9], own)
     assert decides.lengths(1, 1, [(draft, own)], 99) == [0]
     for _ in range(80):  # the first token alone is seen, and is what was sampled
-        decides.observe_tokens(draft, [1], own)
+        decides.observe_tokens(draft, 0, [1], own)
     assert decides.lengths(1, 1, [(draft, own)], 99)[0] > 0
 
 
@@ -217,8 +217,25 @@ def test_a_sequence_that_repeats_more_than_others_has_better_chances() -> None:
     decides, repeats = speculation(), Acceptance()
     draft = Match((1, 2), agreeing=3).draft()
     for number in range(60):
-        decides.observe_tokens(draft, [9], Acceptance())
+        decides.observe_tokens(draft, 0, [9], Acceptance())
         if number % 6 == 0:
-            decides.observe_tokens(draft, [1, 2, 9], repeats)
+            decides.observe_tokens(draft, 2, [1, 2, 9], repeats)
     assert decides.lengths(1, 1, [(draft, Acceptance())], 99) == [0]
     assert decides.lengths(1, 1, [(draft, repeats)], 99) == [2]
+
+
+def test_drafts_of_which_less_comes_than_was_expected_are_verified_less() -> None:
+    """Those are verified that promise most, and of such more is expected than comes."""
+    decides, draft = speculation(), Match((1,), agreeing=20).draft()
+    for _ in range(20):
+        for _ in range(3):  # as if it had been thought not to pay
+            decides.observe_tokens(draft, 0, [1], Acceptance())
+        assert decides.lengths(1, 1, [(draft, Acceptance())], 99) == [1]
+    for _ in range(40):
+        for _ in range(3):
+            decides.observe_tokens(draft, 0, [1], Acceptance())
+        decides.observe_tokens(draft, 1, [9], Acceptance())
+    assert decides.lengths(1, 1, [(draft, Acceptance())], 99) == [0]
+    for _ in range(200):
+        decides.observe_tokens(draft, 1, [1, 2], Acceptance())
+    assert decides.lengths(1, 1, [(draft, Acceptance())], 99) == [1]
