@@ -45,7 +45,7 @@ _OWN, _COMMON = 0.3, 0.33
 _OUTLIER = 4.0
 # A step with drafts must promise so many more tokens for each sequence than one without: the most
 # promising of several estimates is too high on average.
-_MARGIN = 0.05
+_MARGIN = 0.03
 
 # What is taken for a chance until it is known has the weight of so many observations. An
 # observation's weight falls with each later one.

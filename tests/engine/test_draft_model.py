@@ -342,5 +342,5 @@ def test_passes_count_as_much_as_they_take() -> None:
     # A token more with a chance of .8 takes half a step: 1 / 10, 1.8 / 15, 2.44 / 20, 2.95 / 25.
     assert draft_lengths(steps, 1, 1, [[0.8, 0.64, 0.512]], 99, passes) == [2]
     assert draft_lengths(steps, 1, 1, [[0.4, 0.16, 0.064]], 99, passes) == [0]
-    # One pass serves both: 3.2 / 15 is more than 2 / 10.
-    assert draft_lengths(steps, 2, 2, [[0.5], [0.7]], 99, passes) == [1, 1]
+    # One pass serves both: 3.1 / 15 is more than 2 / 10.
+    assert draft_lengths(steps, 2, 2, [[0.5], [0.6]], 99, passes) == [1, 1]
