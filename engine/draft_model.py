@@ -34,11 +34,6 @@ def check_speculation(target: Checkpoint, draft: Checkpoint | None, config: Engi
             "give it as draft_model"
         )
     served = architecture_of(target.config)
-    if served.recurrents and config.speculate != "off":
-        raise ValueError(
-            f"speculate is {config.speculate!r}, expected 'off': {served.family} models have "
-            "layers whose states cannot be taken back to before a draft"
-        )
     if draft is None:
         if config.speculate == "draft":
             raise ValueError(
