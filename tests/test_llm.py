@@ -419,7 +419,10 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"speculate": "maybe"}, "speculate is 'maybe', expected one of off, ngram, draft, auto"),
+        (
+            {"speculate": "maybe"},
+            "speculate is 'maybe', expected one of off, ngram, draft, mtp, auto",
+        ),
         ({"kv_cache_dtype": "int4"}, "kv_dtype is 'int4', expected one of auto, int8, fp8"),
         ({"dtype": "float8"}, "dtype is 'float8', expected one of auto, bfloat16"),
         ({"quantize": "awq"}, "quantize is 'awq', expected one of None, nf4"),

@@ -47,6 +47,9 @@ def doctor(
             min=1,
         ),
     ] = None,
+    speculate: Annotated[
+        Literal["mtp"] | None, typer.Option(help="See whether its MTP head fits too.")
+    ] = None,
     draft_model: Annotated[
         str | None, typer.Option(help="See whether this draft model fits beside it.")
     ] = None,
@@ -76,6 +79,7 @@ def doctor(
                 max_num_seqs=sequences,
                 max_batched_tokens=default_batched_tokens(found, sequences),
                 max_model_len=max_model_len,
+                speculate=speculate or "off",
             )
             needed = max_num_seqs or 1
             plan = Plan(model, config, aliases, quantize, head, needed, draft_model, draft_quantize)
