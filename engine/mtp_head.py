@@ -61,7 +61,10 @@ class MtpModule:
                 backend=target.backend,
             )
         except ValueError as error:
-            raise CheckpointError(f"the MTP head of {checkpoint.folder}: {error}") from error
+            hint = ""
+            if checkpoint.architecture.has_experts and device.type == "cuda":
+                hint = " (--draft-quantize nf4 rounds a head in 16 bits alone)"
+            raise CheckpointError(f"the MTP head of {checkpoint.folder}: {error}{hint}") from error
 
         def refused(name: str, expected: str) -> CheckpointError:
             return CheckpointError(f"the MTP head of {checkpoint.folder}: {name} is not {expected}")

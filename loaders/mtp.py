@@ -13,6 +13,7 @@ from transformers import PretrainedConfig
 
 from nybble.loaders.checkpoint import Checkpoint, FolderCheckpoint, Weight
 from nybble.loaders.errors import CheckpointError
+from nybble.loaders.experts import open_shards
 from nybble.loaders.footprint import weight_bytes
 from nybble.loaders.shards import Shards
 from nybble.models import Architecture, Mtp, UnsupportedModelError
@@ -77,16 +78,19 @@ def open_mtp(checkpoint: Checkpoint) -> MtpCheckpoint:
                 else ""
             )
         )
-    found = set(_own(checkpoint, about))
-    if not found:
+    if not has_mtp(checkpoint):
         raise CheckpointError(
             f"{folder} has no MTP head: no tensor's name begins with {about.prefixes[0]} (copies "
             "of a model in other formats often leave it out)"
         )
+    shards = open_shards(folder, architecture)
     for module in (about.embedding_norm, about.hidden_norm, about.norm, about.join):
-        if not any(name.startswith(module + ".") for name in found):
+        if module not in shards.modules:
             raise CheckpointError(f"{folder} has no tensor {module}.weight, which MTP heads have")
-    source = FolderCheckpoint(folder, checkpoint.config, checkpoint.quantization, architecture)
+    format = checkpoint.quantization
+    if format is not None and not any(map(format.owns, shards.modules.values())):
+        format = None  # the head was left in 16 bits
+    source = FolderCheckpoint(folder, checkpoint.config, format, architecture)
     return MtpCheckpoint(source, about, architecture)
 
 

@@ -29,7 +29,8 @@ def stored_draft(
 
     ``mtp`` asks for the model's own head, and ``auto`` takes it if there is one.
 
-    name: of a draft model or an EAGLE-3 head. quantize: how a draft model is to be rounded.
+    name: of a draft model or an EAGLE-3 head. quantize: how a draft model or an MTP head is to be
+        rounded.
 
     Raises what opening it does, and ValueError if it cannot draft for the model as the config asks.
     """
@@ -41,6 +42,11 @@ def stored_draft(
         config.speculate == "auto" and config.tensor_parallel_size == 1 and has_mtp(model)
     ):
         draft = open_mtp(model)
+    elif quantize is not None:
+        raise ValueError(
+            f"draft_quantize is {quantize!r}, expected None: neither a draft model nor an MTP head "
+            "is to draft"
+        )
     check_speculation(model, draft, config)
     return draft
 
@@ -58,8 +64,8 @@ def prepared_draft(
 ) -> Checkpoint | None:
     """What drafts for the model called ``model``, to be loaded; see :func:`stored_draft`.
 
-    model_quantize: how the model is rounded, which its own head is too. That is done at each start:
-        a head is not in the cache of packed models.
+    model_quantize: how the model is rounded, which its own head is too if it has 16 bits. That is
+        done at each start: a head is not in the cache of packed models.
     """
     if name is not None:
         return prepare_checkpoint(
@@ -68,6 +74,7 @@ def prepared_draft(
     head = stored_draft(opened(model, aliases=aliases), config)
     if not isinstance(head, MtpCheckpoint):
         return head
-    if model_quantize is None or not can_be_rounded(head.source):
+    rounding = quantize or model_quantize
+    if rounding is None or not can_be_rounded(head.source):
         return head
-    return replace(head, source=InFlight(head.source, layers=model_quantize))
+    return replace(head, source=InFlight(head.source, layers=rounding))

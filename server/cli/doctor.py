@@ -211,7 +211,8 @@ def _model(plan: Plan, memory: Callable[[torch.device], int] | None) -> Iterator
         drafts = 0
         if draft is not None:
             if isinstance(draft, MtpCheckpoint):  # rounded like the model
-                rounded, own_head = plan.quantize is not None, False
+                rounded = (plan.draft_quantize or plan.quantize) is not None
+                own_head = False
             else:
                 demo_drafts = plan.draft == DEMO and draft.format == "none"
                 rounded = plan.draft_quantize is not None or demo_drafts
@@ -247,7 +248,7 @@ def _model(plan: Plan, memory: Callable[[torch.device], int] | None) -> Iterator
 def _draft(plan: Plan, checkpoint: Checkpoint) -> Checkpoint | None:
     """Raises ValueError if it cannot draft for the model."""
     if plan.draft is None:
-        return stored_draft(checkpoint, plan.config)
+        return stored_draft(checkpoint, plan.config, quantize=plan.draft_quantize)
     resolve_model(plan.draft, aliases=plan.aliases, download=False)
     config = replace(plan.config, speculate="auto")
     draft = stored_draft(

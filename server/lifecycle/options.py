@@ -140,7 +140,7 @@ class ModelOptions:
     ] = None
     draft_quantize: Annotated[
         Literal["nf4"] | None,
-        _model(help="Round a 16-bit draft model to 4 bits while loading."),
+        _model(help="Round a 16-bit draft model or MTP head to 4 bits while loading."),
     ] = None
     device: DeviceOption = "auto"
     dtype: DtypeOption = "auto"

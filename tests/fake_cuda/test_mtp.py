@@ -8,10 +8,12 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 from nybble.engine import Engine
 from nybble.loaders import open_checkpoint
-from nybble.loaders.mtp import open_mtp
+from nybble.quantizers import InFlight
+from nybble.quantizers.drafts import prepared_draft
 
 from .device import DEVICE, Device
 from .test_serving import GPU, _tokens, request
@@ -28,13 +30,12 @@ def test_drafts_change_no_answer_and_compile_nothing(
     config = replace(GPU, adapters=None, max_draft_tokens=2)
     answers = []
     for speculate in ("off", "mtp"):
-        model = open_checkpoint(folder)
-        engine = Engine.load(
-            model,
-            replace(config, speculate=speculate),
-            progress=False,
-            draft=open_mtp(model) if speculate == "mtp" else None,
+        drafting = replace(config, speculate=speculate)
+        draft = prepared_draft(
+            str(folder), drafting, device=torch.device("cpu"), model_quantize="nf4", progress=False
         )
+        model = InFlight(open_checkpoint(folder), layers="nf4")
+        engine = Engine.load(model, drafting, progress=False, draft=draft)
         DEVICE.computes = False
         engine.warm_up(progress=False)
         DEVICE.computes = True

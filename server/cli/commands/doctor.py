@@ -54,7 +54,8 @@ def doctor(
         str | None, typer.Option(help="See whether this draft model fits beside it.")
     ] = None,
     draft_quantize: Annotated[
-        Literal["nf4"] | None, typer.Option(help="Round a 16-bit draft model to 4 bits.")
+        Literal["nf4"] | None,
+        typer.Option(help="Round a 16-bit draft model or MTP head to 4 bits."),
     ] = None,
     aliases: AliasesOption = None,
 ) -> None:
