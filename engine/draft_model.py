@@ -55,11 +55,6 @@ def check_speculation(target: Checkpoint, draft: Checkpoint | None, config: Engi
         raise ValueError(
             f"speculate is {config.speculate!r}, expected {way!r} or 'auto' with {kind}"
         )
-    if config.tensor_parallel_size > 1:
-        raise ValueError(
-            f"tensor_parallel_size is {config.tensor_parallel_size}, expected 1 with {kind}: "
-            "ranks do not draft"
-        )
     if own:
         return
     device = resolve_device(config.device)

@@ -43,7 +43,11 @@ class MtpModule:
         def weights() -> Iterator[tuple[str, Stored]]:
             """Those of the layer, with the target's at its ends; others are put aside."""
             yield checkpoint.architecture.embedding + ".weight", target.embedding
-            yield checkpoint.architecture.head, target.base.head
+            # Of several ranks each has a part of the output layer, and one drafts.
+            whole = target.base.head.out_features == target.architecture.vocab
+            head = target.base.head if whole else checkpoint.output_layer()
+            if head is not None:
+                yield checkpoint.architecture.head, head
             for name, weight in checkpoint.weights():
                 if name in names or name in joins:
                     inputs[name] = weight

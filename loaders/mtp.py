@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from nybble.kernels import DenseWeight, PackedWeight
 from nybble.loaders.checkpoint import Checkpoint, FolderCheckpoint, Weight
 from nybble.loaders.errors import CheckpointError
 from nybble.loaders.experts import open_shards
 from nybble.loaders.footprint import weight_bytes
+from nybble.loaders.formats import format_of
 from nybble.loaders.shards import Shards
 from nybble.models import Architecture, Mtp, UnsupportedModelError
 
@@ -47,6 +49,14 @@ class MtpCheckpoint:
 
     def weights(self) -> Iterator[tuple[str, Weight]]:
         return self.source.weights()
+
+    def output_layer(self) -> PackedWeight | DenseWeight | None:
+        """The model's own, whole, as it is stored; None if it is tied to the embeddings."""
+        name, shards = self.architecture.head, Shards(self.folder)
+        if name not in shards.modules:
+            return None
+        whole = FolderCheckpoint(self.folder, self.config, format_of(self.folder))
+        return whole.projection(shards, name)
 
 
 def has_mtp(checkpoint: Checkpoint) -> bool:

@@ -38,9 +38,7 @@ def stored_draft(
     if name is not None:
         draft = opened(name, aliases=aliases)
         check_rounding(draft, quantize)
-    elif config.speculate == "mtp" or (
-        config.speculate == "auto" and config.tensor_parallel_size == 1 and has_mtp(model)
-    ):
+    elif config.speculate == "mtp" or (config.speculate == "auto" and has_mtp(model)):
         draft = open_mtp(model)
     elif quantize is not None:
         raise ValueError(
