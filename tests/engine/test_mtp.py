@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 from nybble import LLM
-from nybble.engine import Engine, EngineConfig, Request, SamplingParams, memory
+from nybble.engine import AdapterConfig, Engine, EngineConfig, Request, SamplingParams, memory
 from nybble.engine.drafter import Draft
 from nybble.engine.guide import GrammarCompiler
 from nybble.engine.head_drafter import HeadDrafter
@@ -305,6 +305,36 @@ def test_whatever_is_asked_the_answers_are_those_without_a_head(
     assert stats.draft_tokens > stats.accepted_tokens > 30
     assert stats.kv_blocks_free == stats.kv_blocks_total
     assert not drafter_of(drafting)._last
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["glm4_moe", "qwen3_5_text"])
+def test_drafts_by_the_base_verify_against_adapters(
+    trained_of: Callable[[str], Path],
+    tiny_mtp: ModuleType,
+    start: Callable[..., Engine],
+    tmp_path: Path,
+    family: str,
+) -> None:
+    """Beside a sequence without one, from whose prefix the adapter's is kept apart."""
+    folder = trained_of(family)
+    adapter = tiny_mtp.write_tiny_adapter(
+        tmp_path / "adapter", folder, target_modules=["q_proj", "v_proj", "o_proj"]
+    )
+    found = []
+    for mtp in (False, True):
+        engine = start(folder, mtp=mtp, adapters=AdapterConfig(slots=2, max_rank=4))
+        engine.load_adapter("a", str(adapter))
+
+        async def both(engine: Engine = engine) -> list[list[int]]:
+            return await asyncio.gather(
+                *(complete(engine, str(use), prompt(2, 26), use) for use in (None, "a"))
+            )
+
+        found.append([asyncio.run(both()), asyncio.run(both())])
+    assert found[0] == found[1]
+    assert found[0][0][0] != found[0][0][1], "the adapter says something else"
+    assert engine.stats().draft_tokens > 50
 
 
 @pytest.mark.parametrize("family", ["glm4_moe", "qwen3_5_text"])
