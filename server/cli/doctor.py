@@ -242,7 +242,7 @@ def _model(plan: Plan, memory: Callable[[torch.device], int] | None) -> Iterator
         yield Finding(subject, f"{draft.folder}: weights {gib(drafts)}")
     needed = plan.needed or plan.config.max_num_seqs
     free = memory or available_bytes
-    yield _fit(plan.config, architecture, draft, weights + drafts, needed, free)
+    yield _fit(_drafting(plan), architecture, draft, weights + drafts, needed, free)
 
 
 def _draft(plan: Plan, checkpoint: Checkpoint) -> Checkpoint | None:
@@ -250,9 +250,12 @@ def _draft(plan: Plan, checkpoint: Checkpoint) -> Checkpoint | None:
     if plan.draft is None:
         return stored_draft(checkpoint, plan.config, quantize=plan.draft_quantize)
     resolve_model(plan.draft, aliases=plan.aliases, download=False)
-    config = replace(plan.config, speculate="auto")
     draft = stored_draft(
-        checkpoint, config, plan.draft, aliases=plan.aliases, quantize=plan.draft_quantize
+        checkpoint,
+        _drafting(plan),
+        plan.draft,
+        aliases=plan.aliases,
+        quantize=plan.draft_quantize,
     )
     assert draft is not None
     if plan.draft_quantize and not can_be_rounded(draft):
@@ -260,6 +263,11 @@ def _draft(plan: Plan, checkpoint: Checkpoint) -> Checkpoint | None:
             f"{draft.folder} is quantized already ({draft.format}): leave --draft-quantize out"
         )
     return draft
+
+
+def _drafting(plan: Plan) -> EngineConfig:
+    """The config as `serve` would have it: a draft model implies that it drafts."""
+    return plan.config if plan.draft is None else replace(plan.config, speculate="auto")
 
 
 def _require_unrounded(plan: Plan, checkpoint: Checkpoint) -> None:
