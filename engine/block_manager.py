@@ -174,11 +174,15 @@ class BlockManager:
         self._references[block] = 1
         return block
 
-    def publish(self, sequence: CachedTokens, computed_before: int) -> None:
-        """Make what was computed since ``computed_before`` tokens findable by its prefix."""
+    def publish(self, sequence: CachedTokens, computed_before: int, accepted: int = 0) -> None:
+        """Make what was computed since ``computed_before`` tokens findable by its prefix.
+
+        accepted: how many tokens of a draft that was verified.
+        """
         if self.states is not None and (state := sequence.state) is not None:
             last = state.snapshot_tokens // self.block_size - 1
-            self.states.computed(state, self._hash(sequence, last) if state.snapshot >= 0 else None)
+            border = self._hash(sequence, last) if state.snapshot >= 0 else None
+            self.states.computed(state, border, accepted)
         if not self.prefix_caching:
             return
         first, last = (

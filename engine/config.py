@@ -11,7 +11,7 @@ from nybble.loaders.adapter import MAX_RANK
 
 _CHOICES = {
     "kv_dtype": ("auto", "int8", "fp8"),
-    "speculate": ("off", "ngram", "draft", "auto"),
+    "speculate": ("off", "ngram", "draft", "mtp", "auto"),
     "activations": ("auto", "int8"),
 }
 
@@ -74,8 +74,9 @@ class EngineConfig:
     max_waiting: requests queued beyond max_num_seqs before new ones are refused.
     prefix_caching: whether requests reuse KV blocks of earlier prompts with the same beginning.
     speculate: ``ngram`` verifies drafts found in each sequence's own tokens, ``draft`` those of a
-        draft model; ``auto`` those of the draft model if there is one, and only as many as steps
-        measured so far say are worth it; ``off`` none. Outputs are the same with each.
+        draft model, ``mtp`` those of a head that the model's checkpoint holds; ``auto`` those of
+        either if there is one, and only as many as steps measured so far say are worth it; ``off``
+        none. Outputs are the same with each.
     max_draft_tokens: the most draft tokens of a sequence in one step.
     deterministic: whether a request's logits are the same bit for bit alone and in any company.
         On a GPU that costs time: see docs/running.md.
@@ -100,7 +101,7 @@ class EngineConfig:
     max_model_len: int | None = None
     max_waiting: int = 256
     prefix_caching: bool = True
-    speculate: Literal["off", "ngram", "draft", "auto"] = "off"
+    speculate: Literal["off", "ngram", "draft", "mtp", "auto"] = "off"
     max_draft_tokens: int = 8
     deterministic: bool = False
     activations: Literal["auto", "int8"] = "auto"

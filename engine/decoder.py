@@ -72,6 +72,7 @@ class Decoder:
     """Computes hidden states and logits; holds weights and no per-sequence state.
 
     captures: layers whose inputs :meth:`forward` captures.
+    num_tokens: one more than the highest token id that can be sampled.
     """
 
     def __init__(
@@ -112,7 +113,7 @@ class Decoder:
                 f"computes in float16 or bfloat16 only; the dtype is {dtype}"
             )
         self._dtype = dtype
-        self._num_tokens = architecture.vocab if num_tokens is None else num_tokens
+        self.num_tokens = architecture.vocab if num_tokens is None else num_tokens
         self._weights: list[tuple[Weight, ...]] = []  # of each projection
         self._norm_tensors: dict[str, tuple[Tensor, Tensor | None]] = {}
         store = WeightStore(weights, architecture, device, dtype)
@@ -168,6 +169,7 @@ class Decoder:
         states: Sequence[States] = (),
         state_batch: StateBatch | None = None,
         captured: list[Tensor] | None = None,
+        embedded: Tensor | None = None,
     ) -> Tensor:
         """Hidden states ``(tokens, hidden)`` after the last layer, before the final norm.
 
@@ -176,6 +178,7 @@ class Decoder:
         adapters: which tokens use which adapter; None if none does.
         states: one per layer without attention; state_batch: what these read and write.
         captured: gets the inputs of the layers that are to be captured, ``(tokens, hidden)`` each.
+        embedded: what the first layer reads ``(tokens, hidden)``, if not the tokens' embeddings.
         """
         step = Step(
             [(cos[positions], sin[positions]) for cos, sin in self._rotary],
@@ -186,11 +189,7 @@ class Decoder:
             states,
             state_batch,
         )
-        residual = self.embedding[token_ids]
-        if (ends := step.ends) is not None:
-            ends.embed(residual, token_ids)
-        if self._embedding_multiplier != 1:
-            residual = residual * self._embedding_multiplier
+        residual = self.embed(token_ids, step.ends) if embedded is None else embedded
         added: Tensor | None = None
         for place, blocks in enumerate(self._blocks):
             if place and captured is not None:
@@ -198,6 +197,18 @@ class Decoder:
             for block in blocks:
                 added, residual = block(added, residual, step)
         return residual if added is None else residual + added
+
+    def embed(self, token_ids: Tensor, ends: StepEnds | None = None) -> Tensor:
+        """What the first layer reads of tokens, ``(tokens, hidden)``.
+
+        ends: what the tokens' adapters change; None if nothing.
+        """
+        embedded = self.embedding[token_ids]
+        if ends is not None:
+            ends.embed(embedded, token_ids)
+        if self._embedding_multiplier != 1:
+            embedded = embedded * self._embedding_multiplier
+        return embedded
 
     def normed(self, hidden: Tensor, ends: StepEnds | None = None) -> Tensor:
         """Hidden states ``(rows, hidden)`` after the final norm.
@@ -211,7 +222,10 @@ class Decoder:
 
         ends: what the rows' adapters change; None if nothing.
         """
-        normed = self.normed(hidden, ends)
+        return self.logits_of_normed(self.normed(hidden, ends), ends)
+
+    def logits_of_normed(self, normed: Tensor, ends: StepEnds | None = None) -> Tensor:
+        """As :meth:`logits`, for hidden states after the final norm."""
         logits = self._head(normed)
         if ends is not None:
             ends.head(logits, normed)
@@ -220,8 +234,8 @@ class Decoder:
             logits *= self.architecture.logits_multiplier
         if (cap := self.architecture.logits_softcap) is not None:
             logits = logits.div_(cap).tanh_().mul_(cap)
-        if self._num_tokens < self.architecture.vocab:
-            logits[:, self._num_tokens :] = float("-inf")
+        if self.num_tokens < self.architecture.vocab:
+            logits[:, self.num_tokens :] = float("-inf")
         return logits
 
     @property

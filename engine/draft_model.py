@@ -1,17 +1,23 @@
-"""A draft model before it drafts: whether it fits a model, its memory, its weights."""
+"""What drafts for a model, before it does: whether it fits, its memory, its weights."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
 from nybble.engine.config import EngineConfig, resolve_device
 from nybble.engine.decoder import Decoder
+from nybble.engine.eagle3_head import Eagle3Module
+from nybble.engine.head_drafter import Head
 from nybble.engine.kv_cache import KVCacheLayout
+from nybble.engine.mtp_head import MtpModule
 from nybble.kernels.backend import backend_for
 from nybble.kernels.progress import Progress, track
+from nybble.loaders.eagle3 import read_eagle3
+from nybble.loaders.mtp import MtpCheckpoint
 from nybble.loaders.tokenizer import load_tokenizer
 from nybble.models import AnyAttention, Architecture, UnsupportedModelError, architecture_of
 from nybble.models.eagle3 import eagle3_head, is_eagle3
@@ -26,7 +32,7 @@ MAX_GPU_HEAD_DIM = 256
 def check_speculation(target: Checkpoint, draft: Checkpoint | None, config: EngineConfig) -> None:
     """Raises ValueError, which says why, if a model cannot be drafted for as the config asks.
 
-    draft: None for no draft model.
+    draft: a draft model, a head, or None for neither.
     """
     if is_eagle3(target.config):
         raise UnsupportedModelError(
@@ -34,27 +40,23 @@ def check_speculation(target: Checkpoint, draft: Checkpoint | None, config: Engi
             "give it as draft_model"
         )
     served = architecture_of(target.config)
-    if served.recurrents and config.speculate != "off":
-        raise ValueError(
-            f"speculate is {config.speculate!r}, expected 'off': {served.family} models have "
-            "layers whose states cannot be taken back to before a draft"
-        )
     if draft is None:
         if config.speculate == "draft":
             raise ValueError(
                 "speculate is 'draft', which needs a draft model (draft_model), or 'ngram'"
             )
+        if config.speculate == "mtp":
+            raise ValueError("speculate is 'mtp', which needs the MTP head (open_mtp) as the draft")
         return
     name = draft.folder.name
-    if config.speculate not in ("draft", "auto"):
+    own = isinstance(draft, MtpCheckpoint)
+    kind, way = ("an MTP head", "mtp") if own else ("a draft model", "draft")
+    if config.speculate not in (way, "auto"):
         raise ValueError(
-            f"speculate is {config.speculate!r}, expected 'draft' or 'auto' with a draft model"
+            f"speculate is {config.speculate!r}, expected {way!r} or 'auto' with {kind}"
         )
-    if config.tensor_parallel_size > 1:
-        raise ValueError(
-            f"tensor_parallel_size is {config.tensor_parallel_size}, expected 1 with a draft "
-            "model: ranks do not draft"
-        )
+    if own:
+        return
     device = resolve_device(config.device)
     if is_eagle3(draft.config):
         head = eagle3_head(draft.config)
@@ -106,17 +108,44 @@ def check_rounding(draft: Checkpoint, quantize: str | None) -> None:
 
 
 def cached_architecture(architecture: Architecture, draft: Checkpoint | None) -> Architecture:
-    """A model with what its KV cache holds beside it: the layer of an EAGLE-3 head."""
+    """A model with what its KV cache holds beside it: the layer of a head."""
+    if isinstance(draft, MtpCheckpoint):
+        return replace(architecture, layers=architecture.layers + draft.architecture.layers)
     if draft is None or not is_eagle3(draft.config):
         return architecture
     return eagle3_head(draft.config).beside(architecture)
+
+
+def captured_layers(architecture: Architecture, draft: Checkpoint | None) -> tuple[int, ...]:
+    """The layers of a model whose inputs a head reads; none if it is drafted for by no head."""
+    if isinstance(draft, MtpCheckpoint):
+        return (len(architecture.layers),)
+    if draft is None or not is_eagle3(draft.config):
+        return ()
+    return eagle3_head(draft.config).captured_of(architecture)
+
+
+def load_head(
+    draft: Checkpoint | None, target: Decoder, device: torch.device, dtype: torch.dtype
+) -> Head | None:
+    """The head that drafts for a model; None if none does.
+
+    Raises CheckpointError and ValueError for weights that are missing or of another shape.
+    """
+    if isinstance(draft, MtpCheckpoint):
+        return MtpModule(draft, target, device, dtype)
+    if draft is None or not is_eagle3(draft.config):
+        return None
+    about = eagle3_head(draft.config)
+    tensors = read_eagle3(draft.folder, about, len(target.captures))
+    return Eagle3Module(about, tensors, target, device, dtype)
 
 
 def draft_cache(
     draft: Checkpoint | None, config: EngineConfig, max_model_len: int
 ) -> DraftCache | None:
     """The KV cache of a draft model; None if it needs none."""
-    if draft is None or is_eagle3(draft.config):
+    if draft is None or isinstance(draft, MtpCheckpoint) or is_eagle3(draft.config):
         return None
     return DraftCache(draft, config, max_model_len)
 

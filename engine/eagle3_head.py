@@ -22,7 +22,6 @@ from nybble.engine.parts import (
     norm_part,
 )
 from nybble.engine.rotary import rotary_table
-from nybble.engine.runner import ModelRunner
 from nybble.kernels import DenseWeight
 from nybble.kernels.attention_batch import AttentionBatch
 from nybble.models import LinearGroup
@@ -34,8 +33,10 @@ _LAYER = "midlayer."
 class Eagle3Module:
     """Computes a head; holds weights and no per-sequence state.
 
-    about: what it is made of.
+    See :class:`nybble.engine.head_drafter.Head`. about: what it is made of.
     """
+
+    method = "eagle3"
 
     def __init__(
         self,
@@ -47,11 +48,11 @@ class Eagle3Module:
     ) -> None:
         """tensors: as :func:`nybble.loaders.eagle3.read_eagle3` reads them.
 
-        Raises ValueError if it has no embedding, and the target's has another width, or if it
-        drafts tokens that the target does not have.
+        Raises ValueError if it has no embedding, and the target's has another width, if it has no
+        output layer, and the target's is one of several ranks', or if it drafts tokens that the
+        target does not have.
         """
         self.about, backend = about, target.backend
-        self._captured_width, self._dtype = tensors["fc.weight"].shape[1], dtype
 
         def linear(group: LinearGroup, index: int) -> Projection:
             weights = [tensors[f"{_LAYER}{each.name}.weight"] for each in group.linears]
@@ -93,6 +94,11 @@ class Eagle3Module:
         )
         self._norm = norm("norm.weight")
         own = tensors.get("lm_head.weight")
+        if own is None and target.base.head.out_features < about.vocab:
+            raise ValueError(
+                "the EAGLE-3 head has no lm_head and would use the model's, of which each rank has "
+                "a part: expected a head with an lm_head, or a tensor_parallel_size of 1"
+            )
         head = target.base.head if own is None else DenseWeight(own.to(device, dtype))
         self._head = backend.linear(head, dtype)
         self._ids = torch.arange(about.vocab)
@@ -133,25 +139,6 @@ class Eagle3Module:
         residual = normed if self.about.normed_residual else hidden
         x, residual = self._mlp_norm.add(self._attention(both, step), residual)
         return residual + self._mlp(x, step)
-
-    def warm_up(self, runner: ModelRunner) -> None:
-        """Compile every kernel variant that drafting will use; nothing on the CPU."""
-        if runner.device.type != "cuda":
-            return
-        with torch.inference_mode():
-            for inputs in runner.idle_inputs():
-                rows = len(inputs.token_ids)
-                captured = torch.zeros(
-                    rows, self._captured_width, dtype=self._dtype, device=runner.device
-                )
-                hidden = self.forward(
-                    inputs.token_ids,
-                    self.fuse(captured),
-                    inputs.positions,
-                    runner.caches[-1],
-                    inputs.attention[-1],
-                )
-                self.choose(hidden[inputs.last_rows])
 
     def choose(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """The likeliest next token of each row, int64 ``(rows,)``, and its probability.

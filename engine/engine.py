@@ -12,7 +12,7 @@ from collections.abc import AsyncGenerator, Callable, Mapping
 from collections.abc import Sequence as Several
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -26,19 +26,20 @@ from nybble.engine.detokenizer import Detokenizer
 from nybble.engine.draft_model import (
     MAX_GPU_HEAD_DIM,
     cached_architecture,
+    captured_layers,
     check_speculation,
     draft_cache,
     load_draft_decoder,
+    load_head,
 )
 from nybble.engine.drafter import Drafter
-from nybble.engine.eagle3_drafter import Eagle3Drafter
-from nybble.engine.eagle3_head import Eagle3Module
 from nybble.engine.engine_thread import EngineThread
 from nybble.engine.generation_config import (
     eos_token_ids,
     read_generation_config,
     sampling_defaults,
 )
+from nybble.engine.head_drafter import Head, HeadDrafter, warm_up
 from nybble.engine.kv_cache import KVCacheLayout
 from nybble.engine.model_drafter import ModelDrafter
 from nybble.engine.ngram_drafter import NgramDrafter
@@ -72,18 +73,14 @@ from nybble.engine.streams import Stream
 from nybble.engine.vocabulary import Vocabulary
 from nybble.kernels.backend import backend_for
 from nybble.kernels.progress import Progress, track
-from nybble.loaders.eagle3 import read_eagle3
 from nybble.loaders.model_config import generates
 from nybble.loaders.tokenizer import check_vocabulary, load_tokenizer
 from nybble.models import Architecture, UnsupportedModelError, architecture_of
-from nybble.models.eagle3 import eagle3_head, is_eagle3
 
 if TYPE_CHECKING:
     from nybble.loaders import Checkpoint
 
 logger = logging.getLogger(__name__)
-
-DraftMethod = Literal["ngram", "draft", "eagle3"]
 
 # The LoRA kernels hold a tile of so many ranks in registers.
 _MAX_GPU_LORA_RANK = 256
@@ -102,7 +99,7 @@ class Engine:
     eos_token_ids: tokens that end a sequence unless its parameters say otherwise.
     max_num_seqs: sequences computed in one step.
     draft_method: by what tokens are drafted; None if they are not.
-    draft_runner: of the draft model; None if there is none. draft_head: an EAGLE-3 head, likewise.
+    draft_runner: of the draft model; None if there is none. draft_head: a head, likewise.
     """
 
     def __init__(
@@ -121,8 +118,8 @@ class Engine:
         *,
         embedding: EmbeddingSettings | None = None,
         generates: bool = True,
-        draft_method: DraftMethod | None = None,
-        draft_head: Eagle3Module | None = None,
+        draft_method: str | None = None,
+        draft_head: Head | None = None,
     ) -> None:
         self._draft_head = draft_head
         self.draft_method = draft_method
@@ -158,7 +155,7 @@ class Engine:
     ) -> Engine:
         """Build an engine from a checkpoint; ``warm_up`` and ``start`` come next.
 
-        draft: of a draft model, if one is to draft.
+        draft: of a draft model or a head, if one is to draft.
         ranks: processes to compute it with, which can compute other models afterwards; None to
             start those that the config asks for, which end with the engine.
 
@@ -247,10 +244,6 @@ class Engine:
                 "and rounds as they are cut; turn deterministic off, or choose the device cpu"
             )
         own = TensorParallel(0, config.tensor_parallel_size).part_of(architecture)
-        head = None
-        if draft is not None and is_eagle3(draft.config):
-            head = eagle3_head(draft.config)
-        captures = () if head is None else head.captured_of(architecture)
         layout = KVCacheLayout.of(cached_architecture(own, draft), config, max_model_len)
         drafts_cache = draft_cache(draft, config, max_model_len)
 
@@ -283,12 +276,9 @@ class Engine:
                 activations=config.activations,
             ),
             group=ranks.group,
-            captures=captures,
+            captures=captured_layers(architecture, draft),
         )
-        head_module = None
-        if draft is not None and head is not None:
-            tensors = read_eagle3(draft.folder, head, len(captures))
-            head_module = Eagle3Module(head, tensors, decoder, device, config.dtype)
+        head = load_head(draft, decoder, device, config.dtype)
         adapters = None
         if config.adapters is not None:
             adapters = ranks.new_slots(
@@ -358,8 +348,8 @@ class Engine:
             )
 
         def new_drafter(blocks: BlockManager) -> Drafter:
-            if head_module is not None:
-                return Eagle3Drafter(head_module, runner, blocks, config)
+            if head is not None:
+                return HeadDrafter(head, runner, blocks, config)
             if drafts_cache is None or draft_runner is None:
                 return NgramDrafter()
             draft_runner.reset()
@@ -373,9 +363,9 @@ class Engine:
 
         runner = ranks.new_runner(decoder, config, layout, num_blocks, adapters, num_states)
         ranks.answers()
-        method: DraftMethod | None = None
+        method: str | None = None
         if config.speculate != "off":
-            method = "eagle3" if head else "ngram" if draft is None else "draft"
+            method = head.method if head else "ngram" if draft is None else "draft"
         return cls(
             runner=runner,
             new_scheduler=new_scheduler,
@@ -391,7 +381,7 @@ class Engine:
             embedding=read_embedding_settings(checkpoint),
             generates=generates(checkpoint.config),
             draft_method=method,
-            draft_head=head_module,
+            draft_head=head,
         )
 
     def warm_up(self, progress: Progress = True) -> None:
@@ -400,7 +390,7 @@ class Engine:
         if self._draft_runner is not None:
             self._draft_runner.warm_up(progress)
         if self._draft_head is not None:
-            self._draft_head.warm_up(self._runner)
+            warm_up(self._draft_head, self._runner)
 
     def start(self) -> None:
         """Start the engine thread."""

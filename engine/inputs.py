@@ -7,11 +7,11 @@ batch, only blocks that a sequence has gained are written.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Several
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from itertools import chain
+from itertools import accumulate, chain
 from typing import Any, Protocol
 
 import numpy as np
@@ -238,7 +238,13 @@ class InputBuffers:
         if self._sent is not None:
             self._device[:used].copy_(self._host[:used], non_blocking=True)
             self._sent.record()
-        return self._tensors(*size)
+        inputs = self._tensors(*size)
+        if self._states and (turns := _turns(batch)):
+            states: StateBatch | None = None
+            for turn in reversed(turns):
+                states = turn.batch(self._device.device, states)
+            inputs = replace(inputs, states=states)
+        return inputs
 
     def follow(self, message: StepMessage) -> StepInputs:
         """The inputs that rank 0 has built."""
@@ -299,8 +305,11 @@ class InputBuffers:
         if self._states:
             states = StateBatch(
                 query_start=tensor("query_start"),
+                read=tensor("read"),
+                write=tensor("write"),
+                snapshot=tensor("snapshot"),
+                snapshot_rows=tensor("snapshot_rows"),
                 max_query=max_query,
-                **{name: tensor(name) for name in _STATES},
             )
         return StepInputs(
             token_ids=tensor("token_ids"),
@@ -391,3 +400,75 @@ def _group(slots: NDArray[np.int32], array: Any, padded: bool) -> tuple[int, int
     starts[len(used) + 1 :] = len(order)
     segments[len(used) :] = -1
     return len(slots), len(segments), len(slots)
+
+
+@dataclass
+class _Turn:
+    """Rows that are computed at once in layers with states; see :class:`StateBatch` for the names.
+
+    counts: rows of each sequence.
+    """
+
+    rows: list[int] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)
+    read: list[int] = field(default_factory=list)
+    write: list[int] = field(default_factory=list)
+    snapshot: list[int] = field(default_factory=list)
+    snapshot_rows: list[int] = field(default_factory=list)
+
+    def add(self, rows: Iterable[int], read: int, write: int, snapshot: int, after: int) -> None:
+        """Add a sequence."""
+        before = len(self.rows)
+        self.rows += rows
+        self.counts.append(len(self.rows) - before)
+        self.read.append(read)
+        self.write.append(write)
+        self.snapshot.append(snapshot)
+        self.snapshot_rows.append(after)
+
+    def batch(self, device: torch.device, later: StateBatch | None) -> StateBatch:
+        """On a device, before ``later``."""
+
+        def sent(values: list[int]) -> Tensor:
+            return send(values, torch.int32, device)
+
+        return StateBatch(
+            query_start=sent([0, *accumulate(self.counts)]),
+            read=sent(self.read),
+            write=sent(self.write),
+            snapshot=sent(self.snapshot),
+            snapshot_rows=sent(self.snapshot_rows),
+            max_query=max(self.counts),
+            rows=send(self.rows, torch.int64, device),
+            later=later,
+        )
+
+
+def _turns(batch: Several[StepItem]) -> list[_Turn]:
+    """How a step is computed in layers with states, if it verifies drafts; empty if it does not.
+
+    A kernel keeps two states of a sequence: after some row, and after the last. So of a sequence
+    whose draft is verified two rows are computed in each turn, and the states after both are kept.
+    Its own slot, which the first turn reads, is written last.
+    """
+    if not any(item.sequence.state is not None and item.sequence.state.between for item in batch):
+        return []
+    first, others = _Turn(), list[_Turn]()
+    start = 0
+    for item in batch:
+        state, rows = item.sequence.state, range(start, start + item.num_tokens)
+        start += item.num_tokens
+        assert state is not None, "a sequence that runs has states"
+        if not state.between:
+            after = state.snapshot_tokens - item.start if state.snapshot >= 0 else 1
+            first.add(rows, state.read, state.slot, state.snapshot, after)
+            continue
+        slots, read = [*state.between, state.slot], state.read
+        for number, place in enumerate(range(0, len(rows), 2)):
+            if number > len(others):
+                others.append(_Turn())
+            turn = others[number - 1] if number else first
+            *between, last = slots[place : place + 2]
+            turn.add(rows[place : place + 2], read, last, between[0] if between else -1, 1)
+            read = last
+    return [first, *others]

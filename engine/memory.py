@@ -18,6 +18,7 @@ from nybble.engine.runner import free_kv_bytes
 from nybble.engine.state_cache import cache_sizes, state_bytes
 from nybble.loaders import Checkpoint
 from nybble.loaders.footprint import weight_bytes
+from nybble.loaders.mtp import draft_bytes
 from nybble.models import architecture_of
 
 
@@ -57,7 +58,7 @@ def memory_explained(
             raise
         weights = weight_bytes(checkpoint.folder, config.dtype) // config.tensor_parallel_size
         if draft is not None:
-            weights += weight_bytes(draft.folder, config.dtype)
+            weights += draft_bytes(draft, config.dtype)
         raise ValueError(
             f"the memory of {device} ran out while loading: the weights take {gib(weights)} and "
             f"the KV cache {gib(kv)}, and {gib(free)} were free. "

@@ -35,8 +35,9 @@ class ShortConvolutionPart:
         assert step.state_batch is not None
         before, after, values = self.input(x, step.adapters).chunk(3, dim=-1)
         (state,) = step.states[self.layer]
-        convolved = self.backend.short_convolution(
-            before * values, self.weight, self.bias, state, step.state_batch
+        convolved = step.state_batch.compute(
+            lambda x, rows: self.backend.short_convolution(x, self.weight, self.bias, state, rows),
+            before * values,
         )
         return self.output(after * convolved, step.adapters)
 
@@ -66,17 +67,20 @@ class GatedDeltaNetPart:
         about, batch = self.about, step.state_batch
         mixed, z, b, a = self._parts(self.input(x, step.adapters))
         recent, states = step.states[self.layer]
-        mixed = self.backend.short_convolution(mixed, self.conv, None, recent, batch)
+        mixed = batch.compute(
+            lambda x, rows: self.backend.short_convolution(x, self.conv, None, recent, rows), mixed
+        )
         mixed = torch.nn.functional.silu(mixed)
         q, k, v = torch.split(mixed, [about.keys, about.keys, about.values], dim=-1)
-        attended = self.backend.gated_delta_rule(
+        attended = batch.compute(
+            lambda q, k, v, g, beta, rows: self.backend.gated_delta_rule(
+                q, k, v, g, beta, states, rows
+            ),
             q.view(len(x), about.key_heads, about.key_dim),
             k.view(len(x), about.key_heads, about.key_dim),
             v.view(len(x), about.value_heads, about.value_dim),
             -self.decay * torch.nn.functional.softplus(a.float() + self.time_bias),
             b.sigmoid().float(),
-            states,
-            batch,
         )
         normed = self.backend.rms_norm(attended, self.norm, about.norm_eps)
         gate = torch.nn.functional.silu(z.float()).view(normed.shape)
@@ -130,19 +134,23 @@ class StateSpacePart:
             (about.values, about.channels, about.heads), -1
         )
         recent, states = step.states[self.layer]
-        mixed = self.backend.short_convolution(mixed, self.conv, self.bias, recent, batch)
+        mixed = batch.compute(
+            lambda x, rows: self.backend.short_convolution(x, self.conv, self.bias, recent, rows),
+            mixed,
+        )
         mixed = torch.nn.functional.silu(mixed)
         values, b, c = mixed.split_with_sizes((about.values, about.keys, about.keys), -1)
         by_head = values.reshape(tokens, about.heads, about.head_dim)
         dt = torch.nn.functional.softplus(dt.float() + self.time_bias)
-        read = self.backend.state_space_scan(
+        read = batch.compute(
+            lambda x, b, c, dt, g, rows: self.backend.state_space_scan(
+                x, b, c, dt, g, states, rows
+            ),
             by_head,
             b.reshape(tokens, about.key_groups, about.state_dim),
             c.reshape(tokens, about.key_groups, about.state_dim),
             dt,
             -self.decay * dt,
-            states,
-            batch,
         )
         read = (read + self.skip[:, None] * by_head.float()).flatten(1)
         if self.norm is None:

@@ -236,8 +236,11 @@ class Scheduler:
         proposed = speculation.propose(rows, len(decoding), room, plan.budget)
         for sequence, (draft, length) in proposed.items():
             reached = sequence.num_computed_tokens + 1 + length
-            fits = length and self.block_manager.grow(sequence, reached)
-            plan.drafts[sequence] = draft, length if fits else 0
+            if not (length and self.block_manager.grow(sequence, reached)):
+                length = 0
+            elif (states := self.block_manager.states) is not None and sequence.state is not None:
+                length = states.verify(sequence.state, length)
+            plan.drafts[sequence] = draft, length
 
     def _rank(self, sequence: Sequence) -> tuple[bool, float]:
         """The lowest comes first: who was overtaken too often, then by its finish tag."""
@@ -522,9 +525,9 @@ class Scheduler:
         if item.samples:
             sequence.counter.value += OUTPUT_COST * sampled / sequence.weight
         before = sequence.num_computed_tokens
-        rejected = len(item.draft) + 1 - max(sampled, 1) if item.draft else 0
-        sequence.num_computed_tokens += item.num_tokens - rejected
-        self.block_manager.publish(sequence, before)
+        accepted = max(sampled, 1) - 1 if item.draft else 0
+        sequence.num_computed_tokens += item.num_tokens - len(item.draft) + accepted
+        self.block_manager.publish(sequence, before, accepted)
         # The next step, which may write them for others, runs after the one that read them.
         self.block_manager.release_unseen(sequence)
 

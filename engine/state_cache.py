@@ -14,6 +14,10 @@ snapshot reaches, the chunk ends there and gets a snapshot at its end: so a begi
 have in common is found from the third of them on. A snapshot is known by the key of the block it
 follows, is forgotten with it, and the least recently used goes first if a slot is wanted.
 
+A step that verifies drafts keeps the states after each of its tokens, in slots that it takes for
+the time of the step. Which of them the sequence goes on with is known once it is known which tokens
+were right.
+
 The scheme is that of SGLang's and vLLM's caches of Mamba states.
 """
 
@@ -21,7 +25,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -42,6 +46,8 @@ class SequenceState:
     branch: tokens after which the next snapshot is wanted; 0 for no place in particular.
     snapshot: the slot that the next step writes a snapshot to, −1 for none. snapshot_tokens: after
         how many tokens of the sequence.
+    between: slots for the states after each token of the next step but the last, if it verifies a
+        draft; empty if it verifies none.
     """
 
     slot: int
@@ -49,6 +55,7 @@ class SequenceState:
     branch: int = 0
     snapshot: int = -1
     snapshot_tokens: int = 0
+    between: list[int] = field(default_factory=list)
 
 
 def state_bytes(architecture: Architecture, dtype: torch.dtype) -> int:
@@ -65,9 +72,9 @@ def state_slots(
 ) -> int:
     """How many slots a cache of ``nbytes`` has; 0 if the model needs none.
 
-    As many as all sequences at full length hold and leave behind, if they take no more than an
-    eighth of the memory; one for each running sequence, if they take no more than half; as many as
-    half of it holds, if that is fewer: then fewer sequences run at once.
+    As many as all sequences at full length hold and leave behind, and their drafts, if they take no
+    more than an eighth of the memory; one for each running sequence, if they take no more than
+    half; as many as half of it holds, if that is fewer: then fewer sequences run at once.
 
     Raises ValueError if not one fits.
     """
@@ -77,6 +84,8 @@ def state_slots(
     wanted = config.max_num_seqs
     if config.prefix_caching:
         wanted *= 2 + -(-max_model_len // config.max_batched_tokens)
+    if config.speculate != "off":
+        wanted += config.max_num_seqs * config.max_draft_tokens
     room = max(nbytes * _SHARE, min(config.max_num_seqs * each, nbytes * _LARGEST_SHARE))
     count = min(wanted, int(room // each))
     if not count:
@@ -177,12 +186,27 @@ class StateCache:
         if slot is not None:
             state.snapshot, state.snapshot_tokens = slot, border
 
-    def computed(self, state: SequenceState, key: bytes | None) -> None:
+    def verify(self, state: SequenceState, count: int) -> int:
+        """Take slots for a draft of ``count`` tokens; returns how many of them can be verified.
+
+        Like blocks of cached prefixes, snapshots that nobody reads make room.
+        """
+        while len(state.between) < count and (slot := self._find()) is not None:
+            state.between.append(slot)
+        return len(state.between)
+
+    def computed(self, state: SequenceState, key: bytes | None, accepted: int = 0) -> None:
         """A step has computed the states.
 
         key: of the block that the step's snapshot follows; None if it took none.
+        accepted: how many tokens of its draft.
         """
         self._stop_reading(state)
+        if state.between:
+            slots = [*state.between, state.slot]
+            state.slot = slots.pop(accepted)
+            self._free += slots
+            state.between = []
         state.read = state.slot
         if key is not None and state.snapshot >= 0:
             if key in self._slot_of:
@@ -197,7 +221,8 @@ class StateCache:
         self._holders -= 1
         self._stop_reading(state)
         self._give_up_snapshot(state)
-        self._free.append(state.slot)
+        self._free += [state.slot, *state.between]
+        state.between = []
 
     def forget(self, key: bytes) -> None:
         """The block that a snapshot follows is no longer cached."""

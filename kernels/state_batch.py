@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,8 @@ class StateBatch:
         −1 for none.
     snapshot_rows: int32 ``(seqs,)``, between 1 and the number of its rows.
     max_query: the most rows any sequence has.
+    rows: int64, which rows of the step these are, in order; None for all. later: rows that follow
+        those of the same sequences; None for none. So the states between are kept as well.
     """
 
     query_start: Tensor
@@ -32,6 +35,8 @@ class StateBatch:
     snapshot: Tensor
     snapshot_rows: Tensor
     max_query: int
+    rows: Tensor | None = None
+    later: StateBatch | None = None
 
     def __post_init__(self) -> None:
         """Raises ValueError for tensors which a kernel, given only addresses, would misread."""
@@ -44,3 +49,21 @@ class StateBatch:
                     f"{name} is {tensor.dtype} {tuple(tensor.shape)} with strides "
                     f"{tensor.stride()}, expected contiguous int32 {shape}"
                 )
+
+    def compute(self, kernel: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        """What ``kernel(*inputs, batch)`` computes of all rows, whose first dimension is the rows'.
+
+        kernel: takes the inputs of some rows and the batch of these.
+        """
+        if self.rows is None:
+            return kernel(*inputs, self)
+        out: Tensor | None = None
+        turn: StateBatch | None = self
+        while turn is not None:
+            computed = kernel(*(each[turn.rows] for each in inputs), turn)
+            if out is None:
+                out = computed.new_empty(len(inputs[0]), *computed.shape[1:])
+            out[turn.rows] = computed
+            turn = turn.later
+        assert out is not None
+        return out

@@ -19,7 +19,7 @@ from nybble.loaders.formats import FORMATS, Format, format_of
 from nybble.loaders.memory import trimmed
 from nybble.loaders.model_config import load_config
 from nybble.loaders.shards import Shards
-from nybble.models import architecture_of
+from nybble.models import Architecture, architecture_of
 
 logger = logging.getLogger(__name__)
 
@@ -87,14 +87,22 @@ class FolderCheckpoint:
     """A folder in a public layout.
 
     quantization: how it is quantized, None for 16 bits.
+    architecture: what is read of it.
     """
 
-    def __init__(self, folder: Path, config: PretrainedConfig, format: Format | None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        config: PretrainedConfig,
+        format: Format | None,
+        part: Architecture | None = None,
+    ) -> None:
+        """part: what to read of it; None for the model that the config describes."""
         self.folder = folder
         self.config = config
         self.quantization = format
         self.format = format.name if format else "none"
-        self.architecture = architecture_of(config)
+        self.architecture = part or architecture_of(config)
 
     def check(self, shards: Shards) -> None:
         """Check the names of all tensors.
@@ -102,7 +110,7 @@ class FolderCheckpoint:
         Raises CheckpointError for a tensor that no reader here knows, and for a missing one that a
         quantized module or the family needs. Ignoring either would silently change the model.
         """
-        for module in (self.architecture.embedding, *self.architecture.norms):
+        for module in self.architecture.weighted:
             if module not in shards.modules:
                 raise CheckpointError(
                     f"{self.folder} has no tensor {module}.weight, which "
@@ -163,6 +171,8 @@ class FolderCheckpoint:
         The config is then another checkpoint's, or the files are.
         """
         format = self.quantization
+        if self.architecture.only:
+            return  # parts may be left in 16 bits
         if format is None or any(map(format.owns, shards.modules.values())):
             return
         left_out = {name for names in _LEFT_OUT for name in format.settings.get(names) or ()}

@@ -20,6 +20,8 @@ def open_shards(folder: Path, architecture: Architecture) -> Shards:
     not at all, and if there is another number of experts than config.json says.
     """
     shards = Shards(folder)
+    if architecture.only:
+        shards.keep(architecture.only)
     shards.leave_out(architecture.unused)
     shapes: dict[str, tuple[int, ...]] = {}
     parts: dict[str, Part] = {}

@@ -15,7 +15,7 @@ from nybble.loaders.formats.codebook import BLOCKSIZE
 from nybble.loaders.model_config import load_config
 from nybble.loaders.shards import Shards
 from nybble.loaders.tensor_file import TensorHeader
-from nybble.models import architecture_of
+from nybble.models import Architecture, architecture_of
 from nybble.models.eagle3 import is_eagle3
 
 # Bytes of a weight with its share of the scales. In 4 bits: blocks of 64 with a float32 scale, or
@@ -35,17 +35,19 @@ def weight_bytes(
     *,
     layers: Literal["4bit"] | None = None,
     head: Literal["int8"] | None = None,
+    part: Architecture | None = None,
 ) -> int:
     """Bytes of the weights once they are loaded in ``dtype``, without the padding of tiles.
 
     layers, head: which parts of a 16-bit model are quantized while loading.
+    part: what is loaded of the folder; None for the model that its config describes.
     Raises CheckpointError if files are missing or broken.
     """
     config = load_config(folder)
     if is_eagle3(config):  # in 16 bits whatever is asked
         own = Shards(folder).headers()
         return sum(each.elements * dtype.itemsize for each in own if each.name != _UNREAD)
-    architecture = architecture_of(config)
+    architecture = part or architecture_of(config)
     if (folder / "nybble.json").is_file():  # the packed form: nothing is quantized anew
         shards, linears, wide = Shards(folder), frozenset[str](), frozenset[str]()
     else:

@@ -152,6 +152,10 @@ class Shards:
                 if name not in self._file_of:
                     raise CheckpointError(f"{self.folder / file} has no tensor {name}")
 
+    def keep(self, prefixes: tuple[str, ...]) -> None:
+        """Show no tensors but those whose names begin with one of ``prefixes``."""
+        self._stored = {name: at for name, at in self._stored.items() if name.startswith(prefixes)}
+
     def leave_out(self, prefixes: tuple[str, ...]) -> None:
         """Show no tensors whose names begin with one of ``prefixes``."""
         for name in [name for name in self._stored if name.startswith(prefixes)]:

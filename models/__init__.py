@@ -8,6 +8,7 @@ from nybble.models.anatomy.architecture import Architecture, Layer, Mixer
 from nybble.models.anatomy.attention import AnyAttention, Attention, LatentAttention
 from nybble.models.anatomy.feed_forward import ClampedSwiglu, Mixture, Mlp, Router, Stacked, Xielu
 from nybble.models.anatomy.linears import Fold, Linear, LinearGroup, Norm, Rope
+from nybble.models.anatomy.mtp import Mtp
 from nybble.models.anatomy.recurrent import (
     GatedDeltaNet,
     Recurrent,
@@ -32,6 +33,7 @@ __all__ = [
     "Mixer",
     "Mixture",
     "Mlp",
+    "Mtp",
     "Norm",
     "Recurrent",
     "Rope",

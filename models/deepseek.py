@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from transformers import PretrainedConfig
 
@@ -15,6 +16,7 @@ from nybble.models import (
     LinearGroup,
     Mixture,
     Mlp,
+    Mtp,
     Rope,
     Router,
 )
@@ -46,14 +48,13 @@ def deepseek_v2(config: PretrainedConfig) -> Architecture:
 
 
 def deepseek_v3(config: PretrainedConfig) -> Architecture:
-    """Checkpoints hold layers after the last, which predict several tokens at once: not used."""
+    """Checkpoints hold a layer after the last, which is an MTP head."""
     read.refuse(config, scoring_func="sigmoid", topk_method="noaux_tc", moe_layer_freq=1)
-    layers = read.size(config, "num_hidden_layers")
     return _decoder(
         config,
         _mlps(config, sigmoid_router(config)),
         interleaved=bool(config.rope_interleave),
-        unused=layers_after(layers, config.num_nextn_predict_layers or 0),
+        **layers_after(config),
     )
 
 
@@ -72,7 +73,7 @@ def glm4_moe_lite(config: PretrainedConfig) -> Architecture:
         config,
         [kinds[kind] for kind in config.mlp_layer_types],
         interleaved=bool(config.rope_interleave),
-        unused=layers_after(layers, getattr(config, "num_nextn_predict_layers", None) or 0),
+        **layers_after(config),
     )
 
 
@@ -82,9 +83,27 @@ def youtu(config: PretrainedConfig) -> Architecture:
     return _decoder(config, (_dense(config),) * layers, interleaved=bool(config.rope_interleave))
 
 
-def layers_after(layers: int, count: int) -> tuple[str, ...]:
-    """What the names of so many further layers begin with, which predict several tokens at once."""
-    return tuple(f"model.layers.{layers + index}." for index in range(count))
+def layers_after(config: PretrainedConfig) -> dict[str, Any]:
+    """Fields of :class:`Architecture` for layers after the last, which predict further tokens.
+
+    The first of them is an MTP head; no published model has another.
+    """
+    layers = read.size(config, "num_hidden_layers")
+    count = getattr(config, "num_nextn_predict_layers", None) or 0
+    if not count:
+        return {}
+    first = f"model.layers.{layers}."
+    head = Mtp(
+        layer=first,
+        embedding_norm=first + "enorm",
+        hidden_norm=first + "hnorm",
+        join=first + "eh_proj",
+        norm=first + "shared_head.norm",
+        prefixes=(first,),
+        copies=(first + "embed_tokens.", first + "shared_head.head."),
+    )
+    unused = tuple(f"model.layers.{layers + index}." for index in range(count))
+    return {"unused": unused, "mtp": head}
 
 
 def _decoder(
@@ -92,11 +111,11 @@ def _decoder(
     mlps: Sequence[Mlp | Mixture],
     *,
     interleaved: bool,
-    unused: tuple[str, ...] = (),
+    **options: Any,
 ) -> Architecture:
     layers = read.size(config, "num_hidden_layers")
     latent = latent_attention(config, interleaved=interleaved)
-    return decoder(config, mlps=mlps, mixers=(latent,) * layers, unused=unused)
+    return decoder(config, mlps=mlps, mixers=(latent,) * layers, **options)
 
 
 def sigmoid_router(config: PretrainedConfig, module: str = "mlp.gate") -> Router:

@@ -12,7 +12,7 @@ from nybble.models.parts import gated_mlp, mixture
 
 
 def glm4_moe(config: PretrainedConfig) -> Architecture:
-    """Checkpoints hold layers after the last, which predict several tokens at once: not used."""
+    """Checkpoints hold a layer after the last, which is an MTP head."""
     hidden, activation = read.size(config, "hidden_size"), read.activation(config)
     intermediate = read.size(config, "moe_intermediate_size")
     layers, dense = read.size(config, "num_hidden_layers"), config.first_k_dense_replace
@@ -39,7 +39,7 @@ def glm4_moe(config: PretrainedConfig) -> Architecture:
             "output_bias": False,
             "qk_norm": "head" if config.use_qk_norm else None,
         },
-        unused=layers_after(layers, config.num_nextn_predict_layers),
+        **layers_after(config),
     )
 
 

@@ -10,14 +10,20 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from nybble.models import Architecture, Fold, GatedDeltaNet, Linear, LinearGroup, Norm
+from nybble.models import Architecture, Fold, GatedDeltaNet, Linear, LinearGroup, Mtp, Norm
 from nybble.models import config as read
 from nybble.models.config import UnsupportedModelError
 from nybble.models.llama import decoder
 from nybble.models.qwen_moe import mlps, shared_expert, sparse_mlp
 
-# Layers that predict several tokens at once.
-_UNUSED = ("mtp.",)
+_MTP = Mtp(
+    layer="mtp.layers.0.",
+    embedding_norm="mtp.pre_fc_norm_embedding",
+    hidden_norm="mtp.pre_fc_norm_hidden",
+    join="mtp.fc",
+    norm="mtp.norm",
+    prefixes=("mtp.",),
+)
 
 
 def _decoder(config: PretrainedConfig, *, interleaved: bool, **options: Any) -> Architecture:
@@ -32,7 +38,8 @@ def _decoder(config: PretrainedConfig, *, interleaved: bool, **options: Any) -> 
         mixers=tuple(delta_net if kind == "linear_attention" else None for kind in kinds),
         attention_options={"qk_norm": "head", "gated": True},
         norm=Norm(float(config.rms_norm_eps), offset=1.0),
-        unused=_UNUSED,
+        unused=_MTP.prefixes,
+        mtp=_MTP,
         **options,
     )
 

@@ -22,6 +22,7 @@ from nybble.loaders.formats import (
     writing_format,
 )
 from nybble.loaders.model_config import config_to_write
+from nybble.loaders.mtp import has_mtp, mtp_tensors
 from nybble.models import Layer, LinearGroup, Mixture
 from nybble.quantizers.awq import awq_block
 from nybble.quantizers.gptq import GptqSettings, gptq
@@ -70,6 +71,8 @@ def quantize_checkpoint(
 ) -> list[LayerError]:
     """Quantize every linear layer of the decoder; embeddings and head stay as they are.
 
+    So does an MTP head that the checkpoint holds.
+
     format: one of :func:`nybble.loaders.formats.written_formats`.
     group_size, sym, bits, double_quant: see :class:`nybble.loaders.formats.WriteOptions`.
     calibration: token ids int64 ``(samples, length)``, for formats with a calibrated method. If
@@ -114,6 +117,9 @@ def quantize_checkpoint(
             except ValueError as misfit:
                 raise CheckpointError(f"{source}: {module}: {misfit}") from misfit
     with FolderWriter(target, source, config) as writer:
+        if has_mtp(checkpoint):
+            for name, tensor in mtp_tensors(checkpoint):
+                writer.add({name: tensor})
         if calibration is None:
             for name in track(shards.names(), "Quantizing", progress, unit="tensors"):
                 tensor = shards.read(name)

@@ -91,3 +91,9 @@ def tiny_eagle3() -> Callable[..., Path]:
     See ``write_tiny_eagle3``.
     """
     return _tiny.write_tiny_eagle3  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="session")
+def tiny_mtp() -> ModuleType:
+    """tests/tiny.py, for ``write_tiny_mtp`` and ``store_tiny_mtp``."""
+    return _tiny

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from copy import deepcopy
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Literal
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     Lfm2Config,
     Lfm2ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
 )
@@ -227,3 +232,206 @@ def write_tiny_eagle3(
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config | settings))
     return folder
+
+
+# Models with MTP heads beside the sizes that they share; 3 of 8 experts.
+_MTP_EXPERTS = {"num_experts_per_tok": 3, "moe_intermediate_size": 32}
+_MTP_LATENT = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 16,
+}
+_MTP_DELTA_NET = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 8,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+}
+_MTP: dict[str, dict[str, object]] = {
+    "deepseek_v3": {
+        **_MTP_LATENT,
+        **_MTP_EXPERTS,
+        "n_routed_experts": 8,
+        "n_group": 4,
+        "topk_group": 2,
+        "first_k_dense_replace": 1,
+        "num_nextn_predict_layers": 1,
+    },
+    "glm4_moe": {
+        **_MTP_EXPERTS,
+        "n_routed_experts": 8,
+        "use_qk_norm": True,
+        "first_k_dense_replace": 1,
+        "num_nextn_predict_layers": 1,
+    },
+    "glm4_moe_lite": {
+        **_MTP_LATENT,
+        **_MTP_EXPERTS,
+        "n_routed_experts": 8,
+        "mlp_layer_types": ["dense", "sparse"],
+        "num_nextn_predict_layers": 1,
+    },
+    "qwen3_next": {
+        **_MTP_DELTA_NET,
+        **_MTP_EXPERTS,
+        "num_experts": 8,
+        "shared_expert_intermediate_size": 64,
+        "layer_types": ["linear_attention", "full_attention"],
+    },
+    "qwen3_5_text": {
+        **_MTP_DELTA_NET,
+        "layer_types": ["linear_attention", "full_attention"],
+    },
+    "qwen3_5_moe_text": {
+        **_MTP_DELTA_NET,
+        **_MTP_EXPERTS,
+        "num_experts": 8,
+        "shared_expert_intermediate_size": 64,
+        "layer_types": ["linear_attention", "full_attention"],
+    },
+}
+# A model of the family whose one layer is as a head's.
+_MTP_LAYER = {
+    "num_hidden_layers": 1,
+    "first_k_dense_replace": 0,
+    "mlp_layer_types": ["sparse"],
+    "layer_types": ["full_attention"],
+}
+
+
+class TinyMtp(torch.nn.Module):
+    """A tiny model's MTP head in plain PyTorch, around a model of transformers with one layer.
+
+    It computes all positions anew for every token. layer: has the target's embeddings and output
+    layer, and the head's layer and last norm.
+    """
+
+    def __init__(self, layer: PreTrainedModel, seed: int = 0) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        hidden = layer.config.hidden_size
+        norm = layer.model.norm
+        self.layer = layer
+        self.embedding_norm, self.hidden_norm = deepcopy(norm), deepcopy(norm)
+        self.join = torch.nn.Linear(2 * hidden, hidden, bias=False)
+        with torch.no_grad():
+            for each in (norm, self.embedding_norm, self.hidden_norm):
+                each.weight += 0.2 * torch.randn(hidden, generator=generator)
+            self.join.weight.normal_(std=(2 * hidden) ** -0.5, generator=generator)
+
+    def forward(self, hidden: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+        """Hidden states after the last norm ``(n, hidden)``.
+
+        hidden: of each position, the target's after its last norm, or the head's own of the
+        position before. after: the tokens after them ``(n,)``.
+        """
+        embedded = self.embedding_norm(self.layer.model.embed_tokens(after))
+        joined = self.join(torch.cat([embedded, self.hidden_norm(hidden)], dim=-1))
+        out = self.layer.model(inputs_embeds=joined[None], use_cache=False).last_hidden_state[0]
+        return out  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def draft(self, hidden: torch.Tensor, tokens: list[int], count: int) -> list[int]:
+        """What follows ``tokens``, of which all but the last have hidden states."""
+        after, found = tokens[1:], []
+        for _ in range(count):
+            last = self(hidden, torch.tensor(after))[-1:]
+            found.append(int(self.layer.lm_head(last).argmax()))
+            hidden, after = torch.cat([hidden, last]), [*after, found[-1]]
+        return found
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """As checkpoints of the family have them, of a model of two layers."""
+        with TemporaryDirectory() as folder:
+            self.layer.save_pretrained(folder)
+            stored = load_file(Path(folder) / "model.safetensors")
+        if "linear_num_key_heads" in self.layer.config:
+            layer, norm = "mtp.layers.0.", "mtp.norm.weight"
+            inputs = ("mtp.pre_fc_norm_embedding", "mtp.pre_fc_norm_hidden", "mtp.fc")
+            copies = {}
+        else:
+            layer = "model.layers.2."
+            norm = layer + "shared_head.norm.weight"
+            inputs = (layer + "enorm", layer + "hnorm", layer + "eh_proj")
+            copies = {
+                layer + "embed_tokens.weight": stored["model.embed_tokens.weight"],
+                layer + "shared_head.head.weight": stored["lm_head.weight"],
+            }
+        own = (self.embedding_norm, self.hidden_norm, self.join)
+        found = {
+            layer + name.removeprefix("model.layers.0."): tensor
+            for name, tensor in stored.items()
+            if name.startswith("model.layers.0.")
+        }
+        found |= {f"{n}.weight": m.weight.detach() for n, m in zip(inputs, own, strict=True)}
+        found |= {norm: stored["model.norm.weight"], **copies}
+        return {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in found.items()}
+
+
+def write_tiny_mtp(
+    folder: Path, family: str = "glm4_moe", *, seed: int = 0, **settings: object
+) -> TinyMtp:
+    """Write a tiny model of ``family`` with an MTP head to ``folder``; returns the head.
+
+    Both have random weights. settings: of its config.json, beside or instead of those here.
+    """
+    folder.mkdir(parents=True)
+    tokens = write_tokenizer(folder, vocab_size=320, max_length=512)
+    sizes: dict[str, object] = {
+        "vocab_size": tokens,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": False,
+        "bos_token_id": 0,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+    about = sizes | _MTP[family] | settings
+    if family in ("deepseek_v3", "glm4_moe_lite"):
+        del about["head_dim"]
+    generator = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)  # some parameters are random from the start, such as decays
+
+    def model(**changes: object) -> PreTrainedModel:
+        config = AutoConfig.for_model(family, **about | changes)
+        built: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        with torch.no_grad():
+            for name, parameter in built.named_parameters():
+                if parameter.ndim == 1:
+                    # Else norms of what is normed already would change nothing.
+                    parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+                else:
+                    ends = "embed" in name or "lm_head" in name
+                    std = 0.3 if ends else parameter.shape[-1] ** -0.5
+                    parameter.normal_(std=std, generator=generator)
+                # What is stored in 16 bits is what the head computes with.
+                parameter.copy_(parameter.bfloat16())
+        return built
+
+    target = model()
+    changes = {name: value for name, value in _MTP_LAYER.items() if name in about}
+    layer = model(**changes)
+    layer.model.embed_tokens.weight = target.model.embed_tokens.weight
+    layer.lm_head.weight = target.lm_head.weight
+    head = TinyMtp(layer, seed)
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.copy_(parameter.bfloat16())
+    target.to(torch.bfloat16).save_pretrained(folder)
+    store_tiny_mtp(folder, head)
+    target.float()
+    return head
+
+
+def store_tiny_mtp(folder: Path, head: TinyMtp) -> None:
+    """Write a head's tensors beside those of the model in ``folder``, or instead of others."""
+    stored = load_file(folder / "model.safetensors")
+    save_file(stored | head.tensors(), folder / "model.safetensors", {"format": "pt"})

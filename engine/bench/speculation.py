@@ -118,6 +118,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("model")
     parser.add_argument("--draft-model")
+    parser.add_argument("--mtp", action="store_true", help="draft with the checkpoint's own head")
     parser.add_argument("--quantize", choices=["nf4"])
     parser.add_argument("--draft-quantize", choices=["nf4"])
     parser.add_argument("--rounds", type=int, default=3)
@@ -126,7 +127,7 @@ def main() -> None:
     parser.add_argument("--draft", type=int, default=8, help="most tokens of a draft")
     args = parser.parse_args()
 
-    def load(way: Literal["off", "ngram", "draft", "auto"]) -> LLM:
+    def load(way: Literal["off", "ngram", "draft", "mtp", "auto"]) -> LLM:
         drafts = way in ("draft", "auto")
         return LLM(
             args.model,
@@ -139,7 +140,9 @@ def main() -> None:
             progress=False,
         )
 
-    always: Literal["ngram", "draft"] = "ngram" if args.draft_model is None else "draft"
+    always: Literal["ngram", "draft", "mtp"] = "ngram" if args.draft_model is None else "draft"
+    if args.mtp:
+        always = "mtp"
     models = {way: load(way) for way in ("off", always, "auto")}
     for streams in args.streams:
         print(f"{streams} streams: tokens a second, and ratios to no drafts")

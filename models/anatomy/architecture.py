@@ -8,12 +8,13 @@ them absolute.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from nybble.models.anatomy.attention import AnyAttention, Attention, LatentAttention
 from nybble.models.anatomy.feed_forward import Mixture, Mlp
 from nybble.models.anatomy.linears import Linear, LinearGroup, Norm, Rope
+from nybble.models.anatomy.mtp import Mtp
 from nybble.models.anatomy.recurrent import Recurrent
 
 # What mixes the tokens of a sequence.
@@ -82,8 +83,12 @@ class Architecture:
     logits_softcap: logits become ``softcap · tanh(logits / softcap)``.
     tied: whether the output layer is the embedding matrix.
     head_bias: whether the output layer has a bias.
-    unused: what the names of tensors begin with which checkpoints hold and generating does not
-        read, such as those of layers that predict several tokens at once.
+    layer_names: what the names of a layer's modules begin with; ``{}`` is its number.
+    unused: what the names of tensors begin with which checkpoints hold and the model does not read,
+        such as those of layers that predict several tokens at once.
+    mtp: such a layer which can draft for the model; None if its checkpoints have none.
+    only: if this is a part of a checkpoint, what the names of its tensors begin with; empty for
+        all that are not unused.
     """
 
     family: str
@@ -101,12 +106,37 @@ class Architecture:
     final_norm: str = "model.norm"
     head: str = "lm_head"
     head_bias: bool = False
+    layer_names: str = "model.layers.{}."
     unused: tuple[str, ...] = ()
+    mtp: Mtp | None = None
+    only: tuple[str, ...] = ()
 
-    @staticmethod
-    def module(layer: int, name: str) -> str:
+    def module(self, layer: int, name: str) -> str:
         """The absolute name of a layer's module."""
-        return f"model.layers.{layer}.{name}"
+        return self.layer_names.format(layer) + name
+
+    @cached_property
+    def mtp_head(self) -> Architecture | None:
+        """What ``mtp`` goes on with after ``join``, as a model of one layer; None without it.
+
+        Its embeddings and its output layer are this model's.
+        """
+        if self.mtp is None:
+            return None
+        layer = next(
+            each
+            for each in reversed(self.layers)
+            if any(isinstance(mixer, AnyAttention) for mixer in each.mixers)
+        )
+        return replace(
+            self,
+            layers=(layer,),
+            layer_names=self.mtp.layer,
+            final_norm=self.mtp.norm,
+            unused=self.mtp.copies,
+            mtp=None,
+            only=self.mtp.prefixes,
+        )
 
     @cached_property
     def attentions(self) -> tuple[AnyAttention, ...]:
@@ -181,6 +211,11 @@ class Architecture:
             names += [name for mixer in layer.mixers for name in mixer.norms]
             found += [self.module(index, name) for name in names if name is not None]
         return (*found, self.final_norm)
+
+    @property
+    def weighted(self) -> tuple[str, ...]:
+        """The modules with plain weights that every checkpoint has, by their absolute names."""
+        return self.norms if self.only else (self.embedding, *self.norms)
 
     @cached_property
     def linears(self) -> Mapping[str, Linear]:

@@ -22,12 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from nybble.engine import EngineConfig, resolve_device
-from nybble.engine.draft_model import (
-    cached_architecture,
-    check_rounding,
-    check_speculation,
-    draft_cache,
-)
+from nybble.engine.draft_model import cached_architecture, draft_cache
 from nybble.engine.kv_cache import KVCacheLayout
 from nybble.engine.memory import available_bytes, gib
 from nybble.engine.runner import free_kv_bytes
@@ -41,9 +36,11 @@ from nybble.loaders import Checkpoint, open_checkpoint, resolve_model
 from nybble.loaders.cache import cache_folder
 from nybble.loaders.checkpoint import can_be_rounded
 from nybble.loaders.footprint import weight_bytes
+from nybble.loaders.mtp import MtpCheckpoint, draft_bytes
 from nybble.loaders.tokenizer import load_tokenizer
 from nybble.model_name import DEMO
 from nybble.models import Architecture, architecture_of
+from nybble.quantizers.drafts import stored_draft
 from nybble.quantizers.in_flight import InFlightFormat
 
 State = Literal["ok", "warning", "broken"]
@@ -213,12 +210,18 @@ def _model(plan: Plan, memory: Callable[[torch.device], int] | None) -> Iterator
         draft = _draft(plan, checkpoint)
         drafts = 0
         if draft is not None:
-            rounded = plan.draft_quantize or (plan.draft == DEMO and draft.format == "none")
-            drafts = weight_bytes(
-                draft.folder,
+            if isinstance(draft, MtpCheckpoint):  # rounded like the model
+                rounded = (plan.draft_quantize or plan.quantize) is not None
+                own_head = False
+            else:
+                demo_drafts = plan.draft == DEMO and draft.format == "none"
+                rounded = plan.draft_quantize is not None or demo_drafts
+                own_head = rounded and not plan.draft_quantize
+            drafts = draft_bytes(
+                draft,
                 plan.config.dtype,
                 layers="4bit" if rounded else None,
-                head="int8" if rounded and not plan.draft_quantize else None,
+                head="int8" if own_head else None,
             )
     except (LookupError, ValueError, OSError) as error:
         yield Finding("model", " ".join(str(error).split()), "broken")
@@ -234,24 +237,37 @@ def _model(plan: Plan, memory: Callable[[torch.device], int] | None) -> Iterator
         return
     yield Finding("model", text)
     if draft is not None:
-        yield Finding("draft model", f"{draft.folder}: weights {gib(drafts)}")
+        mtp = isinstance(draft, MtpCheckpoint)
+        subject = "MTP head" if mtp else "draft model"
+        yield Finding(subject, f"{draft.folder}: weights {gib(drafts)}")
     needed = plan.needed or plan.config.max_num_seqs
     free = memory or available_bytes
-    yield _fit(plan.config, architecture, draft, weights + drafts, needed, free)
+    yield _fit(_drafting(plan), architecture, draft, weights + drafts, needed, free)
 
 
 def _draft(plan: Plan, checkpoint: Checkpoint) -> Checkpoint | None:
     """Raises ValueError if it cannot draft for the model."""
     if plan.draft is None:
-        return None
-    draft = open_checkpoint(resolve_model(plan.draft, aliases=plan.aliases, download=False))
-    check_rounding(draft, plan.draft_quantize)
+        return stored_draft(checkpoint, plan.config, quantize=plan.draft_quantize)
+    resolve_model(plan.draft, aliases=plan.aliases, download=False)
+    draft = stored_draft(
+        checkpoint,
+        _drafting(plan),
+        plan.draft,
+        aliases=plan.aliases,
+        quantize=plan.draft_quantize,
+    )
+    assert draft is not None
     if plan.draft_quantize and not can_be_rounded(draft):
         raise ValueError(
             f"{draft.folder} is quantized already ({draft.format}): leave --draft-quantize out"
         )
-    check_speculation(checkpoint, draft, replace(plan.config, speculate="auto"))
     return draft
+
+
+def _drafting(plan: Plan) -> EngineConfig:
+    """The config as `serve` would have it: a draft model implies that it drafts."""
+    return plan.config if plan.draft is None else replace(plan.config, speculate="auto")
 
 
 def _require_unrounded(plan: Plan, checkpoint: Checkpoint) -> None:

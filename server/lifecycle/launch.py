@@ -14,12 +14,12 @@ from urllib.parse import quote
 import torch
 
 from nybble.engine import Engine, EngineConfig
-from nybble.engine.draft_model import check_rounding, check_speculation
 from nybble.engine.memory import memory_explained
 from nybble.engine.ranks import check_ranks
 from nybble.loaders import Checkpoint, resolve_model
 from nybble.models import architecture_of
-from nybble.quantizers.prepare import opened, prepare_checkpoint
+from nybble.quantizers.drafts import prepared_draft, stored_draft
+from nybble.quantizers.prepare import prepare_checkpoint
 from nybble.server.adapters.admin import restore, restore_mixtures, restore_uploads
 from nybble.server.http.listen import BACKLOG, is_loopback
 from nybble.server.lifecycle.configure import (
@@ -136,11 +136,9 @@ def load_engine(
     def check(model: Checkpoint) -> None:
         """Before anything is packed, the draft model included."""
         check_ranks(architecture_of(model.config), config)
-        draft_stored = None
-        if draft_name is not None:
-            draft_stored = opened(draft_name, aliases=aliases)
-            check_rounding(draft_stored, quantize=options.model.draft_quantize)
-        check_speculation(model, draft_stored, config)
+        stored_draft(
+            model, config, draft_name, aliases=aliases, quantize=options.model.draft_quantize
+        )
 
     checkpoint = prepare_checkpoint(
         options.model.model,
@@ -152,15 +150,16 @@ def load_engine(
         check=check,
         progress=startup.report,
     )
-    draft = None
-    if draft_name is not None:
-        draft = prepare_checkpoint(
-            draft_name,
-            device=device,
-            aliases=aliases,
-            quantize=options.model.draft_quantize,
-            progress=startup.report,
-        )
+    draft = prepared_draft(
+        options.model.model,
+        config,
+        draft_name,
+        device=device,
+        aliases=aliases,
+        quantize=options.model.draft_quantize,
+        model_quantize=options.model.quantize,
+        progress=startup.report,
+    )
     with memory_explained(checkpoint, config, draft):
         engine = Engine.load(checkpoint, config, startup.report, draft=draft)
         if template is not None:

@@ -140,7 +140,7 @@ class ModelOptions:
     ] = None
     draft_quantize: Annotated[
         Literal["nf4"] | None,
-        _model(help="Round a 16-bit draft model to 4 bits while loading."),
+        _model(help="Round a 16-bit draft model or MTP head to 4 bits while loading."),
     ] = None
     device: DeviceOption = "auto"
     dtype: DtypeOption = "auto"
@@ -330,12 +330,13 @@ class MemoryOptions:
         ),
     ] = None
     speculate: Annotated[
-        Literal["off", "ngram", "draft", "auto"] | None,
+        Literal["off", "ngram", "draft", "mtp", "auto"] | None,
         _memory(
             help="Verify several tokens in a step which are drafted: 'ngram' from what a sequence "
-            "repeats (prompt lookup), 'draft' by --draft-model, 'auto' by whichever there is, and "
-            "only as many as pay by the steps measured so far. Outputs stay the same (default: "
-            "off, or auto with --draft-model)."
+            "repeats (prompt lookup), 'draft' by --draft-model, 'mtp' by the head that the model's "
+            "checkpoint brings (multi-token prediction), 'auto' by whichever there is, and only as "
+            "many as pay by the steps measured so far. Outputs stay the same (default: off, or "
+            "auto with --draft-model)."
         ),
     ] = None
     max_draft_tokens: Annotated[

@@ -46,7 +46,6 @@ from nybble.engine.conversation import (
     takes_parts,
     turn_of,
 )
-from nybble.engine.draft_model import check_rounding, check_speculation
 from nybble.engine.memory import memory_explained
 from nybble.engine.ranks import check_ranks
 from nybble.engine.request import FinishReason
@@ -54,7 +53,8 @@ from nybble.kernels.progress import Bar
 from nybble.loaders import Checkpoint
 from nybble.loaders.templates import TemplateFailedError, TemplateRefusedError, TemplateRenderer
 from nybble.models import architecture_of
-from nybble.quantizers.prepare import opened, prepare_checkpoint
+from nybble.quantizers.drafts import prepared_draft, stored_draft
+from nybble.quantizers.prepare import prepare_checkpoint
 
 T = TypeVar("T")
 
@@ -105,7 +105,7 @@ class LLM:
         kv_cache_bytes: int | None = None,
         kv_cache_dtype: Literal["auto", "int8", "fp8"] = "auto",
         max_num_seqs: int = 64,
-        speculate: Literal["off", "ngram", "draft", "auto"] | None = None,
+        speculate: Literal["off", "ngram", "draft", "mtp", "auto"] | None = None,
         draft_model: str | Path | None = None,
         draft_quantize: Literal["nf4"] | None = None,
         max_draft_tokens: int = 8,
@@ -158,14 +158,12 @@ class LLM:
             tensor_parallel_size=tensor_parallel_size,
         )
 
+        draft_name = None if draft_model is None else str(draft_model)
+
         def check(model: Checkpoint) -> None:
             """Before anything is packed, the draft model included."""
             check_ranks(architecture_of(model.config), config)
-            draft_stored = None
-            if draft_model is not None:
-                draft_stored = opened(str(draft_model), aliases=aliases)
-                check_rounding(draft_stored, quantize=draft_quantize)
-            check_speculation(model, draft_stored, config)
+            stored_draft(model, config, draft_name, aliases=aliases, quantize=draft_quantize)
 
         checkpoint = prepare_checkpoint(
             str(model),
@@ -177,15 +175,16 @@ class LLM:
             check=check,
             progress=progress,
         )
-        draft = None
-        if draft_model is not None:
-            draft = prepare_checkpoint(
-                str(draft_model),
-                device=chosen,
-                aliases=aliases,
-                quantize=draft_quantize,
-                progress=progress,
-            )
+        draft = prepared_draft(
+            str(model),
+            config,
+            draft_name,
+            device=chosen,
+            aliases=aliases,
+            quantize=draft_quantize,
+            model_quantize=quantize,
+            progress=progress,
+        )
         with memory_explained(checkpoint, config, draft):
             engine = Engine.load(checkpoint, config, progress, draft=draft)
             engine.warm_up(progress)

@@ -27,8 +27,8 @@ from nybble.engine import (
 )
 from nybble.engine.draft_model import check_rounding
 from nybble.engine.drafter import Draft
-from nybble.engine.eagle3_drafter import Eagle3Drafter
 from nybble.engine.guide import GrammarCompiler
+from nybble.engine.head_drafter import HeadDrafter
 from nybble.engine.kv_cache import KVCacheLayout
 from nybble.engine.memory import memory_explained
 from nybble.engine.scheduler import ScheduledBatch
@@ -192,10 +192,10 @@ async def complete(
     return [token async for out in engine.generate(request) for token in out.token_ids]
 
 
-def drafter_of(engine: Engine) -> Eagle3Drafter:
+def drafter_of(engine: Engine) -> HeadDrafter:
     speculation = engine._thread._scheduler.speculation
     assert speculation is not None
-    assert isinstance(speculation._drafter, Eagle3Drafter)
+    assert isinstance(speculation._drafter, HeadDrafter)
     return speculation._drafter
 
 

@@ -6,7 +6,8 @@ import asyncio
 import random
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Sequence as Several
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -18,8 +19,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from nybble.engine import Engine, EngineConfig, Request, SamplingParams
 from nybble.engine.block_manager import BlockManager
+from nybble.engine.drafter import Draft, Worth
 from nybble.engine.inputs import InputBuffers
 from nybble.engine.kv_cache import KVCacheLayout, most_blocks
+from nybble.engine.ngram_drafter import NgramDrafter
 from nybble.engine.scheduler import ScheduledBatch, Scheduler
 from nybble.engine.sequence import Sequence, SequenceStatus
 from nybble.engine.state_cache import StateCache, cache_sizes, state_bytes
@@ -252,10 +255,117 @@ def test_fewer_sequences_run_at_once_if_states_take_more_than_half_of_the_memory
         Engine.load(hybrid, replace(CONFIG, kv_cache_bytes=2 * each - 1), progress=False)
 
 
-@pytest.mark.parametrize("speculate", ["ngram", "auto"])
-def test_drafts_are_refused_by_name(hybrid: Checkpoint, speculate: Any) -> None:
-    with pytest.raises(ValueError, match="expected 'off': lfm2 models have layers whose states"):
-        Engine.load(hybrid, replace(CONFIG, speculate=speculate), progress=False)
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "convolutions": ("lfm2", {"layer_types": ["conv", "full_attention", "conv"]}),
+    "delta nets": (
+        "qwen3_5_text",
+        {
+            "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 16,
+            "linear_value_head_dim": 16,
+        },
+    ),
+    "state spaces": (
+        "granitemoehybrid",
+        {
+            "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+            "mamba_n_heads": 8,
+            "mamba_d_head": 16,
+            "mamba_d_state": 16,
+            "num_local_experts": 0,
+            "shared_intermediate_size": 128,
+        },
+    ),
+}
+
+
+class Oracle(NgramDrafter):
+    """Knows what follows, and is wrong from some place on.
+
+    texts: of each prompt, all tokens.
+    """
+
+    def __init__(self, texts: Mapping[tuple[int, ...], Several[int]]) -> None:
+        super().__init__()
+        self._texts, self._chance = texts, random.Random(3)
+
+    def draft(self, limits: Mapping[Sequence, int], worth: Worth) -> dict[Sequence, Draft]:
+        found = {}
+        for sequence, limit in limits.items():
+            text = self._texts[tuple(sequence.token_ids[: sequence.num_prompt_tokens])]
+            first = len(sequence.token_ids)
+            tokens = list(text[first : first + self._chance.randint(0, limit)])
+            if tokens and self._chance.random() < 0.7:
+                place = self._chance.randrange(len(tokens))
+                tokens[place] = 3 + (tokens[place] + 1) % 200
+            if tokens:
+                found[sequence] = Draft(tuple(tokens), (0,) * len(tokens))
+        return found
+
+
+@pytest.mark.parametrize(
+    ("kind", "preempting"),
+    [
+        ("convolutions", True),
+        ("delta nets", False),
+        ("state spaces", False),
+        pytest.param("delta nets", True, marks=pytest.mark.slow),
+        pytest.param("state spaces", True, marks=pytest.mark.slow),
+    ],
+)
+def test_a_draft_that_is_wrong_leaves_the_states_as_they_were(
+    build: Callable[..., Checkpoint], kind: str, preempting: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Drafts of every length, of which every number of tokens is right, change no answer.
+
+    Of four sequences at a time, while others' prompts are read in chunks; twice, the second time
+    with the prefix cache, which has snapshots of what was right alone.
+    """
+    family, settings = KINDS[kind]
+    checkpoint = build(family, **settings)
+    prompts = [prompt(seed, length) for seed, length in enumerate((5, 30, 9, 47))]
+    config = {"kv_cache_bytes": 1 << 22, "dtype": torch.bfloat16}
+    with running(checkpoint, **config) as plain:
+        wanted = tokens(plain, prompts, 24)
+    texts = {ids: [*ids, *said] for ids, said in zip(prompts, wanted, strict=True)}
+    monkeypatch.setattr("nybble.engine.engine.NgramDrafter", lambda: Oracle(texts))
+    with running(checkpoint, speculate="ngram", max_draft_tokens=5, **config) as engine:
+        scheduler = engine._thread._scheduler
+        schedule, steps = scheduler.schedule, 0
+
+        def preempt_now_and_then() -> ScheduledBatch:
+            nonlocal steps
+            steps += 1
+            if preempting and steps % 3 == 0 and scheduler.running:
+                scheduler.preempt(scheduler.running[steps // 3 % len(scheduler.running)])
+            return schedule()
+
+        monkeypatch.setattr(scheduler, "schedule", preempt_now_and_then)
+        for _ in range(2):
+            assert tokens(engine, prompts, 24) == wanted
+        stats = engine.stats()
+        assert stats.draft_tokens > stats.accepted_tokens > 30
+        assert (stats.preemptions > 0) == preempting
+        states = scheduler.block_manager.states
+        assert states is not None
+        assert states.num_held == 0
+        assert len(states._free) + states.num_snapshots == states.num_slots
+
+
+def test_a_draft_has_no_more_tokens_than_there_are_slots() -> None:
+    states = StateCache(4, 2, BLOCK)
+    first, second = states.begin(None), states.begin(None)
+    assert states.verify(first, 5) == 2
+    assert states.verify(second, 5) == 0
+    between = list(first.between)
+    states.computed(first, None, accepted=1)
+    assert first.slot == between[1], "the states after the first token and one of its draft"
+    assert states.verify(second, 5) == 2
+    states.release(second)
+    states.release(first)
+    assert sorted(states._free) == [0, 1, 2, 3]
 
 
 def test_a_step_that_ran_out_of_memory_is_computed_from_the_states_before_it(

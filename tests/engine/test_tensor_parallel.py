@@ -11,11 +11,13 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from nybble.engine import (
@@ -28,10 +30,13 @@ from nybble.engine import (
     RequestOutput,
     SamplingParams,
 )
+from nybble.engine.head_drafter import HeadDrafter
 from nybble.engine.kv_cache import KVCacheLayout
+from nybble.engine.model_drafter import ModelDrafter
 from nybble.engine.parallel import TensorParallel
 from nybble.engine.ranks import Ranks
-from nybble.loaders import open_checkpoint, save_packed
+from nybble.loaders import Checkpoint, open_checkpoint, save_packed
+from nybble.loaders.mtp import open_mtp
 from nybble.models import architecture_of
 from nybble.quantizers import InFlight, quantize_checkpoint
 from nybble.quantizers.gptq import GptqSettings
@@ -146,13 +151,14 @@ def answers(
     adapters: dict[str, Path] | None = None,
     adapter_slots: AdapterConfig | None = None,
     pattern: str | None = None,
+    draft: Checkpoint | None = None,
     **settings: Any,
 ) -> tuple[list[Any], Engine]:
     """What each request gets, asked all at once, twice: at first and from the prefix cache."""
     size = 1 if ranks is None else ranks.group.size
     config = replace(CONFIG, **settings, adapters=adapter_slots, tensor_parallel_size=size)
     config = replace(config, kv_cache_bytes=blocks_of(folder, blocks, size, config))
-    engine = Engine.load(open_checkpoint(folder), config, progress=False, ranks=ranks)
+    engine = Engine.load(open_checkpoint(folder), config, progress=False, ranks=ranks, draft=draft)
     for name, path in (adapters or {}).items():
         engine.load_adapter(name, str(path))
     compiler = GrammarCompiler(engine.tokenizer, engine.vocab_size, engine.eos_token_ids)
@@ -286,6 +292,73 @@ def test_drafts_and_grammars_change_nothing(model: Callable[[str], Path], ranks:
         pattern="(ab|cd|the )*",
     )
     assert together.stats().draft_tokens > 0
+
+
+@pytest.mark.parametrize(
+    "method",
+    ["mtp", *(pytest.param(each, marks=pytest.mark.slow) for each in ("draft", "eagle3"))],
+)
+def test_the_first_rank_alone_drafts(
+    tiny_model: Callable[..., Path],
+    tiny_eagle3: Callable[..., Path],
+    tiny_mtp: ModuleType,
+    tmp_path: Path,
+    ranks: Ranks,
+    method: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A head's keys and values take a part of every rank's cache."""
+    folder = tiny_model()
+    if method == "draft":
+        draft: Checkpoint = open_checkpoint(tiny_model(seed=1, layers=1))
+    elif method == "eagle3":
+        draft = open_checkpoint(tiny_eagle3(tmp_path / "head", folder))
+    else:
+        folder = tmp_path / "model"
+        tiny_mtp.write_tiny_mtp(folder)
+        draft = open_mtp(open_checkpoint(folder))
+    drafts: list[tuple[list[int], tuple[int, ...]]] = []
+    for kind in (HeadDrafter, ModelDrafter):
+
+        def recorded(self: Any, *given: Any, draft: Any = kind.draft) -> Any:
+            found = draft(self, *given)
+            drafts.extend((list(sequence.token_ids), d.tokens) for sequence, d in found.items())
+            return found
+
+        monkeypatch.setattr(kind, "draft", recorded)
+    settings: dict[str, Any] = {
+        "draft": draft,
+        "speculate": "mtp" if method == "mtp" else "draft",
+        "max_draft_tokens": 3,
+    }
+    expected, _ = answers(folder, None, asked())
+    found, together = answers(folder, ranks, asked(), **settings)
+    assert found == expected
+    assert together.stats().draft_tokens > 30
+    # One request at a time is drafted for as by one rank: with the whole output layer.
+    drafts.clear()
+    answers(folder, None, asked()[6:7], **settings)
+    alone = list(drafts)
+    drafts.clear()
+    answers(folder, ranks, asked()[6:7], **settings)
+    assert drafts == alone != []
+
+
+def test_a_head_without_an_output_layer_cannot_use_a_part_of_the_models(
+    tiny_model: Callable[..., Path],
+    tiny_eagle3: Callable[..., Path],
+    tmp_path: Path,
+    ranks: Ranks,
+) -> None:
+    folder = tiny_model()
+    vocab = architecture_of(open_checkpoint(folder).config).vocab
+    head = tiny_eagle3(tmp_path / "head", folder, vocab=vocab)
+    stored = load_file(head / "model.safetensors")
+    del stored["lm_head.weight"]
+    save_file(stored, head / "model.safetensors", {"format": "pt"})
+    draft = open_checkpoint(head)
+    with pytest.raises(ValueError, match="has no lm_head and would use the model's, of which each"):
+        answers(folder, ranks, asked(), draft=draft, speculate="draft")
 
 
 @pytest.mark.slow

@@ -6,14 +6,17 @@ import asyncio
 import random
 import re
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from nybble.engine import (
     AdapterConfig,
@@ -287,3 +290,54 @@ def test_a_model_that_drafts_for_itself_is_always_right(
     stats = drafting.stats()
     assert stats.accepted_tokens == stats.draft_tokens
     assert stats.steps <= 2 + 60 // 6 + 1
+
+
+class Stubborn(Ngrams):
+    """Drafts the same tokens, whatever was said."""
+
+    def find(self, limit: int) -> Match:
+        return Match((50, 51)[:limit], agreeing=4)
+
+
+def test_sampled_tokens_have_the_distribution_of_the_model(
+    tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A chi-square test of three tokens in a row, for the last two of which there is a draft."""
+    folder, ids, allowed, count = tiny_model(), prompt(3, 12), (50, 51, 52), 900
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    cells = list(product(allowed, repeat=3))
+    with torch.no_grad():
+        logits = model(torch.tensor([[*ids, *cell[:2]] for cell in cells])).logits[:, -3:]
+    chances = (logits[:, :, list(allowed)] / 6).softmax(-1)
+    expected = {
+        cell: count * float(own[0, cell[0] - 50] * own[1, cell[1] - 50] * own[2, cell[2] - 50])
+        for cell, own in zip(cells, chances, strict=True)
+    }
+    assert min(expected.values()) > 5, "for a chi-square test"
+    monkeypatch.setattr(ngram_drafter, "Ngrams", Stubborn)
+    config = replace(
+        CONFIG, adapters=None, speculate="ngram", max_num_seqs=30, max_batched_tokens=120
+    )
+    engine = Engine.load(open_checkpoint(folder), replace(config, max_waiting=count), False)
+    engine.start()
+
+    async def said(seed: int) -> tuple[int, ...]:
+        params = SamplingParams(
+            max_tokens=4,
+            temperature=6,
+            seed=seed,
+            allowed_token_ids=allowed,
+            ignore_eos=True,
+        )
+        outputs = engine.generate(Request(f"{seed}", ids, params))
+        return tuple([token async for output in outputs for token in output.token_ids])[:3]
+
+    async def everyone() -> list[tuple[int, ...]]:
+        return await asyncio.gather(*map(said, range(count)))
+
+    found = Counter(asyncio.run(everyone()))
+    stats = engine.stats()
+    engine.stop()
+    assert count / 4 < stats.accepted_tokens < stats.draft_tokens
+    distance = sum((found[cell] - wanted) ** 2 / wanted for cell, wanted in expected.items())
+    assert distance < 54.1, "one in a thousand for 26 degrees of freedom"

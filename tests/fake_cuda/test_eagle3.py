@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from nybble.engine import Engine
-from nybble.engine.eagle3_drafter import Eagle3Drafter
+from nybble.engine.head_drafter import HeadDrafter
 from nybble.loaders import open_checkpoint
 
 from .device import DEVICE, Device
@@ -61,7 +61,7 @@ def test_drafts_change_no_answer_and_compile_nothing(
             speculation = engine._thread._scheduler.speculation
             assert speculation is not None
             drafter = speculation._drafter
-            assert isinstance(drafter, Eagle3Drafter)
+            assert isinstance(drafter, HeadDrafter)
             if not graphs:
                 engine._runner._graphs = None
             draft, found = drafter.draft, []

@@ -47,11 +47,15 @@ def doctor(
             min=1,
         ),
     ] = None,
+    speculate: Annotated[
+        Literal["mtp"] | None, typer.Option(help="See whether its MTP head fits too.")
+    ] = None,
     draft_model: Annotated[
         str | None, typer.Option(help="See whether this draft model fits beside it.")
     ] = None,
     draft_quantize: Annotated[
-        Literal["nf4"] | None, typer.Option(help="Round a 16-bit draft model to 4 bits.")
+        Literal["nf4"] | None,
+        typer.Option(help="Round a 16-bit draft model or MTP head to 4 bits."),
     ] = None,
     aliases: AliasesOption = None,
 ) -> None:
@@ -76,6 +80,7 @@ def doctor(
                 max_num_seqs=sequences,
                 max_batched_tokens=default_batched_tokens(found, sequences),
                 max_model_len=max_model_len,
+                speculate=speculate or "off",
             )
             needed = max_num_seqs or 1
             plan = Plan(model, config, aliases, quantize, head, needed, draft_model, draft_quantize)

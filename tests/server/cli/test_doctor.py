@@ -7,9 +7,11 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
 from nybble.engine import Engine, EngineConfig
@@ -104,6 +106,25 @@ def test_a_draft_model_has_to_fit_too(tiny_model: Callable[..., Path]) -> None:
     )
     assert result.exit_code == 1
     assert "cannot be taken back" in result.stdout
+
+
+def test_an_mtp_head_has_to_fit_too(tiny_mtp: ModuleType, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    tiny_mtp.write_tiny_mtp(folder, "glm4_moe")
+    result = doctor("--model", folder, "--speculate", "mtp", "--device", "cpu")
+    assert result.exit_code == 0
+    assert "MTP head" in result.stdout
+    plan = Plan(str(folder), replace(CONFIG, speculate="mtp"), quantize="nf4")
+    alone = replace(plan, config=CONFIG)
+    with_head, without = (findings(each)["memory"].text for each in (plan, alone))
+    assert with_head != without
+    stored = load_file(folder / "model.safetensors")
+    stored = {name: each for name, each in stored.items() if "layers.2." not in name}
+    save_file(stored, folder / "model.safetensors", {"format": "pt"})
+    assert findings(alone)["model"].state == "ok"
+    missing = findings(plan)["model"]
+    assert missing.state == "broken"
+    assert "has no MTP head" in missing.text
 
 
 def test_more_sequences_than_the_cache_holds_wait(tiny_model: Callable[..., Path]) -> None:

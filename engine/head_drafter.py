@@ -1,4 +1,4 @@
-"""Drafts by an EAGLE-3 head, which reads the hidden states of the model it drafts for.
+"""Drafts by a head, EAGLE-3 or MTP, which reads hidden states of the model it drafts for.
 
 After every step the head reads what the step has computed: of each position the hidden states of
 the target's layers, and the token that follows. So it has always read all that the target has.
@@ -20,6 +20,7 @@ import time
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Several
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -27,13 +28,14 @@ from torch import Tensor
 from nybble.engine.block_manager import BlockManager
 from nybble.engine.config import EngineConfig
 from nybble.engine.drafter import FIRST_GUESS, Draft, Worth, grade
-from nybble.engine.eagle3_head import Eagle3Module
 from nybble.engine.failure import is_out_of_memory
 from nybble.engine.inputs import InputBuffers, StepItem
+from nybble.engine.parts import KVCache
 from nybble.engine.runner import ModelRunner
 from nybble.engine.sequence import Sequence
 from nybble.engine.speculation import StepCosts
 from nybble.engine.transfer import send
+from nybble.kernels.attention_batch import AttentionBatch
 
 logger = logging.getLogger(__name__)
 
@@ -62,23 +64,81 @@ class _Item:
 class _Last:
     """What the head has computed last of a sequence.
 
-    position: the one after it. hidden: ``(hidden,)``, before the last norm.
+    position: the one after it. hidden: ``(hidden,)``, what :meth:`Head.forward` returned.
     """
 
     position: int
     hidden: Tensor
 
 
-class Eagle3Drafter:
+class Head(Protocol):
+    """A layer behind the target's, as a module. It keeps nothing of sequences.
+
+    method: its name in metrics.
+    """
+
+    @property
+    def method(self) -> str: ...
+
+    def fuse(self, captured: Tensor) -> Tensor:
+        """Of the target's hidden states ``(rows, layers · target_hidden)``: ``(rows, hidden)``."""
+        ...
+
+    def forward(
+        self,
+        token_ids: Tensor,
+        hidden: Tensor,
+        positions: Tensor,
+        cache: KVCache,
+        batch: AttentionBatch,
+    ) -> Tensor:
+        """Hidden states ``(rows, hidden)``.
+
+        token_ids: int64 ``(rows,)``, of each row the token after its position.
+        hidden: ``(rows, hidden)``, what :meth:`fuse` makes of the target's hidden states at the
+            position, or what this returned for the position before.
+        positions: int64 ``(rows,)``.
+        """
+        ...
+
+    def choose(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """The likeliest next token of each row, int64 ``(rows,)``, and its probability.
+
+        hidden: ``(rows, hidden)``, what :meth:`forward` has computed.
+        """
+        ...
+
+
+def warm_up(head: Head, runner: ModelRunner) -> None:
+    """Compile every kernel variant that drafting will use; nothing on the CPU."""
+    if runner.device.type != "cuda":
+        return
+    decoder = runner.decoder
+    width = len(decoder.captures) * decoder.architecture.hidden
+    with torch.inference_mode():
+        for inputs in runner.idle_inputs():
+            rows = len(inputs.token_ids)
+            captured = torch.zeros(rows, width, dtype=decoder.embedding.dtype, device=runner.device)
+            hidden = head.forward(
+                inputs.token_ids,
+                head.fuse(captured),
+                inputs.positions,
+                runner.caches[-1],
+                inputs.attention[-1],
+            )
+            head.choose(hidden[inputs.last_rows])
+
+
+class HeadDrafter:
     """Drafts with a head; see :class:`nybble.engine.drafter.Drafter`."""
 
-    method = "eagle3"
     first_guess = FIRST_GUESS
 
     def __init__(
-        self, head: Eagle3Module, runner: ModelRunner, blocks: BlockManager, config: EngineConfig
+        self, head: Head, runner: ModelRunner, blocks: BlockManager, config: EngineConfig
     ) -> None:
         """runner, blocks: of the target, whose last layer in the cache is the head's."""
+        self.method = head.method
         self.costs = StepCosts()
         self._head = head
         self._runner = runner
@@ -123,7 +183,7 @@ class Eagle3Drafter:
             if not is_out_of_memory(error):
                 raise
             # It has not read these tokens, which may cost drafts and nothing else.
-            self._give_up(f"an EAGLE-3 head read {len(rows)} tokens")
+            self._give_up(f"the {self.method} head read {len(rows)} tokens")
 
     def draft(self, limits: Mapping[Sequence, int], worth: Worth) -> dict[Sequence, Draft]:
         room = {
