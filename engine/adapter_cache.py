@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from nybble.engine.adapter_slots import AdapterSlots, StagedAdapter
+from nybble.engine.tokens import Tokens
 
 Residency = Literal["device", "host", "disk"]
 
@@ -55,6 +56,7 @@ class AdapterVersion:
     template: its own chat template, or several by name; None for the base model's.
     sampling: what its makers recommend for requests that name no value; None for the base model's.
     end_tokens: its own, beside the base model's.
+    tokens: of an adapter with tokens of its own; None for the base model's.
     not_a_sum: why it cannot be part of a mixture; None if it can.
     """
 
@@ -80,6 +82,7 @@ class AdapterVersion:
     template: str | Mapping[str, str] | None = None
     sampling: Mapping[str, float] | None = None
     end_tokens: frozenset[int] = frozenset()
+    tokens: Tokens | None = None
 
     def start(self, prompt: Sequence[int]) -> int | None:
         """The first position at which it is active in a text with this prompt; None for never."""

@@ -341,8 +341,11 @@ class AdapterSlots:
         """Whether slots refer to adapters in host memory, instead of having copies."""
         return self._memory is None and self._group.size == 1
 
-    def stage(self, adapter: LoRAAdapter) -> StagedAdapter:
+    def stage(self, adapter: LoRAAdapter, known: int | None = None) -> StagedAdapter:
         """Copy an adapter to host memory, as slots refer to it; pinned if the device is a GPU.
+
+        known: one more than the highest token that it knows; None for what the base knows. A GPU
+            and several ranks never sample others than the base knows.
 
         Raises AdapterError for an adapter on experts, on layers that latent attention absorbs,
         with DoRA, (IA)³ or biases if the device is a GPU, and with DoRA, (IA)³ or biases if there
@@ -400,9 +403,9 @@ class AdapterSlots:
                     pair[1].copy_(scaled.T)
             staged[index] = replace(change, outputs=vectors)
         ends = None
-        if _changes_ends(adapter):
+        if _changes_ends(adapter) or (known is not None and self.refer_to_host):
             assert self._base is not None
-            ends = stage_ends(adapter, self.architecture, self._base, self.dtype)
+            ends = stage_ends(adapter, self.architecture, self._base, self.dtype, known)
         beside = (*(each.outputs for each in staged), ends)
         nbytes = memory.nbytes + sum(each.nbytes for each in beside if each is not None)
         return StagedAdapter(staged, nbytes, memory, ends)

@@ -185,8 +185,10 @@ class Decoder:
             states,
             state_batch,
         )
-        residual = self.embedding[token_ids]
-        if (ends := step.ends) is not None:
+        if (ends := step.ends) is None:
+            residual = self.embedding[token_ids]
+        else:  # an adapter may have tokens of its own
+            residual = self.embedding[token_ids.clamp(max=len(self.embedding) - 1)]
             ends.embed(residual, token_ids)
         if self._embedding_multiplier != 1:
             residual = residual * self._embedding_multiplier
@@ -208,18 +210,21 @@ class Decoder:
     def logits(self, hidden: Tensor, ends: StepEnds | None = None) -> Tensor:
         """float32 ``(rows, vocab)`` for hidden states ``(rows, hidden)``; −inf if not a token's.
 
-        ends: what the rows' adapters change; None if nothing.
+        ends: what the rows' adapters change; None if nothing. If one has more tokens, there are as
+            many columns as it has.
         """
         normed = self.normed(hidden, ends)
         logits = self._head(normed)
         if ends is not None:
-            ends.head(logits, normed)
+            logits = ends.head(logits, normed)
         logits = logits.float()
         if self.architecture.logits_multiplier != 1:
             logits *= self.architecture.logits_multiplier
         if (cap := self.architecture.logits_softcap) is not None:
             logits = logits.div_(cap).tanh_().mul_(cap)
-        if self._num_tokens < self.architecture.vocab:
+        if ends is not None:
+            ends.bar_unknown(logits, self._num_tokens)
+        elif self._num_tokens < self.architecture.vocab:
             logits[:, self._num_tokens :] = float("-inf")
         return logits
 
