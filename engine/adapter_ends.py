@@ -21,7 +21,7 @@ from nybble.engine.base_layers import BaseLayers, BaseModel
 from nybble.engine.parts import NormPart, norm_part
 from nybble.kernels import DenseWeight, PackedWeight
 from nybble.kernels.backend import Backend
-from nybble.kernels.lora import LoRASlots
+from nybble.kernels.lora import LoRASlots, Matrices
 from nybble.kernels.lora_batch import LoRABatch
 from nybble.kernels.packed import LinearKernel
 from nybble.kernels.reference import stretch_add
@@ -41,7 +41,7 @@ class _LowRank:
     @classmethod
     def of(cls, a: Tensor, b: Tensor, dtype: torch.dtype, backend: Backend) -> _LowRank:
         """a: ``(rank, in)``; b: ``(out, rank)``, multiplied by α/r."""
-        matrices = a.to(dtype).contiguous(), b.to(dtype).T.contiguous()
+        matrices = Matrices(a.to(dtype).contiguous(), b.to(dtype).T.contiguous())
         return cls(LoRASlots.of([[matrices]], a.shape[1], (0, len(b))), backend)
 
     def add(self, out: Tensor, x: Tensor) -> None:
@@ -51,7 +51,8 @@ class _LowRank:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        return self.slots.matrices[0][0] or ()
+        pair = self.slots.matrices[0][0]
+        return () if pair is None else pair[:2]
 
 
 @dataclass(frozen=True)

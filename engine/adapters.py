@@ -462,9 +462,17 @@ class AdapterRegistry:
         reads = self.own_settings and not parts
         tokens = self._own_tokens.of(folder if reads else None, adapter.vocab)
         own_tokens = None if tokens is self.tokens else tokens
+        if adapter.vocab is not None and not tokens.added:
+            logger.warning(
+                "%s has rows for %d tokens, and no tokenizer that is used with more than the base "
+                "model's %d: the others are never sampled",
+                folder,
+                adapter.vocab,
+                tokens.known,
+            )
         staged = self.slots.stage(adapter, None if own_tokens is None else own_tokens.known)
         self._check_room(folder, 0, staged.nbytes)
-        if not staged.is_finite():
+        if not self.slots.is_finite(staged):
             raise AdapterError(
                 f"{folder} has values that, times alpha / r, {self.slots.dtype} cannot hold"
             )

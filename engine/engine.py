@@ -235,6 +235,11 @@ class Engine:
                 "at every step, many times slower",
                 str(config.dtype).removeprefix("torch."),
             )
+        if device.type != "cpu" and config.adapters is not None and config.adapters.dtype != "auto":
+            raise ValueError(
+                f"the dtype of adapters is {config.adapters.dtype!r}, which is for the CPU: leave "
+                "it out (--lora-dtype auto)"
+            )
         if device.type == "cuda" and config.adapters is not None:
             rank = config.adapters.max_rank
             if rank > _MAX_GPU_LORA_RANK:
@@ -311,6 +316,7 @@ class Engine:
                 device=device,
                 dtype=config.dtype,
                 base=decoder.base,
+                in_8_bits=config.adapters.dtype == "int8",
             )
         draft_decoder = None
         if draft is not None and drafts_cache is not None:

@@ -27,6 +27,7 @@ from nybble.engine.request import (
     GuideError,
     NoTokenError,
     OutOfMemoryError,
+    ParameterError,
     RequestOutput,
 )
 from nybble.engine.runner import ModelRunner

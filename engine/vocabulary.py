@@ -47,9 +47,7 @@ class Vocabulary:
         self.bytes_of: Mapping[int, bytes | None]
         self.bytes_of = {i: self._bytes(token) for i, token in tokens.items()}
 
-    def extended(
-        self, tokenizer: Tokenizer, added: Sequence[tuple[int, AddedToken]]
-    ) -> Vocabulary:
+    def extended(self, tokenizer: Tokenizer, added: Sequence[tuple[int, AddedToken]]) -> Vocabulary:
         """The vocabulary of a tokenizer that has these tokens more. It takes memory for these only.
 
         added: with their ids.

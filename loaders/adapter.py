@@ -34,8 +34,8 @@ from nybble.loaders.adapter_config import CONFIG_FILE, MAX_RANK, AdapterSettings
 from nybble.loaders.adapter_ends import end_keys, read_ends
 from nybble.loaders.adapter_experts import expert_changes, is_of_stacked_experts
 from nybble.loaders.adapter_settings import SETTINGS_FILES
-from nybble.loaders.adapter_tokens import TOKEN_FILES
 from nybble.loaders.adapter_tensors import AROUND, after_prefixes, check_values
+from nybble.loaders.adapter_tokens import TOKEN_FILES
 from nybble.loaders.adapter_vectors import vector_changes
 from nybble.loaders.errors import AdapterError
 from nybble.models import Architecture

@@ -96,7 +96,11 @@ def read_ends(
         assert match is not None, key
         assert match.lastgroup is not None, key
         module = found.setdefault(modules[key], _Module(after_prefixes(match["module"])))
-        if match.lastgroup in module.parts:
+        if match.lastgroup == "weight" and "weight" in module.parts:
+            # Resized matrices in modules_to_save are saved twice; PEFT reads the shorter name.
+            if key < module.parts["weight"][0]:
+                continue
+        elif match.lastgroup in module.parts:
             raise AdapterError(
                 f"{path} has more than one {match.lastgroup} for {modules[key]}, e.g. {key}"
             )

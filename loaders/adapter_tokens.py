@@ -214,7 +214,8 @@ def _named(folder: Path, known: Iterable[str] | None) -> dict[str, str]:
         settings = read_json_object(path) if path.is_file() else {}
         for key, value in settings.items():
             text = value.get("content") if isinstance(value, dict) else value
-            if key.endswith("_token") and isinstance(text, str):
-                if known is None or text in known:
-                    found[key] = text
+            if not (key.endswith("_token") and isinstance(text, str)):
+                continue
+            if known is None or text in known:
+                found[key] = text
     return found

@@ -261,7 +261,7 @@ def write_tiny_token_adapter(
     base.resize_token_embeddings(rows or len(tokenizer), mean_resizing=False)
     with torch.no_grad():
         for weight in (base.get_input_embeddings().weight, base.get_output_embeddings().weight):
-            weight[known:].normal_(std=0.4)
+            weight[known:].normal_(std=0.8)
     settings = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "up_proj"]} | options
     if new_rows == "trained":
         new = list(range(known, len(tokenizer)))
@@ -271,7 +271,9 @@ def write_tiny_token_adapter(
     adapted = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **settings))
     trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(trained, lr=0.03)
-    text = torch.cat([torch.randint(3, known, (2, 24)), torch.randint(known, len(tokenizer), (2, 9))], 1)
+    text = torch.cat(
+        [torch.randint(3, known, (2, 24)), torch.randint(known, len(tokenizer), (2, 9))], 1
+    )
     for _ in range(3):
         adapted(input_ids=text, labels=text).loss.backward()
         optimizer.step()

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, TypeVar
 
-
 from nybble.engine.conversation import (
     PROBE,
     ChatEncoder,
@@ -354,7 +353,9 @@ class Prompts:
 
     async def _shows(self, template: str, turns: Sequence[Turn]) -> bool:
         try:
-            text = await self._render(template, turns, None, self._tokenizer.special_tokens_map)
+            text = await self._render(
+                template, turns, None, dict(self._tokenizer.special_tokens_map)
+            )
         except TemplateRefusedError:
             return False
         return left_out(PROBE, text) is None

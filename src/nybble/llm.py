@@ -115,6 +115,7 @@ class LLM:
         enable_lora: bool = False,
         max_loras: int = 8,
         max_lora_rank: int = 64,
+        lora_dtype: Literal["auto", "int8"] = "auto",
         tune: bool = True,
         tensor_parallel_size: int = 1,
         progress: bool = True,
@@ -154,7 +155,9 @@ class LLM:
             max_draft_tokens=max_draft_tokens,
             deterministic=deterministic,
             activations=activations,
-            adapters=AdapterConfig(max_loras, max_lora_rank) if enable_lora else None,
+            adapters=AdapterConfig(max_loras, max_lora_rank, dtype=lora_dtype)
+            if enable_lora
+            else None,
             tune=tune,
             tensor_parallel_size=tensor_parallel_size,
         )

@@ -97,18 +97,52 @@ def test_each_kind_says_what_peft_says_alone_and_in_company(
             text = engine.tokens_of(kind).tokenizer.backend_tokenizer
             assert text.encode(PROMPT).ids == prompts[kind]
             assert asyncio.run(said(kind, prompts[kind]))[0] == expected[kind][0], kind
-        *others, last = [asyncio.run(together()), asyncio.run(together())]
-        for base_found, plain_found, *found in (*others, last):
-            assert [base_found, plain_found] == alone
-            for kind, (tokens, logprobs) in zip(kinds, found, strict=True):
-                assert tokens == expected[kind][0], kind
+        for found in (asyncio.run(together()), asyncio.run(together())):
+            wanted = [*alone, *(expected[kind] for kind in kinds)]
+            for name, (tokens, logprobs), (said_alone, exact) in zip(
+                ("base", "plain", *kinds), found, wanted, strict=True
+            ):
+                assert tokens == said_alone, name
                 torch.testing.assert_close(
                     torch.tensor(logprobs),
-                    expected[kind][1],
+                    torch.as_tensor(exact),
                     atol=1e-3,
                     rtol=0,
-                    msg=lambda m, k=kind: k + m,
+                    msg=lambda m, name=name: name + m,
                 )
+    finally:
+        engine.stop()
+
+
+def test_in_16_bits_all_say_in_company_what_they_say_alone_to_the_last_bit(
+    reference: Any,
+    tiny_model: Callable[..., Path],
+    tiny_token_adapter: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    """With the compiled kernels; the base and adapters of different numbers of tokens."""
+    quantize_checkpoint(tiny_model(), tmp_path / "q", format="gptq", group_size=32, progress=False)
+    engine = reference.start(
+        open_checkpoint(tmp_path / "q"),
+        dtype=torch.bfloat16,
+        adapters=AdapterConfig(slots=3, max_rank=4),
+    )
+    names = [None, "saved", "more rows"]
+
+    async def said(name: str | None) -> list[tuple[int, float]]:
+        params = SamplingParams(max_tokens=8, temperature=0.7, seed=1, ignore_eos=True, logprobs=0)
+        request = Request(f"{name}", tuple(range(5, 14)), params, adapter=name)
+        found = [output async for output in engine.generate(request)]
+        return [(output.token_ids[0], output.logprobs[0].logprob) for output in found]
+
+    async def together() -> list[list[tuple[int, float]]]:
+        return await asyncio.gather(*map(said, names))
+
+    try:
+        engine.load_adapter("saved", str(tiny_token_adapter()))
+        engine.load_adapter("more rows", str(tiny_token_adapter(rows=390)))
+        for name, found in zip(names, asyncio.run(together()), strict=True):
+            assert asyncio.run(said(name)) == found, name
     finally:
         engine.stop()
 
@@ -135,7 +169,7 @@ def test_no_row_ever_gets_a_token_that_its_adapter_does_not_know(
 
     async def said(name: str | None) -> tuple[int, int]:
         params = SamplingParams(
-            max_tokens=300, temperature=1e4, ignore_eos=True, seed=1, logprobs=3
+            max_tokens=120, temperature=100.0, ignore_eos=True, seed=1, logprobs=3
         )
         request = Request(f"{name}", tuple(range(9, 20)), params, adapter=name)
         highest = top = 0
