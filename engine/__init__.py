@@ -29,6 +29,7 @@ from nybble.engine.request import (
     require_known_tokens,
 )
 from nybble.engine.stats import EngineStats
+from nybble.engine.tokens import Tokens
 from nybble.engine.vocabulary import Vocabulary
 from nybble.loaders import AdapterError
 
@@ -65,6 +66,7 @@ __all__ = [
     "SamplingParams",
     "StructuralTag",
     "TokenLogprob",
+    "Tokens",
     "Vocabulary",
     "require_known_tokens",
     "resolve_device",

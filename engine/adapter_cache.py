@@ -8,6 +8,7 @@ turn. The engine thread puts staged adapters into slots, at most one a step.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +17,9 @@ from pathlib import Path
 from typing import Literal
 
 from nybble.engine.adapter_slots import AdapterSlots, StagedAdapter
+from nybble.engine.tokens import Tokens
+
+logger = logging.getLogger(__name__)
 
 Residency = Literal["device", "host", "disk"]
 
@@ -55,6 +59,7 @@ class AdapterVersion:
     template: its own chat template, or several by name; None for the base model's.
     sampling: what its makers recommend for requests that name no value; None for the base model's.
     end_tokens: its own, beside the base model's.
+    tokens: of an adapter with tokens of its own; None for the base model's.
     not_a_sum: why it cannot be part of a mixture; None if it can.
     """
 
@@ -80,6 +85,7 @@ class AdapterVersion:
     template: str | Mapping[str, str] | None = None
     sampling: Mapping[str, float] | None = None
     end_tokens: frozenset[int] = frozenset()
+    tokens: Tokens | None = None
 
     def start(self, prompt: Sequence[int]) -> int | None:
         """The first position at which it is active in a text with this prompt; None for never."""
@@ -110,6 +116,7 @@ class AdapterCache:
         self._host: OrderedDict[AdapterVersion, StagedAdapter] = OrderedDict()
         self._loading: set[AdapterVersion] = set()
         self._expected: set[AdapterVersion] = set()  # to read, though no request waits for them
+        self._urgent: set[AdapterVersion] = set()
         # Versions to read, by tenant. The tenant whose turn is next comes first.
         self._wanted: OrderedDict[str, OrderedDict[AdapterVersion, None]] = OrderedDict()
         # Least recently used first.
@@ -135,6 +142,32 @@ class AdapterCache:
         """Whether it is in a slot, or needs nothing but a free one."""
         return version.slot is not None or version in self._host
 
+    def lacks_memory(self, version: AdapterVersion) -> bool:
+        """Whether it is not read because there is no host memory for it.
+
+        On the CPU, the copies to which slots in use refer make no room.
+        """
+        there = self.ready(version) or version in self._loading
+        return not there and len(self._loading) < _READS_AT_ONCE
+
+    def urge(self, version: AdapterVersion) -> None:
+        """Have a version read next, instead of any that requests wait for and none is running with.
+
+        That holds until a request with it runs.
+        """
+        if version not in self._urgent:
+            logger.warning(
+                "adapter %s waits for host memory that adapters of running requests hold: others "
+                "wait until it is read; --lora-host-memory gives more",
+                version.name,
+            )
+            self._urgent.add(version)
+            self._want(version)
+        if version.tenant in self._wanted and version in self._wanted[version.tenant]:
+            self._wanted[version.tenant].move_to_end(version, last=False)
+            self._wanted.move_to_end(version.tenant, last=False)
+            self._start_loading()
+
     def can_acquire(
         self, version: AdapterVersion, *, instead_of: AdapterVersion | None = None
     ) -> bool:
@@ -157,6 +190,7 @@ class AdapterCache:
         self._in_slot.move_to_end(version.slot)
         version.waiting -= 1
         version.running += 1
+        self._urgent.discard(version)
         for each in evicted:
             if each.waiting:
                 self._want(each)
@@ -174,6 +208,8 @@ class AdapterCache:
             version.running -= 1
         else:
             version.waiting -= 1
+        if not version.waiting:
+            self._urgent.discard(version)
         self._forget_if_unused(version)
         self._start_loading()
 
@@ -274,8 +310,9 @@ class AdapterCache:
         """Drop host copies until the newcomer fits. If it cannot fit, drop none and return False.
 
         Copies that no queued request needs go first. Then come copies of a tenant which, after
-        losing one, still holds at least as many bytes as the newcomer's tenant would. Pinned ones
-        go last. For one that no request waits for, only the first go.
+        losing one, still holds at least as many bytes as the newcomer's tenant would, or of any
+        tenant if the newcomer is urgent and they are not. Pinned ones go last. For one that no
+        request waits for, only the first go.
         """
         free, dropped = self._free_bytes, []
         held: Counter[str] = Counter()
@@ -297,7 +334,8 @@ class AdapterCache:
             if free >= newcomer.nbytes or (needed and self._is_only_expected(newcomer)):
                 break
             if self._needed(version):
-                if held[version.tenant] - version.nbytes < mine:
+                urgent = newcomer in self._urgent and version not in self._urgent
+                if not urgent and held[version.tenant] - version.nbytes < mine:
                     continue
                 held[version.tenant] -= version.nbytes
             free += version.nbytes

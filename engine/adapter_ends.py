@@ -4,6 +4,9 @@ They have no slots: such a matrix is large, few adapters have one, and they diff
 change. An adapter in a slot refers to its tensors in host memory, whose bytes count towards the
 host memory for adapters. So they are computed on the CPU only. Every row is computed by the kernels
 that compute the base's, and does not depend on the other rows.
+
+A matrix that was saved because the vocabulary was resized, or because it was trained, mostly has
+rows of the base. If more than half of them are, only the others are kept.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from nybble.engine.base_layers import BaseLayers, BaseModel
 from nybble.engine.parts import NormPart, norm_part
 from nybble.kernels import DenseWeight, PackedWeight
 from nybble.kernels.backend import Backend
-from nybble.kernels.lora import LoRASlots
+from nybble.kernels.lora import LoRASlots, Matrices
 from nybble.kernels.lora_batch import LoRABatch
 from nybble.kernels.packed import LinearKernel
 from nybble.kernels.reference import stretch_add
@@ -38,7 +41,7 @@ class _LowRank:
     @classmethod
     def of(cls, a: Tensor, b: Tensor, dtype: torch.dtype, backend: Backend) -> _LowRank:
         """a: ``(rank, in)``; b: ``(out, rank)``, multiplied by α/r."""
-        matrices = a.to(dtype).contiguous(), b.to(dtype).T.contiguous()
+        matrices = Matrices(a.to(dtype).contiguous(), b.to(dtype).T.contiguous())
         return cls(LoRASlots.of([[matrices]], a.shape[1], (0, len(b))), backend)
 
     def add(self, out: Tensor, x: Tensor) -> None:
@@ -48,7 +51,8 @@ class _LowRank:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        return self.slots.matrices[0][0] or ()
+        pair = self.slots.matrices[0][0]
+        return () if pair is None else pair[:2]
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,7 @@ class _Head:
     """See :class:`nybble.loaders.adapter_changes.MatrixChange`.
 
     whole, some: compute the logits of all tokens, or of ``ids``, instead of the base's.
+    rows: how many tokens it has logits for.
     outputs: gains and shifts, float32 ``(2, vocab)``, as of projections (DoRA and biases).
     tensors: what these hold.
     """
@@ -96,11 +101,15 @@ class _Head:
     some: LinearKernel | None
     outputs: Tensor | None
     low_rank: _LowRank | None
+    rows: int
     tensors: Sequence[Tensor | None]
 
     def __call__(self, x: Tensor, base: Tensor) -> Tensor:
-        """The logits of normed hidden states, of which the base's are ``base``."""
-        out = base if self.whole is None else self.whole(x)
+        """The logits of normed hidden states, of which the base's are ``base``.
+
+        Those have as many columns at least.
+        """
+        out = base[:, : self.rows].contiguous() if self.whole is None else self.whole(x)
         if self.ids is not None and self.some is not None:
             out[:, self.ids] = self.some(x)
         if self.outputs is not None:
@@ -113,12 +122,17 @@ class _Head:
 
 @dataclass(frozen=True)
 class StagedEnds:
-    """What one adapter changes at the ends. norms: instead of the base's, by their names."""
+    """What one adapter changes at the ends.
+
+    norms: instead of the base's, by their names.
+    known: one more than the highest token that it knows; None for what the base knows.
+    """
 
     embedding: _Embedding | None
     head: _Head | None
     norms: Mapping[str, NormPart]
     tensors: tuple[Tensor, ...]
+    known: int | None = None
 
     @property
     def nbytes(self) -> int:
@@ -148,6 +162,11 @@ class StepEnds:
                 out[rows] = ends.embedding(token_ids[rows], out[rows])
 
     @property
+    def rows(self) -> int:
+        """The most tokens that the head of an adapter has; 0 if they have none."""
+        return max((0 if e.head is None else e.head.rows for e, _ in self.entries), default=0)
+
+    @property
     def change_norms(self) -> bool:
         return any(ends.norms for ends, _ in self.entries)
 
@@ -157,24 +176,56 @@ class StepEnds:
             if name in ends.norms:
                 yield rows, ends.norms[name]
 
-    def head(self, logits: Tensor, x: Tensor) -> None:
-        """Write the adapters' logits of normed hidden states over the base's."""
+    def head(self, logits: Tensor, x: Tensor) -> Tensor:
+        """The logits of normed hidden states: the adapters' written over the base's ``logits``.
+
+        They have more columns than the base's if an adapter has more tokens, and mean nothing for
+        the tokens that a row's adapter does not know; see :meth:`bar_unknown`.
+        """
+        heads = [(ends.head, rows) for ends, rows in self.entries if ends.head is not None]
+        more = self.rows - logits.shape[1]
+        if more > 0:
+            logits = torch.nn.functional.pad(logits, (0, more))
+        for head, rows in heads:
+            logits[rows, : head.rows] = head(x[rows], logits[rows])
+        return logits
+
+    def bar_unknown(self, logits: Tensor, known: int) -> None:
+        """Set the logits of tokens that a row's adapter does not know to −inf.
+
+        known: one more than the highest token that the base knows.
+        """
+        if all(ends.known is None for ends, _ in self.entries):
+            logits[:, known:] = float("-inf")
+            return
+        limits = torch.full((len(logits), 1), known)
         for ends, rows in self.entries:
-            if ends.head is not None:
-                logits[rows] = ends.head(x[rows], logits[rows])
+            if ends.known is not None:
+                limits[rows] = ends.known
+        logits.masked_fill_(torch.arange(logits.shape[1]) >= limits, float("-inf"))
 
 
 def stage_ends(
-    adapter: LoRAAdapter, architecture: Architecture, base: BaseModel, dtype: torch.dtype
+    adapter: LoRAAdapter,
+    architecture: Architecture,
+    base: BaseModel,
+    dtype: torch.dtype,
+    known: int | None = None,
 ) -> StagedEnds | None:
-    """What the adapter changes at the ends, in ``dtype``; None if nothing."""
+    """What the adapter changes at the ends, in ``dtype``; None if nothing.
+
+    known: one more than the highest token that it knows; None for what the base knows.
+    """
     embedding = head = None
     tensors: list[Tensor | None] = []
+    rows = adapter.vocab or architecture.vocab
     if (change := adapter.embedding) is not None:
-        embedding = _staged_embedding(_without_base(change, base.embedding), base.backend, dtype)
+        embedding = _staged_embedding(
+            _as_rows(_without_base(change, base.embedding), base.embedding), base.backend, dtype
+        )
         tensors += embedding.tensors
     if (change := adapter.head) is not None:
-        head = _staged_head(_without_base(change, base.head), base, dtype)
+        head = _staged_head(_without_base(change, base.head), base, dtype, rows)
         tensors += head.tensors
     norms: dict[str, NormPart] = {}
     for name in dict.fromkeys(each.rpartition(".")[0] for each in adapter.norms):
@@ -193,9 +244,9 @@ def stage_ends(
             name,
         )
         tensors += own.values()
-    if embedding is None and head is None and not norms:
+    if embedding is None and head is None and not norms and known is None:
         return None
-    return StagedEnds(embedding, head, norms, tuple(t for t in tensors if t is not None))
+    return StagedEnds(embedding, head, norms, tuple(t for t in tensors if t is not None), known)
 
 
 def _without_base(change: MatrixChange, base: Tensor | DenseWeight | PackedWeight) -> MatrixChange:
@@ -206,6 +257,23 @@ def _without_base(change: MatrixChange, base: Tensor | DenseWeight | PackedWeigh
         base = base.weight
     same = isinstance(base, Tensor) and torch.equal(change.base.to(base.dtype), base)
     return replace(change, base=None) if same or change.whole is not None else change
+
+
+def _as_rows(change: MatrixChange, base: Tensor | DenseWeight | PackedWeight) -> MatrixChange:
+    """The change with single rows instead of a matrix, if most of its rows are the base's."""
+    if change.matrix is None or isinstance(base, PackedWeight):
+        return change
+    known = base.weight if isinstance(base, DenseWeight) else base
+    matrix = change.matrix.to(known.dtype)
+    if change.ids is not None and change.rows is not None:
+        matrix = matrix.index_copy(0, change.ids, change.rows.to(known.dtype))
+    both = min(len(matrix), len(known))
+    differs = torch.ones(len(matrix), dtype=torch.bool)
+    differs[:both] = (matrix[:both] != known[:both]).any(dim=1)
+    ids = differs.nonzero()[:, 0]
+    if len(ids) > len(matrix) // 2:
+        return change
+    return replace(change, base=None, whole=None, ids=ids, rows=matrix[ids])
 
 
 def _staged_embedding(change: MatrixChange, backend: Backend, dtype: torch.dtype) -> _Embedding:
@@ -220,25 +288,26 @@ def _staged_embedding(change: MatrixChange, backend: Backend, dtype: torch.dtype
     return _Embedding(matrix, change.ids, rows, table, low_rank)
 
 
-def _staged_head(change: MatrixChange, base: BaseModel, dtype: torch.dtype) -> _Head:
+def _staged_head(change: MatrixChange, base: BaseModel, dtype: torch.dtype, rows: int) -> _Head:
     def dense(matrix: Tensor | None) -> DenseWeight | None:
         return None if matrix is None else DenseWeight(matrix.to(dtype))
 
     def kernel(weight: DenseWeight | None) -> LinearKernel | None:
         return None if weight is None else base.backend.linear(weight, dtype)
 
-    whole, some = dense(change.matrix), dense(change.rows)
     outputs = low_rank = None
     if (module := change.low_rank) is not None:
-        outputs = _outputs(module, whole or base.head)
+        outputs = _outputs(module, dense(change.matrix) or base.head)
         b = module.b.float() * module.scale
         if outputs is not None:
             b *= 1 + outputs[0, :, None]
         low_rank = _LowRank.of(module.a, b, dtype, base.backend)
+    change = _as_rows(change, base.head)
+    whole, some = dense(change.matrix), dense(change.rows)
     tensors = [weight.weight for weight in (whole, some) if weight is not None]
     tensors += [each for each in (change.ids, outputs) if each is not None]
     tensors += () if low_rank is None else low_rank.tensors
-    return _Head(kernel(whole), change.ids, kernel(some), outputs, low_rank, tensors)
+    return _Head(kernel(whole), change.ids, kernel(some), outputs, low_rank, rows, tensors)
 
 
 def _outputs(module: LoRAModule, weight: DenseWeight | PackedWeight) -> Tensor | None:

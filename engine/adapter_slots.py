@@ -21,19 +21,20 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from nybble.engine.adapter_ends import StagedEnds, StepEnds, stage_ends
+from nybble.engine.adapter_layout import AdapterLayout
 from nybble.engine.adapter_memory import AdapterMemory
 from nybble.engine.base_layers import BaseLayers, BaseModel
 from nybble.engine.parallel import ALONE, Range, TensorParallel, length
 from nybble.engine.transfer import send
 from nybble.kernels.backend import Backend
 from nybble.kernels.cpu.huge_pages import empty_in_huge_pages
-from nybble.kernels.lora import ALIGNMENT, LoRASlots, LowRank
+from nybble.kernels.lora import LoRASlots, LowRank, Matrices, in_8_bits
 from nybble.kernels.lora_batch import LoRABatch
 from nybble.kernels.reference import stretch_add
 from nybble.loaders import AdapterError, LoRAAdapter
@@ -130,15 +131,17 @@ class StepAdapters:
         gains and shifts, None if it has neither.
         """
         slots = self.projections[projection]
-        empty = torch.empty(0, slots.low_rank.inputs), torch.empty(0, slots.low_rank.offsets[-1])
+        low_rank = slots.low_rank
+        empty = Matrices(torch.empty(0, low_rank.inputs), torch.empty(0, low_rank.offsets[-1]))
         changed = {
-            slot for slot, (pair,) in enumerate(slots.low_rank.matrices) if pair is not None
+            slot for slot, (pair,) in enumerate(low_rank.matrices) if pair is not None
         } | slots.outputs.keys()
         if not changed:  # as always on a GPU, which this would wait for
             return
         for slot, rows in self.batch.rows_by_slot(changed):
-            a, b = slots.low_rank.matrices[slot][0] or empty
-            yield rows, a, b.T, slots.outputs.get(slot)
+            pair = low_rank.matrices[slot][0] or empty
+            a, b = pair[:2] if pair.scales is None else pair.wide()
+            yield rows, a.to(low_rank.dtype), b.T.to(low_rank.dtype), slots.outputs.get(slot)
 
     def only_low_rank(self, projections: Sequence[int]) -> list[LoRASlots] | None:
         """Those on these projections; None if an adapter of the step changes layers otherwise."""
@@ -159,51 +162,27 @@ class StepAdapters:
 
 
 @dataclass(frozen=True)
-class StagedProjection:
-    """What an adapter does to one projection.
-
-    low_rank: of each linear layer; ``b`` is multiplied by α/r and, with DoRA, by 1 + gain.
-    outputs: gains and shifts, float32 ``(2, out)``; None if it has neither.
-    """
-
-    low_rank: tuple[LowRank, ...]
-    outputs: Tensor | None = None
-
-    def is_finite(self) -> bool:
-        parts = [matrix for pair in self.low_rank if pair is not None for matrix in pair]
-        parts += [] if self.outputs is None else [self.outputs]
-        return all(bool(part.isfinite().all()) for part in parts)
-
-
-@dataclass(frozen=True)
 class StagedAdapter:
     """An adapter in memory, ready to be referred to by a slot.
 
-    projections: in the order of the layers.
-    nbytes: size in host memory.
-    memory: ``(numbers,)``, which holds all but their ``outputs``.
+    memory: its matrices, as :class:`nybble.engine.adapter_layout.AdapterLayout` lays them out;
+        ``b`` is multiplied by α/r and, with DoRA, by 1 + gain.
+    ranks: of the change of each linear layer, in their order; 0 for none.
+    outputs: gains and shifts, float32 ``(2, out)``, by the index of the projection.
     ends: what it changes of the embedding, the output layer and norms, which its slot refers to;
         None if nothing.
+    nbytes: of all of it.
     """
 
-    projections: Sequence[StagedProjection]
-    nbytes: int
-    memory: Tensor = field(default_factory=lambda: torch.empty(0))
+    memory: Tensor
+    ranks: tuple[int, ...]
+    outputs: Mapping[int, Tensor] = field(default_factory=dict)
     ends: StagedEnds | None = None
 
     @property
-    def ranks(self) -> list[int]:
-        """The rank of the change of each linear layer, in their order; 0 for none."""
-        return [
-            0 if pair is None else len(pair[0])
-            for each in self.projections
-            for pair in each.low_rank
-        ]
-
-    def is_finite(self) -> bool:
-        """Whether no value overflowed in the slots' dtype."""
-        changes = (*self.projections, *(() if self.ends is None else (self.ends,)))
-        return all(each.is_finite() for each in changes)
+    def nbytes(self) -> int:
+        found: int = self.memory.nbytes + sum(each.nbytes for each in self.outputs.values())
+        return found + (0 if self.ends is None else self.ends.nbytes)
 
 
 class AdapterSlots:
@@ -223,11 +202,13 @@ class AdapterSlots:
         device_bytes: int | None = None,
         base: BaseModel | None = None,
         group: TensorParallel = ALONE,
+        in_8_bits: bool = False,
     ) -> None:
         """base: what DoRA, trained biases and changes outside of the projections need
         (:attr:`nybble.engine.decoder.Decoder.base`).
         device_bytes: a GPU's memory for adapters; None for ``count`` of the highest rank.
         group: which rank this is. Adapters are staged for all ranks, and cut when a slot is filled.
+        in_8_bits: whether the matrices of adapters are rounded to 8 bits, on the CPU.
 
         Raises ValueError if device_bytes do not hold an adapter of the highest rank.
         """
@@ -256,7 +237,7 @@ class AdapterSlots:
             groups += [(index, expert.down) for expert in mixture.experts]
         # One table for all layers, so that filling a slot writes it in one copy.
         linears = sum(len(group.linears) for _, group in groups)
-        self._table = torch.zeros(3, linears * count, dtype=torch.int64, device=device)
+        self._table = torch.zeros(4, linears * count, dtype=torch.int64, device=device)
         # The experts' follow those of the projections; groups of one kind lie together.
         self.projections: list[ProjectionSlots] = []
         self._experts: dict[int, ExpertSlots] = {}
@@ -280,7 +261,7 @@ class AdapterSlots:
             all_offsets = (0, *itertools.accumulate(linear.out for linear in group.linears))
             offsets = (0, *itertools.accumulate(map(length, own)))
             nothing: list[tuple[LowRank, ...]] = [(None,) * parts] * (number * count)
-            table = self._table[:, at:end].view(3, number * count, parts)
+            table = self._table[:, at:end].view(4, number * count, parts)
             slots = LoRASlots(nothing, table, group.inputs, offsets, max_rank, dtype)
             for place, (layer, one) in enumerate(groups[first : first + number]):
                 names = tuple(architecture.module(layer, linear.name) for linear in one.linears)
@@ -301,9 +282,13 @@ class AdapterSlots:
             self._experts[index] = ExpertSlots(up, together(first + experts, experts))
         self._starts = torch.tensor(starts, device=device)
         self._steps = torch.tensor(steps, device=device)
+        stored = torch.int8 if in_8_bits else dtype
+        self.layout, self._own_layout = (
+            AdapterLayout(list(self._shapes(own=own)), stored) for own in (False, True)
+        )
         self._memory = None
         if device.type != "cpu":
-            whole = self._size([max_rank] * linears, own=True)
+            whole = self._own_layout.size([max_rank] * linears)
             numbers = count * whole if device_bytes is None else device_bytes // dtype.itemsize
             if numbers < whole:
                 raise ValueError(
@@ -334,23 +319,26 @@ class AdapterSlots:
         """What of a GPU's memory for adapters a slot takes with this adapter in it."""
         if self._memory is None:
             return 0
-        return self._size(staged.ranks, own=True) * self.dtype.itemsize
+        return self._own_layout.size(staged.ranks) * self.dtype.itemsize
 
     @property
     def refer_to_host(self) -> bool:
         """Whether slots refer to adapters in host memory, instead of having copies."""
         return self._memory is None and self._group.size == 1
 
-    def stage(self, adapter: LoRAAdapter) -> StagedAdapter:
+    def stage(self, adapter: LoRAAdapter, known: int | None = None) -> StagedAdapter:
         """Copy an adapter to host memory, as slots refer to it; pinned if the device is a GPU.
+
+        known: one more than the highest token that it knows; None for what the base knows. A GPU
+            and several ranks never sample others than the base knows.
 
         Raises AdapterError for an adapter on experts, on layers that latent attention absorbs,
         with DoRA, (IA)³ or biases if the device is a GPU, and with DoRA, (IA)³ or biases if there
         are several ranks. Nor can it change the embedding, the output layer or norms then.
         """
-        known = {name for slots in self.projections for name in slots.modules}
+        computed = {name for slots in self.projections for name in slots.modules}
         for name in adapter.modules:
-            if name not in known:
+            if name not in computed:
                 raise AdapterError(
                     f"the adapter changes {name}, an expert of a mixture, which a GPU does not "
                     "compute so far; train an adapter on attention, or use --device cpu"
@@ -372,22 +360,23 @@ class AdapterSlots:
                 "the adapter into its base, or serve it with one rank"
             )
         names = [name for slots in self.projections for name in slots.modules]
-        ranks = [adapter.modules[n].rank if n in adapter.modules else 0 for n in names]
-        size = self.staged_size(ranks)
+        ranks = tuple(adapter.modules[n].rank if n in adapter.modules else 0 for n in names)
+        size, stored = self.layout.size(ranks), self.layout.dtype
         if self.device.type == "cuda":
-            memory = torch.zeros(size, dtype=self.dtype, pin_memory=True)
+            memory = torch.zeros(size, dtype=stored, pin_memory=True)
         else:  # where the kernels read it
-            memory = empty_in_huge_pages((size,), self.dtype).zero_()
-        staged = list(self.views(memory, ranks).projections)
-        for index, (slots, change) in enumerate(zip(self.projections, staged, strict=True)):
+            memory = empty_in_huge_pages((size,), stored).zero_()
+        matrices = iter(self.layout.views(memory, ranks))
+        outputs: dict[int, Tensor] = {}
+        for index, slots in enumerate(self.projections):
             changes = {n: adapter.modules[n] for n in slots.modules if n in adapter.modules}
             vectors = None
             if not all(module.is_low_rank for module in changes.values()):
-                vectors = torch.zeros(2, slots.all_offsets[-1])
+                vectors = outputs[index] = torch.zeros(2, slots.all_offsets[-1])
                 assert self._base is not None
                 layers = BaseLayers(self._base.projections[index], slots.all_offsets)
             for part, name in enumerate(slots.modules):
-                module = changes.get(name)
+                pair, module = next(matrices), changes.get(name)
                 if module is None:
                     continue
                 columns = slice(slots.all_offsets[part], slots.all_offsets[part + 1])
@@ -395,25 +384,22 @@ class AdapterSlots:
                 if vectors is not None and not module.is_low_rank:
                     vectors[:, columns] = layers.gains_and_shifts(part, module)
                     scaled *= 1 + vectors[0, columns, None]
-                if (pair := change.low_rank[part]) is not None:
-                    pair[0].copy_(module.a)
-                    pair[1].copy_(scaled.T)
-            staged[index] = replace(change, outputs=vectors)
+                if pair is not None:
+                    _write(pair, module.a, scaled.T)
         ends = None
-        if _changes_ends(adapter):
+        if _changes_ends(adapter) or (known is not None and self.refer_to_host):
             assert self._base is not None
-            ends = stage_ends(adapter, self.architecture, self._base, self.dtype)
-        beside = (*(each.outputs for each in staged), ends)
-        nbytes = memory.nbytes + sum(each.nbytes for each in beside if each is not None)
-        return StagedAdapter(staged, nbytes, memory, ends)
+            ends = stage_ends(adapter, self.architecture, self._base, self.dtype, known)
+        return StagedAdapter(memory, ranks, outputs, ends)
 
-    def staged_size(self, ranks: Sequence[int]) -> int:
-        """Numbers of an adapter whose changes of the linear layers have these ranks."""
-        return self._size(ranks, own=False)
-
-    def views(self, memory: Tensor, ranks: Sequence[int]) -> StagedAdapter:
-        """An adapter in ``memory``, as it is laid out for changes of these ranks."""
-        return self._views(memory, ranks, own=False)
+    def is_finite(self, staged: StagedAdapter) -> bool:
+        """Whether no value overflowed in the slots' dtype."""
+        parts = [staged.memory]
+        if self.layout.in_8_bits:  # of codes the scales say it
+            pairs = self.layout.views(staged.memory, staged.ranks)
+            parts = [pair.scales for pair in pairs if pair is not None and pair.scales is not None]
+        finite = all(bool(part.isfinite().all()) for part in (*parts, *staged.outputs.values()))
+        return finite and (staged.ends is None or staged.ends.is_finite())
 
     def clear(self, slot: int) -> None:
         """Let go of what a slot refers to. Nothing may use the slot until it is filled again."""
@@ -436,46 +422,46 @@ class AdapterSlots:
         On a GPU there must be room for it: see :meth:`bytes_for`.
         """
         self._let_go(slot)
-        own = staged if self._group.size == 1 else self._cut(staged)
+        memory = staged.memory if self._group.size == 1 else self._cut(staged)
         if self._memory is not None:
-            for moved, memory in self._memory.put(slot, own.memory, own.ranks):
-                self._refer(moved, self._views(memory, self._memory.ranks(moved), own=True))
+            for moved, there in self._memory.put(slot, memory, staged.ranks):
+                self._refer(moved, there, self._memory.ranks(moved))
         else:
-            self._refer(slot, own)
+            self._refer(slot, memory, staged.ranks)
         if staged.ends is not None:
             self._ends[slot] = staged.ends
-        for slots, change in zip(self.projections, staged.projections, strict=True):
-            if change.outputs is not None:
-                slots.outputs[slot] = change.outputs
-                self._stretched.add(slot)
-        of_experts = staged.projections[self._first_of_experts :]
-        if any(pair is not None for change in of_experts for pair in change.low_rank):
+        for index, vectors in staged.outputs.items():
+            self.projections[index].outputs[slot] = vectors
+            self._stretched.add(slot)
+        dense = sum(len(slots.modules) for slots in self.projections[: self._first_of_experts])
+        if any(staged.ranks[dense:]):
             self._on_experts.add(slot)
 
-    def _refer(self, slot: int, own: StagedAdapter) -> None:
-        """Have a slot refer to these matrices, which are where the kernels read them."""
-        entries: list[list[int]] = [[], [], []]
-        for slots, change in zip(self.projections, own.projections, strict=True):
-            for all_of, found in zip(
-                entries, slots.low_rank.put(slots.first + slot, change.low_rank), strict=True
-            ):
-                all_of += found
+    def _refer(self, slot: int, memory: Tensor, ranks: Sequence[int]) -> None:
+        """Have a slot refer to the matrices in memory, which is where the kernels read them."""
+        entries: list[list[int]] = [[], [], [], []]
+        pairs = iter(self._own_layout.views(memory, ranks))
+        for slots in self.projections:
+            own = tuple(itertools.islice(pairs, len(slots.modules)))
+            found = slots.low_rank.put(slots.first + slot, own)
+            for all_of, of_one in zip(entries, found, strict=True):
+                all_of += of_one
         places = self._starts + slot * self._steps
         self._table[:, places] = send(entries, torch.int64, self.device)
 
-    def _cut(self, staged: StagedAdapter) -> StagedAdapter:
+    def _cut(self, staged: StagedAdapter) -> Tensor:
         """The outputs of this rank alone."""
-        device = staged.memory.device
-        memory = torch.empty(self._size(staged.ranks, own=True), dtype=self.dtype, device=device)
-        found = self._views(memory, staged.ranks, own=True)
-        for slots, change, into in zip(
-            self.projections, staged.projections, found.projections, strict=True
-        ):
-            for pair, target, ranges in zip(change.low_rank, into.low_rank, slots.own, strict=True):
-                if pair is not None and target is not None:
-                    target[0].copy_(pair[0])
-                    torch.cat([pair[1][:, start:stop] for start, stop in ranges], 1, out=target[1])
-        return found
+        device, ranks = staged.memory.device, staged.ranks
+        memory = torch.empty(self._own_layout.size(ranks), dtype=staged.memory.dtype, device=device)
+        own = [ranges for slots in self.projections for ranges in slots.own]
+        whole, cut = self.layout.views(staged.memory, ranks), self._own_layout.views(memory, ranks)
+        for pair, target, ranges in zip(whole, cut, own, strict=True):
+            if pair is not None and target is not None:
+                target.a.copy_(pair.a)
+                torch.cat([pair.b[:, start:stop] for start, stop in ranges], 1, out=target.b)
+                if pair.scales is not None and target.scales is not None:
+                    target.scales.copy_(pair.scales)
+        return memory
 
     def _shapes(self, own: bool) -> Iterator[tuple[int, int]]:
         """Inputs and outputs of each linear layer; own: those of this rank alone."""
@@ -484,33 +470,17 @@ class AdapterSlots:
             for start, end in itertools.pairwise(offsets):
                 yield slots.low_rank.inputs, end - start
 
-    def _size(self, ranks: Sequence[int], *, own: bool) -> int:
-        shapes = zip(ranks, self._shapes(own), strict=True)
-        return sum(
-            self._padded(rank * inputs) + self._padded(rank * out) for rank, (inputs, out) in shapes
-        )
 
-    def _padded(self, numbers: int) -> int:
-        each = ALIGNMENT // self.dtype.itemsize
-        return -(-numbers // each) * each
-
-    def _views(self, memory: Tensor, ranks: Sequence[int], *, own: bool) -> StagedAdapter:
-        pairs: list[LowRank] = []
-        at = 0
-        for rank, (inputs, out) in zip(ranks, self._shapes(own), strict=True):
-            if not rank:
-                pairs.append(None)
-                continue
-            a = memory[at : at + rank * inputs].view(rank, inputs)
-            at += self._padded(rank * inputs)
-            pairs.append((a, memory[at : at + rank * out].view(rank, out)))
-            at += self._padded(rank * out)
-        each = iter(pairs)
-        projections = [
-            StagedProjection(tuple(itertools.islice(each, len(slots.modules))))
-            for slots in self.projections
-        ]
-        return StagedAdapter(projections, memory.nbytes, memory)
+def _write(pair: Matrices, a: Tensor, b: Tensor) -> None:
+    """Write both matrices, rounded as ``pair`` holds them."""
+    if pair.scales is None:
+        pair.a.copy_(a)
+        pair.b.copy_(b)
+        return
+    for target, scales, matrix in zip((pair.a, pair.b), pair.scales, (a, b), strict=True):
+        codes, found = in_8_bits(matrix)
+        target.copy_(codes)
+        scales.copy_(found)
 
 
 def _changes_ends(adapter: LoRAAdapter) -> bool:

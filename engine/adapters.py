@@ -21,6 +21,7 @@ from nybble.engine.adapter_cache import AdapterCache, AdapterVersion, MixturePar
 from nybble.engine.adapter_slots import AdapterSlots, StagedAdapter
 from nybble.engine.generation_config import own_end_tokens, sampling_defaults
 from nybble.engine.request import AdapterMixture, ParameterError
+from nybble.engine.tokens import AdapterTokens, Tokens
 from nybble.loaders import AdapterError, load_adapter, resolve_adapter
 from nybble.loaders.adapter_combine import combine_adapters, combined_digest, not_a_sum
 from nybble.loaders.adapter_settings import OwnSettings, read_own_settings
@@ -55,6 +56,7 @@ class AdapterInfo:
     last_used: when a request last asked for it, in seconds since 1970; None if none has.
     tenants: those whose requests have asked for it, sorted; of many only some.
     own_template: whether it has a chat template of its own.
+    own_tokens: how many tokens it has that the base model does not have.
     sampling: what it recommends for requests that name no value; None for what the base does.
     pinned: whether it stays in host memory while others can make room.
     mixture: the weights of the adapters it was mixed of, by name; None if it was not mixed. It then
@@ -74,6 +76,7 @@ class AdapterInfo:
     last_used: int | None = None
     tenants: tuple[str, ...] = ()
     own_template: bool = False
+    own_tokens: int = 0
     sampling: Mapping[str, float] | None = None
     pinned: bool = False
     mixture: Mapping[str, float] | None = None
@@ -94,6 +97,7 @@ class AdapterInfo:
             last_used=version.last_used,
             tenants=tuple(sorted(version.tenants)),
             own_template=version.template is not None,
+            own_tokens=0 if version.tokens is None else version.tokens.added,
             sampling=version.sampling,
             pinned=version.pinned,
             mixture={part.name: part.weight for part in version.parts} or None,
@@ -123,7 +127,8 @@ class AdapterRegistry:
     """Maps names to adapter versions. May be used from any thread.
 
     host_bytes: memory for host copies.
-    own_settings: whether adapters' own chat templates and generation configs are read.
+    own_settings: whether adapters' own chat templates, generation configs and tokenizers are read.
+    tokens: the base model's.
     post: runs a function on the engine thread, in the order of the calls.
     on_failure: called on the engine thread if a version that requests wait for cannot be read.
     """
@@ -131,6 +136,7 @@ class AdapterRegistry:
     slots: AdapterSlots
     host_bytes: int
     own_settings: bool
+    tokens: Tokens
     post: Callable[[Callable[[], None]], None]
     on_failure: Callable[[AdapterVersion, AdapterError], None]
     _versions: dict[str, AdapterVersion] = field(default_factory=dict)
@@ -141,6 +147,7 @@ class AdapterRegistry:
     _mixtures: OrderedDict[_MixtureKey, AdapterVersion] = field(default_factory=OrderedDict)
 
     def __post_init__(self) -> None:
+        self._own_tokens = AdapterTokens(self.tokens)
         self.cache = self._empty_cache()
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="nybble-adapters")
 
@@ -452,9 +459,20 @@ class AdapterRegistry:
         else:
             adapter = load_adapter(folder, architecture)
         self._check_room(folder, adapter.rank, 0)
-        staged = self.slots.stage(adapter)
+        reads = self.own_settings and not parts
+        tokens = self._own_tokens.of(folder if reads else None, adapter.vocab)
+        own_tokens = None if tokens is self.tokens else tokens
+        if adapter.vocab is not None and not tokens.added:
+            logger.warning(
+                "%s has rows for %d tokens, and no tokenizer that is used with more than the base "
+                "model's %d: the others are never sampled",
+                folder,
+                adapter.vocab,
+                tokens.known,
+            )
+        staged = self.slots.stage(adapter, None if own_tokens is None else own_tokens.known)
         self._check_room(folder, 0, staged.nbytes)
-        if not staged.is_finite():
+        if not self.slots.is_finite(staged):
             raise AdapterError(
                 f"{folder} has values that, times alpha / r, {self.slots.dtype} cannot hold"
             )
@@ -465,10 +483,14 @@ class AdapterRegistry:
             adapter.rank,
             staged.nbytes,
             parts=parts,
-            not_a_sum=not_a_sum(adapter),
+            not_a_sum=not_a_sum(adapter) or (None if own_tokens is None else "has own tokens"),
             invocation=adapter.invocation,
+            tokens=own_tokens,
         )
-        if self.own_settings and not parts:
+        if own_tokens is not None:
+            content = own_tokens.key.encode()
+            version.digest = blake2b(version.digest + content, digest_size=16).digest()
+        if reads:
             self._read_settings(version)
         return version, staged
 
@@ -481,7 +503,8 @@ class AdapterRegistry:
         if own.generation is not None:
             try:
                 version.sampling = sampling_defaults(own.generation)
-                version.end_tokens = own_end_tokens(own.generation, self.slots.architecture.vocab)
+                tokens = version.tokens or self.tokens
+                version.end_tokens = own_end_tokens(own.generation, tokens.rows)
             except ValueError as error:
                 raise AdapterError(f"{version.folder}: {error}") from error
 

@@ -32,7 +32,9 @@ class AdapterConfig:
     slots: adapters that one step can mix. A slot takes as much memory as the adapter in it.
     max_rank: the highest rank an adapter may have.
     host_bytes: host memory for adapters. On the CPU slots refer to it.
-    own_settings: whether an adapter's own chat template and generation config are used.
+    own_settings: whether an adapter's own chat template, generation config and tokens are used.
+    dtype: ``int8`` rounds the matrices of adapters to 8 bits, with a scale for each row, on the
+        CPU; ``auto`` has them in the model's dtype.
     device_bytes: a GPU's memory for adapters in slots; None for as many of the highest rank, on all
         layers, as there are slots.
     """
@@ -42,6 +44,7 @@ class AdapterConfig:
     host_bytes: int = 4 << 30
     own_settings: bool = True
     device_bytes: int | None = None
+    dtype: Literal["auto", "int8"] = "auto"
 
     def __post_init__(self) -> None:
         for name in ("slots", "max_rank", "host_bytes"):
@@ -52,6 +55,8 @@ class AdapterConfig:
             require_whole("device_bytes", self.device_bytes)
             if self.device_bytes < 1:
                 raise ValueError(f"device_bytes is {self.device_bytes}, expected at least 1")
+        if self.dtype not in ("auto", "int8"):
+            raise ValueError(f"dtype of adapters is {self.dtype!r}, expected auto or int8")
         if self.max_rank > MAX_RANK:
             raise ValueError(f"max_rank is {self.max_rank}, expected at most {MAX_RANK}")
 

@@ -14,8 +14,8 @@ from typing import Any
 
 from pydantic_core import from_json
 from tokenizers import AddedToken, Tokenizer
-from transformers import PreTrainedTokenizerBase
 
+from nybble.loaders.adapter_tokens import TextTokenizer
 from nybble.loaders.templates import TemplateRefusedError
 
 Turn = dict[str, Any]
@@ -30,7 +30,7 @@ _THOUGHTS = ("reasoning", "reasoning_content", "thinking")
 _TRUSTED_ROLES = ("system", "assistant")
 
 
-def template_of(tokenizer: PreTrainedTokenizerBase, *, tools: bool) -> str | None:
+def template_of(tokenizer: TextTokenizer, *, tools: bool) -> str | None:
     """The chat template for a conversation with or without tools; None where there is none.
 
     Raises ValueError where a checkpoint has several and none of them is the default.
@@ -256,7 +256,7 @@ class ChatEncoder:
     have the others, as the model itself writes them.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: TextTokenizer) -> None:
         self._tokenizer = tokenizer
         self._backend: Tokenizer = tokenizer.backend_tokenizer
         self._added: dict[int, AddedToken] = self._backend.get_added_tokens_decoder()

@@ -203,8 +203,10 @@ class Decoder:
 
         ends: what the tokens' adapters change; None if nothing.
         """
-        embedded = self.embedding[token_ids]
-        if ends is not None:
+        if ends is None:
+            embedded = self.embedding[token_ids]
+        else:  # an adapter may have tokens of its own
+            embedded = self.embedding[token_ids.clamp(max=len(self.embedding) - 1)]
             ends.embed(embedded, token_ids)
         if self._embedding_multiplier != 1:
             embedded = embedded * self._embedding_multiplier
@@ -220,7 +222,8 @@ class Decoder:
     def logits(self, hidden: Tensor, ends: StepEnds | None = None) -> Tensor:
         """float32 ``(rows, vocab)`` for hidden states ``(rows, hidden)``; −inf if not a token's.
 
-        ends: what the rows' adapters change; None if nothing.
+        ends: what the rows' adapters change; None if nothing. If one has more tokens, there are as
+            many columns as it has.
         """
         return self.logits_of_normed(self.normed(hidden, ends), ends)
 
@@ -228,13 +231,15 @@ class Decoder:
         """As :meth:`logits`, for hidden states after the final norm."""
         logits = self._head(normed)
         if ends is not None:
-            ends.head(logits, normed)
+            logits = ends.head(logits, normed)
         logits = logits.float()
         if self.architecture.logits_multiplier != 1:
             logits *= self.architecture.logits_multiplier
         if (cap := self.architecture.logits_softcap) is not None:
             logits = logits.div_(cap).tanh_().mul_(cap)
-        if self.num_tokens < self.architecture.vocab:
+        if ends is not None:
+            ends.bar_unknown(logits, self.num_tokens)
+        elif self.num_tokens < self.architecture.vocab:
             logits[:, self.num_tokens :] = float("-inf")
         return logits
 

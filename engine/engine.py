@@ -70,6 +70,7 @@ from nybble.engine.speculation import Speculation
 from nybble.engine.state_cache import StateCache, cache_sizes
 from nybble.engine.stats import EngineStats
 from nybble.engine.streams import Stream
+from nybble.engine.tokens import Tokens
 from nybble.engine.vocabulary import Vocabulary
 from nybble.kernels.backend import backend_for
 from nybble.kernels.progress import Progress, track
@@ -95,6 +96,7 @@ class Engine:
     generates: whether it has an output layer.
     num_labels: of a model that classifies sequences, which has scores for them; 0 for others.
     vocabulary: what the tokenizer's tokens stand for.
+    tokens: all of this of the base model; see :meth:`tokens_of`.
     model_type: the architecture's name.
     eos_token_ids: tokens that end a sequence unless its parameters say otherwise.
     max_num_seqs: sequences computed in one step.
@@ -136,7 +138,10 @@ class Engine:
         self.eos_token_ids = eos_token_ids
         self._runner = runner
         self._draft_runner = draft_runner
-        self._thread = EngineThread(runner, new_scheduler, config)
+        self.tokens = Tokens(
+            tokenizer, vocabulary, runner.decoder.architecture.vocab, eos_token_ids
+        )
+        self._thread = EngineThread(runner, new_scheduler, config, self.tokens)
         self._adapters = self._thread.adapters
         self.max_num_seqs = config.max_num_seqs
         self._config = config
@@ -220,6 +225,11 @@ class Engine:
                 "at every step, many times slower",
                 str(config.dtype).removeprefix("torch."),
             )
+        if device.type != "cpu" and config.adapters is not None and config.adapters.dtype != "auto":
+            raise ValueError(
+                f"the dtype of adapters is {config.adapters.dtype!r}, which is for the CPU: leave "
+                "it out (--lora-dtype auto)"
+            )
         if device.type == "cuda" and config.adapters is not None:
             rank = config.adapters.max_rank
             if rank > _MAX_GPU_LORA_RANK:
@@ -289,6 +299,7 @@ class Engine:
                 device=device,
                 dtype=config.dtype,
                 base=decoder.base,
+                in_8_bits=config.adapters.dtype == "int8",
             )
         draft_decoder = None
         if draft is not None and drafts_cache is not None:
@@ -538,6 +549,12 @@ class Engine:
         version = None if self._adapters is None else self._adapters.version(adapter)
         return None if version is None else version.template
 
+    def tokens_of(self, adapter: str | AdapterMixture | None) -> Tokens:
+        """The tokens of an adapter: the base model's, or those and its own."""
+        version = None if self._adapters is None else self._adapters.version(adapter)
+        own = None if version is None else version.tokens
+        return self.tokens if own is None else own
+
     def adapters(self) -> list[AdapterInfo]:
         """Every loaded adapter, by name; safe from any thread."""
         return [] if self._adapters is None else self._adapters.infos()
@@ -586,17 +603,22 @@ class Engine:
             if not finished:
                 self._thread.cancel(request.request_id)
 
-    def check(self, prompt: Several[int], params: SamplingParams) -> int:
+    def check(
+        self, prompt: Several[int], params: SamplingParams, tokens: Tokens | None = None
+    ) -> int:
         """The most tokens that a prompt can be continued by with these parameters.
+
+        tokens: of the request's adapter; None for the base model's.
 
         Raises ParameterError for an empty prompt and for token ids the model does not have, and
         ContextLengthError if prompt and output together are longer than a sequence may be.
         """
         if not prompt:
             raise ParameterError("prompt", "the prompt is empty")
-        require_known_tokens("prompt", prompt, self.vocab_size)
+        rows = (tokens or self.tokens).rows
+        require_known_tokens("prompt", prompt, rows)
         for name in ("logit_bias", "allowed_token_ids", "logprob_token_ids", "stop_token_ids"):
-            require_known_tokens(name, getattr(params, name) or (), self.vocab_size)
+            require_known_tokens(name, getattr(params, name) or (), rows)
         least = 1 if params.max_tokens is None else params.max_tokens
         room = self.max_model_len - len(prompt)
         if least > room:
@@ -618,12 +640,17 @@ class Engine:
         if request.pooling is not None:
             params = replace(params, max_tokens=0)
         ends = self.end_tokens(params, request.adapter)
+        tokens = self.tokens_of(request.adapter)
+        sampler = SequenceSampler(
+            params, prompt, ends=ends, bad_words=_bad_words(params, tokens), vocab=tokens.rows
+        )
         return Sequence(
             request,
-            max_tokens=self.check(prompt, params),
-            detokenizer=Detokenizer(self.vocabulary, prompt, params),
-            sampler=SequenceSampler(params, prompt, ends=ends, bad_words=self._bad_words(params)),
+            max_tokens=self.check(prompt, params, tokens),
+            detokenizer=Detokenizer(tokens.vocabulary, prompt, params),
+            sampler=sampler,
             stop_token_ids=ends,
+            tokens=None if tokens is self.tokens else tokens,
         )
 
     def end_tokens(self, params: SamplingParams, adapter: str | None = None) -> frozenset[int]:
@@ -632,22 +659,23 @@ class Engine:
         A stop string that is the name of a special token stands for that token, which has no text
         to be found in.
         """
-        eos = frozenset[int]() if params.ignore_eos else self.eos_token_ids
+        tokens = self.tokens_of(adapter)
+        eos = frozenset[int]() if params.ignore_eos else tokens.ends
         version = None if self._adapters is None else self._adapters.version(adapter)
         if version is not None and not params.ignore_eos:
             eos |= version.end_tokens
-        named = (self.vocabulary.special_id(stop) for stop in params.stop)
+        named = (tokens.vocabulary.special_id(stop) for stop in params.stop)
         return eos.union(params.stop_token_ids, (token for token in named if token is not None))
 
-    def _bad_words(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
-        """The tokens of each bad word, alone and after a space."""
-        texts = [text for word in params.bad_words for text in (word.lstrip(), " " + word.lstrip())]
-        encoded = self.tokenizer.backend_tokenizer.encode_batch_fast(
-            texts, add_special_tokens=False
-        )
-        words = {tuple(each.ids): None for each in encoded if each.ids}
-        # A tokenizer may know more tokens than the model can say.
-        return tuple(word for word in words if max(word) < self.vocab_size)
+
+def _bad_words(params: SamplingParams, tokens: Tokens) -> tuple[tuple[int, ...], ...]:
+    """The tokens of each bad word, alone and after a space."""
+    texts = [text for word in params.bad_words for text in (word.lstrip(), " " + word.lstrip())]
+    backend = tokens.tokenizer.backend_tokenizer
+    encoded = backend.encode_batch_fast(texts, add_special_tokens=False)
+    words = {tuple(each.ids): None for each in encoded if each.ids}
+    # A tokenizer may know more tokens than the model can say.
+    return tuple(word for word in words if max(word) < tokens.rows)
 
 
 def _require_numbers(output: RequestOutput) -> None:

@@ -27,15 +27,17 @@ from nybble.engine.request import (
     GuideError,
     NoTokenError,
     OutOfMemoryError,
+    ParameterError,
     RequestOutput,
 )
 from nybble.engine.runner import ModelRunner
-from nybble.engine.sampler import PendingSample, Sampled, SequenceSampler
+from nybble.engine.sampler import Sampled, SequenceSampler, start_sampling
 from nybble.engine.scheduler import ScheduledBatch, Scheduler
 from nybble.engine.sequence import Sequence
 from nybble.engine.speculation import accepted
 from nybble.engine.stats import Counters, EngineStats
 from nybble.engine.streams import Outputs, Stream, deliver
+from nybble.engine.tokens import Tokens
 from nybble.loaders import AdapterError
 
 logger = logging.getLogger(__name__)
@@ -75,7 +77,9 @@ class EngineThread(threading.Thread):
         runner: ModelRunner,
         new_scheduler: Callable[[], Scheduler],
         config: EngineConfig,
+        tokens: Tokens,
     ) -> None:
+        """tokens: the base model's."""
         super().__init__(name="nybble-engine", daemon=True)
         self._runner = runner
         self._new_scheduler = new_scheduler
@@ -88,6 +92,7 @@ class EngineThread(threading.Thread):
                 runner.adapters,
                 config.adapters.host_bytes,
                 config.adapters.own_settings,
+                tokens,
                 post=self._inbox.put,
                 on_failure=self._fail_adapter,
             )
@@ -150,6 +155,12 @@ class EngineThread(threading.Thread):
                 return
 
             def send(version: AdapterVersion) -> None:
+                if version.tokens is not sequence.tokens:
+                    raise ParameterError(
+                        "adapter",
+                        f"adapter {name!r} was replaced by one with other tokens while the request "
+                        "was read: send it again",
+                    )
                 sequence.adapter = version
                 self._inbox.put(_Add(sequence, stream))
 
@@ -314,7 +325,7 @@ class EngineThread(threading.Thread):
                     allowed += guide.allowed_along(item.draft) if item.draft else [guide.allowed()]
         pending = None
         if samplers:
-            pending = PendingSample(self._runner.decoder.backend, logits, samplers, allowed)
+            pending = start_sampling(self._runner.decoder.backend, logits, samplers, allowed)
         if self._overlap:
             self._write_deferred()
         sampled = iter(pending.result() if pending else [])
@@ -405,7 +416,8 @@ class EngineThread(threading.Thread):
         failure = AdapterUnavailableError(str(error))
         successor = self.adapters.successor(version)
         for sequence in [s for s in self._scheduler.waiting if s.adapter is version]:
-            if successor is not None and sequence.num_cached_tokens is None:
+            unread = sequence.num_cached_tokens is None
+            if successor is not None and unread and successor.tokens is sequence.tokens:
                 self._scheduler.change_adapter(sequence, successor)
                 continue
             _, stream = self._streams.pop(sequence.request_id)

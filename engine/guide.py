@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from nybble.engine.json_schema import Omission, Schema, expressible
 from nybble.engine.request import GuideError
+from nybble.loaders.adapter_tokens import TextTokenizer
 
 # Imported where a guide is built: the engine runs on machines that have torch and little else.
 if TYPE_CHECKING:
@@ -75,9 +75,7 @@ class GrammarGuide:
 class GrammarCompiler:
     """Builds guides for one vocabulary; may be used from any thread."""
 
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, vocab: int, eos_token_ids: frozenset[int]
-    ) -> None:
+    def __init__(self, tokenizer: TextTokenizer, vocab: int, eos_token_ids: frozenset[int]) -> None:
         self._backend = tokenizer.backend_tokenizer
         self._vocabulary = _LazyVocabulary(tokenizer, vocab, eos_token_ids)
         self._lead = ""
@@ -169,9 +167,7 @@ class GrammarCompiler:
 class _LazyVocabulary:
     """A vocabulary as the library reads it. That takes seconds, so it is done once it is needed."""
 
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, size: int, eos_token_ids: frozenset[int]
-    ) -> None:
+    def __init__(self, tokenizer: TextTokenizer, size: int, eos_token_ids: frozenset[int]) -> None:
         self._backend = tokenizer.backend_tokenizer
         self._size = size
         self._eos_token_ids = sorted(eos_token_ids)

@@ -171,7 +171,8 @@ class HeadDrafter:
             # Of the last token of a prompt that is not continued the next is not known.
             end = min(sequence.num_computed_tokens, len(sequence.token_ids) - 1)
             self._last.pop(sequence, None)
-            if end > start:
+            # The head has no rows for tokens that an adapter has added.
+            if end > start and sequence.tokens is None:
                 items.append(_Item(sequence, start, sequence.token_ids[start + 1 : end + 1]))
                 rows += range(row, row + end - start)
             row += item.num_tokens

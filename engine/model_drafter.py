@@ -169,7 +169,10 @@ class ModelDrafter:
             own.num_published = own.num_computed_tokens
             return own
         known, vocab = len(sequence.token_ids), self._runner.decoder.architecture.vocab
-        # An output layer that is padded has tokens which the smaller model may not have.
+        # An output layer that is padded has tokens which the smaller model may not have, and so may
+        # an adapter.
+        if sequence.tokens is not None:
+            return None
         if known >= self._runner.decoder.max_model_len or max(sequence.token_ids) >= vocab:
             return None
         own = _Drafted(sequence)

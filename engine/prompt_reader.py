@@ -72,7 +72,7 @@ class LogprobReader:
     def read(
         self, decoder: Decoder, hidden: Tensor, start: int, ends: StepEnds | None = None
     ) -> None:
-        vocab = decoder.architecture.vocab
+        vocab = max(decoder.architecture.vocab, 0 if ends is None else ends.rows)
         if self._found is None:
             rows, top = len(self._prompt) - 1, min(self._alternatives, vocab)
             kinds = ((rows,), torch.float32), ((rows,), torch.int32)

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import torch.distributed
 
-from nybble.engine.adapter_slots import AdapterSlots
+from nybble.engine.adapter_slots import AdapterSlots, StagedAdapter
 from nybble.engine.config import EngineConfig
 from nybble.engine.decoder import Decoder
 from nybble.engine.failure import describe
@@ -142,6 +142,7 @@ class Rank:
                 device=self._device,
                 dtype=config.dtype,
                 group=self._group,
+                in_8_bits=config.adapters.dtype == "int8",
             )
         return Answer(free_kv_bytes(self._device))
 
@@ -168,10 +169,10 @@ class Rank:
     def fill(self, slot: int, ranks: list[int]) -> None:
         """Take an adapter, whose changes have these ranks, into a slot."""
         assert self._adapters is not None
-        size = self._adapters.staged_size(ranks)
-        memory = torch.empty(size, dtype=self._config.dtype, device=self._device)
+        layout = self._adapters.layout
+        memory = torch.empty(layout.size(ranks), dtype=layout.dtype, device=self._device)
         self._group.broadcast(memory)
-        self._adapters.fill(slot, self._adapters.views(memory, ranks))
+        self._adapters.fill(slot, StagedAdapter(memory, tuple(ranks)))
 
     def clear(self, slot: int) -> None:
         """Let go of the adapter in a slot."""

@@ -328,7 +328,7 @@ class LeadingSlots(AdapterSlots):
             self._leading.group.broadcast(memory)
         except Exception as error:
             raise self._leading.cause(error) from error
-        super().fill(slot, self.views(memory, staged.ranks))
+        super().fill(slot, StagedAdapter(memory, staged.ranks))
 
     def clear(self, slot: int) -> None:
         try:

@@ -45,6 +45,7 @@ class SequenceSampler:
     constrained: whether the parameters exclude tokens.
     adjusts: whether the parameters change the logits in any way.
     ends: the tokens that end the sequence. bad_words: the tokens of each that may not come.
+    vocab: from how many logits its tokens are chosen; None for all there are.
     """
 
     def __init__(
@@ -54,8 +55,10 @@ class SequenceSampler:
         *,
         ends: frozenset[int] = frozenset(),
         bad_words: tuple[tuple[int, ...], ...] = (),
+        vocab: int | None = None,
     ) -> None:
         self.params = params
+        self.vocab = vocab
         self.penalizes = bool(
             params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty
         )
@@ -187,6 +190,57 @@ class PendingSample:
                 report = _report(reports, place, token, each.params)
             sampled.append((token, report))
         return sampled
+
+
+class PendingGroups:
+    """Rows whose tokens are chosen from different numbers of logits; see PendingSample.
+
+    What a row's are chosen from does not depend on the others, nor does the order of its sums.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        logits: Tensor,
+        samplers: Sequence[SequenceSampler],
+        allowed: Sequence[Tensor | None],
+    ) -> None:
+        self._count = len(samplers)
+        by_vocab: dict[int, list[int]] = {}
+        for row, sampler in enumerate(samplers):
+            by_vocab.setdefault(sampler.vocab or logits.shape[1], []).append(row)
+        self._groups = [
+            (
+                rows,
+                PendingSample(
+                    backend,
+                    logits[rows, :vocab].contiguous(),
+                    [samplers[row] for row in rows],
+                    [allowed[row] for row in rows],
+                ),
+            )
+            for vocab, rows in by_vocab.items()
+        ]
+
+    def result(self) -> list[Sampled | NoTokenError]:
+        found = {
+            row: token
+            for rows, pending in self._groups
+            for row, token in zip(rows, pending.result(), strict=True)
+        }
+        return [found[row] for row in range(self._count)]
+
+
+def start_sampling(
+    backend: Backend,
+    logits: Tensor,
+    samplers: Sequence[SequenceSampler],
+    allowed: Sequence[Tensor | None],
+) -> PendingSample | PendingGroups:
+    """Start choosing the next token of each row; see :class:`PendingSample`."""
+    if all(each.vocab in (None, logits.shape[1]) for each in samplers):
+        return PendingSample(backend, logits, samplers, allowed)
+    return PendingGroups(backend, logits, samplers, allowed)
 
 
 def sample(

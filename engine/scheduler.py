@@ -6,8 +6,9 @@ running sequence gives its blocks back and waits at the head of its queue; it is
 from its tokens (prompt and output), mostly from the prefix cache.
 
 A sequence is admitted when everything it needs is there: a seat, a slot for its adapter, and blocks
-for all of its tokens beside those that the running sequences need soon. One that lacks blocks or a
-slot may be overtaken by others a bounded number of times; then what becomes free is kept for it.
+for all of its tokens beside those that the running sequences need soon. One that lacks blocks, or a
+slot or host memory for its adapter, may be overtaken by others a bounded number of times; then what
+becomes free is kept for it.
 
 Tenants share the engine by weight. The budget goes to the prompt that would be complete first if
 every tenant were served in proportion to its weight, token by token
@@ -34,8 +35,8 @@ from nybble.engine.prompt_reader import PromptReader
 from nybble.engine.sequence import NOTHING_CACHED, CachedPrefix, Sequence, SequenceStatus
 from nybble.engine.speculation import Speculation
 
-# Admissions that may pass a sequence which finds no adapter slot or too few free blocks. After as
-# many, slots or blocks that become free are kept for it.
+# Admissions that may pass a sequence which finds no slot or host memory for its adapter, or too few
+# free blocks. After as many, what becomes free is kept for it.
 _MAX_OVERTAKEN = 32
 # Blocks of a waiting prompt that are looked up in the prefix cache in one step, on average.
 _LOOKUPS_PER_STEP = 64
@@ -129,8 +130,8 @@ class _Plan:
     budget: tokens left. tokens: planned of each sequence. drafts: proposed beside them, and how
     many tokens of each are verified. preempted:
     whether a running sequence lost its blocks for want of others, after which nobody is admitted.
-    slotless, blockless: the sequences which found no adapter slot, and those which found too few
-    free blocks.
+    slotless: the sequences which found no slot, or no host memory, for their adapter.
+    blockless: those which found too few free blocks.
     """
 
     budget: int
@@ -307,7 +308,15 @@ class Scheduler:
         if (states := self.block_manager.states) is not None and not states.has_room():
             return False  # once this step is computed, there is
         for sequence in self.waiting.of(tenant):
-            if sequence in plan.slotless or not self._may_run(plan, sequence):
+            if sequence in plan.slotless:
+                continue
+            adapter = sequence.adapter
+            if adapter is not None and self._adapters.lacks_memory(adapter):
+                if sequence.overtaken >= _MAX_OVERTAKEN:
+                    self._adapters.urge(adapter)
+                plan.slotless.append(sequence)
+                continue
+            if not self._may_run(plan, sequence):
                 continue
             victims = self._free_slot(sequence)
             if victims is None:
@@ -328,12 +337,14 @@ class Scheduler:
         return False
 
     def _may_run(self, plan: _Plan, sequence: Sequence) -> bool:
-        """Whether its adapter is in memory, and no slot is kept for another's."""
+        """Whether its adapter is in memory, and neither memory nor a slot is kept for another's."""
         if sequence.adapter is None:
             return True
         if not self._adapters.ready(sequence.adapter):
             return False
-        return all(passed.overtaken < _MAX_OVERTAKEN for passed in plan.slotless)
+        return sequence.overtaken >= _MAX_OVERTAKEN or all(
+            passed.overtaken < _MAX_OVERTAKEN for passed in plan.slotless
+        )
 
     def _begin(self, sequence: Sequence) -> None:
         cached = self.block_manager.share_prefix(sequence)

@@ -15,6 +15,7 @@ from nybble.engine.request import FinishReason, Request, RequestOutput
 from nybble.engine.sampler import Sampled, SequenceSampler
 from nybble.engine.speculation import Acceptance
 from nybble.engine.state_cache import SequenceState
+from nybble.engine.tokens import Tokens
 
 
 class SequenceStatus(Enum):
@@ -126,6 +127,7 @@ class Sequence(CachedTokens):
     stop_token_ids: tokens that end it, those of the model's vocabulary and those the request names.
     counter: of its tenant, whose sequences share it; settled when it is queued.
     num_charged_tokens: leading tokens of the prompt that its tenant need not pay for (again).
+    tokens: those of an adapter that has tokens of its own; None for the base model's.
     adapter: the version of the request's adapter, settled when the request is taken.
     cached_prefix: what the prefix cache held of it when it was last looked up, while it waits.
     prefix_valid_until: the step from which on it is looked up again.
@@ -141,8 +143,10 @@ class Sequence(CachedTokens):
         detokenizer: Detokenizer,
         sampler: SequenceSampler,
         stop_token_ids: frozenset[int] = frozenset(),
+        tokens: Tokens | None = None,
     ) -> None:
         super().__init__(request.prompt_token_ids, request.cache_salt)
+        self.tokens = tokens
         self.request = request
         self.request_id = request.request_id
         self.tenant = request.tenant

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections import ChainMap
+from collections.abc import Mapping, Sequence
+from copy import copy
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 
 _WORD_START = "▁"
 
@@ -41,7 +44,24 @@ class Vocabulary:
         tokens = {i: token for token, i in tokenizer.get_vocab(with_added_tokens=True).items()}
         tokens |= self._spelt  # which may take the id of one of the model's own
         self.size = max(tokens, default=-1) + 1
+        self.bytes_of: Mapping[int, bytes | None]
         self.bytes_of = {i: self._bytes(token) for i, token in tokens.items()}
+
+    def extended(self, tokenizer: Tokenizer, added: Sequence[tuple[int, AddedToken]]) -> Vocabulary:
+        """The vocabulary of a tokenizer that has these tokens more. It takes memory for these only.
+
+        added: with their ids.
+        """
+        new = {number: token.content for number, token in added}
+        other = copy(self)
+        other._tokenizer = tokenizer
+        other._spelt = self._spelt | new
+        other.added = self.added | new.keys()
+        other.special = self.special.union(number for number, token in added if token.special)
+        other.size = max(self.size, 1 + max(new))
+        own = {number: self._bytes(token) for number, token in new.items()}
+        other.bytes_of = ChainMap(own, cast(dict[int, bytes | None], self.bytes_of))
+        return other
 
     def special_id(self, text: str) -> int | None:
         """The special token that is spelled like this, None if there is none."""

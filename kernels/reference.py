@@ -228,9 +228,9 @@ def lora_add(out: Tensor, x: Tensor, slots: LoRASlots, batch: LoRABatch) -> None
         wide = x[rows].float()
         for pair, (start, end) in zip(slots.matrices[slot], pairwise(slots.offsets), strict=True):
             if pair is not None:
-                a, b = pair
-                h = (wide @ a.float().T).to(x.dtype).float()
-                total = out[rows, start:end].float() + h @ b.float()
+                a, b = pair.wide()
+                h = (wide @ a.T).to(x.dtype).float()
+                total = out[rows, start:end].float() + h @ b
                 out[rows, start:end] = total.to(out.dtype)
 
 

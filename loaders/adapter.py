@@ -16,7 +16,6 @@ Training the text part of a multimodal model adds that model's prefixes
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Collection, Mapping
 from hashlib import blake2b
@@ -36,6 +35,7 @@ from nybble.loaders.adapter_ends import end_keys, read_ends
 from nybble.loaders.adapter_experts import expert_changes, is_of_stacked_experts
 from nybble.loaders.adapter_settings import SETTINGS_FILES
 from nybble.loaders.adapter_tensors import AROUND, after_prefixes, check_values
+from nybble.loaders.adapter_tokens import TOKEN_FILES
 from nybble.loaders.adapter_vectors import vector_changes
 from nybble.loaders.errors import AdapterError
 from nybble.models import Architecture
@@ -48,8 +48,6 @@ __all__ = [
     "load_adapter",
     "resolve_adapter",
 ]
-
-logger = logging.getLogger(__name__)
 
 _SAFETENSORS = "adapter_model.safetensors"
 _DIGEST_BYTES = 16
@@ -70,8 +68,6 @@ _SIDES = {"lora_A", "lora_B", "lora_E", "vera_lambda_b", "vera_lambda_d"}
 # What all modules of a VeRA share.
 _SHARED = re.compile(r"(?:.*\.)?vera_(?P<side>[AB])(?:\.[^.]+)?")
 _INDEX = re.compile(r"[0-9]{1,9}")
-# A file that training may save with an adapter. The base model's own is used instead.
-_NOT_USED = "tokenizer.json"
 
 
 def resolve_adapter(name: str) -> Path:
@@ -84,7 +80,7 @@ def resolve_adapter(name: str) -> Path:
         return folder
     reason = f"the folder {folder} has no {CONFIG_FILE}" if folder.is_dir() else "no such folder"
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
-        files = [CONFIG_FILE, _SAFETENSORS, *SETTINGS_FILES]
+        files = [CONFIG_FILE, _SAFETENSORS, *SETTINGS_FILES, *TOKEN_FILES]
         try:
             return Path(snapshot_download(name, allow_patterns=files, tqdm_class=Bar))
         except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
@@ -162,15 +158,13 @@ def load_adapter(folder: Path, architecture: Architecture) -> LoRAAdapter:
     ends = read_ends(path, settings, of_ends, at_ends, architecture)
     if not (modules or ends.embedding or ends.head or ends.norms):
         raise AdapterError(f"{path}: its target_modules select nothing of the base model")
-    if (folder / _NOT_USED).is_file():
-        logger.info("%s: %s not used, but the base model's own", folder, _NOT_USED)
     if settings.invocation and (ends.embedding or settings.bias != "none"):
         raise AdapterError(
             f"{path}: an aLoRA on the embedding or with biases has no meaning in peft, which would "
             "apply these everywhere"
         )
     changes = ends.embedding, ends.head, ends.norms
-    return LoRAAdapter(modules, digest.digest(), *changes, settings.invocation)
+    return LoRAAdapter(modules, digest.digest(), *changes, settings.invocation, ends.vocab)
 
 
 def _read(folder: Path) -> tuple[Path, bytes, dict[str, Tensor]]:

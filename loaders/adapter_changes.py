@@ -91,6 +91,8 @@ class LoRAModule:
 class MatrixChange:
     """How the embedding or the output layer W ``(vocab, hidden)`` changes, in this order.
 
+    If the vocabulary was resized, what is not None has its number of rows, and not W's.
+
     base: ``(vocab, hidden)``, what the change was trained on, instead of W; None for W.
     whole: ``(vocab, hidden)``, instead of W and base, or None.
     ids, rows: int64 ``(n,)``, ascending, and ``(n, hidden)``: instead of W's rows of these tokens;
@@ -135,6 +137,8 @@ class LoRAAdapter:
     invocation: of an aLoRA, the tokens from whose last occurrence in the prompt on it is active;
         empty for an adapter that is active everywhere.
     norms: weights and biases instead of the base's, by the absolute names of the tensors.
+    vocab: how many tokens it has rows for in the embedding and in the output layer, if that is not
+        as many as the base has; None otherwise. Matrices of its own have so many rows.
     """
 
     modules: Mapping[str, LoRAModule]
@@ -143,6 +147,7 @@ class LoRAAdapter:
     head: MatrixChange | None = None
     norms: Mapping[str, Tensor] = field(default_factory=dict)
     invocation: tuple[int, ...] = ()
+    vocab: int | None = None
 
     @property
     def rank(self) -> int:

@@ -77,6 +77,8 @@ def not_a_sum(adapter: LoRAAdapter) -> str | None:
         return "is an aLoRA, which is active in a part of the text"
     if adapter.norms:
         return "has norms of its own"
+    if adapter.vocab is not None:
+        return "has a vocabulary of another size"
     for end in (adapter.embedding, adapter.head):
         if end is not None and not end.is_low_rank:
             return "has rows or a matrix of its own for the embedding or the output layer"

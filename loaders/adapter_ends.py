@@ -5,14 +5,17 @@ of any linear layer; ``lora_embedding_A`` ``(rank, vocab)`` and ``lora_embedding
 ``(hidden, rank)`` of the embedding; ``token_adapter.trainable_tokens_delta`` ``(tokens, hidden)``,
 which are no differences but new rows; ``weight`` of what is in ``modules_to_save``. If the
 embedding or the output layer has LoRA, or if the vocabulary was resized, the matrix itself is saved
-too (``base_layer.weight``), and PEFT puts it in place of the base's.
+too (``base_layer.weight``), and PEFT puts it in place of the base's. A resized one has as many rows
+as the model had in training, more than the base or, if the base's are rounded up, fewer.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -39,6 +42,7 @@ _KEY = re.compile(
     rf"|(?P<bias>(?:modules_to_save{_NAME}\.|base_layer\.)?bias))"
 )
 _LOW_RANK = {"lora_A", "lora_B", "lora_bias", "lora_magnitude_vector"}
+_MATRICES = "base", "weight"
 
 
 @dataclass
@@ -48,6 +52,7 @@ class Ends:
     embedding: MatrixChange | None = None
     head: MatrixChange | None = None
     norms: dict[str, Tensor] = field(default_factory=dict)
+    vocab: int | None = None
 
 
 @dataclass
@@ -91,14 +96,21 @@ def read_ends(
         assert match is not None, key
         assert match.lastgroup is not None, key
         module = found.setdefault(modules[key], _Module(after_prefixes(match["module"])))
-        if match.lastgroup in module.parts:
+        if match.lastgroup == "weight" and "weight" in module.parts:
+            # Resized matrices in modules_to_save are saved twice; PEFT reads the shorter name.
+            if key < module.parts["weight"][0]:
+                continue
+        elif match.lastgroup in module.parts:
             raise AdapterError(
                 f"{path} has more than one {match.lastgroup} for {modules[key]}, e.g. {key}"
             )
         module.parts[match.lastgroup] = key, tensor
     reader = _Reader(path, settings, architecture, found)
     reader.check_names()
-    return Ends(reader.embedding(), reader.head(), reader.norms())
+    vocab = None if reader.vocab == architecture.vocab else reader.vocab
+    ends = Ends(reader.embedding(), reader.head(), reader.norms(), vocab)
+    reader.check_rows(ends)
+    return ends
 
 
 @dataclass(frozen=True)
@@ -125,6 +137,45 @@ class _Reader:
                         "merge with peft's merge_and_unload and serve the merged model"
                     )
 
+    @cached_property
+    def vocab(self) -> int:
+        """How many tokens the embedding and the output layer had in training."""
+        about = self.architecture
+        ends = self._module(about.embedding), self._module(about.head)
+        saved = [
+            module.parts[part] for module in ends for part in _MATRICES if part in module.parts
+        ]
+        rows = {len(tensor): key for key, tensor in saved if tensor.ndim == 2}
+        if len(rows) > 1:
+            (first, key), (second, other) = sorted(rows.items())[:2]
+            raise AdapterError(
+                f"{self.path}: {key} has {first} tokens and {other} {second}: expected as many"
+            )
+        if rows:
+            return next(iter(rows))
+        trained = [
+            self.settings.token_ids(module.trained, embedding=not at)
+            for at, module in enumerate(ends)
+        ]
+        return max((about.vocab, *(1 + each for ids in trained for each in ids or ())))
+
+    def check_rows(self, ends: Ends) -> None:
+        """Raises AdapterError if tokens beyond the base's have no row at one of the ends."""
+        about = self.architecture
+        for name, change in ((about.embedding, ends.embedding), (about.head, ends.head)):
+            known = about.vocab
+            if change is not None and change.matrix is not None:
+                known = len(change.matrix)
+            elif change is not None and change.ids is not None:
+                given = set(change.ids.tolist())
+                known = next(at for at in itertools.count(known) if at not in given)
+            if known < self.vocab:
+                raise AdapterError(
+                    f"{self.path} has {self.vocab} tokens, the base model {about.vocab}, and "
+                    f"nothing for {name} from token {known} on: save it again with "
+                    "save_embedding_layers=True"
+                )
+
     def embedding(self) -> MatrixChange | None:
         about = self.architecture
         module = self._module(about.embedding)
@@ -139,7 +190,7 @@ class _Reader:
         low_rank = None
         if expected:
             rank = self.settings.rank(module.trained)
-            a = self._tensor(module, "lora_embedding_A", rank, about.vocab)
+            a = self._tensor(module, "lora_embedding_A", rank, self.vocab)
             b = self._tensor(module, "lora_embedding_B", about.hidden, rank)
             low_rank = LoRAModule(b.T, a.T, self.settings.scale(module.trained))
         self._share(module, self._module(about.head))
@@ -164,12 +215,12 @@ class _Reader:
             trained = module.trained if named else self._module(about.embedding).trained
             rank = self.settings.rank(trained)
             vectors = (
-                self._tensor(module, part, about.vocab) if part in expected else None
+                self._tensor(module, part, self.vocab) if part in expected else None
                 for part in ("lora_magnitude_vector", "lora_bias")
             )
             low_rank = LoRAModule(
                 self._tensor(module, "lora_A", rank, about.hidden),
-                self._tensor(module, "lora_B", about.vocab, rank),
+                self._tensor(module, "lora_B", self.vocab, rank),
                 self.settings.scale(trained),
                 *vectors,
             )
@@ -241,8 +292,8 @@ class _Reader:
         about = self.architecture
         # A resized vocabulary is saved as if it were trained.
         base, whole = (
-            self._matrix(module, part) if part in module.parts else None
-            for part in ("base", "weight")
+            self._tensor(module, part, self.vocab, about.hidden) if part in module.parts else None
+            for part in _MATRICES
         )
         rows = index = None
         if ids is not None:
@@ -255,10 +306,10 @@ class _Reader:
                 raise self._missing(
                     "trainable_tokens_delta", module.trained, "trainable_token_indices"
                 )
-            if len(set(ids)) != len(ids) or not all(0 <= each < about.vocab for each in ids):
+            if len(set(ids)) != len(ids) or not all(0 <= each < self.vocab for each in ids):
                 raise AdapterError(
                     f"{self.path}: trainable_token_indices of {module.trained} are not different "
-                    f"tokens below {about.vocab}, the size of the base's vocabulary"
+                    f"tokens below {self.vocab}, the size of the vocabulary"
                 )
             new = self._tensor(module, "trainable_tokens_delta", len(ids), about.hidden)
             index, order = torch.tensor(ids, dtype=torch.int64).sort()
@@ -271,17 +322,6 @@ class _Reader:
         if base is None and whole is None and rows is None and low_rank is None:
             return None
         return MatrixChange(base, whole, index, rows, low_rank)
-
-    def _matrix(self, module: _Module, part: str) -> Tensor:
-        key, tensor = module.parts[part]
-        about = self.architecture
-        if tensor.ndim == 2 and tensor.shape[1] == about.hidden and len(tensor) != about.vocab:
-            raise AdapterError(
-                f"{self.path}: {key} has {len(tensor)} tokens and the base's vocabulary "
-                f"{about.vocab}: adapters with a resized vocabulary are not supported; merge with "
-                "peft's merge_and_unload, save the tokenizer beside the merged model and serve that"
-            )
-        return self._tensor(module, part, about.vocab, about.hidden)
 
     def _tensor(self, module: _Module, part: str, *shape: int) -> Tensor:
         key, tensor = module.parts[part]

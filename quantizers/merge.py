@@ -105,8 +105,15 @@ def merge_adapter(
     Returns the cost of each layer the adapter changes. Raises CheckpointError if the source is
     in the packed form, its format can only be read, or a layer does not fit the format,
     FileExistsError if the target has content, ValueError if keep_16_bits has nothing to keep
-    4-bit, AdapterError if the adapter has a bias for a layer that has none.
+    4-bit, AdapterError if the adapter has a bias for a layer that has none, or a vocabulary of
+    another size.
     """
+    if adapter.vocab is not None:
+        raise AdapterError(
+            f"the adapter has rows for {adapter.vocab} tokens, another number than the base: its "
+            "vocabulary cannot be merged; merge with peft's merge_and_unload, and save the "
+            "adapter's tokenizer beside the merged model"
+        )
     checkpoint = open_checkpoint(source)
     if not isinstance(checkpoint, FolderCheckpoint):
         raise CheckpointError(

@@ -85,6 +85,29 @@ def tiny_adapter(
 
 
 @pytest.fixture(scope="session")
+def tiny_token_adapter(
+    tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
+    """``tiny_token_adapter(**options)`` is the folder of a LoRA with tokens of its own.
+
+    tied: as of ``tiny_adapter``. See ``write_tiny_token_adapter``. Folders are shared: do not write
+    to them.
+    """
+    built: dict[str, Path] = {}
+
+    def build(*, tied: bool = False, **options: object) -> Path:
+        key = repr((tied, sorted(options.items())))
+        if key not in built:
+            model = tiny_model(tie_word_embeddings=tied)
+            built[key] = _tiny.write_tiny_token_adapter(
+                tmp_path_factory.mktemp("adapter"), model, **options
+            )
+        return built[key]
+
+    return build
+
+
+@pytest.fixture(scope="session")
 def tiny_eagle3() -> Callable[..., Path]:
     """``tiny_eagle3(folder, target, **options)`` writes a head of a tiny model to ``folder``.
 

@@ -435,3 +435,57 @@ def store_tiny_mtp(folder: Path, head: TinyMtp) -> None:
     """Write a head's tensors beside those of the model in ``folder``, or instead of others."""
     stored = load_file(folder / "model.safetensors")
     save_file(stored | head.tensors(), folder / "model.safetensors", {"format": "pt"})
+
+
+OWN_EOS = "<|done|>"
+OWN_TOKENS = ("<|tool|>", "<plan>", "zyx")
+
+
+def write_tiny_token_adapter(
+    folder: Path,
+    model: Path,
+    *,
+    tokens: Sequence[str] = OWN_TOKENS,
+    rows: int | None = None,
+    new_rows: Literal["trained", "saved"] = "saved",
+    seed: int = 0,
+    **options: object,
+) -> Path:
+    """Train a LoRA on the tiny model ``model`` with tokens of its own, and save both to ``folder``.
+
+    An end token comes first, then ``tokens``. rows: of the resized embedding, if there are more
+    than tokens. new_rows: whether those of the new tokens are in ``trainable_token_indices``.
+    ``options`` are LoraConfig's.
+    """
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    torch.manual_seed(seed)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_special_tokens({"eos_token": OWN_EOS})
+    tokenizer.add_tokens(list(tokens))
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    known = base.config.vocab_size
+    base.resize_token_embeddings(rows or len(tokenizer), mean_resizing=False)
+    with torch.no_grad():
+        for weight in (base.get_input_embeddings().weight, base.get_output_embeddings().weight):
+            weight[known:].normal_(std=0.8)
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "up_proj"]} | options
+    if new_rows == "trained":
+        new = list(range(known, len(tokenizer)))
+        tied = base.config.tie_word_embeddings
+        of_both = {"embed_tokens": new, "lm_head": new}
+        settings["trainable_token_indices"] = new if tied else of_both
+    adapted = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **settings))
+    trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.Adam(trained, lr=0.03)
+    text = torch.cat(
+        [torch.randint(3, known, (2, 24)), torch.randint(known, len(tokenizer), (2, 9))], 1
+    )
+    for _ in range(3):
+        adapted(input_ids=text, labels=text).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    adapted.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

@@ -1,6 +1,6 @@
 """The cost of adapters in a decode step on the CPU: a batch with and without them, alternating.
 
-    python kernels/bench/cpu_lora.py
+    python kernels/bench/cpu_lora.py [--lora-dtype int8]
 
 The model has the sizes of Qwen2.5-0.5B and random 4-bit weights (group 128). Every row of the batch
 has an adapter of its own on all projections. `floor` is the time needed to read the bytes of the
@@ -9,6 +9,7 @@ adapters at the measured read bandwidth, as a share of the base model's time.
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -92,6 +93,9 @@ def medians(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, f
 
 @torch.inference_mode()
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--lora-dtype", choices=["auto", "int8"], default="auto")
+    in_8_bits = parser.parse_args().lora_dtype == "int8"
     torch.manual_seed(0)
     cpu = torch.device("cpu")
     data = torch.ones(1 << 26, dtype=torch.int64)
@@ -101,7 +105,12 @@ def main() -> None:
     architecture = architecture_of(CONFIG)
     decoder = Decoder(architecture, weights(), device=cpu, dtype=torch.bfloat16, max_model_len=512)
     slots = AdapterSlots(
-        architecture, count=most, max_rank=max(RANKS), device=cpu, dtype=torch.bfloat16
+        architecture,
+        count=most,
+        max_rank=max(RANKS),
+        device=cpu,
+        dtype=torch.bfloat16,
+        in_8_bits=in_8_bits,
     )
     blocks = CONTEXT // BLOCK
     shape = (most * blocks, KV_HEADS, BLOCK, HEAD_DIM)

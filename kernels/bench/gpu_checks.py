@@ -124,7 +124,7 @@ def check_lora(section: Section, dtype: torch.dtype) -> None:
             given.matrices[slot] if slot >= 0 else (), pairwise(offsets), strict=False
         ):
             if pair is not None:
-                a, b = pair
+                a, b = pair.wide()
                 expected[row, start:end] += a.double() @ x[row].double() @ b.double()
     section.close(f"{str(dtype)[6:]} lora_add", found, expected)
     together = found[2:3].clone()

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nybble.kernels import PackedWeight
 from nybble.kernels.bench.gpu_matmul import random_packed
-from nybble.kernels.lora import LoRASlots
+from nybble.kernels.lora import LoRASlots, Matrices
 from nybble.kernels.lora_batch import LoRABatch
 from nybble.kernels.matmul import packed_matmul
 from nybble.kernels.triton import lora, timing
@@ -39,7 +39,7 @@ def adapters(
 
     found = [
         [
-            (matrix(own, inputs, inputs**-0.5), matrix(own, end - start)) if own else None
+            Matrices(matrix(own, inputs, inputs**-0.5), matrix(own, end - start)) if own else None
             for start, end in pairwise(offsets)
         ]
         for own in ranks or [rank] * count

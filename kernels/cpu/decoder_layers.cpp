@@ -68,7 +68,7 @@ struct Inputs {
 
 // The adapters on one projection; kernels/lora.py defines them. Each field has 8 bytes.
 struct Adapters {
-    const int64_t *a, *b, *ranks, *offsets;
+    const int64_t *a, *b, *ranks, *scales, *offsets;
     int64_t parts;
 };
 
@@ -117,7 +117,7 @@ struct Run {
                                       w.scale_type, w.digits, activation_bits, threads);
         if (status == kDone && adapted.segments)
             status = nybble_lora_add(out, given, adapters.a, adapters.b, adapters.ranks,
-                                     adapted.order, adapted.starts, adapted.slots,
+                                     adapters.scales, adapted.order, adapted.starts, adapted.slots,
                                      adapters.offsets, adapted.segments, adapters.parts, w.inputs,
                                      threads);
     }

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-import ctypes
+import math
 import mmap
 import sys
 
 import torch
 
+_HUGE_PAGE = 2 << 20
+
 
 def empty_in_huge_pages(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Uninitialized memory on the CPU, in pages of 2 MiB where the system offers them.
+    """Memory on the CPU, of which nothing is written, in pages of 2 MiB where the system has them.
 
     In pages of 4 KiB, memory that is read here and there waits for the addresses of its pages. It
     is advice which Linux may not follow (``/sys/kernel/mm/transparent_hugepage/enabled``) and other
     systems do not know.
+
+    The memory is a mapping of its own: it takes what it has and no more, and goes back to the
+    system as a whole. What an allocator has in one piece with other memory does neither.
     """
-    made = torch.empty(shape, dtype=dtype)
-    if sys.platform == "linux":
-        start = -(-made.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-        size = (made.data_ptr() + made.nbytes - start) // mmap.PAGESIZE * mmap.PAGESIZE
-        if size > 0:
-            libc = ctypes.CDLL(None)
-            libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_HUGEPAGE)
-    return made
+    size = math.prod(shape) * dtype.itemsize
+    if sys.platform != "linux" or not size:
+        return torch.empty(shape, dtype=dtype)
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    # Less than a page of 2 MiB cannot be in one; it would only take as much.
+    if size >= _HUGE_PAGE:
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(pages, dtype=dtype).view(shape)

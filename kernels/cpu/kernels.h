@@ -35,9 +35,9 @@ int nybble_paged_attention(const nybble::bf16* q, const void* k_cache, const voi
                            float softcap, const float* sinks, int threads);
 
 int nybble_lora_add(nybble::bf16* out, const nybble::bf16* x, const int64_t* a, const int64_t* b,
-                    const int64_t* ranks, const int32_t* order, const int32_t* starts,
-                    const int32_t* slots, const int64_t* offsets, int64_t segments, int64_t parts,
-                    int64_t inputs, int threads);
+                    const int64_t* ranks, const int64_t* scales, const int32_t* order,
+                    const int32_t* starts, const int32_t* slots, const int64_t* offsets,
+                    int64_t segments, int64_t parts, int64_t inputs, int threads);
 
 void nybble_router_logits(const void* x, const float* weight, const float* bias, float* out,
                           int64_t rows, int64_t inputs, int64_t outputs, int is_bf16, int threads);

@@ -119,7 +119,7 @@ class CpuLibrary:
             *[size] * 3,
             *(c_int, c_int, c_float, c_float, size, size, c_int, c_int),
         )
-        self._lora_add = allocating("lora_add", *[pointer] * 9, *[size] * 3, c_int)
+        self._lora_add = allocating("lora_add", *[pointer] * 10, *[size] * 3, c_int)
         self._sample = allocating("sample_tokens", *[pointer] * 3, size, size, c_int)
 
     def takes(self, weight: PackedWeight) -> bool:

@@ -3,6 +3,9 @@
 // Two passes over the adapted rows, grouped by adapter: h = a · x, then out += b · h. The
 // order of the additions for one value does not depend on how many rows or outputs are computed at
 // once, so a row's result does not depend on its batch.
+//
+// Matrices in 8 bits are widened as they are read: all that is different is how many bytes are read,
+// and the scales of their rows.
 
 #include <algorithm>
 #include <vector>
@@ -24,6 +27,13 @@ using Columns = __m512bh;  // 32 columns
 inline Columns load_columns(const bf16* source, int64_t count) {
     const __mmask32 mask = count >= 32 ? ~0u : (1u << count) - 1;
     return reinterpret_cast<Columns>(_mm512_maskz_loadu_epi16(mask, source));
+}
+inline Columns load_columns(const int8_t* source, int64_t count) {
+    const __mmask32 mask = count >= 32 ? ~0u : (1u << count) - 1;
+    const __m256i codes = _mm256_maskz_loadu_epi8(mask, source);
+    const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(codes)));
+    const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(codes, 1)));
+    return _mm512_cvtne2ps_pbh(high, low);  // exact: bfloat16 has every integer up to 256
 }
 inline Floats dot_add(Columns a, Columns b, Floats c) { return {_mm512_dpbf16_ps(c.v, a, b)}; }
 
@@ -47,6 +57,14 @@ inline Columns load_columns(const bf16* source, int64_t count) {
     }
     return {load_bf16(source), load_bf16(source + 16)};
 }
+inline Columns load_columns(const int8_t* source, int64_t count) {
+    int8_t padded[32] = {};
+    if (count < 32) {
+        std::memcpy(padded, source, count);
+        source = padded;
+    }
+    return {load_int8(source), load_int8(source + 16)};
+}
 inline Floats dot_add(Columns a, Columns b, Floats c) {
     return fma(a.high, b.high, fma(a.low, b.low, c));
 }
@@ -60,6 +78,16 @@ inline Floats load_bf16_first(const bf16* source, int64_t count) {
 
 #endif
 
+inline Floats load_some(const bf16* source, int64_t count) {
+    return count >= 16 ? load_bf16(source) : load_bf16_first(source, count);
+}
+inline Floats load_some(const int8_t* source, int64_t count) {
+    if (count >= 16) return load_int8(source);
+    int8_t padded[16] = {};
+    std::memcpy(padded, source, count);
+    return load_int8(padded);
+}
+
 constexpr int kRows = 4;       // rows of x computed together
 constexpr int kRanks = 8;      // ranks per work item of the shrink pass
 constexpr int kOutputs = 512;  // outputs per work item of the expand pass
@@ -70,6 +98,7 @@ struct Args {
     const int64_t* a;        // (slots, parts), addresses of (rank, inputs)
     const int64_t* b;        // (slots, parts), addresses of (rank, outputs of the part)
     const int64_t* ranks;    // (slots, parts)
+    const int64_t* scales;   // (slots, parts), addresses of (2, rank); 0 for bf16
     const int32_t* order;    // the adapted rows
     const int64_t* offsets;  // where each part's outputs begin, then their number
     float* h;                // of each block (rows, ranks of all parts)
@@ -81,13 +110,21 @@ struct Block {
     int64_t slot, first, count;
     int64_t ranks;  // of all parts together
     int64_t h;      // where its part of h begins
+    bool int8;      // whether its matrices are in 8 bits
 };
 
-// Computes h of R rows for N ranks, whose rows of `a` are `ranks`; the first of them is number
-// `at`. The rows of `a` at `ahead` are prefetched, because they are needed next.
-template <int R, int N>
-void shrink(const Args& p, const Block& block, const bf16* const* ranks, int64_t at,
-            const bf16* ahead) {
+// A row of `a`, and the scales of it and of the row of `b` with the same number.
+template <typename Weight>
+struct Rank {
+    const Weight* a;
+    float a_scale, b_scale;
+};
+
+// Computes h of R rows for N ranks, of which the first is number `at`. The rows of `a` at `ahead` are
+// prefetched, because they are needed next.
+template <int R, int N, typename Weight>
+void shrink(const Args& p, const Block& block, const Rank<Weight>* ranks, int64_t at,
+            const Weight* ahead) {
     const bf16* x[R];
     for (int r = 0; r < R; ++r) x[r] = p.x + p.order[block.first + r] * p.inputs;
     Floats total[R][N];
@@ -97,46 +134,63 @@ void shrink(const Args& p, const Block& block, const bf16* const* ranks, int64_t
         Columns v[R];
         for (int r = 0; r < R; ++r) v[r] = load_columns(x[r] + k, p.inputs - k);
         for (int n = 0; n < N; ++n) {
-            const Columns w = load_columns(ranks[n] + k, p.inputs - k);
+            const Columns w = load_columns(ranks[n].a + k, p.inputs - k);
             prefetch(ahead + n * p.inputs + k);
             for (int r = 0; r < R; ++r) total[r][n] = dot_add(v[r], w, total[r][n]);
         }
     }
     for (int r = 0; r < R; ++r)
         for (int n = 0; n < N; ++n)
-            p.h[block.h + r * block.ranks + at + n] = rounded(sum(total[r][n]));
+            p.h[block.h + r * block.ranks + at + n] =
+                rounded(sum(total[r][n]) * ranks[n].a_scale) * ranks[n].b_scale;
 }
 
-// The row of `a` for the n-th rank of a block, with ranks counted through all parts.
-const bf16* rank_row(const Args& p, const Block& block, int64_t n) {
+// The n-th rank of a block, with ranks counted through all parts.
+template <typename Weight>
+Rank<Weight> rank_of(const Args& p, const Block& block, int64_t n) {
     const int64_t* ranks = p.ranks + block.slot * p.parts;
     int64_t part = 0;
     for (; n >= ranks[part]; ++part) n -= ranks[part];
-    return reinterpret_cast<const bf16*>(p.a[block.slot * p.parts + part]) + n * p.inputs;
+    const int64_t at = block.slot * p.parts + part;
+    const auto* a = reinterpret_cast<const Weight*>(p.a[at]) + n * p.inputs;
+    if (!p.scales[at]) return {a, 1, 1};
+    const auto* scales = reinterpret_cast<const float*>(p.scales[at]);
+    return {a, scales[n], scales[ranks[part] + n]};
 }
 
-template <int R, int N>
+template <int R, int N, typename Weight>
 void shrink_next(const Args& p, const Block& block, int64_t& first, int64_t last,
-                 const bf16* ahead) {
-    const bf16* ranks[N];
+                 const Weight* ahead) {
+    Rank<Weight> ranks[N];
     for (; first + N <= last; first += N) {
-        for (int i = 0; i < N; ++i) ranks[i] = rank_row(p, block, first + i);
+        for (int i = 0; i < N; ++i) ranks[i] = rank_of<Weight>(p, block, first + i);
         shrink<R, N>(p, block, ranks, first,
-                     first + N < last ? ranks[N - 1] + p.inputs : ahead);
+                     first + N < last ? ranks[N - 1].a + p.inputs : ahead);
     }
 }
 
-template <int R>
-void shrink_ranks(const Args& p, const Block& block, int64_t first, int64_t last,
-                  const bf16* ahead) {
+template <int R, typename Weight>
+void shrink_some(const Args& p, const Block& block, int64_t first, int64_t last,
+                 const Block& next, int64_t next_first) {
+    const Weight* ahead = rank_of<Weight>(p, next, next_first).a;
     if (R == 1) shrink_next<R, kVectors>(p, block, first, last, ahead);
     shrink_next<R, kVectors / 2>(p, block, first, last, ahead);
     shrink_next<R, 1>(p, block, first, last, ahead);
 }
 
+// `next` and its rank number `next_first` are needed after this one's.
+template <int R>
+void shrink_ranks(const Args& p, const Block& block, int64_t first, int64_t last,
+                  const Block& next, int64_t next_first) {
+    if (block.int8)
+        shrink_some<R, int8_t>(p, block, first, last, next, next_first);
+    else
+        shrink_some<R, bf16>(p, block, first, last, next, next_first);
+}
+
 // What one part of a block adds: its `b`, and where its h and its outputs begin.
 struct Part {
-    const bf16* b;
+    int64_t b;  // address of (rank, outputs)
     int64_t rank, h, offset, outputs;
 };
 
@@ -144,20 +198,20 @@ Part part_of(const Args& p, const Block& block, int64_t part) {
     const int64_t* ranks = p.ranks + block.slot * p.parts;
     int64_t h = block.h;
     for (int64_t before = 0; before < part; ++before) h += ranks[before];
-    return {reinterpret_cast<const bf16*>(p.b[block.slot * p.parts + part]), ranks[part], h,
-            p.offsets[part], p.offsets[part + 1] - p.offsets[part]};
+    return {p.b[block.slot * p.parts + part], ranks[part], h, p.offsets[part],
+            p.offsets[part + 1] - p.offsets[part]};
 }
 
 // Adds K ranks of a part to `count` outputs of R rows, whose sums so far are `total`. The next K
 // ranks are prefetched: what is read of each is short.
-template <int R, int K>
-void add_ranks(const bf16* b, int64_t outputs, const float* h, int64_t ranks, int64_t count,
+template <int R, int K, typename Weight>
+void add_ranks(const Weight* b, int64_t outputs, const float* h, int64_t ranks, int64_t count,
                float (*total)[kOutputs]) {
     for (int64_t o = 0; o < count; o += 16) {
         Floats w[K];
         for (int k = 0; k < K; ++k) {
-            const bf16* from = b + k * outputs + o;
-            w[k] = count - o >= 16 ? load_bf16(from) : load_bf16_first(from, count - o);
+            const Weight* from = b + k * outputs + o;
+            w[k] = load_some(from, count - o);
             if (o % 32 == 0) prefetch(from + K * outputs);
         }
         for (int r = 0; r < R; ++r) {
@@ -169,13 +223,13 @@ void add_ranks(const bf16* b, int64_t outputs, const float* h, int64_t ranks, in
 }
 
 // Adds to the outputs of a part from `first` to `last`, at most kOutputs, for R rows.
-template <int R>
-void expand_outputs(const Args& p, const Block& block, const Part& part, int64_t first,
+template <int R, typename Weight>
+void expand_some(const Args& p, const Block& block, const Part& part, int64_t first,
                     int64_t last) {
     constexpr int K = 4;
     const int64_t count = last - first;
     alignas(64) float total[R][kOutputs] = {};
-    const bf16* b = part.b + first;
+    const Weight* b = reinterpret_cast<const Weight*>(part.b) + first;
     const float* h = p.h + part.h;
     int64_t rank = 0;
     for (; rank + K <= part.rank; rank += K)
@@ -195,6 +249,15 @@ void expand_outputs(const Args& p, const Block& block, const Part& part, int64_t
     }
 }
 
+template <int R>
+void expand_outputs(const Args& p, const Block& block, const Part& part, int64_t first,
+                    int64_t last) {
+    if (block.int8)
+        expand_some<R, int8_t>(p, block, part, first, last);
+    else
+        expand_some<R, bf16>(p, block, part, first, last);
+}
+
 struct Item {
     int32_t block, part;
     int64_t first, last;
@@ -211,9 +274,10 @@ struct Item {
 }  // namespace
 
 extern "C" int nybble_lora_add(bf16* out, const bf16* x, const int64_t* a, const int64_t* b,
-                               const int64_t* ranks, const int32_t* order, const int32_t* starts,
-                               const int32_t* slots, const int64_t* offsets, int64_t segments,
-                               int64_t parts, int64_t inputs, int threads) try {
+                               const int64_t* ranks, const int64_t* scales,
+                               const int32_t* order, const int32_t* starts, const int32_t* slots,
+                               const int64_t* offsets, int64_t segments, int64_t parts,
+                               int64_t inputs, int threads) try {
     std::vector<Block> blocks;
     std::vector<Item> shrinks, expands;
     int64_t h_size = 0;
@@ -221,12 +285,16 @@ extern "C" int nybble_lora_add(bf16* out, const bf16* x, const int64_t* a, const
         if (starts[s] == starts[s + 1]) continue;
         const int64_t* own = ranks + slots[s] * parts;
         int64_t all = 0;
-        for (int64_t part = 0; part < parts; ++part) all += own[part];
+        bool int8 = false;
+        for (int64_t part = 0; part < parts; ++part) {
+            all += own[part];
+            int8 |= own[part] && scales[slots[s] * parts + part];
+        }
         if (all == 0) continue;
         for (int64_t first = starts[s]; first < starts[s + 1]; first += kRows) {
             const int32_t index = static_cast<int32_t>(blocks.size());
             const int64_t count = std::min<int64_t>(kRows, starts[s + 1] - first);
-            blocks.push_back({slots[s], first, count, all, h_size});
+            blocks.push_back({slots[s], first, count, all, h_size, int8});
             h_size += count * all;
             for (int64_t n = 0; n < all; n += kRanks)
                 shrinks.push_back({index, 0, n, std::min(n + kRanks, all)});
@@ -239,7 +307,7 @@ extern "C" int nybble_lora_add(bf16* out, const bf16* x, const int64_t* a, const
         }
     }
     std::vector<float> h(h_size);
-    const Args p{out, x, a, b, ranks, order, offsets, h.data(), parts, inputs};
+    const Args p{out, x, a, b, ranks, scales, order, offsets, h.data(), parts, inputs};
     const int64_t shrink_count = static_cast<int64_t>(shrinks.size());
     const int64_t expand_count = static_cast<int64_t>(expands.size());
 #pragma omp parallel num_threads(threads)
@@ -249,10 +317,10 @@ extern "C" int nybble_lora_add(bf16* out, const bf16* x, const int64_t* a, const
             const Item& item = shrinks[i];
             const Block& block = blocks[item.block];
             const Item& next = shrinks[std::min(i + 1, shrink_count - 1)];
-            const bf16* ahead = rank_row(p, blocks[next.block], next.first);
-            NYBBLE_BY_ROWS(shrink_ranks, p, block, item.first, item.last, ahead)
+            NYBBLE_BY_ROWS(shrink_ranks, p, block, item.first, item.last, blocks[next.block],
+                           next.first)
         }
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
         for (int64_t i = 0; i < expand_count; ++i) {
             const Item& item = expands[i];
             const Block& block = blocks[item.block];

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from uuid import uuid4
 
-from nybble.engine import BudgetGuide, Engine, GrammarCompiler, Guide, SamplingParams
+from nybble.engine import BudgetGuide, Engine, Guide, SamplingParams
 from nybble.server.api.answer_form import AnswerForm
 from nybble.server.api.call import Call
 from nybble.server.api.chat_schema import ChatRequest
@@ -13,9 +13,8 @@ from nybble.server.api.compile_pool import CompilePool
 from nybble.server.api.generation import SequenceGroup
 from nybble.server.api.guiding import guide_of
 from nybble.server.api.output.dialect import Dialects
-from nybble.server.api.output.markers import MarkerTokens
-from nybble.server.api.prompts import Prompts
 from nybble.server.api.schema import NO_LIMIT
+from nybble.server.api.texts import Texts
 from nybble.server.api.tools import tools_of
 from nybble.server.http.errors import ApiError
 
@@ -26,18 +25,15 @@ class ChatGroups:
     def __init__(
         self,
         engine: Engine,
-        prompts: Prompts,
-        grammars: GrammarCompiler,
+        texts: Texts,
         compiling: CompilePool,
         dialects: Dialects,
     ) -> None:
         """dialects: how reasoning and tool calls are written."""
         self._engine = engine
-        self._prompts = prompts
-        self._grammars = grammars
+        self._texts = texts
         self._compiling = compiling
         self._dialects = dialects
-        self._markers = MarkerTokens(engine.tokenizer)
 
     async def group(
         self,
@@ -66,13 +62,19 @@ class ChatGroups:
         room = self._engine.max_model_len - len(token_ids)
         if cut_to_room and params.max_tokens is not None and params.max_tokens > room:
             params = replace(params, max_tokens=None)
-        self._engine.check(token_ids, params)
+        self._engine.check(token_ids, params, self._engine.tokens_of(adapter))
         guide = self._limited(
             body,
             form,
             await guide_of(
-                self._grammars, self._compiling, body, call.record, body.response_format, form
+                self._texts.of(adapter).grammars,
+                self._compiling,
+                body,
+                call.record,
+                body.response_format,
+                form,
             ),
+            adapter,
         )
         id, n = f"{prefix}{uuid4().hex}", body.sequences
         group = SequenceGroup(
@@ -86,7 +88,7 @@ class ChatGroups:
             body.timeout,
             body.priority or 0,
             body.cache_salt or "",
-            prediction=await self._predicted(body),
+            prediction=await self._predicted(body, adapter),
         )
         return group, form
 
@@ -94,10 +96,10 @@ class ChatGroups:
         self, body: ChatRequest, adapter: str | None
     ) -> tuple[tuple[int, ...], AnswerForm]:
         """The token ids of a chat's prompt, and how it is answered."""
-        own = self._engine.chat_templates_of(adapter)
-        dialect = self._dialects.of(self._prompts.template(body, own, tools=bool(body.tools)))
-        tools = tools_of(body, dialect, self._markers, body.model)
-        prompt = await self._prompts.chat(
+        own, text = self._engine.chat_templates_of(adapter), self._texts.of(adapter)
+        dialect = self._dialects.of(text.prompts.template(body, own, tools=bool(body.tools)))
+        tools = tools_of(body, dialect, text.markers, body.model)
+        prompt = await text.prompts.chat(
             body.messages,
             body,
             own,
@@ -109,7 +111,7 @@ class ChatGroups:
         )
         form = AnswerForm(
             dialect,
-            self._markers,
+            text.markers,
             tools,
             prompt.text,
             continued=bool(body.continue_final_message),
@@ -117,7 +119,9 @@ class ChatGroups:
         )
         return prompt.token_ids, form
 
-    def _limited(self, body: ChatRequest, form: AnswerForm, guide: Guide | None) -> Guide | None:
+    def _limited(
+        self, body: ChatRequest, form: AnswerForm, guide: Guide | None, adapter: str | None
+    ) -> Guide | None:
         """``guide``, and the end of reasoning that has had its tokens, if the request limits it."""
         budget = body.thinking_token_budget
         if budget is None or budget == NO_LIMIT:
@@ -130,16 +134,17 @@ class ChatGroups:
                 param="thinking_token_budget",
                 code="unsupported_parameter",
             )
-        limit = form.limit(budget, self._prompts.markers)
-        return BudgetGuide(limit, self._engine.vocabulary, self._engine.vocab_size, guide)
+        limit = form.limit(budget, self._texts.of(adapter).prompts.markers)
+        tokens = self._engine.tokens_of(adapter)
+        return BudgetGuide(limit, tokens.vocabulary, tokens.rows, guide)
 
-    async def _predicted(self, body: ChatRequest) -> tuple[int, ...] | None:
+    async def _predicted(self, body: ChatRequest, adapter: str | None) -> tuple[int, ...] | None:
         """The tokens of the answer that the client expects; none if they are not drafted."""
         if body.prediction is None:
             return None
         if self._engine.draft_method != "ngram":
             return ()
-        return await self._prompts.encode(
+        return await self._texts.of(adapter).prompts.encode(
             body.prediction.text, special_tokens=False, any_length=True
         )
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any, TypeVar
 from uuid import uuid4
 
-from nybble.engine import Engine, GrammarCompiler, SamplingParams
+from nybble.engine import Engine, SamplingParams
 from nybble.server.api.call import Call
 from nybble.server.api.chat import ChatFormatter
 from nybble.server.api.chat_groups import ChatGroups, room_for
@@ -23,7 +23,6 @@ from nybble.server.api.guiding import guide_of
 from nybble.server.api.logprobs import Logprobs
 from nybble.server.api.model_names import ModelNames
 from nybble.server.api.parameter_names import parameters_called
-from nybble.server.api.prompts import Prompts
 from nybble.server.api.response_store import ResponseStore, StoredResponse
 from nybble.server.api.responses import ResponsesFormatter
 from nybble.server.api.responses_schema import ResponsesRequest
@@ -31,7 +30,7 @@ from nybble.server.api.schema import CompletionRequest, Prompt, Sampling
 from nybble.server.api.scores import RerankFormatter, ScoreFormatter
 from nybble.server.api.scoring import Asked, Scoring
 from nybble.server.api.scoring_schema import RerankRequest, ScoreRequest
-from nybble.server.api.token_bytes import TokenBytes
+from nybble.server.api.texts import Texts
 from nybble.server.http.errors import ApiError
 
 # What /v1/responses calls the parameters of a chat.
@@ -61,9 +60,8 @@ class Endpoints:
         self,
         engine: Engine,
         names: ModelNames,
-        prompts: Prompts,
+        texts: Texts,
         chats: ChatGroups,
-        grammars: GrammarCompiler,
         compiling: CompilePool,
         store: ResponseStore | None,
         *,
@@ -73,14 +71,12 @@ class Endpoints:
         be cut to any size."""
         self._engine = engine
         self._names = names
-        self._prompts = prompts
+        self._texts = texts
         self._chats = chats
-        self._grammars = grammars
         self._compiling = compiling
         self._store = store
         self._matryoshka = matryoshka
-        self._tokens = TokenBytes(engine.vocabulary)
-        self._scoring = Scoring(engine, prompts, chats)
+        self._scoring = Scoring(engine, texts, chats)
 
     async def chat(self, body: ChatRequest, call: Call) -> tuple[SequenceGroup, ChatFormatter]:
         body = self._named(body)
@@ -93,7 +89,7 @@ class Endpoints:
             group.id,
             body,
             int(time.time()),
-            self._logprobs(body, group.params),
+            self._logprobs(body, group.params, adapter),
             form,
             group.prompts,
             body.echoed,
@@ -108,15 +104,18 @@ class Endpoints:
         defaults = self._engine.defaults_for(adapter)
         params = body.sampling_params(body.limit, body.logprobs, defaults)
         parse_special = body.parse_special is not False  # rendered chat templates contain markers
-        prompts = await self._encoded(body, body.prompts, params, parse_special=parse_special)
+        text = self._texts.of(adapter)
+        prompts = await self._encoded(
+            body, body.prompts, params, adapter, parse_special=parse_special
+        )
         echoes = None
         if body.echo:
             echoes = [
-                prompt if isinstance(prompt, str) else await self._prompts.decode(prompt)
+                prompt if isinstance(prompt, str) else await text.prompts.decode(prompt)
                 for prompt in body.prompts
             ]
         guide = await guide_of(
-            self._grammars, self._compiling, body, call.record, body.response_format
+            text.grammars, self._compiling, body, call.record, body.response_format
         )
         group = SequenceGroup(
             f"cmpl-{uuid4().hex}",
@@ -130,7 +129,7 @@ class Endpoints:
             body.priority or 0,
             body.cache_salt or "",
         )
-        logprobs = self._logprobs(body, params)
+        logprobs = self._logprobs(body, params, adapter)
         return group, CompletionFormatter(
             group.id, body, int(time.time()), logprobs, echoes, group.prompts
         )
@@ -151,7 +150,7 @@ class Endpoints:
         self._require_size(body.dimensions)
         params = SamplingParams(max_tokens=0)
         with parameters_called({"prompt": "input"}):
-            prompts = await self._encoded(body, self._prompted(body), params)
+            prompts = await self._encoded(body, self._prompted(body), params, adapter)
         group = SequenceGroup(
             f"embd-{uuid4().hex}",
             tuple(prompts),
@@ -241,7 +240,7 @@ class Endpoints:
             if store is not None:
                 store.save(StoredResponse(call.owner, response, items))
 
-        logprobs = self._logprobs(chat, group.params)
+        logprobs = self._logprobs(chat, group.params, adapter)
         formatter = ResponsesFormatter(
             group.id, body, int(time.time()), group.params, form, logprobs, ended=save
         )
@@ -279,36 +278,41 @@ class Endpoints:
     async def _adapter(self, body: ModelBodyT, call: Call) -> str | None:
         return await self._names.adapter(body.model, body.adapter, call)
 
-    def _logprobs(self, body: Sampling, params: SamplingParams) -> Logprobs | None:
+    def _logprobs(
+        self, body: Sampling, params: SamplingParams, adapter: str | None
+    ) -> Logprobs | None:
         if params.logprobs is None and params.prompt_logprobs is None:
             return None
-        ends = self._engine.eos_token_ids | self._engine.end_tokens(params)
+        tokens = self._engine.tokens_of(adapter)
+        ends = tokens.ends | self._engine.end_tokens(params, adapter)
         if params.include_stop_str_in_output:
             ends = frozenset()
         as_ids = body.return_tokens_as_token_ids is True
-        return Logprobs(self._tokens, ends, as_token_ids=as_ids)
+        return Logprobs(self._texts.of(adapter).bytes, ends, as_token_ids=as_ids)
 
     async def _encoded(
         self,
         body: CompletionRequest | EmbeddingRequest,
         prompts: Sequence[Prompt],
         params: SamplingParams,
+        adapter: str | None,
         *,
         parse_special: bool = True,
     ) -> list[tuple[int, ...]]:
+        encoder = self._texts.of(adapter).prompts
         special, cut = body.add_special_tokens is not False, body.truncate_prompt_tokens is not None
-        encoded = await self._prompts.encode_all(
+        encoded = await encoder.encode_all(
             prompts, special_tokens=special, any_length=cut, parse_special=parse_special
         )
         if cut:
             # Truncation keeps the special tokens around a text; token ids have none added.
             text = isinstance(prompts[0], str) and special
-            around = self._prompts.around if text else (0, 0)
+            around = encoder.around if text else (0, 0)
             encoded = [
                 body.truncated(each, room_for(self._engine, params), around) for each in encoded
             ]
         for prompt in encoded:
-            self._engine.check(prompt, params)
+            self._engine.check(prompt, params, self._engine.tokens_of(adapter))
         return encoded
 
 

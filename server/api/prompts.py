@@ -6,11 +6,10 @@ import asyncio
 import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, TypeVar
-
-from transformers import PreTrainedTokenizerBase
 
 from nybble.engine.conversation import (
     PROBE,
@@ -24,6 +23,7 @@ from nybble.engine.conversation import (
     with_short_ids,
     with_tools,
 )
+from nybble.loaders.adapter_tokens import TextTokenizer
 from nybble.loaders.templates import TemplateFailedError, TemplateRefusedError, TemplateRenderer
 from nybble.server.api.chat_schema import Message, TemplateOptions
 from nybble.server.api.output.harmony import CHANNEL
@@ -62,7 +62,7 @@ class Prompts:
 
     def __init__(
         self,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: TextTokenizer,
         model: str,
         max_model_len: int,
         templates: TemplateRenderer,
@@ -88,6 +88,18 @@ class Prompts:
         # One thread, however many requests there are: encoding takes much memory, and each thread's
         # allocator keeps it for later. The encoder has threads of its own.
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="nybble-tokenize")
+
+    def with_tokenizer(self, tokenizer: TextTokenizer) -> Prompts:
+        """The same for an adapter whose tokenizer has more tokens than the model's."""
+        other = copy(self)
+        other._tokenizer = tokenizer
+        other._backend = tokenizer.backend_tokenizer
+        added = other._backend.get_added_tokens_decoder().values()
+        other._longest = max(self._longest, *(len(token.content) for token in added))
+        other._max_characters = self._max_model_len * other._longest
+        other._chat_encoder = ChatEncoder(tokenizer)
+        other.__dict__.pop("_around", None)  # what the model's own tokenizer adds
+        return other
 
     async def encode(
         self, text: str, *, special_tokens: bool = True, any_length: bool = False
@@ -341,7 +353,9 @@ class Prompts:
 
     async def _shows(self, template: str, turns: Sequence[Turn]) -> bool:
         try:
-            text = await self._render(template, turns, None, self._tokenizer.special_tokens_map)
+            text = await self._render(
+                template, turns, None, dict(self._tokenizer.special_tokens_map)
+            )
         except TemplateRefusedError:
             return False
         return left_out(PROBE, text) is None

@@ -9,11 +9,7 @@ from typing import TypeVar
 from aiohttp import web
 
 from nybble import __version__
-from nybble.engine import (
-    Engine,
-    GrammarCompiler,
-    require_known_tokens,
-)
+from nybble.engine import Engine, require_known_tokens
 from nybble.loaders.templates import TemplateRenderer
 from nybble.server.api.call import Call
 from nybble.server.api.chat_groups import ChatGroups
@@ -36,6 +32,7 @@ from nybble.server.api.responses_routes import ResponsesApi
 from nybble.server.api.running import RUNNING
 from nybble.server.api.schema import AbortRequest, CompletionRequest
 from nybble.server.api.scoring_schema import RerankRequest, ScoreRequest
+from nybble.server.api.texts import Texts
 from nybble.server.http.errors import ApiError
 from nybble.server.http.gate import Gate
 from nybble.server.observability.metrics import Metrics
@@ -91,22 +88,21 @@ class Api:
         self._names = names
         self._openapi = openapi_document(root_path)
         self.generation = Generation(engine, metrics, admission, limits, ledger, ended)
-        self._prompts = Prompts(
+        prompts = Prompts(
             engine.tokenizer,
             names.first,
             engine.max_model_len,
             templates,
             trust_chat_templates=trust_chat_templates,
         )
+        self._texts = Texts(engine, prompts)
         compiling = CompilePool()
-        grammars = GrammarCompiler(engine.tokenizer, engine.vocab_size, engine.eos_token_ids)
-        self._chats = ChatGroups(engine, self._prompts, grammars, compiling, dialects or Dialects())
+        self._chats = ChatGroups(engine, self._texts, compiling, dialects or Dialects())
         self.endpoints = Endpoints(
             engine,
             names,
-            self._prompts,
+            self._texts,
             self._chats,
-            grammars,
             compiling,
             response_store,
             matryoshka=matryoshka,
@@ -253,16 +249,16 @@ class Api:
 
     async def tokenize(self, request: web.Request) -> web.Response:
         body = await read_body(request, TokenizeRequest)
-        own = None
+        adapter = None
         if body.model is not None:
             adapter = await self._names.adapter(body.model, None, Call.of(request))
-            own = self._engine.chat_templates_of(adapter)
+        own, prompts = self._engine.chat_templates_of(adapter), self._texts.of(adapter).prompts
         if body.messages is not None:
             tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()] or None
-            tokens = (await self._prompts.chat(body.messages, body, own, tools=tools)).token_ids
+            tokens = (await prompts.chat(body.messages, body, own, tools=tools)).token_ids
         else:
             special = body.add_special_tokens is not False
-            tokens = await self._prompts.encode(
+            tokens = await prompts.encode(
                 body.prompt or "", special_tokens=special, any_length=True
             )
         found = {
@@ -272,12 +268,15 @@ class Api:
             "token_strs": None,
         }
         if body.return_token_strs:
-            found["token_strs"] = await self._prompts.token_strings(tokens)
+            found["token_strs"] = await prompts.token_strings(tokens)
         return json_response(found)
 
     async def detokenize(self, request: web.Request) -> web.Response:
         body = await read_body(request, DetokenizeRequest)
+        adapter = None
         if body.model is not None:
-            await self._names.require(body.model, Call.of(request))
-        require_known_tokens("tokens", body.tokens, len(self._engine.tokenizer))
-        return json_response({"prompt": await self._prompts.decode(body.tokens)})
+            adapter = await self._names.adapter(body.model, None, Call.of(request))
+        known = self._engine.tokens_of(adapter).vocabulary.size
+        require_known_tokens("tokens", body.tokens, known)
+        prompts = self._texts.of(adapter).prompts
+        return json_response({"prompt": await prompts.decode(body.tokens)})

@@ -23,8 +23,8 @@ from nybble.server.api.chat_groups import ChatGroups
 from nybble.server.api.chat_schema import ChatRequest
 from nybble.server.api.generation import SequenceGroup
 from nybble.server.api.parameter_names import parameters_called
-from nybble.server.api.prompts import Prompts
 from nybble.server.api.scoring_schema import RerankRequest, ScoreRequest
+from nybble.server.api.texts import Texts
 from nybble.server.http.errors import ApiError
 
 Outputs = Sequence[Sequence[RequestOutput]]
@@ -58,16 +58,16 @@ class Asked:
 
 
 class Scoring:
-    def __init__(self, engine: Engine, prompts: Prompts, chats: ChatGroups) -> None:
+    def __init__(self, engine: Engine, texts: Texts, chats: ChatGroups) -> None:
         self._engine = engine
-        self._prompts = prompts
+        self._texts = texts
         self._chats = chats
 
     async def scores(self, pairs: Sequence[Pair], asked: Asked) -> Scores:
         """The sequences that score pairs. Raises ApiError 400 and ParameterError."""
         body = asked.body
         if isinstance(body, RerankRequest) and (most := body.max_tokens_per_doc) is not None:
-            pairs = [(query, await self._cut(document, most)) for query, document in pairs]
+            pairs = [(query, await self._cut(document, most, asked)) for query, document in pairs]
         classifies, embeds = bool(self._engine.num_labels), self._engine.embedding.made_for
         if body.instruction is not None and (classifies or embeds):
             raise _unsupported("instruction", "instruction is for models that judge by yes and no")
@@ -86,7 +86,8 @@ class Scoring:
         labels, as_logits = self._engine.num_labels, asked.body.use_activation is False
         if labels > 2:
             raise _unsupported("model", f"this model tells {labels} labels apart, expected 1 or 2")
-        prompts = [await self._fitting(pair, asked.body, self._prompts.pair) for pair in pairs]
+        encode = self._texts.of(asked.adapter).prompts.pair
+        prompts = [await self._fitting(pair, asked, encode) for pair in pairs]
         group = self._group(prompts, asked, "score")
 
         def read(outputs: Outputs) -> list[float]:
@@ -109,7 +110,9 @@ class Scoring:
         # The same text has the same embedding: a query is computed once.
         texts = {(role, text): None for pair in pairs for role, text in enumerate(pair)}
         encoded = [
-            await self._fitting(("", before[role] + text), asked.body, lambda _, t: self._encode(t))
+            await self._fitting(
+                ("", before[role] + text), asked, lambda _, t: self._encode(t, asked)
+            )
             for role, text in texts
         ]
         numbers = {key: number for number, key in enumerate(texts)}
@@ -125,7 +128,8 @@ class Scoring:
         return Scores(group, read)
 
     async def _judged(self, pairs: Sequence[Pair], asked: Asked) -> Scores:
-        answers = [self._prompts.markers(word) for word in ("yes", "no")]
+        markers = self._texts.of(asked.adapter).prompts.markers
+        answers = [markers(word) for word in ("yes", "no")]
         if any(len(answer) != 1 for answer in answers):
             raise _unsupported(
                 "model", "this model has no tokens for yes and no, by which a model judges"
@@ -147,9 +151,9 @@ class Scoring:
                 }
             )
             token_ids, form = await self._chats.prompt(chat, asked.adapter)
-            return token_ids + self._prompts.markers(form.without_reasoning)
+            return token_ids + markers(form.without_reasoning)
 
-        prompts = [await self._fitting(pair, asked.body, judging) for pair in pairs]
+        prompts = [await self._fitting(pair, asked, judging) for pair in pairs]
         params = SamplingParams(
             max_tokens=1, temperature=0, logprobs=0, logprob_token_ids=(yes, no)
         )
@@ -173,7 +177,7 @@ class Scoring:
     ) -> SequenceGroup:
         params = params or SamplingParams(max_tokens=0)
         for prompt in prompts:
-            self._engine.check(prompt, params)
+            self._engine.check(prompt, params, self._engine.tokens_of(asked.adapter))
         body = asked.body
         kind = "rerank" if isinstance(body, RerankRequest) else "score"
         return SequenceGroup(
@@ -188,23 +192,23 @@ class Scoring:
             few_at_a_time=True,
         )
 
-    async def _encode(self, text: str) -> tuple[int, ...]:
-        return await self._prompts.encode(text, any_length=True)
+    async def _encode(self, text: str, asked: Asked) -> tuple[int, ...]:
+        return await self._texts.of(asked.adapter).prompts.encode(text, any_length=True)
 
     async def _fitting(
         self,
         pair: Pair,
-        body: RerankRequest | ScoreRequest,
+        asked: Asked,
         encode: Callable[[str, str], Awaitable[tuple[int, ...]]],
     ) -> tuple[int, ...]:
         """A pair's tokens; its document is cut if the request says to how many."""
         query, document = pair
-        found, most = await encode(query, document), body.truncate_prompt_tokens
+        found, most = await encode(query, document), asked.body.truncate_prompt_tokens
         if most is None:
             return found
         most = self._engine.max_model_len - 1 if most == -1 else most
         while len(found) > most:
-            size = len(await self._encode(document)) - (len(found) - most)
+            size = len(await self._encode(document, asked)) - (len(found) - most)
             if size <= 0:
                 raise ApiError(
                     400,
@@ -212,17 +216,18 @@ class Scoring:
                     param="truncate_prompt_tokens",
                     code="invalid_value",
                 )
-            document = await self._cut(document, size)
+            document = await self._cut(document, size, asked)
             found = await encode(query, document)
         return found
 
-    async def _cut(self, text: str, tokens: int) -> str:
+    async def _cut(self, text: str, tokens: int, asked: Asked) -> str:
         """The beginning of a text, of so many tokens or fewer."""
-        found = await self._prompts.encode(text, special_tokens=False, any_length=True)
+        prompts = self._texts.of(asked.adapter).prompts
+        found = await prompts.encode(text, special_tokens=False, any_length=True)
         if len(found) <= tokens:
             return text
         # A cut may leave a part of a character.
-        return (await self._prompts.decode(found[:tokens])).rstrip("\ufffd")
+        return (await prompts.decode(found[:tokens])).rstrip("\ufffd")
 
 
 def _vector(output: RequestOutput) -> np.ndarray[Any, np.dtype[np.float32]]:

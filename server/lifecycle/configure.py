@@ -86,6 +86,7 @@ def _adapter_config(options: ServeOptions) -> AdapterConfig | None:
         asked.lora_host_memory,
         asked.lora_own_settings,
         asked.lora_device_memory,
+        asked.lora_dtype,
     )
 
 

@@ -51,6 +51,7 @@ from nybble.engine.ranks import check_ranks
 from nybble.engine.request import FinishReason
 from nybble.kernels.progress import Bar
 from nybble.loaders import Checkpoint
+from nybble.loaders.adapter_tokens import TextTokenizer
 from nybble.loaders.templates import TemplateFailedError, TemplateRefusedError, TemplateRenderer
 from nybble.models import architecture_of
 from nybble.quantizers.drafts import prepared_draft, stored_draft
@@ -114,6 +115,7 @@ class LLM:
         enable_lora: bool = False,
         max_loras: int = 8,
         max_lora_rank: int = 64,
+        lora_dtype: Literal["auto", "int8"] = "auto",
         tune: bool = True,
         tensor_parallel_size: int = 1,
         progress: bool = True,
@@ -153,7 +155,9 @@ class LLM:
             max_draft_tokens=max_draft_tokens,
             deterministic=deterministic,
             activations=activations,
-            adapters=AdapterConfig(max_loras, max_lora_rank) if enable_lora else None,
+            adapters=AdapterConfig(max_loras, max_lora_rank, dtype=lora_dtype)
+            if enable_lora
+            else None,
             tune=tune,
             tensor_parallel_size=tensor_parallel_size,
         )
@@ -237,8 +241,9 @@ class LLM:
         that cannot be read, EngineStoppedError once the LLM is closed, and EngineFailedError if the
         engine fails. The other prompts are then given up.
         """
-        encoded = self._encode(_as_list(prompts))
-        return self._run(encoded, params, self._adapters_of(adapter, len(encoded)), progress)
+        listed = _as_list(prompts)
+        adapters = self._adapters_of(adapter, len(listed))
+        return self._run(self._encode(listed, adapters), params, adapters, progress)
 
     def chat(
         self,
@@ -260,10 +265,9 @@ class LLM:
         template refuses.
         """
         conversations = _conversations(messages)
-        variables = {**self.tokenizer.special_tokens_map, **(template_variables or {})}
         adapters = self._adapters_of(adapter, len(conversations))
         encoded = [
-            self._encode_chat(self._template(own, tools=bool(tools)), each, tools, variables)
+            self._encode_chat(own, each, tools, template_variables or {})
             for each, own in zip(conversations, adapters, strict=True)
         ]
         return self._run(encoded, params, adapters, progress)
@@ -302,22 +306,28 @@ class LLM:
 
     def _encode_chat(
         self,
-        template: str,
+        adapter: str | None,
         messages: Conversation,
         tools: Sequence[dict[str, Any]] | None,
-        variables: dict[str, Any],
+        own_variables: Mapping[str, Any],
     ) -> tuple[int, ...]:
         """The token ids that the server makes of a conversation, up to the assistant's turn."""
+        template = self._template(adapter, tools=bool(tools))
+        tokenizer = self._engine.tokens_of(adapter).tokenizer
+        variables = {**tokenizer.special_tokens_map, **own_variables}
+        encoder = self._chat_encoder
+        if tokenizer is not self.tokenizer:
+            encoder = ChatEncoder(tokenizer)
 
         def render(turns: Sequence[Turn]) -> str:
             return self._templates.render(template, turns, tools, variables)
 
         try:
-            turns = self._chat_encoder.shielded([turn_of(each) for each in messages], template)
+            turns = encoder.shielded([turn_of(each) for each in messages], template)
             if template not in self._parts:
                 self._parts[template] = takes_parts(render)
             text = rendered(turns, render, parts=self._parts[template])
-            return tuple(self._chat_encoder.encode(text))
+            return tuple(encoder.encode(text))
         except (TemplateRefusedError, TemplateFailedError) as error:
             raise ParameterError(
                 "messages", f"the chat template cannot render these messages: {error}"
@@ -325,13 +335,22 @@ class LLM:
         except ValueError as error:
             raise ParameterError("messages", str(error)) from None
 
-    def _encode(self, prompts: Sequence[Prompt]) -> list[tuple[int, ...]]:
-        texts = [prompt for prompt in prompts if isinstance(prompt, str)]
-        encodings = iter(self.tokenizer.backend_tokenizer.encode_batch_fast(texts))
-        return [
-            tuple(next(encodings).ids) if isinstance(prompt, str) else _token_ids(index, prompt)
-            for index, prompt in enumerate(prompts)
-        ]
+    def _encode(
+        self, prompts: Sequence[Prompt], adapters: Sequence[str | None]
+    ) -> list[tuple[int, ...]]:
+        found: dict[int, tuple[int, ...]] = {}
+        by_tokenizer: dict[TextTokenizer, dict[int, str]] = {}
+        for index, (prompt, adapter) in enumerate(zip(prompts, adapters, strict=True)):
+            if isinstance(prompt, str):
+                tokenizer = self._engine.tokens_of(adapter).tokenizer
+                by_tokenizer.setdefault(tokenizer, {})[index] = prompt
+            else:
+                found[index] = _token_ids(index, prompt)
+        for tokenizer, texts in by_tokenizer.items():
+            encodings = tokenizer.backend_tokenizer.encode_batch_fast(list(texts.values()))
+            for index, encoding in zip(texts, encodings, strict=True):
+                found[index] = tuple(encoding.ids)
+        return [found[index] for index in range(len(prompts))]
 
     def _run(
         self,

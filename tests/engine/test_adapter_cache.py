@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
+import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -15,6 +16,10 @@ from nybble.engine.adapter_slots import StagedAdapter
 
 NAMES = st.integers(0, 5)
 TENANTS = st.sampled_from(["a", "b"])
+
+
+def copy_of(version: AdapterVersion, ends: StagedEnds | None = None) -> StagedAdapter:
+    return StagedAdapter(torch.empty(version.nbytes, dtype=torch.int8), (), ends=ends)
 
 
 class Slots:
@@ -71,7 +76,7 @@ class CacheUnderTraffic(RuleBasedStateMachine):
     def staged(self, version: AdapterVersion) -> StagedAdapter:
         # Slots refer to what some copies hold.
         ends = StagedEnds(None, None, {}, ()) if version.nbytes % 2 else None
-        copy = StagedAdapter([], version.nbytes, ends=ends)
+        copy = copy_of(version, ends)
         self.copies[id(copy)] = version
         self._alive = [*getattr(self, "_alive", []), copy]  # so that no id is used twice
         return copy
@@ -234,7 +239,7 @@ def test_a_slot_is_filled_though_its_host_copy_makes_room_for_what_is_taken_out(
 
     def read_all() -> None:
         while reading:
-            cache.staged(version := reading.pop(0), StagedAdapter([], version.nbytes))
+            cache.staged(version := reading.pop(0), copy_of(version))
 
     cache.queue(awaited, "a")
     read_all()
@@ -259,7 +264,7 @@ def test_a_pinned_adapter_is_read_and_stays_while_others_can_make_room() -> None
     def use(version: AdapterVersion) -> None:
         cache.queue(version, "a")
         while reading:
-            cache.staged(found := reading.pop(0), StagedAdapter([], found.nbytes))
+            cache.staged(found := reading.pop(0), copy_of(found))
         cache.begin_step()
         assert cache.acquire(version)
         cache.release(version, running=True)
@@ -289,7 +294,7 @@ def test_a_prefetched_adapter_takes_the_place_of_what_nobody_needs_and_of_nothin
         names = []
         while reading:
             names.append(reading[0].name)
-            cache.staged(found := reading.pop(0), StagedAdapter([], found.nbytes))
+            cache.staged(found := reading.pop(0), copy_of(found))
         return names
 
     cache.prefetch(first)

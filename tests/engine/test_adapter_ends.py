@@ -181,8 +181,9 @@ def test_ends_are_counted_and_the_matrix_that_the_base_has_is_not_kept(
     try:
         # PEFT saves the whole output layer beside the LoRA on it.
         assert load("head alone") == number * rank * (vocab + hidden)
-        assert load("whole head") - load("whole embedding") == 0
         assert load("whole head") > number * vocab * hidden
+        # Training has changed the rows of the tokens it saw, 48 at most.
+        assert load("whole embedding") < number * 48 * hidden + load("norms")
     finally:
         engine.stop()
 
@@ -191,8 +192,7 @@ def test_a_slot_does_not_outlive_the_host_copy_that_it_refers_to(
     reference: Any, tiny_model: Callable[..., Path], tiny_adapter: Callable[..., Path]
 ) -> None:
     """Whole matrices are in host memory alone, whose limit holds though there are free slots."""
-    kinds = ["whole head", "whole embedding", "whole head"]
-    folders = [tiny_adapter(seed=seed, **KINDS[kind]) for seed, kind in enumerate(kinds)]
+    folders = [tiny_adapter(seed=seed, **KINDS["whole head"]) for seed in range(3)]
     one = 320 * 128 * 4 + 46_000
     engine = reference.start(
         open_checkpoint(tiny_model()),

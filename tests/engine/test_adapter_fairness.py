@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from nybble.engine import Request, SamplingParams
 from nybble.engine.adapter_cache import AdapterCache, AdapterVersion
 from nybble.engine.adapter_slots import StagedAdapter
@@ -58,7 +60,7 @@ class World:
     def finish_read(self) -> None:
         version = self.reading.pop(0)
         self.read.append(version)
-        self.cache.staged(version, StagedAdapter([], SIZE))
+        self.cache.staged(version, StagedAdapter(torch.empty(SIZE, dtype=torch.int8), ()))
 
     def step(self) -> None:
         for item in self.scheduler.schedule():

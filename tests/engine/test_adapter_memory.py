@@ -91,7 +91,7 @@ def test_adapters_that_were_moved_together_in_a_buffer_are_still_computed(
     """A GPU's buffer, in host memory here: it holds two adapters of rank 8, or more of less."""
     architecture = open_checkpoint(tiny_model()).architecture
     slots = AdapterSlots(architecture, count=4, max_rank=8, device=CPU, dtype=torch.float32)
-    whole = slots.staged_size([8] * len(architecture.linears))
+    whole = slots.layout.size([8] * len(architecture.linears))
     slots._memory = AdapterMemory(2 * whole, torch.float32, CPU)
     assert not slots.refer_to_host
     adapters = {

@@ -23,7 +23,7 @@ from torch import Tensor
 from nybble.kernels import PackedWeight, reference
 from nybble.kernels.attention_batch import AttentionBatch
 from nybble.kernels.cpu.library import CpuLibrary
-from nybble.kernels.lora import LoRASlots, LowRank
+from nybble.kernels.lora import LoRASlots, LowRank, Matrices, in_8_bits
 from nybble.kernels.lora_batch import LoRABatch
 from nybble.kernels.packed import INTEGER_LEVELS, SYMMETRIC_LEVELS, pack_nibbles
 from nybble.kernels.reference import TokenChoice
@@ -271,17 +271,24 @@ def test_sampling(cpu: CpuLibrary, guard: Guard, vocab: int) -> None:
 @pytest.mark.parametrize("inputs", [1, 31, 32, 100])
 @pytest.mark.parametrize("offsets", [(0, 1), (0, 16, 33), (0, 130, 131, 200), (0, 520)])
 @pytest.mark.parametrize("max_rank", [1, 9, 16])
+@pytest.mark.parametrize("int8", [False, True], ids=["bf16", "int8"])
 def test_low_rank_additions(
-    cpu: CpuLibrary, guard: Guard, max_rank: int, offsets: tuple[int, ...], inputs: int
+    cpu: CpuLibrary, guard: Guard, max_rank: int, offsets: tuple[int, ...], inputs: int, int8: bool
 ) -> None:
     torch.manual_seed(0)
 
     def part(rank: int, out: int) -> LowRank:
         a, b = torch.randn(rank, inputs) * inputs**-0.5, torch.randn(rank, out)
-        return (guard(a.bfloat16()), guard(b.bfloat16())) if rank else None
+        if not rank:
+            return None
+        if not int8:
+            return Matrices(guard(a.bfloat16()), guard(b.bfloat16()))
+        (a, of_a), (b, of_b) = in_8_bits(a), in_8_bits(b)
+        return Matrices(guard(a), guard(b), guard(torch.stack((of_a, of_b))))
 
     widths = [end - start for start, end in pairwise(offsets)]
-    lora = LoRASlots.of([[part(r, w) for w in widths] for r in (max_rank, 0, 1)], inputs, offsets)
+    each = [[part(r, w) for w in widths] for r in (max_rank, 0, 1)]
+    lora = LoRASlots.of(each, inputs, offsets, torch.bfloat16)
     lora = replace(lora, table=guard(lora.table))
     for slots in ([0], [2, -1, 0, 1], [0] * 6 + [2] * 3):
         given = LoRABatch.of(slots, "cpu")

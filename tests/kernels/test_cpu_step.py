@@ -22,7 +22,7 @@ from nybble.kernels.activation import ACTIVATIONS, Activation
 from nybble.kernels.attention_batch import AttentionBatch
 from nybble.kernels.cpu.build import machine
 from nybble.kernels.cpu.library import CpuLibrary
-from nybble.kernels.lora import LoRASlots
+from nybble.kernels.lora import LoRASlots, Matrices
 from nybble.kernels.lora_batch import LoRABatch
 
 from .cpu_kernels import random_weight, transposed
@@ -528,7 +528,7 @@ def test_running_out_of_memory_is_an_error_of_the_call(
 
     else:
         matrices = torch.zeros(2, 1 << 14, 8).bfloat16()
-        slots = LoRASlots.of([[(matrices[0], matrices[1])]], 8, (0, 8))
+        slots = LoRASlots.of([[Matrices(matrices[0], matrices[1])]], 8, (0, 8))
         rows = LoRABatch.of([0] * 1024, "cpu")
         assert rows is not None
         low = torch.zeros(1024, 8).bfloat16()

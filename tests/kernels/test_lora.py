@@ -16,7 +16,7 @@ from torch import Tensor
 from nybble.kernels import reference
 from nybble.kernels.backend import backend_for
 from nybble.kernels.cpu.build import ARM_TARGETS, TARGETS
-from nybble.kernels.lora import LoRASlots, LowRank
+from nybble.kernels.lora import LoRASlots, LowRank, Matrices, in_8_bits
 from nybble.kernels.lora_batch import LoRABatch
 
 from .cpu_kernels import compiled
@@ -37,20 +37,29 @@ def kernel(request: pytest.FixtureRequest) -> Callable[..., None]:
 def random_slots(
     count: int, max_rank: int, inputs: int, offsets: tuple[int, ...], dtype: torch.dtype
 ) -> LoRASlots:
-    """Slots of different ranks, in each part another one; the first slot has nothing."""
+    """Slots of different ranks, in each part another one; the first slot has nothing.
 
-    def part(out: int) -> LowRank:
-        rank = int(torch.randint(0, max_rank + 1, ()))
+    dtype: of the matrices; int8 for every second slot in 8 bits, and the others in bfloat16.
+    """
+
+    def matrices(slot: int, rank: int, out: int) -> Matrices:
         a, b = torch.randn(rank, inputs) * inputs**-0.5, torch.randn(rank, out)
-        return (a.to(dtype), b.to(dtype)) if rank else None
+        if dtype != torch.int8:
+            return Matrices(a.to(dtype), b.to(dtype))
+        if slot % 2 == 0:
+            return Matrices(a.bfloat16(), b.bfloat16())
+        (a, of_a), (b, of_b) = in_8_bits(a), in_8_bits(b)
+        return Matrices(a, b, torch.stack((of_a, of_b)))
+
+    def part(slot: int, out: int) -> LowRank:
+        rank = int(torch.randint(0, max_rank + 1, ()))
+        return matrices(slot, rank, out) if rank else None
 
     widths = [end - start for start, end in pairwise(offsets)]
-    adapters = [[part(out) if slot else None for out in widths] for slot in range(count)]
-    adapters[-1][0] = (
-        (torch.randn(max_rank, inputs) * inputs**-0.5).to(dtype),
-        torch.randn(max_rank, widths[0]).to(dtype),
-    )
-    return LoRASlots.of(adapters, inputs, offsets)
+    adapters = [[part(slot, out) if slot else None for out in widths] for slot in range(count)]
+    adapters[-1][0] = matrices(count - 1, max_rank, widths[0])
+    used = torch.bfloat16 if dtype == torch.int8 else dtype
+    return LoRASlots.of(adapters, inputs, offsets, used)
 
 
 def exactly(out: Tensor, x: Tensor, slots: LoRASlots, rows: list[int]) -> tuple[Tensor, Tensor]:
@@ -64,7 +73,7 @@ def exactly(out: Tensor, x: Tensor, slots: LoRASlots, rows: list[int]) -> tuple[
         found = slots.matrices[slot] if slot >= 0 else ()
         for pair, (start, end) in zip(found, pairwise(slots.offsets), strict=False):
             if pair is not None:
-                a, b = (each.double() for each in pair)
+                a, b = (each.double() for each in pair.wide())
                 result[row, start:end] += a @ x[row].double() @ b
                 terms[row, start:end] = a.abs() @ x[row].double().abs() @ b.abs()
     return result, terms
@@ -90,6 +99,7 @@ def test_a_step_without_adapters_has_no_batch() -> None:
     inputs=st.integers(1, 130),
     widths=st.lists(st.integers(1, 70), min_size=1, max_size=3),
     seed=st.integers(0, 99),
+    stored=st.sampled_from([torch.bfloat16, torch.int8]),
 )
 @settings(max_examples=60, deadline=None)
 def test_every_row_gets_its_adapter(
@@ -99,11 +109,12 @@ def test_every_row_gets_its_adapter(
     inputs: int,
     widths: list[int],
     seed: int,
+    stored: torch.dtype,
 ) -> None:
     torch.manual_seed(seed)
     dtype = torch.bfloat16
     offsets = tuple(sum(widths[:part]) for part in range(len(widths) + 1))
-    given = random_slots(4, max_rank, inputs, offsets, dtype)
+    given = random_slots(4, max_rank, inputs, offsets, stored)
     x = torch.randn(len(slots), inputs).to(dtype)
     out = torch.randn(len(slots), offsets[-1]).to(dtype)
     expected, terms = exactly(out, x, given, slots)
@@ -119,10 +130,13 @@ def test_every_row_gets_its_adapter(
     assert torch.equal(out[untouched], before[untouched])
 
 
-def test_a_row_does_not_depend_on_its_batch(kernel: Callable[..., None]) -> None:
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.int8], ids=["bf16", "int8"])
+def test_a_row_does_not_depend_on_its_batch(
+    kernel: Callable[..., None], stored: torch.dtype
+) -> None:
     torch.manual_seed(0)
     offsets = (0, 96, 130, 164)
-    given = random_slots(4, 16, 96, offsets, torch.bfloat16)
+    given = random_slots(4, 16, 96, offsets, stored)
     slots = [row % 5 - 1 for row in range(43)]
     x, out = torch.randn(43, 96).bfloat16(), torch.randn(43, 164).bfloat16()
     together = out.clone()
@@ -173,13 +187,22 @@ def test_what_would_be_misread_is_kept_out_of_a_slot(
     a: tuple[int, int], b: tuple[int, int], shown: str
 ) -> None:
     slots = LoRASlots.empty(2, 30, (0, 40, 57), 6, torch.bfloat16, "cpu")
-    pair = torch.zeros(a).bfloat16(), torch.zeros(b).bfloat16()
+    pair = Matrices(torch.zeros(a).bfloat16(), torch.zeros(b).bfloat16())
     with pytest.raises(ValueError, match=re.escape(shown)):
         slots.put(1, (None, pair))
-    right = torch.zeros(4, 30).bfloat16(), torch.zeros(4, 17).bfloat16()
-    assert [entry[0] for entry in slots.put(1, (None, right))] == [0, 0, 0]
-    with pytest.raises(ValueError, match="expected contiguous"):
-        slots.put(1, (None, (torch.zeros(30, 4).bfloat16().T, right[1])))
+    right = Matrices(torch.zeros(4, 30).bfloat16(), torch.zeros(4, 17).bfloat16())
+    assert [entry[0] for entry in slots.put(1, (None, right))] == [0, 0, 0, 0]
+    for wrong in (
+        right._replace(a=torch.zeros(30, 4).bfloat16().T),
+        right._replace(scales=torch.zeros(2, 4)),
+        Matrices(right.a.to(torch.int8), right.b.to(torch.int8), torch.zeros(2, 3)),
+        Matrices(right.a.to(torch.int8), right.b.to(torch.int8), torch.zeros(2, 4).double()),
+    ):
+        with pytest.raises(ValueError, match="expected contiguous"):
+            slots.put(1, (None, wrong))
+    codes = Matrices(torch.zeros(4, 30).to(torch.int8), torch.zeros(4, 40).to(torch.int8))
+    with pytest.raises(ValueError, match="in 8 bits and others"):
+        slots.put(1, (codes._replace(scales=torch.zeros(2, 4)), right))
     with pytest.raises(ValueError, match="expected int64"):
         replace(slots, table=slots.table.int())
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nybble.kernels import reference
-from nybble.kernels.lora import LoRASlots
+from nybble.kernels.lora import LoRASlots, Matrices
 from nybble.kernels.lora_batch import LoRABatch
 
 pytest.importorskip("triton")
@@ -34,7 +34,10 @@ def problem(
         return whole.to(DEVICE)[:rank]
 
     adapters = [
-        [(matrix(rank, inputs), matrix(rank, out) * out**0.5) if rank else None for out in outputs]
+        [
+            Matrices(matrix(rank, inputs), matrix(rank, out) * out**0.5) if rank else None
+            for out in outputs
+        ]
         for rank in ranks
     ]
     if len(outputs) > 1:

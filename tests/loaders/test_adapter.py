@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import re
 import shutil
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from nybble.models import Architecture, architecture_of
 DOWN = "model.layers.0.mlp.down_proj"
 WEIGHTS = "adapter_model.safetensors"
 ONE = torch.ones(4, 128)
+MORE = torch.zeros(324, 128)
 
 
 @pytest.fixture
@@ -183,17 +183,6 @@ def test_an_adapter_for_another_part_of_a_multimodal_model_is_refused(
     rename(editable, lambda key: key.replace("model.layers.", f"model.{around}layers."))
     with pytest.raises(AdapterError, match="which the base model does not have"):
         load_adapter(editable, architecture)
-
-
-def test_a_tokenizer_beside_an_adapter_is_said_to_be_unused(
-    editable: Path, architecture: Architecture, caplog: pytest.LogCaptureFixture
-) -> None:
-    with caplog.at_level(logging.INFO):
-        load_adapter(editable, architecture)
-        assert not caplog.messages
-        (editable / "tokenizer.json").write_text("")
-        load_adapter(editable, architecture)
-    assert "tokenizer.json not used" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -380,8 +369,20 @@ def test_changes_of_embeddings_output_layer_and_norms_are_what_peft_merges(
         ),
         (
             {"modules_to_save": ["lm_head"]},
-            lambda tensors: tensors.update({"base_model.model.lm_head.weight": ONE}),
-            "lm_head.weight has 4 tokens and the base's vocabulary 320: adapters with a resized",
+            lambda tensors: tensors.update({"base_model.model.lm_head.weight": MORE}),
+            "has 324 tokens, the base model 320, and nothing for model.embed_tokens from token 320",
+        ),
+        (
+            {"modules_to_save": ["lm_head", "embed_tokens"]},
+            lambda tensors: tensors.update({"base_model.model.lm_head.weight": MORE}),
+            "embed_tokens.weight has 320 tokens and base_model.model.lm_head.weight 324",
+        ),
+        (
+            {"trainable_token_indices": [5, 6]},
+            lambda tensors: tensors.update(
+                {"base_model.model.model.embed_tokens.token_adapter.base_layer.weight": MORE}
+            ),
+            "has 324 tokens, the base model 320, and nothing for lm_head from token 320",
         ),
         (
             {"modules_to_save": ["lm_head"]},
@@ -490,8 +491,11 @@ def test_a_hub_name_is_downloaded_without_what_an_adapter_does_not_need(
         assert sorted(allow_patterns) == [
             "adapter_config.json",
             "adapter_model.safetensors",
+            "added_tokens.json",
             "chat_template.jinja",
             "generation_config.json",
+            "special_tokens_map.json",
+            "tokenizer.json",
             "tokenizer_config.json",
         ]
         return str(editable)

@@ -238,7 +238,7 @@ def check_rotary(capability: int, everything: bool) -> Iterator[Found]:
 def lora_add(out: Tensor, x: Tensor, given: LoRASlots, batch: LoRABatch) -> None:
     """The kernels', which find the adapters by a table of addresses."""
     pairs = [pair for slot in given.matrices for pair in slot if pair is not None]
-    with reachable(matrix for pair in pairs for matrix in pair):
+    with reachable(matrix for pair in pairs for matrix in pair[:2]):
         lora.lora_add(out, x, given, batch)
 
 
@@ -257,7 +257,7 @@ def check_lora(capability: int, everything: bool) -> Iterator[Found]:
             found = given.matrices[slot] if slot >= 0 else ()
             for pair, (start, end) in zip(found, pairwise(offsets), strict=False):
                 if pair is not None:
-                    a, b = pair
+                    a, b = pair.wide()
                     expected[row, start:end] += a.double() @ x[row].double() @ b.double()
         yield f"lora_add {str(dtype)[6:]} rank {rank} rows {rows}", out, expected
 

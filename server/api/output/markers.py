@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from tokenizers import AddedToken
-from transformers import PreTrainedTokenizerBase
+
+from nybble.loaders.adapter_tokens import TextTokenizer
 
 
 def first_of(markers: Iterable[str], text: str) -> tuple[int, str] | None:
@@ -36,7 +37,7 @@ def may_become(markers: Iterable[str], text: str) -> bool:
 class MarkerTokens:
     """The markers which a vocabulary has as tokens of their own."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: TextTokenizer) -> None:
         added: dict[int, AddedToken] = tokenizer.backend_tokenizer.get_added_tokens_decoder()
         self._special = {token.content: number for number, token in added.items() if token.special}
         # llguidance takes a token in angle brackets for a special one too.

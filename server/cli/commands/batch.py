@@ -15,6 +15,7 @@ from nybble.server.cli.model_path import require_model
 from nybble.server.cli.options_command import takes
 from nybble.server.lifecycle.options import (
     AdapterOptions,
+    LoraDtypeOption,
     LoraModulesOption,
     MaxLoraRankOption,
     MemoryOptions,
@@ -50,6 +51,7 @@ class BatchOptions:
     lora_modules: LoraModulesOption = None
     merge_adapter: MergeAdapterOption = None
     max_lora_rank: MaxLoraRankOption = 64
+    lora_dtype: LoraDtypeOption = "auto"
     reasoning_parser: ReasoningParserOption = "auto"
     tool_call_parser: ToolCallParserOption = "auto"
 
@@ -65,6 +67,7 @@ class BatchOptions:
                 lora_modules=self.lora_modules,
                 merge_adapter=self.merge_adapter,
                 max_lora_rank=self.max_lora_rank,
+                lora_dtype=self.lora_dtype,
             ),
         )
 

@@ -1,0 +1,122 @@
+"""Requests to an adapter with tokens of its own: its tokenizer is used at every endpoint."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from nybble.engine import AdapterConfig, Engine
+from nybble.loaders import open_checkpoint
+
+from ..client import Client, run
+from ..conftest import CONFIG
+
+TEXT = "the <plan> fox<|tool|>zyx"
+
+
+@pytest.fixture(scope="module")
+def folder(
+    tiny_token_adapter: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    folder = tmp_path_factory.mktemp("adapters") / "own"
+    shutil.copytree(tiny_token_adapter(), folder)
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}<|tool|>{{ m['content'] }}{{ eos_token }}{% endfor %}<plan>"
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def engine(
+    tiny_model: Callable[..., Path], tiny_adapter: Callable[..., Path], folder: Path
+) -> Iterator[Engine]:
+    config = replace(CONFIG, adapters=AdapterConfig(slots=2, max_rank=8))
+    engine = Engine.load(open_checkpoint(tiny_model()), config, progress=False)
+    engine.start()
+    engine.load_adapter("own", str(folder))
+    engine.load_adapter("plain", str(tiny_adapter()))
+    yield engine
+    engine.stop()
+
+
+async def answer(client: Client, path: str, expected: int = 200, **body: Any) -> Any:
+    async with client.post(path, json=body) as response:
+        found = await response.json()
+        assert response.status == expected, found
+    return found
+
+
+def test_text_is_encoded_and_decoded_with_its_tokens(engine: Engine, folder: Path) -> None:
+    own = AutoTokenizer.from_pretrained(folder)
+
+    async def scenario(client: Client) -> None:
+        found = await answer(client, "/tokenize", model="own", prompt=TEXT, return_token_strs=True)
+        assert found["tokens"] == own(TEXT)["input_ids"]
+        assert found["token_strs"] == own.convert_ids_to_tokens(found["tokens"])
+        assert max(found["tokens"]) >= 320
+        back = await answer(client, "/detokenize", model="own", tokens=found["tokens"])
+        assert back["prompt"] == TEXT
+        for model in ("tiny", "plain"):
+            others = (await answer(client, "/tokenize", model=model, prompt=TEXT))["tokens"]
+            assert others == engine.tokenizer(TEXT)["input_ids"]
+            assert max(others) < 320
+            refused = await answer(client, "/detokenize", 400, model=model, tokens=[321])
+            assert "outside the vocabulary of 320" in refused["error"]["message"]
+            refused = await answer(client, "/v1/completions", 400, model=model, prompt=[321])
+            assert refused["error"]["param"] == "prompt"
+
+    run(engine, scenario)
+
+
+def test_a_chat_is_in_its_template_with_its_named_tokens_and_users_cannot_write_them(
+    engine: Engine, folder: Path
+) -> None:
+    own = AutoTokenizer.from_pretrained(folder)
+    tool, done, plan = own.convert_tokens_to_ids(["<|tool|>", "<|done|>", "<plan>"])
+
+    async def scenario(client: Client) -> None:
+        messages = [{"role": "user", "content": "hi<|done|>"}]
+        found = await answer(client, "/tokenize", model="own", messages=messages)
+        as_text = own.backend_tokenizer.encode("hi").ids
+        tokens = found["tokens"]
+        assert tokens[: 1 + len(as_text)] == [tool, *as_text]
+        assert tokens[-2:] == [done, plan]
+        assert tokens.count(done) == 1
+        chat = {"model": "own", "messages": messages, "max_tokens": 3}
+        said = await answer(client, "/v1/chat/completions", **chat)
+        assert said["usage"]["prompt_tokens"] == len(tokens)
+        counted = await answer(client, "/v1/messages/count_tokens", model="own", messages=messages)
+        assert counted["input_tokens"] == len(tokens)
+
+    run(engine, scenario)
+
+
+def test_logprobs_biases_and_grammars_speak_of_its_tokens(engine: Engine) -> None:
+    async def scenario(client: Client) -> None:
+        body = {"model": "own", "prompt": TEXT, "max_tokens": 2, "temperature": 0}
+        biased = {**body, "logit_bias": {"322": 100}, "logprobs": 1}
+        said = (await answer(client, "/v1/completions", **biased))["choices"][0]
+        assert said["text"] == "<plan><plan>"
+        assert said["logprobs"]["tokens"] == ["<plan>", "<plan>"]
+        refused = await answer(client, "/v1/completions", 400, **{**biased, "model": "plain"})
+        assert refused["error"]["param"] == "logit_bias"
+        ended = {**body, "logit_bias": {"320": 100}}
+        choice = (await answer(client, "/v1/completions", **ended))["choices"][0]
+        assert (choice["text"], choice["finish_reason"]) == ("", "stop")
+        guided = {**body, "max_tokens": 40, "guided_regex": "[ab]{3}"}
+        for model in ("own", "plain"):
+            found = await answer(client, "/v1/completions", **{**guided, "model": model})
+            assert len(found["choices"][0]["text"]) == 3
+        shape = {"type": "object", "properties": {"a": {"enum": ["zyx"]}}, "required": ["a"]}
+        found = await answer(
+            client, "/v1/completions", **{**body, "max_tokens": 60, "guided_json": shape}
+        )
+        assert '"zyx"' in found["choices"][0]["text"]
+
+    run(engine, scenario)
