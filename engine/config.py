@@ -34,7 +34,7 @@ class AdapterConfig:
     host_bytes: host memory for adapters. On the CPU slots refer to it.
     own_settings: whether an adapter's own chat template and generation config are used.
     device_bytes: a GPU's memory for adapters in slots; None for as many of the highest rank, on all
-        layers, as there are slots.
+        layers but experts, as there are slots.
     """
 
     slots: int = 8

@@ -15,7 +15,7 @@ other rows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -114,3 +114,8 @@ class LoRASlots:
             [0 if pair is None else pair[1].data_ptr() for pair in matrices],
             [0 if pair is None else len(pair[0]) for pair in matrices],
         ]
+
+
+# Adds to an output ``(rows, top_k, …)``, in place, what adapters make of x: see
+# :func:`nybble.kernels.reference.grouped_lora`.
+GroupedLoRA = Callable[[Tensor, Tensor, LoRASlots], None]
