@@ -24,9 +24,14 @@ class AdapterMemory:
         self._end = 0
 
     @property
+    def size(self) -> int:
+        """How many numbers it holds."""
+        return len(self._memory)
+
+    @property
     def free(self) -> int:
         """How many numbers no slot has."""
-        return len(self._memory) - sum(length for _, length, _ in self._held.values())
+        return self.size - sum(length for _, length, _ in self._held.values())
 
     def length(self, slot: int) -> int:
         """How many numbers a slot has."""

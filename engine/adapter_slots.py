@@ -34,7 +34,7 @@ from nybble.engine.parallel import ALONE, Range, TensorParallel, length
 from nybble.engine.transfer import send
 from nybble.kernels.backend import Backend
 from nybble.kernels.cpu.huge_pages import empty_in_huge_pages
-from nybble.kernels.lora import LoRASlots, LowRank, Matrices, in_8_bits
+from nybble.kernels.lora import GroupedLoRA, LoRASlots, LowRank, Matrices, in_8_bits
 from nybble.kernels.lora_batch import LoRABatch
 from nybble.kernels.reference import stretch_add
 from nybble.loaders import AdapterError, LoRAAdapter
@@ -75,24 +75,19 @@ class ExpertSlots:
 class ExpertAdapters:
     """The adapters on a layer's experts, for rows that were routed.
 
-    batch: of all rows and their experts, ``rows · top_k`` entries.
+    add: to the outputs ``(rows, top_k, …)`` of their experts.
     """
 
     slots: ExpertSlots
-    batch: LoRABatch
-    backend: Backend
+    add: GroupedLoRA
 
     def add_up(self, out: Tensor, x: Tensor) -> None:
         """Add to ``out (rows, top_k, …)``, in place, for ``x (rows, in)``."""
-        each = x.unsqueeze(1).expand(*out.shape[:2], -1)
-        self._add(self.slots.up, out, each.reshape(-1, x.shape[-1]))
+        self.add(out, x, self.slots.up)
 
     def add_down(self, out: Tensor, x: Tensor) -> None:
         """Add to ``out (rows, top_k, …)``, in place, for ``x (rows, top_k, in)``."""
-        self._add(self.slots.down, out, x.flatten(0, 1))
-
-    def _add(self, slots: LoRASlots, out: Tensor, x: Tensor) -> None:
-        self.backend.lora_add(out.view(len(x), -1), x, slots, self.batch)
+        self.add(out, x, self.slots.down)
 
 
 @dataclass(frozen=True)
@@ -100,7 +95,7 @@ class StepAdapters:
     """What one step needs to apply adapters.
 
     projections: in the order in which the model computes them.
-    experts: those of layers with experts; empty if no adapter in a slot changes an expert.
+    experts: those of layers with experts; empty if the step applies none.
     count: of slots.
     batch: which slot each row uses.
     stretched: the slots whose adapters have gains and shifts, with the rows that use them.
@@ -119,10 +114,10 @@ class StepAdapters:
         """The adapters of rows with these experts, ``(rows, top_k)``; None if there are none."""
         if layer not in self.experts:
             return None
-        slots = self.batch.slots[:, None]
+        of_experts, slots = self.experts[layer], self.batch.slots[:, None]
         each = torch.where(slots < 0, -1, expert_ids * self.count + slots)
-        batch = LoRABatch.of(each.flatten().tolist(), each.device)
-        return None if batch is None else ExpertAdapters(self.experts[layer], batch, self.backend)
+        add = self.backend.grouped_lora(each, len(of_experts.up.matrices))
+        return None if add is None else ExpertAdapters(of_experts, add)
 
     def by_slot(self, projection: int) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
         """The adapters that change a projection of one linear layer, one after the other.
@@ -206,11 +201,12 @@ class AdapterSlots:
     ) -> None:
         """base: what DoRA, trained biases and changes outside of the projections need
         (:attr:`nybble.engine.decoder.Decoder.base`).
-        device_bytes: a GPU's memory for adapters; None for ``count`` of the highest rank.
+        device_bytes: a GPU's memory for adapters; None for ``count`` of the highest rank on all
+        layers but experts.
         group: which rank this is. Adapters are staged for all ranks, and cut when a slot is filled.
         in_8_bits: whether the matrices of adapters are rounded to 8 bits, on the CPU.
 
-        Raises ValueError if device_bytes do not hold an adapter of the highest rank.
+        Raises ValueError if device_bytes do not hold one such adapter.
         """
         self.architecture = architecture
         self._group = group
@@ -229,8 +225,7 @@ class AdapterSlots:
         mixtures = {
             index: layer.mlp
             for index, layer in enumerate(architecture.layers)
-            # A GPU has no kernel for adapters on experts.
-            if isinstance(layer.mlp, Mixture) and device.type == "cpu"
+            if isinstance(layer.mlp, Mixture)
         }
         for index, mixture in mixtures.items():
             groups += [(index, expert.up) for expert in mixture.experts]
@@ -288,18 +283,38 @@ class AdapterSlots:
         )
         self._memory = None
         if device.type != "cpu":
-            whole = self._own_layout.size([max_rank] * linears)
+            # Few adapters change experts, whose matrices are many times those of the other layers:
+            # memory for them is only taken if it was asked for.
+            most = [
+                max_rank if place < dense else 0
+                for place, slots in enumerate(self.projections)
+                for _ in slots.modules
+            ]
+            whole = self._own_layout.size(most)
             numbers = count * whole if device_bytes is None else device_bytes // dtype.itemsize
             if numbers < whole:
                 raise ValueError(
                     f"device_bytes is {device_bytes}, but an adapter of rank {max_rank} on all "
-                    f"layers takes {whole * dtype.itemsize}: raise it, or lower max_rank"
+                    f"layers but experts takes {whole * dtype.itemsize}: raise it, or lower "
+                    "max_rank"
                 )
             self._memory = AdapterMemory(numbers, dtype, device)
 
-    def for_step(self, batch: LoRABatch, backend: Backend) -> StepAdapters:
-        """What a step of these rows needs."""
-        experts = self._experts if self._on_experts else {}
+    @property
+    def change_experts(self) -> bool:
+        """Whether an adapter in any slot changes an expert."""
+        return bool(self._on_experts)
+
+    def for_step(
+        self, batch: LoRABatch, backend: Backend, *, on_experts: bool | None = None
+    ) -> StepAdapters:
+        """What a step of these rows needs.
+
+        on_experts: whether adapters on experts are applied; None: if any slot has such a one.
+        """
+        if on_experts is None:
+            on_experts = self.change_experts
+        experts = self._experts if on_experts else {}
         stretched = batch.rows_by_slot(self._stretched) if self._stretched else ()
         ends = None
         if self._ends and (rows := batch.rows_by_slot(self._ends)):
@@ -310,6 +325,11 @@ class AdapterSlots:
     def free_bytes(self) -> int:
         """What a GPU's memory for adapters has left; 0 on the CPU, where slots take none."""
         return 0 if self._memory is None else self._memory.free * self.dtype.itemsize
+
+    @property
+    def device_bytes(self) -> int:
+        """A GPU's memory for adapters; 0 on the CPU, where slots take none."""
+        return 0 if self._memory is None else self._memory.size * self.dtype.itemsize
 
     def bytes_in(self, slot: int) -> int:
         """What of a GPU's memory for adapters a slot takes."""
@@ -332,17 +352,10 @@ class AdapterSlots:
         known: one more than the highest token that it knows; None for what the base knows. A GPU
             and several ranks never sample others than the base knows.
 
-        Raises AdapterError for an adapter on experts, on layers that latent attention absorbs,
-        with DoRA, (IA)³ or biases if the device is a GPU, and with DoRA, (IA)³ or biases if there
-        are several ranks. Nor can it change the embedding, the output layer or norms then.
+        Raises AdapterError for an adapter on layers that latent attention absorbs, or with DoRA,
+        (IA)³ or biases, if the device is a GPU, and with DoRA, (IA)³ or biases if there are several
+        ranks. Nor can it change the embedding, the output layer or norms then.
         """
-        computed = {name for slots in self.projections for name in slots.modules}
-        for name in adapter.modules:
-            if name not in computed:
-                raise AdapterError(
-                    f"the adapter changes {name}, an expert of a mixture, which a GPU does not "
-                    "compute so far; train an adapter on attention, or use --device cpu"
-                )
         absorbed = self.architecture.computed_in_16_bits.keys() & adapter.modules.keys()
         if self.device.type != "cpu" and absorbed:
             raise AdapterError(

@@ -449,6 +449,15 @@ class AdapterRegistry:
                 f"{self.host_bytes}: raise host_bytes (--lora-host-memory)"
             )
 
+    def _check_device_room(self, what: object, staged: StagedAdapter) -> None:
+        """Raises AdapterError for an adapter that a GPU's memory for adapters could never hold."""
+        needed, there = self.slots.bytes_for(staged), self.slots.device_bytes
+        if needed > there:
+            raise AdapterError(
+                f"{what} takes {needed} bytes in a slot, but the GPU's memory for adapters is "
+                f"{there}: raise device_bytes (--lora-device-memory)"
+            )
+
     def _read(
         self, name: str, folder: Path, parts: tuple[MixturePart, ...] = ()
     ) -> tuple[AdapterVersion, StagedAdapter]:
@@ -472,6 +481,7 @@ class AdapterRegistry:
             )
         staged = self.slots.stage(adapter, None if own_tokens is None else own_tokens.known)
         self._check_room(folder, 0, staged.nbytes)
+        self._check_device_room(folder, staged)
         if not self.slots.is_finite(staged):
             raise AdapterError(
                 f"{folder} has values that, times alpha / r, {self.slots.dtype} cannot hold"

@@ -36,7 +36,7 @@ class AdapterConfig:
     dtype: ``int8`` rounds the matrices of adapters to 8 bits, with a scale for each row, on the
         CPU; ``auto`` has them in the model's dtype.
     device_bytes: a GPU's memory for adapters in slots; None for as many of the highest rank, on all
-        layers, as there are slots.
+        layers but experts, as there are slots.
     """
 
     slots: int = 8

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from enum import Enum, auto
 from functools import partial
 from typing import Protocol
 
@@ -53,43 +54,50 @@ def cuda_capture(device: torch.device) -> Capture:
     return capture
 
 
-class DecodeGraphs:
-    """Graphs by batch size, with and without adapters.
+class AdapterUse(Enum):
+    """Which adapters a step applies."""
 
-    inputs_for: ``inputs_for(size, adapted)`` builds padded inputs, at the same memory addresses
-        every time for the same size.
-    compute: turns inputs into logits ``(size, vocab)``.
-    adapters: whether to also capture graphs that apply adapters.
+    NONE = auto()
+    ON_LAYERS = auto()  # on all layers but experts
+    ON_EXPERTS = auto()  # on experts too
+
+
+class DecodeGraphs:
+    """Graphs by batch size and the adapters that they apply.
+
+    inputs_for: ``inputs_for(size, use)`` builds padded inputs, at the same memory addresses every
+        time for the same size.
+    compute: ``compute(inputs, use)`` turns inputs into logits ``(size, vocab)``.
+    uses: what to capture graphs for.
     """
 
     def __init__(
         self,
         capture: Capture,
         sizes: Iterable[int],
-        inputs_for: Callable[[int, bool], StepInputs],
-        compute: Callable[[StepInputs], Tensor],
+        inputs_for: Callable[[int, AdapterUse], StepInputs],
+        compute: Callable[[StepInputs, AdapterUse], Tensor],
         *,
-        adapters: bool,
+        uses: Sequence[AdapterUse],
         progress: Progress = True,
     ) -> None:
-        self._graphs: dict[tuple[int, bool], tuple[Replay, Tensor]] = {}
-        kinds = (False, True) if adapters else (False,)
+        self._graphs: dict[tuple[int, AdapterUse], tuple[Replay, Tensor]] = {}
         # The largest first: smaller graphs then reuse its memory in the pool.
-        todo = [(size, kind) for size in sorted(sizes, reverse=True) for kind in kinds]
-        for size, adapted in track(todo, "Capturing CUDA graphs", progress):
-            inputs = inputs_for(size, adapted)
-            self._graphs[size, adapted] = capture(partial(compute, inputs))
+        todo = [(size, use) for size in sorted(sizes, reverse=True) for use in uses]
+        for size, use in track(todo, "Capturing CUDA graphs", progress):
+            inputs = inputs_for(size, use)
+            self._graphs[size, use] = capture(partial(compute, inputs, use))
 
-    def size_for(self, rows: int, adapted: bool) -> int | None:
+    def size_for(self, rows: int, use: AdapterUse) -> int | None:
         """The smallest captured batch size of at least ``rows``; None if there is none."""
-        sizes = (size for size, kind in self._graphs if kind == adapted and size >= rows)
+        sizes = (size for size, kind in self._graphs if kind == use and size >= rows)
         return min(sizes, default=None)
 
-    def run(self, size: int, adapted: bool) -> Tensor:
+    def run(self, size: int, use: AdapterUse) -> Tensor:
         """Logits ``(size, vocab)`` for the inputs last built for this size.
 
         The next run overwrites them.
         """
-        graph, out = self._graphs[size, adapted]
+        graph, out = self._graphs[size, use]
         graph.replay()
         return out

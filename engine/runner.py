@@ -12,7 +12,7 @@ from nybble.engine.adapter_ends import StepEnds
 from nybble.engine.adapter_slots import AdapterSlots, StepAdapters
 from nybble.engine.config import EngineConfig, resolve_device
 from nybble.engine.decoder import Decoder
-from nybble.engine.graphs import Capture, DecodeGraphs, bucket_sizes, cuda_capture
+from nybble.engine.graphs import AdapterUse, Capture, DecodeGraphs, bucket_sizes, cuda_capture
 from nybble.engine.inputs import InputBuffers, StepInputs, StepItem, StepMessage
 from nybble.engine.kv_cache import KVCacheLayout
 from nybble.engine.parts import KVCache, States
@@ -123,10 +123,11 @@ class ModelRunner:
         lora_slots = [item.sequence.adapter_slot for item in batch]
         adapted = any(slot >= 0 for slot in lora_slots)
         if self._graphs is not None and all(item.decodes for item in batch):
-            size = self._graphs.size_for(len(batch), adapted)
+            use = self._adapter_use(adapted)
+            size = self._graphs.size_for(len(batch), use)
             if size is not None:
                 self._inputs.build(batch, lora_slots if adapted else None, pad_to=size)
-                logits = self._graphs.run(size, adapted)[: len(batch)]
+                logits = self._graphs.run(size, use)[: len(batch)]
                 self.captured = None if self._in_graphs is None else self._in_graphs[: len(batch)]
                 return logits
         inputs = self._inputs.build(batch, lora_slots if adapted else None)
@@ -148,7 +149,7 @@ class ModelRunner:
         """Compute this rank's part of a step that :meth:`run` computes at rank 0."""
         inputs = self._inputs.follow(message)
         if message.padded_to and self._graphs is not None:
-            self._graphs.run(message.padded_to, inputs.lora is not None)
+            self._graphs.run(message.padded_to, self._adapter_use(inputs.lora is not None))
             return
         hidden = self._forward(inputs, self._step_adapters(inputs))
         for first, count in message.reads:
@@ -157,13 +158,28 @@ class ModelRunner:
                 self.decoder.logits(read[start:stop])
         self._logits(hidden, inputs)
 
-    def _compute(self, inputs: StepInputs) -> Tensor:
-        return self._logits(self._forward(inputs, self._step_adapters(inputs)), inputs)
+    def _adapter_use(self, adapted: bool) -> AdapterUse:
+        """What a step applies, some of whose rows have adapters or none."""
+        if not adapted or self.adapters is None:
+            return AdapterUse.NONE
+        return AdapterUse.ON_EXPERTS if self.adapters.change_experts else AdapterUse.ON_LAYERS
 
-    def _step_adapters(self, inputs: StepInputs) -> StepAdapters | None:
+    @property
+    def _adapter_uses(self) -> list[AdapterUse]:
+        """What steps of this model may apply."""
+        if self.adapters is None:
+            return [AdapterUse.NONE]
+        on_experts = [AdapterUse.ON_EXPERTS] if self.decoder.architecture.has_experts else []
+        return [AdapterUse.NONE, AdapterUse.ON_LAYERS, *on_experts]
+
+    def _step_adapters(
+        self, inputs: StepInputs, use: AdapterUse | None = None
+    ) -> StepAdapters | None:
+        """use: None for what those in slots need."""
         if self.adapters is None or inputs.lora is None:
             return None
-        return self.adapters.for_step(inputs.lora, self.decoder.backend)
+        on_experts = None if use is None else use == AdapterUse.ON_EXPERTS
+        return self.adapters.for_step(inputs.lora, self.decoder.backend, on_experts=on_experts)
 
     def _forward(
         self,
@@ -216,13 +232,15 @@ class ModelRunner:
                 most = self._max_batched_tokens
                 warmup(weights, self._dtype, most, activation, progress=progress)
             for tokens, seqs in track(self._warm_up_sizes(), "Compiling kernels", progress):
-                inputs = self._idle_prefill(tokens, seqs)
-                self._compute(inputs)
+                inputs, lora = self._idle_prefill(tokens, seqs), None
                 if self.adapters is not None:
                     # Slots that are still empty: every kernel runs and adds nothing.
                     slots = [row * seqs // tokens % self.adapters.count for row in range(tokens)]
                     lora = LoRABatch.of(slots, self.device)
-                    self._compute(replace(inputs, lora=lora))
+                for use in self._adapter_uses:
+                    adapted = replace(inputs, lora=None if use == AdapterUse.NONE else lora)
+                    hidden = self._forward(adapted, self._step_adapters(adapted, use))
+                    self._logits(hidden, adapted)
             vocab = self.decoder.architecture.vocab
             self.decoder.backend.sample_tokens(
                 torch.zeros(1, vocab, device=self.device), [_ANY_CHOICE]
@@ -242,9 +260,9 @@ class ModelRunner:
             width = len(captures) * self.decoder.architecture.hidden
             self._in_graphs = torch.empty(max(sizes), width, dtype=self._dtype, device=self.device)
 
-        def compute(inputs: StepInputs) -> Tensor:
+        def compute(inputs: StepInputs, use: AdapterUse) -> Tensor:
             captured: list[Tensor] = []
-            hidden = self._forward(inputs, self._step_adapters(inputs), captured)
+            hidden = self._forward(inputs, self._step_adapters(inputs, use), captured)
             if self._in_graphs is not None:
                 self._in_graphs[: len(hidden)].copy_(torch.cat(captured, dim=-1))
             return logits[: len(inputs.last_rows)].copy_(self._logits(hidden, inputs))
@@ -252,9 +270,11 @@ class ModelRunner:
         self._graphs = DecodeGraphs(
             capture,
             sizes,
-            lambda size, adapted: self._inputs.build([], [] if adapted else None, pad_to=size),
+            lambda size, use: self._inputs.build(
+                [], None if use == AdapterUse.NONE else [], pad_to=size
+            ),
             compute,
-            adapters=self.adapters is not None,
+            uses=self._adapter_uses,
             progress=progress,
         )
 

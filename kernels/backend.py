@@ -21,7 +21,7 @@ from nybble.kernels.cpu.build import load
 from nybble.kernels.cpu.deterministic import deterministic_library
 from nybble.kernels.cpu.library import CpuLibrary, library
 from nybble.kernels.decoder_layer import DecoderLayer, DecoderLayersKernel
-from nybble.kernels.lora import LoRASlots
+from nybble.kernels.lora import GroupedLoRA, LoRASlots
 from nybble.kernels.lora_batch import LoRABatch
 from nybble.kernels.packed import GroupedKernel, LinearKernel, Weight
 from nybble.kernels.reference import TokenChoice
@@ -169,6 +169,8 @@ class Backend(Protocol):
         ...
 
     def lora_add(self, out: Tensor, x: Tensor, slots: LoRASlots, batch: LoRABatch) -> None: ...
+
+    def grouped_lora(self, slots: Tensor, count: int) -> GroupedLoRA | None: ...
 
     def sample_tokens(self, logits: Tensor, choices: Sequence[TokenChoice]) -> Tensor: ...
 

@@ -18,7 +18,7 @@ of its own. h is rounded once its scale is in it; that of ``b`` is multiplied wi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
@@ -168,3 +168,8 @@ class LoRASlots:
                 for pair in matrices
             ],
         ]
+
+
+# Adds to an output ``(rows, top_k, …)``, in place, what adapters make of x: see
+# :func:`nybble.kernels.reference.grouped_lora`.
+GroupedLoRA = Callable[[Tensor, Tensor, LoRASlots], None]

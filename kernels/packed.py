@@ -40,7 +40,7 @@ from nybble.kernels.layout import Layout, from_rows, padded_shape, tile_rows, to
 INTEGER_LEVELS = torch.arange(16, dtype=torch.float32)
 SYMMETRIC_LEVELS = INTEGER_LEVELS - 8
 
-_SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.uint8)
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,8 @@ class PackedWeight:
     In the ``rows`` layout (see :mod:`nybble.kernels.layout` for the others):
 
     qweight: uint8 ``(out_features, ceil(columns / 2))``; the even column is the low nibble.
-    scales: float16, bfloat16 or float32 ``(out_features, groups)``.
+    scales: float16, bfloat16 or float32 ``(out_features, groups)``; or uint8, powers of two by
+        their exponents (:func:`e8m0`), which have no zeros beside them.
     zeros: ``(out_features, groups)`` in the dtype of ``scales``, or None if every zero is 0.
 
     In every layout:
@@ -102,13 +103,17 @@ class PackedWeight:
         check("qweight dtype", self.qweight.dtype, torch.uint8)
         check("qweight shape", tuple(self.qweight.shape), codes)
         if self.scales.dtype not in _SCALE_DTYPES:
-            raise ValueError(f"packed weight: scales dtype {self.scales.dtype} is not floating")
+            raise ValueError(
+                f"packed weight: scales dtype {self.scales.dtype} is neither floating nor uint8"
+            )
         check("scales shape", tuple(self.scales.shape), groups)
         check("levels shape", tuple(self.levels.shape), (16,))
         check("levels dtype", self.levels.dtype, torch.float32)
         if self.zeros is not None:
             check("zeros shape", tuple(self.zeros.shape), groups)
             check("zeros dtype", self.zeros.dtype, self.scales.dtype)
+            if self.scales.dtype == torch.uint8:
+                raise ValueError("packed weight: scales which are exponents have no zeros")
         if self.perm is not None:
             check("perm dtype", self.perm.dtype, torch.int32)
         if self.perm is not None and (self.perm.ndim != 1 or self.perm.shape[0] < self.in_features):
@@ -261,7 +266,7 @@ class PackedWeight:
         grouped = weight[:, : self.groups * self.group_size].view(shape)
         if rows.zeros is not None:
             grouped -= rows.zeros.float()[..., None]
-        grouped *= rows.scales.float()[..., None]
+        grouped *= scale_values(rows.scales)[..., None]
         weight = weight[:, : self.columns]
         if self.perm is not None:
             by_feature = weight.new_zeros(self.out_features, self.in_features)
@@ -274,6 +279,19 @@ Weight = PackedWeight | DenseWeight
 LinearKernel = Callable[[Tensor], Tensor]
 # See :func:`nybble.kernels.reference.grouped_matmul`: x, expert_ids, weights.
 GroupedKernel = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+
+def e8m0(exponents: Tensor) -> Tensor:
+    """``2 ** (exponent − 127)`` in float32 for uint8 exponents; NaN for 255 (OCP Microscaling)."""
+    bits = exponents.int() << 23
+    bits = bits.masked_fill(exponents == 0, 1 << 22)  # 2 ** −127 is a subnormal number
+    bits = bits.masked_fill(exponents == 255, 0x7FC00000)
+    return bits.view(torch.float32)
+
+
+def scale_values(scales: Tensor) -> Tensor:
+    """Scales of a packed weight in float32, whichever way it has them."""
+    return e8m0(scales) if scales.dtype == torch.uint8 else scales.float()
 
 
 # The digits reach from 16 · −8 − 8 to 16 · 7 + 7; codes are chosen symmetric.

@@ -17,7 +17,7 @@ from torch import Tensor
 from nybble.kernels.activation import Activation, check_activation
 from nybble.kernels.attention_batch import AttentionBatch
 from nybble.kernels.decoder_layer import DecoderLayer
-from nybble.kernels.lora import LoRASlots
+from nybble.kernels.lora import GroupedLoRA, LoRASlots
 from nybble.kernels.lora_batch import LoRABatch
 from nybble.kernels.packed import (
     DenseWeight,
@@ -232,6 +232,32 @@ def lora_add(out: Tensor, x: Tensor, slots: LoRASlots, batch: LoRABatch) -> None
                 h = (wide @ a.T).to(x.dtype).float()
                 total = out[rows, start:end].float() + h @ b
                 out[rows, start:end] = total.to(out.dtype)
+
+
+def grouped_lora(
+    slots: Tensor,
+    count: int,
+    add: Callable[[Tensor, Tensor, LoRASlots, LoRABatch], None] = lora_add,
+) -> GroupedLoRA | None:
+    """Adapters on outputs of experts: the ``k``-th of row ``r`` uses slot ``slots[r, k]``.
+
+    slots: int64 ``(rows, top_k)`` below ``count``, −1 for no adapter. An expert's adapters have
+        slots of their own.
+    add: what computes :func:`lora_add`.
+
+    Returns a function of ``out (rows, top_k, offsets[-1])``, which it adds to in place, of
+    ``x (rows, in)`` or ``(rows, top_k, in)``, and of the :class:`LoRASlots`. It serves all
+    projections of the layer. None if no row has an adapter.
+    """
+    batch = LoRABatch.of(slots.flatten().tolist(), slots.device)
+    if batch is None:
+        return None
+
+    def add_to_each(out: Tensor, x: Tensor, of: LoRASlots) -> None:
+        each = x.unsqueeze(1).expand(*out.shape[:2], -1) if x.ndim == 2 else x
+        add(out.view(-1, out.shape[-1]), each.reshape(-1, x.shape[-1]), of, batch)
+
+    return add_to_each
 
 
 def stretch_add(out: Tensor, rows: Tensor, gains: Tensor, shifts: Tensor) -> None:

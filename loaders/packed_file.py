@@ -28,7 +28,7 @@ from nybble.loaders.safetensors_file import write_safetensors
 from nybble.loaders.shards import Shards
 
 HEADER = "nybble.json"
-VERSION = 1
+VERSION = 2
 # Tensor names of each kind of weight: required, optional.
 _TENSORS = {
     "tensor": (("value",), ()),

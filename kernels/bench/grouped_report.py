@@ -15,7 +15,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 
 from nybble.kernels.bench import cubin
-from nybble.kernels.triton.grouped import block_sizes, grouped_kernel
+from nybble.kernels.triton.grouped import DENSE_STEP, block_sizes, grouped_kernel
 from nybble.kernels.triton.grouped_few_rows import (
     BLOCK_N,
     FEW_ROWS,
@@ -32,6 +32,8 @@ PLACES = (0, 100, 4000, 8000)
 class Case:
     """One compilation.
 
+    codebook: of MXFP4, whose scales are exponents.
+    group: columns of a scale; 0 for 16-bit weights.
     up: gate and up, as they are stored, from one input for all experts of a row; otherwise down,
         whose results are weighted.
     """
@@ -71,13 +73,16 @@ def cases(quick: bool) -> Iterator[Case]:
             for up in (True,) if quick and capability != 90 else (True, False):
                 sizes = block_sizes(places, 128) if places else (BLOCK_N, FEW_ROWS, PARTS)
                 yield Case(capability, *kind, up, *sizes)
+        # 16-bit weights have no kernel for few rows.
+        if places and not (quick and places == 100 and capability != 90):
+            yield Case(capability, "bf16", False, False, 0, True, *block_sizes(places, 128))
 
 
 def compiled(case: Case) -> cubin.Report:
     types = {
         "x": "*" + case.dtype,
-        "qweight": "*i16",
-        "scales": "*fp16",
+        "matrices": "*i16" if case.group else "*" + case.dtype,
+        "scales": "*u8" if case.codebook else "*fp16",
         "zeros": "*fp16",
         "levels": "*fp32",
         "bias": "*fp16",
@@ -93,17 +98,18 @@ def compiled(case: Case) -> cubin.Report:
         "CODEBOOK": case.codebook,
         "HAS_ZEROS": case.zeros,
         "HAS_BIAS": True,
-        "GATED": case.up,
+        "GATED": case.up and case.group > 0,
         "GROUP": case.group,
-        "SETS": max(1, 128 // case.group),
+        "SETS": max(1, 128 // case.group) if case.group else 1,
         "WHOLE_STEPS": True,
         "BLOCK_N": case.block_n,
         "BLOCK_M": case.block_m,
-        "PARTS": PARTS,
     }
     few = case.block_m == FEW_ROWS
-    if not few:
-        del constants["PARTS"]
+    dense = case.group == 0
+    constants |= (
+        {"PARTS": PARTS} if few else {"DENSE": dense, "WIDTH": DENSE_STEP if dense else 128}
+    )
     return cubin.compile_kernel(
         grouped_few_rows_kernel if few else grouped_kernel,
         types,

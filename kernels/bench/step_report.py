@@ -149,6 +149,8 @@ def rows(capability: int, quick: bool = False) -> Iterator[Row]:
         for rows_ in (16, 32):
             if not quick or ((max_rank, rows_) == (64, 32) and capability in (80, 90)):
                 yield from _lora(half, max_rank, rows_, capability)
+        if not quick or (max_rank, capability) in ((16, 90), (64, 80)):
+            yield from _lora(half, max_rank, lora.ROWS, capability, routed=True)
     if not quick or capability == 90:
         yield from _elementwise(half, capability)
 
@@ -260,21 +262,26 @@ def _fixed_order(kind: str, capability: int) -> Row:
     return Row.of("fixed order", kind, capability, report)
 
 
-def _lora(half: str, max_rank: int, rows_: int, capability: int) -> Iterator[Row]:
-    places = {"order": "*i32", "segment_starts": "*i32", "segment_slots": "*i32"}
+def _lora(
+    half: str, max_rank: int, rows_: int, capability: int, routed: bool = False
+) -> Iterator[Row]:
+    """routed: on experts, whose rows were sorted on the device."""
+    found = dict.fromkeys(("order", "starts", "slots"), "*i32")
+    found |= {"ends": "*i32"} if routed else {}
     counts = {"segments": "i32", "places": "i32", "plane": "i32"}
     sizes = {
-        "PARTS": 3,
+        "PARTS": 2 if routed else 3,
         "MAX_RANK": max_rank,
         "RANK_PADDED": max_rank,
-        "SEGMENTS": 64,
+        "SEGMENTS": 16 if routed else 64,
         "ROWS": rows_,
-    }
-    variant = f"rank {max_rank}, {rows_} rows"
+    } | ({} if routed else {"ends": None})
+    variant = f"rank {max_rank}, {rows_} rows" + (", routed" if routed else "")
     report = compile_kernel(
         lora.shrink_kernel,
-        {"x": half, "table": "*i64", **places, "partial": "*fp32"} | counts | {"width": "i32"},
-        sizes | {"CHUNK": lora.SHRINK_CHUNK, "TILE": lora.SHRINK_TILE},
+        {"x": half, "table": "*i64", **found, "partial": "*fp32"} | counts | {"width": "i32"},
+        sizes
+        | {"SHARED": 8 if routed else 1, "CHUNK": lora.SHRINK_CHUNK, "TILE": lora.SHRINK_TILE},
         capability=capability,
         aligned=("width",),
     )
@@ -283,7 +290,7 @@ def _lora(half: str, max_rank: int, rows_: int, capability: int) -> Iterator[Row
     report = compile_kernel(
         lora.expand_kernel,
         {"partial": "*fp32", "table": "*i64", "out": half}
-        | places
+        | found
         | counts
         | dict.fromkeys(strides, "i32"),
         sizes | {"CHUNKS": 5, "TILE": lora.EXPAND_TILE},

@@ -32,7 +32,7 @@ from nybble.kernels.cpu.checks import (
 from nybble.kernels.cpu.decoder_layers import DecoderLayers
 from nybble.kernels.cpu.stored_weight import SCALE_TYPES, StoredExperts, StoredWeight, alike
 from nybble.kernels.decoder_layer import DecoderLayer, ExpertMlps
-from nybble.kernels.lora import LoRASlots
+from nybble.kernels.lora import GroupedLoRA, LoRASlots
 from nybble.kernels.lora_batch import LoRABatch
 from nybble.kernels.packed import (
     DenseWeight,
@@ -797,6 +797,9 @@ class CpuLibrary:
         )
         if failed:
             raise out_of_memory("lora_add")
+
+    def grouped_lora(self, slots: Tensor, count: int) -> GroupedLoRA | None:
+        return reference.grouped_lora(slots, count, self.lora_add)
 
     def sample_tokens(self, logits: Tensor, choices: Sequence[TokenChoice]) -> Tensor:
         """logits are float32. Sums are float64, so that tokens at a border may differ."""

@@ -7,7 +7,7 @@
 namespace nybble {
 
 // How scales and zeros are stored; the Python side passes the number.
-enum ScaleType { kFloat16 = 0, kBFloat16 = 1, kFloat32 = 2 };
+enum ScaleType { kFloat16 = 0, kBFloat16 = 1, kFloat32 = 2, kExponents = 3 };
 
 // What the kernels subtract from a code of two digits, which has no zero of its own: 16 · 8 + 8.
 constexpr int kByteCenter = 136;
@@ -16,6 +16,7 @@ inline Floats load_scales(const void* base, int64_t index, int type) {
     switch (type) {
         case kFloat16: return load_fp16(static_cast<const uint16_t*>(base) + index);
         case kBFloat16: return load_bf16(static_cast<const bf16*>(base) + index);
+        case kExponents: return load_e8m0(static_cast<const uint8_t*>(base) + index);
         default: return load(static_cast<const float*>(base) + index);
     }
 }

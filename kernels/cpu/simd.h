@@ -89,6 +89,12 @@ inline Floats load_int8(const int8_t* source) {
     const __m128i all = _mm_loadu_si128(reinterpret_cast<const __m128i*>(source));
     return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(all))};
 }
+// 2^(source − 127): an exponent is in its place 23 bits up, but for that of a subnormal number.
+inline Floats load_e8m0(const uint8_t* source) {
+    const __m128i all = _mm_loadu_si128(reinterpret_cast<const __m128i*>(source));
+    const __m512i bits = _mm512_slli_epi32(_mm512_cvtepu8_epi32(all), 23);
+    return {_mm512_castsi512_ps(_mm512_max_epi32(bits, _mm512_set1_epi32(1 << 22)))};
+}
 inline Floats load_fp16(const uint16_t* source) {
     return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(source)))};
 }
@@ -189,6 +195,15 @@ inline Floats load_int8(const int8_t* source) {
     const __m128i all = _mm_loadu_si128(reinterpret_cast<const __m128i*>(source));
     return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(all)),
             _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(all, 8)))};
+}
+inline __m256 widen_e8m0(__m128i exponents) {
+    const __m256i bits = _mm256_slli_epi32(_mm256_cvtepu8_epi32(exponents), 23);
+    return _mm256_castsi256_ps(_mm256_max_epi32(bits, _mm256_set1_epi32(1 << 22)));
+}
+// 2^(source − 127): an exponent is in its place 23 bits up, but for that of a subnormal number.
+inline Floats load_e8m0(const uint8_t* source) {
+    const __m128i all = _mm_loadu_si128(reinterpret_cast<const __m128i*>(source));
+    return {widen_e8m0(all), widen_e8m0(_mm_srli_si128(all, 8))};
 }
 inline Floats load_fp16(const uint16_t* source) {
     const auto* halves = reinterpret_cast<const __m128i*>(source);

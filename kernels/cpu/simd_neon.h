@@ -102,6 +102,17 @@ inline Floats load_int8(const int8_t* source) {
     return {{vcvtq_f32_s32(vmovl_s16(vget_low_s16(low))), vcvtq_f32_s32(vmovl_high_s16(low)),
              vcvtq_f32_s32(vmovl_s16(vget_low_s16(high))), vcvtq_f32_s32(vmovl_high_s16(high))}};
 }
+// 2^(source − 127): an exponent is in its place 23 bits up, but for that of a subnormal number.
+inline Floats load_e8m0(const uint8_t* source) {
+    const uint8x16_t all = vld1q_u8(source);
+    const uint16x8_t low = vmovl_u8(vget_low_u8(all)), high = vmovl_high_u8(all);
+    const auto value = [](uint16x4_t exponents) {
+        const uint32x4_t bits = vshlq_n_u32(vmovl_u16(exponents), 23);
+        return vreinterpretq_f32_u32(vmaxq_u32(bits, vdupq_n_u32(1 << 22)));
+    };
+    return {{value(vget_low_u16(low)), value(vget_high_u16(low)), value(vget_low_u16(high)),
+             value(vget_high_u16(high))}};
+}
 inline Floats load_fp16(const uint16_t* source) {
     return four([=](int i) {
         return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(source + 4 * i)));

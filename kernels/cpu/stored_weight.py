@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nybble.kernels.packed import PackedWeight
 
-SCALE_TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
+SCALE_TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.uint8: 3}
 
 
 class StoredWeight:

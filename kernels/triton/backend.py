@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nybble.kernels.activation import Activation
-from nybble.kernels.packed import DenseWeight, GroupedKernel, LinearKernel, PackedWeight, Weight
+from nybble.kernels.packed import DenseWeight, GroupedKernel, LinearKernel, Weight
 from nybble.kernels.reference import choose_experts, decoder_layers
 from nybble.kernels.reference import packed_matmul as reference_matmul
 from nybble.kernels.triton.activation import gated
@@ -18,7 +18,7 @@ from nybble.kernels.triton.attention_latent import latent_attention
 from nybble.kernels.triton.grouped import StackedExperts, grouped_matmul
 from nybble.kernels.triton.grouped import takes as experts_kernel_takes
 from nybble.kernels.triton.latent import latent_store
-from nybble.kernels.triton.lora import lora_add
+from nybble.kernels.triton.lora import grouped_lora, lora_add
 from nybble.kernels.triton.matmul import packed_matmul, takes
 from nybble.kernels.triton.norm import add_rms_norm, rms_norm
 from nybble.kernels.triton.recurrent import gated_delta_rule, short_convolution
@@ -35,6 +35,7 @@ __all__ = [
     "gated_linear",
     "gated_rms_norm",
     "grouped_linear",
+    "grouped_lora",
     "latent_attention",
     "latent_store",
     "linear",
@@ -62,13 +63,12 @@ def grouped_linear(weights: Sequence[Weight], dtype: torch.dtype) -> GroupedKern
     Raises ValueError for experts that the kernel does not take: the reference would wait for the
     host in every layer.
     """
-    packed = [w for w in weights if isinstance(w, PackedWeight) and experts_kernel_takes(w)]
-    if len(packed) < len(weights):
+    if not all(map(experts_kernel_takes, weights)):
         raise ValueError(
-            "a GPU computes experts in 4 bits, in groups of a multiple of 32 inputs; others run on "
-            "the CPU only so far. Use --quantize nf4, or --device cpu"
+            "a GPU computes experts in 16 bits, or in 4 bits in groups of a multiple of 32 inputs; "
+            "others run on the CPU only so far. Use --quantize nf4, or --device cpu"
         )
-    return partial(grouped_matmul, experts=StackedExperts.of(packed))
+    return partial(grouped_matmul, experts=StackedExperts.of(weights))
 
 
 def router_logits(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nybble.kernels.packed import PackedWeight
 from nybble.kernels.triton.device import FUSED
-from nybble.kernels.triton.step import output_of
+from nybble.kernels.triton.step import output_of, wide
 from nybble.kernels.triton.unpack import (
     INTERPRETED,
     codebook_table,
@@ -50,7 +50,7 @@ def _store_slice(
     value = w.to(tl.float32)
     if HAS_ZEROS:
         value += CENTRE - tl.load(zeros + place).to(tl.float32)
-    value *= tl.load(scales + place).to(tl.float32)
+    value *= wide(tl.load(scales + place))
     mask = valid[:, None] & (column < columns)
     tl.store(out_row[:, None] + column, value.to(w.dtype), mask=mask)
 

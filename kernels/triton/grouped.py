@@ -1,14 +1,13 @@
-"""The 4-bit matmul of a mixture's experts: every row by the weights it was routed to.
+"""The matmul of a mixture's experts, in 4 or 16 bits: every row by the weights it was routed to.
 
-Rows are sorted by expert on the device, and each expert's rows are cut into blocks. The grid has as
-many blocks as any routing of so many rows can need; a block looks up its expert and its first row,
-and those that are left over end at once. So nothing waits for the host, shapes do not depend on the
-routing, and a CUDA graph can hold it. Only experts with rows are read.
+Rows are sorted by expert on the device, and each expert's rows are cut into blocks
+(:mod:`nybble.kernels.triton.routed_blocks`); a block looks up its expert and its first row. Only
+experts with rows are read.
 
-A block computes as the 4-bit matmul does (:mod:`nybble.kernels.triton.matmul`), with scales applied
-after the product. Up to 8 rows have a kernel of their own
-(:mod:`nybble.kernels.triton.grouped_few_rows`), which sums in another order; beside that, the order
-of a row's sums does not depend on the other rows.
+With 4-bit weights a block computes as the 4-bit matmul does
+(:mod:`nybble.kernels.triton.matmul`), with scales applied after the product. Up to 8 rows have a
+kernel of their own then (:mod:`nybble.kernels.triton.grouped_few_rows`), which sums in another
+order; beside that, the order of a row's sums does not depend on the other rows.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nybble.kernels.packed import PackedWeight
+from nybble.kernels.packed import DenseWeight, PackedWeight, Weight
 from nybble.kernels.triton.device import FUSED
 from nybble.kernels.triton.grouped_few_rows import (
     BLOCK_N,
@@ -29,14 +28,15 @@ from nybble.kernels.triton.grouped_few_rows import (
     PARTS,
     grouped_few_rows_kernel,
 )
+from nybble.kernels.triton.routed_blocks import Blocks
 from nybble.kernels.triton.step import (
     SLICE,
-    STEP,
     TILE_N,
     add_scaled_products,
     group_constants,
     of_slices,
     output_of,
+    product,
     rows_of_slices,
     shifted,
     store_outputs,
@@ -44,11 +44,14 @@ from nybble.kernels.triton.step import (
 )
 from nybble.kernels.triton.unpack import INTERPRETED, codebook_table
 
+# Columns of a 16-bit weight in a step.
+DENSE_STEP = 64
+
 
 @triton.jit(do_not_specialize=["places", "groups"])
 def grouped_kernel(
     x,  # (rows, columns), or (rows · top_k, columns) if X_PER_EXPERT
-    qweight,  # int16 (experts, out / 64, columns / 128, 64, 32)
+    matrices,  # int16 (experts, out / 64, columns / 128, 64, 32); DENSE: (experts, out, columns)
     scales,  # (experts, out / 64, groups, 64)
     zeros,
     levels,
@@ -66,6 +69,7 @@ def grouped_kernel(
     TOP_K: tl.constexpr,
     X_PER_EXPERT: tl.constexpr,
     WEIGHTED: tl.constexpr,
+    DENSE: tl.constexpr,
     CODEBOOK: tl.constexpr,
     HAS_ZEROS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -73,6 +77,7 @@ def grouped_kernel(
     GROUP: tl.constexpr,
     SETS: tl.constexpr,
     WHOLE_STEPS: tl.constexpr,
+    WIDTH: tl.constexpr,  # columns of a step
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
@@ -81,12 +86,7 @@ def grouped_kernel(
     expert = tl.load(expert_of + tl.program_id(0)).to(tl.int64)
     if expert < 0:
         return
-    steps = tl.cdiv(columns, STEP)
-    tiles = tl.cdiv(out_features, TILE_N)
-    qweight += expert * tiles * steps * (TILE_N * SLICE)
-    scales += expert * tiles * groups * TILE_N
-    if HAS_ZEROS:
-        zeros += expert * tiles * groups * TILE_N
+    steps = tl.cdiv(columns, WIDTH)
     if HAS_BIAS:
         bias += expert * out_features
     row = tl.load(first_of + tl.program_id(0)) + tl.arange(0, BLOCK_M)
@@ -95,31 +95,52 @@ def grouped_kernel(
     x_row = place if X_PER_EXPERT else place // TOP_K
 
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = tl.arange(0, SLICE)
-    tile = tl.minimum(n // TILE_N, tiles - 1)
-    q_at = qweight + (tile[:, None] * steps * TILE_N + n[:, None] % TILE_N) * SLICE + k[None, :]
-    scale_at = tile * groups * TILE_N + n % TILE_N
+    # The columns of a whole step of a 16-bit weight, or of the first slice of a packed one's.
+    k = tl.arange(0, WIDTH if DENSE else 32)
     x_at = x + x_row.to(tl.int64)[None, :] * columns + k[:, None]
     valid_m = valid[None, :]
+    if DENSE:
+        w_row = expert * out_features + tl.minimum(n, out_features - 1)
+        w_at = matrices + w_row[:, None] * columns + k[None, :]
+    else:
+        tiles = tl.cdiv(out_features, TILE_N)
+        tile = tl.minimum(n // TILE_N, tiles - 1)
+        matrices += expert * tiles * steps * (TILE_N * SLICE)
+        word = tl.arange(0, SLICE)[None, :]
+        w_at = matrices + (tile[:, None] * steps * TILE_N + n[:, None] % TILE_N) * SLICE + word
+        scales += expert * tiles * groups * TILE_N
+        if HAS_ZEROS:
+            zeros += expert * tiles * groups * TILE_N
+        scale_at = tile * groups * TILE_N + n % TILE_N
+        ahead = of_slices(scales + scale_at, 0, SETS, GROUP, groups)
     table = codebook_table(levels, dtype) if CODEBOOK and not INTERPRETED else 0
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    ahead = of_slices(scales + scale_at, 0, SETS, GROUP, groups)
     tl.assume(steps > 0)
     for step in range(0, steps):
-        q = tl.load(q_at + step * (TILE_N * SLICE))
-        left = columns - step * STEP - k[:, None]
-        xs = rows_of_slices(x_at + step * STEP, valid_m, left, WHOLE_STEPS)
-        w0, w1, w2, w3 = unpacked(q, levels, table, dtype, CODEBOOK)
-        z0, z1, z2, z3 = 0.0, 0.0, 0.0, 0.0
-        if HAS_ZEROS:
-            z0, z1, z2, z3 = of_slices(zeros + scale_at, step, SETS, GROUP, groups)
-        now = ahead
-        ahead = of_slices(scales + scale_at, step + 1, SETS, GROUP, groups)
-        w0 = shifted(w0, z0, HAS_ZEROS, CENTRE)
-        w1 = shifted(w1, z1, HAS_ZEROS, CENTRE)
-        w2 = shifted(w2, z2, HAS_ZEROS, CENTRE)
-        w3 = shifted(w3, z3, HAS_ZEROS, CENTRE)
-        acc = add_scaled_products(acc, (w0, w1, w2, w3), xs, now, SETS)
+        left = columns - step * WIDTH - k[:, None]
+        if DENSE:
+            if WHOLE_STEPS:
+                xs = tl.load(x_at + step * WIDTH, mask=valid_m, other=0.0)
+                w = tl.load(w_at + step * WIDTH)
+            else:
+                xs = tl.load(x_at + step * WIDTH, mask=valid_m & (left > 0), other=0.0)
+                inside = k[None, :] < columns - step * WIDTH
+                w = tl.load(w_at + step * WIDTH, mask=inside, other=0.0)
+            acc = product(w, xs, acc)
+        else:
+            q = tl.load(w_at + step * (TILE_N * SLICE))
+            xs = rows_of_slices(x_at + step * WIDTH, valid_m, left, WHOLE_STEPS)
+            w0, w1, w2, w3 = unpacked(q, levels, table, dtype, CODEBOOK)
+            z0, z1, z2, z3 = 0.0, 0.0, 0.0, 0.0
+            if HAS_ZEROS:
+                z0, z1, z2, z3 = of_slices(zeros + scale_at, step, SETS, GROUP, groups)
+            now = ahead
+            ahead = of_slices(scales + scale_at, step + 1, SETS, GROUP, groups)
+            w0 = shifted(w0, z0, HAS_ZEROS, CENTRE)
+            w1 = shifted(w1, z1, HAS_ZEROS, CENTRE)
+            w2 = shifted(w2, z2, HAS_ZEROS, CENTRE)
+            w3 = shifted(w3, z3, HAS_ZEROS, CENTRE)
+            acc = add_scaled_products(acc, (w0, w1, w2, w3), xs, now, SETS)
 
     first = tl.program_id(1) * BLOCK_N
     m = tl.where(valid, place, places)  # those beyond are not stored
@@ -140,94 +161,50 @@ class StackedExperts:
     """The weights of experts that are stored alike, on one device.
 
     like: one of them, for its sizes and its kind.
-    qweight, scales, zeros, bias, perm: those of all, the expert first; None if they have none.
+    matrices: their codes, or 16-bit weights ``(experts, out, in)``.
+    scales, zeros, bias, perm: those of all, the expert first; None if they have none.
     """
 
-    like: PackedWeight
+    like: Weight
     count: int
-    qweight: Tensor
-    scales: Tensor
+    matrices: Tensor
+    scales: Tensor | None
     zeros: Tensor | None
     bias: Tensor | None
     perm: Tensor | None
 
     @classmethod
-    def of(cls, weights: Sequence[PackedWeight]) -> StackedExperts:
+    def of(cls, weights: Sequence[Weight]) -> StackedExperts:
         """Raises ValueError for weights that differ in size or kind."""
         first = weights[0]
         for number, weight in enumerate(weights):
-            if (
-                _kind(weight) != _kind(first)
-                or weight.level_values != first.level_values
-                or any(
-                    (a is None) != (b is None)
-                    for a, b in zip(_optional(weight), _optional(first), strict=True)
-                )
-            ):
+            if _kind(weight) != _kind(first):
                 raise ValueError(
                     f"expert {number} is stored in another way than expert 0, which a GPU does not "
                     "compute; quantize all experts alike"
                 )
-        zeros, bias, perm = (
+        matrices, *others = (
             None if each[0] is None else torch.stack([t for t in each if t is not None])
-            for each in zip(*map(_optional, weights), strict=True)
+            for each in zip(*map(_tensors, weights), strict=True)
         )
-        return cls(
-            first,
-            len(weights),
-            torch.stack([weight.qweight for weight in weights]),
-            torch.stack([weight.scales for weight in weights]),
-            zeros,
-            bias,
-            perm,
-        )
+        assert matrices is not None
+        return cls(first, len(weights), matrices, *others)
 
 
-def _kind(weight: PackedWeight) -> tuple[object, ...]:
-    return (
-        *(weight.out_features, weight.in_features, weight.columns, weight.group_size),
-        *(weight.layout, weight.scales.dtype),
-    )
+def _kind(weight: Weight) -> tuple[object, ...]:
+    """What experts must have in common to be computed together."""
+    sizes = weight.out_features, weight.in_features
+    kinds = tuple(None if each is None else each.dtype for each in _tensors(weight))
+    if isinstance(weight, DenseWeight):
+        return *sizes, *kinds
+    packed = weight.columns, weight.group_size, weight.layout, weight.level_values
+    return *sizes, *kinds, *packed
 
 
-def _optional(weight: PackedWeight) -> tuple[Tensor | None, ...]:
-    return weight.zeros, weight.bias, weight.perm
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """Which rows each block of the grid computes; see :func:`grouped_kernel` for the tensors."""
-
-    order: Tensor
-    expert_of: Tensor
-    first_of: Tensor
-    end_of: Tensor
-
-    @classmethod
-    def of(cls, expert_ids: Tensor, experts: int, block_m: int) -> Blocks:
-        """For ``expert_ids (rows, top_k)``; all shapes follow from its shape alone."""
-        flat = expert_ids.flatten()
-        count = most_blocks(len(flat), experts, block_m)
-        counts = torch.zeros(experts, dtype=torch.int64, device=flat.device)
-        counts.scatter_add_(0, flat, torch.ones_like(flat))
-        ends, blocks = counts.cumsum(0), (counts + block_m - 1) // block_m
-        block_ends = blocks.cumsum(0)
-        index = torch.arange(count, device=flat.device)
-        expert = torch.searchsorted(block_ends, index, right=True)
-        known = expert.clamp(max=experts - 1)
-        before = index - (block_ends - blocks)[known]
-        return cls(
-            flat.argsort(stable=True).int(),
-            torch.where(expert < experts, expert, -1).int(),
-            ((ends - counts)[known] + before * block_m).int(),
-            ends.int(),
-        )
-
-
-def most_blocks(places: int, experts: int, block_m: int) -> int:
-    """The most blocks that any routing needs: each expert's last block may hold a single row."""
-    used = min(experts, places)
-    return (places + used * (block_m - 1)) // block_m
+def _tensors(weight: Weight) -> tuple[Tensor | None, ...]:
+    if isinstance(weight, DenseWeight):
+        return weight.weight, None, None, weight.bias, None
+    return weight.qweight, weight.scales, weight.zeros, weight.bias, weight.perm
 
 
 def block_sizes(places: int, experts: int) -> tuple[int, int, int]:
@@ -238,8 +215,10 @@ def block_sizes(places: int, experts: int) -> tuple[int, int, int]:
     return (64, 32, 4) if each <= 32 else (128, 64, 8)
 
 
-def takes(weight: PackedWeight) -> bool:
+def takes(weight: Weight) -> bool:
     """Whether the kernel computes with this weight: groups must be whole slices of 32 columns."""
+    if isinstance(weight, DenseWeight):
+        return True
     in_slices = weight.groups == 1 or weight.group_size % 32 == 0
     return weight.layout in ("gpu_tiles", "gpu_gated_tiles") and in_slices
 
@@ -247,7 +226,7 @@ def takes(weight: PackedWeight) -> bool:
 def grouped_matmul(
     x: Tensor, expert_ids: Tensor, weights: Tensor | None = None, *, experts: StackedExperts
 ) -> Tensor:
-    """See :func:`nybble.kernels.reference.grouped_matmul`; float16 or bfloat16.
+    """See :func:`nybble.kernels.reference.grouped_matmul`; float16 or bfloat16, as 16-bit weights.
 
     With weights, results are not rounded before they are added.
     """
@@ -257,28 +236,32 @@ def grouped_matmul(
             f"x is {tuple(x.shape)}, expected {(rows, like.in_features)} or "
             f"{(rows, top_k, like.in_features)}"
         )
+    packed = like if isinstance(like, PackedWeight) else None
+    if packed is None and x.dtype != experts.matrices.dtype:
+        raise ValueError(f"x is {x.dtype}, but the experts are {experts.matrices.dtype}")
     if experts.perm is not None:
         # Every expert has an order of columns of its own.
         each = x.unsqueeze(1).expand(-1, top_k, -1) if x.ndim == 2 else x
         x = each.gather(2, experts.perm[expert_ids].long())
     x = x.contiguous()
-    places, columns = rows * top_k, like.columns
+    places, columns = rows * top_k, x.shape[-1]
     dtype = x.dtype if weights is None else torch.float32
     out = torch.empty(rows, top_k, like.out_features, dtype=dtype, device=x.device)
     if places:
-        few = rows <= FEW_ROWS  # of which an expert has no more
+        few = rows <= FEW_ROWS and packed is not None  # of which an expert has no more
         if few:
             block_n, block_m, num_warps = BLOCK_N, FEW_ROWS, PARTS
         else:
             block_n, block_m, num_warps = block_sizes(places, experts.count)
+        width = DENSE_STEP if packed is None else 128
         blocks = Blocks.of(expert_ids, experts.count, block_m)
         kernel = grouped_few_rows_kernel if few else grouped_kernel
         kernel[(len(blocks.expert_of), triton.cdiv(like.out_features, block_n))](
             x,
-            experts.qweight.view(torch.int16),
+            experts.matrices if packed is None else experts.matrices.view(torch.int16),
             experts.scales,
             experts.zeros,
-            like.levels,
+            None if packed is None else packed.levels,
             experts.bias,
             None if weights is None else weights.float().contiguous(),
             out,
@@ -289,19 +272,19 @@ def grouped_matmul(
             places,
             like.out_features,
             columns,
-            like.groups,
+            1 if packed is None else packed.groups,
             TOP_K=top_k,
             X_PER_EXPERT=x.ndim == 3,
             WEIGHTED=weights is not None,
-            CODEBOOK=not like.is_affine,
+            CODEBOOK=packed is not None and not packed.is_affine,
             HAS_ZEROS=experts.zeros is not None,
             HAS_BIAS=experts.bias is not None,
-            GATED=like.layout == "gpu_gated_tiles",
-            **group_constants(like),
-            WHOLE_STEPS=columns % 128 == 0,
+            GATED=packed is not None and packed.layout == "gpu_gated_tiles",
+            **({"GROUP": 0, "SETS": 1} if packed is None else group_constants(packed)),
+            WHOLE_STEPS=columns % width == 0,
             BLOCK_N=block_n,
             BLOCK_M=block_m,
-            **({"PARTS": PARTS} if few else {}),
+            **({"PARTS": PARTS} if few else {"DENSE": packed is None, "WIDTH": width}),
             num_warps=num_warps,
             num_stages=3,
             **FUSED,

@@ -33,7 +33,7 @@ BLOCK_N = 32
 @triton.jit(do_not_specialize=["places", "groups"])
 def grouped_few_rows_kernel(
     x,  # (rows, columns), or (rows · top_k, columns) if X_PER_EXPERT
-    qweight,  # int16 (experts, out / 64, columns / 128, 64, 32)
+    matrices,  # int16 (experts, out / 64, columns / 128, 64, 32)
     scales,  # (experts, out / 64, groups, 64)
     zeros,
     levels,
@@ -69,7 +69,7 @@ def grouped_few_rows_kernel(
         return
     steps = tl.cdiv(columns, STEP)
     tiles = tl.cdiv(out_features, TILE_N)
-    qweight += expert * tiles * steps * (TILE_N * SLICE)
+    matrices += expert * tiles * steps * (TILE_N * SLICE)
     scales += expert * tiles * groups * TILE_N
     if HAS_ZEROS:
         zeros += expert * tiles * groups * TILE_N
@@ -86,7 +86,7 @@ def grouped_few_rows_kernel(
     part = tl.arange(0, PARTS)
     q_row = n // TILE_N * steps * TILE_N + n % TILE_N
     q_at = q_row[None, :, None] * SLICE + k[None, None, :]
-    q_at = qweight + q_at + part[:, None, None] * (TILE_N * SLICE)
+    q_at = matrices + q_at + part[:, None, None] * (TILE_N * SLICE)
     x_at = x_row.to(tl.int64)[None, None, :] * columns + k[None, :, None]
     x_at = x + x_at + part[:, None, None] * STEP
     scale_at = (n // TILE_N * groups * TILE_N + n % TILE_N)[None, :]

@@ -73,6 +73,18 @@ def of_slices(values, step, SETS: tl.constexpr, GROUP: tl.constexpr, groups):
 
 
 @triton.jit
+def wide(values):
+    """Scales or zeros in float32. Bytes are exponents (:func:`nybble.kernels.packed.e8m0`)."""
+    if values.dtype == tl.uint8:
+        # An exponent is in its place 23 bits up, but for that of 2 ** −127, which is subnormal.
+        bits = tl.maximum(values.to(tl.int32) << 23, 1 << 22)
+        values = bits.to(tl.float32, bitcast=True)
+    else:
+        values = values.to(tl.float32)
+    return values
+
+
+@triton.jit
 def by_row(values):
     """One value for each row of a tile, to be broadcast along it."""
     return tl.expand_dims(values, -1)
@@ -108,7 +120,7 @@ def times_plus(w, factor, addend, HAS_ADDEND: tl.constexpr):
 @triton.jit
 def scaled(w, scale, zero, HAS_ZEROS: tl.constexpr, CENTRE: tl.constexpr):
     """``(w + CENTRE − zero) · scale``, for an operand of ``code − CENTRE``."""
-    s = scale.to(tl.float32)
+    s = wide(scale)
     return times_plus(w, s, (CENTRE - zero.to(tl.float32)) * s if HAS_ZEROS else s, HAS_ZEROS)
 
 
@@ -170,22 +182,22 @@ def add_scaled_products(acc, w, x, scales, SETS: tl.constexpr):
     nothing = tl.zeros(acc.shape, tl.float32)
     part = product(w0, x0, nothing)
     if SETS == 4:
-        acc += by_row(s0.to(tl.float32)) * part
+        acc += by_row(wide(s0)) * part
         part = product(w1, x1, nothing)
-        acc += by_row(s1.to(tl.float32)) * part
+        acc += by_row(wide(s1)) * part
         part = product(w2, x2, nothing)
-        acc += by_row(s2.to(tl.float32)) * part
+        acc += by_row(wide(s2)) * part
         part = product(w3, x3, nothing)
     elif SETS == 2:
         part = product(w1, x1, part)
-        acc += by_row(s0.to(tl.float32)) * part
+        acc += by_row(wide(s0)) * part
         part = product(w2, x2, nothing)
         part = product(w3, x3, part)
     else:
         part = product(w1, x1, part)
         part = product(w2, x2, part)
         part = product(w3, x3, part)
-    return acc + by_row(s3.to(tl.float32)) * part
+    return acc + by_row(wide(s3)) * part
 
 
 @triton.jit

@@ -83,6 +83,6 @@ class CompressedTensorsFp4(OfCompressedTensors):
     def loaded_bytes(
         self, module: str, leaves: Mapping[str, TensorHeader], dtype: torch.dtype
     ) -> int:
-        # Scales become bfloat16 for MXFP4, float32 for NVFP4.
-        scale_bytes = 2 if self.group == 32 else 4
+        # Scales stay exponents for MXFP4, and become float32 for NVFP4.
+        scale_bytes = 1 if self.group == 32 else 4
         return leaves["weight_packed"].elements + scale_bytes * leaves["weight_scale"].elements

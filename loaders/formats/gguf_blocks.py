@@ -31,12 +31,13 @@ from nybble.kernels import PackedWeight
 from nybble.kernels.packed import (
     INTEGER_LEVELS,
     SYMMETRIC_LEVELS,
+    e8m0,
     pack_int8,
     pack_nibbles,
     stack_outputs,
 )
 from nybble.loaders.formats.affine import two_digits
-from nybble.loaders.formats.microscaling import E2M1, e8m0
+from nybble.loaders.formats.microscaling import E2M1
 
 _ROWS_AT_A_TIME = 2048  # unpacking needs a few times the memory of the rows that it is done with
 _IQ4 = torch.tensor(
@@ -50,7 +51,7 @@ class Grid:
     """Codes of some blocks and what they stand for.
 
     codes: ``(blocks, weights)``, uint8, or int16 if they are of more than 4 bits.
-    scales: floating ``(blocks, groups)``.
+    scales: ``(blocks, groups)``, floating, or uint8 if they are exponents.
     minima: float32 ``(blocks, groups)``, added to scale · code; None for none.
     levels: float32 ``(16,)`` of a code of 4 bits; None if a code is a number. Without minima a
         number of 4 bits is 8 less than its code.
@@ -100,7 +101,9 @@ class BlockType:
     def _packed(self, rows: Tensor) -> PackedWeight:
         out, columns = len(rows), rows.shape[1] // self.nbytes * self.weights
         grid = self.unpack(rows.reshape(-1, self.nbytes))
-        if not (grid.scales.to(self.scale_dtype) * (16 if self.wide else 1)).isfinite().all():
+        scales = grid.scales.to(self.scale_dtype)
+        values = e8m0(scales) if scales.dtype == torch.uint8 else scales
+        if not (values * (16 if self.wide else 1)).isfinite().all():
             raise ValueError("a scale is not finite, or too large for two digits (above 4,094)")
         codes, scales = grid.codes.reshape(out, columns), grid.scales.reshape(out, -1)
         zeros = perm = None
@@ -241,7 +244,7 @@ def _iq4_xs(blocks: Tensor) -> Grid:
 
 
 def _mxfp4(blocks: Tensor) -> Grid:
-    return Grid(_fields(blocks[:, 1:], 4, 16), e8m0(blocks[:, :1]), levels=E2M1)
+    return Grid(_fields(blocks[:, 1:], 4, 16), blocks[:, :1], levels=E2M1)
 
 
 BLOCK_TYPES = {
@@ -257,5 +260,5 @@ BLOCK_TYPES = {
     "Q6_K": BlockType(256, 210, 16, _q6_k, wide=True),
     "IQ4_NL": BlockType(32, 18, 32, _iq4_nl, scale_dtype=torch.float16),
     "IQ4_XS": BlockType(256, 136, 32, _iq4_xs),
-    "MXFP4": BlockType(32, 17, 32, _mxfp4, scale_dtype=torch.bfloat16),
+    "MXFP4": BlockType(32, 17, 32, _mxfp4, scale_dtype=torch.uint8),
 }

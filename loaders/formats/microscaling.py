@@ -1,9 +1,9 @@
 """Weights of 4-bit floats with small scales: MXFP4 and NVFP4.
 
 A code is e2m1: a sign, two bits of exponent and one of mantissa. MXFP4 (OCP Microscaling 1.0) has
-one e8m0 scale, a power of two, for 32 weights; gpt-oss's experts are stored so. NVFP4 has one e4m3
-scale for 16 weights and one float32 scale for the matrix. Two codes lie in a byte, the first in the
-low half.
+one e8m0 scale, the exponent of a power of two, for 32 weights; gpt-oss's experts are stored so, and
+it stays a byte. NVFP4 has one e4m3 scale for 16 weights and one float32 scale for the matrix. Two
+codes lie in a byte, the first in the low half.
 """
 
 from __future__ import annotations
@@ -14,21 +14,11 @@ import torch
 from torch import Tensor
 
 from nybble.kernels import PackedWeight
+from nybble.kernels.packed import scale_values
 
 # By code; those of 8 and above are negative.
 _HALF = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 E2M1 = torch.tensor([*_HALF, *(-level for level in _HALF)])
-
-
-def e8m0(exponents: Tensor) -> Tensor:
-    """2 ** (exponent − 127) in bfloat16, which holds each exactly; NaN for 255.
-
-    exponents: uint8.
-    """
-    bits = exponents.int() << 23
-    bits = bits.masked_fill(exponents == 0, 1 << 22)  # 2 ** −127 is a subnormal number
-    bits = bits.masked_fill(exponents == 255, 0x7FC00000)
-    return bits.view(torch.float32).bfloat16()
 
 
 @dataclass(frozen=True)
@@ -36,7 +26,7 @@ class MicroscaledWeight:
     """w[n, k] = E2M1[code] · scales[n, k / group].
 
     pairs: uint8 ``(out, in / 2)``, the first code in the low half of a byte.
-    scales: bfloat16 or float32 ``(out, in / group)``.
+    scales: ``(out, in / group)``, as a :class:`PackedWeight` has them.
     """
 
     pairs: Tensor
@@ -47,14 +37,14 @@ class MicroscaledWeight:
         """float32 ``(out, in)``: the format's definition."""
         codes = torch.stack((self.pairs & 0xF, self.pairs >> 4), dim=-1).flatten(1)
         group = codes.shape[1] // self.scales.shape[1]
-        return E2M1[codes.int()] * self.scales.float().repeat_interleave(group, dim=1)
+        return E2M1[codes.int()] * scale_values(self.scales).repeat_interleave(group, dim=1)
 
     def packed(self) -> PackedWeight:
         """The same weight in the form that kernels read. Raises ValueError for part of a group."""
         out, columns = len(self.pairs), 2 * self.pairs.shape[1]
         if self.scales.shape[0] != out or columns % max(self.scales.shape[1], 1):
             raise ValueError(f"{out}×{columns} codes have scales {tuple(self.scales.shape)}")
-        if not self.scales.isfinite().all():
+        if not scale_values(self.scales).isfinite().all():
             raise ValueError("a scale is not finite")
         return PackedWeight(
             qweight=self.pairs.contiguous(),
@@ -73,7 +63,7 @@ def mxfp4(pairs: Tensor, exponents: Tensor, bias: Tensor | None = None) -> Micro
 
     gpt-oss stores an expert's codes as ``(out, in / 32, 16)``: flatten the last two dimensions.
     """
-    return MicroscaledWeight(pairs, e8m0(exponents), bias)
+    return MicroscaledWeight(pairs, exponents, bias)
 
 
 def nvfp4(

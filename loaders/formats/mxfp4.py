@@ -55,5 +55,4 @@ class Mxfp4(Format):
     def loaded_bytes(
         self, module: str, leaves: Mapping[str, TensorHeader], dtype: torch.dtype
     ) -> int:
-        # Exponents become bfloat16 scales.
-        return leaves["blocks"].elements + 2 * leaves["scales"].elements
+        return leaves["blocks"].elements + leaves["scales"].elements

@@ -463,7 +463,7 @@ class AdapterOptions:
         _adapters(
             **_SIZE,
             help="A GPU's memory for adapters in slots (default: auto, for --max-loras of them of "
-            "--max-lora-rank on all layers).",
+            "--max-lora-rank on all layers but experts).",
         ),
     ] = None
 

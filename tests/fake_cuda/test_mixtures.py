@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from nybble.engine import Engine, EngineConfig
-from nybble.loaders import Checkpoint, open_checkpoint
+from nybble.engine import AdapterConfig, Engine, EngineConfig
+from nybble.loaders import AdapterError, Checkpoint, open_checkpoint
 from nybble.quantizers import InFlight
 
 from .device import DEVICE, Device
@@ -46,8 +47,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..., P
 
 
 @contextmanager
-def running(checkpoint: Checkpoint, config: EngineConfig) -> Iterator[Engine]:
-    engine = Engine.load(checkpoint, replace(config, adapters=None), progress=False)
+def running(
+    checkpoint: Checkpoint, config: EngineConfig, adapters: AdapterConfig | None = None
+) -> Iterator[Engine]:
+    engine = Engine.load(checkpoint, replace(config, adapters=adapters), progress=False)
     DEVICE.computes = False
     engine.warm_up(progress=False)
     DEVICE.computes = True
@@ -78,9 +81,67 @@ def test_answers_are_as_on_the_cpu_with_one_wait_a_step_and_no_compiling(
     assert len(waits) <= steps
 
 
-def test_experts_in_16_bits_are_refused_by_name(gpu: Device, folder: Path) -> None:
-    with pytest.raises(ValueError, match="a GPU computes experts in 4 bits"):
-        Engine.load(open_checkpoint(folder), replace(GPU, adapters=None), progress=False)
+def adapter_on_experts(base: Path, to: Path, *, seed: int, **options: Any) -> Path:
+    """A random one by peft; of all stacked experts, unless options say otherwise."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(seed)
+    stacked = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    settings: dict[str, Any] = {"target_modules": ["q_proj"], "target_parameters": stacked}
+    settings |= options
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, **settings))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(to)
+    return to
+
+
+def test_experts_in_16_bits_and_adapters_on_them_answer_as_on_the_cpu(
+    gpu: Device, folder: Path, tmp_path: Path
+) -> None:
+    """In one batch with the base and an adapter on attention; one wait a step, no compiling."""
+    adapters = {
+        "all": adapter_on_experts(folder, tmp_path / "all", seed=1),
+        "down": adapter_on_experts(
+            folder, tmp_path / "down", seed=2, target_parameters=["mlp.experts.down_proj"]
+        ),
+        "attention": adapter_on_experts(folder, tmp_path / "q", seed=3, target_parameters=None),
+    }
+    requests = [request("base", 5, 3)] + [
+        request(name, 20 + 3 * index, length, adapter=name)
+        for index, (name, length) in enumerate(zip(adapters, (37, 4, 6), strict=True))
+    ]
+    of_three = AdapterConfig(slots=3, max_rank=4, device_bytes=1 << 18)
+    answers = []
+    for config in (CPU, GPU):
+        with running(open_checkpoint(folder), config, of_three) as engine:
+            warm = set(gpu.launched)
+            for name, each in adapters.items():
+                engine.load_adapter(name, str(each))
+            gpu.waits.clear()
+            answers.append(ask(engine, requests))
+            steps, waited = engine.stats().steps, list(gpu.waits)
+            plain = ask(engine, [replace(each, adapter=None) for each in requests])
+    assert answers[0] == answers[1]
+    assert all(a != b for a, b in zip(answers[1][1:], plain[1:], strict=True))
+    assert gpu.replays > 0
+    assert set(gpu.launched) - warm == set()
+    waits = [each for each in waited if "inputs.build" not in each]
+    assert set(waits) == {ONE_WAIT}
+    assert len(waits) <= steps
+
+
+def test_an_adapter_larger_than_the_memory_for_adapters_is_refused_by_name(
+    gpu: Device, folder: Path, tmp_path: Path
+) -> None:
+    """By default the memory holds adapters on all layers but experts."""
+    adapter = adapter_on_experts(folder, tmp_path / "all", seed=1)
+    config = replace(GPU, adapters=AdapterConfig(slots=1, max_rank=4))
+    engine = Engine.load(open_checkpoint(folder), config, progress=False)
+    with pytest.raises(AdapterError, match=r"raise device_bytes \(--lora-device-memory\)"):
+        engine.load_adapter("all", str(adapter))
 
 
 def test_mixtures_in_one_order_are_refused_by_name(gpu: Device, folder: Path) -> None:

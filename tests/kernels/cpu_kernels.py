@@ -57,12 +57,15 @@ def random_weight(
     act_order: bool,
     bias: bool,
 ) -> PackedWeight:
+    """dtype: of scales; uint8 for exponents, which have no zeros (kinds sym and codebook)."""
     groups = -(-columns // group)
     zeros = torch.randint(0, 16, (out, groups)).to(dtype) if kind == "asym" else None
     levels = {"asym": INTEGER_LEVELS, "sym": SYMMETRIC_LEVELS, "codebook": CODEBOOK}[kind]
     return PackedWeight(
         qweight=pack_nibbles(torch.randint(0, 16, (out, columns), dtype=torch.uint8)),
-        scales=torch.rand(out, groups).to(dtype),
+        scales=torch.randint(118, 128, (out, groups)).to(dtype)
+        if dtype == torch.uint8
+        else torch.rand(out, groups).to(dtype),
         zeros=zeros,
         levels=levels,
         out_features=out,

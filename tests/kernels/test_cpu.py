@@ -129,6 +129,17 @@ def test_matmul(bf16_cpu: CpuLibrary, **shape: Any) -> None:
     assert_close(found, problem.exact, problem.magnitude)
 
 
+EXPONENTS = {"kind": st.sampled_from(["sym", "codebook"]), "dtype": st.just(torch.uint8)}
+
+
+@given(**SHAPES | EXPONENTS)
+@settings(max_examples=30, deadline=None)
+def test_matmul_of_scales_which_are_exponents(bf16_cpu: CpuLibrary, **shape: Any) -> None:
+    problem = Problem.of(**shape)
+    found = bf16_cpu.packed_matmul(problem.x, problem.weight.to_layout("cpu_tiles"))
+    assert_close(found, problem.exact, problem.magnitude)
+
+
 BYTE_SHAPES = {
     "rows": st.sampled_from([1, 2, 3, 5, 8, 9, 10, 11, 23]),
     "out": st.integers(1, 150),
@@ -265,6 +276,17 @@ def test_dequantizing_is_the_definition_to_the_bit(
     tiny = wide * 2.0 ** torch.randint(-125, 1, wide.shape)
     weight = replace(weight, scales=(wide if scales == torch.float16 else tiny).to(scales))
     assert_same_bits(cpu.dequantize(weight.to_layout("cpu_tiles"), dtype), weight.dequantize(dtype))
+
+
+def test_dequantizing_scales_of_every_exponent(cpu: CpuLibrary) -> None:
+    torch.manual_seed(0)
+    weight = random_weight(17, 120, 8, "sym", torch.uint8, act_order=False, bias=False)
+    weight = replace(
+        weight, scales=torch.arange(17 * 15).to(torch.uint8).clamp(max=254).view(17, 15)
+    )
+    for dtype in (torch.bfloat16, torch.float32):
+        found = cpu.dequantize(weight.to_layout("cpu_tiles"), dtype)
+        assert_same_bits(found, weight.dequantize(dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -1,5 +1,6 @@
 """The packed format means exactly what its definition says."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -31,6 +32,23 @@ def test_a_hand_computed_weight() -> None:
         group_size=2,
     )
     assert weight.dequantize().tolist() == [[0.0, 0.5, 13.0]]
+
+
+def test_scales_may_be_exponents_of_powers_of_two() -> None:
+    weight = PackedWeight(
+        qweight=torch.tensor([[0xA9, 0xA9, 0x09]], dtype=torch.uint8),  # levels 1, 2, 1, 2, 1, −8
+        scales=torch.tensor([[0, 127, 254]], dtype=torch.uint8),
+        zeros=None,
+        levels=SYMMETRIC_LEVELS,
+        out_features=1,
+        in_features=6,
+        group_size=2,
+    )
+    expected = [2.0**-127, 2.0**-126, 1, 2, 2.0**127, -math.inf]
+    assert weight.dequantize().tolist() == [expected]
+    assert weight.to_layout("cpu_tiles").to_layout("rows").dequantize().tolist() == [expected]
+    with pytest.raises(ValueError, match="scales which are exponents have no zeros"):
+        replace(weight, zeros=torch.zeros(1, 3, dtype=torch.uint8))
 
 
 def test_stored_columns_multiply_the_permuted_inputs() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -9,14 +10,16 @@ import torch
 from torch import Tensor
 
 from nybble.kernels import PackedWeight, reference
-from nybble.kernels.packed import INTEGER_LEVELS, SYMMETRIC_LEVELS, pack_nibbles
-from nybble.kernels.triton.grouped import (
-    Blocks,
-    StackedExperts,
-    block_sizes,
-    grouped_matmul,
-    most_blocks,
+from nybble.kernels.packed import (
+    INTEGER_LEVELS,
+    SYMMETRIC_LEVELS,
+    DenseWeight,
+    Weight,
+    pack_nibbles,
 )
+from nybble.kernels.triton import backend
+from nybble.kernels.triton.grouped import StackedExperts, block_sizes, grouped_matmul
+from nybble.kernels.triton.routed_blocks import Blocks, most_blocks
 
 CODEBOOK = torch.linspace(-1, 1, 16).half().float()
 # The interpreter truncates to bfloat16; a GPU rounds to nearest.
@@ -47,9 +50,16 @@ def route(rows: int, experts: int, top_k: int, load: str) -> Tensor:
     return torch.stack([torch.randperm(experts)[:top_k] for _ in range(rows)])
 
 
-def error(x: Tensor, ids: Tensor, weights: Tensor | None, experts: list[PackedWeight]) -> float:
+def in_float32(weight: Weight) -> DenseWeight:
+    """Without its bias."""
+    if isinstance(weight, PackedWeight):
+        return DenseWeight(weight.dequantize())
+    return DenseWeight(weight.weight.float())
+
+
+def error(x: Tensor, ids: Tensor, weights: Tensor | None, experts: Sequence[Weight]) -> float:
     found = grouped_matmul(x, ids, weights, experts=StackedExperts.of(experts)).double()
-    exact = [replace(expert, bias=None) for expert in experts]
+    exact = [in_float32(expert) for expert in experts]
     expected = reference.grouped_linear(exact, torch.float32)(x.float(), ids, None).double()
     if experts[0].bias is not None:
         expected += torch.stack([e.bias.double() for e in experts if e.bias is not None])[ids]
@@ -83,6 +93,19 @@ def test_odd_sizes_orders_of_columns_and_biases(rows: int, each: bool, weighted:
     assert error(x, ids, torch.rand(rows, 2) if weighted else None, experts) < 1e-3
 
 
+@pytest.mark.parametrize("rows", [4, 9], ids=["few rows", "more"])
+def test_experts_whose_scales_are_exponents(rows: int) -> None:
+    """MXFP4's: the same result, bit for bit, as of the powers of two that they stand for."""
+    torch.manual_seed(8)
+    exponents = torch.randint(118, 126, (3, 1, 4, 64))
+    wide = [random_weight("codebook", 64, 128, 32) for _ in range(3)]
+    wide = [replace(w, scales=2.0 ** (e - 127)) for w, e in zip(wide, exponents, strict=True)]
+    in_bytes = [replace(w, scales=e.to(torch.uint8)) for w, e in zip(wide, exponents, strict=True)]
+    x, ids = torch.randn(rows, 128).half(), route(rows, 3, 2, "even")
+    found = grouped_matmul(x, ids, experts=StackedExperts.of(in_bytes))
+    assert torch.equal(found, grouped_matmul(x, ids, experts=StackedExperts.of(wide)))
+
+
 @pytest.mark.parametrize("rows", [5, 11])
 def test_gate_and_up_keep_their_interleaved_layout(rows: int) -> None:
     torch.manual_seed(2)
@@ -103,6 +126,29 @@ def test_a_row_does_not_depend_on_the_others_of_one_kernel(rows: int, fewer: int
         own = slice(row, row + fewer)
         alone = grouped_matmul(x[own], ids[own], weights[own], experts=stacked)
         assert torch.equal(alone, together[own])
+
+
+@pytest.mark.parametrize(
+    ("rows", "load"), [(1, "even"), (6, "skewed"), (9, "even"), (70, "even"), (150, "skewed")]
+)
+@pytest.mark.parametrize("each", [False, True], ids=["one input", "an input for each expert"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_experts_in_16_bits(rows: int, load: str, each: bool, weighted: bool) -> None:
+    """Sizes that are no whole blocks and steps; blocks of every number of rows."""
+    torch.manual_seed(6)
+    experts = [DenseWeight(torch.randn(70, 136).half(), torch.randn(70).half()) for _ in range(3)]
+    ids = route(rows, 3, 2, load)
+    x = torch.randn(rows, *([2] if each else []), 136).half()
+    assert error(x, ids, torch.rand(rows, 2) if weighted else None, experts) < 1e-3
+
+
+def test_experts_in_16_bits_have_the_dtype_of_their_inputs() -> None:
+    torch.manual_seed(7)
+    experts = [DenseWeight(torch.randn(64, 64).bfloat16()) for _ in range(3)]
+    x, ids = torch.randn(9, 64), route(9, 3, 2, "even")
+    assert error(x.bfloat16(), ids, None, experts) < TOLERANCE[torch.bfloat16]
+    with pytest.raises(ValueError, match=r"x is torch.float16, but the experts are torch.bfloat16"):
+        grouped_matmul(x.half(), ids, experts=StackedExperts.of(experts))
 
 
 def test_columns_are_shared_by_the_warps_of_a_block_whatever_their_number() -> None:
@@ -143,8 +189,17 @@ def test_blocks_have_more_rows_if_experts_do() -> None:
 
 def test_experts_stored_in_different_ways_are_refused() -> None:
     one, other = (random_weight("symmetric", 64, 128, group) for group in (32, 64))
-    with pytest.raises(ValueError, match="expert 1 is stored in another way than expert 0"):
-        StackedExperts.of([one, other])
+    for different in (other, DenseWeight(torch.zeros(64, 128).half())):
+        with pytest.raises(ValueError, match="expert 1 is stored in another way than expert 0"):
+            StackedExperts.of([one, different])
+
+
+def test_experts_in_small_groups_are_refused() -> None:
+    experts = [random_weight("symmetric", 64, 128, 16)] * 2
+    with pytest.raises(
+        ValueError, match="experts in 16 bits, or in 4 bits in groups of a multiple"
+    ):
+        backend.grouped_linear(experts, torch.float16)
 
 
 def test_inputs_of_another_size_are_refused() -> None:

@@ -107,3 +107,54 @@ def test_empty_segments_that_pad_a_captured_batch_add_nothing() -> None:
     lora.lora_add(expected, x, given, real)
     lora.lora_add(found, x, given, padded)
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["one input", "an input for each expert"])
+@pytest.mark.parametrize(
+    ("rows", "load"), [(1, "even"), (7, "even"), (40, "one"), (40, "even"), (40, "base")]
+)
+def test_adapters_on_experts_are_found_on_the_device(rows: int, load: str, shared: bool) -> None:
+    """Two slots of each of five experts; every third row has no adapter, or all have none."""
+    experts, count, top_k = 5, 2, 3
+    torch.manual_seed(rows)
+    _, _, given = problem(1, [0, 5, 16, 3, 8, 20, 1, 0, 4, 20], 20, 72, (40, 24))
+    ids = torch.stack([torch.randperm(experts)[:top_k] for _ in range(rows)])
+    if load == "one":  # all rows at the same experts, with the same adapter
+        ids[:] = torch.tensor([4, 2, 0])
+    slots = torch.tensor([1 - row % 3 if load == "even" else 0 for row in range(rows)])[:, None]
+    slots = torch.where((slots < 0) | (load == "base"), -1, ids * count + slots).to(DEVICE)
+    x = torch.randn(rows, *(() if shared else (top_k,)), 72).half().to(DEVICE)
+    out = torch.randn(rows, top_k, 64).half().to(DEVICE)
+    expected, found = out.clone(), out.clone()
+    if (add := reference.grouped_lora(slots, experts * count)) is not None:
+        add(expected, x, given)
+    routed = lora.grouped_lora(slots, experts * count)
+    assert routed is not None
+    routed(found, x, given)
+    assert torch.equal(found[slots < 0], out[slots < 0])
+    assert (found.double() - expected.double()).norm() <= 1e-3 * expected.double().norm()
+    assert (load == "base") == torch.equal(found, out)
+
+
+def test_a_row_on_experts_does_not_depend_on_its_batch() -> None:
+    _, _, given = problem(1, [8, 1, 16, 3], 16, 96, (40, 24))
+    slots = torch.tensor([[row % 2, 2 + row % 2] for row in range(37)], device=DEVICE)
+    x, out = torch.randn(37, 96).half().to(DEVICE), torch.randn(37, 2, 64).half().to(DEVICE)
+    together = out.clone()
+    add = lora.grouped_lora(slots, 4)
+    assert add is not None
+    add(together, x, given)
+    for row in (0, 20, 36):
+        one, alone = slice(row, row + 1), out[row : row + 1].clone()
+        own = lora.grouped_lora(slots[one], 4)
+        assert own is not None
+        own(alone, x[one], given)
+        assert torch.equal(alone, together[one])
+
+
+def test_a_layer_that_reads_other_rows_is_refused() -> None:
+    _, _, given = problem(1, [8], 8, 96, (40,))
+    add = lora.grouped_lora(torch.zeros(4, 2, dtype=torch.int64, device=DEVICE), 1)
+    assert add is not None
+    with pytest.raises(ValueError, match=r"x is \(3, 96\), expected \(4, …\) or \(4, 2, …\)"):
+        add(torch.zeros(4, 2, 40, device=DEVICE).half(), torch.zeros(3, 96).half(), given)

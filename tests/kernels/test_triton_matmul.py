@@ -111,6 +111,19 @@ def test_scales_may_be_wider_or_coarser_than_the_activations(scale: torch.dtype)
         assert error(torch.randn(2, 256).half(), weight, config) < 1e-3
 
 
+@pytest.mark.parametrize("kind", ["symmetric", "codebook"])
+@pytest.mark.parametrize("config", [SMALL, LARGE, PARTS])
+def test_scales_may_be_exponents(kind: str, config: Config) -> None:
+    """MXFP4's: the same result, bit for bit, as of the powers of two that they stand for."""
+    torch.manual_seed(13)
+    weight = random_weight(kind, 70, 200, 32, powers=True)
+    as_exponents = (weight.scales.float().log2() + 127).to(torch.uint8)
+    in_bytes = replace(weight, scales=as_exponents)
+    x = torch.randn(5, 200).half()
+    assert torch.equal(packed_matmul(x, in_bytes, config), packed_matmul(x, weight, config))
+    assert torch.equal(dequantize(in_bytes, x.dtype), dequantize(weight, x.dtype))
+
+
 def test_one_scale_for_a_whole_row_may_cover_any_number_of_columns() -> None:
     torch.manual_seed(3)
     assert error(torch.randn(2, 200).half(), random_weight("symmetric", 64, 200, 200), SMALL) < 1e-3

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from nybble.kernels import PackedWeight
-from nybble.loaders import CheckpointError, open_checkpoint
+from nybble.loaders import CheckpointError, open_checkpoint, save_packed
 
 EXPERTS, HIDDEN, INTERMEDIATE = 3, 64, 96
 
@@ -77,6 +77,34 @@ def test_experts_are_kept_in_4_bits_and_are_what_transformers_dequantizes(folder
             assert isinstance(packed, PackedWeight)
             assert packed.bias is not None
             assert torch.equal(packed.bias, torch.cat((bias[0::2], bias[1::2])))
+
+
+def test_a_weight_takes_four_and_a_quarter_bits(folder: Path) -> None:
+    """In memory, as the footprint says beforehand, and in the packed form on disk."""
+    checkpoint = open_checkpoint(folder)
+    weights = dict(checkpoint.weights())
+    packed = [weight for weight in weights.values() if isinstance(weight, PackedWeight)]
+    assert len(packed) == 2 * EXPERTS * 2
+    for weight in packed:
+        assert weight.qweight.nbytes + weight.scales.nbytes == weight.out_features * (
+            weight.in_features * 17 // 32
+        )
+    name = "model.layers.0.mlp.experts.0.down_proj"
+    down = weights[name]
+    assert isinstance(down, PackedWeight)
+    save_packed(checkpoint, folder.parent / "packed", layout="cpu_tiles", progress=False)
+    again = dict(open_checkpoint(folder.parent / "packed").weights())[name]
+    assert isinstance(again, PackedWeight)
+    assert again.scales.dtype == torch.uint8
+    assert torch.equal(again.dequantize(), down.dequantize())
+
+
+def test_an_exponent_which_is_no_number_is_refused_by_name(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.experts.down_proj_scales"][1, 2, 0] = 255
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"experts\.1\.down_proj: a scale is not finite"):
+        list(open_checkpoint(folder).weights())
 
 
 def test_the_model_computes_the_logits_of_its_dequantized_weights(

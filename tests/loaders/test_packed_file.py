@@ -99,7 +99,7 @@ def test_a_newer_version_is_refused(tmp_path: Path, tiny_model: Callable[..., Pa
     save_packed(open_checkpoint(tiny_model()), tmp_path / "p", layout="rows", progress=False)
     header = json.loads((tmp_path / "p" / "nybble.json").read_text())
     (tmp_path / "p" / "nybble.json").write_text(json.dumps(header | {"version": 99}))
-    with pytest.raises(CheckpointError, match="has version 99, expected 1: pack it again"):
+    with pytest.raises(CheckpointError, match="has version 99, expected 2: pack it again"):
         open_checkpoint(tmp_path / "p")
 
 

@@ -137,6 +137,31 @@ def check_grouped(capability: int, everything: bool) -> Iterator[Found]:
             expected = torch.einsum("rkoi,rki->rko", dense[ids], each.double()) + biases[ids]
             found = grouped_matmul(each, ids, top_k, experts=stacked)
             yield f"{name} weighted", found, (expected * top_k[..., None].double()).sum(1)
+    yield from _check_grouped_in_other_forms()
+
+
+def _check_grouped_in_other_forms() -> Iterator[Found]:
+    """Experts in 16 bits, and in 4 with scales which are exponents."""
+    x, ids = torch.randn(11, 256).bfloat16(), torch.arange(2).expand(11, -1)
+    dense = [DenseWeight(torch.randn(80, 256).bfloat16(), torch.randn(80)) for _ in range(2)]
+    weights: list[PackedWeight | DenseWeight] = list(dense)
+    yield "experts 16 bits", *_grouped(x, ids, weights, [w.weight.double() for w in dense])
+    packed = [random_weight("codebook", 80, 256, 32) for _ in range(2)]
+    packed = [
+        replace(w, scales=torch.randint(118, 126, w.scales.shape).to(torch.uint8)) for w in packed
+    ]
+    weights = [weight.to_layout("gpu_tiles") for weight in packed]
+    wide = [weight.dequantize(torch.float64) for weight in packed]
+    yield "experts exponents", *_grouped(x, ids, weights, wide)
+    yield "experts exponents m2", *_grouped(x[:2], ids[:2], weights, wide)
+
+
+def _grouped(
+    x: Tensor, ids: Tensor, weights: list[PackedWeight | DenseWeight], wide: list[Tensor]
+) -> tuple[Tensor, Tensor]:
+    expected = torch.einsum("rkoi,ri->rko", torch.stack(wide)[ids], x.double())
+    expected += torch.stack([weight.bias.double() for weight in weights])[ids]
+    return grouped_matmul(x, ids, experts=StackedExperts.of(weights)), expected
 
 
 def check_dequantize(capability: int, everything: bool) -> Iterator[Found]:
@@ -260,6 +285,28 @@ def check_lora(capability: int, everything: bool) -> Iterator[Found]:
                     a, b = pair.wide()
                     expected[row, start:end] += a.double() @ x[row].double() @ b.double()
         yield f"lora_add {str(dtype)[6:]} rank {rank} rows {rows}", out, expected
+    yield from _check_lora_on_experts()
+
+
+def _check_lora_on_experts() -> Iterator[Found]:
+    """Two experts with two slots each; every third row has no adapter."""
+    given = adapters(4, 20, 264, (0, 40, 80), torch.bfloat16, CPU, [20, 7, 0, 20])
+    slots = torch.tensor([[-1, -1], [0, 2], [1, 3]]).repeat(9, 1)
+    x, out = torch.randn(27, 264).bfloat16(), torch.randn(27, 2, 80).bfloat16()
+    expected = out.double()
+    pairs = [pair for slot in given.matrices for pair in slot if pair is not None]
+    with reachable(matrix for pair in pairs for matrix in pair):
+        add = lora.grouped_lora(slots, 4)
+        assert add is not None
+        add(out, x, given)
+    for row, of_row in enumerate(slots.tolist()):
+        for each, slot in enumerate(of_row):
+            for part, pair in enumerate(given.matrices[slot] if slot >= 0 else ()):
+                if pair is not None:
+                    a, b = pair
+                    product = a.double() @ x[row].double() @ b.double()
+                    expected[row, each, 40 * part : 40 * (part + 1)] += product
+    yield "lora on experts", out, expected
 
 
 def check_norm(capability: int, everything: bool) -> Iterator[Found]:
