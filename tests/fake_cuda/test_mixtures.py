@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from nybble.engine import AdapterConfig, Engine, EngineConfig
@@ -83,8 +84,6 @@ def test_answers_are_as_on_the_cpu_with_one_wait_a_step_and_no_compiling(
 
 def adapter_on_experts(base: Path, to: Path, *, seed: int, **options: Any) -> Path:
     """A random one by peft; of all stacked experts, unless options say otherwise."""
-    from peft import LoraConfig, get_peft_model
-
     torch.manual_seed(seed)
     stacked = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
     settings: dict[str, Any] = {"target_modules": ["q_proj"], "target_parameters": stacked}
@@ -98,17 +97,24 @@ def adapter_on_experts(base: Path, to: Path, *, seed: int, **options: Any) -> Pa
     return to
 
 
+@pytest.fixture(scope="module")
+def adapters(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """On all experts' layers, on down projections alone, and on attention alone.
+
+    Made before there seems to be a GPU: peft and transformers would remember it.
+    """
+    to, down = tmp_path_factory.mktemp("adapters"), ["mlp.experts.down_proj"]
+    return {
+        "all": adapter_on_experts(folder, to / "all", seed=1),
+        "down": adapter_on_experts(folder, to / "down", seed=2, target_parameters=down),
+        "attention": adapter_on_experts(folder, to / "q", seed=3, target_parameters=None),
+    }
+
+
 def test_experts_in_16_bits_and_adapters_on_them_answer_as_on_the_cpu(
-    gpu: Device, folder: Path, tmp_path: Path
+    gpu: Device, folder: Path, adapters: dict[str, Path]
 ) -> None:
     """In one batch with the base and an adapter on attention; one wait a step, no compiling."""
-    adapters = {
-        "all": adapter_on_experts(folder, tmp_path / "all", seed=1),
-        "down": adapter_on_experts(
-            folder, tmp_path / "down", seed=2, target_parameters=["mlp.experts.down_proj"]
-        ),
-        "attention": adapter_on_experts(folder, tmp_path / "q", seed=3, target_parameters=None),
-    }
     requests = [request("base", 5, 3)] + [
         request(name, 20 + 3 * index, length, adapter=name)
         for index, (name, length) in enumerate(zip(adapters, (37, 4, 6), strict=True))
@@ -134,14 +140,13 @@ def test_experts_in_16_bits_and_adapters_on_them_answer_as_on_the_cpu(
 
 
 def test_an_adapter_larger_than_the_memory_for_adapters_is_refused_by_name(
-    gpu: Device, folder: Path, tmp_path: Path
+    gpu: Device, folder: Path, adapters: dict[str, Path]
 ) -> None:
     """By default the memory holds adapters on all layers but experts."""
-    adapter = adapter_on_experts(folder, tmp_path / "all", seed=1)
     config = replace(GPU, adapters=AdapterConfig(slots=1, max_rank=4))
     engine = Engine.load(open_checkpoint(folder), config, progress=False)
     with pytest.raises(AdapterError, match=r"raise device_bytes \(--lora-device-memory\)"):
-        engine.load_adapter("all", str(adapter))
+        engine.load_adapter("all", str(adapters["all"]))
 
 
 def test_mixtures_in_one_order_are_refused_by_name(gpu: Device, folder: Path) -> None:
