@@ -46,9 +46,13 @@ class Site:
         found = dict(re.findall(r"started replica=replica(\d) pid=(\d+)", "".join(self.lines)))
         return [int(found[name]) for name in sorted(found)]
 
+    def said(self, text: str) -> int:
+        """How many times."""
+        return "".join(self.lines).count(text)
+
     def until(self, text: str, times: int = 1) -> None:
         deadline = time.monotonic() + 120
-        while "".join(self.lines).count(text) < times:
+        while self.said(text) < times:
             assert time.monotonic() < deadline, "".join(self.lines)
             assert self.process.poll() is None, "".join(self.lines)
             time.sleep(0.05)
@@ -197,7 +201,7 @@ def test_a_killed_server_loses_no_request_and_its_streams_end_with_an_error(site
     models = [f"a{i}" for i in range(8)]
     for model in models:
         assert site.ask(model).status_code == 200
-    before = site.sequences()[0]
+    before, ups = site.sequences()[0], site.said("servers/replica1 is UP")
     began = {model: threading.Event() for model in models}
     threads = [threading.Thread(target=stream, args=(model,)) for model in models]
     with Load(site) as load:
@@ -212,7 +216,7 @@ def test_a_killed_server_loses_no_request_and_its_streams_end_with_an_error(site
         os.kill(victim, signal.SIGKILL)
         for thread in threads:
             thread.join()
-        site.until("ready replica=replica1", times=2)
+        site.until("servers/replica1 is UP", times=ups + 1)
     assert set(load.statuses) == {200}
     assert killed
     assert {model for model, last in ended.items() if last != "[DONE]"} == killed
