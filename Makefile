@@ -80,8 +80,10 @@ GITHUB := https://raw.githubusercontent.com
 CRDS := kubernetes-sigs/gateway-api/v1.3.0/config/crd/standard/gateway.networking.k8s.io_gateways \
 	kubernetes-sigs/gateway-api/v1.3.0/config/crd/standard/gateway.networking.k8s.io_httproutes \
 	kubernetes-sigs/gateway-api-inference-extension/v1.0.0/config/crd/bases/inference.networking.k8s.io_inferencepools \
-	kedacore/keda/v2.18.0/config/crd/bases/keda.sh_scaledobjects
-build/crds:
+	kedacore/keda/v2.18.0/config/crd/bases/keda.sh_scaledobjects \
+	ray-project/kuberay/v1.7.0/ray-operator/config/crd/bases/ray.io_rayservices
+build/crds: Makefile
+	rm -rf build/crds build/crds.partial
 	mkdir -p build/crds.partial
 	for crd in $(CRDS); do \
 		curl -fsSL -o build/crds.partial/$$(basename $$crd).yaml $(GITHUB)/$$crd.yaml || exit 1; done

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import (
     AbstractAsyncContextManager,
     AbstractContextManager,
     aclosing,
+    asynccontextmanager,
     nullcontext,
 )
 from typing import Any, Protocol, TypeVar
@@ -128,14 +129,13 @@ async def _stream(
     async with running.limited():
         first = await anext(results)
     stream = EventStream(request)
-    await stream.open()
 
     async def tell(index: int, output: RequestOutput) -> None:
         usage.add(index, output)
         for event in await _written(output, lambda: formatter.events(index, output, usage)):
             await stream.send(event)
 
-    with stream.kept(formatter.lost(_killed())):
+    async with stream.opened(formatter.lost(killed())):
         try:
             async with running.limited():
                 await tell(*first)
@@ -150,11 +150,11 @@ async def _stream(
         except Exception as error:
             # The status 200 has been sent already, so the error is sent as an event.
             await stream.send(formatter.failure(request[RECORD].failed(error)))
-        await stream.response.write_eof()
     return stream.response
 
 
-def _killed() -> ApiError:
+def killed() -> ApiError:
+    """What the keeper of last words tells a client."""
     return ApiError(
         500,
         "the server was killed during this answer: send the request again",
@@ -187,15 +187,17 @@ class EventStream:
             }
         )
 
-    async def open(self) -> None:
-        await self.response.prepare(self._request)
+    @asynccontextmanager
+    async def opened(self, lost: ServerSentEvent) -> AsyncIterator[None]:
+        """Send the head before what is inside, and the end after it, if nothing is raised.
 
-    def kept(self, last: ServerSentEvent) -> AbstractContextManager[None]:
-        """If the process is killed inside, the client gets ``last`` by the one beside it."""
+        lost: what the client gets if the process is killed inside, by the one beside it.
+        """
         words = self._request.app.get(LAST_WORDS)
-        if words is None:
-            return nullcontext()
-        return words.held(self.response, self._request, event_bytes(last))
+        with nullcontext() if words is None else words.held(self._request, event_bytes(lost)):
+            await self.response.prepare(self._request)
+            yield
+            await self.response.write_eof()
 
     async def send(self, event: ServerSentEvent) -> None:
         await self.write(event_bytes(event))

@@ -147,7 +147,8 @@ class ResponsesFormatter:
         self._tell("response.failed", response=self.response)
         return self._take()[-1]
 
-    def lost(self, error: ApiError) -> ServerSentEvent:
+    @staticmethod
+    def lost(error: ApiError) -> ServerSentEvent:
         """OpenAI's event for an error of the stream; its number among the others is not known."""
         body = {"code": error.code, "message": error.message, "param": None, "sequence_number": 0}
         return "error", {"type": "error", **body}

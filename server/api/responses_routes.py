@@ -21,6 +21,7 @@ from nybble.server.api.respond import (
     ServerSentEvent,
     event_bytes,
     json_response,
+    killed,
     respond,
 )
 from nybble.server.api.response_store import ResponseStore, StoredResponse
@@ -237,11 +238,10 @@ class Running:
 async def _follow(request: web.Request, log: EventLog, start: int) -> web.StreamResponse:
     """Send events as they come. The response is made whether or not anybody follows."""
     stream = EventStream(request)
-    await stream.open()
-    async with aclosing(log.after(start)) as events:
+    lost = ResponsesFormatter.lost(killed())
+    async with stream.opened(lost), aclosing(log.after(start)) as events:
         async for event in events:
             await stream.write(event)
-    await stream.response.write_eof()
     return stream.response
 
 

@@ -26,7 +26,8 @@ from aiohttp import ClientError, ClientSession, ClientTimeout
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from ray import serve
 
-from nybble.server.replicas.haproxy import configuration
+from nybble.server.replicas.haproxy import certificate_in, configuration
+from nybble.server.replicas.options import NOT_FOR_REPLICAS
 from nybble.server.replicas.parent import end_with_parent
 from nybble.server.replicas.supervise import find_haproxy
 
@@ -40,6 +41,8 @@ _GRACE_SECONDS = 15.0
 # A server renews its place at every health check. One which does not, and which HAProxy does not
 # reach either, has lost it: its machine is gone, or its process was killed with all above it.
 _LEASE_SECONDS = 30.0
+# KubeRay asks here, as it asks Ray's own proxies, before it sends clients to the head.
+_ALIVE_PATH = "/-/healthz"
 # What the autoscaler sums up over servers.
 _LOAD = ("nybble_sequences_running", "nybble_sequences_waiting")
 
@@ -52,6 +55,8 @@ class BalancerArguments(BaseModel):
     shared_registry: whether the servers have a ``lora-registry``, so that an adapter which is
         loaded over the API at one is known to all.
     most_servers: places for servers, those included which finish their last requests.
+    ssl_certfile, ssl_keyfile: PEM files on that machine, for https; no key file if the key is in
+        the certificate's.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -61,6 +66,14 @@ class BalancerArguments(BaseModel):
     servers: str = "nybble"
     shared_registry: bool = False
     most_servers: int = Field(256, ge=1)
+    ssl_certfile: Path | None = None
+    ssl_keyfile: Path | None = None
+
+    @model_validator(mode="after")
+    def _key_of_a_certificate(self) -> BalancerArguments:
+        if self.ssl_keyfile is not None and self.ssl_certfile is None:
+            raise ValueError("ssl_keyfile goes with ssl_certfile")
+        return self
 
 
 class ServerArguments(BaseModel):
@@ -100,9 +113,12 @@ class ServerArguments(BaseModel):
             raise ValueError(
                 f"min_replicas is {self.min_replicas}, more than max_replicas {self.max_replicas}"
             )
-        for name in ("host", "port", "uds", "model", "shutdown-timeout"):
+        for name in ("host", "port", "model", "shutdown-timeout"):
             if name in self.options:
                 raise ValueError(f"options: {name} is set by the application")
+        for name, instead in NOT_FOR_REPLICAS.items():
+            if self.options.get(name):
+                raise ValueError(f"options: {name} is not for replicas: {instead}")
         return self
 
     def command(self) -> list[str]:
@@ -213,8 +229,14 @@ class Balancer:
         self._places: list[str | None] = [None] * arguments.most_servers
         self._renewed: dict[str, float] = {}
         bind = f"{arguments.host}:{arguments.port}"
-        shared = arguments.shared_registry
-        text = configuration(bind, self._places, self._control, shared_registry=shared)
+        text = configuration(
+            bind,
+            self._places,
+            self._control,
+            shared_registry=arguments.shared_registry,
+            certificate=certificate_in(self._folder, arguments.ssl_certfile, arguments.ssl_keyfile),
+            alive_path=_ALIVE_PATH,
+        )
         (self._folder / "haproxy.cfg").write_text(text)
         self._process = await asyncio.create_subprocess_exec(
             *(haproxy_path(), "-db", "-f", str(self._folder / "haproxy.cfg")),

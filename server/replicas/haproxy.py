@@ -10,9 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nybble.server.adapters.admin import ADMIN_PATHS
+from nybble.server.http.tls import tls_context
 
 # A server takes bodies of 16 MiB, but every connection may hold two buffers of this size.
 _BUFFER_BYTES = 1 << 20
+
+_TLS = "ssl-min-ver TLSv1.2 alpn h2,http/1.1"
 
 _TEMPLATE = """\
 # HAProxy 2.6 or newer in front of several servers of one model on this machine.
@@ -42,7 +45,7 @@ defaults
     http-error status 503 content-type application/json {unavailable} hdr Retry-After 5
 
 frontend api
-    bind {bind}
+    bind {bind}{tls}
     option http-buffer-request
     # Is any server up?
     acl asks_health path /health
@@ -51,7 +54,7 @@ frontend api
     # This speaks of one server, and would reach any.
     acl scrapes path /metrics
     http-request return status 404 content-type application/json {metrics} if scrapes
-{administration}    default_backend servers
+{alive}{administration}    default_backend servers
 
 backend servers
     # An adapter's requests meet at one server, where it is in a slot, until that server has 25 %
@@ -79,6 +82,11 @@ backend servers
 {servers}
 """
 
+_ALIVE = """\
+    acl asks_if_alive path {path}
+    http-request return status 200 content-type text/plain string success if asks_if_alive
+"""
+
 _ADMINISTRATION = """\
     acl administers path {paths}
     acl administers path_beg {every_adapter}/
@@ -92,6 +100,8 @@ def configuration(
     control: Path | None = None,
     *,
     shared_registry: bool = False,
+    certificate: Path | None = None,
+    alive_path: str | None = None,
 ) -> str:
     """HAProxy's configuration file.
 
@@ -99,6 +109,9 @@ def configuration(
     servers: ``address:port`` of each server; None for a place which gets one later, by a command.
     control: path of a socket on which HAProxy takes commands.
     shared_registry: whether an adapter loaded at one server is known to all.
+    certificate: PEM file for https, with the key or with another file of the same name and
+        ``.key`` beside it.
+    alive_path: where HAProxy says that it lives, whether or not there are servers.
     """
     # The number is its place on the circle of adapters, whatever its address.
     lines = [
@@ -109,15 +122,33 @@ def configuration(
     return _TEMPLATE.format(
         buffer=_BUFFER_BYTES,
         bind=bind,
+        tls="" if certificate is None else f" ssl crt '{certificate}' {_TLS}",
         control="" if control is None else f"    stats socket {control} mode 600 level admin\n",
         unavailable=_error("no server is ready: try again in 5 s", "unavailable"),
         ok=_string({"status": "ok"}),
         metrics=_error(
             f"each replica has metrics of its own: ask {addresses or 'its own port'}", "not_found"
         ),
+        alive="" if alive_path is None else _ALIVE.format(path=alive_path),
         administration="" if shared_registry else _administration_refused(),
         servers="\n".join(lines),
     )
+
+
+def certificate_in(folder: Path, certificate: Path | None, key: Path | None) -> Path | None:
+    """Where HAProxy finds a certificate and its key, which is a secret and is not copied.
+
+    folder: one for HAProxy alone. key: None if it is in the certificate's file.
+    Raises ValueError if they cannot be read or do not belong together.
+    """
+    if certificate is None:
+        return None
+    tls_context(certificate, key)
+    found = folder / "certificate.pem"
+    found.symlink_to(certificate.resolve())
+    if key is not None:
+        found.with_name(f"{found.name}.key").symlink_to(key.resolve())
+    return found
 
 
 def _administration_refused() -> str:

@@ -18,7 +18,7 @@ from typing import Any
 from aiohttp import ClientError, ClientSession, ClientTimeout
 
 from nybble.server.observability.logs import LogEvent
-from nybble.server.replicas.haproxy import configuration
+from nybble.server.replicas.haproxy import certificate_in, configuration
 from nybble.server.replicas.parent import end_with_parent
 
 logger = logging.getLogger(__name__)
@@ -41,6 +41,8 @@ class ReplicaSettings:
     environments: what each server's environment has besides this process's; one for each server.
     shutdown_timeout: seconds which a server's requests in flight have to finish.
     shared_registry: whether the servers share adapters that are loaded over the API.
+    certificate, key: PEM files, for https between HAProxy and clients; key is None if it is in the
+        certificate's file.
     """
 
     host: str
@@ -49,6 +51,13 @@ class ReplicaSettings:
     environments: Sequence[Mapping[str, str]]
     shutdown_timeout: float = 30
     shared_registry: bool = False
+    certificate: Path | None = None
+    key: Path | None = None
+
+    @property
+    def url(self) -> str:
+        """What clients use."""
+        return f"{'http' if self.certificate is None else 'https'}://{self.bind}/v1"
 
     @property
     def bind(self) -> str:
@@ -153,7 +162,10 @@ class Supervisor:
         ]
 
     async def run(self) -> None:
-        """Run until a signal. Raises ReplicaError; nothing is left running then either."""
+        """Run until a signal. Nothing is left running then.
+
+        Raises ReplicaError, and ValueError if the certificate cannot be used.
+        """
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._ending.set)
@@ -163,14 +175,17 @@ class Supervisor:
             async with ClientSession(timeout=ClientTimeout(total=5)) as http:
                 self._http = http
                 with tempfile.TemporaryDirectory(prefix="nybble-") as folder:
-                    file = Path(folder) / "haproxy.cfg"
+                    settings, file = self._settings, Path(folder) / "haproxy.cfg"
                     self._control = Path(folder) / "control"
                     file.write_text(
                         configuration(
-                            self._settings.bind,
-                            self._settings.addresses,
+                            settings.bind,
+                            settings.addresses,
                             self._control,
-                            shared_registry=self._settings.shared_registry,
+                            shared_registry=settings.shared_registry,
+                            certificate=certificate_in(
+                                file.parent, settings.certificate, settings.key
+                            ),
                         )
                     )
                     # Before the servers: a port that is taken is found out at once.
@@ -204,7 +219,7 @@ class Supervisor:
         # The first server packs the model if need be; the others map what it packed.
         for group in (self.replicas[:1], self.replicas[1:]):
             await asyncio.gather(*(self._first_start(each) for each in group))
-        fields = {"url": f"http://{self._settings.bind}/v1", "replicas": len(self.replicas)}
+        fields = {"url": self._settings.url, "replicas": len(self.replicas)}
         logger.info(LogEvent("serving", fields))
 
     async def _first_start(self, replica: Replica) -> None:

@@ -8,12 +8,14 @@ import re
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -35,21 +37,22 @@ needs_haproxy = pytest.mark.skipif(
 @dataclass
 class Site:
     process: subprocess.Popen[str]
+    url: str
     port: int
     lines: list[str]
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
 
     def pids(self) -> list[int]:
         """The process of each server, as the log says it last."""
         found = dict(re.findall(r"started replica=replica(\d) pid=(\d+)", "".join(self.lines)))
         return [int(found[name]) for name in sorted(found)]
 
+    def said(self, text: str) -> int:
+        """How many times."""
+        return "".join(self.lines).count(text)
+
     def until(self, text: str, times: int = 1) -> None:
         deadline = time.monotonic() + 120
-        while "".join(self.lines).count(text) < times:
+        while self.said(text) < times:
             assert time.monotonic() < deadline, "".join(self.lines)
             assert self.process.poll() is None, "".join(self.lines)
             time.sleep(0.05)
@@ -81,38 +84,28 @@ def free_ports(count: int) -> int:
     raise AssertionError("no free ports")
 
 
-@pytest.fixture(scope="module")
-def site(
-    tiny_model: Callable[..., Path],
-    tiny_adapter: Callable[..., Path],
-) -> Iterator[Site]:
-    port = free_ports(3)
-    adapters = [f"--lora-modules=a{i}={tiny_adapter(seed=1)}" for i in range(8)]
-    options = ["--served-model-name", "tiny", "--kv-cache-memory", "16MiB", "--device", "cpu"]
+@contextmanager
+def running_site(count: int, scheme: str, *options: str) -> Iterator[Site]:
+    """``nybble replicas`` with servers that are ready."""
+    port = free_ports(count + 1)
     process = subprocess.Popen(
         [
-            *(*COMMAND, "replicas", "--count", "2", "--port", str(port)),
-            *(
-                "--model",
-                str(tiny_model(max_length=4096)),
-                *options,
-                *adapters,
-                "--max-lora-rank",
-                "8",
-            ),
+            *(*COMMAND, "replicas", "--count", str(count), "--port", str(port)),
+            *("--served-model-name", "tiny", "--kv-cache-memory", "16MiB", "--device", "cpu"),
+            *options,
         ],
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    site = Site(process, port, [])
+    site = Site(process, f"{scheme}://127.0.0.1:{port}", port, [])
     assert process.stderr is not None
     reader = threading.Thread(target=site.lines.extend, args=(process.stderr,), daemon=True)
     reader.start()
     try:
-        site.until("serving url=")
-        for name in ("replica1", "replica2"):
-            site.until(f"servers/{name} is UP")
+        site.until(f"serving url={site.url}/v1")
+        for i in range(1, count + 1):
+            site.until(f"servers/replica{i} is UP")
         yield site
         servers = site.pids()
         process.terminate()
@@ -122,6 +115,15 @@ def site(
                 os.kill(pid, 0)
     finally:
         process.kill()
+
+
+@pytest.fixture(scope="module")
+def site(tiny_model: Callable[..., Path], tiny_adapter: Callable[..., Path]) -> Iterator[Site]:
+    names = [*(f"a{i}" for i in range(8)), *(f"b{i}" for i in range(4))]
+    adapters = [f"--lora-modules={name}={tiny_adapter(seed=1)}" for name in names]
+    model = str(tiny_model(max_length=4096))
+    with running_site(2, "http", "--model", model, *adapters, "--max-lora-rank", "8") as site:
+        yield site
 
 
 @needs_haproxy
@@ -150,7 +152,7 @@ def test_what_speaks_of_one_server_is_refused_and_says_what_to_do(site: Site) ->
 
 
 class Load:
-    """Requests one after the other from a few threads, until it is told to stop."""
+    """Requests one after the other from a few threads, for adapters of its own, until it stops."""
 
     def __init__(self, site: Site) -> None:
         self._site = site
@@ -166,7 +168,7 @@ class Load:
     def _ask(self, i: int) -> None:
         while not self._stop.is_set():
             try:
-                answer = self._site.ask(f"a{i}", tokens=8)
+                answer = self._site.ask(f"b{i}", tokens=8)
                 self.statuses.append(answer.status_code)
             except httpx.HTTPError as error:
                 self.statuses.append(repr(error))
@@ -183,8 +185,9 @@ def test_a_killed_server_loses_no_request_and_its_streams_end_with_an_error(site
     """Streams that began cannot be taken over; their clients are told."""
     ended: dict[str, str] = {}
 
-    def stream(model: str, tokens: int) -> None:
-        body = {"model": model, "prompt": "a", "max_tokens": tokens, "ignore_eos": True}
+    def stream(model: str) -> None:
+        # So long that none ends before the kill.
+        body = {"model": model, "prompt": "a", "max_tokens": 2000, "ignore_eos": True}
         with httpx.stream(
             "POST", f"{site.url}/v1/completions", json={**body, "stream": True}, timeout=120
         ) as response:
@@ -198,24 +201,24 @@ def test_a_killed_server_loses_no_request_and_its_streams_end_with_an_error(site
     models = [f"a{i}" for i in range(8)]
     for model in models:
         assert site.ask(model).status_code == 200
-    # The streams of the server that is killed are so long that none of them ends before.
-    killed = site.sequences()[0].keys() & set(models)
+    before, ups = site.sequences()[0], site.said("servers/replica1 is UP")
     began = {model: threading.Event() for model in models}
-    threads = [
-        threading.Thread(target=stream, args=(model, 4000 if model in killed else 100))
-        for model in models
-    ]
+    threads = [threading.Thread(target=stream, args=(model,)) for model in models]
     with Load(site) as load:
         for thread in threads:
             thread.start()
         for each in began.values():
             assert each.wait(60)
+        # Those that came while a server was full have gone to the other.
+        there = site.sequences()[0]
+        killed = {model for model in models if there.get(model, 0) > before.get(model, 0)}
         victim = site.pids()[0]
         os.kill(victim, signal.SIGKILL)
         for thread in threads:
             thread.join()
-        site.until("ready replica=replica1", times=2)
+        site.until("servers/replica1 is UP", times=ups + 1)
     assert set(load.statuses) == {200}
+    assert killed
     assert {model for model, last in ended.items() if last != "[DONE]"} == killed
     errors = [json.loads(ended[model])["error"] for model in killed]
     assert {error["code"] for error in errors} == {"engine_failed"}
@@ -314,6 +317,21 @@ def test_a_rolling_restart_loses_nothing(site: Site) -> None:
     assert not set(before) & set(site.pids())
 
 
+@pytest.mark.slow
+@needs_haproxy
+def test_haproxy_ends_tls_and_the_servers_speak_plain(
+    tiny_model: Callable[..., Path], certificate: tuple[Path, Path]
+) -> None:
+    files = (f"--ssl-certfile={certificate[0]}", f"--ssl-keyfile={certificate[1]}")
+    trusting = ssl.create_default_context(cafile=str(certificate[0]))
+    with running_site(1, "https", "--model", str(tiny_model()), *files) as site:
+        for url in (site.url, f"http://127.0.0.1:{site.port + 1}"):
+            models = httpx.get(f"{url}/v1/models", verify=trusting).json()["data"]
+            assert [model["id"] for model in models] == ["tiny"]
+        with pytest.raises(httpx.HTTPError):
+            httpx.get(site.url.replace("https", "http") + "/v1/models")
+
+
 def test_the_example_is_what_the_command_prints() -> None:
     example = (ROOT / "deploy/haproxy/haproxy.cfg").read_text()
     servers = [f"127.0.0.1:{port}" for port in range(8001, 8005)]
@@ -333,9 +351,24 @@ def test_the_example_is_what_the_command_prints() -> None:
         (["--count", "2", "--model", "demo", "--fine-tuning"], "--fine-tuning is not for replicas"),
         (["--count", "2", "--model", "demo", "--no-such"], "No such option: --no-such"),
         (["--count", "2", "--model", "/nowhere/model"], "there is no /nowhere"),
+        (["--count", "2", f"--ssl-keyfile={__file__}"], "--ssl-keyfile goes with --ssl-certfile"),
+        (
+            ["--print-config", f"--ssl-certfile={__file__}", f"--ssl-keyfile={__file__}"],
+            f"HAProxy looks for the key in {__file__} and in {__file__}.key",
+        ),
     ],
 )
 def test_wrong_options_are_named(options: list[str], message: str) -> None:
     result = CliRunner().invoke(app, ["replicas", *options])
     assert result.exit_code != 0
     assert message in " ".join(re.sub("[│╭╮╰╯─]", " ", result.stderr).split())
+
+
+def test_a_certificate_is_haproxys_and_not_the_servers(tmp_path: Path) -> None:
+    printed = CliRunner().invoke(app, ["replicas", "--print-config", "--ssl-certfile", __file__])
+    assert f"bind 127.0.0.1:8000 ssl crt '{__file__}' " in printed.stdout
+    # A file of options is read by the servers.
+    file = tmp_path / "nybble.toml"
+    file.write_text(f'ssl-certfile = "{__file__}"\nmodel = "demo"\n')
+    options = ["replicas", "--count", "2", "--config", str(file)]
+    assert "HAProxy ends TLS" in CliRunner().invoke(app, options).stderr

@@ -26,17 +26,17 @@ def tiny() -> ModuleType:
 @pytest.fixture(scope="session")
 def model(tiny: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model") / "tiny"
-    tiny.write_tiny_model(folder)
+    tiny.write_tiny_model(folder, max_length=4096)
     return folder
 
 
 @pytest.fixture(scope="session")
 def adapters(tiny: ModuleType, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the adapters a0 to a7."""
+    """A folder with the adapters a0 to a7 and b0 to b3."""
     folder = tmp_path_factory.mktemp("adapters")
-    for i in range(8):
-        (folder / f"a{i}").mkdir()
-        tiny.write_tiny_adapter(folder / f"a{i}", model, seed=1)
+    for name in (*(f"a{i}" for i in range(8)), *(f"b{i}" for i in range(4))):
+        (folder / name).mkdir()
+        tiny.write_tiny_adapter(folder / name, model, seed=1)
     return folder
 
 

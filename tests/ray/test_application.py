@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -61,7 +63,7 @@ class Site:
         body = {"model": model, "prompt": "the fox", "max_tokens": tokens, "ignore_eos": True}
         return httpx.post(f"{self.url}/v1/completions", json=body, timeout=120)
 
-    def stream(self, model: str, began: Callable[[], object], tokens: int = 400) -> str:
+    def stream(self, model: str, began: Callable[[], object], tokens: int = 2000) -> str:
         """The body of a streamed answer. Raises httpx.RemoteProtocolError if it breaks.
 
         began: called with each piece.
@@ -94,16 +96,19 @@ class Site:
             capture_output=True,
             text=True,
         )
-        return min(map(int, found.stdout.split()))  # the process beside it was forked later
+        pids = {int(pid) for pid in found.stdout.split()}
 
-    def sequences(self) -> list[set[str]]:
-        """Of each server, which adapters it had."""
-        found = []
-        for address in self.servers():
-            lines = httpx.get(f"http://{address}/metrics").text.splitlines()
-            head = 'nybble_adapter_sequences_total{adapter="'
-            found.append({line.removeprefix(head).split('"')[0] for line in lines if head in line})
-        return found
+        def parent(pid: int) -> int:
+            return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+
+        (server,) = (pid for pid in pids if parent(pid) not in pids)  # not the keeper beside it
+        return server
+
+    def sequences(self, address: str) -> Counter[str]:
+        """How many sequences of each adapter a server had."""
+        text = httpx.get(f"http://{address}/metrics").text
+        found = re.findall(r'nybble_adapter_sequences_total\{adapter="(\w+)"\} (\S+)', text)
+        return Counter({name: int(float(number)) for name, number in found})
 
 
 class Load:
@@ -123,7 +128,7 @@ class Load:
     def _ask(self, i: int) -> None:
         while not self._stop.is_set():
             try:
-                answer = self._site.ask(f"a{i}", tokens=8)
+                answer = self._site.ask(f"b{i}", tokens=8)
                 self.statuses.append(200 if answer.status_code == 200 else answer.text)
             except httpx.HTTPError as error:
                 self.statuses.append(repr(error))
@@ -142,39 +147,37 @@ def test_affinity_a_kill_and_a_rolling_update(site: Callable[..., Site]) -> None
     for _ in range(3):
         for i in range(8):
             assert nybble.ask(f"a{i}").status_code == 200
-    first, second = nybble.sequences()
+    before = nybble.servers()
+    first, second = (set(nybble.sequences(address)) for address in before)
     assert first | second == {f"a{i}" for i in range(8)}
     assert not first & second
 
     # A killed server: its streams end with an error, other requests go elsewhere, and Ray starts
     # another.
-    before = nybble.servers()
-    broken: list[str] = []
-    whole: list[str] = []
-
-    pieces = threading.Semaphore(0)
+    had = nybble.sequences(before[0])
+    last: dict[str, str] = {}
 
     def stream(model: str) -> None:
-        last = nybble.stream(model, pieces.release).strip().splitlines()[-1].removeprefix("data: ")
-        if last == "[DONE]":
-            whole.append(model)
-        else:
-            assert json.loads(last)["error"]["code"] == "engine_failed"
-            broken.append(model)
+        text = nybble.stream(model, began[model].set)
+        last[model] = text.strip().splitlines()[-1].removeprefix("data: ")
 
-    threads = [threading.Thread(target=stream, args=(f"a{i}",)) for i in range(8)]
+    began = {f"a{i}": threading.Event() for i in range(8)}
+    threads = [threading.Thread(target=stream, args=(model,)) for model in began]
     with Load(nybble) as load:
         for thread in threads:
             thread.start()
-        for _ in threads:
-            assert pieces.acquire(timeout=60)
+        for each in began.values():
+            assert each.wait(60)
+        # Those that came while a server was full have gone to the other.
+        killed = set(nybble.sequences(before[0]) - had) & set(began)
         os.kill(nybble.pid(before[0]), signal.SIGKILL)
         for thread in threads:
             thread.join()
         nybble.until(lambda: len(nybble.servers()) == 2 and nybble.servers() != before)
     assert set(load.statuses) == {200}
-    assert broken
-    assert len(broken) + len(whole) == 8
+    assert killed
+    assert {model for model in began if last[model] != "[DONE]"} == killed
+    assert {json.loads(last[model])["error"]["code"] for model in killed} == {"engine_failed"}
 
     # A rolling update: other servers, no request lost.
     before = nybble.servers()
@@ -200,6 +203,7 @@ def test_it_scales_with_the_load_and_to_zero_and_back(site: Callable[..., Site])
     )
     # Nobody asks: no server. The first request wakes one; clients try again meanwhile.
     nybble.until(lambda: nybble.servers() == [])
+    assert httpx.get(f"{nybble.url}/-/healthz").status_code == 200  # what KubeRay asks
     assert nybble.ask("tiny").status_code == 503
     nybble.until(lambda: nybble.ask("tiny").status_code == 200)
     assert len(nybble.servers()) == 1
@@ -228,6 +232,8 @@ def test_it_scales_with_the_load_and_to_zero_and_back(site: Callable[..., Site])
         ({}, "model"),
         ({"model": "demo", "min_replicas": 3}, "min_replicas is 3, more than max_replicas 1"),
         ({"model": "demo", "options": {"port": 1}}, "port is set by the application"),
+        ({"model": "demo", "options": {"ssl-certfile": "c.pem"}}, "HAProxy ends TLS"),
+        ({"model": "demo", "options": {"response-store": "r"}}, "response-store is not for"),
         ({"model": "demo", "replicas": 3}, "replicas"),
     ],
 )

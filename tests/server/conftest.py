@@ -7,7 +7,7 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from openai import OpenAI
 from nybble.engine import Engine, EngineConfig
 from nybble.loaders import open_checkpoint
 
-from .forked import ForkedServer
+from .forked import BECOME_KILLED_SERVER, BECOME_SERVER, ForkedServer
 
 COMMAND = [sys.executable, "-P", "-c", "from nybble.server.cli.main import main; main()"]
 MODEL = "tiny"
@@ -50,14 +50,20 @@ class ServerProcess:
 
 
 @contextmanager
-def running_server(folder: Path, *options: str) -> Iterator[ServerProcess]:
-    """``nybble serve`` on a free port, as its own process."""
+def running_server(
+    folder: Path, *options: str, killed: Mapping[str, str] | None = None
+) -> Iterator[ServerProcess]:
+    """``nybble serve`` on a free port, as its own process.
+
+    killed: environment of one which kills itself; see become_killed_server.py.
+    """
     process = ForkedServer(
         [
             *("serve", "--model", str(folder), "--served-model-name", MODEL),
             *("--port", "0", "--kv-cache-memory", "16MiB", *options),
         ],
-        {**os.environ, "OMP_NUM_THREADS": "1"},
+        {**os.environ, "OMP_NUM_THREADS": "1", **(killed or {})},
+        BECOME_SERVER if killed is None else BECOME_KILLED_SERVER,
     )
     lines: list[str] = []
     try:

@@ -13,7 +13,8 @@ import signal
 import subprocess
 from pathlib import Path
 
-_BECOME_SERVER = Path(__file__).with_name("become_server.py")
+BECOME_SERVER = Path(__file__).with_name("become_server.py")
+BECOME_KILLED_SERVER = Path(__file__).with_name("become_killed_server.py")
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["nybble.server.cli.main", "nybble.server.lifecycle.serve"])
 
@@ -21,14 +22,20 @@ _CONTEXT.set_forkserver_preload(["nybble.server.cli.main", "nybble.server.lifecy
 class ForkedServer:
     """The ``nybble`` command as a process of its own, with what tests use of subprocess.Popen.
 
+    script: what the process runs; see become_server.py.
     stderr: text lines of its standard error.
     """
 
-    def __init__(self, arguments: list[str], environment: dict[str, str]) -> None:
+    def __init__(
+        self,
+        arguments: list[str],
+        environment: dict[str, str],
+        script: Path = BECOME_SERVER,
+    ) -> None:
         reader, writer = _CONTEXT.Pipe(duplex=False)
         given = {"given": (arguments, environment, writer)}
         self._process = _CONTEXT.Process(
-            target=runpy.run_path, args=(str(_BECOME_SERVER), given, "__main__"), daemon=False
+            target=runpy.run_path, args=(str(script), given, "__main__"), daemon=False
         )
         self._process.start()
         writer.close()

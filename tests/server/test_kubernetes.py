@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "deploy/kubernetes"
 # Schemas of kinds which are not Kubernetes' own; `make lint-deploy` downloads them.
 CRDS = ROOT / "build/crds"
-OWN_GROUPS = ("gateway.networking.k8s.io", "inference.networking.k8s.io", "keda.sh")
+OWN_GROUPS = ("gateway.networking.k8s.io", "inference.networking.k8s.io", "keda.sh", "ray.io")
 Manifest = dict[str, Any]
 
 
@@ -41,7 +42,10 @@ def find(file: str, kind: str, name: str | None = None) -> Manifest:
     return found
 
 
-FILES = ("one-server.yaml", "replicas.yaml", "autoscale.yaml", "gateway.yaml")
+FILES = (
+    *("one-server.yaml", "replicas.yaml", "autoscale.yaml", "gateway.yaml"),
+    "../ray/rayservice.yaml",
+)
 EVERY = [(file, each) for file in FILES for each in manifests(file)]
 BUILT_IN = [each for _, each in EVERY if not each["apiVersion"].startswith(OWN_GROUPS)]
 CUSTOM = [each for _, each in EVERY if each["apiVersion"].startswith(OWN_GROUPS)]
@@ -88,18 +92,22 @@ def closed(schema: Any) -> Any:
     return found
 
 
+@cache
+def definitions() -> list[dict[str, Any]]:
+    found = (yaml.safe_load_all(file.read_text()) for file in CRDS.glob("*.yaml"))
+    return [crd["spec"] for file in found for crd in file if crd]
+
+
 def custom_schema(manifest: Manifest) -> Any:
     group, version = manifest["apiVersion"].split("/")
-    for file in CRDS.glob("*.yaml"):
-        for crd in yaml.safe_load_all(file.read_text()):
-            spec = (crd or {}).get("spec", {})
-            if (spec.get("group"), spec.get("names", {}).get("kind")) == (group, manifest["kind"]):
-                for each in spec["versions"]:
-                    if each["name"] == version:
-                        # Only what Kubernetes itself checks of metadata is missing there.
-                        schema = closed(each["schema"]["openAPIV3Schema"])
-                        schema["properties"]["metadata"] = {"type": "object"}
-                        return schema
+    for spec in definitions():
+        if (spec["group"], spec["names"]["kind"]) == (group, manifest["kind"]):
+            for each in spec["versions"]:
+                if each["name"] == version:
+                    # Only what Kubernetes itself checks of metadata is missing there.
+                    schema = closed(each["schema"]["openAPIV3Schema"])
+                    schema["properties"]["metadata"] = {"type": "object"}
+                    return schema
     raise AssertionError(f"no schema of {manifest['kind']} in {CRDS}")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -12,19 +13,7 @@ from typer.core import TyperGroup
 from nybble.server.cli.errors import expected_errors
 from nybble.server.cli.model_path import require_model
 from nybble.server.observability import logs
-
-# Options of `serve` which would be different for each server, or whose state servers cannot share.
-_REFUSED = {
-    "uds": "the servers listen on the ports after --port",
-    "ssl_certfile": "HAProxy speaks to clients: let it end TLS (`bind … ssl crt`)",
-    "root_path": "let HAProxy remove the prefix (`http-request replace-path`)",
-    "fine_tuning": "run jobs on one server by itself (`nybble serve --fine-tuning`)",
-    "batches": "run batches on one server by itself (`nybble serve --batches`)",
-    "state_dir": "run jobs on one server by itself (`nybble serve --state-dir`)",
-    "response_store": "keep responses on one server by itself (`nybble serve --response-store`)",
-    "lora_state": "the servers share what --lora-registry or --lora-watch has",
-    "lora_cache_dir": "each server has one of its own, below XDG_CACHE_HOME",
-}
+from nybble.server.replicas.options import NOT_FOR_REPLICAS
 
 
 def replicas(
@@ -36,6 +25,20 @@ def replicas(
     port: Annotated[
         int, typer.Option(help="Port; the servers have those after it.", min=1, max=65535)
     ] = 8000,
+    ssl_certfile: Annotated[
+        Path | None,
+        typer.Option(
+            help="Certificate and its chain (PEM), for https.", exists=True, dir_okay=False
+        ),
+    ] = None,
+    ssl_keyfile: Annotated[
+        Path | None,
+        typer.Option(
+            help="The certificate's key (PEM), if it is not in the same file.",
+            exists=True,
+            dir_okay=False,
+        ),
+    ] = None,
     print_config: Annotated[
         bool, typer.Option("--print-config", help="Print HAProxy's configuration and end.")
     ] = False,
@@ -50,12 +53,22 @@ def replicas(
     with expected_errors():
         if port + (count or 1) > 65535:
             raise ValueError(f"--port {port}: the servers' ports after it end at 65535")
+        if ssl_keyfile is not None and ssl_certfile is None:
+            raise ValueError("--ssl-keyfile goes with --ssl-certfile")
         if print_config:
             from nybble.server.replicas.haproxy import configuration
 
+            if ssl_keyfile is not None and str(ssl_keyfile) != f"{ssl_certfile}.key":
+                raise ValueError(
+                    f"--print-config: HAProxy looks for the key in {ssl_certfile} and in "
+                    f"{ssl_certfile}.key, not in {ssl_keyfile}"
+                )
+
             addresses = [f"127.0.0.1:{port + i}" for i in range(1, (count or 2) + 1)]
             shared = any(each.startswith("--lora-registry") for each in context.args)
-            text = configuration(f"{host}:{port}", addresses, shared_registry=shared)
+            text = configuration(
+                f"{host}:{port}", addresses, shared_registry=shared, certificate=ssl_certfile
+            )
             typer.echo(text, nl=False)
             return
         options = _serve_options(context)
@@ -75,6 +88,8 @@ def replicas(
             environments=_environments(count, options),
             shutdown_timeout=options["shutdown_timeout"],
             shared_registry=bool(options["lora_registry"]),
+            certificate=ssl_certfile,
+            key=ssl_keyfile,
         )
         try:
             asyncio.run(Supervisor(settings, haproxy).run())
@@ -97,9 +112,9 @@ def _serve_options(context: typer.Context) -> dict[str, Any]:
     if model is None:
         raise ValueError("say which model: --model NAME")
     require_model(model, options["aliases"])
-    for name, instead in _REFUSED.items():
-        if options.get(name):
-            raise ValueError(f"--{name.replace('_', '-')} is not for replicas: {instead}")
+    for name, instead in NOT_FOR_REPLICAS.items():
+        if options.get(name.replace("-", "_")):
+            raise ValueError(f"--{name} is not for replicas: {instead}")
     return options
 
 
