@@ -41,7 +41,7 @@ def test_every_example_is_run_here() -> None:
 
 def test_offline(tiny_model: Callable[..., Path]) -> None:
     said = example("offline.py", tiny_model())
-    assert len(re.findall(r"^'.+' → '.*' \((?:stop|length)\)$", said, re.MULTILINE)) == 3
+    assert len(re.findall(r"^'.+' → ['\"].*['\"] \((?:stop|length)\)$", said, re.MULTILINE)) == 3
     assert re.search(r"^log probability: -\d", said, re.MULTILINE)
 
 
