@@ -345,7 +345,12 @@ class Engine:
             if config.speculate != "off":
                 drafter = new_drafter(blocks)
                 adaptive = config.speculate == "auto"
-                speculation = Speculation(drafter, config.max_draft_tokens, adaptive=adaptive)
+                speculation = Speculation(
+                    drafter,
+                    config.max_draft_tokens,
+                    adaptive=adaptive,
+                    prompt_row=1 - architecture.head_share,
+                )
             return Scheduler(
                 blocks, config.max_num_seqs, config.max_batched_tokens, speculation=speculation
             )

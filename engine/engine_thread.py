@@ -375,8 +375,11 @@ class EngineThread(threading.Thread):
             self._scheduler.finish(sequence)
         seconds = time.monotonic() - started
         self._counters.add_step(batch, seconds)
-        if self._scheduler.speculation is not None:
-            self._scheduler.speculation.observe(sum(item.num_tokens for item in batch), seconds)
+        if (speculation := self._scheduler.speculation) is not None:
+            rows = speculation.rows(
+                sum(item.num_tokens for item in batch), sum(item.num_logits for item in batch)
+            )
+            speculation.observe(rows, seconds)
         return outputs
 
     def _take(self, sequence: Sequence, token: Sampled) -> RequestOutput | GuideError | None:

@@ -233,7 +233,7 @@ class Scheduler:
         }
         if not room or not plan.budget:
             return
-        rows = plan.tokens.total()
+        rows = speculation.rows(plan.tokens.total(), len(decoding))
         proposed = speculation.propose(rows, len(decoding), room, plan.budget)
         for sequence, (draft, length) in proposed.items():
             reached = sequence.num_computed_tokens + 1 + length

@@ -181,11 +181,15 @@ class Speculation:
     """Decides how many tokens are drafted, and how many of them are verified.
 
     max_tokens: the most of one sequence in one step. adaptive: whether costs and chances decide;
-    otherwise as many are drafted as can be, and all verified.
+    otherwise as many are drafted as can be, and all verified. prompt_row: what a token takes
+    whose logits are not computed, of what one takes whose logits are.
     """
 
-    def __init__(self, drafter: Drafter, max_tokens: int, *, adaptive: bool) -> None:
+    def __init__(
+        self, drafter: Drafter, max_tokens: int, *, adaptive: bool, prompt_row: float = 1.0
+    ) -> None:
         self.max_tokens = max_tokens
+        self._prompt_row = prompt_row
         self._drafter = drafter
         self._adaptive = adaptive
         self._costs = StepCosts()
@@ -201,13 +205,17 @@ class Speculation:
         """The drafter's."""
         return self._drafter.method
 
+    def rows(self, tokens: int, logits: int) -> int:
+        """How many tokens with logits take as long as so many tokens, ``logits`` of them with."""
+        return logits + round((tokens - logits) * self._prompt_row)
+
     def propose(
         self, rows: int, decoding: int, room: Mapping[Sequence, int], budget: int
     ) -> dict[Sequence, tuple[Draft, int]]:
         """Drafts of sequences that decode, and how many tokens of each to verify in this step.
 
-        rows: of the step without drafts. decoding: of those, the ones of sequences that decode.
-        room: the most tokens that a sequence can still be given
+        rows: of the step without drafts, as :meth:`rows` counts. decoding: of those, the ones of
+        sequences that decode. room: the most tokens that a sequence can still be given
         as drafts. budget: the most tokens of all to verify.
         """
         started = time.monotonic()
@@ -237,7 +245,10 @@ class Speculation:
         self._drafter.release(sequence)
 
     def observe(self, rows: int, seconds: float) -> None:
-        """Learn from a step, which took so long with its drafting."""
+        """Learn from a step, which took so long with its drafting.
+
+        rows: as :meth:`rows` counts.
+        """
         if self._adaptive:
             self._costs.observe(rows, max(seconds - self._drafting, 0.0))
             self._without += seconds

@@ -139,6 +139,16 @@ class Architecture:
         )
 
     @cached_property
+    def head_share(self) -> float:
+        """The output layer's part of the products that a token takes whose logits are computed."""
+        groups = [group for layer in self.layers for group in layer.groups]
+        for layer in self.layers:
+            if isinstance(layer.mlp, Mixture):
+                groups += layer.mlp.experts[0].groups * layer.mlp.top_k
+        head = self.vocab * self.hidden
+        return head / (head + sum(group.inputs * group.out for group in groups))
+
+    @cached_property
     def attentions(self) -> tuple[AnyAttention, ...]:
         """The attention of the layers that have it, in their order."""
         return tuple(each for each in self._mixers if isinstance(each, AnyAttention))

@@ -239,3 +239,9 @@ def test_drafts_of_which_less_comes_than_was_expected_are_verified_less() -> Non
     for _ in range(200):
         decides.observe_tokens(draft, 1, [1, 2], Acceptance())
     assert decides.lengths(1, 1, [(draft, Acceptance())], 99) == [1]
+
+
+def test_a_prompts_rows_take_less_because_their_logits_are_not_computed() -> None:
+    decides = Speculation(NgramDrafter(), 8, adaptive=True, prompt_row=0.75)
+    assert decides.rows(32, 32) == 32
+    assert decides.rows(402, 2) == 302
