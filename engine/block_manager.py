@@ -199,6 +199,8 @@ class BlockManager:
     def release_unseen(self, sequence: CachedTokens) -> None:
         """Take back the blocks that no token still to be computed sees."""
         for group, table in enumerate(sequence.block_tables):
+            if not self.windows[group]:
+                continue
             before = table.num_unseen
             unseen = self._unseen_blocks(group, sequence.num_computed_tokens)
             if unseen > before:

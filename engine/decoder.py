@@ -217,7 +217,8 @@ class Decoder:
 
         ends: what the rows' adapters change; None if nothing.
         """
-        return renorm(self.final_norm, self.final_norm(hidden), hidden, ends)
+        normed = self.final_norm(hidden)
+        return normed if ends is None else renorm(self.final_norm, normed, hidden, ends)
 
     def logits(self, hidden: Tensor, ends: StepEnds | None = None) -> Tensor:
         """float32 ``(rows, vocab)`` for hidden states ``(rows, hidden)``; −inf if not a token's.

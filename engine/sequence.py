@@ -195,7 +195,7 @@ class Sequence(CachedTokens):
         """The device slot of the adapter while running, −1 if the base model computes all."""
         if self.adapter_start is None:
             return -1
-        return -1 if self.adapter is None or self.adapter.slot is None else self.adapter.slot
+        return -1 if self._adapter is None or self._adapter.slot is None else self._adapter.slot
 
     @property
     def may_share_prefix(self) -> bool:
