@@ -3,9 +3,9 @@
 The interpreter runs what the kernels say; this runs what the compiler made of it, with the inline
 PTX, the layouts of tensor cores and of shared memory, asynchronous copies and barriers in it. The
 emulator is in this folder. Warps and copies may come in any order: each kernel runs in one of two
-orders here, as compiled for Hopper, but for those of ``--deterministic``; ``make test-all`` runs all
-of them in both orders on all GPUs. ``checks.py
---all`` tries more combinations, and ``make emulate`` random ones for as long as it is given.
+orders here, as compiled for Hopper, but for those of ``--deterministic``; ``make test-all`` runs
+all of them in both orders on all GPUs. ``checks.py --all`` tries more combinations, and ``make
+emulate`` random ones for as long as it is given.
 """
 
 import json
