@@ -598,11 +598,17 @@ def calibration() -> torch.Tensor:
 
 
 @quick_rows
+def test_logits_equal_transformers(
+    reference: Any, folder_of: Callable[[str], Path], row: str
+) -> None:
+    reference.assert_same_logits(open_checkpoint(folder_of(row)))
+
+
+@shown_rows
 def test_64_greedy_tokens_equal_transformers_alone_and_in_company(
     reference: Any, folder_of: Callable[[str], Path], row: str
 ) -> None:
     checkpoint = open_checkpoint(folder_of(row))
-    reference.assert_same_logits(checkpoint)
     model = reference.transformers_model(checkpoint)
     prompts, expected = map(list, zip(*reference.greedy(model, PROMPTS, 64), strict=True))
     assert len({token for each in expected for token in each}) > 5, "all say the same"
