@@ -203,11 +203,14 @@ def _reduce(statement: Statement, program: Program) -> Operation:
     kind = kind_of(statement)
     function = {"add": np.add, "min": np.fmin, "max": np.fmax}[statement.parts[2]]
     value = reader(source, kind, program)
+    absolute = "abs" in statement.parts  # of Blackwell's float32
     assert isinstance(to, str)
 
     def run(unit: Unit, mask: Mask | None) -> None:
         _whole_warps(mask, statement)
         values = spread(value(unit), unit).reshape(-1, WARP)
+        if absolute:
+            values = np.abs(values)
         total = function.reduce(values, axis=1, dtype=values.dtype)
         unit.write(to, bits_of(np.repeat(total, WARP)), mask)
 
