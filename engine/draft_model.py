@@ -43,7 +43,8 @@ def check_speculation(target: Checkpoint, draft: Checkpoint | None, config: Engi
     if draft is None:
         if config.speculate == "draft":
             raise ValueError(
-                "speculate is 'draft', which needs a draft model (draft_model), or 'ngram'"
+                "speculate (--speculate) is 'draft', which needs a draft model (--draft-model); "
+                "'ngram' needs none"
             )
         if config.speculate == "mtp":
             raise ValueError("speculate is 'mtp', which needs the MTP head (open_mtp) as the draft")
@@ -102,8 +103,8 @@ def check_rounding(draft: Checkpoint, quantize: str | None) -> None:
     """Raises ValueError for a draft model that cannot be rounded while it is loaded."""
     if quantize is not None and is_eagle3(draft.config):
         raise ValueError(
-            f"draft_quantize is {quantize!r}, expected None: the draft model {draft.folder.name} "
-            "is an EAGLE-3 head, which is computed in 16 bits"
+            f"draft_quantize (--draft-quantize) is {quantize!r}, but the draft model "
+            f"{draft.folder.name} is an EAGLE-3 head, which is computed in 16 bits: leave it out"
         )
 
 

@@ -56,6 +56,7 @@ _READ = {
 # initial product from the base, so the adapter does not fit the published base.
 _INIT_KEEPS_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
 _WHOLE = ("modules_to_save", "trainable_token_indices")
+_BOOLEANS = ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out", "ensure_weight_tying")
 _KINDS = ("LORA", "ADALORA", "VERA", "IA3")
 _BIASES = ("none", "lora_only", "all")
 _REFUSED = {
@@ -121,6 +122,9 @@ class AdapterSettings:
         if not isinstance(config, dict):
             raise AdapterError(f"{path} is not a JSON object")
         _refuse_unsupported(path, config)
+        for name in _BOOLEANS:
+            if not isinstance(config.get(name, False), bool | None):
+                raise AdapterError(f"{path}: {name} is {config[name]!r}, expected true or false")
         layers = config.get("layers_to_transform")
         adalora = config["peft_type"] == "ADALORA"
         ranks = config.get("rank_pattern") or {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,6 +21,15 @@ _ACTIVATIONS: dict[str, Activation] = {
 }
 
 
+# No model has as many of anything as the second.
+_MOST = {
+    "num_hidden_layers": 10_000,
+    "num_nextn_predict_layers": 10_000,
+    **dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts"), 100_000),
+}
+_MOST_OF_ANY = 2**31 - 1
+
+
 class UnsupportedModelError(ValueError):
     """The model's family, or a setting in its config.json, is not supported."""
 
@@ -29,7 +39,33 @@ def size(config: PretrainedConfig, name: str) -> int:
     value = getattr(config, name)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise UnsupportedModelError(f"{name} is {value!r}, expected 1 or more")
+    most = _MOST.get(name, _MOST_OF_ANY)
+    if value > most:
+        raise UnsupportedModelError(f"{name} is {value}, expected {most:,} or less")
     return value
+
+
+def number(
+    name: str, value: object, *, above: float = -math.inf, least: float = -math.inf
+) -> float:
+    """A setting's ``value``: a finite number, more than ``above`` and at least ``least``.
+
+    Raises UnsupportedModelError, which names the setting.
+    """
+    bounds = "a number"
+    if above > -math.inf:
+        bounds += f" above {above:g}"
+    elif least > -math.inf:
+        bounds += f" of {least:g} or more"
+    if (
+        not isinstance(value, int | float)
+        or isinstance(value, bool)
+        or not math.isfinite(value)
+        or value <= above
+        or value < least
+    ):
+        raise UnsupportedModelError(f"{name} is {value!r}, expected {bounds}")
+    return float(value)
 
 
 def head_sizes(config: PretrainedConfig) -> tuple[int, int, int]:
@@ -96,6 +132,28 @@ def layer_types(config: PretrainedConfig, *supported: str) -> tuple[str, ...]:
     return tuple(kinds)
 
 
+# Of what scales frequencies, with the least that each may be; None: more than 0.
+_ROPE_NUMBERS: dict[str, float | None] = {
+    "rope_theta": None,
+    "factor": 1.0,
+    "attention_factor": None,
+    "beta_fast": None,
+    "beta_slow": None,
+    "low_freq_factor": None,
+    "high_freq_factor": None,
+    "original_max_position_embeddings": 1.0,
+    "partial_rotary_factor": None,
+    "mscale": 0.0,
+    "mscale_all_dim": 0.0,
+}
+# What each kind cannot do without.
+_ROPE_NEEDS = {
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "longrope": ("short_factor", "long_factor"),
+}
 _ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 
 
@@ -120,11 +178,51 @@ def rope(
         raise UnsupportedModelError(
             f"rope_type is {kind!r}; supported are {', '.join(_ROPE_TYPES)}"
         )
+    _check_rope(kind, parameters)
     factor = parameters.pop("partial_rotary_factor", None) or 1.0
+    rotary_dim = int(head_dim * factor)
+    if not 0 < rotary_dim <= head_dim:
+        raise UnsupportedModelError(
+            f"partial_rotary_factor of rope_parameters is {factor}, expected 1 or less, and enough "
+            f"for one of {head_dim} entries"
+        )
+    for name in ("short_factor", "long_factor"):
+        if kind == "longrope":
+            _check_factors(name, parameters[name], rotary_dim // 2)
     return Rope(
-        rotary_dim=int(head_dim * factor),
+        rotary_dim=rotary_dim,
         parameters=parameters,
         max_position_embeddings=size(config, "max_position_embeddings"),
         interleaved=interleaved,
         includes_scaling=includes_scaling,
     )
+
+
+def _check_rope(kind: str, parameters: Mapping[str, Any]) -> None:
+    """Raises UnsupportedModelError for numbers with which no frequencies can be computed."""
+    for name in ("rope_theta", *_ROPE_NEEDS.get(kind, ())):
+        if parameters.get(name) is None:
+            raise UnsupportedModelError(f"rope_parameters has no {name}, which {kind} needs")
+    for name, least in _ROPE_NUMBERS.items():
+        if (value := parameters.get(name)) is not None:
+            own = f"{name} of rope_parameters"
+            if least is None:
+                number(own, value, above=0.0)
+            else:
+                number(own, value, least=least)
+    if kind == "llama3":
+        low, high = parameters["low_freq_factor"], parameters["high_freq_factor"]
+        if high <= low:
+            raise UnsupportedModelError(
+                f"high_freq_factor of rope_parameters is {high}, expected more than "
+                f"low_freq_factor, {low}"
+            )
+
+
+def _check_factors(name: str, values: object, count: int) -> None:
+    """Raises UnsupportedModelError for anything but ``count`` numbers above 0."""
+    if not isinstance(values, list | tuple) or len(values) != count:
+        length = f"{len(values)} entries" if isinstance(values, list | tuple) else repr(values)
+        raise UnsupportedModelError(f"{name} of rope_parameters has {length}, expected {count}")
+    for value in values:
+        number(f"an entry of {name} of rope_parameters", value, above=0.0)

@@ -89,9 +89,10 @@ def layers_after(config: PretrainedConfig) -> dict[str, Any]:
     The first of them is an MTP head; no published model has another.
     """
     layers = read.size(config, "num_hidden_layers")
-    count = getattr(config, "num_nextn_predict_layers", None) or 0
-    if not count:
+    name = "num_nextn_predict_layers"
+    if not getattr(config, name, None):
         return {}
+    count = read.size(config, name)
     first = f"model.layers.{layers}."
     head = Mtp(
         layer=first,

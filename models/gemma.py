@@ -44,7 +44,8 @@ def gemma2(config: PretrainedConfig) -> Architecture:
         windows=read.windows(config),
         mlp=mlp,
         attention_options={
-            "scale": float(config.query_pre_attn_scalar) ** -0.5,
+            "scale": read.number("query_pre_attn_scalar", config.query_pre_attn_scalar, above=0.0)
+            ** -0.5,
             "softcap": config.attn_logit_softcapping,
         },
         layer_options=NORMS,

@@ -31,7 +31,8 @@ def gemma3(config: PretrainedConfig) -> Architecture:
         ropes=[ropes[kind] for kind in config.layer_types],
         mlp=mlp,
         attention_options={
-            "scale": float(config.query_pre_attn_scalar) ** -0.5,
+            "scale": read.number("query_pre_attn_scalar", config.query_pre_attn_scalar, above=0.0)
+            ** -0.5,
             "qk_norm": "head",
         },
         layer_options=NORMS,

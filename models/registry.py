@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
 from transformers import PretrainedConfig
 
 from nybble.models.anatomy.architecture import Architecture
-from nybble.models.config import UnsupportedModelError
+from nybble.models.anatomy.feed_forward import Mixture
+from nybble.models.config import UnsupportedModelError, number
 
 Describe = Callable[[PretrainedConfig], Architecture]
 # Modules of this package that describe no family.
@@ -45,10 +46,52 @@ def architecture_of(config: PretrainedConfig) -> Architecture:
     Raises UnsupportedModelError naming the family or setting that is not supported.
     """
     require_family(config.model_type)
-    architecture = _families()[config.model_type](config)
+    _check_numbers(config)
+    try:
+        architecture = _families()[config.model_type](config)
+    except UnsupportedModelError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        # What no check has foreseen is still a fault of the config, not of the program.
+        raise UnsupportedModelError(
+            f"config.json of a {config.model_type} has a value that cannot be computed with "
+            f"({type(error).__name__}: {error}){_nulls(config)}"
+        ) from error
     if not architecture.attentions:
         raise UnsupportedModelError("no layer has attention, which is not supported")
+    for layer in architecture.layers:
+        if isinstance(layer.mlp, Mixture) and layer.mlp.top_k > len(layer.mlp.experts):
+            raise UnsupportedModelError(
+                f"a token uses {layer.mlp.top_k} experts, but there are {len(layer.mlp.experts)}"
+            )
     return architecture
+
+
+def _numbers(config: PretrainedConfig) -> Iterator[tuple[str, object]]:
+    """The settings that are numbers in a config of this family which says nothing."""
+    try:
+        usual = type(config)().to_dict()
+    except Exception:  # a config class may need more than its defaults
+        return
+    for name, value in usual.items():
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            yield name, getattr(config, name, value)
+
+
+def _check_numbers(config: PretrainedConfig) -> None:
+    """Raises UnsupportedModelError for a number that is none; ``null`` may stand for a default."""
+    for name, value in _numbers(config):
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            continue
+        found = number(name, value)
+        if name.endswith(("_eps", "_epsilon")) and not 0 <= found < 1:
+            raise UnsupportedModelError(f"{name} is {value}, expected 0 or more and less than 1")
+
+
+def _nulls(config: PretrainedConfig) -> str:
+    """Which of a config's numbers are missing, for an error."""
+    names = [name for name, value in _numbers(config) if value is None]
+    return f"; null are {', '.join(names)}" if names else ""
 
 
 def require_family(model_type: object) -> None:
