@@ -127,10 +127,7 @@ class Eagle3Module:
     ) -> Tensor:
         """Hidden states ``(rows, hidden)``, before the last norm.
 
-        token_ids: int64 ``(rows,)``, of each row the token after its position.
-        hidden: ``(rows, hidden)``, what :meth:`fuse` makes of the target's hidden states at the
-            position, or what this returned for the position before.
-        positions: int64 ``(rows,)``.
+        See :meth:`nybble.engine.head_drafter.Head.forward`.
         """
         cos, sin = self._rotary
         step = Step([(cos[positions], sin[positions])], [None], [cache], [batch], None)
@@ -141,10 +138,7 @@ class Eagle3Module:
         return residual + self._mlp(x, step)
 
     def choose(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """The likeliest next token of each row, int64 ``(rows,)``, and its probability.
-
-        hidden: ``(rows, hidden)``, what :meth:`forward` has computed.
-        """
+        """See :meth:`nybble.engine.head_drafter.Head.choose`."""
         logits = self._head(self._norm(hidden)).float()
         largest, tokens = logits.max(dim=-1)
         return self._ids[tokens], (largest - logits.logsumexp(dim=-1)).exp()

@@ -107,10 +107,7 @@ class MtpModule:
     ) -> Tensor:
         """Hidden states ``(rows, hidden)``, after the head's last norm.
 
-        token_ids: int64 ``(rows,)``, of each row the token after its position.
-        hidden: ``(rows, hidden)``, what :meth:`fuse` makes of the target's hidden states at the
-            position, or what this returned for the position before.
-        positions: int64 ``(rows,)``.
+        See :meth:`nybble.engine.head_drafter.Head.forward`.
         """
         embedded = self._embedding_norm(self._target.embed(token_ids))
         joined = self._join(torch.cat([embedded, self._hidden_norm(hidden)], dim=-1))
@@ -118,10 +115,7 @@ class MtpModule:
         return self._layer.normed(out)
 
     def choose(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """The likeliest next token of each row, int64 ``(rows,)``, and its probability.
-
-        hidden: ``(rows, hidden)``, what :meth:`forward` has computed.
-        """
+        """See :meth:`nybble.engine.head_drafter.Head.choose`."""
         logits = self._layer.logits_of_normed(hidden)
         largest, tokens = logits.max(dim=-1)
         return tokens, (largest - logits.logsumexp(dim=-1)).exp()

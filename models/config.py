@@ -52,7 +52,7 @@ def number(
 
     Raises UnsupportedModelError, which names the setting.
     """
-    bounds = "a number"
+    bounds = "a finite number"
     if above > -math.inf:
         bounds += f" above {above:g}"
     elif least > -math.inf:
@@ -223,6 +223,8 @@ def _check_factors(name: str, values: object, count: int) -> None:
     """Raises UnsupportedModelError for anything but ``count`` numbers above 0."""
     if not isinstance(values, list | tuple) or len(values) != count:
         length = f"{len(values)} entries" if isinstance(values, list | tuple) else repr(values)
-        raise UnsupportedModelError(f"{name} of rope_parameters has {length}, expected {count}")
+        raise UnsupportedModelError(
+            f"{name} of rope_parameters has {length}, expected {count} numbers"
+        )
     for value in values:
         number(f"an entry of {name} of rope_parameters", value, above=0.0)

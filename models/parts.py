@@ -159,11 +159,7 @@ def mixture(
         ``up_proj`` if there is no gate, and ``down_proj (experts, hidden, intermediate)`` in
         checkpoints that stack the experts.
     options: further fields of :class:`Mixture`.
-
-    Raises UnsupportedModelError if there are fewer experts than a token uses.
     """
-    if not 1 <= top_k <= experts:
-        raise UnsupportedModelError(f"a token uses {top_k} experts, but there are {experts}")
     *ups, down = (f"{module}.experts.{{}}.{name}.weight" for name in names)
     together = "gate_up_proj" if len(ups) > 1 else "up_proj"
 

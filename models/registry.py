@@ -60,9 +60,9 @@ def architecture_of(config: PretrainedConfig) -> Architecture:
     if not architecture.attentions:
         raise UnsupportedModelError("no layer has attention, which is not supported")
     for layer in architecture.layers:
-        if isinstance(layer.mlp, Mixture) and layer.mlp.top_k > len(layer.mlp.experts):
+        if isinstance(mlp := layer.mlp, Mixture) and not 1 <= mlp.top_k <= len(mlp.experts):
             raise UnsupportedModelError(
-                f"a token uses {layer.mlp.top_k} experts, but there are {len(layer.mlp.experts)}"
+                f"a token uses {mlp.top_k} experts, but there are {len(mlp.experts)}"
             )
     return architecture
 

@@ -63,16 +63,14 @@ _CACHES = {
 # The attention variants which --quick compiles, and for which compute capabilities. They cover
 # every setting, and those that spill registers first.
 _QUICK = {
-    "llama-3-8b bf16": CAPABILITIES,
+    "llama-3-8b bf16": (80, 90),
     "llama-3-8b bf16, int8 KV": (90,),
-    "llama-3-8b bf16, fp8 KV": (90,),
     "qwen1.5-0.5b bf16, fp8 KV": (90,),
     "phi-2 bf16, int8 KV": (80,),
     "phi-3-mini bf16, int8 KV": (80,),
-    "gemma-2b bf16": (80, 100),
-    "gemma-7b bf16, int8 KV": (80, 90),
-    "gemma-2b bf16, fp8 KV": (89, 90),
-    "gemma-2-9b bf16": (90, 100),
+    "gemma-7b bf16, int8 KV": (90,),
+    "gemma-2b bf16, fp8 KV": (89,),
+    "gemma-2-9b bf16": (100,),
     "gpt-oss-20b bf16": (90,),
 }
 # Of the kernels of one order: --quick compiles attention for these,
@@ -86,11 +84,11 @@ _FIXED_ORDER = {
     "16 bits": (0, "*bf16", False),
 }
 _QUICK_FIXED_ORDER = {
-    "affine g128": (89, 100),
+    "affine g128": (100,),
     "affine g128, gated": (90,),
     "codebook g64": (90,),
     "affine g32 with zeros": (80,),
-    "16 bits": (80, 90),
+    "16 bits": (80,),
 }
 
 

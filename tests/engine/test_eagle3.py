@@ -21,20 +21,19 @@ from nybble.engine import (
     AdapterConfig,
     Engine,
     EngineConfig,
-    Request,
     SamplingParams,
     memory,
 )
 from nybble.engine.draft_model import check_rounding
-from nybble.engine.drafter import Draft
 from nybble.engine.guide import GrammarCompiler
-from nybble.engine.head_drafter import HeadDrafter
 from nybble.engine.kv_cache import KVCacheLayout
 from nybble.engine.memory import memory_explained
 from nybble.engine.scheduler import ScheduledBatch
 from nybble.loaders import CheckpointError, open_checkpoint
 from nybble.loaders.footprint import weight_bytes
 from nybble.models import UnsupportedModelError, architecture_of
+
+from .heads import complete, drafter_of, prompt, recorded
 
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN, EPS = 4, 2, 32, 128, 1e-5
 # Inputs of the layers of a model of two: its embeddings, between them, and what the last computes.
@@ -152,11 +151,6 @@ def train(head: Path, target: Path, texts: list[list[int]], steps: int = 120) ->
     save_file(stored, head / "model.safetensors", {"format": "pt"})
 
 
-def prompt(seed: int, length: int) -> tuple[int, ...]:
-    generator = torch.Generator().manual_seed(seed)
-    return tuple(torch.randint(3, 250, (length,), generator=generator).tolist())
-
-
 @pytest.fixture
 def start() -> Iterator[Callable[..., Engine]]:
     """``start(target, head, **settings)``: an engine; without a head it does not draft."""
@@ -177,40 +171,6 @@ def start() -> Iterator[Callable[..., Engine]]:
     yield start
     for engine in started:
         engine.stop()
-
-
-async def complete(
-    engine: Engine,
-    name: str,
-    ids: tuple[int, ...],
-    adapter: str | None = None,
-    guide: Any = None,
-    **params: Any,
-) -> list[int]:
-    params = {"temperature": 0, "max_tokens": 40, "ignore_eos": True} | params
-    request = Request(name, ids, SamplingParams(**params), adapter=adapter, guide=guide)
-    return [token async for out in engine.generate(request) for token in out.token_ids]
-
-
-def drafter_of(engine: Engine) -> HeadDrafter:
-    speculation = engine._thread._scheduler.speculation
-    assert speculation is not None
-    assert isinstance(speculation._drafter, HeadDrafter)
-    return speculation._drafter
-
-
-def recorded(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[int], Draft]]:
-    """All drafts of an engine from now on, each behind the tokens that it follows."""
-    drafter, drafts = drafter_of(engine), []
-    draft = drafter.draft
-
-    def recording(limits: Any, worth: Any) -> Any:
-        found = draft(limits, worth)
-        drafts.extend((list(sequence.token_ids), each) for sequence, each in found.items())
-        return found
-
-    monkeypatch.setattr(drafter, "draft", recording)
-    return drafts
 
 
 @pytest.fixture(scope="module")

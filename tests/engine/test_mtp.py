@@ -18,10 +18,8 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 from nybble import LLM
-from nybble.engine import AdapterConfig, Engine, EngineConfig, Request, SamplingParams, memory
-from nybble.engine.drafter import Draft
+from nybble.engine import AdapterConfig, Engine, EngineConfig, SamplingParams, memory
 from nybble.engine.guide import GrammarCompiler
-from nybble.engine.head_drafter import HeadDrafter
 from nybble.engine.kv_cache import KVCacheLayout
 from nybble.engine.memory import memory_explained
 from nybble.engine.scheduler import ScheduledBatch
@@ -32,6 +30,8 @@ from nybble.loaders.mtp import draft_bytes, open_mtp
 from nybble.models import UnsupportedModelError, architecture_of
 from nybble.quantizers import quantize_checkpoint
 from nybble.quantizers.rtn import round_to_nearest
+
+from .heads import complete, drafter_of, prompt, recorded
 
 CONFIG = EngineConfig(
     dtype=torch.bfloat16,
@@ -76,11 +76,6 @@ def train(head: Any, target: Path, texts: list[list[int]], steps: int = 60) -> N
         optimizer.step()
 
 
-def prompt(seed: int, length: int) -> tuple[int, ...]:
-    generator = torch.Generator().manual_seed(seed)
-    return tuple(torch.randint(3, 250, (length,), generator=generator).tolist())
-
-
 @pytest.fixture
 def start() -> Iterator[Callable[..., Engine]]:
     """``start(folder, mtp=True, **settings)``: an engine which drafts with the folder's head."""
@@ -98,41 +93,6 @@ def start() -> Iterator[Callable[..., Engine]]:
     yield start
     for engine in started:
         engine.stop()
-
-
-async def complete(
-    engine: Engine,
-    name: str,
-    ids: tuple[int, ...],
-    adapter: str | None = None,
-    guide: Any = None,
-    **params: Any,
-) -> list[int]:
-    params = {"temperature": 0, "max_tokens": 40, "ignore_eos": True} | params
-    request = Request(name, ids, SamplingParams(**params), adapter=adapter, guide=guide)
-    return [token async for out in engine.generate(request) for token in out.token_ids]
-
-
-def drafter_of(engine: Engine) -> HeadDrafter:
-    speculation = engine._thread._scheduler.speculation
-    assert speculation is not None
-    assert isinstance(speculation._drafter, HeadDrafter)
-    return speculation._drafter
-
-
-def recorded(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[int], Draft]]:
-    """All drafts of an engine from now on, each behind the tokens that it follows."""
-    drafts: list[tuple[list[int], Draft]] = []
-    drafter = drafter_of(engine)
-    draft = drafter.draft
-
-    def recording(limits: Any, worth: Any) -> Any:
-        found = draft(limits, worth)
-        drafts.extend((list(sequence.token_ids), each) for sequence, each in found.items())
-        return found
-
-    monkeypatch.setattr(drafter, "draft", recording)
-    return drafts
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ pytest.importorskip("triton", reason="Triton is for Linux")
 
 @pytest.fixture(
     scope="module",
-    params=[[], pytest.param(["--all"], marks=pytest.mark.slow)],
+    params=[["--quick"], pytest.param(["--all"], marks=pytest.mark.slow)],
     ids=["some", "all"],
 )
 def table(request: pytest.FixtureRequest) -> list[dict[str, Any]]:

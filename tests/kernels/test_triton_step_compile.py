@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from functools import lru_cache
 from typing import Any
 
 import pytest
@@ -12,62 +11,71 @@ import pytest
 pytest.importorskip("triton", reason="Triton is for Linux")
 
 
-@lru_cache
-def table() -> list[dict[str, Any]]:
+@pytest.fixture(
+    scope="module",
+    params=[["--quick"], pytest.param([], marks=pytest.mark.slow)],
+    ids=["some", "all"],
+)
+def table(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
     """One row per compiled kernel; the compiler needs a process without the interpreter."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "nybble.kernels.bench.step_report", "--json", "--quick"]
+    module = "nybble.kernels.bench.step_report"
+    command = [sys.executable, "-m", module, *request.param, "--json"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)  # type: ignore[no-any-return]
 
 
-def of(*kernels: str) -> list[dict[str, Any]]:
-    found = [row for row in table() if row["kernel"] in kernels]
+def of(table: list[dict[str, Any]], *kernels: str) -> list[dict[str, Any]]:
+    found = [row for row in table if row["kernel"] in kernels]
     assert found
     return found
 
 
-def test_attention_and_adapters_compile_from_ampere_to_blackwell() -> None:
-    assert {row["capability"] for row in of("decode", "prefill")} == {80, 89, 90, 100}
+def test_attention_and_adapters_compile_from_ampere_to_blackwell(
+    table: list[dict[str, Any]],
+) -> None:
+    assert {row["capability"] for row in of(table, "decode", "prefill")} == {80, 89, 90, 100}
 
 
-def test_no_register_is_spilled() -> None:
-    assert [row for row in table() if row["spilled"]] == []
+def test_no_register_is_spilled(table: list[dict[str, Any]]) -> None:
+    assert [row for row in table if row["spilled"]] == []
 
 
-def test_a_block_fits_the_shared_memory_of_its_gpu() -> None:
+def test_a_block_fits_the_shared_memory_of_its_gpu(table: list[dict[str, Any]]) -> None:
     limits = {80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448}
-    assert [row for row in table() if row["shared"] > limits[row["capability"]]] == []
+    assert [row for row in table if row["shared"] > limits[row["capability"]]] == []
 
 
-def test_every_head_dim_of_real_models_is_compiled() -> None:
-    variants = {row["variant"] for row in of("decode")}
+def test_every_head_dim_of_real_models_is_compiled(table: list[dict[str, Any]]) -> None:
+    variants = {row["variant"] for row in of(table, "decode")}
     for model in ("llama-3", "qwen1.5", "phi-2", "phi-3", "gemma-2b", "gemma-7b", "gemma-2-9b"):
         assert any(variant.startswith(model) for variant in variants), model
 
 
-def test_soft_caps_and_sinks_are_compiled() -> None:
+def test_soft_caps_and_sinks_are_compiled(table: list[dict[str, Any]]) -> None:
     for kernel in ("decode", "prefill"):
-        variants = {row["variant"] for row in of(kernel)}
+        variants = {row["variant"] for row in of(table, kernel)}
         assert {"gemma-2-9b bf16", "gpt-oss-20b bf16"} <= variants
 
 
-def test_products_run_on_tensor_cores() -> None:
-    for row in of("decode", "prefill", "spans", "fixed order", "lora shrink", "lora expand"):
+def test_products_run_on_tensor_cores(table: list[dict[str, Any]]) -> None:
+    for row in of(table, "decode", "prefill", "spans", "fixed order", "lora shrink", "lora expand"):
         assert row["tensor_core"] >= 2, row
 
 
-def test_keys_values_and_adapters_are_loaded_sixteen_bytes_at_a_time() -> None:
+def test_keys_values_and_adapters_are_loaded_sixteen_bytes_at_a_time(
+    table: list[dict[str, Any]],
+) -> None:
     # A tile of keys and one of values at each of its places (twice before the loop and in it), and
     # the queries; what is loaded in less are block tables, lengths and offsets. Of 8-bit caches a
     # tile has half the keys in half the bytes (two loads; one of heads of 64), and values take 8
     # bytes at a time, as products read them.
-    for row in of("decode", "prefill"):
+    for row in of(table, "decode", "prefill"):
         narrow = row["variant"].startswith(("qwen", "gpt-oss"))
         tile = 1 if narrow else 2
         assert row["wide_loads"] >= (3 * tile + 1 if "KV" in row["variant"] else 16 * tile), row
-    for row in of("spans", "fixed order"):
+    for row in of(table, "spans", "fixed order"):
         assert row["wide_loads"] >= 6, row
-    for row in of("lora shrink", "rotary_store", "gated", "add_rms_norm", "sample"):
+    for row in of(table, "lora shrink", "rotary_store", "gated", "add_rms_norm", "sample"):
         assert row["wide_loads"] >= 2, row

@@ -11,6 +11,7 @@ import os
 import runpy
 import signal
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 BECOME_SERVER = Path(__file__).with_name("become_server.py")
@@ -60,7 +61,8 @@ class ForkedServer:
 
     def send_signal(self, number: int) -> None:
         if self.poll() is None:
-            os.kill(self.pid, number)
+            with suppress(ProcessLookupError):  # it may have ended, and not been waited for yet
+                os.kill(self.pid, number)
 
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
