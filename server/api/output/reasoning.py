@@ -230,7 +230,7 @@ class ReasoningParser:
         text = self._buffer.lstrip() if self._fresh else self._buffer
         at = text.find(self._end) if self._end else -1
         if at >= 0:
-            text, rest = text[:at].rstrip(), text[at + len(self._end) :].lstrip()
+            text, rest = text[:at].rstrip(), text[at + len(self._end) :]
             self._end, self._buffer = "", rest
         elif self._end:
             kept = text[: len(text) - unsettled((self._end,), text)].rstrip()
@@ -240,4 +240,6 @@ class ReasoningParser:
         if text:
             events.append(Text(text))
             self._fresh = False
+        if at >= 0:
+            self._fresh = True  # nor is white space behind the answer a part of it
         return at >= 0

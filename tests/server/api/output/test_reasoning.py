@@ -68,6 +68,8 @@ CASES: list[tuple[str, Place, str, str, str]] = [
         "B.",
     ),
     ("cohere", "after", "<|START_RESPONSE|>B.<|END_RESPONSE|>", "", "B."),
+    ("granite33", "after", "<response>B.</response> \n", "", "B."),
+    ("granite33", "after", "<response>B.</response> \nC.", "", "B.C."),
 ]
 
 
