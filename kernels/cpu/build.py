@@ -16,6 +16,7 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
@@ -46,13 +47,19 @@ class Target:
 _AVX2 = ("avx2", "fma", "f16c")
 _AVX512 = ("avx512f", "avx512bw", "avx512vl", "avx512dq")
 _AVX512_FLAGS = ("-march=haswell", *(f"-m{feature}" for feature in _AVX512))
+_BF16 = Target(
+    "avx512_bf16",
+    (*_AVX512, "avx512_vnni", "avx512_bf16"),
+    (*_AVX512_FLAGS, "-mavx512vnni", "-mavx512bf16"),
+)
 TARGETS = (  # the fastest first
-    # Zen 4, Sapphire Rapids, Cooper Lake and later
+    # Sapphire Rapids and later
     Target(
-        "avx512_bf16",
-        (*_AVX512, "avx512_vnni", "avx512_bf16"),
-        (*_AVX512_FLAGS, "-mavx512vnni", "-mavx512bf16"),
+        "amx",
+        (*_BF16.features, "amx_tile", "amx_bf16", "amx_int8"),
+        (*_BF16.flags, "-mamx-tile", "-mamx-bf16", "-mamx-int8"),
     ),
+    _BF16,  # Zen 4, Cooper Lake and later
     # Cascade Lake, Ice Lake, Tiger Lake
     Target("avx512_vnni", (*_AVX512, "avx512_vnni"), (*_AVX512_FLAGS, "-mavx512vnni")),
     Target("avx512", _AVX512, _AVX512_FLAGS),  # Skylake-X
@@ -107,7 +114,20 @@ def cpu_features(cpuinfo: Path = Path("/proc/cpuinfo")) -> set[str]:
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
     # The list's name on x86 and on ARM.
     found = (line.split() for line in lines if line.startswith(("flags", "Features")))
-    return set(next(found, ()))
+    features = set(next(found, ()))
+    if "amx_tile" in features and not tiles_are_permitted():
+        return {feature for feature in features if not feature.startswith("amx_")}
+    return features
+
+
+@cache
+def tiles_are_permitted() -> bool:
+    """Whether Linux lets this process use the tile registers of AMX, for which it must be asked.
+
+    Linux 5.16 and later do, some sandboxes do not. All threads of the process may use them then.
+    """
+    arch_prctl, ask_for_permission, tile_data = 158, 0x1023, 18  # asm/unistd_64.h, asm/prctl.h
+    return ctypes.CDLL(None).syscall(arch_prctl, ask_for_permission, tile_data) == 0
 
 
 def _macos_has(key: str) -> bool:

@@ -10,7 +10,12 @@ because generic names such as ``kernels`` (which transformers and bitsandbytes t
 not be importable by themselves.
 """
 
+import os
 from typing import TYPE_CHECKING
+
+# By AMX, oneDNN (PyTorch's products on the CPU) sums in an order that depends on how many rows
+# there are: a request's output would depend on the others. It reads this before its first product.
+os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")
 
 __version__ = "0.1.0"
 __all__ = ["LLM", "Completion", "SamplingParams", "__version__"]

@@ -18,6 +18,10 @@ from nybble.kernels.cpu.build import (
 )
 from nybble.kernels.cpu.library import CpuLibrary
 
+SAPPHIRE_RAPIDS = (
+    "avx512f avx512bw avx512vl avx512dq avx512_vnni avx512_bf16 amx_bf16 amx_tile amx_int8"
+)
+
 
 def test_a_missing_compiler_and_a_missing_instruction_set_are_named(tmp_path: Path) -> None:
     with pytest.raises(CpuKernelsUnavailableError, match="no C\\+\\+ compiler: no-such-compiler"):
@@ -39,14 +43,27 @@ def test_a_missing_compiler_and_a_missing_instruction_set_are_named(tmp_path: Pa
         ("avx512f avx512bw avx512vl avx512dq", "avx512"),
         ("avx512f avx512bw avx512vl avx512dq avx512_vnni", "avx512_vnni"),
         ("avx512f avx512bw avx512vl avx512dq avx512_vnni avx512_bf16", "avx512_bf16"),
+        (SAPPHIRE_RAPIDS, "amx"),
     ],
 )
 def test_the_best_target_is_chosen_by_the_flags_of_the_cpu(
-    tmp_path: Path, added: str, best: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, added: str, best: str
 ) -> None:
+    monkeypatch.setattr("nybble.kernels.cpu.build.tiles_are_permitted", lambda: True)
     cpuinfo = tmp_path / "cpuinfo"
     cpuinfo.write_text(f"flags\t: avx2 fma f16c {added}\n")
     assert usable_targets(cpuinfo, "x86_64")[0].name == best
+
+
+def test_a_system_that_does_not_let_a_process_use_tiles_is_one_without_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nybble.kernels.cpu.build.tiles_are_permitted", lambda: False)
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(f"flags\t: avx2 fma f16c {SAPPHIRE_RAPIDS}\n")
+    assert usable_targets(cpuinfo, "x86_64")[0].name == "avx512_bf16"
+    with pytest.raises(ValueError, match="amx, but this CPU lacks amx_tile, amx_bf16, amx_int8"):
+        wanted_targets("amx", cpuinfo, "x86_64")
 
 
 @pytest.mark.parametrize(
@@ -98,7 +115,9 @@ def test_a_target_may_be_named_and_another_one_is_not_taken_in_its_place(tmp_pat
         "avx512",
         "avx2",
     ]
-    with pytest.raises(ValueError, match="is 'sse', expected avx512_bf16, avx512_vnni, avx512, "):
+    with pytest.raises(
+        ValueError, match="is 'sse', expected amx, avx512_bf16, avx512_vnni, avx512, "
+    ):
         wanted_targets("sse", cpuinfo, "x86_64")
     cpuinfo.write_text("flags\t: avx2 fma f16c avx512f avx512bw avx512vl avx512dq\n")
     with pytest.raises(

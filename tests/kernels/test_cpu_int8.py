@@ -22,7 +22,7 @@ from .test_cpu import SHAPES, Problem, assert_close
 pytestmark = pytest.mark.usefixtures("two_threads")
 
 # The others multiply only nibbles as bytes: they compute the rest with 16 bits.
-LARGE_BYTES = "avx512_bf16", "avx512_vnni", "avx2_vnni"
+LARGE_BYTES = "amx", "avx512_bf16", "avx512_vnni", "avx2_vnni"
 
 
 @pytest.fixture(scope="module", params=(*TARGETS, *ARM_TARGETS), ids=lambda target: target.name)
