@@ -127,7 +127,7 @@ def tiles_are_permitted() -> bool:
     Linux 5.16 and later do, some sandboxes do not. All threads of the process may use them then.
     """
     arch_prctl, ask_for_permission, tile_data = 158, 0x1023, 18  # asm/unistd_64.h, asm/prctl.h
-    return ctypes.CDLL(None).syscall(arch_prctl, ask_for_permission, tile_data) == 0
+    return bool(ctypes.CDLL(None).syscall(arch_prctl, ask_for_permission, tile_data) == 0)
 
 
 def _macos_has(key: str) -> bool:
