@@ -15,8 +15,8 @@ from nybble.kernels.packed import GroupedKernel, LinearKernel, PackedWeight, Wei
 class DeterministicLibrary(CpuLibrary):
     """A row's result is the same in any batch, bit for bit.
 
-    Layers kept in 16 bits are oneDNN's: no batch was found in which they differ, but oneDNN
-    promises nothing.
+    Layers kept in 16 bits are oneDNN's: no batch was found in which they differ, unless it uses
+    AMX, from which ``import nybble`` keeps it. But oneDNN promises nothing.
     """
 
     def linear(self, weight: Weight, dtype: torch.dtype) -> LinearKernel:
