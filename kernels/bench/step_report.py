@@ -343,8 +343,9 @@ def _elementwise(half: str, capability: int) -> Iterator[Row]:
         yield Row.of("rotary_store", variant, capability, report)
     report = compile_kernel(
         sampling.sample_kernel,
-        {"logits": "*fp32", "choices": "*fp64", "tokens": "*i64", "vocab": "i32", "stride": "i32"},
-        {"TILE": sampling.TILE, "PASSES": 11},
+        {"logits": "*fp32", "choices": "*fp64", "tokens": "*i64", "vocab": "i32", "stride": "i32"}
+        | {"kept": "*fp32", "columns": "*i32"},
+        sampling.sampling_constants(),
         capability=capability,
         num_warps=sampling.WARPS,
         aligned=("vocab", "stride"),

@@ -330,7 +330,7 @@ def check_norm(capability: int, everything: bool) -> Iterator[Found]:
 
 def check_sampling(capability: int, everything: bool) -> Iterator[Found]:
     options = [(0.0, 0, 1.0, 0.0), (1.0, 0, 1.0, 0.0), (0.8, 50, 0.9, 0.0), (1.2, 0, 0.95, 0.05)]
-    for vocab in (700, 5000):
+    for vocab in (700, 9000):  # with more than can be gathered, and with less
         logits = 4 * torch.randn(8, vocab).bfloat16().float()
         logits[4:, : vocab // 2] = -torch.inf
         choices = [TokenChoice(*options[row % 4], (row + 0.5) / 8) for row in range(8)]
