@@ -281,9 +281,12 @@ def joined(config: Config, capability: int, whole_steps: bool) -> bool:
     """Whether a step is one product. Before Hopper, joining moves weights about.
 
     On Hopper the masks of columns that end within a step would spill registers in its loop. On
-    Blackwell four wide products may want more tensor memory than there is.
+    Blackwell four wide products may want more tensor memory than there is. GPUs from 120 on are
+    named Blackwell too, but have Ampere's tensor cores.
     """
-    return config.scale_first and (capability >= 100 or (capability >= 90 and whole_steps))
+    return config.scale_first and (
+        100 <= capability < 120 or (90 <= capability < 100 and whole_steps)
+    )
 
 
 def max_registers(config: Config, capability: int, whole_steps: bool) -> int | None:
