@@ -119,7 +119,7 @@ def test_unpacked_weights_never_pass_through_shared_memory(table: list[dict[str,
 def test_weights_do_not_move_between_registers_where_tensor_cores_are_amperes(
     table: list[dict[str, Any]],
 ) -> None:
-    """sm_120 has no tensor memory: one product of a whole step takes 3.8 bit operations a weight."""
+    """sm_120 has no tensor memory: a step in one product takes 3.8 bit operations a weight."""
     plain = [
         e for e in table if not e["case"]["codebook"] and e["case"]["capability"] in (80, 89, 120)
     ]

@@ -203,6 +203,21 @@ def test_many_rows_multiply_a_dequantized_weight_a_part_at_a_time() -> None:
     assert torch.equal(packed_matmul(x, weight, DENSE), dense_matmul(x, weight))
 
 
+@pytest.mark.parametrize("config", [SMALL, PARTS])
+def test_more_elements_than_offsets_of_32_bits_reach_are_multiplied_densely(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever was measured: of inputs and of outputs, in place of a wrong address."""
+    x, weight = torch.randn(9, 200).half(), random_weight("zeros", 136, 200, 32)
+    dense = packed_matmul(x, weight, DENSE)
+    for most in (9 * 200, 9 * 200 - 1):
+        monkeypatch.setattr(matmul, "MOST_ELEMENTS", most)
+        found = packed_matmul(x, weight, config)
+        assert torch.equal(found, dense) == (most < 9 * 200)
+    wide = random_weight("zeros", 264, 200, 32)
+    assert torch.equal(packed_matmul(x, wide, config), packed_matmul(x, wide, DENSE))
+
+
 @pytest.mark.parametrize(
     ("kind", "config"),
     [
