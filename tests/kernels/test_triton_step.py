@@ -235,6 +235,7 @@ def test_what_splits_take_is_bounded_and_changes_no_result(monkeypatch: pytest.M
     lengths = [(260, 1), (1, 1), (4, 3), (7, 1), (257, 1)]
     batch, keys, values = paged(lengths, 2, 32, 16, torch.float16)
     q = random(sum(new for _, new in lengths), 4, 32, dtype=torch.float16)
+    monkeypatch.setattr(attention_decode, "device_traits", lambda device: ("any", 4, 90))
     at_once = attention.paged_attention(q, keys, values, batch, 0.2)
     monkeypatch.setattr(attention_decode, "PARTS", 5 * 1000)
     assert [len(few.context_lens) for few in attention_decode.batches_of(batch, 1000)] == [4, 1]
