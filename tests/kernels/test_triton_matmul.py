@@ -10,7 +10,7 @@ from nybble.kernels.activation import ACTIVATIONS
 from nybble.kernels.packed import INTEGER_LEVELS, SYMMETRIC_LEVELS, pack_nibbles
 from nybble.kernels.triton import activation, matmul
 from nybble.kernels.triton.configs import Config
-from nybble.kernels.triton.dequantize import dense_matmul, dequantize
+from nybble.kernels.triton.dequantize import dense_matmul, dequantize, outputs_at_a_time
 from nybble.kernels.triton.matmul import packed_matmul
 
 CODEBOOK = torch.tensor(
@@ -201,6 +201,16 @@ def test_many_rows_multiply_a_dequantized_weight_a_part_at_a_time() -> None:
         found = dense_matmul(x, weight, workspace).double()
         assert (found - expected).norm() / expected.norm() < 1e-3
     assert torch.equal(packed_matmul(x, weight, DENSE), dense_matmul(x, weight))
+
+
+@pytest.mark.parametrize(
+    ("out", "columns"), [(27648, 5120), (37888, 3584), (28672, 4096), (22016, 4096)]
+)
+def test_gate_and_up_of_7b_and_13b_models_are_multiplied_in_one_piece(
+    out: int, columns: int
+) -> None:
+    """Llama-2-13B's, Qwen2.5-7B's, Llama-3-8B's and Llama-2-7B's."""
+    assert outputs_at_a_time(columns) >= out
 
 
 @pytest.mark.parametrize("config", [SMALL, PARTS])
