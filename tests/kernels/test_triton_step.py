@@ -52,6 +52,22 @@ def test_rms_norm_equals_the_reference(dtype: torch.dtype, rows: int, width: int
         close(norm.rms_norm(x, weight, 1e-5, offset), expected)
 
 
+@pytest.mark.parametrize(("tokens", "heads", "dim"), [(5, 3, 64), (1, 40, 128), (33, 1, 80)])
+def test_heads_are_normed_within_the_rows_of_all_projections(
+    tokens: int, heads: int, dim: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of queries, keys and values in one tensor, which is not copied."""
+    fused = random(tokens, heads + 4, dim, dtype=torch.float16)
+    weight = random(dim, dtype=torch.float16)
+    copies: list[Tensor] = []
+    monkeypatch.setattr(Tensor, "contiguous", lambda self: copies.append(self) or self.clone())
+    for each in (fused[:, :heads], fused[:, heads : heads + 2]):
+        found = norm.rms_norm(each, weight, 1e-5)
+        assert found.is_contiguous()
+        close(found, reference.rms_norm(each, weight, 1e-5))
+    assert copies == []
+
+
 def test_a_norm_is_rounded_once_or_twice_as_it_is_asked_for() -> None:
     # In float16: the interpreter cuts bfloat16 off.
     x, weight = (random(*shape, dtype=torch.float16) for shape in ((33, 200), (200,)))
