@@ -251,10 +251,9 @@ class AttentionPart:
         return self.output(attended, step.adapters)
 
     def _normed(self, heads: Tensor, norm: NormPart) -> Tensor:
-        if self.about.qk_norm == "each":
-            return norm(heads)
-        width = heads.shape[-1] if self.about.qk_norm == "head" else heads[0].numel()
-        return norm(heads.reshape(-1, width)).view(heads.shape)
+        if self.about.qk_norm == "all":
+            return norm(heads.flatten(1)).view(heads.shape)
+        return norm(heads)
 
 
 @dataclass(frozen=True)

@@ -232,15 +232,14 @@ class ModelRunner:
                 most = self._max_batched_tokens
                 warmup(weights, self._dtype, most, activation, progress=progress)
             for tokens, seqs in track(self._warm_up_sizes(), "Compiling kernels", progress):
-                inputs, lora = self._idle_prefill(tokens, seqs), None
-                if self.adapters is not None:
-                    # Slots that are still empty: every kernel runs and adds nothing.
-                    slots = [row * seqs // tokens % self.adapters.count for row in range(tokens)]
-                    lora = LoRABatch.of(slots, self.device)
+                inputs = self._idle_prefill(tokens, seqs)
                 for use in self._adapter_uses:
-                    adapted = replace(inputs, lora=None if use == AdapterUse.NONE else lora)
-                    hidden = self._forward(adapted, self._step_adapters(adapted, use))
-                    self._logits(hidden, adapted)
+                    unused = use == AdapterUse.NONE
+                    for slots in [None] if unused else self._warm_up_slots(tokens, seqs):
+                        lora = None if slots is None else LoRABatch.of(slots, self.device)
+                        adapted = replace(inputs, lora=lora)
+                        hidden = self._forward(adapted, self._step_adapters(adapted, use))
+                        self._logits(hidden, adapted)
             vocab = self.decoder.architecture.vocab
             self.decoder.backend.sample_tokens(
                 torch.zeros(1, vocab, device=self.device), [_ANY_CHOICE]
@@ -295,6 +294,21 @@ class ModelRunner:
         powers = [1 << power for power in range(4, self._max_num_seqs.bit_length() + 1)]
         seqs = [min(n, self._max_num_seqs) for n in powers if n < 2 * self._max_num_seqs]
         return [(count, 1) for count in tokens] + [(2 * n, n) for n in seqs if 2 * n <= most]
+
+    def _warm_up_slots(self, tokens: int, seqs: int) -> list[list[int]]:
+        """Each row's adapter slot in steps of this size, one list for each kernel of adapters.
+
+        The slots are still empty: every kernel runs and adds nothing.
+        """
+        assert self.adapters is not None
+        count = self.adapters.count
+        each = [[row * seqs // tokens % count for row in range(tokens)]]
+        if (tokens, seqs) == (self._max_batched_tokens, 1):
+            # A prompt beside single tokens of as many other adapters.
+            most = min(count, self._max_num_seqs, tokens)
+            used = [min(1 << power, most) for power in range(5, (most - 1).bit_length() + 1)]
+            each += [[min(row, adapters - 1) for row in range(tokens)] for adapters in used]
+        return each
 
     def _idle_prefill(self, tokens: int, seqs: int) -> StepInputs:
         """Prompts of equal length that write nothing to the cache."""

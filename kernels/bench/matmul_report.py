@@ -91,7 +91,7 @@ def shipped(everything: bool) -> Iterator[Case]:
     everything: all of them for every kind of weight; otherwise a sample of each kind.
     """
     measured = [c for entries in read(SHIPPED).values() for c in entries.values()]
-    for capability in (90, 80, 89, 100):
+    for capability in (90, 80, 89, 100, 120):
         ruled = [
             default_config(bucket, 22016, 4096, capability=capability)
             for bucket in (2, 8, 16, 32, 64, 128, 256, 1024)
@@ -104,7 +104,8 @@ def shipped(everything: bool) -> Iterator[Case]:
         configs = dict.fromkeys(ruled + (measured if capability == 90 else []))
         sample = dict.fromkeys((few, some, ruled[4], ruled[6], ruled[-1], ruled[-2]))
         for config in configs if everything else sample:
-            if everything or capability == 90 or (capability == 100 and config in (few, most)):
+            sampled = {90: (config,), 100: (few, most), 120: (most,)}.get(capability, ())
+            if everything or config in sampled:
                 yield Case(capability, "bf16", False, False, 128, config)
                 if config in (few, some, most):
                     yield Case(capability, "bf16", False, False, 128, config, gated=True)

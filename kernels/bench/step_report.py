@@ -304,7 +304,7 @@ def _elementwise(half: str, capability: int) -> Iterator[Row]:
         report = compile_kernel(
             norm.rms_norm_kernel,
             dict.fromkeys(("x", "residual", "weight", "out", "total"), half)
-            | {"rows": "i32", "width": "i32", "eps": "fp32"},
+            | {"rows": "i32", "width": "i32", "heads": "i32", "stride": "i32", "eps": "fp32"},
             {
                 "OFFSET": offset,
                 "HAS_RESIDUAL": True,
@@ -313,7 +313,7 @@ def _elementwise(half: str, capability: int) -> Iterator[Row]:
             },
             capability=capability,
             num_warps=warps,
-            aligned=("width",),
+            aligned=("width", "stride"),
         )
         yield Row.of("add_rms_norm", f"width {width}, offset {offset}", capability, report)
     for name in ACTIVATIONS:
@@ -343,8 +343,9 @@ def _elementwise(half: str, capability: int) -> Iterator[Row]:
         yield Row.of("rotary_store", variant, capability, report)
     report = compile_kernel(
         sampling.sample_kernel,
-        {"logits": "*fp32", "choices": "*fp64", "tokens": "*i64", "vocab": "i32", "stride": "i32"},
-        {"TILE": sampling.TILE, "PASSES": 11},
+        {"logits": "*fp32", "choices": "*fp64", "tokens": "*i64", "vocab": "i32", "stride": "i32"}
+        | {"kept": "*fp32", "columns": "*i32"},
+        sampling.sampling_constants(),
         capability=capability,
         num_warps=sampling.WARPS,
         aligned=("vocab", "stride"),

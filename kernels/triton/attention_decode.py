@@ -11,6 +11,9 @@ The query heads of a KV head are padded to 16 rows, the minimum of a tensor-core
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -26,6 +29,7 @@ DECODE_TILE = 64  # keys per step of the inner loop; half if that overfills the 
 # The block table is loaded ahead of what it points to, so five stages keep two tiles of keys and
 # values in flight: 64 KiB a program for 16-bit heads of 128 or 256.
 DECODE_STAGES = 5
+PARTS = 256 << 20  # bytes of unnormalised outputs that exist at a time
 PROGRAMS_PER_SM = 3  # that fit on an H100 by registers and shared memory; 2 of wide heads
 
 
@@ -207,6 +211,23 @@ def max_splits(kv_heads: int, resident: int) -> int:
     return max(8, min(64, resident // kv_heads))
 
 
+def batches_of(batch: AttentionBatch, part: int) -> Iterator[AttentionBatch]:
+    """The sequences in batches whose splits take at most PARTS bytes, ``part`` each.
+
+    At least 4 sequences, and a multiple, so that addresses are those of 16 bytes.
+    """
+    seqs = batch.context_lens.shape[0]
+    each = max(4, PARTS // part // 4 * 4)
+    for first in range(0, seqs, each):
+        last = min(first + each, seqs)
+        yield replace(
+            batch,
+            query_start=batch.query_start[first : last + 1],
+            context_lens=batch.context_lens[first:last],
+            block_tables=batch.block_tables[first:last],
+        )
+
+
 def decode(
     q: Tensor,
     k_cache: Tensor,
@@ -220,10 +241,29 @@ def decode(
     out: Tensor,
 ) -> None:
     q_heads, dim = q.shape[1:]
+    _, multiprocessors, _ = device_traits(q.device)
+    splits = max_splits(k_cache.shape[1], programs_at_once(dim, multiprocessors))
+    for few in batches_of(batch, 4 * q_heads * splits * dim):
+        _decode(q, k_cache, v_cache, scales, few, scale, window, softcap, sinks, out, splits)
+
+
+def _decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    scales: tuple[Tensor, Tensor] | None,
+    batch: AttentionBatch,
+    scale: float,
+    window: int,
+    softcap: float,
+    sinks: Tensor | None,
+    out: Tensor,
+    splits: int,
+) -> None:
+    q_heads, dim = q.shape[1:]
     seqs, kv_heads = batch.context_lens.shape[0], k_cache.shape[1]
     _, multiprocessors, _ = device_traits(q.device)
     resident = programs_at_once(dim, multiprocessors)
-    splits = max_splits(kv_heads, resident)
     partial_out = q.new_empty((seqs, q_heads, splits, dim), dtype=torch.float32)
     partial_peak = q.new_empty((seqs, q_heads, splits), dtype=torch.float32)
     partial_total = torch.empty_like(partial_peak)

@@ -16,7 +16,13 @@ import triton.language as tl
 from torch import Tensor
 
 from nybble.kernels.attention_batch import AttentionBatch
-from nybble.kernels.triton.attention_decode import MIN_SPLIT, max_splits, reduce_kernel, splits_of
+from nybble.kernels.triton.attention_decode import (
+    MIN_SPLIT,
+    batches_of,
+    max_splits,
+    reduce_kernel,
+    splits_of,
+)
 from nybble.kernels.triton.device import FUSED, device_traits
 from nybble.kernels.triton.online_softmax import padded_seqs, power_scale
 from nybble.kernels.triton.opaque import opaque_zero
@@ -320,7 +326,31 @@ def latent_attention(
     _, multiprocessors, capability = device_traits(q.device)
     sizes = heads, width - latent_dim, latent_dim, cache.shape[2], capability
     quantized = scales is not None
-    inputs = (
+    if batch.max_query > 1:
+        constants = latent_constants(*sizes, quantized=quantized, decode=False)
+        groups = triton.cdiv(heads, constants["GROUP"])
+        # Each sequence may have one partly filled piece.
+        pieces = tokens // (constants["ROWS"] // constants["GROUP"]) + seqs
+        latent_prefill_kernel[(pieces * groups,)](
+            *_inputs(q, cache, scales, batch, out),
+            *_numbers(batch, heads, scale),
+            **constants,
+            SEQS_PADDED=padded_seqs(seqs),
+            **FUSED,
+        )
+    if batch.max_query == 1 or seqs > 1:
+        constants = latent_constants(*sizes, quantized=quantized, decode=True)
+        groups = triton.cdiv(heads, constants["GROUP"])
+        splits = max_splits(groups, multiprocessors)  # a program takes a whole multiprocessor
+        for few in batches_of(batch, 4 * heads * splits * latent_dim):
+            _decode(q, cache, scales, few, scale, latent_dim, out, constants, splits)
+    return out
+
+
+def _inputs(
+    q: Tensor, cache: Tensor, scales: Tensor | None, batch: AttentionBatch, out: Tensor
+) -> tuple[Tensor, ...]:
+    return (
         q,
         cache,
         cache,
@@ -330,41 +360,50 @@ def latent_attention(
         batch.block_tables,
         out,
     )
-    numbers = seqs, batch.block_tables.stride(0), heads, power_scale(scale, 0.0)
-    options = {"SEQS_PADDED": padded_seqs(seqs)} | FUSED
-    if batch.max_query > 1:
-        constants = latent_constants(*sizes, quantized=quantized, decode=False)
-        groups = triton.cdiv(heads, constants["GROUP"])
-        # Each sequence may have one partly filled piece.
-        pieces = tokens // (constants["ROWS"] // constants["GROUP"]) + seqs
-        latent_prefill_kernel[(pieces * groups,)](*inputs, *numbers, **constants, **options)
-    if batch.max_query == 1 or seqs > 1:
-        constants = latent_constants(*sizes, quantized=quantized, decode=True)
-        groups = triton.cdiv(heads, constants["GROUP"])
-        splits = max_splits(groups, multiprocessors)  # a program takes a whole multiprocessor
-        partial_out = q.new_empty((seqs, heads, splits, latent_dim), dtype=torch.float32)
-        partial_peak = q.new_empty((seqs, heads, splits), dtype=torch.float32)
-        parts = partial_out, partial_peak, torch.empty_like(partial_peak)
-        latent_decode_kernel[(min(multiprocessors, seqs * groups * splits),)](
-            *inputs,
-            *parts,
-            *numbers,
-            **constants,
-            **options,
-            MAX_SPLITS=splits,
-            MIN_SPLIT=MIN_SPLIT,
-        )
-        reduce_kernel[(seqs, heads)](
-            batch.query_start,
-            batch.context_lens,
-            out,
-            *parts,
-            heads,
-            0,
-            **latent_reduce_constants(latent_dim, splits),
-            **FUSED,
-        )
-    return out
+
+
+def _numbers(batch: AttentionBatch, heads: int, scale: float) -> tuple[int, int, int, float]:
+    seqs, stride = batch.context_lens.shape[0], batch.block_tables.stride(0)
+    return seqs, stride, heads, power_scale(scale, 0.0)
+
+
+def _decode(
+    q: Tensor,
+    cache: Tensor,
+    scales: Tensor | None,
+    batch: AttentionBatch,
+    scale: float,
+    latent_dim: int,
+    out: Tensor,
+    constants: dict[str, int],
+    splits: int,
+) -> None:
+    heads, seqs = q.shape[1], batch.context_lens.shape[0]
+    groups = triton.cdiv(heads, constants["GROUP"])
+    _, multiprocessors, _ = device_traits(q.device)
+    partial_out = q.new_empty((seqs, heads, splits, latent_dim), dtype=torch.float32)
+    partial_peak = q.new_empty((seqs, heads, splits), dtype=torch.float32)
+    parts = partial_out, partial_peak, torch.empty_like(partial_peak)
+    latent_decode_kernel[(min(multiprocessors, seqs * groups * splits),)](
+        *_inputs(q, cache, scales, batch, out),
+        *parts,
+        *_numbers(batch, heads, scale),
+        **constants,
+        SEQS_PADDED=padded_seqs(seqs),
+        MAX_SPLITS=splits,
+        MIN_SPLIT=MIN_SPLIT,
+        **FUSED,
+    )
+    reduce_kernel[(seqs, heads)](
+        batch.query_start,
+        batch.context_lens,
+        out,
+        *parts,
+        heads,
+        0,
+        **latent_reduce_constants(latent_dim, splits),
+        **FUSED,
+    )
 
 
 def latent_constants(

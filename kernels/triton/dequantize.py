@@ -22,8 +22,9 @@ from nybble.kernels.triton.unpack import (
     unpack_codebook,
 )
 
-# Bytes of the 16-bit weight that exist at a time.
-WORKSPACE = 256 << 20
+# Bytes of the 16-bit weight that exist at a time. Gate and up of 7B and 13B models take up to 270
+# MiB; if they were cut in two, outputs would be copied.
+WORKSPACE = 288 << 20
 
 
 @triton.jit
@@ -140,9 +141,14 @@ def dequantize(
     return out
 
 
+def outputs_at_a_time(columns: int, workspace: int = WORKSPACE) -> int:
+    """How many outputs of so many columns take ``workspace`` bytes in 16 bits, a multiple of 64."""
+    return max(64, workspace // (2 * columns) // 64 * 64)
+
+
 def dense_matmul(x: Tensor, weight: PackedWeight, workspace: int = WORKSPACE) -> Tensor:
     """``x (rows, stored columns)`` times the weight, ``workspace`` bytes of it at a time."""
-    each = max(64, workspace // (2 * x.shape[1]) // 64 * 64)
+    each = outputs_at_a_time(x.shape[1], workspace)
     bias = None if weight.bias is None else weight.bias.to(x.dtype)
     if each >= weight.out_features:
         return torch.nn.functional.linear(x, dequantize(weight, x.dtype), bias)

@@ -262,6 +262,7 @@ def matmul_kernel(
 
 
 _ARRIVALS = 1 << 14
+MOST_ELEMENTS = (1 << 31) - 1  # of x or of the result, which the kernels count in 32 bits
 
 
 @lru_cache
@@ -281,9 +282,12 @@ def joined(config: Config, capability: int, whole_steps: bool) -> bool:
     """Whether a step is one product. Before Hopper, joining moves weights about.
 
     On Hopper the masks of columns that end within a step would spill registers in its loop. On
-    Blackwell four wide products may want more tensor memory than there is.
+    Blackwell four wide products may want more tensor memory than there is. GPUs from 120 on are
+    named Blackwell too, but have Ampere's tensor cores.
     """
-    return config.scale_first and (capability >= 100 or (capability >= 90 and whole_steps))
+    return config.scale_first and (
+        100 <= capability < 120 or (90 <= capability < 100 and whole_steps)
+    )
 
 
 def max_registers(config: Config, capability: int, whole_steps: bool) -> int | None:
@@ -336,7 +340,8 @@ def packed_matmul(
     width = weight.out_features // (2 if activation else 1)
     c = config or chosen(weight, rows, x.device)
     c = for_group(c, 0 if weight.groups == 1 else weight.group_size)
-    if c.dense:
+    # A measured table may not know so many rows: past the kernels' 32-bit offsets.
+    if c.dense or rows * max(columns, weight.out_features) > MOST_ELEMENTS:
         product = dense_matmul(flat, weight)
         return (gated(product, activation) if activation else product).view(*x.shape[:-1], width)
     out = torch.empty(*x.shape[:-1], width, dtype=x.dtype, device=x.device)

@@ -16,15 +16,17 @@ from nybble.kernels.triton.device import FUSED
 _TILE = 2048
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "heads"])
 def rms_norm_kernel(
-    x,
-    residual,
+    x,  # heads × width elements at each multiple of ``stride``
+    residual,  # this and the rest: (rows, width)
     weight,
     out,
     total,
     rows,
     width,
+    heads,
+    stride,
     eps,
     OFFSET: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
@@ -35,7 +37,8 @@ def rms_norm_kernel(
     column = tl.arange(0, WIDTH)
     mask = (row < rows)[:, None] & (column < width)[None, :]
     at = row.to(tl.int64)[:, None] * width + column[None, :]
-    value = tl.load(x + at, mask, 0.0)
+    x_at = (row // heads).to(tl.int64) * stride + row % heads * width
+    value = tl.load(x + x_at[:, None] + column[None, :], mask, 0.0)
     if HAS_RESIDUAL:
         value = (value.to(tl.float32) + tl.load(residual + at, mask, 0.0).to(tl.float32)).to(
             value.dtype
@@ -53,8 +56,13 @@ def rms_norm_kernel(
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float | None = None) -> Tensor:
-    """See :func:`nybble.kernels.reference.rms_norm`; float16, bfloat16 or float32."""
-    return _launch(x.contiguous(), None, weight, eps, offset)[0]
+    """See :func:`nybble.kernels.reference.rms_norm`; float16, bfloat16 or float32.
+
+    Heads ``(tokens, heads, head_dim)`` within wider rows are read where they are.
+    """
+    if x.ndim != 3 or x.stride()[1:] != (x.shape[2], 1):
+        x = x.contiguous()
+    return _launch(x, None, weight, eps, offset)[0]
 
 
 def add_rms_norm(
@@ -69,7 +77,8 @@ def _launch(
 ) -> tuple[Tensor, Tensor]:
     width = x.shape[-1]
     rows = x.numel() // width
-    out = torch.empty_like(x)
+    heads, stride = (x.shape[1], x.stride(0)) if x.ndim == 3 else (1, width)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
     total = x if residual is None else torch.empty_like(x)
     wide = triton.next_power_of_2(width)
     per_program = max(1, _TILE // wide)
@@ -81,6 +90,8 @@ def _launch(
         total,
         rows,
         width,
+        heads,
+        stride,
         eps,
         OFFSET=offset,
         HAS_RESIDUAL=residual is not None,

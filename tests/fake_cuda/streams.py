@@ -66,5 +66,10 @@ def graph(
     stream: Stream | None = None,
     capture_error_mode: str = "global",
 ) -> Iterator[None]:
+    if capture_error_mode != "thread_local":
+        raise RuntimeError(
+            f"captured in the mode {capture_error_mode!r}: what another thread of a server asks of "
+            "the device would end the capture"
+        )
     with DEVICE.capture(object() if pool is None else pool) as captured.captured:
         yield

@@ -97,7 +97,7 @@ def test_memory_is_counted_and_runs_out(gpu: Device) -> None:
 
 def capture(function: object) -> torch.cuda.CUDAGraph:
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         function()  # type: ignore[operator]
     return graph
 
@@ -124,6 +124,14 @@ def test_a_captured_step_neither_waits_nor_copies_from_the_host(gpu: Device, ste
         capture(lambda: step(x))  # type: ignore[operator]
 
 
+def test_a_capture_that_other_threads_could_end_is_refused(gpu: Device) -> None:
+    with (
+        pytest.raises(RuntimeError, match="another thread"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
+        pass
+
+
 def test_what_a_graph_reads_must_stay_allocated(gpu: Device) -> None:
     out, inputs = torch.zeros(2, device=CUDA), [torch.ones(2, device=CUDA)]
     graph = capture(lambda: out.add_(inputs[0]))
@@ -138,7 +146,7 @@ def test_graphs_of_one_pool_overwrite_each_other(gpu: Device) -> None:
     graphs, outs = [], []
     for _ in range(2):
         graphs.append(torch.cuda.CUDAGraph())
-        with torch.cuda.graph(graphs[-1], pool=pool):
+        with torch.cuda.graph(graphs[-1], pool=pool, capture_error_mode="thread_local"):
             outs.append(x + 1)
     graphs[0].replay()
     assert outs[0].tolist() == [2.0, 2.0]

@@ -27,6 +27,7 @@ from nybble.engine import (
     Request,
     SamplingParams,
 )
+from nybble.kernels.lora_batch import LoRABatch
 from nybble.kernels.triton import matmul
 from nybble.loaders import open_checkpoint
 
@@ -131,6 +132,30 @@ def test_answers_are_as_on_the_cpu_with_one_wait_a_step_and_no_compiling(
     waits = [each for each in gpu.waits if "prompt_reader" not in each]
     assert set(waits) == {ONE_WAIT}
     assert len(waits) <= steps
+
+
+@pytest.mark.parametrize(("slots", "used"), [(18, 17), (70, 66)])
+def test_a_prompt_beside_tokens_of_many_adapters_compiles_nothing(
+    gpu: Device, checkpoint: Path, slots: int, used: int
+) -> None:
+    config = replace(
+        GPU,
+        max_num_seqs=72,
+        max_batched_tokens=320,
+        max_model_len=512,
+        adapters=AdapterConfig(slots=slots, max_rank=8),
+    )
+    engine = Engine.load(open_checkpoint(checkpoint), config, progress=False)
+    gpu.computes = False
+    engine.warm_up(progress=False)
+    warm = set(gpu.launched)
+    runner = engine._runner
+    inputs = runner._idle_prefill(300, 1)
+    rows = [min(row, used - 1) for row in range(300)]
+    inputs = replace(inputs, lora=LoRABatch.of(rows, inputs.token_ids.device))
+    with torch.inference_mode():
+        runner._forward(inputs, runner._step_adapters(inputs))
+    assert set(gpu.launched) - warm == set()
 
 
 def test_inputs_wait_for_the_copy_of_those_before_where_no_sample_has(

@@ -136,6 +136,43 @@ def test_the_gpu_kernel_draws_what_the_reference_draws(
     check_alike(gpu, logits, TokenChoice(**choice))
 
 
+@pytest.mark.parametrize("spread", [0.0, 1.0, 30.0])
+def test_the_gpu_kernel_draws_what_the_reference_draws_of_a_large_vocabulary(spread: float) -> None:
+    """Whether or not what is kept can be gathered: of few values, of flat and of steep ones."""
+    torch.manual_seed(0)
+    logits = spread * torch.randn(1, 5_011).bfloat16().float()
+    few = torch.full_like(logits, float("-inf"))
+    few[0, 2000:2030] = logits[0, 2000:2030]
+    for each, uniform in ((logits, 0.42), (few, 0.5)):
+        for top_k, top_p in ((20, 0.8), (1900, 1.0), (0, 0.3), (0, 0.99)):
+            check_alike(gpu, each, TokenChoice(0.7, top_k, top_p, 0.0, uniform))
+        check_alike(gpu, each, TokenChoice(1.0, 40, 0.95, 0.1, uniform))
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter counts what is read")
+@pytest.mark.parametrize(("top_k", "top_p"), [(20, 0.8), (50, 1.0), (0, 0.95)])
+def test_the_gpu_kernel_reads_a_row_twice_to_truncate_it(
+    top_k: int, top_p: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Thresholds are searched for among the few entries that may be above them."""
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    builder = interpreter.InterpreterBuilder
+    load, read = builder.create_masked_load, 0
+
+    def counted(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+        nonlocal read
+        read += int(mask.data.sum())
+        return load(self, pointers, mask, *rest)
+
+    torch.manual_seed(0)
+    logits = 3 * torch.randn(1, 152_064).bfloat16().float()
+    choice = TokenChoice(0.7, top_k, top_p, 0.0, 0.5)
+    expected = plain(logits, [choice])
+    monkeypatch.setattr(builder, "create_masked_load", counted)
+    assert gpu(logits, [choice]) == expected
+    assert 2 * 152_064 <= read < 2.5 * 152_064
+
+
 @given(
     vocab=st.sampled_from([1, 5, 63, 64, 1000, 5000, 40_001]),
     spread=st.sampled_from([0.0, 0.1, 4.0, 30.0]),

@@ -34,7 +34,7 @@ def table(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
 def test_the_matmul_compiles_for_ampere_ada_hopper_and_blackwell(
     table: list[dict[str, Any]],
 ) -> None:
-    assert {entry["case"]["capability"] for entry in table} == {80, 89, 90, 100}
+    assert {entry["case"]["capability"] for entry in table} == {80, 89, 90, 100, 120}
 
 
 def test_no_register_is_spilled_inside_the_loop_or_outside_it(table: list[dict[str, Any]]) -> None:
@@ -59,7 +59,13 @@ def test_every_kind_of_weight_is_compiled_for_the_largest_blocks_on_hopper(
 
 
 def test_shared_memory_fits_the_device(table: list[dict[str, Any]]) -> None:
-    limit = {80: 163, 89: 99, 90: 227, 100: 227}  # KiB a block may take, CUDA programming guide
+    limit = {
+        80: 163,
+        89: 99,
+        90: 227,
+        100: 227,
+        120: 99,
+    }  # KiB a block may take, CUDA programming guide
     for entry in table:
         assert entry["row"]["shared"] <= limit[entry["case"]["capability"]] << 10
 
@@ -108,6 +114,19 @@ def test_unpacked_weights_never_pass_through_shared_memory(table: list[dict[str,
         # Scales and zeros may: a vector of each for every group in 128 columns.
         vectors = max(1, 128 // entry["case"]["group"]) * (1 + entry["case"]["zeros"])
         assert entry["row"]["shared_stores"] <= vectors
+
+
+def test_weights_do_not_move_between_registers_where_tensor_cores_are_amperes(
+    table: list[dict[str, Any]],
+) -> None:
+    """sm_120 has no tensor memory: a step in one product takes 3.8 bit operations a weight."""
+    plain = [
+        e for e in table if not e["case"]["codebook"] and e["case"]["capability"] in (80, 89, 120)
+    ]
+    assert any(e["case"]["capability"] == 120 for e in plain)
+    for entry in plain:
+        each = entry["row"]["loop"] / entry["row"]["per_weight"]
+        assert entry["row"]["bit_ops"] < 2 * each, entry
 
 
 def test_weights_arrive_in_sixteen_byte_copies(table: list[dict[str, Any]]) -> None:

@@ -13,7 +13,7 @@ from nybble.kernels import reference
 from nybble.kernels.attention_batch import AttentionBatch
 
 pytest.importorskip("triton")
-from nybble.kernels.triton import attention_latent, latent
+from nybble.kernels.triton import attention_decode, attention_latent, latent
 
 from .test_triton_step import DEVICE, close, paged, random
 
@@ -116,6 +116,16 @@ def test_a_sequence_is_attended_alike_in_any_company() -> None:
         )
         found = attention_latent.latent_attention(q[rows].contiguous(), cache, alone, 0.2, 32)
         assert torch.equal(found, together[rows])
+
+
+def test_sequences_decoded_a_few_at_a_time_are_decoded_alike(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    batch, cache, _ = paged([(300, 1), (5, 1), (9, 2), (40, 1), (290, 1)], 1, 48, 16, torch.float16)
+    q = random(6, 4, 48, dtype=torch.float16)
+    at_once = attention_latent.latent_attention(q, cache, batch, 0.2, 32)
+    monkeypatch.setattr(attention_decode, "PARTS", 0)
+    assert torch.equal(attention_latent.latent_attention(q, cache, batch, 0.2, 32), at_once)
 
 
 def test_rows_that_pad_a_captured_batch_are_left_out() -> None:

@@ -10,7 +10,7 @@ from nybble.kernels.activation import ACTIVATIONS
 from nybble.kernels.packed import INTEGER_LEVELS, SYMMETRIC_LEVELS, pack_nibbles
 from nybble.kernels.triton import activation, matmul
 from nybble.kernels.triton.configs import Config
-from nybble.kernels.triton.dequantize import dense_matmul, dequantize
+from nybble.kernels.triton.dequantize import dense_matmul, dequantize, outputs_at_a_time
 from nybble.kernels.triton.matmul import packed_matmul
 
 CODEBOOK = torch.tensor(
@@ -206,6 +206,31 @@ def test_many_rows_multiply_a_dequantized_weight_a_part_at_a_time() -> None:
         found = dense_matmul(x, weight, workspace).double()
         assert (found - expected).norm() / expected.norm() < 1e-3
     assert torch.equal(packed_matmul(x, weight, DENSE), dense_matmul(x, weight))
+
+
+@pytest.mark.parametrize(
+    ("out", "columns"), [(27648, 5120), (37888, 3584), (28672, 4096), (22016, 4096)]
+)
+def test_gate_and_up_of_7b_and_13b_models_are_multiplied_in_one_piece(
+    out: int, columns: int
+) -> None:
+    """Llama-2-13B's, Qwen2.5-7B's, Llama-3-8B's and Llama-2-7B's."""
+    assert outputs_at_a_time(columns) >= out
+
+
+@pytest.mark.parametrize("config", [SMALL, PARTS])
+def test_more_elements_than_offsets_of_32_bits_reach_are_multiplied_densely(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever was measured: of inputs and of outputs, in place of a wrong address."""
+    x, weight = torch.randn(9, 200).half(), random_weight("zeros", 136, 200, 32)
+    dense = packed_matmul(x, weight, DENSE)
+    for most in (9 * 200, 9 * 200 - 1):
+        monkeypatch.setattr(matmul, "MOST_ELEMENTS", most)
+        found = packed_matmul(x, weight, config)
+        assert torch.equal(found, dense) == (most < 9 * 200)
+    wide = random_weight("zeros", 264, 200, 32)
+    assert torch.equal(packed_matmul(x, wide, config), packed_matmul(x, wide, DENSE))
 
 
 @pytest.mark.parametrize(

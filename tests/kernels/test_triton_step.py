@@ -52,6 +52,22 @@ def test_rms_norm_equals_the_reference(dtype: torch.dtype, rows: int, width: int
         close(norm.rms_norm(x, weight, 1e-5, offset), expected)
 
 
+@pytest.mark.parametrize(("tokens", "heads", "dim"), [(5, 3, 64), (1, 40, 128), (33, 1, 80)])
+def test_heads_are_normed_within_the_rows_of_all_projections(
+    tokens: int, heads: int, dim: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of queries, keys and values in one tensor, which is not copied."""
+    fused = random(tokens, heads + 4, dim, dtype=torch.float16)
+    weight = random(dim, dtype=torch.float16)
+    copies: list[Tensor] = []
+    monkeypatch.setattr(Tensor, "contiguous", lambda self: copies.append(self) or self.clone())
+    for each in (fused[:, :heads], fused[:, heads : heads + 2]):
+        found = norm.rms_norm(each, weight, 1e-5)
+        assert found.is_contiguous()
+        close(found, reference.rms_norm(each, weight, 1e-5))
+    assert copies == []
+
+
 def test_a_norm_is_rounded_once_or_twice_as_it_is_asked_for() -> None:
     # In float16: the interpreter cuts bfloat16 off.
     x, weight = (random(*shape, dtype=torch.float16) for shape in ((33, 200), (200,)))
@@ -228,6 +244,31 @@ def test_capped_logits_and_sinks_equal_the_reference(
     close(found, reference.paged_attention(*inputs, softcap=softcap, sinks=given), 1e-3)
     plain = reference.paged_attention(*inputs).double()
     assert (found.double() - plain).norm() > 0.1 * plain.norm()
+
+
+def test_what_splits_take_is_bounded_and_changes_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sequences are decoded a few at a time if all of them would take too much."""
+    lengths = [(260, 1), (1, 1), (4, 3), (7, 1), (257, 1)]
+    batch, keys, values = paged(lengths, 2, 32, 16, torch.float16)
+    q = random(sum(new for _, new in lengths), 4, 32, dtype=torch.float16)
+    monkeypatch.setattr(attention_decode, "device_traits", lambda device: ("any", 4, 90))
+    at_once = attention.paged_attention(q, keys, values, batch, 0.2)
+    monkeypatch.setattr(attention_decode, "PARTS", 5 * 1000)
+    assert [len(few.context_lens) for few in attention_decode.batches_of(batch, 1000)] == [4, 1]
+    assert torch.equal(attention.paged_attention(q, keys, values, batch, 0.2), at_once)
+
+
+@pytest.mark.parametrize(("part", "seqs"), [(802_816, 512), (8_650_752, 256)])
+def test_the_splits_of_a_large_batch_take_at_most_256_mib(part: int, seqs: int) -> None:
+    """Of Llama-3-8B's heads on an H100, and of DeepSeek-V3's."""
+    zeros = torch.zeros(seqs, dtype=torch.int32)
+    starts = torch.arange(seqs + 1, dtype=torch.int32)
+    batch = AttentionBatch(starts, zeros, zeros[:, None], zeros.long(), 1)
+    few = list(attention_decode.batches_of(batch, part))
+    assert torch.equal(torch.cat([each.query_start[:-1] for each in few]), starts[:-1])
+    for each in few:
+        assert len(each.context_lens) * part <= 256 << 20
+        assert each.query_start.data_ptr() % 16 == starts.data_ptr() % 16  # else compiled anew
 
 
 def test_sinks_that_fit_no_heads_are_refused() -> None:

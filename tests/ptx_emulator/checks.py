@@ -322,6 +322,12 @@ def check_norm(capability: int, everything: bool) -> Iterator[Found]:
             found = norm.rms_norm(x, weight, 1e-5, 1.0)
             expected = reference.rms_norm(x.double(), weight.double(), 1e-5, 1.0)
             yield f"rms_norm {name}, offset 1", found, expected
+            heads = x[:, :48].view(rows, 3, 16)
+            found, expected = (
+                module.rms_norm(each, weight[:16].to(each.dtype), 1e-5)
+                for module, each in ((norm, heads), (reference, heads.double()))
+            )
+            yield f"rms_norm {name}, heads of wider rows", found, expected
             if dtype != torch.float32:
                 for kind in ACTIVATIONS:
                     found, expected = activation.gated(x, kind), reference.gated(x.double(), kind)
@@ -330,7 +336,7 @@ def check_norm(capability: int, everything: bool) -> Iterator[Found]:
 
 def check_sampling(capability: int, everything: bool) -> Iterator[Found]:
     options = [(0.0, 0, 1.0, 0.0), (1.0, 0, 1.0, 0.0), (0.8, 50, 0.9, 0.0), (1.2, 0, 0.95, 0.05)]
-    for vocab in (700, 5000):
+    for vocab in (700, 9000):  # with more than can be gathered, and with less
         logits = 4 * torch.randn(8, vocab).bfloat16().float()
         logits[4:, : vocab // 2] = -torch.inf
         choices = [TokenChoice(*options[row % 4], (row + 0.5) / 8) for row in range(8)]

@@ -176,7 +176,7 @@ def draw_lora(pick: Random, capability: int) -> Iterator[Found]:
 
 
 def draw_sampling(pick: Random, capability: int) -> Iterator[Found]:
-    rows, vocab = pick.randint(1, 8), pick.choice((pick.randint(2, 300), pick.randint(300, 6000)))
+    rows, vocab = pick.randint(1, 8), pick.choice((pick.randint(2, 300), pick.randint(300, 15000)))
     logits = pick.uniform(0.5, 6) * torch.randn(rows, vocab)
     if pick.random() < 0.5:
         logits = logits.bfloat16().float()  # many alike
@@ -185,7 +185,7 @@ def draw_sampling(pick: Random, capability: int) -> Iterator[Found]:
     choices = [
         TokenChoice(
             temperature=pick.choice((0.0, pick.uniform(0.1, 2), pick.uniform(0.1, 2))),
-            top_k=pick.choice((0, pick.randint(1, 200))),
+            top_k=pick.choice((0, pick.randint(1, 200), pick.randint(1, 4000))),
             top_p=pick.choice((1.0, pick.uniform(0.05, 0.99))),
             min_p=pick.choice((0.0, pick.uniform(0.0, 0.3))),
             uniform=pick.random(),
