@@ -14,7 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from nybble.engine import EngineConfig
 from nybble.engine.decoder import Decoder
+from nybble.engine.memory import gib, memory_explained
 from nybble.loaders import CheckpointError, open_checkpoint
 from nybble.loaders.footprint import weight_bytes
 from nybble.models import UnsupportedModelError, architecture_of
@@ -93,6 +95,32 @@ def test_the_memory_of_a_mixture_is_known_from_its_headers(
     attention = 2 * (32 * 32 * 2 + 2 * 16 * 32)
     in_4_bits = weight_bytes(folder, torch.bfloat16, layers="4bit")
     assert in_4_bits == round(rest - 2 * attention + (experts + attention) * (1 / 2 + 4 / 64))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_mixture_larger_than_the_gpu_is_refused_before_anything_is_loaded(
+    folder_of: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, ranks: int
+) -> None:
+    checkpoint = open_checkpoint(folder_of("qwen3_moe"))
+    own = weight_bytes(checkpoint.folder, torch.bfloat16) // ranks
+    config = EngineConfig(
+        device="cuda", dtype=torch.bfloat16, kv_cache_bytes=1 << 20, tensor_parallel_size=ranks
+    )
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (own - 2048, own))
+    loaded = False
+    with pytest.raises(ValueError, match="weights take") as refused:  # noqa: SIM117
+        with memory_explained(checkpoint, config):
+            loaded = True
+    assert not loaded
+    assert f"weights take {gib(own)}" in str(refused.value)
+    assert f"{gib(2048)} more than the {gib(own - 2048)} that are free" in str(refused.value)
+    assert ("on each of 2 GPUs" in str(refused.value)) == (ranks == 2)
+    for way in ("--quantize nf4", "--tensor-parallel-size", "--device cpu"):
+        assert way in str(refused.value)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (own, own))
+    with memory_explained(checkpoint, config):
+        loaded = True
+    assert loaded
 
 
 def test_a_missing_expert_is_refused_by_name(
