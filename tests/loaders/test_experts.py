@@ -20,6 +20,7 @@ from nybble.engine.memory import gib, memory_explained
 from nybble.loaders import CheckpointError, open_checkpoint
 from nybble.loaders.footprint import weight_bytes
 from nybble.models import UnsupportedModelError, architecture_of
+from nybble.quantizers import quantize_checkpoint
 
 COMMON = {
     "vocab_size": 64,
@@ -42,8 +43,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
 def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """A random model as transformers writes it: in the published names, or in its own."""
 
-    def build(family: str, *, published: bool = True) -> Path:
-        config = AutoConfig.for_model(family, **COMMON | FAMILIES[family])
+    def build(family: str, *, published: bool = True, **settings: Any) -> Path:
+        config = AutoConfig.for_model(family, **COMMON | FAMILIES[family] | settings)
         torch.manual_seed(0)
         folder = tmp_path_factory.mktemp("experts") / family
         AutoModelForCausalLM.from_config(config).save_pretrained(
@@ -183,6 +184,40 @@ def test_stacked_rows_that_are_not_two_layers_are_refused_by_name(
     folder = changed(folder_of("granitemoe"), tmp_path / "m", cut)
     with pytest.raises(CheckpointError, match=rf"{name} has shape \(3, 95, 32\)"):
         list(open_checkpoint(folder).weights())
+
+
+@pytest.mark.parametrize("format", ["gptq", "awq", "compressed-tensors", "nf4"])
+def test_quantized_experts_missing_doubled_or_too_many_are_refused_by_name(
+    folder_of: Callable[..., Path], tmp_path: Path, format: str
+) -> None:
+    source = folder_of("qwen3_moe", moe_intermediate_size=64)
+    whole = tmp_path / "whole"
+    quantize_checkpoint(source, whole, format=format, group_size=32, progress=False)
+    module = "model.layers.1.mlp.experts.{}.down_proj"
+
+    def of(tensors: dict[str, Tensor], expert: int) -> dict[str, Tensor]:
+        start = module.format(expert) + "."
+        return {name.removeprefix(start): t for name, t in tensors.items() if start in name}
+
+    def take(tensors: dict[str, Tensor]) -> None:
+        for leaf in of(tensors, 2):
+            del tensors[f"{module.format(2)}.{leaf}"]
+
+    def add(tensors: dict[str, Tensor]) -> None:
+        for leaf, tensor in of(tensors, 2).items():
+            tensors[f"{module.format(3)}.{leaf}"] = tensor.clone()
+
+    def double(tensors: dict[str, Tensor]) -> None:
+        tensors["model.layers.1.mlp.experts.down_proj"] = torch.zeros(3, 32, 64)
+
+    for change, reason in (
+        (take, f"has no tensor of {module.format(2)}: config.json says 3 experts"),
+        (add, f"has {module.format(3)}, but config.json says 3 experts"),
+        (double, rf"(has|reads the tensor) {module.format(0)}\.weight( twice|: the checkpoint's)"),
+    ):
+        folder = changed(whole, tmp_path / change.__name__, change)
+        with pytest.raises(CheckpointError, match=reason):
+            list(open_checkpoint(folder).weights())
 
 
 def test_a_missing_router_is_refused_by_name(
