@@ -32,9 +32,12 @@ def memory_explained(
 
     On the CPU the KV cache is checked against free memory beforehand, because Linux overcommits
     memory and would later kill the process. Weights are memory-mapped there, so they may be larger
-    than the free memory.
+    than the free memory. On a GPU weights that it cannot hold are refused before any is read.
     """
     device = torch.device(config.device)
+    if device.type == "cuda":
+        ranks = config.tensor_parallel_size
+        _check_weights(_weight_bytes(checkpoint, config, draft), device, ranks)
     free = available_bytes(device)
     if device.type == "cpu":
         free //= config.tensor_parallel_size  # for each rank, which have the same memory
@@ -56,14 +59,31 @@ def memory_explained(
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        weights = weight_bytes(checkpoint.folder, config.dtype) // config.tensor_parallel_size
-        if draft is not None:
-            weights += draft_bytes(draft, config.dtype)
+        weights = _weight_bytes(checkpoint, config, draft)
         raise ValueError(
             f"the memory of {device} ran out while loading: the weights take {gib(weights)} and "
             f"the KV cache {gib(kv)}, and {gib(free)} were free. "
             f"{_would_fit(free - weights, checkpoint, config, draft)}"
         ) from error
+
+
+def _weight_bytes(checkpoint: Checkpoint, config: EngineConfig, draft: Checkpoint | None) -> int:
+    """Of a rank's weights, at least, and of its draft model's."""
+    own = weight_bytes(checkpoint.folder, config.dtype) // config.tensor_parallel_size
+    return own + (0 if draft is None else draft_bytes(draft, config.dtype))
+
+
+def _check_weights(weights: int, device: torch.device, ranks: int) -> None:
+    """Raises ValueError if a rank's weights alone are larger than what is free on its GPU."""
+    free, _ = torch.cuda.mem_get_info(device)
+    if weights > free:
+        each = f" on each of {ranks} GPUs" if ranks > 1 else ""
+        raise ValueError(
+            f"the weights take {gib(weights)}{each}, {gib(weights - free)} more than the "
+            f"{gib(free)} that are free on {device}. A smaller format (--quantize nf4, or a "
+            "checkpoint in 4 bits), more GPUs (--tensor-parallel-size), or the CPU "
+            "(--device cpu), which maps weights from the disk, may hold them"
+        )
 
 
 def _layout(

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from nybble.engine import Engine, EngineConfig, Request, SamplingParams
 from nybble.engine.decoder import Decoder
+from nybble.engine.scheduler import ScheduledBatch
 from nybble.kernels import PackedWeight
 from nybble.kernels.attention_batch import AttentionBatch
 from nybble.kernels.state_batch import StateBatch
@@ -166,6 +169,20 @@ def start(checkpoint: Checkpoint, **settings: Any) -> Engine:
     engine = Engine.load(checkpoint, replace(config, **settings), progress=False)
     engine.start()
     return engine
+
+
+def preempt_now_and_then(engine: Engine, monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
+    """From now on before every ``steps``-th step one of the running sequences is preempted."""
+    scheduler = engine._thread._scheduler
+    schedule, turns = scheduler.schedule, itertools.count(1)
+
+    def preempting() -> ScheduledBatch:
+        turn, rest = divmod(next(turns), steps)
+        if rest == 0 and scheduler.running:
+            scheduler.preempt(scheduler.running[turn % len(scheduler.running)])
+        return schedule()
+
+    monkeypatch.setattr(scheduler, "schedule", preempting)
 
 
 async def collect(engine: Engine, name: str, ids: Sequence[int], **options: Any) -> list[int]:

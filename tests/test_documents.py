@@ -174,6 +174,16 @@ def test_links_lead_somewhere(page: Path) -> None:
     assert broken == []
 
 
+def test_the_example_of_a_family_is_what_the_repository_has() -> None:
+    """The file is quoted whole, and the row as it is."""
+    text = (DOCS / "adding-a-model.md").read_text(encoding="utf-8")
+    file, row = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    assert file == (ROOT / "models/qwen3.py").read_text(encoding="utf-8")
+    assert row in (ROOT / "tests/models/test_families.py").read_text(encoding="utf-8").replace(
+        "\n    ", "\n"
+    )
+
+
 def write_tables() -> None:
     for page, (name, table) in TABLES.items():
         text, start, end = table_at(page, name)

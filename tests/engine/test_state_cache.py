@@ -316,7 +316,11 @@ class Oracle(NgramDrafter):
     ],
 )
 def test_a_draft_that_is_wrong_leaves_the_states_as_they_were(
-    build: Callable[..., Checkpoint], kind: str, preempting: bool, monkeypatch: pytest.MonkeyPatch
+    build: Callable[..., Checkpoint],
+    reference: Any,
+    kind: str,
+    preempting: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Drafts of every length, of which every number of tokens is right, change no answer.
 
@@ -332,23 +336,14 @@ def test_a_draft_that_is_wrong_leaves_the_states_as_they_were(
     texts = {ids: [*ids, *said] for ids, said in zip(prompts, wanted, strict=True)}
     monkeypatch.setattr("nybble.engine.engine.NgramDrafter", lambda: Oracle(texts))
     with running(checkpoint, speculate="ngram", max_draft_tokens=5, **config) as engine:
-        scheduler = engine._thread._scheduler
-        schedule, steps = scheduler.schedule, 0
-
-        def preempt_now_and_then() -> ScheduledBatch:
-            nonlocal steps
-            steps += 1
-            if preempting and steps % 3 == 0 and scheduler.running:
-                scheduler.preempt(scheduler.running[steps // 3 % len(scheduler.running)])
-            return schedule()
-
-        monkeypatch.setattr(scheduler, "schedule", preempt_now_and_then)
+        if preempting:
+            reference.preempt_now_and_then(engine, monkeypatch, steps=3)
         for _ in range(2):
             assert tokens(engine, prompts, 24) == wanted
         stats = engine.stats()
         assert stats.draft_tokens > stats.accepted_tokens > 30
         assert (stats.preemptions > 0) == preempting
-        states = scheduler.block_manager.states
+        states = engine._thread._scheduler.block_manager.states
         assert states is not None
         assert states.num_held == 0
         assert len(states._free) + states.num_snapshots == states.num_slots

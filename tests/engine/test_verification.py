@@ -29,7 +29,6 @@ from nybble.engine import (
 from nybble.engine.guide import GrammarCompiler
 from nybble.engine.model_drafter import ModelDrafter
 from nybble.engine.ngram_drafter import Match, Ngrams
-from nybble.engine.scheduler import ScheduledBatch
 from nybble.loaders import open_checkpoint
 
 CONFIG = EngineConfig(
@@ -243,23 +242,15 @@ def test_the_answers_are_those_without_a_draft_model(
     draft_model: Callable[[float], Path],
     speculate: str,
     preempting: bool,
+    reference: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     kinds = [kind for kind in ASKED if kind != "adapted" or models.adapters]  # type: ignore[attr-defined]
     prompts = {kind: prompt(place, 5 + 6 * place) for place, kind in enumerate(kinds)}
     expected = answers(models(), prompts)
     drafting = models(draft_model(0.03), speculate=speculate)
-    scheduler = drafting._thread._scheduler
-    schedule, steps = scheduler.schedule, 0
-
-    def preempt_now_and_then() -> ScheduledBatch:
-        nonlocal steps
-        steps += 1
-        if preempting and steps % 4 == 0 and scheduler.running:
-            scheduler.preempt(scheduler.running[steps // 4 % len(scheduler.running)])
-        return schedule()
-
-    monkeypatch.setattr(scheduler, "schedule", preempt_now_and_then)
+    if preempting:
+        reference.preempt_now_and_then(drafting, monkeypatch, steps=4)
     for _ in range(2):  # the second time with prefix caches
         assert answers(drafting, prompts) == expected
     stats = drafting.stats()

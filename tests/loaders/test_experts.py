@@ -14,10 +14,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from nybble.engine import EngineConfig
 from nybble.engine.decoder import Decoder
+from nybble.engine.memory import gib, memory_explained
 from nybble.loaders import CheckpointError, open_checkpoint
 from nybble.loaders.footprint import weight_bytes
 from nybble.models import UnsupportedModelError, architecture_of
+from nybble.quantizers import quantize_checkpoint
 
 COMMON = {
     "vocab_size": 64,
@@ -40,8 +43,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
 def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """A random model as transformers writes it: in the published names, or in its own."""
 
-    def build(family: str, *, published: bool = True) -> Path:
-        config = AutoConfig.for_model(family, **COMMON | FAMILIES[family])
+    def build(family: str, *, published: bool = True, **settings: Any) -> Path:
+        config = AutoConfig.for_model(family, **COMMON | FAMILIES[family] | settings)
         torch.manual_seed(0)
         folder = tmp_path_factory.mktemp("experts") / family
         AutoModelForCausalLM.from_config(config).save_pretrained(
@@ -93,6 +96,32 @@ def test_the_memory_of_a_mixture_is_known_from_its_headers(
     attention = 2 * (32 * 32 * 2 + 2 * 16 * 32)
     in_4_bits = weight_bytes(folder, torch.bfloat16, layers="4bit")
     assert in_4_bits == round(rest - 2 * attention + (experts + attention) * (1 / 2 + 4 / 64))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_mixture_larger_than_the_gpu_is_refused_before_anything_is_loaded(
+    folder_of: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, ranks: int
+) -> None:
+    checkpoint = open_checkpoint(folder_of("qwen3_moe"))
+    own = weight_bytes(checkpoint.folder, torch.bfloat16) // ranks
+    config = EngineConfig(
+        device="cuda", dtype=torch.bfloat16, kv_cache_bytes=1 << 20, tensor_parallel_size=ranks
+    )
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (own - 2048, own))
+    loaded = False
+    with pytest.raises(ValueError, match="weights take") as refused:  # noqa: SIM117
+        with memory_explained(checkpoint, config):
+            loaded = True
+    assert not loaded
+    assert f"weights take {gib(own)}" in str(refused.value)
+    assert f"{gib(2048)} more than the {gib(own - 2048)} that are free" in str(refused.value)
+    assert ("on each of 2 GPUs" in str(refused.value)) == (ranks == 2)
+    for way in ("--quantize nf4", "--tensor-parallel-size", "--device cpu"):
+        assert way in str(refused.value)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (own, own))
+    with memory_explained(checkpoint, config):
+        loaded = True
+    assert loaded
 
 
 def test_a_missing_expert_is_refused_by_name(
@@ -155,6 +184,40 @@ def test_stacked_rows_that_are_not_two_layers_are_refused_by_name(
     folder = changed(folder_of("granitemoe"), tmp_path / "m", cut)
     with pytest.raises(CheckpointError, match=rf"{name} has shape \(3, 95, 32\)"):
         list(open_checkpoint(folder).weights())
+
+
+@pytest.mark.parametrize("format", ["gptq", "awq", "compressed-tensors", "nf4"])
+def test_quantized_experts_missing_doubled_or_too_many_are_refused_by_name(
+    folder_of: Callable[..., Path], tmp_path: Path, format: str
+) -> None:
+    source = folder_of("qwen3_moe", moe_intermediate_size=64)
+    whole = tmp_path / "whole"
+    quantize_checkpoint(source, whole, format=format, group_size=32, progress=False)
+    module = "model.layers.1.mlp.experts.{}.down_proj"
+
+    def of(tensors: dict[str, Tensor], expert: int) -> dict[str, Tensor]:
+        start = module.format(expert) + "."
+        return {name.removeprefix(start): t for name, t in tensors.items() if start in name}
+
+    def take(tensors: dict[str, Tensor]) -> None:
+        for leaf in of(tensors, 2):
+            del tensors[f"{module.format(2)}.{leaf}"]
+
+    def add(tensors: dict[str, Tensor]) -> None:
+        for leaf, tensor in of(tensors, 2).items():
+            tensors[f"{module.format(3)}.{leaf}"] = tensor.clone()
+
+    def double(tensors: dict[str, Tensor]) -> None:
+        tensors["model.layers.1.mlp.experts.down_proj"] = torch.zeros(3, 32, 64)
+
+    for change, reason in (
+        (take, f"has no tensor of {module.format(2)}: config.json says 3 experts"),
+        (add, f"has {module.format(3)}, but config.json says 3 experts"),
+        (double, rf"(has|reads the tensor) {module.format(0)}\.weight( twice|: the checkpoint's)"),
+    ):
+        folder = changed(whole, tmp_path / change.__name__, change)
+        with pytest.raises(CheckpointError, match=reason):
+            list(open_checkpoint(folder).weights())
 
 
 def test_a_missing_router_is_refused_by_name(

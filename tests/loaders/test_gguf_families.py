@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 import pytest
 import torch
 from gguf import GGUFWriter
@@ -145,6 +146,29 @@ def test_experts_of_another_count_are_refused_by_name(
     reason = r"blk\.0\.ffn_gate_exps\.weight holds 3 experts, but the metadata says 4"
     with pytest.raises(CheckpointError, match=reason):
         resolve_model(str(file))
+
+
+def test_experts_missing_or_also_stored_one_by_one_are_refused_by_name(
+    tmp_path: Path, tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    single = {"blk.1.ffn_up.2.weight": np.zeros((32, 64), np.float32)}
+    file = write_gguf(
+        tmp_path / "both.gguf", "olmoe", random_model("olmoe"), tiny_model(), extra=single
+    )
+    with pytest.raises(CheckpointError, match=r"nothing here reads the tensor blk\.1\.ffn_up\.2"):
+        resolve_model(str(file))
+    add = GGUFWriter.add_tensor
+
+    def without(self: GGUFWriter, name: str, *rest: Any, **options: Any) -> None:
+        if name != "blk.1.ffn_up_exps.weight":
+            add(self, name, *rest, **options)
+
+    monkeypatch.setattr(GGUFWriter, "add_tensor", without)
+    file = write_gguf(tmp_path / "less.gguf", "olmoe", random_model("olmoe"), tiny_model())
+    with pytest.raises(
+        CheckpointError, match=r"no tensor of model\.layers\.1\..*experts\.0\.up_proj"
+    ):
+        list(open_checkpoint(resolve_model(str(file))).weights())
 
 
 def test_an_activation_without_its_numbers_is_refused_by_name(

@@ -120,3 +120,24 @@ def test_scales_that_do_not_fit_the_blocks_are_refused_by_name(folder: Path) -> 
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.experts\.0\.down_proj has blocks"):
         list(open_checkpoint(folder).weights())
+
+
+def test_experts_missing_doubled_or_of_another_count_are_refused_by_name(folder: Path) -> None:
+    whole = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.experts.down_proj"
+    blocks, scales = whole[name + "_blocks"], whole[name + "_scales"]
+    fewer = {name + "_blocks": blocks[1:].clone(), name + "_scales": scales[1:].clone()}
+    _, out, groups, half = blocks.shape
+    for tensors, reason in (
+        (
+            {name + "_blocks": None, name + "_scales": None},
+            r"has no tensor .*experts\.0\.down_proj",
+        ),
+        ({name + "_scales": None}, r"has no tensor .*experts\.0\.down_proj.*scales"),
+        ({name: torch.zeros(EXPERTS, groups * 2 * half, out)}, r"experts\.0\.down_proj\.weight"),
+        (fewer, rf"holds {EXPERTS - 1} experts, but config\.json says {EXPERTS}"),
+    ):
+        kept = {each: t for each, t in (whole | tensors).items() if t is not None}
+        save_file(kept, folder / "model.safetensors", {"format": "pt"})
+        with pytest.raises(CheckpointError, match=reason):
+            list(open_checkpoint(folder).weights())

@@ -606,7 +606,7 @@ def test_logits_equal_transformers(
 
 @shown_rows
 def test_64_greedy_tokens_equal_transformers_alone_and_in_company(
-    reference: Any, folder_of: Callable[[str], Path], row: str
+    reference: Any, folder_of: Callable[[str], Path], row: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint = open_checkpoint(folder_of(row))
     model = reference.transformers_model(checkpoint)
@@ -615,8 +615,12 @@ def test_64_greedy_tokens_equal_transformers_alone_and_in_company(
     engine = reference.start(checkpoint)
     try:
         assert [reference.alone(engine, ids, 64) for ids in prompts] == expected
-        # Prefixes are in the cache by now, and steps mix prompts with decodes.
+        # Prefixes are in the cache by now, and steps mix prompts with decodes. Sequences that lose
+        # their blocks come back as prompts, of which windows and states are computed anew.
+        reference.preempt_now_and_then(engine, monkeypatch, steps=12)
         assert reference.together(engine, prompts * 2, 64) == expected * 2
+        assert engine.stats().prefix_hit_tokens > 0
+        assert engine.stats().preemptions >= 4
     finally:
         engine.stop()
 
