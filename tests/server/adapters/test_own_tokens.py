@@ -120,3 +120,47 @@ def test_logprobs_biases_and_grammars_speak_of_its_tokens(engine: Engine) -> Non
         assert '"zyx"' in found["choices"][0]["text"]
 
     run(engine, scenario)
+
+
+@pytest.mark.parametrize(
+    ("model", "token"), [("own", "<plan>"), ("own", "<|tool|>"), ("tiny", "<|im_end|>")]
+)
+def test_a_special_tokens_text_in_a_grammar_is_text(engine: Engine, model: str, token: str) -> None:
+    """The tokenizer would make the token of it, which no grammar takes for its text."""
+    pattern = token.replace("|", "\\|")
+    guides: list[dict[str, Any]] = [
+        {"guided_choice": [f"a{token}b"]},
+        {"guided_regex": f"a{pattern}b"},
+        {"guided_grammar": f'start: "a{token}b"'},
+        {"guided_grammar": f'root ::= "a{token}b"'},
+        {"guided_json": {"const": f"a{token}b"}},
+        {"guided_json": {"type": "string", "pattern": f"^a{pattern}b$"}},
+    ]
+
+    async def scenario(client: Client) -> None:
+        body = {"model": model, "prompt": TEXT, "max_tokens": 60, "temperature": 0}
+        for guide in guides:
+            found = await answer(client, "/v1/completions", **body, **guide)
+            said = found["choices"][0]
+            expected = f'"a{token}b"' if "guided_json" in guide else f"a{token}b"
+            assert (said["text"], said["finish_reason"]) == (expected, "stop"), guide
+        # A token by its name stays that token, which is not shown as text.
+        named = {"guided_grammar": f'start: {token} "b"', "skip_special_tokens": False}
+        found = await answer(client, "/v1/completions", **body, **named, logprobs=0)
+        assert found["choices"][0]["logprobs"]["tokens"] == [token, "b"]
+
+    run(engine, scenario)
+
+
+def test_a_grammar_that_cannot_be_followed_is_the_requests_error(engine: Engine) -> None:
+    """The token's text is put together of two, which is found out only while it is said."""
+
+    async def scenario(client: Client) -> None:
+        body = {"model": "own", "prompt": TEXT, "max_tokens": 60, "temperature": 0}
+        refused = await answer(
+            client, "/v1/completions", 400, **body, guided_grammar='start: "<pl" "an>"'
+        )
+        assert "guided decoding failed" in refused["error"]["message"]
+        assert "[322]" in refused["error"]["message"]
+
+    run(engine, scenario)
