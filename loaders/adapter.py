@@ -34,7 +34,13 @@ from nybble.loaders.adapter_config import CONFIG_FILE, MAX_RANK, AdapterSettings
 from nybble.loaders.adapter_ends import end_keys, read_ends
 from nybble.loaders.adapter_experts import expert_changes, is_of_stacked_experts
 from nybble.loaders.adapter_settings import SETTINGS_FILES
-from nybble.loaders.adapter_tensors import AROUND, after_prefixes, check_values
+from nybble.loaders.adapter_tensors import (
+    AROUND,
+    LARGEST,
+    after_prefixes,
+    check_values,
+    greatest,
+)
 from nybble.loaders.adapter_tokens import TOKEN_FILES
 from nybble.loaders.adapter_vectors import vector_changes
 from nybble.loaders.errors import AdapterError
@@ -163,6 +169,11 @@ def load_adapter(folder: Path, architecture: Architecture) -> LoRAAdapter:
             f"{path}: an aLoRA on the embedding or with biases has no meaning in peft, which would "
             "apply these everywhere"
         )
+    for name, module in modules.items():
+        _require_scaled(path, name, module)
+    for name, end in (("the embedding", ends.embedding), ("the output layer", ends.head)):
+        if end is not None and end.low_rank is not None:
+            _require_scaled(path, name, end.low_rank)
     changes = ends.embedding, ends.head, ends.norms
     return LoRAAdapter(modules, digest.digest(), *changes, settings.invocation, ends.vocab)
 
@@ -265,6 +276,17 @@ def _check(path: Path, key: str, tensor: Tensor, expected: tuple[int, ...], rank
             f"model and rank {rank}"
         )
     check_values(path, key, tensor)
+
+
+def _require_scaled(path: Path, name: str, module: LoRAModule) -> None:
+    """Refuse a scale by which the change of a module is no longer a number in 16 bits."""
+    for tensor in (module.b, module.added_bias):
+        if tensor is not None and not abs(module.scale) * greatest(tensor) <= LARGEST:
+            raise AdapterError(
+                f"{path}: what it adds to {name} is scaled by {module.scale:.3g} (lora_alpha, or "
+                f"its alpha_pattern, over the rank): that is more than {LARGEST:.0f}, the most "
+                "that a model in 16 bits computes with"
+            )
 
 
 def _compare(path: Path, module: str, found: Collection[str], expected: Collection[str]) -> None:

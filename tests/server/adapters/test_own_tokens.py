@@ -123,7 +123,7 @@ def test_logprobs_biases_and_grammars_speak_of_its_tokens(engine: Engine) -> Non
 
 
 @pytest.mark.parametrize(
-    ("model", "token"), [("own", "<plan>"), ("own", "<|tool|>"), ("tiny", "<|im_end|>")]
+    ("model", "token"), [("own", "<plan>"), ("own", "<|tool|>"), ("tiny", "<|im_start|>")]
 )
 def test_a_special_tokens_text_in_a_grammar_is_text(engine: Engine, model: str, token: str) -> None:
     """The tokenizer would make the token of it, which no grammar takes for its text."""
