@@ -48,14 +48,18 @@ from nybble.models import Architecture
 
 __all__ = [
     "MAX_RANK",
+    "OWN_FILES",
     "LoRAAdapter",
     "LoRAModule",
     "content_digest",
     "load_adapter",
+    "own_files",
     "resolve_adapter",
 ]
 
 _SAFETENSORS = "adapter_model.safetensors"
+# What an adapter's folder may have beside PEFT's two files, and is read by the engine.
+OWN_FILES = (*SETTINGS_FILES, *TOKEN_FILES)
 _DIGEST_BYTES = 16
 # What a module can have; the name of the group is the name of the tensor in errors.
 _KEY = re.compile(
@@ -86,7 +90,7 @@ def resolve_adapter(name: str) -> Path:
         return folder
     reason = f"the folder {folder} has no {CONFIG_FILE}" if folder.is_dir() else "no such folder"
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
-        files = [CONFIG_FILE, _SAFETENSORS, *SETTINGS_FILES, *TOKEN_FILES]
+        files = [CONFIG_FILE, _SAFETENSORS, *OWN_FILES]
         try:
             return Path(snapshot_download(name, allow_patterns=files, tqdm_class=Bar))
         except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
@@ -98,12 +102,21 @@ def resolve_adapter(name: str) -> Path:
 
 
 def content_digest(folder: Path) -> str:
-    """The :attr:`LoRAAdapter.digest` of a folder's files, in hexadecimal, without loading them."""
+    """A digest of a folder's files, in hexadecimal, without loading them: of PEFT's two files
+    alone the :attr:`LoRAAdapter.digest`."""
     digest = blake2b((folder / CONFIG_FILE).read_bytes(), digest_size=_DIGEST_BYTES)
     with (folder / _SAFETENSORS).open("rb") as file:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
+    for name in own_files(folder):
+        content = (folder / name).read_bytes()
+        digest.update(f"{name} {len(content)}\n".encode() + content)
     return digest.hexdigest()
+
+
+def own_files(folder: Path) -> list[str]:
+    """Those of OWN_FILES that a folder has."""
+    return [name for name in OWN_FILES if (folder / name).is_file()]
 
 
 def load_adapter(folder: Path, architecture: Architecture) -> LoRAAdapter:
@@ -169,8 +182,8 @@ def load_adapter(folder: Path, architecture: Architecture) -> LoRAAdapter:
             f"{path}: an aLoRA on the embedding or with biases has no meaning in peft, which would "
             "apply these everywhere"
         )
-    for name, module in modules.items():
-        _require_scaled(path, name, module)
+    for name, low_rank in modules.items():
+        _require_scaled(path, name, low_rank)
     for name, end in (("the embedding", ends.embedding), ("the output layer", ends.head)):
         if end is not None and end.low_rank is not None:
             _require_scaled(path, name, end.low_rank)
