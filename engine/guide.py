@@ -35,7 +35,8 @@ JSON_OPTIONS: Any = {"whitespace_pattern": r"[ \n\t]{1,40}"}
 # it. With this header any tokens may spell it.
 _ANY_SPELLING = '%llguidance {"no_forcing": true}\n'
 # In Lark's syntax, what is between quotes and slashes is text; other names may be those of tokens.
-_LITERAL = re.compile(r'"(?:[^"\\]|\\.)*"|/(?:[^/\\\n]|\\.)+/')
+# What is not closed matches too, or looking for its end again and again would take quadratic time.
+_LITERAL = re.compile(r'"(?:[^"\\]|\\.)*"?|/(?:[^/\\\n]|\\.)+/?')
 
 
 @dataclass(frozen=True)
