@@ -7,10 +7,12 @@ instead of enumerating states ahead, so a mask costs tens to hundreds of microse
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,6 +31,12 @@ if TYPE_CHECKING:
 MAX_GRAMMAR = 256 << 10
 # Enough for a line break and its indentation; without a limit a model may write spaces for ever.
 JSON_OPTIONS: Any = {"whitespace_pattern": r"[ \n\t]{1,40}"}
+# The library, where only one text may follow, allows only the tokens that the tokenizer makes of
+# it. With this header any tokens may spell it.
+_ANY_SPELLING = '%llguidance {"no_forcing": true}\n'
+# In Lark's syntax, what is between quotes and slashes is text; other names may be those of tokens.
+# What is not closed matches too, or looking for its end again and again would take quadratic time.
+_LITERAL = re.compile(r'"(?:[^"\\]|\\.)*"?|/(?:[^/\\\n]|\\.)+/?')
 
 
 @dataclass(frozen=True)
@@ -151,9 +159,14 @@ class GrammarCompiler:
         from llguidance import LLMatcher
 
         _require_size(grammar)
-        if self._lead:
-            grammar = _behind(self._lead, grammar)
-        matcher = LLMatcher(self._vocabulary.get(), grammar, log_level=0)
+        vocabulary = self._vocabulary.get()
+        lead = self._lead
+        if self._vocabulary.mentions_special(_literals(grammar)):
+            # The tokenizer makes the special token of such a text, which is not the text.
+            lead = _ANY_SPELLING + (lead or "start: @answer")
+        if lead:
+            grammar = _behind(lead, grammar)
+        matcher = LLMatcher(vocabulary, grammar, log_level=0)
         if matcher.is_error():
             raise ValueError(_first_line(matcher.get_error()))
         # A grammar of which no text can begin compiles; its first mask is what shows it.
@@ -185,6 +198,38 @@ class _LazyVocabulary:
                     eos_token=self._eos_token_ids or None,
                 )
             return self._read
+
+    @cached_property
+    def _special(self) -> tuple[str, ...]:
+        """The texts of tokens which the library does not take for text, as :func:`_literals` has
+        them, and as JSON has them too."""
+        read, added = self.get(), self._backend.get_added_tokens_decoder()
+        texts = [t.content for number, t in added.items() if read.is_special_token(number)]
+        return tuple(
+            {_plain(each) for text in texts for each in (text, json.dumps(text)[1:-1])} - {""}
+        )
+
+    def mentions_special(self, literals: str) -> bool:
+        """Whether the text of a special token is in a grammar's literals."""
+        return any(text in literals for text in self._special)
+
+
+def _literals(grammar: str) -> str:
+    """The text in a grammar, as the library writes it, that may be text of an answer; plain."""
+    if not grammar.lstrip().startswith("{"):
+        return _plain("\n".join(_LITERAL.findall(grammar)))
+    parts = (
+        "\n".join(_LITERAL.findall(each["lark_grammar"]))
+        if "lark_grammar" in each
+        else json.dumps(each)
+        for each in json.loads(grammar)["grammars"]
+    )
+    return _plain("\n".join(parts))
+
+
+def _plain(text: str) -> str:
+    """Without escapes: regular expressions, strings and JSON have them at different places."""
+    return text.replace("\\", "")
 
 
 def _behind(lead: str, grammar: str) -> str:

@@ -34,7 +34,13 @@ from nybble.loaders.adapter_config import CONFIG_FILE, MAX_RANK, AdapterSettings
 from nybble.loaders.adapter_ends import end_keys, read_ends
 from nybble.loaders.adapter_experts import expert_changes, is_of_stacked_experts
 from nybble.loaders.adapter_settings import SETTINGS_FILES
-from nybble.loaders.adapter_tensors import AROUND, after_prefixes, check_values
+from nybble.loaders.adapter_tensors import (
+    AROUND,
+    LARGEST,
+    after_prefixes,
+    check_values,
+    greatest,
+)
 from nybble.loaders.adapter_tokens import TOKEN_FILES
 from nybble.loaders.adapter_vectors import vector_changes
 from nybble.loaders.errors import AdapterError
@@ -42,14 +48,18 @@ from nybble.models import Architecture
 
 __all__ = [
     "MAX_RANK",
+    "OWN_FILES",
     "LoRAAdapter",
     "LoRAModule",
     "content_digest",
     "load_adapter",
+    "own_files",
     "resolve_adapter",
 ]
 
 _SAFETENSORS = "adapter_model.safetensors"
+# What an adapter's folder may have beside PEFT's two files, and is read by the engine.
+OWN_FILES = (*SETTINGS_FILES, *TOKEN_FILES)
 _DIGEST_BYTES = 16
 # What a module can have; the name of the group is the name of the tensor in errors.
 _KEY = re.compile(
@@ -80,7 +90,7 @@ def resolve_adapter(name: str) -> Path:
         return folder
     reason = f"the folder {folder} has no {CONFIG_FILE}" if folder.is_dir() else "no such folder"
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
-        files = [CONFIG_FILE, _SAFETENSORS, *SETTINGS_FILES, *TOKEN_FILES]
+        files = [CONFIG_FILE, _SAFETENSORS, *OWN_FILES]
         try:
             return Path(snapshot_download(name, allow_patterns=files, tqdm_class=Bar))
         except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
@@ -92,12 +102,21 @@ def resolve_adapter(name: str) -> Path:
 
 
 def content_digest(folder: Path) -> str:
-    """The :attr:`LoRAAdapter.digest` of a folder's files, in hexadecimal, without loading them."""
+    """A digest of a folder's files, in hexadecimal, without loading them: of PEFT's two files
+    alone the :attr:`LoRAAdapter.digest`."""
     digest = blake2b((folder / CONFIG_FILE).read_bytes(), digest_size=_DIGEST_BYTES)
     with (folder / _SAFETENSORS).open("rb") as file:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
+    for name in own_files(folder):
+        content = (folder / name).read_bytes()
+        digest.update(f"{name} {len(content)}\n".encode() + content)
     return digest.hexdigest()
+
+
+def own_files(folder: Path) -> list[str]:
+    """Those of OWN_FILES that a folder has."""
+    return [name for name in OWN_FILES if (folder / name).is_file()]
 
 
 def load_adapter(folder: Path, architecture: Architecture) -> LoRAAdapter:
@@ -163,6 +182,11 @@ def load_adapter(folder: Path, architecture: Architecture) -> LoRAAdapter:
             f"{path}: an aLoRA on the embedding or with biases has no meaning in peft, which would "
             "apply these everywhere"
         )
+    for name, low_rank in modules.items():
+        _require_scaled(path, name, low_rank)
+    for name, end in (("the embedding", ends.embedding), ("the output layer", ends.head)):
+        if end is not None and end.low_rank is not None:
+            _require_scaled(path, name, end.low_rank)
     changes = ends.embedding, ends.head, ends.norms
     return LoRAAdapter(modules, digest.digest(), *changes, settings.invocation, ends.vocab)
 
@@ -265,6 +289,17 @@ def _check(path: Path, key: str, tensor: Tensor, expected: tuple[int, ...], rank
             f"model and rank {rank}"
         )
     check_values(path, key, tensor)
+
+
+def _require_scaled(path: Path, name: str, module: LoRAModule) -> None:
+    """Refuse a scale by which the change of a module is no longer a number in 16 bits."""
+    for tensor in (module.b, module.added_bias):
+        if tensor is not None and not abs(module.scale) * greatest(tensor) <= LARGEST:
+            raise AdapterError(
+                f"{path}: what it adds to {name} is scaled by {module.scale:.3g} (lora_alpha, or "
+                f"its alpha_pattern, over the rank): that is more than {LARGEST:.0f}, the most "
+                "that a model in 16 bits computes with"
+            )
 
 
 def _compare(path: Path, module: str, found: Collection[str], expected: Collection[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 
@@ -11,6 +12,9 @@ from torch import Tensor
 from nybble.loaders.errors import AdapterError
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Beyond it a number is infinite in float16, in which a model may be computed; no weight of a model
+# that computes anything is.
+LARGEST = torch.finfo(torch.float16).max
 _PREFIXES = ("base_model.model.", "_orig_mod.", "module.")
 # Prefixes of the text model's layers inside larger models.
 AROUND = re.compile(r"((model|backbone|language_model|text_model|llm|thinker|module|_orig_mod)\.)*")
@@ -30,10 +34,25 @@ def inner_name(name: str) -> str:
 
 
 def check_values(path: Path, key: str, tensor: Tensor) -> None:
-    """Raises AdapterError unless the tensor has finite numbers of a dtype that is read."""
+    """Raises AdapterError unless the tensor has numbers of a dtype that is read, all of which are
+    finite in 16 bits too."""
     if tensor.dtype not in _DTYPES:
         raise AdapterError(
             f"{path}: {key} is {tensor.dtype}, expected float32, float16 or bfloat16"
         )
-    if not tensor.isfinite().all():
+    largest = greatest(tensor)
+    if not math.isfinite(largest):
         raise AdapterError(f"{path}: {key} has values that are not finite")
+    if largest > LARGEST:
+        raise AdapterError(
+            f"{path}: {key} has a value of {largest:.3g}, and {LARGEST:.0f} is the most that a "
+            "model in 16 bits computes with"
+        )
+
+
+def greatest(tensor: Tensor) -> float:
+    """The greatest absolute value; infinity if one is no number. 0 of an empty tensor."""
+    if not tensor.numel():
+        return 0.0
+    low, high = tensor.aminmax()
+    return max(-low.item(), high.item()) if low.isfinite() and high.isfinite() else math.inf

@@ -1,7 +1,8 @@
 """Administration of adapters: load, unload, upload, list.
 
 Request bodies are those of vLLM. Uploads are forms with ``lora_name``, ``load_inplace`` and either
-the files adapter_config.json and adapter_model.safetensors, or an archive with both.
+the files adapter_config.json and adapter_model.safetensors, and those of a tokenizer and settings
+of its own, or an archive with them.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 from aiohttp import web
 
 from nybble.engine import AdapterError, AdapterInfo, AdapterMixture, Engine, ParameterError
+from nybble.loaders.adapter import own_files
 from nybble.server.adapters.archive import CONFIG as ADAPTER_CONFIG
 from nybble.server.adapters.archive import WEIGHTS as ADAPTER_WEIGHTS
 from nybble.server.adapters.archive import ArchiveError
@@ -313,7 +315,7 @@ class AdapterAdmin:
             )
         # The greatest upload is the current one.
         with uploads.scratch() as scratch:
-            for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+            for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, *own_files(Path(target.path))):
                 shutil.copyfile(Path(target.path) / file, scratch / file)
             version = uploads.publish(name, scratch)
         try:

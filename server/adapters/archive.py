@@ -1,4 +1,5 @@
-"""Extracts an adapter from an uploaded archive: only the two files that PEFT loads are written.
+"""Extracts an adapter from an uploaded archive: only the files that the engine reads are written,
+PEFT's two and, beside them, those of the adapter's own tokenizer and settings.
 
 Dangerous archives are refused: those with absolute or ``..`` paths, links or devices, and those
 with too many members or too many bytes after decompression.
@@ -17,8 +18,10 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import IO, cast
 
+from nybble.loaders.adapter import OWN_FILES
+
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-MAX_BYTES = {CONFIG: 1 << 20, WEIGHTS: 2 << 30}
+MAX_BYTES = {CONFIG: 1 << 20, WEIGHTS: 2 << 30, **dict.fromkeys(OWN_FILES, 128 << 20)}
 _MAX_MEMBERS = 1000
 _MAX_UNPACKED = 4 << 30
 # No honest header or name is this long, and tarfile would hold it in memory.
@@ -57,8 +60,12 @@ def extract_adapter(archive: Path, folder: Path) -> None:
         if error.errno != errno.EINVAL:  # EINVAL is a bad archive; others are the disk's
             raise
         raise ArchiveError("the archive names a place that it does not have") from error
-    if len({path.parent for path in taken.values()}) > 1:
+    parents = {taken[name].parent for name in (CONFIG, WEIGHTS) if name in taken}
+    if len(parents) > 1:
         raise ArchiveError("the adapter's files are in different folders of the archive")
+    for name, path in taken.items():
+        if path.parent not in parents:  # such as the base's tokenizer
+            (folder / name).unlink()
 
 
 def copy_bounded(source: IO[bytes], target: IO[bytes], name: str) -> None:

@@ -51,7 +51,7 @@ class AdapterDiskCache:
             if path.name.startswith(_PARTIAL):
                 shutil.rmtree(path, ignore_errors=True)
             else:
-                self._sizes[path.name] = sum(file.stat().st_size for file in path.iterdir())
+                self._sizes[path.name] = _size(path)
 
     @property
     def nbytes(self) -> int:
@@ -67,9 +67,10 @@ class AdapterDiskCache:
             return self._folder / key
 
     def add(self, key: str, nbytes: int, fill: Callable[[Path], None]) -> Path:
-        """Make an entry of so many bytes, or find it.
+        """Make an entry of about so many bytes, or find it.
 
-        fill: writes the files into a folder; what it raises leaves nothing behind.
+        fill: writes the files into a folder; what it raises leaves nothing behind. The entry then
+            counts as many bytes as they have.
 
         Raises CacheFullError.
         """
@@ -80,10 +81,11 @@ class AdapterDiskCache:
         try:
             partial.mkdir()
             fill(partial)
+            written = _size(partial)
             with self._lock:
                 if key not in self._sizes:
                     partial.rename(self._folder / key)
-                    self._sizes[key] = nbytes
+                    self._sizes[key] = written
                 self._sizes.move_to_end(key)
             return self._folder / key
         finally:
@@ -125,3 +127,7 @@ class AdapterDiskCache:
                 return
             self._evictions += 1
             shutil.rmtree(self._folder / key, ignore_errors=True)
+
+
+def _size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.iterdir())

@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath
 
 from aiohttp import BodyPartReader, web
 
+from nybble.loaders.adapter import OWN_FILES
 from nybble.server.adapters.archive import (
     CONFIG,
     MAX_BYTES,
@@ -31,7 +32,7 @@ class AdapterForm:
 
 
 async def read_adapter_form(request: web.Request, folder: Path) -> AdapterForm:
-    """Write the adapter's two files to ``folder``, which holds nothing else afterwards.
+    """Write the adapter's files to ``folder``, which holds nothing else afterwards.
 
     Raises ArchiveError and ApiError for what is missing, unknown, unsafe or too large.
     """
@@ -44,8 +45,8 @@ async def read_adapter_form(request: web.Request, folder: Path) -> AdapterForm:
     adapter = _checked(fields)
     archive = folder / _ARCHIVE
     if archive.exists():
-        if (folder / CONFIG).exists() or (folder / WEIGHTS).exists():
-            raise ArchiveError("expected an archive or the two files, not both")
+        if any((folder / name).exists() for name in MAX_BYTES):
+            raise ArchiveError("expected an archive or the files themselves, not both")
         await asyncio.to_thread(extract_adapter, archive, folder)
         archive.unlink()
     for file in (CONFIG, WEIGHTS):
@@ -86,7 +87,8 @@ async def _receive(part: BodyPartReader, folder: Path) -> None:
     else:
         raise ApiError(
             400,
-            f"file {given!r}: expected {CONFIG}, {WEIGHTS}, or a .zip, .tar or .tar.gz with both",
+            f"file {given!r}: expected {CONFIG}, {WEIGHTS}, or a .zip, .tar or .tar.gz with both; "
+            f"beside them an adapter may have {', '.join(OWN_FILES)}",
             param="file",
             code="invalid_value",
         )

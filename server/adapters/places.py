@@ -1,7 +1,7 @@
 """Shared places of adapters, read through fsspec: a folder, S3, Google Cloud Storage, the hub.
 
 A *source* holds PEFT folders which others put there; ``URL`` has ``{name}`` in it. A *registry* is
-written by servers: ``URL/NAME/DIGEST/`` holds a version's two files, named by the digest of their
+written by servers: ``URL/NAME/DIGEST/`` holds a version's files, named by the digest of their
 content, and ``URL/NAME/current.json`` says which version is served. Neither is ever listed as a
 whole, so that their size costs nothing.
 """
@@ -24,7 +24,7 @@ from uuid import uuid4
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from nybble.loaders.adapter import content_digest
+from nybble.loaders.adapter import OWN_FILES, content_digest, own_files
 from nybble.server.adapters.archive import CONFIG, MAX_BYTES, WEIGHTS, ArchiveError, copy_bounded
 
 logger = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ class Found:
     folder: its path there.
     revision: differs for another version of the same name.
     digest: of its files' content, in hexadecimal; None if the place does not know it.
-    sizes: bytes of each file.
+    sizes: bytes of PEFT's two files.
     """
 
     place: Place
@@ -72,9 +72,18 @@ class Found:
         return blake2b(repr(parts).encode(), digest_size=16).hexdigest()
 
     def fetch(self, folder: Path) -> None:
-        """Copy the files into a local folder. Blocks. Raises PlaceError."""
-        for name in MAX_BYTES:
+        """Copy the files into a local folder. Blocks. Raises PlaceError.
+
+        Those of the adapter's own tokenizer and settings are looked for only now: a look for each
+        in every refresh would be as much work as all else.
+        """
+        for name in (CONFIG, WEIGHTS):
             self._reading(name, folder / name)
+        for name in OWN_FILES:
+            try:
+                self._reading(name, folder / name)
+            except FileNotFoundError:
+                (folder / name).unlink(missing_ok=True)
         if self.digest is not None and content_digest(folder) != self.digest:
             raise PlaceError(f"{self.folder} is not what its digest says: publish it again")
 
@@ -208,7 +217,7 @@ class AdapterRegistry(Place):
                 return self._found(name, target, digest, self._infos(target))
             except FileNotFoundError:
                 self.files.makedirs(target, exist_ok=True)
-                for file in (WEIGHTS, CONFIG):
+                for file in (*own_files(folder), WEIGHTS, CONFIG):
                     self.files.put_file(str(folder / file), f"{target}/{file}")
                 return self._found(name, target, digest, self._infos(target))
 

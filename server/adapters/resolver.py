@@ -24,7 +24,7 @@ from aiohttp import web
 from aiohttp.typedefs import Middleware
 
 from nybble.engine import AdapterError, AdapterInfo, Engine, ParameterError
-from nybble.loaders.adapter import content_digest
+from nybble.loaders.adapter import content_digest, own_files
 from nybble.server.adapters.archive import CONFIG, WEIGHTS
 from nybble.server.adapters.disk_cache import AdapterDiskCache, CacheFullError
 from nybble.server.adapters.places import NAME, AdapterRegistry, Found, Place, PlaceError
@@ -380,7 +380,7 @@ class AdapterResolver:
                 with self._lock:
                     self._fetched += found.nbytes
                 return
-            for file in (CONFIG, WEIGHTS):
+            for file in (CONFIG, WEIGHTS, *own_files(local)):
                 shutil.copyfile(local / file, folder / file)
             if content_digest(folder) != found.digest:
                 raise AdapterError(f"{local} changed while it was read: load it again")

@@ -95,13 +95,11 @@ class ChoicesFormatter(ABC):
             accepted, rejected = predicted
             details["accepted_prediction_tokens"] = accepted
             details["rejected_prediction_tokens"] = rejected
-        drafted, accepted = usage.draft_tokens
-        drafts = {"draft_tokens": drafted, "accepted_draft_tokens": accepted}
         return {
             "prompt_tokens": usage.prompt_tokens,
             "completion_tokens": usage.completion_tokens,
             "total_tokens": usage.prompt_tokens + usage.completion_tokens,
             "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
             **({"completion_tokens_details": details} if details else {}),
-            **({"draft_tokens_details": drafts} if drafted else {}),
+            **usage.draft_details,
         }

@@ -53,7 +53,7 @@ class MessagesFormatter:
     def whole(self, outputs: Sequence[Sequence[RequestOutput]], usage: Usage) -> dict[str, Any]:
         for output in outputs[0]:
             self.events(0, output, usage)
-        return self._message | {"usage": _usage(usage)}
+        return self._message | {"usage": _usage(usage) | usage.draft_details}
 
     def events(self, index: int, output: RequestOutput, usage: Usage) -> Sequence[ServerSentEvent]:
         if not self._begun:
@@ -85,7 +85,7 @@ class MessagesFormatter:
 
     def last_events(self, usage: Usage) -> Sequence[ServerSentEvent]:
         delta = {name: self._message[name] for name in ("stop_reason", "stop_sequence")}
-        self._tell("message_delta", delta=delta, usage=_usage(usage))
+        self._tell("message_delta", delta=delta, usage=_usage(usage) | usage.draft_details)
         self._tell("message_stop")
         return self._events
 

@@ -135,6 +135,7 @@ class ResponsesFormatter:
             "output_tokens": usage.completion_tokens,
             "output_tokens_details": {"reasoning_tokens": self._parser.reasoning_tokens},
             "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+            **usage.draft_details,
         }
         self._ended(self.response)
         self._tell(f"response.{self.response['status']}", response=self.response)

@@ -64,6 +64,7 @@ export class Conversation {
     this.changed();
     const started = performance.now();
     const progress = { text: "", thought: "", calls: [], started, first: 0, last: 0, events: 0 };
+    progress.origins = new Origins();
     const draw = throttled(() => this.#draw(answer, progress));
     let failure = null;
     let stopped = false;
@@ -71,7 +72,10 @@ export class Conversation {
       const messages = system ? [{ role: "system", content: system }, ...turns] : turns;
       for await (const event of chat({ ...settings, messages }, this.#abort.signal)) {
         const [choice] = event.choices;
-        if (event.usage) progress.usage = event.usage;
+        if (event.usage) {
+          progress.usage = event.usage;
+          progress.origins.count(event.usage);
+        }
         if (choice?.finish_reason) progress.reason = choice.finish_reason;
         const { content, reasoning, tool_calls: calls } = choice?.delta ?? {};
         if (!content && !reasoning && !calls) continue;
@@ -81,6 +85,9 @@ export class Conversation {
         progress.text += content ?? "";
         progress.thought += reasoning ?? "";
         for (const part of calls ?? []) addCall(progress.calls, part);
+        progress.origins.add(
+          (reasoning ?? "") + (content ?? "") + (calls ?? []).map(writtenCall).join(""),
+        );
         draw();
       }
     } catch (error) {
@@ -114,7 +121,7 @@ export class Conversation {
     return { article, body, stats };
   }
 
-  #draw({ body, stats }, progress) {
+  #draw({ article, body, stats }, progress) {
     const { text, thought, calls } = progress;
     const { list } = this;
     const following = list.scrollHeight - list.scrollTop - list.clientHeight < 60;
@@ -122,7 +129,8 @@ export class Conversation {
     const folded = thought ? [body.querySelector("details.thought") ?? foldedThought()] : [];
     for (const { lastElementChild } of folded) lastElementChild.textContent = thought;
     body.replaceChildren(...folded, markdown(text), ...calls.map(shownCall));
-    stats.textContent = rates(progress).join(" · ");
+    stats.textContent = [...rates(progress), ...acceptance(progress)].join(" · ");
+    showDrafts(article, stats, progress.origins);
     if (following) list.scrollTop = list.scrollHeight;
   }
 
@@ -130,10 +138,7 @@ export class Conversation {
     const { first, started, reason } = progress;
     const parts = first ? [`${((first - started) / 1000).toFixed(2)} s to first token`] : [];
     parts.push(...rates(progress));
-    const drafts = progress.usage?.draft_tokens_details;
-    if (drafts) {
-      parts.push(`${drafts.accepted_draft_tokens} of ${drafts.draft_tokens} drafts accepted`);
-    }
+    parts.push(...acceptance(progress));
     if (stopped) parts.push("stopped");
     else if (reason === "length") parts.push("cut at max tokens");
     stats.textContent = parts.join(" · ");
@@ -163,11 +168,79 @@ function rates({ first, last, events, usage }) {
   return parts;
 }
 
+/** What became of an answer's draft tokens, if there are any. */
+function acceptance({ usage }) {
+  const drafts = usage?.draft_tokens_details;
+  return drafts ? [`${drafts.accepted_draft_tokens} of ${drafts.draft_tokens} drafts accepted`] : [];
+}
+
+/** Which parts of an answer's text were accepted drafts.
+ *
+ * A step's accepted tokens come first of its tokens, and every event counts both so far: as many
+ * tokens as the count of accepted ones grows by are a run. */
+class Origins {
+  runs = []; // {text, drafted, tokens}, where only drafted tokens are counted
+  #tokens = 0;
+  #accepted = 0;
+  #left = 0; // of the step's accepted tokens, those whose events are still to come
+  #drafted = false; // whether the newest tokens are accepted ones
+  #uncounted = 0; // how many of them no run has yet
+
+  /** Take an event's counts. Several events of one token have the same. */
+  count({ completion_tokens: tokens, draft_tokens_details: drafts }) {
+    const accepted = drafts?.accepted_draft_tokens ?? 0;
+    const came = tokens - this.#tokens;
+    this.#left += accepted - this.#accepted;
+    [this.#tokens, this.#accepted] = [tokens, accepted];
+    if (came <= 0) return;
+    // Text that was held back comes with a later token's: it is a draft's if all its tokens are.
+    this.#drafted = came <= this.#left;
+    this.#uncounted = this.#drafted ? came : 0;
+    this.#left = Math.max(this.#left - came, 0);
+  }
+
+  add(text) {
+    if (this.runs.at(-1)?.drafted !== this.#drafted) {
+      this.runs.push({ text: "", drafted: this.#drafted, tokens: 0 });
+    }
+    const run = this.runs.at(-1);
+    run.text += text;
+    run.tokens += this.#uncounted;
+    this.#uncounted = 0;
+  }
+}
+
+/** Show the runs beside the answer, folded: marks in rendered Markdown would cut through it. */
+function showDrafts(article, before, { runs }) {
+  const accepted = runs.filter((run) => run.drafted);
+  if (!accepted.length) return;
+  let details = article.querySelector("details.drafts");
+  if (!details) {
+    details = foldedText("drafts", "pre");
+    before.before(details);
+  }
+  const [summary, text] = details.children;
+  summary.textContent = `Accepted drafts: ${accepted.length} ${accepted.length === 1 ? "run" : "runs"}`;
+  text.replaceChildren(...runs.map(shownRun));
+}
+
+function shownRun({ text, drafted, tokens }) {
+  if (!drafted) return text;
+  const mark = Object.assign(document.createElement("mark"), { textContent: text });
+  mark.title = `${tokens} accepted draft ${tokens === 1 ? "token" : "tokens"}`;
+  return mark;
+}
+
 /** Add a piece of a streamed call to the calls so far. */
 function addCall(calls, { index, id, function: piece }) {
   calls[index] ??= { id, type: "function", function: { name: "", arguments: "" } };
   calls[index].function.name += piece?.name ?? "";
   calls[index].function.arguments += piece?.arguments ?? "";
+}
+
+/** A piece of a streamed call as text. */
+function writtenCall({ function: piece }) {
+  return (piece?.name ?? "") + (piece?.arguments ?? "");
 }
 
 function shownCall({ function: { name, arguments: text } }) {
@@ -181,9 +254,15 @@ function shownCall({ function: { name, arguments: text } }) {
 }
 
 function foldedThought() {
-  const details = Object.assign(document.createElement("details"), { className: "thought" });
-  const summary = Object.assign(document.createElement("summary"), { textContent: "Reasoning" });
-  details.append(summary, document.createElement("p"));
+  const details = foldedText("thought", "p");
+  details.firstElementChild.textContent = "Reasoning";
+  return details;
+}
+
+/** A summary, and an element of this kind for the text that is folded under it. */
+function foldedText(className, kind) {
+  const details = Object.assign(document.createElement("details"), { className });
+  details.append(document.createElement("summary"), document.createElement(kind));
   return details;
 }
 

@@ -129,7 +129,7 @@ def as_api_error(error: Exception, request_id: str) -> ApiError:
     if isinstance(error, ParameterError):
         return ApiError(400, str(error), param=error.parameter, code="invalid_value")
     if isinstance(error, GuideError):
-        return ApiError(500, str(error), code="guide_failed")
+        return ApiError(400, str(error), code="guide_failed")
     if isinstance(error, NothingAllowedError):
         return ApiError(400, str(error), code="nothing_allowed")
     if isinstance(error, NotANumberError):

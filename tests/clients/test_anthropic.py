@@ -48,6 +48,15 @@ def test_a_stream_makes_the_same_kind_of_message(client: anthropic.Anthropic) ->
     assert message.usage.output_tokens > 0
 
 
+def test_the_client_keeps_the_counts_of_drafts(client: anthropic.Anthropic) -> None:
+    asked = ask(max_tokens=48, extra_body={"temperature": 0})
+    with client.messages.stream(**asked) as stream:
+        (ended,) = (event for event in stream if event.type == "message_delta")
+    for usage in (client.messages.create(**asked).usage, ended.usage):
+        drafts: Any = (usage.model_extra or {})["draft_tokens_details"]
+        assert drafts["draft_tokens"] >= drafts["accepted_draft_tokens"] > 0
+
+
 def test_a_tool_is_called_and_its_result_sent_back(client: anthropic.Anthropic) -> None:
     choice: Any = {"type": "tool", "name": "clock", "disable_parallel_tool_use": True}
     with client.messages.stream(

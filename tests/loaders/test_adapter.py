@@ -437,6 +437,45 @@ def test_values_that_are_not_finite_are_refused(editable: Path, architecture: Ar
         load_adapter(editable, architecture)
 
 
+def test_values_beyond_16_bits_are_refused(editable: Path, architecture: Architecture) -> None:
+    tensors: dict[str, Tensor] = load_file(editable / WEIGHTS)
+    key = next(iter(tensors))
+    tensors[key][0, 0] = -70000.0
+    save_file(tensors, editable / WEIGHTS)
+    with pytest.raises(AdapterError, match=re.escape(f"{key} has a value of 7e+04, and 65504")):
+        load_adapter(editable, architecture)
+
+
+@pytest.mark.parametrize(
+    ("changes", "module"),
+    [
+        ({"lora_alpha": 1e12}, "model.layers.0"),
+        ({"lora_alpha": -1e300}, "model.layers.0"),
+        ({"lora_alpha": 1e12, "use_rslora": True}, "model.layers.0"),
+        ({"alpha_pattern": {r"layers\.1\.mlp\.up_proj": 1e12}}, "model.layers.1.mlp.up_proj"),
+    ],
+)
+def test_a_scale_beyond_16_bits_is_refused(
+    editable: Path, architecture: Architecture, changes: dict[str, Any], module: str
+) -> None:
+    configure(editable, **changes)
+    message = rf"what it adds to {re.escape(module)}\S* is scaled by .*lora_alpha"
+    with pytest.raises(AdapterError, match=message):
+        load_adapter(editable, architecture)
+
+
+def test_a_scale_beyond_16_bits_of_an_end_is_refused(
+    tiny_adapter: Callable[..., Path], tmp_path: Path, architecture: Architecture
+) -> None:
+    for module, name in (("lm_head", "the output layer"), ("embed_tokens", "the embedding")):
+        own = tiny_adapter(target_modules=["q_proj", module])
+        folder = Path(shutil.copytree(own, tmp_path / module))
+        load_adapter(folder, architecture)
+        configure(folder, alpha_pattern={module: 1e12})
+        with pytest.raises(AdapterError, match=f"what it adds to {name} is scaled by"):
+            load_adapter(folder, architecture)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

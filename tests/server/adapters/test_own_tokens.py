@@ -13,9 +13,12 @@ from transformers import AutoTokenizer
 
 from nybble.engine import AdapterConfig, Engine
 from nybble.loaders import open_checkpoint
+from nybble.server.adapters.archive import CONFIG as CONFIG_FILE
+from nybble.server.adapters.archive import MAX_BYTES, WEIGHTS
 
 from ..client import Client, run
 from ..conftest import CONFIG
+from .test_uploads import ADMIN, upload, zipped
 
 TEXT = "the <plan> fox<|tool|>zyx"
 
@@ -120,3 +123,87 @@ def test_logprobs_biases_and_grammars_speak_of_its_tokens(engine: Engine) -> Non
         assert '"zyx"' in found["choices"][0]["text"]
 
     run(engine, scenario)
+
+
+@pytest.mark.parametrize(
+    ("model", "token"), [("own", "<plan>"), ("own", "<|tool|>"), ("tiny", "<|im_start|>")]
+)
+def test_a_special_tokens_text_in_a_grammar_is_text(engine: Engine, model: str, token: str) -> None:
+    """The tokenizer would make the token of it, which no grammar takes for its text."""
+    pattern = token.replace("|", "\\|")
+    guides: list[dict[str, Any]] = [
+        {"guided_choice": [f"a{token}b"]},
+        {"guided_regex": f"a{pattern}b"},
+        {"guided_grammar": f'start: "a{token}b"'},
+        {"guided_grammar": f'root ::= "a{token}b"'},
+        {"guided_json": {"const": f"a{token}b"}},
+        {"guided_json": {"type": "string", "pattern": f"^a{pattern}b$"}},
+    ]
+
+    async def scenario(client: Client) -> None:
+        body = {"model": model, "prompt": TEXT, "max_tokens": 60, "temperature": 0}
+        for guide in guides:
+            found = await answer(client, "/v1/completions", **body, **guide)
+            said = found["choices"][0]
+            expected = f'"a{token}b"' if "guided_json" in guide else f"a{token}b"
+            assert (said["text"], said["finish_reason"]) == (expected, "stop"), guide
+        # A token by its name stays that token, which is not shown as text.
+        named = {"guided_grammar": f'start: {token} "b"', "skip_special_tokens": False}
+        found = await answer(client, "/v1/completions", **body, **named, logprobs=0)
+        assert found["choices"][0]["logprobs"]["tokens"] == [token, "b"]
+
+    run(engine, scenario)
+
+
+def test_a_grammar_that_cannot_be_followed_is_the_requests_error(engine: Engine) -> None:
+    """The token's text is put together of two, which is found out only while it is said."""
+
+    async def scenario(client: Client) -> None:
+        body = {"model": "own", "prompt": TEXT, "max_tokens": 60, "temperature": 0}
+        refused = await answer(
+            client, "/v1/completions", 400, **body, guided_grammar='start: "<pl" "an>"'
+        )
+        assert "guided decoding failed" in refused["error"]["message"]
+        assert "[322]" in refused["error"]["message"]
+
+    run(engine, scenario)
+
+
+def test_an_upload_has_its_tokens_and_template_too(
+    engine: Engine, folder: Path, tmp_path: Path
+) -> None:
+    """As files and in archives, in which other folders' tokenizers are left alone."""
+    own = AutoTokenizer.from_pretrained(folder)
+    contents = {path.name: path.read_bytes() for path in folder.iterdir()}
+    wanted = {name: content for name, content in contents.items() if name in MAX_BYTES}
+    assert set(contents) > set(wanted) > {CONFIG_FILE, WEIGHTS, "tokenizer.json"}
+    packed = {f"run/{name}": content for name, content in contents.items()}
+    packed["base/generation_config.json"] = b"{"
+
+    async def scenario(client: Client) -> None:
+        for name, files in (("files", wanted), ("archive", {"a.zip": zipped(packed)})):
+            info = await upload(client, files, lora_name=name)
+            assert info["own_tokens"] == 4
+            found = await answer(client, "/tokenize", model=name, prompt=TEXT)
+            assert found["tokens"] == own(TEXT)["input_ids"]
+            (version,) = (tmp_path / "uploads" / name).iterdir()
+            assert {path.name for path in version.iterdir()} == set(wanted)
+            messages = [{"role": "user", "content": "hi"}]
+            for model in (name, "own"):
+                chat = await answer(client, "/tokenize", model=model, messages=messages)
+                assert chat["tokens"][0] == own.convert_tokens_to_ids("<|tool|>")
+        # A version that is served again is so with its files.
+        first = info["version"]
+        plain = {name: contents[name] for name in (CONFIG_FILE, WEIGHTS)}
+        info = await upload(client, plain, lora_name="archive", load_inplace="true")
+        assert (info["version"] != first, info["own_tokens"]) == (True, 0)
+        path = "/v1/lora_adapters/archive/rollback"
+        async with client.post(path, json={"version": first}, headers=ADMIN) as response:
+            info = await response.json()
+            assert response.status == 200, info
+        assert (info["version"], info["own_tokens"]) == (first, 4)
+        for name in ("files", "archive"):
+            async with client.delete(f"/v1/lora_adapters/{name}", headers=ADMIN) as response:
+                assert response.status == 200
+
+    run(engine, scenario, admin_keys=["root"], adapter_roots=[tmp_path])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +19,7 @@ from aiohttp.test_utils import TestClient, TestServer
 from nybble.engine import AdapterConfig, Engine
 from nybble.loaders import open_checkpoint
 from nybble.server.adapters.archive import CONFIG as CONFIG_FILE
-from nybble.server.adapters.archive import WEIGHTS
+from nybble.server.adapters.archive import MAX_BYTES, WEIGHTS
 from nybble.server.adapters.disk_cache import AdapterDiskCache, CacheFullError
 from nybble.server.adapters.places import AdapterRegistry, AdapterSource, Found, PlaceError
 from nybble.server.adapters.resolver import AdapterResolver
@@ -273,6 +273,42 @@ def test_an_upload_goes_to_the_registry_and_a_deleted_one_leaves_it(
         assert (await ask(first, "b"))[0] == 404
 
     serve(engines, [shared(registry=str(tmp_path / "registry")) for _ in range(2)], scenario)
+
+
+def test_an_adapters_own_tokens_come_with_it_from_every_shared_place(
+    engines: list[Engine],
+    shared: Callable[..., SharedAdapters],
+    tiny_token_adapter: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    folder = tiny_token_adapter()
+    put(folder, "memory://loras/own")
+    names = [file.name for file in folder.iterdir() if file.name in MAX_BYTES]
+
+    async def published(client: Client, files: Sequence[str]) -> None:
+        form = FormData({"lora_name": "b", "load_inplace": "true"})
+        for file in files:
+            form.add_field("file", (folder / file).read_bytes(), filename=file)
+        async with client.post("/v1/lora_adapters", data=form, headers=ADMIN) as response:
+            assert response.status == 200, await response.text()
+
+    async def own_tokens(client: Client, name: str) -> int:
+        assert (await ask(client, name))[0] == 200
+        async with client.get(f"/v1/lora_adapters/{name}", headers=ADMIN) as response:
+            return int((await response.json())["own_tokens"])
+
+    async def scenario(first: Client, second: Client) -> None:
+        assert await own_tokens(first, "own") == 4
+        await published(first, names)
+        assert [await own_tokens(each, "b") for each in (first, second)] == [4, 4]
+        # The same weights without the tokenizer are another version.
+        await published(first, (CONFIG_FILE, WEIGHTS))
+        await asyncio.sleep(0.15)
+        await ask(second, "b")
+        assert [await own_tokens(each, "b") for each in (first, second)] == [0, 0]
+
+    registry = str(tmp_path / "registry")
+    serve(engines, [shared("own=memory://loras", registry=registry) for _ in range(2)], scenario)
 
 
 def test_a_replaced_folder_is_served_and_a_broken_one_leaves_the_last_good_version(

@@ -100,3 +100,22 @@ def test_a_server_with_a_draft_model_drafts_without_the_prediction_and_counts_no
         assert details.accepted_prediction_tokens == details.rejected_prediction_tokens == 0
         metrics = urlopen(process.url + "/metrics").read().decode()
         assert re.search(r"^nybble_draft_tokens_total{method=.draft.} [1-9]", metrics, re.MULTILINE)
+
+
+def test_every_api_counts_the_drafts_of_an_answer(drafting: ServerProcess) -> None:
+    client = OpenAI(base_url=drafting.url + "/v1", api_key="none", max_retries=0)
+    greedy: Any = {"model": "tiny", "temperature": 0, "input": "the quick fox"}
+    whole = client.responses.create(**greedy, max_output_tokens=48)
+    *_, last = client.responses.create(**greedy, max_output_tokens=48, stream=True)
+    assert last.type == "response.incomplete"
+    counted = [usage.model_dump() for usage in (whole.usage, last.response.usage) if usage]
+    body = {"model": "tiny", "temperature": 0, "messages": MESSAGES, "max_tokens": 48}
+    counted.append(json.loads(post(drafting.url + "/v1/messages", body))["usage"])
+    events = post(drafting.url + "/v1/messages", {**body, "stream": True}).decode().split("\n\n")
+    (ended,) = (event for event in events if event.startswith("event: message_delta\n"))
+    counted.append(json.loads(ended.partition("data: ")[2])["usage"])
+    assert len(counted) == 4
+    for usage in counted:
+        drafts = usage["draft_tokens_details"]
+        assert drafts["draft_tokens"] >= drafts["accepted_draft_tokens"] > 0
+        assert drafts["accepted_draft_tokens"] < usage["output_tokens"] == 48

@@ -93,6 +93,57 @@ def test_a_stream_has_the_same_reasoning_and_content(engine: Engine, n: int) -> 
     run(engine, scenario)
 
 
+def test_logprobs_are_those_of_all_tokens_of_reasoning_and_calls_too(engine: Engine) -> None:
+    """As in vLLM: in the order in which they were generated, with the markers between them."""
+    parameters = {"type": "object", "properties": {"a": {"enum": ["x"]}}, "required": ["a"]}
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    calls = {"tools": [tool], "tool_choice": "required", "parallel_tool_calls": False}
+    shown = "{% for tool in tools or [] %}{{ tool | tojson }}{% endfor %}<tool_call>"
+    engine.tokenizer.chat_template = shown + THINKS
+
+    async def scenario(client: Client) -> None:
+        body = {**BODY, **calls, "guided_regex": None, "logprobs": True, "top_logprobs": 1}
+        # Random weights would fill the answer with white space.
+        spaces = engine.tokenizer.convert_tokens_to_ids(["Ġ", "Ċ", "ĉ"])
+        body |= {"max_tokens": 800, "logit_bias": {str(space): -100 for space in spaces}}
+        async with client.post(CHAT, json=body) as response:
+            whole = await response.json()
+        assert response.status == 200, whole
+        (choice,) = whole["choices"]
+        message, told = choice["message"], choice["logprobs"]["content"]
+        assert choice["finish_reason"] == "tool_calls"
+        assert (message["content"], len(message["tool_calls"])) == (None, 1)
+        text = b"".join(bytes(entry["bytes"]) for entry in told).decode(errors="replace")
+        thought, _, rest = text.partition("</think>")
+        assert thought.strip() == message["reasoning"].strip() != ""
+        assert rest.strip().startswith("<tool_call>")
+        assert json.loads(message["tool_calls"][0]["function"]["arguments"]) == {"a": "x"}
+        # The grammar ends the answer, without a token of its own, of which there would be none.
+        assert len(told) == whole["usage"]["completion_tokens"]
+        for entry in told:
+            assert entry["logprob"] <= 0
+            assert len(entry["top_logprobs"]) == 1
+
+        async with client.post(CHAT, json={**body, "stream": True}) as response:
+            events = (await response.text()).strip().split("\n\n")[:-1]
+        chunks = [choice for event in events for choice in json.loads(event[6:])["choices"]]
+        entries = [
+            (chunk["delta"], entry)
+            for chunk in chunks
+            for entry in (chunk["logprobs"] or {"content": []})["content"]
+        ]
+        assert [entry["token"] for _, entry in entries] == [entry["token"] for entry in told]
+        values = [[entry["logprob"] for entry in each] for each in (told, [e for _, e in entries])]
+        assert values[0] == pytest.approx(values[1], abs=1e-4)
+        # They come with their text: those of reasoning before any of a call.
+        kinds = [next(iter(delta.keys() - {"reasoning_content"}), "") for delta, _ in entries]
+        assert kinds.index("tool_calls") > kinds.index("reasoning")
+        assert "reasoning" not in kinds[kinds.index("tool_calls") :]
+
+    run(engine, scenario)
+    engine.tokenizer.chat_template = THINKS
+
+
 def test_reasoning_can_be_left_out_or_left_in(engine: Engine) -> None:
     async def scenario(client: Client) -> None:
         hidden = (await ask(client, include_reasoning=False))["choices"][0]["message"]

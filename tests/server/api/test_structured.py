@@ -158,7 +158,7 @@ def test_what_nothing_matches_is_refused(
 
 def test_a_grammar_which_cannot_go_on_fails_instead_of_ending(client: OpenAI) -> None:
     grammar = {"guided_grammar": 'start: "a" /[^\\x00-\\U0010FFFF]/'}
-    with pytest.raises(openai.InternalServerError, match="guided decoding failed"):
+    with pytest.raises(openai.BadRequestError, match="guided decoding failed"):
         chat(client, extra_body=grammar, max_tokens=5)
 
 

@@ -18,8 +18,10 @@ from nybble.server.console.page import Console
 @dataclass
 class Scripted:
     """answer: sent in pieces, seconds apart; {model} stands for the request's. thought: sent before
-    it. call: name and arguments, sent behind it. key: needed, if any. asked: the bodies of
-    requests, ended: how many answers were sent whole; cut: how many the client went away from."""
+    it. accepted: of each piece, how many draft tokens the step accepted that begins with it; a
+    piece is a token. call: name and arguments, sent behind it. key: needed, if any. asked: the
+    bodies of requests, ended: how many answers were sent whole; cut: how many the client went away
+    from."""
 
     url: str = ""
     answer: str = "Hello."
@@ -32,6 +34,7 @@ class Scripted:
     metrics: str = "nybble_engine_healthy 1.0\n"
     models: tuple[tuple[str, str | None], ...] = (("base", None), ("pirate", "base"))
     usage: dict[str, Any] = field(default_factory=dict)
+    accepted: tuple[int, ...] = ()
     asked: list[dict[str, Any]] = field(default_factory=list)
     whole: int = 0
     cut: int = 0
@@ -75,8 +78,8 @@ class Scripted:
         try:
             if self.thought:
                 await _send(response, [{"delta": {"reasoning": self.thought}}])
-            for piece in pieces:
-                await _send(response, [{"delta": {"content": piece}}])
+            for at, piece in enumerate(pieces, 1):
+                await _send(response, [{"delta": {"content": piece}}], self._counts(at))
                 await asyncio.sleep(self.pause)
             reason = "stop"
             if self.call is not None:
@@ -89,13 +92,22 @@ class Scripted:
                     await _send(response, [{"delta": {"tool_calls": [more]}}])
                 reason = "tool_calls"
             await _send(response, [{"delta": {}, "finish_reason": reason}])
-            await _send(response, [], {"completion_tokens": len(pieces), **self.usage})
+            counts = self._counts(len(pieces)) or {"completion_tokens": len(pieces)}
+            await _send(response, [], {**counts, **self.usage})
             await response.write(b"data: [DONE]\n\n")
             self.whole += 1
         except (ConnectionError, asyncio.CancelledError):
             self.cut += 1
             raise
         return response
+
+    def _counts(self, tokens: int) -> dict[str, Any] | None:
+        """The usage so far, as a server with drafts counts it."""
+        if not self.accepted:
+            return None
+        accepted = sum(self.accepted[:tokens])
+        details = {"draft_tokens": accepted + 1, "accepted_draft_tokens": accepted}
+        return {"completion_tokens": tokens, "draft_tokens_details": details}
 
 
 async def _send(

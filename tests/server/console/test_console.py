@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,33 @@ def test_drafts_that_were_accepted_are_shown(page: Page, server: Scripted) -> No
     answer = page.ask("Count.")
     page.answered()
     assert "6 of 9 drafts accepted" in answer.find_element(By.CSS_SELECTOR, ".stats").text
+
+
+def test_the_runs_of_accepted_drafts_are_marked_while_the_answer_comes(
+    page: Page, server: Scripted
+) -> None:
+    server.answer, server.piece = "**ab**cdefghi<b>", 2
+    server.accepted = (0, 2, 0, 0, 1, 0, 0, 0)  # "ab" and "**" were drafted, then "ef"
+    server.pause = 0.3
+    answer = page.ask("Count.")
+    page.until(lambda: "2 of 3 drafts accepted" in answer.text)
+    assert "tokens/s" in answer.find_element(By.CSS_SELECTOR, ".stats").text
+    assert "busy" in answer.get_attribute("class")
+    page.answered()
+    folded = answer.find_element(By.CSS_SELECTOR, "details.drafts")
+    summary = folded.find_element(By.CSS_SELECTOR, "summary")
+    assert summary.text == "Accepted drafts: 2 runs"
+    assert not folded.find_element(By.CSS_SELECTOR, "pre").is_displayed()
+    page.chrome.execute_script("arguments[0].focus()", summary)
+    ActionChains(page.chrome).send_keys(Keys.ENTER).perform()
+    assert folded.find_element(By.CSS_SELECTOR, "pre").text == server.answer
+    marks = folded.find_elements(By.CSS_SELECTOR, "mark")
+    assert [(mark.text, mark.get_attribute("title")) for mark in marks] == [
+        ("ab**", "2 accepted draft tokens"),
+        ("ef", "1 accepted draft token"),
+    ]
+    assert "underline" in marks[0].value_of_css_property("text-decoration-line")
+    assert page.complaints() == []
 
 
 @pytest.mark.parametrize("by", ["button", "escape"])
@@ -459,15 +487,21 @@ def test_it_fits_a_narrow_window(page: Page) -> None:
 def test_a_real_model_answers_on_it(
     chromium: webdriver.Chrome, tiny_model: Callable[..., Path]
 ) -> None:
-    with running_server(tiny_model(), "--api-key", "k") as server:
+    with running_server(tiny_model(), "--api-key", "k", "--speculate", "ngram") as server:
         page = Page(chromium, server.url)
         page.find("key").send_keys("k", Keys.TAB)
         page.until(lambda: Select(page.find("model")).first_selected_option.text == "tiny")
         page.find("max_tokens").clear()
-        page.find("max_tokens").send_keys("12")
+        page.find("max_tokens").send_keys("60")
+        page.find("temperature").send_keys("0")
         answer = page.ask("hello")
         page.answered()
-        assert "to first token" in answer.find_element(By.CSS_SELECTOR, ".stats").text
+        stats = answer.find_element(By.CSS_SELECTOR, ".stats").text
+        assert "to first token" in stats
+        accepted = re.search(r"(\d+) of \d+ drafts accepted", stats)
+        assert accepted is not None
+        titles = [each.get_attribute("title") for each in page.all("details.drafts mark")]
+        assert 0 < sum(int(title.split()[0]) for title in titles) <= int(accepted[1])
         page.until(lambda: page.find("health").text.startswith("ready"))
         assert not page.all(".problem")
         assert [m for m in page.complaints() if "401" not in m] == []
