@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import resource
 import signal
 import subprocess
 import threading
@@ -108,6 +110,25 @@ def test_a_rank_that_dies_or_hangs_in_a_step_ends_the_server(
     assert said in body["error"]["message"]
     assert server.exit_code() == 70
     assert said in server.lines[-1]
+    assert gone(ranks)
+
+
+@pytest.mark.slow
+def test_a_rank_without_memory_ends_the_server(server: Process) -> None:
+    ranks = ranks_of(server)
+    with streaming(server) as response:
+        resource.prlimit(ranks[0], resource.RLIMIT_AS, (1, 1))  # it gets no more
+        status, body = ask(
+            server.origin + COMPLETIONS, LONG | {"prompt": [5] * 3000, "max_tokens": 1}
+        )
+        last = [line for line in response.read().splitlines() if line][-1]
+    event = json.loads(last.removeprefix(b"data: "))
+    assert event["error"]["code"] == body["error"]["code"] == "engine_failed"
+    assert status == 500
+    # An allocation fails, or the stack cannot grow.
+    ways = r"rank 1(: .*[Mm]emory| was ended by SIG(SEGV|ABRT|BUS|KILL))"
+    assert re.search(ways, body["error"]["message"])
+    assert server.exit_code() == 70
     assert gone(ranks)
 
 

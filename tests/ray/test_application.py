@@ -189,9 +189,7 @@ def test_affinity_a_kill_and_a_rolling_update(site: Callable[..., Site]) -> None
     assert set(load.statuses) == {200}
 
 
-def test_no_process_of_ray_is_between_a_client_and_its_server(
-    site: Callable[..., Site], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_no_process_of_ray_is_between_a_client_and_its_server(site: Callable[..., Site]) -> None:
     nybble = site(min_replicas=2, max_replicas=2)
     nybble.until(lambda: len(nybble.servers()) == 2)
     streams = 16
@@ -202,7 +200,6 @@ def test_no_process_of_ray_is_between_a_client_and_its_server(
         texts.append(nybble.stream(f"a{i % 8}", began[i].set, tokens=1000))
 
     threads = [threading.Thread(target=stream, args=(i,)) for i in range(streams)]
-    before = cpu_seconds_of_ray()
     for thread in threads:
         thread.start()
     for each in began:
@@ -210,7 +207,6 @@ def test_no_process_of_ray_is_between_a_client_and_its_server(
     found = connections()
     for thread in threads:
         thread.join()
-    used = cpu_seconds_of_ray() - before
     # HAProxy has the clients' connections, and from it there is one to a server for each.
     front = int(nybble.url.rpartition(":")[2])
     servers = {int(address.rpartition(":")[2]): address for address in nybble.servers()}
@@ -224,8 +220,6 @@ def test_no_process_of_ray_is_between_a_client_and_its_server(
     assert not any("ProxyActor" in command for command in commands().values())
     chunks = "".join(texts).count("data: {")
     assert chunks > streams * 500  # a token may be a part of a character
-    with capsys.disabled():
-        print(f"\n{chunks} chunks, {1000 * used / chunks:.3f} ms of Ray's CPU time for each")
 
 
 def connections() -> list[tuple[int, int, int]]:
@@ -260,17 +254,6 @@ def commands() -> dict[int, str]:
         with suppress(OSError):
             found[int(folder.name)] = (folder / "cmdline").read_bytes().decode(errors="replace")
     return found
-
-
-def cpu_seconds_of_ray() -> float:
-    """Of Ray's own processes and actors, without what they have started."""
-    total = 0
-    for pid, command in commands().items():
-        if command.startswith("ray::") or "/ray/core/" in command or "/ray/_private/" in command:
-            with suppress(OSError):
-                fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-                total += int(fields[11]) + int(fields[12])
-    return total / os.sysconf("SC_CLK_TCK")
 
 
 def test_a_single_server_is_replaced_without_a_moment_with_none(site: Callable[..., Site]) -> None:
