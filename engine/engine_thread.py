@@ -42,7 +42,8 @@ from nybble.loaders import AdapterError
 
 logger = logging.getLogger(__name__)
 
-_PATIENCE_SECONDS = 3.0
+# How long the thread may take to see that the engine has failed, and then to end.
+_PATIENCE_SECONDS = 1.0
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,7 @@ _SILENCE = 5.0
 # A machine that sleeps, or a process that is stopped, is not taken for a rank that hangs: of the
 # time between two looks no more than this counts.
 _LONGEST_LOOK = 1.0
+_LOOK_SECONDS = 0.5
 # Time for the first report of a failure to be followed by its cause.
 _CAUSE_SECONDS = 0.5
 _END_SECONDS = 5.0
@@ -216,7 +217,7 @@ class Ranks(NoRanks):
         silent = [0.0] * len(self._processes)
         before = time.monotonic()
         while not self._closing:
-            wait(self._reports, 0.5)
+            wait(self._reports, _LOOK_SECONDS)
             now = time.monotonic()
             passed, before = min(now - before, _LONGEST_LOOK), now
             found: list[Failed | Lost] = []

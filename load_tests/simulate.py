@@ -22,6 +22,7 @@ import bisect
 import hashlib
 import heapq
 import itertools
+import math
 import random
 from collections import Counter, OrderedDict
 from collections.abc import Callable
@@ -112,59 +113,92 @@ class BoundedHash:
         raise AssertionError("a replica below the mean always exists")
 
 
-def capacity(arguments: argparse.Namespace) -> None:
-    weights = 1 / np.arange(1, arguments.adapters + 1) ** arguments.zipf
+@dataclass
+class World:
+    """What capacity simulates.
+
+    rate: requests/s. zipf: exponent. service: seconds of a request. seconds: counted, after as many
+    to warm up.
+    """
+
+    replicas: int = 800
+    rate: float = 10_000
+    adapters: int = 100_000
+    zipf: float = 1.0
+    slots: int = 64
+    host: int = 128
+    service: float = 6.5
+    seconds: float = 30
+
+    @property
+    def requests(self) -> int:
+        return int(self.rate * self.seconds)
+
+
+ROUTINGS = ("random", "two", "hash")
+
+
+def route(world: World, routing: str) -> tuple[list[Replica], list[set[int]]]:
+    """The replicas at the end, and the adapters each had meanwhile. The same for the same world.
+
+    routing: one of ROUTINGS.
+    """
+    rng, numbers = random.Random(0), np.random.default_rng(0)
+    weights = 1 / np.arange(1, world.adapters + 1) ** world.zipf
     shares = np.cumsum(weights / weights.sum())
-    count = int(arguments.rate * arguments.seconds)
+    drawn = np.searchsorted(shares, numbers.random(2 * world.requests)).tolist()
+    gaps = numbers.exponential(1 / world.rate, 2 * world.requests).tolist()
+    replicas = [Replica(world.slots, world.host) for _ in range(world.replicas)]
+    place = {id(replica): i for i, replica in enumerate(replicas)}
+    ending: list[tuple[float, int, int]] = []
+
+    def spread(adapter: int) -> Replica:
+        return replicas[rng.randrange(len(replicas))]
+
+    def two(adapter: int) -> Replica:
+        one, other = rng.choice(replicas), rng.choice(replicas)
+        return one if one.load <= other.load else other
+
+    hashed = BoundedHash(replicas, lambda: len(ending))
+    policies: dict[str, Callable[[int], Replica]]
+    policies = {"random": spread, "two": two, "hash": hashed}
+    choose = policies[routing]
+    now = 0.0
+    seen: list[set[int]] = [set() for _ in replicas]
+    for i, (adapter, gap) in enumerate(zip(drawn, gaps, strict=True)):
+        now += gap
+        while ending and ending[0][0] <= now:
+            _, at, ended = heapq.heappop(ending)
+            replicas[at].end(ended)
+        if i == world.requests:
+            for each in replicas:
+                each.requests = each.fills = each.reads = each.without_slot = 0
+        replica = choose(adapter)
+        replica.begin(adapter)
+        if i >= world.requests:
+            seen[place[id(replica)]].add(adapter)
+        heapq.heappush(ending, (now + world.service, place[id(replica)], adapter))
+    return replicas, seen
+
+
+def capacity(world: World) -> None:
     print(
-        f"{arguments.rate:g} requests/s of {arguments.service:g} s each, {arguments.adapters:,} "
-        f"adapters (Zipf {arguments.zipf:g}), {arguments.replicas} replicas of {arguments.slots} "
-        f"slots and {arguments.host} host copies; {arguments.seconds:g} s after as many to warm up"
+        f"{world.rate:g} requests/s of {world.service:g} s each, {world.adapters:,} "
+        f"adapters (Zipf {world.zipf:g}), {world.replicas} replicas of {world.slots} "
+        f"slots and {world.host} host copies; {world.seconds:g} s after as many to warm up"
     )
     print("| routing | fills/s | of requests | reads/s | no slot free | adapters each | load p99 |")
     print("|---|---|---|---|---|---|---|")
-    for name in ("random", "two", "hash"):
-        rng = random.Random(0)
-        numbers = np.random.default_rng(0)
-        drawn = np.searchsorted(shares, numbers.random(2 * count)).tolist()
-        gaps = numbers.exponential(1 / arguments.rate, 2 * count).tolist()
-        replicas = [Replica(arguments.slots, arguments.host) for _ in range(arguments.replicas)]
-        ending: list[tuple[float, int, int]] = []
-        place = {id(replica): i for i, replica in enumerate(replicas)}
-        hashed = BoundedHash(replicas, lambda ending=ending: len(ending))  # type: ignore[misc]
-
-        def spread(adapter: int, rng: random.Random = rng, to: list[Replica] = replicas) -> Replica:
-            return to[rng.randrange(len(to))]
-
-        def two(adapter: int, rng: random.Random = rng, to: list[Replica] = replicas) -> Replica:
-            one, other = rng.choice(to), rng.choice(to)
-            return one if one.load <= other.load else other
-
-        policies: dict[str, Callable[[int], Replica]]
-        policies = {"random": spread, "two": two, "hash": hashed}
-        choose = policies[name]
-        now = 0.0
-        seen: list[set[int]] = [set() for _ in replicas]
-        for i, (adapter, gap) in enumerate(zip(drawn, gaps, strict=True)):
-            now += gap
-            while ending and ending[0][0] <= now:
-                _, at, ended = heapq.heappop(ending)
-                replicas[at].end(ended)
-            if i == count:
-                for each in replicas:
-                    each.requests = each.fills = each.reads = each.without_slot = 0
-            replica = choose(adapter)
-            replica.begin(adapter)
-            if i >= count:
-                seen[place[id(replica)]].add(adapter)
-            heapq.heappush(ending, (now + arguments.service, place[id(replica)], adapter))
-        seconds = arguments.seconds
+    for name in ROUTINGS:
+        replicas, seen = route(world, name)
         fills, reads = (sum(getattr(r, key) for r in replicas) for key in ("fills", "reads"))
         load = quantiles((replica.load for replica in replicas), n=100)[98]
         waiting = sum(replica.without_slot for replica in replicas)
         print(
-            f"| {name} | {fills / seconds:,.0f} ({fills / seconds / len(replicas):.2f} each) "
-            f"| {fills / count:.1%} | {reads / seconds:,.0f} | {waiting / count:.1%} "
+            f"| {name} | {fills / world.seconds:,.0f} "
+            f"({fills / world.seconds / len(replicas):.2f} each) "
+            f"| {fills / world.requests:.1%} | {reads / world.seconds:,.0f} "
+            f"| {waiting / world.requests:.1%} "
             f"| {mean(map(len, seen)):.0f} | {load:.0f} |",
             flush=True,
         )
@@ -189,21 +223,24 @@ PROMPT, OUTPUTS, SEATS = 256, (32, 96), 16
 STEP, FLOOD, ASKED = 0.02, 64, 16  # seconds; waiting requests of each tenant at a replica
 
 
-def fairness(_: argparse.Namespace) -> None:
+def fairness() -> None:
     print("| the quiet tenant's requests go to | its tokens | the flooding one's | its share |")
     print("|---|---|---|---|")
     for name, places in (("all replicas in turn", (0, 1, 2)), ("one replica", (0,))):
-        served = _flooded(places, seconds=300)
+        served = sum(flooded(places, seconds=300), Counter[str]())
         quiet, flood = served["quiet"], served["flood"]
         print(f"| {name} | {quiet:,} | {flood:,} | {quiet / (quiet + flood):.0%} |")
 
 
-def _flooded(places: tuple[int, ...], seconds: float) -> Counter[str]:
-    """Three replicas, each with FLOOD waiting requests of one tenant; the other asks for more than
-    it gets, at these replicas."""
+def flooded(places: tuple[int, ...], seconds: float) -> list[Counter[str]]:
+    """Tokens of each tenant at each of three replicas.
+
+    The tenant "flood" has FLOOD waiting requests at each; "quiet" asks for more than it gets, at
+    these replicas.
+    """
     queues = [FairQueue(credit=1000) for _ in range(3)]
     running: list[list[list[Any]]] = [[] for _ in queues]
-    served: Counter[str] = Counter()
+    served: list[Counter[str]] = [Counter() for _ in queues]
     turn, rng = itertools.cycle(places), random.Random(0)
     for _ in range(int(seconds / STEP)):
         queued = {i: Counter(each.tenant for each in queue) for i, queue in enumerate(queues)}
@@ -212,7 +249,7 @@ def _flooded(places: tuple[int, ...], seconds: float) -> Counter[str]:
                 queue.push(cast(Sequence, Waiting("flood")))
         for _ in range(ASKED * len(places) - sum(queued[i]["quiet"] for i in places)):
             queues[next(turn)].push(cast(Sequence, Waiting("quiet")))
-        for queue, batch in zip(queues, running, strict=True):
+        for queue, batch, tokens in zip(queues, running, served, strict=True):
             while len(batch) < SEATS:
                 heads = [cast(Waiting, queue.of(tenant)[0]) for tenant in queue.tenants]
                 if not heads:
@@ -223,28 +260,52 @@ def _flooded(places: tuple[int, ...], seconds: float) -> Counter[str]:
                 batch.append([best, rng.randint(*OUTPUTS)])
             for sequence in batch:
                 sequence[0].counter.value += OUTPUT_COST / sequence[0].weight
-                served[sequence[0].tenant] += 1
+                tokens[sequence[0].tenant] += 1
                 sequence[1] -= 1
             batch[:] = [sequence for sequence in batch if sequence[1]]
     return served
 
 
-def main() -> None:
+def _at_least(least: float, kind: type[int] | type[float]) -> Callable[[str], Any]:
+    """Reads an argument that is a finite number from ``least`` on."""
+
+    def read(text: str) -> int | float:
+        value = kind(text)
+        if not least <= value < math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is not a number from {least:g} on")
+        return value
+
+    read.__name__ = kind.__name__  # as argparse says what it expected
+    return read
+
+
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    commands = parser.add_subparsers(required=True)
+    commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("capacity")
-    one.add_argument("--replicas", type=int, default=800)
-    one.add_argument("--rate", type=float, default=10_000)
-    one.add_argument("--adapters", type=int, default=100_000)
-    one.add_argument("--zipf", type=float, default=1.0)
-    one.add_argument("--slots", type=int, default=64)
-    one.add_argument("--host", type=int, default=128, help="host copies of a replica")
-    one.add_argument("--service", type=float, default=6.5, help="seconds of a request")
-    one.add_argument("--seconds", type=float, default=30)
-    one.set_defaults(run=capacity)
-    commands.add_parser("fairness").set_defaults(run=fairness)
-    arguments = parser.parse_args()
-    arguments.run(arguments)
+    count, rational = _at_least(1, int), _at_least(1e-3, float)
+    # With one replica there is nothing to choose.
+    for name, read, said in (
+        ("replicas", _at_least(2, int), ""),
+        ("rate", rational, "requests/s"),
+        ("adapters", count, ""),
+        ("zipf", _at_least(0, float), "exponent; 0 if all adapters are asked for alike"),
+        ("slots", count, "adapters that a replica computes with at a time"),
+        ("host", count, "host copies of a replica"),
+        ("service", rational, "seconds of a request"),
+        ("seconds", rational, "counted, after as many to warm up"),
+    ):
+        default = getattr(World, name)
+        one.add_argument(f"--{name}", type=read, default=default, help=f"{said} ({default:g})")
+    commands.add_parser("fairness")
+    given = vars(parser.parse_args(arguments))
+    if given.pop("command") == "fairness":
+        fairness()
+        return
+    world = World(**given)
+    if not world.requests:
+        one.error(f"--rate {world.rate:g} for --seconds {world.seconds:g} is not one request")
+    capacity(world)
 
 
 if __name__ == "__main__":

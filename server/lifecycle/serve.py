@@ -9,6 +9,7 @@ import signal
 import socket
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 
 from aiohttp import web
 
@@ -28,6 +29,9 @@ logger = logging.getLogger(__name__)
 _KEEPALIVE_SECONDS = 75
 # Time to send the last bytes of responses once everything is computed.
 _FLUSH_SECONDS = 5
+# The same after a failure, when every client has been told: for requests, and for connections. A
+# client that reads nothing does not keep a supervisor waiting.
+_FAILED_SECONDS = 1.0
 
 
 class EngineStuckError(EngineFailedError):
@@ -81,7 +85,7 @@ async def serve(
         await web.SockSite(runner, sock, backlog=BACKLOG, ssl_context=settings.tls).start()
         ready()
         await stopping.wait()
-        timeout = settings.shutdown_timeout if engine.failure is None else _FLUSH_SECONDS
+        timeout = settings.shutdown_timeout if engine.failure is None else _FAILED_SECONDS
         logger.info(
             "shutting down: finishing requests for at most %g s; a second signal (Ctrl-C) ends "
             "them at once",
@@ -95,7 +99,9 @@ async def serve(
             watch.cancel()
         # The engine first, so that open streams get an error event; then the connections.
         await asyncio.to_thread(engine.stop)
-        await runner.cleanup()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(None if engine.failure is None else _FAILED_SECONDS):
+                await runner.cleanup()
         templates.close()
         if settings.tracing is not None:
             await asyncio.to_thread(settings.tracing.close)

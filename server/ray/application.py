@@ -281,6 +281,10 @@ class Balancer:
     async def servers(self) -> list[str]:
         return [address for address in self._places if address is not None]
 
+    async def requests(self) -> int:
+        """How many requests came for a server, whether or not there was one; without probes."""
+        return _requests(await self._rows())
+
     async def check_health(self) -> None:
         if self._process.returncode is not None:
             raise RuntimeError(f"haproxy ended with code {self._process.returncode}")
@@ -298,7 +302,7 @@ class Balancer:
         while True:
             await asyncio.sleep(_POLL_SECONDS)
             rows = await self._rows()
-            came = sum(int(row["stot"]) for row in rows if row["svname"] == "BACKEND")
+            came = _requests(rows)
             if came > seen and not await self.servers():
                 logger.info("a request came, and there is no server: one is started")
                 server = serve.get_deployment_handle(SERVER, self._application)
@@ -330,6 +334,10 @@ class Balancer:
         answer = (await reader.read()).decode().strip()
         writer.close()
         return answer
+
+
+def _requests(rows: list[dict[str, str]]) -> int:
+    return sum(int(row["stot"]) for row in rows if row["svname"] == "BACKEND")
 
 
 class SequencePolicy:

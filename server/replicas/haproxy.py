@@ -47,10 +47,12 @@ defaults
 frontend api
     bind {bind}{tls}
     option http-buffer-request
-    # Is any server up?
-    acl asks_health path /health
+    # Is any server up? No server is asked, so that where they are scaled to none, probes wake none.
+    acl asks_health path /health /ping
     acl any_is_up nbsrv(servers) gt 0
     http-request return status 200 content-type application/json {ok} if asks_health any_is_up
+    http-request return status 503 content-type application/json {unavailable} \
+hdr Retry-After 5 if asks_health
     # This speaks of one server, and would reach any.
     acl scrapes path /metrics
     http-request return status 404 content-type application/json {metrics} if scrapes

@@ -294,6 +294,41 @@ def test_a_killed_server_is_left_by_all_though_the_other_is_busy(
             fake.server_close()
 
 
+@needs_haproxy
+def test_probes_are_answered_without_a_server(tmp_path: Path) -> None:
+    """Where requests start a server, as on Ray, a probe is none."""
+    port, control, file = free_ports(1), tmp_path / "control", tmp_path / "haproxy.cfg"
+    file.write_text(configuration(f"127.0.0.1:{port}", [None], control, alive_path="/alive"))
+    process = subprocess.Popen(
+        ["haproxy", "-db", "-f", str(file)],
+        env={**os.environ, "PATH": os.environ["PATH"] + ":/usr/sbin"},
+    )
+
+    def came() -> int:
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.connect(str(control))
+            sock.sendall(b"show stat servers 2 -1\n")
+            names, values, *_ = sock.makefile().read().splitlines()
+        return int(dict(zip(names.split(","), values.split(","), strict=True))["stot"])
+
+    try:
+        until(lambda: not refuses(port))
+        url = f"http://127.0.0.1:{port}"
+        answers = [httpx.get(f"{url}{path}") for path in ("/health", "/ping", "/alive")]
+        assert came() == 0
+        answers.append(httpx.get(f"{url}/v1/models"))
+        assert [answer.status_code for answer in answers] == [503, 503, 200, 503]
+        assert came() == 1
+        unavailable = answers[-1]
+        assert unavailable.json()["error"]["code"] == "unavailable"
+        for probe in answers[:2]:
+            assert probe.json() == unavailable.json()
+            assert probe.headers["Retry-After"] == unavailable.headers["Retry-After"]
+    finally:
+        process.kill()
+        process.wait()
+
+
 def until(done: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 60
     while not done():

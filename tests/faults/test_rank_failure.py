@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import resource
 import signal
 import subprocess
 import threading
@@ -14,6 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from nybble.engine import engine_thread
+from nybble.engine import ranks as rank_processes
+from nybble.server.lifecycle import serve
 
 from .conftest import Process, ask, opened
 
@@ -95,7 +101,6 @@ def test_a_rank_that_dies_or_hangs_in_a_step_ends_the_server(
         asking.start()
         time.sleep(0.5)
         os.kill(ranks[0], number)
-        began = time.monotonic()
         last = [line for line in response.read().splitlines() if line][-1]
     asking.join()
     event = json.loads(last.removeprefix(b"data: "))
@@ -104,9 +109,39 @@ def test_a_rank_that_dies_or_hangs_in_a_step_ends_the_server(
     assert status == 500
     assert said in body["error"]["message"]
     assert server.exit_code() == 70
-    assert time.monotonic() - began < 60  # 10 on a machine that does nothing else
     assert said in server.lines[-1]
     assert gone(ranks)
+
+
+@pytest.mark.slow
+def test_a_rank_without_memory_ends_the_server(server: Process) -> None:
+    ranks = ranks_of(server)
+    with streaming(server) as response:
+        resource.prlimit(ranks[0], resource.RLIMIT_AS, (1, 1))  # it gets no more
+        status, body = ask(
+            server.origin + COMPLETIONS, LONG | {"prompt": [5] * 3000, "max_tokens": 1}
+        )
+        last = [line for line in response.read().splitlines() if line][-1]
+    event = json.loads(last.removeprefix(b"data: "))
+    assert event["error"]["code"] == body["error"]["code"] == "engine_failed"
+    assert status == 500
+    # An allocation fails, or the stack cannot grow.
+    ways = r"rank 1(: .*[Mm]emory| was ended by SIG(SEGV|ABRT|BUS|KILL))"
+    assert re.search(ways, body["error"]["message"])
+    assert server.exit_code() == 70
+    assert gone(ranks)
+
+
+def test_the_process_ends_within_ten_seconds_of_a_failure() -> None:
+    """By what the code waits for, at most, one after the other: no clock is read here, because a
+    busy machine is slower (2 and 7 s, killed and stopped, on two cores of which others use one)."""
+    found = (
+        rank_processes._SILENCE + rank_processes._LOOK_SECONDS
+    )  # of a rank that hangs; the longest
+    killed = rank_processes._LOOK_SECONDS + rank_processes._CAUSE_SECONDS
+    # The engine's thread, twice: to see it, and to end. Clients: requests, and connections.
+    told = 2 * engine_thread._PATIENCE_SECONDS + 2 * serve._FAILED_SECONDS
+    assert max(found, killed) + told < 10
 
 
 @pytest.mark.slow

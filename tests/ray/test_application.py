@@ -12,6 +12,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,11 @@ class Site:
         handle = serve.get_deployment_handle("Balancer", "balancer")
         return sorted(handle.servers.remote().result())
 
+    def requests(self) -> int:
+        """How many were for a server, whether or not there was one."""
+        handle = serve.get_deployment_handle("Balancer", "balancer")
+        return int(handle.requests.remote().result())
+
     def until(self, done: Callable[[], bool], seconds: float = 120) -> None:
         deadline = time.monotonic() + seconds
         while not done():
@@ -97,10 +103,6 @@ class Site:
             text=True,
         )
         pids = {int(pid) for pid in found.stdout.split()}
-
-        def parent(pid: int) -> int:
-            return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
-
         (server,) = (pid for pid in pids if parent(pid) not in pids)  # not the keeper beside it
         return server
 
@@ -187,6 +189,73 @@ def test_affinity_a_kill_and_a_rolling_update(site: Callable[..., Site]) -> None
     assert set(load.statuses) == {200}
 
 
+def test_no_process_of_ray_is_between_a_client_and_its_server(site: Callable[..., Site]) -> None:
+    nybble = site(min_replicas=2, max_replicas=2)
+    nybble.until(lambda: len(nybble.servers()) == 2)
+    streams = 16
+    began = [threading.Event() for _ in range(streams)]
+    texts: list[str] = []
+
+    def stream(i: int) -> None:
+        texts.append(nybble.stream(f"a{i % 8}", began[i].set, tokens=1000))
+
+    threads = [threading.Thread(target=stream, args=(i,)) for i in range(streams)]
+    for thread in threads:
+        thread.start()
+    for each in began:
+        assert each.wait(60)
+    found = connections()
+    for thread in threads:
+        thread.join()
+    # HAProxy has the clients' connections, and from it there is one to a server for each.
+    front = int(nybble.url.rpartition(":")[2])
+    servers = {int(address.rpartition(":")[2]): address for address in nybble.servers()}
+    assert Counter(name(pid) for pid, local, _ in found if local == front) == {"haproxy": streams}
+    behind = Counter(name(pid) for pid, _, remote in found if remote in servers)
+    assert behind["haproxy"] >= streams  # and Ray asks for health and load
+    for port, address in servers.items():
+        server, holders = nybble.pid(address), {pid for pid, local, _ in found if local == port}
+        assert server in holders
+        assert {parent(pid) for pid in holders - {server}} <= {server}  # for its last words
+    assert not any("ProxyActor" in command for command in commands().values())
+    chunks = "".join(texts).count("data: {")
+    assert chunks > streams * 500  # a token may be a part of a character
+
+
+def connections() -> list[tuple[int, int, int]]:
+    """Of each end of a TCP connection of this machine, each process that has it, its port, and the
+    other's."""
+    holders: dict[str, set[int]] = {}
+    for link in Path("/proc").glob("[0-9]*/fd/*"):
+        with suppress(OSError):
+            holders.setdefault(os.readlink(link), set()).add(int(link.parts[2]))
+    found = []
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        for line in Path(table).read_text().splitlines()[1:]:
+            _, local, remote, state, *_, inode = line.split()[:10]
+            here, there = (int(end.rpartition(":")[2], 16) for end in (local, remote))
+            if state == "01":
+                found += [(pid, here, there) for pid in holders.get(f"socket:[{inode}]", ())]
+    return found
+
+
+def parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+
+
+def name(pid: int) -> str:
+    return Path(f"/proc/{pid}/comm").read_text().strip()
+
+
+def commands() -> dict[int, str]:
+    """The command lines of all processes."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            found[int(folder.name)] = (folder / "cmdline").read_bytes().decode(errors="replace")
+    return found
+
+
 def test_a_single_server_is_replaced_without_a_moment_with_none(site: Callable[..., Site]) -> None:
     alone = {"min_replicas": 1, "max_replicas": 1, "surge_percent": 100}
     nybble = site(**alone)
@@ -204,6 +273,8 @@ def test_it_scales_with_the_load_and_to_zero_and_back(site: Callable[..., Site])
     # Nobody asks: no server. The first request wakes one; clients try again meanwhile.
     nybble.until(lambda: nybble.servers() == [])
     assert httpx.get(f"{nybble.url}/-/healthz").status_code == 200  # what KubeRay asks
+    assert httpx.get(f"{nybble.url}/health").status_code == 503
+    assert nybble.requests() == 0  # probes are none: they wake no server
     assert nybble.ask("tiny").status_code == 503
     nybble.until(lambda: nybble.ask("tiny").status_code == 200)
     assert len(nybble.servers()) == 1

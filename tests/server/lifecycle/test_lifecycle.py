@@ -20,7 +20,7 @@ import openai
 import pytest
 from openai import OpenAI
 
-from nybble.engine import Engine
+from nybble.engine import Engine, EngineFailedError
 from nybble.server.api import respond
 from nybble.server.api.prompts import Prompts
 from nybble.server.http.listen import bind
@@ -71,14 +71,14 @@ def test_a_client_that_leaves_takes_its_sequences_along(
 
 
 @contextmanager
-def stalling_reader(client: Client) -> Iterator[socket.socket]:
+def stalling_reader(host: str, port: int | None) -> Iterator[socket.socket]:
     """Asks for megabytes, more than the buffers of both sockets take, and reads nothing."""
     body = {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "stream": True}
     body |= {"max_tokens": 450, "ignore_eos": True, "n": 8, "logprobs": True, "top_logprobs": 20}
     data = json.dumps(body).encode()
     with socket.socket() as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        sock.connect((client.host, client.port))
+        sock.connect((host, port))
         head = (
             f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
             f"Content-Length: {len(data)}\r\n\r\n"
@@ -94,7 +94,7 @@ async def finished(client: Client, reason: str) -> float:
 
 def test_a_reader_that_stalls_holds_up_nobody_else_and_loses_nothing(engine: Engine) -> None:
     async def scenario(client: Client) -> None:
-        with stalling_reader(client) as sock:
+        with stalling_reader(client.host, client.port) as sock:
             while engine.stats().generation_tokens < 8 * 450:
                 await asyncio.sleep(0.01)
             async with client.post(COMPLETIONS, json=LONG) as other:
@@ -119,7 +119,7 @@ def test_a_reader_that_takes_nothing_for_long_is_given_up(
     monkeypatch.setattr(respond, "_STALL_SECONDS", 0.2)
 
     async def scenario(client: Client) -> None:
-        with stalling_reader(client):
+        with stalling_reader(client.host, client.port):
             async with asyncio.timeout(60):
                 while not await finished(client, "cancelled"):
                     await asyncio.sleep(0.05)
@@ -211,7 +211,7 @@ def serving(engine: Engine, scenario: Callable[[str], Awaitable[None]], **option
     async def main() -> None:
         sock = bind("127.0.0.1", 0)
         url = f"http://127.0.0.1:{sock.getsockname()[1]}"
-        settings = ServerSettings(models=("tiny",), max_sequences=4, **options)
+        settings = ServerSettings(**{"models": ("tiny",), "max_sequences": 4, **options})
 
         async def begin() -> None:
             await ready.wait()
@@ -238,6 +238,33 @@ def test_requests_that_take_too_long_are_told_so(
             assert b"engine_unavailable" in (await response.read()).split(b"\n\n")[-2]
 
     serving(engine, scenario, shutdown_timeout=0.3)
+
+
+def test_a_reader_that_stalls_does_not_keep_a_failed_server_from_ending(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serve, "_FLUSH_SECONDS", 3600)  # what others may take
+    monkeypatch.setattr(serve, "_FAILED_SECONDS", 0.1)
+
+    def fail(batch: object) -> None:
+        raise RuntimeError("the device is gone")
+
+    async def scenario(url: str) -> None:
+        with stalling_reader("127.0.0.1", int(url.rpartition(":")[2])):
+            while engine.stats().generation_tokens < 8 * 450:
+                await asyncio.sleep(0.01)
+            monkeypatch.setattr(engine._runner, "run", fail)
+            async with (
+                aiohttp.ClientSession() as session,
+                session.post(url + COMPLETIONS, json=LONG) as response,
+            ):
+                assert response.status == 500
+                assert "the device is gone" in await response.text()
+            async with asyncio.timeout(60):
+                await asyncio.Event().wait()  # until the server has ended
+
+    with pytest.raises(EngineFailedError, match="the device is gone"):
+        serving(engine, scenario, max_sequences=16)
 
 
 def test_a_client_that_never_finishes_its_headers_is_cut_off_and_a_slow_answer_is_not(
