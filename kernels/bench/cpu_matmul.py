@@ -1,25 +1,27 @@
 """4-bit matmul on the CPU beside its peers, all alternating in one run.
 
-    python kernels/bench/cpu_matmul.py
+    python kernels/bench/cpu_matmul.py [--targets amx,avx512_bf16]
 
-Columns are milliseconds (median). `floor` is the larger of two times: that of reading the bytes of
-the packed weight at the read bandwidth, and that of the multiplications at the dense bf16 rate.
-Both rates are measured in the same run.
+`--targets` are instruction sets of the kernels, as NYBBLE_CPU_TARGET names them (default: the
+fastest that this CPU has, and the slowest). Columns are milliseconds (median). `floor` is the
+larger of two times: that of reading the bytes of the packed weight at the read bandwidth, and that
+of the multiplications at PyTorch's dense bf16 rate. Both rates are measured in the same run.
 """
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
 from nybble.kernels import PackedWeight
-from nybble.kernels.cpu.build import TARGETS, build
+from nybble.kernels.cpu.build import build, usable_targets, wanted_targets
 from nybble.kernels.cpu.library import CpuLibrary
-from nybble.kernels.matmul import packed_matmul
 from nybble.kernels.packed import SYMMETRIC_LEVELS
 
 SHAPES = ((896, 9728), (4864, 896), (4096, 4096), (4096, 11008))  # (in, out)
@@ -65,7 +67,9 @@ def dense_rate() -> float:
     return 512 * 4096 * 4096 / took
 
 
-def contenders(columns: int, out: int, x: torch.Tensor) -> dict[str, Callable[[], object]]:
+def contenders(
+    columns: int, out: int, x: torch.Tensor, libraries: dict[str, CpuLibrary]
+) -> dict[str, Callable[[], object]]:
     """One call per kernel, each on weights of its own."""
     affine = packed(columns, out, GROUP, torch.float16)
     codebook = packed(columns, out, 64, torch.float32, torch.linspace(-1, 1, 16))
@@ -74,18 +78,25 @@ def contenders(columns: int, out: int, x: torch.Tensor) -> dict[str, Callable[[]
         torch.randint(0, 16, (out, columns), dtype=torch.int32), 1
     )
     scales = torch.rand(columns // GROUP, out, 2).bfloat16()
-    avx2 = CpuLibrary(ctypes.CDLL(str(build(TARGETS[-1]))))
+    ours = {
+        f"{name} {target}": partial(library.packed_matmul, x, weight)
+        for name, weight in (("affine", affine), ("codebook", codebook))
+        for target, library in libraries.items()
+    }
     return {
-        "affine g128": lambda: packed_matmul(x, affine),
-        "affine AVX2": lambda: avx2.packed_matmul(x, affine),
-        "codebook g64": lambda: packed_matmul(x, codebook),
-        "codebook AVX2": lambda: avx2.packed_matmul(x, codebook),
+        **ours,
         "aten int4": lambda: torch.ops.aten._weight_int4pack_mm_for_cpu(x, int4, GROUP, scales),
         "dense bf16": lambda: torch.nn.functional.linear(x, dense),
     }
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    usable = usable_targets()
+    default = ",".join(dict.fromkeys((usable[0].name, usable[-1].name)))
+    parser.add_argument("--targets", default=default)
+    targets = [wanted_targets(name)[0] for name in parser.parse_args().targets.split(",")]
+    libraries = {target.name: CpuLibrary(ctypes.CDLL(str(build(target)))) for target in targets}
     read, rate = bandwidth(), dense_rate()
     print(
         f"read bandwidth {read / 1e9:.1f} GB/s, dense bf16 {rate / 1e9:.0f} GMAC/s, "
@@ -94,16 +105,17 @@ def main() -> None:
     heading = False
     for columns, out in SHAPES:
         for rows in ROWS:
-            calls = contenders(columns, out, torch.randn(rows, columns).bfloat16())
+            x = torch.randn(rows, columns).bfloat16()
+            calls = contenders(columns, out, x, libraries)
             if not heading:
                 print(
-                    f"{'in':>6}{'out':>7}{'M':>5}", *(f"{name:>15}" for name in (*calls, "floor"))
+                    f"{'in':>6}{'out':>7}{'M':>5}", *(f"{name:>20}" for name in (*calls, "floor"))
                 )
                 heading = True
             times = medians(calls, 15 if rows <= 32 else 4)
             weight_bytes = columns * out * (4 + 16 / GROUP) / 8
             times["floor"] = max(weight_bytes / read, rows * columns * out / rate) * 1e3
-            print(f"{columns:>6}{out:>7}{rows:>5}", *(f"{ms:>15.2f}" for ms in times.values()))
+            print(f"{columns:>6}{out:>7}{rows:>5}", *(f"{ms:>20.2f}" for ms in times.values()))
 
 
 if __name__ == "__main__":
