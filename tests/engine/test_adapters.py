@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -457,6 +458,14 @@ def scaled(folder: Path, target: Path, factor: float) -> str:
     return str(target)
 
 
+@pytest.fixture
+def any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Adapters are read whatever the size of their values."""
+    for module in ("adapter", "adapter_tensors"):
+        monkeypatch.setattr(f"nybble.loaders.{module}.LARGEST", math.inf)
+
+
+@pytest.mark.usefixtures("any_size")
 def test_an_adapter_that_computes_no_number_fails_its_requests_and_no_other(
     engine: Engine, tiny_adapter: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -489,6 +498,7 @@ def test_an_adapter_that_computes_no_number_fails_its_requests_and_no_other(
     engine.unload_adapter("wild")
 
 
+@pytest.mark.usefixtures("any_size")
 def test_an_adapter_beyond_the_slots_dtype_is_refused(
     engine: Engine, tiny_adapter: Callable[..., Path], tmp_path: Path
 ) -> None:
