@@ -68,6 +68,11 @@ class TileProduct {
     int64_t buffer_size() const { return 2 * kWeights + kSums + kTiles * 16 * row_block(); }
 
     void tiles(int64_t tile, int64_t count, float* buffer) const {
+        if (a.rows == 1) {
+            if (count == 4) return one_row<4>(tile);
+            for (int64_t t = 0; t < count; ++t) one_row<1>(tile + t);
+            return;
+        }
         TileShapes shapes;
         for (int64_t row = 0; row < a.rows; row += row_block()) {
             const int64_t rows = std::min(row_block(), a.rows - row);
@@ -160,6 +165,62 @@ class TileProduct {
         for (int64_t i = 0; i < rows; ++i)
             for (int t = 0; t < T; ++t)
                 store_tile(a, row + i, tile + t, load(totals + (i * T + t) * 16));
+    }
+
+    // One row without tiles, for which weights would be written to memory and read again. The order of
+    // the sums is that of tdpbf16ps: even and odd columns of a step apart, then both, then all.
+    template <int T>
+    void one_row(int64_t tile) const {
+        Floats totals[T];
+        for (auto& total : totals) total = zero();
+        const int64_t digit = a.octets * 64;
+        const __m512i evens = _mm512_set1_epi32(0xFFFF);
+        for (size_t s = 0; s < spans_.size(); ++s) {
+            const Span& span = spans_[s];
+            const bf16* x = step_of(span.first_step, 0);  // the row's steps follow one another
+            Floats sums[T];
+            for (auto& sum : sums) sum = zero();
+            for (int64_t first = 0; first < span.octets; first += kStepOctets) {
+                __m512 even[T], odd[T];
+                for (int t = 0; t < T; ++t) even[t] = odd[t] = _mm512_setzero_ps();
+                const int64_t last = std::min(span.octets, first + kStepOctets);
+                for (int64_t o = first; o < last; ++o) {
+                    const int64_t octet = span.first + o;
+                    const int64_t ahead = prefetched<T, Codes::kDigits>(octet, a.octets);
+                    typename Codes::Octet packed[T];
+                    for (int t = 0; t < T; ++t) {
+                        const uint8_t* at_octet = a.codes_of(tile + t) + octet * 64;
+                        packed[t] = decoder_.load(at_octet, digit);
+                        for (int d = 0; d < Codes::kDigits; ++d) prefetch(at_octet + d * digit + ahead);
+                    }
+                    add_pair<0, T>(packed, x + o * 8, evens, even, odd);
+                    add_pair<1, T>(packed, x + o * 8, evens, even, odd);
+                    add_pair<2, T>(packed, x + o * 8, evens, even, odd);
+                    add_pair<3, T>(packed, x + o * 8, evens, even, odd);
+                }
+                for (int t = 0; t < T; ++t) sums[t] = sums[t] + (Floats{even[t]} + Floats{odd[t]});
+            }
+            for (int t = 0; t < T; ++t) {
+                if (a.zeros)
+                    sums[t] = fnma(a.zero_point(tile + t, span.group), broadcast(span_sums_[s]), sums[t]);
+                totals[t] = fma(a.scale(tile + t, span.group), sums[t], totals[t]);
+            }
+        }
+        for (int t = 0; t < T; ++t) store_tile(a, 0, tile + t, totals[t]);
+    }
+
+    template <int S, int T>
+    void add_pair(const typename Codes::Octet (&packed)[T], const bf16* x, __m512i evens,
+                  __m512 (&even)[T], __m512 (&odd)[T]) const {
+        const __m512 first = _mm512_set1_ps(to_float(x[2 * S]));
+        const __m512 second = _mm512_set1_ps(to_float(x[2 * S + 1]));
+        for (int t = 0; t < T; ++t) {
+            const auto w = reinterpret_cast<__m512i>(decoder_.template pair<S>(packed[t]));
+            const __m512 lower = _mm512_castsi512_ps(_mm512_slli_epi32(w, 16));
+            const __m512 upper = _mm512_castsi512_ps(_mm512_andnot_si512(evens, w));
+            even[t] = _mm512_fmadd_ps(lower, first, even[t]);
+            odd[t] = _mm512_fmadd_ps(upper, second, odd[t]);
+        }
     }
 
     // A span's weights: for each tile and each two columns the pairs of 16 outputs.
