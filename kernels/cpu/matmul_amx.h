@@ -43,20 +43,27 @@ class TileShapes {
     int64_t rows_ = 0;
 };
 
+// Results below the least normal float are zero, as in tdpbf16ps, until the end of its scope.
+class FlushesToZero {
+ public:
+    FlushesToZero() { _mm_setcsr(before_ | _MM_FLUSH_ZERO_ON); }
+    ~FlushesToZero() { _mm_setcsr(before_); }
+
+ private:
+    const unsigned before_ = _mm_getcsr();
+};
+
 // Spans of at most 128 columns of one group are added up at a time: in one product of tiles for each step
 // of 32 columns. A row's sums are the same in any tile.
 template <class Codes>
 class TileProduct {
  public:
-    TileProduct(const PackedArgs& args, int threads) : a(args), decoder_(args.levels) {
+    TileProduct(const PackedArgs& args, int threads)
+        : a(args), decoder_(args.levels), spans_(spans_of(args, kSpanOctets)) {
         int64_t steps = 0;
-        for (int64_t group = 0; group < a.groups; ++group) {
-            int64_t first = group * a.octets_per_group;
-            const int64_t end = std::min(a.octets, first + a.octets_per_group);
-            for (; first < end; first += kSpanOctets) {
-                spans_.push_back({group, first, std::min(kSpanOctets, end - first), steps});
-                steps += spans_.back().steps();
-            }
+        for (const Span& span : spans_) {
+            first_steps_.push_back(steps);
+            steps += steps_of(span);
         }
         x_ = buffers(1, steps * a.rows * 16);
         if (a.zeros) span_sums_.resize(spans_.size() * a.rows);
@@ -68,6 +75,7 @@ class TileProduct {
     int64_t buffer_size() const { return 2 * kWeights + kSums + kTiles * 16 * row_block(); }
 
     void tiles(int64_t tile, int64_t count, float* buffer) const {
+        const FlushesToZero flushes;
         if (a.rows == 1) {
             if (count == 4) return one_row<4>(tile);
             for (int64_t t = 0; t < count; ++t) one_row<1>(tile + t);
@@ -90,44 +98,37 @@ class TileProduct {
     // Of a buffer, in floats: a span's weights, and sums of 16 rows, of all tiles.
     static constexpr int64_t kWeights = kTiles * kSpanOctets * 64, kSums = kTiles * 16 * 16;
 
-    struct Span {
-        int64_t group, first, octets;  // first and octets of the row's
-        int64_t first_step;
-
-        int64_t steps() const { return (octets + kStepOctets - 1) / kStepOctets; }
-    };
-
     const PackedArgs a;
     const Codes decoder_;
-    std::vector<Span> spans_;
+    const std::vector<Span> spans_;
+    std::vector<int64_t> first_steps_;  // of the spans, among all steps
     Buffers x_;                     // bf16 (steps, rows, 32): what a step reads is in one piece
     std::vector<float> span_sums_;  // (spans, rows) sums of x, if there are zeros
 
     // Rows whose totals are kept at a time: they stay in the second cache.
     int64_t row_block() const { return std::min<int64_t>(a.rows, 128); }
 
+    static int64_t steps_of(const Span& span) {
+        return (span.octets + kStepOctets - 1) / kStepOctets;
+    }
+
     bf16* step_of(int64_t step, int64_t row) const {
         return reinterpret_cast<bf16*>(x_.get()) + (step * a.rows + row) * 32;
     }
 
-    // Columns of the last step behind the span's are zeros.
+    // Columns of the last step behind the span's are zeros; so are subnormal numbers, which tdpbf16ps
+    // takes for zeros.
     void take_row(int64_t row, size_t s) {
         const Span& span = spans_[s];
         const int64_t columns = span.octets * 8;
         const bf16* x = a.x + row * a.columns + span.first * 8;
         for (int64_t k = 0; k < columns; k += 32) {
-            bf16* target = step_of(span.first_step + k / 32, row);
+            bf16* target = step_of(first_steps_[s] + k / 32, row);
             const int64_t some = std::min<int64_t>(32, columns - k);
-            std::memcpy(target, x + k, some * sizeof(bf16));
+            for (int64_t i = 0; i < some; ++i) target[i] = x[k + i] & 0x7F80 ? x[k + i] : 0;
             std::fill(target + some, target + 32, bf16{0});
         }
-        if (!a.zeros) return;
-        Floats total = zero();
-        int64_t k = 0;
-        for (; k + 16 <= columns; k += 16) total = total + load_bf16(x + k);
-        float rest = sum(total);
-        for (; k < columns; ++k) rest += to_float(x[k]);
-        span_sums_[s * a.rows + row] = rest;
+        if (a.zeros) span_sums_[s * a.rows + row] = sum_of(x, columns);
     }
 
     // Rows [row, row + rows) of tiles [tile, tile + T).
@@ -149,7 +150,7 @@ class TileProduct {
             for (int64_t r = 0; r < rows; r += 16) {
                 const int64_t some = std::min<int64_t>(16, rows - r);
                 shapes.set_rows(some);
-                multiply<T>(row + r, span, weights[s % 2], sums);
+                multiply<T>(row + r, s, weights[s % 2], sums);
                 // Before the sums are waited for.
                 if (r == 0 && s + 1 < count) unpack<T>(tile, spans_[s + 1], weights[(s + 1) % 2]);
                 const float* of_x = a.zeros ? &span_sums_[s * a.rows + row + r] : nullptr;
@@ -177,7 +178,7 @@ class TileProduct {
         const __m512i evens = _mm512_set1_epi32(0xFFFF);
         for (size_t s = 0; s < spans_.size(); ++s) {
             const Span& span = spans_[s];
-            const bf16* x = step_of(span.first_step, 0);  // the row's steps follow one another
+            const bf16* x = step_of(first_steps_[s], 0);  // the row's steps follow one another
             Floats sums[T];
             for (auto& sum : sums) sum = zero();
             for (int64_t first = 0; first < span.octets; first += kStepOctets) {
@@ -226,7 +227,7 @@ class TileProduct {
     // A span's weights: for each tile and each two columns the pairs of 16 outputs.
     template <int T>
     void unpack(int64_t tile, const Span& span, float* target) const {
-        for (int t = 0; t < T; ++t) unpack_tile<T>(tile + t, span, target + t * span.steps() * 256);
+        for (int t = 0; t < T; ++t) unpack_tile<T>(tile + t, span, target + t * steps_of(span) * 256);
     }
 
     template <int T>
@@ -247,22 +248,22 @@ class TileProduct {
             put(decoder_.template pair<2>(packed));
             put(decoder_.template pair<3>(packed));
         }
-        const int64_t all = span.steps() * kStepOctets;
+        const int64_t all = steps_of(span) * kStepOctets;
         std::fill(target, target + (all - span.octets) * 64, 0.0f);
     }
 
     // Products of as many rows as the registers have, from `row` on, with a span's weights.
     template <int T>
-    void multiply(int64_t row, const Span& span, const float* weights, float* sums) const {
-        const int64_t tile = span.steps() * 256;
+    void multiply(int64_t row, int64_t s, const float* weights, float* sums) const {
+        const int64_t steps = steps_of(spans_[s]), tile = steps * 256;
         finish_stores();
         _tile_zero(0);
         if constexpr (T > 1) _tile_zero(1);
         if constexpr (T > 2) _tile_zero(2);
         if constexpr (T > 3) _tile_zero(3);
-        for (int64_t step = 0; step < span.steps(); ++step) {
+        for (int64_t step = 0; step < steps; ++step) {
             const float* w = weights + step * 256;
-            _tile_loadd(4, step_of(span.first_step + step, row), 64);
+            _tile_loadd(4, step_of(first_steps_[s] + step, row), 64);
             _tile_loadd(5, w, 64);
             _tile_dpbf16ps(0, 4, 5);
             if constexpr (T > 1) {

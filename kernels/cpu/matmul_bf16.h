@@ -18,6 +18,15 @@ inline Floats add_group(const PackedArgs& a, const float* group_sums, int64_t ro
     return fma(a.scale(tile, group), sum, total);
 }
 
+inline float sum_of(const bf16* x, int64_t count) {
+    Floats total = zero();
+    int64_t k = 0;
+    for (; k + 16 <= count; k += 16) total = total + load_bf16(x + k);
+    float rest = sum(total);
+    for (; k < count; ++k) rest += to_float(x[k]);
+    return rest;
+}
+
 // Codes of 4 bits, which stand for any levels.
 struct LevelCodes {
     static constexpr int kDigits = 1;
@@ -175,13 +184,8 @@ class Product {
         const int64_t width = a.octets_per_group * 8;
         for (int64_t r = 0; r < a.rows; ++r)
             for (int64_t g = 0; g < a.groups; ++g) {
-                const int64_t end = std::min(a.columns, (g + 1) * width);
-                Floats total = zero();
-                int64_t k = g * width;
-                for (; k + 16 <= end; k += 16) total = total + load_bf16(a.x + r * a.columns + k);
-                float rest = sum(total);
-                for (; k < end; ++k) rest += to_float(a.x[r * a.columns + k]);
-                group_sums_[r * a.groups + g] = rest;
+                const int64_t first = g * width, end = std::min(a.columns, first + width);
+                group_sums_[r * a.groups + g] = sum_of(a.x + r * a.columns + first, end - first);
             }
     }
 

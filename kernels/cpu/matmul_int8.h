@@ -84,12 +84,8 @@ struct LevelBytes {
 // Rows of x in bytes, by spans of at most 128 columns of one group.
 class RowsInBytes {
    public:
-    struct Span {
-        int64_t group, first, octets;  // first and octets of the row's
-    };
-
     RowsInBytes(const PackedArgs& args, int threads)
-        : a(args), spans_(spans_of(args)), factors_(new float[args.rows * size()]),
+        : a(args), spans_(spans_of(args, kMostOctets)), factors_(new float[args.rows * size()]),
           sums_(new float[args.rows * size()]), x_(new int8_t[args.rows * args.columns]) {
 #pragma omp parallel for schedule(static) num_threads(threads) if (a.rows > 8)
         for (int64_t row = 0; row < a.rows; ++row)
@@ -107,22 +103,12 @@ class RowsInBytes {
     float sum(int64_t row, int64_t index) const { return sums_[row * size() + index]; }
 
    private:
+    static constexpr int64_t kMostOctets = 16;
+
     const PackedArgs a;
     const std::vector<Span> spans_;
     std::unique_ptr<float[]> factors_, sums_;  // (rows, spans)
     std::unique_ptr<int8_t[]> x_;              // (rows, columns)
-
-    static std::vector<Span> spans_of(const PackedArgs& a) {
-        constexpr int64_t kMostOctets = 16;
-        std::vector<Span> spans;
-        for (int64_t group = 0; group < a.groups; ++group) {
-            int64_t first = group * a.octets_per_group;
-            const int64_t end = std::min(a.octets, first + a.octets_per_group);
-            for (; first < end; first += kMostOctets)
-                spans.push_back({group, first, std::min(kMostOctets, end - first)});
-        }
-        return spans;
-    }
 
     void round(int64_t row, int64_t index) {
         const Span& span = spans_[index];
@@ -200,7 +186,7 @@ class ByteProduct {
         const int64_t digit = a.octets * 64;
         const int8_t* x = x_.row(row);
         for (int64_t index = 0; index < x_.size(); ++index) {
-            const RowsInBytes::Span& span = x_[index];
+            const Span& span = x_[index];
             ByteSums<R * T> sums;
             for (int64_t octet = span.first; octet < span.first + span.octets; ++octet) {
                 const int64_t ahead = prefetched<T, Codes::kDigits>(octet, a.octets);

@@ -2,6 +2,9 @@
 
 #pragma once
 
+#include <algorithm>
+#include <vector>
+
 #include "simd.h"
 
 namespace nybble {
@@ -55,6 +58,23 @@ struct PackedArgs {
         return ((tile * digits + digit) * groups + group) * 16;
     }
 };
+
+// Columns of one group that are added up before they are scaled.
+struct Span {
+    int64_t group, first, octets;  // first and octets of the row's
+};
+
+// The groups' columns in spans of at most so many octets.
+inline std::vector<Span> spans_of(const PackedArgs& a, int64_t most_octets) {
+    std::vector<Span> spans;
+    for (int64_t group = 0; group < a.groups; ++group) {
+        int64_t first = group * a.octets_per_group;
+        const int64_t end = std::min(a.octets, first + a.octets_per_group);
+        for (; first < end; first += most_octets)
+            spans.push_back({group, first, std::min(most_octets, end - first)});
+    }
+    return spans;
+}
 
 inline void store_tile(const PackedArgs& a, int64_t row, int64_t tile, Floats total) {
     const int64_t first = tile * 16, count = a.outputs - first < 16 ? a.outputs - first : 16;

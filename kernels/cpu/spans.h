@@ -122,12 +122,7 @@ inline void round_span(const bf16* x, int64_t octets, int bits, int16_t* rounded
     *sum = scale_and_round(x, octets, std::ldexp(1.0f, -exponent), rounded);
 }
 
-// A span is as much of a group as an int32 can add up.
-struct Span {
-    int64_t group, first, octets;  // first and octets of the row's
-};
-
-// The rows of x, rounded by spans.
+// The rows of x, rounded by spans: as much of a group as an int32 can add up.
 class Spans {
    public:
     template <class Levels>
@@ -174,17 +169,6 @@ class Spans {
     std::unique_ptr<float[]> factors_;  // (spans, rows)
     std::unique_ptr<int32_t[]> sums_;   // (spans, rows)
     std::unique_ptr<int16_t[]> x_;      // by spans, each (rows, columns of the span)
-
-    static std::vector<Span> spans_of(const PackedArgs& a, int64_t most_octets) {
-        std::vector<Span> spans;
-        for (int64_t group = 0; group < a.groups; ++group) {
-            int64_t first = group * a.octets_per_group;
-            const int64_t end = std::min(a.octets, first + a.octets_per_group);
-            for (; first < end; first += most_octets)
-                spans.push_back({group, first, std::min(most_octets, end - first)});
-        }
-        return spans;
-    }
 
     // Where a row's columns of a span begin.
     int64_t at(const Span& span, int64_t row) const {

@@ -340,6 +340,17 @@ def test_a_row_does_not_depend_on_its_batch(cpu: CpuLibrary, kind: str) -> None:
             assert torch.equal(cpu.packed_matmul(x[rows], weight), together[rows])
 
 
+@pytest.mark.parametrize("exponent", [-100, -118, -124, -130])
+def test_nor_does_a_row_whose_products_are_no_normal_floats(cpu: CpuLibrary, exponent: int) -> None:
+    torch.manual_seed(0)
+    weight = random_weight(40, 288, 144, "asym", torch.float32, act_order=False, bias=False)
+    weight = weight.to_layout("cpu_tiles")
+    x = torch.ldexp(torch.randn(20, 288), torch.tensor(exponent)).bfloat16()
+    together = cpu.packed_matmul(x, weight)
+    for row in range(20):
+        assert torch.equal(cpu.packed_matmul(x[row : row + 1], weight), together[row : row + 1])
+
+
 @pytest.mark.slow
 def test_integer_kernels_agree_to_the_bit() -> None:
     """The sums of spans are exact, so that they do not depend on the instructions."""
