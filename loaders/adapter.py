@@ -297,8 +297,8 @@ def _require_scaled(path: Path, name: str, module: LoRAModule) -> None:
         if tensor is not None and not abs(module.scale) * greatest(tensor) <= LARGEST:
             raise AdapterError(
                 f"{path}: what it adds to {name} is scaled by {module.scale:.3g} (lora_alpha, or "
-                f"its alpha_pattern, over the rank): that is more than {LARGEST:.0f}, the most "
-                "that a model in 16 bits computes with"
+                f"its alpha_pattern, over the rank), which makes {greatest(tensor):.3g} more than "
+                f"{LARGEST:.0f}, the most that a model in 16 bits computes with"
             )
 
 

@@ -130,13 +130,18 @@ class AdapterSettings:
         ranks = config.get("rank_pattern") or {}
         try:
             settings = cls(
-                r=int(config.get("init_r", 12) if adalora else config.get("r", 8)),
-                alpha=float(config.get("lora_alpha", 8)),
+                r=_whole("init_r", config.get("init_r", 12))
+                if adalora
+                else _whole("r", config.get("r", 8)),
+                alpha=_number("lora_alpha", config.get("lora_alpha", 8)),
                 rslora=bool(config.get("use_rslora", False)),
                 rank_pattern=_kept_ranks(ranks)
                 if adalora
-                else {k: int(v) for k, v in ranks.items()},
-                alpha_pattern={k: float(v) for k, v in (config.get("alpha_pattern") or {}).items()},
+                else {k: _whole(f"rank_pattern: {k}", v) for k, v in ranks.items()},
+                alpha_pattern={
+                    k: _number(f"alpha_pattern: {k}", v)
+                    for k, v in (config.get("alpha_pattern") or {}).items()
+                },
                 target_modules=_names(config.get("target_modules")),
                 exclude_modules=_names(config.get("exclude_modules")),
                 layers=None
@@ -306,6 +311,21 @@ def _refuse_unsupported(path: Path, config: Mapping[str, Any]) -> None:
     known = _READ | _NO_EFFECT | _REFUSED.keys()
     if unknown := sorted(name for name, value in config.items() if value and name not in known):
         logger.warning("%s: left out, as peft has no such settings: %s", path, ", ".join(unknown))
+
+
+def _number(name: str, value: object) -> float:
+    """Raises ValueError for what JSON does not write as a number: 16 in quotes, true."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{name} is {value!r}, expected a number")
+    return float(value)
+
+
+def _whole(name: str, value: object) -> int:
+    """Raises ValueError for what is no whole number; 8.0 is one."""
+    number = _number(name, value)
+    if not number.is_integer():
+        raise ValueError(f"{name} is {value!r}, expected a whole number")
+    return int(number)
 
 
 def _kept_ranks(pattern: Mapping[str, list[bool]]) -> dict[str, int]:

@@ -482,6 +482,12 @@ def test_a_scale_beyond_16_bits_of_an_end_is_refused(
         ("[" * 100_000, "is not JSON that can be read"),
         ('{"r": ' + "9" * 5000 + "}", "is not JSON that can be read"),
         ('{"peft_type": "LORA", "lora_alpha": NaN}', "alpha is nan, expected a finite number"),
+        ('{"peft_type": "LORA", "lora_alpha": "16"}', "lora_alpha is '16', expected a number"),
+        ('{"peft_type": "LORA", "lora_alpha": true}', "lora_alpha is True, expected a number"),
+        ('{"peft_type": "LORA", "alpha_pattern": {"a": "1"}}', "alpha_pattern: a is '1', expected"),
+        ('{"peft_type": "LORA", "r": true}', "r is True, expected a number"),
+        ('{"peft_type": "LORA", "r": 8.5}', "r is 8.5, expected a whole number"),
+        ('{"peft_type": "LORA", "rank_pattern": {"a": "1"}}', "rank_pattern: a is '1', expected"),
         ('{"peft_type": "LORA", "lora_alpha": 1e400}', "alpha is inf, expected a finite number"),
         (
             '{"peft_type": "LORA", "alpha_pattern": {"q_proj": -1e400}}',
