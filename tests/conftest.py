@@ -4,7 +4,12 @@ import importlib.util
 import os
 import shutil
 import subprocess
-from collections.abc import Callable
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 
@@ -38,6 +43,32 @@ def _module(name: str) -> ModuleType:
 
 
 _tiny = _module("tiny")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_thread_is_left_at_work() -> Iterator[None]:
+    """A thread that a test leaves behind and that never waits makes all later tests slow."""
+    yield
+    before = _processor_ticks()
+    time.sleep(0.3)
+    busy = {id for id, ticks in _processor_ticks().items() if ticks - before.get(id, 0) > 8}
+    frames = sys._current_frames()
+    left = [
+        f"{thread.name}:\n{''.join(traceback.format_stack(frames[thread.ident]))}"
+        for thread in threading.enumerate()
+        if thread.native_id in busy and thread.ident in frames
+    ]
+    assert not left, "still at work after the last test:\n" + "\n".join(left)
+
+
+def _processor_ticks() -> dict[int, int]:
+    """Hundredths of a second that each thread of this process has computed; Linux has them."""
+    found = {}
+    for stat in Path("/proc/self/task").glob("*/stat"):
+        with suppress(OSError):
+            user, system = stat.read_text().rpartition(")")[2].split()[11:13]
+            found[int(stat.parent.name)] = int(user) + int(system)
+    return found
 
 
 @pytest.fixture(scope="session")

@@ -291,6 +291,7 @@ def test_a_killed_server_is_left_by_all_though_the_other_is_busy(
         process.kill()
         for fake in fakes:
             fake.go.set()
+            fake.shutdown()  # else its thread would look at a closed socket for ever, without pause
             fake.server_close()
 
 
