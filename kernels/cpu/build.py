@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -280,12 +281,29 @@ def linking_flags(system: str | None = None) -> tuple[str, ...]:
 
 
 def _compile(compiler: str, flags: Sequence[str], sources: list[Path], output: Path) -> None:
+    """Compiles the sources, as many at once as there are processors, and links them."""
     options = [flag for flag in flags if not flag.startswith("-l")]
     libraries = [flag for flag in flags if flag.startswith("-l")]  # behind what needs them
-    command = [compiler, *_FLAGS, *options, *map(str, sources), "-o", str(output), *libraries]
-    result = subprocess.run(command, capture_output=True, text=True)
-    if result.returncode:
-        raise CompilerError(f"{compiler} failed:\n{result.stderr.strip()}")
+
+    def run(*arguments: str | Path) -> None:
+        command = [compiler, *_FLAGS, *options, *map(str, arguments)]
+        result = subprocess.run(command, capture_output=True, text=True)
+        if result.returncode:
+            raise CompilerError(f"{compiler} failed:\n{result.stderr.strip()}")
+
+    objects = [output.with_name(f"{source.stem}.o") for source in sources]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        compiled = [
+            pool.submit(run, "-c", source, "-o", path)
+            for source, path in zip(sources, objects, strict=True)
+        ]
+        try:
+            for one in compiled:
+                one.result()
+        except CompilerError:
+            pool.shutdown(cancel_futures=True)  # they would fail alike
+            raise
+    run(*objects, "-o", output, *libraries)
 
 
 def _user_cache() -> Path:

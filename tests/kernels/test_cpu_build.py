@@ -181,6 +181,21 @@ def test_a_library_that_cannot_be_loaded_is_built_anew(
     assert spoilt.read_bytes() == whole.read_bytes()
 
 
+def test_the_sources_are_compiled_at_the_same_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two processors, and a compiler that waits for another one at work: it would wait for ever."""
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    meeting = compiler_script(
+        tmp_path,
+        f'cd {tmp_path}; case "$*" in *"-c "*)'
+        " mkdir one 2>/dev/null || mkdir two 2>/dev/null || exit 0;"
+        " for _ in $(seq 100); do [ -d two ] && exit 0; sleep 0.1; done; exit 1;; esac; "
+        'while [ "$1" != -o ]; do shift; done; touch "$2"',
+    )
+    assert build_fastest(compiler=meeting, cache=tmp_path / "cache").is_file()
+
+
 def test_builds_at_once_do_not_disturb_each_other(tmp_path: Path) -> None:
     slow = compiler_script(
         tmp_path, 'while [ "$1" != -o ]; do shift; done; sleep 0.2; echo whole > "$2"'
