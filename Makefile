@@ -42,7 +42,7 @@ format: install-dev
 lint: install-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy -p nybble
+	$(BIN)/mypy --num-workers 2 -p nybble
 	$(BIN)/mypy load_tests/*.py
 
 # Two processes, each with whole files, in the order of their names: long ones do not come last.
