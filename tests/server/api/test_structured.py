@@ -20,6 +20,7 @@ from nybble.engine import (
     Request,
     SamplingParams,
 )
+from nybble.server.http.errors import as_api_error
 
 from .test_chat import chat, streamed, text
 
@@ -181,8 +182,9 @@ def test_a_token_that_a_grammar_excludes_is_the_servers_fault(engine: Engine) ->
     compiler = GrammarCompiler(engine.tokenizer, engine.vocab_size, engine.eos_token_ids)
     guide = compiler.regex("[ab]{3}")
     allowed = guide.allowed()
-    with pytest.raises(DisallowedTokenError, match="excluded by the request's grammar"):
+    with pytest.raises(DisallowedTokenError, match="excluded by the request's grammar") as fault:
         guide.accept(int((~allowed).nonzero()[0]))
+    assert as_api_error(fault.value, "id").status == 500
 
 
 def test_the_empty_text_may_be_all_that_matches(client: OpenAI) -> None:
