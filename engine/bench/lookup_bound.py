@@ -13,9 +13,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 
-from speculation import prompts
-
 from nybble import LLM, SamplingParams
+from nybble.engine.bench.speculation import prompts
 from nybble.engine.ngram_drafter import Ngrams
 
 # The rows of each step, from a prompt and its answer.
