@@ -11,6 +11,7 @@ rows of the base. If more than half of them are, only the others are kept.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -22,13 +23,18 @@ from nybble.engine.parts import NormPart, norm_part
 from nybble.kernels import DenseWeight, PackedWeight
 from nybble.kernels.backend import Backend
 from nybble.kernels.lora import LoRASlots, Matrices
+from nybble.kernels.lora import in_8_bits as rounded_rows
 from nybble.kernels.lora_batch import LoRABatch
-from nybble.kernels.packed import LinearKernel
+from nybble.kernels.matmul import preferred_layout
+from nybble.kernels.packed import LinearKernel, Weight, round_to_int8
 from nybble.kernels.reference import stretch_add
 from nybble.loaders import LoRAAdapter
 from nybble.loaders.adapter import LoRAModule
 from nybble.loaders.adapter_changes import MatrixChange
 from nybble.models import Architecture
+
+# Inputs that share a scale in 8 bits, if the width is a multiple of so many.
+_GROUP_SIZE = 128
 
 
 @dataclass(frozen=True)
@@ -56,13 +62,28 @@ class _LowRank:
 
 
 @dataclass(frozen=True)
+class _Rounded:
+    """A matrix in 8 bits, whose rows are looked up.
+
+    codes: int8 ``(rows, columns)``. scales: float32 ``(rows,)``.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    dtype: torch.dtype
+
+    def __getitem__(self, rows: Tensor) -> Tensor:
+        return (self.codes[rows].float() * self.scales[rows, None]).to(self.dtype)
+
+
+@dataclass(frozen=True)
 class _Embedding:
     """See :class:`nybble.loaders.adapter_changes.MatrixChange`.
 
     table: ``(vocab, rank)``, what ``low_rank`` expands for each token; both None without LoRA.
     """
 
-    matrix: Tensor | None
+    matrix: Tensor | _Rounded | None
     ids: Tensor | None
     rows: Tensor | None
     table: Tensor | None
@@ -81,7 +102,11 @@ class _Embedding:
 
     @property
     def tensors(self) -> Iterator[Tensor | None]:
-        yield from (self.matrix, self.ids, self.rows, self.table)
+        yield from (self.ids, self.rows, self.table)
+        if isinstance(self.matrix, _Rounded):
+            yield from (self.matrix.codes, self.matrix.scales)
+        else:
+            yield self.matrix
         if self.low_rank is not None:
             yield from self.low_rank.tensors
 
@@ -211,21 +236,29 @@ def stage_ends(
     base: BaseModel,
     dtype: torch.dtype,
     known: int | None = None,
+    *,
+    in_8_bits: bool = False,
 ) -> StagedEnds | None:
     """What the adapter changes at the ends, in ``dtype``; None if nothing.
 
     known: one more than the highest token that it knows; None for what the base knows.
+    in_8_bits: whether whole matrices are rounded to 8 bits.
     """
     embedding = head = None
     tensors: list[Tensor | None] = []
     rows = adapter.vocab or architecture.vocab
     if (change := adapter.embedding) is not None:
         embedding = _staged_embedding(
-            _as_rows(_without_base(change, base.embedding), base.embedding), base.backend, dtype
+            _as_rows(_without_base(change, base.embedding), base.embedding),
+            base.backend,
+            dtype,
+            in_8_bits=in_8_bits,
         )
         tensors += embedding.tensors
     if (change := adapter.head) is not None:
-        head = _staged_head(_without_base(change, base.head), base, dtype, rows)
+        head = _staged_head(
+            _without_base(change, base.head), base, dtype, rows, in_8_bits=in_8_bits
+        )
         tensors += head.tensors
     norms: dict[str, NormPart] = {}
     for name in dict.fromkeys(each.rpartition(".")[0] for each in adapter.norms):
@@ -276,23 +309,31 @@ def _as_rows(change: MatrixChange, base: Tensor | DenseWeight | PackedWeight) ->
     return replace(change, base=None, whole=None, ids=ids, rows=matrix[ids])
 
 
-def _staged_embedding(change: MatrixChange, backend: Backend, dtype: torch.dtype) -> _Embedding:
+def _staged_embedding(
+    change: MatrixChange, backend: Backend, dtype: torch.dtype, *, in_8_bits: bool
+) -> _Embedding:
     table = low_rank = None
     if (module := change.low_rank) is not None:
         # The kernel takes what is shrunk already: its first matrix is the identity.
         table = module.b.to(dtype)
         expand = (module.a.float() * module.scale).T
         low_rank = _LowRank.of(torch.eye(module.rank), expand, dtype, backend)
-    matrix = None if change.matrix is None else change.matrix.to(dtype)
+    matrix: Tensor | _Rounded | None = None
+    if change.matrix is not None:
+        matrix = change.matrix.to(dtype)
+        if in_8_bits:
+            matrix = _Rounded(*rounded_rows(matrix), dtype)
     rows = None if change.rows is None else change.rows.to(dtype)
     return _Embedding(matrix, change.ids, rows, table, low_rank)
 
 
-def _staged_head(change: MatrixChange, base: BaseModel, dtype: torch.dtype, rows: int) -> _Head:
+def _staged_head(
+    change: MatrixChange, base: BaseModel, dtype: torch.dtype, rows: int, *, in_8_bits: bool
+) -> _Head:
     def dense(matrix: Tensor | None) -> DenseWeight | None:
         return None if matrix is None else DenseWeight(matrix.to(dtype))
 
-    def kernel(weight: DenseWeight | None) -> LinearKernel | None:
+    def kernel(weight: Weight | None) -> LinearKernel | None:
         return None if weight is None else base.backend.linear(weight, dtype)
 
     outputs = low_rank = None
@@ -303,11 +344,22 @@ def _staged_head(change: MatrixChange, base: BaseModel, dtype: torch.dtype, rows
             b *= 1 + outputs[0, :, None]
         low_rank = _LowRank.of(module.a, b, dtype, base.backend)
     change = _as_rows(change, base.head)
-    whole, some = dense(change.matrix), dense(change.rows)
-    tensors = [weight.weight for weight in (whole, some) if weight is not None]
+    some = dense(change.rows)
+    whole: Weight | None = dense(change.matrix)
+    if in_8_bits and isinstance(whole, DenseWeight):
+        rounded = round_to_int8(whole.weight, math.gcd(whole.in_features, _GROUP_SIZE))
+        whole = rounded.to_layout(preferred_layout(rounded.qweight.device))
+    tensors = [tensor for weight in (whole, some) for tensor in _tensors_of(weight)]
     tensors += [each for each in (change.ids, outputs) if each is not None]
     tensors += () if low_rank is None else low_rank.tensors
     return _Head(kernel(whole), change.ids, kernel(some), outputs, low_rank, rows, tensors)
+
+
+def _tensors_of(weight: Weight | None) -> Iterator[Tensor]:
+    if isinstance(weight, DenseWeight):
+        yield weight.weight
+    elif weight is not None:
+        yield from (each for each in vars(weight).values() if isinstance(each, Tensor))
 
 
 def _outputs(module: LoRAModule, weight: DenseWeight | PackedWeight) -> Tensor | None:

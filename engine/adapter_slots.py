@@ -402,7 +402,14 @@ class AdapterSlots:
         ends = None
         if _changes_ends(adapter) or (known is not None and self.refer_to_host):
             assert self._base is not None
-            ends = stage_ends(adapter, self.architecture, self._base, self.dtype, known)
+            ends = stage_ends(
+                adapter,
+                self.architecture,
+                self._base,
+                self.dtype,
+                known,
+                in_8_bits=self.layout.in_8_bits,
+            )
         return StagedAdapter(memory, ranks, outputs, ends)
 
     def is_finite(self, staged: StagedAdapter) -> bool:

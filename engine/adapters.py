@@ -438,11 +438,7 @@ class AdapterRegistry:
 
     def _check_room(self, what: object, rank: int, nbytes: int) -> None:
         """Raises AdapterError for an adapter of a higher rank or more bytes than there is room."""
-        if rank > self.slots.max_rank:
-            raise AdapterError(
-                f"{what} has rank {rank}, but this server holds adapters up to rank "
-                f"{self.slots.max_rank}: raise max_rank (--max-lora-rank)"
-            )
+        require_rank(what, rank, self.slots.max_rank)
         if nbytes > self.host_bytes:
             raise AdapterError(
                 f"{what} takes {nbytes} bytes, but the host memory for adapters is "
@@ -544,6 +540,15 @@ class AdapterRegistry:
     def _failed(self, version: AdapterVersion, error: AdapterError) -> None:
         self.cache.failed(version)
         self.on_failure(version, error)
+
+
+def require_rank(what: object, rank: int, max_rank: int) -> None:
+    """Raises AdapterError for an adapter of a higher rank than the slots hold."""
+    if rank > max_rank:
+        raise AdapterError(
+            f"{what} has rank {rank}, but this server holds adapters up to rank {max_rank}: raise "
+            "max_rank (--max-lora-rank)"
+        )
 
 
 def _digest(parts: tuple[MixturePart, ...]) -> bytes:

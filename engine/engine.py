@@ -358,7 +358,7 @@ class Engine:
         draft_runner = None
         if drafts_cache is not None and draft_decoder is not None:
             # Kernels of one order are not needed: drafts change no output.
-            draft_config = replace(config, adapters=None, deterministic=False)
+            draft_config = replace(config, adapters=None, deterministic=False, speculate="off")
             draft_runner = ModelRunner(
                 draft_decoder, draft_config, drafts_cache.layout, num_draft_blocks
             )

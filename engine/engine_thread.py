@@ -22,6 +22,7 @@ from nybble.engine.config import EngineConfig
 from nybble.engine.failure import Restarts, describe, is_out_of_memory
 from nybble.engine.request import (
     AdapterUnavailableError,
+    DisallowedTokenError,
     EngineFailedError,
     EngineStoppedError,
     GuideError,
@@ -383,7 +384,7 @@ class EngineThread(threading.Thread):
             speculation.observe(rows, seconds)
         return outputs
 
-    def _take(self, sequence: Sequence, token: Sampled) -> RequestOutput | GuideError | None:
+    def _take(self, sequence: Sequence, token: Sampled) -> RequestOutput | Exception | None:
         """Give a sequence its next token; returns what to send, None if that is done later."""
         sequence.sampler.record(token[0])
         sequence.token_ids.append(token[0])
@@ -396,7 +397,7 @@ class EngineThread(threading.Thread):
             self._write_deferred()
         try:
             return sequence.advance(token)
-        except GuideError as error:
+        except (GuideError, DisallowedTokenError) as error:
             return error
 
     def _write_deferred(self) -> None:

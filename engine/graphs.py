@@ -1,8 +1,13 @@
-"""CUDA graphs of the decode step: one launch instead of hundreds, for a few batch sizes."""
+"""CUDA graphs of decode and verify steps: one launch instead of hundreds, for a few sizes.
+
+A step that verifies drafts computes several rows of each sequence. Its graph is for as many rows of
+every sequence: those of shorter drafts are padded, which costs little where rows are few.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from enum import Enum, auto
 from functools import partial
 from typing import Protocol
@@ -27,6 +32,32 @@ def bucket_sizes(max_num_seqs: int) -> list[int]:
     """Batch sizes to capture: 1, 2, 4, 8, 16, 24, …, and the largest batch itself."""
     sizes = [1, 2, 4, 8, *range(16, 129, 8), *range(144, 513, 16)]
     return [*(size for size in sizes if size < max_num_seqs), max_num_seqs]
+
+
+# Sequences of a step that verifies drafts and is captured. With more of them a row costs so much
+# that few are drafted, and launching is a small part of the step.
+_MOST_VERIFYING = 8
+
+
+@dataclass(frozen=True, order=True)
+class StepShape:
+    """How many sequences a captured step has, and how many rows each of them."""
+
+    seqs: int
+    width: int = 1
+
+    @property
+    def rows(self) -> int:
+        return self.seqs * self.width
+
+
+def verify_shapes(max_num_seqs: int, max_draft_tokens: int) -> list[StepShape]:
+    """Steps to capture that verify drafts: 1, 2, 4 or 8 sequences with 1, 2, 4, … draft tokens, and
+    the most."""
+    drafts = [*(n for n in (1, 2, 4, 8, 16) if n < max_draft_tokens), max_draft_tokens]
+    most = min(max_num_seqs, _MOST_VERIFYING)
+    seqs = [*(n for n in (1, 2, 4) if n < most), most]
+    return [StepShape(each, 1 + count) for each in seqs for count in drafts]
 
 
 def cuda_capture(device: torch.device) -> Capture:
@@ -63,41 +94,52 @@ class AdapterUse(Enum):
 
 
 class DecodeGraphs:
-    """Graphs by batch size and the adapters that they apply.
+    """Graphs by the shape of the step and the adapters that they apply.
 
-    inputs_for: ``inputs_for(size, use)`` builds padded inputs, at the same memory addresses every
-        time for the same size.
-    compute: ``compute(inputs, use)`` turns inputs into logits ``(size, vocab)``.
+    inputs_for: ``inputs_for(shape, use)`` builds padded inputs, at the same memory addresses every
+        time for the same shape.
+    compute: ``compute(inputs, use)`` turns inputs into logits ``(rows, vocab)``.
     uses: what to capture graphs for.
     """
 
     def __init__(
         self,
         capture: Capture,
-        sizes: Iterable[int],
-        inputs_for: Callable[[int, AdapterUse], StepInputs],
+        shapes: Iterable[StepShape],
+        inputs_for: Callable[[StepShape, AdapterUse], StepInputs],
         compute: Callable[[StepInputs, AdapterUse], Tensor],
         *,
         uses: Sequence[AdapterUse],
         progress: Progress = True,
     ) -> None:
-        self._graphs: dict[tuple[int, AdapterUse], tuple[Replay, Tensor]] = {}
+        self._graphs: dict[tuple[StepShape, AdapterUse], tuple[Replay, Tensor]] = {}
         # The largest first: smaller graphs then reuse its memory in the pool.
-        todo = [(size, use) for size in sorted(sizes, reverse=True) for use in uses]
-        for size, use in track(todo, "Capturing CUDA graphs", progress):
-            inputs = inputs_for(size, use)
-            self._graphs[size, use] = capture(partial(compute, inputs, use))
+        largest_first = sorted(shapes, key=lambda shape: shape.rows, reverse=True)
+        todo = [(shape, use) for shape in largest_first for use in uses]
+        for shape, use in track(todo, "Capturing CUDA graphs", progress):
+            inputs = inputs_for(shape, use)
+            self._graphs[shape, use] = capture(partial(compute, inputs, use))
 
-    def size_for(self, rows: int, use: AdapterUse) -> int | None:
-        """The smallest captured batch size of at least ``rows``; None if there is none."""
-        sizes = (size for size, kind in self._graphs if kind == use and size >= rows)
-        return min(sizes, default=None)
+    def shape_for(self, seqs: int, width: int, use: AdapterUse) -> StepShape | None:
+        """The captured shape with fewest rows that takes so many sequences and rows of each.
 
-    def run(self, size: int, use: AdapterUse) -> Tensor:
-        """Logits ``(size, vocab)`` for the inputs last built for this size.
+        A step of one row each takes no shape of more: its attention is another kernel's. None if
+        there is no such shape.
+        """
+        fitting = (
+            shape
+            for shape, kind in self._graphs
+            if kind == use
+            and shape.seqs >= seqs
+            and (shape.width >= width if width > 1 else shape.width == 1)
+        )
+        return min(fitting, key=lambda shape: shape.rows, default=None)
+
+    def run(self, shape: StepShape, use: AdapterUse) -> Tensor:
+        """Logits ``(rows, vocab)`` for the inputs last built for this shape.
 
         The next run overwrites them.
         """
-        graph, out = self._graphs[size, use]
+        graph, out = self._graphs[shape, use]
         graph.replay()
         return out

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from nybble.engine.json_schema import Omission, Schema, expressible
-from nybble.engine.request import GuideError
+from nybble.engine.request import DisallowedTokenError, GuideError
 from nybble.loaders.adapter_tokens import TextTokenizer
 
 # Imported where a guide is built: the engine runs on machines that have torch and little else.
@@ -34,6 +34,8 @@ JSON_OPTIONS: Any = {"whitespace_pattern": r"[ \n\t]{1,40}"}
 # The library, where only one text may follow, allows only the tokens that the tokenizer makes of
 # it. With this header any tokens may spell it.
 _ANY_SPELLING = '%llguidance {"no_forcing": true}\n'
+# How the library says that no token may come next.
+_NOTHING_FOLLOWS = "NoExtensionBias"
 # In Lark's syntax, what is between quotes and slashes is text; other names may be those of tokens.
 # What is not closed matches too, or looking for its end again and again would take quadratic time.
 _LITERAL = re.compile(r'"(?:[^"\\]|\\.)*"?|/(?:[^/\\\n]|\\.)+/?')
@@ -50,23 +52,34 @@ class StructuralTag:
 
 
 class GrammarGuide:
-    """One sequence's place in a grammar (see :class:`nybble.engine.request.Guide`)."""
+    """One sequence's place in a grammar (see :class:`nybble.engine.request.Guide`).
 
-    def __init__(self, matcher: LLMatcher) -> None:
+    parameter: the request's field that has the grammar, for errors.
+    """
+
+    def __init__(self, matcher: LLMatcher, parameter: str | None = None) -> None:
+        self.parameter = parameter
         self._matcher = matcher
+        self._offered: Tensor | None = None  # what was allowed last, until a token is accepted
 
     def fork(self) -> GrammarGuide:
-        return GrammarGuide(self._matcher.deep_copy())
+        return GrammarGuide(self._matcher.deep_copy(), self.parameter)
 
     def allowed(self) -> Tensor:
         # One byte per token: 0 or 200. In an error state the mask means nothing; accept() says so.
         weights = np.frombuffer(self._matcher.compute_logit_bias(), dtype=np.uint8)
-        return torch.from_numpy(weights != 0)
+        self._offered = torch.from_numpy(weights != 0)
+        return self._offered
 
     def accept(self, token: int) -> bool:
+        offered, self._offered = self._offered, None
         # If nothing may follow, computing the mask is an error, after which only an end is taken.
-        if self._matcher.is_error() or not self._matcher.consume_token(token):
-            raise GuideError(f"guided decoding failed: {_first_line(self._matcher.get_error())}")
+        broken = self._matcher.is_error()
+        if not broken and offered is not None and not offered[token]:
+            raise DisallowedTokenError(f"token {token} was excluded by the request's grammar")
+        if broken or not self._matcher.consume_token(token):
+            reason = _first_line(self._matcher.get_error())
+            raise GuideError(f"guided decoding failed: {reason}", self.parameter)
         return bool(self._matcher.is_stopped())
 
     def accepts(self, tokens: tuple[int, ...]) -> int:
@@ -169,11 +182,18 @@ class GrammarCompiler:
         matcher = LLMatcher(vocabulary, grammar, log_level=0)
         if matcher.is_error():
             raise ValueError(_first_line(matcher.get_error()))
-        # A grammar of which no text can begin compiles; its first mask is what shows it.
-        started = matcher.deep_copy()
-        started.compute_logit_bias()
-        if started.is_error():
-            raise ValueError("nothing matches it: no text can begin as it says")
+        # A grammar of which no text can begin compiles, and so does one that is too large; its
+        # first mask is what shows it. What is too large is reported by the mask after that.
+        for _ in range(2):
+            started = matcher.deep_copy()
+            started.compute_logit_bias()
+            if started.is_error():
+                error = started.get_error()
+                raise ValueError(
+                    "nothing matches it: no text can begin as it says"
+                    if error.startswith(_NOTHING_FOLLOWS)
+                    else f"it is too large: {_first_line(error)}"
+                )
         return GrammarGuide(matcher)
 
 

@@ -54,6 +54,7 @@ class _Item:
     prompt_reader = None
     num_logits = 1
     decodes = False
+    verifies = False
 
     @property
     def num_tokens(self) -> int:

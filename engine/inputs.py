@@ -54,6 +54,11 @@ class StepItem(Protocol):
         ...
 
     @property
+    def verifies(self) -> bool:
+        """Whether it is the last token known and a draft behind it."""
+        ...
+
+    @property
     def prompt_reader(self) -> PromptReader | None: ...
 
 
@@ -83,7 +88,8 @@ class StepMessage:
     size: what :meth:`InputBuffers._tensors_of_size` takes.
     data: the bytes of all inputs but the block tables.
     blocks_at, blocks: the entries of the block tables that have changed, and what they are now.
-    padded_to: rows that the batch is padded to, whose graph is run; 0 if it is not.
+    padded_to: sequences that the batch is padded to, whose graph is run; 0 if it is not. width: the
+        rows of each of them.
     reads: the first row and the number of rows of which prompt readers want all logits.
     """
 
@@ -92,6 +98,7 @@ class StepMessage:
     blocks_at: list[int]
     blocks: list[int]
     padded_to: int
+    width: int
     reads: list[tuple[int, int]]
 
 
@@ -165,26 +172,36 @@ class InputBuffers:
         self._written: list[tuple[tuple[BlockTable, ...], int]] = []
 
     def build(
-        self, batch: Several[StepItem], lora_slots: Several[int] | None = None, pad_to: int = 0
+        self,
+        batch: Several[StepItem],
+        lora_slots: Several[int] | None = None,
+        pad_to: int = 0,
+        width: int = 1,
     ) -> StepInputs:
         """The inputs of a scheduled batch.
 
         lora_slots: the adapter slot of each scheduled sequence, −1 for none; None for none at all.
             It is used from the position on at which the sequence's adapter is active.
-        pad_to: for a batch of one token each that all sample, the rows to pad it to, with rows
-        that have no context and write nothing. Logits are then wanted of every row.
+        pad_to: for a batch of which every row is sampled, the sequences to pad it to, with ones
+            that have no context. Logits are then wanted of every row.
+        width: the rows to which each sequence is padded then, behind its own. What pads the batch
+            writes nothing.
         """
         if self._sent is not None:
             self._sent.synchronize()
         updates = self._update_tables(batch)
         seqs = max(len(batch), pad_to)
-        counts = np.ones(seqs, np.int64)
+        counts = np.full(seqs, width, np.int64)
         starts = np.zeros(seqs, np.int64)
+        padded = width > 1
         token_ids: list[int] = []
         for row, item in enumerate(batch):
             starts[row] = item.start
-            counts[row] = item.num_tokens
             token_ids += item.token_ids
+            if padded:
+                token_ids += [0] * (width - item.num_tokens)
+            else:
+                counts[row] = item.num_tokens
         tokens = int(counts.sum())
         places, used = _layout(tokens, seqs, self._groups, self._states)
 
@@ -212,8 +229,12 @@ class InputBuffers:
         blocks = self._tables[:, rows, positions // self.block_size].astype(np.int64)
         slots[:] = blocks * self.block_size + positions % self.block_size
         slots[:, real:] = -1
+        if padded:
+            own = np.fromiter((item.num_tokens for item in batch), np.int64, len(batch))
+            behind = np.arange(real) % width >= own[np.arange(real) // width]
+            slots[:, :real][:, behind] = -1
         if pad_to:
-            last = rows
+            last = np.arange(tokens)
         else:
             logits = np.fromiter((item.num_logits for item in batch), np.int64, len(batch))
             ends = np.repeat(query_start[1 : len(batch) + 1], logits)
@@ -234,7 +255,7 @@ class InputBuffers:
         size = (tokens, seqs, len(last), int(counts.max()), groups)
         if self.tell is not None and batch:
             data, reads = self._bytes[:used].tobytes(), _reads(batch, query_start)
-            self.tell(StepMessage(size, data, *updates, pad_to, reads))
+            self.tell(StepMessage(size, data, *updates, pad_to, width, reads))
         if self._sent is not None:
             self._device[:used].copy_(self._host[:used], non_blocking=True)
             self._sent.record()

@@ -18,7 +18,7 @@ from nybble.engine.runner import free_kv_bytes
 from nybble.engine.state_cache import cache_sizes, state_bytes
 from nybble.loaders import Checkpoint
 from nybble.loaders.footprint import weight_bytes
-from nybble.loaders.mtp import draft_bytes
+from nybble.loaders.mtp import MtpCheckpoint, draft_bytes
 from nybble.models import architecture_of
 
 
@@ -68,8 +68,10 @@ def memory_explained(
 
 
 def _weight_bytes(checkpoint: Checkpoint, config: EngineConfig, draft: Checkpoint | None) -> int:
-    """Of a rank's weights, at least, and of its draft model's."""
+    """Of rank 0's weights, at least, and of its draft model's."""
     own = weight_bytes(checkpoint.folder, config.dtype) // config.tensor_parallel_size
+    if config.tensor_parallel_size > 1 and isinstance(draft, MtpCheckpoint):
+        own += draft.output_layer_bytes(config.dtype)  # beside its part of the model's
     return own + (0 if draft is None else draft_bytes(draft, config.dtype))
 
 

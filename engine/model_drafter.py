@@ -89,6 +89,10 @@ class _Item:
     def decodes(self) -> bool:
         return self.num_tokens == self.num_logits == 1
 
+    @property
+    def verifies(self) -> bool:
+        return False
+
 
 class ModelDrafter:
     """Drafts with a model of its own; see :class:`nybble.engine.drafter.Drafter`.

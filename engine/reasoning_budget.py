@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nybble.engine.request import Guide, GuideError
+from nybble.engine.request import DisallowedTokenError, Guide
 from nybble.engine.vocabulary import Vocabulary
 
 
@@ -76,7 +76,7 @@ class BudgetGuide:
 
     def accept(self, token: int) -> bool:
         if self._forced and token != self._forced[0] and self.allowed().sum() == 1:
-            raise GuideError("reasoning went on after its thinking_token_budget")
+            raise DisallowedTokenError("reasoning went on after its thinking_token_budget")
         complete = self._inner is not None and self._inner.accept(token)
         self._advance(token)
         return complete

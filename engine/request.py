@@ -177,7 +177,19 @@ class SamplingParams:
 
 
 class GuideError(RuntimeError):
-    """A sequence's grammar cannot continue; the sequence ends with this error."""
+    """A sequence's grammar cannot continue; the sequence ends with this error.
+
+    parameter: the field that has the grammar; None if that is not known.
+    """
+
+    def __init__(self, message: str, parameter: str | None = None) -> None:
+        super().__init__(message)
+        self.parameter = parameter
+
+
+class DisallowedTokenError(RuntimeError):
+    """A sequence got a token that its guide had excluded: a fault of the engine, not of the
+    request. The sequence ends with this error."""
 
 
 class NoTokenError(RuntimeError):
@@ -216,7 +228,10 @@ class Guide(Protocol):
         ...
 
     def accept(self, token: int) -> bool:
-        """Advance by a token; returns True if nothing may follow it. Raises GuideError."""
+        """Advance by a token; returns True if nothing may follow it.
+
+        Raises GuideError, and DisallowedTokenError for a token that was not allowed.
+        """
         ...
 
     def accepts(self, tokens: tuple[int, ...]) -> int:

@@ -12,11 +12,20 @@ from nybble.engine.adapter_ends import StepEnds
 from nybble.engine.adapter_slots import AdapterSlots, StepAdapters
 from nybble.engine.config import EngineConfig, resolve_device
 from nybble.engine.decoder import Decoder
-from nybble.engine.graphs import AdapterUse, Capture, DecodeGraphs, bucket_sizes, cuda_capture
+from nybble.engine.graphs import (
+    AdapterUse,
+    Capture,
+    DecodeGraphs,
+    StepShape,
+    bucket_sizes,
+    cuda_capture,
+    verify_shapes,
+)
 from nybble.engine.inputs import InputBuffers, StepInputs, StepItem, StepMessage
 from nybble.engine.kv_cache import KVCacheLayout
 from nybble.engine.parts import KVCache, States
 from nybble.engine.prompt_reader import logit_chunks
+from nybble.engine.transfer import send
 from nybble.kernels.attention_batch import AttentionBatch
 from nybble.kernels.cpu.huge_pages import empty_in_huge_pages
 from nybble.kernels.lora_batch import LoRABatch
@@ -67,6 +76,7 @@ class ModelRunner:
         # Kernels of one order have one configuration for all numbers of rows, and no other.
         self._one_order = config.deterministic
         self._tune = config.tune
+        self._max_draft_tokens = 0 if config.speculate == "off" else config.max_draft_tokens
         self._max_blocks = -(-decoder.max_model_len // config.block_size)
 
         def zeros(dtype: torch.dtype, *shape: int) -> Tensor:
@@ -122,14 +132,14 @@ class ModelRunner:
         """
         lora_slots = [item.sequence.adapter_slot for item in batch]
         adapted = any(slot >= 0 for slot in lora_slots)
-        if self._graphs is not None and all(item.decodes for item in batch):
-            use = self._adapter_use(adapted)
-            size = self._graphs.size_for(len(batch), use)
-            if size is not None:
-                self._inputs.build(batch, lora_slots if adapted else None, pad_to=size)
-                logits = self._graphs.run(size, use)[: len(batch)]
-                self.captured = None if self._in_graphs is None else self._in_graphs[: len(batch)]
-                return logits
+        use = self._adapter_use(adapted)
+        if self._graphs is not None and (shape := self._captured_shape(batch, use)) is not None:
+            slots = lora_slots if adapted else None
+            self._inputs.build(batch, slots, pad_to=shape.seqs, width=shape.width)
+            logits = self._graphs.run(shape, use)
+            rows = self._rows_in(batch, shape)
+            self.captured = None if self._in_graphs is None else self._in_graphs[rows]
+            return logits[rows]
         inputs = self._inputs.build(batch, lora_slots if adapted else None)
         adapters = self._step_adapters(inputs)
         captured: list[Tensor] = []
@@ -149,7 +159,8 @@ class ModelRunner:
         """Compute this rank's part of a step that :meth:`run` computes at rank 0."""
         inputs = self._inputs.follow(message)
         if message.padded_to and self._graphs is not None:
-            self._graphs.run(message.padded_to, self._adapter_use(inputs.lora is not None))
+            shape = StepShape(message.padded_to, message.width)
+            self._graphs.run(shape, self._adapter_use(inputs.lora is not None))
             return
         hidden = self._forward(inputs, self._step_adapters(inputs))
         for first, count in message.reads:
@@ -157,6 +168,30 @@ class ModelRunner:
             for start, stop in logit_chunks(count, self.decoder.architecture.vocab):
                 self.decoder.logits(read[start:stop])
         self._logits(hidden, inputs)
+
+    def _captured_shape(self, batch: Sequence[StepItem], use: AdapterUse) -> StepShape | None:
+        """The graph that computes a step: one of decodes and of sequences that verify drafts."""
+        assert self._graphs is not None
+        width = max(item.num_tokens for item in batch)
+        if not all(item.decodes or item.verifies for item in batch):
+            return None
+        shape = self._graphs.shape_for(len(batch), width, use)
+        if shape is None or shape.width == 1:
+            return shape
+        # Rows that pad a sequence have positions too, and there are no more than these.
+        fits = all(item.start + shape.width <= self.decoder.max_model_len for item in batch)
+        return shape if fits else None
+
+    def _rows_in(self, batch: Sequence[StepItem], shape: StepShape) -> slice | Tensor:
+        """Which rows of a captured step are the batch's."""
+        if all(item.num_tokens == shape.width for item in batch):
+            return slice(len(batch) * shape.width)
+        rows = [
+            index * shape.width + row
+            for index, item in enumerate(batch)
+            for row in range(item.num_tokens)
+        ]
+        return send(rows, torch.int64, self.device)
 
     def _adapter_use(self, adapted: bool) -> AdapterUse:
         """What a step applies, some of whose rows have adapters or none."""
@@ -250,14 +285,20 @@ class ModelRunner:
     def capture(
         self, capture: Capture, progress: Progress = True, sizes: Sequence[int] | None = None
     ) -> None:
-        """Decode from graphs made by ``capture`` from now on, of the usual batch sizes or these."""
+        """Decode from graphs made by ``capture`` from now on, of the usual batch sizes or these.
+
+        Steps that verify drafts are captured too, unless layers keep states: what those compute of
+        a sequence with drafts is another sequence of launches for every batch.
+        """
         sizes = bucket_sizes(self._max_num_seqs) if sizes is None else sizes
+        shapes = [*map(StepShape, sizes), *self._verify_shapes]
+        most = max(shape.rows for shape in shapes)
         # One place for the logits of all graphs: each would keep its own, gigabytes where the
         # vocabulary is large.
-        logits = torch.empty(max(sizes), self.decoder.architecture.vocab, device=self.device)
+        logits = torch.empty(most, self.decoder.architecture.vocab, device=self.device)
         if captures := self.decoder.captures:
             width = len(captures) * self.decoder.architecture.hidden
-            self._in_graphs = torch.empty(max(sizes), width, dtype=self._dtype, device=self.device)
+            self._in_graphs = torch.empty(most, width, dtype=self._dtype, device=self.device)
 
         def compute(inputs: StepInputs, use: AdapterUse) -> Tensor:
             captured: list[Tensor] = []
@@ -268,9 +309,9 @@ class ModelRunner:
 
         self._graphs = DecodeGraphs(
             capture,
-            sizes,
-            lambda size, use: self._inputs.build(
-                [], None if use == AdapterUse.NONE else [], pad_to=size
+            shapes,
+            lambda shape, use: self._inputs.build(
+                [], None if use == AdapterUse.NONE else [], pad_to=shape.seqs, width=shape.width
             ),
             compute,
             uses=self._adapter_uses,
@@ -284,8 +325,16 @@ class ModelRunner:
         """
         for tokens, seqs in self._warm_up_sizes():
             yield self._idle_prefill(tokens, seqs)
-        for size in bucket_sizes(self._max_num_seqs):
-            yield self._inputs.build([], pad_to=size)
+        for shape in [*map(StepShape, bucket_sizes(self._max_num_seqs)), *self._verify_shapes]:
+            yield self._inputs.build([], pad_to=shape.seqs, width=shape.width)
+
+    @property
+    def _verify_shapes(self) -> list[StepShape]:
+        """Steps that verify drafts, of those that fit the most tokens of a step."""
+        if not self._max_draft_tokens or self.states:
+            return []
+        shapes = verify_shapes(self._max_num_seqs, self._max_draft_tokens)
+        return [shape for shape in shapes if shape.rows <= self._max_batched_tokens]
 
     def _warm_up_sizes(self) -> list[tuple[int, int]]:
         """(tokens, sequences): each size of matmul for one prompt, each size of batch for many."""

@@ -112,6 +112,10 @@ class ScheduledSequence:
         return self.kind is StepKind.DECODE
 
     @property
+    def verifies(self) -> bool:
+        return bool(self.draft) and self.num_tokens == self.num_logits
+
+    @property
     def token_ids(self) -> list[int]:
         """Of the positions computed."""
         if not self.draft:

@@ -294,6 +294,7 @@ def scale_values(scales: Tensor) -> Tensor:
     return e8m0(scales) if scales.dtype == torch.uint8 else scales.float()
 
 
+_ROWS_AT_A_TIME = 4096
 # The digits reach from 16 · −8 − 8 to 16 · 7 + 7; codes are chosen symmetric.
 INT8_MAX = 119
 
@@ -319,6 +320,27 @@ def pack_int8(codes: Tensor, scales: Tensor, group_size: int) -> PackedWeight:
         group_size=group_size,
         perm=torch.arange(columns, dtype=torch.int32).repeat(2),
     )
+
+
+def round_to_int8(weight: Tensor, group_size: int) -> PackedWeight:
+    """The nearest 8-bit weight to ``(out, in)``, with a scale for each group of inputs.
+
+    Raises ValueError if ``in`` is not a multiple of the group.
+    """
+    out, columns = weight.shape
+    if columns % group_size:
+        raise ValueError(f"{columns} columns are not a multiple of group_size {group_size}")
+    codes = torch.empty(out, columns, dtype=torch.int16)
+    # bfloat16 keeps the range of float32: rows of rare tokens can be very small.
+    scales = torch.empty(out, columns // group_size, dtype=torch.bfloat16)
+    smallest = torch.finfo(torch.bfloat16).tiny
+    for start in range(0, out, _ROWS_AT_A_TIME):  # in parts, to keep float32 copies small
+        part = slice(start, start + _ROWS_AT_A_TIME)
+        groups = weight[part].float().view(-1, columns // group_size, group_size)
+        scales[part] = (groups.abs().amax(-1) / INT8_MAX).clamp(min=smallest)
+        nearest = (groups / scales[part].float()[..., None]).round().clamp(-INT8_MAX, INT8_MAX)
+        codes[part] = nearest.flatten(1).short()
+    return pack_int8(codes, scales, group_size)
 
 
 def stack_outputs(weights: Sequence[PackedWeight]) -> PackedWeight | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -57,6 +57,11 @@ class MtpCheckpoint:
             return None
         whole = FolderCheckpoint(self.folder, self.config, format_of(self.folder))
         return whole.projection(shards, name)
+
+    def output_layer_bytes(self, dtype: torch.dtype) -> int:
+        """Of :meth:`output_layer`, once it is loaded in ``dtype``."""
+        alone = replace(self.architecture, layers=(), only=(self.architecture.head + ".",))
+        return weight_bytes(self.folder, dtype, part=alone)
 
 
 def has_mtp(checkpoint: Checkpoint) -> bool:

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from nybble.models import Architecture, Mixture, Mlp, Router
+from nybble.models import Architecture, Mixture, Mlp, Mtp, Router
 from nybble.models import config as read
 from nybble.models.llama import decoder
 from nybble.models.parts import gated_mlp, mixture
@@ -21,12 +21,7 @@ def ernie4_5(
     """
     bias = bool(config.use_bias)
     rope = read.rope(config, read.head_sizes(config)[2], interleaved=True)
-    mlp = gated_mlp(
-        read.size(config, "hidden_size"),
-        read.size(config, "intermediate_size"),
-        read.activation(config),
-        bias=bias,
-    )
+    mlp = _dense(config)
     layers = read.size(config, "num_hidden_layers")
     mlps: list[Mlp | Mixture] = [mlp] * layers
     if experts is not None:
@@ -67,7 +62,36 @@ def ernie4_5_moe(config: PretrainedConfig) -> Architecture:
         if shared
         else None,
     )
-    return ernie4_5(config, experts, unused=("model.mtp_",))
+    return ernie4_5(config, experts, unused=("model.mtp_",), mtp=_mtp(config))
+
+
+def _dense(config: PretrainedConfig) -> Mlp:
+    return gated_mlp(
+        read.size(config, "hidden_size"),
+        read.size(config, "intermediate_size"),
+        read.activation(config),
+        bias=bool(config.use_bias),
+    )
+
+
+def _mtp(config: PretrainedConfig) -> Mtp | None:
+    """The head of published mixtures: a layer with an MLP, read by the model's own last norm.
+
+    Names: FastDeploy's ``ernie4_5_mtp``; so has transformers' list of tensors that are not read.
+    """
+    if not getattr(config, "num_nextn_predict_layers", None):
+        return None
+    parts = [f"model.mtp_{part}.0" for part in ("block", "emb_norm", "hidden_norm", "linear_proj")]
+    layer, embedding_norm, hidden_norm, join = parts
+    return Mtp(
+        layer=layer + ".",
+        embedding_norm=embedding_norm,
+        hidden_norm=hidden_norm,
+        join=join,
+        norm="model.norm",
+        prefixes=tuple(part + "." for part in parts),
+        mlp=_dense(config),
+    )
 
 
 FAMILIES = {"ernie4_5": ernie4_5, "ernie4_5_moe": ernie4_5_moe}

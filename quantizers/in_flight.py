@@ -7,12 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
 from nybble.kernels import DenseWeight, PackedWeight
-from nybble.kernels.packed import INT8_MAX, pack_int8
+from nybble.kernels.packed import round_to_int8
 from nybble.loaders import Checkpoint, CheckpointError
 from nybble.loaders.checkpoint import Weight, can_be_rounded
 from nybble.quantizers.codebook import quantize_codebook
@@ -22,7 +21,6 @@ InFlightFormat = Literal["nf4"]  # what `--quantize` offers
 _EMBEDDING = "model.embed_tokens.weight"
 _HEAD = "lm_head"
 _HEAD_GROUP_SIZE = 128
-_ROWS_AT_A_TIME = 4096
 
 
 @dataclass(frozen=True)
@@ -78,20 +76,10 @@ class InFlight:
 
 
 def _int8(weight: DenseWeight, folder: Path) -> PackedWeight:
-    out, columns = weight.weight.shape
+    columns = weight.in_features
     if columns % _HEAD_GROUP_SIZE:
         raise CheckpointError(
             f"{folder}: {_HEAD} has {columns} inputs, not a multiple of {_HEAD_GROUP_SIZE}: "
             "it cannot be kept in 8 bits"
         )
-    codes = torch.empty(out, columns, dtype=torch.int16)
-    # bfloat16 keeps the range of float32: rows of rare tokens can be very small.
-    scales = torch.empty(out, columns // _HEAD_GROUP_SIZE, dtype=torch.bfloat16)
-    smallest = torch.finfo(torch.bfloat16).tiny
-    for start in range(0, out, _ROWS_AT_A_TIME):  # in parts, to keep float32 copies small
-        part = slice(start, start + _ROWS_AT_A_TIME)
-        groups = weight.weight[part].float().view(-1, columns // _HEAD_GROUP_SIZE, _HEAD_GROUP_SIZE)
-        scales[part] = (groups.abs().amax(-1) / INT8_MAX).clamp(min=smallest)
-        nearest = (groups / scales[part].float()[..., None]).round().clamp(-INT8_MAX, INT8_MAX)
-        codes[part] = nearest.flatten(1).short()
-    return replace(pack_int8(codes, scales, _HEAD_GROUP_SIZE), bias=weight.bias)
+    return replace(round_to_int8(weight.weight, _HEAD_GROUP_SIZE), bias=weight.bias)

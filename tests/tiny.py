@@ -260,6 +260,14 @@ _MTP: dict[str, dict[str, object]] = {
         "first_k_dense_replace": 1,
         "num_nextn_predict_layers": 1,
     },
+    "ernie4_5_moe": {
+        "moe_k": 3,
+        "moe_num_experts": 8,
+        "moe_num_shared_experts": 1,
+        "moe_intermediate_size": 32,
+        "moe_layer_start_index": 1,
+        "num_nextn_predict_layers": 1,
+    },
     "glm4_moe": {
         **_MTP_EXPERTS,
         "n_routed_experts": 8,
@@ -297,6 +305,7 @@ _MTP: dict[str, dict[str, object]] = {
 _MTP_LAYER = {
     "num_hidden_layers": 1,
     "first_k_dense_replace": 0,
+    "moe_layer_start_index": 1,  # a head's layer has an MLP
     "mlp_layer_types": ["sparse"],
     "layer_types": ["full_attention"],
 }
@@ -306,7 +315,7 @@ class TinyMtp(torch.nn.Module):
     """A tiny model's MTP head in plain PyTorch, around a model of transformers with one layer.
 
     It computes all positions anew for every token. layer: has the target's embeddings and output
-    layer, and the head's layer and last norm.
+    layer, and the head's layer and last norm. shares_norm: whether that is the target's too.
     """
 
     def __init__(self, layer: PreTrainedModel, seed: int = 0) -> None:
@@ -315,6 +324,7 @@ class TinyMtp(torch.nn.Module):
         hidden = layer.config.hidden_size
         norm = layer.model.norm
         self.layer = layer
+        self.shares_norm = layer.config.model_type == "ernie4_5_moe"
         self.embedding_norm, self.hidden_norm = deepcopy(norm), deepcopy(norm)
         self.join = torch.nn.Linear(2 * hidden, hidden, bias=False)
         with torch.no_grad():
@@ -351,6 +361,10 @@ class TinyMtp(torch.nn.Module):
         if "linear_num_key_heads" in self.layer.config:
             layer, norm = "mtp.layers.0.", "mtp.norm.weight"
             inputs = ("mtp.pre_fc_norm_embedding", "mtp.pre_fc_norm_hidden", "mtp.fc")
+            copies = {}
+        elif self.shares_norm:
+            layer, norm = "model.mtp_block.0.", "model.norm.weight"
+            inputs = tuple(f"model.mtp_{n}.0" for n in ("emb_norm", "hidden_norm", "linear_proj"))
             copies = {}
         else:
             layer = "model.layers.2."
@@ -421,6 +435,8 @@ def write_tiny_mtp(
     layer = model(**changes)
     layer.model.embed_tokens.weight = target.model.embed_tokens.weight
     layer.lm_head.weight = target.lm_head.weight
+    if family == "ernie4_5_moe":
+        layer.model.norm.weight = target.model.norm.weight
     head = TinyMtp(layer, seed)
     with torch.no_grad():
         for parameter in head.parameters():

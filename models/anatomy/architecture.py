@@ -128,6 +128,8 @@ class Architecture:
             for each in reversed(self.layers)
             if any(isinstance(mixer, AnyAttention) for mixer in each.mixers)
         )
+        if self.mtp.mlp is not None:
+            layer = replace(layer, mlp=self.mtp.mlp)
         return replace(
             self,
             layers=(layer,),
@@ -135,7 +137,7 @@ class Architecture:
             final_norm=self.mtp.norm,
             unused=self.mtp.copies,
             mtp=None,
-            only=self.mtp.prefixes,
+            only=(*self.mtp.prefixes, self.mtp.norm + "."),
         )
 
     @cached_property

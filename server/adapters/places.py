@@ -172,6 +172,10 @@ class AdapterSource(Place):
             url = f"{url.rstrip('/')}/{{name}}"
         super().__init__(url)
         self._names = names
+        if isinstance(self.files, LocalFileSystem):
+            folder = Path(self.path.partition("{name}")[0])
+            if not folder.is_dir():
+                raise ValueError(f"--lora-source {rule!r}: there is no folder {folder}")
 
     def covers(self, name: str) -> bool:
         return NAME.fullmatch(name) is not None and fnmatchcase(name, self._names)

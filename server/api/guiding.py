@@ -72,6 +72,8 @@ async def guide_of(
         raise ApiError(
             400, f"{param} cannot be compiled: {error}", param=param, code="invalid_value"
         ) from None
+    if guide is not None:
+        guide.parameter = param
     record.not_enforced += omissions
     return guide
 

@@ -71,7 +71,7 @@ class ModelNames:
         if name in self._base:
             known = tenant is None or tenant.may_use_model(name)
         else:
-            known = await self._has_adapter(name, call)
+            known = await self._has_adapter(name, call, "model")
         if not known:
             raise self._unknown(name, "model", tenant)
 
@@ -89,7 +89,7 @@ class ModelNames:
         await self.require(model, call)
         if isinstance(field, Mapping):
             for name in field:
-                if not await self._has_adapter(name, call):
+                if not await self._has_adapter(name, call, "adapter"):
                     raise self._unknown(name, "adapter", call.tenant)
             field = AdapterMixture(field)
         asked = {
@@ -100,7 +100,7 @@ class ModelNames:
         chosen = {param: name for param, name in asked.items() if name is not None}
         for param, name in chosen.items():
             known = param == "model" or isinstance(name, AdapterMixture)
-            if not known and not await self._has_adapter(name, call):
+            if not known and not await self._has_adapter(name, call, param):
                 raise self._unknown(name, param, call.tenant)
         if len(set(chosen.values())) > 1:
             raise ApiError(
@@ -112,12 +112,16 @@ class ModelNames:
             )
         return next(iter(chosen.values()), None)
 
-    async def _has_adapter(self, name: str, call: Call) -> bool:
+    async def _has_adapter(self, name: str, call: Call, param: str) -> bool:
+        """param: what names it."""
         if not self._owners.may_use(call.tenant, name):
             return False
         if self._resolver is None:
             return self._engine.adapter(name) is not None
-        return await self._resolver.obtain(name, call.leases)
+        try:
+            return await self._resolver.obtain(name, call.leases)
+        except ApiError as error:
+            raise error.about(param) from None
 
     def _models(self, tenant: Tenant | None) -> list[str]:
         return [name for name in self._base if tenant is None or tenant.may_use_model(name)]

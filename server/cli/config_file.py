@@ -25,6 +25,7 @@ def read_config(context: typer.Context, path: Path | None) -> Path | None:
         option.removeprefix("--"): parameter
         for parameter in context.command.params
         for option in parameter.opts
+        if option.startswith("--")
         if parameter.param_type_name == "option" and not parameter.is_eager
     }
     defaults: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""Checks a model's name before the imports that load the model, which take seconds."""
+"""Checks names of models and adapters before the imports that load them, which take seconds."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from nybble.model_name import (
     may_be_on_the_hub,
     read_aliases,
 )
+from nybble.server.lifecycle.named_adapters import named_adapters
+from nybble.server.lifecycle.options import ServeOptions
 
 
 def require_model(model: str, aliases: Path | None = None) -> None:
@@ -38,11 +40,41 @@ def require_model(model: str, aliases: Path | None = None) -> None:
         raise ModelNotFoundError(f"{error}{_hint(model, [DEMO, *table, *here])}")
     if may_be_on_the_hub(model) and (":" in model or path.suffix != ".gguf"):
         return
-    # The first part of the path that does not exist.
+    raise FileNotFoundError(f"model {model!r}: {_missing(path)}")
+
+
+def require_adapter(adapter: str, named_by: str) -> None:
+    """The same of an adapter, which is a folder or on the hub.
+
+    named_by: the option that names it. Raises FileNotFoundError.
+    """
+    path = Path(adapter).expanduser()
+    if path.exists() or may_be_on_the_hub(adapter):
+        return
+    raise FileNotFoundError(f"{named_by}: adapter {adapter!r}: {_missing(path)}")
+
+
+def require_named(options: ServeOptions) -> None:
+    """All models and adapters that a server is told to load at its start.
+
+    Raises what require_model and require_adapter do, and ValueError for adapters whose names or
+    form are wrong.
+    """
+    model, adapters = options.model, options.adapters
+    require_model(model.model, model.aliases)
+    if model.draft_model is not None:
+        require_model(model.draft_model, model.aliases)
+    if adapters.merge_adapter is not None:
+        require_adapter(adapters.merge_adapter, "--merge-adapter")
+    for path in named_adapters(adapters, options.served_names).values():
+        require_adapter(path, "--lora-modules")
+
+
+def _missing(path: Path) -> str:
+    """The first part of a path that does not exist, and what may have been meant."""
     wrong = next(part for part in (*reversed(path.parents), path) if not part.exists())
     beside = [file.name for file in wrong.parent.iterdir()] if wrong.parent.is_dir() else []
-    hint = _hint(wrong.name, beside, wrong.parent)
-    raise FileNotFoundError(f"model {model!r}: there is no {wrong}{hint}")
+    return f"there is no {wrong}{_hint(wrong.name, beside, wrong.parent)}"
 
 
 def _hint(name: str, known: list[str], folder: Path | None = None) -> str:

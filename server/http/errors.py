@@ -15,6 +15,7 @@ from nybble.engine import (
     AdapterError,
     AdapterUnavailableError,
     ContextLengthError,
+    DisallowedTokenError,
     EngineFailedError,
     EngineOverloadedError,
     EngineStoppedError,
@@ -83,6 +84,16 @@ class ApiError(Exception):
         """The value of the metrics' ``cause`` label, one of a few."""
         return self.code or f"http_{self.status}"
 
+    def about(self, param: str) -> ApiError:
+        """The same error, with the parameter that is at fault if the request is."""
+        return ApiError(
+            self.status,
+            self.message,
+            param=param if self.status < 500 else None,
+            code=self.code,
+            retry_after=self.retry_after,
+        )
+
     def body(self) -> dict[str, Any]:
         fallback = "server_error" if self.status >= 500 else "invalid_request_error"
         return {
@@ -129,7 +140,9 @@ def as_api_error(error: Exception, request_id: str) -> ApiError:
     if isinstance(error, ParameterError):
         return ApiError(400, str(error), param=error.parameter, code="invalid_value")
     if isinstance(error, GuideError):
-        return ApiError(400, str(error), code="guide_failed")
+        return ApiError(400, str(error), param=error.parameter, code="guide_failed")
+    if isinstance(error, DisallowedTokenError):
+        return ApiError(500, str(error), code="guide_not_followed")
     if isinstance(error, NothingAllowedError):
         return ApiError(400, str(error), code="nothing_allowed")
     if isinstance(error, NotANumberError):

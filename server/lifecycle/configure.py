@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
+import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,7 +20,7 @@ from nybble.server.api.output.dialect import REASONING_NAMES, TOOL_NAMES, Dialec
 from nybble.server.files.storage import StorageSettings, default_state
 from nybble.server.http.cors import Cors
 from nybble.server.http.tls import tls_context
-from nybble.server.lifecycle.options import AdapterOptions, KeyOptions, ServeOptions
+from nybble.server.lifecycle.options import KeyOptions, ServeOptions
 from nybble.server.lifecycle.settings import ServerSettings, SharedAdapters
 from nybble.server.tenancy.keys import require_keys
 from nybble.server.tenancy.tenants import Tenants
@@ -108,6 +109,12 @@ def server_settings(options: ServeOptions, device: str, *, loopback: bool) -> Se
     hosts = (network.host, *(network.allowed_hosts or ()))
     roots = tuple(adapters.lora_root or ())
     state = adapters.lora_state or default_path(model.model, network.uds or network.port, roots)
+    if adapters.lora_state is not None:
+        _require_folder("--lora-state", adapters.lora_state.absolute().parent)
+    if network.response_store is not None:
+        _require_folder("--response-store", network.response_store.absolute().parent)
+    if adapters.lora_cache_dir is not None:
+        _require_folder("--lora-cache-dir", adapters.lora_cache_dir)
     return ServerSettings(
         models=options.served_names,
         max_sequences=memory.max_num_seqs + memory.max_waiting,
@@ -170,10 +177,7 @@ def _storage_settings(options: ServeOptions) -> StorageSettings | None:
     if not (asked.batches or options.trains):
         return None
     state = asked.state_dir or default_state()
-    try:  # before the model is loaded
-        state.mkdir(parents=True, exist_ok=True, mode=0o700)
-    except OSError as error:
-        raise ValueError(f"--state-dir {state} cannot be made: {error.strerror}") from None
+    _require_folder("--state-dir", state)
     return StorageSettings(
         state=state,
         max_file_bytes=asked.max_file_size,
@@ -181,34 +185,17 @@ def _storage_settings(options: ServeOptions) -> StorageSettings | None:
     )
 
 
-def named_adapters(options: AdapterOptions, models: Sequence[str]) -> dict[str, str]:
-    """Paths of ``--lora-modules`` by name. Raises ValueError for a name that is taken."""
-    adapters: dict[str, str] = {}
-    for option in options.lora_modules or ():
-        name, path = _named_adapter(option)
-        if name in adapters:
-            raise ValueError(f"--lora-modules: two adapters are called {name!r}")
-        if name in models:
-            raise ValueError(f"--lora-modules: {name!r} is the name of the base model")
-        adapters[name] = path
-    return adapters
+def _require_folder(flag: str, folder: Path) -> None:
+    """Make a folder that is written while the server runs, before the model is loaded.
 
-
-def _named_adapter(option: str) -> tuple[str, str]:
-    """Name and path: ``NAME=PATH``, or JSON as in vLLM, ``{"name": …, "path": …}``."""
-    if option.startswith("{"):
-        try:
-            found = json.loads(option)
-            name, path = found["name"], found["path"]
-        except (ValueError, KeyError) as error:
-            raise ValueError(
-                f"--lora-modules {option!r}: expected a JSON object with name and path ({error!r})"
-            ) from None
-    else:
-        name, _, path = option.partition("=")
-    if not (isinstance(name, str) and isinstance(path, str) and name and path):
-        raise ValueError(f"--lora-modules {option!r}: expected NAME=PATH")
-    return name, path
+    Raises ValueError if it cannot be made or written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise ValueError(f"{flag}: {folder} cannot be made: {error.strerror}") from None
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"{flag}: {folder} cannot be written")
 
 
 def _shared_adapters(options: ServeOptions) -> SharedAdapters | None:
@@ -245,6 +232,10 @@ def _quotas(options: KeyOptions) -> SharedLimiter:
 
 
 def _tracing(endpoint: str) -> Tracing:
+    if not re.match(r"https?://[^/]", endpoint):
+        raise ValueError(
+            f"--otlp-endpoint is {endpoint!r}, expected a URL such as http://HOST:4318/v1/traces"
+        )
     try:
         from nybble.server.observability.tracing import Tracing
     except ImportError as error:

@@ -14,24 +14,22 @@ from urllib.parse import quote
 import torch
 
 from nybble.engine import Engine, EngineConfig
+from nybble.engine.adapters import require_rank
 from nybble.engine.memory import memory_explained
 from nybble.engine.ranks import check_ranks
-from nybble.loaders import Checkpoint, resolve_model
+from nybble.loaders import Checkpoint, load_adapter, resolve_adapter, resolve_model
 from nybble.models import architecture_of
 from nybble.quantizers.drafts import prepared_draft, stored_draft
 from nybble.quantizers.prepare import prepare_checkpoint
 from nybble.server.adapters.admin import restore, restore_mixtures, restore_uploads
 from nybble.server.http.listen import BACKLOG, is_loopback
-from nybble.server.lifecycle.configure import (
-    engine_config,
-    flags_named,
-    named_adapters,
-    server_settings,
-)
+from nybble.server.lifecycle.configure import engine_config, flags_named, server_settings
+from nybble.server.lifecycle.named_adapters import named_adapters
 from nybble.server.lifecycle.options import ServeOptions
 from nybble.server.lifecycle.serve import serve
 from nybble.server.lifecycle.settings import ServerSettings
 from nybble.server.lifecycle.startup import Startup, load_behind
+from nybble.server.lifecycle.stores import require_stores
 from nybble.server.observability.logs import LogEvent, LogFormat
 
 logger = logging.getLogger(__name__)
@@ -48,6 +46,7 @@ def launch(options: ServeOptions, sock: socket) -> None:
         config = engine_config(options)
         settings = server_settings(options, config.device, loopback=is_loopback(sock))
         adapters = named_adapters(options.adapters, settings.models)
+        require_stores(settings)
         asyncio.run(_load_and_serve(options, config, sock, settings, adapters))
 
 
@@ -131,11 +130,18 @@ def load_engine(
     for name in (options.model.model, draft_name):
         if name is not None:
             resolve_model(name, aliases=aliases)
+    folders = {name: resolve_adapter(path) for name, path in adapters.items()}
     startup.report("Preparing kernels", 0, None)  # the first start on a machine compiles them
 
     def check(model: Checkpoint) -> None:
         """Before anything is packed, the draft model included."""
-        check_ranks(architecture_of(model.config), config)
+        architecture = architecture_of(model.config)
+        check_ranks(architecture, config)
+        if config.adapters is not None:
+            for folder in folders.values():
+                require_rank(
+                    folder, load_adapter(folder, architecture).rank, config.adapters.max_rank
+                )
         stored_draft(
             model, config, draft_name, aliases=aliases, quantize=options.model.draft_quantize
         )
@@ -166,8 +172,8 @@ def load_engine(
             engine.tokenizer.chat_template = template
         startup.status = "warming"
         engine.warm_up(startup.report)
-    for name, path in adapters.items():
-        engine.load_adapter(name, path)
+    for name, folder in folders.items():
+        engine.load_adapter(name, str(folder))
     return engine, checkpoint.folder
 
 

@@ -151,6 +151,16 @@ class ModelOptions:
     ] = None
     device: DeviceOption = "auto"
     dtype: DtypeOption = "auto"
+    threads: Annotated[
+        int | None,
+        _model(
+            "--threads",
+            "-t",
+            help="Threads of the CPU kernels, in each process (default: OMP_NUM_THREADS, or one "
+            "for each core).",
+            min=1,
+        ),
+    ] = None
     tensor_parallel_size: Annotated[
         int,
         _model(

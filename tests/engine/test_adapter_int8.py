@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from nybble.engine import AdapterConfig, Engine, Request, SamplingParams
 from nybble.loaders import open_checkpoint
@@ -18,6 +20,7 @@ KINDS: tuple[dict[str, Any], ...] = (
     {},
     {"use_dora": True, "target_modules": ["v_proj", "up_proj"]},
     {"target_modules": ["q_proj", "down_proj", "lm_head"]},
+    {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
 )
 PROMPT = tuple(range(5, 29))
 
@@ -89,6 +92,61 @@ def test_without_the_kernels_it_is_the_rounded_matrices_that_are_computed(
             engine.stop()
     error = (found["auto"] - found["int8"]).norm()
     assert 0 < error < 0.05 * (found["auto"] - base).norm()
+
+
+@pytest.mark.parametrize("kernels", [True, False], ids=["kernels", "plain"])
+def test_whole_matrices_are_rounded_row_by_row_and_group_by_group(
+    reference: Any,
+    tiny_model: Callable[..., Path],
+    tiny_adapter: Callable[..., Path],
+    tmp_path: Path,
+    kernels: bool,
+) -> None:
+    """An adapter of two whole matrices says what one says that was rounded before it was saved."""
+    trained = tiny_adapter(
+        target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"], r=1
+    )
+    stored = load_file(trained / "adapter_model.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    exact, rounded = dict(stored), dict(stored)
+    for name, tensor in stored.items():
+        if "lora" in name:  # what is rounded beside them is not looked at here
+            exact[name] = rounded[name] = torch.zeros_like(tensor)
+            continue
+        # A row of the embedding that was not seen in training is the base's.
+        matrix = (tensor + 0.05 * torch.randn(tensor.shape, generator=generator)).bfloat16()
+        exact[name] = matrix
+        if "embed_tokens" in name:
+            scales = matrix.float().abs().amax(dim=1, keepdim=True) / 127
+            rounded[name] = (matrix.float() / scales).round() * scales
+        else:
+            groups = matrix.float().view(len(matrix), -1, 128)
+            scales = (groups.abs().amax(-1, keepdim=True) / 119).bfloat16().float()
+            rounded[name] = ((groups / scales).round().clamp(-119, 119) * scales).flatten(1)
+    folders = {"exact": exact, "rounded": rounded}
+    for name, tensors in folders.items():
+        shutil.copytree(trained, tmp_path / name)
+        save_file(tensors, tmp_path / name / "adapter_model.safetensors")
+    dtype = torch.bfloat16 if kernels else torch.float32
+    found, sizes = {}, {}
+    for name, kept in (("exact", "auto"), ("exact", "int8"), ("rounded", "auto")):
+        engine = reference.start(
+            open_checkpoint(tiny_model()),
+            dtype=dtype,
+            adapters=AdapterConfig(slots=1, max_rank=4, dtype=kept),
+        )
+        try:
+            sizes[name, kept] = engine.load_adapter("a", str(tmp_path / name)).nbytes
+            found[name, kept] = torch.tensor(asyncio.run(logprobs(engine, "a")))
+        finally:
+            engine.stop()
+    error = (found["exact", "int8"] - found["exact", "auto"]).abs().max()
+    assert error > 0
+    tolerance = 0.1 if kernels else 1e-4
+    torch.testing.assert_close(
+        found["exact", "int8"], found["rounded", "auto"], rtol=0, atol=tolerance
+    )
+    assert sizes["exact", "int8"] < 0.6 * sizes["exact", "auto"]
 
 
 def test_another_dtype_is_refused() -> None:

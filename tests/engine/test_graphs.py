@@ -8,14 +8,17 @@ gives the wrong logits here as it would on a GPU.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from nybble.engine import EngineConfig
 from nybble.engine.decoder import Decoder
+from nybble.engine.drafter import Draft
 from nybble.engine.kv_cache import KVCacheLayout
 from nybble.engine.request import Request, SamplingParams
 from nybble.engine.runner import ModelRunner
@@ -107,6 +110,45 @@ def sequence(name: str, prompt: list[int], blocks: list[int]) -> Sequence:
     return made
 
 
+def verify(runner: ModelRunner) -> list[Tensor]:
+    """Logits of sequences whose drafts are as long as a graph's, shorter, and of different lengths,
+    and at last too near to the longest sequence to be padded."""
+    one, two = (
+        sequence("1", [*range(40, 53)], [5, 2, 9, 0, 10, 11]),
+        sequence("2", [60, 61], [7, 1, 4, 12]),
+    )
+    long = sequence("3", [*range(100, 160)], [*range(16, 32)])
+    found = []
+
+    def step(*batch: tuple[Sequence, int]) -> None:
+        scheduled = [
+            ScheduledSequence.of(each, 1, Draft((70, 71, 72, 73)[:count], (0,) * count), count)
+            for each, count in batch
+        ]
+        logits = runner.run(scheduled).clone()
+        assert len(logits) == sum(item.num_logits for item in scheduled)
+        found.append(logits)
+        row = 0
+        for item in scheduled:  # as if no draft was right
+            item.sequence.num_computed_tokens += 1
+            item.sequence.token_ids.append(int(logits[row].argmax()))
+            row += item.num_logits
+
+    with torch.inference_mode():
+        for each in (one, two, long):
+            item = ScheduledSequence.of(each, each.num_uncomputed_tokens)
+            found.append(runner.run([item]).clone())
+            each.num_computed_tokens += item.num_tokens
+            each.token_ids.append(int(found[-1][0].argmax()))
+        for lengths in ((1, 1), (2, 2), (4, 1), (3, 0), (0, 2), (0, 0)):
+            step((one, lengths[0]), (two, lengths[1]))
+        step((two, 2))
+        step((long, 1))
+        step((long, 2), (two, 1))  # padded to as many rows as there are positions
+        step((long, 1), (two, 2))  # there are not so many
+    return found
+
+
 def run(runner: ModelRunner, steps: int) -> list[Tensor]:
     """Logits of sequences that come, grow, go and change places."""
     one, two = sequence("1", [*range(40, 53)], [5, 2, 9, 0]), sequence("2", [60, 61], [7, 1, 4])
@@ -136,11 +178,15 @@ def run(runner: ModelRunner, steps: int) -> list[Tensor]:
     return found
 
 
+@pytest.mark.parametrize("way", ["decodes", "drafts"])
 def test_replayed_operations_give_the_logits_of_every_later_step(
-    plain_checkpoint: Callable[..., Any],
+    plain_checkpoint: Callable[..., Any], way: str
 ) -> None:
     checkpoint = plain_checkpoint()
     results, graphs = [], []
+    config = CONFIG
+    if way == "drafts":
+        config = replace(CONFIG, speculate="ngram", max_draft_tokens=4, max_batched_tokens=64)
 
     def capture(function: Callable[[], Tensor]) -> tuple[Graph, Tensor]:
         graphs.append(Graph(function))
@@ -155,12 +201,12 @@ def test_replayed_operations_give_the_logits_of_every_later_step(
             max_model_len=64,
             backend=SingleOperations(),
         )
-        layout = KVCacheLayout.of(model.architecture, CONFIG, 64)
-        runner = ModelRunner(model, CONFIG, layout, 16)
+        layout = KVCacheLayout.of(model.architecture, config, 64)
+        runner = ModelRunner(model, config, layout, 32)
         if captured:
             runner.capture(capture, progress=False)
-        results.append(run(runner, 3))
-    assert sum(graph.replays for graph in graphs) >= 5
+        results.append(run(runner, 3) if way == "decodes" else verify(runner))
+    assert sum(graph.replays for graph in graphs) == (6 if way == "decodes" else 9)
     assert sum(graph.replays > 0 for graph in graphs) >= 2
     for eager, replayed in zip(*results, strict=True):
         torch.testing.assert_close(replayed, eager, rtol=1e-4, atol=1e-4)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from nybble.engine.block_manager import BlockManager
-from nybble.engine.graphs import bucket_sizes
+from nybble.engine.drafter import Draft
+from nybble.engine.graphs import StepShape, bucket_sizes, verify_shapes
 from nybble.engine.inputs import InputBuffers, StepInputs
 from nybble.engine.request import Request, SamplingParams
 from nybble.engine.scheduler import ScheduledBatch, ScheduledSequence, Scheduler
@@ -154,6 +155,32 @@ def test_padded_inputs_of_a_size_lie_where_they_lay_before() -> None:
     assert places(2) == places(6)
 
 
+def test_shorter_drafts_are_padded_by_rows_that_write_nothing() -> None:
+    draft = Draft((50, 51), (0, 0))
+    batch = [
+        ScheduledSequence.of(sequence(6, 5, [7, 3]), 1, draft, 2),
+        ScheduledSequence.of(sequence(3, 2, [1, 6]), 1, draft, 1),
+    ]
+    inputs = buffers().build(batch, [2, -1], pad_to=3, width=3)
+    assert inputs.token_ids.tolist() == [105, 50, 51, 102, 50, 0, 0, 0, 0]
+    assert inputs.positions.tolist() == [5, 6, 7, 2, 3, 4, 0, 1, 2]
+    (attention,) = inputs.attention
+    assert attention.query_start.tolist() == [0, 3, 6, 9]
+    # A row sees what is before it: those behind a draft are not seen by its own.
+    assert attention.context_lens.tolist() == [8, 5, 0]
+    assert attention.max_query == 3
+    first, second = 3 * BLOCK, BLOCK
+    assert attention.slot_mapping.tolist() == [
+        *(first + 1, first + 2, first + 3),
+        *(second + 2, second + 3, -1),
+        *(-1, -1, -1),
+    ]
+    assert inputs.last_rows.tolist() == [*range(9)]
+    assert inputs.lora is not None
+    assert inputs.lora.slots.tolist()[:3] == [2, 2, 2]
+    assert len(inputs.lora.order) == 9
+
+
 @pytest.mark.parametrize("pad_to", [0, 5])
 def test_rows_are_grouped_by_adapter(pad_to: int) -> None:
     counts = [1, 1, 1] if pad_to else [3, 1, 2]
@@ -176,3 +203,10 @@ def test_captured_batch_sizes_end_with_the_largest_batch() -> None:
     assert bucket_sizes(1) == [1]
     assert bucket_sizes(6) == [1, 2, 4, 6]
     assert bucket_sizes(64)[-2:] == [56, 64]
+
+
+def test_captured_drafts_are_of_few_lengths_and_end_with_the_longest() -> None:
+    assert verify_shapes(1, 3) == [StepShape(1, 2), StepShape(1, 3), StepShape(1, 4)]
+    assert {shape.seqs for shape in verify_shapes(64, 8)} == {1, 2, 4, 8}
+    assert {shape.width for shape in verify_shapes(64, 8)} == {2, 3, 5, 9}
+    assert max(verify_shapes(3, 1)) == StepShape(3, 2)

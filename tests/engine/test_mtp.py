@@ -56,6 +56,8 @@ def train(head: Any, target: Path, texts: list[list[int]], steps: int = 60) -> N
     """Teach a head what follows in ``texts``, two tokens ahead."""
     ends = {id(each) for each in head.layer.model.embed_tokens.parameters()}
     ends |= {id(each) for each in head.layer.lm_head.parameters()}
+    if head.shares_norm:
+        ends |= {id(each) for each in head.layer.model.norm.parameters()}
     learnt = [each for each in head.parameters() if id(each) not in ends]
     for each in head.layer.lm_head.parameters():
         each.requires_grad_(False)
@@ -144,6 +146,7 @@ def trained_of(
 
 FAMILIES = [
     "deepseek_v3",
+    "ernie4_5_moe",
     "glm4_moe",
     "qwen3_5_text",
     *(
@@ -333,6 +336,14 @@ def test_what_it_takes_is_known_before_it_is_loaded(
         each.numel() * (4 if "mlp.gate." in name else 2)
         for name, each in load_file(folder / "model.safetensors").items()
         if not name.startswith("model.layers.2.")
+    )
+    # One of several ranks has all of the output layer to draft with, beside its part of it.
+    alone, ranks = (replace(CONFIG, tensor_parallel_size=size) for size in (1, 2))
+    assert memory._weight_bytes(model, alone, head) == weight_bytes(
+        folder, torch.bfloat16
+    ) + draft_bytes(head, torch.bfloat16)
+    assert memory._weight_bytes(model, ranks, head) == (
+        weight_bytes(folder, torch.bfloat16) // 2 + draft_bytes(head, torch.bfloat16) + 2 * ends
     )
     config = replace(CONFIG, speculate="mtp", kv_cache_bytes=1 << 40)
     layout = KVCacheLayout.of(architecture_of(model.config), config, 160)

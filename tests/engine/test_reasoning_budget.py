@@ -7,7 +7,13 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from nybble.engine import BudgetGuide, GrammarCompiler, GuideError, ReasoningLimit, Vocabulary
+from nybble.engine import (
+    BudgetGuide,
+    DisallowedTokenError,
+    GrammarCompiler,
+    ReasoningLimit,
+    Vocabulary,
+)
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +109,7 @@ def test_drafts_follow_the_limit(tokenizer: Any) -> None:
     assert guide.allowed().all()  # it has not advanced
     guide.accept(a)
     guide.accept(a)
-    with pytest.raises(GuideError, match="thinking_token_budget"):
+    with pytest.raises(DisallowedTokenError, match="thinking_token_budget"):
         guide.accept(a)
 
 

@@ -11,8 +11,9 @@ from typing import Annotated
 import typer
 
 from nybble.server.cli.errors import expected_errors, interruptible
-from nybble.server.cli.model_path import require_model
+from nybble.server.cli.model_path import require_named
 from nybble.server.cli.options_command import takes
+from nybble.server.cli.threads import use_threads
 from nybble.server.lifecycle.options import (
     AdapterOptions,
     LoraDtypeOption,
@@ -82,18 +83,23 @@ def batch(options: BatchOptions) -> None:
     different endpoints. A run that was interrupted goes on if it is started again.
     """
     with expected_errors(), interruptible():
-        require_model(options.model.model, options.model.aliases)
+        served = options.served()
+        require_named(served)
+        if not options.results.absolute().parent.is_dir():
+            raise ValueError(
+                f"{options.results}: there is no folder {options.results.absolute().parent}"
+            )
+        use_threads(options.model.threads)
         from nybble.server.batches.offline import answer_file, read_requests
         from nybble.server.lifecycle.configure import (
             dialects_of,
             engine_config,
             flags_named,
-            named_adapters,
         )
         from nybble.server.lifecycle.launch import load_engine
+        from nybble.server.lifecycle.named_adapters import named_adapters
         from nybble.server.lifecycle.startup import Startup
 
-        served = options.served()
         index = read_requests(options.requests)
         with flags_named():
             config, dialects = engine_config(served), dialects_of(served)

@@ -11,7 +11,9 @@ import typer
 from typer.core import TyperGroup
 
 from nybble.server.cli.errors import expected_errors
-from nybble.server.cli.model_path import require_model
+from nybble.server.cli.model_path import require_named
+from nybble.server.cli.options_command import filled
+from nybble.server.lifecycle.options import ServeOptions
 from nybble.server.observability import logs
 from nybble.server.replicas.options import NOT_FOR_REPLICAS
 
@@ -111,7 +113,7 @@ def _serve_options(context: typer.Context) -> dict[str, Any]:
     model = options["argument"] or options["model"]
     if model is None:
         raise ValueError("say which model: --model NAME")
-    require_model(model, options["aliases"])
+    require_named(filled(ServeOptions, options | {"model": model}))
     for name, instead in NOT_FOR_REPLICAS.items():
         if options.get(name.replace("-", "_")):
             raise ValueError(f"--{name} is not for replicas: {instead}")

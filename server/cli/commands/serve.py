@@ -7,8 +7,9 @@ import os
 import typer
 
 from nybble.server.cli.errors import expected_errors, interruptible, on_stderr
-from nybble.server.cli.model_path import require_model
+from nybble.server.cli.model_path import require_named
 from nybble.server.cli.options_command import takes
+from nybble.server.cli.threads import use_threads
 from nybble.server.lifecycle.options import ServeOptions
 from nybble.server.observability import logs
 
@@ -24,10 +25,11 @@ def serve(options: ServeOptions) -> None:
     logs.configure(options.operation.log_level, options.operation.log_format)
     report = logs.error if options.operation.log_format == "json" else on_stderr
     with expected_errors(report), interruptible():
+        use_threads(options.model.threads)
         from nybble.server.http.listen import bind, bind_unix
 
         # Before anything heavy is imported: a wrong path and a taken port are found out at once.
-        require_model(options.model.model, options.model.aliases)
+        require_named(options)
         network = options.network
         sock = bind_unix(network.uds) if network.uds else bind(network.host, network.port)
         from nybble.engine import EngineFailedError

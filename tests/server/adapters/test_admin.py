@@ -17,7 +17,7 @@ from nybble.engine import AdapterConfig, Engine
 from nybble.loaders import open_checkpoint
 from nybble.server.adapters.admin import restore, restore_mixtures
 from nybble.server.cli.main import app
-from nybble.server.lifecycle.configure import named_adapters
+from nybble.server.lifecycle.named_adapters import named_adapters
 from nybble.server.lifecycle.options import AdapterOptions
 from nybble.server.tenancy.tenants import Tenants, new_key
 

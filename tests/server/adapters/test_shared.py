@@ -329,6 +329,10 @@ def test_a_replaced_folder_is_served_and_a_broken_one_leaves_the_last_good_versi
         await asyncio.sleep(0.15)
         assert await ask(client, "a") == two
         assert await ask(client, "wide") == (400, "invalid_adapter")
+        for named_by, body in (("model", {"model": "wide"}), ("adapter", {"adapter": "wide"})):
+            body = {"model": "tiny", "prompt": "x", "max_tokens": 1} | body
+            async with client.post(COMPLETIONS, json=body) as response:
+                assert (await response.json())["error"]["param"] == named_by
         fsspec.filesystem("memory").rm("/loras/a", recursive=True)
         await asyncio.sleep(0.15)
         assert await ask(client, "a") == (404, "model_not_found")

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -278,12 +279,25 @@ def test_a_model_without_yes_and_no_does_not_judge(engine: Engine) -> None:
     run(engine, scenario)
 
 
-@pytest.fixture(scope="module")
-def embedder(tiny_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As models of embeddings are saved: no output layer, no ``model.`` in names, prompts."""
+@pytest.fixture(scope="module", params=["Qwen3-Embedding", "E5-Mistral"])
+def embedder(
+    tiny_model: Any, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Path:
+    """As models of embeddings are saved: no output layer, no ``model.`` in names, prompts.
+
+    E5-Mistral's tokenizer puts an end token behind each text, whose state is the embedding.
+    """
     folder = tmp_path_factory.mktemp("embedder")
-    AutoTokenizer.from_pretrained(tiny_model()).save_pretrained(folder)
-    model = AutoModel.from_pretrained(tiny_model(), dtype=torch.bfloat16)
+    base = tiny_model(family="mistral" if request.param == "E5-Mistral" else "qwen2")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    if request.param == "E5-Mistral":
+        end = tokenizer.eos_token
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single=f"$A {end}", special_tokens=[(end, tokenizer.eos_token_id)]
+        )
+        assert tokenizer("a").input_ids[-1] == tokenizer.eos_token_id
+    tokenizer.save_pretrained(folder)
+    model = AutoModel.from_pretrained(base, dtype=torch.bfloat16)
     model.config.matryoshka_dimensions = [32, 64]
     model.save_pretrained(folder)
     kinds = ("Transformer", "Pooling", "Normalize")

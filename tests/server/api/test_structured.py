@@ -12,7 +12,15 @@ import pytest
 from openai import OpenAI
 from pydantic import BaseModel
 
-from nybble.engine import Engine, GrammarCompiler, GuideError, Request, SamplingParams
+from nybble.engine import (
+    DisallowedTokenError,
+    Engine,
+    GrammarCompiler,
+    GuideError,
+    Request,
+    SamplingParams,
+)
+from nybble.server.http.errors import as_api_error
 
 from .test_chat import chat, streamed, text
 
@@ -158,8 +166,25 @@ def test_what_nothing_matches_is_refused(
 
 def test_a_grammar_which_cannot_go_on_fails_instead_of_ending(client: OpenAI) -> None:
     grammar = {"guided_grammar": 'start: "a" /[^\\x00-\\U0010FFFF]/'}
-    with pytest.raises(openai.BadRequestError, match="guided decoding failed"):
+    with pytest.raises(openai.BadRequestError, match="guided decoding failed") as failed:
         chat(client, extra_body=grammar, max_tokens=5)
+    assert failed.value.param == "guided_grammar"
+
+
+def test_what_is_too_large_is_refused_before_it_begins(client: OpenAI) -> None:
+    """The library compiles it, and says so only when it is asked for the next token twice."""
+    with pytest.raises(openai.BadRequestError, match="cannot be compiled: it is too large") as no:
+        chat(client, extra_body={"guided_regex": "((a{100}){100}){100}"}, max_tokens=5)
+    assert no.value.param == "guided_regex"
+
+
+def test_a_token_that_a_grammar_excludes_is_the_servers_fault(engine: Engine) -> None:
+    compiler = GrammarCompiler(engine.tokenizer, engine.vocab_size, engine.eos_token_ids)
+    guide = compiler.regex("[ab]{3}")
+    allowed = guide.allowed()
+    with pytest.raises(DisallowedTokenError, match="excluded by the request's grammar") as fault:
+        guide.accept(int((~allowed).nonzero()[0]))
+    assert as_api_error(fault.value, "id").status == 500
 
 
 def test_the_empty_text_may_be_all_that_matches(client: OpenAI) -> None:

@@ -14,6 +14,7 @@ from typer.testing import CliRunner, Result
 
 from nybble.loaders import open_checkpoint
 from nybble.model_name import ModelNotFoundError
+from nybble.server.api.response_store import ResponseStore
 from nybble.server.cli.main import app
 from nybble.server.cli.model_path import require_model
 from nybble.server.lifecycle.options import parse_bytes
@@ -135,6 +136,99 @@ def test_expected_errors_are_one_line_and_exit_code_1(
         assert expected in lines[0]
         assert "Traceback" not in result.output
     assert (full / "precious").read_text() == "x"
+
+
+def test_what_options_name_is_looked_at_before_the_model_is_loaded(
+    tiny_model: Callable[..., Path],
+    tiny_adapter: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def begun(*_: object, **__: object) -> None:
+        raise AssertionError("the model is being loaded")
+
+    monkeypatch.setattr("nybble.server.lifecycle.launch.prepare_checkpoint", begun)
+    file, latin, absent = tmp_path / "file", tmp_path / "latin.jinja", tmp_path / "absent"
+    file.write_text("x" * 4096)
+    latin.write_bytes(b"\xff")
+    config, requests = tmp_path / "config.toml", tmp_path / "in.jsonl"
+    config.write_text(f"lora-modules = ['x={absent}/adapter']")
+    requests.write_text("{}")
+    used = tmp_path / "used.db"
+    keys = tmp_path / "tenants.toml"
+    keys.write_text("[tenants]")
+    in_use = ResponseStore(used, 1 << 20)
+    model = tiny_model()
+    cases = [
+        (("--lora-modules", f"x={tmp_path}/ab/adapter"), f"there is no {tmp_path}/ab"),
+        (("--lora-modules", f"x={tmp_path}"), "has no adapter_config.json"),
+        (("--config", config), f"--lora-modules: adapter '{absent}/adapter': there is no {absent}"),
+        (("--merge-adapter", absent), f"--merge-adapter: adapter '{absent}': there is no {absent}"),
+        (("--draft-model", absent), f"model '{absent}': there is no {absent}"),
+        (("--chat-template", latin), f"--chat-template {latin} is not a text in UTF-8"),
+        (("--lora-source", absent), f"--lora-source '{absent}': there is no folder {absent}"),
+        (("--response-store", file / "x.db"), f"--response-store: {file} cannot be made"),
+        (("--response-store", file), "cannot be used: file is not a database"),
+        (("--response-store", used), "is in use by another server"),
+        (("--lora-cache-dir", file / "x", "--lora-source", tmp_path), "--lora-cache-dir: "),
+        (("--lora-state", file / "x" / "y"), "--lora-state: "),
+        (("--otlp-endpoint", "localhost:4318"), "--otlp-endpoint is 'localhost:4318'"),
+        (("--ssl-certfile", file), "--ssl-certfile: no certificate"),
+        (("--tenants", keys, "--quota-store", "http://x"), "--quota-store http://x"),
+    ]
+    commands = [(("serve", model, "--port", 0, *options), said) for options, said in cases]
+    out = absent / "out.jsonl"
+    commands.append((("batch", requests, out, "--model", model), f"there is no folder {absent}"))
+    try:
+        for arguments, expected in commands:
+            result = nybble(*arguments)
+            lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+            assert (result.exit_code, len(lines)) == (1, 1), (arguments, result.output)
+            assert expected in lines[0], arguments
+    finally:
+        in_use.close()
+
+
+def test_an_adapter_that_does_not_fit_is_found_out_before_the_model_is_loaded(
+    tiny_model: Callable[..., Path],
+    tiny_adapter: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def begun(*_: object, **__: object) -> None:
+        raise AssertionError("the model is being loaded")
+
+    monkeypatch.setattr("nybble.server.lifecycle.launch.Engine.load", begun)
+    wide, other = tiny_adapter(r=16), tiny_model(layers=1)
+    for model, options, said in (
+        (tiny_model(), ("--max-lora-rank", 8), f"{wide} has rank 16"),
+        (other, (), "adapter_model.safetensors"),
+    ):
+        result = nybble("serve", model, "--port", 0, "--lora-modules", f"x={wide}", *options)
+        assert result.exit_code == 1, result.output
+        assert said in result.stderr
+
+
+@pytest.mark.parametrize("command", ["serve", "batch"])
+def test_threads_are_as_many_as_asked_for(command: str, tmp_path: Path) -> None:
+    """Also if the environment says otherwise: -t is what users of llama.cpp write."""
+    arguments = {"serve": ["serve", "x"], "batch": ["batch", "in", "out", "--model", "x"]}[command]
+    code = (
+        "import sys\n"
+        f"from nybble.server.cli.commands import {command} as module\n"
+        "module.require_named = lambda options: None\n"
+        "from nybble.server.cli.main import app\n"
+        f"try: app({arguments!r} + ['-t', '1'])\n"
+        "except SystemExit: pass\n"
+        "import torch; print(torch.get_num_threads())"
+    )
+    result = subprocess.run(
+        [sys.executable, "-P", "-c", code],
+        env={**os.environ, "OMP_NUM_THREADS": "2"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert result.stdout == "1\n", result.stderr
 
 
 def test_an_alias_file_which_is_not_there_was_not_tried(
