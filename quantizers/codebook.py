@@ -19,7 +19,7 @@ from nybble.loaders.formats.codebook import (
 )
 
 _PLACES = 65535
-_BLOCKS_AT_A_TIME = 1 << 14
+_BLOCKS_AT_A_TIME = 1 << 12
 
 
 def quantize_codebook(
