@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -164,7 +165,7 @@ def _among(weight: Weight, shared: dict[str, Tensor], number: int, count: int) -
     shared: by field, all experts' tensors ``(experts, …)``, made with the first expert's.
     """
     own = {each.name: getattr(weight, each.name) for each in fields(weight)}
-    moved = {}
+    moved: dict[str, Any] = {}
     for field, tensor in own.items():
         if not isinstance(tensor, Tensor) or field == "levels":
             continue

@@ -62,14 +62,6 @@ void combine(const Grouped& g, int64_t row, const int64_t* slots, const bf16* y)
     }
 }
 
-// Tiles of a task: 4 as in nybble_packed_matmul. If every expert has one row, all tasks take as long,
-// and what they read is small: then more, so that memory is read in longer pieces.
-int64_t chunk_of(const Grouped& g, int64_t tiles, int64_t used) {
-    constexpr int64_t kLeast = 4, kTasksPerThread = 16;
-    if (g.rows * g.top_k > used) return kLeast;
-    return std::clamp(tiles * used / (kTasksPerThread * g.threads), kLeast, std::max(tiles, kLeast));
-}
-
 template <class AnyProduct>
 void run(const Grouped& g) {
     const int64_t places = g.rows * g.top_k, padded = (g.columns + 7) / 8 * 8;
@@ -117,14 +109,15 @@ void run(const Grouped& g) {
         products.push_back(std::make_unique<AnyProduct>(args, g.threads));
         size = std::max(size, products.back()->buffer_size());
     }
-    const int64_t tiles = (g.outputs + 15) / 16, chunk = chunk_of(g, tiles, products.size());
-    const int64_t chunks = (tiles + chunk - 1) / chunk;
+    // Chunks of 4 tiles, as in nybble_packed_matmul.
+    constexpr int64_t kChunk = 4;
+    const int64_t tiles = (g.outputs + 15) / 16, chunks = (tiles + kChunk - 1) / kChunk;
     const auto tasks = static_cast<int64_t>(products.size()) * chunks;
     const auto all_buffers = buffers(g.threads, size);
 #pragma omp parallel for schedule(dynamic) num_threads(g.threads)
     for (int64_t task = 0; task < tasks; ++task) {
-        const int64_t tile = task % chunks * chunk;
-        products[task / chunks]->tiles(tile, std::min(chunk, tiles - tile),
+        const int64_t tile = task % chunks * kChunk;
+        products[task / chunks]->tiles(tile, std::min(kChunk, tiles - tile),
                                        all_buffers.get() + thread_number() * size);
     }
 #pragma omp parallel for num_threads(g.threads) if (places > 64)
