@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -65,6 +66,23 @@ def memory_explained(
             f"the KV cache {gib(kv)}, and {gib(free)} were free. "
             f"{_would_fit(free - weights, checkpoint, config, draft)}"
         ) from error
+
+
+def check_weights(
+    model: Checkpoint,
+    config: EngineConfig,
+    layers: Literal["4bit"] | None = None,
+    head: Literal["int8"] | None = None,
+) -> None:
+    """Raises ValueError, with what is missing, if a GPU cannot hold the weights of a model.
+
+    It reads the headers of a model's files as they are stored, so that nothing is packed in vain.
+    layers, head: what is rounded then, see :func:`nybble.loaders.footprint.weight_bytes`.
+    """
+    device, ranks = torch.device(config.device), config.tensor_parallel_size
+    if device.type == "cuda":
+        weights = weight_bytes(model.folder, config.dtype, layers=layers, head=head) // ranks
+        _check_weights(weights, device, ranks)
 
 
 def _weight_bytes(checkpoint: Checkpoint, config: EngineConfig, draft: Checkpoint | None) -> int:

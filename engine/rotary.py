@@ -18,9 +18,12 @@ def rotary_table(rope: Rope, length: int, device: torch.device) -> Tensor:
     """
     inverse, scaling = _frequencies(rope, length, device)
     angles = torch.arange(length, device=device)[:, None] * inverse.to(device, torch.float32)
-    angles = torch.cat((angles, angles), dim=-1)
-    table: Tensor = torch.stack((angles.cos(), angles.sin())) * scaling
-    return table
+    # Written where they stay: of a million positions each copy is a gigabyte.
+    table = torch.empty(2, length, 2 * angles.shape[1], device=device)
+    for half in table.chunk(2, dim=-1):
+        torch.cos(angles, out=half[0])
+        torch.sin(angles, out=half[1])
+    return table.mul_(scaling)
 
 
 def _frequencies(rope: Rope, length: int, device: torch.device) -> tuple[Tensor, float]:

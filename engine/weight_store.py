@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from nybble.engine.parallel import mlps
 from nybble.kernels import DenseWeight, PackedWeight
 from nybble.kernels.matmul import gated_layout, preferred_layout
 from nybble.kernels.packed import Weight
-from nybble.models import Architecture, Linear, LinearGroup
+from nybble.models import Architecture, Linear, LinearGroup, Mixture
 
 
 class WeightStore:
@@ -37,13 +38,21 @@ class WeightStore:
             if mlp.gated
         }
         self._weights: dict[str, PackedWeight | DenseWeight | Tensor] = {}
+        # On the CPU weights stay where they are, in the mapping of their file.
+        places = expert_places(architecture) if device.type != "cpu" else {}
+        shared: dict[str, dict[str, Tensor]] = {}
         for name, weight in weights:
             if isinstance(weight, PackedWeight):
                 to = gated_layout(weight, device) if name in gated else layout
-                self._weights[name] = weight.to(device).to_layout(to)
+                placed: Weight = weight.to(device).to_layout(to)
             elif isinstance(weight, DenseWeight):
                 bias = None if weight.bias is None else weight.bias.to(device, dtype)
-                self._weights[name] = DenseWeight(weight.weight.to(device, dtype), bias)
+                placed = DenseWeight(weight.weight.to(device, dtype), bias)
+            if not isinstance(weight, Tensor):
+                if name in places:
+                    first, number, count = places[name]
+                    placed = _among(placed, shared.setdefault(first, {}), number, count)
+                self._weights[name] = placed
             else:
                 # Routers decide: rounded differently they would choose other experts.
                 wide = torch.float32 if name in architecture.tensors else dtype
@@ -125,6 +134,47 @@ class WeightStore:
                 f"the checkpoint has {len(names)} weights this architecture does not use, "
                 f"the first is {names[0]}"
             )
+
+
+def expert_places(architecture: Architecture) -> dict[str, tuple[str, int, int]]:
+    """Where an expert's weight, by its name, is among those of all experts.
+
+    The name of the first expert's, its own number, and how many there are.
+    """
+    places = {}
+    for index, layer in enumerate(architecture.layers):
+        if not isinstance(layer.mlp, Mixture):
+            continue
+        names = [
+            [name for group in e.groups for name in (group.name, *(x.name for x in group.linears))]
+            for e in layer.mlp.experts
+        ]
+        for number, own in enumerate(names):
+            for first, name in zip(names[0], own, strict=True):
+                place = architecture.module(index, first), number, len(names)
+                places[architecture.module(index, name)] = place
+    return places
+
+
+def _among(weight: Weight, shared: dict[str, Tensor], number: int, count: int) -> Weight:
+    """The same weight in the memory that it shares with those of the other experts.
+
+    Kernels read all experts as one tensor. Put together once all are there, a layer's would for a
+    while be on the device twice.
+
+    shared: by field, all experts' tensors ``(experts, …)``, made with the first expert's.
+    """
+    own = {each.name: getattr(weight, each.name) for each in fields(weight)}
+    moved: dict[str, Any] = {}
+    for field, tensor in own.items():
+        if not isinstance(tensor, Tensor) or field == "levels":
+            continue
+        if field not in shared:
+            shared[field] = tensor.new_empty((count, *tensor.shape))
+        whole = shared[field]
+        if tensor.dtype == whole.dtype and tensor.shape == whole.shape[1:]:
+            moved[field] = whole[number].copy_(tensor)
+    return replace(weight, **moved)
 
 
 def _separate(weights: tuple[Weight, ...], group: LinearGroup) -> tuple[Weight, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -114,6 +114,8 @@ class Shards:
         self._check_index()
         self._stored, self.other_parts = _of_language_model(list(self._file_of))
         self._parts: dict[str, Part] = {}
+        # The file of read_in_turn's last tensor, and what reads it.
+        self._last: tuple[TensorFile, Callable[[str], Tensor]] | None = None
 
     def _files(self) -> Sequence[TensorFile]:
         if (self.folder / GGUF_INDEX).is_file():
@@ -217,3 +219,14 @@ class Shards:
                 f"{file.path}: {name} has shape {tuple(tensor.shape)}, expected {shape}"
             )
         return tensor
+
+    def read_in_turn(self, name: str) -> Tensor:
+        """As :meth:`read`; tensors that are read in turn from one file share its mapping.
+
+        It lasts as long as one of them. Linux allows a process 65,530 mappings, and the experts of
+        a large mixture have more tensors.
+        """
+        file = self._file_of[self._stored[name]]
+        if self._last is None or self._last[0] is not file:
+            self._last = file, file.many()
+        return self._last[1](self._stored[name])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -53,6 +53,10 @@ class TensorFile(Protocol):
         """``read(name)[index]``; the other entries are not read."""
         ...
 
+    def many(self) -> Callable[[str], Tensor]:
+        """``read`` for many tensors that are to stay; a file that is mapped is mapped once."""
+        ...
+
 
 @dataclass(frozen=True)
 class SafetensorsFile:
@@ -84,6 +88,10 @@ class SafetensorsFile:
         with safe_open(self.path, framework="pt") as file:
             tensor: Tensor = file.get_tensor(name)
             return tensor
+
+    def many(self) -> Callable[[str], Tensor]:
+        read: Callable[[str], Tensor] = safe_open(self.path, framework="pt").get_tensor
+        return read
 
     def read_entry(self, name: str, index: int) -> Tensor:
         with safe_open(self.path, framework="pt") as file:

@@ -19,6 +19,7 @@ from nybble.loaders.formats.codebook import (
 )
 
 _PLACES = 65535
+_BLOCKS_AT_A_TIME = 1 << 12
 
 
 def quantize_codebook(
@@ -34,14 +35,22 @@ def quantize_codebook(
     """
     if weight.numel() % blocksize:
         raise ValueError(f"{weight.numel()} elements are not a multiple of blocks of {blocksize}")
-    blocks = weight.reshape(-1, blocksize).float()
-    absmax = blocks.abs().amax(-1)
-    # Multiplied by the reciprocal as in bitsandbytes: division would round differently.
-    scaled = (blocks * (1.0 / absmax.clamp(min=1e-38))[:, None]).clamp(-1, 1)
     levels = LEVELS[quant_type]
-    codes = _nearest(scaled, levels).view(weight.shape)
+    blocks = weight.reshape(-1, blocksize)
+    codes = torch.empty(blocks.shape, dtype=torch.uint8, device=weight.device)
+    absmax = torch.empty(len(blocks), dtype=torch.float32, device=weight.device)
+    # In parts: what is computed on the way takes ten times as much memory as 16-bit weights.
+    for start in range(0, len(blocks), _BLOCKS_AT_A_TIME):
+        part = slice(start, start + _BLOCKS_AT_A_TIME)
+        wide = blocks[part].float()
+        absmax[part] = wide.abs().amax(-1)
+        # Multiplied by the reciprocal as in bitsandbytes: division would round differently.
+        scaled = (wide * (1.0 / absmax[part].clamp(min=1e-38))[:, None]).clamp(-1, 1)
+        codes[part] = _nearest(scaled, levels)
     nested = quantize_absmax(absmax) if double_quant else absmax
-    return CodebookWeight(codes, nested, quant_type, weight.dtype, levels, blocksize)
+    return CodebookWeight(
+        codes.view(weight.shape), nested, quant_type, weight.dtype, levels, blocksize
+    )
 
 
 def quantize_absmax(absmax: Tensor) -> NestedAbsmax:

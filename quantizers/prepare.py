@@ -45,6 +45,25 @@ def opened(name: str, *, aliases: Path | None = None) -> Checkpoint:
     return open_checkpoint(resolve_model(name, aliases=aliases))
 
 
+def rounded_parts(
+    name: str,
+    source: Checkpoint,
+    quantize: InFlightFormat | None = None,
+    head: Literal["int8"] | None = None,
+) -> tuple[Literal["4bit"] | None, Literal["int8"] | None]:
+    """Which layers of ``source``, called ``name``, and whether its head are rounded on the way.
+
+    As :func:`nybble.loaders.footprint.weight_bytes` has them.
+    """
+    if _is_demo(name, source, quantize):
+        return "4bit", "int8"
+    return "4bit" if quantize else None, head
+
+
+def _is_demo(name: str, source: Checkpoint, quantize: InFlightFormat | None) -> bool:
+    return name == DEMO and source.format == "none" and quantize is None
+
+
 def prepare_checkpoint(
     name: str,
     *,
@@ -77,7 +96,7 @@ def prepare_checkpoint(
     lora = None
     if adapter is not None:
         lora = load_adapter(resolve_adapter(adapter), architecture_of(source.config))
-    demo = name == DEMO and source.format == "none" and quantize is None
+    demo = _is_demo(name, source, quantize)
     if demo:
         head = "int8"
     if source.format == "none" and not (quantize or head or lora):

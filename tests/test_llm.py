@@ -10,7 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -25,9 +25,14 @@ from nybble.engine import (
     Request,
     RequestOutput,
 )
+from nybble.engine.memory import gib
 from nybble.kernels.cpu.library import library
 from nybble.loaders import AdapterError, ModelNotFoundError, open_checkpoint
-from nybble.quantizers import prepare
+from nybble.loaders.footprint import weight_bytes
+from nybble.quantizers import prepare, quantize_checkpoint
+from nybble.server.lifecycle.launch import load_engine
+from nybble.server.lifecycle.options import ModelOptions, ServeOptions
+from nybble.server.lifecycle.startup import Startup
 
 SMALL: dict[str, Any] = {
     "device": "cpu",
@@ -408,6 +413,44 @@ def test_ranks_that_cannot_be_are_refused_before_any_model_is_packed(
         options = options | {"draft_model": tiny_model(seed=1)}
     with pytest.raises(ValueError, match=f"tensor_parallel_size {said}"):
         LLM(tiny_model(), quantize="nf4", tensor_parallel_size=size, **SMALL | options)
+
+
+@pytest.mark.parametrize("quantize", [None, "nf4"])
+def test_weights_that_a_gpu_cannot_hold_are_refused_before_they_are_packed(
+    tiny_model: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    quantize: Literal["nf4"] | None,
+) -> None:
+    folder = tiny_model()
+    if quantize is None:
+        quantize_checkpoint(folder, tmp_path / "gptq", format="gptq", progress=False)
+        folder = tmp_path / "gptq"
+    need = weight_bytes(folder, torch.bfloat16, layers="4bit" if quantize else None)
+
+    def packed(*arguments: Any, **options: Any) -> None:
+        raise AssertionError("the model was packed")
+
+    monkeypatch.setattr(prepare, "save_packed", packed)
+    monkeypatch.setattr("nybble.llm.resolve_device", torch.device)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, need))
+    options = SMALL | {"device": "cuda", "quantize": quantize}
+    free = need - 4096
+    with pytest.raises(ValueError, match=rf"weights take {gib(need)}, {gib(4096)} more than the"):
+        LLM(folder, **options)
+    with pytest.raises(ValueError, match=rf"weights take {gib(need)}, {gib(4096)} more than the"):
+        served(folder, quantize)
+    free = need
+    with pytest.raises(AssertionError, match="was packed"):
+        LLM(folder, **options)
+    with pytest.raises(AssertionError, match="was packed"):
+        served(folder, quantize)
+
+
+def served(folder: Path, quantize: Literal["nf4"] | None) -> None:
+    """The model as ``nybble serve --device cuda`` loads it."""
+    options = ServeOptions(model=ModelOptions(model=str(folder), quantize=quantize))
+    load_engine(options, EngineConfig(device="cuda"), {}, Startup(bars=False))
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:

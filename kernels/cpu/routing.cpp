@@ -32,7 +32,7 @@ float product(const T* x, const float* weight, int64_t inputs) {
 template <typename T>
 void logits(const T* x, const float* weight, const float* bias, float* out, int64_t rows,
             int64_t inputs, int64_t outputs, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads) if (rows * outputs > 256)
+#pragma omp parallel for schedule(static) num_threads(threads) if (rows * outputs * inputs > 1 << 16)
     for (int64_t n = 0; n < outputs; ++n)
         for (int64_t row = 0; row < rows; ++row)
             out[row * outputs + n] = product(x + row * inputs, weight + n * inputs, inputs) +
@@ -61,13 +61,17 @@ struct Rule {
 // The `count` highest of all values, the highest first and of equal ones the first; `index` gets
 // their places. What is no number is never chosen before a number, but a place always is.
 void highest(const float* values, int64_t all, int64_t count, int64_t* index) {
-    for (int64_t k = 0; k < count; ++k) {
-        int64_t best = -1;
-        for (int64_t i = 0; i < all; ++i) {
-            if (std::find(index, index + k, i) != index + k) continue;
-            if (best < 0 || values[i] > values[best] || std::isnan(values[best])) best = i;
-        }
-        index[k] = best;
+    int64_t found = 0;
+    for (int64_t i = 0; i < all; ++i) {
+        const auto above = [&](int64_t other) {
+            return values[i] > values[other] || (std::isnan(values[other]) && !std::isnan(values[i]));
+        };
+        int64_t at = found;
+        while (at > 0 && above(index[at - 1])) --at;
+        if (at == count) continue;
+        found = std::min(found + 1, count);
+        std::copy_backward(index + at, index + found - 1, index + found);
+        index[at] = i;
     }
 }
 

@@ -184,11 +184,22 @@ class StackedExperts:
                     "compute; quantize all experts alike"
                 )
         matrices, *others = (
-            None if each[0] is None else torch.stack([t for t in each if t is not None])
+            None if each[0] is None else _together([t for t in each if t is not None])
             for each in zip(*map(_tensors, weights), strict=True)
         )
         assert matrices is not None
         return cls(first, len(weights), matrices, *others)
+
+
+def _together(tensors: Sequence[Tensor]) -> Tensor:
+    """``(experts, …)``; a view if they lie one after another, as they are loaded."""
+    first, size = tensors[0], tensors[0].numel()
+    memory, start = first.untyped_storage().data_ptr(), first.storage_offset()
+    for number, each in enumerate(tensors):
+        in_turn = each.untyped_storage().data_ptr() == memory and each.is_contiguous()
+        if not in_turn or each.storage_offset() != start + number * size:
+            return torch.stack(list(tensors))
+    return first.as_strided((len(tensors), *first.shape), (size, *first.stride()))
 
 
 def _kind(weight: Weight) -> tuple[object, ...]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -110,6 +110,9 @@ class GgufFile:
         stored = np.fromfile(self.path, np.uint8, count=nbytes, offset=offset)
         tensor = torch.from_numpy(stored).view(entry.dtype).view(shape)
         return tensor - entry.subtract if entry.subtract else tensor
+
+    def many(self) -> Callable[[str], Tensor]:
+        return self.read
 
     def read(self, name: str) -> Tensor:
         entry = self._entries[name]

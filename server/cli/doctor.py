@@ -38,10 +38,10 @@ from nybble.loaders.checkpoint import can_be_rounded
 from nybble.loaders.footprint import weight_bytes
 from nybble.loaders.mtp import MtpCheckpoint, draft_bytes
 from nybble.loaders.tokenizer import load_tokenizer
-from nybble.model_name import DEMO
 from nybble.models import Architecture, architecture_of
 from nybble.quantizers.drafts import stored_draft
 from nybble.quantizers.in_flight import InFlightFormat
+from nybble.quantizers.prepare import rounded_parts
 
 State = Literal["ok", "warning", "broken"]
 _PACKAGES = ("nybble", "torch", "transformers", "safetensors", "triton", "aiohttp", "llguidance")
@@ -200,34 +200,22 @@ def _model(plan: Plan, memory: Callable[[torch.device], int] | None) -> Iterator
         kv_dtype = plan.config.kv_dtype
         if kv_dtype == "fp8" and plan.config.device == "cpu":
             raise ValueError("--kv-cache-dtype fp8 needs a GPU; expected int8 or auto on the CPU")
-        demo = plan.model == DEMO and checkpoint.format == "none" and plan.quantize is None
-        weights = weight_bytes(
-            folder,
-            plan.config.dtype,
-            layers="4bit" if demo or plan.quantize else None,
-            head="int8" if demo else plan.head,
-        )
+        layers, head = rounded_parts(plan.model, checkpoint, plan.quantize, plan.head)
+        weights = weight_bytes(folder, plan.config.dtype, layers=layers, head=head)
         draft = _draft(plan, checkpoint)
         drafts = 0
         if draft is not None:
             if isinstance(draft, MtpCheckpoint):  # rounded like the model
-                rounded = (plan.draft_quantize or plan.quantize) is not None
-                own_head = False
+                rounding = plan.draft_quantize or plan.quantize
+                parts = rounded_parts(plan.model, draft, rounding)
             else:
-                demo_drafts = plan.draft == DEMO and draft.format == "none"
-                rounded = plan.draft_quantize is not None or demo_drafts
-                own_head = rounded and not plan.draft_quantize
-            drafts = draft_bytes(
-                draft,
-                plan.config.dtype,
-                layers="4bit" if rounded else None,
-                head="int8" if own_head else None,
-            )
+                parts = rounded_parts(plan.draft or "", draft, plan.draft_quantize)
+            drafts = draft_bytes(draft, plan.config.dtype, layers=parts[0], head=parts[1])
     except (LookupError, ValueError, OSError) as error:
         yield Finding("model", " ".join(str(error).split()), "broken")
         return
     kind = "16 bits" if checkpoint.format == "none" else checkpoint.format
-    if demo:
+    if layers and not plan.quantize:
         kind += ", served in 4 with its output layer in 8"
     length = architecture.max_model_len
     text = f"{folder}: {architecture.family}, {kind}, up to {length:,} tokens"

@@ -15,12 +15,12 @@ import torch
 
 from nybble.engine import Engine, EngineConfig
 from nybble.engine.adapters import require_rank
-from nybble.engine.memory import memory_explained
+from nybble.engine.memory import check_weights, memory_explained
 from nybble.engine.ranks import check_ranks
 from nybble.loaders import Checkpoint, load_adapter, resolve_adapter, resolve_model
 from nybble.models import architecture_of
 from nybble.quantizers.drafts import prepared_draft, stored_draft
-from nybble.quantizers.prepare import prepare_checkpoint
+from nybble.quantizers.prepare import prepare_checkpoint, rounded_parts
 from nybble.server.adapters.admin import restore, restore_mixtures, restore_uploads
 from nybble.server.http.listen import BACKLOG, is_loopback
 from nybble.server.lifecycle.configure import engine_config, flags_named, server_settings
@@ -145,6 +145,8 @@ def load_engine(
         stored_draft(
             model, config, draft_name, aliases=aliases, quantize=options.model.draft_quantize
         )
+        own = options.model
+        check_weights(model, config, *rounded_parts(own.model, model, own.quantize, own.head))
 
     checkpoint = prepare_checkpoint(
         options.model.model,

@@ -62,6 +62,12 @@ class DeviceTensor(Tensor):
             return CUDA
         return _run(func, args, kwargs or {})
 
+    def untyped_storage(self) -> torch.UntypedStorage:
+        return self.host.untyped_storage()
+
+    def storage_offset(self) -> int:
+        return self.host.storage_offset()
+
     @property
     def data(self) -> Tensor:
         return self.detach()

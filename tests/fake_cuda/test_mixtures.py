@@ -15,7 +15,10 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from nybble.engine import AdapterConfig, Engine, EngineConfig
+from nybble.engine.decoder import Decoder
+from nybble.engine.parts import MixturePart
 from nybble.loaders import AdapterError, Checkpoint, open_checkpoint
+from nybble.models import architecture_of
 from nybble.quantizers import InFlight
 
 from .device import DEVICE, Device
@@ -80,6 +83,32 @@ def test_answers_are_as_on_the_cpu_with_one_wait_a_step_and_no_compiling(
     waits = [each for each in gpu.waits if "inputs.build" not in each]
     assert set(waits) == {ONE_WAIT}
     assert len(waits) <= steps
+
+
+@pytest.mark.parametrize("layers", [None, "nf4"])
+def test_a_layers_experts_are_never_on_the_device_twice(
+    gpu: Device, folder: Path, tmp_path: Path, layers: Any
+) -> None:
+    """They are put one after another as they come, since the kernel reads them as one tensor."""
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.from_pretrained(folder, num_local_experts=32)
+    )
+    model.save_pretrained(tmp_path)
+    checkpoint = InFlight(open_checkpoint(tmp_path), layers=layers)
+    before = gpu.peak = gpu.allocated
+    decoder = Decoder(
+        architecture_of(checkpoint.config),
+        checkpoint.weights(),
+        device=torch.device("cuda"),
+        dtype=torch.bfloat16,
+        max_model_len=64,
+    )
+    parts = [b.part for blocks in decoder._blocks for b in blocks]
+    down = [p.down for p in parts if isinstance(p, MixturePart)]
+    experts = [kernel.keywords["experts"].matrices.nbytes for kernel in down]  # type: ignore[attr-defined]
+    assert len(experts) == 2
+    assert gpu.peak < gpu.allocated + experts[0] // 2
+    assert gpu.allocated - before > 2 * 3 * experts[0]
 
 
 def adapter_on_experts(base: Path, to: Path, *, seed: int, **options: Any) -> Path:

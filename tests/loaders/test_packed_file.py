@@ -17,7 +17,7 @@ from nybble.kernels import DenseWeight, PackedWeight
 from nybble.loaders import CheckpointError, open_checkpoint, save_packed
 from nybble.loaders.inspect import inspect_checkpoint
 from nybble.loaders.packed_file import PackedCheckpoint
-from nybble.quantizers import quantize_checkpoint
+from nybble.quantizers import InFlight, quantize_checkpoint
 
 
 def values(weight: PackedWeight | DenseWeight | Tensor) -> list[Tensor | None]:
@@ -47,6 +47,23 @@ def test_packing_keeps_every_value(
         for before, after in zip(values(weight), values(packed[name]), strict=True):
             assert before is None or torch.equal(before, after)  # type: ignore[arg-type]
     assert (tmp_path / "p" / "tokenizer.json").is_file()
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="mappings are listed by Linux")
+def test_tensors_of_a_file_share_a_mapping(
+    tmp_path: Path, tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each by itself, those of a large mixture are more than Linux allows a process."""
+    monkeypatch.setattr("nybble.loaders.packed_file._SHARD_BYTES", 1 << 16)
+    source = InFlight(open_checkpoint(tiny_model()), layers="nf4")
+    save_packed(source, tmp_path / "p", layout="rows", progress=False)
+    files = len(list((tmp_path / "p").glob("*.safetensors")))
+    weights = dict(open_checkpoint(tmp_path / "p").weights())
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    assert 1 < files < len(weights)
+    # A private and a writable mapping may lie side by side in two lines.
+    assert files <= sum(str(tmp_path) in line for line in lines) <= 2 * files
+    assert all(values(weight)[0] is not None for weight in weights.values())
 
 
 @pytest.mark.parametrize("format", ["gptq", "awq", "nf4"])
