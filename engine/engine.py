@@ -452,11 +452,6 @@ class Engine:
         """Why the engine takes no requests, where it has failed and not begun again."""
         return self._thread.failure
 
-    @property
-    def stuck(self) -> bool:
-        """Whether the engine has failed and its thread waits for a device that does not answer."""
-        return self.failure is not None and self._thread.is_alive()
-
     def when_dead(self, function: Callable[[], None]) -> None:
         """Have ``function`` called, on any thread, when the engine has failed for good."""
         self._thread.when_dead(function)
