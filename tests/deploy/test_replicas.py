@@ -29,6 +29,7 @@ from nybble.server.replicas.haproxy import configuration
 
 ROOT = Path(__file__).parents[2]
 COMMAND = [sys.executable, "-P", "-c", "from nybble.server.cli.main import main; main()"]
+PATIENCE = 600  # seconds; on a busy machine a server starts in more than a minute
 needs_haproxy = pytest.mark.skipif(
     shutil.which("haproxy") is None, reason="haproxy is not installed (apt install haproxy)"
 )
@@ -51,7 +52,7 @@ class Site:
         return "".join(self.lines).count(text)
 
     def until(self, text: str, times: int = 1) -> None:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + PATIENCE
         while self.said(text) < times:
             assert time.monotonic() < deadline, "".join(self.lines)
             assert self.process.poll() is None, "".join(self.lines)
@@ -112,7 +113,7 @@ def running_site(count: int, scheme: str, *options: str) -> Iterator[Site]:
         yield site
         servers = site.pids()
         process.terminate()
-        assert process.wait(60) == 0, "".join(site.lines)
+        assert process.wait(PATIENCE) == 0, "".join(site.lines)
         for pid in servers:
             with pytest.raises(ProcessLookupError):
                 os.kill(pid, 0)

@@ -92,7 +92,7 @@ class Site:
         handle = serve.get_deployment_handle("Balancer", "balancer")
         return int(handle.requests.remote().result())
 
-    def until(self, done: Callable[[], bool], seconds: float = 120) -> None:
+    def until(self, done: Callable[[], bool], seconds: float = 600) -> None:
         deadline = time.monotonic() + seconds
         while not done():
             assert time.monotonic() < deadline, self.servers()
