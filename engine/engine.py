@@ -172,7 +172,11 @@ class Engine:
         check_ranks(architecture, config)
         check_speculation(checkpoint, draft, config)
         if ranks is not None:
-            return cls._load(checkpoint, architecture, config, progress, ranks, draft)
+            try:
+                return cls._load(checkpoint, architecture, config, progress, ranks, draft)
+            except Exception:
+                ranks.forget()
+                raise
         ranks = start_ranks(config)
         try:
             engine = cls._load(checkpoint, architecture, config, progress, ranks, draft)
