@@ -172,7 +172,11 @@ class Engine:
         check_ranks(architecture, config)
         check_speculation(checkpoint, draft, config)
         if ranks is not None:
-            return cls._load(checkpoint, architecture, config, progress, ranks, draft)
+            try:
+                return cls._load(checkpoint, architecture, config, progress, ranks, draft)
+            except Exception:
+                ranks.forget()
+                raise
         ranks = start_ranks(config)
         try:
             engine = cls._load(checkpoint, architecture, config, progress, ranks, draft)
@@ -451,11 +455,6 @@ class Engine:
     def failure(self) -> str | None:
         """Why the engine takes no requests, where it has failed and not begun again."""
         return self._thread.failure
-
-    @property
-    def stuck(self) -> bool:
-        """Whether the engine has failed and its thread waits for a device that does not answer."""
-        return self.failure is not None and self._thread.is_alive()
 
     def when_dead(self, function: Callable[[], None]) -> None:
         """Have ``function`` called, on any thread, when the engine has failed for good."""

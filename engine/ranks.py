@@ -46,6 +46,8 @@ _LOOK_SECONDS = 0.5
 # Time for the first report of a failure to be followed by its cause.
 _CAUSE_SECONDS = 0.5
 _END_SECONDS = 5.0
+# What ranks answer when they have done it.
+_ANSWERED = ("load", "begin")
 
 
 class RankFailedError(EngineFailedError):
@@ -88,6 +90,9 @@ class NoRanks:
     def answers(self) -> list[Any]:
         """The next answer of every rank. Raises RankFailedError."""
         return []
+
+    def forget(self) -> None:
+        """Wait for an answer that nobody reads any more: the next question is to get its own."""
 
     def new_slots(self, *arguments: Any, **options: Any) -> AdapterSlots:
         """Adapter slots of all ranks."""
@@ -132,6 +137,7 @@ class Ranks(NoRanks):
         self._commands: list[Connection] = []
         self._reports: list[Connection] = []
         self._answers: list[list[Any]] = [[] for _ in places[1:]]
+        self._unread = False  # whether an answer comes that nobody has read
         atexit.register(self.kill)
         for place in places[1:]:
             theirs, commands = context.Pipe(duplex=False)
@@ -157,6 +163,8 @@ class Ranks(NoRanks):
         self.threads = places[0].threads
 
     def tell(self, what: str, *arguments: Any) -> None:
+        if what in _ANSWERED:
+            self._unread = True
         try:
             for commands in self._commands:
                 commands.send((what, arguments))
@@ -168,7 +176,13 @@ class Ranks(NoRanks):
             self._changed.wait_for(lambda: self.failure is not None or all(self._answers))
             if self.failure is not None:
                 raise RankFailedError(self.failure)
+            self._unread = False
             return [answers.pop(0) for answers in self._answers]
+
+    def forget(self) -> None:
+        if self._unread:
+            with suppress(RankFailedError):
+                self.answers()
 
     def new_slots(self, *arguments: Any, **options: Any) -> AdapterSlots:
         return LeadingSlots(self, *arguments, **options)

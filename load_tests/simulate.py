@@ -1,6 +1,7 @@
 """Many replicas, simulated: what routing costs in adapter copies, and fairness across replicas.
 
     python load_tests/simulate.py capacity [--replicas 800 --rate 10000 --adapters 100000 --zipf 1]
+    python load_tests/simulate.py capacity --haproxy --replicas 16 --rate 100 --adapters 2000
     python load_tests/simulate.py fairness
 
 capacity: requests with Zipf-distributed adapters reach replicas at random, to the less busy of two,
@@ -8,6 +9,11 @@ or by a consistent hash with bounded loads, as HAProxy does with our configurati
 (`hash-type consistent`, `hash-balance-factor 125`: Mirrokni, Thorup, Zadimoghaddam 2018). A replica
 computes a request for a fixed time, has slots and host copies of adapters, each the least recently
 used out first; an adapter with running requests stays in its slot.
+
+With --haproxy, HAProxy itself is asked as well, with the configuration of `nybble replicas`: each
+request is sent to it, and stays open at the server it chose until its simulated end. That is right
+for about a thousand requests in flight (rate · service), which shows that the model of its hash
+gives the same numbers; the model then answers for whole fleets.
 
 fairness: three replicas with the server's own fair queue (`engine/fair_queue.py`) and two tenants,
 one of which floods. The quiet one's requests are spread over all replicas, or all go to one.
@@ -18,15 +24,22 @@ A service time is not measured here: take it from `nybble bench` on the machine 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import bisect
 import hashlib
 import heapq
 import itertools
+import json
 import math
 import random
-from collections import Counter, OrderedDict
-from collections.abc import Callable
+import socket
+import subprocess
+import tempfile
+from collections import Counter, OrderedDict, defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import mean, quantiles
 from typing import Any, cast
 
@@ -34,9 +47,11 @@ import numpy as np
 
 from nybble.engine.fair_queue import OUTPUT_COST, PROMPT_COST, FairQueue
 from nybble.engine.sequence import Sequence, VirtualCounter
+from nybble.server.replicas.haproxy import configuration
+from nybble.server.replicas.supervise import find_haproxy
 
 BALANCE = 1.25  # hash-balance-factor of server/replicas/haproxy.py
-POINTS = 64  # of a server on the circle
+POINTS = 16  # of a server on the circle: of HAProxy's of weight 1 (BE_WEIGHT_SCALE)
 
 
 @dataclass
@@ -113,6 +128,89 @@ class BoundedHash:
         raise AssertionError("a replica below the mean always exists")
 
 
+class HAProxy:
+    """HAProxy itself, before servers which answer a request when the simulation ends it."""
+
+    def __init__(self, replicas: list[Replica]) -> None:
+        self._replicas = replicas
+        self._loop = asyncio.new_event_loop()
+        self._arrived: asyncio.Queue[int] = asyncio.Queue()
+        # Of the requests of an adapter at a server, what lets each answer, and each client.
+        self._open: defaultdict[tuple[int, int], list[tuple[asyncio.Event, asyncio.Task[bytes]]]]
+        self._open = defaultdict(list)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Raises FileNotFoundError if it is not installed."""
+        haproxy = find_haproxy()
+        with tempfile.TemporaryDirectory(prefix="nybble-") as folder:
+            with socket.create_server(("127.0.0.1", 0)) as sock:
+                self._port = sock.getsockname()[1]
+            addresses = [self._loop.run_until_complete(self._server(i)) for i in self._numbers()]
+            file = Path(folder) / "haproxy.cfg"
+            file.write_text(configuration(f"127.0.0.1:{self._port}", addresses))
+            process = subprocess.Popen([haproxy, "-db", "-f", str(file)])
+            try:
+                self._loop.run_until_complete(self._ready(process))
+                yield
+                for at, adapter in list(self._open):
+                    while self._open[at, adapter]:
+                        self.end(at, adapter)
+            finally:
+                process.kill()
+                process.wait()
+
+    def __call__(self, adapter: int) -> Replica:
+        return self._replicas[self._loop.run_until_complete(self._begin(adapter))]
+
+    def end(self, at: int, adapter: int) -> None:
+        """Let a request of this adapter at this server end."""
+        answered, client = self._open[at, adapter].pop()
+        answered.set()
+        answer = self._loop.run_until_complete(client)
+        assert b" 200 " in answer.partition(b"\r\n")[0], answer
+
+    def _numbers(self) -> range:
+        return range(len(self._replicas))
+
+    async def _server(self, number: int) -> str:
+        async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            head = await reader.readline()
+            if not head.startswith(b"GET /health"):
+                self._answered = asyncio.Event()
+                self._arrived.put_nowait(number)
+                await self._answered.wait()
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+            writer.close()
+
+        server = await asyncio.start_server(answer, "127.0.0.1", 0)
+        return f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+
+    async def _ready(self, process: subprocess.Popen[bytes]) -> None:
+        while process.poll() is None:
+            try:
+                if b" 200 " in await self._ask("GET /health", ""):
+                    return
+            except OSError:
+                await asyncio.sleep(0.05)
+        raise RuntimeError("haproxy has ended")
+
+    async def _begin(self, adapter: int) -> int:
+        body = json.dumps({"model": f"adapter-{adapter}"})
+        client = asyncio.ensure_future(self._ask("POST /v1/completions", body))
+        at = await self._arrived.get()
+        self._open[at, adapter].append((self._answered, client))
+        return at
+
+    async def _ask(self, what: str, body: str) -> bytes:
+        reader, writer = await asyncio.open_connection("127.0.0.1", self._port)
+        head = f"{what} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
+        writer.write(f"{head}Connection: close\r\n\r\n{body}".encode())
+        answer = await reader.read()
+        writer.close()
+        return answer
+
+
 @dataclass
 class World:
     """What capacity simulates.
@@ -141,15 +239,10 @@ ROUTINGS = ("random", "two", "hash")
 def route(world: World, routing: str) -> tuple[list[Replica], list[set[int]]]:
     """The replicas at the end, and the adapters each had meanwhile. The same for the same world.
 
-    routing: one of ROUTINGS.
+    routing: one of ROUTINGS, or ``haproxy``. Raises FileNotFoundError if that is not installed.
     """
-    rng, numbers = random.Random(0), np.random.default_rng(0)
-    weights = 1 / np.arange(1, world.adapters + 1) ** world.zipf
-    shares = np.cumsum(weights / weights.sum())
-    drawn = np.searchsorted(shares, numbers.random(2 * world.requests)).tolist()
-    gaps = numbers.exponential(1 / world.rate, 2 * world.requests).tolist()
+    rng = random.Random(0)
     replicas = [Replica(world.slots, world.host) for _ in range(world.replicas)]
-    place = {id(replica): i for i, replica in enumerate(replicas)}
     ending: list[tuple[float, int, int]] = []
 
     def spread(adapter: int) -> Replica:
@@ -159,17 +252,41 @@ def route(world: World, routing: str) -> tuple[list[Replica], list[set[int]]]:
         one, other = rng.choice(replicas), rng.choice(replicas)
         return one if one.load <= other.load else other
 
+    if routing == "haproxy":
+        haproxy = HAProxy(replicas)
+        with haproxy.running():
+            return replicas, _drive(world, replicas, ending, haproxy, haproxy.end)
     hashed = BoundedHash(replicas, lambda: len(ending))
     policies: dict[str, Callable[[int], Replica]]
     policies = {"random": spread, "two": two, "hash": hashed}
-    choose = policies[routing]
+    return replicas, _drive(world, replicas, ending, policies[routing], lambda at, adapter: None)
+
+
+def _drive(
+    world: World,
+    replicas: list[Replica],
+    ending: list[tuple[float, int, int]],
+    choose: Callable[[int], Replica],
+    ended: Callable[[int, int], None],
+) -> list[set[int]]:
+    """The adapters each replica had after the time to warm up.
+
+    ending: when each request in flight ends, its replica and its adapter. ended: is told of each.
+    """
+    numbers = np.random.default_rng(0)
+    weights = 1 / np.arange(1, world.adapters + 1) ** world.zipf
+    shares = np.cumsum(weights / weights.sum())
+    drawn = np.searchsorted(shares, numbers.random(2 * world.requests)).tolist()
+    gaps = numbers.exponential(1 / world.rate, 2 * world.requests).tolist()
+    place = {id(replica): i for i, replica in enumerate(replicas)}
     now = 0.0
     seen: list[set[int]] = [set() for _ in replicas]
     for i, (adapter, gap) in enumerate(zip(drawn, gaps, strict=True)):
         now += gap
         while ending and ending[0][0] <= now:
-            _, at, ended = heapq.heappop(ending)
-            replicas[at].end(ended)
+            _, at, over = heapq.heappop(ending)
+            replicas[at].end(over)
+            ended(at, over)
         if i == world.requests:
             for each in replicas:
                 each.requests = each.fills = each.reads = each.without_slot = 0
@@ -178,10 +295,10 @@ def route(world: World, routing: str) -> tuple[list[Replica], list[set[int]]]:
         if i >= world.requests:
             seen[place[id(replica)]].add(adapter)
         heapq.heappush(ending, (now + world.service, place[id(replica)], adapter))
-    return replicas, seen
+    return seen
 
 
-def capacity(world: World) -> None:
+def capacity(world: World, routings: Iterable[str] = ROUTINGS) -> None:
     print(
         f"{world.rate:g} requests/s of {world.service:g} s each, {world.adapters:,} "
         f"adapters (Zipf {world.zipf:g}), {world.replicas} replicas of {world.slots} "
@@ -189,7 +306,7 @@ def capacity(world: World) -> None:
     )
     print("| routing | fills/s | of requests | reads/s | no slot free | adapters each | load p99 |")
     print("|---|---|---|---|---|---|---|")
-    for name in ROUTINGS:
+    for name in routings:
         replicas, seen = route(world, name)
         fills, reads = (sum(getattr(r, key) for r in replicas) for key in ("fills", "reads"))
         load = quantiles((replica.load for replica in replicas), n=100)[98]
@@ -297,15 +414,17 @@ def main(arguments: list[str] | None = None) -> None:
     ):
         default = getattr(World, name)
         one.add_argument(f"--{name}", type=read, default=default, help=f"{said} ({default:g})")
+    one.add_argument("--haproxy", action="store_true", help="ask HAProxy itself as well")
     commands.add_parser("fairness")
     given = vars(parser.parse_args(arguments))
     if given.pop("command") == "fairness":
         fairness()
         return
+    routings = [*ROUTINGS, "haproxy"] if given.pop("haproxy") else ROUTINGS
     world = World(**given)
     if not world.requests:
         one.error(f"--rate {world.rate:g} for --seconds {world.seconds:g} is not one request")
-    capacity(world)
+    capacity(world, routings)
 
 
 if __name__ == "__main__":

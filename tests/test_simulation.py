@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -46,6 +48,19 @@ def test_affinity_fills_fewer_adapters_than_random_routing_within_its_bound() ->
     assert 1.5 * fills["hash"] < min(fills["random"], fills["two"])
     assert 1.5 * reads["hash"] < min(reads["random"], reads["two"])
     assert 1.5 * adapters["hash"] < min(adapters["random"], adapters["two"])
+
+
+@pytest.mark.skipif(shutil.which("haproxy") is None, reason="haproxy is not installed")
+def test_haproxy_itself_sends_requests_as_the_model_of_its_hash_does() -> None:
+    found, world = {}, replace(SMALL, seconds=3)
+    for routing in ("hash", "haproxy"):
+        replicas, seen = simulate.route(world, routing)
+        assert sum(replica.requests for replica in replicas) == world.requests
+        running = sum(replica.load for replica in replicas)
+        assert max(replica.load for replica in replicas) < 2 * running / len(replicas)
+        fills, reads = (sum(getattr(r, key) for r in replicas) for key in ("fills", "reads"))
+        found[routing] = [fills, reads, sum(map(len, seen))]
+    assert found["haproxy"] == pytest.approx(found["hash"], rel=0.25)
 
 
 def test_the_same_world_gives_the_same_numbers() -> None:

@@ -44,7 +44,7 @@ class TemplateRenderer:
         self._short.start()
 
     def close(self) -> None:
-        """End the processes."""
+        """End the processes at once; what they have not rendered raises TemplateFailedError."""
         self._short.close()
         self._long.close()
 
@@ -86,12 +86,16 @@ class _Lane:
     def __init__(self, name: str) -> None:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix=f"nybble-template-{name}")
         self._process: subprocess.Popen[str] | None = None
+        self._closing = False
 
     def start(self) -> None:
         self._pool.submit(self._running).result()
 
     def close(self) -> None:
-        """Finish queued renderings, then end the process; the lane may be used again."""
+        """End the process: what it has not rendered fails. The lane may be used again."""
+        self._closing = True
+        if (process := self._process) is not None:
+            process.kill()  # it may be in the middle of a rendering
         self._pool.submit(self._end).result()
 
     def submit(self, request: dict[str, Any]) -> Future[str]:
@@ -101,6 +105,7 @@ class _Lane:
         if self._process is not None:
             self._process.kill()
             self._reap(self._process)
+        self._closing = False
 
     def _render(self, request: dict[str, Any]) -> str:
         answer = self._ask(json.dumps(request))
@@ -113,7 +118,10 @@ class _Lane:
         return answer["text"]
 
     def _ask(self, request: str) -> dict[str, str]:
+        stopped = {"failed": "it was stopped"}
         process = self._running()
+        if self._closing:
+            return stopped
         assert process.stdin is not None
         assert process.stdout is not None
         try:
@@ -126,6 +134,8 @@ class _Lane:
             answer: dict[str, str] = json.loads(line)
             return answer
         status = self._reap(process)
+        if self._closing:
+            return stopped
         if status == -signal.SIGPROF:
             return {"failed": "it takes too long"}
         logger.error("the process that renders chat templates ended with status %d", status)

@@ -38,7 +38,8 @@ logger = logging.getLogger(__name__)
 def launch(options: ServeOptions, sock: socket) -> None:
     """Load the model and its adapters and serve them on the socket until a signal comes.
 
-    The socket answers at once, with 503 until everything is loaded. Raises ValueError and OSError
+    The socket answers at once, with 503 until everything is loaded. Threads may still be busy when
+    this returns, with work whose result nobody waits for any more. Raises ValueError and OSError
     for options that cannot be met, what loading raises, and EngineFailedError if the engine does
     not recover from a failure.
     """
@@ -47,7 +48,9 @@ def launch(options: ServeOptions, sock: socket) -> None:
         settings = server_settings(options, config.device, loopback=is_loopback(sock))
         adapters = named_adapters(options.adapters, settings.models)
         require_stores(settings)
-        asyncio.run(_load_and_serve(options, config, sock, settings, adapters))
+        # asyncio.run would wait for those threads.
+        loop = asyncio.new_event_loop()
+        loop.run_until_complete(_load_and_serve(options, config, sock, settings, adapters))
 
 
 async def _load_and_serve(

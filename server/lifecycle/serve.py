@@ -34,10 +34,6 @@ _FLUSH_SECONDS = 5
 _FAILED_SECONDS = 1.0
 
 
-class EngineStuckError(EngineFailedError):
-    """The engine's thread still waits, for a device that does not answer."""
-
-
 async def serve(
     engine: Engine,
     sock: socket.socket,
@@ -60,7 +56,7 @@ async def serve(
     if (words := LastWords.of_this_process()) is not None:
         app[LAST_WORDS] = words
     templates.start()
-    _try_template(engine, templates)
+    _try_template(engine, templates, gate)
     # A disconnected client's handler must be cancelled: that cancels its sequences.
     runner = web.AppRunner(
         app,
@@ -106,11 +102,10 @@ async def serve(
         if settings.tracing is not None:
             await asyncio.to_thread(settings.tracing.close)
     if engine.failure is not None:
-        kind = EngineStuckError if engine.stuck else EngineFailedError
-        raise kind(f"the engine has failed: {engine.failure}")
+        raise EngineFailedError(f"the engine has failed: {engine.failure}")
 
 
-def _try_template(engine: Engine, templates: TemplateRenderer) -> None:
+def _try_template(engine: Engine, templates: TemplateRenderer, gate: Gate) -> None:
     """Warn of a chat template that no chat can use; other requests do without it.
 
     A template may well refuse this one message, so only what is wrong with any message is told.
@@ -118,7 +113,7 @@ def _try_template(engine: Engine, templates: TemplateRenderer) -> None:
 
     def tell(future: Future[str]) -> None:
         error = future.exception()
-        if isinstance(error, TemplateInvalidError | TemplateFailedError):
+        if isinstance(error, TemplateInvalidError | TemplateFailedError) and not gate.closed:
             logger.warning("the model's chat template cannot be used: %s", error)
 
     try:

@@ -359,6 +359,7 @@ def test_a_head_without_an_output_layer_cannot_use_a_part_of_the_models(
     draft = open_checkpoint(head)
     with pytest.raises(ValueError, match="has no lm_head and would use the model's, of which each"):
         answers(folder, ranks, asked(), draft=draft, speculate="draft")
+    assert not any(ranks._answers)  # the next model's first answer is its own
 
 
 @pytest.mark.slow

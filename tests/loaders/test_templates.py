@@ -139,6 +139,19 @@ def test_a_process_that_was_killed_is_replaced() -> None:
     renderer.close()
 
 
+def test_to_close_waits_for_no_rendering() -> None:
+    renderer = TemplateRenderer()
+    for _ in range(2):  # it may be used again
+        assert render(renderer, "fine") == "fine"
+        waited = [renderer.submit(LOOP, MESSAGES, None, {}) for _ in range(3)]
+        while not waited[0].running():
+            time.sleep(0.01)
+        renderer.close()
+        for future in waited:
+            with pytest.raises(TemplateFailedError, match="stopped"):
+                future.result()
+
+
 def test_a_long_conversation_holds_up_no_short_one(renderer: TemplateRenderer) -> None:
     template = "{% if messages[0].content | length > 10 ** 5 %}" + LOOP + "{% endif %}fine"
     long = [{"role": "user", "content": "x" * 200_000}]

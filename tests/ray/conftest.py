@@ -42,8 +42,20 @@ def adapters(tiny: ModuleType, model: Path, tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[None]:
-    ray.init(num_cpus=8, include_dashboard=False, log_to_driver=True)
+    _start_ray()
     serve.start(proxy_location="Disabled")
     yield
     serve.shutdown()
     ray.shutdown()
+
+
+def _start_ray() -> None:
+    """Ray gives its own processes 30 s to start, in which a busy machine may not manage it."""
+    for last in (False, False, True):
+        try:
+            ray.init(num_cpus=8, include_dashboard=False, log_to_driver=True)
+            return
+        except Exception:
+            ray.shutdown()
+            if last:
+                raise

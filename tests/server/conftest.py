@@ -19,7 +19,7 @@ from openai import OpenAI
 from nybble.engine import Engine, EngineConfig
 from nybble.loaders import open_checkpoint
 
-from .forked import BECOME_KILLED_SERVER, BECOME_SERVER, ForkedServer
+from .forked import BECOME_SERVER, ForkedServer
 
 COMMAND = [sys.executable, "-P", "-c", "from nybble.server.cli.main import main; main()"]
 MODEL = "tiny"
@@ -51,19 +51,22 @@ class ServerProcess:
 
 @contextmanager
 def running_server(
-    folder: Path, *options: str, killed: Mapping[str, str] | None = None
+    folder: Path,
+    *options: str,
+    script: Path = BECOME_SERVER,
+    environment: Mapping[str, str] | None = None,
 ) -> Iterator[ServerProcess]:
     """``nybble serve`` on a free port, as its own process.
 
-    killed: environment of one which kills itself; see become_killed_server.py.
+    script: what becomes the server; see become_server.py. environment: besides this process's.
     """
     process = ForkedServer(
         [
             *("serve", "--model", str(folder), "--served-model-name", MODEL),
             *("--port", "0", "--kv-cache-memory", "16MiB", *options),
         ],
-        {**os.environ, "OMP_NUM_THREADS": "1", **(killed or {})},
-        BECOME_SERVER if killed is None else BECOME_KILLED_SERVER,
+        {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},
+        script,
     )
     lines: list[str] = []
     try:

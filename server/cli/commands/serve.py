@@ -6,7 +6,7 @@ import os
 
 import typer
 
-from nybble.server.cli.errors import expected_errors, interruptible, on_stderr
+from nybble.server.cli.errors import end_at_once, expected_errors, interruptible, on_stderr
 from nybble.server.cli.model_path import require_named
 from nybble.server.cli.options_command import takes
 from nybble.server.cli.threads import use_threads
@@ -34,15 +34,14 @@ def serve(options: ServeOptions) -> None:
         sock = bind_unix(network.uds) if network.uds else bind(network.host, network.port)
         from nybble.engine import EngineFailedError
         from nybble.server.lifecycle.launch import launch
-        from nybble.server.lifecycle.serve import EngineStuckError
 
+        code = 0
         try:
             launch(options, sock)
         except EngineFailedError as error:
             report(str(error))
-            if isinstance(error, EngineStuckError):
-                os._exit(_ENGINE_FAILED)  # what its thread waits for could keep the process too
-            raise typer.Exit(_ENGINE_FAILED) from None
+            code = _ENGINE_FAILED
         finally:
             if network.uds:
                 network.uds.unlink(missing_ok=True)
+    end_at_once(code)

@@ -32,6 +32,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[ServeOptions]:
         sock.close()
 
     monkeypatch.setattr("nybble.server.lifecycle.launch.launch", launch)
+    monkeypatch.setattr("nybble.server.cli.commands.serve.end_at_once", lambda code: None)
     return calls
 
 

@@ -29,6 +29,7 @@ from nybble.server.lifecycle.settings import ServerSettings
 
 from ..client import CHAT, COMPLETIONS, Client, run
 from ..conftest import COMMAND, running_server
+from ..forked import BECOME_HUNG_SERVER
 
 LONG: dict[str, Any] = {"model": "tiny", "prompt": "x", "max_tokens": 450, "ignore_eos": True}
 
@@ -201,6 +202,17 @@ def test_on_sigterm_requests_finish_new_ones_get_503_and_the_exit_code_is_0(
         assert refused.value.status_code == 503
         assert int(refused.value.response.headers["Retry-After"]) > 0
         assert list(stream)[-1].choices[0].finish_reason == "length"
+        assert server.process.wait(20) == 0
+
+
+def test_a_folder_that_does_not_answer_keeps_no_server_from_ending(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    options = ("--enable-lora", "--lora-watch", str(tmp_path))
+    with running_server(tiny_model(), *options, script=BECOME_HUNG_SERVER) as server:
+        while "the folder is being read\n" not in server.lines:
+            time.sleep(0.01)
+        server.terminate()
         assert server.process.wait(20) == 0
 
 

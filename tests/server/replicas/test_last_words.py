@@ -20,6 +20,7 @@ from nybble.server.replicas.haproxy import certificate_in, configuration
 from nybble.server.replicas.supervise import find_haproxy
 
 from ..conftest import running_server
+from ..forked import BECOME_KILLED_SERVER
 
 COMPLETION = {"model": "tiny", "prompt": "a", "max_tokens": 6, "ignore_eos": True}
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "a"}], "max_tokens": 6}
@@ -40,11 +41,14 @@ def ask(origin: str, path: str, body: dict[str, Any], **options: Any) -> list[st
 
 
 @pytest.fixture
-def dies(tmp_path: Path) -> Callable[[str], dict[str, str]]:
-    """``dies(moment)`` is the environment of servers one of which dies then."""
+def dies(tmp_path: Path) -> Callable[[str], dict[str, Any]]:
+    """``dies(moment)`` has running_server start servers one of which dies then."""
     return lambda moment: {
-        "NYBBLE_TEST_MOMENT": moment,
-        "NYBBLE_TEST_ONCE": str(tmp_path / "dead"),
+        "script": BECOME_KILLED_SERVER,
+        "environment": {
+            "NYBBLE_TEST_MOMENT": moment,
+            "NYBBLE_TEST_ONCE": str(tmp_path / "dead"),
+        },
     }
 
 
@@ -61,12 +65,12 @@ def dies(tmp_path: Path) -> Callable[[str], dict[str, str]]:
 def test_a_stream_of_any_kind_ends_with_an_event_though_only_its_head_was_sent(
     tiny_model: Callable[..., Path],
     tmp_path: Path,
-    dies: Callable[[str], dict[str, str]],
+    dies: Callable[[str], dict[str, Any]],
     path: str,
     body: dict[str, Any],
 ) -> None:
     options = ("--response-store", str(tmp_path / "responses")) if "background" in body else ()
-    with running_server(tiny_model(), *options, killed=dies("after prepare")) as server:
+    with running_server(tiny_model(), *options, **dies("after prepare")) as server:
         (last,) = ask(server.url, path, body)
         assert "the server was killed" in last
         assert json.loads(last).keys() & {"error", "code"}
@@ -81,9 +85,9 @@ def test_a_stream_of_any_kind_ends_with_an_event_though_only_its_head_was_sent(
     ],
 )
 def test_what_a_client_gets_at_other_moments(
-    tiny_model: Callable[..., Path], dies: Callable[[str], dict[str, str]], moment: str
+    tiny_model: Callable[..., Path], dies: Callable[[str], dict[str, Any]], moment: str
 ) -> None:
-    with running_server(tiny_model(), killed=dies(moment)) as server:
+    with running_server(tiny_model(), **dies(moment)) as server:
         if moment == "before prepare":
             # Nothing at all, so that a proxy may ask another server.
             with pytest.raises(httpx.RemoteProtocolError, match="without sending a response"):
@@ -128,7 +132,7 @@ def haproxy(folder: Path, servers: Sequence[str], certificate: Path | None) -> I
 def test_behind_haproxy_a_stream_goes_to_the_other_server_or_ends_with_an_event(
     tiny_model: Callable[..., Path],
     tmp_path: Path,
-    dies: Callable[[str], dict[str, str]],
+    dies: Callable[[str], dict[str, Any]],
     certificate: tuple[Path, Path],
     moment: str,
     scheme: str,
@@ -138,7 +142,7 @@ def test_behind_haproxy_a_stream_goes_to_the_other_server_or_ends_with_an_event(
     with ExitStack() as stack:
         addresses = []
         for _ in range(2):
-            server = stack.enter_context(running_server(tiny_model(), killed=dies(moment)))
+            server = stack.enter_context(running_server(tiny_model(), **dies(moment)))
             addresses.append(server.url.removeprefix("http://"))
         address = stack.enter_context(haproxy(tmp_path, addresses, found))
         events = ask(f"{scheme}://{address}", "/v1/completions", COMPLETION, verify=verify)
