@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
-import typer
-
 from nybble.server.cli.errors import end_at_once, expected_errors, interruptible, on_stderr
 from nybble.server.cli.model_path import require_named
 from nybble.server.cli.options_command import takes
