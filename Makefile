@@ -17,20 +17,15 @@ install-dev: $(VENV)/.installed-dev
 # used before anything else asks for one. TORCH_INDEX_URL may name PyTorch's index of CPU builds,
 # which spares a Linux machine without a GPU several gigabytes.
 TORCH_INDEX_URL ?=
-# Bytecode takes half of pip's time: it is compiled by all processors instead. Some packages carry
-# files that are not for this Python, which pip passes over too.
-PIP_INSTALL := $(BIN)/pip install --no-compile --progress-bar on -c constraints.txt
-BYTECODE    := $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(PIP_INSTALL) $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) torch
-	$(PIP_INSTALL) -e .
-	$(BYTECODE)
+	$(BIN)/pip install --progress-bar on -c constraints.txt \
+		$(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) torch
+	$(BIN)/pip install --progress-bar on -c constraints.txt -e .
 	$(BIN)/python -m nybble.kernels.cpu.build
 	touch $@
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(PIP_INSTALL) -e '.[dev]'
-	$(BYTECODE)
+	$(BIN)/pip install --progress-bar on -c constraints.txt -e '.[dev]'
 	touch $@
 
 # Anything else for the server: make serve MODEL=org/name ARGS="--max-num-seqs 8"
