@@ -323,7 +323,8 @@ class ModelRunner:
             context_lens=full(seqs, length, torch.int32),
             block_tables=full(seqs * self._max_blocks, 0, torch.int32).view(seqs, -1),
             slot_mapping=full(tokens, -1),
-            max_query=max(length, 2),
+            # Of many sequences any may have most of the rows: what computes long ones runs too.
+            max_query=max(tokens, 2),
         )
         states = None
         if self.states:
