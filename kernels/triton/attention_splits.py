@@ -159,42 +159,39 @@ def batches_of(
     """
     tokens, heads = q.shape[:2]
     seqs = batch.context_lens.shape[0]
-    limit = PARTS // (4 * heads * dim)
-    if batch.rows is not None:
-        counts = _parts_of(batch.rows, splitting)
-    else:
-        few = min(batch.max_query, splitting.short)
-        counts = ((few, few * splitting.max_splits),) * seqs
-    first = 0
-    while first < seqs:
-        last, taken, rows = first, 0, 0
-        while last < seqs:
-            four = counts[last : last + 4]
-            more = sum(parts for _, parts in four)
-            if last > first and min(taken + more, tokens * splitting.max_splits) > limit:
-                break
-            taken += more
-            rows += sum(own for own, _ in four)
-            last += len(four)
-        rows = min(rows, tokens)
+    rows = batch.rows
+    if rows is None:
+        rows = (min(batch.max_query, splitting.short),) * seqs
+    for first, last, own in _cuts(rows, splitting, tokens, PARTS // (4 * heads * dim)):
         # A multiple of 4, for the same reason.
-        size = max(4, -(-heads * min(taken, rows * splitting.max_splits) // 4) * 4)
+        size = max(4, -(-heads * own * splitting.max_splits // 4) * 4)
         peak, total = q.new_empty((2, size), dtype=torch.float32)
-        room = Parts(q.new_empty((size, dim), dtype=torch.float32), peak, total, rows)
-        if last - first == seqs:
-            yield batch, room
-        else:
-            yield batch.part(first, last), room
-        first = last
+        room = Parts(q.new_empty((size, dim), dtype=torch.float32), peak, total, own)
+        yield (batch if last - first == seqs else batch.part(first, last)), room
 
 
-@lru_cache(maxsize=64)
-def _parts_of(rows: tuple[int, ...], splitting: Splitting) -> tuple[tuple[int, int], ...]:
-    """Rows that may be split of each sequence, and their parts for each query head."""
-    counts = map(splitting.most, rows)
-    return tuple(
-        (own, own * count) if count > 1 else (0, 0) for own, count in zip(rows, counts, strict=True)
-    )
+@lru_cache(maxsize=64)  # a step's layers have the same
+def _cuts(
+    rows: tuple[int, ...], splitting: Splitting, tokens: int, limit: int
+) -> list[tuple[int, int, int]]:
+    """Batches of at most ``limit`` parts for each query head, if 4 sequences have no more.
+
+    rows: the most that each sequence may have; tokens: those of all.
+
+    Returns of each batch its first sequence, the one behind its last, and how many rows may be
+    split.
+    """
+    split = [own if splitting.most(own) > 1 else 0 for own in rows]
+    cuts = []
+    first, taken = 0, 0
+    for next_ in range(0, len(rows), 4):
+        more = sum(split[next_ : next_ + 4])
+        if next_ > first and min(taken + more, tokens) * splitting.max_splits > limit:
+            cuts.append((first, next_, min(taken, tokens)))
+            first, taken = next_, 0
+        taken += more
+    cuts.append((first, len(rows), min(taken, tokens)))
+    return cuts
 
 
 def reduce(

@@ -399,6 +399,7 @@ def check_fixed_attention(capability: int, everything: bool) -> Iterator[Found]:
                 block_tables=batch.block_tables[seq : seq + 1],
                 slot_mapping=batch.slot_mapping[:1],
                 max_query=1,
+                rows=(1,),
             )
             found = attention_fixed.paged_attention(q[row : row + 1], keys, values, own, *inputs)
             yield f"{name} alone", found.float(), whole[row : row + 1].double()
