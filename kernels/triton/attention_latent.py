@@ -219,8 +219,9 @@ def latent_decode_kernel(
             )
         mask = valid[:, None] & (lane < LATENT)[None, :]
         if count == 1:
-            to = (token * heads + head)[:, None] * LATENT + lane[None, :]
-            tl.store(out + to, (accumulator / total[:, None]).to(out.dtype.element_ty), mask)
+            to = token * heads + head
+            result = (accumulator / total[:, None]).to(out.dtype.element_ty)
+            tl.store(out + to[:, None] * LATENT + lane[None, :], result, mask)
         else:
             stored = tl.where((each < seq) & (counts > 1), lengths * counts, 0)
             before = tl.sum(stored, 0).to(tl.int64) * heads
