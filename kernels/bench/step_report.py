@@ -187,14 +187,13 @@ def _attention(
     sizes = heads.group, heads.dim, 16
     short_tokens = attention_decode.short_tokens(heads.group, heads.dim)
     splitting = attention_splits.Splitting(49, short_tokens)
-    variants_of_splits = variants | splitting.constants
     for kernel, short in (("decode", False), ("decode of few", True)):
         constants = attention_decode.decode_constants(*sizes, quantized=quantized, short=short)
         warps = constants.pop("num_warps")
         report = compile_kernel(
             attention_decode.decode_kernel,
             shared | partial,
-            constants | variants_of_splits,
+            {**constants, **variants, **splitting.constants},
             capability=capability,
             num_warps=warps,
             aligned=aligned,
@@ -205,7 +204,7 @@ def _attention(
     report = compile_kernel(
         attention_prefill.prefill_kernel,
         shared,
-        constants | variants | {"SHORT": short_tokens},
+        {**constants, **variants, "SHORT": short_tokens},
         capability=capability,
         num_warps=warps,
         aligned=aligned,
