@@ -231,8 +231,8 @@ class InputBuffers:
             in_use = np.where(positions >= active[rows], of_sequence[rows], -1).astype(np.int32)
             if pad_to or (in_use >= 0).any():
                 groups = _group(in_use, array, padded=pad_to > 0)
-        # Where each has one, or a graph is run again with others, nobody needs to know the rows.
-        each = None if pad_to or tokens == seqs else tuple(counts.tolist())
+        # Where each has one, as in every graph, nobody needs to know the rows.
+        each = None if tokens == seqs else tuple(counts.tolist())
         size = (tokens, seqs, len(last), int(counts.max()), groups, each)
         if self.tell is not None and batch:
             data, reads = self._bytes[:used].tobytes(), _reads(batch, query_start)

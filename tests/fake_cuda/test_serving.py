@@ -240,8 +240,8 @@ def test_a_step_without_memory_costs_one_request(
 def test_the_cache_takes_what_the_device_has_left_and_leaves_a_tenth(
     gpu: Device, checkpoint: Path, expected: list[list[int]]
 ) -> None:
-    gpu.total = 2200 << 10
-    config = replace(GPU, kv_cache_bytes=None, max_num_seqs=16, max_model_len=512)
+    gpu.total = 3200 << 10
+    config = replace(GPU, kv_cache_bytes=None, max_num_seqs=24, max_model_len=512)
     with running(checkpoint, replace(config, adapters=None)) as engine:
         kept = engine.stats().kv_blocks_total * engine._runner.layout.block_bytes
         assert 0.6 * gpu.total < kept < 0.9 * gpu.total

@@ -55,7 +55,7 @@ BOTH = [(90, 1), (150, 40), (257, 1)]
 @pytest.mark.parametrize(
     ("lengths", "heads", "rotated", "latents", "dtype", "block_size"),
     [
-        ([(1, 1), (300, 1), (70, 40), (520, 3)], 5, 16, 48, torch.bfloat16, 16),
+        ([(1, 1), (300, 1), (70, 40), (520, 3)], 5, 16, 48, torch.float16, 16),
         *(
             pytest.param(lengths, *sizes, marks=pytest.mark.slow)
             for lengths in (DECODES, PREFILLS, BOTH)
