@@ -93,7 +93,7 @@ class StepMessage:
     reads: the first row and the number of rows of which prompt readers want all logits.
     """
 
-    size: tuple[int, int, int, int, tuple[int, int, int] | None]
+    size: tuple[int, int, int, int, tuple[int, int, int] | None, tuple[int, ...] | None]
     data: bytes
     blocks_at: list[int]
     blocks: list[int]
@@ -252,7 +252,9 @@ class InputBuffers:
             in_use = np.where(positions >= active[rows], of_sequence[rows], -1).astype(np.int32)
             if pad_to or (in_use >= 0).any():
                 groups = _group(in_use, array, padded=pad_to > 0)
-        size = (tokens, seqs, len(last), int(counts.max()), groups)
+        # Where each has one, as in every graph, nobody needs to know the rows.
+        each = None if tokens == seqs else tuple(counts.tolist())
+        size = (tokens, seqs, len(last), int(counts.max()), groups, each)
         if self.tell is not None and batch:
             data, reads = self._bytes[:used].tobytes(), _reads(batch, query_start)
             self.tell(StepMessage(size, data, *updates, pad_to, width, reads))
@@ -287,11 +289,12 @@ class InputBuffers:
         sampling: int,
         max_query: int,
         adapted: tuple[int, int, int] | None,
+        rows: tuple[int, ...] | None,
     ) -> StepInputs:
         """Where the inputs of a step of this size lie on the device.
 
         sampling: rows whose logits are wanted. adapted: what :func:`_group` returns, None if no row
-        has an adapter.
+        has an adapter. rows: of each sequence, None if they are not known.
         """
         places, _ = _layout(tokens, seqs, self._groups, self._states)
 
@@ -309,15 +312,16 @@ class InputBuffers:
                 block_tables=self._device_tables[group, :seqs],
                 slot_mapping=slots[group],
                 max_query=max_query,
+                rows=rows,
             )
             for group in range(self._groups)
         ]
         lora = None
         if adapted is not None:
-            rows, segments, longest = adapted
+            adapted_rows, segments, longest = adapted
             lora = LoRABatch(
                 slots=tensor("lora_slots"),
-                order=tensor("lora_order", rows),
+                order=tensor("lora_order", adapted_rows),
                 segment_starts=tensor("lora_starts", segments + 1),
                 segment_slots=tensor("lora_segments", segments),
                 max_segment=longest,

@@ -360,24 +360,30 @@ class ModelRunner:
         return each
 
     def _idle_prefill(self, tokens: int, seqs: int) -> StepInputs:
-        """Prompts of equal length that write nothing to the cache."""
+        """A prompt, with several sequences few tokens beside it and single ones: as in serving.
+
+        They write nothing to the cache. All kernels of such steps run.
+        """
 
         def full(count: int, value: int, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.full((count,), value, dtype=dtype, device=self.device)
 
-        length = tokens // seqs
-        starts = torch.arange(seqs + 1, dtype=torch.int32, device=self.device) * length
+        counts = (tokens,) if seqs == 1 else (tokens - seqs, 2, *[1] * (seqs - 2))
+        lengths = torch.tensor(counts, dtype=torch.int32, device=self.device)
+        starts = full(seqs + 1, 0, torch.int32)
+        starts[1:] = lengths.cumsum(0)
         attention = AttentionBatch(
             query_start=starts,
-            context_lens=full(seqs, length, torch.int32),
+            context_lens=lengths,
             block_tables=full(seqs * self._max_blocks, 0, torch.int32).view(seqs, -1),
             slot_mapping=full(tokens, -1),
-            max_query=max(length, 2),
+            max_query=max(counts),
+            rows=counts,
         )
         states = None
         if self.states:
             none, one = full(seqs, -1, torch.int32), full(seqs, 1, torch.int32)
-            states = StateBatch(starts, none, none, none, one, max_query=max(length, 2))
+            states = StateBatch(starts, none, none, none, one, max_query=max(counts))
         return StepInputs(
             token_ids=full(tokens, 0),
             positions=full(tokens, 0),

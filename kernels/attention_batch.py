@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ class AttentionBatch:
         blocks that no new token sees are not read, and neither are their blocks.
     slot_mapping: int64 ``(tokens,)``, where each new token's key and value are written.
     max_query: the most rows any sequence has.
+    rows: of each sequence, so that nothing is launched for sequences which are not there; None if
+        they are not known, as in a captured graph whose next batches have others.
     """
 
     query_start: Tensor
@@ -25,6 +27,7 @@ class AttentionBatch:
     block_tables: Tensor
     slot_mapping: Tensor
     max_query: int
+    rows: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         """Raises ValueError for tensors which a kernel, given only addresses, would misread."""
@@ -42,3 +45,21 @@ class AttentionBatch:
                     f"{name} is {tensor.dtype} {tuple(tensor.shape)} with strides "
                     f"{tensor.stride()}, expected contiguous {dtype} {shape}"
                 )
+        if self.rows is not None and len(self.rows) != seqs:
+            raise ValueError(f"rows has {len(self.rows)} entries, expected one of {seqs} sequences")
+
+    def may_have(self, fewest: int, most: int | None = None) -> bool:
+        """Whether a sequence may have at least ``fewest`` rows and at most ``most``."""
+        if self.rows is not None:
+            return any(fewest <= rows and (most is None or rows <= most) for rows in self.rows)
+        return fewest <= self.max_query
+
+    def part(self, first: int, last: int) -> AttentionBatch:
+        """Sequences ``first`` … ``last − 1``, whose rows remain where they are."""
+        return replace(
+            self,
+            query_start=self.query_start[first : last + 1],
+            context_lens=self.context_lens[first:last],
+            block_tables=self.block_tables[first:last],
+            rows=None if self.rows is None else self.rows[first:last],
+        )

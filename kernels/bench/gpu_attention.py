@@ -15,7 +15,7 @@ import torch
 import triton
 from torch import Tensor
 
-from nybble.kernels.triton import attention, attention_decode, timing
+from nybble.kernels.triton import attention, attention_decode, attention_splits, timing
 
 
 def run(section: Section) -> None:
@@ -75,16 +75,21 @@ def sweep_decode(section: Section) -> None:
     """Decode attention with other tiles, stages and programs: shares of the copy bandwidth."""
     device, dry, read = section.device, section.dry, section.read
     sizes = ((4, 2, 64, 1, 300),) if dry else ((32, 8, 128, 1, 16384), (32, 8, 128, 32, 4096))
-    names = ("DECODE_TILE", "DECODE_STAGES", "PROGRAMS_PER_SM", "MIN_SPLIT")
-    chosen = tuple(getattr(attention_decode, name) for name in names)
+    settings = (
+        (attention_decode, "DECODE_TILE"),
+        (attention_decode, "DECODE_STAGES"),
+        (attention_decode, "PROGRAMS_PER_SM"),
+        (attention_splits, "MIN_SPLIT"),
+    )
+    chosen = tuple(getattr(*setting) for setting in settings)
     options = [chosen, (32, 3, 2, 128)]
     if not dry:
         options = [*product((32, 64, 128), (3, 5), (2, 3, 4), chosen[3:])]
         options += [(*chosen[:3], least) for least in (128, 512)]
 
     def use(option: tuple[int, ...]) -> None:
-        for name, value in zip(names, option, strict=True):
-            setattr(attention_decode, name, value)
+        for setting, value in zip(settings, option, strict=True):
+            setattr(*setting, value)
 
     dtype = section.dtype
     results: list[dict[str, Any]] = []

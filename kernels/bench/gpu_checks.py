@@ -65,7 +65,7 @@ def check_kernels(section: Section, dtype: torch.dtype) -> None:
         section.close(f"{name} rotary_store {q_heads}/{kv_heads}×{dim}", results[1], results[0])
         lengths = [(1, 1), (300, 1), (270, 40), (33, 33)]
         if not dry:
-            lengths += [(5000, 1), (4097, 1), (2500, 700), (9, 2)]
+            lengths += [(5000, 1), (4097, 1), (2500, 700), (9, 2), (3000, 7)]
         batch, keys, values = paged(lengths, kv_heads, dim, dtype, device)
         q = random(sum(n for _, n in lengths), q_heads, dim)
         for window in (0, 100):
@@ -164,6 +164,7 @@ def check_one_order(section: Section, dtype: torch.dtype) -> None:
         block_tables=batch.block_tables[1:2],
         slot_mapping=batch.slot_mapping[:1],
         max_query=1,
+        rows=(1,),
     )
     row = slice(1 + 5, 1 + 6)
     found = attention_fixed.paged_attention(q[row], keys, values, alone, 0.1)

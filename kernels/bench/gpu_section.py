@@ -177,6 +177,7 @@ def paged(
         block_tables=tables.to(device),
         slot_mapping=torch.full((sum(new),), -1, device=device),
         max_query=max(new),
+        rows=tuple(new),
     )
     shape = (sum(counts), kv_heads, BLOCK, dim)
     keys, values = (torch.randn(shape, dtype=dtype, device=device) for _ in range(2))

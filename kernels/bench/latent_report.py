@@ -15,11 +15,12 @@ from dataclasses import asdict, dataclass
 
 from nybble.kernels.bench import cubin
 from nybble.kernels.bench.step_report import Row
-from nybble.kernels.triton import attention_decode, attention_latent, latent, rotary
+from nybble.kernels.triton import attention_latent, attention_splits, latent, rotary
 
 CAPABILITIES = (80, 89, 90, 100, 120)
 _HEADS = {"v2-lite": 16, "glm-4.7-flash": 20, "v3": 128}
-_ROTATED, _LATENT, _BLOCK, _SPLITS = 64, 512, 16, 64
+_ROTATED, _LATENT, _BLOCK = 64, 512, 16
+_SPLITTING = attention_splits.Splitting(64, attention_splits.SHORT)
 _KERNELS = ("latent decode", "latent prefill", "latent store", "latent reduce")
 
 # What --quick compiles: of a kernel on a GPU the case with this number.
@@ -71,9 +72,10 @@ def row(case: Case) -> Row:
         constants |= rotary.rotary_constants(_ROTATED + _LATENT, _ROTATED)
         constants |= {"INTERLEAVED": True, "QUANTIZED": case.kept is not None}
     elif case.kernel == "latent reduce":
-        kernel, strides = attention_decode.reduce_kernel, ()
-        types = batch | {"out": half} | parts | {"q_heads": "i32", "window": "i32"}
-        constants |= attention_latent.latent_reduce_constants(_LATENT, _SPLITS)
+        kernel, strides = attention_splits.reduce_kernel, ()
+        types = batch | {"out": half} | parts
+        types |= dict.fromkeys(("seqs", "q_heads", "window"), "i32")
+        constants |= attention_splits.reduce_constants(_LATENT, _SPLITTING) | {"SEQS_PADDED": 64}
     else:
         decode = case.kernel == "latent decode"
         kernel = (
@@ -88,8 +90,7 @@ def row(case: Case) -> Row:
         sizes = heads, _ROTATED, _LATENT, _BLOCK, case.capability
         kinds = {"quantized": case.kept is not None, "decode": decode}
         constants |= attention_latent.latent_constants(*sizes, **kinds) | {"SEQS_PADDED": 64}
-        if decode:
-            constants |= {"MAX_SPLITS": _SPLITS, "MIN_SPLIT": attention_decode.MIN_SPLIT}
+        constants |= _SPLITTING.constants if decode else {"SHORT": attention_splits.SHORT}
     warps = constants.pop("num_warps", 4)
     assert isinstance(warps, int)
     report = cubin.compile_kernel(

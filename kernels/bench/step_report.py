@@ -21,6 +21,7 @@ from nybble.kernels.triton import (
     attention_decode,
     attention_fixed,
     attention_prefill,
+    attention_splits,
     fixed_order,
     lora,
     norm,
@@ -184,23 +185,26 @@ def _attention(
     aligned = ("table_stride", "q_stride")
     variants = {"SOFTCAP": heads.softcap, "HAS_SINKS": heads.sinks, "SEQS_PADDED": 64}
     sizes = heads.group, heads.dim, 16
-    constants = attention_decode.decode_constants(*sizes, quantized=quantized)
-    warps = constants.pop("num_warps")
-    report = compile_kernel(
-        attention_decode.decode_kernel,
-        shared | partial,
-        {**constants, **variants, "MAX_SPLITS": 49},
-        capability=capability,
-        num_warps=warps,
-        aligned=aligned,
-    )
-    yield Row.of("decode", variant, capability, report)
+    short_tokens = attention_decode.short_tokens(heads.group, heads.dim)
+    splitting = attention_splits.Splitting(49, short_tokens)
+    for kernel, short in (("decode", False), ("decode of few", True)):
+        constants = attention_decode.decode_constants(*sizes, quantized=quantized, short=short)
+        warps = constants.pop("num_warps")
+        report = compile_kernel(
+            attention_decode.decode_kernel,
+            shared | partial,
+            {**constants, **variants, **splitting.constants},
+            capability=capability,
+            num_warps=warps,
+            aligned=aligned,
+        )
+        yield Row.of(kernel, variant, capability, report)
     constants = attention_prefill.prefill_constants(*sizes, capability, quantized=quantized)
     warps = constants.pop("num_warps")
     report = compile_kernel(
         attention_prefill.prefill_kernel,
         shared,
-        {**constants, **variants},
+        {**constants, **variants, "SHORT": short_tokens},
         capability=capability,
         num_warps=warps,
         aligned=aligned,

@@ -1,9 +1,9 @@
 """Paged attention: split-KV decode and chunked prefill, both GQA-packed.
 
-Sequences with one new token are decoded, the others prefilled; each kernel finds its own in the
-batch, so a mixed batch is two launches. A sequence's path does not depend on others in the step.
-Nothing is read back from the device, and the grids do not depend on the context lengths: a decode
-launch can be captured in a CUDA graph and replayed as contexts grow.
+Sequences with one new token are decoded, so are those with few, and the others are prefilled; each
+kernel finds its own in the batch. A sequence's path, and how its keys are split, do not depend on
+others in the step. Nothing is read back from the device, and the grids do not depend on the context
+lengths: a decode launch can be captured in a CUDA graph and replayed as contexts grow.
 """
 
 from __future__ import annotations
@@ -13,8 +13,23 @@ from torch import Tensor
 
 from nybble.kernels.attention_batch import AttentionBatch
 from nybble.kernels.reference import check_sinks
-from nybble.kernels.triton.attention_decode import decode
+from nybble.kernels.triton.attention_decode import (
+    decode,
+    max_splits,
+    programs_at_once,
+    short_tokens,
+)
 from nybble.kernels.triton.attention_prefill import prefill
+from nybble.kernels.triton.attention_splits import Splitting, batches_of, reduce
+from nybble.kernels.triton.device import device_traits
+
+
+def splitting_of(q_heads: int, kv_heads: int, dim: int, multiprocessors: int) -> Splitting:
+    """How the keys of a model with such heads are split on such a device."""
+    return Splitting(
+        max_splits(kv_heads, programs_at_once(dim, multiprocessors)),
+        short_tokens(q_heads // kv_heads, dim),
+    )
 
 
 def paged_attention(
@@ -36,8 +51,15 @@ def paged_attention(
         check_sinks(sinks, q_heads)
     out = torch.empty(tokens, q_heads * dim, dtype=q.dtype, device=q.device)
     scales = None if k_scales is None or v_scales is None else (k_scales, v_scales)
-    if batch.max_query > 1:
-        prefill(q, k_cache, v_cache, scales, batch, scale, window, softcap, sinks, out)
-    if batch.max_query == 1 or batch.context_lens.shape[0] > 1:
-        decode(q, k_cache, v_cache, scales, batch, scale, window, softcap, sinks, out)
+    _, multiprocessors, _ = device_traits(q.device)
+    splitting = splitting_of(q_heads, k_cache.shape[1], dim, multiprocessors)
+    for few, parts in batches_of(batch, splitting, q, dim):
+        inputs = q, k_cache, v_cache, scales, few, scale, window, softcap, sinks, out
+        if few.may_have(splitting.short + 1):
+            prefill(*inputs, splitting.short)
+        if splitting.short > 1 and few.may_have(2, splitting.short):
+            decode(*inputs, parts, splitting, short=True)
+        if few.may_have(1, 1):
+            decode(*inputs, parts, splitting, short=False)
+        reduce(few, parts, splitting, window, out, q_heads)
     return out

@@ -4,23 +4,24 @@ A row of the cache is one token's rotated key and its latent, of which all heads
 program takes as many heads as fit, so a row is read once for all of them, and the latents that it
 has loaded as keys are its values too. Rows are query heads times neighbouring tokens.
 
-Sequences with one new token are cut into splits as in ``attention_decode``, and their parts are
-combined by the same kernel.
+Sequences with one new token or few are cut into splits (``attention_splits``), each token by
+itself: all heads of one fill a program.
 """
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from nybble.kernels.attention_batch import AttentionBatch
-from nybble.kernels.triton.attention_decode import (
-    MIN_SPLIT,
+from nybble.kernels.triton.attention_decode import max_splits
+from nybble.kernels.triton.attention_splits import (
+    SHORT,
+    Parts,
+    Splitting,
     batches_of,
-    max_splits,
-    reduce_kernel,
+    reduce,
     splits_of,
 )
 from nybble.kernels.triton.device import FUSED, device_traits
@@ -150,16 +151,17 @@ def latent_decode_kernel(
     TILE: tl.constexpr,
     QUANTIZED: tl.constexpr,
     SEQS_PADDED: tl.constexpr,
-    MAX_SPLITS: tl.constexpr,
+    SHORT: tl.constexpr,
     MIN_SPLIT: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     each = tl.arange(0, SEQS_PADDED)
     known = each < seqs
-    starts = tl.load(query_start + each, known, 0)
-    ends = tl.load(query_start + each + 1, known, 0)
+    lengths = tl.load(query_start + each + 1, known, 0) - tl.load(query_start + each, known, 0)
     contexts = tl.load(context_lens + each, known, 0)
-    splits = tl.where(ends - starts == 1, splits_of(contexts, MAX_SPLITS, MIN_SPLIT), 0)
+    counts = splits_of(lengths, contexts, 0, SHORT, MIN_SPLIT, MAX_SPLITS)
+    splits = tl.where(lengths <= SHORT, lengths * counts, 0)  # of all its tokens
     borders = tl.cumsum(splits, 0)
     groups = tl.cdiv(heads, GROUP)
     items = tl.sum(splits, 0) * groups
@@ -172,15 +174,18 @@ def latent_decode_kernel(
         valid = (member < GROUP) & (head < heads)
         rank = item // groups
         seq = tl.sum((borders <= rank).to(tl.int32), 0)
-        split = rank - tl.sum(tl.where(each < seq, splits, 0), 0)
+        count = tl.sum(tl.where(each == seq, counts, 0), 0)
+        part = rank - tl.sum(tl.where(each < seq, splits, 0), 0)
+        local, split = part // count, part % count
+        begin = tl.load(query_start + seq)
         context = tl.load(context_lens + seq)
-        count = splits_of(context, MAX_SPLITS, MIN_SPLIT)
-        # Whole tiles, so that only the last one of a sequence is masked.
-        length = tl.cdiv(tl.cdiv(context, count), TILE) * TILE
-        key_begin = split * length
-        key_end = tl.minimum(key_begin + length, context)
+        seen = context - tl.load(query_start + seq + 1) + begin + local + 1
+        # Whole tiles, so that only the last one that a token sees is masked.
+        keys = tl.cdiv(tl.cdiv(context, count), TILE) * TILE
+        key_begin = split * keys
+        key_end = tl.minimum(key_begin + keys, seen)
 
-        token = tl.load(query_start + seq).to(tl.int64)
+        token = (begin + local).to(tl.int64)
         turned, query = _load_queries(
             q, token * heads + head, valid, ROTATED, ROTATED_PADDED, LATENT, LATENT_PADDED
         )
@@ -214,13 +219,16 @@ def latent_decode_kernel(
             )
         mask = valid[:, None] & (lane < LATENT)[None, :]
         if count == 1:
-            to = (token * heads + head)[:, None] * LATENT + lane[None, :]
-            tl.store(out + to, (accumulator / total[:, None]).to(out.dtype.element_ty), mask)
+            to = token * heads + head
+            result = (accumulator / total[:, None]).to(out.dtype.element_ty)
+            tl.store(out + to[:, None] * LATENT + lane[None, :], result, mask)
         else:
-            row = (seq.to(tl.int64) * heads + head) * MAX_SPLITS + split
-            tl.store(partial_out + row[:, None] * LATENT + lane[None, :], accumulator, mask)
-            tl.store(partial_peak + row, peak, valid)
-            tl.store(partial_total + row, total, valid)
+            stored = tl.where((each < seq) & (counts > 1), lengths * counts, 0)
+            before = tl.sum(stored, 0).to(tl.int64) * heads
+            to = before + (local * heads + head) * count + split
+            tl.store(partial_out + to[:, None] * LATENT + lane[None, :], accumulator, mask)
+            tl.store(partial_peak + to, peak, valid)
+            tl.store(partial_total + to, total, valid)
 
 
 @triton.jit(do_not_specialize=["seqs"])
@@ -247,13 +255,14 @@ def latent_prefill_kernel(
     TILE: tl.constexpr,
     QUANTIZED: tl.constexpr,
     SEQS_PADDED: tl.constexpr,
+    SHORT: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     TOKENS: tl.constexpr = ROWS // GROUP
     each = tl.arange(0, SEQS_PADDED)
     known = each < seqs
     lengths = tl.load(query_start + each + 1, known, 0) - tl.load(query_start + each, known, 0)
-    pieces = tl.where(lengths > 1, (lengths + TOKENS - 1) // TOKENS, 0)
+    pieces = tl.where(lengths > SHORT, (lengths + TOKENS - 1) // TOKENS, 0)
     groups = tl.cdiv(heads, GROUP)
     piece = tl.program_id(0) // groups
     seq = tl.sum((tl.cumsum(pieces, 0) <= piece).to(tl.int32), 0)
@@ -326,7 +335,7 @@ def latent_attention(
     _, multiprocessors, capability = device_traits(q.device)
     sizes = heads, width - latent_dim, latent_dim, cache.shape[2], capability
     quantized = scales is not None
-    if batch.max_query > 1:
+    if batch.may_have(SHORT + 1):
         constants = latent_constants(*sizes, quantized=quantized, decode=False)
         groups = triton.cdiv(heads, constants["GROUP"])
         # Each sequence may have one partly filled piece.
@@ -335,15 +344,18 @@ def latent_attention(
             *_inputs(q, cache, scales, batch, out),
             *_numbers(batch, heads, scale),
             **constants,
+            SHORT=SHORT,
             SEQS_PADDED=padded_seqs(seqs),
             **FUSED,
         )
-    if batch.max_query == 1 or seqs > 1:
+    if batch.may_have(1, SHORT):
         constants = latent_constants(*sizes, quantized=quantized, decode=True)
         groups = triton.cdiv(heads, constants["GROUP"])
-        splits = max_splits(groups, multiprocessors)  # a program takes a whole multiprocessor
-        for few in batches_of(batch, 4 * heads * splits * latent_dim):
-            _decode(q, cache, scales, few, scale, latent_dim, out, constants, splits)
+        # A program takes a whole multiprocessor. Long sequences are not split.
+        splitting = Splitting(max_splits(groups, multiprocessors), SHORT)
+        for few, parts in batches_of(batch, splitting, q, latent_dim):
+            _decode(q, cache, scales, few, scale, out, constants, parts, splitting)
+            reduce(few, parts, splitting, 0, out, heads)
     return out
 
 
@@ -373,35 +385,22 @@ def _decode(
     scales: Tensor | None,
     batch: AttentionBatch,
     scale: float,
-    latent_dim: int,
     out: Tensor,
     constants: dict[str, int],
-    splits: int,
+    parts: Parts,
+    splitting: Splitting,
 ) -> None:
     heads, seqs = q.shape[1], batch.context_lens.shape[0]
-    groups = triton.cdiv(heads, constants["GROUP"])
+    items = seqs * triton.cdiv(heads, constants["GROUP"]) * splitting.max_splits
+    items *= min(SHORT, batch.max_query)
     _, multiprocessors, _ = device_traits(q.device)
-    partial_out = q.new_empty((seqs, heads, splits, latent_dim), dtype=torch.float32)
-    partial_peak = q.new_empty((seqs, heads, splits), dtype=torch.float32)
-    parts = partial_out, partial_peak, torch.empty_like(partial_peak)
-    latent_decode_kernel[(min(multiprocessors, seqs * groups * splits),)](
+    latent_decode_kernel[(min(multiprocessors, items),)](
         *_inputs(q, cache, scales, batch, out),
-        *parts,
+        *parts.tensors,
         *_numbers(batch, heads, scale),
         **constants,
+        **splitting.constants,
         SEQS_PADDED=padded_seqs(seqs),
-        MAX_SPLITS=splits,
-        MIN_SPLIT=MIN_SPLIT,
-        **FUSED,
-    )
-    reduce_kernel[(seqs, heads)](
-        batch.query_start,
-        batch.context_lens,
-        out,
-        *parts,
-        heads,
-        0,
-        **latent_reduce_constants(latent_dim, splits),
         **FUSED,
     )
 
@@ -441,17 +440,5 @@ def latent_constants(
         "TILE": 16 if quantized and rows > 16 else 32,
         "QUANTIZED": quantized,
         "STAGES": 5 if roomy else 3,
-        "num_warps": 8,
-    }
-
-
-def latent_reduce_constants(latent: int, splits: int) -> dict[str, int]:
-    """Those of ``attention_decode.reduce_kernel``."""
-    return {
-        "DIM": latent,
-        "DIM_PADDED": int(triton.next_power_of_2(latent)),
-        "MAX_SPLITS": splits,
-        "SPLITS_PADDED": int(triton.next_power_of_2(splits)),
-        "MIN_SPLIT": MIN_SPLIT,
         "num_warps": 8,
     }

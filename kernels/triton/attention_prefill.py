@@ -1,4 +1,4 @@
-"""Attention of sequences with several new tokens: chunked prefill.
+"""Attention of sequences with many new tokens: chunked prefill.
 
 A program takes 128 rows, query heads that share a KV head times neighbouring tokens, and walks the
 keys they see with the online softmax (Dao 2023, FlashAttention-2).
@@ -49,12 +49,13 @@ def prefill_kernel(
     SOFTCAP: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     SEQS_PADDED: tl.constexpr,
+    SHORT: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     each = tl.arange(0, SEQS_PADDED)
     known = each < seqs
     lengths = tl.load(query_start + each + 1, known, 0) - tl.load(query_start + each, known, 0)
-    pieces = tl.where(lengths > 1, (lengths + TOKENS - 1) // TOKENS, 0)
+    pieces = tl.where(lengths > SHORT, (lengths + TOKENS - 1) // TOKENS, 0)
     piece = tl.program_id(0)
     head = tl.program_id(1)
     seq = tl.sum((tl.cumsum(pieces, 0) <= piece).to(tl.int32), 0)
@@ -170,7 +171,9 @@ def prefill(
     softcap: float,
     sinks: Tensor | None,
     out: Tensor,
+    short: int,
 ) -> None:
+    """Attention of the sequences with more than ``short`` new tokens."""
     tokens, q_heads, dim = q.shape
     seqs, kv_heads = batch.context_lens.shape[0], k_cache.shape[1]
     constants = prefill_constants(
@@ -202,6 +205,7 @@ def prefill(
         SOFTCAP=softcap,
         HAS_SINKS=sinks is not None,
         SEQS_PADDED=padded_seqs(seqs),
+        SHORT=short,
         **FUSED,
     )
 

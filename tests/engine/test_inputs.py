@@ -56,7 +56,10 @@ def check(inputs: StepInputs, batch: ScheduledBatch) -> None:
                 assert group.slot_mapping[row] == slot
             row += 1
     assert attention.query_start[len(batch)] == row
-    assert attention.max_query == max(item.num_tokens for item in batch)
+    counts = tuple(item.num_tokens for item in batch)
+    assert attention.max_query == max(counts)
+    # Where each has one, nobody needs to know.
+    assert attention.rows == (counts if max(counts) > 1 else None)
     ends = [int(attention.query_start[i + 1]) - 1 for i, item in enumerate(batch) if item.completes]
     assert inputs.last_rows.tolist() == ends
 
@@ -134,6 +137,7 @@ def test_padding_rows_have_no_context_and_write_nothing() -> None:
     (attention,) = inputs.attention
     assert attention.query_start.tolist() == [0, 1, 2, 3, 4]
     assert attention.context_lens.tolist() == [6, 3, 0, 0]
+    assert attention.rows is None  # of a graph that is run again with others
     assert attention.slot_mapping.tolist() == [3 * BLOCK + 1, BLOCK + 2, -1, -1]
     assert inputs.last_rows.tolist() == [0, 1, 2, 3]
 

@@ -27,11 +27,15 @@ from nybble.engine import (
     Request,
     SamplingParams,
 )
+from nybble.engine.scheduler import ScheduledSequence
+from nybble.engine.sequence import BlockTable, Sequence
 from nybble.kernels.lora_batch import LoRABatch
-from nybble.kernels.triton import matmul
+from nybble.kernels.triton import attention_splits, matmul
+from nybble.kernels.triton.attention import splitting_of
 from nybble.loaders import open_checkpoint
 
 from .device import DEVICE, Device
+from .launches import MULTIPROCESSORS
 
 CPU = EngineConfig(
     dtype=torch.float32,
@@ -158,6 +162,31 @@ def test_a_prompt_beside_tokens_of_many_adapters_compiles_nothing(
     assert set(gpu.launched) - warm == set()
 
 
+def test_few_tokens_of_some_of_many_sequences_compile_nothing(
+    gpu: Device, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though so many sequences with few tokens each would not fit what splits may take."""
+    config = replace(GPU, max_num_seqs=40, max_batched_tokens=320, adapters=None)
+    engine = Engine.load(open_checkpoint(checkpoint), config, progress=False)
+    runner = engine._runner
+    (attention,) = runner.decoder.architecture.attentions
+    heads = attention.heads, attention.kv_heads, attention.head_dim
+    row = 4 * heads[0] * heads[2] * splitting_of(*heads, MULTIPROCESSORS).max_splits
+    monkeypatch.setattr(attention_splits, "PARTS", 50 * row)
+    gpu.computes = False
+    engine.warm_up(progress=False)
+    warm = set(gpu.launched)
+    batch = []
+    for count in (37, 5, *[1] * 38):
+        new = Request("r", tuple(range(count)), SamplingParams())
+        sequence = Sequence(new, 1, detokenizer=None, sampler=None)  # type: ignore[arg-type]
+        sequence.block_tables = (BlockTable([0, 1, 2]),)
+        batch.append(ScheduledSequence.of(sequence, count))
+    with torch.inference_mode():
+        runner._forward(runner._inputs.build(batch), None)
+    assert set(gpu.launched) - warm == set()
+
+
 def test_inputs_wait_for_the_copy_of_those_before_where_no_sample_has(
     gpu: Device, checkpoint: Path
 ) -> None:
@@ -211,8 +240,8 @@ def test_a_step_without_memory_costs_one_request(
 def test_the_cache_takes_what_the_device_has_left_and_leaves_a_tenth(
     gpu: Device, checkpoint: Path, expected: list[list[int]]
 ) -> None:
-    gpu.total = 2200 << 10
-    config = replace(GPU, kv_cache_bytes=None, max_num_seqs=16, max_model_len=512)
+    gpu.total = 3200 << 10
+    config = replace(GPU, kv_cache_bytes=None, max_num_seqs=24, max_model_len=512)
     with running(checkpoint, replace(config, adapters=None)) as engine:
         kept = engine.stats().kv_blocks_total * engine._runner.layout.block_bytes
         assert 0.6 * gpu.total < kept < 0.9 * gpu.total

@@ -412,6 +412,11 @@ def test_a_batch_of_sequences_is_what_it_says(name: str, make: Callable[[Tensor]
         replace(batch, **{name: make(getattr(batch, name))})
 
 
+def test_rows_are_those_of_every_sequence_of_a_batch() -> None:
+    with pytest.raises(ValueError, match="rows has 1 entries, expected one of 2 sequences"):
+        replace(one_decode([20, 7]), rows=(1,))
+
+
 def test_norms_and_products_refuse_what_they_would_misread(cpu: CpuLibrary) -> None:
     x, weight = torch.randn(3, 64).bfloat16(), torch.ones(64).bfloat16()
     with pytest.raises(ValueError, match=r"weight: .* \(32,\)"):

@@ -13,7 +13,7 @@ from nybble.kernels import reference
 from nybble.kernels.attention_batch import AttentionBatch
 
 pytest.importorskip("triton")
-from nybble.kernels.triton import attention_decode, attention_latent, latent
+from nybble.kernels.triton import attention_latent, attention_splits, latent
 
 from .test_triton_step import DEVICE, close, paged, random
 
@@ -55,7 +55,7 @@ BOTH = [(90, 1), (150, 40), (257, 1)]
 @pytest.mark.parametrize(
     ("lengths", "heads", "rotated", "latents", "dtype", "block_size"),
     [
-        ([(1, 1), (300, 1), (70, 40)], 5, 16, 48, torch.bfloat16, 16),
+        ([(1, 1), (300, 1), (70, 40), (520, 3)], 5, 16, 48, torch.float16, 16),
         *(
             pytest.param(lengths, *sizes, marks=pytest.mark.slow)
             for lengths in (DECODES, PREFILLS, BOTH)
@@ -100,7 +100,7 @@ def test_it_equals_the_reference_with_every_devices_settings(
 
 @pytest.mark.slow
 def test_a_sequence_is_attended_alike_in_any_company() -> None:
-    lengths, heads = [(300, 1), (20, 9), (33, 1)], 4
+    lengths, heads = [(300, 1), (540, 9), (33, 1)], 4
     batch, cache, _ = paged(lengths, 1, 48, 16, torch.float16)
     q = random(sum(new for _, new in lengths), heads, 48, dtype=torch.float16)
     together = attention_latent.latent_attention(q, cache, batch, 0.2, 32)
@@ -121,10 +121,12 @@ def test_a_sequence_is_attended_alike_in_any_company() -> None:
 def test_sequences_decoded_a_few_at_a_time_are_decoded_alike(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    batch, cache, _ = paged([(300, 1), (5, 1), (9, 2), (40, 1), (290, 1)], 1, 48, 16, torch.float16)
+    batch, cache, _ = paged(
+        [(300, 1), (5, 1), (600, 2), (40, 1), (290, 1)], 1, 48, 16, torch.float16
+    )
     q = random(6, 4, 48, dtype=torch.float16)
     at_once = attention_latent.latent_attention(q, cache, batch, 0.2, 32)
-    monkeypatch.setattr(attention_decode, "PARTS", 0)
+    monkeypatch.setattr(attention_splits, "PARTS", 0)
     assert torch.equal(attention_latent.latent_attention(q, cache, batch, 0.2, 32), at_once)
 
 

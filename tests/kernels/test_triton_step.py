@@ -5,6 +5,8 @@ On a machine without a GPU they run through Triton's interpreter.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -21,6 +23,7 @@ from nybble.kernels.triton import (  # noqa: E402
     attention,
     attention_decode,
     attention_prefill,
+    attention_splits,
     norm,
     rotary,
 )
@@ -176,6 +179,22 @@ def paged(
     return batch, random(*shape, dtype=dtype), random(*shape, dtype=dtype, seed=1)
 
 
+def on_device_of(
+    multiprocessors: int, monkeypatch: pytest.MonkeyPatch, capability: int = 90
+) -> None:
+    """As many programs as fill such a device."""
+    for module in (attention, attention_decode, attention_prefill, attention_splits):
+        traits = "any", multiprocessors, capability
+        monkeypatch.setattr(module, "device_traits", lambda device, traits=traits: traits)
+
+
+@pytest.fixture(autouse=True)
+def small_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer programs are interpreted sooner than those that fill an H100."""
+    if DEVICE == "cpu":
+        on_device_of(8, monkeypatch)
+
+
 @pytest.mark.parametrize("window", [0, 40])
 @pytest.mark.parametrize(
     ("q_heads", "kv_heads", "dim", "block_size", "dtype"),
@@ -251,24 +270,118 @@ def test_what_splits_take_is_bounded_and_changes_no_result(monkeypatch: pytest.M
     lengths = [(260, 1), (1, 1), (4, 3), (7, 1), (257, 1)]
     batch, keys, values = paged(lengths, 2, 32, 16, torch.float16)
     q = random(sum(new for _, new in lengths), 4, 32, dtype=torch.float16)
-    monkeypatch.setattr(attention_decode, "device_traits", lambda device: ("any", 4, 90))
+    on_device_of(4, monkeypatch)
     at_once = attention.paged_attention(q, keys, values, batch, 0.2)
-    monkeypatch.setattr(attention_decode, "PARTS", 5 * 1000)
-    assert [len(few.context_lens) for few in attention_decode.batches_of(batch, 1000)] == [4, 1]
+    monkeypatch.setattr(attention_splits, "PARTS", 5 * 1000)
+    splitting = attention.splitting_of(4, 2, 32, 4)
+    few = attention_splits.batches_of(batch, splitting, q, 32)
+    assert [len(each.context_lens) for each, _ in few] == [4, 1]
     assert torch.equal(attention.paged_attention(q, keys, values, batch, 0.2), at_once)
 
 
-@pytest.mark.parametrize(("part", "seqs"), [(802_816, 512), (8_650_752, 256)])
-def test_the_splits_of_a_large_batch_take_at_most_256_mib(part: int, seqs: int) -> None:
-    """Of Llama-3-8B's heads on an H100, and of DeepSeek-V3's."""
-    zeros = torch.zeros(seqs, dtype=torch.int32)
-    starts = torch.arange(seqs + 1, dtype=torch.int32)
-    batch = AttentionBatch(starts, zeros, zeros[:, None], zeros.long(), 1)
-    few = list(attention_decode.batches_of(batch, part))
-    assert torch.equal(torch.cat([each.query_start[:-1] for each in few]), starts[:-1])
-    for each in few:
-        assert len(each.context_lens) * part <= 256 << 20
-        assert each.query_start.data_ptr() % 16 == starts.data_ptr() % 16  # else compiled anew
+LLAMA_3_8B = (32, 128, attention.splitting_of(32, 8, 128, 132))
+DEEPSEEK_V3 = (128, 512, attention_splits.Splitting(33, 16))
+
+
+@pytest.mark.parametrize(
+    ("model", "rows", "known"),
+    [
+        (LLAMA_3_8B, [1] * 512, False),
+        (DEEPSEEK_V3, [1] * 256, False),
+        (LLAMA_3_8B, [9] * 256, False),  # drafts, in a captured graph
+        (LLAMA_3_8B, [1] * 100 + [900, 5, 40, 1000] + [7] * 30, True),
+        (LLAMA_3_8B, [1] * 100 + [900, 5, 40, 1000] + [7] * 30, False),
+    ],
+)
+def test_the_splits_of_a_large_batch_take_at_most_256_mib(
+    model: tuple[int, int, attention_splits.Splitting], rows: list[int], known: bool
+) -> None:
+    """On an H100, where each has all splits that its rows may have."""
+    heads, dim, splitting = model
+    starts = torch.tensor([0, *rows]).cumsum(0).int()
+    zeros = torch.zeros(len(rows), dtype=torch.int32)
+    given = tuple(rows) if known else None
+    batch = AttentionBatch(starts, zeros, zeros[:, None], zeros.long(), max(rows), given)
+    q = torch.empty(sum(rows), heads, 1, device="meta")
+    few = list(attention_splits.batches_of(batch, splitting, q, dim))
+    assert torch.equal(torch.cat([each.query_start[:-1] for each, _ in few]), starts[:-1])
+    for each, parts in few:
+        own = each.query_start.diff().tolist()
+        most = [splitting.most(count) for count in own]
+        needed = sum(count * splits for count, splits in zip(own, most, strict=True) if splits > 1)
+        assert heads * needed <= len(parts.peak)
+        assert len(parts.out) * dim * 4 <= 256 << 20 or len(own) <= 4
+        assert parts.rows >= sum(c for c, splits in zip(own, most, strict=True) if splits > 1)
+        # Else kernels are compiled anew.
+        assert each.query_start.data_ptr() % 16 == starts.data_ptr() % 16
+        assert parts.peak.storage_offset() % 4 == parts.total.storage_offset() % 4 == 0
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="a GPU has its own number of programs")
+@pytest.mark.parametrize(
+    ("group", "window", "kept", "softcap"),
+    [
+        (2, 0, None, 0.0),
+        (7, 600, torch.int8, 3.0),
+        pytest.param(1, 600, None, 0.0, marks=pytest.mark.slow),
+        pytest.param(4, 0, torch.int8, 3.0, marks=pytest.mark.slow),
+    ],
+)
+def test_few_tokens_are_split_over_the_keys_of_a_long_context(
+    group: int,
+    window: int,
+    kept: torch.dtype | None,
+    softcap: float,
+) -> None:
+    """By the kernel of single tokens, beside such and beside prompts."""
+    lengths = [(1100, 9), (300, 1), (1300, 40), (20, 20), (1030, 2), (5, 5)]
+    most = attention.splitting_of(group, 1, 32, 8).most
+    assert [most(new) > 1 for _, new in lengths] == [new <= 9 for _, new in lengths]
+    batch, *caches = paged(lengths, 1, 32, 16, torch.float16)
+    scales: list[Tensor] = []
+    if kept is not None:
+        caches = [(40 * cache).clamp(-127, 127).to(kept) for cache in caches]
+        scales = [torch.full(cache.shape[:3], 1 / 40, device=DEVICE) for cache in caches]
+    q = random(sum(new for _, new in lengths), group, 32, dtype=torch.float16)
+    given = 4 * random(group, dtype=torch.float16) if softcap else None
+    options = (batch, 0.2, window, *scales)
+    wide = caches if scales else [cache.double() for cache in caches]
+    expected = reference.paged_attention(q.double(), *wide, *options, softcap=softcap, sinks=given)
+    found = attention.paged_attention(q, *caches, *options, softcap=softcap, sinks=given)
+    close(found, expected, 1e-3)
+    # What the host knows of the rows changes which kernels run, and nothing else.
+    known = replace(batch, rows=tuple(new for _, new in lengths))
+    inputs = q, *caches, known, *options[1:]
+    assert torch.equal(attention.paged_attention(*inputs, softcap=softcap, sinks=given), found)
+
+
+def test_kernels_of_which_no_sequence_has_the_rows_are_not_launched(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    launched: list[str] = []
+    for name in ("prefill", "decode", "reduce"):
+        monkeypatch.setattr(
+            attention,
+            name,
+            lambda *_, name=name, **kinds: launched.append(
+                name + " of few" * kinds.get("short", False)
+            ),
+        )
+
+    def launches(rows: list[int], *, known: bool = True) -> list[str]:
+        launched.clear()
+        batch, keys, values = paged([(50, new) for new in rows], 2, 32, 16, torch.float16)
+        batch = replace(batch, rows=tuple(rows) if known else None)
+        q = random(sum(rows), 4, 32, dtype=torch.float16)
+        attention.paged_attention(q, keys, values, batch, 0.2)
+        return launched[:]
+
+    assert launches([1, 1]) == launches([1, 1], known=False) == ["decode", "reduce"]
+    assert launches([40]) == ["prefill", "reduce"]
+    assert launches([40, 1]) == ["prefill", "decode", "reduce"]
+    assert launches([9, 9]) == ["decode of few", "reduce"]
+    everything = ["prefill", "decode of few", "decode", "reduce"]
+    assert launches([40, 1], known=False) == launches([40, 2, 1]) == everything
 
 
 def test_sinks_that_fit_no_heads_are_refused() -> None:
@@ -291,9 +404,8 @@ def test_attention_equals_the_reference_with_every_devices_settings(
     group: int,
     dim: int,
 ) -> None:
-    for module in (attention_decode, attention_prefill):
-        monkeypatch.setattr(module, "device_traits", lambda device: ("any", 8, capability))
-    lengths = [(300, 1), (90, 50), (40, 40)]
+    on_device_of(8, monkeypatch, capability)
+    lengths = [(300, 1), (90, 50), (550, 3)]
     batch, *caches = paged(lengths, 1, dim, 16, torch.float16)
     scales: list[Tensor] = []
     if kept is not None:
@@ -319,7 +431,7 @@ def test_attention_equals_the_reference_with_every_devices_settings(
 )
 def test_blocks_that_no_new_token_sees_are_not_read(block_size: int, window: int) -> None:
     """They may have been given to another sequence, whose values need not even be numbers."""
-    lengths, dim = [(700, 1), (300, 70), (150, 1), (261, 2), (20, 9)], 32
+    lengths, dim = [(700, 1), (300, 70), (150, 1), (261, 2), (1200, 20)], 32
     batch, keys, values = paged(lengths, 2, dim, block_size, torch.float16)
     q = random(sum(new for _, new in lengths), 4, dim, dtype=torch.float16)
     whole = attention.paged_attention(q, keys, values, batch, dim**-0.5, window)
@@ -382,7 +494,7 @@ def test_8_bit_caches_are_attended_as_they_stand(kept: torch.dtype) -> None:
 
 
 def test_a_sequence_is_attended_alike_in_any_company() -> None:
-    lengths = [(700, 1), (20, 9), (300, 1), (33, 1), (64, 64)]
+    lengths = [(700, 1), (20, 9), (1100, 4), (33, 1), (1100, 40), (64, 64)]
     batch, keys, values = paged(lengths, 2, 32, 16, torch.float16)
     q = random(sum(new for _, new in lengths), 4, 32, dtype=torch.float16)
     together = attention.paged_attention(q, keys, values, batch, 0.2)

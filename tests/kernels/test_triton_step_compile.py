@@ -60,7 +60,16 @@ def test_soft_caps_and_sinks_are_compiled(table: list[dict[str, Any]]) -> None:
 
 
 def test_products_run_on_tensor_cores(table: list[dict[str, Any]]) -> None:
-    for row in of(table, "decode", "prefill", "spans", "fixed order", "lora shrink", "lora expand"):
+    for row in of(
+        table,
+        "decode",
+        "decode of few",
+        "prefill",
+        "spans",
+        "fixed order",
+        "lora shrink",
+        "lora expand",
+    ):
         assert row["tensor_core"] >= 2, row
 
 

@@ -174,7 +174,8 @@ def check_dequantize(capability: int, everything: bool) -> Iterator[Found]:
 
 
 def check_attention(capability: int, everything: bool) -> Iterator[Found]:
-    lengths = [(1, 1), (300, 1), (270, 40), (33, 33), (600, 1), (65, 2)]
+    # One of each kind in one split and in several: single tokens, prompts, and few tokens.
+    lengths = [(1, 1), (300, 1), (530, 40), (33, 33), (600, 1), (65, 2), (520, 3)]
     # Ada differs from Ampere in 8-bit floats alone.
     kept: list[torch.dtype | None] = [None, torch.int8] if capability != 89 else []
     kept += [torch.float8_e4m3fn] if capability >= 89 else []
@@ -203,7 +204,7 @@ def check_attention(capability: int, everything: bool) -> Iterator[Found]:
 
 def check_latent(capability: int, everything: bool) -> Iterator[Found]:
     """Rows stored, then attended to: decodes in one and in several splits, and prompts."""
-    lengths, latents = [(1, 1), (270, 1), (40, 9), (33, 33)], 64
+    lengths, latents = [(1, 1), (270, 1), (520, 3), (33, 33)], 64
     tokens = sum(new for _, new in lengths)
     caches: list[tuple[torch.dtype, torch.dtype | None, int]] = [(torch.bfloat16, None, 20)]
     caches += [(torch.float16, torch.int8, 4)]
@@ -398,6 +399,7 @@ def check_fixed_attention(capability: int, everything: bool) -> Iterator[Found]:
                 block_tables=batch.block_tables[seq : seq + 1],
                 slot_mapping=batch.slot_mapping[:1],
                 max_query=1,
+                rows=(1,),
             )
             found = attention_fixed.paged_attention(q[row : row + 1], keys, values, own, *inputs)
             yield f"{name} alone", found.float(), whole[row : row + 1].double()
