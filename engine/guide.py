@@ -101,6 +101,10 @@ class GrammarCompiler:
         self._vocabulary = _LazyVocabulary(tokenizer, vocab, eos_token_ids)
         self._lead = ""
 
+    def read_vocabulary(self) -> None:
+        """Do now what the first guide needs. Raises ValueError for a tokenizer of another kind."""
+        self._vocabulary.get()
+
     def after(self, lead: str) -> GrammarCompiler:
         """A compiler whose guides begin with something else.
 
@@ -208,10 +212,10 @@ class _LazyVocabulary:
         self._read: LLTokenizer | None = None
 
     def get(self) -> LLTokenizer:
-        from llguidance import LLTokenizer
-
         with self._lock:
             if self._read is None:
+                from llguidance import LLTokenizer
+
                 self._read = LLTokenizer(
                     self._backend.to_str(),
                     n_vocab=self._size,

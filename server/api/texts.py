@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
@@ -9,6 +10,8 @@ from nybble.engine import Engine, GrammarCompiler, Tokens
 from nybble.server.api.output.markers import MarkerTokens
 from nybble.server.api.prompts import Prompts
 from nybble.server.api.token_bytes import TokenBytes
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,12 @@ class Texts:
         self._prompts = prompts
         # An adapter's go when no version has its tokens any more: they do not refer to these.
         self._made: WeakKeyDictionary[Tokens, Text] = WeakKeyDictionary()
+        # Not by the first request with a grammar: the library keeps all of Python waiting, streams
+        # too, for a second or more of a processor's time.
+        try:
+            self.of(None).grammars.read_vocabulary()
+        except ValueError as error:
+            logger.warning("grammars, schemas and forced calls cannot be used: %s", error)
 
     def of(self, adapter: str | None) -> Text:
         """For requests to an adapter; None for the base model."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -54,7 +55,10 @@ def test_a_template_that_is_not_jinja_is_reported_at_the_start(
     folder = tmp_path / "model"
     shutil.copytree(tiny_model(), folder)
     (folder / "chat_template.jinja").write_text(BROKEN)
+    told = "the model's chat template cannot be used: line 2: Unexpected end of template"
     with running_server(folder) as server:
+        deadline = time.monotonic() + 60
+        while told not in "".join(server.lines) and time.monotonic() < deadline:
+            time.sleep(0.05)
         server.terminate()
-        log = server.log()
-    assert "the model's chat template cannot be used: line 2: Unexpected end of template" in log
+        assert told in server.log()

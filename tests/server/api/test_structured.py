@@ -22,6 +22,7 @@ from nybble.engine import (
 )
 from nybble.server.http.errors import as_api_error
 
+from ..client import COMPLETIONS, Client, run
 from .test_chat import chat, streamed, text
 
 SCHEMA = {
@@ -176,6 +177,21 @@ def test_what_is_too_large_is_refused_before_it_begins(client: OpenAI) -> None:
     with pytest.raises(openai.BadRequestError, match="cannot be compiled: it is too large") as no:
         chat(client, extra_body={"guided_regex": "((a{100}){100}){100}"}, max_tokens=5)
     assert no.value.param == "guided_regex"
+
+
+def test_the_first_grammar_finds_the_vocabulary_read(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To read one stops every other thread of Python for a second or more."""
+
+    async def scenario(client: Client) -> None:
+        monkeypatch.delattr("llguidance.LLTokenizer")
+        body = {"model": "tiny", "prompt": "x", "guided_choice": ["yes", "no"]}
+        async with client.post(COMPLETIONS, json=body) as response:
+            assert response.status == 200, await response.text()
+            assert (await response.json())["choices"][0]["text"] in ("yes", "no")
+
+    run(engine, scenario)
 
 
 def test_a_token_that_a_grammar_excludes_is_the_servers_fault(engine: Engine) -> None:
