@@ -45,9 +45,10 @@ lint: install-dev
 	$(BIN)/mypy --num-workers 2 -p nybble
 	$(BIN)/mypy load_tests/*.py
 
-# Two processes, each with whole files, in the order of their names: long ones do not come last.
+# Three processes, as tests wait for servers too, each with whole files, in the order of their names:
+# long ones do not come last.
 # make test ARGS="tests/engine -x" for a part. docs/testing.md says what test-all adds.
-PYTEST := $(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+PYTEST := $(BIN)/pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
 test: lint
 	@command -v chromium chromedriver >/dev/null || \
 		echo "*** no chromium: the page at / is NOT tested in a browser; see make test-browser ***"

@@ -65,14 +65,17 @@ _CACHES = {
 # every setting, and those that spill registers first.
 _QUICK = {
     "llama-3-8b bf16": (80, 90),
+    "gemma-7b bf16, int8 KV": (90,),
+    "gemma-2-9b bf16": (100,),
+    "gpt-oss-20b bf16": (90,),
+}
+# Of these it compiles the kernel of single tokens alone.
+_QUICK_DECODE = {
     "llama-3-8b bf16, int8 KV": (90,),
     "qwen1.5-0.5b bf16, fp8 KV": (90,),
     "phi-2 bf16, int8 KV": (80,),
     "phi-3-mini bf16, int8 KV": (80,),
-    "gemma-7b bf16, int8 KV": (90,),
     "gemma-2b bf16, fp8 KV": (89,),
-    "gemma-2-9b bf16": (100,),
-    "gpt-oss-20b bf16": (90,),
 }
 # Of the kernels of one order: --quick compiles attention for these,
 _QUICK_SPANS = ("llama-3-8b bf16", "gpt-oss-20b bf16")
@@ -138,7 +141,7 @@ def rows(capability: int, quick: bool = False) -> Iterator[Row]:
             variant = f"{model} {cache}"
             if kv == "*fp8e4nv" and capability < 89:
                 continue
-            if not quick or capability in _QUICK.get(variant, ()):
+            if not quick or capability in (_QUICK | _QUICK_DECODE).get(variant, ()):
                 yield from _attention(variant, heads, dtype, capability, kv, quick)
     for kind in _FIXED_ORDER:
         if not quick or capability in _QUICK_FIXED_ORDER[kind]:
@@ -199,6 +202,8 @@ def _attention(
             aligned=aligned,
         )
         yield Row.of(kernel, variant, capability, report)
+        if quick and variant in _QUICK_DECODE:
+            return
     constants = attention_prefill.prefill_constants(*sizes, capability, quantized=quantized)
     warps = constants.pop("num_warps")
     report = compile_kernel(
