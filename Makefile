@@ -42,8 +42,7 @@ format: install-dev
 lint: install-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy --num-workers 2 -p nybble
-	$(BIN)/mypy load_tests/*.py
+	$(BIN)/mypy --num-workers 2 -p nybble $(patsubst load_tests/%.py,-m %,$(wildcard load_tests/*.py))
 
 # Three processes, as tests wait for servers too, each with whole files, in the order of their names:
 # long ones do not come last.

@@ -140,6 +140,7 @@ def adapters(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     }
 
 
+@pytest.mark.slow
 def test_experts_in_16_bits_and_adapters_on_them_answer_as_on_the_cpu(
     gpu: Device, folder: Path, adapters: dict[str, Path]
 ) -> None:

@@ -394,9 +394,23 @@ def test_sinks_that_fit_no_heads_are_refused() -> None:
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="a GPU has only its own settings")
-@pytest.mark.parametrize("capability", [80, 90, 100])
 @pytest.mark.parametrize("kept", [None, torch.int8])
-@pytest.mark.parametrize(("group", "dim"), [(1, 80), (1, 96), (2, 256)])
+@pytest.mark.parametrize(
+    ("capability", "group", "dim"),
+    [
+        (80, 1, 80),
+        (90, 1, 96),
+        (100, 2, 256),
+        *(
+            pytest.param(capability, group, dim, marks=pytest.mark.slow)
+            for capability, group, dim in (
+                *((80, 1, 96), (80, 2, 256)),
+                *((90, 1, 80), (90, 2, 256)),
+                *((100, 1, 80), (100, 1, 96)),
+            )
+        ),
+    ],
+)
 def test_attention_equals_the_reference_with_every_devices_settings(
     monkeypatch: pytest.MonkeyPatch,
     capability: int,
