@@ -230,16 +230,27 @@ class EngineThread(threading.Thread):
     def _serve(self) -> None:
         """Apply messages and compute steps until told to stop."""
         while self._take_messages():
+            started = time.monotonic()
             try:
-                outputs = self._step()
+                batch, outputs = self._step()
             except Exception as error:
                 if not (is_out_of_memory(error) and self._batch):
                     raise
                 self._give_up_one(error)
                 continue
+            if batch:
+                self._count(batch, time.monotonic() - started)
             # Before the outputs: a caller that has its last output must see its blocks freed.
             self.stats = self._counters.snapshot(self._scheduler, self._restarts.taken)
             deliver(outputs)
+
+    def _count(self, batch: ScheduledBatch, seconds: float) -> None:
+        self._counters.add_step(batch, seconds)
+        if (speculation := self._scheduler.speculation) is not None:
+            rows = speculation.rows(
+                sum(item.num_tokens for item in batch), sum(item.num_logits for item in batch)
+            )
+            speculation.observe(rows, seconds)
 
     def _begin_again(self) -> None:
         self._batch = []
@@ -302,8 +313,8 @@ class EngineThread(threading.Thread):
                 self._scheduler.finish(sequence)
 
     @torch.inference_mode()
-    def _step(self) -> Outputs:
-        started = time.monotonic()
+    def _step(self) -> tuple[ScheduledBatch, Outputs]:
+        """What was computed, if anything, and what callers get of it."""
         self._batch = []
         batch = self._batch = self._scheduler.schedule()
         # An empty schedule waits for a message (such as "adapter read"): block on the inbox.
@@ -312,7 +323,7 @@ class EngineThread(threading.Thread):
         if not batch:
             if self._overlap:
                 self._write_deferred()
-            return outputs
+            return batch, outputs
         logits = self._runner.run(batch)
         samplers: list[SequenceSampler] = []
         allowed: list[Tensor | None] = []
@@ -375,14 +386,7 @@ class EngineThread(threading.Thread):
             self._scheduler.speculation.see(batch)
         for sequence in ended:
             self._scheduler.finish(sequence)
-        seconds = time.monotonic() - started
-        self._counters.add_step(batch, seconds)
-        if (speculation := self._scheduler.speculation) is not None:
-            rows = speculation.rows(
-                sum(item.num_tokens for item in batch), sum(item.num_logits for item in batch)
-            )
-            speculation.observe(rows, seconds)
-        return outputs
+        return batch, outputs
 
     def _take(self, sequence: Sequence, token: Sampled) -> RequestOutput | Exception | None:
         """Give a sequence its next token; returns what to send, None if that is done later."""

@@ -1,4 +1,4 @@
-"""Decoder layers that the back end computes in one call, instead of part by part."""
+"""Which decoder layers the back end computes in one call, instead of part by part."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from itertools import groupby
 
 import torch
-from torch import Tensor
 
 from nybble.engine.parts import (
     AttentionPart,
     Block,
+    FusedLayers,
     MixturePart,
     MlpPart,
     NormPart,
@@ -19,12 +19,10 @@ from nybble.engine.parts import (
     Projection,
     ResidualBlock,
     RmsNormPart,
-    Step,
 )
 from nybble.kernels.backend import Backend
 from nybble.kernels.decoder_layer import (
     DecoderLayer,
-    DecoderLayersKernel,
     ExpertMlps,
     GatedMlp,
     RmsNorm,
@@ -131,43 +129,6 @@ def _gated(mlp: Mlp, weights: Sequence[tuple[Weight, ...]]) -> GatedMlp | None:
 def _norm(norm: NormPart | None) -> RmsNorm | None:
     assert norm is None or isinstance(norm, RmsNormPart)
     return None if norm is None else RmsNorm(norm.weight, norm.eps, norm.offset)
-
-
-@dataclass(frozen=True)
-class FusedLayers:
-    """Layers one after another, in one call if adapters do no more than add to projections.
-
-    blocks: compute the same part by part.
-    ropes: of each layer, the index of the rotary embedding.
-    first: the number of the first layer among those with attention; the others follow.
-    projections: the indices of each layer's; None if some are mixtures, whose adapters are added
-        part by part.
-    """
-
-    kernel: DecoderLayersKernel
-    blocks: tuple[ResidualBlock, ...]
-    ropes: tuple[int, ...]
-    first: int
-    projections: tuple[int, ...] | None
-
-    def __call__(self, added: Tensor | None, residual: Tensor, step: Step) -> tuple[Tensor, Tensor]:
-        adapters, low_rank = step.adapters, None
-        if adapters is not None and self.projections is not None:
-            low_rank = adapters.only_low_rank(self.projections)
-        if adapters is None or low_rank is not None:
-            rotary = [step.rotary[rope] for rope in self.ropes]
-            caches, batches = step.caches, step.batches
-            if len(caches) > len(rotary):
-                own = slice(self.first, self.first + len(rotary))
-                caches, batches = caches[own], batches[own]
-            lora = None if adapters is None else adapters.batch
-            done = self.kernel(added, residual, rotary, caches, batches, low_rank or (), lora)
-            if done is not None:
-                return done
-        for block in self.blocks:
-            added, residual = block(added, residual, step)
-        assert added is not None
-        return added, residual
 
 
 def fused(layers: Sequence[BuiltLayer], backend: Backend, dtype: torch.dtype) -> Iterator[Block]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from nybble.engine.parallel import TensorParallel
 from nybble.kernels.attention_batch import AttentionBatch
 from nybble.kernels.backend import Backend
+from nybble.kernels.decoder_layer import DecoderLayersKernel
 from nybble.kernels.packed import GroupedKernel, LinearKernel, Weight
 from nybble.kernels.reference import add_layer_norm, layer_norm, rotate, weighted_sum
 from nybble.kernels.state_batch import StateBatch
@@ -376,3 +377,40 @@ class ResidualBlock:
         if self.multiplier != 1:
             x = x * self.multiplier
         return x, residual
+
+
+@dataclass(frozen=True)
+class FusedLayers:
+    """Layers one after another, in one call if adapters do no more than add to projections.
+
+    blocks: compute the same part by part.
+    ropes: of each layer, the index of the rotary embedding.
+    first: the number of the first layer among those with attention; the others follow.
+    projections: the indices of each layer's; None if some are mixtures, whose adapters are added
+        part by part.
+    """
+
+    kernel: DecoderLayersKernel
+    blocks: tuple[ResidualBlock, ...]
+    ropes: tuple[int, ...]
+    first: int
+    projections: tuple[int, ...] | None
+
+    def __call__(self, added: Tensor | None, residual: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        adapters, low_rank = step.adapters, None
+        if adapters is not None and self.projections is not None:
+            low_rank = adapters.only_low_rank(self.projections)
+        if adapters is None or low_rank is not None:
+            rotary = [step.rotary[rope] for rope in self.ropes]
+            caches, batches = step.caches, step.batches
+            if len(caches) > len(rotary):
+                own = slice(self.first, self.first + len(rotary))
+                caches, batches = caches[own], batches[own]
+            lora = None if adapters is None else adapters.batch
+            done = self.kernel(added, residual, rotary, caches, batches, low_rank or (), lora)
+            if done is not None:
+                return done
+        for block in self.blocks:
+            added, residual = block(added, residual, step)
+        assert added is not None
+        return added, residual

@@ -21,9 +21,8 @@ import torch
 
 from nybble.engine import EngineConfig
 from nybble.engine.decoder import Decoder
-from nybble.engine.fused_layers import FusedLayers
 from nybble.engine.kv_cache import KVCacheLayout
-from nybble.engine.parts import Block
+from nybble.engine.parts import Block, FusedLayers
 from nybble.engine.request import Request, SamplingParams
 from nybble.engine.runner import ModelRunner
 from nybble.engine.scheduler import ScheduledSequence

@@ -18,9 +18,8 @@ from nybble.engine import EngineConfig
 from nybble.engine.adapter_cache import AdapterVersion
 from nybble.engine.adapter_slots import AdapterSlots
 from nybble.engine.decoder import Decoder
-from nybble.engine.fused_layers import FusedLayers
 from nybble.engine.kv_cache import KVCacheLayout
-from nybble.engine.parts import Block, Step
+from nybble.engine.parts import Block, FusedLayers, Step
 from nybble.engine.request import Request, SamplingParams
 from nybble.engine.runner import ModelRunner
 from nybble.engine.scheduler import ScheduledSequence
