@@ -82,7 +82,6 @@ def main() -> None:
                 max_tokens=args.tokens,
                 temperature=1 if kind == "tell a story" else 0,
                 seed=1,
-                ignore_eos=True,
             )
             conversations = [[{"role": "user", "content": text}] for text in asked]
             answers = model.chat(conversations, params)

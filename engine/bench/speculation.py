@@ -1,6 +1,6 @@
 """Tokens a second with drafts and without, on texts that repeat and that do not.
 
-    python engine/bench/speculation.py MODEL [--draft-model MODEL] [--rounds 3] [--streams 1 8]
+    python engine/bench/speculation.py MODEL [--draft-model MODEL] [--rounds 4] [--streams 1 8]
 
 The ways take turns within each round, so that whatever else the machine does meets all of them. The
 outputs are compared: they must be the same.
@@ -19,7 +19,7 @@ import json
 import random
 import statistics
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from nybble import LLM, SamplingParams
@@ -29,14 +29,14 @@ from nybble import LLM, SamplingParams
 class Way:
     """One way to speculate, and what was measured of it.
 
-    rates: tokens a second, of each round.
-    tokens, steps, seconds: of all rounds; seconds are those of the steps.
+    tokens, taken, steps, seconds: of all rounds; taken are seconds from the requests to the last
+        answer, and seconds are those of the steps.
     drafts, drafted, accepted: drafts that were verified, their tokens, and how many were accepted.
     """
 
     model: LLM
-    rates: list[float] = field(default_factory=list)
     tokens: int = 0
+    taken: float = 0.0
     steps: int = 0
     seconds: float = 0.0
     drafts: int = 0
@@ -53,8 +53,8 @@ class Way:
         answers = self.model.chat(conversations, params)
         taken, after = time.perf_counter() - started, self.model._engine.stats()
         tokens = sum(len(answer.token_ids) for answer in answers)
-        self.rates.append(tokens / taken)
         self.tokens += tokens
+        self.taken += taken
         self.steps += after.steps - before.steps
         self.seconds += after.step_seconds - before.step_seconds
         self.drafts += sum(after.accepted_of_draft.counts) - sum(before.accepted_of_draft.counts)
@@ -64,8 +64,8 @@ class Way:
 
     def report(self, off: Way) -> str:
         """Tokens a second, their ratio to those without drafts, and what drafts brought."""
-        rate = statistics.median(self.rates)
-        line = f"{rate:.1f} (× {rate / statistics.median(off.rates):.2f})"
+        rate = self.tokens / self.taken
+        line = f"{rate:.1f} (× {rate * off.taken / off.tokens:.2f})"
         if not self.drafts:
             return line
         longer = (self.seconds / self.steps) / (off.seconds / off.steps)
@@ -77,10 +77,36 @@ class Way:
         )
 
 
-def prompts() -> dict[str, list[str]]:
-    """By kind of text: what is asked. Code, records and quotes repeat the prompt; stories do not.
+_REPORTS = (
+    """The harbour bridge was closed on Monday after a diver found a crack in its second pier. "The
+    crack is as long as my arm," said Ana Ruiz, who leads the inspection. The city wants to reopen
+    one lane before the end of the month. Lorries must use the northern ferry until then. "We lose
+    two hours on every trip," said Tom Berg, who drives timber to the mill. The repair will cost
+    about three million, of which the state pays half. A second inspection begins on Thursday, and
+    its report will be public.""",
+    """The library in Elm Street opens its new reading room on Saturday. The room has sixty seats,
+    and half of them look out on the garden. "People asked for quiet and for light," said the
+    librarian, Joan Mills. Laptops are allowed upstairs only. The café in the hall will close at
+    five, one hour earlier than before. Books that were kept in the cellar since the flood are back
+    on the shelves. "I have waited four years for the atlas of 1890," said a visitor.""",
+    """The co-operative bakery ended its first year with a small profit. It sold nine thousand
+    loaves, most of them rye. "We learned to bake less on Tuesdays," said Omar Haddad, one of the
+    six founders. The oven broke twice, and each repair took a week. Members voted to buy a second
+    oven in spring. Flour comes from two mills in the valley. A loaf will cost ten cents more from
+    January on. "Nobody likes it, but wheat has become dear," the treasurer wrote.""",
+    """The night train to the coast returns after eleven years. It leaves the capital at ten in the
+    evening and arrives before breakfast. "We sold the first thousand tickets in a day," said the
+    manager of the line, Eva Novak. Each train has four sleeping cars and one for bicycles. Farmers
+    along the line worry about noise. The minister promised a wall near the villages. Tickets cost
+    as much as the bus, and children travel free until June.""",
+)
 
-    Stories are told at a temperature of 1: the likeliest tokens alone soon go round in circles.
+
+def prompts() -> dict[str, list[str]]:
+    """By kind of text: what is asked. Stories and chats do not repeat the prompt; the others do.
+
+    Explanations repeat half of what they say. Stories are told at a temperature of 1: the likeliest
+    tokens alone soon go round in circles.
     """
     sources = [
         inspect.getsource(function)
@@ -101,11 +127,22 @@ def prompts() -> dict[str, list[str]]:
             "them as a JSON array, with the field `city` renamed to `town`."
             for shift in range(4)
         ],
-        "quote": [
+        "summarise with quotes": [
+            f"{' '.join(report.split())}\n\nWhat does the report above say? List its main points, "
+            "each as a direct quote of the whole sentence."
+            for report in _REPORTS
+        ],
+        "quote and explain": [
             "Here is a documentation:\n"
             + str(inspect.getdoc(function))
             + "\nExplain it sentence by sentence: quote each sentence, then say it in other words."
             for function in (json.dump, random.sample, statistics.quantiles, inspect.signature)
+        ],
+        "chat": [
+            "What is the difference between a list and a tuple in Python?",
+            "Write an email to my landlord about a broken window.",
+            "Give me a plan for learning Spanish in six months.",
+            "What should I see in Lisbon in three days?",
         ],
         "tell a story": [
             f"Tell a long story about {subject}, in which no sentence resembles another."
@@ -121,10 +158,11 @@ def main() -> None:
     parser.add_argument("--mtp", action="store_true", help="draft with the checkpoint's own head")
     parser.add_argument("--quantize", choices=["nf4"])
     parser.add_argument("--draft-quantize", choices=["nf4"])
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--tokens", type=int, default=200)
     parser.add_argument("--draft", type=int, default=8, help="most tokens of a draft")
+    parser.add_argument("--kinds", nargs="+", choices=prompts(), default=list(prompts()))
     args = parser.parse_args()
 
     def load(way: Literal["off", "ngram", "draft", "mtp", "auto"]) -> LLM:
@@ -147,12 +185,14 @@ def main() -> None:
     for streams in args.streams:
         print(f"{streams} streams: tokens a second, and ratios to no drafts")
         for kind, asked in prompts().items():
+            if kind not in args.kinds:
+                continue
             ways = {name: Way(model) for name, model in models.items()}
             params = SamplingParams(
                 max_tokens=args.tokens,
                 temperature=1 if kind == "tell a story" else 0,
                 seed=1,
-                ignore_eos=True,
+                ignore_eos=streams > 1,  # so that all streams last
             )
             for turn in range(args.rounds):
                 texts = set()

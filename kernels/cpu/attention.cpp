@@ -325,48 +325,44 @@ void attend(const Attention& a) {
     const auto all_buffers = buffers(a.threads, rounded);
     // Neighbouring items are the tiles of one KV head, whose keys stay in cache.
     const auto count = static_cast<int64_t>(tiles.size()), items = count * s.kv_heads;
-#pragma omp parallel num_threads(a.threads)
-    {
-        float* scores = all_buffers.get() + thread_number() * rounded;
+    parallel_for(items, a.threads, [&](int64_t item, int thread) {
+        float* scores = all_buffers.get() + thread * rounded;
         float* mixed = scores + parts[0];
         float* values = mixed + parts[1];
         float* columns = values + parts[2];
         float* queries = columns + parts[3];
-#pragma omp for schedule(dynamic)
-        for (int64_t item = 0; item < items; ++item) {
-            const Tile& tile = tiles[item % count];
-            const int64_t head = item / count, tile_rows = tile.tokens * s.share;
-            const auto place = [&](int64_t r) { return head * s.share + r % s.share; };
-            const auto target = [&](int64_t r) {
-                return a.out + ((tile.token + r / s.share) * a.q_heads + place(r)) * s.dim;
-            };
-            if (tile.last() <= 0) {  // a sequence without context, which only pads the batch
-                for (int64_t r = 0; r < tile_rows; ++r)
-                    std::memset(target(r), 0, s.dim * sizeof(bf16));
-                continue;
-            }
+        const Tile& tile = tiles[item % count];
+        const int64_t head = item / count, tile_rows = tile.tokens * s.share;
+        const auto place = [&](int64_t r) { return head * s.share + r % s.share; };
+        const auto target = [&](int64_t r) {
+            return a.out + ((tile.token + r / s.share) * a.q_heads + place(r)) * s.dim;
+        };
+        if (tile.last() <= 0) {  // a sequence without context, which only pads the batch
             for (int64_t r = 0; r < tile_rows; ++r)
-                store_query(queries + r * units,
-                            a.q + (tile.token + r / s.share) * a.q_stride + place(r) * s.dim,
-                            s.dim);
-            const int32_t* table = a.block_tables + tile.seq * a.max_blocks;
-            const Pages<Element> keys{static_cast<const Element*>(a.k_cache), a.k_scales, table,
-                                      head};
-            score_tile(s, tile, keys, queries, scores, stride, columns);
-            for (int64_t r = 0; r < tile_rows; ++r) {
-                const int64_t t = r / s.share, begin = tile.begin_of(t);
-                softmax(scores + r * stride + begin - tile.begin(), tile.end_of(t) - begin, a.scale,
-                        a.softcap, a.sinks ? a.sinks + place(r) : nullptr);
-            }
-            std::fill(mixed, mixed + tile_rows * s.dim, 0.0f);
-            const Pages<Element> pages{static_cast<const Element*>(a.v_cache), a.v_scales, table,
-                                       head};
-            mix_tile(s, tile, pages, scores, stride, mixed, values);
-            for (int64_t r = 0; r < tile_rows; ++r)
-                for (int64_t i = 0; i < s.dim; i += 16)
-                    store_bf16(target(r) + i, load(mixed + r * s.dim + i));
+                std::memset(target(r), 0, s.dim * sizeof(bf16));
+            return;
         }
-    }
+        for (int64_t r = 0; r < tile_rows; ++r)
+            store_query(queries + r * units,
+                        a.q + (tile.token + r / s.share) * a.q_stride + place(r) * s.dim,
+                        s.dim);
+        const int32_t* table = a.block_tables + tile.seq * a.max_blocks;
+        const Pages<Element> keys{static_cast<const Element*>(a.k_cache), a.k_scales, table,
+                                  head};
+        score_tile(s, tile, keys, queries, scores, stride, columns);
+        for (int64_t r = 0; r < tile_rows; ++r) {
+            const int64_t t = r / s.share, begin = tile.begin_of(t);
+            softmax(scores + r * stride + begin - tile.begin(), tile.end_of(t) - begin, a.scale,
+                    a.softcap, a.sinks ? a.sinks + place(r) : nullptr);
+        }
+        std::fill(mixed, mixed + tile_rows * s.dim, 0.0f);
+        const Pages<Element> pages{static_cast<const Element*>(a.v_cache), a.v_scales, table,
+                                   head};
+        mix_tile(s, tile, pages, scores, stride, mixed, values);
+        for (int64_t r = 0; r < tile_rows; ++r)
+            for (int64_t i = 0; i < s.dim; i += 16)
+                store_bf16(target(r) + i, load(mixed + r * s.dim + i));
+    });
 }
 
 }  // namespace

@@ -23,7 +23,7 @@ from pathlib import Path
 logger = logging.getLogger(__name__)
 
 _FLAGS = (
-    *("-O3", "-std=c++17", "-shared", "-fPIC"),
+    *("-O3", "-std=c++17", "-shared", "-fPIC", "-pthread"),
     # Without this GCC may split one loop's additions differently from another's and a row's result
     # would depend on its batch.
     "-ffp-contract=off",
@@ -88,10 +88,6 @@ _MACOS_KEYS = {
     "i8mm": "hw.optional.arm.FEAT_I8MM",
     "bf16": "hw.optional.arm.FEAT_BF16",
 }
-
-
-# Where Homebrew has it, on Apple silicon and on Intel.
-_LIBOMP_FOLDERS = "/opt/homebrew/opt/libomp", "/usr/local/opt/libomp"
 
 
 class CpuKernelsUnavailableError(RuntimeError):
@@ -233,10 +229,9 @@ def build(target: Target, *, compiler: str | None = None, cache: Path | None = N
     Raises CpuKernelsUnavailableError naming what is missing.
     """
     compiler = compiler or default_compiler()
-    system_flags = linking_flags()
     folder_here = Path(__file__).parent
     sources = sorted(folder_here.glob("*.cpp"))
-    key = hashlib.sha256(repr((_FLAGS, target, system_flags)).encode())
+    key = hashlib.sha256(repr((_FLAGS, target)).encode())
     for source in (*sources, *sorted(folder_here.glob("*.h"))):
         key.update(source.read_bytes())
     folder = cache or _user_cache() / "kernels"
@@ -250,7 +245,7 @@ def build(target: Target, *, compiler: str | None = None, cache: Path | None = N
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             output = Path(scratch) / "kernels.so"
-            _compile(found, (*target.flags, *system_flags), sources, output)
+            _compile(found, target.flags, sources, output)
             os.replace(output, library)  # atomic, even if other processes build it too
     except OSError as error:
         raise CpuKernelsUnavailableError(
@@ -259,34 +254,11 @@ def build(target: Target, *, compiler: str | None = None, cache: Path | None = N
     return library
 
 
-def linking_flags(system: str | None = None) -> tuple[str, ...]:
-    """How this system compiles and links OpenMP, which may be missing on macOS.
-
-    OpenMP's symbols resolve to the runtime torch has loaded: a second one would start a second pool
-    of threads on the same cores.
-    """
-    if (system or platform.system()) != "Darwin":
-        # -nodefaultlibs keeps the driver from adding a runtime.
-        return "-fopenmp", "-nodefaultlibs", "-lstdc++", "-lm", "-lc", "-lgcc"
-    for folder in filter(None, (os.environ.get("OMP_PREFIX"), *_LIBOMP_FOLDERS)):
-        include = Path(folder) / "include"
-        if (include / "omp.h").is_file():
-            compiling = "-Xpreprocessor", "-fopenmp", f"-I{include}"
-            return (*compiling, "-undefined", "dynamic_lookup")
-    logger.warning(
-        "no omp.h: the CPU kernels will use one thread. Install libomp (brew install libomp), or "
-        "set OMP_PREFIX to a folder which has include/omp.h"
-    )
-    return ()
-
-
 def _compile(compiler: str, flags: Sequence[str], sources: list[Path], output: Path) -> None:
     """Compiles the sources, as many at once as there are processors, and links them."""
-    options = [flag for flag in flags if not flag.startswith("-l")]
-    libraries = [flag for flag in flags if flag.startswith("-l")]  # behind what needs them
 
     def run(*arguments: str | Path) -> None:
-        command = [compiler, *_FLAGS, *options, *map(str, arguments)]
+        command = [compiler, *_FLAGS, *flags, *map(str, arguments)]
         result = subprocess.run(command, capture_output=True, text=True)
         if result.returncode:
             raise CompilerError(f"{compiler} failed:\n{result.stderr.strip()}")
@@ -303,7 +275,7 @@ def _compile(compiler: str, flags: Sequence[str], sources: list[Path], output: P
         except CompilerError:
             pool.shutdown(cancel_futures=True)  # they would fail alike
             raise
-    run(*objects, "-o", output, *libraries)
+    run(*objects, "-o", output)
 
 
 def _user_cache() -> Path:

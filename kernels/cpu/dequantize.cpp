@@ -59,40 +59,36 @@ extern "C" int nybble_dequantize(const uint8_t* codes, const void* scales, const
     const int64_t row_size = w.octets * 8 + 8;
     const int64_t size = groups * 32 + row_size + (perm ? inputs : 0);
     const auto all_buffers = buffers(threads, size);
-#pragma omp parallel num_threads(threads)
-    {
-        float* tile_scales = all_buffers.get() + thread_number() * size;
+    parallel_for(tiles, threads, [&](int64_t tile, int thread) {
+        float* tile_scales = all_buffers.get() + thread * size;
         float* tile_zeros = tile_scales + groups * 16;
         float* stored = tile_zeros + groups * 16;
         float* features = stored + row_size;
         if (!zeros) std::fill(tile_zeros, stored, 0.0f);
-#pragma omp for schedule(dynamic)
-        for (int64_t tile = 0; tile < tiles; ++tile) {
-            for (int64_t group = 0; group < groups; ++group) {
-                const int64_t at = (tile * groups + group) * 16;
-                store(tile_scales + group * 16, load_scales(scales, at, scale_type));
-                if (zeros) store(tile_zeros + group * 16, load_scales(zeros, at, scale_type));
+        for (int64_t group = 0; group < groups; ++group) {
+            const int64_t at = (tile * groups + group) * 16;
+            store(tile_scales + group * 16, load_scales(scales, at, scale_type));
+            if (zeros) store(tile_zeros + group * 16, load_scales(zeros, at, scale_type));
+        }
+        const int64_t lanes = std::min<int64_t>(16, outputs - tile * 16);
+        for (int64_t lane = 0; lane < lanes; ++lane) {
+            decode(w, table, tile, lane, tile_scales, tile_zeros, stored);
+            const float* row = stored;
+            if (perm) {
+                std::fill(features, features + inputs, 0.0f);
+                for (int64_t k = 0; k < columns; ++k) features[perm[k]] += stored[k];
+                row = features;
             }
-            const int64_t lanes = std::min<int64_t>(16, outputs - tile * 16);
-            for (int64_t lane = 0; lane < lanes; ++lane) {
-                decode(w, table, tile, lane, tile_scales, tile_zeros, stored);
-                const float* row = stored;
-                if (perm) {
-                    std::fill(features, features + inputs, 0.0f);
-                    for (int64_t k = 0; k < columns; ++k) features[perm[k]] += stored[k];
-                    row = features;
-                }
-                const int64_t at = (tile * 16 + lane) * inputs;
-                if (as_bf16) {
-                    // Not the conversion instruction, which turns subnormal numbers into zeros.
-                    bf16* target = static_cast<bf16*>(out) + at;
-                    for (int64_t k = 0; k < inputs; ++k) target[k] = to_bf16(row[k]);
-                } else {
-                    std::memcpy(static_cast<float*>(out) + at, row, inputs * sizeof(float));
-                }
+            const int64_t at = (tile * 16 + lane) * inputs;
+            if (as_bf16) {
+                // Not the conversion instruction, which turns subnormal numbers into zeros.
+                bf16* target = static_cast<bf16*>(out) + at;
+                for (int64_t k = 0; k < inputs; ++k) target[k] = to_bf16(row[k]);
+            } else {
+                std::memcpy(static_cast<float*>(out) + at, row, inputs * sizeof(float));
             }
         }
-    }
+    });
     return kDone;
 } catch (const std::exception&) {
     return kOutOfMemory;

@@ -83,10 +83,11 @@ void run(const Grouped& g) {
         return starts[a + 1] - starts[a] > starts[b + 1] - starts[b];
     });
     std::unique_ptr<bf16[]> x(new bf16[places * padded]), y(new bf16[places * g.outputs]);
-#pragma omp parallel for num_threads(g.threads) if (places > 64)
-    for (int64_t slot = 0; slot < places; ++slot)
+    const int movers = places > 64 ? g.threads : 1;
+    parallel_for_small(places, movers, [&](int64_t slot, int) {
         gather(g, place_of[slot], g.experts[g.ids[place_of[slot]]].perm, padded,
                x.get() + slot * padded);
+    });
     std::vector<std::unique_ptr<AnyProduct>> products;
     int64_t size = 0;
     for (const int64_t e : used) {
@@ -114,22 +115,17 @@ void run(const Grouped& g) {
     const int64_t tiles = (g.outputs + 15) / 16, chunks = (tiles + kChunk - 1) / kChunk;
     const auto tasks = static_cast<int64_t>(products.size()) * chunks;
     const auto all_buffers = buffers(g.threads, size);
-#pragma omp parallel for schedule(dynamic) num_threads(g.threads)
-    for (int64_t task = 0; task < tasks; ++task) {
+    parallel_for(tasks, g.threads, [&](int64_t task, int thread) {
         const int64_t tile = task % chunks * kChunk;
         products[task / chunks]->tiles(tile, std::min(kChunk, tiles - tile),
-                                       all_buffers.get() + thread_number() * size);
-    }
-#pragma omp parallel for num_threads(g.threads) if (places > 64)
-    for (int64_t row = 0; row < g.rows; ++row) {
-        if (g.weights) {
-            combine(g, row, slots.data(), y.get());
-            continue;
-        }
+                                       all_buffers.get() + thread * size);
+    });
+    parallel_for_small(g.rows, movers, [&](int64_t row, int) {
+        if (g.weights) return combine(g, row, slots.data(), y.get());
         for (int64_t place = row * g.top_k; place < (row + 1) * g.top_k; ++place)
             std::memcpy(g.out + place * g.outputs, y.get() + slots[place] * g.outputs,
                         g.outputs * sizeof(bf16));
-    }
+    });
 }
 
 }  // namespace

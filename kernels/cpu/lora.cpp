@@ -12,6 +12,7 @@
 
 #include "kernels.h"
 #include "status.h"
+#include "threads.h"
 
 using namespace nybble;
 
@@ -310,24 +311,19 @@ extern "C" int nybble_lora_add(bf16* out, const bf16* x, const int64_t* a, const
     const Args p{out, x, a, b, ranks, scales, order, offsets, h.data(), parts, inputs};
     const int64_t shrink_count = static_cast<int64_t>(shrinks.size());
     const int64_t expand_count = static_cast<int64_t>(expands.size());
-#pragma omp parallel num_threads(threads)
-    {
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < shrink_count; ++i) {
-            const Item& item = shrinks[i];
-            const Block& block = blocks[item.block];
-            const Item& next = shrinks[std::min(i + 1, shrink_count - 1)];
-            NYBBLE_BY_ROWS(shrink_ranks, p, block, item.first, item.last, blocks[next.block],
-                           next.first)
-        }
-#pragma omp for schedule(static) nowait
-        for (int64_t i = 0; i < expand_count; ++i) {
-            const Item& item = expands[i];
-            const Block& block = blocks[item.block];
-            const Part part = part_of(p, block, item.part);
-            NYBBLE_BY_ROWS(expand_outputs, p, block, part, item.first, item.last)
-        }
-    }
+    parallel_for_small(shrink_count, threads, [&](int64_t i, int) {
+        const Item& item = shrinks[i];
+        const Block& block = blocks[item.block];
+        const Item& next = shrinks[std::min(i + 1, shrink_count - 1)];
+        NYBBLE_BY_ROWS(shrink_ranks, p, block, item.first, item.last, blocks[next.block],
+                       next.first)
+    });
+    parallel_for_small(expand_count, threads, [&](int64_t i, int) {
+        const Item& item = expands[i];
+        const Block& block = blocks[item.block];
+        const Part part = part_of(p, block, item.part);
+        NYBBLE_BY_ROWS(expand_outputs, p, block, part, item.first, item.last)
+    });
     return kDone;
 } catch (const std::exception&) {
     return kOutOfMemory;

@@ -18,10 +18,10 @@ void multiply(const Product& product, int64_t outputs, int threads) {
     const int64_t chunks = (tiles + kChunk - 1) / kChunk;
     const int64_t size = product.buffer_size();
     const auto all_buffers = buffers(threads, size);
-#pragma omp parallel for schedule(dynamic) num_threads(threads)
-    for (int64_t chunk = 0; chunk < chunks; ++chunk)
+    parallel_for(chunks, threads, [&](int64_t chunk, int thread) {
         product.tiles(chunk * kChunk, std::min(kChunk, tiles - chunk * kChunk),
-                      all_buffers.get() + thread_number() * size);
+                      all_buffers.get() + thread * size);
+    });
 }
 
 extern "C" int nybble_packed_matmul(const bf16* x, const uint8_t* codes, const void* scales,

@@ -5,6 +5,7 @@
 
 #include "matmul_bf16.h"
 #include "status.h"
+#include "threads.h"
 
 namespace nybble {
 
@@ -67,9 +68,9 @@ class TileProduct {
         }
         x_ = buffers(1, steps * a.rows * 16);
         if (a.zeros) span_sums_.resize(spans_.size() * a.rows);
-#pragma omp parallel for schedule(static) num_threads(threads) if (a.rows > 8)
-        for (int64_t row = 0; row < a.rows; ++row)
+        parallel_for_small(a.rows, a.rows > 8 ? threads : 1, [&](int64_t row, int) {
             for (size_t s = 0; s < spans_.size(); ++s) take_row(row, s);
+        });
     }
 
     int64_t buffer_size() const { return 2 * kWeights + kSums + kTiles * 16 * row_block(); }

@@ -43,8 +43,7 @@ void convolve(const T* x, const float* weight, const float* bias, T* state, cons
     const int64_t history = taps - 1, slot_size = history * channels;
     // Each task has 16 channels of one sequence: it reads all it needs of a state before it writes.
     const int64_t parts = channels / 16;
-#pragma omp parallel for schedule(static) num_threads(threads) if (starts[seqs] > 8)
-    for (int64_t task = 0; task < seqs * parts; ++task) {
+    parallel_for_small(seqs * parts, starts[seqs] > 8 ? threads : 1, [&](int64_t task, int) {
         const int64_t seq = task / parts, at = task % parts * 16;
         const int64_t first = starts[seq], rows = starts[seq + 1] - first;
         const T* input = x + first * stride + at;
@@ -73,7 +72,7 @@ void convolve(const T* x, const float* weight, const float* bias, T* state, cons
         };
         keep(snapshot[seq], snapshot_rows[seq]);
         keep(write[seq], rows);
-    }
+    });
 }
 
 // A query or key divided by its length, times `scale`.
@@ -144,29 +143,25 @@ int recur(const Slots& slots, float* state, int64_t heads, int64_t size, int64_t
           Step step) try {
     const int64_t slot_size = heads * size;
     const auto all_buffers = buffers(threads, room + size);
-#pragma omp parallel num_threads(threads) if (slots.seqs * heads > 1)
-    {
-        float* scratch = all_buffers.get() + thread_number() * (room + size);
+    parallel_for(slots.seqs * heads, threads, [&](int64_t task, int thread) {
+        float* scratch = all_buffers.get() + thread * (room + size);
         float* unkept = scratch + room;
-#pragma omp for schedule(static)
-        for (int64_t task = 0; task < slots.seqs * heads; ++task) {
-            const int64_t seq = task / heads, head = task % heads;
-            const int32_t read = slots.read[seq], write = slots.write[seq];
-            const int32_t snapshot = slots.snapshot[seq];
-            float* s = write < 0 ? unkept : state + write * slot_size + head * size;
-            if (read < 0)
-                std::memset(s, 0, size * sizeof(float));
-            else if (read != write)
-                std::memcpy(s, state + read * slot_size + head * size, size * sizeof(float));
-            const int64_t first = slots.starts[seq];
-            for (int64_t row = first; row < slots.starts[seq + 1]; ++row) {
-                step(s, row, head, scratch);
-                if (snapshot >= 0 && row - first + 1 == slots.snapshot_rows[seq])
-                    std::memcpy(state + snapshot * slot_size + head * size, s,
-                                size * sizeof(float));
-            }
+        const int64_t seq = task / heads, head = task % heads;
+        const int32_t read = slots.read[seq], write = slots.write[seq];
+        const int32_t snapshot = slots.snapshot[seq];
+        float* s = write < 0 ? unkept : state + write * slot_size + head * size;
+        if (read < 0)
+            std::memset(s, 0, size * sizeof(float));
+        else if (read != write)
+            std::memcpy(s, state + read * slot_size + head * size, size * sizeof(float));
+        const int64_t first = slots.starts[seq];
+        for (int64_t row = first; row < slots.starts[seq + 1]; ++row) {
+            step(s, row, head, scratch);
+            if (snapshot >= 0 && row - first + 1 == slots.snapshot_rows[seq])
+                std::memcpy(state + snapshot * slot_size + head * size, s,
+                            size * sizeof(float));
         }
-    }
+    });
     return kDone;
 } catch (const std::exception&) {
     return kOutOfMemory;

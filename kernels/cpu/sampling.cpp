@@ -255,12 +255,11 @@ extern "C" int nybble_sample_tokens(const float* logits, const double* choices, 
     std::vector<Scratch> scratch;
     for (int i = 0; i < std::min<int64_t>(threads, rows); ++i)
         scratch.emplace_back((vocab + kBlock - 1) / kBlock);
-#pragma omp parallel for schedule(dynamic) num_threads(scratch.size()) if (rows > 1)
-    for (int64_t r = 0; r < rows; ++r) {
+    parallel_for(rows, static_cast<int>(scratch.size()), [&](int64_t r, int thread) {
         const double* c = choices + 5 * r;
-        tokens[r] = Row(logits + r * vocab, vocab, scratch[thread_number()])
+        tokens[r] = Row(logits + r * vocab, vocab, scratch[thread])
                         .sample({c[0], c[1], c[2], c[3], c[4]});
-    }
+    });
     return kDone;
 } catch (const std::exception&) {
     return kOutOfMemory;

@@ -59,8 +59,7 @@ class EmulatedLibrary:
         self._folder = tempfile.TemporaryDirectory()
         driver = Path(self._folder.name) / "driver"
         source = Path(__file__).with_name("arm_driver.cpp")
-        # The driver brings the OpenMP runtime that torch brings elsewhere.
-        options = "-std=c++17", "-O1", "-fopenmp", "-Wl,--no-as-needed"
+        options = "-std=c++17", "-O1", "-pthread"
         subprocess.run([COMPILER, *options, source, "-ldl", "-o", driver], check=True)
         library = build(target, compiler=COMPILER)
         self._process = subprocess.Popen(

@@ -11,7 +11,6 @@ import pytest
 from nybble.kernels.cpu.build import (
     CpuKernelsUnavailableError,
     build_fastest,
-    linking_flags,
     load,
     usable_targets,
     wanted_targets,
@@ -88,19 +87,6 @@ def test_targets_of_arm_are_chosen_by_its_features(
         wanted_targets("neon_dotprod", cpuinfo, "aarch64")
     with pytest.raises(ValueError, match="is 'avx2', expected neon_i8mm, neon_dotprod, neon; or"):
         wanted_targets("avx2", cpuinfo, "aarch64")
-
-
-def test_without_openmp_macos_builds_for_one_thread_and_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr("nybble.kernels.cpu.build._LIBOMP_FOLDERS", ())
-    monkeypatch.delenv("OMP_PREFIX", raising=False)
-    assert not any("openmp" in flag for flag in linking_flags("Darwin"))
-    assert "one thread. Install libomp (brew install libomp)" in caplog.text
-    (tmp_path / "include").mkdir()
-    (tmp_path / "include" / "omp.h").touch()
-    monkeypatch.setenv("OMP_PREFIX", str(tmp_path))
-    assert "-fopenmp" in linking_flags("Darwin")
 
 
 def test_a_target_may_be_named_and_another_one_is_not_taken_in_its_place(tmp_path: Path) -> None:
