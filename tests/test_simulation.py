@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import re
 import shutil
 import statistics
+import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -218,3 +222,25 @@ def test_bad_arguments_are_refused_by_name(
     with pytest.raises(SystemExit, match="2"):
         simulate.main(arguments.split())
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_server_is_measured_and_its_simulation_compared(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    file = tmp_path / "calibration.json"
+    options = "--streams 1,2 --rounds 1 --words 20 --tokens 8 --check 6 --device cpu"
+    script = Path(__file__).parents[1] / "load_tests/calibrate.py"
+    done = subprocess.run(
+        [sys.executable, script, file, "--model", tiny_model(max_length=512), *options.split()],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    found = simulate.Calibration.read(file)
+    assert found.step_seconds.keys() == {1, 2}
+    assert json.loads(file.read_text())["machine"]
+    real, simulated = done.stdout.splitlines()[:2]
+    assert re.match(r"real: \d+ requests of \d+ \+ 8 tokens", real)
+    assert re.match(r"simulated: \d+ requests of \d+ \+ 8 tokens", simulated)
