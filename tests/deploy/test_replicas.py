@@ -192,51 +192,60 @@ class Load:
             thread.join()
 
 
+class Streams:
+    """A stream for each model at once. last: of each that has ended, the data of its last event."""
+
+    def __init__(self, site: Site, models: list[str], tokens: int) -> None:
+        """All have begun when this returns."""
+        self.last: dict[str, str] = {}
+        self._site, self._tokens = site, tokens
+        self._began = {model: threading.Event() for model in models}
+        self._threads = [threading.Thread(target=self._stream, args=(model,)) for model in models]
+        for thread in self._threads:
+            thread.start()
+        for each in self._began.values():
+            assert each.wait(60)
+
+    def _stream(self, model: str) -> None:
+        body = {"model": model, "prompt": "a", "max_tokens": self._tokens, "ignore_eos": True}
+        url = f"{self._site.url}/v1/completions"
+        with httpx.stream("POST", url, json={**body, "stream": True}, timeout=120) as response:
+            assert response.status_code == 200
+            text = ""
+            for piece in response.iter_text():
+                self._began[model].set()
+                text += piece
+        self.last[model] = text.strip().splitlines()[-1].removeprefix("data: ")
+
+    def join(self) -> None:
+        for thread in self._threads:
+            thread.join()
+
+
 def kill_under_load(site: Site, of: Callable[[int], int]) -> list[dict[str, str]]:
     """Kill a process of the first server, which is started again; the errors of its streams.
 
     of: which process, given the server's. Streams that began cannot be taken over: their clients
     are told. All others get what they asked for.
     """
-    ended: dict[str, str] = {}
-
-    def stream(model: str) -> None:
-        # So long that none ends before the kill.
-        body = {"model": model, "prompt": "a", "max_tokens": 2000, "ignore_eos": True}
-        with httpx.stream(
-            "POST", f"{site.url}/v1/completions", json={**body, "stream": True}, timeout=120
-        ) as response:
-            assert response.status_code == 200
-            text = ""
-            for piece in response.iter_text():
-                began[model].set()
-                text += piece
-        ended[model] = text.strip().splitlines()[-1].removeprefix("data: ")
-
     models = [f"a{i}" for i in range(8)]
     for model in models:
         assert site.ask(model).status_code == 200
     before, ups = site.sequences()[0], site.said("servers/replica1 is UP")
-    began = {model: threading.Event() for model in models}
-    threads = [threading.Thread(target=stream, args=(model,)) for model in models]
     with Load(site) as load:
-        for thread in threads:
-            thread.start()
-        for each in began.values():
-            assert each.wait(60)
+        streams = Streams(site, models, 2000)  # so long that none ends before the kill
         # Those that came while a server was full have gone to the other.
         there = site.sequences()[0]
         killed = {model for model in models if there.get(model, 0) > before.get(model, 0)}
         victim = site.pids()[0]
         os.kill(of(victim), signal.SIGKILL)
-        for thread in threads:
-            thread.join()
+        streams.join()
         site.until("servers/replica1 is UP", times=ups + 1)
     assert killed
-    assert {model for model, last in ended.items() if last != "[DONE]"} == killed
+    assert {model for model, last in streams.last.items() if last != "[DONE]"} == killed
     assert site.pids()[0] != victim
     assert set(load.statuses) == {200}
-    return [json.loads(ended[model])["error"] for model in killed]
+    return [json.loads(streams.last[model])["error"] for model in killed]
 
 
 @needs_haproxy
@@ -366,9 +375,14 @@ def refuses(port: int) -> bool:
 @needs_haproxy
 def test_a_rolling_restart_loses_nothing(site: Site) -> None:
     before = site.pids()
+    models = [f"a{i}" for i in range(8)]  # of which both servers have some
     with Load(site) as load:
+        streams = Streams(site, models, 300)
         site.process.send_signal(signal.SIGHUP)
+        assert len(streams.last) < len(models)
         site.until("every server has been replaced")
+        streams.join()
+    assert streams.last == dict.fromkeys(models, "[DONE]")
     assert set(load.statuses) == {200}
     assert not set(before) & set(site.pids())
 
