@@ -218,7 +218,8 @@ class HAProxy:
 class Calibration:
     """What ``calibrate.py`` measured of one server.
 
-    step_seconds: of a decode step, by its sequences; in between and beyond by straight lines.
+    step_seconds: of a decode step, by its sequences; in between and beyond by straight lines, with
+        fewer than were measured as with the fewest.
     prefill_rate: tokens/s of prompts. fill_seconds: how much later a request begins whose adapter
         has to be copied into a slot; read_seconds: and how much more if it is read first.
     """
@@ -250,6 +251,7 @@ class Calibration:
     def step(self, sequences: int) -> float:
         """Seconds of a step."""
         known = sorted(self.step_seconds)
+        sequences = max(sequences, known[0])
         low, high = next(
             (pair for pair in itertools.pairwise(known) if sequences <= pair[1]), known[-2:]
         )

@@ -119,6 +119,8 @@ def test_a_request_takes_what_was_measured(calibrated: Any) -> None:
     for load, step in steps.items():
         assert world.request_seconds(load) == pytest.approx(load * 0.1 + 10 * step)
     assert simulate.World().request_seconds(7) == 6.5
+    steep = calibrated(step_seconds={"4": 0.01, "8": 1})[0]
+    assert steep.request_seconds(1) == pytest.approx(0.1 + 10 * 0.01)
     falling = calibrated(step_seconds={"1": 0.02, "4": 0.01})[0]
     assert falling.request_seconds(100) == pytest.approx(10 + 10 * 0.02)
 
