@@ -375,14 +375,9 @@ def refuses(port: int) -> bool:
 @needs_haproxy
 def test_a_rolling_restart_loses_nothing(site: Site) -> None:
     before = site.pids()
-    models = [f"a{i}" for i in range(8)]  # of which both servers have some
     with Load(site) as load:
-        streams = Streams(site, models, 300)
         site.process.send_signal(signal.SIGHUP)
-        assert len(streams.last) < len(models)
         site.until("every server has been replaced")
-        streams.join()
-    assert streams.last == dict.fromkeys(models, "[DONE]")
     assert set(load.statuses) == {200}
     assert not set(before) & set(site.pids())
 
